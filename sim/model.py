@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sim.errors import ModelError
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sim.data import REPOSITORY
+from sim.errors import ModelError, nearest
+
+MODEL_CONFIGS = REPOSITORY / "conf" / "model"
+"""The folder of the models known by name, one YAML each."""
 
 QUANT_GROUP_ELEMENTS = 128
 """Input elements of a linear layer that share one scale at 8 and 4 bits, as AWQ and GPTQ checkpoints do by default."""
@@ -35,6 +43,14 @@ class ModelSpec:
 
     One layer is an MHA block (norm, projections, output projection) and an FFN block (norm, up, gate, down).
     RAP's unit of pruning is one such block, its norm included (arXiv 2505.17138, section 3).
+
+    gated_ffn: the FFN has a gate beside up and down (SwiGLU); OPT's has none.
+    qkv_bias, out_bias, ffn_bias: which linear layers carry a bias.
+    norm_bias: the norms are LayerNorms with a shift; False is RMSNorm.
+    qk_norm: queries and keys pass a norm over head_dim, shared by all heads of a layer (Qwen3).
+    learned_positions: rows of a learned position table; 0 where positions are rotary.
+    weight_dtype_bytes: bytes of one unquantised weight, 2 (FP16, BF16) or 4 (FP32).
+    kv_dtype_bytes: bytes of one key or value entry; 1 is an FP8 cache.
     """
 
     name: str
@@ -58,11 +74,22 @@ class ModelSpec:
     max_context_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        for field in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
-                      "vocab_size", "weight_dtype_bytes", "kv_dtype_bytes", "max_context_tokens"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ModelError(f"model {self.name!r}: {field} is {value!r}; it must be a whole number of at least 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # Annotations are strings here, so the declared type is compared by name.
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ModelError(f"model {self.name!r}: {field.name} is {value!r}; it must be true or false")
+            if field.type == "int":
+                least = 0 if field.name == "learned_positions" else 1
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise ModelError(
+                        f"model {self.name!r}: {field.name} is {value!r}; it must be a whole number of at least {least}"
+                    )
+        if self.weight_dtype_bytes not in (2, 4):
+            raise ModelError(
+                f"model {self.name!r}: weight_dtype_bytes is {self.weight_dtype_bytes}; allowed are 2 and 4. "
+                "A quantised copy is not another model: set weight_bits of the plan"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"model {self.name!r}: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}; "
@@ -122,12 +149,46 @@ class ModelSpec:
         return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype_bytes
 
 
+def load_model(name: str) -> ModelSpec:
+    """Build the model of ``conf/model/NAME.yaml``, without Hydra.
+
+    Raises:
+        ModelError: for an unknown name (the nearest known one is offered), or a file that is no ModelSpec.
+    """
+    names = model_names()
+    if name == "hf":
+        raise ModelError("model 'hf' stands for any Hugging Face config; call model_from_hf_config(path) with its file")
+    if name not in names:
+        raise ModelError(f"no model {name!r} in conf/model; {nearest(name, names)}")
+    path = MODEL_CONFIGS / f"{name}.yaml"
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ModelError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict) or values.pop("_target_", None) != "sim.model.ModelSpec":
+        raise ModelError(f"{path} must say `_target_: sim.model.ModelSpec` and then the fields of a ModelSpec")
+    known = {field.name for field in fields(ModelSpec)}
+    for key in values:
+        if key not in known:
+            raise ModelError(f"{path} sets {key!r}, which a model does not have; {nearest(str(key), known)}")
+    try:
+        return ModelSpec(**{str(key): value for key, value in values.items()})
+    except TypeError as error:  # a field without default is absent
+        raise ModelError(f"{path} is incomplete: {error}") from error
+
+
+def model_names() -> tuple[str, ...]:
+    """Return the names that ``load_model`` knows, sorted."""
+    return tuple(sorted(path.stem for path in MODEL_CONFIGS.glob("*.yaml") if path.stem != "hf"))
+
+
 _FAMILIES: dict[str, dict[str, bool]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
 }
+_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def model_from_hf_config(config: Mapping[str, Any] | str | Path, name: str = "") -> ModelSpec:
@@ -137,72 +198,159 @@ def model_from_hf_config(config: Mapping[str, Any] | str | Path, name: str = "")
         config: the parsed dict, the path of ``config.json``, or the folder that holds it.
         name: what to call the model; its ``_name_or_path`` or folder when empty.
     Raises:
-        ModelError: for a missing file, a missing key, or a family whose blocks are not known here.
+        ModelError: for a missing file, a missing or malformed key, or a family whose blocks are not known here.
+    Source:
+        The classes of transformers 5 (models/llama, mistral, qwen2, qwen3, opt): which linear layers have a bias,
+        what an absent key stands for. A key whose default differs between families has to be stated.
     """
     if not isinstance(config, Mapping):
-        path = Path(config)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise ModelError(f"no model config at {path}; give a config.json, its folder, or a name from conf/model")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{path} is not valid JSON: {error}") from error
-        name = name or path.parent.name
-        if not isinstance(config, Mapping):
-            raise ModelError(f"{path} holds a {type(config).__name__}; a model config is a JSON object")
-    name = name or str(config.get("_name_or_path") or config.get("model_type") or "model")
+        path = Path(config).expanduser()
+        config = _read_json_object(path / "config.json" if path.is_dir() else path)
+        name = name or (path if path.is_dir() else path.parent).resolve().name
+    return _Reader(config, name or str(config.get("_name_or_path") or config.get("model_type") or "model")).model()
 
-    def need(*keys: str) -> Any:
-        for key in keys:
-            if config.get(key) is not None:
-                return config[key]
-        raise ModelError(f"model config {name!r} lacks {' or '.join(keys)}; it has {', '.join(sorted(config))}")
 
-    family = str(need("model_type"))
-    hidden, heads = int(need("hidden_size")), int(need("num_attention_heads"))
-    dtype_bytes = 4 if config.get("torch_dtype", config.get("dtype")) == "float32" else 2
-    common = {
-        "name": name,
-        "num_layers": int(need("num_hidden_layers")),
-        "hidden_size": hidden,
-        "num_heads": heads,
-        "vocab_size": int(need("vocab_size")),
-        "weight_dtype_bytes": dtype_bytes,
-        "kv_dtype_bytes": dtype_bytes,
-        "max_context_tokens": int(config.get("max_position_embeddings", 4096)),
-    }
-    if family == "opt":
-        if int(config.get("word_embed_proj_dim", hidden)) != hidden or not config.get("do_layer_norm_before", True):
-            raise ModelError(f"model config {name!r}: OPT with an embedding projection or post-norm is not supported")
-        bias = bool(config.get("enable_bias", True))
+def _read_json_object(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise ModelError(
+            f"no model config at {path}; give a config.json, its folder, or a name from conf/model: "
+            f"{', '.join(model_names())}"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds a {type(config).__name__}; a model config is a JSON object")
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads typed values out of one Hugging Face config, so that a wrong one is named with its key."""
+
+    config: Mapping[str, Any]
+    name: str
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """Return a whole number; ``default`` when the key is absent or null, an error when there is none."""
+        value = self.config.get(key)
+        if value is None:
+            if default is None:
+                raise ModelError(f"model config {self.name!r} lacks {key}; it has {', '.join(sorted(self.config))}")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ModelError(f"model config {self.name!r}: {key} is {value!r}; it must be a whole number")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return true or false; ``default`` when the key is absent or null."""
+        value = self.config.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ModelError(f"model config {self.name!r}: {key} is {value!r}; it must be true or false")
+        return value
+
+    def dtype_bytes(self) -> int:
+        """Return the bytes of one weight; 2 when the config does not say."""
+        # transformers 4 wrote torch_dtype, transformers 5 writes dtype.
+        given = self.config.get("dtype") or self.config.get("torch_dtype") or "float16"
+        dtype = str(given).removeprefix("torch.")
+        if dtype not in _DTYPE_BYTES:
+            raise ModelError(
+                f"model config {self.name!r} has dtype {given!r}; allowed are {', '.join(sorted(_DTYPE_BYTES))}. "
+                "Quantised weights are a matter of the plan: give the config of the unquantised model"
+            )
+        return _DTYPE_BYTES[dtype]
+
+    def model(self) -> ModelSpec:
+        """Return the shape that the config describes."""
+        family = self.config.get("model_type")
+        if not isinstance(family, str):
+            raise ModelError(
+                f"model config {self.name!r}: model_type is {family!r}; known are {', '.join([*_FAMILIES, 'opt'])}"
+            )
+        if family == "opt":
+            return self._opt()
+        if family not in _FAMILIES:
+            raise ModelError(
+                f"model config {self.name!r} is of family {family!r}; known are {', '.join([*_FAMILIES, 'opt'])}. "
+                "Write a conf/model/NAME.yaml with its shape instead"
+            )
+        hidden, heads = self.whole("hidden_size"), self.whole("num_attention_heads")
+        flags = dict(_FAMILIES[family])
+        if family in ("llama", "qwen3") and self.flag("attention_bias", False):
+            flags.update(qkv_bias=True, out_bias=True)
+        if family == "llama":
+            flags["ffn_bias"] = self.flag("mlp_bias", False)
+        if family != "llama" and "num_key_value_heads" not in self.config:
+            # Null means one KV head a query head everywhere; absent means 8 for Mistral and 32 for Qwen.
+            raise ModelError(
+                f"model config {self.name!r} lacks num_key_value_heads; state it, null for num_attention_heads"
+            )
+        # Qwen3's heads are 128 wide whatever hidden_size is, so an absent head_dim is no hidden_size / heads there.
+        head_dim = (
+            self.whole("head_dim")
+            if family == "qwen3" or self.config.get("head_dim") is not None
+            else self._head_dim(hidden, heads)
+        )
         return ModelSpec(
-            **common,
-            intermediate_size=int(need("ffn_dim")),
+            name=self.name,
+            num_layers=self.whole("num_hidden_layers"),
+            hidden_size=hidden,
+            intermediate_size=self.whole("intermediate_size"),
+            num_heads=heads,
+            num_kv_heads=self.whole("num_key_value_heads", heads),
+            head_dim=head_dim,
+            vocab_size=self.whole("vocab_size"),
+            tied_embeddings=self.flag("tie_word_embeddings", False),
+            weight_dtype_bytes=self.dtype_bytes(),
+            kv_dtype_bytes=self.dtype_bytes(),
+            max_context_tokens=self.whole("max_position_embeddings"),
+            **flags,
+        )
+
+    def _head_dim(self, hidden: int, heads: int) -> int:
+        if heads < 1 or hidden % heads:
+            raise ModelError(
+                f"model config {self.name!r}: hidden_size {hidden} is no multiple of num_attention_heads {heads}; "
+                "state head_dim"
+            )
+        return hidden // heads
+
+    def _opt(self) -> ModelSpec:
+        hidden, heads = self.whole("hidden_size"), self.whole("num_attention_heads")
+        positions = self.whole("max_position_embeddings")
+        if self.whole("word_embed_proj_dim", hidden) != hidden:
+            raise ModelError(
+                f"model config {self.name!r}: OPT with an embedding projection (OPT-350M) is not supported"
+            )
+        for key, needed in (
+            ("do_layer_norm_before", True),
+            ("layer_norm_elementwise_affine", True),
+            ("_remove_final_layer_norm", False),
+        ):
+            if self.flag(key, needed) != needed:
+                raise ModelError(f"model config {self.name!r}: OPT with {key} {not needed} is not supported")
+        bias = self.flag("enable_bias", True)
+        return ModelSpec(
+            name=self.name,
+            num_layers=self.whole("num_hidden_layers"),
+            hidden_size=hidden,
+            intermediate_size=self.whole("ffn_dim"),
+            num_heads=heads,
             num_kv_heads=heads,
-            head_dim=hidden // heads,
-            tied_embeddings=bool(config.get("tie_word_embeddings", True)),
+            head_dim=self._head_dim(hidden, heads),
+            vocab_size=self.whole("vocab_size"),
+            tied_embeddings=self.flag("tie_word_embeddings", True),
             gated_ffn=False,
             qkv_bias=bias,
             out_bias=bias,
             ffn_bias=bias,
             norm_bias=True,
-            learned_positions=int(need("max_position_embeddings")) + 2,
+            learned_positions=positions + 2,  # OPTLearnedPositionalEmbedding keeps two rows before position 0
+            weight_dtype_bytes=self.dtype_bytes(),
+            kv_dtype_bytes=self.dtype_bytes(),
+            max_context_tokens=positions,
         )
-    if family not in _FAMILIES:
-        raise ModelError(
-            f"model config {name!r} is of family {family!r}; known are {', '.join(sorted([*_FAMILIES, 'opt']))}. "
-            "Write a conf/model/NAME.yaml with its shape instead"
-        )
-    flags = dict(_FAMILIES[family])
-    if family in ("llama", "qwen3") and config.get("attention_bias"):
-        flags.update(qkv_bias=True, out_bias=True)
-    return ModelSpec(
-        **common,
-        intermediate_size=int(need("intermediate_size")),
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        ffn_bias=bool(config.get("mlp_bias", False)),
-        **flags,
-    )

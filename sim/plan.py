@@ -20,7 +20,18 @@ class KeepMask:
 
     def contains(self, other: KeepMask) -> bool:
         """Return whether every block that ``other`` keeps is kept here too."""
-        return all(a or not b for a, b in zip(self.mha + self.ffn, other.mha + other.ffn, strict=True))
+        return all(
+            here or not there
+            for ours, theirs in ((self.mha, other.mha), (self.ffn, other.ffn))
+            for here, there in zip(ours, theirs, strict=True)
+        )
+
+    def union(self, other: KeepMask) -> KeepMask:
+        """Return the mask of the blocks that either keeps."""
+        return KeepMask(
+            mha=tuple(a or b for a, b in zip(self.mha, other.mha, strict=True)),
+            ffn=tuple(a or b for a, b in zip(self.ffn, other.ffn, strict=True)),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +47,13 @@ class KVKeep:
     def __post_init__(self) -> None:
         if (self.first_tokens is None) != (self.last_tokens is None):
             raise PlanError("KVKeep needs both first_tokens and last_tokens, or neither (all tokens stay)")
-        if self.first_tokens is not None and self.last_tokens is not None:
-            if self.first_tokens < 0 or self.last_tokens < 1:
-                raise PlanError(
-                    f"KVKeep(first_tokens={self.first_tokens}, last_tokens={self.last_tokens}): "
-                    "first_tokens must be at least 0 and last_tokens at least 1"
-                )
+        if self.first_tokens is None or self.last_tokens is None:
+            return
+        if self.first_tokens < 0 or self.last_tokens < 1:
+            raise PlanError(
+                f"KVKeep(first_tokens={self.first_tokens}, last_tokens={self.last_tokens}): "
+                "first_tokens must be at least 0 and last_tokens at least 1"
+            )
 
     def tokens(self, context_tokens: int) -> int:
         """Return how many of ``context_tokens`` stay."""
@@ -107,36 +119,49 @@ def with_mask(plan: Plan, mask: KeepMask) -> Plan:
     return replace(plan, decode=mask, prefill=mask)
 
 
+def check_layers(model: ModelSpec, keep: KeepMask, name: str = "mask") -> None:
+    """Check that a mask has one entry a layer for MHA and for FFN.
+
+    Raises:
+        PlanError: naming the half that has another length.
+    """
+    for field, kept in (("mha", keep.mha), ("ffn", keep.ffn)):
+        if len(kept) != model.num_layers:
+            raise PlanError(
+                f"{name}.{field} has {len(kept)} entries; {model.name} has {model.num_layers} layers, one entry each"
+            )
+
+
 def check_plan(model: ModelSpec, plan: Plan) -> None:
     """Check that a plan is legal for a model.
 
     Raises:
         PlanError: naming the field or block that is wrong, what is allowed and what to do.
     """
-    layers = model.num_layers
-    lengths = {
-        "decode.mha": len(plan.decode.mha),
-        "decode.ffn": len(plan.decode.ffn),
-        "prefill.mha": len(plan.prefill.mha),
-        "prefill.ffn": len(plan.prefill.ffn),
-        "weight_bits": len(plan.weight_bits),
-        "kv_keep": len(plan.kv_keep),
-    }
-    for field, length in lengths.items():
-        if length != layers:
-            raise PlanError(f"plan.{field} has {length} entries; {model.name} has {layers} layers, one entry each")
+    check_layers(model, plan.decode, "plan.decode")
+    check_layers(model, plan.prefill, "plan.prefill")
+    for field, length in (("weight_bits", len(plan.weight_bits)), ("kv_keep", len(plan.kv_keep))):
+        if length != model.num_layers:
+            raise PlanError(
+                f"plan.{field} has {length} entries; {model.name} has {model.num_layers} layers, one entry each"
+            )
     for layer, bits in enumerate(plan.weight_bits):
         if bits not in WEIGHT_BITS:
             raise PlanError(f"plan.weight_bits of layer {layer} is {bits}; allowed are 16, 8 and 4")
-    for kind, kept_decode, kept_prefill in (
-        ("MHA", plan.decode.mha, plan.prefill.mha),
-        ("FFN", plan.decode.ffn, plan.prefill.ffn),
+    for kind, kept_decode, kept_prefill, why in (
+        ("MHA", plan.decode.mha, plan.prefill.mha, "else decode finds no KV there"),
+        (
+            "FFN",
+            plan.decode.ffn,
+            plan.prefill.ffn,
+            "for prefill is the more sensitive stage and its weights stay resident",
+        ),
     ):
         for layer, (in_decode, in_prefill) in enumerate(zip(kept_decode, kept_prefill, strict=True)):
             if in_decode and not in_prefill:
                 raise PlanError(
                     f"decode keeps {kind}{layer} but prefill drops it; prefill must keep at least what decode keeps, "
-                    "else decode finds no KV there: keep it in prefill or drop it in decode"
+                    f"{why}: keep it in prefill or drop it in decode"
                 )
     if plan.max_running is not None and plan.max_running < 1:
         raise PlanError(f"plan.max_running is {plan.max_running}; it must be at least 1, or null for no limit")
