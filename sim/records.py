@@ -1,0 +1,95 @@
+"""What a replay leaves behind: one row a request, one row an iteration, the gaps between tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Status(IntEnum):
+    """How a request ended, or where it stood when the replay stopped."""
+
+    WAITING = 0
+    RUNNING = 1
+    FINISHED = 2
+    REJECTED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Records:
+    """One entry a request in every array, in order of arrival; NaN where a moment never came.
+
+    arrival_s, admitted_s, first_token_s, finish_s: float64[n], seconds since the start of the trace;
+        admitted_s is the first admission, a preemption does not move it.
+    prompt_tokens, output_tokens: int64[n], what the trace asked for.
+    produced_tokens: int64[n], what was produced; below output_tokens for a request that did not finish or met
+        the context limit.
+    preemptions: int64[n]. status: int64[n], values of ``Status``.
+    """
+
+    arrival_s: Floats
+    prompt_tokens: Ints
+    output_tokens: Ints
+    produced_tokens: Ints
+    admitted_s: Floats
+    first_token_s: Floats
+    finish_s: Floats
+    preemptions: Ints
+    status: Ints
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    @property
+    def ttft_s(self) -> Floats:
+        """First token minus arrival, queueing included; NaN before the first token."""
+        return self.first_token_s - self.arrival_s
+
+    @property
+    def e2e_s(self) -> Floats:
+        """Last token minus arrival; NaN for a request that did not finish."""
+        return self.finish_s - self.arrival_s
+
+    @property
+    def tpot_s(self) -> Floats:
+        """(Last token - first token) / (produced tokens - 1); NaN for one token or an unfinished request."""
+        gaps = np.where(self.produced_tokens > 1, self.produced_tokens - 1, np.nan)
+        return (self.finish_s - self.first_token_s) / gaps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Iterations:
+    """One entry an iteration in every array.
+
+    start_s, end_s: float64[m]. prefill_tokens: tokens of prompts (or of recomputed requests) it computed.
+    decode_requests: requests it gave one more token after their first. running, waiting: requests as it started.
+    kv_used_share: float64[m], layer blocks held over the pool. preemptions: requests preempted as it was formed.
+    extrapolated: bool[m], whether its price lies outside the calibrated range.
+    """
+
+    start_s: Floats
+    end_s: Floats
+    prefill_tokens: Ints
+    decode_requests: Ints
+    running: Ints
+    waiting: Ints
+    kv_used_share: Floats
+    preemptions: Ints
+    extrapolated: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.start_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenGaps:
+    """Inter-token latencies: ``count[i]`` gaps of ``itl_s[i]`` seconds, gaps across a preemption included."""
+
+    itl_s: Floats
+    count: Ints

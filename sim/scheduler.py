@@ -1,0 +1,230 @@
+"""Forms the batch of one iteration: pure functions, called by the simulator and by the real engine alike.
+
+Two schedulers, each a published engine's behaviour:
+
+| rule                    | ``chunked`` = vLLM 0.19, V1 scheduler          | ``prefill_first`` = vLLM 0.6, V0 default; SwiftLLM |
+|-------------------------|------------------------------------------------|----------------------------------------------------|
+| order within a batch    | running first, then waiting, both first come   | waiting alone while any can be admitted, else      |
+|                         | first served                                   | all running decode                                 |
+| token budget            | ``max_batch_tokens`` for all tokens            | the same, for whole prompts; a decode batch is not |
+|                         | (``max_num_batched_tokens``)                   | limited by it                                      |
+| requests at once        | ``max_running`` (``max_num_seqs``)             | the same                                           |
+| long prompts            | cut to what is left of the budget, and to      | whole; one longer than the budget runs alone       |
+|                         | ``long_prefill_tokens`` when it is above 0     | (V0 refuses such a prompt; nothing is lost here)   |
+|                         | (``long_prefill_token_threshold``)             |                                                    |
+| KV blocks are taken     | for the tokens of this batch, as it is formed  | for the whole prompt at admission, then as tokens  |
+|                         |                                                | are produced                                       |
+| admission needs         | room for this chunk, and for the whole prompt  | room for the whole prompt                          |
+|                         | with ``reserve_full_prompt``                   |                                                    |
+|                         | (``scheduler_reserve_full_isl``, default true) |                                                    |
+| watermark               | none by default                                | share of the pool kept free at admission (V0 0.01) |
+| who is preempted        | the newest running request, until the one that | the same                                           |
+|                         | needs a KV block has it; it may be itself      |                                                    |
+| after a preemption      | no admission in the same batch; the victim     | the same                                           |
+|                         | waits at the head of the queue                 |                                                    |
+| a preempted request     | computes prompt and produced tokens again      | the same                                           |
+
+Prefix caching is off. Memory is counted in KV blocks of one layer ("layer blocks"), because with plans that drop
+MHA blocks requests differ in how many layers they hold; for a dense model of L layers one vLLM block is L of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, TypeVar
+
+from sim.errors import ConfigError, nearest
+
+SCHEDULERS = ("chunked", "prefill_first")
+SchedulerName = Literal["chunked", "prefill_first"]
+
+
+class Schedulable(Protocol):
+    """What a scheduler may know of a request; how long its output will be is not part of it."""
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens whose KV must exist before the next token can be produced: prompt and produced ones."""
+        ...
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens whose KV exists."""
+        ...
+
+    @property
+    def held_layer_blocks(self) -> int:
+        """KV blocks of one layer that the request holds now, over all layers."""
+        ...
+
+
+R = TypeVar("R", bound=Schedulable)
+LayerBlocks = Callable[[R, int], int]
+"""``layer_blocks(request, tokens)``: the KV blocks, summed over layers, that ``tokens`` computed tokens need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What bounds a batch.
+
+    max_batch_tokens: tokens an iteration may compute.
+    max_running: requests that may hold KV at once.
+    long_prefill_tokens: longest chunk of one prompt in one iteration; 0 for no such limit.
+    reserve_full_prompt: admit only when the whole prompt fits, not only its first chunk.
+    watermark_layer_blocks: layer blocks that an admission must leave free.
+    """
+
+    max_batch_tokens: int = 2048
+    max_running: int = 256
+    long_prefill_tokens: int = 0
+    reserve_full_prompt: bool = True
+    watermark_layer_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("max_batch_tokens", "max_running"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("long_prefill_tokens", "watermark_layer_blocks"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[R]):
+    """The decision for one iteration; the executor carries it out in this order.
+
+    preempted: running requests that give up their KV, in the order they were chosen (newest first).
+    admitted: waiting requests that join, in the order they join.
+    scheduled: every request of the batch with the tokens it computes.
+    """
+
+    preempted: tuple[R, ...]
+    admitted: tuple[R, ...]
+    scheduled: tuple[tuple[R, int], ...]
+
+
+def form_batch(
+    scheduler: SchedulerName,
+    waiting: Sequence[R],
+    running: Sequence[R],
+    free_layer_blocks: int,
+    layer_blocks: LayerBlocks[R],
+    limits: Limits,
+) -> Batch[R]:
+    """Return the next batch.
+
+    Args:
+        scheduler: ``chunked`` or ``prefill_first``; the table above says how they differ.
+        waiting: requests that hold no KV, the next one to admit first.
+        running: requests that hold KV, in the order they were admitted.
+        free_layer_blocks: layer blocks of the pool that nobody holds; below 0 when the pool has shrunk under its use.
+        layer_blocks: the layer blocks that a request needs once so many of its tokens are computed.
+        limits: what bounds the batch.
+    Raises:
+        ConfigError: for an unknown scheduler.
+    """
+    if scheduler == "chunked":
+        return _chunked(waiting, running, free_layer_blocks, layer_blocks, limits)
+    if scheduler == "prefill_first":
+        return _prefill_first(waiting, running, free_layer_blocks, layer_blocks, limits)
+    raise ConfigError(f"unknown scheduler {scheduler!r}; {nearest(scheduler, SCHEDULERS)}")
+
+
+def _chunked(
+    waiting: Sequence[R],
+    running: Sequence[R],
+    free_layer_blocks: int,
+    layer_blocks: LayerBlocks[R],
+    limits: Limits,
+) -> Batch[R]:
+    budget_tokens = limits.max_batch_tokens
+    scheduled, preempted, kept, free = _extend_running(
+        running, free_layer_blocks, layer_blocks, budget_tokens, limits.long_prefill_tokens
+    )
+    budget_tokens -= sum(tokens for _, tokens in scheduled)
+    admitted: list[R] = []
+    if not preempted:
+        for request in waiting:
+            if budget_tokens == 0 or kept + len(admitted) >= limits.max_running:
+                break
+            chunk = _chunk_tokens(request, budget_tokens, limits.long_prefill_tokens)
+            need = layer_blocks(request, chunk)
+            must_fit = layer_blocks(request, request.target_tokens) if limits.reserve_full_prompt else need
+            if must_fit + limits.watermark_layer_blocks > free:
+                break
+            free -= need
+            budget_tokens -= chunk
+            admitted.append(request)
+            scheduled.append((request, chunk))
+    return Batch(tuple(preempted), tuple(admitted), tuple(scheduled))
+
+
+def _prefill_first(
+    waiting: Sequence[R],
+    running: Sequence[R],
+    free_layer_blocks: int,
+    layer_blocks: LayerBlocks[R],
+    limits: Limits,
+) -> Batch[R]:
+    budget_tokens, free = limits.max_batch_tokens, free_layer_blocks
+    admitted: list[R] = []
+    for request in waiting:
+        if len(running) + len(admitted) >= limits.max_running:
+            break
+        if request.target_tokens > budget_tokens and admitted:
+            break
+        need = layer_blocks(request, request.target_tokens)
+        if need + limits.watermark_layer_blocks > free:
+            break
+        free -= need
+        budget_tokens -= request.target_tokens
+        admitted.append(request)
+        if budget_tokens <= 0:
+            break
+    if admitted:
+        return Batch((), tuple(admitted), tuple((request, request.target_tokens) for request in admitted))
+    scheduled, preempted, _, _ = _extend_running(running, free_layer_blocks, layer_blocks, len(running), 0)
+    return Batch(tuple(preempted), (), tuple(scheduled))
+
+
+def _extend_running(
+    running: Sequence[R],
+    free: int,
+    layer_blocks: LayerBlocks[R],
+    budget_tokens: int,
+    long_prefill_tokens: int,
+) -> tuple[list[tuple[R, int]], list[R], int, int]:
+    """Give each running request its tokens, oldest first, preempting the newest when KV blocks run out.
+
+    Returns the scheduled requests with their tokens, the preempted ones, how many still run, the free layer blocks.
+    """
+    scheduled: list[tuple[R, int]] = []
+    preempted: list[R] = []
+    kept, index = len(running), 0
+    # A pool that shrank under its use is brought back first, whoever would have been scheduled.
+    while free < 0 and kept:
+        kept -= 1
+        preempted.append(running[kept])
+        free += running[kept].held_layer_blocks
+    while index < kept and budget_tokens > 0:
+        request = running[index]
+        chunk = _chunk_tokens(request, budget_tokens, long_prefill_tokens)
+        need = layer_blocks(request, request.computed_tokens + chunk) - request.held_layer_blocks
+        while need > free and kept > index:
+            kept -= 1
+            preempted.append(running[kept])
+            free += running[kept].held_layer_blocks
+        if kept == index:
+            break  # it was the newest itself, and gave up its own KV blocks
+        free -= need
+        budget_tokens -= chunk
+        scheduled.append((request, chunk))
+        index += 1
+    return scheduled, preempted, kept, free
+
+
+def _chunk_tokens(request: Schedulable, budget_tokens: int, long_prefill_tokens: int) -> int:
+    """Return how many tokens of a request this iteration computes."""
+    chunk = min(request.target_tokens - request.computed_tokens, budget_tokens)
+    return min(chunk, long_prefill_tokens) if long_prefill_tokens > 0 else chunk
