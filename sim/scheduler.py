@@ -2,27 +2,21 @@
 
 Two schedulers, each a published engine's behaviour:
 
-| rule                    | ``chunked`` = vLLM 0.19, V1 scheduler          | ``prefill_first`` = vLLM 0.6, V0 default; SwiftLLM |
-|-------------------------|------------------------------------------------|----------------------------------------------------|
-| order within a batch    | running first, then waiting, both first come   | waiting alone while any can be admitted, else      |
-|                         | first served                                   | all running decode                                 |
-| token budget            | ``max_batch_tokens`` for all tokens            | the same, for whole prompts; a decode batch is not |
-|                         | (``max_num_batched_tokens``)                   | limited by it                                      |
-| requests at once        | ``max_running`` (``max_num_seqs``)             | the same                                           |
-| long prompts            | cut to what is left of the budget, and to      | whole; one longer than the budget runs alone       |
-|                         | ``long_prefill_tokens`` when it is above 0     | (V0 refuses such a prompt; nothing is lost here)   |
-|                         | (``long_prefill_token_threshold``)             |                                                    |
-| KV blocks are taken     | for the tokens of this batch, as it is formed  | for the whole prompt at admission, then as tokens  |
-|                         |                                                | are produced                                       |
-| admission needs         | room for this chunk, and for the whole prompt  | room for the whole prompt                          |
-|                         | with ``reserve_full_prompt``                   |                                                    |
-|                         | (``scheduler_reserve_full_isl``, default true) |                                                    |
-| watermark               | none by default                                | share of the pool kept free at admission (V0 0.01) |
-| who is preempted        | the newest running request, until the one that | the same                                           |
-|                         | needs a KV block has it; it may be itself      |                                                    |
-| after a preemption      | no admission in the same batch; the victim     | the same                                           |
-|                         | waits at the head of the queue                 |                                                    |
-| a preempted request     | computes prompt and produced tokens again      | the same                                           |
+| rule | `chunked`: vLLM 0.19, V1 scheduler | `prefill_first`: vLLM 0.6, V0 default, and SwiftLLM |
+|---|---|---|
+| order | running first, then waiting; each first come, first served | waiting alone while any fits, else all decode |
+| token budget | `max_batch_tokens` over all (`max_num_batched_tokens`) | the same over whole prompts; decodes are free |
+| requests at once | `max_running` (`max_num_seqs`) | the same |
+| long prompts | cut to the budget left and to `long_prefill_tokens` | whole; one above the budget runs alone [1] |
+| KV blocks are taken | for the tokens of this batch, as it is formed | for the whole prompt, then token by token |
+| admission needs | room for the chunk, and for the prompt if `reserve_full_prompt` [2] | room for the prompt |
+| watermark | none by default | a share of the pool stays free at admission (0.01) |
+| who is preempted | the newest running, until the needy one has its KV block; itself last | the same |
+| after a preemption | nobody is admitted; the victim waits at the head of the queue | the same |
+| a preempted request | computes prompt and produced tokens again | the same |
+
+[1] V0 refuses such a prompt; here nothing is lost. [2] vLLM's `scheduler_reserve_full_isl`, true by default, and
+`long_prefill_token_threshold` for `long_prefill_tokens`.
 
 Prefix caching is off. Memory is counted in KV blocks of one layer ("layer blocks"), because with plans that drop
 MHA blocks requests differ in how many layers they hold; for a dense model of L layers one vLLM block is L of them.

@@ -18,5 +18,7 @@ def data() -> Path:
     """Return the folder of shared data; skip the test where there is none."""
     folder = data_dir()
     if not (folder / "traces").is_dir():
-        pytest.skip(f"no request traces at {folder}; set {DATA_VARIABLE} to a folder that holds traces/ and calibration/")
+        pytest.skip(
+            f"no request traces at {folder}; set {DATA_VARIABLE} to a folder that holds traces/ and calibration/"
+        )
     return folder

@@ -178,7 +178,7 @@ def test_requests_submitted_to_an_idle_engine_are_served() -> None:
 def test_a_constant_latency_server_matches_the_m_d_1_waiting_time() -> None:
     """Pollaczek-Khinchine for deterministic service in the mean, Lindley's recursion request by request."""
     rng = np.random.default_rng(1)
-    for load in (0.3, 0.5, 0.7):
+    for load in (0.3, 0.5):
         arrivals_s = np.cumsum(rng.exponential(1.0 / load, size=30_000))
         records = serve(tiny_engine(max_running=1), *[(float(t), 1, 1) for t in arrivals_s])
         waits_s = records.admitted_s - records.arrival_s
