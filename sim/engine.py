@@ -19,6 +19,7 @@ import numpy as np
 import simpy
 
 from sim.errors import BudgetError, ConfigError, PlanError, nearest
+from sim.kv_pool import KVPool
 from sim.memory import kv_blocks, kv_pool_layer_blocks, weight_bytes
 from sim.model import ModelSpec
 from sim.plan import KV_KEEP_ALL, Plan, check_plan
@@ -46,6 +47,8 @@ class EngineConfig:
     limits: token budget, requests at once, chunking and admission rules.
     kv_block_tokens: tokens of one KV block.
     kv_watermark_share: share of the KV pool that an admission must leave free (vLLM V0: 0.01).
+    reuse_preempted_kv: whether a preempted request finds again what others have not overwritten of its KV, as with
+        vLLM's prefix caching; without it everything is computed again.
     max_context_tokens: prompt and output of one request together; None takes the model's own limit.
     """
 
@@ -53,6 +56,7 @@ class EngineConfig:
     limits: Limits = field(default_factory=Limits)
     kv_block_tokens: int = 16
     kv_watermark_share: float = 0.0
+    reuse_preempted_kv: bool = False
     max_context_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -120,12 +124,7 @@ class Price(Protocol):
         ...
 
     def in_range(
-        self,
-        plan: Plan,
-        chunks: Sequence[tuple[int, int]],
-        decode_batch: int,
-        decode_context_sum: int,
-        sequences: int,
+        self, chunks: Sequence[tuple[int, int]], decode_batch: int, decode_context_sum: int, sequences: int
     ) -> bool:
         """Return whether that price needed no extrapolation."""
         ...
@@ -218,7 +217,6 @@ class SimEngine:
         self._resume: simpy.Event | None = None
         self._hold_at_s = math.nan
         self._wake: simpy.Event | None = None
-        self._used_layer_blocks = 0
         self._arrived_prompt_tokens = self._first_tokens = self._produced_tokens = 0
         self._finished = self._rejected = self._preemptions = 0
         self._ttft_sum_s = self._busy_s = 0.0
@@ -331,7 +329,7 @@ class SimEngine:
             self._busy_s += duration_s
             # A request that arrives at the very end of an iteration arrives before it ends.
             self._take_arrivals(self.env.now)
-            used_share = self._used_layer_blocks / max(self._pool_layer_blocks, 1)
+            used_share = self._pool.used_layer_blocks / max(self._pool.layer_blocks, 1)
             self._finish(batch)
             self._iterations.append(
                 (
@@ -377,7 +375,7 @@ class SimEngine:
             self.config.scheduler,
             self._waiting,
             self._running,
-            self._pool_layer_blocks - self._used_layer_blocks,
+            self._pool.free_layer_blocks,
             self._layer_blocks,
             self._limits,
         )
@@ -386,14 +384,15 @@ class SimEngine:
         """Preempt, admit and take KV blocks, as the batch says."""
         for live in batch.preempted:
             assert self._running.pop() is live
-            self._used_layer_blocks -= live.held_layer_blocks
-            live.held_layer_blocks = live.computed_tokens = 0
+            self._let_go(live)
             live.preemptions += 1
             live.status = Status.WAITING
             self._preemptions += 1
             self._waiting.appendleft(live)
         for live in batch.admitted:
             assert self._waiting.popleft() is live
+            live.held_layer_blocks = self._layer_blocks(live, live.computed_tokens)
+            self._pool.claim(live.request.request_id, live.held_layer_blocks)
             live.prefill_tokens = live.target_tokens
             live.status = Status.RUNNING
             if math.isnan(live.admitted_s):
@@ -401,9 +400,30 @@ class SimEngine:
             self._running.append(live)
         for live, tokens in batch.scheduled:
             need = self._layer_blocks(live, live.computed_tokens + tokens)
-            self._used_layer_blocks += need - live.held_layer_blocks
+            overwritten = self._pool.take(need - live.held_layer_blocks)
             live.held_layer_blocks = need
-        assert 0 <= self._used_layer_blocks <= self._pool_layer_blocks
+            for request_id in overwritten:
+                self._all[request_id].computed_tokens = self._found_again(self._all[request_id])
+
+    def _let_go(self, live: _Live) -> None:
+        """Take a running request's KV blocks; note what it will find again if it comes back at once."""
+        owner = live.request.request_id if self.config.reuse_preempted_kv else -1
+        self._pool.release(live.held_layer_blocks, owner)
+        live.held_layer_blocks = 0
+        live.computed_tokens = self._found_again(live)
+
+    def _found_again(self, live: _Live) -> int:
+        """Return the tokens of a preempted request whose KV nobody has overwritten: whole KV blocks from the first on.
+
+        At least one token is computed again, as in vLLM, to have something to sample from.
+        """
+        kept = self._pool.kept_layer_blocks(live.request.request_id)
+        if not kept:
+            return 0
+        block_tokens = self.config.kv_block_tokens
+        # The run's last block may be partly filled; such a block is never found again.
+        whole = min(kept // self._kv_layers, live.computed_tokens // block_tokens)
+        return min(whole, (live.target_tokens - 1) // block_tokens) * block_tokens
 
     def _price(self, batch: Batch[_Live]) -> tuple[float, bool]:
         """Return the seconds of an iteration, and whether they are extrapolated."""
@@ -411,7 +431,7 @@ class SimEngine:
         contexts = [live.computed_tokens for live, _ in batch.scheduled if live.decoding]
         sequences = sum(live.computed_tokens + tokens == live.target_tokens for live, tokens in batch.scheduled)
         shape = (chunks, len(contexts), sum(contexts), sequences)
-        return self._latency.iteration_s(self._plan, *shape), not self._latency.in_range(self._plan, *shape)
+        return self._latency.iteration_s(self._plan, *shape), not self._latency.in_range(*shape)
 
     def _finish(self, batch: Batch[_Live]) -> None:
         """Give every request that caught up its next token, and let go of those that have their last."""
@@ -434,7 +454,7 @@ class SimEngine:
                 live.finish_s = now_s
                 live.status = Status.FINISHED
                 self._finished += 1
-                self._used_layer_blocks -= live.held_layer_blocks
+                self._pool.release(live.held_layer_blocks)
                 live.held_layer_blocks = 0
                 done = True
         if done:
@@ -448,15 +468,16 @@ class SimEngine:
         self._plan = plan
         self._weight_bytes = weight_bytes(self._model, plan)
         self._kv_layers = sum(plan.prefill.mha)
-        self._pool_layer_blocks = kv_pool_layer_blocks(
+        pool_layer_blocks = kv_pool_layer_blocks(
             self._model, plan, self._budget_bytes, self._workspace_bytes, self.config.kv_block_tokens
         )
+        self._pool = KVPool(pool_layer_blocks)
         limits = self.config.limits
         self._limits = replace(
             limits,
             max_running=min(limits.max_running, plan.max_running or limits.max_running),
             watermark_layer_blocks=limits.watermark_layer_blocks
-            + math.ceil(self.config.kv_watermark_share * self._pool_layer_blocks),
+            + math.ceil(self.config.kv_watermark_share * pool_layer_blocks),
         )
 
     def _layer_blocks(self, live: _Live, tokens: int) -> int:
@@ -466,7 +487,7 @@ class SimEngine:
         """Return the longest context one request may reach, so that it fits the pool alone, as vLLM demands."""
         limit = self.config.max_context_tokens or self._model.max_context_tokens
         if self._kv_layers:
-            blocks = (self._pool_layer_blocks - self._limits.watermark_layer_blocks) // self._kv_layers
+            blocks = (self._pool.layer_blocks - self._limits.watermark_layer_blocks) // self._kv_layers
             limit = min(limit, blocks * self.config.kv_block_tokens)
         if limit < 2 or self._weight_bytes + self._workspace_bytes > self._budget_bytes:
             raise BudgetError(
@@ -486,8 +507,8 @@ class SimEngine:
             oldest_wait_s=now_s - self._waiting[0].request.arrival_s if self._waiting else 0.0,
             running=len(self._running),
             running_tokens=sum(live.computed_tokens for live in self._running),
-            kv_layer_blocks=self._pool_layer_blocks,
-            kv_used_layer_blocks=self._used_layer_blocks,
+            kv_layer_blocks=self._pool.layer_blocks,
+            kv_used_layer_blocks=self._pool.used_layer_blocks,
             budget_bytes=self._budget_bytes,
             weight_bytes=self._weight_bytes,
             arrived=len(self._all),

@@ -5,7 +5,7 @@ Two schedulers, each a published engine's behaviour:
 | rule | `chunked`: vLLM 0.19, V1 scheduler | `prefill_first`: vLLM 0.6, V0 default, and SwiftLLM |
 |---|---|---|
 | order | running first, then waiting; each first come, first served | waiting alone while any fits, else all decode |
-| token budget | `max_batch_tokens` over all (`max_num_batched_tokens`) | the same over whole prompts; decodes are free |
+| token budget | `max_batch_tokens` over all (`max_num_batched_tokens`) | the same over whole prompts; decode is free |
 | requests at once | `max_running` (`max_num_seqs`) | the same |
 | long prompts | cut to the budget left and to `long_prefill_tokens` | whole; one above the budget runs alone [1] |
 | KV blocks are taken | for the tokens of this batch, as it is formed | for the whole prompt, then token by token |
@@ -13,7 +13,7 @@ Two schedulers, each a published engine's behaviour:
 | watermark | none by default | a share of the pool stays free at admission (0.01) |
 | who is preempted | the newest running, until the needy one has its KV block; itself last | the same |
 | after a preemption | nobody is admitted; the victim waits at the head of the queue | the same |
-| a preempted request | computes prompt and produced tokens again | the same |
+| a preempted request | computes prompt and produced tokens again, but for KV it finds again | all of them |
 
 [1] V0 refuses such a prompt; here nothing is lost. [2] vLLM's `scheduler_reserve_full_isl`, true by default, and
 `long_prefill_token_threshold` for `long_prefill_tokens`.
@@ -44,7 +44,7 @@ class Schedulable(Protocol):
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens whose KV exists."""
+        """Tokens whose KV exists; of a waiting request, those it will find again when it is admitted."""
         ...
 
     @property
@@ -110,7 +110,7 @@ def form_batch(
 
     Args:
         scheduler: ``chunked`` or ``prefill_first``; the table above says how they differ.
-        waiting: requests that hold no KV, the next one to admit first.
+        waiting: requests that hold no KV, the next one to admit first. What one of them finds again counts as free.
         running: requests that hold KV, in the order they were admitted.
         free_layer_blocks: layer blocks of the pool that nobody holds; below 0 when the pool has shrunk under its use.
         layer_blocks: the layer blocks that a request needs once so many of its tokens are computed.
@@ -143,7 +143,7 @@ def _chunked(
             if budget_tokens == 0 or kept + len(admitted) >= limits.max_running:
                 break
             chunk = _chunk_tokens(request, budget_tokens, limits.long_prefill_tokens)
-            need = layer_blocks(request, chunk)
+            need = layer_blocks(request, request.computed_tokens + chunk)
             must_fit = layer_blocks(request, request.target_tokens) if limits.reserve_full_prompt else need
             if must_fit + limits.watermark_layer_blocks > free:
                 break
@@ -166,18 +166,19 @@ def _prefill_first(
     for request in waiting:
         if len(running) + len(admitted) >= limits.max_running:
             break
-        if request.target_tokens > budget_tokens and admitted:
+        tokens = request.target_tokens - request.computed_tokens
+        if tokens > budget_tokens and admitted:
             break
         need = layer_blocks(request, request.target_tokens)
         if need + limits.watermark_layer_blocks > free:
             break
         free -= need
-        budget_tokens -= request.target_tokens
+        budget_tokens -= tokens
         admitted.append(request)
         if budget_tokens <= 0:
             break
     if admitted:
-        return Batch((), tuple(admitted), tuple((request, request.target_tokens) for request in admitted))
+        return Batch((), tuple(admitted), tuple((r, r.target_tokens - r.computed_tokens) for r in admitted))
     scheduled, preempted, _, _ = _extend_running(running, free_layer_blocks, layer_blocks, len(running), 0)
     return Batch(tuple(preempted), (), tuple(scheduled))
 

@@ -1,0 +1,83 @@
+"""The pool of KV blocks of one replica: how many are free, and whose old content the free ones still hold.
+
+Counted in KV blocks of one layer. Real engines hand out the block that has been free longest, so what a preempted
+request left behind stays readable until others have taken it: vLLM's prefix cache, seen from one request. The pool keeps
+that order as runs of blocks, not block by block.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class _Run:
+    """Free blocks that were freed together; ``owner`` -1 when nobody can use what they hold."""
+
+    owner: int
+    layer_blocks: int
+
+
+class KVPool:
+    """Free and held KV blocks, always adding up to ``layer_blocks``."""
+
+    def __init__(self, layer_blocks: int) -> None:
+        self.layer_blocks = layer_blocks
+        self._free_layer_blocks = layer_blocks
+        self._runs: deque[_Run] = deque([_Run(-1, layer_blocks)])
+        self._kept: dict[int, _Run] = {}
+
+    @property
+    def free_layer_blocks(self) -> int:
+        """Blocks that nobody holds."""
+        return self._free_layer_blocks
+
+    @property
+    def used_layer_blocks(self) -> int:
+        """Blocks that requests hold."""
+        return self.layer_blocks - self._free_layer_blocks
+
+    def take(self, layer_blocks: int) -> list[int]:
+        """Hold so many more blocks, the longest free first; return the owners whose content was (partly) overwritten."""
+        assert 0 <= layer_blocks <= self._free_layer_blocks
+        self._free_layer_blocks -= layer_blocks
+        overwritten = []
+        while layer_blocks:
+            run = self._runs[0]
+            taken = min(run.layer_blocks, layer_blocks)
+            run.layer_blocks -= taken
+            layer_blocks -= taken
+            if taken and run.owner >= 0:
+                overwritten.append(run.owner)
+            if not run.layer_blocks:
+                self._runs.popleft()
+                self._kept.pop(run.owner, None)
+        return overwritten
+
+    def release(self, layer_blocks: int, owner: int = -1) -> None:
+        """Free blocks; their content stays readable for ``owner`` until they are taken. The last tokens' go first."""
+        self._free_layer_blocks += layer_blocks
+        assert self._free_layer_blocks <= self.layer_blocks
+        if owner < 0 and self._runs and self._runs[-1].owner < 0:
+            self._runs[-1].layer_blocks += layer_blocks
+        elif layer_blocks:
+            run = _Run(owner, layer_blocks)
+            self._runs.append(run)
+            if owner >= 0:
+                self._kept[owner] = run
+
+    def kept_layer_blocks(self, owner: int) -> int:
+        """Return how many blocks still hold what ``owner`` left behind."""
+        run = self._kept.get(owner)
+        return run.layer_blocks if run else 0
+
+    def claim(self, owner: int, layer_blocks: int) -> None:
+        """Hold ``layer_blocks`` of what ``owner`` left behind again; the rest of it is anybody's."""
+        if not layer_blocks:
+            return
+        run = self._kept.pop(owner)
+        assert layer_blocks <= run.layer_blocks
+        run.layer_blocks -= layer_blocks
+        run.owner = -1
+        self._free_layer_blocks -= layer_blocks
