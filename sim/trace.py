@@ -1,0 +1,241 @@
+"""A trace: when each request arrives, how long its prompt is, and how long its answer will be."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sim.errors import TraceError
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+MAX_TOKENS = 10**9
+"""No real prompt or answer is longer; a larger number is a unit or a column mixed up."""
+MAX_ARRIVAL_S = 1e9
+"""31 years; a larger number is an epoch time or milliseconds, not seconds since the start of the trace."""
+HASH_BLOCK_TOKENS = 512
+"""Prompt tokens that one entry of ``hash_ids`` stands for (Mooncake, FAST 2025, section on its traces)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trace:
+    """Requests sorted by arrival; ties keep their order in the file. The arrays are read-only.
+
+    Time 0 is the start of what the trace covers, not necessarily an arrival: readers of logs put it at the
+    first request, ``window`` puts it at the start of the window, a generator at the start of its process.
+    Two traces are equal when their requests are (arrivals, lengths, prefix ids); name, source and history
+    say where they come from and do not count.
+
+    Args:
+        arrival_s: seconds since the start, float64, not decreasing.
+        prompt_tokens: at least 1, int64.
+        output_tokens: at least 1, int64. The trace's secret: engines know it, policies never do.
+        hash_ids: for each request the ids of its prefix blocks of 512 tokens, or None where the source has none.
+        name: what tables and plots call it.
+        source: the file as the user named it, or the generator.
+        history: what was done to it, one readable sentence a step, oldest first.
+        time_quantum_s: step of the source's clock; 0 for a fine one, 1 for BurstGPT, 3 for Mooncake.
+
+    Raises:
+        TraceError: naming the first request that is wrong, its value and what is allowed.
+    """
+
+    arrival_s: FloatArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    hash_ids: tuple[IntArray, ...] | None = None
+    name: str = "trace"
+    source: str = "arrays"
+    history: tuple[str, ...] = ()
+    time_quantum_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        arrival_s = _frozen_floats(self.arrival_s)
+        prompt_tokens = _frozen_tokens("prompt_tokens", self.prompt_tokens)
+        output_tokens = _frozen_tokens("output_tokens", self.output_tokens)
+        lengths = {
+            "arrival_s": len(arrival_s),
+            "prompt_tokens": len(prompt_tokens),
+            "output_tokens": len(output_tokens),
+        }
+        if len(set(lengths.values())) != 1:
+            raise TraceError(f"columns of different length: {lengths}; every request needs one entry in each")
+        if len(arrival_s) == 0:
+            raise TraceError("a trace needs at least one request and this one has none")
+        _check(arrival_s, "arrival_s", np.isfinite(arrival_s), "a finite number of seconds")
+        _check(arrival_s, "arrival_s", arrival_s >= 0, "at least 0")
+        _check(arrival_s, "arrival_s", arrival_s <= MAX_ARRIVAL_S, f"at most {MAX_ARRIVAL_S:g} s; subtract the start")
+        in_order = np.concatenate(([True], arrival_s[1:] >= arrival_s[:-1]))
+        _check(arrival_s, "arrival_s", in_order, "not before the request ahead of it; sort by arrival_s first")
+        _check_hash_ids_count(self.hash_ids, len(arrival_s))
+        if not (np.isfinite(self.time_quantum_s) and self.time_quantum_s >= 0):
+            raise TraceError(f"time_quantum_s is {self.time_quantum_s}; it must be a finite number, 0 for a fine clock")
+        object.__setattr__(self, "arrival_s", arrival_s)
+        object.__setattr__(self, "prompt_tokens", prompt_tokens)
+        object.__setattr__(self, "output_tokens", output_tokens)
+        object.__setattr__(self, "hash_ids", None if self.hash_ids is None else _frozen_hash_ids(self.hash_ids))
+        object.__setattr__(self, "history", tuple(self.history))
+        object.__setattr__(self, "time_quantum_s", float(self.time_quantum_s))
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Trace):
+            return NotImplemented
+        if (self.hash_ids is None) != (other.hash_ids is None) or len(self) != len(other):
+            return False
+        return (
+            np.array_equal(self.arrival_s, other.arrival_s)
+            and np.array_equal(self.prompt_tokens, other.prompt_tokens)
+            and np.array_equal(self.output_tokens, other.output_tokens)
+            and all(np.array_equal(a, b) for a, b in zip(self.hash_ids or (), other.hash_ids or (), strict=True))
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.content_hash())
+
+    def content_hash(self) -> str:
+        """Return the SHA-256 of the requests as hex: equal for equal traces, on any machine."""
+        digest = hashlib.sha256(f"trace of {len(self)} requests".encode())
+        # + 0.0 turns -0.0 into 0.0, which is equal and must hash alike.
+        digest.update((self.arrival_s + 0.0).astype("<f8").tobytes())
+        digest.update(self.prompt_tokens.astype("<i8").tobytes())
+        digest.update(self.output_tokens.astype("<i8").tobytes())
+        if self.hash_ids is not None:
+            counts, flat = _flatten(self.hash_ids)
+            digest.update(b"hash_ids")
+            digest.update(counts.astype("<i8").tobytes())
+            digest.update(flat.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds from the first arrival to the last."""
+        return float(self.arrival_s[-1] - self.arrival_s[0])
+
+    @property
+    def mean_rate_rps(self) -> float:
+        """Requests divided by ``duration_s``; NaN when all arrive at one instant."""
+        return len(self) / self.duration_s if self.duration_s > 0 else float("nan")
+
+    @property
+    def interarrival_cv(self) -> float:
+        """Standard deviation of the gaps between arrivals over their mean: 1 for Poisson; NaN without a gap."""
+        gaps_s = np.diff(self.arrival_s)
+        mean_s = float(gaps_s.mean()) if len(gaps_s) else 0.0
+        return float(gaps_s.std()) / mean_s if mean_s > 0 else float("nan")
+
+    def peak_rate_rps(self, window_s: float = 60.0) -> float:
+        """Return the most requests that any window of ``window_s`` seconds holds, per second."""
+        last = np.searchsorted(self.arrival_s, self.arrival_s + window_s, side="left")
+        return float((last - np.arange(len(self))).max()) / window_s
+
+    def with_history(self, step: str) -> Trace:
+        """Return the same requests with one more line of history."""
+        return replace(self, history=(*self.history, step))
+
+    def take(self, index: ArrayLike) -> Trace:
+        """Return the requests at ``index`` (a mask or increasing positions), everything else unchanged.
+
+        Raises:
+            TraceError: if none is left.
+        """
+        index = np.asarray(index)
+        chosen = np.flatnonzero(index) if index.dtype == np.bool_ else index
+        return replace(
+            self,
+            arrival_s=self.arrival_s[chosen],
+            prompt_tokens=self.prompt_tokens[chosen],
+            output_tokens=self.output_tokens[chosen],
+            hash_ids=None if self.hash_ids is None else tuple(self.hash_ids[i] for i in chosen),
+        )
+
+
+def sorted_trace(
+    *,
+    arrival_s: ArrayLike,
+    prompt_tokens: ArrayLike,
+    output_tokens: ArrayLike,
+    hash_ids: Sequence[IntArray] | None = None,
+    **described: Any,
+) -> Trace:
+    """Return a trace of requests given in any order: sorted by arrival, ties in the order given.
+
+    Args:
+        described: name, source, history and time_quantum_s as ``Trace`` takes them.
+    Raises:
+        TraceError: as ``Trace`` does.
+    """
+    arrival = np.asarray(arrival_s)
+    order = np.argsort(arrival, kind="stable")
+    return Trace(
+        arrival_s=arrival[order],
+        prompt_tokens=np.asarray(prompt_tokens)[order],
+        output_tokens=np.asarray(output_tokens)[order],
+        hash_ids=None if hash_ids is None else tuple(hash_ids[i] for i in order),
+        **described,
+    )
+
+
+def _frozen_floats(values: ArrayLike) -> FloatArray:
+    try:
+        array = np.array(values, dtype=np.float64, ndmin=1)  # a copy: the caller's array stays writable
+    except (TypeError, ValueError) as error:
+        raise TraceError(f"arrival_s must be numbers of seconds: {error}") from error
+    if array.ndim != 1:
+        raise TraceError(f"arrival_s has {array.ndim} dimensions; it must have one, a number for each request")
+    array.setflags(write=False)
+    return array
+
+
+def _frozen_tokens(name: str, values: ArrayLike) -> IntArray:
+    array = np.array(values, ndmin=1)
+    if array.ndim != 1:
+        raise TraceError(f"{name} has {array.ndim} dimensions; it must have one, a number for each request")
+    if array.dtype.kind == "f":
+        whole = np.isfinite(array) & (array == np.floor(array))
+        _check(array, name, whole, "a whole number")
+    elif array.dtype.kind not in "iu":
+        raise TraceError(f"{name} is of type {array.dtype}; it must be whole numbers")
+    _check(array, name, array >= 1, "at least 1")
+    _check(array, name, array <= MAX_TOKENS, f"at most {MAX_TOKENS:,}")
+    tokens: IntArray = array.astype(np.int64)
+    tokens.setflags(write=False)
+    return tokens
+
+
+def _check(values: NDArray[Any], name: str, good: NDArray[np.bool_], allowed: str) -> None:
+    if not good.all():
+        first = int(np.argmin(good))
+        raise TraceError(
+            f"{name} of request {first} is {values[first]}; it must be {allowed} "
+            f"({int((~good).sum())} of {len(values)} requests are wrong)"
+        )
+
+
+def _check_hash_ids_count(hash_ids: Sequence[IntArray] | None, requests: int) -> None:
+    if hash_ids is not None and len(hash_ids) != requests:
+        raise TraceError(f"hash_ids has {len(hash_ids)} entries for {requests} requests; give one list each, or None")
+
+
+def _flatten(hash_ids: Sequence[IntArray]) -> tuple[IntArray, IntArray]:
+    counts = np.fromiter(map(len, hash_ids), dtype=np.int64, count=len(hash_ids))
+    flat = np.concatenate(hash_ids) if counts.sum() else np.empty(0)
+    return counts, flat.astype(np.int64)
+
+
+def _frozen_hash_ids(hash_ids: Iterable[IntArray]) -> tuple[IntArray, ...]:
+    # One flat read-only array with a view a request: a million small arrays would not fit where one does.
+    counts, flat = _flatten([np.asarray(ids) for ids in hash_ids])
+    if len(flat) and flat.min() < 0:
+        raise TraceError(f"hash_ids holds {flat.min()}; ids of prefix blocks are 0 or more")
+    flat.setflags(write=False)
+    ends = np.cumsum(counts)
+    return tuple(flat[start:end] for start, end in zip((ends - counts).tolist(), ends.tolist(), strict=True))
