@@ -1,0 +1,168 @@
+"""``python -m sim.replay``: from a configuration to a run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sim.config import build, one_thread, run_command
+from sim.engine import SimEngine
+from sim.errors import ConfigError
+from sim.latency import CALIBRATIONS, load_calibration
+from sim.metrics import iterations_frame, records_frame, summarise
+from sim.replay import replay
+from sim.report import plot_replay, print_summary
+from sim.runs import provenance, write_json, write_parquet, write_text
+from sim.trace import Trace
+from sim.workload import apply_steps
+
+
+def replay_command() -> None:
+    """Run ``python -m sim.replay``."""
+    one_thread()
+    run_command(_run, "replay")
+
+
+def build_trace(cfg: DictConfig) -> Trace:
+    """Build the trace of a configuration, its workload steps applied."""
+    trace = build(cfg.trace)
+    steps = [build(step) for step in cfg.workload.steps]
+    return apply_steps(trace, steps, seed=cfg.seed)
+
+
+def find_calibration(model: str, gpu: str) -> str:
+    """Return the name of the calibration of ``model`` on ``gpu``; of several, the one with the plainest name.
+
+    Raises:
+        ConfigError: if there is none, naming what there is for this model and for others.
+    """
+    known = {}
+    for path in sorted(CALIBRATIONS.glob("*.json")):
+        described = json.loads(path.read_text(encoding="utf-8"))
+        known[path.stem] = (described["model"], described["device"])
+    found = [name for name, pair in known.items() if pair == (model, gpu)]
+    if not found:
+        devices = sorted(f"{name} (gpu={pair[1]})" for name, pair in known.items() if pair[0] == model)
+        models = sorted({pair[0] for pair in known.values()})
+        raise ConfigError(
+            f"no calibration of {model} on {gpu}; "
+            + (f"there are {', '.join(devices)}" if devices else f"calibrated models are {', '.join(models)}")
+            + "; set gpu= or model= to such a pair, calibration= to a file of your own, or make one with hw.calibrate"
+        )
+    return min(found, key=lambda name: (len(name), name))
+
+
+def build_engine(cfg: DictConfig) -> tuple[SimEngine, Any]:
+    """Build the engine and the policy of a configuration."""
+    model, gpu = build(cfg.model), build(cfg.gpu)
+    policy = build(cfg.policy)(model)
+    config = build(cfg.engine)
+    latency = load_calibration(cfg.calibration or find_calibration(model.name, gpu.name))
+    if cfg.fixed_s is not None:
+        latency = latency.with_fixed(cfg.fixed_s, "fixed_s of the configuration")
+    if latency.model != model.name:
+        raise ConfigError(
+            f"calibration {latency.name!r} was made for model {latency.model!r}, not {model.name!r}; "
+            f"set calibration= to one made for it, or model={latency.model}"
+        )
+    budget_bytes = build(cfg.budget)(
+        workspace_bytes=cfg.workspace_bytes,
+        model=model,
+        gpu=gpu,
+        plan=policy.first_plan,
+        kv_block_tokens=config.kv_block_tokens,
+    )
+    engine = SimEngine(
+        model=model,
+        latency=latency,
+        config=config,
+        plan=policy.first_plan,
+        budget_bytes=budget_bytes,
+        workspace_bytes=int(cfg.workspace_bytes),
+    )
+    return engine, policy
+
+
+def _run(cfg: DictConfig) -> dict[str, Any]:
+    """Replay, write the run folder, print the table; return the summary."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    console = Console()
+    trace = build_trace(cfg)
+    engine, policy = build_engine(cfg)
+    slo = build(cfg.slo)
+    label = cfg.label or str(OmegaConf.select(HydraConfig.get(), "runtime.choices.trace"))
+    title = f"{label}: {len(trace):,} requests on {cfg.model.name}, {cfg.gpu.name}"
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(
+        folder / "provenance.json",
+        {
+            **provenance(cfg.seed),
+            "trace": {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history},
+        },
+    )
+    interrupted = False
+    started_cpu_s = time.process_time()
+    try:
+        with _ProgressBar(console, trace) as on_progress:
+            replay(trace, engine, policy, tick_s=cfg.tick_s, on_progress=on_progress)
+    except KeyboardInterrupt:
+        interrupted = True
+    cpu_s = time.process_time() - started_cpu_s
+    records, iterations = engine.records(), engine.iterations()
+    summary = summarise(
+        records, iterations, engine.token_gaps(), slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s
+    )
+    summary["interrupted"] = interrupted
+    write_parquet(folder / "records.parquet", records_frame(records, slo))
+    if cfg.iterations:
+        write_parquet(folder / "iterations.parquet", iterations_frame(iterations))
+    if cfg.plot:
+        plot_replay(folder / "replay.png", records, iterations, slo, title)
+    write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+    print_summary(summary, title, console)
+    if interrupted:
+        console.print(
+            f"interrupted: kept the records of {len(records):,} requests that had arrived, in {folder}", highlight=False
+        )
+        sys.exit(130)
+    console.print(f"files: {folder}", highlight=False, soft_wrap=True)
+    return summary
+
+
+class _ProgressBar:
+    """A progress bar on a terminal once a replay takes more than a second; nothing elsewhere."""
+
+    def __init__(self, console: Console, trace: Trace) -> None:
+        self._total = len(trace)
+        self._bar = Progress(
+            TextColumn("replaying"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} requests, {task.fields[at]:,.0f} s simulated"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._shown = console.is_terminal
+
+    def __enter__(self) -> Any:
+        if not self._shown:
+            return None
+        self._bar.start()
+        self._task = self._bar.add_task("replay", total=self._total, at=0.0)
+        return lambda time_s, done: self._bar.update(
+            self._task, completed=done, at=0.0 if math.isinf(time_s) else time_s
+        )
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._bar.stop()

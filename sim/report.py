@@ -1,0 +1,100 @@
+"""What a person sees of a run: a table on the terminal, a picture in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sim.metrics import Slo
+from sim.records import Iterations, Records, Status
+from sim.runs import write_whole
+
+COUNTS = ("requests", "finished", "rejected", "unfinished", "truncated", "not_arrived", "preemptions", "iterations")
+DISTRIBUTIONS = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
+
+
+def print_summary(summary: Mapping[str, Any], title: str, console: Console | None = None) -> None:
+    """Print the figures of one replay: tables on a terminal, plain ``name value`` lines elsewhere."""
+    console = console or Console()
+    rates = {
+        "SLO attainment": _percent(summary["slo_attainment"]),
+        "goodput_rps": _number(summary["goodput_rps"]),
+        "request_rate_rps": _number(summary["request_rate_rps"]),
+        "output_tokens_per_s": _number(summary["output_tokens_per_s"]),
+        "makespan_s": _number(summary["makespan_s"]),
+        "KV peak share": _percent(summary["kv_peak_share"]),
+        "extrapolated iterations": _percent(summary["extrapolated_share"]),
+        "requests_per_cpu_s": _number(summary["requests_per_cpu_s"]),
+    }
+    if not console.is_terminal:
+        console.print(title, markup=False, highlight=False)
+        for name in COUNTS:
+            console.print(f"{name} {summary[name]}", highlight=False)
+        for name in DISTRIBUTIONS:
+            values = " ".join(f"{c}={_number(summary[name][c])}" for c in COLUMNS)
+            console.print(f"{name} {values}", highlight=False, soft_wrap=True)
+        for name, value in rates.items():
+            console.print(f"{name.replace(' ', '_')} {value}", highlight=False)
+        return
+    latencies = Table(title=title, title_justify="left")
+    latencies.add_column("seconds")
+    for column in COLUMNS:
+        latencies.add_column(column, justify="right")
+    for name in DISTRIBUTIONS:
+        latencies.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][c]) for c in COLUMNS))
+    console.print(latencies)
+    counts = Table(show_header=False)
+    for name, value in [*((n, str(summary[n])) for n in COUNTS), *rates.items()]:
+        counts.add_row(name, value)
+    console.print(counts)
+
+
+def plot_replay(path: Path, records: Records, iterations: Iterations, slo: Slo, title: str) -> None:
+    """Write one PNG: arrivals, running and waiting requests, KV use, and TTFT over time."""
+    import matplotlib as mpl  # drawing is rare and its import slow
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(4, 1, figsize=(10, 9), sharex=True, layout="constrained")
+    end_s = float(iterations.end_s[-1]) if len(iterations) else 1.0
+    bin_s = max(1.0, np.ceil(end_s / 300))
+    axes[0].hist(records.arrival_s, bins=np.arange(0.0, end_s + bin_s, bin_s), color="tab:gray")
+    axes[0].set_ylabel(f"arrivals per {bin_s:g} s")
+    axes[1].step(iterations.start_s, iterations.running, where="post", label="running", linewidth=0.8)
+    axes[1].step(iterations.start_s, iterations.waiting, where="post", label="waiting", linewidth=0.8)
+    axes[1].set_ylabel("requests")
+    axes[1].legend(loc="upper right")
+    axes[2].step(iterations.start_s, 100 * iterations.kv_used_share, where="post", color="tab:green", linewidth=0.8)
+    axes[2].set_ylabel("KV blocks held, %")
+    axes[2].set_ylim(0, 105)
+    served = np.isfinite(records.first_token_s)
+    axes[3].scatter(records.arrival_s[served], records.ttft_s[served], s=3, label="first token")
+    rejected = records.status == Status.REJECTED
+    axes[3].scatter(
+        records.arrival_s[rejected], np.zeros(rejected.sum()), s=12, marker="x", color="red", label="rejected"
+    )
+    if slo.ttft_s is not None:
+        axes[3].axhline(slo.ttft_s, color="black", linestyle="--", linewidth=0.8, label=f"SLO {slo.ttft_s:g} s")
+    axes[3].set_ylabel("TTFT, s")
+    axes[3].set_xlabel("time (TTFT: of arrival), s")
+    axes[3].legend(loc="upper right")
+    figure.suptitle(title)
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=110))
+    plt.close(figure)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
