@@ -26,7 +26,7 @@ from rich.table import Table
 from hw import measurements as m
 from sim.data import find_data
 from sim.errors import CalibrationError, ConfigError, RapLabError, nearest
-from sim.latency import CALIBRATIONS, SCHEMA, interp2
+from sim.latency import CALIBRATIONS, SCHEMA
 
 Floats = NDArray[np.float64]
 TARGET_MEDIAN, TARGET_P95 = 0.03, 0.12
@@ -287,11 +287,12 @@ def fixed_overhead(folder: Path) -> Fixed:
     target = TARGETS["llama3.1_8b_rtx4090"]
     terms = target.read(folder)
     kinds = terms.linear[16]
+    grid = (_knots(terms.decode.x), _knots(terms.decode.y))
+    decode = m.fit_surface(terms.decode, *grid)
     above = []
     for batch, context_sum, iteration_us in seconds.itertuples(index=False):
         linear = sum(float(np.interp(batch, *_points(kinds[kind]))) for kind in ("mha", "ffn"))
-        grid = (_knots(terms.decode.x), _knots(terms.decode.y))
-        attention = interp2(*grid, m.fit_surface(terms.decode, *grid), float(batch), context_sum / batch)
+        attention = float(m.surface_at(*grid, decode, np.array([batch]), np.array([context_sum / batch]))[0])
         once = float(np.interp(batch, *_points(terms.head))) + float(np.interp(batch, *_points(terms.token)))
         above.append(iteration_us - once - 32 * (linear + attention))
     us = round(max(0.0, float(np.median(above))), 1)

@@ -381,13 +381,15 @@ def shared_at(fit: SharedFit, mixed: Mixed, prefill: Floats) -> Floats:
 
 
 def surface_at(rows: Floats, columns: Floats, us: Floats, x: Floats, y: Floats) -> Floats:
-    """Return a fitted surface at points, as `sim.latency.interp2` does."""
-    return np.array([interp2(rows, columns, us, float(a), float(b)) for a, b in zip(x, y, strict=True)])
+    """Return a fitted surface at points, by the function that prices iterations."""
+    data, p, q = np.concatenate([rows, columns, us.ravel()]), len(rows), len(columns)
+    return np.array([interp2(data, 0, p, p, q, p + q, float(a), float(b)) for a, b in zip(x, y, strict=True)])
 
 
 def curve_at(knots: Floats, us: Floats, x: Floats) -> Floats:
-    """Return a fitted curve at points, as `sim.latency.interp1` does."""
-    return np.array([interp1(knots, us, float(a)) for a in x])
+    """Return a fitted curve at points, by the function that prices iterations."""
+    data, n = np.concatenate([knots, us]), len(knots)
+    return np.array([interp1(data, 0, n, n, float(a)) for a in x])
 
 
 def _shared_rule(fit: Floats, mixed: Mixed, prefill: Floats, decode: Floats) -> Floats:

@@ -51,188 +51,192 @@ TILE_TOKENS = 128
 """Query tokens of one attention work item (FlashAttention's block of queries at head size 128)."""
 
 
-class SharedTables(NamedTuple):
-    """What prices one attention kernel over prompts and decodes; the names are those of the docstring above."""
-
-    fit_s: Floats  # (5,) a, h, b, d, f of the module's docstring
-    batch: Floats  # (D,)
-    context: Floats  # (E,)
-    decode_s: Floats  # (D, E) M: decodes beside a tiny prefill
-    residual_prefill_tokens: Floats  # (I,) natural logarithms of the axes, as the residual is interpolated on them
-    residual_prefix: Floats  # (J,) of 1 + prefix
-    residual_batch: Floats  # (K,)
-    residual_context: Floats  # (L,)
-    residual: Floats  # (I, J, K, L)
+# `LatencyTables.layout` says what lies where in `LatencyTables.data`. A curve has two entries: the place of its value at
+# count 0 and its last count; the slope above follows its values. A surface has five: place and length of its rows, of its
+# columns, and the place of its values, row after row. The residual has nine: four axes and the place of its values.
+CURVE_LINEAR = 0  # six curves: 4 * bits_index + 2 * kind
+CURVE_TOKEN = 12
+CURVE_HEAD = 14
+SURFACE_PREFILL = 16
+SURFACE_DECODE = 21
+SURFACE_SHARED_DECODE = 26
+RESIDUAL = 31
+SHARED_KERNEL = 40  # 1 where one kernel takes prompts and decodes
+LAYOUT_LENGTH = 41
+DATA_FIXED = 0
+DATA_SHARED_FIT = 1  # five coefficients a, h, b, d, f of the module's docstring
+DATA_START = 6
 
 
 class LatencyTables(NamedTuple):
-    """The numbers of one calibration, as arrays that compiled code takes. Bits are indexed as in WEIGHT_BITS.
+    """The numbers of one calibration for compiled code: all of them in one array, and where each table lies in it.
 
-    N tokens, S sequences: largest tabulated counts. `linear_s` and the other one-dimensional tables hold one value for
-    every whole count up to there, so that a look-up is one load.
+    One array each, because compiled code counts references to every array it passes on: with an array a table the price
+    of a decode iteration took 650 ns, this way a tenth of it.
     """
 
-    fixed_s: float
-    linear_s: Floats  # (3 bits, 2 kinds, N + 1); nan where a precision was not measured
-    linear_slope_s: Floats  # (3, 2) seconds a token above N
-    token_s: Floats  # (N + 1,) embedding and final norm
-    token_slope_s: float
-    head_s: Floats  # (S + 1,) LM head and sampler
-    head_slope_s: float
-    prefill_tokens: Floats  # (P,)
-    prefill_context: Floats  # (Q,) mean context of a query token
-    prefill_s: Floats  # (P, Q) one layer
-    decode_batch: Floats  # (B,)
-    decode_context: Floats  # (C,) mean context of a sequence
-    decode_s: Floats  # (B, C) one layer
-    shared_kernel: bool
-    shared: SharedTables
+    data: Floats
+    layout: Counts
 
 
-@njit(cache=True)
-def _segment(grid: Floats, x: float) -> int:
-    """Return i so that grid[i] <= x < grid[i + 1], or the first or last segment for x outside."""
-    low, high = 0, grid.shape[0] - 1
+@njit(cache=True, forceinline=True)
+def _segment(data: Floats, at: int, length: int, x: float) -> int:
+    """Return i so that the grid at ``at`` has x in its segment i; the first or last segment for x outside."""
+    low, high = 0, length - 1
     while high - low > 1:
         middle = (low + high) // 2
-        if x < grid[middle]:
+        if x < data[at + middle]:
             high = middle
         else:
             low = middle
     return low
 
 
-@njit(cache=True)
-def interp1(grid: Floats, values: Floats, x: float) -> float:
-    """Return values at x: linear between points, the first value below, the last slope above."""
-    if x <= grid[0] or grid.shape[0] == 1:
-        return float(values[0])
-    i = _segment(grid, x)
-    share = (x - grid[i]) / (grid[i + 1] - grid[i])
-    return float(values[i] + share * (values[i + 1] - values[i]))
+@njit(cache=True, forceinline=True)
+def interp1(data: Floats, grid_at: int, length: int, values_at: int, x: float) -> float:
+    """Return a curve at x: linear between points, the first value below them, the last segment's slope above.
+
+    Args:
+        data: holds ``length`` grid points from ``grid_at`` on and as many values from ``values_at`` on.
+    """
+    if x <= data[grid_at]:
+        return float(data[values_at])
+    i = _segment(data, grid_at, length, x)
+    left = data[grid_at + i]
+    share = (x - left) / (data[grid_at + i + 1] - left)
+    value = data[values_at + i]
+    return float(value + share * (data[values_at + i + 1] - value))
 
 
-@njit(cache=True)
-def interp2(rows: Floats, columns: Floats, values: Floats, row: float, column: float) -> float:
-    """Return values at (row, column): bilinear between points, held below, the last slopes above."""
-    row, column = max(row, rows[0]), max(column, columns[0])
-    i, j = _segment(rows, row), _segment(columns, column)
-    u = (row - rows[i]) / (rows[i + 1] - rows[i])
-    v = (column - columns[j]) / (columns[j + 1] - columns[j])
-    low = values[i, j] + v * (values[i, j + 1] - values[i, j])
-    high = values[i + 1, j] + v * (values[i + 1, j + 1] - values[i + 1, j])
+@njit(cache=True, forceinline=True)
+def interp2(
+    data: Floats, rows_at: int, rows: int, columns_at: int, columns: int, values_at: int, row: float, column: float
+) -> float:
+    """Return a surface at (row, column): bilinear between points, held below them, the last segments' slopes above."""
+    row, column = max(row, data[rows_at]), max(column, data[columns_at])
+    i, j = _segment(data, rows_at, rows, row), _segment(data, columns_at, columns, column)
+    top, left = data[rows_at + i], data[columns_at + j]
+    u = (row - top) / (data[rows_at + i + 1] - top)
+    v = (column - left) / (data[columns_at + j + 1] - left)
+    at = values_at + i * columns + j
+    low = data[at] + v * (data[at + 1] - data[at])
+    at += columns
+    high = data[at] + v * (data[at + 1] - data[at])
     return float(low + u * (high - low))
 
 
-@njit(cache=True)
-def _position(grid: Floats, x: float) -> tuple[int, float]:
+@njit(cache=True, forceinline=True)
+def _hold(data: Floats, at: int, length: int, x: float) -> tuple[int, float]:
     """Return the segment of x and how far into it, held at both ends: a residual is not extrapolated."""
-    if x <= grid[0]:
+    if x <= data[at]:
         return 0, 0.0
-    last = grid.shape[0] - 1
-    if x >= grid[last]:
-        return last - 1, 1.0
-    i = _segment(grid, x)
-    return i, (x - grid[i]) / (grid[i + 1] - grid[i])
+    if x >= data[at + length - 1]:
+        return length - 2, 1.0
+    i = _segment(data, at, length, x)
+    return i, (x - data[at + i]) / (data[at + i + 1] - data[at + i])
 
 
-@njit(cache=True)
-def interp4(
-    a: Floats, b: Floats, c: Floats, d: Floats, values: Floats, x: float, y: float, z: float, w: float
-) -> float:
-    """Return values at (x, y, z, w): linear in every axis, held outside."""
-    i, p = _position(a, x)
-    j, q = _position(b, y)
-    k, r = _position(c, z)
-    m, s = _position(d, w)
+@njit(cache=True, forceinline=True)
+def _residual(data: Floats, layout: Counts, x: float, y: float, z: float, w: float) -> float:
+    """Return the residual at (x, y, z, w): linear along every axis, held outside."""
+    i, p = _hold(data, layout[RESIDUAL], layout[RESIDUAL + 1], x)
+    j, q = _hold(data, layout[RESIDUAL + 2], layout[RESIDUAL + 3], y)
+    k, r = _hold(data, layout[RESIDUAL + 4], layout[RESIDUAL + 5], z)
+    m, s = _hold(data, layout[RESIDUAL + 6], layout[RESIDUAL + 7], w)
+    step_m = 1
+    step_k = layout[RESIDUAL + 7]
+    step_j = step_k * layout[RESIDUAL + 5]
+    step_i = step_j * layout[RESIDUAL + 3]
+    corner = layout[RESIDUAL + 8] + i * step_i + j * step_j + k * step_k + m * step_m
     total = 0.0
     for e in range(16):
         ei, ej, ek, em = e & 1, (e >> 1) & 1, (e >> 2) & 1, (e >> 3) & 1
         weight = (p if ei else 1.0 - p) * (q if ej else 1.0 - q) * (r if ek else 1.0 - r) * (s if em else 1.0 - s)
-        if weight > 0.0:
-            total += weight * values[i + ei, j + ej, k + ek, m + em]
+        total += weight * data[corner + ei * step_i + ej * step_j + ek * step_k + em * step_m]
     return total
 
 
-@njit(cache=True)
-def _dense(values: Floats, slope: float, x: int) -> float:
-    """Return values[x], or the slope's continuation above the last one."""
-    last = values.shape[0] - 1
+@njit(cache=True, forceinline=True)
+def _curve(data: Floats, layout: Counts, slot: int, x: int) -> float:
+    """Return a curve tabulated for every count, at count x; its slope's continuation above the last one."""
+    at, last = layout[slot], layout[slot + 1]
     if x <= last:
-        return float(values[x])
-    return float(values[last] + slope * (x - last))
+        return float(data[at + x])
+    return float(data[at + last] + data[at + last + 1] * (x - last))
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
+def _surface(data: Floats, layout: Counts, slot: int, row: float, column: float) -> float:
+    """Return the surface of a slot at (row, column)."""
+    return float(
+        interp2(data, layout[slot], layout[slot + 1], layout[slot + 2], layout[slot + 3], layout[slot + 4], row, column)
+    )
+
+
+@njit(cache=True, forceinline=True)
 def linear_seconds(tables: LatencyTables, bits_index: int, kind: int, tokens: int) -> float:
-    """Return the seconds of one block (kind MHA or FFN) without attention over ``tokens`` tokens; none for none."""
-    last = tables.linear_s.shape[2] - 1
-    if tokens <= last:
-        return float(tables.linear_s[bits_index, kind, tokens])
-    slope = tables.linear_slope_s[bits_index, kind]
-    return float(tables.linear_s[bits_index, kind, last] + slope * (tokens - last))
+    """Return the seconds of one block (kind MHA or FFN) without attention over ``tokens`` tokens; none for none.
+
+    ``bits_index`` is that of WEIGHT_BITS; a precision that was not measured gives nan.
+    """
+    return float(_curve(tables.data, tables.layout, CURVE_LINEAR + 4 * bits_index + 2 * kind, tokens))
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def prefill_attention_seconds(tables: LatencyTables, tokens: int, context_sum: int) -> float:
     """Return the seconds of one layer's attention of ``tokens`` prompt tokens that attend to ``context_sum`` in all."""
     if tokens == 0:
         return 0.0
-    return interp2(tables.prefill_tokens, tables.prefill_context, tables.prefill_s, float(tokens), context_sum / tokens)
+    return float(_surface(tables.data, tables.layout, SURFACE_PREFILL, float(tokens), context_sum / tokens))
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def decode_attention_seconds(tables: LatencyTables, batch: int, context_sum: int) -> float:
     """Return the seconds of one layer's attention of ``batch`` new tokens over ``context_sum`` tokens of KV in all."""
     if batch == 0:
         return 0.0
-    return interp2(tables.decode_batch, tables.decode_context, tables.decode_s, float(batch), context_sum / batch)
+    return float(_surface(tables.data, tables.layout, SURFACE_DECODE, float(batch), context_sum / batch))
 
 
-@njit(cache=True)
-def shared_kernel_seconds(
+@njit(cache=True, forceinline=True)
+def _shared_kernel_seconds(
     tables: LatencyTables, prefill_s: float, prefill_tokens: int, prefill_context_sum: int, batch: int, context_sum: int
 ) -> float:
-    """Return the seconds of one attention kernel over prompt chunks and decodes together, before its residual."""
-    decode_s = interp2(
-        tables.shared.batch, tables.shared.context, tables.shared.decode_s, float(batch), context_sum / batch
-    )
-    fit = tables.shared.fit_s
+    """Return the seconds of one attention kernel over prompt chunks and decodes together."""
+    data, layout = tables.data, tables.layout
+    decode_s = _surface(data, layout, SURFACE_SHARED_DECODE, float(batch), context_sum / batch)
+    mean_context = prefill_context_sum / prefill_tokens
     tiles = float((prefill_tokens + TILE_TOKENS - 1) // TILE_TOKENS)
-    work_s = fit[0] * (prefill_context_sum / prefill_tokens * tiles) + fit[1] * tiles
-    decode_work_s = fit[2] * context_sum + fit[3] * batch
-    together_s = fit[4] + min(prefill_s, work_s) + min(decode_s, decode_work_s)
-    return float(max(max(prefill_s, decode_s), together_s))
+    work_s = data[DATA_SHARED_FIT] * (mean_context * tiles) + data[DATA_SHARED_FIT + 1] * tiles
+    decode_work_s = data[DATA_SHARED_FIT + 2] * context_sum + data[DATA_SHARED_FIT + 3] * batch
+    together_s = data[DATA_SHARED_FIT + 4] + min(prefill_s, work_s) + min(decode_s, decode_work_s)
+    residual = _residual(
+        data,
+        layout,
+        math.log(prefill_tokens),
+        math.log(1.0 + max(0.0, mean_context - 0.5 * (prefill_tokens + 1))),
+        math.log(batch),
+        math.log(max(1.0, context_sum / batch)),
+    )
+    return float(max(prefill_s, max(max(prefill_s, decode_s), together_s) * residual))
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def attention_seconds(
     tables: LatencyTables, prefill_tokens: int, prefill_context_sum: int, batch: int, context_sum: int
 ) -> float:
     """Return the seconds of one layer's attention over everything in the iteration."""
     if prefill_tokens == 0:
-        return decode_attention_seconds(tables, batch, context_sum)
-    prefill_s = prefill_attention_seconds(tables, prefill_tokens, prefill_context_sum)
+        return float(decode_attention_seconds(tables, batch, context_sum))
+    prefill_s = float(prefill_attention_seconds(tables, prefill_tokens, prefill_context_sum))
     if batch == 0:
         return prefill_s
-    if not tables.shared_kernel:
-        return prefill_s + decode_attention_seconds(tables, batch, context_sum)
-    seconds = shared_kernel_seconds(tables, prefill_s, prefill_tokens, prefill_context_sum, batch, context_sum)
-    residual = interp4(
-        tables.shared.residual_prefill_tokens,
-        tables.shared.residual_prefix,
-        tables.shared.residual_batch,
-        tables.shared.residual_context,
-        tables.shared.residual,
-        math.log(prefill_tokens),
-        math.log(1.0 + max(0.0, prefill_context_sum / prefill_tokens - 0.5 * (prefill_tokens + 1))),
-        math.log(batch),
-        math.log(max(context_sum, batch) / batch),
-    )
-    return max(prefill_s, seconds * residual)
+    if tables.layout[SHARED_KERNEL] == 0:
+        return prefill_s + float(decode_attention_seconds(tables, batch, context_sum))
+    return float(_shared_kernel_seconds(tables, prefill_s, prefill_tokens, prefill_context_sum, batch, context_sum))
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def iteration_seconds(
     tables: LatencyTables,
     layers: Counts,
@@ -252,8 +256,8 @@ def iteration_seconds(
         sequences: sequences that get a next token.
     """
     tokens = prefill_tokens + decode_batch
-    total = tables.fixed_s + _dense(tables.token_s, tables.token_slope_s, tokens)
-    total += _dense(tables.head_s, tables.head_slope_s, sequences)
+    total = tables.data[DATA_FIXED] + _curve(tables.data, tables.layout, CURVE_TOKEN, tokens)
+    total += _curve(tables.data, tables.layout, CURVE_HEAD, sequences)
     mha_both, mha_prefill_only = 0, 0
     for b in range(layers.shape[0]):
         mha_both += layers[b, 0]
@@ -272,10 +276,19 @@ def iteration_seconds(
         )
     if mha_prefill_only > 0:
         total += mha_prefill_only * prefill_attention_seconds(tables, prefill_tokens, prefill_context_sum)
-    return total
+    return float(total)
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
+def _covers(tables: LatencyTables, slot: int, count: int, context_sum: int) -> bool:
+    """Return whether a surface reaches up to ``count`` with that sum of contexts."""
+    data, layout = tables.data, tables.layout
+    last_row = data[layout[slot] + layout[slot + 1] - 1]
+    last_column = data[layout[slot + 2] + layout[slot + 3] - 1]
+    return bool(count <= last_row and context_sum <= last_column * count)
+
+
+@njit(cache=True, forceinline=True)
 def iteration_in_range(
     tables: LatencyTables,
     prefill_tokens: int,
@@ -285,21 +298,15 @@ def iteration_in_range(
     sequences: int,
 ) -> bool:
     """Return whether no table is read above its last point. Holding a price below the first one counts as in."""
-    if prefill_tokens + decode_batch >= tables.linear_s.shape[2] or sequences >= tables.head_s.shape[0]:
+    layout = tables.layout
+    if prefill_tokens + decode_batch > layout[CURVE_TOKEN + 1] or sequences > layout[CURVE_HEAD + 1]:
         return False
-    if prefill_tokens > 0 and (
-        prefill_tokens > tables.prefill_tokens[-1] or prefill_context_sum > tables.prefill_context[-1] * prefill_tokens
-    ):
+    if prefill_tokens > 0 and not _covers(tables, SURFACE_PREFILL, prefill_tokens, prefill_context_sum):
         return False
     if decode_batch == 0:
         return True
-    if prefill_tokens > 0 and tables.shared_kernel:
-        return bool(
-            decode_batch <= tables.shared.batch[-1] and decode_context_sum <= tables.shared.context[-1] * decode_batch
-        )
-    return bool(
-        decode_batch <= tables.decode_batch[-1] and decode_context_sum <= tables.decode_context[-1] * decode_batch
-    )
+    shared = prefill_tokens > 0 and layout[SHARED_KERNEL] == 1
+    return bool(_covers(tables, SURFACE_SHARED_DECODE if shared else SURFACE_DECODE, decode_batch, decode_context_sum))
 
 
 def chunk_context_sum(chunk_tokens: int, prefix_tokens: int) -> int:
@@ -366,13 +373,15 @@ class LatencyModel:
     @property
     def fixed_s(self) -> float:
         """Host overhead of one iteration."""
-        return self.tables.fixed_s
+        return float(self.tables.data[DATA_FIXED])
 
     def with_fixed(self, fixed_s: float, source: str) -> LatencyModel:
         """Return the model with another overhead per iteration and where it comes from."""
         if not (math.isfinite(fixed_s) and fixed_s >= 0):
             raise CalibrationError(f"fixed_s is {fixed_s!r}; it must be a number of seconds of at least 0")
-        return replace(self, tables=self.tables._replace(fixed_s=float(fixed_s)), fixed_source=source)
+        data = self.tables.data.copy()
+        data[DATA_FIXED] = fixed_s
+        return replace(self, tables=LatencyTables(data, self.tables.layout), fixed_source=source)
 
     def check_bits(self, plan: Plan) -> None:
         """Check that every precision of a plan was measured.
@@ -406,11 +415,11 @@ class LatencyModel:
 
     def head_s(self, sequences: int) -> float:
         """Return the seconds of LM head and sampling for that many sequences."""
-        return float(_dense(self.tables.head_s, self.tables.head_slope_s, sequences))
+        return float(_curve(self.tables.data, self.tables.layout, CURVE_HEAD, sequences))
 
     def token_s(self, tokens: int) -> float:
         """Return the seconds of embedding and final norm, which no plan can drop."""
-        return float(_dense(self.tables.token_s, self.tables.token_slope_s, tokens))
+        return float(_curve(self.tables.data, self.tables.layout, CURVE_TOKEN, tokens))
 
     def iteration_s(
         self,
@@ -533,64 +542,91 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
         raise CalibrationError(f"{origin}: {error!r} while reading it; write it again with hw.calibrate") from error
 
 
-def _tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
-    tables = content["tables"]
+class _Packer:
+    """Lays tables out one after another in one array, checking each."""
 
-    def axis(values: Sequence[float], name: str) -> Floats:
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.parts: list[Floats] = [np.zeros(DATA_START)]
+        self.layout: Counts = np.zeros(LAYOUT_LENGTH, dtype=np.int64)
+
+    def put(self, values: Floats) -> int:
+        """Append values; return where they start."""
+        at = sum(len(part) for part in self.parts)
+        self.parts.append(np.ascontiguousarray(values, dtype=np.float64).ravel())
+        return at
+
+    def axis(self, values: Sequence[float], name: str) -> Floats:
+        """Return a checked axis."""
         grid = np.asarray(values, dtype=np.float64)
-        if grid.ndim != 1 or len(grid) < 2 or not np.all(np.isfinite(grid)) or np.any(np.diff(grid) <= 0):
-            raise CalibrationError(f"{origin}: axis {name} must hold at least two finite numbers in ascending order")
+        if (
+            grid.ndim != 1
+            or len(grid) < 2
+            or not np.all(np.isfinite(grid))
+            or np.any(np.diff(grid) <= 0)
+            or grid[0] < 0
+        ):
+            raise CalibrationError(f"{self.origin}: axis {name} must hold two or more ascending numbers of at least 0")
         return grid
 
-    def seconds(values: Any, name: str, shape: tuple[int, ...]) -> Floats:
-        table = np.asarray(values, dtype=np.float64) * 1e-6
+    def seconds(self, microseconds: Any, name: str, shape: tuple[int, ...]) -> Floats:
+        """Return a checked table of microseconds in seconds."""
+        table = np.asarray(microseconds, dtype=np.float64) * 1e-6
         if table.shape != shape or not np.all(np.isfinite(table)) or np.any(table < 0):
-            raise CalibrationError(f"{origin}: {name} must hold {' x '.join(map(str, shape))} finite microseconds >= 0")
+            raise CalibrationError(f"{self.origin}: {name} must hold {' x '.join(map(str, shape))} microseconds >= 0")
         return table
 
-    def dense(grid: Floats, values: Floats) -> tuple[Floats, float]:
-        by_count = np.array([0.0] + [interp1(grid, values, float(x)) for x in range(1, int(grid[-1]) + 1)])
-        return by_count, float((values[-1] - values[-2]) / (grid[-1] - grid[-2]))
+    def curve(self, slot: int, grid: Floats, microseconds: Any, name: str) -> None:
+        """Lay out a curve for every whole count up to the grid's last, and its slope above."""
+        values = self.seconds(microseconds, name, grid.shape)
+        last = int(grid[-1])
+        both = np.concatenate([grid, values])
+        by_count = [0.0] + [interp1(both, 0, len(grid), len(grid), float(x)) for x in range(1, last + 1)]
+        slope = (values[-1] - values[-2]) / (grid[-1] - grid[-2])
+        self.layout[slot : slot + 2] = self.put(np.array([*by_count, slope])), last
 
-    tokens = axis(tables["tokens"], "tokens")
-    linear = np.full((len(WEIGHT_BITS), 2, int(tokens[-1]) + 1), np.nan)
-    slopes = np.full((len(WEIGHT_BITS), 2), np.nan)
+    def surface(self, slot: int, table: Mapping[str, Any], rows: str, columns: str, name: str) -> None:
+        """Lay out a surface."""
+        first, second = self.axis(table[rows], f"{name}.{rows}"), self.axis(table[columns], f"{name}.{columns}")
+        values = self.seconds(table["us"], f"{name}.us", (len(first), len(second)))
+        self.layout[slot : slot + 5] = (self.put(first), len(first), self.put(second), len(second), self.put(values))
+
+    def tables(self) -> LatencyTables:
+        """Return everything laid out."""
+        data = np.concatenate(self.parts)
+        return LatencyTables(data, self.layout)
+
+
+def _tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
+    pack, tables = _Packer(origin), content["tables"]
+    tokens = pack.axis(tables["tokens"], "tokens")
     for row, bits in enumerate(WEIGHT_BITS):
         for kind, key in ((MHA, "mha"), (FFN, "ffn")):
+            slot = CURVE_LINEAR + 4 * row + 2 * kind
             if str(bits) in tables["linear_us"]:
-                values = seconds(tables["linear_us"][str(bits)][key], f"linear_us.{bits}.{key}", tokens.shape)
-                linear[row, kind], slopes[row, kind] = dense(tokens, values)
-    token_s, token_slope_s = dense(tokens, seconds(tables["token_us"], "token_us", tokens.shape))
-    sequences = axis(tables["sequences"], "sequences")
-    head_s, head_slope_s = dense(sequences, seconds(tables["head_us"], "head_us", sequences.shape))
-
-    def plane(key: str, rows: str, columns: str) -> tuple[Floats, Floats, Floats]:
-        table = tables[key]
-        first, second = axis(table[rows], f"{key}.{rows}"), axis(table[columns], f"{key}.{columns}")
-        return first, second, seconds(table["us"], f"{key}.us", (len(first), len(second)))
-
+                pack.curve(slot, tokens, tables["linear_us"][str(bits)][key], f"linear_us.{bits}.{key}")
+            else:
+                pack.layout[slot : slot + 2] = pack.put(np.array([0.0, np.nan])), 0
+    pack.curve(CURVE_TOKEN, tokens, tables["token_us"], "token_us")
+    pack.curve(CURVE_HEAD, pack.axis(tables["sequences"], "sequences"), tables["head_us"], "head_us")
+    pack.surface(SURFACE_PREFILL, tables["prefill_attention"], "tokens", "context", "prefill_attention")
+    pack.surface(SURFACE_DECODE, tables["decode_attention"], "batch", "context", "decode_attention")
+    pack.parts[0][DATA_FIXED] = pack.seconds([content["fixed_us"]], "fixed_us", (1,))[0]
     shared = tables.get("shared_attention")
-    if shared is None:
-        none, nothing = np.zeros(2), np.zeros((2, 2))
-        shared_tables = SharedTables(np.zeros(5), none, none, nothing, none, none, none, none, np.ones((2, 2, 2, 2)))
-    else:
-        names = ("prefill_tokens", "prefix", "batch", "context")
-        axes = [axis(shared[key], f"shared_attention.{key}") for key in names]
-        residual = np.asarray(shared["residual"], dtype=np.float64).reshape([len(a) for a in axes])
-        logs = [np.log(axes[0]), np.log1p(axes[1]), np.log(axes[2]), np.log(axes[3])]
-        fit_s = seconds(shared["fit_us"], "shared_attention.fit_us", (5,))
-        beside = plane("shared_attention", "batch", "context")
-        shared_tables = SharedTables(fit_s, *beside, logs[0], logs[1], logs[2], logs[3], residual)
-    return LatencyTables(
-        float(content["fixed_us"]) * 1e-6,
-        linear,
-        slopes,
-        token_s,
-        token_slope_s,
-        head_s,
-        head_slope_s,
-        *plane("prefill_attention", "tokens", "context"),
-        *plane("decode_attention", "batch", "context"),
-        shared is not None,
-        shared_tables,
-    )
+    if shared is not None:
+        pack.layout[SHARED_KERNEL] = 1
+        fit_s = pack.seconds(shared["fit_us"], "shared_attention.fit_us", (5,))
+        pack.parts[0][DATA_SHARED_FIT : DATA_SHARED_FIT + 5] = fit_s
+        pack.surface(SURFACE_SHARED_DECODE, shared, "batch", "context", "shared_attention")
+        lengths = []
+        for i, key in enumerate(("prefill_tokens", "prefix", "batch", "context")):
+            grid = pack.axis(shared[key], f"shared_attention.{key}")
+            # The residual is linear in the logarithms; a prefix may be 0.
+            logs = np.log1p(grid) if key == "prefix" else np.log(grid)
+            pack.layout[RESIDUAL + 2 * i : RESIDUAL + 2 * i + 2] = pack.put(logs), len(grid)
+            lengths.append(len(grid))
+        residual = np.asarray(shared["residual"], dtype=np.float64)
+        if residual.shape != (int(np.prod(lengths)),) or not np.all(residual > 0):
+            raise CalibrationError(f"{origin}: shared_attention.residual must hold {np.prod(lengths)} positive ratios")
+        pack.layout[RESIDUAL + 8] = pack.put(residual)
+    return pack.tables()
