@@ -212,6 +212,7 @@ WORKLOAD = st.lists(
     long_prefill_tokens=st.sampled_from([0, 7]),
     reserve_full_prompt=st.booleans(),
     watermark=st.sampled_from([0.0, 0.1]),
+    reuse=st.booleans(),
 )
 def test_nothing_is_lost_and_memory_and_time_stay_in_order(
     rows: list[tuple[float, int, int]],
@@ -223,6 +224,7 @@ def test_nothing_is_lost_and_memory_and_time_stay_in_order(
     long_prefill_tokens: int,
     reserve_full_prompt: bool,
     watermark: float,
+    reuse: bool,
 ) -> None:
     """Laws 1, 2 and 4: every request ends once, free and held KV blocks add up, time and tokens are ordered."""
     engine = tiny_engine(
@@ -234,6 +236,7 @@ def test_nothing_is_lost_and_memory_and_time_stay_in_order(
         long_prefill_tokens=long_prefill_tokens,
         reserve_full_prompt=reserve_full_prompt,
         kv_watermark_share=watermark,
+        reuse_preempted_kv=reuse,
         price=LinearPrice(base_s=0.3, token_s=0.01, context_s=0.001),
     )
     rows = sorted(rows)
