@@ -99,7 +99,7 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
     trace = build_trace(cfg)
     engine, policy = build_engine(cfg)
     slo = build(cfg.slo)
-    label = cfg.label or str(OmegaConf.select(HydraConfig.get(), "runtime.choices.trace"))
+    label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     title = f"{label}: {len(trace):,} requests on {cfg.model.name}, {cfg.gpu.name}"
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_json(
