@@ -52,6 +52,8 @@ def gamma_arrivals(rng: np.random.Generator, *, rate_rps: float, cv: float, dura
         As AlpaServe (OSDI 2023), section 6.2, and BurstGPT (arXiv 2401.17644), section 4: shape 1 / cv^2.
     """
     _check_positive(rate_rps=rate_rps, cv=cv, duration_s=duration_s)
+    if not 0.01 <= cv <= 100:
+        raise WorkloadError(f"cv is {cv}; it must be from 0.01 (evenly spaced) to 100, beyond which gaps underflow")
     _check_requests(rate_rps * duration_s)
     shape = 1 / cv**2
     batch = 64 + math.ceil(1.1 * rate_rps * duration_s)
@@ -83,6 +85,7 @@ def mmpp_arrivals(
     if not (math.isfinite(off_rate_rps) and off_rate_rps >= 0):
         raise WorkloadError(f"off_rate_rps is {off_rate_rps}; it must be at least 0")
     _check_requests(max(on_rate_rps, off_rate_rps) * duration_s)
+    _check_requests(duration_s / min(mean_on_s, mean_off_s), what="changes of state")
     on = bool(rng.random() < mean_on_s / (mean_on_s + mean_off_s))
     start_s = 0.0
     parts = []
@@ -364,6 +367,7 @@ def table_arrivals(
         _check_positive(rate_rps=rate_rps)
         scale = rate_rps / fitted.rate_rps
     _check_requests(fitted.rate_rps * scale * duration_s)
+    _check_requests(duration_s / fitted.bin_s, what="bins")
     bins = math.ceil(duration_s / fitted.bin_s)
     order = _order_of_bins(rng, fitted, bins, shuffle_s)
     expected = fitted.requests_per_bin[order] * scale
@@ -495,10 +499,10 @@ def _check_seed(seed: int) -> None:
         raise WorkloadError(f"seed is {seed}; it must be a whole number from 0")
 
 
-def _check_requests(expected: float) -> None:
+def _check_requests(expected: float, *, what: str = "requests") -> None:
     if expected > MAX_REQUESTS:
         raise WorkloadError(
-            f"that is {expected:.3g} requests, more than the {MAX_REQUESTS:,} that fit in memory with room to work; "
+            f"that is {expected:.3g} {what}, more than the {MAX_REQUESTS:,} that fit in memory with room to work; "
             "lower the rate or duration_s"
         )
 

@@ -115,9 +115,7 @@ def read_servegen(
             if requests <= 0:
                 continue
             rng = np.random.default_rng([seed, client.client, round(window_start_s)])
-            arrival_s = window_start_s + _fill_window(
-                rng, client.pattern[window], float(client.shape[window]), requests
-            )
+            arrival_s = _fill_window(rng, client.pattern[window], float(client.shape[window]), requests, window_start_s)
             uniform = rng.random((2, requests))
             histograms = lengths.get(_lengths_window(window_start_s))
             if histograms is None:
@@ -167,7 +165,7 @@ def read_client(path: str | Path, client: int) -> ServeGenClient:
     shape = rows.seconds("shape")
     pattern = tuple(text.strip() for text in table.text_column("pattern").to_pylist())
     active = rate_rps > 0
-    known = np.array([text in PATTERNS for text in pattern])
+    known = np.array([text in PATTERNS for text in pattern], dtype=bool)
     rows.reject(active & ~known, "pattern", "unknown pattern", " or ".join(PATTERNS))
     rows.reject(active & (shape <= 0), "shape", "not positive", "a shape above 0")
     rows.reject(
@@ -237,8 +235,10 @@ def _histogram(file: str, start_s: int, field: str, text: Any) -> Histogram | No
     return Histogram(tokens[order], np.cumsum(probability[order] / total))
 
 
-def _fill_window(rng: np.random.Generator, pattern: str, shape: float, requests: int) -> FloatArray:
-    """Return ``requests`` times inside one window whose gaps have the pattern's distribution up to a factor."""
+def _fill_window(
+    rng: np.random.Generator, pattern: str, shape: float, requests: int, window_start_s: float
+) -> FloatArray:
+    """Return ``requests`` times inside one window, whose gaps have the pattern's distribution up to a factor."""
     # In logarithms, because gaps with the shapes of the burstiest clients (CV of several hundred) leave the range
     # of a float; the factor is lost in the rescaling anyway.
     uniform = 1.0 - rng.random(requests + 1)
@@ -248,8 +248,9 @@ def _fill_window(rng: np.random.Generator, pattern: str, shape: float, requests:
         # Gamma(shape) = Gamma(shape + 1) x U^(1/shape)
         log_gaps = np.log(rng.standard_gamma(shape + 1, requests + 1)) + np.log(uniform) / shape
     gaps = np.exp(log_gaps - log_gaps.max())
-    times_s = np.cumsum(gaps)[:-1] * (WINDOW_S / gaps.sum())
-    inside: FloatArray = np.minimum(times_s, np.nextafter(WINDOW_S, 0))
+    times_s = window_start_s + np.cumsum(gaps)[:-1] * (WINDOW_S / gaps.sum())
+    # Where the last gap is tiny beside the others, rounding would put requests on the end of the window.
+    inside: FloatArray = np.minimum(times_s, np.nextafter(window_start_s + WINDOW_S, 0))
     return inside
 
 
