@@ -20,12 +20,15 @@ from scipy.sparse import csr_matrix, diags, identity, kron, vstack
 from scipy.sparse.linalg import spsolve
 
 from sim.errors import CalibrationError
+from sim.gpu import Gpu
 from sim.latency import TILE_TOKENS, interp1, interp2
+from sim.model import ModelSpec
 
 Floats = NDArray[np.float64]
 FOLDS = 5
 SEED = 0
 SMOOTH = 1e-3
+VIDUR_ATTENTION = ("batch_size", "prefill_chunk_size", "kv_cache_size", "is_prefill", "time_stats.attn_prefill.median")
 CROSS = 10.0
 
 
@@ -128,6 +131,299 @@ def read_llmservingsim(folder: Path) -> Terms:
         decode=Surface(batch[decode], context[decode], us[decode]),
         mixed=Mixed(chunk, prefix, batch, context, us)[(chunk > 0) & (batch > 0)],
     )
+
+
+def read_llmservingsim_v0(folder: Path, model: ModelSpec, gpu: Gpu, sampler: Curve) -> Terms:
+    """Read LLMServingSim's first profile of a Llama-3.1-8B layer (`layers`, nanoseconds) and its attention sweep.
+
+    Prefill attention is `layers`' own without prefix, plus what a prefix adds in the sweep (there `kv_cache_size`
+    counts the chunk too, and the two disagree without prefix). The sampler is not in the profile.
+    """
+    raw = read_table(folder / "layers.csv.gz", ("layer_name", "input", "latency(ns)"))
+    raw = raw.rename(columns={"layer_name": "layer"}).assign(us=raw["latency(ns)"] / 1e3)
+    layers = _by_layer(raw, "input", "us")
+    layers = layers[layers.index.isin([*range(1, 17), *range(24, 65, 8), *range(80, 257, 16), *range(320, 2049, 64)])]
+    mha = ("input_layernorm", "q_proj", "k_proj", "v_proj", "rope", "o_proj")
+    ffn = ("post_layernorm", "gate_proj", "up_proj", "act_fn", "down_proj")
+    head = _sum(layers, {"lm_head": 1})
+    head = Curve(head.x[head.x <= 256], head.us[head.x <= 256])
+    whole = _sum(_by_layer(raw, "input", "us"), {"attn": 1})
+    sweep = _vidur_attention(read_table(folder / "attention.csv.gz", VIDUR_ATTENTION))
+    chunk, total, us = sweep.prefill_chunk, sweep.prefill_kv, sweep.prefill_us
+    alone = Curve(chunk[total == chunk], us[total == chunk])
+    order = np.argsort(alone.x)
+    more = (total > chunk) & np.isin(chunk, alone.x)
+    added = us[more] - np.interp(chunk[more], alone.x[order], alone.us[order])
+    with_prefix = np.interp(chunk[more], whole.x, whole.us) + np.maximum(added, 0.0)
+    lone = np.isin(whole.x, [1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048])
+    decode = Surface(sweep.batch, sweep.context, sweep.decode_us)
+    return Terms(
+        linear={16: {"mha": _sum(layers, dict.fromkeys(mha, 1)), "ffn": _sum(layers, dict.fromkeys(ffn, 1))}},
+        token=_sum(layers, {"embedding": 1, "final_layernorm": 1}),
+        head=Curve(head.x, head.us + sampler_us(sampler, model.vocab_size, head.x)),
+        prefill=Surface(
+            np.concatenate([whole.x[lone], chunk[more]]),
+            np.concatenate([mean_context(whole.x[lone], np.zeros(lone.sum())), total[more] - (chunk[more] - 1) / 2]),
+            np.concatenate([whole.us[lone], with_prefix]),
+        ),
+        decode=raise_to_bandwidth(decode, model.kv_bytes_per_token_layer, gpu),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    """Attention samples in Vidur's columns, microseconds."""
+
+    prefill_chunk: Floats
+    prefill_kv: Floats
+    prefill_us: Floats
+    batch: Floats
+    context: Floats
+    decode_us: Floats
+    save_us: Floats
+
+
+def _vidur_attention(table: pd.DataFrame) -> _Sweep:
+    keys = ["prefill_chunk_size", "kv_cache_size", "batch_size"]
+    values = [f"time_stats.{name}.median" for name in ("attn_prefill", "attn_decode", "attn_kv_cache_save")]
+    table = table.assign(**{value: table.get(value, 0.0) for value in values})
+    prefill = table[table["is_prefill"].astype(bool)].groupby(keys, as_index=False)[values].median()
+    decode = table[~table["is_prefill"].astype(bool)].groupby(keys, as_index=False)[values].median()
+
+    def column(rows: pd.DataFrame, name: str, scale: float = 1.0) -> Floats:
+        return rows[name].to_numpy(dtype=np.float64) * scale
+
+    return _Sweep(
+        column(prefill, keys[0]),
+        column(prefill, keys[1]),
+        column(prefill, values[0], 1e3),
+        column(decode, keys[2]),
+        column(decode, keys[1]),
+        column(decode, values[1], 1e3),
+        column(decode, values[2], 1e3),
+    )
+
+
+def read_vidur(mlp: Path, attention: Path, model: ModelSpec, gpu: Gpu, sampler: Curve) -> Terms:
+    """Read a pair of Vidur's operator profiles (milliseconds of one layer) at tensor parallelism 1.
+
+    Rows faster than the device's peak are dropped: the profiler caught another kernel. Vidur does not time the LM head,
+    which is one more matrix product: the gate-and-up product scaled by output columns.
+    """
+    raw = read_table(mlp, ("num_tokens", "num_tensor_parallel_workers", "time_stats.mlp_up_proj.median"))
+    raw = raw[raw["num_tensor_parallel_workers"] == 1].groupby("num_tokens").median(numeric_only=True)
+    table = pd.DataFrame(raw[[name for name in raw.columns if name.endswith(".median")]] * 1e3)
+    table.columns = pd.Index([name.removeprefix("time_stats.").removesuffix(".median") for name in table.columns])
+    products = {
+        "attn_pre_proj": (qkv_size(model), model.hidden_size),
+        "attn_post_proj": (model.hidden_size, model.num_heads * model.head_dim),
+        "mlp_up_proj": (2 * model.intermediate_size, model.hidden_size),
+        "mlp_down_proj": (model.hidden_size, model.intermediate_size),
+    }
+    tokens = table.index.to_numpy(dtype=np.float64)
+    for name, (n, k) in products.items():
+        table[name] = table[name].where(table[name] >= product_us(tokens, n, k, gpu))
+    table = table[table.index.isin(_spread(table.index.to_numpy(dtype=np.int64)))]
+    sweep = _vidur_attention(read_table(attention, VIDUR_ATTENTION))
+    save = merge(Curve(sweep.batch, sweep.save_us))
+    mha = _sum(table, dict.fromkeys(("input_layernorm", "attn_pre_proj", "attn_rope", "attn_post_proj", "add"), 1))
+    # Measured saves are of decode batches; a prompt's are bytes, for one profiler saved them in a loop over tokens.
+    saved = np.maximum(np.interp(mha.x, save.x, save.us), elementwise_us(mha.x, model.kv_bytes_per_token_layer, gpu))
+    up = _sum(table, {"mlp_up_proj": model.vocab_size / (2 * model.intermediate_size)})
+    up = Curve(up.x[up.x <= 256], up.us[up.x <= 256])
+    decode = Surface(sweep.batch, sweep.context, sweep.decode_us)
+    return Terms(
+        linear={
+            16: {
+                "mha": Curve(mha.x, mha.us + saved),
+                "ffn": _sum(
+                    table,
+                    dict.fromkeys(("post_attention_layernorm", "mlp_up_proj", "mlp_act", "mlp_down_proj", "add"), 1),
+                ),
+            }
+        },
+        token=_sum(table, {"emb": 1, "input_layernorm": 1}),
+        head=Curve(up.x, up.us + sampler_us(sampler, model.vocab_size, up.x)),
+        prefill=Surface(sweep.prefill_chunk, mean_context(sweep.prefill_chunk, sweep.prefill_kv), sweep.prefill_us),
+        decode=raise_to_bandwidth(decode, model.kv_bytes_per_token_layer, gpu),
+    )
+
+
+def _spread(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return about half of a dense sweep's counts: all up to 64, then at least 4 % apart."""
+    kept: list[int] = []
+    for count in counts.tolist():
+        if count <= 64 or count >= kept[-1] * 1.04:
+            kept.append(count)
+    return np.array(kept, dtype=np.int64)
+
+
+class Kernels:
+    """Kernel times of one framework on one device, as aiconfigurator publishes them (milliseconds a call)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.gemm = read_table(folder / "gemm_perf.csv.gz", ("gemm_dtype", "m", "n", "k", "latency"))
+        names = ("batch_size", "isl", "step", "num_heads", "num_key_value_heads", "kv_cache_dtype", "latency")
+        self.context = read_table(folder / "context_attention_perf.csv.gz", names)
+        self.generation = read_table(folder / "generation_attention_perf.csv.gz", names)
+
+    def product(self, dtype: str, n: int, k: int, leave_out: bool = False) -> Curve:
+        """Return microseconds over m of out[m, n] = in[m, k] x weight[k, n].
+
+        A shape that was not measured lies on the line between its nearest measured neighbours in n or in k, that is in
+        n * k, at every m; beyond the largest, on the line through the last two that are a factor of two apart.
+
+        Args:
+            leave_out: predict a measured shape from its neighbours, to see how far off that is.
+        """
+        rows = self.gemm[self.gemm["gemm_dtype"] == dtype]
+        along, wanted = ("n", n) if (rows["k"] == k).any() else ("k", k)
+        rows = rows[(rows["k"] == k) if along == "n" else (rows["n"] == n)]
+        table = rows.pivot_table(index="m", columns=along, values="latency", aggfunc="median").dropna(axis=0) * 1e3
+        sizes = table.columns.to_numpy(dtype=np.float64)
+        if sizes.size < 3:
+            raise CalibrationError(f"{self.folder} has no {dtype} products near n={n}, k={k}")
+        m = table.index.to_numpy(dtype=np.float64)
+        if wanted in sizes and not leave_out:
+            return Curve(m, table[wanted].to_numpy(dtype=np.float64))
+        others = sizes[sizes != wanted]
+        low = others[others < wanted].max()
+        above = others[others > wanted]
+        high = above.min() if above.size else low
+        if not above.size:
+            low = others[others <= high / 2].max()
+        share = (wanted - low) / (high - low)
+        left, right = (table[size].to_numpy(dtype=np.float64) for size in (low, high))
+        return Curve(m, left + share * (right - left))
+
+    def decode(self, heads: int, kv_heads: int) -> Surface:
+        """Return decode attention: ``step`` tokens of context and the new one, for ``batch_size`` sequences."""
+        rows = self._attention(self.generation, heads, kv_heads)
+        batch = rows["batch_size"].to_numpy(dtype=np.float64)
+        return Surface(batch, rows["step"].to_numpy(dtype=np.float64) + 1, rows["latency"].to_numpy() * 1e3)
+
+    def prefill(self, heads: int, kv_heads: int) -> Surface:
+        """Return prefill attention over (prompt tokens of the batch, their mean context): prompts without prefix."""
+        rows = self._attention(self.context, heads, kv_heads)
+        rows = rows[(rows["isl"] >= 16) & (rows["batch_size"] * rows["isl"] <= 16384)]
+        length = rows["isl"].to_numpy(dtype=np.float64)
+        tokens = length * rows["batch_size"].to_numpy(dtype=np.float64)
+        return Surface(tokens, mean_context(length, np.zeros(len(length))), rows["latency"].to_numpy() * 1e3)
+
+    def _attention(self, table: pd.DataFrame, heads: int, kv_heads: int) -> pd.DataFrame:
+        rows = table[
+            (table["num_heads"] == heads)
+            & (table["num_key_value_heads"] == kv_heads)
+            & (table["kv_cache_dtype"] == "bfloat16")
+        ]
+        if rows.empty:
+            raise CalibrationError(f"{self.folder} has no attention with {heads} heads over {kv_heads} KV heads")
+        return rows.groupby(["batch_size", "isl", "step"], as_index=False)[["latency"]].median()
+
+
+DTYPES = {16: "bfloat16", 8: "int8_wo", 4: "int4_wo"}
+
+
+def compose(kernels: Kernels, model: ModelSpec, gpu: Gpu, sampler: Curve) -> Terms:
+    """Return a model's terms composed of kernels; elementwise operations are priced by their bytes.
+
+    Where a framework's files lack the model's number of KV heads, decode attention is that of 8 of them at so many
+    times the batch: the kernel's work items are pairs of a sequence and a KV head.
+    """
+    kinds: dict[int, dict[str, Curve]] = {}
+    for bits, dtype in DTYPES.items():
+        if not (kernels.gemm["gemm_dtype"] == dtype).any():
+            continue
+        qkv, out = (
+            kernels.product(dtype, qkv_size(model), model.hidden_size),
+            kernels.product(dtype, model.hidden_size, model.num_heads * model.head_dim),
+        )
+        up = kernels.product(dtype, 2 * model.intermediate_size, model.hidden_size)
+        down = kernels.product(dtype, model.hidden_size, model.intermediate_size)
+        norm = 2 * 4 * model.hidden_size  # read and write activations and residual
+        rope = 2 * 2 * qkv_size(model)
+        act = 2 * 3 * model.intermediate_size
+        m, n = np.intersect1d(qkv.x, out.x), np.intersect1d(up.x, down.x)
+        kinds[bits] = {
+            "mha": Curve(m, _on(qkv, m) + _on(out, m) + elementwise_us(m, norm, gpu) + elementwise_us(m, rope, gpu)),
+            "ffn": Curve(n, _on(up, n) + _on(down, n) + elementwise_us(n, norm, gpu) + elementwise_us(n, act, gpu)),
+        }
+    head = kernels.product("bfloat16", model.vocab_size, model.hidden_size)
+    few = head.x <= 512
+    tokens = kinds[16]["mha"].x
+    kv_heads = set(kernels.generation[kernels.generation["num_heads"] == model.num_heads]["num_key_value_heads"])
+    if model.num_kv_heads in kv_heads:
+        decode = kernels.decode(model.num_heads, model.num_kv_heads)
+    else:
+        decode = spread_heads(kernels.decode(8, 8), model.num_kv_heads // 8)
+    return Terms(
+        linear=kinds,
+        token=Curve(tokens, elementwise_us(tokens, 2 * 2 * model.hidden_size, gpu) * 2),
+        head=Curve(head.x[few], head.us[few] + sampler_us(sampler, model.vocab_size, head.x[few])),
+        prefill=kernels.prefill(model.num_heads, model.num_kv_heads),
+        decode=raise_to_bandwidth(decode, model.kv_bytes_per_token_layer, gpu),
+    )
+
+
+def spread_heads(eight: Surface, times: int) -> Surface:
+    """Return decode attention of 8 * ``times`` KV heads, each its own query head, from that of 8 at a larger batch."""
+    kept = eight.x >= times
+    return Surface(eight.x[kept] / times, eight.y[kept], eight.us[kept])
+
+
+def _on(curve: Curve, counts: Floats) -> Floats:
+    return curve.us[np.isin(curve.x, counts)]
+
+
+def qkv_size(model: ModelSpec) -> int:
+    """Return the output features of the fused query, key and value projection."""
+    return (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+
+
+ACHIEVED = 0.9
+"""Share of the data-sheet bandwidth that a kernel reaches: Vidur's residual add of 4,096 tokens on A100 runs at 1.83e12
+bytes/s of 2.04e12, LLMServingSim's largest decode attention on RTX 4090 at 0.95e12 of 1.008e12, aiconfigurator's
+on L40S at 0.75e12 of 0.864e12."""
+LAUNCH_US = 2.0
+"""Least time of an elementwise kernel: Vidur's residual add of one token on A100, H100 and A40 takes 1 to 2 us."""
+
+
+def elementwise_us(tokens: Floats, bytes_per_token: float, gpu: Gpu) -> Floats:
+    """Return the microseconds of a fused elementwise kernel, which only moves bytes."""
+    return np.maximum(LAUNCH_US, tokens * bytes_per_token / (ACHIEVED * gpu.memory_bandwidth_bytes_per_s) * 1e6)
+
+
+def product_us(tokens: Floats, n: int, k: int, gpu: Gpu) -> Floats:
+    """Return the least microseconds that the data sheet allows a matrix product with 2-byte weights."""
+    compute_s = 2.0 * tokens * n * k / gpu.dense_fp16_flop_per_s
+    return np.maximum(compute_s, 2.0 * n * k / gpu.memory_bandwidth_bytes_per_s) * 1e6
+
+
+def sampler_us(sampler: Curve, vocab: int, sequences: Floats) -> Floats:
+    """Return the microseconds of sampling: vLLM's on RTX 4090, its slope over sequences scaled by the vocabulary."""
+    first = float(sampler.us[0])
+    measured = np.interp(sequences, sampler.x, sampler.us)
+    slope = (sampler.us[-1] - sampler.us[-2]) / (sampler.x[-1] - sampler.x[-2])
+    beyond = np.maximum(0.0, sequences - sampler.x[-1]) * slope
+    scaled: Floats = first + (measured + beyond - first) * vocab / 128256
+    return scaled
+
+
+def read_sampler(folder: Path) -> Curve:
+    """Return vLLM's sampler over sequences, for a vocabulary of 128,256."""
+    table = read_table(folder / "per_sequence.csv.gz", ("layer", "sequences", "time_us"))
+    return _sum(_by_layer(table, "sequences", "time_us"), {"sampler": 1})
+
+
+def raise_to_bandwidth(decode: Surface, kv_bytes_per_token: int, gpu: Gpu) -> Surface:
+    """Return decode attention never faster than memory can deliver the KV.
+
+    A profiler that calls one kernel again and again finds its KV in the L2 cache; in a served model all other layers'
+    weights and KV pass through that cache in between.
+    """
+    least = decode.x * decode.y * kv_bytes_per_token / (ACHIEVED * gpu.memory_bandwidth_bytes_per_s) * 1e6
+    return Surface(decode.x, decode.y, np.maximum(decode.us, least))
 
 
 def _by_layer(table: pd.DataFrame, over: str, value: str) -> pd.DataFrame:

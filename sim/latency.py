@@ -51,9 +51,9 @@ TILE_TOKENS = 128
 """Query tokens of one attention work item (FlashAttention's block of queries at head size 128)."""
 
 
-# `LatencyTables.layout` says what lies where in `LatencyTables.data`. A curve has two entries: the place of its value at
-# count 0 and its last count; the slope above follows its values. A surface has five: place and length of its rows, of its
-# columns, and the place of its values, row after row. The residual has nine: four axes and the place of its values.
+# `LatencyTables.layout` says what lies where in `LatencyTables.data`. A curve has two entries: the place of its value
+# at count 0 and its last count; the slope above follows its values. A surface has five: place and length of its rows,
+# of its columns, and the place of its values, row after row. The residual has nine: four axes and its values' place.
 CURVE_LINEAR = 0  # six curves: 4 * bits_index + 2 * kind
 CURVE_TOKEN = 12
 CURVE_HEAD = 14
@@ -279,6 +279,30 @@ def iteration_seconds(
     return float(total)
 
 
+@njit(cache=True)
+def layered_iteration_seconds(tables: LatencyTables, rows: Counts, tokens: int, sequences: int) -> float:
+    """Return the seconds of an iteration whose requests do not all run the same blocks or read the same KV.
+
+    Args:
+        tables: of a LatencyModel.
+        rows: (n, 7), layers that see the same: how many, index of their bits, prompt tokens and the contexts they
+            attend to summed, decodes and the tokens of KV they read summed (all of the MHA block), tokens of the FFN
+            block. A block that sees no token costs nothing.
+        tokens, sequences: of the whole iteration.
+    """
+    total = tables.data[DATA_FIXED] + _curve(tables.data, tables.layout, CURVE_TOKEN, tokens)
+    total += _curve(tables.data, tables.layout, CURVE_HEAD, sequences)
+    for i in range(rows.shape[0]):
+        layers, bits = rows[i, 0], rows[i, 1]
+        mha_tokens = rows[i, 2] + rows[i, 4]
+        if mha_tokens > 0:
+            total += layers * linear_seconds(tables, bits, 0, mha_tokens)
+            total += layers * attention_seconds(tables, rows[i, 2], rows[i, 3], rows[i, 4], rows[i, 5])
+        if rows[i, 6] > 0:
+            total += layers * linear_seconds(tables, bits, 1, rows[i, 6])
+    return float(total)
+
+
 @njit(cache=True, forceinline=True)
 def _covers(tables: LatencyTables, slot: int, count: int, context_sum: int) -> bool:
     """Return whether a surface reaches up to ``count`` with that sum of contexts."""
@@ -390,6 +414,10 @@ class LatencyModel:
             CalibrationError: naming the bits that lack, those there are, and what to do.
         """
         self._check_bits(set(plan.weight_bits))
+
+    def layered_iteration_s(self, rows: Counts, tokens: int, sequences: int) -> float:
+        """Return the seconds of an iteration in which layers differ in what they see; `layered_iteration_seconds`."""
+        return float(layered_iteration_seconds(self.tables, rows, tokens, sequences))
 
     def linear_s(self, kind: str, bits: int, tokens: int) -> float:
         """Return the seconds of one block without attention: kind `mha` (norm to output projection) or `ffn`."""
