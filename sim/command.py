@@ -18,7 +18,7 @@ from sim.config import build, one_thread, run_command
 from sim.engine import SimEngine
 from sim.errors import ConfigError
 from sim.latency import CALIBRATIONS, load_calibration
-from sim.metrics import iterations_frame, records_frame, summarise
+from sim.metrics import iterations_frame, records_frame, summarise, transitions_frame
 from sim.replay import replay
 from sim.report import plot_replay, print_summary
 from sim.runs import provenance, write_json, write_parquet, write_text
@@ -74,7 +74,7 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Any]:
             f"calibration {latency.name!r} was made for model {latency.model!r}, not {model.name!r}; "
             f"set calibration= to one made for it, or model={latency.model}"
         )
-    budget_bytes = build(cfg.budget)(
+    budget = build(cfg.budget)(
         workspace_bytes=cfg.workspace_bytes,
         model=model,
         gpu=gpu,
@@ -86,8 +86,11 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Any]:
         latency=latency,
         config=config,
         plan=policy.first_plan,
-        budget_bytes=budget_bytes,
+        budget_bytes=budget,
         workspace_bytes=int(cfg.workspace_bytes),
+        host_to_device_bytes_per_s=gpu.host_to_device_bytes_per_s,
+        # A copy takes its bytes from the memory bandwidth that iterations live on; not measured, an upper bound.
+        copy_slowdown=gpu.host_to_device_bytes_per_s / gpu.memory_bandwidth_bytes_per_s,
     )
     return engine, policy
 
@@ -113,16 +116,26 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
     started_cpu_s = time.process_time()
     try:
         with _ProgressBar(console, trace) as on_progress:
-            replay(trace, engine, policy, tick_s=cfg.tick_s, on_progress=on_progress)
+            replay(
+                trace, engine, policy, tick_s=cfg.tick_s, also_at_s=engine.budget.change_s[1:], on_progress=on_progress
+            )
     except KeyboardInterrupt:
         interrupted = True
     cpu_s = time.process_time() - started_cpu_s
     records, iterations = engine.records(), engine.iterations()
     summary = summarise(
-        records, iterations, engine.token_gaps(), slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s
+        records,
+        iterations,
+        engine.token_gaps(),
+        slo,
+        transitions=len(engine.transitions()),
+        budget_violation_s=engine.budget_violation_s,
+        not_arrived=len(trace) - len(records),
+        cpu_s=cpu_s,
     )
     summary["interrupted"] = interrupted
     write_parquet(folder / "records.parquet", records_frame(records, slo))
+    write_parquet(folder / "transitions.parquet", transitions_frame(engine.transitions()))
     if cfg.iterations:
         write_parquet(folder / "iterations.parquet", iterations_frame(iterations))
     if cfg.plot:

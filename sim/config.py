@@ -15,7 +15,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -165,7 +165,12 @@ def build(node: Any, /, **given: Any) -> Any:
         raise ConfigError(f"{name}.{missing[0]} has no value; set it: {name}.{missing[0]}=VALUE")
     plain = OmegaConf.to_container(node, resolve=True)
     _check_targets(plain, set(given))
-    return hydra.utils.instantiate(node, _convert_="all", **given)
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **given)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, RapLabError):
+            raise error.__cause__ from None  # what was wrong, without what Hydra says around it
+        raise
 
 
 def _check_targets(node: Any, given: set[str]) -> None:

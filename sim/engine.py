@@ -3,8 +3,21 @@
 ``SimEngine`` is the reference: one SimPy event an iteration, Python objects, no shortcut. A faster engine is right
 when its records equal these.
 
-Order of what happens at one instant: arrivals, then the end of an iteration, then the policy's decision, then the
-start of the next iteration. Requests that arrive together keep the order of the trace.
+Order of what happens at one instant: the budget changes, requests arrive, an iteration ends, the policy decides, plans
+and memory follow, the next iteration starts. Requests that arrive together keep the order of the trace.
+
+Rules for changing plans (sim/transition.py says what is copied when):
+
+1. Everything takes effect between two iterations; an idle engine is always between two.
+2. A dropped block leaves at once, an MHA block with the KV that requests hold of it.
+3. Each request carries the set of MHA blocks whose KV it holds: those that prefill runs when it is admitted. The set
+   only shrinks: by drops, and at the end of its prefill to what decode runs.
+4. A block that is restored runs for requests admitted later; with ``restore=recompute`` those that lack it give up
+   their KV and are prefilled again.
+5. ``kv_keep`` is a request's own from the end of its prefill on: later plans change it for later requests.
+6. The KV pool is what the budget leaves beside resident weights, the layer that is being copied in, and the
+   workspace. When it shrinks below its use, the newest requests are preempted until it fits. When not even the weights
+   fit, nothing that needs KV runs; the seconds beyond the budget are counted.
 """
 
 from __future__ import annotations
@@ -13,20 +26,26 @@ import math
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import simpy
+from numpy.typing import NDArray
 
-from sim.errors import BudgetError, ConfigError, PlanError, nearest
+from sim.budget import Budget, constant_budget
+from sim.errors import BudgetError, ConfigError, nearest
 from sim.kv_pool import KVPool
-from sim.memory import kv_blocks, kv_pool_layer_blocks, weight_bytes
+from sim.latency import chunk_context_sum
+from sim.memory import fixed_weight_bytes, kv_block_layer_bytes, kv_blocks
 from sim.model import ModelSpec
-from sim.plan import KV_KEEP_ALL, Plan, check_plan
-from sim.records import Iterations, Records, Status, TokenGaps
+from sim.plan import KV_KEEP_ALL, WEIGHT_BITS, KVKeep, Plan, check_plan, describe
+from sim.records import Iterations, Records, Status, TokenGaps, Transitions
 from sim.scheduler import SCHEDULERS, Batch, Limits, SchedulerName, form_batch
+from sim.transition import LayerCopy, copies_between, joined, resident_of, running_plan, without_dropped
 
 GIB = 1 << 30
+RESTORE_MODES = ("new_requests", "recompute")
+Restore = Literal["new_requests", "recompute"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +69,7 @@ class EngineConfig:
     reuse_preempted_kv: whether a preempted request finds again what others have not overwritten of its KV, as with
         vLLM's prefix caching; without it everything is computed again.
     max_context_tokens: prompt and output of one request together; None takes the model's own limit.
+    restore: what a restored MHA block does to requests that run: ``new_requests`` or ``recompute`` (rule 4 above).
     """
 
     scheduler: SchedulerName = "chunked"
@@ -58,10 +78,13 @@ class EngineConfig:
     kv_watermark_share: float = 0.0
     reuse_preempted_kv: bool = False
     max_context_tokens: int | None = None
+    restore: Restore = "new_requests"
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
             raise ConfigError(f"unknown engine.scheduler {self.scheduler!r}; {nearest(self.scheduler, SCHEDULERS)}")
+        if self.restore not in RESTORE_MODES:
+            raise ConfigError(f"unknown engine.restore {self.restore!r}; {nearest(self.restore, RESTORE_MODES)}")
         if self.kv_block_tokens < 1:
             raise ConfigError(f"engine.kv_block_tokens is {self.kv_block_tokens}; it must be at least 1")
         if not 0.0 <= self.kv_watermark_share < 1.0:
@@ -79,7 +102,11 @@ class EngineState:
     waiting, running: requests. waiting_tokens: prompt and already produced tokens of the waiting ones.
     oldest_wait_s: how long the head of the queue has waited, 0 for an empty queue.
     running_tokens: tokens whose KV is held. kv_layer_blocks, kv_used_layer_blocks: the pool, in KV blocks of one layer.
-    ttft_sum_s: sum of TTFT over the first tokens so far. decode_s: time spent in iterations that decoded.
+    ttft_sum_s: sum of TTFT over the first tokens so far. busy_s: time spent in iterations that have ended.
+    budget_bytes, weight_bytes: what there is, and what the resident weights take of it.
+    next_budget_bytes, next_budget_s: the next step of the budget when it has been announced, else as it is and ``inf``.
+    budget_violation_s: seconds in which more was held than the budget allows.
+    plan: what runs. target: what the last decision wants. incoming_bytes: the layer that is being copied in.
     """
 
     time_s: float
@@ -102,7 +129,12 @@ class EngineState:
     preemptions: int
     iterations: int
     busy_s: float
+    next_budget_bytes: int
+    next_budget_s: float
+    budget_violation_s: float
+    incoming_bytes: int
     plan: Plan
+    target: Plan
 
 
 class Price(Protocol):
@@ -121,6 +153,13 @@ class Price(Protocol):
         sequences: int,
     ) -> float:
         """Return the seconds of one iteration."""
+        ...
+
+    def layered_iteration_s(self, rows: NDArray[np.int64], tokens: int, sequences: int) -> float:
+        """Return the seconds of one iteration in which layers differ in what they see.
+
+        rows: (n, 7), as ``sim.latency.layered_iteration_seconds`` describes them. tokens: of the whole iteration.
+        """
         ...
 
     def in_range(
@@ -157,7 +196,7 @@ class Engine(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Live:
-    """A request inside the engine."""
+    """A request inside the engine. ``mha``: the layers whose MHA block it runs, and whose KV it holds."""
 
     request: Request
     output_limit: int
@@ -165,6 +204,9 @@ class _Live:
     produced_tokens: int = 0
     prefill_tokens: int = 0  # tokens to compute before it decodes: prompt, and what a preemption made it lose
     held_layer_blocks: int = 0
+    mha: frozenset[int] = frozenset()
+    kv_keep: tuple[KVKeep, ...] | None = None  # None while every token is kept
+    kept_params: int = 0  # parameters that ran for its tokens, summed over them
     admitted_s: float = math.nan
     first_token_s: float = math.nan
     last_token_s: float = math.nan
@@ -181,6 +223,22 @@ class _Live:
         return self.computed_tokens >= self.prefill_tokens
 
 
+@dataclass(slots=True, eq=False)
+class _Transition:
+    """One plan change, as it goes on."""
+
+    time_s: float
+    from_plan: str
+    to_plan: str
+    kv_blocks_before: int
+    bytes_in: int = 0
+    bytes_freed: int = 0
+    ready_s: float = math.nan
+    preempted: int = 0
+    recomputed_tokens: int = 0
+    kv_blocks_after: int = 0
+
+
 class SimEngine:
     """The reference engine: one replica, one SimPy event an iteration."""
 
@@ -191,38 +249,68 @@ class SimEngine:
         latency: Price,
         config: EngineConfig,
         plan: Plan,
-        budget_bytes: int,
+        budget_bytes: int | Budget,
         workspace_bytes: int = 0,
+        host_to_device_bytes_per_s: float = 25e9,
+        copy_slowdown: float = 0.0,
         env: simpy.Environment | None = None,
     ) -> None:
         """Build an idle engine.
 
         Args:
             model: what is served. latency: its price on one device. config: how it serves.
-            plan: what runs. budget_bytes: what weights, workspace and KV cache may hold together.
+            plan: what runs first; its weights are there already.
+            budget_bytes: what weights, workspace and KV cache may hold together, constant or over time.
             workspace_bytes: activations and the like, part of the budget that neither weights nor KV can use.
+            host_to_device_bytes_per_s: how fast weights are copied in.
+            copy_slowdown: by what share an iteration takes longer that starts while weights are copied in.
             env: the SimPy environment to live in; a new one by default.
         Raises:
             PlanError: for a plan that is not legal for the model.
-            BudgetError: when the budget cannot hold the weights and one request.
+            BudgetError: when the budget cannot hold the weights and one request at the start.
         """
         check_plan(model, plan)
+        if not host_to_device_bytes_per_s > 0 or not copy_slowdown >= 0:
+            raise ConfigError(
+                f"host_to_device_bytes_per_s is {host_to_device_bytes_per_s} and copy_slowdown {copy_slowdown}; "
+                "the first must be above 0, the second at least 0"
+            )
         self.env = env or simpy.Environment()
         self._model, self._latency, self.config = model, latency, config
-        self._budget_bytes, self._workspace_bytes = budget_bytes, workspace_bytes
+        self.budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
+        self._budget_step = 0
+        self._workspace_bytes = workspace_bytes
+        self._host_to_device_bytes_per_s, self._copy_slowdown = host_to_device_bytes_per_s, copy_slowdown
+        self._fixed_weight_bytes = fixed_weight_bytes(model)
+        self._block_bytes = kv_block_layer_bytes(model, config.kv_block_tokens)
+
         self._arrivals: deque[Request] = deque()
         self._waiting: deque[_Live] = deque()
         self._running: list[_Live] = []
         self._all: list[_Live] = []
+        self._in_iteration = False
+        self._wake: simpy.Event | None = None
         self._resume: simpy.Event | None = None
         self._hold_at_s = math.nan
-        self._wake: simpy.Event | None = None
+
+        self._target = plan
+        self._resident = resident_of(plan)
+        self._decided: tuple[float, Plan] | None = None
+        self._copies: deque[LayerCopy] = deque()
+        self._copy: LayerCopy | None = None
+        self._copy_end_s = math.inf
+        self._transition: _Transition | None = None
+        self._transitions: list[_Transition] = []
+
         self._arrived_prompt_tokens = self._first_tokens = self._produced_tokens = 0
         self._finished = self._rejected = self._preemptions = 0
-        self._ttft_sum_s = self._busy_s = 0.0
+        self._ttft_sum_s = self._busy_s = self._violation_s = self._violation_since_s = 0.0
         self._gaps_s: list[float] = []
         self._iterations: list[tuple[float, float, int, int, int, int, float, int, bool]] = []
-        self._set_plan(plan)
+
+        self._pool = KVPool(0)
+        self._run_what_is_resident()
+        self._resize_pool()
         self._context_limit = self._find_context_limit()
         self.env.process(self._serve())
 
@@ -239,12 +327,21 @@ class SimEngine:
                 )
             last_s = request.arrival_s
             self._arrivals.append(request)
-        self._notify()
+        self._wake_up()
 
     def apply(self, plan: Plan) -> None:
-        """Make ``plan`` what runs, from the next iteration on."""
-        if plan != self._plan:
-            raise PlanError("this engine runs one plan from beginning to end; start it with the plan you want")
+        """Make ``plan`` what shall run; it takes effect between two iterations.
+
+        Raises:
+            PlanError: for a plan that is not legal for the model; what runs goes on.
+        """
+        check_plan(self._model, plan)
+        wanted = self._decided[1] if self._decided is not None else self._target
+        if plan == wanted:
+            return
+        self._decided = (self.env.now, plan)
+        if not self._in_iteration:
+            self._wake_up()
 
     def run_until(self, time_s: float) -> EngineState:
         """Serve until ``time_s`` (``inf``: until nothing is left to do) and say what can be seen then."""
@@ -252,37 +349,48 @@ class SimEngine:
             self._resume.succeed()
             self._resume = None
         self._hold_at_s = time_s
+        if self.env.now < time_s < math.inf:
+            self.env.timeout(_exact_delay(self.env.now, time_s))  # so that the clock stands at time_s afterwards
         while self.env.peek() <= time_s and not math.isinf(self.env.peek()):
             self.env.step()
         now_s = self.env.now if math.isinf(time_s) else time_s
+        self._follow_budget(now_s)
         self._take_arrivals(now_s)
         return self._state(now_s)
 
     @property
     def drained(self) -> bool:
-        """Whether no submitted request can make any more progress."""
-        return self._resume is None and math.isinf(self.env.peek())
+        """Whether no submitted request can make any more progress by itself."""
+        return (
+            self._resume is None
+            and not self._arrivals
+            and not self._running
+            and (not self._waiting or math.isinf(self.env.peek()))
+        )
 
     def records(self) -> Records:
         """Return one row a request, in order of arrival; requests yet to arrive have none."""
         live = self._all
 
-        def floats(name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        def floats(name: str) -> NDArray[np.float64]:
             return np.array([getattr(r, name) for r in live], dtype=np.float64)
 
-        def ints(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        def ints(values: list[int]) -> NDArray[np.int64]:
             return np.array(values, dtype=np.int64)
 
+        produced = ints([r.produced_tokens for r in live])
+        kept_params = np.array([r.kept_params for r in live], dtype=np.float64)
         return Records(
             arrival_s=np.array([r.request.arrival_s for r in live], dtype=np.float64),
             prompt_tokens=ints([r.request.prompt_tokens for r in live]),
             output_tokens=ints([r.request.output_tokens for r in live]),
-            produced_tokens=ints([r.produced_tokens for r in live]),
+            produced_tokens=produced,
             admitted_s=floats("admitted_s"),
             first_token_s=floats("first_token_s"),
             finish_s=floats("finish_s"),
             preemptions=ints([r.preemptions for r in live]),
             status=ints([int(r.status) for r in live]),
+            kept_params_share=kept_params / np.where(produced > 0, produced * self._model.total_params, np.nan),
         )
 
     def iterations(self) -> Iterations:
@@ -306,27 +414,59 @@ class SimEngine:
         gaps_s, count = np.unique(np.array(self._gaps_s, dtype=np.float64), return_counts=True)
         return TokenGaps(itl_s=gaps_s, count=count.astype(np.int64))
 
+    def transitions(self) -> Transitions:
+        """Return one row a plan change."""
+        rows = self._transitions
+
+        def ints(name: str) -> NDArray[np.int64]:
+            return np.array([getattr(t, name) for t in rows], dtype=np.int64)
+
+        return Transitions(
+            time_s=np.array([t.time_s for t in rows], dtype=np.float64),
+            from_plan=tuple(t.from_plan for t in rows),
+            to_plan=tuple(t.to_plan for t in rows),
+            bytes_in=ints("bytes_in"),
+            bytes_freed=ints("bytes_freed"),
+            ready_s=np.array([t.ready_s for t in rows], dtype=np.float64),
+            preempted=ints("preempted"),
+            recomputed_tokens=ints("recomputed_tokens"),
+            kv_blocks_before=ints("kv_blocks_before"),
+            kv_blocks_after=ints("kv_blocks_after"),
+        )
+
+    @property
+    def budget_violation_s(self) -> float:
+        """Seconds so far in which more was held than the budget allows."""
+        return self._violation_s
+
     # -- serving -------------------------------------------------------------------------------------------------
 
     def _serve(self) -> Generator[simpy.Event, Any, None]:
         while True:
+            self._follow_budget(self.env.now)
             self._take_arrivals(self.env.now)
             if self.env.now == self._hold_at_s:  # a policy decides now, before the next iteration starts
                 self._resume = self.env.event()
                 yield self._resume
                 continue
+            preempted = self._change_plan()
             batch = self._form_batch()
             self._carry_out(batch)
+            preempted += len(batch.preempted)
             if not batch.scheduled:
                 if not batch.preempted:
-                    yield self._next_arrival()
+                    yield self._next_event()
                 continue
             start_s, waiting, running = self.env.now, len(self._waiting), len(self._running)
             duration_s, extrapolated = self._price(batch)
             prefill_tokens = sum(tokens for r, tokens in batch.scheduled if not r.decoding)
             decodes = sum(r.decoding for r, _ in batch.scheduled)
+            self._in_iteration = True
             yield self.env.timeout(duration_s)
+            self._in_iteration = False
             self._busy_s += duration_s
+            # What is held changes now; until now it was compared with the budget as it was.
+            self._follow_budget(self.env.now)
             # A request that arrives at the very end of an iteration arrives before it ends.
             self._take_arrivals(self.env.now)
             used_share = self._pool.used_layer_blocks / max(self._pool.layer_blocks, 1)
@@ -340,22 +480,28 @@ class SimEngine:
                     running,
                     waiting,
                     used_share,
-                    len(batch.preempted),
+                    preempted,
                     extrapolated,
                 )
             )
 
-    def _next_arrival(self) -> simpy.Event:
-        """Return an event at the next arrival, or one that ``submit`` will trigger."""
+    def _next_event(self) -> simpy.Event:
+        """Return what an idle engine waits for: an arrival, the end of a copy, a budget, or a call from outside."""
+        times_s = [self._copy_end_s]
         if self._arrivals:
-            return self.env.timeout(_exact_delay(self.env.now, self._arrivals[0].arrival_s))
+            times_s.append(self._arrivals[0].arrival_s)
+        if self._waiting and self._budget_step + 1 < len(self.budget.change_s):
+            times_s.append(self.budget.change_s[self._budget_step + 1])
         self._wake = self.env.event()
-        return self._wake
+        time_s = min(times_s)
+        if math.isinf(time_s):
+            return self._wake
+        return self._wake | self.env.timeout(_exact_delay(self.env.now, time_s))
 
-    def _notify(self) -> None:
-        if self._wake is not None and self._arrivals:
+    def _wake_up(self) -> None:
+        if self._wake is not None and not self._wake.triggered:
             self._wake.succeed()
-            self._wake = None
+        self._wake = None
 
     def _take_arrivals(self, now_s: float) -> None:
         while self._arrivals and self._arrivals[0].arrival_s <= now_s:
@@ -383,14 +529,10 @@ class SimEngine:
     def _carry_out(self, batch: Batch[_Live]) -> None:
         """Preempt, admit and take KV blocks, as the batch says."""
         for live in batch.preempted:
-            assert self._running.pop() is live
-            self._let_go(live)
-            live.preemptions += 1
-            live.status = Status.WAITING
-            self._preemptions += 1
-            self._waiting.appendleft(live)
+            self._preempt(live)
         for live in batch.admitted:
             assert self._waiting.popleft() is live
+            live.mha, live.kv_keep = self._prefill_mha, None
             live.held_layer_blocks = self._layer_blocks(live, live.computed_tokens)
             self._pool.claim(live.request.request_id, live.held_layer_blocks)
             live.prefill_tokens = live.target_tokens
@@ -399,48 +541,61 @@ class SimEngine:
                 live.admitted_s = self.env.now
             self._running.append(live)
         for live, tokens in batch.scheduled:
-            need = self._layer_blocks(live, live.computed_tokens + tokens)
-            overwritten = self._pool.take(need - live.held_layer_blocks)
-            live.held_layer_blocks = need
-            for request_id in overwritten:
-                self._all[request_id].computed_tokens = self._found_again(self._all[request_id])
-
-    def _let_go(self, live: _Live) -> None:
-        """Take a running request's KV blocks; note what it will find again if it comes back at once."""
-        owner = live.request.request_id if self.config.reuse_preempted_kv else -1
-        self._pool.release(live.held_layer_blocks, owner)
-        live.held_layer_blocks = 0
-        live.computed_tokens = self._found_again(live)
-
-    def _found_again(self, live: _Live) -> int:
-        """Return the tokens of a preempted request whose KV nobody has overwritten: whole KV blocks from the first on.
-
-        At least one token is computed again, as in vLLM, to have something to sample from.
-        """
-        kept = self._pool.kept_layer_blocks(live.request.request_id)
-        if not kept:
-            return 0
-        block_tokens = self.config.kv_block_tokens
-        # The run's last block may be partly filled; such a block is never found again.
-        whole = min(kept // self._kv_layers, live.computed_tokens // block_tokens)
-        return min(whole, (live.target_tokens - 1) // block_tokens) * block_tokens
+            self._hold(live, self._layer_blocks(live, live.computed_tokens + tokens))
 
     def _price(self, batch: Batch[_Live]) -> tuple[float, bool]:
         """Return the seconds of an iteration, and whether they are extrapolated."""
         chunks = [(tokens, live.computed_tokens) for live, tokens in batch.scheduled if not live.decoding]
-        contexts = [live.computed_tokens for live, _ in batch.scheduled if live.decoding]
+        decodes = [live for live, _ in batch.scheduled if live.decoding]
+        contexts = sum(live.computed_tokens for live in decodes)
         sequences = sum(live.computed_tokens + tokens == live.target_tokens for live, tokens in batch.scheduled)
-        shape = (chunks, len(contexts), sum(contexts), sequences)
-        return self._latency.iteration_s(self._plan, *shape), not self._latency.in_range(*shape)
+        shape = (chunks, len(decodes), contexts, sequences)
+        if all(live.mha == self._mha_of(live) and live.kv_keep is None for live, _ in batch.scheduled):
+            seconds = self._latency.iteration_s(self._plan, *shape)
+        else:
+            tokens = sum(chunk for chunk, _ in chunks) + len(decodes)
+            seconds = self._latency.layered_iteration_s(self._layers_seen(batch), tokens, sequences)
+        if self._copy is not None:
+            seconds *= 1.0 + self._copy_slowdown
+        return seconds, not self._latency.in_range(*shape)
+
+    def _layers_seen(self, batch: Batch[_Live]) -> NDArray[np.int64]:
+        """Return what each layer sees of a batch, equal layers together, in the order of the first of each."""
+        rows: dict[tuple[int, ...], int] = {}
+        prefills = [(live, tokens) for live, tokens in batch.scheduled if not live.decoding]
+        decodes = [live for live, _ in batch.scheduled if live.decoding]
+        prefill_tokens = sum(tokens for _, tokens in prefills)
+        for layer in range(self._model.num_layers):
+            chunks = [(tokens, live.computed_tokens) for live, tokens in prefills if layer in live.mha]
+            contexts = [
+                live.kv_keep[layer].tokens(live.computed_tokens) if live.kv_keep else live.computed_tokens
+                for live in decodes
+                if layer in live.mha
+            ]
+            ffn_tokens = prefill_tokens * self._plan.prefill.ffn[layer] + len(decodes) * self._plan.decode.ffn[layer]
+            seen = (
+                WEIGHT_BITS.index(self._plan.weight_bits[layer]),
+                sum(tokens for tokens, _ in chunks),
+                sum(chunk_context_sum(tokens, prefix) for tokens, prefix in chunks),
+                len(contexts),
+                sum(contexts),
+                ffn_tokens,
+            )
+            rows[seen] = rows.get(seen, 0) + 1
+        return np.array([(count, *seen) for seen, count in rows.items()], dtype=np.int64)
 
     def _finish(self, batch: Batch[_Live]) -> None:
         """Give every request that caught up its next token, and let go of those that have their last."""
         now_s = self.env.now
         done = False
         for live, tokens in batch.scheduled:
+            prefilled = not live.decoding
             live.computed_tokens += tokens
             if live.computed_tokens < live.target_tokens:
                 continue
+            live.kept_params += self._params_run(live, self._plan.prefill.ffn if prefilled else self._plan.decode.ffn)
+            if prefilled:
+                self._end_prefill(live)
             live.produced_tokens += 1
             self._produced_tokens += 1
             if live.produced_tokens == 1:
@@ -454,52 +609,222 @@ class SimEngine:
                 live.finish_s = now_s
                 live.status = Status.FINISHED
                 self._finished += 1
-                self._pool.release(live.held_layer_blocks)
-                live.held_layer_blocks = 0
+                self._hold(live, 0)
                 done = True
         if done:
             self._running = [live for live in self._running if live.status is Status.RUNNING]
 
+    def _end_prefill(self, live: _Live) -> None:
+        """Leave the KV that decode will not read: layers it does not run, tokens that the plan does not keep."""
+        live.mha = live.mha & self._decode_mha
+        if any(keep != KV_KEEP_ALL for keep in self._plan.kv_keep):
+            live.kv_keep = self._plan.kv_keep
+        self._hold(live, self._layer_blocks(live, live.computed_tokens))
+
+    def _params_run(self, live: _Live, ffn: tuple[bool, ...]) -> int:
+        """Return how many parameters run for one token of a request."""
+        model = self._model
+        return model.fixed_params + len(live.mha) * model.mha_params + sum(ffn) * model.ffn_params
+
+    # -- plans ---------------------------------------------------------------------------------------------------
+
+    def _change_plan(self) -> int:
+        """Do what is due of plan changes between two iterations; return how many requests were preempted for it."""
+        before = self._preemptions
+        if self._copy is not None and self._copy_end_s <= self.env.now:
+            self._join()
+        if self._decided is not None:
+            self._begin_transition(*self._decided)
+            self._decided = None
+        if self._copy is None and self._copies:
+            self._copy = self._copies.popleft()
+            self._copy_end_s = self.env.now + self._copy.copied_bytes / self._host_to_device_bytes_per_s
+        if self._transition is not None and self._copy is None:
+            self._transition.ready_s = self.env.now
+        self._resize_pool()
+        self._preempt_for_the_pool()
+        if self._transition is not None:
+            self._transition.kv_blocks_after = self._pool.layer_blocks
+            if self._copy is None:
+                self._transition = None
+        return self._preemptions - before
+
+    def _begin_transition(self, time_s: float, plan: Plan) -> None:
+        """Drop what the new plan does not run, and line up the copies of what it needs."""
+        self._transition = _Transition(time_s, describe(self._plan), describe(plan), self._pool.layer_blocks)
+        self._transitions.append(self._transition)
+        self._target = plan
+        resident = without_dropped(self._resident, plan)
+        self._set_resident(resident)
+        copies = copies_between(self._model, resident, plan)
+        self._copies = deque(copies)
+        if self._copy is not None:
+            if self._copy in copies:
+                self._copies.remove(self._copy)  # the copy under way goes on, for the new plan
+            else:
+                self._copy, self._copy_end_s = None, math.inf
+
+    def _join(self) -> None:
+        """Let the layer whose copy is whole run from now on, in the place of what it replaces."""
+        assert self._copy is not None
+        if self._transition is not None:
+            self._transition.bytes_in += self._copy.copied_bytes
+        old_mha = self._resident.mha_bits[self._copy.layer]
+        self._set_resident(joined(self._resident, self._copy), copied_bytes=self._copy.copied_bytes)
+        restored = self._copy.mha_bits and not old_mha and self._copy.layer in self._prefill_mha
+        layer = self._copy.layer
+        self._copy, self._copy_end_s = None, math.inf
+        if restored and self.config.restore == "recompute":
+            for live in [live for live in reversed(self._running) if layer not in live.mha]:
+                if layer in self._mha_of(live):
+                    self._preempt_for_transition(live)
+
+    def _set_resident(self, resident: Any, copied_bytes: int = 0) -> None:
+        freed = self._resident.weight_bytes(self._model) + copied_bytes - resident.weight_bytes(self._model)
+        if self._transition is not None:
+            self._transition.bytes_freed += freed
+        self._resident = resident
+        self._run_what_is_resident()
+        for live in self._running:  # KV of blocks that no longer run is of no use
+            kept = live.mha & self._mha_of(live)
+            if kept != live.mha:
+                live.mha = kept
+                self._hold(live, self._layer_blocks(live, live.computed_tokens))
+
+    def _run_what_is_resident(self) -> None:
+        """Run the blocks of the target that are on the device."""
+        self._plan = running_plan(self._resident, self._target)
+        prefill_mha = frozenset(layer for layer, keep in enumerate(self._plan.prefill.mha) if keep)
+        if prefill_mha != getattr(self, "_prefill_mha", prefill_mha):
+            self._forget_kept_kv()  # it lacks a layer, or has one too many
+        self._prefill_mha = prefill_mha
+        self._decode_mha = frozenset(layer for layer, keep in enumerate(self._plan.decode.mha) if keep)
+        self._weight_bytes = self._fixed_weight_bytes + self._resident.weight_bytes(self._model)
+
+    def _mha_of(self, live: _Live) -> frozenset[int]:
+        """Return the MHA blocks that run for a request at its stage, were it to hold the KV of all."""
+        return self._decode_mha if live.decoding else self._prefill_mha
+
     # -- memory --------------------------------------------------------------------------------------------------
 
-    def _set_plan(self, plan: Plan) -> None:
-        if any(keep != KV_KEEP_ALL for keep in plan.kv_keep):
-            raise PlanError("plan.kv_keep: the simulator keeps all KV tokens; leave every layer at null, null")
-        self._plan = plan
-        self._weight_bytes = weight_bytes(self._model, plan)
-        self._kv_layers = sum(plan.prefill.mha)
-        pool_layer_blocks = kv_pool_layer_blocks(
-            self._model, plan, self._budget_bytes, self._workspace_bytes, self.config.kv_block_tokens
-        )
-        self._pool = KVPool(pool_layer_blocks)
+    def _resize_pool(self) -> None:
+        """Give the KV pool what the budget leaves."""
+        incoming = self._copy.copied_bytes if self._copy is not None else 0
+        left = self.budget.budget_bytes[self._budget_step] - self._weight_bytes - incoming - self._workspace_bytes
+        layer_blocks = max(0, left // self._block_bytes)
+        if layer_blocks != self._pool.layer_blocks:
+            self._overwritten(self._pool.resize(layer_blocks))
         limits = self.config.limits
         self._limits = replace(
             limits,
-            max_running=min(limits.max_running, plan.max_running or limits.max_running),
+            max_running=min(limits.max_running, self._plan.max_running or limits.max_running),
             watermark_layer_blocks=limits.watermark_layer_blocks
-            + math.ceil(self.config.kv_watermark_share * pool_layer_blocks),
+            + math.ceil(self.config.kv_watermark_share * layer_blocks),
         )
 
+    def _preempt_for_the_pool(self) -> None:
+        """Preempt the newest requests until what is held fits the pool."""
+        while self._pool.free_layer_blocks < 0 and self._running:
+            self._preempt_for_transition(self._running[-1])
+
+    def _preempt_for_transition(self, live: _Live) -> None:
+        if self._transition is not None:
+            self._transition.preempted += 1
+            self._transition.recomputed_tokens += live.computed_tokens
+        self._preempt(live)
+
+    def _preempt(self, live: _Live) -> None:
+        """Take a running request's KV and put it back at the head of the queue."""
+        self._running.remove(live)
+        whole = live.kv_keep is None and live.mha == self._prefill_mha  # else nobody could go on from it
+        owner = live.request.request_id if self.config.reuse_preempted_kv and whole else -1
+        self._pool.release(live.held_layer_blocks, owner)
+        live.held_layer_blocks = 0
+        live.computed_tokens = self._found_again(live)
+        live.preemptions += 1
+        live.status = Status.WAITING
+        self._preemptions += 1
+        self._waiting.appendleft(live)
+
+    def _hold(self, live: _Live, layer_blocks: int) -> None:
+        """Take or free KV blocks so that a request holds so many."""
+        change = layer_blocks - live.held_layer_blocks
+        live.held_layer_blocks = layer_blocks
+        if change > 0:
+            self._overwritten(self._pool.take(change))
+        else:
+            self._pool.release(-change)
+
+    def _overwritten(self, request_ids: list[int]) -> None:
+        for request_id in request_ids:
+            self._all[request_id].computed_tokens = self._found_again(self._all[request_id])
+
+    def _forget_kept_kv(self) -> None:
+        self._pool.forget()
+        for live in self._waiting:
+            live.computed_tokens = 0
+
+    def _found_again(self, live: _Live) -> int:
+        """Return the tokens of a preempted request whose KV nobody has overwritten: whole KV blocks from the first on.
+
+        At least one token is computed again, as in vLLM, to have something to sample from.
+        """
+        kept = self._pool.kept_layer_blocks(live.request.request_id)
+        if not kept:
+            return 0
+        block_tokens = self.config.kv_block_tokens
+        # The run's last block may be partly filled; such a block is never found again.
+        whole = min(kept // len(self._prefill_mha), live.computed_tokens // block_tokens)
+        return min(whole, (live.target_tokens - 1) // block_tokens) * block_tokens
+
     def _layer_blocks(self, live: _Live, tokens: int) -> int:
-        return self._kv_layers * kv_blocks(tokens, self.config.kv_block_tokens)
+        """Return the KV blocks, over all layers, that a request needs for so many computed tokens."""
+        block_tokens = self.config.kv_block_tokens
+        if live.status is not Status.RUNNING:
+            return len(self._prefill_mha) * kv_blocks(tokens, block_tokens)
+        if live.kv_keep is None:
+            return len(live.mha) * kv_blocks(tokens, block_tokens)
+        return sum(kv_blocks(live.kv_keep[layer].tokens(tokens), block_tokens) for layer in live.mha)
 
     def _find_context_limit(self) -> int:
-        """Return the longest context one request may reach, so that it fits the pool alone, as vLLM demands."""
+        """Return the longest context one request may reach, so that it fits the first pool alone, as vLLM demands."""
         limit = self.config.max_context_tokens or self._model.max_context_tokens
-        if self._kv_layers:
-            blocks = (self._pool.layer_blocks - self._limits.watermark_layer_blocks) // self._kv_layers
+        if self._prefill_mha:
+            blocks = (self._pool.layer_blocks - self._limits.watermark_layer_blocks) // len(self._prefill_mha)
             limit = min(limit, blocks * self.config.kv_block_tokens)
-        if limit < 2 or self._weight_bytes + self._workspace_bytes > self._budget_bytes:
+        budget_bytes = self.budget.budget_bytes[0]
+        if limit < 2 or self._weight_bytes + self._workspace_bytes > budget_bytes:
             raise BudgetError(
                 f"weights {self._weight_bytes / GIB:.2f} GiB and workspace {self._workspace_bytes / GIB:.2f} GiB leave "
-                f"no room for the KV cache of one request in a budget of {self._budget_bytes / GIB:.2f} GiB; prune or "
-                "quantise more blocks, or raise the budget (budget.bytes, gpu=)"
+                f"no room for the KV cache of one request in a budget of {budget_bytes / GIB:.2f} GiB; prune or "
+                "quantise more blocks, or raise the budget (budget=, gpu=)"
             )
         return limit
+
+    def _held_bytes(self) -> int:
+        incoming = self._copy.copied_bytes if self._copy is not None else 0
+        kv_bytes = self._pool.used_layer_blocks * self._block_bytes
+        return self._weight_bytes + incoming + self._workspace_bytes + kv_bytes
+
+    def _follow_budget(self, now_s: float) -> None:
+        """Bring the budget up to ``now_s`` and count the seconds in which more was held than it allowed."""
+        held_bytes = self._held_bytes()
+        change_s, budget_bytes = self.budget.change_s, self.budget.budget_bytes
+        while True:
+            more = self._budget_step + 1 < len(change_s) and change_s[self._budget_step + 1] <= now_s
+            until_s = change_s[self._budget_step + 1] if more else now_s
+            if held_bytes > budget_bytes[self._budget_step]:
+                self._violation_s += until_s - self._violation_since_s
+            self._violation_since_s = until_s
+            if not more:
+                return
+            self._budget_step += 1
 
     # -- what can be seen ----------------------------------------------------------------------------------------
 
     def _state(self, now_s: float) -> EngineState:
+        step, budget = self._budget_step, self.budget
+        announced = step + 1 < len(budget.change_s) and budget.change_s[step + 1] - budget.notice_s <= now_s
         return EngineState(
             time_s=now_s,
             waiting=len(self._waiting),
@@ -509,7 +834,7 @@ class SimEngine:
             running_tokens=sum(live.computed_tokens for live in self._running),
             kv_layer_blocks=self._pool.layer_blocks,
             kv_used_layer_blocks=self._pool.used_layer_blocks,
-            budget_bytes=self._budget_bytes,
+            budget_bytes=budget.budget_bytes[step],
             weight_bytes=self._weight_bytes,
             arrived=len(self._all),
             arrived_prompt_tokens=self._arrived_prompt_tokens,
@@ -521,7 +846,12 @@ class SimEngine:
             preemptions=self._preemptions,
             iterations=len(self._iterations),
             busy_s=self._busy_s,
+            next_budget_bytes=budget.budget_bytes[step + 1] if announced else budget.budget_bytes[step],
+            next_budget_s=budget.change_s[step + 1] if announced else math.inf,
+            budget_violation_s=self._violation_s,
+            incoming_bytes=self._copy.copied_bytes if self._copy is not None else 0,
             plan=self._plan,
+            target=self._decided[1] if self._decided is not None else self._target,
         )
 
 

@@ -1,8 +1,8 @@
 """The pool of KV blocks of one replica: how many are free, and whose old content the free ones still hold.
 
 Counted in KV blocks of one layer. Real engines hand out the block that has been free longest, so what a preempted
-request left behind stays readable until others have taken it: vLLM's prefix cache, seen from one request. The pool keeps
-that order as runs of blocks, not block by block.
+request left behind stays readable until others have taken it: vLLM's prefix cache, seen from one request. The pool
+keeps that order as runs of blocks, not block by block.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class KVPool:
         return self.layer_blocks - self._free_layer_blocks
 
     def take(self, layer_blocks: int) -> list[int]:
-        """Hold so many more blocks, the longest free first; return the owners whose content was (partly) overwritten."""
-        assert 0 <= layer_blocks <= self._free_layer_blocks
+        """Hold so many more blocks, the longest free first; return the owners whose content was overwritten."""
+        assert 0 <= layer_blocks <= max(self._free_layer_blocks, 0)
         self._free_layer_blocks -= layer_blocks
         overwritten = []
         while layer_blocks:
@@ -55,10 +55,35 @@ class KVPool:
                 self._kept.pop(run.owner, None)
         return overwritten
 
+    def resize(self, layer_blocks: int) -> list[int]:
+        """Grow or shrink the pool; return the owners whose content was lost.
+
+        Shrinking takes the longest free first. Where fewer are free than must go, the pool is in debt:
+        ``free_layer_blocks`` is below 0 until requests have been preempted.
+        """
+        change = layer_blocks - self.layer_blocks
+        lost: list[int] = []
+        if change < 0:
+            available = max(self._free_layer_blocks, 0)
+            lost = self.take(min(-change, available))
+            self._free_layer_blocks -= max(-change - available, 0)
+        self.layer_blocks = layer_blocks
+        if change > 0:
+            self.release(change)
+        return lost
+
+    def forget(self) -> None:
+        """Let nobody find anything again."""
+        for run in self._kept.values():
+            run.owner = -1
+        self._kept.clear()
+
     def release(self, layer_blocks: int, owner: int = -1) -> None:
         """Free blocks; their content stays readable for ``owner`` until they are taken. The last tokens' go first."""
+        owed = min(max(-self._free_layer_blocks, 0), layer_blocks)
         self._free_layer_blocks += layer_blocks
         assert self._free_layer_blocks <= self.layer_blocks
+        layer_blocks -= owed  # what a shrunk pool owes is gone, and with it the content of the last tokens
         if owner < 0 and self._runs and self._runs[-1].owner < 0:
             self._runs[-1].layer_blocks += layer_blocks
         elif layer_blocks:

@@ -260,16 +260,19 @@ def iteration_seconds(
     total += _curve(tables.data, tables.layout, CURVE_HEAD, sequences)
     mha_both, mha_prefill_only = 0, 0
     for b in range(layers.shape[0]):
-        mha_both += layers[b, 0]
-        mha_prefill_only += layers[b, 1]
-        if layers[b, 0] > 0:
-            total += layers[b, 0] * linear_seconds(tables, b, 0, tokens)
-        if layers[b, 1] > 0:
-            total += layers[b, 1] * linear_seconds(tables, b, 0, prefill_tokens)
-        if layers[b, 2] > 0:
-            total += layers[b, 2] * linear_seconds(tables, b, 1, tokens)
-        if layers[b, 3] > 0:
-            total += layers[b, 3] * linear_seconds(tables, b, 1, prefill_tokens)
+        mha, mha_only, ffn, ffn_only = layers[b, 0], layers[b, 1], layers[b, 2], layers[b, 3]
+        if decode_batch == 0:  # all blocks of the prefill mask see the same tokens: one product, one rounding
+            mha, mha_only, ffn, ffn_only = mha + mha_only, 0, ffn + ffn_only, 0
+        if mha > 0:
+            total += mha * linear_seconds(tables, b, 0, tokens)
+        if ffn > 0:
+            total += ffn * linear_seconds(tables, b, 1, tokens)
+        if mha_only > 0:
+            total += mha_only * linear_seconds(tables, b, 0, prefill_tokens)
+        if ffn_only > 0:
+            total += ffn_only * linear_seconds(tables, b, 1, prefill_tokens)
+        mha_both += mha
+        mha_prefill_only += mha_only
     if mha_both > 0:
         total += mha_both * attention_seconds(
             tables, prefill_tokens, prefill_context_sum, decode_batch, decode_context_sum

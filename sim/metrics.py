@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sim.errors import ConfigError
-from sim.records import Floats, Iterations, Records, Status, TokenGaps
+from sim.records import Floats, Iterations, Records, Status, TokenGaps, Transitions
 
 QUANTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 
@@ -62,6 +62,7 @@ def records_frame(records: Records, slo: Slo) -> pd.DataFrame:
             "preemptions": records.preemptions,
             "status": pd.Categorical([names[int(s)] for s in records.status], categories=list(names.values())),
             "met_slo": met_slo(records, slo),
+            "kept_params_share": records.kept_params_share,
         }
     )
 
@@ -80,6 +81,24 @@ def iterations_frame(iterations: Iterations) -> pd.DataFrame:
         "extrapolated",
     )
     return pd.DataFrame({name: getattr(iterations, name) for name in names})
+
+
+def transitions_frame(transitions: Transitions) -> pd.DataFrame:
+    """Return the table that ``transitions.parquet`` holds, one row a plan change."""
+    return pd.DataFrame(
+        {
+            "time_s": transitions.time_s,
+            "from": list(transitions.from_plan),
+            "to": list(transitions.to_plan),
+            "bytes_in": transitions.bytes_in,
+            "bytes_freed": transitions.bytes_freed,
+            "ready_s": transitions.ready_s,
+            "preempted": transitions.preempted,
+            "recomputed_tokens": transitions.recomputed_tokens,
+            "kv_blocks_before": transitions.kv_blocks_before,
+            "kv_blocks_after": transitions.kv_blocks_after,
+        }
+    )
 
 
 def distribution(values: Floats) -> dict[str, float | None]:
@@ -108,13 +127,22 @@ def gap_distribution(gaps: TokenGaps) -> dict[str, float | None]:
 
 
 def summarise(
-    records: Records, iterations: Iterations, gaps: TokenGaps, slo: Slo, *, not_arrived: int = 0, cpu_s: float = 0.0
+    records: Records,
+    iterations: Iterations,
+    gaps: TokenGaps,
+    slo: Slo,
+    *,
+    transitions: int = 0,
+    budget_violation_s: float = 0.0,
+    not_arrived: int = 0,
+    cpu_s: float = 0.0,
 ) -> dict[str, Any]:
     """Return the figures of one replay, as ``summary.json`` holds them.
 
     Args:
         records, iterations, gaps: what the engine left behind.
         slo: what counts as good.
+        transitions: plan changes. budget_violation_s: seconds in which more was held than the budget allowed.
         not_arrived: requests of the trace that had not arrived when the replay stopped.
         cpu_s: process CPU seconds that the replay took; 0 when it was not measured.
     """
@@ -146,6 +174,9 @@ def summarise(
         "goodput_rps": rate(float(met.sum()), makespan_s),
         "request_rate_rps": rate(requests - 1, arrivals_s),
         "output_tokens_per_s": rate(float(records.produced_tokens.sum()), makespan_s),
+        "transitions": transitions,
+        "budget_violation_s": budget_violation_s,
+        "kept_params_share": distribution(records.kept_params_share)["mean"],
         "preemptions": int(records.preemptions.sum()),
         "kv_peak_share": float(iterations.kv_used_share.max()) if len(iterations) else 0.0,
         "extrapolated_share": float(iterations.extrapolated.mean()) if len(iterations) else 0.0,

@@ -167,3 +167,42 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
         raise PlanError(f"plan.max_running is {plan.max_running}; it must be at least 1, or null for no limit")
     if plan.admit is not None and plan.admit < 0:
         raise PlanError(f"plan.admit is {plan.admit}; it must be at least 0 waiting requests, or null for no limit")
+
+
+def describe(plan: Plan) -> str:
+    """Return a plan in one line, what differs from dense only: ``decode -MHA 18,19 -FFN 13; W4 0-7``."""
+    parts = []
+    for name, mask in (("prefill", plan.prefill), ("decode", plan.decode)):
+        dropped = [
+            f"-{kind} {_ranges([i for i, keep in enumerate(kept) if not keep])}"
+            for kind, kept in (("MHA", mask.mha), ("FFN", mask.ffn))
+            if not all(kept)
+        ]
+        if dropped:
+            parts.append(f"{name} {' '.join(dropped)}")
+    if len(parts) == 2 and plan.prefill == plan.decode:
+        parts = [parts[0].removeprefix("prefill ")]
+    for bits in (8, 4):
+        layers = [i for i, b in enumerate(plan.weight_bits) if b == bits]
+        if layers:
+            parts.append(f"W{bits} {_ranges(layers)}")
+    for keep in sorted(set(plan.kv_keep) - {KV_KEEP_ALL}, key=str):
+        layers = [i for i, k in enumerate(plan.kv_keep) if k == keep]
+        parts.append(f"KV {keep.first_tokens}+{keep.last_tokens} {_ranges(layers)}")
+    parts += [
+        f"{name} {value}"
+        for name, value in (("max_running", plan.max_running), ("admit", plan.admit))
+        if value is not None
+    ]
+    return "; ".join(parts) or "dense"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return ``0-7,9`` for [0, ..., 7, 9]."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

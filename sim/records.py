@@ -31,6 +31,8 @@ class Records:
     produced_tokens: int64[n], what was produced; below output_tokens for a request that did not finish or met
         the context limit.
     preemptions: int64[n]. status: int64[n], values of ``Status``.
+    kept_params_share: float64[n], the share of the model's parameters that made its tokens, on average over them; NaN
+        before the first token.
     """
 
     arrival_s: Floats
@@ -42,6 +44,7 @@ class Records:
     finish_s: Floats
     preemptions: Ints
     status: Ints
+    kept_params_share: Floats
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -93,3 +96,30 @@ class TokenGaps:
 
     itl_s: Floats
     count: Ints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Transitions:
+    """One entry a plan change in every array.
+
+    time_s: when it was decided. from_plan, to_plan: what ran then and what was wanted (``sim.plan.describe``).
+    bytes_in: copied from host memory for it. bytes_freed: weights that left, dropped or replaced.
+    ready_s: when all of it ran; NaN when a later decision superseded it or the replay stopped before.
+    preempted: requests that lost their KV to it, because the pool shrank or they had to be computed again.
+    recomputed_tokens: tokens whose KV those had held. kv_blocks_before, kv_blocks_after: the pool in KV blocks of one
+    layer as it was decided, and when it was ready (or superseded).
+    """
+
+    time_s: Floats
+    from_plan: tuple[str, ...]
+    to_plan: tuple[str, ...]
+    bytes_in: Ints
+    bytes_freed: Ints
+    ready_s: Floats
+    preempted: Ints
+    recomputed_tokens: Ints
+    kv_blocks_before: Ints
+    kv_blocks_after: Ints
+
+    def __len__(self) -> int:
+        return len(self.time_s)

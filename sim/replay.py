@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from sim.engine import Engine, Request
+from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.trace import Trace
 
@@ -28,6 +28,7 @@ def replay(
     policy: Policy,
     *,
     tick_s: float | None = None,
+    also_at_s: Sequence[float] = (),
     on_progress: Callable[[float, int], None] | None = None,
 ) -> None:
     """Serve a whole trace; the engine keeps the records.
@@ -35,19 +36,38 @@ def replay(
     Args:
         trace: what arrives when. engine: who serves it. policy: who decides what runs.
         tick_s: seconds between two decisions; None asks the policy nothing after its first plan.
+        also_at_s: further moments of decision, ascending: where the budget changes.
         on_progress: called now and then with the engine's time and the requests that ended.
     """
     engine.submit(requests_of(trace))
-    period_s = tick_s or max(trace.duration_s / PROGRESS_STEPS, 1e-3)
-    step = 0
+    if tick_s is not None and not tick_s > 0:
+        raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, or null for no decisions")
+    if tick_s is not None:
+        moments_s = _decisions(tick_s, also_at_s)
+    elif on_progress is not None:
+        moments_s = _decisions(max(trace.duration_s / PROGRESS_STEPS, 1e-3), ())
+    else:
+        moments_s = iter(lambda: math.inf, None)
     while not engine.drained:
-        step += 1
-        # The step's own multiple, not a running sum: ticks stay where they are said to be.
-        state = engine.run_until(step * period_s if tick_s or on_progress else math.inf)
+        state = engine.run_until(next(moments_s))
         if on_progress is not None:
             on_progress(state.time_s, state.finished + state.rejected)
         if tick_s is not None and not engine.drained:
             engine.apply(policy(state))
+
+
+def _decisions(period_s: float, also_at_s: Sequence[float]) -> Iterator[float]:
+    """Yield the multiples of a period, and other moments between them, each once."""
+    others = list(also_at_s)
+    step = 1
+    while True:
+        # The step's own multiple, not a running sum: ticks stay where they are said to be.
+        tick_s = step * period_s
+        while others and others[0] <= tick_s:
+            if (other_s := others.pop(0)) < tick_s:
+                yield other_s
+        yield tick_s
+        step += 1
 
 
 def main() -> None:
@@ -58,5 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    started_s = time.perf_counter()
     main()

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sim.engine import EngineConfig, Request, SimEngine
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.budget import Budget
+from sim.engine import EngineConfig, Request, Restore, SimEngine
 from sim.memory import budget_for_kv_blocks
 from sim.model import ModelSpec
 from sim.plan import Plan, dense_plan
@@ -38,6 +42,10 @@ class LinearPrice:
         tokens = sum(tokens for tokens, _ in chunks) + decode_batch
         return self.base_s + self.token_s * tokens + self.context_s * decode_context_sum
 
+    def layered_iteration_s(self, rows: NDArray[np.int64], tokens: int, sequences: int) -> float:
+        layers, contexts = rows[:, 0], rows[:, 5]
+        return self.base_s + self.token_s * tokens + self.context_s * float((layers * contexts).sum() / layers.sum())
+
     def in_range(self, *_: object) -> bool:
         return True
 
@@ -56,6 +64,10 @@ def tiny_engine(
     max_context_tokens: int | None = None,
     price: LinearPrice | None = None,
     plan: Plan | None = None,
+    restore: Restore = "new_requests",
+    budget: Budget | None = None,
+    host_to_device_bytes_per_s: float = 1e6,
+    copy_slowdown: float = 0.0,
 ) -> SimEngine:
     plan = plan or dense_plan(TINY)
     return SimEngine(
@@ -73,9 +85,12 @@ def tiny_engine(
             kv_watermark_share=kv_watermark_share,
             reuse_preempted_kv=reuse_preempted_kv,
             max_context_tokens=max_context_tokens,
+            restore=restore,
         ),
         plan=plan,
-        budget_bytes=budget_for_kv_blocks(TINY, plan, kv_blocks, 0, kv_block_tokens),
+        budget_bytes=budget or budget_for_kv_blocks(TINY, plan, kv_blocks, 0, kv_block_tokens),
+        host_to_device_bytes_per_s=host_to_device_bytes_per_s,
+        copy_slowdown=copy_slowdown,
     )
 
 

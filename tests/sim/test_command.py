@@ -197,7 +197,7 @@ def test_every_option_of_every_group_composes_and_builds(group: str, option: str
         overrides.append(f"trace.path={tmp_path / 'mine.csv'}")
     if option == "hf":
         config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
-        config |= {"intermediate_size": 128, "vocab_size": 100}
+        config |= {"intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 64}
         (tmp_path / "config.json").write_text(json.dumps(config))
         overrides.append(f"model.config={tmp_path / 'config.json'}")
     cfg = composed(*overrides)
