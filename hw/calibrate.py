@@ -292,7 +292,7 @@ CACHE_NOTE = (
 )
 HEAD_NOTE = (
     "The LM head was not measured: it is the gate-and-up product scaled by output columns. Against LLMServingSim's "
-    "measured heads that rule has a median error of 1.5 % on RTX 4090 and 5.4 % on RTX PRO 6000, up to 22 % at single counts"
+    "measured heads that rule has a median error of 1.5 % on RTX 4090, 5.4 % on RTX PRO 6000, 22 % at the worst count"
 )
 SUM_NOTE = (
     "An iteration with prompts and decodes adds the two attention kernels' times. No mixed batch was measured on this "
@@ -356,8 +356,8 @@ def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: 
         check=lambda root: _shape_errors(_kernels(root, device, folder), load_model(model), root),
         notes=(
             "Composed of kernels, not measured as a layer: products of n * k that are not in the files are "
-            "interpolated (term product_shape: the error of such a line at shapes that are in them); norms, rotary embedding and "
-            f"activation are priced by their bytes at {m.ACHIEVED:.0%} of the data-sheet bandwidth, "
+            "interpolated (term product_shape: the error of such a line at shapes that are in them); norms, rotary "
+            f"embedding and activation are priced by their bytes at {m.ACHIEVED:.0%} of the data-sheet bandwidth, "
             f"{m.LAUNCH_US:.0f} us at least each",
             "Prefill attention was measured over batches of prompts without a prefix; a chunk on a prefix continues "
             "that surface along the mean context",
