@@ -292,8 +292,10 @@ def prices_of_many_iterations(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["llama3.1_8b_rtx4090", "llama2_7b_a100_trtllm"])
+def test_compiled_and_plain_python_price_every_iteration_to_the_same_bit(name: str) -> None:
     call = f"m['prices_of_many_iterations']({name!r})"
     script = f"import runpy, json; m = runpy.run_path({__file__!r}); print(json.dumps({call}))"
+    plain = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
         capture_output=True,
