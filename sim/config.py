@@ -64,7 +64,10 @@ ConfigStore.instance().store(name="replay_schema", node=ReplayConfig)
 
 def run_command(task: Callable[[DictConfig], object], config_name: str) -> None:
     """Run a Hydra task; a mistake of the user ends it with one clear message and exit status 2."""
-    arguments = sys.argv[1:]
+    sweep = [a for a in sys.argv[1:] if a in ("-m", "--multirun")]
+    # Hydra takes its flags before the overrides only; people type this one anywhere.
+    arguments = sweep + [a for a in sys.argv[1:] if a not in sweep]
+    sys.argv[1:] = arguments
     try:
         if not any(a in ("--help", "-h", "--hydra-help", "--info", "--version", "-sc") for a in arguments):
             check_overrides([a for a in arguments if not a.startswith("-")], config_name)
@@ -75,7 +78,7 @@ def run_command(task: Callable[[DictConfig], object], config_name: str) -> None:
         try:
             task(cfg)
         except RapLabError as error:
-            if "-m" in arguments or "--multirun" in arguments:
+            if sweep:
                 raise  # a sweep reports which of its jobs failed
             fail(str(error))
 
