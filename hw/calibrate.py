@@ -360,7 +360,8 @@ def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: 
             f"embedding and activation are priced by their bytes at {m.ACHIEVED:.0%} of the data-sheet bandwidth, "
             f"{m.LAUNCH_US:.0f} us at least each",
             "Prefill attention was measured over batches of prompts without a prefix; a chunk on a prefix continues "
-            "that surface along the mean context",
+            "that surface along the mean context. llama2_7b_a100_trtllm states how far that is from chunks on a prefix "
+            "that another stack measured (terms prefix_small_chunks, up to 256 tokens, and prefix_large_chunks)",
             SUM_NOTE,
             SAMPLER_NOTE,
             CACHE_NOTE,
@@ -384,6 +385,8 @@ def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: 
             "product_shape_16": "shapes differ in how they fill the last wave of tiles",
             "product_shape_8": "shapes differ in how they fill the last wave of tiles",
             "product_shape_4": "shapes differ in how they fill the last wave of tiles",
+            "prefix_small_chunks": "the files have no prefix: few tokens on a long one cost too much, at worst over twice",
+            "prefix_large_chunks": "the files have no prefix, and the measured kernels are of another stack (FlashInfer)",
             "decode_heads": "another kernel layout: fewer heads at more sequences",
         },
     )
@@ -408,6 +411,15 @@ def _shape_errors(kernels: m.Kernels, model: ModelSpec, root: Path) -> dict[str,
                 measured.append(curve.us[np.isin(curve.x, common)])
                 predicted.append(line.us[np.isin(line.x, common)])
         errors[f"product_shape_{bits}"] = _summary(np.concatenate(predicted), np.concatenate(measured))
+    if model.num_kv_heads == 32 and kernels.folder.parent.name == "a100_sxm":
+        # Llama-2-7B's chunks on a prefix were measured too, by another stack (FlashInfer) on the A800.
+        chunks = TARGETS["llama2_7b_a100"].read(root).prefill
+        beyond = chunks.y > m.mean_context(chunks.x, np.zeros(len(chunks.x)))
+        surface = kernels.prefill(model.num_heads, model.num_kv_heads)
+        rows, columns = _knots(surface.x), _knots(surface.y, whole=False, per_octave=4.0)
+        predicted_us = m.surface_at(rows, columns, m.fit_surface(surface, rows, columns), chunks.x, chunks.y)
+        for name, some in (("small", chunks.x <= 256), ("large", chunks.x > 256)):
+            errors[f"prefix_{name}_chunks"] = _summary(predicted_us[beyond & some], chunks.us[beyond & some])
     if model.num_kv_heads == 32 and "vllm" in kernels.folder.name:
         a100 = _kernels(root, "a100_sxm", "trtllm/1.0.0")
         by_heads, measured_heads = m.spread_heads(a100.decode(8, 8), 4), a100.decode(32, 32)
@@ -694,7 +706,7 @@ def main(words: Sequence[str]) -> int:
         print(__doc__)
         print(f"targets: {', '.join([*TARGETS, *DERIVED])}")
         return 0
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     try:
         arguments = parse(words)
         if arguments.source not in SOURCES:
