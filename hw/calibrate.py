@@ -385,8 +385,8 @@ def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: 
             "product_shape_16": "shapes differ in how they fill the last wave of tiles",
             "product_shape_8": "shapes differ in how they fill the last wave of tiles",
             "product_shape_4": "shapes differ in how they fill the last wave of tiles",
-            "prefix_small_chunks": "the files have no prefix: few tokens on a long one cost too much, at worst over twice",
-            "prefix_large_chunks": "the files have no prefix, and the measured kernels are of another stack (FlashInfer)",
+            "prefix_small_chunks": "the files have no prefix: few tokens on a long one cost up to twice too much",
+            "prefix_large_chunks": "the files have no prefix, and the measured stack is another (FlashInfer)",
             "decode_heads": "another kernel layout: fewer heads at more sequences",
         },
     )
@@ -504,7 +504,8 @@ TARGETS: dict[str, Target] = {
             notes=(
                 "Decode attention: 88 % of the published rows are faster than memory allows (up to 55e12 bytes/s on a "
                 "device of 0.768e12), as if all sequences shared their KV. Those rows are raised to KV bytes at "
-                f"{m.ACHIEVED:.0%} of the data-sheet bandwidth, so that this term is mostly the data sheet's",
+                f"{m.ACHIEVED:.0%} of the data-sheet bandwidth, so that this term is mostly the data sheet's and its "
+                "held-out error says little",
                 "Prefill attention without prefix is the layer profile's, a prefix adds what it adds in the attention "
                 "sweep; the two files differ by up to 45 % without prefix",
                 SUM_NOTE,
