@@ -18,7 +18,7 @@ help:
 	@sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/.core
-	$(BIN)/python -m sim.replay plot=true
+	$(BIN)/python -m sim.replay workload=only_4096 plot=true
 
 test: lint types
 	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term

@@ -14,7 +14,17 @@ from sim.metrics import Slo
 from sim.records import Iterations, Records, Status
 from sim.runs import write_whole
 
-COUNTS = ("requests", "finished", "rejected", "unfinished", "truncated", "not_arrived", "preemptions", "iterations")
+COUNTS = (
+    "requests",
+    "finished",
+    "rejected",
+    "unfinished",
+    "truncated",
+    "not_arrived",
+    "preemptions",
+    "transitions",
+    "iterations",
+)
 DISTRIBUTIONS = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
 COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
@@ -29,6 +39,8 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
         "output_tokens_per_s": _number(summary["output_tokens_per_s"]),
         "makespan_s": _number(summary["makespan_s"]),
         "KV peak share": _percent(summary["kv_peak_share"]),
+        "budget_violation_s": _number(summary["budget_violation_s"]),
+        "kept params share": _percent(summary["kept_params_share"]),
         "extrapolated iterations": _percent(summary["extrapolated_share"]),
         "requests_per_cpu_s": _number(summary["requests_per_cpu_s"]),
     }
@@ -77,9 +89,10 @@ def plot_replay(path: Path, records: Records, iterations: Iterations, slo: Slo, 
     served = np.isfinite(records.first_token_s)
     axes[3].scatter(records.arrival_s[served], records.ttft_s[served], s=3, label="first token")
     rejected = records.status == Status.REJECTED
-    axes[3].scatter(
-        records.arrival_s[rejected], np.zeros(rejected.sum()), s=12, marker="x", color="red", label="rejected"
-    )
+    if rejected.any():
+        axes[3].scatter(
+            records.arrival_s[rejected], np.zeros(rejected.sum()), s=12, marker="x", color="red", label="rejected"
+        )
     if slo.ttft_s is not None:
         axes[3].axhline(slo.ttft_s, color="black", linestyle="--", linewidth=0.8, label=f"SLO {slo.ttft_s:g} s")
     axes[3].set_ylabel("TTFT, s")
