@@ -127,7 +127,7 @@ def check_overrides(overrides: list[str], config_name: str) -> None:
         key = override.get_key_element().split("@")[0]
         if override.type in (OverrideType.ADD, OverrideType.FORCE_ADD, OverrideType.DEL):
             continue  # the user says that the key is new, or goes; what is built checks it
-        if key.split(".")[0] == "hydra" or key in keys:
+        if key.split(".")[0].split("/")[0] == "hydra" or key in keys:
             continue
         raise ConfigError(f"there is no key {key!r}; {_nearest_few(key, keys)}")
 

@@ -92,7 +92,8 @@ def test_a_misspelt_word_ends_the_command_with_status_2_and_one_line(tmp_path: P
 
 
 def test_sweeps_and_added_keys_pass_the_check() -> None:
-    check_overrides(["policy=dense,int8", "seed=range(3)", "+engine.kv_watermark_share=0.1", *QUICK], "replay")
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    check_overrides(["policy=dense,int8", "seed=range(3)", "+engine.kv_watermark_share=0.1", *joblib, *QUICK], "replay")
 
 
 def test_a_key_that_a_target_does_not_take_names_the_nearest_one() -> None:
