@@ -281,6 +281,7 @@ class SimEngine:
         self._budget_step = 0
         self._workspace_bytes = workspace_bytes
         self._host_to_device_bytes_per_s, self._copy_slowdown = host_to_device_bytes_per_s, copy_slowdown
+        self._params = (model.fixed_params, model.mha_params, model.ffn_params)
         self._fixed_weight_bytes = fixed_weight_bytes(model)
         self._block_bytes = kv_block_layer_bytes(model, config.kv_block_tokens)
 
@@ -623,8 +624,8 @@ class SimEngine:
 
     def _params_run(self, live: _Live, ffn: tuple[bool, ...]) -> int:
         """Return how many parameters run for one token of a request."""
-        model = self._model
-        return model.fixed_params + len(live.mha) * model.mha_params + sum(ffn) * model.ffn_params
+        fixed, mha, ffn_params = self._params
+        return fixed + len(live.mha) * mha + sum(ffn) * ffn_params
 
     # -- plans ---------------------------------------------------------------------------------------------------
 

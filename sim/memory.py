@@ -144,8 +144,9 @@ def kv_block_layer_bytes(model: ModelSpec, kv_block_tokens: int) -> int:
 
 def kv_blocks(tokens: int, kv_block_tokens: int) -> int:
     """Number of KV blocks that ``tokens`` tokens hold in one layer; the last may be partly filled."""
-    _at_least(0, tokens=tokens)
-    _at_least(1, kv_block_tokens=kv_block_tokens)
+    if tokens < 0 or kv_block_tokens < 1:  # engines call this for every request of every iteration
+        _at_least(0, tokens=tokens)
+        _at_least(1, kv_block_tokens=kv_block_tokens)
     return -(-tokens // kv_block_tokens)
 
 
