@@ -289,7 +289,7 @@ class _Copy:
         return all(event.query() for event in self.events)  # type: ignore[no-untyped-call]
 
 
-class _Block:
+class Block:
     """One MHA or FFN block: the parameters of its norm, biases and linear layers, resident or stored."""
 
     def __init__(self, name: str, modules: Sequence[nn.Module], store: _DiskStore | _PinnedStore) -> None:
@@ -441,13 +441,13 @@ class ElasticModel:
         }
         self._ffn = [[_part(layer, part, config.model_type) for part in family.ffn] for layer in self._layers]
         self._windows = [_sliding_window(config, layer) for layer in range(self.spec.num_layers)]
-        self.blocks: dict[Kind, list[_Block]] = {
+        self.blocks: dict[Kind, list[Block]] = {
             "mha": [
-                _Block(f"MHA{i}", (norm, attention), self._store)
+                Block(f"MHA{i}", (norm, attention), self._store)
                 for i, (norm, attention) in enumerate(zip(self._norms["mha"], self._attention, strict=True))
             ],
             "ffn": [
-                _Block(f"FFN{i}", (norm, *ffn), self._store)
+                Block(f"FFN{i}", (norm, *ffn), self._store)
                 for i, (norm, ffn) in enumerate(zip(self._norms["ffn"], self._ffn, strict=True))
             ],
         }
@@ -614,8 +614,7 @@ class ElasticModel:
         if view is not None:
             mask = view.mask(layer, window)
         elif window is not None and window < hidden.shape[1]:
-            ones = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool, device=hidden.device)
-            mask = (ones.tril() & ones.triu(1 - window))[None, None]
+            mask = _causal(hidden.shape[1], window, hidden.device)
         arguments = {"position_embeddings": rope} if rope is not None else {}
         output: Tensor = self._attention[layer](
             hidden_states=self._norms["mha"][layer](hidden), attention_mask=mask, past_key_values=view, **arguments
@@ -633,8 +632,46 @@ class ElasticModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states, the final norm included."""
-        logits: Tensor = self._model.lm_head(self._final_norm(hidden))
+        logits: Tensor = self._model.lm_head(self.normed(hidden))
         return logits
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Return hidden states after the final norm, as the head sees them."""
+        output: Tensor = self._final_norm(hidden)
+        return output
+
+    def head_weight(self) -> Tensor:
+        """Return the weights of the head, [vocabulary, e]."""
+        weight: Tensor = self._model.lm_head.weight
+        return weight
+
+    @torch.inference_mode()
+    def attention_weights(self, tokens: Tensor) -> list[Tensor]:
+        """Return the attention of every layer of the dense model, [b, heads, t, t] each."""
+        positions = torch.arange(tokens.shape[1], device=self.device)[None]
+        hidden = self.embed(tokens, positions)
+        rope = self.rope(hidden, positions)
+        arguments = {"position_embeddings": rope} if rope is not None else {}
+        weights = []
+        try:
+            for layer in range(self.spec.num_layers):
+                seen = _causal(tokens.shape[1], self._windows[layer], self.device)
+                numbers = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+                numbers.masked_fill_(~seen, torch.finfo(self.dtype).min)
+                self._model.set_attn_implementation("eager")  # the only one that shows its weights
+                normed = self._norms["mha"][layer](hidden)
+                added, shares = self._attention[layer](hidden_states=normed, attention_mask=numbers, **arguments)
+                weights.append(shares)
+                hidden = hidden + added
+                hidden = hidden + self.feed(layer, hidden)
+        finally:
+            self._model.set_attn_implementation("sdpa")
+        return weights
+
+
+def _causal(tokens: int, window: int | None, device: torch.device) -> Tensor:
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    return (seen if window is None else seen.triu(1 - window))[None, None]
 
 
 def _part(module: Any, path: str, family: str) -> Any:

@@ -1,0 +1,164 @@
+"""The loss of a plan on text: negative log-likelihood of the tokens of windows, in nats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hw.model import KINDS, Block, ElasticModel
+from hw.quantize import quantize
+from sim.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, dense_plan
+
+# Shapes: n windows, t tokens of each, e hidden size, v vocabulary.
+
+
+@dataclass(frozen=True, slots=True)
+class Nll:
+    """Sums of NLL in nats over windows, and how many tokens they stand for; ``decode`` is the part after the prompt."""
+
+    total: float
+    tokens: int
+    decode: float
+    decode_tokens: int
+
+    @property
+    def mean(self) -> float:
+        """NLL a token."""
+        return self.total / self.tokens
+
+    @property
+    def decode_mean(self) -> float:
+        """NLL a token of those after the prompt."""
+        return self.decode / self.decode_tokens
+
+
+@torch.inference_mode()
+def measure(elastic: ElasticModel, plan: Plan, windows: Tensor, *, prompt_tokens: int | None = None) -> Nll:
+    """Return the NLL of windows [n, t] under a plan, the first ``prompt_tokens`` of each taken as its prompt.
+
+    One pass a window, equal to prefilling the prompt and decoding the rest token by token: a block that decode drops
+    adds nothing behind the prompt, and a layer that keeps the first f and last w tokens sees from there on only those.
+    ``elastic`` must hold all blocks at full precision: the masks of the plan are gates here, and rounded weights take
+    the place of the whole ones while this runs.
+
+    Args:
+        prompt_tokens: half a window when None. A plan that treats all tokens alike does not depend on it.
+    """
+    assert elastic.plan == dense_plan(elastic.spec)
+    prompt = windows.shape[1] // 2 if prompt_tokens is None else prompt_tokens
+    total, after = 0.0, 0.0
+    with rounded(elastic, plan.weight_bits):
+        for window in windows.to(elastic.device):
+            losses = token_nll(elastic, _run(elastic, plan, window[None], prompt), window[None])[0]
+            total += float(losses.sum())
+            after += float(losses[prompt - 1 :].sum())  # entry i predicts token i + 1
+    rows, length = windows.shape
+    return Nll(total, rows * (length - 1), after, rows * (length - prompt))
+
+
+def _run(elastic: ElasticModel, plan: Plan, tokens: Tensor, prompt: int) -> Tensor:
+    positions = torch.arange(tokens.shape[1], device=elastic.device)[None]
+    hidden = elastic.embed(tokens, positions)
+    rope = elastic.rope(hidden, positions)
+    for layer in range(elastic.spec.num_layers):
+        if plan.prefill.mha[layer]:
+            keep = plan.kv_keep[layer]
+            view = None if keep == KV_KEEP_ALL or not plan.decode.mha[layer] else _Truncated(keep, tokens, prompt)
+            added = elastic.attend(layer, hidden, rope, view)
+            if not plan.decode.mha[layer]:
+                added[:, prompt:] = 0
+            hidden = hidden + added
+        if plan.decode.ffn[layer]:
+            hidden = hidden + elastic.feed(layer, hidden)
+        elif plan.prefill.ffn[layer]:
+            hidden = torch.cat((hidden[:, :prompt] + elastic.feed(layer, hidden[:, :prompt]), hidden[:, prompt:]), 1)
+    return hidden
+
+
+class _Truncated:
+    """A KVView of one whole window, in which tokens after the prompt see the first f and last w tokens only."""
+
+    def __init__(self, keep: KVKeep, tokens: Tensor, prompt: int) -> None:
+        assert keep.first_tokens is not None
+        assert keep.last_tokens is not None
+        self._first, self._last = keep.first_tokens, keep.last_tokens
+        self._positions = torch.arange(tokens.shape[1], device=tokens.device)
+        self._prompt = prompt
+
+    def rows(self, layer: int) -> None:
+        """All rows run."""
+
+    def mask(self, layer: int, window: int | None) -> Tensor:
+        """Return which keys each token sees."""
+        query, key = self._positions[:, None], self._positions[None]
+        seen = key <= query
+        kept = (key < self._first) | (key > query - self._last)
+        seen &= kept | (query < self._prompt)
+        if window is not None:
+            seen &= key > query - window
+        return seen[None, None]
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Nothing was computed before."""
+        return key, value
+
+
+def token_nll(elastic: ElasticModel, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Return the NLL [n, t - 1] of every token but the first, in FP32, from the last hidden states [n, t, e]."""
+    logits = elastic.head(hidden[:, :-1]).float()
+    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
+        tokens.shape[0], -1
+    )
+
+
+_rounded_copies: WeakKeyDictionary[ElasticModel, dict[tuple[str, int, int], Tensor]] = WeakKeyDictionary()
+
+
+@contextmanager
+def rounded(elastic: ElasticModel, weight_bits: Sequence[int]) -> Iterator[None]:
+    """Put weights rounded to 8 or 4 bits in the place of the whole ones, for a measurement.
+
+    The values are those that the quantised layers of ``ElasticModel.apply`` multiply with, unpacked once and not in
+    every product; bytes are not saved.
+    """
+    whole = []
+    try:
+        for layer, bits in enumerate(weight_bits):
+            if bits == 16:
+                continue
+            for kind in KINDS:
+                for index, linear in enumerate(elastic.blocks[kind][layer].linears):
+                    whole.append((linear, linear.weight.data))
+                    linear.weight.data = _rounded_weight(elastic, elastic.blocks[kind][layer], index, bits)
+        yield
+    finally:
+        for linear, weight in whole:
+            linear.weight.data = weight
+
+
+def _rounded_weight(elastic: ElasticModel, block: Block, index: int, bits: int) -> Tensor:
+    copies = _rounded_copies.setdefault(elastic, {})
+    key = block.name, index, bits
+    if key not in copies:
+        weight = block.linears[index].weight.data
+        copies[key] = quantize(weight, bits).dequantize(weight.dtype)
+    return copies[key]
+
+
+def mask_without(num_layers: int, removed: set[int]) -> KeepMask:
+    """Return the mask without the given blocks, block 2 l being the MHA and 2 l + 1 the FFN block of layer l."""
+    return KeepMask(
+        mha=tuple(2 * layer not in removed for layer in range(num_layers)),
+        ffn=tuple(2 * layer + 1 not in removed for layer in range(num_layers)),
+    )
+
+
+def block_name(block: int) -> str:
+    """Return ``MHA3`` for block 6, ``FFN3`` for block 7."""
+    return f"{'MHA' if block % 2 == 0 else 'FFN'}{block // 2}"

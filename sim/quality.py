@@ -1,0 +1,620 @@
+"""The loss of a plan: negative log-likelihood a token, in nats, predicted from plans measured on a real model.
+
+    quality = load_quality("smollm2_135m")          # conf/quality/smollm2_135m.json, measured by hw.score
+    quality.perplexity(plan)                        # of any plan
+
+Two sources. A table of measured plans, to which a model is fitted; ``cross_validate`` says how far off it is on plans
+that it did not see. And a few published points, for models whose weights cannot be had; ``summary`` says how few.
+
+The fit is on what a plan loses against dense, D nats a token:
+
+    log(1 + k D) / k  =  sum over blocks of w_b r_b  +  sum over kinds of neighbours of u_i sqrt(s_b s_c) r_b r_c
+                         +  terms for W8 and W4 layers and for layers whose KV is cut
+
+r_b is 1 where block b is removed in both stages and ``stage_share`` where decode alone drops it; s_b is what was
+measured when b alone was removed; w, u and all other coefficients are non-negative, so no plan gets better by losing
+more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+
+from sim.data import REPOSITORY
+from sim.errors import CalibrationError, PlanError, nearest
+from sim.model import ModelSpec, load_model
+from sim.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, keep_all
+
+# Shapes: n plans, l layers, b = 2 l blocks (MHA of layer 0, FFN of layer 0, MHA of layer 1, ...), f features.
+
+Floats = NDArray[np.float64]
+QUALITIES = REPOSITORY / "conf" / "quality"
+"""The folder of quality tables, one file a model."""
+
+FORMS = ("singles", "additive", "neighbours", "warped", "warped_neighbours")
+"""What ``fit`` can fit; ``cross_validate`` compares them."""
+
+
+class Quality(Protocol):
+    """Predicts what a plan loses."""
+
+    def nll(self, plan: Plan) -> float:
+        """Return the NLL a token, in nats."""
+        ...
+
+    def perplexity(self, plan: Plan) -> float:
+        """Return exp(nll)."""
+        ...
+
+    def summary(self) -> str:
+        """Say in one line what this stands on."""
+        ...
+
+
+# --- Plans in files --------------------------------------------------------------------------------------------------
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """Return what differs from dense, as plain values: removed blocks, layers by bits, KV runs."""
+    bits = {str(b): [i for i, x in enumerate(plan.weight_bits) if x == b] for b in (8, 4) if b in plan.weight_bits}
+    runs: dict[tuple[int, int], list[int]] = {}
+    for layer, keep in enumerate(plan.kv_keep):
+        if keep.first_tokens is not None and keep.last_tokens is not None:
+            runs.setdefault((keep.first_tokens, keep.last_tokens), []).append(layer)
+    return {
+        "layers": len(plan.weight_bits),
+        "prefill_drop": _dropped(plan.prefill),
+        "decode_drop": _dropped(plan.decode),
+        "weight_bits": bits,
+        "kv_keep": [{"first_tokens": a, "last_tokens": b, "layers": at} for (a, b), at in sorted(runs.items())],
+    }
+
+
+def _dropped(mask: KeepMask) -> list[str]:
+    pairs = zip(mask.mha, mask.ffn, strict=True)
+    return [
+        f"{kind}{i}"
+        for i, pair in enumerate(pairs)
+        for kind, keep in zip(("MHA", "FFN"), pair, strict=True)
+        if not keep
+    ]
+
+
+def plan_from_json(value: Mapping[str, Any]) -> Plan:
+    """Return the plan that ``plan_to_json`` wrote.
+
+    Raises:
+        CalibrationError: for anything else.
+    """
+    try:
+        layers = int(value["layers"])
+        bits = [16] * layers
+        for number, at in value["weight_bits"].items():
+            for layer in at:
+                bits[layer] = int(number)
+        kv_keep = [KV_KEEP_ALL] * layers
+        for run in value["kv_keep"]:
+            for layer in run["layers"]:
+                kv_keep[layer] = KVKeep(first_tokens=run["first_tokens"], last_tokens=run["last_tokens"])
+        return Plan(
+            decode=_mask(layers, value["decode_drop"]),
+            prefill=_mask(layers, value["prefill_drop"]),
+            weight_bits=tuple(bits),
+            kv_keep=tuple(kv_keep),
+        )
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CalibrationError(f"not a plan of a quality table: {value!r} ({type(error).__name__}: {error})") from error
+
+
+def _mask(layers: int, dropped: Sequence[str]) -> KeepMask:
+    known = {f"{kind}{i}" for kind in ("MHA", "FFN") for i in range(layers)}
+    if wrong := sorted(set(dropped) - known):
+        raise ValueError(f"no block {wrong[0]}")
+    return KeepMask(
+        mha=tuple(f"MHA{i}" not in dropped for i in range(layers)),
+        ffn=tuple(f"FFN{i}" not in dropped for i in range(layers)),
+    )
+
+
+# --- The measured table ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityTable:
+    """Plans measured on a real model. loss: nats a token more than dense, on the test text.
+
+    Where prefill and decode differ, or KV is cut, it is the loss of the tokens behind the prompt.
+    kinds: how each plan was chosen.
+    """
+
+    name: str
+    dense_nll: float
+    plans: tuple[Plan, ...]
+    kinds: tuple[tuple[str, ...], ...]
+    loss: Floats
+    note: str = ""
+
+
+def read_table(path: Path) -> QualityTable:
+    """Read a table that ``hw.score kind=table`` wrote.
+
+    Raises:
+        CalibrationError: if the file is missing, malformed, or lacks the dense plan.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        rows = value["plans"]
+        plans = tuple(plan_from_json(row["plan"]) for row in rows)
+        kinds = tuple(tuple(row["chosen_as"]) for row in rows)
+        dense = next(row for row, kind in zip(rows, kinds, strict=True) if "dense" in kind)
+        loss = []
+        for row, plan in zip(rows, plans, strict=True):
+            staged = plan.prefill != plan.decode or any(keep != KV_KEEP_ALL for keep in plan.kv_keep)
+            column = "nll_test_decode" if staged else "nll_test"
+            loss.append(float(row[column]) - float(dense[column]))
+        note = f"{len(plans)} plans, {dense['tokens']['test']:,} test tokens each; {value['weights']}"
+        table = QualityTable(
+            name=str(value["model"]),
+            dense_nll=float(dense["nll_test"]),
+            plans=plans,
+            kinds=kinds,
+            loss=np.array(loss),
+            note=note,
+        )
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        if isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(
+            f"{path} is no quality table ({type(error).__name__}: {error}); make one: python -m hw.score kind=table"
+        ) from error
+    if not np.isfinite(table.loss).all() or len({len(plan.weight_bits) for plan in plans}) != 1:
+        raise CalibrationError(f"{path} mixes models or holds a loss that is no number; measure it again")
+    return table
+
+
+# --- Features --------------------------------------------------------------------------------------------------------
+
+CURVES = (0.1, 0.25, 0.5, 1.0, 2.0)
+_OTHER_FEATURES = ("w4_layers", "w4_layers_squared", "w8_layers", "kv_cut", "kv_cut_first")
+_PAIRS = ("same_layer", "ffn_then_mha", "mha_and_next_mha", "ffn_and_next_ffn", "all_squared")
+
+
+def _removed(plan: Plan, stage_share: float) -> Floats:
+    """Return r [b]."""
+    layers = len(plan.weight_bits)
+    removed = np.empty(2 * layers)
+    # bytes() of a tuple of bools is the quickest way from it to an array.
+    removed[0::2] = np.frombuffer(bytes(plan.decode.mha), dtype=np.uint8)
+    removed[1::2] = np.frombuffer(bytes(plan.decode.ffn), dtype=np.uint8)
+    np.subtract(1.0, removed, out=removed)
+    if plan.prefill is not plan.decode and plan.prefill != plan.decode:
+        in_prefill = np.empty(2 * layers)
+        in_prefill[0::2] = np.frombuffer(bytes(plan.prefill.mha), dtype=np.uint8)
+        in_prefill[1::2] = np.frombuffer(bytes(plan.prefill.ffn), dtype=np.uint8)
+        removed *= 1.0 - (1.0 - stage_share) * in_prefill
+    return removed
+
+
+def _others(plan: Plan) -> tuple[float, float, float, float, float]:
+    bits = plan.weight_bits
+    layers = len(bits)
+    four, eight = bits.count(4) / layers, bits.count(8) / layers
+    cut = first = 0.0
+    if plan.kv_keep.count(KV_KEEP_ALL) != layers:
+        for keep in plan.kv_keep:
+            if keep.first_tokens is not None and keep.last_tokens is not None:
+                cut += 1.0 / (keep.first_tokens + keep.last_tokens) / layers
+                first += (keep.first_tokens == 0) / layers
+    return four, four * four, eight, cut, first
+
+
+def _pairs(removed: Floats, root: Floats) -> Floats:
+    """Return the features [n, 5] of removed neighbours, from r [n, b] and sqrt(s) [b]."""
+    weighted = removed * root
+    mha, ffn = weighted[:, 0::2], weighted[:, 1::2]
+    return np.stack(
+        (
+            (mha * ffn).sum(1),
+            (ffn[:, :-1] * mha[:, 1:]).sum(1),
+            (mha[:, :-1] * mha[:, 1:]).sum(1),
+            (ffn[:, :-1] * ffn[:, 1:]).sum(1),
+            weighted.sum(1) ** 2 - (weighted**2).sum(1),
+        ),
+        axis=1,
+    )
+
+
+# --- The fitted model ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedQuality:
+    """A model of the loss, fitted to a table.
+
+    curve: k of the module's equation; 0 is linear. blocks: w [b]. pairs: u [5]. others: [5]. root: sqrt(s) [b].
+    """
+
+    name: str
+    form: str
+    dense_nll: float
+    curve: float
+    stage_share: float
+    blocks: Floats
+    pairs: Floats
+    others: Floats
+    root: Floats
+    note: str = ""
+    max_loss: float = math.inf
+    _others_list: tuple[float, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_others_list", tuple(float(x) for x in self.others))
+
+    def loss_many(self, plans: Sequence[Plan]) -> Floats:
+        """Return nats a token more than dense, of many plans."""
+        if not plans:
+            return np.empty(0)
+        self._check(plans[0])
+        removed = np.stack([_removed(plan, self.stage_share) for plan in plans])
+        others = np.array([_others(plan) for plan in plans])
+        score = removed @ self.blocks + _pairs(removed, self.root) @ self.pairs + others @ self.others
+        loss: Floats = np.minimum(_unwarp(score, self.curve), self.max_loss)
+        return loss
+
+    def loss(self, plan: Plan) -> float:
+        """Return nats a token more than dense."""
+        self._check(plan)
+        removed = _removed(plan, self.stage_share)
+        score = float(removed @ self.blocks)
+        if self.pairs.any():
+            score += float(_pairs(removed[None], self.root)[0] @ self.pairs)
+        for weight, value in zip(self._others_list, _others(plan), strict=True):
+            score += weight * value
+        return min(float(_unwarp(np.float64(score), self.curve)), self.max_loss)
+
+    def nll(self, plan: Plan) -> float:
+        """Return the NLL a token, in nats."""
+        return self.dense_nll + self.loss(plan)
+
+    def perplexity(self, plan: Plan) -> float:
+        """Return exp(nll)."""
+        return math.exp(self.nll(plan))
+
+    def summary(self) -> str:
+        """Say in one line what this stands on."""
+        return f"quality of {self.name}: form {self.form}, fitted to {self.note}"
+
+    def _check(self, plan: Plan) -> None:
+        if 2 * len(plan.weight_bits) != self.blocks.size:
+            raise PlanError(
+                f"a plan of {len(plan.weight_bits)} layers, but the quality of {self.name} was measured on "
+                f"{self.blocks.size // 2}; set quality= to a table of the model that runs"
+            )
+
+
+def _warp(loss: Floats, curve: float) -> Floats:
+    if not curve:
+        return loss
+    return np.log1p(curve * np.maximum(loss, -0.5 / curve)) / curve
+
+
+def _unwarp(score: Any, curve: float) -> Any:
+    # A loss beyond e^40 tells nothing; without the limit it would overflow.
+    return np.expm1(np.minimum(curve * score, 40.0)) / curve if curve else score
+
+
+def fit(
+    table: QualityTable,
+    form: str = "warped_neighbours",
+    *,
+    curve: float | None = None,
+    stage_share: float | None = None,
+) -> FittedQuality:
+    """Fit a form to all plans of a table.
+
+    singles: the sum of what each removed block cost alone. additive: fitted weights of blocks. neighbours: and of
+    removed neighbours. warped, warped_neighbours: the same with k above 0. A plan counts in inverse proportion to its
+    own loss, so that errors of perplexity are relative; plans that lose more than 4 nats say only where the range ends.
+
+    Args:
+        curve: k; None tries several. stage_share: what decode alone counts; None tries several.
+    Raises:
+        CalibrationError: for an unknown form.
+    """
+    if form not in FORMS:
+        raise CalibrationError(f"unknown form {form!r}; {nearest(form, FORMS)}")
+    curves: Sequence[float] = CURVES if form.startswith("warped") else (0.0,)
+    if curve is not None:
+        curves = (curve,)
+    shares = (0.4, 0.6, 0.8, 1.0) if stage_share is None else (stage_share,)
+    used = table.loss < 4.0
+    best: tuple[float, FittedQuality] | None = None
+    for k in curves:
+        for share in shares:
+            model = _fit(table, form, k, share, used)
+            predicted = model.loss_many([plan for plan, use in zip(table.plans, used, strict=True) if use])
+            error = float(np.mean(np.abs(predicted - table.loss[used]) / (0.1 + np.maximum(table.loss[used], 0.0))))
+            if best is None or error < best[0]:
+                best = error, model
+    assert best is not None
+    return best[1]
+
+
+def _fit(table: QualityTable, form: str, curve: float, share: float, used: NDArray[np.bool_]) -> FittedQuality:
+    removed = np.stack([_removed(plan, share) for plan in table.plans])
+    others = np.array([_others(plan) for plan in table.plans])
+    blocks = removed.shape[1]
+    single = _singles(table, removed, others)
+    prior = np.maximum(_warp(single, curve), 0.0)
+    root = np.sqrt(np.minimum(np.maximum(single, 0.0), 1.0))
+    pair_features = _pairs(removed, root)
+    target = _warp(table.loss, curve)
+    weight = 1.0 / (0.05 + np.maximum(target, 0.0))
+    design = np.concatenate((removed, pair_features, others), axis=1)
+    free = np.ones(design.shape[1], dtype=bool)
+    if form == "singles":
+        free[:blocks] = False
+    if form not in ("neighbours", "warped_neighbours"):
+        free[blocks : blocks + len(_PAIRS)] = False
+    start = np.concatenate((prior, np.zeros(design.shape[1] - blocks)))
+    # A block that few plans remove keeps what it cost alone: the prior pulls with the strength of one such plan.
+    pull = np.concatenate((1.0 / (0.05 + prior), np.full(design.shape[1] - blocks, 0.02)))
+    rows = (design * weight[:, None])[used]
+    goal = (target * weight)[used]
+    solution = start.copy()
+    solution[free] = _non_negative(rows[:, free], goal - rows[:, ~free] @ start[~free], start[free], pull[free])
+    return FittedQuality(
+        name=table.name,
+        form=form,
+        dense_nll=table.dense_nll,
+        curve=curve,
+        stage_share=share,
+        blocks=solution[:blocks],
+        pairs=solution[blocks : blocks + len(_PAIRS)],
+        others=solution[blocks + len(_PAIRS) :],
+        root=root,
+        note=table.note,
+        max_loss=max(4.0, float(table.loss.max())),
+    )
+
+
+def _singles(table: QualityTable, removed: Floats, others: Floats) -> Floats:
+    """Return what each block cost alone [b]; the mean of its kind where that was not measured."""
+    blocks = removed.shape[1]
+    single = np.full(blocks, np.nan)
+    alone = (np.abs(removed - np.round(removed)).sum(1) == 0) & (removed.sum(1) == 1) & (others.sum(1) == 0)
+    for row in np.flatnonzero(alone):
+        single[int(removed[row].argmax())] = table.loss[row]
+    known = single[np.isfinite(single)]
+    return np.where(np.isfinite(single), single, np.median(known) if known.size else 0.1)
+
+
+def _non_negative(design: Floats, target: Floats, prior: Floats, pull: Floats, sweeps: int = 400) -> Floats:
+    """Return x >= 0 that minimises |design x - target|^2 + |pull (x - prior)|^2, by coordinate descent."""
+    gram = design.T @ design + np.diag(pull**2)
+    right = design.T @ target + pull**2 * prior
+    x = prior.copy()
+    for _ in range(sweeps):
+        before = x.copy()
+        for i in range(x.size):
+            x[i] = max(0.0, x[i] + (right[i] - gram[i] @ x) / gram[i, i])
+        if np.abs(x - before).max() < 1e-9:
+            break
+    return x
+
+
+# --- How far off it is -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityError:
+    """Held-out errors of perplexity, relative, over the plans of a kind that stay under three times dense."""
+
+    form: str
+    kind: str
+    plans: int
+    median: float
+    p90: float
+    spearman: float
+
+
+def held_out(table: QualityTable, form: str, *, folds: int = 5, seed: int = 0) -> Floats:
+    """Return the loss that is predicted for each plan by a fit that did not see it.
+
+    Dense and the plans that remove one block are always seen: they are the table that every form starts from.
+    """
+    always = np.array([("dense" in kind) or ("single removal" in kind) for kind in table.kinds])
+    fold = np.random.default_rng(seed).integers(0, folds, len(table.plans))
+    predicted = np.full(len(table.plans), np.nan)
+    for index in range(folds):
+        out = (fold == index) & ~always
+        keep = [i for i in range(len(table.plans)) if not out[i]]
+        seen = replace(
+            table,
+            plans=tuple(table.plans[i] for i in keep),
+            kinds=tuple(table.kinds[i] for i in keep),
+            loss=table.loss[keep],
+        )
+        model = fit(seen, form)
+        predicted[out] = model.loss_many([table.plans[i] for i in np.flatnonzero(out)])
+    return predicted
+
+
+def cross_validate(table: QualityTable, form: str, *, folds: int = 5, seed: int = 0) -> list[QualityError]:
+    """Return the held-out error of a form on all plans and on each kind of plan."""
+    predicted = held_out(table, form, folds=folds, seed=seed)
+    inside = np.isfinite(predicted) & (table.loss < math.log(3.0))
+    families = sorted({_family(kind) for kinds in table.kinds for kind in kinds})
+    errors = []
+    for name in ("all", *families):
+        rows = inside & np.array([name == "all" or name in map(_family, kinds) for kinds in table.kinds])
+        if rows.sum() < 3:
+            continue
+        error = np.abs(np.exp(predicted[rows] - table.loss[rows]) - 1.0)
+        errors.append(
+            QualityError(
+                form=form,
+                kind=name,
+                plans=int(rows.sum()),
+                median=float(np.median(error)),
+                p90=float(np.quantile(error, 0.9)),
+                spearman=_spearman(predicted[rows], table.loss[rows]),
+            )
+        )
+    return errors
+
+
+def _family(kind: str) -> str:
+    return kind if not kind.startswith(("W4", "W8")) else "W8 or W4 prefix"
+
+
+def _spearman(a: Floats, b: Floats) -> float:
+    ranks = [np.argsort(np.argsort(x)).astype(np.float64) for x in (a, b)]
+    if np.ptp(ranks[0]) == 0 or np.ptp(ranks[1]) == 0:
+        return math.nan
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+# --- Published points ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedPoint:
+    """One published perplexity of a pruned model."""
+
+    drop_mha: tuple[int, ...]
+    drop_ffn: tuple[int, ...]
+    perplexity: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedQuality:
+    """What papers report of a model, carried over to other plans. It stands on very few points: see ``summary``.
+
+    Pruning: log(perplexity / dense) = a * (share of parameters removed) ** p, the least-squares line through the
+    published masks on logarithmic axes. Those masks are good ones, chosen by a search; a plan that drops other blocks
+    loses more than this says, and which blocks it drops makes no difference here. W4: interpolated in the number of
+    layers between the published ones, whichever layers they are (single layers are nearly additive, MorphServe). Both
+    losses add. W8 and cut KV are not published, and are refused.
+    """
+
+    model: ModelSpec
+    dense_perplexity: float
+    points: tuple[PublishedPoint, ...]
+    w4_layers: tuple[int, ...]
+    w4_perplexity: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.w4_layers) != len(self.w4_perplexity) or list(self.w4_layers) != sorted(set(self.w4_layers)):
+            raise CalibrationError(f"quality of {self.model.name}: w4 needs rising layer counts and one value each")
+        if not self.dense_perplexity > 1:
+            raise CalibrationError(f"quality of {self.model.name}: dense_perplexity is {self.dense_perplexity}")
+
+    def power_law(self) -> tuple[float, float]:
+        """Return a and p.
+
+        Raises:
+            CalibrationError: where fewer than two masks are published.
+        """
+        if len(self.points) < 2:
+            raise CalibrationError(
+                f"no pruned {self.model.name} has a published perplexity here ({len(self.points)} points), so plans "
+                "that drop blocks cannot be priced; measure a table: python -m hw.score kind=table model.path=..."
+            )
+        shares = [self._share(_drop_mask(self.model, point)) for point in self.points]
+        losses = [math.log(point.perplexity / self.dense_perplexity) for point in self.points]
+        slope, offset = np.polyfit(np.log(shares), np.log(losses), 1)
+        return math.exp(float(offset)), float(slope)
+
+    def _share(self, mask: KeepMask) -> float:
+        model = self.model
+        removed = mask.mha.count(False) * model.mha_params + mask.ffn.count(False) * model.ffn_params
+        return removed / model.total_params
+
+    def nll(self, plan: Plan) -> float:
+        """Return the NLL a token, in nats; decode's mask counts, since prefill keeps at least as much."""
+        if len(plan.weight_bits) != self.model.num_layers:
+            raise PlanError(f"a plan of {len(plan.weight_bits)} layers for {self.model.name}")
+        if 8 in plan.weight_bits or any(keep != KV_KEEP_ALL for keep in plan.kv_keep):
+            raise CalibrationError(
+                f"nothing is published on W8 layers or cut KV of {self.model.name}; use W4, or a measured table"
+            )
+        loss = 0.0
+        if plan.decode != keep_all(self.model):
+            a, p = self.power_law()
+            loss += a * self._share(plan.decode) ** p
+        four = plan.weight_bits.count(4)
+        if four:
+            values = np.log(np.array(self.w4_perplexity) / self.dense_perplexity)
+            loss += float(np.interp(four, self.w4_layers, values))
+        return math.log(self.dense_perplexity) + loss
+
+    def perplexity(self, plan: Plan) -> float:
+        """Return exp(nll)."""
+        return math.exp(self.nll(plan))
+
+    def summary(self) -> str:
+        """Say in one line what this stands on."""
+        return (
+            f"quality of {self.model.name}: published, {len(self.points)} pruned masks and "
+            f"{len(self.w4_layers)} W4 prefixes; which blocks a plan drops makes no difference"
+        )
+
+
+def _drop_mask(model: ModelSpec, point: PublishedPoint) -> KeepMask:
+    return KeepMask(
+        mha=tuple(i not in point.drop_mha for i in range(model.num_layers)),
+        ffn=tuple(i not in point.drop_ffn for i in range(model.num_layers)),
+    )
+
+
+def load_quality(name: str, form: str = "warped_neighbours") -> FittedQuality | PublishedQuality:
+    """Build the quality model of ``conf/quality/NAME``: fitted to a .json table, or anchored on a .yaml of points.
+
+    Raises:
+        CalibrationError: for an unknown name (the nearest is offered) or a malformed file.
+    """
+    known = {path.stem: path for path in sorted(QUALITIES.glob("*")) if path.suffix in (".json", ".yaml")}
+    if name not in known:
+        raise CalibrationError(f"no quality {name!r} in conf/quality; {nearest(name, known)}")
+    if known[name].suffix == ".json":
+        return fit(read_table(known[name]), form)
+    return read_published(known[name])
+
+
+def read_published(path: Path) -> PublishedQuality:
+    """Read a file of published points.
+
+    Raises:
+        CalibrationError: if it is malformed.
+    """
+    try:
+        value: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        points = tuple(
+            PublishedPoint(
+                drop_mha=tuple(point["drop_mha"]),
+                drop_ffn=tuple(point["drop_ffn"]),
+                perplexity=float(point["perplexity"]),
+                source=str(point["source"]),
+            )
+            for point in value["points"]
+        )
+        return PublishedQuality(
+            model=load_model(value["model"]),
+            dense_perplexity=float(value["dense_perplexity"]),
+            points=points,
+            w4_layers=tuple(value["w4"]["layers"]),
+            w4_perplexity=tuple(value["w4"]["perplexity"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise CalibrationError(f"{path} lacks or misstates {error}") from error

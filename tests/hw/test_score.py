@@ -1,0 +1,387 @@
+"""Scores against plain algorithms that share no code with them, on tiny random models."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
+transformers = pytest.importorskip("transformers", reason="the real model needs transformers: pip install -e '.[hw]'")
+
+from hw.importance import (  # noqa: E402
+    attention_mass,
+    block_cosines,
+    block_number,
+    gsi,
+    gsi_round_naive,
+    layer_importance,
+    one_shot,
+    random_order,
+    redundancy_sets,
+    single_removals,
+    two_stage_search,
+)
+from hw.model import ElasticModel, RequestKV  # noqa: E402
+from hw.nll import block_name, mask_without, measure, rounded  # noqa: E402
+from hw.table import table_plans  # noqa: E402
+from hw.text import read_windows  # noqa: E402
+from sim.data import REPOSITORY  # noqa: E402
+from sim.errors import ConfigError  # noqa: E402
+from sim.plan import KVKeep, Plan, check_plan, dense_plan  # noqa: E402
+from sim.quality import plan_from_json  # noqa: E402
+
+LAYERS, VOCABULARY = 3, 61
+
+
+def tiny(seed: int = 0):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def text(rows: int = 4, tokens: int = 24, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+class Nothing(torch.nn.Module):
+    """A block that was removed."""
+
+    def __init__(self, pair: bool) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, hidden_states, **_):
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.pair else nothing
+
+
+def plain_nll(model, windows: torch.Tensor, removed: set[int]) -> float:
+    """Return the NLL a token of a plain model rebuilt without some blocks."""
+    model = copy.deepcopy(model)
+    for block in removed:
+        setattr(model.model.layers[block // 2], "mlp" if block % 2 else "self_attn", Nothing(block % 2 == 0))
+    with torch.inference_mode():
+        logits = model(windows, use_cache=False).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
+
+
+def plain_gsi(model, windows: torch.Tensor) -> list[tuple[int, float]]:
+    """GSI as RAP states it: every kept block removed in turn, every time on all tokens."""
+    removed: list[int] = []
+    found = []
+    while len(removed) < 2 * LAYERS:
+        candidates = [block for block in range(2 * LAYERS) if block not in removed]
+        nll, block = min((plain_nll(model, windows, {*removed, block}), block) for block in candidates)
+        removed.append(block)
+        found.append((block, nll))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gsi_finds_the_order_of_the_naive_algorithm(seed: int) -> None:
+    model, windows = tiny(seed), text(seed=seed)
+    expected = plain_gsi(model, windows)
+    rounds = gsi(ElasticModel(copy.deepcopy(model)), windows)
+    assert [r.removed for r in rounds] == [block for block, _ in expected]
+    assert [r.nll for r in rounds] == pytest.approx([nll for _, nll in expected], rel=1e-5)
+
+
+def test_what_gsi_says_of_an_abandoned_candidate_is_a_lower_bound_above_the_winner() -> None:
+    model, windows = tiny(), text()
+    first = gsi(ElasticModel(copy.deepcopy(model)), windows, removals=1)[0]
+    assert first.abandoned
+    for block, value in first.candidates.items():
+        true = plain_nll(model, windows, {block})
+        if block in first.abandoned:
+            assert first.nll < value <= true * (1 + 1e-5)
+        else:
+            assert value == pytest.approx(true, rel=1e-5)
+
+
+def test_gsi_with_a_wide_margin_is_the_exact_one() -> None:
+    model, windows = tiny(2), text(seed=2)
+    exact = gsi(ElasticModel(copy.deepcopy(model)), windows)
+    raced = gsi(ElasticModel(copy.deepcopy(model)), windows, margin=100.0)
+    assert [r.removed for r in raced] == [r.removed for r in exact]
+
+
+def test_gsi_goes_on_from_a_checkpoint_to_the_same_order() -> None:
+    model, windows = tiny(1), text(seed=1)
+    whole = gsi(ElasticModel(copy.deepcopy(model)), windows)
+    seen = []
+    first = gsi(ElasticModel(copy.deepcopy(model)), windows, removals=2, on_round=lambda r: seen.append(len(r)))
+    assert seen == [1, 2]
+    rest = gsi(ElasticModel(copy.deepcopy(model)), windows, done=first)
+    assert [(r.removed, r.nll) for r in rest] == [(r.removed, r.nll) for r in whole]
+
+
+def test_the_naive_round_that_speed_is_compared_with_is_naive_and_right() -> None:
+    model, windows = tiny(), text()
+    found = gsi_round_naive(ElasticModel(copy.deepcopy(model)), windows, [3])
+    assert found == pytest.approx({b: plain_nll(model, windows, {3, b}) for b in (0, 1, 2, 4, 5)}, rel=1e-5)
+
+
+def test_one_shot_orders_blocks_by_what_each_costs_alone() -> None:
+    model, windows = tiny(), text()
+    found = single_removals(ElasticModel(copy.deepcopy(model)), windows)
+    expected = {block: plain_nll(model, windows, {block}) for block in range(2 * LAYERS)}
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert one_shot(found) == sorted(expected, key=lambda block: expected[block])
+
+
+def test_random_orders_are_permutations_and_follow_their_seed() -> None:
+    assert sorted(random_order(60, 1)) == list(range(60))
+    assert random_order(60, 1) == random_order(60, 1) != random_order(60, 2)
+
+
+def test_the_names_of_blocks_read_back() -> None:
+    assert [block_name(b) for b in (0, 1, 7)] == ["MHA0", "FFN0", "FFN3"]
+    assert [block_number(block_name(b)) for b in range(20)] == list(range(20))
+    with pytest.raises(ConfigError, match="names no block"):
+        block_number("MLP3")
+
+
+# --- The loss of plans -----------------------------------------------------------------------------------------------
+
+
+def served_nll(elastic: ElasticModel, plan: Plan, window: torch.Tensor, prompt: int) -> float:
+    """Return the mean NLL behind the prompt, token by token with a KV cache, as a server computes it."""
+    elastic.apply(plan)
+    request, tokens = RequestKV(), window.tolist()
+    logits = [elastic.forward([tokens[:prompt]], [request], "prefill")]
+    elastic.end_prefill(request)
+    logits += [elastic.forward([[token]], [request], "decode") for token in tokens[prompt:-1]]
+    elastic.apply(dense_plan(elastic.spec))
+    return float(torch.nn.functional.cross_entropy(torch.cat(logits), window[prompt:]))
+
+
+def plans_of(spec) -> list[Plan]:
+    dense = dense_plan(spec)
+    keep = (KVKeep(first_tokens=2, last_tokens=3), KVKeep(), KVKeep(first_tokens=0, last_tokens=1))
+    staged = replace(dense, prefill=mask_without(LAYERS, {3}), decode=mask_without(LAYERS, {0, 3, 5}))
+    return [
+        dense,
+        replace(dense, prefill=mask_without(LAYERS, {0, 3}), decode=mask_without(LAYERS, {0, 3})),
+        staged,
+        replace(dense, kv_keep=keep),
+        replace(staged, kv_keep=keep, weight_bits=(4, 16, 8)),
+    ]
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_one_pass_gives_the_loss_that_serving_token_by_token_has(index: int) -> None:
+    elastic = ElasticModel(tiny(3))
+    window = text(1, 20, seed=9)[0]
+    plan = plans_of(elastic.spec)[index]
+    found = measure(elastic, plan, window[None], prompt_tokens=8)
+    assert found.decode_tokens == 12
+    # The first prediction behind the prompt comes from prefill, in both.
+    assert found.decode_mean == pytest.approx(served_nll(elastic, plan, window, 8), rel=1e-4)
+
+
+def test_rounded_weights_are_gone_afterwards() -> None:
+    elastic, window = ElasticModel(tiny()), text(1)
+    before = measure(elastic, dense_plan(elastic.spec), window).total
+    with rounded(elastic, (4, 4, 4)):
+        assert measure(elastic, dense_plan(elastic.spec), window).total != before
+    assert measure(elastic, dense_plan(elastic.spec), window).total == before
+
+
+# --- Similarities ----------------------------------------------------------------------------------------------------
+
+
+def test_cosines_are_those_of_the_hidden_states_of_the_plain_model() -> None:
+    model, windows = tiny(), text()
+    found = block_cosines(ElasticModel(copy.deepcopy(model)), windows)
+    with torch.inference_mode():
+        states = model(windows, output_hidden_states=True).hidden_states
+    # The state between the two blocks of a layer is not shown, but that of whole layers is, before the final norm.
+    assert len(found) == 2 * LAYERS
+    assert all(-1 <= value <= 1 for value in found)
+    without_attention = copy.deepcopy(model)
+    without_attention.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    assert block_cosines(ElasticModel(without_attention), windows)[0] == pytest.approx(1.0, abs=1e-6)
+    without_attention.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    with torch.inference_mode():
+        states = without_attention(windows, output_hidden_states=True).hidden_states
+    expected = torch.nn.functional.cosine_similarity(states[1], states[2], dim=-1).mean()
+    assert block_cosines(ElasticModel(without_attention), windows)[3] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_redundant_blocks_are_those_at_the_threshold_or_above_it() -> None:
+    assert redundancy_sets([0.99, 0.5, 0.95, 0.999], 0.95) == ([3, 0, 2], [1])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_lis_is_its_formula_and_orders_every_layer_once(bits: int) -> None:
+    elastic, windows = ElasticModel(tiny()), text(2)
+    found = layer_importance(elastic, windows, bits)
+    assert sorted(found.order) == list(range(LAYERS))
+    for layer in range(LAYERS):
+        expected = 0.25 * found.lts[layer] + 0.25 * found.lrs[layer] + 0.5 * found.mds[layer]
+        assert found.lis[layer] == pytest.approx(expected)
+    # MDS of the first layer chosen: the logits of dense against those with that layer swapped.
+    first = found.order[0]
+    swapped = replace(dense_plan(elastic.spec), weight_bits=tuple(bits if i == first else 16 for i in range(LAYERS)))
+    dense = elastic.forward(windows, all_logits=True)
+    elastic.apply(swapped)
+    cosine = torch.nn.functional.cosine_similarity(dense, elastic.forward(windows, all_logits=True), dim=-1).mean()
+    assert found.mds[first] == pytest.approx(float(cosine), rel=1e-4)
+
+
+def test_two_stage_sets_are_nested_and_no_worse_than_where_they_started() -> None:
+    elastic, windows = ElasticModel(tiny()), text(2)
+    found = two_stage_search(
+        elastic,
+        windows,
+        [0, 2, 3, 4, 5],
+        prefill_removals=1,
+        decode_removals=3,
+        steps=12,
+        rng=np.random.default_rng(0),
+    )
+    assert set(found.prefill) <= set(found.decode) <= {0, 2, 3, 4, 5}
+    assert (len(found.prefill), len(found.decode)) == (1, 3)
+    assert found.nll <= found.start_nll
+    with pytest.raises(ConfigError, match="prefill must drop no more"):
+        two_stage_search(
+            elastic, windows, [0], prefill_removals=2, decode_removals=1, steps=1, rng=np.random.default_rng(0)
+        )
+
+
+def test_attention_mass_is_the_share_of_the_plain_models_attention() -> None:
+    model, windows = tiny(), text(2, 32)
+    found = attention_mass(ElasticModel(copy.deepcopy(model)), windows, first_tokens=2, last_tokens=3)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        weights = model(windows, output_attentions=True).attentions
+    for layer in range(LAYERS):
+        shares = [
+            float(row[: min(2, q - 2)].sum() + row[q - 2 : q + 1].sum())
+            for window in weights[layer]
+            for head in window
+            for q, row in enumerate(head)
+            if q >= 16
+        ]
+        assert found[layer] == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+    with pytest.raises(ConfigError, match="take longer windows"):
+        attention_mass(ElasticModel(copy.deepcopy(model)), windows, first_tokens=8, last_tokens=8)
+
+
+# --- The table and the command ---------------------------------------------------------------------------------------
+
+
+def test_every_plan_of_the_table_is_legal_and_comes_again_with_the_same_seed() -> None:
+    spec = ElasticModel(tiny()).spec
+    orders = {"gsi": random_order(6, 0), "one_shot": random_order(6, 1)}
+    plans = list(table_plans(spec, orders, {"lis_w4": [2, 0, 1]}, seed=0))
+    for _, plan in plans:
+        check_plan(spec, plan)
+    assert plans == list(table_plans(spec, orders, {"lis_w4": [2, 0, 1]}, seed=0))
+    kinds = {kind for kind, _ in plans}
+    assert {"dense", "single removal", "random mask", "kv_keep", "prefix of gsi"} <= kinds
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny model, its tokenizer, and a text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("tiny")
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    tiny().save_pretrained(folder)
+    rng = np.random.default_rng(0)
+    rows = [" ".join(f"w{i}" for i in rng.integers(1, VOCABULARY, 40)) for _ in range(10)]
+    (folder / "text.txt").write_text("\n\n".join(rows), encoding="utf-8")
+    return folder
+
+
+def score(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hw.score", f"model.path={folder}", "model.name=tiny", "model.dtype=float32"]
+    for which in ("calibration", "test"):
+        command += [f"{which}.path={folder / 'text.txt'}", f"{which}.tokens=120", f"{which}.window=40"]
+    command += [f"hydra.run.dir={folder / 'run'}", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_killed_gsi_goes_on_where_it_was_and_says_what_it_was_measured_on(checkpoint: Path) -> None:
+    out = checkpoint / "gsi.json"
+    first = score(checkpoint, "kind=gsi", f"out={out}", "gsi.removals=2", "gsi.margin=null")
+    assert first.returncode == 0, first.stderr
+    assert len(json.loads(out.read_text())["order"]) == 2
+    second = score(checkpoint, "kind=gsi", f"out={out}", "gsi.margin=null")
+    assert "going on from round 2" in second.stderr
+    assert "left" in second.stderr
+    found = json.loads(out.read_text())
+    assert sorted(found["order"]) == sorted(block_name(b) for b in range(2 * LAYERS))
+    assert found["exact"] is True
+    assert {"model", "text", "seed", "seconds", "date", "commit", "source", "dtype"} <= set(found)
+    other = score(checkpoint, "kind=gsi", f"out={out}", "gsi.margin=0.5")
+    assert other.returncode == 2
+    assert "holds the order of another run: margin differ" in other.stderr
+
+
+@pytest.mark.slow
+def test_the_table_is_measured_and_goes_on(checkpoint: Path) -> None:
+    out = checkpoint / "table.json"
+    assert score(checkpoint, "kind=table", f"out={out}").returncode == 0
+    rows = json.loads(out.read_text())["plans"]
+    assert len(rows) > 100
+    again = score(checkpoint, "kind=table", f"out={out}")
+    assert f"{len(rows)} plans in" in again.stderr
+    assert json.loads(out.read_text())["plans"] == rows
+    dense = next(row for row in rows if row["chosen_as"] == ["dense"])
+    assert plan_from_json(dense["plan"]).weight_bits == (16,) * LAYERS
+    assert math.isfinite(dense["nll_test"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kind=gis"], "did you mean 'gsi'"),
+        ([], "is no measurement"),
+        (["kind=gsi", "calibration.path=nowhere.txt"], "no text at"),
+        (["kind=gsi", "gsi.margins=1"], "did you mean 'gsi.margin'"),
+    ],
+)
+@pytest.mark.slow
+def test_a_mistake_ends_with_one_clear_message(checkpoint: Path, arguments: list[str], message: str) -> None:
+    ended = score(checkpoint, *arguments)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_windows_are_drawn_by_seed_and_cover_the_text_without(checkpoint: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    path = checkpoint / "text.txt"
+    whole = read_windows(path, tokenizer, tokens=None, window=40, seed=None)
+    assert whole.tokens.shape == (10, 40)
+    assert whole.count == 390
+    drawn = read_windows(path, tokenizer, tokens=120, window=40, seed=3)
+    assert torch.equal(drawn.tokens, read_windows(path, tokenizer, tokens=120, window=40, seed=3).tokens)
+    assert all(any(torch.equal(window, other) for other in whole.tokens) for window in drawn.tokens)
+    with pytest.raises(ConfigError, match="gives 10 windows of 40 tokens, and 11 were asked for"):
+        read_windows(path, tokenizer, tokens=440, window=40, seed=None)
