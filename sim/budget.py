@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from sim.data import find_data
 from sim.errors import BudgetError
 from sim.gpu import Gpu
-from sim.memory import budget_for_kv_blocks
+from sim.memory import budget_for_kv_blocks, relative_budget_bytes
 from sim.model import ModelSpec
 from sim.plan import Plan
 
@@ -57,22 +60,27 @@ def stepped(rows: Iterable[tuple[float, int]], notice_s: float = 0.0) -> Budget:
     return Budget(tuple(times), tuple(values), notice_s)
 
 
-def gpu_share(
-    *, share: float, workspace_bytes: float, model: ModelSpec, gpu: Gpu, plan: Plan, kv_block_tokens: int
-) -> Budget:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetContext:
+    """What a budget may be stated relative to: the served model, the device, the first plan, the engine's memory."""
+
+    model: ModelSpec
+    gpu: Gpu
+    plan: Plan
+    workspace_bytes: int
+    kv_block_tokens: int
+
+
+def gpu_share(context: BudgetContext, *, share: float) -> Budget:
     """Return ``share`` of the device memory, as vLLM's ``gpu_memory_utilization`` takes it.
 
     Raises:
         BudgetError: if share is not in (0, 1].
     """
-    if not 0.0 < share <= 1.0:
-        raise BudgetError(f"budget.share is {share}; it must be above 0 and at most 1 (vLLM's default is 0.9)")
-    return constant_budget(int(share * gpu.memory_bytes))
+    return constant_budget(_share_bytes(context, share, "share"))
 
 
-def constant(
-    *, budget_bytes: float, workspace_bytes: float, model: ModelSpec, gpu: Gpu, plan: Plan, kv_block_tokens: int
-) -> Budget:
+def constant(context: BudgetContext, *, budget_bytes: float) -> Budget:
     """Return a stated number of bytes.
 
     Raises:
@@ -83,9 +91,7 @@ def constant(
     return constant_budget(int(budget_bytes))
 
 
-def kv_blocks(
-    *, blocks: int, workspace_bytes: float, model: ModelSpec, gpu: Gpu, plan: Plan, kv_block_tokens: int
-) -> Budget:
+def kv_blocks(context: BudgetContext, *, blocks: int) -> Budget:
     """Return the bytes that hold the first plan's weights, the workspace, and so many KV blocks over all kept layers.
 
     This is how real engines state their cache (vLLM's ``num_gpu_blocks``).
@@ -95,4 +101,132 @@ def kv_blocks(
     """
     if blocks < 1:
         raise BudgetError(f"budget.blocks is {blocks}; it must be at least 1")
-    return constant_budget(budget_for_kv_blocks(model, plan, blocks, int(workspace_bytes), kv_block_tokens))
+    return constant_budget(
+        budget_for_kv_blocks(context.model, context.plan, blocks, context.workspace_bytes, context.kv_block_tokens)
+    )
+
+
+def steps(context: BudgetContext, *, rows: Sequence[Sequence[float]], notice_s: float = 0.0) -> Budget:
+    """Return a budget of ``[time_s, share of the device memory]`` rows; the first at 0.
+
+    Raises:
+        BudgetError: for a share outside (0, 1] or times that do not ascend from 0.
+    """
+    return stepped(((float(t), _share_bytes(context, share, "rows")) for t, share in rows), notice_s)
+
+
+def from_csv(context: BudgetContext, *, path: str, notice_s: float = 0.0) -> Budget:
+    """Return a budget read from a CSV file with the columns ``time_s,budget_bytes``, ascending from 0.
+
+    Raises:
+        BudgetError: for a missing file, other columns, or a row that is not two numbers; it names file and line.
+    """
+    found = find_data(path)
+    try:
+        lines = found.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BudgetError(f"budget.path: {found} cannot be read: {error}") from error
+    if not lines or [cell.strip() for cell in lines[0].split(",")] != ["time_s", "budget_bytes"]:
+        raise BudgetError(f"{found}, line 1: the header must be time_s,budget_bytes; it is {(lines or [''])[0]!r}")
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        cells = line.split(",")
+        try:
+            time_s, budget_bytes = (float(cell) for cell in cells)
+            rows.append((time_s, int(budget_bytes)))
+        except (ValueError, OverflowError):
+            raise BudgetError(
+                f"{found}, line {number}: {line!r} is not two finite numbers, a time in seconds and bytes"
+            ) from None
+    return stepped(rows, notice_s)
+
+
+def cotenant(
+    context: BudgetContext,
+    *,
+    share: float,
+    cotenant_bytes: float,
+    mean_away_s: float,
+    mean_stay_s: float,
+    horizon_s: float,
+    seed: int,
+    notice_s: float = 0.0,
+) -> Budget:
+    """Return ``share`` of the device memory, less what a co-tenant takes while it is there.
+
+    It comes and goes as a two-state Markov process: exponential times away and there, away at the start.
+
+    Raises:
+        BudgetError: for times that are not above 0, or a co-tenant that takes everything.
+    """
+    whole = _share_bytes(context, share, "share")
+    if min(mean_away_s, mean_stay_s, horizon_s) <= 0 or not 0 < cotenant_bytes < whole:
+        raise BudgetError(
+            f"budget.mean_away_s, mean_stay_s and horizon_s must be above 0 seconds, and cotenant_bytes "
+            f"({cotenant_bytes:.3g}) above 0 and below the {whole:.3g} bytes there are"
+        )
+    rng = np.random.default_rng(seed)
+    rows, time_s, there = [(0.0, whole)], 0.0, False
+    while True:
+        time_s += float(rng.exponential(mean_stay_s if there else mean_away_s))
+        if time_s >= horizon_s:
+            break
+        there = not there
+        rows.append((time_s, whole - int(cotenant_bytes) if there else whole))
+    if there:
+        rows.append((horizon_s, whole))  # it leaves in the end, so that what was held can be served
+    return stepped(rows, notice_s)
+
+
+def random_walk(
+    context: BudgetContext,
+    *,
+    low_share: float,
+    high_share: float,
+    step_share: float,
+    period_s: float,
+    horizon_s: float,
+    seed: int,
+    notice_s: float = 0.0,
+) -> Budget:
+    """Return a share of the device memory that steps up or down by ``step_share`` each period, between two bounds.
+
+    It starts at the upper bound, and returns there at the horizon.
+
+    Raises:
+        BudgetError: for bounds that are not 0 < low < high <= 1, or a step or times that are not above 0.
+    """
+    high, low = _share_bytes(context, high_share, "high_share"), _share_bytes(context, low_share, "low_share")
+    if low >= high or min(step_share, period_s, horizon_s) <= 0:
+        raise BudgetError(
+            f"budget.low_share {low_share} must be below high_share {high_share}, and step_share, period_s and "
+            "horizon_s above 0"
+        )
+    rng = np.random.default_rng(seed)
+    step_bytes = int(step_share * context.gpu.memory_bytes)
+    rows, value = [(0.0, high)], high
+    for k in range(1, math.ceil(horizon_s / period_s)):
+        value = min(high, max(low, value + (step_bytes if rng.random() < 0.5 else -step_bytes)))
+        rows.append((k * period_s, value))
+    rows.append((math.ceil(horizon_s / period_s) * period_s, high))
+    return stepped(rows, notice_s)
+
+
+def relative(context: BudgetContext, *, share: float, batch: int, sequence_tokens: int) -> Budget:
+    """Return RAP's relative budget: ``share`` of the dense peak at a batch and a length, and the workspace beside it.
+
+    arXiv 2505.17138: budget r is met when peak(mask; B, S) <= r * peak(dense; B, S).
+
+    Raises:
+        BudgetError: if share is not in (0, 1], or batch or length not above 0.
+    """
+    if not 0.0 < share <= 1.0:
+        raise BudgetError(f"budget.share is {share}; it must be above 0 and at most 1")
+    peak = relative_budget_bytes(context.model, share, batch, sequence_tokens)
+    return constant_budget(peak + context.workspace_bytes)
+
+
+def _share_bytes(context: BudgetContext, share: float, key: str) -> int:
+    if not 0.0 < share <= 1.0:
+        raise BudgetError(f"budget.{key} is {share}; it must be above 0 and at most 1 (vLLM's default is 0.9)")
+    return int(share * context.gpu.memory_bytes)

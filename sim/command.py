@@ -14,11 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sim.budget import BudgetContext
 from sim.config import build, one_thread, run_command
 from sim.engine import SimEngine
 from sim.errors import ConfigError
 from sim.latency import CALIBRATIONS, load_calibration
 from sim.metrics import iterations_frame, records_frame, summarise, transitions_frame
+from sim.policies import Fixed, Policy, Served
 from sim.replay import replay
 from sim.report import plot_replay, print_summary
 from sim.runs import provenance, write_json, write_parquet, write_text
@@ -61,11 +63,12 @@ def find_calibration(model: str, gpu: str) -> str:
     return min(found, key=lambda name: (len(name), name))
 
 
-def build_engine(cfg: DictConfig) -> tuple[SimEngine, Any]:
+def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
     """Build the engine and the policy of a configuration."""
     model, gpu = build(cfg.model), build(cfg.gpu)
-    policy = build(cfg.policy)(model)
     config = build(cfg.engine)
+    served = Served(model=model, workspace_bytes=int(cfg.workspace_bytes), kv_block_tokens=config.kv_block_tokens)
+    policy: Policy = build(cfg.policy)(served)
     latency = load_calibration(cfg.calibration or find_calibration(model.name, gpu.name))
     if cfg.fixed_s is not None:
         latency = latency.with_fixed(cfg.fixed_s, "fixed_s of the configuration")
@@ -75,11 +78,13 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Any]:
             f"set calibration= to one made for it, or model={latency.model}"
         )
     budget = build(cfg.budget)(
-        workspace_bytes=cfg.workspace_bytes,
-        model=model,
-        gpu=gpu,
-        plan=policy.first_plan,
-        kv_block_tokens=config.kv_block_tokens,
+        BudgetContext(
+            model=model,
+            gpu=gpu,
+            plan=policy.first_plan,
+            workspace_bytes=int(cfg.workspace_bytes),
+            kv_block_tokens=config.kv_block_tokens,
+        )
     )
     engine = SimEngine(
         model=model,
@@ -113,12 +118,11 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
         },
     )
     interrupted = False
+    tick_s = None if isinstance(policy, Fixed) else float(cfg.tick_s)  # a fixed plan needs no decisions
     started_cpu_s = time.process_time()
     try:
         with _ProgressBar(console, trace) as on_progress:
-            replay(
-                trace, engine, policy, tick_s=cfg.tick_s, also_at_s=engine.budget.change_s[1:], on_progress=on_progress
-            )
+            replay(trace, engine, policy, tick_s=tick_s, also_at_s=engine.budget.change_s[1:], on_progress=on_progress)
     except KeyboardInterrupt:
         interrupted = True
     cpu_s = time.process_time() - started_cpu_s

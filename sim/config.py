@@ -30,7 +30,7 @@ CONF_DIR = Path(conf.__file__).resolve().parent
 class ReplayConfig:
     """What a replay is told. Each group is a folder of conf/; its YAML names what it builds and with which values.
 
-    tick_s: seconds between two decisions of the policy; null asks it nothing after its first plan.
+    tick_s: seconds between two decisions of the policy; it also decides where the budget changes.
     calibration: a file of conf/calibration, or a path; null takes the one made for this model on this GPU.
     workspace_bytes: activations, CUDA graphs and the like; part of the budget that neither weights nor KV can use.
         The default is what vLLM 0.19 took on a real RTX 4090 with Llama-3.1-8B: 0.9 x 25.25 GB - 16.06 GB of weights
@@ -51,7 +51,7 @@ class ReplayConfig:
     calibration: str | None = None
     fixed_s: float | None = None
     workspace_bytes: float = 1.24e9
-    tick_s: float | None = None
+    tick_s: float = 1.0
     seed: int = 0
     iterations: bool = False
     plot: bool = False
@@ -101,7 +101,8 @@ def check_overrides(overrides: list[str], config_name: str) -> None:
         ConfigError: naming the nearest right one.
     """
     parsed = OverridesParser.create().parse_overrides(overrides)
-    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir() and not path.name.startswith("_")}
+    # conf/calibration holds tables by name, not options of a group.
+    groups = {path.parent.name for path in CONF_DIR.glob("*/*.yaml")}
     chosen = []
     for override in parsed:
         key = override.get_key_element().lstrip("+~").split("@")[0]
@@ -110,9 +111,7 @@ def check_overrides(overrides: list[str], config_name: str) -> None:
         else:
             values = [str(override.value())]
         if key in groups and not override.is_delete():
-            options = {
-                p.relative_to(CONF_DIR / key).with_suffix("").as_posix() for p in (CONF_DIR / key).rglob("*.yaml")
-            }
+            options = {path.stem for path in (CONF_DIR / key).glob("*.yaml")}
             for value in values:
                 if value not in options and value not in ("None", "null"):
                     raise ConfigError(f"there is no {key}={value}; {nearest(value, options)}")

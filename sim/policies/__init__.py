@@ -1,6 +1,9 @@
-"""Policies: each chooses the plan for the next period from what a server could really see."""
+"""Policies: each chooses the plan for the next period from what a server could really see.
 
-from sim.policies.base import Policy
+A policy is built by the function of its module that a file of conf/policy names.
+"""
+
+from sim.policies.base import Policy, Served
 from sim.policies.fixed import Fixed
 
-__all__ = ["Fixed", "Policy"]
+__all__ = ["Fixed", "Policy", "Served"]

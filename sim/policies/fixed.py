@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sim.engine import EngineState
+from sim.errors import PlanError, nearest
 from sim.model import ModelSpec
 from sim.plan import KVKeep, Plan, check_plan, drop
+from sim.policies.base import Served
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class Fixed:
         return self.first_plan
 
 
-def fixed(
+def static_plan(
     model: ModelSpec,
     *,
     drop_mha: Sequence[int] = (),
@@ -29,21 +33,29 @@ def fixed(
     prefill_drop_mha: Sequence[int] | None = None,
     prefill_drop_ffn: Sequence[int] | None = None,
     weight_bits: int | Sequence[int] = 16,
+    kv_first_tokens: int | None = None,
+    kv_last_tokens: int | None = None,
+    kv_layers: Sequence[int] | None = None,
     max_running: int | None = None,
     admit: int | None = None,
-) -> Fixed:
-    """Build a fixed policy from the layers whose blocks are dropped.
+) -> Plan:
+    """Return a plan in the words of a configuration.
 
     Args:
         model: what the plan is for.
         drop_mha, drop_ffn: layers whose block decode does not run.
         prefill_drop_mha, prefill_drop_ffn: the same for prefill; as decode when not given.
         weight_bits: 16, 8 or 4 for all layers, or one entry a layer.
+        kv_first_tokens, kv_last_tokens: tokens whose KV stays once prefill ended. kv_layers: where; all by default.
         max_running, admit: as in ``Plan``.
     Raises:
         PlanError: when the plan is not legal for the model; the message names the block.
     """
     layers = model.num_layers
+    keep = KVKeep(first_tokens=kv_first_tokens, last_tokens=kv_last_tokens)
+    shortened = set(range(layers) if kv_layers is None else kv_layers)
+    if unknown := sorted(layer for layer in shortened if not 0 <= layer < layers):
+        raise PlanError(f"kv_layers: layer {unknown[0]} does not exist: {model.name} has layers 0 to {layers - 1}")
     plan = Plan(
         decode=drop(model, mha=drop_mha, ffn=drop_ffn),
         prefill=drop(
@@ -52,9 +64,27 @@ def fixed(
             ffn=drop_ffn if prefill_drop_ffn is None else prefill_drop_ffn,
         ),
         weight_bits=(weight_bits,) * layers if isinstance(weight_bits, int) else tuple(weight_bits),
-        kv_keep=(KVKeep(),) * layers,
+        kv_keep=tuple(keep if layer in shortened else KVKeep() for layer in range(layers)),
         max_running=max_running,
         admit=admit,
     )
     check_plan(model, plan)
-    return Fixed(plan)
+    return plan
+
+
+def fixed(served: Served, **words: Any) -> Fixed:
+    """Build the policy that always runs ``static_plan(model, **words)``.
+
+    Raises:
+        PlanError: for a word that ``static_plan`` does not take, or a plan that is not legal for the model.
+    """
+    return Fixed(plan_of(served.model, words))
+
+
+def plan_of(model: ModelSpec, words: Mapping[str, Any]) -> Plan:
+    """Return ``static_plan(model, **words)``; an unknown word is an error with the nearest right one."""
+    allowed = set(inspect.signature(static_plan).parameters) - {"model"}
+    for word in words:
+        if word not in allowed:
+            raise PlanError(f"a plan takes no {word!r}; {nearest(word, allowed)}")
+    return static_plan(model, **words)

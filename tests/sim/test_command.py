@@ -93,6 +93,7 @@ def test_a_misspelt_word_ends_the_command_with_status_2_and_one_line(tmp_path: P
 
 def test_sweeps_and_added_keys_pass_the_check() -> None:
     joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    check_overrides(["calibration=llama2_7b_a100_trtllm"], "replay")
     check_overrides(["policy=dense,int8", "seed=range(3)", "+engine.kv_watermark_share=0.1", *joblib, *QUICK], "replay")
 
 

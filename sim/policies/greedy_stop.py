@@ -1,0 +1,163 @@
+"""Greedy order and stop: drop blocks in a fixed order until memory suffices, bring them back when it does again.
+
+The baseline without learning that RAP's reviewers asked for: the order is made offline (RAP's Greedy Sequential
+Importance, arXiv 2505.17138, or BlockPruner's, arXiv 2406.10594), and at run time only the stopping point moves. RAP
+drops until peak(mask; B, S) meets the budget for the batch and lengths of the moment; here the moment is what the
+engine holds and what waits for it. Headroom and patience are ours to choose: no paper states them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sim.engine import EngineState
+from sim.errors import ConfigError, PlanError
+from sim.memory import weight_bytes
+from sim.model import ModelSpec
+from sim.plan import Plan, dense_plan, drop, with_mask
+from sim.policies.base import Served
+
+
+@dataclass(slots=True)
+class GreedyStop:
+    """Runs the model without the first ``dropped`` blocks of an order.
+
+    plans, weights_bytes, mha_blocks: of every stopping point, from none dropped to the whole order.
+    headroom: memory demand is multiplied by this before blocks are dropped for it, and by ``restore_headroom`` before
+        they come back. waiting_share: how much of what waits in the queue counts as demand.
+    patience: decisions in a row that must agree before blocks come back; dropping never waits.
+    """
+
+    plans: tuple[Plan, ...]
+    weights_bytes: tuple[int, ...]
+    mha_blocks: tuple[int, ...]
+    kv_bytes_per_token_layer: int
+    workspace_bytes: int
+    headroom: float
+    restore_headroom: float
+    waiting_share: float
+    patience: int
+    dropped: int = 0
+    calm: int = field(default=0)
+
+    @property
+    def first_plan(self) -> Plan:
+        """Dense."""
+        return self.plans[0]
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Drop at once what memory asks for; bring back what it has allowed for some time."""
+        needed = self._stop(state, self.headroom)
+        if needed > self.dropped:
+            self.dropped, self.calm = needed, 0
+            return self.plans[self.dropped]
+        relaxed = self._stop(state, self.restore_headroom)
+        self.calm = self.calm + 1 if relaxed < self.dropped else 0
+        if self.calm >= self.patience:
+            self.dropped, self.calm = relaxed, 0
+        return self.plans[self.dropped]
+
+    def _stop(self, state: EngineState, headroom: float) -> int:
+        """Return the first stopping point at which weights and KV demand fit; the last when none does."""
+        tokens = state.running_tokens + self.waiting_share * state.waiting_tokens
+        # An announced smaller budget counts already; a larger one does not yet.
+        budget_bytes = min(state.budget_bytes, state.next_budget_bytes) - self.workspace_bytes
+        for point, (weights, mha) in enumerate(zip(self.weights_bytes, self.mha_blocks, strict=True)):
+            if weights + headroom * tokens * mha * self.kv_bytes_per_token_layer <= budget_bytes:
+                return point
+        return len(self.plans) - 1
+
+
+def greedy_stop(
+    served: Served,
+    *,
+    order: Sequence[str],
+    headroom: float = 1.1,
+    restore_headroom: float = 1.3,
+    waiting_share: float = 0.0,
+    patience: int = 5,
+) -> GreedyStop:
+    """Build the policy from an order of blocks such as ``MHA25, FFN7``.
+
+    Raises:
+        PlanError: for a block that the model does not have, or one named twice.
+        ConfigError: for headrooms below 1, a restore headroom below the other, or a patience below 1.
+    """
+    if not 1.0 <= headroom <= restore_headroom:
+        raise ConfigError(
+            f"policy.headroom is {headroom} and restore_headroom {restore_headroom}; they must be at least 1, and the "
+            "second not below the first, else blocks would go and come at every decision"
+        )
+    if patience < 1 or not waiting_share >= 0.0:
+        raise ConfigError(
+            f"policy.patience is {patience} and waiting_share {waiting_share}; at least 1 and 0 are allowed"
+        )
+    model = served.model
+    dense = dense_plan(model)
+    plans = [dense]
+    mha: list[int] = []
+    ffn: list[int] = []
+    for kind, layer in map(block_of, order):
+        (mha if kind == "MHA" else ffn).append(layer)
+        if len(set(mha)) + len(set(ffn)) != len(plans):
+            raise PlanError(f"policy.order names {kind}{layer} twice; each block can be dropped once")
+        plans.append(with_mask(dense, drop(model, mha=mha, ffn=ffn)))
+    return GreedyStop(
+        plans=tuple(plans),
+        weights_bytes=tuple(weight_bytes(model, plan) for plan in plans),
+        mha_blocks=tuple(sum(plan.prefill.mha) for plan in plans),
+        kv_bytes_per_token_layer=model.kv_bytes_per_token_layer,
+        workspace_bytes=served.workspace_bytes,
+        headroom=headroom,
+        restore_headroom=restore_headroom,
+        waiting_share=waiting_share,
+        patience=patience,
+    )
+
+
+def random_stop(
+    served: Served,
+    *,
+    seed: int,
+    max_dropped: int = 20,
+    headroom: float = 1.1,
+    restore_headroom: float = 1.3,
+    waiting_share: float = 0.0,
+    patience: int = 5,
+) -> GreedyStop:
+    """Build ``greedy_stop`` over a seeded random order: the baseline that tells what an order is worth.
+
+    The first and last layer stay: without them no text comes out at all, and the comparison would say nothing.
+    """
+    blocks = inner_blocks(served.model)
+    if not 1 <= max_dropped <= len(blocks):
+        raise ConfigError(f"policy.max_dropped is {max_dropped}; it must be between 1 and {len(blocks)}")
+    order = [blocks[i] for i in np.random.default_rng(seed).permutation(len(blocks))[:max_dropped]]
+    return greedy_stop(
+        served,
+        order=order,
+        headroom=headroom,
+        restore_headroom=restore_headroom,
+        waiting_share=waiting_share,
+        patience=patience,
+    )
+
+
+def inner_blocks(model: ModelSpec) -> list[str]:
+    """Return the names of all blocks but those of the first and last layer."""
+    return [f"{kind}{layer}" for layer in range(1, model.num_layers - 1) for kind in ("MHA", "FFN")]
+
+
+def block_of(name: str) -> tuple[str, int]:
+    """Return ``("MHA", 25)`` for ``MHA25``.
+
+    Raises:
+        PlanError: for anything else than MHA or FFN and a layer.
+    """
+    kind, number = name[:3], name[3:]
+    if kind not in ("MHA", "FFN") or not number.isdigit():
+        raise PlanError(f"{name!r} names no block; blocks are written MHA0, FFN0, MHA1, ...")
+    return kind, int(number)

@@ -1,0 +1,111 @@
+"""MorphServe's controller: swap layers to a lower precision under pressure, back when it is gone.
+
+arXiv 2506.02006: a monitor smooths KV use and queue delay; a controller acts only after pressure has persisted; layers
+are replaced in place and the bytes they free become KV blocks. The paper gives example thresholds (KV use above 85 %,
+queue delay above 100 ms) and three modes, but not their parameters. The numbers here are those of an independent
+reproduction: EMA 0.25; pressure after 3 samples of KV >= 0.85 or delay >= 0.1 s; recovery after 5 of KV <= 0.65 and
+delay <= 0.025 s; layers per action and in all 1/4 (accuracy), 2/8 (default), 4/16 (performance). Layers go front to
+back, the paper's default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sim.engine import EngineState
+from sim.errors import ConfigError, PlanError, nearest
+from sim.plan import Plan, dense_plan
+from sim.policies.base import Served
+
+MODES = {"accuracy": (1, 4), "default": (2, 8), "performance": (4, 16)}
+"""Layers per action, layers in all."""
+
+
+@dataclass(slots=True)
+class MorphServe:
+    """Runs the first ``swapped`` layers of an order at low precision.
+
+    plans: of every number of swapped layers. step: layers per action.
+    """
+
+    plans: tuple[Plan, ...]
+    step: int
+    smoothing: float
+    pressure_kv_share: float
+    pressure_delay_s: float
+    pressure_samples: int
+    recovery_kv_share: float
+    recovery_delay_s: float
+    recovery_samples: int
+    swapped: int = 0
+    kv_share: float = 0.0
+    delay_s: float = 0.0
+    pressed: int = 0
+    relaxed: int = 0
+
+    @property
+    def first_plan(self) -> Plan:
+        """Every layer at full precision."""
+        return self.plans[0]
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Take one sample; act when enough in a row agree."""
+        kv_share = state.kv_used_layer_blocks / state.kv_layer_blocks if state.kv_layer_blocks else 1.0
+        self.kv_share += self.smoothing * (kv_share - self.kv_share)
+        self.delay_s += self.smoothing * (state.oldest_wait_s - self.delay_s)
+        pressure = self.kv_share >= self.pressure_kv_share or self.delay_s >= self.pressure_delay_s
+        recovery = self.kv_share <= self.recovery_kv_share and self.delay_s <= self.recovery_delay_s
+        self.pressed = self.pressed + 1 if pressure else 0
+        self.relaxed = self.relaxed + 1 if recovery else 0
+        if self.pressed >= self.pressure_samples:
+            self.swapped, self.pressed = min(self.swapped + self.step, len(self.plans) - 1), 0
+        elif self.relaxed >= self.recovery_samples:
+            self.swapped, self.relaxed = max(self.swapped - self.step, 0), 0
+        return self.plans[self.swapped]
+
+
+def morphserve(
+    served: Served,
+    *,
+    mode: str = "default",
+    bits: int = 4,
+    order: Sequence[int] | None = None,
+    smoothing: float = 0.25,
+    pressure_kv_share: float = 0.85,
+    pressure_delay_s: float = 0.1,
+    pressure_samples: int = 3,
+    recovery_kv_share: float = 0.65,
+    recovery_delay_s: float = 0.025,
+    recovery_samples: int = 5,
+) -> MorphServe:
+    """Build the controller; ``order`` lists the layers to swap, first to swap first (front to back when not given).
+
+    Raises:
+        ConfigError: for an unknown mode or a smoothing outside (0, 1]. PlanError: for layers the model does not have.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"unknown policy.mode {mode!r}; {nearest(mode, MODES)}")
+    if not 0.0 < smoothing <= 1.0 or pressure_samples < 1 or recovery_samples < 1:
+        raise ConfigError(f"policy.smoothing is {smoothing}; it must be in (0, 1], and sample counts at least 1")
+    model = served.model
+    layers = list(range(model.num_layers)) if order is None else list(order)
+    if len(set(layers)) != len(layers) or any(not 0 <= layer < model.num_layers for layer in layers):
+        raise PlanError(f"policy.order must list layers 0 to {model.num_layers - 1} of {model.name}, each once")
+    step, most = MODES[mode]
+    dense = dense_plan(model)
+    plans = [dense]
+    for count in range(1, min(most, len(layers)) + 1):
+        low = set(layers[:count])
+        plans.append(replace(dense, weight_bits=tuple(bits if i in low else 16 for i in range(model.num_layers))))
+    return MorphServe(
+        plans=tuple(plans),
+        step=step,
+        smoothing=smoothing,
+        pressure_kv_share=pressure_kv_share,
+        pressure_delay_s=pressure_delay_s,
+        pressure_samples=pressure_samples,
+        recovery_kv_share=recovery_kv_share,
+        recovery_delay_s=recovery_delay_s,
+        recovery_samples=recovery_samples,
+    )

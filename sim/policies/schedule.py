@@ -1,0 +1,47 @@
+"""Plans at stated times: to replay what somebody decided, or to try a change by hand."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from sim.engine import EngineState
+from sim.errors import ConfigError
+from sim.plan import Plan
+from sim.policies.base import Served
+from sim.policies.fixed import plan_of
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Runs ``plans[i]`` from the first decision at or after ``at_s[i]`` on."""
+
+    at_s: tuple[float, ...]
+    plans: tuple[Plan, ...]
+
+    @property
+    def first_plan(self) -> Plan:
+        """The plan of time 0."""
+        return self.plans[0]
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Return the latest plan whose time has come."""
+        return self.plans[bisect_right(self.at_s, state.time_s) - 1]
+
+
+def schedule(served: Served, *, steps: Sequence[Mapping[str, Any]]) -> Schedule:
+    """Build a schedule from steps of ``at_s`` and the words of ``static_plan``; the first is at 0.
+
+    Raises:
+        ConfigError: when there is no step at 0 or times do not ascend. PlanError: for a plan that is not legal.
+    """
+    at_s = tuple(float(step.get("at_s", -1.0)) for step in steps)
+    if not at_s or at_s[0] != 0.0 or any(b <= a for a, b in pairwise(at_s)):
+        raise ConfigError(
+            f"policy.steps begin at {list(at_s)} s; the first must have at_s: 0 and the times must ascend"
+        )
+    plans = tuple(plan_of(served.model, {k: v for k, v in step.items() if k != "at_s"}) for step in steps)
+    return Schedule(at_s, plans)
