@@ -33,13 +33,14 @@ from hw.importance import (
 )
 from hw.model import ElasticModel
 from hw.nll import block_name, measure
+from hw.scores_page import scores_page
 from hw.table import measure_table
 from hw.text import Windows, read_windows
 from sim.config import one_thread, run_command
 from sim.data import REPOSITORY
 from sim.errors import ConfigError, nearest
 from sim.plan import dense_plan
-from sim.runs import commit, write_json
+from sim.runs import commit, write_json, write_text
 
 SCORES = REPOSITORY / "conf" / "score"
 TABLES = REPOSITORY / "conf" / "quality"
@@ -131,8 +132,7 @@ class Job:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.console = Console(stderr=True, highlight=False)
-        name = cfg.model.name or Path(cfg.model.path).name
-        self.name = name.lower().replace(".", "_").replace("-", "_")
+        self.name = model_name(cfg)
         model, self.tokenizer = load_checkpoint(cfg.model.path, dtype=cfg.model.dtype, device=cfg.model.device)
         self.elastic = ElasticModel(model, name=self.name)
         self.rng = np.random.default_rng(cfg.seed)
@@ -174,6 +174,12 @@ class Job:
     def say(self, text: str) -> None:
         """Print a line of progress."""
         self.console.print(text, soft_wrap=True)
+
+
+def model_name(cfg: DictConfig) -> str:
+    """Return what the files of a model are called after."""
+    name: str = cfg.model.name or Path(cfg.model.path).name
+    return name.lower().replace(".", "_").replace("-", "_")
 
 
 def _gsi(job: Job) -> None:
@@ -384,9 +390,13 @@ KINDS: dict[str, Callable[[Job], None]] = {
 
 
 def _run(cfg: DictConfig) -> None:
+    if not OmegaConf.is_missing(cfg, "kind") and cfg.kind == "report":
+        page = Path(cfg.out) if cfg.out else REPOSITORY / "hw" / "SCORES.md"
+        write_text(page, scores_page(model_name(cfg), SCORES, TABLES))
+        return
     if OmegaConf.is_missing(cfg, "kind") or cfg.kind not in KINDS:
         given = "" if OmegaConf.is_missing(cfg, "kind") else cfg.kind
-        raise ConfigError(f"kind {given!r} is no measurement; {nearest(given, KINDS)}")
+        raise ConfigError(f"kind {given!r} is no measurement; {nearest(given, [*KINDS, 'report'])}")
     torch.set_num_threads(1)
     KINDS[cfg.kind](Job(cfg))
 

@@ -32,12 +32,14 @@ from hw.importance import (  # noqa: E402
 )
 from hw.model import ElasticModel, RequestKV  # noqa: E402
 from hw.nll import block_name, mask_without, measure, rounded  # noqa: E402
-from hw.table import table_plans  # noqa: E402
+from hw.scores_page import scores_page  # noqa: E402
+from hw.table import measure_table, table_plans  # noqa: E402
 from hw.text import read_windows  # noqa: E402
 from sim.data import REPOSITORY  # noqa: E402
 from sim.errors import ConfigError  # noqa: E402
 from sim.plan import KVKeep, Plan, check_plan, dense_plan  # noqa: E402
 from sim.quality import plan_from_json  # noqa: E402
+from sim.runs import write_json  # noqa: E402
 
 LAYERS, VOCABULARY = 3, 61
 
@@ -341,6 +343,38 @@ def test_a_killed_gsi_goes_on_where_it_was_and_says_what_it_was_measured_on(chec
     other = score(checkpoint, "kind=gsi", f"out={out}", "gsi.margin=0.5")
     assert other.returncode == 2
     assert "holds the order of another run: margin differ" in other.stderr
+
+
+def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no tiny_gsi\.json in conf/score; run python -m hw\.score kind=gsi first"):
+        scores_page("tiny", tmp_path, tmp_path)
+    elastic, windows = ElasticModel(tiny(), name="tiny"), text()
+    rounds = gsi(elastic, windows)
+    order = [block_name(r.removed) for r in rounds]
+    source = {"text": "text.txt", "tokens": 96, "window_tokens": 24, "windows": "all"}
+    described = {"model": "tiny", "weights": "random", "dtype": "float32", "device": "cpu", "text": source}
+    value = {**described, "exact": True, "margin": None, "order": order, "rounds": [r.to_json() for r in rounds]}
+    write_json(tmp_path / "tiny_gsi.json", value)
+    page = scores_page("tiny", tmp_path, tmp_path)
+    assert " ".join(order) in page
+    assert "Not measured yet: `python -m hw.score kind=table`" in page
+    scores = tmp_path / "tiny.json"
+    measure_table(
+        elastic,
+        windows[:1],
+        windows[1:2],
+        scores,
+        {**described, "test_text": source},
+        tmp_path,
+        seed=0,
+        say=lambda _: None,
+    )
+    page = scores_page("tiny", tmp_path, tmp_path)
+    loss = measure(elastic, dense_plan(elastic.spec), windows[1:2]).mean
+    assert f"dense is {math.exp(loss):.2f}" in page
+    without = mask_without(LAYERS, {block_number(name) for name in order[:4]})
+    plan = replace(dense_plan(elastic.spec), prefill=without, decode=without)
+    assert f"| 4 | {math.exp(measure(elastic, plan, windows[1:2]).mean):.2f} |" in page
 
 
 @pytest.mark.slow
