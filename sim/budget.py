@@ -119,7 +119,8 @@ def from_csv(context: BudgetContext, *, path: str, notice_s: float = 0.0) -> Bud
     """Return a budget read from a CSV file with the columns ``time_s,budget_bytes``, ascending from 0.
 
     Raises:
-        BudgetError: for a missing file, other columns, or a row that is not two numbers; it names file and line.
+        BudgetError: for a missing file, other columns, or a row that is not two numbers in order; it names file
+            and line.
     """
     found = find_data(path)
     try:
@@ -128,7 +129,7 @@ def from_csv(context: BudgetContext, *, path: str, notice_s: float = 0.0) -> Bud
         raise BudgetError(f"budget.path: {found} cannot be read: {error}") from error
     if not lines or [cell.strip() for cell in lines[0].split(",")] != ["time_s", "budget_bytes"]:
         raise BudgetError(f"{found}, line 1: the header must be time_s,budget_bytes; it is {(lines or [''])[0]!r}")
-    rows = []
+    rows: list[tuple[float, int]] = []
     for number, line in enumerate(lines[1:], start=2):
         cells = line.split(",")
         try:
@@ -138,6 +139,14 @@ def from_csv(context: BudgetContext, *, path: str, notice_s: float = 0.0) -> Bud
             raise BudgetError(
                 f"{found}, line {number}: {line!r} is not two finite numbers, a time in seconds and bytes"
             ) from None
+        in_order = time_s == 0.0 if len(rows) == 1 else rows[-2][0] < time_s < math.inf
+        if not in_order or rows[-1][1] < 1:
+            raise BudgetError(
+                f"{found}, line {number}: {line!r}; a budget begins at 0 s, its times must ascend and be finite, and "
+                "bytes be at least 1"
+            )
+    if not rows:
+        raise BudgetError(f"{found}, line 2: there is no row; give at least the budget at 0 s")
     return stepped(rows, notice_s)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from sim.engine import EngineState
 from sim.errors import ConfigError, PlanError, nearest
-from sim.plan import Plan, dense_plan
+from sim.plan import Plan, check_plan, dense_plan
 from sim.policies.base import Served
 
 MODES = {"accuracy": (1, 4), "default": (2, 8), "performance": (4, 16)}
@@ -82,7 +82,8 @@ def morphserve(
     """Build the controller; ``order`` lists the layers to swap, first to swap first (front to back when not given).
 
     Raises:
-        ConfigError: for an unknown mode or a smoothing outside (0, 1]. PlanError: for layers the model does not have.
+        ConfigError: for an unknown mode or a smoothing outside (0, 1]. PlanError: for layers the model does not have,
+            or bits that are not modelled.
     """
     if mode not in MODES:
         raise ConfigError(f"unknown policy.mode {mode!r}; {nearest(mode, MODES)}")
@@ -98,6 +99,7 @@ def morphserve(
     for count in range(1, min(most, len(layers)) + 1):
         low = set(layers[:count])
         plans.append(replace(dense, weight_bits=tuple(bits if i in low else 16 for i in range(model.num_layers))))
+    check_plan(model, plans[-1])  # bits that are not modelled are named now, not in the middle of a replay
     return MorphServe(
         plans=tuple(plans),
         step=step,
