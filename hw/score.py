@@ -84,7 +84,7 @@ class LisConfig:
     """bits: of the swapped copies. tokens: calibration tokens; every step runs all remaining layers on them."""
 
     bits: int = 4
-    tokens: int = 256
+    tokens: int = 128
 
 
 @dataclass(kw_only=True)
@@ -93,8 +93,8 @@ class PdtrimConfig:
 
     threshold: float = 0.95
     sizes: list[list[int]] = field(default_factory=lambda: [[2, 6], [4, 4], [4, 8], [8, 8]])
-    steps: int = 40
-    tokens: int = 1024
+    steps: int = 20
+    tokens: int = 512
 
 
 @dataclass(kw_only=True)
@@ -102,7 +102,7 @@ class AttentionConfig:
     """The lengths of the first and the last run, and the share of attention from which a layer counts as local."""
 
     first_tokens: int = 4
-    last_tokens: int = 64
+    last_tokens: int = 32
     threshold: float = 0.9
 
 
