@@ -1,4 +1,4 @@
-# make demo   replay a burst in the simulator; installs the core alone on first use
+# make demo   a burst under memory that moves, six policies beside each other; installs the core alone on first use
 # make test   lint, types and tests; installs everything on first use
 PYTHON ?= python3
 UV ?=
@@ -18,7 +18,7 @@ help:
 	@sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/.core
-	$(BIN)/python -m sim.replay workload=only_4096 plot=true
+	$(BIN)/python -m sim.compare workers=2
 
 test: lint types
 	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term

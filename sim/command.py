@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sim.config import build, one_thread, run_command
 from sim.engine import SimEngine
 from sim.errors import ConfigError
 from sim.latency import CALIBRATIONS, load_calibration
-from sim.metrics import iterations_frame, records_frame, summarise, transitions_frame
+from sim.metrics import Slo, iterations_frame, records_frame, summarise, transitions_frame
 from sim.policies import Fixed, Policy, Served
 from sim.replay import replay
 from sim.report import plot_replay, print_summary
@@ -58,7 +59,7 @@ def find_calibration(model: str, gpu: str) -> str:
         raise ConfigError(
             f"no calibration of {model} on {gpu}; "
             + (f"there are {', '.join(devices)}" if devices else f"calibrated models are {', '.join(models)}")
-            + "; set gpu= or model= to such a pair, calibration= to a file of your own, or make one with hw.calibrate"
+            + "; set gpu= or model= to such a pair, latency= to a file of your own, or make one with hw.calibrate"
         )
     return min(found, key=lambda name: (len(name), name))
 
@@ -69,13 +70,13 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
     config = build(cfg.engine)
     served = Served(model=model, workspace_bytes=int(cfg.workspace_bytes), kv_block_tokens=config.kv_block_tokens)
     policy: Policy = build(cfg.policy)(served)
-    latency = load_calibration(cfg.calibration or find_calibration(model.name, gpu.name))
+    latency = load_calibration(cfg.latency or find_calibration(model.name, gpu.name))
     if cfg.fixed_s is not None:
         latency = latency.with_fixed(cfg.fixed_s, "fixed_s of the configuration")
     if latency.model != model.name:
         raise ConfigError(
             f"calibration {latency.name!r} was made for model {latency.model!r}, not {model.name!r}; "
-            f"set calibration= to one made for it, or model={latency.model}"
+            f"set latency= to one made for it, or model={latency.model}"
         )
     budget = build(cfg.budget)(
         BudgetContext(
@@ -100,6 +101,33 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
     return engine, policy
 
 
+def replay_with(
+    cfg: DictConfig,
+    trace: Trace,
+    engine: SimEngine,
+    policy: Policy,
+    on_progress: Callable[[float, int], None] | None = None,
+) -> None:
+    """Replay a trace, the policy asked as the configuration says."""
+    tick_s = None if isinstance(policy, Fixed) else float(cfg.tick_s)  # a fixed plan needs no decisions
+    changes_s = engine.budget.change_s[1:]
+    replay(trace, engine, policy, tick_s=tick_s, also_at_s=changes_s, on_progress=on_progress)
+
+
+def figures(engine: SimEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: float = 0.0) -> dict[str, Any]:
+    """Return the figures of what an engine has served so far."""
+    return summarise(
+        engine.records(),
+        engine.iterations(),
+        engine.token_gaps(),
+        slo,
+        transitions=len(engine.transitions()),
+        budget_violation_s=engine.budget_violation_s,
+        not_arrived=not_arrived,
+        cpu_s=cpu_s,
+    )
+
+
 def _run(cfg: DictConfig) -> dict[str, Any]:
     """Replay, write the run folder, print the table; return the summary."""
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -118,25 +146,15 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
         },
     )
     interrupted = False
-    tick_s = None if isinstance(policy, Fixed) else float(cfg.tick_s)  # a fixed plan needs no decisions
     started_cpu_s = time.process_time()
     try:
         with _ProgressBar(console, trace) as on_progress:
-            replay(trace, engine, policy, tick_s=tick_s, also_at_s=engine.budget.change_s[1:], on_progress=on_progress)
+            replay_with(cfg, trace, engine, policy, on_progress)
     except KeyboardInterrupt:
         interrupted = True
     cpu_s = time.process_time() - started_cpu_s
     records, iterations = engine.records(), engine.iterations()
-    summary = summarise(
-        records,
-        iterations,
-        engine.token_gaps(),
-        slo,
-        transitions=len(engine.transitions()),
-        budget_violation_s=engine.budget_violation_s,
-        not_arrived=len(trace) - len(records),
-        cpu_s=cpu_s,
-    )
+    summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s)
     summary["interrupted"] = interrupted
     write_parquet(folder / "records.parquet", records_frame(records, slo))
     write_parquet(folder / "transitions.parquet", transitions_frame(engine.transitions()))

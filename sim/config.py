@@ -31,7 +31,7 @@ class ReplayConfig:
     """What a replay is told. Each group is a folder of conf/; its YAML names what it builds and with which values.
 
     tick_s: seconds between two decisions of the policy; it also decides where the budget changes.
-    calibration: a file of conf/calibration, or a path; null takes the one made for this model on this GPU.
+    latency: a file of conf/calibration by name, or a path; null takes the one made for this model on this GPU.
     workspace_bytes: activations, CUDA graphs and the like; part of the budget that neither weights nor KV can use.
         The default is what vLLM 0.19 took on a real RTX 4090 with Llama-3.1-8B: 0.9 x 25.25 GB - 16.06 GB of weights
         - 5.43 GB of KV blocks (casys-kaist/LLMServingSim, meta.json).
@@ -48,7 +48,7 @@ class ReplayConfig:
     budget: Any
     policy: Any
     slo: Any
-    calibration: str | None = None
+    latency: str | None = None
     fixed_s: float | None = None
     workspace_bytes: float = 1.24e9
     tick_s: float = 1.0

@@ -36,9 +36,9 @@ from sim.budget import Budget, constant_budget
 from sim.errors import BudgetError, ConfigError, nearest
 from sim.kv_pool import KVPool
 from sim.latency import chunk_context_sum
-from sim.memory import fixed_weight_bytes, kv_block_layer_bytes, kv_blocks
+from sim.memory import fixed_weight_bytes, kv_block_layer_bytes, kv_blocks, weight_bytes
 from sim.model import ModelSpec
-from sim.plan import KV_KEEP_ALL, WEIGHT_BITS, KVKeep, Plan, check_plan, describe
+from sim.plan import KV_KEEP_ALL, WEIGHT_BITS, KVKeep, Plan, check_plan, dense_plan, describe
 from sim.records import Iterations, Records, Status, TokenGaps, Transitions
 from sim.scheduler import SCHEDULERS, Batch, Limits, SchedulerName, form_batch
 from sim.transition import LayerCopy, copies_between, joined, resident_of, running_plan, without_dropped
@@ -283,6 +283,8 @@ class SimEngine:
         self._host_to_device_bytes_per_s, self._copy_slowdown = host_to_device_bytes_per_s, copy_slowdown
         self._params = (model.fixed_params, model.mha_params, model.ffn_params)
         self._fixed_weight_bytes = fixed_weight_bytes(model)
+        self._dense_weight_bytes = weight_bytes(model, dense_plan(model))
+        self._kept_share: list[tuple[float, float]] = []
         self._block_bytes = kv_block_layer_bytes(model, config.kv_block_tokens)
 
         self._arrivals: deque[Request] = deque()
@@ -434,6 +436,10 @@ class SimEngine:
             kv_blocks_before=ints("kv_blocks_before"),
             kv_blocks_after=ints("kv_blocks_after"),
         )
+
+    def kept_share(self) -> tuple[tuple[float, float], ...]:
+        """Return (time_s, share of the dense weights' bytes that is resident), one entry a change."""
+        return tuple(self._kept_share)
 
     @property
     def budget_violation_s(self) -> float:
@@ -701,6 +707,9 @@ class SimEngine:
         self._prefill_mha = prefill_mha
         self._decode_mha = frozenset(layer for layer, keep in enumerate(self._plan.decode.mha) if keep)
         self._weight_bytes = self._fixed_weight_bytes + self._resident.weight_bytes(self._model)
+        share = self._weight_bytes / self._dense_weight_bytes
+        if not self._kept_share or self._kept_share[-1][1] != share:
+            self._kept_share.append((self.env.now, share))
 
     def _mha_of(self, live: _Live) -> frozenset[int]:
         """Return the MHA blocks that run for a request at its stage, were it to hold the KV of all."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sim.budget import Budget, BudgetContext, cotenant, from_csv, random_walk, relative, steps
+from sim.budget import Budget, BudgetContext, cotenant, from_csv, kv_blocks, random_walk, relative, steps
 from sim.errors import BudgetError
 from sim.gpu import Gpu
-from sim.memory import peak_bytes
+from sim.memory import kv_pool_layer_blocks, peak_bytes
 from sim.plan import dense_plan, keep_all
 from tests.sim.serving import TINY
 
@@ -120,3 +120,13 @@ def test_a_csv_with_other_columns_or_none_at_all_is_refused(tmp_path: Path) -> N
         from_csv(CONTEXT, path=str(path))
     with pytest.raises(BudgetError, match="cannot be read"):
         from_csv(CONTEXT, path=str(tmp_path / "missing.csv"))
+
+
+def test_a_budget_of_kv_blocks_gives_a_pool_of_that_many() -> None:
+    budget = kv_blocks(CONTEXT, blocks=77)
+    pool = kv_pool_layer_blocks(
+        TINY, CONTEXT.plan, budget.budget_bytes[0], CONTEXT.workspace_bytes, CONTEXT.kv_block_tokens
+    )
+    assert pool == 77 * TINY.num_layers
+    with pytest.raises(BudgetError, match=r"budget\.blocks is 0"):
+        kv_blocks(CONTEXT, blocks=0)

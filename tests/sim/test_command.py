@@ -93,7 +93,7 @@ def test_a_misspelt_word_ends_the_command_with_status_2_and_one_line(tmp_path: P
 
 def test_sweeps_and_added_keys_pass_the_check() -> None:
     joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    check_overrides(["calibration=llama2_7b_a100_trtllm"], "replay")
+    check_overrides(["latency=llama2_7b_a100_trtllm"], "replay")
     check_overrides(["policy=dense,int8", "seed=range(3)", "+engine.kv_watermark_share=0.1", *joblib, *QUICK], "replay")
 
 
@@ -190,6 +190,9 @@ OPEN = {"budget.budget_bytes": "30e9", "budget.blocks": "2000"}
 )
 def test_every_option_of_every_group_composes_and_builds(group: str, option: str, tmp_path: Path) -> None:
     overrides = [f"{group}={option}"]
+    if option == "csv":
+        (tmp_path / "budget.csv").write_text("time_s,budget_bytes\n0,30000000000\n")
+        overrides.append(f"budget.path={tmp_path / 'budget.csv'}")
     if option == "kv_blocks":
         overrides.append("budget.blocks=2000")
     if option == "constant":

@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sim.budget import Budget
 from sim.engine import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.memory import weight_bytes
-from sim.plan import dense_plan
+from sim.plan import dense_plan, describe
 from sim.policies.base import Served
+from sim.policies.fixed import fixed
 from sim.policies.greedy_stop import GreedyStop, greedy_stop, random_stop
 from sim.policies.morphserve import MODES, MorphServe, morphserve
 from sim.policies.schedule import schedule
-from tests.sim.serving import TINY, tiny_engine
+from tests.sim.serving import TINY, requests, tiny_engine
 
 SERVED = Served(model=TINY, workspace_bytes=0, kv_block_tokens=4)
 ORDER = ["MHA1", "FFN1", "FFN2"]
@@ -160,3 +162,37 @@ def test_a_schedule_must_begin_at_zero_and_ascend() -> None:
             schedule(SERVED, steps=steps)
     with pytest.raises(PlanError, match="MHA7"):
         schedule(SERVED, steps=[{"at_s": 0, "drop_mha": [7]}])
+
+
+def test_a_fixed_plan_is_told_in_words_and_a_wrong_word_names_the_nearest() -> None:
+    plan = fixed(
+        SERVED, drop_mha=[1], prefill_drop_mha=[], kv_first_tokens=4, kv_last_tokens=8, kv_layers=[2]
+    ).first_plan
+    assert describe(plan) == "decode -MHA 1; KV 4+8 2"
+    with pytest.raises(PlanError, match="did you mean 'drop_mha'"):
+        fixed(Served(model=TINY), drop_mah=[1])
+    with pytest.raises(PlanError, match="layer 7 does not exist"):
+        fixed(Served(model=TINY), kv_first_tokens=4, kv_last_tokens=8, kv_layers=[7])
+
+
+def test_greedy_stop_serves_under_a_budget_that_dense_cannot_meet() -> None:
+    """On the engine: the budget falls below the dense weights, and work goes on."""
+    weights = weight_bytes(TINY, dense_plan(TINY))
+    low = Budget((0.0, 5.0, 60.0), (weights + 60_000, weights - 5_000, weights + 60_000))
+    finished = {}
+    for name in ("dense", "greedy_stop"):
+        engine = tiny_engine(budget=low, host_to_device_bytes_per_s=1e9)
+        policy = greedy_stop(Served(model=TINY, kv_block_tokens=4), order=["MHA1", "FFN2", "MHA0", "FFN0"])
+        engine.submit(requests(*[(float(i), 8, 6) for i in range(0, 40, 4)]))
+        for k in range(1, 40):
+            seen = engine.run_until(float(k))
+            if name == "greedy_stop":
+                engine.apply(policy(seen))
+        finished[name] = engine.run_until(40.0).finished
+        engine.run_until(math.inf)
+    assert finished["greedy_stop"] > finished["dense"] + 4
+
+
+def test_morphserve_swaps_to_precisions_that_exist() -> None:
+    with pytest.raises(PlanError, match="3"):
+        morphserve(Served(model=TINY), bits=3)

@@ -1,0 +1,75 @@
+"""``python -m sim.compare``: the same requests, several policies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from sim.compare import COLUMNS, run_variant, variants
+from sim.config import CONF_DIR
+from sim.data import REPOSITORY
+from sim.errors import ConfigError
+
+QUICK = ("trace.duration_s=40", "budget.mean_away_s=8", "budget.mean_stay_s=8", "budget.cotenant_bytes=58e9")
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("compare", overrides=[*QUICK, *overrides])
+
+
+def test_policies_see_the_same_requests_and_differ_only_in_what_is_said() -> None:
+    extra = ("+policies.a={policy: dense}", "+policies.b={policy: greedy_stop, engine.restore: recompute}")
+    made = variants(composed(*extra, "only=[a,b]"))
+    assert list(made) == ["a", "b"]
+    assert made["a"].trace == made["b"].trace
+    assert made["a"].budget == made["b"].budget
+    assert (made["a"].engine.restore, made["b"].engine.restore) == ("new_requests", "recompute")
+    a, b = (run_variant(label, cfg) for label, cfg in made.items())
+    assert a.records.arrival_s.tolist() == b.records.arrival_s.tolist()
+    assert a.summary["transitions"] == 0 < b.summary["transitions"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+policies.a={policy: greedy_stp}", "did you mean 'greedy_stop'"),
+        ("+policies.a={policy: dense, engine.restor: recompute}", "did you mean 'restore'"),
+        ("only=[greedy]", "did you mean 'greedy_stop'"),
+    ],
+)
+def test_a_difference_that_names_nothing_is_an_error_with_the_nearest(override: str, message: str) -> None:
+    cfg = composed(override)
+    with pytest.raises(ConfigError, match=message):
+        variants(cfg)
+
+
+def test_one_table_and_one_picture_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+    """Law 5 over processes."""
+    for workers in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-m", "sim.compare", *QUICK, f"workers={workers}", f"hydra.run.dir=w{workers}"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    table = (tmp_path / "w1" / "compare.md").read_text()
+    assert table == (tmp_path / "w2" / "compare.md").read_text()
+    assert all(heading in table for heading in COLUMNS)
+    labels = list(json.loads((tmp_path / "w1" / "compare.json").read_text())["summaries"])
+    assert {"dense", "greedy_stop", "morphserve", "random"} <= set(labels)
+    for label in labels:
+        one, two = (tmp_path / f"w{w}" / label / "records.parquet" for w in (1, 2))
+        assert one.read_bytes() == two.read_bytes()
+    assert (tmp_path / "w1" / "compare.png").stat().st_size > 10_000
