@@ -98,10 +98,11 @@ class KVPool:
         return run.layer_blocks if run else 0
 
     def claim(self, owner: int, layer_blocks: int) -> None:
-        """Hold ``layer_blocks`` of what ``owner`` left behind again; the rest of it is anybody's."""
-        if not layer_blocks:
+        """Hold ``layer_blocks`` of what ``owner`` left behind again; the rest of it, perhaps all, is anybody's."""
+        run = self._kept.pop(owner, None)
+        if run is None:
+            assert not layer_blocks
             return
-        run = self._kept.pop(owner)
         assert layer_blocks <= run.layer_blocks
         run.layer_blocks -= layer_blocks
         run.owner = -1

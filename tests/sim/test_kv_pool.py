@@ -46,8 +46,7 @@ class PoolAgainstAQueueOfBlocks(RuleBasedStateMachine):
         self.pool.claim(owner, count)
         for _ in range(count):
             self.queue.remove(owner)
-        if count:
-            self.queue = [-1 if entry == owner else entry for entry in self.queue]
+        self.queue = [-1 if entry == owner else entry for entry in self.queue]
 
     @invariant()
     def the_same_blocks_are_free_and_kept(self) -> None:
@@ -72,3 +71,13 @@ def test_a_preempted_request_computes_less_when_it_may_find_its_kv_again() -> No
         assert engine.records().produced_tokens.tolist() == [20, 20, 20]
         computed[reuse] = int(engine.iterations().prefill_tokens.sum())
     assert 48 < computed[True] < computed[False]
+
+
+def test_a_request_that_came_back_without_its_kv_does_not_lose_what_it_computes_then() -> None:
+    """What is left of it in the pool is nobody's once it runs again, even when it was too little to find."""
+    pool = KVPool(10)
+    pool.take(10)
+    pool.release(3, owner=7)
+    pool.claim(7, 0)
+    assert pool.kept_layer_blocks(7) == 0
+    assert pool.take(3) == []
