@@ -75,6 +75,7 @@ def greedy_stop(
     served: Served,
     *,
     order: Sequence[str],
+    made_for: str | None = None,
     headroom: float = 1.1,
     restore_headroom: float = 1.3,
     waiting_share: float = 0.0,
@@ -82,8 +83,12 @@ def greedy_stop(
 ) -> GreedyStop:
     """Build the policy from an order of blocks such as ``MHA25, FFN7``.
 
+    Args:
+        served: what is decided for. order: blocks, the first to drop first.
+        made_for: the model on which the order was measured; None for any.
+        headroom, restore_headroom, waiting_share, patience: as in ``GreedyStop``.
     Raises:
-        PlanError: for a block that the model does not have, or one named twice.
+        PlanError: for a block that the model does not have, one named twice, or an order made for another model.
         ConfigError: for headrooms below 1, a restore headroom below the other, or a patience below 1.
     """
     if not 1.0 <= headroom <= restore_headroom:
@@ -96,6 +101,11 @@ def greedy_stop(
             f"policy.patience is {patience} and waiting_share {waiting_share}; at least 1 and 0 are allowed"
         )
     model = served.model
+    if made_for is not None and made_for != model.name:
+        raise PlanError(
+            f"policy.order was measured on {made_for}, not on {model.name}; give an order of its own "
+            "(policy.order='[MHA20,FFN3,...]' policy.made_for=null; python -m hw.score kind=gsi measures one)"
+        )
     dense = dense_plan(model)
     plans = [dense]
     mha: list[int] = []

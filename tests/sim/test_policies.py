@@ -196,3 +196,8 @@ def test_greedy_stop_serves_under_a_budget_that_dense_cannot_meet() -> None:
 def test_morphserve_swaps_to_precisions_that_exist() -> None:
     with pytest.raises(PlanError, match="3"):
         morphserve(Served(model=TINY), bits=3)
+
+
+def test_an_order_measured_on_another_model_is_refused() -> None:
+    with pytest.raises(PlanError, match="measured on llama2_7b, not on tiny"):
+        greedy_stop(Served(model=TINY), order=["MHA1"], made_for="llama2_7b")
