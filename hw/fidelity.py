@@ -224,7 +224,8 @@ def report(run: RealRun, fixed_s: float, records: Records, errors: dict[str, Any
         f"  {moved} of {len(records)} requests join another wave than in the real run (TTFT off by more than 5 s), and",
         "  that moves P95 by nearly the distance between two waves while mean, P50 and P99 stay where they are.",
         "- TPOT of one request depends on whether it was preempted; who is hit is chaotic, the distribution is not.",
-        "- The real engine's first iterations are slow (0.39 s for 2,048 tokens): warm-up, which is not modelled.",
+        f"- The first request waits {run.ttft_s[0]:.2f} s for its first token, simulated {records.ttft_s[0]:.2f} s:",
+        "  a real engine that has just started is slow, which is not modelled.",
         "- Prefixes shared between requests are not modelled; a preempted request finds its own KV again, as in vLLM.",
     ]
     return "\n".join(lines) + "\n"

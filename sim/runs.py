@@ -62,6 +62,12 @@ def commit() -> str:
         return "unknown"
 
 
+def _module() -> str:
+    """Return the module that was started, as ``python -m`` takes it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else Path(sys.argv[0]).name
+
+
 def provenance(seed: int) -> dict[str, Any]:
     """Return what else is needed to run again: command, commit, seed, versions, machine, date."""
     versions = {}
@@ -71,7 +77,7 @@ def provenance(seed: int) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "command": " ".join(["python", "-m", "sim.replay", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "commit": commit(),
         "seed": seed,
         "python": platform.python_version(),

@@ -54,6 +54,7 @@ def test_a_run_leaves_a_complete_folder_and_equal_runs_leave_equal_records(tmp_p
     assert summary["requests"] == len(frame) == summary["finished"] + summary["rejected"] + summary["unfinished"]
     provenance = json.loads((a / "provenance.json").read_text())
     assert provenance["seed"] == 7
+    assert provenance["command"].startswith("python -m sim.replay trace=poisson")
     assert len(provenance["trace"]["sha256"]) == 64
     assert OmegaConf.load(a / "config.yaml").seed == 7
 

@@ -67,7 +67,9 @@ def test_one_table_and_one_picture_the_same_for_any_number_of_workers(tmp_path: 
     table = (tmp_path / "w1" / "compare.md").read_text()
     assert table == (tmp_path / "w2" / "compare.md").read_text()
     assert all(heading in table for heading in COLUMNS)
-    labels = list(json.loads((tmp_path / "w1" / "compare.json").read_text())["summaries"])
+    compared = json.loads((tmp_path / "w1" / "compare.json").read_text())
+    assert compared["provenance"]["command"].startswith("python -m sim.compare")
+    labels = list(compared["summaries"])
     assert {"dense", "greedy_stop", "morphserve", "random"} <= set(labels)
     for label in labels:
         one, two = (tmp_path / f"w{w}" / label / "records.parquet" for w in (1, 2))
