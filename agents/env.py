@@ -1,0 +1,20 @@
+"""The Gymnasium environments by name: ``gymnasium.make("agents.env:PruneToBudget-v0")`` registers and builds one."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+
+ENVIRONMENTS = {
+    "PruneToBudget-v0": ("agents.prune_env:PruneToBudget", "agents.prune_env:PruneToBudgetVector"),
+}
+"""Name: entry point, vector entry point."""
+
+
+def register_environments() -> None:
+    """Register every environment that is not registered yet."""
+    for name, (entry_point, vector_entry_point) in ENVIRONMENTS.items():
+        if name not in gym.registry:
+            gym.register(name, entry_point=entry_point, vector_entry_point=vector_entry_point)
+
+
+register_environments()

@@ -1,0 +1,97 @@
+"""Rewards: plain functions of what a step changed, chosen by the YAML files of conf/reward.
+
+The figure that counts is **utility**: the share of arrived requests that met their target, each weighted by the quality
+that it kept. Quality kept is exp(-loss), the ratio of the dense model's perplexity to the plan's: 1 for dense, 0.5 for
+twice the perplexity. When one load is pruned to a budget there is one request, and its target is that the plan fits.
+
+Shaping adds ``discount * potential(after) - potential(before)``, with a potential of 0 once an episode has ended. Over
+an episode this adds the same to every way of playing it, so the best policy stays the best (Ng, Harada and Russell,
+ICML 1999, theorem 1; tests/agents/test_reward.py checks it by exact search).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.errors import ConfigError, nearest
+
+# Shapes: every array has one entry an environment [n].
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PruneStep:
+    """What a step of ``PruneToBudget`` changed.
+
+    loss_before, loss_after: nats a token more than dense. fitting, failed: how many loads were settled by this step
+    with a plan that fits, and with one that does not. ended: the episode is over. worst_loss: what a plan that does not
+    fit is charged, in nats. draws: loads an episode.
+    """
+
+    loss_before: Floats
+    loss_after: Floats
+    fitting: Ints
+    failed: Ints
+    ended: Bools
+    worst_loss: float
+    draws: int | Ints
+
+
+def kept_quality(loss: Floats) -> Floats:
+    """Return the share of quality kept, exp(-loss); no more than 1."""
+    return np.exp(-np.maximum(loss, 0.0))
+
+
+def utility(step: PruneStep) -> Floats:
+    """Return the quality kept by each settled plan that fits, over ``draws``: an episode sums to its utility."""
+    return step.fitting * kept_quality(step.loss_after) / step.draws
+
+
+def negative_loss(step: PruneStep) -> Floats:
+    """Return minus the loss of each plan that was settled, minus ``worst_loss`` where it does not fit.
+
+    For one load this orders plans as utility does, and its differences do not vanish where much has to go.
+    """
+    return -(step.fitting * np.maximum(step.loss_after, 0.0) + step.failed * step.worst_loss) / step.draws
+
+
+def shaped(step: PruneStep, reward: Floats, before: Floats, after: Floats, discount: float) -> Floats:
+    """Return ``reward`` plus the potential-based term; the potential after the end is 0."""
+    return reward + discount * np.where(step.ended, 0.0, after) - before
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReward:
+    """A reward of ``PruneToBudget``. kind: ``utility`` or ``negative_loss``. shaping: with a potential of its kind."""
+
+    kind: str = "negative_loss"
+    shaping: bool = True
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"reward.kind {self.kind!r} is unknown; {nearest(self.kind, KINDS)}")
+        if not 0.0 < self.discount <= 1.0:
+            raise ConfigError(f"reward.discount is {self.discount}; it must be in (0, 1]")
+
+    def __call__(self, step: PruneStep) -> Floats:
+        """Return the reward of each environment."""
+        if self.kind == "utility":
+            reward = utility(step)
+            if not self.shaping:
+                return reward
+            return shaped(step, reward, kept_quality(step.loss_before), kept_quality(step.loss_after), self.discount)
+        reward = negative_loss(step)
+        if not self.shaping:
+            return reward
+        before, after = -np.maximum(step.loss_before, 0.0), -np.maximum(step.loss_after, 0.0)
+        return shaped(step, reward, before, after, self.discount)
+
+
+KINDS = ("utility", "negative_loss")
