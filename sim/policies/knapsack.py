@@ -1,0 +1,166 @@
+"""Knapsack: of all sets of blocks that free enough bytes, drop the one whose summed losses are least.
+
+The blocks of one kind free the same bytes, and there are two kinds, so the knapsack is solved exactly by trying every
+number of MHA blocks: the cheapest so many of them, and the fewest cheapest FFN blocks that free the rest. It is the
+best plan there is under an additive surrogate of the loss, and under any surrogate that rises with such a sum
+(``sim.quality``'s ``additive`` and ``warped`` forms); where neighbours count it is not. No paper of ours has it: RAP's
+reviewers asked what a solver does that an agent does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.engine import EngineState
+from sim.errors import ConfigError, PlanError
+from sim.memory import ffn_weight_bytes, mha_weight_bytes, weight_bytes
+from sim.observe import mask_of
+from sim.plan import KeepMask, Plan, dense_plan, with_mask
+from sim.policies.base import Served
+from sim.quality import FittedQuality, load_quality
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What each block costs in the surrogate's sum, sorted once for many solutions.
+
+    mha_order, ffn_order: layers, the cheapest first. mha_sums, ffn_sums: what the first n of them cost, n from 0.
+    """
+
+    mha_order: tuple[int, ...]
+    ffn_order: tuple[int, ...]
+    mha_sums: Floats
+    ffn_sums: Floats
+
+
+def sorted_costs(costs: Floats) -> Costs:
+    """Sort costs [b] in the order MHA0, FFN0, MHA1, ...; equal ones go from the last layer to the first."""
+    orders, sums = [], []
+    for kind in (costs[0::2], costs[1::2]):
+        order = sorted(range(len(kind)), key=lambda layer: (kind[layer], -layer))
+        orders.append(tuple(order))
+        sums.append(np.concatenate(([0.0], np.cumsum(kind[list(order)]))))
+    return Costs(orders[0], orders[1], sums[0], sums[1])
+
+
+def cheapest_drop(costs: Costs, needed_bytes: int, mha_bytes: int, ffn_bytes: int) -> tuple[int, int]:
+    """Return how many MHA and FFN blocks to drop, the cheapest of each, to free ``needed_bytes`` at the least cost.
+
+    All of them when even that is not enough. Of equally cheap answers the one that drops fewer MHA blocks.
+    """
+    layers = len(costs.mha_order)
+    mha = np.arange(layers + 1)
+    ffn = np.maximum(0, -((mha * mha_bytes - needed_bytes) // ffn_bytes))
+    possible = ffn <= layers
+    if not possible.any():
+        return layers, layers
+    total = np.where(possible, costs.mha_sums + costs.ffn_sums[np.minimum(ffn, layers)], np.inf)
+    best = int(total.argmin())
+    return best, int(ffn[best])
+
+
+def cheapest_mask(costs: Costs, needed_bytes: int, mha_bytes: int, ffn_bytes: int) -> KeepMask:
+    """Return the mask that frees ``needed_bytes`` at the least summed cost."""
+    mha, ffn = cheapest_drop(costs, needed_bytes, mha_bytes, ffn_bytes)
+    removed = np.zeros(2 * len(costs.mha_order), dtype=np.bool_)
+    removed[[2 * layer for layer in costs.mha_order[:mha]]] = True
+    removed[[2 * layer + 1 for layer in costs.ffn_order[:ffn]]] = True
+    return mask_of(removed)
+
+
+@dataclass(slots=True)
+class Knapsack:
+    """Runs the cheapest mask for what the engine holds; brings blocks back after ``patience`` decisions that agree.
+
+    headroom: memory demand is multiplied by this. waiting_share: how much of what waits counts as demand.
+    """
+
+    dense: Plan
+    costs: Costs
+    dense_bytes: int
+    block_bytes: tuple[int, int]
+    kv_bytes_per_token_layer: int
+    workspace_bytes: int
+    headroom: float
+    waiting_share: float
+    patience: int
+    running: Plan | None = None
+    calm: int = field(default=0)
+
+    @property
+    def first_plan(self) -> Plan:
+        """Dense."""
+        return self.dense
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Solve for the present demand; change at once for less memory, after some time for more."""
+        present = self.running or self.dense
+        tokens = self.headroom * (state.running_tokens + self.waiting_share * state.waiting_tokens)
+        budget_bytes = min(state.budget_bytes, state.next_budget_bytes) - self.workspace_bytes
+        kv_layer = round(tokens * self.kv_bytes_per_token_layer)
+        dense_peak = self.dense_bytes + kv_layer * len(present.decode.mha)
+        mha_bytes, ffn_bytes = self.block_bytes[0] + kv_layer, self.block_bytes[1]
+        mask = present.decode
+        held = dense_peak - mask.mha.count(False) * mha_bytes - mask.ffn.count(False) * ffn_bytes
+        solved = cheapest_mask(self.costs, max(0, dense_peak - budget_bytes), mha_bytes, ffn_bytes)
+        if held > budget_bytes:
+            self.running, self.calm = with_mask(self.dense, solved), 0
+            return self.running
+        self.calm = self.calm + 1 if solved != mask else 0
+        if self.calm >= self.patience:
+            self.running, self.calm = with_mask(self.dense, solved), 0
+        return self.running or self.dense
+
+
+def knapsack(
+    served: Served,
+    *,
+    quality: str | None = None,
+    costs: Sequence[float] | None = None,
+    headroom: float = 1.1,
+    waiting_share: float = 0.0,
+    patience: int = 5,
+) -> Knapsack:
+    """Build the policy.
+
+    Args:
+        served: what is decided for. quality: a measured table of conf/quality; None takes the model's own name.
+        costs: of every block in the order MHA0, FFN0, MHA1, ..., instead of a table.
+        headroom, waiting_share, patience: as in ``Knapsack``.
+    Raises:
+        ConfigError: for a headroom or patience below 1, or a quality that tells no block from another.
+        PlanError: when costs are of another model's size.
+    """
+    model = served.model
+    if not headroom >= 1.0 or patience < 1 or not waiting_share >= 0.0:
+        raise ConfigError(
+            f"policy.headroom is {headroom}, patience {patience}, waiting_share {waiting_share}; at least 1, 1 and 0"
+        )
+    if costs is None:
+        fitted = load_quality(quality or model.name)
+        if not isinstance(fitted, FittedQuality):
+            raise ConfigError(
+                f"policy.quality: {fitted.summary()}, so no block is cheaper than another; "
+                "give policy.costs, or measure a table: python -m hw.score kind=table"
+            )
+        costs = fitted.blocks.tolist()
+    if len(costs) != 2 * model.num_layers:
+        raise PlanError(f"policy.costs has {len(costs)} entries; {model.name} has {2 * model.num_layers} blocks")
+    dense = dense_plan(model)
+    return Knapsack(
+        dense=dense,
+        costs=sorted_costs(np.asarray(costs, dtype=np.float64)),
+        dense_bytes=weight_bytes(model, dense),
+        block_bytes=(mha_weight_bytes(model), ffn_weight_bytes(model)),
+        kv_bytes_per_token_layer=model.kv_bytes_per_token_layer,
+        workspace_bytes=served.workspace_bytes,
+        headroom=headroom,
+        waiting_share=waiting_share,
+        patience=patience,
+    )

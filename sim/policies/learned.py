@@ -1,0 +1,272 @@
+"""Learned policies: a network from a file, run with NumPy; no torch, no ray.
+
+``python -m agents.export`` writes two files side by side: NAME.safetensors with the weights, and NAME.json with layer
+sizes, activation, the tables of what it observes and does, how it was trained, and the commit. A file whose tables are
+not those of the model that is served is refused: its numbers would be read as something else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.arrays import read_arrays
+from sim.data import REPOSITORY
+from sim.engine import EngineState
+from sim.errors import ConfigError, nearest
+from sim.memory import weight_bytes
+from sim.model import ModelSpec
+from sim.observe import (
+    Bools,
+    Floats32,
+    Table,
+    load_columns,
+    loads,
+    mask_of,
+    prune_features,
+    prune_table,
+    removed_blocks,
+    same_table,
+)
+from sim.plan import Plan, dense_plan, with_mask
+from sim.policies.base import Served
+
+SHIPPED = REPOSITORY / "conf" / "policy"
+
+_Activation = Callable[[Floats32], Floats32]
+
+
+def _relu(x: Floats32) -> Floats32:
+    return np.maximum(x, np.float32(0.0))
+
+
+def _tanh(x: Floats32) -> Floats32:
+    y: Floats32 = np.tanh(x)
+    return y
+
+
+ACTIVATIONS: dict[str, _Activation] = {"relu": _relu, "tanh": _tanh}
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A perceptron in float32. weights [out, in] and biases [out], layer by layer; activation between layers."""
+
+    weights: tuple[NDArray[np.float32], ...]
+    biases: tuple[NDArray[np.float32], ...]
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"unknown activation {self.activation!r}; {nearest(self.activation, ACTIVATIONS)}")
+        sizes = [w.shape for w in self.weights]
+        fits = all(a[0] == b[1] for a, b in pairwise(sizes))
+        if not sizes or not fits or [b.shape for b in self.biases] != [(s[0],) for s in sizes]:
+            raise ConfigError(f"the layers {sizes} do not follow one another, or a bias has another size")
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were learned."""
+        return sum(w.size for w in self.weights) + sum(b.size for b in self.biases)
+
+    def __call__(self, features: Floats32) -> Floats32:
+        """Return one value an action, of features [o] or [n, o]."""
+        apply = ACTIVATIONS[self.activation]
+        x = features
+        last = len(self.weights) - 1
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = x @ weight.T
+            x += bias
+            if i < last:
+                x = apply(x)
+        return x
+
+    def act(self, features: Floats32, legal: Bools) -> NDArray[np.int64]:
+        """Return the best legal action of each row."""
+        chosen: NDArray[np.int64] = np.where(legal, self(features), -np.inf).argmax(axis=-1)
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """An exported policy: its network and what the JSON beside it says."""
+
+    network: Network
+    about: Mapping[str, Any]
+    path: Path
+
+
+def read_learned(path: str | Path, task: str) -> Learned:
+    """Read NAME.json and NAME.safetensors. A bare name means one that ships in conf/policy.
+
+    Args:
+        path: the JSON file, or a name. task: what the policy must have been trained for.
+    Raises:
+        ConfigError: if it is missing, malformed, or was trained for something else.
+        ArraysError: if the weights cannot be read.
+    """
+    file = Path(path)
+    if file.suffix != ".json":
+        file = SHIPPED / f"{path}.json"
+    if not file.exists():
+        known = [p.stem for p in SHIPPED.glob("*.json")]
+        raise ConfigError(
+            f"there is no learned policy {str(path)!r}; {nearest(str(path), known)}, or a path to a .json"
+        )
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        arrays = read_arrays(file.with_suffix(".safetensors"))
+        count = len(about["layers"])
+        network = Network(
+            tuple(arrays[f"{i}.weight"] for i in range(count)),
+            tuple(arrays[f"{i}.bias"] for i in range(count)),
+            about["activation"],
+        )
+        sizes = [list(w.shape) for w in network.weights]
+        if sizes != about["layers"] or about["task"] != task:
+            raise ValueError(f"task {about['task']!r} with layers {about['layers']}; expected {task!r} with {sizes}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file} is no learned policy for {task} ({type(error).__name__}: {error}); "
+            "export one: python -m agents.export run=..."
+        ) from error
+    return Learned(network, about, file)
+
+
+def check_tables(learned: Learned, table: Table) -> None:
+    """Check that a policy was trained on this very table.
+
+    Raises:
+        ConfigError: naming the first entry that differs.
+    """
+    if difference := same_table(table, learned.about):
+        raise ConfigError(
+            f"{learned.path.name} was trained for another observation or other actions: {difference}; "
+            f"use it with model={learned.about.get('model')}, or train one for this: python -m agents.train"
+        )
+
+
+# --- RAP's policy: drop blocks until the load fits -------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class PruneNetwork:
+    """Drops blocks one by one, as the network says, until a load fits its budget."""
+
+    model: ModelSpec
+    network: Network
+    scores: Floats32 | None = None
+    shown: Bools | None = None
+
+    def removed_for(self, batch: int, sequence_tokens: int, budget_bytes: int) -> Bools:
+        """Return which blocks [b] to drop from the dense model."""
+        load = loads(self.model, [batch], [sequence_tokens], [budget_bytes])
+        columns = load_columns(load)
+        removed = np.zeros((1, 2 * self.model.num_layers), dtype=np.bool_)
+        mha_bytes, ffn_bytes = int(load.mha_bytes[0]), int(load.ffn_bytes[0])
+        peak = int(load.dense_bytes[0])
+        for _ in range(removed.size):
+            if peak <= budget_bytes:
+                break
+            features = prune_features(load, columns, removed, np.array([peak]), self.scores)
+            if self.shown is not None:
+                features *= self.shown
+            block = int(self.network.act(features, ~removed)[0])
+            removed[0, block] = True
+            peak -= ffn_bytes if block % 2 else mha_bytes
+        chosen: Bools = removed[0]
+        return chosen
+
+
+def prune_network(model: ModelSpec, path: str | Path) -> PruneNetwork:
+    """Read a policy of ``PruneToBudget`` for a model.
+
+    Raises:
+        ConfigError: if it was trained on another model or on other tables.
+    """
+    learned = read_learned(path, "PruneToBudget")
+    words = learned.about.get("environment", {})
+    if words.get("restore") or words.get("sequence", 1) != 1:
+        raise ConfigError(f"{learned.path.name} was trained with restore or a sequence of loads; this runs one load")
+    table = prune_table(model, scores=bool(words.get("scores")))
+    if learned.about.get("model") != model.name:
+        raise ConfigError(f"{learned.path.name} was trained on {learned.about.get('model')}, not on {model.name}")
+    check_tables(learned, table)
+    scores = np.array(learned.about["scores"], dtype=np.float32) if words.get("scores") else None
+    hidden = set(words.get("hide", ()))
+    shown = np.array([entry.name.split(".")[0] not in hidden for entry in table.entries])
+    return PruneNetwork(model, learned.network, scores, None if shown.all() else shown)
+
+
+@dataclass(slots=True)
+class LearnedPrune:
+    """RAP while serving: prunes for what the engine holds now, and brings blocks back after ``patience`` decisions.
+
+    The load is the running requests and their mean length; what it was trained on is complete generations, so
+    ``headroom`` stands for the tokens that are still to come.
+    """
+
+    dense: Plan
+    prune: PruneNetwork
+    dense_bytes: int
+    workspace_bytes: int
+    headroom: float
+    patience: int
+    running: Plan | None = None
+    calm: int = field(default=0)
+
+    @property
+    def first_plan(self) -> Plan:
+        """Dense."""
+        return self.dense
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Ask the network when memory is short, or has not been for some time."""
+        present = self.running or self.dense
+        budget_bytes = min(state.budget_bytes, state.next_budget_bytes) - self.workspace_bytes
+        batch = max(1, state.running)
+        tokens = max(1, round(self.headroom * state.running_tokens / batch))
+        load = loads(self.prune.model, [batch], [tokens], [budget_bytes])
+        fits = bool(load.peak_bytes(removed_blocks(present.decode)[None])[0] <= budget_bytes)
+        if fits and present == self.dense:
+            self.calm = 0
+            return self.dense
+        self.calm = self.calm + 1 if fits else self.patience
+        if self.calm >= self.patience:
+            removed = self.prune.removed_for(batch, tokens, budget_bytes)
+            self.running, self.calm = with_mask(self.dense, mask_of(removed)), 0
+        return self.running or self.dense
+
+
+def learned_prune(served: Served, *, path: str, headroom: float = 1.1, patience: int = 5) -> LearnedPrune:
+    """Build the policy from an exported file.
+
+    Args:
+        served: what is decided for. path: a JSON file of ``agents.export``, or the name of one that ships.
+        headroom, patience: as in ``LearnedPrune``.
+    Raises:
+        ConfigError: for a file that does not fit the model, or a headroom or patience below 1.
+    """
+    if not headroom >= 1.0 or patience < 1:
+        raise ConfigError(f"policy.headroom is {headroom} and patience {patience}; both must be at least 1")
+    dense = dense_plan(served.model)
+    return LearnedPrune(
+        dense=dense,
+        prune=prune_network(served.model, path),
+        dense_bytes=weight_bytes(served.model, dense),
+        workspace_bytes=served.workspace_bytes,
+        headroom=headroom,
+        patience=patience,
+    )
+
+
+def network_of(arrays: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]], activation: str) -> Network:
+    """Return the network of (weight, bias) pairs."""
+    return Network(tuple(w for w, _ in arrays), tuple(b for _, b in arrays), activation)
