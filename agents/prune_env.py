@@ -211,7 +211,7 @@ class PruneToBudget(gym.Env[NDArray[np.float32], np.int64]):
         self._budget_bytes = draw.budget_bytes(self.setting.model)
         one = ([draw.batch], [draw.sequence_tokens], [self._budget_bytes])
         self._load = loads(self.setting.model, *one)
-        self._columns = load_columns(self._load)
+        self._columns = load_columns(self._load, self.setting.model.num_layers)
         self._note()
 
     def _next_draw(self) -> tuple[int, bool]:
@@ -319,7 +319,7 @@ class PruneToBudgetVector(VectorEnv[Any, Any, Any]):
         self._ffn = np.zeros(num_envs, dtype=np.int64)
         zeros = [0] * num_envs
         self._load: Loads = loads(self.setting.model, zeros, zeros, zeros)
-        self._columns = load_columns(self._load)
+        self._columns = load_columns(self._load, self.setting.model.num_layers)
         self._rows = np.arange(num_envs)
 
     def reset(
@@ -416,7 +416,7 @@ class PruneToBudgetVector(VectorEnv[Any, Any, Any]):
         one = loads(self.setting.model, [draw.batch], [draw.sequence_tokens], [budget_bytes])
         for name in Loads.__slots__:
             getattr(self._load, name)[i] = getattr(one, name)[0]
-        self._columns[i] = load_columns(one)[0]
+        self._columns[i] = load_columns(one, self.setting.model.num_layers)[0]
         peak = one.dense_bytes[0] - self._mha[i] * one.mha_bytes[0] - self._ffn[i] * one.ffn_bytes[0]
         return bool(peak <= budget_bytes)
 

@@ -108,8 +108,11 @@ PRUNE_LOAD_ENTRIES = (
     Entry("peak_share", "of the dense peak", 0.0, 1.0, "memory that the kept blocks need at their peak"),
     Entry("missing_share", "of the dense peak", 0.0, 1.0, "memory that is still missing; 0 once the plan fits"),
     Entry("kv_share", "of the dense peak", 0.0, 1.0, "KV cache of the dense model"),
-    Entry("mha_frees_share", "of the dense peak", 0.0, 1.0, "what dropping one MHA block frees, its KV included"),
-    Entry("ffn_frees_share", "of the dense peak", 0.0, 1.0, "what dropping one FFN block frees"),
+    Entry("mha_share", "of the dense peak", 0.0, 1.0, "all MHA blocks, their KV included"),
+    Entry("ffn_share", "of the dense peak", 0.0, 1.0, "all FFN blocks"),
+    Entry(
+        "mha_over_ffn", "log2(ratio) / 4", -1.0, 1.0, "what dropping one MHA block frees, over what one FFN block frees"
+    ),
     Entry("missing_mha", "MHA blocks / layers", 0.0, 4.0, "how many MHA blocks would free what is missing"),
     Entry("missing_ffn", "FFN blocks / layers", 0.0, 4.0, "how many FFN blocks would free what is missing"),
 )
@@ -167,18 +170,19 @@ def loads(model: ModelSpec, batch: Sequence[int], sequence_tokens: Sequence[int]
     )
 
 
-def load_columns(load: Loads) -> Floats32:
-    """Return the entries of ``PRUNE_LOAD_ENTRIES`` that no action changes [n, 6]: all but peak and what is missing."""
+def load_columns(load: Loads, layers: int) -> Floats32:
+    """Return the entries of ``PRUNE_LOAD_ENTRIES`` that no action changes [n, 7]: all but peak and what is missing."""
     dense = load.dense_bytes.astype(np.float64)
     columns = (
         np.log2(np.maximum(load.batch, 1)) / 8.0,
         np.log2(np.maximum(load.sequence_tokens, 1)) / 16.0,
         load.budget_bytes / dense,
         load.kv_bytes / dense,
-        load.mha_bytes / dense,
-        load.ffn_bytes / dense,
+        layers * load.mha_bytes / dense,
+        layers * load.ffn_bytes / dense,
+        np.log2(load.mha_bytes / load.ffn_bytes) / 4.0,
     )
-    return np.clip(np.stack(columns, axis=1), 0.0, 1.0).astype(np.float32)
+    return np.clip(np.stack(columns, axis=1), (0.0,) * 6 + (-1.0,), 1.0).astype(np.float32)
 
 
 def prune_features(load: Loads, columns: Floats32, removed: Bools, peak: Ints, scores: Floats32 | None) -> Floats32:
@@ -196,9 +200,9 @@ def prune_features(load: Loads, columns: Floats32, removed: Bools, peak: Ints, s
     out[:, 0:3] = columns[:, 0:3]
     out[:, 3] = peak / load.dense_bytes
     out[:, 4] = missing / load.dense_bytes
-    out[:, 5:8] = columns[:, 3:6]
-    out[:, 8] = np.minimum(missing / (load.mha_bytes * layers), 4.0)
-    out[:, 9] = np.minimum(missing / (load.ffn_bytes * layers), 4.0)
+    out[:, 5:9] = columns[:, 3:7]
+    out[:, 9] = np.minimum(missing / (load.mha_bytes * layers), 4.0)
+    out[:, 10] = np.minimum(missing / (load.ffn_bytes * layers), 4.0)
     np.logical_not(removed, out=out[:, fixed : fixed + blocks], casting="unsafe")
     if scores is not None:
         out[:, fixed + blocks :] = scores

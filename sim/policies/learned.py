@@ -168,7 +168,7 @@ class PruneNetwork:
     def removed_for(self, batch: int, sequence_tokens: int, budget_bytes: int) -> Bools:
         """Return which blocks [b] to drop from the dense model."""
         load = loads(self.model, [batch], [sequence_tokens], [budget_bytes])
-        columns = load_columns(load)
+        columns = load_columns(load, self.model.num_layers)
         removed = np.zeros((1, 2 * self.model.num_layers), dtype=np.bool_)
         mha_bytes, ffn_bytes = int(load.mha_bytes[0]), int(load.ffn_bytes[0])
         peak = int(load.dense_bytes[0])

@@ -99,7 +99,7 @@ def test_it_drops_blocks_until_the_load_fits_and_no_more(tmp_path: Path, budget_
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"observation": prune_table(TINY, scores=True).rows()}, "reads 28 entries, here are 22"),
+        ({"observation": prune_table(TINY, scores=True).rows()}, "reads 29 entries, here are 23"),
         ({"observation": [{**row, "unit": "furlong"} for row in prune_table(TINY).rows()]}, "its entry 'batch'"),
         ({"actions": ["drop everything"]}, "other actions"),
         ({"model": "llama2_7b"}, "was trained on llama2_7b, not on tiny"),

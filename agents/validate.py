@@ -1,0 +1,52 @@
+"""How good a network is on the draws that validate it: no ray, no torch, a fraction of a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.draws import Draw, prune_draws
+from agents.prune_env import PruneToBudgetVector
+from sim.observe import Bools, Floats32
+from sim.policies.learned import Network
+
+Act = Callable[[Floats32, Bools], NDArray[np.int64]]
+"""Chooses one legal action a row."""
+
+
+def play(act: Act, words: Mapping[str, Any], episodes: Sequence[Sequence[Draw]]) -> PruneToBudgetVector:
+    """Play one episode of ``PruneToBudget`` for each list of draws, return where they ended.
+
+    ``removed``, ``loss`` and ``utility`` of the result are those of the ends.
+    """
+    vector = PruneToBudgetVector(len(episodes), **words)
+    observations, _ = vector.reset(options={"draws": episodes})
+    features = vector.setting.table.features
+    over = np.zeros(len(episodes), dtype=np.bool_)
+    removed, loss, utility = vector.removed.copy(), vector.loss.copy(), vector.utility.copy()
+    while not over.all():
+        actions = act(observations[:, :features], observations[:, features:] > 0.5)
+        observations, _, terminated, truncated, _ = vector.step(actions)
+        # One that ends begins anew at its next step; what it reached is kept here.
+        for i in np.flatnonzero((terminated | truncated) & ~over).tolist():
+            removed[i], loss[i], utility[i] = vector.removed[i], vector.loss[i], vector.utility[i]
+            over[i] = True
+    vector.removed, vector.loss, vector.utility = removed, loss, utility
+    return vector
+
+
+def validation_episodes(sequence: int) -> list[list[Draw]]:
+    """Return the validation draws, ``sequence`` an episode; the first come again to make the last episode whole."""
+    draws = list(prune_draws().validation)
+    count = -(-len(draws) // sequence)
+    return [[draws[(i * sequence + k) % len(draws)] for k in range(sequence)] for i in range(count)]
+
+
+def validation_utilities(env: str, words: Mapping[str, Any], network: Network) -> NDArray[np.float64]:
+    """Return the utility of every validation episode of an environment."""
+    assert env == "PruneToBudget-v0", env
+    words = {**words, "split": "validation"}
+    return play(network.act, words, validation_episodes(int(words.get("sequence", 1)))).utility
