@@ -621,6 +621,30 @@ class ElasticModel:
         )[0]
         return output
 
+    def attend_paged(self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor] | None, pages: Any) -> Tensor:
+        """Return what the MHA block of a layer adds to ``hidden`` where ``pages`` (hw.paged_attention) holds the KV.
+
+        Only after ``use_attention`` was told the name under which the paged attention is registered.
+        """
+        arguments = {"position_embeddings": rope} if rope is not None else {}
+        output: Tensor = self._attention[layer](
+            hidden_states=self._norms["mha"][layer](hidden),
+            attention_mask=None,
+            past_key_values=pages,
+            pages=pages,
+            **arguments,
+        )[0]
+        return output
+
+    def use_attention(self, name: str) -> None:
+        """Let the model's own modules call the attention registered under a name; ``sdpa`` is what they begin with."""
+        self._model.set_attn_implementation(name)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The tokens that each layer's attention looks back; None where it sees all."""
+        return tuple(self._windows)
+
     def feed(self, layer: int, hidden: Tensor) -> Tensor:
         """Return what the FFN block of a layer adds to ``hidden``."""
         normed = self._norms["ffn"][layer](hidden)

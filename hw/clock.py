@@ -1,0 +1,65 @@
+"""What time it is for a real engine: the wall's seconds, or the processor's where a machine is shared."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from sim.errors import ConfigError, nearest
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
+
+
+class Clock(Protocol):
+    """The engine's time: seconds since the start of the trace."""
+
+    def now_s(self) -> float:
+        """Return the present."""
+        ...
+
+    def wait_until(self, time_s: float) -> None:
+        """Let nothing happen until then; at once when it has passed."""
+        ...
+
+    def ran(self, prefill_tokens: int, decodes: int, contexts: int) -> None:
+        """Hear what an iteration computed, before its end is read: a clock that does not run by itself moves on."""
+        ...
+
+
+class RealClock:
+    """A clock that runs by itself.
+
+    ``wall`` counts real seconds. ``cpu`` counts what this thread's processor spent on it, so that other programs on the
+    machine do not count; on an idle machine with one thread both are the same. Waiting costs no processor time, so
+    under ``cpu`` idle time is always skipped; under ``wall`` it is slept through, unless ``skip_idle`` is set.
+    """
+
+    def __init__(self, kind: str = "wall", *, skip_idle: bool = False) -> None:
+        """Start at 0 with the first question for the time."""
+        if kind not in CLOCKS:
+            raise ConfigError(f"unknown clock {kind!r}; {nearest(kind, CLOCKS)}")
+        self.kind = kind
+        self._source = CLOCKS[kind]
+        self._skips = skip_idle or kind == "cpu"
+        self._zero_s = math.nan
+
+    def now_s(self) -> float:
+        """Return the seconds since the first call."""
+        if math.isnan(self._zero_s):
+            self._zero_s = self._source()
+        return self._source() - self._zero_s
+
+    def wait_until(self, time_s: float) -> None:
+        """Sleep, or move the clock on."""
+        missing_s = time_s - self.now_s()
+        if missing_s <= 0:
+            return
+        if self._skips:
+            self._zero_s -= missing_s
+            return
+        time.sleep(missing_s)
+
+    def ran(self, prefill_tokens: int, decodes: int, contexts: int) -> None:
+        """Nothing: time has passed by itself."""

@@ -1,0 +1,187 @@
+"""Small real engines for tests: a tiny random model, and a clock that gives every iteration the simulator's price."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the real engine needs torch: pip install -e '.[hw]'")
+transformers = pytest.importorskip("transformers", reason="the real engine needs transformers: pip install -e '.[hw]'")
+
+from hw.copies import LayerCopier  # noqa: E402
+from hw.engine import HwEngine  # noqa: E402
+from hw.model import ElasticModel  # noqa: E402
+from hw.prompts import RandomPrompts  # noqa: E402
+from sim.budget import Budget  # noqa: E402
+from sim.engine import EngineConfig, Request  # noqa: E402
+from sim.latency import LatencyModel, calibration_from_dict  # noqa: E402
+from sim.memory import budget_for_kv_blocks  # noqa: E402
+from sim.model import ModelSpec  # noqa: E402
+from sim.plan import Plan, dense_plan  # noqa: E402
+from sim.scheduler import Limits  # noqa: E402
+from sim.transition import LayerCopy  # noqa: E402
+
+torch.set_num_threads(1)
+
+LAYERS = 4
+VOCABULARY = 97
+HOST_TO_DEVICE_BYTES_PER_S = 1e5
+
+
+@lru_cache
+def _tiny(family: str) -> Any:
+    torch.manual_seed(7)
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+    gated = {**shape, "intermediate_size": 72, "num_key_value_heads": 2, "initializer_range": 0.2}
+    config = {
+        "llama": lambda: transformers.LlamaConfig(**gated, attention_bias=True, mlp_bias=True),
+        "sliding": lambda: transformers.MistralConfig(**gated, sliding_window=9),
+        "qwen3": lambda: transformers.Qwen3Config(**gated, head_dim=16),
+        "opt": lambda: transformers.OPTConfig(**shape, ffn_dim=80, word_embed_proj_dim=48, init_std=0.2),
+    }[family]()
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def tiny(family: str = "llama") -> Any:
+    """Return a tiny random model, one's own to change."""
+    return copy.deepcopy(_tiny(family))
+
+
+@lru_cache
+def tiny_spec() -> ModelSpec:
+    return ElasticModel(tiny(), name="tiny").spec
+
+
+@lru_cache
+def flat_latency(fixed_us: float = 1e6, token_us: float = 3e4) -> LatencyModel:
+    """Return prices that depend on the tokens of an iteration alone: ``fixed + token * tokens``."""
+    zeros = [0.0, 0.0]
+    surface = {"context": [1, 2], "us": [zeros, zeros]}
+    return calibration_from_dict(
+        {
+            "schema": 1,
+            "name": "flat",
+            "model": "tiny",
+            "device": "none",
+            "kind": "measured",
+            "fixed_us": fixed_us,
+            "fixed_source": "a test",
+            "errors": {},
+            "validation": "",
+            "sources": [],
+            "notes": [],
+            "tables": {
+                "tokens": [1, 4096],
+                "linear_us": {str(bits): {"mha": zeros, "ffn": zeros} for bits in (16, 8, 4)},
+                "token_us": [token_us, 4096 * token_us],
+                "sequences": [1, 2],
+                "head_us": zeros,
+                "prefill_attention": {"tokens": [1, 2], **surface},
+                "decode_attention": {"batch": [1, 2], **surface},
+            },
+        }
+    )
+
+
+class PricedClock:
+    """A clock that stands still but for waiting and for the price of each iteration."""
+
+    def __init__(self, latency: LatencyModel, plan: Plan) -> None:
+        self.time_s = 0.0
+        self._latency, self._plan = latency, plan
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def wait_until(self, time_s: float) -> None:
+        self.time_s = max(self.time_s, time_s)
+
+    def ran(self, prefill_tokens: int, decodes: int, contexts: int) -> None:
+        chunks = [(prefill_tokens, 0)] if prefill_tokens else []
+        self.time_s += self._latency.iteration_s(self._plan, chunks, decodes, contexts, 1)
+
+
+class TimedCopier(LayerCopier):
+    """Copies that arrive as late as the simulator says."""
+
+    def __init__(self, elastic: ElasticModel, clock: PricedClock) -> None:
+        super().__init__(elastic)
+        self._clock, self._end_s = clock, 0.0
+
+    def start(self, copy: LayerCopy) -> None:
+        super().start(copy)
+        self._end_s = self._clock.now_s() + copy.copied_bytes / HOST_TO_DEVICE_BYTES_PER_S
+
+    def whole(self) -> bool:
+        return self._clock.now_s() >= self._end_s
+
+    def wait(self, timeout_s: float) -> None:
+        self._clock.wait_until(min(self._end_s, self._clock.now_s() + timeout_s))
+
+
+def engine_config(
+    scheduler: str = "chunked",
+    *,
+    max_batch_tokens: int = 24,
+    max_running: int = 6,
+    kv_block_tokens: int = 4,
+    restore: str = "new_requests",
+    **more: Any,
+) -> EngineConfig:
+    limits = {k: more.pop(k) for k in ("long_prefill_tokens", "reserve_full_prompt") if k in more}
+    return EngineConfig(
+        scheduler=scheduler,  # type: ignore[arg-type]
+        limits=Limits(max_batch_tokens=max_batch_tokens, max_running=max_running, **limits),
+        kv_block_tokens=kv_block_tokens,
+        restore=restore,  # type: ignore[arg-type]
+        **more,
+    )
+
+
+def hw_engine(
+    *,
+    family: str = "llama",
+    config: EngineConfig | None = None,
+    plan: Plan | None = None,
+    kv_blocks: int = 200,
+    budget: Budget | None = None,
+    timed: bool = True,
+    kind: type[HwEngine] = HwEngine,
+    **more: Any,
+) -> HwEngine:
+    """Return an engine over a tiny model, on the priced clock unless ``timed`` is False."""
+    elastic = ElasticModel(tiny(family), name="tiny")
+    config = config or engine_config()
+    plan = plan or dense_plan(elastic.spec)
+    if timed:
+        clock = PricedClock(flat_latency(), plan)
+        more |= {"clock": clock, "copier": TimedCopier(elastic, clock)}
+    return kind(
+        elastic=elastic,
+        config=config,
+        plan=plan,
+        budget_bytes=budget or budget_for_kv_blocks(elastic.spec, plan, kv_blocks, 0, config.kv_block_tokens),
+        prompts=RandomPrompts(VOCABULARY),
+        **more,
+    )
+
+
+def requests(rows: Sequence[tuple[float, int, int]]) -> list[Request]:
+    """``(arrival_s, prompt_tokens, output_tokens)`` rows as requests."""
+    return [
+        Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
+        for i, (arrival_s, prompt, output) in enumerate(rows)
+    ]
