@@ -7,21 +7,25 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sim.budget import BudgetContext
+from sim.budget import Budget, BudgetContext
 from sim.config import build, one_thread, run_command
-from sim.engine import SimEngine
+from sim.engine import Engine, EngineConfig, SimEngine
 from sim.errors import ConfigError
+from sim.gpu import Gpu
 from sim.latency import CALIBRATIONS, load_calibration
 from sim.metrics import Slo, iterations_frame, records_frame, summarise, transitions_frame
+from sim.model import ModelSpec
 from sim.policies import Fixed, Policy, Served
+from sim.records import Iterations, TokenGaps, Transitions
 from sim.replay import replay
 from sim.report import plot_replay, print_summary
 from sim.runs import provenance, write_json, write_parquet, write_text
@@ -29,10 +33,44 @@ from sim.trace import Trace
 from sim.workload import apply_steps
 
 
+class RecordingEngine(Engine, Protocol):
+    """An engine, and what else of it a run folder holds."""
+
+    budget: Budget
+
+    def iterations(self) -> Iterations:
+        """Return one row an iteration."""
+        ...
+
+    def token_gaps(self) -> TokenGaps:
+        """Return every gap between two tokens of one request."""
+        ...
+
+    def transitions(self) -> Transitions:
+        """Return one row a plan change."""
+        ...
+
+    @property
+    def budget_violation_s(self) -> float:
+        """Seconds in which more was held than the budget allowed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a replay is made of, whichever engine serves it."""
+
+    model: ModelSpec
+    gpu: Gpu
+    config: EngineConfig
+    policy: Policy
+    budget: Budget
+
+
 def replay_command() -> None:
     """Run ``python -m sim.replay``."""
     one_thread()
-    run_command(_run, "replay")
+    run_command(run_replay, "replay")
 
 
 def build_trace(cfg: DictConfig) -> Trace:
@@ -64,12 +102,26 @@ def find_calibration(model: str, gpu: str) -> str:
     return min(found, key=lambda name: (len(name), name))
 
 
+def build_parts(cfg: DictConfig) -> Parts:
+    """Build model, device, engine settings, policy and budget of a configuration."""
+    model, gpu, config = build(cfg.model), build(cfg.gpu), build(cfg.engine)
+    workspace_bytes, kv_block_tokens = int(cfg.workspace_bytes), config.kv_block_tokens
+    served = Served(model=model, workspace_bytes=workspace_bytes, kv_block_tokens=kv_block_tokens)
+    policy: Policy = build(cfg.policy)(served)
+    context = BudgetContext(
+        model=model,
+        gpu=gpu,
+        plan=policy.first_plan,
+        workspace_bytes=workspace_bytes,
+        kv_block_tokens=kv_block_tokens,
+    )
+    return Parts(model, gpu, config, policy, build(cfg.budget)(context))
+
+
 def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
     """Build the engine and the policy of a configuration."""
-    model, gpu = build(cfg.model), build(cfg.gpu)
-    config = build(cfg.engine)
-    served = Served(model=model, workspace_bytes=int(cfg.workspace_bytes), kv_block_tokens=config.kv_block_tokens)
-    policy: Policy = build(cfg.policy)(served)
+    parts = build_parts(cfg)
+    model, gpu = parts.model, parts.gpu
     latency = load_calibration(cfg.latency or find_calibration(model.name, gpu.name))
     if cfg.fixed_s is not None:
         latency = latency.with_fixed(cfg.fixed_s, "fixed_s of the configuration")
@@ -78,33 +130,24 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
             f"calibration {latency.name!r} was made for model {latency.model!r}, not {model.name!r}; "
             f"set latency= to one made for it, or model={latency.model}"
         )
-    budget = build(cfg.budget)(
-        BudgetContext(
-            model=model,
-            gpu=gpu,
-            plan=policy.first_plan,
-            workspace_bytes=int(cfg.workspace_bytes),
-            kv_block_tokens=config.kv_block_tokens,
-        )
-    )
     engine = SimEngine(
         model=model,
         latency=latency,
-        config=config,
-        plan=policy.first_plan,
-        budget_bytes=budget,
+        config=parts.config,
+        plan=parts.policy.first_plan,
+        budget_bytes=parts.budget,
         workspace_bytes=int(cfg.workspace_bytes),
         host_to_device_bytes_per_s=gpu.host_to_device_bytes_per_s,
         # A copy takes its bytes from the memory bandwidth that iterations live on; not measured, an upper bound.
         copy_slowdown=gpu.host_to_device_bytes_per_s / gpu.memory_bandwidth_bytes_per_s,
     )
-    return engine, policy
+    return engine, parts.policy
 
 
 def replay_with(
     cfg: DictConfig,
     trace: Trace,
-    engine: SimEngine,
+    engine: RecordingEngine,
     policy: Policy,
     on_progress: Callable[[float, int], None] | None = None,
 ) -> None:
@@ -114,7 +157,7 @@ def replay_with(
     replay(trace, engine, policy, tick_s=tick_s, also_at_s=changes_s, on_progress=on_progress)
 
 
-def figures(engine: SimEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: float = 0.0) -> dict[str, Any]:
+def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: float = 0.0) -> dict[str, Any]:
     """Return the figures of what an engine has served so far."""
     return summarise(
         engine.records(),
@@ -128,8 +171,10 @@ def figures(engine: SimEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: float =
     )
 
 
-def _run(cfg: DictConfig) -> dict[str, Any]:
-    """Replay, write the run folder, print the table; return the summary."""
+def run_replay(
+    cfg: DictConfig, build_engine: Callable[[DictConfig], tuple[RecordingEngine, Policy]] = build_engine
+) -> dict[str, Any]:
+    """Replay on the engine that is built, write the run folder, print the table; return the summary."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     console = Console()
     trace = build_trace(cfg)
@@ -181,7 +226,7 @@ class _ProgressBar:
         self._bar = Progress(
             TextColumn("replaying"),
             BarColumn(),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f} requests, {task.fields[at]:,.0f} s simulated"),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} requests, {task.fields[at]:,.0f} s of the trace"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
