@@ -12,8 +12,9 @@ The fit is on what a plan loses against dense, D nats a token:
                          +  terms for W8 and W4 layers and for layers whose KV is cut
 
 r_b is 1 where block b is removed in both stages and ``stage_share`` where decode alone drops it; s_b is what was
-measured when b alone was removed; w, u and all other coefficients are non-negative, so no plan gets better by losing
-more.
+measured when b alone was removed; cut KV counts by what was measured of each layer alone, in inverse proportion to the
+tokens kept. All coefficients are non-negative, so no plan gets better by losing more. A measured plan is predicted as
+any other: its own value, noise included, would put steps between it and its neighbours.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
+from scipy.optimize import nnls
 
 from sim.data import REPOSITORY
 from sim.errors import CalibrationError, PlanError, nearest
@@ -44,7 +46,13 @@ FORMS = ("singles", "additive", "neighbours", "warped", "warped_neighbours")
 """What ``fit`` can fit; ``cross_validate`` compares them."""
 
 BEST_FORM = "warped"
-"""The form that ``cross_validate`` found best on the table of SmolLM2-135M; hw/SCORES.md has the comparison."""
+BEST_CURVE = 0.1
+BEST_STAGE_SHARE = 0.8
+"""What ``choose`` finds best on the table of SmolLM2-135M; hw/SCORES.md has the comparison."""
+
+CURVES = (-0.1, 0.0, 0.1, 0.25, 0.5)
+STAGE_SHARES = (0.6, 0.7, 0.8, 0.9, 1.0)
+"""What ``choose`` tries."""
 
 
 class Quality(Protocol):
@@ -186,8 +194,8 @@ def read_table(path: Path) -> QualityTable:
 
 # --- Features --------------------------------------------------------------------------------------------------------
 
-CURVES = (-0.1, 0.0, 0.1, 0.25, 0.5, 1.0)
 _OTHER_FEATURES = ("w4_layers", "w4_layers_squared", "w8_layers", "kv_cut", "kv_cut_first")
+_KV_TOKENS = 36  # a layer's cut is measured with 4 first and 32 last tokens
 _PAIRS = ("same_layer", "ffn_then_mha", "mha_and_next_mha", "ffn_and_next_ffn", "all_squared")
 
 
@@ -207,15 +215,16 @@ def _removed(plan: Plan, stage_share: float) -> Floats:
     return removed
 
 
-def _others(plan: Plan) -> tuple[float, float, float, float, float]:
+def _others(plan: Plan, kv: Sequence[float]) -> tuple[float, float, float, float, float]:
+    """Return the features of precision and KV; kv [l] is what each layer's cut cost alone."""
     bits = plan.weight_bits
     layers = len(bits)
     four, eight = bits.count(4) / layers, bits.count(8) / layers
     cut = first = 0.0
     if plan.kv_keep.count(KV_KEEP_ALL) != layers:
-        for keep in plan.kv_keep:
+        for keep, cost in zip(plan.kv_keep, kv, strict=True):
             if keep.first_tokens is not None and keep.last_tokens is not None:
-                cut += 1.0 / (keep.first_tokens + keep.last_tokens) / layers
+                cut += cost * _KV_TOKENS / (keep.first_tokens + keep.last_tokens)
                 first += (keep.first_tokens == 0) / layers
     return four, four * four, eight, cut, first
 
@@ -258,7 +267,7 @@ class FittedQuality:
     """A model of the loss, fitted to a table.
 
     curve: k of the module's equation; above 0 losses compound, 0 is linear, below 0 they saturate.
-    blocks: w [b]. pairs: u [5]. others: [5]. root: sqrt(s) [b].
+    blocks: w [b]. pairs: u [5]. others: [5]. root: sqrt(s) [b]. kv: what each layer's cut KV cost alone [l].
     """
 
     name: str
@@ -270,6 +279,7 @@ class FittedQuality:
     pairs: Floats
     others: Floats
     root: Floats
+    kv: tuple[float, ...]
     note: str = ""
     max_loss: float = math.inf
     _others_list: tuple[float, ...] = field(default=(), repr=False)
@@ -285,7 +295,7 @@ class FittedQuality:
             return np.empty(0)
         self._check(plans[0])
         removed = np.stack([_removed(plan, self.stage_share) for plan in plans])
-        others = np.array([_others(plan) for plan in plans])
+        others = np.array([_others(plan, self.kv) for plan in plans])
         score = removed @ self.blocks + _pairs(removed, self.root) @ self.pairs + others @ self.others
         loss: Floats = np.minimum(_unwarp(score, self.curve), self.max_loss)
         return loss
@@ -297,7 +307,7 @@ class FittedQuality:
         score = float(removed @ self.blocks)
         if self.pairs.any():
             score += _pair_score(removed, self.root, self._pairs_list)
-        for weight, value in zip(self._others_list, _others(plan), strict=True):
+        for weight, value in zip(self._others_list, _others(plan, self.kv), strict=True):
             score += weight * value
         return min(float(_unwarp(np.float64(score), self.curve)), self.max_loss)
 
@@ -337,74 +347,87 @@ def fit(
     form: str = BEST_FORM,
     *,
     curve: float | None = None,
-    stage_share: float | None = None,
+    stage_share: float = BEST_STAGE_SHARE,
 ) -> FittedQuality:
     """Fit a form to all plans of a table.
 
     singles: the sum of what each removed block cost alone. additive: fitted weights of blocks. neighbours: and of
-    removed neighbours. warped, warped_neighbours: the same with k fitted too. A plan counts in inverse proportion to
+    removed neighbours. warped, warped_neighbours: the same with k other than 0. A plan counts in inverse proportion to
     its own loss, so that errors are relative; plans that lose more than 4 nats say only where the range ends.
 
     Args:
-        curve: k; None tries several. stage_share: what decode alone counts; None tries several.
+        curve: k; None takes BEST_CURVE for a warped form, 0 for the others.
+        stage_share: what a block counts that decode alone drops.
     Raises:
         CalibrationError: for an unknown form.
     """
     if form not in FORMS:
         raise CalibrationError(f"unknown form {form!r}; {nearest(form, FORMS)}")
-    curves: Sequence[float] = CURVES if form.startswith("warped") else (0.0,)
-    if curve is not None:
-        curves = (curve,)
-    shares = (0.4, 0.6, 0.8, 1.0) if stage_share is None else (stage_share,)
-    used = table.loss < 4.0
-    best: tuple[float, FittedQuality] | None = None
-    for k in curves:
-        for share in shares:
-            model = _fit(table, form, k, share, used)
-            predicted = model.loss_many([plan for plan, use in zip(table.plans, used, strict=True) if use])
-            error = float(np.mean(np.abs(predicted - table.loss[used]) / (0.1 + np.maximum(table.loss[used], 0.0))))
-            if best is None or error < best[0]:
-                best = error, model
-    assert best is not None
-    return best[1]
+    if curve is None:
+        curve = BEST_CURVE if form.startswith("warped") else 0.0
+    return _Design(table, stage_share).fit(form, curve, np.ones(len(table.plans), dtype=bool))
 
 
-def _fit(table: QualityTable, form: str, curve: float, share: float, used: NDArray[np.bool_]) -> FittedQuality:
-    removed = np.stack([_removed(plan, share) for plan in table.plans])
-    others = np.array([_others(plan) for plan in table.plans])
-    blocks = removed.shape[1]
-    single = _singles(table, removed, others)
-    prior = np.maximum(_warp(single, curve), 0.0)
-    root = np.sqrt(np.minimum(np.maximum(single, 0.0), 1.0))
-    pair_features = _pairs(removed, root)
-    target = _warp(table.loss, curve)
-    weight = 1.0 / (0.05 + np.maximum(target, 0.0))
-    design = np.concatenate((removed, pair_features, others), axis=1)
-    free = np.ones(design.shape[1], dtype=bool)
-    if form == "singles":
-        free[:blocks] = False
-    if form not in ("neighbours", "warped_neighbours"):
-        free[blocks : blocks + len(_PAIRS)] = False
-    start = np.concatenate((prior, np.zeros(design.shape[1] - blocks)))
-    # A block that few plans remove keeps what it cost alone: the prior pulls with the strength of one such plan.
-    pull = np.concatenate((1.0 / (0.05 + prior), np.full(design.shape[1] - blocks, 0.02)))
-    rows = (design * weight[:, None])[used]
-    goal = (target * weight)[used]
-    solution = start.copy()
-    solution[free] = _non_negative(rows[:, free], goal - rows[:, ~free] @ start[~free], start[free], pull[free])
-    return FittedQuality(
-        name=table.name,
-        form=form,
-        dense_nll=table.dense_nll,
-        curve=curve,
-        stage_share=share,
-        blocks=solution[:blocks],
-        pairs=solution[blocks : blocks + len(_PAIRS)],
-        others=solution[blocks + len(_PAIRS) :],
-        root=root,
-        note=table.note,
-        max_loss=max(4.0, float(table.loss.max())),
-    )
+class _Design:
+    """The features of all plans of a table, from which fits to any part of it are made."""
+
+    def __init__(self, table: QualityTable, stage_share: float) -> None:
+        self.table = table
+        self.share = stage_share
+        self.removed = np.stack([_removed(plan, stage_share) for plan in table.plans])
+        self.kv = _kv_alone(table)
+        self.others = np.array([_others(plan, self.kv) for plan in table.plans])
+        self.single = _singles(table, self.removed, self.others)
+        self.root = np.sqrt(np.minimum(np.maximum(self.single, 0.0), 1.0))
+        self.pairs = _pairs(self.removed, self.root)
+
+    def fit(self, form: str, curve: float, rows: NDArray[np.bool_]) -> FittedQuality:
+        """Fit to some rows. What blocks and layers cost alone is known from all: it is where every form starts."""
+        blocks, pairs = self.removed.shape[1], self.pairs.shape[1]
+        loss = self.table.loss
+        used = rows & (loss < 4.0)
+        prior = np.maximum(_warp(self.single, curve), 0.0)
+        target = _warp(loss, curve)
+        weight = 1.0 / (0.1 + np.maximum(target, 0.0))
+        design = np.concatenate((self.removed, self.pairs, self.others), axis=1)
+        free = np.ones(design.shape[1], dtype=bool)
+        free[:blocks] = form != "singles"
+        free[blocks : blocks + pairs] = form in ("neighbours", "warped_neighbours")
+        start = np.concatenate((prior, np.zeros(design.shape[1] - blocks)))
+        # A block that few plans remove keeps what it cost alone: the prior pulls with the strength of one such plan.
+        pull = np.concatenate((1.0 / (0.1 + prior), np.full(design.shape[1] - blocks, 0.02)))
+        fixed = design[:, ~free] @ start[~free]
+        solution = start.copy()
+        solution[free] = nnls(
+            np.concatenate(((design[:, free] * weight[:, None])[used], np.diag(pull[free]))),
+            np.concatenate((((target - fixed) * weight)[used], pull[free] * start[free])),
+        )[0]
+        solution[~free & (np.arange(solution.size) >= blocks)] = 0.0
+        return FittedQuality(
+            name=self.table.name,
+            form=form,
+            dense_nll=self.table.dense_nll,
+            curve=curve,
+            stage_share=self.share,
+            blocks=solution[:blocks],
+            pairs=solution[blocks : blocks + pairs],
+            others=solution[blocks + pairs :],
+            root=self.root,
+            kv=self.kv,
+            note=self.table.note,
+            max_loss=max(4.0, float(loss.max())),
+        )
+
+
+def _kv_alone(table: QualityTable) -> tuple[float, ...]:
+    """Return what cutting the KV of each layer alone cost [l]; the mean of all where that was not measured."""
+    layers = len(table.plans[0].weight_bits)
+    found: dict[int, float] = {}
+    for plan, kinds, loss in zip(table.plans, table.kinds, table.loss, strict=True):
+        if "single layer of cut KV" in kinds:
+            found[next(i for i, keep in enumerate(plan.kv_keep) if keep != KV_KEEP_ALL)] = max(0.0, float(loss))
+    mean = sum(found.values()) / len(found) if found else 0.02
+    return tuple(found.get(layer, mean) for layer in range(layers))
 
 
 def _singles(table: QualityTable, removed: Floats, others: Floats) -> Floats:
@@ -416,20 +439,6 @@ def _singles(table: QualityTable, removed: Floats, others: Floats) -> Floats:
         single[int(removed[row].argmax())] = table.loss[row]
     known = single[np.isfinite(single)]
     return np.where(np.isfinite(single), single, np.median(known) if known.size else 0.1)
-
-
-def _non_negative(design: Floats, target: Floats, prior: Floats, pull: Floats, sweeps: int = 400) -> Floats:
-    """Return x >= 0 that minimises |design x - target|^2 + |pull (x - prior)|^2, by coordinate descent."""
-    gram = design.T @ design + np.diag(pull**2)
-    right = design.T @ target + pull**2 * prior
-    x = prior.copy()
-    for _ in range(sweeps):
-        before = x.copy()
-        for i in range(x.size):
-            x[i] = max(0.0, x[i] + (right[i] - gram[i] @ x) / gram[i, i])
-        if np.abs(x - before).max() < 1e-9:
-            break
-    return x
 
 
 # --- How far off it is -----------------------------------------------------------------------------------------------
@@ -447,31 +456,94 @@ class QualityError:
     spearman: float
 
 
-def held_out(table: QualityTable, form: str, *, folds: int = 5, seed: int = 0) -> Floats:
+Shape = tuple[str, float, float]
+"""A form, its curve and its share of decode alone."""
+
+
+def shapes(forms: Sequence[str] = FORMS) -> list[Shape]:
+    """Return everything that ``choose`` tries, the simplest first."""
+    return [
+        (form, curve, share)
+        for form in forms
+        for curve in (CURVES if form.startswith("warped") else (0.0,))
+        for share in STAGE_SHARES
+    ]
+
+
+def choose(table: QualityTable, forms: Sequence[str] = FORMS, *, folds: int = 5, seed: int = 1) -> Shape:
+    """Return the shape with the least mean error of perplexity on held-out plans of a table, those under 3x dense."""
+    return _Folds(table).choose(np.ones(len(table.plans), dtype=bool), forms, folds, seed)
+
+
+def held_out(table: QualityTable, forms: Sequence[str] = FORMS, *, folds: int = 5, seed: int = 0) -> Floats:
     """Return the loss that is predicted for each plan by a fit that did not see it.
 
-    Dense and the plans that remove one block are always seen: they are the table that every form starts from.
+    Nested: for every fold the shape too is chosen on the other folds alone, so no plan helps to choose what it is
+    predicted by. Dense and the plans that remove or cut one thing alone are always seen, the table that every form
+    starts from; they get no prediction. Prefixes of one order resemble each other: ``held_out_kind`` holds out all.
     """
-    always = np.array([("dense" in kind) or ("single removal" in kind) for kind in table.kinds])
+    fits = _Folds(table)
     fold = np.random.default_rng(seed).integers(0, folds, len(table.plans))
     predicted = np.full(len(table.plans), np.nan)
     for index in range(folds):
-        out = (fold == index) & ~always
-        keep = [i for i in range(len(table.plans)) if not out[i]]
-        seen = replace(
-            table,
-            plans=tuple(table.plans[i] for i in keep),
-            kinds=tuple(table.kinds[i] for i in keep),
-            loss=table.loss[keep],
-        )
-        model = fit(seen, form)
+        out = (fold == index) & ~fits.always
+        form, curve, share = fits.choose(~out, forms, folds - 1, seed + 1)
+        model = fits.design(share).fit(form, curve, ~out)
         predicted[out] = model.loss_many([table.plans[i] for i in np.flatnonzero(out)])
     return predicted
 
 
-def cross_validate(table: QualityTable, form: str, *, folds: int = 5, seed: int = 0) -> list[QualityError]:
-    """Return the held-out error of a form on all plans and on each kind of plan."""
-    predicted = held_out(table, form, folds=folds, seed=seed)
+def held_out_kind(table: QualityTable, kind: str, forms: Sequence[str] = FORMS) -> Floats:
+    """Return the loss that is predicted for the plans of a kind by a fit that saw none of them; others are NaN."""
+    fits = _Folds(table)
+    out = np.array([kind in kinds for kinds in table.kinds]) & ~fits.always
+    form, curve, share = fits.choose(~out, forms, 4, 1)
+    predicted = np.full(len(table.plans), np.nan)
+    model = fits.design(share).fit(form, curve, ~out)
+    predicted[out] = model.loss_many([table.plans[i] for i in np.flatnonzero(out)])
+    return predicted
+
+
+class _Folds:
+    """Cross-validation within parts of one table."""
+
+    def __init__(self, table: QualityTable) -> None:
+        self._table = table
+        self._designs: dict[float, _Design] = {}
+        known = ("dense", "single removal", "single layer of cut KV")
+        self.always = np.array([any(kind in known for kind in kinds) for kinds in table.kinds])
+        self._inside = table.loss < math.log(3.0)
+
+    def design(self, share: float) -> _Design:
+        if share not in self._designs:
+            self._designs[share] = _Design(self._table, share)
+        return self._designs[share]
+
+    def choose(self, rows: NDArray[np.bool_], forms: Sequence[str], folds: int, seed: int) -> Shape:
+        fold = np.random.default_rng(seed).integers(0, folds, len(rows))
+        scored = []
+        for form, curve, share in shapes(forms):
+            errors = []
+            for index in range(folds):
+                out = rows & ~self.always & (fold == index)
+                model = self.design(share).fit(form, curve, rows & ~out)
+                tested = np.flatnonzero(out & self._inside)
+                predicted = model.loss_many([self._table.plans[i] for i in tested])
+                errors.append(np.abs(np.exp(np.minimum(predicted - self._table.loss[tested], 5.0)) - 1.0))
+            scored.append(float(np.concatenate(errors).mean()))
+        return shapes(forms)[int(np.argmin(scored))]
+
+
+def cross_validate(
+    table: QualityTable, forms: Sequence[str] | str = FORMS, *, folds: int = 5, seed: int = 0
+) -> list[QualityError]:
+    """Return the held-out error of a form, or of what is chosen among several, on all plans and on each kind."""
+    tried = (forms,) if isinstance(forms, str) else forms
+    return errors_of(table, held_out(table, tried, folds=folds, seed=seed), " or ".join(tried))
+
+
+def errors_of(table: QualityTable, predicted: Floats, form: str) -> list[QualityError]:
+    """Return the error of predicted losses, NaN where there is none, on all plans and on each kind."""
     inside = np.isfinite(predicted) & (table.loss < math.log(3.0))
     families = sorted({_family(kind) for kinds in table.kinds for kind in kinds})
     errors = []
@@ -487,7 +559,7 @@ def cross_validate(table: QualityTable, form: str, *, folds: int = 5, seed: int 
                 plans=int(rows.sum()),
                 median=float(np.median(error)),
                 p90=float(np.quantile(error, 0.9)),
-                spearman=_spearman(predicted[rows], table.loss[rows]),
+                spearman=spearman(predicted[rows], table.loss[rows]),
             )
         )
     return errors
@@ -497,11 +569,19 @@ def _family(kind: str) -> str:
     return kind if not kind.startswith(("W4", "W8")) else "W8 or W4 prefix"
 
 
-def _spearman(a: Floats, b: Floats) -> float:
-    ranks = [np.argsort(np.argsort(x)).astype(np.float64) for x in (a, b)]
+def spearman(a: Floats, b: Floats) -> float:
+    """Return the rank correlation, equal values sharing their mean rank; NaN where one side is constant."""
+    ranks = [_ranks(x) for x in (a, b)]
     if np.ptp(ranks[0]) == 0 or np.ptp(ranks[1]) == 0:
         return math.nan
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _ranks(values: Floats) -> Floats:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    ranks: Floats = (last - (count - 1) / 2.0)[place]
+    return ranks
 
 
 # --- Published points ------------------------------------------------------------------------------------------------

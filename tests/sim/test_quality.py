@@ -19,13 +19,17 @@ from sim.quality import (
     QUALITIES,
     FittedQuality,
     QualityTable,
+    choose,
     cross_validate,
     fit,
+    held_out,
+    held_out_kind,
     load_quality,
     plan_from_json,
     plan_to_json,
     read_published,
     read_table,
+    spearman,
 )
 
 LAYERS = 6
@@ -101,6 +105,60 @@ def test_held_out_plans_are_predicted_within_the_target_where_the_truth_has_that
     assert errors["random mask"].median < 0.05
     assert errors["random mask"].p90 < 0.15
     assert errors["random mask"].spearman > 0.95
+
+
+def test_what_is_chosen_within_folds_predicts_plans_that_no_fold_saw() -> None:
+    known, forms = table(), ("additive", "warped_neighbours")
+    predicted = held_out(known, forms, folds=3)
+    alone = [i for i, kinds in enumerate(known.kinds) if kinds[0] in ("dense", "single removal")]
+    assert np.isnan(predicted[alone]).all()
+    assert np.isfinite(np.delete(predicted, alone)).all()
+    chosen = {error.kind: error for error in cross_validate(known, forms, folds=3)}
+    assert chosen["random mask"].median < 0.05
+    # Held out at once, and only they, are the plans of the kind.
+    kind = held_out_kind(known, "random mask", forms)
+    assert set(np.flatnonzero(np.isfinite(kind))) == {i for i, k in enumerate(known.kinds) if k == ("random mask",)}
+
+
+def test_a_held_out_plan_has_no_say_in_what_predicts_it() -> None:
+    known, forms = table(), ("additive", "neighbours")
+    row = next(i for i, kinds in enumerate(known.kinds) if kinds == ("random mask",))
+    loss = known.loss.copy()
+    loss[row] += 0.5
+    assert held_out(replace(known, loss=loss), forms)[row] == held_out(known, forms)[row]
+
+
+def test_the_form_that_made_a_table_is_the_one_chosen() -> None:
+    assert choose(table(80), ("singles", "additive", "warped_neighbours"))[0] == "warped_neighbours"
+
+
+def test_ranks_correlate_whatever_the_scale_and_ties_share_theirs() -> None:
+    a = np.array([1.0, 2.0, 2.0, 30.0])
+    assert spearman(a, np.exp(a / 10)) == pytest.approx(1.0)
+    assert spearman(a, -a) == pytest.approx(-1.0)
+    assert spearman(np.array([1.0, 2.0, 3.0, 4.0]), a) == pytest.approx(4.5 / math.sqrt(5.0 * 4.5))
+    assert math.isnan(spearman(a, np.ones(4)))
+
+
+def test_cut_kv_costs_what_was_measured_of_each_layer_alone() -> None:
+    known, dense = table(), dense_plan(SPEC)
+    cut = KVKeep(first_tokens=4, last_tokens=32)
+    costs = [0.01, 0.2, 0.05, 0.02, 0.1, 0.03]
+    plans = [replace(dense, kv_keep=tuple(cut if i == j else KVKeep() for i in range(LAYERS))) for j in range(LAYERS)]
+    model = fit(
+        replace(
+            known,
+            plans=(*known.plans, *plans),
+            kinds=(*known.kinds, *(("single layer of cut KV",) for _ in plans)),
+            loss=np.append(known.loss, costs),
+        )
+    )
+    assert [model.loss(plan) for plan in plans] == pytest.approx(costs, rel=0.1)
+    both = replace(dense, kv_keep=(KVKeep(), cut, KVKeep(), KVKeep(), cut, KVKeep()))
+    assert model.loss(both) == pytest.approx(0.3, rel=0.1)
+    half = KVKeep(first_tokens=4, last_tokens=14)
+    tighter = replace(dense, kv_keep=(KVKeep(), half, *(KVKeep() for _ in range(LAYERS - 2))))
+    assert model.loss(tighter) == pytest.approx(0.4, rel=0.1)
 
 
 def test_a_form_that_knows_compounding_beats_the_sum_of_single_costs() -> None:
