@@ -50,23 +50,77 @@ def measure(elastic: ElasticModel, plan: Plan, windows: Tensor, *, prompt_tokens
     Args:
         prompt_tokens: half a window when None. A plan that treats all tokens alike does not depend on it.
     """
+    return measure_many(elastic, [plan], windows, prompt_tokens=prompt_tokens)[0]
+
+
+@torch.inference_mode()
+def measure_many(
+    elastic: ElasticModel, plans: Sequence[Plan], windows: Tensor, *, prompt_tokens: int | None = None
+) -> list[Nll]:
+    """Return what ``measure`` returns of every plan, bit for bit; plans that begin alike run their beginning once."""
     assert elastic.plan == dense_plan(elastic.spec)
     prompt = windows.shape[1] // 2 if prompt_tokens is None else prompt_tokens
-    total, after = 0.0, 0.0
-    with rounded(elastic, plan.weight_bits):
-        for window in windows.to(elastic.device):
-            losses = token_nll(elastic, _run(elastic, plan, window[None], prompt), window[None])[0]
-            total += float(losses.sum())
-            after += float(losses[prompt - 1 :].sum())  # entry i predicts token i + 1
+    total, after = [0.0] * len(plans), [0.0] * len(plans)
+    for window in windows.to(elastic.device):
+        for members, hidden in _run(elastic, plans, window[None], prompt):
+            losses = token_nll(elastic, hidden, window[None])[0]
+            whole, behind = float(losses.sum()), float(losses[prompt - 1 :].sum())  # entry i predicts token i + 1
+            for index in members:
+                total[index] += whole
+                after[index] += behind
     rows, length = windows.shape
-    return Nll(total, rows * (length - 1), after, rows * (length - prompt))
+    return [
+        Nll(whole, rows * (length - 1), behind, rows * (length - prompt))
+        for whole, behind in zip(total, after, strict=True)
+    ]
 
 
-def _run(elastic: ElasticModel, plan: Plan, tokens: Tensor, prompt: int) -> Tensor:
+def _run(
+    elastic: ElasticModel, plans: Sequence[Plan], tokens: Tensor, prompt: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield the last hidden states [1, t, e] of plans, with the indices of all that share them."""
     positions = torch.arange(tokens.shape[1], device=elastic.device)[None]
-    hidden = elastic.embed(tokens, positions)
-    rope = elastic.rope(hidden, positions)
-    for layer in range(elastic.spec.num_layers):
+    embedded = elastic.embed(tokens, positions)
+    rope = elastic.rope(embedded, positions)
+    # Depth first, so that no more states wait than there are layers.
+    waiting: list[tuple[int, list[int], Tensor]] = [(0, list(range(len(plans))), embedded)]
+    while waiting:
+        layer, members, hidden = waiting.pop()
+        if layer == elastic.spec.num_layers:
+            yield members, hidden
+            continue
+        alike: dict[object, list[int]] = {}
+        for index in members:
+            alike.setdefault(_of_layer(plans[index], layer), []).append(index)
+        waiting += [
+            (layer + 1, group, _run_layer(elastic, plans[group[0]], layer, hidden, rope, tokens, prompt))
+            for group in alike.values()
+        ]
+
+
+def _of_layer(plan: Plan, layer: int) -> object:
+    """Return all that a plan says of a layer."""
+    return (
+        plan.prefill.mha[layer],
+        plan.decode.mha[layer],
+        plan.prefill.ffn[layer],
+        plan.decode.ffn[layer],
+        plan.weight_bits[layer],
+        plan.kv_keep[layer],
+    )
+
+
+def _run_layer(
+    elastic: ElasticModel,
+    plan: Plan,
+    layer: int,
+    hidden: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    tokens: Tensor,
+    prompt: int,
+) -> Tensor:
+    bits = [plan.weight_bits[layer] if i == layer else 16 for i in range(elastic.spec.num_layers)]
+    with rounded(elastic, bits):
         if plan.prefill.mha[layer]:
             keep = plan.kv_keep[layer]
             view = None if keep == KV_KEEP_ALL or not plan.decode.mha[layer] else _Truncated(keep, tokens, prompt)
@@ -109,12 +163,20 @@ class _Truncated:
         return key, value
 
 
+HEAD_TOKENS = 256
+"""Tokens whose logits are held at once: those of a long window over a large vocabulary would not fit the cache."""
+
+
 def token_nll(elastic: ElasticModel, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Return the NLL [n, t - 1] of every token but the first, in FP32, from the last hidden states [n, t, e]."""
-    logits = elastic.head(hidden[:, :-1]).float()
-    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
-        tokens.shape[0], -1
-    )
+    parts = []
+    for first in range(0, tokens.shape[1] - 1, HEAD_TOKENS):
+        end = min(first + HEAD_TOKENS, tokens.shape[1] - 1)
+        logits = elastic.head(hidden[:, first:end]).float()
+        target = tokens[:, first + 1 : end + 1]
+        loss = functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        parts.append(loss.view(tokens.shape[0], -1))
+    return torch.cat(parts, dim=1)
 
 
 _rounded_copies: WeakKeyDictionary[ElasticModel, dict[tuple[str, int, int], Tensor]] = WeakKeyDictionary()

@@ -15,8 +15,10 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch import Tensor
 
 from hw.checkpoint import SMOLLM2, SMOLLM2_NOTE, load_checkpoint
+from hw.evidence import agreement, chosen_plans, greedy_tokens, measure_chosen, spread, uniform
 from hw.importance import (
     Round,
     attention_mass,
@@ -27,19 +29,21 @@ from hw.importance import (
     layer_importance,
     one_shot,
     random_order,
+    redundancy_order,
     redundancy_sets,
     single_removals,
     two_stage_search,
 )
 from hw.model import ElasticModel
 from hw.nll import block_name, measure
-from hw.scores_page import scores_page
-from hw.table import measure_table
+from hw.scores_page import SIZES, scores_page
+from hw.table import measure_table, read_orders, read_searches
 from hw.text import Windows, read_windows
 from sim.config import one_thread, run_command
 from sim.data import REPOSITORY
 from sim.errors import ConfigError, nearest
 from sim.plan import dense_plan
+from sim.quality import plan_to_json, read_table
 from sim.runs import commit, write_json, write_text
 
 SCORES = REPOSITORY / "conf" / "score"
@@ -69,14 +73,11 @@ class TextConfig:
 
 @dataclass(kw_only=True)
 class GsiConfig:
-    """margin: see ``hw.importance.gsi``; null is exact. removals: how many blocks to remove; null removes all.
+    """removals: how many blocks to remove; null removes all. compare_every: the naive algorithm runs the first round
+    and every so-manieth after it too, from the same state, and is timed; null runs it nowhere."""
 
-    compare_every: ``gsi_speed`` compares this round and every so-manieth after it.
-    """
-
-    margin: float | None = 0.01
     removals: int | None = None
-    compare_every: int = 10
+    compare_every: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -89,12 +90,14 @@ class LisConfig:
 
 @dataclass(kw_only=True)
 class PdtrimConfig:
-    """threshold: cosine that splits the blocks. sizes: removals in prefill and in decode, a pair a search."""
+    """threshold: cosine that splits the blocks. sizes: removals in prefill and in decode, a pair a search of so many
+    steps. removals: length of the order by redundancy that is measured anew after every removal."""
 
     threshold: float = 0.95
-    sizes: list[list[int]] = field(default_factory=lambda: [[2, 6], [4, 4], [4, 8], [8, 8]])
-    steps: int = 20
+    sizes: list[list[int]] = field(default_factory=lambda: [[2, 6], [4, 4], [4, 8], [6, 6], [8, 8]])
+    steps: int = 40
     tokens: int = 512
+    removals: int = 40
 
 
 @dataclass(kw_only=True)
@@ -104,6 +107,16 @@ class AttentionConfig:
     first_tokens: int = 4
     last_tokens: int = 32
     threshold: float = 0.9
+
+
+@dataclass(kw_only=True)
+class GenerationConfig:
+    """How many plans of the quality table, spread over those below so many times dense, decode how many tokens."""
+
+    plans: int = 40
+    times_dense: float = 4.0
+    prompt_tokens: int = 64
+    tokens: int = 64
 
 
 @dataclass(kw_only=True)
@@ -118,6 +131,7 @@ class ScoreConfig:
     lis: LisConfig = field(default_factory=LisConfig)
     pdtrim: PdtrimConfig = field(default_factory=PdtrimConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     random_orders: int = 3
     out: str = ""
     seed: int = 0
@@ -145,8 +159,10 @@ class Job:
         return read_windows(text.path, self.tokenizer, tokens=tokens or text.tokens, window=text.window, seed=text.seed)
 
     def path(self, kind: str) -> Path:
-        """Return the file of a score of this model."""
-        return Path(self.cfg.out) if self.cfg.out else SCORES / f"{self.name}_{kind}.json"
+        """Return the file of a score of this model; another calibration sample has one of its own."""
+        seed = self.cfg.calibration.seed
+        sample = f"_seed{seed}" if seed and kind in ("gsi", "one_shot") else ""
+        return Path(self.cfg.out) if self.cfg.out else SCORES / f"{self.name}_{kind}{sample}.json"
 
     def described(self, windows: Windows | None) -> dict[str, Any]:
         """Return what a score was measured on."""
@@ -185,13 +201,14 @@ def model_name(cfg: DictConfig) -> str:
 def _gsi(job: Job) -> None:
     windows = job.text("calibration")
     path = job.path("gsi")
-    settings = {**job.described(windows), "margin": job.cfg.gsi.margin}
+    settings = job.described(windows)
     done: list[Round] = []
+    naive: list[dict[str, Any]] = []
     earlier_s = 0.0
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
         if all(old.get(key) == value for key, value in settings.items()):
-            done = [Round.from_json(value) for value in old["rounds"]]
+            done, naive = [Round.from_json(value) for value in old["rounds"]], old["naive_rounds"]
             earlier_s = old["cpu_seconds"]
             job.say(f"going on from round {len(done)} in {path}")
         else:
@@ -217,25 +234,37 @@ def _gsi(job: Job) -> None:
             f"{len(last.abandoned)} of {len(last.candidates)} abandoned; {last.cpu_s:.1f} CPU s, about "
             f"{left_s / 60:.1f} min left"
         )
+        if job.cfg.gsi.compare_every and (len(rounds) - 1) % job.cfg.gsi.compare_every == 0:
+            naive.append(_naive_round(job, windows_tokens, rounds))
+            job.say(json.dumps(naive[-1]))
         result = {
-            "margin": job.cfg.gsi.margin,
-            "exact": job.cfg.gsi.margin is None,
             "dense_nll": dense,
             "order": [block_name(r.removed) for r in rounds],
             "nll": [r.nll for r in rounds],
             "rounds": [r.to_json() for r in rounds],
+            "naive_rounds": naive,
             "earlier_cpu_seconds": earlier_s,
         }
         job.write(path, windows, "RAP (arXiv 2505.17138), Greedy Sequential Importance", result)
 
-    gsi(
-        job.elastic,
-        windows_tokens,
-        margin=job.cfg.gsi.margin,
-        done=done,
-        removals=wanted,
-        on_round=save,
-    )
+    gsi(job.elastic, windows_tokens, done=done, removals=wanted, on_round=save)
+
+
+def _naive_round(job: Job, windows: Tensor, rounds: list[Round]) -> dict[str, Any]:
+    started = time.process_time()
+    found = gsi_round_naive(job.elastic, windows, [r.removed for r in rounds[:-1]])
+    spent = time.process_time() - started
+    removed = min(found, key=lambda block: (found[block], block))
+    return {
+        "round": len(rounds),
+        "candidates": len(found),
+        "naive_cpu_s": spent,
+        "exact_cpu_s": rounds[-1].cpu_s,
+        "naive_removes": block_name(removed),
+        "exact_removes": block_name(rounds[-1].removed),
+        "naive_nll": found[removed],
+        "naive_nll_of_exact": found[rounds[-1].removed],
+    }
 
 
 def _read_order(job: Job, kind: str) -> list[int]:
@@ -243,33 +272,6 @@ def _read_order(job: Job, kind: str) -> list[int]:
     if not path.is_file():
         raise ConfigError(f"no {path.name} in conf/score; run python -m hw.score kind={kind.split('_w')[0]} first")
     return [block_number(name) for name in json.loads(path.read_text(encoding="utf-8"))["order"]]
-
-
-def _gsi_speed(job: Job) -> None:
-    windows = job.text("calibration")
-    stored = json.loads((SCORES / f"{job.name}_gsi.json").read_text(encoding="utf-8"))
-    rounds = [Round.from_json(value) for value in stored["rounds"]]
-    rows = []
-    for index in range(0, len(rounds), job.cfg.gsi.compare_every):
-        row: dict[str, Any] = {"round": index + 1, "candidates": len(rounds[index].candidates)}
-        for name, margin in (("exact", None), ("margin", job.cfg.gsi.margin)):
-            found = gsi(job.elastic, windows.tokens, margin=margin, done=rounds[:index], removals=index + 1)[-1]
-            row[f"{name}_cpu_s"], row[f"{name}_removes"] = found.cpu_s, block_name(found.removed)
-        started = time.process_time()
-        naive = gsi_round_naive(job.elastic, windows.tokens, [r.removed for r in rounds[:index]])
-        row["naive_cpu_s"] = time.process_time() - started
-        row["naive_removes"] = block_name(min(naive, key=lambda block: (naive[block], block)))
-        rows.append(row)
-        job.say(json.dumps(row))
-        totals = {name: sum(r[f"{name}_cpu_s"] for r in rows) for name in ("naive", "exact", "margin")}
-        result = {
-            "margin": job.cfg.gsi.margin,
-            "compared_rounds": rows,
-            "cpu_seconds_of_these_rounds": totals,
-            "naive_over_exact": totals["naive"] / totals["exact"],
-            "naive_over_margin": totals["naive"] / totals["margin"],
-        }
-        job.write(job.path("gsi_speed"), windows, "one run; each round from the state of the stored order", result)
 
 
 def _one_shot(job: Job) -> None:
@@ -332,8 +334,10 @@ def _pdtrim(job: Job) -> None:
             }
         )
         job.say(f"{prefill} in prefill, {decode} in decode: {found.start_nll:.4f} -> {found.nll:.4f} nats a token")
-    source = "PDTrim (arXiv 2509.04467), nested iterative search; its schedule and objective are ours"
-    job.write(job.path("pdtrim"), windows, source, {"searches": searches})
+    order = redundancy_order(job.elastic, windows.tokens, job.cfg.pdtrim.removals)
+    source = "PDTrim (arXiv 2509.04467), iterative removal and nested search; schedule and objective are ours"
+    result = {"order": [block_name(b) for b in order], "steps": job.cfg.pdtrim.steps, "searches": searches}
+    job.write(job.path("pdtrim"), windows, source, result)
 
 
 def _attention(job: Job) -> None:
@@ -366,6 +370,74 @@ def _table(job: Job) -> None:
     measure_table(job.elastic, calibration.tokens, test.tokens, path, described, SCORES, seed=job.cfg.seed, say=job.say)
 
 
+def _full_test(job: Job) -> None:
+    windows = job.text("test")
+    path = job.path("full_test")
+    done: list[dict[str, Any]] = []
+    if path.is_file():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        described = job.described(windows)
+        if different := sorted(key for key, value in described.items() if old.get(key) != value):
+            raise ConfigError(f"{path} was measured otherwise: {', '.join(different)} differ; remove it, or set out=")
+        done = old["plans"]
+    plans = chosen_plans(job.elastic.spec, *read_orders(SCORES, job.name), read_searches(SCORES, job.name))
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        row = rows[-1]
+        job.say(f"{len(rows)} of {len(plans)}: {row['name']}, perplexity {np.exp(row['nll']):.3f}, {row['cpu_s']} s")
+        job.write(path, windows, "perplexity of all but a window's first token", {"plans": rows})
+
+    measure_chosen(job.elastic, windows.tokens, plans, done, save)
+
+
+def _samples(job: Job) -> None:
+    windows = job.text("test")
+    path, spec = job.path("samples"), job.elastic.spec
+    described = job.described(windows)
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = all(old.get(key) == value for key, value in described.items())
+    known = {json.dumps(sorted(r["drop"])): r for r in old.get("rows", [])} if same else {}
+    rows: list[dict[str, Any]] = []
+    for file in sorted(SCORES.glob(f"{job.name}_gsi*.json")) + sorted(SCORES.glob(f"{job.name}_one_shot*.json")):
+        score = json.loads(file.read_text(encoding="utf-8"))
+        for size in (size for size in SIZES if size <= len(score["order"])):
+            drop = score["order"][:size]
+            row = known.get(json.dumps(sorted(drop)))
+            if row is None:
+                plan = uniform(spec, [block_number(b) for b in drop])
+                row = {"drop": drop, "nll": measure(job.elastic, plan, windows.tokens).mean}
+                known[json.dumps(sorted(drop))] = row
+            kind = "gsi" if "_gsi" in file.stem else "one_shot"
+            calibration = {"order": kind, "sample": score["text"]["windows"], "removals": size}
+            rows.append({**calibration, "drop": drop, "nll": row["nll"]})
+            job.say(f"{file.stem}, {size} removals: perplexity {np.exp(row['nll']):.2f}")
+            job.write(path, windows, "the same sizes of orders from several calibration samples", {"rows": rows})
+
+
+def _generation(job: Job) -> None:
+    cfg = job.cfg.generation
+    table = read_table(TABLES / f"{job.name}.json")
+    windows = job.text("test")
+    prompts = windows.tokens[:, : cfg.prompt_tokens]
+    dense = greedy_tokens(job.elastic, dense_plan(job.elastic.spec), prompts, cfg.tokens)
+    rows: list[dict[str, Any]] = []
+    for index in spread(table.loss.tolist(), cfg.plans, float(np.log(cfg.times_dense))):
+        plan = table.plans[index]
+        found = agreement(dense, greedy_tokens(job.elastic, plan, prompts, cfg.tokens))
+        rows.append(
+            {
+                "plan": plan_to_json(plan),
+                "chosen_as": list(table.kinds[index]),
+                "loss": float(table.loss[index]),
+                "share_equal": found.share,
+                "tokens_before_parting": found.first,
+            }
+        )
+        job.say(f"{len(rows)} of {cfg.plans}: loss {rows[-1]['loss']:.3f}, {found.share:.2f} of tokens equal")
+    result = {"prompt_tokens": cfg.prompt_tokens, "decoded_tokens": cfg.tokens, "prompts": len(prompts), "plans": rows}
+    job.write(job.path("generation"), windows, "greedy decoding beside dense, place by place", result)
+
+
 def _perplexity(job: Job) -> None:
     text = job.cfg.test
     windows = read_windows(text.path, job.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed)
@@ -377,7 +449,6 @@ def _perplexity(job: Job) -> None:
 
 KINDS: dict[str, Callable[[Job], None]] = {
     "gsi": _gsi,
-    "gsi_speed": _gsi_speed,
     "one_shot": _one_shot,
     "cosine": _cosine,
     "lis": _lis,
@@ -385,6 +456,9 @@ KINDS: dict[str, Callable[[Job], None]] = {
     "attention": _attention,
     "random": _random,
     "table": _table,
+    "full_test": _full_test,
+    "samples": _samples,
+    "generation": _generation,
     "perplexity": _perplexity,
 }
 

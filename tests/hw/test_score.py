@@ -17,6 +17,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 transformers = pytest.importorskip("transformers", reason="the real model needs transformers: pip install -e '.[hw]'")
 
+from hw import importance  # noqa: E402
 from hw.importance import (  # noqa: E402
     attention_mass,
     block_cosines,
@@ -31,7 +32,7 @@ from hw.importance import (  # noqa: E402
     two_stage_search,
 )
 from hw.model import ElasticModel, RequestKV  # noqa: E402
-from hw.nll import block_name, mask_without, measure, rounded  # noqa: E402
+from hw.nll import block_name, mask_without, measure, measure_many, rounded, token_nll  # noqa: E402
 from hw.scores_page import scores_page  # noqa: E402
 from hw.table import measure_table, table_plans  # noqa: E402
 from hw.text import read_windows  # noqa: E402
@@ -99,7 +100,9 @@ def plain_gsi(model, windows: torch.Tensor) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_gsi_finds_the_order_of_the_naive_algorithm(seed: int) -> None:
+def test_gsi_finds_the_order_of_the_naive_algorithm(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "LIKELY_TOKENS", 8)
+    monkeypatch.setattr(importance, "BATCH_TOKENS", 48)  # two candidates a batch
     model, windows = tiny(seed), text(seed=seed)
     expected = plain_gsi(model, windows)
     rounds = gsi(ElasticModel(copy.deepcopy(model)), windows)
@@ -119,11 +122,29 @@ def test_what_gsi_says_of_an_abandoned_candidate_is_a_lower_bound_above_the_winn
             assert value == pytest.approx(true, rel=1e-5)
 
 
-def test_gsi_with_a_wide_margin_is_the_exact_one() -> None:
+@pytest.mark.parametrize("cache_bytes", [0, 40_000])
+def test_gsi_with_less_room_for_hidden_states_finds_the_same_order(cache_bytes: int) -> None:
     model, windows = tiny(2), text(seed=2)
-    exact = gsi(ElasticModel(copy.deepcopy(model)), windows)
-    raced = gsi(ElasticModel(copy.deepcopy(model)), windows, margin=100.0)
-    assert [r.removed for r in raced] == [r.removed for r in exact]
+    roomy = gsi(ElasticModel(copy.deepcopy(model)), windows)
+    tight = gsi(ElasticModel(copy.deepcopy(model)), windows, cache_bytes=cache_bytes)
+    assert [(r.removed, r.nll) for r in tight] == [(r.removed, pytest.approx(r.nll)) for r in roomy]
+
+
+def test_the_bound_that_stands_for_the_head_is_below_the_loss_and_close_where_models_are_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importance, "LIKELY_TOKENS", 8)
+    elastic, window = ElasticModel(tiny(1)), text(1)[0]
+    with torch.inference_mode():
+        hidden = torch.randn(1, len(window), 32, generator=torch.Generator().manual_seed(0))
+        tail = importance._Tail(elastic, elastic.head(hidden[:, :-1])[0], window)
+        for change, closeness in ((0.0, 1e-3), (0.1, 0.05), (1.0, math.inf)):
+            noise = torch.randn(5, *hidden.shape[1:], generator=torch.Generator().manual_seed(1))
+            changed = hidden + change * noise
+            loss = token_nll(elastic, changed, window.expand(5, -1)).double().sum(-1)
+            gap = (loss - tail.bound(changed)) / loss
+            assert (gap > -1e-5).all()
+            assert (gap < closeness).all()
 
 
 def test_gsi_goes_on_from_a_checkpoint_to_the_same_order() -> None:
@@ -198,6 +219,12 @@ def test_one_pass_gives_the_loss_that_serving_token_by_token_has(index: int) -> 
     assert found.decode_tokens == 12
     # The first prediction behind the prompt comes from prefill, in both.
     assert found.decode_mean == pytest.approx(served_nll(elastic, plan, window, 8), rel=1e-4)
+
+
+def test_many_plans_at_once_lose_what_each_loses_alone_bit_for_bit() -> None:
+    elastic, windows = ElasticModel(tiny(3)), text(2, 20, seed=9)
+    plans = [*plans_of(elastic.spec), dense_plan(elastic.spec)]
+    assert measure_many(elastic, plans, windows) == [measure(elastic, plan, windows) for plan in plans]
 
 
 def test_rounded_weights_are_gone_afterwards() -> None:
@@ -330,19 +357,20 @@ def score(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_killed_gsi_goes_on_where_it_was_and_says_what_it_was_measured_on(checkpoint: Path) -> None:
     out = checkpoint / "gsi.json"
-    first = score(checkpoint, "kind=gsi", f"out={out}", "gsi.removals=2", "gsi.margin=null")
+    first = score(checkpoint, "kind=gsi", f"out={out}", "gsi.removals=2")
     assert first.returncode == 0, first.stderr
     assert len(json.loads(out.read_text())["order"]) == 2
-    second = score(checkpoint, "kind=gsi", f"out={out}", "gsi.margin=null")
+    second = score(checkpoint, "kind=gsi", f"out={out}", "gsi.compare_every=3")
     assert "going on from round 2" in second.stderr
     assert "left" in second.stderr
     found = json.loads(out.read_text())
     assert sorted(found["order"]) == sorted(block_name(b) for b in range(2 * LAYERS))
-    assert found["exact"] is True
+    assert [row["round"] for row in found["naive_rounds"]] == [4]
+    assert all(row["naive_removes"] == row["exact_removes"] for row in found["naive_rounds"])
     assert {"model", "text", "seed", "seconds", "date", "commit", "source", "dtype"} <= set(found)
-    other = score(checkpoint, "kind=gsi", f"out={out}", "gsi.margin=0.5")
+    other = score(checkpoint, "kind=gsi", f"out={out}", "seed=7")
     assert other.returncode == 2
-    assert "holds the order of another run: margin differ" in other.stderr
+    assert "holds the order of another run: seed differ" in other.stderr
 
 
 def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(checkpoint: Path, tmp_path: Path) -> None:
@@ -353,7 +381,7 @@ def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(check
     order = [block_name(r.removed) for r in rounds]
     source = {"text": "text.txt", "tokens": 96, "window_tokens": 24, "windows": "all"}
     described = {"model": "tiny", "weights": "random", "dtype": "float32", "device": "cpu", "text": source}
-    value = {**described, "exact": True, "margin": None, "order": order, "rounds": [r.to_json() for r in rounds]}
+    value = {**described, "naive_rounds": [], "order": order, "rounds": [r.to_json() for r in rounds]}
     write_json(tmp_path / "tiny_gsi.json", value)
     page = scores_page("tiny", tmp_path, tmp_path)
     assert " ".join(order) in page
@@ -394,10 +422,10 @@ def test_the_table_is_measured_and_goes_on(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["kind=gsi_sped"], "did you mean 'gsi_speed'"),
+        (["kind=one_shut"], "did you mean 'one_shot'"),
         ([], "is no measurement"),
         (["kind=gsi", "calibration.path=nowhere.txt"], "no text at"),
-        (["kind=gsi", "gsi.margins=1"], "did you mean 'gsi.margin'"),
+        (["kind=gsi", "gsi.removal=1"], "did you mean 'gsi.removals'"),
     ],
 )
 @pytest.mark.slow
