@@ -22,6 +22,7 @@ from sim.config import one_thread, run_command
 from sim.data import REPOSITORY
 from sim.errors import ConfigError
 from sim.model import load_model
+from sim.policies.learned import read_learned
 from sim.quality import QUALITIES
 from sim.runs import provenance, write_json, write_parquet
 
@@ -77,7 +78,7 @@ def _measure(cfg: DictConfig, folder: Path) -> None:
         write_parquet(folder / "training.parquet", pd.concat(curves, ignore_index=True))
     paths = [path for glob in cfg.learned.values() for path in found(str(glob))]
     if paths:
-        write_parquet(folder / "prune_ablation.parquet", shuffled_entries(cfg.model, paths))
+        write_parquet(folder / "prune_ablation.parquet", shuffled_entries(paths))
     quality = quality_on(cfg.model, "calibration")
     solved = np.stack([solver(model, quality.blocks)(draw) for draw in prune_draws().validation])
     table = QUALITIES / f"{cfg.model}.json"
@@ -86,6 +87,7 @@ def _measure(cfg: DictConfig, folder: Path) -> None:
         {
             **provenance(0),
             "model": cfg.model,
+            "trained_on": sorted({read_learned(path, "PruneToBudget").about["quality_sha256"] for path in paths}),
             "knapsack_validation": float(kept_quality(mask_losses(quality, solved)).mean()),
             "quality_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
         },

@@ -59,8 +59,15 @@ def read_order(model: ModelSpec, kind: str) -> list[int]:
     order = json.loads(path.read_text(encoding="utf-8"))["order"]
     names = {name: i for i, name in enumerate(block_names(model.num_layers))}
     if isinstance(order[0], int):
-        return [2 * layer + kind_ for layer in order for kind_ in (0, 1)]
-    return [names[name] for name in order]
+        found = [2 * layer + kind_ for layer in order for kind_ in (0, 1)]
+    else:
+        found = [names[name] for name in order]
+    if sorted(found) != list(range(len(names))):
+        raise ConfigError(
+            f"{path.name} orders {len(found)} of {len(names)} blocks; let its measurement finish: "
+            f"python -m hw.score kind={kind.split('_w')[0]}"
+        )
+    return found
 
 
 def needed_bytes(model: ModelSpec, draw: Draw) -> int:
@@ -201,7 +208,7 @@ def grid(frame: pd.DataFrame, policy: str, column: str) -> np.ndarray[Any, np.dt
     return table.to_numpy(dtype=np.float64)
 
 
-def shuffled_entries(model_name: str, paths: Sequence[Path], seed: int = 0) -> pd.DataFrame:
+def shuffled_entries(paths: Sequence[Path], seed: int = 0) -> pd.DataFrame:
     """Return the validation utility of trained policies when one kind of entry comes from another load.
 
     ``nothing`` is the policy as it is. Where the entries of a load are shuffled together they stay consistent.

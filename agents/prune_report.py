@@ -252,7 +252,14 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
     parts = [
         "# Does learning beat simple rules?\n",
         f"Made by `{made['command']}` from the files of `agents/results` (`measure=false` writes this page again); "
-        f"commit {made['commit'][:12]}, quality table {made['quality_sha256'][:12]}, {made['machine']}.\n",
+        f"commit {made['commit'][:12]}, quality table {made['quality_sha256'][:12]}, {made['machine']}."
+        + (
+            ""
+            if set(made["trained_on"]) <= {made["quality_sha256"]}
+            else " The learned policies were trained on an earlier state of that table "
+            f"({', '.join(x[:12] for x in made['trained_on'])}), which puts them at a disadvantage."
+        )
+        + "\n",
         "## Pruning one load to its budget (`PruneToBudget-v0`)\n",
         f"RAP's {loads} loads at {shares} budgets on {made['model']}. Utility is exp(-loss), the dense perplexity over "
         "the plan's, if the plan fits its budget, else 0; the mean over all loads. Every policy decides on losses of "

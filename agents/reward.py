@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.engine import EngineState
 from sim.errors import ConfigError, nearest
 
 # Shapes: every array has one entry an environment [n].
@@ -95,3 +96,34 @@ class PruneReward:
 
 
 KINDS = ("utility", "negative_loss")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeReward:
+    """The reward of ``ServeTrace``: what a tick added to the window's utility, times ``scale``.
+
+    late_weight: with it, the potential is minus this share of the requests that wait and are about to miss their TTFT;
+    shaped as above, so that the best policy stays the best.
+    """
+
+    scale: float = 10.0
+    late_weight: float = 0.0
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.scale > 0 and self.late_weight >= 0 and 0 < self.discount <= 1):
+            raise ConfigError(
+                f"reward.scale is {self.scale}, late_weight {self.late_weight}, discount {self.discount}; above 0, at "
+                "least 0, and in (0, 1] are allowed"
+            )
+
+    def potential(self, state: EngineState, requests: int, ttft_s: float | None) -> float:
+        """Return the potential of a state."""
+        if not self.late_weight or not requests:
+            return 0.0
+        pressing = min(1.0, state.oldest_wait_s / (ttft_s or 1.0))
+        return -self.late_weight * pressing * state.waiting / requests
+
+    def __call__(self, gained: float, before: float, after: float) -> float:
+        """Return the reward of a tick; before and after are potentials, after the end 0."""
+        return self.scale * (gained + self.discount * after - before)

@@ -11,6 +11,7 @@ layers come and go one by one and may keep different tokens (DESIGN section 2, r
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Literal
@@ -60,6 +61,7 @@ def linear_weight_bytes(model: ModelSpec, linear: Linear, bits: int) -> int:
     raise PlanError(f"weights of {bits} bits are not modelled; allowed are {', '.join(map(str, WEIGHT_BITS))}")
 
 
+@functools.cache  # a plan change asks for every layer
 def mha_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
     """Bytes of the weights of one MHA block, its norms included; norms and biases are never quantised."""
     linears = model.mha_linears
@@ -67,6 +69,7 @@ def mha_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
     return sum(linear_weight_bytes(model, linear, bits) for linear in linears) + norms * model.weight_dtype_bytes
 
 
+@functools.cache
 def ffn_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
     """Bytes of the weights of one FFN block, its norm included; norms and biases are never quantised."""
     linears = model.ffn_linears
