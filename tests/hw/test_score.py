@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason="the real model needs torch: pip ins
 transformers = pytest.importorskip("transformers", reason="the real model needs transformers: pip install -e '.[hw]'")
 
 from hw import importance  # noqa: E402
+from hw.evidence import Agreement, agreement, chosen_plans, greedy_tokens, measure_chosen, spread  # noqa: E402
 from hw.importance import (  # noqa: E402
     attention_mass,
     block_cosines,
@@ -328,6 +329,51 @@ def test_every_plan_of_the_table_is_legal_and_comes_again_with_the_same_seed() -
     assert plans == list(table_plans(spec, orders, {"lis_w4": [2, 0, 1]}, seed=0))
     kinds = {kind for kind, _ in plans}
     assert {"dense", "single removal", "random mask", "kv_keep", "prefix of gsi"} <= kinds
+
+
+# --- Evidence --------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_decoding_of_a_plan_is_what_serving_it_produces() -> None:
+    elastic, prompts = ElasticModel(tiny(3)), text(3, 8, seed=5)
+    plan = plans_of(elastic.spec)[4]  # staged masks, cut KV and rounded weights together
+    found = greedy_tokens(elastic, plan, prompts, 6)
+    elastic.apply(plan)
+    for row, prompt in enumerate(prompts.tolist()):
+        request = RequestKV()
+        logits = elastic.forward([prompt], [request], "prefill")
+        elastic.end_prefill(request)
+        for token in found[row].tolist():
+            assert int(logits.argmax()) == token
+            logits = elastic.forward([[token]], [request], "decode")
+    elastic.apply(dense_plan(elastic.spec))
+
+
+def test_agreement_counts_equal_places_and_the_tokens_before_the_first_that_differs() -> None:
+    reference = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    found = torch.tensor([[1, 9, 3, 4], [5, 6, 7, 8]])
+    assert agreement(reference, found) == Agreement(share=7 / 8, first=(1 + 4) / 2)
+
+
+def test_plans_are_spread_evenly_over_the_losses_below_a_limit() -> None:
+    losses = [0.5, 9.0, 0.1, 0.4, 0.2, 0.3]
+    assert spread(losses, 3, 1.0) == [2, 5, 0]
+    assert spread(losses, 10, 0.45) == [2, 4, 5, 3]
+
+
+def test_chosen_plans_that_were_measured_are_not_measured_again_unless_they_changed() -> None:
+    elastic, windows = ElasticModel(tiny()), text(2)
+    orders = {name: random_order(6, seed) for seed, name in enumerate(("gsi", "one_shot", "cosine"))}
+    plans = chosen_plans(elastic.spec, orders, {"lis_w4": [2, 0, 1]}, [([0, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 0])])
+    assert plans[0] == ("dense", dense_plan(elastic.spec))
+    seen = []
+    rows = measure_chosen(elastic, windows, plans[:3], [], lambda found: seen.append(len(found)))
+    assert seen == [1, 2, 3]
+    assert rows[1]["nll"] == measure(elastic, plans[1][1], windows).mean
+    changed = [plans[0], (plans[1][0], plans[2][1]), plans[2]]
+    again = measure_chosen(elastic, windows, changed, rows, lambda found: seen.append(len(found)))
+    assert seen[3:] == [2]
+    assert [again[0], again[2]] == [rows[0], rows[2]]
 
 
 @pytest.fixture(scope="module")
