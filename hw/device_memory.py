@@ -24,6 +24,7 @@ class DeviceMemory:
         self._device = device
         self._largest_bytes = largest_budget_bytes
         self._ballast: torch.Tensor | None = None
+        self.give_back()
         self.peak_bytes = self.start_bytes = self.in_use_bytes()
         if device.type == "cuda":
             total_bytes = torch.cuda.get_device_properties(device).total_memory

@@ -222,7 +222,6 @@ class HwEngine:
         self._copier = copier or LayerCopier(elastic)
         largest_bytes = max(self.budget.budget_bytes)
         self._memory = DeviceMemory(elastic.device, largest_bytes)
-        self._memory.give_back()
         self._pool = PagedKV(arena or self._default_arena(largest_bytes))
         self._run_what_is_resident()
         self._resize_pool()

@@ -68,32 +68,35 @@ def tiny_spec() -> ModelSpec:
 @lru_cache
 def flat_latency(fixed_us: float = 1e6, token_us: float = 3e4) -> LatencyModel:
     """Return prices that depend on the tokens of an iteration alone: ``fixed + token * tokens``."""
+    return calibration_from_dict(flat_latency_content(fixed_us, token_us))
+
+
+def flat_latency_content(fixed_us: float, token_us: float) -> dict[str, Any]:
+    """Return the calibration file of ``flat_latency``."""
     zeros = [0.0, 0.0]
     surface = {"context": [1, 2], "us": [zeros, zeros]}
-    return calibration_from_dict(
-        {
-            "schema": 1,
-            "name": "flat",
-            "model": "tiny",
-            "device": "none",
-            "kind": "measured",
-            "fixed_us": fixed_us,
-            "fixed_source": "a test",
-            "errors": {},
-            "validation": "",
-            "sources": [],
-            "notes": [],
-            "tables": {
-                "tokens": [1, 4096],
-                "linear_us": {str(bits): {"mha": zeros, "ffn": zeros} for bits in (16, 8, 4)},
-                "token_us": [token_us, 4096 * token_us],
-                "sequences": [1, 2],
-                "head_us": zeros,
-                "prefill_attention": {"tokens": [1, 2], **surface},
-                "decode_attention": {"batch": [1, 2], **surface},
-            },
-        }
-    )
+    return {
+        "schema": 1,
+        "name": "flat",
+        "model": "tiny",
+        "device": "none",
+        "kind": "measured",
+        "fixed_us": fixed_us,
+        "fixed_source": "a test",
+        "errors": {},
+        "validation": "",
+        "sources": [],
+        "notes": [],
+        "tables": {
+            "tokens": [1, 4096],
+            "linear_us": {str(bits): {"mha": zeros, "ffn": zeros} for bits in (16, 8, 4)},
+            "token_us": [token_us, 4096 * token_us],
+            "sequences": [1, 2],
+            "head_us": zeros,
+            "prefill_attention": {"tokens": [1, 2], **surface},
+            "decode_attention": {"batch": [1, 2], **surface},
+        },
+    }
 
 
 class PricedClock:

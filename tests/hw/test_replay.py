@@ -1,0 +1,112 @@
+"""``python -m hw.replay`` takes the words of ``python -m sim.replay`` and writes the same files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import hw.replay
+import sim.command
+from tests.hw.serving import flat_latency_content, tiny
+
+
+class Tokenizer:
+    eos_token_id = 0
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return a function that runs a command in this process, with the words that both commands share."""
+    tiny().config.save_pretrained(tmp_path)
+    (tmp_path / "flat.json").write_text(json.dumps(flat_latency_content(fixed_us=1e4, token_us=10.0)))
+    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (tiny(), Tokenizer()))
+    words = [
+        "trace=small",
+        "trace.duration_s=6",
+        "trace.lengths.max_prompt_tokens=60",
+        "trace.lengths.max_output_tokens=9",
+        "model=hf",
+        f"model.config={tmp_path}",
+        "+model.name=tiny",
+        f"latency={tmp_path / 'flat.json'}",
+        "engine=vllm_v1",
+        "engine.kv_block_tokens=4",
+        "budget=kv_blocks",
+        "budget.blocks=40",
+        "workspace_bytes=0",
+        "gpu=l4_24gb",
+        "iterations=true",
+        "plot=true",
+    ]
+
+    def command(module: str, *more: str, name: str = "run") -> Path:
+        folder = tmp_path / name
+        mine = ["hw.text=null", "hw.skip_idle=true"] if module == "hw" else []
+        monkeypatch.setattr(sys, "argv", [f"{module}.replay", *words, *mine, *more, f"hydra.run.dir={folder}"])
+        GlobalHydra.instance().clear()
+        (hw.replay.main if module == "hw" else sim.command.replay_command)()
+        return folder
+
+    return command
+
+
+def test_the_same_words_give_the_same_files_columns_and_requests_on_both_engines(run: Callable[..., Path]) -> None:
+    real, simulated = run("hw", name="real"), run("sim", name="simulated")
+    files = {path.name for path in simulated.iterdir()}
+    assert {path.name for path in real.iterdir()} == files | {"hardware.json"}
+    for name in ("records.parquet", "iterations.parquet", "transitions.parquet"):
+        ours, theirs = pd.read_parquet(real / name), pd.read_parquet(simulated / name)
+        assert dict(ours.dtypes) == dict(theirs.dtypes)
+    ours, theirs = (pd.read_parquet(folder / "records.parquet") for folder in (real, simulated))
+    same = ["arrival_s", "prompt_tokens", "output_tokens", "produced_tokens", "status"]
+    pd.testing.assert_frame_equal(ours[same], theirs[same])
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (real, simulated)]
+    assert summaries[0].keys() == summaries[1].keys()
+
+
+def test_a_policy_that_decides_runs_unchanged_and_memory_is_what_was_counted(run: Callable[..., Path]) -> None:
+    folder = run("hw", "policy=morphserve", "tick_s=0.2", "budget.blocks=20", "hw.clock=cpu")
+    told = json.loads((folder / "hardware.json").read_text())
+    assert told["largest_difference_bytes"] == 0
+    assert told["peak_allocated_bytes"] > 0
+    assert told["clock"] == "cpu"
+    assert OmegaConf.load(folder / "config.yaml").policy._target_ == "sim.policies.morphserve.morphserve"
+    assert (pd.read_parquet(folder / "records.parquet").status == "finished").all()
+
+
+def test_ctrl_c_leaves_the_records_so_far_whole(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    put_in_force = hw.replay.HwEngine._put_in_force
+
+    def stop_after_a_while(engine: hw.replay.HwEngine, ran: object) -> None:
+        put_in_force(engine, ran)  # type: ignore[arg-type]
+        if len(engine.iterations()) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(hw.replay.HwEngine, "_put_in_force", stop_after_a_while)
+    with pytest.raises(SystemExit) as ended:
+        run("hw", name="stopped")
+    assert ended.value.code == 130
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert summary["interrupted"]
+    assert summary["iterations"] == 5
+
+
+def test_a_checkpoint_that_is_not_the_described_model_is_refused(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (tiny("qwen3"), Tokenizer()))
+    with pytest.raises(SystemExit):
+        run("hw")
+    assert "describes" in capsys.readouterr().err
