@@ -1,0 +1,110 @@
+"""Admission limits: hold the queue to what can still get its first token in time, and reject the rest at once.
+
+``Saber`` is like SABER (arXiv 2506.19677), which admits a request only if a speed curve that it fitted says that its
+target will be met. Ours needs no curve of the model: it watches how many first tokens a second the server gives while
+requests wait, and lets as many wait as will get theirs within the target at that speed. Margin and bounds are ours.
+``Limited`` puts one fixed limit on what any other policy does, so that policies can be compared with and without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hydra.utils import instantiate
+
+from sim.engine import EngineState
+from sim.errors import ConfigError
+from sim.plan import Plan
+from sim.policies.base import Policy, Served
+from sim.policies.fixed import plan_of
+
+
+@dataclass(slots=True)
+class Saber:
+    """Runs one plan; the queue may hold what ``margin`` of the target can serve at the speed seen while it was full.
+
+    smoothing_s: over how many seconds that speed is averaged; only time in which requests waited counts.
+    """
+
+    plan: Plan
+    ttft_s: float
+    margin: float
+    least: int
+    most: int
+    smoothing_s: float
+    speed_rps: float = math.nan
+    before: EngineState | None = None
+
+    @property
+    def first_plan(self) -> Plan:
+        """The plan, with the widest queue."""
+        return replace(self.plan, admit=self.most)
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Set the limit to what can be served in time."""
+        before, self.before = self.before, state
+        if before is not None and state.time_s > before.time_s and before.waiting and state.waiting:
+            passed_s = state.time_s - before.time_s
+            seen_rps = (state.first_tokens - before.first_tokens) / passed_s
+            weight = 1.0 - math.exp(-passed_s / self.smoothing_s)
+            known = seen_rps if math.isnan(self.speed_rps) else self.speed_rps
+            self.speed_rps = known + weight * (seen_rps - known)
+        if math.isnan(self.speed_rps):
+            return self.first_plan
+        limit = math.floor(self.margin * self.ttft_s * self.speed_rps)
+        return replace(self.plan, admit=min(self.most, max(self.least, limit)))
+
+
+def saber(
+    served: Served,
+    *,
+    ttft_s: float = 2.0,
+    margin: float = 0.8,
+    least: int = 1,
+    most: int = 64,
+    smoothing_s: float = 10.0,
+    plan: Mapping[str, Any] | None = None,
+) -> Saber:
+    """Build the policy; ``plan``: the words of ``sim.policies.fixed.static_plan``, dense when not given.
+
+    Raises:
+        ConfigError: for a target, margin or smoothing that is not above 0, or bounds that are not 0 <= least <= most.
+    """
+    if min(ttft_s, margin, smoothing_s) <= 0 or not 0 <= least <= most:
+        raise ConfigError(
+            f"policy.ttft_s is {ttft_s}, margin {margin}, smoothing_s {smoothing_s}, least {least}, most {most}; the "
+            "first three must be above 0, and 0 <= least <= most"
+        )
+    return Saber(plan_of(served.model, plan or {}), ttft_s, margin, least, most, smoothing_s)
+
+
+@dataclass(slots=True)
+class Limited:
+    """What another policy does, with at most ``admit`` requests in the queue."""
+
+    policy: Policy
+    admit: int
+
+    @property
+    def first_plan(self) -> Plan:
+        """The other's first plan, limited."""
+        return replace(self.policy.first_plan, admit=self.admit)
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Return the other's plan, limited."""
+        return replace(self.policy(state), admit=self.admit)
+
+
+def limited(served: Served, *, policy: Any, admit: int) -> Limited:
+    """Build the policy around another, given as a file of conf/policy has it.
+
+    Raises:
+        ConfigError: for a limit below 0.
+    """
+    if admit < 0:
+        raise ConfigError(f"policy.admit is {admit}; at least 0 waiting requests are allowed")
+    made = instantiate(policy) if isinstance(policy, Mapping) else policy
+    return Limited(made(served), admit)

@@ -1,0 +1,121 @@
+"""Falling with load: precision or blocks go in proportion to pressure, or step by step as MorphServe's controller does.
+
+``precision`` is like FlexQuant (arXiv 2506.12024) and PMPD (arXiv 2410.13461), which lower bits where they cost least;
+here the number of layers at low precision follows the load. ``pressure_stop`` gives MorphServe's controller (arXiv
+2506.02006) a greedy order of blocks to drop instead of layers to quantise: the rule without learning that reacts to
+queues as well as to memory. Thresholds that no paper states are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sim.engine import EngineState
+from sim.errors import ConfigError
+from sim.plan import Plan, check_plan, dense_plan
+from sim.policies.base import Served
+from sim.policies.greedy_stop import greedy_stop
+from sim.policies.morphserve import MorphServe
+
+
+@dataclass(slots=True)
+class Precision:
+    """Runs as many levels down ``plans`` as the smoothed pressure asks for.
+
+    Pressure is the larger of KV use and wait: 0 at ``calm`` of the pool or of ``wait_s``, 1 when all of it is used.
+    hysteresis: levels go back only once the pressure has fallen by this share of the way between two of them.
+    """
+
+    plans: tuple[Plan, ...]
+    calm: float
+    wait_s: float
+    smoothing: float
+    hysteresis: float
+    pressure: float = 0.0
+    level: int = 0
+
+    @property
+    def first_plan(self) -> Plan:
+        """Full precision."""
+        return self.plans[0]
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Take one sample and follow it."""
+        pool = state.kv_layer_blocks
+        used = state.kv_used_layer_blocks / pool if pool else 1.0
+        load = max(used, min(state.oldest_wait_s / self.wait_s, 1.0))
+        seen = max(0.0, load - self.calm) / (1.0 - self.calm)
+        self.pressure += self.smoothing * (seen - self.pressure)
+        steps = self.pressure * (len(self.plans) - 1)
+        if steps > self.level:
+            self.level = min(len(self.plans) - 1, int(steps) + 1)
+        elif steps < self.level - 1 - self.hysteresis:
+            self.level = int(steps) + 1
+        return self.plans[self.level]
+
+
+def precision(
+    served: Served,
+    *,
+    bits: int = 4,
+    levels: int = 4,
+    calm: float = 0.6,
+    wait_s: float = 1.0,
+    smoothing: float = 0.5,
+    hysteresis: float = 0.5,
+) -> Precision:
+    """Build the policy: ``levels`` steps from full precision to every layer at ``bits``, front to back.
+
+    Raises:
+        ConfigError: for numbers out of range. PlanError: for bits that are not modelled.
+    """
+    if levels < 1 or not 0.0 <= calm < 1.0 or wait_s <= 0 or not 0.0 < smoothing <= 1.0 or hysteresis < 0:
+        raise ConfigError(
+            f"policy.levels is {levels}, calm {calm}, wait_s {wait_s}, smoothing {smoothing}, hysteresis {hysteresis}; "
+            "at least 1, in [0, 1), above 0, in (0, 1] and at least 0 are allowed"
+        )
+    layers = served.model.num_layers
+    dense = dense_plan(served.model)
+    counts = [round(layers * level / levels) for level in range(levels + 1)]
+    plans = tuple(replace(dense, weight_bits=(bits,) * n + (16,) * (layers - n)) for n in counts)
+    check_plan(served.model, plans[-1])
+    return Precision(plans, calm, wait_s, smoothing, hysteresis)
+
+
+def pressure_stop(
+    served: Served,
+    *,
+    order: Sequence[str],
+    made_for: str | None = None,
+    step: int = 2,
+    most: int = 8,
+    smoothing: float = 0.25,
+    pressure_kv_share: float = 0.85,
+    pressure_delay_s: float = 0.1,
+    pressure_samples: int = 3,
+    recovery_kv_share: float = 0.65,
+    recovery_delay_s: float = 0.025,
+    recovery_samples: int = 5,
+) -> MorphServe:
+    """Build MorphServe's controller over the first ``most`` blocks of an order, ``step`` at a time.
+
+    Raises:
+        ConfigError: for steps out of range. PlanError: for an order that is not of this model.
+    """
+    stop = greedy_stop(served, order=order, made_for=made_for)
+    if not 1 <= step <= most <= len(stop.plans) - 1:
+        raise ConfigError(
+            f"policy.step is {step} and most {most}; 1 <= step <= most <= {len(stop.plans) - 1}, the order's length"
+        )
+    return MorphServe(
+        plans=stop.plans[: most + 1],
+        step=step,
+        smoothing=smoothing,
+        pressure_kv_share=pressure_kv_share,
+        pressure_delay_s=pressure_delay_s,
+        pressure_samples=pressure_samples,
+        recovery_kv_share=recovery_kv_share,
+        recovery_delay_s=recovery_delay_s,
+        recovery_samples=recovery_samples,
+    )
