@@ -281,13 +281,40 @@ class _Search:
         self._slack = 1e-5 if self._elastic.dtype == torch.float32 else 1e-3
         self._tails: list[_Tail] = []
         self._hardest: list[int] = []
-        self._begin([])
-
-    def _begin(self, order: Sequence[int]) -> None:
-        self._sums: dict[int, list[float]] = {block: [] for block in order}  # of windows, the hardest first
-        self._abandoned: set[int] = set()
-        self._best, self._best_sum = -1, math.inf
         self._heads = 0
+        self._sums: dict[int, list[float]] = {}  # of windows, the hardest first: losses, or lower bounds of them
+
+    def round(self, order: Sequence[int]) -> Round:
+        """Evaluate all candidates, the first of ``order`` first; return the round with its winner."""
+        self._states.fill_base()
+        if not self._tails or self._heads > HEADS_PER_ROUND:  # older bounds are lower, and as true
+            self._renew_tails()
+        self._heads = 0
+        self._sums = {block: [] for block in order}
+        self._follow(order[:1], math.inf)
+        self._follow(order[1:], 1.02 * self._sum(order[0]))  # a guess; below, they are followed as far as it takes
+        best, best_sum = -1, math.inf
+        finished: set[int] = set()
+        while left := [b for b in order if b not in finished and self._sum(b) <= best_sum]:
+            block = min(left, key=lambda b: (self._sum(b), b))
+            if len(self._sums[block]) < len(self._hardest):
+                self._follow(left, best_sum)
+                continue
+            finished.add(block)
+            self._finish(block, best_sum)
+            if (self._sum(block), block) < (best_sum, best):
+                best, best_sum = block, self._sum(block)
+        tokens = self._windows.shape[0] * (self._windows.shape[1] - 1)
+        return Round(
+            removed=best,
+            nll=best_sum / tokens,
+            candidates={block: self._sum(block) / tokens for block in order},
+            abandoned=tuple(sorted(block for block in order if self._sum(block) > best_sum)),
+            cpu_s=0.0,
+        )
+
+    def _sum(self, block: int) -> float:
+        return math.fsum(self._sums[block])
 
     def _renew_tails(self) -> None:
         end = self._states.end
@@ -297,52 +324,23 @@ class _Search:
         ]
         self._hardest = sorted(range(len(self._tails)), key=lambda w: (-self._tails[w].loss, w))
 
-    def round(self, order: Sequence[int]) -> Round:
-        """Evaluate all candidates in this order; return the round with its winner."""
-        self._states.fill_base()
-        if not self._tails or self._heads > HEADS_PER_ROUND:  # older bounds are lower, and as true
-            self._renew_tails()
-        self._begin(order)
-        for window in self._hardest:
-            self._bound(window, order[:1])
-        self._finish(order[0])
-        for window in self._hardest:
-            self._bound(window, [block for block in order[1:] if block not in self._abandoned])
-        for block in sorted(order[1:], key=lambda b: (math.fsum(self._sums[b]), b)):
-            self._finish(block)
-        tokens = self._windows.shape[0] * (self._windows.shape[1] - 1)
-        return Round(
-            removed=self._best,
-            nll=self._best_sum / tokens,
-            candidates={block: math.fsum(self._sums[block]) / tokens for block in order},
-            abandoned=tuple(sorted(self._abandoned)),
-            cpu_s=0.0,
-        )
-
-    def _behind(self, block: int) -> bool:
-        """Abandon a candidate whose partial sum exceeds the best whole one."""
-        if math.fsum(self._sums[block]) > self._best_sum:
-            self._abandoned.add(block)
-        return block in self._abandoned
-
-    def _bound(self, window: int, blocks: Sequence[int]) -> None:
-        self._states.fill(window, blocks)
-        for block in blocks:
-            loss = float(self._tails[window].bound(self._states.last(window, block)))
-            self._sums[block].append(loss * (1 - self._slack) - self._slack)
-            self._behind(block)
-
-    def _finish(self, block: int) -> None:
-        """Put true losses in the place of bounds; bounds still stand for the windows that are not reached."""
+    def _follow(self, blocks: Sequence[int], limit: float) -> None:
+        """Add the bounds of windows to candidates until their sum exceeds a limit."""
         for seen, window in enumerate(self._hardest):
-            if self._behind(block):
+            at_hand = [block for block in blocks if len(self._sums[block]) == seen and self._sum(block) <= limit]
+            self._states.fill(window, at_hand)
+            for block in at_hand:
+                loss = float(self._tails[window].bound(self._states.last(window, block)))
+                self._sums[block].append(loss * (1 - self._slack) - self._slack)
+
+    def _finish(self, block: int, limit: float) -> None:
+        """Put losses in the place of a candidate's bounds until their sum exceeds a limit."""
+        for seen, window in enumerate(self._hardest):
+            if self._sum(block) > limit:
                 return
             losses = token_nll(self._elastic, self._states.last(window, block), self._windows[window][None])
             self._sums[block][seen] = float(losses.double().sum())
         self._heads += 1
-        total = math.fsum(self._sums[block])
-        if not self._behind(block) and (total, block) < (self._best_sum, self._best):
-            self._best, self._best_sum = block, total
 
 
 HEADS_PER_ROUND = 3
@@ -385,7 +383,8 @@ def gsi_round_naive(elastic: ElasticModel, windows: Tensor, removed: Sequence[in
                     hidden = hidden + (
                         elastic.feed(layer, hidden) if block % 2 else elastic.attend(layer, hidden, rope)
                     )
-            sums[candidate] += float(token_nll(elastic, hidden, batch).double().sum())
+            for row, window in zip(hidden, batch, strict=True):  # logits of all at once would be slower
+                sums[candidate] += float(token_nll(elastic, row[None], window[None]).double().sum())
     return {block: total / (windows.shape[0] * (windows.shape[1] - 1)) for block, total in sums.items()}
 
 

@@ -121,7 +121,10 @@ class GenerationConfig:
 
 @dataclass(kw_only=True)
 class ScoreConfig:
-    """What a measurement is told. kind: what to measure. out: the file to write; empty names it by model and kind."""
+    """What a measurement is told. kind: what to measure. out: the file to write; empty names it by model and kind.
+
+    full_plans: how many plans the whole test text is spent on; null takes all that ``chosen_plans`` names.
+    """
 
     kind: str
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -133,6 +136,7 @@ class ScoreConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     random_orders: int = 3
+    full_plans: int | None = None
     out: str = ""
     seed: int = 0
 
@@ -160,8 +164,9 @@ class Job:
 
     def path(self, kind: str) -> Path:
         """Return the file of a score of this model; another calibration sample has one of its own."""
-        seed = self.cfg.calibration.seed
-        sample = f"_seed{seed}" if seed and kind in ("gsi", "one_shot") else ""
+        tokens, seed = self.cfg.calibration.tokens, self.cfg.calibration.seed
+        sampled = kind in ("gsi", "one_shot") and (tokens, seed) != (1024, 0)
+        sample = f"_{tokens}_seed{seed}" if sampled else ""
         return Path(self.cfg.out) if self.cfg.out else SCORES / f"{self.name}_{kind}{sample}.json"
 
     def described(self, windows: Windows | None) -> dict[str, Any]:
@@ -381,6 +386,7 @@ def _full_test(job: Job) -> None:
             raise ConfigError(f"{path} was measured otherwise: {', '.join(different)} differ; remove it, or set out=")
         done = old["plans"]
     plans = chosen_plans(job.elastic.spec, *read_orders(SCORES, job.name), read_searches(SCORES, job.name))
+    plans = plans[: job.cfg.full_plans]
 
     def save(rows: list[dict[str, Any]]) -> None:
         row = rows[-1]
@@ -398,7 +404,13 @@ def _samples(job: Job) -> None:
     same = all(old.get(key) == value for key, value in described.items())
     known = {json.dumps(sorted(r["drop"])): r for r in old.get("rows", [])} if same else {}
     rows: list[dict[str, Any]] = []
-    for file in sorted(SCORES.glob(f"{job.name}_gsi*.json")) + sorted(SCORES.glob(f"{job.name}_one_shot*.json")):
+    files = [file for kind in ("gsi", "one_shot") for file in sorted(SCORES.glob(f"{job.name}_{kind}_*_seed*.json"))]
+    if not files:
+        raise ConfigError(
+            f"no orders of other calibration samples of {job.name} in conf/score; make some: "
+            "python -m hw.score kind=gsi,one_shot calibration.tokens=512 calibration.seed=0,1,2 --multirun"
+        )
+    for file in files:
         score = json.loads(file.read_text(encoding="utf-8"))
         for size in (size for size in SIZES if size <= len(score["order"])):
             drop = score["order"][:size]
@@ -408,8 +420,8 @@ def _samples(job: Job) -> None:
                 row = {"drop": drop, "nll": measure(job.elastic, plan, windows.tokens).mean}
                 known[json.dumps(sorted(drop))] = row
             kind = "gsi" if "_gsi" in file.stem else "one_shot"
-            calibration = {"order": kind, "sample": score["text"]["windows"], "removals": size}
-            rows.append({**calibration, "drop": drop, "nll": row["nll"]})
+            sample = f"{score['text']['tokens']} tokens {score['text']['windows']}"
+            rows.append({"order": kind, "sample": sample, "removals": size, "drop": drop, "nll": row["nll"]})
             job.say(f"{file.stem}, {size} removals: perplexity {np.exp(row['nll']):.2f}")
             job.write(path, windows, "the same sizes of orders from several calibration samples", {"rows": rows})
 
