@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,23 @@ def found(glob: str) -> list[Path]:
     return paths
 
 
+def network_seconds(paths: list[Path]) -> dict[str, float]:
+    """Return what one evaluation of a network takes, median and P99 of 10,000 on random features."""
+    if not paths:
+        return {"network_p50_s": 0.0, "network_p99_s": 0.0}
+    network = read_learned(paths[0], "PruneToBudget").network
+    out, size = network.weights[-1].shape[0], network.weights[0].shape[1]
+    rng = np.random.default_rng(0)
+    features, legal = rng.random((10_000, size)).astype(np.float32), np.ones(out, dtype=np.bool_)
+    took_s = []
+    for row in features:
+        begun_s = time.perf_counter()
+        network.act(row, legal)
+        took_s.append(time.perf_counter() - begun_s)
+    p50, p99 = np.quantile(took_s, (0.5, 0.99)).tolist()
+    return {"network_p50_s": p50, "network_p99_s": p99}
+
+
 def _measure(cfg: DictConfig, folder: Path) -> None:
     model = load_model(cfg.model)
     policies = baselines(model)
@@ -87,6 +105,7 @@ def _measure(cfg: DictConfig, folder: Path) -> None:
         {
             **provenance(0),
             "model": cfg.model,
+            **network_seconds(paths),
             "trained_on": sorted({read_learned(path, "PruneToBudget").about["quality_sha256"] for path in paths}),
             "knapsack_validation": float(kept_quality(mask_losses(quality, solved)).mean()),
             "quality_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),

@@ -118,22 +118,19 @@ def training_markdown(curves: pd.DataFrame, knapsack_validation: float) -> str:
     """Return what the trainings took and reached."""
     lines = [
         "| training | seeds | best validation utility, mean (lowest to highest) | of knapsack | seconds | environment "
-        "steps | seconds to 95 % of knapsack | of the time sampling / learning |",
+        "steps | seconds to 95 % of knapsack | sampling : learning |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, part in curves.groupby("policy", sort=False):
         best = part.groupby("seed")["best_utility"].max()
         ends = part.groupby("seed").last()
         near = part[part["best_utility"] >= 0.95 * knapsack_validation].groupby("seed")["seconds"].min()
-        per_row = part["iteration"].groupby(part["seed"]).diff().median()
-        total = ends["seconds"].sum()
-        sampled = (part["sample_seconds"] * per_row).sum() / total
-        learned = (part["learn_seconds"] * per_row).sum() / total
+        sampled = part["sample_seconds"].sum() / (part["sample_seconds"] + part["learn_seconds"]).sum()
         reached = f"{near.median():.0f} (median of {len(near)})" if len(near) else "not reached"
         lines.append(
             f"| {name} | {len(best)} | {best.mean():.4f} ({best.min():.4f} to {best.max():.4f}) | "
             f"{100 * best.mean() / knapsack_validation:.1f} % | {ends['seconds'].mean():.0f} | "
-            f"{ends['env_steps'].mean():,.0f} | {reached} | {100 * sampled:.0f} % / {100 * learned:.0f} % |"
+            f"{ends['env_steps'].mean():,.0f} | {reached} | {100 * sampled:.0f} : {100 - 100 * sampled:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -212,9 +209,11 @@ def verdict(frame: pd.DataFrame) -> str:
 
 def figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> None:
     """Write prune.png: utility by budget, and training curves over seeds."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     picture = Figure(figsize=(11, 4), dpi=110, layout="constrained")
     FigureCanvasAgg(picture)
     axes = picture.subplots(1, 2)
@@ -226,6 +225,7 @@ def figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> No
         part = frame[frame["policy"] == name]
         means = [part[part["budget_share"] == b]["utility_test"].mean() for b in budgets]
         style: dict[str, Any] = {"linewidth": 2.2} if name in learned else {"linewidth": 1.0, "alpha": 0.8}
+        style["color"] = colours[policies_of(frame).index(name) % len(colours)]
         axes[0].plot([100 * b for b in budgets], means, label=name, marker="o", markersize=3, **style)
     axes[0].set(xlabel="budget, % of the dense peak", ylabel="utility on the test text", title="RAP's ten loads")
     axes[0].legend(fontsize=7)
@@ -249,15 +249,16 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
     curves = pd.read_parquet(curves_path) if curves_path.exists() else None
     figure(folder, frame, curves)
     loads, shares = len(frame[["batch", "sequence_tokens"]].drop_duplicates()), frame["budget_share"].nunique()
+    fresh = set(made["trained_on"]) <= {made["quality_sha256"]}
     parts = [
         "# Does learning beat simple rules?\n",
         f"Made by `{made['command']}` from the files of `agents/results` (`measure=false` writes this page again); "
         f"commit {made['commit'][:12]}, quality table {made['quality_sha256'][:12]}, {made['machine']}."
         + (
             ""
-            if set(made["trained_on"]) <= {made["quality_sha256"]}
+            if fresh
             else " The learned policies were trained on an earlier state of that table "
-            f"({', '.join(x[:12] for x in made['trained_on'])}), which puts them at a disadvantage."
+            f"({', '.join(x[:12] for x in made['trained_on'])}), while the rules decide on the present one."
         )
         + "\n",
         "## Pruning one load to its budget (`PruneToBudget-v0`)\n",
@@ -265,6 +266,8 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
         "the plan's, if the plan fits its budget, else 0; the mean over all loads. Every policy decides on losses of "
         "the calibration text; the figures are on the test text, predicted by the table of `conf/quality` "
         "(`hw/SCORES.md` states its held-out error). Intervals: paired bootstrap over loads and seeds, 95 %. "
+        "A decision is a whole plan; one evaluation of the network, that is one block, takes "
+        f"{1e6 * made['network_p50_s']:.0f} us (P99 {1e6 * made['network_p99_s']:.0f}). "
         '"Other fit" is the same plans under the fit with terms for neighbours, in which no knapsack is exact.\n',
         prune_table_markdown(frame),
         "Baselines: " + "; ".join(f"**{name}** {ABOUT[name]}" for name in ABOUT) + ".\n",
@@ -290,7 +293,15 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
         prune_table_markdown(unseen),
     ]
     if curves is not None:
-        parts += ["### Training\n", training_markdown(curves, float(made["knapsack_validation"]))]
+        parts += [
+            "### Training\n",
+            "One process on two shared cores beside other work, so seconds are wall time and an upper bound; an "
+            "environment step costs 6 us of CPU in them (`tests/bench/bench_env.py`), the rest is RLlib's sampling and "
+            f"the learner. The knapsack's validation utility is {float(made['knapsack_validation']):.4f}"
+            + ("" if fresh else " on the present quality table, the trainings' figures are on that of their time")
+            + ".\n",
+            training_markdown(curves, float(made["knapsack_validation"])),
+        ]
     if ablation_path.exists():
         parts += [
             "### Which entries of the observation matter\n",

@@ -126,6 +126,8 @@ def test_the_page_is_made_from_the_files_and_says_who_won(played: pd.DataFrame, 
         "machine": "a machine",
         "model": MODEL.name,
         "knapsack_validation": 0.3,
+        "network_p50_s": 1e-5,
+        "network_p99_s": 2e-5,
     }
     write_json(tmp_path / "prune.json", made)
     page = write_report(tmp_path, tmp_path / "RESULTS.md").read_text(encoding="utf-8")
