@@ -13,7 +13,7 @@ else
 INSTALL = $(UV) pip install --quiet --python $(BIN)/python
 endif
 
-.PHONY: help demo test lint types test-slow bench clean
+.PHONY: help demo test lint types test-slow fuzz bench clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -34,6 +34,12 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+# make fuzz   the compiled engine against the plain one on CASES random replays (50,000); prints a failing seed, shrunk
+CASES ?= 50000
+FIRST ?= 0
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.sim.fuzz $(CASES) $(FIRST)
 
 # make bench   speed, measured on this machine
 bench: $(VENV)/.dev

@@ -25,6 +25,7 @@ from sim.latency import CALIBRATIONS, load_calibration
 from sim.metrics import Slo, iterations_frame, records_frame, summarise, transitions_frame
 from sim.model import ModelSpec
 from sim.policies import Fixed, Policy, Served
+from sim.quality import QUALITIES, load_quality
 from sim.records import Iterations, TokenGaps, Transitions
 from sim.replay import replay
 from sim.report import plot_replay, print_summary
@@ -118,6 +119,12 @@ def build_parts(cfg: DictConfig) -> Parts:
     return Parts(model, gpu, config, policy, build(cfg.budget)(context))
 
 
+def find_quality(model: str) -> str | None:
+    """Return the name of the quality table of a model, measured before published; None where there is none."""
+    known = {path.stem for path in QUALITIES.glob("*")}
+    return next((name for name in (model, f"{model}_published") if name in known), None)
+
+
 def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
     """Build the engine and the policy of a configuration."""
     parts = build_parts(cfg)
@@ -130,6 +137,8 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
             f"calibration {latency.name!r} was made for model {latency.model!r}, not {model.name!r}; "
             f"set latency= to one made for it, or model={latency.model}"
         )
+    table = cfg.quality_table or find_quality(model.name)
+    quality = load_quality(table) if table is not None else None
     engine = SimEngine(
         model=model,
         latency=latency,
@@ -140,6 +149,7 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
         host_to_device_bytes_per_s=gpu.host_to_device_bytes_per_s,
         # A copy takes its bytes from the memory bandwidth that iterations live on; not measured, an upper bound.
         copy_slowdown=gpu.host_to_device_bytes_per_s / gpu.memory_bandwidth_bytes_per_s,
+        quality_nll=quality.nll if quality is not None else None,
     )
     return engine, parts.policy
 

@@ -32,6 +32,8 @@ class ReplayConfig:
 
     tick_s: seconds between two decisions of the policy; it also decides where the budget changes.
     latency: a file of conf/calibration by name, or a path; null takes the one made for this model on this GPU.
+    quality_table: a file of conf/quality by name, by which requests are charged for the plans they ran under; null
+        takes the one of this model where there is one.
     workspace_bytes: activations, CUDA graphs and the like; part of the budget that neither weights nor KV can use.
         The default is what vLLM 0.19 took on a real RTX 4090 with Llama-3.1-8B: 0.9 x 25.25 GB - 16.06 GB of weights
         - 5.43 GB of KV blocks (casys-kaist/LLMServingSim, meta.json).
@@ -49,6 +51,7 @@ class ReplayConfig:
     policy: Any
     slo: Any
     latency: str | None = None
+    quality_table: str | None = None
     fixed_s: float | None = None
     workspace_bytes: float = 1.24e9
     tick_s: float = 1.0

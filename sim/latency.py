@@ -18,8 +18,8 @@ Attention is priced on sums over the batch, so that an engine keeps four integer
   max(P, M, f + min(P, a * tile-contexts + h * tiles) + min(M, b * contexts + d * sequences)) times a tabulated
   residual, where P is the prefill part alone and M the decode part beside a tiny prefill.
 
-The functions marked `njit` are the only arithmetic: the reference engine calls them from Python, the compiled one from
-inside its loop, and both get the same bits.
+The functions marked `compiled` are the only arithmetic: the plain engine of the tests calls them from Python, the
+compiled one from inside its loop, and both get the same bits.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from sim.compiled import compiled
 from sim.data import REPOSITORY
 from sim.errors import CalibrationError, nearest
 from sim.plan import WEIGHT_BITS, Plan
@@ -71,28 +71,25 @@ DATA_START = 6
 class LatencyTables(NamedTuple):
     """The numbers of one calibration for compiled code: all of them in one array, and where each table lies in it.
 
-    One array each, because compiled code counts references to every array it passes on: with an array a table the price
-    of a decode iteration took 650 ns, this way a tenth of it.
+    One array for all of them, so that whoever is handed a calibration is handed two arrays and not forty.
     """
 
     data: Floats
     layout: Counts
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def _segment(data: Floats, at: int, length: int, x: float) -> int:
     """Return i so that the grid at ``at`` has x in its segment i; the first or last segment for x outside."""
-    low, high = 0, length - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if x < data[at + middle]:
-            high = middle
-        else:
-            low = middle
+    low, candidates = 0, length - 1
+    while candidates > 1:
+        half = candidates // 2
+        low = low + half if data[at + low + half] <= x else low  # a conditional move, where a branch would be missed
+        candidates -= half
     return low
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def interp1(data: Floats, grid_at: int, length: int, values_at: int, x: float) -> float:
     """Return a curve at x: linear between points, the first value below them, the last segment's slope above.
 
@@ -108,7 +105,7 @@ def interp1(data: Floats, grid_at: int, length: int, values_at: int, x: float) -
     return float(value + share * (data[values_at + i + 1] - value))
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def interp2(
     data: Floats, rows_at: int, rows: int, columns_at: int, columns: int, values_at: int, row: float, column: float
 ) -> float:
@@ -125,7 +122,7 @@ def interp2(
     return float(low + u * (high - low))
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def _hold(data: Floats, at: int, length: int, x: float) -> tuple[int, float]:
     """Return the segment of x and how far into it, held at both ends: a residual is not extrapolated."""
     if x <= data[at]:
@@ -136,7 +133,7 @@ def _hold(data: Floats, at: int, length: int, x: float) -> tuple[int, float]:
     return i, (x - data[at + i]) / (data[at + i + 1] - data[at + i])
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def _residual(data: Floats, layout: Counts, x: float, y: float, z: float, w: float) -> float:
     """Return the residual at (x, y, z, w): linear along every axis, held outside."""
     i, p = _hold(data, layout[RESIDUAL], layout[RESIDUAL + 1], x)
@@ -156,7 +153,7 @@ def _residual(data: Floats, layout: Counts, x: float, y: float, z: float, w: flo
     return total
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def _curve(data: Floats, layout: Counts, slot: int, x: int) -> float:
     """Return a curve tabulated for every count, at count x; its slope's continuation above the last one."""
     at, last = layout[slot], layout[slot + 1]
@@ -165,7 +162,7 @@ def _curve(data: Floats, layout: Counts, slot: int, x: int) -> float:
     return float(data[at + last] + data[at + last + 1] * (x - last))
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def _surface(data: Floats, layout: Counts, slot: int, row: float, column: float) -> float:
     """Return the surface of a slot at (row, column)."""
     return float(
@@ -173,7 +170,7 @@ def _surface(data: Floats, layout: Counts, slot: int, row: float, column: float)
     )
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def linear_seconds(tables: LatencyTables, bits_index: int, kind: int, tokens: int) -> float:
     """Return the seconds of one block (kind MHA or FFN) without attention over ``tokens`` tokens; none for none.
 
@@ -182,7 +179,7 @@ def linear_seconds(tables: LatencyTables, bits_index: int, kind: int, tokens: in
     return float(_curve(tables.data, tables.layout, CURVE_LINEAR + 4 * bits_index + 2 * kind, tokens))
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def prefill_attention_seconds(tables: LatencyTables, tokens: int, context_sum: int) -> float:
     """Return the seconds of one layer's attention of ``tokens`` prompt tokens that attend to ``context_sum`` in all."""
     if tokens == 0:
@@ -190,7 +187,7 @@ def prefill_attention_seconds(tables: LatencyTables, tokens: int, context_sum: i
     return float(_surface(tables.data, tables.layout, SURFACE_PREFILL, float(tokens), context_sum / tokens))
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def decode_attention_seconds(tables: LatencyTables, batch: int, context_sum: int) -> float:
     """Return the seconds of one layer's attention of ``batch`` new tokens over ``context_sum`` tokens of KV in all."""
     if batch == 0:
@@ -198,7 +195,7 @@ def decode_attention_seconds(tables: LatencyTables, batch: int, context_sum: int
     return float(_surface(tables.data, tables.layout, SURFACE_DECODE, float(batch), context_sum / batch))
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def _shared_kernel_seconds(
     tables: LatencyTables, prefill_s: float, prefill_tokens: int, prefill_context_sum: int, batch: int, context_sum: int
 ) -> float:
@@ -221,7 +218,7 @@ def _shared_kernel_seconds(
     return float(max(prefill_s, max(max(prefill_s, decode_s), together_s) * residual))
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def attention_seconds(
     tables: LatencyTables, prefill_tokens: int, prefill_context_sum: int, batch: int, context_sum: int
 ) -> float:
@@ -236,7 +233,7 @@ def attention_seconds(
     return float(_shared_kernel_seconds(tables, prefill_s, prefill_tokens, prefill_context_sum, batch, context_sum))
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def iteration_seconds(
     tables: LatencyTables,
     layers: Counts,
@@ -282,7 +279,7 @@ def iteration_seconds(
     return float(total)
 
 
-@njit(cache=True)
+@compiled()
 def layered_iteration_seconds(tables: LatencyTables, rows: Counts, tokens: int, sequences: int) -> float:
     """Return the seconds of an iteration whose requests do not all run the same blocks or read the same KV.
 
@@ -306,7 +303,7 @@ def layered_iteration_seconds(tables: LatencyTables, rows: Counts, tokens: int, 
     return float(total)
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def _covers(tables: LatencyTables, slot: int, count: int, context_sum: int) -> bool:
     """Return whether a surface reaches up to ``count`` with that sum of contexts."""
     data, layout = tables.data, tables.layout
@@ -315,7 +312,7 @@ def _covers(tables: LatencyTables, slot: int, count: int, context_sum: int) -> b
     return bool(count <= last_row and context_sum <= last_column * count)
 
 
-@njit(cache=True, forceinline=True)
+@compiled()
 def iteration_in_range(
     tables: LatencyTables,
     prefill_tokens: int,

@@ -63,6 +63,7 @@ def records_frame(records: Records, slo: Slo) -> pd.DataFrame:
             "status": pd.Categorical([names[int(s)] for s in records.status], categories=list(names.values())),
             "met_slo": met_slo(records, slo),
             "kept_params_share": records.kept_params_share,
+            "quality_nll": records.quality_nll,
         }
     )
 
@@ -177,6 +178,7 @@ def summarise(
         "transitions": transitions,
         "budget_violation_s": budget_violation_s,
         "kept_params_share": distribution(records.kept_params_share)["mean"],
+        "quality_nll": distribution(records.quality_nll)["mean"],
         "preemptions": int(records.preemptions.sum()),
         "kv_peak_share": float(iterations.kv_used_share.max()) if len(iterations) else 0.0,
         "extrapolated_share": float(iterations.extrapolated.mean()) if len(iterations) else 0.0,

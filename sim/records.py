@@ -33,6 +33,8 @@ class Records:
     preemptions: int64[n]. status: int64[n], values of ``Status``.
     kept_params_share: float64[n], the share of the model's parameters that made its tokens, on average over them; NaN
         before the first token.
+    quality_nll: float64[n], nats a token that the plans it ran under cost, on average over its tokens, the KV blocks
+        it lacked included; NaN before the first token, or where no quality model was given.
     """
 
     arrival_s: Floats
@@ -45,6 +47,7 @@ class Records:
     preemptions: Ints
     status: Ints
     kept_params_share: Floats
+    quality_nll: Floats
 
     def __len__(self) -> int:
         return len(self.arrival_s)

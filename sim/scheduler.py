@@ -9,7 +9,7 @@ Two schedulers, each a published engine's behaviour:
 | requests at once | `max_running` (`max_num_seqs`) | the same |
 | long prompts | cut to the budget left and to `long_prefill_tokens` | whole; one above the budget runs alone [1] |
 | KV blocks are taken | for the tokens of this batch, as it is formed | for the whole prompt, then token by token |
-| admission needs | room for the chunk, and for the prompt if `reserve_full_prompt` [2] | room for the prompt |
+| admission needs | room for the chunk; for the prompt if `reserve_full_prompt` [2] or alone | room for the prompt |
 | watermark | none by default | a share of the pool stays free at admission (0.01) |
 | who is preempted | the newest running, until the needy one has its KV block; itself last | the same |
 | after a preemption | nobody is admitted; the victim waits at the head of the queue | the same |
@@ -144,7 +144,9 @@ def _chunked(
                 break
             chunk = _chunk_tokens(request, budget_tokens, limits.long_prefill_tokens)
             need = layer_blocks(request, request.computed_tokens + chunk)
-            must_fit = layer_blocks(request, request.target_tokens) if limits.reserve_full_prompt else need
+            # Alone, it must fit as a whole: else it would fill the pool, preempt itself and begin again, for ever.
+            whole = limits.reserve_full_prompt or not (running or admitted)
+            must_fit = layer_blocks(request, request.target_tokens) if whole else need
             if must_fit + limits.watermark_layer_blocks > free:
                 break
             free -= need

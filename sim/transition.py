@@ -11,7 +11,7 @@ copy under way is finished if the new plan wants the same bytes of that layer, e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sim.memory import ffn_weight_bytes, mha_weight_bytes
 from sim.model import ModelSpec
@@ -114,3 +114,19 @@ def running_plan(resident: Resident, target: Plan) -> Plan:
         max_running=target.max_running,
         admit=target.admit,
     )
+
+
+def plan_for_holder(plan: Plan, held: frozenset[int], *, decoding: bool) -> Plan:
+    """Return what a running plan is to a request that holds the KV of the MHA blocks ``held`` only (the KV hole).
+
+    decoding: whether its prefill has ended; then ``held`` says which of decode's blocks it lacks, else of prefill's.
+    """
+    runs = plan.decode.mha if decoding else plan.prefill.mha
+    lost = {layer for layer, keep in enumerate(runs) if keep and layer not in held}
+    if not lost:
+        return plan
+
+    def without(keep: KeepMask) -> KeepMask:
+        return KeepMask(mha=tuple(k and layer not in lost for layer, k in enumerate(keep.mha)), ffn=keep.ffn)
+
+    return replace(plan, decode=without(plan.decode), prefill=without(plan.prefill))

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
-
 from sim.budget import Budget
 from sim.engine import EngineConfig, Request, Restore, SimEngine
+from sim.latency import LatencyModel, calibration_from_dict
 from sim.memory import budget_for_kv_blocks
 from sim.model import ModelSpec
 from sim.plan import Plan, dense_plan
@@ -28,26 +23,39 @@ TINY = ModelSpec(
 )
 
 
-@dataclass(frozen=True)
-class LinearPrice:
-    """``base + a token + a context token``: enough to tell iterations apart, easy to add up by hand."""
-
-    base_s: float = 1.0
-    token_s: float = 0.0
-    context_s: float = 0.0
-
-    def iteration_s(
-        self, plan: Plan, chunks: Sequence[tuple[int, int]], decode_batch: int, decode_context_sum: int, sequences: int
-    ) -> float:
-        tokens = sum(tokens for tokens, _ in chunks) + decode_batch
-        return self.base_s + self.token_s * tokens + self.context_s * decode_context_sum
-
-    def layered_iteration_s(self, rows: NDArray[np.int64], tokens: int, sequences: int) -> float:
-        layers, contexts = rows[:, 0], rows[:, 5]
-        return self.base_s + self.token_s * tokens + self.context_s * float((layers * contexts).sum() / layers.sum())
-
-    def in_range(self, *_: object) -> bool:
-        return True
+def linear_latency(base_s: float = 1.0, token_s: float = 0.0, context_s: float = 0.0) -> LatencyModel:
+    """Return the price ``base + a token + a context token`` (a third of it a layer): easy to add up by hand."""
+    far = 4096
+    tokens_us, contexts_us = [token_s * 1e6, far * token_s * 1e6], context_s * 1e6 / TINY.num_layers
+    none = {"mha": [0.0, 0.0], "ffn": [0.0, 0.0]}
+    return calibration_from_dict(
+        {
+            "schema": 1,
+            "name": "linear",
+            "model": TINY.name,
+            "device": "none",
+            "kind": "composed",
+            "fixed_us": base_s * 1e6,
+            "fixed_source": "by hand",
+            "errors": {},
+            "validation": "none",
+            "sources": [],
+            "notes": [],
+            "tables": {
+                "tokens": [1, far],
+                "linear_us": {"16": none, "8": none, "4": none},
+                "token_us": tokens_us,
+                "sequences": [1, far],
+                "head_us": [0.0, 0.0],
+                "prefill_attention": {"tokens": [1, far], "context": [1.0, far], "us": [[0.0, 0.0], [0.0, 0.0]]},
+                "decode_attention": {
+                    "batch": [1, far],
+                    "context": [1.0, far],
+                    "us": [[contexts_us, far * contexts_us], [far * contexts_us, far * far * contexts_us]],
+                },
+            },
+        }
+    )
 
 
 def tiny_engine(
@@ -62,7 +70,7 @@ def tiny_engine(
     kv_watermark_share: float = 0.0,
     reuse_preempted_kv: bool = False,
     max_context_tokens: int | None = None,
-    price: LinearPrice | None = None,
+    latency: LatencyModel | None = None,
     plan: Plan | None = None,
     restore: Restore = "new_requests",
     budget: Budget | None = None,
@@ -72,7 +80,7 @@ def tiny_engine(
     plan = plan or dense_plan(TINY)
     return SimEngine(
         model=TINY,
-        latency=price or LinearPrice(),
+        latency=latency or linear_latency(),
         config=EngineConfig(
             scheduler=scheduler,
             limits=Limits(

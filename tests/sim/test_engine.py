@@ -14,7 +14,7 @@ from sim.engine import EngineConfig, EngineState, SimEngine
 from sim.errors import BudgetError, ConfigError, PlanError
 from sim.plan import dense_plan, drop, with_mask
 from sim.records import Records, Status
-from tests.sim.serving import TINY, LinearPrice, requests, tiny_engine
+from tests.sim.serving import TINY, linear_latency, requests, tiny_engine
 
 
 def serve(engine: SimEngine, *rows: tuple[float, int, int]) -> Records:
@@ -46,7 +46,7 @@ def test_a_request_that_arrives_as_an_iteration_ends_joins_the_next() -> None:
 
 def test_an_arrival_time_that_rounding_would_miss_is_met_exactly() -> None:
     rows = [(0.1 * 3 + i * 1.1, 1, 1) for i in range(200)]
-    records = serve(tiny_engine(price=LinearPrice(base_s=0.1)), *rows)
+    records = serve(tiny_engine(latency=linear_latency(base_s=0.1)), *rows)
     assert np.array_equal(records.admitted_s, records.arrival_s)
 
 
@@ -84,7 +84,7 @@ def test_dropping_mha_blocks_leaves_room_for_more_requests() -> None:
     budget_bytes = dense.run_until(0.0).budget_bytes
     pruned = SimEngine(
         model=TINY,
-        latency=LinearPrice(),
+        latency=linear_latency(),
         config=dense.config,
         plan=with_mask(dense_plan(TINY), drop(TINY, mha=[1, 2])),
         budget_bytes=budget_bytes,
@@ -119,13 +119,13 @@ def test_an_arrival_is_rejected_when_as_many_wait_as_the_plan_admits() -> None:
 
 def test_a_budget_without_room_for_weights_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(BudgetError, match="prune or quantise"):
-        SimEngine(model=TINY, latency=LinearPrice(), config=EngineConfig(), plan=dense_plan(TINY), budget_bytes=1000)
+        SimEngine(model=TINY, latency=linear_latency(), config=EngineConfig(), plan=dense_plan(TINY), budget_bytes=1000)
 
 
 def test_a_plan_for_another_model_is_refused() -> None:
     plan = dense_plan(dataclasses.replace(TINY, num_layers=4))
     with pytest.raises(PlanError, match="3 layers"):
-        SimEngine(model=TINY, latency=LinearPrice(), config=EngineConfig(), plan=plan, budget_bytes=10**9)
+        SimEngine(model=TINY, latency=linear_latency(), config=EngineConfig(), plan=plan, budget_bytes=10**9)
 
 
 def test_requests_out_of_order_are_refused() -> None:
@@ -238,7 +238,7 @@ def test_nothing_is_lost_and_memory_and_time_stay_in_order(
         reserve_full_prompt=reserve_full_prompt,
         kv_watermark_share=watermark,
         reuse_preempted_kv=reuse,
-        price=LinearPrice(base_s=0.3, token_s=0.01, context_s=0.001),
+        latency=linear_latency(base_s=0.3, token_s=0.01, context_s=0.001),
     )
     rows = sorted(rows)
     engine.submit(requests(*rows))
@@ -246,10 +246,9 @@ def test_nothing_is_lost_and_memory_and_time_stay_in_order(
     while not engine.drained:
         time_s += 1.7
         state = engine.run_until(time_s)
-        held = sum(live.held_layer_blocks for live in engine._running)
+        held = sum(holder.layer_blocks for holder in engine.holders())
         assert state.kv_used_layer_blocks == held
         assert 0 <= held <= state.kv_layer_blocks
-        assert all(live.held_layer_blocks == 0 for live in engine._waiting)
         assert state.arrived == state.waiting + state.running + state.finished + state.rejected
         assert time_s < 1e5, "the engine makes no progress"
     records, iterations = engine.records(), engine.iterations()
@@ -275,8 +274,8 @@ def test_looking_at_the_engine_changes_nothing(
     rows: list[tuple[float, int, int]], period_s: float, kv_blocks: int
 ) -> None:
     rows = sorted(rows)
-    price = LinearPrice(base_s=0.25, token_s=0.01)
-    unseen, seen = tiny_engine(kv_blocks=kv_blocks, price=price), tiny_engine(kv_blocks=kv_blocks, price=price)
+    price = linear_latency(base_s=0.25, token_s=0.01)
+    unseen, seen = tiny_engine(kv_blocks=kv_blocks, latency=price), tiny_engine(kv_blocks=kv_blocks, latency=price)
     expected = serve(unseen, *rows)
     seen.submit(requests(*rows))
     step = 0

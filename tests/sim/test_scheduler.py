@@ -65,7 +65,16 @@ def test_admission_stops_at_the_first_waiting_request_that_does_not_fit() -> Non
 def test_a_whole_prompt_must_fit_before_its_first_chunk_is_admitted() -> None:
     prompt = Row(40)
     assert chunked([prompt], [], 5, max_batch_tokens=8).admitted == ()
-    assert chunked([prompt], [], 5, max_batch_tokens=8, reserve_full_prompt=False).scheduled == ((prompt, 8),)
+    other = run(9, 8)
+    batch = chunked([prompt], [other], 5, max_batch_tokens=8, reserve_full_prompt=False)
+    assert batch.scheduled == ((other, 1), (prompt, 7))
+
+
+def test_a_prompt_that_would_be_alone_must_fit_as_a_whole() -> None:
+    """Else it would fill the pool, preempt itself and begin again, for ever."""
+    prompt = Row(40)
+    assert chunked([prompt], [], 5, max_batch_tokens=8, reserve_full_prompt=False).admitted == ()
+    assert chunked([prompt], [], 10, max_batch_tokens=8, reserve_full_prompt=False).scheduled == ((prompt, 8),)
 
 
 def test_the_newest_request_is_preempted_when_an_older_one_needs_a_kv_block() -> None:

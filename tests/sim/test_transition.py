@@ -17,7 +17,7 @@ from sim.memory import ffn_weight_bytes, layer_weight_bytes, mha_weight_bytes, w
 from sim.plan import KeepMask, KVKeep, Plan, dense_plan, describe, drop, with_mask
 from sim.records import Status
 from sim.transition import ABSENT, copies_between, joined, resident_of, running_plan, without_dropped
-from tests.sim.serving import TINY, LinearPrice, requests, tiny_engine
+from tests.sim.serving import TINY, linear_latency, requests, tiny_engine
 
 DENSE = dense_plan(TINY)
 NO_MHA1 = with_mask(DENSE, drop(TINY, mha=[1]))
@@ -169,7 +169,7 @@ def test_the_kv_hole_requests_go_on_without_a_restored_block() -> None:
     engine.run_until(4.0)
     engine.apply(DENSE)
     engine.run_until(10.5)
-    assert [len(live.mha) for live in engine._running] == [2, 2, 3]
+    assert [len(holder.mha) for holder in engine.holders()] == [2, 2, 3]
     engine.run_until(math.inf)
     records = engine.records()
     assert records.preemptions.tolist() == [0, 0, 0]
@@ -212,10 +212,10 @@ def test_kv_keep_holds_the_first_and_last_tokens_once_prefill_ended() -> None:
 
 def test_kv_keep_shortens_what_attention_reads() -> None:
     short = KVKeep(first_tokens=4, last_tokens=8)
-    price = LinearPrice(base_s=1.0, context_s=0.01)
+    price = linear_latency(base_s=1.0, context_s=0.01)
     ends = []
     for keep in (KVKeep(), short):
-        engine = tiny_engine(plan=dataclasses.replace(DENSE, kv_keep=(keep,) * 3), price=price)
+        engine = tiny_engine(plan=dataclasses.replace(DENSE, kv_keep=(keep,) * 3), latency=price)
         engine.submit(requests((0.0, 40, 5)))
         engine.run_until(math.inf)
         ends.append(float(engine.records().finish_s[0]))
@@ -357,7 +357,7 @@ def test_laws_hold_whatever_plans_and_budgets_do(
         restore=restore,  # type: ignore[arg-type]
         reuse_preempted_kv=reuse,
         budget=Budget(tuple(change_s), tuple(budget_bytes)),
-        price=LinearPrice(base_s=0.2, token_s=0.005, context_s=0.0005),
+        latency=linear_latency(base_s=0.2, token_s=0.005, context_s=0.0005),
         host_to_device_bytes_per_s=speed,
         copy_slowdown=0.2,
     )
@@ -369,13 +369,13 @@ def test_laws_hold_whatever_plans_and_budgets_do(
         state = engine.run_until(time_s)
         if pending:
             engine.apply(pending.pop(0)[1])
-        held = sum(live.held_layer_blocks for live in engine._running)
+        held = sum(holder.layer_blocks for holder in engine.holders())
         assert state.kv_used_layer_blocks == held >= 0
         assert state.kv_layer_blocks >= 0
         assert state.arrived == state.waiting + state.running + state.finished + state.rejected
-        for live in engine._running:
-            assert live.mha <= engine._mha_of(live)
-            assert live.held_layer_blocks >= engine._layer_blocks(live, live.computed_tokens)
+        for holder in engine.holders():
+            runs = state.plan.decode.mha if holder.decoding else state.plan.prefill.mha
+            assert holder.mha <= {layer for layer, keep in enumerate(runs) if keep}
         assert time_s < 1e4, "the engine makes no progress"
     records = engine.records()
     assert len(records) == len(rows)

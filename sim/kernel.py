@@ -1,0 +1,1046 @@
+"""The compiled inner loop: whole iterations on arrays, exactly as the plain engine takes them one by one.
+
+`advance` serves until a moment at which something outside may touch the replica. A request is its place in the order
+of arrival; a running one also has a **slot**. An iteration is formed at its start (KV blocks are taken then) and its
+effects happen at its end, so a call may stop in the middle of one.
+
+**Decoding requests are not touched one by one.** Each of them gains a token in every decoding iteration, so one clock
+counts those iterations (``CLOCK``) and a slot remembers when it joined. Sums over them price an iteration, a histogram
+of their contexts modulo the KV block says how many blocks it needs, and the next clock at which one of them is done
+says when to look. An iteration costs O(1) and O(1) for each chunk, admission and preemption; a finish costs one pass
+over the slots. Where that picture does not hold (``kv_keep``, more decodes than the token budget, several unfinished
+prompts), an iteration is formed request by request, in O(running): ``EAGER``.
+
+State, for n requests, m running at most, KV blocks of b tokens, L layers:
+
+    ints, floats   the counters named below
+    request_i      int64[n, 9], request_f float64[n, 6]: one row a request, columns named below; of a decoding request
+                   the row is as of the clock at which it joined (`settle`)
+    slots          int64[12, m + 1]: a row a field; ``NEXT`` and ``PREVIOUS`` link the running in order of admission,
+                   place m is both ends; ``STACK`` holds preempted requests, ``BATCH`` and ``TOKENS`` the chunks under
+                   way, ``COHORT`` with ``cohort_s`` how many decodes got their last token when
+    phases         int64[b]: blocks of one layer that decodes take at the iterations of clock -i modulo b
+    runs           int64[2, r]: free KV blocks as (owner, blocks), longest free first (the same as sim/kv_pool.py)
+    sets           int64[k, 6 + L]: sets of MHA blocks whose KV requests hold: fields named below, then a flag a layer
+    set_nll        float64[k, 2]: nats a token costs under the running plan, by its prefill and by its decode
+    log, gaps      a row an iteration; a row a group of equal gaps between tokens
+    block_counts   int64[3, 4], layer_rows int64[L, 3] (bits, prefill FFN, decode FFN), rows: int64[L, 7] of work space
+    keeps          int64[q, L]: tokens of each layer that stay after prefill
+    data, layout   the latency tables
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+from numba.np import arrayobj
+from numpy.typing import NDArray
+
+from sim.compiled import compiled
+from sim.latency import LatencyTables, iteration_in_range, iteration_seconds, layered_iteration_seconds
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+NEVER = 1 << 62
+WAITING, RUNNING, FINISHED, REJECTED = range(4)
+"""The values of ``sim.records.Status``."""
+HORIZON, CHANGE, GROW, DONE = range(4)
+"""Why `advance` returned."""
+
+# State.ints: settings, then what the plan sets, then what happens.
+(
+    CHUNKED, MAX_BATCH_TOKENS, LONG_PREFILL_TOKENS, RESERVE_FULL_PROMPT, BLOCK_TOKENS, REUSE, KEEP_LOG,
+    MAX_RUNNING, WATERMARK, ADMIT, POOL, PREFILL_SET, DECODE_SET, N_SETS, PLAN_KEEP, COPYING,
+    N_REQUESTS, NEXT_ARRIVAL, QUEUE_HEAD, QUEUE_TAIL, STACKED, N_RUNNING, DECODES, KEEPERS, CLOCK, NEXT_DUE, COHORTS,
+    FREE, RUN_HEAD, RUN_TAIL, IN_ITERATION, EAGER, DECODING, N_BATCH, CHANGE_PREEMPTED, USED_BEFORE,
+    WAITING_TOKENS, RUNNING_TOKENS, ARRIVED_PROMPT_TOKENS, FIRST_TOKENS, PRODUCED_TOKENS, N_FINISHED, N_REJECTED,
+    PREEMPTIONS, N_ITERATIONS, N_LOG, N_GAPS, IT_PREFILL, IT_DECODES, IT_RUNNING, IT_WAITING, IT_PREEMPTED,
+    IT_EXTRAPOLATED, N_INTS,
+) = range(54)  # fmt: skip
+# State.floats
+NOW, START, END, DURATION, TTFT_SUM, BUSY, NEXT_ARRIVAL_S, COPY_SLOWDOWN, MAX_USED_SHARE, N_FLOATS = range(10)
+# Columns of State.request_i; KEPT_RUN is the run of free blocks that still holds its KV, or -1.
+PROMPT, LIMIT, COMPUTED, PRODUCED, PREFILL, PREEMPTED, STATUS, KEPT_RUN, KEPT_PARAMS, REQUEST_INTS = range(10)
+# Columns of State.request_f
+ARRIVAL_S, ADMITTED_S, FIRST_S, LAST_S, FINISH_S, NLL_SUM, REQUEST_FLOATS = range(7)
+# Rows of State.slots
+REQUEST, NEXT, PREVIOUS, SET, JOINED, DUE, KEEP, FREE_SLOT, STACK, BATCH, TOKENS, COHORT, SLOT_ROWS = range(13)
+# Columns of State.sets
+LAYERS, COUNT, CONTEXT, PREFILL_PARAMS, DECODE_PARAMS, AFTER, SET_COLUMNS = range(7)
+# Columns of State.log
+(
+    LOG_START, LOG_END, LOG_USED_SHARE, LOG_PREFILL, LOG_DECODES, LOG_RUNNING, LOG_WAITING, LOG_PREEMPTED,
+    LOG_EXTRAPOLATED, LOG_COLUMNS,
+) = range(10)  # fmt: skip
+OWNER, BLOCKS = range(2)
+
+
+class State(NamedTuple):
+    """Everything a replica is; the module's docstring says what is what. Compiled code sees it as a `Table`."""
+
+    ints: Ints
+    floats: Floats
+    request_i: Ints
+    request_f: Floats
+    queue: Ints
+    slots: Ints
+    cohort_s: Floats
+    phases: Ints
+    runs: Ints
+    sets: Ints
+    set_nll: Floats
+    log: Floats
+    gaps: Floats
+    block_counts: Ints
+    layer_rows: Ints
+    rows: Ints
+    keeps: Ints
+    data: Floats
+    layout: Ints
+
+
+Table = NDArray[np.int64]
+"""int64[arrays of a State, 3]: address, rows and columns of each. One argument in the place of nineteen arrays, of nine
+values each: compiled functions call each other in nanoseconds, and compile in a fraction of the time."""
+
+
+def table_of(state: State) -> Table:
+    """Return where compiled code finds a state; good as long as ``state`` is kept and none of its arrays replaced."""
+    rows = []
+    for name, array in zip(State._fields, state, strict=True):
+        if not array.flags.c_contiguous or array.dtype != (np.float64 if name in _FLOATS else np.int64):
+            raise TypeError(
+                f"State.{name} is {array.dtype}; the kernel needs contiguous int64, or float64 for {_FLOATS}"
+            )
+        rows.append((array.ctypes.data, array.shape[0], array.shape[1] if array.ndim == 2 else 1))
+    return np.array(rows, dtype=np.int64)
+
+
+_FLOATS = ("floats", "request_f", "cohort_s", "set_nll", "log", "gaps", "data")
+_FLAT = ("ints", "floats", "queue", "cohort_s", "phases", "data", "layout")
+
+
+_numba: Any = arrayobj  # untyped
+
+
+def _array(name: str) -> Any:
+    """Return what compiled code calls with a `Table` to have one array of its state."""
+    row, dimensions = State._fields.index(name), 1 if name in _FLAT else 2
+    array_type = types.Array(types.float64 if name in _FLOATS else types.int64, dimensions, "C")
+
+    def find(typing: Any, table: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            entries = _numba.make_array(signature.args[0])(context, builder, arguments[0]).data
+            word = context.get_constant(types.intp, 8)
+            address, rows, columns = (
+                builder.load(builder.gep(entries, [context.get_constant(types.intp, 3 * row + k)])) for k in range(3)
+            )
+            array = _numba.make_array(array_type)(context, builder)
+            _numba.populate_array(
+                array,
+                data=builder.inttoptr(address, array.data.type),
+                shape=[rows, columns][:dimensions],
+                strides=[word] if dimensions == 1 else [builder.mul(columns, word), word],
+                itemsize=word,
+                meminfo=None,
+            )
+            return array._getvalue()
+
+        return array_type(table), generate
+
+    find.__name__ = f"{name}_of"
+    return intrinsic(find)
+
+
+ints_of = _array("ints")
+floats_of = _array("floats")
+request_i_of = _array("request_i")
+request_f_of = _array("request_f")
+queue_of = _array("queue")
+slots_of = _array("slots")
+cohort_s_of = _array("cohort_s")
+phases_of = _array("phases")
+runs_of = _array("runs")
+sets_of = _array("sets")
+set_nll_of = _array("set_nll")
+log_of = _array("log")
+gaps_of = _array("gaps")
+block_counts_of = _array("block_counts")
+layer_rows_of = _array("layer_rows")
+rows_of = _array("rows")
+keeps_of = _array("keeps")
+data_of = _array("data")
+layout_of = _array("layout")
+
+
+@compiled(inline=True)
+def _blocks(tokens: int, block_tokens: int) -> int:
+    return (tokens + block_tokens - 1) // block_tokens
+
+
+@compiled(inline=True)
+def _waiting(n: Ints) -> int:
+    return int(n[STACKED] + n[QUEUE_TAIL] - n[QUEUE_HEAD])
+
+
+@compiled()
+def blocks_of(s: Table, i: int, tokens: int) -> int:
+    """Return the KV blocks that a slot's request needs for so many tokens."""
+    n, slots, sets, keeps = ints_of(s), slots_of(s), sets_of(s), keeps_of(s)
+    block_tokens, held_set, keep = n[BLOCK_TOKENS], slots[SET, i], slots[KEEP, i]
+    if keep < 0:
+        return int(sets[held_set, LAYERS] * _blocks(tokens, block_tokens))
+    total = 0
+    for layer in range(keeps.shape[1]):
+        if sets[held_set, SET_COLUMNS + layer]:
+            total += _blocks(min(tokens, keeps[keep, layer]), block_tokens)
+    return total
+
+
+# -- KV blocks -----------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def _found_again(s: Table, r: int) -> int:
+    """Return the tokens of a preempted request whose KV nobody has overwritten."""
+    n, request_i, runs, sets = ints_of(s), request_i_of(s), runs_of(s), sets_of(s)
+    run = request_i[r, KEPT_RUN]
+    if run < 0 or runs[BLOCKS, run] == 0:
+        return 0
+    block_tokens = n[BLOCK_TOKENS]
+    whole = runs[BLOCKS, run] // sets[n[PREFILL_SET], LAYERS]
+    whole = min(whole, request_i[r, COMPUTED] // block_tokens)
+    last = (request_i[r, PROMPT] + request_i[r, PRODUCED] - 1) // block_tokens
+    return int(min(whole, last) * block_tokens)
+
+
+@compiled()
+def _take(s: Table, blocks: int) -> None:
+    """Hold so many more blocks, the longest free first."""
+    n, request_i, runs = ints_of(s), request_i_of(s), runs_of(s)
+    n[FREE] -= blocks
+    if not n[REUSE]:
+        return
+    while blocks > 0:
+        run = n[RUN_HEAD]
+        taken = min(runs[BLOCKS, run], blocks)
+        runs[BLOCKS, run] -= taken
+        blocks -= taken
+        owner = runs[OWNER, run]
+        if taken > 0 and owner >= 0:
+            request_i[owner, COMPUTED] = _found_again(s, owner)
+        if runs[BLOCKS, run] == 0:
+            n[RUN_HEAD] += 1
+            if owner >= 0:
+                request_i[owner, KEPT_RUN] = -1
+
+
+@compiled()
+def _release(s: Table, blocks: int, owner: int) -> None:
+    """Free blocks; their content stays readable for ``owner`` until they are taken. What the pool owes goes first."""
+    n, request_i, runs = ints_of(s), request_i_of(s), runs_of(s)
+    owed = min(max(-n[FREE], 0), blocks)
+    n[FREE] += blocks
+    blocks -= owed
+    if not n[REUSE] or blocks == 0:
+        return
+    tail = n[RUN_TAIL]
+    if owner < 0 and tail > n[RUN_HEAD] and runs[OWNER, tail - 1] < 0:
+        runs[BLOCKS, tail - 1] += blocks
+        return
+    if tail == runs.shape[1]:  # at most m owners, and neighbours without one become one run: half the room suffices
+        to = 0
+        for run in range(n[RUN_HEAD], tail):
+            if runs[BLOCKS, run] == 0 and runs[OWNER, run] < 0:
+                continue
+            if to > 0 and runs[OWNER, run] < 0 and runs[OWNER, to - 1] < 0:
+                runs[BLOCKS, to - 1] += runs[BLOCKS, run]
+                continue
+            runs[OWNER, to], runs[BLOCKS, to] = runs[OWNER, run], runs[BLOCKS, run]
+            if runs[OWNER, to] >= 0:
+                request_i[runs[OWNER, to], KEPT_RUN] = to
+            to += 1
+        n[RUN_HEAD], tail = 0, to
+    runs[OWNER, tail], runs[BLOCKS, tail] = owner, blocks
+    if owner >= 0:
+        request_i[owner, KEPT_RUN] = tail
+    n[RUN_TAIL] = tail + 1
+
+
+@compiled()
+def resize_pool(s: Table, blocks: int) -> None:
+    """Grow or shrink the pool; ``FREE`` is below 0 while it is smaller than what is held (sim/kv_pool.py)."""
+    n = ints_of(s)
+    change = blocks - n[POOL]
+    if change < 0:
+        available = max(n[FREE], 0)
+        _take(s, min(-change, available))
+        n[FREE] -= max(-change - available, 0)
+    n[POOL] = blocks
+    if change > 0:
+        _release(s, change, -1)
+
+
+@compiled()
+def forget_kept_kv(s: Table) -> None:
+    """Let no preempted request find anything again."""
+    n, request_i, slots, runs = ints_of(s), request_i_of(s), slots_of(s), runs_of(s)
+    for run in range(n[RUN_HEAD], n[RUN_TAIL]):
+        if runs[OWNER, run] >= 0:
+            request_i[runs[OWNER, run], KEPT_RUN] = -1
+            runs[OWNER, run] = -1
+    for place in range(n[STACKED]):
+        request_i[slots[STACK, place], COMPUTED] = 0
+
+
+# -- who decodes -----------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def _settle_one(s: Table, i: int) -> None:
+    """Bring the row of a decoding request up to the clock."""
+    n, request_i, request_f, slots, cohort_s, sets, set_nll = (
+        ints_of(s),
+        request_i_of(s),
+        request_f_of(s),
+        slots_of(s),
+        cohort_s_of(s),
+        sets_of(s),
+        set_nll_of(s),
+    )
+    r, since, held_set = slots[REQUEST, i], n[CLOCK] - slots[JOINED, i], slots[SET, i]
+    if since > 0:
+        request_i[r, COMPUTED] += since
+        request_i[r, PRODUCED] += since
+        request_i[r, KEPT_PARAMS] += since * sets[held_set, DECODE_PARAMS]
+        request_f[r, NLL_SUM] += since * set_nll[held_set, 1]
+        request_f[r, LAST_S] = cohort_s[0]
+        slots[JOINED, i] = n[CLOCK]
+
+
+@compiled()
+def settle(s: Table) -> None:
+    """Bring the rows of all decoding requests up to the clock."""
+    slots = slots_of(s)
+    i = slots[NEXT, slots.shape[1] - 1]
+    while i != slots.shape[1] - 1:
+        if slots[DUE, i] != NEVER:
+            _settle_one(s, i)
+        i = slots[NEXT, i]
+
+
+@compiled()
+def _cohort_of(s: Table, last_s: float) -> int:
+    """Return the cohort of those that got their last token at ``last_s``; a new one if there is none."""
+    n, slots, cohort_s = ints_of(s), slots_of(s), cohort_s_of(s)
+    for cohort in range(n[COHORTS] - 1, -1, -1):
+        if cohort_s[cohort] == last_s:
+            return cohort
+    if n[COHORTS] == slots.shape[1]:  # some are empty then, for there are fewer running requests
+        to = 1
+        for cohort in range(1, n[COHORTS]):
+            if slots[COHORT, cohort] > 0:
+                cohort_s[to], slots[COHORT, to] = cohort_s[cohort], slots[COHORT, cohort]
+                to += 1
+        n[COHORTS] = to
+    cohort = n[COHORTS]
+    cohort_s[cohort], slots[COHORT, cohort] = last_s, 0
+    n[COHORTS] = cohort + 1
+    return int(cohort)
+
+
+@compiled()
+def _join_decodes(s: Table, i: int) -> None:
+    """Count a slot, whose row is up to date, among those that gain a token in every decoding iteration."""
+    n, request_i, request_f, slots, phases, sets = (
+        ints_of(s),
+        request_i_of(s),
+        request_f_of(s),
+        slots_of(s),
+        phases_of(s),
+        sets_of(s),
+    )
+    r, held_set, clock = slots[REQUEST, i], slots[SET, i], n[CLOCK]
+    since = request_i[r, COMPUTED] - clock
+    slots[JOINED, i] = clock
+    phases[since % n[BLOCK_TOKENS]] += sets[held_set, LAYERS]
+    sets[held_set, COUNT] += 1
+    sets[held_set, CONTEXT] += since
+    n[DECODES] += 1
+    due = clock + request_i[r, LIMIT] - request_i[r, PRODUCED]
+    slots[DUE, i] = due
+    n[NEXT_DUE] = min(n[NEXT_DUE], due)
+    slots[COHORT, _cohort_of(s, request_f[r, LAST_S])] += 1
+
+
+@compiled()
+def _leave_decodes(s: Table, i: int) -> None:
+    """Undo `_join_decodes`; the row is up to date then."""
+    n, request_i, request_f, slots, phases, sets = (
+        ints_of(s),
+        request_i_of(s),
+        request_f_of(s),
+        slots_of(s),
+        phases_of(s),
+        sets_of(s),
+    )
+    _settle_one(s, i)
+    r, held_set = slots[REQUEST, i], slots[SET, i]
+    since = request_i[r, COMPUTED] - n[CLOCK]
+    phases[since % n[BLOCK_TOKENS]] -= sets[held_set, LAYERS]
+    sets[held_set, COUNT] -= 1
+    sets[held_set, CONTEXT] -= since
+    n[DECODES] -= 1
+    slots[DUE, i] = NEVER
+    slots[COHORT, _cohort_of(s, request_f[r, LAST_S])] -= 1
+
+
+@compiled()
+def _count_decodes(s: Table) -> None:
+    """Count all decoding requests anew; their rows are up to date."""
+    n, f, request_i, slots, cohort_s, phases, sets = (
+        ints_of(s),
+        floats_of(s),
+        request_i_of(s),
+        slots_of(s),
+        cohort_s_of(s),
+        phases_of(s),
+        sets_of(s),
+    )
+    end = slots.shape[1] - 1
+    phases[:] = 0
+    for k in range(n[N_SETS]):
+        sets[k, COUNT] = sets[k, CONTEXT] = 0
+    n[DECODES], n[COHORTS], n[NEXT_DUE] = 0, 1, NEVER
+    cohort_s[0], slots[COHORT, 0] = f[NOW], 0
+    i = slots[NEXT, end]
+    while i != end:
+        slots[DUE, i] = NEVER
+        if request_i[slots[REQUEST, i], COMPUTED] >= request_i[slots[REQUEST, i], PREFILL]:
+            _join_decodes(s, i)
+        i = slots[NEXT, i]
+
+
+@compiled()
+def _unlink(s: Table, i: int) -> None:
+    n, slots = ints_of(s), slots_of(s)
+    before, after = slots[PREVIOUS, i], slots[NEXT, i]
+    slots[NEXT, before], slots[PREVIOUS, after] = after, before
+    slots[FREE_SLOT, slots.shape[1] - 1 - n[N_RUNNING]] = i
+    n[N_RUNNING] -= 1
+    if slots[KEEP, i] >= 0:
+        n[KEEPERS] -= 1
+
+
+@compiled()
+def _preempt(s: Table, i: int) -> int:
+    """Take a running request's KV and put it back at the head of the queue; return the tokens it had computed."""
+    n, request_i, slots = ints_of(s), request_i_of(s), slots_of(s)
+    if slots[DUE, i] != NEVER:
+        _leave_decodes(s, i)
+    r = slots[REQUEST, i]
+    computed = request_i[r, COMPUTED]
+    held = blocks_of(s, i, computed)
+    whole = slots[KEEP, i] < 0 and slots[SET, i] == n[PREFILL_SET]  # else nobody could go on from it
+    _unlink(s, i)
+    n[RUNNING_TOKENS] -= computed
+    _release(s, held, r if n[REUSE] and whole else -1)
+    request_i[r, COMPUTED] = _found_again(s, r)
+    request_i[r, PREEMPTED] += 1
+    request_i[r, STATUS] = WAITING
+    slots[STACK, n[STACKED]] = r
+    n[STACKED] += 1
+    n[WAITING_TOKENS] += request_i[r, PROMPT] + request_i[r, PRODUCED]
+    n[PREEMPTIONS] += 1
+    return int(computed)
+
+
+# -- plan changes ----------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def preempt_to_fit(s: Table) -> tuple[int, int]:
+    """Preempt the newest until what is held fits the pool; return how many, and the tokens they had computed."""
+    n, slots = ints_of(s), slots_of(s)
+    count, tokens = 0, 0
+    while n[FREE] < 0 and n[N_RUNNING] > 0:
+        tokens += _preempt(s, slots[PREVIOUS, slots.shape[1] - 1])
+        count += 1
+    return count, tokens
+
+
+@compiled()
+def preempt_lacking(s: Table, layer: int, prefill_too: bool, decode_too: bool) -> tuple[int, int]:
+    """Preempt, newest first, those that lack an MHA block that runs at their stage; return as `preempt_to_fit`."""
+    slots, sets = slots_of(s), sets_of(s)
+    count, tokens, end = 0, 0, slots.shape[1] - 1
+    i = slots[PREVIOUS, end]
+    while i != end:
+        before = slots[PREVIOUS, i]
+        runs = decode_too if slots[DUE, i] != NEVER else prefill_too
+        if runs and not sets[slots[SET, i], SET_COLUMNS + layer]:
+            tokens += _preempt(s, i)
+            count += 1
+        i = before
+    return count, tokens
+
+
+@compiled()
+def sets_in_use(s: Table, used: Ints) -> None:
+    """Set ``used[set, stage]`` where a request in prefill (0) or decode (1) holds the KV of a set."""
+    slots = slots_of(s)
+    used[:] = 0
+    i = slots[NEXT, slots.shape[1] - 1]
+    while i != slots.shape[1] - 1:
+        used[slots[SET, i], 1 if slots[DUE, i] != NEVER else 0] = 1
+        i = slots[NEXT, i]
+
+
+@compiled()
+def change_sets(s: Table, narrowed: Ints, new_sets: Ints) -> None:
+    """Let requests hold the KV of smaller sets.
+
+    Args:
+        s: its rows are up to date (`settle`).
+        narrowed: int64[old sets, 2], the new set of those in prefill and those in decode, by their old one.
+        new_sets: int64[new sets, SET_COLUMNS + L], the new sets; room for them is there.
+    """
+    n, request_i, slots, sets = ints_of(s), request_i_of(s), slots_of(s), sets_of(s)
+    end, freed = slots.shape[1] - 1, 0
+    i = slots[NEXT, end]
+    while i != end:
+        freed += blocks_of(s, i, request_i[slots[REQUEST, i], COMPUTED])
+        slots[SET, i] = narrowed[slots[SET, i], 1 if slots[DUE, i] != NEVER else 0]
+        i = slots[NEXT, i]
+    for k in range(new_sets.shape[0]):
+        for column in range(new_sets.shape[1]):
+            sets[k, column] = new_sets[k, column]
+    n[N_SETS] = new_sets.shape[0]
+    i = slots[NEXT, end]
+    while i != end:
+        freed -= blocks_of(s, i, request_i[slots[REQUEST, i], COMPUTED])
+        i = slots[NEXT, i]
+    _release(s, freed, -1)
+    _count_decodes(s)
+
+
+# -- arrivals and admission ------------------------------------------------------------------------------------------
+
+
+@compiled()
+def take_arrivals(s: Table, now_s: float) -> None:
+    """Let requests that have arrived wait, or reject them."""
+    n, f, request_i, request_f, queue = ints_of(s), floats_of(s), request_i_of(s), request_f_of(s), queue_of(s)
+    while f[NEXT_ARRIVAL_S] <= now_s:
+        r = n[NEXT_ARRIVAL]
+        n[NEXT_ARRIVAL] = r + 1
+        f[NEXT_ARRIVAL_S] = request_f[r + 1, ARRIVAL_S] if r + 1 < n[N_REQUESTS] else np.inf
+        row, times = request_i[r], request_f[r]
+        row[COMPUTED] = row[PRODUCED] = row[PREFILL] = row[PREEMPTED] = row[KEPT_PARAMS] = 0
+        row[KEPT_RUN], row[STATUS] = -1, WAITING
+        times[ADMITTED_S] = times[FIRST_S] = times[LAST_S] = times[FINISH_S] = np.nan
+        times[NLL_SUM] = 0.0
+        n[ARRIVED_PROMPT_TOKENS] += row[PROMPT]
+        if (n[ADMIT] >= 0 and _waiting(n) >= n[ADMIT]) or row[LIMIT] < 1:
+            row[STATUS] = REJECTED
+            n[N_REJECTED] += 1
+        else:
+            queue[n[QUEUE_TAIL]] = r
+            n[QUEUE_TAIL] += 1
+            n[WAITING_TOKENS] += row[PROMPT]
+
+
+@compiled()
+def head(s: Table) -> int:
+    """Return the request that is admitted next."""
+    n, queue, slots = ints_of(s), queue_of(s), slots_of(s)
+    stacked = n[STACKED]
+    return int(slots[STACK, stacked - 1] if stacked > 0 else queue[n[QUEUE_HEAD]])
+
+
+@compiled(inline=True)
+def _chunk(s: Table, r: int, budget: int, long: int) -> int:
+    """Return how many tokens of a request an iteration computes."""
+    request_i = request_i_of(s)
+    chunk = min(request_i[r, PROMPT] + request_i[r, PRODUCED] - request_i[r, COMPUTED], budget)
+    return int(min(chunk, long)) if long > 0 else int(chunk)
+
+
+@compiled()
+def _admit(s: Table, now_s: float) -> int:
+    """Admit the head of the queue; return its slot."""
+    n, request_i, request_f, queue, slots, runs, sets = (
+        ints_of(s),
+        request_i_of(s),
+        request_f_of(s),
+        queue_of(s),
+        slots_of(s),
+        runs_of(s),
+        sets_of(s),
+    )
+    end = slots.shape[1] - 1
+    if n[STACKED] > 0:
+        n[STACKED] -= 1
+        r = slots[STACK, n[STACKED]]
+    else:
+        r = queue[n[QUEUE_HEAD]]
+        n[QUEUE_HEAD] += 1
+    row = request_i[r]
+    target = row[PROMPT] + row[PRODUCED]
+    n[WAITING_TOKENS] -= target
+    n[RUNNING_TOKENS] += row[COMPUTED]
+    run = row[KEPT_RUN]
+    if run >= 0:
+        claimed = sets[n[PREFILL_SET], LAYERS] * _blocks(row[COMPUTED], n[BLOCK_TOKENS])
+        runs[BLOCKS, run] -= claimed
+        runs[OWNER, run] = -1
+        row[KEPT_RUN] = -1
+        n[FREE] -= claimed
+    row[PREFILL], row[STATUS] = target, RUNNING
+    if np.isnan(request_f[r, ADMITTED_S]):
+        request_f[r, ADMITTED_S] = now_s
+    n[N_RUNNING] += 1
+    i = slots[FREE_SLOT, end - n[N_RUNNING]]
+    newest = slots[PREVIOUS, end]
+    slots[NEXT, newest], slots[PREVIOUS, i], slots[NEXT, i], slots[PREVIOUS, end] = i, newest, end, i
+    slots[REQUEST, i], slots[SET, i], slots[KEEP, i], slots[DUE, i] = r, n[PREFILL_SET], -1, NEVER
+    return int(i)
+
+
+@compiled()
+def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int) -> int:
+    """Admit from the head of the queue while budget, room and places last; return how many (sim/scheduler.py)."""
+    n, request_i, slots, sets = ints_of(s), request_i_of(s), slots_of(s), sets_of(s)
+    chunked, layers = n[CHUNKED] != 0, sets[n[PREFILL_SET], LAYERS]
+    admitted = 0
+    while n[STACKED] + n[QUEUE_TAIL] - n[QUEUE_HEAD] > 0 and n[N_RUNNING] < n[MAX_RUNNING]:
+        r = head(s)
+        full = layers * _blocks(request_i[r, PROMPT] + request_i[r, PRODUCED], n[BLOCK_TOKENS])
+        if chunked:
+            if budget == 0:
+                break
+            chunk = _chunk(s, r, budget, n[LONG_PREFILL_TOKENS])
+            need = layers * _blocks(request_i[r, COMPUTED] + chunk, n[BLOCK_TOKENS])
+            must_fit = full if n[RESERVE_FULL_PROMPT] or n[N_RUNNING] == 0 else need
+        else:
+            chunk = request_i[r, PROMPT] + request_i[r, PRODUCED] - request_i[r, COMPUTED]
+            if chunk > budget and admitted > 0:
+                break
+            need = must_fit = full
+        if must_fit + n[WATERMARK] > free:
+            break
+        free -= need
+        budget -= chunk
+        at = n[N_BATCH]
+        slots[BATCH, at], slots[TOKENS, at] = _admit(s, now_s), chunk
+        n[N_BATCH] = at + 1
+        admitted += 1
+        if not chunked and budget <= 0:
+            break
+    return admitted
+
+
+# -- the batch of one iteration ------------------------------------------------------------------------------------
+
+
+@compiled()
+def _form(s: Table, now_s: float) -> int:
+    """Form the next batch while all decodes advance together; return how many requests were preempted.
+
+    Everything that running requests need comes before what is admitted, and the one unfinished prompt there may be is
+    the newest of them. So the newest are preempted until the rest fit: who they are does not depend on the order in
+    which the others ask.
+    """
+    n, request_i, slots, phases = ints_of(s), request_i_of(s), slots_of(s), phases_of(s)
+    end = slots.shape[1] - 1
+    n[N_BATCH], n[DECODING] = 0, 0
+    if not n[CHUNKED] and _admit_those_that_fit(s, now_s, n[MAX_BATCH_TOKENS], n[FREE]) > 0:
+        need = 0
+        for j in range(n[N_BATCH]):
+            i = slots[BATCH, j]
+            computed = request_i[slots[REQUEST, i], COMPUTED]
+            need += blocks_of(s, i, computed + slots[TOKENS, j]) - blocks_of(s, i, computed)
+        _take(s, need)
+        return 0
+    at_clock = (-n[CLOCK]) % n[BLOCK_TOKENS]
+    victims = 0
+    while phases[at_clock] > n[FREE] and n[N_RUNNING] > 0:
+        _preempt(s, slots[PREVIOUS, end])
+        victims += 1
+    need = phases[at_clock]
+    budget = n[MAX_BATCH_TOKENS] - n[DECODES]
+    newest = slots[PREVIOUS, end]
+    if newest != end and slots[DUE, newest] == NEVER and budget > 0:
+        r = slots[REQUEST, newest]
+        computed = request_i[r, COMPUTED]
+        chunk = _chunk(s, r, budget, n[LONG_PREFILL_TOKENS])
+        more = blocks_of(s, newest, computed + chunk) - blocks_of(s, newest, computed)
+        if need + more > n[FREE]:
+            _preempt(s, newest)
+            victims += 1
+        else:
+            need += more
+            budget -= chunk
+            slots[BATCH, 0], slots[TOKENS, 0] = newest, chunk
+            n[N_BATCH] = 1
+    n[DECODING] = n[DECODES] > 0
+    if n[CHUNKED] and victims == 0:
+        before = n[N_BATCH]
+        _admit_those_that_fit(s, now_s, budget, n[FREE] - need)
+        for j in range(before, n[N_BATCH]):
+            i = slots[BATCH, j]
+            computed = request_i[slots[REQUEST, i], COMPUTED]
+            need += blocks_of(s, i, computed + slots[TOKENS, j]) - blocks_of(s, i, computed)
+    _take(s, need)
+    return victims
+
+
+@compiled()
+def _form_eagerly(s: Table, now_s: float) -> int:
+    """Form the next batch request by request, decodes among them; return how many were preempted."""
+    n, request_i, slots = ints_of(s), request_i_of(s), slots_of(s)
+    end = slots.shape[1] - 1
+    settle(s)
+    i = slots[NEXT, end]
+    while i != end:  # from here on a request decodes when its row says so
+        slots[DUE, i] = NEVER
+        i = slots[NEXT, i]
+    n[N_BATCH], n[DECODING] = 0, 0
+    free, victims = n[FREE], 0
+    running = n[N_RUNNING]
+    if n[CHUNKED] or _admit_those_that_fit(s, now_s, n[MAX_BATCH_TOKENS], free) == 0:
+        budget = n[MAX_BATCH_TOKENS] if n[CHUNKED] else running
+        long = n[LONG_PREFILL_TOKENS] if n[CHUNKED] else 0
+        kept, index, i, newest = running, 0, slots[NEXT, end], slots[PREVIOUS, end]
+        while free < 0 and kept > 0:
+            kept -= 1
+            free += blocks_of(s, newest, request_i[slots[REQUEST, newest], COMPUTED])
+            newest = slots[PREVIOUS, newest]
+        while index < kept and budget > 0:
+            r = slots[REQUEST, i]
+            chunk = _chunk(s, r, budget, long)
+            held = blocks_of(s, i, request_i[r, COMPUTED])
+            need = blocks_of(s, i, request_i[r, COMPUTED] + chunk) - held
+            while need > free and kept > index:
+                kept -= 1
+                free += blocks_of(s, newest, request_i[slots[REQUEST, newest], COMPUTED])
+                newest = slots[PREVIOUS, newest]
+            if kept == index:
+                break
+            free -= need
+            budget -= chunk
+            slots[BATCH, index], slots[TOKENS, index] = i, chunk
+            index += 1
+            i = slots[NEXT, i]
+        n[N_BATCH] = index
+        victims = running - kept
+        for _ in range(victims):
+            _preempt(s, slots[PREVIOUS, end])
+        if n[CHUNKED] and victims == 0:
+            _admit_those_that_fit(s, now_s, budget, free)
+    need = 0
+    for j in range(n[N_BATCH]):
+        i = slots[BATCH, j]
+        computed = request_i[slots[REQUEST, i], COMPUTED]
+        need += blocks_of(s, i, computed + slots[TOKENS, j]) - blocks_of(s, i, computed)
+    _take(s, need)
+    return int(victims)
+
+
+@compiled()
+def _layer_rows(s: Table) -> int:
+    """Fill ``rows`` with what each layer sees of the batch, equal layers together, in the order of the first of each.
+
+    Returns:
+        How many rows there are; their columns are those of ``sim.latency.layered_iteration_seconds``.
+    """
+    n, request_i, slots, sets, layer_rows, rows, keeps = (
+        ints_of(s),
+        request_i_of(s),
+        slots_of(s),
+        sets_of(s),
+        layer_rows_of(s),
+        rows_of(s),
+        keeps_of(s),
+    )
+    count = 0
+    prefill_tokens, decodes = n[IT_PREFILL], n[IT_DECODES]
+    for layer in range(len(layer_rows)):
+        tokens, contexts, batch, context = 0, 0, 0, 0
+        for j in range(n[N_BATCH]):
+            i, chunk = slots[BATCH, j], slots[TOKENS, j]
+            if not sets[slots[SET, i], SET_COLUMNS + layer]:
+                continue
+            r = slots[REQUEST, i]
+            computed = request_i[r, COMPUTED]
+            if computed < request_i[r, PREFILL]:
+                tokens += chunk
+                contexts += chunk * computed + chunk * (chunk + 1) // 2
+            else:
+                batch += 1
+                context += min(computed, keeps[slots[KEEP, i], layer]) if slots[KEEP, i] >= 0 else computed
+        if n[DECODING]:
+            for k in range(n[N_SETS]):
+                if sets[k, SET_COLUMNS + layer]:
+                    batch += sets[k, COUNT]
+                    context += sets[k, CONTEXT] + sets[k, COUNT] * n[CLOCK]
+        bits = layer_rows[layer, 0]
+        ffn = prefill_tokens * layer_rows[layer, 1] + decodes * layer_rows[layer, 2]
+        found = False
+        for at in range(count):
+            row = rows[at]
+            if (
+                row[1] == bits
+                and row[2] == tokens
+                and row[3] == contexts
+                and row[4] == batch
+                and row[5] == context
+                and row[6] == ffn
+            ):
+                row[0] += 1
+                found = True
+                break
+        if not found:
+            row = rows[count]
+            row[0], row[1], row[2], row[3], row[4], row[5], row[6] = 1, bits, tokens, contexts, batch, context, ffn
+            count += 1
+    return count
+
+
+@compiled()
+def _start(s: Table, now_s: float) -> None:
+    """Price the batch and put it under way."""
+    n, f, request_i, slots, sets, block_counts, rows, data, layout = (
+        ints_of(s),
+        floats_of(s),
+        request_i_of(s),
+        slots_of(s),
+        sets_of(s),
+        block_counts_of(s),
+        rows_of(s),
+        data_of(s),
+        layout_of(s),
+    )
+    prefill, prefill_contexts, decodes, contexts, sequences, uniform = 0, 0, 0, 0, 0, True
+    for j in range(n[N_BATCH]):
+        i, tokens = slots[BATCH, j], slots[TOKENS, j]
+        row = request_i[slots[REQUEST, i]]
+        computed = row[COMPUTED]
+        if computed < row[PREFILL]:
+            prefill += tokens
+            prefill_contexts += tokens * computed + tokens * (tokens + 1) // 2
+            uniform = uniform and slots[SET, i] == n[PREFILL_SET]
+        else:
+            decodes += 1
+            contexts += computed
+            uniform = uniform and slots[SET, i] == n[DECODE_SET] and slots[KEEP, i] < 0
+        if computed + tokens == row[PROMPT] + row[PRODUCED]:
+            sequences += 1
+    if n[DECODING]:
+        decodes += n[DECODES]
+        sequences += n[DECODES]
+        for k in range(n[N_SETS]):
+            contexts += sets[k, CONTEXT] + sets[k, COUNT] * n[CLOCK]
+        uniform = uniform and sets[n[DECODE_SET], COUNT] == n[DECODES]
+    n[IT_PREFILL], n[IT_DECODES] = prefill, decodes
+    tables = LatencyTables(data, layout)
+    if uniform:
+        duration_s = iteration_seconds(tables, block_counts, prefill, prefill_contexts, decodes, contexts, sequences)
+    else:
+        duration_s = layered_iteration_seconds(tables, rows[: _layer_rows(s)], prefill + decodes, sequences)
+    if n[COPYING]:
+        duration_s *= 1.0 + f[COPY_SLOWDOWN]
+    inside = iteration_in_range(tables, prefill, prefill_contexts, decodes, contexts, sequences)
+    n[IT_EXTRAPOLATED] = 0 if inside else 1
+    n[IT_RUNNING], n[IT_WAITING] = n[N_RUNNING], n[STACKED] + n[QUEUE_TAIL] - n[QUEUE_HEAD]
+    n[IN_ITERATION] = 1
+    f[DURATION], f[START], f[END] = duration_s, now_s, now_s + duration_s
+
+
+@compiled(inline=True)
+def _gap(s: Table, gap_s: float, count: int) -> None:
+    n, gaps = ints_of(s), gaps_of(s)
+    at = n[N_GAPS]
+    gaps[at, 0], gaps[at, 1] = gap_s, count
+    n[N_GAPS] = at + 1
+
+
+@compiled()
+def _finish(s: Table, i: int, now_s: float) -> None:
+    """Let go of a request, whose row is up to date, that has its last token."""
+    n, request_i, request_f, slots = ints_of(s), request_i_of(s), request_f_of(s), slots_of(s)
+    r = slots[REQUEST, i]
+    request_f[r, FINISH_S] = now_s
+    request_i[r, STATUS] = FINISHED
+    n[N_FINISHED] += 1
+    computed = request_i[r, COMPUTED]
+    n[RUNNING_TOKENS] -= computed
+    _release(s, blocks_of(s, i, computed), -1)
+    _unlink(s, i)
+
+
+@compiled()
+def _finish_due(s: Table, now_s: float) -> None:
+    """Let go of the decoding requests that are done at this clock."""
+    n, slots = ints_of(s), slots_of(s)
+    due, clock, next_due = slots[DUE], n[CLOCK], NEVER
+    for i in range(slots.shape[1] - 1):
+        if due[i] == clock:
+            _leave_decodes(s, i)
+            _finish(s, i, now_s)
+        elif due[i] < next_due:
+            next_due = due[i]
+    n[NEXT_DUE] = next_due
+
+
+@compiled()
+def _end_chunk(s: Table, i: int, tokens: int, now_s: float) -> None:
+    """Count a request's tokens of this iteration; if it has caught up, it gets its next token."""
+    n, f, request_i, request_f, slots, sets, set_nll = (
+        ints_of(s),
+        floats_of(s),
+        request_i_of(s),
+        request_f_of(s),
+        slots_of(s),
+        sets_of(s),
+        set_nll_of(s),
+    )
+    r = slots[REQUEST, i]
+    row, times = request_i[r], request_f[r]
+    decoding = row[COMPUTED] >= row[PREFILL]
+    row[COMPUTED] += tokens
+    n[RUNNING_TOKENS] += tokens
+    if row[COMPUTED] < row[PROMPT] + row[PRODUCED]:
+        return
+    held_set = slots[SET, i]
+    if decoding:
+        row[KEPT_PARAMS] += sets[held_set, DECODE_PARAMS]
+        times[NLL_SUM] += set_nll[held_set, 1]
+    else:
+        row[KEPT_PARAMS] += sets[held_set, PREFILL_PARAMS]
+        times[NLL_SUM] += set_nll[held_set, 0]
+        after = sets[held_set, AFTER]
+        if after != held_set or n[PLAN_KEEP] >= 0:
+            held = blocks_of(s, i, row[COMPUTED])
+            slots[SET, i] = after
+            if n[PLAN_KEEP] >= 0:
+                slots[KEEP, i] = n[PLAN_KEEP]
+                n[KEEPERS] += 1
+            _release(s, held - blocks_of(s, i, row[COMPUTED]), -1)
+    row[PRODUCED] += 1
+    n[PRODUCED_TOKENS] += 1
+    if row[PRODUCED] == 1:
+        times[FIRST_S] = now_s
+        n[FIRST_TOKENS] += 1
+        f[TTFT_SUM] += now_s - times[ARRIVAL_S]
+    else:
+        _gap(s, now_s - times[LAST_S], 1)
+    times[LAST_S] = now_s
+    if row[PRODUCED] == row[LIMIT]:
+        _finish(s, i, now_s)
+    elif not n[EAGER]:
+        _join_decodes(s, i)
+
+
+@compiled()
+def _end(s: Table) -> None:
+    """End the iteration under way: tokens, finishes, the log."""
+    n, f, slots, cohort_s, log = ints_of(s), floats_of(s), slots_of(s), cohort_s_of(s), log_of(s)
+    now_s = f[END]
+    f[NOW] = now_s
+    f[BUSY] += f[DURATION]
+    n[IN_ITERATION] = 0
+    n[N_ITERATIONS] += 1
+    n[USED_BEFORE] = n[POOL] - n[FREE]
+    used_share = n[USED_BEFORE] / max(n[POOL], 1)
+    f[MAX_USED_SHARE] = max(f[MAX_USED_SHARE], used_share)
+    if n[KEEP_LOG]:
+        row = log[n[N_LOG]]
+        row[LOG_START], row[LOG_END], row[LOG_USED_SHARE] = f[START], now_s, used_share
+        row[LOG_PREFILL], row[LOG_DECODES] = n[IT_PREFILL], n[IT_DECODES]
+        row[LOG_RUNNING], row[LOG_WAITING] = n[IT_RUNNING], n[IT_WAITING]
+        row[LOG_PREEMPTED], row[LOG_EXTRAPOLATED] = n[IT_PREEMPTED], n[IT_EXTRAPOLATED]
+        n[N_LOG] += 1
+    if n[DECODING]:
+        decodes = n[DECODES]
+        n[CLOCK] += 1
+        n[PRODUCED_TOKENS] += decodes
+        n[RUNNING_TOKENS] += decodes
+        for cohort in range(n[COHORTS]):
+            if slots[COHORT, cohort] > 0:
+                _gap(s, now_s - cohort_s[cohort], slots[COHORT, cohort])
+        cohort_s[0], slots[COHORT, 0], n[COHORTS] = now_s, decodes, 1
+        if n[CLOCK] >= n[NEXT_DUE]:
+            _finish_due(s, now_s)
+    for j in range(n[N_BATCH]):
+        _end_chunk(s, slots[BATCH, j], slots[TOKENS, j], now_s)
+    if n[EAGER]:
+        _count_decodes(s)
+
+
+@compiled()
+def _needs_eager(s: Table) -> bool:
+    """Return whether the next batch has to be formed request by request."""
+    n, slots = ints_of(s), slots_of(s)
+    if n[KEEPERS] > 0:
+        return True
+    if n[CHUNKED] and n[DECODES] > n[MAX_BATCH_TOKENS]:
+        return True
+    prompts = n[N_RUNNING] - n[DECODES]
+    if prompts == 0:
+        return False
+    return bool(prompts > 1 or slots[DUE, slots[PREVIOUS, slots.shape[1] - 1]] != NEVER)
+
+
+@compiled()
+def advance(s: Table, horizon_s: float, change_s: float) -> int:
+    """Serve on, whole iterations at a time; ``NOW`` says how far it came.
+
+    Args:
+        s: the replica, changed in place.
+        horizon_s: serve up to this moment, and start no iteration then.
+        change_s: start no iteration from this moment on: memory or the plan changes between two.
+    Returns:
+        ``HORIZON``: it came so far, perhaps into the middle of an iteration. ``CHANGE``: it is between two iterations,
+        at ``change_s`` or the first end of one after it. ``GROW``: the logs have to grow first. ``DONE``: nothing will
+        happen by itself.
+    """
+    n, f, slots, log, gaps = ints_of(s), floats_of(s), slots_of(s), log_of(s), gaps_of(s)
+    room = 2 * slots.shape[1] + 2
+    while True:
+        if n[IN_ITERATION]:
+            if f[END] > horizon_s:
+                f[NOW] = horizon_s
+                return HORIZON
+            _end(s)
+        now_s = f[NOW]
+        if f[NEXT_ARRIVAL_S] <= now_s:
+            take_arrivals(s, now_s)
+        if now_s >= horizon_s:
+            return HORIZON
+        if now_s >= change_s:
+            return CHANGE
+        if n[N_GAPS] + room > len(gaps) or n[N_LOG] == len(log):
+            return GROW
+        if _needs_eager(s):
+            n[EAGER] = 1
+            victims = _form_eagerly(s, now_s)
+        else:
+            n[EAGER] = 0
+            victims = _form(s, now_s)
+        n[IT_PREEMPTED] = n[CHANGE_PREEMPTED] + victims
+        n[CHANGE_PREEMPTED] = 0
+        if n[N_BATCH] > 0 or n[DECODING]:
+            _start(s, now_s)
+            continue
+        if n[EAGER]:
+            _count_decodes(s)
+        if victims > 0:
+            continue
+        if f[NEXT_ARRIVAL_S] == np.inf and (change_s == np.inf or n[N_RUNNING] + _waiting(n) == 0):
+            return DONE
+        f[NOW] = min(f[NEXT_ARRIVAL_S], horizon_s, change_s)

@@ -1,0 +1,188 @@
+"""The compiled engine equals the plain one, request by request and transition by transition (law 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sim.budget import Budget
+from sim.data import REPOSITORY
+from sim.engine import SimEngine
+from sim.errors import BudgetError, ConfigError
+from sim.memory import budget_for_kv_blocks
+from sim.plan import dense_plan, drop, with_mask
+from sim.records import Records
+from tests.sim.kernel_cases import LATE_S, Case, differences, random_case, serve, shrunk
+from tests.sim.plain_engine import PlainEngine
+from tests.sim.serving import TINY, linear_latency, requests, tiny_engine
+
+DENSE = dense_plan(TINY)
+
+
+@pytest.mark.parametrize("first", range(0, 400, 20))
+def test_the_compiled_engine_leaves_the_records_of_the_plain_one(first: int) -> None:
+    for seed in range(first, first + 20):
+        assert differences(random_case(seed)) == [], f"seed {seed}; `make fuzz FIRST={seed} CASES=1` shrinks it"
+
+
+def test_the_random_cases_meet_everything_that_has_rules() -> None:
+    """What is compared above is worth nothing if no case comes to it."""
+    met = dict.fromkeys(("preempted", "recomputed", "copied", "over budget", "rejected", "windowed KV", "a KV hole"), 0)
+    for seed in range(120):
+        try:
+            engine, _ = serve(SimEngine, random_case(seed))
+        except BudgetError:
+            continue
+        records, transitions = engine.records(), engine.transitions()
+        met["preempted"] += bool(records.preemptions.any())
+        met["recomputed"] += bool(transitions.recomputed_tokens.any())
+        met["copied"] += bool(transitions.bytes_in.any())
+        met["over budget"] += engine.budget_violation_s > 0
+        met["rejected"] += bool((records.status == 3).any())
+        met["windowed KV"] += any("KV" in plan for plan in transitions.to_plan)
+        met["a KV hole"] += len(set(np.round(records.kept_params_share, 9))) > 2
+    assert min(met.values()) >= 5, met
+
+
+def test_a_difference_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: a plain engine that prices each iteration 1 ppm higher is told apart."""
+    original = PlainEngine._price
+    monkeypatch.setattr(
+        PlainEngine, "_price", lambda self, batch: (original(self, batch)[0] * (1 + 1e-6), original(self, batch)[1])
+    )
+    case = next(case for case in map(random_case, range(50)) if differences(case))
+    small = shrunk(case)
+    assert differences(small)
+    assert len(small.requests) == 1
+    assert small.plans == small.ticks_s == ()
+
+
+def play(engine: SimEngine, case: Case, from_s: float) -> None:
+    changes = dict(case.plans)
+    for time_s in sorted(time_s for time_s in {*changes, *case.ticks_s} if time_s > from_s):
+        engine.run_until(time_s)
+        if time_s in changes:
+            engine.apply(changes[time_s])
+    engine.run_until(math.inf)
+    engine.run_until(LATE_S)
+
+
+def assert_equal(ours: object, theirs: object) -> None:
+    assert type(ours) is type(theirs)
+    for field in dataclasses.fields(ours):  # type: ignore[arg-type]
+        a, b = getattr(ours, field.name), getattr(theirs, field.name)
+        if isinstance(a, np.ndarray):
+            assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), field.name
+        else:
+            assert a == b, field.name
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int) -> None:
+    case = random_case(seed)
+    try:
+        straight, _ = serve(SimEngine, case)
+    except BudgetError:
+        pytest.skip("the budget of this seed holds no engine")
+    engine = SimEngine(
+        model=TINY,
+        latency=case.latency,
+        config=case.config,
+        plan=case.first_plan,
+        budget_bytes=case.budget(),
+        host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
+        copy_slowdown=case.copy_slowdown,
+    )
+    engine.submit(requests(*case.requests))
+    changes = dict(case.plans)
+    moment_s = float(np.random.default_rng(seed).uniform(0, 30))
+    before = sorted(time_s for time_s in {*changes, *case.ticks_s} if time_s <= moment_s)
+    for time_s in before:
+        engine.run_until(time_s)
+        if time_s in changes:
+            engine.apply(changes[time_s])
+    engine.run_until(moment_s)
+    here = engine.snapshot()
+    for other in (with_mask(DENSE, drop(TINY, mha=[1], ffn=[0])), DENSE):  # two futures that did not happen
+        engine.apply(other)
+        engine.submit(requests((1e5, 5, 5)))
+        engine.run_until(math.inf)
+        engine.restore(here)
+    play(engine, case, moment_s)
+    for name in ("records", "iterations", "token_gaps", "transitions"):
+        ours, theirs = getattr(straight, name)(), getattr(engine, name)()
+        if name == "records":
+            ours = dataclasses.replace(ours, quality_nll=theirs.quality_nll)
+        assert_equal(ours, theirs)
+    assert engine.budget_violation_s == pytest.approx(straight.budget_violation_s, abs=1e-9)
+
+
+def test_a_snapshot_grows_with_what_is_live_and_not_with_what_is_done() -> None:
+    engine = tiny_engine(max_running=4)
+    engine.submit(requests(*[(float(i), 4, 2) for i in range(500)]))
+    engine.run_until(490.0)
+    assert len(engine.snapshot().live) < 10
+
+
+def test_a_snapshot_of_another_engine_and_a_shared_clock_are_refused() -> None:
+    engine, other = tiny_engine(), tiny_engine()
+    with pytest.raises(ConfigError, match="another engine"):
+        engine.restore(other.snapshot())
+    shared = SimEngine(
+        model=TINY,
+        latency=linear_latency(),
+        config=engine.config,
+        plan=DENSE,
+        budget_bytes=10**9,
+        env=other.env,
+    )
+    with pytest.raises(ConfigError, match="shares its SimPy environment"):
+        shared.restore(shared.snapshot())
+
+
+def test_without_iterations_the_records_are_the_same() -> None:
+    rows = [(0.3 * i, 30, 20) for i in range(40)]
+    found: list[Records] = []
+    for keep in (True, False):
+        engine = SimEngine(
+            model=TINY,
+            latency=linear_latency(0.1, 0.001, 0.0001),
+            config=tiny_engine().config,
+            plan=DENSE,
+            budget_bytes=10**7,
+            keep_iterations=keep,
+        )
+        engine.submit(requests(*rows))
+        engine.run_until(math.inf)
+        assert (len(engine.iterations()) > 0) == keep
+        found.append(engine.records())
+    assert_equal(*found)
+
+
+def test_a_waiting_prompt_that_outgrew_the_pool_does_not_keep_the_engine_busy_for_ever() -> None:
+    """The pool shrank after it was accepted: it waits, for memory may come back, and nothing runs in circles."""
+    twenty, eleven = (budget_for_kv_blocks(TINY, DENSE, blocks, 0, 4) for blocks in (20, 11))
+    engine = tiny_engine(
+        budget=Budget((0.0, 2.0), (twenty, eleven)), reserve_full_prompt=False, max_batch_tokens=8, kv_block_tokens=4
+    )
+    engine.submit(requests((5.0, 60, 4)))
+    engine.run_until(math.inf)
+    assert engine.records().status.tolist() == [0]
+    assert len(engine.iterations()) == 0
+
+
+def test_it_works_where_the_compile_cache_cannot_be_written_and_says_so() -> None:
+    program = (
+        "import numba.core.caching as c\n"
+        "c.CacheImpl._locator_classes = []\n"
+        "from sim.compiled import compiled\n"
+        "print(compiled()(lambda x: x + 1)(1))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout == "2\n"
+    assert "NUMBA_CACHE_DIR" in done.stderr
