@@ -97,7 +97,7 @@ def _speed(gsi: dict[str, Any]) -> list[str]:
     title = "## Naive against fast"
     compared = gsi["naive_rounds"]
     if not compared:
-        return [title, "Not measured yet: `python -m hw.score kind=gsi gsi.compare_every=15 out=...`."]
+        return [title, "Not measured yet: `python -m hw.score kind=gsi calibration.tokens=512 gsi.compare_every=15`."]
     rows = [
         [
             row["round"],
@@ -112,9 +112,9 @@ def _speed(gsi: dict[str, Any]) -> list[str]:
     ]
     naive, exact = (sum(row[f"{name}_cpu_s"] for row in compared) for name in ("naive", "exact"))
     text = (
-        f"`python -m hw.score kind=gsi gsi.compare_every=15`: both sides in one process, from the same state, on "
-        f"{gsi['text']['tokens']:,} tokens, in {gsi['dtype']} and in batches of the same size. Naive over exact, CPU "
-        f"seconds of these rounds: **{naive / exact:.1f}**."
+        "`python -m hw.score kind=gsi calibration.tokens=512 gsi.compare_every=15`: both in one process, from the same "
+        f"state, on {gsi['text']['tokens']:,} tokens, in {gsi['dtype']}. The naive algorithm runs a candidate on all "
+        f"tokens in one batch. Naive over exact, CPU seconds of these rounds: **{naive / exact:.1f}**."
     )
     whole = sum(r["cpu_s"] for r in gsi["rounds"])
     if len(compared) > 2:
@@ -133,7 +133,7 @@ def _speed(gsi: dict[str, Any]) -> list[str]:
         if row["naive_removes"] != row["exact_removes"]:
             behind = row["naive_nll_of_exact"] - row["naive_nll"]
             text += (
-                f" In round {row['round']} the naive batches put {row['naive_removes']} ahead of "
+                f" In round {row['round']} the naive algorithm puts {row['naive_removes']} ahead of "
                 f"{row['exact_removes']} by {behind:.1e} nats a token."
             )
     head = ["round", "candidates", "naive CPU s", "exact CPU s", "ratio", "naive removes", "exact removes"]
@@ -255,8 +255,9 @@ def _predictor(table: QualityTable, raw: dict[str, Any]) -> list[str]:
         f"{len(table.plans)} plans measured, each on the same {raw['test_text']['tokens']:,} test tokens "
         f"({raw['test_text']['windows']}) and {raw['text']['tokens']:,} calibration tokens. Below: error of perplexity "
         "on plans held out in five folds, of those under three times dense. Dense and the plans that remove one block, "
-        "or cut one layer's KV, are always known and not reported on. Of each form, the curve and what decode alone "
-        "counts are chosen within the other four folds.",
+        "or cut one layer's KV, are always known and not reported on. A mask that prefill alone drops is no "
+        "Plan: decode would find no KV there. Of each form, the curve and what decode alone counts are chosen within "
+        "the other four folds.",
         _grid(["form", "kind of plan", *columns], forms),
         "The form chosen within the other folds too, so that no plan has a say in what predicts it:",
         _grid(["kind of plan", *columns], kinds),

@@ -419,7 +419,7 @@ def test_a_killed_gsi_goes_on_where_it_was_and_says_what_it_was_measured_on(chec
     assert "holds the order of another run: seed differ" in other.stderr
 
 
-def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tiny_gsi\.json in conf/score; run python -m hw\.score kind=gsi first"):
         scores_page("tiny", tmp_path, tmp_path)
     elastic, windows = ElasticModel(tiny(), name="tiny"), text()
@@ -449,6 +449,55 @@ def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(check
     without = mask_without(LAYERS, {block_number(name) for name in order[:4]})
     plan = replace(dense_plan(elastic.spec), prefill=without, decode=without)
     assert f"| 4 | {math.exp(measure(elastic, plan, windows[1:2]).mean):.2f} |" in page
+
+
+def test_the_page_of_scores_adds_up_what_was_timed_sampled_and_decoded(tmp_path: Path) -> None:
+    source = {"text": "text.txt", "tokens": 96, "window_tokens": 24, "windows": "drawn with seed 0"}
+    described = {"model": "tiny", "weights": "random", "dtype": "float32", "device": "cpu", "text": source}
+    order = ["MHA0", "FFN1", "MHA1", "FFN0"]
+    rounds = [
+        {"removed": name, "nll": 4.0, "candidates": dict.fromkeys(order[i:], 4.0), "abandoned": [], "cpu_s": 1.0}
+        for i, name in enumerate(order)
+    ]
+    naive = [
+        {
+            "round": number,
+            "candidates": 5 - number,
+            "naive_cpu_s": float((5 - number) * (6 - number)),  # falls evenly a candidate: the rounds between are known
+            "exact_cpu_s": 1.0,
+            "naive_removes": order[number - 1],
+            "exact_removes": "FFN0" if number == 3 else order[number - 1],
+            "naive_nll": 4.0,
+            "naive_nll_of_exact": 4.0001 if number == 3 else 4.0,
+        }
+        for number in (1, 3, 4)
+    ]
+    write_json(
+        tmp_path / "tiny_gsi.json",
+        {**described, "order": order, "rounds": rounds, "naive_rounds": naive},
+    )
+    losses = {"gsi": (3.0, 3.2, 3.4), "one_shot": (4.0, 4.0, 4.0)}
+    samples = [
+        {"order": name, "sample": f"seed {seed}", "removals": 4, "drop": order, "nll": math.log(value)}
+        for name, values in losses.items()
+        for seed, value in enumerate(values)
+    ]
+    write_json(tmp_path / "tiny_samples.json", {**described, "rows": samples})
+    plans = [
+        {"loss": loss, "share_equal": share, "tokens_before_parting": 64 * share}
+        for loss, share in ((0.01, 0.9), (0.05, 0.5), (0.06, 0.7), (0.9, 0.1))
+    ]
+    decoded = {"prompts": 8, "prompt_tokens": 64, "decoded_tokens": 64, "plans": plans}
+    write_json(tmp_path / "tiny_generation.json", {**described, **decoded})
+    write_json(tmp_path / "tiny_full_test.json", {**described, "plans": [{"name": "dense", "nll": math.log(21.32)}]})
+    page = scores_page("tiny", tmp_path, tmp_path)
+    assert "CPU seconds of these rounds: **9.3**" in page  # (20 + 6 + 2) / 3
+    assert "Of all 4 rounds: **10.0**, 40 s against 4 s" in page
+    assert "same block in 2 of 3 rounds. In round 3 the naive algorithm puts MHA1 ahead of FFN0 by 1.0e-04" in page
+    assert "| 4 | 3.20 | 3.00 to 3.40 (3) | 4.00 | 4.00 to 4.00 (3) |" in page
+    assert "| dense | 21.32 |" in page
+    assert "| 0.02 to 0.1 | 2 | 0.60 | 0.50 to 0.70 | 38.4 |" in page
+    assert "its share: **-0.80**" in page
 
 
 @pytest.mark.slow
