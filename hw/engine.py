@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -111,10 +111,23 @@ class _Transition:
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """What an iteration computed, in the terms in which ``sim.latency`` prices it, and the plan that it ran."""
+
+    plan: Plan
+    chunks: tuple[tuple[int, int], ...]  # (tokens, tokens before them) of each prompt
+    decode_batch: int
+    decode_context_sum: int
+    sequences: int
+    forward_s: float  # from the first to the last look at the model; the rest of an iteration is the host's
+
+
+@dataclass(frozen=True, slots=True)
 class _Ran:
     """An iteration that the device has done, to be put in force at its end."""
 
     batch: Batch[_Live]
+    shape: Shape
     next_tokens: dict[int, int]  # request_id -> token
     start_s: float
     end_s: float
@@ -150,8 +163,8 @@ class HwEngine:
         clock: Clock | None = None,
         copier: LayerCopier | None = None,
         arena: Arena | None = None,
-        stop_ids: Collection[int] = (),
-        on_token: Callable[[int, int, bool], None] | None = None,
+        ends: Callable[[int, int], bool] | None = None,
+        on_token: Callable[[int, int | None, bool], None] | None = None,
         quality_nll: Callable[[Plan], float] | None = None,
     ) -> None:
         """Build an idle engine over a dense model, and bring it to its first plan.
@@ -166,8 +179,9 @@ class HwEngine:
             prompts: the token ids of every request; drawn at random by default.
             clock: what time it is; the wall's by default.
             copier: brings weights from the host; arena: where KV blocks lie. Both by default as the device wants them.
-            stop_ids: token ids that end a request before its length; none by default.
-            on_token: called with (request_id, token, whether it is the last) as each token comes.
+            ends: called with (request_id, token), whether that token ends its request before its length; None never.
+            on_token: called with (request_id, token, whether it is the last) as each token comes; the token is None
+                where a request was rejected.
             quality_nll: nats a token that a plan costs (``sim.quality``), charged to requests; None charges nothing.
         Raises:
             PlanError: for a plan that is not legal for the model.
@@ -181,7 +195,7 @@ class HwEngine:
         self._workspace_bytes = workspace_bytes
         self._prompts: Prompts = prompts or RandomPrompts(model.vocab_size)
         self._clock: Clock = clock or RealClock()
-        self._stop_ids = frozenset(stop_ids)
+        self._ends = ends
         self._on_token = on_token
         self._quality_nll = quality_nll
         self._params = (model.fixed_params, model.mha_params, model.ffn_params)
@@ -215,6 +229,7 @@ class HwEngine:
         self._gaps_s: list[float] = []
         self._iterations: list[tuple[float, float, int, int, int, int, float, int]] = []
         self._memory_rows: list[MemoryRow] = []
+        self._shapes: list[Shape] = []
 
         elastic.use_attention(ATTENTION)
         elastic.prepare(WEIGHT_BITS)
@@ -303,6 +318,22 @@ class HwEngine:
             self._time_s = now_s
             if not self._iterate(now_s) and not self._wait(now_s, time_s):
                 return self._observe(now_s)
+
+    def cancel(self, request_id: int) -> None:
+        """End a request that nobody waits for: at once where it waits, with its next token where it runs."""
+        live = self._all.get(request_id)
+        if live is None:
+            self._arrivals = deque(request for request in self._arrivals if request.request_id != request_id)
+        elif live.status is Status.RUNNING:
+            live.output_limit = min(live.output_limit, live.produced_tokens + 1)
+        elif live.status is Status.WAITING:
+            self._waiting.remove(live)
+            self._reject(live)
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens that prompt and output of one request may have together."""
+        return self._context_limit
 
     def interrupt(self) -> None:
         """Let ``run_until`` raise KeyboardInterrupt once no iteration is half done; callable from a signal handler."""
@@ -403,6 +434,10 @@ class HwEngine:
         """Return one row an iteration: predicted, allocated and used bytes."""
         return tuple(self._memory_rows)
 
+    def shapes(self) -> tuple[Shape, ...]:
+        """Return what each iteration computed."""
+        return tuple(self._shapes)
+
     @property
     def memory(self) -> DeviceMemory:
         """What the run takes of the device."""
@@ -471,12 +506,17 @@ class HwEngine:
             self._arrived_prompt_tokens += request.prompt_tokens
             full = self._plan.admit is not None and len(self._waiting) >= self._plan.admit
             if full or limit < 1:
-                live.status = Status.REJECTED
-                self._rejected += 1
+                self._reject(live)
             else:
                 live.tokens = list(self._prompts(request.request_id, request.prompt_tokens))
                 assert len(live.tokens) == request.prompt_tokens
                 self._waiting.append(live)
+
+    def _reject(self, live: _Live) -> None:
+        live.status = Status.REJECTED
+        self._rejected += 1
+        if self._on_token is not None:
+            self._on_token(live.request.request_id, None, True)
 
     def _carry_out(self, batch: Batch[_Live], now_s: float) -> None:
         """Preempt, admit and take KV blocks, as the batch says."""
@@ -500,6 +540,7 @@ class HwEngine:
         decodes = [live for live, _ in batch.scheduled if live.decoding]
         prefills = [(live, tokens) for live, tokens in batch.scheduled if not live.decoding]
         running, waiting = len(self._running), len(self._waiting)
+        forward_start_s = self._clock.now_s()
         try:
             next_tokens = self._forward(decodes, prefills)
         except (RuntimeError, MemoryError) as error:
@@ -507,6 +548,7 @@ class HwEngine:
                 raise
             self._relieve(batch)
             return None
+        forward_s = self._clock.now_s() - forward_start_s
         prefill_tokens = sum(tokens for _, tokens in prefills)
         contexts = sum(live.computed_tokens for live in decodes)
         self._clock.ran(prefill_tokens, len(decodes), contexts)
@@ -520,6 +562,14 @@ class HwEngine:
         )
         return _Ran(
             batch=batch,
+            shape=Shape(
+                plan=self._plan,
+                chunks=tuple((tokens, live.computed_tokens) for live, tokens in prefills),
+                decode_batch=len(decodes),
+                decode_context_sum=contexts,
+                sequences=len(next_tokens),
+                forward_s=forward_s,
+            ),
             next_tokens=next_tokens,
             start_s=start_s,
             end_s=end_s,
@@ -603,6 +653,7 @@ class HwEngine:
                 self._end_prefill(live)
             self._add_token(live, ran.next_tokens[live.request.request_id], now_s)
         self._running = [live for live in self._running if live.status is Status.RUNNING]
+        self._shapes.append(ran.shape)
         self._iterations.append(
             (ran.start_s, now_s, ran.prefill_tokens, ran.decodes, ran.running, ran.waiting, used_share, ran.preempted)
         )
@@ -618,7 +669,9 @@ class HwEngine:
         else:
             self._gaps_s.append(now_s - live.last_token_s)
         live.last_token_s = now_s
-        last = live.produced_tokens == live.output_limit or token in self._stop_ids
+        last = live.produced_tokens >= live.output_limit
+        if not last and self._ends is not None:
+            last = self._ends(live.request.request_id, token)
         if last:
             live.finish_s = now_s
             live.status = Status.FINISHED

@@ -98,7 +98,7 @@ def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
         workspace_bytes=int(cfg.workspace_bytes),
         prompts=read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed),
         clock=RealClock(cfg.hw.clock, skip_idle=cfg.hw.skip_idle),
-        stop_ids=() if stop is None else (stop,),
+        ends=None if stop is None else lambda _, token: token == stop,
     )
     return engine, parts.policy
 

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="the real engine needs
 from hw.copies import LayerCopier  # noqa: E402
 from hw.engine import HwEngine  # noqa: E402
 from hw.model import ElasticModel  # noqa: E402
-from hw.prompts import RandomPrompts  # noqa: E402
+from hw.prompts import Prompts, RandomPrompts  # noqa: E402
 from sim.budget import Budget  # noqa: E402
 from sim.engine import EngineConfig, Request  # noqa: E402
 from sim.latency import LatencyModel, calibration_from_dict  # noqa: E402
@@ -163,6 +163,7 @@ def hw_engine(
     budget: Budget | None = None,
     timed: bool = True,
     kind: type[HwEngine] = HwEngine,
+    own_prompts: Prompts | None = None,
     **more: Any,
 ) -> HwEngine:
     """Return an engine over a tiny model, on the priced clock unless ``timed`` is False."""
@@ -177,7 +178,7 @@ def hw_engine(
         config=config,
         plan=plan,
         budget_bytes=budget or budget_for_kv_blocks(elastic.spec, plan, kv_blocks, 0, config.kv_block_tokens),
-        prompts=RandomPrompts(VOCABULARY),
+        prompts=own_prompts or RandomPrompts(VOCABULARY),
         **more,
     )
 

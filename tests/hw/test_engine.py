@@ -107,7 +107,7 @@ def test_a_request_may_end_at_the_models_own_end_of_text() -> None:
     rows = [(0.0, 10, 30)]
     full = serve(hw_engine(), rows)[0]
     stop = full[4]
-    engine = hw_engine(stop_ids={stop})
+    engine = hw_engine(ends=lambda request_id, token: token == stop)
     assert serve(engine, rows)[0] == full[: full.index(stop) + 1]
     assert engine.records().status.tolist() == [Status.FINISHED]
 
