@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from sim.data import find_data
-from sim.errors import BudgetError
+from sim.errors import BudgetError, nearest
 from sim.gpu import Gpu
 from sim.memory import budget_for_kv_blocks, relative_budget_bytes
 from sim.model import ModelSpec
 from sim.plan import Plan
+
+STEP_UNITS = ("share", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +108,26 @@ def kv_blocks(context: BudgetContext, *, blocks: int) -> Budget:
     )
 
 
-def steps(context: BudgetContext, *, rows: Sequence[Sequence[float]], notice_s: float = 0.0) -> Budget:
-    """Return a budget of ``[time_s, share of the device memory]`` rows; the first at 0.
+def steps(
+    context: BudgetContext, *, rows: Sequence[Sequence[float]], unit: str = "share", notice_s: float = 0.0
+) -> Budget:
+    """Return a budget of ``[time_s, value]`` rows, the first at 0; values are shares of the device memory, or bytes.
 
     Raises:
-        BudgetError: for a share outside (0, 1] or times that do not ascend from 0.
+        BudgetError: for a share outside (0, 1], bytes that the device does not have, another unit, or times that do not
+            ascend from 0.
     """
-    return stepped(((float(t), _share_bytes(context, share, "rows")) for t, share in rows), notice_s)
+    if unit not in STEP_UNITS:
+        raise BudgetError(f"budget.unit is {unit!r}; {nearest(unit, STEP_UNITS)}")
+    if unit == "share":
+        return stepped(((float(t), _share_bytes(context, share, "rows")) for t, share in rows), notice_s)
+    for _, value in rows:
+        if not 1 <= value <= context.gpu.memory_bytes:
+            raise BudgetError(
+                f"budget.rows: {value} bytes; at least 1 and at most the {context.gpu.memory_bytes:.4g} of "
+                f"{context.gpu.name} are allowed (budget.unit=share takes shares of it)"
+            )
+    return stepped(((float(t), int(value)) for t, value in rows), notice_s)
 
 
 def from_csv(context: BudgetContext, *, path: str, notice_s: float = 0.0) -> Budget:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sim.memory import ffn_weight_bytes, mha_weight_bytes
+from sim.memory import ffn_weight_bytes, fixed_weight_bytes, mha_weight_bytes
 from sim.model import ModelSpec
 from sim.plan import KeepMask, Plan
 
@@ -82,6 +82,19 @@ def copies_between(model: ModelSpec, resident: Resident, target: Plan) -> list[L
             freed += ffn_weight_bytes(model, old) if old != ABSENT else 0
         copies.append(LayerCopy(layer=layer, mha_bits=mha, ffn_bits=ffn, copied_bytes=copied, net_bytes=copied - freed))
     return sorted(copies, key=lambda copy: (copy.net_bytes, copy.layer))
+
+
+def peak_weight_bytes(model: ModelSpec, start: Plan, target: Plan) -> int:
+    """Return the most bytes that weights take on the way from ``start`` to ``target``: a copy stands beside what it
+    replaces until it is whole.
+    """
+    resident = without_dropped(resident_of(start), target)
+    held = fixed_weight_bytes(model) + resident.weight_bytes(model)
+    peak = held
+    for copy in copies_between(model, resident, target):
+        peak = max(peak, held + copy.copied_bytes)
+        held += copy.net_bytes
+    return peak
 
 
 def joined(resident: Resident, copy: LayerCopy) -> Resident:

@@ -8,7 +8,7 @@ engine holds and what waits for it. Headroom and patience are ours to choose: no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +27,9 @@ class GreedyStop:
 
     plans, weights_bytes, mha_blocks: of every stopping point, from none dropped to the whole order.
     headroom: memory demand is multiplied by this before blocks are dropped for it, and by ``restore_headroom`` before
-        they come back. waiting_share: how much of what waits in the queue counts as demand.
+        they come back.
+    waiting_share: how much of what waits in the queue counts as demand. waiting_most: up to which share of the budget,
+        since a queue that no plan can hold is no reason to drop everything.
     patience: decisions in a row that must agree before blocks come back; dropping never waits.
     """
 
@@ -39,6 +41,7 @@ class GreedyStop:
     headroom: float
     restore_headroom: float
     waiting_share: float
+    waiting_most: float
     patience: int
     dropped: int = 0
     calm: int = field(default=0)
@@ -62,9 +65,11 @@ class GreedyStop:
 
     def _stop(self, state: EngineState, headroom: float) -> int:
         """Return the first stopping point at which weights and KV demand fit; the last when none does."""
-        tokens = state.running_tokens + self.waiting_share * state.waiting_tokens
         # An announced smaller budget counts already; a larger one does not yet.
         budget_bytes = min(state.budget_bytes, state.next_budget_bytes) - self.workspace_bytes
+        dense_bytes_per_token = self.mha_blocks[0] * self.kv_bytes_per_token_layer
+        most_tokens = self.waiting_most * max(budget_bytes, 0) / dense_bytes_per_token
+        tokens = state.running_tokens + min(self.waiting_share * state.waiting_tokens, most_tokens)
         for point, (weights, mha) in enumerate(zip(self.weights_bytes, self.mha_blocks, strict=True)):
             if weights + headroom * tokens * mha * self.kv_bytes_per_token_layer <= budget_bytes:
                 return point
@@ -79,6 +84,7 @@ def greedy_stop(
     headroom: float = 1.1,
     restore_headroom: float = 1.3,
     waiting_share: float = 0.0,
+    waiting_most: float = 0.25,
     patience: int = 5,
 ) -> GreedyStop:
     """Build the policy from an order of blocks such as ``MHA25, FFN7``.
@@ -86,19 +92,21 @@ def greedy_stop(
     Args:
         served: what is decided for. order: blocks, the first to drop first.
         made_for: the model on which the order was measured; None for any.
-        headroom, restore_headroom, waiting_share, patience: as in ``GreedyStop``.
+        headroom, restore_headroom, waiting_share, waiting_most, patience: as in ``GreedyStop``.
     Raises:
         PlanError: for a block that the model does not have, one named twice, or an order made for another model.
-        ConfigError: for headrooms below 1, a restore headroom below the other, or a patience below 1.
+        ConfigError: for headrooms below 1, a restore headroom below the other, a patience below 1, or shares out of
+            range.
     """
     if not 1.0 <= headroom <= restore_headroom:
         raise ConfigError(
             f"policy.headroom is {headroom} and restore_headroom {restore_headroom}; they must be at least 1, and the "
             "second not below the first, else blocks would go and come at every decision"
         )
-    if patience < 1 or not waiting_share >= 0.0:
+    if patience < 1 or not waiting_share >= 0.0 or not 0.0 <= waiting_most <= 1.0:
         raise ConfigError(
-            f"policy.patience is {patience} and waiting_share {waiting_share}; at least 1 and 0 are allowed"
+            f"policy.patience is {patience}, waiting_share {waiting_share}, waiting_most {waiting_most}; at least 1, at "
+            "least 0, and 0 to 1 are allowed"
         )
     model = served.model
     if made_for is not None and made_for != model.name:
@@ -124,8 +132,34 @@ def greedy_stop(
         headroom=headroom,
         restore_headroom=restore_headroom,
         waiting_share=waiting_share,
+        waiting_most=waiting_most,
         patience=patience,
     )
+
+
+@dataclass(slots=True)
+class RandomStop:
+    """Drops as many blocks as greedy order and stop would, each time others: a new random order after every full return
+    to dense.
+
+    draw: makes the policy over a random order; what it decides with begins anew with each order.
+    """
+
+    draw: Callable[[], GreedyStop]
+    current: GreedyStop
+
+    @property
+    def first_plan(self) -> Plan:
+        """Dense."""
+        return self.current.first_plan
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Follow the order of the moment; draw the next one when all blocks are back."""
+        was_dropped = self.current.dropped
+        plan = self.current(state)
+        if was_dropped and not self.current.dropped:
+            self.current = self.draw()
+        return plan
 
 
 def random_stop(
@@ -136,24 +170,30 @@ def random_stop(
     headroom: float = 1.1,
     restore_headroom: float = 1.3,
     waiting_share: float = 0.0,
+    waiting_most: float = 0.25,
     patience: int = 5,
-) -> GreedyStop:
-    """Build ``greedy_stop`` over a seeded random order: the baseline that tells what an order is worth.
+) -> RandomStop:
+    """Build ``greedy_stop`` over seeded random orders: the baseline that tells what an order is worth.
 
     The first and last layer stay: without them no text comes out at all, and the comparison would say nothing.
     """
     blocks = inner_blocks(served.model)
     if not 1 <= max_dropped <= len(blocks):
         raise ConfigError(f"policy.max_dropped is {max_dropped}; it must be between 1 and {len(blocks)}")
-    order = [blocks[i] for i in np.random.default_rng(seed).permutation(len(blocks))[:max_dropped]]
-    return greedy_stop(
-        served,
-        order=order,
-        headroom=headroom,
-        restore_headroom=restore_headroom,
-        waiting_share=waiting_share,
-        patience=patience,
-    )
+    rng = np.random.default_rng(seed)
+
+    def draw() -> GreedyStop:
+        return greedy_stop(
+            served,
+            order=[blocks[i] for i in rng.permutation(len(blocks))[:max_dropped]],
+            headroom=headroom,
+            restore_headroom=restore_headroom,
+            waiting_share=waiting_share,
+            waiting_most=waiting_most,
+            patience=patience,
+        )
+
+    return RandomStop(draw, draw())
 
 
 def inner_blocks(model: ModelSpec) -> list[str]:

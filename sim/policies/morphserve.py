@@ -5,7 +5,8 @@ are replaced in place and the bytes they free become KV blocks. The paper gives 
 queue delay above 100 ms) and three modes, but not their parameters. The numbers here are those of an independent
 reproduction: EMA 0.25; pressure after 3 samples of KV >= 0.85 or delay >= 0.1 s; recovery after 5 of KV <= 0.65 and
 delay <= 0.025 s; layers per action and in all 1/4 (accuracy), 2/8 (default), 4/16 (performance). Layers go front to
-back, the paper's default.
+back, the paper's default. A layer comes back only where its bytes fit beside the KV that is held: the extra KV
+blocks are given up, nobody is preempted for it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from dataclasses import dataclass, replace
 
 from sim.engine import EngineState
 from sim.errors import ConfigError, PlanError, nearest
+from sim.memory import kv_block_layer_bytes
 from sim.plan import Plan, check_plan, dense_plan
 from sim.policies.base import Served
+from sim.transition import peak_weight_bytes
 
 MODES = {"accuracy": (1, 4), "default": (2, 8), "performance": (4, 16)}
 """Layers per action, layers in all."""
@@ -26,10 +29,11 @@ MODES = {"accuracy": (1, 4), "default": (2, 8), "performance": (4, 16)}
 class MorphServe:
     """Runs the first ``swapped`` layers of an order at low precision.
 
-    plans: of every number of swapped layers. step: layers per action.
+    plans: of every number of swapped layers. served: what it decides for. step: layers per action.
     """
 
     plans: tuple[Plan, ...]
+    served: Served
     step: int
     smoothing: float
     pressure_kv_share: float
@@ -61,8 +65,21 @@ class MorphServe:
         if self.pressed >= self.pressure_samples:
             self.swapped, self.pressed = min(self.swapped + self.step, len(self.plans) - 1), 0
         elif self.relaxed >= self.recovery_samples:
-            self.swapped, self.relaxed = max(self.swapped - self.step, 0), 0
+            fewer = self._fewest(state)
+            if fewer < self.swapped:
+                self.swapped, self.relaxed = fewer, 0
         return self.plans[self.swapped]
+
+    def _fewest(self, state: EngineState) -> int:
+        """Return how few layers may stay swapped after this action: those that come back fit beside the KV held."""
+        served = self.served
+        held_bytes = state.kv_used_layer_blocks * kv_block_layer_bytes(served.model, served.kv_block_tokens)
+        # An announced smaller budget counts already; a larger one does not yet.
+        left_bytes = min(state.budget_bytes, state.next_budget_bytes) - served.workspace_bytes - held_bytes
+        for fewer in range(max(self.swapped - self.step, 0), self.swapped):
+            if peak_weight_bytes(served.model, self.plans[self.swapped], self.plans[fewer]) <= left_bytes:
+                return fewer
+        return self.swapped
 
 
 def morphserve(
@@ -102,6 +119,7 @@ def morphserve(
     check_plan(model, plans[-1])  # bits that are not modelled are named now, not in the middle of a replay
     return MorphServe(
         plans=tuple(plans),
+        served=served,
         step=step,
         smoothing=smoothing,
         pressure_kv_share=pressure_kv_share,

@@ -110,6 +110,7 @@ def pressure_stop(
         )
     return MorphServe(
         plans=stop.plans[: most + 1],
+        served=served,
         step=step,
         smoothing=smoothing,
         pressure_kv_share=pressure_kv_share,

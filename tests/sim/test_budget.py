@@ -52,6 +52,14 @@ def test_steps_are_shares_of_the_device_memory_and_keep_their_notice() -> None:
     assert budget == Budget((0.0, 10.0, 30.0), (900_000_000, 500_000_000, 900_000_000), 2.0)
 
 
+def test_steps_are_bytes_where_that_is_said_and_never_more_than_the_device_has() -> None:
+    rows = [[0, 9e8], [10, 2.5e8]]
+    assert steps(CONTEXT, rows=rows, unit="bytes") == Budget((0.0, 10.0), (900_000_000, 250_000_000))
+    for unit, wrong in (("bytes", [[0, 1.1e9]]), ("bytes", [[0, 0.9]]), ("share", rows), ("byte", rows)):
+        with pytest.raises(BudgetError):
+            steps(CONTEXT, rows=wrong, unit=unit)
+
+
 @pytest.mark.parametrize("rows", [[[5, 0.9]], [[0, 0.9], [10, 1.5]], [[0, 0.9], [10, 0.5], [10, 0.9]], []])
 def test_steps_that_no_device_could_follow_are_refused(rows: list[list[float]]) -> None:
     with pytest.raises(BudgetError):

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from sim.budget import Budget
 from sim.engine import EngineState
 from sim.errors import ConfigError, PlanError
-from sim.memory import weight_bytes
-from sim.plan import dense_plan, describe
+from sim.memory import kv_block_layer_bytes, weight_bytes
+from sim.plan import Plan, dense_plan, describe
 from sim.policies.base import Served
 from sim.policies.fixed import fixed
 from sim.policies.greedy_stop import GreedyStop, greedy_stop, random_stop
 from sim.policies.morphserve import MODES, MorphServe, morphserve
 from sim.policies.schedule import schedule
+from sim.transition import peak_weight_bytes
 from tests.sim.serving import TINY, requests, tiny_engine
 
 SERVED = Served(model=TINY, workspace_bytes=0, kv_block_tokens=4)
@@ -98,17 +99,51 @@ def test_a_restore_headroom_below_the_other_would_swing_and_is_refused() -> None
         greedy(headroom=1.5, restore_headroom=1.2)
 
 
-def test_a_random_order_is_its_seed_and_spares_first_and_last_layer() -> None:
-    served = Served(model=dataclasses.replace(TINY, num_layers=12))
-    assert random_stop(served, seed=1).plans == random_stop(served, seed=1).plans
-    assert random_stop(served, seed=1).plans != random_stop(served, seed=2).plans
-    last = random_stop(served, seed=1).plans[-1].decode
-    assert all(kept[0] and kept[-1] for kept in (last.mha, last.ffn))
+def test_a_queue_counts_up_to_a_share_of_the_budget_however_long_it_is() -> None:
+    state = seen(need(greedy(), 0, 0) + 100_000, waiting_tokens=10)
+    endless = dataclasses.replace(state, waiting_tokens=10**9)
+    assert greedy(waiting_share=1.0)(state) == greedy().plans[0]
+    assert greedy(waiting_share=1.0, waiting_most=1.0)(endless) == greedy().plans[-1]
+    assert greedy(waiting_share=1.0, waiting_most=0.0)(endless) == greedy().plans[0]
+    with pytest.raises(ConfigError, match="waiting_most"):
+        greedy(waiting_most=1.5)
+
+
+def random_plans(seed: int) -> list[Plan]:
+    """Return what a random policy runs in twenty times of need, calm between them."""
+    policy = random_stop(Served(model=dataclasses.replace(TINY, num_layers=12)), seed=seed, max_dropped=5, patience=1)
+    plans = []
+    for _ in range(20):
+        plans.append(policy(seen(1)))
+        assert policy(seen(10**12)) == policy.first_plan
+    return plans
+
+
+def test_random_drops_other_blocks_each_time_by_its_seed_and_spares_first_and_last_layer() -> None:
+    plans = random_plans(1)
+    assert len(set(plans)) > 15
+    assert plans == random_plans(1) != random_plans(2)
+    for plan in plans:
+        assert all(kept[0] and kept[-1] for kept in (plan.decode.mha, plan.decode.ffn))
+        assert plan.decode.mha.count(False) + plan.decode.ffn.count(False) == 5
+
+
+def test_random_keeps_its_order_while_any_block_is_out() -> None:
+    policy = random_stop(Served(model=dataclasses.replace(TINY, num_layers=12)), seed=1, max_dropped=5, patience=1)
+    order = policy.current.plans
+    dense = policy.current.weights_bytes[0]
+    for budget in (dense - 1, 1, dense - 1, 1):
+        assert policy(seen(budget)) in order[1:]
 
 
 def sample(kv_share: float, wait_s: float = 0.0) -> EngineState:
     return dataclasses.replace(
-        STATE, kv_layer_blocks=1000, kv_used_layer_blocks=int(1000 * kv_share), oldest_wait_s=wait_s
+        STATE,
+        kv_layer_blocks=1000,
+        kv_used_layer_blocks=int(1000 * kv_share),
+        oldest_wait_s=wait_s,
+        budget_bytes=10**12,
+        next_budget_bytes=10**12,
     )
 
 
@@ -130,6 +165,21 @@ def test_layers_come_back_every_fifth_calm_sample_the_last_swapped_first() -> No
     bits = [policy(sample(0.5)).weight_bits for _ in range(20)]
     assert [row.count(4) for row in bits] == [8 - 2 * (i // 5) for i in range(1, 21)]
     assert bits[4][:6] == (4,) * 6
+
+
+def test_layers_come_back_only_as_far_as_they_fit_beside_the_kv_that_is_held() -> None:
+    """One at a time where two do not fit; none where not even one does; nothing is forgotten meanwhile."""
+    policy = controller()
+    for _ in range(6):
+        policy(sample(0.9))
+    assert policy.swapped == 4
+    model, held = policy.served.model, 500 * kv_block_layer_bytes(policy.served.model, 16)
+    three = peak_weight_bytes(model, policy.plans[4], policy.plans[3]) + held
+    for budget, swapped in ((three - 1, 4), (three, 3), (10**12, 1)):
+        calm = dataclasses.replace(sample(0.5), budget_bytes=budget, next_budget_bytes=budget)
+        for _ in range(5):
+            policy(calm)
+        assert policy.swapped == swapped
 
 
 def test_pressure_that_does_not_persist_or_lies_between_changes_nothing() -> None:

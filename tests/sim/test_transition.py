@@ -16,7 +16,7 @@ from sim.errors import BudgetError, PlanError
 from sim.memory import ffn_weight_bytes, layer_weight_bytes, mha_weight_bytes, weight_bytes
 from sim.plan import KeepMask, KVKeep, Plan, dense_plan, describe, drop, with_mask
 from sim.records import Status
-from sim.transition import ABSENT, copies_between, joined, resident_of, running_plan, without_dropped
+from sim.transition import ABSENT, copies_between, joined, peak_weight_bytes, resident_of, running_plan, without_dropped
 from tests.sim.serving import TINY, linear_latency, requests, tiny_engine
 
 DENSE = dense_plan(TINY)
@@ -48,13 +48,16 @@ def plans() -> st.SearchStrategy[Plan]:
 def test_copies_lead_from_any_plan_to_any_other(old: Plan, new: Plan) -> None:
     resident = without_dropped(resident_of(old), new)
     fixed_bytes = weight_bytes(TINY, DENSE) - 3 * layer_weight_bytes(TINY)
+    most_bytes = resident.weight_bytes(TINY)
     for copy in copies_between(TINY, resident, new):
+        most_bytes = max(most_bytes, resident.weight_bytes(TINY) + copy.copied_bytes)
         after = joined(resident, copy)
         assert after.weight_bytes(TINY) - resident.weight_bytes(TINY) == copy.net_bytes
         assert running_plan(after, new).weight_bits[copy.layer] == new.weight_bits[copy.layer]
         resident = after
     assert resident == resident_of(new)
     assert resident.weight_bytes(TINY) + fixed_bytes == weight_bytes(TINY, new)
+    assert peak_weight_bytes(TINY, old, new) == most_bytes + fixed_bytes
     reached = running_plan(resident, new)
     assert (reached.decode, reached.prefill) == (new.decode, new.prefill)
 
