@@ -274,6 +274,9 @@ class _Step:
     block_counts: Ints
     layer_rows: Ints
     keep: int
+    params: tuple[
+        int, int, int
+    ]  # parameters that run for a token of prefill and of decode, and more for each MHA block
     nll: dict[tuple[frozenset[int], bool], float]  # by the KV that is held, and whether its holder decodes
 
 
@@ -354,12 +357,15 @@ class SimEngine:
         self._transition: _Transition | None = None
         self._transitions: list[_Transition] = []
         self._kept_share: list[tuple[float, float]] = []
-        self._sets: list[frozenset[int]] = []
+        self._sets: tuple[frozenset[int], ...] = ()
         self._prefill_mha: frozenset[int] = frozenset()
         self._decode_mha: frozenset[int] = frozenset()
         self._keep_ids: dict[tuple[KVKeep, ...], int] = {}
         self._checked: dict[int, Plan] = {id(plan): plan}
         self._known: dict[tuple[int, int], _Step] = {}
+        self._residents: dict[Resident, Resident] = {self._resident: self._resident}
+        self._joins: dict[tuple[int, int], tuple[Resident, LayerCopy, Resident]] = {}
+        self._narrowings: dict[tuple[Any, ...], tuple[Ints, Ints, tuple[frozenset[int], ...]]] = {}
 
         self._run_what_is_resident(self.env.now)
         self._resize_pool()
@@ -581,7 +587,7 @@ class SimEngine:
             live_i=state.request_i[live],
             live_f=state.request_f[live],
             values=tuple(getattr(self, name) for name in _SAVED),
-            sets=tuple(self._sets),
+            sets=self._sets,
             submits=len(self._output_tokens),
             kept_shares=len(self._kept_share),
             transitions=len(self._transitions),
@@ -611,7 +617,7 @@ class SimEngine:
         state.request_i[snapshot.live], state.request_f[snapshot.live] = snapshot.live_i, snapshot.live_f
         for name, value in zip(_SAVED, snapshot.values, strict=True):
             setattr(self, name, value)
-        self._sets = list(snapshot.sets)
+        self._sets = snapshot.sets
         del self._output_tokens[snapshot.submits :]
         del self._kept_share[snapshot.kept_shares :]
         del self._transitions[snapshot.transitions :]
@@ -757,7 +763,11 @@ class SimEngine:
         if self._transition is not None:
             self._transition.bytes_in += copy.copied_bytes
         restored = copy.mha_bits and not self._resident.mha_bits[copy.layer]
-        self._set_resident(joined(self._resident, copy), now_s, copied_bytes=copy.copied_bytes)
+        known = self._joins.get((id(self._resident), id(copy)))
+        if known is None or known[0] is not self._resident or known[1] is not copy:
+            known = (self._resident, copy, self._same(joined(self._resident, copy)))
+            self._joins[id(self._resident), id(copy)] = known
+        self._set_resident(known[2], now_s, copied_bytes=copy.copied_bytes)
         self._copy, self._copy_end_s = None, math.inf
         if restored and copy.layer in self._prefill_mha and self.config.restore == "recompute":
             self._charge(kernel.preempt_lacking(self._table, copy.layer, True, copy.layer in self._decode_mha))
@@ -768,6 +778,10 @@ class SimEngine:
         self._run_what_is_resident(now_s)
         if self._transition is not None:
             self._transition.bytes_freed += before_bytes + copied_bytes - self._weight_bytes
+
+    def _same(self, resident: Resident) -> Resident:
+        """Return the one object that stands for all that are equal to ``resident``."""
+        return self._residents.setdefault(resident, resident)
 
     def _step(self, resident: Resident, target: Plan) -> _Step:
         """Return what follows from what is resident and what is wanted."""
@@ -786,11 +800,11 @@ class SimEngine:
             (WEIGHT_BITS.index(bits), prefill, decode)
             for bits, prefill, decode in zip(plan.weight_bits, plan.prefill.ffn, plan.decode.ffn, strict=True)
         ]
-        without = without_dropped(resident, target)
+        fixed, mha, ffn = self._params
         step = _Step(
             resident=resident,
             target=target,
-            without_dropped=resident if without == resident else without,
+            without_dropped=self._same(without_dropped(resident, target)),
             copies=tuple(copies_between(self._model, resident, target)),
             plan=plan,
             prefill_mha=frozenset(layer for layer, keeps in enumerate(plan.prefill.mha) if keeps),
@@ -799,10 +813,12 @@ class SimEngine:
             block_counts=plan_layers(plan),
             layer_rows=np.array(rows, dtype=np.int64),
             keep=keep,
+            params=(fixed + ffn * sum(plan.prefill.ffn), fixed + ffn * sum(plan.decode.ffn), mha),
             nll={},
         )
         if len(self._known) >= MEMORY_OF_PLANS:
-            self._known.clear()
+            for memory in (self._known, self._residents, self._joins, self._narrowings):
+                memory.clear()
         self._known[key] = step
         return step
 
@@ -832,14 +848,29 @@ class SimEngine:
 
     def _renew_sets(self, step: _Step) -> None:
         """Let every running request hold the KV of what still runs of what it held."""
+        used = np.zeros((len(self._sets), 2), dtype=np.int64)
+        kernel.sets_in_use(self._table, used)
+        key = (self._sets, used.tobytes(), step.prefill_mha, step.decode_mha)
+        if key not in self._narrowings:
+            self._narrowings[key] = self._narrowing(used, step)
+        narrowed, rows, self._sets = self._narrowings[key]
+        if len(rows) > len(self._state.sets):
+            room = 2 * len(rows)
+            self._replace(sets=_longer(self._state.sets, room), set_nll=_longer(self._state.set_nll, room))
+        kernel.change_sets(self._table, narrowed, rows)
+        # The first two are those of the plan itself; they are one where prefill runs no more than decode.
+        self._state.ints[kernel.PREFILL_SET] = 0
+        self._state.ints[kernel.DECODE_SET] = int(step.prefill_mha != step.decode_mha)
+
+    def _narrowing(self, used: Ints, step: _Step) -> tuple[Ints, Ints, tuple[frozenset[int], ...]]:
+        """Return the new set of each old one (by stage), the rows of the new sets for the kernel, and the new sets."""
         numbers: dict[frozenset[int], int] = {}
 
         def number(held: frozenset[int]) -> int:
             return numbers.setdefault(held, len(numbers))
 
-        prefill, decode = number(step.prefill_mha), number(step.decode_mha)
-        used = np.zeros((len(self._sets), 2), dtype=np.int64)
-        kernel.sets_in_use(self._table, used)
+        number(step.prefill_mha)
+        number(step.decode_mha)
         narrowed = np.zeros_like(used)
         for old, held in enumerate(self._sets):
             if used[old, 0]:
@@ -847,24 +878,17 @@ class SimEngine:
                 number(held & step.decode_mha)
             if used[old, 1]:
                 narrowed[old, 1] = number(held & step.decode_mha)
-        self._sets = list(numbers)
         columns = kernel.SET_COLUMNS
-        sets = np.zeros((len(numbers), columns + self._model.num_layers), dtype=np.int64)
-        for at, held in enumerate(self._sets):
-            sets[at, kernel.LAYERS] = len(held)
-            sets[at, kernel.AFTER] = numbers[held & step.decode_mha]
-            sets[at, [columns + layer for layer in held]] = 1
-        if len(sets) > len(self._state.sets):
-            room = 2 * len(sets)
-            self._replace(sets=_longer(self._state.sets, room), set_nll=_longer(self._state.set_nll, room))
-        kernel.change_sets(self._table, narrowed, sets)
-        self._state.ints[kernel.PREFILL_SET], self._state.ints[kernel.DECODE_SET] = prefill, decode
+        rows = np.zeros((len(numbers), columns + self._model.num_layers), dtype=np.int64)
+        for at, held in enumerate(numbers):
+            rows[at, kernel.LAYERS] = len(held)
+            rows[at, kernel.AFTER] = numbers[held & step.decode_mha]
+            rows[at, [columns + layer for layer in held]] = 1
+        return narrowed, rows, tuple(numbers)
 
     def _price_sets(self, step: _Step) -> None:
         """State what a token costs in parameters and in quality, by the KV that its request holds."""
-        fixed, mha, ffn = self._params
-        prefill = fixed + ffn * sum(step.plan.prefill.ffn)
-        decode = fixed + ffn * sum(step.plan.decode.ffn)
+        prefill, decode, mha = step.params
         for at, held in enumerate(self._sets):
             self._state.sets[at, kernel.PREFILL_PARAMS] = prefill + len(held) * mha
             self._state.sets[at, kernel.DECODE_PARAMS] = decode + len(held) * mha

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from sim.engine import Engine, Request
+from sim.engine import Engine, Request, SimEngine
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.trace import Trace
@@ -39,7 +39,10 @@ def replay(
         also_at_s: further moments of decision, ascending: where the budget changes.
         on_progress: called now and then with the engine's time and the requests that ended.
     """
-    engine.submit(requests_of(trace))
+    if isinstance(engine, SimEngine):
+        engine.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
+    else:
+        engine.submit(requests_of(trace))
     if tick_s is not None and not tick_s > 0:
         raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, or null for no decisions")
     if tick_s is not None:
