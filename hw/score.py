@@ -408,7 +408,7 @@ def _samples(job: Job) -> None:
     if not files:
         raise ConfigError(
             f"no orders of other calibration samples of {job.name} in conf/score; make some: "
-            "python -m hw.score kind=gsi,one_shot calibration.tokens=512 calibration.seed=0,1,2 --multirun"
+            "python -m hw.score kind=gsi,one_shot calibration.tokens=256 calibration.seed=0,1,2 --multirun"
         )
     for file in files:
         score = json.loads(file.read_text(encoding="utf-8"))
