@@ -18,10 +18,12 @@ from agents.draws import prune_draws
 from agents.prune_contest import baselines, contest, learned, shuffled_entries, solver
 from agents.prune_report import prune_table_markdown, unseen_loads, write_report
 from agents.reward import kept_quality
+from agents.serve_contest import evaluation_setting, learned_policies, rules, serve_contest, test_windows
+from agents.serve_report import serve_table_markdown
 from agents.surrogate import mask_losses, quality_on
 from sim.config import one_thread, run_command
 from sim.data import REPOSITORY
-from sim.errors import ConfigError
+from sim.errors import ConfigError, nearest
 from sim.model import load_model
 from sim.policies.learned import read_learned
 from sim.quality import QUALITIES
@@ -34,14 +36,21 @@ RESULTS = REPOSITORY / "agents" / "results"
 class EvaluateConfig:
     """What to evaluate.
 
-    model: whose measured table. learned: name -> glob of exported policies, one a training seed.
-    curves: name -> glob of the progress.csv of those trainings. measure: play; false only writes the report again.
+    tasks: prune, serve or both. model: whose measured table, of prune. measure: play; false only writes the page again.
+    learned, serve_learned: name -> glob of exported policies, one a training seed. curves, serve_curves: name -> glob
+        of the progress.csv of those trainings.
+    serve_sources: traces of the test windows. serve_windows: windows for each trace, budget and load.
     out: folder of the result files.
     """
 
+    tasks: list[str] = field(default_factory=lambda: ["prune", "serve"])
     model: str = "smollm2_135m"
     learned: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, Any] = field(default_factory=dict)
+    serve_learned: dict[str, Any] = field(default_factory=dict)
+    serve_curves: dict[str, Any] = field(default_factory=dict)
+    serve_sources: list[str] = field(default_factory=lambda: ["burst"])
+    serve_windows: int = 9
     measure: bool = True
     out: str = ""
 
@@ -88,12 +97,7 @@ def _measure(cfg: DictConfig, folder: Path) -> None:
     write_parquet(folder / "prune.parquet", contest(cfg.model, policies, prune_draws().test))
     write_parquet(folder / "prune_unseen.parquet", contest(cfg.model, policies, unseen_loads()))
     if cfg.curves:
-        curves = [
-            pd.read_csv(path).assign(policy=str(name), seed=seed)
-            for name, glob in cfg.curves.items()
-            for seed, path in enumerate(found(str(glob)))
-        ]
-        write_parquet(folder / "training.parquet", pd.concat(curves, ignore_index=True))
+        write_parquet(folder / "training.parquet", _curves(cfg.curves))
     paths = [path for glob in cfg.learned.values() for path in found(str(glob))]
     if paths:
         write_parquet(folder / "prune_ablation.parquet", shuffled_entries(paths))
@@ -113,13 +117,46 @@ def _measure(cfg: DictConfig, folder: Path) -> None:
     )
 
 
+def _measure_serve(cfg: DictConfig, folder: Path) -> None:
+    paths = {str(name): found(str(glob)) for name, glob in cfg.serve_learned.items()}
+    trained = [read_learned(path, "ServeTrace").about for several in paths.values() for path in several]
+    words: dict[str, Any] = dict(trained[0]["environment"]) if trained else {}
+    sources = sorted({str(source) for about in trained for source in about["environment"]["sources"]}) or ["burst"]
+    setting = evaluation_setting({**words, "sources": sources})
+    tuned_rules, tuned = rules(setting)
+    policies: dict[str, Any] = {name: [build] for name, build in tuned_rules.items()}
+    policies |= {name: learned_policies(several) for name, several in paths.items()}
+    frame = serve_contest(setting, policies, test_windows(list(cfg.serve_sources), int(cfg.serve_windows)))
+    write_parquet(folder / "serve.parquet", frame)
+    if cfg.serve_curves:
+        write_parquet(folder / "serve_training.parquet", _curves(cfg.serve_curves))
+    write_json(folder / "serve.json", {**provenance(0), "tuned": tuned, "trained_on": sources})
+
+
+def _curves(globs: DictConfig) -> pd.DataFrame:
+    """Return the rows of several progress.csv, with whose and which seed's they are."""
+    curves = [
+        pd.read_csv(path).assign(policy=str(name), seed=seed)
+        for name, glob in globs.items()
+        for seed, path in enumerate(found(str(glob)))
+    ]
+    return pd.concat(curves, ignore_index=True)
+
+
 def _run(cfg: DictConfig) -> None:
     folder = Path(cfg.out) if cfg.out else RESULTS
-    if cfg.measure:
+    if unknown := sorted(set(cfg.tasks) - {"prune", "serve"}):
+        raise ConfigError(f"tasks: {unknown[0]!r} is none; {nearest(unknown[0], ('prune', 'serve'))}")
+    if cfg.measure and "prune" in cfg.tasks:
         _measure(cfg, folder)
+    if cfg.measure and "serve" in cfg.tasks:
+        _measure_serve(cfg, folder)
     page = write_report(folder)
     console = Console()
     console.print(prune_table_markdown(pd.read_parquet(folder / "prune.parquet")), highlight=False, soft_wrap=True)
+    if "serve" in cfg.tasks and (folder / "serve.parquet").exists():
+        table = serve_table_markdown(pd.read_parquet(folder / "serve.parquet"))
+        console.print(table, highlight=False, soft_wrap=True)
     console.print(f"files: {page}, {folder}", highlight=False, soft_wrap=True)
 
 

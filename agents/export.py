@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,10 +38,13 @@ def about_network(
 ) -> dict[str, Any]:
     """Return what stands beside the weights: tables, training, and what it needs to be read right."""
     from agents.prune_env import PruneSetting
+    from agents.serve_env import ServeSetting
 
-    setting = PruneSetting(**{**words, "split": "validation"})
+    task = str(cfg.env.id).removesuffix("-v0")
+    kind = ServeSetting if task == "ServeTrace" else PruneSetting
+    setting = kind(**{**words, "split": "validation"})
     about: dict[str, Any] = {
-        "task": str(cfg.env.id).removesuffix("-v0"),
+        "task": task,
         "model": setting.model.name,
         "layers": [list(weight.shape) for weight in network.weights],
         "parameters": network.parameters,
@@ -54,14 +58,23 @@ def about_network(
             "seconds": round(float(noted["seconds"]), 1),
             "validation_utility": round(utility, 6),
         },
-        "quality_sha256": hashlib.sha256((QUALITIES / f"{setting.model.name}.json").read_bytes()).hexdigest(),
+        "quality_sha256": hashlib.sha256(_quality_file(setting).read_bytes()).hexdigest(),
         "commit": commit(),
         "actions": list(setting.table.actions),
         "observation": setting.table.rows(),
     }
-    if setting.scores is not None:
+    if isinstance(setting, ServeSetting):
+        about["plans"] = setting.action_words
+        about["tick_s"] = setting.tick_s
+    elif setting.scores is not None:
         about["scores"] = [float(x) for x in setting.scores]
     return about
+
+
+def _quality_file(setting: Any) -> Path:
+    """Return the file of conf/quality that a setting decides on."""
+    name = setting.quality_name
+    return next(path for path in QUALITIES.glob(f"{name}.*") if path.suffix in (".json", ".yaml"))
 
 
 def export_network(
@@ -88,7 +101,8 @@ def _run(cfg: DictConfig) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(best.with_suffix(".safetensors"), target.with_suffix(".safetensors"))
     shutil.copyfile(best, target)
-    learned = read_learned(target, "PruneToBudget")
+    task = json.loads(target.read_text(encoding="utf-8"))["task"]
+    learned = read_learned(target, task)
     print(
         f"{target}: {learned.network.parameters:,} parameters, validation utility "
         f"{learned.about['training']['validation_utility']:.4f}"

@@ -15,7 +15,8 @@ from agents.draws import prune_draws
 from agents.modules import MaskedDQN, actor_logits
 from agents.prune_contest import solver
 from agents.prune_env import PruneToBudgetVector
-from sim.errors import ConfigError
+from agents.serve_env import ServeTraceVector
+from sim.errors import ConfigError, nearest
 
 
 def imitate_knapsack(
@@ -26,13 +27,69 @@ def imitate_knapsack(
     Raises:
         ConfigError: for an environment in which a solver's plan is no sequence of drops.
     """
-    import torch
-
     if isinstance(algorithm.get_module(), MaskedDQN):
         raise ConfigError("imitation fits action probabilities, which DQN does not have; use algorithm=ppo")
     if env != "PruneToBudget-v0" or words.get("restore") or words.get("sequence", 1) != 1:
         raise ConfigError("imitate=knapsack knows PruneToBudget with one load an episode and no restoring")
     observations, targets = knapsack_demonstrations(words, seed=seed, draws=draws)
+    return _fit(algorithm, observations, targets, seed=seed, epochs=epochs, batch=batch, lr=lr)
+
+
+def imitate_plan(
+    algorithm: Any,
+    env: str,
+    words: Mapping[str, Any],
+    *,
+    seed: int,
+    plan: str,
+    share: float,
+    windows: int,
+    epochs: int,
+    batch: int,
+    lr: float,
+) -> float:
+    """Begin with one plan of ``ServeTrace``'s table at ``share``, the other legal ones alike; return the last loss.
+
+    A network that begins at random changes weights at every tick that it may, and learns little from what follows.
+
+    Raises:
+        ConfigError: for another environment, an algorithm without action probabilities, or a plan that is not there.
+    """
+    if isinstance(algorithm.get_module(), MaskedDQN) or env != "ServeTrace-v0":
+        raise ConfigError("imitate=plan needs ServeTrace and an algorithm with action probabilities, such as ppo")
+    vector = ServeTraceVector(windows, **words)
+    names = vector.setting.actions.names
+    if plan not in names:
+        raise ConfigError(f"imitate.plan: there is no {plan!r}; {nearest(plan, names)}")
+    chosen, features = names.index(plan), vector.setting.table.features
+    rng = np.random.default_rng(seed)
+    seen, _ = vector.reset(seed=seed)
+    observations, targets = [], []
+    for _ in range(vector.setting.ticks - 1):
+        legal = seen[:, features:]
+        target = (1.0 - share) * legal / legal.sum(axis=1, keepdims=True)
+        target[:, chosen] += share * legal[:, chosen]
+        observations.append(seen)
+        targets.append((target / target.sum(axis=1, keepdims=True)).astype(np.float32))
+        stray = (rng.random(legal.shape) * legal).argmax(axis=1)
+        seen, *_ = vector.step(np.where((rng.random(windows) < share) & (legal[:, chosen] > 0.5), chosen, stray))
+    shown, wanted = np.concatenate(observations), np.concatenate(targets)
+    return _fit(algorithm, shown, wanted, seed=seed, epochs=epochs, batch=batch, lr=lr)
+
+
+def _fit(
+    algorithm: Any,
+    observations: np.ndarray[Any, np.dtype[np.float32]],
+    targets: np.ndarray[Any, np.dtype[np.float32]],
+    *,
+    seed: int,
+    epochs: int,
+    batch: int,
+    lr: float,
+) -> float:
+    """Fit the policy of an algorithm to target shares of actions by cross-entropy."""
+    import torch
+
     learner = algorithm.learner_group._learner
     module = learner.module["default_policy"]
     module = module.unwrapped() if hasattr(module, "unwrapped") else module

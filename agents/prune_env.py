@@ -75,7 +75,7 @@ class PruneSetting:
         if sequence < 1:
             raise ConfigError(f"sequence is {sequence}; an episode has at least 1 draw")
         self.model = load_model(model)
-        self.quality = quality_on(model, text, form)
+        self.quality, self.quality_name = quality_on(model, text, form), model
         self.split, self.draws = check_split(split), prune_draws()
         self.restore, self.sequence = restore, sequence
         self.table = prune_table(self.model, scores=scores, restore=restore)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from agents.draws import Draw, prune_draws
 from agents.prune_contest import grid
+from agents.serve_report import serve_section
 from agents.statistics import Interval, paired_difference
 from sim.data import REPOSITORY
 from sim.runs import write_text, write_whole
@@ -309,5 +310,6 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
             "(permutation importance; nothing is trained again).\n",
             ablation_markdown(pd.read_parquet(ablation_path)),
         ]
-    write_text(page, "\n".join(parts))
+    parts.append(serve_section(folder))
+    write_text(page, "\n".join(parts).rstrip("\n") + "\n")
     return page

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from sim.engine import EngineState
 from sim.errors import ConfigError, nearest
+from sim.metrics import Slo, met_slo
+from sim.records import Records, Status
 
 # Shapes: every array has one entry an environment [n].
 
@@ -100,17 +102,24 @@ KINDS = ("utility", "negative_loss")
 
 @dataclass(frozen=True, slots=True)
 class ServeReward:
-    """The reward of ``ServeTrace``: what a tick added to the window's utility, times ``scale``.
+    """The reward of ``ServeTrace``, times ``scale``. Over an episode both kinds add up to utility, but for a constant.
 
-    late_weight: with it, the potential is minus this share of the requests that wait and are about to miss their TTFT;
-    shaped as above, so that the best policy stays the best.
+    earned: what a tick added to the window's utility; a request pays when it has finished.
+    lost: minus the utility that a tick has put out of reach; a request costs when it is rejected, when its first token
+        is late, and for each token that a lesser plan made. This says sooner which decision was wrong, and says
+        nothing where nothing goes wrong: an episode adds up to utility - 1.
+    late_weight: with it, the potential is minus this share of the requests that wait and are about to be late; shaped
+        as above, so that the best policy stays the best.
     """
 
+    kind: str = "lost"
     scale: float = 10.0
     late_weight: float = 0.0
     discount: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.kind not in SERVE_KINDS:
+            raise ConfigError(f"reward.kind {self.kind!r} is unknown; {nearest(self.kind, SERVE_KINDS)}")
         if not (self.scale > 0 and self.late_weight >= 0 and 0 < self.discount <= 1):
             raise ConfigError(
                 f"reward.scale is {self.scale}, late_weight {self.late_weight}, discount {self.discount}; above 0, at "
@@ -127,3 +136,26 @@ class ServeReward:
     def __call__(self, gained: float, before: float, after: float) -> float:
         """Return the reward of a tick; before and after are potentials, after the end 0."""
         return self.scale * (gained + self.discount * after - before)
+
+
+SERVE_KINDS = ("earned", "lost")
+
+
+def utility_lost(records: Records, slo: Slo, dense_nll: float, now_s: float, requests: int) -> float:
+    """Return the share of a window's utility that is out of reach at ``now_s``.
+
+    Of each request that has arrived: all of it once it was rejected, or waits for its first token beyond the target, or
+    got it late; else what its tokens so far have lost in quality. Of a window that has been served this is 1 - utility.
+    """
+    if not len(records):
+        return 0.0
+    first_s = np.where(np.isfinite(records.first_token_s), records.first_token_s, now_s)
+    late = (
+        first_s - records.arrival_s > slo.ttft_s if slo.ttft_s is not None else np.zeros(len(records), dtype=np.bool_)
+    )
+    gone = late | (records.status == Status.REJECTED)
+    finished = records.status == Status.FINISHED
+    if finished.any():
+        gone |= finished & ~met_slo(records, slo)
+    loss = np.nan_to_num(records.quality_nll - dense_nll, nan=0.0)
+    return float(np.where(gone, 1.0, 1.0 - kept_quality(loss)).sum()) / requests

@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 
 from agents.draws import Draw, prune_draws
 from agents.prune_env import PruneToBudgetVector
+from agents.serve_env import ServeTraceVector
+from agents.windows import Window, serve_windows
 from sim.observe import Bools, Floats32
 from sim.policies.learned import Network
 
+VALIDATION_WINDOWS, VALIDATION_SEED = 24, 20250602
 Act = Callable[[Floats32, Bools], NDArray[np.int64]]
 """Chooses one legal action a row."""
 
@@ -38,6 +41,25 @@ def play(act: Act, words: Mapping[str, Any], episodes: Sequence[Sequence[Draw]])
     return vector
 
 
+def serve(act: Act, words: Mapping[str, Any], windows: Sequence[Window]) -> NDArray[np.float64]:
+    """Play every window once; return the utility of each."""
+    vector = ServeTraceVector(len(windows), **words)
+    observations, _ = vector.reset(options={"windows": windows})
+    features = vector.setting.table.features
+    over = False
+    while not over:  # all windows take as many ticks
+        actions = act(observations[:, :features], observations[:, features:] > 0.5)
+        observations, _, terminated, _, _ = vector.step(actions)
+        over = bool(terminated.all())
+    return np.array([core.utility for core in vector.cores])
+
+
+def validation_windows(sources: tuple[str, ...], count: int = VALIDATION_WINDOWS) -> list[Window]:
+    """Return the windows that validate, the same every time."""
+    rng = np.random.default_rng(VALIDATION_SEED)
+    return [serve_windows().sample(rng, "validation", sources) for _ in range(count)]
+
+
 def validation_episodes(sequence: int) -> list[list[Draw]]:
     """Return the validation draws, ``sequence`` an episode; the first come again to make the last episode whole."""
     draws = list(prune_draws().validation)
@@ -47,6 +69,7 @@ def validation_episodes(sequence: int) -> list[list[Draw]]:
 
 def validation_utilities(env: str, words: Mapping[str, Any], network: Network) -> NDArray[np.float64]:
     """Return the utility of every validation episode of an environment."""
-    assert env == "PruneToBudget-v0", env
     words = {**words, "split": "validation"}
+    if env == "ServeTrace-v0":
+        return serve(network.act, words, validation_windows(tuple(words.get("sources", ("burst",)))))
     return play(network.act, words, validation_episodes(int(words.get("sequence", 1)))).utility

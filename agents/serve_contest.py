@@ -1,0 +1,230 @@
+"""Every policy of ``ServeTrace`` on the same held-out windows: what arrives, under which memory, how it went.
+
+Whatever a policy needs tuned is tuned on training windows: the best static plan, the queue limit, the headroom of
+greedy-stop. ``oracle_static`` alone chooses with the window known: the best single plan of each window in hindsight.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from agents.serve_env import ServeSetting
+from agents.windows import Window, serve_windows
+from sim.config import CONF_DIR
+from sim.metrics import met_slo
+from sim.plan import Plan
+from sim.policies.admission import Limited
+from sim.policies.base import Policy, Served
+from sim.policies.fixed import Fixed
+from sim.policies.learned_serve import learned_serve
+from sim.records import Status
+
+Build = Callable[[Served], Policy]
+
+TRAIN_WINDOWS, TRAIN_SEED = 45, 20250603
+TEST_SEED = 20250604
+RATE_QUANTILES = (0.25, 0.85)
+"""Loads of the test: so far along each source's range of rates, on a logarithmic scale."""
+
+
+def served_of(setting: ServeSetting) -> Served:
+    """Return what stays the same while a policy decides."""
+    return Served(
+        model=setting.model,
+        workspace_bytes=setting.workspace_bytes,
+        kv_block_tokens=setting.engine.kv_block_tokens,
+    )
+
+
+def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[str, Any]:
+    """Serve a window under a policy, asked every tick; return its figures."""
+    engine = setting.build_engine(window, policy.first_plan)
+    requests = len(setting.windows.requests(window))
+    fixed = isinstance(policy, Fixed)
+    decisions_s = []
+    for tick in range(1, 1 if fixed else setting.ticks):
+        state = engine.run_until(tick * setting.tick_s)
+        begun_s = time.perf_counter()
+        plan = policy(state)
+        decisions_s.append(time.perf_counter() - begun_s)
+        engine.apply(plan)
+    state = engine.run_until(setting.ticks * setting.tick_s)
+    engine.run_until(math.inf)
+    records = engine.records()
+    met = met_slo(records, setting.slo)
+    finished = records.status == Status.FINISHED
+    loss = records.quality_nll[finished] - setting.dense_nll
+    ttft_s = np.where(np.isfinite(records.ttft_s), records.ttft_s, np.inf)
+    return {
+        "requests": requests,
+        "utility": setting.earned(engine, requests),
+        "slo_attainment": float(met.mean()) if len(met) else 1.0,
+        "goodput_rps": float(met.sum()) / setting.windows.window_s,
+        "ttft_p95_s": float(np.quantile(ttft_s[finished], 0.95)) if finished.any() else math.nan,
+        "rejected_share": float((records.status == Status.REJECTED).mean()) if len(met) else 0.0,
+        "loss": float(np.maximum(loss, 0.0).mean()) if len(loss) else 0.0,
+        "budget_violation_s": engine.budget_violation_s,
+        "transitions": len(engine.transitions()),
+        "decision_p50_s": float(np.median(decisions_s)) if decisions_s else 0.0,
+        "decision_p99_s": float(np.quantile(decisions_s, 0.99)) if decisions_s else 0.0,
+    }
+
+
+def conf_policy(name: str, **changed: Any) -> Build:
+    """Return what builds the policy of a file of conf/policy, some keys changed."""
+    node = OmegaConf.merge(OmegaConf.load(CONF_DIR / "policy" / f"{name}.yaml"), changed)
+    OmegaConf.set_struct(node, True)
+    if "seed" in node and OmegaConf.is_interpolation(node, "seed"):
+        node.seed = 0
+    build: Build = instantiate(node, _convert_="all")
+    return build
+
+
+def limited_to(build: Build, admit: int | None) -> Build:
+    """Return the policy with a queue limit around it."""
+    if admit is None:
+        return build
+    limit = admit
+    return lambda served: Limited(build(served), limit)
+
+
+def train_windows(sources: Sequence[str]) -> list[Window]:
+    """Return the training windows on which rules are tuned."""
+    rng = np.random.default_rng(TRAIN_SEED)
+    return [serve_windows().sample(rng, "train", tuple(sources)) for _ in range(TRAIN_WINDOWS)]
+
+
+def test_windows(sources: Sequence[str], each: int) -> list[Window]:
+    """Return the held-out windows: ``each`` for every source, budget and load."""
+    windows, rng = serve_windows(), np.random.default_rng(TEST_SEED)
+    found = []
+    for source in sources:
+        low, high = windows.rates[source]
+        for budget in windows.budgets:
+            for quantile in RATE_QUANTILES:
+                rate = low * (high / low) ** quantile
+                found += [windows.sample(rng, "test", (source,), rate=rate, budget=budget) for _ in range(each)]
+    return found
+
+
+def mean_utility(setting: ServeSetting, windows: Sequence[Window], build: Build) -> float:
+    """Return the mean utility of a policy, built anew for each window."""
+    served = served_of(setting)
+    return float(np.mean([play_window(setting, window, build(served))["utility"] for window in windows]))
+
+
+def fixed_plan(plan: Plan) -> Build:
+    """Return what builds the policy of one plan."""
+    return lambda served: Fixed(plan)
+
+
+def rules(setting: ServeSetting) -> tuple[dict[str, Build], dict[str, Any]]:
+    """Return every rule, tuned on training windows, and what tuning chose."""
+    windows = train_windows(setting.sources)
+    plans = setting.actions.plans
+    score = partial(mean_utility, setting, windows)
+    static = [score(fixed_plan(plan)) for plan in plans]
+    best = int(np.argmax(static))
+    limits = sorted({plan.admit for plan in plans if plan.admit is not None})
+    dense = conf_policy("dense")
+    admit = max(limits, key=lambda limit: score(limited_to(dense, limit)))
+    grid = [
+        {"headroom": headroom, "restore_headroom": headroom + 0.2, "waiting_share": share, "patience": patience}
+        for headroom in (1.1, 1.4)
+        for share in (0.0, 1.0)
+        for patience in (2, 10)
+    ]
+    greedy = max(grid, key=lambda words: score(limited_to(conf_policy("greedy_stop", **words), admit)))
+    margins = (0.1, 0.2, 0.4, 0.8)
+    margin = max(margins, key=lambda x: score(conf_policy("saber", margin=x)))
+    found: dict[str, Build] = {
+        "dense": dense,
+        "int4": conf_policy("int4"),
+        "static": fixed_plan(plans[best]),
+        "saber": conf_policy("saber", margin=margin),
+        "saber_int4": conf_policy("saber", margin=margin, plan={"weight_bits": 4}),
+    }
+    without: dict[str, Build] = {
+        "greedy_stop": conf_policy("greedy_stop", **greedy),
+        "random_stop": conf_policy("random"),
+        "pressure_stop": conf_policy("pressure_stop"),
+        "precision": conf_policy("precision"),
+        **{
+            f"morphserve_{mode}": conf_policy("morphserve", mode=mode)
+            for mode in ("accuracy", "default", "performance")
+        },
+    }
+    found |= without
+    found |= {"dense+queue": limited_to(dense, admit)}
+    found |= {f"{name}+queue": limited_to(build, admit) for name, build in without.items()}
+    chosen = {
+        "static": setting.actions.names[best],
+        "static_utility": static[best],
+        "queue": admit,
+        "greedy_stop": greedy,
+        "saber_margin": margin,
+        "windows": len(windows),
+    }
+    return found, chosen
+
+
+def learned_policies(paths: Sequence[Path]) -> list[Build]:
+    """Return one policy a file."""
+    return [partial(learned_serve, path=str(path)) for path in paths]
+
+
+def serve_contest(
+    setting: ServeSetting, policies: Mapping[str, Sequence[Build]], windows: Sequence[Window]
+) -> pd.DataFrame:
+    """Return one row a policy, seed and window; ``oracle_static`` added."""
+    served = served_of(setting)
+    rows = []
+    for number, window in enumerate(windows):
+        shown = {
+            "window": number,
+            "source": window.source,
+            "start_s": window.start_s,
+            "rate": window.rate,
+            "budget": window.budget,
+            "budget_seed": window.budget_seed,
+        }
+        for name, seeds in policies.items():
+            for seed, build in enumerate(seeds):
+                figures = play_window(setting, window, build(served))
+                rows.append({"policy": name, "seed": seed, **shown, **figures})
+        every = [play_window(setting, window, Fixed(plan)) for plan in setting.actions.plans]
+        best = max(every, key=lambda figures: float(figures["utility"]))
+        rows.append({"policy": "oracle_static", "seed": 0, **shown, **best})
+    return pd.DataFrame(rows)
+
+
+def serve_grid(frame: pd.DataFrame, policy: str, column: str = "utility") -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return a column of one policy as [seeds, windows]."""
+    table = frame[frame["policy"] == policy].pivot_table(index="seed", columns="window", values=column, sort=True)
+    return table.to_numpy(dtype=np.float64)
+
+
+def evaluation_setting(words: Mapping[str, Any]) -> ServeSetting:
+    """Return the setting that a policy was trained in, for the test split."""
+    return ServeSetting(**{**words, "split": "test"})
+
+
+__all__ = [
+    "evaluation_setting",
+    "learned_policies",
+    "play_window",
+    "rules",
+    "serve_contest",
+    "serve_grid",
+    "test_windows",
+]

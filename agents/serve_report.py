@@ -1,0 +1,176 @@
+"""The part of the results page on ``ServeTrace``, computed from its result files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from agents.serve_contest import serve_grid
+from agents.statistics import Interval, paired_difference
+from sim.runs import write_whole
+
+REFERENCE = "greedy_stop+queue"
+ABOUT = {
+    "dense": "everything, no limit",
+    "int4": "all layers at 4 bits",
+    "static": "the best plan of the learned policy's own table",
+    "saber": "queue limited by the speed seen (SABER), dense",
+    "saber_int4": "the same at 4 bits",
+    "greedy_stop": "RAP's rule without learning: drop in a greedy order until memory suffices",
+    "random_stop": "the same in a random order",
+    "pressure_stop": "MorphServe's controller over the greedy order",
+    "precision": "layers at 4 bits in proportion to load (FlexQuant, PMPD)",
+    "morphserve": "MorphServe's three modes",
+    "+queue": "the same with a queue limit",
+    "oracle_static": "the best plan of the table for each window, chosen in hindsight; not a bound for what adapts",
+}
+
+
+def _policies(frame: pd.DataFrame) -> list[str]:
+    names = list(dict.fromkeys(frame["policy"]))
+    return [name for name in names if name != "oracle_static"] + ["oracle_static"]
+
+
+def _learned(frame: pd.DataFrame) -> list[str]:
+    return [name for name in _policies(frame) if str(name).startswith("learned")]
+
+
+def _against(frame: pd.DataFrame, ours: str, theirs: str) -> Interval:
+    return paired_difference(serve_grid(frame, ours), serve_grid(frame, theirs))
+
+
+def _shown(interval: Interval) -> str:
+    mark = "" if interval.excludes_zero() else " (0 inside)"
+    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{mark}"
+
+
+def serve_table_markdown(frame: pd.DataFrame) -> str:
+    """Return the main table: every policy over all windows and seeds."""
+    lines = [
+        f"| policy | seeds | utility | minus {REFERENCE} | SLO attainment | goodput, 1/s | TTFT P95, s | rejected "
+        "| loss, nats | over budget, s | plan changes | decision, us |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in _policies(frame):
+        part = frame[frame["policy"] == name]
+        lines.append(
+            f"| {name} | {part['seed'].nunique()} | {part['utility'].mean():.4f} | "
+            + ("-" if name == REFERENCE else _shown(_against(frame, name, REFERENCE)))
+            + f" | {100 * part['slo_attainment'].mean():.1f} % | {part['goodput_rps'].mean():.2f} | "
+            f"{part['ttft_p95_s'].mean():.2f} | {100 * part['rejected_share'].mean():.1f} % | "
+            f"{part['loss'].mean():.4f} | {part['budget_violation_s'].mean():.2f} | {part['transitions'].mean():.1f} | "
+            f"{1e6 * part['decision_p50_s'].median():.0f} (P99 {1e6 * part['decision_p99_s'].median():.0f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def by_kind_markdown(frame: pd.DataFrame, column: str) -> str:
+    """Return mean utility by source, budget or load."""
+    kinds = list(dict.fromkeys(frame[column]))
+    means = frame.groupby(["policy", column])["utility"].mean()
+    lines = ["| policy | " + " | ".join(map(str, kinds)) + " |", "|---|" + "---:|" * len(kinds)]
+    lines += [
+        f"| {name} | " + " | ".join(f"{float(means[(name, kind)]):.3f}" for kind in kinds) + " |"
+        for name in _policies(frame)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def serve_verdict(frame: pd.DataFrame) -> str:
+    """Return what the table says, whichever way it went."""
+    names = _policies(frame)
+    means = {name: float(frame[frame["policy"] == name]["utility"].mean()) for name in names}
+    learned = _learned(frame)
+    blind = [name for name in names if name not in learned and name != "oracle_static"]
+    simple = max(blind, key=lambda name: means[name])
+    with_queue = [name for name in blind if name.endswith("+queue") and name.removesuffix("+queue") in means]
+    gains = {name: means[name] - means[name.removesuffix("+queue")] for name in with_queue}
+    text = ""
+    if learned:
+        best = max(learned, key=lambda name: means[name])
+        beaten = [name for name in blind if _against(frame, best, name).low > 0]
+        lost = [name for name in blind if _against(frame, best, name).high < 0]
+        even = [name for name in blind if name not in beaten and name not in lost]
+        text += (
+            f"**{best}** has utility {means[best]:.4f}: {_shown(_against(frame, best, REFERENCE))} against "
+            f"{REFERENCE}, {_shown(_against(frame, best, simple))} against the best rule ({simple}). With an interval "
+            f"that excludes zero it beats {', '.join(beaten) or 'none'}; it loses to {', '.join(lost) or 'none'}; "
+            f"undecided are {', '.join(even) or 'none'}. "
+            f"It reaches {100 * means[best] / means['oracle_static']:.1f} % of the best "
+            "static plan of each window in hindsight.\n\n"
+        )
+    if gains:
+        low, high = min(gains.values()), max(gains.values())
+        without = max(means[name.removesuffix("+queue")] - means["dense"] for name in gains)
+        text += (
+            f"What helps most is no pruning at all: a limit on the queue adds {low:.3f} to {high:.3f} of utility to "
+            f"every rule, where the rules alone add at most {without:.3f} to dense: a request that will miss its "
+            "target still takes the time of those behind it.\n"
+            if low > without
+            else f"A limit on the queue changes the rules' utility by {low:+.3f} to {high:+.3f}.\n"
+        )
+    return text
+
+
+def serve_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> None:
+    """Write serve.png: utility of every policy by source, and training curves."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(11, 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(picture)
+    bars, lines = picture.subplots(1, 2, width_ratios=(3, 2))
+    names = _policies(frame)
+    sources = list(dict.fromkeys(frame["source"]))
+    for k, source in enumerate(sources):
+        part = frame[frame["source"] == source].groupby("policy")["utility"].mean()
+        bars.plot([part[name] for name in names], range(len(names)), "o", color=f"C{k}", label=source, markersize=5)
+    bars.set_yticks(range(len(names)), names, fontsize=8)
+    bars.invert_yaxis()
+    bars.grid(axis="x", alpha=0.4)
+    bars.set(xlabel="utility on held-out windows")
+    bars.legend(fontsize=8)
+    if curves is not None:
+        for k, (label, part) in enumerate(curves.groupby("policy", sort=False)):
+            for line, (_, one) in enumerate(part.groupby("seed")):
+                shown = str(label) if line == 0 else None
+                lines.plot(one["env_steps"], one["validation_utility"], color=f"C{k}", alpha=0.7, label=shown)
+        lines.set(xlabel="environment steps", ylabel="validation utility", title="training, one line a seed")
+        lines.legend(fontsize=8)
+    write_whole(folder / "serve.png", lambda part: picture.savefig(part, format="png"))
+
+
+def serve_section(folder: Path) -> str:
+    """Return the section, and write its figure; empty where nothing was evaluated."""
+    if not (folder / "serve.parquet").exists():
+        return ""
+    frame = pd.read_parquet(folder / "serve.parquet")
+    made: dict[str, Any] = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
+    path = folder / "serve_training.parquet"
+    curves = pd.read_parquet(path) if path.exists() else None
+    serve_figure(folder, frame, curves)
+    windows = frame["window"].nunique()
+    parts = [
+        "## Serving a trace under memory that moves (`ServeTrace-v0`)\n",
+        f"`{made['command']}`, commit {made['commit'][:12]}: {windows} held-out windows of 120 s from "
+        f"{', '.join(dict.fromkeys(frame['source']))}, each under a full budget, a co-tenant that comes and goes, and "
+        "a random walk, at two loads. Llama-2-7B on one A100, the SLO a first token within two seconds; quality from "
+        "the published points of `conf/quality/llama2_7b_published.yaml`, where which blocks a plan drops makes no "
+        "difference. Every policy decides once a second. The learned policies were trained on windows of "
+        f"{', '.join(made['trained_on'])} alone; windows of one trace overlap in time, so their intervals are narrower "
+        "than those of independent windows would be. Tuned on training windows: "
+        f"static plan '{made['tuned']['static']}', queue limit {made['tuned']['queue']}, greedy_stop "
+        f"{json.dumps(made['tuned']['greedy_stop'])}, SABER's margin {made['tuned']['saber_margin']}.\n",
+        serve_table_markdown(frame),
+        "; ".join(f"**{name}**: {text}" for name, text in ABOUT.items()) + ".\n",
+        serve_verdict(frame),
+        "![utility by trace, and training](results/serve.png)\n",
+        "### By trace\n",
+        by_kind_markdown(frame, "source"),
+        "### By budget\n",
+        by_kind_markdown(frame, "budget"),
+    ]
+    return "\n".join(parts)

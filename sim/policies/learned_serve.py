@@ -1,0 +1,54 @@
+"""What ``ServeTrace`` trained, as a policy: a network picks the next plan of the table it was trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sim.engine import EngineState
+from sim.errors import ConfigError
+from sim.memory import kv_block_layer_bytes
+from sim.observe_serve import Choice, ServeActions, ServeObserver, actions_from, serve_table
+from sim.plan import Plan
+from sim.policies.base import Served
+from sim.policies.learned import Network, check_tables, read_learned
+
+
+@dataclass(slots=True)
+class LearnedServe:
+    """Chooses the legal plan that the network rates highest."""
+
+    network: Network
+    actions: ServeActions
+    observer: ServeObserver
+    choice: Choice = field(default_factory=Choice)
+
+    @property
+    def first_plan(self) -> Plan:
+        """The first plan of the table."""
+        return self.actions.plans[0]
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Observe and choose."""
+        features = self.observer(state, self.choice)
+        action = int(self.network.act(features, self.actions.legal(state, self.choice)))
+        self.choice = self.actions.chosen(state, self.choice, action)
+        return self.actions.plans[action]
+
+
+def learned_serve(served: Served, *, path: str) -> LearnedServe:
+    """Build the policy from an exported file; decide as often as it was trained to (``tick_s`` in the file).
+
+    Args:
+        served: what is decided for. path: a JSON file of ``agents.export``, or the name of one that ships.
+    Raises:
+        ConfigError: for a file that was trained for another model, observation or table of plans.
+    """
+    learned = read_learned(path, "ServeTrace")
+    if learned.about.get("model") != served.model.name:
+        raise ConfigError(
+            f"{learned.path.name} was trained on {learned.about.get('model')}, not on {served.model.name}"
+        )
+    actions = actions_from(served.model, learned.about["plans"], served.workspace_bytes)
+    check_tables(learned, serve_table(actions))
+    block_bytes = kv_block_layer_bytes(served.model, served.kv_block_tokens)
+    return LearnedServe(learned.network, actions, ServeObserver(served.model, actions, block_bytes))

@@ -1,0 +1,59 @@
+"""CPU microseconds of an environment step, resets included, and of a decision of the policies that ship."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from agents.prune_env import PruneToBudgetVector
+from agents.serve_env import ServeTraceVector
+from sim.model import load_model
+from sim.policies.learned import Network, prune_network
+
+ENVIRONMENTS = 32
+
+
+def bench_vector(name: str, vector: Any, steps: int, change_share: float) -> None:
+    """Print the cost of a step under random legal actions, each changed with probability ``change_share``."""
+    seen, _ = vector.reset(seed=0)
+    features = vector.setting.table.features
+    rng = np.random.default_rng(0)
+    actions = np.zeros(ENVIRONMENTS, dtype=np.int64)
+    begun_s = time.process_time()
+    for _ in range(steps):
+        legal = seen[:, features:]
+        drawn = (rng.random(legal.shape) * legal).argmax(axis=1)
+        actions = np.where(rng.random(ENVIRONMENTS) < change_share, drawn, actions)
+        seen, *_ = vector.step(actions)
+    micros = (time.process_time() - begun_s) / steps / ENVIRONMENTS * 1e6
+    print(f"{name:58s} {micros:9.1f} us a step, {ENVIRONMENTS} environments")
+
+
+def bench_decision(name: str, network: Network, features: int, actions: int) -> None:
+    """Print what one decision of a network takes."""
+    rng = np.random.default_rng(0)
+    seen = rng.random((10_000, features)).astype(np.float32)
+    legal = rng.random((10_000, actions)) < 0.5
+    legal[:, 0] = True
+    took_s = []
+    for row, flags in zip(seen, legal, strict=True):
+        begun_s = time.perf_counter()
+        network.act(row, flags)
+        took_s.append(time.perf_counter() - begun_s)
+    p50, p99 = np.quantile(took_s, (0.5, 0.99)) * 1e6
+    print(f"{name:58s} {p50:9.1f} us a decision, P99 {p99:.1f} us")
+
+
+def main() -> None:
+    """Run every benchmark."""
+    bench_vector("PruneToBudget-v0, random legal actions", PruneToBudgetVector(ENVIRONMENTS), 1000, 1.0)
+    bench_vector("ServeTrace-v0, one plan", ServeTraceVector(ENVIRONMENTS), 125, 0.0)
+    bench_vector("ServeTrace-v0, a new plan every tenth tick", ServeTraceVector(ENVIRONMENTS), 125, 0.1)
+    prune = prune_network(load_model("smollm2_135m"), "learned_prune_smollm2")
+    bench_decision("learned_prune_smollm2, one block", prune.network, prune.network.weights[0].shape[1], 60)
+
+
+if __name__ == "__main__":
+    main()
