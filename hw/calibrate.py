@@ -4,8 +4,15 @@
     python -m hw.calibrate source=measurements target=llama2_7b_a100    one
     python -m hw.calibrate source=measurements data=FOLDER out=FOLDER   other folders
 
+    python -m hw.calibrate source=device                                this device: SmolLM2-135M, one thread of a CPU
+    python -m hw.calibrate source=device model=MODEL device=GPU clock=wall checkpoint=FOLDER seconds=600
+
 source=measurements fits published measurements (data defaults to calibration/ under RAP_LAB_DATA, or to shared/ beside
 the checkout) and writes one small JSON a target to conf/calibration. Each file states the held-out error of each term.
+
+source=device measures every term on the machine at hand, in the code of hw.engine (hw/device_calibration.py), and
+writes MODEL_DEVICE.json and a picture beside it. device= names an option of conf/gpu. A run that was stopped goes on
+where it was. clock=cpu counts processor seconds, for a machine that others share; clock=wall the real ones.
 """
 
 from __future__ import annotations
@@ -13,8 +20,9 @@ from __future__ import annotations
 import datetime
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +40,7 @@ from sim.errors import CalibrationError, ConfigError, RapLabError, nearest
 from sim.gpu import Gpu
 from sim.latency import CALIBRATIONS, SCHEMA
 from sim.model import ModelSpec, load_model
+from sim.runs import commit
 
 Floats = NDArray[np.float64]
 TARGET_MEDIAN, TARGET_P95 = 0.03, 0.12
@@ -656,6 +665,13 @@ class Arguments:
     target: str = "all"
     data: str = "calibration"
     out: str = str(CALIBRATIONS)
+    model: str = "smollm2_135m"
+    device: str = "cpu_epyc_1thread"
+    checkpoint: str = ""
+    clock: str = "cpu"
+    threads: str = "1"
+    seconds: str = "480"
+    seed: str = "0"
 
 
 def parse(words: Sequence[str]) -> Arguments:
@@ -698,7 +714,94 @@ def from_measurements(arguments: Arguments) -> list[dict[str, Any]]:
     return contents
 
 
-SOURCES: dict[str, Callable[[Arguments], list[dict[str, Any]]]] = {"measurements": from_measurements}
+def from_device(arguments: Arguments) -> list[dict[str, Any]]:
+    """Measure this device, fit and write; return the one content."""
+    import torch  # source=measurements needs none
+
+    from hw import device_calibration as d
+    from hw.checkpoint import load_checkpoint
+    from hw.clock import CLOCKS
+    from hw.model import ElasticModel
+
+    model, gpu, out = load_model(arguments.model), _gpu(arguments.device), Path(arguments.out)
+    if arguments.clock not in CLOCKS:
+        raise ConfigError(f"unknown clock {arguments.clock!r}; {nearest(arguments.clock, CLOCKS)}")
+    try:
+        seconds, seed, threads = float(arguments.seconds), int(arguments.seed), int(arguments.threads)
+    except ValueError as error:
+        raise ConfigError(f"seconds, seed and threads must be numbers: {error}") from error
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    dtype = "float32" if model.weight_dtype_bytes == 4 else "bfloat16"
+    place = "cpu" if gpu.name.startswith("cpu") else "cuda"
+    loaded, _ = load_checkpoint(arguments.checkpoint or arguments.model, dtype=dtype, device=place)
+    elastic = ElasticModel(loaded, name=model.name)
+    name = f"{model.name}_{gpu.name}"
+    settings = d.DeviceSettings(model=model.name, device=gpu.name, clock=arguments.clock, seconds=seconds, seed=seed)
+    # Not beside the calibrations: every JSON there is one.
+    samples = d.Samples(
+        REPOSITORY / "runs" / "calibrate" / f"{name}.json", {**asdict(settings), "dtype": dtype, "threads": threads}
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    started_s = time.monotonic()
+    d.measure(d.Bench(elastic, settings.clock), samples, settings, Console(stderr=True))
+    terms = d.terms_of(samples)
+    target = Target(
+        name=name,
+        model=model.name,
+        device=gpu.name,
+        kind="measured",
+        stack=f"hw.engine: PyTorch {torch.__version__}, {dtype}, paged attention by scaled_dot_product_attention, "
+        f"{threads} thread(s), {settings.clock} seconds",
+        sources=({"path": "python -m hw.calibrate source=device", "commit": commit()},),
+        read=lambda _: terms,
+        notes=(
+            "Weights of 8 and 4 bits are unpacked for every product: memory is saved, time is not",
+            "Prompt chunks and decodes of one iteration are separate calls of attention, and their times add",
+        ),
+    )
+    content = calibrate(target, out, Fixed(us=0.0, source=""))
+    for term in content["errors"].values():
+        if term.get("note") == "no reason known":
+            term["note"] = "single cells of a coarse grid: products switch kernels between few and many tokens"
+    above_us = d.above_terms_us(samples, d.latency_of(content), elastic)
+    host_us = (
+        float(np.median(d.run_engine(elastic, d.latency_of(content), settings.clock, seed + 1, 10.0).host_s)) * 1e6
+    )
+    content["fixed_us"] = float(f"{max(0.0, float(np.median(above_us)) + host_us):.4g}")
+    content["fixed_source"] = (
+        f"{host_us:.0f} us that the host of hw.engine takes between two passes (median), and "
+        f"{np.median(above_us):+.0f} us that {len(above_us)} whole passes take above the sum of their terms (median; "
+        f"{min(above_us):+.0f} to {max(above_us):+.0f})"
+    )
+    held_out = d.run_engine(elastic, d.latency_of(content), settings.clock, seed + 2, 25.0)
+    content["errors"]["iteration"] = _summary(held_out.priced_s, held_out.measured_s) | {
+        "note": f"iterations of a run of the engine, of which nothing was fitted; their sum is off by "
+        f"{held_out.priced_s.sum() / held_out.measured_s.sum() - 1:+.1%}, the machine's changes of speed included"
+    }
+    counts = [len(values) for values in samples.of.values()]
+    spreads = sorted(d.spread(values) for values in samples.of.values())
+    content["device_run"] = {
+        "seconds": round(time.monotonic() - started_s),
+        "clock": settings.clock,
+        "cells": len(counts),
+        "samples": sum(counts),
+        "repeats": [min(counts), max(counts)],
+        "standard_error_of_medians_p50_p95": [float(f"{np.quantile(spreads, q):.2g}") for q in (0.5, 0.95)],
+        "memory_bandwidth_bytes_per_s": float(f"{d.memory_bandwidth_bytes_per_s(elastic.device):.3g}"),
+        **d.plan_changes(elastic),
+    }
+    write(content, out / f"{name}.json")
+    d.plot(
+        out / f"{name}.png", terms, d.latency_of(content), held_out, f"{model.name} on {gpu.name}, {content['date']}"
+    )
+    return [content]
+
+
+SOURCES: dict[str, Callable[[Arguments], list[dict[str, Any]]]] = {
+    "measurements": from_measurements,
+    "device": from_device,
+}
 
 
 def main(words: Sequence[str]) -> int:

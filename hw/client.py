@@ -1,9 +1,9 @@
 """Replays a trace against any OpenAI-compatible server: ``python -m hw.client client.url=http://127.0.0.1:8000``.
 
 It writes the records and the summary that sim.replay and hw.replay write, so that ``hw.compare`` sets a simulated run
-beside a real server. Open loop, each request is sent when the trace says, whatever the server does; closed loop, so many
-users send their next request when the last is answered. What only a server knows (iterations, KV use, plans) stays empty.
-Neither torch nor a tokenizer is needed: prompts are random token ids, or pieces of a text about as long.
+beside a real server. Open loop, each request is sent when the trace says, whatever the server does; closed loop, so
+many users send their next request when the last is answered. What only a server knows (iterations, KV use, plans) stays
+empty. Neither torch nor a tokenizer is needed: prompts are random token ids, or pieces of a text about as long.
 """
 
 from __future__ import annotations

@@ -1,0 +1,501 @@
+"""Measures the terms of ``sim.latency`` on the device at hand: ``python -m hw.calibrate source=device``.
+
+Each term is timed in the code that serves: the modules of the elastic model, the paged attention over a paged pool.
+Linear blocks run as a pass runs them, MHA and FFN of all layers in turn, so that their weights come from memory and not
+from a cache. Cells are measured in rounds of random order, until the median of each is known well enough; the samples
+are kept in a file after every round, and a run that was stopped goes on from there. Whole passes are cells among the
+others, so that a busy spell of the machine meets both alike: the overhead of an iteration is what they take above the
+sum of their terms, and what the host does between two passes of the engine. A run of the engine, of other requests,
+says how far the whole is off.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from hw import measurements as m
+from hw.clock import CLOCKS, RealClock
+from hw.engine import HwEngine
+from hw.model import ElasticModel
+from hw.paged_attention import ATTENTION, Packed, PagedBatch, forward
+from hw.paged_kv import MappedArena, PagedKV, RequestPages, SlabArena
+from hw.prompts import RandomPrompts
+from sim.engine import EngineConfig
+from sim.generate import lognormal_lengths, poisson
+from sim.latency import LatencyModel, calibration_from_dict
+from sim.memory import budget_for_kv_blocks, layer_weight_bytes
+from sim.plan import dense_plan
+from sim.policies import Fixed
+from sim.replay import replay
+from sim.runs import write_json, write_whole
+from sim.scheduler import Limits
+
+Floats = NDArray[np.float64]
+Timed = Callable[[], tuple[float, ...]]
+
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+PREFILL_TOKENS, PREFIXES = (1, 4, 16, 32, 64, 128, 256), (0, 32, 128, 256, 512)
+BATCHES, CONTEXTS = (1, 2, 3, 4, 6, 8, 12, 16, 24), (8, 32, 64, 128, 256, 512)
+WHOLE: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...] = (
+    (1, 60, ()),
+    (2, 90, ()),
+    (4, 90, ()),
+    (6, 90, ()),
+    (8, 90, ()),
+    (12, 90, ()),
+    (0, 0, ((0, 30),)),
+    (0, 0, ((0, 90),)),
+    (0, 0, ((0, 128),)),
+    (2, 60, ((0, 60),)),
+    (4, 90, ((0, 100),)),
+    (6, 90, ((100, 60),)),
+    (3, 90, ((0, 60), (0, 50))),
+)
+"""Whole passes: decodes, their context, and prompt chunks as (tokens before it, its tokens)."""
+QUANTISED_LAYERS = 4
+"""Layers at 8 and 4 bits over which a linear layer is timed; unpacking them takes longer than any cache could save."""
+BLOCK_TOKENS = 16
+LEAST_REPEATS, MOST_REPEATS = 4, 15
+WANTED_SPREAD = 0.02
+"""A cell is done when the standard error of its median is below this share of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSettings:
+    """What is measured, and how: model name, device name (an option of conf/gpu), clock, seconds at most, seed."""
+
+    model: str
+    device: str
+    clock: str
+    seconds: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Something to time that is done ``count`` times: ``run`` returns the seconds of each of ``names``."""
+
+    names: tuple[str, ...]
+    run: Timed
+    count: int
+
+
+class _NoAttention:
+    """Pages whose attention is free: what is left of an MHA block is norm, projections and rotary embedding."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        return query.transpose(1, 2)
+
+
+class Bench:
+    """Builds the cells of one model, and times them."""
+
+    def __init__(self, elastic: ElasticModel, clock: str) -> None:
+        """Take over a dense model."""
+        self._elastic, self._spec = elastic, elastic.spec
+        self._clock = CLOCKS[clock]
+        elastic.use_attention(ATTENTION)
+        most = (max(BATCHES) + 1) * (-(-(max(CONTEXTS) + max(PREFILL_TOKENS) + 1) // BLOCK_TOKENS) + 1)
+        blocks = most * self._spec.num_layers
+        shape: dict[str, Any] = {
+            "block_tokens": BLOCK_TOKENS,
+            "heads": self._spec.num_kv_heads,
+            "head_dim": self._spec.head_dim,
+            "dtype": elastic.dtype,
+        }
+        if elastic.device.type == "cpu":
+            self._pool = PagedKV(MappedArena(capacity=blocks, **shape), blocks)
+        else:
+            self._pool = PagedKV(SlabArena(slab_blocks=blocks, device=elastic.device, **shape), blocks)
+
+    @torch.inference_mode()
+    def time(self, cell: Cell) -> list[float]:
+        """Return the microseconds of one of each of the things that a cell does."""
+        return [seconds / cell.count * 1e6 for seconds in cell.run()]
+
+    def _now_s(self) -> float:
+        if self._elastic.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self._clock()
+
+    def _hidden(self, tokens: int) -> Tensor:
+        return torch.randn(1, tokens, self._spec.hidden_size, device=self._elastic.device).to(self._elastic.dtype)
+
+    @torch.inference_mode()
+    def linear(self, bits: int) -> list[Cell]:
+        """Return the cells of MHA and FFN blocks at a precision; brings the model to it."""
+        layers = self._spec.num_layers if bits == 16 else min(QUANTISED_LAYERS, self._spec.num_layers)
+        dense = dense_plan(self._spec)
+        self._elastic.apply(
+            replace(dense, weight_bits=tuple(bits if i < layers else 16 for i in range(self._spec.num_layers)))
+        )
+        pages = _NoAttention()
+
+        def run(hidden: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[float, float]:
+            mha_s = ffn_s = 0.0
+            for layer in range(layers):
+                start_s = self._now_s()
+                hidden + self._elastic.attend_paged(layer, hidden, rope, pages)
+                middle_s = self._now_s()
+                hidden + self._elastic.feed(layer, hidden)
+                ffn_s += self._now_s() - middle_s
+                mha_s += middle_s - start_s
+            return mha_s, ffn_s
+
+        cells = []
+        for tokens in TOKENS:
+            hidden = self._hidden(tokens)
+            rope = self._elastic.rope(hidden, torch.arange(tokens, device=hidden.device)[None])
+            names = (f"mha_{bits}/{tokens}", f"ffn_{bits}/{tokens}")
+            cells.append(Cell(names, partial(run, hidden, rope), layers))
+        return cells
+
+    @torch.inference_mode()
+    def ends(self) -> list[Cell]:
+        """Return the cells of embedding and of head and choice of a token."""
+
+        def token(ids: Tensor) -> tuple[float]:
+            start_s = self._now_s()
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            self._elastic.rope(self._elastic.embed(ids, positions), positions)
+            return (self._now_s() - start_s,)
+
+        def head(hidden: Tensor) -> tuple[float]:
+            start_s = self._now_s()
+            logits = self._elastic.head(hidden)
+            bool(torch.isfinite(logits).all())
+            logits.argmax(-1).tolist()
+            return (self._now_s() - start_s,)
+
+        cells = []
+        for tokens in TOKENS:
+            ids = torch.zeros(1, tokens, dtype=torch.long, device=self._elastic.device)
+            cells.append(Cell((f"token/{tokens}",), partial(token, ids), 1))
+        cells += [Cell((f"head/{count}",), partial(head, self._hidden(count)[0]), 1) for count in SEQUENCES]
+        return cells
+
+    def attention(self) -> list[Cell]:
+        """Return the cells of attention: decodes of one context, and a prompt chunk on a prefix."""
+        layers = self._spec.num_layers
+        decodes = [(batch, context) for batch in BATCHES for context in CONTEXTS]
+        chunks = [(tokens, before) for tokens in PREFILL_TOKENS for before in PREFIXES]
+        return [
+            *(Cell((f"decode/{b}/{c}",), self._attention([(c, 1)] * b, []), layers) for b, c in decodes),
+            *(Cell((f"prefill/{t}/{c}",), self._attention([], [(c, t)]), layers) for t, c in chunks),
+        ]
+
+    def _attention(self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]]) -> Timed:
+        def run() -> tuple[float, ...]:
+            spec, device = self._spec, self._elastic.device
+            made = self._requests(decodes + prefills)
+            count = sum(len(packed.tokens) for packed in made)
+            query = torch.zeros(1, spec.num_heads, count, spec.head_dim, dtype=self._elastic.dtype, device=device)
+            key = torch.zeros(1, spec.num_kv_heads, count, spec.head_dim, dtype=self._elastic.dtype, device=device)
+            start_s = self._now_s()
+            batch = PagedBatch(self._pool.arena, made[: len(decodes)], made[len(decodes) :], self._elastic.windows)
+            for layer in range(spec.num_layers):
+                batch.enter(layer)
+                batch.update(key, key, layer)
+                batch.attend(layer, query, key, key, None)
+            seconds = self._now_s() - start_s
+            for packed in made:
+                self._pool.release(packed.pages.all_blocks())
+            return (seconds,)
+
+        return run
+
+    def whole(self) -> list[Cell]:
+        """Return the cells of whole passes of the dense model, as an iteration makes them; WHOLE says which."""
+        return [
+            Cell((f"whole/{index}",), self._whole([(context, 1)] * batch, list(chunks)), 1)
+            for index, (batch, context, chunks) in enumerate(WHOLE)
+        ]
+
+    def _whole(self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]]) -> Timed:
+        keep = dense_plan(self._spec).decode
+
+        def run() -> tuple[float, ...]:
+            made = self._requests(decodes + prefills)
+            single, chunks = made[: len(decodes)], made[len(decodes) :]
+            ends = np.cumsum([len(packed.tokens) for packed in made]) - 1
+            start_s = self._now_s()
+            batch = PagedBatch(self._pool.arena, single, chunks, self._elastic.windows)
+            logits = forward(self._elastic, batch, single, chunks, ends.tolist(), prefill=keep, decode=keep)
+            bool(torch.isfinite(logits).all())
+            logits.argmax(-1).tolist()
+            seconds = self._now_s() - start_s
+            for packed in made:
+                self._pool.release(packed.pages.all_blocks())
+            return (seconds,)
+
+        return run
+
+    def _requests(self, shapes: list[tuple[int, int]]) -> list[Packed]:
+        every = frozenset(range(self._spec.num_layers))
+        made = []
+        for before, new in shapes:
+            pages = RequestPages(mha=every)
+            pages.hold(self._pool, before + new)
+            made.append(Packed(pages, [0] * new, before))
+        return made
+
+
+class Samples:
+    """Every sample so far, by cell; kept in a file, so that a run can go on where it was stopped."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Take up what the file holds, if it was measured with the same settings."""
+        self._path, self._settings = path, dict(settings)
+        self.of: dict[str, list[float]] = {}
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["settings"] == self._settings:
+                self.of = content["samples"]
+
+    def add(self, name: str, us: float) -> None:
+        """Keep one sample."""
+        self.of.setdefault(name, []).append(us)
+
+    def save(self) -> None:
+        """Write all of them, whole or not at all."""
+        write_json(self._path, {"settings": self._settings, "samples": self.of})
+
+    def done(self, name: str) -> bool:
+        """Return whether a cell's median is known well enough, or was tried often enough."""
+        values = self.of.get(name, [])
+        if len(values) < LEAST_REPEATS:
+            return False
+        return len(values) >= MOST_REPEATS or spread(values) < WANTED_SPREAD
+
+
+def spread(values: list[float]) -> float:
+    """Return the standard error of the median over the median, from the median absolute deviation.
+
+    For normal noise the deviation is 1.4826 MAD, and a median's standard error 1.2533 deviation / sqrt(n).
+    """
+    middle = float(np.median(values))
+    deviation = 1.4826 * float(np.median(np.abs(np.asarray(values) - middle)))
+    return float(1.2533 * deviation / np.sqrt(len(values)) / middle)
+
+
+def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: Console) -> None:
+    """Measure every cell of every term."""
+    deadline_s = time.monotonic() + settings.seconds
+    rng = random.Random(settings.seed)
+    groups: list[tuple[Callable[[], list[Cell]], float]] = [  # and the share of the time
+        (lambda: bench.linear(16) + bench.ends() + bench.attention() + bench.whole(), 0.7),
+        (lambda: bench.linear(8), 0.5),
+        (lambda: bench.linear(4), 1.0),
+    ]
+    with Progress(console=console, transient=True) as progress:
+        for index, (build, share) in enumerate(groups):
+            cells = build()
+            until_s = time.monotonic() + share * (deadline_s - time.monotonic())
+            task = progress.add_task(f"group {index + 1} of {len(groups)}", total=len(cells))
+            for cell in cells:
+                if cell.names[0] not in samples.of:
+                    bench.time(cell)  # the first time is not like the others
+            while todo := [cell for cell in cells if not all(map(samples.done, cell.names))]:
+                late = time.monotonic() > until_s
+                if late and all(len(samples.of.get(cell.names[0], [])) >= LEAST_REPEATS for cell in todo):
+                    break
+                rng.shuffle(todo)
+                for cell in todo:
+                    for name, us in zip(cell.names, bench.time(cell), strict=True):
+                        samples.add(name, us)
+                samples.save()
+                progress.update(task, completed=len(cells) - len(todo))
+            progress.remove_task(task)
+
+
+def terms_of(samples: Samples) -> m.Terms:
+    """Return the median of every cell as the terms that ``hw.calibrate`` fits."""
+    middle = {name: float(np.median(values)) for name, values in samples.of.items()}
+
+    def curve(prefix: str) -> m.Curve:
+        found = {int(name.split("/")[1]): us for name, us in middle.items() if name.split("/")[0] == prefix}
+        counts = sorted(found)
+        return m.Curve(np.array(counts, dtype=np.float64), np.array([found[c] for c in counts]))
+
+    def rows(prefix: str) -> tuple[Floats, Floats, Floats]:
+        found = [(*map(int, name.split("/")[1:]), us) for name, us in middle.items() if name.startswith(f"{prefix}/")]
+        columns = np.array(sorted(found), dtype=np.float64).T
+        return columns[0], columns[1], columns[2]
+
+    batch, context, decode_us = rows("decode")
+    chunk, prefix, prefill_us = rows("prefill")
+    return m.Terms(
+        linear={bits: {kind: curve(f"{kind}_{bits}") for kind in ("mha", "ffn")} for bits in (16, 8, 4)},
+        token=curve("token"),
+        head=curve("head"),
+        prefill=m.Surface(chunk, m.mean_context(chunk, prefix), prefill_us),
+        decode=m.Surface(batch, context, decode_us),
+    )
+
+
+def above_terms_us(samples: Samples, latency: LatencyModel, elastic: ElasticModel) -> Floats:
+    """Return what each whole pass took above the sum of its terms, in microseconds."""
+    plan, above = dense_plan(elastic.spec), []
+    for index, (batch, context, chunks) in enumerate(WHOLE):
+        shapes = [(tokens, before) for before, tokens in chunks]
+        priced_s = latency.iteration_s(plan, shapes, batch, batch * context, batch + len(chunks))
+        above.append(float(np.median(samples.of[f"whole/{index}"])) - (priced_s - latency.fixed_s) * 1e6)
+    return np.array(above)
+
+
+@dataclass(frozen=True, slots=True)
+class Iterations:
+    """Iterations of a real run beside their prices, and what the host took of each, in seconds."""
+
+    measured_s: Floats
+    priced_s: Floats
+    host_s: Floats
+
+
+def run_engine(elastic: ElasticModel, latency: LatencyModel, clock: str, seed: int, duration_s: float) -> Iterations:
+    """Serve random requests on the dense model and price every iteration."""
+    spec = elastic.spec
+    elastic.apply(dense_plan(spec))
+    config = EngineConfig(limits=Limits(max_batch_tokens=128, max_running=16), kv_block_tokens=BLOCK_TOKENS)
+    trace = poisson(
+        rate_rps=1.5,
+        duration_s=duration_s,
+        lengths=lambda rng, requests: lognormal_lengths(
+            rng,
+            requests,
+            prompt_tokens_p50=70,
+            prompt_sigma=0.7,
+            output_tokens_p50=14,
+            output_sigma=0.6,
+            max_prompt_tokens=300,
+            max_output_tokens=60,
+        ),
+        seed=seed,
+    )
+    plan = dense_plan(spec)
+    engine = HwEngine(
+        elastic=elastic,
+        config=config,
+        plan=plan,
+        budget_bytes=budget_for_kv_blocks(spec, plan, 200, 0, BLOCK_TOKENS),
+        prompts=RandomPrompts(spec.vocab_size, seed),
+        clock=RealClock(clock, skip_idle=True),
+    )
+    replay(trace, engine, Fixed(plan))
+    rows, shapes = engine.iterations(), engine.shapes()
+    engine.close()
+    # An iteration lasts until the next one starts, where that follows at once.
+    following = np.append(rows.start_s[1:], np.inf)
+    lasting = np.where(following - rows.end_s < 0.005, following, rows.end_s) - rows.start_s
+    priced = [latency.iteration_s(s.plan, s.chunks, s.decode_batch, s.decode_context_sum, s.sequences) for s in shapes]
+    return Iterations(lasting, np.array(priced), lasting - np.array([s.forward_s for s in shapes]))
+
+
+def plan_changes(elastic: ElasticModel) -> dict[str, Any]:
+    """Return how fast layers come from host memory at each precision, alone and while the model runs."""
+    spec, dense = elastic.spec, dense_plan(elastic.spec)
+    elastic.apply(dense)
+    elastic.prepare((8, 4))
+    found: dict[str, Any] = {}
+    for bits in (16, 8, 4):
+        seconds = []
+        for layer in range(min(8, spec.num_layers)):
+            low = 8 if bits == 16 else 16
+            elastic.apply(replace(dense, weight_bits=tuple(low if i == layer else 16 for i in range(spec.num_layers))))
+            wanted = tuple(bits if i == layer else 16 for i in range(spec.num_layers))
+            start_s = time.perf_counter()
+            elastic.apply(replace(dense, weight_bits=wanted))
+            if elastic.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start_s)
+        elastic.apply(dense)
+        found[f"layer_to_{bits}_bits_s"] = float(f"{np.median(seconds):.3g}")
+        found[f"layer_to_{bits}_bits_bytes_per_s"] = float(f"{layer_weight_bytes(spec, bits) / np.median(seconds):.3g}")
+    return found
+
+
+def memory_bandwidth_bytes_per_s(device: torch.device) -> float:
+    """Return the bytes a second that reading a large array and writing another moves; the median of five."""
+    source = torch.ones(64 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        start_s = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start_s)
+    return float(2 * source.nbytes / np.median(seconds[1:]))
+
+
+def plot(path: Path, terms: m.Terms, latency: LatencyModel, held_out: Iterations, title: str) -> None:
+    """Write one PNG: every term's measured points over its fit, and whole iterations against their prices."""
+    import matplotlib as mpl  # drawing is rare and its import slow
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
+    for axis, kind in zip(axes[0], ("mha", "ffn"), strict=False):
+        for bits, kinds in terms.linear.items():
+            points = axis.plot(kinds[kind].x, kinds[kind].us / 1e3, "o", markersize=4, label=f"{bits} bits, measured")
+            x = np.arange(1, int(kinds[kind].x[-1]) + 1)
+            fitted = [latency.linear_s(kind, bits, int(t)) * 1e3 for t in x]
+            axis.plot(x, fitted, color=points[0].get_color(), linewidth=0.8)
+        axis.set(
+            xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=f"{kind.upper()} block without attention"
+        )
+        axis.legend()
+    head = axes[0][2].plot(terms.head.x, terms.head.us / 1e3, "o", markersize=4, label="head, measured")
+    x = np.arange(1, int(terms.head.x[-1]) + 1)
+    axes[0][2].plot(x, [latency.head_s(int(s)) * 1e3 for s in x], color=head[0].get_color(), linewidth=0.8)
+    axes[0][2].set(xlabel="sequences", ylabel="ms", title="LM head and choice of a token")
+    for batch in (1, 4, 8, 16):
+        here = terms.decode.x == batch
+        line = axes[1][0].plot(
+            terms.decode.y[here], terms.decode.us[here] / 1e3, "o", markersize=4, label=f"batch {batch}"
+        )
+        x = np.arange(8, int(terms.decode.y.max()) + 1, 8)
+        fitted = [latency.decode_attention_s(batch, int(batch * c)) * 1e3 for c in x]
+        axes[1][0].plot(x, fitted, color=line[0].get_color(), linewidth=0.8)
+    axes[1][0].set(xlabel="context, tokens", ylabel="ms", title="decode attention, one layer")
+    axes[1][0].legend()
+    for tokens in (16, 64, 128):
+        here = terms.prefill.x == tokens
+        prefix = terms.prefill.y[here] - (tokens + 1) / 2
+        line = axes[1][1].plot(prefix, terms.prefill.us[here] / 1e3, "o", markersize=4, label=f"{tokens} tokens")
+        fitted = [latency.prefill_attention_s(tokens, int(p)) * 1e3 for p in prefix]
+        axes[1][1].plot(prefix, fitted, color=line[0].get_color(), linewidth=0.8)
+    axes[1][1].set(xlabel="tokens before the chunk", ylabel="ms", title="prefill attention, one layer")
+    axes[1][1].legend()
+    both = (held_out.priced_s * 1e3, held_out.measured_s * 1e3)
+    axes[1][2].plot(*both, ".", markersize=4)
+    most = float(max(map(np.max, both)))
+    axes[1][2].plot([0, most], [0, most], color="black", linewidth=0.8)
+    axes[1][2].set(xlabel="priced, ms", ylabel="measured, ms", title="whole iterations, held out")
+    figure.suptitle(title)
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
+    plt.close(figure)
+
+
+def latency_of(content: Mapping[str, Any]) -> LatencyModel:
+    """Return the latency model of a calibration's content."""
+    return calibration_from_dict(content, str(content["name"]))

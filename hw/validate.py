@@ -1,0 +1,386 @@
+"""Holds the simulator against the real model: ``python -m hw.validate``, then ``python -m hw.validate page=only``.
+
+    python -m hw.validate                       run what is missing of the suite, judge it, write hw/validation.json,
+                                                hw/VALIDATION.md and hw/validation.png
+    python -m hw.validate page=only             write the page again from hw/validation.json
+    python -m hw.validate runs=FOLDER repeats=3 clock=cpu calibration=NAME_OR_FILE only=burst,quiet
+
+Every workload is served by every policy, once in simulation and ``repeats`` times for real, in random order; runs lie
+in ``runs`` (default runs/validation) as sim.replay and hw.replay write them, and a run that is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from scipy.stats import kendalltau
+
+import hw.replay  # noqa: F401 - its schema is what hw_replay.yaml is checked against
+from hw.clock import RealClock
+from hw.compare import Run, compare, percent, read_run
+from hw.engine import HwEngine
+from hw.model import ElasticModel
+from hw.prompts import read_prompts
+from hw.replay import hardware, load_elastic
+from sim.command import RecordingEngine, build_engine, build_parts, build_trace, figures, replay_with
+from sim.config import CONF_DIR, build, one_thread
+from sim.data import REPOSITORY
+from sim.errors import ConfigError, RapLabError, nearest
+from sim.latency import load_calibration
+from sim.metrics import records_frame, transitions_frame
+from sim.policies import Policy
+from sim.runs import provenance, write_json, write_parquet, write_text, write_whole
+
+RESULT, PAGE, PICTURE = (REPOSITORY / "hw" / name for name in ("validation.json", "VALIDATION.md", "validation.png"))
+CALIBRATION = "smollm2_135m_cpu_epyc_1thread"
+TICK = "tick_s=0.5"
+
+# Shares of the 8e9 bytes of cpu_epyc_1thread: 0.0505 holds dense weights, workspace and 94 KV blocks; 0.0470 only 18.
+WORKLOADS: dict[str, tuple[str, ...]] = {
+    "quiet": ("trace.on_rate_rps=0.8", "trace.off_rate_rps=0.8", "trace.duration_s=12"),
+    "burst": ("trace.on_rate_rps=6", "trace.off_rate_rps=0.3", "trace.mean_on_s=2", "trace.mean_off_s=3"),
+    "long_prompts": ("trace.lengths.prompt_tokens_p50=220", "trace.lengths.output_tokens_p50=6", "trace.on_rate_rps=2"),
+    "kv_bound": ("budget.blocks=24", "trace.on_rate_rps=5"),
+    "budget_shrinks": ("budget=steps", "budget.rows=[[0,0.0505],[3,0.0470],[7,0.0505]]"),
+    "budget_walks": (
+        "budget=random_walk",
+        "budget.low_share=0.0465",
+        "budget.high_share=0.0505",
+        "budget.step_share=0.001",
+        "budget.period_s=1.5",
+        "budget.horizon_s=12",
+    ),
+}
+COMMON = ("trace=small", "trace.duration_s=8", "seed=11", TICK)
+
+
+def policies() -> dict[str, tuple[str, ...]]:
+    """Return the policies of the suite; greedy stop follows the order that was measured on the model itself."""
+    measured = json.loads((CONF_DIR / "score" / "smollm2_135m_gsi.json").read_text(encoding="utf-8"))
+    order = ",".join(measured["order"][:20])
+    return {
+        "dense": ("policy=dense",),
+        "greedy_stop": ("policy=greedy_stop", f"policy.order=[{order}]", "policy.made_for=smollm2_135m"),
+        "morphserve": ("policy=morphserve", "policy.mode=accuracy"),
+        "learned_prune": ("policy=learned_prune",),
+    }
+
+
+@dataclass(slots=True)
+class Arguments:
+    """What the command takes as key=value."""
+
+    runs: str = str(REPOSITORY / "runs" / "validation")
+    repeats: str = "3"
+    clock: str = "cpu"
+    calibration: str = CALIBRATION
+    only: str = "all"
+    page: str = "also"
+
+
+def configuration(workload: str, policy: str, arguments: Arguments) -> DictConfig:
+    """Return the configuration of one run: the words that sim.replay and hw.replay would be given."""
+    words = [*COMMON, *WORKLOADS[workload], *policies()[policy], f"latency={arguments.calibration}"]
+    words += [f"hw.clock={arguments.clock}", "hw.skip_idle=true", "hw.device=cpu"]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return hydra.compose("hw_replay", overrides=words)
+
+
+class Hardware:
+    """The real model, loaded once for all runs."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        """Load what the configuration names."""
+        self._elastic, self._tokenizer = load_elastic(build(cfg.model), cfg.hw)
+        self._prompts = read_prompts(cfg.hw.text, self._tokenizer, self._elastic.spec.vocab_size, cfg.seed)
+
+    @property
+    def elastic(self) -> ElasticModel:
+        """The model."""
+        return self._elastic
+
+    def engine(self, cfg: DictConfig) -> tuple[HwEngine, Policy]:
+        """Return a fresh engine over it."""
+        parts = build_parts(cfg)
+        engine = HwEngine(
+            elastic=self._elastic,
+            config=parts.config,
+            plan=parts.policy.first_plan,
+            budget_bytes=parts.budget,
+            workspace_bytes=int(cfg.workspace_bytes),
+            prompts=self._prompts,
+            clock=RealClock(cfg.hw.clock, skip_idle=cfg.hw.skip_idle),
+        )
+        return engine, parts.policy
+
+
+def serve(folder: Path, cfg: DictConfig, engine: RecordingEngine, policy: Policy) -> None:
+    """Replay one configuration and write its run folder."""
+    trace, slo = build_trace(cfg), build(cfg.slo)
+    replay_with(cfg, trace, engine, policy)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_parquet(folder / "records.parquet", records_frame(engine.records(), slo))
+    write_parquet(folder / "transitions.parquet", transitions_frame(engine.transitions()))
+    if isinstance(engine, HwEngine):
+        write_json(folder / "hardware.json", hardware(engine, cfg))
+        engine.close()
+    write_json(folder / "summary.json", figures(engine, slo))  # last: a folder with a summary is complete
+
+
+def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Run what is missing, compare, and return what ``hw/validation.json`` holds."""
+    workloads = list(WORKLOADS) if arguments.only == "all" else arguments.only.split(",")
+    for name in workloads:
+        if name not in WORKLOADS:
+            raise ConfigError(f"there is no workload {name!r}; {nearest(name, WORKLOADS)}")
+    base, repeats = Path(arguments.runs), int(arguments.repeats)
+    pairs = [(workload, policy) for workload in workloads for policy in policies()]
+    for workload, policy in pairs:
+        # The simulation takes a moment, and a calibration may have changed since.
+        cfg = configuration(workload, policy, arguments)
+        serve(base / workload / policy / "sim", cfg, *build_engine(cfg))
+    todo = []
+    for repeat in range(repeats):
+        jobs = [(*pair, repeat) for pair in pairs]
+        random.Random(repeat).shuffle(jobs)  # so that a busy spell of the machine does not meet one workload alone
+        todo += [job for job in jobs if not (base / job[0] / job[1] / f"hw{job[2]}" / "summary.json").is_file()]
+    loaded: Hardware | None = None
+    for number, (workload, policy, repeat) in enumerate(todo, start=1):
+        cfg = configuration(workload, policy, arguments)
+        loaded = loaded or Hardware(cfg)
+        folder = base / workload / policy / f"hw{repeat}"
+        serve(folder, cfg, *loaded.engine(cfg))
+        console.print(f"{number} of {len(todo)}: {workload}, {policy}, repeat {repeat}", highlight=False)
+    results: dict[str, Any] = {}
+    for workload, policy in pairs:
+        folder = base / workload / policy
+        real = [read_run(folder / f"hw{repeat}") for repeat in range(repeats)]
+        results.setdefault(workload, {})[policy] = judged(read_run(folder / "sim"), real, base)
+    return {
+        "provenance": provenance(11),
+        "device": load_calibration(arguments.calibration).device,
+        "calibration": arguments.calibration,
+        "clock": arguments.clock,
+        "repeats": repeats,
+        "words": {
+            "common": list(COMMON),
+            "workloads": {name: list(WORKLOADS[name]) for name in workloads},
+            "policies": {name: list(words) for name, words in policies().items()},
+        },
+        "results": results,
+        "ranking": ranking(results),
+    }
+
+
+def judged(simulated: Run, real: Sequence[Run], base: Path) -> dict[str, Any]:
+    """Return a comparison, its folders named below the folder of the suite."""
+    result = compare(simulated, real)
+    result["simulated"] = simulated.folder.relative_to(base).as_posix()
+    result["real"] = [run.folder.relative_to(base).as_posix() for run in real]
+    return result
+
+
+def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return whether both sides order the policies alike by mean TTFT and E2E, and what trusting the simulator costs.
+
+    Two policies count as different when their real means are farther apart than the noise of both together. The regret
+    is how much worse the simulator's best policy is on the hardware than the best there is.
+    """
+    found: dict[str, Any] = {}
+    for workload, by_policy in results.items():
+        for metric in ("ttft_s.mean", "e2e_s.mean"):
+            figures_of = {name: result["figures"][metric] for name, result in by_policy.items()}
+            known = {name: f for name, f in figures_of.items() if f["real"] is not None and f["simulated"] is not None}
+            if len(known) < 2:
+                continue
+            sides = [[f[side] for f in known.values()] for side in ("simulated", "real")]
+            pairs, agreed = 0, 0
+            for one, other in combinations(known.values(), 2):
+                gap = one["real"] - other["real"]
+                noise = (one["noise"] or 0.0) * one["real"] + (other["noise"] or 0.0) * other["real"]
+                if abs(gap) > noise:
+                    pairs += 1
+                    agreed += (one["simulated"] - other["simulated"]) * gap > 0
+            best = min(known, key=lambda name: known[name]["simulated"])
+            tau = kendalltau(*sides).statistic
+            found.setdefault(workload, {})[metric] = {
+                "tau": float(tau) if np.isfinite(tau) else None,
+                "pairs_beyond_noise": pairs,
+                "agreed": agreed,
+                "regret": known[best]["real"] / min(f["real"] for f in known.values()) - 1,
+            }
+    return found
+
+
+# --- The page --------------------------------------------------------------------------------------------------------
+
+SHOWN = ("ttft_s.mean", "ttft_s.p50", "ttft_s.p95", "tpot_s.mean", "tpot_s.p50", "tpot_s.p95", "makespan_s")
+
+
+def page(content: Mapping[str, Any]) -> str:
+    """Return the page of validation in Markdown."""
+    told = content["provenance"]
+    every = [(workload, policy, result) for workload, by in content["results"].items() for policy, result in by.items()]
+    verdicts = [f["verdict"] for _, _, result in every for f in result["figures"].values() if f["verdict"] is not None]
+    exact = [result["memory"].get("exact") for _, _, result in every]
+    lines = [
+        "# The simulator beside the real model",
+        "",
+        f"Written by `python -m hw.validate page=only` from `hw/validation.json`. SmolLM2-135M in bfloat16 on "
+        f"{content['device']}, {told['written_at'][:10]}, commit `{told['commit'][:12]}`; calibration "
+        f"`{content['calibration']}`, made on other requests.",
+        "",
+        "Traces are scaled to what a processor core can serve: 8 to 12 seconds of arrivals, prompts around 64 tokens, "
+        f"answers around 14. Every run was repeated {content['repeats']} times; **noise** is the farthest repeat from "
+        "the median, and no simulator can be better than that. The machine was shared with other work"
+        + (
+            ", so time is the processor's seconds of the serving thread, not the wall's, and idle time is skipped."
+            if content["clock"] == "cpu"
+            else "; time is the wall's."
+        ),
+        "",
+        "Tolerance: with one plan 5 % at the mean and 10 % at P50 and P95, with plans that change 12 %. "
+        "An error beyond it but below the noise is no miss, and counted apart.",
+        "",
+        f"**Of {len(verdicts)} verdicts {verdicts.count('held')} held, {verdicts.count('within noise')} lie within the "
+        f"noise, {verdicts.count('missed')} missed. Weights and KV allocated equal the predicted bytes in every "
+        f"iteration of {sum(e is True for e in exact)} of {len(exact)} cells.**",
+        "",
+        "## Errors, and the noise beside them",
+        "",
+        "Error of the simulator against the median repeat / noise; **bold** is a miss.",
+        "",
+        "| workload | policy | changes | " + " | ".join(SHOWN) + " | order |",
+        "|---|---|---:|" + "---:|" * (len(SHOWN) + 1),
+    ]
+    for workload, policy, result in every:
+        cells = []
+        for name in SHOWN:
+            figure = result["figures"][name]
+            cell = f"{_signed(figure['error'])} / {percent(figure['noise'])}"
+            cells.append(f"**{cell}**" if figure["verdict"] == "missed" else cell)
+        changes = result["counts"]["transitions"]
+        tau = result["requests_one_by_one"]["admission_order_tau"]
+        lines.append(
+            f"| {workload} | {policy} | {changes['simulated']} / {'-'.join(map(str, sorted(changes['real'])))} | "
+            + " | ".join(cells)
+            + f" | {'-' if tau is None else f'{tau:.2f}'} |"
+        )
+    lines += [
+        "",
+        "`changes`: plan changes in simulation / in each repeat, sorted. `order`: Kendall's tau of the order of "
+        "admission, of the worst repeat. TTFT and TPOT in seconds of the clock named above.",
+        "",
+        "## Do both sides rank the policies alike?",
+        "",
+        "Pairs of policies whose real means differ by more than their noise, and how many of them the simulator orders "
+        "alike; regret: how much worse its best policy is on the hardware than the best there is.",
+        "",
+        "| workload | figure | tau | pairs beyond noise | ordered alike | regret |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for workload, by_metric in content["ranking"].items():
+        for metric, row in by_metric.items():
+            tau = "-" if row["tau"] is None else f"{row['tau']:.2f}"
+            lines.append(
+                f"| {workload} | {metric} | {tau} | {row['pairs_beyond_noise']} | {row['agreed']} | "
+                f"{percent(row['regret'])} |"
+            )
+    lines += ["", "![Mean TTFT and TPOT, simulated against real](validation.png)", "", "## The words of every run", ""]
+    words = content["words"]
+    lines.append(f"`python -m hw.replay {' '.join(words['common'])} hw.clock={content['clock']}` and:")
+    lines += ["", "| workload | words |", "|---|---|"]
+    lines += [f"| {name} | `{' '.join(some)}` |" for name, some in words["workloads"].items()]
+    lines += ["", "| policy | words |", "|---|---|"]
+    lines += [f"| {name} | `{' '.join(some)}` |" for name, some in words["policies"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f} %"
+
+
+def plot(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one PNG: every cell's means, simulated against real, with the noise as bars."""
+    import matplotlib as mpl  # drawing is rare and its import slow
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    names = list(content["words"]["policies"])
+    for axis, metric in zip(axes, ("ttft_s.mean", "tpot_s.mean"), strict=True):
+        most = 0.0
+        for policy in names:
+            cells = [by[policy]["figures"][metric] for by in content["results"].values()]
+            cells = [cell for cell in cells if cell["real"] is not None and cell["simulated"] is not None]
+            real = [cell["real"] for cell in cells]
+            noise = [cell["real"] * (cell["noise"] or 0.0) for cell in cells]
+            simulated = [cell["simulated"] for cell in cells]
+            axis.errorbar(real, simulated, xerr=noise, fmt="o", markersize=4, label=policy)
+            most = max([most, *real, *simulated])
+        axis.plot([0, most], [0, most], color="black", linewidth=0.8)
+        axis.set(xlabel=f"{metric}, real", ylabel=f"{metric}, simulated")
+        axis.legend()
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
+    plt.close(figure)
+
+
+def parse(words: Sequence[str]) -> Arguments:
+    """Return the arguments; an unknown key is an error that names the nearest one."""
+    arguments, allowed = Arguments(), list(Arguments.__dataclass_fields__)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not value or key not in allowed:
+            raise ConfigError(f"argument {word!r} is not key=value with a known key; {nearest(key, allowed)}")
+        setattr(arguments, key, value)
+    if not arguments.repeats.isdigit() or int(arguments.repeats) < 1:
+        raise ConfigError(f"repeats is {arguments.repeats!r}; it must be a whole number of at least 1")
+    return arguments
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; return its exit status: 1 when a verdict was missed."""
+    if any(word in ("-h", "--help") for word in words):
+        print(__doc__)
+        return 0
+    one_thread()
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    try:
+        arguments = parse(words)
+        if arguments.page == "only":
+            content = json.loads(RESULT.read_text(encoding="utf-8"))
+        else:
+            content = run_suite(arguments, console)
+            write_json(RESULT, content)
+    except RapLabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_text(PAGE, page(content))
+    plot(PICTURE, content)
+    missed = [
+        f"{workload}, {policy}: {name}"
+        for workload, by in content["results"].items()
+        for policy, result in by.items()
+        for name, figure in result["figures"].items()
+        if figure["verdict"] == "missed"
+    ]
+    console.print(f"{len(missed)} verdicts missed; {PAGE.relative_to(REPOSITORY)}", highlight=False)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,91 @@
+"""Measuring a device: what is measured is resumed, fitted and loadable; on a tiny model, in a second."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import hw.calibrate
+import hw.checkpoint
+import hw.device_calibration as d
+from hw.model import ElasticModel
+from sim.errors import ConfigError
+from sim.latency import load_calibration
+from sim.plan import dense_plan, drop, with_mask
+from tests.hw.serving import tiny, tiny_spec
+
+SETTINGS = d.DeviceSettings(model="tiny", device="cpu_epyc_1thread", clock="cpu", seconds=0.0, seed=0)
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure a few points of every term only."""
+    for name, values in {
+        "TOKENS": (1, 4, 16, 64, 256),
+        "SEQUENCES": (1, 4, 16),
+        "PREFILL_TOKENS": (1, 32, 128, 256),
+        "PREFIXES": (0, 64, 256),
+        "BATCHES": (1, 4, 16),
+        "CONTEXTS": (8, 64, 128),
+        "LEAST_REPEATS": 2,
+    }.items():
+        monkeypatch.setattr(d, name, values)
+
+
+def samples_at(path: Path) -> d.Samples:
+    return d.Samples(path, {"model": "tiny"})
+
+
+def test_every_cell_is_measured_and_a_stopped_run_goes_on_where_it_was(coarse: None, tmp_path: Path) -> None:
+    bench = d.Bench(ElasticModel(tiny(), name="tiny"), "cpu")
+    first = samples_at(tmp_path / "samples.json")
+    d.measure(bench, first, SETTINGS, Console(quiet=True))
+    assert len(first.of) == 3 * 2 * 5 + 5 + 3 + 12 + 9 + len(d.WHOLE)
+    assert min(map(len, first.of.values())) >= 2
+    assert min(min(values) for values in first.of.values()) > 0
+    again = samples_at(tmp_path / "samples.json")
+    assert again.of == first.of
+    assert d.Samples(tmp_path / "samples.json", {"model": "another"}).of == {}
+
+
+def test_the_median_of_steady_samples_is_known_sooner_than_that_of_wild_ones() -> None:
+    assert d.spread([1.0, 1.001, 1.0, 0.999]) < d.WANTED_SPREAD
+    assert d.spread([1.0, 2.0, 0.5, 1.5]) > d.WANTED_SPREAD
+    values = np.random.default_rng(0).normal(10.0, 1.0, size=4000).tolist()
+    assert d.spread(values) == pytest.approx(1.2533 * 0.1 / math.sqrt(4000), rel=0.1)
+
+
+def test_the_command_writes_a_calibration_that_the_simulator_loads_and_prices_any_plan_with(
+    coarse: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, serve = tiny_spec(), d.run_engine
+    monkeypatch.setattr(
+        d, "run_engine", lambda elastic, latency, clock, seed, _: serve(elastic, latency, clock, seed, 4.0)
+    )
+    monkeypatch.setattr(hw.calibrate, "load_model", lambda _: spec)
+    monkeypatch.setattr(hw.checkpoint, "load_checkpoint", lambda *_, **__: (tiny(), SimpleNamespace()))
+    monkeypatch.setattr(hw.calibrate, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(hw.calibrate, "_gpu", lambda name: SimpleNamespace(name=name))
+    assert hw.calibrate.main(["source=device", "model=tiny", "seconds=0", f"out={tmp_path}"]) == 0
+    latency = load_calibration(tmp_path / "tiny_cpu_epyc_1thread.json")
+    assert latency.bits == (16, 8, 4)
+    assert (tmp_path / "tiny_cpu_epyc_1thread.png").stat().st_size > 10_000
+    dense = dense_plan(spec)
+    pruned = with_mask(dense, drop(spec, mha=[1], ffn=[0, 2]))
+    assert 0 < latency.iteration_s(pruned, [(30, 0)], 4, 200, 5) < latency.iteration_s(dense, [(30, 0)], 4, 200, 5)
+    content = json.loads((tmp_path / "tiny_cpu_epyc_1thread.json").read_text())
+    assert set(content["errors"]) >= {"mha_linear_16", "ffn_linear_4", "decode_attention", "iteration"}
+    assert content["fixed_us"] > 0
+    assert content["device_run"]["samples"] >= content["device_run"]["cells"] * 2
+    assert "iteration" in capsys.readouterr().out
+
+
+def test_an_unknown_clock_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="cpu"):
+        hw.calibrate.from_device(hw.calibrate.parse(["source=device", "clock=sun"]))
