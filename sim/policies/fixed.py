@@ -81,6 +81,18 @@ def fixed(served: Served, **words: Any) -> Fixed:
     return Fixed(plan_of(served.model, words))
 
 
+def low_prefix(served: Served, *, layers: int, bits: int = 4) -> Fixed:
+    """Build the policy that always runs the first ``layers`` layers at ``bits``, the others at 16.
+
+    Raises:
+        PlanError: for more layers than the model has, or bits that are not modelled.
+    """
+    most = served.model.num_layers
+    if not 0 <= layers <= most:
+        raise PlanError(f"policy.layers is {layers}; {served.model.name} has {most}, so 0 to {most} are allowed")
+    return Fixed(static_plan(served.model, weight_bits=(bits,) * layers + (16,) * (most - layers)))
+
+
 def plan_of(model: ModelSpec, words: Mapping[str, Any]) -> Plan:
     """Return ``static_plan(model, **words)``; an unknown word is an error with the nearest right one."""
     allowed = set(inspect.signature(static_plan).parameters) - {"model"}

@@ -105,8 +105,8 @@ def greedy_stop(
         )
     if patience < 1 or not waiting_share >= 0.0 or not 0.0 <= waiting_most <= 1.0:
         raise ConfigError(
-            f"policy.patience is {patience}, waiting_share {waiting_share}, waiting_most {waiting_most}; at least 1, at "
-            "least 0, and 0 to 1 are allowed"
+            f"policy.patience is {patience}, waiting_share {waiting_share}, waiting_most {waiting_most}; at least 1, "
+            "at least 0, and 0 to 1 are allowed"
         )
     model = served.model
     if made_for is not None and made_for != model.name:
