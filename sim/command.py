@@ -25,7 +25,7 @@ from sim.latency import CALIBRATIONS, load_calibration
 from sim.metrics import Slo, iterations_frame, records_frame, summarise, transitions_frame
 from sim.model import ModelSpec
 from sim.policies import Fixed, Policy, Served
-from sim.quality import QUALITIES, load_quality
+from sim.quality import QUALITIES, FittedQuality, PublishedQuality, load_quality
 from sim.records import Iterations, TokenGaps, Transitions
 from sim.replay import replay
 from sim.report import plot_replay, print_summary
@@ -71,7 +71,16 @@ class Parts:
 def replay_command() -> None:
     """Run ``python -m sim.replay``."""
     one_thread()
-    run_command(run_replay, "replay")
+    run_command(_replay, "replay")
+
+
+def _replay(cfg: DictConfig) -> None:
+    if cfg.seeds or cfg.windows:
+        from sim.many import replay_many  # which builds on this module
+
+        replay_many(cfg)
+    else:
+        run_replay(cfg)
 
 
 def build_trace(cfg: DictConfig) -> Trace:
@@ -125,6 +134,12 @@ def find_quality(model: str) -> str | None:
     return next((name for name in (model, f"{model}_published") if name in known), None)
 
 
+def quality_of(cfg: DictConfig) -> FittedQuality | PublishedQuality | None:
+    """Return the quality model of a configuration; None where there is none for what it serves."""
+    table = cfg.quality_table or find_quality(cfg.model.name)
+    return load_quality(table) if table is not None else None
+
+
 def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
     """Build the engine and the policy of a configuration."""
     parts = build_parts(cfg)
@@ -137,8 +152,7 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
             f"calibration {latency.name!r} was made for model {latency.model!r}, not {model.name!r}; "
             f"set latency= to one made for it, or model={latency.model}"
         )
-    table = cfg.quality_table or find_quality(model.name)
-    quality = load_quality(table) if table is not None else None
+    quality = quality_of(cfg)
     engine = SimEngine(
         model=model,
         latency=latency,

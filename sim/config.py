@@ -62,7 +62,23 @@ class ReplayConfig:
     tags: list[str] = field(default_factory=list)
 
 
-ConfigStore.instance().store(name="replay_schema", node=ReplayConfig)
+@dataclass(kw_only=True)
+class ManyConfig(ReplayConfig):
+    """A replay that may be many: of several seeds, of several windows of the trace.
+
+    seeds: one replay each; ``seed`` alone when empty.
+    windows, window_s: one replay each of these windows of so many seconds, counted from 0, after all steps of the
+        workload; the whole trace when empty.
+    workers: processes; the records are the same for any number.
+    """
+
+    seeds: list[int] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    window_s: float | None = None
+    workers: int = 1
+
+
+ConfigStore.instance().store(name="replay_schema", node=ManyConfig)
 
 
 def run_command(task: Callable[[DictConfig], object], config_name: str) -> None:

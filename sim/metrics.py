@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from sim.errors import ConfigError
 from sim.records import Floats, Iterations, Records, Status, TokenGaps, Transitions
+
+if TYPE_CHECKING:
+    import pandas as pd  # half of what a short command would take to start, so it is imported where a table is made
 
 QUANTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 
@@ -45,6 +47,8 @@ def met_slo(records: Records, slo: Slo) -> NDArray[np.bool_]:
 
 def records_frame(records: Records, slo: Slo) -> pd.DataFrame:
     """Return the table that ``records.parquet`` holds, one row a request in order of arrival."""
+    import pandas as pd
+
     names = {int(status): status.name.lower() for status in Status}
     return pd.DataFrame(
         {
@@ -70,6 +74,8 @@ def records_frame(records: Records, slo: Slo) -> pd.DataFrame:
 
 def iterations_frame(iterations: Iterations) -> pd.DataFrame:
     """Return the table that ``iterations.parquet`` holds, one row an iteration."""
+    import pandas as pd
+
     names = (
         "start_s",
         "end_s",
@@ -86,6 +92,8 @@ def iterations_frame(iterations: Iterations) -> pd.DataFrame:
 
 def transitions_frame(transitions: Transitions) -> pd.DataFrame:
     """Return the table that ``transitions.parquet`` holds, one row a plan change."""
+    import pandas as pd
+
     return pd.DataFrame(
         {
             "time_s": transitions.time_s,
@@ -146,6 +154,8 @@ def summarise(
         transitions: plan changes. budget_violation_s: seconds in which more was held than the budget allowed.
         not_arrived: requests of the trace that had not arrived when the replay stopped.
         cpu_s: process CPU seconds that the replay took; 0 when it was not measured.
+
+    ``recomputed_tokens`` are those that prefill computed beyond each answered request's prompt once.
     """
     requests = len(records)
     finished = records.status == Status.FINISHED
@@ -158,6 +168,8 @@ def summarise(
     def rate(count: float, seconds: float) -> float | None:
         return count / seconds if seconds > 0 else None
 
+    answered = np.isfinite(records.first_token_s)
+    recomputed = int(iterations.prefill_tokens.sum() - records.prompt_tokens[answered].sum())
     truncated = finished & (records.produced_tokens < records.output_tokens)
     return {
         "requests": requests,
@@ -180,6 +192,7 @@ def summarise(
         "kept_params_share": distribution(records.kept_params_share)["mean"],
         "quality_nll": distribution(records.quality_nll)["mean"],
         "preemptions": int(records.preemptions.sum()),
+        "recomputed_tokens": max(recomputed, 0),
         "kv_peak_share": float(iterations.kv_used_share.max()) if len(iterations) else 0.0,
         "extrapolated_share": float(iterations.extrapolated.mean()) if len(iterations) else 0.0,
         "iterations": len(iterations),

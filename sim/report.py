@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,67 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
     for name, value in [*((n, str(summary[n])) for n in COUNTS), *rates.items()]:
         counts.add_row(name, value)
     console.print(counts)
+
+
+SUMMARY_COLUMNS = {
+    "SLO attainment": ("slo_attainment", 100.0, 1, " %"),
+    "TTFT P95, s": ("ttft_s.p95", 1.0, 2, ""),
+    "TPOT P50, ms": ("tpot_s.p50", 1e3, 1, ""),
+    "preemptions": ("preemptions", 1.0, 0, ""),
+    "recomputed, k tokens": ("recomputed_tokens", 1e-3, 0, ""),
+    "over budget, s": ("budget_violation_s", 1.0, 2, ""),
+    "params kept": ("kept_params_share", 100.0, 1, " %"),
+    "below 16 bits": ("low_precision_share", 100.0, 1, " %"),
+    "perplexity / dense": ("perplexity_ratio", 1.0, 3, ""),
+    "plan changes": ("transitions", 1.0, 0, ""),
+    "makespan, s": ("makespan_s", 1.0, 0, ""),
+}
+"""Heading: key of the summary, factor, decimals, unit.
+
+params kept: share of the parameters that made the tokens, however precise. below 16 bits: of the layers, over time.
+"""
+
+
+def cells(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the figures of one row as they stand in a table: the mean, and of several their standard deviation."""
+    found = []
+    for key, factor, decimals, unit in SUMMARY_COLUMNS.values():
+        values = []
+        for value in summaries:
+            for part in key.split("."):
+                value = value[part]
+            if value is not None:
+                values.append(factor * float(value))  # type: ignore[arg-type]
+        if not values:
+            found.append("-")
+        elif len(summaries) == 1:
+            found.append(f"{values[0]:,.{decimals}f}{unit}")
+        else:
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            found.append(f"{statistics.fmean(values):,.{decimals}f} ± {spread:,.{decimals}f}{unit}")
+    return found
+
+
+def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], first: str = "policy") -> str:
+    """Return a table as Markdown: label -> the summaries that its row is made of."""
+    lines = [f"| {first} | " + " | ".join(SUMMARY_COLUMNS) + " |", "|---|" + "---:|" * len(SUMMARY_COLUMNS)]
+    lines += [f"| {label} | " + " | ".join(cells(summaries)) + " |" for label, summaries in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def print_rows(rows: Mapping[str, Sequence[Mapping[str, Any]]], title: str, first: str = "policy") -> None:
+    """Print such a table: drawn on a terminal, Markdown elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        print(title, markdown(rows, first), sep="\n\n", end="")
+        return
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for heading in SUMMARY_COLUMNS:
+        table.add_column(heading, justify="right")
+    for label, summaries in rows.items():
+        table.add_row(label, *cells(summaries))
+    console.print(table)
 
 
 def plot_replay(path: Path, records: Records, iterations: Iterations, slo: Slo, title: str) -> None:

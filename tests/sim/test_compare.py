@@ -12,10 +12,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from sim.compare import COLUMNS, run_variant, variants
+from sim.compare import variants
 from sim.config import CONF_DIR
 from sim.data import REPOSITORY
 from sim.errors import ConfigError
+from sim.many import run
+from sim.report import SUMMARY_COLUMNS, cells, markdown
 
 QUICK = ("trace.duration_s=40", "budget.mean_away_s=8", "budget.mean_stay_s=8", "budget.cotenant_bytes=58e9")
 
@@ -32,7 +34,7 @@ def test_policies_see_the_same_requests_and_differ_only_in_what_is_said() -> Non
     assert made["a"].trace == made["b"].trace
     assert made["a"].budget == made["b"].budget
     assert (made["a"].engine.restore, made["b"].engine.restore) == ("new_requests", "recompute")
-    a, b = (run_variant(label, cfg) for label, cfg in made.items())
+    a, b = map(run, made.values())
     assert a.records.arrival_s.tolist() == b.records.arrival_s.tolist()
     assert a.summary["transitions"] == 0 < b.summary["transitions"]
 
@@ -51,11 +53,23 @@ def test_a_difference_that_names_nothing_is_an_error_with_the_nearest(override: 
         variants(cfg)
 
 
+def test_a_row_is_one_replay_or_the_mean_and_standard_deviation_of_several() -> None:
+    names = {key.split(".")[0] for key, *_ in SUMMARY_COLUMNS.values()} - {"ttft_s", "tpot_s"}
+    low, high = ({**dict.fromkeys(names, x), "ttft_s": {"p95": x}, "tpot_s": {"p50": None}} for x in (1.0, 3.0))
+    one, both = cells([low]), cells([low, high])
+    assert (one[0], both[0]) == ("100.0 %", "200.0 ± 141.4 %")
+    assert (one[2], both[2]) == ("-", "-")
+    assert markdown({"a": [low], "b": [low, high]}).count("\n") == 4
+
+
 def test_one_table_and_one_picture_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
     """Law 5 over processes."""
     for workers in (1, 2):
         done = subprocess.run(
-            [sys.executable, "-m", "sim.compare", *QUICK, f"workers={workers}", f"hydra.run.dir=w{workers}"],
+            [
+                *(sys.executable, "-m", "sim.compare", *QUICK, "seeds=[3,4]"),
+                *(f"workers={workers}", f"hydra.run.dir=w{workers}"),
+            ],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -66,12 +80,16 @@ def test_one_table_and_one_picture_the_same_for_any_number_of_workers(tmp_path: 
         assert done.returncode == 0, done.stderr
     table = (tmp_path / "w1" / "compare.md").read_text()
     assert table == (tmp_path / "w2" / "compare.md").read_text()
-    assert all(heading in table for heading in COLUMNS)
+    assert all(heading in table for heading in SUMMARY_COLUMNS)
     compared = json.loads((tmp_path / "w1" / "compare.json").read_text())
     assert compared["provenance"]["command"].startswith("python -m sim.compare")
     labels = list(compared["summaries"])
     assert {"dense", "greedy_stop", "morphserve", "random"} <= set(labels)
+    assert compared["cases"] == ["seed 3", "seed 4"]
     for label in labels:
-        one, two = (tmp_path / f"w{w}" / label / "records.parquet" for w in (1, 2))
-        assert one.read_bytes() == two.read_bytes()
+        attainments = [summary["slo_attainment"] for summary in compared["summaries"][label]]
+        assert f"| {label} | {100 * sum(attainments) / 2:.1f} ± " in table
+        for seed in (3, 4):
+            one, two = (tmp_path / f"w{w}" / label / f"seed_{seed}" / "records.parquet" for w in (1, 2))
+            assert one.read_bytes() == two.read_bytes()
     assert (tmp_path / "w1" / "compare.png").stat().st_size > 10_000

@@ -1,0 +1,59 @@
+"""Every file of conf/experiment composes with the command that its second line names, and builds."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from sim.command import build_parts
+from sim.compare import variants
+from sim.config import CONF_DIR, check_overrides
+from sim.latency import load_calibration
+from sim.policies import Fixed
+
+COMMANDS = {"sim.compare": "compare", "agents.train": "train"}
+EXPERIMENTS = [
+    path
+    for path in sorted((CONF_DIR / "experiment").glob("*.yaml"))
+    if any(f"python -m {command} " in path.read_text() for command in COMMANDS)
+]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_composes_with_the_command_of_its_second_line(path: Path) -> None:
+    first, second = path.read_text().splitlines()[:2]
+    assert first == "# @package _global_"
+    words = shlex.split(second.removeprefix("# "))
+    assert words[:2] == ["python", "-m"]
+    assert f"experiment={path.stem}" in words
+    if words[2].startswith("agents") and importlib.util.find_spec("ray") is None:
+        pytest.skip("needs ray")
+    importlib.import_module(words[2])  # which registers its schema
+    check_overrides(words[3:], COMMANDS[words[2]])
+
+
+@pytest.mark.parametrize("path", [p for p in EXPERIMENTS if "sim.compare" in p.read_text()], ids=lambda path: path.stem)
+def test_every_comparison_builds_its_policies_and_budgets_and_has_prices_for_their_plans(path: Path) -> None:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("compare", overrides=[f"experiment={path.stem}"])
+    for one in variants(cfg).values():
+        parts = build_parts(one)
+        latency = load_calibration(one.latency or f"{one.model.name}_{one.gpu.name.partition('_')[0]}")
+        plans = [parts.policy.first_plan] if isinstance(parts.policy, Fixed) else getattr(parts.policy, "plans", ())
+        for plan in plans:
+            latency.check_bits(plan)
+
+
+@pytest.mark.parametrize(("model", "blocks"), [("llama2_7b", 958), ("llama3_8b", 2599)])
+def test_one_budget_holds_the_kv_blocks_that_morphserve_states_for_both_models(model: str, blocks: int) -> None:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("compare", overrides=["experiment=morphserve_l4", f"model={model}"])
+    parts = build_parts(variants(cfg)["fp16"])
+    kv_block_bytes = 16 * parts.model.num_layers * parts.model.kv_bytes_per_token_layer
+    room = parts.budget.budget_bytes[0] - 2 * parts.model.total_params - cfg.workspace_bytes
+    assert room / kv_block_bytes == pytest.approx(blocks, rel=0.002)
