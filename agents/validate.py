@@ -54,10 +54,10 @@ def serve(act: Act, words: Mapping[str, Any], windows: Sequence[Window]) -> NDAr
     return np.array([core.utility for core in vector.cores])
 
 
-def validation_windows(sources: tuple[str, ...], count: int = VALIDATION_WINDOWS) -> list[Window]:
+def validation_windows(sources: tuple[str, ...], count: int | None = None) -> list[Window]:
     """Return the windows that validate, the same every time."""
     rng = np.random.default_rng(VALIDATION_SEED)
-    return [serve_windows().sample(rng, "validation", sources) for _ in range(count)]
+    return [serve_windows().sample(rng, "validation", sources) for _ in range(count or VALIDATION_WINDOWS)]
 
 
 def validation_episodes(sequence: int) -> list[list[Draw]]:

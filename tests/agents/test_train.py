@@ -16,8 +16,10 @@ import pandas as pd
 import pytest
 from omegaconf import DictConfig
 
+from agents.serve_env import ServeCore, ServeSetting
 from agents.train import Checkpoints, build_algorithm, current_network, environment_words, train
 from agents.validate import validation_utilities
+from agents.windows import Window
 from sim.config import CONF_DIR, build
 from sim.data import REPOSITORY
 from sim.errors import ConfigError
@@ -38,7 +40,7 @@ def trainings() -> list[str]:
     return sorted(
         path.stem
         for path in (CONF_DIR / "experiment").glob("*.yaml")
-        if "agents.train" in path.read_text(encoding="utf-8").split("\ndefaults", 1)[0]
+        if "agents.train " in path.read_text(encoding="utf-8").split("\ndefaults", 1)[0]
     )
 
 
@@ -116,6 +118,23 @@ def test_imitating_the_knapsack_gives_a_useful_policy_at_once(local_ray: None) -
     algorithm.stop()
     assert before < 0.15
     assert after > 0.25
+
+
+def test_training_to_serve_begins_with_the_plan_that_it_is_told(local_ray: None) -> None:
+    small = ["num_envs=2", "imitate.windows=2", "imitate.batch=32", "imitate.lr=0.01", "imitate.share=0.9"]
+    cfg = composed("experiment=ppo_serve", *small)
+    words = environment_words(cfg)
+    algorithm = build_algorithm(cfg)
+    build(cfg.imitate)(algorithm, cfg.env.id, words, seed=0)
+    network = current_network(algorithm, "relu")
+    with pytest.raises(ConfigError, match="there is no 'drop everything'"):
+        build(cfg.imitate)(algorithm, cfg.env.id, words, seed=0, plan="drop everything")
+    algorithm.stop()
+    core = ServeCore(ServeSetting(**words))
+    core.begin(Window(source="burst", start_s=300.0, rate=1.0, budget="full", budget_seed=0))
+    features = core.setting.table.features
+    seen = core.observe()
+    assert core.setting.actions.names[int(network.act(seen[:features], seen[features:] > 0.5))] == cfg.imitate.plan
 
 
 def _driver(folder: Path, *more: str) -> list[str]:
