@@ -21,6 +21,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -197,7 +198,8 @@ class HwEngine:
         self._clock: Clock = clock or RealClock()
         self._ends = ends
         self._on_token = on_token
-        self._quality_nll = quality_nll
+        # Plans come back, and a fit may take longer than a token's share of an iteration.
+        self._quality_nll = lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None
         self._params = (model.fixed_params, model.mha_params, model.ffn_params)
         self._fixed_weight_bytes = fixed_weight_bytes(model)
         self._dense_weight_bytes = weight_bytes(model, dense_plan(model))

@@ -26,11 +26,12 @@ from hw.clock import RealClock
 from hw.engine import HwEngine
 from hw.model import ElasticModel
 from hw.prompts import DEFAULT_TEXT, read_prompts
-from sim.command import build_parts, run_replay
+from sim.command import build_parts, find_quality, run_replay
 from sim.config import ReplayConfig, one_thread, run_command
 from sim.errors import ModelError
 from sim.model import ModelSpec
 from sim.policies import Policy
+from sim.quality import load_quality
 from sim.runs import write_json
 
 
@@ -90,6 +91,7 @@ def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
     parts = build_parts(cfg)
     elastic, tokenizer = load_elastic(parts.model, cfg.hw)
     stop = tokenizer.eos_token_id if cfg.hw.to_eos else None
+    table = cfg.quality_table or find_quality(parts.model.name)
     engine = HwEngine(
         elastic=elastic,
         config=parts.config,
@@ -99,6 +101,7 @@ def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
         prompts=read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed),
         clock=RealClock(cfg.hw.clock, skip_idle=cfg.hw.skip_idle),
         ends=None if stop is None else lambda _, token: token == stop,
+        quality_nll=load_quality(table).nll if table is not None else None,
     )
     return engine, parts.policy
 
