@@ -2,18 +2,25 @@
 
 Numba writes its cache beside the source, else into the user's cache folder (``NUMBA_CACHE_DIR`` names another). Where
 none of them can be written everything still works, but each process compiles anew; the first time says so.
+
+Numba keeps what it compiled until the file of a function changes. But compiled functions contain those that they call,
+of other files too; so here the cache holds for one content of all these files together.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numba import njit
 
 F = TypeVar("F", bound=Callable[..., Any])
 _told = False
+_SOURCES = ("compiled.py", "latency.py", "kernel.py")
+SOURCE_HASH = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES)).hexdigest()
 
 
 def compiled(*, inline: bool = False) -> Callable[[F], F]:
@@ -30,7 +37,9 @@ def compiled(*, inline: bool = False) -> Callable[[F], F]:
         global _told
         options: Any = {"error_model": "numpy", "forceinline": inline, "_nrt": False}
         try:
-            return cast(F, njit(function, cache=True, **options))
+            made: Any = njit(function, cache=True, **options)
+            made._cache._cache_file._source_stamp = SOURCE_HASH
+            return cast(F, made)
         except RuntimeError:
             if not _told:
                 _told = True

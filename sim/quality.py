@@ -29,7 +29,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
-from scipy.optimize import nnls
 
 from sim.data import REPOSITORY
 from sim.errors import CalibrationError, PlanError, nearest
@@ -383,6 +382,8 @@ class _Design:
 
     def fit(self, form: str, curve: float, rows: NDArray[np.bool_]) -> FittedQuality:
         """Fit to some rows. What blocks and layers cost alone is known from all: it is where every form starts."""
+        from scipy.optimize import nnls  # slow to import, and tables of published points need none
+
         blocks, pairs = self.removed.shape[1], self.pairs.shape[1]
         loss = self.table.loss
         used = rows & (loss < 4.0)

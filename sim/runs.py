@@ -12,11 +12,12 @@ import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from sim.data import REPOSITORY
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PACKAGES = ("rap-lab", "numpy", "scipy", "numba", "pandas", "pyarrow", "simpy", "hydra-core")
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,3 +189,25 @@ def test_it_works_where_the_compile_cache_cannot_be_written_and_says_so() -> Non
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout == "2\n"
     assert "NUMBA_CACHE_DIR" in done.stderr
+
+
+def test_what_was_compiled_is_not_used_again_once_a_function_that_it_calls_has_changed(tmp_path: Path) -> None:
+    """Numba looks at the file of the caller only; stale prices in a cached kernel would be silent."""
+    shutil.copytree(REPOSITORY / "sim", tmp_path / "sim", ignore=shutil.ignore_patterns("__pycache__"))
+    program = (
+        "import numba\n"
+        "from sim import kernel\n"
+        "kernel.settle.compile((numba.int64[:, ::1],))\n"
+        "print(sum(kernel.settle.stats.cache_hits.values()))"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+
+    def hits() -> int:
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+        return int(done.stdout)
+
+    assert (hits(), hits()) == (0, 1)
+    with (tmp_path / "sim" / "latency.py").open("a") as file:
+        file.write("# changed\n")
+    assert hits() == 0
