@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -38,7 +39,7 @@ from sim.command import RecordingEngine, build_engine, build_parts, build_trace,
 from sim.config import CONF_DIR, build, one_thread
 from sim.data import REPOSITORY
 from sim.errors import ConfigError, RapLabError, nearest
-from sim.latency import load_calibration
+from sim.latency import CALIBRATIONS, load_calibration
 from sim.metrics import records_frame, transitions_frame
 from sim.policies import Policy
 from sim.runs import provenance, write_json, write_parquet, write_text, write_whole
@@ -168,7 +169,9 @@ def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
     for workload, policy in pairs:
         folder = base / workload / policy
         real = [read_run(folder / f"hw{repeat}") for repeat in range(repeats)]
-        results.setdefault(workload, {})[policy] = judged(read_run(folder / "sim"), real, base)
+        result = judged(read_run(folder / "sim"), real, base)
+        result["at_the_speed_of_the_run"] = at_speed(configuration(workload, policy, arguments), real)
+        results.setdefault(workload, {})[policy] = result
     return {
         "provenance": provenance(11),
         "device": load_calibration(arguments.calibration).device,
@@ -191,6 +194,66 @@ def judged(simulated: Run, real: Sequence[Run], base: Path) -> dict[str, Any]:
     result["simulated"] = simulated.folder.relative_to(base).as_posix()
     result["real"] = [run.folder.relative_to(base).as_posix() for run in real]
     return result
+
+
+def at_speed(cfg: DictConfig, real: Sequence[Run]) -> dict[str, Any]:
+    """Return errors with the speed of the machine taken out: what of an error is not the prices' common factor.
+
+    A shared machine is faster in one run and slower in the next. For every repeat all prices are multiplied by one
+    number, found so that the mean TPOT agrees; everything else of that simulation is then compared with that repeat.
+    """
+    named = Path(cfg.latency)
+    path = named if named.suffix == ".json" else CALIBRATIONS / f"{named}.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    slo, trace = build(cfg.slo), build_trace(cfg)
+    errors: dict[str, list[float]] = {}
+    factors = []
+    with tempfile.TemporaryDirectory(prefix="rap-lab-validate-") as folder:
+        scaled = Path(folder) / "scaled.json"
+
+        def simulate(factor: float) -> dict[str, Any]:
+            scaled.write_text(json.dumps(slower(content, factor)), encoding="utf-8")
+            one = cfg.copy()
+            one.latency = str(scaled)
+            engine, policy = build_engine(one)
+            replay_with(one, trace, engine, policy)
+            return figures(engine, slo)
+
+        for run in real:
+            factor, wanted = 1.0, run.summary["tpot_s"]["mean"]
+            summary = simulate(factor)
+            for _ in range(4):
+                factor *= wanted / summary["tpot_s"]["mean"]
+                summary = simulate(factor)
+            factors.append(factor)
+            for name in AT_SPEED:
+                ours, theirs = (_of(side, name) for side in (summary, run.summary))
+                if ours is not None and theirs:
+                    errors.setdefault(name, []).append(ours / theirs - 1)
+    return {"factors": factors, "errors": {name: float(np.median(values)) for name, values in errors.items()}}
+
+
+def slower(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """Return a calibration with all its times multiplied."""
+
+    def times(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: times(item) for key, item in value.items()}
+        return [times(item) for item in value] if isinstance(value, list) else value * factor
+
+    tables = dict(content["tables"])
+    for name in ("linear_us", "token_us", "head_us"):
+        tables[name] = times(tables[name])
+    for name in ("prefill_attention", "decode_attention"):
+        tables[name] = tables[name] | {"us": times(tables[name]["us"])}
+    return {**content, "fixed_us": content["fixed_us"] * factor, "tables": tables}
+
+
+def _of(summary: Mapping[str, Any], name: str) -> float | None:
+    value: Any = summary
+    for part in name.split("."):
+        value = value[part]
+    return None if value is None else float(value)
 
 
 def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -227,6 +290,16 @@ def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 # --- The page --------------------------------------------------------------------------------------------------------
 
+AT_SPEED = (
+    "ttft_s.mean",
+    "ttft_s.p50",
+    "ttft_s.p95",
+    "tpot_s.p50",
+    "tpot_s.p95",
+    "e2e_s.mean",
+    "e2e_s.p95",
+    "makespan_s",
+)
 SHOWN = ("ttft_s.mean", "ttft_s.p50", "ttft_s.p95", "tpot_s.mean", "tpot_s.p50", "tpot_s.p95", "makespan_s")
 
 
@@ -284,6 +357,25 @@ def page(content: Mapping[str, Any]) -> str:
         "`changes`: plan changes in simulation / in each repeat, sorted. `order`: Kendall's tau of the order of "
         "admission, of the worst repeat. TTFT and TPOT in seconds of the clock named above.",
         "",
+        "## The same with the machine's speed taken out",
+        "",
+        "The speed of this machine for one and the same pass moved by a factor of two with what others did on it. Here "
+        "every repeat is simulated anew with all prices times one number, found so that the mean TPOT agrees (the "
+        "range of that number over the repeats is shown); the other figures are then compared with that repeat, and "
+        "the median error of the repeats stands here. One number a run is fitted, so this shows what is wrong beside a "
+        "common factor, and is no verdict.",
+        "",
+        "| workload | policy | factor | " + " | ".join(AT_SPEED) + " |",
+        "|---|---|---:|" + "---:|" * len(AT_SPEED),
+        *(
+            f"| {workload} | {policy} | {min(one['factors']):.2f} to {max(one['factors']):.2f} | "
+            + " | ".join(_signed(one["errors"].get(name)) for name in AT_SPEED)
+            + " |"
+            for workload, policy, one in ((w, p, r["at_the_speed_of_the_run"]) for w, p, r in every)
+        ),
+        "",
+        _median_line(every),
+        "",
         "## Do both sides rank the policies alike?",
         "",
         "Pairs of policies whose real means differ by more than their noise, and how many of them the simulator orders "
@@ -307,6 +399,14 @@ def page(content: Mapping[str, Any]) -> str:
     lines += ["", "| policy | words |", "|---|---|"]
     lines += [f"| {name} | `{' '.join(some)}` |" for name, some in words["policies"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _median_line(every: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
+    cells = []
+    for name in AT_SPEED:
+        errors = [abs(r["at_the_speed_of_the_run"]["errors"].get(name, np.nan)) for _, _, r in every]
+        cells.append(f"{name} {percent(float(np.nanmedian(errors)))}")
+    return f"Median absolute error over the cells: {', '.join(cells)}."
 
 
 def _signed(value: float | None) -> str:

@@ -13,10 +13,13 @@ pytest.importorskip("torch", reason="the suite needs the real engine: pip instal
 
 import hw.compare
 from hw.compare import compare, read_run
-from hw.validate import WORKLOADS, Arguments, configuration, page, policies, ranking
+from hw.validate import WORKLOADS, Arguments, configuration, page, policies, ranking, slower
 from sim.command import build_parts, build_trace
 from sim.errors import ConfigError
+from sim.latency import CALIBRATIONS, calibration_from_dict
 from sim.metrics import Slo, records_frame, summarise, transitions_frame
+from sim.model import load_model
+from sim.plan import dense_plan
 from sim.records import Iterations, Records, TokenGaps, Transitions
 from sim.runs import write_json, write_parquet
 
@@ -160,3 +163,11 @@ def test_the_committed_page_is_what_the_committed_results_give() -> None:
     assert page(content) == PAGE.read_text(encoding="utf-8")
     assert len(content["words"]["policies"]) >= 4
     assert len(content["words"]["workloads"]) >= 6
+
+
+def test_a_slower_calibration_prices_every_iteration_so_much_higher() -> None:
+    content = json.loads((CALIBRATIONS / "smollm2_135m_cpu_epyc_1thread.json").read_text(encoding="utf-8"))
+    plain, slow = calibration_from_dict(content), calibration_from_dict(slower(content, 1.7))
+    plan = dense_plan(load_model("smollm2_135m"))
+    for shape in (([], 4, 300, 4), ([(60, 0), (20, 30)], 3, 250, 5), ([(128, 0)], 0, 0, 1)):
+        assert slow.iteration_s(plan, *shape) == pytest.approx(1.7 * plain.iteration_s(plan, *shape))
