@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
 from sim.budget import Budget
+from sim.command import build_engine, build_trace, replay_with
+from sim.compare import variants
+from sim.config import CONF_DIR
 from sim.data import REPOSITORY
 from sim.engine import SimEngine
 from sim.errors import BudgetError, ConfigError
 from sim.memory import budget_for_kv_blocks
 from sim.plan import dense_plan, drop, with_mask
 from sim.records import Records
-from tests.sim.kernel_cases import LATE_S, Case, differences, random_case, serve, shrunk
+from tests.sim.kernel_cases import LATE_S, Case, differences, merged, random_case, serve, shrunk, unequal
 from tests.sim.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency, requests, tiny_engine
 
@@ -31,6 +35,27 @@ DENSE = dense_plan(TINY)
 def test_the_compiled_engine_leaves_the_records_of_the_plain_one(first: int) -> None:
     for seed in range(first, first + 20):
         assert differences(random_case(seed)) == [], f"seed {seed}; `make fuzz FIRST={seed} CASES=1` shrinks it"
+
+
+@pytest.mark.parametrize("policy", ["dense", "greedy_stop", "morphserve"])
+def test_the_engines_agree_on_a_real_model_under_a_policy_and_memory_that_moves(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["trace.duration_s=60", "budget.mean_away_s=8", "budget.mean_stay_s=8", "budget.cotenant_bytes=62e9"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = variants(compose("compare", overrides=[*overrides, "tick_s=0.5", f"only=[{policy}]"]))[policy]
+    trace, engines = build_trace(cfg), []
+    for kind in (PlainEngine, SimEngine):
+        monkeypatch.setattr("sim.command.SimEngine", kind)
+        engine, decider = build_engine(cfg)
+        replay_with(cfg, trace, engine, decider)
+        engines.append(engine)
+    plain, fast = engines
+    for name in ("records", "iterations", "transitions"):
+        assert list(unequal(getattr(plain, name)(), getattr(fast, name)())) == [], name
+    assert list(unequal(merged(plain.token_gaps()), merged(fast.token_gaps()))) == []
+    assert fast.budget_violation_s == pytest.approx(plain.budget_violation_s, rel=1e-9)
+    assert fast.records().preemptions.sum() > 0
 
 
 def test_the_random_cases_meet_everything_that_has_rules() -> None:
