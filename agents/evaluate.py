@@ -50,7 +50,7 @@ class EvaluateConfig:
     serve_learned: dict[str, Any] = field(default_factory=dict)
     serve_curves: dict[str, Any] = field(default_factory=dict)
     serve_sources: list[str] = field(default_factory=lambda: ["burst"])
-    serve_windows: int = 9
+    serve_windows: int = 3
     measure: bool = True
     out: str = ""
 

@@ -14,7 +14,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from agents.reward import ServeReward
+from agents.serve_contest import conf_policy, mean_utility
 from agents.serve_env import ServeSetting, ServeTrace, ServeTraceVector
+from agents.validate import validation_windows
 from agents.windows import Window, serve_windows, source_trace
 from sim.arrays import write_arrays
 from sim.engine import SimEngine
@@ -294,3 +296,10 @@ def test_render_shows_the_episode_and_writes_its_picture(tmp_path: Path) -> None
     assert (before != after).any()
     env.write_picture(tmp_path / "episode.png")
     assert (tmp_path / "episode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_policy_that_ships_serves_better_than_dense_on_windows_it_was_not_trained_on() -> None:
+    setting = ServeSetting(split="validation")
+    windows = validation_windows(("burst",), 6)
+    shipped = mean_utility(setting, windows, conf_policy("learned_serve"))
+    assert shipped > mean_utility(setting, windows, conf_policy("dense")) + 0.05
