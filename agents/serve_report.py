@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from agents.serve_contest import serve_grid
@@ -79,7 +80,7 @@ def by_kind_markdown(frame: pd.DataFrame, column: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def serve_verdict(frame: pd.DataFrame) -> str:
+def serve_verdict(frame: pd.DataFrame, trained_on: list[str]) -> str:
     """Return what the table says, whichever way it went."""
     names = _policies(frame)
     means = {name: float(frame[frame["policy"] == name]["utility"].mean()) for name in names}
@@ -102,6 +103,17 @@ def serve_verdict(frame: pd.DataFrame) -> str:
             f"It reaches {100 * means[best] / means['oracle_static']:.1f} % of the best "
             "static plan of each window in hindsight.\n\n"
         )
+        kinds = {}
+        for column in ("source", "budget"):
+            table = frame.groupby([column, "policy"])["utility"].mean()
+            for kind in dict.fromkeys(frame[column]):
+                kinds[str(kind)] = float(table[(kind, best)]) - float(table[(kind, simple)])
+        worst, easiest = min(kinds, key=kinds.__getitem__), max(kinds, key=kinds.__getitem__)
+        text += (
+            f"**Where it fails and where it helps.** Against {simple} it is worst on {worst} ({kinds[worst]:+.3f}) and "
+            f"best on {easiest} ({kinds[easiest]:+.3f}). It was trained on {' and '.join(trained_on)} alone, and "
+            f"differs there from {simple} by {np.mean([kinds[source] for source in trained_on if source in kinds]):+.3f}.\n\n"
+        )
     if gains:
         low, high = min(gains.values()), max(gains.values())
         without = max(means[name.removesuffix("+queue")] - means["dense"] for name in gains)
@@ -110,7 +122,8 @@ def serve_verdict(frame: pd.DataFrame) -> str:
             f"every rule, where the rules alone add at most {without:.3f} to dense: a request that will miss its "
             "target still takes the time of those behind it.\n"
             if low > without
-            else f"A limit on the queue changes the rules' utility by {low:+.3f} to {high:+.3f}.\n"
+            else f"**A limit on the queue** changes the rules' utility by {low:+.3f} to {high:+.3f}; without it the "
+            f"rules change that of dense by at most {without:+.3f}.\n"
         )
     return text
 
@@ -166,7 +179,7 @@ def serve_section(folder: Path) -> str:
         f"{json.dumps(made['tuned']['greedy_stop'])}, SABER's margin {made['tuned']['saber_margin']}.\n",
         serve_table_markdown(frame),
         "; ".join(f"**{name}**: {text}" for name, text in ABOUT.items()) + ".\n",
-        serve_verdict(frame),
+        serve_verdict(frame, made["trained_on"]),
         "![utility by trace, and training](results/serve.png)\n",
         "### By trace\n",
         by_kind_markdown(frame, "source"),

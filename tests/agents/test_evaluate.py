@@ -11,6 +11,7 @@ import pytest
 from agents.draws import Draw, prune_draws
 from agents.prune_contest import baselines, contest, grid, read_order, shuffled_entries, stop_at_budget
 from agents.prune_report import REFERENCE, prune_table_markdown, unseen_loads, verdict, write_report
+from agents.serve_report import serve_section, serve_verdict
 from agents.statistics import paired_difference
 from sim.errors import ConfigError
 from sim.memory import peak_bytes
@@ -155,3 +156,42 @@ def test_the_policy_that_ships_beats_greedy_stop_on_loads_that_it_was_not_traine
     shuffled = shuffled_entries([FOLDER / f"{name}.json"]).set_index("hidden")["utility"]
     assert shuffled["nothing"] == pytest.approx(means["learned"], abs=1e-6)
     assert shuffled["kept"] < shuffled["nothing"]
+
+
+def test_the_verdict_on_serving_names_who_won_and_where(tmp_path: Path) -> None:
+    base = {"dense": 0.5, "greedy_stop": 0.6, "dense+queue": 0.8, "greedy_stop+queue": 0.82, "oracle_static": 0.9}
+    rng = np.random.default_rng(0)
+    easy = rng.normal(0.0, 0.05, 40)
+    figures = ("slo_attainment", "goodput_rps", "ttft_p95_s", "rejected_share", "loss", "budget_violation_s")
+    columns = dict.fromkeys((*figures, "transitions", "decision_p50_s", "decision_p99_s"), 0.0)
+    rows = [
+        {
+            "policy": name,
+            "seed": 0,
+            "window": window,
+            "source": "burst" if window < 20 else "azure_code",
+            "budget": "full",
+            "utility": value + easy[window] + (0.05 if window < 20 and name == "learned_x" else 0.0),
+            **columns,
+        }
+        for name, value in {**base, "learned_x": 0.83}.items()
+        for window in range(40)
+    ]
+    frame = pd.DataFrame(rows)
+    text = serve_verdict(frame, ["burst"])
+    assert "**learned_x** has utility" in text
+    assert "undecided are none" in text
+    assert "worst on azure_code (+0.010)" in text
+    assert "best on burst (+0.060)" in text
+    assert "What helps most is no pruning at all: a limit on the queue adds 0.220 to 0.300" in text
+    worse = frame.assign(utility=frame["utility"].where(frame["policy"] != "learned_x", frame["utility"] - 0.5))
+    assert "it loses to dense," in serve_verdict(worse, ["burst"])
+    write_parquet(tmp_path / "serve.parquet", frame)
+    tuned = {"static": "drop 0", "queue": 8, "greedy_stop": {}, "saber_margin": 0.4}
+    made = {"command": "python -m agents.evaluate", "commit": "0" * 40, "tuned": tuned, "trained_on": ["burst"]}
+    write_json(tmp_path / "serve.json", made)
+    section = serve_section(tmp_path)
+    assert "40 held-out windows" in section
+    assert section.count("| learned_x |") == 3
+    assert (tmp_path / "serve.png").stat().st_size > 10_000
+    assert serve_section(tmp_path / "nothing") == ""
