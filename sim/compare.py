@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,24 +87,30 @@ def _compare(cfg: DictConfig) -> None:
     made_by = provenance(cfg.seed)
     outcomes = run_all([one for _, _, one in jobs], int(cfg.workers))
     rows: dict[str, list[Mapping[str, Any]]] = {}
-    shown: dict[str, Outcome] = {}
     for (label, case, _), outcome in zip(jobs, outcomes, strict=True):
         inner = folder / label / case.name if len(cases) > 1 else folder / label
         write_parquet(inner / "records.parquet", records_frame(outcome.records, slo))
         rows.setdefault(label, []).append(outcome.summary)
-        shown.setdefault(label, outcome)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_text(folder / "compare.md", markdown(rows))
     choices = HydraConfig.get().runtime.choices
     title = f"{cfg.label or choices['trace']} on {cfg.model.name}, {cfg.gpu.name}"
     names = [case.name.replace("_", " ") for case in cases]
-    plot(folder / "compare.png", shown, slo, title if len(cases) == 1 else f"{title}: {names[0]}")
+    shown = hardest(rows)
+    drawn = {label: outcomes[at * len(cases) + shown] for at, label in enumerate(rows)}
+    plot(folder / "compare.png", drawn, slo, title if len(cases) == 1 else f"{title}: {names[shown]}")
     if len(cases) > 1:
         title += f": mean ± standard deviation of {len(cases)} replays"
     content = {"provenance": made_by, "title": title, "cases": names, "summaries": rows}
     write_json(folder / "compare.json", content)  # last: a folder with it is complete
     print_rows(rows, title)
     print(f"files: {folder}")
+
+
+def hardest(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
+    """Return which case the picture shows: the one in which the first policy attained least."""
+    first = next(iter(rows.values()))
+    return min(range(len(first)), key=lambda case: first[case]["slo_attainment"])
 
 
 def plot(path: Path, outcomes: Mapping[str, Outcome], slo: Slo, title: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from sim.compare import variants
+from sim.compare import hardest, variants
 from sim.config import CONF_DIR
 from sim.data import REPOSITORY
 from sim.errors import ConfigError
@@ -60,6 +60,11 @@ def test_a_row_is_one_replay_or_the_mean_and_standard_deviation_of_several() -> 
     assert (one[0], both[0]) == ("100.0 %", "200.0 ± 141.4 %")
     assert (one[2], both[2]) == ("-", "-")
     assert markdown({"a": [low], "b": [low, high]}).count("\n") == 4
+
+
+def test_the_picture_is_of_the_case_that_is_hardest_for_the_first_policy() -> None:
+    shares = {"dense": (0.9, 0.2, 0.5), "other": (0.1, 0.9, 0.9)}
+    assert hardest({label: [{"slo_attainment": share} for share in row] for label, row in shares.items()}) == 1
 
 
 def test_one_table_and_one_picture_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
