@@ -108,11 +108,12 @@ def serve_verdict(frame: pd.DataFrame, trained_on: list[str]) -> str:
             table = frame.groupby([column, "policy"])["utility"].mean()
             for kind in dict.fromkeys(frame[column]):
                 kinds[str(kind)] = float(table[(kind, best)]) - float(table[(kind, simple)])
+        trained = float(np.mean([kinds[source] for source in trained_on if source in kinds]))
         worst, easiest = min(kinds, key=kinds.__getitem__), max(kinds, key=kinds.__getitem__)
         text += (
             f"**Where it fails and where it helps.** Against {simple} it is worst on {worst} ({kinds[worst]:+.3f}) and "
             f"best on {easiest} ({kinds[easiest]:+.3f}). It was trained on {' and '.join(trained_on)} alone, and "
-            f"differs there from {simple} by {np.mean([kinds[source] for source in trained_on if source in kinds]):+.3f}.\n\n"
+            f"differs there from {simple} by {trained:+.3f}.\n\n"
         )
     if gains:
         low, high = min(gains.values()), max(gains.values())

@@ -37,10 +37,17 @@ def paired_difference(ours: Floats, theirs: Floats, *, resamples: int = 10_000, 
         raise ValueError(f"{ours.shape[1]} scenarios against {theirs.shape[1]}: the comparison would not be paired")
     rng = np.random.default_rng(seed)
     scenarios = rng.integers(ours.shape[1], size=(resamples, ours.shape[1]))
-    means = np.empty(resamples)
-    for i, drawn in enumerate(scenarios):
-        mine = ours[rng.integers(len(ours), size=len(ours))] if len(ours) > 1 else ours
-        other = theirs[rng.integers(len(theirs), size=len(theirs))] if len(theirs) > 1 else theirs
-        means[i] = mine[:, drawn].mean() - other[:, drawn].mean()
+    difference = _seed_means(ours, resamples, rng) - _seed_means(theirs, resamples, rng)
+    means = np.take_along_axis(np.broadcast_to(difference, scenarios.shape), scenarios, axis=1).mean(axis=1)
     low, high = np.quantile(means, (0.025, 0.975)).tolist()
     return Interval(float(ours.mean() - theirs.mean()), low, high)
+
+
+def _seed_means(values: Floats, resamples: int, rng: np.random.Generator) -> Floats:
+    """Return the mean over seeds drawn with replacement [resamples, scenarios]; [1, scenarios] where there is one."""
+    seeds = len(values)
+    if seeds == 1:
+        return values
+    counts = rng.multinomial(seeds, np.full(seeds, 1.0 / seeds), size=resamples)
+    means: Floats = counts @ values / seeds
+    return means
