@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ RUNS = {
 }
 """Name of a file of sim/results: the words that ``python -m sim.compare`` makes it with."""
 
+PICTURES = ("moving_budget", "morphserve_llama2_7b", "kv_hole")
+"""Those whose picture the page shows."""
+
 KEPT = {key.split(".")[0] for key, *_ in SUMMARY_COLUMNS.values()} | {"requests", "finished", "rejected", "unfinished"}
 PAPER = {  # Llama3-8B, BurstGPT: P95 TTFT in s, share of requests that missed the SLO (arXiv 2506.02006)
     "fp16": (5.65, 0.127),
@@ -49,20 +54,19 @@ PAPER = {  # Llama3-8B, BurstGPT: P95 TTFT in s, share of requests that missed t
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def run(name: str, words: str, workers: int) -> None:
-    """Replay one comparison and keep its figures and its picture in sim/results."""
-    with tempfile.TemporaryDirectory() as folder:
-        more = [f"workers={workers}", f"hydra.run.dir={folder}/run"]
-        command = [sys.executable, "-m", "sim.compare", *words.split(), *more]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ConfigError(f"python -m sim.compare {words} failed: {done.stderr.strip()}")
-        content = json.loads((Path(folder) / "run" / "compare.json").read_text(encoding="utf-8"))
-        content["provenance"]["command"] = f"python -m sim.compare {words}"  # workers and folder change nothing
-        rows = content["summaries"].items()
-        content["summaries"] = {label: [_figures(summary) for summary in row] for label, row in rows}
-        write_json(RESULTS / f"{name}.json", content)
-        _keep_picture(Path(folder) / "run" / "compare.png", RESULTS / f"{name}.png")
+def replay(name: str, words: str, workers: int, folder: Path) -> None:
+    """Replay one comparison; leave its figures and its picture in a folder."""
+    run = folder / "run" / name
+    command = [sys.executable, "-m", "sim.compare", *words.split(), f"workers={workers}", f"hydra.run.dir={run}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"python -m sim.compare {words} failed: {done.stderr.strip()}")
+    content = json.loads((run / "compare.json").read_text(encoding="utf-8"))
+    content["provenance"]["command"] = f"python -m sim.compare {words}"  # workers and folder change nothing
+    rows = content["summaries"].items()
+    content["summaries"] = {label: [_figures(summary) for summary in row] for label, row in rows}
+    write_json(folder / f"{name}.json", content)
+    _keep_picture(run / "compare.png", folder / f"{name}.png")
 
 
 def page(results: Path = RESULTS) -> str:
@@ -310,9 +314,15 @@ def main() -> None:
             for name in arguments.run:
                 if name not in RUNS:
                     raise ConfigError(f"there is no result {name!r}; {nearest(name, RUNS)}")
-            for name in arguments.run or RUNS:
-                run(name, RUNS[name], arguments.workers)
-                print(f"replayed {name}", flush=True)
+            names = arguments.run or list(RUNS)
+            with tempfile.TemporaryDirectory() as temporary:
+                for name in names:
+                    replay(name, RUNS[name], arguments.workers, Path(temporary))
+                    print(f"replayed {name}", flush=True)
+                # Kept at the end: a changed file would make the commit of the next one a dirty one.
+                for name in names:
+                    for kept in (f"{name}.json", *((f"{name}.png",) if name in PICTURES else ())):
+                        write_whole(RESULTS / kept, partial(shutil.copyfile, Path(temporary) / kept))
         write_text(PAGE, page())
     except ConfigError as error:
         fail(str(error))
