@@ -2,6 +2,7 @@
 
     python -m hw.validate                       run what is missing of the suite, judge it, write hw/validation.json,
                                                 hw/VALIDATION.md and hw/validation.png
+    python -m hw.validate page=judge            judge the runs that are there, and run nothing
     python -m hw.validate page=only             write the page again from hw/validation.json
     python -m hw.validate runs=FOLDER repeats=3 clock=cpu calibration=NAME_OR_FILE only=burst,quiet
 
@@ -48,23 +49,32 @@ RESULT, PAGE, PICTURE = (REPOSITORY / "hw" / name for name in ("validation.json"
 CALIBRATION = "smollm2_135m_cpu_epyc_1thread"
 TICK = "tick_s=0.5"
 
-# Shares of the 8e9 bytes of cpu_epyc_1thread: 0.0505 holds dense weights, workspace and 94 KV blocks; 0.0470 only 18.
+# Shares of the 8e9 bytes of cpu_epyc_1thread: 0.0505 holds dense weights, workspace and 94 KV blocks; 0.0468 only 14.
 WORKLOADS: dict[str, tuple[str, ...]] = {
-    "quiet": ("trace.on_rate_rps=0.8", "trace.off_rate_rps=0.8", "trace.duration_s=12"),
-    "burst": ("trace.on_rate_rps=6", "trace.off_rate_rps=0.3", "trace.mean_on_s=2", "trace.mean_off_s=3"),
-    "long_prompts": ("trace.lengths.prompt_tokens_p50=220", "trace.lengths.output_tokens_p50=6", "trace.on_rate_rps=2"),
-    "kv_bound": ("budget.blocks=24", "trace.on_rate_rps=5"),
-    "budget_shrinks": ("budget=steps", "budget.rows=[[0,0.0505],[3,0.0470],[7,0.0505]]"),
+    "quiet": ("trace.on_rate_rps=0.9", "trace.off_rate_rps=0.9", "trace.duration_s=10"),
+    "burst": ("trace.on_rate_rps=7", "trace.off_rate_rps=0.4", "trace.mean_on_s=1", "trace.mean_off_s=2"),
+    "long_prompts": ("trace.lengths.prompt_tokens_p50=200", "trace.lengths.output_tokens_p50=6"),
+    "kv_bound": ("budget=kv_blocks", "budget.blocks=20", "trace.lengths.output_tokens_p50=16"),
+    "budget_shrinks": ("budget=steps", "budget.rows=[[0,0.0505],[2,0.0468],[5,0.0505]]"),
     "budget_walks": (
         "budget=random_walk",
-        "budget.low_share=0.0465",
+        "budget.low_share=0.0466",
         "budget.high_share=0.0505",
         "budget.step_share=0.001",
-        "budget.period_s=1.5",
-        "budget.horizon_s=12",
+        "budget.period_s=1",
+        "budget.horizon_s=10",
     ),
 }
-COMMON = ("trace=small", "trace.duration_s=8", "seed=11", TICK)
+COMMON = (
+    "trace=small",
+    "trace.duration_s=6",
+    "trace.on_rate_rps=1.8",
+    "trace.off_rate_rps=1.8",
+    "trace.lengths.prompt_tokens_p50=56",
+    "trace.lengths.output_tokens_p50=10",
+    "seed=12",
+    TICK,
+)
 
 
 def policies() -> dict[str, tuple[str, ...]]:
@@ -73,9 +83,22 @@ def policies() -> dict[str, tuple[str, ...]]:
     order = ",".join(measured["order"][:20])
     return {
         "dense": ("policy=dense",),
-        "greedy_stop": ("policy=greedy_stop", f"policy.order=[{order}]", "policy.made_for=smollm2_135m"),
+        "greedy_stop": (
+            "policy=greedy_stop",
+            f"policy.order=[{order}]",
+            "policy.made_for=smollm2_135m",
+            "policy.headroom=1.5",
+            "policy.restore_headroom=1.8",
+            "policy.patience=2",
+        ),
         "morphserve": ("policy=morphserve", "policy.mode=accuracy"),
         "learned_prune": ("policy=learned_prune",),
+        # Changes that are certain to come, whatever the load: blocks out and in, 8 bits and back.
+        "schedule": (
+            "policy=schedule",
+            "policy.steps=[{at_s:0},{at_s:1.5,drop_mha:[18,7,6],drop_ffn:[17]},{at_s:3,drop_ffn:[17,25],weight_bits:8},"
+            "{at_s:4.5},{at_s:6,drop_mha:[18,7,6,8],weight_bits:8},{at_s:7.5}]",
+        ),
     }
 
 
@@ -158,6 +181,8 @@ def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
         jobs = [(*pair, repeat) for pair in pairs]
         random.Random(repeat).shuffle(jobs)  # so that a busy spell of the machine does not meet one workload alone
         todo += [job for job in jobs if not (base / job[0] / job[1] / f"hw{job[2]}" / "summary.json").is_file()]
+    if arguments.page == "judge":
+        todo = []
     loaded: Hardware | None = None
     for number, (workload, policy, repeat) in enumerate(todo, start=1):
         cfg = configuration(workload, policy, arguments)
@@ -168,16 +193,19 @@ def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for workload, policy in pairs:
         folder = base / workload / policy
-        real = [read_run(folder / f"hw{repeat}") for repeat in range(repeats)]
+        done = [folder / f"hw{repeat}" for repeat in range(repeats)]
+        real = [read_run(path) for path in done if (path / "summary.json").is_file()]
+        if not real:
+            raise ConfigError(f"there is no real run of {workload} under {policy} in {folder}; run without page=judge")
         result = judged(read_run(folder / "sim"), real, base)
         result["at_the_speed_of_the_run"] = at_speed(configuration(workload, policy, arguments), real)
         results.setdefault(workload, {})[policy] = result
     return {
-        "provenance": provenance(11),
+        "provenance": provenance(12),
         "device": load_calibration(arguments.calibration).device,
         "calibration": arguments.calibration,
         "clock": arguments.clock,
-        "repeats": repeats,
+        "repeats": sorted({len(result["real"]) for by in results.values() for result in by.values()}),
         "words": {
             "common": list(COMMON),
             "workloads": {name: list(WORKLOADS[name]) for name in workloads},
@@ -316,9 +344,10 @@ def page(content: Mapping[str, Any]) -> str:
         f"{content['device']}, {told['written_at'][:10]}, commit `{told['commit'][:12]}`; calibration "
         f"`{content['calibration']}`, made on other requests.",
         "",
-        "Traces are scaled to what a processor core can serve: 8 to 12 seconds of arrivals, prompts around 64 tokens, "
-        f"answers around 14. Every run was repeated {content['repeats']} times; **noise** is the farthest repeat from "
-        "the median, and no simulator can be better than that. The machine was shared with other work"
+        "Traces are scaled to what a processor core can serve: 6 to 10 seconds of arrivals, about ten requests, "
+        "prompts around 56 tokens, answers around 10; P95 is nearly the slowest request. Every run was made "
+        f"{' to '.join(map(str, content['repeats']))} times; **noise** is the farthest repeat from the median (- for a "
+        "single run), and no simulator can be better than that. The machine was shared with other work"
         + (
             ", so time is the processor's seconds of the serving thread, not the wall's, and idle time is skipped."
             if content["clock"] == "cpu"
