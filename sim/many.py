@@ -19,11 +19,11 @@ from sim.command import build_engine, build_trace, figures, quality_of, replay_w
 from sim.config import build
 from sim.engine import EngineState
 from sim.errors import ConfigError
-from sim.metrics import records_frame, transitions_frame
+from sim.metrics import iterations_frame, records_frame, transitions_frame
 from sim.plan import Plan, dense_plan
 from sim.policies import Fixed, Policy
 from sim.records import Iterations, Records, Transitions
-from sim.report import print_rows
+from sim.report import plot_replay, print_rows
 from sim.runs import provenance, write_json, write_parquet, write_text
 
 
@@ -123,6 +123,10 @@ def replay_many(cfg: DictConfig) -> None:
         write_json(inner / "provenance.json", {**made_by, "seed": case.seed})
         write_parquet(inner / "records.parquet", records_frame(outcome.records, slo))
         write_parquet(inner / "transitions.parquet", transitions_frame(outcome.transitions))
+        if cfg.iterations:
+            write_parquet(inner / "iterations.parquet", iterations_frame(outcome.iterations))
+        if cfg.plot:
+            plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, case.name.replace("_", " "))
         write_json(inner / "summary.json", dict(outcome.summary))
     rows = {case.name: [outcome.summary] for case, outcome in zip(cases, outcomes, strict=True)}
     write_json(folder / "summaries.json", {name: dict(row[0]) for name, row in rows.items()})  # last: it is complete
