@@ -38,7 +38,8 @@ def compiled(*, inline: bool = False) -> Callable[[F], F]:
         options: Any = {"error_model": "numpy", "forceinline": inline, "_nrt": False}
         try:
             made: Any = njit(function, cache=True, **options)
-            made._cache._cache_file._source_stamp = SOURCE_HASH
+            if hasattr(made, "_cache"):  # with NUMBA_DISABLE_JIT it is the plain function
+                made._cache._cache_file._source_stamp = SOURCE_HASH
             return cast(F, made)
         except RuntimeError:
             if not _told:

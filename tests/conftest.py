@@ -9,8 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from sim.data import DATA_VARIABLE, data_dir
+
+
+# The clock is no test: a first call compiles, and machines are shared.
+settings.register_profile("rap-lab", deadline=None)
+settings.load_profile("rap-lab")
 
 
 @pytest.fixture(scope="session")
