@@ -13,7 +13,6 @@ from hypothesis import settings
 
 from sim.data import DATA_VARIABLE, data_dir
 
-
 # The clock is no test: a first call compiles, and machines are shared.
 settings.register_profile("rap-lab", deadline=None)
 settings.load_profile("rap-lab")
