@@ -435,7 +435,12 @@ def _median_line(every: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
     for name in AT_SPEED:
         errors = [abs(r["at_the_speed_of_the_run"]["errors"].get(name, np.nan)) for _, _, r in every]
         cells.append(f"{name} {percent(float(np.nanmedian(errors)))}")
-    return f"Median absolute error over the cells: {', '.join(cells)}."
+    factors = [factor for _, _, r in every for factor in r["at_the_speed_of_the_run"]["factors"]]
+    return (
+        f"**Median absolute error over the cells: {', '.join(cells)}.** The median factor is {np.median(factors):.2f}: "
+        "below 1, the machine was faster in these runs than when it was calibrated, and that alone makes most of the "
+        "errors of the table before this one."
+    )
 
 
 def _signed(value: float | None) -> str:
