@@ -12,12 +12,11 @@ from typing import Any
 
 import gymnasium as gym
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
-from agents.modules import MaskedAPPO, MaskedDQN, MaskedPPO
+from agents.modules import MaskedDQN, MaskedPPO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,24 +139,3 @@ def ppo(
         grad_clip=10.0,
     )
     return _common(config, setup, MaskedPPO, "auto", vf_share_layers=False)
-
-
-def appo(
-    setup: Setup,
-    *,
-    lr: float,
-    discount: float,
-    batch: int,
-    fragment: int,
-    entropy: float,
-) -> AlgorithmConfig:
-    """Build APPO: PPO's loss on V-trace targets, sampling and learning side by side."""
-    config = APPOConfig().training(  # type: ignore[no-untyped-call]
-        lr=lr,
-        gamma=discount,
-        train_batch_size_per_learner=batch,
-        entropy_coeff=entropy,
-        use_kl_loss=False,
-        grad_clip=10,
-    )
-    return _common(config, setup, MaskedAPPO, fragment, vf_share_layers=False)

@@ -12,7 +12,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from ray.rllib.algorithms.appo.torch.default_appo_torch_rl_module import DefaultAPPOTorchRLModule
 from ray.rllib.algorithms.dqn.torch.default_dqn_torch_rl_module import DefaultDQNTorchRLModule
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core.columns import Columns
@@ -86,13 +85,6 @@ class _MaskedActorCritic(_ReadsFeatures):
 
 class MaskedPPO(_MaskedActorCritic, DefaultPPOTorchRLModule):
     """For PPO."""
-
-    def __init__(self, *args: Any, **words: Any) -> None:
-        super().__init__(*args, **words)
-
-
-class MaskedAPPO(_MaskedActorCritic, DefaultAPPOTorchRLModule):
-    """For APPO."""
 
     def __init__(self, *args: Any, **words: Any) -> None:
         super().__init__(*args, **words)

@@ -10,7 +10,7 @@ import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
-from agents.modules import MaskedAPPO, MaskedDQN, MaskedPPO, network_of_module
+from agents.modules import MaskedDQN, MaskedPPO, network_of_module
 from agents.prune_env import PruneToBudget, PruneToBudgetVector
 
 torch.set_num_threads(1)
@@ -54,7 +54,7 @@ def observations(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.concatenate(found)[:count]
 
 
-@pytest.mark.parametrize("kind", [MaskedDQN, MaskedPPO, MaskedAPPO])
+@pytest.mark.parametrize("kind", [MaskedDQN, MaskedPPO])
 def test_the_exported_network_acts_as_the_module_on_ten_thousand_observations(kind: type) -> None:
     module = built(kind)
     network = network_of_module(module.get_state(), "relu")

@@ -46,8 +46,8 @@ def trainings() -> list[str]:
 
 def test_there_are_at_least_three_algorithms_to_train_with() -> None:
     kinds = {path.stem for path in (CONF_DIR / "algorithm").glob("*.yaml")}
-    assert {"dqn", "ppo", "appo"} <= kinds
-    assert {"dqn_prune", "ppo_prune"} <= set(trainings())
+    assert {"dqn", "double_dqn", "ppo"} <= kinds
+    assert {"dqn_prune", "double_dqn_prune", "ppo_prune", "ppo_serve"} <= set(trainings())
 
 
 @pytest.mark.parametrize("name", trainings())
