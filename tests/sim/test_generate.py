@@ -328,7 +328,7 @@ def test_a_table_that_is_none_is_an_error(tmp_path, change):
 # Configuration
 
 CONF = sorted((REPOSITORY / "conf" / "trace").glob("*.yaml"))
-GENERATORS = {"burst", "poisson", "gamma", "mmpp", "diurnal"}
+GENERATORS = {"burst", "poisson", "gamma", "mmpp", "diurnal", "small"}
 
 
 def build(file, **changes):
