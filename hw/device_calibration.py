@@ -70,7 +70,7 @@ WHOLE: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...] = (
 QUANTISED_LAYERS = 4
 """Layers at 8 and 4 bits over which a linear layer is timed; unpacking them takes longer than any cache could save."""
 BLOCK_TOKENS = 16
-LEAST_REPEATS, MOST_REPEATS = 4, 15
+LEAST_REPEATS, MOST_REPEATS = 12, 40
 WANTED_SPREAD = 0.02
 """A cell is done when the standard error of its median is below this share of it."""
 
