@@ -1,8 +1,9 @@
 """The Engine protocol, what a policy may see of an engine, and the simulated engine.
 
-``SimEngine`` lives on SimPy's clock and serves with the compiled kernel (sim/kernel.py); between two iterations, where
-memory or the plan change, it is plain Python. ``tests/sim/plain_engine.py`` takes one iteration a SimPy event, with
-Python objects and no shortcut; the records of both are equal.
+``SimEngine`` lives on SimPy's clock and serves with the compiled kernel (sim/kernel.py), which changes plans and memory
+too; what follows from a plan that it meets for the first time is worked out in sim/plan_book.py.
+``tests/sim/plain_engine.py`` takes one iteration a SimPy event, with Python objects and no shortcut; the records of
+both are equal.
 
 Order of what happens at one instant: the budget changes, requests arrive, an iteration ends, the policy decides, plans
 and memory follow, the next iteration starts. Requests that arrive together keep the order of the trace.
@@ -25,8 +26,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import simpy
@@ -35,26 +36,17 @@ from numpy.typing import NDArray
 from sim import kernel
 from sim.budget import Budget, constant_budget
 from sim.errors import BudgetError, ConfigError, nearest
-from sim.latency import LatencyModel, plan_layers
-from sim.memory import fixed_weight_bytes, kv_block_layer_bytes, weight_bytes
+from sim.latency import LatencyModel
+from sim.memory import kv_block_layer_bytes, weight_bytes
 from sim.model import ModelSpec
-from sim.plan import KV_KEEP_ALL, WEIGHT_BITS, KVKeep, Plan, check_plan, dense_plan, describe
+from sim.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, describe
+from sim.plan_book import PlanBook, layers_of
 from sim.records import Floats, Ints, Iterations, Records, TokenGaps, Transitions
 from sim.scheduler import SCHEDULERS, Limits, SchedulerName
-from sim.transition import (
-    LayerCopy,
-    Resident,
-    copies_between,
-    joined,
-    plan_for_holder,
-    resident_of,
-    running_plan,
-    without_dropped,
-)
 
 GIB = 1 << 30
-MEMORY_OF_PLANS = 4096
-"""Plans whose consequences an engine remembers."""
+MEMORY_OF_PLANS = 16384
+"""Plans, and steps between them, that an engine remembers."""
 RESTORE_MODES = ("new_requests", "recompute")
 Restore = Literal["new_requests", "recompute"]
 
@@ -188,23 +180,7 @@ class Holder:
     decoding: bool
 
 
-@dataclass(slots=True, eq=False)
-class _Transition:
-    """One plan change, as it goes on."""
-
-    time_s: float
-    from_plan: Plan
-    to_plan: Plan
-    kv_blocks_before: int
-    bytes_in: int = 0
-    bytes_freed: int = 0
-    ready_s: float = math.nan
-    preempted: int = 0
-    recomputed_tokens: int = 0
-    kv_blocks_after: int = 0
-
-
-_SAVED_ARRAYS = (
+_SAVED = (
     "ints",
     "floats",
     "slots",
@@ -215,23 +191,9 @@ _SAVED_ARRAYS = (
     "set_nll",
     "block_counts",
     "layer_rows",
+    "schedule",
 )
-_SAVED = (
-    "_budget_step",
-    "_budget_moved",
-    "_violation_s",
-    "_violation_since_s",
-    "_target",
-    "_resident",
-    "_decided",
-    "_copies",
-    "_copy",
-    "_copy_end_s",
-    "_plan",
-    "_weight_bytes",
-    "_prefill_mha",
-    "_decode_mha",
-)
+"""Arrays that a snapshot copies whole."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -248,40 +210,14 @@ class Snapshot:
     live: Ints
     live_i: Ints
     live_f: Floats
-    values: tuple[Any, ...]
-    sets: tuple[frozenset[int], ...]
+    open_change: Floats
     submits: int
-    kept_shares: int
-    transitions: int
-    open_transition: _Transition | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Step:
-    """What follows from what is resident and what is wanted; worked out once, for plans come back.
-
-    ``without_dropped`` and ``copies`` lead on; the rest is what runs meanwhile, as the kernel takes it.
-    """
-
-    resident: Resident
-    target: Plan
-    without_dropped: Resident
-    copies: tuple[LayerCopy, ...]
-    plan: Plan
-    prefill_mha: frozenset[int]
-    decode_mha: frozenset[int]
-    weight_bytes: int
-    block_counts: Ints
-    layer_rows: Ints
-    keep: int
-    params: tuple[
-        int, int, int
-    ]  # parameters that run for a token of prefill and of decode, and more for each MHA block
-    nll: dict[tuple[frozenset[int], bool], float]  # by the KV that is held, and whether its holder decodes
+    book: PlanBook
+    described: int
 
 
 class SimEngine:
-    """One replica on SimPy's clock: the compiled kernel serves, this class changes plans and memory between.
+    """One replica on SimPy's clock, served by the compiled kernel.
 
     ``tests/sim/plain_engine.py`` is the same engine, one SimPy event an iteration; the records of both are equal.
     """
@@ -299,6 +235,7 @@ class SimEngine:
         copy_slowdown: float = 0.0,
         quality_nll: Callable[[Plan], float] | None = None,
         keep_iterations: bool = True,
+        book: PlanBook | None = None,
         env: simpy.Environment | None = None,
     ) -> None:
         """Build an idle engine.
@@ -312,12 +249,16 @@ class SimEngine:
             copy_slowdown: by what share an iteration takes longer that starts while weights are copied in.
             quality_nll: nats a token that a plan costs (``sim.quality``), charged to requests; None charges nothing.
             keep_iterations: whether ``iterations()`` has a row for each; without, it stays empty and memory is saved.
+            book: what is known of plans of this model at this ``quality_nll``, shared with other engines; a new one by
+                default.
             env: the SimPy environment to live in; a new one by default.
         Raises:
             PlanError: for a plan that is not legal for the model.
             CalibrationError: for a plan with a precision that was not measured.
             BudgetError: when the budget cannot hold the weights and one request at the start.
         """
+        if book is not None and (book.model != model or book.quality_nll is not quality_nll):
+            raise ConfigError("the plan book given is of another model or quality; give the one it was made with")
         check_plan(model, plan)
         latency.check_bits(plan)
         if not host_to_device_bytes_per_s > 0 or not copy_slowdown >= 0:
@@ -329,46 +270,29 @@ class SimEngine:
         self.env = env or simpy.Environment()
         self._model, self._latency, self.config = model, latency, config
         self.budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
-        self._workspace_bytes = workspace_bytes
-        self._host_to_device_bytes_per_s = host_to_device_bytes_per_s
         self._quality_nll = quality_nll
-        self._params = (model.fixed_params, model.mha_params, model.ffn_params)
-        self._fixed_weight_bytes = fixed_weight_bytes(model)
         self._dense_weight_bytes = weight_bytes(model, dense_plan(model))
-        self._block_bytes = kv_block_layer_bytes(model, config.kv_block_tokens)
-        self._state = _empty_state(model, latency, config, keep_iterations)
+        self._book = book or PlanBook(model, quality_nll)
+        self._book_version = self._book.version
+        self._state = _empty_state(model, latency, config, self.budget, self._book, keep_iterations)
         self._table = kernel.table_of(self._state)
-        self._state.floats[kernel.COPY_SLOWDOWN] = copy_slowdown
+        n, f = self._state.ints, self._state.floats
+        n[kernel.WORKSPACE_BYTES] = workspace_bytes
+        n[kernel.PRICED] = quality_nll is not None
+        f[kernel.COPY_SLOWDOWN], f[kernel.COPY_BYTES_PER_S] = copy_slowdown, host_to_device_bytes_per_s
+        f[kernel.VIOLATION_SINCE] = f[kernel.NOW] = self.env.now
         self._output_tokens: list[Ints] = []  # of each call of submit
+        self._checked: dict[int, tuple[Plan, int]] = {}  # plans that are legal, by identity, and their numbers
+        self._described: list[tuple[str, str]] = []  # plan changes that an earlier book knew
 
         self._wake: simpy.Event | None = None
         self._resume: simpy.Event | None = None
         self._hold_at_s = math.nan
 
-        self._budget_step = 0
-        self._budget_moved = False
-        self._violation_s = self._violation_since_s = 0.0
-        self._target = plan
-        self._resident = resident_of(plan)
-        self._decided: tuple[float, Plan] | None = None
-        self._copies: tuple[LayerCopy, ...] = ()
-        self._copy: LayerCopy | None = None
-        self._copy_end_s = math.inf
-        self._transition: _Transition | None = None
-        self._transitions: list[_Transition] = []
-        self._kept_share: list[tuple[float, float]] = []
-        self._sets: tuple[frozenset[int], ...] = ()
-        self._prefill_mha: frozenset[int] = frozenset()
-        self._decode_mha: frozenset[int] = frozenset()
-        self._keep_ids: dict[tuple[KVKeep, ...], int] = {}
-        self._checked: dict[int, Plan] = {id(plan): plan}
-        self._known: dict[tuple[int, int], _Step] = {}
-        self._residents: dict[Resident, Resident] = {self._resident: self._resident}
-        self._joins: dict[tuple[int, int], tuple[Resident, LayerCopy, Resident]] = {}
-        self._narrowings: dict[tuple[Any, ...], tuple[Ints, Ints, tuple[frozenset[int], ...]]] = {}
-
-        self._run_what_is_resident(self.env.now)
-        self._resize_pool()
+        first = self._book.first(self._target_of(plan))
+        while not kernel.run_step(self._current_table(), first, self.env.now):
+            self._work_out()
+        kernel.resize_to_budget(self._table)
         self._context_limit = self._find_context_limit()
         self.env.process(self._serve())
 
@@ -404,9 +328,9 @@ class SimEngine:
         if total > room:
             room = total if not first else max(total, 2 * room)
             self._replace(
-                request_i=_longer(self._state.request_i, room),
-                request_f=_longer(self._state.request_f, room),
-                queue=_longer(self._state.queue, room),
+                request_i=kernel.longer(self._state.request_i, room),
+                request_f=kernel.longer(self._state.request_f, room),
+                queue=kernel.longer(self._state.queue, room),
             )
         rows = slice(first, total)
         self._state.request_f[rows, kernel.ARRIVAL_S] = arrival_s
@@ -425,18 +349,48 @@ class SimEngine:
             PlanError: for a plan that is not legal for the model; what runs goes on.
             CalibrationError: for a plan with a precision that was not measured; what runs goes on.
         """
-        wanted = self._decided[1] if self._decided is not None else self._target
-        if plan is wanted:
+        target = self._target_of(plan)
+        kernel.take_decisions(self._table, self.env.now)
+        n = self._state.ints
+        if target == (n[kernel.DECIDED] if n[kernel.DECIDED] >= 0 else n[kernel.TARGET]):
             return
-        if self._checked.get(id(plan)) is not plan:
-            check_plan(self._model, plan)
-            self._latency.check_bits(plan)
-            if len(self._checked) >= MEMORY_OF_PLANS:
-                self._checked.clear()
-            self._checked[id(plan)] = plan
-        if plan == wanted:
-            return
-        self._decided = (self.env.now, plan)
+        n[kernel.DECIDED], self._state.floats[kernel.DECIDED_S] = target, self.env.now
+        self._wake_up()
+
+    def apply_at(self, time_s: Sequence[float], plans: Sequence[Plan]) -> None:
+        """Make each plan what shall run from its moment on, as ``apply`` does then; for decisions known beforehand.
+
+        What is applied by ``apply`` meanwhile holds until the next of these moments. While no request is there or to
+        come nothing is decided.
+
+        Args:
+            time_s: moments, ascending, none before the present or before those of an earlier call. plans: one each.
+        Raises:
+            ConfigError: for moments out of order. PlanError, CalibrationError: as ``apply``; then none is taken.
+        """
+        if len(time_s) != len(plans):
+            raise ConfigError(f"{len(time_s)} moments for {len(plans)} plans; give one for each")
+        state, n = self._state, self._state.ints
+        first = int(n[kernel.N_DECISIONS])
+        moments = np.asarray(time_s, dtype=np.float64)
+        least_s = max(self.env.now, float(state.schedule_s[first - 1])) if first else self.env.now
+        late = np.flatnonzero(~(moments >= np.concatenate([[least_s], moments[:-1]])))
+        if len(late):
+            raise ConfigError(
+                f"decision {int(late[0])} is for {moments[late[0]]} s, before another one or the present; "
+                "give the moments in ascending order"
+            )
+        targets = [self._target_of(plan) for plan in plans]
+        total = first + len(targets)
+        if total > len(state.schedule):
+            room = max(total, 2 * len(state.schedule))
+            self._replace(
+                schedule_s=kernel.longer(state.schedule_s, room), schedule=kernel.longer(state.schedule, room)
+            )
+        self._state.schedule_s[first:total], self._state.schedule[first:total] = moments, targets
+        n[kernel.N_DECISIONS] = total
+        at = int(n[kernel.NEXT_DECISION])
+        self._state.floats[kernel.NEXT_DECISION_S] = self._state.schedule_s[at] if at < total else math.inf
         self._wake_up()
 
     def run_until(self, time_s: float) -> EngineState:
@@ -454,9 +408,11 @@ class SimEngine:
             if env.now >= time_s or math.isinf(time_s):
                 break
         now_s = env.now if math.isinf(time_s) else time_s
-        self._follow_budget(now_s)
+        kernel.follow_budget(self._table, now_s)
         if self._state.floats[kernel.NEXT_ARRIVAL_S] <= now_s:
             kernel.take_arrivals(self._table, now_s)
+        if kernel.take_decisions(self._table, now_s):
+            self._wake_up()
         return self._observe(now_s)
 
     @property
@@ -523,23 +479,33 @@ class SimEngine:
 
     def transitions(self) -> Transitions:
         """Return one row a plan change."""
-        rows = self._transitions
+        rows = self._state.changes[: self._state.ints[kernel.N_CHANGES]]
+        described = [*self._described, *self._describe(len(self._described))]
 
-        def ints(name: str) -> Ints:
-            return np.array([getattr(t, name) for t in rows], dtype=np.int64)
+        def ints(column: int) -> Ints:
+            return rows[:, column].astype(np.int64)
 
         return Transitions(
-            time_s=np.array([t.time_s for t in rows], dtype=np.float64),
-            from_plan=tuple(describe(t.from_plan) for t in rows),
-            to_plan=tuple(describe(t.to_plan) for t in rows),
-            bytes_in=ints("bytes_in"),
-            bytes_freed=ints("bytes_freed"),
-            ready_s=np.array([t.ready_s for t in rows], dtype=np.float64),
-            preempted=ints("preempted"),
-            recomputed_tokens=ints("recomputed_tokens"),
-            kv_blocks_before=ints("kv_blocks_before"),
-            kv_blocks_after=ints("kv_blocks_after"),
+            time_s=rows[:, kernel.CHANGE_S].copy(),
+            from_plan=tuple(before for before, _ in described),
+            to_plan=tuple(after for _, after in described),
+            bytes_in=ints(kernel.CHANGE_BYTES_IN),
+            bytes_freed=ints(kernel.CHANGE_BYTES_FREED),
+            ready_s=rows[:, kernel.CHANGE_READY_S].copy(),
+            preempted=ints(kernel.CHANGE_VICTIMS),
+            recomputed_tokens=ints(kernel.CHANGE_RECOMPUTED),
+            kv_blocks_before=ints(kernel.CHANGE_BLOCKS_BEFORE),
+            kv_blocks_after=ints(kernel.CHANGE_BLOCKS_AFTER),
         )
+
+    def _describe(self, first: int) -> list[tuple[str, str]]:
+        """Return what ran before and what was wanted, from a plan change on that the present book knows."""
+        columns = [kernel.CHANGE_FROM, kernel.CHANGE_TO]
+        pairs = self._state.changes[first : self._state.ints[kernel.N_CHANGES], columns].astype(np.int64).tolist()
+        book, words = self._book, dict.fromkeys(map(tuple, pairs), ("", ""))
+        for before, after in words:
+            words[before, after] = describe(book.plan(before)), describe(book.target_plan(after))
+        return [words[before, after] for before, after in pairs]
 
     def holders(self) -> list[Holder]:
         """Return who runs, in order of admission, and what each holds."""
@@ -558,7 +524,7 @@ class SimEngine:
             found.append(
                 Holder(
                     request_id=int(slots[kernel.REQUEST, i]),
-                    mha=self._sets[slots[kernel.SET, i]],
+                    mha=layers_of(self._state.sets[slots[kernel.SET, i], kernel.SET_COLUMNS :]),
                     tokens=tokens,
                     layer_blocks=kernel.blocks_of(self._table, i, tokens + under_way.get(i, int(decodes_now))),
                     decoding=bool(row[kernel.COMPUTED] >= row[kernel.PREFILL]),
@@ -582,16 +548,14 @@ class SimEngine:
         return Snapshot(
             engine=self,
             time_s=self.env.now,
-            arrays=tuple(getattr(state, name).copy() for name in _SAVED_ARRAYS),
+            arrays=tuple(getattr(state, name).copy() for name in _SAVED),
             live=live,
             live_i=state.request_i[live],
             live_f=state.request_f[live],
-            values=tuple(getattr(self, name) for name in _SAVED),
-            sets=self._sets,
+            open_change=state.changes[n[kernel.OPEN_CHANGE]].copy(),
             submits=len(self._output_tokens),
-            kept_shares=len(self._kept_share),
-            transitions=len(self._transitions),
-            open_transition=replace(self._transition) if self._transition is not None else None,
+            book=self._book,
+            described=len(self._described),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -611,19 +575,16 @@ class SimEngine:
                 "build it without env= to restore snapshots"
             )
         state = self._state
-        for name, saved in zip(_SAVED_ARRAYS, snapshot.arrays, strict=True):
+        for name, saved in zip(_SAVED, snapshot.arrays, strict=True):
             array = getattr(state, name)
             array[tuple(slice(length) for length in saved.shape)] = saved
         state.request_i[snapshot.live], state.request_f[snapshot.live] = snapshot.live_i, snapshot.live_f
-        for name, value in zip(_SAVED, snapshot.values, strict=True):
-            setattr(self, name, value)
-        self._sets = snapshot.sets
+        state.changes[state.ints[kernel.OPEN_CHANGE]] = snapshot.open_change
         del self._output_tokens[snapshot.submits :]
-        del self._kept_share[snapshot.kept_shares :]
-        del self._transitions[snapshot.transitions :]
-        self._transition = replace(snapshot.open_transition) if snapshot.open_transition is not None else None
-        if self._transition is not None:
-            self._transitions[-1] = self._transition
+        if self._book is not snapshot.book:
+            self._checked.clear()
+            self._book, self._book_version = snapshot.book, -1
+        del self._described[snapshot.described :]
         self.env = simpy.Environment(initial_time=snapshot.time_s)
         self._wake = self._resume = None
         self._hold_at_s = math.nan
@@ -631,17 +592,18 @@ class SimEngine:
 
     def kept_share(self) -> tuple[tuple[float, float], ...]:
         """Return (time_s, share of the dense weights' bytes that is resident), one entry a change."""
-        return tuple(self._kept_share)
+        rows = self._state.shares[: self._state.ints[kernel.N_SHARES]].tolist()
+        return tuple((time_s, held_bytes / self._dense_weight_bytes) for time_s, held_bytes in rows)
 
     @property
     def budget_violation_s(self) -> float:
         """Seconds so far in which more was held than the budget allows."""
-        return self._violation_s
+        return float(self._state.floats[kernel.VIOLATION])
 
     # -- serving -------------------------------------------------------------------------------------------------
 
     def _serve(self) -> Generator[simpy.Event, Any, None]:
-        env, n, f = self.env, self._state.ints, self._state.floats
+        env, f = self.env, self._state.floats
         while True:
             if env.now == self._hold_at_s:  # a policy decides now, before the next iteration starts
                 self._resume = env.event()
@@ -652,18 +614,14 @@ class SimEngine:
             if now_s < self._hold_at_s < horizon_s:
                 horizon_s = self._hold_at_s
             while True:
-                change_s = self._change_from_s()
-                if now_s >= change_s and not n[kernel.IN_ITERATION]:
-                    if f[kernel.NEXT_ARRIVAL_S] <= now_s:
-                        kernel.take_arrivals(self._table, now_s)
-                    self._change_plan(now_s)
-                    change_s = self._change_from_s()
-                why = kernel.advance(self._table, horizon_s, change_s)
-                now_s = float(f[kernel.NOW])
+                why = kernel.advance(self._current_table(), horizon_s)
                 if why == kernel.GROW:
                     self._make_room()
-                elif why != kernel.CHANGE or now_s >= horizon_s:
+                elif why == kernel.NEEDS:
+                    self._work_out()
+                else:
                     break
+            now_s = float(f[kernel.NOW])
             if now_s == env.now and why == kernel.HORIZON:
                 yield env.timeout(0.0)  # others' turn at this moment
             while now_s > env.now:
@@ -671,19 +629,13 @@ class SimEngine:
             if why == kernel.DONE and env.now != self._hold_at_s:
                 yield self._next_event()
 
-    def _change_from_s(self) -> float:
-        """Return from when on memory or the plan have to change before the next iteration."""
-        if self._decided is not None or self._budget_moved:
-            return -math.inf
-        step, change_s = self._budget_step + 1, self.budget.change_s
-        return min(self._copy_end_s, change_s[step] if step < len(change_s) else math.inf)
-
     def _next_event(self) -> simpy.Event:
         """Return what an engine waits for that nothing will happen to by itself: a copy's end, a call from outside."""
         self._wake = self.env.event()
-        if math.isinf(self._copy_end_s):
+        copy_end_s = float(self._state.floats[kernel.COPY_END])
+        if math.isinf(copy_end_s):
             return self._wake
-        return self._wake | self.env.timeout(exact_delay(self.env.now, self._copy_end_s))
+        return self._wake | self.env.timeout(exact_delay(self.env.now, copy_end_s))
 
     def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.triggered:
@@ -696,11 +648,16 @@ class SimEngine:
 
     def _make_room(self) -> None:
         """Let the logs grow."""
-        state = self._state
-        if state.ints[kernel.N_LOG] == len(state.log):
-            self._replace(log=_longer(state.log, 2 * len(state.log)))
+        state, n = self._state, self._state.ints
+        if n[kernel.N_LOG] == len(state.log):
+            self._replace(log=kernel.longer(state.log, 2 * len(state.log)))
+        elif n[kernel.N_CHANGES] == len(state.changes) or n[kernel.N_SHARES] + 2 > len(state.shares):
+            self._replace(
+                changes=kernel.longer(state.changes, 2 * len(state.changes)),
+                shares=kernel.longer(state.shares, 2 * len(state.shares)),
+            )
         else:
-            self._replace(gaps=_longer(state.gaps, 2 * len(state.gaps)))
+            self._replace(gaps=kernel.longer(state.gaps, 2 * len(state.gaps)))
 
     def _replace(self, **arrays: NDArray[Any]) -> None:
         """Give the state other arrays, longer ones."""
@@ -709,247 +666,88 @@ class SimEngine:
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
-    def _change_plan(self, now_s: float) -> None:
-        """Do what is due of plan and memory changes between two iterations."""
-        self._follow_budget(now_s)
-        self._budget_moved = False
+    def _target_of(self, plan: Plan) -> int:
+        """Return the number of a plan; it is checked when it is met for the first time."""
+        known = self._checked.get(id(plan))
+        if known is not None and known[0] is plan:
+            return known[1]
+        check_plan(self._model, plan)
+        self._latency.check_bits(plan)
+        if len(self._checked) >= MEMORY_OF_PLANS:
+            self._checked.clear()
+        number = self._book.target(plan)
+        self._checked[id(plan)] = plan, number
+        return number
+
+    def _current_table(self) -> kernel.Table:
+        """Return where the kernel finds everything; the book's arrays may have moved since."""
+        book = self._book
+        if self._book_version != book.version:
+            self._book_version = book.version
+            self._replace(
+                steps=book.steps,
+                copies=book.copies,
+                decisions=book.decisions,
+                prices=book.prices,
+                price_nll=book.price_nll,
+                keeps=book.keeps,
+            )
+        return self._table
+
+    def _work_out(self) -> None:
+        """Let the book say what the kernel has not met before."""
         n = self._state.ints
-        before = int(n[kernel.PREEMPTIONS])
-        if self._copy is not None and self._copy_end_s <= now_s:
-            self._join(now_s)
-        if self._decided is not None:
-            self._begin_transition(*self._decided, now_s)
-            self._decided = None
-        if self._copy is None and self._copies:
-            self._copy, self._copies = self._copies[0], self._copies[1:]
-            self._copy_end_s = now_s + self._copy.copied_bytes / self._host_to_device_bytes_per_s
-        n[kernel.COPYING] = self._copy is not None
-        if self._transition is not None and self._copy is None:
-            self._transition.ready_s = now_s
-        self._resize_pool()
-        if n[kernel.FREE] < 0:
-            self._charge(kernel.preempt_to_fit(self._table))
-        if self._transition is not None:
-            self._transition.kv_blocks_after = int(n[kernel.POOL])
-            if self._copy is None:
-                self._transition = None
-        n[kernel.CHANGE_PREEMPTED] += n[kernel.PREEMPTIONS] - before
+        if len(self._book) > MEMORY_OF_PLANS:
+            self._begin_new_book()
+            return
+        step, at = int(n[kernel.NEEDED_STEP]), int(n[kernel.NEEDED_AT])
+        if n[kernel.NEEDED] == kernel.DECISION:
+            self._book.decide(step, at)
+        elif n[kernel.NEEDED] == kernel.JOIN:
+            self._book.join(step, at)
+        else:
+            self._book.price(step, self._state.drafts[at].tolist())
 
-    def _charge(self, preempted: tuple[int, int]) -> None:
-        """Charge the transition with requests that lost their KV, and the tokens they had computed."""
-        if self._transition is not None:
-            self._transition.preempted += preempted[0]
-            self._transition.recomputed_tokens += preempted[1]
-
-    def _begin_transition(self, time_s: float, plan: Plan, now_s: float) -> None:
-        """Drop what the new plan does not run, and line up the copies of what it needs."""
-        pool = int(self._state.ints[kernel.POOL])
-        self._transition = _Transition(time_s, self._plan, plan, pool)
-        self._transitions.append(self._transition)
-        self._target = plan
-        self._set_resident(self._step(self._resident, plan).without_dropped, now_s)
-        copies = self._step(self._resident, plan).copies
-        if self._copy is not None:
-            if self._copy in copies:  # the copy under way goes on, for the new plan
-                copies = tuple(copy for copy in copies if copy != self._copy)
-            else:
-                self._copy, self._copy_end_s = None, math.inf
-        self._copies = copies
-
-    def _join(self, now_s: float) -> None:
-        """Let the layer whose copy is whole run from now on, in the place of what it replaces."""
-        copy = self._copy
-        assert copy is not None
-        if self._transition is not None:
-            self._transition.bytes_in += copy.copied_bytes
-        restored = copy.mha_bits and not self._resident.mha_bits[copy.layer]
-        known = self._joins.get((id(self._resident), id(copy)))
-        if known is None or known[0] is not self._resident or known[1] is not copy:
-            known = (self._resident, copy, self._same(joined(self._resident, copy)))
-            self._joins[id(self._resident), id(copy)] = known
-        self._set_resident(known[2], now_s, copied_bytes=copy.copied_bytes)
-        self._copy, self._copy_end_s = None, math.inf
-        if restored and copy.layer in self._prefill_mha and self.config.restore == "recompute":
-            self._charge(kernel.preempt_lacking(self._table, copy.layer, True, copy.layer in self._decode_mha))
-
-    def _set_resident(self, resident: Resident, now_s: float, copied_bytes: int = 0) -> None:
-        before_bytes = self._weight_bytes
-        self._resident = resident
-        self._run_what_is_resident(now_s)
-        if self._transition is not None:
-            self._transition.bytes_freed += before_bytes + copied_bytes - self._weight_bytes
-
-    def _same(self, resident: Resident) -> Resident:
-        """Return the one object that stands for all that are equal to ``resident``."""
-        return self._residents.setdefault(resident, resident)
-
-    def _step(self, resident: Resident, target: Plan) -> _Step:
-        """Return what follows from what is resident and what is wanted."""
-        key = (id(resident), id(target))
-        known = self._known.get(key)
-        if known is not None and known.resident is resident and known.target is target:
-            return known
-        plan = running_plan(resident, target)
-        keep = -1
-        if any(layer != KV_KEEP_ALL for layer in plan.kv_keep):
-            keep = self._keep_ids.setdefault(plan.kv_keep, len(self._keep_ids))
-            if keep == len(self._state.keeps):
-                self._replace(keeps=_longer(self._state.keeps, 2 * keep))
-            self._state.keeps[keep] = [layer.tokens(kernel.NEVER) for layer in plan.kv_keep]
-        rows = [
-            (WEIGHT_BITS.index(bits), prefill, decode)
-            for bits, prefill, decode in zip(plan.weight_bits, plan.prefill.ffn, plan.decode.ffn, strict=True)
-        ]
-        fixed, mha, ffn = self._params
-        step = _Step(
-            resident=resident,
-            target=target,
-            without_dropped=self._same(without_dropped(resident, target)),
-            copies=tuple(copies_between(self._model, resident, target)),
-            plan=plan,
-            prefill_mha=frozenset(layer for layer, keeps in enumerate(plan.prefill.mha) if keeps),
-            decode_mha=frozenset(layer for layer, keeps in enumerate(plan.decode.mha) if keeps),
-            weight_bytes=self._fixed_weight_bytes + resident.weight_bytes(self._model),
-            block_counts=plan_layers(plan),
-            layer_rows=np.array(rows, dtype=np.int64),
-            keep=keep,
-            params=(fixed + ffn * sum(plan.prefill.ffn), fixed + ffn * sum(plan.decode.ffn), mha),
-            nll={},
-        )
-        if len(self._known) >= MEMORY_OF_PLANS:
-            for memory in (self._known, self._residents, self._joins, self._narrowings):
-                memory.clear()
-        self._known[key] = step
-        return step
-
-    def _run_what_is_resident(self, now_s: float) -> None:
-        """Run the blocks of the target that are on the device."""
-        step = self._step(self._resident, self._target)
-        state = self._state
-        n = state.ints
-        kernel.settle(self._table)
-        if step.prefill_mha != self._prefill_mha:
-            kernel.forget_kept_kv(self._table)  # it lacks a layer, or has one too many
-        new_sets = not self._sets or step.prefill_mha != self._prefill_mha or step.decode_mha != self._decode_mha
-        self._plan, self._weight_bytes = step.plan, step.weight_bytes
-        self._prefill_mha, self._decode_mha = step.prefill_mha, step.decode_mha
-        state.block_counts[:] = step.block_counts
-        state.layer_rows[:] = step.layer_rows
-        n[kernel.PLAN_KEEP] = step.keep
-        n[kernel.ADMIT] = -1 if step.plan.admit is None else step.plan.admit
-        limit = self.config.limits.max_running
-        n[kernel.MAX_RUNNING] = min(limit, step.plan.max_running or limit)
-        if new_sets:
-            self._renew_sets(step)
-        self._price_sets(step)
-        share = step.weight_bytes / self._dense_weight_bytes
-        if not self._kept_share or self._kept_share[-1][1] != share:
-            self._kept_share.append((now_s, share))
-
-    def _renew_sets(self, step: _Step) -> None:
-        """Let every running request hold the KV of what still runs of what it held."""
-        used = np.zeros((len(self._sets), 2), dtype=np.int64)
-        kernel.sets_in_use(self._table, used)
-        key = (self._sets, used.tobytes(), step.prefill_mha, step.decode_mha)
-        if key not in self._narrowings:
-            self._narrowings[key] = self._narrowing(used, step)
-        narrowed, rows, self._sets = self._narrowings[key]
-        if len(rows) > len(self._state.sets):
-            room = 2 * len(rows)
-            self._replace(sets=_longer(self._state.sets, room), set_nll=_longer(self._state.set_nll, room))
-        kernel.change_sets(self._table, narrowed, rows)
-        # The first two are those of the plan itself; they are one where prefill runs no more than decode.
-        self._state.ints[kernel.PREFILL_SET] = 0
-        self._state.ints[kernel.DECODE_SET] = int(step.prefill_mha != step.decode_mha)
-
-    def _narrowing(self, used: Ints, step: _Step) -> tuple[Ints, Ints, tuple[frozenset[int], ...]]:
-        """Return the new set of each old one (by stage), the rows of the new sets for the kernel, and the new sets."""
-        numbers: dict[frozenset[int], int] = {}
-
-        def number(held: frozenset[int]) -> int:
-            return numbers.setdefault(held, len(numbers))
-
-        number(step.prefill_mha)
-        number(step.decode_mha)
-        narrowed = np.zeros_like(used)
-        for old, held in enumerate(self._sets):
-            if used[old, 0]:
-                narrowed[old, 0] = number(held & step.prefill_mha)
-                number(held & step.decode_mha)
-            if used[old, 1]:
-                narrowed[old, 1] = number(held & step.decode_mha)
-        columns = kernel.SET_COLUMNS
-        rows = np.zeros((len(numbers), columns + self._model.num_layers), dtype=np.int64)
-        for at, held in enumerate(numbers):
-            rows[at, kernel.LAYERS] = len(held)
-            rows[at, kernel.AFTER] = numbers[held & step.decode_mha]
-            rows[at, [columns + layer for layer in held]] = 1
-        return narrowed, rows, tuple(numbers)
-
-    def _price_sets(self, step: _Step) -> None:
-        """State what a token costs in parameters and in quality, by the KV that its request holds."""
-        prefill, decode, mha = step.params
-        for at, held in enumerate(self._sets):
-            self._state.sets[at, kernel.PREFILL_PARAMS] = prefill + len(held) * mha
-            self._state.sets[at, kernel.DECODE_PARAMS] = decode + len(held) * mha
-            if self._quality_nll is not None:
-                for decoding in (False, True):
-                    if (nll := step.nll.get((held, decoding))) is None:
-                        nll = self._quality_nll(plan_for_holder(step.plan, held, decoding=decoding))
-                        step.nll[held, decoding] = nll
-                    self._state.set_nll[at, int(decoding)] = nll
+    def _begin_new_book(self) -> None:
+        """Forget all plans but those that are under way: a policy may think of new ones for ever."""
+        n, old = self._state.ints, self._book
+        new = PlanBook(self._model, self._quality_nll)
+        self._described += self._describe(len(self._described))
+        decided = int(n[kernel.DECIDED])
+        ahead = slice(int(n[kernel.NEXT_DECISION]), int(n[kernel.N_DECISIONS]))
+        schedule = [new.target(old.target_plan(target)) for target in self._state.schedule[ahead].tolist()]
+        self._state.schedule[ahead] = schedule
+        if decided >= 0:
+            n[kernel.DECIDED] = new.target(old.target_plan(decided))
+        copy = int(n[kernel.COPY])
+        same = copy - int(old.steps[n[kernel.STEP], kernel.STEP_COPIES_AT])
+        n[kernel.STEP] = new.taken_from(old, int(n[kernel.STEP]))
+        n[kernel.TARGET] = new.steps[n[kernel.STEP], kernel.STEP_TARGET]
+        n[kernel.PLAN_KEEP] = new.steps[n[kernel.STEP], kernel.STEP_KEEP]
+        if copy >= 0:
+            n[kernel.COPY] = int(new.steps[n[kernel.STEP], kernel.STEP_COPIES_AT]) + same
+        self._checked.clear()
+        self._book, self._book_version = new, -1
 
     # -- memory --------------------------------------------------------------------------------------------------
-
-    def _incoming_bytes(self) -> int:
-        return self._copy.copied_bytes if self._copy is not None else 0
-
-    def _resize_pool(self) -> None:
-        """Give the KV pool what the budget leaves."""
-        n = self._state.ints
-        budget_bytes = self.budget.budget_bytes[self._budget_step]
-        left = budget_bytes - self._weight_bytes - self._incoming_bytes() - self._workspace_bytes
-        layer_blocks = max(0, left // self._block_bytes)
-        if layer_blocks != n[kernel.POOL]:
-            kernel.resize_pool(self._table, layer_blocks)
-        share = math.ceil(self.config.kv_watermark_share * layer_blocks)
-        n[kernel.WATERMARK] = self.config.limits.watermark_layer_blocks + share
 
     def _find_context_limit(self) -> int:
         """Return the longest context one request may reach, so that it fits the first pool alone, as vLLM demands."""
         n = self._state.ints
         limit = self.config.max_context_tokens or self._model.max_context_tokens
-        if self._prefill_mha:
-            blocks = int(n[kernel.POOL] - n[kernel.WATERMARK]) // len(self._prefill_mha)
+        layers = int(self._state.sets[0, kernel.LAYERS])  # those that prefill runs
+        if layers:
+            blocks = int(n[kernel.POOL] - n[kernel.WATERMARK]) // layers
             limit = min(limit, blocks * self.config.kv_block_tokens)
         budget_bytes = self.budget.budget_bytes[0]
-        if limit < 2 or self._weight_bytes + self._workspace_bytes > budget_bytes:
+        held_bytes, workspace_bytes = int(n[kernel.WEIGHT_BYTES]), int(n[kernel.WORKSPACE_BYTES])
+        if limit < 2 or held_bytes + workspace_bytes > budget_bytes:
             raise BudgetError(
-                f"weights {self._weight_bytes / GIB:.2f} GiB and workspace {self._workspace_bytes / GIB:.2f} GiB leave "
+                f"weights {held_bytes / GIB:.2f} GiB and workspace {workspace_bytes / GIB:.2f} GiB leave "
                 f"no room for the KV cache of one request in a budget of {budget_bytes / GIB:.2f} GiB; prune or "
                 "quantise more blocks, or raise the budget (budget=, gpu=)"
             )
         return limit
-
-    def _follow_budget(self, now_s: float) -> None:
-        """Bring the budget up to ``now_s`` and count the seconds in which more was held than it allowed."""
-        n, f = self._state.ints, self._state.floats
-        if not n[kernel.IN_ITERATION] and f[kernel.END] == now_s:
-            used = int(n[kernel.USED_BEFORE])  # what was held until this moment, at which an iteration ended
-        else:
-            used = int(n[kernel.POOL] - n[kernel.FREE])
-        held_bytes = self._weight_bytes + self._incoming_bytes() + self._workspace_bytes + used * self._block_bytes
-        change_s, budget_bytes = self.budget.change_s, self.budget.budget_bytes
-        while True:
-            more = self._budget_step + 1 < len(change_s) and change_s[self._budget_step + 1] <= now_s
-            until_s = change_s[self._budget_step + 1] if more else now_s
-            if held_bytes > budget_bytes[self._budget_step]:
-                self._violation_s += until_s - self._violation_since_s
-            self._violation_since_s = until_s
-            if not more:
-                return
-            self._budget_step += 1
-            self._budget_moved = True
 
     # -- what can be seen ----------------------------------------------------------------------------------------
 
@@ -959,7 +757,7 @@ class SimEngine:
         oldest_wait_s = 0.0
         if waiting:
             oldest_wait_s = now_s - float(self._state.request_f[kernel.head(self._table), kernel.ARRIVAL_S])
-        step, budget = self._budget_step, self.budget
+        step, budget = n[kernel.BUDGET_STEP], self.budget
         announced = step + 1 < len(budget.change_s) and budget.change_s[step + 1] - budget.notice_s <= now_s
         return EngineState(
             time_s=now_s,
@@ -971,7 +769,7 @@ class SimEngine:
             kv_layer_blocks=n[kernel.POOL],
             kv_used_layer_blocks=n[kernel.POOL] - n[kernel.FREE],
             budget_bytes=budget.budget_bytes[step],
-            weight_bytes=self._weight_bytes,
+            weight_bytes=n[kernel.WEIGHT_BYTES],
             arrived=n[kernel.NEXT_ARRIVAL],
             arrived_prompt_tokens=n[kernel.ARRIVED_PROMPT_TOKENS],
             first_tokens=n[kernel.FIRST_TOKENS],
@@ -984,16 +782,24 @@ class SimEngine:
             busy_s=f[kernel.BUSY],
             next_budget_bytes=budget.budget_bytes[step + 1] if announced else budget.budget_bytes[step],
             next_budget_s=budget.change_s[step + 1] if announced else math.inf,
-            budget_violation_s=self._violation_s,
-            incoming_bytes=self._incoming_bytes(),
-            plan=self._plan,
-            target=self._decided[1] if self._decided is not None else self._target,
+            budget_violation_s=f[kernel.VIOLATION],
+            incoming_bytes=n[kernel.INCOMING_BYTES],
+            plan=self._book.plan(n[kernel.STEP]),
+            target=self._book.target_plan(n[kernel.DECIDED] if n[kernel.DECIDED] >= 0 else n[kernel.TARGET]),
         )
 
 
-def _empty_state(model: ModelSpec, latency: LatencyModel, config: EngineConfig, keep_iterations: bool) -> kernel.State:
+def _empty_state(
+    model: ModelSpec,
+    latency: LatencyModel,
+    config: EngineConfig,
+    budget: Budget,
+    book: PlanBook,
+    keep_iterations: bool,
+) -> kernel.State:
     """Return the kernel's state of a replica without requests, plan or memory."""
     limits, layers, slots = config.limits, model.num_layers, config.limits.max_running
+    sets = 2 * slots + 4  # of the plan, and of each running request, now and after its prefill
     state = kernel.State(
         ints=np.zeros(kernel.N_INTS, dtype=np.int64),
         floats=np.zeros(kernel.N_FLOATS),
@@ -1004,14 +810,27 @@ def _empty_state(model: ModelSpec, latency: LatencyModel, config: EngineConfig, 
         cohort_s=np.zeros(slots + 2),
         phases=np.zeros(config.kv_block_tokens, dtype=np.int64),
         runs=np.zeros((2, 4 * slots + 16), dtype=np.int64),
-        sets=np.zeros((4, kernel.SET_COLUMNS + layers), dtype=np.int64),
-        set_nll=np.zeros((4, 2)),
+        sets=np.zeros((sets, kernel.SET_COLUMNS + book.words), dtype=np.int64),
+        set_nll=np.zeros((sets, 2)),
+        drafts=np.zeros((sets + 1, book.words), dtype=np.int64),
+        narrowed=np.zeros((sets + 1, 4), dtype=np.int64),
         log=np.zeros((1024, kernel.LOG_COLUMNS)),
         gaps=np.zeros((1024 + 4 * slots, 2)),
         block_counts=np.zeros((len(WEIGHT_BITS), 4), dtype=np.int64),
         layer_rows=np.zeros((layers, 3), dtype=np.int64),
         rows=np.zeros((layers, 7), dtype=np.int64),
-        keeps=np.zeros((1, layers), dtype=np.int64),
+        budget_s=np.array(budget.change_s),
+        budget_bytes=np.array(budget.budget_bytes, dtype=np.int64),
+        schedule_s=np.zeros(1),
+        schedule=np.zeros(1, dtype=np.int64),
+        changes=np.zeros((4, kernel.CHANGE_COLUMNS)),
+        shares=np.zeros((16, 2)),
+        steps=book.steps,
+        copies=book.copies,
+        decisions=book.decisions,
+        prices=book.prices,
+        price_nll=book.price_nll,
+        keeps=book.keeps,
         data=latency.tables.data,
         layout=latency.tables.layout,
     )
@@ -1020,23 +839,17 @@ def _empty_state(model: ModelSpec, latency: LatencyModel, config: EngineConfig, 
     n[kernel.MAX_BATCH_TOKENS], n[kernel.LONG_PREFILL_TOKENS] = limits.max_batch_tokens, limits.long_prefill_tokens
     n[kernel.RESERVE_FULL_PROMPT], n[kernel.BLOCK_TOKENS] = limits.reserve_full_prompt, config.kv_block_tokens
     n[kernel.REUSE], n[kernel.KEEP_LOG] = config.reuse_preempted_kv, keep_iterations
-    n[kernel.MAX_RUNNING], n[kernel.ADMIT], n[kernel.PLAN_KEEP] = slots, -1, -1
+    n[kernel.RECOMPUTE], n[kernel.RUNNING_LIMIT] = config.restore == "recompute", slots
+    n[kernel.WATERMARK_LIMIT], f[kernel.WATERMARK_SHARE] = limits.watermark_layer_blocks, config.kv_watermark_share
+    n[kernel.BLOCK_BYTES] = kv_block_layer_bytes(model, config.kv_block_tokens)
+    n[kernel.STEP] = n[kernel.DECIDED] = n[kernel.COPY] = n[kernel.OPEN_CHANGE] = -1
     n[kernel.NEXT_DUE], n[kernel.COHORTS] = kernel.NEVER, 1
-    f[kernel.NEXT_ARRIVAL_S], f[kernel.END], f[kernel.START] = math.inf, math.nan, math.nan
+    f[kernel.NEXT_ARRIVAL_S] = f[kernel.NEXT_DECISION_S] = f[kernel.COPY_END] = math.inf
+    f[kernel.END] = f[kernel.START] = math.nan
     state.slots[kernel.NEXT, slots] = state.slots[kernel.PREVIOUS, slots] = slots
     state.slots[kernel.FREE_SLOT, :slots] = np.arange(slots)
     state.slots[kernel.DUE] = kernel.NEVER
     return state
-
-
-_A = TypeVar("_A", bound=np.generic)
-
-
-def _longer(array: NDArray[_A], rows: int) -> NDArray[_A]:
-    """Return a copy with so many rows, zero in the new ones."""
-    longer = np.zeros((rows, *array.shape[1:]), dtype=array.dtype)
-    longer[: len(array)] = array
-    return longer
 
 
 def exact_delay(now_s: float, time_s: float) -> float:

@@ -21,17 +21,27 @@ State, for n requests, m running at most, KV blocks of b tokens, L layers:
                    way, ``COHORT`` with ``cohort_s`` how many decodes got their last token when
     phases         int64[b]: blocks of one layer that decodes take at the iterations of clock -i modulo b
     runs           int64[2, r]: free KV blocks as (owner, blocks), longest free first (the same as sim/kv_pool.py)
-    sets           int64[k, 6 + L]: sets of MHA blocks whose KV requests hold: fields named below, then a flag a layer
-    set_nll        float64[k, 2]: nats a token costs under the running plan, by its prefill and by its decode
+    sets           int64[2 m + 4, 6 + W]: sets of MHA blocks whose KV requests hold: fields named below, then the set
+    set_nll        float64[2 m + 4, 2]: nats a token costs under the running plan, by its prefill and by its decode
+    drafts         int64[2 m + 5, W], narrowed int64[2 m + 5, 4]: work space for new sets
     log, gaps      a row an iteration; a row a group of equal gaps between tokens
     block_counts   int64[3, 4], layer_rows int64[L, 3] (bits, prefill FFN, decode FFN), rows: int64[L, 7] of work space
-    keeps          int64[q, L]: tokens of each layer that stay after prefill
+    budget_s, budget_bytes   when each step of the budget begins, and what there is from then on
+    schedule_s, schedule     decisions known beforehand: when, and which plan
+    changes, shares          a row a plan change; a row (time, bytes) a change of the resident weights
+    steps, copies, decisions, prices, price_nll, keeps   what follows from plans, of sim/plan_book.py: a row a step, a
+                   copy that it needs, a decision met in it, a set of MHA blocks priced in it; which tokens stay
     data, layout   the latency tables
+
+A set of layers is W = ceil(L / 60) words of 60 bits.
+
+**Plans and memory** change between two iterations (`change_plan`), by the rules of sim/engine.py. A step that was never
+met before is worked out in Python: `NEEDED` says which, and nothing has changed until it is there.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numba import types
@@ -48,28 +58,37 @@ Ints = NDArray[np.int64]
 NEVER = 1 << 62
 WAITING, RUNNING, FINISHED, REJECTED = range(4)
 """The values of ``sim.records.Status``."""
-HORIZON, CHANGE, GROW, DONE = range(4)
+HORIZON, NEEDS, GROW, DONE = range(4)
 """Why `advance` returned."""
+DECISION, JOIN, PRICE = range(3)
+"""What the plan book has to work out: the values of ``NEEDED``."""
+LAYERS_A_WORD = 60
 
 # State.ints: settings, then what the plan sets, then what happens.
 (
     CHUNKED, MAX_BATCH_TOKENS, LONG_PREFILL_TOKENS, RESERVE_FULL_PROMPT, BLOCK_TOKENS, REUSE, KEEP_LOG,
-    MAX_RUNNING, WATERMARK, ADMIT, POOL, PREFILL_SET, DECODE_SET, N_SETS, PLAN_KEEP, COPYING,
+    RECOMPUTE, PRICED, RUNNING_LIMIT, WATERMARK_LIMIT, WORKSPACE_BYTES, BLOCK_BYTES,
+    MAX_RUNNING, WATERMARK, ADMIT, POOL, PREFILL_SET, DECODE_SET, N_SETS, PLAN_KEEP,
+    STEP, TARGET, DECIDED, COPY, INCOMING_BYTES, WEIGHT_BYTES, BUDGET_STEP, BUDGET_MOVED, NEXT_DECISION, N_DECISIONS,
+    OPEN_CHANGE, N_CHANGES, N_SHARES, NEEDED, NEEDED_STEP, NEEDED_AT,
     N_REQUESTS, NEXT_ARRIVAL, QUEUE_HEAD, QUEUE_TAIL, STACKED, N_RUNNING, DECODES, KEEPERS, CLOCK, NEXT_DUE, COHORTS,
     FREE, RUN_HEAD, RUN_TAIL, IN_ITERATION, EAGER, DECODING, N_BATCH, CHANGE_PREEMPTED, USED_BEFORE,
     WAITING_TOKENS, RUNNING_TOKENS, ARRIVED_PROMPT_TOKENS, FIRST_TOKENS, PRODUCED_TOKENS, N_FINISHED, N_REJECTED,
     PREEMPTIONS, N_ITERATIONS, N_LOG, N_GAPS, IT_PREFILL, IT_DECODES, IT_RUNNING, IT_WAITING, IT_PREEMPTED,
     IT_EXTRAPOLATED, N_INTS,
-) = range(54)  # fmt: skip
+) = range(75)  # fmt: skip
 # State.floats
-NOW, START, END, DURATION, TTFT_SUM, BUSY, NEXT_ARRIVAL_S, COPY_SLOWDOWN, MAX_USED_SHARE, N_FLOATS = range(10)
+(
+    NOW, START, END, DURATION, TTFT_SUM, BUSY, NEXT_ARRIVAL_S, COPY_SLOWDOWN, MAX_USED_SHARE,
+    COPY_BYTES_PER_S, COPY_END, DECIDED_S, NEXT_DECISION_S, VIOLATION, VIOLATION_SINCE, WATERMARK_SHARE, N_FLOATS,
+) = range(17)  # fmt: skip
 # Columns of State.request_i; KEPT_RUN is the run of free blocks that still holds its KV, or -1.
 PROMPT, LIMIT, COMPUTED, PRODUCED, PREFILL, PREEMPTED, STATUS, KEPT_RUN, KEPT_PARAMS, REQUEST_INTS = range(10)
 # Columns of State.request_f
 ARRIVAL_S, ADMITTED_S, FIRST_S, LAST_S, FINISH_S, NLL_SUM, REQUEST_FLOATS = range(7)
 # Rows of State.slots
 REQUEST, NEXT, PREVIOUS, SET, JOINED, DUE, KEEP, FREE_SLOT, STACK, BATCH, TOKENS, COHORT, SLOT_ROWS = range(13)
-# Columns of State.sets
+# Columns of State.sets, before the words of the set
 LAYERS, COUNT, CONTEXT, PREFILL_PARAMS, DECODE_PARAMS, AFTER, SET_COLUMNS = range(7)
 # Columns of State.log
 (
@@ -77,6 +96,20 @@ LAYERS, COUNT, CONTEXT, PREFILL_PARAMS, DECODE_PARAMS, AFTER, SET_COLUMNS = rang
     LOG_EXTRAPOLATED, LOG_COLUMNS,
 ) = range(10)  # fmt: skip
 OWNER, BLOCKS = range(2)
+# Columns of State.changes
+(
+    CHANGE_S, CHANGE_READY_S, CHANGE_FROM, CHANGE_TO, CHANGE_BYTES_IN, CHANGE_BYTES_FREED, CHANGE_VICTIMS,
+    CHANGE_RECOMPUTED, CHANGE_BLOCKS_BEFORE, CHANGE_BLOCKS_AFTER, CHANGE_COLUMNS,
+) = range(11)  # fmt: skip
+# Columns of State.steps, before the words of the MHA blocks of prefill and of decode, block_counts and layer_rows
+(
+    STEP_TARGET, STEP_WEIGHT_BYTES, STEP_KEEP, STEP_ADMIT, STEP_MAX_RUNNING, STEP_PREFILL_PARAMS, STEP_DECODE_PARAMS,
+    STEP_MHA_PARAMS, STEP_COPIES_AT, STEP_COPIES, STEP_DECISIONS, STEP_PRICES, STEP_COLUMNS,
+) = range(13)  # fmt: skip
+# Columns of State.copies; COPY_AFTER is the step that follows, or -1 where that was never met.
+COPY_LAYER, COPY_MHA, COPY_FFN, COPY_BYTES, COPY_NET, COPY_RESTORES, COPY_AFTER, COPY_COLUMNS = range(8)
+# Columns of State.decisions: lists, one a step; DECISION_NEXT is -1 at the end
+DECISION_TARGET, DECISION_STEP, DECISION_NEXT, DECISION_COLUMNS = range(4)
 
 
 class State(NamedTuple):
@@ -93,18 +126,31 @@ class State(NamedTuple):
     runs: Ints
     sets: Ints
     set_nll: Floats
+    drafts: Ints
+    narrowed: Ints
     log: Floats
     gaps: Floats
     block_counts: Ints
     layer_rows: Ints
     rows: Ints
+    budget_s: Floats
+    budget_bytes: Ints
+    schedule_s: Floats
+    schedule: Ints
+    changes: Floats
+    shares: Floats
+    steps: Ints
+    copies: Ints
+    decisions: Ints
+    prices: Ints
+    price_nll: Floats
     keeps: Ints
     data: Floats
     layout: Ints
 
 
 Table = NDArray[np.int64]
-"""int64[arrays of a State, 3]: address, rows and columns of each. One argument in the place of nineteen arrays, of nine
+"""int64[arrays of a State, 3]: address, rows and columns of each. One argument in the place of all arrays, of nine
 values each: compiled functions call each other in nanoseconds, and compile in a fraction of the time."""
 
 
@@ -120,8 +166,14 @@ def table_of(state: State) -> Table:
     return np.array(rows, dtype=np.int64)
 
 
-_FLOATS = ("floats", "request_f", "cohort_s", "set_nll", "log", "gaps", "data")
-_FLAT = ("ints", "floats", "queue", "cohort_s", "phases", "data", "layout")
+_FLOATS = (
+    "floats", "request_f", "cohort_s", "set_nll", "log", "gaps", "budget_s", "schedule_s", "changes", "shares",
+    "price_nll", "data",
+)  # fmt: skip
+_FLAT = (
+    "ints", "floats", "queue", "cohort_s", "phases", "budget_s", "budget_bytes", "schedule_s", "schedule", "data",
+    "layout",
+)  # fmt: skip
 
 
 _numba: Any = arrayobj  # untyped
@@ -167,11 +219,24 @@ phases_of = _array("phases")
 runs_of = _array("runs")
 sets_of = _array("sets")
 set_nll_of = _array("set_nll")
+drafts_of = _array("drafts")
+narrowed_of = _array("narrowed")
 log_of = _array("log")
 gaps_of = _array("gaps")
 block_counts_of = _array("block_counts")
 layer_rows_of = _array("layer_rows")
 rows_of = _array("rows")
+budget_s_of = _array("budget_s")
+budget_bytes_of = _array("budget_bytes")
+schedule_s_of = _array("schedule_s")
+schedule_of = _array("schedule")
+changes_of = _array("changes")
+shares_of = _array("shares")
+steps_of = _array("steps")
+copies_of = _array("copies")
+decisions_of = _array("decisions")
+prices_of = _array("prices")
+price_nll_of = _array("price_nll")
 keeps_of = _array("keeps")
 data_of = _array("data")
 layout_of = _array("layout")
@@ -187,6 +252,12 @@ def _waiting(n: Ints) -> int:
     return int(n[STACKED] + n[QUEUE_TAIL] - n[QUEUE_HEAD])
 
 
+@compiled(inline=True)
+def _has(words: Ints, layer: int) -> bool:
+    """Return whether a layer is in a set of layers."""
+    return bool((words[layer // LAYERS_A_WORD] >> (layer % LAYERS_A_WORD)) & 1)
+
+
 @compiled()
 def blocks_of(s: Table, i: int, tokens: int) -> int:
     """Return the KV blocks that a slot's request needs for so many tokens."""
@@ -196,7 +267,7 @@ def blocks_of(s: Table, i: int, tokens: int) -> int:
         return int(sets[held_set, LAYERS] * _blocks(tokens, block_tokens))
     total = 0
     for layer in range(keeps.shape[1]):
-        if sets[held_set, SET_COLUMNS + layer]:
+        if _has(sets[held_set, SET_COLUMNS:], layer):
             total += _blocks(min(tokens, keeps[keep, layer]), block_tokens)
     return total
 
@@ -459,75 +530,6 @@ def _preempt(s: Table, i: int) -> int:
     return int(computed)
 
 
-# -- plan changes ----------------------------------------------------------------------------------------------------
-
-
-@compiled()
-def preempt_to_fit(s: Table) -> tuple[int, int]:
-    """Preempt the newest until what is held fits the pool; return how many, and the tokens they had computed."""
-    n, slots = ints_of(s), slots_of(s)
-    count, tokens = 0, 0
-    while n[FREE] < 0 and n[N_RUNNING] > 0:
-        tokens += _preempt(s, slots[PREVIOUS, slots.shape[1] - 1])
-        count += 1
-    return count, tokens
-
-
-@compiled()
-def preempt_lacking(s: Table, layer: int, prefill_too: bool, decode_too: bool) -> tuple[int, int]:
-    """Preempt, newest first, those that lack an MHA block that runs at their stage; return as `preempt_to_fit`."""
-    slots, sets = slots_of(s), sets_of(s)
-    count, tokens, end = 0, 0, slots.shape[1] - 1
-    i = slots[PREVIOUS, end]
-    while i != end:
-        before = slots[PREVIOUS, i]
-        runs = decode_too if slots[DUE, i] != NEVER else prefill_too
-        if runs and not sets[slots[SET, i], SET_COLUMNS + layer]:
-            tokens += _preempt(s, i)
-            count += 1
-        i = before
-    return count, tokens
-
-
-@compiled()
-def sets_in_use(s: Table, used: Ints) -> None:
-    """Set ``used[set, stage]`` where a request in prefill (0) or decode (1) holds the KV of a set."""
-    slots = slots_of(s)
-    used[:] = 0
-    i = slots[NEXT, slots.shape[1] - 1]
-    while i != slots.shape[1] - 1:
-        used[slots[SET, i], 1 if slots[DUE, i] != NEVER else 0] = 1
-        i = slots[NEXT, i]
-
-
-@compiled()
-def change_sets(s: Table, narrowed: Ints, new_sets: Ints) -> None:
-    """Let requests hold the KV of smaller sets.
-
-    Args:
-        s: its rows are up to date (`settle`).
-        narrowed: int64[old sets, 2], the new set of those in prefill and those in decode, by their old one.
-        new_sets: int64[new sets, SET_COLUMNS + L], the new sets; room for them is there.
-    """
-    n, request_i, slots, sets = ints_of(s), request_i_of(s), slots_of(s), sets_of(s)
-    end, freed = slots.shape[1] - 1, 0
-    i = slots[NEXT, end]
-    while i != end:
-        freed += blocks_of(s, i, request_i[slots[REQUEST, i], COMPUTED])
-        slots[SET, i] = narrowed[slots[SET, i], 1 if slots[DUE, i] != NEVER else 0]
-        i = slots[NEXT, i]
-    for k in range(new_sets.shape[0]):
-        for column in range(new_sets.shape[1]):
-            sets[k, column] = new_sets[k, column]
-    n[N_SETS] = new_sets.shape[0]
-    i = slots[NEXT, end]
-    while i != end:
-        freed -= blocks_of(s, i, request_i[slots[REQUEST, i], COMPUTED])
-        i = slots[NEXT, i]
-    _release(s, freed, -1)
-    _count_decodes(s)
-
-
 # -- arrivals and admission ------------------------------------------------------------------------------------------
 
 
@@ -642,6 +644,404 @@ def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int) -> int
         if not chunked and budget <= 0:
             break
     return admitted
+
+
+# -- plans and memory ------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def follow_budget(s: Table, now_s: float) -> None:
+    """Bring the budget up to ``now_s`` and count the seconds in which more was held than it allowed."""
+    n, f, budget_s, budget_bytes = ints_of(s), floats_of(s), budget_s_of(s), budget_bytes_of(s)
+    used = n[POOL] - n[FREE]
+    if not n[IN_ITERATION] and f[END] == now_s:
+        used = n[USED_BEFORE]  # what was held until this moment, at which an iteration ended
+    held_bytes = n[WEIGHT_BYTES] + n[INCOMING_BYTES] + n[WORKSPACE_BYTES] + used * n[BLOCK_BYTES]
+    while True:
+        step = n[BUDGET_STEP]
+        more = step + 1 < len(budget_s) and budget_s[step + 1] <= now_s
+        until_s = budget_s[step + 1] if more else now_s
+        if held_bytes > budget_bytes[step]:
+            f[VIOLATION] += until_s - f[VIOLATION_SINCE]
+        f[VIOLATION_SINCE] = until_s
+        if not more:
+            return
+        n[BUDGET_STEP] = step + 1
+        n[BUDGET_MOVED] = 1
+
+
+@compiled()
+def take_decisions(s: Table, now_s: float) -> bool:
+    """Want the plan that the schedule has for this moment; return whether that is another one than before."""
+    n, f, schedule_s, schedule = ints_of(s), floats_of(s), schedule_s_of(s), schedule_of(s)
+    another = False
+    while f[NEXT_DECISION_S] <= now_s:
+        at = n[NEXT_DECISION]
+        wanted = n[DECIDED] if n[DECIDED] >= 0 else n[TARGET]
+        if schedule[at] != wanted:
+            n[DECIDED], f[DECIDED_S] = schedule[at], schedule_s[at]
+            another = True
+        n[NEXT_DECISION] = at + 1
+        f[NEXT_DECISION_S] = schedule_s[at + 1] if at + 1 < n[N_DECISIONS] else np.inf
+    return another
+
+
+@compiled()
+def resize_to_budget(s: Table) -> None:
+    """Give the KV pool what the budget leaves."""
+    n, f, budget_bytes = ints_of(s), floats_of(s), budget_bytes_of(s)
+    left = budget_bytes[n[BUDGET_STEP]] - n[WEIGHT_BYTES] - n[INCOMING_BYTES] - n[WORKSPACE_BYTES]
+    layer_blocks = max(0, left // n[BLOCK_BYTES])
+    if layer_blocks != n[POOL]:
+        resize_pool(s, layer_blocks)
+    n[WATERMARK] = n[WATERMARK_LIMIT] + int(np.ceil(f[WATERMARK_SHARE] * layer_blocks))
+
+
+@compiled()
+def _charge(s: Table, victims: int, tokens: int) -> None:
+    """Charge the plan change under way with requests that lost their KV, and the tokens they had computed."""
+    n, changes = ints_of(s), changes_of(s)
+    if n[OPEN_CHANGE] >= 0:
+        changes[n[OPEN_CHANGE], CHANGE_VICTIMS] += victims
+        changes[n[OPEN_CHANGE], CHANGE_RECOMPUTED] += tokens
+
+
+@compiled()
+def _preempt_to_fit(s: Table) -> None:
+    """Preempt the newest until what is held fits the pool."""
+    n, slots = ints_of(s), slots_of(s)
+    while n[FREE] < 0 and n[N_RUNNING] > 0:
+        _charge(s, 1, _preempt(s, slots[PREVIOUS, slots.shape[1] - 1]))
+
+
+@compiled()
+def _preempt_lacking(s: Table, layer: int) -> None:
+    """Preempt, newest first, those that lack an MHA block that runs at their stage."""
+    n, slots, sets = ints_of(s), slots_of(s), sets_of(s)
+    words = sets.shape[1] - SET_COLUMNS
+    of_plan = steps_of(s)[n[STEP], STEP_COLUMNS:]
+    prefill_too, decode_too = _has(of_plan, layer), _has(of_plan[words:], layer)
+    end = slots.shape[1] - 1
+    i = slots[PREVIOUS, end]
+    while prefill_too and i != end:
+        before = slots[PREVIOUS, i]
+        if (decode_too or slots[DUE, i] == NEVER) and not _has(sets[slots[SET, i], SET_COLUMNS:], layer):
+            _charge(s, 1, _preempt(s, i))
+        i = before
+
+
+@compiled()
+def _draft(s: Table, count: int, held: Ints, mask: Ints) -> int:
+    """Return the place among the first ``count`` drafts of what two sets share; ``count`` itself where it is new."""
+    drafts = drafts_of(s)
+    for w in range(drafts.shape[1]):
+        drafts[count, w] = held[w] & mask[w]
+    for k in range(count):
+        same = True
+        for w in range(drafts.shape[1]):
+            same = same and drafts[k, w] == drafts[count, w]
+        if same:
+            return k
+    return count
+
+
+@compiled()
+def _draft_sets(s: Table, step: int) -> int:
+    """Draft the sets that requests will hold in a step: of each, what still runs of what it held.
+
+    The first two are those of the plan itself; they are one where prefill runs no more than decode. Columns 0 and 1 of
+    ``narrowed`` get the new set of those in prefill and those in decode, by their old one.
+
+    Returns:
+        How many there are.
+    """
+    n, slots, sets, drafts, narrowed = ints_of(s), slots_of(s), sets_of(s), drafts_of(s), narrowed_of(s)
+    words, end = drafts.shape[1], slots.shape[1] - 1
+    prefill = steps_of(s)[step, STEP_COLUMNS:]
+    decode = prefill[words:]
+    for k in range(n[N_SETS]):
+        narrowed[k, 0] = narrowed[k, 1] = -1
+    i = slots[NEXT, end]
+    while i != end:
+        narrowed[slots[SET, i], 1 if slots[DUE, i] != NEVER else 0] = 0
+        i = slots[NEXT, i]
+    count = 1 + _draft(s, 0, prefill, prefill)
+    count = max(count, 1 + _draft(s, count, decode, decode))
+    for k in range(n[N_SETS]):
+        held = sets[k, SET_COLUMNS:]
+        if narrowed[k, 0] == 0:
+            narrowed[k, 0] = _draft(s, count, held, prefill)
+            count = max(count, 1 + narrowed[k, 0])
+            count = max(count, 1 + _draft(s, count, held, decode))
+        if narrowed[k, 1] == 0:
+            narrowed[k, 1] = _draft(s, count, held, decode)
+            count = max(count, 1 + narrowed[k, 1])
+    return count
+
+
+@compiled()
+def _change_sets(s: Table, count: int, decode: Ints) -> None:
+    """Let requests hold the KV of the drafted sets; their rows are up to date (`settle`)."""
+    n, request_i, slots, phases, sets, drafts, narrowed = (
+        ints_of(s),
+        request_i_of(s),
+        slots_of(s),
+        phases_of(s),
+        sets_of(s),
+        drafts_of(s),
+        narrowed_of(s),
+    )
+    end, keepers, clock, block_tokens = slots.shape[1] - 1, n[KEEPERS] > 0, n[CLOCK], n[BLOCK_TOKENS]
+    freed = 0
+    i = slots[NEXT, end]
+    while keepers and i != end:
+        freed += blocks_of(s, i, request_i[slots[REQUEST, i], COMPUTED])
+        i = slots[NEXT, i]
+    for k in range(n[N_SETS]):
+        narrowed[k, 2] = sets[k, LAYERS]
+    for k in range(count):
+        layers = 0
+        for w in range(drafts.shape[1]):
+            bits = drafts[k, w]
+            sets[k, SET_COLUMNS + w] = bits
+            while bits:
+                layers += 1
+                bits &= bits - 1
+        sets[k, LAYERS], sets[k, COUNT], sets[k, CONTEXT] = layers, 0, 0
+        sets[k, AFTER] = _draft(s, count, drafts[k], decode)
+    n[N_SETS] = count
+    phases[:] = 0
+    i = slots[NEXT, end]
+    while i != end:
+        before, tokens = slots[SET, i], request_i[slots[REQUEST, i], COMPUTED]
+        decodes = slots[DUE, i] != NEVER
+        after = narrowed[before, 1 if decodes else 0]
+        slots[SET, i] = after
+        if decodes:
+            since = tokens - clock
+            phases[since % block_tokens] += sets[after, LAYERS]
+            sets[after, COUNT] += 1
+            sets[after, CONTEXT] += since
+        if keepers:
+            freed -= blocks_of(s, i, tokens)
+        elif sets[after, LAYERS] != narrowed[before, 2]:
+            freed += (narrowed[before, 2] - sets[after, LAYERS]) * _blocks(tokens, block_tokens)
+        i = slots[NEXT, i]
+    _release(s, freed, -1)
+
+
+@compiled()
+def _find_prices(s: Table, step: int, count: int, drafted: bool) -> bool:
+    """Find what tokens cost in a step by the set that their request holds: column 3 of ``narrowed``.
+
+    Returns:
+        Whether all are known; if not, what is needed is said, and the last draft is the set.
+    """
+    n, sets, drafts, narrowed, prices = ints_of(s), sets_of(s), drafts_of(s), narrowed_of(s), prices_of(s)
+    words = drafts.shape[1]
+    for k in range(count):
+        held = drafts[k] if drafted else sets[k, SET_COLUMNS:]
+        at = steps_of(s)[step, STEP_PRICES]
+        while at >= 0:
+            same = True
+            for w in range(words):
+                same = same and prices[at, 1 + w] == held[w]
+            if same:
+                break
+            at = prices[at, 0]
+        if at < 0:
+            n[NEEDED], n[NEEDED_STEP], n[NEEDED_AT] = PRICE, step, drafts.shape[0] - 1
+            for w in range(words):
+                drafts[drafts.shape[0] - 1, w] = held[w]
+            return False
+        narrowed[k, 3] = at
+    return True
+
+
+@compiled()
+def run_step(s: Table, step: int, now_s: float) -> bool:
+    """Run what a step says; return whether all that this takes is known, else nothing has changed."""
+    n, sets, set_nll, narrowed, price_nll, shares, block_counts, layer_rows = (
+        ints_of(s),
+        sets_of(s),
+        set_nll_of(s),
+        narrowed_of(s),
+        price_nll_of(s),
+        shares_of(s),
+        block_counts_of(s),
+        layer_rows_of(s),
+    )
+    row, words = steps_of(s)[step], sets.shape[1] - SET_COLUMNS
+    other_prefill = other_decode = n[STEP] < 0
+    if n[STEP] >= 0:
+        before = steps_of(s)[n[STEP]]
+        for w in range(words):
+            other_prefill = other_prefill or row[STEP_COLUMNS + w] != before[STEP_COLUMNS + w]
+            other_decode = other_decode or row[STEP_COLUMNS + words + w] != before[STEP_COLUMNS + words + w]
+    new_sets = other_prefill or other_decode
+    count = _draft_sets(s, step) if new_sets else n[N_SETS]
+    if n[PRICED] and not _find_prices(s, step, count, new_sets):
+        return False
+    settle(s)
+    if other_prefill:
+        forget_kept_kv(s)  # it lacks a layer, or has one too many
+    n[STEP], n[TARGET], n[WEIGHT_BYTES] = step, row[STEP_TARGET], row[STEP_WEIGHT_BYTES]
+    n[PLAN_KEEP], n[ADMIT] = row[STEP_KEEP], row[STEP_ADMIT]
+    n[MAX_RUNNING] = n[RUNNING_LIMIT]
+    if row[STEP_MAX_RUNNING] >= 0:
+        n[MAX_RUNNING] = min(n[RUNNING_LIMIT], row[STEP_MAX_RUNNING])
+    at = STEP_COLUMNS + 2 * words
+    for i in range(block_counts.shape[0]):
+        for j in range(block_counts.shape[1]):
+            block_counts[i, j] = row[at]
+            at += 1
+    for i in range(layer_rows.shape[0]):
+        for j in range(layer_rows.shape[1]):
+            layer_rows[i, j] = row[at]
+            at += 1
+    if new_sets:
+        _change_sets(s, count, row[STEP_COLUMNS + words :])
+        n[PREFILL_SET], n[DECODE_SET] = 0, 0
+        for w in range(words):
+            if row[STEP_COLUMNS + w] != row[STEP_COLUMNS + words + w]:
+                n[DECODE_SET] = 1
+    for k in range(count):
+        sets[k, PREFILL_PARAMS] = row[STEP_PREFILL_PARAMS] + sets[k, LAYERS] * row[STEP_MHA_PARAMS]
+        sets[k, DECODE_PARAMS] = row[STEP_DECODE_PARAMS] + sets[k, LAYERS] * row[STEP_MHA_PARAMS]
+        if n[PRICED]:
+            set_nll[k, 0], set_nll[k, 1] = price_nll[narrowed[k, 3], 0], price_nll[narrowed[k, 3], 1]
+    at = n[N_SHARES]
+    if at == 0 or shares[at - 1, 1] != n[WEIGHT_BYTES]:
+        shares[at, 0], shares[at, 1] = now_s, n[WEIGHT_BYTES]
+        n[N_SHARES] = at + 1
+    return True
+
+
+@compiled()
+def _join(s: Table, now_s: float) -> bool:
+    """Let the layer whose copy is whole run from now on, in the place of what it replaces."""
+    n, f, changes = ints_of(s), floats_of(s), changes_of(s)
+    copy = copies_of(s)[n[COPY]]
+    if copy[COPY_AFTER] < 0:
+        n[NEEDED], n[NEEDED_STEP], n[NEEDED_AT] = JOIN, n[STEP], n[COPY]
+        return False
+    before_bytes = n[WEIGHT_BYTES]
+    if not run_step(s, copy[COPY_AFTER], now_s):
+        return False
+    if n[OPEN_CHANGE] >= 0:
+        changes[n[OPEN_CHANGE], CHANGE_BYTES_IN] += copy[COPY_BYTES]
+        changes[n[OPEN_CHANGE], CHANGE_BYTES_FREED] += before_bytes + copy[COPY_BYTES] - n[WEIGHT_BYTES]
+    n[COPY], n[INCOMING_BYTES], f[COPY_END] = -1, 0, np.inf
+    if n[RECOMPUTE] and copy[COPY_RESTORES]:
+        _preempt_lacking(s, copy[COPY_LAYER])
+    return True
+
+
+@compiled()
+def _begin_change(s: Table, now_s: float) -> bool:
+    """Drop what the plan decided on does not run, and go on with the copy under way if it still wants it."""
+    n, f, steps, copies, decisions, changes = (
+        ints_of(s),
+        floats_of(s),
+        steps_of(s),
+        copies_of(s),
+        decisions_of(s),
+        changes_of(s),
+    )
+    target, before, before_bytes = n[DECIDED], n[STEP], n[WEIGHT_BYTES]
+    at = steps[before, STEP_DECISIONS]
+    while at >= 0 and decisions[at, DECISION_TARGET] != target:
+        at = decisions[at, DECISION_NEXT]
+    if at < 0:
+        n[NEEDED], n[NEEDED_STEP], n[NEEDED_AT] = DECISION, before, target
+        return False
+    if not run_step(s, decisions[at, DECISION_STEP], now_s):
+        return False
+    row = changes[n[N_CHANGES]]
+    row[:] = 0.0
+    row[CHANGE_S], row[CHANGE_READY_S] = f[DECIDED_S], np.nan
+    row[CHANGE_FROM], row[CHANGE_TO], row[CHANGE_BLOCKS_BEFORE] = before, target, n[POOL]
+    row[CHANGE_BYTES_FREED] = before_bytes - n[WEIGHT_BYTES]
+    n[OPEN_CHANGE] = n[N_CHANGES]
+    n[N_CHANGES] += 1
+    n[DECIDED] = -1
+    if n[COPY] >= 0:
+        under_way, first = copies[n[COPY]], steps[n[STEP], STEP_COPIES_AT]
+        n[COPY] = -1
+        for other in range(first, first + steps[n[STEP], STEP_COPIES]):
+            same = True
+            for column in range(COPY_RESTORES):
+                same = same and copies[other, column] == under_way[column]
+            if same:
+                n[COPY] = other
+        if n[COPY] < 0:
+            n[INCOMING_BYTES], f[COPY_END] = 0, np.inf
+    return True
+
+
+@compiled()
+def _carry_out(s: Table, now_s: float) -> bool:
+    n, f, steps, changes = ints_of(s), floats_of(s), steps_of(s), changes_of(s)
+    if n[COPY] >= 0 and f[COPY_END] <= now_s and not _join(s, now_s):
+        return False
+    take_decisions(s, now_s)
+    if n[DECIDED] >= 0 and not _begin_change(s, now_s):
+        return False
+    n[BUDGET_MOVED] = 0
+    if n[COPY] < 0 and steps[n[STEP], STEP_COPIES] > 0:
+        n[COPY] = steps[n[STEP], STEP_COPIES_AT]
+        n[INCOMING_BYTES] = copies_of(s)[n[COPY], COPY_BYTES]
+        f[COPY_END] = now_s + n[INCOMING_BYTES] / f[COPY_BYTES_PER_S]
+    if n[OPEN_CHANGE] >= 0 and n[COPY] < 0:
+        changes[n[OPEN_CHANGE], CHANGE_READY_S] = now_s
+    resize_to_budget(s)
+    _preempt_to_fit(s)
+    if n[OPEN_CHANGE] >= 0:
+        changes[n[OPEN_CHANGE], CHANGE_BLOCKS_AFTER] = n[POOL]
+        if n[COPY] < 0:
+            n[OPEN_CHANGE] = -1
+    return True
+
+
+@compiled()
+def change_plan(s: Table, now_s: float) -> bool:
+    """Do what is due of plan and memory changes, between two iterations.
+
+    Returns:
+        Whether all of it is done. If not, ``NEEDED`` says what the plan book has to work out first: then call again.
+    """
+    n = ints_of(s)
+    follow_budget(s, now_s)
+    before = n[PREEMPTIONS]
+    done = _carry_out(s, now_s)
+    n[CHANGE_PREEMPTED] += n[PREEMPTIONS] - before
+    return done
+
+
+@compiled()
+def change_due_s(s: Table) -> float:
+    """Return from when on memory or the plan have to change before the next iteration."""
+    n, f, budget_s = ints_of(s), floats_of(s), budget_s_of(s)
+    if n[DECIDED] >= 0 or n[BUDGET_MOVED]:
+        return -np.inf
+    due_s = min(f[COPY_END], f[NEXT_DECISION_S])
+    if n[BUDGET_STEP] + 1 < len(budget_s):
+        due_s = min(due_s, budget_s[n[BUDGET_STEP] + 1])
+    return float(due_s)
+
+
+@compiled()
+def _change_if_due(s: Table, now_s: float) -> int:
+    """Change plan and memory if it is time; return ``DONE``, or why that is not done yet: ``GROW``, ``NEEDS``."""
+    n, f, changes, shares = ints_of(s), floats_of(s), changes_of(s), shares_of(s)
+    while now_s >= change_due_s(s):
+        if n[N_CHANGES] == len(changes) or n[N_SHARES] + 2 > len(shares):
+            return GROW
+        if f[NEXT_ARRIVAL_S] <= now_s:
+            take_arrivals(s, now_s)
+        if not change_plan(s, now_s):
+            return NEEDS
+    return DONE
 
 
 # -- the batch of one iteration ------------------------------------------------------------------------------------
@@ -773,7 +1173,7 @@ def _layer_rows(s: Table) -> int:
         tokens, contexts, batch, context = 0, 0, 0, 0
         for j in range(n[N_BATCH]):
             i, chunk = slots[BATCH, j], slots[TOKENS, j]
-            if not sets[slots[SET, i], SET_COLUMNS + layer]:
+            if not _has(sets[slots[SET, i], SET_COLUMNS:], layer):
                 continue
             r = slots[REQUEST, i]
             computed = request_i[r, COMPUTED]
@@ -785,7 +1185,7 @@ def _layer_rows(s: Table) -> int:
                 context += min(computed, keeps[slots[KEEP, i], layer]) if slots[KEEP, i] >= 0 else computed
         if n[DECODING]:
             for k in range(n[N_SETS]):
-                if sets[k, SET_COLUMNS + layer]:
+                if _has(sets[k, SET_COLUMNS:], layer):
                     batch += sets[k, COUNT]
                     context += sets[k, CONTEXT] + sets[k, COUNT] * n[CLOCK]
         bits = layer_rows[layer, 0]
@@ -852,7 +1252,7 @@ def _start(s: Table, now_s: float) -> None:
         duration_s = iteration_seconds(tables, block_counts, prefill, prefill_contexts, decodes, contexts, sequences)
     else:
         duration_s = layered_iteration_seconds(tables, rows[: _layer_rows(s)], prefill + decodes, sequences)
-    if n[COPYING]:
+    if n[COPY] >= 0:
         duration_s *= 1.0 + f[COPY_SLOWDOWN]
     inside = iteration_in_range(tables, prefill, prefill_contexts, decodes, contexts, sequences)
     n[IT_EXTRAPOLATED] = 0 if inside else 1
@@ -997,20 +1397,22 @@ def _needs_eager(s: Table) -> bool:
 
 
 @compiled()
-def advance(s: Table, horizon_s: float, change_s: float) -> int:
-    """Serve on, whole iterations at a time; ``NOW`` says how far it came.
+def advance(s: Table, horizon_s: float) -> int:
+    """Serve on, whole iterations at a time; ``NOW`` says how far it came. What is due at ``NOW`` is done first.
 
     Args:
         s: the replica, changed in place.
         horizon_s: serve up to this moment, and start no iteration then.
-        change_s: start no iteration from this moment on: memory or the plan changes between two.
     Returns:
-        ``HORIZON``: it came so far, perhaps into the middle of an iteration. ``CHANGE``: it is between two iterations,
-        at ``change_s`` or the first end of one after it. ``GROW``: the logs have to grow first. ``DONE``: nothing will
-        happen by itself.
+        ``HORIZON``: it came so far, perhaps into the middle of an iteration. ``NEEDS``: the plan book has to work out
+        first what ``NEEDED`` says. ``GROW``: the logs have to grow first. ``DONE``: nothing will happen by itself.
     """
     n, f, slots, log, gaps = ints_of(s), floats_of(s), slots_of(s), log_of(s), gaps_of(s)
     room = 2 * slots.shape[1] + 2
+    if not n[IN_ITERATION]:
+        why = _change_if_due(s, f[NOW])
+        if why != DONE:
+            return why
     while True:
         if n[IN_ITERATION]:
             if f[END] > horizon_s:
@@ -1022,8 +1424,12 @@ def advance(s: Table, horizon_s: float, change_s: float) -> int:
             take_arrivals(s, now_s)
         if now_s >= horizon_s:
             return HORIZON
+        change_s = change_due_s(s)
         if now_s >= change_s:
-            return CHANGE
+            why = _change_if_due(s, now_s)
+            if why != DONE:
+                return why
+            change_s = change_due_s(s)
         if n[N_GAPS] + room > len(gaps) or n[N_LOG] == len(log):
             return GROW
         if _needs_eager(s):
@@ -1044,3 +1450,13 @@ def advance(s: Table, horizon_s: float, change_s: float) -> int:
         if f[NEXT_ARRIVAL_S] == np.inf and (change_s == np.inf or n[N_RUNNING] + _waiting(n) == 0):
             return DONE
         f[NOW] = min(f[NEXT_ARRIVAL_S], horizon_s, change_s)
+
+
+_A = TypeVar("_A", bound=np.generic)
+
+
+def longer(array: NDArray[_A], rows: int) -> NDArray[_A]:
+    """Return a copy with so many rows, zero in the new ones."""
+    made = np.zeros((rows, *array.shape[1:]), dtype=array.dtype)
+    made[: len(array)] = array
+    return made

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from sim.engine import Engine, Request, SimEngine
 from sim.errors import ConfigError
 from sim.policies.base import Policy
+from sim.policies.schedule import Schedule
 from sim.trace import Trace
 
 PROGRESS_STEPS = 200
@@ -51,12 +53,30 @@ def replay(
         moments_s = _decisions(max(trace.duration_s / PROGRESS_STEPS, 1e-3), ())
     else:
         moments_s = iter(lambda: math.inf, None)
+    if tick_s is not None and isinstance(engine, SimEngine) and isinstance(policy, Schedule):
+        at_s = _known_decisions(policy, _decisions(tick_s, also_at_s))
+        engine.apply_at(at_s, [policy.plan_at(time_s) for time_s in at_s])
+        if on_progress is None:
+            moments_s = iter(lambda: math.inf, None)
+        tick_s = None
     while not engine.drained:
         state = engine.run_until(next(moments_s))
         if on_progress is not None:
             on_progress(state.time_s, state.finished + state.rejected)
         if tick_s is not None and not engine.drained:
             engine.apply(policy(state))
+
+
+def _known_decisions(policy: Schedule, moments_s: Iterator[float]) -> list[float]:
+    """Return, of the moments of decision, those at which the schedule has another plan than at the one before."""
+    found, left = [], deque(policy.at_s[1:])
+    while left:
+        moment_s = next(moments_s)
+        if left[0] <= moment_s:
+            found.append(moment_s)
+            while left and left[0] <= moment_s:
+                left.popleft()
+    return found
 
 
 def _decisions(period_s: float, also_at_s: Sequence[float]) -> Iterator[float]:

@@ -29,7 +29,11 @@ class Schedule:
 
     def __call__(self, state: EngineState) -> Plan:
         """Return the latest plan whose time has come."""
-        return self.plans[bisect_right(self.at_s, state.time_s) - 1]
+        return self.plan_at(state.time_s)
+
+    def plan_at(self, time_s: float) -> Plan:
+        """Return the latest plan whose time has come at ``time_s``."""
+        return self.plans[bisect_right(self.at_s, time_s) - 1]
 
 
 def schedule(served: Served, *, steps: Sequence[Mapping[str, Any]]) -> Schedule:

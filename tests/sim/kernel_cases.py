@@ -27,10 +27,11 @@ DENSE = dense_plan(TINY)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One replay: requests, a schedule of plans, a budget, and how the engine serves."""
+    """One replay: requests, decisions as they are made and those known beforehand, a budget, and how it serves."""
 
     requests: tuple[tuple[float, int, int], ...]
     plans: tuple[tuple[float, Plan], ...]
+    scheduled: tuple[tuple[float, Plan], ...]
     ticks_s: tuple[float, ...]
     first_plan: Plan
     kv_blocks: int
@@ -154,9 +155,12 @@ def random_case(seed: int) -> Case:
             steps.append((time_s, float(rng.choice([-1.5, -0.7, -0.2, 0.0, 0.5]))))
     scheduler: SchedulerName = "chunked" if rng.random() < 0.65 else "prefill_first"
     restore: Restore = "new_requests" if rng.random() < 0.6 else "recompute"
+    beforehand = plans and rng.random() < 0.4
+    at = int(rng.integers(0, len(plans) + 1)) if beforehand else 0
     return Case(
         requests=tuple((float(a), int(p), int(o)) for a, p, o in zip(arrivals, prompts, outputs, strict=True)),
-        plans=tuple(plans),
+        plans=tuple(plans[at:]),
+        scheduled=tuple(plans[:at] if rng.random() < 0.5 else plans[::2][:at]),
         ticks_s=tuple(ticks),
         first_plan=DENSE if rng.random() < 0.6 else random_plan(rng),
         kv_blocks=int(rng.choice([12, 30, 60, 400])),
@@ -199,6 +203,7 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
             for i, (arrival_s, prompt, output) in enumerate(case.requests)
         ]
     )
+    engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])
     states = []
     changes = dict(case.plans)
     for time_s in sorted({*changes, *case.ticks_s}):
@@ -275,7 +280,7 @@ def shrunk(case: Case) -> Case:
 
 
 def _smaller(case: Case) -> Iterator[Case]:
-    for field in ("requests", "plans", "ticks_s", "budget_steps"):
+    for field in ("requests", "plans", "scheduled", "ticks_s", "budget_steps"):
         rows = getattr(case, field)
         size = len(rows) // 2
         while size:

@@ -148,6 +148,7 @@ class PlainEngine:
         self._target = plan
         self._resident = resident_of(plan)
         self._decided: tuple[float, Plan] | None = None
+        self._schedule: deque[tuple[float, Plan]] = deque()
         self._copies: deque[LayerCopy] = deque()
         self._copy: LayerCopy | None = None
         self._copy_end_s = math.inf
@@ -189,12 +190,28 @@ class PlainEngine:
         """
         check_plan(self._model, plan)
         self._latency.check_bits(plan)
+        self._take_decisions()
         wanted = self._decided[1] if self._decided is not None else self._target
         if plan == wanted:
             return
         self._decided = (self.env.now, plan)
         if not self._in_iteration:
             self._wake_up()
+
+    def apply_at(self, time_s: Sequence[float], plans: Sequence[Plan]) -> None:
+        """Make each plan what shall run from its moment on."""
+        self._schedule.extend(zip(time_s, plans, strict=True))
+        self._wake_up()
+
+    def _take_decisions(self) -> bool:
+        """Want what the schedule has for the present; return whether that is another plan than before."""
+        another = False
+        while self._schedule and self._schedule[0][0] <= self.env.now:
+            time_s, plan = self._schedule.popleft()
+            if plan != (self._decided[1] if self._decided is not None else self._target):
+                self._decided = (time_s, plan)
+                another = True
+        return another
 
     def run_until(self, time_s: float) -> EngineState:
         """Serve until ``time_s`` (``inf``: until nothing is left to do) and say what can be seen then."""
@@ -212,6 +229,8 @@ class PlainEngine:
         now_s = self.env.now if math.isinf(time_s) else time_s
         self._follow_budget(now_s)
         self._take_arrivals(now_s)
+        if self._take_decisions() and not self._in_iteration:
+            self._wake_up()
         return self._state(now_s)
 
     @property
@@ -355,6 +374,8 @@ class PlainEngine:
             times_s.append(self._arrivals[0].arrival_s)
         if (self._waiting or self._arrivals) and self._budget_step + 1 < len(self.budget.change_s):
             times_s.append(self.budget.change_s[self._budget_step + 1])
+        if (self._waiting or self._arrivals) and self._schedule:
+            times_s.append(self._schedule[0][0])
         self._wake = self.env.event()
         time_s = min(times_s)
         if math.isinf(time_s):
@@ -498,6 +519,7 @@ class PlainEngine:
         before = self._preemptions
         if self._copy is not None and self._copy_end_s <= self.env.now:
             self._join()
+        self._take_decisions()
         if self._decided is not None:
             self._begin_transition(*self._decided)
             self._decided = None

@@ -19,11 +19,14 @@ from sim.command import build_engine, build_trace, replay_with
 from sim.compare import variants
 from sim.config import CONF_DIR
 from sim.data import REPOSITORY
-from sim.engine import SimEngine
-from sim.errors import BudgetError, ConfigError
+from sim.engine import EngineState, SimEngine
+from sim.errors import BudgetError, ConfigError, PlanError
 from sim.memory import budget_for_kv_blocks
-from sim.plan import dense_plan, drop, with_mask
+from sim.plan import Plan, dense_plan, drop, with_mask
+from sim.policies.schedule import Schedule
 from sim.records import Records
+from sim.replay import replay
+from sim.trace import Trace
 from tests.sim.kernel_cases import LATE_S, Case, differences, merged, random_case, serve, shrunk, unequal
 from tests.sim.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency, requests, tiny_engine
@@ -35,6 +38,100 @@ DENSE = dense_plan(TINY)
 def test_the_compiled_engine_leaves_the_records_of_the_plain_one(first: int) -> None:
     for seed in range(first, first + 20):
         assert differences(random_case(seed)) == [], f"seed {seed}; `make fuzz FIRST={seed} CASES=1` shrinks it"
+
+
+@pytest.mark.parametrize("first", [1000, 1020])
+def test_the_engines_agree_when_the_compiled_one_forgets_plans_all_the_time(
+    first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sim.engine.MEMORY_OF_PLANS", 2)
+    for seed in range(first, first + 20):
+        assert differences(random_case(seed)) == [], f"seed {seed}"
+
+
+def test_the_engines_agree_on_a_model_of_more_layers_than_fit_a_word() -> None:
+    deep = dataclasses.replace(TINY, num_layers=130)
+    plans = [with_mask(dense_plan(deep), drop(deep, mha=mha)) for mha in ([0, 59], [60, 61, 129], [119, 120])]
+    engines = []
+    for kind in (PlainEngine, SimEngine):
+        engine = kind(
+            model=deep,
+            latency=linear_latency(0.1, 0.001, 0.0001),
+            config=tiny_engine().config,
+            plan=dense_plan(deep),
+            budget_bytes=budget_for_kv_blocks(deep, dense_plan(deep), 60, 0, 16),
+            host_to_device_bytes_per_s=1e5,
+        )
+        engine.submit(requests(*[(0.3 * i, 30, 40) for i in range(40)]))
+        engine.apply_at([1.0, 2.0, 4.0, 5.5, 7.0], [plans[0], plans[1], dense_plan(deep), plans[2], plans[0]])
+        engine.run_until(math.inf)
+        engines.append(engine)
+    plain, fast = engines
+    assert len(fast.transitions()) == 5
+    for name in ("records", "iterations", "transitions"):
+        assert list(unequal(getattr(plain, name)(), getattr(fast, name)())) == [], name
+
+
+def test_decisions_known_beforehand_are_those_made_at_their_moments() -> None:
+    pruned = with_mask(DENSE, drop(TINY, mha=[0], ffn=[1]))
+    moments = [(2.0, pruned), (5.0, DENSE), (5.5, DENSE), (9.0, pruned)]
+    found: list[SimEngine] = []
+    for beforehand in (True, False):
+        engine = tiny_engine()
+        engine.submit(requests(*[(0.5 * i, 20, 10) for i in range(30)]))
+        if beforehand:
+            engine.apply_at([time_s for time_s, _ in moments], [plan for _, plan in moments])
+        else:
+            for time_s, plan in moments:
+                engine.run_until(time_s)
+                engine.apply(plan)
+        engine.run_until(math.inf)
+        found.append(engine)
+    assert len(found[0].transitions()) == 3
+    for name in ("records", "iterations", "transitions"):
+        assert_equal(getattr(found[0], name)(), getattr(found[1], name)())
+
+
+def test_a_schedule_is_carried_out_as_a_policy_that_is_asked_at_each_tick() -> None:
+    pruned = with_mask(DENSE, drop(TINY, mha=[0], ffn=[1]))
+    schedule = Schedule((0.0, 1.1, 1.2, 4.0, 30.0, 1e6), (DENSE, pruned, DENSE, pruned, DENSE, pruned))
+    trace = Trace(arrival_s=np.arange(30) * 0.5, prompt_tokens=np.full(30, 20), output_tokens=np.arange(1, 31) % 7 + 1)
+    found: list[SimEngine] = []
+    for policy in (schedule, Asked(schedule)):
+        engine = tiny_engine()
+        replay(trace, engine, policy, tick_s=0.75, also_at_s=[3.9, 4.1])
+        found.append(engine)
+    assert found[0].transitions().time_s.tolist() == [4.1]
+    for name in ("records", "iterations", "transitions"):
+        assert_equal(getattr(found[0], name)(), getattr(found[1], name)())
+
+
+@dataclasses.dataclass
+class Asked:
+    """A policy that nobody knows to be a schedule."""
+
+    schedule: Schedule
+
+    @property
+    def first_plan(self) -> Plan:
+        return self.schedule.first_plan
+
+    def __call__(self, state: EngineState) -> Plan:
+        return self.schedule(state)
+
+
+def test_decisions_out_of_order_or_illegal_are_refused_and_none_is_taken() -> None:
+    engine = tiny_engine()
+    engine.submit(requests((0.0, 20, 10)))
+    pruned = with_mask(DENSE, drop(TINY, mha=[0]))
+    with pytest.raises(ConfigError, match="decision 1 is for"):
+        engine.apply_at([2.0, 1.0], [pruned, DENSE])
+    with pytest.raises(ConfigError, match="2 moments for 1 plans"):
+        engine.apply_at([1.0, 2.0], [pruned])
+    with pytest.raises(PlanError):
+        engine.apply_at([1.0, 2.0], [pruned, dataclasses.replace(DENSE, weight_bits=(3, 3))])
+    engine.run_until(math.inf)
+    assert len(engine.transitions()) == 0
 
 
 @pytest.mark.parametrize("policy", ["dense", "greedy_stop", "morphserve"])
@@ -60,10 +157,13 @@ def test_the_engines_agree_on_a_real_model_under_a_policy_and_memory_that_moves(
 
 def test_the_random_cases_meet_everything_that_has_rules() -> None:
     """What is compared above is worth nothing if no case comes to it."""
-    met = dict.fromkeys(("preempted", "recomputed", "copied", "over budget", "rejected", "windowed KV", "a KV hole"), 0)
+    met = dict.fromkeys(
+        ("preempted", "recomputed", "copied", "over budget", "rejected", "windowed KV", "a KV hole", "known"), 0
+    )
     for seed in range(120):
+        case = random_case(seed)
         try:
-            engine, _ = serve(SimEngine, random_case(seed))
+            engine, _ = serve(SimEngine, case)
         except BudgetError:
             continue
         records, transitions = engine.records(), engine.transitions()
@@ -73,6 +173,7 @@ def test_the_random_cases_meet_everything_that_has_rules() -> None:
         met["over budget"] += engine.budget_violation_s > 0
         met["rejected"] += bool((records.status == 3).any())
         met["windowed KV"] += any("KV" in plan for plan in transitions.to_plan)
+        met["known"] += bool(case.scheduled) and len(transitions) > 0
         met["a KV hole"] += len(set(np.round(records.kept_params_share, 9))) > 2
     assert min(met.values()) >= 5, met
 
@@ -87,7 +188,7 @@ def test_a_difference_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> No
     small = shrunk(case)
     assert differences(small)
     assert len(small.requests) == 1
-    assert small.plans == small.ticks_s == ()
+    assert small.plans == small.scheduled == small.ticks_s == ()
 
 
 def play(engine: SimEngine, case: Case, from_s: float) -> None:
@@ -111,7 +212,9 @@ def assert_equal(ours: object, theirs: object) -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int) -> None:
+def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if seed % 3 == 0:
+        monkeypatch.setattr("sim.engine.MEMORY_OF_PLANS", 3)
     case = random_case(seed)
     try:
         straight, _ = serve(SimEngine, case)
@@ -127,6 +230,7 @@ def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int) -
         copy_slowdown=case.copy_slowdown,
     )
     engine.submit(requests(*case.requests))
+    engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])
     changes = dict(case.plans)
     moment_s = float(np.random.default_rng(seed).uniform(0, 30))
     before = sorted(time_s for time_s in {*changes, *case.ticks_s} if time_s <= moment_s)
