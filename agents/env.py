@@ -6,7 +6,7 @@ import gymnasium as gym
 
 ENVIRONMENTS = {
     "PruneToBudget-v0": ("agents.prune_env:PruneToBudget", "agents.prune_env:PruneToBudgetVector"),
-    "ServeTrace-v0": ("agents.serve_env:ServeTrace", "agents.serve_env:ServeTraceVector"),
+    "ServeTrace-v0": ("agents.serve_env:ServeTrace", "agents.serve_vector:ServeTraceVector"),
 }
 """Name: entry point, vector entry point."""
 

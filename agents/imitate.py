@@ -15,7 +15,7 @@ from agents.draws import prune_draws
 from agents.modules import MaskedDQN, actor_logits
 from agents.prune_contest import solver
 from agents.prune_env import PruneToBudgetVector
-from agents.serve_env import ServeTraceVector
+from agents.serve_vector import ServeTraceVector
 from sim.errors import ConfigError, nearest
 
 

@@ -12,9 +12,10 @@ ICML 1999, theorem 1; tests/agents/test_reward.py checks it by exact search).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from sim.engine import EngineState
 from sim.errors import ConfigError, nearest
@@ -26,6 +27,7 @@ from sim.records import Records, Status
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
+F = TypeVar("F", float, Floats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +130,14 @@ class ServeReward:
 
     def potential(self, state: EngineState, requests: int, ttft_s: float | None) -> float:
         """Return the potential of a state."""
-        if not self.late_weight or not requests:
-            return 0.0
-        pressing = min(1.0, state.oldest_wait_s / (ttft_s or 1.0))
-        return -self.late_weight * pressing * state.waiting / requests
+        return float(self.potentials(np.array([state.oldest_wait_s]), np.array([state.waiting]), [requests], ttft_s)[0])
 
-    def __call__(self, gained: float, before: float, after: float) -> float:
+    def potentials(self, oldest_wait_s: Floats, waiting: Floats, requests: ArrayLike, ttft_s: float | None) -> Floats:
+        """Return the potential of many states, each in a window of so many requests; all float64[n]."""
+        pressing = np.minimum(1.0, oldest_wait_s / (ttft_s or 1.0))
+        return -self.late_weight * pressing * waiting / np.maximum(requests, 1)
+
+    def __call__(self, gained: F, before: F, after: F) -> F:
         """Return the reward of a tick; before and after are potentials, after the end 0."""
         return self.scale * (gained + self.discount * after - before)
 

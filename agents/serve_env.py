@@ -18,8 +18,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
@@ -34,9 +32,10 @@ from sim.latency import LatencyModel, load_calibration
 from sim.memory import kv_block_layer_bytes
 from sim.metrics import Slo, met_slo
 from sim.model import load_model
-from sim.observe import Bools, Floats32
+from sim.observe import Floats32
 from sim.observe_serve import Choice, ServeObserver, actions_from, serve_table
 from sim.plan import Plan, dense_plan
+from sim.plan_book import PlanBook
 from sim.quality import FittedQuality, PublishedQuality, load_quality
 
 Floats = NDArray[np.float64]
@@ -118,8 +117,10 @@ class ServeSetting:
             found = self._nll[plan] = self.quality.nll(plan)
         return found
 
-    def build_engine(self, window: Window, plan: Plan) -> SimEngine:
-        """Return an engine under the budget of a window, its requests submitted."""
+    def build_engine(
+        self, window: Window, plan: Plan, *, book: PlanBook | None = None, driven: bool = False
+    ) -> SimEngine:
+        """Return an engine under the budget of a window, its requests submitted; ``book``, ``driven``: as SimEngine."""
         context = BudgetContext(
             model=self.model,
             gpu=self.gpu,
@@ -138,8 +139,10 @@ class ServeSetting:
             copy_slowdown=self.gpu.host_to_device_bytes_per_s / self.gpu.memory_bandwidth_bytes_per_s,
             quality_nll=self.nll,
             keep_iterations=False,
+            book=book,
+            driven=driven,
         )
-        engine.submit(self.windows.requests(window))
+        engine.submit_arrays(*self.windows.arrays(window))
         return engine
 
     def earned(self, engine: SimEngine, requests: int) -> float:
@@ -176,7 +179,7 @@ class ServeCore:
         setting = self.setting
         self.window = window
         self.engine = setting.build_engine(window, setting.actions.plans[0])
-        self.requests = len(setting.windows.requests(window))
+        self.requests = len(setting.windows.arrays(window)[0])
         self.observer = ServeObserver(setting.model, setting.actions, setting.kv_block_layer_bytes)
         # The first decision comes after one tick, as in sim.replay.
         self.state: EngineState = self.engine.run_until(setting.tick_s)
@@ -310,65 +313,4 @@ class ServeTrace(gym.Env[NDArray[np.float32], np.int64]):
         return figure
 
 
-class ServeTraceVector(VectorEnv[Any, Any, Any]):
-    """Many windows, stepped one after the other without Gymnasium between; the episodes of ``ServeTrace``.
-
-    An environment whose episode has ended is reset by its next step, whose action is ignored (autoreset NEXT_STEP).
-    """
-
-    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 - Gymnasium's own form
-
-    def __init__(self, num_envs: int = 1, **words: Any) -> None:
-        """Build ``num_envs`` environments; ``words`` are those of ``ServeSetting``."""
-        self.setting = ServeSetting(**words)
-        self.num_envs = num_envs
-        self.single_observation_space = self.setting.observation_space
-        self.single_action_space = self.setting.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.render_mode = None
-        self.cores = [ServeCore(self.setting) for _ in range(num_envs)]
-        self._rngs = [np.random.default_rng(s) for s in np.random.SeedSequence().spawn(num_envs)]
-        self._over = np.zeros(num_envs, dtype=np.bool_)
-
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Floats32, dict[str, Any]]:
-        """Begin an episode everywhere; environment i is seeded with seed + i.
-
-        ``options={"windows": [...]}`` sets the window of each environment instead of sampling them.
-        """
-        if seed is not None:
-            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
-            for i, one in enumerate(seeds):
-                if one is not None:  # the generator that Env.reset(seed=...) makes
-                    self._rngs[i] = np.random.Generator(np.random.PCG64(one))
-        given = (options or {}).get("windows")
-        self._over[:] = False
-        rows = [self._begin(i, None if given is None else given[i]) for i in range(self.num_envs)]
-        return np.stack(rows), {}
-
-    def _begin(self, i: int, window: Window | None = None) -> Floats32:
-        setting = self.setting
-        self.cores[i].begin(window or setting.windows.sample(self._rngs[i], setting.split, setting.sources))
-        return self.cores[i].observe()
-
-    def step(self, actions: Any) -> tuple[Floats32, Floats, Bools, Bools, dict[str, Any]]:
-        """Step every environment; those whose episode has ended begin a new one instead."""
-        reward = np.zeros(self.num_envs)
-        ended = np.zeros(self.num_envs, dtype=np.bool_)
-        rows = []
-        for i, (core, action) in enumerate(zip(self.cores, np.asarray(actions).tolist(), strict=True)):
-            if self._over[i]:
-                rows.append(self._begin(i))
-                continue
-            reward[i], ended[i] = core.step(int(action))
-            rows.append(core.observe())
-        self._over = ended
-        infos: dict[str, Any] = {}
-        if ended.any():
-            infos = {"utility": np.array([core.utility for core in self.cores]), "_utility": ended.copy()}
-        return np.stack(rows), reward, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
-
-
-__all__ = ["DEFAULT_ACTIONS", "ServeSetting", "ServeTrace", "ServeTraceVector"]
+__all__ = ["DEFAULT_ACTIONS", "ServeSetting", "ServeTrace"]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from agents.draws import Draw, prune_draws
 from agents.prune_env import PruneToBudgetVector
-from agents.serve_env import ServeTraceVector
+from agents.serve_vector import ServeTraceVector
 from agents.windows import Window, serve_windows
 from sim.observe import Bools, Floats32
 from sim.policies.learned import Network
@@ -49,9 +49,10 @@ def serve(act: Act, words: Mapping[str, Any], windows: Sequence[Window]) -> NDAr
     over = False
     while not over:  # all windows take as many ticks
         actions = act(observations[:, :features], observations[:, features:] > 0.5)
-        observations, _, terminated, _, _ = vector.step(actions)
+        observations, _, terminated, _, infos = vector.step(actions)
         over = bool(terminated.all())
-    return np.array([core.utility for core in vector.cores])
+    utility: NDArray[np.float64] = infos["utility"]
+    return utility
 
 
 def validation_windows(sources: tuple[str, ...], count: int | None = None) -> list[Window]:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from agents.draws import Split, check_split
@@ -19,6 +20,9 @@ from sim.engine import Request
 from sim.errors import ConfigError, nearest
 from sim.trace import Trace
 from sim.workload import drop_long
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 SHARE = 0.9
 """Of the device memory, as vLLM's gpu_memory_utilization."""
@@ -81,16 +85,20 @@ class Windows:
             budget_seed=int(rng.integers(first, last)),
         )
 
-    def requests(self, window: Window) -> list[Request]:
-        """Return the requests of a window, the first possible one at 0."""
+    def arrays(self, window: Window) -> tuple[Floats, Ints, Ints]:
+        """Return arrival_s, prompt and output tokens of the requests of a window, the first possible one at 0."""
         trace = source_trace(window.source)
         end_s = window.start_s + self.window_s * window.rate
         first, last = np.searchsorted(trace.arrival_s, (window.start_s, end_s)).tolist()
-        columns = (
-            ((trace.arrival_s[first:last] - window.start_s) / window.rate).tolist(),
-            trace.prompt_tokens[first:last].tolist(),
-            trace.output_tokens[first:last].tolist(),
+        return (
+            (trace.arrival_s[first:last] - window.start_s) / window.rate,
+            trace.prompt_tokens[first:last],
+            trace.output_tokens[first:last],
         )
+
+    def requests(self, window: Window) -> list[Request]:
+        """Return the same as requests, for an engine of any kind."""
+        columns = (column.tolist() for column in self.arrays(window))
         return [
             Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
             for i, (arrival_s, prompt, output) in enumerate(zip(*columns, strict=True))

@@ -39,7 +39,8 @@ def compiled(*, inline: bool = False) -> Callable[[F], F]:
         try:
             made: Any = njit(function, cache=True, **options)
             if hasattr(made, "_cache"):  # with NUMBA_DISABLE_JIT it is the plain function
-                made._cache._cache_file._source_stamp = SOURCE_HASH
+                own = Path(function.__code__.co_filename).read_bytes()
+                made._cache._cache_file._source_stamp = SOURCE_HASH + hashlib.sha256(own).hexdigest()
             return cast(F, made)
         except RuntimeError:
             if not _told:

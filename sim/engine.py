@@ -237,6 +237,7 @@ class SimEngine:
         keep_iterations: bool = True,
         book: PlanBook | None = None,
         env: simpy.Environment | None = None,
+        driven: bool = False,
     ) -> None:
         """Build an idle engine.
 
@@ -252,12 +253,13 @@ class SimEngine:
             book: what is known of plans of this model at this ``quality_nll``, shared with other engines; a new one by
                 default.
             env: the SimPy environment to live in; a new one by default.
+            driven: whether its owner calls the kernel on its ``table`` (sim/fleet.py) in place of a SimPy process.
         Raises:
             PlanError: for a plan that is not legal for the model.
             CalibrationError: for a plan with a precision that was not measured.
             BudgetError: when the budget cannot hold the weights and one request at the start.
         """
-        if book is not None and (book.model != model or book.quality_nll is not quality_nll):
+        if book is not None and (book.model != model or book.quality_nll != quality_nll):
             raise ConfigError("the plan book given is of another model or quality; give the one it was made with")
         check_plan(model, plan)
         latency.check_bits(plan)
@@ -272,7 +274,7 @@ class SimEngine:
         self.budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
         self._quality_nll = quality_nll
         self._dense_weight_bytes = weight_bytes(model, dense_plan(model))
-        self._book = book or PlanBook(model, quality_nll)
+        self._book = PlanBook(model, quality_nll) if book is None else book
         self._book_version = self._book.version
         self._state = _empty_state(model, latency, config, self.budget, self._book, keep_iterations)
         self._table = kernel.table_of(self._state)
@@ -289,12 +291,13 @@ class SimEngine:
         self._resume: simpy.Event | None = None
         self._hold_at_s = math.nan
 
-        first = self._book.first(self._target_of(plan))
-        while not kernel.run_step(self._current_table(), first, self.env.now):
+        first = self._book.first(self.target_of(plan))
+        while not kernel.run_step(self.table, first, self.env.now):
             self._work_out()
         kernel.resize_to_budget(self._table)
         self._context_limit = self._find_context_limit()
-        self.env.process(self._serve())
+        if not driven:
+            self.env.process(self._serve())
 
     # -- the Engine protocol -------------------------------------------------------------------------------------
 
@@ -349,7 +352,7 @@ class SimEngine:
             PlanError: for a plan that is not legal for the model; what runs goes on.
             CalibrationError: for a plan with a precision that was not measured; what runs goes on.
         """
-        target = self._target_of(plan)
+        target = self.target_of(plan)
         kernel.take_decisions(self._table, self.env.now)
         n = self._state.ints
         if target == (n[kernel.DECIDED] if n[kernel.DECIDED] >= 0 else n[kernel.TARGET]):
@@ -380,7 +383,7 @@ class SimEngine:
                 f"decision {int(late[0])} is for {moments[late[0]]} s, before another one or the present; "
                 "give the moments in ascending order"
             )
-        targets = [self._target_of(plan) for plan in plans]
+        targets = [self.target_of(plan) for plan in plans]
         total = first + len(targets)
         if total > len(state.schedule):
             room = max(total, 2 * len(state.schedule))
@@ -507,6 +510,11 @@ class SimEngine:
             words[before, after] = describe(book.plan(before)), describe(book.target_plan(after))
         return [words[before, after] for before, after in pairs]
 
+    @property
+    def requests(self) -> int:
+        """Requests handed over so far."""
+        return int(self._state.ints[kernel.N_REQUESTS])
+
     def holders(self) -> list[Holder]:
         """Return who runs, in order of admission, and what each holds."""
         n, slots, ints = self._state.ints, self._state.slots, self._state.request_i
@@ -614,13 +622,10 @@ class SimEngine:
             if now_s < self._hold_at_s < horizon_s:
                 horizon_s = self._hold_at_s
             while True:
-                why = kernel.advance(self._current_table(), horizon_s)
-                if why == kernel.GROW:
-                    self._make_room()
-                elif why == kernel.NEEDS:
-                    self._work_out()
-                else:
+                why = kernel.advance(self.table, horizon_s)
+                if why not in (kernel.GROW, kernel.NEEDS):
                     break
+                self.unblock(why)
             now_s = float(f[kernel.NOW])
             if now_s == env.now and why == kernel.HORIZON:
                 yield env.timeout(0.0)  # others' turn at this moment
@@ -666,8 +671,13 @@ class SimEngine:
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
-    def _target_of(self, plan: Plan) -> int:
-        """Return the number of a plan; it is checked when it is met for the first time."""
+    def target_of(self, plan: Plan) -> int:
+        """Return the number of a plan in the present ``book``; it is checked when it is met for the first time.
+
+        Raises:
+            PlanError: for a plan that is not legal for the model.
+            CalibrationError: for a plan with a precision that was not measured.
+        """
         known = self._checked.get(id(plan))
         if known is not None and known[0] is plan:
             return known[1]
@@ -679,8 +689,14 @@ class SimEngine:
         self._checked[id(plan)] = plan, number
         return number
 
-    def _current_table(self) -> kernel.Table:
-        """Return where the kernel finds everything; the book's arrays may have moved since."""
+    @property
+    def book(self) -> PlanBook:
+        """What is known of plans; another one when it had grown too long."""
+        return self._book
+
+    @property
+    def table(self) -> kernel.Table:
+        """Where the kernel finds everything; ask again after ``unblock``, ``submit`` and whenever the book grew."""
         book = self._book
         if self._book_version != book.version:
             self._book_version = book.version
@@ -694,12 +710,19 @@ class SimEngine:
             )
         return self._table
 
+    def unblock(self, why: int) -> None:
+        """Do what the kernel cannot: let the logs grow (``GROW``), or work out what it never met before (``NEEDS``)."""
+        if why == kernel.GROW:
+            self._make_room()
+            return
+        if len(self._book) > MEMORY_OF_PLANS:
+            self._begin_new_book()
+        else:
+            self._work_out()
+
     def _work_out(self) -> None:
         """Let the book say what the kernel has not met before."""
         n = self._state.ints
-        if len(self._book) > MEMORY_OF_PLANS:
-            self._begin_new_book()
-            return
         step, at = int(n[kernel.NEEDED_STEP]), int(n[kernel.NEEDED_AT])
         if n[kernel.NEEDED] == kernel.DECISION:
             self._book.decide(step, at)
@@ -814,7 +837,7 @@ def _empty_state(
         set_nll=np.zeros((sets, 2)),
         drafts=np.zeros((sets + 1, book.words), dtype=np.int64),
         narrowed=np.zeros((sets + 1, 4), dtype=np.int64),
-        log=np.zeros((1024, kernel.LOG_COLUMNS)),
+        log=np.zeros((1024 if keep_iterations else 1, kernel.LOG_COLUMNS)),
         gaps=np.zeros((1024 + 4 * slots, 2)),
         block_counts=np.zeros((len(WEIGHT_BITS), 4), dtype=np.int64),
         layer_rows=np.zeros((layers, 3), dtype=np.int64),
@@ -844,6 +867,7 @@ def _empty_state(
     n[kernel.BLOCK_BYTES] = kv_block_layer_bytes(model, config.kv_block_tokens)
     n[kernel.STEP] = n[kernel.DECIDED] = n[kernel.COPY] = n[kernel.OPEN_CHANGE] = -1
     n[kernel.NEXT_DUE], n[kernel.COHORTS] = kernel.NEVER, 1
+    f[kernel.NOTICE] = budget.notice_s
     f[kernel.NEXT_ARRIVAL_S] = f[kernel.NEXT_DECISION_S] = f[kernel.COPY_END] = math.inf
     f[kernel.END] = f[kernel.START] = math.nan
     state.slots[kernel.NEXT, slots] = state.slots[kernel.PREVIOUS, slots] = slots

@@ -14,7 +14,9 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from sim import fleet
 from sim.engine import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.memory import weight_bytes
@@ -172,6 +174,9 @@ def serve_table(actions: ServeActions) -> Table:
     return Table(SERVE_ENTRIES, actions.names)
 
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
 _COUNTERS = ("arrived", "arrived_prompt_tokens", "first_tokens", "ttft_sum_s", "produced_tokens", "busy_s")
 _ALL_COUNTERS = (*_COUNTERS, "preemptions", "rejected")
 
@@ -244,6 +249,124 @@ class ServeObserver:
 
 def _log(value: float, scale: float) -> float:
     return min(math.log2(1.0 + max(value, 0.0)) / scale, 1.0)
+
+
+@dataclass(slots=True)
+class ServeObservers:
+    """Does for n engines of a fleet what ``ServeObserver`` and ``ServeActions`` do for one, at once.
+
+    action, changed_s: the `Choice` of each, [n].
+    """
+
+    model: ModelSpec
+    actions: ServeActions
+    kv_block_layer_bytes: int
+    size: int
+    action: Ints = field(init=False)
+    changed_s: Floats = field(init=False)
+    _time_s: Floats = field(init=False)
+    _counters: Floats = field(init=False)
+    _rates: Floats = field(init=False)
+    _dense_bytes: float = field(init=False)
+    _levels: Floats = field(init=False)
+    _weights: Floats = field(init=False)
+    _groups: Ints = field(init=False)
+
+    def __post_init__(self) -> None:
+        n, counters = self.size, len(_COUNTER_COLUMNS)
+        self._dense_bytes = float(weight_bytes(self.model, dense_plan(self.model)))
+        self._levels = np.array(self.actions.levels)
+        self._weights = np.array(self.actions.weights_bytes, dtype=np.float64)
+        self._groups = np.array(self.actions.groups)
+        self.action, self.changed_s = np.zeros(n, dtype=np.int64), np.full(n, -math.inf)
+        self._time_s, self._counters = np.zeros(n), np.zeros((n, counters))
+        self._rates = np.zeros((len(SMOOTHING_S), n, counters))
+
+    def begin(self, at: int) -> None:
+        """Begin an episode in a place."""
+        self.action[at], self.changed_s[at], self._time_s[at] = 0, -math.inf, 0.0
+        self._counters[at], self._rates[:, at] = 0.0, 0.0
+
+    def legal(self, seen: Floats) -> Bools:
+        """Return which plans may be chosen, bool[n, actions]; ``seen`` is float64[n, fleet.SEEN_COLUMNS]."""
+        budget = seen[:, fleet.BUDGET_BYTES, None]
+        fits = self._weights + self.actions.workspace_bytes <= budget
+        if self.actions.dwell_s:
+            stays = self._dwell_left(seen) > 0.0
+            same = fits & (self._groups == self._groups[self.action, None])
+            fits = np.where((stays & same.any(axis=1))[:, None], same, fits)
+        none = ~fits.any(axis=1)
+        if none.any():
+            fits[none] = self._weights == self._weights.min()
+        legal: Bools = fits
+        return legal
+
+    def choose(self, seen: Floats, actions: Ints, where: Bools) -> None:
+        """Take a legal action in some places."""
+        changed = where & (self._groups[actions] != self._groups[self.action])
+        self.changed_s[changed] = seen[changed, fleet.TIME_S]
+        self.action[where] = actions[where]
+
+    def _dwell_left(self, seen: Floats) -> Floats:
+        if not self.actions.dwell_s:
+            return np.zeros(self.size)
+        left: Floats = np.maximum(0.0, 1.0 - (seen[:, fleet.TIME_S] - self.changed_s) / self.actions.dwell_s)
+        return left
+
+    def __call__(self, seen: Floats) -> Floats32:
+        """Return the features of each, float32[n, entries]."""
+        self._smooth(seen)
+        ten = self._rates[1]
+        dense = self._dense_bytes
+        columns = seen.T
+        pool, given = columns[fleet.KV_LAYER_BLOCKS], ten[:, 2]
+        found = np.empty((len(SERVE_ENTRIES), self.size))
+        found[_LOG_ROWS] = columns[_LOG_COLUMNS]
+        found[[11, 12, 13]], found[[14, 15]] = self._rates[:, :, 0], self._rates[:2, :, 1]
+        found[[16, 18, 20, 21]] = ten[:, [2, 4, 6, 7]].T
+        found[_ALL_LOG_ROWS] = np.log2(1.0 + np.maximum(found[_ALL_LOG_ROWS], 0.0)) / _LOG_SCALES
+        found[2] = columns[fleet.OLDEST_WAIT_S] / 2.0
+        found[5] = np.where(pool > 0, columns[fleet.KV_USED_LAYER_BLOCKS] / np.maximum(pool, 1.0), 1.0)
+        found[6] = pool * self.kv_block_layer_bytes / dense / 8.0
+        found[7], found[8] = columns[fleet.BUDGET_BYTES] / dense / 8.0, columns[fleet.WEIGHT_BYTES] / dense
+        found[9] = (columns[fleet.NEXT_BUDGET_BYTES] - columns[fleet.BUDGET_BYTES]) / dense / 8.0
+        found[10] = np.exp(-(columns[fleet.NEXT_BUDGET_S] - columns[fleet.TIME_S]) / 10.0)
+        found[17] = np.where(given > 1e-6, ten[:, 3] / np.maximum(given, 1e-6) / 2.0, 0.0)
+        found[19] = ten[:, 5]
+        found[22] = columns[fleet.INCOMING_BYTES] > 0
+        found[23] = self._dwell_left(seen)
+        found[24:] = self._levels[self.action].T
+        np.clip(found, _LOWEST, _HIGHEST, out=found)
+        return found.T.astype(np.float32)
+
+    def _smooth(self, seen: Floats) -> None:
+        counters = seen[:, _COUNTER_COLUMNS]
+        passed_s = seen[:, fleet.TIME_S] - self._time_s
+        later = passed_s > 0.0
+        now = (counters - self._counters) / np.where(later, passed_s, 1.0)[:, None]
+        for rates, scale_s in zip(self._rates, SMOOTHING_S, strict=True):
+            weight = np.where(later, 1.0 - np.exp(-passed_s / scale_s), 0.0)
+            rates += weight[:, None] * (now - rates)
+        self._time_s = np.where(later, seen[:, fleet.TIME_S], self._time_s)
+        self._counters = np.where(later[:, None], counters, self._counters)
+
+
+_COUNTER_COLUMNS = [
+    fleet.ARRIVED,
+    fleet.ARRIVED_PROMPT_TOKENS,
+    fleet.FIRST_TOKENS,
+    fleet.TTFT_SUM_S,
+    fleet.PRODUCED_TOKENS,
+    fleet.BUSY_S,
+    fleet.PREEMPTIONS,
+    fleet.REJECTED,
+]
+_LOG_ROWS = [0, 1, 3, 4]
+_LOG_COLUMNS = [fleet.WAITING, fleet.WAITING_TOKENS, fleet.RUNNING, fleet.RUNNING_TOKENS]
+_ALL_LOG_ROWS = [0, 1, 3, 4, 11, 12, 13, 14, 15, 16, 18, 20, 21]
+_LOG_SCALES = np.array([10.0, 20.0, 10.0, 20.0, 8.0, 8.0, 8.0, 16.0, 16.0, 8.0, 16.0, 8.0, 8.0])[:, None]
+_LOWEST = np.array([entry.low for entry in SERVE_ENTRIES])[:, None]
+_HIGHEST = np.array([entry.high for entry in SERVE_ENTRIES])[:, None]
 
 
 def actions_from(model: ModelSpec, words: Mapping[str, Any], workspace_bytes: int) -> ServeActions:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from agents.prune_env import PruneToBudgetVector
-from agents.serve_env import ServeTraceVector
+from agents.serve_vector import ServeTraceVector
 from sim.model import load_model
 from sim.policies.learned import Network, prune_network
 
