@@ -2,8 +2,9 @@
 
 Both runs are folders of sim.replay and hw.replay (or hw.client). Several real runs of the same words give the noise of
 the hardware, beside every error: no simulator can be better than that, so an error beyond its tolerance but below the
-noise is told as such and is no miss. The exit status is 0 when nothing is missed, 1 when something is, 2 for runs that
-cannot be compared.
+noise is told as such and is no miss. Preemptions and plan changes are compared in number and in time, and what ran,
+waited, was held and was kept is drawn over time; both need a simulation with iterations=true. The exit status is 0 when
+nothing is missed, 1 when something is, 2 for runs that cannot be compared.
 """
 
 from __future__ import annotations
@@ -23,6 +24,16 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau
 
+from hw.timeline import (
+    POINTS,
+    TIMELINES,
+    Logs,
+    compare_events,
+    compare_timelines,
+    event_verdicts,
+    preemption_times_s,
+    timeline,
+)
 from sim.errors import ConfigError, RapLabError
 from sim.runs import provenance, write_json, write_whole
 
@@ -30,7 +41,11 @@ Floats = NDArray[np.float64]
 
 FIXED_TOLERANCE = {"mean": 0.05, "p50": 0.10, "p95": 0.10}
 CHANGING_TOLERANCE = dict.fromkeys(FIXED_TOLERANCE, 0.12)
-"""Largest relative error by statistic, with one plan and with plans that change; P99 is shown and not judged."""
+"""Largest relative error by statistic, with one plan and with plans that change; P99 is shown and not judged.
+
+That of the mean is also the largest error of the number of preemptions and plan changes, and of their times as a share
+of the run.
+"""
 LATENCIES = ("ttft_s", "tpot_s", "e2e_s")
 RATES = ("makespan_s", "output_tokens_per_s")
 COUNTS = ("preemptions", "transitions", "finished", "rejected", "unfinished")
@@ -41,10 +56,19 @@ class Run:
     """One run folder."""
 
     folder: Path
-    records: pd.DataFrame
-    transitions: pd.DataFrame
+    logs: Logs
     summary: Mapping[str, Any]
     hardware: Mapping[str, Any] | None
+
+    @property
+    def records(self) -> pd.DataFrame:
+        """One row a request."""
+        return self.logs.records
+
+    @property
+    def transitions(self) -> pd.DataFrame:
+        """One row a plan change."""
+        return self.logs.transitions
 
 
 def read_run(folder: Path) -> Run:
@@ -57,10 +81,18 @@ def read_run(folder: Path) -> Run:
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} has no {name}; give run folders of sim.replay, hw.replay or hw.client")
     hardware = folder / "hardware.json"
+
+    def table(name: str) -> pd.DataFrame | None:
+        return pd.read_parquet(folder / name) if (folder / name).is_file() else None
+
     return Run(
         folder,
-        pd.read_parquet(folder / "records.parquet"),
-        pd.read_parquet(folder / "transitions.parquet"),
+        Logs(
+            pd.read_parquet(folder / "records.parquet"),
+            pd.read_parquet(folder / "transitions.parquet"),
+            table("iterations.parquet"),
+            table("kept_share.parquet"),
+        ),
         json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         json.loads(hardware.read_text(encoding="utf-8")) if hardware.is_file() else None,
     )
@@ -89,18 +121,28 @@ def compare(simulated: Run, real: Sequence[Run]) -> dict[str, Any]:
         name: {"simulated": simulated.summary[name], "real": [run.summary[name] for run in real]} for name in COUNTS
     }
     memory = _memory(real)
-    held = all(figure["verdict"] != "missed" for figure in figures.values()) and memory.get("exact") is not False
-    return {
+    logs = [run.logs for run in real]
+    result = {
         "simulated": str(simulated.folder),
         "real": [str(run.folder) for run in real],
         "requests": len(simulated.records),
         "plans_change": changing,
         "figures": figures,
         "counts": counts,
+        "events": compare_events(simulated.logs, logs, tolerances["mean"]),
+        "timelines": compare_timelines(simulated.logs, logs),
         "memory": memory,
         "requests_one_by_one": _one_by_one(simulated, real),
-        "held": held,
     }
+    held = "missed" not in verdicts(result).values() and memory.get("exact") is not False
+    return result | {"held": held}
+
+
+def verdicts(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return every verdict of a comparison by the name of its figure, those that were not given left out."""
+    figures = {name: figure["verdict"] for name, figure in result["figures"].items()}
+    given = figures | event_verdicts(result.get("events", {}))  # comparisons of before have no events
+    return {name: verdict for name, verdict in given.items() if verdict is not None}
 
 
 def _check_same_requests(simulated: Run, real: Run) -> None:
@@ -192,6 +234,30 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     for name, pair in result["counts"].items():
         console.print(f"{name}: simulated {pair['simulated']}, real {pair['real']}", highlight=False)
+    for name, event in result["events"].items():
+        times = "no times: a side has no iterations.parquet (iterations=true writes it)"
+        if event["times_s"] is not None:
+            times = "none on both sides to compare in time"
+        if event["time_error_s"] is not None:
+            times = (
+                f"{event['paired']} on both sides, {event['time_error_s']:.3g} s apart on average (noise "
+                f"{seconds(event['time_noise_s'])}, tolerance {seconds(event['time_tolerance_s'])}): "
+                f"{event['time_verdict']}"
+            )
+        console.print(f"{name}: number {event['verdict']}; {times}", highlight=False)
+    ready_s = result["events"]["transitions"]["ready_after_s"]
+    console.print(
+        f"from decision to all of a plan running: simulated {seconds(ready_s['simulated'])}, real "
+        f"{', '.join(map(seconds, ready_s['real']))}",
+        highlight=False,
+    )
+    for name, line in result["timelines"].items():
+        if line is not None:
+            console.print(
+                f"{name} over time: simulated {line['simulated']:.3g}, real {np.median(line['real']):.3g}, apart by "
+                f"{line['difference']:.3g} on average (noise {number(line['noise'])})",
+                highlight=False,
+            )
     if result["memory"]:
         console.print(
             f"weights and KV: predicted {result['memory']['peak_predicted_bytes']:,} bytes, allocated "
@@ -208,26 +274,53 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
+def number(value: float | None) -> str:
+    """Return a figure of three digits."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def seconds(value: float | None) -> str:
+    """Return so many seconds."""
+    return "-" if value is None else f"{value:.3g} s"
+
+
 def plot(path: Path, simulated: Run, real: Sequence[Run]) -> None:
-    """Write one PNG: the distributions of latencies over each other, and TTFT over the time of arrival."""
+    """Write one PNG: the distributions of latencies over each other, and what happened over time.
+
+    A vertical line is the decision of a plan change, a mark on the upper edge of ``running`` a preemption.
+    """
     import matplotlib as mpl  # drawing is rare and its import slow
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    sides = [("simulated", simulated, "tab:orange", "-"), *(("real", run, "tab:blue", ":") for run in real)]
+    figure, axes = plt.subplots(4, 2, figsize=(13, 13), layout="constrained")
+    sides = [("real", run, "tab:blue", ":") for run in real] + [("simulated", simulated, "tab:orange", "-")]
+    at_s = (np.arange(POINTS) + 0.5) * max(run.logs.end_s for _, run, _, _ in sides) / POINTS
     seen: set[str] = set()
     for label, run, colour, style in sides:
         shown = label if label not in seen else None
         seen.add(label)
-        for axis, metric in zip(axes.flat, LATENCIES, strict=False):
+        for axis, metric in zip(axes[:, 0], LATENCIES, strict=False):
             values = np.sort(run.records[metric].dropna())
             if len(values):
                 axis.step(values, np.arange(1, len(values) + 1) / len(values), style, color=colour, label=shown)
             axis.set(xlabel=metric, ylabel="share of requests")
-        axes[1][1].plot(run.records["arrival_s"], run.records["ttft_s"], ".", color=colour, label=shown)
-    axes[1][1].set(xlabel="arrival, s", ylabel="ttft_s")
+        axes[3][0].plot(run.records["arrival_s"], run.records["ttft_s"], ".", color=colour, label=shown)
+        for axis, name in zip(axes[:, 1], TIMELINES, strict=True):
+            line = timeline(run.logs, name, at_s)
+            if line is not None:
+                axis.plot(at_s, line, style, color=colour, linewidth=1.0, label=shown)
+            for time_s in run.transitions["time_s"]:
+                axis.axvline(time_s, color=colour, linestyle=style, linewidth=0.6, alpha=0.5)
+            axis.set(xlabel="time, s", ylabel=name)
+        preempted_s = preemption_times_s(run.logs)
+        if preempted_s is not None and len(preempted_s):
+            marks, height = axes[0][1], 1.0 if label == "simulated" else 0.96
+            marks.plot(
+                preempted_s, [height] * len(preempted_s), "x", color=colour, transform=marks.get_xaxis_transform()
+            )
+    axes[3][0].set(xlabel="arrival, s", ylabel="ttft_s")
     axes[0][0].legend()
     write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
     plt.close(figure)

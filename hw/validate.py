@@ -31,19 +31,18 @@ from scipy.stats import kendalltau
 
 import hw.replay  # noqa: F401 - its schema is what hw_replay.yaml is checked against
 from hw.clock import RealClock
-from hw.compare import Run, compare, percent, read_run
+from hw.compare import Run, compare, percent, read_run, seconds, verdicts
 from hw.engine import HwEngine
 from hw.model import ElasticModel
 from hw.prompts import read_prompts
 from hw.replay import hardware, load_elastic
-from sim.command import RecordingEngine, build_engine, build_parts, build_trace, figures, replay_with
+from sim.command import RecordingEngine, build_engine, build_parts, build_trace, figures, replay_with, write_tables
 from sim.config import CONF_DIR, build, one_thread
 from sim.data import REPOSITORY
 from sim.errors import ConfigError, RapLabError, nearest
 from sim.latency import CALIBRATIONS, load_calibration
-from sim.metrics import records_frame, transitions_frame
 from sim.policies import Policy
-from sim.runs import provenance, write_json, write_parquet, write_text, write_whole
+from sim.runs import provenance, write_json, write_text, write_whole
 
 RESULT, PAGE, PICTURE = (REPOSITORY / "hw" / name for name in ("validation.json", "VALIDATION.md", "validation.png"))
 CALIBRATION = "smollm2_135m_cpu_epyc_1thread"
@@ -156,8 +155,7 @@ def serve(folder: Path, cfg: DictConfig, engine: RecordingEngine, policy: Policy
     trace, slo = build_trace(cfg), build(cfg.slo)
     replay_with(cfg, trace, engine, policy)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_parquet(folder / "records.parquet", records_frame(engine.records(), slo))
-    write_parquet(folder / "transitions.parquet", transitions_frame(engine.transitions()))
+    write_tables(folder, slo, engine.records(), engine.transitions(), engine.kept_share(), engine.iterations())
     if isinstance(engine, HwEngine):
         write_json(folder / "hardware.json", hardware(engine, cfg))
         engine.close()
@@ -335,7 +333,7 @@ def page(content: Mapping[str, Any]) -> str:
     """Return the page of validation in Markdown."""
     told = content["provenance"]
     every = [(workload, policy, result) for workload, by in content["results"].items() for policy, result in by.items()]
-    verdicts = [f["verdict"] for _, _, result in every for f in result["figures"].values() if f["verdict"] is not None]
+    given = [verdict for _, _, result in every for verdict in verdicts(result).values()]
     exact = [result["memory"].get("exact") for _, _, result in every]
     lines = [
         "# The simulator beside the real model",
@@ -357,8 +355,8 @@ def page(content: Mapping[str, Any]) -> str:
         "Tolerance: with one plan 5 % at the mean and 10 % at P50 and P95, with plans that change 12 %. "
         "An error beyond it but below the noise is no miss, and counted apart.",
         "",
-        f"**Of {len(verdicts)} verdicts {verdicts.count('held')} held, {verdicts.count('within noise')} lie within the "
-        f"noise, {verdicts.count('missed')} missed. Weights and KV allocated equal the predicted bytes in every "
+        f"**Of {len(given)} verdicts {given.count('held')} held, {given.count('within noise')} lie within the "
+        f"noise, {given.count('missed')} missed. Weights and KV allocated equal the predicted bytes in every "
         f"iteration of {sum(e is True for e in exact)} of {len(exact)} cells.**",
         "",
         "## Errors, and the noise beside them",
@@ -386,6 +384,7 @@ def page(content: Mapping[str, Any]) -> str:
         "`changes`: plan changes in simulation / in each repeat, sorted. `order`: Kendall's tau of the order of "
         "admission, of the worst repeat. TTFT and TPOT in seconds of the clock named above.",
         "",
+        *preemptions_and_changes(every),
         "## The same with the machine's speed taken out",
         "",
         "The speed of this machine for one and the same pass moved by a factor of two with what others did on it. Here "
@@ -428,6 +427,38 @@ def page(content: Mapping[str, Any]) -> str:
     lines += ["", "| policy | words |", "|---|---|"]
     lines += [f"| {name} | `{' '.join(some)}` |" for name, some in words["policies"].items()]
     return "\n".join(lines) + "\n"
+
+
+def preemptions_and_changes(every: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
+    """Return the section on preemptions and plan changes, of the cells that have any; none for results without."""
+    rows = []
+    for workload, policy, result in every:
+        cells, busy = [], False
+        for event in result.get("events", {}).values():
+            busy = busy or bool(event["simulated"] or any(event["real"]))
+            cell = f"{event['simulated']} / {', '.join(map(str, event['real']))}"
+            cells.append(f"**{cell}**" if event["verdict"] == "missed" else cell)
+            cell = f"{seconds(event['time_error_s'])} / {seconds(event['time_noise_s'])}"
+            cells.append(f"**{cell}**" if event["time_verdict"] == "missed" else cell)
+        if busy:
+            ready_s = result["events"]["transitions"]["ready_after_s"]
+            real_s = [value for value in ready_s["real"] if value is not None]
+            middle_s = float(np.median(real_s)) if real_s else None
+            cells.append(f"{seconds(ready_s['simulated'])} / {seconds(middle_s)}")
+            rows.append(f"| {workload} | {policy} | {' | '.join(cells)} |")
+    if not rows:
+        return []
+    return [
+        "## Preemptions and plan changes: how many, and when",
+        "",
+        "Numbers: simulated / every repeat. Times: mean error of those that happened on both sides / mean distance of "
+        "the farthest two repeats. `ready`: from the decision of a plan to all of it running, mean, simulated / real.",
+        "",
+        "| workload | policy | preemptions | their times | plan changes | their times | ready |",
+        "|---|---|---:|---:|---:|---:|---:|",
+        *rows,
+        "",
+    ]
 
 
 def _median_line(every: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
@@ -509,8 +540,8 @@ def main(words: Sequence[str]) -> int:
         f"{workload}, {policy}: {name}"
         for workload, by in content["results"].items()
         for policy, result in by.items()
-        for name, figure in result["figures"].items()
-        if figure["verdict"] == "missed"
+        for name, verdict in verdicts(result).items()
+        if verdict == "missed"
     ]
     console.print(f"{len(missed)} verdicts missed; {PAGE.relative_to(REPOSITORY)}", highlight=False)
     return 1 if missed else 0

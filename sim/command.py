@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +22,11 @@ from sim.engine import Engine, EngineConfig, SimEngine
 from sim.errors import ConfigError
 from sim.gpu import Gpu
 from sim.latency import CALIBRATIONS, load_calibration
-from sim.metrics import Slo, iterations_frame, records_frame, summarise, transitions_frame
+from sim.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.model import ModelSpec
 from sim.policies import Fixed, Policy, Served
 from sim.quality import QUALITIES, FittedQuality, PublishedQuality, load_quality
-from sim.records import Iterations, TokenGaps, Transitions
+from sim.records import Iterations, Records, TokenGaps, Transitions
 from sim.replay import replay
 from sim.report import plot_replay, print_summary
 from sim.runs import provenance, write_json, write_parquet, write_text
@@ -49,6 +49,10 @@ class RecordingEngine(Engine, Protocol):
 
     def transitions(self) -> Transitions:
         """Return one row a plan change."""
+        ...
+
+    def kept_share(self) -> tuple[tuple[float, float], ...]:
+        """Return (time_s, share of the dense weights' bytes that is resident), one entry a change."""
         ...
 
     @property
@@ -195,6 +199,22 @@ def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: f
     )
 
 
+def write_tables(
+    folder: Path,
+    slo: Slo,
+    records: Records,
+    transitions: Transitions,
+    kept_share: Sequence[tuple[float, float]],
+    iterations: Iterations | None = None,
+) -> None:
+    """Write the tables of a run folder; that of iterations, which is long, when it is given."""
+    write_parquet(folder / "records.parquet", records_frame(records, slo))
+    write_parquet(folder / "transitions.parquet", transitions_frame(transitions))
+    write_parquet(folder / "kept_share.parquet", kept_share_frame(kept_share))
+    if iterations is not None:
+        write_parquet(folder / "iterations.parquet", iterations_frame(iterations))
+
+
 def run_replay(
     cfg: DictConfig, build_engine: Callable[[DictConfig], tuple[RecordingEngine, Policy]] = build_engine
 ) -> dict[str, Any]:
@@ -225,10 +245,9 @@ def run_replay(
     records, iterations = engine.records(), engine.iterations()
     summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s)
     summary["interrupted"] = interrupted
-    write_parquet(folder / "records.parquet", records_frame(records, slo))
-    write_parquet(folder / "transitions.parquet", transitions_frame(engine.transitions()))
-    if cfg.iterations:
-        write_parquet(folder / "iterations.parquet", iterations_frame(iterations))
+    write_tables(
+        folder, slo, records, engine.transitions(), engine.kept_share(), iterations if cfg.iterations else None
+    )
     if cfg.plot:
         plot_replay(folder / "replay.png", records, iterations, slo, title)
     write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete

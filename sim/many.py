@@ -15,16 +15,15 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sim.command import build_engine, build_trace, figures, quality_of, replay_with
+from sim.command import build_engine, build_trace, figures, quality_of, replay_with, write_tables
 from sim.config import build
 from sim.engine import EngineState
 from sim.errors import ConfigError
-from sim.metrics import iterations_frame, records_frame, transitions_frame
 from sim.plan import Plan, dense_plan
 from sim.policies import Fixed, Policy
 from sim.records import Iterations, Records, Transitions
 from sim.report import plot_replay, print_rows
-from sim.runs import provenance, write_json, write_parquet, write_text
+from sim.runs import provenance, write_json, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +120,8 @@ def replay_many(cfg: DictConfig) -> None:
         inner = folder / case.name
         write_text(inner / "config.yaml", OmegaConf.to_yaml(one, resolve=True))
         write_json(inner / "provenance.json", {**made_by, "seed": case.seed})
-        write_parquet(inner / "records.parquet", records_frame(outcome.records, slo))
-        write_parquet(inner / "transitions.parquet", transitions_frame(outcome.transitions))
-        if cfg.iterations:
-            write_parquet(inner / "iterations.parquet", iterations_frame(outcome.iterations))
+        iterations = outcome.iterations if cfg.iterations else None
+        write_tables(inner, slo, outcome.records, outcome.transitions, outcome.kept_share, iterations)
         if cfg.plot:
             plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, case.name.replace("_", " "))
         write_json(inner / "summary.json", dict(outcome.summary))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,13 @@ def transitions_frame(transitions: Transitions) -> pd.DataFrame:
             "kv_blocks_after": transitions.kv_blocks_after,
         }
     )
+
+
+def kept_share_frame(changes: Sequence[tuple[float, float]]) -> pd.DataFrame:
+    """Return the table that ``kept_share.parquet`` holds, one row a change of the share of the dense weights."""
+    import pandas as pd
+
+    return pd.DataFrame(np.array(changes, dtype=np.float64).reshape(-1, 2), columns=["time_s", "kept_share"])
 
 
 def distribution(values: Floats) -> dict[str, float | None]:

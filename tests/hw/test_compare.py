@@ -12,12 +12,22 @@ import pytest
 pytest.importorskip("torch", reason="the suite needs the real engine: pip install -e '.[hw]'")
 
 import hw.compare
-from hw.compare import compare, read_run
-from hw.validate import WORKLOADS, Arguments, configuration, page, policies, ranking, slower
+from hw.compare import compare, read_run, verdicts
+from hw.timeline import timeline
+from hw.validate import (
+    WORKLOADS,
+    Arguments,
+    configuration,
+    page,
+    policies,
+    preemptions_and_changes,
+    ranking,
+    slower,
+)
 from sim.command import build_parts, build_trace
 from sim.errors import ConfigError
 from sim.latency import CALIBRATIONS, calibration_from_dict
-from sim.metrics import Slo, records_frame, summarise, transitions_frame
+from sim.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.model import load_model
 from sim.plan import dense_plan
 from sim.records import Iterations, Records, TokenGaps, Transitions
@@ -25,9 +35,21 @@ from sim.runs import write_json, write_parquet
 
 
 def run_folder(
-    folder: Path, *, slower: float = 1.0, changes: int = 0, exact: bool = True, requests: int = 40, seed: int = 0
+    folder: Path,
+    *,
+    slower: float = 1.0,
+    changes: int = 0,
+    preempted: int = 0,
+    late_s: float = 0.0,
+    kept: float = 1.0,
+    exact: bool = True,
+    requests: int = 40,
+    seed: int = 0,
 ) -> Path:
-    """Write a run whose latencies are ``slower`` times those of a plain one."""
+    """Write a run whose latencies are ``slower`` times those of a plain one.
+
+    Its plan changes at 0, 1, 2 ... and its preemptions at 4, 5, 6 ... come ``late_s`` later.
+    """
     rng = np.random.default_rng(seed)
     arrival_s = np.sort(rng.random(requests)) * 20
     first_s = arrival_s + slower * (0.2 + 0.1 * np.arange(requests) / requests)
@@ -41,31 +63,32 @@ def run_folder(
         admitted_s=arrival_s + 0.01,
         first_token_s=first_s,
         finish_s=finish_s,
-        preemptions=whole * 0,
+        preemptions=(np.arange(requests) < preempted).astype(np.int64),
         status=whole * 0 + 2,
         kept_params_share=np.ones(requests),
         quality_nll=np.full(requests, np.nan),
     )
-    one, zero = np.array([finish_s.max()]), np.array([0])
+    start_s = np.concatenate([[0.0], 4.0 + late_s + np.arange(12.0)])
+    zero = np.zeros(len(start_s), dtype=np.int64)
     iterations = Iterations(
-        start_s=np.zeros(1),
-        end_s=one,
+        start_s=start_s,
+        end_s=np.append(start_s[1:], max(float(finish_s.max()), start_s[-1] + 1.0)),
         prefill_tokens=zero,
         decode_requests=zero,
-        running=zero,
+        running=zero + 3,
         waiting=zero,
-        kv_used_share=np.zeros(1),
-        preemptions=zero,
-        extrapolated=np.zeros(1, dtype=np.bool_),
+        kv_used_share=zero * 0.5,
+        preemptions=np.append(0, np.arange(12) < preempted).astype(np.int64),
+        extrapolated=zero.astype(np.bool_),
     )
     many = np.zeros(changes, dtype=np.int64)
     transitions = Transitions(
-        time_s=np.arange(changes, dtype=np.float64),
+        time_s=np.arange(changes, dtype=np.float64) + late_s,
         from_plan=("dense",) * changes,
-        to_plan=("dense",) * changes,
+        to_plan=tuple("ab"[i % 2] for i in range(changes)),
         bytes_in=many,
         bytes_freed=many,
-        ready_s=np.arange(changes, dtype=np.float64),
+        ready_s=np.arange(changes, dtype=np.float64) + 2 * late_s,
         preempted=many,
         recomputed_tokens=many,
         kv_blocks_before=many,
@@ -75,6 +98,8 @@ def run_folder(
     folder.mkdir(parents=True)
     write_parquet(folder / "records.parquet", records_frame(records, Slo()))
     write_parquet(folder / "transitions.parquet", transitions_frame(transitions))
+    write_parquet(folder / "iterations.parquet", iterations_frame(iterations))
+    write_parquet(folder / "kept_share.parquet", kept_share_frame([(0.0, 1.0), (1.0, kept)]))
     write_json(folder / "summary.json", summarise(records, iterations, gaps, Slo(), transitions=changes))
     write_json(
         folder / "hardware.json",
@@ -114,6 +139,67 @@ def test_an_error_below_the_noise_of_the_hardware_is_told_apart_from_a_miss(tmp_
     assert result["figures"]["ttft_s.mean"]["noise"] == pytest.approx(0.3, abs=0.01)
 
 
+def test_preemptions_and_plan_changes_are_compared_in_number_and_in_time(tmp_path: Path) -> None:
+    events = result_of(tmp_path, {"changes": 3, "preempted": 4, "late_s": 0.5}, {"changes": 2, "preempted": 4})[
+        "events"
+    ]
+    assert events["preemptions"]["simulated"] == 4
+    assert events["preemptions"]["verdict"] == "held"
+    assert events["preemptions"]["paired"] == [4]
+    assert events["preemptions"]["time_error_s"] == pytest.approx(0.5)
+    assert events["preemptions"]["time_verdict"] == "held"  # against 12 % of about 20 s
+    assert events["transitions"]["verdict"] == "missed"  # 3 against 2
+    assert events["transitions"]["paired"] == [2]  # to a and to b; the second one to a happened on one side only
+    assert events["transitions"]["time_error_s"] == pytest.approx(0.5)
+    assert events["transitions"]["ready_after_s"] == {"simulated": pytest.approx(0.5), "real": [0.0]}
+    ours, theirs = (events["preemptions"]["times_s"][side] for side in ("simulated", "real"))
+    assert np.abs(np.subtract(ours, theirs[0])).mean() == pytest.approx(events["preemptions"]["time_error_s"])
+
+
+def test_times_too_far_apart_are_missed_unless_the_hardware_itself_spreads_so_far(tmp_path: Path) -> None:
+    sim = {"changes": 2, "late_s": 9.0}
+    alone = result_of(tmp_path / "alone", sim, {"changes": 2})
+    assert verdicts(alone)["transitions.times"] == "missed"
+    assert not alone["held"]
+    spread = result_of(tmp_path / "spread", sim, {"changes": 2}, {"changes": 2, "late_s": 18.5})
+    assert spread["events"]["transitions"]["time_noise_s"] == pytest.approx(18.5)
+    assert verdicts(spread)["transitions.times"] == "within noise"
+
+
+def test_a_number_of_preemptions_that_some_repeat_had_too_lies_within_the_noise(tmp_path: Path) -> None:
+    result = result_of(tmp_path, {"preempted": 1}, {"preempted": 0}, {"preempted": 0}, {"preempted": 1})
+    assert verdicts(result)["preemptions.number"] == "within noise"
+
+
+def test_timelines_are_those_of_the_iterations_and_differ_where_the_runs_do(tmp_path: Path) -> None:
+    run = read_run(run_folder(tmp_path / "run", kept=0.8))
+    at_s = np.array([0.5, 2.0, 4.5, 1e6])
+    assert timeline(run.logs, "running", at_s).tolist() == [3.0, 3.0, 3.0, 0.0]
+    assert timeline(run.logs, "kept_share", at_s).tolist() == [1.0, 0.8, 0.8, 0.8]
+    arrived = np.searchsorted(run.records["arrival_s"], at_s, "right")
+    ended = np.searchsorted(np.sort(run.records["finish_s"]), at_s, "right")
+    expected = np.maximum(arrived - ended - np.array([3, 3, 3, 0]), 0)
+    assert timeline(run.logs, "waiting", at_s).tolist() == expected.tolist()
+    lines = result_of(tmp_path, {"kept": 0.8}, {"kept": 1.0})["timelines"]
+    end_s = run.logs.end_s
+    assert lines["kept_share"]["difference"] == pytest.approx(0.2 * (end_s - 1) / end_s, rel=1e-2)
+    assert lines["running"]["difference"] == 0.0
+    assert lines["running"]["noise"] is None  # a single run has none
+
+
+def test_a_run_without_iterations_is_still_compared_without_times_of_preemptions(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / name, preempted=2, changes=1) for name in ("sim", "real")]
+    for name in ("iterations.parquet", "kept_share.parquet"):
+        (folders[1] / name).unlink()
+    simulated, real = (read_run(folder) for folder in folders)
+    result = compare(simulated, [real])
+    assert result["events"]["preemptions"]["verdict"] == "held"
+    assert result["events"]["preemptions"]["time_error_s"] is None
+    assert result["events"]["transitions"]["time_error_s"] == 0.0
+    assert set(result["timelines"].values()) == {None}
+    assert result["held"]
+
+
 def test_bytes_that_are_not_exact_fail_whatever_the_latencies(tmp_path: Path) -> None:
     assert not result_of(tmp_path, {}, {"exact": False})["held"]
 
@@ -130,7 +216,18 @@ def test_the_command_ends_with_its_verdict_and_writes_json_and_picture(tmp_path:
     assert hw.compare.main([str(sim), str(tmp_path / "nothing")]) == 2
     written = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert written["figures"]["makespan_s"]["verdict"] in ("held", "missed")
+    assert written["events"]["transitions"]["time_error_s"] is None  # none happened
+    assert written["timelines"]["kept_share"]["simulated"] == 1.0
     assert (good / "compare.png").stat().st_size > 10_000
+
+
+def test_the_page_shows_preemptions_and_plan_changes_of_the_cells_that_have_any(tmp_path: Path) -> None:
+    quiet = result_of(tmp_path / "quiet", {}, {})
+    busy = result_of(tmp_path / "busy", {"preempted": 3, "changes": 1, "late_s": 0.5}, {"changes": 1}, {"changes": 1})
+    lines = preemptions_and_changes([("quiet", "dense", quiet), ("burst", "morphserve", busy), ("old", "dense", {})])
+    rows = [line for line in lines if line.startswith("| ")][1:]
+    assert rows == ["| burst | morphserve | **3 / 0, 0** | - / - | 1 / 1, 1 | 0.5 s / 0 s | 0.5 s / 0 s |"]
+    assert preemptions_and_changes([("quiet", "dense", quiet)]) == []
 
 
 def test_ranking_counts_only_pairs_beyond_the_noise_and_prices_a_wrong_choice() -> None:

@@ -236,6 +236,7 @@ def assert_same_replay(found: HwEngine, expected: SimEngine) -> None:
         iterations_frame(found.iterations())[columns], iterations_frame(expected.iterations())[columns]
     )
     pd.testing.assert_frame_equal(transitions_frame(found.transitions()), transitions_frame(expected.transitions()))
+    assert found.kept_share() == expected.kept_share()
     assert found.budget_violation_s == pytest.approx(expected.budget_violation_s)
 
 

@@ -61,7 +61,7 @@ def test_the_same_words_give_the_same_files_columns_and_requests_on_both_engines
     real, simulated = run("hw", name="real"), run("sim", name="simulated")
     files = {path.name for path in simulated.iterdir()}
     assert {path.name for path in real.iterdir()} == files | {"hardware.json"}
-    for name in ("records.parquet", "iterations.parquet", "transitions.parquet"):
+    for name in ("records.parquet", "iterations.parquet", "transitions.parquet", "kept_share.parquet"):
         ours, theirs = pd.read_parquet(real / name), pd.read_parquet(simulated / name)
         assert dict(ours.dtypes) == dict(theirs.dtypes)
     ours, theirs = (pd.read_parquet(folder / "records.parquet") for folder in (real, simulated))
