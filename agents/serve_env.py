@@ -28,7 +28,7 @@ from sim.budget import BudgetContext
 from sim.config import CONF_DIR, build
 from sim.engine import EngineState, SimEngine
 from sim.errors import ConfigError
-from sim.latency import LatencyModel, load_calibration
+from sim.latency import LatencyModel, copy_speed, load_calibration
 from sim.memory import kv_block_layer_bytes
 from sim.metrics import Slo, met_slo
 from sim.model import load_model
@@ -128,6 +128,7 @@ class ServeSetting:
             workspace_bytes=self.workspace_bytes,
             kv_block_tokens=self.engine.kv_block_tokens,
         )
+        copying = copy_speed(self.latency, self.gpu)
         engine = SimEngine(
             model=self.model,
             latency=self.latency,
@@ -135,8 +136,8 @@ class ServeSetting:
             plan=plan,
             budget_bytes=window_budget(context, window, self.windows.window_s),
             workspace_bytes=self.workspace_bytes,
-            host_to_device_bytes_per_s=self.gpu.host_to_device_bytes_per_s,
-            copy_slowdown=self.gpu.host_to_device_bytes_per_s / self.gpu.memory_bandwidth_bytes_per_s,
+            host_to_device_bytes_per_s=copying.host_to_device_bytes_per_s,
+            copy_slowdown=copying.slowdown,
             quality_nll=self.nll,
             keep_iterations=False,
             book=book,

@@ -6,13 +6,16 @@
 
     python -m hw.calibrate source=device                                this device: SmolLM2-135M, one thread of a CPU
     python -m hw.calibrate source=device model=MODEL device=GPU clock=wall checkpoint=FOLDER seconds=600
+    python -m hw.calibrate source=device only=changes                   the cost of plan changes anew, in the file there
 
 source=measurements fits published measurements (data defaults to calibration/ under RAP_LAB_DATA, or to shared/ beside
 the checkout) and writes one small JSON a target to conf/calibration. Each file states the held-out error of each term.
 
 source=device measures every term on the machine at hand, in the code of hw.engine (hw/device_calibration.py), and
 writes MODEL_DEVICE.json and a picture beside it. device= names an option of conf/gpu. A run that was stopped goes on
-where it was. clock=cpu counts processor seconds, for a machine that others share; clock=wall the real ones.
+where it was. clock=cpu counts processor seconds, for a machine that others share; clock=wall the real ones. What plan
+changes cost (hw/change_calibration.py) lies in the file's device_run; of it the simulator takes copy_slowdown and
+host_to_device_bytes_per_s, instead of the data sheet's.
 """
 
 from __future__ import annotations
@@ -672,6 +675,7 @@ class Arguments:
     threads: str = "1"
     seconds: str = "480"
     seed: str = "0"
+    only: str = "all"
 
 
 def parse(words: Sequence[str]) -> Arguments:
@@ -719,6 +723,7 @@ def from_device(arguments: Arguments) -> list[dict[str, Any]]:
     import torch  # source=measurements needs none
 
     from hw import device_calibration as d
+    from hw.change_calibration import Changes
     from hw.checkpoint import load_checkpoint
     from hw.clock import CLOCKS
     from hw.model import ElasticModel
@@ -726,6 +731,11 @@ def from_device(arguments: Arguments) -> list[dict[str, Any]]:
     model, gpu, out = load_model(arguments.model), _gpu(arguments.device), Path(arguments.out)
     if arguments.clock not in CLOCKS:
         raise ConfigError(f"unknown clock {arguments.clock!r}; {nearest(arguments.clock, CLOCKS)}")
+    if arguments.only not in ONLY:
+        raise ConfigError(f"unknown only={arguments.only!r}; {nearest(arguments.only, ONLY)}")
+    name = f"{model.name}_{gpu.name}"
+    if arguments.only == "changes" and not (out / f"{name}.json").is_file():
+        raise ConfigError(f"only=changes adds to {out / f'{name}.json'}, which is not there; measure all first")
     try:
         seconds, seed, threads = float(arguments.seconds), int(arguments.seed), int(arguments.threads)
     except ValueError as error:
@@ -736,7 +746,11 @@ def from_device(arguments: Arguments) -> list[dict[str, Any]]:
     place = "cpu" if gpu.name.startswith("cpu") else "cuda"
     loaded, _ = load_checkpoint(arguments.checkpoint or arguments.model, dtype=dtype, device=place)
     elastic = ElasticModel(loaded, name=model.name)
-    name = f"{model.name}_{gpu.name}"
+    if arguments.only == "changes":
+        content = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        content["device_run"] |= Changes(d.Bench(elastic, arguments.clock)).measure(seed)
+        write(content, out / f"{name}.json")
+        return [content]
     settings = d.DeviceSettings(model=model.name, device=gpu.name, clock=arguments.clock, seconds=seconds, seed=seed)
     # Not beside the calibrations: every JSON there is one.
     samples = d.Samples(
@@ -744,7 +758,8 @@ def from_device(arguments: Arguments) -> list[dict[str, Any]]:
     )
     out.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
-    d.measure(d.Bench(elastic, settings.clock), samples, settings, Console(stderr=True))
+    bench = d.Bench(elastic, settings.clock)
+    d.measure(bench, samples, settings, Console(stderr=True))
     terms = d.terms_of(samples)
     target = Target(
         name=name,
@@ -789,7 +804,7 @@ def from_device(arguments: Arguments) -> list[dict[str, Any]]:
         "repeats": [min(counts), max(counts)],
         "standard_error_of_medians_p50_p95": [float(f"{np.quantile(spreads, q):.2g}") for q in (0.5, 0.95)],
         "memory_bandwidth_bytes_per_s": float(f"{d.memory_bandwidth_bytes_per_s(elastic.device):.3g}"),
-        **d.plan_changes(elastic),
+        **Changes(bench).measure(seed),
     }
     write(content, out / f"{name}.json")
     d.plot(
@@ -798,6 +813,7 @@ def from_device(arguments: Arguments) -> list[dict[str, Any]]:
     return [content]
 
 
+ONLY = ("all", "changes")
 SOURCES: dict[str, Callable[[Arguments], list[dict[str, Any]]]] = {
     "measurements": from_measurements,
     "device": from_device,

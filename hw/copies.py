@@ -6,6 +6,8 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 
+import torch
+
 from hw.model import ABSENT, Block, ElasticModel
 from sim.transition import LayerCopy
 
@@ -13,13 +15,18 @@ POLL_S = 0.0005
 
 
 class LayerCopier:
-    """Copies one layer at a time; what it brings joins when the engine says so."""
+    """Copies one layer at a time; what it brings joins when the engine says so.
+
+    copied_s: how long the copy that joined last was on its way.
+    """
 
     def __init__(self, elastic: ElasticModel) -> None:
         """Copy into this model."""
         self._elastic = elastic
         self._blocks: list[tuple[Block, int]] = []
-        self._future: Future[None] | None = None
+        self._future: Future[float] | None = None
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self.copied_s = 0.0
         # CUDA copies run beside the model by themselves; on a CPU a thread reads the file of stored weights.
         self._thread = ThreadPoolExecutor(1, "layer-copy") if elastic.device.type == "cpu" else None
 
@@ -28,10 +35,14 @@ class LayerCopier:
         assert not self._blocks
         pairs = ((self._elastic.blocks["mha"], copy.mha_bits), (self._elastic.blocks["ffn"], copy.ffn_bits))
         self._blocks = [(blocks[copy.layer], bits) for blocks, bits in pairs if bits != ABSENT]
-        if self._thread is None:
-            _want(self._blocks)
-        else:
+        if self._thread is not None:
             self._future = self._thread.submit(_want, self._blocks)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record(self._elastic.copy_stream)
+        _want(self._blocks)
+        end.record(self._elastic.copy_stream)
+        self._events = (begin, end)
 
     def whole(self) -> bool:
         """Return whether the copy has arrived."""
@@ -62,7 +73,7 @@ class LayerCopier:
             self._future = None
         for block, _ in self._blocks:
             block.pending = None
-        self._blocks = []
+        self._blocks, self._events = [], None
 
     def close(self) -> None:
         """End the thread."""
@@ -72,10 +83,18 @@ class LayerCopier:
 
     def _finish(self) -> None:
         if self._future is not None:
-            self._future.result()
+            self.copied_s = self._future.result()
             self._future = None
+        if self._events is not None:
+            begin, end = self._events
+            end.synchronize()
+            self.copied_s = begin.elapsed_time(end) / 1e3
+            self._events = None
 
 
-def _want(blocks: list[tuple[Block, int]]) -> None:
+def _want(blocks: list[tuple[Block, int]]) -> float:
+    """Start what brings blocks to their bits; return the seconds, on a CPU those of the copy itself."""
+    start_s = time.perf_counter()
     for block, bits in blocks:
         block.want(bits)
+    return time.perf_counter() - start_s

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hw import measurements as m
 from hw.clock import CLOCKS, RealClock
-from hw.engine import HwEngine
+from hw.engine import SLABS, HwEngine
 from hw.model import ElasticModel
 from hw.paged_attention import ATTENTION, Packed, PagedBatch, forward
 from hw.paged_kv import MappedArena, PagedKV, RequestPages, SlabArena
@@ -37,8 +37,8 @@ from hw.prompts import RandomPrompts
 from sim.engine import EngineConfig
 from sim.generate import lognormal_lengths, poisson
 from sim.latency import LatencyModel, calibration_from_dict
-from sim.memory import budget_for_kv_blocks, layer_weight_bytes
-from sim.plan import dense_plan
+from sim.memory import budget_for_kv_blocks
+from sim.plan import KeepMask, dense_plan
 from sim.policies import Fixed
 from sim.replay import replay
 from sim.runs import write_json, write_whole
@@ -110,41 +110,32 @@ class Bench:
 
     def __init__(self, elastic: ElasticModel, clock: str) -> None:
         """Take over a dense model."""
-        self._elastic, self._spec = elastic, elastic.spec
+        self.elastic, self._spec = elastic, elastic.spec
         self._clock = CLOCKS[clock]
         elastic.use_attention(ATTENTION)
         most = (max(BATCHES) + 1) * (-(-(max(CONTEXTS) + max(PREFILL_TOKENS) + 1) // BLOCK_TOKENS) + 1)
-        blocks = most * self._spec.num_layers
-        shape: dict[str, Any] = {
-            "block_tokens": BLOCK_TOKENS,
-            "heads": self._spec.num_kv_heads,
-            "head_dim": self._spec.head_dim,
-            "dtype": elastic.dtype,
-        }
-        if elastic.device.type == "cpu":
-            self._pool = PagedKV(MappedArena(capacity=blocks, **shape), blocks)
-        else:
-            self._pool = PagedKV(SlabArena(slab_blocks=blocks, device=elastic.device, **shape), blocks)
+        self.pool = pool_of(elastic, most * self._spec.num_layers)
 
     @torch.inference_mode()
     def time(self, cell: Cell) -> list[float]:
         """Return the microseconds of one of each of the things that a cell does."""
         return [seconds / cell.count * 1e6 for seconds in cell.run()]
 
-    def _now_s(self) -> float:
-        if self._elastic.device.type == "cuda":
+    def now_s(self) -> float:
+        """Return the present on the clock of the bench, all work of the device done."""
+        if self.elastic.device.type == "cuda":
             torch.cuda.synchronize()
         return self._clock()
 
     def _hidden(self, tokens: int) -> Tensor:
-        return torch.randn(1, tokens, self._spec.hidden_size, device=self._elastic.device).to(self._elastic.dtype)
+        return torch.randn(1, tokens, self._spec.hidden_size, device=self.elastic.device).to(self.elastic.dtype)
 
     @torch.inference_mode()
     def linear(self, bits: int) -> list[Cell]:
         """Return the cells of MHA and FFN blocks at a precision; brings the model to it."""
         layers = self._spec.num_layers if bits == 16 else min(QUANTISED_LAYERS, self._spec.num_layers)
         dense = dense_plan(self._spec)
-        self._elastic.apply(
+        self.elastic.apply(
             replace(dense, weight_bits=tuple(bits if i < layers else 16 for i in range(self._spec.num_layers)))
         )
         pages = _NoAttention()
@@ -152,18 +143,18 @@ class Bench:
         def run(hidden: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[float, float]:
             mha_s = ffn_s = 0.0
             for layer in range(layers):
-                start_s = self._now_s()
-                hidden + self._elastic.attend_paged(layer, hidden, rope, pages)
-                middle_s = self._now_s()
-                hidden + self._elastic.feed(layer, hidden)
-                ffn_s += self._now_s() - middle_s
+                start_s = self.now_s()
+                hidden + self.elastic.attend_paged(layer, hidden, rope, pages)
+                middle_s = self.now_s()
+                hidden + self.elastic.feed(layer, hidden)
+                ffn_s += self.now_s() - middle_s
                 mha_s += middle_s - start_s
             return mha_s, ffn_s
 
         cells = []
         for tokens in TOKENS:
             hidden = self._hidden(tokens)
-            rope = self._elastic.rope(hidden, torch.arange(tokens, device=hidden.device)[None])
+            rope = self.elastic.rope(hidden, torch.arange(tokens, device=hidden.device)[None])
             names = (f"mha_{bits}/{tokens}", f"ffn_{bits}/{tokens}")
             cells.append(Cell(names, partial(run, hidden, rope), layers))
         return cells
@@ -173,21 +164,21 @@ class Bench:
         """Return the cells of embedding and of head and choice of a token."""
 
         def token(ids: Tensor) -> tuple[float]:
-            start_s = self._now_s()
+            start_s = self.now_s()
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-            self._elastic.rope(self._elastic.embed(ids, positions), positions)
-            return (self._now_s() - start_s,)
+            self.elastic.rope(self.elastic.embed(ids, positions), positions)
+            return (self.now_s() - start_s,)
 
         def head(hidden: Tensor) -> tuple[float]:
-            start_s = self._now_s()
-            logits = self._elastic.head(hidden)
+            start_s = self.now_s()
+            logits = self.elastic.head(hidden)
             bool(torch.isfinite(logits).all())
             logits.argmax(-1).tolist()
-            return (self._now_s() - start_s,)
+            return (self.now_s() - start_s,)
 
         cells = []
         for tokens in TOKENS:
-            ids = torch.zeros(1, tokens, dtype=torch.long, device=self._elastic.device)
+            ids = torch.zeros(1, tokens, dtype=torch.long, device=self.elastic.device)
             cells.append(Cell((f"token/{tokens}",), partial(token, ids), 1))
         cells += [Cell((f"head/{count}",), partial(head, self._hidden(count)[0]), 1) for count in SEQUENCES]
         return cells
@@ -204,20 +195,20 @@ class Bench:
 
     def _attention(self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]]) -> Timed:
         def run() -> tuple[float, ...]:
-            spec, device = self._spec, self._elastic.device
-            made = self._requests(decodes + prefills)
+            spec, device = self._spec, self.elastic.device
+            made = self._requests(decodes + prefills, frozenset(range(spec.num_layers)))
             count = sum(len(packed.tokens) for packed in made)
-            query = torch.zeros(1, spec.num_heads, count, spec.head_dim, dtype=self._elastic.dtype, device=device)
-            key = torch.zeros(1, spec.num_kv_heads, count, spec.head_dim, dtype=self._elastic.dtype, device=device)
-            start_s = self._now_s()
-            batch = PagedBatch(self._pool.arena, made[: len(decodes)], made[len(decodes) :], self._elastic.windows)
+            query = torch.zeros(1, spec.num_heads, count, spec.head_dim, dtype=self.elastic.dtype, device=device)
+            key = torch.zeros(1, spec.num_kv_heads, count, spec.head_dim, dtype=self.elastic.dtype, device=device)
+            start_s = self.now_s()
+            batch = PagedBatch(self.pool.arena, made[: len(decodes)], made[len(decodes) :], self.elastic.windows)
             for layer in range(spec.num_layers):
                 batch.enter(layer)
                 batch.update(key, key, layer)
                 batch.attend(layer, query, key, key, None)
-            seconds = self._now_s() - start_s
+            seconds = self.now_s() - start_s
             for packed in made:
-                self._pool.release(packed.pages.all_blocks())
+                self.pool.release(packed.pages.all_blocks())
             return (seconds,)
 
         return run
@@ -225,37 +216,53 @@ class Bench:
     def whole(self) -> list[Cell]:
         """Return the cells of whole passes of the dense model, as an iteration makes them; WHOLE says which."""
         return [
-            Cell((f"whole/{index}",), self._whole([(context, 1)] * batch, list(chunks)), 1)
+            Cell((f"whole/{index}",), self.whole_pass([(context, 1)] * batch, list(chunks)), 1)
             for index, (batch, context, chunks) in enumerate(WHOLE)
         ]
 
-    def _whole(self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]]) -> Timed:
-        keep = dense_plan(self._spec).decode
+    def whole_pass(
+        self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]], keep: KeepMask | None = None
+    ) -> Timed:
+        """Return a whole pass over decodes and prompt chunks, (tokens before, new tokens) each; None keeps all."""
+        keep = keep or dense_plan(self._spec).decode
+        held = frozenset(layer for layer, kept in enumerate(keep.mha) if kept)
 
         def run() -> tuple[float, ...]:
-            made = self._requests(decodes + prefills)
+            made = self._requests(decodes + prefills, held)
             single, chunks = made[: len(decodes)], made[len(decodes) :]
             ends = np.cumsum([len(packed.tokens) for packed in made]) - 1
-            start_s = self._now_s()
-            batch = PagedBatch(self._pool.arena, single, chunks, self._elastic.windows)
-            logits = forward(self._elastic, batch, single, chunks, ends.tolist(), prefill=keep, decode=keep)
+            start_s = self.now_s()
+            batch = PagedBatch(self.pool.arena, single, chunks, self.elastic.windows)
+            logits = forward(self.elastic, batch, single, chunks, ends.tolist(), prefill=keep, decode=keep)
             bool(torch.isfinite(logits).all())
             logits.argmax(-1).tolist()
-            seconds = self._now_s() - start_s
+            seconds = self.now_s() - start_s
             for packed in made:
-                self._pool.release(packed.pages.all_blocks())
+                self.pool.release(packed.pages.all_blocks())
             return (seconds,)
 
         return run
 
-    def _requests(self, shapes: list[tuple[int, int]]) -> list[Packed]:
-        every = frozenset(range(self._spec.num_layers))
+    def _requests(self, shapes: list[tuple[int, int]], held: frozenset[int]) -> list[Packed]:
         made = []
         for before, new in shapes:
-            pages = RequestPages(mha=every)
-            pages.hold(self._pool, before + new)
+            pages = RequestPages(mha=held)
+            pages.hold(self.pool, before + new)
             made.append(Packed(pages, [0] * new, before))
         return made
+
+
+def pool_of(elastic: ElasticModel, blocks: int) -> PagedKV:
+    """Return a pool of so many KV blocks of one layer, all free, in the memory that the engine would take."""
+    shape: dict[str, Any] = {
+        "block_tokens": BLOCK_TOKENS,
+        "heads": elastic.spec.num_kv_heads,
+        "head_dim": elastic.spec.head_dim,
+        "dtype": elastic.dtype,
+    }
+    if elastic.device.type == "cpu":
+        return PagedKV(MappedArena(capacity=blocks, **shape), blocks)
+    return PagedKV(SlabArena(slab_blocks=-(-blocks // SLABS), device=elastic.device, **shape), blocks)
 
 
 class Samples:
@@ -407,29 +414,6 @@ def run_engine(elastic: ElasticModel, latency: LatencyModel, clock: str, seed: i
     lasting = np.where(following - rows.end_s < 0.005, following, rows.end_s) - rows.start_s
     priced = [latency.iteration_s(s.plan, s.chunks, s.decode_batch, s.decode_context_sum, s.sequences) for s in shapes]
     return Iterations(lasting, np.array(priced), lasting - np.array([s.forward_s for s in shapes]))
-
-
-def plan_changes(elastic: ElasticModel) -> dict[str, Any]:
-    """Return how fast layers come from host memory at each precision, alone and while the model runs."""
-    spec, dense = elastic.spec, dense_plan(elastic.spec)
-    elastic.apply(dense)
-    elastic.prepare((8, 4))
-    found: dict[str, Any] = {}
-    for bits in (16, 8, 4):
-        seconds = []
-        for layer in range(min(8, spec.num_layers)):
-            low = 8 if bits == 16 else 16
-            elastic.apply(replace(dense, weight_bits=tuple(low if i == layer else 16 for i in range(spec.num_layers))))
-            wanted = tuple(bits if i == layer else 16 for i in range(spec.num_layers))
-            start_s = time.perf_counter()
-            elastic.apply(replace(dense, weight_bits=wanted))
-            if elastic.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start_s)
-        elastic.apply(dense)
-        found[f"layer_to_{bits}_bits_s"] = float(f"{np.median(seconds):.3g}")
-        found[f"layer_to_{bits}_bits_bytes_per_s"] = float(f"{layer_weight_bytes(spec, bits) / np.median(seconds):.3g}")
-    return found
 
 
 def memory_bandwidth_bytes_per_s(device: torch.device) -> float:

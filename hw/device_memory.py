@@ -58,12 +58,17 @@ class DeviceMemory:
 
     def give_back(self) -> None:
         """Return freed memory to the system: what was dropped shall be there for others."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-            return
-        trim = getattr(_libc(), "malloc_trim", None)  # glibc's; other systems give back by themselves
-        if trim is not None:
-            trim(0)
+        give_back(self._device)
+
+
+def give_back(device: torch.device) -> None:
+    """Return the memory that this process has freed on a device to the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    trim = getattr(_libc(), "malloc_trim", None)  # glibc's; other systems give back by themselves
+    if trim is not None:
+        trim(0)
 
 
 def _libc() -> ctypes.CDLL | None:

@@ -252,7 +252,7 @@ class _PinnedStore:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._tensors: dict[object, list[Tensor]] = {}
 
     def __contains__(self, key: object) -> bool:
@@ -262,10 +262,10 @@ class _PinnedStore:
         self._tensors[key] = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t.detach()) for t in tensors]
 
     def get(self, key: object) -> tuple[list[Tensor], torch.cuda.Event]:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             tensors = [t.to(self._device, non_blocking=True) for t in self._tensors[key]]
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
+            event.record(self.stream)
         return tensors, event
 
 
@@ -498,6 +498,11 @@ class ElasticModel:
         for block in blocks:
             block.join(wait=False)
         return all(block.pending is None for block in blocks)
+
+    @property
+    def copy_stream(self) -> torch.cuda.Stream | None:
+        """The stream on which weights come back; None on a CPU, where whoever asks copies them itself."""
+        return self._store.stream if isinstance(self._store, _PinnedStore) else None
 
     def bytes(self) -> int:
         """Bytes of the weights on the device: ``sim.memory.weight_bytes`` of the plan, once all copies have joined."""

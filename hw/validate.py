@@ -17,7 +17,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from sim.command import RecordingEngine, build_engine, build_parts, build_trace,
 from sim.config import CONF_DIR, build, one_thread
 from sim.data import REPOSITORY
 from sim.errors import ConfigError, RapLabError, nearest
-from sim.latency import CALIBRATIONS, load_calibration
+from sim.latency import CALIBRATIONS, copy_speed, load_calibration
 from sim.policies import Policy
 from sim.runs import provenance, write_json, write_text, write_whole
 
@@ -198,9 +198,11 @@ def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
         result = judged(read_run(folder / "sim"), real, base)
         result["at_the_speed_of_the_run"] = at_speed(configuration(workload, policy, arguments), real)
         results.setdefault(workload, {})[policy] = result
+    latency = load_calibration(arguments.calibration)
     return {
         "provenance": provenance(12),
-        "device": load_calibration(arguments.calibration).device,
+        "device": latency.device,
+        "copying": asdict(copy_speed(latency, build(configuration(*pairs[0], arguments).gpu))),
         "calibration": arguments.calibration,
         "clock": arguments.clock,
         "repeats": sorted({len(result["real"]) for by in results.values() for result in by.values()}),
@@ -352,6 +354,7 @@ def page(content: Mapping[str, Any]) -> str:
             else "; time is the wall's."
         ),
         "",
+        *_copying(content.get("copying")),
         "Tolerance: with one plan 5 % at the mean and 10 % at P50 and P95, with plans that change 12 %. "
         "An error beyond it but below the noise is no miss, and counted apart.",
         "",
@@ -427,6 +430,18 @@ def page(content: Mapping[str, Any]) -> str:
     lines += ["", "| policy | words |", "|---|---|"]
     lines += [f"| {name} | `{' '.join(some)}` |" for name, some in words["policies"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _copying(copying: Mapping[str, Any] | None) -> list[str]:
+    if copying is None:  # a suite of before that was noted
+        return []
+    return [
+        f"Weights that a plan brings back are simulated at {copying['host_to_device_bytes_per_s']:.3g} bytes/s, and an "
+        f"iteration that starts while they come takes {percent(copying['slowdown'])} longer, the pool's shrinking for "
+        f"them and their joining included ({copying['source']}). What dropping a block and the pool's growing cost the "
+        "host (`plan_changes` in the calibration) has no place in the simulator and is not used.",
+        "",
+    ]
 
 
 def preemptions_and_changes(every: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:

@@ -21,7 +21,7 @@ from sim.config import build, one_thread, run_command
 from sim.engine import Engine, EngineConfig, SimEngine
 from sim.errors import ConfigError
 from sim.gpu import Gpu
-from sim.latency import CALIBRATIONS, load_calibration
+from sim.latency import CALIBRATIONS, copy_speed, load_calibration
 from sim.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.model import ModelSpec
 from sim.policies import Fixed, Policy, Served
@@ -156,7 +156,7 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
             f"calibration {latency.name!r} was made for model {latency.model!r}, not {model.name!r}; "
             f"set latency= to one made for it, or model={latency.model}"
         )
-    quality = quality_of(cfg)
+    quality, copying = quality_of(cfg), copy_speed(latency, gpu)
     engine = SimEngine(
         model=model,
         latency=latency,
@@ -164,9 +164,8 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
         plan=parts.policy.first_plan,
         budget_bytes=parts.budget,
         workspace_bytes=int(cfg.workspace_bytes),
-        host_to_device_bytes_per_s=gpu.host_to_device_bytes_per_s,
-        # A copy takes its bytes from the memory bandwidth that iterations live on; not measured, an upper bound.
-        copy_slowdown=gpu.host_to_device_bytes_per_s / gpu.memory_bandwidth_bytes_per_s,
+        host_to_device_bytes_per_s=copying.host_to_device_bytes_per_s,
+        copy_slowdown=copying.slowdown,
         quality_nll=quality.nll if quality is not None else None,
     )
     return engine, parts.policy

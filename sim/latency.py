@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from sim.compiled import compiled
 from sim.data import REPOSITORY
 from sim.errors import CalibrationError, nearest
+from sim.gpu import Gpu
 from sim.plan import WEIGHT_BITS, Plan
 
 Floats = NDArray[np.float64]
@@ -373,6 +374,25 @@ class TermError:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopySpeed:
+    """How weights come from host memory while iterations go on.
+
+    slowdown: the share by which an iteration takes longer that starts while weights come. source: where both are from.
+    """
+
+    host_to_device_bytes_per_s: float
+    slowdown: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if not (self.host_to_device_bytes_per_s > 0 and self.slowdown >= 0):
+            raise CalibrationError(
+                f"{self.source}: host_to_device_bytes_per_s is {self.host_to_device_bytes_per_s} and copy_slowdown "
+                f"{self.slowdown}; the first must be above 0, the second at least 0"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LatencyModel:
     """A calibrated latency model of one model on one device. Build it with `load_calibration`.
@@ -380,6 +400,7 @@ class LatencyModel:
     kind: `measured` (one stack measured the model's own operations), `composed` (of kernels of other shapes) or
     `derived` (scaled from another device; not measured).
     errors: held-out error of every term; fixed_source: where the overhead of an iteration comes from.
+    copying: how weights come from host memory, where that was measured too.
     """
 
     name: str
@@ -393,6 +414,7 @@ class LatencyModel:
     validation: str
     sources: tuple[Mapping[str, str], ...]
     notes: tuple[str, ...] = ()
+    copying: CopySpeed | None = None
 
     @property
     def fixed_s(self) -> float:
@@ -540,6 +562,33 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _copying(content: Mapping[str, Any]) -> CopySpeed | None:
+    run = content.get("device_run", {})
+    if "copy_slowdown" not in run:
+        return None
+    return CopySpeed(
+        host_to_device_bytes_per_s=float(run["host_to_device_bytes_per_s"]),
+        slowdown=float(run["copy_slowdown"]),
+        source=f"measured, calibration {content['name']}",
+    )
+
+
+def copy_speed(latency: LatencyModel, gpu: Gpu) -> CopySpeed:
+    """Return how fast weights come, as the calibration measured it; else by the data sheet of the device.
+
+    Not measured, the link gives the rate, and the slow-down is an upper bound: a copy takes its bytes from the memory
+    bandwidth that iterations live on.
+    """
+    if latency.copying is not None:
+        return latency.copying
+    link = gpu.host_to_device_bytes_per_s
+    return CopySpeed(
+        host_to_device_bytes_per_s=link,
+        slowdown=link / gpu.memory_bandwidth_bytes_per_s,
+        source=f"data sheet of {gpu.name}, not measured",
+    )
+
+
 def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration") -> LatencyModel:
     """Return the model that a calibration file's content describes.
 
@@ -565,6 +614,7 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
             validation=content["validation"],
             sources=tuple(content["sources"]),
             notes=tuple(content["notes"]),
+            copying=_copying(content),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CalibrationError(f"{origin}: {error!r} while reading it; write it again with hw.calibrate") from error

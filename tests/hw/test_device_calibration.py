@@ -14,9 +14,11 @@ from rich.console import Console
 import hw.calibrate
 import hw.checkpoint
 import hw.device_calibration as d
+from hw.change_calibration import POOL_BLOCKS, Changes
 from hw.model import ElasticModel
 from sim.errors import ConfigError
 from sim.latency import load_calibration
+from sim.memory import layer_weight_bytes
 from sim.plan import dense_plan, drop, with_mask
 from tests.hw.serving import tiny, tiny_spec
 
@@ -83,7 +85,43 @@ def test_the_command_writes_a_calibration_that_the_simulator_loads_and_prices_an
     assert set(content["errors"]) >= {"mha_linear_16", "ffn_linear_4", "decode_attention", "iteration"}
     assert content["fixed_us"] > 0
     assert content["device_run"]["samples"] >= content["device_run"]["cells"] * 2
+    changes = content["device_run"]["plan_changes"]
+    assert set(changes["layer_copies"]) == {"16", "8", "4"}
+    assert latency.copying is not None
+    assert latency.copying.host_to_device_bytes_per_s == content["device_run"]["host_to_device_bytes_per_s"]
+    before = content["tables"]
+    words = ["source=device", "model=tiny", "only=changes", f"out={tmp_path}"]
+    assert hw.calibrate.main(words) == 0
+    again = json.loads((tmp_path / "tiny_cpu_epyc_1thread.json").read_text())
+    assert again["tables"] == before
+    assert again["device_run"]["plan_changes"] != changes  # measured anew
     assert "iteration" in capsys.readouterr().out
+
+
+def test_what_a_plan_change_costs_is_measured_and_leaves_the_model_and_the_pool_as_they_were(coarse: None) -> None:
+    elastic = ElasticModel(tiny(), name="tiny")
+    changes, held = Changes(d.Bench(elastic, "wall")), elastic.bytes()
+    found = changes.measure()
+    assert (changes._pool.layer_blocks, changes._pool.used_layer_blocks) == (POOL_BLOCKS, 0)
+    assert elastic.bytes() == held
+    assert elastic.plan == dense_plan(elastic.spec)
+    rows = found["plan_changes"]["layer_copies"]
+    for bits, row in rows.items():
+        assert row["bytes"] == layer_weight_bytes(elastic.spec, int(bits))
+        assert min(row.values()) > 0
+    rates = [row["bytes_per_s_while_serving"] for row in rows.values()]
+    assert min(rates) <= found["host_to_device_bytes_per_s"] <= max(rates)
+    assert found["copy_slowdown"] >= 0
+    assert min(found["plan_changes"]["kv_pool"].values()) > 0
+    blocks_of = found["plan_changes"]["blocks"]
+    assert blocks_of["ffn"]["bytes"] == elastic.blocks["ffn"][1].nbytes
+
+
+def test_only_changes_wants_a_calibration_to_add_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hw.calibrate.main(["source=device", "only=changes", f"out={tmp_path}"]) == 2
+    assert "measure all first" in capsys.readouterr().err
+    assert hw.calibrate.main(["source=device", "only=change"]) == 2
+    assert "changes" in capsys.readouterr().err
 
 
 def test_an_unknown_clock_is_refused_with_the_known_ones() -> None:

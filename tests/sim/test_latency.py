@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from sim import latency
 from sim.errors import CalibrationError
+from sim.gpu import Gpu
 from sim.latency import (
     LatencyModel,
     calibration_from_dict,
     calibration_names,
     chunk_context_sum,
+    copy_speed,
     interp1,
     interp2,
     load_calibration,
@@ -157,6 +159,25 @@ def test_the_overhead_of_an_iteration_can_be_replaced_and_says_so() -> None:
     assert more == pytest.approx(1e-3 - 1e-5, rel=1e-9)
     with pytest.raises(CalibrationError, match="at least 0"):
         model.with_fixed(-1.0, "wrong")
+
+
+def test_weights_come_as_fast_as_measured_and_else_as_the_data_sheet_says() -> None:
+    gpu = Gpu(
+        name="card",
+        memory_bytes=1e10,
+        memory_bandwidth_bytes_per_s=1e12,
+        dense_fp16_flop_per_s=1e14,
+        host_to_device_bytes_per_s=2e10,
+    )
+    stated = copy_speed(toy(), gpu)
+    assert (stated.host_to_device_bytes_per_s, stated.slowdown) == (2e10, 0.02)
+    assert "not measured" in stated.source
+    run = {"device_run": {"host_to_device_bytes_per_s": 3e9, "copy_slowdown": 0.1}}
+    measured = copy_speed(calibration_from_dict(deepcopy(TOY) | run), gpu)
+    assert (measured.host_to_device_bytes_per_s, measured.slowdown) == (3e9, 0.1)
+    run["device_run"]["copy_slowdown"] = -0.1
+    with pytest.raises(CalibrationError, match="at least 0"):
+        calibration_from_dict(deepcopy(TOY) | run)
 
 
 def test_extrapolation_is_reported_for_every_axis() -> None:
