@@ -12,7 +12,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ class ClientSettings:
     loop: open or closed. users: of a closed loop. max_connections: requests under way at most, in an open loop too;
         what has to wait for one is late, and its wait counts in its TTFT.
     timeout_s: of one request. retries: of a request that could not be sent or met an error.
-    chat: ask /v1/chat/completions with text instead of /v1/completions.
+    chat: ask /v1/chat/completions with text, as one message of the user, instead of /v1/completions; the server adds
+        the tokens of its template, and ``usage`` says how many a prompt really had.
     text: cut prompts from this file, about four characters a token; null sends random token ids.
     ignore_eos: ask for the trace's length exactly, as vLLM and hw.serve understand it.
     """
@@ -184,8 +185,7 @@ class Replayer:
                 if event.get("usage"):
                     answer.prompt_tokens = event["usage"]["prompt_tokens"]
                     answer.completion_tokens = event["usage"]["completion_tokens"]
-                # A chunk whose delta names a role alone brings no token.
-                if any("text" in choice or choice.get("delta", {}).get("content") for choice in event["choices"]):
+                if any(_brings_token(choice, first=not answer.token_s) for choice in event["choices"]):
                     answer.token_s.append(self._now_s())
         if not answer.token_s:
             raise ValueError("the answer held no token")
@@ -209,6 +209,16 @@ class Replayer:
         if self._settings.chat:
             return body | {"messages": [{"role": "user", "content": piece}]}
         return body | {"prompt": piece}
+
+
+def _brings_token(choice: Mapping[str, Any], *, first: bool) -> bool:
+    """Return whether a piece of a stream brings a token; one of a chat that names a role, or an end, alone does not.
+
+    An answer whose text stays empty, of special tokens or half a character, has its end for its first token.
+    """
+    if "text" in choice:
+        return True
+    return bool((choice.get("delta") or {}).get("content")) or (first and choice.get("finish_reason") is not None)
 
 
 def records_of(answers: Sequence[Answer]) -> Records:

@@ -1,9 +1,11 @@
 """Serves the engine over HTTP, as OpenAI's completions: ``python -m hw.serve``, then ``curl 127.0.0.1:8000/v1/models``.
 
-    POST /v1/completions    prompt (text or token ids), max_tokens, stream, ignore_eos; greedy, one answer a request
-    GET  /v1/models         the model that is served
-    GET  /metrics           Prometheus text: queue, KV blocks, tokens, bytes
-    GET  /plan, PUT /plan   read the plan, or set it in the words of policy=fixed; a policy then decides no more
+    POST /v1/completions        prompt (text or token ids), max_tokens, stream, ignore_eos; greedy, one answer a request
+    POST /v1/chat/completions   the same for messages (role, content), by the tokenizer's chat template; where it has
+                                none, one "role: content" a line, and "assistant:" at the end
+    GET  /v1/models             the model that is served, and by what a chat is put
+    GET  /metrics               Prometheus text: queue, KV blocks, tokens, bytes
+    GET  /plan, PUT /plan       read the plan, or set it in the words of policy=fixed; a policy then decides no more
 
 It takes the words of ``hw.replay``; ``serve.*`` says where it listens and what it refuses. It binds to loopback unless
 told otherwise, knows no users, and remembers every request for its records: a laboratory's server, not a public one.
@@ -23,6 +25,7 @@ from typing import Any
 
 import uvicorn
 from hydra.core.config_store import ConfigStore
+from jinja2 import TemplateError
 from omegaconf import DictConfig
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
@@ -49,12 +52,16 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "temperature": (0, None),
     "top_p": (1, None),
     "echo": (False, None),
-    "logprobs": (None,),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
     "suffix": (None, ""),
     "stop": (None, []),
     "logit_bias": (None, {}),
     "presence_penalty": (0, None),
     "frequency_penalty": (0, None),
+    "tools": (None, []),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
 }
 """Fields of OpenAI's request that ask for what the engine cannot do, and the values that ask for nothing."""
 
@@ -98,6 +105,32 @@ class ApiError(Exception):
         """Return it as HTTP."""
         told = {"message": self.message, "type": self.kind, "param": self.param, "code": None}
         return JSONResponse({"error": told}, status_code=self.status)
+
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """How an endpoint of OpenAI's puts an answer: its names, a whole text, and a piece of it (the first or a later)."""
+
+    prefix: str
+    whole_object: str
+    piece_object: str
+    whole: Callable[[str], dict[str, Any]]
+    piece: Callable[[str, bool], dict[str, Any]]
+
+
+COMPLETION = _Words(
+    "cmpl", "text_completion", "text_completion", lambda text: {"text": text}, lambda text, _: {"text": text}
+)
+CHAT = _Words(
+    "chatcmpl",
+    "chat.completion",
+    "chat.completion.chunk",
+    lambda text: {"message": {"role": "assistant", "content": text}},
+    lambda text, first: {"delta": ({"role": "assistant"} if first else {}) | {"content": text}},
+)
 
 
 @dataclass(slots=True)
@@ -216,6 +249,7 @@ class Api:
         self.app = Starlette(
             routes=[
                 Route("/v1/completions", self._guarded(self.completions), methods=["POST"]),
+                Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
                 Route("/v1/models", self._guarded(self.models)),
                 Route("/metrics", self._guarded(self.metrics)),
                 Route("/plan", self._guarded(self.plan), methods=["GET", "PUT"]),
@@ -253,8 +287,18 @@ class Api:
     async def completions(self, request: HttpRequest) -> Response:
         """Answer one prompt."""
         body = await self._body(request)
-        asked, tokens = self._asked(body), asyncio.Queue[tuple[int | None, bool]]()
-        loop = asyncio.get_running_loop()
+        return await self._answer(body, self._asked(body, "prompt", self._tokens, 16), COMPLETION)
+
+    async def chat(self, request: HttpRequest) -> Response:
+        """Answer the last of some messages."""
+        body = await self._body(request)
+        if "max_completion_tokens" in body:  # its newer name
+            body["max_tokens"] = body["max_completion_tokens"]
+        return await self._answer(body, self._asked(body, "messages", self._chat_tokens, None), CHAT)
+
+    async def _answer(self, body: Mapping[str, Any], asked: _Asked, words: _Words) -> Response:
+        """Let a request that was checked run, and put what it produces."""
+        tokens, loop = asyncio.Queue[tuple[int | None, bool]](), asyncio.get_running_loop()
 
         def tell(token: int | None, last: bool) -> None:
             loop.call_soon_threadsafe(tokens.put_nowait, (token, last))
@@ -265,10 +309,10 @@ class Api:
                 429, f"{self._config.max_waiting} requests wait already; come again", kind="rate_limit_error"
             )
         self._thread.submit(asked)
-        identity = {"id": f"cmpl-{id(asked):x}", "created": int(time.time()), "model": self._model.name}
+        identity = {"id": f"{words.prefix}-{id(asked):x}", "created": int(time.time()), "model": self._model.name}
         if body.get("stream"):
             usage_too = bool((body.get("stream_options") or {}).get("include_usage"))
-            stream = self._stream(asked, tokens, identity, usage_too)
+            stream = self._stream(asked, tokens, identity, words, usage_too)
             return StreamingResponse(stream, media_type="text/event-stream")
         produced: list[int] = []
         try:
@@ -282,14 +326,9 @@ class Api:
         except asyncio.CancelledError:
             self._thread.cancel(asked)
             raise
-        choice = {
-            "index": 0,
-            "text": self._text(produced),
-            "logprobs": None,
-            "finish_reason": self._why(asked, produced),
-        }
+        choice = _choice(words.whole(self._text(produced)), self._why(asked, produced))
         return JSONResponse(
-            {**identity, "object": "text_completion", "choices": [choice], "usage": _usage(asked, len(produced))}
+            {**identity, "object": words.whole_object, "choices": [choice], "usage": _usage(asked, len(produced))}
         )
 
     async def _stream(
@@ -297,6 +336,7 @@ class Api:
         asked: _Asked,
         tokens: asyncio.Queue[tuple[int | None, bool]],
         identity: Mapping[str, Any],
+        words: _Words,
         usage_too: bool,
     ) -> AsyncIterator[str]:
         produced: list[int] = []
@@ -313,19 +353,21 @@ class Api:
                 # Half a character has come: it is told with its other half.
                 new = text[len(told) :] if last or not text.endswith("\ufffd") else ""
                 told += new
-                why = self._why(asked, produced) if last else None
-                choice = {"index": 0, "text": new, "logprobs": None, "finish_reason": why}
-                yield _event({**identity, "object": "text_completion", "choices": [choice]})
+                piece = words.piece(new, len(produced) == 1)
+                choice = _choice(piece, self._why(asked, produced) if last else None)
+                yield _event({**identity, "object": words.piece_object, "choices": [choice]})
             if usage_too:
                 usage = _usage(asked, len(produced))
-                yield _event({**identity, "object": "text_completion", "choices": [], "usage": usage})
+                yield _event({**identity, "object": words.piece_object, "choices": [], "usage": usage})
             yield "data: [DONE]\n\n"
         finally:
             if not last:
                 self._thread.cancel(asked)
 
-    def _asked(self, body: Mapping[str, Any]) -> _Asked:
-        """Check a request.
+    def _asked(
+        self, body: Mapping[str, Any], field: str, tokens_of: Callable[[Any], list[int]], default: int | None
+    ) -> _Asked:
+        """Check a request whose prompt stands in a field; without max_tokens it may have ``default``, None: what fits.
 
         Raises:
             ApiError: naming the field that is wrong and what is allowed.
@@ -337,20 +379,33 @@ class Api:
                 )
         if body.get("model") not in (None, self._model.name):
             raise ApiError(404, f"model {body['model']!r} is not served; {self._model.name!r} is", "model")
-        max_tokens = body.get("max_tokens", 16)
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        max_tokens = body.get("max_tokens", default)
+        if max_tokens is not None and (
+            isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1
+        ):
             raise ApiError(400, f"max_tokens is {max_tokens!r}; it must be a whole number of at least 1", "max_tokens")
-        if max_tokens > self._config.max_tokens:
+        if max_tokens is not None and max_tokens > self._config.max_tokens:
             raise ApiError(400, f"max_tokens is {max_tokens}; at most {self._config.max_tokens}", "max_tokens")
-        tokens = self._tokens(body.get("prompt"))
-        if len(tokens) + max_tokens > self._thread.engine.context_limit:
+        tokens, limit = tokens_of(body.get(field)), self._thread.engine.context_limit
+        if max_tokens is None:
+            max_tokens = max(1, min(self._config.max_tokens, limit - len(tokens)))
+        if len(tokens) + max_tokens > limit:
             raise ApiError(
                 400,
-                f"{len(tokens)} prompt tokens and max_tokens {max_tokens} exceed what one request may have: "
-                f"{self._thread.engine.context_limit}",
-                "prompt",
+                f"{len(tokens)} prompt tokens and max_tokens {max_tokens} exceed what one request may have: {limit}",
+                field,
             )
         return _Asked(tokens, max_tokens, bool(body.get("ignore_eos", False)), lambda token, last: None)
+
+    def _chat_tokens(self, messages: Any) -> list[int]:
+        try:
+            text = chat_text(self._tokenizer, messages)
+        except ValueError as error:
+            raise ApiError(400, str(error), "messages") from None
+        if not chat_template(self._tokenizer):
+            return self._tokens(text)
+        # The template has written the special tokens itself.
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def _tokens(self, prompt: Any) -> list[int]:
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
@@ -382,6 +437,7 @@ class Api:
     async def models(self, request: HttpRequest) -> Response:
         """Name what is served."""
         model = {"id": self._model.name, "object": "model", "created": self._started, "owned_by": "rap-lab"}
+        model["chat"] = "template of the tokenizer" if chat_template(self._tokenizer) else "plain join of roles"
         return JSONResponse({"object": "list", "data": [model]})
 
     async def plan(self, request: HttpRequest) -> Response:
@@ -435,6 +491,41 @@ class Api:
             for name, value in figures.items():
                 lines += [f"# TYPE rap_lab_{name} {kind}", f"rap_lab_{name} {value}"]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+def chat_template(tokenizer: Any) -> bool:
+    """Return whether a tokenizer says how a chat is put."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def chat_text(tokenizer: Any, messages: Any) -> str:
+    """Return some messages as one prompt: by the tokenizer's chat template, or one ``role: content`` a line without.
+
+    Raises:
+        ValueError: for messages that are none, saying what is allowed, or that the template refuses.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages must be a list of at least one {role, content}")
+    plain = []
+    for message in messages:
+        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
+        if role not in ROLES or not isinstance(content, str):
+            raise ValueError(
+                f"a message is {message!r}; it needs a role ({', '.join(ROLES)}) and a content that is text"
+            )
+        plain.append({"role": role, "content": content})
+    if chat_template(tokenizer):
+        try:
+            return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+    return "".join(f"{message['role']}: {message['content']}\n" for message in plain) + "assistant:"
+
+
+def _choice(text: Mapping[str, Any], why: str | None) -> dict[str, Any]:
+    return {"index": 0, **text, "logprobs": None, "finish_reason": why}
 
 
 def _usage(asked: _Asked, produced: int) -> dict[str, int]:

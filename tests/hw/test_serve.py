@@ -22,11 +22,12 @@ uvicorn = pytest.importorskip(
     "uvicorn", reason="client and server need httpx, starlette, uvicorn: pip install -e '.[hw]'"
 )
 
-from hw.client import ClientSettings, Replayer, records_of, summary_of  # noqa: E402
+from hw.client import ClientSettings, Replayer, _brings_token, records_of, summary_of  # noqa: E402
 from hw.clock import RealClock  # noqa: E402
 from hw.engine import HwEngine  # noqa: E402
 from hw.prompts import RandomPrompts  # noqa: E402
-from hw.serve import Api, EngineThread, ServerConfig  # noqa: E402
+from hw.serve import Api, ApiError, EngineThread, ServerConfig  # noqa: E402
+from sim.errors import ConfigError  # noqa: E402
 from sim.metrics import Slo  # noqa: E402
 from sim.plan import dense_plan  # noqa: E402
 from sim.policies import Fixed  # noqa: E402
@@ -90,8 +91,21 @@ def alone(prompt: list[int], output: int) -> list[int]:
     return engine.tokens(0)
 
 
-def ask(server: Server, **body: Any) -> Any:
-    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+def ask(server: Server, path: str = "completions", **body: Any) -> Any:
+    return httpx.post(f"{server.url}/v1/{path}", json=body, timeout=30)
+
+
+def stream(server: Server, path: str, body: dict[str, Any]) -> list[Any]:
+    """Return the events of a streamed answer, usage asked for."""
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", f"{server.url}/v1/{path}", json=body) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def letters(text: str) -> list[int]:
+    return list(Letters()(text).input_ids)
 
 
 def test_a_completion_is_what_the_engine_produces_with_its_usage(server: Server) -> None:
@@ -105,15 +119,65 @@ def test_a_completion_is_what_the_engine_produces_with_its_usage(server: Server)
 def test_a_streamed_completion_comes_token_by_token_and_adds_up_to_the_same_text(server: Server) -> None:
     body = {"prompt": "hello there", "max_tokens": 7, "ignore_eos": True}
     whole = ask(server, **body).json()["choices"][0]["text"]
-    with httpx.stream(
-        "POST", f"{server.url}/v1/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}}
-    ) as response:
-        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
-    assert lines[-1] == "[DONE]"
-    events = [json.loads(line) for line in lines[:-1]]
+    events = stream(server, "completions", body)
     assert "".join(event["choices"][0]["text"] for event in events[:-1]) == whole
     assert len(events) == 7 + 1
     assert events[-1]["usage"]["completion_tokens"] == 7
+
+
+def test_a_chat_without_a_template_is_answered_as_its_plain_join(server: Server) -> None:
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
+    answer = ask(server, "chat/completions", messages=messages, max_tokens=6, ignore_eos=True).json()
+    prompt = letters("system: be brief\nuser: hi\nassistant:")
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": Letters().decode(alone(prompt, 6))}
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["chat"] == "plain join of roles"
+
+
+def test_a_streamed_chat_comes_in_deltas_that_add_up_to_the_same_text(server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_completion_tokens": 5, "ignore_eos": True}
+    whole = ask(server, "chat/completions", **body).json()["choices"][0]["message"]["content"]
+    *events, usage = stream(server, "chat/completions", body)
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert [delta.get("role") for delta in deltas] == ["assistant", None, None, None, None]
+    assert "".join(delta["content"] for delta in deltas) == whole
+    assert events[-1]["choices"][0]["finish_reason"] == "length"
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 5
+
+
+def test_a_chat_without_a_limit_may_have_what_fits(server: Server) -> None:
+    answer = ask(server, "chat/completions", messages=[{"role": "user", "content": "a" * 110}], ignore_eos=True).json()
+    used = answer["usage"]
+    assert used["total_tokens"] == min(used["prompt_tokens"] + 60, server.thread.engine.context_limit)
+
+
+def template_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["?", "<user>", "<assistant>", "hi", "there"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_chat_is_put_by_the_template_of_the_tokenizer_where_there_is_one(server: Server) -> None:
+    api = Api(server.thread, tiny_spec(), template_tokenizer(), ServerConfig())
+    assert api._chat_tokens([{"role": "user", "content": "hi there"}]) == [1, 3, 4, 2]
+    with pytest.raises(ApiError, match="no system here"):
+        api._chat_tokens([{"role": "system", "content": "hi"}])
 
 
 def test_an_answer_ends_at_the_end_of_text_unless_it_is_ignored(server: Server) -> None:
@@ -142,12 +206,19 @@ def test_an_answer_ends_at_the_end_of_text_unless_it_is_ignored(server: Server) 
         ({"prompt": "a" * 150, "max_tokens": 20}, 400, "prompt"),
         ({"prompt": "a", "model": "gpt"}, 404, "model"),
         ({"prompt": "a" * 30_000}, 413, None),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": "hi"}, 400, "messages"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "a" * 200}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}, 400, "tools"),
+        ({"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 61}, 400, "max_tokens"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_openais_shape(
     server: Server, body: dict[str, Any], status: int, names: str | None
 ) -> None:
-    response = ask(server, **body)
+    response = ask(server, "chat/completions" if "messages" in body else "completions", **body)
     assert response.status_code == status
     error = response.json()["error"]
     assert error["param"] == names
@@ -215,6 +286,46 @@ def test_a_trace_replayed_against_the_server_gives_records_with_real_token_count
     summary = summary_of(answers, Slo())
     assert summary["finished"] == 20
     assert summary["makespan_s"] > 0
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_a_trace_replayed_as_chats_gives_records_with_the_tokens_of_the_template_counted(
+    server: Server, tmp_path: Path, loop: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The lighthouse keeper counts the ships that pass in the night. " * 20)
+    rows = [(0.02 * i, 3 + i % 5, 1 + i % 9) for i in range(12)]
+    settings = ClientSettings(url=server.url, loop=loop, users=3, timeout_s=30, chat=True, text=str(text))
+    answers = asyncio.run(Replayer(settings, "tiny", VOCABULARY).run(requests(rows)))
+    records = records_of(answers)
+    assert (records.status == Status.FINISHED).all()
+    assert (records.produced_tokens == records.output_tokens).all()
+    around = len("user: \nassistant:")
+    for answer in answers:
+        assert answer.prompt_tokens == 4 * answer.request.prompt_tokens + around  # a letter is a token here
+        assert len(answer.token_s) == answer.completion_tokens
+    assert (records.ttft_s > 0).all()
+
+
+def test_a_chat_needs_a_text_to_send() -> None:
+    with pytest.raises(ConfigError, match=r"client\.text"):
+        Replayer(ClientSettings(chat=True), "tiny", VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("choice", "first", "brings"),
+    [
+        ({"text": ""}, True, True),
+        ({"delta": {"role": "assistant", "content": ""}, "finish_reason": None}, True, False),
+        ({"delta": {"content": "a"}, "finish_reason": None}, False, True),
+        ({"delta": {}, "finish_reason": "stop"}, False, False),
+        ({"delta": {}, "finish_reason": "stop"}, True, True),
+    ],
+)
+def test_a_piece_that_names_a_role_or_an_end_alone_is_no_token(
+    choice: dict[str, Any], first: bool, brings: bool
+) -> None:
+    assert _brings_token(choice, first=first) is brings
 
 
 def test_what_a_server_refuses_is_counted_and_not_sent_again_unless_told(server: Server) -> None:
