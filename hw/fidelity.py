@@ -32,7 +32,7 @@ from sim.latency import LatencyModel, load_calibration
 from sim.memory import budget_for_kv_blocks
 from sim.model import load_model
 from sim.plan import dense_plan
-from sim.records import Records
+from sim.records import Moments, Records
 from sim.runs import commit, write_json, write_text
 from sim.scheduler import Limits
 
@@ -46,32 +46,12 @@ STATISTICS = ("mean", "p50", "p95", "p99")
 TARGETS = {"ttft_s": 0.10, "tpot_s": 0.05, "e2e_s": 0.10, "makespan_s": 0.05}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RealRun:
-    """What a real engine did: float64[n] seconds since the first arrival, int64[n] tokens, and its settings."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RealRun(Moments):
+    """What a real engine did, in seconds since the first arrival, and its settings."""
 
-    arrival_s: Floats
-    first_token_s: Floats
-    finish_s: Floats
-    prompt_tokens: NDArray[np.int64]
-    output_tokens: NDArray[np.int64]
     config: EngineConfig
     kv_blocks: int
-
-    @property
-    def ttft_s(self) -> Floats:
-        """First token minus arrival."""
-        return self.first_token_s - self.arrival_s
-
-    @property
-    def e2e_s(self) -> Floats:
-        """Last token minus arrival."""
-        return self.finish_s - self.arrival_s
-
-    @property
-    def tpot_s(self) -> Floats:
-        """Mean gap between the tokens of a request."""
-        return (self.finish_s - self.first_token_s) / (self.output_tokens - 1)
 
 
 def read_run(folder: Path) -> RealRun:
@@ -105,7 +85,7 @@ def read_run(folder: Path) -> RealRun:
         first_token_s=column("first_token_ts") - start,
         finish_s=column("last_token_ts") - start,
         prompt_tokens=column("input_toks").astype(np.int64),
-        output_tokens=column("output_toks").astype(np.int64),
+        produced_tokens=column("output_toks").astype(np.int64),
         config=EngineConfig(
             scheduler="chunked",
             limits=Limits(
@@ -133,7 +113,7 @@ def simulate(run: RealRun, latency: LatencyModel) -> SimEngine:
         plan=plan,
         budget_bytes=budget_for_kv_blocks(model, plan, run.kv_blocks, 0, run.config.kv_block_tokens),
     )
-    columns = (run.arrival_s.tolist(), run.prompt_tokens.tolist(), run.output_tokens.tolist())
+    columns = (run.arrival_s.tolist(), run.prompt_tokens.tolist(), run.produced_tokens.tolist())
     engine.submit(
         [
             Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)

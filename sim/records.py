@@ -22,32 +22,18 @@ class Status(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Records:
-    """One entry a request in every array, in order of arrival; NaN where a moment never came.
+class Moments:
+    """When requests arrived and were answered: one entry a request in every array, in order of arrival.
 
-    arrival_s, admitted_s, first_token_s, finish_s: float64[n], seconds since the start of the trace;
-        admitted_s is the first admission, a preemption does not move it.
-    prompt_tokens, output_tokens: int64[n], what the trace asked for.
-    produced_tokens: int64[n], what was produced; below output_tokens for a request that did not finish or met
-        the context limit.
-    preemptions: int64[n]. status: int64[n], values of ``Status``.
-    kept_params_share: float64[n], the share of the model's parameters that made its tokens, on average over them; NaN
-        before the first token.
-    quality_nll: float64[n], nats a token that the plans it ran under cost, on average over its tokens, the KV blocks
-        it lacked included; NaN before the first token, or where no quality model was given.
+    arrival_s, first_token_s, finish_s: float64[n], seconds since the start of the trace; NaN where a moment never came.
+    prompt_tokens: int64[n], what the trace asked for. produced_tokens: int64[n], what was produced.
     """
 
     arrival_s: Floats
-    prompt_tokens: Ints
-    output_tokens: Ints
-    produced_tokens: Ints
-    admitted_s: Floats
     first_token_s: Floats
     finish_s: Floats
-    preemptions: Ints
-    status: Ints
-    kept_params_share: Floats
-    quality_nll: Floats
+    prompt_tokens: Ints
+    produced_tokens: Ints
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -67,6 +53,28 @@ class Records:
         """(Last token - first token) / (produced tokens - 1); NaN for one token or an unfinished request."""
         gaps = np.where(self.produced_tokens > 1, self.produced_tokens - 1, np.nan)
         return (self.finish_s - self.first_token_s) / gaps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Records(Moments):
+    """What an engine knows of its requests, beside their ``Moments``.
+
+    admitted_s: float64[n], the first admission; a preemption does not move it.
+    output_tokens: int64[n], what the trace asked for; fewer are produced for a request that did not finish or met the
+        context limit.
+    preemptions: int64[n]. status: int64[n], values of ``Status``.
+    kept_params_share: float64[n], the share of the model's parameters that made its tokens, on average over them; NaN
+        before the first token.
+    quality_nll: float64[n], nats a token that the plans it ran under cost, on average over its tokens, the KV blocks
+        it lacked included; NaN before the first token, or where no quality model was given.
+    """
+
+    output_tokens: Ints
+    admitted_s: Floats
+    preemptions: Ints
+    status: Ints
+    kept_params_share: Floats
+    quality_nll: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,4 +1,4 @@
-"""Replays a trace on an engine under a policy: the main loop, and the command around it."""
+"""Replays a trace on an engine under a policy: the main loop. ``python -m sim.replay`` runs it by sim/command.py."""
 
 from __future__ import annotations
 
@@ -93,12 +93,7 @@ def _decisions(period_s: float, also_at_s: Sequence[float]) -> Iterator[float]:
         step += 1
 
 
-def main() -> None:
-    """Run ``python -m sim.replay``."""
-    from sim.command import replay_command
+if __name__ == "__main__":
+    from sim.command import replay_command  # for the script alone: imported, this module knows nothing of it
 
     replay_command()
-
-
-if __name__ == "__main__":
-    main()

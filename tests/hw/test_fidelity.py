@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_the_overhead_is_fitted_on_requests_that_finished_in_the_first_minute_on
     later = run.finish_s > 60.0
     assert 0 < later.sum() < len(later)
     moved = np.where(later, run.finish_s * 3.0, run.finish_s)
-    changed = type(run)(**{**{f: getattr(run, f) for f in run.__slots__}, "finish_s": moved})
+    changed = replace(run, finish_s=moved)
     steps = (0.0, 5e-4, 2e-3)
     assert fit_fixed_s(run, latency, steps_s=steps) == fit_fixed_s(changed, latency, steps_s=steps)
 
