@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hw.clock import RealClock
+from hw.device_memory import out_of_memory
 from hw.engine import HwEngine, NumericsError
 from hw.prompts import RandomPrompts
 from sim.budget import Budget
@@ -270,6 +271,7 @@ def test_both_engines_admit_preempt_and_finish_alike_for_the_same_decisions(
     policy: str,
     budget_moves: bool,
 ) -> None:
+    """Law 8: who is admitted when, preempted when and finished when, iteration by iteration."""
     config = engine_config(scheduler, restore=restore, reuse_preempted_kv=reuse, kv_watermark_share=watermark)
     spec, rows = tiny_spec(), some_rows(seed, 10)
     budget = (
@@ -351,6 +353,15 @@ def test_running_out_of_memory_preempts_and_loses_nobody() -> None:
     assert serve(engine, rows) == plain_tokens("llama", rows)
     assert engine.out_of_memory > 0
     assert engine.records().preemptions.sum() >= engine.out_of_memory
+
+
+def test_what_the_allocator_says_when_memory_runs_out_is_understood_and_no_other_error_is() -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as ran_out:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert out_of_memory(ran_out.value)
+    with pytest.raises(RuntimeError) as other:
+        torch.zeros(2) @ torch.zeros(3)
+    assert not out_of_memory(other.value)
 
 
 class Hopeless(HwEngine):

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 
 import hw.replay
 import sim.command
-from tests.hw.serving import flat_latency_content, tiny
+from tests.hw.serving import flat_latency_content, tiny, torch
 
 
 class Tokenizer:
@@ -101,6 +102,49 @@ def test_ctrl_c_leaves_the_records_so_far_whole(
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert summary["interrupted"]
     assert summary["iterations"] == 5
+    records, iterations = (pd.read_parquet(tmp_path / "stopped" / f"{n}.parquet") for n in ("records", "iterations"))
+    assert len(iterations) == 5
+    assert summary["requests"] == len(records)
+    assert summary["not_arrived"] > 0
+    answered = records[records.produced_tokens > 0]
+    assert len(answered) > 0
+    assert (answered.first_token_s <= iterations.end_s.max()).all()
+    assert (records.finish_s.notna() == (records.status == "finished")).all()
+    names = {path.name for path in (tmp_path / "stopped").iterdir()}
+    assert {"transitions.parquet", "kept_share.parquet", "hardware.json"} <= names
+    assert not [name for name in names if name.endswith(".part")]
+
+
+def test_a_nan_in_a_layer_ends_the_command_with_block_and_plan_named(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tiny()
+    broken.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (broken, Tokenizer()))
+    with pytest.raises(SystemExit) as ended:
+        run("hw", "policy=fixed", "policy.drop_mha=[1]")
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "FFN2" in told
+    assert "-MHA 1" in told
+
+
+def test_memory_that_runs_out_is_caught_and_counted_in_hardware_json(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = hw.replay.HwEngine._forward
+
+    def starved(engine: hw.replay.HwEngine, decodes: Any, prefills: Any) -> dict[int, int]:
+        if len(engine._running) > 1 and engine.out_of_memory < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(engine, decodes, prefills)
+
+    monkeypatch.setattr(hw.replay.HwEngine, "_forward", starved)
+    # All at once, so that two run together however fast this machine is.
+    folder = run("hw", "trace.on_rate_rps=1000", "trace.off_rate_rps=1000", "trace.duration_s=0.02")
+    assert json.loads((folder / "hardware.json").read_text())["out_of_memory"] == 3
+    assert (pd.read_parquet(folder / "records.parquet").status == "finished").all()
+    assert json.loads((folder / "summary.json").read_text())["preemptions"] >= 3
 
 
 def test_a_checkpoint_that_is_not_the_described_model_is_refused(
