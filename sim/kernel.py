@@ -163,7 +163,8 @@ def table_of(state: State) -> Table:
             raise TypeError(
                 f"State.{name} is {array.dtype}; the kernel needs contiguous int64, or float64 for {_FLOATS}"
             )
-        rows.append((array.ctypes.data, array.shape[0], array.shape[1] if array.ndim == 2 else 1))
+        address = array.__array_interface__["data"][0]  # half the time of array.ctypes.data
+        rows.append((address, array.shape[0], array.shape[1] if array.ndim == 2 else 1))
     return np.array(rows, dtype=np.int64)
 
 
