@@ -24,7 +24,7 @@ from sim.config import CONF_DIR
 from sim.metrics import met_slo
 from sim.plan import Plan
 from sim.policies.admission import Limited
-from sim.policies.base import Policy, Served
+from sim.policies.base import Policy, Served, ServerModel
 from sim.policies.fixed import Fixed
 from sim.policies.learned_serve import learned_serve
 from sim.records import Status
@@ -39,10 +39,21 @@ RATE_QUANTILES = (0.25, 0.85)
 
 def served_of(setting: ServeSetting) -> Served:
     """Return what stays the same while a policy decides."""
+    gpu = setting.gpu
+    server = ServerModel(
+        model=setting.model,
+        latency=setting.latency,
+        config=setting.engine,
+        workspace_bytes=setting.workspace_bytes,
+        host_to_device_bytes_per_s=gpu.host_to_device_bytes_per_s,
+        copy_slowdown=gpu.host_to_device_bytes_per_s / gpu.memory_bandwidth_bytes_per_s,
+        quality_nll=setting.nll,
+    )
     return Served(
         model=setting.model,
         workspace_bytes=setting.workspace_bytes,
         kv_block_tokens=setting.engine.kv_block_tokens,
+        server=lambda: server,
     )
 
 

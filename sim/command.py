@@ -24,7 +24,7 @@ from sim.gpu import Gpu
 from sim.latency import CALIBRATIONS, copy_speed, load_calibration
 from sim.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.model import ModelSpec
-from sim.policies import Fixed, Policy, Served
+from sim.policies import Fixed, Policy, Served, ServerModel
 from sim.quality import QUALITIES, FittedQuality, PublishedQuality, load_quality
 from sim.records import Iterations, Records, TokenGaps, Transitions
 from sim.replay import replay
@@ -120,7 +120,12 @@ def build_parts(cfg: DictConfig) -> Parts:
     """Build model, device, engine settings, policy and budget of a configuration."""
     model, gpu, config = build(cfg.model), build(cfg.gpu), build(cfg.engine)
     workspace_bytes, kv_block_tokens = int(cfg.workspace_bytes), config.kv_block_tokens
-    served = Served(model=model, workspace_bytes=workspace_bytes, kv_block_tokens=kv_block_tokens)
+    served = Served(
+        model=model,
+        workspace_bytes=workspace_bytes,
+        kv_block_tokens=kv_block_tokens,
+        server=lambda: server_model(cfg, model, gpu, config),
+    )
     policy: Policy = build(cfg.policy)(served)
     context = BudgetContext(
         model=model,
@@ -144,10 +149,12 @@ def quality_of(cfg: DictConfig) -> FittedQuality | PublishedQuality | None:
     return load_quality(table) if table is not None else None
 
 
-def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
-    """Build the engine and the policy of a configuration."""
-    parts = build_parts(cfg)
-    model, gpu = parts.model, parts.gpu
+def server_model(cfg: DictConfig, model: ModelSpec, gpu: Gpu, config: EngineConfig) -> ServerModel:
+    """Return what a configuration serves with, and at which price.
+
+    Raises:
+        ConfigError: when there is no calibration of the model on the device, or it is of another model.
+    """
     latency = load_calibration(cfg.latency or find_calibration(model.name, gpu.name))
     if cfg.fixed_s is not None:
         latency = latency.with_fixed(cfg.fixed_s, "fixed_s of the configuration")
@@ -157,18 +164,22 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
             f"set latency= to one made for it, or model={latency.model}"
         )
     quality, copying = quality_of(cfg), copy_speed(latency, gpu)
-    engine = SimEngine(
+    return ServerModel(
         model=model,
         latency=latency,
-        config=parts.config,
-        plan=parts.policy.first_plan,
-        budget_bytes=parts.budget,
+        config=config,
         workspace_bytes=int(cfg.workspace_bytes),
         host_to_device_bytes_per_s=copying.host_to_device_bytes_per_s,
         copy_slowdown=copying.slowdown,
         quality_nll=quality.nll if quality is not None else None,
     )
-    return engine, parts.policy
+
+
+def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
+    """Build the engine and the policy of a configuration."""
+    parts = build_parts(cfg)
+    server = server_model(cfg, parts.model, parts.gpu, parts.config)
+    return server.engine(parts.policy.first_plan, parts.budget, keep_iterations=True), parts.policy
 
 
 def replay_with(

@@ -3,7 +3,7 @@
 A policy is built by the function of its module that a file of conf/policy names.
 """
 
-from sim.policies.base import Policy, Served
+from sim.policies.base import Policy, Served, ServerModel
 from sim.policies.fixed import Fixed
 
-__all__ = ["Fixed", "Policy", "Served"]
+__all__ = ["Fixed", "Policy", "Served", "ServerModel"]

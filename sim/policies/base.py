@@ -2,21 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from sim.engine import EngineState
+from sim.budget import Budget
+from sim.engine import EngineConfig, EngineState, SimEngine
+from sim.latency import LatencyModel
 from sim.model import ModelSpec
 from sim.plan import Plan
+from sim.plan_book import PlanBook
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerModel:
+    """A server without its requests: how it serves, what it costs, what a plan loses; enough to try plans out.
+
+    latency: the price of a model on one device. config, workspace_bytes, host_to_device_bytes_per_s, copy_slowdown,
+    quality_nll: as in ``SimEngine``.
+    """
+
+    model: ModelSpec
+    latency: LatencyModel
+    config: EngineConfig
+    workspace_bytes: int
+    host_to_device_bytes_per_s: float
+    copy_slowdown: float
+    quality_nll: Callable[[Plan], float] | None
+
+    def engine(
+        self, plan: Plan, budget_bytes: int | Budget, *, keep_iterations: bool = False, book: PlanBook | None = None
+    ) -> SimEngine:
+        """Build an idle engine that is such a server, under a budget; ``keep_iterations``, ``book``: as ``SimEngine``.
+
+        Raises:
+            BudgetError: when the budget cannot hold the weights and one request.
+        """
+        return SimEngine(
+            model=self.model,
+            latency=self.latency,
+            config=self.config,
+            plan=plan,
+            budget_bytes=budget_bytes,
+            workspace_bytes=self.workspace_bytes,
+            host_to_device_bytes_per_s=self.host_to_device_bytes_per_s,
+            copy_slowdown=self.copy_slowdown,
+            quality_nll=self.quality_nll,
+            keep_iterations=keep_iterations,
+            book=book,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What stays the same while a policy decides: the model, and how its memory is counted."""
+    """What stays the same while a policy decides: the model, and how its memory is counted.
+
+    server: returns a model of the whole server, for policies that try plans out; None where there is none.
+    """
 
     model: ModelSpec
     workspace_bytes: int = 0
     kv_block_tokens: int = 16
+    server: Callable[[], ServerModel] | None = None
 
 
 class Policy(Protocol):
