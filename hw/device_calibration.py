@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
+from scipy.optimize import lsq_linear
 from torch import Tensor
 
 from hw import measurements as m
@@ -358,14 +359,50 @@ def terms_of(samples: Samples) -> m.Terms:
     )
 
 
-def above_terms_us(samples: Samples, latency: LatencyModel, elastic: ElasticModel) -> Floats:
-    """Return what each whole pass took above the sum of its terms, in microseconds."""
-    plan, above = dense_plan(elastic.spec), []
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What whole passes take, as a line over the sum of their terms: ``factor * sum + above_us``.
+
+    factor: terms timed one by one find caches and branch predictors as they left them; in a pass they do not.
+    off: relative error of the line at each pass.
+    """
+
+    factor: float
+    above_us: float
+    off: Floats
+
+
+def whole_passes(samples: Samples, latency: LatencyModel, elastic: ElasticModel) -> Whole:
+    """Fit the line to the measured whole passes, by least squares of relative errors; factor at least 1, rest 0.
+
+    latency: the terms; its ``fixed_s`` is left out.
+    """
+    plan, sums, took = dense_plan(elastic.spec), [], []
     for index, (batch, context, chunks) in enumerate(WHOLE):
         shapes = [(tokens, before) for before, tokens in chunks]
         priced_s = latency.iteration_s(plan, shapes, batch, batch * context, batch + len(chunks))
-        above.append(float(np.median(samples.of[f"whole/{index}"])) - (priced_s - latency.fixed_s) * 1e6)
-    return np.array(above)
+        sums.append((priced_s - latency.fixed_s) * 1e6)
+        took.append(float(np.median(samples.of[f"whole/{index}"])))
+    total, measured = np.array(sums), np.array(took)
+    rows = np.stack([total / measured, 1.0 / measured], axis=1)
+    factor, above_us = lsq_linear(rows, np.ones(len(rows)), bounds=([1.0, 0.0], np.inf)).x
+    return Whole(float(factor), float(above_us), (factor * total + above_us) / measured - 1)
+
+
+def times(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """Return a calibration with the times of all its terms multiplied; ``fixed_us`` stays."""
+
+    def scaled(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: scaled(item) for key, item in value.items()}
+        return [scaled(item) for item in value] if isinstance(value, list) else float(f"{value * factor:.5g}")
+
+    tables = dict(content["tables"])
+    for name in ("linear_us", "token_us", "head_us"):
+        tables[name] = scaled(tables[name])
+    for name in ("prefill_attention", "decode_attention"):
+        tables[name] = tables[name] | {"us": scaled(tables[name]["us"])}
+    return {**content, "tables": tables}
 
 
 @dataclass(frozen=True, slots=True)

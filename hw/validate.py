@@ -32,6 +32,7 @@ from scipy.stats import kendalltau
 import hw.replay  # noqa: F401 - its schema is what hw_replay.yaml is checked against
 from hw.clock import RealClock
 from hw.compare import Run, compare, percent, read_run, seconds, verdicts
+from hw.device_calibration import times
 from hw.engine import HwEngine
 from hw.model import ElasticModel
 from hw.prompts import read_prompts
@@ -263,18 +264,7 @@ def at_speed(cfg: DictConfig, real: Sequence[Run]) -> dict[str, Any]:
 
 def slower(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
     """Return a calibration with all its times multiplied."""
-
-    def times(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: times(item) for key, item in value.items()}
-        return [times(item) for item in value] if isinstance(value, list) else value * factor
-
-    tables = dict(content["tables"])
-    for name in ("linear_us", "token_us", "head_us"):
-        tables[name] = times(tables[name])
-    for name in ("prefill_attention", "decode_attention"):
-        tables[name] = tables[name] | {"us": times(tables[name]["us"])}
-    return {**content, "fixed_us": content["fixed_us"] * factor, "tables": tables}
+    return {**times(content, factor), "fixed_us": content["fixed_us"] * factor}
 
 
 def _of(summary: Mapping[str, Any], name: str) -> float | None:

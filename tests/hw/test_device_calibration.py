@@ -21,6 +21,7 @@ from sim.latency import load_calibration
 from sim.memory import layer_weight_bytes
 from sim.plan import dense_plan, drop, with_mask
 from tests.hw.serving import tiny, tiny_spec
+from tests.sim.serving import TINY, linear_latency
 
 SETTINGS = d.DeviceSettings(model="tiny", device="cpu_epyc_1thread", clock="cpu", seconds=0.0, seed=0)
 
@@ -61,6 +62,19 @@ def test_the_median_of_steady_samples_is_known_sooner_than_that_of_wild_ones() -
     assert d.spread([1.0, 2.0, 0.5, 1.5]) > d.WANTED_SPREAD
     values = np.random.default_rng(0).normal(10.0, 1.0, size=4000).tolist()
     assert d.spread(values) == pytest.approx(1.2533 * 0.1 / math.sqrt(4000), rel=0.1)
+
+
+def test_whole_passes_are_a_line_over_the_sum_of_their_terms(tmp_path: Path) -> None:
+    latency, elastic = linear_latency(base_s=0.5, token_s=0.01, context_s=0.001), SimpleNamespace(spec=TINY)
+    samples = d.Samples(tmp_path / "samples.json", {})
+    for index, (batch, context, chunks) in enumerate(d.WHOLE):
+        shapes = [(tokens, before) for before, tokens in chunks]
+        priced_s = latency.iteration_s(dense_plan(TINY), shapes, batch, batch * context, batch + len(chunks))
+        samples.add(f"whole/{index}", 1.07 * (priced_s - latency.fixed_s) * 1e6 + 900.0)
+    found = d.whole_passes(samples, latency, elastic)  # type: ignore[arg-type]
+    assert found.factor == pytest.approx(1.07, rel=1e-4)
+    assert found.above_us == pytest.approx(900.0, rel=1e-2)
+    assert np.abs(found.off).max() < 1e-4
 
 
 def test_the_command_writes_a_calibration_that_the_simulator_loads_and_prices_any_plan_with(
