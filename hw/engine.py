@@ -31,11 +31,12 @@ from torch import Tensor
 from hw.clock import Clock, RealClock
 from hw.copies import LayerCopier
 from hw.device_memory import DeviceMemory, out_of_memory
+from hw.iteration_log import IterationLog, MemoryRow, Shape
 from hw.model import ABSENT, KINDS, ElasticModel
 from hw.paged_attention import ATTENTION, NotANumberError, Packed, PagedBatch, forward
 from hw.paged_kv import Arena, MappedArena, PagedKV, RequestPages, SlabArena
 from hw.prompts import Prompts, RandomPrompts
-from sim.budget import Budget, constant_budget
+from sim.budget import Budget, BudgetMeter, constant_budget
 from sim.engine import GIB, EngineConfig, EngineState, Request
 from sim.errors import BudgetError, ConfigError, RapLabError
 from sim.memory import fixed_weight_bytes, kv_block_layer_bytes, kv_blocks, weight_bytes
@@ -52,6 +53,7 @@ from sim.transition import (
     running_plan,
     without_dropped,
 )
+from sim.transition_log import TransitionLog
 
 SLABS = 16
 """Slabs of the first pool on CUDA: a resize copies at most one, which the workspace has to hold for that moment."""
@@ -95,34 +97,6 @@ class _Live:
         return self.computed_tokens >= self.prefill_tokens
 
 
-@dataclass(slots=True, eq=False)
-class _Transition:
-    """One plan change, as it goes on."""
-
-    time_s: float
-    from_plan: str
-    to_plan: str
-    kv_blocks_before: int
-    bytes_in: int = 0
-    bytes_freed: int = 0
-    ready_s: float = math.nan
-    preempted: int = 0
-    recomputed_tokens: int = 0
-    kv_blocks_after: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What an iteration computed, in the terms in which ``sim.latency`` prices it, and the plan that it ran."""
-
-    plan: Plan
-    chunks: tuple[tuple[int, int], ...]  # (tokens, tokens before them) of each prompt
-    decode_batch: int
-    decode_context_sum: int
-    sequences: int
-    forward_s: float  # from the first to the last look at the model; the rest of an iteration is the host's
-
-
 @dataclass(frozen=True, slots=True)
 class _Ran:
     """An iteration that the device has done, to be put in force at its end."""
@@ -132,21 +106,9 @@ class _Ran:
     next_tokens: dict[int, int]  # request_id -> token
     start_s: float
     end_s: float
-    prefill_tokens: int
-    decodes: int
     running: int
     waiting: int
     preempted: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryRow:
-    """Memory after an iteration: what the plan should hold, the tensors that are allocated, the device's own figure."""
-
-    time_s: float
-    predicted_bytes: int
-    allocated_bytes: int
-    in_use_bytes: int
 
 
 class HwEngine:
@@ -192,7 +154,7 @@ class HwEngine:
         model = self._model
         check_plan(model, plan)
         self.budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
-        self._budget_step = 0
+        self._meter = BudgetMeter(self.budget)
         self._workspace_bytes = workspace_bytes
         self._prompts: Prompts = prompts or RandomPrompts(model.vocab_size)
         self._clock: Clock = clock or RealClock()
@@ -222,16 +184,12 @@ class HwEngine:
         self._copies: deque[LayerCopy] = deque()
         self._copy: LayerCopy | None = None
         self._copy_started = False
-        self._transition: _Transition | None = None
-        self._transitions: list[_Transition] = []
+        self._transitions = TransitionLog()
 
         self._arrived_prompt_tokens = self._first_tokens = self._produced_tokens = 0
         self._finished = self._rejected = self._preemptions = self.out_of_memory = 0
-        self._ttft_sum_s = self._busy_s = self._violation_s = self._violation_since_s = 0.0
-        self._gaps_s: list[float] = []
-        self._iterations: list[tuple[float, float, int, int, int, int, float, int]] = []
-        self._memory_rows: list[MemoryRow] = []
-        self._shapes: list[Shape] = []
+        self._ttft_sum_s = self._busy_s = 0.0
+        self._log = IterationLog()
 
         elastic.use_attention(ATTENTION)
         elastic.prepare(WEIGHT_BITS)
@@ -384,44 +342,15 @@ class HwEngine:
 
     def iterations(self) -> Iterations:
         """Return one row an iteration."""
-        columns = list(zip(*self._iterations, strict=True)) or [()] * 8
-        float_, int_ = np.float64, np.int64
-        return Iterations(
-            start_s=np.array(columns[0], dtype=float_),
-            end_s=np.array(columns[1], dtype=float_),
-            prefill_tokens=np.array(columns[2], dtype=int_),
-            decode_requests=np.array(columns[3], dtype=int_),
-            running=np.array(columns[4], dtype=int_),
-            waiting=np.array(columns[5], dtype=int_),
-            kv_used_share=np.array(columns[6], dtype=float_),
-            preemptions=np.array(columns[7], dtype=int_),
-            extrapolated=np.zeros(len(self._iterations), dtype=np.bool_),  # nothing was priced
-        )
+        return self._log.table()
 
     def token_gaps(self) -> TokenGaps:
         """Return every gap between two tokens of one request."""
-        gaps_s, count = np.unique(np.array(self._gaps_s, dtype=np.float64), return_counts=True)
-        return TokenGaps(itl_s=gaps_s, count=count.astype(np.int64))
+        return self._log.token_gaps()
 
     def transitions(self) -> Transitions:
         """Return one row a plan change."""
-        rows = self._transitions
-
-        def ints(name: str) -> NDArray[np.int64]:
-            return np.array([getattr(t, name) for t in rows], dtype=np.int64)
-
-        return Transitions(
-            time_s=np.array([t.time_s for t in rows], dtype=np.float64),
-            from_plan=tuple(t.from_plan for t in rows),
-            to_plan=tuple(t.to_plan for t in rows),
-            bytes_in=ints("bytes_in"),
-            bytes_freed=ints("bytes_freed"),
-            ready_s=np.array([t.ready_s for t in rows], dtype=np.float64),
-            preempted=ints("preempted"),
-            recomputed_tokens=ints("recomputed_tokens"),
-            kv_blocks_before=ints("kv_blocks_before"),
-            kv_blocks_after=ints("kv_blocks_after"),
-        )
+        return self._transitions.table()
 
     def kept_share(self) -> tuple[tuple[float, float], ...]:
         """Return (time_s, share of the dense weights' bytes that is resident), one entry a change."""
@@ -430,15 +359,15 @@ class HwEngine:
     @property
     def budget_violation_s(self) -> float:
         """Seconds so far in which more was held than the budget allows."""
-        return self._violation_s
+        return self._meter.violation_s
 
     def memory_rows(self) -> tuple[MemoryRow, ...]:
         """Return one row an iteration: predicted, allocated and used bytes."""
-        return tuple(self._memory_rows)
+        return tuple(self._log.memory)
 
     def shapes(self) -> tuple[Shape, ...]:
         """Return what each iteration computed."""
-        return tuple(self._shapes)
+        return tuple(self._log.shapes)
 
     @property
     def memory(self) -> DeviceMemory:
@@ -495,8 +424,8 @@ class HwEngine:
         times_s = [math.inf]
         if self._arrivals:
             times_s.append(self._arrivals[0].arrival_s)
-        if self._waiting and self._budget_step + 1 < len(self.budget.change_s):
-            times_s.append(self.budget.change_s[self._budget_step + 1])
+        if self._waiting:
+            times_s.append(self._meter.next_s)
         return min(times_s)
 
     def _take_arrivals(self, now_s: float) -> None:
@@ -551,10 +480,17 @@ class HwEngine:
             self._relieve(batch)
             return None
         forward_s = self._clock.now_s() - forward_start_s
-        prefill_tokens = sum(tokens for _, tokens in prefills)
         contexts = sum(live.computed_tokens for live in decodes)
-        self._clock.ran(prefill_tokens, len(decodes), contexts)
-        self._memory_rows.append(
+        shape = Shape(
+            plan=self._plan,
+            chunks=tuple((tokens, live.computed_tokens) for live, tokens in prefills),
+            decode_batch=len(decodes),
+            decode_context_sum=contexts,
+            sequences=len(next_tokens),
+            forward_s=forward_s,
+        )
+        self._clock.ran(shape.prefill_tokens, len(decodes), contexts)
+        self._log.memory.append(
             MemoryRow(
                 time_s=(end_s := self._clock.now_s()),
                 predicted_bytes=self._weight_bytes + self._pool.layer_blocks * self._block_bytes,
@@ -564,19 +500,10 @@ class HwEngine:
         )
         return _Ran(
             batch=batch,
-            shape=Shape(
-                plan=self._plan,
-                chunks=tuple((tokens, live.computed_tokens) for live, tokens in prefills),
-                decode_batch=len(decodes),
-                decode_context_sum=contexts,
-                sequences=len(next_tokens),
-                forward_s=forward_s,
-            ),
+            shape=shape,
             next_tokens=next_tokens,
             start_s=start_s,
             end_s=end_s,
-            prefill_tokens=prefill_tokens,
-            decodes=len(decodes),
             running=running,
             waiting=waiting,
             preempted=preempted,
@@ -612,7 +539,7 @@ class HwEngine:
                 where = str(error)
             raise NumericsError(
                 f"{where} of {self._model.name} gave a value that is no finite number in iteration "
-                f"{len(self._iterations)}, under the plan {describe(self._plan)!r}; take float32 or bfloat16 instead "
+                f"{len(self._log)}, under the plan {describe(self._plan)!r}; take float32 or bfloat16 instead "
                 "of float16, or leave that block at 16 bits"
             )
         chosen: list[int] = logits.argmax(-1).tolist()
@@ -655,9 +582,14 @@ class HwEngine:
                 self._end_prefill(live)
             self._add_token(live, ran.next_tokens[live.request.request_id], now_s)
         self._running = [live for live in self._running if live.status is Status.RUNNING]
-        self._shapes.append(ran.shape)
-        self._iterations.append(
-            (ran.start_s, now_s, ran.prefill_tokens, ran.decodes, ran.running, ran.waiting, used_share, ran.preempted)
+        self._log.add(
+            ran.shape,
+            start_s=ran.start_s,
+            end_s=now_s,
+            running=ran.running,
+            waiting=ran.waiting,
+            kv_used_share=used_share,
+            preemptions=ran.preempted,
         )
 
     def _add_token(self, live: _Live, token: int, now_s: float) -> None:
@@ -669,7 +601,7 @@ class HwEngine:
             self._first_tokens += 1
             self._ttft_sum_s += now_s - live.request.arrival_s
         else:
-            self._gaps_s.append(now_s - live.last_token_s)
+            self._log.add_gap(now_s - live.last_token_s)
         live.last_token_s = now_s
         last = live.produced_tokens >= live.output_limit
         if not last and self._ends is not None:
@@ -707,28 +639,22 @@ class HwEngine:
             self._decided = None
         if self._copy is None and self._copies:
             self._copy, self._copy_started = self._copies.popleft(), False
-        if self._transition is not None and self._copy is None:
-            self._transition.ready_s = now_s
         resized = self._resize_pool()
         while self._pool.free_layer_blocks < 0 and self._running:
             self._preempt_for_transition(self._running[-1])
         if resized:
             self._settle()
-            self._memory.follow(self.budget.budget_bytes[self._budget_step])
+            self._memory.follow(self._meter.now_bytes)
         if self._copy is not None and not self._copy_started:
             # Only now is its memory free: the pool has made room for it.
             self._copier.start(self._copy)
             self._copy_started = True
-        if self._transition is not None:
-            self._transition.kv_blocks_after = self._pool.layer_blocks
-            if self._copy is None:
-                self._transition = None
+        self._transitions.look(now_s, self._pool.layer_blocks, ready=self._copy is None)
         return self._preemptions - before
 
     def _begin_transition(self, time_s: float, plan: Plan, now_s: float) -> None:
         """Drop what the new plan does not run, and line up the copies of what it needs."""
-        self._transition = _Transition(time_s, describe(self._plan), describe(plan), self._pool.layer_blocks)
-        self._transitions.append(self._transition)
+        self._transitions.begin(time_s, self._plan, plan, self._pool.layer_blocks)
         self._target = plan
         resident = without_dropped(self._resident, plan)
         copies = copies_between(self._model, resident, plan)
@@ -744,8 +670,7 @@ class HwEngine:
         """Let the layer whose copy is whole run from now on, in the place of what it replaces."""
         assert self._copy is not None
         self._copier.join()
-        if self._transition is not None:
-            self._transition.bytes_in += self._copy.copied_bytes
+        self._transitions.charge(bytes_in=self._copy.copied_bytes)
         old_mha = self._resident.mha_bits[self._copy.layer]
         self._set_resident(joined(self._resident, self._copy), now_s, copied_bytes=self._copy.copied_bytes)
         restored = self._copy.mha_bits and not old_mha and self._copy.layer in self._prefill_mha
@@ -758,8 +683,7 @@ class HwEngine:
 
     def _set_resident(self, resident: Resident, now_s: float, copied_bytes: int = 0) -> None:
         freed = self._resident.weight_bytes(self._model) + copied_bytes - resident.weight_bytes(self._model)
-        if self._transition is not None:
-            self._transition.bytes_freed += freed
+        self._transitions.charge(bytes_freed=freed)
         for kind in KINDS:
             bits = resident.mha_bits if kind == "mha" else resident.ffn_bits
             for block, wanted in zip(self._elastic.blocks[kind], bits, strict=True):
@@ -798,7 +722,7 @@ class HwEngine:
     def _resize_pool(self) -> bool:
         """Give the KV pool what the budget leaves; return whether that is another number of blocks than before."""
         incoming = self._copy.copied_bytes if self._copy is not None else 0
-        left = self.budget.budget_bytes[self._budget_step] - self._weight_bytes - incoming - self._workspace_bytes
+        left = self._meter.now_bytes - self._weight_bytes - incoming - self._workspace_bytes
         layer_blocks = max(0, left // self._block_bytes)
         resized = layer_blocks != self._pool.layer_blocks
         if resized:
@@ -820,9 +744,7 @@ class HwEngine:
                 live.pages.rename(moved)
 
     def _preempt_for_transition(self, live: _Live) -> None:
-        if self._transition is not None:
-            self._transition.preempted += 1
-            self._transition.recomputed_tokens += live.computed_tokens
+        self._transitions.charge(preempted=1, recomputed_tokens=live.computed_tokens)
         self._preempt(live)
 
     def _preempt(self, live: _Live) -> None:
@@ -897,17 +819,7 @@ class HwEngine:
 
     def _follow_budget(self, now_s: float) -> None:
         """Bring the budget up to ``now_s`` and count the seconds in which more was held than it allowed."""
-        held_bytes = self._held_bytes()
-        change_s, budget_bytes = self.budget.change_s, self.budget.budget_bytes
-        while True:
-            more = self._budget_step + 1 < len(change_s) and change_s[self._budget_step + 1] <= now_s
-            until_s = change_s[self._budget_step + 1] if more else now_s
-            if held_bytes > budget_bytes[self._budget_step]:
-                self._violation_s += until_s - self._violation_since_s
-            self._violation_since_s = until_s
-            if not more:
-                return
-            self._budget_step += 1
+        if self._meter.follow(now_s, self._held_bytes()):
             self._stuck = False
 
     # -- what can be seen ----------------------------------------------------------------------------------------
@@ -916,8 +828,7 @@ class HwEngine:
         self._time_s = time_s = max(time_s, self._time_s)
         self._follow_budget(time_s)
         self._take_arrivals(time_s)
-        step, budget = self._budget_step, self.budget
-        announced = step + 1 < len(budget.change_s) and budget.change_s[step + 1] - budget.notice_s <= time_s
+        next_bytes, next_s = self._meter.announced(time_s)
         return EngineState(
             time_s=time_s,
             waiting=len(self._waiting),
@@ -927,7 +838,7 @@ class HwEngine:
             running_tokens=sum(live.computed_tokens for live in self._running),
             kv_layer_blocks=self._pool.layer_blocks,
             kv_used_layer_blocks=self._pool.used_layer_blocks,
-            budget_bytes=budget.budget_bytes[step],
+            budget_bytes=self._meter.now_bytes,
             weight_bytes=self._weight_bytes,
             arrived=len(self._all),
             arrived_prompt_tokens=self._arrived_prompt_tokens,
@@ -937,11 +848,11 @@ class HwEngine:
             finished=self._finished,
             rejected=self._rejected,
             preemptions=self._preemptions,
-            iterations=len(self._iterations),
+            iterations=len(self._log),
             busy_s=self._busy_s,
-            next_budget_bytes=budget.budget_bytes[step + 1] if announced else budget.budget_bytes[step],
-            next_budget_s=budget.change_s[step + 1] if announced else math.inf,
-            budget_violation_s=self._violation_s,
+            next_budget_bytes=next_bytes,
+            next_budget_s=next_s,
+            budget_violation_s=self._meter.violation_s,
             incoming_bytes=self._copy.copied_bytes if self._copy is not None else 0,
             plan=self._plan,
             target=self._decided[1] if self._decided is not None else self._target,

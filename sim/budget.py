@@ -46,6 +46,49 @@ class Budget:
             raise BudgetError(f"budget.notice_s is {self.notice_s}; it must be a number of seconds of at least 0")
 
 
+class BudgetMeter:
+    """A budget as a run goes on: what there is now, what comes next, and the seconds in which more was held.
+
+    violation_s: seconds so far in which more was held than the budget allowed.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        """Stand at the first step."""
+        self.budget = budget
+        self.violation_s = 0.0
+        self._step = 0
+        self._since_s = 0.0
+
+    @property
+    def now_bytes(self) -> int:
+        """What there is now."""
+        return self.budget.budget_bytes[self._step]
+
+    @property
+    def next_s(self) -> float:
+        """When the next step begins; ``inf`` after the last."""
+        step = self._step + 1
+        return self.budget.change_s[step] if step < len(self.budget.change_s) else math.inf
+
+    def announced(self, now_s: float) -> tuple[int, float]:
+        """Return the bytes and the time of the next step once it is known, else what there is and ``inf``."""
+        if self.next_s - self.budget.notice_s <= now_s:
+            return self.budget.budget_bytes[self._step + 1], self.next_s
+        return self.now_bytes, math.inf
+
+    def follow(self, now_s: float, held_bytes: int) -> bool:
+        """Move on to ``now_s``, ``held_bytes`` held since the last look; return whether there was another step."""
+        before = self._step
+        while True:
+            until_s = min(self.next_s, now_s)
+            if held_bytes > self.now_bytes:
+                self.violation_s += until_s - self._since_s
+            self._since_s = until_s
+            if self.next_s > now_s:
+                return self._step > before
+            self._step += 1
+
+
 def constant_budget(budget_bytes: int) -> Budget:
     """Return a budget that never changes."""
     return Budget((0.0,), (budget_bytes,))

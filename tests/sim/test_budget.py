@@ -5,9 +5,22 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sim.budget import Budget, BudgetContext, cotenant, from_csv, kv_blocks, random_walk, relative, steps
+from sim.budget import (
+    Budget,
+    BudgetContext,
+    BudgetMeter,
+    cotenant,
+    from_csv,
+    kv_blocks,
+    random_walk,
+    relative,
+    steps,
+)
 from sim.errors import BudgetError
 from sim.gpu import Gpu
 from sim.memory import kv_pool_layer_blocks, peak_bytes
@@ -138,3 +151,30 @@ def test_a_budget_of_kv_blocks_gives_a_pool_of_that_many() -> None:
     assert pool == 77 * TINY.num_layers
     with pytest.raises(BudgetError, match=r"budget\.blocks is 0"):
         kv_blocks(CONTEXT, blocks=0)
+
+
+@given(
+    values=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    looks=st.lists(st.tuples(st.floats(0.0, 4.0), st.integers(0, 10)), min_size=1, max_size=12),
+    notice_s=st.sampled_from([0.0, 0.5]),
+)
+def test_a_budget_meter_counts_the_seconds_in_which_more_was_held(
+    values: list[int], looks: list[tuple[float, int]], notice_s: float
+) -> None:
+    budget = Budget(tuple(float(i) for i in range(len(values))), tuple(values), notice_s)
+    meter, now_s, expected_s = BudgetMeter(budget), 0.0, 0.0
+    for later_s, held_bytes in looks:
+        start_s, now_s = now_s, now_s + later_s
+        edges = [start_s, *(t for t in budget.change_s if start_s < t < now_s), now_s]
+        for begin_s, end_s in pairwise(edges):
+            step = int(np.searchsorted(budget.change_s, begin_s, side="right")) - 1
+            expected_s += (end_s - begin_s) * (held_bytes > values[step])
+        before = meter.next_s
+        assert meter.follow(now_s, held_bytes) == (before <= now_s)
+        assert meter.violation_s == pytest.approx(expected_s)
+        step = int(np.searchsorted(budget.change_s, now_s, side="right")) - 1
+        assert meter.now_bytes == values[step]
+        after = [t for t in budget.change_s if t > now_s]
+        assert meter.next_s == (after[0] if after else np.inf)
+        known = bool(after) and after[0] - notice_s <= now_s
+        assert meter.announced(now_s) == ((values[step + 1], after[0]) if known else (values[step], np.inf))
