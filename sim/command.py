@@ -140,8 +140,8 @@ def quality_of(cfg: DictConfig) -> FittedQuality | PublishedQuality | None:
     return load_quality(table) if table is not None else None
 
 
-def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
-    """Build the engine and the policy of a configuration."""
+def build_engine(cfg: DictConfig, **driven: Any) -> tuple[SimEngine, Policy]:
+    """Build the engine and the policy of a configuration; ``driven`` goes to ``SimEngine`` (env, driven, ...)."""
     parts = build_parts(cfg)
     model, gpu = parts.model, parts.gpu
     latency = load_calibration(cfg.latency or find_calibration(model.name, gpu.name))
@@ -164,6 +164,7 @@ def build_engine(cfg: DictConfig) -> tuple[SimEngine, Policy]:
         # A copy takes its bytes from the memory bandwidth that iterations live on; not measured, an upper bound.
         copy_slowdown=gpu.host_to_device_bytes_per_s / gpu.memory_bandwidth_bytes_per_s,
         quality_nll=quality.nll if quality is not None else None,
+        **driven,
     )
     return engine, parts.policy
 
