@@ -36,10 +36,12 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 # make fuzz   the compiled engine against the plain one on CASES random replays (50,000); prints a failing seed, shrunk
+# make fuzz KIND=cluster   the compiled cluster against the plain one
 CASES ?= 50000
 FIRST ?= 0
+KIND ?= engine
 fuzz: $(VENV)/.dev
-	$(BIN)/python -m tests.sim.fuzz $(CASES) $(FIRST)
+	$(BIN)/python -m tests.sim.fuzz $(CASES) $(FIRST) 2 $(KIND)
 
 # make bench   speed, measured on this machine
 bench: $(VENV)/.dev

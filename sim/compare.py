@@ -19,7 +19,7 @@ from sim.metrics import Slo, records_frame
 from sim.report import markdown, print_rows
 from sim.runs import provenance, write_json, write_parquet, write_text, write_whole
 
-GROUPS = ("trace", "workload", "model", "gpu", "engine", "budget", "policy", "slo")
+GROUPS = ("trace", "workload", "model", "gpu", "engine", "budget", "policy", "slo", "router", "outages", "autoscaler")
 """What a label may choose another file of."""
 
 
@@ -60,24 +60,33 @@ def variants(cfg: DictConfig) -> dict[str, DictConfig]:
     for label, differences in cfg.policies.items():
         if cfg.only and label not in cfg.only:
             continue
-        one = cfg.copy()
-        OmegaConf.set_struct(one, True)
-        for key, value in OmegaConf.to_container(differences).items():  # type: ignore[union-attr]
-            if key in GROUPS:
-                options = {path.stem: path for path in (CONF_DIR / key).glob("*.yaml")}
-                if value not in options:
-                    raise ConfigError(f"policies.{label}.{key}: there is no {value!r}; {nearest(str(value), options)}")
-                OmegaConf.set_struct(one, False)
-                one[key] = OmegaConf.load(options[value])
-                OmegaConf.set_struct(one, True)
-                continue
-            parent, _, name = str(key).rpartition(".")
-            node = OmegaConf.select(one, parent) if parent else one
-            if node is None or name not in node:
-                raise ConfigError(f"policies.{label}: there is no {key!r}; {nearest(name, map(str, node or one))}")
-            OmegaConf.update(one, str(key), value)
-        made[str(label)] = one
+        made[str(label)] = with_differences(cfg, OmegaConf.to_container(differences), f"policies.{label}")
     return made
+
+
+def with_differences(cfg: DictConfig, differences: Any, where: str) -> DictConfig:
+    """Return a configuration with ``key: value`` pairs applied: a file of a group, or a value of a key.
+
+    Raises:
+        ConfigError: for one that names no key or file, after ``where`` it stands; it names the nearest.
+    """
+    one = cfg.copy()
+    OmegaConf.set_struct(one, True)
+    for key, value in differences.items():
+        if key in GROUPS:
+            options = {path.stem: path for path in (CONF_DIR / key).glob("*.yaml")}
+            if value not in options:
+                raise ConfigError(f"{where}.{key}: there is no {value!r}; {nearest(str(value), options)}")
+            OmegaConf.set_struct(one, False)
+            one[key] = OmegaConf.load(options[value])
+            OmegaConf.set_struct(one, True)
+            continue
+        parent, _, name = str(key).rpartition(".")
+        node = OmegaConf.select(one, parent) if parent else one
+        if node is None or name not in node:
+            raise ConfigError(f"{where}: there is no {key!r}; {nearest(name, map(str, node or one))}")
+        OmegaConf.update(one, str(key), value)
+    return one
 
 
 def _compare(cfg: DictConfig) -> None:

@@ -19,7 +19,7 @@ from numba import njit
 
 F = TypeVar("F", bound=Callable[..., Any])
 _told = False
-_SOURCES = ("compiled.py", "latency.py", "kernel.py")
+_SOURCES = ("compiled.py", "latency.py", "kernel.py", "cluster_kernel.py")
 SOURCE_HASH = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES)).hexdigest()
 
 

@@ -25,6 +25,7 @@ Rules for changing plans (sim/transition.py says what is copied when):
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -252,8 +253,8 @@ class SimEngine:
             keep_iterations: whether ``iterations()`` has a row for each; without, it stays empty and memory is saved.
             book: what is known of plans of this model at this ``quality_nll``, shared with other engines; a new one by
                 default.
-            env: the SimPy environment to live in; a new one by default.
-            driven: whether its owner calls the kernel on its ``table`` (sim/fleet.py) in place of a SimPy process.
+            env: the SimPy environment to live in; a new one by default. It begins to serve at that clock's present.
+            driven: whether its owner calls the kernel on its ``table`` (sim/fleet.py, sim/cluster.py).
         Raises:
             PlanError: for a plan that is not legal for the model.
             CalibrationError: for a plan with a precision that was not measured.
@@ -283,6 +284,7 @@ class SimEngine:
         n[kernel.PRICED] = quality_nll is not None
         f[kernel.COPY_SLOWDOWN], f[kernel.COPY_BYTES_PER_S] = copy_slowdown, host_to_device_bytes_per_s
         f[kernel.VIOLATION_SINCE] = f[kernel.NOW] = self.env.now
+        n[kernel.BUDGET_STEP] = bisect_right(self.budget.change_s, self.env.now) - 1
         self._output_tokens: list[Ints] = []  # of each call of submit
         self._checked: dict[int, tuple[Plan, int]] = {}  # plans that are legal, by identity, and their numbers
         self._described: list[tuple[str, str]] = []  # plan changes that an earlier book knew
@@ -327,14 +329,7 @@ class SimEngine:
                 "submit requests in order of arrival and not in the past"
             )
         total = first + len(arrival_s)
-        room = len(self._state.request_i)
-        if total > room:
-            room = total if not first else max(total, 2 * room)
-            self._replace(
-                request_i=kernel.longer(self._state.request_i, room),
-                request_f=kernel.longer(self._state.request_f, room),
-                queue=kernel.longer(self._state.queue, room),
-            )
+        self.reserve(total)
         rows = slice(first, total)
         self._state.request_f[rows, kernel.ARRIVAL_S] = arrival_s
         self._state.request_i[rows, kernel.PROMPT] = prompt_tokens
@@ -431,17 +426,25 @@ class SimEngine:
 
     def records(self) -> Records:
         """Return one row a request, in order of arrival; requests yet to arrive have none."""
-        kernel.settle(self._table)
         arrived = int(self._state.ints[kernel.NEXT_ARRIVAL])
-        ints, floats = self._state.request_i[:arrived], self._state.request_f[:arrived]
+        outputs = np.concatenate(self._output_tokens) if self._output_tokens else np.zeros(0, dtype=np.int64)
+        return self.records_of(slice(0, arrived), outputs[:arrived])
+
+    def records_of(self, which: slice | Ints, output_tokens: Ints) -> Records:
+        """Return the rows of some requests, by their places in the order in which they were handed over.
+
+        Args:
+            which: int64[n]. output_tokens: int64[n], what the trace asked for.
+        """
+        kernel.settle(self._table)
+        ints, floats = self._state.request_i[which], self._state.request_f[which]
         produced = ints[:, kernel.PRODUCED].copy()
         tokens = np.where(produced > 0, produced, np.nan)
-        outputs = np.concatenate(self._output_tokens) if self._output_tokens else np.zeros(0, dtype=np.int64)
-        nll_sum = floats[:, kernel.NLL_SUM] if self._quality_nll is not None else np.full(arrived, np.nan)
+        nll_sum = floats[:, kernel.NLL_SUM] if self._quality_nll is not None else np.full(len(ints), np.nan)
         return Records(
             arrival_s=floats[:, kernel.ARRIVAL_S].copy(),
             prompt_tokens=ints[:, kernel.PROMPT].copy(),
-            output_tokens=outputs[:arrived],
+            output_tokens=output_tokens,
             produced_tokens=produced,
             admitted_s=floats[:, kernel.ADMITTED_S].copy(),
             first_token_s=floats[:, kernel.FIRST_S].copy(),
@@ -608,6 +611,44 @@ class SimEngine:
         """Seconds so far in which more was held than the budget allows."""
         return float(self._state.floats[kernel.VIOLATION])
 
+    # -- for a driver of many: sim/cluster.py ------------------------------------------------------------------------
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens of prompt and output together that one request may reach here."""
+        return self._context_limit
+
+    @property
+    def model(self) -> ModelSpec:
+        """What is served."""
+        return self._model
+
+    @property
+    def now_s(self) -> float:
+        """When its last iteration ended, or it was given something to do."""
+        return float(self._state.floats[kernel.NOW])
+
+    def rows(self, which: Ints) -> tuple[Ints, Floats]:
+        """Return copies of the kernel's rows of some requests, up to date (``request_i`` and ``request_f``)."""
+        kernel.settle(self._table)
+        return self._state.request_i[which], self._state.request_f[which]
+
+    def reserve(self, requests: int) -> None:
+        """Make room for so many requests in all."""
+        room = len(self._state.request_i)
+        if requests > room:
+            room = max(requests, 2 * room)
+            self._replace(
+                request_i=kernel.longer(self._state.request_i, room),
+                request_f=kernel.longer(self._state.request_f, room),
+                queue=kernel.longer(self._state.queue, room),
+            )
+
+    def observe(self, now_s: float) -> EngineState:
+        """Return what can be seen at a moment to which it has been brought; its budget is followed to there."""
+        kernel.follow_budget(self._table, now_s)
+        return self._observe(now_s)
+
     # -- serving -------------------------------------------------------------------------------------------------
 
     def _serve(self) -> Generator[simpy.Event, Any, None]:
@@ -762,7 +803,7 @@ class SimEngine:
         if layers:
             blocks = int(n[kernel.POOL] - n[kernel.WATERMARK]) // layers
             limit = min(limit, blocks * self.config.kv_block_tokens)
-        budget_bytes = self.budget.budget_bytes[0]
+        budget_bytes = self.budget.budget_bytes[n[kernel.BUDGET_STEP]]
         held_bytes, workspace_bytes = int(n[kernel.WEIGHT_BYTES]), int(n[kernel.WORKSPACE_BYTES])
         if limit < 2 or held_bytes + workspace_bytes > budget_bytes:
             raise BudgetError(

@@ -7,10 +7,10 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -101,12 +101,20 @@ def run(cfg: DictConfig) -> Outcome:
 
 def run_all(configs: Sequence[DictConfig], workers: int) -> list[Outcome]:
     """Replay every configuration, by so many processes; outcomes come in the order of the configurations."""
+    return map_configs(run, configs, workers)
+
+
+T = TypeVar("T")
+
+
+def map_configs(task: Callable[[DictConfig], T], configs: Sequence[DictConfig], workers: int) -> list[T]:
+    """Do a task for every configuration, by so many processes; results come in the order of the configurations."""
     if workers < 1:
         raise ConfigError(f"workers is {workers}; at least one process has to do it")
     if min(workers, len(configs)) < 2:
-        return [run(cfg) for cfg in configs]
+        return [task(cfg) for cfg in configs]
     with multiprocessing.get_context("spawn").Pool(min(workers, len(configs))) as pool:
-        return pool.map(run, configs, chunksize=1)
+        return pool.map(task, configs, chunksize=1)
 
 
 def replay_many(cfg: DictConfig) -> None:

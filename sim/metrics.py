@@ -153,6 +153,7 @@ def summarise(
     budget_violation_s: float = 0.0,
     not_arrived: int = 0,
     cpu_s: float = 0.0,
+    end_s: float | None = None,
 ) -> dict[str, Any]:
     """Return the figures of one replay, as ``summary.json`` holds them.
 
@@ -162,13 +163,14 @@ def summarise(
         transitions: plan changes. budget_violation_s: seconds in which more was held than the budget allowed.
         not_arrived: requests of the trace that had not arrived when the replay stopped.
         cpu_s: process CPU seconds that the replay took; 0 when it was not measured.
+        end_s: when it ended; None takes the end of the last iteration.
 
     ``recomputed_tokens`` are those that prefill computed beyond each answered request's prompt once.
     """
     requests = len(records)
     finished = records.status == Status.FINISHED
     met = met_slo(records, slo)
-    last_s = float(iterations.end_s[-1]) if len(iterations) else 0.0
+    last_s = end_s if end_s is not None else float(iterations.end_s[-1]) if len(iterations) else 0.0
     first_s = float(records.arrival_s[0]) if requests else 0.0
     makespan_s = max(last_s - first_s, 0.0)
     arrivals_s = float(records.arrival_s[-1] - records.arrival_s[0]) if requests else 0.0

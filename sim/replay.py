@@ -48,13 +48,13 @@ def replay(
     if tick_s is not None and not tick_s > 0:
         raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, or null for no decisions")
     if tick_s is not None:
-        moments_s = _decisions(tick_s, also_at_s)
+        moments_s = decisions(tick_s, also_at_s)
     elif on_progress is not None:
-        moments_s = _decisions(max(trace.duration_s / PROGRESS_STEPS, 1e-3), ())
+        moments_s = decisions(max(trace.duration_s / PROGRESS_STEPS, 1e-3), ())
     else:
         moments_s = iter(lambda: math.inf, None)
     if tick_s is not None and isinstance(engine, SimEngine) and isinstance(policy, Schedule):
-        at_s = _known_decisions(policy, _decisions(tick_s, also_at_s))
+        at_s = _known_decisions(policy, decisions(tick_s, also_at_s))
         engine.apply_at(at_s, [policy.plan_at(time_s) for time_s in at_s])
         if on_progress is None:
             moments_s = iter(lambda: math.inf, None)
@@ -79,8 +79,8 @@ def _known_decisions(policy: Schedule, moments_s: Iterator[float]) -> list[float
     return found
 
 
-def _decisions(period_s: float, also_at_s: Sequence[float]) -> Iterator[float]:
-    """Yield the multiples of a period, and other moments between them, each once."""
+def decisions(period_s: float, also_at_s: Sequence[float]) -> Iterator[float]:
+    """Yield the multiples of a period, and other moments between them, each once: when a policy is asked."""
     others = list(also_at_s)
     step = 1
     while True:

@@ -87,10 +87,13 @@ params kept: share of the parameters that made the tokens, however precise. belo
 """
 
 
-def cells(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+Columns = Mapping[str, tuple[str, float, int, str]]
+
+
+def cells(summaries: Sequence[Mapping[str, Any]], columns: Columns = SUMMARY_COLUMNS) -> list[str]:
     """Return the figures of one row as they stand in a table: the mean, and of several their standard deviation."""
     found = []
-    for key, factor, decimals, unit in SUMMARY_COLUMNS.values():
+    for key, factor, decimals, unit in columns.values():
         values = []
         for value in summaries:
             for part in key.split("."):
@@ -107,25 +110,32 @@ def cells(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], first: str = "policy") -> str:
+def markdown(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], first: str = "policy", columns: Columns = SUMMARY_COLUMNS
+) -> str:
     """Return a table as Markdown: label -> the summaries that its row is made of."""
-    lines = [f"| {first} | " + " | ".join(SUMMARY_COLUMNS) + " |", "|---|" + "---:|" * len(SUMMARY_COLUMNS)]
-    lines += [f"| {label} | " + " | ".join(cells(summaries)) + " |" for label, summaries in rows.items()]
+    lines = [f"| {first} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines += [f"| {label} | " + " | ".join(cells(summaries, columns)) + " |" for label, summaries in rows.items()]
     return "\n".join(lines) + "\n"
 
 
-def print_rows(rows: Mapping[str, Sequence[Mapping[str, Any]]], title: str, first: str = "policy") -> None:
+def print_rows(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    title: str,
+    first: str = "policy",
+    columns: Columns = SUMMARY_COLUMNS,
+) -> None:
     """Print such a table: drawn on a terminal, Markdown elsewhere."""
     console = Console()
     if not console.is_terminal:
-        print(title, markdown(rows, first), sep="\n\n", end="")
+        print(title, markdown(rows, first, columns), sep="\n\n", end="")
         return
     table = Table(title=title, title_justify="left")
     table.add_column(first)
-    for heading in SUMMARY_COLUMNS:
+    for heading in columns:
         table.add_column(heading, justify="right")
     for label, summaries in rows.items():
-        table.add_row(label, *cells(summaries))
+        table.add_row(label, *cells(summaries, columns))
     console.print(table)
 
 

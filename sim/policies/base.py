@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from sim.budget import Budget
 from sim.engine import EngineConfig, EngineState, SimEngine
 from sim.latency import LatencyModel
 from sim.model import ModelSpec
 from sim.plan import Plan
-from sim.plan_book import PlanBook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +29,11 @@ class ServerModel:
     copy_slowdown: float
     quality_nll: Callable[[Plan], float] | None
 
-    def engine(
-        self, plan: Plan, budget_bytes: int | Budget, *, keep_iterations: bool = False, book: PlanBook | None = None
-    ) -> SimEngine:
-        """Build an idle engine that is such a server, under a budget; ``keep_iterations``, ``book``: as ``SimEngine``.
+    def engine(self, plan: Plan, budget_bytes: int | Budget, **words: Any) -> SimEngine:
+        """Build an idle engine that is such a server, under a budget.
+
+        Args:
+            plan, budget_bytes: as ``SimEngine``. words: what else it takes, such as ``keep_iterations`` or ``book``.
 
         Raises:
             BudgetError: when the budget cannot hold the weights and one request.
@@ -48,8 +48,7 @@ class ServerModel:
             host_to_device_bytes_per_s=self.host_to_device_bytes_per_s,
             copy_slowdown=self.copy_slowdown,
             quality_nll=self.quality_nll,
-            keep_iterations=keep_iterations,
-            book=book,
+            **words,
         )
 
 

@@ -1,8 +1,9 @@
-"""Compare the compiled engine with the plain one on very many random cases: ``make fuzz``.
+"""Compare compiled code with the plain one on very many random cases: ``make fuzz``, ``make fuzz KIND=cluster``.
 
-usage: python -m tests.sim.fuzz [CASES [FIRST [WORKERS]]]
+usage: python -m tests.sim.fuzz [CASES [FIRST [WORKERS [KIND]]]]
 
-Prints how far it is; at the first difference the seed, what differs and the smallest case it shrinks to, and exits 1.
+KIND is ``engine`` (one replica) or ``cluster``. Prints how far it is; at the first difference the seed, what differs
+and the smallest case it shrinks to, and exits 1.
 """
 
 from __future__ import annotations
@@ -11,14 +12,20 @@ import multiprocessing
 import pprint
 import sys
 import time
+from functools import partial
 
-from tests.sim.kernel_cases import differences, random_case, shrunk
+from tests.sim import cluster_cases, kernel_cases
 
 BATCH = 250
+KINDS = {
+    "engine": (kernel_cases.random_case, kernel_cases.differences, kernel_cases.shrunk),
+    "cluster": (cluster_cases.random_cluster, cluster_cases.differences, cluster_cases.shrunk),
+}
 
 
-def first_difference(seeds: range) -> int | None:
-    """Return the first seed at which the engines differ (or one of them fails)."""
+def first_difference(kind: str, seeds: range) -> int | None:
+    """Return the first seed at which compiled and plain differ (or one of them fails)."""
+    random_case, differences, _ = KINDS[kind]
     for seed in seeds:
         try:
             if differences(random_case(seed)):
@@ -30,15 +37,17 @@ def first_difference(seeds: range) -> int | None:
 
 def main() -> int:
     """Run the command."""
-    cases, first, workers = (int(a) for a in [*sys.argv[1:], *["50000", "0", "2"][len(sys.argv) - 1 :]][:3])
+    *numbers, kind = [*sys.argv[1:], *["50000", "0", "2", "engine"][len(sys.argv) - 1 :]][:4]
+    cases, first, workers = map(int, numbers)
+    random_case, differences, shrunk = KINDS[kind]
     seeds = range(first, first + cases)
     jobs = [range(start, min(start + BATCH, seeds.stop)) for start in range(first, seeds.stop, BATCH)]
     started_s, done = time.monotonic(), 0
     with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-        for job, seed in zip(jobs, pool.imap(first_difference, jobs), strict=True):
+        for job, seed in zip(jobs, pool.imap(partial(first_difference, kind), jobs), strict=True):
             if seed is not None:
                 case = random_case(seed)
-                print(f"\nseed {seed}: the engines differ", flush=True)
+                print(f"\nseed {seed}: the {kind}s differ", flush=True)
                 print(*differences(case), sep="\n")
                 print("the smallest case that does:")
                 pprint.pprint(shrunk(case), width=120)

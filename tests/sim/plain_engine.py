@@ -7,6 +7,7 @@ of them is wrong.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -116,6 +117,7 @@ class PlainEngine:
             PlanError: for a plan that is not legal for the model.
             BudgetError: when the budget cannot hold the weights and one request at the start.
         """
+        self.expects_more = False  # whether requests will come that are not known yet: its memory follows meanwhile
         check_plan(model, plan)
         if not host_to_device_bytes_per_s > 0 or not copy_slowdown >= 0:
             raise ConfigError(
@@ -127,7 +129,7 @@ class PlainEngine:
         self._quality_nll = quality_nll
         self._model, self._latency, self.config = model, latency, config
         self.budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
-        self._budget_step = 0
+        self._budget_step = bisect_right(self.budget.change_s, self.env.now) - 1
         self._workspace_bytes = workspace_bytes
         self._host_to_device_bytes_per_s, self._copy_slowdown = host_to_device_bytes_per_s, copy_slowdown
         self._params = (model.fixed_params, model.mha_params, model.ffn_params)
@@ -157,7 +159,8 @@ class PlainEngine:
 
         self._arrived_prompt_tokens = self._first_tokens = self._produced_tokens = 0
         self._finished = self._rejected = self._preemptions = 0
-        self._ttft_sum_s = self._busy_s = self._violation_s = self._violation_since_s = 0.0
+        self._ttft_sum_s = self._busy_s = self._violation_s = 0.0
+        self._violation_since_s = float(self.env.now)
         self._gaps_s: list[float] = []
         self._iterations: list[tuple[float, float, int, int, int, int, float, int, bool]] = []
 
@@ -372,7 +375,8 @@ class PlainEngine:
         times_s = [self._copy_end_s]
         if self._arrivals:
             times_s.append(self._arrivals[0].arrival_s)
-        if (self._waiting or self._arrivals) and self._budget_step + 1 < len(self.budget.change_s):
+        busy = self._waiting or self._arrivals or self.expects_more
+        if busy and self._budget_step + 1 < len(self.budget.change_s):
             times_s.append(self.budget.change_s[self._budget_step + 1])
         if (self._waiting or self._arrivals) and self._schedule:
             times_s.append(self._schedule[0][0])
@@ -682,7 +686,7 @@ class PlainEngine:
         if self._prefill_mha:
             blocks = (self._pool.layer_blocks - self._limits.watermark_layer_blocks) // len(self._prefill_mha)
             limit = min(limit, blocks * self.config.kv_block_tokens)
-        budget_bytes = self.budget.budget_bytes[0]
+        budget_bytes = self.budget.budget_bytes[self._budget_step]
         if limit < 2 or self._weight_bytes + self._workspace_bytes > budget_bytes:
             raise BudgetError(
                 f"weights {self._weight_bytes / GIB:.2f} GiB and workspace {self._workspace_bytes / GIB:.2f} GiB leave "

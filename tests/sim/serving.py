@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import simpy
+
 from sim.budget import Budget
 from sim.engine import EngineConfig, Request, Restore, SimEngine
 from sim.latency import LatencyModel, calibration_from_dict
@@ -76,6 +78,8 @@ def tiny_engine(
     budget: Budget | None = None,
     host_to_device_bytes_per_s: float = 1e6,
     copy_slowdown: float = 0.0,
+    env: simpy.Environment | None = None,
+    driven: bool = False,
 ) -> SimEngine:
     plan = plan or dense_plan(TINY)
     return SimEngine(
@@ -99,6 +103,8 @@ def tiny_engine(
         budget_bytes=budget or budget_for_kv_blocks(TINY, plan, kv_blocks, 0, kv_block_tokens),
         host_to_device_bytes_per_s=host_to_device_bytes_per_s,
         copy_slowdown=copy_slowdown,
+        env=env,
+        driven=driven,
     )
 
 
