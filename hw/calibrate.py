@@ -759,7 +759,7 @@ def from_device(arguments: Arguments) -> list[dict[str, Any]]:
     out.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     bench = d.Bench(elastic, settings.clock)
-    d.measure(bench, samples, settings, Console(stderr=True))
+    runs = d.measure(bench, samples, settings, Console(stderr=True))
     terms = d.terms_of(samples)
     target = Target(
         name=name,
@@ -779,21 +779,19 @@ def from_device(arguments: Arguments) -> list[dict[str, Any]]:
     for term in content["errors"].values():
         if term.get("note") == "no reason known":
             term["note"] = "single cells of a coarse grid: products switch kernels between few and many tokens"
-    whole = d.whole_passes(samples, d.latency_of(content), elastic)
-    content = d.times(content, whole.factor)
-    host_us = (
-        float(np.median(d.run_engine(elastic, d.latency_of(content), settings.clock, seed + 1, 10.0).host_s)) * 1e6
-    )
-    content["fixed_us"] = float(f"{whole.above_us + host_us:.4g}")
+    line = d.line_over_terms(runs, d.latency_of(content))
+    content = d.times(content, line.factor)
+    content["fixed_us"] = float(f"{line.fixed_s * 1e6:.4g}")
     content["fixed_source"] = (
-        f"{host_us:.0f} us that the host of hw.engine takes between two passes (median), and {whole.above_us:.0f} us "
-        f"that {len(whole.off)} whole passes take above their terms, which are {whole.factor:.3f} times what they take "
-        f"one by one (least squares; single passes are off by {min(whole.off):+.1%} to {max(whole.off):+.1%})"
+        f"{sum(len(run.shapes) for run in runs)} iterations of {len(runs)} runs of hw.engine between the measurements "
+        f"take this long and {line.factor:.3f} times what their terms take one by one (soft L1; off by {line.off:.1%} "
+        "in the median); the tables hold the terms times that"
     )
-    held_out = d.run_engine(elastic, d.latency_of(content), settings.clock, seed + 2, 25.0)
-    content["errors"]["iteration"] = _summary(held_out.priced_s, held_out.measured_s) | {
+    held_out = d.run_engine(elastic, settings.clock, seed + 100, 25.0)
+    priced_s = held_out.priced_s(d.latency_of(content))
+    content["errors"]["iteration"] = _summary(priced_s, held_out.measured_s) | {
         "note": f"iterations of a run of the engine, of which nothing was fitted; their sum is off by "
-        f"{held_out.priced_s.sum() / held_out.measured_s.sum() - 1:+.1%}, the machine's changes of speed included"
+        f"{priced_s.sum() / held_out.measured_s.sum() - 1:+.1%}, the machine's changes of speed included"
     }
     counts = [len(values) for values in samples.of.values()]
     spreads = sorted(d.spread(values) for values in samples.of.values())

@@ -3,10 +3,9 @@
 Each term is timed in the code that serves: the modules of the elastic model, the paged attention over a paged pool.
 Linear blocks run as a pass runs them, MHA and FFN of all layers in turn, so that their weights come from memory and not
 from a cache. Cells are measured in rounds of random order, until the median of each is known well enough; the samples
-are kept in a file after every round, and a run that was stopped goes on from there. Whole passes are cells among the
-others, so that a busy spell of the machine meets both alike: the overhead of an iteration is what they take above the
-sum of their terms, and what the host does between two passes of the engine. A run of the engine, of other requests,
-says how far the whole is off.
+are kept in a file after every round, and a run that was stopped goes on from there. Before, between and after them the
+engine serves random requests, so that a busy spell of the machine meets both alike: what its iterations take is a
+constant and a factor of the sum of their terms. One more run, of other requests, says how far the whole is off.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +24,13 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
-from scipy.optimize import lsq_linear
+from scipy.optimize import least_squares
 from torch import Tensor
 
 from hw import measurements as m
 from hw.clock import CLOCKS, RealClock
 from hw.engine import SLABS, HwEngine
+from hw.iteration_log import Shape
 from hw.model import ElasticModel
 from hw.paged_attention import ATTENTION, Packed, PagedBatch, forward
 from hw.paged_kv import MappedArena, PagedKV, RequestPages, SlabArena
@@ -52,26 +52,12 @@ TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 PREFILL_TOKENS, PREFIXES = (1, 4, 16, 32, 64, 128, 256), (0, 32, 128, 256, 512)
 BATCHES, CONTEXTS = (1, 2, 3, 4, 6, 8, 12, 16, 24), (8, 32, 64, 128, 256, 512)
-WHOLE: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...] = (
-    (1, 60, ()),
-    (2, 90, ()),
-    (4, 90, ()),
-    (6, 90, ()),
-    (8, 90, ()),
-    (12, 90, ()),
-    (0, 0, ((0, 30),)),
-    (0, 0, ((0, 90),)),
-    (0, 0, ((0, 128),)),
-    (2, 60, ((0, 60),)),
-    (4, 90, ((0, 100),)),
-    (6, 90, ((100, 60),)),
-    (3, 90, ((0, 60), (0, 50))),
-)
-"""Whole passes: decodes, their context, and prompt chunks as (tokens before it, its tokens)."""
 QUANTISED_LAYERS = 4
 """Layers at 8 and 4 bits over which a linear layer is timed; unpacking them takes longer than any cache could save."""
 BLOCK_TOKENS = 16
 LEAST_REPEATS, MOST_REPEATS = 12, 40
+RUN_S = 10.0
+"""Seconds of arrivals in a run of the engine."""
 WANTED_SPREAD = 0.02
 """A cell is done when the standard error of its median is below this share of it."""
 
@@ -214,13 +200,6 @@ class Bench:
 
         return run
 
-    def whole(self) -> list[Cell]:
-        """Return the cells of whole passes of the dense model, as an iteration makes them; WHOLE says which."""
-        return [
-            Cell((f"whole/{index}",), self.whole_pass([(context, 1)] * batch, list(chunks)), 1)
-            for index, (batch, context, chunks) in enumerate(WHOLE)
-        ]
-
     def whole_pass(
         self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]], keep: KeepMask | None = None
     ) -> Timed:
@@ -304,15 +283,16 @@ def spread(values: list[float]) -> float:
     return float(1.2533 * deviation / np.sqrt(len(values)) / middle)
 
 
-def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: Console) -> None:
-    """Measure every cell of every term."""
+def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: Console) -> list[Iterations]:
+    """Measure every cell of every term; return runs of the engine, from before, between and after them."""
     deadline_s = time.monotonic() + settings.seconds
     rng = random.Random(settings.seed)
     groups: list[tuple[Callable[[], list[Cell]], float]] = [  # and the share of the time
-        (lambda: bench.linear(16) + bench.ends() + bench.attention() + bench.whole(), 0.7),
+        (lambda: bench.linear(16) + bench.ends() + bench.attention(), 0.7),
         (lambda: bench.linear(8), 0.5),
         (lambda: bench.linear(4), 1.0),
     ]
+    runs = [run_engine(bench.elastic, settings.clock, settings.seed + 1, RUN_S)]
     with Progress(console=console, transient=True) as progress:
         for index, (build, share) in enumerate(groups):
             cells = build()
@@ -332,6 +312,8 @@ def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: C
                 samples.save()
                 progress.update(task, completed=len(cells) - len(todo))
             progress.remove_task(task)
+            runs.append(run_engine(bench.elastic, settings.clock, settings.seed + 2 + index, RUN_S))
+    return runs
 
 
 def terms_of(samples: Samples) -> m.Terms:
@@ -359,36 +341,6 @@ def terms_of(samples: Samples) -> m.Terms:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """What whole passes take, as a line over the sum of their terms: ``factor * sum + above_us``.
-
-    factor: terms timed one by one find caches and branch predictors as they left them; in a pass they do not.
-    off: relative error of the line at each pass.
-    """
-
-    factor: float
-    above_us: float
-    off: Floats
-
-
-def whole_passes(samples: Samples, latency: LatencyModel, elastic: ElasticModel) -> Whole:
-    """Fit the line to the measured whole passes, by least squares of relative errors; factor at least 1, rest 0.
-
-    latency: the terms; its ``fixed_s`` is left out.
-    """
-    plan, sums, took = dense_plan(elastic.spec), [], []
-    for index, (batch, context, chunks) in enumerate(WHOLE):
-        shapes = [(tokens, before) for before, tokens in chunks]
-        priced_s = latency.iteration_s(plan, shapes, batch, batch * context, batch + len(chunks))
-        sums.append((priced_s - latency.fixed_s) * 1e6)
-        took.append(float(np.median(samples.of[f"whole/{index}"])))
-    total, measured = np.array(sums), np.array(took)
-    rows = np.stack([total / measured, 1.0 / measured], axis=1)
-    factor, above_us = lsq_linear(rows, np.ones(len(rows)), bounds=([1.0, 0.0], np.inf)).x
-    return Whole(float(factor), float(above_us), (factor * total + above_us) / measured - 1)
-
-
 def times(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
     """Return a calibration with the times of all its terms multiplied; ``fixed_us`` stays."""
 
@@ -407,15 +359,51 @@ def times(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Iterations:
-    """Iterations of a real run beside their prices, and what the host took of each, in seconds."""
+    """Iterations of a run of the engine: what each took, in seconds, and what was in it."""
 
     measured_s: Floats
-    priced_s: Floats
-    host_s: Floats
+    shapes: tuple[Shape, ...]
+
+    def priced_s(self, latency: LatencyModel) -> Floats:
+        """Return what a latency model says of each."""
+        prices = [
+            latency.iteration_s(s.plan, s.chunks, s.decode_batch, s.decode_context_sum, s.sequences)
+            for s in self.shapes
+        ]
+        return np.array(prices)
 
 
-def run_engine(elastic: ElasticModel, latency: LatencyModel, clock: str, seed: int, duration_s: float) -> Iterations:
-    """Serve random requests on the dense model and price every iteration."""
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What iterations take, as a line over the sum of their terms: ``factor * sum + fixed_s``.
+
+    factor: in a run a term finds caches otherwise than it does when it is timed in turn with its like.
+    off: relative error of the line, the median of its size over the iterations.
+    """
+
+    factor: float
+    fixed_s: float
+    off: float
+
+
+def line_over_terms(runs: Sequence[Iterations], latency: LatencyModel) -> Line:
+    """Fit the line to the iterations of runs: relative errors, of which large ones count little (soft L1, at 5 %).
+
+    latency: the terms, with a ``fixed_s`` of 0.
+    """
+    measured_s = np.concatenate([run.measured_s for run in runs])
+    terms_s = np.concatenate([run.priced_s(latency) for run in runs])
+
+    def off(at: Floats) -> Floats:
+        errors: Floats = (at[0] * terms_s + at[1] * 1e-3) / measured_s - 1
+        return errors
+
+    found = least_squares(off, (1.0, 1.0), bounds=([0.1, 0.0], np.inf), loss="soft_l1", f_scale=0.05).x
+    return Line(float(found[0]), float(found[1]) * 1e-3, float(np.median(np.abs(off(found)))))
+
+
+def run_engine(elastic: ElasticModel, clock: str, seed: int, duration_s: float) -> Iterations:
+    """Serve random requests on the dense model."""
     spec = elastic.spec
     elastic.apply(dense_plan(spec))
     config = EngineConfig(limits=Limits(max_batch_tokens=128, max_running=16), kv_block_tokens=BLOCK_TOKENS)
@@ -449,8 +437,7 @@ def run_engine(elastic: ElasticModel, latency: LatencyModel, clock: str, seed: i
     # An iteration lasts until the next one starts, where that follows at once.
     following = np.append(rows.start_s[1:], np.inf)
     lasting = np.where(following - rows.end_s < 0.005, following, rows.end_s) - rows.start_s
-    priced = [latency.iteration_s(s.plan, s.chunks, s.decode_batch, s.decode_context_sum, s.sequences) for s in shapes]
-    return Iterations(lasting, np.array(priced), lasting - np.array([s.forward_s for s in shapes]))
+    return Iterations(lasting, tuple(shapes))
 
 
 def memory_bandwidth_bytes_per_s(device: torch.device) -> float:
@@ -507,7 +494,7 @@ def plot(path: Path, terms: m.Terms, latency: LatencyModel, held_out: Iterations
         axes[1][1].plot(prefix, fitted, color=line[0].get_color(), linewidth=0.8)
     axes[1][1].set(xlabel="tokens before the chunk", ylabel="ms", title="prefill attention, one layer")
     axes[1][1].legend()
-    both = (held_out.priced_s * 1e3, held_out.measured_s * 1e3)
+    both = (held_out.priced_s(latency) * 1e3, held_out.measured_s * 1e3)
     axes[1][2].plot(*both, ".", markersize=4)
     most = float(max(map(np.max, both)))
     axes[1][2].plot([0, most], [0, most], color="black", linewidth=0.8)

@@ -15,6 +15,7 @@ import hw.calibrate
 import hw.checkpoint
 import hw.device_calibration as d
 from hw.change_calibration import POOL_BLOCKS, Changes
+from hw.iteration_log import Shape
 from hw.model import ElasticModel
 from sim.errors import ConfigError
 from sim.latency import load_calibration
@@ -37,6 +38,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
         "BATCHES": (1, 4, 16),
         "CONTEXTS": (8, 64, 128),
         "LEAST_REPEATS": 2,
+        "RUN_S": 2.0,
     }.items():
         monkeypatch.setattr(d, name, values)
 
@@ -49,7 +51,7 @@ def test_every_cell_is_measured_and_a_stopped_run_goes_on_where_it_was(coarse: N
     bench = d.Bench(ElasticModel(tiny(), name="tiny"), "cpu")
     first = samples_at(tmp_path / "samples.json")
     d.measure(bench, first, SETTINGS, Console(quiet=True))
-    assert len(first.of) == 3 * 2 * 5 + 5 + 3 + 12 + 9 + len(d.WHOLE)
+    assert len(first.of) == 3 * 2 * 5 + 5 + 3 + 12 + 9
     assert min(map(len, first.of.values())) >= 2
     assert min(min(values) for values in first.of.values()) > 0
     again = samples_at(tmp_path / "samples.json")
@@ -64,26 +66,28 @@ def test_the_median_of_steady_samples_is_known_sooner_than_that_of_wild_ones() -
     assert d.spread(values) == pytest.approx(1.2533 * 0.1 / math.sqrt(4000), rel=0.1)
 
 
-def test_whole_passes_are_a_line_over_the_sum_of_their_terms(tmp_path: Path) -> None:
-    latency, elastic = linear_latency(base_s=0.5, token_s=0.01, context_s=0.001), SimpleNamespace(spec=TINY)
-    samples = d.Samples(tmp_path / "samples.json", {})
-    for index, (batch, context, chunks) in enumerate(d.WHOLE):
-        shapes = [(tokens, before) for before, tokens in chunks]
-        priced_s = latency.iteration_s(dense_plan(TINY), shapes, batch, batch * context, batch + len(chunks))
-        samples.add(f"whole/{index}", 1.07 * (priced_s - latency.fixed_s) * 1e6 + 900.0)
-    found = d.whole_passes(samples, latency, elastic)  # type: ignore[arg-type]
-    assert found.factor == pytest.approx(1.07, rel=1e-4)
-    assert found.above_us == pytest.approx(900.0, rel=1e-2)
-    assert np.abs(found.off).max() < 1e-4
+def test_iterations_are_a_line_over_the_sum_of_their_terms_whatever_a_few_of_them_met() -> None:
+    plan = dense_plan(TINY)
+    terms = linear_latency(base_s=0.5, token_s=0.01, context_s=0.001).with_fixed(0.0, "none")
+    rng = np.random.default_rng(0)
+    shapes = [
+        Shape(plan, ((int(rng.integers(1, 90)), 0),) * int(rng.integers(0, 3)), batch, 60 * batch, batch + 1, 0.0)
+        for batch in range(1, 60)
+    ]
+    run = d.Iterations(np.zeros(len(shapes)), tuple(shapes))
+    took_s = 1.07 * run.priced_s(terms) + 0.05
+    took_s[::10] *= 2.0  # a busy spell
+    found = d.line_over_terms([d.Iterations(took_s, run.shapes)], terms)
+    assert found.factor == pytest.approx(1.07, rel=0.01)
+    assert found.fixed_s == pytest.approx(0.05, rel=0.1)
+    assert found.off < 0.01
 
 
 def test_the_command_writes_a_calibration_that_the_simulator_loads_and_prices_any_plan_with(
     coarse: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec, serve = tiny_spec(), d.run_engine
-    monkeypatch.setattr(
-        d, "run_engine", lambda elastic, latency, clock, seed, _: serve(elastic, latency, clock, seed, 4.0)
-    )
+    monkeypatch.setattr(d, "run_engine", lambda elastic, clock, seed, _: serve(elastic, clock, seed, 4.0))
     monkeypatch.setattr(hw.calibrate, "load_model", lambda _: spec)
     monkeypatch.setattr(hw.checkpoint, "load_checkpoint", lambda *_, **__: (tiny(), SimpleNamespace()))
     monkeypatch.setattr(hw.calibrate, "REPOSITORY", tmp_path)
