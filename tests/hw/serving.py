@@ -122,17 +122,17 @@ class TimedCopier(LayerCopier):
 
     def __init__(self, elastic: ElasticModel, clock: PricedClock) -> None:
         super().__init__(elastic)
-        self._clock, self._end_s = clock, 0.0
+        self._priced, self._end_s = clock, 0.0
 
     def start(self, copy: LayerCopy) -> None:
         super().start(copy)
-        self._end_s = self._clock.now_s() + copy.copied_bytes / HOST_TO_DEVICE_BYTES_PER_S
+        self._end_s = self._priced.now_s() + copy.copied_bytes / HOST_TO_DEVICE_BYTES_PER_S
 
     def whole(self) -> bool:
-        return self._clock.now_s() >= self._end_s
+        return self._priced.now_s() >= self._end_s
 
     def wait(self, timeout_s: float) -> None:
-        self._clock.wait_until(min(self._end_s, self._clock.now_s() + timeout_s))
+        self._priced.wait_until(min(self._end_s, self._priced.now_s() + timeout_s))
 
 
 def engine_config(

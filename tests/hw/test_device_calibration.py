@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 import hw.calibrate
+import hw.change_calibration
 import hw.checkpoint
 import hw.device_calibration as d
 from hw.change_calibration import POOL_BLOCKS, Changes
@@ -39,6 +40,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
         "LEAST_REPEATS": 2,
     }.items():
         monkeypatch.setattr(d, name, values)
+    monkeypatch.setattr(hw.change_calibration, "REPEATS", 4)
 
 
 def samples_at(path: Path) -> d.Samples:
