@@ -51,14 +51,16 @@ class LayerCopier:
             return self._future.done()
         return all(block.pending is None or block.pending.whole() for block, _ in self._blocks)
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait until the copy is whole, at most so long."""
+    def wait(self, timeout_s: float) -> float:
+        """Wait until the copy is whole, at most so long; return the seconds waited, no more than the copy took."""
+        start_s = time.perf_counter()
         if self._future is not None:
             wait_for([self._future], timeout=max(timeout_s, 0.0))
-            return
-        end_s = time.perf_counter() + timeout_s
-        while not self.whole() and time.perf_counter() < end_s:
+            waited_s = time.perf_counter() - start_s
+            return min(waited_s, self._future.result()) if self._future.done() else waited_s
+        while not self.whole() and time.perf_counter() < start_s + timeout_s:
             time.sleep(POLL_S)
+        return time.perf_counter() - start_s
 
     def join(self) -> None:
         """Put what arrived in the place of what it replaces."""

@@ -267,4 +267,4 @@ def test_a_slower_calibration_prices_every_iteration_so_much_higher() -> None:
     plain, slow = calibration_from_dict(content), calibration_from_dict(slower(content, 1.7))
     plan = dense_plan(load_model("smollm2_135m"))
     for shape in (([], 4, 300, 4), ([(60, 0), (20, 30)], 3, 250, 5), ([(128, 0)], 0, 0, 1)):
-        assert slow.iteration_s(plan, *shape) == pytest.approx(1.7 * plain.iteration_s(plan, *shape))
+        assert slow.iteration_s(plan, *shape) == pytest.approx(1.7 * plain.iteration_s(plan, *shape), rel=1e-4)
