@@ -1,12 +1,14 @@
 """Measures what a plan change costs on the device at hand: memory of the KV pool, weights that leave and come.
 
 Every step is the one that ``hw.engine`` makes between two passes, by the same classes. A copy is timed alone, and while
-the serving thread makes a pass, among passes without a copy, in random order. Of all this the simulator has a place for
+the serving thread makes a pass, among passes without a copy, in random order; under clock=cpu in processor seconds of
+the thread that copies. Of all this the simulator has a place for
 two figures, ``host_to_device_bytes_per_s`` and ``copy_slowdown``; the rest says what it leaves out.
 """
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from hw.copies import LayerCopier
-from hw.device_calibration import Bench, pool_of
+from hw.device_calibration import Bench, pool_of, spread
 from hw.device_memory import give_back
 from hw.model import ABSENT, KINDS, Kind
 from hw.paged_kv import RequestPages
@@ -25,7 +27,7 @@ from sim.transition import LayerCopy
 
 LAYER = 1
 """The layer that leaves and comes."""
-REPEATS = 15
+REPEATS = 30
 POOL_BLOCKS = 3000
 """KV blocks of one layer: those of a small engine, since a pool that shrinks looks at every one."""
 RESIZED_BLOCKS = 512
@@ -40,9 +42,10 @@ class Changes:
     def __init__(self, bench: Bench) -> None:
         """Use the model and the clock of a bench."""
         self._bench, self._elastic = bench, bench.elastic
-        self._copier = LayerCopier(self._elastic)
+        self._copier = LayerCopier(self._elastic, bench.clock)
         self._pool = pool_of(self._elastic, POOL_BLOCKS)
         self._found: dict[str, list[float]] = {}
+        self._longer: list[float] = []  # a pass with a copy over one without, of the same round
 
     @torch.inference_mode()
     def measure(self, seed: int = 0) -> dict[str, Any]:
@@ -50,13 +53,14 @@ class Changes:
 
         ``host_to_device_bytes_per_s``: of whole layers, over all precisions, while a pass runs. ``copy_slowdown``: the
         share by which a pass takes longer that begins with a copy, the pool's shrinking for it and its joining
-        included. ``plan_changes``: the parts.
+        included, and the standard error of it. ``plan_changes``: the parts.
         """
         for bits in WEIGHT_BITS:
             self._elastic.prepare((bits,))
         layers = {str(bits): self._layer(bits, random.Random(seed + bits)) for bits in WEIGHT_BITS}
         parts = {
             "repeats": REPEATS,
+            "load_average": round(os.getloadavg()[0], 1),  # of the machine, others' work included
             "pass": f"{DECODES} decodes of context {CONTEXT}",
             "layer_copies": layers,
             "blocks": {kind: self._block(kind) for kind in KINDS},
@@ -65,10 +69,11 @@ class Changes:
         }
         self._copier.close()
         seconds = sum(row["bytes"] / row["bytes_per_s_while_serving"] for row in layers.values())
-        longer = float(np.median([row["pass_with_copy_us"] / row["pass_us"] - 1 for row in layers.values()]))
+        longer = float(np.median(self._longer))
         return {
             "host_to_device_bytes_per_s": _short(sum(row["bytes"] for row in layers.values()) / seconds),
-            "copy_slowdown": max(0.0, _short(longer)),
+            "copy_slowdown": max(0.0, _short(longer - 1)),
+            "copy_slowdown_standard_error": _short(longer * spread(self._longer)),
             "plan_changes": parts,
         }
 
@@ -102,6 +107,7 @@ class Changes:
             if not repeat:
                 self._found.clear()  # the first time is not like the others
         self._elastic.apply(dense_plan(spec))
+        self._longer += [a / b for a, b in zip(self._found["serving"], self._found["pass"], strict=True)]
         found = self._taken()
         return {
             "bytes": size,

@@ -13,7 +13,12 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 class Clock(Protocol):
-    """The engine's time: seconds since the start of the trace."""
+    """The engine's time: seconds since the start of the trace.
+
+    source: what a thread that copies for the engine is timed by.
+    """
+
+    source: Callable[[], float]
 
     def now_s(self) -> float:
         """Return the present."""
@@ -33,7 +38,8 @@ class RealClock:
 
     ``wall`` counts real seconds. ``cpu`` counts what this thread's processor spent on it, so that other programs on the
     machine do not count; on an idle machine with one thread both are the same. Waiting costs no processor time, so
-    under ``cpu`` idle time is always skipped; under ``wall`` it is slept through, unless ``skip_idle`` is set.
+    under ``cpu`` idle time is always skipped; under ``wall`` it is slept through, unless ``skip_idle`` is set. Waiting
+    for weights counts under both, under ``cpu`` by the processor's seconds of the thread that copies them.
     """
 
     def __init__(self, kind: str = "wall", *, skip_idle: bool = False) -> None:
@@ -41,15 +47,15 @@ class RealClock:
         if kind not in CLOCKS:
             raise ConfigError(f"unknown clock {kind!r}; {nearest(kind, CLOCKS)}")
         self.kind = kind
-        self._source = CLOCKS[kind]
+        self.source = CLOCKS[kind]
         self._skips = skip_idle or kind == "cpu"
         self._zero_s = math.nan
 
     def now_s(self) -> float:
         """Return the seconds since the first call."""
         if math.isnan(self._zero_s):
-            self._zero_s = self._source()
-        return self._source() - self._zero_s
+            self._zero_s = self.source()
+        return self.source() - self._zero_s
 
     def wait_until(self, time_s: float) -> None:
         """Sleep, or move the clock on."""

@@ -92,6 +92,7 @@ def read_run(folder: Path) -> Run:
             pd.read_parquet(folder / "transitions.parquet"),
             table("iterations.parquet"),
             table("kept_share.parquet"),
+            sees_engine=not (folder / "client.json").is_file(),
         ),
         json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         json.loads(hardware.read_text(encoding="utf-8")) if hardware.is_file() else None,
@@ -245,12 +246,14 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
                 f"{event['time_verdict']}"
             )
         console.print(f"{name}: number {event['verdict']}; {times}", highlight=False)
-    ready_s = result["events"]["transitions"]["ready_after_s"]
-    console.print(
-        f"from decision to all of a plan running: simulated {seconds(ready_s['simulated'])}, real "
-        f"{', '.join(map(seconds, ready_s['real']))}",
-        highlight=False,
-    )
+        if ready_s := event.get("ready_after_s"):
+            console.print(
+                f"from decision to all of a plan running: simulated {seconds(ready_s['simulated'])}, real "
+                f"{', '.join(map(seconds, ready_s['real']))}",
+                highlight=False,
+            )
+    if not result["events"]:
+        console.print("preemptions and plan changes: not compared, a client sees none", highlight=False)
     for name, line in result["timelines"].items():
         if line is not None:
             console.print(

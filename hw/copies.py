@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 
@@ -20,9 +21,9 @@ class LayerCopier:
     copied_s: how long the copy that joined last was on its way.
     """
 
-    def __init__(self, elastic: ElasticModel) -> None:
-        """Copy into this model."""
-        self._elastic = elastic
+    def __init__(self, elastic: ElasticModel, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Copy into this model; ``clock`` is what the copying thread of a CPU is timed by."""
+        self._elastic, self._clock = elastic, clock
         self._blocks: list[tuple[Block, int]] = []
         self._future: Future[float] | None = None
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
@@ -36,11 +37,11 @@ class LayerCopier:
         pairs = ((self._elastic.blocks["mha"], copy.mha_bits), (self._elastic.blocks["ffn"], copy.ffn_bits))
         self._blocks = [(blocks[copy.layer], bits) for blocks, bits in pairs if bits != ABSENT]
         if self._thread is not None:
-            self._future = self._thread.submit(_want, self._blocks)
+            self._future = self._thread.submit(_want, self._blocks, self._clock)
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record(self._elastic.copy_stream)
-        _want(self._blocks)
+        _want(self._blocks, self._clock)
         end.record(self._elastic.copy_stream)
         self._events = (begin, end)
 
@@ -50,14 +51,16 @@ class LayerCopier:
             return self._future.done()
         return all(block.pending is None or block.pending.whole() for block, _ in self._blocks)
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait until the copy is whole, at most so long."""
+    def wait(self, timeout_s: float) -> float:
+        """Wait until the copy is whole, at most so long; return the seconds waited, no more than the copy took."""
+        start_s = time.perf_counter()
         if self._future is not None:
             wait_for([self._future], timeout=max(timeout_s, 0.0))
-            return
-        end_s = time.perf_counter() + timeout_s
-        while not self.whole() and time.perf_counter() < end_s:
+            waited_s = time.perf_counter() - start_s
+            return min(waited_s, self._future.result()) if self._future.done() else waited_s
+        while not self.whole() and time.perf_counter() < start_s + timeout_s:
             time.sleep(POLL_S)
+        return time.perf_counter() - start_s
 
     def join(self) -> None:
         """Put what arrived in the place of what it replaces."""
@@ -92,9 +95,9 @@ class LayerCopier:
             self._events = None
 
 
-def _want(blocks: list[tuple[Block, int]]) -> float:
+def _want(blocks: list[tuple[Block, int]], clock: Callable[[], float]) -> float:
     """Start what brings blocks to their bits; return the seconds, on a CPU those of the copy itself."""
-    start_s = time.perf_counter()
+    start_s = clock()
     for block, bits in blocks:
         block.want(bits)
-    return time.perf_counter() - start_s
+    return clock() - start_s

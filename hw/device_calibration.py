@@ -98,7 +98,7 @@ class Bench:
     def __init__(self, elastic: ElasticModel, clock: str) -> None:
         """Take over a dense model."""
         self.elastic, self._spec = elastic, elastic.spec
-        self._clock = CLOCKS[clock]
+        self.clock = CLOCKS[clock]
         elastic.use_attention(ATTENTION)
         most = (max(BATCHES) + 1) * (-(-(max(CONTEXTS) + max(PREFILL_TOKENS) + 1) // BLOCK_TOKENS) + 1)
         self.pool = pool_of(elastic, most * self._spec.num_layers)
@@ -112,7 +112,7 @@ class Bench:
         """Return the present on the clock of the bench, all work of the device done."""
         if self.elastic.device.type == "cuda":
             torch.cuda.synchronize()
-        return self._clock()
+        return self.clock()
 
     def _hidden(self, tokens: int) -> Tensor:
         return torch.randn(1, tokens, self._spec.hidden_size, device=self.elastic.device).to(self.elastic.dtype)

@@ -194,7 +194,7 @@ class HwEngine:
         elastic.use_attention(ATTENTION)
         elastic.prepare(WEIGHT_BITS)
         elastic.apply(plan)
-        self._copier = copier or LayerCopier(elastic)
+        self._copier = copier or LayerCopier(elastic, self._clock.source)
         largest_bytes = max(self.budget.budget_bytes)
         self._memory = DeviceMemory(elastic.device, largest_bytes)
         self._pool = PagedKV(arena or self._default_arena(largest_bytes))
@@ -411,7 +411,8 @@ class HwEngine:
         """Let time pass until something happens; return False when nothing will."""
         until_s = min(self._next_event_s(), time_s)
         if self._copy is not None:
-            self._copier.wait(min(until_s - now_s, LONGEST_WAIT_S))
+            waited_s = self._copier.wait(min(until_s - now_s, LONGEST_WAIT_S))
+            self._clock.wait_until(now_s + waited_s)  # of a clock that counts this thread's work alone
             return True
         if math.isinf(until_s):
             self._stuck = True

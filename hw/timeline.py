@@ -24,12 +24,16 @@ POINTS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Logs:
-    """What a run wrote beside its records; None for a file that it lacks (hw.client sees no iterations)."""
+    """What a run wrote: records, and what lies beside them, None for a file that it lacks.
+
+    sees_engine: whether it knows preemptions and plan changes; hw.client, outside of the engine, does not.
+    """
 
     records: pd.DataFrame
     transitions: pd.DataFrame
     iterations: pd.DataFrame | None
     kept_share: pd.DataFrame | None
+    sees_engine: bool = True
 
     @property
     def end_s(self) -> float:
@@ -116,7 +120,12 @@ def compare_events(simulated: Logs, real: Sequence[Logs], tolerance: float) -> d
     Args:
         simulated: one side. real: the repeats of the other.
         tolerance: largest relative error of a number, and largest mean error of a time as a share of the real run.
+    Returns:
+        One entry for each of the two; none where one side does not know of them.
     """
+    real = [logs for logs in real if logs.sees_engine]
+    if not real or not simulated.sees_engine:
+        return {}
     span_s = float(np.median([logs.end_s for logs in real]))
     every = (simulated, *real)
     numbers = [int(logs.records["preemptions"].sum()) for logs in every]

@@ -426,10 +426,10 @@ def _copying(copying: Mapping[str, Any] | None) -> list[str]:
     if copying is None:  # a suite of before that was noted
         return []
     return [
-        f"Weights that a plan brings back are simulated at {copying['host_to_device_bytes_per_s']:.3g} bytes/s, and an "
-        f"iteration that starts while they come takes {percent(copying['slowdown'])} longer, the pool's shrinking for "
-        f"them and their joining included ({copying['source']}). What dropping a block and the pool's growing cost the "
-        "host (`plan_changes` in the calibration) has no place in the simulator and is not used.",
+        f"In the simulation, weights that a plan brings back come at {copying['host_to_device_bytes_per_s']:.3g} "
+        f"bytes/s, and an iteration that starts while they come takes {percent(copying['slowdown'])} longer: "
+        f"{copying['source']}. What dropping a block and the pool's growing cost the host (`plan_changes` in a "
+        "calibration of this device) has no place in the simulator and is not used.",
         "",
     ]
 

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 import hw.calibrate
+import hw.change_calibration
 import hw.checkpoint
 import hw.device_calibration as d
 from hw.change_calibration import POOL_BLOCKS, Changes
@@ -41,6 +42,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
         "RUN_S": 2.0,
     }.items():
         monkeypatch.setattr(d, name, values)
+    monkeypatch.setattr(hw.change_calibration, "REPEATS", 4)
 
 
 def samples_at(path: Path) -> d.Samples:

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hw.clock import RealClock
+from hw.copies import LayerCopier
 from hw.device_memory import out_of_memory
 from hw.engine import HwEngine, NumericsError
+from hw.model import ElasticModel
 from hw.prompts import RandomPrompts
 from sim.budget import Budget
 from sim.engine import EngineConfig, SimEngine
@@ -29,6 +31,7 @@ from sim.policies.schedule import Schedule
 from sim.records import Status
 from sim.replay import replay
 from sim.trace import Trace
+from sim.transition import LayerCopy
 from tests.hw.serving import (
     HOST_TO_DEVICE_BYTES_PER_S,
     LAYERS,
@@ -184,7 +187,7 @@ def test_tokens_stay_those_of_a_plain_model_gated_alike_through_changes_of_the_p
 
 
 def test_precision_and_kept_kv_tokens_change_tokens_as_the_plain_cache_of_the_model_does() -> None:
-    from hw.model import ElasticModel, RequestKV
+    from hw.model import RequestKV
 
     spec = tiny_spec()
     plan = replace(
@@ -409,4 +412,42 @@ def test_on_a_real_clock_moments_follow_one_another_and_idle_time_can_be_skipped
     assert (iterations.end_s[:-1] <= iterations.start_s[1:]).all()
     assert records.admitted_s[2] >= 500.0
     assert records.finish_s[2] < 505.0
+    engine.close()
+
+
+class SlowCopier(LayerCopier):
+    """Copies that take the processor a twentieth of a second."""
+
+    def start(self, copy: LayerCopy) -> None:
+        super().start(copy)
+        inner = self._future
+        assert inner is not None
+        assert self._thread is not None
+        self._future = self._thread.submit(lambda: inner.result() + self.spend(0.05))
+
+    def spend(self, seconds: float) -> float:
+        start_s = self._clock()
+        while self._clock() - start_s < seconds:
+            pass
+        return seconds
+
+
+@pytest.mark.parametrize("kind", ["wall", "cpu"])
+def test_an_idle_engine_waits_for_weights_as_long_as_their_copy_takes(kind: str) -> None:
+    elastic = ElasticModel(tiny(), name="tiny")
+    clock, dense = RealClock(kind, skip_idle=True), dense_plan(elastic.spec)
+    pruned = with_mask(dense, drop(elastic.spec, ffn=[1, 2]))
+    engine = HwEngine(
+        elastic=elastic,
+        config=engine_config(),
+        plan=pruned,
+        budget_bytes=budget_for_kv_blocks(elastic.spec, dense, 200, 0, 4),
+        clock=clock,
+        copier=SlowCopier(elastic, clock.source),
+    )
+    engine.run_until(0.0)
+    engine.apply(dense)
+    engine.run_until(10.0)
+    rows = engine.transitions()
+    assert 0.1 <= rows.ready_s[0] - rows.time_s[0] < 5.0
     engine.close()
