@@ -22,45 +22,63 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from sim import kernel
 from sim.compiled import compiled
 from sim.kernel import (
     ARRIVAL_S,
     ARRIVED_PROMPT_TOKENS,
+    BATCH,
     BLOCK_TOKENS,
     COMPUTED,
+    DECODE_SET,
     DONE,
+    DUE,
     END,
+    FINISH_S,
     FREE,
+    FREE_SLOT,
     GROW,
     HORIZON,
     IN_ITERATION,
+    KEEP,
+    KEEPERS,
     KEPT_RUN,
     LAYERS,
     LIMIT,
     MAX_BATCH_TOKENS,
+    MAX_RUNNING,
+    N_BATCH,
     N_REJECTED,
     N_REQUESTS,
     N_RUNNING,
     NEEDS,
+    NEVER,
     NEXT,
     NEXT_ARRIVAL,
     NEXT_ARRIVAL_S,
     NOW,
+    PLAN_KEEP,
     POOL,
     PREFILL,
     PREFILL_SET,
+    PREVIOUS,
     PRODUCED,
     PROMPT,
     QUEUE_HEAD,
     QUEUE_TAIL,
     REJECTED,
     REQUEST,
+    RUNNING,
+    RUNNING_TOKENS,
+    SET,
     STACK,
     STACKED,
     STATUS,
     STEP,
+    TOKENS,
     WAITING,
     WAITING_TOKENS,
+    WATERMARK,
     Floats,
     Ints,
     State,
@@ -343,6 +361,93 @@ def let_waiting_go(s: Table) -> None:
     n = ints_of(s)
     forget_kept_kv(s)
     n[STACKED], n[QUEUE_HEAD], n[WAITING_TOKENS] = 0, n[QUEUE_TAIL], 0
+
+
+# -- prefill and decode apart ----------------------------------------------------------------------------------------
+
+
+@compiled()
+def hold(s: Table, blocks: int) -> None:
+    """Keep free KV blocks from everybody: for KV that waits to be sent, or that is on its way here."""
+    kernel._take(s, blocks)
+
+
+@compiled()
+def let_go(s: Table, blocks: int) -> None:
+    """Free blocks that were held."""
+    kernel._release(s, blocks, -1)
+
+
+@compiled()
+def chunks_under_way(s: Table, rows: Ints) -> int:
+    """Write down the rows of the requests whose prompt the iteration under way completes; return how many."""
+    n, request_i, slots = ints_of(s), request_i_of(s), slots_of(s)
+    count = 0
+    if n[IN_ITERATION]:
+        for j in range(n[N_BATCH]):
+            r = slots[REQUEST, slots[BATCH, j]]
+            if request_i[r, COMPUTED] + slots[TOKENS, j] == request_i[r, PROMPT]:
+                rows[count] = r
+                count += 1
+    return count
+
+
+@compiled()
+def free_share(s: Table, blocks: int, coming: int) -> float:
+    """Return the share of the KV pool that is free; -1 where there is no room for one more with so many KV blocks.
+
+    Args:
+        s: a decode replica. coming: requests on their way to it. Nobody has room while preempted ones wait there.
+    """
+    n = ints_of(s)
+    if n[FREE] - blocks < n[WATERMARK] or n[N_RUNNING] + coming >= n[MAX_RUNNING] or waiting(n) > 0:
+        return -1.0
+    return float(n[FREE] / max(n[POOL], 1))
+
+
+@compiled(inline=True)
+def in_iteration(s: Table) -> bool:
+    """Return whether an iteration is under way."""
+    return bool(ints_of(s)[IN_ITERATION])
+
+
+@compiled()
+def begin(s: Table, times: Floats, now_s: float) -> int:
+    """Start the iteration that is due at this moment, if one is; return as `bring` does."""
+    return bring(s, times, now_s, np.nextafter(now_s, np.inf))
+
+
+@compiled()
+def join(s: Table, times: Floats, now_s: float, row_i: Ints, row_f: Floats, limit: int) -> int:
+    """Let a request decode here whose KV has arrived, in blocks that are held for it; return its row.
+
+    The replica is between two iterations, has room for a row and a place among those that run.
+    """
+    n, f, request_i, request_f, slots = ints_of(s), floats_of(s), request_i_of(s), request_f_of(s), slots_of(s)
+    r, end = n[N_REQUESTS], slots.shape[1] - 1
+    for column in range(len(row_i)):
+        request_i[r, column] = row_i[column]
+    for column in range(len(row_f)):
+        request_f[r, column] = row_f[column]
+    row = request_i[r]
+    row[LIMIT], row[STATUS], row[KEPT_RUN] = limit, RUNNING, -1
+    row[COMPUTED] = row[PREFILL] = row[PROMPT]
+    request_f[r, FINISH_S] = np.nan
+    n[N_REQUESTS] = n[NEXT_ARRIVAL] = r + 1
+    n[ARRIVED_PROMPT_TOKENS] += row[PROMPT]
+    n[RUNNING_TOKENS] += row[PROMPT]
+    n[N_RUNNING] += 1
+    i = slots[FREE_SLOT, end - n[N_RUNNING]]
+    newest = slots[PREVIOUS, end]
+    slots[NEXT, newest], slots[PREVIOUS, i], slots[NEXT, i], slots[PREVIOUS, end] = i, newest, end, i
+    slots[REQUEST, i], slots[SET, i], slots[KEEP, i], slots[DUE, i] = r, n[DECODE_SET], n[PLAN_KEEP], NEVER
+    n[KEEPERS] += n[PLAN_KEEP] >= 0
+    kernel._join_decodes(s, i)
+    f[NOW] = times[NEXT_S] = now_s
+    return int(r)
+
+
+# -- the loop --------------------------------------------------------------------------------------------------------
 
 
 @compiled()
