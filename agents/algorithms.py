@@ -13,10 +13,13 @@ from typing import Any
 import gymnasium as gym
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.dqn import DQNConfig
+from ray.rllib.algorithms.marwil import MARWILConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
+from agents.episodes import FILE
 from agents.modules import MaskedDQN, MaskedPPO
+from sim.data import REPOSITORY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,3 +142,29 @@ def ppo(
         grad_clip=10.0,
     )
     return _common(config, setup, MaskedPPO, "auto", vf_share_layers=False)
+
+
+def marwil(
+    setup: Setup, *, data: str, beta: float, lr: float, discount: float, batch: int, updates_an_iteration: int
+) -> AlgorithmConfig:
+    """Build MARWIL: learns from written episodes alone; the environment only says what its spaces are.
+
+    Args:
+        setup: what to train on. lr, discount, batch: as ever. data: the folder of the episodes (``agents.offline``).
+        beta: how much more a good action weighs; 0 copies what was done.
+        updates_an_iteration: batches from one iteration to the next.
+    """
+    config: AlgorithmConfig = MARWILConfig().training(  # type: ignore[no-untyped-call]
+        beta=beta, lr=lr, gamma=discount, train_batch_size_per_learner=batch, grad_clip=10.0
+    )
+    config.offline_data(
+        input_=[str(REPOSITORY / data / FILE)],  # type: ignore[arg-type]
+        input_read_episodes=True,
+        input_read_batch_size=1,  # a batch is learned from for each row read: ray.data begins anew at the file's end
+        map_batches_kwargs={"concurrency": 1, "num_cpus": 0.5},
+        iter_batches_kwargs={"prefetch_batches": 2},
+        dataset_num_iters_per_learner=updates_an_iteration,
+    )
+    config = _common(config, setup, MaskedPPO, "auto", vf_share_layers=False)
+    env = gym.make(setup.env, **setup.words)
+    return config.environment(observation_space=env.observation_space, action_space=env.action_space)

@@ -18,8 +18,15 @@ from agents.draws import prune_draws
 from agents.prune_contest import baselines, contest, learned, shuffled_entries, solver
 from agents.prune_report import prune_table_markdown, unseen_loads, write_report
 from agents.reward import kept_quality
-from agents.serve_contest import evaluation_setting, learned_policies, rules, serve_contest, test_windows
-from agents.serve_report import serve_table_markdown
+from agents.serve_contest import (
+    evaluation_setting,
+    learned_policies,
+    rules,
+    serve_contest,
+    test_windows,
+    with_low_bits_of,
+)
+from agents.serve_report import COMPARED, serve_table_markdown
 from agents.surrogate import mask_losses, quality_on
 from sim.config import one_thread, run_command
 from sim.data import REPOSITORY
@@ -30,6 +37,8 @@ from sim.quality import QUALITIES
 from sim.runs import provenance, write_json, write_parquet
 
 RESULTS = REPOSITORY / "agents" / "results"
+OTHER_QUALITY = "llama3_8b_published"
+"""Whose losses of low precision the policies meet that were trained on those of the served model."""
 
 
 @dataclass(kw_only=True)
@@ -40,6 +49,7 @@ class EvaluateConfig:
     learned, serve_learned: name -> glob of exported policies, one a training seed. curves, serve_curves: name -> glob
         of the progress.csv of those trainings.
     serve_sources: traces of the test windows. serve_windows: windows for each trace, budget and load.
+    serve_elsewhere: name -> glob of policies trained on other traces or loads, for the tables of generalisation.
     out: folder of the result files.
     """
 
@@ -51,6 +61,7 @@ class EvaluateConfig:
     serve_curves: dict[str, Any] = field(default_factory=dict)
     serve_sources: list[str] = field(default_factory=lambda: ["burst"])
     serve_windows: int = 3
+    serve_elsewhere: dict[str, Any] = field(default_factory=dict)
     measure: bool = True
     out: str = ""
 
@@ -126,11 +137,19 @@ def _measure_serve(cfg: DictConfig, folder: Path) -> None:
     tuned_rules, tuned = rules(setting)
     policies: dict[str, Any] = {name: [build] for name, build in tuned_rules.items()}
     policies |= {name: learned_policies(several) for name, several in paths.items()}
-    frame = serve_contest(setting, policies, test_windows(list(cfg.serve_sources), int(cfg.serve_windows)))
-    write_parquet(folder / "serve.parquet", frame)
+    windows = test_windows(list(cfg.serve_sources), int(cfg.serve_windows))
+    write_parquet(folder / "serve.parquet", serve_contest(setting, policies, windows))
+    elsewhere = {name: learned_policies(found(str(glob))) for name, glob in cfg.serve_elsewhere.items()}
+    if elsewhere:
+        write_parquet(folder / "serve_elsewhere.parquet", serve_contest(setting, elsewhere, windows, oracles=False))
+    other = with_low_bits_of(setting, OTHER_QUALITY)
+    shown = {name: policies[name] for name in policies if name in paths or name in COMPARED}
+    write_parquet(folder / "serve_quality.parquet", serve_contest(other, shown, windows, oracles=False))
     if cfg.serve_curves:
         write_parquet(folder / "serve_training.parquet", _curves(cfg.serve_curves))
-    write_json(folder / "serve.json", {**provenance(0), "tuned": tuned, "trained_on": sources})
+    seeds = {name: len(several) for name, several in paths.items()}
+    about = {"tuned": tuned, "trained_on": sources, "seeds": seeds, "other_quality": OTHER_QUALITY}
+    write_json(folder / "serve.json", {**provenance(0), **about})
 
 
 def _curves(globs: DictConfig) -> pd.DataFrame:

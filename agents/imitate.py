@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from agents.draws import prune_draws
+from agents.episodes import FILE, read_episodes
 from agents.modules import MaskedDQN, actor_logits
 from agents.prune_contest import solver
 from agents.prune_env import PruneToBudgetVector
 from agents.serve_vector import ServeTraceVector
+from sim.data import REPOSITORY
 from sim.errors import ConfigError, nearest
 
 
@@ -75,6 +77,30 @@ def imitate_plan(
         seen, *_ = vector.step(np.where((rng.random(windows) < share) & (legal[:, chosen] > 0.5), chosen, stray))
     shown, wanted = np.concatenate(observations), np.concatenate(targets)
     return _fit(algorithm, shown, wanted, seed=seed, epochs=epochs, batch=batch, lr=lr)
+
+
+def imitate_offline(
+    algorithm: Any, env: str, words: Mapping[str, Any], *, seed: int, data: str, epochs: int, batch: int, lr: float
+) -> float:
+    """Clone what episodes show that anybody wrote (``agents.offline``); return the last loss.
+
+    Raises:
+        ConfigError: for an algorithm without action probabilities, or a folder without episodes of this environment.
+    """
+    if isinstance(algorithm.get_module(), MaskedDQN):
+        raise ConfigError("imitation fits action probabilities, which DQN does not have; use algorithm=ppo")
+    module = algorithm.get_module()
+    observations, actions = read_episodes(REPOSITORY / data / FILE, module.observation_space.shape)
+    done = np.eye(int(module.action_space.n), dtype=np.float32)[actions]
+    return _fit(
+        algorithm,
+        observations,
+        done,
+        seed=seed,
+        epochs=epochs,
+        batch=batch,
+        lr=lr,
+    )
 
 
 def _fit(

@@ -1,7 +1,8 @@
 """Every policy of ``ServeTrace`` on the same held-out windows: what arrives, under which memory, how it went.
 
 Whatever a policy needs tuned is tuned on training windows: the best static plan, the queue limit, the headroom of
-greedy-stop. ``oracle_static`` alone chooses with the window known: the best single plan of each window in hindsight.
+greedy-stop. Two rows alone choose with the window known: ``oracle_static``, the best single plan of each window in
+hindsight, and ``oracle_search``, the best schedule of plans that a search finds (``agents.oracle``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +21,19 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from agents.oracle import best_schedule, schedule_policy
 from agents.serve_env import ServeSetting
 from agents.windows import Window, serve_windows
 from sim.config import CONF_DIR
+from sim.errors import ConfigError
+from sim.latency import copy_speed
 from sim.metrics import met_slo
 from sim.plan import Plan
 from sim.policies.admission import Limited
 from sim.policies.base import Policy, Served, ServerModel
 from sim.policies.fixed import Fixed
 from sim.policies.learned_serve import learned_serve
+from sim.quality import PublishedQuality, load_quality
 from sim.records import Status
 
 Build = Callable[[Served], Policy]
@@ -39,14 +46,14 @@ RATE_QUANTILES = (0.25, 0.85)
 
 def served_of(setting: ServeSetting) -> Served:
     """Return what stays the same while a policy decides."""
-    gpu = setting.gpu
+    copying = copy_speed(setting.latency, setting.gpu)
     server = ServerModel(
         model=setting.model,
         latency=setting.latency,
         config=setting.engine,
         workspace_bytes=setting.workspace_bytes,
-        host_to_device_bytes_per_s=gpu.host_to_device_bytes_per_s,
-        copy_slowdown=gpu.host_to_device_bytes_per_s / gpu.memory_bandwidth_bytes_per_s,
+        host_to_device_bytes_per_s=copying.host_to_device_bytes_per_s,
+        copy_slowdown=copying.slowdown,
         quality_nll=setting.nll,
     )
     return Served(
@@ -128,6 +135,29 @@ def test_windows(sources: Sequence[str], each: int) -> list[Window]:
     return found
 
 
+def load_of(window: Window) -> float:
+    """Return how far along its source's range of rates a window is, on a logarithmic scale [0, 1]."""
+    low, high = serve_windows().rates[window.source]
+    return round(math.log(window.rate / low) / math.log(high / low), 3)
+
+
+def with_low_bits_of(setting: ServeSetting, name: str) -> ServeSetting:
+    """Return the setting with the losses that low precision has on another model, those of dropped blocks its own.
+
+    Raises:
+        ConfigError: unless both qualities are of published points.
+    """
+    ours, other = setting.quality, load_quality(name)
+    if not isinstance(ours, PublishedQuality) or not isinstance(other, PublishedQuality):
+        raise ConfigError(f"only published qualities can be mixed, and {setting.quality_name} or {name} is none")
+    ratio = ours.dense_perplexity / other.dense_perplexity
+    perplexity = tuple(ratio * value for value in other.w4_perplexity)
+    changed = copy(setting)
+    changed.quality = replace(ours, w4_layers=other.w4_layers, w4_perplexity=perplexity)
+    changed._nll = {}
+    return changed
+
+
 def mean_utility(setting: ServeSetting, windows: Sequence[Window], build: Build) -> float:
     """Return the mean utility of a policy, built anew for each window."""
     served = served_of(setting)
@@ -176,6 +206,7 @@ def rules(setting: ServeSetting) -> tuple[dict[str, Build], dict[str, Any]]:
         },
     }
     found |= without
+    found |= {"lookahead": conf_policy("lookahead", actions=dict(setting.action_words))}
     found |= {"dense+queue": limited_to(dense, admit)}
     found |= {f"{name}+queue": limited_to(build, admit) for name, build in without.items()}
     chosen = {
@@ -195,9 +226,9 @@ def learned_policies(paths: Sequence[Path]) -> list[Build]:
 
 
 def serve_contest(
-    setting: ServeSetting, policies: Mapping[str, Sequence[Build]], windows: Sequence[Window]
+    setting: ServeSetting, policies: Mapping[str, Sequence[Build]], windows: Sequence[Window], *, oracles: bool = True
 ) -> pd.DataFrame:
-    """Return one row a policy, seed and window; ``oracle_static`` added."""
+    """Return one row a policy, seed and window; the two oracles added unless they are not wanted."""
     served = served_of(setting)
     rows = []
     for number, window in enumerate(windows):
@@ -206,6 +237,7 @@ def serve_contest(
             "source": window.source,
             "start_s": window.start_s,
             "rate": window.rate,
+            "load": load_of(window),
             "budget": window.budget,
             "budget_seed": window.budget_seed,
         }
@@ -213,9 +245,14 @@ def serve_contest(
             for seed, build in enumerate(seeds):
                 figures = play_window(setting, window, build(served))
                 rows.append({"policy": name, "seed": seed, **shown, **figures})
+        if not oracles:
+            continue
         every = [play_window(setting, window, Fixed(plan)) for plan in setting.actions.plans]
         best = max(every, key=lambda figures: float(figures["utility"]))
         rows.append({"policy": "oracle_static", "seed": 0, **shown, **best})
+        schedule, _ = best_schedule(setting, window)
+        searched = play_window(setting, window, schedule_policy(setting, schedule))
+        rows.append({"policy": "oracle_search", "seed": 0, **shown, **searched})
     return pd.DataFrame(rows)
 
 

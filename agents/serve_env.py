@@ -74,6 +74,7 @@ class ServeSetting:
         actions: Mapping[str, Any] | None = None,
         split: str = "train",
         sources: Sequence[str] = ("burst",),
+        load: Sequence[float] = (0.0, 1.0),
         reward: ServeReward | Mapping[str, Any] | None = None,
     ) -> None:
         """Set what is served.
@@ -83,6 +84,7 @@ class ServeSetting:
             workspace_bytes: memory that neither weights nor KV can use. tick_s: seconds between two decisions.
             actions: the words of ``sim.observe_serve.serve_actions``; an order left out is that of greedy_stop.
             split: train, validation or test of conf/split/serve.yaml. sources: which of its traces.
+            load: which part of each source's range of rates, on a logarithmic scale.
             reward: a ``ServeReward``, or its fields.
         """
         if not tick_s > 0:
@@ -99,7 +101,7 @@ class ServeSetting:
         self.action_words = words
         self.actions = actions_from(self.model, words, self.workspace_bytes)
         self.table = serve_table(self.actions)
-        self.split, self.windows = check_split(split), serve_windows()
+        self.split, self.windows = check_split(split), serve_windows().at_load(*load)
         self.sources = check_sources(sources)
         self.reward = reward if isinstance(reward, ServeReward) else ServeReward(**(reward or {}))
         self.kv_block_layer_bytes = kv_block_layer_bytes(self.model, self.engine.kv_block_tokens)

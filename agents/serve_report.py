@@ -26,13 +26,18 @@ ABOUT = {
     "precision": "layers at 4 bits in proportion to load (FlexQuant, PMPD)",
     "morphserve": "MorphServe's three modes",
     "+queue": "the same with a queue limit",
+    "lookahead": "every plan of the learned policy's table tried on a model of the server, the best taken",
     "oracle_static": "the best plan of the table for each window, chosen in hindsight; not a bound for what adapts",
+    "oracle_search": "the best schedule of these plans that a search finds with the window known (agents/oracle.py)",
 }
+ORACLES = ("oracle_static", "oracle_search")
+COMPARED = ("dense", "static", "greedy_stop+queue", "precision+queue", "lookahead")
+"""Rules that stand beside learned policies where something differs from training."""
 
 
 def _policies(frame: pd.DataFrame) -> list[str]:
     names = list(dict.fromkeys(frame["policy"]))
-    return [name for name in names if name != "oracle_static"] + ["oracle_static"]
+    return [name for name in names if name not in ORACLES] + [name for name in ORACLES if name in names]
 
 
 def _learned(frame: pd.DataFrame) -> list[str]:
@@ -85,7 +90,8 @@ def serve_verdict(frame: pd.DataFrame, trained_on: list[str]) -> str:
     names = _policies(frame)
     means = {name: float(frame[frame["policy"] == name]["utility"].mean()) for name in names}
     learned = _learned(frame)
-    blind = [name for name in names if name not in learned and name != "oracle_static"]
+    blind = [name for name in names if name not in learned and name not in ORACLES]
+    oracle = next(name for name in reversed(ORACLES) if name in names)
     simple = max(blind, key=lambda name: means[name])
     with_queue = [name for name in blind if name.endswith("+queue") and name.removesuffix("+queue") in means]
     gains = {name: means[name] - means[name.removesuffix("+queue")] for name in with_queue}
@@ -100,8 +106,8 @@ def serve_verdict(frame: pd.DataFrame, trained_on: list[str]) -> str:
             f"{REFERENCE}, {_shown(_against(frame, best, simple))} against the best rule ({simple}). With an interval "
             f"that excludes zero it beats {', '.join(beaten) or 'none'}; it loses to {', '.join(lost) or 'none'}; "
             f"undecided are {', '.join(even) or 'none'}. "
-            f"It reaches {100 * means[best] / means['oracle_static']:.1f} % of the best "
-            "static plan of each window in hindsight.\n\n"
+            f"It reaches {100 * means[best] / means[oracle]:.1f} % of the utility of {oracle}, which knows the window; "
+            f"the best rule reaches {100 * means[simple] / means[oracle]:.1f} %.\n\n"
         )
         kinds = {}
         for column in ("source", "budget"):
@@ -127,6 +133,36 @@ def serve_verdict(frame: pd.DataFrame, trained_on: list[str]) -> str:
             f"rules change that of dense by at most {without:+.3f}.\n"
         )
     return text
+
+
+LOADS = "How far along its trace's range of rates (conf/split/serve.yaml) a window is, on a logarithmic scale.\n"
+
+
+def elsewhere_section(folder: Path, frame: pd.DataFrame, made: dict[str, Any]) -> list[str]:
+    """Return what policies do where they were not trained: on other traces, at other loads, at other losses."""
+    parts = []
+    compared = [name for name in _policies(frame) if name in COMPARED or name in _learned(frame)]
+    if (folder / "serve_elsewhere.parquet").exists():
+        both = pd.concat([frame[frame["policy"].isin(compared)], pd.read_parquet(folder / "serve_elsewhere.parquet")])
+        parts += [
+            "### Trained elsewhere\n",
+            "The same test windows; **on_X** is learned_clone trained on trace X alone, **at_low** and **at_high** on "
+            "the lower and upper half of the rates of its trace.\n",
+            by_kind_markdown(both, "source"),
+            by_kind_markdown(both, "load"),
+        ]
+    if (folder / "serve_quality.parquet").exists():
+        other = pd.read_parquet(folder / "serve_quality.parquet")
+        columns = ["published", made["other_quality"]]
+        pieces = (frame[frame["policy"].isin(other["policy"])], other)
+        both = pd.concat([part.assign(losses=name) for name, part in zip(columns, pieces, strict=True)])
+        parts += [
+            "### At another model's losses\n",
+            f"The 4-bit losses of `{made['other_quality']}` in place of the served model's, those of dropped blocks as "
+            "before. Learned policies do not know it; lookahead is told.\n",
+            by_kind_markdown(both, "losses"),
+        ]
+    return parts
 
 
 def serve_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> None:
@@ -187,4 +223,7 @@ def serve_section(folder: Path) -> str:
         "### By budget\n",
         by_kind_markdown(frame, "budget"),
     ]
+    if "load" in frame:
+        parts += ["### By load\n", LOADS, by_kind_markdown(frame, "load")]
+    parts += elsewhere_section(folder, frame, made)
     return "\n".join(parts)

@@ -8,9 +8,10 @@ import logging
 import os
 import pickle
 import shutil
+import socket
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,10 @@ def start_ray(cfg: DictConfig) -> None:
     if ray.is_initialized():
         return
     try:
+        host, _, port = str(cfg.ray.address or "").rpartition(":")
+        if host and port.isdigit():
+            # Where nothing listens, ray ends the whole process instead of raising.
+            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10.0).close()
         ray.init(
             # A stale file of an old cluster would otherwise be joined.
             address=cfg.ray.address or "local",
@@ -138,7 +143,7 @@ def start_ray(cfg: DictConfig) -> None:
             log_to_driver=False,
             **({} if cfg.ray.address else {"num_cpus": max(2, 1 + cfg.ray.runners)}),
         )
-    except ConnectionError as error:
+    except OSError as error:
         raise ConfigError(f"ray.address={cfg.ray.address}: no cluster answers there ({error}); leave it out") from error
 
 
@@ -146,7 +151,10 @@ def current_network(algorithm: Any, activation: str) -> Network:
     """Return the network that the algorithm would act with now."""
     from agents.modules import network_of_module
 
-    return network_of_module(algorithm.get_module().get_state(), activation)
+    # An algorithm that learns from written episodes alone has no env runner to hold its module.
+    plays = algorithm.env_runner_group is not None
+    module = algorithm.get_module() if plays else algorithm.learner_group._learner.module["default_policy"]
+    return network_of_module(module.get_state(), activation)
 
 
 class Checkpoints:
@@ -199,8 +207,8 @@ def _run(cfg: DictConfig) -> None:
     train(cfg, folder)
 
 
-def train(cfg: DictConfig, folder: Path) -> float:
-    """Train in a folder; return the best validation utility."""
+def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, Any]], None] | None = None) -> float:
+    """Train in a folder; return the best validation utility. ``on_validation`` is told every row of progress.csv."""
     checkpoints = Checkpoints(folder)
     begun = checkpoints.last() is not None
     if begun and not cfg.resume:
@@ -242,6 +250,8 @@ def train(cfg: DictConfig, folder: Path) -> float:
                     csv.writer(file).writerow(row)
                 if noted["iteration"] % (4 * cfg.validate_every) == 0 or stop:
                     _say(console, row)
+                if on_validation is not None:
+                    on_validation(dict(zip(COLUMNS, row, strict=True)))
                 stop |= noted["since_best"] >= cfg.patience
             if stop or time.monotonic() - saved_s >= 60.0 * cfg.checkpoint_minutes:
                 checkpoints.save(algorithm, noted)

@@ -56,6 +56,17 @@ class Windows:
         low, high = self.parts[split]
         return low * duration_s, high * duration_s
 
+    def at_load(self, low: float, high: float) -> Windows:
+        """Return the same with rates from ``low`` to ``high`` of the way from the lowest to the highest factor.
+
+        Raises:
+            ConfigError: unless 0 <= low <= high <= 1.
+        """
+        if not 0.0 <= low <= high <= 1.0:
+            raise ConfigError(f"load is [{low}, {high}]; it must lie in [0, 1], and the first not above the second")
+        rates = {name: (a * (b / a) ** low, a * (b / a) ** high) for name, (a, b) in self.rates.items()}
+        return replace(self, rates=rates)
+
     def sample(
         self,
         rng: np.random.Generator,

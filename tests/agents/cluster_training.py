@@ -1,4 +1,4 @@
-"""Trains on a cluster of two nodes, kills an env runner and then a node, and prints what was left of it each time.
+"""Joins a cluster of two nodes by its address, kills an env runner and then a node, and prints what was left each time.
 
 Run by test_cluster.py in a process of its own: a session has one ray, and this one needs a cluster.
 """
@@ -15,7 +15,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from agents.train import build_algorithm
+from agents.train import build_algorithm, start_ray
 from sim.config import CONF_DIR
 
 
@@ -23,10 +23,12 @@ def main() -> None:
     torch.set_num_threads(1)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=2)
-    ray.init(address=cluster.address, log_to_driver=False)
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         small = ["num_envs=4", "hidden=[16]", "algorithm.steps_an_iteration=256", "algorithm.minibatch=128"]
         cfg = hydra.compose("train", overrides=["experiment=ppo_prune", "ray.runners=2", *small])
+    cfg.ray.address = cluster.address
+    start_ray(cfg)
+    nodes = sum(node["Alive"] for node in ray.nodes())
     algorithm = build_algorithm(cfg)
 
     def healthy_after(until: int, seconds: float) -> dict[str, int]:
@@ -38,7 +40,7 @@ def main() -> None:
             if healthy == until or time.monotonic() > limit_s:
                 return {"healthy": healthy, "steps": int(result["num_env_steps_sampled_lifetime"])}
 
-    told = {"begun": healthy_after(2, 60)}
+    told = {"nodes": {"alive": nodes}, "begun": healthy_after(2, 60)}
     pids = algorithm.env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)
     os.kill(pids[0], signal.SIGKILL)
     told["runner_killed"] = healthy_after(1, 30)

@@ -25,7 +25,10 @@ def test_training_goes_on_when_an_env_runner_and_then_a_node_is_killed() -> None
     )
     assert run.returncode == 0, run.stderr[-3000:]
     told = json.loads(run.stdout.strip().splitlines()[-1])
+    assert told["nodes"]["alive"] == 2  # ray.address joined the cluster; nothing was started here
     assert told["begun"]["healthy"] == 2
+    assert told["runner_killed"]["healthy"] < 2
+    assert told["node_killed"]["healthy"] < 2
     assert told["runner_back"]["healthy"] == 2
     assert told["node_back"]["healthy"] == 2
     steps = [told[moment]["steps"] for moment in ("begun", "runner_killed", "runner_back", "node_killed", "node_back")]

@@ -160,6 +160,7 @@ def test_the_policy_that_ships_beats_greedy_stop_on_loads_that_it_was_not_traine
 
 def test_the_verdict_on_serving_names_who_won_and_where(tmp_path: Path) -> None:
     base = {"dense": 0.5, "greedy_stop": 0.6, "dense+queue": 0.8, "greedy_stop+queue": 0.82, "oracle_static": 0.9}
+    base["oracle_search"] = 0.95
     rng = np.random.default_rng(0)
     easy = rng.normal(0.0, 0.05, 40)
     figures = ("slo_attainment", "goodput_rps", "ttft_p95_s", "rejected_share", "loss", "budget_violation_s")
@@ -171,6 +172,7 @@ def test_the_verdict_on_serving_names_who_won_and_where(tmp_path: Path) -> None:
             "window": window,
             "source": "burst" if window < 20 else "azure_code",
             "budget": "full",
+            "load": 0.25 if window % 2 else 0.85,
             "utility": value + easy[window] + (0.05 if window < 20 and name == "learned_x" else 0.0),
             **columns,
         }
@@ -181,6 +183,7 @@ def test_the_verdict_on_serving_names_who_won_and_where(tmp_path: Path) -> None:
     text = serve_verdict(frame, ["burst"])
     assert "**learned_x** has utility" in text
     assert "undecided are none" in text
+    assert "of the utility of oracle_search" in text
     assert "worst on azure_code (+0.010)" in text
     assert "best on burst (+0.060)" in text
     assert "What helps most is no pruning at all: a limit on the queue adds 0.220 to 0.300" in text
@@ -192,6 +195,12 @@ def test_the_verdict_on_serving_names_who_won_and_where(tmp_path: Path) -> None:
     write_json(tmp_path / "serve.json", made)
     section = serve_section(tmp_path)
     assert "40 held-out windows" in section
-    assert section.count("| learned_x |") == 3
+    assert section.count("| learned_x |") == 4
+    write_parquet(tmp_path / "serve_elsewhere.parquet", frame[frame["policy"] == "learned_x"].assign(policy="on_moon"))
+    write_parquet(tmp_path / "serve_quality.parquet", frame[frame["policy"].isin(["learned_x", "dense"])])
+    write_json(tmp_path / "serve.json", {**made, "other_quality": "some_quality"})
+    section = serve_section(tmp_path)
+    assert section.count("| on_moon |") == 2
+    assert "| policy | published | some_quality |" in section
     assert (tmp_path / "serve.png").stat().st_size > 10_000
     assert serve_section(tmp_path / "nothing") == ""

@@ -178,6 +178,17 @@ def test_a_window_holds_the_requests_of_its_piece_of_the_trace_at_its_own_speed(
     assert [r.output_tokens for r in twice] == trace.output_tokens[inside].tolist()
 
 
+def test_a_load_narrows_the_rates_that_are_drawn_and_nothing_else() -> None:
+    whole, rng = serve_windows(), np.random.default_rng(0)
+    low, high = whole.rates["burst"]
+    upper = ServeSetting(load=[0.5, 1.0]).windows
+    drawn = [upper.sample(rng, "train", ("burst",)).rate for _ in range(300)]
+    assert math.sqrt(low * high) <= min(drawn) < max(drawn) <= high
+    assert replace(upper, rates=whole.rates) == whole
+    with pytest.raises(ConfigError, match=r"load is \[0.9, 0.2\]"):
+        whole.at_load(0.9, 0.2)
+
+
 def test_what_is_observed_says_nothing_of_lengths_that_no_server_could_know() -> None:
     setting = ServeSetting()
     seen = []

@@ -17,7 +17,7 @@ import pytest
 from omegaconf import DictConfig
 
 from agents.serve_env import ServeCore, ServeSetting
-from agents.train import Checkpoints, build_algorithm, current_network, environment_words, train
+from agents.train import BUFFER, Checkpoints, build_algorithm, current_network, environment_words, train
 from agents.validate import validation_utilities
 from agents.windows import Window
 from sim.config import CONF_DIR, build
@@ -120,6 +120,26 @@ def test_imitating_the_knapsack_gives_a_useful_policy_at_once(local_ray: None) -
     assert after > 0.25
 
 
+def test_training_stops_once_validation_has_not_got_better_for_long(local_ray: None, tmp_path: Path) -> None:
+    train(composed(*SMALL_PPO, "patience=2", "min_gain=10.0", "iterations=9"), tmp_path)
+    rows = pd.read_csv(tmp_path / "progress.csv")
+    assert rows["iteration"].tolist() == [1, 2, 3]  # the first is better than nothing, the next two are not
+
+
+def test_a_cluster_that_does_not_answer_is_an_error_that_names_its_address() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "agents.train", "ray.address=127.0.0.1:1", "label=nowhere"],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert "ray.address=127.0.0.1:1: no cluster answers there" in run.stderr
+
+
 def test_training_to_serve_begins_with_the_plan_that_it_is_told(local_ray: None) -> None:
     small = ["num_envs=2", "imitate.windows=2", "imitate.batch=32", "imitate.lr=0.01", "imitate.share=0.9"]
     cfg = composed("experiment=ppo_serve", *small)
@@ -154,7 +174,9 @@ def test_a_training_killed_with_signal_9_goes_on_at_its_last_checkpoint(tmp_path
         time.sleep(0.2)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    reached = json.loads(pointer.read_text())["iteration"]
+    noted = json.loads(pointer.read_text())
+    reached = noted["iteration"]
+    assert (tmp_path / noted["checkpoint"] / BUFFER).stat().st_size > 1000
     done: Any = subprocess.run(
         _driver(tmp_path, "resume=true", f"iterations={reached + 3}"),
         cwd=REPOSITORY,
@@ -168,3 +190,5 @@ def test_a_training_killed_with_signal_9_goes_on_at_its_last_checkpoint(tmp_path
     assert f"resumed at iteration {reached}" in done.stdout
     rows = pd.read_csv(tmp_path / "progress.csv")
     assert rows["iteration"].tolist() == list(range(1, reached + 4))
+    assert rows["env_steps"].is_monotonic_increasing
+    assert rows["best_utility"].is_monotonic_increasing
