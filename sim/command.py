@@ -140,8 +140,8 @@ def quality_of(cfg: DictConfig) -> FittedQuality | PublishedQuality | None:
     return load_quality(table) if table is not None else None
 
 
-def build_engine(cfg: DictConfig, **driven: Any) -> tuple[SimEngine, Policy]:
-    """Build the engine and the policy of a configuration; ``driven`` goes to ``SimEngine`` (env, driven, ...)."""
+def build_engine(cfg: DictConfig, **words: Any) -> tuple[SimEngine, Policy]:
+    """Build the engine and the policy of a configuration; ``words`` go to ``SimEngine`` before its own (env, plan)."""
     parts = build_parts(cfg)
     model, gpu = parts.model, parts.gpu
     latency = load_calibration(cfg.latency or find_calibration(model.name, gpu.name))
@@ -153,19 +153,16 @@ def build_engine(cfg: DictConfig, **driven: Any) -> tuple[SimEngine, Policy]:
             f"set latency= to one made for it, or model={latency.model}"
         )
     quality = quality_of(cfg)
-    engine = SimEngine(
-        model=model,
-        latency=latency,
-        config=parts.config,
-        plan=parts.policy.first_plan,
-        budget_bytes=parts.budget,
-        workspace_bytes=int(cfg.workspace_bytes),
-        host_to_device_bytes_per_s=gpu.host_to_device_bytes_per_s,
+    told: dict[str, Any] = {
+        "plan": parts.policy.first_plan,
+        "budget_bytes": parts.budget,
+        "workspace_bytes": int(cfg.workspace_bytes),
+        "host_to_device_bytes_per_s": gpu.host_to_device_bytes_per_s,
         # A copy takes its bytes from the memory bandwidth that iterations live on; not measured, an upper bound.
-        copy_slowdown=gpu.host_to_device_bytes_per_s / gpu.memory_bandwidth_bytes_per_s,
-        quality_nll=quality.nll if quality is not None else None,
-        **driven,
-    )
+        "copy_slowdown": gpu.host_to_device_bytes_per_s / gpu.memory_bandwidth_bytes_per_s,
+        "quality_nll": quality.nll if quality is not None else None,
+    }
+    engine = SimEngine(model=model, latency=latency, config=parts.config, **{**told, **words})
     return engine, parts.policy
 
 
