@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,7 +274,7 @@ def _cluster(cfg: DictConfig) -> None:
     made_by = provenance(cfg.seed)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     if cfg.variants or cfg.seeds or cfg.windows:
-        _compare(cfg, folder, label, made_by)
+        compare_variants(cfg, folder, label, made_by, run_figures, CLUSTER_COLUMNS)
         return
     cluster, summary = run(cfg)
     slo, trace = build(cfg.slo), cluster.trace
@@ -293,21 +293,29 @@ def _cluster(cfg: DictConfig) -> None:
     print(f"files: {folder}")
 
 
-def _compare(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any]) -> None:
+def compare_variants(
+    cfg: DictConfig,
+    folder: Path,
+    label: str,
+    made_by: dict[str, Any],
+    task: Callable[[DictConfig], dict[str, Any]],
+    columns: Columns,
+) -> None:
+    """Do a task for every variant at every seed and window; write and print one table."""
     cases = cases_of(cfg)
     jobs = [(name, config_of(one, case)) for name, one in (variants(cfg) or {"cluster": cfg}).items() for case in cases]
-    summaries = map_configs(run_figures, [one for _, one in jobs], int(cfg.workers))
+    summaries = map_configs(task, [one for _, one in jobs], int(cfg.workers))
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for (name, _), summary in zip(jobs, summaries, strict=True):
         rows.setdefault(name, []).append(summary)
     title = label
     if len(cases) > 1:
         title += f": mean ± standard deviation of {len(cases)} replays"
-    write_text(folder / "compare.md", markdown(rows, "variant", CLUSTER_COLUMNS))
+    write_text(folder / "compare.md", markdown(rows, "variant", columns))
     names = [case.name.replace("_", " ") for case in cases]
     content = {"provenance": made_by, "title": title, "cases": names, "summaries": rows}
     write_json(folder / "compare.json", content)  # last: a folder with it is complete
-    print_rows(rows, title, "variant", CLUSTER_COLUMNS)
+    print_rows(rows, title, "variant", columns)
     print(f"files: {folder}")
 
 

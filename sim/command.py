@@ -176,10 +176,11 @@ def server_model(cfg: DictConfig, model: ModelSpec, gpu: Gpu, config: EngineConf
 
 
 def build_engine(cfg: DictConfig, **words: Any) -> tuple[SimEngine, Policy]:
-    """Build the engine and the policy of a configuration; ``words`` go to ``SimEngine`` (env, driven, ...)."""
+    """Build the engine and the policy of a configuration; ``words`` go to ``SimEngine`` before its own (env, plan)."""
     parts = build_parts(cfg)
     server = server_model(cfg, parts.model, parts.gpu, parts.config)
-    return server.engine(parts.policy.first_plan, parts.budget, **{"keep_iterations": True, **words}), parts.policy
+    told = {"plan": parts.policy.first_plan, "budget_bytes": parts.budget, "keep_iterations": True, **words}
+    return server.engine(**told), parts.policy
 
 
 def replay_with(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from sim.budget import Budget
@@ -33,23 +33,14 @@ class ServerModel:
         """Build an idle engine that is such a server, under a budget.
 
         Args:
-            plan, budget_bytes: as ``SimEngine``. words: what else it takes, such as ``keep_iterations`` or ``book``.
+            plan, budget_bytes: as ``SimEngine``. words: what else it takes, such as ``keep_iterations`` or ``book``, and in the
+                place of the server's own.
 
         Raises:
             BudgetError: when the budget cannot hold the weights and one request.
         """
-        return SimEngine(
-            model=self.model,
-            latency=self.latency,
-            config=self.config,
-            plan=plan,
-            budget_bytes=budget_bytes,
-            workspace_bytes=self.workspace_bytes,
-            host_to_device_bytes_per_s=self.host_to_device_bytes_per_s,
-            copy_slowdown=self.copy_slowdown,
-            quality_nll=self.quality_nll,
-            **words,
-        )
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SimEngine(plan=plan, budget_bytes=budget_bytes, **{**own, **words})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

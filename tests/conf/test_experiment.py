@@ -10,13 +10,20 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from sim import cluster_command, disaggregate_command
 from sim.command import build_parts
 from sim.compare import variants
 from sim.config import CONF_DIR, check_overrides
 from sim.latency import load_calibration
+from sim.plan import check_plan
 from sim.policies import Fixed
 
-COMMANDS = {"sim.compare": "compare", "agents.train": "train"}
+COMMANDS = {
+    "sim.compare": "compare",
+    "sim.cluster": "cluster",
+    "sim.disaggregate": "disaggregate",
+    "agents.train": "train",
+}
 EXPERIMENTS = [
     path
     for path in sorted((CONF_DIR / "experiment").glob("*.yaml"))
@@ -35,6 +42,24 @@ def test_every_experiment_composes_with_the_command_of_its_second_line(path: Pat
         pytest.skip("needs ray")
     importlib.import_module(words[2])  # which registers its schema
     check_overrides(words[3:], COMMANDS[words[2]])
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in EXPERIMENTS if "sim.cluster " in p.read_text()], ids=lambda path: path.stem
+)
+def test_every_experiment_on_a_cluster_builds_each_of_its_variants(path: Path) -> None:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("cluster", overrides=[f"experiment={path.stem}"])
+    for one in cluster_command.variants(cfg).values():
+        assert cluster_command.replicas_of(one)
+
+
+@pytest.mark.parametrize("path", [p for p in EXPERIMENTS if "sim.disaggregate" in p.read_text()], ids=lambda p: p.stem)
+def test_every_experiment_apart_builds_the_plan_of_each_of_its_variants(path: Path) -> None:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("disaggregate", overrides=[f"experiment={path.stem}"])
+    for one in cluster_command.variants(cfg).values():
+        check_plan(build_parts(one).model, disaggregate_command.plan_of(one))
 
 
 @pytest.mark.parametrize("path", [p for p in EXPERIMENTS if "sim.compare" in p.read_text()], ids=lambda path: path.stem)

@@ -1,0 +1,231 @@
+"""``python -m sim.cluster_results``: write sim/CLUSTER.md from the files of sim/results; with ``--run``, replay first.
+
+Every figure of the page comes from those files, which ``--run`` makes with the commands of ``RUNS``; ``--run NAME ...``
+replays only these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sim.cluster_command import CLUSTER_COLUMNS
+from sim.config import fail
+from sim.disaggregate_command import STAGED_COLUMNS
+from sim.errors import ConfigError, nearest
+from sim.report import Columns, cells
+from sim.runs import write_json, write_text
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PAGE = HERE / "CLUSTER.md"
+RUNS: dict[str, tuple[str, Columns]] = {
+    "cluster_scale": ("sim.cluster experiment=cluster_scale", CLUSTER_COLUMNS),
+    "spot_preemption": ("sim.cluster experiment=spot_preemption", CLUSTER_COLUMNS),
+    "pd_disaggregation": ("sim.disaggregate experiment=pd_disaggregation", STAGED_COLUMNS),
+    "pdtrim_transfer": ("sim.disaggregate experiment=pdtrim_transfer", STAGED_COLUMNS),
+}
+"""Name of a file of sim/results: the command that makes it, and the columns that the page shows."""
+COUNTS = ("requests", "finished", "rejected", "unfinished", "moves", "plan", "reduction_at_mean_prompt")
+
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def replay(name: str, workers: int, folder: Path) -> None:
+    """Replay one experiment; leave its figures in a folder."""
+    words, columns = RUNS[name]
+    run = folder / "run" / name
+    command = [sys.executable, "-m", *words.split(), f"workers={workers}", f"hydra.run.dir={run}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"python -m {words} failed: {done.stderr.strip()}")
+    content = json.loads((run / "compare.json").read_text(encoding="utf-8"))
+    content["provenance"]["command"] = f"python -m {words}"  # workers and folder change nothing
+    kept = {key.split(".")[0] for key, *_ in columns.values()} | set(COUNTS)
+    content["summaries"] = {
+        label: [{key: value for key, value in summary.items() if key in kept} for summary in row]
+        for label, row in content["summaries"].items()
+    }
+    write_json(folder / f"{name}.json", content)
+
+
+def page(results: Path = RESULTS) -> str:
+    """Return the page, in Markdown.
+
+    Raises:
+        ConfigError: for a result that is missing, with the command that makes it.
+    """
+    found = {name: _read(results, name) for name in RUNS}
+    rows: dict[str, Rows] = {name: content["summaries"] for name, content in found.items()}
+    parts = [
+        "# Many replicas, and prefill and decode apart, in simulation",
+        "Made by `python -m sim.cluster_results` from files of `sim/results`; with `--run` it replays them. Devices "
+        "are simulated (`conf/gpu`, `conf/calibration`; those of the L4 are derived, not measured); the machine named "
+        "below each table simulated them. Rows are means ± standard deviations over the seeds named. Requests that "
+        "were rejected or not finished miss the SLO. Loads were chosen on seed 1, so that some variants are pressed; "
+        "other seeds are reported.",
+        "## Routers, on equal and on mixed replicas",
+        _table(found["cluster_scale"], "cluster_scale"),
+        _routers(rows["cluster_scale"]),
+        "## Machines that are taken away",
+        _table(found["spot_preemption"], "spot_preemption"),
+        _spot(rows["spot_preemption"]),
+        "## Prefill and decode apart",
+        _table(found["pd_disaggregation"], "pd_disaggregation"),
+        _apart(rows["pd_disaggregation"]),
+        "## PDTrim's mechanisms, each alone and together",
+        _table(found["pdtrim_transfer"], "pdtrim_transfer"),
+        _pdtrim(rows["pdtrim_transfer"]),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _table(content: Mapping[str, Any], name: str) -> str:
+    made, cases, columns = content["provenance"], content["cases"], RUNS[name][1]
+    lines = ["| variant | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines += [f"| {label} | " + " | ".join(cells(row, columns)) + " |" for label, row in content["summaries"].items()]
+    where = f"commit {made['commit'][:12]}{'-dirty' if made['commit'].endswith('dirty') else ''}, {made['machine']}"
+    over = f"{cases[0]} to {cases[-1].split()[-1]}, {len(cases)} replays"
+    return f"`{made['command']}`\n\n" + "\n".join(lines) + f"\n\n{over}; {made['written_at'][:10]}, {where}."
+
+
+def _routers(rows: Rows) -> str:
+    def best(prefix: str) -> str:
+        labels = [label for label in rows if label.startswith(prefix) and "autoscaled" not in label]
+        first = max(labels, key=lambda label: _mean(rows[label], "slo_attainment"))
+        last = min(labels, key=lambda label: _mean(rows[label], "slo_attainment"))
+        return (
+            f"`{first.partition(', ')[2]}` attains most ({_percent(rows[first])}), "
+            f"`{last.partition(', ')[2]}` least ({_percent(rows[last])})"
+        )
+
+    scaled, fixed = rows["12 A100, autoscaled"], rows["12 A100, least outstanding"]
+    return (
+        f"- On mixed replicas {best('mixed')}; on equal ones {best('12 A100')}.\n"
+        "- `shortest expected wait` counts prompts that wait, not answers that run: it is right about TTFT while "
+        "memory lasts, and blind to a replica whose KV pool is full.\n"
+        f"- Autoscaling from 6 machines attains {_percent(scaled)} with {_mean(scaled, 'replica_hours'):.2f} replica "
+        f"hours where all twelve attain {_percent(fixed)} with {_mean(fixed, 'replica_hours'):.2f}."
+    )
+
+
+def _spot(rows: Rows) -> str:
+    told, untold = rows["with notice"], rows["without notice"]
+    worse = _mean(told, "slo_attainment") < _mean(untold, "slo_attainment")
+    return (
+        f"- No request is lost: {_total(rows, 'finished')} of {_total(rows, 'requests')} finish, "
+        f"{_total(rows, 'moves')} times one was moved to another replica.\n"
+        f"- A notice saves recomputation ({_mean(told, 'recomputed_tokens') / 1e3:.0f} thousand tokens against "
+        f"{_mean(untold, 'recomputed_tokens') / 1e3:.0f}) and "
+        f"{'costs' if worse else 'gains'} SLO attainment ({_percent(told)} against {_percent(untold)}): the replica "
+        "accepts nothing more from the notice on, 30 s of a machine that are not used for new requests. SpotServe asks "
+        "for the next machine at the notice and moves KV within it; neither is modelled here.\n"
+        f"- RAP's mask loads and serves faster: {_percent(rows['with notice, rap_80'])} with notice. Starting in 60 s "
+        f"in the place of 10: {_percent(rows['with notice, slow to start'])}. One more machine of the same kind: "
+        f"{_percent(rows['one more machine'])}."
+    )
+
+
+def _apart(rows: Rows) -> str:
+    together = rows["4 together"]
+    apart = {label: row for label, row in rows.items() if label.endswith("100 Gbit/s")}
+    best = max(apart, key=lambda label: _mean(apart[label], "slo_attainment"))
+    slow, over = rows["2 + 2, 25 Gbit/s"], rows["2 + 2, 25 Gbit/s, overlap"]
+    return (
+        f"- The best ratio of these is {best.partition(',')[0]} ({_percent(apart[best])}); together the four attain "
+        f"{_percent(together)}. Apart, TPOT P95 is {1e3 * _mean(apart[best], 'tpot_s.p95'):.0f} ms against "
+        f"{1e3 * _mean(together, 'tpot_s.p95'):.0f} ms together: no prompt stands in the way of decode.\n"
+        f"- A prompt of this trace sends {_mean(slow, 'sent_bytes_mean') / 1e6:.0f} MB. On 25 Gbit/s KV is on its way "
+        f"for {1e3 * _mean(slow, 'transfer_s.mean'):.0f} ms on average; sending while the prompt is computed changes "
+        f"E2E from {_mean(slow, 'e2e_s.mean'):.2f} to {_mean(over, 'e2e_s.mean'):.2f} s."
+    )
+
+
+def _pdtrim(rows: Rows) -> str:
+    def said(suffix: str) -> str:
+        labels = [label for label in rows if label.endswith(suffix)]
+        order = sorted(labels, key=lambda label: _mean(rows[label], "e2e_s.mean"))
+        return "; ".join(
+            f"{label.removesuffix(suffix)} {_mean(rows[label], 'e2e_s.mean'):.2f} s, "
+            f"{_mean(rows[label], 'transfer_reduction'):.2f}x less, {_mean(rows[label], 'perplexity_ratio'):.2f}"
+            for label in order
+        )
+
+    plans = "\n".join(f"  - {label}: {row[0]['plan']}" for label, row in rows.items())
+    return (
+        f"Mean E2E (dense {_mean(rows['dense'], 'e2e_s.mean'):.2f} s), KV sent, and perplexity over dense as the "
+        "requests were charged, from the fastest to the slowest:\n\n"
+        f"- at a plan of at most 1.25 times the dense perplexity: {said(', quality')}.\n"
+        f"- at half of the dense KV bytes of a prompt of 128 tokens: {said(', bytes')}.\n\n"
+        "What to read from it: on this model cutting KV to the first and last tokens costs less quality for each byte "
+        "than dropping blocks does, and a window in all layers is as good as layers chosen by attention, which is the "
+        "baseline that PDTrim's reviewers missed. Nesting (`PDTrim blocks` beside `unified`) buys quality at equal "
+        "bytes, since prefill keeps more. The quality table was measured on windows of 128 tokens, so prompts here are "
+        "about as long; where a prompt is charged the whole cost of a cut although its KV was shorter than the window, "
+        "the charge is too high. The paper's 4.95x and 20.56 % are of other models, lengths and links. POP, which "
+        "skips layers in prefill that decode runs, is no legal plan here: decode would find no KV.\n\n"
+        f"The plans:\n\n{plans}"
+    )
+
+
+def _read(results: Path, name: str) -> Mapping[str, Any]:
+    path = results / f"{name}.json"
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing; make it: python -m sim.cluster_results --run {name}")
+    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _values(row: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    found = []
+    for value in row:
+        for part in key.split("."):
+            value = value[part]
+        found.append(float(value))  # type: ignore[arg-type]
+    return found
+
+
+def _mean(row: Sequence[Mapping[str, Any]], key: str) -> float:
+    return statistics.fmean(_values(row, key))
+
+
+def _percent(row: Sequence[Mapping[str, Any]]) -> str:
+    return f"{100 * _mean(row, 'slo_attainment'):.1f} %"
+
+
+def _total(rows: Rows, key: str) -> str:
+    return f"{sum(sum(_values(row, key)) for row in rows.values()):,.0f}"
+
+
+def main() -> None:
+    """Run ``python -m sim.cluster_results``."""
+    parser = argparse.ArgumentParser(prog="python -m sim.cluster_results", description=__doc__)
+    parser.add_argument("--run", nargs="*", metavar="NAME", help=f"replay first: {', '.join(RUNS)}; all without a name")
+    parser.add_argument("--workers", type=int, default=2)
+    told = parser.parse_args()
+    try:
+        names = [] if told.run is None else told.run or list(RUNS)
+        for name in names:
+            if name not in RUNS:
+                raise ConfigError(f"there is no result {name!r}; {nearest(name, RUNS)}")
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                replay(name, told.workers, Path(folder))
+                print(f"{name}: replayed", flush=True)
+            for name in names:
+                write_text(RESULTS / f"{name}.json", (Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
+        write_text(PAGE, page())
+    except ConfigError as error:
+        fail(str(error))
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

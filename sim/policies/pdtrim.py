@@ -1,0 +1,117 @@
+"""Plans for prefill and decode apart: PDTrim's two mechanisms, each alone, and what they are compared with.
+
+Each kind is a row of plans, ever stronger, of which the strongest is taken that keeps a quality, or the first that
+sends few enough bytes; so kinds are compared at equal quality or at equal bytes.
+
+| kind | step n of its row |
+|---|---|
+| `dense` | everything |
+| `unified` | the first n blocks of the order dropped, in prefill and decode alike |
+| `blocks` | n dropped in decode, the first n / 2 of them in prefill (PDTrim, arXiv 2509.04467; the half is ours) |
+| `kv` | in the n layers whose attention sits most on the first and last tokens, only these are sent and kept |
+| `both` | n blocks as in `blocks`, and n layers as in `kv` |
+| `streaming` | in all layers the first 4 and ever fewer last tokens, as StreamingLLM keeps (arXiv 2309.17453) |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+
+from sim.config import CONF_DIR
+from sim.errors import ConfigError, nearest
+from sim.model import ModelSpec
+from sim.plan import Plan, dense_plan
+from sim.policies.base import Served
+from sim.policies.fixed import Fixed, static_plan
+from sim.quality import load_quality
+
+KINDS = ("dense", "unified", "blocks", "kv", "both", "streaming")
+
+
+def pdtrim(
+    served: Served,
+    *,
+    kind: str,
+    order: str,
+    attention: str,
+    quality: str,
+    most_perplexity: float | None = None,
+    most_sent: float | None = None,
+    prompt_tokens: int = 128,
+    first_tokens: int = 4,
+    last_tokens: int = 32,
+) -> Fixed:
+    """Build the policy that always runs one plan of a kind: the strongest that keeps a quality, or the first that sends
+    so little.
+
+    Args:
+        served: the model.
+        kind: of the table above.
+        order, attention: files of conf/score with the order of blocks and of layers. quality: a file of conf/quality.
+        most_perplexity: times the dense perplexity that it may have at most, as predicted.
+        most_sent: share of the dense model's KV bytes of a prompt that it may send at most.
+        prompt_tokens: of the prompt whose bytes count.
+        first_tokens, last_tokens: that stay in a shortened layer.
+    Raises:
+        ConfigError: for an unknown kind or file, none or both of the two targets, or one that no plan of it meets.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"unknown policy.kind {kind!r}; {nearest(kind, KINDS)}")
+    if kind != "dense" and (most_perplexity is None) == (most_sent is None):
+        raise ConfigError("policy.most_perplexity and most_sent: give one of them, the other null")
+    model, dense = served.model, dense_plan(served.model)
+    if kind == "dense":
+        return Fixed(dense)
+    layers = [int(layer) for layer in _score(attention)["order"]]
+    row = list(_plans(model, kind, _score(order)["order"], layers, first_tokens, last_tokens))
+    if most_perplexity is not None:
+        table = load_quality(quality)
+        most_nll = table.nll(dense) + math.log(most_perplexity)
+        good = [plan for plan in row if table.nll(plan) <= most_nll]
+        if good:
+            return Fixed(good[-1])
+    for plan in row:
+        if most_sent is not None and sent_tokens(plan, prompt_tokens) <= most_sent * sent_tokens(dense, prompt_tokens):
+            return Fixed(plan)
+    raise ConfigError(
+        f"no plan of policy.kind={kind} meets most_perplexity={most_perplexity}, most_sent={most_sent}; raise it"
+    )
+
+
+def sent_tokens(plan: Plan, prompt_tokens: int) -> int:
+    """Return how many tokens of KV of one layer a prompt sends, over all layers."""
+    return sum(keep.tokens(prompt_tokens) for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True) if kept)
+
+
+def _plans(
+    model: ModelSpec, kind: str, order: Sequence[str], layers: Sequence[int], first_tokens: int, last_tokens: int
+) -> Iterator[Plan]:
+    """Yield a kind's plans, from the one after dense to the strongest."""
+    if kind == "streaming":
+        for last in (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1):
+            yield static_plan(model, kv_first_tokens=first_tokens, kv_last_tokens=last)
+        return
+    for n in range(1, max(len(order), len(layers)) + 1):
+        dropped = order[:n] if kind != "kv" else []
+        early = dropped if kind == "unified" else dropped[: n // 2]
+        shortened = layers[:n] if kind in ("kv", "both") else []
+        yield static_plan(
+            model,
+            drop_mha=[int(name[3:]) for name in dropped if name.startswith("MHA")],
+            drop_ffn=[int(name[3:]) for name in dropped if name.startswith("FFN")],
+            prefill_drop_mha=[int(name[3:]) for name in early if name.startswith("MHA")],
+            prefill_drop_ffn=[int(name[3:]) for name in early if name.startswith("FFN")],
+            kv_first_tokens=first_tokens if shortened else None,
+            kv_last_tokens=last_tokens if shortened else None,
+            kv_layers=shortened if shortened else None,
+        )
+
+
+def _score(name: str) -> dict[str, list[str]]:
+    path = CONF_DIR / "score" / f"{name}.json"
+    if not path.is_file():
+        raise ConfigError(f"there is no score {name!r}; {nearest(name, [p.stem for p in path.parent.glob('*.json')])}")
+    content: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    return content
