@@ -147,8 +147,11 @@ def _measure_serve(cfg: DictConfig, folder: Path) -> None:
     write_parquet(folder / "serve_quality.parquet", serve_contest(other, shown, windows, oracles=False))
     if cfg.serve_curves:
         write_parquet(folder / "serve_training.parquet", _curves(cfg.serve_curves))
-    seeds = {name: len(several) for name, several in paths.items()}
-    about = {"tuned": tuned, "trained_on": sources, "seeds": seeds, "other_quality": OTHER_QUALITY}
+    seconds = {
+        name: [read_learned(path, "ServeTrace").about["training"]["seconds"] for path in several]
+        for name, several in paths.items()
+    }
+    about = {"tuned": tuned, "trained_on": sources, "seconds": seconds, "other_quality": OTHER_QUALITY}
     write_json(folder / "serve.json", {**provenance(0), **about})
 
 
