@@ -149,9 +149,9 @@ def test_training_stops_once_validation_has_not_got_better_for_long(local_ray: N
     assert rows["iteration"].tolist() == [1, 2, 3]  # the first is better than nothing, the next two are not
 
 
-def test_a_cluster_that_does_not_answer_is_an_error_that_names_its_address() -> None:
+def test_a_cluster_that_does_not_answer_is_an_error_that_names_its_address(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "agents.train", "ray.address=127.0.0.1:1", "label=nowhere"],
+        [sys.executable, "-m", "agents.train", "ray.address=127.0.0.1:1", f"hydra.run.dir={tmp_path}"],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "1"},
         capture_output=True,
