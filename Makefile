@@ -1,4 +1,4 @@
-# make demo   a burst under memory that moves, six policies beside each other; installs the core alone on first use
+# make demo   a burst under memory that moves, seven policies beside each other; installs the core alone on first use
 # make test   lint, types and tests; installs everything on first use
 PYTHON ?= python3
 UV ?=

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ class EvaluateConfig:
         of the progress.csv of those trainings.
     serve_sources: traces of the test windows. serve_windows: windows for each trace, budget and load.
     serve_elsewhere: name -> glob of policies trained on other traces or loads, for the tables of generalisation.
+    only: names of serve_learned to play anew, everybody else's rows staying as the result files have them.
     out: folder of the result files.
     """
 
@@ -62,6 +64,7 @@ class EvaluateConfig:
     serve_sources: list[str] = field(default_factory=lambda: ["burst"])
     serve_windows: int = 3
     serve_elsewhere: dict[str, Any] = field(default_factory=dict)
+    only: list[str] = field(default_factory=list)
     measure: bool = True
     out: str = ""
 
@@ -134,21 +137,35 @@ def _measure_serve(cfg: DictConfig, folder: Path) -> None:
     words: dict[str, Any] = dict(trained[0]["environment"]) if trained else {}
     sources = sorted({str(source) for about in trained for source in about["environment"]["sources"]}) or ["burst"]
     setting = evaluation_setting({**words, "sources": sources})
-    tuned_rules, tuned = rules(setting)
-    policies: dict[str, Any] = {name: [build] for name, build in tuned_rules.items()}
-    policies |= {name: learned_policies(several) for name, several in paths.items()}
     windows = test_windows(list(cfg.serve_sources), int(cfg.serve_windows))
-    write_parquet(folder / "serve.parquet", serve_contest(setting, policies, windows))
-    elsewhere = {name: learned_policies(found(str(glob))) for name, glob in cfg.serve_elsewhere.items()}
-    if elsewhere:
-        write_parquet(folder / "serve_elsewhere.parquet", serve_contest(setting, elsewhere, windows, oracles=False))
     other = with_low_bits_of(setting, OTHER_QUALITY)
-    shown = {name: policies[name] for name in policies if name in paths or name in COMPARED}
-    write_parquet(folder / "serve_quality.parquet", serve_contest(other, shown, windows, oracles=False))
+    policies: dict[str, Any] = {name: learned_policies(several) for name, several in paths.items()}
+    if cfg.only:
+        for name in cfg.only:
+            if name not in policies:
+                raise ConfigError(f"only: {name!r} is none of serve_learned; {nearest(name, policies)}")
+        anew = {name: policies[name] for name in cfg.only}
+        for file, place in (("serve.parquet", setting), ("serve_quality.parquet", other)):
+            before = pd.read_parquet(folder / file)
+            kept = before[~before["policy"].isin(cfg.only)]
+            write_parquet(folder / file, pd.concat([kept, serve_contest(place, anew, windows, oracles=False)]))
+        tuned = json.loads((folder / "serve.json").read_text(encoding="utf-8"))["tuned"]
+    else:
+        tuned_rules, tuned = rules(setting)
+        policies = {name: [build] for name, build in tuned_rules.items()} | policies
+        write_parquet(folder / "serve.parquet", serve_contest(setting, policies, windows))
+        elsewhere = {name: learned_policies(found(str(glob))) for name, glob in cfg.serve_elsewhere.items()}
+        if elsewhere:
+            write_parquet(folder / "serve_elsewhere.parquet", serve_contest(setting, elsewhere, windows, oracles=False))
+        shown = {name: policies[name] for name in policies if name in paths or name in COMPARED}
+        write_parquet(folder / "serve_quality.parquet", serve_contest(other, shown, windows, oracles=False))
     if cfg.serve_curves:
         write_parquet(folder / "serve_training.parquet", _curves(cfg.serve_curves))
-    seeds = {name: len(several) for name, several in paths.items()}
-    about = {"tuned": tuned, "trained_on": sources, "seeds": seeds, "other_quality": OTHER_QUALITY}
+    seconds = {
+        name: [read_learned(path, "ServeTrace").about["training"]["seconds"] for path in several]
+        for name, several in paths.items()
+    }
+    about = {"tuned": tuned, "trained_on": sources, "seconds": seconds, "other_quality": OTHER_QUALITY}
     write_json(folder / "serve.json", {**provenance(0), **about})
 
 

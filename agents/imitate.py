@@ -13,12 +13,14 @@ import numpy as np
 
 from agents.draws import prune_draws
 from agents.episodes import FILE, read_episodes
-from agents.modules import MaskedDQN, actor_logits
+from agents.modules import MaskedDQN, actor_layers, actor_logits
 from agents.prune_contest import solver
 from agents.prune_env import PruneToBudgetVector
 from agents.serve_vector import ServeTraceVector
 from sim.data import REPOSITORY
 from sim.errors import ConfigError, nearest
+from sim.observe import Floats32
+from sim.policies.learned import read_learned
 
 
 def imitate_knapsack(
@@ -103,6 +105,96 @@ def imitate_offline(
     )
 
 
+def imitate_policy(
+    algorithm: Any,
+    env: str,
+    words: Mapping[str, Any],
+    *,
+    seed: int,
+    path: str,
+    temperature: float,
+    windows: int,
+    epochs: int,
+    batch: int,
+    lr: float,
+) -> float:
+    """Begin with the network of an exported policy, and with a critic fitted to what that policy earns.
+
+    Args:
+        algorithm, env, words, seed: as for all that imitate. path: the policy's JSON, inside the project or shipped.
+        temperature: its outputs are divided by this before they become the logarithms of shares.
+        windows: episodes played for the critic, at once. epochs, batch, lr: of the critic's fit.
+    Raises:
+        ConfigError: for another environment or algorithm, or a network of another size.
+    """
+    import torch
+
+    if isinstance(algorithm.get_module(), MaskedDQN) or env != "ServeTrace-v0":
+        raise ConfigError("imitate=policy needs ServeTrace and an algorithm with an actor and a critic, such as ppo")
+    network = read_learned(REPOSITORY / path if path.endswith(".json") else path, "ServeTrace").network
+    module = _module(algorithm)
+    state = module.state_dict()
+    names = actor_layers(state)
+    sizes = [tuple(state[f"{name}.weight"].shape) for name in names]
+    if sizes != [weight.shape for weight in network.weights]:
+        raise ConfigError(f"imitate.path: its layers are {[w.shape for w in network.weights]}, here they are {sizes}")
+    for name, weight, bias in zip(names, network.weights, network.biases, strict=True):
+        scale = 1.0 / temperature if name == names[-1] else 1.0
+        state[f"{name}.weight"], state[f"{name}.bias"] = (
+            torch.from_numpy(x * np.float32(scale)) for x in (weight, bias)
+        )
+    module.load_state_dict(state)
+    vector, torch_rng = ServeTraceVector(windows, **words), torch.Generator().manual_seed(seed)
+    seen, _ = vector.reset(seed=seed)
+    rows, rewards = [], []
+    for _ in range(vector.setting.ticks - 1):
+        with torch.no_grad():
+            shares = torch.softmax(actor_logits(module, torch.from_numpy(seen)), dim=-1)
+        rows.append(seen)
+        seen, reward, *_ = vector.step(torch.multinomial(shares, 1, generator=torch_rng)[:, 0].numpy())
+        rewards.append(reward)
+    earned, returns = np.zeros(windows), []
+    for reward in reversed(rewards):
+        earned = reward + float(algorithm.config.gamma) * earned
+        returns.append(earned)
+    targets = np.concatenate(returns[::-1]).astype(np.float32)
+    return _fit_critic(algorithm, np.concatenate(rows), targets, seed=seed, epochs=epochs, batch=batch, lr=lr)
+
+
+def _fit_critic(
+    algorithm: Any,
+    observations: Floats32,
+    targets: Floats32,
+    *,
+    seed: int,
+    epochs: int,
+    batch: int,
+    lr: float,
+) -> float:
+    """Fit the critic of an algorithm to returns by least squares; return the last mean squared error."""
+    import torch
+
+    module, rng = _module(algorithm), np.random.default_rng(seed)
+    critic = [x for name, x in module.named_parameters() if name.startswith(("encoder.critic_encoder", "vf."))]
+    optimiser = torch.optim.Adam(critic, lr=lr)
+    loss = torch.zeros(())
+    for _ in range(epochs):
+        for chosen in np.array_split(rng.permutation(len(observations)), max(1, len(observations) // batch)):
+            values = module.compute_values({"obs": torch.from_numpy(observations[chosen])})
+            loss = torch.nn.functional.mse_loss(values, torch.from_numpy(targets[chosen]))
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+    algorithm.env_runner_group.sync_weights(from_worker_or_learner_group=algorithm.learner_group)
+    return float(loss.detach())
+
+
+def _module(algorithm: Any) -> Any:
+    """Return the module that an algorithm learns."""
+    module = algorithm.learner_group._learner.module["default_policy"]
+    return module.unwrapped() if hasattr(module, "unwrapped") else module
+
+
 def _fit(
     algorithm: Any,
     observations: np.ndarray[Any, np.dtype[np.float32]],
@@ -116,9 +208,7 @@ def _fit(
     """Fit the policy of an algorithm to target shares of actions by cross-entropy."""
     import torch
 
-    learner = algorithm.learner_group._learner
-    module = learner.module["default_policy"]
-    module = module.unwrapped() if hasattr(module, "unwrapped") else module
+    module = _module(algorithm)
     optimiser = torch.optim.Adam(module.parameters(), lr=lr)
     rng = np.random.default_rng(seed)
     loss = torch.zeros(())

@@ -90,24 +90,28 @@ class MaskedPPO(_MaskedActorCritic, DefaultPPOTorchRLModule):
         super().__init__(*args, **words)
 
 
+def actor_layers(state: Mapping[str, Any]) -> list[str]:
+    """Return the names of the layers that lead from features to actions, in their order, in a module's state."""
+    encoder = "encoder.actor_encoder.net.mlp." if any(k.startswith("encoder.actor_") for k in state) else None
+    if encoder is None:
+        encoder = "encoder.encoder.net.mlp." if any(k.startswith("encoder.encoder.") for k in state) else None
+    found = []
+    for prefix in (encoder or "encoder.net.mlp.", "pi.net.mlp." if "pi.net.mlp.0.weight" in state else "af.net.mlp."):
+        numbers = sorted(int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix) and "weight" in k)
+        found += [f"{prefix}{number}" for number in numbers]
+    return found
+
+
 def network_of_module(state: Mapping[str, Any], activation: str) -> Network:
     """Return the network that chooses actions, from the state of one of these modules.
 
     Raises:
         ConfigError: when the state holds no network of the kind that NumPy runs (dueling or distributional heads).
     """
-    encoder = "encoder.actor_encoder.net.mlp." if any(k.startswith("encoder.actor_") for k in state) else None
-    if encoder is None:
-        encoder = "encoder.encoder.net.mlp." if any(k.startswith("encoder.encoder.") for k in state) else None
-    prefixes = (encoder or "encoder.net.mlp.", "pi.net.mlp." if "pi.net.mlp.0.weight" in state else "af.net.mlp.")
     layers = []
-    for prefix in prefixes:
-        numbers = sorted(int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix) and "weight" in k)
-        for number in numbers:
-            weight, bias = (
-                np.asarray(state[f"{prefix}{number}.{part}"], dtype=np.float32) for part in ("weight", "bias")
-            )
-            layers.append((weight.copy(), bias.copy()))
+    for prefix in actor_layers(state):
+        weight, bias = (np.asarray(state[f"{prefix}.{part}"], dtype=np.float32) for part in ("weight", "bias"))
+        layers.append((weight.copy(), bias.copy()))
     if not layers or any(k.startswith("vf.") and "af.net.mlp.0.weight" in state for k in state):
         raise ConfigError("only plain perceptrons are exported; train without dueling, or with algorithm.dueling=false")
     return network_of(layers, activation)

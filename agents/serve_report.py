@@ -27,6 +27,9 @@ ABOUT = {
     "morphserve": "MorphServe's three modes",
     "+queue": "the same with a queue limit",
     "lookahead": "every plan of the learned policy's table tried on a model of the server, the best taken",
+    "learned_clone": "learned what a planner that knew the training windows lost under each plan (agents/clone.py)",
+    "learned_ppo": "PPO that went on from learned_clone",
+    "learned_ppo_plan": "PPO that began with one plan",
     "oracle_static": "the best plan of the table for each window, chosen in hindsight; not a bound for what adapts",
     "oracle_search": "the best schedule of these plans that a search finds with the window known (agents/oracle.py)",
 }
@@ -135,6 +138,20 @@ def serve_verdict(frame: pd.DataFrame, trained_on: list[str]) -> str:
     return text
 
 
+def training_markdown(curves: pd.DataFrame) -> str:
+    """Return what training took and reached, a row a kind."""
+    lines = ["| training | seeds | best validation utility, mean (lowest to highest) | seconds | environment steps |"]
+    lines.append("|---|---:|---:|---:|---:|")
+    for name, part in curves.groupby("policy", sort=False):
+        ends = part.groupby("seed").agg({"validation_utility": "max", "seconds": "max", "env_steps": "max"})
+        best = ends["validation_utility"]
+        lines.append(
+            f"| {name} | {len(ends)} | {best.mean():.4f} ({best.min():.4f} to {best.max():.4f}) | "
+            f"{ends['seconds'].median():.0f} | {ends['env_steps'].median():,.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 LOADS = "How far along its trace's range of rates (conf/split/serve.yaml) a window is, on a logarithmic scale.\n"
 
 
@@ -225,5 +242,13 @@ def serve_section(folder: Path) -> str:
     ]
     if "load" in frame:
         parts += ["### By load\n", LOADS, by_kind_markdown(frame, "load")]
+    if curves is not None:
+        taken = ", ".join(f"{name} {min(x):.0f} to {max(x):.0f}" for name, x in made.get("seconds", {}).items())
+        parts += [
+            "### Training\n",
+            "Wall seconds of one process on two shared cores beside other work. Until its best policy each took: "
+            f"{taken} (learned_ppo without the clone it goes on from).\n",
+            training_markdown(curves),
+        ]
     parts += elsewhere_section(folder, frame, made)
     return "\n".join(parts)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import DictConfig
@@ -120,15 +121,37 @@ def test_imitating_the_knapsack_gives_a_useful_policy_at_once(local_ray: None) -
     assert after > 0.25
 
 
+def test_training_can_go_on_where_a_policy_ended_with_a_critic_that_knows_what_it_earns(
+    local_ray: None, tmp_path: Path
+) -> None:
+    shipped = read_learned("learned_serve_llama2", "ServeTrace")
+    sizes = [layer[0] for layer in shipped.about["layers"][:-1]]
+    words = ["imitate=policy", "imitate.path=learned_serve_llama2", "imitate.windows=4", f"hidden={sizes}"]
+    cfg = composed("experiment=ppo_serve", "num_envs=2", *words)
+    algorithm = build_algorithm(cfg)
+    begin = build(cfg.imitate, epochs=1, temperature=0.5), build(cfg.imitate, epochs=40)
+    errors = [made(algorithm, cfg.env.id, environment_words(cfg), seed=0) for made in begin]
+    network = current_network(algorithm, "relu")
+    features = np.random.default_rng(0).random((50, network.weights[0].shape[1])).astype(np.float32)
+    np.testing.assert_allclose(network(features), shipped.network(features), rtol=1e-4, atol=1e-4)
+    assert errors[1] < errors[0]
+    algorithm.stop()
+    small = composed("experiment=ppo_serve", "num_envs=2", "hidden=[16]", *words[:3])
+    other = build_algorithm(small)
+    with pytest.raises(ConfigError, match="its layers are"):
+        build(small.imitate)(other, small.env.id, environment_words(small), seed=0)
+    other.stop()
+
+
 def test_training_stops_once_validation_has_not_got_better_for_long(local_ray: None, tmp_path: Path) -> None:
     train(composed(*SMALL_PPO, "patience=2", "min_gain=10.0", "iterations=9"), tmp_path)
     rows = pd.read_csv(tmp_path / "progress.csv")
     assert rows["iteration"].tolist() == [1, 2, 3]  # the first is better than nothing, the next two are not
 
 
-def test_a_cluster_that_does_not_answer_is_an_error_that_names_its_address() -> None:
+def test_a_cluster_that_does_not_answer_is_an_error_that_names_its_address(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "agents.train", "ray.address=127.0.0.1:1", "label=nowhere"],
+        [sys.executable, "-m", "agents.train", "ray.address=127.0.0.1:1", f"hydra.run.dir={tmp_path}"],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "1"},
         capture_output=True,
