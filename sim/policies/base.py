@@ -33,8 +33,8 @@ class ServerModel:
         """Build an idle engine that is such a server, under a budget.
 
         Args:
-            plan, budget_bytes: as ``SimEngine``. words: what else it takes, such as ``keep_iterations`` or ``book``, and in the
-                place of the server's own.
+            plan, budget_bytes: as ``SimEngine``. words: what else it takes, such as ``keep_iterations`` or ``book``,
+                and in the place of the server's own.
 
         Raises:
             BudgetError: when the budget cannot hold the weights and one request.
