@@ -149,9 +149,11 @@ def _measure_serve(cfg: DictConfig, folder: Path) -> None:
             before = pd.read_parquet(folder / file)
             kept = before[~before["policy"].isin(cfg.only)]
             write_parquet(folder / file, pd.concat([kept, serve_contest(place, anew, windows, oracles=False)]))
-        tuned = json.loads((folder / "serve.json").read_text(encoding="utf-8"))["tuned"]
+        made = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
+        made["anew"] = {"policies": list(cfg.only), "commit": provenance(0)["commit"]}
     else:
-        tuned_rules, tuned = rules(setting)
+        made = provenance(0)
+        tuned_rules, made["tuned"] = rules(setting)
         policies = {name: [build] for name, build in tuned_rules.items()} | policies
         write_parquet(folder / "serve.parquet", serve_contest(setting, policies, windows))
         elsewhere = {name: learned_policies(found(str(glob))) for name, glob in cfg.serve_elsewhere.items()}
@@ -165,8 +167,10 @@ def _measure_serve(cfg: DictConfig, folder: Path) -> None:
         name: [read_learned(path, "ServeTrace").about["training"]["seconds"] for path in several]
         for name, several in paths.items()
     }
-    about = {"tuned": tuned, "trained_on": sources, "seconds": seconds, "other_quality": OTHER_QUALITY}
-    write_json(folder / "serve.json", {**provenance(0), **about})
+    write_json(
+        folder / "serve.json",
+        {**made, "trained_on": sources, "seconds": seconds, "other_quality": OTHER_QUALITY},
+    )
 
 
 def _curves(globs: DictConfig) -> pd.DataFrame:

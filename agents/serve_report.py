@@ -220,9 +220,11 @@ def serve_section(folder: Path) -> str:
     curves = pd.read_parquet(path) if path.exists() else None
     serve_figure(folder, frame, curves)
     windows = frame["window"].nunique()
+    anew = made.get("anew")
+    later = f" ({' and '.join(anew['policies'])}: {anew['commit'][:12]})" if anew else ""
     parts = [
         "## Serving a trace under memory that moves (`ServeTrace-v0`)\n",
-        f"`{made['command']}`, commit {made['commit'][:12]}: {windows} held-out windows of 120 s from "
+        f"`{made['command']}`, commit {made['commit'][:12]}{later}: {windows} held-out windows of 120 s from "
         f"{', '.join(dict.fromkeys(frame['source']))}, each under a full budget, a co-tenant that comes and goes, and "
         "a random walk, at two loads. Llama-2-7B on one A100, the SLO a first token within two seconds; quality from "
         "the published points of `conf/quality/llama2_7b_published.yaml`, where which blocks a plan drops makes no "

@@ -198,11 +198,13 @@ def test_the_verdict_on_serving_names_who_won_and_where(tmp_path: Path) -> None:
     assert section.count("| learned_x |") == 4
     write_parquet(tmp_path / "serve_elsewhere.parquet", frame[frame["policy"] == "learned_x"].assign(policy="on_moon"))
     write_parquet(tmp_path / "serve_quality.parquet", frame[frame["policy"].isin(["learned_x", "dense"])])
-    write_json(tmp_path / "serve.json", {**made, "other_quality": "some_quality"})
+    anew = {"policies": ["learned_x"], "commit": "2" * 40}
+    write_json(tmp_path / "serve.json", {**made, "other_quality": "some_quality", "anew": anew})
     steps = {"env_steps": [1000, 2000], "seconds": [5.0, 10.0], "validation_utility": [0.7, 0.6]}
     write_parquet(tmp_path / "serve_training.parquet", pd.DataFrame({"policy": "learned_x", "seed": 0, **steps}))
     section = serve_section(tmp_path)
     assert "| learned_x | 1 | 0.7000 (0.7000 to 0.7000) | 10 | 2,000 |" in section
+    assert "commit 000000000000 (learned_x: 222222222222)" in section
     assert section.count("| on_moon |") == 2
     assert "| policy | published | some_quality |" in section
     assert (tmp_path / "serve.png").stat().st_size > 10_000
