@@ -69,6 +69,7 @@ class TextConfig:
     tokens: int | None = None
     window: int = 256
     seed: int | None = None
+    keep_newlines: bool = False
 
 
 @dataclass(kw_only=True)
@@ -160,7 +161,14 @@ class Job:
     def text(self, which: str, tokens: int | None = None) -> Windows:
         """Return the windows of the calibration or the test text."""
         text = self.cfg[which]
-        return read_windows(text.path, self.tokenizer, tokens=tokens or text.tokens, window=text.window, seed=text.seed)
+        return read_windows(
+            text.path,
+            self.tokenizer,
+            tokens=tokens or text.tokens,
+            window=text.window,
+            seed=text.seed,
+            keep_newlines=text.keep_newlines,
+        )
 
     def path(self, kind: str) -> Path:
         """Return the file of a score of this model; another calibration sample has one of its own."""
@@ -451,8 +459,7 @@ def _generation(job: Job) -> None:
 
 
 def _perplexity(job: Job) -> None:
-    text = job.cfg.test
-    windows = read_windows(text.path, job.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed)
+    windows = job.text("test")
     found = measure(job.elastic, dense_plan(job.elastic.spec), windows.tokens)
     result = {"nll": found.mean, "perplexity": float(np.exp(found.mean)), "predicted_tokens": found.tokens}
     job.write(job.path("perplexity"), windows, "perplexity of the dense model; all but a window's first token", result)

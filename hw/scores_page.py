@@ -168,15 +168,18 @@ def _speed_of(gsi: dict[str, Any]) -> list[str]:
     return [text, _grid(head, rows)]
 
 
+FULL_TEST = "python -m hw.score kind=full_test test.tokens=null test.window=2048 test.keep_newlines=true"
+
+
 def _full_test(found: Any) -> list[str]:
     title = "## The whole test text"
     if found is None:
-        return [title, "Not measured yet: `python -m hw.score kind=full_test test.tokens=null test.window=2048`."]
+        return [title, f"Not measured yet: `{FULL_TEST}`."]
     rows = [[row["name"], f"{math.exp(row['nll']):.2f}"] for row in found["plans"]]
     return [
         title,
-        f"`python -m hw.score kind=full_test test.tokens=null test.window=2048`: all {found['text']['tokens']:,} "
-        f"tokens of `{found['text']['text']}` in windows of {found['text']['window_tokens']}.",
+        f"`{FULL_TEST}`: all {found['text']['tokens']:,} tokens of `{found['text']['text']}` in windows of "
+        f"{found['text']['window_tokens']}, rows with their newlines as in the data set of Hugging Face.",
         _grid(["plan", "perplexity"], rows),
     ]
 

@@ -531,6 +531,19 @@ def test_a_mistake_ends_with_one_clear_message(checkpoint: Path, arguments: list
     assert "Traceback" not in ended.stderr
 
 
+def test_rows_may_keep_their_newlines(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    path = tmp_path / "rows.txt"
+    path.write_text("one row\n\nanother row\n" * 40)
+    apart, kept = (
+        read_windows(path, tokenizer, tokens=None, window=4, seed=None, keep_newlines=keep) for keep in (False, True)
+    )
+    newlines = [tokenizer.decode(windows.tokens.flatten()).count("\n") for windows in (apart, kept)]
+    assert newlines[1] == pytest.approx(1.5 * newlines[0], rel=0.1)
+    assert kept.source["keep_newlines"]
+    assert "keep_newlines" not in apart.source
+
+
 def test_windows_are_drawn_by_seed_and_cover_the_text_without(checkpoint: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     path = checkpoint / "text.txt"
