@@ -38,22 +38,22 @@ COUNTS = ("requests", "finished", "rejected", "unfinished", "moves", "plan", "re
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def replay(name: str, workers: int, folder: Path) -> None:
-    """Replay one experiment; leave its figures in a folder."""
+def replay(name: str, workers: int, folder: Path) -> dict[str, Any]:
+    """Replay one experiment, its run folder inside ``folder``; return its figures."""
     words, columns = RUNS[name]
     run = folder / "run" / name
     command = [sys.executable, "-m", *words.split(), f"workers={workers}", f"hydra.run.dir={run}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"python -m {words} failed: {done.stderr.strip()}")
-    content = json.loads((run / "compare.json").read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads((run / "compare.json").read_text(encoding="utf-8"))
     content["provenance"]["command"] = f"python -m {words}"  # workers and folder change nothing
     kept = {key.split(".")[0] for key, *_ in columns.values()} | set(COUNTS)
     content["summaries"] = {
         label: [{key: value for key, value in summary.items() if key in kept} for summary in row]
         for label, row in content["summaries"].items()
     }
-    write_json(folder / f"{name}.json", content)
+    return content
 
 
 def page(results: Path = RESULTS) -> str:
@@ -215,12 +215,10 @@ def main() -> None:
         for name in names:
             if name not in RUNS:
                 raise ConfigError(f"there is no result {name!r}; {nearest(name, RUNS)}")
-        with tempfile.TemporaryDirectory() as folder:
-            for name in names:
-                replay(name, told.workers, Path(folder))
-                print(f"{name}: replayed", flush=True)
-            for name in names:
-                write_text(RESULTS / f"{name}.json", (Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
+        for name in names:
+            with tempfile.TemporaryDirectory() as folder:
+                write_json(RESULTS / f"{name}.json", replay(name, told.workers, Path(folder)))
+            print(f"{name}: replayed", flush=True)
         write_text(PAGE, page())
     except ConfigError as error:
         fail(str(error))
