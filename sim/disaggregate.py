@@ -204,11 +204,14 @@ class Disaggregated:
                 self._next += 1
             self._join_those_here(now_s)
             self._send_those_ready()
+            self._step_to(now_s)
+            self._join_those_here(now_s)  # what took no time
             for number, side in enumerate(self.prefill):
                 self._begin(number, side, now_s)
             for side in self.decode:
                 if not ck.in_iteration(side.table) and side.times[ck.NEXT_S] <= now_s:
                     self._bring(side, now_s, start=True)
+            self._step_to(now_s)
 
     def _step_to(self, now_s: float) -> None:
         """Let everything happen on SimPy's clock that is due by a moment, at which it stands afterwards."""

@@ -2,8 +2,8 @@
 
 usage: python -m tests.sim.fuzz [CASES [FIRST [WORKERS [KIND]]]]
 
-KIND is ``engine`` (one replica) or ``cluster``. Prints how far it is; at the first difference the seed, what differs
-and the smallest case it shrinks to, and exits 1.
+KIND is ``engine`` (one replica), ``cluster``, or ``apart`` (prefill and decode). Prints how far it is; at the first
+difference the seed, what differs and the smallest case it shrinks to, and exits 1.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import sys
 import time
 from functools import partial
 
-from tests.sim import cluster_cases, kernel_cases
+from tests.sim import apart_cases, cluster_cases, kernel_cases
 
 BATCH = 250
 KINDS = {
     "engine": (kernel_cases.random_case, kernel_cases.differences, kernel_cases.shrunk),
     "cluster": (cluster_cases.random_cluster, cluster_cases.differences, cluster_cases.shrunk),
+    "apart": (apart_cases.random_apart, apart_cases.differences, apart_cases.shrunk),
 }
 
 

@@ -22,6 +22,7 @@ from sim.plan import Plan, dense_plan, drop
 from sim.policies.fixed import static_plan
 from sim.records import Status
 from sim.trace import Trace
+from tests.sim.apart_cases import differences, fast_apart, random_apart
 from tests.sim.serving import TINY, linear_latency, tiny_engine
 
 DENSE = dense_plan(TINY)
@@ -289,6 +290,28 @@ def test_a_link_gives_each_transfer_an_equal_share(sizes: list[tuple[float, int]
             expected[i] = now_s
             del left[i]
     assert ends == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("first", range(0, 120, 20))
+def test_the_system_leaves_the_records_of_the_plain_one(first: int) -> None:
+    for seed in range(first, first + 20):
+        found = differences(random_apart(seed))
+        assert found == [], f"seed {seed}; `make fuzz KIND=apart FIRST={seed} CASES=1` shrinks it"
+
+
+def test_the_random_systems_meet_what_has_rules() -> None:
+    met = dict.fromkeys(("waited for room", "preempted", "rejected", "windowed KV", "nested"), 0)
+    for seed in range(120):
+        case = random_apart(seed)
+        made = fast_apart(case)
+        made.run()
+        records = made.records()
+        met["waited for room"] += bool((records.send_s > records.first_token_s + 1e-9).any())
+        met["preempted"] += bool((records.preemptions > 0).any())
+        met["rejected"] += bool((records.status == Status.REJECTED).any())
+        met["windowed KV"] += any(keep.tokens(99) < 99 for keep in case.plan.kv_keep)
+        met["nested"] += case.plan.prefill != case.plan.decode
+    assert min(met.values()) >= 5, met
 
 
 def test_two_runs_leave_identical_records() -> None:
