@@ -28,6 +28,7 @@ ABOUT = {
     "+queue": "the same with a queue limit",
     "lookahead": "every plan of the learned policy's table tried on a model of the server, the best taken",
     "learned_clone": "learned what a planner that knew the training windows lost under each plan (agents/clone.py)",
+    "learned_clone_busy": "the same at the upper half of the rates, tried after at_high below did well here",
     "learned_ppo": "PPO that went on from learned_clone",
     "learned_ppo_plan": "PPO that began with one plan",
     "oracle_static": "the best plan of the table for each window, chosen in hindsight; not a bound for what adapts",
