@@ -161,11 +161,14 @@ def elsewhere_section(folder: Path, frame: pd.DataFrame, made: dict[str, Any]) -
     parts = []
     compared = [name for name in _policies(frame) if name in COMPARED or name in _learned(frame)]
     if (folder / "serve_elsewhere.parquet").exists():
-        both = pd.concat([frame[frame["policy"].isin(compared)], pd.read_parquet(folder / "serve_elsewhere.parquet")])
+        trained = pd.read_parquet(folder / "serve_elsewhere.parquet")
+        both = pd.concat([frame[frame["policy"].isin(compared)], trained])
+        seeds = trained.groupby("policy")["seed"].nunique().max()
         parts += [
             "### Trained elsewhere\n",
             "The same test windows; **on_X** is learned_clone trained on trace X alone, **at_low** and **at_high** on "
-            "the lower and upper half of the rates of its trace.\n",
+            f"the lower and upper half of the rates of its trace, by {seeds} seed(s) each; conf/evaluate.yaml has the "
+            "commands.\n",
             by_kind_markdown(both, "source"),
             by_kind_markdown(both, "load"),
         ]
