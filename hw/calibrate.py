@@ -781,7 +781,7 @@ def from_device(arguments: Arguments) -> list[dict[str, Any]]:
             term["note"] = "single cells of a coarse grid: products switch kernels between few and many tokens"
     line = d.line_over_terms(runs, d.latency_of(content))
     content = d.times(content, line.factor)
-    content["fixed_us"] = float(f"{line.fixed_s * 1e6:.4g}")
+    content["fixed_us"] = round(line.fixed_s * 1e6, 1)
     content["fixed_source"] = (
         f"{sum(len(run.shapes) for run in runs)} iterations of {len(runs)} runs of hw.engine between the measurements "
         f"take this long and {line.factor:.3f} times what their terms take one by one (soft L1; off by {line.off:.1%} "

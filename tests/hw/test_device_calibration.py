@@ -103,7 +103,7 @@ def test_the_command_writes_a_calibration_that_the_simulator_loads_and_prices_an
     assert 0 < latency.iteration_s(pruned, [(30, 0)], 4, 200, 5) < latency.iteration_s(dense, [(30, 0)], 4, 200, 5)
     content = json.loads((tmp_path / "tiny_cpu_epyc_1thread.json").read_text())
     assert set(content["errors"]) >= {"mha_linear_16", "ffn_linear_4", "decode_attention", "iteration"}
-    assert content["fixed_us"] > 0
+    assert content["fixed_us"] >= 0
     assert content["device_run"]["samples"] >= content["device_run"]["cells"] * 2
     changes = content["device_run"]["plan_changes"]
     assert set(changes["layer_copies"]) == {"16", "8", "4"}

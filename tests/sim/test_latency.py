@@ -219,7 +219,7 @@ def test_a_committed_calibration_is_small_and_states_model_sources_and_errors(co
         assert error.points > 0
         assert 0 <= error.median <= error.p95
         assert (error.median < 0.03 and error.p95 < 0.12) or error.note
-    assert ("whole passes" if measured_here else "first 60 s") in committed.fixed_source
+    assert ("runs of hw.engine" if measured_here else "first 60 s") in committed.fixed_source
     assert (committed.kind == "derived") == ("DERIVED" in " ".join(committed.notes))
 
 
