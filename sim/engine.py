@@ -294,7 +294,7 @@ class SimEngine:
         self._hold_at_s = math.nan
 
         first = self._book.first(self.target_of(plan))
-        while not kernel.run_step(self.table, first, self.env.now):
+        while not kernel.run_step(self.table, first, float(self.env.now)):
             self._work_out()
         kernel.resize_to_budget(self._table)
         self._context_limit = self._find_context_limit()
@@ -348,7 +348,7 @@ class SimEngine:
             CalibrationError: for a plan with a precision that was not measured; what runs goes on.
         """
         target = self.target_of(plan)
-        kernel.take_decisions(self._table, self.env.now)
+        kernel.take_decisions(self._table, float(self.env.now))
         n = self._state.ints
         if target == (n[kernel.DECIDED] if n[kernel.DECIDED] >= 0 else n[kernel.TARGET]):
             return
@@ -405,7 +405,7 @@ class SimEngine:
                 env.step()
             if env.now >= time_s or math.isinf(time_s):
                 break
-        now_s = env.now if math.isinf(time_s) else time_s
+        now_s = float(env.now if math.isinf(time_s) else time_s)
         kernel.follow_budget(self._table, now_s)
         if self._state.floats[kernel.NEXT_ARRIVAL_S] <= now_s:
             kernel.take_arrivals(self._table, now_s)
@@ -654,7 +654,7 @@ class SimEngine:
     def _serve(self) -> Generator[simpy.Event, Any, None]:
         env, f = self.env, self._state.floats
         while True:
-            if env.now == self._hold_at_s:  # a policy decides now, before the next iteration starts
+            while env.now == self._hold_at_s:  # a policy decides now, before the next iteration starts
                 self._resume = env.event()
                 yield self._resume
             now_s = env.now

@@ -206,10 +206,12 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
     engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])
     states = []
     changes = dict(case.plans)
-    for time_s in sorted({*changes, *case.ticks_s}):
+    for index, time_s in enumerate(sorted({*changes, *case.ticks_s})):
         states.append(engine.run_until(time_s))
         if time_s in changes:
             engine.apply(changes[time_s])
+        if index % 3 == 1:
+            states.append(engine.run_until(time_s))  # asked twice, it stands where it stood
     engine.run_until(math.inf)
     states.append(engine.run_until(LATE_S))  # the clock may stand at different moments after all is done
     return engine, states
