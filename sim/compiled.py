@@ -47,7 +47,7 @@ def compiled(*, inline: bool = False) -> Callable[[F], F]:
                 _told = True
                 print(
                     "rap-lab: no folder for compiled code can be written, so this process compiles its own "
-                    "(about 15 s); set NUMBA_CACHE_DIR to a folder that can",
+                    "(about 20 s); set NUMBA_CACHE_DIR to a folder that can",
                     file=sys.stderr,
                 )
             return cast(F, njit(function, cache=False, **options))
