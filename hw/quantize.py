@@ -100,7 +100,7 @@ def _by_group(weight: Tensor) -> list[tuple[Tensor, slice]]:
     end = whole * QUANT_GROUP_ELEMENTS
     views = []
     if whole:
-        views.append((weight[:, :end].unflatten(1, (whole, QUANT_GROUP_ELEMENTS)), slice(0, whole)))
+        views.append((weight[:, :end].view(-1, whole, QUANT_GROUP_ELEMENTS), slice(0, whole)))
     if end < i:
         views.append((weight[:, end:].unsqueeze(1), slice(whole, whole + 1)))
     return views
