@@ -283,7 +283,8 @@ def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return whether both sides order the policies alike by mean TTFT and E2E, and what trusting the simulator costs.
 
     Two policies count as different when their real means are farther apart than the noise of both together. The regret
-    is how much worse the simulator's best policy is on the hardware than the best there is.
+    is how much worse the simulator's best policy is on the hardware than the best there is. Policies that decide the
+    same are tied in simulation; it cannot order them, and there is nothing to order.
     """
     found: dict[str, Any] = {}
     for workload, by_policy in results.items():
@@ -293,19 +294,21 @@ def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             if len(known) < 2:
                 continue
             sides = [[f[side] for f in known.values()] for side in ("simulated", "real")]
-            pairs, agreed = 0, 0
+            pairs, agreed, tied = 0, 0, 0
             for one, other in combinations(known.values(), 2):
                 gap = one["real"] - other["real"]
                 noise = (one["noise"] or 0.0) * one["real"] + (other["noise"] or 0.0) * other["real"]
                 if abs(gap) > noise:
                     pairs += 1
                     agreed += (one["simulated"] - other["simulated"]) * gap > 0
+                    tied += one["simulated"] == other["simulated"]
             best = min(known, key=lambda name: known[name]["simulated"])
             tau = kendalltau(*sides).statistic
             found.setdefault(workload, {})[metric] = {
                 "tau": float(tau) if np.isfinite(tau) else None,
                 "pairs_beyond_noise": pairs,
                 "agreed": agreed,
+                "tied": tied,
                 "regret": known[best]["real"] / min(f["real"] for f in known.values()) - 1,
             }
     return found
@@ -406,17 +409,19 @@ def page(content: Mapping[str, Any]) -> str:
         "## Do both sides rank the policies alike?",
         "",
         "Pairs of policies whose real means differ by more than their noise, and how many of them the simulator orders "
-        "alike; regret: how much worse its best policy is on the hardware than the best there is.",
+        "alike; *the same*: pairs that do exactly the same in simulation, so that what the hardware sees between them "
+        "is noise that the repeats did not show; regret: how much worse its best policy is on the hardware than the "
+        "best there is.",
         "",
-        "| workload | figure | tau | pairs beyond noise | ordered alike | regret |",
-        "|---|---|---:|---:|---:|---:|",
+        "| workload | figure | tau | pairs beyond noise | ordered alike | the same | regret |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for workload, by_metric in content["ranking"].items():
         for metric, row in by_metric.items():
             tau = "-" if row["tau"] is None else f"{row['tau']:.2f}"
             lines.append(
                 f"| {workload} | {metric} | {tau} | {row['pairs_beyond_noise']} | {row['agreed']} | "
-                f"{percent(row['regret'])} |"
+                f"{row['tied']} | {percent(row['regret'])} |"
             )
     lines += ["", "![Mean TTFT and TPOT, simulated against real](validation.png)", "", "## The words of every run", ""]
     words = content["words"]
@@ -434,8 +439,8 @@ def _speed(references: Sequence[Mapping[str, float]]) -> list[str]:
     each = [factor_of([one]) for one in references]
     return [
         f"All prices of the simulations are multiplied by {factor_of(references):.3f}: what {len(references)} "
-        "reference runs between the runs judged here took, of other requests on the dense model, over what the calibration says "
-        f"of them ({min(each):.2f} to {max(each):.2f} each; the machine's speed moves).",
+        "reference runs between the runs judged here took, of other requests on the dense model, over what the "
+        f"calibration says of them ({min(each):.2f} to {max(each):.2f} each; the machine's speed moves).",
         "",
     ]
 

@@ -250,6 +250,9 @@ def test_ranking_counts_only_pairs_beyond_the_noise_and_prices_a_wrong_choice() 
         return {"figures": {"ttft_s.mean": figure, "e2e_s.mean": figure}}
 
     found = ranking({"burst": {"a": cell(1.0, 1.2), "b": cell(1.1, 1.0), "c": cell(3.0, 3.0), "d": cell(3.1, 3.05)}})
+    assert found["burst"]["ttft_s.mean"]["tied"] == 0
+    same = ranking({"burst": {"a": cell(1.0, 1.0), "b": cell(1.0, 1.2)}})["burst"]["e2e_s.mean"]
+    assert (same["pairs_beyond_noise"], same["agreed"], same["tied"]) == (1, 0, 1)
     row = found["burst"]["ttft_s.mean"]
     assert row["pairs_beyond_noise"] == 5  # c and d differ by less than their noise
     assert row["agreed"] == 4
