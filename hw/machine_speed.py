@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hw.device_calibration import run_engine, times
+from hw.device_calibration import RATES_RPS, run_engine, times
 from hw.model import ElasticModel
 from sim.latency import LatencyModel
 from sim.runs import write_json
@@ -35,7 +35,8 @@ class MachineSpeed:
 
     def measure(self, elastic: ElasticModel, clock: str, latency: LatencyModel) -> None:
         """Serve one reference on the dense model, about ten seconds of computing for SmolLM2 on a CPU."""
-        run = run_engine(elastic, clock, FIRST_SEED + len(self.references), SERVED_S)
+        number = len(self.references)
+        run = run_engine(elastic, clock, FIRST_SEED + number, SERVED_S, RATES_RPS[number % len(RATES_RPS)])
         priced_s = run.priced_s(latency)
         self.references.append(
             {"iterations": len(priced_s), "measured_s": float(run.measured_s.sum()), "priced_s": float(priced_s.sum())}
