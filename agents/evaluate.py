@@ -15,8 +15,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from rich.console import Console
 
+from agents.ablation import shuffled_loads, shuffled_windows
 from agents.draws import prune_draws
-from agents.prune_contest import baselines, contest, learned, shuffled_entries, solver
+from agents.prune_contest import baselines, contest, learned, solver
 from agents.prune_report import prune_table_markdown, unseen_loads, write_report
 from agents.reward import kept_quality
 from agents.serve_contest import (
@@ -38,6 +39,7 @@ from sim.quality import QUALITIES
 from sim.runs import provenance, write_json, write_parquet
 
 RESULTS = REPOSITORY / "agents" / "results"
+TASKS = ("prune", "serve", "ablation")
 OTHER_QUALITY = "llama3_8b_published"
 """Whose losses of low precision the policies meet that were trained on those of the served model."""
 
@@ -46,16 +48,18 @@ OTHER_QUALITY = "llama3_8b_published"
 class EvaluateConfig:
     """What to evaluate.
 
-    tasks: prune, serve or both. model: whose measured table, of prune. measure: play; false only writes the page again.
+    tasks: prune, serve, and ablation (which entries the policies of serve live by).
+    model: whose measured table, of prune. measure: play; false only writes the page again.
     learned, serve_learned: name -> glob of exported policies, one a training seed. curves, serve_curves: name -> glob
         of the progress.csv of those trainings.
     serve_sources: traces of the test windows. serve_windows: windows for each trace, budget and load.
     serve_elsewhere: name -> glob of policies trained on other traces or loads, for the tables of generalisation.
+    serve_ablation: glob of the policies of which entries are shuffled; empty for none.
     only: names of serve_learned to play anew, everybody else's rows staying as the result files have them.
     out: folder of the result files.
     """
 
-    tasks: list[str] = field(default_factory=lambda: ["prune", "serve"])
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
     model: str = "smollm2_135m"
     learned: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +68,7 @@ class EvaluateConfig:
     serve_sources: list[str] = field(default_factory=lambda: ["burst"])
     serve_windows: int = 3
     serve_elsewhere: dict[str, Any] = field(default_factory=dict)
+    serve_ablation: str = ""
     only: list[str] = field(default_factory=list)
     measure: bool = True
     out: str = ""
@@ -114,7 +119,7 @@ def _measure(cfg: DictConfig, folder: Path) -> None:
         write_parquet(folder / "training.parquet", _curves(cfg.curves))
     paths = [path for glob in cfg.learned.values() for path in found(str(glob))]
     if paths:
-        write_parquet(folder / "prune_ablation.parquet", shuffled_entries(paths))
+        write_parquet(folder / "prune_ablation.parquet", shuffled_loads(paths))
     quality = quality_on(cfg.model, "calibration")
     solved = np.stack([solver(model, quality.blocks)(draw) for draw in prune_draws().validation])
     table = QUALITIES / f"{cfg.model}.json"
@@ -185,12 +190,14 @@ def _curves(globs: DictConfig) -> pd.DataFrame:
 
 def _run(cfg: DictConfig) -> None:
     folder = Path(cfg.out) if cfg.out else RESULTS
-    if unknown := sorted(set(cfg.tasks) - {"prune", "serve"}):
-        raise ConfigError(f"tasks: {unknown[0]!r} is none; {nearest(unknown[0], ('prune', 'serve'))}")
+    if unknown := sorted(set(cfg.tasks) - set(TASKS)):
+        raise ConfigError(f"tasks: {unknown[0]!r} is none; {nearest(unknown[0], TASKS)}")
     if cfg.measure and "prune" in cfg.tasks:
         _measure(cfg, folder)
     if cfg.measure and "serve" in cfg.tasks:
         _measure_serve(cfg, folder)
+    if cfg.measure and "ablation" in cfg.tasks and cfg.serve_ablation:
+        write_parquet(folder / "serve_ablation.parquet", shuffled_windows(found(cfg.serve_ablation)))
     page = write_report(folder)
     console = Console()
     console.print(prune_table_markdown(pd.read_parquet(folder / "prune.parquet")), highlight=False, soft_wrap=True)
