@@ -184,6 +184,9 @@ def _pdtrim(rows: Rows) -> str:
         "nested blocks cost less quality than the same blocks in both stages, at equal bytes": _verdict(
             of(blocks, "bytes", cost), of("unified", "bytes", cost)
         ),
+        "the sets that a search found are faster than the first blocks of the order, at 1.5 times dense": _verdict(
+            of("PDTrim searched", "1.5", e2e), of(blocks, "1.5", e2e)
+        ),
         "both mechanisms together are faster than each alone, at equal quality": _verdict(
             of(both, "quality", e2e), min(of(kv, "quality", e2e), of(blocks, "quality", e2e))
         ),
