@@ -64,7 +64,7 @@ def test_the_strongest_searched_pair_of_sets_within_a_quality_is_taken() -> None
         assert dropped in [[len(pair["prefill"]), len(pair["decode"])] for pair in searches]
     assert found[1.5].prefill != found[1.5].decode
     assert sum(dropped) == max(len(pair["prefill"]) + len(pair["decode"]) for pair in searches)
-    with pytest.raises(ConfigError, match="no plan of policy.kind=searched meets most_perplexity=None, most_sent=0.5"):
+    with pytest.raises(ConfigError, match=r"no plan of policy\.kind=searched meets"):
         pdtrim(SERVED, kind="searched", most_sent=0.5, **FILES)
 
 
