@@ -29,7 +29,8 @@ from scipy.optimize import nnls
 
 from hw.compare import judged_figure, percent
 from hw.disaggregate_command import Outcome, Pair, figures
-from hw.validate import ranking, slower
+from hw.machine_speed import slower
+from hw.validate import ranking
 from sim.config import CONF_DIR, build, fail, one_thread
 from sim.data import REPOSITORY
 from sim.disaggregate import StagedRecords, kv_bytes_sent
