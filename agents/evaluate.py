@@ -15,11 +15,23 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from rich.console import Console
 
+from agents.cluster_contest import (
+    cluster_contest,
+    cluster_rules,
+    learned_builds,
+    mean_cluster_utility,
+    read_about,
+    test_clusters,
+)
+from agents.cluster_env import ROUTERS, ClusterSetting
+from agents.cluster_report import COMPARED as CLUSTER_COMPARED
+from agents.cluster_report import cluster_table_markdown
 from agents.draws import prune_draws
 from agents.prune_contest import baselines, contest, learned, shuffled_entries, solver
 from agents.prune_report import prune_table_markdown, unseen_loads, write_report
 from agents.reward import kept_quality
 from agents.serve_contest import (
+    conf_policy,
     evaluation_setting,
     learned_policies,
     rules,
@@ -29,6 +41,7 @@ from agents.serve_contest import (
 )
 from agents.serve_report import COMPARED, serve_table_markdown
 from agents.surrogate import mask_losses, quality_on
+from agents.validate import validation_clusters
 from sim.config import one_thread, run_command
 from sim.data import REPOSITORY
 from sim.errors import ConfigError, nearest
@@ -38,6 +51,7 @@ from sim.quality import QUALITIES
 from sim.runs import provenance, write_json, write_parquet
 
 RESULTS = REPOSITORY / "agents" / "results"
+TASKS = ("prune", "serve", "cluster")
 OTHER_QUALITY = "llama3_8b_published"
 """Whose losses of low precision the policies meet that were trained on those of the served model."""
 
@@ -46,16 +60,19 @@ OTHER_QUALITY = "llama3_8b_published"
 class EvaluateConfig:
     """What to evaluate.
 
-    tasks: prune, serve or both. model: whose measured table, of prune. measure: play; false only writes the page again.
+    tasks: any of prune, serve and cluster. model: whose measured table, of prune. measure: play; false only writes the
+        page again.
     learned, serve_learned: name -> glob of exported policies, one a training seed. curves, serve_curves: name -> glob
         of the progress.csv of those trainings.
     serve_sources: traces of the test windows. serve_windows: windows for each trace, budget and load.
     serve_elsewhere: name -> glob of policies trained on other traces or loads, for the tables of generalisation.
+    cluster_learned, cluster_curves: as serve_learned and serve_curves, of ServeCluster; policies of one replica too.
+    cluster_each: clusters for each trace of serve_sources and each load.
     only: names of serve_learned to play anew, everybody else's rows staying as the result files have them.
     out: folder of the result files.
     """
 
-    tasks: list[str] = field(default_factory=lambda: ["prune", "serve"])
+    tasks: list[str] = field(default_factory=lambda: [*TASKS])
     model: str = "smollm2_135m"
     learned: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +81,9 @@ class EvaluateConfig:
     serve_sources: list[str] = field(default_factory=lambda: ["burst"])
     serve_windows: int = 3
     serve_elsewhere: dict[str, Any] = field(default_factory=dict)
+    cluster_learned: dict[str, Any] = field(default_factory=dict)
+    cluster_curves: dict[str, Any] = field(default_factory=dict)
+    cluster_each: int = 8
     only: list[str] = field(default_factory=list)
     measure: bool = True
     out: str = ""
@@ -173,6 +193,38 @@ def _measure_serve(cfg: DictConfig, folder: Path) -> None:
     )
 
 
+def _measure_cluster(cfg: DictConfig, folder: Path) -> None:
+    paths = {str(name): found(str(glob)) for name, glob in cfg.cluster_learned.items()}
+    about = {name: [read_about(path) for path in several] for name, several in paths.items()}
+    trained = {name: many for name, many in about.items() if many[0]["task"] == "ServeCluster"}
+    words = next((many[0]["environment"] for many in trained.values()), {})
+    words = {**words, "split": "test", "hide": ()}
+    setting = ClusterSetting(**words)
+    made = provenance(0)
+    policies: dict[str, Any] = {name: learned_builds(several) for name, several in paths.items()}
+    tuned, made["tuned"] = cluster_rules(setting)
+    everybody = {name: [build] for name, build in tuned.items()} | policies
+    clusters = test_clusters(setting, list(cfg.serve_sources), int(cfg.cluster_each))
+    write_parquet(folder / "cluster.parquet", cluster_contest(setting, everybody, clusters))
+    shown = {name: builds for name, builds in everybody.items() if name in policies or name in CLUSTER_COMPARED}
+    behind = []
+    for router in ROUTERS:
+        other = ClusterSetting(**{**words, "router": router})
+        behind.append(cluster_contest(other, shown, clusters, oracle=False).assign(router=router))
+    write_parquet(folder / "cluster_routers.parquet", pd.concat(behind, ignore_index=True))
+    if cfg.cluster_curves:
+        write_parquet(folder / "cluster_training.parquet", _curves(cfg.cluster_curves))
+    validated = mean_cluster_utility(setting, validation_clusters(setting), conf_policy("learned_serve"))
+    made |= {
+        "replicas": setting.replicas,
+        "router": str(words.get("router", "least_kv")),
+        "trained_on": list(setting.sources),
+        "seconds": {name: [one["training"]["seconds"] for one in many] for name, many in trained.items()},
+        "learned_serve_validation": validated,
+    }
+    write_json(folder / "cluster.json", made)
+
+
 def _curves(globs: DictConfig) -> pd.DataFrame:
     """Return the rows of several progress.csv, with whose and which seed's they are."""
     curves = [
@@ -185,17 +237,22 @@ def _curves(globs: DictConfig) -> pd.DataFrame:
 
 def _run(cfg: DictConfig) -> None:
     folder = Path(cfg.out) if cfg.out else RESULTS
-    if unknown := sorted(set(cfg.tasks) - {"prune", "serve"}):
-        raise ConfigError(f"tasks: {unknown[0]!r} is none; {nearest(unknown[0], ('prune', 'serve'))}")
+    if unknown := sorted(set(cfg.tasks) - {*TASKS}):
+        raise ConfigError(f"tasks: {unknown[0]!r} is none; {nearest(unknown[0], TASKS)}")
     if cfg.measure and "prune" in cfg.tasks:
         _measure(cfg, folder)
     if cfg.measure and "serve" in cfg.tasks:
         _measure_serve(cfg, folder)
+    if cfg.measure and "cluster" in cfg.tasks:
+        _measure_cluster(cfg, folder)
     page = write_report(folder)
     console = Console()
     console.print(prune_table_markdown(pd.read_parquet(folder / "prune.parquet")), highlight=False, soft_wrap=True)
     if "serve" in cfg.tasks and (folder / "serve.parquet").exists():
         table = serve_table_markdown(pd.read_parquet(folder / "serve.parquet"))
+        console.print(table, highlight=False, soft_wrap=True)
+    if "cluster" in cfg.tasks and (folder / "cluster.parquet").exists():
+        table = cluster_table_markdown(pd.read_parquet(folder / "cluster.parquet"))
         console.print(table, highlight=False, soft_wrap=True)
     console.print(f"files: {page}, {folder}", highlight=False, soft_wrap=True)
 
