@@ -31,7 +31,7 @@ Windows = Sequence[Window]
 
 TRAIN_CLUSTERS, TRAIN_SEED = 16, 20251121
 TEST_SEED = 20251122
-TEST_LOADS = (0.6, 0.9)
+TEST_LOADS = (0.75, 0.95)
 """So far along each source's range of rates (conf/split/serve.yaml), on a logarithmic scale."""
 BUILDERS: dict[str, Callable[..., Policy]] = {"ServeTrace": learned_serve, "ServeCluster": learned_cluster}
 

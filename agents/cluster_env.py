@@ -56,7 +56,7 @@ class ClusterSetting(ServeSetting):
         *,
         replicas: int = 4,
         router: str = "least_kv",
-        own_share: float = 1.0,
+        own_share: float = 0.0,
         hide: Sequence[str] = (),
         **words: Any,
     ) -> None:
@@ -65,8 +65,8 @@ class ClusterSetting(ServeSetting):
         Args:
             replicas: of a cluster, all alike but for their budgets. router: one of ``ROUTERS``.
             hide: names of entries of the observation that stay 0, for ablations.
-            own_share: of a replica's reward in `ServeReplicas`, what its own requests earn; the rest is the mean over
-                the cluster. Whatever it is, the mean over the replicas is the cluster's reward.
+            own_share: how much of what its own requests earn beyond the cluster's mean a replica is paid in
+                `ServeReplicas`, beside what the cluster earns; the mean over the replicas is that, whatever it is.
             words: those of ``ServeSetting``.
         """
         super().__init__(**words)
@@ -218,7 +218,7 @@ class ClusterCore:
         }
 
 
-class ServeCluster(gym.Env[NDArray[np.float32], NDArray[np.int64]]):
+class ServeCluster(gym.Env[NDArray[np.float32], NDArray[np.integer[Any]]]):
     """One agent for all replicas: a row of the observation and an action for each."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own form
@@ -230,7 +230,7 @@ class ServeCluster(gym.Env[NDArray[np.float32], NDArray[np.int64]]):
         rows = (setting.replicas, 1)
         self.observation_space = gym.spaces.Box(np.tile(one.low, rows), np.tile(one.high, rows), dtype=np.float32)
         each = [len(setting.actions.plans)] * setting.replicas
-        self.action_space: gym.Space[NDArray[np.int64]] = gym.spaces.MultiDiscrete(each)
+        self.action_space = gym.spaces.MultiDiscrete(each)
         self.render_mode = render_mode
         self.core = ClusterCore(setting)
 

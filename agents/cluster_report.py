@@ -19,9 +19,9 @@ COMPARED = ("dense", "static", "greedy_stop+queue", "precision+queue", "saber")
 """Rules that stand beside learned policies behind other routers."""
 ABOUT = {
     "learned_serve": "the policy that ships for one replica, which does not look at the others",
-    "learned_cluster": "one policy for all replicas, PPO in clusters that went on from learned_serve; each is paid "
-    "for its own requests, and sees the others",
-    "learned_cluster_shared": "the same, each paid the mean over the cluster",
+    "learned_cluster": "one policy for all replicas, PPO in clusters that went on from learned_serve; each sees the "
+    "others and is paid what the cluster earns",
+    "learned_cluster_own": "the same, each paid for its own requests too (own_share=1)",
     "learned_cluster_blind": "the same as learned_cluster, but what it would see of the others is hidden",
     ORACLE: "the best single plan for all replicas, chosen in hindsight for each cluster",
 }

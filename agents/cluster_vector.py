@@ -1,8 +1,9 @@
 """``ServeCluster-v0`` for training one policy that all replicas share: many clusters, a row a replica.
 
 Its episodes are those of ``agents.cluster_env``, step by step, and with one replica a cluster those of ``ServeTrace``
-(tests/agents/test_cluster_env.py). What a row is paid is set by ``own_share``; the mean over the rows of a cluster is
-what its one agent is paid.
+(tests/agents/test_cluster_env.py). A row is paid what the cluster is, and ``own_share`` of what its own requests earn
+beyond as many of the cluster's: over the rows of a cluster this adds up to nothing, and no replica gains by being sent
+fewer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from agents.windows import Window
 from sim.cluster import Cluster
 from sim.engine import MEMORY_OF_PLANS
 from sim.errors import ConfigError
-from sim.fleet import OLDEST_WAIT_S, SEEN_COLUMNS, WAITING
+from sim.fleet import ARRIVED, OLDEST_WAIT_S, SEEN_COLUMNS, WAITING
 from sim.observe import Bools, Floats32
 from sim.observe_cluster import cluster_features
 from sim.observe_serve import ServeObservers
@@ -67,7 +68,7 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         self._tick, self._requests = np.zeros(clusters, dtype=np.int64), np.zeros(clusters, dtype=np.int64)
         self._settled = np.full((rows, 1), UNKNOWN)
         self._seen = np.zeros((rows, SEEN_COLUMNS))
-        self._earned, self._lost, self._potential = np.zeros(rows), np.zeros(rows), np.zeros(rows)
+        self._standing, self._potential = np.zeros(rows), np.zeros(rows)
         self._over = np.zeros(clusters, dtype=np.bool_)
         self._slo_s = slo_seconds(setting.slo)
 
@@ -102,7 +103,7 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         for row in range(rows.start, rows.stop):
             self._observers.begin(row)
         self._requests[c], self._tick[c] = len(cluster.trace), 0
-        self._earned[rows] = self._lost[rows] = self._potential[rows] = 0.0
+        self._standing[rows] = self._potential[rows] = 0.0
         if len(cluster.trace) > self._settled.shape[1]:
             self._settled = np.full((self.num_envs, 2 * len(cluster.trace)), UNKNOWN)
         self._settled[rows] = UNKNOWN
@@ -152,10 +153,12 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         moments_s = np.where(ended, math.inf, np.repeat(self._tick, k) * setting.tick_s)
         earned, lost = np.empty(self.num_envs), np.empty(self.num_envs)
         settle_utility(tables, self._settled, moments_s, self._slo_s, setting.dense_nll, requests, earned, lost)
-        own = k * (self._lost - lost if setting.reward.kind == "lost" else earned - self._earned)
-        self._earned, self._lost = np.where(goes_on, earned, 0.0), np.where(goes_on, lost, 0.0)
-        shared = np.repeat(own.reshape(-1, k).mean(axis=1), k)
-        gained = setting.own_share * own + (1.0 - setting.own_share) * shared
+        standing = -lost if setting.reward.kind == "lost" else earned
+        arrived = self._seen[:, ARRIVED].reshape(-1, k)
+        total = np.repeat(standing.reshape(-1, k).sum(axis=1), k)
+        mean = total * (arrived / np.maximum(arrived.sum(axis=1, keepdims=True), 1.0)).ravel()
+        standing = total + setting.own_share * k * (standing - mean)
+        gained, self._standing = standing - self._standing, np.where(goes_on, standing, 0.0)
         waits = (self._seen[:, OLDEST_WAIT_S], self._seen[:, WAITING])
         potential = setting.reward.potentials(*waits, requests / k, setting.slo.ttft_s)
         potential[ended | ~goes_on] = 0.0

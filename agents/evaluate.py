@@ -197,8 +197,9 @@ def _measure_cluster(cfg: DictConfig, folder: Path) -> None:
     paths = {str(name): found(str(glob)) for name, glob in cfg.cluster_learned.items()}
     about = {name: [read_about(path) for path in several] for name, several in paths.items()}
     trained = {name: many for name, many in about.items() if many[0]["task"] == "ServeCluster"}
-    words = next((many[0]["environment"] for many in trained.values()), {})
-    words = {**words, "split": "test", "hide": ()}
+    words: dict[str, Any] = {"split": "test", "hide": ()}
+    if trained:
+        words = {**next(iter(trained.values()))[0]["environment"], **words}
     setting = ClusterSetting(**words)
     made = provenance(0)
     policies: dict[str, Any] = {name: learned_builds(several) for name, several in paths.items()}

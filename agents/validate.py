@@ -17,7 +17,7 @@ from agents.windows import Window, serve_windows
 from sim.observe import Bools, Floats32
 from sim.policies.learned import Network
 
-VALIDATION_WINDOWS, VALIDATION_CLUSTERS, VALIDATION_SEED = 24, 16, 20250602
+VALIDATION_WINDOWS, VALIDATION_CLUSTERS, VALIDATION_SEED = 24, 24, 20250602
 Act = Callable[[Floats32, Bools], NDArray[np.int64]]
 """Chooses one legal action a row."""
 
