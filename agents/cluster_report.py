@@ -21,6 +21,7 @@ ABOUT = {
     "learned_serve": "the policy that ships for one replica, which does not look at the others",
     "learned_cluster": "one policy for all replicas, PPO in clusters that went on from learned_serve; each sees the "
     "others and is paid what the cluster earns",
+    "learned_cluster_burst": "the same, trained on burst alone, as learned_serve was",
     "learned_cluster_own": "the same, each paid for its own requests too (own_share=1)",
     "learned_cluster_blind": "the same as learned_cluster, but what it would see of the others is hidden",
     ORACLE: "the best single plan for all replicas, chosen in hindsight for each cluster",
@@ -65,7 +66,7 @@ def cluster_table_markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cluster_verdict(frame: pd.DataFrame, trained_on: list[str]) -> str:
+def cluster_verdict(frame: pd.DataFrame) -> str:
     """Return what the table says, whichever way it went."""
     names = _policies(frame)
     means = {name: float(frame[frame["policy"] == name]["utility"].mean()) for name in names}
@@ -103,7 +104,7 @@ def cluster_verdict(frame: pd.DataFrame, trained_on: list[str]) -> str:
     worst, easiest = min(kinds, key=kinds.__getitem__), max(kinds, key=kinds.__getitem__)
     text += (
         f"Against {simple}, {best} is worst on {worst} ({kinds[worst]:+.3f}) and best on {easiest} "
-        f"({kinds[easiest]:+.3f}); it was trained on {' and '.join(trained_on)} alone.\n"
+        f"({kinds[easiest]:+.3f}).\n"
     )
     return text
 
@@ -149,21 +150,24 @@ def cluster_section(folder: Path) -> str:
     tuned = made["tuned"]
     parts = [
         "## Serving with many replicas (`ServeCluster-v0`)\n",
-        f"`{made['command']}`, commit {made['commit'][:12]}: {frame['window'].nunique()} held-out clusters of "
+        f"`{made['command']}`, commit {made['commit'][:12]}"
+        + (f" (rules: {made['rules_commit'][:12]})" if "rules_commit" in made else "")
+        + f": {frame['window'].nunique()} held-out clusters of "
         f"{made['replicas']} replicas behind the router {made['router']}. A cluster serves as many windows of 120 s as "
         "it has replicas, all of one trace and one load, whose requests arrive together; each replica lives under a "
         "budget of its own (full, a co-tenant, or a random walk), so that some are pressed while others are not. "
         "Model, device, SLO and quality are those of ServeTrace above. Every replica has its own policy, which decides "
         f"once a second. Rules were tuned on {tuned['windows']} training clusters: static plan '{tuned['static']}', "
         f"queue limit {tuned['queue']}, greedy_stop {json.dumps(tuned['greedy_stop'])}, SABER's margin "
-        f"{tuned['saber_margin']}. The learned policies were trained on windows of {', '.join(made['trained_on'])} "
-        "alone. Intervals: paired bootstrap over clusters and seeds, 95 %; clusters of one trace draw from the same "
+        f"{tuned['saber_margin']}. Learned policies were trained on training windows of "
+        + "; ".join(f"{', '.join(kinds)} ({name})" for name, kinds in made["sources"].items())
+        + ". Intervals: paired bootstrap over clusters and seeds, 95 %; clusters of one trace draw from the same "
         "held-out minutes, so intervals are narrower than those of independent clusters would be.\n",
         cluster_table_markdown(frame),
         "Rules: as above, one for each replica. "
         + "; ".join(f"**{name}**: {text}" for name, text in ABOUT.items() if name in set(frame["policy"]))
         + ".\n",
-        cluster_verdict(frame, made["trained_on"]),
+        cluster_verdict(frame),
         "![utility by trace, and training](results/cluster.png)\n",
         "### Clusters by trace\n",
         by_kind_markdown(frame, "source"),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.cluster_contest import (
@@ -42,7 +42,7 @@ from agents.serve_contest import (
 from agents.serve_report import COMPARED, serve_table_markdown
 from agents.surrogate import mask_losses, quality_on
 from agents.validate import validation_clusters
-from sim.config import one_thread, run_command
+from sim.config import CONF_DIR, one_thread, run_command
 from sim.data import REPOSITORY
 from sim.errors import ConfigError, nearest
 from sim.model import load_model
@@ -68,7 +68,7 @@ class EvaluateConfig:
     serve_elsewhere: name -> glob of policies trained on other traces or loads, for the tables of generalisation.
     cluster_learned, cluster_curves: as serve_learned and serve_curves, of ServeCluster; policies of one replica too.
     cluster_each: clusters for each trace of serve_sources and each load.
-    only: names of serve_learned to play anew, everybody else's rows staying as the result files have them.
+    only: names of serve_learned or cluster_learned to play anew, everybody else's rows staying as the files have them.
     out: folder of the result files.
     """
 
@@ -195,33 +195,40 @@ def _measure_serve(cfg: DictConfig, folder: Path) -> None:
 
 def _measure_cluster(cfg: DictConfig, folder: Path) -> None:
     paths = {str(name): found(str(glob)) for name, glob in cfg.cluster_learned.items()}
-    about = {name: [read_about(path) for path in several] for name, several in paths.items()}
-    trained = {name: many for name, many in about.items() if many[0]["task"] == "ServeCluster"}
-    words: dict[str, Any] = {"split": "test", "hide": ()}
-    if trained:
-        words = {**next(iter(trained.values()))[0]["environment"], **words}
+    words: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "env" / "serve_cluster.yaml").words)
+    words["split"] = "test"
     setting = ClusterSetting(**words)
-    made = provenance(0)
-    policies: dict[str, Any] = {name: learned_builds(several) for name, several in paths.items()}
-    tuned, made["tuned"] = cluster_rules(setting)
-    everybody = {name: [build] for name, build in tuned.items()} | policies
     clusters = test_clusters(setting, list(cfg.serve_sources), int(cfg.cluster_each))
-    write_parquet(folder / "cluster.parquet", cluster_contest(setting, everybody, clusters))
-    shown = {name: builds for name, builds in everybody.items() if name in policies or name in CLUSTER_COMPARED}
-    behind = []
-    for router in ROUTERS:
-        other = ClusterSetting(**{**words, "router": router})
-        behind.append(cluster_contest(other, shown, clusters, oracle=False).assign(router=router))
-    write_parquet(folder / "cluster_routers.parquet", pd.concat(behind, ignore_index=True))
+    policies: dict[str, Any] = {name: learned_builds(several) for name, several in paths.items()}
+    others = {router: ClusterSetting(**{**words, "router": router}) for router in ROUTERS}
+    made = provenance(0)
+    if cfg.only:
+        policies = {name: policies[name] for name in cfg.only if name in policies}
+        files = ("cluster.parquet", "cluster_routers.parquet")
+        kept = [frame[~frame["policy"].isin(cfg.only)] for frame in (pd.read_parquet(folder / name) for name in files)]
+        rules_made = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))
+        made |= {"tuned": rules_made["tuned"], "rules_commit": rules_made.get("rules_commit", rules_made["commit"])}
+        shown = everybody = policies
+    else:
+        kept = [pd.DataFrame(), pd.DataFrame()]
+        tuned, made["tuned"] = cluster_rules(setting)
+        everybody = {name: [build] for name, build in tuned.items()} | policies
+        shown = {name: builds for name, builds in everybody.items() if name in policies or name in CLUSTER_COMPARED}
+    played = cluster_contest(setting, everybody, clusters, oracle=not cfg.only)
+    write_parquet(folder / "cluster.parquet", pd.concat([kept[0], played], ignore_index=True))
+    behind = [cluster_contest(one, shown, clusters, oracle=False).assign(router=name) for name, one in others.items()]
+    write_parquet(folder / "cluster_routers.parquet", pd.concat([kept[1], *behind], ignore_index=True))
     if cfg.cluster_curves:
         write_parquet(folder / "cluster_training.parquet", _curves(cfg.cluster_curves))
-    validated = mean_cluster_utility(setting, validation_clusters(setting), conf_policy("learned_serve"))
+    about = {name: [read_about(path) for path in several] for name, several in paths.items()}
     made |= {
         "replicas": setting.replicas,
-        "router": str(words.get("router", "least_kv")),
-        "trained_on": list(setting.sources),
-        "seconds": {name: [one["training"]["seconds"] for one in many] for name, many in trained.items()},
-        "learned_serve_validation": validated,
+        "router": str(words["router"]),
+        "sources": {name: many[0]["environment"]["sources"] for name, many in about.items()},
+        "seconds": {name: [one["training"]["seconds"] for one in many] for name, many in about.items()},
+        "learned_serve_validation": mean_cluster_utility(
+            setting, validation_clusters(setting), conf_policy("learned_serve")
+        ),
     }
     write_json(folder / "cluster.json", made)
 

@@ -235,7 +235,7 @@ def test_the_verdict_on_clusters_names_who_won_where_and_what_training_in_them_a
         for window in range(40)
     ]
     frame = pd.DataFrame(rows)
-    text = cluster_verdict(frame, ["burst"])
+    text = cluster_verdict(frame)
     assert "**learned_cluster** has utility" in text
     assert "the best rule here (precision+queue, 0.8000)" in text
     assert "undecided are none" in text
@@ -243,17 +243,20 @@ def test_the_verdict_on_clusters_names_who_won_where_and_what_training_in_them_a
     assert "minus learned_cluster_own: +0.0650 [" in text
     assert "worst on azure_code (+0.030) and best on burst (+0.080)" in text
     worse = frame.assign(utility=frame["utility"].where(frame["policy"] != "learned_cluster", 0.1))
-    assert "**learned_cluster_own** has utility" in cluster_verdict(worse, ["burst"])
+    assert "**learned_cluster_own** has utility" in cluster_verdict(worse)
     nothing = frame[frame["policy"].isin(rules)]
-    assert cluster_verdict(nothing, []).startswith("The best rule is **precision+queue**")
+    assert cluster_verdict(nothing).startswith("The best rule is **precision+queue**")
     assert cluster_table_markdown(frame).count("| - |") == 1  # the reference alone is not compared with itself
     write_parquet(tmp_path / "cluster.parquet", frame)
     tuned = {"static": "drop 0", "queue": 8, "greedy_stop": {}, "saber_margin": 0.4, "windows": 16}
-    made = {"command": "python -m agents.evaluate", "commit": "0" * 40, "tuned": tuned, "trained_on": ["burst"]}
+    made = {"command": "python -m agents.evaluate", "commit": "0" * 40, "tuned": tuned, "rules_commit": "3" * 40}
     made |= {"replicas": 4, "router": "least_kv", "seconds": {}, "learned_serve_validation": 0.9}
+    made["sources"] = {"learned_cluster": ["burst", "azure_conv"]}
     write_json(tmp_path / "cluster.json", made)
     section = cluster_section(tmp_path)
     assert "40 held-out clusters of 4 replicas behind the router least_kv" in section
+    assert "commit 000000000000 (rules: 333333333333)" in section
+    assert "windows of burst, azure_conv (learned_cluster)" in section
     assert section.count("| learned_cluster |") == 4
     write_parquet(tmp_path / "cluster_routers.parquet", frame.assign(router="round_robin"))
     steps = {"env_steps": [1000, 2000], "seconds": [5.0, 10.0], "validation_utility": [0.7, 0.6]}

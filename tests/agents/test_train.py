@@ -185,7 +185,14 @@ def test_training_to_serve_begins_with_the_plan_that_it_is_told(local_ray: None)
 def test_training_in_clusters_begins_with_the_policy_of_one_replica_and_exports_one_for_each(
     local_ray: None, tmp_path: Path
 ) -> None:
-    small = ["num_envs=4", "hidden=[84,84]", "imitate.windows=1", "imitate.epochs=1", "env.words.replicas=2"]
+    small = [
+        "num_envs=4",
+        "hidden=[84,84]",
+        "imitate.windows=1",
+        "imitate.epochs=1",
+        "env.words.replicas=2",
+        "env.words.sources=[burst]",
+    ]
     cfg = composed("experiment=ppo_cluster", *SMALL_PPO, *small, "iterations=1", "algorithm.lr=0.0")
     reached = train(cfg, tmp_path)
     policy = read_learned(tmp_path / "best" / "policy.json", "ServeCluster")
