@@ -83,7 +83,7 @@ class EvaluateConfig:
     serve_elsewhere: dict[str, Any] = field(default_factory=dict)
     cluster_learned: dict[str, Any] = field(default_factory=dict)
     cluster_curves: dict[str, Any] = field(default_factory=dict)
-    cluster_each: int = 8
+    cluster_each: int = 6
     only: list[str] = field(default_factory=list)
     measure: bool = True
     out: str = ""
