@@ -13,7 +13,7 @@ import pytest
 import simpy
 from gymnasium.utils.env_checker import check_env
 
-from agents.cluster_contest import play_cluster, test_clusters, train_clusters
+from agents.cluster_contest import mean_cluster_utility, play_cluster, test_clusters, train_clusters
 from agents.cluster_env import ClusterSetting, ServeCluster
 from agents.cluster_vector import ServeReplicas
 from agents.imitate import with_inputs
@@ -291,6 +291,13 @@ def test_a_policy_of_one_replica_begins_in_a_cluster_as_itself() -> None:
     np.testing.assert_allclose(wider(rows), network(rows[:, :27]), rtol=1e-5, atol=1e-5)
     alone = serve(network.act, {}, WINDOWS[:1])
     assert serve_clusters(wider.act, {"replicas": 1}, [WINDOWS[:1]]) == pytest.approx(alone, abs=1e-12)
+
+
+def test_the_policy_that_ships_serves_clusters_better_than_dense_on_windows_it_was_not_trained_on() -> None:
+    setting = ClusterSetting(load=[0.7, 1.0])
+    clusters = validation_clusters(setting)[:4]
+    shipped = mean_cluster_utility(setting, clusters, conf_policy("learned_cluster"))
+    assert shipped > mean_cluster_utility(setting, clusters, conf_policy("dense")) + 0.1
 
 
 def test_render_shows_every_replica_and_writes_its_picture(tmp_path: Path) -> None:
