@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from agents.ablation import shuffled_loads, shuffled_windows
 from agents.cluster_contest import (
     cluster_contest,
     cluster_rules,
@@ -27,7 +28,7 @@ from agents.cluster_env import ROUTERS, ClusterSetting
 from agents.cluster_report import COMPARED as CLUSTER_COMPARED
 from agents.cluster_report import cluster_table_markdown
 from agents.draws import prune_draws
-from agents.prune_contest import baselines, contest, learned, shuffled_entries, solver
+from agents.prune_contest import baselines, contest, learned, solver
 from agents.prune_report import prune_table_markdown, unseen_loads, write_report
 from agents.reward import kept_quality
 from agents.serve_contest import (
@@ -51,7 +52,7 @@ from sim.quality import QUALITIES
 from sim.runs import provenance, write_json, write_parquet
 
 RESULTS = REPOSITORY / "agents" / "results"
-TASKS = ("prune", "serve", "cluster")
+TASKS = ("prune", "serve", "ablation", "cluster")
 OTHER_QUALITY = "llama3_8b_published"
 """Whose losses of low precision the policies meet that were trained on those of the served model."""
 
@@ -60,19 +61,20 @@ OTHER_QUALITY = "llama3_8b_published"
 class EvaluateConfig:
     """What to evaluate.
 
-    tasks: any of prune, serve and cluster. model: whose measured table, of prune. measure: play; false only writes the
-        page again.
+    tasks: prune, serve, ablation (which entries the policies of serve live by) and cluster.
+    model: whose measured table, of prune. measure: play; false only writes the page again.
     learned, serve_learned: name -> glob of exported policies, one a training seed. curves, serve_curves: name -> glob
         of the progress.csv of those trainings.
     serve_sources: traces of the test windows. serve_windows: windows for each trace, budget and load.
     serve_elsewhere: name -> glob of policies trained on other traces or loads, for the tables of generalisation.
+    serve_ablation: glob of the policies of which entries are shuffled; empty for none.
     cluster_learned, cluster_curves: as serve_learned and serve_curves, of ServeCluster; policies of one replica too.
     cluster_each: clusters for each trace of serve_sources and each load.
     only: names of serve_learned or cluster_learned to play anew, everybody else's rows staying as the files have them.
     out: folder of the result files.
     """
 
-    tasks: list[str] = field(default_factory=lambda: [*TASKS])
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
     model: str = "smollm2_135m"
     learned: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class EvaluateConfig:
     serve_sources: list[str] = field(default_factory=lambda: ["burst"])
     serve_windows: int = 3
     serve_elsewhere: dict[str, Any] = field(default_factory=dict)
+    serve_ablation: str = ""
     cluster_learned: dict[str, Any] = field(default_factory=dict)
     cluster_curves: dict[str, Any] = field(default_factory=dict)
     cluster_each: int = 6
@@ -134,7 +137,7 @@ def _measure(cfg: DictConfig, folder: Path) -> None:
         write_parquet(folder / "training.parquet", _curves(cfg.curves))
     paths = [path for glob in cfg.learned.values() for path in found(str(glob))]
     if paths:
-        write_parquet(folder / "prune_ablation.parquet", shuffled_entries(paths))
+        write_parquet(folder / "prune_ablation.parquet", shuffled_loads(paths))
     quality = quality_on(cfg.model, "calibration")
     solved = np.stack([solver(model, quality.blocks)(draw) for draw in prune_draws().validation])
     table = QUALITIES / f"{cfg.model}.json"
@@ -245,12 +248,14 @@ def _curves(globs: DictConfig) -> pd.DataFrame:
 
 def _run(cfg: DictConfig) -> None:
     folder = Path(cfg.out) if cfg.out else RESULTS
-    if unknown := sorted(set(cfg.tasks) - {*TASKS}):
+    if unknown := sorted(set(cfg.tasks) - set(TASKS)):
         raise ConfigError(f"tasks: {unknown[0]!r} is none; {nearest(unknown[0], TASKS)}")
     if cfg.measure and "prune" in cfg.tasks:
         _measure(cfg, folder)
     if cfg.measure and "serve" in cfg.tasks:
         _measure_serve(cfg, folder)
+    if cfg.measure and "ablation" in cfg.tasks and cfg.serve_ablation:
+        write_parquet(folder / "serve_ablation.parquet", shuffled_windows(found(cfg.serve_ablation)))
     if cfg.measure and "cluster" in cfg.tasks:
         _measure_cluster(cfg, folder)
     page = write_report(folder)

@@ -16,23 +16,20 @@ import numpy as np
 import pandas as pd
 
 from agents.draws import Draw, prune_draws
-from agents.prune_env import PruneToBudgetVector
 from agents.surrogate import mask_losses, quality_on, single_losses
-from agents.validate import play, validation_episodes
 from sim.config import CONF_DIR
 from sim.errors import ConfigError
 from sim.memory import ffn_weight_bytes, mha_weight_bytes, peak_bytes
 from sim.model import ModelSpec, load_model
-from sim.observe import Bools, Floats32, block_names, loads, mask_of, removed_blocks
+from sim.observe import Bools, block_names, loads, mask_of, removed_blocks
 from sim.plan import keep_all
 from sim.policies.knapsack import cheapest_mask, sorted_costs
-from sim.policies.learned import prune_network, read_learned
+from sim.policies.learned import prune_network
 
 Decide = Callable[[Draw], Bools]
 """Which blocks [b] to drop for a load."""
 
 SCENARIO = ["batch", "sequence_tokens", "budget_share"]
-LOAD_SHARES = ("kv_share", "mha_share", "ffn_share", "mha_over_ffn")
 RANDOM_ORDERS = 20
 STATIC_TRAIN_DRAWS = 2000
 
@@ -206,31 +203,3 @@ def grid(frame: pd.DataFrame, policy: str, column: str) -> np.ndarray[Any, np.dt
     part = frame[frame["policy"] == policy]
     table = part.pivot_table(index="seed", columns=SCENARIO, values=column, sort=True)
     return table.to_numpy(dtype=np.float64)
-
-
-def shuffled_entries(paths: Sequence[Path], seed: int = 0) -> pd.DataFrame:
-    """Return the validation utility of trained policies when one kind of entry comes from another load.
-
-    ``nothing`` is the policy as it is. Where the entries of a load are shuffled together they stay consistent.
-    """
-    rows = []
-    for number, path in enumerate(paths):
-        about = read_learned(path, "PruneToBudget")
-        words = {**about.about["environment"], "split": "validation"}
-        vector = PruneToBudgetVector(1, **words)
-        kinds = [entry.name.split(".")[0] for entry in vector.setting.table.entries]
-        groups = {"nothing": [], **{kind: [kind] for kind in dict.fromkeys(kinds)}}
-        groups["batch, length and all shares of the load"] = ["batch", "sequence_tokens", *LOAD_SHARES]
-        groups["everything missing"] = ["missing_share", "missing_mha", "missing_ffn"]
-        for name, hidden in groups.items():
-            columns = np.array([kind in hidden for kind in kinds])
-            rng = np.random.default_rng(seed)
-
-            def act(features: Floats32, legal: Bools, columns: Any = columns, rng: Any = rng) -> Any:
-                mixed = features.copy()
-                mixed[:, columns] = features[rng.permutation(len(features))][:, columns]
-                return about.network.act(mixed, legal)  # noqa: B023 - called before the loop goes on
-
-            ended = play(act, words, validation_episodes(1))
-            rows.append({"hidden": name, "seed": number, "utility": float(ended.utility.mean())})
-    return pd.DataFrame(rows)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from agents.ablation import ablation_markdown
 from agents.cluster_report import cluster_section
 from agents.draws import Draw, prune_draws
 from agents.prune_contest import grid
@@ -134,16 +135,6 @@ def training_markdown(curves: pd.DataFrame, knapsack_validation: float) -> str:
             f"{100 * best.mean() / knapsack_validation:.1f} % | {ends['seconds'].mean():.0f} | "
             f"{ends['env_steps'].mean():,.0f} | {reached} | {100 * sampled:.0f} : {100 - 100 * sampled:.0f} |"
         )
-    return "\n".join(lines) + "\n"
-
-
-def ablation_markdown(ablation: pd.DataFrame) -> str:
-    """Return what hiding each kind of entry costs."""
-    whole = float(ablation[ablation["hidden"] == "nothing"]["utility"].mean())
-    lines = ["| shuffled between loads | utility | lost |", "|---|---:|---:|"]
-    means = ablation.groupby("hidden")["utility"].mean().sort_values()
-    for name, value in means.items():
-        lines.append(f"| {name} | {value:.4f} | {100 * (1 - value / whole):.1f} % |")
     return "\n".join(lines) + "\n"
 
 
@@ -309,7 +300,7 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
             "### Which entries of the observation matter\n",
             "The trained policies play the validation loads while one kind of entry is taken from another load "
             "(permutation importance; nothing is trained again).\n",
-            ablation_markdown(pd.read_parquet(ablation_path)),
+            ablation_markdown(pd.read_parquet(ablation_path), "loads"),
         ]
     parts += [serve_section(folder), cluster_section(folder)]
     write_text(page, "\n".join(parts).rstrip("\n") + "\n")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from agents.ablation import WINDOWS, ablation_markdown
 from agents.serve_contest import serve_grid
 from agents.statistics import Interval, paired_difference
 from sim.runs import write_whole
@@ -186,6 +187,21 @@ def elsewhere_section(folder: Path, frame: pd.DataFrame, made: dict[str, Any]) -
     return parts
 
 
+def ablation_section(folder: Path) -> list[str]:
+    """Return which entries the fine-tuned policies live by; nothing where that was not measured."""
+    path = folder / "serve_ablation.parquet"
+    if not path.exists():
+        return []
+    ablation = pd.read_parquet(path)
+    return [
+        "### Which entries of the observation matter to serving\n",
+        f"The {ablation['seed'].nunique()} policies of learned_ppo play {WINDOWS} validation windows while entries "
+        "come from another of these windows at the same tick (permutation importance; nothing is trained again). Below "
+        "zero is noise.\n",
+        ablation_markdown(ablation, "windows"),
+    ]
+
+
 def serve_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> None:
     """Write serve.png: utility of every policy by source, and training curves."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -256,5 +272,6 @@ def serve_section(folder: Path) -> str:
             f"{taken} (learned_ppo without the clone it goes on from).\n",
             training_markdown(curves),
         ]
+    parts += ablation_section(folder)
     parts += elsewhere_section(folder, frame, made)
     return "\n".join(parts)

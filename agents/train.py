@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
 import pickle
 import shutil
-import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.export import export_network
+from agents.on_ray import join_ray
 from agents.validate import validation_utilities
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
@@ -128,23 +127,8 @@ def start_ray(cfg: DictConfig) -> None:
     import torch
 
     torch.set_num_threads(1)
-    if ray.is_initialized():
-        return
-    try:
-        host, _, port = str(cfg.ray.address or "").rpartition(":")
-        if host and port.isdigit():
-            # Where nothing listens, ray ends the whole process instead of raising.
-            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10.0).close()
-        ray.init(
-            # A stale file of an old cluster would otherwise be joined.
-            address=cfg.ray.address or "local",
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **({} if cfg.ray.address else {"num_cpus": max(2, 1 + cfg.ray.runners)}),
-        )
-    except OSError as error:
-        raise ConfigError(f"ray.address={cfg.ray.address}: no cluster answers there ({error}); leave it out") from error
+    if not ray.is_initialized():
+        join_ray(cfg.ray.address, **({} if cfg.ray.address else {"num_cpus": max(2, 1 + cfg.ray.runners)}))
 
 
 def current_network(algorithm: Any, activation: str) -> Network:

@@ -779,15 +779,16 @@ def from_device(arguments: Arguments) -> list[dict[str, Any]]:
     for term in content["errors"].values():
         if term.get("note") == "no reason known":
             term["note"] = "single cells of a coarse grid: products switch kernels between few and many tokens"
-    line = d.line_over_terms(runs, d.latency_of(content))
-    content = d.times(content, line.factor)
+    line = d.line_over_terms(runs, content)
+    content = d.times(content, line.factor, line.prefill_attention_factor)
     content["fixed_us"] = round(line.fixed_s * 1e6, 1)
     content["fixed_source"] = (
         f"{sum(len(run.shapes) for run in runs)} iterations of {len(runs)} runs of hw.engine between the measurements "
-        f"take this long and {line.factor:.3f} times what their terms take one by one (soft L1; off by {line.off:.1%} "
-        "in the median); the tables hold the terms times that"
+        f"take this long and {line.factor:.3f} times what their terms take one by one, for the attention of prompts "
+        f"{line.prefill_attention_factor:.3f} times (soft L1; off by {line.off:.1%} in the median); the tables hold "
+        "the terms times that"
     )
-    held_out = d.run_engine(elastic, settings.clock, seed + 100, 25.0)
+    held_out = d.run_engine(elastic, settings.clock, seed + 100, 25.0, 2.0)
     priced_s = held_out.priced_s(d.latency_of(content))
     content["errors"]["iteration"] = _summary(priced_s, held_out.measured_s) | {
         "note": f"iterations of a run of the engine, of which nothing was fitted; their sum is off by "

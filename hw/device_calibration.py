@@ -57,6 +57,8 @@ QUANTISED_LAYERS = 4
 BLOCK_TOKENS = 16
 LEAST_REPEATS, MOST_REPEATS = 12, 40
 RUN_S = 10.0
+RATES_RPS = (1.5, 6.0, 0.7, 3.0)
+"""Of the runs of the engine in turn: from one request at a time to a full batch beside prompts."""
 """Seconds of arrivals in a run of the engine."""
 WANTED_SPREAD = 0.02
 """A cell is done when the standard error of its median is below this share of it."""
@@ -292,7 +294,7 @@ def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: C
         (lambda: bench.linear(8), 0.5),
         (lambda: bench.linear(4), 1.0),
     ]
-    runs = [run_engine(bench.elastic, settings.clock, settings.seed + 1, RUN_S)]
+    runs = [run_engine(bench.elastic, settings.clock, settings.seed + 1, RUN_S, RATES_RPS[0])]
     with Progress(console=console, transient=True) as progress:
         for index, (build, share) in enumerate(groups):
             cells = build()
@@ -312,7 +314,8 @@ def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: C
                 samples.save()
                 progress.update(task, completed=len(cells) - len(todo))
             progress.remove_task(task)
-            runs.append(run_engine(bench.elastic, settings.clock, settings.seed + 2 + index, RUN_S))
+            rate_rps = RATES_RPS[(1 + index) % len(RATES_RPS)]
+            runs.append(run_engine(bench.elastic, settings.clock, settings.seed + 2 + index, RUN_S, rate_rps))
     return runs
 
 
@@ -341,19 +344,23 @@ def terms_of(samples: Samples) -> m.Terms:
     )
 
 
-def times(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """Return a calibration with the times of all its terms multiplied; ``fixed_us`` stays."""
+def times(content: Mapping[str, Any], factor: float, prefill_attention_factor: float | None = None) -> dict[str, Any]:
+    """Return a calibration with the times of all its terms multiplied; ``fixed_us`` stays.
 
-    def scaled(value: Any) -> Any:
+    prefill_attention_factor: for that term instead of ``factor``.
+    """
+
+    def scaled(value: Any, factor: float) -> Any:
         if isinstance(value, Mapping):
-            return {key: scaled(item) for key, item in value.items()}
-        return [scaled(item) for item in value] if isinstance(value, list) else float(f"{value * factor:.5g}")
+            return {key: scaled(item, factor) for key, item in value.items()}
+        return [scaled(item, factor) for item in value] if isinstance(value, list) else float(f"{value * factor:.5g}")
 
+    factors = {"prefill_attention": factor if prefill_attention_factor is None else prefill_attention_factor}
     tables = dict(content["tables"])
     for name in ("linear_us", "token_us", "head_us"):
-        tables[name] = scaled(tables[name])
+        tables[name] = scaled(tables[name], factor)
     for name in ("prefill_attention", "decode_attention"):
-        tables[name] = tables[name] | {"us": scaled(tables[name]["us"])}
+        tables[name] = tables[name] | {"us": scaled(tables[name]["us"], factors.get(name, factor))}
     return {**content, "tables": tables}
 
 
@@ -375,40 +382,45 @@ class Iterations:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What iterations take, as a line over the sum of their terms: ``factor * sum + fixed_s``.
+    """What iterations take: ``factor * terms + prefill_attention_factor * prefill attention + fixed_s``.
 
-    factor: in a run a term finds caches otherwise than it does when it is timed in turn with its like.
+    factors: in a run a term finds caches otherwise than it does when it is timed in turn with its like, and the
+    attention of prompts finds KV blocks and masks that were never used before.
     off: relative error of the line, the median of its size over the iterations.
     """
 
     factor: float
+    prefill_attention_factor: float
     fixed_s: float
     off: float
 
 
-def line_over_terms(runs: Sequence[Iterations], latency: LatencyModel) -> Line:
+def line_over_terms(runs: Sequence[Iterations], content: Mapping[str, Any]) -> Line:
     """Fit the line to the iterations of runs: relative errors, of which large ones count little (soft L1, at 5 %).
 
-    latency: the terms, with a ``fixed_s`` of 0.
+    content: the calibration that has the terms, its ``fixed_us`` 0.
     """
     measured_s = np.concatenate([run.measured_s for run in runs])
-    terms_s = np.concatenate([run.priced_s(latency) for run in runs])
+    once, twice = (latency_of(times(content, 1.0, factor)) for factor in (1.0, 2.0))
+    all_s, more_s = (np.concatenate([run.priced_s(latency) for run in runs]) for latency in (once, twice))
+    terms_s = np.column_stack((2 * all_s - more_s, more_s - all_s, np.full(len(all_s), 1e-3)))
 
     def off(at: Floats) -> Floats:
-        errors: Floats = (at[0] * terms_s + at[1] * 1e-3) / measured_s - 1
+        errors: Floats = terms_s @ at / measured_s - 1
         return errors
 
-    found = least_squares(off, (1.0, 1.0), bounds=([0.1, 0.0], np.inf), loss="soft_l1", f_scale=0.05).x
-    return Line(float(found[0]), float(found[1]) * 1e-3, float(np.median(np.abs(off(found)))))
+    bounds = ([0.1, 0.1, 0.0], np.inf)
+    found = least_squares(off, (1.0, 1.0, 1.0), bounds=bounds, loss="soft_l1", f_scale=0.05).x
+    return Line(float(found[0]), float(found[1]), float(found[2]) * 1e-3, float(np.median(np.abs(off(found)))))
 
 
-def run_engine(elastic: ElasticModel, clock: str, seed: int, duration_s: float) -> Iterations:
+def run_engine(elastic: ElasticModel, clock: str, seed: int, duration_s: float, rate_rps: float) -> Iterations:
     """Serve random requests on the dense model."""
     spec = elastic.spec
     elastic.apply(dense_plan(spec))
     config = EngineConfig(limits=Limits(max_batch_tokens=128, max_running=16), kv_block_tokens=BLOCK_TOKENS)
     trace = poisson(
-        rate_rps=1.5,
+        rate_rps=rate_rps,
         duration_s=duration_s,
         lengths=lambda rng, requests: lognormal_lengths(
             rng,

@@ -45,18 +45,65 @@ class QuantWeight:
         """Return what has to be stored and copied."""
         return self.packed, self.scales, self.zeros
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight matrix [o, i] that the stored values stand for."""
-        o, i = self.out_features, self.in_features
-        groups = self.scales.shape[1]
-        values = self.packed if self.bits == 8 else unpack_4bit(self.packed, o * i)
-        weight = values.view(o, i).to(torch.float32)
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return the weight matrix [o, i] that the stored values stand for; in ``out[:o * i]`` if given.
+
+        It works in FP32 on a few rows at a time, whose values stay in the caches of a CPU.
+        """
+        o, i, device = self.out_features, self.in_features, self.packed.device
+        weight = (torch.empty(o * i, dtype=dtype, device=device) if out is None else out[: o * i]).view(o, i)
         scales = self.scales.to(torch.float32)
-        padding = groups * QUANT_GROUP_ELEMENTS - i
-        grouped = functional.pad(weight, (0, padding)).view(o, groups, QUANT_GROUP_ELEMENTS)
-        if self.bits == 4:
-            grouped = grouped - unpack_4bit(self.zeros, o * groups).view(o, groups, 1)
-        return (grouped * scales[:, :, None]).view(o, -1)[:, :i].to(dtype)
+        groups = self.scales.shape[1]
+        zeros = unpack_4bit(self.zeros, o * groups).view(o, groups).to(torch.float32) if self.bits == 4 else None
+        rows = min(max(_SLICE_VALUES[device.type] // i, 1), o)
+        rows += rows % 2  # an even count of values begins at a whole byte
+        values = _scratch("values", torch.float32, rows * i, device)
+        for first in range(0, o, rows):
+            last = min(first + rows, o)
+            part = values[: (last - first) * i].view(last - first, i)
+            if self.bits == 8:
+                part.copy_(self.packed[first * i : last * i].view_as(part))
+            else:
+                pairs = self.packed[first * i // 2 : -(-last * i // 2)]
+                both = values[: 2 * len(pairs)].view(-1, 2)
+                both[:, 0].copy_(pairs & 15)
+                both[:, 1].copy_(pairs >> 4)
+            for columns, group in _by_group(part):
+                if zeros is not None:
+                    columns.sub_(zeros[first:last, group, None])
+                columns.mul_(scales[first:last, group, None])
+            weight[first:last].copy_(part)
+        return weight
+
+
+_SLICE_VALUES = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""How many values are unpacked at a time: what the caches of a CPU core hold, or work for a whole GPU."""
+_scratches: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+
+def _scratch(use: str, dtype: torch.dtype, elements: int, device: torch.device) -> Tensor:
+    """Return memory [>= elements] that the next call for the same use overwrites.
+
+    Large matrices that are made and freed at every product would be given back to the system and faulted in again
+    each time, which costs a CPU more than unpacking them.
+    """
+    key = use, dtype, device
+    if key not in _scratches or len(_scratches[key]) < elements:
+        _scratches[key] = torch.empty(elements, dtype=dtype, device=device)
+    return _scratches[key]
+
+
+def _by_group(weight: Tensor) -> list[tuple[Tensor, slice]]:
+    """Return views [rows, groups, values a group] of a matrix, and which groups each shows; the last may be shorter."""
+    i = weight.shape[1]
+    whole = i // QUANT_GROUP_ELEMENTS
+    end = whole * QUANT_GROUP_ELEMENTS
+    views = []
+    if whole:
+        views.append((weight[:, :end].view(-1, whole, QUANT_GROUP_ELEMENTS), slice(0, whole)))
+    if end < i:
+        views.append((weight[:, end:].unsqueeze(1), slice(whole, whole + 1)))
+    return views
 
 
 def quantize(weight: Tensor, bits: int) -> QuantWeight:
@@ -118,4 +165,6 @@ class ElasticLinear(nn.Linear):
         """Multiply with whichever copy is resident."""
         if self.quantized is None:
             return functional.linear(input, self.weight, self.bias)
-        return functional.linear(input, self.quantized.dequantize(input.dtype), self.bias)
+        copy = self.quantized
+        out = _scratch("weight", input.dtype, copy.out_features * copy.in_features, input.device)
+        return functional.linear(input, copy.dequantize(input.dtype, out), self.bias)

@@ -8,6 +8,7 @@
 
 Every workload is served by every policy, once in simulation and ``repeats`` times for real, in random order; runs lie
 in ``runs`` (default runs/validation) as sim.replay and hw.replay write them, and a run that is there is not repeated.
+Reference runs in between say how fast the machine is (``hw.machine_speed``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from scipy.stats import kendalltau
 import hw.replay  # noqa: F401 - its schema is what hw_replay.yaml is checked against
 from hw.clock import RealClock
 from hw.compare import Run, compare, percent, read_run, seconds, verdicts
-from hw.device_calibration import times
 from hw.engine import HwEngine
+from hw.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of, slower
 from hw.model import ElasticModel
 from hw.prompts import read_prompts
 from hw.replay import hardware, load_elastic
@@ -171,10 +172,6 @@ def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
             raise ConfigError(f"there is no workload {name!r}; {nearest(name, WORKLOADS)}")
     base, repeats = Path(arguments.runs), int(arguments.repeats)
     pairs = [(workload, policy) for workload in workloads for policy in policies()]
-    for workload, policy in pairs:
-        # The simulation takes a moment, and a calibration may have changed since.
-        cfg = configuration(workload, policy, arguments)
-        serve(base / workload / policy / "sim", cfg, *build_engine(cfg))
     todo = []
     for repeat in range(repeats):
         jobs = [(*pair, repeat) for pair in pairs]
@@ -183,28 +180,36 @@ def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
     if arguments.page == "judge":
         todo = []
     loaded: Hardware | None = None
+    latency, speed = load_calibration(arguments.calibration), MachineSpeed(base)
     for number, (workload, policy, repeat) in enumerate(todo, start=1):
         cfg = configuration(workload, policy, arguments)
         loaded = loaded or Hardware(cfg)
+        if number % RUNS_BETWEEN == 1:
+            speed.measure(loaded.elastic, arguments.clock, latency)
         folder = base / workload / policy / f"hw{repeat}"
         serve(folder, cfg, *loaded.engine(cfg))
         console.print(f"{number} of {len(todo)}: {workload}, {policy}, repeat {repeat}", highlight=False)
     results: dict[str, Any] = {}
+    of_the_suite = replace(arguments, calibration=str(base / "calibration.json"))
+    scaled = slower(calibration_content(arguments.calibration), factor_of(speed.references))
+    write_json(Path(of_the_suite.calibration), scaled)
     for workload, policy in pairs:
         folder = base / workload / policy
+        cfg = configuration(workload, policy, of_the_suite)
+        serve(folder / "sim", cfg, *build_engine(cfg))
         done = [folder / f"hw{repeat}" for repeat in range(repeats)]
         real = [read_run(path) for path in done if (path / "summary.json").is_file()]
         if not real:
             raise ConfigError(f"there is no real run of {workload} under {policy} in {folder}; run without page=judge")
         result = judged(read_run(folder / "sim"), real, base)
-        result["at_the_speed_of_the_run"] = at_speed(configuration(workload, policy, arguments), real)
+        result["at_the_speed_of_the_run"] = at_speed(cfg, real)
         results.setdefault(workload, {})[policy] = result
-    latency = load_calibration(arguments.calibration)
     return {
         "provenance": provenance(12),
         "device": latency.device,
         "copying": asdict(copy_speed(latency, build(configuration(*pairs[0], arguments).gpu))),
         "calibration": arguments.calibration,
+        "machine_speed": {"factor": factor_of(speed.references), "references": speed.references},
         "clock": arguments.clock,
         "repeats": sorted({len(result["real"]) for by in results.values() for result in by.values()}),
         "words": {
@@ -231,9 +236,7 @@ def at_speed(cfg: DictConfig, real: Sequence[Run]) -> dict[str, Any]:
     A shared machine is faster in one run and slower in the next. For every repeat all prices are multiplied by one
     number, found so that the mean TPOT agrees; everything else of that simulation is then compared with that repeat.
     """
-    named = Path(cfg.latency)
-    path = named if named.suffix == ".json" else CALIBRATIONS / f"{named}.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = calibration_content(cfg.latency)
     slo, trace = build(cfg.slo), build_trace(cfg)
     errors: dict[str, list[float]] = {}
     factors = []
@@ -262,9 +265,11 @@ def at_speed(cfg: DictConfig, real: Sequence[Run]) -> dict[str, Any]:
     return {"factors": factors, "errors": {name: float(np.median(values)) for name, values in errors.items()}}
 
 
-def slower(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """Return a calibration with all its times multiplied."""
-    return {**times(content, factor), "fixed_us": content["fixed_us"] * factor}
+def calibration_content(name: str) -> dict[str, Any]:
+    """Return what is in a calibration file, given by path or by its name in conf/calibration."""
+    path = Path(name) if Path(name).suffix == ".json" else CALIBRATIONS / f"{name}.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _of(summary: Mapping[str, Any], name: str) -> float | None:
@@ -278,7 +283,8 @@ def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return whether both sides order the policies alike by mean TTFT and E2E, and what trusting the simulator costs.
 
     Two policies count as different when their real means are farther apart than the noise of both together. The regret
-    is how much worse the simulator's best policy is on the hardware than the best there is.
+    is how much worse the simulator's best policy is on the hardware than the best there is. Policies that decide the
+    same are tied in simulation; it cannot order them, and there is nothing to order.
     """
     found: dict[str, Any] = {}
     for workload, by_policy in results.items():
@@ -288,19 +294,21 @@ def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             if len(known) < 2:
                 continue
             sides = [[f[side] for f in known.values()] for side in ("simulated", "real")]
-            pairs, agreed = 0, 0
+            pairs, agreed, tied = 0, 0, 0
             for one, other in combinations(known.values(), 2):
                 gap = one["real"] - other["real"]
                 noise = (one["noise"] or 0.0) * one["real"] + (other["noise"] or 0.0) * other["real"]
                 if abs(gap) > noise:
                     pairs += 1
                     agreed += (one["simulated"] - other["simulated"]) * gap > 0
+                    tied += one["simulated"] == other["simulated"]
             best = min(known, key=lambda name: known[name]["simulated"])
             tau = kendalltau(*sides).statistic
             found.setdefault(workload, {})[metric] = {
                 "tau": float(tau) if np.isfinite(tau) else None,
                 "pairs_beyond_noise": pairs,
                 "agreed": agreed,
+                "tied": tied,
                 "regret": known[best]["real"] / min(f["real"] for f in known.values()) - 1,
             }
     return found
@@ -344,6 +352,7 @@ def page(content: Mapping[str, Any]) -> str:
             else "; time is the wall's."
         ),
         "",
+        *_speed(content.get("machine_speed", {}).get("references", ())),
         *_copying(content.get("copying")),
         "Tolerance: with one plan 5 % at the mean and 10 % at P50 and P95, with plans that change 12 %. "
         "An error beyond it but below the noise is no miss, and counted apart.",
@@ -400,17 +409,19 @@ def page(content: Mapping[str, Any]) -> str:
         "## Do both sides rank the policies alike?",
         "",
         "Pairs of policies whose real means differ by more than their noise, and how many of them the simulator orders "
-        "alike; regret: how much worse its best policy is on the hardware than the best there is.",
+        "alike; *the same*: pairs that do exactly the same in simulation, so that what the hardware sees between them "
+        "is noise that the repeats did not show; regret: how much worse its best policy is on the hardware than the "
+        "best there is.",
         "",
-        "| workload | figure | tau | pairs beyond noise | ordered alike | regret |",
-        "|---|---|---:|---:|---:|---:|",
+        "| workload | figure | tau | pairs beyond noise | ordered alike | the same | regret |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for workload, by_metric in content["ranking"].items():
         for metric, row in by_metric.items():
             tau = "-" if row["tau"] is None else f"{row['tau']:.2f}"
             lines.append(
                 f"| {workload} | {metric} | {tau} | {row['pairs_beyond_noise']} | {row['agreed']} | "
-                f"{percent(row['regret'])} |"
+                f"{row['tied']} | {percent(row['regret'])} |"
             )
     lines += ["", "![Mean TTFT and TPOT, simulated against real](validation.png)", "", "## The words of every run", ""]
     words = content["words"]
@@ -420,6 +431,18 @@ def page(content: Mapping[str, Any]) -> str:
     lines += ["", "| policy | words |", "|---|---|"]
     lines += [f"| {name} | `{' '.join(some)}` |" for name, some in words["policies"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _speed(references: Sequence[Mapping[str, float]]) -> list[str]:
+    if not references:  # a suite of before there were any
+        return []
+    each = [factor_of([one]) for one in references]
+    return [
+        f"All prices of the simulations are multiplied by {factor_of(references):.3f}: what {len(references)} "
+        "reference runs between the runs judged here took, of other requests on the dense model, over what the "
+        f"calibration says of them ({min(each):.2f} to {max(each):.2f} each; the machine's speed moves).",
+        "",
+    ]
 
 
 def _copying(copying: Mapping[str, Any] | None) -> list[str]:
@@ -474,8 +497,8 @@ def _median_line(every: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
     factors = [factor for _, _, r in every for factor in r["at_the_speed_of_the_run"]["factors"]]
     return (
         f"**Median absolute error over the cells: {', '.join(cells)}.** The median factor is {np.median(factors):.2f}: "
-        "below 1, the machine was faster in these runs than when it was calibrated, and that alone makes most of the "
-        "errors of the table before this one."
+        "below 1, the machine was faster in these runs than the prices say, and that alone makes most of the errors "
+        "of the table before this one."
     )
 
 

@@ -20,7 +20,7 @@ from sim.compare import with_differences
 from sim.config import ManyConfig, build, one_thread, run_command
 from sim.engine import SimEngine
 from sim.errors import ConfigError, nearest
-from sim.many import cases_of, config_of, map_configs
+from sim.many import Executor, cases_of, config_of
 from sim.metrics import Slo, met_slo, records_frame, summarise
 from sim.policies import Fixed, Policy
 from sim.records import Iterations, Status, TokenGaps
@@ -304,7 +304,8 @@ def compare_variants(
     """Do a task for every variant at every seed and window; write and print one table."""
     cases = cases_of(cfg)
     jobs = [(name, config_of(one, case)) for name, one in (variants(cfg) or {"cluster": cfg}).items() for case in cases]
-    summaries = map_configs(task, [one for _, one in jobs], int(cfg.workers))
+    executor: Executor = build(cfg.executor)
+    summaries = executor(task, [one for _, one in jobs])
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for (name, _), summary in zip(jobs, summaries, strict=True):
         rows.setdefault(name, []).append(summary)

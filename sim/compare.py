@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sim.config import CONF_DIR, ManyConfig, build, one_thread, run_command
 from sim.errors import ConfigError, nearest
-from sim.many import Outcome, cases_of, config_of, run_all
+from sim.many import Executor, Outcome, cases_of, config_of, run
 from sim.metrics import Slo, records_frame
 from sim.report import markdown, print_rows
 from sim.runs import provenance, write_json, write_parquet, write_text, write_whole
@@ -94,7 +94,8 @@ def _compare(cfg: DictConfig) -> None:
     cases, slo = cases_of(cfg), build(cfg.slo)
     jobs = [(label, case, config_of(one, case)) for label, one in variants(cfg).items() for case in cases]
     made_by = provenance(cfg.seed)
-    outcomes = run_all([one for _, _, one in jobs], int(cfg.workers))
+    executor: Executor = build(cfg.executor)
+    outcomes = executor(run, [one for _, _, one in jobs])
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for (label, case, _), outcome in zip(jobs, outcomes, strict=True):
         inner = folder / label / case.name if len(cases) > 1 else folder / label

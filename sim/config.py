@@ -70,12 +70,14 @@ class ManyConfig(ReplayConfig):
     windows, window_s: one replay each of these windows of so many seconds, counted from 0, after all steps of the
         workload; the whole trace when empty.
     workers: processes; the records are the same for any number.
+    executor: what does them at once: processes of this machine, or a Ray cluster.
     """
 
     seeds: list[int] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
     window_s: float | None = None
     workers: int = 1
+    executor: Any = None
 
 
 ConfigStore.instance().store(name="replay_schema", node=ManyConfig)

@@ -1,4 +1,4 @@
-"""Many replays at once, one a seed and a window of the trace: by processes, the same records for any number of them."""
+"""Many replays at once, one a seed and a window of the trace: by processes or a cluster, with the same records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -99,22 +99,36 @@ def run(cfg: DictConfig) -> Outcome:
     return Outcome(summary, engine.records(), iterations, engine.transitions(), engine.kept_share())
 
 
-def run_all(configs: Sequence[DictConfig], workers: int) -> list[Outcome]:
-    """Replay every configuration, by so many processes; outcomes come in the order of the configurations."""
-    return map_configs(run, configs, workers)
-
-
 T = TypeVar("T")
 
 
-def map_configs(task: Callable[[DictConfig], T], configs: Sequence[DictConfig], workers: int) -> list[T]:
-    """Do a task for every configuration, by so many processes; results come in the order of the configurations."""
-    if workers < 1:
-        raise ConfigError(f"workers is {workers}; at least one process has to do it")
-    if min(workers, len(configs)) < 2:
-        return [task(cfg) for cfg in configs]
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(configs))) as pool:
-        return pool.map(task, configs, chunksize=1)
+class Executor(Protocol):
+    """Does a task for many items; results come in the order of the items, and are the same whoever does them."""
+
+    def __call__(self, task: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+        """Do it."""
+        ...
+
+
+class Processes:
+    """Processes of this machine."""
+
+    def __init__(self, workers: int) -> None:
+        """Set how many; one is this process.
+
+        Raises:
+            ConfigError: for less than one.
+        """
+        if workers < 1:
+            raise ConfigError(f"workers is {workers}; at least one process has to do it")
+        self.workers = workers
+
+    def __call__(self, task: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+        """Do it."""
+        if min(self.workers, len(items)) < 2:
+            return [task(item) for item in items]
+        with multiprocessing.get_context("spawn").Pool(min(self.workers, len(items))) as pool:
+            return pool.map(task, items, chunksize=1)
 
 
 def replay_many(cfg: DictConfig) -> None:
@@ -123,7 +137,8 @@ def replay_many(cfg: DictConfig) -> None:
     cases = cases_of(cfg)
     configs = [config_of(cfg, case) for case in cases]
     slo, made_by = build(cfg.slo), provenance(cfg.seed)
-    outcomes = run_all(configs, int(cfg.workers))
+    executor: Executor = build(cfg.executor)
+    outcomes = executor(run, configs)
     for case, one, outcome in zip(cases, configs, outcomes, strict=True):
         inner = folder / case.name
         write_text(inner / "config.yaml", OmegaConf.to_yaml(one, resolve=True))

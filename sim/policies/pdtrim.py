@@ -8,6 +8,7 @@ sends few enough bytes; so kinds are compared at equal quality or at equal bytes
 | `dense` | everything |
 | `unified` | the first n blocks of the order dropped, in prefill and decode alike |
 | `blocks` | n dropped in decode, the first n / 2 of them in prefill (PDTrim, arXiv 2509.04467; the half is ours) |
+| `searched` | the n-th of the nested pairs of sets that PDTrim's two-stage search found (`hw.score kind=pdtrim`) |
 | `kv` | in the n layers whose attention sits most on the first and last tokens, only these are sent and kept |
 | `both` | n blocks as in `blocks`, and n layers as in `kv` |
 | `streaming` | in all layers the first 4 and ever fewer last tokens, as StreamingLLM keeps (arXiv 2309.17453) |
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from sim.config import CONF_DIR
 from sim.errors import ConfigError, nearest
@@ -27,7 +29,7 @@ from sim.policies.base import Served
 from sim.policies.fixed import Fixed, static_plan
 from sim.quality import load_quality
 
-KINDS = ("dense", "unified", "blocks", "kv", "both", "streaming")
+KINDS = ("dense", "unified", "blocks", "searched", "kv", "both", "streaming")
 
 
 def pdtrim(
@@ -65,7 +67,10 @@ def pdtrim(
     if kind == "dense":
         return Fixed(dense)
     layers = [int(layer) for layer in _score(attention)["order"]]
-    row = list(_plans(model, kind, _score(order)["order"], layers, first_tokens, last_tokens))
+    if kind == "searched":
+        row = list(_searched(model, _score(order).get("searches", [])))
+    else:
+        row = list(_plans(model, kind, _score(order)["order"], layers, first_tokens, last_tokens))
     if most_perplexity is not None:
         table = load_quality(quality)
         most_nll = table.nll(dense) + math.log(most_perplexity)
@@ -99,19 +104,35 @@ def _plans(
         shortened = layers[:n] if kind in ("kv", "both") else []
         yield static_plan(
             model,
-            drop_mha=[int(name[3:]) for name in dropped if name.startswith("MHA")],
-            drop_ffn=[int(name[3:]) for name in dropped if name.startswith("FFN")],
-            prefill_drop_mha=[int(name[3:]) for name in early if name.startswith("MHA")],
-            prefill_drop_ffn=[int(name[3:]) for name in early if name.startswith("FFN")],
+            drop_mha=_blocks(dropped, "MHA"),
+            drop_ffn=_blocks(dropped, "FFN"),
+            prefill_drop_mha=_blocks(early, "MHA"),
+            prefill_drop_ffn=_blocks(early, "FFN"),
             kv_first_tokens=first_tokens if shortened else None,
             kv_last_tokens=last_tokens if shortened else None,
             kv_layers=shortened if shortened else None,
         )
 
 
-def _score(name: str) -> dict[str, list[str]]:
+def _searched(model: ModelSpec, searches: Sequence[Mapping[str, Sequence[str]]]) -> Iterator[Plan]:
+    """Yield the plans of the searched pairs, from the one that drops least of decode and prefill together."""
+    for pair in sorted(searches, key=lambda pair: (len(pair["decode"]) + len(pair["prefill"]), len(pair["decode"]))):
+        yield static_plan(
+            model,
+            drop_mha=_blocks(pair["decode"], "MHA"),
+            drop_ffn=_blocks(pair["decode"], "FFN"),
+            prefill_drop_mha=_blocks(pair["prefill"], "MHA"),
+            prefill_drop_ffn=_blocks(pair["prefill"], "FFN"),
+        )
+
+
+def _blocks(names: Sequence[str], kind: str) -> list[int]:
+    return [int(name[3:]) for name in names if name.startswith(kind)]
+
+
+def _score(name: str) -> dict[str, Any]:
     path = CONF_DIR / "score" / f"{name}.json"
     if not path.is_file():
         raise ConfigError(f"there is no score {name!r}; {nearest(name, [p.stem for p in path.parent.glob('*.json')])}")
-    content: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content

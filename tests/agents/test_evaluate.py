@@ -8,12 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from agents.ablation import PRUNE_GROUPS, SERVE_GROUPS, ablation_markdown, shuffled_loads, shuffled_windows
 from agents.cluster_report import cluster_section, cluster_table_markdown, cluster_verdict
 from agents.draws import Draw, prune_draws
-from agents.prune_contest import baselines, contest, grid, read_order, shuffled_entries, stop_at_budget
+from agents.prune_contest import baselines, contest, grid, read_order, stop_at_budget
 from agents.prune_report import REFERENCE, prune_table_markdown, unseen_loads, verdict, write_report
 from agents.serve_report import serve_section, serve_verdict
 from agents.statistics import paired_difference
+from agents.validate import serve, validation_windows
 from sim.errors import ConfigError
 from sim.memory import peak_bytes
 from sim.model import load_model
@@ -154,9 +156,29 @@ def test_the_policy_that_ships_beats_greedy_stop_on_loads_that_it_was_not_traine
     policies = {"learned": learned(MODEL, [FOLDER / f"{name}.json"]), REFERENCE: baselines(MODEL)[REFERENCE]}
     means = contest(MODEL.name, policies, draws).groupby("policy")["utility_calibration"].mean()
     assert means["learned"] > 1.05 * means[REFERENCE]
-    shuffled = shuffled_entries([FOLDER / f"{name}.json"]).set_index("hidden")["utility"]
+    shuffled = shuffled_loads([FOLDER / f"{name}.json"]).set_index("hidden")["utility"]
     assert shuffled["nothing"] == pytest.approx(means["learned"], abs=1e-6)
     assert shuffled["kept"] < shuffled["nothing"]
+    assert set(PRUNE_GROUPS) < set(shuffled.index)
+
+
+def test_a_policy_of_serving_loses_when_it_is_told_of_another_windows_memory() -> None:
+    from sim.policies.learned import SHIPPED as FOLDER
+    from sim.policies.learned import read_learned
+
+    path = FOLDER / "learned_serve_llama2.json"
+    about = read_learned(path, "ServeTrace").about
+    names = {entry["name"] for entry in about["observation"]}
+    assert all(set(entries) <= names for entries in SERVE_GROUPS.values())
+    table = shuffled_windows([path], windows=8)
+    utility = table.set_index("hidden")["utility"]
+    words = {**about["environment"], "split": "validation"}
+    plainly = serve(read_learned(path, "ServeTrace").network.act, words, validation_windows(("burst",), 8)).mean()
+    assert utility["nothing"] == pytest.approx(plainly, abs=1e-12)
+    assert utility["all of the KV cache"] < utility["nothing"]
+    assert set(utility.index) == {"nothing", *SERVE_GROUPS} | {n for n in names if not n.startswith("legal.")}
+    shown = ablation_markdown(table, "windows")
+    assert f"| nothing | {plainly:.4f} | 0.0 % | 0.0 to 0.0 % |" in shown
 
 
 def test_the_verdict_on_serving_names_who_won_and_where(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_a_cluster_that_does_not_answer_is_an_error_that_names_its_address(tmp_p
         check=False,
     )
     assert run.returncode == 2
-    assert "ray.address=127.0.0.1:1: no cluster answers there" in run.stderr
+    assert "no Ray cluster answers at address=127.0.0.1:1" in run.stderr
 
 
 def test_training_to_serve_begins_with_the_plan_that_it_is_told(local_ray: None) -> None:

@@ -13,6 +13,8 @@ pytest.importorskip("torch", reason="the suite needs the real engine: pip instal
 
 import hw.compare
 from hw.compare import compare, read_run, verdicts
+from hw.machine_speed import MachineSpeed, factor_of, slower
+from hw.model import ElasticModel
 from hw.timeline import timeline
 from hw.validate import (
     WORKLOADS,
@@ -22,16 +24,16 @@ from hw.validate import (
     policies,
     preemptions_and_changes,
     ranking,
-    slower,
 )
 from sim.command import build_parts, build_trace
 from sim.errors import ConfigError
-from sim.latency import CALIBRATIONS, calibration_from_dict
+from sim.latency import CALIBRATIONS, calibration_from_dict, load_calibration
 from sim.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.model import load_model
 from sim.plan import dense_plan
 from sim.records import Iterations, Records, TokenGaps, Transitions
 from sim.runs import write_json, write_parquet
+from tests.hw.serving import tiny
 
 
 def run_folder(
@@ -248,6 +250,9 @@ def test_ranking_counts_only_pairs_beyond_the_noise_and_prices_a_wrong_choice() 
         return {"figures": {"ttft_s.mean": figure, "e2e_s.mean": figure}}
 
     found = ranking({"burst": {"a": cell(1.0, 1.2), "b": cell(1.1, 1.0), "c": cell(3.0, 3.0), "d": cell(3.1, 3.05)}})
+    assert found["burst"]["ttft_s.mean"]["tied"] == 0
+    same = ranking({"burst": {"a": cell(1.0, 1.0), "b": cell(1.0, 1.2)}})["burst"]["e2e_s.mean"]
+    assert (same["pairs_beyond_noise"], same["agreed"], same["tied"]) == (1, 0, 1)
     row = found["burst"]["ttft_s.mean"]
     assert row["pairs_beyond_noise"] == 5  # c and d differ by less than their noise
     assert row["agreed"] == 4
@@ -272,6 +277,21 @@ def test_the_committed_page_is_what_the_committed_results_give() -> None:
     assert page(content) == PAGE.read_text(encoding="utf-8")
     assert len(content["words"]["policies"]) >= 4
     assert len(content["words"]["workloads"]) >= 6
+
+
+def test_the_speed_of_the_machine_is_what_all_references_took_over_their_prices(tmp_path: Path) -> None:
+    speed = MachineSpeed(tmp_path)
+    assert factor_of(speed.references) == 1.0
+    elastic = ElasticModel(tiny())
+    latency = load_calibration("smollm2_135m_cpu_epyc_1thread")
+    speed.measure(elastic, "cpu", latency)
+    speed.measure(elastic, "cpu", latency)
+    found = MachineSpeed(tmp_path).references
+    assert found == speed.references
+    assert len(found) == 2
+    assert all(one["iterations"] > 10 for one in found)
+    measured_s, priced_s = (sum(one[side] for one in found) for side in ("measured_s", "priced_s"))
+    assert factor_of(found) == measured_s / priced_s
 
 
 def test_a_slower_calibration_prices_every_iteration_so_much_higher() -> None:

@@ -19,11 +19,11 @@ from hw.change_calibration import POOL_BLOCKS, Changes
 from hw.iteration_log import Shape
 from hw.model import ElasticModel
 from sim.errors import ConfigError
-from sim.latency import load_calibration
+from sim.latency import CALIBRATIONS, load_calibration
 from sim.memory import layer_weight_bytes
+from sim.model import load_model
 from sim.plan import dense_plan, drop, with_mask
 from tests.hw.serving import tiny, tiny_spec
-from tests.sim.serving import TINY, linear_latency
 
 SETTINGS = d.DeviceSettings(model="tiny", device="cpu_epyc_1thread", clock="cpu", seconds=0.0, seed=0)
 
@@ -68,19 +68,21 @@ def test_the_median_of_steady_samples_is_known_sooner_than_that_of_wild_ones() -
     assert d.spread(values) == pytest.approx(1.2533 * 0.1 / math.sqrt(4000), rel=0.1)
 
 
-def test_iterations_are_a_line_over_the_sum_of_their_terms_whatever_a_few_of_them_met() -> None:
-    plan = dense_plan(TINY)
-    terms = linear_latency(base_s=0.5, token_s=0.01, context_s=0.001).with_fixed(0.0, "none")
+def test_iterations_are_a_line_over_their_terms_whatever_a_few_of_them_met() -> None:
+    plan = dense_plan(load_model("smollm2_135m"))
+    file = CALIBRATIONS / "smollm2_135m_cpu_epyc_1thread.json"
+    content = json.loads(file.read_text(encoding="utf-8")) | {"fixed_us": 0.0}
     rng = np.random.default_rng(0)
     shapes = [
         Shape(plan, ((int(rng.integers(1, 90)), 0),) * int(rng.integers(0, 3)), batch, 60 * batch, batch + 1, 0.0)
         for batch in range(1, 60)
     ]
     run = d.Iterations(np.zeros(len(shapes)), tuple(shapes))
-    took_s = 1.07 * run.priced_s(terms) + 0.05
+    took_s = run.priced_s(d.latency_of(d.times(content, 1.07, 1.4))) + 0.05
     took_s[::10] *= 2.0  # a busy spell
-    found = d.line_over_terms([d.Iterations(took_s, run.shapes)], terms)
+    found = d.line_over_terms([d.Iterations(took_s, run.shapes)], content)
     assert found.factor == pytest.approx(1.07, rel=0.01)
+    assert found.prefill_attention_factor == pytest.approx(1.4, rel=0.08)
     assert found.fixed_s == pytest.approx(0.05, rel=0.1)
     assert found.off < 0.01
 
@@ -89,7 +91,7 @@ def test_the_command_writes_a_calibration_that_the_simulator_loads_and_prices_an
     coarse: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec, serve = tiny_spec(), d.run_engine
-    monkeypatch.setattr(d, "run_engine", lambda elastic, clock, seed, _: serve(elastic, clock, seed, 4.0))
+    monkeypatch.setattr(d, "run_engine", lambda elastic, clock, seed, *_: serve(elastic, clock, seed, 4.0, 1.5))
     monkeypatch.setattr(hw.calibrate, "load_model", lambda _: spec)
     monkeypatch.setattr(hw.checkpoint, "load_checkpoint", lambda *_, **__: (tiny(), SimpleNamespace()))
     monkeypatch.setattr(hw.calibrate, "REPOSITORY", tmp_path)

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 
-from hw.quantize import ElasticLinear, pack_4bit, quantize, unpack_4bit  # noqa: E402
+from hw.quantize import _SLICE_VALUES, ElasticLinear, pack_4bit, quantize, unpack_4bit  # noqa: E402
 from sim.errors import PlanError  # noqa: E402
 from sim.memory import linear_weight_bytes  # noqa: E402
 from sim.model import Linear, load_model  # noqa: E402
@@ -42,6 +42,21 @@ def test_values_are_those_of_a_plain_loop_over_rows_and_groups(shape: tuple[int,
     weight = weights(shape)
     found = quantize(weight, bits).dequantize(torch.float32).numpy()
     np.testing.assert_array_equal(found, reference(weight.numpy(), bits))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("slice_values", [1, 150, 1000])
+def test_slices_of_rows_change_no_value(
+    shape: tuple[int, int], bits: int, slice_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = quantize(weights(shape), bits)
+    whole = copy.dequantize(torch.bfloat16)
+    monkeypatch.setitem(_SLICE_VALUES, "cpu", slice_values)
+    out = torch.full((shape[0] * shape[1] + 3,), 7.0, dtype=torch.bfloat16)
+    assert torch.equal(copy.dequantize(torch.bfloat16, out), whole)
+    assert torch.equal(out[:-3].view(shape), whole)
+    assert (out[-3:] == 7.0).all()
 
 
 @pytest.mark.parametrize("bits", [8, 4])

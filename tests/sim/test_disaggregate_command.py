@@ -32,7 +32,7 @@ def config(*overrides: str) -> DictConfig:
         return compose("disaggregate", overrides=[*SHORT, *overrides])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dense", "searched")])
 def test_a_kind_is_as_strong_as_its_quality_allows_and_no_stronger(kind: str) -> None:
     table, dense = load_quality("smollm2_135m"), dense_plan(SMOL)
     weak, strong = (pdtrim(SERVED, kind=kind, most_perplexity=most, **FILES).first_plan for most in (1.1, 1.6))
@@ -42,13 +42,30 @@ def test_a_kind_is_as_strong_as_its_quality_allows_and_no_stronger(kind: str) ->
     assert sent_tokens(strong, 128) < sent_tokens(weak, 128) <= sent_tokens(dense, 128)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dense", "searched")])
 def test_a_kind_sends_no_more_than_it_may(kind: str) -> None:
     plan = pdtrim(SERVED, kind=kind, most_sent=0.5, **FILES).first_plan
     assert 0.3 * 30 * 128 < sent_tokens(plan, 128) <= 0.5 * 30 * 128
     assert plan.prefill.contains(plan.decode)
     if kind == "blocks":
         assert plan.prefill != plan.decode
+
+
+def test_the_strongest_searched_pair_of_sets_within_a_quality_is_taken() -> None:
+    searches = json.loads((CONF_DIR / "score" / "smollm2_135m_pdtrim.json").read_text(encoding="utf-8"))["searches"]
+    table, dense = load_quality("smollm2_135m"), dense_plan(SMOL)
+    found = {
+        most: pdtrim(SERVED, kind="searched", most_perplexity=most, **FILES).first_plan for most in (1.3, 1.5, 9.0)
+    }
+    for most, plan in found.items():
+        assert plan.prefill.contains(plan.decode)
+        assert table.perplexity(plan) / table.perplexity(dense) <= most
+        dropped = [sum(not kept for kept in (*mask.mha, *mask.ffn)) for mask in (plan.prefill, plan.decode)]
+        assert dropped in [[len(pair["prefill"]), len(pair["decode"])] for pair in searches]
+    assert found[1.5].prefill != found[1.5].decode
+    assert sum(dropped) == max(len(pair["prefill"]) + len(pair["decode"]) for pair in searches)
+    with pytest.raises(ConfigError, match=r"no plan of policy\.kind=searched meets"):
+        pdtrim(SERVED, kind="searched", most_sent=0.5, **FILES)
 
 
 def test_what_pdtrim_cannot_do_is_an_error_that_says_what_it_can() -> None:

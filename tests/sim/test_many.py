@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hypothesis import given
@@ -15,10 +17,10 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig
 
 from sim.command import build_trace
-from sim.config import CONF_DIR
+from sim.config import CONF_DIR, build
 from sim.data import REPOSITORY
 from sim.errors import ConfigError
-from sim.many import Case, cases_of, config_of, run, time_mean
+from sim.many import Case, Processes, cases_of, config_of, run, time_mean
 
 QUICK = ("trace.duration_s=40", "budget=cotenant", "budget.mean_away_s=8", "budget.mean_stay_s=8")
 
@@ -81,6 +83,34 @@ def test_records_are_byte_identical_on_any_number_of_workers_and_as_a_replay_of_
     assert {key: value for key, value in alone.items() if "cpu_s" not in key} == {
         key: value for key, value in summary.items() if "cpu_s" not in key
     }
+
+
+@pytest.fixture
+def ray_address() -> Iterator[str]:
+    pytest.importorskip("ray", reason="the cluster of this test is Ray's: pip install -e '.[agents]'")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster.address
+    cluster.shutdown()
+
+
+def test_a_ray_cluster_of_two_nodes_gives_the_records_of_this_process(ray_address: str) -> None:
+    cfg = composed("seeds=[1,2]", "windows=[0,1]", "window_s=10", "executor=ray", f"executor.address={ray_address}")
+    configs = [config_of(cfg, case) for case in cases_of(cfg)]
+    here, there = Processes(1)(run, configs), build(cfg.executor)(run, configs)
+    assert len(here) == len(there) == 4
+    for one, other in zip(here, there, strict=True):
+        assert len(one.records.finish_s) > 3
+        for name in ("arrival_s", "first_token_s", "finish_s", "status", "quality_nll"):
+            np.testing.assert_array_equal(getattr(one.records, name), getattr(other.records, name))
+
+
+def test_a_ray_cluster_that_does_not_answer_is_named() -> None:
+    pytest.importorskip("ray", reason="what joins a cluster is Ray: pip install -e '.[agents]'")
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers at address=127\.0\.0\.1:9"):
+        build(composed("executor=ray", "executor.address=127.0.0.1:9").executor)(len, [[1]])
 
 
 def test_low_precision_and_quality_are_those_of_the_plan_that_ran() -> None:
