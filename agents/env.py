@@ -7,8 +7,9 @@ import gymnasium as gym
 ENVIRONMENTS = {
     "PruneToBudget-v0": ("agents.prune_env:PruneToBudget", "agents.prune_env:PruneToBudgetVector"),
     "ServeTrace-v0": ("agents.serve_env:ServeTrace", "agents.serve_vector:ServeTraceVector"),
+    "ServeCluster-v0": ("agents.cluster_env:ServeCluster", "agents.cluster_vector:ServeReplicas"),
 }
-"""Name: entry point, vector entry point."""
+"""Name: entry point, vector entry point. Those of ``ServeCluster`` differ: one agent for all, and one for each."""
 
 
 def register_environments() -> None:

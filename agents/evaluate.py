@@ -12,15 +12,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.ablation import shuffled_loads, shuffled_windows
+from agents.cluster_contest import (
+    cluster_contest,
+    cluster_rules,
+    learned_builds,
+    mean_cluster_utility,
+    read_about,
+    test_clusters,
+)
+from agents.cluster_env import ROUTERS, ClusterSetting
+from agents.cluster_report import COMPARED as CLUSTER_COMPARED
+from agents.cluster_report import cluster_table_markdown
 from agents.draws import prune_draws
 from agents.prune_contest import baselines, contest, learned, solver
 from agents.prune_report import prune_table_markdown, unseen_loads, write_report
 from agents.reward import kept_quality
 from agents.serve_contest import (
+    conf_policy,
     evaluation_setting,
     learned_policies,
     rules,
@@ -30,7 +42,8 @@ from agents.serve_contest import (
 )
 from agents.serve_report import COMPARED, serve_table_markdown
 from agents.surrogate import mask_losses, quality_on
-from sim.config import one_thread, run_command
+from agents.validate import validation_clusters
+from sim.config import CONF_DIR, one_thread, run_command
 from sim.data import REPOSITORY
 from sim.errors import ConfigError, nearest
 from sim.model import load_model
@@ -39,7 +52,7 @@ from sim.quality import QUALITIES
 from sim.runs import provenance, write_json, write_parquet
 
 RESULTS = REPOSITORY / "agents" / "results"
-TASKS = ("prune", "serve", "ablation")
+TASKS = ("prune", "serve", "ablation", "cluster")
 OTHER_QUALITY = "llama3_8b_published"
 """Whose losses of low precision the policies meet that were trained on those of the served model."""
 
@@ -48,14 +61,16 @@ OTHER_QUALITY = "llama3_8b_published"
 class EvaluateConfig:
     """What to evaluate.
 
-    tasks: prune, serve, and ablation (which entries the policies of serve live by).
+    tasks: prune, serve, ablation (which entries the policies of serve live by) and cluster.
     model: whose measured table, of prune. measure: play; false only writes the page again.
     learned, serve_learned: name -> glob of exported policies, one a training seed. curves, serve_curves: name -> glob
         of the progress.csv of those trainings.
     serve_sources: traces of the test windows. serve_windows: windows for each trace, budget and load.
     serve_elsewhere: name -> glob of policies trained on other traces or loads, for the tables of generalisation.
     serve_ablation: glob of the policies of which entries are shuffled; empty for none.
-    only: names of serve_learned to play anew, everybody else's rows staying as the result files have them.
+    cluster_learned, cluster_curves: as serve_learned and serve_curves, of ServeCluster; policies of one replica too.
+    cluster_each: clusters for each trace of serve_sources and each load.
+    only: names of serve_learned or cluster_learned to play anew, everybody else's rows staying as the files have them.
     out: folder of the result files.
     """
 
@@ -69,6 +84,9 @@ class EvaluateConfig:
     serve_windows: int = 3
     serve_elsewhere: dict[str, Any] = field(default_factory=dict)
     serve_ablation: str = ""
+    cluster_learned: dict[str, Any] = field(default_factory=dict)
+    cluster_curves: dict[str, Any] = field(default_factory=dict)
+    cluster_each: int = 6
     only: list[str] = field(default_factory=list)
     measure: bool = True
     out: str = ""
@@ -178,6 +196,46 @@ def _measure_serve(cfg: DictConfig, folder: Path) -> None:
     )
 
 
+def _measure_cluster(cfg: DictConfig, folder: Path) -> None:
+    paths = {str(name): found(str(glob)) for name, glob in cfg.cluster_learned.items()}
+    words: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "env" / "serve_cluster.yaml").words)
+    words["split"] = "test"
+    setting = ClusterSetting(**words)
+    clusters = test_clusters(setting, list(cfg.serve_sources), int(cfg.cluster_each))
+    policies: dict[str, Any] = {name: learned_builds(several) for name, several in paths.items()}
+    others = {router: ClusterSetting(**{**words, "router": router}) for router in ROUTERS}
+    made = provenance(0)
+    if cfg.only:
+        policies = {name: policies[name] for name in cfg.only if name in policies}
+        files = ("cluster.parquet", "cluster_routers.parquet")
+        kept = [frame[~frame["policy"].isin(cfg.only)] for frame in (pd.read_parquet(folder / name) for name in files)]
+        rules_made = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))
+        made |= {"tuned": rules_made["tuned"], "rules_commit": rules_made.get("rules_commit", rules_made["commit"])}
+        shown = everybody = policies
+    else:
+        kept = [pd.DataFrame(), pd.DataFrame()]
+        tuned, made["tuned"] = cluster_rules(setting)
+        everybody = {name: [build] for name, build in tuned.items()} | policies
+        shown = {name: builds for name, builds in everybody.items() if name in policies or name in CLUSTER_COMPARED}
+    played = cluster_contest(setting, everybody, clusters, oracle=not cfg.only)
+    write_parquet(folder / "cluster.parquet", pd.concat([kept[0], played], ignore_index=True))
+    behind = [cluster_contest(one, shown, clusters, oracle=False).assign(router=name) for name, one in others.items()]
+    write_parquet(folder / "cluster_routers.parquet", pd.concat([kept[1], *behind], ignore_index=True))
+    if cfg.cluster_curves:
+        write_parquet(folder / "cluster_training.parquet", _curves(cfg.cluster_curves))
+    about = {name: [read_about(path) for path in several] for name, several in paths.items()}
+    made |= {
+        "replicas": setting.replicas,
+        "router": str(words["router"]),
+        "sources": {name: many[0]["environment"]["sources"] for name, many in about.items()},
+        "seconds": {name: [one["training"]["seconds"] for one in many] for name, many in about.items()},
+        "learned_serve_validation": mean_cluster_utility(
+            setting, validation_clusters(setting), conf_policy("learned_serve")
+        ),
+    }
+    write_json(folder / "cluster.json", made)
+
+
 def _curves(globs: DictConfig) -> pd.DataFrame:
     """Return the rows of several progress.csv, with whose and which seed's they are."""
     curves = [
@@ -198,11 +256,16 @@ def _run(cfg: DictConfig) -> None:
         _measure_serve(cfg, folder)
     if cfg.measure and "ablation" in cfg.tasks and cfg.serve_ablation:
         write_parquet(folder / "serve_ablation.parquet", shuffled_windows(found(cfg.serve_ablation)))
+    if cfg.measure and "cluster" in cfg.tasks:
+        _measure_cluster(cfg, folder)
     page = write_report(folder)
     console = Console()
     console.print(prune_table_markdown(pd.read_parquet(folder / "prune.parquet")), highlight=False, soft_wrap=True)
     if "serve" in cfg.tasks and (folder / "serve.parquet").exists():
         table = serve_table_markdown(pd.read_parquet(folder / "serve.parquet"))
+        console.print(table, highlight=False, soft_wrap=True)
+    if "cluster" in cfg.tasks and (folder / "cluster.parquet").exists():
+        table = cluster_table_markdown(pd.read_parquet(folder / "cluster.parquet"))
         console.print(table, highlight=False, soft_wrap=True)
     console.print(f"files: {page}, {folder}", highlight=False, soft_wrap=True)
 

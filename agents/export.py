@@ -37,12 +37,13 @@ def about_network(
     network: Network, cfg: DictConfig, words: Mapping[str, Any], noted: Mapping[str, Any], utility: float
 ) -> dict[str, Any]:
     """Return what stands beside the weights: tables, training, and what it needs to be read right."""
+    from agents.cluster_env import ClusterSetting
     from agents.prune_env import PruneSetting
     from agents.serve_env import ServeSetting
 
     task = str(cfg.env.id).removesuffix("-v0")
-    kind = ServeSetting if task == "ServeTrace" else PruneSetting
-    setting = kind(**{**words, "split": "validation"})
+    kinds: dict[str, type[ServeSetting | PruneSetting]] = {"ServeTrace": ServeSetting, "ServeCluster": ClusterSetting}
+    setting = kinds.get(task, PruneSetting)(**{**words, "split": "validation"})
     about: dict[str, Any] = {
         "task": task,
         "model": setting.model.name,

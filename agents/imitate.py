@@ -7,10 +7,13 @@ of the set that is still kept is an equally good action, so the target is unifor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from agents.cluster_env import ClusterSetting
+from agents.cluster_vector import ServeReplicas
 from agents.draws import prune_draws
 from agents.episodes import FILE, read_episodes
 from agents.modules import MaskedDQN, actor_layers, actor_logits
@@ -20,7 +23,7 @@ from agents.serve_vector import ServeTraceVector
 from sim.data import REPOSITORY
 from sim.errors import ConfigError, nearest
 from sim.observe import Floats32
-from sim.policies.learned import read_learned
+from sim.policies.learned import Network, read_learned
 
 
 def imitate_knapsack(
@@ -120,6 +123,9 @@ def imitate_policy(
 ) -> float:
     """Begin with the network of an exported policy, and with a critic fitted to what that policy earns.
 
+    In ``ServeCluster`` every replica begins with what a policy of ``ServeTrace`` does; what it shows beside weighs
+    nothing at first.
+
     Args:
         algorithm, env, words, seed: as for all that imitate. path: the policy's JSON, inside the project or shipped.
         temperature: its outputs are divided by this before they become the logarithms of shares.
@@ -129,9 +135,17 @@ def imitate_policy(
     """
     import torch
 
-    if isinstance(algorithm.get_module(), MaskedDQN) or env != "ServeTrace-v0":
-        raise ConfigError("imitate=policy needs ServeTrace and an algorithm with an actor and a critic, such as ppo")
+    if isinstance(algorithm.get_module(), MaskedDQN) or env not in ("ServeTrace-v0", "ServeCluster-v0"):
+        raise ConfigError(
+            "imitate=policy needs ServeTrace or ServeCluster and an algorithm with an actor and a critic, such as ppo"
+        )
+    vector: ServeTraceVector | ServeReplicas
+    if env == "ServeTrace-v0":
+        vector = ServeTraceVector(windows, **words)
+    else:
+        vector = ServeReplicas(windows * ClusterSetting(**words).replicas, **words)
     network = read_learned(REPOSITORY / path if path.endswith(".json") else path, "ServeTrace").network
+    network = with_inputs(network, vector.setting.table.features)
     module = _module(algorithm)
     state = module.state_dict()
     names = actor_layers(state)
@@ -144,7 +158,7 @@ def imitate_policy(
             torch.from_numpy(x * np.float32(scale)) for x in (weight, bias)
         )
     module.load_state_dict(state)
-    vector, torch_rng = ServeTraceVector(windows, **words), torch.Generator().manual_seed(seed)
+    torch_rng = torch.Generator().manual_seed(seed)
     seen, _ = vector.reset(seed=seed)
     rows, rewards = [], []
     for _ in range(vector.setting.ticks - 1):
@@ -153,12 +167,19 @@ def imitate_policy(
         rows.append(seen)
         seen, reward, *_ = vector.step(torch.multinomial(shares, 1, generator=torch_rng)[:, 0].numpy())
         rewards.append(reward)
-    earned, returns = np.zeros(windows), []
+    earned, returns = np.zeros(vector.num_envs), []
     for reward in reversed(rewards):
         earned = reward + float(algorithm.config.gamma) * earned
         returns.append(earned)
     targets = np.concatenate(returns[::-1]).astype(np.float32)
     return _fit_critic(algorithm, np.concatenate(rows), targets, seed=seed, epochs=epochs, batch=batch, lr=lr)
+
+
+def with_inputs(network: Network, count: int) -> Network:
+    """Return a network that reads so many features: those beyond its own, if any, change nothing."""
+    first, *rest = network.weights
+    more = np.zeros((first.shape[0], max(0, count - first.shape[1])), dtype=np.float32)
+    return replace(network, weights=(np.concatenate((first, more), axis=1), *rest))
 
 
 def _fit_critic(

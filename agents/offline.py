@@ -123,6 +123,10 @@ def episodes(cfg: DictConfig) -> Iterator[Any]:
     """Play the episodes of a configuration; yield each as RLlib's SingleAgentEpisode."""
     from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
+    if cfg.env.id not in ("ServeTrace-v0", "PruneToBudget-v0"):
+        raise ConfigError(
+            f"env.id is {cfg.env.id}; episodes are written of one agent: env=serve_trace or env=prune_to_budget"
+        )
     words = environment_words(cfg)
     env: Any = ServeTrace(**words) if cfg.env.id == "ServeTrace-v0" else PruneToBudget(**words)
     begin = serve_player(env, cfg.by) if isinstance(env, ServeTrace) else prune_player(env, cfg.by, int(cfg.seed))

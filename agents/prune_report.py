@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from agents.ablation import ablation_markdown
+from agents.cluster_report import cluster_section
 from agents.draws import Draw, prune_draws
 from agents.prune_contest import grid
 from agents.serve_report import serve_section
@@ -301,6 +302,6 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
             "(permutation importance; nothing is trained again).\n",
             ablation_markdown(pd.read_parquet(ablation_path), "loads"),
         ]
-    parts.append(serve_section(folder))
+    parts += [serve_section(folder), cluster_section(folder)]
     write_text(page, "\n".join(parts).rstrip("\n") + "\n")
     return page

@@ -128,7 +128,7 @@ class ServeReward:
                 "least 0, and in (0, 1] are allowed"
             )
 
-    def potential(self, state: EngineState, requests: int, ttft_s: float | None) -> float:
+    def potential(self, state: EngineState, requests: float, ttft_s: float | None) -> float:
         """Return the potential of a state."""
         return float(self.potentials(np.array([state.oldest_wait_s]), np.array([state.waiting]), [requests], ttft_s)[0])
 

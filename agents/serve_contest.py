@@ -169,11 +169,18 @@ def fixed_plan(plan: Plan) -> Build:
     return lambda served: Fixed(plan)
 
 
-def rules(setting: ServeSetting) -> tuple[dict[str, Build], dict[str, Any]]:
-    """Return every rule, tuned on training windows, and what tuning chose."""
-    windows = train_windows(setting.sources)
+def rules(
+    setting: ServeSetting, score: Callable[[Build], float] | None = None, windows: int = TRAIN_WINDOWS
+) -> tuple[dict[str, Build], dict[str, Any]]:
+    """Return every rule, tuned, and what tuning chose.
+
+    Args:
+        setting: what is served. score: how good a policy is where rules are tuned, by default on the training windows.
+        windows: how many windows or clusters that are.
+    """
+    if score is None:
+        score = partial(mean_utility, setting, train_windows(setting.sources))
     plans = setting.actions.plans
-    score = partial(mean_utility, setting, windows)
     static = [score(fixed_plan(plan)) for plan in plans]
     best = int(np.argmax(static))
     limits = sorted({plan.admit for plan in plans if plan.admit is not None})
@@ -215,7 +222,7 @@ def rules(setting: ServeSetting) -> tuple[dict[str, Build], dict[str, Any]]:
         "queue": admit,
         "greedy_stop": greedy,
         "saber_margin": margin,
-        "windows": len(windows),
+        "windows": windows,
     }
     return found, chosen
 

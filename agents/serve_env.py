@@ -14,10 +14,11 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
+import simpy
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
@@ -37,6 +38,9 @@ from sim.observe_serve import Choice, ServeObserver, actions_from, serve_table
 from sim.plan import Plan, dense_plan
 from sim.plan_book import PlanBook
 from sim.quality import FittedQuality, PublishedQuality, load_quality
+
+if TYPE_CHECKING:
+    from sim.cluster import Cluster
 
 Floats = NDArray[np.float64]
 
@@ -119,10 +123,22 @@ class ServeSetting:
             found = self._nll[plan] = self.quality.nll(plan)
         return found
 
-    def build_engine(
-        self, window: Window, plan: Plan, *, book: PlanBook | None = None, driven: bool = False
+    def build_engine(self, window: Window, plan: Plan, **words: Any) -> SimEngine:
+        """Return an engine under the budget of a window, its requests submitted; ``words``: as ``idle_engine``."""
+        engine = self.idle_engine(window, plan, **words)
+        engine.submit_arrays(*self.windows.arrays(window))
+        return engine
+
+    def idle_engine(
+        self,
+        window: Window,
+        plan: Plan,
+        *,
+        book: PlanBook | None = None,
+        env: simpy.Environment | None = None,
+        driven: bool = False,
     ) -> SimEngine:
-        """Return an engine under the budget of a window, its requests submitted; ``book``, ``driven``: as SimEngine."""
+        """Return an engine under the budget of a window; ``book``, ``env``, ``driven``: as SimEngine."""
         context = BudgetContext(
             model=self.model,
             gpu=self.gpu,
@@ -131,7 +147,7 @@ class ServeSetting:
             kv_block_tokens=self.engine.kv_block_tokens,
         )
         copying = copy_speed(self.latency, self.gpu)
-        engine = SimEngine(
+        return SimEngine(
             model=self.model,
             latency=self.latency,
             config=self.engine,
@@ -143,12 +159,11 @@ class ServeSetting:
             quality_nll=self.nll,
             keep_iterations=False,
             book=book,
+            env=env,
             driven=driven,
         )
-        engine.submit_arrays(*self.windows.arrays(window))
-        return engine
 
-    def earned(self, engine: SimEngine, requests: int) -> float:
+    def earned(self, engine: SimEngine | Cluster, requests: int) -> float:
         """Return the utility so far: over all requests of the window, those that met the SLO at the quality kept."""
         if not requests:
             return 1.0
@@ -157,7 +172,7 @@ class ServeSetting:
         loss = np.where(met, records.quality_nll - self.dense_nll, 0.0)
         return float((kept_quality(loss) * met).sum()) / requests
 
-    def lost(self, engine: SimEngine, requests: int, now_s: float) -> float:
+    def lost(self, engine: SimEngine | Cluster, requests: int, now_s: float) -> float:
         """Return the utility that is out of reach."""
         return utility_lost(engine.records(), self.slo, self.dense_nll, now_s, requests) if requests else 0.0
 

@@ -20,6 +20,7 @@ from sim import kernel
 from sim.compiled import compiled
 from sim.engine import MEMORY_OF_PLANS
 from sim.fleet import OLDEST_WAIT_S, WAITING, Fleet
+from sim.metrics import Slo
 from sim.observe import Bools, Floats32
 from sim.observe_serve import ServeObservers
 from sim.plan_book import PlanBook
@@ -56,8 +57,7 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
         self._utility, self._lost, self._potential = np.zeros(num_envs), np.zeros(num_envs), np.zeros(num_envs)
         self._over = np.zeros(num_envs, dtype=np.bool_)
         self._seen = np.zeros((0, 0))
-        targets = (setting.slo.ttft_s, setting.slo.tpot_s, setting.slo.e2e_s)
-        self._slo = np.array([math.inf if target is None else target for target in targets])
+        self._slo = slo_seconds(setting.slo)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -139,6 +139,11 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
         self._seen = seen
 
 
+def slo_seconds(slo: Slo) -> Floats:
+    """Return the targets of TTFT, TPOT and E2E, float64[3]; ``inf`` where there is none."""
+    return np.array([math.inf if target is None else target for target in (slo.ttft_s, slo.tpot_s, slo.e2e_s)])
+
+
 @compiled()
 def settle_utility(
     tables: NDArray[np.int64],
@@ -187,4 +192,4 @@ def settle_utility(
         lost[at] = gone / windows
 
 
-__all__ = ["ServeTraceVector", "settle_utility"]
+__all__ = ["ServeTraceVector", "settle_utility", "slo_seconds"]

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.cluster_env import ClusterSetting
+from agents.cluster_vector import ServeReplicas
 from agents.draws import Draw, prune_draws
 from agents.prune_env import PruneToBudgetVector
 from agents.serve_vector import ServeTraceVector
@@ -15,7 +17,7 @@ from agents.windows import Window, serve_windows
 from sim.observe import Bools, Floats32
 from sim.policies.learned import Network
 
-VALIDATION_WINDOWS, VALIDATION_SEED = 24, 20250602
+VALIDATION_WINDOWS, VALIDATION_CLUSTERS, VALIDATION_SEED = 24, 24, 20250602
 Act = Callable[[Floats32, Bools], NDArray[np.int64]]
 """Chooses one legal action a row."""
 
@@ -43,7 +45,17 @@ def play(act: Act, words: Mapping[str, Any], episodes: Sequence[Sequence[Draw]])
 
 def serve(act: Act, words: Mapping[str, Any], windows: Sequence[Window]) -> NDArray[np.float64]:
     """Play every window once; return the utility of each."""
-    vector = ServeTraceVector(len(windows), **words)
+    return _served(act, ServeTraceVector(len(windows), **words), windows)
+
+
+def serve_clusters(act: Act, words: Mapping[str, Any], clusters: Sequence[Sequence[Window]]) -> NDArray[np.float64]:
+    """Play every cluster once, each given by the windows of its replicas; return the utility of each."""
+    vector = ServeReplicas(sum(map(len, clusters)), **words)
+    return _served(act, vector, clusters)[:: vector.setting.replicas]
+
+
+def _served(act: Act, vector: ServeTraceVector | ServeReplicas, windows: Sequence[Any]) -> NDArray[np.float64]:
+    """Play an episode everywhere; return the utility of each row."""
     observations, _ = vector.reset(options={"windows": windows})
     features = vector.setting.table.features
     over = False
@@ -61,6 +73,12 @@ def validation_windows(sources: tuple[str, ...], count: int | None = None) -> li
     return [serve_windows().sample(rng, "validation", sources) for _ in range(count or VALIDATION_WINDOWS)]
 
 
+def validation_clusters(setting: ClusterSetting) -> list[tuple[Window, ...]]:
+    """Return the clusters that validate, the same every time."""
+    rng = np.random.default_rng(VALIDATION_SEED)
+    return [setting.sample(rng, "validation") for _ in range(VALIDATION_CLUSTERS)]
+
+
 def validation_episodes(sequence: int) -> list[list[Draw]]:
     """Return the validation draws, ``sequence`` an episode; the first come again to make the last episode whole."""
     draws = list(prune_draws().validation)
@@ -73,4 +91,6 @@ def validation_utilities(env: str, words: Mapping[str, Any], network: Network) -
     words = {**words, "split": "validation"}
     if env == "ServeTrace-v0":
         return serve(network.act, words, validation_windows(tuple(words.get("sources", ("burst",)))))
+    if env == "ServeCluster-v0":
+        return serve_clusters(network.act, words, validation_clusters(ClusterSetting(**words)))
     return play(network.act, words, validation_episodes(int(words.get("sequence", 1)))).utility

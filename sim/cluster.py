@@ -34,8 +34,10 @@ from sim import cluster_kernel as ck
 from sim import kernel
 from sim.engine import EngineState, SimEngine, exact_delay
 from sim.errors import BudgetError, ConfigError
+from sim.fleet import look_at
 from sim.outages import Outage
-from sim.policies.base import Policy
+from sim.plan import Plan
+from sim.policies.base import ClusterPolicy, Policy
 from sim.records import Floats, Ints, Records, Status
 from sim.routers import Candidate, Compiled, Offered, Router
 from sim.trace import Trace
@@ -244,6 +246,45 @@ class Cluster:
             while self.env.peek() == horizon_s:
                 self.env.step()
 
+    def run_until(self, time_s: float) -> None:
+        """Serve until a moment: what ends or arrives by then has, an iteration that is due then has not started."""
+        while self.env.now < time_s:
+            self.env.timeout(exact_delay(self.env.now, time_s))
+            while (horizon_s := self.env.peek()) <= time_s:
+                self._serve(horizon_s)
+                while self.env.peek() == horizon_s:
+                    self.env.step()
+
+    def accepting(self) -> list[int]:
+        """Return the numbers of the replicas that accept requests, ascending."""
+        found: list[int] = np.flatnonzero(self._replica_i[:, ck.ACCEPTS]).tolist()
+        return found
+
+    def observe(self, replica: int) -> EngineState:
+        """Return what can be seen of a replica now; it has an engine, as every one that accepts requests."""
+        return self._observed(replica, self.env.now)
+
+    def look(self, seen: Floats) -> None:
+        """Write down what can be seen of every replica now, as ``observe`` says it; each has an engine.
+
+        Args:
+            seen: float64[k, fleet.SEEN_COLUMNS].
+        """
+        look_at(self.tables, float(self.env.now), seen)
+        for i in range(len(self.replicas)):
+            self._change_soon(i, self.env.now)
+
+    def apply(self, replica: int, plan: Plan) -> None:
+        """Make ``plan`` what a replica shall run from now on; as ``SimEngine.apply``."""
+        self._engine(replica).apply(plan)
+        self._change_soon(replica, self.env.now)
+
+    @property
+    def tables(self) -> NDArray[np.int64]:
+        """Where compiled code finds each replica: int64[k, arrays of a State, 3]; ask again after serving."""
+        self._look_up()
+        return self._tables
+
     @property
     def drained(self) -> bool:
         """Whether no request of the trace can make any more progress by itself."""
@@ -262,6 +303,7 @@ class Cluster:
     def _serve(self, horizon_s: float) -> None:
         """Serve and route up to a horizon."""
         fields_, tables = self._fields, self._tables
+        self._look_up()
         while True:
             why = ck.serve(
                 tables,
@@ -284,12 +326,18 @@ class Cluster:
             i = int(fields_[ck.WHICH])
             if why == ck.ATTEND:
                 self._engine(i).unblock(int(fields_[ck.WHY]))
-                self._tables[i] = self._engine(i).table
+                self._look_up()
             elif why == ck.ROOM:
                 self._make_room(i)
             else:  # nobody accepts, or a router of one's own is asked
                 self._place(at, None, until_s)
                 fields_[ck.AT] = at + 1
+
+    def _look_up(self) -> None:
+        """Bring up to date where the engines' arrays are: a plan book that several share may have grown."""
+        for i, number in enumerate(self._current):
+            if number >= 0:
+                self._tables[i] = self._engines[number].engine.table
 
     def _engine(self, i: int) -> SimEngine:
         return self._engines[self._current[i]].engine
@@ -340,7 +388,7 @@ class Cluster:
                     self._owner,
                 )
             )
-        accepting: list[int] = np.flatnonzero(self._replica_i[:, ck.ACCEPTS]).tolist()
+        accepting = self.accepting()
         fit = [i for i in accepting if prompt + produced < self._replica_i[i, ck.CONTEXT_LIMIT]]
         if not fit:
             return accepting[0] if accepting else -1
@@ -457,9 +505,12 @@ class Cluster:
         for moment_s in moments_s:
             yield from self._wait_until(moment_s)
             if self._current[i] >= 0:
-                served = self._engines[self._current[i]]
-                served.engine.apply(served.policy(self._observed(i, self.env.now)))
-                self._change_soon(i, self.env.now)
+                policy, state = self._engines[self._current[i]].policy, self.observe(i)
+                if isinstance(policy, ClusterPolicy):
+                    plan = policy.among(state, [self.observe(j) for j in self.accepting() if j != i])
+                else:
+                    plan = policy(state)
+                self.apply(i, plan)
 
     def _observed(self, i: int, now_s: float) -> EngineState:
         """Return what can be seen of a replica now; its budget is followed to here."""
@@ -479,10 +530,9 @@ class Cluster:
         while True:
             yield from self._wait_until(step * autoscaler.period_s)
             step += 1
-            accepting = [i for i in range(len(self.replicas)) if self._replica_i[i, ck.ACCEPTS]]
             state = ClusterState(
                 time_s=float(self.env.now),
-                serving=tuple(self._observed(i, self.env.now) for i in accepting),
+                serving=tuple(self.observe(i) for i in self.accepting()),
                 loading=sum(served is not None for served in self._loading),
                 held=len(self._held),
             )

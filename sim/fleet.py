@@ -139,6 +139,17 @@ def serve_all(
     return len(tables)
 
 
+@compiled()
+def look_at(tables: NDArray[np.int64], now_s: float, seen: Floats) -> None:
+    """Say what can be seen of engines that have been brought to a moment.
+
+    Args:
+        tables: int64[n, arrays, 3]. now_s: the moment. seen: float64[n, SEEN_COLUMNS], written.
+    """
+    for at in range(len(tables)):
+        _look(tables[at], now_s, seen[at])
+
+
 @compiled(inline=True)
 def _idle(n: Ints) -> bool:
     """Return whether an engine sleeps: nothing runs, waits or is to come, and no other plan is wanted."""

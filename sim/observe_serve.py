@@ -255,7 +255,7 @@ def _log(value: float, scale: float) -> float:
 class ServeObservers:
     """Does for n engines of a fleet what ``ServeObserver`` and ``ServeActions`` do for one, at once.
 
-    action, changed_s: the `Choice` of each, [n].
+    action, changed_s: the `Choice` of each, [n]. dense_bytes: of the weights of the dense model.
     """
 
     model: ModelSpec
@@ -267,14 +267,14 @@ class ServeObservers:
     _time_s: Floats = field(init=False)
     _counters: Floats = field(init=False)
     _rates: Floats = field(init=False)
-    _dense_bytes: float = field(init=False)
+    dense_bytes: float = field(init=False)
     _levels: Floats = field(init=False)
     _weights: Floats = field(init=False)
     _groups: Ints = field(init=False)
 
     def __post_init__(self) -> None:
         n, counters = self.size, len(_COUNTER_COLUMNS)
-        self._dense_bytes = float(weight_bytes(self.model, dense_plan(self.model)))
+        self.dense_bytes = float(weight_bytes(self.model, dense_plan(self.model)))
         self._levels = np.array(self.actions.levels)
         self._weights = np.array(self.actions.weights_bytes, dtype=np.float64)
         self._groups = np.array(self.actions.groups)
@@ -317,7 +317,7 @@ class ServeObservers:
         """Return the features of each, float32[n, entries]."""
         self._smooth(seen)
         ten = self._rates[1]
-        dense = self._dense_bytes
+        dense = self.dense_bytes
         columns = seen.T
         pool, given = columns[fleet.KV_LAYER_BLOCKS], ten[:, 2]
         found = np.empty((len(SERVE_ENTRIES), self.size))

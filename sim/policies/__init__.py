@@ -3,7 +3,7 @@
 A policy is built by the function of its module that a file of conf/policy names.
 """
 
-from sim.policies.base import Policy, Served, ServerModel
+from sim.policies.base import ClusterPolicy, Policy, Served, ServerModel
 from sim.policies.fixed import Fixed
 
-__all__ = ["Fixed", "Policy", "Served", "ServerModel"]
+__all__ = ["ClusterPolicy", "Fixed", "Policy", "Served", "ServerModel"]

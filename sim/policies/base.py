@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sim.budget import Budget
 from sim.engine import EngineConfig, EngineState, SimEngine
@@ -70,4 +70,13 @@ class Policy(Protocol):
 
     def __call__(self, state: EngineState) -> Plan:
         """Return what shall run from now on."""
+        ...
+
+
+@runtime_checkable
+class ClusterPolicy(Policy, Protocol):
+    """A policy of one replica that looks at the other replicas of its cluster too; without any it is a ``Policy``."""
+
+    def among(self, state: EngineState, others: Sequence[EngineState]) -> Plan:
+        """Return what shall run from now on; ``others``: the states of the other replicas that accept requests."""
         ...

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sim.engine import EngineState
 from sim.errors import ConfigError
 from sim.memory import kv_block_layer_bytes
+from sim.observe import Table
 from sim.observe_serve import Choice, ServeActions, ServeObserver, actions_from, serve_table
 from sim.plan import Plan
 from sim.policies.base import Served
-from sim.policies.learned import Network, check_tables, read_learned
+from sim.policies.learned import Learned, Network, check_tables, read_learned
 
 
 @dataclass(slots=True)
@@ -44,11 +46,23 @@ def learned_serve(served: Served, *, path: str) -> LearnedServe:
         ConfigError: for a file that was trained for another model, observation or table of plans.
     """
     learned = read_learned(path, "ServeTrace")
+    actions = trained_actions(learned, served, serve_table)
+    block_bytes = kv_block_layer_bytes(served.model, served.kv_block_tokens)
+    return LearnedServe(learned.network, actions, ServeObserver(served.model, actions, block_bytes))
+
+
+def trained_actions(learned: Learned, served: Served, table: Callable[[ServeActions], Table]) -> ServeActions:
+    """Return the plans that a policy was trained to choose from, for what is served now.
+
+    Args:
+        learned, served: the policy, and what it decides for. table: makes its table of observations from the plans.
+    Raises:
+        ConfigError: if it was trained for another model, observation or table of plans.
+    """
     if learned.about.get("model") != served.model.name:
         raise ConfigError(
             f"{learned.path.name} was trained on {learned.about.get('model')}, not on {served.model.name}"
         )
     actions = actions_from(served.model, learned.about["plans"], served.workspace_bytes)
-    check_tables(learned, serve_table(actions))
-    block_bytes = kv_block_layer_bytes(served.model, served.kv_block_tokens)
-    return LearnedServe(learned.network, actions, ServeObserver(served.model, actions, block_bytes))
+    check_tables(learned, table(actions))
+    return actions

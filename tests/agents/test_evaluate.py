@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from agents.ablation import PRUNE_GROUPS, SERVE_GROUPS, ablation_markdown, shuffled_loads, shuffled_windows
+from agents.cluster_report import cluster_section, cluster_table_markdown, cluster_verdict
 from agents.draws import Draw, prune_draws
 from agents.prune_contest import baselines, contest, grid, read_order, stop_at_budget
 from agents.prune_report import REFERENCE, prune_table_markdown, unseen_loads, verdict, write_report
@@ -231,3 +232,61 @@ def test_the_verdict_on_serving_names_who_won_and_where(tmp_path: Path) -> None:
     assert "| policy | published | some_quality |" in section
     assert (tmp_path / "serve.png").stat().st_size > 10_000
     assert serve_section(tmp_path / "nothing") == ""
+
+
+def test_the_verdict_on_clusters_names_who_won_where_and_what_training_in_them_adds(tmp_path: Path) -> None:
+    rules = {"dense": 0.5, "static": 0.7, "precision+queue": 0.8, "oracle_static": 0.9}
+    rng = np.random.default_rng(0)
+    easy = rng.normal(0.0, 0.05, 40)
+    easy -= easy.mean()
+    names = ("slo_attainment", "goodput_rps", "ttft_p95_s", "rejected_share", "loss", "budget_violation_s")
+    columns = dict.fromkeys((*names, "transitions", "busiest_share"), 0.0)
+    learned = {"learned_serve": 0.81, "learned_cluster": 0.83, "learned_cluster_own": 0.79}
+    rows = [
+        {
+            "policy": name,
+            "seed": 0,
+            "window": window,
+            "source": "burst" if window < 20 else "azure_code",
+            "load": 0.7 if window % 2 else 0.9,
+            "pressed": window % 5,
+            "utility": value + easy[window] + (0.05 if window < 20 and name == "learned_cluster" else 0.0),
+            **columns,
+        }
+        for name, value in {**rules, **learned}.items()
+        for window in range(40)
+    ]
+    frame = pd.DataFrame(rows)
+    text = cluster_verdict(frame)
+    assert "**learned_cluster** has utility" in text
+    assert "the best rule here (precision+queue, 0.8000)" in text
+    assert "undecided are none" in text
+    assert "learned_cluster +0.0450 [" in text  # over learned_serve
+    assert "minus learned_cluster_own: +0.0650 [" in text
+    assert "worst on azure_code (+0.030) and best on burst (+0.080)" in text
+    worse = frame.assign(utility=frame["utility"].where(frame["policy"] != "learned_cluster", 0.1))
+    assert "**learned_cluster_own** has utility" in cluster_verdict(worse)
+    nothing = frame[frame["policy"].isin(rules)]
+    assert cluster_verdict(nothing).startswith("The best rule is **precision+queue**")
+    assert cluster_table_markdown(frame).count("| - |") == 1  # the reference alone is not compared with itself
+    write_parquet(tmp_path / "cluster.parquet", frame)
+    tuned = {"static": "drop 0", "queue": 8, "greedy_stop": {}, "saber_margin": 0.4, "windows": 16}
+    made = {"command": "python -m agents.evaluate", "commit": "0" * 40, "tuned": tuned, "rules_commit": "3" * 40}
+    made |= {"replicas": 4, "router": "least_kv", "seconds": {}, "learned_serve_validation": 0.9}
+    made["sources"] = {"learned_cluster": ["burst", "azure_conv"]}
+    write_json(tmp_path / "cluster.json", made)
+    section = cluster_section(tmp_path)
+    assert "40 held-out clusters of 4 replicas behind the router least_kv" in section
+    assert "commit 000000000000 (rules: 333333333333)" in section
+    assert "windows of burst, azure_conv (learned_cluster)" in section
+    assert section.count("| learned_cluster |") == 4
+    write_parquet(tmp_path / "cluster_routers.parquet", frame.assign(router="round_robin"))
+    steps = {"env_steps": [1000, 2000], "seconds": [5.0, 10.0], "validation_utility": [0.7, 0.6]}
+    write_parquet(
+        tmp_path / "cluster_training.parquet", pd.DataFrame({"policy": "learned_cluster", "seed": 0, **steps})
+    )
+    section = cluster_section(tmp_path)
+    assert "| policy | round_robin |" in section
+    assert "| learned_cluster | 1 | 0.7000 (0.7000 to 0.7000) | 10 | 2,000 |" in section
+    assert (tmp_path / "cluster.png").stat().st_size > 10_000
+    assert cluster_section(tmp_path / "nothing") == ""

@@ -94,6 +94,11 @@ def test_what_is_no_file_of_episodes_or_no_policy_is_an_error_that_says_what_to_
             list(episodes(composed("offline", "episodes=1", *overrides)))
 
 
+def test_episodes_of_a_cluster_are_refused_because_they_are_not_one_agents() -> None:
+    with pytest.raises(ConfigError, match=r"env\.id is ServeCluster-v0; episodes are written of one agent"):
+        list(episodes(composed("offline", "env=serve_cluster", "by=dense", "episodes=1")))
+
+
 def test_training_can_begin_with_what_somebody_wrote(local_ray: None, tmp_path: Path) -> None:
     written(tmp_path, *PRUNE, "by=knapsack", "episodes=150")
     small = ["algorithm=ppo", "num_envs=8", "hidden=[64]", "algorithm.steps_an_iteration=512"]

@@ -17,9 +17,11 @@ import pandas as pd
 import pytest
 from omegaconf import DictConfig
 
+from agents.cluster_contest import learned_builds, mean_cluster_utility
+from agents.cluster_env import ClusterSetting
 from agents.serve_env import ServeCore, ServeSetting
 from agents.train import BUFFER, Checkpoints, build_algorithm, current_network, environment_words, train
-from agents.validate import validation_utilities
+from agents.validate import validation_clusters, validation_utilities
 from agents.windows import Window
 from sim.config import CONF_DIR, build
 from sim.data import REPOSITORY
@@ -178,6 +180,30 @@ def test_training_to_serve_begins_with_the_plan_that_it_is_told(local_ray: None)
     features = core.setting.table.features
     seen = core.observe()
     assert core.setting.actions.names[int(network.act(seen[:features], seen[features:] > 0.5))] == cfg.imitate.plan
+
+
+def test_training_in_clusters_begins_with_the_policy_of_one_replica_and_exports_one_for_each(
+    local_ray: None, tmp_path: Path
+) -> None:
+    small = [
+        "num_envs=4",
+        "hidden=[84,84]",
+        "imitate.windows=1",
+        "imitate.epochs=1",
+        "env.words.replicas=2",
+        "env.words.sources=[burst]",
+    ]
+    cfg = composed("experiment=ppo_cluster", *SMALL_PPO, *small, "iterations=1", "algorithm.lr=0.0")
+    reached = train(cfg, tmp_path)
+    policy = read_learned(tmp_path / "best" / "policy.json", "ServeCluster")
+    begun = read_learned("learned_serve_llama2", "ServeTrace").network
+    features = begun.weights[0].shape[1]
+    np.testing.assert_array_equal(policy.network.weights[0][:, :features], begun.weights[0])
+    assert not policy.network.weights[0][:, features:].any()
+    assert policy.about["environment"]["replicas"] == 2
+    setting = ClusterSetting(**{**policy.about["environment"], "split": "validation"})
+    (build_one,) = learned_builds([tmp_path / "best" / "policy.json"])
+    assert mean_cluster_utility(setting, validation_clusters(setting), build_one) == pytest.approx(reached, abs=1e-3)
 
 
 def _driver(folder: Path, *more: str) -> list[str]:

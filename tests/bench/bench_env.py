@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.cluster_vector import ServeReplicas
 from agents.prune_env import PruneToBudgetVector
 from agents.serve_vector import ServeTraceVector
 from sim.model import load_model
@@ -55,6 +56,8 @@ def main() -> None:
     bench_vector("PruneToBudget-v0, random legal actions", PruneToBudgetVector(ENVIRONMENTS), 1000, 1.0)
     bench_vector("ServeTrace-v0, one plan", ServeTraceVector(ENVIRONMENTS), 500, 0.0)
     bench_vector("ServeTrace-v0, a new plan every tenth tick", ServeTraceVector(ENVIRONMENTS), 500, 0.1, 1500)
+    name = "ServeCluster-v0, 4 replicas, a new plan every tenth tick"
+    bench_vector(name, ServeReplicas(ENVIRONMENTS), 500, 0.1, 1500)
     prune = prune_network(load_model("smollm2_135m"), "learned_prune_smollm2")
     bench_decision("learned_prune_smollm2, one block", prune.network, prune.network.weights[0].shape[1], 60)
 

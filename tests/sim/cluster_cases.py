@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,8 +118,8 @@ def router_of(case: ClusterCase) -> Compiled:
     return getattr(routers, case.router)()  # type: ignore[no-any-return]
 
 
-def fast_cluster(case: ClusterCase, router: Any = None) -> Cluster:
-    """Return the compiled cluster of a case, served."""
+def fast_cluster(case: ClusterCase, router: Any = None, stops_s: Sequence[float] = ()) -> Cluster:
+    """Return the compiled cluster of a case, served; it stops at some moments on the way, and is looked at."""
 
     def replica(one: Case, outages: tuple[Outage, ...], name: str) -> Replica:
         return Replica(
@@ -138,6 +138,11 @@ def fast_cluster(case: ClusterCase, router: Any = None) -> Cluster:
         load_bytes_per_s=case.load_bytes_per_s,
         start_s=case.start_s,
     )
+    for stop_s in stops_s:
+        cluster.run_until(stop_s)
+        assert cluster.env.now == stop_s
+        for i in cluster.accepting():
+            cluster.observe(i)
     cluster.run()
     return cluster
 

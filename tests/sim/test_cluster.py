@@ -12,7 +12,7 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim import cluster_kernel, routers
+from sim import cluster_kernel, fleet, routers
 from sim.cluster import Cluster, ClusterState, Phase, Replica
 from sim.engine import SimEngine
 from sim.errors import BudgetError, ConfigError
@@ -35,6 +35,7 @@ from tests.sim.cluster_cases import (
 from tests.sim.kernel_cases import random_case
 from tests.sim.plain_cluster import PlainCluster
 from tests.sim.serving import TINY, linear_latency, tiny_engine
+from tests.sim.test_fleet import assert_seen
 
 DENSE = dense_plan(TINY)
 
@@ -183,6 +184,35 @@ def test_two_runs_with_one_seed_leave_identical_records() -> None:
         for field in dataclasses.fields(first):
             a, b = getattr(first, field.name), getattr(second, field.name)
             assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), field.name
+
+
+def test_a_cluster_that_stops_on_its_way_leaves_the_records_of_one_that_does_not() -> None:
+    stops_s = [0.1, *(1.7 * k for k in range(1, 60))]
+    for seed in range(40):
+        try:
+            first, second = (fast_cluster(random_cluster(seed), stops_s=stops).records() for stops in ((), stops_s))
+        except BudgetError:
+            continue
+        for field in dataclasses.fields(first):
+            a, b = getattr(first, field.name), getattr(second, field.name)
+            assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), f"seed {seed}: {field.name}"
+
+
+def test_what_is_looked_at_in_one_call_is_what_each_replica_says() -> None:
+    case = next(case for case in map(random_cluster, range(60)) if len(case.replicas) > 1 and not any(case.outages))
+    several = [
+        Replica(name=str(i), build=lambda env, one=one: (engine(SimEngine, one, env, driven=True), AtTimes(one)))
+        for i, one in enumerate(case.replicas)
+    ]
+    cluster = Cluster(case.trace(), several, routers.least_kv())
+    seen = np.zeros((len(several), fleet.SEEN_COLUMNS))
+    for stop_s in (1.0, 5.0, 20.0):
+        cluster.run_until(stop_s)
+        cluster.look(seen)
+        for i in range(len(several)):
+            assert_seen(seen[i], cluster.observe(i))
+        cluster.apply(0, DENSE)
+    assert cluster.observe(0).target == DENSE
 
 
 def test_a_router_of_ones_own_does_what_the_compiled_one_does() -> None:

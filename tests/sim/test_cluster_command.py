@@ -30,7 +30,14 @@ def config(*overrides: str) -> DictConfig:
         return compose("cluster", overrides=[*SHORT, *overrides])
 
 
-@pytest.mark.parametrize("overrides", [[], ["policy=greedy_stop", "budget=cotenant", "budget.mean_away_s=8", "seed=3"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["policy=greedy_stop", "budget=cotenant", "budget.mean_away_s=8", "seed=3"],
+        ["policy=learned_cluster", "latency=llama2_7b_a100_trtllm", "budget=cotenant", "trace.rate_rps=12"],
+    ],
+)
 def test_one_replica_leaves_the_records_of_a_replay_of_the_same_words(overrides: list[str]) -> None:
     cfg = config("replicas.main.count=1", *overrides)
     cluster, summary = run(cfg)

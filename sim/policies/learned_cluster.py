@@ -1,0 +1,64 @@
+"""What ``ServeCluster`` trained, as the policy of every replica of a cluster: it looks at the other replicas too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sim.engine import EngineState
+from sim.memory import kv_block_layer_bytes
+from sim.observe import Floats32
+from sim.observe_cluster import cluster_table, replica_features, shown_entries
+from sim.observe_serve import Choice, ServeActions, ServeObserver
+from sim.plan import Plan
+from sim.policies.base import Served
+from sim.policies.learned import Network, read_learned
+from sim.policies.learned_serve import trained_actions
+
+
+@dataclass(slots=True)
+class LearnedCluster:
+    """Chooses the legal plan that the network rates highest; every replica has one of its own, with one network.
+
+    shown: 0 for the entries that were hidden in training, 1 for the others.
+    """
+
+    network: Network
+    actions: ServeActions
+    observer: ServeObserver
+    shown: Floats32
+    choice: Choice = field(default_factory=Choice)
+
+    @property
+    def first_plan(self) -> Plan:
+        """The first plan of the table."""
+        return self.actions.plans[0]
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Choose without other replicas."""
+        return self.among(state, ())
+
+    def among(self, state: EngineState, others: Sequence[EngineState]) -> Plan:
+        """Observe and choose."""
+        own = self.observer(state, self.choice)
+        features = np.concatenate((own, replica_features(state, others, self.observer.dense_bytes))) * self.shown
+        action = int(self.network.act(features, self.actions.legal(state, self.choice)))
+        self.choice = self.actions.chosen(state, self.choice, action)
+        return self.actions.plans[action]
+
+
+def learned_cluster(served: Served, *, path: str) -> LearnedCluster:
+    """Build the policy from an exported file; decide as often as it was trained to (``tick_s`` in the file).
+
+    Args:
+        served: what is decided for. path: a JSON file of ``agents.export``, or the name of one that ships.
+    Raises:
+        ConfigError: for a file that was trained for another model, observation or table of plans.
+    """
+    learned = read_learned(path, "ServeCluster")
+    actions = trained_actions(learned, served, cluster_table)
+    block_bytes = kv_block_layer_bytes(served.model, served.kv_block_tokens)
+    shown = shown_entries(cluster_table(actions), learned.about["environment"].get("hide", ()))
+    return LearnedCluster(learned.network, actions, ServeObserver(served.model, actions, block_bytes), shown)
