@@ -137,6 +137,13 @@ def _caching(rows: Rows) -> str:
             )
         room = next(row for label, row in mine.items() if label.endswith("room for all"))
         parts.append(f"with room for all of it, {100 * _mean(room, 'cached_share'):.1f} %")
+        best = max(
+            (label for label in mine if label.endswith((", on", ", off"))),
+            key=lambda label: _mean(mine[label], "slo_attainment"),
+        )
+        parts.append(
+            f"{best.replace(', on', ' with a cache').replace(', off', ' without')} attains most of those that fit"
+        )
         said.append(f"- The {trace} trace, from off to on: {'. '.join(parts)}.")
     return (
         "\n".join(said) + "\n"
