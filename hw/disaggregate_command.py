@@ -476,7 +476,7 @@ def staged_records(
     return StagedRecords(**{**columns, **given})
 
 
-_COUNTED = ("prompt_tokens", "produced_tokens", "output_tokens", "preemptions", "status")
+_COUNTED = ("prompt_tokens", "produced_tokens", "output_tokens", "preemptions", "status", "cached_tokens")
 
 
 def _transfers_frame(heard: _Heard) -> pd.DataFrame:

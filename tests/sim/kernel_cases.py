@@ -50,6 +50,13 @@ class Case:
             for i in range(count)
         )
 
+    def asked(self) -> list[Request]:
+        """Return the requests, with their hash ids."""
+        return [
+            Request(request_id=i, arrival_s=a, prompt_tokens=p, output_tokens=o, hash_ids=self.hash_ids(p, o))
+            for i, (a, p, o) in enumerate(self.requests)
+        ]
+
     def budget(self) -> Budget:
         """Return the budget: the given KV blocks beside the first plan, then steps relative to that."""
         first = budget_for_kv_blocks(TINY, self.first_plan, self.kv_blocks, 0, self.config.kv_block_tokens)
@@ -209,18 +216,7 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
         copy_slowdown=case.copy_slowdown,
         quality_nll=quality_nll,
     )
-    engine.submit(
-        [
-            Request(
-                request_id=i,
-                arrival_s=arrival_s,
-                prompt_tokens=prompt,
-                output_tokens=output,
-                hash_ids=case.hash_ids(prompt, output),
-            )
-            for i, (arrival_s, prompt, output) in enumerate(case.requests)
-        ]
-    )
+    engine.submit(case.asked())
     engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])
     states = []
     changes = dict(case.plans)

@@ -20,7 +20,8 @@ from sim.policies.fixed import Fixed
 from sim.records import Records, Status
 from sim.replay import replay
 from sim.trace import Trace
-from tests.sim.kernel_cases import LATE_S, random_case, serve
+from tests.sim.cluster_cases import engine as engine_of
+from tests.sim.kernel_cases import LATE_S, Case, random_case, serve
 from tests.sim.serving import TINY, linear_latency, tiny_engine
 
 DENSE = dense_plan(TINY)
@@ -208,12 +209,9 @@ def test_held_and_free_kv_blocks_add_up_with_a_cache(seed: int) -> None:
         assert end.kv_used_layer_blocks == 0 == watched.shared_layer_blocks
 
 
-def _engine(case: object) -> SimEngine:
-    from tests.sim.cluster_cases import engine
-
-    made: SimEngine = engine(SimEngine, case, None)  # type: ignore[arg-type]
-    rows = ((a, p, o, case.hash_ids(p, o)) for a, p, o in case.requests)  # type: ignore[attr-defined]
-    made.submit(asked(*rows))
+def _engine(case: Case) -> SimEngine:
+    made: SimEngine = engine_of(SimEngine, case, None)
+    made.submit(case.asked())
     return made
 
 
