@@ -256,8 +256,18 @@ def measure(repeats: int) -> dict[str, Any]:
         outcome, cfg = run(pair, [*policy_words("dense"), *BUSY], "10 MB/s")
         times = slowdown(outcome, cfg)
         print(f"beside each other iterations take so many times what they are priced at: {times}", flush=True)
-        real: dict[str, list[dict[str, Any]]] = {label: [] for label in VARIANTS}
-        plans, header_bytes, difference_bytes, busy = {}, {}, 0, []
+        variants: dict[str, dict[str, Any]] = {}
+        for label, (link, kind) in VARIANTS.items():
+            words = policy_words(kind)
+            variants[label] = {
+                "link": link,
+                "words": list(words),
+                "plan": describe(plan_of(configuration("disaggregate", words))),
+                "simulated": simulate(words, links[link]),
+                "at_speed": simulate(words, links[link], times),
+                "real": [],
+            }
+        busy, difference_bytes = [], 0
         for repeat in range(repeats):
             labels = list(VARIANTS)
             random.Random(repeat).shuffle(labels)  # so that a busy spell of the machine does not meet one plan alone
@@ -267,23 +277,10 @@ def measure(repeats: int) -> dict[str, Any]:
                     outcome, cfg = run(pair, policy_words(kind), link)
                 busy += cores
                 row = read_figures(outcome.records, figures(cfg, outcome)["makespan_s"])
-                real[label].append({**row, "as_planned": as_planned(outcome.records, cfg)})
-                plans[label] = describe(plan_of(cfg))
-                header_bytes[label] = sum(log.header_bytes for log in outcome.logs.values())
+                variants[label]["real"].append({**row, "as_planned": as_planned(outcome.records, cfg)})
+                variants[label]["header_bytes"] = sum(log.header_bytes for log in outcome.logs.values())
                 difference_bytes = max(difference_bytes, *(log.difference_bytes for log in outcome.logs.values()))
                 print(f"repeat {repeat}, {label}: others kept {cores} cores busy", flush=True)
-    variants = {}
-    for label, (link, kind) in VARIANTS.items():
-        words = policy_words(kind)
-        variants[label] = {
-            "link": link,
-            "words": list(words),
-            "plan": plans[label],
-            "header_bytes": header_bytes[label],
-            "real": real[label],
-            "simulated": simulate(words, links[link]),
-            "at_speed": simulate(words, links[link], times),
-        }
     return {
         "provenance": provenance(12),
         "calibration": CALIBRATION,
