@@ -119,6 +119,7 @@ def made_up() -> dict[str, Any]:
         "others_busy_cores": [0.0, 0.3],
         "links": {name: {"transfers": 5, "median_error_s": 0.001, **LINK} for name in LINKS},
         "times": {"prefill": 1.1, "decode": 1.2},
+        "speeds": [{"prefill": 1.05, "decode": 1.2}, {"prefill": 1.15, "decode": 1.2}],
         "difference_bytes": 0,
         "variants": variants,
     }
@@ -131,7 +132,7 @@ def test_the_page_shows_errors_beside_noise_and_bytes_that_differ() -> None:
     assert "| PDTrim both | 200,000 | **differs** | 5.00x |" in text
     assert "| dense | 200 ms, -10.0 % / 0.0 % |" in text
     assert "0.15 cores in the median run, 0.30 at most" in text
-    assert "prefill 1.10, decode 1.20" in text
+    assert "prefill 1.10 (1.05 to 1.15), decode 1.20 (1.20 to 1.20)" in text
 
 
 def test_the_committed_page_is_what_the_committed_results_give() -> None:
