@@ -97,6 +97,13 @@ SHOWN = {
 }
 
 
+CROWDED_CORES = 0.2
+CROWDED = (
+    "**The machine was not idle: of what follows the bytes hold, the times do not.** They say as much of the other "
+    "programs as of this one; measured on two idle cores, `python -m hw.disaggregate_results --run` replaces them."
+)
+
+
 def configuration(name: str, words: Sequence[str]) -> DictConfig:
     """Return the configuration of a command."""
     GlobalHydra.instance().clear()
@@ -334,9 +341,10 @@ def page(content: Mapping[str, Any]) -> str:
         f"commit {commit}. The KV of every prompt is gathered from one paged pool, sent over a loopback TCP socket and "
         f"put into the other; the sender keeps to 10 MB/s where that is said, which is as slow beside this prefill as "
         f"25 Gbit/s is beside an A100 with Llama-2-7B. Times are those of one clock that both processes read "
-        f"(CLOCK_MONOTONIC), the medians of {repeats} repeats in random order; **noise** is the farthest repeat from "
-        f"the median. **Other programs kept busy meanwhile: {cores}** of the machine's two; the load before was "
-        f"{content['load_before']:.2f}.",
+        f"(CLOCK_MONOTONIC), {'of one run each' if repeats == 1 else f'the medians of {repeats} repeats'}, in random "
+        f"order; **noise** is the farthest repeat from the median (- for a single run). **Other programs kept busy "
+        f"meanwhile: {cores}**; the load before was {content['load_before']:.2f}.",
+        CROWDED if busy and np.median(busy) > CROWDED_CORES else "",
         "## Bytes",
         _bytes_table(variants, content["difference_bytes"]),
         "## Times, as the simulator is",
@@ -363,7 +371,7 @@ def page(content: Mapping[str, Any]) -> str:
         f"links: `{' '.join(content['words']['lone'])}`; the speeds: `{' '.join(content['words']['busy'])}`, dense.",
         "\n".join(f"- {label}: {variant['plan']}" for label, variant in variants.items()),
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def _bytes_table(variants: Mapping[str, Any], difference_bytes: int) -> str:
@@ -442,7 +450,8 @@ def _findings(variants: Mapping[str, Any]) -> str:
         for label, row in real.items()
     )
     lines = [f"- Over 10 MB/s, times that dense needs for the KV's way, and for E2E: {gains}."]
-    for which, said in (("simulated", "As it is"), ("at_speed", "At the speed of two processes")):
+    repeated = all(len(variant["real"]) > 1 for variant in variants.values())  # else nobody knows the noise
+    for which, said in (("simulated", "As it is"), ("at_speed", "At the speed of two processes")) if repeated else ():
         told = ranking({"all": {label: {"figures": compared(v, which)} for label, v in limited.items()}})["all"]
         agreed = ", ".join(
             f"{name.removesuffix('_s.mean').upper()} {row['agreed']} of {row['pairs_beyond_noise']} (regret "

@@ -135,6 +135,16 @@ def test_the_page_shows_errors_beside_noise_and_bytes_that_differ() -> None:
     assert "prefill 1.10 (1.05 to 1.15), decode 1.20 (1.20 to 1.20)" in text
 
 
+def test_times_of_a_busy_machine_are_called_so_and_single_runs_order_nothing() -> None:
+    idle, crowded = made_up(), made_up() | {"others_busy_cores": [0.1, 0.9, 1.0], "repeats": 1}
+    for variant in crowded["variants"].values():
+        del variant["real"][1:]
+    assert "the times do not" not in page(idle)
+    assert "orders pairs" in page(idle)
+    assert "the times do not" in page(crowded)
+    assert "orders pairs" not in page(crowded)
+
+
 def test_the_committed_page_is_what_the_committed_results_give() -> None:
     if not results.RESULT.is_file():
         pytest.skip("it has not been measured yet: python -m hw.disaggregate_results --run")
