@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 from numba import njit
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,19 +24,34 @@ _SOURCES = ("compiled.py", "latency.py", "kernel.py", "cluster_kernel.py")
 SOURCE_HASH = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES)).hexdigest()
 
 
-def compiled(*, inline: bool = False) -> Callable[[F], F]:
+def constant(value: int) -> int:
+    """Return a constant to hand to compiled functions: numba makes a type of a plain one, and compiles them anew."""
+    return cast(int, np.int64(value))
+
+
+def compiled(*, inline: bool = False, once: bool = False) -> Callable[[F], F]:
     """Return a decorator that compiles a function over arrays that it does not own.
 
     Such a function may read and write arrays, not make any: without Numba's counting of references, which is atomic and
     happens for every array that a function is handed, the kernel is five times faster.
 
+    One whose name begins with ``_`` has no way in from Python, for that would cost seconds at the first start: only
+    compiled code may call it (tests/test_imports.py sees to that; the call would end the process).
+
     Args:
         inline: compile the function into its callers; for small ones.
+        once: make the function a part of the one that calls it, before anything is compiled. Each compiled function is
+            optimised together with all that it calls, so a chain of them that call one another costs seconds at the
+            first start; for large ones that are called in one place.
     """
 
     def decorate(function: F) -> F:
         global _told
         options: Any = {"error_model": "numpy", "forceinline": inline, "_nrt": False}
+        if once:
+            options["inline"] = "always"
+        if function.__name__.startswith("_"):
+            options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
         try:
             made: Any = njit(function, cache=True, **options)
             if hasattr(made, "_cache"):  # with NUMBA_DISABLE_JIT it is the plain function

@@ -56,7 +56,7 @@ from numba.extending import intrinsic
 from numba.np import arrayobj
 from numpy.typing import NDArray
 
-from sim.compiled import compiled
+from sim.compiled import compiled, constant
 from sim.latency import LatencyTables, iteration_in_range, iteration_seconds, layered_iteration_seconds
 
 Floats = NDArray[np.float64]
@@ -65,7 +65,8 @@ Ints = NDArray[np.int64]
 NEVER = 1 << 62
 WAITING, RUNNING, FINISHED, REJECTED = range(4)
 """The values of ``sim.records.Status``."""
-NOBODY = -1
+ZERO = constant(0)
+NOBODY = constant(-1)
 """The owner of a run of free KV blocks that hold nothing of use (sim/kv_pool.py)."""
 HORIZON, NEEDS, GROW, DONE = range(4)
 """Why `advance` returned."""
@@ -389,7 +390,7 @@ def _release(s: Table, blocks: int, owner: int) -> None:
         runs[BLOCKS, tail - 1] += blocks
         return
     if tail == runs.shape[1]:  # owners are few, and neighbours without one become one run: half the room suffices
-        to = 0
+        to = ZERO
         for run in range(n[RUN_HEAD], tail):
             if runs[BLOCKS, run] == 0 and runs[OWNER, run] == NOBODY:
                 continue
@@ -419,7 +420,7 @@ def resize_pool(s: Table, blocks: int) -> None:
         _release(s, change, NOBODY)
 
 
-@compiled()
+@compiled(once=True)
 def forget_kept_kv(s: Table) -> None:
     """Let no preempted request find again what it left behind."""
     n, request_i, slots, runs = ints_of(s), request_i_of(s), slots_of(s), runs_of(s)
@@ -530,7 +531,7 @@ def _let_units_go(s: Table, i: int) -> None:
             n[FREE_UNIT] = unit
 
 
-@compiled()
+@compiled(once=True)
 def _forget_units(s: Table) -> None:
     """Let nobody find a unit again; those that run hold theirs on, and put no more into the cache."""
     n, slots, units = ints_of(s), slots_of(s), units_of(s)
@@ -898,7 +899,7 @@ def _preempt_to_fit(s: Table) -> None:
         _charge(s, 1, _preempt(s, slots[PREVIOUS, slots.shape[1] - 1]))
 
 
-@compiled()
+@compiled(once=True)
 def _preempt_lacking(s: Table, layer: int) -> None:
     """Preempt, newest first, those that lack an MHA block that runs at their stage."""
     n, slots, sets = ints_of(s), slots_of(s), sets_of(s)
@@ -929,7 +930,7 @@ def _draft(s: Table, count: int, held: Ints, mask: Ints) -> int:
     return count
 
 
-@compiled()
+@compiled(once=True)
 def _draft_sets(s: Table, step: int) -> int:
     """Draft the sets that requests will hold in a step: of each, what still runs of what it held.
 
@@ -952,7 +953,7 @@ def _draft_sets(s: Table, step: int) -> int:
     while i != end:
         narrowed[slots[SET, i], 1 if slots[DUE, i] != NEVER else 0] = 0
         i = slots[NEXT, i]
-    count = 1 + _draft(s, 0, prefill, prefill)
+    count = 1 + _draft(s, ZERO, prefill, prefill)
     count = max(count, 1 + _draft(s, count, decode, decode))
     for k in range(n[N_SETS]):
         held = sets[k, SET_COLUMNS:]
@@ -966,7 +967,7 @@ def _draft_sets(s: Table, step: int) -> int:
     return count
 
 
-@compiled()
+@compiled(once=True)
 def _change_sets(s: Table, count: int, decode: Ints) -> None:
     """Let requests hold the KV of the drafted sets; their rows are up to date (`settle`)."""
     n, request_i, slots, phases, sets, drafts, narrowed = (
@@ -1023,7 +1024,7 @@ def _change_sets(s: Table, count: int, decode: Ints) -> None:
     _release(s, freed, NOBODY)
 
 
-@compiled()
+@compiled(once=True)
 def _find_prices(s: Table, step: int, count: int, drafted: bool) -> bool:
     """Find what tokens cost in a step by the set that their request holds: column 3 of ``narrowed``.
 
@@ -1113,7 +1114,7 @@ def run_step(s: Table, step: int, now_s: float) -> bool:
     return True
 
 
-@compiled()
+@compiled(once=True)
 def _join(s: Table, now_s: float) -> bool:
     """Let the layer whose copy is whole run from now on, in the place of what it replaces."""
     n, f, changes = ints_of(s), floats_of(s), changes_of(s)
@@ -1133,7 +1134,7 @@ def _join(s: Table, now_s: float) -> bool:
     return True
 
 
-@compiled()
+@compiled(once=True)
 def _begin_change(s: Table, now_s: float) -> bool:
     """Drop what the plan decided on does not run, and go on with the copy under way if it still wants it."""
     n, f, steps, copies, decisions, changes = (
@@ -1175,7 +1176,7 @@ def _begin_change(s: Table, now_s: float) -> bool:
     return True
 
 
-@compiled()
+@compiled(once=True)
 def _carry_out(s: Table, now_s: float) -> bool:
     n, f, steps, changes = ints_of(s), floats_of(s), steps_of(s), changes_of(s)
     if n[COPY] >= 0 and f[COPY_END] <= now_s and not _join(s, now_s):
@@ -1199,7 +1200,7 @@ def _carry_out(s: Table, now_s: float) -> bool:
     return True
 
 
-@compiled()
+@compiled(once=True)
 def change_plan(s: Table, now_s: float) -> bool:
     """Do what is due of plan and memory changes, between two iterations.
 
@@ -1417,7 +1418,9 @@ def _start(s: Table, now_s: float) -> None:
         data_of(s),
         layout_of(s),
     )
-    prefill, prefill_contexts, decodes, contexts, sequences, uniform = 0, 0, 0, 0, 0, True
+    # Not the literal: numba would compile all that prices an iteration for an argument that is always 0 as well.
+    prefill = prefill_contexts = decodes = contexts = sequences = ZERO
+    uniform = True
     for j in range(n[N_BATCH]):
         i, tokens = slots[BATCH, j], slots[TOKENS, j]
         row = request_i[slots[REQUEST, i]]

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.compiled import compiled
+from sim.compiled import compiled, constant
 from sim.data import REPOSITORY
 from sim.errors import CalibrationError, nearest
 from sim.gpu import Gpu
@@ -55,12 +55,14 @@ TILE_TOKENS = 128
 # `LatencyTables.layout` says what lies where in `LatencyTables.data`. A curve has two entries: the place of its value
 # at count 0 and its last count; the slope above follows its values. A surface has five: place and length of its rows,
 # of its columns, and the place of its values, row after row. The residual has nine: four axes and its values' place.
+# Of this type, or numba compiles what they are handed to once for each of them.
 CURVE_LINEAR = 0  # six curves: 4 * bits_index + 2 * kind
-CURVE_TOKEN = 12
-CURVE_HEAD = 14
-SURFACE_PREFILL = 16
-SURFACE_DECODE = 21
-SURFACE_SHARED_DECODE = 26
+MHA_KIND, FFN_KIND = constant(0), constant(1)
+CURVE_TOKEN = constant(12)
+CURVE_HEAD = constant(14)
+SURFACE_PREFILL = constant(16)
+SURFACE_DECODE = constant(21)
+SURFACE_SHARED_DECODE = constant(26)
 RESIDUAL = 31
 SHARED_KERNEL = 40  # 1 where one kernel takes prompts and decodes
 LAYOUT_LENGTH = 41
@@ -80,7 +82,7 @@ class LatencyTables(NamedTuple):
 
 
 @compiled()
-def _segment(data: Floats, at: int, length: int, x: float) -> int:
+def segment(data: Floats, at: int, length: int, x: float) -> int:
     """Return i so that the grid at ``at`` has x in its segment i; the first or last segment for x outside."""
     low, candidates = 0, length - 1
     while candidates > 1:
@@ -99,7 +101,7 @@ def interp1(data: Floats, grid_at: int, length: int, values_at: int, x: float) -
     """
     if x <= data[grid_at]:
         return float(data[values_at])
-    i = _segment(data, grid_at, length, x)
+    i = segment(data, grid_at, length, x)
     left = data[grid_at + i]
     share = (x - left) / (data[grid_at + i + 1] - left)
     value = data[values_at + i]
@@ -112,7 +114,7 @@ def interp2(
 ) -> float:
     """Return a surface at (row, column): bilinear between points, held below them, the last segments' slopes above."""
     row, column = max(row, data[rows_at]), max(column, data[columns_at])
-    i, j = _segment(data, rows_at, rows, row), _segment(data, columns_at, columns, column)
+    i, j = segment(data, rows_at, rows, row), segment(data, columns_at, columns, column)
     top, left = data[rows_at + i], data[columns_at + j]
     u = (row - top) / (data[rows_at + i + 1] - top)
     v = (column - left) / (data[columns_at + j + 1] - left)
@@ -130,7 +132,7 @@ def _hold(data: Floats, at: int, length: int, x: float) -> tuple[int, float]:
         return 0, 0.0
     if x >= data[at + length - 1]:
         return length - 2, 1.0
-    i = _segment(data, at, length, x)
+    i = segment(data, at, length, x)
     return i, (x - data[at + i]) / (data[at + i + 1] - data[at + i])
 
 
@@ -155,7 +157,7 @@ def _residual(data: Floats, layout: Counts, x: float, y: float, z: float, w: flo
 
 
 @compiled()
-def _curve(data: Floats, layout: Counts, slot: int, x: int) -> float:
+def curve_seconds(data: Floats, layout: Counts, slot: int, x: int) -> float:
     """Return a curve tabulated for every count, at count x; its slope's continuation above the last one."""
     at, last = layout[slot], layout[slot + 1]
     if x <= last:
@@ -177,7 +179,7 @@ def linear_seconds(tables: LatencyTables, bits_index: int, kind: int, tokens: in
 
     ``bits_index`` is that of WEIGHT_BITS; a precision that was not measured gives nan.
     """
-    return float(_curve(tables.data, tables.layout, CURVE_LINEAR + 4 * bits_index + 2 * kind, tokens))
+    return float(curve_seconds(tables.data, tables.layout, CURVE_LINEAR + 4 * bits_index + 2 * kind, tokens))
 
 
 @compiled()
@@ -254,21 +256,21 @@ def iteration_seconds(
         sequences: sequences that get a next token.
     """
     tokens = prefill_tokens + decode_batch
-    total = tables.data[DATA_FIXED] + _curve(tables.data, tables.layout, CURVE_TOKEN, tokens)
-    total += _curve(tables.data, tables.layout, CURVE_HEAD, sequences)
+    total = tables.data[DATA_FIXED] + curve_seconds(tables.data, tables.layout, CURVE_TOKEN, tokens)
+    total += curve_seconds(tables.data, tables.layout, CURVE_HEAD, sequences)
     mha_both, mha_prefill_only = 0, 0
     for b in range(layers.shape[0]):
         mha, mha_only, ffn, ffn_only = layers[b, 0], layers[b, 1], layers[b, 2], layers[b, 3]
         if decode_batch == 0:  # all blocks of the prefill mask see the same tokens: one product, one rounding
             mha, mha_only, ffn, ffn_only = mha + mha_only, 0, ffn + ffn_only, 0
         if mha > 0:
-            total += mha * linear_seconds(tables, b, 0, tokens)
+            total += mha * linear_seconds(tables, b, MHA_KIND, tokens)
         if ffn > 0:
-            total += ffn * linear_seconds(tables, b, 1, tokens)
+            total += ffn * linear_seconds(tables, b, FFN_KIND, tokens)
         if mha_only > 0:
-            total += mha_only * linear_seconds(tables, b, 0, prefill_tokens)
+            total += mha_only * linear_seconds(tables, b, MHA_KIND, prefill_tokens)
         if ffn_only > 0:
-            total += ffn_only * linear_seconds(tables, b, 1, prefill_tokens)
+            total += ffn_only * linear_seconds(tables, b, FFN_KIND, prefill_tokens)
         mha_both += mha
         mha_prefill_only += mha_only
     if mha_both > 0:
@@ -291,16 +293,16 @@ def layered_iteration_seconds(tables: LatencyTables, rows: Counts, tokens: int, 
             block. A block that sees no token costs nothing.
         tokens, sequences: of the whole iteration.
     """
-    total = tables.data[DATA_FIXED] + _curve(tables.data, tables.layout, CURVE_TOKEN, tokens)
-    total += _curve(tables.data, tables.layout, CURVE_HEAD, sequences)
+    total = tables.data[DATA_FIXED] + curve_seconds(tables.data, tables.layout, CURVE_TOKEN, tokens)
+    total += curve_seconds(tables.data, tables.layout, CURVE_HEAD, sequences)
     for i in range(rows.shape[0]):
         layers, bits = rows[i, 0], rows[i, 1]
         mha_tokens = rows[i, 2] + rows[i, 4]
         if mha_tokens > 0:
-            total += layers * linear_seconds(tables, bits, 0, mha_tokens)
+            total += layers * linear_seconds(tables, bits, MHA_KIND, mha_tokens)
             total += layers * attention_seconds(tables, rows[i, 2], rows[i, 3], rows[i, 4], rows[i, 5])
         if rows[i, 6] > 0:
-            total += layers * linear_seconds(tables, bits, 1, rows[i, 6])
+            total += layers * linear_seconds(tables, bits, FFN_KIND, rows[i, 6])
     return float(total)
 
 
@@ -465,11 +467,11 @@ class LatencyModel:
 
     def head_s(self, sequences: int) -> float:
         """Return the seconds of LM head and sampling for that many sequences."""
-        return float(_curve(self.tables.data, self.tables.layout, CURVE_HEAD, sequences))
+        return float(curve_seconds(self.tables.data, self.tables.layout, CURVE_HEAD, sequences))
 
     def token_s(self, tokens: int) -> float:
         """Return the seconds of embedding and final norm, which no plan can drop."""
-        return float(_curve(self.tables.data, self.tables.layout, CURVE_TOKEN, tokens))
+        return float(curve_seconds(self.tables.data, self.tables.layout, CURVE_TOKEN, tokens))
 
     def iteration_s(
         self,
