@@ -21,7 +21,6 @@ ABOUT = {
     "learned_serve": "the policy that ships for one replica, which does not look at the others",
     "learned_cluster": "one policy for all replicas, PPO in clusters that went on from learned_serve; each sees the "
     "others and is paid what the cluster earns",
-    "learned_cluster_burst": "the same, trained on burst alone, as learned_serve was",
     "learned_cluster_own": "the same, each paid for its own requests too (own_share=1)",
     "learned_cluster_blind": "the same as learned_cluster, but what it would see of the others is hidden",
     ORACLE: "the best single plan for all replicas, chosen in hindsight for each cluster",
