@@ -51,8 +51,12 @@ class RealClock:
         self._skips = skip_idle or kind == "cpu"
         self._zero_s = math.nan
 
+    def start_at(self, zero_s: float) -> None:
+        """Count from this moment of ``source``; the wall's is the same for all processes of a machine."""
+        self._zero_s = zero_s
+
     def now_s(self) -> float:
-        """Return the seconds since the first call."""
+        """Return the seconds since the first call, or since ``start_at``."""
         if math.isnan(self._zero_s):
             self._zero_s = self.source()
         return self.source() - self._zero_s

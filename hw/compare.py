@@ -114,10 +114,10 @@ def compare(simulated: Run, real: Sequence[Run]) -> dict[str, Any]:
         for statistic in ("mean", "p50", "p95", "p99"):
             values = [run.summary[metric][statistic] for run in real]
             tolerance = tolerances.get(statistic)
-            figures[f"{metric}.{statistic}"] = _figure(simulated.summary[metric][statistic], values, tolerance)
+            figures[f"{metric}.{statistic}"] = judged_figure(simulated.summary[metric][statistic], values, tolerance)
     for metric in RATES:
         values = [run.summary[metric] for run in real]
-        figures[metric] = _figure(simulated.summary[metric], values, tolerances["mean"])
+        figures[metric] = judged_figure(simulated.summary[metric], values, tolerances["mean"])
     counts = {
         name: {"simulated": simulated.summary[name], "real": [run.summary[name] for run in real]} for name in COUNTS
     }
@@ -159,7 +159,7 @@ def _check_same_requests(simulated: Run, real: Run) -> None:
         )
 
 
-def _figure(simulated: float | None, real: Sequence[float | None], tolerance: float | None) -> dict[str, Any]:
+def judged_figure(simulated: float | None, real: Sequence[float | None], tolerance: float | None) -> dict[str, Any]:
     """Return one figure: both sides, error against the real median, noise as the farthest repeat from it, verdict."""
     known = [value for value in real if value is not None]
     if simulated is None or not known:

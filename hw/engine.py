@@ -97,6 +97,24 @@ class _Live:
         return self.computed_tokens >= self.prefill_tokens
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handover:
+    """A request whose prompt was computed by another engine, as it goes on here.
+
+    tokens: its prompt and the first token. output_limit: tokens that it may produce in all. kept_params, nll_sum: of
+    its first token. preemptions: before that.
+    """
+
+    request: Request
+    tokens: tuple[int, ...]
+    output_limit: int
+    admitted_s: float
+    first_token_s: float
+    kept_params: int
+    nll_sum: float
+    preemptions: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Ran:
     """An iteration that the device has done, to be put in force at its end."""
@@ -128,6 +146,7 @@ class HwEngine:
         arena: Arena | None = None,
         ends: Callable[[int, int], bool] | None = None,
         on_token: Callable[[int, int | None, bool], None] | None = None,
+        holds: Callable[[int], bool] | None = None,
         quality_nll: Callable[[Plan], float] | None = None,
     ) -> None:
         """Build an idle engine over a dense model, and bring it to its first plan.
@@ -145,6 +164,7 @@ class HwEngine:
             ends: called with (request_id, token), whether that token ends its request before its length; None never.
             on_token: called with (request_id, token, whether it is the last) as each token comes; the token is None
                 where a request was rejected.
+            holds: called with a request_id as it ends, whether its KV stays held until ``release``; None never.
             quality_nll: nats a token that a plan costs (``sim.quality``), charged to requests; None charges nothing.
         Raises:
             PlanError: for a plan that is not legal for the model.
@@ -160,6 +180,8 @@ class HwEngine:
         self._clock: Clock = clock or RealClock()
         self._ends = ends
         self._on_token = on_token
+        self._holds = holds
+        self.outside: dict[int, RequestPages] = {}
         # Plans come back, and a fit may take longer than a token's share of an iteration.
         self._quality_nll = lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None
         self._params = (model.fixed_params, model.mha_params, model.ffn_params)
@@ -290,6 +312,80 @@ class HwEngine:
             self._waiting.remove(live)
             self._reject(live)
 
+    # -- prefill and decode apart (hw/disaggregate.py); ``outside`` has the KV that nobody who runs holds -------------
+
+    def reserve(self, request_id: int, prompt_tokens: int) -> RequestPages | None:
+        """Hold room for the KV of a prompt that was computed elsewhere; None where there is none now.
+
+        As in sim.disaggregate: KV blocks beside the watermark, a place among those that run, nobody preempted waiting.
+        """
+        keeps_all = all(keep == KV_KEEP_ALL for keep in self._plan.kv_keep)
+        pages = RequestPages(mha=self._decode_mha, kv_keep=None if keeps_all else self._plan.kv_keep)
+        block_tokens = self.config.kv_block_tokens
+        needed = sum(pages.layer_blocks(layer, prompt_tokens, block_tokens) for layer in pages.mha)
+        left = self._pool.free_layer_blocks - needed
+        if left < self._limits.watermark_layer_blocks or self._waiting:
+            return None
+        if len(self._running) + len(self.outside) >= self._limits.max_running:
+            return None
+        self._overwritten(pages.hold(self._pool, prompt_tokens))
+        self.outside[request_id] = pages
+        return pages
+
+    def handover(self, request_id: int, output_tokens: int, output_limit: int) -> Handover:
+        """Return what the replica has to know where a request goes on whose prompt was computed here.
+
+        Args:
+            output_tokens: what its trace asks for. output_limit: what it may have there, the first token included.
+        """
+        live = self._all[request_id]
+        return Handover(
+            request=replace(live.request, output_tokens=output_tokens),
+            tokens=tuple(live.tokens),
+            output_limit=output_limit,
+            admitted_s=live.admitted_s,
+            first_token_s=live.first_token_s,
+            kept_params=live.kept_params,
+            nll_sum=live.nll_sum,
+            preemptions=live.preemptions,
+        )
+
+    def join(self, given: Handover) -> None:
+        """Let a request decode here from now on whose KV has arrived where ``reserve`` held room for it."""
+        request = given.request
+        self._all[request.request_id] = live = _Live(
+            request,
+            list(given.tokens),
+            output_limit=given.output_limit,
+            pages=self.outside.pop(request.request_id),
+            computed_tokens=request.prompt_tokens,
+            produced_tokens=1,
+            prefill_tokens=request.prompt_tokens,
+            kept_params=given.kept_params,
+            nll_sum=given.nll_sum,
+            admitted_s=given.admitted_s,
+            first_token_s=given.first_token_s,
+            last_token_s=given.first_token_s,
+            preemptions=given.preemptions,
+            status=Status.RUNNING,
+        )
+        self._arrived_prompt_tokens += request.prompt_tokens
+        self._running.append(live)
+
+    def release(self, request_id: int) -> None:
+        """Free the KV that was held for a request that has ended here."""
+        self._pool.release(self.outside.pop(request_id).all_blocks())
+
+    @property
+    def pool(self) -> PagedKV:
+        """The KV blocks, and who holds how many."""
+        return self._pool
+
+    @property
+    def request_ids(self) -> list[int]:
+        """The requests that have arrived, in the order of ``records``."""
+        return list(self._all)
+
     @property
     def context_limit(self) -> int:
         """Tokens that prompt and output of one request may have together."""
@@ -305,9 +401,9 @@ class HwEngine:
         idle = self._ran is None and not self._arrivals and not self._running
         return idle and (not self._waiting or (self._stuck and math.isinf(self._next_event_s())))
 
-    def records(self) -> Records:
-        """Return one row a request, in order of arrival; requests yet to arrive have none."""
-        live = list(self._all.values())
+    def records(self, request_ids: Sequence[int] | None = None) -> Records:
+        """Return one row a request, in order of arrival, or those of some; requests yet to arrive have none."""
+        live = list(self._all.values()) if request_ids is None else [self._all[i] for i in request_ids]
 
         def floats(name: str) -> NDArray[np.float64]:
             return np.array([getattr(r, name) for r in live], dtype=np.float64)
@@ -376,7 +472,8 @@ class HwEngine:
 
     def check(self) -> None:
         """Check that what is allocated is what is counted: KV block by KV block, and the bytes of the weights."""
-        held = [block for live in self._running for ids in live.pages.blocks.values() for block in ids]
+        pages = [*(live.pages for live in self._running), *self.outside.values()]
+        held = [block for one in pages for ids in one.blocks.values() for block in ids]
         self._pool.check(held)
         assert len(held) == self._pool.used_layer_blocks
         incoming = self._copy is not None
@@ -612,7 +709,10 @@ class HwEngine:
             live.status = Status.FINISHED
             self._finished += 1
             self._most_running = math.inf
-            self._let_go(live)
+            if self._holds is not None and self._holds(live.request.request_id):
+                self.outside[live.request.request_id], live.pages = live.pages, RequestPages()
+            else:
+                self._let_go(live)
         if self._on_token is not None:
             self._on_token(live.request.request_id, token, last)
 
@@ -741,8 +841,8 @@ class HwEngine:
         """Give the memory back that the pool has lost, and follow the blocks that moved for it."""
         moved = self._pool.settle()
         if moved:
-            for live in self._running:
-                live.pages.rename(moved)
+            for pages in (*(live.pages for live in self._running), *self.outside.values()):
+                pages.rename(moved)
 
     def _preempt_for_transition(self, live: _Live) -> None:
         self._transitions.charge(preempted=1, recomputed_tokens=live.computed_tokens)

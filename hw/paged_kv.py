@@ -414,6 +414,17 @@ class RequestPages:
         places = (ring_place(keep, token) for token in range(start, start + count))
         return [ids[place // block_tokens] * block_tokens + place % block_tokens for place in places]
 
+    def kept_slots(self, tokens: int, block_tokens: int) -> list[int]:
+        """Return the slots of all that stays of so many computed tokens: layer by layer, in the order of their places.
+
+        Two requests that run the same layers and keep the same tokens hold the same at equal positions of this list.
+        """
+        return [
+            ids[place // block_tokens] * block_tokens + place % block_tokens
+            for layer, ids in sorted(self.blocks.items())
+            for place in range(self.keep_of(layer).tokens(tokens))
+        ]
+
     def end_prefill(self, pool: PagedKV, tokens: int, kv_keep: tuple[KVKeep, ...] | None) -> None:
         """Leave the tokens that ``kv_keep`` does not name: what stays moves into each layer's ring."""
         block_tokens = pool.arena.block_tokens

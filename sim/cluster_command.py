@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,16 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sim.cluster import Cluster, Replica, Served
+from sim.cluster import Cluster, Replica
 from sim.command import build_engine, build_parts, build_trace
 from sim.compare import with_differences
 from sim.config import ManyConfig, build, one_thread, run_command
 from sim.engine import SimEngine
 from sim.errors import ConfigError, nearest
 from sim.many import Executor, cases_of, config_of
-from sim.metrics import Slo, met_slo, records_frame, summarise
+from sim.metrics import Slo, merged_gaps, merged_iterations, met_slo, records_frame, summarise
 from sim.policies import Fixed, Policy
-from sim.records import Iterations, Status, TokenGaps
+from sim.records import Status
 from sim.replay import decisions
 from sim.report import Columns, markdown, print_rows, print_summary
 from sim.runs import provenance, write_json, write_parquet, write_text
@@ -134,22 +134,6 @@ def build_cluster(cfg: DictConfig) -> Cluster:
     )
 
 
-def merged_iterations(engines: Sequence[Served]) -> Iterations:
-    """Return the iterations of all engines, in the order in which they ended."""
-    parts = [served.engine.iterations() for served in engines]
-    order = np.argsort(np.concatenate([part.end_s for part in parts]), kind="stable")
-    names = [f.name for f in fields(Iterations)]
-    return Iterations(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in names})
-
-
-def merged_gaps(engines: Sequence[Served]) -> TokenGaps:
-    """Return the gaps between tokens of all engines."""
-    parts = [served.engine.token_gaps() for served in engines]
-    return TokenGaps(
-        itl_s=np.concatenate([part.itl_s for part in parts]), count=np.concatenate([part.count for part in parts])
-    )
-
-
 def replica_figures(cluster: Cluster, slo: Slo) -> list[dict[str, Any]]:
     """Return the figures of each replica: one row each, as ``replicas.parquet`` holds them.
 
@@ -191,11 +175,12 @@ def replica_figures(cluster: Cluster, slo: Slo) -> list[dict[str, Any]]:
 def cluster_figures(cluster: Cluster, slo: Slo, *, cpu_s: float = 0.0) -> dict[str, Any]:
     """Return the figures of a cluster, as ``summary.json`` holds them: those of a replay, and more."""
     engines, records = cluster.engines(), cluster.records()
-    iterations, rows = merged_iterations(engines), replica_figures(cluster, slo)
+    iterations = merged_iterations([served.engine.iterations() for served in engines])
+    rows = replica_figures(cluster, slo)
     summary = summarise(
         records,
         iterations,
-        merged_gaps(engines),
+        merged_gaps([served.engine.token_gaps() for served in engines]),
         slo,
         transitions=sum(row["plan_changes"] for row in rows),
         budget_violation_s=sum(row["budget_violation_s"] for row in rows),

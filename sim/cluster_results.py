@@ -210,9 +210,9 @@ def _pdtrim(rows: Rows) -> str:
         "its best mixture is not searched. The quality table was measured on windows of 128 tokens, and prompts here "
         "are about as long; a cut is charged in full even where a prompt is shorter than what stays. Sets are prefixes "
         "of the order that PDTrim's removal found, prefill taking half of decode's; *searched* is the strongest pair "
-        "that its two-stage search found within that loss. Reductions of whole runs differ from L / (L - m - s + s r) at the "
-        f"mean prompt by at most {100 * off:.1f} %. The paper's 4.95x and 20.56 % are of other models, lengths and "
-        "links. POP, which skips layers in prefill that decode runs, is no legal plan: decode would find no KV.\n\n"
+        "that its two-stage search found within that loss. Reductions of whole runs differ from L / (L - m - s + s r) "
+        f"at the mean prompt by at most {100 * off:.1f} %. The paper's 4.95x and 20.56 % are of other models, lengths "
+        "and links. POP, which skips layers in prefill that decode runs, is no legal plan: decode would find no KV.\n\n"
         f"The plans:\n\n{plans}"
     )
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simpy
@@ -14,20 +14,24 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sim.cluster import Cluster, Replica, Served
-from sim.cluster_command import compare_variants, merged_gaps, merged_iterations
+from sim.cluster import Cluster, Replica
+from sim.cluster_command import compare_variants
 from sim.command import build_engine, build_parts, build_trace, quality_of
 from sim.config import ManyConfig, build, one_thread, run_command
-from sim.disaggregate import Disaggregated, decode_side, transfer_reduction, with_prefill
+from sim.disaggregate import Disaggregated, StagedRecords, decode_side, transfer_reduction, with_prefill
 from sim.engine import SimEngine
 from sim.errors import ConfigError
-from sim.metrics import distribution, records_frame, summarise
+from sim.metrics import Slo, distribution, merged_gaps, merged_iterations, records_frame, summarise
+from sim.model import ModelSpec
 from sim.plan import Plan, dense_plan, describe
 from sim.policies import Fixed
 from sim.records import Records
 from sim.report import Columns, print_summary
 from sim.routers import least_outstanding
 from sim.runs import provenance, write_json, write_parquet, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STAGED_COLUMNS: Columns = {
     "SLO attainment": ("slo_attainment", 100.0, 1, " %"),
@@ -90,19 +94,21 @@ def plan_of(cfg: DictConfig) -> Plan:
     return policy.first_plan
 
 
-def build_system(cfg: DictConfig) -> Disaggregated:
-    """Build the prefill and decode replicas of a configuration."""
+def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disaggregated:
+    """Build the prefill and decode replicas of a configuration; ``decode_cfg`` is of the latter where they differ."""
     plan, quality = plan_of(cfg), quality_of(cfg)
     nll = quality.nll if quality is not None else None
 
-    def side(own: Plan, priced: Any) -> Callable[[simpy.Environment], SimEngine]:
-        return lambda env: build_engine(cfg, env=env, driven=True, plan=own, quality_nll=priced)[0]
+    def side(of: DictConfig, own: Plan, priced: Any) -> Callable[[simpy.Environment], SimEngine]:
+        return lambda env: build_engine(of, env=env, driven=True, plan=own, quality_nll=priced)[0]
+
+    decode, decode_nll = decode_cfg or cfg, with_prefill(nll, plan.prefill)
 
     return Disaggregated(
         build_trace(cfg),
         plan=plan,
-        prefill=[side(plan, nll)] * int(cfg.prefill_replicas),
-        decode=[side(decode_side(plan), with_prefill(nll, plan.prefill))] * int(cfg.decode_replicas),
+        prefill=[side(cfg, plan, nll)] * int(cfg.prefill_replicas),
+        decode=[side(decode, decode_side(plan), decode_nll)] * int(cfg.decode_replicas),
         link_bytes_per_s=float(cfg.link_bytes_per_s),
         link_latency_s=float(cfg.link_latency_s),
         one_link=bool(cfg.one_link),
@@ -122,45 +128,60 @@ def _together(cfg: DictConfig) -> tuple[Records, Sequence[SimEngine]]:
     return cluster.records(), [served.engine for served in cluster.engines()]
 
 
+NOTHING_SENT: dict[str, Any] = {
+    "sent_bytes_mean": None,
+    "transfer_reduction": None,
+    "transfer_s": {"mean": None},
+    "room_wait_s": {"mean": None},
+    "link_busy_share": None,
+}
+
+
+def transfer_figures(staged: StagedRecords, plan: Plan, model: ModelSpec) -> dict[str, Any]:
+    """Return what a run says of the KV that was sent, but for how busy the links were."""
+    shipped = np.isfinite(staged.sent_s)
+    prompts, sent = staged.prompt_tokens[shipped], staged.sent_bytes[shipped]
+    dense_bytes = int(prompts.sum()) * model.num_layers * model.kv_bytes_per_token_layer
+    return {
+        "sent_bytes_mean": float(sent.mean()) if len(sent) else None,
+        "transfer_reduction": float(dense_bytes / sent.sum()) if sent.sum() else None,
+        "reduction_at_mean_prompt": transfer_reduction(plan, max(int(prompts.mean()), 1)) if len(sent) else None,
+        "transfer_s": distribution(staged.sent_s - staged.send_s),
+        "room_wait_s": distribution(np.maximum(staged.send_s - staged.first_token_s, 0.0)),
+    }
+
+
+def perplexity_ratio(cfg: DictConfig, quality_nll: float | None) -> float | None:
+    """Return how many times the dense perplexity the plans cost that requests were charged with."""
+    quality = quality_of(cfg)
+    if quality is None or quality_nll is None:
+        return None
+    return float(np.exp(quality_nll - quality.nll(dense_plan(build(cfg.model)))))
+
+
 def run(cfg: DictConfig) -> tuple[Records, dict[str, Any]]:
     """Replay one configuration; return its records and figures."""
     plan, model = plan_of(cfg), build(cfg.model)
     started_cpu_s = time.process_time()
-    extra: dict[str, Any] = {"plan": describe(plan), "sent_bytes_mean": None, "transfer_reduction": None}
-    extra |= {"transfer_s": {"mean": None}, "room_wait_s": {"mean": None}, "link_busy_share": None}
+    extra = {"plan": describe(plan), **NOTHING_SENT}
     if int(cfg.prefill_replicas) == 0:
         records, engines = _together(cfg)
-        system = None
     else:
         system = build_system(cfg)
         system.run()
         engines = [side.engine for side in (*system.prefill, *system.decode)]
         records = staged = system.records()
-        shipped = np.isfinite(staged.sent_s)
-        prompts, sent = staged.prompt_tokens[shipped], staged.sent_bytes[shipped]
-        dense_bytes = int(prompts.sum()) * model.num_layers * model.kv_bytes_per_token_layer
-        wait_s = np.maximum(staged.send_s - staged.first_token_s, 0.0)
         end_s = max(float(np.nanmax(staged.finish_s, initial=0.0)), 1e-9)
-        extra |= {
-            "sent_bytes_mean": float(sent.mean()) if len(sent) else None,
-            "transfer_reduction": float(dense_bytes / sent.sum()) if sent.sum() else None,
-            "reduction_at_mean_prompt": transfer_reduction(plan, max(int(prompts.mean()), 1)) if len(sent) else None,
-            "transfer_s": distribution(staged.sent_s - staged.send_s),
-            "room_wait_s": distribution(wait_s),
-            "link_busy_share": sum(link.busy_s for link in system.links) / (len(system.links) * end_s),
-        }
-    served = [Served(i, engine, Fixed(plan), 0.0) for i, engine in enumerate(engines)]
+        extra |= transfer_figures(staged, plan, model)
+        extra["link_busy_share"] = sum(link.busy_s for link in system.links) / (len(system.links) * end_s)
     summary = summarise(
         records,
-        merged_iterations(served),
-        merged_gaps(served),
+        merged_iterations([engine.iterations() for engine in engines]),
+        merged_gaps([engine.token_gaps() for engine in engines]),
         build(cfg.slo),
         cpu_s=time.process_time() - started_cpu_s,
     )
-    quality = quality_of(cfg)
-    summary["perplexity_ratio"] = None
-    if quality is not None and summary["quality_nll"] is not None:
-        summary["perplexity_ratio"] = float(np.exp(summary["quality_nll"] - quality.nll(dense_plan(model))))
+    summary["perplexity_ratio"] = perplexity_ratio(cfg, summary["quality_nll"])
     return records, summary | extra
 
 
@@ -179,13 +200,23 @@ def _disaggregate(cfg: DictConfig) -> None:
         return
     records, summary = run(cfg)
     write_json(folder / "provenance.json", made_by)
-    frame = records_frame(records, build(cfg.slo))
+    write_parquet(folder / "records.parquet", staged_frame(records, build(cfg.slo)))
+    write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+    print_staged(summary, f"{label}: {cfg.prefill_replicas} prefill and {cfg.decode_replicas} decode replicas")
+    print(f"files: {folder}")
+
+
+def staged_frame(records: Records, slo: Slo) -> pd.DataFrame:
+    """Return the table that ``records.parquet`` holds."""
+    frame = records_frame(records, slo)
     for name in ("prefill_replica", "decode_replica", "sent_bytes", "send_s", "sent_s"):
         if hasattr(records, name):
             frame[name] = getattr(records, name)
-    write_parquet(folder / "records.parquet", frame)
-    write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
-    print_summary(summary, f"{label}: {cfg.prefill_replicas} prefill and {cfg.decode_replicas} decode replicas")
+    return frame
+
+
+def print_staged(summary: Mapping[str, Any], title: str) -> None:
+    """Print the figures of one run."""
+    print_summary(summary, title)
     for name in ("sent_bytes_mean", "transfer_reduction", "link_busy_share", "perplexity_ratio"):
         print(name, summary[name])
-    print(f"files: {folder}")

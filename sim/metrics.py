@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,6 +116,20 @@ def kept_share_frame(changes: Sequence[tuple[float, float]]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame(np.array(changes, dtype=np.float64).reshape(-1, 2), columns=["time_s", "kept_share"])
+
+
+def merged_iterations(parts: Sequence[Iterations]) -> Iterations:
+    """Return the iterations of several engines, in the order in which they ended."""
+    order = np.argsort(np.concatenate([part.end_s for part in parts]), kind="stable")
+    names = [f.name for f in fields(Iterations)]
+    return Iterations(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in names})
+
+
+def merged_gaps(parts: Sequence[TokenGaps]) -> TokenGaps:
+    """Return the gaps between tokens of several engines."""
+    return TokenGaps(
+        itl_s=np.concatenate([part.itl_s for part in parts]), count=np.concatenate([part.count for part in parts])
+    )
 
 
 def distribution(values: Floats) -> dict[str, float | None]:
