@@ -244,6 +244,7 @@ def records_of(answers: Sequence[Answer]) -> Records:
         status=ints([int(Status.REJECTED if a.error else Status.FINISHED) for a in answers]),
         kept_params_share=nothing,
         quality_nll=nothing,
+        cached_tokens=ints([0] * len(answers)),
     )
 
 

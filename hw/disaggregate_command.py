@@ -108,7 +108,6 @@ class SideLog:
 
 def child(stage: str, pipe: Pipe) -> None:
     """Load a model and serve one configuration after another, as the parent says."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent decides
     loaded: tuple[ElasticModel, Any] | None = None
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has gone
         while (message := pipe.recv()) is not None:
@@ -323,12 +322,17 @@ class Pair:
         context = multiprocessing.get_context("spawn")
         self.processes: dict[str, BaseProcess] = {}
         self._pipes: dict[str, Pipe] = {}
-        for stage in STAGES:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=child, args=(stage, theirs), name=stage, daemon=True)
-            process.start()
-            theirs.close()  # else nobody would hear of its end
-            self.processes[stage], self._pipes[stage] = process, ours
+        # Ctrl-C reaches all processes of a terminal. The parent decides: those that start now ignore it for good.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for stage in STAGES:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=child, args=(stage, theirs), name=stage, daemon=True)
+                process.start()
+                theirs.close()  # else nobody would hear of its end
+                self.processes[stage], self._pipes[stage] = process, ours
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def __enter__(self) -> Pair:
         return self
@@ -476,7 +480,7 @@ def staged_records(
     return StagedRecords(**{**columns, **given})
 
 
-_COUNTED = ("prompt_tokens", "produced_tokens", "output_tokens", "preemptions", "status")
+_COUNTED = ("prompt_tokens", "produced_tokens", "output_tokens", "preemptions", "status", "cached_tokens")
 
 
 def _transfers_frame(heard: _Heard) -> pd.DataFrame:

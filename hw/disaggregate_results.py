@@ -1,10 +1,10 @@
 """``python -m hw.disaggregate_results``: write hw/TRANSFER.md from hw/transfer.json; with ``--run``, measure first.
 
-With ``--run``: a prefill and a decode process of SmolLM2-135M, one thread each, first calibrate their link and their
-speed beside each other, on requests of their own; then they serve one small workload under every plan of
-``VARIANTS``, ``--repeats`` times each in random order. ``sim.disaggregate`` replays each beside that, with the
-committed calibration of the device and the link as measured. It wants two idle cores for some seven minutes, and says
-how busy others kept them.
+With ``--run``: a prefill and a decode process of SmolLM2-135M, one thread each, first calibrate their link, on requests
+of their own; then they serve one small workload under every plan of ``VARIANTS``, ``--repeats`` times each in random
+order, and in between measure their speed beside each other, on other requests again. ``sim.disaggregate`` replays each
+beside that, with the committed calibration of the device and the link as measured. It wants two idle cores for some
+seven minutes, and says how busy others kept them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 from scipy.optimize import nnls
 
 from hw.compare import judged_figure, percent
-from hw.disaggregate_command import Outcome, Pair, figures
+from hw.disaggregate_command import STAGES, Outcome, Pair, figures
 from hw.machine_speed import slower
 from hw.validate import ranking
 from sim.config import CONF_DIR, build, fail, one_thread
@@ -76,7 +76,7 @@ LONE = (
 )
 """How a link is measured: a prompt now and then, of many lengths."""
 BUSY = ("seed=22",)
-"""How the speed of each process beside the other is measured: the load of the workload, dense, other requests."""
+"""How the speed of each process beside the other is measured: the same load, dense, other requests."""
 VARIANTS: dict[str, tuple[str, str]] = {
     "dense": ("10 MB/s", "dense"),
     "unified": ("10 MB/s", "unified"),
@@ -95,6 +95,13 @@ SHOWN = {
     "e2e_s.mean": "E2E",
     "makespan_s": "makespan",
 }
+
+
+CROWDED_CORES = 0.2
+CROWDED = (
+    "**The machine was not idle: of what follows the bytes hold, the times do not.** They say as much of the other "
+    "programs as of this one; measured on two idle cores, `python -m hw.disaggregate_results --run` replaces them."
+)
 
 
 def configuration(name: str, words: Sequence[str]) -> DictConfig:
@@ -159,14 +166,13 @@ MOST_BYTES_PER_S = 1e12
 """For a link whose transfers took no longer the more they carried: as good as none."""
 
 
-def slowdown(outcome: Outcome, cfg: DictConfig) -> dict[str, float]:
+def slowdown(outcome: Outcome) -> dict[str, float]:
     """Return, for each side, how many times its iterations took what the committed calibration says."""
     latency, found = load_calibration(CALIBRATION), {}
     for stage, log in outcome.logs.items():
         taken_s = float((log.iterations.end_s - log.iterations.start_s).sum())
         priced_s = sum(
-            latency.iteration_s(shape.plan, shape.chunks, shape.decode_batch, shape.decode_context_sum, shape.sequences)
-            for shape in log.shapes
+            latency.iteration_s(s.plan, s.chunks, s.decode_batch, s.decode_context_sum, s.sequences) for s in log.shapes
         )
         found[stage] = taken_s / priced_s
     return found
@@ -253,13 +259,14 @@ def measure(repeats: int) -> dict[str, Any]:
             outcome, _ = run(pair, [*policy_words("dense"), *LONE], link)
             links[link] = fit_link(outcome.records)
             print(f"link {link}: {links[link]}", flush=True)
-        outcome, cfg = run(pair, [*policy_words("dense"), *BUSY], "10 MB/s")
-        times = slowdown(outcome, cfg)
-        print(f"beside each other iterations take so many times what they are priced at: {times}", flush=True)
+        busy, speeds, difference_bytes = [], [], 0
         real: dict[str, list[dict[str, Any]]] = {label: [] for label in VARIANTS}
-        plans, header_bytes, difference_bytes, busy = {}, {}, 0, []
-        for repeat in range(repeats):
-            labels = list(VARIANTS)
+        header_bytes: dict[str, int] = {}
+        for repeat in range(repeats + 1):
+            # The speed of the machine moves: it is measured before, between and after what is reported.
+            speeds.append(slowdown(run(pair, [*policy_words("dense"), *BUSY], "10 MB/s")[0]))
+            print(f"beside each other iterations take so many times what they are priced at: {speeds[-1]}", flush=True)
+            labels = list(VARIANTS) if repeat < repeats else []
             random.Random(repeat).shuffle(labels)  # so that a busy spell of the machine does not meet one plan alone
             for label in labels:
                 link, kind = VARIANTS[label]
@@ -268,17 +275,17 @@ def measure(repeats: int) -> dict[str, Any]:
                 busy += cores
                 row = read_figures(outcome.records, figures(cfg, outcome)["makespan_s"])
                 real[label].append({**row, "as_planned": as_planned(outcome.records, cfg)})
-                plans[label] = describe(plan_of(cfg))
                 header_bytes[label] = sum(log.header_bytes for log in outcome.logs.values())
                 difference_bytes = max(difference_bytes, *(log.difference_bytes for log in outcome.logs.values()))
                 print(f"repeat {repeat}, {label}: others kept {cores} cores busy", flush=True)
+    times = {stage: float(np.median([speed[stage] for speed in speeds])) for stage in STAGES}
     variants = {}
     for label, (link, kind) in VARIANTS.items():
         words = policy_words(kind)
         variants[label] = {
             "link": link,
             "words": list(words),
-            "plan": plans[label],
+            "plan": describe(plan_of(configuration("disaggregate", words))),
             "header_bytes": header_bytes[label],
             "real": real[label],
             "simulated": simulate(words, links[link]),
@@ -293,6 +300,7 @@ def measure(repeats: int) -> dict[str, Any]:
         "others_busy_cores": busy,
         "links": links,
         "times": times,
+        "speeds": speeds,
         "difference_bytes": difference_bytes,
         "variants": variants,
     }
@@ -321,7 +329,11 @@ def page(content: Mapping[str, Any]) -> str:
     commit = made["commit"][:12] + ("-dirty" if made["commit"].endswith("dirty") else "")
     busy = content["others_busy_cores"]
     cores = f"{np.median(busy):.2f} cores in the median run, {max(busy):.2f} at most" if busy else "unknown"
-    times = ", ".join(f"{stage} {factor:.2f}" for stage, factor in content["times"].items())
+    times = ", ".join(
+        f"{stage} {factor:.2f} ({min(each):.2f} to {max(each):.2f})"
+        for stage, factor in content["times"].items()
+        for each in [[speed[stage] for speed in content["speeds"]]]
+    )
     parts = [
         "# Prefill and decode of the real model in two processes",
         f"Made by `python -m hw.disaggregate_results` from `hw/transfer.json`, which `--run` measures. SmolLM2-135M in "
@@ -329,9 +341,10 @@ def page(content: Mapping[str, Any]) -> str:
         f"commit {commit}. The KV of every prompt is gathered from one paged pool, sent over a loopback TCP socket and "
         f"put into the other; the sender keeps to 10 MB/s where that is said, which is as slow beside this prefill as "
         f"25 Gbit/s is beside an A100 with Llama-2-7B. Times are those of one clock that both processes read "
-        f"(CLOCK_MONOTONIC), the medians of {repeats} repeats in random order; **noise** is the farthest repeat from "
-        f"the median. **Other programs kept busy meanwhile: {cores}** of the machine's two; the load before was "
-        f"{content['load_before']:.2f}.",
+        f"(CLOCK_MONOTONIC), {'of one run each' if repeats == 1 else f'the medians of {repeats} repeats'}, in random "
+        f"order; **noise** is the farthest repeat from the median (- for a single run). **Other programs kept busy "
+        f"meanwhile: {cores}**; the load before was {content['load_before']:.2f}.",
+        CROWDED if busy and np.median(busy) > CROWDED_CORES else "",
         "## Bytes",
         _bytes_table(variants, content["difference_bytes"]),
         "## Times, as the simulator is",
@@ -340,8 +353,9 @@ def page(content: Mapping[str, Any]) -> str:
         "KV on its way: from the first token until the KV lies in the other pool, waiting for room included.",
         _times_table(variants, "simulated"),
         "## Times, at the speed of two processes beside each other",
-        "The same with the prices of each side times one number, found on a calibration run of other requests in which "
-        f"both were busy: {times}.",
+        "The same with the prices of each side times one number: how many times its iterations took what they are "
+        "priced at in runs of other requests, dense, before, between and after the repeats, their median (and range): "
+        f"{times}.",
         _times_table(variants, "at_speed"),
         _errors(variants),
         "## The links, as calibrated",
@@ -357,7 +371,7 @@ def page(content: Mapping[str, Any]) -> str:
         f"links: `{' '.join(content['words']['lone'])}`; the speeds: `{' '.join(content['words']['busy'])}`, dense.",
         "\n".join(f"- {label}: {variant['plan']}" for label, variant in variants.items()),
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def _bytes_table(variants: Mapping[str, Any], difference_bytes: int) -> str:
@@ -436,7 +450,8 @@ def _findings(variants: Mapping[str, Any]) -> str:
         for label, row in real.items()
     )
     lines = [f"- Over 10 MB/s, times that dense needs for the KV's way, and for E2E: {gains}."]
-    for which, said in (("simulated", "As it is"), ("at_speed", "At the speed of two processes")):
+    repeated = all(len(variant["real"]) > 1 for variant in variants.values())  # else nobody knows the noise
+    for which, said in (("simulated", "As it is"), ("at_speed", "At the speed of two processes")) if repeated else ():
         told = ranking({"all": {label: {"figures": compared(v, which)} for label, v in limited.items()}})["all"]
         agreed = ", ".join(
             f"{name.removesuffix('_s.mean').upper()} {row['agreed']} of {row['pairs_beyond_noise']} (regret "

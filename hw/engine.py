@@ -167,9 +167,12 @@ class HwEngine:
             holds: called with a request_id as it ends, whether its KV stays held until ``release``; None never.
             quality_nll: nats a token that a plan costs (``sim.quality``), charged to requests; None charges nothing.
         Raises:
+            ConfigError: for ``prefix_caching``, which only the simulated engine has.
             PlanError: for a plan that is not legal for the model.
             BudgetError: when the budget cannot hold the weights and one request at the start.
         """
+        if config.prefix_caching:
+            raise ConfigError("engine.prefix_caching is true; the real engine has no prefix cache: set it to false")
         self._elastic, self._model, self.config = elastic, elastic.spec, config
         model = self._model
         check_plan(model, plan)
@@ -427,6 +430,7 @@ class HwEngine:
             quality_nll=floats("nll_sum") / np.where(produced > 0, produced, np.nan)
             if self._quality_nll is not None
             else np.full(len(live), np.nan),
+            cached_tokens=ints([0] * len(live)),
         )
 
     # -- what else a replay writes -------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from sim import cluster_kernel as ck
 from sim import kernel
-from sim.engine import EngineState, SimEngine, exact_delay
+from sim.engine import EngineState, SimEngine, exact_delay, unit_numbers
 from sim.errors import BudgetError, ConfigError
 from sim.fleet import look_at
 from sim.outages import Outage
@@ -166,7 +166,7 @@ class Cluster:
             load_bytes_per_s: at which a replica that comes back loads its weights. start_s: what it takes besides.
             autoscaler: decides how many replicas serve; None lets all.
         Raises:
-            ConfigError: for no replicas, or a bandwidth that is not above 0.
+            ConfigError: for no replicas, a bandwidth that is not above 0, or ``prefix_caching`` without hash ids.
             BudgetError, PlanError, CalibrationError: as ``SimEngine`` does.
         """
         if not replicas:
@@ -208,6 +208,7 @@ class Cluster:
         self._hash_at[1 : len(ids) + 1] = np.cumsum([len(i) for i in ids], dtype=np.int64)
         self._hash_ids = np.concatenate([*ids, np.zeros(0, dtype=np.int64)]).astype(np.int64)
         self._owner = np.full(int(self._hash_ids.max(initial=-1)) + 1, -1, dtype=np.int64)
+        self._units: Ints | None = None  # the hash ids as replicas with a prefix cache call them
         self._arrays: tuple[Floats, Ints, Ints] = (
             trace.arrival_s.copy(),
             trace.prompt_tokens.copy(),
@@ -362,13 +363,14 @@ class Cluster:
         if self._tables[i, ck.ROWS_OF_REQUESTS, 1] == engine.requests:
             self._make_room(i)
         table, times, limit = self._tables[i], self._replica_f[i], min(output, engine.context_limit - prompt)
+        hash_at, ids = self._hash_at[request], self._hash_at[request + 1] - self._hash_at[request]
         if row is None:
-            place = ck.give(table, times, arrival_s, now_s, prompt, limit)
+            place = ck.give(table, times, arrival_s, now_s, prompt, limit, hash_at, ids)
         else:
             row_i, row_f, params = row
             # Parameters that ran, in those of the model that serves it now, so that its share of them is right.
             row_i[kernel.KEPT_PARAMS] = int(row_i[kernel.KEPT_PARAMS]) * engine.model.total_params // params
-            place = ck.give_moved(table, times, now_s, row_i, row_f, limit)
+            place = ck.give_moved(table, times, now_s, row_i, row_f, limit, hash_at, ids)
         self._home[request] = self._current[i], place
 
     def _choose(self, request: int, prompt: int, produced: int, now_s: float) -> int:
@@ -464,6 +466,10 @@ class Cluster:
         """Let a replica whose weights are there accept requests; those that wait at the router come first."""
         i, engine = served.replica, served.engine
         self._loading[i] = None
+        if engine.config.prefix_caching:
+            if self._units is None:
+                self._units = unit_numbers(self.trace.hash_ids)
+            engine.use_hash_ids(self._units)
         self._current[i] = len(self._engines)
         self._engines.append(served)
         self._replica_i[i] = 0, engine.context_limit, self._current[i], -1
@@ -573,6 +579,7 @@ class Cluster:
             "output_tokens": outputs[:arrived].copy(),
             "produced_tokens": np.zeros(arrived, dtype=np.int64),
             "preemptions": np.zeros(arrived, dtype=np.int64),
+            "cached_tokens": np.zeros(arrived, dtype=np.int64),
             "status": np.full(arrived, int(Status.WAITING), dtype=np.int64),
             "replica": np.full(arrived, -1, dtype=np.int64),
             "moves": self._moves[:arrived].copy(),

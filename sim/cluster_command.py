@@ -45,6 +45,8 @@ CLUSTER_COLUMNS: Columns = {
     "makespan, s": ("makespan_s", 1.0, 0, ""),
 }
 """As ``sim.report.SUMMARY_COLUMNS``. moved: requests that another replica had before."""
+CACHE_COLUMNS: Columns = {"found in the cache": ("cached_share", 100.0, 1, " %"), **CLUSTER_COLUMNS}
+"""Of clusters of which one has a prefix cache. found in the cache: share of the prompts' tokens."""
 
 
 @dataclass(kw_only=True)
@@ -259,7 +261,8 @@ def _cluster(cfg: DictConfig) -> None:
     made_by = provenance(cfg.seed)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     if cfg.variants or cfg.seeds or cfg.windows:
-        compare_variants(cfg, folder, label, made_by, run_figures, CLUSTER_COLUMNS)
+        caching = any(one.engine.prefix_caching for one in (cfg, *variants(cfg).values()))
+        compare_variants(cfg, folder, label, made_by, run_figures, CACHE_COLUMNS if caching else CLUSTER_COLUMNS)
         return
     cluster, summary = run(cfg)
     slo, trace = build(cfg.slo), cluster.trace

@@ -29,6 +29,7 @@ from sim.kernel import (
     ARRIVED_PROMPT_TOKENS,
     BATCH,
     BLOCK_TOKENS,
+    CACHED,
     COMPUTED,
     DECODE_SET,
     DONE,
@@ -38,6 +39,7 @@ from sim.kernel import (
     FREE,
     FREE_SLOT,
     GROW,
+    HASH_AT,
     HORIZON,
     IN_ITERATION,
     KEEP,
@@ -61,6 +63,7 @@ from sim.kernel import (
     POOL,
     PREFILL,
     PREFILL_SET,
+    PREFIX_CACHING,
     PREVIOUS,
     PRODUCED,
     PROMPT,
@@ -76,6 +79,8 @@ from sim.kernel import (
     STATUS,
     STEP,
     TOKENS,
+    UNIT_TOKENS,
+    UNITS,
     WAITING,
     WAITING_TOKENS,
     WATERMARK,
@@ -91,6 +96,7 @@ from sim.kernel import (
     forget_kept_kv,
     ints_of,
     layout_of,
+    prompts_of,
     queue_of,
     request_f_of,
     request_i_of,
@@ -282,12 +288,26 @@ def _by_prefix(tables: Tables, replica_i: Ints, cluster: Ints, tokens: int, ids:
     return shortest
 
 
+@compiled(inline=True)
+def _with_ids(s: Table, r: int, hash_at: int, ids: int) -> None:
+    n, prompts = ints_of(s), prompts_of(s)
+    if n[PREFIX_CACHING]:
+        units = min(request_i_of(s)[r, PROMPT] // n[UNIT_TOKENS], ids)
+        prompts[r, HASH_AT], prompts[r, UNITS], prompts[r, CACHED] = hash_at, units, -1
+
+
 @compiled()
-def give(s: Table, times: Floats, arrival_s: float, now_s: float, prompt: int, limit: int) -> int:
-    """Hand a new request to a replica that has been advanced to ``now_s``; return its row. There is room for it."""
+def give(
+    s: Table, times: Floats, arrival_s: float, now_s: float, prompt: int, limit: int, hash_at: int, ids: int
+) -> int:
+    """Hand a new request to a replica that has been advanced to ``now_s``; return its row. There is room for it.
+
+    hash_at, ids: where the replica's ``hash_ids`` begin to be this request's, and how many there are.
+    """
     n, f, request_i, request_f = ints_of(s), floats_of(s), request_i_of(s), request_f_of(s)
     r = n[N_REQUESTS]
     request_i[r, PROMPT], request_i[r, LIMIT] = prompt, limit
+    _with_ids(s, r, hash_at, ids)
     request_f[r, ARRIVAL_S] = arrival_s
     n[N_REQUESTS] = r + 1
     f[NEXT_ARRIVAL_S] = arrival_s
@@ -298,7 +318,9 @@ def give(s: Table, times: Floats, arrival_s: float, now_s: float, prompt: int, l
 
 
 @compiled()
-def give_moved(s: Table, times: Floats, now_s: float, row_i: Ints, row_f: Floats, limit: int) -> int:
+def give_moved(
+    s: Table, times: Floats, now_s: float, row_i: Ints, row_f: Floats, limit: int, hash_at: int, ids: int
+) -> int:
     """Hand over a request of another replica, with what it has produced; its KV is computed anew. Return its row.
 
     It was accepted once, so ``admit`` does not reject it; a limit that it cannot go on under does.
@@ -311,6 +333,7 @@ def give_moved(s: Table, times: Floats, now_s: float, row_i: Ints, row_f: Floats
         request_f[r, column] = row_f[column]
     row = request_i[r]
     row[LIMIT], row[COMPUTED], row[PREFILL], row[KEPT_RUN] = limit, 0, 0, -1
+    _with_ids(s, r, hash_at, ids)
     n[N_REQUESTS] = n[NEXT_ARRIVAL] = r + 1
     n[ARRIVED_PROMPT_TOKENS] += row[PROMPT]
     if limit <= row[PRODUCED]:
@@ -498,5 +521,5 @@ def serve(
             return ROOM
         limit = min(output[at], replica_i[k, CONTEXT_LIMIT] - prompt[at])
         home[at, 0] = replica_i[k, ENGINE]
-        home[at, 1] = give(s, replica_f[k], arrives_s, arrives_s, prompt[at], limit)
+        home[at, 1] = give(s, replica_f[k], arrives_s, arrives_s, prompt[at], limit, hash_at[at], len(ids))
         cluster[AT] = at + 1

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sim.cluster_command import CLUSTER_COLUMNS
+from sim.cluster_command import CACHE_COLUMNS, CLUSTER_COLUMNS
 from sim.config import fail
 from sim.disaggregate_command import STAGED_COLUMNS
 from sim.errors import ConfigError, nearest
@@ -28,6 +28,7 @@ RESULTS = HERE / "results"
 PAGE = HERE / "CLUSTER.md"
 RUNS: dict[str, tuple[str, Columns]] = {
     "cluster_scale": ("sim.cluster experiment=cluster_scale", CLUSTER_COLUMNS),
+    "prefix_caching": ("sim.cluster experiment=prefix_caching", CACHE_COLUMNS),
     "spot_preemption": ("sim.cluster experiment=spot_preemption", CLUSTER_COLUMNS),
     "pd_disaggregation": ("sim.disaggregate experiment=pd_disaggregation", STAGED_COLUMNS),
     "pdtrim_transfer": ("sim.disaggregate experiment=pdtrim_transfer", STAGED_COLUMNS),
@@ -80,6 +81,9 @@ def page(results: Path = RESULTS) -> str:
         "## Routers, on equal and on mixed replicas",
         _table(found["cluster_scale"], "cluster_scale"),
         _routers(rows["cluster_scale"]),
+        "## Prompts that begin alike",
+        _table(found["prefix_caching"], "prefix_caching"),
+        _caching(rows["prefix_caching"]),
         "## Machines that are taken away",
         _table(found["spot_preemption"], "spot_preemption"),
         _spot(rows["spot_preemption"]),
@@ -115,6 +119,38 @@ def _routers(rows: Rows) -> str:
         "memory lasts, and blind to a replica whose KV pool is full.\n"
         f"- Autoscaling from 6 machines attains {_percent(scaled)} with {_mean(scaled, 'replica_hours'):.2f} replica "
         f"hours where all twelve attain {_percent(fixed)} with {_mean(fixed, 'replica_hours'):.2f}."
+    )
+
+
+def _caching(rows: Rows) -> str:
+    said = []
+    for trace in ("conversation", "synthetic"):
+        mine = {label.partition(", ")[2]: row for label, row in rows.items() if label.startswith(trace)}
+        parts = []
+        for label in (label.removesuffix(", on") for label in mine if label.endswith(", on")):
+            on, off = mine[f"{label}, on"], mine[f"{label}, off"]
+            parts.append(
+                f"{label} finds {100 * _mean(on, 'cached_share'):.1f} % of the prompts' tokens; TTFT P50 "
+                f"{_mean(off, 'ttft_s.p50'):.2f} to {_mean(on, 'ttft_s.p50'):.2f} s, P95 "
+                f"{_mean(off, 'ttft_s.p95'):.2f} to {_mean(on, 'ttft_s.p95'):.2f} s, attained "
+                f"{_percent(off)} to {_percent(on)}"
+            )
+        room = next(row for label, row in mine.items() if label.endswith("room for all"))
+        parts.append(f"with room for all of it, {100 * _mean(room, 'cached_share'):.1f} %")
+        best = max(
+            (label for label in mine if label.endswith((", on", ", off"))),
+            key=lambda label: _mean(mine[label], "slo_attainment"),
+        )
+        parts.append(
+            f"{best.replace(', on', ' with a cache').replace(', off', ' without')} attains most of those that fit"
+        )
+        said.append(f"- The {trace} trace, from off to on: {'. '.join(parts)}.")
+    return (
+        "\n".join(said) + "\n"
+        "- The cache is what running requests leave of the KV pool of one H100. Mooncake keeps KV in the memory of all "
+        "hosts too, which is not modelled: `room for all` is the most that this could find under that router.\n"
+        "- All conversations begin with one and the same id, so that affinity sends those that are new after the last "
+        "one; on that trace it has to give way early."
     )
 
 

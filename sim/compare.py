@@ -83,7 +83,7 @@ def with_differences(cfg: DictConfig, differences: Any, where: str) -> DictConfi
             continue
         parent, _, name = str(key).rpartition(".")
         node = OmegaConf.select(one, parent) if parent else one
-        if node is None or name not in node:
+        if node is None or name not in list(node):  # a key without a value yet is there too
             raise ConfigError(f"{where}: there is no {key!r}; {nearest(name, map(str, node or one))}")
         OmegaConf.update(one, str(key), value)
     return one

@@ -142,7 +142,8 @@ class Disaggregated:
             link_bytes_per_s, link_latency_s: of each link. one_link: whether all prefill replicas share one.
             overlap: whether KV is sent while its prompt is computed.
         Raises:
-            ConfigError: for an empty side, another model or KV block size on one of them, or an impossible link.
+            ConfigError: for an empty side, another model or KV block size on one of them, an impossible link, or
+                ``prefix_caching``.
             PlanError: when prefill drops what decode keeps.
         """
         if not prefill or not decode:
@@ -157,6 +158,10 @@ class Disaggregated:
         block_tokens = {engine.config.kv_block_tokens for engine in engines}
         if any(engine.model != self.model for engine in engines) or len(block_tokens) > 1:
             raise ConfigError("prefill and decode replicas must serve one model, with KV blocks of one size")
+        if any(engine.config.prefix_caching for engine in engines):
+            raise ConfigError(
+                "engine.prefix_caching is true; with prefill and decode apart it is not simulated: set it to false"
+            )
         if any(len(engine.budget.change_s) > 1 for engine in engines):
             raise ConfigError("budgets that change are not served with prefill and decode apart; give a constant one")
         (self._block_tokens,) = block_tokens
@@ -254,7 +259,7 @@ class Disaggregated:
         side, prompt = self.prefill[number], int(self.trace.prompt_tokens[request])
         self._room(side)
         fits = prompt < min(self._limit, side.engine.context_limit)
-        row = ck.give(side.table, side.times, now_s, now_s, prompt, 1 if fits else 0)
+        row = ck.give(side.table, side.times, now_s, now_s, prompt, 1 if fits else 0, 0, 0)
         self._home[request, :2] = number, row
         self._request_of[number][row] = request
 

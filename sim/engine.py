@@ -20,6 +20,23 @@ Rules for changing plans (sim/transition.py says what is copied when):
 6. The KV pool is what the budget leaves beside resident weights, the layer that is being copied in, and the
    workspace. When it shrinks below its use, the newest requests are preempted until it fits. When not even the weights
    fit, nothing that needs KV runs; the seconds beyond the budget are counted.
+
+Rules of the prefix cache (``prefix_caching``), as vLLM V1's but by the trace's hash ids. One stands for a **unit**:
+``hash_block_tokens`` tokens of a prompt, and that all before them are the same.
+
+1. A unit is found by requests that are admitted once a prefill has passed its end. They hold the longest run of their
+   prompt's leading units together with all who do; it is in the pool once. What is found is not computed; at least one
+   token is, so a unit that ends a prompt is computed again. A unit that lies partly in a prompt does not count.
+2. What two compute at once stays with the second as its own; the units after it are found if they are new.
+3. A request that ends or is preempted frees its own KV blocks first, then its units from the last to the first. Those
+   that nobody holds any more are free and still found; the longest free are taken first, and a unit is gone with the
+   first of its KV blocks. With ``reuse_preempted_kv`` a preempted request finds more: its own after all its units.
+4. When the MHA blocks that prefill runs change, nothing from before is found again: it is other KV. Those that run hold
+   their units on, without the layers that prefill drops, and put nothing more into the cache. Other precisions or FFN
+   blocks leave it, as they leave the KV of those that run.
+5. While prefill and decode run different MHA blocks, or a plan keeps not all tokens (``kv_keep``), nothing is cached or
+   found; as such a plan comes and as it goes, all is forgotten. Who holds units keeps all tokens, and the layers of its
+   units that prefill runs.
 """
 
 from __future__ import annotations
@@ -44,6 +61,7 @@ from sim.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, describe
 from sim.plan_book import PlanBook, layers_of
 from sim.records import Floats, Ints, Iterations, Records, TokenGaps, Transitions
 from sim.scheduler import SCHEDULERS, Limits, SchedulerName
+from sim.trace import HASH_BLOCK_TOKENS
 
 GIB = 1 << 30
 MEMORY_OF_PLANS = 16384
@@ -54,12 +72,16 @@ Restore = Literal["new_requests", "recompute"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request of a trace. ``output_tokens`` is the trace's secret: engines use it, policies never see it."""
+    """One request of a trace. ``output_tokens`` is the trace's secret: engines use it, policies never see it.
+
+    hash_ids: of its prompt, as ``sim.trace.Trace`` has them; none where the trace has none.
+    """
 
     request_id: int
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    hash_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +96,8 @@ class EngineConfig:
         vLLM's prefix caching; without it everything is computed again.
     max_context_tokens: prompt and output of one request together; None takes the model's own limit.
     restore: what a restored MHA block does to requests that run: ``new_requests`` or ``recompute`` (rule 4 above).
+    prefix_caching: whether requests find the KV that others computed of the same beginning of a prompt (rules above).
+    hash_block_tokens: tokens of a prompt that one hash id of the trace stands for (Mooncake: 512).
     """
 
     scheduler: SchedulerName = "chunked"
@@ -83,6 +107,8 @@ class EngineConfig:
     reuse_preempted_kv: bool = False
     max_context_tokens: int | None = None
     restore: Restore = "new_requests"
+    prefix_caching: bool = False
+    hash_block_tokens: int = HASH_BLOCK_TOKENS
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
@@ -95,6 +121,13 @@ class EngineConfig:
             raise ConfigError(f"engine.kv_watermark_share is {self.kv_watermark_share}; it must be in [0, 1)")
         if self.max_context_tokens is not None and self.max_context_tokens < 2:
             raise ConfigError(f"engine.max_context_tokens is {self.max_context_tokens}; it must be at least 2, or null")
+        if self.hash_block_tokens < 1:
+            raise ConfigError(f"engine.hash_block_tokens is {self.hash_block_tokens}; it must be at least 1")
+        if self.prefix_caching and self.hash_block_tokens % self.kv_block_tokens:
+            raise ConfigError(
+                f"engine.prefix_caching shares whole KV blocks: engine.kv_block_tokens, {self.kv_block_tokens}, must "
+                f"divide engine.hash_block_tokens, {self.hash_block_tokens}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +204,8 @@ class Holder:
     """A request that runs and what it holds: for debugging and tests, policies do not see it.
 
     mha: layers whose KV it holds. tokens: whose KV exists. layer_blocks: KV blocks over all layers, those of the tokens
-    under way included. decoding: whether its prefill has ended.
+    under way included, those of its units in the prefix cache not: ``SimEngine.shared_layer_blocks`` counts these.
+    decoding: whether its prefill has ended.
     """
 
     request_id: int
@@ -188,6 +222,10 @@ _SAVED = (
     "cohort_s",
     "phases",
     "runs",
+    "prompts",
+    "held_units",
+    "unit_of",
+    "units",
     "sets",
     "set_nll",
     "block_counts",
@@ -286,6 +324,7 @@ class SimEngine:
         f[kernel.VIOLATION_SINCE] = f[kernel.NOW] = self.env.now
         n[kernel.BUDGET_STEP] = bisect_right(self.budget.change_s, self.env.now) - 1
         self._output_tokens: list[Ints] = []  # of each call of submit
+        self._unit_numbers: dict[int, int] = {}  # what the kernel calls a hash id
         self._checked: dict[int, tuple[Plan, int]] = {}  # plans that are legal, by identity, and their numbers
         self._described: list[tuple[str, str]] = []  # plan changes that an earlier book knew
 
@@ -309,13 +348,22 @@ class SimEngine:
             np.array([r.arrival_s for r in requests], dtype=np.float64),
             np.array([r.prompt_tokens for r in requests], dtype=np.int64),
             np.array([r.output_tokens for r in requests], dtype=np.int64),
+            [np.array(r.hash_ids, dtype=np.int64) for r in requests] if self.config.prefix_caching else None,
         )
 
-    def submit_arrays(self, arrival_s: Floats, prompt_tokens: Ints, output_tokens: Ints) -> None:
+    def submit_arrays(
+        self,
+        arrival_s: Floats,
+        prompt_tokens: Ints,
+        output_tokens: Ints,
+        hash_ids: Sequence[Ints] | None = None,
+    ) -> None:
         """Hand over requests as ``submit`` does, one entry each in every array; numbered on from those before.
 
+        Args:
+            hash_ids: of each prompt, for the prefix cache; without one they do not count.
         Raises:
-            ConfigError: for arrivals out of order or in the past.
+            ConfigError: for arrivals out of order or in the past, for ``prefix_caching`` without hash ids.
         """
         n, f = self._state.ints, self._state.floats
         first = int(n[kernel.N_REQUESTS])
@@ -331,6 +379,10 @@ class SimEngine:
         total = first + len(arrival_s)
         self.reserve(total)
         rows = slice(first, total)
+        if self.config.prefix_caching:
+            hash_at, ids = self._keep_hash_ids(hash_ids)
+            units = np.minimum(prompt_tokens // self.config.hash_block_tokens, ids)
+            self._state.prompts[rows] = np.stack([hash_at, units, np.full_like(units, -1)], axis=1)
         self._state.request_f[rows, kernel.ARRIVAL_S] = arrival_s
         self._state.request_i[rows, kernel.PROMPT] = prompt_tokens
         self._state.request_i[rows, kernel.LIMIT] = np.minimum(output_tokens, self._context_limit - prompt_tokens)
@@ -453,6 +505,9 @@ class SimEngine:
             status=ints[:, kernel.STATUS].copy(),
             kept_params_share=ints[:, kernel.KEPT_PARAMS] / (tokens * self._model.total_params),
             quality_nll=nll_sum / tokens,
+            cached_tokens=np.maximum(self._state.prompts[which, kernel.CACHED], 0)
+            if self.config.prefix_caching
+            else np.zeros(len(ints), dtype=np.int64),
         )
 
     def iterations(self) -> Iterations:
@@ -544,6 +599,14 @@ class SimEngine:
             i = int(slots[kernel.NEXT, i])
         return found
 
+    @property
+    def shared_layer_blocks(self) -> int:
+        """KV blocks of the prefix cache's units that requests hold, each counted once however many hold it."""
+        units = self._state.units[1 : self._state.ints[kernel.N_UNITS] + 1]
+        held = units[units[:, kernel.UNIT_HOLDERS] > 0]
+        layers = self._state.sets[held[:, kernel.UNIT_SET], kernel.LAYERS]
+        return int(layers.sum()) * int(self._state.ints[kernel.UNIT_BLOCKS])
+
     def snapshot(self) -> Snapshot:
         """Return the engine as it stands, to come back to with ``restore``; the engine goes on unchanged."""
         state = self._state
@@ -588,6 +651,8 @@ class SimEngine:
         state = self._state
         for name, saved in zip(_SAVED, snapshot.arrays, strict=True):
             array = getattr(state, name)
+            if name in ("held_units", "unit_of", "units"):
+                array[len(saved) :] = 0  # ids that came later
             array[tuple(slice(length) for length in saved.shape)] = saved
         state.request_i[snapshot.live], state.request_f[snapshot.live] = snapshot.live_i, snapshot.live_f
         state.changes[state.ints[kernel.OPEN_CHANGE]] = snapshot.open_change
@@ -633,6 +698,27 @@ class SimEngine:
         kernel.settle(self._table)
         return self._state.request_i[which], self._state.request_f[which]
 
+    def use_hash_ids(self, numbers: Ints) -> None:
+        """Let the prefix cache know all hash ids that there will be, as ``unit_numbers`` returns them."""
+        state = self._state
+        held = max(len(numbers), len(state.held_units))
+        ids = max(int(numbers.max(initial=-1)) + 1, len(state.unit_of))
+        self._replace(
+            hash_ids=numbers,
+            held_units=kernel.longer(state.held_units, held),
+            unit_of=kernel.longer(state.unit_of, ids),
+            units=kernel.longer(state.units, 1 + ids + held),  # each is found by an id or held in a place
+        )
+
+    def _keep_hash_ids(self, hash_ids: Sequence[Ints] | None) -> tuple[Ints, Ints]:
+        """Put the hash ids of further requests behind those before; return where each one's begin, and how many."""
+        n, known = self._state.ints, int(self._state.ints[kernel.N_HASH_IDS])
+        numbers = unit_numbers(hash_ids, self._unit_numbers)
+        counts = np.array([len(ids) for ids in hash_ids or ()], dtype=np.int64)
+        self.use_hash_ids(np.concatenate([self._state.hash_ids[:known], numbers]))
+        n[kernel.N_HASH_IDS] = known + len(numbers)
+        return known + np.cumsum(counts) - counts, counts
+
     def reserve(self, requests: int) -> None:
         """Make room for so many requests in all."""
         room = len(self._state.request_i)
@@ -641,6 +727,7 @@ class SimEngine:
             self._replace(
                 request_i=kernel.longer(self._state.request_i, room),
                 request_f=kernel.longer(self._state.request_f, room),
+                prompts=kernel.longer(self._state.prompts, room if self.config.prefix_caching else 0),
                 queue=kernel.longer(self._state.queue, room),
             )
 
@@ -863,7 +950,15 @@ def _empty_state(
 ) -> kernel.State:
     """Return the kernel's state of a replica without requests, plan or memory."""
     limits, layers, slots = config.limits, model.num_layers, config.limits.max_running
+    block_bytes, unit_blocks = (
+        kv_block_layer_bytes(model, config.kv_block_tokens),
+        config.hash_block_tokens // config.kv_block_tokens,
+    )
     sets = 2 * slots + 4  # of the plan, and of each running request, now and after its prefill
+    owners = slots  # of free KV blocks: requests that were preempted, units that nobody holds
+    if config.prefix_caching:
+        sets += slots  # of its units
+        owners += max(budget.budget_bytes) // block_bytes // unit_blocks
     state = kernel.State(
         ints=np.zeros(kernel.N_INTS, dtype=np.int64),
         floats=np.zeros(kernel.N_FLOATS),
@@ -873,7 +968,12 @@ def _empty_state(
         slots=np.zeros((kernel.SLOT_ROWS, slots + 1), dtype=np.int64),
         cohort_s=np.zeros(slots + 2),
         phases=np.zeros(config.kv_block_tokens, dtype=np.int64),
-        runs=np.zeros((2, 4 * slots + 16), dtype=np.int64),
+        runs=np.zeros((2, 4 * owners + 16), dtype=np.int64),
+        prompts=np.zeros((0, kernel.PROMPT_COLUMNS), dtype=np.int64),
+        hash_ids=np.zeros(0, dtype=np.int64),
+        held_units=np.zeros(0, dtype=np.int64),
+        unit_of=np.zeros(0, dtype=np.int64),
+        units=np.zeros((1, kernel.UNIT_COLUMNS), dtype=np.int64),
         sets=np.zeros((sets, kernel.SET_COLUMNS + book.words), dtype=np.int64),
         set_nll=np.zeros((sets, 2)),
         drafts=np.zeros((sets + 1, book.words), dtype=np.int64),
@@ -905,7 +1005,9 @@ def _empty_state(
     n[kernel.REUSE], n[kernel.KEEP_LOG] = config.reuse_preempted_kv, keep_iterations
     n[kernel.RECOMPUTE], n[kernel.RUNNING_LIMIT] = config.restore == "recompute", slots
     n[kernel.WATERMARK_LIMIT], f[kernel.WATERMARK_SHARE] = limits.watermark_layer_blocks, config.kv_watermark_share
-    n[kernel.BLOCK_BYTES] = kv_block_layer_bytes(model, config.kv_block_tokens)
+    n[kernel.BLOCK_BYTES] = block_bytes
+    n[kernel.PREFIX_CACHING], n[kernel.KEEP_RUNS] = config.prefix_caching, n[kernel.REUSE] or config.prefix_caching
+    n[kernel.UNIT_TOKENS], n[kernel.UNIT_BLOCKS] = config.hash_block_tokens, unit_blocks
     n[kernel.STEP] = n[kernel.DECIDED] = n[kernel.COPY] = n[kernel.OPEN_CHANGE] = -1
     n[kernel.NEXT_DUE], n[kernel.COHORTS] = kernel.NEVER, 1
     f[kernel.NOTICE] = budget.notice_s
@@ -915,6 +1017,36 @@ def _empty_state(
     state.slots[kernel.FREE_SLOT, :slots] = np.arange(slots)
     state.slots[kernel.DUE] = kernel.NEVER
     return state
+
+
+def unit_numbers(hash_ids: Sequence[Ints] | None, known: dict[int, int] | None = None) -> Ints:
+    """Return hash ids, one request's after the other's, as numbers from 0 on.
+
+    Args:
+        hash_ids: of each request. known: number of each id met before; those that are new are added.
+    Raises:
+        ConfigError: for None, and for a prompt in which an id comes twice.
+    """
+    if hash_ids is None:
+        raise ConfigError(
+            "engine.prefix_caching is true and the requests have no hash ids to find KV by; those of "
+            "trace=mooncake_conversation and mooncake_synthetic have, and those of trace=file with a column hash_ids: "
+            "take one of these, or set engine.prefix_caching=false"
+        )
+    flat = np.concatenate([*hash_ids, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+    ids, numbers = np.unique(flat, return_inverse=True)
+    whose = np.repeat(np.arange(len(hash_ids)), [len(row) for row in hash_ids])
+    places, counts = np.unique(whose * (len(ids) + 1) + numbers, return_counts=True)
+    if (counts > 1).any():
+        request, number = divmod(int(places[np.argmax(counts)]), len(ids) + 1)
+        raise ConfigError(
+            f"hash id {ids[number]} comes twice in the prompt of request {request}; with engine.prefix_caching each id "
+            "stands for its tokens and all before them, so that it can come once"
+        )
+    if known is None:
+        return numbers.astype(np.int64)
+    renumbered = np.array([known.setdefault(i, len(known)) for i in ids.tolist()], dtype=np.int64)
+    return renumbered[numbers]
 
 
 def exact_delay(now_s: float, time_s: float) -> float:

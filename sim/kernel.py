@@ -16,14 +16,21 @@ State, for n requests, m running at most, KV blocks of b tokens, L layers:
     ints, floats   the counters named below
     request_i      int64[n, 9], request_f float64[n, 6]: one row a request, columns named below; of a decoding request
                    the row is as of the clock at which it joined (`settle`)
-    slots          int64[12, m + 1]: a row a field; ``NEXT`` and ``PREVIOUS`` link the running in order of admission,
+    slots          int64[14, m + 1]: a row a field; ``NEXT`` and ``PREVIOUS`` link the running in order of admission,
                    place m is both ends; ``STACK`` holds preempted requests, ``BATCH`` and ``TOKENS`` the chunks under
                    way, ``COHORT`` with ``cohort_s`` how many decodes got their last token when
     phases         int64[b]: blocks of one layer that decodes take at the iterations of clock -i modulo b
-    runs           int64[2, r]: free KV blocks as (owner, blocks), longest free first (the same as sim/kv_pool.py)
-    sets           int64[2 m + 4, 6 + W]: sets of MHA blocks whose KV requests hold: fields named below, then the set
-    set_nll        float64[2 m + 4, 2]: nats a token costs under the running plan, by its prefill and by its decode
-    drafts         int64[2 m + 5, W], narrowed int64[2 m + 5, 4]: work space for new sets
+    runs           int64[2, r]: free KV blocks as (owner, blocks), longest free first (the same as sim/kv_pool.py); a
+                   unit of the prefix cache is the owner -1 - its number
+    prompts        int64[n, 3], with a prefix cache only: a row a request, columns named below
+    hash_ids       int64[h]: what the prompts' units are called, from 0 on; those of a request from its ``HASH_AT`` on
+    held_units     int64[h]: the unit that its request holds in each place, 0 for none
+    unit_of        int64[largest id + 1]: the unit that is found by an id, 0 for none
+    units          int64[u, 4]: units of the prefix cache, numbered from 1 on, columns named below
+    sets           int64[k, 6 + W]: sets of MHA blocks whose KV requests hold: fields named below, then the set; k is
+                   2 m + 4, with a prefix cache 3 m + 4
+    set_nll        float64[k, 2]: nats a token costs under the running plan, by its prefill and by its decode
+    drafts         int64[k + 1, W], narrowed int64[k + 1, 4]: work space for new sets
     log, gaps      a row an iteration; a row a group of equal gaps between tokens
     block_counts   int64[3, 4], layer_rows int64[L, 3] (bits, prefill FFN, decode FFN), rows: int64[L, 7] of work space
     budget_s, budget_bytes   when each step of the budget begins, and what there is from then on
@@ -58,6 +65,8 @@ Ints = NDArray[np.int64]
 NEVER = 1 << 62
 WAITING, RUNNING, FINISHED, REJECTED = range(4)
 """The values of ``sim.records.Status``."""
+NOBODY = -1
+"""The owner of a run of free KV blocks that hold nothing of use (sim/kv_pool.py)."""
 HORIZON, NEEDS, GROW, DONE = range(4)
 """Why `advance` returned."""
 DECISION, JOIN, PRICE = range(3)
@@ -67,28 +76,35 @@ LAYERS_A_WORD = 60
 # State.ints: settings, then what the plan sets, then what happens.
 (
     CHUNKED, MAX_BATCH_TOKENS, LONG_PREFILL_TOKENS, RESERVE_FULL_PROMPT, BLOCK_TOKENS, REUSE, KEEP_LOG,
-    RECOMPUTE, PRICED, RUNNING_LIMIT, WATERMARK_LIMIT, WORKSPACE_BYTES, BLOCK_BYTES,
+    RECOMPUTE, PRICED, RUNNING_LIMIT, WATERMARK_LIMIT, WORKSPACE_BYTES, BLOCK_BYTES, KEEP_RUNS, PREFIX_CACHING,
+    UNIT_TOKENS, UNIT_BLOCKS,
     MAX_RUNNING, WATERMARK, ADMIT, POOL, PREFILL_SET, DECODE_SET, N_SETS, PLAN_KEEP,
     STEP, TARGET, DECIDED, COPY, INCOMING_BYTES, WEIGHT_BYTES, BUDGET_STEP, BUDGET_MOVED, NEXT_DECISION, N_DECISIONS,
     OPEN_CHANGE, N_CHANGES, N_SHARES, NEEDED, NEEDED_STEP, NEEDED_AT,
     N_REQUESTS, NEXT_ARRIVAL, QUEUE_HEAD, QUEUE_TAIL, STACKED, N_RUNNING, DECODES, KEEPERS, CLOCK, NEXT_DUE, COHORTS,
-    FREE, RUN_HEAD, RUN_TAIL, IN_ITERATION, EAGER, DECODING, N_BATCH, CHANGE_PREEMPTED, USED_BEFORE,
+    FREE, RUN_HEAD, RUN_TAIL, CACHING, N_UNITS, FREE_UNIT, FOUND_SHARED, N_HASH_IDS,
+    IN_ITERATION, EAGER, DECODING, N_BATCH, CHANGE_PREEMPTED, USED_BEFORE,
     WAITING_TOKENS, RUNNING_TOKENS, ARRIVED_PROMPT_TOKENS, FIRST_TOKENS, PRODUCED_TOKENS, N_FINISHED, N_REJECTED,
     PREEMPTIONS, N_ITERATIONS, N_LOG, N_GAPS, IT_PREFILL, IT_DECODES, IT_RUNNING, IT_WAITING, IT_PREEMPTED,
     IT_EXTRAPOLATED, N_INTS,
-) = range(75)  # fmt: skip
+) = range(84)  # fmt: skip
 # State.floats
 (
     NOW, START, END, DURATION, TTFT_SUM, BUSY, NEXT_ARRIVAL_S, COPY_SLOWDOWN, MAX_USED_SHARE,
     COPY_BYTES_PER_S, COPY_END, DECIDED_S, NEXT_DECISION_S, VIOLATION, VIOLATION_SINCE, WATERMARK_SHARE, NOTICE,
     N_FLOATS,
 ) = range(18)  # fmt: skip
-# Columns of State.request_i; KEPT_RUN is the run of free blocks that still holds its KV, or -1.
+# Columns of State.request_i; KEPT_RUN is the run of free blocks that still holds its KV, or -1. COMPUTED of one that
+# waits leaves out the prefix cache.
 PROMPT, LIMIT, COMPUTED, PRODUCED, PREFILL, PREEMPTED, STATUS, KEPT_RUN, KEPT_PARAMS, REQUEST_INTS = range(10)
+# Columns of State.prompts: where its hash ids begin, its units, tokens found as it was first admitted here (-1 before)
+HASH_AT, UNITS, CACHED, PROMPT_COLUMNS = range(4)
 # Columns of State.request_f
 ARRIVAL_S, ADMITTED_S, FIRST_S, LAST_S, FINISH_S, NLL_SUM, REQUEST_FLOATS = range(7)
-# Rows of State.slots
-REQUEST, NEXT, PREVIOUS, SET, JOINED, DUE, KEEP, FREE_SLOT, STACK, BATCH, TOKENS, COHORT, SLOT_ROWS = range(13)
+# Rows of State.slots; SHARED KV blocks of one layer are its units; FILL tokens are the end of its next unit, or NEVER
+(
+    REQUEST, NEXT, PREVIOUS, SET, JOINED, DUE, KEEP, SHARED, FILL, FREE_SLOT, STACK, BATCH, TOKENS, COHORT, SLOT_ROWS,
+) = range(15)  # fmt: skip
 # Columns of State.sets, before the words of the set
 LAYERS, COUNT, CONTEXT, PREFILL_PARAMS, DECODE_PARAMS, AFTER, SET_COLUMNS = range(7)
 # Columns of State.log
@@ -97,6 +113,9 @@ LAYERS, COUNT, CONTEXT, PREFILL_PARAMS, DECODE_PARAMS, AFTER, SET_COLUMNS = rang
     LOG_EXTRAPOLATED, LOG_COLUMNS,
 ) = range(10)  # fmt: skip
 OWNER, BLOCKS = range(2)
+# Columns of State.units: how many hold it, -1 for a row of none; its id, -1 once nobody finds it; the run that it is
+# while nobody holds it (of a row of none the next such row, 0 at the end); the set of MHA blocks whose KV it is
+UNIT_HOLDERS, UNIT_ID, UNIT_RUN, UNIT_SET, UNIT_COLUMNS = range(5)
 # Columns of State.changes
 (
     CHANGE_S, CHANGE_READY_S, CHANGE_FROM, CHANGE_TO, CHANGE_BYTES_IN, CHANGE_BYTES_FREED, CHANGE_VICTIMS,
@@ -125,6 +144,11 @@ class State(NamedTuple):
     cohort_s: Floats
     phases: Ints
     runs: Ints
+    prompts: Ints
+    hash_ids: Ints
+    held_units: Ints
+    unit_of: Ints
+    units: Ints
     sets: Ints
     set_nll: Floats
     drafts: Ints
@@ -174,7 +198,7 @@ _FLOATS = (
 )  # fmt: skip
 _FLAT = (
     "ints", "floats", "queue", "cohort_s", "phases", "budget_s", "budget_bytes", "schedule_s", "schedule", "data",
-    "layout",
+    "layout", "hash_ids", "held_units", "unit_of",
 )  # fmt: skip
 
 
@@ -219,6 +243,11 @@ slots_of = _array("slots")
 cohort_s_of = _array("cohort_s")
 phases_of = _array("phases")
 runs_of = _array("runs")
+prompts_of = _array("prompts")
+hash_ids_of = _array("hash_ids")
+held_units_of = _array("held_units")
+unit_of_of = _array("unit_of")
+units_of = _array("units")
 sets_of = _array("sets")
 set_nll_of = _array("set_nll")
 drafts_of = _array("drafts")
@@ -262,11 +291,11 @@ def _has(words: Ints, layer: int) -> bool:
 
 @compiled()
 def blocks_of(s: Table, i: int, tokens: int) -> int:
-    """Return the KV blocks that a slot's request needs for so many tokens."""
+    """Return the KV blocks that a slot's request needs for so many tokens, beside its units."""
     n, slots, sets, keeps = ints_of(s), slots_of(s), sets_of(s), keeps_of(s)
     block_tokens, held_set, keep = n[BLOCK_TOKENS], slots[SET, i], slots[KEEP, i]
     if keep < 0:
-        return int(sets[held_set, LAYERS] * _blocks(tokens, block_tokens))
+        return int(sets[held_set, LAYERS] * (_blocks(tokens, block_tokens) - slots[SHARED, i]))
     total = 0
     for layer in range(keeps.shape[1]):
         if _has(sets[held_set, SET_COLUMNS:], layer):
@@ -277,6 +306,13 @@ def blocks_of(s: Table, i: int, tokens: int) -> int:
 # -- KV blocks -----------------------------------------------------------------------------------------------------
 
 
+@compiled(inline=True)
+def _units_in(s: Table, r: int, tokens: int) -> int:
+    """Return how many units of a request's prompt lie within its first tokens; none while nothing is cached."""
+    n = ints_of(s)
+    return int(min(tokens // n[UNIT_TOKENS], prompts_of(s)[r, UNITS])) if n[CACHING] else 0
+
+
 @compiled()
 def _found_again(s: Table, r: int) -> int:
     """Return the tokens of a preempted request whose KV nobody has overwritten."""
@@ -285,10 +321,25 @@ def _found_again(s: Table, r: int) -> int:
     if run < 0 or runs[BLOCKS, run] == 0:
         return 0
     block_tokens = n[BLOCK_TOKENS]
-    whole = runs[BLOCKS, run] // sets[n[PREFILL_SET], LAYERS]
+    # Its units were freed after its own blocks, so they are all there while one of these is.
+    whole = _units_in(s, r, request_i[r, COMPUTED]) * n[UNIT_BLOCKS]
+    whole += runs[BLOCKS, run] // sets[n[PREFILL_SET], LAYERS]
     whole = min(whole, request_i[r, COMPUTED] // block_tokens)
     last = (request_i[r, PROMPT] + request_i[r, PRODUCED] - 1) // block_tokens
     return int(min(whole, last) * block_tokens)
+
+
+@compiled()
+def _forget_unit(s: Table, unit: int) -> None:
+    """Let nobody find a unit again; what is left of it in a run is anybody's."""
+    n, units = ints_of(s), units_of(s)
+    row = units[unit]
+    unit_of_of(s)[row[UNIT_ID]] = 0
+    row[UNIT_ID] = -1
+    if row[UNIT_HOLDERS] == 0:
+        runs_of(s)[OWNER, row[UNIT_RUN]] = NOBODY
+        row[UNIT_HOLDERS], row[UNIT_RUN] = -1, n[FREE_UNIT]
+        n[FREE_UNIT] = unit
 
 
 @compiled()
@@ -296,7 +347,7 @@ def _take(s: Table, blocks: int) -> None:
     """Hold so many more blocks, the longest free first."""
     n, request_i, runs = ints_of(s), request_i_of(s), runs_of(s)
     n[FREE] -= blocks
-    if not n[REUSE]:
+    if not n[KEEP_RUNS]:
         return
     while blocks > 0:
         run = n[RUN_HEAD]
@@ -306,41 +357,51 @@ def _take(s: Table, blocks: int) -> None:
         owner = runs[OWNER, run]
         if taken > 0 and owner >= 0:
             request_i[owner, COMPUTED] = _found_again(s, owner)
+        elif taken > 0 and owner < NOBODY:  # the rest of a unit is anybody's
+            _forget_unit(s, NOBODY - owner)
         if runs[BLOCKS, run] == 0:
             n[RUN_HEAD] += 1
             if owner >= 0:
                 request_i[owner, KEPT_RUN] = -1
 
 
+@compiled(inline=True)
+def _place_run(s: Table, run: int) -> None:
+    """Tell the owner of a run where it is."""
+    owner = runs_of(s)[OWNER, run]
+    if owner >= 0:
+        request_i_of(s)[owner, KEPT_RUN] = run
+    elif owner < NOBODY:
+        units_of(s)[NOBODY - owner, UNIT_RUN] = run
+
+
 @compiled()
 def _release(s: Table, blocks: int, owner: int) -> None:
     """Free blocks; their content stays readable for ``owner`` until they are taken. What the pool owes goes first."""
-    n, request_i, runs = ints_of(s), request_i_of(s), runs_of(s)
+    n, runs = ints_of(s), runs_of(s)
     owed = min(max(-n[FREE], 0), blocks)
     n[FREE] += blocks
     blocks -= owed
-    if not n[REUSE] or blocks == 0:
+    if not n[KEEP_RUNS] or blocks == 0:
         return
     tail = n[RUN_TAIL]
-    if owner < 0 and tail > n[RUN_HEAD] and runs[OWNER, tail - 1] < 0:
+    if owner == NOBODY and tail > n[RUN_HEAD] and runs[OWNER, tail - 1] == NOBODY:
         runs[BLOCKS, tail - 1] += blocks
         return
-    if tail == runs.shape[1]:  # at most m owners, and neighbours without one become one run: half the room suffices
+    if tail == runs.shape[1]:  # owners are few, and neighbours without one become one run: half the room suffices
         to = 0
         for run in range(n[RUN_HEAD], tail):
-            if runs[BLOCKS, run] == 0 and runs[OWNER, run] < 0:
+            if runs[BLOCKS, run] == 0 and runs[OWNER, run] == NOBODY:
                 continue
-            if to > 0 and runs[OWNER, run] < 0 and runs[OWNER, to - 1] < 0:
+            if to > 0 and runs[OWNER, run] == NOBODY and runs[OWNER, to - 1] == NOBODY:
                 runs[BLOCKS, to - 1] += runs[BLOCKS, run]
                 continue
             runs[OWNER, to], runs[BLOCKS, to] = runs[OWNER, run], runs[BLOCKS, run]
-            if runs[OWNER, to] >= 0:
-                request_i[runs[OWNER, to], KEPT_RUN] = to
+            _place_run(s, to)
             to += 1
         n[RUN_HEAD], tail = 0, to
     runs[OWNER, tail], runs[BLOCKS, tail] = owner, blocks
-    if owner >= 0:
-        request_i[owner, KEPT_RUN] = tail
+    _place_run(s, tail)
     n[RUN_TAIL] = tail + 1
 
 
@@ -355,19 +416,128 @@ def resize_pool(s: Table, blocks: int) -> None:
         n[FREE] -= max(-change - available, 0)
     n[POOL] = blocks
     if change > 0:
-        _release(s, change, -1)
+        _release(s, change, NOBODY)
 
 
 @compiled()
 def forget_kept_kv(s: Table) -> None:
-    """Let no preempted request find anything again."""
+    """Let no preempted request find again what it left behind."""
     n, request_i, slots, runs = ints_of(s), request_i_of(s), slots_of(s), runs_of(s)
     for run in range(n[RUN_HEAD], n[RUN_TAIL]):
         if runs[OWNER, run] >= 0:
             request_i[runs[OWNER, run], KEPT_RUN] = -1
-            runs[OWNER, run] = -1
+            runs[OWNER, run] = NOBODY
     for place in range(n[STACKED]):
         request_i[slots[STACK, place], COMPUTED] = 0
+
+
+# -- the prefix cache ------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def _found(s: Table, r: int) -> int:
+    """Return the tokens that a waiting request finds; ``FOUND_SHARED`` is how many of its units others hold already."""
+    n, request_i, hash_ids, unit_of, units = ints_of(s), request_i_of(s), hash_ids_of(s), unit_of_of(s), units_of(s)
+    n[FOUND_SHARED] = 0
+    first = place = prompts_of(s)[r, HASH_AT]
+    end = first + _units_in(s, r, request_i[r, PROMPT] + request_i[r, PRODUCED] - 1)
+    while place < end:
+        unit = unit_of[hash_ids[place]]
+        if unit == 0:
+            break
+        n[FOUND_SHARED] += units[unit, UNIT_HOLDERS] > 0
+        place += 1
+    return int(max(request_i[r, COMPUTED], (place - first) * n[UNIT_TOKENS]))
+
+
+@compiled()
+def _hold_units(s: Table, i: int, count: int) -> None:
+    """Let a request hold the leading units of its prompt, which are all found; it goes on from there."""
+    n, slots, hash_ids, held_units, unit_of, units, runs = (
+        ints_of(s),
+        slots_of(s),
+        hash_ids_of(s),
+        held_units_of(s),
+        unit_of_of(s),
+        units_of(s),
+        runs_of(s),
+    )
+    row = prompts_of(s)[slots[REQUEST, i]]
+    for place in range(row[HASH_AT], row[HASH_AT] + count):
+        unit = unit_of[hash_ids[place]]
+        held_units[place] = unit
+        if units[unit, UNIT_HOLDERS] == 0:
+            run = units[unit, UNIT_RUN]
+            n[FREE] -= runs[BLOCKS, run]
+            runs[OWNER, run], runs[BLOCKS, run] = NOBODY, 0
+        units[unit, UNIT_HOLDERS] += 1
+    slots[SHARED, i] = count * n[UNIT_BLOCKS]
+    if count < row[UNITS]:
+        slots[FILL, i] = (count + 1) * n[UNIT_TOKENS]
+
+
+@compiled()
+def _fill_cache(s: Table, i: int) -> None:
+    """Let others find the units that a request's prefill has passed; those that they find already stay its own."""
+    n, slots, hash_ids, held_units, unit_of, units = (
+        ints_of(s),
+        slots_of(s),
+        hash_ids_of(s),
+        held_units_of(s),
+        unit_of_of(s),
+        units_of(s),
+    )
+    row, computed = prompts_of(s)[slots[REQUEST, i]], request_i_of(s)[slots[REQUEST, i], COMPUTED]
+    while computed >= slots[FILL, i]:
+        count = slots[FILL, i] // n[UNIT_TOKENS]
+        place = row[HASH_AT] + count - 1
+        if unit_of[hash_ids[place]] == 0:
+            unit = n[FREE_UNIT]
+            if unit > 0:
+                n[FREE_UNIT] = units[unit, UNIT_RUN]
+            else:
+                n[N_UNITS] += 1
+                unit = n[N_UNITS]
+            units[unit, UNIT_HOLDERS], units[unit, UNIT_ID] = 1, hash_ids[place]
+            units[unit, UNIT_SET] = n[PREFILL_SET]
+            unit_of[hash_ids[place]] = held_units[place] = unit
+            slots[SHARED, i] += n[UNIT_BLOCKS]
+        slots[FILL, i] = (count + 1) * n[UNIT_TOKENS] if count < row[UNITS] else NEVER
+
+
+@compiled()
+def _let_units_go(s: Table, i: int) -> None:
+    """Hold a request's units no longer, from the last to the first; its own blocks are free by then."""
+    n, slots, held_units, units, sets = ints_of(s), slots_of(s), held_units_of(s), units_of(s), sets_of(s)
+    row = prompts_of(s)[slots[REQUEST, i]]
+    slots[SHARED, i] = 0
+    for place in range(row[HASH_AT] + row[UNITS] - 1, row[HASH_AT] - 1, -1):
+        unit = held_units[place]
+        if unit == 0:
+            continue
+        held_units[place] = 0
+        blocks = sets[units[unit, UNIT_SET], LAYERS] * n[UNIT_BLOCKS]
+        if units[unit, UNIT_HOLDERS] == 1 and units[unit, UNIT_ID] >= 0 and n[FREE] < 0:
+            _forget_unit(s, unit)  # the shrunk pool takes some of its blocks
+        units[unit, UNIT_HOLDERS] -= 1
+        if units[unit, UNIT_HOLDERS] > 0:
+            continue
+        if units[unit, UNIT_ID] >= 0:
+            _release(s, blocks, NOBODY - unit)
+        else:
+            _release(s, blocks, NOBODY)
+            units[unit, UNIT_HOLDERS], units[unit, UNIT_RUN] = -1, n[FREE_UNIT]
+            n[FREE_UNIT] = unit
+
+
+@compiled()
+def _forget_units(s: Table) -> None:
+    """Let nobody find a unit again; those that run hold theirs on, and put no more into the cache."""
+    n, slots, units = ints_of(s), slots_of(s), units_of(s)
+    slots[FILL, :] = NEVER
+    for unit in range(1, n[N_UNITS] + 1):
+        if units[unit, UNIT_HOLDERS] >= 0 and units[unit, UNIT_ID] >= 0:
+            _forget_unit(s, unit)
 
 
 # -- who decodes -----------------------------------------------------------------------------------------------------
@@ -519,9 +689,14 @@ def _preempt(s: Table, i: int) -> int:
     computed = request_i[r, COMPUTED]
     held = blocks_of(s, i, computed)
     whole = slots[KEEP, i] < 0 and slots[SET, i] == n[PREFILL_SET]  # else nobody could go on from it
+    whole = whole and slots[SHARED, i] == _units_in(s, r, computed) * n[UNIT_BLOCKS]
+    if whole and slots[SHARED, i] > 0:  # its units are forgotten all or none
+        whole = units_of(s)[held_units_of(s)[prompts_of(s)[r, HASH_AT]], UNIT_ID] >= 0
     _unlink(s, i)
     n[RUNNING_TOKENS] -= computed
-    _release(s, held, r if n[REUSE] and whole else -1)
+    _release(s, held, r if n[REUSE] and whole else NOBODY)
+    if slots[SHARED, i] > 0:
+        _let_units_go(s, i)
     request_i[r, COMPUTED] = _found_again(s, r)
     request_i[r, PREEMPTED] += 1
     request_i[r, STATUS] = WAITING
@@ -567,24 +742,23 @@ def head(s: Table) -> int:
 
 
 @compiled(inline=True)
-def _chunk(s: Table, r: int, budget: int, long: int) -> int:
-    """Return how many tokens of a request an iteration computes."""
+def _chunk(s: Table, r: int, computed: int, budget: int, long: int) -> int:
+    """Return how many tokens of a request an iteration computes beyond those that are."""
     request_i = request_i_of(s)
-    chunk = min(request_i[r, PROMPT] + request_i[r, PRODUCED] - request_i[r, COMPUTED], budget)
+    chunk = min(request_i[r, PROMPT] + request_i[r, PRODUCED] - computed, budget)
     return int(min(chunk, long)) if long > 0 else int(chunk)
 
 
 @compiled()
-def _admit(s: Table, now_s: float) -> int:
-    """Admit the head of the queue; return its slot."""
-    n, request_i, request_f, queue, slots, runs, sets = (
+def _admit(s: Table, now_s: float, found: int) -> int:
+    """Admit the head of the queue, which finds so many tokens computed; return its slot."""
+    n, request_i, request_f, queue, slots, runs = (
         ints_of(s),
         request_i_of(s),
         request_f_of(s),
         queue_of(s),
         slots_of(s),
         runs_of(s),
-        sets_of(s),
     )
     end = slots.shape[1] - 1
     if n[STACKED] > 0:
@@ -596,15 +770,8 @@ def _admit(s: Table, now_s: float) -> int:
     row = request_i[r]
     target = row[PROMPT] + row[PRODUCED]
     n[WAITING_TOKENS] -= target
-    n[RUNNING_TOKENS] += row[COMPUTED]
-    run = row[KEPT_RUN]
-    if run >= 0:
-        claimed = sets[n[PREFILL_SET], LAYERS] * _blocks(row[COMPUTED], n[BLOCK_TOKENS])
-        runs[BLOCKS, run] -= claimed
-        runs[OWNER, run] = -1
-        row[KEPT_RUN] = -1
-        n[FREE] -= claimed
-    row[PREFILL], row[STATUS] = target, RUNNING
+    n[RUNNING_TOKENS] += found
+    row[COMPUTED], row[PREFILL], row[STATUS] = found, target, RUNNING
     if np.isnan(request_f[r, ADMITTED_S]):
         request_f[r, ADMITTED_S] = now_s
     n[N_RUNNING] += 1
@@ -612,6 +779,18 @@ def _admit(s: Table, now_s: float) -> int:
     newest = slots[PREVIOUS, end]
     slots[NEXT, newest], slots[PREVIOUS, i], slots[NEXT, i], slots[PREVIOUS, end] = i, newest, end, i
     slots[REQUEST, i], slots[SET, i], slots[KEEP, i], slots[DUE, i] = r, n[PREFILL_SET], -1, NEVER
+    slots[SHARED, i], slots[FILL, i] = 0, NEVER
+    if n[CACHING]:
+        _hold_units(s, i, _units_in(s, r, found))
+    if n[PREFIX_CACHING] and prompts_of(s)[r, CACHED] < 0:
+        prompts_of(s)[r, CACHED] = found
+    run = row[KEPT_RUN]
+    if run >= 0:
+        claimed = blocks_of(s, i, found)
+        runs[BLOCKS, run] -= claimed
+        runs[OWNER, run] = NOBODY
+        row[KEPT_RUN] = -1
+        n[FREE] -= claimed
     return int(i)
 
 
@@ -623,15 +802,18 @@ def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int) -> int
     admitted = 0
     while n[STACKED] + n[QUEUE_TAIL] - n[QUEUE_HEAD] > 0 and n[N_RUNNING] < n[MAX_RUNNING]:
         r = head(s)
-        full = layers * _blocks(request_i[r, PROMPT] + request_i[r, PRODUCED], n[BLOCK_TOKENS])
+        found, shared = request_i[r, COMPUTED], 0
+        if n[CACHING]:
+            found, shared = _found(s, r), n[FOUND_SHARED] * n[UNIT_BLOCKS]
+        full = layers * (_blocks(request_i[r, PROMPT] + request_i[r, PRODUCED], n[BLOCK_TOKENS]) - shared)
         if chunked:
             if budget == 0:
                 break
-            chunk = _chunk(s, r, budget, n[LONG_PREFILL_TOKENS])
-            need = layers * _blocks(request_i[r, COMPUTED] + chunk, n[BLOCK_TOKENS])
+            chunk = _chunk(s, r, found, budget, n[LONG_PREFILL_TOKENS])
+            need = layers * (_blocks(found + chunk, n[BLOCK_TOKENS]) - shared)
             must_fit = full if n[RESERVE_FULL_PROMPT] or n[N_RUNNING] == 0 else need
         else:
-            chunk = request_i[r, PROMPT] + request_i[r, PRODUCED] - request_i[r, COMPUTED]
+            chunk = request_i[r, PROMPT] + request_i[r, PRODUCED] - found
             if chunk > budget and admitted > 0:
                 break
             need = must_fit = full
@@ -640,7 +822,7 @@ def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int) -> int
         free -= need
         budget -= chunk
         at = n[N_BATCH]
-        slots[BATCH, at], slots[TOKENS, at] = _admit(s, now_s), chunk
+        slots[BATCH, at], slots[TOKENS, at] = _admit(s, now_s, found), chunk
         n[N_BATCH] = at + 1
         admitted += 1
         if not chunked and budget <= 0:
@@ -763,6 +945,9 @@ def _draft_sets(s: Table, step: int) -> int:
     decode = prefill[words:]
     for k in range(n[N_SETS]):
         narrowed[k, 0] = narrowed[k, 1] = -1
+    for unit in range(1, n[N_UNITS] + 1):  # a unit loses what prefill drops
+        if units_of(s)[unit, UNIT_HOLDERS] > 0:
+            narrowed[units_of(s)[unit, UNIT_SET], 0] = 0
     i = slots[NEXT, end]
     while i != end:
         narrowed[slots[SET, i], 1 if slots[DUE, i] != NEVER else 0] = 0
@@ -827,9 +1012,15 @@ def _change_sets(s: Table, count: int, decode: Ints) -> None:
         if keepers:
             freed -= blocks_of(s, i, tokens)
         elif sets[after, LAYERS] != narrowed[before, 2]:
-            freed += (narrowed[before, 2] - sets[after, LAYERS]) * _blocks(tokens, block_tokens)
+            freed += (narrowed[before, 2] - sets[after, LAYERS]) * (_blocks(tokens, block_tokens) - slots[SHARED, i])
         i = slots[NEXT, i]
-    _release(s, freed, -1)
+    for unit in range(1, n[N_UNITS] + 1):
+        row = units_of(s)[unit]
+        if row[UNIT_HOLDERS] > 0:
+            before, after = row[UNIT_SET], narrowed[row[UNIT_SET], 0]
+            freed += (narrowed[before, 2] - sets[after, LAYERS]) * n[UNIT_BLOCKS]
+            row[UNIT_SET] = after
+    _release(s, freed, NOBODY)
 
 
 @compiled()
@@ -875,18 +1066,24 @@ def run_step(s: Table, step: int, now_s: float) -> bool:
     )
     row, words = steps_of(s)[step], sets.shape[1] - SET_COLUMNS
     other_prefill = other_decode = n[STEP] < 0
-    if n[STEP] >= 0:
-        before = steps_of(s)[n[STEP]]
-        for w in range(words):
-            other_prefill = other_prefill or row[STEP_COLUMNS + w] != before[STEP_COLUMNS + w]
-            other_decode = other_decode or row[STEP_COLUMNS + words + w] != before[STEP_COLUMNS + words + w]
+    one_set, some = True, False
+    for w in range(words):
+        prefill, decode = row[STEP_COLUMNS + w], row[STEP_COLUMNS + words + w]
+        one_set, some = one_set and prefill == decode, some or prefill != 0
+        if n[STEP] >= 0:
+            before = steps_of(s)[n[STEP]]
+            other_prefill = other_prefill or prefill != before[STEP_COLUMNS + w]
+            other_decode = other_decode or decode != before[STEP_COLUMNS + words + w]
+    caching = n[PREFIX_CACHING] != 0 and one_set and some and row[STEP_KEEP] < 0
     new_sets = other_prefill or other_decode
     count = _draft_sets(s, step) if new_sets else n[N_SETS]
     if n[PRICED] and not _find_prices(s, step, count, new_sets):
         return False
     settle(s)
-    if other_prefill:
+    if other_prefill or caching != (n[CACHING] != 0):
         forget_kept_kv(s)  # it lacks a layer, or has one too many
+        _forget_units(s)
+    n[CACHING] = caching
     n[STEP], n[TARGET], n[WEIGHT_BYTES] = step, row[STEP_TARGET], row[STEP_WEIGHT_BYTES]
     n[PLAN_KEEP], n[ADMIT] = row[STEP_KEEP], row[STEP_ADMIT]
     n[MAX_RUNNING] = n[RUNNING_LIMIT]
@@ -903,10 +1100,7 @@ def run_step(s: Table, step: int, now_s: float) -> bool:
             at += 1
     if new_sets:
         _change_sets(s, count, row[STEP_COLUMNS + words :])
-        n[PREFILL_SET], n[DECODE_SET] = 0, 0
-        for w in range(words):
-            if row[STEP_COLUMNS + w] != row[STEP_COLUMNS + words + w]:
-                n[DECODE_SET] = 1
+        n[PREFILL_SET], n[DECODE_SET] = 0, 0 if one_set else 1
     for k in range(count):
         sets[k, PREFILL_PARAMS] = row[STEP_PREFILL_PARAMS] + sets[k, LAYERS] * row[STEP_MHA_PARAMS]
         sets[k, DECODE_PARAMS] = row[STEP_DECODE_PARAMS] + sets[k, LAYERS] * row[STEP_MHA_PARAMS]
@@ -1079,7 +1273,7 @@ def _form(s: Table, now_s: float) -> int:
     if newest != end and slots[DUE, newest] == NEVER and budget > 0:
         r = slots[REQUEST, newest]
         computed = request_i[r, COMPUTED]
-        chunk = _chunk(s, r, budget, n[LONG_PREFILL_TOKENS])
+        chunk = _chunk(s, r, computed, budget, n[LONG_PREFILL_TOKENS])
         more = blocks_of(s, newest, computed + chunk) - blocks_of(s, newest, computed)
         if need + more > n[FREE]:
             _preempt(s, newest)
@@ -1112,38 +1306,34 @@ def _form_eagerly(s: Table, now_s: float) -> int:
         slots[DUE, i] = NEVER
         i = slots[NEXT, i]
     n[N_BATCH], n[DECODING] = 0, 0
-    free, victims = n[FREE], 0
-    running = n[N_RUNNING]
-    if n[CHUNKED] or _admit_those_that_fit(s, now_s, n[MAX_BATCH_TOKENS], free) == 0:
+    victims, running = 0, n[N_RUNNING]
+    if n[CHUNKED] or _admit_those_that_fit(s, now_s, n[MAX_BATCH_TOKENS], n[FREE]) == 0:
         budget = n[MAX_BATCH_TOKENS] if n[CHUNKED] else running
         long = n[LONG_PREFILL_TOKENS] if n[CHUNKED] else 0
-        kept, index, i, newest = running, 0, slots[NEXT, end], slots[PREVIOUS, end]
-        while free < 0 and kept > 0:
+        kept, index, i = running, 0, slots[NEXT, end]
+        while n[FREE] < 0 and kept > 0:
             kept -= 1
-            free += blocks_of(s, newest, request_i[slots[REQUEST, newest], COMPUTED])
-            newest = slots[PREVIOUS, newest]
+            _preempt(s, slots[PREVIOUS, end])
+        taken = 0
         while index < kept and budget > 0:
             r = slots[REQUEST, i]
-            chunk = _chunk(s, r, budget, long)
+            chunk = _chunk(s, r, request_i[r, COMPUTED], budget, long)
             held = blocks_of(s, i, request_i[r, COMPUTED])
             need = blocks_of(s, i, request_i[r, COMPUTED] + chunk) - held
-            while need > free and kept > index:
+            while taken + need > n[FREE] and kept > index:
                 kept -= 1
-                free += blocks_of(s, newest, request_i[slots[REQUEST, newest], COMPUTED])
-                newest = slots[PREVIOUS, newest]
+                _preempt(s, slots[PREVIOUS, end])
             if kept == index:
                 break
-            free -= need
+            taken += need
             budget -= chunk
             slots[BATCH, index], slots[TOKENS, index] = i, chunk
             index += 1
             i = slots[NEXT, i]
         n[N_BATCH] = index
         victims = running - kept
-        for _ in range(victims):
-            _preempt(s, slots[PREVIOUS, end])
         if n[CHUNKED] and victims == 0:
-            _admit_those_that_fit(s, now_s, budget, free)
+            _admit_those_that_fit(s, now_s, budget, n[FREE] - taken)
     need = 0
     for j in range(n[N_BATCH]):
         i = slots[BATCH, j]
@@ -1281,7 +1471,9 @@ def _finish(s: Table, i: int, now_s: float) -> None:
     n[N_FINISHED] += 1
     computed = request_i[r, COMPUTED]
     n[RUNNING_TOKENS] -= computed
-    _release(s, blocks_of(s, i, computed), -1)
+    _release(s, blocks_of(s, i, computed), NOBODY)
+    if slots[SHARED, i] > 0:
+        _let_units_go(s, i)
     _unlink(s, i)
 
 
@@ -1289,8 +1481,15 @@ def _finish(s: Table, i: int, now_s: float) -> None:
 def _finish_due(s: Table, now_s: float) -> None:
     """Let go of the decoding requests that are done at this clock."""
     n, slots = ints_of(s), slots_of(s)
-    due, clock, next_due = slots[DUE], n[CLOCK], NEVER
-    for i in range(slots.shape[1] - 1):
+    due, clock, next_due, end = slots[DUE], n[CLOCK], NEVER, slots.shape[1] - 1
+    i = slots[NEXT, end]
+    while n[PREFIX_CACHING] and i != end:  # in order of admission: what is freed first is taken first
+        after = slots[NEXT, i]
+        if due[i] == clock:
+            _leave_decodes(s, i)
+            _finish(s, i, now_s)
+        i = after
+    for i in range(end):
         if due[i] == clock:
             _leave_decodes(s, i)
             _finish(s, i, now_s)
@@ -1316,6 +1515,8 @@ def _end_chunk(s: Table, i: int, tokens: int, now_s: float) -> None:
     decoding = row[COMPUTED] >= row[PREFILL]
     row[COMPUTED] += tokens
     n[RUNNING_TOKENS] += tokens
+    if row[COMPUTED] >= slots[FILL, i]:
+        _fill_cache(s, i)
     if row[COMPUTED] < row[PROMPT] + row[PRODUCED]:
         return
     held_set = slots[SET, i]
@@ -1329,10 +1530,10 @@ def _end_chunk(s: Table, i: int, tokens: int, now_s: float) -> None:
         if after != held_set or n[PLAN_KEEP] >= 0:
             held = blocks_of(s, i, row[COMPUTED])
             slots[SET, i] = after
-            if n[PLAN_KEEP] >= 0:
+            if n[PLAN_KEEP] >= 0 and slots[SHARED, i] == 0:
                 slots[KEEP, i] = n[PLAN_KEEP]
                 n[KEEPERS] += 1
-            _release(s, held - blocks_of(s, i, row[COMPUTED]), -1)
+            _release(s, held - blocks_of(s, i, row[COMPUTED]), NOBODY)
     row[PRODUCED] += 1
     n[PRODUCED_TOKENS] += 1
     if row[PRODUCED] == 1:

@@ -1,8 +1,9 @@
 """The pool of KV blocks of one replica: how many are free, and whose old content the free ones still hold.
 
 Counted in KV blocks of one layer. Real engines hand out the block that has been free longest, so what a preempted
-request left behind stays readable until others have taken it: vLLM's prefix cache, seen from one request. The pool
-keeps that order as runs of blocks, not block by block.
+request left behind, and what is in the prefix cache and held by nobody, stays readable until others have taken it. The
+pool keeps that order as runs of blocks, not block by block. An owner is a number: from 0 on for requests, below
+``NOBODY`` for units of the prefix cache.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+NOBODY = -1
+
 
 @dataclass(slots=True)
 class _Run:
-    """Free blocks that were freed together; ``owner`` -1 when nobody can use what they hold."""
+    """Free blocks that were freed together; ``owner`` is ``NOBODY`` when nobody can use what they hold."""
 
     owner: int
     layer_blocks: int
@@ -25,7 +28,7 @@ class KVPool:
     def __init__(self, layer_blocks: int) -> None:
         self.layer_blocks = layer_blocks
         self._free_layer_blocks = layer_blocks
-        self._runs: deque[_Run] = deque([_Run(-1, layer_blocks)])
+        self._runs: deque[_Run] = deque([_Run(NOBODY, layer_blocks)])
         self._kept: dict[int, _Run] = {}
 
     @property
@@ -48,7 +51,7 @@ class KVPool:
             taken = min(run.layer_blocks, layer_blocks)
             run.layer_blocks -= taken
             layer_blocks -= taken
-            if taken and run.owner >= 0:
+            if taken and run.owner != NOBODY:
                 overwritten.append(run.owner)
             if not run.layer_blocks:
                 self._runs.popleft()
@@ -73,23 +76,22 @@ class KVPool:
         return lost
 
     def forget(self) -> None:
-        """Let nobody find anything again."""
-        for run in self._kept.values():
-            run.owner = -1
-        self._kept.clear()
+        """Let no request find again what it left behind."""
+        for owner in [owner for owner in self._kept if owner > NOBODY]:
+            self.claim(owner, 0)
 
-    def release(self, layer_blocks: int, owner: int = -1) -> None:
+    def release(self, layer_blocks: int, owner: int = NOBODY) -> None:
         """Free blocks; their content stays readable for ``owner`` until they are taken. The last tokens' go first."""
         owed = min(max(-self._free_layer_blocks, 0), layer_blocks)
         self._free_layer_blocks += layer_blocks
         assert self._free_layer_blocks <= self.layer_blocks
         layer_blocks -= owed  # what a shrunk pool owes is gone, and with it the content of the last tokens
-        if owner < 0 and self._runs and self._runs[-1].owner < 0:
+        if owner == NOBODY and self._runs and self._runs[-1].owner == NOBODY:
             self._runs[-1].layer_blocks += layer_blocks
         elif layer_blocks:
             run = _Run(owner, layer_blocks)
             self._runs.append(run)
-            if owner >= 0:
+            if owner != NOBODY:
                 self._kept[owner] = run
 
     def kept_layer_blocks(self, owner: int) -> int:
@@ -105,5 +107,5 @@ class KVPool:
             return
         assert layer_blocks <= run.layer_blocks
         run.layer_blocks -= layer_blocks
-        run.owner = -1
+        run.owner = NOBODY
         self._free_layer_blocks -= layer_blocks

@@ -69,6 +69,7 @@ def records_frame(records: Records, slo: Slo) -> pd.DataFrame:
             "met_slo": met_slo(records, slo),
             "kept_params_share": records.kept_params_share,
             "quality_nll": records.quality_nll,
+            "cached_tokens": records.cached_tokens,
         }
     )
 
@@ -179,7 +180,8 @@ def summarise(
         cpu_s: process CPU seconds that the replay took; 0 when it was not measured.
         end_s: when it ended; None takes the end of the last iteration.
 
-    ``recomputed_tokens`` are those that prefill computed beyond each answered request's prompt once.
+    ``recomputed_tokens`` are those that prefill computed beyond each answered request's prompt once, without what the
+    prefix cache had of it; ``cached_share`` is what it had of all tokens of prompts that were admitted.
     """
     requests = len(records)
     finished = records.status == Status.FINISHED
@@ -193,7 +195,9 @@ def summarise(
         return count / seconds if seconds > 0 else None
 
     answered = np.isfinite(records.first_token_s)
-    recomputed = int(iterations.prefill_tokens.sum() - records.prompt_tokens[answered].sum())
+    computed_once = (records.prompt_tokens - records.cached_tokens)[answered].sum()
+    recomputed = int(iterations.prefill_tokens.sum() - computed_once)
+    admitted = np.isfinite(records.admitted_s)
     truncated = finished & (records.produced_tokens < records.output_tokens)
     return {
         "requests": requests,
@@ -217,6 +221,7 @@ def summarise(
         "quality_nll": distribution(records.quality_nll)["mean"],
         "preemptions": int(records.preemptions.sum()),
         "recomputed_tokens": max(recomputed, 0),
+        "cached_share": rate(float(records.cached_tokens.sum()), float(records.prompt_tokens[admitted].sum())),
         "kv_peak_share": float(iterations.kv_used_share.max()) if len(iterations) else 0.0,
         "extrapolated_share": float(iterations.extrapolated.mean()) if len(iterations) else 0.0,
         "iterations": len(iterations),

@@ -67,6 +67,8 @@ class Records(Moments):
         before the first token.
     quality_nll: float64[n], nats a token that the plans it ran under cost, on average over its tokens, the KV blocks
         it lacked included; NaN before the first token, or where no quality model was given.
+    cached_tokens: int64[n], tokens of its prompt that the prefix cache had when it was first admitted (where it was
+        served last); 0 before.
     """
 
     output_tokens: Ints
@@ -75,6 +77,7 @@ class Records(Moments):
     status: Ints
     kept_params_share: Floats
     quality_nll: Floats
+    cached_tokens: Ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -18,8 +18,9 @@ PROGRESS_STEPS = 200
 def requests_of(trace: Trace) -> list[Request]:
     """Return the requests of a trace, numbered in order of arrival."""
     columns = (trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
+    ids = [()] * len(trace) if trace.hash_ids is None else [tuple(row.tolist()) for row in trace.hash_ids]
     return [
-        Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
+        Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output, hash_ids=ids[i])
         for i, (arrival_s, prompt, output) in enumerate(zip(*columns, strict=True))
     ]
 
@@ -42,7 +43,7 @@ def replay(
         on_progress: called now and then with the engine's time and the requests that ended.
     """
     if isinstance(engine, SimEngine):
-        engine.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
+        engine.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
     else:
         engine.submit(requests_of(trace))
     if tick_s is not None and not tick_s > 0:

@@ -18,8 +18,10 @@ Two schedulers, each a published engine's behaviour:
 [1] V0 refuses such a prompt; here nothing is lost. [2] vLLM's `scheduler_reserve_full_isl`, true by default, and
 `long_prefill_token_threshold` for `long_prefill_tokens`.
 
-Prefix caching is off. Memory is counted in KV blocks of one layer ("layer blocks"), because with plans that drop
-MHA blocks requests differ in how many layers they hold; for a dense model of L layers one vLLM block is L of them.
+With prefix caching, KV that several requests hold is counted once: admission needs room for what is new and for what is
+found in free KV blocks, not for what others hold, as in vLLM V1. Memory is counted in KV blocks of one layer ("layer
+blocks"), because with plans that drop MHA blocks requests differ in how many layers they hold; for a dense model of L
+layers one vLLM block is L of them.
 """
 
 from __future__ import annotations
@@ -56,6 +58,14 @@ class Schedulable(Protocol):
 R = TypeVar("R", bound=Schedulable)
 LayerBlocks = Callable[[R, int], int]
 """``layer_blocks(request, tokens)``: the KV blocks, summed over layers, that ``tokens`` computed tokens need."""
+Shared = Callable[[R, Sequence[R]], int]
+"""``shared(request, others)``: of the layer blocks that a request holds, or finds as it is admitted, those that others
+hold or find too."""
+
+
+def nothing_shared(request: R, others: Sequence[R]) -> int:
+    """Return 0: every request has its KV to itself."""
+    return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +115,7 @@ def form_batch(
     free_layer_blocks: int,
     layer_blocks: LayerBlocks[R],
     limits: Limits,
+    shared: Shared[R] = nothing_shared,
 ) -> Batch[R]:
     """Return the next batch.
 
@@ -115,13 +126,14 @@ def form_batch(
         free_layer_blocks: layer blocks of the pool that nobody holds; below 0 when the pool has shrunk under its use.
         layer_blocks: the layer blocks that a request needs once so many of its tokens are computed.
         limits: what bounds the batch.
+        shared: what requests hold together.
     Raises:
         ConfigError: for an unknown scheduler.
     """
     if scheduler == "chunked":
-        return _chunked(waiting, running, free_layer_blocks, layer_blocks, limits)
+        return _chunked(waiting, running, free_layer_blocks, layer_blocks, limits, shared)
     if scheduler == "prefill_first":
-        return _prefill_first(waiting, running, free_layer_blocks, layer_blocks, limits)
+        return _prefill_first(waiting, running, free_layer_blocks, layer_blocks, limits, shared)
     raise ConfigError(f"unknown scheduler {scheduler!r}; {nearest(scheduler, SCHEDULERS)}")
 
 
@@ -131,10 +143,11 @@ def _chunked(
     free_layer_blocks: int,
     layer_blocks: LayerBlocks[R],
     limits: Limits,
+    shared: Shared[R],
 ) -> Batch[R]:
     budget_tokens = limits.max_batch_tokens
     scheduled, preempted, kept, free = _extend_running(
-        running, free_layer_blocks, layer_blocks, budget_tokens, limits.long_prefill_tokens
+        running, free_layer_blocks, layer_blocks, budget_tokens, limits.long_prefill_tokens, shared
     )
     budget_tokens -= sum(tokens for _, tokens in scheduled)
     admitted: list[R] = []
@@ -143,10 +156,11 @@ def _chunked(
             if budget_tokens == 0 or kept + len(admitted) >= limits.max_running:
                 break
             chunk = _chunk_tokens(request, budget_tokens, limits.long_prefill_tokens)
-            need = layer_blocks(request, request.computed_tokens + chunk)
+            already = shared(request, [*running, *admitted])
+            need = layer_blocks(request, request.computed_tokens + chunk) - already
             # Alone, it must fit as a whole: else it would fill the pool, preempt itself and begin again, for ever.
             whole = limits.reserve_full_prompt or not (running or admitted)
-            must_fit = layer_blocks(request, request.target_tokens) if whole else need
+            must_fit = layer_blocks(request, request.target_tokens) - already if whole else need
             if must_fit + limits.watermark_layer_blocks > free:
                 break
             free -= need
@@ -162,6 +176,7 @@ def _prefill_first(
     free_layer_blocks: int,
     layer_blocks: LayerBlocks[R],
     limits: Limits,
+    shared: Shared[R],
 ) -> Batch[R]:
     budget_tokens, free = limits.max_batch_tokens, free_layer_blocks
     admitted: list[R] = []
@@ -171,7 +186,7 @@ def _prefill_first(
         tokens = request.target_tokens - request.computed_tokens
         if tokens > budget_tokens and admitted:
             break
-        need = layer_blocks(request, request.target_tokens)
+        need = layer_blocks(request, request.target_tokens) - shared(request, [*running, *admitted])
         if need + limits.watermark_layer_blocks > free:
             break
         free -= need
@@ -181,7 +196,7 @@ def _prefill_first(
             break
     if admitted:
         return Batch((), tuple(admitted), tuple((r, r.target_tokens - r.computed_tokens) for r in admitted))
-    scheduled, preempted, _, _ = _extend_running(running, free_layer_blocks, layer_blocks, len(running), 0)
+    scheduled, preempted, _, _ = _extend_running(running, free_layer_blocks, layer_blocks, len(running), 0, shared)
     return Batch(tuple(preempted), (), tuple(scheduled))
 
 
@@ -191,6 +206,7 @@ def _extend_running(
     layer_blocks: LayerBlocks[R],
     budget_tokens: int,
     long_prefill_tokens: int,
+    shared: Shared[R],
 ) -> tuple[list[tuple[R, int]], list[R], int, int]:
     """Give each running request its tokens, oldest first, preempting the newest when KV blocks run out.
 
@@ -203,7 +219,7 @@ def _extend_running(
     while free < 0 and kept:
         kept -= 1
         preempted.append(running[kept])
-        free += running[kept].held_layer_blocks
+        free += running[kept].held_layer_blocks - shared(running[kept], running[:kept])
     while index < kept and budget_tokens > 0:
         request = running[index]
         chunk = _chunk_tokens(request, budget_tokens, long_prefill_tokens)
@@ -211,7 +227,7 @@ def _extend_running(
         while need > free and kept > index:
             kept -= 1
             preempted.append(running[kept])
-            free += running[kept].held_layer_blocks
+            free += running[kept].held_layer_blocks - shared(running[kept], running[:kept])
         if kept == index:
             break  # it was the newest itself, and gave up its own KV blocks
         free -= need

@@ -146,7 +146,9 @@ class Lookahead:
     def _warm(self, state: EngineState, budget: Budget, until_s: float) -> SimEngine:
         """Return a server that has prefilled the requests that run, or has tried to until then."""
         plan = replace(self.actions.plans[self.choice.action], admit=None)
-        engine, running = self.server.engine(plan, budget, book=self.book, keep_iterations=False), state.running
+        config = replace(self.server.config, prefix_caching=False)  # nobody can see which prompts begin alike
+        engine = self.server.engine(plan, budget, config=config, book=self.book, keep_iterations=False)
+        running = state.running
         engine.submit_arrays(
             np.zeros(running),
             np.full(running, _each(state.running_tokens, running), dtype=np.int64),

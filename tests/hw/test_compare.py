@@ -69,6 +69,7 @@ def run_folder(
         status=whole * 0 + 2,
         kept_params_share=np.ones(requests),
         quality_nll=np.full(requests, np.nan),
+        cached_tokens=whole * 0,
     )
     start_s = np.concatenate([[0.0], 4.0 + late_s + np.arange(12.0)])
     zero = np.zeros(len(start_s), dtype=np.int64)

@@ -276,3 +276,22 @@ def test_what_is_gathered_are_the_bytes_that_the_plan_says_for_any_prompt() -> N
             engine.release(i)
         assert engine.pool.used_layer_blocks == 0
         engine.check()
+
+
+def test_room_is_held_beside_the_watermark_for_as_many_as_may_run_and_for_nobody_while_others_wait() -> None:
+    layers = tiny_spec().num_layers
+    engine = hw_engine(config=engine_config(kv_watermark_share=0.1, max_running=3), kv_blocks=20, timed=False)
+    assert engine.reserve(0, 4 * 19) is None  # 19 of 20 KV blocks, of which two stay free
+    assert engine.reserve(0, 4 * 10) is not None
+    assert engine.pool.used_layer_blocks == 10 * layers
+    assert engine.reserve(1, 4 * 9) is None
+    assert engine.reserve(1, 4) is not None
+    assert engine.reserve(2, 4) is not None
+    assert engine.reserve(3, 4) is None  # three may run
+    engine.check()
+    for request_id in range(3):
+        engine.release(request_id)
+    engine.submit(requests([(0.0, 30, 9)] * 9))
+    assert engine.run_until(0.01).waiting > 0
+    assert engine.pool.free_layer_blocks >= 3 * layers
+    assert engine.reserve(9, 4) is None

@@ -51,7 +51,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         "trace=small",
         "workload=none",
-        "trace.duration_s=2",
+        "trace.duration_s=1",
         "trace.on_rate_rps=6",
         "trace.off_rate_rps=6",
         "trace.lengths.max_prompt_tokens=60",

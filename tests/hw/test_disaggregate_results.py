@@ -119,6 +119,7 @@ def made_up() -> dict[str, Any]:
         "others_busy_cores": [0.0, 0.3],
         "links": {name: {"transfers": 5, "median_error_s": 0.001, **LINK} for name in LINKS},
         "times": {"prefill": 1.1, "decode": 1.2},
+        "speeds": [{"prefill": 1.05, "decode": 1.2}, {"prefill": 1.15, "decode": 1.2}],
         "difference_bytes": 0,
         "variants": variants,
     }
@@ -131,7 +132,17 @@ def test_the_page_shows_errors_beside_noise_and_bytes_that_differ() -> None:
     assert "| PDTrim both | 200,000 | **differs** | 5.00x |" in text
     assert "| dense | 200 ms, -10.0 % / 0.0 % |" in text
     assert "0.15 cores in the median run, 0.30 at most" in text
-    assert "prefill 1.10, decode 1.20" in text
+    assert "prefill 1.10 (1.05 to 1.15), decode 1.20 (1.20 to 1.20)" in text
+
+
+def test_times_of_a_busy_machine_are_called_so_and_single_runs_order_nothing() -> None:
+    idle, crowded = made_up(), made_up() | {"others_busy_cores": [0.1, 0.9, 1.0], "repeats": 1}
+    for variant in crowded["variants"].values():
+        del variant["real"][1:]
+    assert "the times do not" not in page(idle)
+    assert "orders pairs" in page(idle)
+    assert "the times do not" in page(crowded)
+    assert "orders pairs" not in page(crowded)
 
 
 def test_the_committed_page_is_what_the_committed_results_give() -> None:

@@ -21,7 +21,7 @@ from hw.model import ElasticModel
 from hw.prompts import RandomPrompts
 from sim.budget import Budget
 from sim.engine import EngineConfig, SimEngine
-from sim.errors import BudgetError
+from sim.errors import BudgetError, ConfigError
 from sim.memory import budget_for_kv_blocks, weight_bytes
 from sim.metrics import Slo, iterations_frame, records_frame, transitions_frame
 from sim.plan import KeepMask, KVKeep, check_plan, dense_plan, drop, with_mask
@@ -94,6 +94,11 @@ def plain_tokens(family: str, rows: Rows) -> list[list[int]]:
 def test_batched_paged_chunked_serving_gives_the_tokens_of_plain_generate(family: str, scheduler: str) -> None:
     rows = some_rows(1, 9)
     assert serve(hw_engine(family=family, config=engine_config(scheduler)), rows) == plain_tokens(family, rows)
+
+
+def test_a_prefix_cache_which_only_the_simulator_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the real engine has no prefix cache"):
+        hw_engine(config=replace(engine_config(), prefix_caching=True))
 
 
 @pytest.mark.parametrize("reuse", [False, True])

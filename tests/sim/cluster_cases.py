@@ -101,7 +101,7 @@ def random_cluster(seed: int) -> ClusterCase:
                 break
         outages.append(tuple(mine))
     return ClusterCase(
-        requests=tuple((a, p, o, tuple(rng.integers(0, 12, int(rng.integers(0, 4))).tolist())) for a, p, o in requests),
+        requests=tuple((a, p, o, cases[0].hash_ids(p, o)[: int(rng.choice([0, 3, 99]))]) for a, p, o in requests),
         replicas=tuple(cases),
         outages=tuple(outages),
         router=str(rng.choice(ROUTERS)),
@@ -186,6 +186,7 @@ def columns(rows: list[Row]) -> dict[str, Any]:
         "moves": [row.moves for row in rows],
         "produced_tokens": produced,
         "preemptions": np.where(held, 0, of("preemptions", 0)),
+        "cached_tokens": np.where(held, 0, np.maximum(of("cached_tokens", 0), 0)),
         "status": [
             int(live.status) if live is not None and row.replica >= 0 else 0
             for row, live in zip(rows, lives, strict=True)

@@ -41,6 +41,22 @@ class Case:
     host_to_device_bytes_per_s: float
     copy_slowdown: float
 
+    def hash_ids(self, prompt: int, output: int) -> tuple[int, ...]:
+        """Return the hash ids of a prompt: it begins as others do, then goes on by itself."""
+        count = -(-prompt // self.config.hash_block_tokens)
+        alike = (7 * prompt + output) % 9
+        return tuple(
+            1000 * (1 + (prompt + output) % 2) + i if i < alike else 10**6 * prompt + 1000 * output + i
+            for i in range(count)
+        )
+
+    def asked(self) -> list[Request]:
+        """Return the requests, with their hash ids."""
+        return [
+            Request(request_id=i, arrival_s=a, prompt_tokens=p, output_tokens=o, hash_ids=self.hash_ids(p, o))
+            for i, (a, p, o) in enumerate(self.requests)
+        ]
+
     def budget(self) -> Budget:
         """Return the budget: the given KV blocks beside the first plan, then steps relative to that."""
         first = budget_for_kv_blocks(TINY, self.first_plan, self.kv_blocks, 0, self.config.kv_block_tokens)
@@ -157,6 +173,7 @@ def random_case(seed: int) -> Case:
     restore: Restore = "new_requests" if rng.random() < 0.6 else "recompute"
     beforehand = plans and rng.random() < 0.4
     at = int(rng.integers(0, len(plans) + 1)) if beforehand else 0
+    kv_block_tokens = int(rng.choice([1, 2, 4, 16]))
     return Case(
         requests=tuple((float(a), int(p), int(o)) for a, p, o in zip(arrivals, prompts, outputs, strict=True)),
         plans=tuple(plans[at:]),
@@ -173,11 +190,13 @@ def random_case(seed: int) -> Case:
                 long_prefill_tokens=int(rng.choice([0, 0, 0, 5])),
                 reserve_full_prompt=bool(rng.random() < 0.6),
             ),
-            kv_block_tokens=int(rng.choice([1, 2, 4, 16])),
+            kv_block_tokens=kv_block_tokens,
             kv_watermark_share=float(rng.choice([0.0, 0.0, 0.1])),
             reuse_preempted_kv=bool(rng.random() < 0.5),
             max_context_tokens=int(rng.choice([60, 4096])),
             restore=restore,
+            prefix_caching=bool(rng.random() < 0.4),
+            hash_block_tokens=kv_block_tokens * int(rng.choice([1, 1, 2, 4])),
         ),
         latency=random_latency(rng),
         host_to_device_bytes_per_s=float(rng.choice([2e3, 2e4, 1e6])),
@@ -197,12 +216,7 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
         copy_slowdown=case.copy_slowdown,
         quality_nll=quality_nll,
     )
-    engine.submit(
-        [
-            Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
-            for i, (arrival_s, prompt, output) in enumerate(case.requests)
-        ]
-    )
+    engine.submit(case.asked())
     engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])
     states = []
     changes = dict(case.plans)

@@ -158,7 +158,7 @@ class PlainApart:
                 output_limit=min(moving.request.output_tokens, self.limit - prompt),
                 computed_tokens=prompt,
                 prefill_tokens=prompt,
-                held_layer_blocks=self._blocks(moving),
+                own_layer_blocks=self._blocks(moving),
                 mha=engine._decode_mha,
                 kv_keep=self.plan.kv_keep if any(keep != KV_KEEP_ALL for keep in self.plan.kv_keep) else None,
                 status=Status.RUNNING,

@@ -42,7 +42,6 @@ class Row:
     """A request: where it is, and what it did before it was moved there."""
 
     request: Request
-    hash_ids: tuple[int, ...]
     live: _Live | None = None
     replica: int = -1
     moves: int = 0
@@ -85,8 +84,13 @@ class PlainCluster:
         ids = self.trace.hash_ids
         self.rows = [
             Row(
-                request=Request(request_id=i, arrival_s=float(a), prompt_tokens=int(p), output_tokens=int(o)),
-                hash_ids=tuple(ids[i].tolist()) if ids is not None else (),
+                request=Request(
+                    request_id=i,
+                    arrival_s=float(a),
+                    prompt_tokens=int(p),
+                    output_tokens=int(o),
+                    hash_ids=tuple(ids[i].tolist()) if ids is not None else (),
+                )
             )
             for i, (a, p, o) in enumerate(
                 zip(self.trace.arrival_s, self.trace.prompt_tokens, self.trace.output_tokens, strict=True)
@@ -153,7 +157,9 @@ class PlainCluster:
             return
         limit = min(request.output_tokens, engine._context_limit - request.prompt_tokens)
         row.live = replace(row.live, request=request, output_limit=limit, computed_tokens=0, prefill_tokens=0)
-        row.live.held_layer_blocks, row.live.mha, row.live.kv_keep = 0, frozenset(), None
+        row.live.own_layer_blocks, row.live.mha, row.live.kv_keep = 0, frozenset(), None
+        row.live.units, row.live.unit_layer_blocks = {}, engine._unit_layer_blocks
+        row.live.left_tokens, row.live.cached_tokens = 0, -1
         engine._all.append(row.live)
         engine._arrived_prompt_tokens += request.prompt_tokens
         if limit <= produced:
@@ -186,7 +192,7 @@ class PlainCluster:
             return min(pair, key=lambda k: count[k])
         if self.router == "prefix_affinity":
             k = self._by_prefix(row, fit, count)
-            self.owner.update(dict.fromkeys(row.hash_ids, k))
+            self.owner.update(dict.fromkeys(row.request.hash_ids, k))
             return k
         return min(fit, key=lambda k: self._load(k, tokens))
 
@@ -195,7 +201,7 @@ class PlainCluster:
         most, least = max(count.values()), count[shortest]
         if most - least > self.most_apart and most > self.most_times * least:
             return shortest
-        known = [self.owner[i] for i in row.hash_ids if self.owner.get(i) in fit]
+        known = [self.owner[i] for i in row.request.hash_ids if self.owner.get(i) in fit]
         return known[-1] if known else shortest
 
     def _load(self, k: int, tokens: int) -> float:

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sim.budget import Budget, constant_budget
 from sim.engine import EngineConfig, EngineState, Request, exact_delay
 from sim.errors import BudgetError, ConfigError
-from sim.kv_pool import KVPool
+from sim.kv_pool import NOBODY, KVPool
 from sim.latency import LatencyModel, chunk_context_sum
 from sim.memory import fixed_weight_bytes, kv_block_layer_bytes, kv_blocks, weight_bytes
 from sim.model import ModelSpec
@@ -41,6 +41,17 @@ GIB = 1 << 30
 
 
 @dataclass(slots=True, eq=False)
+class _Unit:
+    """The KV of one hash id: held by ``holders`` requests, of the layers ``mha``; ``known`` while others find it."""
+
+    owner: int  # its number in the pool
+    hash_id: int
+    mha: frozenset[int]
+    holders: int = 1
+    known: bool = True
+
+
+@dataclass(slots=True, eq=False)
 class _Live:
     """A request inside the engine. ``mha``: the layers whose MHA block it runs, and whose KV it holds."""
 
@@ -49,7 +60,13 @@ class _Live:
     computed_tokens: int = 0
     produced_tokens: int = 0
     prefill_tokens: int = 0  # tokens to compute before it decodes: prompt, and what a preemption made it lose
-    held_layer_blocks: int = 0
+    own_layer_blocks: int = 0  # that it holds, without those of its units
+    units: dict[int, _Unit] = field(default_factory=dict)  # by their place in the prompt
+    unit_layer_blocks: int = 0  # of one unit, of one layer
+    next_unit: int = 0  # the first whose end its prefill has not passed
+    fills: bool = False  # whether it puts units in the cache
+    left_tokens: int = 0  # whose KV is still there of what it left behind when it was preempted, its units included
+    cached_tokens: int = -1  # -1 before it was admitted
     mha: frozenset[int] = frozenset()
     kv_keep: tuple[KVKeep, ...] | None = None  # None while every token is kept
     kept_params: int = 0  # parameters that ran for its tokens, summed over them
@@ -68,6 +85,10 @@ class _Live:
     @property
     def decoding(self) -> bool:
         return self.computed_tokens >= self.prefill_tokens
+
+    @property
+    def held_layer_blocks(self) -> int:
+        return self.own_layer_blocks + sum(len(u.mha) * self.unit_layer_blocks for u in self.units.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -137,6 +158,10 @@ class PlainEngine:
         self._dense_weight_bytes = weight_bytes(model, dense_plan(model))
         self._kept_share: list[tuple[float, float]] = []
         self._block_bytes = kv_block_layer_bytes(model, config.kv_block_tokens)
+        self._unit_layer_blocks = config.hash_block_tokens // config.kv_block_tokens
+        self._cache: dict[int, _Unit] = {}  # what requests find, by hash id
+        self._units_made = 0
+        self._caching = False  # whether the present plan lets them
 
         self._arrivals: deque[Request] = deque()
         self._waiting: deque[_Live] = deque()
@@ -272,6 +297,7 @@ class PlainEngine:
             quality_nll=floats("nll_sum") / np.where(produced > 0, produced, np.nan)
             if self._quality_nll is not None
             else np.full(len(live), np.nan),
+            cached_tokens=ints([max(r.cached_tokens, 0) for r in live]),
         )
 
     def iterations(self) -> Iterations:
@@ -394,7 +420,8 @@ class PlainEngine:
     def _take_arrivals(self, now_s: float) -> None:
         while self._arrivals and self._arrivals[0].arrival_s <= now_s:
             request = self._arrivals.popleft()
-            live = _Live(request, output_limit=min(request.output_tokens, self._context_limit - request.prompt_tokens))
+            limit = min(request.output_tokens, self._context_limit - request.prompt_tokens)
+            live = _Live(request, output_limit=limit, unit_layer_blocks=self._unit_layer_blocks)
             self._all.append(live)
             self._arrived_prompt_tokens += request.prompt_tokens
             full = self._plan.admit is not None and len(self._waiting) >= self._plan.admit
@@ -405,6 +432,8 @@ class PlainEngine:
                 self._waiting.append(live)
 
     def _form_batch(self) -> Batch[_Live]:
+        for live in self._waiting:
+            live.computed_tokens = max(live.left_tokens, len(self._found_units(live)) * self.config.hash_block_tokens)
         return form_batch(
             self.config.scheduler,
             self._waiting,
@@ -412,6 +441,7 @@ class PlainEngine:
             self._pool.free_layer_blocks,
             self._layer_blocks,
             self._limits,
+            self._shared,
         )
 
     def _carry_out(self, batch: Batch[_Live]) -> None:
@@ -421,15 +451,21 @@ class PlainEngine:
         for live in batch.admitted:
             assert self._waiting.popleft() is live
             live.mha, live.kv_keep = self._prefill_mha, None
-            live.held_layer_blocks = self._layer_blocks(live, live.computed_tokens)
-            self._pool.claim(live.request.request_id, live.held_layer_blocks)
+            live.units = dict(enumerate(self._found_units(live)))
+            live.next_unit, live.fills = len(live.units), self._caching
+            for unit in live.units.values():
+                self._hold_unit(unit)
             live.prefill_tokens = live.target_tokens
             live.status = Status.RUNNING
+            live.own_layer_blocks = self._own_blocks(live, live.computed_tokens)
+            self._pool.claim(live.request.request_id, live.own_layer_blocks)
             if math.isnan(live.admitted_s):
                 live.admitted_s = self.env.now
+            if live.cached_tokens < 0:
+                live.cached_tokens = live.computed_tokens
             self._running.append(live)
         for live, tokens in batch.scheduled:
-            self._hold(live, self._layer_blocks(live, live.computed_tokens + tokens))
+            self._hold(live, self._own_blocks(live, live.computed_tokens + tokens))
 
     def _price(self, batch: Batch[_Live]) -> tuple[float, bool]:
         """Return the seconds of an iteration, and whether they are extrapolated."""
@@ -479,6 +515,7 @@ class PlainEngine:
         for live, tokens in batch.scheduled:
             prefilled = not live.decoding
             live.computed_tokens += tokens
+            self._fill_cache(live)
             if live.computed_tokens < live.target_tokens:
                 continue
             live.kept_params += self._params_run(live, self._plan.prefill.ffn if prefilled else self._plan.decode.ffn)
@@ -499,7 +536,7 @@ class PlainEngine:
                 live.finish_s = now_s
                 live.status = Status.FINISHED
                 self._finished += 1
-                self._hold(live, 0)
+                self._let_go(live)
                 done = True
         if done:
             self._running = [live for live in self._running if live.status is Status.RUNNING]
@@ -507,9 +544,9 @@ class PlainEngine:
     def _end_prefill(self, live: _Live) -> None:
         """Leave the KV that decode will not read: layers it does not run, tokens that the plan does not keep."""
         live.mha = live.mha & self._decode_mha
-        if any(keep != KV_KEEP_ALL for keep in self._plan.kv_keep):
+        if any(keep != KV_KEEP_ALL for keep in self._plan.kv_keep) and not live.units:
             live.kv_keep = self._plan.kv_keep
-        self._hold(live, self._layer_blocks(live, live.computed_tokens))
+        self._hold(live, self._own_blocks(live, live.computed_tokens))
 
     def _params_run(self, live: _Live, ffn: tuple[bool, ...]) -> int:
         """Return how many parameters run for one token of a request."""
@@ -580,15 +617,23 @@ class PlainEngine:
             kept = live.mha & self._mha_of(live)
             if kept != live.mha:
                 live.mha = kept
-                self._hold(live, self._layer_blocks(live, live.computed_tokens))
+                self._hold(live, self._own_blocks(live, live.computed_tokens))
+        for unit in {id(unit): unit for live in self._running for unit in live.units.values()}.values():
+            dropped = unit.mha - self._prefill_mha
+            unit.mha -= dropped
+            self._pool.release(len(dropped) * self._unit_layer_blocks)
 
     def _run_what_is_resident(self) -> None:
         """Run the blocks of the target that are on the device."""
         self._plan = running_plan(self._resident, self._target)
         prefill_mha = frozenset(layer for layer, keep in enumerate(self._plan.prefill.mha) if keep)
-        if prefill_mha != getattr(self, "_prefill_mha", prefill_mha):
+        everything = all(keep == KV_KEEP_ALL for keep in self._plan.kv_keep)
+        one_set = bool(prefill_mha) and self._plan.prefill.mha == self._plan.decode.mha
+        caching = self.config.prefix_caching and everything and one_set
+        if prefill_mha != getattr(self, "_prefill_mha", prefill_mha) or caching != self._caching:
             self._forget_kept_kv()  # it lacks a layer, or has one too many
-        self._prefill_mha = prefill_mha
+            self._forget_units()
+        self._prefill_mha, self._caching = prefill_mha, caching
         self._decode_mha = frozenset(layer for layer, keep in enumerate(self._plan.decode.mha) if keep)
         self._weight_bytes = self._fixed_weight_bytes + self._resident.weight_bytes(self._model)
         share = self._weight_bytes / self._dense_weight_bytes
@@ -631,32 +676,52 @@ class PlainEngine:
         """Take a running request's KV and put it back at the head of the queue."""
         self._running.remove(live)
         whole = live.kv_keep is None and live.mha == self._prefill_mha  # else nobody could go on from it
-        owner = live.request.request_id if self.config.reuse_preempted_kv and whole else -1
-        self._pool.release(live.held_layer_blocks, owner)
-        live.held_layer_blocks = 0
-        live.computed_tokens = self._found_again(live)
+        whole = whole and len(live.units) == self._units_in(live, live.computed_tokens)
+        whole = whole and all(unit.known for unit in live.units.values())
+        self._let_go(live, live.request.request_id if self.config.reuse_preempted_kv and whole else NOBODY)
+        live.left_tokens = live.computed_tokens
+        live.left_tokens = live.computed_tokens = self._found_again(live)
         live.preemptions += 1
         live.status = Status.WAITING
         self._preemptions += 1
         self._waiting.appendleft(live)
 
     def _hold(self, live: _Live, layer_blocks: int) -> None:
-        """Take or free KV blocks so that a request holds so many."""
-        change = layer_blocks - live.held_layer_blocks
-        live.held_layer_blocks = layer_blocks
+        """Take or free KV blocks so that a request holds so many beside its units."""
+        change = layer_blocks - live.own_layer_blocks
+        live.own_layer_blocks = layer_blocks
         if change > 0:
             self._overwritten(self._pool.take(change))
         else:
             self._pool.release(-change)
 
-    def _overwritten(self, request_ids: list[int]) -> None:
-        for request_id in request_ids:
-            self._all[request_id].computed_tokens = self._found_again(self._all[request_id])
+    def _let_go(self, live: _Live, owner: int = NOBODY) -> None:
+        """Free what a request holds: first its own blocks, then its units from the last to the first."""
+        self._pool.release(live.own_layer_blocks, owner)
+        live.own_layer_blocks = 0
+        for place in sorted(live.units, reverse=True):
+            unit = live.units.pop(place)
+            unit.holders -= 1
+            if unit.holders:
+                continue
+            if unit.known and self._pool.free_layer_blocks < 0:  # the shrunk pool takes some of its blocks
+                unit.known = False
+                del self._cache[unit.hash_id]
+            self._pool.release(len(unit.mha) * self._unit_layer_blocks, unit.owner if unit.known else NOBODY)
+
+    def _overwritten(self, owners: list[int]) -> None:
+        for owner in owners:
+            if owner > NOBODY:
+                self._all[owner].left_tokens = self._found_again(self._all[owner])
+                continue
+            (unit,) = [unit for unit in self._cache.values() if unit.owner == owner]
+            del self._cache[unit.hash_id]
+            self._pool.claim(owner, 0)
 
     def _forget_kept_kv(self) -> None:
         self._pool.forget()
         for live in self._waiting:
-            live.computed_tokens = 0
+            live.left_tokens = 0
 
     def _found_again(self, live: _Live) -> int:
         """Return the tokens of a preempted request whose KV nobody has overwritten: whole KV blocks from the first on.
@@ -667,18 +732,81 @@ class PlainEngine:
         if not kept:
             return 0
         block_tokens = self.config.kv_block_tokens
+        # Its units were freed after its own blocks, so they are all there while one of these is.
+        cached = self._units_in(live, live.left_tokens) * self._unit_layer_blocks
         # The run's last block may be partly filled; such a block is never found again.
-        whole = min(kept // len(self._prefill_mha), live.computed_tokens // block_tokens)
+        whole = min(cached + kept // len(self._prefill_mha), live.left_tokens // block_tokens)
         return min(whole, (live.target_tokens - 1) // block_tokens) * block_tokens
 
     def _layer_blocks(self, live: _Live, tokens: int) -> int:
         """Return the KV blocks, over all layers, that a request needs for so many computed tokens."""
-        block_tokens = self.config.kv_block_tokens
         if live.status is not Status.RUNNING:
-            return len(self._prefill_mha) * kv_blocks(tokens, block_tokens)
+            return len(self._prefill_mha) * kv_blocks(tokens, self.config.kv_block_tokens)
+        return self._own_blocks(live, tokens) + live.held_layer_blocks - live.own_layer_blocks
+
+    def _own_blocks(self, live: _Live, tokens: int) -> int:
+        """Return those that it needs beside its units."""
+        block_tokens = self.config.kv_block_tokens
         if live.kv_keep is None:
-            return len(live.mha) * kv_blocks(tokens, block_tokens)
+            return len(live.mha) * (kv_blocks(tokens, block_tokens) - len(live.units) * self._unit_layer_blocks)
         return sum(kv_blocks(live.kv_keep[layer].tokens(tokens), block_tokens) for layer in live.mha)
+
+    # -- the prefix cache ----------------------------------------------------------------------------------------
+
+    def _units_in(self, live: _Live, tokens: int) -> int:
+        """Return how many units of a prompt lie within its first tokens; none while nothing is cached."""
+        if not self._caching:
+            return 0
+        tokens = min(tokens, live.request.prompt_tokens)
+        return min(tokens // self.config.hash_block_tokens, len(live.request.hash_ids))
+
+    def _found_units(self, live: _Live) -> list[_Unit]:
+        """Return the units that a waiting request finds: leading ones, and never all that it has to compute."""
+        found = []
+        for hash_id in live.request.hash_ids[: self._units_in(live, live.target_tokens - 1)]:
+            if hash_id not in self._cache:
+                break
+            found.append(self._cache[hash_id])
+        return found
+
+    def _shared(self, live: _Live, others: Sequence[_Live]) -> int:
+        """Return the blocks of units that a request holds or finds and that others hold or find too."""
+
+        def units(one: _Live) -> list[_Unit]:
+            return list(one.units.values()) if one.status is Status.RUNNING else self._found_units(one)
+
+        if not self.config.prefix_caching:
+            return 0
+        theirs = {id(unit) for other in others for unit in units(other)}
+        return sum(len(unit.mha) * self._unit_layer_blocks for unit in units(live) if id(unit) in theirs)
+
+    def _hold_unit(self, unit: _Unit) -> None:
+        if not unit.holders:
+            self._pool.claim(unit.owner, len(unit.mha) * self._unit_layer_blocks)
+        unit.holders += 1
+
+    def _fill_cache(self, live: _Live) -> None:
+        """Let others find the units that a request's prefill has passed; those that they find already stay its own."""
+        if not live.fills:
+            return
+        while live.next_unit < self._units_in(live, live.computed_tokens):
+            hash_id = live.request.hash_ids[live.next_unit]
+            if hash_id not in self._cache:
+                self._units_made += 1
+                unit = _Unit(owner=NOBODY - self._units_made, hash_id=hash_id, mha=self._prefill_mha)
+                self._cache[hash_id] = live.units[live.next_unit] = unit
+                live.own_layer_blocks -= len(unit.mha) * self._unit_layer_blocks
+            live.next_unit += 1
+
+    def _forget_units(self) -> None:
+        """Let nobody find a unit again; those that run hold theirs on."""
+        for unit in self._cache.values():
+            unit.known = False
+            if not unit.holders:
+                self._pool.claim(unit.owner, 0)
+        self._cache.clear()
+        for live in self._running:
+            live.fills = False
 
     def _find_context_limit(self) -> int:
         """Return the longest context one request may reach, so that it fits the first pool alone, as vLLM demands."""

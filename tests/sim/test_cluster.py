@@ -104,8 +104,9 @@ def test_a_cluster_of_one_leaves_the_very_records_of_the_engine_alone(seed: int)
         alone: SimEngine = engine(SimEngine, case, None)
     except BudgetError:
         pytest.skip("the budget of this seed holds no engine")
-    trace = trace_of(*case.requests)
-    alone.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
+    ids = tuple(np.array(request.hash_ids) for request in case.asked())
+    trace = dataclasses.replace(trace_of(*case.requests), hash_ids=ids)
+    alone.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
     policy, times = AtTimes(case), iter(moments(case))
     while not alone.drained:
         state = alone.run_until(next(times, math.inf))
@@ -175,7 +176,7 @@ def test_kv_blocks_of_every_replica_add_up_to_its_pool_when_all_is_done(seed: in
         if math.isinf(served.ended_s):
             state = served.engine.observe(served.engine.env.now)
             held = sum(holder.layer_blocks for holder in served.engine.holders())
-            assert state.kv_used_layer_blocks == held
+            assert state.kv_used_layer_blocks == held + served.engine.shared_layer_blocks
 
 
 def test_two_runs_with_one_seed_leave_identical_records() -> None:

@@ -229,7 +229,7 @@ def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int, m
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
         copy_slowdown=case.copy_slowdown,
     )
-    engine.submit(requests(*case.requests))
+    engine.submit(case.asked())
     engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])
     changes = dict(case.plans)
     moment_s = float(np.random.default_rng(seed).uniform(0, 30))
@@ -242,7 +242,9 @@ def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int, m
     here = engine.snapshot()
     for other in (with_mask(DENSE, drop(TINY, mha=[1], ffn=[0])), DENSE):  # two futures that did not happen
         engine.apply(other)
-        engine.submit(requests((1e5, 5, 5)))
+        engine.submit(requests((1e5, 5, 5)))  # and where prompts are shared, one that takes what is in the cache
+        if case.config.prefix_caching:
+            engine.submit([dataclasses.replace(one, arrival_s=2e5 + i) for i, one in enumerate(case.asked())])
         engine.run_until(math.inf)
         engine.restore(here)
     play(engine, case, moment_s)

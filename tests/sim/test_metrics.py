@@ -79,6 +79,6 @@ def test_the_records_table_has_the_columns_that_users_read() -> None:
     assert list(frame.columns) == [
         "request_id", "arrival_s", "prompt_tokens", "output_tokens", "produced_tokens", "admitted_s", "first_token_s",
         "finish_s", "ttft_s", "tpot_s", "e2e_s", "preemptions", "status", "met_slo", "kept_params_share",
-        "quality_nll",
+        "quality_nll", "cached_tokens",
     ]  # fmt: skip
     assert frame.loc[0, "status"] == "finished"
