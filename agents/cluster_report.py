@@ -139,7 +139,7 @@ def cluster_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | Non
 
 def cluster_section(folder: Path) -> str:
     """Return the section, and write its figure; empty where nothing was evaluated."""
-    if not (folder / "cluster.parquet").exists():
+    if not (folder / "cluster.json").exists():  # written last
         return ""
     frame = pd.read_parquet(folder / "cluster.parquet")
     made: dict[str, Any] = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))

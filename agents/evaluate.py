@@ -265,7 +265,7 @@ def _run(cfg: DictConfig) -> None:
     if "serve" in cfg.tasks and (folder / "serve.parquet").exists():
         table = serve_table_markdown(pd.read_parquet(folder / "serve.parquet"))
         console.print(table, highlight=False, soft_wrap=True)
-    if "cluster" in cfg.tasks and (folder / "cluster.parquet").exists():
+    if "cluster" in cfg.tasks and (folder / "cluster.json").exists():
         table = cluster_table_markdown(pd.read_parquet(folder / "cluster.parquet"))
         console.print(table, highlight=False, soft_wrap=True)
     console.print(f"files: {page}, {folder}", highlight=False, soft_wrap=True)
