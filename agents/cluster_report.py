@@ -175,7 +175,7 @@ def cluster_section(folder: Path) -> str:
         by_kind_markdown(frame, "load"),
         "### Clusters by how many replicas are pressed\n",
         f"Replicas of {made['replicas']} whose memory moves.\n",
-        by_kind_markdown(frame.sort_values("pressed"), "pressed"),
+        by_kind_markdown(frame.sort_values("pressed", kind="stable"), "pressed"),
     ]
     if (folder / "cluster_routers.parquet").exists():
         parts += [
