@@ -46,7 +46,7 @@ class Case:
         count = -(-prompt // self.config.hash_block_tokens)
         alike = (7 * prompt + output) % 9
         return tuple(
-            1000 * (1 + (prompt + output) % 2) + i if i < alike else 10**6 * prompt + 1000 * output + i
+            200 * ((prompt + output) % 2) + i if i < alike else 200 * (2 + (83 * prompt + output) % 500) + i
             for i in range(count)
         )
 
