@@ -21,7 +21,6 @@ ABOUT = {
     "learned_serve": "the policy that ships for one replica, which does not look at the others",
     "learned_cluster": "one policy for all replicas, PPO in clusters that went on from learned_serve; each sees the "
     "others and is paid what the cluster earns",
-    "learned_cluster_burst": "the same, trained on burst alone, as learned_serve was",
     "learned_cluster_own": "the same, each paid for its own requests too (own_share=1)",
     "learned_cluster_blind": "the same as learned_cluster, but what it would see of the others is hidden",
     ORACLE: "the best single plan for all replicas, chosen in hindsight for each cluster",
@@ -140,7 +139,7 @@ def cluster_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | Non
 
 def cluster_section(folder: Path) -> str:
     """Return the section, and write its figure; empty where nothing was evaluated."""
-    if not (folder / "cluster.parquet").exists():
+    if not (folder / "cluster.json").exists():  # written last
         return ""
     frame = pd.read_parquet(folder / "cluster.parquet")
     made: dict[str, Any] = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))
@@ -176,7 +175,7 @@ def cluster_section(folder: Path) -> str:
         by_kind_markdown(frame, "load"),
         "### Clusters by how many replicas are pressed\n",
         f"Replicas of {made['replicas']} whose memory moves.\n",
-        by_kind_markdown(frame.sort_values("pressed"), "pressed"),
+        by_kind_markdown(frame.sort_values("pressed", kind="stable"), "pressed"),
     ]
     if (folder / "cluster_routers.parquet").exists():
         parts += [

@@ -204,6 +204,7 @@ def _measure_cluster(cfg: DictConfig, folder: Path) -> None:
     clusters = test_clusters(setting, list(cfg.serve_sources), int(cfg.cluster_each))
     policies: dict[str, Any] = {name: learned_builds(several) for name, several in paths.items()}
     others = {router: ClusterSetting(**{**words, "router": router}) for router in ROUTERS}
+    curves = _curves(cfg.cluster_curves) if cfg.cluster_curves else None
     made = provenance(0)
     if cfg.only:
         policies = {name: policies[name] for name in cfg.only if name in policies}
@@ -221,8 +222,8 @@ def _measure_cluster(cfg: DictConfig, folder: Path) -> None:
     write_parquet(folder / "cluster.parquet", pd.concat([kept[0], played], ignore_index=True))
     behind = [cluster_contest(one, shown, clusters, oracle=False).assign(router=name) for name, one in others.items()]
     write_parquet(folder / "cluster_routers.parquet", pd.concat([kept[1], *behind], ignore_index=True))
-    if cfg.cluster_curves:
-        write_parquet(folder / "cluster_training.parquet", _curves(cfg.cluster_curves))
+    if curves is not None:
+        write_parquet(folder / "cluster_training.parquet", curves)
     about = {name: [read_about(path) for path in several] for name, several in paths.items()}
     made |= {
         "replicas": setting.replicas,
@@ -264,7 +265,7 @@ def _run(cfg: DictConfig) -> None:
     if "serve" in cfg.tasks and (folder / "serve.parquet").exists():
         table = serve_table_markdown(pd.read_parquet(folder / "serve.parquet"))
         console.print(table, highlight=False, soft_wrap=True)
-    if "cluster" in cfg.tasks and (folder / "cluster.parquet").exists():
+    if "cluster" in cfg.tasks and (folder / "cluster.json").exists():
         table = cluster_table_markdown(pd.read_parquet(folder / "cluster.parquet"))
         console.print(table, highlight=False, soft_wrap=True)
     console.print(f"files: {page}, {folder}", highlight=False, soft_wrap=True)
