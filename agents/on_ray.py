@@ -16,9 +16,11 @@ ANSWER_S = 10.0
 PASSED_ON = ("RAP_LAB_DATA", "OMP_NUM_THREADS")
 
 
-def join_ray(address: str | None, **more: Any) -> None:
+def join_ray(address: str | None, **more: Any) -> tuple[Any, bool]:
     """Join the cluster at an address (``auto``, ``host:port`` or ``ray://host:port``), or start ray here for None.
 
+    Returns:
+        The module ``ray``, and whether it was joined now; where it had been before, nothing is done.
     Raises:
         ConfigError: when no cluster answers there, or ray is not installed.
     """
@@ -29,6 +31,8 @@ def join_ray(address: str | None, **more: Any) -> None:
             "a Ray cluster needs ray, which is not installed: pip install -e '.[agents]'; or use processes of this "
             "machine (executor=processes workers=N)"
         ) from error
+    if ray.is_initialized():
+        return ray, False
     try:
         host, _, port = (address or "").removeprefix("ray://").rpartition(":")
         if host and port.isdigit():
@@ -44,10 +48,13 @@ def join_ray(address: str | None, **more: Any) -> None:
         )
     except OSError as error:
         raise ConfigError(f"no Ray cluster answers at address={address} ({error}); leave it out") from error
+    return ray, True
 
 
 class OnRay:
     """Does a task for many items on a Ray cluster, one CPU each; results come in the order of the items.
+
+    Where ray has been joined already, by whoever calls, it is that cluster.
 
     Its machines need the same version of this package, and the data at the same path.
     """
@@ -58,13 +65,12 @@ class OnRay:
 
     def __call__(self, task: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
         """Do it; a task whose machine fails is done again on another."""
+        ray, own = join_ray(self.address)
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-        join_ray(self.address, runtime_env={"env_vars": environment})
-        import ray
-
         try:
-            remote = ray.remote(num_cpus=1, max_retries=3)(task)
+            remote = ray.remote(num_cpus=1, max_retries=3, runtime_env={"env_vars": environment})(task)
             results: list[T] = ray.get([remote.remote(item) for item in items])
             return results
         finally:
-            ray.shutdown()
+            if own:
+                ray.shutdown()

@@ -123,12 +123,10 @@ def start_ray(cfg: DictConfig) -> None:
     Raises:
         ConfigError: when there is no cluster at the address.
     """
-    import ray
     import torch
 
     torch.set_num_threads(1)
-    if not ray.is_initialized():
-        join_ray(cfg.ray.address, **({} if cfg.ray.address else {"num_cpus": max(2, 1 + cfg.ray.runners)}))
+    join_ray(cfg.ray.address, **({} if cfg.ray.address else {"num_cpus": max(2, 1 + cfg.ray.runners)}))
 
 
 def current_network(algorithm: Any, activation: str) -> Network:

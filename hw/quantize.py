@@ -89,7 +89,8 @@ def _scratch(use: str, dtype: torch.dtype, elements: int, device: torch.device) 
     """
     key = use, dtype, device
     if key not in _scratches or len(_scratches[key]) < elements:
-        _scratches[key] = torch.empty(elements, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # what is made within that mode cannot be written outside of it
+            _scratches[key] = torch.empty(elements, dtype=dtype, device=device)
     return _scratches[key]
 
 

@@ -59,6 +59,16 @@ def test_slices_of_rows_change_no_value(
     assert (out[-3:] == 7.0).all()
 
 
+def test_a_product_in_inference_mode_leaves_those_outside_of_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hw.quantize._scratches", {})
+    linear = ElasticLinear(576, 8)
+    linear.quantized = quantize(weights((8, 576)), 8)
+    with torch.inference_mode():
+        inside = linear(torch.ones(1, 576)).clone()
+    with torch.no_grad():
+        assert torch.equal(linear(torch.ones(1, 576)), inside)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bytes_are_those_that_the_memory_model_counts(shape: tuple[int, int], bits: int) -> None:

@@ -87,7 +87,8 @@ def test_records_are_byte_identical_on_any_number_of_workers_and_as_a_replay_of_
 
 @pytest.fixture
 def ray_address() -> Iterator[str]:
-    pytest.importorskip("ray", reason="the cluster of this test is Ray's: pip install -e '.[agents]'")
+    ray = pytest.importorskip("ray", reason="the cluster of this test is Ray's: pip install -e '.[agents]'")
+    ray.shutdown()  # what tests of training have joined
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -108,7 +109,8 @@ def test_a_ray_cluster_of_two_nodes_gives_the_records_of_this_process(ray_addres
 
 
 def test_a_ray_cluster_that_does_not_answer_is_named() -> None:
-    pytest.importorskip("ray", reason="what joins a cluster is Ray: pip install -e '.[agents]'")
+    ray = pytest.importorskip("ray", reason="what joins a cluster is Ray: pip install -e '.[agents]'")
+    ray.shutdown()
     with pytest.raises(ConfigError, match=r"no Ray cluster answers at address=127\.0\.0\.1:9"):
         build(composed("executor=ray", "executor.address=127.0.0.1:9").executor)(len, [[1]])
 
