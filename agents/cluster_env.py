@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from agents.draws import Split
+from agents.picture import Pictured
 from agents.serve_env import ServeSetting
 from agents.windows import Window
 from sim.cluster import Cluster, Replica
@@ -218,7 +218,7 @@ class ClusterCore:
         }
 
 
-class ServeCluster(gym.Env[NDArray[np.float32], NDArray[np.integer[Any]]]):
+class ServeCluster(Pictured, gym.Env[NDArray[np.float32], NDArray[np.integer[Any]]]):
     """One agent for all replicas: a row of the observation and an action for each."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own form
@@ -250,20 +250,6 @@ class ServeCluster(gym.Env[NDArray[np.float32], NDArray[np.integer[Any]]]):
         """Run the chosen plans for one tick; where one is not legal, what runs goes on."""
         reward, over = self.core.step([int(one) for one in action])
         return self.core.observe(), reward, over, False, self.core.info()
-
-    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
-        """Return the picture of the episode so far, for ``render_mode="rgb_array"``."""
-        if self.render_mode != "rgb_array":
-            return None
-        figure = self._figure()
-        figure.canvas.draw()
-        return np.asarray(figure.canvas.buffer_rgba(), dtype=np.uint8)[:, :, :3].copy()
-
-    def write_picture(self, path: Path) -> None:
-        """Write the picture of the episode so far as PNG, whole or not at all."""
-        from sim.runs import write_whole
-
-        write_whole(path, lambda part: self._figure().savefig(part, format="png"))
 
     def _figure(self) -> Any:
         """Draw queue, KV use, memory and plan of every replica over time."""

@@ -8,9 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from agents.serve_contest import serve_grid
-from agents.serve_report import by_kind_markdown, training_markdown
-from agents.statistics import Interval, paired_difference
+from agents.serve_report import against, by_kind_markdown, signed, training_markdown
 from sim.runs import write_whole
 
 REFERENCE = "precision+queue"
@@ -36,15 +34,6 @@ def _trained_in_clusters(names: list[str]) -> list[str]:
     return [name for name in names if name.startswith("learned_cluster")]
 
 
-def _against(frame: pd.DataFrame, ours: str, theirs: str) -> Interval:
-    return paired_difference(serve_grid(frame, ours), serve_grid(frame, theirs))
-
-
-def _shown(interval: Interval) -> str:
-    mark = "" if interval.excludes_zero() else " (0 inside)"
-    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{mark}"
-
-
 def cluster_table_markdown(frame: pd.DataFrame) -> str:
     """Return the main table: every policy over all clusters and seeds."""
     lines = [
@@ -56,7 +45,7 @@ def cluster_table_markdown(frame: pd.DataFrame) -> str:
         part = frame[frame["policy"] == name]
         lines.append(
             f"| {name} | {part['seed'].nunique()} | {part['utility'].mean():.4f} | "
-            + ("-" if name == REFERENCE else _shown(_against(frame, name, REFERENCE)))
+            + ("-" if name == REFERENCE else signed(against(frame, name, REFERENCE)))
             + f" | {100 * part['slo_attainment'].mean():.1f} % | {part['goodput_rps'].mean():.2f} | "
             f"{part['ttft_p95_s'].mean():.2f} | {100 * part['rejected_share'].mean():.1f} % | "
             f"{part['loss'].mean():.4f} | {part['budget_violation_s'].mean():.2f} | {part['transitions'].mean():.1f} | "
@@ -75,27 +64,27 @@ def cluster_verdict(frame: pd.DataFrame) -> str:
     if not learned:
         return f"The best rule is **{simple}**, utility {means[simple]:.4f}.\n"
     best = max(learned, key=lambda name: means[name])
-    found = {name: _against(frame, best, name) for name in rules}
+    found = {name: against(frame, best, name) for name in rules}
     beaten = [name for name in rules if found[name].low > 0]
     lost = [name for name in rules if found[name].high < 0]
     even = [name for name in rules if name not in beaten and name not in lost]
     text = (
-        f"**{best}** has utility {means[best]:.4f}: {_shown(found[simple])} against the best rule here ({simple}, "
+        f"**{best}** has utility {means[best]:.4f}: {signed(found[simple])} against the best rule here ({simple}, "
         f"{means[simple]:.4f}). With an interval that excludes zero it beats {', '.join(beaten) or 'none'}; it loses "
         f"to {', '.join(lost) or 'none'}; undecided are {', '.join(even) or 'none'}.\n\n"
     )
     if "learned_serve" in names:
         text += (
             f"**What training in clusters adds** to the policy of one replica (learned_serve, "
-            f"{means['learned_serve']:.4f}, {_shown(_against(frame, 'learned_serve', simple))} against {simple}): "
-            + "; ".join(f"{name} {_shown(_against(frame, name, 'learned_serve'))}" for name in learned)
+            f"{means['learned_serve']:.4f}, {signed(against(frame, 'learned_serve', simple))} against {simple}): "
+            + "; ".join(f"{name} {signed(against(frame, name, 'learned_serve'))}" for name in learned)
             + ".\n\n"
         )
     others = [name for name in learned if name != "learned_cluster"]
     if "learned_cluster" in learned and others:
         text += (
             "**What it sees and what it is paid for.** learned_cluster minus "
-            + "; minus ".join(f"{name}: {_shown(_against(frame, 'learned_cluster', name))}" for name in others)
+            + "; minus ".join(f"{name}: {signed(against(frame, 'learned_cluster', name))}" for name in others)
             + ".\n\n"
         )
     table = frame.groupby(["source", "policy"])["utility"].mean()

@@ -12,7 +12,6 @@ call on arrays; equal seeds and actions give equal episodes (tests/agents/test_p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -22,6 +21,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from agents.draws import Draw, check_split, prune_draws
+from agents.picture import Pictured
 from agents.reward import PruneReward, PruneStep, utility
 from agents.surrogate import Text, mask_losses, quality_on, single_losses
 from sim.errors import ConfigError
@@ -119,7 +119,7 @@ def _toggled(mask: KeepMask, block: int) -> KeepMask:
     return mask_of(removed)
 
 
-class PruneToBudget(gym.Env[NDArray[np.float32], np.int64]):
+class PruneToBudget(Pictured, gym.Env[NDArray[np.float32], np.int64]):
     """One load at a time, in plain steps."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own form
@@ -249,20 +249,6 @@ class PruneToBudget(gym.Env[NDArray[np.float32], np.int64]):
             "utility": self._utility,
             "illegal_actions": self._illegal,
         }
-
-    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
-        """Return the picture of the episode so far, for ``render_mode="rgb_array"``."""
-        if self.render_mode != "rgb_array":
-            return None
-        figure = self._figure()
-        figure.canvas.draw()
-        return np.asarray(figure.canvas.buffer_rgba(), dtype=np.uint8)[:, :, :3].copy()
-
-    def write_picture(self, path: Path) -> None:
-        """Write the picture of the episode so far as PNG, whole or not at all."""
-        from sim.runs import write_whole
-
-        write_whole(path, lambda part: self._figure().savefig(part, format="png"))
 
     def _figure(self) -> Any:
         """Draw memory against the budget, the loss, and which blocks are kept."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from agents.draws import check_split
+from agents.picture import Pictured
 from agents.reward import ServeReward, kept_quality, utility_lost
 from agents.windows import Window, check_sources, serve_windows, window_budget
 from sim.budget import BudgetContext
@@ -260,7 +260,7 @@ class ServeCore:
         }
 
 
-class ServeTrace(gym.Env[NDArray[np.float32], np.int64]):
+class ServeTrace(Pictured, gym.Env[NDArray[np.float32], np.int64]):
     """One window at a time."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own form
@@ -291,20 +291,6 @@ class ServeTrace(gym.Env[NDArray[np.float32], np.int64]):
         """Run the chosen plan for one tick."""
         reward, over = self.core.step(int(action))
         return self.core.observe(), reward, over, False, self.core.info()
-
-    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
-        """Return the picture of the episode so far, for ``render_mode="rgb_array"``."""
-        if self.render_mode != "rgb_array":
-            return None
-        figure = self._figure()
-        figure.canvas.draw()
-        return np.asarray(figure.canvas.buffer_rgba(), dtype=np.uint8)[:, :, :3].copy()
-
-    def write_picture(self, path: Path) -> None:
-        """Write the picture of the episode so far as PNG, whole or not at all."""
-        from sim.runs import write_whole
-
-        write_whole(path, lambda part: self._figure().savefig(part, format="png"))
 
     def _figure(self) -> Any:
         """Draw queue, wait and budget over time, and what was chosen."""

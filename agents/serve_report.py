@@ -49,11 +49,13 @@ def _learned(frame: pd.DataFrame) -> list[str]:
     return [name for name in _policies(frame) if str(name).startswith("learned")]
 
 
-def _against(frame: pd.DataFrame, ours: str, theirs: str) -> Interval:
+def against(frame: pd.DataFrame, ours: str, theirs: str) -> Interval:
+    """Return by how much the utility of one policy is above another's, window by window."""
     return paired_difference(serve_grid(frame, ours), serve_grid(frame, theirs))
 
 
-def _shown(interval: Interval) -> str:
+def signed(interval: Interval) -> str:
+    """Return an interval as the tables show it."""
     mark = "" if interval.excludes_zero() else " (0 inside)"
     return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{mark}"
 
@@ -69,7 +71,7 @@ def serve_table_markdown(frame: pd.DataFrame) -> str:
         part = frame[frame["policy"] == name]
         lines.append(
             f"| {name} | {part['seed'].nunique()} | {part['utility'].mean():.4f} | "
-            + ("-" if name == REFERENCE else _shown(_against(frame, name, REFERENCE)))
+            + ("-" if name == REFERENCE else signed(against(frame, name, REFERENCE)))
             + f" | {100 * part['slo_attainment'].mean():.1f} % | {part['goodput_rps'].mean():.2f} | "
             f"{part['ttft_p95_s'].mean():.2f} | {100 * part['rejected_share'].mean():.1f} % | "
             f"{part['loss'].mean():.4f} | {part['budget_violation_s'].mean():.2f} | {part['transitions'].mean():.1f} | "
@@ -103,12 +105,12 @@ def serve_verdict(frame: pd.DataFrame, trained_on: list[str]) -> str:
     text = ""
     if learned:
         best = max(learned, key=lambda name: means[name])
-        beaten = [name for name in blind if _against(frame, best, name).low > 0]
-        lost = [name for name in blind if _against(frame, best, name).high < 0]
+        beaten = [name for name in blind if against(frame, best, name).low > 0]
+        lost = [name for name in blind if against(frame, best, name).high < 0]
         even = [name for name in blind if name not in beaten and name not in lost]
         text += (
-            f"**{best}** has utility {means[best]:.4f}: {_shown(_against(frame, best, REFERENCE))} against "
-            f"{REFERENCE}, {_shown(_against(frame, best, simple))} against the best rule ({simple}). With an interval "
+            f"**{best}** has utility {means[best]:.4f}: {signed(against(frame, best, REFERENCE))} against "
+            f"{REFERENCE}, {signed(against(frame, best, simple))} against the best rule ({simple}). With an interval "
             f"that excludes zero it beats {', '.join(beaten) or 'none'}; it loses to {', '.join(lost) or 'none'}; "
             f"undecided are {', '.join(even) or 'none'}. "
             f"It reaches {100 * means[best] / means[oracle]:.1f} % of the utility of {oracle}, which knows the window; "
