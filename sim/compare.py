@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sim.config import CONF_DIR, ManyConfig, build, one_thread, run_command
 from sim.errors import ConfigError, nearest
-from sim.many import Executor, Outcome, cases_of, config_of, run
-from sim.metrics import Slo, records_frame
-from sim.report import markdown, print_rows
-from sim.runs import provenance, write_json, write_parquet, write_text, write_whole
+from sim.replay.sweep import Executor, Outcome, cases_of, config_of, run
+from sim.results.metrics import Slo, records_frame
+from sim.results.report import markdown, print_rows
+from sim.results.run_folder import provenance, write_json, write_parquet, write_text, write_whole
 
 GROUPS = ("trace", "workload", "model", "gpu", "engine", "budget", "policy", "slo", "router", "outages", "autoscaler")
 """What a label may choose another file of."""

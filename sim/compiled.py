@@ -20,7 +20,7 @@ from numba import njit
 
 F = TypeVar("F", bound=Callable[..., Any])
 _told = False
-_SOURCES = ("compiled.py", "latency.py", "kernel.py", "cluster_kernel.py")
+_SOURCES = ("compiled.py", "cost/latency.py", "engine/kernel.py", "cluster/kernel.py")
 SOURCE_HASH = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES)).hexdigest()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from sim.data import DATA_VARIABLE, data_dir
+from sim.paths import DATA_VARIABLE, data_dir
 
 # The clock is no test: a first call compiles, and machines are shared.
 settings.register_profile("rap-lab", deadline=None)

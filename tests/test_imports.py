@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sim.data import REPOSITORY
+from sim.paths import REPOSITORY
 
 FORBIDDEN = {
     "sim": {"hw", "agents", "torch", "transformers", "ray", "gymnasium", "tests"},
@@ -76,7 +76,13 @@ def private_calls(path: Path) -> set[str]:
     return {name for name in found if name.startswith("_")}
 
 
-COMPILED_MODULES = {"sim.kernel", "sim.cluster_kernel", "sim.latency", "sim.fleet", "agents.serve_vector"}
+COMPILED_MODULES = {
+    "sim.engine.kernel",
+    "sim.cluster.kernel",
+    "sim.cost.latency",
+    "sim.engine.batch_step",
+    "agents.envs.serve_vector",
+}
 
 
 def test_python_calls_no_compiled_function_that_has_no_way_in_from_it() -> None:
@@ -92,5 +98,7 @@ def test_python_calls_no_compiled_function_that_has_no_way_in_from_it() -> None:
 
 def test_a_call_from_python_of_a_private_compiled_function_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "wrong.py"
-    path.write_text("from sim import kernel\nfrom sim.kernel import _take\n_take(1, 2)\nkernel._release(1, 2, 3)\n")
+    path.write_text(
+        "from sim.engine import kernel\nfrom sim.engine.kernel import _take\n_take(1, 2)\nkernel._release(1, 2, 3)\n"
+    )
     assert private_calls(path) == {"_take", "_release"}

@@ -15,9 +15,9 @@ from typing import Any
 
 from hydra.utils import instantiate
 
-from sim.engine import EngineState
+from sim.cost.plan import Plan
+from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.plan import Plan
 from sim.policies.base import Policy, Served
 from sim.policies.fixed import plan_of
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
-from sim.budget import Budget
-from sim.engine import EngineConfig, EngineState, SimEngine
-from sim.latency import LatencyModel
-from sim.model import ModelSpec
-from sim.plan import Plan
+from sim.cost.latency import LatencyModel
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan
+from sim.engine.budget import Budget
+from sim.engine.protocol import EngineConfig, EngineState
+from sim.engine.sim_engine import SimEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sim.engine import EngineState
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import KVKeep, Plan, check_plan, drop
+from sim.engine.protocol import EngineState
 from sim.errors import PlanError, nearest
-from sim.model import ModelSpec
-from sim.plan import KVKeep, Plan, check_plan, drop
 from sim.policies.base import Served
 
 

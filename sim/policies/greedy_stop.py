@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sim.engine import EngineState
+from sim.cost.memory import weight_bytes
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan, dense_plan, drop, with_mask
+from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
-from sim.memory import weight_bytes
-from sim.model import ModelSpec
-from sim.plan import Plan, dense_plan, drop, with_mask
 from sim.policies.base import Served
 
 

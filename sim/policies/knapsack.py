@@ -3,7 +3,7 @@
 The blocks of one kind free the same bytes, and there are two kinds, so the knapsack is solved exactly by trying every
 number of MHA blocks: the cheapest so many of them, and the fewest cheapest FFN blocks that free the rest. It is the
 best plan there is under an additive surrogate of the loss, and under any surrogate that rises with such a sum
-(``sim.quality``'s ``additive`` and ``warped`` forms); where neighbours count it is not. No paper of ours has it: RAP's
+(``sim.cost.quality``'s ``additive`` and ``warped`` forms); where neighbours count it is not. No paper of ours has it: RAP's
 reviewers asked what a solver does that an agent does not.
 """
 
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.engine import EngineState
+from sim.cost.memory import ffn_weight_bytes, mha_weight_bytes, weight_bytes
+from sim.cost.plan import KeepMask, Plan, dense_plan, with_mask
+from sim.cost.quality import FittedQuality, load_quality
+from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
-from sim.memory import ffn_weight_bytes, mha_weight_bytes, weight_bytes
-from sim.observe import mask_of
-from sim.plan import KeepMask, Plan, dense_plan, with_mask
 from sim.policies.base import Served
-from sim.quality import FittedQuality, load_quality
+from sim.policies.observation.prune import mask_of
 
 Floats = NDArray[np.float64]
 

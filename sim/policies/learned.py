@@ -18,12 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.arrays import read_arrays
-from sim.data import REPOSITORY
-from sim.engine import EngineState
+from sim.cost.memory import weight_bytes
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan, dense_plan, with_mask
+from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
-from sim.memory import weight_bytes
-from sim.model import ModelSpec
-from sim.observe import (
+from sim.paths import REPOSITORY
+from sim.policies.base import Served
+from sim.policies.observation.prune import (
     Bools,
     Floats32,
     Table,
@@ -35,8 +37,6 @@ from sim.observe import (
     removed_blocks,
     same_table,
 )
-from sim.plan import Plan, dense_plan, with_mask
-from sim.policies.base import Served
 
 SHIPPED = REPOSITORY / "conf" / "policy"
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sim.engine import EngineState
-from sim.memory import kv_block_layer_bytes
-from sim.observe import Floats32
-from sim.observe_cluster import cluster_table, replica_features, shown_entries
-from sim.observe_serve import Choice, ServeActions, ServeObserver
-from sim.plan import Plan
+from sim.cost.memory import kv_block_layer_bytes
+from sim.cost.plan import Plan
+from sim.engine.protocol import EngineState
 from sim.policies.base import Served
 from sim.policies.learned import Network, read_learned
 from sim.policies.learned_serve import trained_actions
+from sim.policies.observation.cluster import cluster_table, replica_features, shown_entries
+from sim.policies.observation.prune import Floats32
+from sim.policies.observation.serve import Choice, ServeActions, ServeObserver
 
 
 @dataclass(slots=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sim.engine import EngineState
+from sim.cost.memory import kv_block_layer_bytes
+from sim.cost.plan import Plan
+from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.memory import kv_block_layer_bytes
-from sim.observe import Table
-from sim.observe_serve import Choice, ServeActions, ServeObserver, actions_from, serve_table
-from sim.plan import Plan
 from sim.policies.base import Served
 from sim.policies.learned import Learned, Network, check_tables, read_learned
+from sim.policies.observation.prune import Table
+from sim.policies.observation.serve import Choice, ServeActions, ServeObserver, actions_from, serve_table
 
 
 @dataclass(slots=True)

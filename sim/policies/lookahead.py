@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.budget import Budget, constant_budget
-from sim.engine import EngineState, SimEngine
+from sim.cost.plan import Plan, dense_plan
+from sim.engine.budget import Budget, constant_budget
+from sim.engine.plan_graph import PlanBook
+from sim.engine.protocol import EngineState
+from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
-from sim.observe_serve import Choice, ServeActions, actions_from
-from sim.plan import Plan, dense_plan
-from sim.plan_book import PlanBook
 from sim.policies.base import Served, ServerModel
-from sim.records import Records, Status
+from sim.policies.observation.serve import Choice, ServeActions, actions_from
+from sim.results.records import Records, Status
 
 # Shapes: [r] requests of a trial: those that run, those that wait, those that come; [a] plans of the table.
 
@@ -222,7 +223,7 @@ def lookahead(
 
     Args:
         served: what is decided for; its ``server`` says what plans are tried on.
-        actions: the table of plans, in the words of ``sim.observe_serve.serve_actions``.
+        actions: the table of plans, in the words of ``sim.policies.observation.serve.serve_actions``.
         horizon_s, ttft_s, grace_s, margin, memory_s, prior_tokens, factors: as in ``Lookahead``.
     Raises:
         ConfigError: for numbers out of range, or where there is no model of the server.

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sim.engine import EngineState
+from sim.cost.memory import kv_block_layer_bytes
+from sim.cost.plan import Plan, check_plan, dense_plan
+from sim.engine.protocol import EngineState
+from sim.engine.transition import peak_weight_bytes
 from sim.errors import ConfigError, PlanError, nearest
-from sim.memory import kv_block_layer_bytes
-from sim.plan import Plan, check_plan, dense_plan
 from sim.policies.base import Served
-from sim.transition import peak_weight_bytes
 
 MODES = {"accuracy": (1, 4), "default": (2, 8), "performance": (4, 16)}
 """Layers per action, layers in all."""

@@ -22,12 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sim.config import CONF_DIR
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan, dense_plan
+from sim.cost.quality import load_quality
 from sim.errors import ConfigError, nearest
-from sim.model import ModelSpec
-from sim.plan import Plan, dense_plan
 from sim.policies.base import Served
 from sim.policies.fixed import Fixed, static_plan
-from sim.quality import load_quality
 
 KINDS = ("dense", "unified", "blocks", "searched", "kv", "both", "streaming")
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sim.engine import EngineState
+from sim.cost.plan import Plan, check_plan, dense_plan
+from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.plan import Plan, check_plan, dense_plan
 from sim.policies.base import Served
 from sim.policies.greedy_stop import greedy_stop
 from sim.policies.morphserve import MorphServe

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from sim.engine import EngineState
+from sim.cost.plan import Plan
+from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.plan import Plan
 from sim.policies.base import Served
 from sim.policies.fixed import plan_of
 

@@ -28,17 +28,18 @@ import simpy
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_speed as one
 
-from sim import outages, routers
-from sim.cluster import Cluster, Replica
+from sim.cluster import outages, routers
+from sim.cluster.cluster import Cluster, Replica
 from sim.config import one_thread
-from sim.data import find_data
-from sim.engine import EngineConfig, SimEngine
-from sim.memory import budget_for_kv_blocks
-from sim.readers import read_azure
-from sim.records import Status
-from sim.replay import decisions
-from sim.scheduler import Limits
-from sim.trace import Trace
+from sim.cost.memory import budget_for_kv_blocks
+from sim.engine.protocol import EngineConfig
+from sim.engine.scheduler import Limits
+from sim.engine.sim_engine import SimEngine
+from sim.paths import find_data
+from sim.replay.loop import decisions
+from sim.results.records import Status
+from sim.traces.readers import read_azure
+from sim.traces.trace import Trace
 
 RATE_RPS = 5.9
 CONFIG = EngineConfig(

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from agents.cluster_vector import ServeReplicas
-from agents.prune_env import PruneToBudgetVector
-from agents.serve_vector import ServeTraceVector
-from sim.model import load_model
+from agents.envs.cluster_vector import ServeReplicas
+from agents.envs.prune import PruneToBudgetVector
+from agents.envs.serve_vector import ServeTraceVector
+from sim.cost.model_spec import load_model
 from sim.policies.learned import Network, prune_network
 
 ENVIRONMENTS = 32

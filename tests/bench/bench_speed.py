@@ -2,7 +2,7 @@
 
 python tests/bench/bench_speed.py [TRACE [ROUNDS]]
 
-TRACE: a trace that `sim.readers` can read; the default is the Azure conversation trace of RAP_LAB_DATA (CC-BY 4.0,
+TRACE: a trace that `sim.traces.readers` can read; the default is the Azure conversation trace of RAP_LAB_DATA (CC-BY 4.0,
 cite Patel et al., Splitwise, ISCA 2024), and without that folder a made-up one of as many requests.
 ROUNDS: every figure is the best of so many; ours and DynoSim's runs alternate. CPU seconds of one process, one thread.
 
@@ -28,17 +28,18 @@ from typing import Any
 import numpy as np
 
 from sim.config import one_thread
-from sim.data import find_data
-from sim.engine import EngineConfig, EngineState, SimEngine
-from sim.latency import load_calibration
-from sim.memory import budget_for_kv_blocks
-from sim.model import load_model
-from sim.plan import Plan, dense_plan, drop, with_mask
+from sim.cost.latency import load_calibration
+from sim.cost.memory import budget_for_kv_blocks
+from sim.cost.model_spec import load_model
+from sim.cost.plan import Plan, dense_plan, drop, with_mask
+from sim.engine.protocol import EngineConfig, EngineState
+from sim.engine.scheduler import Limits
+from sim.engine.sim_engine import SimEngine
+from sim.paths import find_data
 from sim.policies.schedule import Schedule
-from sim.readers import read_azure, read_trace
-from sim.replay import replay
-from sim.scheduler import Limits
-from sim.trace import Trace
+from sim.replay.loop import replay
+from sim.traces.readers import read_azure, read_trace
+from sim.traces.trace import Trace
 
 KV_BLOCKS, MAX_RUNNING, MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS = 7300, 128, 2048, 16384
 AZURE = Path("traces/azure2023/AzureLLMInferenceTrace_conv.head_before_1900.csv.gz")
@@ -125,10 +126,10 @@ def dynosim(trace: Trace) -> Callable[[], float] | None:
 
 
 START = """
-import os, sim.command
-serve = sim.command.replay_with
-sim.command.replay_with = lambda *arguments: (serve(*arguments), os._exit(0))
-sim.command.replay_command()
+import os, sim.replay.run
+serve = sim.replay.run.replay_with
+sim.replay.run.replay_with = lambda *arguments: (serve(*arguments), os._exit(0))
+sim.replay.run.replay_command()
 """
 
 

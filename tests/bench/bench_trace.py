@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sim.readers import read_trace, write_trace
-from sim.trace import Trace
+from sim.traces.readers import read_trace, write_trace
+from sim.traces.trace import Trace
 
 
 def main(requests: int) -> None:

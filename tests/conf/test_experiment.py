@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sim import cluster_command, disaggregate_command
-from sim.command import build_parts
+from sim.cluster import run as cluster_command
 from sim.compare import variants
 from sim.config import CONF_DIR, check_overrides
-from sim.latency import load_calibration
-from sim.plan import check_plan
+from sim.cost.latency import load_calibration
+from sim.cost.plan import check_plan
+from sim.disaggregate import run as disaggregate_command
 from sim.policies import Fixed
+from sim.replay.run import build_parts
 
 COMMANDS = {
     "sim.compare": "compare",

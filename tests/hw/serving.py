@@ -12,18 +12,18 @@ import pytest
 torch = pytest.importorskip("torch", reason="the real engine needs torch: pip install -e '.[hw]'")
 transformers = pytest.importorskip("transformers", reason="the real engine needs transformers: pip install -e '.[hw]'")
 
-from hw.copies import LayerCopier  # noqa: E402
-from hw.engine import HwEngine  # noqa: E402
-from hw.model import ElasticModel  # noqa: E402
-from hw.prompts import Prompts, RandomPrompts  # noqa: E402
-from sim.budget import Budget  # noqa: E402
-from sim.engine import EngineConfig, Request  # noqa: E402
-from sim.latency import LatencyModel, calibration_from_dict  # noqa: E402
-from sim.memory import budget_for_kv_blocks  # noqa: E402
-from sim.model import ModelSpec  # noqa: E402
-from sim.plan import Plan, dense_plan  # noqa: E402
-from sim.scheduler import Limits  # noqa: E402
-from sim.transition import LayerCopy  # noqa: E402
+from hw.elastic.copies import LayerCopier  # noqa: E402
+from hw.elastic.model import ElasticModel  # noqa: E402
+from hw.engine.hw_engine import HwEngine  # noqa: E402
+from hw.engine.prompts import Prompts, RandomPrompts  # noqa: E402
+from sim.cost.latency import LatencyModel, calibration_from_dict  # noqa: E402
+from sim.cost.memory import budget_for_kv_blocks  # noqa: E402
+from sim.cost.model_spec import ModelSpec  # noqa: E402
+from sim.cost.plan import Plan, dense_plan  # noqa: E402
+from sim.engine.budget import Budget  # noqa: E402
+from sim.engine.protocol import EngineConfig, Request  # noqa: E402
+from sim.engine.scheduler import Limits  # noqa: E402
+from sim.engine.transition import LayerCopy  # noqa: E402
 
 torch.set_num_threads(1)
 

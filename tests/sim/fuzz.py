@@ -14,7 +14,9 @@ import sys
 import time
 from functools import partial
 
-from tests.sim import apart_cases, cluster_cases, kernel_cases
+from tests.sim.cluster import cluster_cases
+from tests.sim.disaggregate import disaggregated_cases as apart_cases
+from tests.sim.engine import kernel_cases
 
 BATCH = 250
 KINDS = {

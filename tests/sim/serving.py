@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import simpy
 
-from sim.budget import Budget
-from sim.engine import EngineConfig, Request, Restore, SimEngine
-from sim.latency import LatencyModel, calibration_from_dict
-from sim.memory import budget_for_kv_blocks
-from sim.model import ModelSpec
-from sim.plan import Plan, dense_plan
-from sim.scheduler import Limits, SchedulerName
+from sim.cost.latency import LatencyModel, calibration_from_dict
+from sim.cost.memory import budget_for_kv_blocks
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan, dense_plan
+from sim.engine.budget import Budget
+from sim.engine.protocol import EngineConfig, Request, Restore
+from sim.engine.scheduler import Limits, SchedulerName
+from sim.engine.sim_engine import SimEngine
 
 TINY = ModelSpec(
     name="tiny",

@@ -14,10 +14,10 @@ from omegaconf import DictConfig
 
 from sim.compare import hardest, variants
 from sim.config import CONF_DIR
-from sim.data import REPOSITORY
 from sim.errors import ConfigError
-from sim.many import run
-from sim.report import SUMMARY_COLUMNS, cells, markdown
+from sim.paths import REPOSITORY
+from sim.replay.sweep import run
+from sim.results.report import SUMMARY_COLUMNS, cells, markdown
 
 QUICK = ("trace.duration_s=40", "budget.mean_away_s=8", "budget.mean_stay_s=8", "budget.cotenant_bytes=58e9")
 

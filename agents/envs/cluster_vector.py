@@ -1,0 +1,170 @@
+"""``ServeCluster-v0`` for training one policy that all replicas share: many clusters, a row a replica.
+
+Its episodes are those of ``agents.envs.cluster``, step by step, and with one replica a cluster those of ``ServeTrace``
+(tests/agents/envs/test_cluster.py). A row is paid what the cluster is, and ``own_share`` of what its own requests earn
+beyond as many of the cluster's: over the rows of a cluster this adds up to nothing, and no replica gains by being sent
+fewer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from agents.envs.cluster import ClusterSetting
+from agents.envs.serve_vector import UNKNOWN, settle_utility, slo_seconds
+from agents.envs.serve_windows import Window
+from sim.cluster.cluster import Cluster
+from sim.engine.batch_step import ARRIVED, OLDEST_WAIT_S, SEEN_COLUMNS, WAITING
+from sim.engine.plan_graph import PlanBook
+from sim.engine.sim_engine import MEMORY_OF_PLANS
+from sim.errors import ConfigError
+from sim.policies.fixed import Fixed
+from sim.policies.observation.cluster import cluster_features
+from sim.policies.observation.prune import Bools, Floats32
+from sim.policies.observation.serve import ServeObservers
+
+# Shapes: c clusters of k replicas, r = c * k rows, those of a cluster side by side.
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class ServeReplicas(VectorEnv[Any, Any, Any]):
+    """The replicas of many clusters, each an environment of one agent's.
+
+    A cluster whose episode has ended is reset by its next step, whose actions are ignored (autoreset NEXT_STEP).
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 - Gymnasium's own form
+
+    def __init__(self, num_envs: int | None = None, **words: Any) -> None:
+        """Build the replicas of ``num_envs / replicas`` clusters, of one by default; ``words``: of ``ClusterSetting``.
+
+        Raises:
+            ConfigError: unless ``num_envs`` is a multiple of ``replicas``.
+        """
+        self.setting = setting = ClusterSetting(**words)
+        self.num_envs = rows = setting.replicas if num_envs is None else num_envs
+        if rows < 1 or rows % setting.replicas:
+            raise ConfigError(
+                f"num_envs is {rows}; it must be a multiple of replicas, {setting.replicas}: a row is a replica"
+            )
+        self.single_observation_space, self.single_action_space = setting.observation_space, setting.action_space
+        self.observation_space = batch_space(self.single_observation_space, rows)
+        self.action_space = batch_space(self.single_action_space, rows)
+        self.render_mode = None
+        self.clusters = clusters = rows // setting.replicas
+        self._served: list[Cluster] = []
+        self._observers = ServeObservers(setting.model, setting.actions, setting.kv_block_layer_bytes, rows)
+        self._book = PlanBook(setting.model, setting.nll)
+        self._rngs = [np.random.default_rng(s) for s in np.random.SeedSequence().spawn(clusters)]
+        self._tick, self._requests = np.zeros(clusters, dtype=np.int64), np.zeros(clusters, dtype=np.int64)
+        self._settled = np.full((rows, 1), UNKNOWN)
+        self._seen = np.zeros((rows, SEEN_COLUMNS))
+        self._standing, self._potential = np.zeros(rows), np.zeros(rows)
+        self._over = np.zeros(clusters, dtype=np.bool_)
+        self._slo_s = slo_seconds(setting.slo)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Floats32, dict[str, Any]]:
+        """Begin an episode everywhere; cluster c is seeded with seed + c.
+
+        ``options={"windows": [...]}`` sets the windows of each cluster, a list of one a replica, instead of sampling.
+        """
+        if seed is not None:
+            seeds = [seed + c for c in range(self.clusters)] if isinstance(seed, int) else list(seed)
+            for c, one in enumerate(seeds):
+                if one is not None:  # the generator that Env.reset(seed=...) makes
+                    self._rngs[c] = np.random.Generator(np.random.PCG64(one))
+        given = (options or {}).get("windows")
+        self._served = [self._begin(c, None if given is None else given[c]) for c in range(self.clusters)]
+        self._over[:] = False
+        return self._serve(), {}
+
+    def _rows(self, c: int) -> slice:
+        return slice(c * self.setting.replicas, (c + 1) * self.setting.replicas)
+
+    def _begin(self, c: int, windows: Sequence[Window] | None = None) -> Cluster:
+        """Return another cluster for a place; its first tick is served next."""
+        setting, rows = self.setting, self._rows(c)
+        windows = setting.sample(self._rngs[c]) if windows is None else setting.check_windows(windows)
+        if len(self._book) > MEMORY_OF_PLANS // 2:
+            self._book = PlanBook(setting.model, setting.nll)
+        first = [Fixed(setting.actions.plans[0])] * setting.replicas
+        cluster = setting.build_cluster(windows, first, asked=False, book=self._book)
+        for row in range(rows.start, rows.stop):
+            self._observers.begin(row)
+        self._requests[c], self._tick[c] = len(cluster.trace), 0
+        self._standing[rows] = self._potential[rows] = 0.0
+        if len(cluster.trace) > self._settled.shape[1]:
+            self._settled = np.full((self.num_envs, 2 * len(cluster.trace)), UNKNOWN)
+        self._settled[rows] = UNKNOWN
+        return cluster
+
+    def _serve(self) -> Floats32:
+        """Serve one tick everywhere; return the observations."""
+        self._tick += 1
+        for c, cluster in enumerate(self._served):
+            cluster.run_until(float(self._tick[c] * self.setting.tick_s))
+            cluster.look(self._seen[self._rows(c)])
+        seen = self._seen.reshape(self.clusters, self.setting.replicas, SEEN_COLUMNS)
+        among = cluster_features(seen, self._observers.dense_bytes).reshape(self.num_envs, -1)
+        features = np.concatenate((self._observers(self._seen), among), axis=1) * self.setting.shown
+        return np.concatenate((features, self._observers.legal(self._seen)), axis=1, dtype=np.float32)
+
+    def step(self, actions: Any) -> tuple[Floats32, Floats, Bools, Bools, dict[str, Any]]:
+        """Step every replica; those of clusters whose episode has ended begin a new one instead."""
+        setting, observers, k = self.setting, self._observers, self.setting.replicas
+        chosen = np.asarray(actions, dtype=np.int64)
+        begun = self._over.copy()
+        goes_on = ~np.repeat(begun, k)
+        legal = observers.legal(self._seen)[np.arange(self.num_envs), chosen]
+        changed = legal & goes_on & (chosen != observers.action)
+        observers.choose(self._seen, chosen, legal & goes_on)
+        for row in np.flatnonzero(changed).tolist():
+            self._served[row // k].apply(row % k, setting.actions.plans[chosen[row]])
+        for c in np.flatnonzero(begun).tolist():
+            self._served[c] = self._begin(c)
+        seen = self._serve()
+        over = ~begun & (self._tick >= setting.ticks)
+        for c in np.flatnonzero(over).tolist():
+            self._served[c].run()
+        reward, utility = self._pay(over, goes_on)
+        self._over = over
+        ended = np.repeat(over, k)
+        infos: dict[str, Any] = {}
+        if over.any():
+            infos = {"utility": np.where(ended, np.repeat(utility, k), 0.0), "_utility": ended.copy()}
+        return seen, reward, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
+
+    def _pay(self, over: Bools, goes_on: Bools) -> tuple[Floats, Floats]:
+        """Return the reward of every row [r] and the utility of every cluster so far [c]."""
+        setting, k = self.setting, self.setting.replicas
+        ended, requests = np.repeat(over, k), np.repeat(self._requests, k)
+        tables = np.concatenate([cluster.tables for cluster in self._served])
+        moments_s = np.where(ended, math.inf, np.repeat(self._tick, k) * setting.tick_s)
+        earned, lost = np.empty(self.num_envs), np.empty(self.num_envs)
+        settle_utility(tables, self._settled, moments_s, self._slo_s, setting.dense_nll, requests, earned, lost)
+        standing = -lost if setting.reward.kind == "lost" else earned
+        arrived = self._seen[:, ARRIVED].reshape(-1, k)
+        total = np.repeat(standing.reshape(-1, k).sum(axis=1), k)
+        mean = total * (arrived / np.maximum(arrived.sum(axis=1, keepdims=True), 1.0)).ravel()
+        standing = total + setting.own_share * k * (standing - mean)
+        gained, self._standing = standing - self._standing, np.where(goes_on, standing, 0.0)
+        waits = (self._seen[:, OLDEST_WAIT_S], self._seen[:, WAITING])
+        potential = setting.reward.potentials(*waits, requests / k, setting.slo.ttft_s)
+        potential[ended | ~goes_on] = 0.0
+        reward = np.where(goes_on, setting.reward(gained, self._potential, potential), 0.0)
+        self._potential = potential
+        return reward, earned.reshape(-1, k).sum(axis=1)
+
+
+__all__ = ["ServeReplicas"]

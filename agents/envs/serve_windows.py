@@ -1,0 +1,211 @@
+"""Which windows of traces and which budgets an episode of ``ServeTrace`` may draw; split in conf/split/serve.yaml."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+
+from agents.envs.prune_loads import Split, check_split
+from sim.config import CONF_DIR, build
+from sim.engine.budget import Budget, BudgetContext, cotenant, gpu_share, random_walk
+from sim.engine.protocol import Request
+from sim.errors import ConfigError, nearest
+from sim.traces.trace import Trace
+from sim.traces.transforms import drop_long
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+SHARE = 0.9
+"""Of the device memory, as vLLM's gpu_memory_utilization."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """What one episode serves: a piece of a trace, faster or slower than it was, under one budget."""
+
+    source: str
+    start_s: float
+    rate: float
+    budget: str
+    budget_seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """The split. parts: of each trace's duration. rates: of each source, lowest and highest factor."""
+
+    parts: Mapping[str, tuple[float, float]]
+    budget_seeds: Mapping[str, tuple[int, int]]
+    window_s: float
+    max_total_tokens: int
+    rates: Mapping[str, tuple[float, float]]
+    budgets: tuple[str, ...]
+
+    def span_s(self, source: str, split: Split) -> tuple[float, float]:
+        """Return from when to when a split may draw of a source."""
+        duration_s = float(source_trace(source).arrival_s[-1])
+        low, high = self.parts[split]
+        return low * duration_s, high * duration_s
+
+    def at_load(self, low: float, high: float) -> Windows:
+        """Return the same with rates from ``low`` to ``high`` of the way from the lowest to the highest factor.
+
+        Raises:
+            ConfigError: unless 0 <= low <= high <= 1.
+        """
+        if not 0.0 <= low <= high <= 1.0:
+            raise ConfigError(f"load is [{low}, {high}]; it must lie in [0, 1], and the first not above the second")
+        rates = {name: (a * (b / a) ** low, a * (b / a) ** high) for name, (a, b) in self.rates.items()}
+        return replace(self, rates=rates)
+
+    def sample(
+        self,
+        rng: np.random.Generator,
+        split: Split,
+        sources: Sequence[str],
+        rate: float | None = None,
+        budget: str | None = None,
+    ) -> Window:
+        """Draw a window; ``rate`` and ``budget`` fix what else is drawn."""
+        source = sources[int(rng.integers(len(sources)))]
+        low, high = self.rates[source]
+        factor = math.exp(rng.uniform(math.log(low), math.log(high))) if rate is None else rate
+        begin_s, end_s = self.span_s(source, split)
+        length_s = self.window_s * factor
+        if length_s > end_s - begin_s:
+            raise ConfigError(
+                f"{source} has {end_s - begin_s:.0f} s for {split}, but a window at rate {factor:.2f} takes "
+                f"{length_s:.0f} s; shorten window_s in conf/split/serve.yaml, or lower the rate"
+            )
+        kind = self.budgets[int(rng.integers(len(self.budgets)))] if budget is None else budget
+        first, last = self.budget_seeds[split]
+        return Window(
+            source=source,
+            start_s=float(rng.uniform(begin_s, end_s - length_s)),
+            rate=factor,
+            budget=kind,
+            budget_seed=int(rng.integers(first, last)),
+        )
+
+    def arrays(self, window: Window) -> tuple[Floats, Ints, Ints]:
+        """Return arrival_s, prompt and output tokens of the requests of a window, the first possible one at 0."""
+        trace = source_trace(window.source)
+        end_s = window.start_s + self.window_s * window.rate
+        first, last = np.searchsorted(trace.arrival_s, (window.start_s, end_s)).tolist()
+        return (
+            (trace.arrival_s[first:last] - window.start_s) / window.rate,
+            trace.prompt_tokens[first:last],
+            trace.output_tokens[first:last],
+        )
+
+    def requests(self, window: Window) -> list[Request]:
+        """Return the same as requests, for an engine of any kind."""
+        columns = (column.tolist() for column in self.arrays(window))
+        return [
+            Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
+            for i, (arrival_s, prompt, output) in enumerate(zip(*columns, strict=True))
+        ]
+
+
+@cache
+def serve_windows() -> Windows:
+    """Read the split.
+
+    Raises:
+        ConfigError: if the file is malformed, or its parts overlap.
+    """
+    path = CONF_DIR / "split" / "serve.yaml"
+    try:
+        value: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        windows = Windows(
+            parts={name: (float(a), float(b)) for name, (a, b) in value["parts"].items()},
+            budget_seeds={name: (int(a), int(b)) for name, (a, b) in value["budget_seeds"].items()},
+            window_s=float(value["window_s"]),
+            max_total_tokens=int(value["max_total_tokens"]),
+            rates={name: (float(s["rate"][0]), float(s["rate"][1])) for name, s in value["sources"].items()},
+            budgets=tuple(value["budgets"]),
+        )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is no split of windows ({type(error).__name__}: {error})") from error
+    for spans in (windows.parts, windows.budget_seeds):
+        ordered = sorted(spans.values())
+        if {*spans} != {"train", "validation", "test"} or any(b[0] < a[1] for a, b in pairwise(ordered)):
+            raise ConfigError(f"{path}: train, validation and test must not overlap: {dict(spans)}")
+    return windows
+
+
+@cache
+def source_trace(name: str) -> Trace:
+    """Return the whole trace of a source, requests that the model cannot hold left out.
+
+    Raises:
+        ConfigError: for an unknown source. TraceError: if its file is missing.
+    """
+    sources: Any = OmegaConf.load(CONF_DIR / "split" / "serve.yaml").sources
+    if name not in sources:
+        raise ConfigError(f"there is no source {name!r} in conf/split/serve.yaml; {nearest(name, map(str, sources))}")
+    node = OmegaConf.load(CONF_DIR / "trace" / f"{sources[name].trace}.yaml")
+    trace: Trace = build(OmegaConf.merge(node, sources[name].overrides))
+    kept = drop_long(trace, max_total_tokens=serve_windows().max_total_tokens)
+    return replace(kept, arrival_s=kept.arrival_s - kept.arrival_s[0])
+
+
+def window_budget(context: BudgetContext, window: Window, horizon_s: float) -> Budget:
+    """Return the budget of a window.
+
+    full: 90 % of the device. cotenant: less 60 % of the device while somebody else is there. random_walk: between 25 %
+    and 90 % in steps of 10 %.
+
+    Raises:
+        ConfigError: for another kind.
+    """
+    if window.budget == "full":
+        return gpu_share(context, share=SHARE)
+    if window.budget == "cotenant":
+        return cotenant(
+            context,
+            share=SHARE,
+            cotenant_bytes=0.6 * context.gpu.memory_bytes,
+            mean_away_s=40.0,
+            mean_stay_s=30.0,
+            horizon_s=horizon_s,
+            seed=window.budget_seed,
+        )
+    if window.budget == "random_walk":
+        return random_walk(
+            context,
+            low_share=0.25,
+            high_share=SHARE,
+            step_share=0.1,
+            period_s=10.0,
+            horizon_s=horizon_s,
+            seed=window.budget_seed,
+        )
+    raise ConfigError(f"there is no budget {window.budget!r}; {nearest(window.budget, serve_windows().budgets)}")
+
+
+def check_sources(sources: Sequence[str]) -> tuple[str, ...]:
+    """Return the sources as a tuple.
+
+    Raises:
+        ConfigError: for none, or one that conf/split/serve.yaml does not have.
+    """
+    known = serve_windows().rates
+    for name in sources:
+        if name not in known:
+            raise ConfigError(f"there is no source {name!r} in conf/split/serve.yaml; {nearest(name, known)}")
+    if not sources:
+        raise ConfigError("sources is empty; give at least one, such as burst")
+    return tuple(sources)
+
+
+__all__ = ["Window", "Windows", "check_sources", "check_split", "serve_windows", "source_trace", "window_budget"]

@@ -1,0 +1,1 @@
+"""Policies next to each other on held-out loads and windows."""

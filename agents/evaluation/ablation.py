@@ -1,0 +1,101 @@
+"""Which entries of an observation a trained policy lives by: permutation importance, nothing is trained anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from agents.envs.prune import PruneToBudgetVector
+from agents.training.validation import Act, play, serve, validation_episodes, validation_windows
+from sim.policies.learned import Network, read_learned
+from sim.policies.observation.prune import Bools, Floats32
+
+WINDOWS = 96
+PRUNE_GROUPS = {
+    "batch, length and all shares of the load": (
+        "batch",
+        "sequence_tokens",
+        "kv_share",
+        "mha_share",
+        "ffn_share",
+        "mha_over_ffn",
+    ),
+    "everything missing": ("missing_share", "missing_mha", "missing_ffn"),
+}
+SERVE_GROUPS = {
+    "all of the queue": ("waiting", "waiting_tokens", "oldest_wait"),
+    "all of what runs": ("running", "running_tokens", "produced_10s", "busy_10s"),
+    "all of the KV cache": ("kv_used", "kv_pool", "preemptions_10s"),
+    "all of memory": ("budget", "weights", "next_budget", "next_budget_soon"),
+    "all of arrivals": ("arrivals_1s", "arrivals_10s", "arrivals_60s", "prompts_1s", "prompts_10s"),
+    "all of what was answered": ("first_tokens_10s", "ttft_10s", "rejected_10s"),
+    "all of the plan in force": ("copying", "dwell_left", "level_drop", "level_low", "level_admit"),
+}
+"""Kinds of entries that tell of one thing; shuffled together they stay consistent with each other."""
+
+
+def shuffled(network: Network, columns: NDArray[np.bool_], seed: int) -> Act:
+    """Return what the network does when these columns of its features come from another row of the batch."""
+    rng = np.random.default_rng(seed)
+
+    def act(features: Floats32, legal: Bools) -> NDArray[np.int64]:
+        mixed = features.copy()
+        mixed[:, columns] = features[rng.permutation(len(features))][:, columns]
+        return network.act(mixed, legal)
+
+    return act
+
+
+def _hidden(kinds: Sequence[str], groups: Mapping[str, tuple[str, ...]]) -> dict[str, NDArray[np.bool_]]:
+    """Return which columns each ablation shuffles; ``nothing`` is the policy as it is."""
+    names = {"nothing": (), **{kind: (kind,) for kind in dict.fromkeys(kinds)}, **groups}
+    return {name: np.isin(kinds, entries) for name, entries in names.items()}
+
+
+def shuffled_loads(paths: Sequence[Path], seed: int = 0) -> pd.DataFrame:
+    """Return the validation utility of policies of ``PruneToBudget`` when one kind of entry comes from another load.
+
+    Returns:
+        One row a policy and ablation: hidden, seed (number of the policy), utility.
+    """
+    rows = []
+    for number, path in enumerate(paths):
+        learned = read_learned(path, "PruneToBudget")
+        words = {**learned.about["environment"], "split": "validation"}
+        kinds = [entry.name.split(".")[0] for entry in PruneToBudgetVector(1, **words).setting.table.entries]
+        for name, columns in _hidden(kinds, PRUNE_GROUPS).items():
+            ended = play(shuffled(learned.network, columns, seed), words, validation_episodes(1))
+            rows.append({"hidden": name, "seed": number, "utility": float(ended.utility.mean())})
+    return pd.DataFrame(rows)
+
+
+def shuffled_windows(paths: Sequence[Path], *, windows: int = WINDOWS, seed: int = 0) -> pd.DataFrame:
+    """Return the same of policies of ``ServeTrace``: entries come from another window at the same tick."""
+    rows = []
+    for number, path in enumerate(paths):
+        learned = read_learned(path, "ServeTrace")
+        words = {**learned.about["environment"], "split": "validation"}
+        # The network reads what comes before the flags of legal actions.
+        names = [entry["name"] for entry in learned.about["observation"] if not entry["name"].startswith("legal.")]
+        drawn = validation_windows(tuple(words["sources"]), windows)
+        for name, columns in _hidden(names, SERVE_GROUPS).items():
+            utility = serve(shuffled(learned.network, columns, seed), words, drawn)
+            rows.append({"hidden": name, "seed": number, "utility": float(utility.mean())})
+    return pd.DataFrame(rows)
+
+
+def ablation_markdown(ablation: pd.DataFrame, between: str) -> str:
+    """Return what shuffling each kind of entry costs: the mean over trained seeds, and their lowest and highest."""
+    by_seed = ablation.pivot_table(index="hidden", columns="seed", values="utility")
+    lost = 1 - by_seed / by_seed.loc["nothing"]
+    order = by_seed.mean(axis=1).sort_values().index
+    lines = [f"| shuffled between {between} | utility | lost | lost by each seed |", "|---|---:|---:|---:|"]
+    for name in order:
+        each, utility = 100 * lost.loc[name], by_seed.loc[name].mean()
+        shown = f"{each.min():.1f} to {each.max():.1f} %"
+        lines.append(f"| {name} | {utility:.4f} | {each.mean():.1f} % | {shown} |")
+    return "\n".join(lines) + "\n"

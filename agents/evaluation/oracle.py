@@ -1,0 +1,101 @@
+"""The best schedule of plans that a search finds when the whole window is known: how far adapting could get.
+
+It is no policy: it knows what will arrive, how long answers will be and what the budget will do. The search begins with
+the best single plan, and with what looking ahead on the very window would do (``agents.training.clone.look_ahead``); then it
+improves span after span, each trial served to the end of the window (``SimEngine.snapshot``). It finds a local optimum
+over the plans of the table, so the true best may be higher still; plans of other tables are not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from agents.envs.serve import ServeCore, ServeSetting
+from agents.envs.serve_windows import Window
+from agents.training.clone import look_ahead
+from sim.engine.sim_engine import SimEngine
+from sim.policies.schedule import Schedule
+
+SPANS = (8, 4)
+HORIZON_S, GRACE_S = 12.0, 1.0
+
+
+def best_schedule(setting: ServeSetting, window: Window, spans: Sequence[int] = SPANS) -> tuple[list[int], float]:
+    """Return the plan of each decision [ticks - 1], as numbers of the table, and the utility of the window.
+
+    Args:
+        setting, window: what is served. spans: ticks that change together, one sweep over the window for each.
+    """
+    count, ticks = len(setting.actions.plans), setting.ticks
+    starts = [[action] * (ticks - 1) for action in range(count)]
+    starts.append(_looking_ahead(setting, window, max(spans)))
+    utilities = [_utility(setting, window, schedule) for schedule in starts]
+    best = int(np.argmax(utilities))
+    schedule, utility = starts[best], utilities[best]
+    for span in spans:
+        schedule, utility = _improved(setting, window, schedule, utility, span)
+    return schedule, utility
+
+
+def schedule_policy(setting: ServeSetting, schedule: Sequence[int]) -> Schedule:
+    """Return the policy that follows a schedule; before the first decision runs what runs before everybody's."""
+    plans = setting.actions.plans
+    at_s = tuple(tick * setting.tick_s for tick in range(setting.ticks))
+    return Schedule(at_s, (plans[0], *(plans[action] for action in schedule)))
+
+
+def _improved(
+    setting: ServeSetting, window: Window, schedule: list[int], utility: float, span: int
+) -> tuple[list[int], float]:
+    """Return the schedule after each span in turn took the plan with which the whole window went best."""
+    engine = setting.build_engine(window, setting.actions.plans[0])
+    requests = len(setting.windows.requests(window))
+    for begin in range(1, setting.ticks, span):
+        end = min(begin + span, setting.ticks)
+        engine.run_until(begin * setting.tick_s)
+        saved = engine.snapshot()
+        for action in range(len(setting.actions.plans)):
+            trial = [*schedule[: begin - 1], *[action] * (end - begin), *schedule[end - 1 :]]
+            if trial == schedule:
+                continue
+            _follow(setting, engine, trial, begin, setting.ticks)
+            engine.run_until(math.inf)
+            reached = setting.earned(engine, requests)
+            engine.restore(saved)
+            if reached > utility:
+                schedule, utility = trial, reached
+        _follow(setting, engine, schedule, begin, end)
+    return schedule, utility
+
+
+def _follow(setting: ServeSetting, engine: SimEngine, schedule: Sequence[int], begin: int, end: int) -> None:
+    """Serve from the decision of tick ``begin``, for which the engine stands still, to that of ``end``, left out."""
+    engine.apply(setting.actions.plans[schedule[begin - 1]])
+    for tick in range(begin + 1, end):
+        if schedule[tick - 1] != schedule[tick - 2]:
+            engine.run_until(tick * setting.tick_s)
+            engine.apply(setting.actions.plans[schedule[tick - 1]])
+
+
+def _utility(setting: ServeSetting, window: Window, schedule: Sequence[int]) -> float:
+    engine = setting.build_engine(window, setting.actions.plans[0])
+    engine.run_until(setting.tick_s)
+    _follow(setting, engine, schedule, 1, setting.ticks)
+    engine.run_until(math.inf)
+    return setting.earned(engine, len(setting.windows.requests(window)))
+
+
+def _looking_ahead(setting: ServeSetting, window: Window, span: int) -> list[int]:
+    """Return what choosing the plan that loses least over the coming seconds would do, once a span."""
+    core = ServeCore(setting)
+    core.begin(window)
+    schedule = []
+    for tick in range(1, setting.ticks):
+        if (tick - 1) % span == 0:
+            action = int(np.nanargmin(look_ahead(core, HORIZON_S, GRACE_S)))
+        core.step(action)
+        schedule.append(action)
+    return schedule

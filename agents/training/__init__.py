@@ -1,0 +1,1 @@
+"""Training with RLlib, imitation, and export to NumPy."""

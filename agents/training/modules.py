@@ -1,0 +1,128 @@
+"""RLModules that read the features of an observation and never choose an illegal action.
+
+The last entries of an observation say which actions are legal (``sim.policies.observation.prune.Table``). The network does not read them;
+its outputs for illegal actions are masked. ``network_of_module`` takes the weights out, to run them in NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from ray.rllib.algorithms.dqn.torch.default_dqn_torch_rl_module import DefaultDQNTorchRLModule
+from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
+from ray.rllib.core.columns import Columns
+from ray.rllib.utils.torch_utils import FLOAT_MIN
+
+from sim.errors import ConfigError
+from sim.policies.learned import Network, network_of
+
+Batch = dict[str, Any]
+
+
+def _features_space(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> gym.spaces.Box:
+    assert isinstance(observation_space, gym.spaces.Box)
+    assert isinstance(action_space, gym.spaces.Discrete)
+    features = observation_space.shape[0] - int(action_space.n)
+    return gym.spaces.Box(observation_space.low[:features], observation_space.high[:features], dtype=np.float32)
+
+
+class _ReadsFeatures:
+    """Builds the networks for the features alone; the module itself still takes whole observations."""
+
+    def __init__(self, *args: Any, observation_space: Any = None, action_space: Any = None, **words: Any) -> None:
+        self._features = _features_space(observation_space, action_space).shape[0]
+        super().__init__(
+            *args,
+            observation_space=_features_space(observation_space, action_space),  # type: ignore[call-arg]
+            action_space=action_space,
+            **words,
+        )
+        self.observation_space = observation_space
+
+    def _split(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
+        """Return the batch with features for observations, and which actions are illegal."""
+        seen = batch[Columns.OBS]
+        features = self._features
+        return {**batch, Columns.OBS: seen[..., :features]}, seen[..., features:] < 0.5
+
+
+class MaskedDQN(_ReadsFeatures, DefaultDQNTorchRLModule):
+    """Q-values; minus infinity where an action is illegal, which epsilon-greedy draws skip too."""
+
+    def __init__(self, *args: Any, **words: Any) -> None:
+        super().__init__(*args, **words)
+
+    def _qf_forward_helper(self, batch: Batch, encoder: Any, head: Any) -> Batch:
+        batch, illegal = self._split(batch)
+        out: Batch = super()._qf_forward_helper(batch, encoder, head)
+        out["qf_preds"] = out["qf_preds"].masked_fill(illegal, -torch.inf)
+        return out
+
+
+class _MaskedActorCritic(_ReadsFeatures):
+    """Action logits; the lowest float where an action is illegal."""
+
+    def _forward(self, batch: Batch, **words: Any) -> Batch:
+        batch, illegal = self._split(batch)
+        out: Batch = super()._forward(batch, **words)  # type: ignore[misc]
+        out[Columns.ACTION_DIST_INPUTS] = out[Columns.ACTION_DIST_INPUTS].masked_fill(illegal, FLOAT_MIN)
+        return out
+
+    def _forward_train(self, batch: Batch, **words: Any) -> Batch:
+        batch, illegal = self._split(batch)
+        out: Batch = super()._forward_train(batch, **words)  # type: ignore[misc]
+        out[Columns.ACTION_DIST_INPUTS] = out[Columns.ACTION_DIST_INPUTS].masked_fill(illegal, FLOAT_MIN)
+        return out
+
+    def compute_values(self, batch: Batch, embeddings: Any = None) -> Any:
+        """Return the value of each observation."""
+        return super().compute_values(self._split(batch)[0], embeddings)  # type: ignore[misc]
+
+
+class MaskedPPO(_MaskedActorCritic, DefaultPPOTorchRLModule):
+    """For PPO."""
+
+    def __init__(self, *args: Any, **words: Any) -> None:
+        super().__init__(*args, **words)
+
+
+def actor_layers(state: Mapping[str, Any]) -> list[str]:
+    """Return the names of the layers that lead from features to actions, in their order, in a module's state."""
+    encoder = "encoder.actor_encoder.net.mlp." if any(k.startswith("encoder.actor_") for k in state) else None
+    if encoder is None:
+        encoder = "encoder.encoder.net.mlp." if any(k.startswith("encoder.encoder.") for k in state) else None
+    found = []
+    for prefix in (encoder or "encoder.net.mlp.", "pi.net.mlp." if "pi.net.mlp.0.weight" in state else "af.net.mlp."):
+        numbers = sorted(int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix) and "weight" in k)
+        found += [f"{prefix}{number}" for number in numbers]
+    return found
+
+
+def network_of_module(state: Mapping[str, Any], activation: str) -> Network:
+    """Return the network that chooses actions, from the state of one of these modules.
+
+    Raises:
+        ConfigError: when the state holds no network of the kind that NumPy runs (dueling or distributional heads).
+    """
+    layers = []
+    for prefix in actor_layers(state):
+        weight, bias = (np.asarray(state[f"{prefix}.{part}"], dtype=np.float32) for part in ("weight", "bias"))
+        layers.append((weight.copy(), bias.copy()))
+    if not layers or any(k.startswith("vf.") and "af.net.mlp.0.weight" in state for k in state):
+        raise ConfigError("only plain perceptrons are exported; train without dueling, or with algorithm.dueling=false")
+    return network_of(layers, activation)
+
+
+def actor_logits(module: Any, observations: torch.Tensor) -> torch.Tensor:
+    """Return the masked action logits (of DQN: Q-values) of observations."""
+    batch: Batch = {Columns.OBS: observations}
+    if isinstance(module, MaskedDQN):
+        values: Any = module.compute_q_values(batch)["qf_preds"]
+    else:
+        values = module._forward(batch)[Columns.ACTION_DIST_INPUTS]
+    assert isinstance(values, torch.Tensor)
+    return values

@@ -1,0 +1,521 @@
+"""Measures the terms of ``sim.cost.latency`` on the device at hand: ``python -m hw.calibrate source=device``.
+
+Each term is timed in the code that serves: the modules of the elastic model, the paged attention over a paged pool.
+Linear blocks run as a pass runs them, MHA and FFN of all layers in turn, so that their weights come from memory and not
+from a cache. Cells are measured in rounds of random order, until the median of each is known well enough; the samples
+are kept in a file after every round, and a run that was stopped goes on from there. Before, between and after them the
+engine serves random requests, so that a busy spell of the machine meets both alike: what its iterations take is a
+constant and a factor of the sum of their terms. One more run, of other requests, says how far the whole is off.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from scipy.optimize import least_squares
+from torch import Tensor
+
+from hw.calibrate import measurements as m
+from hw.elastic.model import ElasticModel
+from hw.elastic.paged_attention import ATTENTION, Packed, PagedBatch, forward
+from hw.elastic.paged_kv import MappedArena, PagedKV, RequestPages, SlabArena
+from hw.engine.clock import CLOCKS, RealClock
+from hw.engine.hw_engine import SLABS, HwEngine
+from hw.engine.iteration_log import Shape
+from hw.engine.prompts import RandomPrompts
+from sim.cost.latency import LatencyModel, calibration_from_dict
+from sim.cost.memory import budget_for_kv_blocks
+from sim.cost.plan import KeepMask, dense_plan
+from sim.engine.protocol import EngineConfig
+from sim.engine.scheduler import Limits
+from sim.policies import Fixed
+from sim.replay.loop import replay
+from sim.results.run_folder import write_json, write_whole
+from sim.traces.generate import lognormal_lengths, poisson
+
+Floats = NDArray[np.float64]
+Timed = Callable[[], tuple[float, ...]]
+
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+PREFILL_TOKENS, PREFIXES = (1, 4, 16, 32, 64, 128, 256), (0, 32, 128, 256, 512)
+BATCHES, CONTEXTS = (1, 2, 3, 4, 6, 8, 12, 16, 24), (8, 32, 64, 128, 256, 512)
+QUANTISED_LAYERS = 4
+"""Layers at 8 and 4 bits over which a linear layer is timed; unpacking them takes longer than any cache could save."""
+BLOCK_TOKENS = 16
+LEAST_REPEATS, MOST_REPEATS = 12, 40
+RUN_S = 10.0
+RATES_RPS = (1.5, 6.0, 0.7, 3.0)
+"""Of the runs of the engine in turn: from one request at a time to a full batch beside prompts."""
+"""Seconds of arrivals in a run of the engine."""
+WANTED_SPREAD = 0.02
+"""A cell is done when the standard error of its median is below this share of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSettings:
+    """What is measured, and how: model name, device name (an option of conf/gpu), clock, seconds at most, seed."""
+
+    model: str
+    device: str
+    clock: str
+    seconds: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Something to time that is done ``count`` times: ``run`` returns the seconds of each of ``names``."""
+
+    names: tuple[str, ...]
+    run: Timed
+    count: int
+
+
+class _NoAttention:
+    """Pages whose attention is free: what is left of an MHA block is norm, projections and rotary embedding."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        return query.transpose(1, 2)
+
+
+class Bench:
+    """Builds the cells of one model, and times them."""
+
+    def __init__(self, elastic: ElasticModel, clock: str) -> None:
+        """Take over a dense model."""
+        self.elastic, self._spec = elastic, elastic.spec
+        self.clock = CLOCKS[clock]
+        elastic.use_attention(ATTENTION)
+        most = (max(BATCHES) + 1) * (-(-(max(CONTEXTS) + max(PREFILL_TOKENS) + 1) // BLOCK_TOKENS) + 1)
+        self.pool = pool_of(elastic, most * self._spec.num_layers)
+
+    @torch.inference_mode()
+    def time(self, cell: Cell) -> list[float]:
+        """Return the microseconds of one of each of the things that a cell does."""
+        return [seconds / cell.count * 1e6 for seconds in cell.run()]
+
+    def now_s(self) -> float:
+        """Return the present on the clock of the bench, all work of the device done."""
+        if self.elastic.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self.clock()
+
+    def _hidden(self, tokens: int) -> Tensor:
+        return torch.randn(1, tokens, self._spec.hidden_size, device=self.elastic.device).to(self.elastic.dtype)
+
+    @torch.inference_mode()
+    def linear(self, bits: int) -> list[Cell]:
+        """Return the cells of MHA and FFN blocks at a precision; brings the model to it."""
+        layers = self._spec.num_layers if bits == 16 else min(QUANTISED_LAYERS, self._spec.num_layers)
+        dense = dense_plan(self._spec)
+        self.elastic.apply(
+            replace(dense, weight_bits=tuple(bits if i < layers else 16 for i in range(self._spec.num_layers)))
+        )
+        pages = _NoAttention()
+
+        def run(hidden: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[float, float]:
+            mha_s = ffn_s = 0.0
+            for layer in range(layers):
+                start_s = self.now_s()
+                hidden + self.elastic.attend_paged(layer, hidden, rope, pages)
+                middle_s = self.now_s()
+                hidden + self.elastic.feed(layer, hidden)
+                ffn_s += self.now_s() - middle_s
+                mha_s += middle_s - start_s
+            return mha_s, ffn_s
+
+        cells = []
+        for tokens in TOKENS:
+            hidden = self._hidden(tokens)
+            rope = self.elastic.rope(hidden, torch.arange(tokens, device=hidden.device)[None])
+            names = (f"mha_{bits}/{tokens}", f"ffn_{bits}/{tokens}")
+            cells.append(Cell(names, partial(run, hidden, rope), layers))
+        return cells
+
+    @torch.inference_mode()
+    def ends(self) -> list[Cell]:
+        """Return the cells of embedding and of head and choice of a token."""
+
+        def token(ids: Tensor) -> tuple[float]:
+            start_s = self.now_s()
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            self.elastic.rope(self.elastic.embed(ids, positions), positions)
+            return (self.now_s() - start_s,)
+
+        def head(hidden: Tensor) -> tuple[float]:
+            start_s = self.now_s()
+            logits = self.elastic.head(hidden)
+            bool(torch.isfinite(logits).all())
+            logits.argmax(-1).tolist()
+            return (self.now_s() - start_s,)
+
+        cells = []
+        for tokens in TOKENS:
+            ids = torch.zeros(1, tokens, dtype=torch.long, device=self.elastic.device)
+            cells.append(Cell((f"token/{tokens}",), partial(token, ids), 1))
+        cells += [Cell((f"head/{count}",), partial(head, self._hidden(count)[0]), 1) for count in SEQUENCES]
+        return cells
+
+    def attention(self) -> list[Cell]:
+        """Return the cells of attention: decodes of one context, and a prompt chunk on a prefix."""
+        layers = self._spec.num_layers
+        decodes = [(batch, context) for batch in BATCHES for context in CONTEXTS]
+        chunks = [(tokens, before) for tokens in PREFILL_TOKENS for before in PREFIXES]
+        return [
+            *(Cell((f"decode/{b}/{c}",), self._attention([(c, 1)] * b, []), layers) for b, c in decodes),
+            *(Cell((f"prefill/{t}/{c}",), self._attention([], [(c, t)]), layers) for t, c in chunks),
+        ]
+
+    def _attention(self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]]) -> Timed:
+        def run() -> tuple[float, ...]:
+            spec, device = self._spec, self.elastic.device
+            made = self._requests(decodes + prefills, frozenset(range(spec.num_layers)))
+            count = sum(len(packed.tokens) for packed in made)
+            query = torch.zeros(1, spec.num_heads, count, spec.head_dim, dtype=self.elastic.dtype, device=device)
+            key = torch.zeros(1, spec.num_kv_heads, count, spec.head_dim, dtype=self.elastic.dtype, device=device)
+            start_s = self.now_s()
+            batch = PagedBatch(self.pool.arena, made[: len(decodes)], made[len(decodes) :], self.elastic.windows)
+            for layer in range(spec.num_layers):
+                batch.enter(layer)
+                batch.update(key, key, layer)
+                batch.attend(layer, query, key, key, None)
+            seconds = self.now_s() - start_s
+            for packed in made:
+                self.pool.release(packed.pages.all_blocks())
+            return (seconds,)
+
+        return run
+
+    def whole_pass(
+        self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]], keep: KeepMask | None = None
+    ) -> Timed:
+        """Return a whole pass over decodes and prompt chunks, (tokens before, new tokens) each; None keeps all."""
+        keep = keep or dense_plan(self._spec).decode
+        held = frozenset(layer for layer, kept in enumerate(keep.mha) if kept)
+
+        def run() -> tuple[float, ...]:
+            made = self._requests(decodes + prefills, held)
+            single, chunks = made[: len(decodes)], made[len(decodes) :]
+            ends = np.cumsum([len(packed.tokens) for packed in made]) - 1
+            start_s = self.now_s()
+            batch = PagedBatch(self.pool.arena, single, chunks, self.elastic.windows)
+            logits = forward(self.elastic, batch, single, chunks, ends.tolist(), prefill=keep, decode=keep)
+            bool(torch.isfinite(logits).all())
+            logits.argmax(-1).tolist()
+            seconds = self.now_s() - start_s
+            for packed in made:
+                self.pool.release(packed.pages.all_blocks())
+            return (seconds,)
+
+        return run
+
+    def _requests(self, shapes: list[tuple[int, int]], held: frozenset[int]) -> list[Packed]:
+        made = []
+        for before, new in shapes:
+            pages = RequestPages(mha=held)
+            pages.hold(self.pool, before + new)
+            made.append(Packed(pages, [0] * new, before))
+        return made
+
+
+def pool_of(elastic: ElasticModel, blocks: int) -> PagedKV:
+    """Return a pool of so many KV blocks of one layer, all free, in the memory that the engine would take."""
+    shape: dict[str, Any] = {
+        "block_tokens": BLOCK_TOKENS,
+        "heads": elastic.spec.num_kv_heads,
+        "head_dim": elastic.spec.head_dim,
+        "dtype": elastic.dtype,
+    }
+    if elastic.device.type == "cpu":
+        return PagedKV(MappedArena(capacity=blocks, **shape), blocks)
+    return PagedKV(SlabArena(slab_blocks=-(-blocks // SLABS), device=elastic.device, **shape), blocks)
+
+
+class Samples:
+    """Every sample so far, by cell; kept in a file, so that a run can go on where it was stopped."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Take up what the file holds, if it was measured with the same settings."""
+        self._path, self._settings = path, dict(settings)
+        self.of: dict[str, list[float]] = {}
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["settings"] == self._settings:
+                self.of = content["samples"]
+
+    def add(self, name: str, us: float) -> None:
+        """Keep one sample."""
+        self.of.setdefault(name, []).append(us)
+
+    def save(self) -> None:
+        """Write all of them, whole or not at all."""
+        write_json(self._path, {"settings": self._settings, "samples": self.of})
+
+    def done(self, name: str) -> bool:
+        """Return whether a cell's median is known well enough, or was tried often enough."""
+        values = self.of.get(name, [])
+        if len(values) < LEAST_REPEATS:
+            return False
+        return len(values) >= MOST_REPEATS or spread(values) < WANTED_SPREAD
+
+
+def spread(values: list[float]) -> float:
+    """Return the standard error of the median over the median, from the median absolute deviation.
+
+    For normal noise the deviation is 1.4826 MAD, and a median's standard error 1.2533 deviation / sqrt(n).
+    """
+    middle = float(np.median(values))
+    deviation = 1.4826 * float(np.median(np.abs(np.asarray(values) - middle)))
+    return float(1.2533 * deviation / np.sqrt(len(values)) / middle)
+
+
+def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: Console) -> list[Iterations]:
+    """Measure every cell of every term; return runs of the engine, from before, between and after them."""
+    deadline_s = time.monotonic() + settings.seconds
+    rng = random.Random(settings.seed)
+    groups: list[tuple[Callable[[], list[Cell]], float]] = [  # and the share of the time
+        (lambda: bench.linear(16) + bench.ends() + bench.attention(), 0.7),
+        (lambda: bench.linear(8), 0.5),
+        (lambda: bench.linear(4), 1.0),
+    ]
+    runs = [run_engine(bench.elastic, settings.clock, settings.seed + 1, RUN_S, RATES_RPS[0])]
+    with Progress(console=console, transient=True) as progress:
+        for index, (build, share) in enumerate(groups):
+            cells = build()
+            until_s = time.monotonic() + share * (deadline_s - time.monotonic())
+            task = progress.add_task(f"group {index + 1} of {len(groups)}", total=len(cells))
+            for cell in cells:
+                if cell.names[0] not in samples.of:
+                    bench.time(cell)  # the first time is not like the others
+            while todo := [cell for cell in cells if not all(map(samples.done, cell.names))]:
+                late = time.monotonic() > until_s
+                if late and all(len(samples.of.get(cell.names[0], [])) >= LEAST_REPEATS for cell in todo):
+                    break
+                rng.shuffle(todo)
+                for cell in todo:
+                    for name, us in zip(cell.names, bench.time(cell), strict=True):
+                        samples.add(name, us)
+                samples.save()
+                progress.update(task, completed=len(cells) - len(todo))
+            progress.remove_task(task)
+            rate_rps = RATES_RPS[(1 + index) % len(RATES_RPS)]
+            runs.append(run_engine(bench.elastic, settings.clock, settings.seed + 2 + index, RUN_S, rate_rps))
+    return runs
+
+
+def terms_of(samples: Samples) -> m.Terms:
+    """Return the median of every cell as the terms that ``hw.calibrate`` fits."""
+    middle = {name: float(np.median(values)) for name, values in samples.of.items()}
+
+    def curve(prefix: str) -> m.Curve:
+        found = {int(name.split("/")[1]): us for name, us in middle.items() if name.split("/")[0] == prefix}
+        counts = sorted(found)
+        return m.Curve(np.array(counts, dtype=np.float64), np.array([found[c] for c in counts]))
+
+    def rows(prefix: str) -> tuple[Floats, Floats, Floats]:
+        found = [(*map(int, name.split("/")[1:]), us) for name, us in middle.items() if name.startswith(f"{prefix}/")]
+        columns = np.array(sorted(found), dtype=np.float64).T
+        return columns[0], columns[1], columns[2]
+
+    batch, context, decode_us = rows("decode")
+    chunk, prefix, prefill_us = rows("prefill")
+    return m.Terms(
+        linear={bits: {kind: curve(f"{kind}_{bits}") for kind in ("mha", "ffn")} for bits in (16, 8, 4)},
+        token=curve("token"),
+        head=curve("head"),
+        prefill=m.Surface(chunk, m.mean_context(chunk, prefix), prefill_us),
+        decode=m.Surface(batch, context, decode_us),
+    )
+
+
+def times(content: Mapping[str, Any], factor: float, prefill_attention_factor: float | None = None) -> dict[str, Any]:
+    """Return a calibration with the times of all its terms multiplied; ``fixed_us`` stays.
+
+    prefill_attention_factor: for that term instead of ``factor``.
+    """
+
+    def scaled(value: Any, factor: float) -> Any:
+        if isinstance(value, Mapping):
+            return {key: scaled(item, factor) for key, item in value.items()}
+        return [scaled(item, factor) for item in value] if isinstance(value, list) else float(f"{value * factor:.5g}")
+
+    factors = {"prefill_attention": factor if prefill_attention_factor is None else prefill_attention_factor}
+    tables = dict(content["tables"])
+    for name in ("linear_us", "token_us", "head_us"):
+        tables[name] = scaled(tables[name], factor)
+    for name in ("prefill_attention", "decode_attention"):
+        tables[name] = tables[name] | {"us": scaled(tables[name]["us"], factors.get(name, factor))}
+    return {**content, "tables": tables}
+
+
+@dataclass(frozen=True, slots=True)
+class Iterations:
+    """Iterations of a run of the engine: what each took, in seconds, and what was in it."""
+
+    measured_s: Floats
+    shapes: tuple[Shape, ...]
+
+    def priced_s(self, latency: LatencyModel) -> Floats:
+        """Return what a latency model says of each."""
+        prices = [
+            latency.iteration_s(s.plan, s.chunks, s.decode_batch, s.decode_context_sum, s.sequences)
+            for s in self.shapes
+        ]
+        return np.array(prices)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What iterations take: ``factor * terms + prefill_attention_factor * prefill attention + fixed_s``.
+
+    factors: in a run a term finds caches otherwise than it does when it is timed in turn with its like, and the
+    attention of prompts finds KV blocks and masks that were never used before.
+    off: relative error of the line, the median of its size over the iterations.
+    """
+
+    factor: float
+    prefill_attention_factor: float
+    fixed_s: float
+    off: float
+
+
+def line_over_terms(runs: Sequence[Iterations], content: Mapping[str, Any]) -> Line:
+    """Fit the line to the iterations of runs: relative errors, of which large ones count little (soft L1, at 5 %).
+
+    content: the calibration that has the terms, its ``fixed_us`` 0.
+    """
+    measured_s = np.concatenate([run.measured_s for run in runs])
+    once, twice = (latency_of(times(content, 1.0, factor)) for factor in (1.0, 2.0))
+    all_s, more_s = (np.concatenate([run.priced_s(latency) for run in runs]) for latency in (once, twice))
+    terms_s = np.column_stack((2 * all_s - more_s, more_s - all_s, np.full(len(all_s), 1e-3)))
+
+    def off(at: Floats) -> Floats:
+        errors: Floats = terms_s @ at / measured_s - 1
+        return errors
+
+    bounds = ([0.1, 0.1, 0.0], np.inf)
+    found = least_squares(off, (1.0, 1.0, 1.0), bounds=bounds, loss="soft_l1", f_scale=0.05).x
+    return Line(float(found[0]), float(found[1]), float(found[2]) * 1e-3, float(np.median(np.abs(off(found)))))
+
+
+def run_engine(elastic: ElasticModel, clock: str, seed: int, duration_s: float, rate_rps: float) -> Iterations:
+    """Serve random requests on the dense model."""
+    spec = elastic.spec
+    elastic.apply(dense_plan(spec))
+    config = EngineConfig(limits=Limits(max_batch_tokens=128, max_running=16), kv_block_tokens=BLOCK_TOKENS)
+    trace = poisson(
+        rate_rps=rate_rps,
+        duration_s=duration_s,
+        lengths=lambda rng, requests: lognormal_lengths(
+            rng,
+            requests,
+            prompt_tokens_p50=70,
+            prompt_sigma=0.7,
+            output_tokens_p50=14,
+            output_sigma=0.6,
+            max_prompt_tokens=300,
+            max_output_tokens=60,
+        ),
+        seed=seed,
+    )
+    plan = dense_plan(spec)
+    engine = HwEngine(
+        elastic=elastic,
+        config=config,
+        plan=plan,
+        budget_bytes=budget_for_kv_blocks(spec, plan, 200, 0, BLOCK_TOKENS),
+        prompts=RandomPrompts(spec.vocab_size, seed),
+        clock=RealClock(clock, skip_idle=True),
+    )
+    replay(trace, engine, Fixed(plan))
+    rows, shapes = engine.iterations(), engine.shapes()
+    engine.close()
+    # An iteration lasts until the next one starts, where that follows at once.
+    following = np.append(rows.start_s[1:], np.inf)
+    lasting = np.where(following - rows.end_s < 0.005, following, rows.end_s) - rows.start_s
+    return Iterations(lasting, tuple(shapes))
+
+
+def memory_bandwidth_bytes_per_s(device: torch.device) -> float:
+    """Return the bytes a second that reading a large array and writing another moves; the median of five."""
+    source = torch.ones(64 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        start_s = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start_s)
+    return float(2 * source.nbytes / np.median(seconds[1:]))
+
+
+def plot(path: Path, terms: m.Terms, latency: LatencyModel, held_out: Iterations, title: str) -> None:
+    """Write one PNG: every term's measured points over its fit, and whole iterations against their prices."""
+    import matplotlib as mpl  # drawing is rare and its import slow
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
+    for axis, kind in zip(axes[0], ("mha", "ffn"), strict=False):
+        for bits, kinds in terms.linear.items():
+            points = axis.plot(kinds[kind].x, kinds[kind].us / 1e3, "o", markersize=4, label=f"{bits} bits, measured")
+            x = np.arange(1, int(kinds[kind].x[-1]) + 1)
+            fitted = [latency.linear_s(kind, bits, int(t)) * 1e3 for t in x]
+            axis.plot(x, fitted, color=points[0].get_color(), linewidth=0.8)
+        axis.set(
+            xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=f"{kind.upper()} block without attention"
+        )
+        axis.legend()
+    head = axes[0][2].plot(terms.head.x, terms.head.us / 1e3, "o", markersize=4, label="head, measured")
+    x = np.arange(1, int(terms.head.x[-1]) + 1)
+    axes[0][2].plot(x, [latency.head_s(int(s)) * 1e3 for s in x], color=head[0].get_color(), linewidth=0.8)
+    axes[0][2].set(xlabel="sequences", ylabel="ms", title="LM head and choice of a token")
+    for batch in (1, 4, 8, 16):
+        here = terms.decode.x == batch
+        line = axes[1][0].plot(
+            terms.decode.y[here], terms.decode.us[here] / 1e3, "o", markersize=4, label=f"batch {batch}"
+        )
+        x = np.arange(8, int(terms.decode.y.max()) + 1, 8)
+        fitted = [latency.decode_attention_s(batch, int(batch * c)) * 1e3 for c in x]
+        axes[1][0].plot(x, fitted, color=line[0].get_color(), linewidth=0.8)
+    axes[1][0].set(xlabel="context, tokens", ylabel="ms", title="decode attention, one layer")
+    axes[1][0].legend()
+    for tokens in (16, 64, 128):
+        here = terms.prefill.x == tokens
+        prefix = terms.prefill.y[here] - (tokens + 1) / 2
+        line = axes[1][1].plot(prefix, terms.prefill.us[here] / 1e3, "o", markersize=4, label=f"{tokens} tokens")
+        fitted = [latency.prefill_attention_s(tokens, int(p)) * 1e3 for p in prefix]
+        axes[1][1].plot(prefix, fitted, color=line[0].get_color(), linewidth=0.8)
+    axes[1][1].set(xlabel="tokens before the chunk", ylabel="ms", title="prefill attention, one layer")
+    axes[1][1].legend()
+    both = (held_out.priced_s(latency) * 1e3, held_out.measured_s * 1e3)
+    axes[1][2].plot(*both, ".", markersize=4)
+    most = float(max(map(np.max, both)))
+    axes[1][2].plot([0, most], [0, most], color="black", linewidth=0.8)
+    axes[1][2].set(xlabel="priced, ms", ylabel="measured, ms", title="whole iterations, held out")
+    figure.suptitle(title)
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
+    plt.close(figure)
+
+
+def latency_of(content: Mapping[str, Any]) -> LatencyModel:
+    """Return the latency model of a calibration's content."""
+    return calibration_from_dict(content, str(content["name"]))

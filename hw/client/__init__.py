@@ -1,0 +1,1 @@
+"""Replays a trace against any OpenAI-compatible server."""

@@ -1,0 +1,344 @@
+"""Replays a trace against any OpenAI-compatible server: ``python -m hw.client client.url=http://127.0.0.1:8000``.
+
+It writes the records and the summary that sim.replay and hw.replay write, so that ``hw.compare`` sets a simulated run
+beside a real server. Open loop, each request is sent when the trace says, whatever the server does; closed loop, so
+many users send their next request when the last is answered. What only a server knows (iterations, KV use, plans) stays
+empty. Neither torch nor a tokenizer is needed: prompts are random token ids, or pieces of a text about as long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from hw.engine.prompts import RandomPrompts
+from sim.config import ReplayConfig, build, run_command
+from sim.engine.protocol import Request
+from sim.errors import ConfigError
+from sim.paths import find_data
+from sim.replay.loop import requests_of
+from sim.replay.run import build_trace
+from sim.results.metrics import Slo, records_frame, summarise, transitions_frame
+from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
+from sim.results.report import print_summary
+from sim.results.run_folder import provenance, write_json, write_parquet, write_text
+
+CHARACTERS_A_TOKEN = 4
+LOOPS = ("open", "closed")
+
+
+@dataclass(kw_only=True)
+class ClientSettings:
+    """How the server is asked.
+
+    url: where it listens, without /v1. served_model: the name it knows; null takes that of model=.
+    loop: open or closed. users: of a closed loop. max_connections: requests under way at most, in an open loop too;
+        what has to wait for one is late, and its wait counts in its TTFT.
+    timeout_s: of one request. retries: of a request that could not be sent or met an error.
+    chat: ask /v1/chat/completions with text, as one message of the user, instead of /v1/completions; the server adds
+        the tokens of its template, and ``usage`` says how many a prompt really had.
+    text: cut prompts from this file, about four characters a token; null sends random token ids.
+    ignore_eos: ask for the trace's length exactly, as vLLM and hw.serve understand it.
+    """
+
+    url: str = "http://127.0.0.1:8000"
+    served_model: str | None = None
+    loop: str = "open"
+    users: int = 4
+    max_connections: int = 256
+    timeout_s: float = 600.0
+    retries: int = 0
+    chat: bool = False
+    text: str | None = None
+    ignore_eos: bool = True
+
+
+@dataclass(kw_only=True)
+class ClientConfig(ReplayConfig):
+    """A trace against a server."""
+
+    client: ClientSettings = field(default_factory=ClientSettings)
+
+
+ConfigStore.instance().store(name="client_schema", node=ClientConfig)
+
+
+@dataclass(slots=True)
+class Answer:
+    """One request and what came back: seconds since the start, real token counts of the server's ``usage``."""
+
+    request: Request
+    arrival_s: float
+    sent_s: float = math.nan
+    token_s: list[float] = field(default_factory=list)
+    finish_s: float = math.nan
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    error: str | None = None
+    retries: int = 0
+
+
+class Replayer:
+    """Sends requests and notes when tokens come."""
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        model: str,
+        vocabulary: int,
+        *,
+        seed: int = 0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """Ask one server; ``transport`` is for tests.
+
+        Raises:
+            ConfigError: for an unknown loop, numbers out of range, or a text that is not there.
+        """
+        if settings.loop not in LOOPS:
+            raise ConfigError(f"unknown client.loop {settings.loop!r}; allowed: {', '.join(LOOPS)}")
+        if min(settings.users, settings.max_connections) < 1 or settings.retries < 0 or not settings.timeout_s > 0:
+            raise ConfigError(
+                "client.users and max_connections must be at least 1, retries at least 0 and timeout_s above 0"
+            )
+        self._settings, self._model = settings, settings.served_model or model
+        self._ids = RandomPrompts(vocabulary, seed)
+        self._text = ""
+        if settings.text is not None:
+            file = find_data(settings.text)
+            if not file.is_file():
+                raise ConfigError(f"no text at {file}; give client.text= a file, or null for random token ids")
+            self._text = file.read_text(encoding="utf-8", errors="ignore")[:400_000]
+        elif settings.chat:
+            raise ConfigError("client.chat=true sends text; give client.text= a file")
+        self._seed, self._transport = seed, transport
+        self.answers: list[Answer] = []
+
+    async def run(self, requests: Sequence[Request]) -> list[Answer]:
+        """Send all requests; return what came back, in order of arrival."""
+        limits = httpx.Limits(max_connections=self._settings.max_connections)
+        timeout = httpx.Timeout(self._settings.timeout_s, pool=None)
+        async with httpx.AsyncClient(
+            base_url=self._settings.url, limits=limits, timeout=timeout, transport=self._transport
+        ) as http:
+            self._start_s = time.perf_counter()
+            if self._settings.loop == "open":
+                await asyncio.gather(*(self._at_arrival(http, request) for request in requests))
+            else:
+                waiting = iter(requests)
+                await asyncio.gather(*(self._user(http, waiting) for _ in range(self._settings.users)))
+        self.answers.sort(key=lambda answer: (answer.arrival_s, answer.request.request_id))
+        return self.answers
+
+    def _now_s(self) -> float:
+        return time.perf_counter() - self._start_s
+
+    async def _at_arrival(self, http: httpx.AsyncClient, request: Request) -> None:
+        await asyncio.sleep(request.arrival_s - self._now_s())
+        await self._ask(http, Answer(request, request.arrival_s))
+
+    async def _user(self, http: httpx.AsyncClient, waiting: Any) -> None:
+        for request in waiting:
+            await self._ask(http, Answer(request, self._now_s()))
+
+    async def _ask(self, http: httpx.AsyncClient, answer: Answer) -> None:
+        self.answers.append(answer)
+        for attempt in range(self._settings.retries + 1):
+            answer.retries, answer.error = attempt, None
+            answer.token_s.clear()
+            try:
+                await self._stream(http, answer)
+            except (httpx.HTTPError, ValueError, KeyError) as error:
+                answer.error = f"{type(error).__name__}: {error}"
+            if answer.error is None:
+                return
+
+    async def _stream(self, http: httpx.AsyncClient, answer: Answer) -> None:
+        answer.sent_s = self._now_s()
+        path = "/v1/chat/completions" if self._settings.chat else "/v1/completions"
+        async with http.stream("POST", path, json=self._body(answer.request)) as response:
+            if response.status_code != 200:
+                raw = (await response.aread()).decode("utf-8", errors="replace")
+                raise ValueError(f"HTTP {response.status_code}: {raw[:300]}")
+            async for line in response.aiter_lines():
+                if not line.startswith("data:"):
+                    continue
+                data = line.removeprefix("data:").strip()
+                if data == "[DONE]":
+                    break
+                event = json.loads(data)
+                if "error" in event:
+                    raise ValueError(str(event["error"]))
+                if event.get("usage"):
+                    answer.prompt_tokens = event["usage"]["prompt_tokens"]
+                    answer.completion_tokens = event["usage"]["completion_tokens"]
+                if any(_brings_token(choice, first=not answer.token_s) for choice in event["choices"]):
+                    answer.token_s.append(self._now_s())
+        if not answer.token_s:
+            raise ValueError("the answer held no token")
+        answer.finish_s = answer.token_s[-1]
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self._model,
+            "max_tokens": request.output_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self._settings.ignore_eos:
+            body["ignore_eos"] = True
+        if not self._text:
+            return body | {"prompt": list(self._ids(request.request_id, request.prompt_tokens))}
+        length = CHARACTERS_A_TOKEN * request.prompt_tokens
+        start = int(np.random.default_rng((self._seed, request.request_id)).integers(max(1, len(self._text) - length)))
+        piece = self._text[start : start + length]
+        if self._settings.chat:
+            return body | {"messages": [{"role": "user", "content": piece}]}
+        return body | {"prompt": piece}
+
+
+def _brings_token(choice: Mapping[str, Any], *, first: bool) -> bool:
+    """Return whether a piece of a stream brings a token; one of a chat that names a role, or an end, alone does not.
+
+    An answer whose text stays empty, of special tokens or half a character, has its end for its first token.
+    """
+    if "text" in choice:
+        return True
+    return bool((choice.get("delta") or {}).get("content")) or (first and choice.get("finish_reason") is not None)
+
+
+def records_of(answers: Sequence[Answer]) -> Records:
+    """Return one row a request; tokens as the server counted them, or as many as chunks came where it did not."""
+    counted = [0 if a.error else (a.completion_tokens or len(a.token_s)) for a in answers]
+
+    def floats(values: Sequence[float]) -> Any:
+        return np.array(values, dtype=np.float64)
+
+    def ints(values: Sequence[int]) -> Any:
+        return np.array(values, dtype=np.int64)
+
+    nothing = np.full(len(answers), np.nan)
+    return Records(
+        arrival_s=floats([a.arrival_s for a in answers]),
+        prompt_tokens=ints([a.request.prompt_tokens for a in answers]),
+        output_tokens=ints([a.request.output_tokens for a in answers]),
+        produced_tokens=ints(counted),
+        admitted_s=floats([a.sent_s for a in answers]),
+        first_token_s=floats([math.nan if a.error else a.token_s[0] for a in answers]),
+        finish_s=floats([math.nan if a.error else a.finish_s for a in answers]),
+        preemptions=ints([0] * len(answers)),
+        status=ints([int(Status.REJECTED if a.error else Status.FINISHED) for a in answers]),
+        kept_params_share=nothing,
+        quality_nll=nothing,
+        cached_tokens=ints([0] * len(answers)),
+    )
+
+
+def gaps_of(answers: Sequence[Answer]) -> TokenGaps:
+    """Return the gaps between chunks of one answer."""
+    gaps = [
+        later - earlier
+        for a in answers
+        if not a.error
+        for earlier, later in zip(a.token_s, a.token_s[1:], strict=False)
+    ]
+    itl_s, count = np.unique(np.array(gaps, dtype=np.float64), return_counts=True)
+    return TokenGaps(itl_s=itl_s, count=count.astype(np.int64))
+
+
+def summary_of(answers: Sequence[Answer], slo: Slo) -> dict[str, Any]:
+    """Return the figures of a replay; those that only a server knows are 0 or None."""
+    records = records_of(answers)
+    ends = records.finish_s[np.isfinite(records.finish_s)]
+    # One row that spans the run gives it its makespan; a client sees no iterations.
+    span = np.array([ends.max()]) if len(ends) else np.array([])
+    zeros = np.zeros(len(span), dtype=np.int64)
+    spanning = Iterations(
+        start_s=np.zeros(len(span)),
+        end_s=span,
+        prefill_tokens=zeros,
+        decode_requests=zeros,
+        running=zeros,
+        waiting=zeros,
+        kv_used_share=np.zeros(len(span)),
+        preemptions=zeros,
+        extrapolated=np.zeros(len(span), dtype=np.bool_),
+    )
+    summary = summarise(records, spanning, gaps_of(answers), slo)
+    return summary | {"iterations": 0, "interrupted": False}
+
+
+def no_transitions() -> Transitions:
+    """Return that no plan change was seen."""
+    empty_int, empty_float = np.array([], dtype=np.int64), np.array([], dtype=np.float64)
+    return Transitions(
+        time_s=empty_float,
+        from_plan=(),
+        to_plan=(),
+        bytes_in=empty_int,
+        bytes_freed=empty_int,
+        ready_s=empty_float,
+        preempted=empty_int,
+        recomputed_tokens=empty_int,
+        kv_blocks_before=empty_int,
+        kv_blocks_after=empty_int,
+    )
+
+
+def run_client(cfg: DictConfig) -> None:
+    """Replay against the server, write the run folder, print the table."""
+    folder, console = Path(HydraConfig.get().runtime.output_dir), Console()
+    trace, slo, model = build_trace(cfg), build(cfg.slo), build(cfg.model)
+    settings = ClientSettings(**{str(key): value for key, value in cfg.client.items()})
+    replayer = Replayer(settings, model.name, model.vocab_size, seed=cfg.seed)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(
+        folder / "provenance.json",
+        {
+            **provenance(cfg.seed),
+            "trace": {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history},
+        },
+    )
+    answers = asyncio.run(replayer.run(requests_of(trace)))
+    summary = summary_of(answers, slo)
+    errors = sorted({a.error for a in answers if a.error})
+    sent = [a.prompt_tokens for a in answers if a.prompt_tokens is not None]
+    write_parquet(folder / "records.parquet", records_frame(records_of(answers), slo))
+    write_parquet(folder / "transitions.parquet", transitions_frame(no_transitions()))
+    write_json(
+        folder / "client.json",
+        {
+            "url": settings.url,
+            "loop": settings.loop,
+            "failed": sum(a.error is not None for a in answers),
+            "errors": errors[:20],
+            "retried": sum(a.retries for a in answers),
+            "late_p99_s": float(np.quantile([a.sent_s - a.arrival_s for a in answers], 0.99)),
+            "prompt_tokens_of_usage": sum(sent),
+            "prompt_tokens_of_trace": int(trace.prompt_tokens.sum()),
+        },
+    )
+    write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+    print_summary(summary, f"{len(trace):,} requests to {settings.url}", console)
+    for error in errors[:3]:
+        console.print(f"failed: {error}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"files: {folder}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run ``python -m hw.client``."""
+    run_command(run_client, "client")

@@ -1,0 +1,1 @@
+"""Prefill and decode of the real model in two processes."""

@@ -1,0 +1,373 @@
+"""Prefill and decode of a real model in two processes: the KV is gathered, really shipped, and put into another pool.
+
+The rules are those of ``sim.disaggregate``, which states the places that a request goes through, with one replica of
+each side and without ``overlap``. Over one connection (hw/disaggregate/kv_link.py) go
+
+    prefill -> decode   offer     a request whose prompt is computed: its tokens, its record, no KV yet
+    decode -> prefill   take      room is held for it: KV blocks, and a place among those that run
+    prefill -> decode   kv        chunks of its keys, then of its values, layer by layer as decode keeps them
+    decode -> prefill   arrived   its KV lies in the pool; only now prefill frees its own
+    prefill -> decode   over      nobody else will come
+
+Each side has three threads: the engine's, whose lock is free while the model computes; one that hears the other side,
+and under that lock looks for room in the middle of an iteration; one that sends. Moments are those of one clock,
+Linux's CLOCK_MONOTONIC, which both processes read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from hw.disaggregate.kv_link import Channel, Header, LinkError, Sender
+from hw.elastic.model import ElasticModel
+from hw.elastic.paged_kv import Arena, RequestPages
+from hw.engine.clock import RealClock
+from hw.engine.hw_engine import Handover, HwEngine
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan
+from sim.disaggregate.disaggregate import kv_bytes_sent
+from sim.engine.protocol import Request
+from sim.traces.trace import Trace
+
+LOOK_S = 0.02
+"""How long an idle side sleeps at most, if nobody wakes it."""
+STEP_S = 1e-3
+"""How far ahead the engine is asked to serve: one iteration takes longer, and it is asked again after that."""
+
+Report = Callable[[str, Any], None]
+"""Hears what a side has to tell as it goes: ("records", (ids, Records)) of requests that end there, as a dict
+("transfer", {...}) of KV that has joined, and ("released", (request_id, moment)) of KV that prefill has freed."""
+
+
+class GuardedEngine(HwEngine):
+    """An engine whose lock is free while the model computes, so that other threads can look at its pool then."""
+
+    def __init__(self, guard: threading.Condition, **words: Any) -> None:
+        """Build an idle engine; ``words`` are those of ``HwEngine``. Whoever calls it from now on holds the lock."""
+        self._guard = guard
+        super().__init__(**words)
+
+    def _forward(self, *work: Any) -> dict[int, int]:
+        self._guard.release()
+        try:
+            return super()._forward(*work)
+        finally:
+            self._guard.acquire()
+
+
+Build = Callable[..., GuardedEngine]
+"""Makes a side's engine from the words that only the side knows: guard, prompts, holds, on_token."""
+
+
+# --- KV as bytes -----------------------------------------------------------------------------------------------------
+
+
+def gather(arena: Arena, pages: RequestPages, tokens: int) -> memoryview:
+    """Return what a request holds of so many computed tokens: all keys, then all values, layer by layer."""
+    slots = torch.tensor(pages.kept_slots(tokens, arena.block_tokens), dtype=torch.long, device=arena.device)
+    halves = torch.stack(arena.read_slots(slots)).cpu()
+    content: memoryview = halves.view(torch.uint8).numpy().reshape(-1).data
+    return content
+
+
+def scatter(arena: Arena, pages: RequestPages, tokens: int, content: bytearray, elastic: ElasticModel) -> None:
+    """Put what ``gather`` returned where another request's pages hold the same tokens of the same layers."""
+    if not content:
+        return
+    slots = torch.tensor(pages.kept_slots(tokens, arena.block_tokens), dtype=torch.long, device=arena.device)
+    shape = (2, len(slots), elastic.spec.num_kv_heads, elastic.spec.head_dim)
+    keys, values = torch.frombuffer(content, dtype=elastic.dtype).view(shape).to(arena.device)
+    arena.write(slots, keys, values)
+
+
+# --- What both sides share -------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """A channel with its two threads, and the lock that the engine of this side runs under.
+
+    failure: why the link can no longer be used; None while all is well.
+    """
+
+    def __init__(self, channel: Channel, *, bytes_per_s: float | None = None, latency_s: float = 0.0) -> None:
+        """Take over a channel; nothing is heard before ``listen``. The link's limits are those of what is sent here."""
+        self.guard = threading.Condition(threading.Lock())
+        self.failure: BaseException | None = None
+        self._channel = channel
+        self._sender = Sender(channel, self._fail, bytes_per_s=bytes_per_s, latency_s=latency_s)
+        self.tell, self.carry = self._sender.tell, self._sender.carry
+
+    def listen(self, heard: Callable[[Header, Channel], bool]) -> None:
+        """Let a thread give every header that comes to ``heard``, until that returns True."""
+
+        def run() -> None:
+            try:
+                while not heard(self._channel.receive(), self._channel):
+                    pass
+            except BaseException as error:
+                self._fail(error)
+
+        threading.Thread(target=run, name="listener", daemon=True).start()
+
+    def close(self, *, whole: bool) -> None:
+        """Close the channel; with ``whole`` after what is left is sent."""
+        if not whole:
+            self._channel.close()  # first, for a send that is stuck
+        self._sender.close(whole=whole)
+        self._channel.close()
+
+    def _fail(self, error: BaseException) -> None:
+        with self.guard:
+            self.failure = self.failure or error
+            self.guard.notify()
+
+
+class Side(Protocol):
+    """One of the two sides."""
+
+    engine: GuardedEngine
+    connection: Connection
+
+    def exchange(self, now_s: float) -> bool:
+        """Take in what has come and give away what can go, between two iterations; return whether all is over."""
+        ...
+
+
+def serve(side: Side, clock: RealClock, stopped: Callable[[], bool]) -> None:
+    """Serve until a side is done.
+
+    Args:
+        stopped: asked between iterations, whether to end early.
+    Raises:
+        LinkError: when the other side has gone, or did what was not agreed.
+        KeyboardInterrupt: when stopped.
+    """
+    engine, connection = side.engine, side.connection
+    with connection.guard:
+        while True:
+            now_s = clock.now_s()
+            engine.run_until(now_s)  # what has ended is in force
+            if connection.failure is not None:
+                raise connection.failure
+            if stopped():
+                raise KeyboardInterrupt
+            if side.exchange(now_s):
+                return
+            if not engine.run_until(clock.now_s() + STEP_S).running:
+                connection.guard.wait(LOOK_S)
+
+
+# --- Prefill ---------------------------------------------------------------------------------------------------------
+
+
+class PrefillSide:
+    """Computes prompts and first tokens, and holds their KV until it has arrived where they go on."""
+
+    def __init__(
+        self, *, build: Build, trace: Trace, decode_limit: int, connection: Connection, clock: RealClock, report: Report
+    ) -> None:
+        """Build the engine.
+
+        Args:
+            decode_limit: tokens that prompt and output may have together at the decode side.
+        """
+        self.connection, self._clock, self._report = connection, clock, report
+        self._trace, self._decode_limit = trace, decode_limit
+        self._next = 0
+        self.engine = build(guard=connection.guard, holds=self._goes_on, on_token=self._on_token)
+        connection.listen(self._heard)
+
+    def exchange(self, now_s: float) -> bool:
+        """Let requests arrive."""
+        trace = self._trace
+        due: list[Request] = []
+        while self._next < len(trace) and trace.arrival_s[self._next] <= now_s:
+            due.append(self._request(self._next))
+            self._next += 1
+        self.engine.submit(due)
+        over = self._next == len(trace) and self.engine.drained and not self.engine.outside
+        if over:
+            self.connection.tell({"kind": "over"})
+        return over
+
+    def _request(self, number: int) -> Request:
+        """Return a request of the trace as it is served here: up to its first token."""
+        arrival_s, prompt_tokens = float(self._trace.arrival_s[number]), int(self._trace.prompt_tokens[number])
+        return Request(request_id=number, arrival_s=arrival_s, prompt_tokens=prompt_tokens, output_tokens=1)
+
+    def _output_limit(self, number: int) -> int:
+        limit = self._decode_limit - int(self._trace.prompt_tokens[number])
+        return min(int(self._trace.output_tokens[number]), limit)
+
+    def _goes_on(self, request_id: int) -> bool:
+        return self._output_limit(request_id) > 1
+
+    def _on_token(self, request_id: int, token: int | None, _last: bool) -> None:
+        self._report("records", ([request_id], self.engine.records([request_id])))
+        if token is None or not self._goes_on(request_id):
+            return
+        outputs = int(self._trace.output_tokens[request_id])
+        given = self.engine.handover(request_id, outputs, self._output_limit(request_id))
+        self.connection.tell({"kind": "offer", "given": dataclasses.asdict(given)})
+
+    def _heard(self, header: Header, _channel: Channel) -> bool:
+        request_id = header.get("request")
+        if header.get("kind") not in ("take", "arrived") or request_id not in self.engine.outside:
+            raise LinkError(f"the decode process sent {header}, which nobody here asked for")
+        if header["kind"] == "take":
+            pages = self.engine.outside[request_id]
+            tokens = int(self._trace.prompt_tokens[request_id])
+            arena = self.engine.pool.arena
+            self.connection.carry({"kind": "kv", "request": request_id}, lambda: gather(arena, pages, tokens))
+            return False
+        with self.connection.guard:
+            self.engine.release(request_id)
+            self._report("released", (request_id, self._clock.now_s()))
+            self.connection.guard.notify()
+        return False
+
+
+# --- Decode ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Coming:
+    """A request whose KV is on its way here, into room that is held for it."""
+
+    given: Handover
+    pages: RequestPages
+    content: bytearray
+    send_s: float
+    arrived_bytes: int = 0
+    sent_s: float = float("nan")
+
+
+class DecodeSide:
+    """Takes requests whose prompt is computed as it has room for their KV, and produces the rest of their tokens."""
+
+    def __init__(
+        self,
+        *,
+        build: Build,
+        elastic: ElasticModel,
+        plan: Plan,
+        connection: Connection,
+        clock: RealClock,
+        report: Report,
+    ) -> None:
+        """Build the engine; ``plan`` is that of both sides."""
+        self.connection, self._clock, self._report = connection, clock, report
+        self._elastic, self._plan = elastic, plan
+        self._offers: deque[Handover] = deque()
+        self._coming: dict[int, _Coming] = {}
+        self._arrived: deque[_Coming] = deque()
+        self._over = False
+        self.engine = build(guard=connection.guard, on_token=self._on_token)
+
+    def listen(self) -> None:
+        """Hear the other side from now on."""
+        self.connection.listen(self._heard)
+
+    def exchange(self, now_s: float) -> bool:
+        """Let requests join whose KV has arrived, and take more of those that were offered."""
+        while self._arrived:
+            come = self._arrived.popleft()
+            self.engine.join(come.given)
+            self._report(
+                "transfer",
+                {
+                    "request_id": come.given.request.request_id,
+                    "sent_bytes": len(come.content),
+                    "send_s": come.send_s,
+                    "sent_s": come.sent_s,
+                    "joined_s": now_s,
+                },
+            )
+        self._take_those_offered()
+        return self._over and not self._offers and not self.engine.outside and self.engine.drained
+
+    def _take_those_offered(self) -> None:
+        """Hold room for requests in the order in which their prompts were computed, and ask for their KV."""
+        while self._offers:
+            request = self._offers[0].request
+            pages = self.engine.reserve(request.request_id, request.prompt_tokens)
+            if pages is None:
+                return
+            content = bytearray(kv_bytes_sent(self._elastic.spec, self._plan, request.prompt_tokens))
+            come = _Coming(self._offers.popleft(), pages, content, self._clock.now_s())
+            self._coming[request.request_id] = come
+            self.connection.tell({"kind": "take", "request": request.request_id})
+
+    def _on_token(self, request_id: int, _token: int | None, last: bool) -> None:
+        if last:
+            self._report("records", ([request_id], self.engine.records([request_id])))
+
+    def _heard(self, header: Header, channel: Channel) -> bool:
+        kind = header.get("kind")
+        if kind == "kv" and header.get("request") in self._coming:
+            self._receive(self._coming[header["request"]], header["bytes"], channel)
+        elif kind == "offer":
+            given = handover_from(header, self._elastic.spec)
+            with self.connection.guard:
+                self._offers.append(given)
+                self._take_those_offered()
+        elif kind == "over":
+            with self.connection.guard:
+                self._over = True
+                self.connection.guard.notify()
+        else:
+            raise LinkError(f"the prefill process sent {header}, which nobody here asked for")
+        return bool(kind == "over")
+
+    def _receive(self, come: _Coming, count: int, channel: Channel) -> None:
+        """Receive a chunk of a request's KV; with the last one it lies in the pool."""
+        request, size = come.given.request, len(come.content)
+        if not 0 <= count <= size - come.arrived_bytes:
+            raise LinkError(
+                f"the prefill process sends more KV of request {request.request_id} than the plan says: "
+                f"{come.arrived_bytes + count} bytes of {size}"
+            )
+        place = memoryview(come.content)[come.arrived_bytes :][:count]
+        channel.fill(place)
+        come.arrived_bytes += count
+        if come.arrived_bytes < size:
+            return
+        scatter(self.engine.pool.arena, come.pages, request.prompt_tokens, come.content, self._elastic)
+        with self.connection.guard:
+            come.sent_s = self._clock.now_s()
+            del self._coming[request.request_id]
+            self._arrived.append(come)
+            self.connection.guard.notify()
+        self.connection.tell({"kind": "arrived", "request": request.request_id})
+
+
+def handover_from(header: Header, model: ModelSpec) -> Handover:
+    """Read an offer.
+
+    Raises:
+        LinkError: for one that lacks something, or whose tokens are not those of the model or of its prompt.
+    """
+    try:
+        words = dict(header["given"])
+        given = Handover(**{**words, "request": Request(**words["request"]), "tokens": tuple(words["tokens"])})
+        fits = len(given.tokens) == given.request.prompt_tokens + 1
+        fits = fits and all(0 <= token < model.vocab_size for token in given.tokens)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LinkError(f"the prefill process sent an offer that cannot be read: {error!r}") from error
+    if not fits:
+        raise LinkError(f"the tokens of request {given.request.request_id} are not a prompt of {model.name}")
+    return given
+
+
+def main() -> None:
+    """Run ``python -m hw.disaggregate``."""
+    from hw.disaggregate.run import disaggregate_command
+
+    disaggregate_command()

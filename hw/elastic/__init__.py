@@ -1,0 +1,1 @@
+"""A Hugging Face model that takes plans: blocks, KV cache, quantized layers, weight copies."""

@@ -1,0 +1,103 @@
+"""Brings the blocks of a layer from host memory while iterations go on: a side stream on CUDA, a thread on CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+
+import torch
+
+from hw.elastic.model import ABSENT, Block, ElasticModel
+from sim.engine.transition import LayerCopy
+
+POLL_S = 0.0005
+
+
+class LayerCopier:
+    """Copies one layer at a time; what it brings joins when the engine says so.
+
+    copied_s: how long the copy that joined last was on its way.
+    """
+
+    def __init__(self, elastic: ElasticModel, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Copy into this model; ``clock`` is what the copying thread of a CPU is timed by."""
+        self._elastic, self._clock = elastic, clock
+        self._blocks: list[tuple[Block, int]] = []
+        self._future: Future[float] | None = None
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self.copied_s = 0.0
+        # CUDA copies run beside the model by themselves; on a CPU a thread reads the file of stored weights.
+        self._thread = ThreadPoolExecutor(1, "layer-copy") if elastic.device.type == "cpu" else None
+
+    def start(self, copy: LayerCopy) -> None:
+        """Begin a copy; the last one has joined or was abandoned."""
+        assert not self._blocks
+        pairs = ((self._elastic.blocks["mha"], copy.mha_bits), (self._elastic.blocks["ffn"], copy.ffn_bits))
+        self._blocks = [(blocks[copy.layer], bits) for blocks, bits in pairs if bits != ABSENT]
+        if self._thread is not None:
+            self._future = self._thread.submit(_want, self._blocks, self._clock)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record(self._elastic.copy_stream)
+        _want(self._blocks, self._clock)
+        end.record(self._elastic.copy_stream)
+        self._events = (begin, end)
+
+    def whole(self) -> bool:
+        """Return whether the copy has arrived."""
+        if self._future is not None:
+            return self._future.done()
+        return all(block.pending is None or block.pending.whole() for block, _ in self._blocks)
+
+    def wait(self, timeout_s: float) -> float:
+        """Wait until the copy is whole, at most so long; return the seconds waited, no more than the copy took."""
+        start_s = time.perf_counter()
+        if self._future is not None:
+            wait_for([self._future], timeout=max(timeout_s, 0.0))
+            waited_s = time.perf_counter() - start_s
+            return min(waited_s, self._future.result()) if self._future.done() else waited_s
+        while not self.whole() and time.perf_counter() < start_s + timeout_s:
+            time.sleep(POLL_S)
+        return time.perf_counter() - start_s
+
+    def join(self) -> None:
+        """Put what arrived in the place of what it replaces."""
+        self._finish()
+        for block, _ in self._blocks:
+            block.join(wait=True)
+        self._blocks = []
+
+    def abandon(self) -> None:
+        """Give a copy up; what replaces nothing is freed."""
+        if self._future is not None:
+            self._future.exception()  # waits: the thread must not hand over a copy that nobody wants
+            self._future = None
+        for block, _ in self._blocks:
+            block.pending = None
+        self._blocks, self._events = [], None
+
+    def close(self) -> None:
+        """End the thread."""
+        self.abandon()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _finish(self) -> None:
+        if self._future is not None:
+            self.copied_s = self._future.result()
+            self._future = None
+        if self._events is not None:
+            begin, end = self._events
+            end.synchronize()
+            self.copied_s = begin.elapsed_time(end) / 1e3
+            self._events = None
+
+
+def _want(blocks: list[tuple[Block, int]], clock: Callable[[], float]) -> float:
+    """Start what brings blocks to their bits; return the seconds, on a CPU those of the copy itself."""
+    start_s = clock()
+    for block, bits in blocks:
+        block.want(bits)
+    return clock() - start_s

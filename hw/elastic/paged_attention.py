@@ -1,0 +1,297 @@
+"""One iteration of a batch whose keys and values lie in a paged pool: decodes and prompt chunks in one forward pass.
+
+Tokens of all requests stand behind one another in one row, those of decodes first, so that every linear layer is one
+product over the whole batch. Attention goes by request: decodes of about the same context in one call of PyTorch's
+attention, each prompt chunk in one of its own. A block that a token does not run (DESIGN section 2: stage-wise masks,
+KV holes) never sees it: MHA blocks by request, FFN blocks by stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hw.elastic.model import ElasticModel
+from hw.elastic.paged_kv import Arena, RequestPages, ring_positions
+from sim.cost.memory import kv_blocks
+from sim.cost.plan import KeepMask
+from sim.errors import RapLabError
+
+# Shapes: t tokens of the iteration, n tokens that run a layer's MHA block, H heads, h KV heads, g = H / h, d head_dim.
+
+ATTENTION = "rap_lab_paged"
+
+
+class NotANumberError(RapLabError):
+    """A block of the model gave values that are not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What one request brings to an iteration: ``tokens`` follow the ``start`` tokens whose KV its pages hold."""
+
+    pages: RequestPages
+    tokens: Sequence[int]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """Decodes that one call of attention serves: rows [b] of the layer, blocks [b * width], which keys count [b, k]."""
+
+    rows: Tensor
+    blocks: Tensor
+    width: int
+    seen: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A prompt chunk: its rows of the layer, the tokens before it and the blocks that hold them and its own."""
+
+    start: int
+    stop: int
+    prefix: int
+    blocks: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What one layer's MHA block sees: rows of the iteration (None: all), their slots, the calls of attention."""
+
+    rows: Tensor | None
+    slots: Tensor
+    decodes: list[_Decodes]
+    chunks: list[_Chunk]
+
+
+class PagedBatch:
+    """The pages of one iteration, as the attention of each layer meets them."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        decodes: Sequence[Packed],
+        prefills: Sequence[Packed],
+        windows: Sequence[int | None],
+    ) -> None:
+        """Look up where the batch's keys and values lie; ``windows`` are the layers' sliding ones, None for none."""
+        self._arena = arena
+        self._decodes, self._prefills = decodes, prefills
+        self._windows = windows
+        self._layer: _Layer | None = None
+        self._shapes: dict[Any, Any] = {}
+
+    def enter(self, layer: int) -> Tensor | None:
+        """Prepare a layer; return the rows of the iteration that run its MHA block, None for all, empty for none."""
+        self._layer = found = self._look_up(layer)
+        return found.rows
+
+    def _look_up(self, layer: int) -> _Layer:
+        device, block_tokens = self._arena.device, self._arena.block_tokens
+        decodes = [(row, packed) for row, packed in enumerate(self._decodes) if layer in packed.pages.mha]
+        rows = [row for row, _ in decodes]
+        slots = [packed.pages.slots(layer, packed.start, 1, block_tokens)[0] for _, packed in decodes]
+        chunks: list[_Chunk] = []
+        at = len(self._decodes)
+        for packed in self._prefills:
+            count = len(packed.tokens)
+            if layer in packed.pages.mha:
+                start = len(rows)
+                rows.extend(range(at, at + count))
+                slots.extend(packed.pages.slots(layer, packed.start, count, block_tokens))
+                ids = None
+                if packed.start:
+                    needed = kv_blocks(packed.start + count, block_tokens)
+                    ids = torch.tensor(packed.pages.blocks[layer][:needed], device=device)
+                chunks.append(_Chunk(start, start + count, packed.start, ids))
+            at += count
+        return _Layer(
+            rows=None if len(rows) == at else torch.tensor(rows, dtype=torch.long, device=device),
+            slots=torch.tensor(slots, dtype=torch.long, device=device),
+            decodes=self._group([packed for _, packed in decodes], layer),
+            chunks=chunks,
+        )
+
+    def _group(self, decodes: Sequence[Packed], layer: int) -> list[_Decodes]:
+        """Put decodes together whose contexts fill equally many blocks, rounded up to a power of two."""
+        device, block_tokens = self._arena.device, self._arena.block_tokens
+        groups: dict[int, list[tuple[int, RequestPages, int]]] = {}
+        for row, packed in enumerate(decodes):
+            pages, tokens = packed.pages, packed.start + 1
+            kept = pages.keep_of(layer).tokens(tokens)
+            width = 1 << (kv_blocks(kept, block_tokens) - 1).bit_length()
+            groups.setdefault(width, []).append((row, pages, tokens))
+        made = []
+        for width, members in groups.items():
+            ids: list[int] = []
+            for _, pages, _ in members:
+                own = pages.blocks[layer]
+                ids += own[:width] + own[:1] * (width - len(own))  # padding is masked; any block does
+            shape = (layer if self._windows[layer] is not None else -1, width)
+            key = (*shape, *((row, pages.keep_of(layer).tokens(tokens)) for row, pages, tokens in members))
+            if key not in self._shapes:
+                rows = torch.tensor([row for row, _, _ in members], device=device)
+                self._shapes[key] = rows, self._seen(layer, width * block_tokens, members)
+            rows, seen = self._shapes[key]
+            made.append(_Decodes(rows, torch.tensor(ids, device=device), width, seen))
+        return made
+
+    def _seen(self, layer: int, keys: int, members: Sequence[tuple[int, RequestPages, int]]) -> Tensor | None:
+        window = self._windows[layer]
+        kept = torch.tensor([pages.keep_of(layer).tokens(tokens) for _, pages, tokens in members])
+        seen = torch.arange(keys)[None] < kept[:, None]
+        if window is not None:
+            for index, (_, pages, tokens) in enumerate(members):
+                positions = torch.tensor(ring_positions(pages.keep_of(layer), tokens))
+                seen[index, : len(positions)] &= positions > tokens - 1 - window
+        return None if bool(seen.all()) else seen.to(self._arena.device)
+
+    # What transformers calls.
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Store the keys and values [1, h, n, d] of the new tokens."""
+        assert self._layer is not None
+        self._arena.write(self._layer.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        return key, value
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Return the attention [1, n, H, d] of queries [1, H, n, d]; key and value are those of the new tokens."""
+        found = self._layer
+        assert found is not None
+        queries = query[0].transpose(0, 1)  # [n, H, d]
+        count, heads, head_dim = queries.shape
+        kv_heads = key.shape[1]
+        output = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        for group in found.decodes:
+            batch = group.rows.numel()
+            keys, values = self._arena.read(group.blocks)
+            shape = (batch, -1, kv_heads, head_dim)
+            # Heads that share a KV head stand where queries of one head would: no key is copied for them.
+            attended = functional.scaled_dot_product_attention(
+                queries[group.rows].view(batch, kv_heads, heads // kv_heads, head_dim),
+                keys.view(shape).transpose(1, 2),
+                values.view(shape).transpose(1, 2),
+                attn_mask=None if group.seen is None else group.seen[:, None, None],
+                scale=scaling,
+            )
+            output[group.rows] = attended.reshape(batch, heads, head_dim)
+        window = self._windows[layer]
+        for chunk in found.chunks:
+            new = slice(chunk.start, chunk.stop)
+            keys, values, seen = key[:, :, new], value[:, :, new], None
+            total = chunk.prefix + chunk.stop - chunk.start
+            if chunk.blocks is not None:
+                keys, values = (
+                    half.view(-1, kv_heads, head_dim)[:total].transpose(0, 1)[None]
+                    for half in self._arena.read(chunk.blocks)
+                )
+            if chunk.blocks is not None or (window is not None and window < total):
+                seen = self._causal(chunk.prefix, total, window)
+            attended = functional.scaled_dot_product_attention(
+                query[:, :, new],
+                keys,
+                values,
+                attn_mask=seen,
+                is_causal=seen is None,
+                scale=scaling,
+                enable_gqa=kv_heads != heads,
+            )
+            output[new] = attended[0].transpose(0, 1)
+        return output.view(1, count, heads, head_dim)
+
+    def _causal(self, prefix: int, total: int, window: int | None) -> Tensor:
+        key = prefix, total, window
+        if key not in self._shapes:
+            queries = torch.arange(prefix, total, device=self._arena.device)[:, None]
+            keys = torch.arange(total, device=self._arena.device)[None]
+            seen = keys <= queries
+            self._shapes[key] = seen if window is None else seen & (keys > queries - window)
+        found: Tensor = self._shapes[key]
+        return found
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    past_key_values: object = None,
+    pages: PagedBatch | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    if pages is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+        return output, None
+    return pages.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+@torch.inference_mode()
+def forward(
+    elastic: ElasticModel,
+    batch: PagedBatch,
+    decodes: Sequence[Packed],
+    prefills: Sequence[Packed],
+    wanted: Sequence[int],
+    *,
+    prefill: KeepMask,
+    decode: KeepMask,
+    check: bool = False,
+) -> Tensor:
+    """Run one iteration; return logits, one row for each of ``wanted``.
+
+    Args:
+        elastic: the model, its attention set to ``ATTENTION``.
+        batch: the pages of the same decodes and prefills.
+        decodes, prefills: requests in the order of the row: one token each, then the prompt chunks.
+        wanted: rows of the iteration whose next token is asked for.
+        prefill, decode: the blocks that run at each stage; the pages say which MHA blocks a request runs.
+        check: look after every block whether all values are finite.
+    Raises:
+        NotANumberError: with ``check``, naming the first block whose output is not finite.
+    """
+    packed = [*decodes, *prefills]
+    device = elastic.device
+    tokens = torch.tensor([[token for one in packed for token in one.tokens]], device=device)
+    positions = torch.tensor([[one.start + i for one in packed for i in range(len(one.tokens))]], device=device)
+    hidden = elastic.embed(tokens, positions)
+    rope = elastic.rope(hidden, positions)
+    split, count = len(decodes), tokens.shape[1]
+    for layer in range(elastic.spec.num_layers):
+        if prefill.mha[layer] or decode.mha[layer]:
+            rows = batch.enter(layer)
+            if rows is None:
+                hidden = hidden + elastic.attend_paged(layer, hidden, rope, batch)
+            elif rows.numel():
+                some = (rope[0][:, rows], rope[1][:, rows]) if rope is not None else None
+                hidden = hidden.index_add(1, rows, elastic.attend_paged(layer, hidden[:, rows], some, batch))
+            if check:
+                _check_finite(hidden, f"MHA{layer}")
+        start = 0 if decode.ffn[layer] else split
+        stop = count if prefill.ffn[layer] else split
+        if stop - start == count:
+            hidden = hidden + elastic.feed(layer, hidden)
+        elif stop > start:
+            part = hidden[:, start:stop]
+            hidden = torch.cat((hidden[:, :start], part + elastic.feed(layer, part), hidden[:, stop:]), dim=1)
+        if check:
+            _check_finite(hidden, f"FFN{layer}")
+    return elastic.head(hidden[0, torch.tensor(wanted, dtype=torch.long, device=device)])
+
+
+def _check_finite(hidden: Tensor, block: str) -> None:
+    if not bool(torch.isfinite(hidden).all()):
+        raise NotANumberError(block)

@@ -1,0 +1,171 @@
+"""Weights of 8 and 4 bits in groups: the layout that ``sim.cost.memory.linear_weight_bytes`` counts, on CPU and CUDA alike.
+
+No maintained library serves here: torchao's int4 needs a GPU, bitsandbytes has neither groups of 128 along the input
+with FP16 scales nor packed zero points, and torch's own int8 product knows one scale a row only. A product therefore
+unpacks the weight first: memory is saved, time is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sim.cost.model_spec import QUANT_GROUP_ELEMENTS
+from sim.errors import PlanError
+
+# Shapes: o outputs, i inputs of a linear layer, g = ceil(i / 128) groups.
+
+
+@dataclass(frozen=True, slots=True)
+class QuantWeight:
+    """One quantised weight matrix.
+
+    packed: int8[o * i] at 8 bits; uint8[ceil(o * i / 2)] at 4, two values a byte, the first in the low half.
+    scales: float16[o, g].
+    zeros: uint8[ceil(o * g / 2)], packed as the values are; empty at 8 bits, which is symmetric.
+    """
+
+    bits: int
+    out_features: int
+    in_features: int
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values, scales and zero points."""
+        return self.packed.nbytes + self.scales.nbytes + self.zeros.nbytes
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what has to be stored and copied."""
+        return self.packed, self.scales, self.zeros
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return the weight matrix [o, i] that the stored values stand for; in ``out[:o * i]`` if given.
+
+        It works in FP32 on a few rows at a time, whose values stay in the caches of a CPU.
+        """
+        o, i, device = self.out_features, self.in_features, self.packed.device
+        weight = (torch.empty(o * i, dtype=dtype, device=device) if out is None else out[: o * i]).view(o, i)
+        scales = self.scales.to(torch.float32)
+        groups = self.scales.shape[1]
+        zeros = unpack_4bit(self.zeros, o * groups).view(o, groups).to(torch.float32) if self.bits == 4 else None
+        rows = min(max(_SLICE_VALUES[device.type] // i, 1), o)
+        rows += rows % 2  # an even count of values begins at a whole byte
+        values = _scratch("values", torch.float32, rows * i, device)
+        for first in range(0, o, rows):
+            last = min(first + rows, o)
+            part = values[: (last - first) * i].view(last - first, i)
+            if self.bits == 8:
+                part.copy_(self.packed[first * i : last * i].view_as(part))
+            else:
+                pairs = self.packed[first * i // 2 : -(-last * i // 2)]
+                both = values[: 2 * len(pairs)].view(-1, 2)
+                both[:, 0].copy_(pairs & 15)
+                both[:, 1].copy_(pairs >> 4)
+            for columns, group in _by_group(part):
+                if zeros is not None:
+                    columns.sub_(zeros[first:last, group, None])
+                columns.mul_(scales[first:last, group, None])
+            weight[first:last].copy_(part)
+        return weight
+
+
+_SLICE_VALUES = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""How many values are unpacked at a time: what the caches of a CPU core hold, or work for a whole GPU."""
+_scratches: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+
+def _scratch(use: str, dtype: torch.dtype, elements: int, device: torch.device) -> Tensor:
+    """Return memory [>= elements] that the next call for the same use overwrites.
+
+    Large matrices that are made and freed at every product would be given back to the system and faulted in again
+    each time, which costs a CPU more than unpacking them.
+    """
+    key = use, dtype, device
+    if key not in _scratches or len(_scratches[key]) < elements:
+        with torch.inference_mode(False):  # what is made within that mode cannot be written outside of it
+            _scratches[key] = torch.empty(elements, dtype=dtype, device=device)
+    return _scratches[key]
+
+
+def _by_group(weight: Tensor) -> list[tuple[Tensor, slice]]:
+    """Return views [rows, groups, values a group] of a matrix, and which groups each shows; the last may be shorter."""
+    i = weight.shape[1]
+    whole = i // QUANT_GROUP_ELEMENTS
+    end = whole * QUANT_GROUP_ELEMENTS
+    views = []
+    if whole:
+        views.append((weight[:, :end].view(-1, whole, QUANT_GROUP_ELEMENTS), slice(0, whole)))
+    if end < i:
+        views.append((weight[:, end:].unsqueeze(1), slice(whole, whole + 1)))
+    return views
+
+
+def quantize(weight: Tensor, bits: int) -> QuantWeight:
+    """Return the 8- or 4-bit copy of a weight matrix [o, i], rounded to nearest within groups of 128 inputs.
+
+        8 bits:  w ~ scale * q,             q in -127..127,  scale = max |w| / 127
+        4 bits:  w ~ scale * (q - zero),    q, zero in 0..15,  scale = (max(w, 0) - min(w, 0)) / 15
+
+    Scales are rounded to FP16 before the values are, so that the error of a value is at most half a step.
+
+    Raises:
+        PlanError: for another number of bits.
+    Source:
+        The round-to-nearest baseline of GPTQ (arXiv 2210.17323, section 2) in the layout of AWQ's WQLinear_GEMM.
+    """
+    if bits not in (8, 4):
+        raise PlanError(f"weights of {bits} bits cannot be made; allowed are 8 and 4")
+    o, i = weight.shape
+    groups = -(-i // QUANT_GROUP_ELEMENTS)
+    padded = functional.pad(weight.detach().to(torch.float32), (0, groups * QUANT_GROUP_ELEMENTS - i))
+    grouped = padded.view(o, groups, QUANT_GROUP_ELEMENTS)
+    if bits == 8:
+        scales = _fp16_scales(grouped.abs().amax(-1) / 127)
+        values = (grouped / scales.to(torch.float32)[:, :, None]).round().clamp(-127, 127).to(torch.int8)
+        zeros = torch.empty(0, dtype=torch.uint8, device=weight.device)
+        return QuantWeight(8, o, i, values.view(o, -1)[:, :i].reshape(-1), scales, zeros)
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    scales = _fp16_scales((high - low) / 15)
+    steps = scales.to(torch.float32)
+    zero = (-low / steps).round().clamp(0, 15)
+    values = ((grouped / steps[:, :, None]).round() + zero[:, :, None]).clamp(0, 15).to(torch.uint8)
+    return QuantWeight(
+        4, o, i, pack_4bit(values.view(o, -1)[:, :i].reshape(-1)), scales, pack_4bit(zero.to(torch.uint8).view(-1))
+    )
+
+
+def _fp16_scales(scales: Tensor) -> Tensor:
+    # A group of zeros has no scale of its own; any positive one gives zeros back.
+    return scales.clamp(torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max).to(torch.float16)
+
+
+def pack_4bit(values: Tensor) -> Tensor:
+    """Return uint8 values below 16, two a byte; an odd count is filled up with a zero."""
+    padded = functional.pad(values, (0, values.numel() % 2))
+    return padded[0::2] | (padded[1::2] << 4)
+
+
+def unpack_4bit(packed: Tensor, count: int) -> Tensor:
+    """Return the first ``count`` values of a packed tensor."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).view(-1)[:count]
+
+
+class ElasticLinear(nn.Linear):
+    """A linear layer whose weight may be whole, quantised or absent; ``hw.elastic.model`` turns a model's own into it."""
+
+    quantized: QuantWeight | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply with whichever copy is resident."""
+        if self.quantized is None:
+            return functional.linear(input, self.weight, self.bias)
+        copy = self.quantized
+        out = _scratch("weight", input.dtype, copy.out_features * copy.in_features, input.device)
+        return functional.linear(input, copy.dequantize(input.dtype, out), self.bias)

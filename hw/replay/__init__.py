@@ -1,0 +1,1 @@
+"""Replays a trace on the real model."""

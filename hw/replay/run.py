@@ -1,0 +1,157 @@
+"""``python -m hw.replay``: the words of ``python -m sim.replay``, on the real model.
+
+It takes every key that the simulator takes, so that one command line serves both, and writes the same files; ``hw.*``
+says what only a real run has to know. Beside them lies ``hardware.json``: clock, device, allocated and used memory.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import transformers
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from hw.elastic.checkpoint import load_checkpoint
+from hw.elastic.model import ElasticModel
+from hw.engine.clock import RealClock
+from hw.engine.hw_engine import HwEngine
+from hw.engine.prompts import DEFAULT_TEXT, read_prompts
+from sim.config import ReplayConfig, one_thread, run_command
+from sim.cost.model_spec import ModelSpec
+from sim.cost.quality import load_quality
+from sim.errors import ModelError
+from sim.policies import Policy
+from sim.replay.run import build_parts, find_quality, run_replay
+from sim.results.run_folder import write_json
+
+
+@dataclass(kw_only=True)
+class HardwareConfig:
+    """What a real run has to know beside what the simulator is told.
+
+    checkpoint: weights and tokenizer: a local folder in Hugging Face's format, a hub id, or smollm2_135m; null takes
+        the one of the model's name. Their type is that of the model: 2 bytes a weight is bfloat16, 4 is float32.
+    device: cpu, cuda or auto. threads: of PyTorch on a CPU.
+    clock: wall, or cpu for the processor's seconds where others share the machine (idle time is then always skipped).
+    skip_idle: let the clock jump over time in which nothing runs.
+    text: where prompts are cut from, a path or one under RAP_LAB_DATA; null draws token ids at random.
+    to_eos: end a request at the model's end of text instead of the trace's length.
+    """
+
+    checkpoint: str | None = None
+    device: str = "auto"
+    threads: int = 1
+    clock: str = "wall"
+    skip_idle: bool = False
+    text: str | None = DEFAULT_TEXT
+    to_eos: bool = False
+
+
+@dataclass(kw_only=True)
+class HwReplayConfig(ReplayConfig):
+    """A replay on the real model."""
+
+    hw: HardwareConfig = field(default_factory=HardwareConfig)
+
+
+ConfigStore.instance().store(name="hw_replay_schema", node=HwReplayConfig)
+
+
+def load_elastic(model: ModelSpec, hw: Any) -> tuple[ElasticModel, Any]:
+    """Load the checkpoint of a model description, in the type that it states; return it and its tokenizer.
+
+    Raises:
+        ModelError: when the checkpoint has another shape than the description.
+    """
+    dtype = "float32" if model.weight_dtype_bytes == 4 else "bfloat16"
+    torch.set_num_threads(int(hw.threads))
+    loaded, tokenizer = load_checkpoint(hw.elastic.checkpoint or model.name, dtype=dtype, device=hw.device)
+    elastic = ElasticModel(loaded, name=model.name)
+    found = replace(elastic.spec, max_context_tokens=model.max_context_tokens)
+    if found != model:
+        raise ModelError(
+            f"the checkpoint {hw.elastic.checkpoint or model.name} is {found}, but model= describes {model}; choose the model "
+            "that describes it, or hw.elastic.checkpoint= of that model"
+        )
+    return elastic, tokenizer
+
+
+def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
+    """Build the real engine and the policy of a configuration."""
+    parts = build_parts(cfg)
+    elastic, tokenizer = load_elastic(parts.model, cfg.hw)
+    stop = tokenizer.eos_token_id if cfg.hw.to_eos else None
+    table = cfg.quality_table or find_quality(parts.model.name)
+    engine = HwEngine(
+        elastic=elastic,
+        config=parts.config,
+        plan=parts.policy.first_plan,
+        budget_bytes=parts.budget,
+        workspace_bytes=int(cfg.workspace_bytes),
+        prompts=read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed),
+        clock=RealClock(cfg.hw.clock, skip_idle=cfg.hw.skip_idle),
+        ends=None if stop is None else lambda _, token: token == stop,
+        quality_nll=load_quality(table).nll if table is not None else None,
+    )
+    return engine, parts.policy
+
+
+def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:
+    """Return what ``hardware.json`` holds: the device, the clock, and memory as counted, allocated and used."""
+    rows = engine.memory_rows()
+    cuda = torch.cuda.is_available() and cfg.hw.device != "cpu"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {cfg.hw.threads} thread(s)",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "clock": cfg.hw.clock,
+        "skip_idle": bool(cfg.hw.skip_idle or cfg.hw.clock == "cpu"),
+        "out_of_memory": engine.out_of_memory,
+        "peak_predicted_bytes": max((row.predicted_bytes for row in rows), default=0),
+        "peak_allocated_bytes": max((row.allocated_bytes for row in rows), default=0),
+        "largest_difference_bytes": max((abs(row.allocated_bytes - row.predicted_bytes) for row in rows), default=0),
+        "in_use_at_start_bytes": engine.memory.start_bytes,
+        "peak_in_use_bytes": engine.memory.peak_bytes,
+    }
+
+
+@contextmanager
+def interrupt_between_iterations(engine: HwEngine) -> Iterator[None]:
+    """Let Ctrl-C end a run only where no iteration is half done; a second one ends it at once."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        engine.interrupt()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run_hw_replay(cfg: DictConfig) -> dict[str, Any]:
+    """Replay on the real model, write the run folder, print the table; return the summary."""
+    engine, policy = build_hw_engine(cfg)
+    try:
+        with interrupt_between_iterations(engine):
+            return run_replay(cfg, lambda _: (engine, policy))
+    finally:
+        write_json(Path(HydraConfig.get().runtime.output_dir) / "hardware.json", hardware(engine, cfg))
+        engine.close()
+
+
+def main() -> None:
+    """Run ``python -m hw.replay``."""
+    one_thread()
+    run_command(run_hw_replay, "hw_replay")

@@ -1,0 +1,146 @@
+"""What the page of scores shows beside the table: chosen plans on the whole test text, orders from several calibration
+samples, and what greedy decoding makes of a plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hw.elastic.model import ElasticModel, RequestKV
+from hw.score.nll import mask_without, measure, rounded
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan, dense_plan
+from sim.cost.plan_json import plan_to_json
+
+Rows = list[dict[str, Any]]
+
+
+def uniform(spec: ModelSpec, removed: Sequence[int]) -> Plan:
+    """Return the plan that runs without some blocks in both stages."""
+    mask = mask_without(spec.num_layers, set(removed))
+    return replace(dense_plan(spec), prefill=mask, decode=mask)
+
+
+def swapped(spec: ModelSpec, layers: Sequence[int], bits: int) -> Plan:
+    """Return the plan that has some layers at so many bits."""
+    return replace(
+        dense_plan(spec), weight_bits=tuple(bits if i in set(layers) else 16 for i in range(spec.num_layers))
+    )
+
+
+def spread(losses: Sequence[float], count: int, below: float) -> list[int]:
+    """Return the indices of so many losses, evenly spread in rank over those below a limit, the lowest first."""
+    ranked = sorted((i for i, loss in enumerate(losses) if loss < below), key=lambda i: (losses[i], i))
+    if len(ranked) <= count:
+        return ranked
+    return [ranked[round(i * (len(ranked) - 1) / (count - 1))] for i in range(count)]
+
+
+def chosen_plans(
+    spec: ModelSpec,
+    orders: Mapping[str, Sequence[int]],
+    layer_orders: Mapping[str, Sequence[int]],
+    searches: Sequence[tuple[Sequence[int], Sequence[int]]],
+) -> list[tuple[str, Plan]]:
+    """Return a dozen plans worth the whole test text, the most wanted first."""
+    layers = range(spec.num_layers)
+    plans = [("dense", dense_plan(spec))]
+    for size in (8, 4, 12):
+        # A search that is not over has no such prefix yet.
+        long_enough = [name for name in ("gsi", "one_shot") if len(orders[name]) >= size]
+        plans += [(f"{name}, {size} removals", uniform(spec, orders[name][:size])) for name in long_enough]
+        if size == 8:
+            plans += [("W4, all layers", swapped(spec, layers, 4)), ("W8, all layers", swapped(spec, layers, 8))]
+    plans.append(("cosine, 8 removals", uniform(spec, orders["cosine"][:8])))
+    if "lis_w4" in layer_orders:
+        plans.append(("W4, 16 layers by LIS", swapped(spec, layer_orders["lis_w4"][:16], 4)))
+    plans.append(("W4, first 16 layers", swapped(spec, layers[:16], 4)))
+    for prefill, decode in searches:
+        if (len(prefill), len(decode)) == (4, 8):
+            masks = [mask_without(spec.num_layers, set(removed)) for removed in (prefill, decode)]
+            plans.append(
+                ("PDTrim, 4 removals in prefill, 8 in decode", replace(plans[0][1], prefill=masks[0], decode=masks[1]))
+            )
+    return plans
+
+
+def measure_chosen(
+    elastic: ElasticModel,
+    windows: Tensor,
+    plans: Sequence[tuple[str, Plan]],
+    done: Sequence[Mapping[str, Any]],
+    on_plan: Callable[[Rows], None],
+) -> Rows:
+    """Return a row a plan with its NLL on the windows; rows of ``done`` that hold the same plan are kept.
+
+    Args:
+        on_plan: called with all rows after every plan that was measured.
+    """
+    known = {row["name"]: row for row in done}
+    rows: Rows = []
+    for name, plan in plans:
+        old = known.get(name)
+        if old is not None and old["plan"] == plan_to_json(plan):
+            rows.append(dict(old))
+            continue
+        started = time.process_time()
+        found = measure(elastic, plan, windows)
+        rows.append(
+            {
+                "name": name,
+                "plan": plan_to_json(plan),
+                "nll": found.mean,
+                "nll_decode": found.decode_mean,
+                "tokens": found.tokens,
+                "cpu_s": round(time.process_time() - started, 1),
+            }
+        )
+        on_plan(rows)
+    return rows
+
+
+# --- Greedy decoding -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Greedy decoding beside dense. share: of equal tokens, place by place. first: mean tokens before they part."""
+
+    share: float
+    first: float
+
+
+@torch.inference_mode()
+def greedy_tokens(elastic: ElasticModel, plan: Plan, prompts: Tensor, tokens: int) -> Tensor:
+    """Return the tokens [n, tokens] that greedy decoding produces behind prompts [n, t] under a plan.
+
+    ``elastic`` must hold all blocks at full precision: the plan's masks are gates, its rounded weights stand in.
+    """
+    assert elastic.plan == dense_plan(elastic.spec)
+    produced = []
+    with rounded(elastic, plan.weight_bits):
+        elastic.plan = replace(plan, weight_bits=elastic.plan.weight_bits)
+        try:
+            requests = [RequestKV() for _ in prompts]
+            logits = elastic.forward(prompts, requests, "prefill")
+            for request in requests:
+                elastic.end_prefill(request)
+            while True:
+                produced.append(logits.argmax(-1))
+                if len(produced) == tokens:
+                    break
+                logits = elastic.forward(produced[-1][:, None], requests, "decode")
+        finally:
+            elastic.plan = dense_plan(elastic.spec)
+    return torch.stack(produced, dim=1)
+
+
+def agreement(reference: Tensor, found: Tensor) -> Agreement:
+    """Compare tokens [n, tokens] of two greedy decodings of the same prompts."""
+    equal = reference == found
+    return Agreement(float(equal.float().mean()), float(equal.cumprod(1).sum(1).float().mean()))

@@ -1,0 +1,226 @@
+"""The loss of a plan on text: negative log-likelihood of the tokens of windows, in nats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hw.elastic.model import KINDS, Block, ElasticModel
+from hw.elastic.quantize import quantize
+from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, dense_plan
+
+# Shapes: n windows, t tokens of each, e hidden size, v vocabulary.
+
+
+@dataclass(frozen=True, slots=True)
+class Nll:
+    """Sums of NLL in nats over windows, and how many tokens they stand for; ``decode`` is the part after the prompt."""
+
+    total: float
+    tokens: int
+    decode: float
+    decode_tokens: int
+
+    @property
+    def mean(self) -> float:
+        """NLL a token."""
+        return self.total / self.tokens
+
+    @property
+    def decode_mean(self) -> float:
+        """NLL a token of those after the prompt."""
+        return self.decode / self.decode_tokens
+
+
+@torch.inference_mode()
+def measure(elastic: ElasticModel, plan: Plan, windows: Tensor, *, prompt_tokens: int | None = None) -> Nll:
+    """Return the NLL of windows [n, t] under a plan, the first ``prompt_tokens`` of each taken as its prompt.
+
+    One pass a window, equal to prefilling the prompt and decoding the rest token by token: a block that decode drops
+    adds nothing behind the prompt, and a layer that keeps the first f and last w tokens sees from there on only those.
+    ``elastic`` must hold all blocks at full precision: the masks of the plan are gates here, and rounded weights take
+    the place of the whole ones while this runs.
+
+    Args:
+        prompt_tokens: half a window when None. A plan that treats all tokens alike does not depend on it.
+    """
+    return measure_many(elastic, [plan], windows, prompt_tokens=prompt_tokens)[0]
+
+
+@torch.inference_mode()
+def measure_many(
+    elastic: ElasticModel, plans: Sequence[Plan], windows: Tensor, *, prompt_tokens: int | None = None
+) -> list[Nll]:
+    """Return what ``measure`` returns of every plan, bit for bit; plans that begin alike run their beginning once."""
+    assert elastic.plan == dense_plan(elastic.spec)
+    prompt = windows.shape[1] // 2 if prompt_tokens is None else prompt_tokens
+    total, after = [0.0] * len(plans), [0.0] * len(plans)
+    for window in windows.to(elastic.device):
+        for members, hidden in _run(elastic, plans, window[None], prompt):
+            losses = token_nll(elastic, hidden, window[None])[0]
+            whole, behind = float(losses.sum()), float(losses[prompt - 1 :].sum())  # entry i predicts token i + 1
+            for index in members:
+                total[index] += whole
+                after[index] += behind
+    rows, length = windows.shape
+    return [
+        Nll(whole, rows * (length - 1), behind, rows * (length - prompt))
+        for whole, behind in zip(total, after, strict=True)
+    ]
+
+
+def _run(
+    elastic: ElasticModel, plans: Sequence[Plan], tokens: Tensor, prompt: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield the last hidden states [1, t, e] of plans, with the indices of all that share them."""
+    positions = torch.arange(tokens.shape[1], device=elastic.device)[None]
+    embedded = elastic.embed(tokens, positions)
+    rope = elastic.rope(embedded, positions)
+    # Depth first, so that no more states wait than there are layers.
+    waiting: list[tuple[int, list[int], Tensor]] = [(0, list(range(len(plans))), embedded)]
+    while waiting:
+        layer, members, hidden = waiting.pop()
+        if layer == elastic.spec.num_layers:
+            yield members, hidden
+            continue
+        alike: dict[object, list[int]] = {}
+        for index in members:
+            alike.setdefault(_of_layer(plans[index], layer), []).append(index)
+        waiting += [
+            (layer + 1, group, _run_layer(elastic, plans[group[0]], layer, hidden, rope, tokens, prompt))
+            for group in alike.values()
+        ]
+
+
+def _of_layer(plan: Plan, layer: int) -> object:
+    """Return all that a plan says of a layer."""
+    return (
+        plan.prefill.mha[layer],
+        plan.decode.mha[layer],
+        plan.prefill.ffn[layer],
+        plan.decode.ffn[layer],
+        plan.weight_bits[layer],
+        plan.kv_keep[layer],
+    )
+
+
+def _run_layer(
+    elastic: ElasticModel,
+    plan: Plan,
+    layer: int,
+    hidden: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    tokens: Tensor,
+    prompt: int,
+) -> Tensor:
+    bits = [plan.weight_bits[layer] if i == layer else 16 for i in range(elastic.spec.num_layers)]
+    with rounded(elastic, bits):
+        if plan.prefill.mha[layer]:
+            keep = plan.kv_keep[layer]
+            view = None if keep == KV_KEEP_ALL or not plan.decode.mha[layer] else _Truncated(keep, tokens, prompt)
+            added = elastic.attend(layer, hidden, rope, view)
+            if not plan.decode.mha[layer]:
+                added[:, prompt:] = 0
+            hidden = hidden + added
+        if plan.decode.ffn[layer]:
+            hidden = hidden + elastic.feed(layer, hidden)
+        elif plan.prefill.ffn[layer]:
+            hidden = torch.cat((hidden[:, :prompt] + elastic.feed(layer, hidden[:, :prompt]), hidden[:, prompt:]), 1)
+    return hidden
+
+
+class _Truncated:
+    """A KVView of one whole window, in which tokens after the prompt see the first f and last w tokens only."""
+
+    def __init__(self, keep: KVKeep, tokens: Tensor, prompt: int) -> None:
+        assert keep.first_tokens is not None
+        assert keep.last_tokens is not None
+        self._first, self._last = keep.first_tokens, keep.last_tokens
+        self._positions = torch.arange(tokens.shape[1], device=tokens.device)
+        self._prompt = prompt
+
+    def rows(self, layer: int) -> None:
+        """All rows run."""
+
+    def mask(self, layer: int, window: int | None) -> Tensor:
+        """Return which keys each token sees."""
+        query, key = self._positions[:, None], self._positions[None]
+        seen = key <= query
+        kept = (key < self._first) | (key > query - self._last)
+        seen &= kept | (query < self._prompt)
+        if window is not None:
+            seen &= key > query - window
+        return seen[None, None]
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Nothing was computed before."""
+        return key, value
+
+
+HEAD_TOKENS = 256
+"""Tokens whose logits are held at once: those of a long window over a large vocabulary would not fit the cache."""
+
+
+def token_nll(elastic: ElasticModel, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Return the NLL [n, t - 1] of every token but the first, in FP32, from the last hidden states [n, t, e]."""
+    parts = []
+    for first in range(0, tokens.shape[1] - 1, HEAD_TOKENS):
+        end = min(first + HEAD_TOKENS, tokens.shape[1] - 1)
+        logits = elastic.head(hidden[:, first:end]).float()
+        target = tokens[:, first + 1 : end + 1]
+        loss = functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        parts.append(loss.view(tokens.shape[0], -1))
+    return torch.cat(parts, dim=1)
+
+
+_rounded_copies: WeakKeyDictionary[ElasticModel, dict[tuple[str, int, int], Tensor]] = WeakKeyDictionary()
+
+
+@contextmanager
+def rounded(elastic: ElasticModel, weight_bits: Sequence[int]) -> Iterator[None]:
+    """Put weights rounded to 8 or 4 bits in the place of the whole ones, for a measurement.
+
+    The values are those that the quantised layers of ``ElasticModel.apply`` multiply with, unpacked once and not in
+    every product; bytes are not saved.
+    """
+    whole = []
+    try:
+        for layer, bits in enumerate(weight_bits):
+            if bits == 16:
+                continue
+            for kind in KINDS:
+                for index, linear in enumerate(elastic.blocks[kind][layer].linears):
+                    whole.append((linear, linear.weight.data))
+                    linear.weight.data = _rounded_weight(elastic, elastic.blocks[kind][layer], index, bits)
+        yield
+    finally:
+        for linear, weight in whole:
+            linear.weight.data = weight
+
+
+def _rounded_weight(elastic: ElasticModel, block: Block, index: int, bits: int) -> Tensor:
+    copies = _rounded_copies.setdefault(elastic, {})
+    key = block.name, index, bits
+    if key not in copies:
+        weight = block.linears[index].weight.data
+        copies[key] = quantize(weight, bits).dequantize(weight.dtype)
+    return copies[key]
+
+
+def mask_without(num_layers: int, removed: set[int]) -> KeepMask:
+    """Return the mask without the given blocks, block 2 l being the MHA and 2 l + 1 the FFN block of layer l."""
+    return KeepMask(
+        mha=tuple(2 * layer not in removed for layer in range(num_layers)),
+        ffn=tuple(2 * layer + 1 not in removed for layer in range(num_layers)),
+    )
+
+
+def block_name(block: int) -> str:
+    """Return ``MHA3`` for block 6, ``FFN3`` for block 7."""
+    return f"{'MHA' if block % 2 == 0 else 'FFN'}{block // 2}"

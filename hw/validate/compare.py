@@ -1,0 +1,352 @@
+"""How far a simulated run is from a real one: ``python -m hw.compare RUN_SIM RUN_HW [RUN_HW ...] [out=FOLDER]``.
+
+Both runs are folders of sim.replay and hw.replay (or hw.client). Several real runs of the same words give the noise of
+the hardware, beside every error: no simulator can be better than that, so an error beyond its tolerance but below the
+noise is told as such and is no miss. Preemptions and plan changes are compared in number and in time, and what ran,
+waited, was held and was kept is drawn over time; both need a simulation with iterations=true. The exit status is 0 when
+nothing is missed, 1 when something is, 2 for runs that cannot be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import kendalltau
+
+from hw.validate.timeline import (
+    POINTS,
+    TIMELINES,
+    Logs,
+    compare_events,
+    compare_timelines,
+    event_verdicts,
+    preemption_times_s,
+    timeline,
+)
+from sim.errors import ConfigError, RapLabError
+from sim.results.run_folder import provenance, write_json, write_whole
+
+Floats = NDArray[np.float64]
+
+FIXED_TOLERANCE = {"mean": 0.05, "p50": 0.10, "p95": 0.10}
+CHANGING_TOLERANCE = dict.fromkeys(FIXED_TOLERANCE, 0.12)
+"""Largest relative error by statistic, with one plan and with plans that change; P99 is shown and not judged.
+
+That of the mean is also the largest error of the number of preemptions and plan changes, and of their times as a share
+of the run.
+"""
+LATENCIES = ("ttft_s", "tpot_s", "e2e_s")
+RATES = ("makespan_s", "output_tokens_per_s")
+COUNTS = ("preemptions", "transitions", "finished", "rejected", "unfinished")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run folder."""
+
+    folder: Path
+    logs: Logs
+    summary: Mapping[str, Any]
+    hardware: Mapping[str, Any] | None
+
+    @property
+    def records(self) -> pd.DataFrame:
+        """One row a request."""
+        return self.logs.records
+
+    @property
+    def transitions(self) -> pd.DataFrame:
+        """One row a plan change."""
+        return self.logs.transitions
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        ConfigError: when it lacks a file, naming it.
+    """
+    for name in ("records.parquet", "transitions.parquet", "summary.json"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} has no {name}; give run folders of sim.replay, hw.replay or hw.client")
+    hardware = folder / "hardware.json"
+
+    def table(name: str) -> pd.DataFrame | None:
+        return pd.read_parquet(folder / name) if (folder / name).is_file() else None
+
+    return Run(
+        folder,
+        Logs(
+            pd.read_parquet(folder / "records.parquet"),
+            pd.read_parquet(folder / "transitions.parquet"),
+            table("iterations.parquet"),
+            table("kept_share.parquet"),
+            sees_engine=not (folder / "client.json").is_file(),
+        ),
+        json.loads((folder / "summary.json").read_text(encoding="utf-8")),
+        json.loads(hardware.read_text(encoding="utf-8")) if hardware.is_file() else None,
+    )
+
+
+def compare(simulated: Run, real: Sequence[Run]) -> dict[str, Any]:
+    """Return every figure of both sides, their relative error, the noise of the real side, and a verdict for each.
+
+    Raises:
+        ConfigError: when the runs did not serve the same requests.
+    """
+    for run in real:
+        _check_same_requests(simulated, run)
+    changing = bool(max(len(simulated.transitions), *(len(run.transitions) for run in real)))
+    tolerances = CHANGING_TOLERANCE if changing else FIXED_TOLERANCE
+    figures: dict[str, dict[str, Any]] = {}
+    for metric in LATENCIES:
+        for statistic in ("mean", "p50", "p95", "p99"):
+            values = [run.summary[metric][statistic] for run in real]
+            tolerance = tolerances.get(statistic)
+            figures[f"{metric}.{statistic}"] = judged_figure(simulated.summary[metric][statistic], values, tolerance)
+    for metric in RATES:
+        values = [run.summary[metric] for run in real]
+        figures[metric] = judged_figure(simulated.summary[metric], values, tolerances["mean"])
+    counts = {
+        name: {"simulated": simulated.summary[name], "real": [run.summary[name] for run in real]} for name in COUNTS
+    }
+    memory = _memory(real)
+    logs = [run.logs for run in real]
+    result = {
+        "simulated": str(simulated.folder),
+        "real": [str(run.folder) for run in real],
+        "requests": len(simulated.records),
+        "plans_change": changing,
+        "figures": figures,
+        "counts": counts,
+        "events": compare_events(simulated.logs, logs, tolerances["mean"]),
+        "timelines": compare_timelines(simulated.logs, logs),
+        "memory": memory,
+        "requests_one_by_one": _one_by_one(simulated, real),
+    }
+    held = "missed" not in verdicts(result).values() and memory.get("exact") is not False
+    return result | {"held": held}
+
+
+def verdicts(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return every verdict of a comparison by the name of its figure, those that were not given left out."""
+    figures = {name: figure["verdict"] for name, figure in result["figures"].items()}
+    given = figures | event_verdicts(result.get("events", {}))  # comparisons of before have no events
+    return {name: verdict for name, verdict in given.items() if verdict is not None}
+
+
+def _check_same_requests(simulated: Run, real: Run) -> None:
+    ours, theirs = simulated.records, real.records
+    same = len(ours) == len(theirs) and all(
+        np.allclose(ours[column], theirs[column], atol=1e-6)
+        for column in ("arrival_s", "prompt_tokens", "output_tokens")
+    )
+    if not same:
+        raise ConfigError(
+            f"{simulated.folder} served {len(ours)} requests and {real.folder} {len(theirs)}, and they are not the "
+            "same; run both with the same trace, workload and seed"
+        )
+
+
+def judged_figure(simulated: float | None, real: Sequence[float | None], tolerance: float | None) -> dict[str, Any]:
+    """Return one figure: both sides, error against the real median, noise as the farthest repeat from it, verdict."""
+    known = [value for value in real if value is not None]
+    if simulated is None or not known:
+        judged = tolerance is not None and (simulated is not None or bool(known))
+        verdict = "missed" if judged else None  # one side has the figure, the other has not
+        return {"simulated": simulated, "real": None, "error": None, "noise": None, "verdict": verdict}
+    middle = float(np.median(known))
+    error = simulated / middle - 1 if middle else (0.0 if simulated == 0 else math.inf)
+    noise = max(abs(value / middle - 1) for value in known) if len(known) > 1 and middle else None
+    verdict = None
+    if tolerance is not None:
+        verdict = "held" if abs(error) <= tolerance else "within noise" if abs(error) <= (noise or 0.0) else "missed"
+    return {
+        "simulated": simulated,
+        "real": middle,
+        "error": error if math.isfinite(error) else None,
+        "noise": noise,
+        "tolerance": tolerance,
+        "verdict": verdict,
+    }
+
+
+def _memory(real: Sequence[Run]) -> dict[str, Any]:
+    """Return what the memory model predicted for the real runs beside what was allocated."""
+    told = [run.hardware for run in real if run.hardware is not None and "peak_allocated_bytes" in run.hardware]
+    if not told:
+        return {}
+    return {
+        "peak_predicted_bytes": max(one["peak_predicted_bytes"] for one in told),
+        "peak_allocated_bytes": max(one["peak_allocated_bytes"] for one in told),
+        "exact": all(one["largest_difference_bytes"] == 0 for one in told),
+    }
+
+
+def _one_by_one(simulated: Run, real: Sequence[Run]) -> dict[str, Any]:
+    """Return errors request by request, and how far the order of admission agrees (Kendall's tau), run by run."""
+    found: dict[str, Any] = {}
+    for metric in LATENCIES:
+        errors = [np.abs(simulated.records[metric] / run.records[metric] - 1) for run in real]
+        finite = np.concatenate([e.to_numpy(dtype=np.float64)[np.isfinite(e)] for e in errors])
+        found[f"{metric}_median_error"] = float(np.median(finite)) if len(finite) else None
+    taus = [_order_tau(simulated.records["admitted_s"], run.records["admitted_s"]) for run in real]
+    found["admission_order_tau"] = min((tau for tau in taus if tau is not None), default=None)
+    return found
+
+
+def _order_tau(ours: pd.Series[float], theirs: pd.Series[float]) -> float | None:
+    both = np.isfinite(ours) & np.isfinite(theirs)
+    if both.sum() < 2:
+        return None
+    # Ties of time are no disorder: those who were admitted together stand in the order of the trace.
+    ranks = [series[both].rank(method="first") for series in (ours, theirs)]
+    return float(kendalltau(*ranks).statistic)
+
+
+# --- What a person sees ----------------------------------------------------------------------------------------------
+
+
+def print_comparison(result: Mapping[str, Any], console: Console) -> None:
+    """Print the verdicts."""
+    table = Table(title=f"{result['requests']} requests, {'changing plans' if result['plans_change'] else 'one plan'}")
+    table.add_column("figure")
+    for heading in ("simulated", "real", "error", "noise", "tolerance"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    for name, figure in result["figures"].items():
+        table.add_row(
+            name,
+            *(f"{figure[side]:.4g}" if figure[side] is not None else "-" for side in ("simulated", "real")),
+            *(percent(figure.get(key)) for key in ("error", "noise", "tolerance")),
+            figure["verdict"] or "-",
+        )
+    console.print(table)
+    for name, pair in result["counts"].items():
+        console.print(f"{name}: simulated {pair['simulated']}, real {pair['real']}", highlight=False)
+    for name, event in result["events"].items():
+        times = "no times: a side has no iterations.parquet (iterations=true writes it)"
+        if event["times_s"] is not None:
+            times = "none on both sides to compare in time"
+        if event["time_error_s"] is not None:
+            times = (
+                f"{event['paired']} on both sides, {event['time_error_s']:.3g} s apart on average (noise "
+                f"{seconds(event['time_noise_s'])}, tolerance {seconds(event['time_tolerance_s'])}): "
+                f"{event['time_verdict']}"
+            )
+        console.print(f"{name}: number {event['verdict']}; {times}", highlight=False)
+        if ready_s := event.get("ready_after_s"):
+            console.print(
+                f"from decision to all of a plan running: simulated {seconds(ready_s['simulated'])}, real "
+                f"{', '.join(map(seconds, ready_s['real']))}",
+                highlight=False,
+            )
+    if not result["events"]:
+        console.print("preemptions and plan changes: not compared, a client sees none", highlight=False)
+    for name, line in result["timelines"].items():
+        if line is not None:
+            console.print(
+                f"{name} over time: simulated {line['simulated']:.3g}, real {np.median(line['real']):.3g}, apart by "
+                f"{line['difference']:.3g} on average (noise {number(line['noise'])})",
+                highlight=False,
+            )
+    if result["memory"]:
+        console.print(
+            f"weights and KV: predicted {result['memory']['peak_predicted_bytes']:,} bytes, allocated "
+            f"{result['memory']['peak_allocated_bytes']:,} at the peak; equal in every iteration: "
+            f"{result['memory']['exact']}",
+            highlight=False,
+        )
+    console.print(f"request by request: {result['requests_one_by_one']}", highlight=False)
+    console.print("every verdict held" if result["held"] else "not every verdict held")
+
+
+def percent(value: float | None) -> str:
+    """Return a share as a percentage."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def number(value: float | None) -> str:
+    """Return a figure of three digits."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def seconds(value: float | None) -> str:
+    """Return so many seconds."""
+    return "-" if value is None else f"{value:.3g} s"
+
+
+def plot(path: Path, simulated: Run, real: Sequence[Run]) -> None:
+    """Write one PNG: the distributions of latencies over each other, and what happened over time.
+
+    A vertical line is the decision of a plan change, a mark on the upper edge of ``running`` a preemption.
+    """
+    import matplotlib as mpl  # drawing is rare and its import slow
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(4, 2, figsize=(13, 13), layout="constrained")
+    sides = [("real", run, "tab:blue", ":") for run in real] + [("simulated", simulated, "tab:orange", "-")]
+    at_s = (np.arange(POINTS) + 0.5) * max(run.logs.end_s for _, run, _, _ in sides) / POINTS
+    seen: set[str] = set()
+    for label, run, colour, style in sides:
+        shown = label if label not in seen else None
+        seen.add(label)
+        for axis, metric in zip(axes[:, 0], LATENCIES, strict=False):
+            values = np.sort(run.records[metric].dropna())
+            if len(values):
+                axis.step(values, np.arange(1, len(values) + 1) / len(values), style, color=colour, label=shown)
+            axis.set(xlabel=metric, ylabel="share of requests")
+        axes[3][0].plot(run.records["arrival_s"], run.records["ttft_s"], ".", color=colour, label=shown)
+        for axis, name in zip(axes[:, 1], TIMELINES, strict=True):
+            line = timeline(run.logs, name, at_s)
+            if line is not None:
+                axis.plot(at_s, line, style, color=colour, linewidth=1.0, label=shown)
+            for time_s in run.transitions["time_s"]:
+                axis.axvline(time_s, color=colour, linestyle=style, linewidth=0.6, alpha=0.5)
+            axis.set(xlabel="time, s", ylabel=name)
+        preempted_s = preemption_times_s(run.logs)
+        if preempted_s is not None and len(preempted_s):
+            marks, height = axes[0][1], 1.0 if label == "simulated" else 0.96
+            marks.plot(
+                preempted_s, [height] * len(preempted_s), "x", color=colour, transform=marks.get_xaxis_transform()
+            )
+    axes[3][0].set(xlabel="arrival, s", ylabel="ttft_s")
+    axes[0][0].legend()
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
+    plt.close(figure)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    if any(word in ("-h", "--help") for word in words):
+        print(__doc__)
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    try:
+        folders = [Path(word) for word in words if not word.startswith("out=")]
+        if len(folders) < 2:
+            raise ConfigError("give the folder of one simulated run and of one or more real ones; --help shows how")
+        runs = [read_run(folder) for folder in folders]
+        result = compare(runs[0], runs[1:])
+    except RapLabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    out = next((Path(word.removeprefix("out=")) for word in words if word.startswith("out=")), folders[1])
+    write_json(out / "compare.json", {"provenance": provenance(0), **result})
+    plot(out / "compare.png", runs[0], runs[1:])
+    print_comparison(result, console)
+    console.print(f"files: {out / 'compare.json'}, {out / 'compare.png'}", highlight=False, soft_wrap=True)
+    return 0 if result["held"] else 1

@@ -1,0 +1,56 @@
+"""How fast the machine is while a suite of runs lasts.
+
+A shared machine computes one and the same pass now faster, now slower than when it was calibrated. Between the runs of
+a suite the engine therefore serves requests of its own, which no verdict looks at. What they take over what the
+calibration says is one number, by which all prices of the suite's simulations are multiplied.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hw.calibrate.device import RATES_RPS, run_engine, times
+from hw.elastic.model import ElasticModel
+from sim.cost.latency import LatencyModel
+from sim.results.run_folder import write_json
+
+RUNS_BETWEEN = 6
+SERVED_S = 8.0
+FIRST_SEED = 1000  # calibrations use smaller ones
+FILE = "machine_speed.json"
+
+
+class MachineSpeed:
+    """The references of one suite, kept in a file of its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read those that are there."""
+        self._path = folder / FILE
+        self.references: list[dict[str, float]] = []
+        if self._path.is_file():
+            self.references = json.loads(self._path.read_text(encoding="utf-8"))
+
+    def measure(self, elastic: ElasticModel, clock: str, latency: LatencyModel) -> None:
+        """Serve one reference on the dense model, about ten seconds of computing for SmolLM2 on a CPU."""
+        number = len(self.references)
+        run = run_engine(elastic, clock, FIRST_SEED + number, SERVED_S, RATES_RPS[number % len(RATES_RPS)])
+        priced_s = run.priced_s(latency)
+        self.references.append(
+            {"iterations": len(priced_s), "measured_s": float(run.measured_s.sum()), "priced_s": float(priced_s.sum())}
+        )
+        write_json(self._path, self.references)
+
+
+def factor_of(references: Sequence[Mapping[str, float]]) -> float:
+    """Return the seconds that references took over those they are priced at; 1 without any."""
+    if not references:
+        return 1.0
+    return sum(one["measured_s"] for one in references) / sum(one["priced_s"] for one in references)
+
+
+def slower(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """Return a calibration with all its times multiplied."""
+    return {**times(content, factor), "fixed_us": content["fixed_us"] * factor}

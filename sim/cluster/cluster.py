@@ -1,0 +1,623 @@
+"""Many replicas behind a router, on one SimPy clock: mixed devices, models, plans and policies; failures and scaling.
+
+SimPy holds what interacts in time: outages and loads, decisions of policies and of the autoscaler. Between two such
+events the compiled loop (sim/cluster/kernel.py) takes arrivals one by one and serves all replicas.
+
+Order of what happens at one instant: iterations end, requests arrive and are routed, SimPy's events follow in the order
+in which they were scheduled, iterations start. A replica is one engine after another: each time it comes back it is a
+new `SimEngine`, under the plan its policy starts with.
+
+What becomes of requests:
+
+1. A replica that fails loses its KV. Its requests, those that ran first, are routed again at that moment with the
+   tokens they had produced: those are not produced again, their KV and the prompt's are computed anew elsewhere.
+2. With notice a replica accepts nothing more; what waits there is routed again at once, what runs goes on until the end
+   of the notice, and is routed again then. The same when the autoscaler takes a replica away, but for that end.
+3. While no replica accepts, requests wait at the router, in order.
+4. A replica that comes back starts a process and loads its weights before it accepts: ``start_s`` + bytes / bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, Protocol
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from sim.cluster import kernel as ck
+from sim.cluster.outages import Outage
+from sim.cluster.routers import Candidate, Compiled, Offered, Router
+from sim.cost.plan import Plan
+from sim.engine import kernel
+from sim.engine.batch_step import look_at
+from sim.engine.protocol import EngineState
+from sim.engine.sim_engine import SimEngine, exact_delay, unit_numbers
+from sim.errors import BudgetError, ConfigError
+from sim.policies.base import ClusterPolicy, Policy
+from sim.results.records import Floats, Ints, Records, Status
+from sim.traces.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """What one replica is.
+
+    build: makes its engine, driven, in an environment, and its policy; called again each time it comes back.
+    decisions_s: makes the moments, ascending, at which its policy is asked; None asks nothing after the first plan.
+    outages: in order of time.
+    """
+
+    name: str
+    build: Callable[[simpy.Environment], tuple[SimEngine, Policy]]
+    decisions_s: Callable[[], Iterator[float]] | None = None
+    outages: tuple[Outage, ...] = ()
+
+    def __post_init__(self) -> None:
+        for before, after in zip(self.outages, self.outages[1:], strict=False):
+            if after.from_s < before.until_s:
+                raise ConfigError(
+                    f"replica {self.name!r}: an outage from {after.from_s} s begins before that until "
+                    f"{before.until_s} s has ended; give them in order, and apart"
+                )
+
+
+class Phase(IntEnum):
+    """Where a replica stands: it serves; it was told to stop; it is away; it loads; the autoscaler does without it."""
+
+    SERVING = 0
+    LEAVING = 1
+    DOWN = 2
+    LOADING = 3
+    OFF = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterState:
+    """What can be seen of a cluster: what an autoscaler decides by.
+
+    serving: states of the replicas that accept requests. loading: replicas that will soon. held: requests that wait at
+    the router, for no replica accepts.
+    """
+
+    time_s: float
+    serving: tuple[EngineState, ...]
+    loading: int
+    held: int
+
+
+class Autoscaler(Protocol):
+    """Decides how many replicas there shall be."""
+
+    @property
+    def period_s(self) -> float:
+        """Seconds between two decisions."""
+        ...
+
+    @property
+    def first(self) -> int:
+        """Replicas there are at the start, with their weights loaded."""
+        ...
+
+    def __call__(self, state: ClusterState) -> int:
+        """Return how many replicas shall serve; the first of the cluster's list do."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClusterRecords(Records):
+    """Records of a cluster, one entry a request: where it was served last, and how often it was moved.
+
+    replica: int64[n], -1 for a request that no replica ever had. moves: int64[n], how often another replica had it
+    before, because that one failed or was leaving.
+    """
+
+    replica: Ints
+    moves: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a replica: its phase from ``time_s`` on, and the requests that were routed again."""
+
+    time_s: float
+    replica: int
+    phase: Phase
+    moved: int
+
+
+@dataclass(slots=True, eq=False)
+class Served:
+    """One engine of a replica, from when it began to load to when it stopped (``inf``: it did not)."""
+
+    replica: int
+    engine: SimEngine
+    policy: Policy
+    begun_s: float
+    ended_s: float = math.inf
+
+
+class Cluster:
+    """Replicas behind a router; ``tests/sim/cluster/plain_cluster.py`` is the same without compiled code, and as slow as that.
+
+    A cluster of one replica leaves the records of its engine alone.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        replicas: Sequence[Replica],
+        router: Router,
+        *,
+        seed: int = 0,
+        load_bytes_per_s: float = 1e9,
+        start_s: float = 0.0,
+        autoscaler: Autoscaler | None = None,
+    ) -> None:
+        """Build a cluster whose replicas are up, with their weights loaded (as many as the autoscaler starts with).
+
+        Args:
+            trace: what arrives. replicas: who serves it. router: who decides where (sim/cluster/routers.py).
+            seed: of what the router draws.
+            load_bytes_per_s: at which a replica that comes back loads its weights. start_s: what it takes besides.
+            autoscaler: decides how many replicas serve; None lets all.
+        Raises:
+            ConfigError: for no replicas, a bandwidth that is not above 0, or ``prefix_caching`` without hash ids.
+            BudgetError, PlanError, CalibrationError: as ``SimEngine`` does.
+        """
+        if not replicas:
+            raise ConfigError("a cluster needs at least one replica; give replicas.NAME.count=1")
+        if not load_bytes_per_s > 0 or not start_s >= 0:
+            raise ConfigError(
+                f"load_bytes_per_s is {load_bytes_per_s} and start_s {start_s}; the first must be above 0 bytes a "
+                "second, the second at least 0 seconds"
+            )
+        self.env = simpy.Environment()
+        self.trace, self.replicas, self._router = trace, tuple(replicas), router
+        self._load_bytes_per_s, self._start_s, self._autoscaler = load_bytes_per_s, start_s, autoscaler
+        k = len(replicas)
+        self._phase = [Phase.OFF] * k
+        self._wanted = [autoscaler is None or i < autoscaler.first for i in range(k)]
+        self._current: list[int] = [-1] * k  # the engine of each replica, by its number
+        self._engines: list[Served] = []
+        self._events: list[Event] = []
+        self._loading: list[Served | None] = [None] * k
+        self._told = [False] * k  # of an outage, with notice
+        self._held: deque[tuple[int, tuple[Ints, Floats, int] | None]] = deque()
+        self._lives = 0
+
+        requests = len(trace)
+        self._home = np.full((requests, 2), -1, dtype=np.int64)
+        self._moves = np.zeros(requests, dtype=np.int64)
+        self._tables = np.zeros((k, len(kernel.State._fields), 3), dtype=np.int64)
+        self._replica_i = np.zeros((k, ck.REPLICA_INTS), dtype=np.int64)
+        self._replica_f = np.full((k, ck.REPLICA_FLOATS), np.inf)
+        self._fields = np.zeros(ck.CLUSTER_INTS, dtype=np.int64)
+        self._fields[ck.ROUTER] = ck.ASK
+        self._draws = np.zeros((1, 2))
+        if isinstance(router, Compiled):
+            self._fields[ck.ROUTER] = router.rule
+            self._fields[ck.MOST_APART], self._fields[ck.MOST_TIMES] = router.most_apart, router.most_times
+            self._draws = router.draws(requests, seed)
+        ids = trace.hash_ids if trace.hash_ids is not None else ()
+        self._hash_at = np.zeros(requests + 1, dtype=np.int64)
+        self._hash_at[1 : len(ids) + 1] = np.cumsum([len(i) for i in ids], dtype=np.int64)
+        self._hash_ids = np.concatenate([*ids, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+        self._owner = np.full(int(self._hash_ids.max(initial=-1)) + 1, -1, dtype=np.int64)
+        self._units: Ints | None = None  # the hash ids as replicas with a prefix cache call them
+        self._arrays: tuple[Floats, Ints, Ints] = (
+            trace.arrival_s.copy(),
+            trace.prompt_tokens.copy(),
+            trace.output_tokens.copy(),
+        )  # the trace's own are read-only, another type to compiled code
+
+        for i, replica in enumerate(self.replicas):
+            if self._wanted[i]:
+                self._accept(Served(i, *replica.build(self.env), 0.0))
+            if replica.outages:
+                self._lives += 1
+                self.env.process(self._live(i))
+            if replica.decisions_s is not None:
+                self.env.process(self._decide(i, replica.decisions_s()))
+        if autoscaler is not None:
+            self.env.process(self._scale(autoscaler))
+
+    # -- serving -------------------------------------------------------------------------------------------------
+
+    def run(self, on_progress: Callable[[float, int], None] | None = None, progress_s: float = math.inf) -> None:
+        """Serve the whole trace.
+
+        Args:
+            on_progress: called with the time and the requests routed so far, every ``progress_s`` simulated seconds.
+        """
+        shown_s = progress_s
+        while True:
+            horizon_s = min(self.env.peek(), shown_s)
+            self._serve(horizon_s)
+            if self.drained:
+                return
+            assert horizon_s < math.inf
+            if on_progress is not None and horizon_s == shown_s:
+                on_progress(horizon_s, int(self._fields[ck.AT]))
+                shown_s += progress_s
+            while self.env.peek() == horizon_s:
+                self.env.step()
+
+    def run_until(self, time_s: float) -> None:
+        """Serve until a moment: what ends or arrives by then has, an iteration that is due then has not started."""
+        while self.env.now < time_s:
+            self.env.timeout(exact_delay(self.env.now, time_s))
+            while (horizon_s := self.env.peek()) <= time_s:
+                self._serve(horizon_s)
+                while self.env.peek() == horizon_s:
+                    self.env.step()
+
+    def accepting(self) -> list[int]:
+        """Return the numbers of the replicas that accept requests, ascending."""
+        found: list[int] = np.flatnonzero(self._replica_i[:, ck.ACCEPTS]).tolist()
+        return found
+
+    def observe(self, replica: int) -> EngineState:
+        """Return what can be seen of a replica now; it has an engine, as every one that accepts requests."""
+        return self._observed(replica, self.env.now)
+
+    def look(self, seen: Floats) -> None:
+        """Write down what can be seen of every replica now, as ``observe`` says it; each has an engine.
+
+        Args:
+            seen: float64[k, fleet.SEEN_COLUMNS].
+        """
+        look_at(self.tables, float(self.env.now), seen)
+        for i in range(len(self.replicas)):
+            self._change_soon(i, self.env.now)
+
+    def apply(self, replica: int, plan: Plan) -> None:
+        """Make ``plan`` what a replica shall run from now on; as ``SimEngine.apply``."""
+        self._engine(replica).apply(plan)
+        self._change_soon(replica, self.env.now)
+
+    @property
+    def tables(self) -> NDArray[np.int64]:
+        """Where compiled code finds each replica: int64[k, arrays of a State, 3]; ask again after serving."""
+        self._look_up()
+        return self._tables
+
+    @property
+    def drained(self) -> bool:
+        """Whether no request of the trace can make any more progress by itself."""
+        if self._fields[ck.AT] < len(self.trace):
+            return False
+        left = len(self._held)
+        for i, number in enumerate(self._current):
+            if number >= 0:
+                left += ck.outstanding(self._tables[i])
+        if not left:
+            return True
+        if self._lives or np.isfinite(self._replica_f[:, ck.NEXT_S]).any():
+            return False
+        return not (self._held and self._autoscaler is not None and Phase.OFF in self._phase)
+
+    def _serve(self, horizon_s: float) -> None:
+        """Serve and route up to a horizon."""
+        fields_, tables = self._fields, self._tables
+        self._look_up()
+        while True:
+            why = ck.serve(
+                tables,
+                self._replica_i,
+                self._replica_f,
+                fields_,
+                *self._arrays,
+                self._draws,
+                self._home,
+                self._hash_at,
+                self._hash_ids,
+                self._owner,
+                self.env.now,
+                horizon_s,
+            )
+            if why == ck.REACHED:
+                return
+            at = int(fields_[ck.AT])
+            until_s = min(self._arrays[0][at] if at < len(self.trace) else math.inf, horizon_s)
+            i = int(fields_[ck.WHICH])
+            if why == ck.ATTEND:
+                self._engine(i).unblock(int(fields_[ck.WHY]))
+                self._look_up()
+            elif why == ck.ROOM:
+                self._make_room(i)
+            else:  # nobody accepts, or a router of one's own is asked
+                self._place(at, None, until_s)
+                fields_[ck.AT] = at + 1
+
+    def _look_up(self) -> None:
+        """Bring up to date where the engines' arrays are: a plan book that several share may have grown."""
+        for i, number in enumerate(self._current):
+            if number >= 0:
+                self._tables[i] = self._engines[number].engine.table
+
+    def _engine(self, i: int) -> SimEngine:
+        return self._engines[self._current[i]].engine
+
+    def _make_room(self, i: int) -> None:
+        """Let a replica have room for more requests."""
+        engine = self._engine(i)
+        engine.reserve(max(64, 2 * engine.requests))
+        self._tables[i] = engine.table
+
+    # -- routing -------------------------------------------------------------------------------------------------
+
+    def _place(self, request: int, row: tuple[Ints, Floats, int] | None, now_s: float) -> None:
+        """Route a request now: a new one, or one with a row that another replica has left."""
+        arrival_s, prompt, output = (array[request] for array in self._arrays)
+        produced = 0 if row is None else int(row[0][kernel.PRODUCED])
+        i = self._choose(request, int(prompt), produced, now_s)
+        if i < 0:
+            self._held.append((request, row))
+            return
+        engine = self._engine(i)
+        if self._tables[i, ck.ROWS_OF_REQUESTS, 1] == engine.requests:
+            self._make_room(i)
+        table, times, limit = self._tables[i], self._replica_f[i], min(output, engine.context_limit - prompt)
+        hash_at, ids = self._hash_at[request], self._hash_at[request + 1] - self._hash_at[request]
+        if row is None:
+            place = ck.give(table, times, arrival_s, now_s, prompt, limit, hash_at, ids)
+        else:
+            row_i, row_f, params = row
+            # Parameters that ran, in those of the model that serves it now, so that its share of them is right.
+            row_i[kernel.KEPT_PARAMS] = int(row_i[kernel.KEPT_PARAMS]) * engine.model.total_params // params
+            place = ck.give_moved(table, times, now_s, row_i, row_f, limit, hash_at, ids)
+        self._home[request] = self._current[i], place
+
+    def _choose(self, request: int, prompt: int, produced: int, now_s: float) -> int:
+        """Return the replica for a request, -1 when none accepts."""
+        ids = self._hash_ids[self._hash_at[request] : self._hash_at[request + 1]]
+        if isinstance(self._router, Compiled):
+            draw = self._draws[request % len(self._draws)]
+            return int(
+                ck.choose(
+                    self._tables,
+                    self._replica_i,
+                    self._replica_f,
+                    self._fields,
+                    prompt + produced,
+                    draw,
+                    ids,
+                    self._owner,
+                )
+            )
+        accepting = self.accepting()
+        fit = [i for i in accepting if prompt + produced < self._replica_i[i, ck.CONTEXT_LIMIT]]
+        if not fit:
+            return accepting[0] if accepting else -1
+        candidates = []
+        for i in fit:
+            token_s = float(ck.prefill_token_s(self._tables[i]))
+            candidates.append(Candidate(replica=i, state=self._observed(i, now_s), prefill_token_s=token_s))
+        offered = Offered(
+            request_id=request, prompt_tokens=prompt, produced_tokens=produced, hash_ids=tuple(ids.tolist())
+        )
+        chosen = self._router(candidates, offered)
+        if chosen not in fit:
+            raise ConfigError(f"the router chose replica {chosen}; it must be one of those it was offered, {fit}")
+        return chosen
+
+    def _route_again(self, i: int, running_too: bool) -> int:
+        """Take requests from a replica that accepts none and route them again, now; return how many there were."""
+        number, engine, table = self._current[i], self._engine(i), self._tables[i]
+        rows = np.zeros(ck.outstanding(table), dtype=np.int64)
+        rows = rows[: ck.held_rows(table, rows, running_too)]
+        if not running_too:
+            ck.let_waiting_go(table)
+        mine = np.flatnonzero(self._home[:, 0] == number)
+        request_of = np.full(engine.requests, -1, dtype=np.int64)
+        request_of[self._home[mine, 1]] = mine
+        rows_i, rows_f = engine.rows(rows)
+        for request, row_i, row_f in zip(request_of[rows].tolist(), rows_i, rows_f, strict=True):
+            self._home[request] = -1
+            self._moves[request] += 1
+            self._place(request, (row_i, row_f, engine.model.total_params), self.env.now)
+        return len(rows)
+
+    # -- what happens to replicas --------------------------------------------------------------------------------
+
+    def _live(self, i: int) -> Generator[simpy.Event, Any, None]:
+        """Let the outages of a replica happen."""
+        for outage in self.replicas[i].outages:
+            if outage.notice_s > 0:
+                yield from self._wait_until(outage.from_s - outage.notice_s)
+                self._told[i] = True
+                if self._phase[i] is Phase.SERVING:
+                    self._leave(i)
+            yield from self._wait_until(outage.from_s)
+            self._stop(i, Phase.DOWN)
+            if math.isinf(outage.until_s):
+                break
+            yield from self._wait_until(outage.until_s)
+            self._told[i] = False
+            if self._wanted[i]:
+                self.env.process(self._start(i))
+            else:
+                self._note(i, Phase.OFF)
+        self._lives -= 1
+
+    def _start(self, i: int) -> Generator[simpy.Event, Any, None]:
+        """Let a replica load its weights, then accept requests. It stays away where the budget has no room for them."""
+        try:
+            engine, policy = self.replicas[i].build(self.env)
+        except BudgetError:
+            self._note(i, Phase.DOWN)
+            return
+        self._lives += 1
+        served = Served(i, engine, policy, self.env.now)
+        self._loading[i] = served
+        self._note(i, Phase.LOADING)
+        weight_bytes = engine.observe(self.env.now).weight_bytes
+        yield from self._wait_until(self.env.now + self._start_s + weight_bytes / self._load_bytes_per_s)
+        if self._loading[i] is served:  # it was not stopped meanwhile
+            self._accept(served)
+        self._lives -= 1
+
+    def _accept(self, served: Served) -> None:
+        """Let a replica whose weights are there accept requests; those that wait at the router come first."""
+        i, engine = served.replica, served.engine
+        self._loading[i] = None
+        if engine.config.prefix_caching:
+            if self._units is None:
+                self._units = unit_numbers(self.trace.hash_ids)
+            engine.use_hash_ids(self._units)
+        self._current[i] = len(self._engines)
+        self._engines.append(served)
+        self._replica_i[i] = 0, engine.context_limit, self._current[i], -1
+        self._change_soon(i, self.env.now)
+        self._note(i, Phase.SERVING)
+        if self._told[i]:
+            self._leave(i)
+            return
+        self._replica_i[i, ck.ACCEPTS] = 1
+        held, self._held = self._held, deque()
+        for request, row in held:
+            self._place(request, row, self.env.now)
+
+    def _leave(self, i: int) -> None:
+        """Accept no more requests; those that wait go elsewhere, those that run go on."""
+        self._replica_i[i, ck.ACCEPTS] = 0
+        self._note(i, Phase.LEAVING, self._route_again(i, running_too=False))
+
+    def _stop(self, i: int, phase: Phase) -> None:
+        """End a replica's engine; its requests go elsewhere."""
+        self._replica_i[i, ck.ACCEPTS] = 0
+        self._loading[i] = None
+        moved = 0
+        if self._current[i] >= 0:
+            served = self._engines[self._current[i]]
+            served.ended_s = self.env.now
+            served.engine.observe(self.env.now)  # its seconds over budget end here
+            moved = self._route_again(i, running_too=True)
+            self._current[i] = -1
+            self._replica_f[i, ck.NEXT_S] = math.inf
+        self._note(i, phase, moved)
+
+    def _note(self, i: int, phase: Phase, moved: int = 0) -> None:
+        self._phase[i] = phase
+        self._events.append(Event(float(self.env.now), i, phase, moved))
+
+    def _decide(self, i: int, moments_s: Iterator[float]) -> Generator[simpy.Event, Any, None]:
+        """Ask the policy of a replica at its moments, while an engine is there."""
+        for moment_s in moments_s:
+            yield from self._wait_until(moment_s)
+            if self._current[i] >= 0:
+                policy, state = self._engines[self._current[i]].policy, self.observe(i)
+                if isinstance(policy, ClusterPolicy):
+                    plan = policy.among(state, [self.observe(j) for j in self.accepting() if j != i])
+                else:
+                    plan = policy(state)
+                self.apply(i, plan)
+
+    def _observed(self, i: int, now_s: float) -> EngineState:
+        """Return what can be seen of a replica now; its budget is followed to here."""
+        state = self._engine(i).observe(now_s)
+        self._change_soon(i, now_s)
+        return state
+
+    def _change_soon(self, i: int, now_s: float) -> None:
+        """Let the compiled loop know from when on a replica has to change."""
+        table = self._tables[i] = self._engine(i).table  # plans that it had not met before have another place
+        if (next_s := ck.next_s(table)) <= now_s or not math.isfinite(self._replica_f[i, ck.NEXT_S]):
+            self._replica_f[i, ck.NEXT_S] = max(next_s, now_s)
+
+    def _scale(self, autoscaler: Autoscaler) -> Generator[simpy.Event, Any, None]:
+        """Ask the autoscaler every period; start and stop replicas as it says."""
+        step = 1
+        while True:
+            yield from self._wait_until(step * autoscaler.period_s)
+            step += 1
+            state = ClusterState(
+                time_s=float(self.env.now),
+                serving=tuple(self.observe(i) for i in self.accepting()),
+                loading=sum(served is not None for served in self._loading),
+                held=len(self._held),
+            )
+            wanted = autoscaler(state)
+            if not 1 <= wanted <= len(self.replicas):
+                raise ConfigError(
+                    f"the autoscaler wants {wanted} replicas; it may have 1 to {len(self.replicas)}, as many as the "
+                    "cluster's list has"
+                )
+            self._wanted = [i < wanted for i in range(len(self.replicas))]
+            for i, want in enumerate(self._wanted):
+                phase, running = self._phase[i], self._current[i] >= 0 and ck.outstanding(self._tables[i]) > 0
+                if want and phase is Phase.OFF:
+                    self.env.process(self._start(i))
+                elif want and phase is Phase.LEAVING and not self._told[i]:
+                    self._note(i, Phase.SERVING)
+                    self._replica_i[i, ck.ACCEPTS] = 1
+                elif not want and phase is Phase.SERVING:
+                    self._leave(i)
+                elif not want and phase is Phase.LEAVING and not running:
+                    self._stop(i, Phase.OFF)
+
+    def _wait_until(self, time_s: float) -> Generator[simpy.Event, Any, None]:
+        while self.env.now < time_s:
+            yield self.env.timeout(exact_delay(self.env.now, time_s))
+
+    # -- what is left behind -------------------------------------------------------------------------------------
+
+    def records(self) -> ClusterRecords:
+        """Return one row a request, in order of arrival; those yet to arrive have none."""
+        arrived = int(self._fields[ck.AT])
+        home = self._home[:arrived]
+        arrival_s, prompts, outputs = self._arrays
+        nothing = np.full(arrived, math.nan)
+        columns: dict[str, NDArray[Any]] = {
+            "arrival_s": arrival_s[:arrived].copy(),
+            "prompt_tokens": prompts[:arrived].copy(),
+            "output_tokens": outputs[:arrived].copy(),
+            "produced_tokens": np.zeros(arrived, dtype=np.int64),
+            "preemptions": np.zeros(arrived, dtype=np.int64),
+            "cached_tokens": np.zeros(arrived, dtype=np.int64),
+            "status": np.full(arrived, int(Status.WAITING), dtype=np.int64),
+            "replica": np.full(arrived, -1, dtype=np.int64),
+            "moves": self._moves[:arrived].copy(),
+        }
+        for name in ("admitted_s", "first_token_s", "finish_s", "kept_params_share", "quality_nll"):
+            columns[name] = nothing.copy()
+        order = np.argsort(home[:, 0], kind="stable")
+        bounds = np.searchsorted(home[order, 0], np.arange(len(self._engines) + 1))
+        for served, first, last in zip(self._engines, bounds, bounds[1:], strict=False):
+            mine = order[first:last]
+            part = served.engine.records_of(home[mine, 1], outputs[mine])
+            for field in fields(Records):
+                columns[field.name][mine] = getattr(part, field.name)
+            columns["replica"][mine] = served.replica
+        for request, row in self._held:
+            if row is not None:
+                columns["produced_tokens"][request] = row[0][kernel.PRODUCED]
+                columns["admitted_s"][request] = row[1][kernel.ADMITTED_S]
+                columns["first_token_s"][request] = row[1][kernel.FIRST_S]
+        return ClusterRecords(**columns)
+
+    @property
+    def end_s(self) -> float:
+        """When the last iteration ended."""
+        return max((float(served.engine.now_s) for served in self._engines), default=0.0)
+
+    def engines(self) -> tuple[Served, ...]:
+        """Return every engine that has served, in the order in which they began to."""
+        return tuple(self._engines)
+
+    def events(self) -> tuple[Event, ...]:
+        """Return what happened to the replicas, in order of time."""
+        return tuple(self._events)
+
+
+def main() -> None:
+    """Run ``python -m sim.cluster``."""
+    from sim.cluster.run import cluster_command
+
+    cluster_command()

@@ -1,0 +1,712 @@
+"""The price of one iteration in seconds, composed block by block from a calibrated table of each term.
+
+    iteration = fixed + token(t) + head(s) + sum over kept MHA (linear(t, bits) + attention)
+                                           + sum over kept FFN linear(t, bits)
+
+t counts the tokens of the batch that a block sees, s the sequences that get a next token. A table is linear between its
+measured points. **Above** its last point it goes on with the slope of its last segment, which is the compute or
+bandwidth slope of that operation; **below** its first point it holds the first value, the price of a launch. `in_range`
+says whether an iteration needed the former.
+
+Attention is priced on sums over the batch, so that an engine keeps four integers and no list:
+
+* prefill by (query tokens, mean context that one of them attends to): a chunk of c tokens on a prefix of p adds c and
+  `c * p + c * (c + 1) / 2`. Many short prompts and one long chunk are then one formula, as they are one kernel launch.
+* decode by (sequences, mean context), from the batch and the sum of its contexts.
+* both in one iteration: `sum` where the stack launches two kernels, `shared` where one kernel takes both (vLLM V1). A
+  shared kernel runs decodes without split-KV and grouped-query packing, so they cost up to four times more:
+  max(P, M, f + min(P, a * tile-contexts + h * tiles) + min(M, b * contexts + d * sequences)) times a tabulated
+  residual, where P is the prefill part alone and M the decode part beside a tiny prefill.
+
+The functions marked `compiled` are the only arithmetic: the plain engine of the tests calls them from Python, the
+compiled one from inside its loop, and both get the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.compiled import compiled, constant
+from sim.cost.gpu import Gpu
+from sim.cost.plan import WEIGHT_BITS, Plan
+from sim.errors import CalibrationError, nearest
+from sim.paths import REPOSITORY
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+CALIBRATIONS = REPOSITORY / "conf" / "calibration"
+SCHEMA = 1
+MHA, FFN = 0, 1
+MHA_BOTH, MHA_PREFILL_ONLY, FFN_BOTH, FFN_PREFILL_ONLY = range(4)
+TILE_TOKENS = 128
+"""Query tokens of one attention work item (FlashAttention's block of queries at head size 128)."""
+
+
+# `LatencyTables.layout` says what lies where in `LatencyTables.data`. A curve has two entries: the place of its value
+# at count 0 and its last count; the slope above follows its values. A surface has five: place and length of its rows,
+# of its columns, and the place of its values, row after row. The residual has nine: four axes and its values' place.
+# Of this type, or numba compiles what they are handed to once for each of them.
+CURVE_LINEAR = 0  # six curves: 4 * bits_index + 2 * kind
+MHA_KIND, FFN_KIND = constant(0), constant(1)
+CURVE_TOKEN = constant(12)
+CURVE_HEAD = constant(14)
+SURFACE_PREFILL = constant(16)
+SURFACE_DECODE = constant(21)
+SURFACE_SHARED_DECODE = constant(26)
+RESIDUAL = 31
+SHARED_KERNEL = 40  # 1 where one kernel takes prompts and decodes
+LAYOUT_LENGTH = 41
+DATA_FIXED = 0
+DATA_SHARED_FIT = 1  # five coefficients a, h, b, d, f of the module's docstring
+DATA_START = 6
+
+
+class LatencyTables(NamedTuple):
+    """The numbers of one calibration for compiled code: all of them in one array, and where each table lies in it.
+
+    One array for all of them, so that whoever is handed a calibration is handed two arrays and not forty.
+    """
+
+    data: Floats
+    layout: Counts
+
+
+@compiled()
+def segment(data: Floats, at: int, length: int, x: float) -> int:
+    """Return i so that the grid at ``at`` has x in its segment i; the first or last segment for x outside."""
+    low, candidates = 0, length - 1
+    while candidates > 1:
+        half = candidates // 2
+        low = low + half if data[at + low + half] <= x else low  # a conditional move, where a branch would be missed
+        candidates -= half
+    return low
+
+
+@compiled()
+def interp1(data: Floats, grid_at: int, length: int, values_at: int, x: float) -> float:
+    """Return a curve at x: linear between points, the first value below them, the last segment's slope above.
+
+    Args:
+        data: holds ``length`` grid points from ``grid_at`` on and as many values from ``values_at`` on.
+    """
+    if x <= data[grid_at]:
+        return float(data[values_at])
+    i = segment(data, grid_at, length, x)
+    left = data[grid_at + i]
+    share = (x - left) / (data[grid_at + i + 1] - left)
+    value = data[values_at + i]
+    return float(value + share * (data[values_at + i + 1] - value))
+
+
+@compiled()
+def interp2(
+    data: Floats, rows_at: int, rows: int, columns_at: int, columns: int, values_at: int, row: float, column: float
+) -> float:
+    """Return a surface at (row, column): bilinear between points, held below them, the last segments' slopes above."""
+    row, column = max(row, data[rows_at]), max(column, data[columns_at])
+    i, j = segment(data, rows_at, rows, row), segment(data, columns_at, columns, column)
+    top, left = data[rows_at + i], data[columns_at + j]
+    u = (row - top) / (data[rows_at + i + 1] - top)
+    v = (column - left) / (data[columns_at + j + 1] - left)
+    at = values_at + i * columns + j
+    low = data[at] + v * (data[at + 1] - data[at])
+    at += columns
+    high = data[at] + v * (data[at + 1] - data[at])
+    return float(low + u * (high - low))
+
+
+@compiled()
+def _hold(data: Floats, at: int, length: int, x: float) -> tuple[int, float]:
+    """Return the segment of x and how far into it, held at both ends: a residual is not extrapolated."""
+    if x <= data[at]:
+        return 0, 0.0
+    if x >= data[at + length - 1]:
+        return length - 2, 1.0
+    i = segment(data, at, length, x)
+    return i, (x - data[at + i]) / (data[at + i + 1] - data[at + i])
+
+
+@compiled()
+def _residual(data: Floats, layout: Counts, x: float, y: float, z: float, w: float) -> float:
+    """Return the residual at (x, y, z, w): linear along every axis, held outside."""
+    i, p = _hold(data, layout[RESIDUAL], layout[RESIDUAL + 1], x)
+    j, q = _hold(data, layout[RESIDUAL + 2], layout[RESIDUAL + 3], y)
+    k, r = _hold(data, layout[RESIDUAL + 4], layout[RESIDUAL + 5], z)
+    m, s = _hold(data, layout[RESIDUAL + 6], layout[RESIDUAL + 7], w)
+    step_m = 1
+    step_k = layout[RESIDUAL + 7]
+    step_j = step_k * layout[RESIDUAL + 5]
+    step_i = step_j * layout[RESIDUAL + 3]
+    corner = layout[RESIDUAL + 8] + i * step_i + j * step_j + k * step_k + m * step_m
+    total = 0.0
+    for e in range(16):
+        ei, ej, ek, em = e & 1, (e >> 1) & 1, (e >> 2) & 1, (e >> 3) & 1
+        weight = (p if ei else 1.0 - p) * (q if ej else 1.0 - q) * (r if ek else 1.0 - r) * (s if em else 1.0 - s)
+        total += weight * data[corner + ei * step_i + ej * step_j + ek * step_k + em * step_m]
+    return total
+
+
+@compiled()
+def curve_seconds(data: Floats, layout: Counts, slot: int, x: int) -> float:
+    """Return a curve tabulated for every count, at count x; its slope's continuation above the last one."""
+    at, last = layout[slot], layout[slot + 1]
+    if x <= last:
+        return float(data[at + x])
+    return float(data[at + last] + data[at + last + 1] * (x - last))
+
+
+@compiled()
+def _surface(data: Floats, layout: Counts, slot: int, row: float, column: float) -> float:
+    """Return the surface of a slot at (row, column)."""
+    return float(
+        interp2(data, layout[slot], layout[slot + 1], layout[slot + 2], layout[slot + 3], layout[slot + 4], row, column)
+    )
+
+
+@compiled()
+def linear_seconds(tables: LatencyTables, bits_index: int, kind: int, tokens: int) -> float:
+    """Return the seconds of one block (kind MHA or FFN) without attention over ``tokens`` tokens; none for none.
+
+    ``bits_index`` is that of WEIGHT_BITS; a precision that was not measured gives nan.
+    """
+    return float(curve_seconds(tables.data, tables.layout, CURVE_LINEAR + 4 * bits_index + 2 * kind, tokens))
+
+
+@compiled()
+def prefill_attention_seconds(tables: LatencyTables, tokens: int, context_sum: int) -> float:
+    """Return the seconds of one layer's attention of ``tokens`` prompt tokens that attend to ``context_sum`` in all."""
+    if tokens == 0:
+        return 0.0
+    return float(_surface(tables.data, tables.layout, SURFACE_PREFILL, float(tokens), context_sum / tokens))
+
+
+@compiled()
+def decode_attention_seconds(tables: LatencyTables, batch: int, context_sum: int) -> float:
+    """Return the seconds of one layer's attention of ``batch`` new tokens over ``context_sum`` tokens of KV in all."""
+    if batch == 0:
+        return 0.0
+    return float(_surface(tables.data, tables.layout, SURFACE_DECODE, float(batch), context_sum / batch))
+
+
+@compiled()
+def _shared_kernel_seconds(
+    tables: LatencyTables, prefill_s: float, prefill_tokens: int, prefill_context_sum: int, batch: int, context_sum: int
+) -> float:
+    """Return the seconds of one attention kernel over prompt chunks and decodes together."""
+    data, layout = tables.data, tables.layout
+    decode_s = _surface(data, layout, SURFACE_SHARED_DECODE, float(batch), context_sum / batch)
+    mean_context = prefill_context_sum / prefill_tokens
+    tiles = float((prefill_tokens + TILE_TOKENS - 1) // TILE_TOKENS)
+    work_s = data[DATA_SHARED_FIT] * (mean_context * tiles) + data[DATA_SHARED_FIT + 1] * tiles
+    decode_work_s = data[DATA_SHARED_FIT + 2] * context_sum + data[DATA_SHARED_FIT + 3] * batch
+    together_s = data[DATA_SHARED_FIT + 4] + min(prefill_s, work_s) + min(decode_s, decode_work_s)
+    residual = _residual(
+        data,
+        layout,
+        math.log(prefill_tokens),
+        math.log(1.0 + max(0.0, mean_context - 0.5 * (prefill_tokens + 1))),
+        math.log(batch),
+        math.log(max(1.0, context_sum / batch)),
+    )
+    return float(max(prefill_s, max(max(prefill_s, decode_s), together_s) * residual))
+
+
+@compiled()
+def attention_seconds(
+    tables: LatencyTables, prefill_tokens: int, prefill_context_sum: int, batch: int, context_sum: int
+) -> float:
+    """Return the seconds of one layer's attention over everything in the iteration."""
+    if prefill_tokens == 0:
+        return float(decode_attention_seconds(tables, batch, context_sum))
+    prefill_s = float(prefill_attention_seconds(tables, prefill_tokens, prefill_context_sum))
+    if batch == 0:
+        return prefill_s
+    if tables.layout[SHARED_KERNEL] == 0:
+        return prefill_s + float(decode_attention_seconds(tables, batch, context_sum))
+    return float(_shared_kernel_seconds(tables, prefill_s, prefill_tokens, prefill_context_sum, batch, context_sum))
+
+
+@compiled()
+def iteration_seconds(
+    tables: LatencyTables,
+    layers: Counts,
+    prefill_tokens: int,
+    prefill_context_sum: int,
+    decode_batch: int,
+    decode_context_sum: int,
+    sequences: int,
+) -> float:
+    """Return the seconds of one iteration.
+
+    Args:
+        tables: of a LatencyModel.
+        layers: (3 bits, 4) how many blocks are MHA kept in decode and prefill, MHA in prefill only, and so for FFN.
+        prefill_tokens, prefill_context_sum: prompt tokens of the iteration and the contexts they attend to, summed.
+        decode_batch, decode_context_sum: sequences that decode and the tokens of KV they read, summed.
+        sequences: sequences that get a next token.
+    """
+    tokens = prefill_tokens + decode_batch
+    total = tables.data[DATA_FIXED] + curve_seconds(tables.data, tables.layout, CURVE_TOKEN, tokens)
+    total += curve_seconds(tables.data, tables.layout, CURVE_HEAD, sequences)
+    mha_both, mha_prefill_only = 0, 0
+    for b in range(layers.shape[0]):
+        mha, mha_only, ffn, ffn_only = layers[b, 0], layers[b, 1], layers[b, 2], layers[b, 3]
+        if decode_batch == 0:  # all blocks of the prefill mask see the same tokens: one product, one rounding
+            mha, mha_only, ffn, ffn_only = mha + mha_only, 0, ffn + ffn_only, 0
+        if mha > 0:
+            total += mha * linear_seconds(tables, b, MHA_KIND, tokens)
+        if ffn > 0:
+            total += ffn * linear_seconds(tables, b, FFN_KIND, tokens)
+        if mha_only > 0:
+            total += mha_only * linear_seconds(tables, b, MHA_KIND, prefill_tokens)
+        if ffn_only > 0:
+            total += ffn_only * linear_seconds(tables, b, FFN_KIND, prefill_tokens)
+        mha_both += mha
+        mha_prefill_only += mha_only
+    if mha_both > 0:
+        total += mha_both * attention_seconds(
+            tables, prefill_tokens, prefill_context_sum, decode_batch, decode_context_sum
+        )
+    if mha_prefill_only > 0:
+        total += mha_prefill_only * prefill_attention_seconds(tables, prefill_tokens, prefill_context_sum)
+    return float(total)
+
+
+@compiled()
+def layered_iteration_seconds(tables: LatencyTables, rows: Counts, tokens: int, sequences: int) -> float:
+    """Return the seconds of an iteration whose requests do not all run the same blocks or read the same KV.
+
+    Args:
+        tables: of a LatencyModel.
+        rows: (n, 7), layers that see the same: how many, index of their bits, prompt tokens and the contexts they
+            attend to summed, decodes and the tokens of KV they read summed (all of the MHA block), tokens of the FFN
+            block. A block that sees no token costs nothing.
+        tokens, sequences: of the whole iteration.
+    """
+    total = tables.data[DATA_FIXED] + curve_seconds(tables.data, tables.layout, CURVE_TOKEN, tokens)
+    total += curve_seconds(tables.data, tables.layout, CURVE_HEAD, sequences)
+    for i in range(rows.shape[0]):
+        layers, bits = rows[i, 0], rows[i, 1]
+        mha_tokens = rows[i, 2] + rows[i, 4]
+        if mha_tokens > 0:
+            total += layers * linear_seconds(tables, bits, MHA_KIND, mha_tokens)
+            total += layers * attention_seconds(tables, rows[i, 2], rows[i, 3], rows[i, 4], rows[i, 5])
+        if rows[i, 6] > 0:
+            total += layers * linear_seconds(tables, bits, FFN_KIND, rows[i, 6])
+    return float(total)
+
+
+@compiled()
+def _covers(tables: LatencyTables, slot: int, count: int, context_sum: int) -> bool:
+    """Return whether a surface reaches up to ``count`` with that sum of contexts."""
+    data, layout = tables.data, tables.layout
+    last_row = data[layout[slot] + layout[slot + 1] - 1]
+    last_column = data[layout[slot + 2] + layout[slot + 3] - 1]
+    return bool(count <= last_row and context_sum <= last_column * count)
+
+
+@compiled()
+def iteration_in_range(
+    tables: LatencyTables,
+    prefill_tokens: int,
+    prefill_context_sum: int,
+    decode_batch: int,
+    decode_context_sum: int,
+    sequences: int,
+) -> bool:
+    """Return whether no table is read above its last point. Holding a price below the first one counts as in."""
+    layout = tables.layout
+    if prefill_tokens + decode_batch > layout[CURVE_TOKEN + 1] or sequences > layout[CURVE_HEAD + 1]:
+        return False
+    if prefill_tokens > 0 and not _covers(tables, SURFACE_PREFILL, prefill_tokens, prefill_context_sum):
+        return False
+    if decode_batch == 0:
+        return True
+    shared = prefill_tokens > 0 and layout[SHARED_KERNEL] == 1
+    return bool(_covers(tables, SURFACE_SHARED_DECODE if shared else SURFACE_DECODE, decode_batch, decode_context_sum))
+
+
+def chunk_context_sum(chunk_tokens: int, prefix_tokens: int) -> int:
+    """Return how many tokens a chunk's tokens attend to, summed: each sees the prefix, those before it and itself."""
+    return chunk_tokens * prefix_tokens + chunk_tokens * (chunk_tokens + 1) // 2
+
+
+def plan_layers(plan: Plan) -> Counts:
+    """Return the block counts (3 bits, 4) that `iteration_seconds` prices; a plan is no more than these to it."""
+    return _plan_layers(plan.decode.mha, plan.decode.ffn, plan.prefill.mha, plan.prefill.ffn, plan.weight_bits)
+
+
+@lru_cache(maxsize=4096)
+def _plan_layers(
+    decode_mha: tuple[bool, ...],
+    decode_ffn: tuple[bool, ...],
+    prefill_mha: tuple[bool, ...],
+    prefill_ffn: tuple[bool, ...],
+    weight_bits: tuple[int, ...],
+) -> Counts:
+    counts = np.zeros((len(WEIGHT_BITS), 4), dtype=np.int64)
+    for both, prefill, first in ((decode_mha, prefill_mha, MHA_BOTH), (decode_ffn, prefill_ffn, FFN_BOTH)):
+        for in_decode, in_prefill, bits in zip(both, prefill, weight_bits, strict=True):
+            row = WEIGHT_BITS.index(bits)
+            if in_decode:
+                counts[row, first] += 1
+            elif in_prefill:
+                counts[row, first + 1] += 1
+    counts.flags.writeable = False
+    return counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TermError:
+    """How far a term was from measurements that its fit had not seen: relative errors, and on how many points."""
+
+    median: float
+    p95: float
+    points: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopySpeed:
+    """How weights come from host memory while iterations go on.
+
+    slowdown: the share by which an iteration takes longer that starts while weights come. source: where both are from.
+    """
+
+    host_to_device_bytes_per_s: float
+    slowdown: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if not (self.host_to_device_bytes_per_s > 0 and self.slowdown >= 0):
+            raise CalibrationError(
+                f"{self.source}: host_to_device_bytes_per_s is {self.host_to_device_bytes_per_s} and copy_slowdown "
+                f"{self.slowdown}; the first must be above 0, the second at least 0"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LatencyModel:
+    """A calibrated latency model of one model on one device. Build it with `load_calibration`.
+
+    kind: `measured` (one stack measured the model's own operations), `composed` (of kernels of other shapes) or
+    `derived` (scaled from another device; not measured).
+    errors: held-out error of every term; fixed_source: where the overhead of an iteration comes from.
+    copying: how weights come from host memory, where that was measured too.
+    """
+
+    name: str
+    model: str
+    device: str
+    kind: str
+    bits: tuple[int, ...]
+    tables: LatencyTables
+    fixed_source: str
+    errors: Mapping[str, TermError]
+    validation: str
+    sources: tuple[Mapping[str, str], ...]
+    notes: tuple[str, ...] = ()
+    copying: CopySpeed | None = None
+
+    @property
+    def fixed_s(self) -> float:
+        """Host overhead of one iteration."""
+        return float(self.tables.data[DATA_FIXED])
+
+    def with_fixed(self, fixed_s: float, source: str) -> LatencyModel:
+        """Return the model with another overhead per iteration and where it comes from."""
+        if not (math.isfinite(fixed_s) and fixed_s >= 0):
+            raise CalibrationError(f"fixed_s is {fixed_s!r}; it must be a number of seconds of at least 0")
+        data = self.tables.data.copy()
+        data[DATA_FIXED] = fixed_s
+        return replace(self, tables=LatencyTables(data, self.tables.layout), fixed_source=source)
+
+    def check_bits(self, plan: Plan) -> None:
+        """Check that every precision of a plan was measured.
+
+        Raises:
+            CalibrationError: naming the bits that lack, those there are, and what to do.
+        """
+        self._check_bits(set(plan.weight_bits))
+
+    def layered_iteration_s(self, rows: Counts, tokens: int, sequences: int) -> float:
+        """Return the seconds of an iteration in which layers differ in what they see; `layered_iteration_seconds`."""
+        return float(layered_iteration_seconds(self.tables, rows, tokens, sequences))
+
+    def linear_s(self, kind: str, bits: int, tokens: int) -> float:
+        """Return the seconds of one block without attention: kind `mha` (norm to output projection) or `ffn`."""
+        if kind not in ("mha", "ffn"):
+            raise CalibrationError(f"block kind {kind!r}: {nearest(kind, ('mha', 'ffn'))}")
+        self._check_bits({bits})
+        return float(linear_seconds(self.tables, WEIGHT_BITS.index(bits), MHA if kind == "mha" else FFN, tokens))
+
+    def prefill_attention_s(self, chunk_tokens: int, prefix_tokens: int = 0) -> float:
+        """Return the seconds of one layer's attention of a chunk on top of a prefix whose KV is there."""
+        context_sum = chunk_context_sum(chunk_tokens, prefix_tokens)
+        return float(prefill_attention_seconds(self.tables, chunk_tokens, context_sum))
+
+    def decode_attention_s(self, batch: int, context_sum_tokens: int) -> float:
+        """Return the seconds of one layer's attention of ``batch`` decodes that read that many tokens of KV in all."""
+        return float(decode_attention_seconds(self.tables, batch, context_sum_tokens))
+
+    def attention_s(self, chunks: Sequence[tuple[int, int]], decode_batch: int, decode_context_sum: int) -> float:
+        """Return the seconds of one layer's attention over chunks (tokens, prefix) and decodes in one iteration."""
+        tokens = sum(chunk for chunk, _ in chunks)
+        context_sum = sum(chunk_context_sum(chunk, prefix) for chunk, prefix in chunks)
+        return float(attention_seconds(self.tables, tokens, context_sum, decode_batch, decode_context_sum))
+
+    def head_s(self, sequences: int) -> float:
+        """Return the seconds of LM head and sampling for that many sequences."""
+        return float(curve_seconds(self.tables.data, self.tables.layout, CURVE_HEAD, sequences))
+
+    def token_s(self, tokens: int) -> float:
+        """Return the seconds of embedding and final norm, which no plan can drop."""
+        return float(curve_seconds(self.tables.data, self.tables.layout, CURVE_TOKEN, tokens))
+
+    def iteration_s(
+        self,
+        plan: Plan,
+        chunks: Sequence[tuple[int, int]],
+        decode_batch: int,
+        decode_context_sum: int,
+        sequences: int,
+    ) -> float:
+        """Return the seconds of one iteration.
+
+        Args:
+            plan: what runs; a block that only its prefill mask keeps sees only prompt tokens.
+            chunks: (chunk tokens, prefix tokens whose KV is there), one a prompt.
+            decode_batch: sequences that decode.
+            decode_context_sum: tokens of KV that they read in one layer, summed, each one's own new token included.
+            sequences: sequences that get a next token: the decodes and the prompts whose last chunk this is.
+        Raises:
+            CalibrationError: if the plan asks for a precision that was not measured.
+        """
+        self.check_bits(plan)
+        tokens = sum(chunk for chunk, _ in chunks)
+        context_sum = sum(chunk_context_sum(chunk, prefix) for chunk, prefix in chunks)
+        return float(
+            iteration_seconds(
+                self.tables, plan_layers(plan), tokens, context_sum, decode_batch, decode_context_sum, sequences
+            )
+        )
+
+    def in_range(
+        self, chunks: Sequence[tuple[int, int]], decode_batch: int, decode_context_sum: int, sequences: int
+    ) -> bool:
+        """Return whether the price of this iteration needs no extrapolation."""
+        tokens = sum(chunk for chunk, _ in chunks)
+        context_sum = sum(chunk_context_sum(chunk, prefix) for chunk, prefix in chunks)
+        return bool(iteration_in_range(self.tables, tokens, context_sum, decode_batch, decode_context_sum, sequences))
+
+    def _check_bits(self, wanted: set[int]) -> None:
+        missing = sorted(wanted - set(self.bits), reverse=True)
+        if missing:
+            raise CalibrationError(
+                f"calibration {self.name!r} has no {' or '.join(map(str, missing))}-bit times; it has "
+                f"{', '.join(map(str, self.bits))}. Keep weight_bits of the plan to those, or take a calibration that "
+                f"has more: {', '.join(calibrations_with(missing)) or 'none is here; measure one with hw.calibrate'}"
+            )
+
+
+def calibration_names() -> list[str]:
+    """Return the names of the committed calibrations."""
+    return sorted(path.stem for path in CALIBRATIONS.glob("*.json"))
+
+
+def calibrations_with(bits: Sequence[int]) -> list[str]:
+    """Return the names of the committed calibrations that have all these bits."""
+    return [
+        name
+        for name in calibration_names()
+        if all(str(b) in _read(CALIBRATIONS / f"{name}.json")["tables"]["linear_us"] for b in bits)
+    ]
+
+
+def load_calibration(name_or_path: str | Path) -> LatencyModel:
+    """Return a committed calibration by name, or any by path.
+
+    Raises:
+        CalibrationError: if there is none of that name, or the file is not one that `hw.calibrate` writes.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        path = CALIBRATIONS / f"{name_or_path}.json"
+        if not path.is_file():
+            raise CalibrationError(
+                f"no calibration {str(name_or_path)!r}; {nearest(str(name_or_path), calibration_names())}"
+            )
+    if not path.is_file():
+        raise CalibrationError(
+            f"no calibration file {path}; give a .json that hw.calibrate wrote, or a name: "
+            f"{', '.join(calibration_names())}"
+        )
+    return calibration_from_dict(_read(path), str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{path} cannot be read as JSON: {error}; write it again with hw.calibrate") from error
+    if not isinstance(content, dict) or not isinstance(content.get("tables"), dict):
+        raise CalibrationError(f"{path} is no calibration; hw.calibrate writes one")
+    return content
+
+
+def _copying(content: Mapping[str, Any]) -> CopySpeed | None:
+    run = content.get("device_run", {})
+    if "copy_slowdown" not in run:
+        return None
+    return CopySpeed(
+        host_to_device_bytes_per_s=float(run["host_to_device_bytes_per_s"]),
+        slowdown=float(run["copy_slowdown"]),
+        source=f"measured, calibration {content['name']}",
+    )
+
+
+def copy_speed(latency: LatencyModel, gpu: Gpu) -> CopySpeed:
+    """Return how fast weights come, as the calibration measured it; else by the data sheet of the device.
+
+    Not measured, the link gives the rate, and the slow-down is an upper bound: a copy takes its bytes from the memory
+    bandwidth that iterations live on.
+    """
+    if latency.copying is not None:
+        return latency.copying
+    link = gpu.host_to_device_bytes_per_s
+    return CopySpeed(
+        host_to_device_bytes_per_s=link,
+        slowdown=link / gpu.memory_bandwidth_bytes_per_s,
+        source=f"data sheet of {gpu.name}, not measured",
+    )
+
+
+def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration") -> LatencyModel:
+    """Return the model that a calibration file's content describes.
+
+    Raises:
+        CalibrationError: naming what is missing or out of order.
+    """
+    if content.get("schema") != SCHEMA:
+        raise CalibrationError(
+            f"{origin}: schema is {content.get('schema')!r}, this version reads {SCHEMA}; "
+            "write the file again with hw.calibrate"
+        )
+    try:
+        tables = _tables(content, origin)
+        return LatencyModel(
+            name=content["name"],
+            model=content["model"],
+            device=content["device"],
+            kind=content["kind"],
+            bits=tuple(b for b in WEIGHT_BITS if str(b) in content["tables"]["linear_us"]),
+            tables=tables,
+            fixed_source=content["fixed_source"],
+            errors={term: TermError(**error) for term, error in content["errors"].items()},
+            validation=content["validation"],
+            sources=tuple(content["sources"]),
+            notes=tuple(content["notes"]),
+            copying=_copying(content),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CalibrationError(f"{origin}: {error!r} while reading it; write it again with hw.calibrate") from error
+
+
+class _Packer:
+    """Lays tables out one after another in one array, checking each."""
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.parts: list[Floats] = [np.zeros(DATA_START)]
+        self.layout: Counts = np.zeros(LAYOUT_LENGTH, dtype=np.int64)
+
+    def put(self, values: Floats) -> int:
+        """Append values; return where they start."""
+        at = sum(len(part) for part in self.parts)
+        self.parts.append(np.ascontiguousarray(values, dtype=np.float64).ravel())
+        return at
+
+    def axis(self, values: Sequence[float], name: str) -> Floats:
+        """Return a checked axis."""
+        grid = np.asarray(values, dtype=np.float64)
+        if (
+            grid.ndim != 1
+            or len(grid) < 2
+            or not np.all(np.isfinite(grid))
+            or np.any(np.diff(grid) <= 0)
+            or grid[0] < 0
+        ):
+            raise CalibrationError(f"{self.origin}: axis {name} must hold two or more ascending numbers of at least 0")
+        return grid
+
+    def seconds(self, microseconds: Any, name: str, shape: tuple[int, ...]) -> Floats:
+        """Return a checked table of microseconds in seconds."""
+        table = np.asarray(microseconds, dtype=np.float64) * 1e-6
+        if table.shape != shape or not np.all(np.isfinite(table)) or np.any(table < 0):
+            raise CalibrationError(f"{self.origin}: {name} must hold {' x '.join(map(str, shape))} microseconds >= 0")
+        return table
+
+    def curve(self, slot: int, grid: Floats, microseconds: Any, name: str) -> None:
+        """Lay out a curve for every whole count up to the grid's last, and its slope above."""
+        values = self.seconds(microseconds, name, grid.shape)
+        last = int(grid[-1])
+        both = np.concatenate([grid, values])
+        by_count = [0.0] + [interp1(both, 0, len(grid), len(grid), float(x)) for x in range(1, last + 1)]
+        slope = (values[-1] - values[-2]) / (grid[-1] - grid[-2])
+        self.layout[slot : slot + 2] = self.put(np.array([*by_count, slope])), last
+
+    def surface(self, slot: int, table: Mapping[str, Any], rows: str, columns: str, name: str) -> None:
+        """Lay out a surface."""
+        first, second = self.axis(table[rows], f"{name}.{rows}"), self.axis(table[columns], f"{name}.{columns}")
+        values = self.seconds(table["us"], f"{name}.us", (len(first), len(second)))
+        self.layout[slot : slot + 5] = (self.put(first), len(first), self.put(second), len(second), self.put(values))
+
+    def tables(self) -> LatencyTables:
+        """Return everything laid out."""
+        data = np.concatenate(self.parts)
+        return LatencyTables(data, self.layout)
+
+
+def _tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
+    pack, tables = _Packer(origin), content["tables"]
+    tokens = pack.axis(tables["tokens"], "tokens")
+    for row, bits in enumerate(WEIGHT_BITS):
+        for kind, key in ((MHA, "mha"), (FFN, "ffn")):
+            slot = CURVE_LINEAR + 4 * row + 2 * kind
+            if str(bits) in tables["linear_us"]:
+                pack.curve(slot, tokens, tables["linear_us"][str(bits)][key], f"linear_us.{bits}.{key}")
+            else:
+                pack.layout[slot : slot + 2] = pack.put(np.array([0.0, np.nan])), 0
+    pack.curve(CURVE_TOKEN, tokens, tables["token_us"], "token_us")
+    pack.curve(CURVE_HEAD, pack.axis(tables["sequences"], "sequences"), tables["head_us"], "head_us")
+    pack.surface(SURFACE_PREFILL, tables["prefill_attention"], "tokens", "context", "prefill_attention")
+    pack.surface(SURFACE_DECODE, tables["decode_attention"], "batch", "context", "decode_attention")
+    pack.parts[0][DATA_FIXED] = pack.seconds([content["fixed_us"]], "fixed_us", (1,))[0]
+    shared = tables.get("shared_attention")
+    if shared is not None:
+        pack.layout[SHARED_KERNEL] = 1
+        fit_s = pack.seconds(shared["fit_us"], "shared_attention.fit_us", (5,))
+        pack.parts[0][DATA_SHARED_FIT : DATA_SHARED_FIT + 5] = fit_s
+        pack.surface(SURFACE_SHARED_DECODE, shared, "batch", "context", "shared_attention")
+        lengths = []
+        for i, key in enumerate(("prefill_tokens", "prefix", "batch", "context")):
+            grid = pack.axis(shared[key], f"shared_attention.{key}")
+            # The residual is linear in the logarithms; a prefix may be 0.
+            logs = np.log1p(grid) if key == "prefix" else np.log(grid)
+            pack.layout[RESIDUAL + 2 * i : RESIDUAL + 2 * i + 2] = pack.put(logs), len(grid)
+            lengths.append(len(grid))
+        residual = np.asarray(shared["residual"], dtype=np.float64)
+        if residual.shape != (int(np.prod(lengths)),) or not np.all(residual > 0):
+            raise CalibrationError(f"{origin}: shared_attention.residual must hold {np.prod(lengths)} positive ratios")
+        pack.layout[RESIDUAL + 8] = pack.put(residual)
+    return pack.tables()

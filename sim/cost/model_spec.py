@@ -1,0 +1,358 @@
+"""What a decoder-only language model is made of: the parameters of every block, counted exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sim.errors import ModelError, nearest
+from sim.paths import REPOSITORY
+
+MODEL_CONFIGS = REPOSITORY / "conf" / "model"
+"""The folder of the models known by name, one YAML each."""
+
+QUANT_GROUP_ELEMENTS = 128
+"""Input elements of a linear layer that share one scale at 8 and 4 bits, as AWQ and GPTQ checkpoints do by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One weight matrix of ``out_features x in_features``, and whether it has a bias."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool = False
+
+    @property
+    def params(self) -> int:
+        """Weights and bias entries."""
+        return self.in_features * self.out_features + (self.out_features if self.bias else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """The shape of a decoder-only transformer, as its checkpoint states it.
+
+    One layer is an MHA block (norm, projections, output projection) and an FFN block (norm, up, gate, down).
+    RAP's unit of pruning is one such block, its norm included (arXiv 2505.17138, section 3).
+
+    gated_ffn: the FFN has a gate beside up and down (SwiGLU); OPT's has none.
+    qkv_bias, out_bias, ffn_bias: which linear layers carry a bias.
+    norm_bias: the norms are LayerNorms with a shift; False is RMSNorm.
+    qk_norm: queries and keys pass a norm over head_dim, shared by all heads of a layer (Qwen3).
+    learned_positions: rows of a learned position table; 0 where positions are rotary.
+    weight_dtype_bytes: bytes of one unquantised weight, 2 (FP16, BF16) or 4 (FP32).
+    kv_dtype_bytes: bytes of one key or value entry; 1 is an FP8 cache.
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool = False
+    gated_ffn: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    norm_bias: bool = False
+    qk_norm: bool = False
+    learned_positions: int = 0
+    weight_dtype_bytes: int = 2
+    kv_dtype_bytes: int = 2
+    max_context_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # Annotations are strings here, so the declared type is compared by name.
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ModelError(f"model {self.name!r}: {field.name} is {value!r}; it must be true or false")
+            if field.type == "int":
+                least = 0 if field.name == "learned_positions" else 1
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise ModelError(
+                        f"model {self.name!r}: {field.name} is {value!r}; it must be a whole number of at least {least}"
+                    )
+        if self.weight_dtype_bytes not in (2, 4):
+            raise ModelError(
+                f"model {self.name!r}: weight_dtype_bytes is {self.weight_dtype_bytes}; allowed are 2 and 4. "
+                "A quantised copy is not another model: set weight_bits of the plan"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"model {self.name!r}: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}; "
+                "grouped-query attention shares each KV head among an equal number of query heads"
+            )
+
+    @property
+    def mha_linears(self) -> tuple[Linear, ...]:
+        """The weight matrices of one MHA block: q, k, v and output projection."""
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return (
+            Linear("q_proj", self.hidden_size, q_size, self.qkv_bias),
+            Linear("k_proj", self.hidden_size, kv_size, self.qkv_bias),
+            Linear("v_proj", self.hidden_size, kv_size, self.qkv_bias),
+            Linear("o_proj", q_size, self.hidden_size, self.out_bias),
+        )
+
+    @property
+    def ffn_linears(self) -> tuple[Linear, ...]:
+        """The weight matrices of one FFN block: gate (when gated), up and down projection."""
+        up = Linear("up_proj", self.hidden_size, self.intermediate_size, self.ffn_bias)
+        down = Linear("down_proj", self.intermediate_size, self.hidden_size, self.ffn_bias)
+        gate = Linear("gate_proj", self.hidden_size, self.intermediate_size, self.ffn_bias)
+        return (gate, up, down) if self.gated_ffn else (up, down)
+
+    @property
+    def norm_params(self) -> int:
+        """Parameters of one norm: a scale, and a shift when it is a LayerNorm."""
+        return self.hidden_size * (2 if self.norm_bias else 1)
+
+    @property
+    def mha_params(self) -> int:
+        """Parameters of one MHA block, its norm included."""
+        qk_norm = 2 * self.head_dim if self.qk_norm else 0
+        return sum(linear.params for linear in self.mha_linears) + self.norm_params + qk_norm
+
+    @property
+    def ffn_params(self) -> int:
+        """Parameters of one FFN block, its norm included."""
+        return sum(linear.params for linear in self.ffn_linears) + self.norm_params
+
+    @property
+    def fixed_params(self) -> int:
+        """Parameters that no plan can drop: embeddings, positions, final norm and head."""
+        embedding = self.vocab_size * self.hidden_size
+        head = 0 if self.tied_embeddings else embedding
+        return embedding + self.learned_positions * self.hidden_size + self.norm_params + head
+
+    @property
+    def total_params(self) -> int:
+        """Parameters of the whole model; tied embeddings count once."""
+        return self.fixed_params + self.num_layers * (self.mha_params + self.ffn_params)
+
+    @property
+    def kv_bytes_per_token_layer(self) -> int:
+        """Bytes of keys and values that one token holds in one MHA block (PagedAttention, SOSP 2023, section 3)."""
+        return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype_bytes
+
+
+def load_model(name: str) -> ModelSpec:
+    """Build the model of ``conf/model/NAME.yaml``, without Hydra.
+
+    Raises:
+        ModelError: for an unknown name (the nearest known one is offered), or a file that is no ModelSpec.
+    """
+    names = model_names()
+    if name == "hf":
+        raise ModelError("model 'hf' stands for any Hugging Face config; call model_from_hf_config(path) with its file")
+    if name not in names:
+        raise ModelError(f"no model {name!r} in conf/model; {nearest(name, names)}")
+    path = MODEL_CONFIGS / f"{name}.yaml"
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ModelError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict) or values.pop("_target_", None) != "sim.cost.model_spec.ModelSpec":
+        raise ModelError(
+            f"{path} must say `_target_: sim.cost.model_spec.ModelSpec` and then the fields of a ModelSpec"
+        )
+    known = {field.name for field in fields(ModelSpec)}
+    for key in values:
+        if key not in known:
+            raise ModelError(f"{path} sets {key!r}, which a model does not have; {nearest(str(key), known)}")
+    try:
+        return ModelSpec(**{str(key): value for key, value in values.items()})
+    except TypeError as error:  # a field without default is absent
+        raise ModelError(f"{path} is incomplete: {error}") from error
+
+
+def model_names() -> tuple[str, ...]:
+    """Return the names that ``load_model`` knows, sorted."""
+    return tuple(sorted(path.stem for path in MODEL_CONFIGS.glob("*.yaml") if path.stem != "hf"))
+
+
+_FAMILIES: dict[str, dict[str, bool]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def model_from_hf_config(config: Mapping[str, Any] | str | Path, name: str = "") -> ModelSpec:
+    """Read a Hugging Face ``config.json``.
+
+    Args:
+        config: the parsed dict, the path of ``config.json``, or the folder that holds it.
+        name: what to call the model; its ``_name_or_path`` or folder when empty.
+    Raises:
+        ModelError: for a missing file, a missing or malformed key, or a family whose blocks are not known here.
+    Source:
+        The classes of transformers 5 (models/llama, mistral, qwen2, qwen3, opt): which linear layers have a bias,
+        what an absent key stands for. A key whose default differs between families has to be stated.
+    """
+    if not isinstance(config, Mapping):
+        path = Path(config).expanduser()
+        config = _read_json_object(path / "config.json" if path.is_dir() else path)
+        name = name or (path if path.is_dir() else path.parent).resolve().name
+    return _Reader(config, name or str(config.get("_name_or_path") or config.get("model_type") or "model")).model()
+
+
+def _read_json_object(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise ModelError(
+            f"no model config at {path}; give a config.json, its folder, or a name from conf/model: "
+            f"{', '.join(model_names())}"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds a {type(config).__name__}; a model config is a JSON object")
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads typed values out of one Hugging Face config, so that a wrong one is named with its key."""
+
+    config: Mapping[str, Any]
+    name: str
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """Return a whole number; ``default`` when the key is absent or null, an error when there is none."""
+        value = self.config.get(key)
+        if value is None:
+            if default is None:
+                raise ModelError(f"model config {self.name!r} lacks {key}; it has {', '.join(sorted(self.config))}")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ModelError(f"model config {self.name!r}: {key} is {value!r}; it must be a whole number")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return true or false; ``default`` when the key is absent or null."""
+        value = self.config.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ModelError(f"model config {self.name!r}: {key} is {value!r}; it must be true or false")
+        return value
+
+    def dtype_bytes(self) -> int:
+        """Return the bytes of one weight; 2 when the config does not say."""
+        # transformers 4 wrote torch_dtype, transformers 5 writes dtype.
+        given = self.config.get("dtype") or self.config.get("torch_dtype") or "float16"
+        dtype = str(given).removeprefix("torch.")
+        if dtype not in _DTYPE_BYTES:
+            raise ModelError(
+                f"model config {self.name!r} has dtype {given!r}; allowed are {', '.join(sorted(_DTYPE_BYTES))}. "
+                "Quantised weights are a matter of the plan: give the config of the unquantised model"
+            )
+        return _DTYPE_BYTES[dtype]
+
+    def model(self) -> ModelSpec:
+        """Return the shape that the config describes."""
+        family = self.config.get("model_type")
+        if not isinstance(family, str):
+            raise ModelError(
+                f"model config {self.name!r}: model_type is {family!r}; known are {', '.join([*_FAMILIES, 'opt'])}"
+            )
+        if family == "opt":
+            return self._opt()
+        if family not in _FAMILIES:
+            raise ModelError(
+                f"model config {self.name!r} is of family {family!r}; known are {', '.join([*_FAMILIES, 'opt'])}. "
+                "Write a conf/model/NAME.yaml with its shape instead"
+            )
+        hidden, heads = self.whole("hidden_size"), self.whole("num_attention_heads")
+        flags = dict(_FAMILIES[family])
+        if family in ("llama", "qwen3") and self.flag("attention_bias", False):
+            flags.update(qkv_bias=True, out_bias=True)
+        if family == "llama":
+            flags["ffn_bias"] = self.flag("mlp_bias", False)
+        if family != "llama" and "num_key_value_heads" not in self.config:
+            # Null means one KV head a query head everywhere; absent means 8 for Mistral and 32 for Qwen.
+            raise ModelError(
+                f"model config {self.name!r} lacks num_key_value_heads; state it, null for num_attention_heads"
+            )
+        # Qwen3's heads are 128 wide whatever hidden_size is, so an absent head_dim is no hidden_size / heads there.
+        head_dim = (
+            self.whole("head_dim")
+            if family == "qwen3" or self.config.get("head_dim") is not None
+            else self._head_dim(hidden, heads)
+        )
+        return ModelSpec(
+            name=self.name,
+            num_layers=self.whole("num_hidden_layers"),
+            hidden_size=hidden,
+            intermediate_size=self.whole("intermediate_size"),
+            num_heads=heads,
+            num_kv_heads=self.whole("num_key_value_heads", heads),
+            head_dim=head_dim,
+            vocab_size=self.whole("vocab_size"),
+            tied_embeddings=self.flag("tie_word_embeddings", False),
+            weight_dtype_bytes=self.dtype_bytes(),
+            kv_dtype_bytes=self.dtype_bytes(),
+            max_context_tokens=self.whole("max_position_embeddings"),
+            **flags,
+        )
+
+    def _head_dim(self, hidden: int, heads: int) -> int:
+        if heads < 1 or hidden % heads:
+            raise ModelError(
+                f"model config {self.name!r}: hidden_size {hidden} is no multiple of num_attention_heads {heads}; "
+                "state head_dim"
+            )
+        return hidden // heads
+
+    def _opt(self) -> ModelSpec:
+        hidden, heads = self.whole("hidden_size"), self.whole("num_attention_heads")
+        positions = self.whole("max_position_embeddings")
+        if self.whole("word_embed_proj_dim", hidden) != hidden:
+            raise ModelError(
+                f"model config {self.name!r}: OPT with an embedding projection (OPT-350M) is not supported"
+            )
+        for key, needed in (
+            ("do_layer_norm_before", True),
+            ("layer_norm_elementwise_affine", True),
+            ("_remove_final_layer_norm", False),
+        ):
+            if self.flag(key, needed) != needed:
+                raise ModelError(f"model config {self.name!r}: OPT with {key} {not needed} is not supported")
+        bias = self.flag("enable_bias", True)
+        return ModelSpec(
+            name=self.name,
+            num_layers=self.whole("num_hidden_layers"),
+            hidden_size=hidden,
+            intermediate_size=self.whole("ffn_dim"),
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=self._head_dim(hidden, heads),
+            vocab_size=self.whole("vocab_size"),
+            tied_embeddings=self.flag("tie_word_embeddings", True),
+            gated_ffn=False,
+            qkv_bias=bias,
+            out_bias=bias,
+            ffn_bias=bias,
+            norm_bias=True,
+            learned_positions=positions + 2,  # OPTLearnedPositionalEmbedding keeps two rows before position 0
+            weight_dtype_bytes=self.dtype_bytes(),
+            kv_dtype_bytes=self.dtype_bytes(),
+            max_context_tokens=positions,
+        )

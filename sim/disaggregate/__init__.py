@@ -1,0 +1,1 @@
+"""Prefill and decode on separate replicas, with KV caches sent between them."""

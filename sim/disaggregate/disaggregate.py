@@ -1,0 +1,417 @@
+"""Prefill and decode on different replicas, and the KV cache shipped between them (DistServe, Splitwise, PDTrim).
+
+SimPy holds the transfers; the kernel serves. One plan, which stays, says what both sides do: prefill replicas run its
+prefill mask and hold those weights, decode replicas its decode mask; what is sent of a prompt is the KV of the MHA
+blocks that decode keeps, of the tokens that ``kv_keep`` leaves in each layer.
+
+A request goes through these places, in each of which exactly one side counts its KV:
+
+1. A prefill replica computes its prompt and its first token, which counts for TTFT.
+2. Its KV waits there until a decode replica has room: KV blocks, a place among those that run, and nobody preempted who
+   waits for the same. Requests leave in the order in which they were prefilled; until then their KV blocks are held, so
+   that a full decode pool stops prefill in the end (back-pressure).
+3. On its way it is counted at the prefill replica until the last byte has arrived. The room is kept free at the decode
+   replica, where it is not counted as held.
+4. At the decode replica it joins between two iterations. One that is preempted there is computed again there, by the
+   decode mask: it has no other weights.
+
+With ``overlap`` the KV of all layers but the last is sent while the iteration runs that ends the prompt, if a decode
+replica has room as that starts; of the last layer after it. (Layers are not told apart: on a fast link bytes may leave
+before their layer is computed, but the last layer's never do.)
+
+Order at one instant: transfers end, iterations end, requests arrive, requests join, KV is sent, iterations start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import simpy
+
+from sim.cluster import kernel as ck
+from sim.cost.memory import kv_blocks
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import KeepMask, Plan, check_plan
+from sim.disaggregate.links import Link
+from sim.engine import kernel
+from sim.engine.sim_engine import SimEngine, exact_delay
+from sim.errors import ConfigError
+from sim.results.records import Floats, Ints, Records, Status
+from sim.traces.trace import Trace
+
+Build = Callable[[simpy.Environment], SimEngine]
+
+
+def kv_bytes_sent(model: ModelSpec, plan: Plan, prompt_tokens: int) -> int:
+    """Bytes of KV that a prompt sends to decode: of each MHA block that decode keeps, the tokens that stay there.
+
+    Source:
+        PDTrim (arXiv 2509.04467): layers dropped by decode send nothing, those whose attention sits on the first and
+        last tokens send only these.
+    """
+    tokens = sum(keep.tokens(prompt_tokens) for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True) if kept)
+    return tokens * model.kv_bytes_per_token_layer
+
+
+def transfer_reduction(plan: Plan, prompt_tokens: int) -> float:
+    """Return by which factor a plan sends less KV of a prompt than the dense model.
+
+    With L layers, m removed and s of the rest sent at fraction r: L / (L - m - s + s r); ``inf`` when nothing is sent.
+
+    Source:
+        Derived from PDTrim's mechanism (PAPERS.md, section 3).
+    """
+    layers = len(plan.decode.mha)
+    removed = layers - sum(plan.decode.mha)
+    sent = [
+        keep.tokens(prompt_tokens) / prompt_tokens
+        for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True)
+        if kept
+    ]
+    shortened = [share for share in sent if share < 1.0]
+    left = layers - removed - len(shortened) + sum(shortened)
+    return layers / left if left > 0 else math.inf
+
+
+def decode_side(plan: Plan) -> Plan:
+    """Return the plan of a decode replica: it holds and runs the decode mask alone."""
+    return replace(plan, prefill=plan.decode)
+
+
+def with_prefill(quality_nll: Callable[[Plan], float] | None, prefill: KeepMask) -> Callable[[Plan], float] | None:
+    """Return what a plan of a decode replica costs, given that its KV was made by this prefill mask."""
+    if quality_nll is None:
+        return None
+    return lambda plan: quality_nll(replace(plan, prefill=prefill.union(plan.decode)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StagedRecords(Records):
+    """Records of prefill and decode apart, one entry a request; -1 and NaN where it did not come so far.
+
+    prefill_replica, decode_replica: int64[n]. sent_bytes: int64[n], of its KV. send_s, sent_s: float64[n], when its KV
+    began to be sent, and when it had arrived.
+    """
+
+    prefill_replica: Ints
+    decode_replica: Ints
+    sent_bytes: Ints
+    send_s: Floats
+    sent_s: Floats
+
+
+@dataclass(slots=True, eq=False)
+class _Side:
+    """One replica: its engine, where compiled code finds it, and what its pool keeps beside what runs."""
+
+    engine: SimEngine
+    table: Ints
+    times: Floats
+    held_blocks: int = 0  # of KV that waits to be sent, or that is on its way here
+    coming: int = 0  # requests on their way here, or here and not joined yet
+    arrived: deque[int] = field(default_factory=deque)
+
+
+class Disaggregated:
+    """Prefill replicas, decode replicas, and a link out of each prefill replica, or one for all."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        *,
+        plan: Plan,
+        prefill: Sequence[Build],
+        decode: Sequence[Build],
+        link_bytes_per_s: float,
+        link_latency_s: float = 0.0,
+        one_link: bool = False,
+        overlap: bool = False,
+    ) -> None:
+        """Build an idle system.
+
+        Args:
+            trace: what arrives.
+            plan: what both sides run; prefill keeps at least what decode keeps.
+            prefill: make the engines of the prefill replicas, driven, under ``plan``.
+            decode: make those of the decode replicas, under ``decode_side(plan)``.
+            link_bytes_per_s, link_latency_s: of each link. one_link: whether all prefill replicas share one.
+            overlap: whether KV is sent while its prompt is computed.
+        Raises:
+            ConfigError: for an empty side, another model or KV block size on one of them, an impossible link, or
+                ``prefix_caching``.
+            PlanError: when prefill drops what decode keeps.
+        """
+        if not prefill or not decode:
+            raise ConfigError(f"{len(prefill)} prefill and {len(decode)} decode replicas; each side needs at least one")
+        self.env = simpy.Environment()
+        self.trace, self.plan, self._overlap = trace, plan, overlap
+        self.prefill = [self._side(build) for build in prefill]
+        self.decode = [self._side(build) for build in decode]
+        engines = [side.engine for side in (*self.prefill, *self.decode)]
+        self.model = engines[0].model
+        check_plan(self.model, plan)
+        block_tokens = {engine.config.kv_block_tokens for engine in engines}
+        if any(engine.model != self.model for engine in engines) or len(block_tokens) > 1:
+            raise ConfigError("prefill and decode replicas must serve one model, with KV blocks of one size")
+        if any(engine.config.prefix_caching for engine in engines):
+            raise ConfigError(
+                "engine.prefix_caching is true; with prefill and decode apart it is not simulated: set it to false"
+            )
+        if any(len(engine.budget.change_s) > 1 for engine in engines):
+            raise ConfigError("budgets that change are not served with prefill and decode apart; give a constant one")
+        (self._block_tokens,) = block_tokens
+        made = [Link(self.env, link_bytes_per_s, link_latency_s) for _ in range(1 if one_link else len(prefill))]
+        self.links = tuple(made)
+        n = len(trace)
+        self._limit = min(side.engine.context_limit for side in self.decode)
+        self._next = 0
+        self._home = np.full((n, 4), -1, dtype=np.int64)  # prefill replica, row there, decode replica, row there
+        self._request_of: list[dict[int, int]] = [{} for _ in prefill]
+        self._sent = np.zeros((n, 2)) * math.nan
+        self._bytes = np.zeros(n, dtype=np.int64)
+        self._ready: deque[int] = deque()  # prefilled, their KV still to be sent
+        self._early: dict[int, tuple[simpy.Event, int]] = {}  # sent while they are computed: what tells that it is done
+        self.in_flight = 0  # requests whose KV is on its way
+
+    def _side(self, build: Build) -> _Side:
+        engine = build(self.env)
+        return _Side(engine, engine.table, np.full(ck.REPLICA_FLOATS, math.inf))
+
+    # -- serving -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve the whole trace."""
+        env, arrival_s = self.env, self.trace.arrival_s.tolist()
+        while True:
+            watched = self.prefill + [s for s in self.decode if s.arrived or self._ready]
+            now_s = min([env.peek(), *(float(side.times[ck.NEXT_S]) for side in watched)])
+            if self._next < len(arrival_s):
+                now_s = min(now_s, arrival_s[self._next])
+            if math.isinf(now_s):
+                # Nothing is left but decoding, or nothing at all.
+                for side in self.decode:
+                    self._bring(side, math.inf)
+                if self.drained or all(math.isinf(side.times[ck.NEXT_S]) for side in self.decode):
+                    return
+                continue
+            self._step_to(now_s)
+            for number, side in enumerate(self.prefill):
+                self._end_prefills(number, side, now_s)
+            for side in self.decode:
+                self._bring(side, now_s)
+            while self._next < len(arrival_s) and arrival_s[self._next] <= now_s:
+                self._arrive(self._next, arrival_s[self._next])
+                self._next += 1
+            self._join_those_here(now_s)
+            self._send_those_ready()
+            self._step_to(now_s)
+            self._join_those_here(now_s)  # what took no time
+            for number, side in enumerate(self.prefill):
+                self._begin(number, side, now_s)
+            for side in self.decode:
+                if not ck.in_iteration(side.table) and side.times[ck.NEXT_S] <= now_s:
+                    self._bring(side, now_s, start=True)
+            self._step_to(now_s)
+
+    def _step_to(self, now_s: float) -> None:
+        """Let everything happen on SimPy's clock that is due by a moment, at which it stands afterwards."""
+        while True:
+            if self.env.now < now_s:
+                self.env.timeout(exact_delay(self.env.now, now_s))
+            while self.env.peek() <= now_s:
+                self.env.step()
+            if self.env.now >= now_s:
+                return
+
+    @property
+    def drained(self) -> bool:
+        """Whether every request of the trace has ended."""
+        sides = (*self.prefill, *self.decode)
+        left = self.in_flight + len(self._ready) + sum(ck.outstanding(side.table) + len(side.arrived) for side in sides)
+        return self._next == len(self.trace) and left == 0
+
+    def _bring(self, side: _Side, until_s: float, *, start: bool = False) -> None:
+        """Serve at a replica up to a moment; with ``start``, let the iteration start that is due then."""
+        while True:
+            now_s = float(self.env.now)
+            if start:
+                why = ck.begin(side.table, side.times, until_s)
+            else:
+                due_s = side.times[ck.NEXT_S]
+                if not (due_s < until_s or (due_s == until_s < math.inf and ck.in_iteration(side.table))):
+                    return
+                why = ck.bring(side.table, side.times, now_s, until_s)
+            if why not in (kernel.NEEDS, kernel.GROW):
+                return
+            side.engine.unblock(why)
+            side.table = side.engine.table
+
+    # -- prefill -------------------------------------------------------------------------------------------------
+
+    def _arrive(self, request: int, now_s: float) -> None:
+        """Give a request to the prefill replica with fewest."""
+        number = min(range(len(self.prefill)), key=lambda k: ck.outstanding(self.prefill[k].table))
+        side, prompt = self.prefill[number], int(self.trace.prompt_tokens[request])
+        self._room(side)
+        fits = prompt < min(self._limit, side.engine.context_limit)
+        row = ck.give(side.table, side.times, now_s, now_s, prompt, 1 if fits else 0, 0, 0)
+        self._home[request, :2] = number, row
+        self._request_of[number][row] = request
+
+    def _room(self, side: _Side) -> None:
+        if side.table[ck.ROWS_OF_REQUESTS, 1] == side.engine.requests:
+            side.engine.reserve(max(64, 2 * side.engine.requests))
+            side.table = side.engine.table
+
+    def _output_limit(self, request: int) -> int:
+        prompt = int(self.trace.prompt_tokens[request])
+        return min(int(self.trace.output_tokens[request]), self._limit - prompt)
+
+    def _end_prefills(self, number: int, side: _Side, now_s: float) -> None:
+        """Bring a prefill replica to this moment; hold the KV of the prompts that it has finished."""
+        rows = self._rows_under_way(side)
+        self._bring(side, now_s)
+        status = side.engine.rows(rows)[0][:, kernel.STATUS] if len(rows) else rows
+        for row in rows[status == Status.FINISHED].tolist():
+            request = self._request_of[number][row]
+            if self._output_limit(request) == 1:
+                continue  # its first token was its last
+            blocks = self._blocks(request)
+            ck.hold(side.table, blocks)
+            side.held_blocks += blocks
+            self._bytes[request] = kv_bytes_sent(self.model, self.plan, int(self.trace.prompt_tokens[request]))
+            if request in self._early:
+                ended, to = self._early.pop(request)
+                ended.succeed()
+                self._home[request, 2] = to
+            else:
+                self._ready.append(request)
+
+    def _rows_under_way(self, side: _Side) -> Ints:
+        rows = np.zeros(side.engine.config.limits.max_running, dtype=np.int64)
+        return rows[: ck.chunks_under_way(side.table, rows)]
+
+    def _begin(self, number: int, side: _Side, now_s: float) -> None:
+        """Start the iteration that is due at a prefill replica; send what can be sent while it runs."""
+        if ck.in_iteration(side.table) or side.times[ck.NEXT_S] > now_s:
+            return
+        self._bring(side, now_s, start=True)
+        if not self._overlap or self._ready:
+            return  # those that are ready go first
+        for row in self._rows_under_way(side).tolist():
+            request = self._request_of[number][row]
+            if self._output_limit(request) > 1 and (to := self._where(request)) >= 0:
+                self._reserve(request, to)
+                ended = self.env.event()
+                self._early[request] = ended, to
+                self.env.process(self._ship(request, number, to, ended))
+
+    def _blocks(self, request: int) -> int:
+        """Return the KV blocks, over all layers, of a prompt's KV as decode keeps it."""
+        prompt, plan = int(self.trace.prompt_tokens[request]), self.plan
+        return sum(
+            kv_blocks(keep.tokens(prompt), self._block_tokens)
+            for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True)
+            if kept
+        )
+
+    # -- transfers -----------------------------------------------------------------------------------------------
+
+    def _where(self, request: int) -> int:
+        """Return the decode replica with room for a prompt's KV that has most of it free, -1 when none has."""
+        blocks = self._blocks(request)
+        free = [ck.free_share(side.table, blocks, side.coming) for side in self.decode]
+        best = max(range(len(free)), key=free.__getitem__)
+        return best if free[best] >= 0 else -1
+
+    def _reserve(self, request: int, to: int) -> None:
+        side, blocks = self.decode[to], self._blocks(request)
+        ck.hold(side.table, blocks)
+        side.held_blocks += blocks
+        side.coming += 1
+        self.in_flight += 1
+
+    def _send_those_ready(self) -> None:
+        """Send KV to decode replicas with room, in the order in which it was computed."""
+        while self._ready and (to := self._where(self._ready[0])) >= 0:
+            request = self._ready.popleft()
+            self._home[request, 2] = to
+            self._reserve(request, to)
+            self.env.process(self._ship(request, int(self._home[request, 0]), to, None))
+
+    def _ship(self, request: int, number: int, to: int, ended: simpy.Event | None) -> Generator[simpy.Event, Any, None]:
+        """Carry a prompt's KV; with ``ended``, its last layer only after the iteration that computes it."""
+        link = self.links[number % len(self.links)]
+        self._sent[request, 0] = self.env.now
+        size = kv_bytes_sent(self.model, self.plan, int(self.trace.prompt_tokens[request]))
+        if ended is None:
+            yield from link.send(size)
+        else:
+            last = size // max(sum(self.plan.decode.mha), 1)
+            yield from link.send(size - last)
+            yield ended
+            yield from link.send(last)
+        self._sent[request, 1] = self.env.now
+        side, blocks = self.prefill[number], self._blocks(request)
+        ck.let_go(side.table, blocks)
+        side.held_blocks -= blocks
+        if not ck.in_iteration(side.table):
+            side.times[ck.NEXT_S] = self.env.now  # who waits there may have room now
+        self.in_flight -= 1
+        self.decode[to].arrived.append(request)
+
+    def _join_those_here(self, now_s: float) -> None:
+        """Let requests whose KV has arrived decode, where no iteration is under way."""
+        for side in self.decode:
+            while side.arrived and not ck.in_iteration(side.table):
+                request = side.arrived.popleft()
+                number, row = self._home[request, :2]
+                rows_i, rows_f = self.prefill[number].engine.rows(np.array([row]))
+                self._room(side)
+                limit = self._output_limit(request)
+                self._home[request, 3] = ck.join(side.table, side.times, now_s, rows_i[0], rows_f[0], limit)
+                side.held_blocks -= self._blocks(request)
+                side.coming -= 1
+
+    # -- what is left behind -------------------------------------------------------------------------------------
+
+    def records(self) -> StagedRecords:
+        """Return one row a request, in order of arrival; those yet to arrive have none."""
+        arrived = self._next
+        home, outputs = self._home[:arrived], self.trace.output_tokens[:arrived].copy()
+        columns: dict[str, Any] = {
+            "prefill_replica": home[:, 0].copy(),
+            "decode_replica": np.where(home[:, 3] >= 0, home[:, 2], -1),
+            "sent_bytes": np.where(np.isfinite(self._sent[:arrived, 1]), self._bytes[:arrived], 0),
+            "send_s": self._sent[:arrived, 0].copy(),
+            "sent_s": self._sent[:arrived, 1].copy(),
+        }
+        for column, sides in ((0, self.prefill), (2, self.decode)):
+            for number, side in enumerate(sides):
+                mine = np.flatnonzero((home[:, column] == number) & (home[:, column + 1] >= 0))
+                part = side.engine.records_of(home[mine, column + 1], outputs[mine])
+                for f in fields(Records):
+                    values = getattr(part, f.name)
+                    columns.setdefault(f.name, np.zeros(arrived, dtype=values.dtype))[mine] = values
+        # What ended at prefill and has more to come has not ended.
+        limits = np.minimum(outputs, self._limit - self.trace.prompt_tokens[:arrived])
+        under_way = (home[:, 3] < 0) & (columns["status"] == Status.FINISHED) & (limits > 1)
+        columns["status"][under_way] = Status.RUNNING
+        columns["finish_s"][under_way] = math.nan
+        return StagedRecords(**columns)
+
+    def kv_counted(self) -> tuple[int, int]:
+        """Return the KV blocks held at prefill replicas of what is prefilled, and the room kept at decode replicas."""
+        return sum(side.held_blocks for side in self.prefill), sum(side.held_blocks for side in self.decode)
+
+
+def main() -> None:
+    """Run ``python -m sim.disaggregate``."""
+    from sim.disaggregate.run import disaggregate_command
+
+    disaggregate_command()

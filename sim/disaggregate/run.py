@@ -1,0 +1,222 @@
+"""``python -m sim.disaggregate``: prefill and decode apart, one run folder; or a table of variants over seeds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import simpy
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from sim.cluster.cluster import Cluster, Replica
+from sim.cluster.routers import least_outstanding
+from sim.cluster.run import compare_variants
+from sim.config import ManyConfig, build, one_thread, run_command
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan, dense_plan, describe
+from sim.disaggregate.disaggregate import Disaggregated, StagedRecords, decode_side, transfer_reduction, with_prefill
+from sim.engine.sim_engine import SimEngine
+from sim.errors import ConfigError
+from sim.policies import Fixed
+from sim.replay.run import build_engine, build_parts, build_trace, quality_of
+from sim.results.metrics import Slo, distribution, merged_gaps, merged_iterations, records_frame, summarise
+from sim.results.records import Records
+from sim.results.report import Columns, print_summary
+from sim.results.run_folder import provenance, write_json, write_parquet, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STAGED_COLUMNS: Columns = {
+    "SLO attainment": ("slo_attainment", 100.0, 1, " %"),
+    "TTFT P95, s": ("ttft_s.p95", 1.0, 2, ""),
+    "TPOT P50, ms": ("tpot_s.p50", 1e3, 1, ""),
+    "TPOT P95, ms": ("tpot_s.p95", 1e3, 1, ""),
+    "E2E mean, s": ("e2e_s.mean", 1.0, 2, ""),
+    "E2E P95, s": ("e2e_s.p95", 1.0, 2, ""),
+    "KV sent a request, MB": ("sent_bytes_mean", 1e-6, 2, ""),
+    "reduction": ("transfer_reduction", 1.0, 2, "x"),
+    "KV on its way, mean ms": ("transfer_s.mean", 1e3, 0, ""),
+    "wait for room, mean ms": ("room_wait_s.mean", 1e3, 0, ""),
+    "link busy": ("link_busy_share", 100.0, 1, " %"),
+    "perplexity / dense": ("perplexity_ratio", 1.0, 3, ""),
+    "preemptions": ("preemptions", 1.0, 0, ""),
+}
+"""As ``sim.results.report.SUMMARY_COLUMNS``. reduction: bytes that the dense model would have sent of the same requests, over
+those sent. wait for room: from the end of its prompt until a request's KV begins to be sent."""
+
+
+@dataclass(kw_only=True)
+class DisaggregateConfig(ManyConfig):
+    """A replay with prefill and decode apart.
+
+    prefill_replicas, decode_replicas: how many of each; with no prefill replicas, all do both, behind the router with
+        fewest requests: what disaggregation is compared with.
+    link_bytes_per_s, link_latency_s: of the link out of each prefill replica. one_link: whether they share one.
+    overlap: whether KV is sent while its prompt is computed.
+    variants: label -> what differs, as ``key: value``; one table of all in the place of one run. only: labels to run.
+    """
+
+    prefill_replicas: int
+    decode_replicas: int
+    link_bytes_per_s: float
+    link_latency_s: float
+    one_link: bool
+    overlap: bool
+    variants: dict[str, Any] = field(default_factory=dict)
+    only: list[str] = field(default_factory=list)
+
+
+ConfigStore.instance().store(name="disaggregate_schema", node=DisaggregateConfig)
+
+
+def disaggregate_command() -> None:
+    """Run ``python -m sim.disaggregate``."""
+    one_thread()
+    run_command(_disaggregate, "disaggregate")
+
+
+def plan_of(cfg: DictConfig) -> Plan:
+    """Return the plan of a configuration.
+
+    Raises:
+        ConfigError: for a policy that changes plans: what is sent has to stay what decode expects.
+    """
+    policy = build_parts(cfg).policy
+    if not isinstance(policy, Fixed):
+        raise ConfigError("prefill and decode apart run one plan; choose a fixed policy, e.g. policy=dense or pdtrim")
+    return policy.first_plan
+
+
+def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disaggregated:
+    """Build the prefill and decode replicas of a configuration; ``decode_cfg`` is of the latter where they differ."""
+    plan, quality = plan_of(cfg), quality_of(cfg)
+    nll = quality.nll if quality is not None else None
+
+    def side(of: DictConfig, own: Plan, priced: Any) -> Callable[[simpy.Environment], SimEngine]:
+        return lambda env: build_engine(of, env=env, driven=True, plan=own, quality_nll=priced)[0]
+
+    decode, decode_nll = decode_cfg or cfg, with_prefill(nll, plan.prefill)
+
+    return Disaggregated(
+        build_trace(cfg),
+        plan=plan,
+        prefill=[side(cfg, plan, nll)] * int(cfg.prefill_replicas),
+        decode=[side(decode, decode_side(plan), decode_nll)] * int(cfg.decode_replicas),
+        link_bytes_per_s=float(cfg.link_bytes_per_s),
+        link_latency_s=float(cfg.link_latency_s),
+        one_link=bool(cfg.one_link),
+        overlap=bool(cfg.overlap),
+    )
+
+
+def _together(cfg: DictConfig) -> tuple[Records, Sequence[SimEngine]]:
+    """Serve with replicas that do both; return records and engines."""
+
+    def make(env: simpy.Environment) -> tuple[SimEngine, Any]:
+        return build_engine(cfg, env=env, driven=True)
+
+    replicas = [Replica(name=str(i), build=make) for i in range(int(cfg.decode_replicas))]
+    cluster = Cluster(build_trace(cfg), replicas, least_outstanding(), seed=cfg.seed)
+    cluster.run()
+    return cluster.records(), [served.engine for served in cluster.engines()]
+
+
+NOTHING_SENT: dict[str, Any] = {
+    "sent_bytes_mean": None,
+    "transfer_reduction": None,
+    "transfer_s": {"mean": None},
+    "room_wait_s": {"mean": None},
+    "link_busy_share": None,
+}
+
+
+def transfer_figures(staged: StagedRecords, plan: Plan, model: ModelSpec) -> dict[str, Any]:
+    """Return what a run says of the KV that was sent, but for how busy the links were."""
+    shipped = np.isfinite(staged.sent_s)
+    prompts, sent = staged.prompt_tokens[shipped], staged.sent_bytes[shipped]
+    dense_bytes = int(prompts.sum()) * model.num_layers * model.kv_bytes_per_token_layer
+    return {
+        "sent_bytes_mean": float(sent.mean()) if len(sent) else None,
+        "transfer_reduction": float(dense_bytes / sent.sum()) if sent.sum() else None,
+        "reduction_at_mean_prompt": transfer_reduction(plan, max(int(prompts.mean()), 1)) if len(sent) else None,
+        "transfer_s": distribution(staged.sent_s - staged.send_s),
+        "room_wait_s": distribution(np.maximum(staged.send_s - staged.first_token_s, 0.0)),
+    }
+
+
+def perplexity_ratio(cfg: DictConfig, quality_nll: float | None) -> float | None:
+    """Return how many times the dense perplexity the plans cost that requests were charged with."""
+    quality = quality_of(cfg)
+    if quality is None or quality_nll is None:
+        return None
+    return float(np.exp(quality_nll - quality.nll(dense_plan(build(cfg.model)))))
+
+
+def run(cfg: DictConfig) -> tuple[Records, dict[str, Any]]:
+    """Replay one configuration; return its records and figures."""
+    plan, model = plan_of(cfg), build(cfg.model)
+    started_cpu_s = time.process_time()
+    extra = {"plan": describe(plan), **NOTHING_SENT}
+    if int(cfg.prefill_replicas) == 0:
+        records, engines = _together(cfg)
+    else:
+        system = build_system(cfg)
+        system.run()
+        engines = [side.engine for side in (*system.prefill, *system.decode)]
+        records = staged = system.records()
+        end_s = max(float(np.nanmax(staged.finish_s, initial=0.0)), 1e-9)
+        extra |= transfer_figures(staged, plan, model)
+        extra["link_busy_share"] = sum(link.busy_s for link in system.links) / (len(system.links) * end_s)
+    summary = summarise(
+        records,
+        merged_iterations([engine.iterations() for engine in engines]),
+        merged_gaps([engine.token_gaps() for engine in engines]),
+        build(cfg.slo),
+        cpu_s=time.process_time() - started_cpu_s,
+    )
+    summary["perplexity_ratio"] = perplexity_ratio(cfg, summary["quality_nll"])
+    return records, summary | extra
+
+
+def run_figures(cfg: DictConfig) -> dict[str, Any]:
+    """Replay one configuration; return its figures alone."""
+    return run(cfg)[1]
+
+
+def _disaggregate(cfg: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
+    made_by = provenance(cfg.seed)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    if cfg.variants or cfg.seeds or cfg.windows:
+        compare_variants(cfg, folder, label, made_by, run_figures, STAGED_COLUMNS)
+        return
+    records, summary = run(cfg)
+    write_json(folder / "provenance.json", made_by)
+    write_parquet(folder / "records.parquet", staged_frame(records, build(cfg.slo)))
+    write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+    print_staged(summary, f"{label}: {cfg.prefill_replicas} prefill and {cfg.decode_replicas} decode replicas")
+    print(f"files: {folder}")
+
+
+def staged_frame(records: Records, slo: Slo) -> pd.DataFrame:
+    """Return the table that ``records.parquet`` holds."""
+    frame = records_frame(records, slo)
+    for name in ("prefill_replica", "decode_replica", "sent_bytes", "send_s", "sent_s"):
+        if hasattr(records, name):
+            frame[name] = getattr(records, name)
+    return frame
+
+
+def print_staged(summary: Mapping[str, Any], title: str) -> None:
+    """Print the figures of one run."""
+    print_summary(summary, title)
+    for name in ("sent_bytes_mean", "transfer_reduction", "link_busy_share", "perplexity_ratio"):
+        print(name, summary[name])

@@ -1,0 +1,299 @@
+"""The memory there is for weights, workspace and KV cache together, over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sim.cost.gpu import Gpu
+from sim.cost.memory import budget_for_kv_blocks, relative_budget_bytes
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan
+from sim.errors import BudgetError, nearest
+from sim.paths import find_data
+
+STEP_UNITS = ("share", "bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A budget that changes in steps.
+
+    change_s: when each step begins, ascending from 0. budget_bytes: what there is from then on.
+    notice_s: how long before a step a server is told of it; 0 for sudden ones.
+    """
+
+    change_s: tuple[float, ...]
+    budget_bytes: tuple[int, ...]
+    notice_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.change_s or len(self.change_s) != len(self.budget_bytes):
+            raise BudgetError(
+                f"a budget needs as many times as bytes, and at least one; got {len(self.change_s)} times "
+                f"and {len(self.budget_bytes)} bytes"
+            )
+        if self.change_s[0] != 0.0:
+            raise BudgetError(f"a budget begins at 0 s; the first step begins at {self.change_s[0]} s")
+        if any(not b > a for a, b in zip(self.change_s, self.change_s[1:], strict=False)):
+            raise BudgetError("the times of a budget's steps must ascend; sort them and leave out repeated ones")
+        if any(not math.isfinite(t) for t in self.change_s) or any(b < 1 for b in self.budget_bytes):
+            raise BudgetError("a budget's times must be finite and its bytes at least 1")
+        if not (self.notice_s >= 0 and math.isfinite(self.notice_s)):
+            raise BudgetError(f"budget.notice_s is {self.notice_s}; it must be a number of seconds of at least 0")
+
+
+class BudgetMeter:
+    """A budget as a run goes on: what there is now, what comes next, and the seconds in which more was held.
+
+    violation_s: seconds so far in which more was held than the budget allowed.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        """Stand at the first step."""
+        self.budget = budget
+        self.violation_s = 0.0
+        self._step = 0
+        self._since_s = 0.0
+
+    @property
+    def now_bytes(self) -> int:
+        """What there is now."""
+        return self.budget.budget_bytes[self._step]
+
+    @property
+    def next_s(self) -> float:
+        """When the next step begins; ``inf`` after the last."""
+        step = self._step + 1
+        return self.budget.change_s[step] if step < len(self.budget.change_s) else math.inf
+
+    def announced(self, now_s: float) -> tuple[int, float]:
+        """Return the bytes and the time of the next step once it is known, else what there is and ``inf``."""
+        if self.next_s - self.budget.notice_s <= now_s:
+            return self.budget.budget_bytes[self._step + 1], self.next_s
+        return self.now_bytes, math.inf
+
+    def follow(self, now_s: float, held_bytes: int) -> bool:
+        """Move on to ``now_s``, ``held_bytes`` held since the last look; return whether there was another step."""
+        before = self._step
+        while True:
+            until_s = min(self.next_s, now_s)
+            if held_bytes > self.now_bytes:
+                self.violation_s += until_s - self._since_s
+            self._since_s = until_s
+            if self.next_s > now_s:
+                return self._step > before
+            self._step += 1
+
+
+def constant_budget(budget_bytes: int) -> Budget:
+    """Return a budget that never changes."""
+    return Budget((0.0,), (budget_bytes,))
+
+
+def stepped(rows: Iterable[tuple[float, int]], notice_s: float = 0.0) -> Budget:
+    """Return the budget of (time_s, bytes) rows, steps that change nothing left out."""
+    times: list[float] = []
+    values: list[int] = []
+    for time_s, budget_bytes in rows:
+        if not values or budget_bytes != values[-1]:
+            times.append(time_s)
+            values.append(budget_bytes)
+    return Budget(tuple(times), tuple(values), notice_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetContext:
+    """What a budget may be stated relative to: the served model, the device, the first plan, the engine's memory."""
+
+    model: ModelSpec
+    gpu: Gpu
+    plan: Plan
+    workspace_bytes: int
+    kv_block_tokens: int
+
+
+def gpu_share(context: BudgetContext, *, share: float) -> Budget:
+    """Return ``share`` of the device memory, as vLLM's ``gpu_memory_utilization`` takes it.
+
+    Raises:
+        BudgetError: if share is not in (0, 1].
+    """
+    return constant_budget(_share_bytes(context, share, "share"))
+
+
+def constant(context: BudgetContext, *, budget_bytes: float) -> Budget:
+    """Return a stated number of bytes.
+
+    Raises:
+        BudgetError: if it is not above 0.
+    """
+    if not budget_bytes > 0:
+        raise BudgetError(f"budget.budget_bytes is {budget_bytes}; it must be above 0")
+    return constant_budget(int(budget_bytes))
+
+
+def kv_blocks(context: BudgetContext, *, blocks: int) -> Budget:
+    """Return the bytes that hold the first plan's weights, the workspace, and so many KV blocks over all kept layers.
+
+    This is how real engines state their cache (vLLM's ``num_gpu_blocks``).
+
+    Raises:
+        BudgetError: if blocks is not above 0.
+    """
+    if blocks < 1:
+        raise BudgetError(f"budget.blocks is {blocks}; it must be at least 1")
+    return constant_budget(
+        budget_for_kv_blocks(context.model, context.plan, blocks, context.workspace_bytes, context.kv_block_tokens)
+    )
+
+
+def steps(
+    context: BudgetContext, *, rows: Sequence[Sequence[float]], unit: str = "share", notice_s: float = 0.0
+) -> Budget:
+    """Return a budget of ``[time_s, value]`` rows, the first at 0; values are shares of the device memory, or bytes.
+
+    Raises:
+        BudgetError: for a share outside (0, 1], bytes that the device does not have, another unit, or times that do not
+            ascend from 0.
+    """
+    if unit not in STEP_UNITS:
+        raise BudgetError(f"budget.unit is {unit!r}; {nearest(unit, STEP_UNITS)}")
+    if unit == "share":
+        return stepped(((float(t), _share_bytes(context, share, "rows")) for t, share in rows), notice_s)
+    for _, value in rows:
+        if not 1 <= value <= context.gpu.memory_bytes:
+            raise BudgetError(
+                f"budget.rows: {value} bytes; at least 1 and at most the {context.gpu.memory_bytes:.4g} of "
+                f"{context.gpu.name} are allowed (budget.unit=share takes shares of it)"
+            )
+    return stepped(((float(t), int(value)) for t, value in rows), notice_s)
+
+
+def from_csv(context: BudgetContext, *, path: str, notice_s: float = 0.0) -> Budget:
+    """Return a budget read from a CSV file with the columns ``time_s,budget_bytes``, ascending from 0.
+
+    Raises:
+        BudgetError: for a missing file, other columns, or a row that is not two numbers in order; it names file
+            and line.
+    """
+    found = find_data(path)
+    try:
+        lines = found.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BudgetError(f"budget.path: {found} cannot be read: {error}") from error
+    if not lines or [cell.strip() for cell in lines[0].split(",")] != ["time_s", "budget_bytes"]:
+        raise BudgetError(f"{found}, line 1: the header must be time_s,budget_bytes; it is {(lines or [''])[0]!r}")
+    rows: list[tuple[float, int]] = []
+    for number, line in enumerate(lines[1:], start=2):
+        cells = line.split(",")
+        try:
+            time_s, budget_bytes = (float(cell) for cell in cells)
+            rows.append((time_s, int(budget_bytes)))
+        except (ValueError, OverflowError):
+            raise BudgetError(
+                f"{found}, line {number}: {line!r} is not two finite numbers, a time in seconds and bytes"
+            ) from None
+        in_order = time_s == 0.0 if len(rows) == 1 else rows[-2][0] < time_s < math.inf
+        if not in_order or rows[-1][1] < 1:
+            raise BudgetError(
+                f"{found}, line {number}: {line!r}; a budget begins at 0 s, its times must ascend and be finite, and "
+                "bytes be at least 1"
+            )
+    if not rows:
+        raise BudgetError(f"{found}, line 2: there is no row; give at least the budget at 0 s")
+    return stepped(rows, notice_s)
+
+
+def cotenant(
+    context: BudgetContext,
+    *,
+    share: float,
+    cotenant_bytes: float,
+    mean_away_s: float,
+    mean_stay_s: float,
+    horizon_s: float,
+    seed: int,
+    notice_s: float = 0.0,
+) -> Budget:
+    """Return ``share`` of the device memory, less what a co-tenant takes while it is there.
+
+    It comes and goes as a two-state Markov process: exponential times away and there, away at the start.
+
+    Raises:
+        BudgetError: for times that are not above 0, or a co-tenant that takes everything.
+    """
+    whole = _share_bytes(context, share, "share")
+    if min(mean_away_s, mean_stay_s, horizon_s) <= 0 or not 0 < cotenant_bytes < whole:
+        raise BudgetError(
+            f"budget.mean_away_s, mean_stay_s and horizon_s must be above 0 seconds, and cotenant_bytes "
+            f"({cotenant_bytes:.3g}) above 0 and below the {whole:.3g} bytes there are"
+        )
+    rng = np.random.default_rng(seed)
+    rows, time_s, there = [(0.0, whole)], 0.0, False
+    while True:
+        time_s += float(rng.exponential(mean_stay_s if there else mean_away_s))
+        if time_s >= horizon_s:
+            break
+        there = not there
+        rows.append((time_s, whole - int(cotenant_bytes) if there else whole))
+    if there:
+        rows.append((horizon_s, whole))  # it leaves in the end, so that what was held can be served
+    return stepped(rows, notice_s)
+
+
+def random_walk(
+    context: BudgetContext,
+    *,
+    low_share: float,
+    high_share: float,
+    step_share: float,
+    period_s: float,
+    horizon_s: float,
+    seed: int,
+    notice_s: float = 0.0,
+) -> Budget:
+    """Return a share of the device memory that steps up or down by ``step_share`` each period, between two bounds.
+
+    It starts at the upper bound, and returns there at the horizon.
+
+    Raises:
+        BudgetError: for bounds that are not 0 < low < high <= 1, or a step or times that are not above 0.
+    """
+    high, low = _share_bytes(context, high_share, "high_share"), _share_bytes(context, low_share, "low_share")
+    if low >= high or min(step_share, period_s, horizon_s) <= 0:
+        raise BudgetError(
+            f"budget.low_share {low_share} must be below high_share {high_share}, and step_share, period_s and "
+            "horizon_s above 0"
+        )
+    rng = np.random.default_rng(seed)
+    step_bytes = int(step_share * context.gpu.memory_bytes)
+    rows, value = [(0.0, high)], high
+    for k in range(1, math.ceil(horizon_s / period_s)):
+        value = min(high, max(low, value + (step_bytes if rng.random() < 0.5 else -step_bytes)))
+        rows.append((k * period_s, value))
+    rows.append((math.ceil(horizon_s / period_s) * period_s, high))
+    return stepped(rows, notice_s)
+
+
+def relative(context: BudgetContext, *, share: float, batch: int, sequence_tokens: int) -> Budget:
+    """Return RAP's relative budget: ``share`` of the dense peak at a batch and a length, and the workspace beside it.
+
+    arXiv 2505.17138: budget r is met when peak(mask; B, S) <= r * peak(dense; B, S).
+
+    Raises:
+        BudgetError: if share is not in (0, 1], or batch or length not above 0.
+    """
+    if not 0.0 < share <= 1.0:
+        raise BudgetError(f"budget.share is {share}; it must be above 0 and at most 1")
+    peak = relative_budget_bytes(context.model, share, batch, sequence_tokens)
+    return constant_budget(peak + context.workspace_bytes)
+
+
+def _share_bytes(context: BudgetContext, share: float, key: str) -> int:
+    if not 0.0 < share <= 1.0:
+        raise BudgetError(f"budget.{key} is {share}; it must be above 0 and at most 1 (vLLM's default is 0.9)")
+    return int(share * context.gpu.memory_bytes)

@@ -1,0 +1,145 @@
+"""From one plan to the next: what can stop at once, and what has to be copied in first.
+
+A plan change never stops the engine. Blocks that the new plan drops leave at the next iteration. Whatever it needs that
+is not on the device (a block that was dropped, a layer at another precision) comes from pinned host memory, one layer
+after the other, while iterations go on; a layer's blocks join at the first iteration after its copy is whole, and what
+they replace leaves at that moment (MorphServe, arXiv 2506.02006, replaces single layers in place the same way).
+
+A new decision in the middle supersedes the old one: drops happen, copies that had not begun are planned anew, and the
+copy under way is finished if the new plan wants the same bytes of that layer, else abandoned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sim.cost.memory import ffn_weight_bytes, fixed_weight_bytes, mha_weight_bytes
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import KeepMask, Plan
+
+ABSENT = 0
+"""The bits of a block that is not on the device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resident:
+    """What is on the device: the precision of every MHA and FFN block, ``ABSENT`` where there is none."""
+
+    mha_bits: tuple[int, ...]
+    ffn_bits: tuple[int, ...]
+
+    def weight_bytes(self, model: ModelSpec) -> int:
+        """Return the bytes of these blocks, without embeddings and head."""
+        mha = {bits: mha_weight_bytes(model, bits) for bits in set(self.mha_bits) - {ABSENT}}
+        ffn = {bits: ffn_weight_bytes(model, bits) for bits in set(self.ffn_bits) - {ABSENT}}
+        return sum(mha.get(bits, 0) for bits in self.mha_bits) + sum(ffn.get(bits, 0) for bits in self.ffn_bits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCopy:
+    """One copy from host memory: the blocks of one layer, at the bits they will run with; ABSENT copies nothing."""
+
+    layer: int
+    mha_bits: int
+    ffn_bits: int
+    copied_bytes: int
+    net_bytes: int
+
+
+def resident_of(plan: Plan) -> Resident:
+    """Return what a plan needs on a device that does both prefill and decode."""
+    return Resident(
+        mha_bits=tuple(bits if keep else ABSENT for bits, keep in zip(plan.weight_bits, plan.prefill.mha, strict=True)),
+        ffn_bits=tuple(bits if keep else ABSENT for bits, keep in zip(plan.weight_bits, plan.prefill.ffn, strict=True)),
+    )
+
+
+def without_dropped(resident: Resident, target: Plan) -> Resident:
+    """Return what stays when everything that ``target`` does not run leaves."""
+    return Resident(
+        mha_bits=tuple(b if keep else ABSENT for b, keep in zip(resident.mha_bits, target.prefill.mha, strict=True)),
+        ffn_bits=tuple(b if keep else ABSENT for b, keep in zip(resident.ffn_bits, target.prefill.ffn, strict=True)),
+    )
+
+
+def copies_between(model: ModelSpec, resident: Resident, target: Plan) -> list[LayerCopy]:
+    """Return the copies that lead to ``target``: those that free most bytes first, then by layer."""
+    wanted = resident_of(target)
+    copies = []
+    for layer in range(model.num_layers):
+        mha = wanted.mha_bits[layer] if wanted.mha_bits[layer] != resident.mha_bits[layer] else ABSENT
+        ffn = wanted.ffn_bits[layer] if wanted.ffn_bits[layer] != resident.ffn_bits[layer] else ABSENT
+        if mha == ABSENT and ffn == ABSENT:
+            continue
+        copied = freed = 0
+        if mha != ABSENT:
+            copied += mha_weight_bytes(model, mha)
+            old = resident.mha_bits[layer]
+            freed += mha_weight_bytes(model, old) if old != ABSENT else 0
+        if ffn != ABSENT:
+            copied += ffn_weight_bytes(model, ffn)
+            old = resident.ffn_bits[layer]
+            freed += ffn_weight_bytes(model, old) if old != ABSENT else 0
+        copies.append(LayerCopy(layer=layer, mha_bits=mha, ffn_bits=ffn, copied_bytes=copied, net_bytes=copied - freed))
+    return sorted(copies, key=lambda copy: (copy.net_bytes, copy.layer))
+
+
+def peak_weight_bytes(model: ModelSpec, start: Plan, target: Plan) -> int:
+    """Return the most bytes that weights take on the way from ``start`` to ``target``: a copy stands beside what it
+    replaces until it is whole.
+    """
+    resident = without_dropped(resident_of(start), target)
+    held = fixed_weight_bytes(model) + resident.weight_bytes(model)
+    peak = held
+    for copy in copies_between(model, resident, target):
+        peak = max(peak, held + copy.copied_bytes)
+        held += copy.net_bytes
+    return peak
+
+
+def joined(resident: Resident, copy: LayerCopy) -> Resident:
+    """Return what is resident once a copy is whole and what it replaces has left."""
+    mha, ffn = list(resident.mha_bits), list(resident.ffn_bits)
+    if copy.mha_bits != ABSENT:
+        mha[copy.layer] = copy.mha_bits
+    if copy.ffn_bits != ABSENT:
+        ffn[copy.layer] = copy.ffn_bits
+    return Resident(mha_bits=tuple(mha), ffn_bits=tuple(ffn))
+
+
+def running_plan(resident: Resident, target: Plan) -> Plan:
+    """Return what runs on the way to ``target``: of its blocks, those that are resident, as precise as they are."""
+
+    def mask(keep: KeepMask) -> KeepMask:
+        return KeepMask(
+            mha=tuple(k and b != ABSENT for k, b in zip(keep.mha, resident.mha_bits, strict=True)),
+            ffn=tuple(k and b != ABSENT for k, b in zip(keep.ffn, resident.ffn_bits, strict=True)),
+        )
+
+    return Plan(
+        decode=mask(target.decode),
+        prefill=mask(target.prefill),
+        weight_bits=tuple(
+            max(mha, ffn) or bits
+            for mha, ffn, bits in zip(resident.mha_bits, resident.ffn_bits, target.weight_bits, strict=True)
+        ),
+        kv_keep=target.kv_keep,
+        max_running=target.max_running,
+        admit=target.admit,
+    )
+
+
+def plan_for_holder(plan: Plan, held: frozenset[int], *, decoding: bool) -> Plan:
+    """Return what a running plan is to a request that holds the KV of the MHA blocks ``held`` only (the KV hole).
+
+    decoding: whether its prefill has ended; then ``held`` says which of decode's blocks it lacks, else of prefill's.
+    """
+    runs = plan.decode.mha if decoding else plan.prefill.mha
+    lost = {layer for layer, keep in enumerate(runs) if keep and layer not in held}
+    if not lost:
+        return plan
+
+    def without(keep: KeepMask) -> KeepMask:
+        return KeepMask(mha=tuple(k and layer not in lost for layer, k in enumerate(keep.mha)), ffn=keep.ffn)
+
+    return replace(plan, decode=without(plan.decode), prefill=without(plan.prefill))

@@ -1,0 +1,1 @@
+"""What a learned policy observes, as arrays of fixed length."""

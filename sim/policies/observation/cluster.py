@@ -1,0 +1,106 @@
+"""What a replica of a cluster is shown beside its own state: how it stands among the others.
+
+The first entries are those of ``ServeTrace`` (sim/policies/observation/serve.py), so that a policy that was trained on one replica
+reads them alike; these follow. All come from states that a server publishes, none from the router or the trace. Where
+there are no others, what is said of them is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.engine import batch_step as fleet
+from sim.engine.protocol import EngineState
+from sim.errors import ConfigError, nearest
+from sim.policies.observation.prune import Entry, Floats32, Table
+from sim.policies.observation.serve import SERVE_ENTRIES, ServeActions
+
+# Shapes: c clusters of k replicas.
+
+Floats = NDArray[np.float64]
+
+CLUSTER_ENTRIES = (
+    Entry("replicas", "log2(replicas) / 8", 0.0, 1.0, "that accept requests, this one among them"),
+    Entry("share_waiting", "share", 0.0, 1.0, "of the cluster's waiting requests, its own"),
+    Entry("share_running", "share", 0.0, 1.0, "of the cluster's running requests, its own"),
+    Entry("others_waiting", "log2(1 + requests) / 10", 0.0, 1.0, "requests that wait, mean of the others"),
+    Entry("others_oldest_wait", "s / 2", 0.0, 2.0, "how long the head of the queue has waited, mean of the others"),
+    Entry("others_kv_used", "share", 0.0, 1.0, "of the KV pool, mean of the others"),
+    Entry("least_kv_used", "share", 0.0, 1.0, "of the KV pool, least of the others"),
+    Entry("others_budget", "of dense weights / 8", 0.0, 1.0, "memory there is, mean of the others"),
+    Entry("others_weights", "of dense weights", 0.0, 1.0, "bytes of what is resident, mean of the others"),
+    Entry("others_copying", "share", 0.0, 1.0, "of the others that copy weights in"),
+)
+_LOWEST = np.array([entry.low for entry in CLUSTER_ENTRIES])
+_HIGHEST = np.array([entry.high for entry in CLUSTER_ENTRIES])
+
+
+def cluster_table(actions: ServeActions) -> Table:
+    """Return the table of ``ServeCluster``: one replica's."""
+    return Table(SERVE_ENTRIES + CLUSTER_ENTRIES, actions.names)
+
+
+def shown_entries(table: Table, hidden: Sequence[str]) -> Floats32:
+    """Return 1 for every entry that is shown and 0 for those that are hidden; float32[entries].
+
+    Raises:
+        ConfigError: for a name that the table does not have.
+    """
+    names = [entry.name for entry in table.entries]
+    for name in hidden:
+        if name not in names:
+            raise ConfigError(f"hide: there is no entry {name!r}; {nearest(name, names)}")
+    return np.array([name not in hidden for name in names], dtype=np.float32)
+
+
+def cluster_features(seen: Floats, dense_bytes: float) -> Floats32:
+    """Return the values of ``CLUSTER_ENTRIES`` for every replica, float32[c, k, entries].
+
+    Args:
+        seen: float64[c, k, fleet.SEEN_COLUMNS], what can be seen of each replica that accepts requests.
+        dense_bytes: of the weights of the dense model.
+    """
+    k = seen.shape[1]
+    waiting, running, pool = (seen[..., at] for at in (fleet.WAITING, fleet.RUNNING, fleet.KV_LAYER_BLOCKS))
+    used = np.where(pool > 0, seen[..., fleet.KV_USED_LAYER_BLOCKS] / np.maximum(pool, 1.0), 1.0)
+    own = np.eye(k, dtype=np.bool_)
+    values = (
+        np.full(waiting.shape, np.log2(k) / 8.0),
+        waiting / np.maximum(waiting.sum(axis=1, keepdims=True), 1.0),
+        running / np.maximum(running.sum(axis=1, keepdims=True), 1.0),
+        np.log2(1.0 + _mean_of_others(waiting)) / 10.0,
+        _mean_of_others(seen[..., fleet.OLDEST_WAIT_S]) / 2.0,
+        _mean_of_others(used),
+        np.where(own, np.inf, used[:, None, :]).min(axis=2) if k > 1 else np.zeros(used.shape),
+        _mean_of_others(seen[..., fleet.BUDGET_BYTES]) / dense_bytes / 8.0,
+        _mean_of_others(seen[..., fleet.WEIGHT_BYTES]) / dense_bytes,
+        _mean_of_others((seen[..., fleet.INCOMING_BYTES] > 0).astype(np.float64)),
+    )
+    found: Floats32 = np.clip(np.stack(values, axis=-1), _LOWEST, _HIGHEST).astype(np.float32)
+    return found
+
+
+def _mean_of_others(values: Floats) -> Floats:
+    """Return for each replica the mean over the others of its cluster; float64[c, k]."""
+    others = values.shape[1] - 1
+    mean: Floats = (values.sum(axis=1, keepdims=True) - values) / max(others, 1) if others else np.zeros(values.shape)
+    return np.maximum(mean, 0.0)
+
+
+def replica_features(state: EngineState, others: Sequence[EngineState], dense_bytes: float) -> Floats32:
+    """Return the same for one replica, from the states of it and of the others; float32[entries]."""
+    seen = np.zeros((1, 1 + len(others), fleet.SEEN_COLUMNS))
+    for row, one in zip(seen[0], (state, *others), strict=True):
+        row[_COLUMNS] = [getattr(one, name) for name in _NAMES]
+    found: Floats32 = cluster_features(seen, dense_bytes)[0, 0]
+    return found
+
+
+_NAMES = (
+    "waiting", "running", "oldest_wait_s", "kv_layer_blocks", "kv_used_layer_blocks", "budget_bytes", "weight_bytes",
+    "incoming_bytes",
+)  # fmt: skip
+_COLUMNS = [getattr(fleet, name.upper()) for name in _NAMES]

@@ -1,0 +1,234 @@
+"""What a learned policy is shown: every entry with its name, unit and range, and the functions that fill it.
+
+The environments in ``agents`` and the policies that were learned in them call the same functions, so that a policy sees
+in a replay what it saw in training. An exported policy carries these tables; one whose tables differ is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.cost.memory import ffn_weight_bytes, mha_weight_bytes, peak_bytes
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import KeepMask, keep_all
+
+# Shapes: n loads or environments, b = 2 * layers blocks in the order MHA0, FFN0, MHA1, ..., a actions, o entries.
+
+Floats32 = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One number of an observation."""
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """All entries of an observation, in order, and the actions. The last entries say which actions are legal.
+
+    entries: what is observed, without the legal flags. actions: names; flag i belongs to action i.
+    """
+
+    entries: tuple[Entry, ...]
+    actions: tuple[str, ...]
+
+    @property
+    def features(self) -> int:
+        """How many entries a network reads: all but the flags."""
+        return len(self.entries)
+
+    @property
+    def size(self) -> int:
+        """How many numbers an observation has."""
+        return len(self.entries) + len(self.actions)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return every entry as plain values, the flags included."""
+        flags = [Entry(f"legal.{name}", "flag", 0.0, 1.0, f"whether {name} is allowed now") for name in self.actions]
+        return [asdict(entry) for entry in (*self.entries, *flags)]
+
+    def bounds(self) -> tuple[Floats32, Floats32]:
+        """Return the lowest and the highest value of each entry."""
+        rows = self.rows()
+        low = np.array([row["low"] for row in rows], dtype=np.float32)
+        return low, np.array([row["high"] for row in rows], dtype=np.float32)
+
+    def markdown(self) -> str:
+        """Return the table as Markdown; runs of entries that differ in the block alone are one line."""
+        lines = ["| entry | unit | range | meaning |", "|---|---|---|---|"]
+        seen: set[str] = set()
+        for row in self.rows():
+            kind = str(row["name"]).split(".")[0]
+            if kind in seen:
+                continue
+            seen.add(kind)
+            count = sum(str(other["name"]).split(".")[0] == kind for other in self.rows())
+            name = row["name"] if count == 1 else f"{row['name']} ... ({count} entries)"
+            lines.append(f"| `{name}` | {row['unit']} | {row['low']:g} to {row['high']:g} | {row['meaning']} |")
+        return "\n".join(lines) + "\n"
+
+
+def block_names(layers: int) -> tuple[str, ...]:
+    """Return ``MHA0, FFN0, MHA1, ...``."""
+    return tuple(f"{kind}{layer}" for layer in range(layers) for kind in ("MHA", "FFN"))
+
+
+def removed_blocks(mask: KeepMask) -> Bools:
+    """Return [b], True where the mask drops a block."""
+    removed = np.empty(2 * len(mask.mha), dtype=np.bool_)
+    removed[0::2], removed[1::2] = np.logical_not(mask.mha), np.logical_not(mask.ffn)
+    return removed
+
+
+def mask_of(removed: Bools) -> KeepMask:
+    """Return the mask that drops these blocks [b]."""
+    kept = (~removed).tolist()
+    return KeepMask(mha=tuple(kept[0::2]), ffn=tuple(kept[1::2]))
+
+
+# --- Pruning to a budget: RAP's own setting ---------------------------------------------------------------------------
+
+PRUNE_LOAD_ENTRIES = (
+    Entry("batch", "log2(requests) / 8", 0.0, 1.0, "sequences B that are served together"),
+    Entry("sequence_tokens", "log2(tokens) / 16", 0.0, 1.0, "prompt and output of each, S"),
+    Entry("budget_share", "of the dense peak", 0.0, 1.0, "memory there is"),
+    Entry("peak_share", "of the dense peak", 0.0, 1.0, "memory that the kept blocks need at their peak"),
+    Entry("missing_share", "of the dense peak", 0.0, 1.0, "memory that is still missing; 0 once the plan fits"),
+    Entry("kv_share", "of the dense peak", 0.0, 1.0, "KV cache of the dense model"),
+    Entry("mha_share", "of the dense peak", 0.0, 1.0, "all MHA blocks, their KV included"),
+    Entry("ffn_share", "of the dense peak", 0.0, 1.0, "all FFN blocks"),
+    Entry(
+        "mha_over_ffn", "log2(ratio) / 4", -1.0, 1.0, "what dropping one MHA block frees, over what one FFN block frees"
+    ),
+    Entry("missing_mha", "MHA blocks / layers", 0.0, 4.0, "how many MHA blocks would free what is missing"),
+    Entry("missing_ffn", "FFN blocks / layers", 0.0, 4.0, "how many FFN blocks would free what is missing"),
+)
+
+
+def prune_table(model: ModelSpec, *, scores: bool = False, restore: bool = False) -> Table:
+    """Return the table of ``PruneToBudget``.
+
+    scores: also what each block costs alone. restore: also actions that bring blocks back, and one that accepts.
+    """
+    names = block_names(model.num_layers)
+    entries = [*PRUNE_LOAD_ENTRIES]
+    entries += [Entry(f"kept.{name}", "flag", 0.0, 1.0, "whether the block runs") for name in names]
+    if scores:
+        entries += [
+            Entry(f"score.{name}", "nats a token", 0.0, 4.0, "loss when this block alone is dropped") for name in names
+        ]
+    actions = [f"drop {name}" for name in names]
+    if restore:
+        actions += ["accept", *(f"restore {name}" for name in names)]
+    return Table(tuple(entries), tuple(actions))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loads:
+    """n loads and what they make of memory; bytes are exact integers [n]."""
+
+    batch: Ints
+    sequence_tokens: Ints
+    budget_bytes: Ints
+    dense_bytes: Ints
+    mha_bytes: Ints
+    ffn_bytes: Ints
+    kv_bytes: Ints
+
+    def peak_bytes(self, removed: Bools) -> Ints:
+        """Return the peak of each load with these blocks dropped [n, b] (RAP's memory model)."""
+        mha, ffn = removed[:, 0::2].sum(axis=1), removed[:, 1::2].sum(axis=1)
+        peak: Ints = self.dense_bytes - mha * self.mha_bytes - ffn * self.ffn_bytes
+        return peak
+
+
+def loads(model: ModelSpec, batch: Sequence[int], sequence_tokens: Sequence[int], budget_bytes: Sequence[int]) -> Loads:
+    """Return what loads and budgets make of the memory of a model."""
+    b, s = np.asarray(batch, dtype=np.int64), np.asarray(sequence_tokens, dtype=np.int64)
+    kv_layer = b * s * model.kv_bytes_per_token_layer
+    return Loads(
+        batch=b,
+        sequence_tokens=s,
+        budget_bytes=np.asarray(budget_bytes, dtype=np.int64),
+        dense_bytes=peak_bytes(model, keep_all(model), 0, 0) + model.num_layers * kv_layer,
+        mha_bytes=mha_weight_bytes(model) + kv_layer,
+        ffn_bytes=np.full(len(b), ffn_weight_bytes(model), dtype=np.int64),
+        kv_bytes=model.num_layers * kv_layer,
+    )
+
+
+def load_columns(load: Loads, layers: int) -> Floats32:
+    """Return the entries of ``PRUNE_LOAD_ENTRIES`` that no action changes [n, 7]: all but peak and what is missing."""
+    dense = load.dense_bytes.astype(np.float64)
+    columns = (
+        np.log2(np.maximum(load.batch, 1)) / 8.0,
+        np.log2(np.maximum(load.sequence_tokens, 1)) / 16.0,
+        load.budget_bytes / dense,
+        load.kv_bytes / dense,
+        layers * load.mha_bytes / dense,
+        layers * load.ffn_bytes / dense,
+        np.log2(load.mha_bytes / load.ffn_bytes) / 4.0,
+    )
+    return np.clip(np.stack(columns, axis=1), (0.0,) * 6 + (-1.0,), 1.0).astype(np.float32)
+
+
+def prune_features(load: Loads, columns: Floats32, removed: Bools, peak: Ints, scores: Floats32 | None) -> Floats32:
+    """Return the features [n, o] of ``prune_table``, legal flags not included.
+
+    Args:
+        load: the loads. columns: their ``load_columns``. removed: [n, b]. peak: their ``peak_bytes``.
+        scores: what each block costs alone [b], when the table has it.
+    """
+    n, blocks = removed.shape
+    fixed = len(PRUNE_LOAD_ENTRIES)
+    out = np.empty((n, fixed + blocks + (0 if scores is None else blocks)), dtype=np.float32)
+    missing = np.maximum(peak - load.budget_bytes, 0)
+    layers = blocks // 2
+    out[:, 0:3] = columns[:, 0:3]
+    out[:, 3] = peak / load.dense_bytes
+    out[:, 4] = missing / load.dense_bytes
+    out[:, 5:9] = columns[:, 3:7]
+    out[:, 9] = np.minimum(missing / (load.mha_bytes * layers), 4.0)
+    out[:, 10] = np.minimum(missing / (load.ffn_bytes * layers), 4.0)
+    np.logical_not(removed, out=out[:, fixed : fixed + blocks], casting="unsafe")
+    if scores is not None:
+        out[:, fixed + blocks :] = scores
+    return out
+
+
+def prune_legal(removed: Bools, fits: Bools, restore: bool) -> Bools:
+    """Return which actions of ``prune_table`` are legal [n, a].
+
+    A kept block can be dropped, a dropped one restored. Accepting is legal once the plan fits, and when there is
+    nothing left to drop.
+    """
+    if not restore:
+        return ~removed
+    accept = fits | removed.all(axis=1)
+    return np.concatenate((~removed, accept[:, None], removed), axis=1)
+
+
+def same_table(table: Table, exported: Mapping[str, Any]) -> str:
+    """Return what differs between a table and the one in an exported policy; empty when nothing does."""
+    rows = exported.get("observation", [])
+    if len(rows) != table.size:
+        return f"it reads {len(rows)} entries, here are {table.size}"
+    for ours, theirs in zip(table.rows(), rows, strict=True):
+        if ours != theirs:
+            return f"its entry {theirs.get('name')!r} is {theirs}, here stands {ours}"
+    if list(table.actions) != list(exported.get("actions", [])):
+        return f"it chooses among {len(exported.get('actions', []))} other actions than the {len(table.actions)} here"
+    return ""

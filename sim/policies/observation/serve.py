@@ -1,0 +1,381 @@
+"""What a policy that serves is shown, and what it can choose: rates and states of the engine, and a table of plans.
+
+``ServeObserver`` turns the history of ``EngineState`` into numbers; no output length is in it, and nothing of the
+future but what the budget has announced. ``serve_actions`` lists plans: so many blocks of an order dropped, so many
+layers at low precision, so many requests that may wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.cost.memory import weight_bytes
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan, check_plan, dense_plan, drop, with_mask
+from sim.engine import batch_step as fleet
+from sim.engine.protocol import EngineState
+from sim.errors import ConfigError, PlanError
+from sim.policies.greedy_stop import block_of
+from sim.policies.observation.prune import Bools, Entry, Floats32, Table
+
+# --- Actions ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The action that runs, and when it last changed the weights."""
+
+    action: int = 0
+    changed_s: float = -math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeActions:
+    """The plans to choose from.
+
+    levels: of each, how far along the drops, the low layers and the admission limits it is, [0, 1]. groups: plans with
+    the same number run the same weights. dwell_s: once the weights have changed they stay for so long, unless they no
+    longer fit; the queue limit may change at any time.
+    """
+
+    names: tuple[str, ...]
+    plans: tuple[Plan, ...]
+    weights_bytes: tuple[int, ...]
+    levels: tuple[tuple[float, float, float], ...]
+    groups: tuple[int, ...]
+    dwell_s: float
+    workspace_bytes: int
+
+    def legal(self, state: EngineState, choice: Choice) -> Bools:
+        """Return which plans have weights that fit the present budget, and may be changed to now.
+
+        Where no plan's weights fit, the smallest are legal.
+        """
+        weights = np.array(self.weights_bytes)
+        fits: Bools = weights + self.workspace_bytes <= state.budget_bytes
+        if not fits.any():
+            smallest: Bools = weights == weights.min()
+            return smallest
+        if self.dwell_left(state, choice) > 0.0:
+            same = fits & (np.array(self.groups) == self.groups[choice.action])
+            return same if same.any() else fits
+        return fits
+
+    def dwell_left(self, state: EngineState, choice: Choice) -> float:
+        """Return the share of the dwell time that has not passed yet."""
+        if not self.dwell_s:
+            return 0.0
+        return max(0.0, 1.0 - (state.time_s - choice.changed_s) / self.dwell_s)
+
+    def chosen(self, state: EngineState, choice: Choice, action: int) -> Choice:
+        """Return the choice after an action at this state."""
+        if self.groups[action] == self.groups[choice.action]:
+            return Choice(action, choice.changed_s)
+        return Choice(action, state.time_s)
+
+
+def serve_actions(
+    model: ModelSpec,
+    *,
+    order: Sequence[str] = (),
+    drops: Sequence[int] = (0,),
+    low_layers: Sequence[int] = (0,),
+    low_bits: int = 4,
+    admits: Sequence[int | None] = (None,),
+    dwell_s: float = 0.0,
+    workspace_bytes: int = 0,
+) -> ServeActions:
+    """Return every combination: ``drops[i]`` first blocks of the order gone, ``low_layers[j]`` first layers at low
+    precision, and a queue of at most ``admits[k]``.
+
+    Raises:
+        PlanError: for a plan that is not legal. ConfigError: where a list is empty or the order too short.
+    """
+    if not dwell_s >= 0.0:
+        raise ConfigError(f"actions.dwell_s is {dwell_s}; it must be at least 0 seconds")
+    if not drops or not low_layers or not admits or max(drops) > len(order) or min(drops) < 0:
+        raise ConfigError(
+            f"actions: drops {list(drops)} of an order of {len(order)} blocks, low_layers {list(low_layers)}, admits "
+            f"{list(admits)}; each list needs an entry, and drops must lie between 0 and the length of the order"
+        )
+    dense = dense_plan(model)
+    blocks = [block_of(name) for name in order]
+    names, plans, levels = [], [], []
+    for (i, gone), (j, low), (k, admit) in product(enumerate(drops), enumerate(low_layers), enumerate(admits)):
+        mask = drop(
+            model,
+            mha=[layer for kind, layer in blocks[:gone] if kind == "MHA"],
+            ffn=[layer for kind, layer in blocks[:gone] if kind == "FFN"],
+        )
+        if not 0 <= low <= model.num_layers:
+            raise PlanError(f"actions.low_layers has {low}; {model.name} has {model.num_layers} layers")
+        bits = (low_bits,) * low + (16,) * (model.num_layers - low)
+        plan = replace(with_mask(dense, mask), weight_bits=bits, admit=admit)
+        check_plan(model, plan)
+        names.append(f"drop {gone}, W{low_bits} {low}, queue {'any' if admit is None else admit}")
+        plans.append(plan)
+        steps = ((i, drops), (j, low_layers), (k, admits))
+        one, two, three = (at / max(1, len(of) - 1) for at, of in steps)
+        levels.append((one, two, three))
+    return ServeActions(
+        names=tuple(names),
+        plans=tuple(plans),
+        weights_bytes=tuple(weight_bytes(model, plan) for plan in plans),
+        levels=tuple(levels),
+        groups=tuple(number // len(admits) for number in range(len(plans))),
+        dwell_s=dwell_s,
+        workspace_bytes=workspace_bytes,
+    )
+
+
+# --- Observations ----------------------------------------------------------------------------------------------------
+
+SMOOTHING_S = (1.0, 10.0, 60.0)
+SERVE_ENTRIES = (
+    Entry("waiting", "log2(1 + requests) / 10", 0.0, 1.0, "requests that wait"),
+    Entry("waiting_tokens", "log2(1 + tokens) / 20", 0.0, 1.0, "their prompts"),
+    Entry("oldest_wait", "s / 2", 0.0, 2.0, "how long the head of the queue has waited"),
+    Entry("running", "log2(1 + requests) / 10", 0.0, 1.0, "requests that run"),
+    Entry("running_tokens", "log2(1 + tokens) / 20", 0.0, 1.0, "tokens whose KV is held"),
+    Entry("kv_used", "share", 0.0, 1.0, "of the KV pool"),
+    Entry("kv_pool", "of dense weights / 8", 0.0, 1.0, "bytes of the KV pool"),
+    Entry("budget", "of dense weights / 8", 0.0, 1.0, "memory there is"),
+    Entry("weights", "of dense weights", 0.0, 1.0, "bytes of what is resident"),
+    Entry("next_budget", "of dense weights / 8", -1.0, 1.0, "announced change of the budget, 0 when none is"),
+    Entry("next_budget_soon", "exp(-s / 10)", 0.0, 1.0, "how near that change is"),
+    Entry("arrivals_1s", "log2(1 + requests/s) / 8", 0.0, 1.0, "arrival rate, smoothed over a second"),
+    Entry("arrivals_10s", "log2(1 + requests/s) / 8", 0.0, 1.0, "over ten"),
+    Entry("arrivals_60s", "log2(1 + requests/s) / 8", 0.0, 1.0, "over sixty"),
+    Entry("prompts_1s", "log2(1 + tokens/s) / 16", 0.0, 1.0, "prompt tokens that arrive, smoothed over a second"),
+    Entry("prompts_10s", "log2(1 + tokens/s) / 16", 0.0, 1.0, "over ten"),
+    Entry("first_tokens_10s", "log2(1 + requests/s) / 8", 0.0, 1.0, "first tokens given, over ten seconds"),
+    Entry("ttft_10s", "s / 2", 0.0, 2.0, "mean TTFT of those"),
+    Entry("produced_10s", "log2(1 + tokens/s) / 16", 0.0, 1.0, "tokens produced, over ten seconds"),
+    Entry("busy_10s", "share", 0.0, 1.0, "time in iterations, over ten seconds"),
+    Entry("preemptions_10s", "log2(1 + requests/s) / 8", 0.0, 1.0, "preemptions, over ten seconds"),
+    Entry("rejected_10s", "log2(1 + requests/s) / 8", 0.0, 1.0, "rejections, over ten seconds"),
+    Entry("copying", "flag", 0.0, 1.0, "whether weights are being copied in"),
+    Entry("dwell_left", "share", 0.0, 1.0, "of the time for which the weights may not be changed again"),
+    Entry("level_drop", "share", 0.0, 1.0, "how far along the drops the present choice is"),
+    Entry("level_low", "share", 0.0, 1.0, "how far along the layers at low precision"),
+    Entry("level_admit", "share", 0.0, 1.0, "how far along the admission limits"),
+)
+
+
+def serve_table(actions: ServeActions) -> Table:
+    """Return the table of ``ServeTrace``."""
+    return Table(SERVE_ENTRIES, actions.names)
+
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_COUNTERS = ("arrived", "arrived_prompt_tokens", "first_tokens", "ttft_sum_s", "produced_tokens", "busy_s")
+_ALL_COUNTERS = (*_COUNTERS, "preemptions", "rejected")
+
+
+@dataclass(slots=True)
+class ServeObserver:
+    """Turns one state after the other into an observation; made anew for each replay."""
+
+    model: ModelSpec
+    actions: ServeActions
+    kv_block_layer_bytes: int
+    dense_bytes: float = 0.0
+    time_s: float = 0.0
+    counters: tuple[float, ...] = (0.0,) * len(_ALL_COUNTERS)
+    rates: list[list[float]] = field(default_factory=lambda: [[0.0] * len(_ALL_COUNTERS) for _ in SMOOTHING_S])
+
+    def __post_init__(self) -> None:
+        self.dense_bytes = float(weight_bytes(self.model, dense_plan(self.model)))
+
+    def __call__(self, state: EngineState, choice: Choice) -> Floats32:
+        """Return the features after this state; ``choice``: what runs."""
+        self._smooth(state)
+        second, ten, sixty = self.rates
+        dense = self.dense_bytes
+        change = (state.next_budget_bytes - state.budget_bytes) / dense / 8.0
+        soon = math.exp(-(state.next_budget_s - state.time_s) / 10.0) if math.isfinite(state.next_budget_s) else 0.0
+        given = ten[2]
+        pool = state.kv_layer_blocks
+        values = (
+            _log(state.waiting, 10.0),
+            _log(state.waiting_tokens, 20.0),
+            min(state.oldest_wait_s / 2.0, 2.0),
+            _log(state.running, 10.0),
+            _log(state.running_tokens, 20.0),
+            min(state.kv_used_layer_blocks / pool, 1.0) if pool else 1.0,
+            min(pool * self.kv_block_layer_bytes / dense / 8.0, 1.0),
+            min(state.budget_bytes / dense / 8.0, 1.0),
+            min(state.weight_bytes / dense, 1.0),
+            max(-1.0, min(change, 1.0)),
+            soon,
+            _log(second[0], 8.0),
+            _log(ten[0], 8.0),
+            _log(sixty[0], 8.0),
+            _log(second[1], 16.0),
+            _log(ten[1], 16.0),
+            _log(given, 8.0),
+            min(ten[3] / given / 2.0, 2.0) if given > 1e-6 else 0.0,
+            _log(ten[4], 16.0),
+            min(ten[5], 1.0),
+            _log(ten[6], 8.0),
+            _log(ten[7], 8.0),
+            1.0 if state.incoming_bytes else 0.0,
+            self.actions.dwell_left(state, choice),
+            *self.actions.levels[choice.action],
+        )
+        return np.array(values, dtype=np.float32)
+
+    def _smooth(self, state: EngineState) -> None:
+        """Bring the smoothed rates up to a state."""
+        passed_s = state.time_s - self.time_s
+        counters = tuple(float(getattr(state, name)) for name in _ALL_COUNTERS)
+        if passed_s > 0.0:
+            now = [(new - old) / passed_s for new, old in zip(counters, self.counters, strict=True)]
+            for rates, scale_s in zip(self.rates, SMOOTHING_S, strict=True):
+                weight = 1.0 - math.exp(-passed_s / scale_s)
+                for i, rate in enumerate(now):
+                    rates[i] += weight * (rate - rates[i])
+            self.time_s, self.counters = state.time_s, counters
+
+
+def _log(value: float, scale: float) -> float:
+    return min(math.log2(1.0 + max(value, 0.0)) / scale, 1.0)
+
+
+@dataclass(slots=True)
+class ServeObservers:
+    """Does for n engines of a fleet what ``ServeObserver`` and ``ServeActions`` do for one, at once.
+
+    action, changed_s: the `Choice` of each, [n]. dense_bytes: of the weights of the dense model.
+    """
+
+    model: ModelSpec
+    actions: ServeActions
+    kv_block_layer_bytes: int
+    size: int
+    action: Ints = field(init=False)
+    changed_s: Floats = field(init=False)
+    _time_s: Floats = field(init=False)
+    _counters: Floats = field(init=False)
+    _rates: Floats = field(init=False)
+    dense_bytes: float = field(init=False)
+    _levels: Floats = field(init=False)
+    _weights: Floats = field(init=False)
+    _groups: Ints = field(init=False)
+
+    def __post_init__(self) -> None:
+        n, counters = self.size, len(_COUNTER_COLUMNS)
+        self.dense_bytes = float(weight_bytes(self.model, dense_plan(self.model)))
+        self._levels = np.array(self.actions.levels)
+        self._weights = np.array(self.actions.weights_bytes, dtype=np.float64)
+        self._groups = np.array(self.actions.groups)
+        self.action, self.changed_s = np.zeros(n, dtype=np.int64), np.full(n, -math.inf)
+        self._time_s, self._counters = np.zeros(n), np.zeros((n, counters))
+        self._rates = np.zeros((len(SMOOTHING_S), n, counters))
+
+    def begin(self, at: int) -> None:
+        """Begin an episode in a place."""
+        self.action[at], self.changed_s[at], self._time_s[at] = 0, -math.inf, 0.0
+        self._counters[at], self._rates[:, at] = 0.0, 0.0
+
+    def legal(self, seen: Floats) -> Bools:
+        """Return which plans may be chosen, bool[n, actions]; ``seen`` is float64[n, fleet.SEEN_COLUMNS]."""
+        budget = seen[:, fleet.BUDGET_BYTES, None]
+        fits = self._weights + self.actions.workspace_bytes <= budget
+        if self.actions.dwell_s:
+            stays = self._dwell_left(seen) > 0.0
+            same = fits & (self._groups == self._groups[self.action, None])
+            fits = np.where((stays & same.any(axis=1))[:, None], same, fits)
+        none = ~fits.any(axis=1)
+        if none.any():
+            fits[none] = self._weights == self._weights.min()
+        legal: Bools = fits
+        return legal
+
+    def choose(self, seen: Floats, actions: Ints, where: Bools) -> None:
+        """Take a legal action in some places."""
+        changed = where & (self._groups[actions] != self._groups[self.action])
+        self.changed_s[changed] = seen[changed, fleet.TIME_S]
+        self.action[where] = actions[where]
+
+    def _dwell_left(self, seen: Floats) -> Floats:
+        if not self.actions.dwell_s:
+            return np.zeros(self.size)
+        left: Floats = np.maximum(0.0, 1.0 - (seen[:, fleet.TIME_S] - self.changed_s) / self.actions.dwell_s)
+        return left
+
+    def __call__(self, seen: Floats) -> Floats32:
+        """Return the features of each, float32[n, entries]."""
+        self._smooth(seen)
+        ten = self._rates[1]
+        dense = self.dense_bytes
+        columns = seen.T
+        pool, given = columns[fleet.KV_LAYER_BLOCKS], ten[:, 2]
+        found = np.empty((len(SERVE_ENTRIES), self.size))
+        found[_LOG_ROWS] = columns[_LOG_COLUMNS]
+        found[[11, 12, 13]], found[[14, 15]] = self._rates[:, :, 0], self._rates[:2, :, 1]
+        found[[16, 18, 20, 21]] = ten[:, [2, 4, 6, 7]].T
+        found[_ALL_LOG_ROWS] = np.log2(1.0 + np.maximum(found[_ALL_LOG_ROWS], 0.0)) / _LOG_SCALES
+        found[2] = columns[fleet.OLDEST_WAIT_S] / 2.0
+        found[5] = np.where(pool > 0, columns[fleet.KV_USED_LAYER_BLOCKS] / np.maximum(pool, 1.0), 1.0)
+        found[6] = pool * self.kv_block_layer_bytes / dense / 8.0
+        found[7], found[8] = columns[fleet.BUDGET_BYTES] / dense / 8.0, columns[fleet.WEIGHT_BYTES] / dense
+        found[9] = (columns[fleet.NEXT_BUDGET_BYTES] - columns[fleet.BUDGET_BYTES]) / dense / 8.0
+        found[10] = np.exp(-(columns[fleet.NEXT_BUDGET_S] - columns[fleet.TIME_S]) / 10.0)
+        found[17] = np.where(given > 1e-6, ten[:, 3] / np.maximum(given, 1e-6) / 2.0, 0.0)
+        found[19] = ten[:, 5]
+        found[22] = columns[fleet.INCOMING_BYTES] > 0
+        found[23] = self._dwell_left(seen)
+        found[24:] = self._levels[self.action].T
+        np.clip(found, _LOWEST, _HIGHEST, out=found)
+        return found.T.astype(np.float32)
+
+    def _smooth(self, seen: Floats) -> None:
+        counters = seen[:, _COUNTER_COLUMNS]
+        passed_s = seen[:, fleet.TIME_S] - self._time_s
+        later = passed_s > 0.0
+        now = (counters - self._counters) / np.where(later, passed_s, 1.0)[:, None]
+        for rates, scale_s in zip(self._rates, SMOOTHING_S, strict=True):
+            weight = np.where(later, 1.0 - np.exp(-passed_s / scale_s), 0.0)
+            rates += weight[:, None] * (now - rates)
+        self._time_s = np.where(later, seen[:, fleet.TIME_S], self._time_s)
+        self._counters = np.where(later[:, None], counters, self._counters)
+
+
+_COUNTER_COLUMNS = [
+    fleet.ARRIVED,
+    fleet.ARRIVED_PROMPT_TOKENS,
+    fleet.FIRST_TOKENS,
+    fleet.TTFT_SUM_S,
+    fleet.PRODUCED_TOKENS,
+    fleet.BUSY_S,
+    fleet.PREEMPTIONS,
+    fleet.REJECTED,
+]
+_LOG_ROWS = [0, 1, 3, 4]
+_LOG_COLUMNS = [fleet.WAITING, fleet.WAITING_TOKENS, fleet.RUNNING, fleet.RUNNING_TOKENS]
+_ALL_LOG_ROWS = [0, 1, 3, 4, 11, 12, 13, 14, 15, 16, 18, 20, 21]
+_LOG_SCALES = np.array([10.0, 20.0, 10.0, 20.0, 8.0, 8.0, 8.0, 16.0, 16.0, 8.0, 16.0, 8.0, 8.0])[:, None]
+_LOWEST = np.array([entry.low for entry in SERVE_ENTRIES])[:, None]
+_HIGHEST = np.array([entry.high for entry in SERVE_ENTRIES])[:, None]
+
+
+def actions_from(model: ModelSpec, words: Mapping[str, Any], workspace_bytes: int) -> ServeActions:
+    """Return the actions of a configuration: the words of ``serve_actions``.
+
+    Raises:
+        ConfigError: for an unknown word.
+    """
+    try:
+        return serve_actions(model, **words, workspace_bytes=workspace_bytes)
+    except TypeError as error:
+        raise ConfigError(f"actions: {error}") from error

@@ -1,0 +1,1 @@
+"""Trace + engine + policy -> run folder; sweeps over seeds and windows."""

@@ -1,0 +1,95 @@
+"""Replays a trace on an engine under a policy: the main loop. ``python -m sim.replay`` runs it by sim/replay/run.py."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from sim.engine.protocol import Engine, Request
+from sim.engine.sim_engine import SimEngine
+from sim.errors import ConfigError
+from sim.policies.base import Policy
+from sim.policies.schedule import Schedule
+from sim.traces.trace import Trace
+
+PROGRESS_STEPS = 200
+
+
+def requests_of(trace: Trace) -> list[Request]:
+    """Return the requests of a trace, numbered in order of arrival."""
+    columns = (trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
+    ids = [()] * len(trace) if trace.hash_ids is None else [tuple(row.tolist()) for row in trace.hash_ids]
+    return [
+        Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output, hash_ids=ids[i])
+        for i, (arrival_s, prompt, output) in enumerate(zip(*columns, strict=True))
+    ]
+
+
+def replay(
+    trace: Trace,
+    engine: Engine,
+    policy: Policy,
+    *,
+    tick_s: float | None = None,
+    also_at_s: Sequence[float] = (),
+    on_progress: Callable[[float, int], None] | None = None,
+) -> None:
+    """Serve a whole trace; the engine keeps the records.
+
+    Args:
+        trace: what arrives when. engine: who serves it. policy: who decides what runs.
+        tick_s: seconds between two decisions; None asks the policy nothing after its first plan.
+        also_at_s: further moments of decision, ascending: where the budget changes.
+        on_progress: called now and then with the engine's time and the requests that ended.
+    """
+    if isinstance(engine, SimEngine):
+        engine.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
+    else:
+        engine.submit(requests_of(trace))
+    if tick_s is not None and not tick_s > 0:
+        raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, or null for no decisions")
+    if tick_s is not None:
+        moments_s = decisions(tick_s, also_at_s)
+    elif on_progress is not None:
+        moments_s = decisions(max(trace.duration_s / PROGRESS_STEPS, 1e-3), ())
+    else:
+        moments_s = iter(lambda: math.inf, None)
+    if tick_s is not None and isinstance(engine, SimEngine) and isinstance(policy, Schedule):
+        at_s = _known_decisions(policy, decisions(tick_s, also_at_s))
+        engine.apply_at(at_s, [policy.plan_at(time_s) for time_s in at_s])
+        if on_progress is None:
+            moments_s = iter(lambda: math.inf, None)
+        tick_s = None
+    while not engine.drained:
+        state = engine.run_until(next(moments_s))
+        if on_progress is not None:
+            on_progress(state.time_s, state.finished + state.rejected)
+        if tick_s is not None and not engine.drained:
+            engine.apply(policy(state))
+
+
+def _known_decisions(policy: Schedule, moments_s: Iterator[float]) -> list[float]:
+    """Return, of the moments of decision, those at which the schedule has another plan than at the one before."""
+    found, left = [], deque(policy.at_s[1:])
+    while left:
+        moment_s = next(moments_s)
+        if left[0] <= moment_s:
+            found.append(moment_s)
+            while left and left[0] <= moment_s:
+                left.popleft()
+    return found
+
+
+def decisions(period_s: float, also_at_s: Sequence[float]) -> Iterator[float]:
+    """Yield the multiples of a period, and other moments between them, each once: when a policy is asked."""
+    others = list(also_at_s)
+    step = 1
+    while True:
+        # The step's own multiple, not a running sum: ticks stay where they are said to be.
+        tick_s = step * period_s
+        while others and others[0] <= tick_s:
+            if (other_s := others.pop(0)) < tick_s:
+                yield other_s
+        yield tick_s
+        step += 1

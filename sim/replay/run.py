@@ -1,0 +1,303 @@
+"""``python -m sim.replay``: from a configuration to a run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sim.config import build, one_thread, run_command
+from sim.cost.gpu import Gpu
+from sim.cost.latency import CALIBRATIONS, copy_speed, load_calibration
+from sim.cost.model_spec import ModelSpec
+from sim.cost.quality import QUALITIES, FittedQuality, PublishedQuality, load_quality
+from sim.engine.budget import Budget, BudgetContext
+from sim.engine.protocol import Engine, EngineConfig
+from sim.engine.sim_engine import SimEngine
+from sim.errors import ConfigError
+from sim.policies import Fixed, Policy, Served, ServerModel
+from sim.replay.loop import replay
+from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
+from sim.results.records import Iterations, Records, TokenGaps, Transitions
+from sim.results.report import plot_replay, print_summary
+from sim.results.run_folder import provenance, write_json, write_parquet, write_text
+from sim.traces.trace import Trace
+from sim.traces.transforms import apply_steps
+
+
+class RecordingEngine(Engine, Protocol):
+    """An engine, and what else of it a run folder holds."""
+
+    budget: Budget
+
+    def iterations(self) -> Iterations:
+        """Return one row an iteration."""
+        ...
+
+    def token_gaps(self) -> TokenGaps:
+        """Return every gap between two tokens of one request."""
+        ...
+
+    def transitions(self) -> Transitions:
+        """Return one row a plan change."""
+        ...
+
+    def kept_share(self) -> tuple[tuple[float, float], ...]:
+        """Return (time_s, share of the dense weights' bytes that is resident), one entry a change."""
+        ...
+
+    @property
+    def budget_violation_s(self) -> float:
+        """Seconds in which more was held than the budget allowed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a replay is made of, whichever engine serves it."""
+
+    model: ModelSpec
+    gpu: Gpu
+    config: EngineConfig
+    policy: Policy
+    budget: Budget
+
+
+def replay_command() -> None:
+    """Run ``python -m sim.replay``."""
+    one_thread()
+    run_command(_replay, "replay")
+
+
+def _replay(cfg: DictConfig) -> None:
+    if cfg.seeds or cfg.windows:
+        from sim.replay.sweep import replay_many
+
+        replay_many(cfg)
+    else:
+        run_replay(cfg)
+
+
+def build_trace(cfg: DictConfig) -> Trace:
+    """Build the trace of a configuration, its workload steps applied."""
+    trace = build(cfg.trace)
+    steps = [build(step) for step in cfg.workload.steps]
+    return apply_steps(trace, steps, seed=cfg.seed)
+
+
+def find_calibration(model: str, gpu: str) -> str:
+    """Return the name of the calibration of ``model`` on ``gpu``; of several, the one with the plainest name.
+
+    Raises:
+        ConfigError: if there is none, naming what there is for this model and for others.
+    """
+    known = {}
+    for path in sorted(CALIBRATIONS.glob("*.json")):
+        described = json.loads(path.read_text(encoding="utf-8"))
+        known[path.stem] = (described["model"], described["device"])
+    found = [name for name, pair in known.items() if pair == (model, gpu)]
+    if not found:
+        devices = sorted(f"{name} (gpu={pair[1]})" for name, pair in known.items() if pair[0] == model)
+        models = sorted({pair[0] for pair in known.values()})
+        raise ConfigError(
+            f"no calibration of {model} on {gpu}; "
+            + (f"there are {', '.join(devices)}" if devices else f"calibrated models are {', '.join(models)}")
+            + "; set gpu= or model= to such a pair, latency= to a file of your own, or make one with hw.calibrate"
+        )
+    return min(found, key=lambda name: (len(name), name))
+
+
+def build_parts(cfg: DictConfig) -> Parts:
+    """Build model, device, engine settings, policy and budget of a configuration."""
+    model, gpu, config = build(cfg.model), build(cfg.gpu), build(cfg.engine)
+    workspace_bytes, kv_block_tokens = int(cfg.workspace_bytes), config.kv_block_tokens
+    served = Served(
+        model=model,
+        workspace_bytes=workspace_bytes,
+        kv_block_tokens=kv_block_tokens,
+        server=lambda: server_model(cfg, model, gpu, config),
+    )
+    policy: Policy = build(cfg.policy)(served)
+    context = BudgetContext(
+        model=model,
+        gpu=gpu,
+        plan=policy.first_plan,
+        workspace_bytes=workspace_bytes,
+        kv_block_tokens=kv_block_tokens,
+    )
+    return Parts(model, gpu, config, policy, build(cfg.budget)(context))
+
+
+def find_quality(model: str) -> str | None:
+    """Return the name of the quality table of a model, measured before published; None where there is none."""
+    known = {path.stem for path in QUALITIES.glob("*")}
+    return next((name for name in (model, f"{model}_published") if name in known), None)
+
+
+def quality_of(cfg: DictConfig) -> FittedQuality | PublishedQuality | None:
+    """Return the quality model of a configuration; None where there is none for what it serves."""
+    table = cfg.quality_table or find_quality(cfg.model.name)
+    return load_quality(table) if table is not None else None
+
+
+def server_model(cfg: DictConfig, model: ModelSpec, gpu: Gpu, config: EngineConfig) -> ServerModel:
+    """Return what a configuration serves with, and at which price.
+
+    Raises:
+        ConfigError: when there is no calibration of the model on the device, or it is of another model.
+    """
+    latency = load_calibration(cfg.latency or find_calibration(model.name, gpu.name))
+    if cfg.fixed_s is not None:
+        latency = latency.with_fixed(cfg.fixed_s, "fixed_s of the configuration")
+    if latency.model != model.name:
+        raise ConfigError(
+            f"calibration {latency.name!r} was made for model {latency.model!r}, not {model.name!r}; "
+            f"set latency= to one made for it, or model={latency.model}"
+        )
+    quality, copying = quality_of(cfg), copy_speed(latency, gpu)
+    return ServerModel(
+        model=model,
+        latency=latency,
+        config=config,
+        workspace_bytes=int(cfg.workspace_bytes),
+        host_to_device_bytes_per_s=copying.host_to_device_bytes_per_s,
+        copy_slowdown=copying.slowdown,
+        quality_nll=quality.nll if quality is not None else None,
+    )
+
+
+def build_engine(cfg: DictConfig, **words: Any) -> tuple[SimEngine, Policy]:
+    """Build the engine and the policy of a configuration; ``words`` go to ``SimEngine`` before its own (env, plan)."""
+    parts = build_parts(cfg)
+    server = server_model(cfg, parts.model, parts.gpu, parts.config)
+    told = {"plan": parts.policy.first_plan, "budget_bytes": parts.budget, "keep_iterations": True, **words}
+    return server.engine(**told), parts.policy
+
+
+def replay_with(
+    cfg: DictConfig,
+    trace: Trace,
+    engine: RecordingEngine,
+    policy: Policy,
+    on_progress: Callable[[float, int], None] | None = None,
+) -> None:
+    """Replay a trace, the policy asked as the configuration says."""
+    tick_s = None if isinstance(policy, Fixed) else float(cfg.tick_s)  # a fixed plan needs no decisions
+    changes_s = engine.budget.change_s[1:]
+    replay(trace, engine, policy, tick_s=tick_s, also_at_s=changes_s, on_progress=on_progress)
+
+
+def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: float = 0.0) -> dict[str, Any]:
+    """Return the figures of what an engine has served so far."""
+    return summarise(
+        engine.records(),
+        engine.iterations(),
+        engine.token_gaps(),
+        slo,
+        transitions=len(engine.transitions()),
+        budget_violation_s=engine.budget_violation_s,
+        not_arrived=not_arrived,
+        cpu_s=cpu_s,
+    )
+
+
+def write_tables(
+    folder: Path,
+    slo: Slo,
+    records: Records,
+    transitions: Transitions,
+    kept_share: Sequence[tuple[float, float]],
+    iterations: Iterations | None = None,
+) -> None:
+    """Write the tables of a run folder; that of iterations, which is long, when it is given."""
+    write_parquet(folder / "records.parquet", records_frame(records, slo))
+    write_parquet(folder / "transitions.parquet", transitions_frame(transitions))
+    write_parquet(folder / "kept_share.parquet", kept_share_frame(kept_share))
+    if iterations is not None:
+        write_parquet(folder / "iterations.parquet", iterations_frame(iterations))
+
+
+def run_replay(
+    cfg: DictConfig, build_engine: Callable[[DictConfig], tuple[RecordingEngine, Policy]] = build_engine
+) -> dict[str, Any]:
+    """Replay on the engine that is built, write the run folder, print the table; return the summary."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    console = Console()
+    trace = build_trace(cfg)
+    engine, policy = build_engine(cfg)
+    slo = build(cfg.slo)
+    label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
+    title = f"{label}: {len(trace):,} requests on {cfg.model.name}, {cfg.gpu.name}"
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(
+        folder / "provenance.json",
+        {
+            **provenance(cfg.seed),
+            "trace": {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history},
+        },
+    )
+    interrupted = False
+    started_cpu_s = time.process_time()
+    try:
+        with _ProgressBar(console, trace) as on_progress:
+            replay_with(cfg, trace, engine, policy, on_progress)
+    except KeyboardInterrupt:
+        interrupted = True
+    cpu_s = time.process_time() - started_cpu_s
+    records, iterations = engine.records(), engine.iterations()
+    summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s)
+    summary["interrupted"] = interrupted
+    write_tables(
+        folder, slo, records, engine.transitions(), engine.kept_share(), iterations if cfg.iterations else None
+    )
+    if cfg.plot:
+        plot_replay(folder / "replay.png", records, iterations, slo, title)
+    write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+    print_summary(summary, title, console)
+    if interrupted:
+        console.print(
+            f"interrupted: kept the records of {len(records):,} requests that had arrived, in {folder}", highlight=False
+        )
+        sys.exit(130)
+    console.print(f"files: {folder}", highlight=False, soft_wrap=True)
+    return summary
+
+
+class _ProgressBar:
+    """A progress bar on a terminal once a replay takes more than a second; nothing elsewhere."""
+
+    def __init__(self, console: Console, trace: Trace) -> None:
+        self._total = len(trace)
+        self._bar = Progress(
+            TextColumn("replaying"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} requests, {task.fields[at]:,.0f} s of the trace"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._shown = console.is_terminal
+
+    def __enter__(self) -> Any:
+        if not self._shown:
+            return None
+        self._bar.start()
+        self._task = self._bar.add_task("replay", total=self._total, at=0.0)
+        return lambda time_s, done: self._bar.update(
+            self._task, completed=done, at=0.0 if math.isinf(time_s) else time_s
+        )
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._bar.stop()

@@ -1,0 +1,187 @@
+"""Many replays at once, one a seed and a window of the trace: by processes or a cluster, with the same records."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from sim.config import build
+from sim.cost.plan import Plan, dense_plan
+from sim.engine.protocol import EngineState
+from sim.errors import ConfigError
+from sim.policies import Fixed, Policy
+from sim.replay.run import build_engine, build_trace, figures, quality_of, replay_with, write_tables
+from sim.results.records import Iterations, Records, Transitions
+from sim.results.report import plot_replay, print_rows
+from sim.results.run_folder import provenance, write_json, write_text
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One replay of several: its seed, and which window of the trace; None for all of it."""
+
+    seed: int
+    window: int | None = None
+
+    @property
+    def name(self) -> str:
+        """How its folder is called."""
+        return f"seed_{self.seed}" + (f"_window_{self.window}" if self.window is not None else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One replay: its figures, its records, its memory over time.
+
+    kept_share: (time_s, share of the dense weights' bytes that is resident), one entry a change.
+    """
+
+    summary: Mapping[str, Any]
+    records: Records
+    iterations: Iterations
+    transitions: Transitions
+    kept_share: tuple[tuple[float, float], ...]
+
+
+def cases_of(cfg: DictConfig) -> list[Case]:
+    """Return what ``seeds`` and ``windows`` ask for: every window at every seed.
+
+    Raises:
+        ConfigError: for one named twice, a window below 0, or windows without a length.
+    """
+    for key in ("seeds", "windows"):
+        values = list(cfg[key])
+        if len(set(values)) != len(values) or any(value < 0 for value in values):
+            raise ConfigError(f"{key} is {values}; each must be at least 0 and stand there once")
+    if cfg.windows and (cfg.window_s is None or not cfg.window_s > 0):
+        raise ConfigError(f"window_s is {cfg.window_s}; windows need a length above 0 seconds, e.g. window_s=72")
+    return [Case(seed, window) for seed in (cfg.seeds or [cfg.seed]) for window in (cfg.windows or [None])]
+
+
+def config_of(cfg: DictConfig, case: Case) -> DictConfig:
+    """Return the configuration of one case, which is an ordinary replay."""
+    one = cfg.copy()
+    OmegaConf.set_struct(one, False)
+    one.seed, one.seeds, one.windows = case.seed, [], []
+    if case.window is not None:
+        cut = {"_target_": "sim.traces.transforms.window", "_partial_": True}
+        cut |= {"start_s": case.window * cfg.window_s, "duration_s": cfg.window_s}
+        one.workload.steps = [*one.workload.steps, cut]
+    return one
+
+
+def run(cfg: DictConfig) -> Outcome:
+    """Replay one configuration."""
+    trace = build_trace(cfg)
+    engine, policy = build_engine(cfg)
+    seen = policy if isinstance(policy, Fixed) else _Watched(policy)
+    started_cpu_s = time.process_time()
+    replay_with(cfg, trace, engine, seen)
+    summary = figures(engine, build(cfg.slo), cpu_s=time.process_time() - started_cpu_s)
+    iterations = engine.iterations()
+    low = seen.low if isinstance(seen, _Watched) else [(0.0, _low_share(policy.first_plan))]
+    end_s = float(iterations.end_s[-1]) if len(iterations) else 0.0
+    summary["low_precision_share"] = time_mean(low, end_s)
+    summary["perplexity_ratio"] = None
+    if summary["quality_nll"] is not None and (quality := quality_of(cfg)) is not None:
+        dense_nll = quality.nll(dense_plan(build(cfg.model)))
+        summary["perplexity_ratio"] = math.exp(summary["quality_nll"] - dense_nll)
+    return Outcome(summary, engine.records(), iterations, engine.transitions(), engine.kept_share())
+
+
+T = TypeVar("T")
+
+
+class Executor(Protocol):
+    """Does a task for many items; results come in the order of the items, and are the same whoever does them."""
+
+    def __call__(self, task: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+        """Do it."""
+        ...
+
+
+class Processes:
+    """Processes of this machine."""
+
+    def __init__(self, workers: int) -> None:
+        """Set how many; one is this process.
+
+        Raises:
+            ConfigError: for less than one.
+        """
+        if workers < 1:
+            raise ConfigError(f"workers is {workers}; at least one process has to do it")
+        self.workers = workers
+
+    def __call__(self, task: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+        """Do it."""
+        if min(self.workers, len(items)) < 2:
+            return [task(item) for item in items]
+        with multiprocessing.get_context("spawn").Pool(min(self.workers, len(items))) as pool:
+            return pool.map(task, items, chunksize=1)
+
+
+def replay_many(cfg: DictConfig) -> None:
+    """Replay every case on the simulated engine; write a folder each and one table."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    cases = cases_of(cfg)
+    configs = [config_of(cfg, case) for case in cases]
+    slo, made_by = build(cfg.slo), provenance(cfg.seed)
+    executor: Executor = build(cfg.executor)
+    outcomes = executor(run, configs)
+    for case, one, outcome in zip(cases, configs, outcomes, strict=True):
+        inner = folder / case.name
+        write_text(inner / "config.yaml", OmegaConf.to_yaml(one, resolve=True))
+        write_json(inner / "provenance.json", {**made_by, "seed": case.seed})
+        iterations = outcome.iterations if cfg.iterations else None
+        write_tables(inner, slo, outcome.records, outcome.transitions, outcome.kept_share, iterations)
+        if cfg.plot:
+            plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, case.name.replace("_", " "))
+        write_json(inner / "summary.json", dict(outcome.summary))
+    rows = {case.name: [outcome.summary] for case, outcome in zip(cases, outcomes, strict=True)}
+    write_json(folder / "summaries.json", {name: dict(row[0]) for name, row in rows.items()})  # last: it is complete
+    rows["mean ± sd"] = [outcome.summary for outcome in outcomes]
+    label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
+    print_rows(rows, f"{label} on {cfg.model.name}, {cfg.gpu.name}: {len(cases)} replays", first="replay")
+    print(f"files: {folder}")
+
+
+def time_mean(changes: Sequence[tuple[float, float]], end_s: float) -> float:
+    """Return the mean over time, until ``end_s``, of a value that changes in steps of (time_s, value)."""
+    times = [*(min(time_s, end_s) for time_s, _ in changes), end_s]
+    if end_s <= times[0]:
+        return changes[0][1]
+    weights = [after - before for before, after in itertools.pairwise(times)]
+    return statistics.fmean([value for _, value in changes], weights)
+
+
+def _low_share(plan: Plan) -> float:
+    return sum(bits < 16 for bits in plan.weight_bits) / len(plan.weight_bits)
+
+
+class _Watched:
+    """A policy, and at what share of layers below 16 bits it found the server whenever it was asked."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.low = [(0.0, _low_share(policy.first_plan))]
+
+    @property
+    def first_plan(self) -> Plan:
+        return self._policy.first_plan
+
+    def __call__(self, state: EngineState) -> Plan:
+        share = _low_share(state.plan)
+        if share != self.low[-1][1]:
+            self.low.append((state.time_s, share))
+        return self._policy(state)

@@ -1,0 +1,1 @@
+"""Records, metrics, reports and run folders."""

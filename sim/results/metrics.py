@@ -1,0 +1,230 @@
+"""Records in, figures out: TTFT, TPOT, ITL, goodput, SLO attainment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.errors import ConfigError
+from sim.results.records import Floats, Iterations, Records, Status, TokenGaps, Transitions
+
+if TYPE_CHECKING:
+    import pandas as pd  # half of what a short command would take to start, so it is imported where a table is made
+
+QUANTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """What a request must meet, each target None when it does not count.
+
+    ttft_s: latest first token after arrival. tpot_s: slowest mean gap between tokens. e2e_s: latest last token.
+    """
+
+    ttft_s: float | None = 2.0
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tpot_s", "e2e_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"slo.{name} is {value}; it must be above 0 seconds, or null for no target")
+
+
+def met_slo(records: Records, slo: Slo) -> NDArray[np.bool_]:
+    """Return which requests finished and met every target; a rejected or unfinished one misses."""
+    met = np.asarray(records.status == Status.FINISHED, dtype=np.bool_)
+    for values, target in ((records.ttft_s, slo.ttft_s), (records.tpot_s, slo.tpot_s), (records.e2e_s, slo.e2e_s)):
+        if target is not None:
+            # A request of one token has no TPOT and cannot miss it: NaN compares as met.
+            met &= ~(values > target)
+    return met
+
+
+def records_frame(records: Records, slo: Slo) -> pd.DataFrame:
+    """Return the table that ``records.parquet`` holds, one row a request in order of arrival."""
+    import pandas as pd
+
+    names = {int(status): status.name.lower() for status in Status}
+    return pd.DataFrame(
+        {
+            "request_id": np.arange(len(records), dtype=np.int64),
+            "arrival_s": records.arrival_s,
+            "prompt_tokens": records.prompt_tokens,
+            "output_tokens": records.output_tokens,
+            "produced_tokens": records.produced_tokens,
+            "admitted_s": records.admitted_s,
+            "first_token_s": records.first_token_s,
+            "finish_s": records.finish_s,
+            "ttft_s": records.ttft_s,
+            "tpot_s": records.tpot_s,
+            "e2e_s": records.e2e_s,
+            "preemptions": records.preemptions,
+            "status": pd.Categorical([names[int(s)] for s in records.status], categories=list(names.values())),
+            "met_slo": met_slo(records, slo),
+            "kept_params_share": records.kept_params_share,
+            "quality_nll": records.quality_nll,
+            "cached_tokens": records.cached_tokens,
+        }
+    )
+
+
+def iterations_frame(iterations: Iterations) -> pd.DataFrame:
+    """Return the table that ``iterations.parquet`` holds, one row an iteration."""
+    import pandas as pd
+
+    names = (
+        "start_s",
+        "end_s",
+        "prefill_tokens",
+        "decode_requests",
+        "running",
+        "waiting",
+        "kv_used_share",
+        "preemptions",
+        "extrapolated",
+    )
+    return pd.DataFrame({name: getattr(iterations, name) for name in names})
+
+
+def transitions_frame(transitions: Transitions) -> pd.DataFrame:
+    """Return the table that ``transitions.parquet`` holds, one row a plan change."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "time_s": transitions.time_s,
+            "from": list(transitions.from_plan),
+            "to": list(transitions.to_plan),
+            "bytes_in": transitions.bytes_in,
+            "bytes_freed": transitions.bytes_freed,
+            "ready_s": transitions.ready_s,
+            "preempted": transitions.preempted,
+            "recomputed_tokens": transitions.recomputed_tokens,
+            "kv_blocks_before": transitions.kv_blocks_before,
+            "kv_blocks_after": transitions.kv_blocks_after,
+        }
+    )
+
+
+def kept_share_frame(changes: Sequence[tuple[float, float]]) -> pd.DataFrame:
+    """Return the table that ``kept_share.parquet`` holds, one row a change of the share of the dense weights."""
+    import pandas as pd
+
+    return pd.DataFrame(np.array(changes, dtype=np.float64).reshape(-1, 2), columns=["time_s", "kept_share"])
+
+
+def merged_iterations(parts: Sequence[Iterations]) -> Iterations:
+    """Return the iterations of several engines, in the order in which they ended."""
+    order = np.argsort(np.concatenate([part.end_s for part in parts]), kind="stable")
+    names = [f.name for f in fields(Iterations)]
+    return Iterations(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in names})
+
+
+def merged_gaps(parts: Sequence[TokenGaps]) -> TokenGaps:
+    """Return the gaps between tokens of several engines."""
+    return TokenGaps(
+        itl_s=np.concatenate([part.itl_s for part in parts]), count=np.concatenate([part.count for part in parts])
+    )
+
+
+def distribution(values: Floats) -> dict[str, float | None]:
+    """Return ``mean p50 p90 p95 p99 max`` of the finite values (linear interpolation), None when there are none."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return dict.fromkeys(("mean", *QUANTILES, "max"))
+    points = np.quantile(values, list(QUANTILES.values()))
+    return {
+        "mean": float(values.mean()),
+        **dict(zip(QUANTILES, map(float, points), strict=True)),
+        "max": float(values.max()),
+    }
+
+
+def gap_distribution(gaps: TokenGaps) -> dict[str, float | None]:
+    """Return ``mean p50 p90 p95 p99 max`` of the gaps between tokens (nearest rank, each gap counted)."""
+    if not len(gaps.itl_s):
+        return dict.fromkeys(("mean", *QUANTILES, "max"))
+    order = np.argsort(gaps.itl_s, kind="stable")
+    itl_s, count = gaps.itl_s[order], gaps.count[order]
+    rank = np.cumsum(count)
+    total = int(rank[-1])
+    points = {name: float(itl_s[np.searchsorted(rank, np.ceil(q * total))]) for name, q in QUANTILES.items()}
+    return {"mean": float((itl_s * count).sum() / total), **points, "max": float(itl_s[-1])}
+
+
+def summarise(
+    records: Records,
+    iterations: Iterations,
+    gaps: TokenGaps,
+    slo: Slo,
+    *,
+    transitions: int = 0,
+    budget_violation_s: float = 0.0,
+    not_arrived: int = 0,
+    cpu_s: float = 0.0,
+    end_s: float | None = None,
+) -> dict[str, Any]:
+    """Return the figures of one replay, as ``summary.json`` holds them.
+
+    Args:
+        records, iterations, gaps: what the engine left behind.
+        slo: what counts as good.
+        transitions: plan changes. budget_violation_s: seconds in which more was held than the budget allowed.
+        not_arrived: requests of the trace that had not arrived when the replay stopped.
+        cpu_s: process CPU seconds that the replay took; 0 when it was not measured.
+        end_s: when it ended; None takes the end of the last iteration.
+
+    ``recomputed_tokens`` are those that prefill computed beyond each answered request's prompt once, without what the
+    prefix cache had of it; ``cached_share`` is what it had of all tokens of prompts that were admitted.
+    """
+    requests = len(records)
+    finished = records.status == Status.FINISHED
+    met = met_slo(records, slo)
+    last_s = end_s if end_s is not None else float(iterations.end_s[-1]) if len(iterations) else 0.0
+    first_s = float(records.arrival_s[0]) if requests else 0.0
+    makespan_s = max(last_s - first_s, 0.0)
+    arrivals_s = float(records.arrival_s[-1] - records.arrival_s[0]) if requests else 0.0
+
+    def rate(count: float, seconds: float) -> float | None:
+        return count / seconds if seconds > 0 else None
+
+    answered = np.isfinite(records.first_token_s)
+    computed_once = (records.prompt_tokens - records.cached_tokens)[answered].sum()
+    recomputed = int(iterations.prefill_tokens.sum() - computed_once)
+    admitted = np.isfinite(records.admitted_s)
+    truncated = finished & (records.produced_tokens < records.output_tokens)
+    return {
+        "requests": requests,
+        "finished": int(finished.sum()),
+        "rejected": int((records.status == Status.REJECTED).sum()),
+        "unfinished": int(np.isin(records.status, (Status.WAITING, Status.RUNNING)).sum()),
+        "truncated": int(truncated.sum()),
+        "not_arrived": not_arrived,
+        "makespan_s": makespan_s,
+        "ttft_s": distribution(records.ttft_s),
+        "tpot_s": distribution(records.tpot_s),
+        "itl_s": gap_distribution(gaps),
+        "e2e_s": distribution(records.e2e_s),
+        "slo_attainment": float(met.mean()) if requests else None,
+        "goodput_rps": rate(float(met.sum()), makespan_s),
+        "request_rate_rps": rate(requests - 1, arrivals_s),
+        "output_tokens_per_s": rate(float(records.produced_tokens.sum()), makespan_s),
+        "transitions": transitions,
+        "budget_violation_s": budget_violation_s,
+        "kept_params_share": distribution(records.kept_params_share)["mean"],
+        "quality_nll": distribution(records.quality_nll)["mean"],
+        "preemptions": int(records.preemptions.sum()),
+        "recomputed_tokens": max(recomputed, 0),
+        "cached_share": rate(float(records.cached_tokens.sum()), float(records.prompt_tokens[admitted].sum())),
+        "kv_peak_share": float(iterations.kv_used_share.max()) if len(iterations) else 0.0,
+        "extrapolated_share": float(iterations.extrapolated.mean()) if len(iterations) else 0.0,
+        "iterations": len(iterations),
+        "cpu_s": cpu_s,
+        "requests_per_cpu_s": rate(requests, cpu_s),
+    }

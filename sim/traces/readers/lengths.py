@@ -1,0 +1,73 @@
+"""Files that hold lengths and no arrivals: a data set's requests under an arrival process of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from sim.errors import TraceError, nearest
+from sim.traces.readers.rows import OnBadRow, Rows, read_csv
+from sim.traces.trace import FloatArray, Trace
+
+ORIGIN = "https://github.com/microsoft/vidur (data/processed_traces, commit 7d47513363ec447a741ac5e47241580b47724fbf)"
+
+Order = Literal["shuffle", "file"]
+
+
+def read_lengths(
+    path: str | Path,
+    *,
+    arrivals: Callable[[np.random.Generator], FloatArray],
+    seed: int = 0,
+    order: Order = "shuffle",
+    prompt_column: str = "num_prefill_tokens",
+    output_column: str = "num_decode_tokens",
+    on_bad_row: OnBadRow = "error",
+    name: str = "lengths",
+) -> Trace:
+    """Return a trace whose lengths come from a file and whose arrivals from a process.
+
+    Each row is used at most once, so the process must not make more requests than the file has rows.
+
+    Args:
+        path: CSV, plain or gzip, with one row a request.
+        arrivals: a process of ``sim.traces.generate`` with its arguments given, such as
+            ``partial(poisson_arrivals, rate_rps=2.0, duration_s=600.0)``: generator in, sorted seconds out.
+        seed: of the arrivals and the order.
+        order: "shuffle" uses the rows in a random order, "file" in that of the file.
+        prompt_column, output_column: the names of the two columns.
+        on_bad_row, name: as ``read_azure``.
+    Raises:
+        TraceError: if the file or a row of it cannot be used, or it has fewer rows than the process has arrivals.
+    Source:
+        Agrawal et al., Vidur (MLSys 2024), whose repository publishes such files, MIT.
+    """
+    if order not in get_args(Order):
+        raise TraceError(f"order is {order!r}; {nearest(str(order), get_args(Order))}")
+    table = read_csv(path, required=(prompt_column, output_column), on_bad_row=on_bad_row, origin=ORIGIN)
+    rows = Rows(table, on_bad_row)
+    prompt_tokens, output_tokens = rows.tokens(prompt_column), rows.tokens(output_column)
+    steps = [f"read {len(table.line) + len(table.broken):,} rows of {path}"]
+    usable = np.flatnonzero(rows.good_rows(steps))
+    arrivals_rng, order_rng = np.random.default_rng(seed).spawn(2)
+    arrival_s = arrivals(arrivals_rng)
+    if len(arrival_s) > len(usable):
+        raise TraceError(
+            f"{path} has {len(usable):,} usable rows but the arrival process makes {len(arrival_s):,} requests; "
+            "lower its rate_rps or duration_s, or use sim.traces.transforms.repeat on the result"
+        )
+    if order == "shuffle":
+        usable = order_rng.permutation(usable)
+    chosen = usable[: len(arrival_s)]
+    steps.append(f"took {len(chosen):,} rows ({order} order) for the arrivals of the process, seed={seed}")
+    return Trace(
+        arrival_s=arrival_s,
+        prompt_tokens=prompt_tokens[chosen],
+        output_tokens=output_tokens[chosen],
+        name=name,
+        source=str(path),
+        history=tuple(steps),
+    )

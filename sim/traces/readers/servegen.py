@@ -1,0 +1,324 @@
+"""ServeGen: not a log of requests but a description of real clients, from which requests are drawn."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sim.errors import TraceError
+from sim.paths import find_data
+from sim.traces.readers.rows import Rows, missing_data, read_bytes, read_csv
+from sim.traces.trace import FloatArray, IntArray, Trace, sorted_trace
+
+ORIGIN = "https://github.com/alibaba/ServeGen (data/, commit f891d1189eb32b3868dfc443800c4150548c282a)"
+WINDOW_S = 600.0
+LENGTHS_WINDOW_S = 21_600
+COLUMNS = ("window_start_s", "rate_rps", "cv", "pattern", "shape", "scale_s")
+PATTERNS = ("Gamma", "Weibull")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeGenClient:
+    """One client: an entry a window of 600 s in each array.
+
+    pattern is "Gamma", "Weibull" or, where the client was idle, empty; rate_rps is then 0.
+    """
+
+    client: int
+    window_start_s: FloatArray
+    rate_rps: FloatArray
+    pattern: tuple[str, ...]
+    shape: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Token counts and the cumulated share of requests that have at most so many."""
+
+    tokens: IntArray
+    cumulated: FloatArray
+
+    def draw(self, uniform: FloatArray) -> IntArray:
+        """Return the token counts at these points of the distribution, each in [0, 1)."""
+        position = np.searchsorted(self.cumulated, uniform, side="right")
+        return self.tokens[np.minimum(position, len(self.tokens) - 1)]
+
+
+def read_servegen(
+    path: str | Path,
+    *,
+    clients: Sequence[int] | None = None,
+    start_s: float = 0.0,
+    duration_s: float = 600.0,
+    rate_scale: float = 1.0,
+    rate_rps: float | None = None,
+    coupled_lengths: bool = True,
+    seed: int = 0,
+    name: str = "servegen",
+) -> Trace:
+    """Return requests drawn as ServeGen defines its clients; time 0 is ``start_s`` of the description.
+
+    In each window of 600 s a client sends ceil(rate x 600) requests. Their gaps are drawn from its Gamma or
+    Weibull distribution and rescaled to fill the window (so the scale has no effect, only the shape has); their
+    lengths come from its histograms of that 6 h. Each client and window has its own generator, so
+    that another choice of clients or of time changes nothing in those that stay.
+
+    One difference to ServeGen's code: it rescales n gaps, which puts the last request on the end of the window,
+    where rounding decides whether it is dropped; here n + 1 gaps put all n requests inside.
+
+    Args:
+        path: a folder with ``chunk-ID-trace.csv`` and ``chunk-ID-dataset.json``, plain or gzip.
+        clients: ids of the clients; None takes every client that has both files, and says which have not.
+        start_s, duration_s: the part of the description (14 days for language models, one day for reasoning ones).
+        rate_scale: multiplies the rate of every client.
+        rate_rps: rate of all clients together in every window, shared out by their own rates (ServeGen's rate
+            function, constant); replaces rate_scale.
+        coupled_lengths: draw prompt and answer at the same point of their distributions, as ServeGen's code does,
+            so that long prompts have long answers; False draws them independently.
+        seed: of everything random.
+        name: the trace's name.
+    Raises:
+        TraceError: if a file or row cannot be used, a client is unknown, or the part asked for has no request.
+    Source:
+        Xiang et al., ServeGen (arXiv 2505.09999), section 6; alibaba/ServeGen, servegen/construct.py, Apache-2.0.
+    """
+    folder = find_data(path)
+    if not folder.is_dir():
+        raise missing_data(path, ORIGIN)
+    _check_part(start_s, duration_s, rate_scale, rate_rps)
+    history: list[str] = []
+    chosen = _choose_clients(path, folder, clients, history)
+    described = [read_client(path, client) for client in chosen]
+    factors = _rate_factors(path, described, start_s, duration_s, rate_scale, rate_rps)
+    arrivals: list[FloatArray] = []
+    prompts: list[IntArray] = []
+    outputs: list[IntArray] = []
+    for client in described:
+        windows = _windows(client, start_s, duration_s)
+        if not windows:
+            continue
+        needed = {_lengths_window(client.window_start_s[window]) for window in windows}
+        lengths = read_client_lengths(path, client.client, needed)
+        for window in windows:
+            window_start_s = float(client.window_start_s[window])
+            rate = float(client.rate_rps[window]) * factors[window_start_s]
+            # The rates are counts over 600 s; a count that rounding has raised must not become one more.
+            requests = math.ceil(rate * WINDOW_S - 1e-6)
+            if requests <= 0:
+                continue
+            rng = np.random.default_rng([seed, client.client, round(window_start_s)])
+            arrival_s = _fill_window(rng, client.pattern[window], float(client.shape[window]), requests, window_start_s)
+            uniform = rng.random((2, requests))
+            histograms = lengths.get(_lengths_window(window_start_s))
+            if histograms is None:
+                raise TraceError(
+                    f"{path}: client {client.client} sends requests at {window_start_s:g} s but has no lengths for "
+                    "that 6 h; choose another part with start_s and duration_s, or other clients"
+                )
+            inside = (arrival_s >= start_s) & (arrival_s < start_s + duration_s)
+            arrivals.append(arrival_s[inside] - start_s)
+            prompts.append(histograms[0].draw(uniform[0])[inside])
+            outputs.append(histograms[1].draw(uniform[0 if coupled_lengths else 1])[inside])
+    requests = sum(map(len, arrivals))
+    if requests == 0:
+        raise TraceError(
+            f"{path}: clients {chosen} send nothing from {start_s:g} s to {start_s + duration_s:g} s; choose "
+            "another part with start_s and duration_s, other clients, or a larger rate_scale"
+        )
+    prompt_tokens, output_tokens = np.concatenate(prompts), np.concatenate(outputs)
+    empty = int((prompt_tokens < 1).sum() + (output_tokens < 1).sum())
+    scaled = f"rate_scale={rate_scale:g}" if rate_rps is None else f"rate_rps={rate_rps:g}"
+    history.append(
+        f"drew {requests:,} requests of clients {chosen} from {start_s:g} s to {start_s + duration_s:g} s, {scaled}, "
+        f"{'coupled' if coupled_lengths else 'independent'} lengths, seed={seed}"
+    )
+    if empty:
+        history.append(f"raised {empty:,} lengths of 0 tokens to 1")
+    return sorted_trace(
+        arrival_s=np.concatenate(arrivals),
+        prompt_tokens=np.maximum(prompt_tokens, 1),
+        output_tokens=np.maximum(output_tokens, 1),
+        name=name,
+        source=str(path),
+        history=tuple(history),
+    )
+
+
+def read_client(path: str | Path, client: int) -> ServeGenClient:
+    """Return when one client of a ServeGen folder sends: rate, pattern and shape of each window.
+
+    Raises:
+        TraceError: if the file is absent or a row of it is wrong; a description has no row that could be skipped.
+    """
+    file = _client_file(path, client, "trace.csv")
+    table = read_csv(file, required=COLUMNS, header=COLUMNS, origin=ORIGIN)
+    rows = Rows(table, "error")
+    window_start_s, rate_rps = rows.seconds("window_start_s"), rows.seconds("rate_rps")
+    shape = rows.seconds("shape")
+    pattern = tuple(text.strip() for text in table.text_column("pattern").to_pylist())
+    active = rate_rps > 0
+    known = np.array([text in PATTERNS for text in pattern], dtype=bool)
+    rows.reject(active & ~known, "pattern", "unknown pattern", " or ".join(PATTERNS))
+    rows.reject(active & (shape <= 0), "shape", "not positive", "a shape above 0")
+    rows.reject(
+        np.diff(window_start_s, prepend=-WINDOW_S) != WINDOW_S,
+        "window_start_s",
+        "gap between windows",
+        f"0, {WINDOW_S:g}, {2 * WINDOW_S:g} and so on",
+    )
+    rows.good_rows([])
+    return ServeGenClient(client=client, window_start_s=window_start_s, rate_rps=rate_rps, pattern=pattern, shape=shape)
+
+
+def read_client_lengths(
+    path: str | Path, client: int, starts: Collection[int] | None = None
+) -> dict[int, tuple[Histogram, Histogram]]:
+    """Return the histograms of prompt and output tokens of one client by the start of their 6 h, empty ones left out.
+
+    Args:
+        starts: the windows that are needed, None for all; a histogram takes milliseconds to parse.
+    Raises:
+        TraceError: if the file is absent or not what ServeGen writes.
+    """
+    file = _client_file(path, client, "dataset.json")
+    try:
+        windows = json.loads(read_bytes(file, origin=ORIGIN))
+        described = {
+            int(start_s): (window["input_tokens"], window["output_tokens"]) for start_s, window in windows.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TraceError(
+            f"{file} is not a ServeGen dataset file ({error!r}); it must be JSON: "
+            '{window start in s: {"input_tokens": "{13: 0.5, ...}", "output_tokens": "{...}"}}'
+        ) from error
+    lengths = {}
+    for start_s, (prompt, output) in described.items():
+        if starts is not None and start_s not in starts:
+            continue
+        histograms = (
+            _histogram(file, start_s, "input_tokens", prompt),
+            _histogram(file, start_s, "output_tokens", output),
+        )
+        if histograms[0] is not None and histograms[1] is not None:
+            lengths[start_s] = (histograms[0], histograms[1])
+    return lengths
+
+
+def _histogram(file: str, start_s: int, field: str, text: Any) -> Histogram | None:
+    """Return the histogram that a Python dict literal states, or None for an empty one."""
+    try:
+        shares = ast.literal_eval(text)
+        tokens = np.array(list(shares.keys()), dtype=np.int64)
+        probability = np.array(list(shares.values()), dtype=np.float64)
+    except (ValueError, TypeError, SyntaxError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
+        raise TraceError(
+            f"{file}, window {start_s}, {field}: not a histogram ({error}); allowed is a string such as "
+            '"{13: 0.5, 14: 0.5}", token counts and their shares'
+        ) from error
+    if len(tokens) == 0:
+        return None
+    total = probability.sum()
+    if tokens.min() < 0 or not np.isfinite(total) or probability.min() < 0 or not 0.99 < total < 1.01:
+        raise TraceError(
+            f"{file}, window {start_s}, {field}: token counts from {tokens.min()} with shares that sum to {total:g}; "
+            "allowed are counts from 0 and shares from 0 that add up to 1"
+        )
+    order = np.argsort(tokens)
+    return Histogram(tokens[order], np.cumsum(probability[order] / total))
+
+
+def _fill_window(
+    rng: np.random.Generator, pattern: str, shape: float, requests: int, window_start_s: float
+) -> FloatArray:
+    """Return ``requests`` times inside one window, whose gaps have the pattern's distribution up to a factor."""
+    # In logarithms, because gaps with the shapes of the burstiest clients (CV of several hundred) leave the range
+    # of a float; the factor is lost in the rescaling anyway.
+    uniform = 1.0 - rng.random(requests + 1)
+    if pattern == "Weibull":
+        log_gaps = np.log(np.maximum(-np.log(uniform), 1e-300)) / shape
+    else:
+        # Gamma(shape) = Gamma(shape + 1) x U^(1/shape)
+        log_gaps = np.log(rng.standard_gamma(shape + 1, requests + 1)) + np.log(uniform) / shape
+    gaps = np.exp(log_gaps - log_gaps.max())
+    times_s = window_start_s + np.cumsum(gaps)[:-1] * (WINDOW_S / gaps.sum())
+    # Where the last gap is tiny beside the others, rounding would put requests on the end of the window.
+    inside: FloatArray = np.minimum(times_s, np.nextafter(window_start_s + WINDOW_S, 0))
+    return inside
+
+
+def _lengths_window(time_s: float) -> int:
+    return int(time_s // LENGTHS_WINDOW_S) * LENGTHS_WINDOW_S
+
+
+def _check_part(start_s: float, duration_s: float, rate_scale: float, rate_rps: float | None) -> None:
+    if not (math.isfinite(start_s) and start_s >= 0):
+        raise TraceError(f"start_s is {start_s}; it must be at least 0 s")
+    if not (math.isfinite(duration_s) and duration_s > 0):
+        raise TraceError(f"duration_s is {duration_s}; it must be more than 0 s")
+    if not (math.isfinite(rate_scale) and rate_scale > 0):
+        raise TraceError(f"rate_scale is {rate_scale}; it must be more than 0, 1 for the rates as described")
+    if rate_rps is not None and not (math.isfinite(rate_rps) and rate_rps > 0):
+        raise TraceError(f"rate_rps is {rate_rps}; it must be more than 0, or null for the clients' own rates")
+
+
+def _choose_clients(path: str | Path, folder: Path, clients: Sequence[int] | None, history: list[str]) -> list[int]:
+    found: dict[str, set[int]] = {"trace.csv": set(), "dataset.json": set()}
+    for file in folder.iterdir():
+        match = re.fullmatch(r"chunk-(\d+)-(trace\.csv|dataset\.json)(\.gz)?", file.name)
+        if match:
+            found[match[2]].add(int(match[1]))
+    complete = sorted(found["trace.csv"] & found["dataset.json"])
+    if not complete:
+        raise TraceError(
+            f"{path} holds no client with both chunk-ID-trace.csv and chunk-ID-dataset.json; from {ORIGIN}"
+        )
+    if clients is None:
+        without = sorted(found["trace.csv"] - found["dataset.json"])
+        if without:
+            history.append(f"left out clients {without}: they have no file of lengths")
+        return complete
+    unknown = sorted(set(clients) - set(complete))
+    if unknown or not clients:
+        what = f"client {unknown[0]} is not complete in {path}" if unknown else f"no client of {path} was chosen"
+        raise TraceError(f"{what}; clients with both files: {', '.join(map(str, complete))}, or null for all of them")
+    return sorted(set(clients))
+
+
+def _client_file(path: str | Path, client: int, ending: str) -> str:
+    plain = f"{path}/chunk-{client}-{ending}"
+    return plain if find_data(plain).exists() else f"{plain}.gz"
+
+
+def _windows(client: ServeGenClient, start_s: float, duration_s: float) -> list[int]:
+    overlaps = (client.window_start_s + WINDOW_S > start_s) & (client.window_start_s < start_s + duration_s)
+    return [int(i) for i in np.flatnonzero(overlaps & (client.rate_rps > 0))]
+
+
+def _rate_factors(
+    path: str | Path,
+    clients: Sequence[ServeGenClient],
+    start_s: float,
+    duration_s: float,
+    rate_scale: float,
+    rate_rps: float | None,
+) -> dict[float, float]:
+    """Return what every rate of a window is multiplied with, by the window's start."""
+    totals: dict[float, float] = {}
+    for client in clients:
+        for window in _windows(client, start_s, duration_s):
+            window_start_s = float(client.window_start_s[window])
+            totals[window_start_s] = totals.get(window_start_s, 0.0) + float(client.rate_rps[window])
+    end_s = max(float(client.window_start_s[-1]) + WINDOW_S for client in clients)
+    if start_s + duration_s > end_s:
+        raise TraceError(
+            f"{path} describes 0 to {end_s:g} s, not up to {start_s + duration_s:g} s; lower start_s or duration_s"
+        )
+    return {start: rate_scale if rate_rps is None else rate_rps / total for start, total in totals.items()}

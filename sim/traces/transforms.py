@@ -1,0 +1,442 @@
+"""Workload steps: pure functions from a trace to a trace, composed in YAML (conf/workload) or in code.
+
+Every step takes the trace and keyword arguments, takes a ``seed`` exactly when it draws random numbers, leaves its
+input as it is and adds a line to the history of its result. Arrivals never go below 0 and stay sorted.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal, get_args
+
+import numpy as np
+
+from sim.errors import WorkloadError, nearest
+from sim.traces.trace import HASH_BLOCK_TOKENS, IntArray, Trace, sorted_trace
+
+Step = Callable[..., Trace]
+HashIds = tuple[IntArray, ...]
+
+
+def apply_steps(trace: Trace, steps: Iterable[Step], *, seed: int = 0) -> Trace:
+    """Return the trace after all steps, in order.
+
+    A step that takes a seed and was not given one gets its own, drawn from ``seed`` and its place in the list: two
+    random steps never share their numbers.
+
+    Args:
+        steps: callables from a trace to a trace, such as ``partial(window, start_s=0.0, duration_s=60.0)``.
+    Raises:
+        WorkloadError: if a step is impossible for the trace it is given, or returns something else than a trace.
+    """
+    for place, step in enumerate(steps):
+        if not callable(step):
+            raise WorkloadError(f"step {place} is {step!r}; in YAML give it _target_ and _partial_: true")
+        given = step.keywords if isinstance(step, partial) else {}
+        if "seed" in inspect.signature(step).parameters and "seed" not in given:
+            step = partial(step, seed=int(np.random.SeedSequence([seed, place]).generate_state(1)[0]))
+        result = step(trace)
+        if not isinstance(result, Trace):
+            raise WorkloadError(f"step {place} ({step!r}) returned {type(result).__name__}; a step must return a Trace")
+        trace = result
+    return trace
+
+
+def window(trace: Trace, *, start_s: float = 0.0, duration_s: float | None = None) -> Trace:
+    """Return the requests that arrive in [start_s, start_s + duration_s), with time 0 at start_s.
+
+    Args:
+        duration_s: None takes everything from start_s on.
+    Raises:
+        WorkloadError: if no request arrives then.
+    """
+    _check_number("start_s", start_s, minimum=0.0)
+    end_s = math.inf
+    if duration_s is not None:
+        _check_number("duration_s", duration_s, above=0.0)
+        end_s = start_s + duration_s
+    first, last = np.searchsorted(trace.arrival_s, [start_s, end_s], side="left")
+    if first == last:
+        raise WorkloadError(
+            f"no request of {trace.name} arrives from {start_s:g} s to {end_s:g} s; it has requests from "
+            f"{trace.arrival_s[0]:g} s to {trace.arrival_s[-1]:g} s, {_nearest_arrival(trace, start_s)}"
+        )
+    part = trace.take(np.arange(first, last))
+    shifted = replace(part, arrival_s=part.arrival_s - start_s)
+    shown = "the end" if duration_s is None else f"{end_s:g} s"
+    return shifted.with_history(f"window from {start_s:g} s to {shown}: {len(part):,} of {len(trace):,} requests")
+
+
+def burstiest(trace: Trace, *, duration_s: float, by: Literal["requests", "tokens"] = "requests") -> Trace:
+    """Return the window of this length that holds most, with time 0 at its first request.
+
+    Only windows that start at a request are looked at: any other holds no more. The earliest wins a tie.
+
+    Args:
+        by: "requests" counts requests, "tokens" their prompt and output tokens.
+    Raises:
+        WorkloadError: if duration_s is not positive.
+    """
+    _check_number("duration_s", duration_s, above=0.0)
+    if by not in get_args(Literal["requests", "tokens"]):
+        raise WorkloadError(f"by is {by!r}; {nearest(str(by), ['requests', 'tokens'])}")
+    weight = np.ones(len(trace), dtype=np.int64) if by == "requests" else trace.prompt_tokens + trace.output_tokens
+    before = np.concatenate(([0], np.cumsum(weight)))
+    last = np.searchsorted(trace.arrival_s, trace.arrival_s + duration_s, side="left")
+    first = int(np.argmax(before[last] - before[:-1]))
+    start_s = float(trace.arrival_s[first])
+    part = trace.take(np.arange(first, last[first]))
+    shifted = replace(part, arrival_s=part.arrival_s - start_s)
+    return shifted.with_history(
+        f"burstiest {duration_s:g} s by {by}, from {start_s:.9g} s on: {len(part):,} of {len(trace):,} requests"
+    )
+
+
+def first_requests(trace: Trace, *, requests: int) -> Trace:
+    """Return the first ``requests`` requests, or all where the trace has fewer."""
+    if requests < 1:
+        raise WorkloadError(f"requests is {requests}; it must be at least 1")
+    kept = min(requests, len(trace))
+    return trace.take(np.arange(kept)).with_history(f"first {kept:,} of {len(trace):,} requests")
+
+
+def scale_rate(trace: Trace, *, factor: float) -> Trace:
+    """Return the same requests arriving ``factor`` times as fast: every arrival divided by it.
+
+    This is what the literature does to raise the load of a trace: gaps shrink, their CV and every length stay, the
+    trace gets shorter. To keep the duration, thin with ``keep_share`` or lay traces over each other with ``merge``.
+
+    Args:
+        factor: 2 doubles the rate, 0.5 halves it.
+    Raises:
+        WorkloadError: if factor is not a positive number.
+    Source:
+        Kwon et al., PagedAttention (SOSP 2023), section 6.1, and DistServe (OSDI 2024), section 6.1, vary the rate
+        of a Poisson process; Qin et al., Mooncake (FAST 2025), section 8, replay a trace faster.
+    """
+    _check_number("factor", factor, above=0.0)
+    return _timed(trace, 1.0 / factor, f"rate scaled by {factor:g}: arrivals divided by it")
+
+
+def stretch_time(trace: Trace, *, factor: float) -> Trace:
+    """Return the same requests over ``factor`` times the time: the inverse of ``scale_rate``."""
+    _check_number("factor", factor, above=0.0)
+    return _timed(trace, factor, f"time stretched by {factor:g}: arrivals multiplied by it")
+
+
+def spread_ties(trace: Trace, *, quantum_s: float | None = None, seed: int = 0) -> Trace:
+    """Return the trace with each arrival moved to a random place inside the step of its clock.
+
+    A clock with steps of q seconds only says that a request came in [t, t + q). Each one is moved there uniformly,
+    but never to or past the next time stamp of the trace; the order of requests stays.
+
+    Args:
+        quantum_s: the clock's step; None takes the trace's own.
+    Raises:
+        WorkloadError: if the trace has a fine clock and no quantum_s is given.
+    """
+    quantum = trace.time_quantum_s if quantum_s is None else quantum_s
+    if quantum_s is None and quantum == 0:
+        raise WorkloadError(
+            f"{trace.name} has a fine clock (time_quantum_s=0), so it has no ties to spread; leave spread_ties out, or "
+            "give quantum_s"
+        )
+    _check_number("quantum_s", quantum, above=0.0)
+    stamps_s, stamp = np.unique(trace.arrival_s, return_inverse=True)
+    room_s = np.minimum(np.diff(stamps_s, append=np.inf), quantum)
+    uniform = np.random.default_rng(seed).random(len(trace))
+    # Sorting by stamp, then by the number drawn, keeps each group where it is: the draws are in order inside it.
+    in_order = uniform[np.lexsort((uniform, stamp))]
+    ties = len(trace) - len(stamps_s)
+    return replace(
+        trace,
+        # Rounding up could reach the next stamp; equal arrivals stay in order, so that is harmless.
+        arrival_s=trace.arrival_s + in_order * room_s[stamp],
+        time_quantum_s=0.0,
+        history=(*trace.history, f"spread arrivals ({ties:,} ties) inside steps of {quantum:g} s, seed={seed}"),
+    )
+
+
+def clip_lengths(
+    trace: Trace,
+    *,
+    max_prompt_tokens: int | None = None,
+    max_output_tokens: int | None = None,
+    max_total_tokens: int | None = None,
+) -> Trace:
+    """Return the trace with longer prompts and answers cut; every request stays.
+
+    Prompt and answer are cut to their own limits first. Where their sum still exceeds ``max_total_tokens`` the
+    answer is cut, as a server does at the end of its context, down to 1 token, and only then the prompt.
+    Prefix ids of blocks that are cut off go with them.
+
+    Raises:
+        WorkloadError: if no limit is given, or one is too small for a request.
+    """
+    _check_limits(max_prompt_tokens, max_output_tokens, max_total_tokens)
+    prompt_tokens, output_tokens = trace.prompt_tokens, trace.output_tokens
+    if max_prompt_tokens is not None:
+        prompt_tokens = np.minimum(prompt_tokens, max_prompt_tokens)
+    if max_output_tokens is not None:
+        output_tokens = np.minimum(output_tokens, max_output_tokens)
+    if max_total_tokens is not None:
+        prompt_tokens = np.minimum(prompt_tokens, max_total_tokens - 1)
+        output_tokens = np.minimum(output_tokens, max_total_tokens - prompt_tokens)
+    cut_prompts = int((prompt_tokens < trace.prompt_tokens).sum())
+    cut_outputs = int((output_tokens < trace.output_tokens).sum())
+    limits = _limits_shown(max_prompt_tokens, max_output_tokens, max_total_tokens)
+    return replace(
+        trace,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        hash_ids=_cut_hash_ids(trace, prompt_tokens),
+        history=(*trace.history, f"clipped {cut_prompts:,} prompts and {cut_outputs:,} outputs to {limits}"),
+    )
+
+
+def drop_long(
+    trace: Trace,
+    *,
+    max_prompt_tokens: int | None = None,
+    max_output_tokens: int | None = None,
+    max_total_tokens: int | None = None,
+) -> Trace:
+    """Return the requests that keep within every limit given; the others are left out and counted.
+
+    Raises:
+        WorkloadError: if no limit is given, or no request keeps within them.
+    """
+    _check_limits(max_prompt_tokens, max_output_tokens, max_total_tokens)
+    keep = np.ones(len(trace), dtype=bool)
+    if max_prompt_tokens is not None:
+        keep &= trace.prompt_tokens <= max_prompt_tokens
+    if max_output_tokens is not None:
+        keep &= trace.output_tokens <= max_output_tokens
+    if max_total_tokens is not None:
+        keep &= trace.prompt_tokens + trace.output_tokens <= max_total_tokens
+    limits = _limits_shown(max_prompt_tokens, max_output_tokens, max_total_tokens)
+    if not keep.any():
+        shortest = int((trace.prompt_tokens + trace.output_tokens).min())
+        raise WorkloadError(
+            f"every request of {trace.name} is longer than {limits}; its shortest has {shortest:,} tokens in all: "
+            "raise the limit"
+        )
+    return trace.take(keep).with_history(f"dropped {int((~keep).sum()):,} of {len(trace):,} requests over {limits}")
+
+
+def inject_burst(
+    trace: Trace,
+    *,
+    start_s: float,
+    duration_s: float,
+    rate_rps: float,
+    prompt_tokens: int | None = None,
+    output_tokens: int | None = None,
+    seed: int = 0,
+) -> Trace:
+    """Return the trace with more requests in [start_s, start_s + duration_s), a Poisson process on top.
+
+    Their lengths are those of requests of the trace, drawn with replacement, unless they are given. Where the trace
+    has prefix ids the new requests get fresh ones, so that they share no prefix.
+
+    Args:
+        rate_rps: of the burst alone.
+        prompt_tokens, output_tokens: one length for every new request; None draws.
+    Raises:
+        WorkloadError: if the burst starts after the last arrival, or a number is out of range.
+    """
+    _check_number("start_s", start_s, minimum=0.0)
+    _check_number("duration_s", duration_s, above=0.0)
+    _check_number("rate_rps", rate_rps, above=0.0)
+    if start_s > trace.arrival_s[-1]:
+        raise WorkloadError(
+            f"the burst starts at {start_s:g} s but the last request of {trace.name} arrives at "
+            f"{trace.arrival_s[-1]:g} s; lower start_s"
+        )
+    _check_limits(prompt_tokens, output_tokens, None, needed=False)
+    rng = np.random.default_rng(seed)
+    requests = int(rng.poisson(rate_rps * duration_s))
+    arrival_s = start_s + rng.random(requests) * duration_s
+    drawn = rng.integers(len(trace), size=requests)
+    prompts = trace.prompt_tokens[drawn] if prompt_tokens is None else np.full(requests, prompt_tokens)
+    outputs = trace.output_tokens[drawn] if output_tokens is None else np.full(requests, output_tokens)
+    hash_ids = None
+    if trace.hash_ids is not None:
+        hash_ids = (*trace.hash_ids, *_fresh_hash_ids(prompts, first_id=_next_id(trace.hash_ids)))
+    step = (
+        f"injected {requests:,} requests from {start_s:g} s to {start_s + duration_s:g} s ({rate_rps:g}/s), seed={seed}"
+    )
+    return sorted_trace(
+        arrival_s=np.concatenate([trace.arrival_s, arrival_s]),
+        prompt_tokens=np.concatenate([trace.prompt_tokens, prompts]),
+        output_tokens=np.concatenate([trace.output_tokens, outputs]),
+        hash_ids=hash_ids,
+        name=trace.name,
+        source=trace.source,
+        history=(*trace.history, step),
+        time_quantum_s=trace.time_quantum_s,
+    )
+
+
+def merge(traces: Sequence[Trace], *, name: str | None = None) -> Trace:
+    """Return all requests of several traces on one clock; ties go in the order of the traces.
+
+    Prefix ids of different traces are kept apart. Where some trace has none, the result has none, and says so.
+
+    Raises:
+        WorkloadError: if there is no trace.
+    """
+    if not traces:
+        raise WorkloadError("merge was given no trace; give it at least one")
+    names = " + ".join(trace.name for trace in traces)
+    steps = [f"{trace.name}: {step}" for trace in traces for step in trace.history]
+    steps.append(f"merged {names}: {sum(map(len, traces)):,} requests")
+    hash_ids: HashIds | None = ()
+    for trace in traces:
+        if hash_ids is None or trace.hash_ids is None:
+            hash_ids = None
+            continue
+        first_id = _next_id(hash_ids)
+        hash_ids += tuple(ids + first_id for ids in trace.hash_ids)
+    if hash_ids is None and any(trace.hash_ids is not None for trace in traces):
+        without = ", ".join(trace.name for trace in traces if trace.hash_ids is None)
+        steps.append(f"left out the prefix ids, because {without} has none")
+    return sorted_trace(
+        arrival_s=np.concatenate([trace.arrival_s for trace in traces]),
+        prompt_tokens=np.concatenate([trace.prompt_tokens for trace in traces]),
+        output_tokens=np.concatenate([trace.output_tokens for trace in traces]),
+        hash_ids=hash_ids,
+        name=name or names.replace(" ", ""),
+        source=" + ".join(dict.fromkeys(trace.source for trace in traces)),
+        history=tuple(steps),
+        # The coarsest clock of them; spread a coarse trace before it is merged with a fine one.
+        time_quantum_s=max(trace.time_quantum_s for trace in traces),
+    )
+
+
+def add(trace: Trace, *, other: Trace) -> Trace:
+    """Return ``trace`` merged with ``other``: ``merge`` as a step, where YAML builds ``other`` in place."""
+    return merge([trace, other])
+
+
+def repeat(trace: Trace, *, times: int, period_s: float | None = None, share_prefixes: bool = False) -> Trace:
+    """Return the trace played ``times`` times, one after the other.
+
+    Args:
+        period_s: seconds from one start to the next; None takes the last arrival plus one mean gap, so that the
+            rate goes on.
+        share_prefixes: repeated requests have the prefix ids of the first time, as if users asked the same again;
+            False gives fresh ids, as if other users did.
+    Raises:
+        WorkloadError: if the next round would start before the last arrival of this one.
+    """
+    if times < 1:
+        raise WorkloadError(f"times is {times}; it must be at least 1")
+    last_s = float(trace.arrival_s[-1])
+    period = last_s + trace.duration_s / max(len(trace) - 1, 1) if period_s is None else period_s
+    if not (math.isfinite(period) and period >= last_s):
+        raise WorkloadError(f"period_s is {period:g}; it must be at least the last arrival, {last_s:g} s")
+    hash_ids = None
+    if trace.hash_ids is not None:
+        offset = 0 if share_prefixes else _next_id(trace.hash_ids)
+        hash_ids = tuple(ids + k * offset for k in range(times) for ids in trace.hash_ids)
+    return replace(
+        trace,
+        arrival_s=(np.arange(times)[:, None] * period + trace.arrival_s).ravel(),
+        prompt_tokens=np.tile(trace.prompt_tokens, times),
+        output_tokens=np.tile(trace.output_tokens, times),
+        hash_ids=hash_ids,
+        history=(*trace.history, f"repeated {times} times, every {period:.9g} s"),
+    )
+
+
+def shuffle_lengths(trace: Trace, *, seed: int = 0) -> Trace:
+    """Return the same arrivals with the requests (prompt, answer and prefix ids together) in a random order."""
+    order = np.random.default_rng(seed).permutation(len(trace))
+    return replace(
+        trace,
+        prompt_tokens=trace.prompt_tokens[order],
+        output_tokens=trace.output_tokens[order],
+        hash_ids=None if trace.hash_ids is None else tuple(trace.hash_ids[i] for i in order),
+        history=(*trace.history, f"shuffled lengths, seed={seed}"),
+    )
+
+
+def keep_share(trace: Trace, *, share: float, seed: int = 0) -> Trace:
+    """Return a random share of the requests at their own times: a lower rate over the same duration.
+
+    Exactly round(share x requests) are kept.
+
+    Raises:
+        WorkloadError: if share is not in (0, 1], or so small that no request is left.
+    """
+    _check_number("share", share, above=0.0)
+    if share > 1:
+        raise WorkloadError(f"share is {share:g}; it must be at most 1: to raise the load use scale_rate or merge")
+    kept = round(share * len(trace))
+    if kept == 0:
+        raise WorkloadError(
+            f"share={share:g} of {len(trace):,} requests leaves none; use at least {1 / len(trace):.2g}"
+        )
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(trace))[:kept])
+    return trace.take(chosen).with_history(f"kept {kept:,} of {len(trace):,} requests at random, seed={seed}")
+
+
+def _timed(trace: Trace, factor: float, step: str) -> Trace:
+    return replace(
+        trace,
+        arrival_s=trace.arrival_s * factor,
+        time_quantum_s=trace.time_quantum_s * factor,
+        history=(*trace.history, step),
+    )
+
+
+def _check_number(name: str, value: float, *, minimum: float | None = None, above: float | None = None) -> None:
+    low = value < minimum if minimum is not None else above is not None and value <= above
+    if not math.isfinite(value) or low:
+        allowed = f"at least {minimum:g}" if minimum is not None else f"more than {above or 0:g}"
+        raise WorkloadError(f"{name} is {value}; it must be a finite number, {allowed}")
+
+
+def _check_limits(prompt: int | None, output: int | None, total: int | None, *, needed: bool = True) -> None:
+    if needed and prompt is None and output is None and total is None:
+        raise WorkloadError("no limit given; give max_prompt_tokens, max_output_tokens or max_total_tokens")
+    # A request has at least one prompt token and one output token.
+    for name, value, minimum in (
+        ("prompt_tokens", prompt, 1),
+        ("output_tokens", output, 1),
+        ("total_tokens", total, 2),
+    ):
+        if value is not None and value < minimum:
+            raise WorkloadError(f"the limit on {name} is {value}; it must be at least {minimum}")
+
+
+def _limits_shown(prompt: int | None, output: int | None, total: int | None) -> str:
+    limits = {"prompt": prompt, "output": output, "total": total}
+    return ", ".join(f"{value:,} {name} tokens" for name, value in limits.items() if value is not None)
+
+
+def _nearest_arrival(trace: Trace, time_s: float) -> str:
+    after = trace.arrival_s[trace.arrival_s >= time_s]
+    return f"the next at {after[0]:g} s" if len(after) else "none later: lower start_s"
+
+
+def _cut_hash_ids(trace: Trace, prompt_tokens: IntArray) -> HashIds | None:
+    if trace.hash_ids is None:
+        return None
+    blocks = -(-prompt_tokens // HASH_BLOCK_TOKENS)
+    return tuple(ids[:count] for ids, count in zip(trace.hash_ids, blocks.tolist(), strict=True))
+
+
+def _next_id(hash_ids: Iterable[IntArray]) -> int:
+    return max((int(ids.max()) + 1 for ids in hash_ids if len(ids)), default=0)
+
+
+def _fresh_hash_ids(prompt_tokens: IntArray, *, first_id: int) -> HashIds:
+    blocks = -(-prompt_tokens // HASH_BLOCK_TOKENS)
+    ends = first_id + np.cumsum(blocks)
+    return tuple(np.arange(end - count, end) for end, count in zip(ends.tolist(), blocks.tolist(), strict=True))

@@ -1,0 +1,90 @@
+"""Rewards: what they pay, and that shaping leaves the best policies as they are, by exact search."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+import numpy as np
+import pytest
+
+from agents.envs.reward import PruneReward, PruneStep, kept_quality, utility
+from sim.errors import ConfigError
+
+SIZES, BUDGET = (3, 2, 4, 1, 2), 6
+"""Bytes of five blocks; at most BUDGET may stay."""
+
+
+def losses(seed: int) -> dict[frozenset[int], float]:
+    """A loss for every set of dropped blocks, rising with the set, otherwise arbitrary."""
+    rng = np.random.default_rng(seed)
+    found: dict[frozenset[int], float] = {frozenset(): 0.0}
+    for count in range(1, len(SIZES) + 1):
+        for chosen in map(frozenset, itertools.combinations(range(len(SIZES)), count)):
+            found[chosen] = max(found[chosen - {b}] for b in chosen) + float(rng.exponential(0.2))
+    return found
+
+
+def best_actions(seed: int, reward: PruneReward) -> dict[frozenset[int], frozenset[int]]:
+    """The optimal actions of every state that is not the end, by dynamic programming."""
+    loss = losses(seed)
+    chosen: dict[frozenset[int], frozenset[int]] = {}
+
+    @cache
+    def value(dropped: frozenset[int]) -> float:
+        q = {}
+        for block in set(range(len(SIZES))) - dropped:
+            after = dropped | {block}
+            fits = sum(SIZES[b] for b in range(len(SIZES)) if b not in after) <= BUDGET
+            step = PruneStep(
+                loss_before=np.array([loss[dropped]]),
+                loss_after=np.array([loss[after]]),
+                fitting=np.array([int(fits)]),
+                failed=np.array([0]),
+                ended=np.array([fits]),
+                worst_loss=9.0,
+                draws=1,
+            )
+            q[block] = float(reward(step)[0]) + (0.0 if fits else reward.discount * value(after))
+        best = max(q.values())
+        chosen[dropped] = frozenset(block for block, x in q.items() if x > best - 1e-9)
+        return best
+
+    value(frozenset())
+    return chosen
+
+
+@pytest.mark.parametrize("kind", ["utility", "negative_loss"])
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+@pytest.mark.parametrize("seed", range(5))
+def test_shaping_does_not_change_the_best_actions_of_any_state(kind: str, discount: float, seed: int) -> None:
+    plain = best_actions(seed, PruneReward(kind, shaping=False, discount=discount))
+    assert best_actions(seed, PruneReward(kind, shaping=True, discount=discount)) == plain
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_for_one_load_the_loss_in_nats_has_the_same_best_actions_as_utility(seed: int) -> None:
+    assert best_actions(seed, PruneReward("negative_loss")) == best_actions(seed, PruneReward("utility"))
+
+
+def test_utility_is_the_quality_kept_where_the_plan_fits_and_nothing_where_it_does_not() -> None:
+    step = PruneStep(
+        loss_before=np.zeros(3),
+        loss_after=np.array([np.log(2.0), np.log(2.0), 0.5]),
+        fitting=np.array([1, 0, 0]),
+        failed=np.array([0, 1, 0]),
+        ended=np.array([True, True, False]),
+        worst_loss=4.0,
+        draws=1,
+    )
+    np.testing.assert_allclose(utility(step), [0.5, 0.0, 0.0])
+    np.testing.assert_allclose(PruneReward("negative_loss", shaping=False)(step), [-np.log(2.0), -4.0, 0.0])
+
+
+def test_a_plan_that_measured_better_than_dense_keeps_all_quality_and_no_more() -> None:
+    np.testing.assert_allclose(kept_quality(np.array([-0.1, 0.0])), 1.0)
+
+
+def test_an_unknown_reward_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'utility'"):
+        PruneReward("utilty")

@@ -1,0 +1,317 @@
+"""ServeTrace: what it pays, what it shows, what it forbids, and that its split of time holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from agents.envs.reward import ServeReward
+from agents.envs.serve import ServeSetting, ServeTrace
+from agents.envs.serve_vector import ServeTraceVector
+from agents.envs.serve_windows import Window, serve_windows, source_trace
+from agents.evaluation.serve import conf_policy, mean_utility
+from agents.training.validation import validation_windows
+from sim.arrays import write_arrays
+from sim.cost.memory import kv_block_layer_bytes
+from sim.cost.plan import dense_plan
+from sim.engine.sim_engine import SimEngine
+from sim.errors import ConfigError
+from sim.policies.base import Served
+from sim.policies.learned_serve import learned_serve
+from sim.policies.observation.serve import Choice, ServeObserver, serve_actions
+from sim.results.metrics import met_slo
+
+WINDOW = Window(source="burst", start_s=300.0, rate=1.0, budget="cotenant", budget_seed=4)
+
+
+def test_both_environments_are_registered_and_pass_gymnasiums_check() -> None:
+    check_env(gym.make("agents.envs.registration:ServeTrace-v0", render_mode="rgb_array").unwrapped)
+    vector = gym.make_vec("ServeTrace-v0", num_envs=2, vectorization_mode="vector_entry_point")
+    observations, _ = vector.reset(seed=1)
+    assert vector.observation_space.contains(observations)
+
+
+def test_the_vector_environment_plays_the_plain_one_step_by_step() -> None:
+    envs = [ServeTrace() for _ in range(2)]
+    vector = ServeTraceVector(2)
+    rng = np.random.default_rng(3)
+    plain = np.stack([env.reset(seed=20 + i)[0] for i, env in enumerate(envs)])
+    fast, _ = vector.reset(seed=20)
+    actions, ended = np.zeros(2, dtype=np.int64), 0
+    for _ in range(vector.setting.ticks + 5):
+        np.testing.assert_allclose(fast, plain, rtol=1e-6, atol=1e-7)
+        actions = np.where(rng.random(2) < 0.2, rng.integers(vector.setting.action_space.n, size=2), actions)
+        fast, reward, terminated, _, infos = vector.step(actions)
+        rows = []
+        for i, env in enumerate(envs):
+            if ended == 1:
+                rows.append(env.reset()[0])
+                continue
+            observation, plain_reward, end, _, info = env.step(actions[i])
+            rows.append(observation)
+            assert reward[i] == pytest.approx(plain_reward, rel=1e-9, abs=1e-9)
+            assert end == terminated[i]
+            if end:
+                assert infos["utility"][i] == pytest.approx(info["utility"], rel=1e-12)
+        ended = 2 if ended == 1 else ended + int(terminated.all())
+        plain = np.stack(rows)
+    assert ended == 2
+
+
+@pytest.mark.parametrize("reward", [{"kind": "earned"}, {"kind": "lost"}, {"kind": "lost", "late_weight": 3.0}])
+def test_the_rewards_of_an_episode_add_up_to_its_utility(reward: dict[str, Any]) -> None:
+    env = ServeTrace(reward=reward)
+    env.reset(options={"window": WINDOW})
+    total, over, rng = 0.0, False, np.random.default_rng(0)
+    while not over:
+        _, gained, over, _, info = env.step(rng.integers(env.action_space.n) if rng.random() < 0.1 else 5)
+        total += gained
+    constant = 1.0 if reward["kind"] == "lost" else 0.0
+    assert total / env.setting.reward.scale == pytest.approx(info["utility"] - constant, abs=1e-9)
+    records = env.core.engine.records()
+    assert len(records) == info["requests"]
+    kept = np.exp(-np.maximum(records.quality_nll - env.setting.dense_nll, 0.0))
+    by_hand = np.where(met_slo(records, env.setting.slo), kept, 0.0).mean()
+    assert info["utility"] == pytest.approx(by_hand)
+    assert 0.0 < by_hand < 1.0
+
+
+def test_shedding_pruning_and_missing_each_cost_utility() -> None:
+    def served(action: int, window: Window) -> float:
+        env = ServeTrace()
+        env.reset(options={"window": window})
+        over = False
+        while not over:
+            *_, over, _, info = env.step(action)
+        return float(info["utility"])
+
+    names = ServeTrace().setting.actions.names
+    quiet, busy = replace(WINDOW, rate=0.4, budget="full"), replace(WINDOW, rate=1.3)
+    dense, pruned = names.index("drop 0, W4 0, queue any"), names.index("drop 8, W4 0, queue any")
+    shed = names.index("drop 0, W4 0, queue 4")
+    assert served(dense, quiet) > served(pruned, quiet) + 0.05
+    assert served(dense, quiet) >= served(shed, quiet)
+    assert served(shed, busy) > served(dense, busy) + 0.05  # who rejects nobody misses nearly everybody's target
+
+
+def test_a_plan_whose_weights_do_not_fit_is_illegal_and_the_smallest_is_always_left() -> None:
+    setting = ServeSetting()
+    state = SimEngine(
+        model=setting.model,
+        latency=setting.latency,
+        config=setting.engine,
+        plan=dense_plan(setting.model),
+        budget_bytes=int(40e9),
+    ).run_until(0.0)
+    weights = np.array(setting.actions.weights_bytes)
+    between = int(np.median(weights)) + setting.workspace_bytes
+    legal = setting.actions.legal(replace(state, budget_bytes=between), Choice())
+    np.testing.assert_array_equal(legal, weights + setting.workspace_bytes <= between)
+    assert 0 < legal.sum() < len(legal)
+    none = setting.actions.legal(replace(state, budget_bytes=1), Choice())
+    np.testing.assert_array_equal(none, weights == weights.min())
+
+
+def test_weights_that_changed_stay_for_the_dwell_time_and_the_queue_limit_is_free() -> None:
+    env = ServeTrace()
+    setting = env.setting
+    names = setting.actions.names
+    env.reset(options={"window": replace(WINDOW, budget="full")})
+    low, limited = names.index("drop 0, W4 32, queue any"), names.index("drop 0, W4 32, queue 8")
+    observation, *_ = env.step(low)
+    flags = {name: flag > 0.5 for name, flag in zip(names, observation[-len(names) :], strict=True)}
+    assert {name for name, flag in flags.items() if flag} == {name for name in names if "drop 0, W4 32" in name}
+    env.step(limited)
+    assert env.core.choice.action == limited
+    env.step(0)
+    assert env.core.illegal == 1
+    for _ in range(int(setting.actions.dwell_s)):
+        env.step(limited)
+    env.step(0)
+    assert env.core.choice.action == 0
+    tight = replace(env.core.state, budget_bytes=setting.workspace_bytes + min(setting.actions.weights_bytes))
+    left = setting.actions.legal(tight, env.core.choice)
+    assert left.any()  # what no longer fits may be left at once
+    assert not left[0]
+
+
+def test_an_illegal_action_keeps_the_plan_and_is_counted() -> None:
+    env = ServeTrace()
+    env.reset(options={"window": WINDOW})
+    env.core.state = replace(env.core.state, budget_bytes=1)
+    env.step(1)
+    assert env.core.choice.action == 0
+    assert env.core.illegal == 1
+
+
+def test_no_training_window_touches_the_time_of_validation_or_test() -> None:
+    windows, rng = serve_windows(), np.random.default_rng(0)
+    spans = {split: windows.span_s("burst", split) for split in ("train", "validation", "test")}  # type: ignore[arg-type]
+    assert spans["train"][1] <= spans["validation"][0] < spans["validation"][1] <= spans["test"][0]
+    drawn = [windows.sample(rng, "train", ("burst",)) for _ in range(3000)]
+    ends = [window.start_s + windows.window_s * window.rate for window in drawn]
+    assert min(window.start_s for window in drawn) >= spans["train"][0]
+    assert max(ends) <= spans["train"][1]
+    assert max(ends) > 0.97 * spans["train"][1]  # and they do reach its end
+    seeds = {split: windows.budget_seeds[split] for split in ("train", "validation", "test")}
+    assert all(seeds["train"][0] <= window.budget_seed < seeds["train"][1] for window in drawn)
+    assert seeds["train"][1] <= seeds["validation"][0]
+    assert seeds["validation"][1] <= seeds["test"][0]
+    tested = [windows.sample(rng, "test", ("burst",)) for _ in range(300)]
+    assert min(window.start_s for window in tested) >= spans["test"][0]
+
+
+def test_a_window_holds_the_requests_of_its_piece_of_the_trace_at_its_own_speed() -> None:
+    windows, trace = serve_windows(), source_trace("burst")
+    twice = windows.requests(replace(WINDOW, rate=2.0))
+    inside = (trace.arrival_s >= 300.0) & (trace.arrival_s < 300.0 + 2.0 * windows.window_s)
+    assert len(twice) == int(inside.sum())
+    np.testing.assert_allclose([r.arrival_s for r in twice], (trace.arrival_s[inside] - 300.0) / 2.0)
+    assert [r.output_tokens for r in twice] == trace.output_tokens[inside].tolist()
+
+
+def test_a_load_narrows_the_rates_that_are_drawn_and_nothing_else() -> None:
+    whole, rng = serve_windows(), np.random.default_rng(0)
+    low, high = whole.rates["burst"]
+    upper = ServeSetting(load=[0.5, 1.0]).windows
+    drawn = [upper.sample(rng, "train", ("burst",)).rate for _ in range(300)]
+    assert math.sqrt(low * high) <= min(drawn) < max(drawn) <= high
+    assert replace(upper, rates=whole.rates) == whole
+    with pytest.raises(ConfigError, match=r"load is \[0.9, 0.2\]"):
+        whole.at_load(0.9, 0.2)
+
+
+def test_what_is_observed_says_nothing_of_lengths_that_no_server_could_know() -> None:
+    setting = ServeSetting()
+    seen = []
+    for factor in (1, 3):
+        engine = setting.build_engine(WINDOW, setting.actions.plans[0])
+        longer = SimEngine(
+            model=setting.model,
+            latency=setting.latency,
+            config=setting.engine,
+            plan=setting.actions.plans[0],
+            budget_bytes=engine.budget,
+            workspace_bytes=setting.workspace_bytes,
+            quality_nll=setting.nll,
+        )
+        requests = [r for r in setting.windows.requests(WINDOW) if r.output_tokens >= 60]
+        longer.submit([replace(r, output_tokens=r.output_tokens * factor) for r in requests])
+        observer = ServeObserver(setting.model, setting.actions, setting.kv_block_layer_bytes)
+        rows = []
+        for step in range(1, 200):
+            state = longer.run_until(0.02 * step)
+            if state.finished:
+                break
+            rows.append(observer(state, Choice()))
+        seen.append(rows)
+    count = min(map(len, seen))
+    assert count >= 20
+    np.testing.assert_array_equal(seen[0][:count], seen[1][:count])
+
+
+def test_the_table_names_every_entry_in_its_range_and_is_in_info() -> None:
+    env = ServeTrace()
+    observation, info = env.reset(options={"window": WINDOW})
+    rows = info["observation_table"]
+    assert len({row["name"] for row in rows}) == len(rows) == len(observation)
+    over = False
+    while not over:
+        assert all(row["low"] <= value <= row["high"] for row, value in zip(rows, observation, strict=True))
+        observation, _, over, _, _ = env.step(0)
+    named = {row["name"]: value for row, value in zip(rows, observation, strict=True)}
+    assert named["arrivals_60s"] > 0
+
+
+def test_the_table_of_plans_combines_every_level() -> None:
+    model = ServeSetting().model
+    actions = serve_actions(model, order=["MHA1", "FFN2"], drops=(0, 2), low_layers=(0, 32), admits=(None, 4))
+    assert len(actions.plans) == len(set(actions.plans)) == len(set(actions.names)) == 8
+    assert actions.plans[0] == dense_plan(model)
+    assert actions.levels[0] == (0.0, 0.0, 0.0)
+    assert actions.levels[-1] == (1.0, 1.0, 1.0)
+    with pytest.raises(ConfigError, match="order of 1 blocks"):
+        serve_actions(model, order=["MHA1"], drops=(2,))
+
+
+def test_the_learned_policy_chooses_what_the_environment_would_have_it_choose(tmp_path: Path) -> None:
+    env = ServeTrace()
+    setting = env.setting
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(len(setting.actions.plans), setting.table.features)).astype(np.float32)
+    # With this bias all actions are equally good at first, so that every later change of the state can tip the choice.
+    bias = -weight @ env.reset(options={"window": WINDOW})[0][: setting.table.features]
+    about = {
+        "task": "ServeTrace",
+        "model": setting.model.name,
+        "layers": [list(weight.shape)],
+        "activation": "relu",
+        "plans": setting.action_words,
+        "observation": setting.table.rows(),
+        "actions": list(setting.table.actions),
+    }
+    write_arrays(tmp_path / "p.safetensors", {"0.weight": weight, "0.bias": bias})
+    (tmp_path / "p.json").write_text(json.dumps(about))
+    served = Served(
+        model=setting.model,
+        workspace_bytes=setting.workspace_bytes,
+        kv_block_tokens=setting.engine.kv_block_tokens,
+    )
+    policy = learned_serve(served, path=str(tmp_path / "p.json"))
+    engine = setting.build_engine(WINDOW, policy.first_plan)
+    observation, _ = env.reset(options={"window": WINDOW})
+    chosen = set()
+    for tick in range(1, 40):
+        plan = policy(engine.run_until(tick * setting.tick_s))
+        features = setting.table.features
+        action = int(policy.network.act(observation[:features], observation[features:] > 0.5))
+        assert plan == setting.actions.plans[action]
+        engine.apply(plan)
+        observation, *_ = env.step(action)
+        chosen.add(action)
+    assert len(chosen) > 1
+    (tmp_path / "p.json").write_text(json.dumps({**about, "plans": {**setting.action_words, "drops": [0, 4, 12]}}))
+    with pytest.raises(ConfigError, match="other actions"):
+        learned_serve(served, path=str(tmp_path / "p.json"))
+
+
+def test_shaping_pays_for_requests_about_to_be_late_and_nothing_after_the_end() -> None:
+    setting = ServeSetting()
+    reward = ServeReward(scale=1.0, late_weight=2.0)
+    state = setting.build_engine(WINDOW, setting.actions.plans[0]).run_until(0.0)
+    late = replace(state, waiting=5, oldest_wait_s=1.0)
+    assert reward.potential(late, 100, 2.0) == pytest.approx(-2.0 * 0.5 * 5 / 100)
+    assert reward.potential(state, 100, 2.0) == 0.0
+    assert reward(0.25, -0.05, 0.0) == pytest.approx(0.30)
+    assert math.isclose(kv_block_layer_bytes(setting.model, 16), setting.kv_block_layer_bytes)
+    with pytest.raises(ConfigError, match=r"reward\.scale"):
+        ServeReward(scale=0.0)
+
+
+def test_render_shows_the_episode_and_writes_its_picture(tmp_path: Path) -> None:
+    env = ServeTrace(render_mode="rgb_array")
+    env.reset(options={"window": WINDOW})
+    before = env.render()
+    for action in (0, 5, 5, 0):
+        env.step(action)
+    after = env.render()
+    assert before is not None
+    assert after is not None
+    assert (before != after).any()
+    env.write_picture(tmp_path / "episode.png")
+    assert (tmp_path / "episode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_policy_that_ships_serves_better_than_dense_on_windows_it_was_not_trained_on() -> None:
+    setting = ServeSetting(split="validation")
+    windows = validation_windows(("burst",), 6)
+    shipped = mean_utility(setting, windows, conf_policy("learned_serve"))
+    assert shipped > mean_utility(setting, windows, conf_policy("dense")) + 0.05

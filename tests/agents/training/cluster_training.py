@@ -1,0 +1,59 @@
+"""Joins a cluster of two nodes by its address, kills an env runner and then a node, and prints what was left each time.
+
+Run by test_cluster.py in a process of its own: a session has one ray, and this one needs a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import hydra
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from agents.training.train import build_algorithm, start_ray
+from sim.config import CONF_DIR
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=2)
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        small = ["num_envs=4", "hidden=[16]", "algorithm.steps_an_iteration=256", "algorithm.minibatch=128"]
+        cfg = hydra.compose("train", overrides=["experiment=ppo_prune", "ray.runners=2", *small])
+    cfg.ray.address = cluster.address
+    start_ray(cfg)
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    algorithm = build_algorithm(cfg)
+
+    def healthy_after(until: int, seconds: float) -> dict[str, int]:
+        """Train until so many runners are healthy; return how many, and the steps so far."""
+        limit_s = time.monotonic() + seconds
+        while True:
+            result = algorithm.train()
+            healthy = int(result["fault_tolerance"]["num_healthy_workers"])
+            if healthy == until or time.monotonic() > limit_s:
+                return {"healthy": healthy, "steps": int(result["num_env_steps_sampled_lifetime"])}
+
+    told = {"nodes": {"alive": nodes}, "begun": healthy_after(2, 60)}
+    pids = algorithm.env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)
+    os.kill(pids[0], signal.SIGKILL)
+    told["runner_killed"] = healthy_after(1, 30)
+    told["runner_back"] = healthy_after(2, 90)
+    cluster.remove_node(second, allow_graceful=False)
+    told["node_killed"] = healthy_after(0, 60)
+    cluster.add_node(num_cpus=2)
+    told["node_back"] = healthy_after(2, 120)
+    print(json.dumps(told))
+    algorithm.stop()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Measuring a device: what is measured is resumed, fitted and loadable; on a tiny model, in a second."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import hw.calibrate.device as d
+import hw.calibrate.plan_changes
+import hw.calibrate.published
+import hw.elastic.checkpoint
+from hw.calibrate.plan_changes import POOL_BLOCKS, Changes
+from hw.elastic.model import ElasticModel
+from hw.engine.iteration_log import Shape
+from sim.cost.latency import CALIBRATIONS, load_calibration
+from sim.cost.memory import layer_weight_bytes
+from sim.cost.model_spec import load_model
+from sim.cost.plan import dense_plan, drop, with_mask
+from sim.errors import ConfigError
+from tests.hw.serving import tiny, tiny_spec
+
+SETTINGS = d.DeviceSettings(model="tiny", device="cpu_epyc_1thread", clock="cpu", seconds=0.0, seed=0)
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure a few points of every term only."""
+    for name, values in {
+        "TOKENS": (1, 4, 16, 64, 256),
+        "SEQUENCES": (1, 4, 16),
+        "PREFILL_TOKENS": (1, 32, 128, 256),
+        "PREFIXES": (0, 64, 256),
+        "BATCHES": (1, 4, 16),
+        "CONTEXTS": (8, 64, 128),
+        "LEAST_REPEATS": 2,
+        "RUN_S": 2.0,
+    }.items():
+        monkeypatch.setattr(d, name, values)
+    monkeypatch.setattr(hw.calibrate.plan_changes, "REPEATS", 4)
+
+
+def samples_at(path: Path) -> d.Samples:
+    return d.Samples(path, {"model": "tiny"})
+
+
+def test_every_cell_is_measured_and_a_stopped_run_goes_on_where_it_was(coarse: None, tmp_path: Path) -> None:
+    bench = d.Bench(ElasticModel(tiny(), name="tiny"), "cpu")
+    first = samples_at(tmp_path / "samples.json")
+    d.measure(bench, first, SETTINGS, Console(quiet=True))
+    assert len(first.of) == 3 * 2 * 5 + 5 + 3 + 12 + 9
+    assert min(map(len, first.of.values())) >= 2
+    assert min(min(values) for values in first.of.values()) > 0
+    again = samples_at(tmp_path / "samples.json")
+    assert again.of == first.of
+    assert d.Samples(tmp_path / "samples.json", {"model": "another"}).of == {}
+
+
+def test_the_median_of_steady_samples_is_known_sooner_than_that_of_wild_ones() -> None:
+    assert d.spread([1.0, 1.001, 1.0, 0.999]) < d.WANTED_SPREAD
+    assert d.spread([1.0, 2.0, 0.5, 1.5]) > d.WANTED_SPREAD
+    values = np.random.default_rng(0).normal(10.0, 1.0, size=4000).tolist()
+    assert d.spread(values) == pytest.approx(1.2533 * 0.1 / math.sqrt(4000), rel=0.1)
+
+
+def test_iterations_are_a_line_over_their_terms_whatever_a_few_of_them_met() -> None:
+    plan = dense_plan(load_model("smollm2_135m"))
+    file = CALIBRATIONS / "smollm2_135m_cpu_epyc_1thread.json"
+    content = json.loads(file.read_text(encoding="utf-8")) | {"fixed_us": 0.0}
+    rng = np.random.default_rng(0)
+    shapes = [
+        Shape(plan, ((int(rng.integers(1, 90)), 0),) * int(rng.integers(0, 3)), batch, 60 * batch, batch + 1, 0.0)
+        for batch in range(1, 60)
+    ]
+    run = d.Iterations(np.zeros(len(shapes)), tuple(shapes))
+    took_s = run.priced_s(d.latency_of(d.times(content, 1.07, 1.4))) + 0.05
+    took_s[::10] *= 2.0  # a busy spell
+    found = d.line_over_terms([d.Iterations(took_s, run.shapes)], content)
+    assert found.factor == pytest.approx(1.07, rel=0.01)
+    assert found.prefill_attention_factor == pytest.approx(1.4, rel=0.08)
+    assert found.fixed_s == pytest.approx(0.05, rel=0.1)
+    assert found.off < 0.01
+
+
+def test_the_command_writes_a_calibration_that_the_simulator_loads_and_prices_any_plan_with(
+    coarse: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, serve = tiny_spec(), d.run_engine
+    monkeypatch.setattr(d, "run_engine", lambda elastic, clock, seed, *_: serve(elastic, clock, seed, 4.0, 1.5))
+    monkeypatch.setattr(hw.calibrate, "load_model", lambda _: spec)
+    monkeypatch.setattr(hw.elastic.checkpoint, "load_checkpoint", lambda *_, **__: (tiny(), SimpleNamespace()))
+    monkeypatch.setattr(hw.calibrate, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(hw.calibrate, "_gpu", lambda name: SimpleNamespace(name=name))
+    assert hw.calibrate.published.main(["source=device", "model=tiny", "seconds=0", f"out={tmp_path}"]) == 0
+    latency = load_calibration(tmp_path / "tiny_cpu_epyc_1thread.json")
+    assert latency.bits == (16, 8, 4)
+    assert (tmp_path / "tiny_cpu_epyc_1thread.png").stat().st_size > 10_000
+    dense = dense_plan(spec)
+    pruned = with_mask(dense, drop(spec, mha=[1], ffn=[0, 2]))
+    assert 0 < latency.iteration_s(pruned, [(30, 0)], 4, 200, 5) < latency.iteration_s(dense, [(30, 0)], 4, 200, 5)
+    content = json.loads((tmp_path / "tiny_cpu_epyc_1thread.json").read_text())
+    assert set(content["errors"]) >= {"mha_linear_16", "ffn_linear_4", "decode_attention", "iteration"}
+    assert content["fixed_us"] >= 0
+    assert content["device_run"]["samples"] >= content["device_run"]["cells"] * 2
+    changes = content["device_run"]["plan_changes"]
+    assert set(changes["layer_copies"]) == {"16", "8", "4"}
+    assert latency.copying is not None
+    assert latency.copying.host_to_device_bytes_per_s == content["device_run"]["host_to_device_bytes_per_s"]
+    before = content["tables"]
+    words = ["source=device", "model=tiny", "only=changes", f"out={tmp_path}"]
+    assert hw.calibrate.published.main(words) == 0
+    again = json.loads((tmp_path / "tiny_cpu_epyc_1thread.json").read_text())
+    assert again["tables"] == before
+    assert again["device_run"]["plan_changes"] != changes  # measured anew
+    assert "iteration" in capsys.readouterr().out
+
+
+def test_what_a_plan_change_costs_is_measured_and_leaves_the_model_and_the_pool_as_they_were(coarse: None) -> None:
+    elastic = ElasticModel(tiny(), name="tiny")
+    changes, held = Changes(d.Bench(elastic, "wall")), elastic.bytes()
+    found = changes.measure()
+    assert (changes._pool.layer_blocks, changes._pool.used_layer_blocks) == (POOL_BLOCKS, 0)
+    assert elastic.bytes() == held
+    assert elastic.plan == dense_plan(elastic.spec)
+    rows = found["plan_changes"]["layer_copies"]
+    for bits, row in rows.items():
+        assert row["bytes"] == layer_weight_bytes(elastic.spec, int(bits))
+        assert min(row.values()) > 0
+    rates = [row["bytes_per_s_while_serving"] for row in rows.values()]
+    assert min(rates) <= found["host_to_device_bytes_per_s"] <= max(rates)
+    assert found["copy_slowdown"] >= 0
+    assert min(found["plan_changes"]["kv_pool"].values()) > 0
+    blocks_of = found["plan_changes"]["blocks"]
+    assert blocks_of["ffn"]["bytes"] == elastic.blocks["ffn"][1].nbytes
+
+
+def test_only_changes_wants_a_calibration_to_add_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hw.calibrate.published.main(["source=device", "only=changes", f"out={tmp_path}"]) == 2
+    assert "measure all first" in capsys.readouterr().err
+    assert hw.calibrate.published.main(["source=device", "only=change"]) == 2
+    assert "changes" in capsys.readouterr().err
+
+
+def test_an_unknown_clock_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="cpu"):
+        hw.calibrate.published.from_device(hw.calibrate.published.parse(["source=device", "clock=sun"]))

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hw.calibrate import measurements as m
+from hw.calibrate import published as calibrate
+from sim.cost.gpu import Gpu
+from sim.cost.latency import CALIBRATIONS, calibration_from_dict, calibration_names
+from sim.errors import CalibrationError, ConfigError
+from sim.paths import DATA_VARIABLE, data_dir
+
+GPU = Gpu(
+    name="toy",
+    memory_bytes=1e10,
+    memory_bandwidth_bytes_per_s=1e12,
+    dense_fp16_flop_per_s=1e14,
+    host_to_device_bytes_per_s=1e10,
+)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Path:
+    folder = data_dir() / "calibration"
+    if not folder.is_dir():
+        pytest.skip(f"no measurements at {folder}; set {DATA_VARIABLE} to a folder that holds calibration/")
+    return folder
+
+
+def test_a_misspelt_key_value_source_or_target_names_the_nearest_right_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown argument 'taget'; did you mean 'target'"):
+        calibrate.parse(["taget=all"])
+    with pytest.raises(ConfigError, match="not of the form key=value"):
+        calibrate.parse(["target"])
+    arguments = calibrate.parse(["target=llama2_7b_a10", f"data={tmp_path}"])
+    with pytest.raises(ConfigError, match="did you mean 'llama2_7b_a100'"):
+        calibrate.from_measurements(arguments)
+
+
+def test_the_command_reports_errors_without_a_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert calibrate.main(["source=measurement"]) == 2
+    assert "did you mean 'measurements'" in capsys.readouterr().err
+    assert calibrate.main([f"data={tmp_path / 'none'}"]) == 2
+    assert "RAP_LAB_DATA" in capsys.readouterr().err
+    assert calibrate.main(["--help"]) == 0
+    assert "llama3.1_8b_rtx4090" in capsys.readouterr().out
+
+
+def test_every_committed_calibration_is_a_target() -> None:
+    assert set(calibrate.TARGETS) | set(calibrate.DERIVED) <= set(calibration_names())
+
+
+def test_calibrating_from_measurements_needs_no_torch() -> None:
+    code = "import hw.calibrate, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CALIBRATIONS.parent.parent)
+
+
+@pytest.mark.parametrize("name", ["llama3.1_8b_rtx4090", "llama2_7b_a100"])
+def test_the_committed_file_and_its_stated_errors_come_from_the_measurements(name: str, measured: Path) -> None:
+    content = calibrate.calibrate(calibrate.TARGETS[name], measured, calibrate.fixed_overhead(measured))
+    committed = json.loads((CALIBRATIONS / f"{name}.json").read_text(encoding="utf-8"))
+    assert content["fixed_us"] == pytest.approx(committed["fixed_us"], abs=0.2)
+    for term, error in committed["errors"].items():
+        assert content["errors"][term]["points"] == error["points"]
+        assert content["errors"][term]["median"] == pytest.approx(error["median"], rel=0.02, abs=1e-4)
+        assert content["errors"][term]["p95"] == pytest.approx(error["p95"], rel=0.02, abs=1e-4)
+    for key in ("prefill_attention", "decode_attention"):
+        np.testing.assert_allclose(content["tables"][key]["us"], committed["tables"][key]["us"], rtol=1e-3)
+    assert content["tables"]["linear_us"] == committed["tables"]["linear_us"]
+
+
+def test_a_derived_calibration_is_its_source_times_the_data_sheets_ratios(measured: Path) -> None:
+    source = json.loads((CALIBRATIONS / "llama2_7b_l40s.json").read_text(encoding="utf-8"))
+    derived = calibrate.derive("llama2_7b_l4", source, "l4_24gb")
+    assert derived["kind"] == "derived"
+    assert derived["notes"][0].startswith("DERIVED, not measured")
+    near, far = calibration_from_dict(source), calibration_from_dict(derived)
+    assert far.decode_attention_s(8, 8000) / near.decode_attention_s(8, 8000) == pytest.approx(864 / 300, rel=1e-3)
+    assert far.linear_s("ffn", 16, 8192) / near.linear_s("ffn", 16, 8192) == pytest.approx(362 / 121, rel=0.01)
+
+
+def test_the_layer_as_a_whole_is_as_long_as_the_readers_own_sum(measured: Path) -> None:
+    terms = calibrate.TARGETS["llama2_7b_a100"].read(measured)
+    # calibration/README.md: one layer without attention, sum of medians, at one token 0.290 ms, KV save not counted.
+    one = sum(float(curve.us[curve.x == 1][0]) for curve in terms.linear[16].values())
+    assert one == pytest.approx(290, abs=8)
+
+
+def test_a_missing_file_or_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no measurements at"):
+        m.read_table(tmp_path / "none.csv", ("a",))
+    with gzip.open(tmp_path / "one.csv.gz", "wt") as file:
+        file.write("a,b\n1,2\n")
+    with pytest.raises(CalibrationError, match="lacks column c; it has a, b"):
+        m.read_table(tmp_path / "one.csv.gz", ("a", "c"))
+    (tmp_path / "cut.csv.gz").write_bytes((tmp_path / "one.csv.gz").read_bytes()[:20])
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        m.read_table(tmp_path / "cut.csv.gz", ("a",))
+
+
+def test_a_surface_that_is_bilinear_is_found_again_where_cells_are_missing() -> None:
+    rows, columns = np.array([1.0, 2, 4, 8, 16]), np.array([10.0, 100, 200, 400, 800])
+    x, y = (axis.ravel() for axis in np.meshgrid(rows, columns, indexing="ij"))
+    us = 3.0 * x * y
+    known = np.ones(len(us), dtype=bool)
+    known[[7, 12, 18]] = False
+    fitted = m.fit_surface(m.Surface(x[known], y[known], us[known]), rows, columns)
+    np.testing.assert_allclose(fitted.ravel(), us, rtol=0.02)
+
+
+def test_noise_is_cleaned_into_a_price_that_never_falls() -> None:
+    noisy = np.array([1.0, 3.0, 2.0, 5.0, 4.9, 6.0])
+    clean = m.rising(noisy)
+    assert np.all(np.diff(clean) >= 0)
+    assert clean[[0, 5]].tolist() == pytest.approx([1.0, 6.0])
+    assert clean[1] == clean[2] == pytest.approx(np.sqrt(6.0))
+    surface = m.rising_surface(np.exp(np.random.default_rng(0).normal(size=(6, 7))))
+    assert np.all(np.diff(surface, axis=0) >= 0)
+    assert np.all(np.diff(surface, axis=1) >= 0)
+
+
+def test_every_inner_point_is_held_out_exactly_once_and_never_seen() -> None:
+    inside = np.arange(20) % 19 != 0
+    seen = np.zeros(20, dtype=int)
+
+    def fit_and_predict(train: np.ndarray) -> np.ndarray:
+        seen[~train] += 1
+        return np.where(train, np.nan, 1.0)
+
+    predicted = m.held_out(20, inside, fit_and_predict)
+    assert seen.tolist() == inside.astype(int).tolist()
+    assert np.isnan(predicted).tolist() == (~inside).tolist()
+
+
+def test_decode_attention_out_of_the_cache_is_raised_to_what_memory_delivers() -> None:
+    surface = m.Surface(np.array([1.0, 64.0]), np.array([16.0, 4096.0]), np.array([5.0, 10.0]))
+    raised = m.raise_to_bandwidth(surface, 4096, GPU)
+    assert raised.us[0] == 5.0
+    assert raised.us[1] == pytest.approx(64 * 4096 * 4096 / (m.ACHIEVED * 1e12) * 1e6)
+
+
+def test_a_product_between_measured_shapes_lies_on_their_line(tmp_path: Path) -> None:
+    shapes = [(n, 4096) for n in (2048, 4096, 8192, 16384)] + [(4096, k) for k in (2048, 8192, 16384)]
+    rows = [("bfloat16", tokens, n, k, tokens * n * k * 1e-9) for tokens in (1, 8) for n, k in shapes]
+    gemm = pd.DataFrame(rows, columns=["gemm_dtype", "m", "n", "k", "latency"])
+    gemm.to_csv(tmp_path / "gemm_perf.csv.gz", index=False)
+    names = ["batch_size", "isl", "step", "num_heads", "num_key_value_heads", "kv_cache_dtype", "latency"]
+    for kind in ("context", "generation"):
+        pd.DataFrame(columns=names).to_csv(tmp_path / f"{kind}_attention_perf.csv.gz", index=False)
+    kernels = m.Kernels(tmp_path)
+    for n, k in ((11008, 4096), (4096, 11008), (32000, 4096), (8192, 4096)):
+        np.testing.assert_allclose(kernels.product("bfloat16", n, k).us, np.array([1, 8]) * n * k * 1e-6)
+    np.testing.assert_allclose(kernels.product("bfloat16", 8192, 4096, leave_out=True).us, [33.554432, 268.435456])
+    with pytest.raises(CalibrationError, match="no int4_wo products"):
+        kernels.product("int4_wo", 4096, 4096)
+    with pytest.raises(CalibrationError, match="no attention with 32 heads over 8"):
+        kernels.decode(32, 8)
+
+
+def test_a_calibration_is_written_whole_and_reads_back_the_same(tmp_path: Path) -> None:
+    content = json.loads((CALIBRATIONS / "llama3.1_8b_h100.json").read_text(encoding="utf-8"))
+    path = tmp_path / "copy.json"
+    calibrate.write(content, path)
+    assert json.loads(path.read_text(encoding="utf-8")) == content
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,459 @@
+"""The real engine: its tokens against plain models, its schedule against the simulator's, its memory against counts."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hw.elastic.copies import LayerCopier
+from hw.elastic.device_memory import out_of_memory
+from hw.elastic.model import ElasticModel
+from hw.engine.clock import RealClock
+from hw.engine.hw_engine import HwEngine, NumericsError
+from hw.engine.prompts import RandomPrompts
+from sim.cost.memory import budget_for_kv_blocks, weight_bytes
+from sim.cost.plan import KeepMask, KVKeep, check_plan, dense_plan, drop, with_mask
+from sim.engine.budget import Budget
+from sim.engine.protocol import EngineConfig
+from sim.engine.sim_engine import SimEngine
+from sim.engine.transition import LayerCopy
+from sim.errors import BudgetError, ConfigError
+from sim.policies import Served
+from sim.policies.greedy_stop import greedy_stop
+from sim.policies.schedule import Schedule
+from sim.replay.loop import replay
+from sim.results.metrics import Slo, iterations_frame, records_frame, transitions_frame
+from sim.results.records import Status
+from sim.traces.trace import Trace
+from tests.hw.serving import (
+    HOST_TO_DEVICE_BYTES_PER_S,
+    LAYERS,
+    VOCABULARY,
+    engine_config,
+    flat_latency,
+    hw_engine,
+    requests,
+    tiny,
+    tiny_spec,
+    torch,
+    transformers,
+)
+
+Rows = list[tuple[float, int, int]]
+
+
+def some_rows(seed: int, count: int, longest_prompt: int = 40, longest_output: int = 12) -> Rows:
+    rng = random.Random(seed)
+    at_s = 0.0
+    rows = []
+    for _ in range(count):
+        at_s += rng.choice((0.0, 0.0, 0.4, 2.0))
+        rows.append((at_s, rng.randint(1, longest_prompt), rng.randint(1, longest_output)))
+    return rows
+
+
+def serve(engine: HwEngine, rows: Rows) -> list[list[int]]:
+    """Serve until nothing is left, looking after every iteration whether all memory is accounted for."""
+    engine.submit(requests(rows))
+    looks = 0
+    while not engine.drained:
+        looks += 1
+        state = engine.run_until(0.7 * looks)
+        engine.check()
+        assert state.kv_used_layer_blocks <= state.kv_layer_blocks
+    return [engine.tokens(i) for i in range(len(rows))]
+
+
+def plain_tokens(family: str, rows: Rows) -> list[list[int]]:
+    """Return what ``generate`` of the plain model gives for each request alone."""
+    model, prompts = tiny(family), RandomPrompts(VOCABULARY)
+    made = []
+    for i, (_, prompt, output) in enumerate(rows):
+        ids = torch.tensor([prompts(i, prompt)])
+        config = transformers.GenerationConfig(
+            max_new_tokens=output, min_new_tokens=output, do_sample=False, pad_token_id=0
+        )
+        with torch.inference_mode():
+            generated = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        made.append(generated[0, prompt:].tolist())
+    return made
+
+
+# --- Tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "sliding"])
+@pytest.mark.parametrize("scheduler", ["chunked", "prefill_first"])
+def test_batched_paged_chunked_serving_gives_the_tokens_of_plain_generate(family: str, scheduler: str) -> None:
+    rows = some_rows(1, 9)
+    assert serve(hw_engine(family=family, config=engine_config(scheduler)), rows) == plain_tokens(family, rows)
+
+
+def test_a_prefix_cache_which_only_the_simulator_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the real engine has no prefix cache"):
+        hw_engine(config=replace(engine_config(), prefix_caching=True))
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_preempted_requests_still_give_the_tokens_of_plain_generate(reuse: bool) -> None:
+    rows = some_rows(2, 12, longest_output=24)
+    engine = hw_engine(kv_blocks=16, config=engine_config(reuse_preempted_kv=reuse))
+    tokens = serve(engine, rows)
+    assert engine.records().preemptions.sum() > 3
+    fits = [output for (_, prompt, output) in rows if prompt + output <= 64]
+    assert len(fits) == len(rows), "none is cut at the context limit"
+    assert tokens == plain_tokens("llama", rows)
+
+
+def test_a_request_may_end_at_the_models_own_end_of_text() -> None:
+    rows = [(0.0, 10, 30)]
+    full = serve(hw_engine(), rows)[0]
+    stop = full[4]
+    engine = hw_engine(ends=lambda request_id, token: token == stop)
+    assert serve(engine, rows)[0] == full[: full.index(stop) + 1]
+    assert engine.records().status.tolist() == [Status.FINISHED]
+
+
+class Audited(HwEngine):
+    """An engine that holds every token against a plain model, gated position by position as the request really ran.
+
+    ``gates`` of the plain model say which MHA and FFN blocks each position ran; attention then reads earlier keys as
+    they were made. That states the KV hole, stage-wise masks and recomputation without any cache.
+    """
+
+    audited = 0
+
+    def _forward(self, decodes: Sequence[Any], prefills: Sequence[tuple[Any, int]]) -> dict[int, int]:
+        from tests.hw.elastic.test_model import plain_logits
+
+        self._seen: dict[int, list[tuple[frozenset[int], tuple[bool, ...]]]] = getattr(self, "_seen", {})
+        chosen = super()._forward(decodes, prefills)
+        work = [(live, 1, self._plan.decode.ffn) for live in decodes]
+        work += [(live, tokens, self._plan.prefill.ffn) for live, tokens in prefills]
+        for live, tokens, ffn in work:
+            seen = self._seen.setdefault(live.request.request_id, [])
+            del seen[live.computed_tokens :]
+            seen += [(live.pages.mha, ffn)] * tokens
+            token = chosen.get(live.request.request_id)
+            if token is None or live.produced_tokens % 2:  # every other token: plain passes are slow
+                continue
+            mha_gates = torch.tensor([[float(layer in mha) for mha, _ in seen] for layer in range(LAYERS)])
+            ffn_gates = torch.tensor([[float(ffn[layer]) for _, ffn in seen] for layer in range(LAYERS)])
+            # A block counts for a later token's KV hole too: what a request lost, none of its tokens runs again.
+            logits = plain_logits(self.plain, live.tokens[: len(seen)], mha_gates, ffn_gates)
+            assert logits[-1, token] >= logits[-1].max() - 1e-3
+            self.audited += 1
+        return chosen
+
+
+def plan_schedule(seed: int, steps: int, *, period_s: float = 2.0, bits: bool = False, kv: bool = False) -> Schedule:
+    rng, spec = random.Random(seed), tiny_spec()
+    plans = [dense_plan(spec)]
+    while len(plans) < steps:
+        prefill = KeepMask(
+            mha=tuple(rng.random() < 0.75 for _ in range(LAYERS)), ffn=tuple(rng.random() < 0.75 for _ in range(LAYERS))
+        )
+        decode = KeepMask(
+            mha=tuple(k and rng.random() < 0.8 for k in prefill.mha),
+            ffn=tuple(k and rng.random() < 0.8 for k in prefill.ffn),
+        )
+        plan = replace(dense_plan(spec), prefill=prefill, decode=decode)
+        if bits:
+            plan = replace(plan, weight_bits=tuple(rng.choice((16, 8, 4)) for _ in range(LAYERS)))
+        if kv:
+            keeps = (KVKeep(), KVKeep(first_tokens=2, last_tokens=5), KVKeep(first_tokens=0, last_tokens=9))
+            plan = replace(plan, kv_keep=tuple(rng.choice(keeps) for _ in range(LAYERS)))
+        if rng.random() < 0.3:
+            plan = replace(plan, max_running=3)
+        check_plan(spec, plan)
+        plans.append(plan)
+    return Schedule(tuple(period_s * i for i in range(steps)), tuple(plans))
+
+
+@pytest.mark.parametrize("restore", ["new_requests", "recompute"])
+@pytest.mark.parametrize("kv_blocks", [10, 200])
+def test_tokens_stay_those_of_a_plain_model_gated_alike_through_changes_of_the_plan(
+    restore: str, kv_blocks: int
+) -> None:
+    policy, rows = plan_schedule(5, 12, period_s=1.0), some_rows(3, 16, longest_prompt=24, longest_output=14)
+    Audited.plain = tiny()
+    engine = hw_engine(kind=Audited, kv_blocks=kv_blocks, config=engine_config(restore=restore))
+    replay(trace_of(rows), engine, policy, tick_s=0.9)
+    assert engine.audited >= sum(output // 2 for _, _, output in rows)
+    assert len(engine.transitions()) >= 5
+    assert engine.records().preemptions.sum() > 0 or (restore, kv_blocks) != ("recompute", 10)
+
+
+def test_precision_and_kept_kv_tokens_change_tokens_as_the_plain_cache_of_the_model_does() -> None:
+    from hw.elastic.model import RequestKV
+
+    spec = tiny_spec()
+    plan = replace(
+        dense_plan(spec),
+        weight_bits=(8, 16, 4, 4),
+        kv_keep=(KVKeep(first_tokens=2, last_tokens=6), KVKeep(), KVKeep(first_tokens=0, last_tokens=3), KVKeep()),
+        prefill=drop(spec, ffn=[3]),
+        decode=drop(spec, mha=[2], ffn=[1, 3]),
+    )
+    rows = some_rows(4, 8, longest_output=20)
+    tokens = serve(hw_engine(plan=plan), rows)
+    elastic = ElasticModel(tiny(), name="tiny")
+    elastic.apply(plan)
+    for i, (_, prompt, output) in enumerate(rows):
+        kv = RequestKV()
+        logits = elastic.forward([RandomPrompts(VOCABULARY)(i, prompt)], [kv], "prefill")
+        elastic.end_prefill(kv)
+        for made, token in enumerate(tokens[i], start=1):
+            assert logits[0, token] >= logits[0].max() - 1e-3
+            if made < output:
+                logits = elastic.forward([[token]], [kv], "decode")
+
+
+# --- Law 8: the simulator's schedule ---------------------------------------------------------------------------------
+
+
+def trace_of(rows: Rows) -> Trace:
+    arrival_s, prompt, output = (np.array(column) for column in zip(*rows, strict=True))
+    return Trace(arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
+
+
+def sim_engine(config: EngineConfig, budget: Budget | int) -> SimEngine:
+    return SimEngine(
+        model=tiny_spec(),
+        latency=flat_latency(),
+        config=config,
+        plan=dense_plan(tiny_spec()),
+        budget_bytes=budget,
+        host_to_device_bytes_per_s=HOST_TO_DEVICE_BYTES_PER_S,
+    )
+
+
+def assert_same_replay(found: HwEngine, expected: SimEngine) -> None:
+    import pandas as pd
+
+    slo = Slo(ttft_s=5.0)
+    pd.testing.assert_frame_equal(records_frame(found.records(), slo), records_frame(expected.records(), slo))
+    columns = [c for c in iterations_frame(expected.iterations()).columns if c != "extrapolated"]
+    pd.testing.assert_frame_equal(
+        iterations_frame(found.iterations())[columns], iterations_frame(expected.iterations())[columns]
+    )
+    pd.testing.assert_frame_equal(transitions_frame(found.transitions()), transitions_frame(expected.transitions()))
+    assert found.kept_share() == expected.kept_share()
+    assert found.budget_violation_s == pytest.approx(expected.budget_violation_s)
+
+
+def moving_budget(seed: int, kv_blocks: int, *, steps: int = 5) -> Budget:
+    rng, spec = random.Random(seed), tiny_spec()
+    whole = budget_for_kv_blocks(spec, dense_plan(spec), kv_blocks, 0, 4)
+    low = budget_for_kv_blocks(spec, dense_plan(spec), kv_blocks // 2, 0, 4)
+    values = [whole] + [rng.choice((low, low - 40_000, (whole + low) // 2, whole)) for _ in range(steps)] + [whole]
+    kept = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]]
+    return Budget(tuple(3.0 * i for i in kept), tuple(values[i] for i in kept), notice_s=1.0)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    scheduler=st.sampled_from(["chunked", "prefill_first"]),
+    restore=st.sampled_from(["new_requests", "recompute"]),
+    kv_blocks=st.sampled_from([15, 24, 60]),
+    reuse=st.booleans(),
+    watermark=st.sampled_from([0.0, 0.05]),
+    policy=st.sampled_from(["schedule", "greedy"]),
+    budget_moves=st.booleans(),
+)
+@settings(max_examples=20, deadline=None)
+def test_both_engines_admit_preempt_and_finish_alike_for_the_same_decisions(
+    seed: int,
+    scheduler: str,
+    restore: str,
+    kv_blocks: int,
+    reuse: bool,
+    watermark: float,
+    policy: str,
+    budget_moves: bool,
+) -> None:
+    """Law 8: who is admitted when, preempted when and finished when, iteration by iteration."""
+    config = engine_config(scheduler, restore=restore, reuse_preempted_kv=reuse, kv_watermark_share=watermark)
+    spec, rows = tiny_spec(), some_rows(seed, 10)
+    budget = (
+        moving_budget(seed, kv_blocks)
+        if budget_moves
+        else budget_for_kv_blocks(spec, dense_plan(spec), kv_blocks, 0, 4)
+    )
+
+    def make_policy() -> Any:
+        if policy == "schedule":
+            return plan_schedule(seed, 8, bits=True, kv=True)
+        return greedy_stop(Served(model=spec, kv_block_tokens=4), order=["FFN2", "MHA1", "FFN1", "MHA2"], patience=2)
+
+    engines = []
+    for engine in (
+        hw_engine(config=config, budget=budget if budget_moves else None, kv_blocks=kv_blocks),
+        sim_engine(config, budget),
+    ):
+        replay(trace_of(rows), engine, make_policy(), tick_s=0.7, also_at_s=engine.budget.change_s[1:])
+        engines.append(engine)
+    assert_same_replay(*engines)
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_allocated_bytes_are_those_of_the_memory_model_after_every_change_of_the_plan() -> None:
+    policy, spec = plan_schedule(9, 10, bits=True), tiny_spec()
+    budget = budget_for_kv_blocks(spec, dense_plan(spec), 60, 0, 4)
+    engine = hw_engine(budget=Budget((0.0,), (budget,)))
+    engine.submit(requests(some_rows(6, 12)))
+    for i, plan in enumerate(policy.plans):
+        engine.apply(plan)
+        state = engine.run_until(30.0 * (i + 1))
+        engine.check()
+        assert state.plan == plan
+        assert state.weight_bytes == weight_bytes(spec, plan)
+        row = engine.memory_rows()[-1]
+        if row.time_s > 30.0 * i:
+            assert row.predicted_bytes == row.allocated_bytes <= budget
+    assert engine.drained
+
+
+def test_what_is_allocated_never_exceeds_a_budget_that_moves() -> None:
+    spec = tiny_spec()
+    budget = moving_budget(3, 40)
+    engine = hw_engine(budget=budget)
+    served = Served(model=spec, kv_block_tokens=4)
+    replay(
+        trace_of(some_rows(7, 20)),
+        engine,
+        greedy_stop(served, order=["FFN2", "MHA1", "FFN1", "MHA2"]),
+        tick_s=0.5,
+        also_at_s=budget.change_s[1:],
+    )
+    assert (engine.records().status == Status.FINISHED).all()
+    starts_s = engine.iterations().start_s
+    for row, start_s in zip(engine.memory_rows(), starts_s, strict=True):
+        step = np.searchsorted(budget.change_s, start_s, side="right") - 1
+        if budget.budget_bytes[step] >= weight_bytes(spec, dense_plan(spec)):
+            assert row.allocated_bytes <= budget.budget_bytes[step]
+
+
+# --- What a real run meets -------------------------------------------------------------------------------------------
+
+
+class Starved(HwEngine):
+    """An engine whose device runs out of memory while more than two requests run."""
+
+    def _forward(self, decodes: Sequence[Any], prefills: Sequence[tuple[Any, int]]) -> dict[int, int]:
+        if len(self._running) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super()._forward(decodes, prefills)
+
+
+def test_running_out_of_memory_preempts_and_loses_nobody() -> None:
+    rows = some_rows(8, 6)
+    engine = hw_engine(kind=Starved)
+    assert serve(engine, rows) == plain_tokens("llama", rows)
+    assert engine.out_of_memory > 0
+    assert engine.records().preemptions.sum() >= engine.out_of_memory
+
+
+def test_what_the_allocator_says_when_memory_runs_out_is_understood_and_no_other_error_is() -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as ran_out:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert out_of_memory(ran_out.value)
+    with pytest.raises(RuntimeError) as other:
+        torch.zeros(2) @ torch.zeros(3)
+    assert not out_of_memory(other.value)
+
+
+class Hopeless(HwEngine):
+    def _forward(self, decodes: Sequence[Any], prefills: Sequence[tuple[Any, int]]) -> dict[int, int]:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+def test_one_request_that_alone_runs_out_of_memory_ends_the_run_with_advice() -> None:
+    engine = hw_engine(kind=Hopeless)
+    with pytest.raises(BudgetError, match="raise workspace_bytes"):
+        serve(engine, some_rows(8, 3))
+    assert len(engine.records()) > 0
+
+
+def test_a_value_that_is_no_number_stops_the_run_and_names_block_and_plan() -> None:
+    spec = tiny_spec()
+    engine = hw_engine(plan=with_mask(dense_plan(spec), drop(spec, mha=[1])))
+    engine._elastic.blocks["ffn"][2].linears[0].weight.data[0, 0] = math.nan
+    engine.submit(requests([(0.0, 5, 5)]))
+    with pytest.raises(NumericsError, match=r"FFN2 .*'-MHA 1'"):
+        engine.run_until(math.inf)
+    assert engine.records().produced_tokens.tolist() == [0]
+
+
+def test_an_interrupt_waits_for_the_end_of_an_iteration_and_leaves_whole_records() -> None:
+    engine = hw_engine(on_token=lambda request_id, token, last: engine.interrupt() if request_id == 1 else None)
+    engine.submit(requests([(0.0, 8, 6), (0.0, 8, 6)]))
+    with pytest.raises(KeyboardInterrupt):
+        engine.run_until(math.inf)
+    assert engine.records().produced_tokens.tolist() == [1, 1]
+    engine.check()
+
+
+@pytest.mark.parametrize("kind", ["wall", "cpu"])
+def test_on_a_real_clock_moments_follow_one_another_and_idle_time_can_be_skipped(kind: str) -> None:
+    engine = hw_engine(timed=False, clock=RealClock(kind, skip_idle=True))
+    replay(
+        trace_of([(0.0, 30, 5), (0.01, 30, 5), (500.0, 9, 3)]), engine, plan_schedule(5, 3, period_s=100.0), tick_s=60.0
+    )
+    records, iterations = engine.records(), engine.iterations()
+    assert (records.status == Status.FINISHED).all()
+    assert (records.ttft_s > 0).all()
+    assert (records.first_token_s <= records.finish_s).all()
+    assert (np.diff(iterations.start_s) > 0).all()
+    assert (iterations.end_s[:-1] <= iterations.start_s[1:]).all()
+    assert records.admitted_s[2] >= 500.0
+    assert records.finish_s[2] < 505.0
+    engine.close()
+
+
+class SlowCopier(LayerCopier):
+    """Copies that take the processor a twentieth of a second."""
+
+    def start(self, copy: LayerCopy) -> None:
+        super().start(copy)
+        inner = self._future
+        assert inner is not None
+        assert self._thread is not None
+        self._future = self._thread.submit(lambda: inner.result() + self.spend(0.05))
+
+    def spend(self, seconds: float) -> float:
+        start_s = self._clock()
+        while self._clock() - start_s < seconds:
+            pass
+        return seconds
+
+
+@pytest.mark.parametrize("kind", ["wall", "cpu"])
+def test_an_idle_engine_waits_for_weights_as_long_as_their_copy_takes(kind: str) -> None:
+    elastic = ElasticModel(tiny(), name="tiny")
+    clock, dense = RealClock(kind, skip_idle=True), dense_plan(elastic.spec)
+    pruned = with_mask(dense, drop(elastic.spec, ffn=[1, 2]))
+    engine = HwEngine(
+        elastic=elastic,
+        config=engine_config(),
+        plan=pruned,
+        budget_bytes=budget_for_kv_blocks(elastic.spec, dense, 200, 0, 4),
+        clock=clock,
+        copier=SlowCopier(elastic, clock.source),
+    )
+    engine.run_until(0.0)
+    engine.apply(dense)
+    engine.run_until(10.0)
+    rows = engine.transitions()
+    assert 0.1 <= rows.ready_s[0] - rows.time_s[0] < 5.0
+    engine.close()

@@ -1,0 +1,156 @@
+"""``python -m hw.replay`` takes the words of ``python -m sim.replay`` and writes the same files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import hw.replay.run
+import sim.replay.run
+from tests.hw.serving import flat_latency_content, tiny, torch
+
+
+class Tokenizer:
+    eos_token_id = 0
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return a function that runs a command in this process, with the words that both commands share."""
+    tiny().config.save_pretrained(tmp_path)
+    (tmp_path / "flat.json").write_text(json.dumps(flat_latency_content(fixed_us=1e4, token_us=10.0)))
+    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (tiny(), Tokenizer()))
+    words = [
+        "trace=small",
+        "trace.duration_s=6",
+        "trace.lengths.max_prompt_tokens=60",
+        "trace.lengths.max_output_tokens=9",
+        "model=hf",
+        f"model.config={tmp_path}",
+        "+model.name=tiny",
+        f"latency={tmp_path / 'flat.json'}",
+        "engine=vllm_v1",
+        "engine.kv_block_tokens=4",
+        "budget=kv_blocks",
+        "budget.blocks=40",
+        "workspace_bytes=0",
+        "gpu=l4_24gb",
+        "iterations=true",
+        "plot=true",
+    ]
+
+    def command(module: str, *more: str, name: str = "run") -> Path:
+        folder = tmp_path / name
+        mine = ["hw.score.text=null", "hw.skip_idle=true"] if module == "hw" else []
+        monkeypatch.setattr(sys, "argv", [f"{module}.replay", *words, *mine, *more, f"hydra.run.dir={folder}"])
+        GlobalHydra.instance().clear()
+        (hw.replay.run.main if module == "hw" else sim.replay.run.replay_command)()
+        return folder
+
+    return command
+
+
+def test_the_same_words_give_the_same_files_columns_and_requests_on_both_engines(run: Callable[..., Path]) -> None:
+    real, simulated = run("hw", name="real"), run("sim", name="simulated")
+    files = {path.name for path in simulated.iterdir()}
+    assert {path.name for path in real.iterdir()} == files | {"hardware.json"}
+    for name in ("records.parquet", "iterations.parquet", "transitions.parquet", "kept_share.parquet"):
+        ours, theirs = pd.read_parquet(real / name), pd.read_parquet(simulated / name)
+        assert dict(ours.dtypes) == dict(theirs.dtypes)
+    ours, theirs = (pd.read_parquet(folder / "records.parquet") for folder in (real, simulated))
+    same = ["arrival_s", "prompt_tokens", "output_tokens", "produced_tokens", "status"]
+    pd.testing.assert_frame_equal(ours[same], theirs[same])
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (real, simulated)]
+    assert summaries[0].keys() == summaries[1].keys()
+
+
+def test_a_policy_that_decides_runs_unchanged_and_memory_is_what_was_counted(run: Callable[..., Path]) -> None:
+    folder = run("hw", "policy=morphserve", "tick_s=0.2", "budget.blocks=20", "hw.engine.clock=cpu")
+    told = json.loads((folder / "hardware.json").read_text())
+    assert told["largest_difference_bytes"] == 0
+    assert told["peak_allocated_bytes"] > 0
+    assert told["clock"] == "cpu"
+    assert OmegaConf.load(folder / "config.yaml").policy._target_ == "sim.policies.morphserve.morphserve"
+    assert (pd.read_parquet(folder / "records.parquet").status == "finished").all()
+
+
+def test_ctrl_c_leaves_the_records_so_far_whole(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    put_in_force = hw.replay.HwEngine._put_in_force
+
+    def stop_after_a_while(engine: hw.replay.HwEngine, ran: object) -> None:
+        put_in_force(engine, ran)  # type: ignore[arg-type]
+        if len(engine.iterations()) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(hw.replay.HwEngine, "_put_in_force", stop_after_a_while)
+    with pytest.raises(SystemExit) as ended:
+        run("hw", name="stopped")
+    assert ended.value.code == 130
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert summary["interrupted"]
+    assert summary["iterations"] == 5
+    records, iterations = (pd.read_parquet(tmp_path / "stopped" / f"{n}.parquet") for n in ("records", "iterations"))
+    assert len(iterations) == 5
+    assert summary["requests"] == len(records)
+    assert summary["not_arrived"] > 0
+    answered = records[records.produced_tokens > 0]
+    assert len(answered) > 0
+    assert (answered.first_token_s <= iterations.end_s.max()).all()
+    assert (records.finish_s.notna() == (records.status == "finished")).all()
+    names = {path.name for path in (tmp_path / "stopped").iterdir()}
+    assert {"transitions.parquet", "kept_share.parquet", "hardware.json"} <= names
+    assert not [name for name in names if name.endswith(".part")]
+
+
+def test_a_nan_in_a_layer_ends_the_command_with_block_and_plan_named(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tiny()
+    broken.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (broken, Tokenizer()))
+    with pytest.raises(SystemExit) as ended:
+        run("hw", "policy=fixed", "policy.drop_mha=[1]")
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "FFN2" in told
+    assert "-MHA 1" in told
+
+
+def test_memory_that_runs_out_is_caught_and_counted_in_hardware_json(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = hw.replay.HwEngine._forward
+
+    def starved(engine: hw.replay.HwEngine, decodes: Any, prefills: Any) -> dict[int, int]:
+        if len(engine._running) > 1 and engine.out_of_memory < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(engine, decodes, prefills)
+
+    monkeypatch.setattr(hw.replay.HwEngine, "_forward", starved)
+    # All at once, so that two run together however fast this machine is.
+    folder = run("hw", "trace.on_rate_rps=1000", "trace.off_rate_rps=1000", "trace.duration_s=0.02")
+    assert json.loads((folder / "hardware.json").read_text())["out_of_memory"] == 3
+    assert (pd.read_parquet(folder / "records.parquet").status == "finished").all()
+    assert json.loads((folder / "summary.json").read_text())["preemptions"] >= 3
+
+
+def test_a_checkpoint_that_is_not_the_described_model_is_refused(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (tiny("qwen3"), Tokenizer()))
+    with pytest.raises(SystemExit):
+        run("hw")
+    assert "describes" in capsys.readouterr().err

@@ -1,0 +1,295 @@
+"""Verdicts on made-up runs, and the suite's words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the suite needs the real engine: pip install -e '.[hw]'")
+
+import hw.validate.compare
+from hw.elastic.model import ElasticModel
+from hw.validate.compare import compare, read_run, verdicts
+from hw.validate.machine_speed import MachineSpeed, factor_of, slower
+from hw.validate.suite import WORKLOADS, Arguments, configuration, page, policies, preemptions_and_changes, ranking
+from hw.validate.timeline import timeline
+from sim.cost.latency import CALIBRATIONS, calibration_from_dict, load_calibration
+from sim.cost.model_spec import load_model
+from sim.cost.plan import dense_plan
+from sim.errors import ConfigError
+from sim.replay.run import build_parts, build_trace
+from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
+from sim.results.records import Iterations, Records, TokenGaps, Transitions
+from sim.results.run_folder import write_json, write_parquet
+from tests.hw.serving import tiny
+
+
+def run_folder(
+    folder: Path,
+    *,
+    slower: float = 1.0,
+    changes: int = 0,
+    preempted: int = 0,
+    late_s: float = 0.0,
+    kept: float = 1.0,
+    exact: bool = True,
+    requests: int = 40,
+    seed: int = 0,
+) -> Path:
+    """Write a run whose latencies are ``slower`` times those of a plain one.
+
+    Its plan changes at 0, 1, 2 ... and its preemptions at 4, 5, 6 ... come ``late_s`` later.
+    """
+    rng = np.random.default_rng(seed)
+    arrival_s = np.sort(rng.random(requests)) * 20
+    first_s = arrival_s + slower * (0.2 + 0.1 * np.arange(requests) / requests)
+    finish_s = first_s + slower * 1.5
+    whole = np.full(requests, 10, dtype=np.int64)
+    records = Records(
+        arrival_s=arrival_s,
+        prompt_tokens=whole * 3,
+        output_tokens=whole,
+        produced_tokens=whole,
+        admitted_s=arrival_s + 0.01,
+        first_token_s=first_s,
+        finish_s=finish_s,
+        preemptions=(np.arange(requests) < preempted).astype(np.int64),
+        status=whole * 0 + 2,
+        kept_params_share=np.ones(requests),
+        quality_nll=np.full(requests, np.nan),
+        cached_tokens=whole * 0,
+    )
+    start_s = np.concatenate([[0.0], 4.0 + late_s + np.arange(12.0)])
+    zero = np.zeros(len(start_s), dtype=np.int64)
+    iterations = Iterations(
+        start_s=start_s,
+        end_s=np.append(start_s[1:], max(float(finish_s.max()), start_s[-1] + 1.0)),
+        prefill_tokens=zero,
+        decode_requests=zero,
+        running=zero + 3,
+        waiting=zero,
+        kv_used_share=zero * 0.5,
+        preemptions=np.append(0, np.arange(12) < preempted).astype(np.int64),
+        extrapolated=zero.astype(np.bool_),
+    )
+    many = np.zeros(changes, dtype=np.int64)
+    transitions = Transitions(
+        time_s=np.arange(changes, dtype=np.float64) + late_s,
+        from_plan=("dense",) * changes,
+        to_plan=tuple("ab"[i % 2] for i in range(changes)),
+        bytes_in=many,
+        bytes_freed=many,
+        ready_s=np.arange(changes, dtype=np.float64) + 2 * late_s,
+        preempted=many,
+        recomputed_tokens=many,
+        kv_blocks_before=many,
+        kv_blocks_after=many,
+    )
+    gaps = TokenGaps(itl_s=np.array([0.1]), count=np.array([9 * requests]))
+    folder.mkdir(parents=True)
+    write_parquet(folder / "records.parquet", records_frame(records, Slo()))
+    write_parquet(folder / "transitions.parquet", transitions_frame(transitions))
+    write_parquet(folder / "iterations.parquet", iterations_frame(iterations))
+    write_parquet(folder / "kept_share.parquet", kept_share_frame([(0.0, 1.0), (1.0, kept)]))
+    write_json(folder / "summary.json", summarise(records, iterations, gaps, Slo(), transitions=changes))
+    write_json(
+        folder / "hardware.json",
+        {"peak_predicted_bytes": 100, "peak_allocated_bytes": 100, "largest_difference_bytes": 0 if exact else 1},
+    )
+    return folder
+
+
+def result_of(tmp_path: Path, sim: dict[str, Any], *real: dict[str, Any]) -> dict[str, Any]:
+    folders = [run_folder(tmp_path / str(i), **words) for i, words in enumerate((sim, *real))]
+    return compare(read_run(folders[0]), [read_run(folder) for folder in folders[1:]])
+
+
+def test_equal_runs_have_no_error_and_every_verdict_holds(tmp_path: Path) -> None:
+    result = result_of(tmp_path, {}, {})
+    assert result["held"]
+    assert all(f["error"] == 0 for f in result["figures"].values())
+    assert result["requests_one_by_one"]["admission_order_tau"] == pytest.approx(1.0)
+
+
+def test_an_error_beyond_its_tolerance_is_missed_and_named(tmp_path: Path) -> None:
+    result = result_of(tmp_path, {"slower": 1.07}, {})
+    verdicts = {name: f["verdict"] for name, f in result["figures"].items()}
+    assert verdicts["ttft_s.mean"] == "missed"  # 7 % against 5 %
+    assert verdicts["ttft_s.p50"] == "held"  # against 10 %
+    assert verdicts["ttft_s.p99"] is None
+    assert not result["held"]
+
+
+def test_plans_that_change_are_given_twelve_percent(tmp_path: Path) -> None:
+    assert result_of(tmp_path, {"slower": 1.07, "changes": 2}, {"changes": 2})["held"]
+
+
+def test_an_error_below_the_noise_of_the_hardware_is_told_apart_from_a_miss(tmp_path: Path) -> None:
+    result = result_of(tmp_path, {"slower": 1.2}, {"slower": 0.7}, {"slower": 1.0}, {"slower": 1.3})
+    assert result["figures"]["ttft_s.mean"]["verdict"] == "within noise"
+    assert result["figures"]["ttft_s.mean"]["noise"] == pytest.approx(0.3, abs=0.01)
+
+
+def test_preemptions_and_plan_changes_are_compared_in_number_and_in_time(tmp_path: Path) -> None:
+    events = result_of(tmp_path, {"changes": 3, "preempted": 4, "late_s": 0.5}, {"changes": 2, "preempted": 4})[
+        "events"
+    ]
+    assert events["preemptions"]["simulated"] == 4
+    assert events["preemptions"]["verdict"] == "held"
+    assert events["preemptions"]["paired"] == [4]
+    assert events["preemptions"]["time_error_s"] == pytest.approx(0.5)
+    assert events["preemptions"]["time_verdict"] == "held"  # against 12 % of about 20 s
+    assert events["transitions"]["verdict"] == "missed"  # 3 against 2
+    assert events["transitions"]["paired"] == [2]  # to a and to b; the second one to a happened on one side only
+    assert events["transitions"]["time_error_s"] == pytest.approx(0.5)
+    assert events["transitions"]["ready_after_s"] == {"simulated": pytest.approx(0.5), "real": [0.0]}
+    ours, theirs = (events["preemptions"]["times_s"][side] for side in ("simulated", "real"))
+    assert np.abs(np.subtract(ours, theirs[0])).mean() == pytest.approx(events["preemptions"]["time_error_s"])
+
+
+def test_times_too_far_apart_are_missed_unless_the_hardware_itself_spreads_so_far(tmp_path: Path) -> None:
+    sim = {"changes": 2, "late_s": 9.0}
+    alone = result_of(tmp_path / "alone", sim, {"changes": 2})
+    assert verdicts(alone)["transitions.times"] == "missed"
+    assert not alone["held"]
+    spread = result_of(tmp_path / "spread", sim, {"changes": 2}, {"changes": 2, "late_s": 18.5})
+    assert spread["events"]["transitions"]["time_noise_s"] == pytest.approx(18.5)
+    assert verdicts(spread)["transitions.times"] == "within noise"
+
+
+def test_a_number_of_preemptions_that_some_repeat_had_too_lies_within_the_noise(tmp_path: Path) -> None:
+    result = result_of(tmp_path, {"preempted": 1}, {"preempted": 0}, {"preempted": 0}, {"preempted": 1})
+    assert verdicts(result)["preemptions.number"] == "within noise"
+
+
+def test_timelines_are_those_of_the_iterations_and_differ_where_the_runs_do(tmp_path: Path) -> None:
+    run = read_run(run_folder(tmp_path / "run", kept=0.8))
+    at_s = np.array([0.5, 2.0, 4.5, 1e6])
+    assert timeline(run.logs, "running", at_s).tolist() == [3.0, 3.0, 3.0, 0.0]
+    assert timeline(run.logs, "kept_share", at_s).tolist() == [1.0, 0.8, 0.8, 0.8]
+    arrived = np.searchsorted(run.records["arrival_s"], at_s, "right")
+    ended = np.searchsorted(np.sort(run.records["finish_s"]), at_s, "right")
+    expected = np.maximum(arrived - ended - np.array([3, 3, 3, 0]), 0)
+    assert timeline(run.logs, "waiting", at_s).tolist() == expected.tolist()
+    lines = result_of(tmp_path, {"kept": 0.8}, {"kept": 1.0})["timelines"]
+    end_s = run.logs.end_s
+    assert lines["kept_share"]["difference"] == pytest.approx(0.2 * (end_s - 1) / end_s, rel=1e-2)
+    assert lines["running"]["difference"] == 0.0
+    assert lines["running"]["noise"] is None  # a single run has none
+
+
+def test_a_run_without_iterations_is_still_compared_without_times_of_preemptions(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / name, preempted=2, changes=1) for name in ("sim", "real")]
+    for name in ("iterations.parquet", "kept_share.parquet"):
+        (folders[1] / name).unlink()
+    simulated, real = (read_run(folder) for folder in folders)
+    result = compare(simulated, [real])
+    assert result["events"]["preemptions"]["verdict"] == "held"
+    assert result["events"]["preemptions"]["time_error_s"] is None
+    assert result["events"]["transitions"]["time_error_s"] == 0.0
+    assert set(result["timelines"].values()) == {None}
+    assert result["held"]
+
+
+def test_a_run_of_the_client_says_nothing_of_preemptions_and_plan_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [run_folder(tmp_path / "sim", preempted=5, changes=2), run_folder(tmp_path / "client")]
+    for name in ("iterations.parquet", "kept_share.parquet", "hardware.json"):
+        (folders[1] / name).unlink()
+    write_json(folders[1] / "client.json", {})
+    assert hw.validate.compare.main([str(folder) for folder in folders]) == 0
+    assert json.loads((folders[1] / "compare.json").read_text())["events"] == {}
+    assert "a client sees none" in capsys.readouterr().out
+
+
+def test_bytes_that_are_not_exact_fail_whatever_the_latencies(tmp_path: Path) -> None:
+    assert not result_of(tmp_path, {}, {"exact": False})["held"]
+
+
+def test_runs_of_other_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not the same"):
+        result_of(tmp_path, {}, {"seed": 1})
+
+
+def test_the_command_ends_with_its_verdict_and_writes_json_and_picture(tmp_path: Path) -> None:
+    sim, good, bad = (run_folder(tmp_path / name, slower=s) for name, s in (("s", 1.0), ("g", 1.01), ("b", 2.0)))
+    assert hw.validate.compare.main([str(sim), str(good)]) == 0
+    assert hw.validate.compare.main([str(sim), str(bad), f"out={tmp_path / 'out'}"]) == 1
+    assert hw.validate.compare.main([str(sim), str(tmp_path / "nothing")]) == 2
+    written = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert written["figures"]["makespan_s"]["verdict"] in ("held", "missed")
+    assert written["events"]["transitions"]["time_error_s"] is None  # none happened
+    assert written["timelines"]["kept_share"]["simulated"] == 1.0
+    assert (good / "compare.png").stat().st_size > 10_000
+
+
+def test_the_page_shows_preemptions_and_plan_changes_of_the_cells_that_have_any(tmp_path: Path) -> None:
+    quiet = result_of(tmp_path / "quiet", {}, {})
+    busy = result_of(tmp_path / "busy", {"preempted": 3, "changes": 1, "late_s": 0.5}, {"changes": 1}, {"changes": 1})
+    lines = preemptions_and_changes([("quiet", "dense", quiet), ("burst", "morphserve", busy), ("old", "dense", {})])
+    rows = [line for line in lines if line.startswith("| ")][1:]
+    assert rows == ["| burst | morphserve | **3 / 0, 0** | - / - | 1 / 1, 1 | 0.5 s / 0 s | 0.5 s / 0 s |"]
+    assert preemptions_and_changes([("quiet", "dense", quiet)]) == []
+
+
+def test_ranking_counts_only_pairs_beyond_the_noise_and_prices_a_wrong_choice() -> None:
+    def cell(simulated: float, real: float) -> dict[str, Any]:
+        figure = {"simulated": simulated, "real": real, "noise": 0.05}
+        return {"figures": {"ttft_s.mean": figure, "e2e_s.mean": figure}}
+
+    found = ranking({"burst": {"a": cell(1.0, 1.2), "b": cell(1.1, 1.0), "c": cell(3.0, 3.0), "d": cell(3.1, 3.05)}})
+    assert found["burst"]["ttft_s.mean"]["tied"] == 0
+    same = ranking({"burst": {"a": cell(1.0, 1.0), "b": cell(1.0, 1.2)}})["burst"]["e2e_s.mean"]
+    assert (same["pairs_beyond_noise"], same["agreed"], same["tied"]) == (1, 0, 1)
+    row = found["burst"]["ttft_s.mean"]
+    assert row["pairs_beyond_noise"] == 5  # c and d differ by less than their noise
+    assert row["agreed"] == 4
+    assert row["regret"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_run_of_the_suite_can_be_built(workload: str) -> None:
+    for policy in policies() if workload == "budget_walks" else ["dense"]:
+        cfg = configuration(workload, policy, Arguments())
+        assert 3 <= len(build_trace(cfg)) <= 60
+        parts = build_parts(cfg)
+        assert parts.budget.budget_bytes[0] > 0
+
+
+def test_the_committed_page_is_what_the_committed_results_give() -> None:
+    from hw.validate.suite import PAGE, RESULT
+
+    if not RESULT.is_file():
+        pytest.skip("the suite has not been run yet: python -m hw.validate")
+    content = json.loads(RESULT.read_text(encoding="utf-8"))
+    assert page(content) == PAGE.read_text(encoding="utf-8")
+    assert len(content["words"]["policies"]) >= 4
+    assert len(content["words"]["workloads"]) >= 6
+
+
+def test_the_speed_of_the_machine_is_what_all_references_took_over_their_prices(tmp_path: Path) -> None:
+    speed = MachineSpeed(tmp_path)
+    assert factor_of(speed.references) == 1.0
+    elastic = ElasticModel(tiny())
+    latency = load_calibration("smollm2_135m_cpu_epyc_1thread")
+    speed.measure(elastic, "cpu", latency)
+    speed.measure(elastic, "cpu", latency)
+    found = MachineSpeed(tmp_path).references
+    assert found == speed.references
+    assert len(found) == 2
+    assert all(one["iterations"] > 10 for one in found)
+    measured_s, priced_s = (sum(one[side] for one in found) for side in ("measured_s", "priced_s"))
+    assert factor_of(found) == measured_s / priced_s
+
+
+def test_a_slower_calibration_prices_every_iteration_so_much_higher() -> None:
+    content = json.loads((CALIBRATIONS / "smollm2_135m_cpu_epyc_1thread.json").read_text(encoding="utf-8"))
+    plain, slow = calibration_from_dict(content), calibration_from_dict(slower(content, 1.7))
+    plan = dense_plan(load_model("smollm2_135m"))
+    for shape in (([], 4, 300, 4), ([(60, 0), (20, 30)], 3, 250, 5), ([(128, 0)], 0, 0, 1)):
+        assert slow.iteration_s(plan, *shape) == pytest.approx(1.7 * plain.iteration_s(plan, *shape), rel=1e-4)

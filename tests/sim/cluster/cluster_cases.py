@@ -1,0 +1,264 @@
+"""Random clusters for comparing the compiled loop with the plain one: made from a seed, shrunk when they differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import simpy
+
+from sim.cluster import routers
+from sim.cluster.cluster import Cluster, ClusterRecords, Replica
+from sim.cluster.outages import Outage
+from sim.cluster.routers import Candidate, Compiled, Offered
+from sim.cost.plan import Plan
+from sim.engine.protocol import EngineState
+from sim.engine.sim_engine import SimEngine
+from sim.errors import BudgetError
+from sim.traces.trace import Trace
+from tests.sim.cluster.plain_cluster import PlainCluster, PlainReplica, Row
+from tests.sim.engine.kernel_cases import RELATIVE, Case, quality_nll, random_case
+from tests.sim.engine.plain_engine import PlainEngine
+from tests.sim.serving import TINY
+
+ROUTERS = ("round_robin", "least_outstanding", "least_kv", "shortest_expected_wait", "prefix_affinity", "power_of_two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterCase:
+    """One cluster: requests with their prefix ids, what each replica is (of its case all but the requests), outages."""
+
+    requests: tuple[tuple[float, int, int, tuple[int, ...]], ...]
+    replicas: tuple[Case, ...]
+    outages: tuple[tuple[Outage, ...], ...]
+    router: str
+    seed: int
+    load_bytes_per_s: float
+    start_s: float
+
+    def trace(self) -> Trace:
+        """Return the requests as a trace."""
+        columns = list(zip(*self.requests, strict=True))
+        return Trace(
+            arrival_s=np.array(columns[0]),
+            prompt_tokens=np.array(columns[1]),
+            output_tokens=np.array(columns[2]),
+            hash_ids=tuple(np.array(ids, dtype=np.int64) for ids in columns[3]),
+        )
+
+
+class AtTimes:
+    """A policy that follows a schedule of plans, whatever it sees."""
+
+    def __init__(self, case: Case) -> None:
+        self.first_plan, self._plans = case.first_plan, dict(case.plans)
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Return the plan of this moment; else what is wanted already."""
+        return self._plans.get(state.time_s, state.target)
+
+
+def moments(case: Case) -> tuple[float, ...]:
+    """Return when a replica's policy is asked."""
+    return tuple(sorted({time_s for time_s, _ in case.plans} | set(case.ticks_s)))
+
+
+def engine(kind: type[Any], case: Case, env: simpy.Environment | None, **more: Any) -> Any:
+    """Return an engine of a case."""
+    return kind(
+        model=TINY,
+        latency=case.latency,
+        config=case.config,
+        plan=case.first_plan,
+        budget_bytes=case.budget(),
+        host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
+        copy_slowdown=case.copy_slowdown,
+        quality_nll=quality_nll,
+        env=env,
+        **more,
+    )
+
+
+def random_cluster(seed: int) -> ClusterCase:
+    """Return the case of a seed."""
+    rng = np.random.default_rng([seed, 8])
+    count = int(rng.choice([1, 2, 2, 3, 4]))
+    cases = [random_case(int(rng.integers(1 << 30))) for _ in range(count)]
+    if rng.random() < 0.3:
+        cases = [cases[0]] * count  # ties everywhere
+    requests = sorted(row for case in cases for row in case.requests)
+    outages = []
+    for _ in range(count):
+        mine, time_s = [], 0.0
+        for _ in range(int(rng.choice([0, 0, 1, 3]))):
+            time_s += float(np.round(rng.exponential(15.0)) if rng.random() < 0.5 else rng.exponential(15.0))
+            end_s = time_s + float(rng.choice([1.0, 5.0, 20.0, np.inf], p=[0.25, 0.25, 0.25, 0.25]))
+            mine.append(Outage(from_s=time_s, until_s=end_s, notice_s=float(rng.choice([0.0, 0.0, 2.0, 10.0]))))
+            time_s = end_s + 1e-3
+            if end_s == np.inf:
+                break
+        outages.append(tuple(mine))
+    return ClusterCase(
+        requests=tuple((a, p, o, cases[0].hash_ids(p, o)[: int(rng.choice([0, 3, 99]))]) for a, p, o in requests),
+        replicas=tuple(cases),
+        outages=tuple(outages),
+        router=str(rng.choice(ROUTERS)),
+        seed=seed,
+        load_bytes_per_s=float(rng.choice([1e4, 1e6])),
+        start_s=float(rng.choice([0.0, 1.0])),
+    )
+
+
+def router_of(case: ClusterCase) -> Compiled:
+    """Return the router of a case; affinity gives way early, so that both of its ways are met."""
+    if case.router == "prefix_affinity":
+        return routers.prefix_affinity(most_apart=3, most_times=2)
+    return getattr(routers, case.router)()  # type: ignore[no-any-return]
+
+
+def fast_cluster(case: ClusterCase, router: Any = None, stops_s: Sequence[float] = ()) -> Cluster:
+    """Return the compiled cluster of a case, served; it stops at some moments on the way, and is looked at."""
+
+    def replica(one: Case, outages: tuple[Outage, ...], name: str) -> Replica:
+        return Replica(
+            name=name,
+            build=lambda env: (engine(SimEngine, one, env, driven=True), AtTimes(one)),
+            decisions_s=lambda: iter(moments(one)),
+            outages=outages,
+        )
+
+    pairs = zip(case.replicas, case.outages, strict=True)
+    cluster = Cluster(
+        case.trace(),
+        [replica(one, outages, str(i)) for i, (one, outages) in enumerate(pairs)],
+        router or router_of(case),
+        seed=case.seed,
+        load_bytes_per_s=case.load_bytes_per_s,
+        start_s=case.start_s,
+    )
+    for stop_s in stops_s:
+        cluster.run_until(stop_s)
+        assert cluster.env.now == stop_s
+        for i in cluster.accepting():
+            cluster.observe(i)
+    cluster.run()
+    return cluster
+
+
+def plain_cluster(case: ClusterCase) -> list[Row]:
+    """Return the rows of the plain cluster of a case, served."""
+    router = router_of(case)
+    pairs = zip(case.replicas, case.outages, strict=True)
+
+    def replica(one: Case, outages: tuple[Outage, ...]) -> PlainReplica:
+        return PlainReplica(
+            build=lambda env: (engine(PlainEngine, one, env), AtTimes(one)),
+            decisions_s=moments(one),
+            outages=outages,
+        )
+
+    return PlainCluster(
+        trace=case.trace(),
+        replicas=[replica(one, outages) for one, outages in pairs],
+        router=case.router,
+        draws=router.draws(len(case.requests), case.seed),
+        load_bytes_per_s=case.load_bytes_per_s,
+        start_s=case.start_s,
+        most_apart=router.most_apart,
+        most_times=router.most_times,
+    ).run()
+
+
+def columns(rows: list[Row]) -> dict[str, Any]:
+    """Return the rows of the plain cluster as records have them."""
+    lives = [row.live for row in rows]
+
+    def of(name: str, default: float) -> list[Any]:
+        return [getattr(live, name) if live is not None else default for live in lives]
+
+    produced = np.array(of("produced_tokens", 0), dtype=np.float64)
+    tokens = np.where(produced > 0, produced, np.nan)
+    held = np.array([row.replica < 0 for row in rows])
+    return {
+        "replica": [row.replica for row in rows],
+        "moves": [row.moves for row in rows],
+        "produced_tokens": produced,
+        "preemptions": np.where(held, 0, of("preemptions", 0)),
+        "cached_tokens": np.where(held, 0, np.maximum(of("cached_tokens", 0), 0)),
+        "status": [
+            int(live.status) if live is not None and row.replica >= 0 else 0
+            for row, live in zip(rows, lives, strict=True)
+        ],
+        "admitted_s": of("admitted_s", np.nan),
+        "first_token_s": of("first_token_s", np.nan),
+        "finish_s": of("finish_s", np.nan),
+        "kept_params_share": np.where(held, np.nan, np.array(of("kept_params", 0)) / (tokens * TINY.total_params)),
+        "quality_nll": np.where(held, np.nan, np.array(of("nll_sum", 0.0)) / tokens),
+    }
+
+
+def differences(case: ClusterCase) -> list[str]:
+    """Return what differs between the two clusters, none when they agree (or both refuse the case alike)."""
+    try:
+        fast: ClusterRecords | str = fast_cluster(case).records()
+    except BudgetError as error:
+        fast = str(error)
+    try:
+        plain: dict[str, Any] | str = columns(plain_cluster(case))
+    except BudgetError as error:
+        plain = str(error)
+    if isinstance(plain, str) or isinstance(fast, str):
+        return [] if plain == fast else [f"plain: {plain}; compiled: {fast}"]
+    found = []
+    for name, values in plain.items():
+        a, b = np.asarray(values, dtype=np.float64), np.asarray(getattr(fast, name), dtype=np.float64)
+        same = np.isclose(a, b, rtol=RELATIVE, atol=1e-9, equal_nan=True)
+        if not same.all():
+            at = int(np.argmin(same))
+            found.append(f"{name}: first at request {at}: plain {a[at]}, compiled {b[at]}")
+    return found
+
+
+class FewestRequests:
+    """The router with fewest requests, asked for each one."""
+
+    def __call__(self, candidates: list[Candidate], request: Offered) -> int:
+        """Return where fewest wait or run."""
+        return min(candidates, key=lambda c: c.state.waiting + c.state.running).replica
+
+
+def shrunk(case: ClusterCase) -> ClusterCase:
+    """Return a smaller case that still differs."""
+    smaller = True
+    while smaller:
+        smaller = False
+        for candidate in _smaller(case):
+            if differences(candidate):
+                case, smaller = candidate, True
+                break
+    return case
+
+
+def _smaller(case: ClusterCase) -> Iterator[ClusterCase]:
+    size = len(case.requests) // 2
+    while size:
+        for start in range(0, len(case.requests), size):
+            if rows := case.requests[:start] + case.requests[start + size :]:
+                yield replace(case, requests=rows)
+        size //= 2
+    for i, one in enumerate(case.replicas):
+        if len(case.replicas) > 1:
+            yield replace(
+                case,
+                replicas=case.replicas[:i] + case.replicas[i + 1 :],
+                outages=case.outages[:i] + case.outages[i + 1 :],
+            )
+        for name in ("plans", "ticks_s", "budget_steps"):
+            if getattr(one, name):
+                simpler = dataclasses.replace(one, **{name: ()})
+                yield replace(case, replicas=(*case.replicas[:i], simpler, *case.replicas[i + 1 :]))
+        if case.outages[i]:
+            yield replace(case, outages=(*case.outages[:i], case.outages[i][:-1], *case.outages[i + 1 :]))

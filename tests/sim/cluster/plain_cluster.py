@@ -1,0 +1,289 @@
+"""The plain cluster: plain engines, each brought to every moment at which anything happens; ``sim.cluster`` equals it.
+
+Slow and obvious on purpose. It follows the rules that the docstring of sim/cluster/cluster.py lists; where the two differ, one
+of them is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import simpy
+
+from sim.cluster.outages import Outage
+from sim.engine.protocol import EngineState, Request
+from sim.errors import BudgetError
+from sim.results.records import Status
+from sim.traces.trace import Trace
+from tests.sim.engine.plain_engine import PlainEngine, _Live
+
+Decider = Callable[[EngineState], object]
+
+
+@dataclass(kw_only=True)
+class PlainReplica:
+    """What a replica is; ``build`` makes its engine in an environment, and what decides for it."""
+
+    build: Callable[[simpy.Environment], tuple[PlainEngine, Decider]]
+    decisions_s: tuple[float, ...] = ()
+    outages: tuple[Outage, ...] = ()
+    engine: PlainEngine | None = None
+    loading: PlainEngine | None = None
+    decide: Decider | None = None
+    accepts: bool = False
+    told: bool = False
+
+
+@dataclass(kw_only=True)
+class Row:
+    """A request: where it is, and what it did before it was moved there."""
+
+    request: Request
+    live: _Live | None = None
+    replica: int = -1
+    moves: int = 0
+
+
+@dataclass(kw_only=True, eq=False)
+class Happening:
+    """Something that is due, in the order of ``number`` at one moment."""
+
+    time_s: float
+    number: int
+    what: Callable[[float], None]
+    decides: bool
+
+
+@dataclass(kw_only=True)
+class PlainCluster:
+    """Replicas behind a router, by its name."""
+
+    trace: Trace
+    replicas: list[PlainReplica]
+    router: str
+    draws: np.ndarray
+    load_bytes_per_s: float
+    start_s: float
+    most_apart: int = 32
+    most_times: int = 2
+    cursor: int = 0
+    owner: dict[int, int] = field(default_factory=dict)
+    held: list[Row] = field(default_factory=list)
+    events: list[Happening] = field(default_factory=list)
+    scheduled: int = 0
+
+    def _at(self, time_s: float, what: Callable[[float], None], decides: bool = False) -> None:
+        self.scheduled += 1
+        self.events.append(Happening(time_s=time_s, number=self.scheduled, what=what, decides=decides))
+
+    def run(self) -> list[Row]:
+        """Serve the whole trace; return a row a request."""
+        ids = self.trace.hash_ids
+        self.rows = [
+            Row(
+                request=Request(
+                    request_id=i,
+                    arrival_s=float(a),
+                    prompt_tokens=int(p),
+                    output_tokens=int(o),
+                    hash_ids=tuple(ids[i].tolist()) if ids is not None else (),
+                )
+            )
+            for i, (a, p, o) in enumerate(
+                zip(self.trace.arrival_s, self.trace.prompt_tokens, self.trace.output_tokens, strict=True)
+            )
+        ]
+        for replica in self.replicas:
+            replica.engine, replica.decide = replica.build(simpy.Environment())
+            replica.engine.expects_more = True
+            replica.accepts = True
+        # SimPy's order at one moment is that of scheduling: the first events are scheduled replica by replica.
+        events = self.events
+        for k, replica in enumerate(self.replicas):
+            self._schedule_outage(k, 0)
+            if replica.decisions_s:
+                self._at(replica.decisions_s[0], lambda now_s, k=k: self._decide(k, 0, now_s), decides=True)
+        waiting = list(self.rows)
+        while events or waiting:
+            now_s = min([waiting[0].request.arrival_s] if waiting else [math.inf])
+            now_s = min([now_s, *(event.time_s for event in events)])
+            self._advance(now_s)
+            while waiting and waiting[0].request.arrival_s == now_s:
+                self._place(waiting.pop(0), now_s)
+            if not waiting and self._drained():
+                break
+            while due := [event for event in events if event.time_s <= now_s]:
+                events.remove(first := min(due, key=lambda event: event.number))
+                first.what(now_s)
+        self._advance(math.inf)
+        return self.rows
+
+    def _drained(self) -> bool:
+        """Whether all have ended, or those left can make no more progress by themselves."""
+        engines = [replica.engine for replica in self.replicas if replica.engine is not None]
+        if not self.held and not any(engine._waiting or engine._running for engine in engines):
+            return True
+        if any(not event.decides for event in self.events):
+            return False
+        return all(engine._resume is None and math.isinf(engine.env.peek()) for engine in engines)
+
+    def _advance(self, time_s: float) -> None:
+        for replica in self.replicas:
+            if replica.engine is not None:
+                replica.engine.run_until(time_s)
+
+    # -- routing -------------------------------------------------------------------------------------------------
+
+    def _place(self, row: Row, now_s: float) -> None:
+        produced = row.live.produced_tokens if row.live is not None else 0
+        k = self._choose(row, row.request.prompt_tokens + produced)
+        if k is None:
+            self.held.append(row)
+            return
+        engine = self.replicas[k].engine
+        assert engine is not None
+        row.replica = k
+        request = replace(row.request, request_id=len(engine._all))
+        if row.live is None:
+            late = request.arrival_s < now_s  # it waited at the router
+            engine.submit([replace(request, arrival_s=now_s)])
+            engine.run_until(now_s)
+            row.live = engine._all[-1]
+            if late:
+                row.live.request = request
+            return
+        limit = min(request.output_tokens, engine._context_limit - request.prompt_tokens)
+        row.live = replace(row.live, request=request, output_limit=limit, computed_tokens=0, prefill_tokens=0)
+        row.live.own_layer_blocks, row.live.mha, row.live.kv_keep = 0, frozenset(), None
+        row.live.units, row.live.unit_layer_blocks = {}, engine._unit_layer_blocks
+        row.live.left_tokens, row.live.cached_tokens = 0, -1
+        engine._all.append(row.live)
+        engine._arrived_prompt_tokens += request.prompt_tokens
+        if limit <= produced:
+            row.live.status = Status.REJECTED
+        else:
+            row.live.status = Status.WAITING
+            engine._waiting.append(row.live)
+            engine._wake_up()
+
+    def _choose(self, row: Row, tokens: int) -> int | None:
+        accepting = [k for k, replica in enumerate(self.replicas) if replica.accepts]
+        fit = [k for k in accepting if tokens < self.replicas[k].engine._context_limit]  # type: ignore[union-attr]
+        if not fit:
+            return accepting[0] if accepting else None
+        count = {k: len(e._waiting) + len(e._running) for k in accepting if (e := self.replicas[k].engine)}
+        if self.router == "round_robin":
+            size = len(self.replicas)
+            k = next(k for step in range(size) if (k := (self.cursor + step) % size) in fit)
+            self.cursor = (k + 1) % size
+            return k
+        if self.router == "least_outstanding":
+            return min(fit, key=lambda k: count[k])
+        if self.router == "power_of_two":
+            if len(fit) == 1:
+                return fit[0]
+            first, second = self.draws[row.request.request_id]
+            i = int(first * len(fit))
+            j = int(second * (len(fit) - 1))
+            pair = sorted([fit[i], fit[j if j < i else j + 1]])
+            return min(pair, key=lambda k: count[k])
+        if self.router == "prefix_affinity":
+            k = self._by_prefix(row, fit, count)
+            self.owner.update(dict.fromkeys(row.request.hash_ids, k))
+            return k
+        return min(fit, key=lambda k: self._load(k, tokens))
+
+    def _by_prefix(self, row: Row, fit: Sequence[int], count: dict[int, int]) -> int:
+        shortest = min(fit, key=lambda k: count[k])
+        most, least = max(count.values()), count[shortest]
+        if most - least > self.most_apart and most > self.most_times * least:
+            return shortest
+        known = [self.owner[i] for i in row.request.hash_ids if self.owner.get(i) in fit]
+        return known[-1] if known else shortest
+
+    def _load(self, k: int, tokens: int) -> float:
+        engine = self.replicas[k].engine
+        assert engine is not None
+        waiting = sum(live.target_tokens for live in engine._waiting)
+        if self.router == "least_kv":
+            will = engine._pool.used_layer_blocks + waiting * len(engine._prefill_mha) / engine.config.kv_block_tokens
+            return float(will / max(engine._pool.layer_blocks, 1))
+        batch = engine.config.limits.max_batch_tokens
+        return (waiting + tokens) * (engine._latency.iteration_s(engine._plan, [(batch, 0)], 0, 0, 1) / batch)
+
+    def _route_again(self, k: int, now_s: float, running_too: bool) -> None:
+        replica = self.replicas[k]
+        engine = replica.engine
+        assert engine is not None
+        gone = [*(engine._running if running_too else []), *engine._waiting]
+        if running_too:
+            replica.engine = None
+        else:
+            engine._forget_kept_kv()
+            engine._waiting.clear()
+        rows = {id(row.live): row for row in self.rows if row.live is not None}
+        for live in gone:
+            row = rows[id(live)]
+            row.replica, row.moves = -1, row.moves + 1
+            self._place(row, now_s)
+
+    # -- what happens to replicas --------------------------------------------------------------------------------
+
+    def _schedule_outage(self, k: int, number: int) -> None:
+        outages = self.replicas[k].outages
+        if number < len(outages):
+            first_s = max(outages[number].from_s - outages[number].notice_s, 0.0)
+            self._at(first_s, lambda now_s: self._outage(k, number, now_s))
+
+    def _outage(self, k: int, number: int, now_s: float) -> None:
+        replica, outage = self.replicas[k], self.replicas[k].outages[number]
+        if now_s < outage.from_s:
+            replica.told = True
+            if replica.accepts:
+                replica.accepts = False
+                self._route_again(k, now_s, running_too=False)
+            self._at(outage.from_s, lambda now_s: self._outage(k, number, now_s))
+            return
+        replica.accepts, replica.loading = False, None
+        if replica.engine is not None:
+            self._route_again(k, now_s, running_too=True)
+        if outage.until_s < math.inf:
+            self._at(outage.until_s, lambda now_s: self._start(k, number, now_s))
+
+    def _start(self, k: int, number: int, now_s: float) -> None:
+        replica = self.replicas[k]
+        replica.told = False
+        self._schedule_outage(k, number + 1)
+        try:
+            engine, decide = replica.build(simpy.Environment(initial_time=now_s))
+        except BudgetError:
+            return
+        engine.expects_more = True
+        replica.loading = engine
+        self._at(
+            now_s + self.start_s + engine._weight_bytes / self.load_bytes_per_s,
+            lambda now_s: self._accept(k, engine, decide, now_s),
+        )
+
+    def _accept(self, k: int, engine: PlainEngine, decide: Decider, now_s: float) -> None:
+        replica = self.replicas[k]
+        if replica.loading is not engine:
+            return
+        engine.run_until(now_s)
+        replica.engine, replica.loading, replica.decide = engine, None, decide
+        if not replica.told:
+            replica.accepts = True
+            held, self.held = self.held, []
+            for row in held:
+                self._place(row, now_s)
+
+    def _decide(self, k: int, number: int, now_s: float) -> None:
+        replica = self.replicas[k]
+        if replica.engine is not None and replica.decide is not None:
+            replica.engine.apply(replica.decide(replica.engine.run_until(now_s)))  # type: ignore[arg-type]
+        if number + 1 < len(replica.decisions_s):
+            moment_s = replica.decisions_s[number + 1]
+            self._at(moment_s, lambda now_s: self._decide(k, number + 1, now_s), decides=True)

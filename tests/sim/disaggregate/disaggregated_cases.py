@@ -1,0 +1,166 @@
+"""Random systems with prefill and decode apart, for comparing ``sim.disaggregate`` with the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import simpy
+
+from sim.cost.latency import LatencyModel
+from sim.cost.memory import budget_for_kv_blocks
+from sim.cost.plan import Plan
+from sim.disaggregate.disaggregate import Disaggregated, decode_side
+from sim.engine.protocol import EngineConfig
+from sim.engine.scheduler import Limits, SchedulerName
+from sim.engine.sim_engine import SimEngine
+from sim.policies.fixed import static_plan
+from sim.traces.trace import Trace
+from tests.sim.disaggregate.plain_disaggregated import PlainApart, build
+from tests.sim.engine.plain_engine import PlainEngine
+from tests.sim.serving import TINY, linear_latency
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApartCase:
+    """One system: requests, a plan, how many replicas of each side with how much memory, a link."""
+
+    requests: tuple[tuple[float, int, int], ...]
+    plan: Plan
+    prefill: int
+    decode: int
+    prefill_blocks: int
+    decode_blocks: int
+    config: EngineConfig
+    latency: LatencyModel
+    bytes_per_s: float
+    latency_s: float
+    one_link: bool
+
+    def trace(self) -> Trace:
+        """Return the requests as a trace."""
+        arrival_s, prompts, outputs = (np.array(column) for column in zip(*self.requests, strict=True))
+        return Trace(arrival_s=arrival_s, prompt_tokens=prompts, output_tokens=outputs)
+
+    def words(self, blocks: int, plan: Plan) -> dict[str, Any]:
+        """Return what an engine of one side is told."""
+        budget_bytes = budget_for_kv_blocks(TINY, plan, blocks, 0, self.config.kv_block_tokens)
+        told = {"model": TINY, "latency": self.latency, "config": self.config}
+        return {**told, "plan": plan, "budget_bytes": budget_bytes}
+
+
+def random_apart(seed: int) -> ApartCase:
+    """Return the case of a seed; its times are ragged, so that rounding decides no order."""
+    rng = np.random.default_rng([seed, 9])
+    count = int(rng.integers(1, 50))
+    gap_s = float(rng.choice([0.0, 0.3, 2.0]))
+    rows = zip(
+        np.cumsum(rng.exponential(gap_s, count) if gap_s else np.zeros(count)).tolist(),
+        rng.integers(1, int(rng.choice([6, 40])), count).tolist(),
+        rng.integers(1, int(rng.choice([3, 25])), count).tolist(),
+        strict=True,
+    )
+    mha = [layer for layer in range(3) if rng.random() < 0.3]
+    kv = {"kv_first_tokens": 2, "kv_last_tokens": 3, "kv_layers": [0, 2]} if rng.random() < 0.4 else {}
+    scheduler: SchedulerName = "chunked" if rng.random() < 0.6 else "prefill_first"
+    return ApartCase(
+        requests=tuple(rows),
+        plan=static_plan(TINY, drop_mha=mha, drop_ffn=mha[:1], prefill_drop_mha=mha[:1], prefill_drop_ffn=[], **kv),
+        prefill=int(rng.integers(1, 4)),
+        decode=int(rng.integers(1, 4)),
+        prefill_blocks=int(rng.choice([20, 60, 300])),
+        decode_blocks=int(rng.choice([8, 20, 60, 300])),
+        config=EngineConfig(
+            scheduler=scheduler,
+            limits=Limits(
+                max_batch_tokens=int(rng.choice([4, 16, 64])),
+                max_running=int(rng.choice([1, 3, 8])),
+                long_prefill_tokens=int(rng.choice([0, 0, 5])),
+                reserve_full_prompt=bool(rng.random() < 0.6),
+            ),
+            kv_block_tokens=4,
+            kv_watermark_share=float(rng.choice([0.0, 0.1])),
+        ),
+        latency=linear_latency(
+            base_s=0.3 + float(rng.random()) / 7, token_s=float(rng.random()) / 90, context_s=float(rng.random()) / 900
+        ),
+        bytes_per_s=float(rng.choice([500.0, 5e3, 1e6])) * (1 + float(rng.random())),
+        latency_s=float(rng.choice([0.0, 0.1])) * (1 + float(rng.random())),
+        one_link=bool(rng.random() < 0.5),
+    )
+
+
+def fast_apart(case: ApartCase, overlap: bool = False) -> Disaggregated:
+    """Return the system of a case, not served yet."""
+
+    def side(blocks: int, plan: Plan) -> Any:
+        return lambda env: SimEngine(**case.words(blocks, plan), env=env, driven=True)
+
+    return Disaggregated(
+        case.trace(),
+        plan=case.plan,
+        prefill=[side(case.prefill_blocks, case.plan)] * case.prefill,
+        decode=[side(case.decode_blocks, decode_side(case.plan))] * case.decode,
+        link_bytes_per_s=case.bytes_per_s,
+        link_latency_s=case.latency_s,
+        one_link=case.one_link,
+        overlap=overlap,
+    )
+
+
+def plain_apart(case: ApartCase) -> dict[str, Any]:
+    """Return the columns that the plain system leaves."""
+
+    def side(count: int, blocks: int, plan: Plan) -> list[PlainEngine]:
+        return [build(PlainEngine, simpy.Environment(), **case.words(blocks, plan)) for _ in range(count)]
+
+    return PlainApart(
+        trace=case.trace(),
+        plan=case.plan,
+        prefill=side(case.prefill, case.prefill_blocks, case.plan),
+        decode=side(case.decode, case.decode_blocks, decode_side(case.plan)),
+        bytes_per_s=case.bytes_per_s,
+        latency_s=case.latency_s,
+        one_link=case.one_link,
+        token_layer_bytes=TINY.kv_bytes_per_token_layer,
+    ).run()
+
+
+def differences(case: ApartCase) -> list[str]:
+    """Return what differs between the two, none when they agree."""
+    fast = fast_apart(case)
+    fast.run()
+    records, found = fast.records(), []
+    for name, a in plain_apart(case).items():
+        b = np.asarray(getattr(records, name), dtype=np.float64)
+        same = np.isclose(a, b, rtol=1e-7, atol=1e-6, equal_nan=True)
+        if not same.all():
+            at = int(np.argmin(same))
+            found.append(f"{name}: first at request {at}: plain {a[at]}, compiled {b[at]}")
+    return found
+
+
+def shrunk(case: ApartCase) -> ApartCase:
+    """Return a smaller case that still differs."""
+    smaller = True
+    while smaller:
+        smaller = False
+        for candidate in _smaller(case):
+            if differences(candidate):
+                case, smaller = candidate, True
+                break
+    return case
+
+
+def _smaller(case: ApartCase) -> Iterator[ApartCase]:
+    size = len(case.requests) // 2
+    while size:
+        for start in range(0, len(case.requests), size):
+            if rows := case.requests[:start] + case.requests[start + size :]:
+                yield replace(case, requests=rows)
+        size //= 2
+    for name in ("prefill", "decode"):
+        if getattr(case, name) > 1:
+            yield replace(case, **{name: getattr(case, name) - 1})

@@ -1,0 +1,219 @@
+"""Prefill and decode apart on plain engines, each brought to every moment; ``sim.disaggregate`` equals it.
+
+Slow and obvious on purpose, without overlap. Links share their bandwidth step by step, from one change to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import simpy
+
+from sim.cost.memory import kv_blocks
+from sim.cost.plan import KV_KEEP_ALL, Plan
+from sim.engine.protocol import Request
+from sim.results.records import Status
+from sim.traces.trace import Trace
+from tests.sim.engine.plain_engine import PlainEngine, _Live
+
+DONE_BYTES = 1e-3
+
+
+@dataclass(kw_only=True, eq=False)
+class Moving:
+    """A request between the two sides."""
+
+    number: int
+    request: Request
+    prefill: int
+    live: _Live
+    send_s: float = math.nan
+    flows_s: float = math.nan
+    left_bytes: float = 0.0
+    sent_s: float = math.nan
+    to: int = -1
+
+
+@dataclass(kw_only=True)
+class PlainApart:
+    """Prefill replicas, decode replicas, links; ``build`` makes an engine from its side."""
+
+    trace: Trace
+    plan: Plan
+    prefill: list[PlainEngine]
+    decode: list[PlainEngine]
+    bytes_per_s: float
+    latency_s: float
+    one_link: bool
+    token_layer_bytes: int
+    ready: list[Moving] = field(default_factory=list)
+    under_way: list[Moving] = field(default_factory=list)
+    here: list[Moving] = field(default_factory=list)
+    all: dict[int, Moving] = field(default_factory=dict)
+
+    def run(self) -> dict[str, np.ndarray]:
+        """Serve the whole trace; return columns of ``sim.disaggregate.disaggregate.StagedRecords``."""
+        self.homes: list[tuple[int, _Live]] = []
+        handled: set[int] = set()
+        coming = list(zip(*(a.tolist() for a in (
+            self.trace.arrival_s, self.trace.prompt_tokens, self.trace.output_tokens)), strict=True))  # fmt: skip
+        self.limit = min(engine._context_limit for engine in self.decode)
+        now_s = 0.0
+        while True:
+            engines = (*self.prefill, *self.decode)
+            times = [engine.env.peek() for engine in engines]
+            if any(engine._resume is not None for engine in engines):  # woken at the moment at which it is held
+                times.append(math.nextafter(now_s, math.inf))
+            times += [coming[0][0]] if coming else []
+            times.append(now_s + self._next_change(now_s))
+            if math.isinf(next_s := min(times)):
+                break
+            self._carry(now_s, next_s)
+            now_s = next_s
+            for engine in (*self.prefill, *self.decode):
+                engine.run_until(now_s)
+            self._end_transfers(now_s)
+            for i, (k, live) in sorted(enumerate(self.homes), key=lambda item: (item[1][0], item[0])):
+                if i not in handled and live.status is Status.FINISHED:
+                    handled.add(i)
+                    self._prefilled(i, k, live)
+            while coming and coming[0][0] <= now_s:
+                arrival_s, prompt, output = coming.pop(0)
+                self._arrive(Request(request_id=0, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output))
+            self._join()
+            while self.ready and (to := self._where(self.ready[0])) is not None:
+                moving = self.ready.pop(0)
+                moving.to, moving.send_s, moving.flows_s = to, now_s, now_s + self.latency_s
+                self.decode[to]._pool.take(self._blocks(moving))
+                self.under_way.append(moving)
+            self._end_transfers(now_s)
+            self._join()
+            for engine in (*self.prefill, *self.decode):
+                engine.run_until(math.nextafter(now_s, math.inf))  # iterations start
+        return self._columns()
+
+    def _end_transfers(self, now_s: float) -> None:
+        for moving in [m for m in self.under_way if m.flows_s <= now_s and m.left_bytes <= DONE_BYTES]:
+            self.under_way.remove(moving)
+            moving.sent_s = now_s
+            self.prefill[moving.prefill]._pool.release(self._blocks(moving))
+            self.prefill[moving.prefill]._wake_up()
+            self.here.append(moving)
+
+    def _arrive(self, request: Request) -> None:
+        k = min(range(len(self.prefill)), key=lambda k: len(self.prefill[k]._waiting) + len(self.prefill[k]._running))
+        engine = self.prefill[k]
+        fits = request.prompt_tokens < min(self.limit, engine._context_limit)
+        row = replace(request, request_id=len(engine._all))
+        live = _Live(row, output_limit=1 if fits else 0, status=Status.WAITING if fits else Status.REJECTED)
+        engine._all.append(live)
+        if fits:
+            engine._waiting.append(live)
+            engine._wake_up()
+        self.homes.append((k, live))
+
+    def _prefilled(self, i: int, k: int, live: _Live) -> None:
+        prompt = live.request.prompt_tokens
+        if min(live.request.output_tokens, self.limit - prompt) > 1:
+            moving = Moving(number=i, request=live.request, prefill=k, live=live)
+            moving.left_bytes = self._tokens(prompt) * self.token_layer_bytes
+            self.prefill[k]._pool.take(self._blocks(moving))
+            self.ready.append(moving)
+            self.all[i] = moving
+
+    def _kept(self) -> list[Callable[[int], int]]:
+        return [keep.tokens for keep, kept in zip(self.plan.kv_keep, self.plan.decode.mha, strict=True) if kept]
+
+    def _tokens(self, prompt: int) -> int:
+        return sum(tokens(prompt) for tokens in self._kept())
+
+    def _blocks(self, moving: Moving) -> int:
+        size = self.decode[0].config.kv_block_tokens
+        return sum(kv_blocks(tokens(moving.request.prompt_tokens), size) for tokens in self._kept())
+
+    def _where(self, moving: Moving) -> int | None:
+        best, most = None, -1.0
+        for k, engine in enumerate(self.decode):
+            free = engine._pool.free_layer_blocks
+            coming = sum(m.to == k for m in (*self.under_way, *self.here))
+            room = free - self._blocks(moving) >= engine._limits.watermark_layer_blocks
+            places = len(engine._running) + coming < engine._limits.max_running
+            share = free / max(engine._pool.layer_blocks, 1)
+            if room and places and not engine._waiting and share > most:
+                best, most = k, share
+        return best
+
+    def _join(self) -> None:
+        for moving in list(self.here):
+            engine, prompt = self.decode[moving.to], moving.request.prompt_tokens
+            if engine._in_iteration:
+                continue
+            self.here.remove(moving)
+            moving.live = replace(
+                moving.live,
+                request=replace(moving.request, request_id=len(engine._all)),
+                output_limit=min(moving.request.output_tokens, self.limit - prompt),
+                computed_tokens=prompt,
+                prefill_tokens=prompt,
+                own_layer_blocks=self._blocks(moving),
+                mha=engine._decode_mha,
+                kv_keep=self.plan.kv_keep if any(keep != KV_KEEP_ALL for keep in self.plan.kv_keep) else None,
+                status=Status.RUNNING,
+                finish_s=math.nan,
+            )
+            engine._all.append(moving.live)
+            engine._running.append(moving.live)
+            engine._wake_up()
+
+    # -- links: whoever is under way on one has its bandwidth / how many they are ---------------------------------
+
+    def _sharing(self, moving: Moving, now_s: float) -> int:
+        def same(other: Moving) -> bool:
+            return self.one_link or other.prefill == moving.prefill
+
+        return sum(same(m) and m.flows_s <= now_s for m in self.under_way)
+
+    def _next_change(self, now_s: float) -> float:
+        times = [math.inf]
+        for moving in self.under_way:
+            if moving.flows_s > now_s:
+                times.append(moving.flows_s - now_s)
+            else:
+                times.append(max(moving.left_bytes, 0.0) * self._sharing(moving, now_s) / self.bytes_per_s)
+        return min(times)
+
+    def _carry(self, now_s: float, until_s: float) -> None:
+        shares = [self._sharing(moving, now_s) if moving.flows_s <= now_s else 0 for moving in self.under_way]
+        for moving, share in zip(self.under_way, shares, strict=True):
+            if share:
+                moving.left_bytes -= (until_s - now_s) * self.bytes_per_s / share
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        found: dict[str, list[float]] = {}
+        for i, (k, first) in enumerate(self.homes):
+            moving = self.all.get(i)
+            live = moving.live if moving is not None else first
+            row = {
+                "prefill_replica": k,
+                "decode_replica": moving.to if moving is not None else -1,
+                "first_token_s": live.first_token_s,
+                "finish_s": live.finish_s,
+                "send_s": moving.send_s if moving is not None else math.nan,
+                "sent_s": moving.sent_s if moving is not None else math.nan,
+                "produced_tokens": live.produced_tokens,
+                "preemptions": live.preemptions,
+                "status": int(live.status),
+            }
+            for name, value in row.items():
+                found.setdefault(name, []).append(value)
+        return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
+
+
+def build(kind: type[PlainEngine], env: simpy.Environment, **words: object) -> PlainEngine:
+    """Return an engine that expects requests which it does not know yet."""
+    engine = kind(env=env, **words)  # type: ignore[arg-type]
+    engine.expects_more = True
+    return engine

@@ -1,0 +1,354 @@
+"""Prefill and decode apart: what is sent, when, and where each KV block is counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import simpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sim.cluster import kernel as ck
+from sim.cost.memory import kv_blocks
+from sim.cost.model_spec import load_model
+from sim.cost.plan import Plan, dense_plan, drop
+from sim.disaggregate.disaggregate import Disaggregated, decode_side, kv_bytes_sent, transfer_reduction, with_prefill
+from sim.disaggregate.links import Link
+from sim.errors import ConfigError, PlanError
+from sim.policies.fixed import static_plan
+from sim.results.records import Status
+from sim.traces.trace import Trace
+from tests.sim.disaggregate.disaggregated_cases import differences, fast_apart, random_apart
+from tests.sim.serving import TINY, linear_latency, tiny_engine
+
+DENSE = dense_plan(TINY)
+KV_BYTES = TINY.kv_bytes_per_token_layer
+
+
+def trace_of(*rows: tuple[float, int, int]) -> Trace:
+    arrival_s, prompts, outputs = zip(*rows, strict=True)
+    return Trace(arrival_s=np.array(arrival_s), prompt_tokens=np.array(prompts), output_tokens=np.array(outputs))
+
+
+def system(
+    trace: Trace,
+    *,
+    plan: Plan = DENSE,
+    prefill: int = 1,
+    decode: int = 1,
+    decode_blocks: int = 1000,
+    bytes_per_s: float = 1e9,
+    more: dict[str, Any] | None = None,
+    **words: Any,
+) -> Disaggregated:
+    return Disaggregated(
+        trace,
+        plan=plan,
+        prefill=[lambda env: tiny_engine(env=env, driven=True, plan=plan, **words)] * prefill,
+        decode=[
+            lambda env: tiny_engine(
+                env=env, driven=True, plan=decode_side(plan), **{**words, "kv_blocks": decode_blocks}
+            )
+        ]
+        * decode,
+        link_bytes_per_s=bytes_per_s,
+        **(more or {}),
+    )
+
+
+def served(trace: Trace, **words: Any) -> Disaggregated:
+    made = system(trace, **words)
+    made.run()
+    return made
+
+
+def test_a_request_is_prefilled_sent_and_decoded_at_the_seconds_of_a_sum_by_hand() -> None:
+    """1 s of prefill; 8 tokens x 3 layers x 128 bytes at 1,536 bytes/s are 2 s; then four more tokens of 1 s."""
+    assert KV_BYTES == 128
+    found = served(trace_of((0.0, 8, 5)), bytes_per_s=1536.0).records()
+    assert found.first_token_s.tolist() == [1.0]
+    assert (found.send_s.tolist(), found.sent_s.tolist()) == ([1.0], [3.0])
+    assert found.sent_bytes.tolist() == [8 * 3 * 128]
+    assert found.finish_s.tolist() == [7.0]
+    assert found.status.tolist() == [Status.FINISHED]
+    assert found.produced_tokens.tolist() == [5]
+
+
+def test_latency_is_paid_once_and_one_token_is_never_sent() -> None:
+    found = served(trace_of((0.0, 8, 2), (10.0, 8, 1)), bytes_per_s=1536.0, more={"link_latency_s": 0.5}).records()
+    assert found.finish_s.tolist() == [4.5, 11.0]
+    assert found.sent_bytes.tolist() == [3072, 0]
+    assert found.decode_replica.tolist() == [0, -1]
+
+
+def test_transfers_share_a_link() -> None:
+    """Both are prefilled at 1 s; 1,536 and 3,072 bytes share 1,536 a second: the short one takes 2 s, the other 3 s."""
+    found = served(trace_of((0.0, 4, 2), (0.0, 8, 2)), bytes_per_s=1536.0).records()
+    assert found.sent_s.tolist() == [3.0, 4.0]
+
+
+def test_each_prefill_replica_has_a_link_of_its_own_unless_told_otherwise() -> None:
+    rows = trace_of((0.0, 8, 2), (0.0, 8, 2))
+    apart = served(rows, prefill=2, bytes_per_s=1536.0).records()
+    shared = served(rows, prefill=2, bytes_per_s=1536.0, more={"one_link": True}).records()
+    assert apart.prefill_replica.tolist() == shared.prefill_replica.tolist() == [0, 1]
+    assert (apart.sent_s.tolist(), shared.sent_s.tolist()) == ([3.0, 3.0], [5.0, 5.0])
+
+
+def test_with_overlap_only_the_last_layer_is_sent_after_the_prompt() -> None:
+    """Two of three layers go while the iteration of 1 s runs; on a slower link they take until 4 s."""
+    rows = trace_of((0.0, 8, 2))
+    fast = served(rows, bytes_per_s=2048.0, more={"overlap": True}).records()
+    slow = served(rows, bytes_per_s=512.0, more={"overlap": True}).records()
+    assert (fast.send_s.tolist(), fast.sent_s.tolist()) == ([0.0], [1.5])
+    assert slow.sent_s.tolist() == [6.0]
+    assert served(rows, bytes_per_s=512.0).records().sent_s.tolist() == [7.0]
+
+
+def test_without_room_to_decode_kv_waits_at_prefill_and_stops_it_in_the_end() -> None:
+    """Decode has place for one. With room for three prompts all are prefilled at once; with less they wait."""
+    rows = trace_of((0.0, 8, 4), (0.0, 8, 4), (0.0, 8, 4))
+    found = served(rows, kv_blocks=4, decode_blocks=3, max_context_tokens=12, max_batch_tokens=8).records()
+    assert found.first_token_s.tolist() == [1.0, 2.0, 3.0]
+    assert (np.diff(found.send_s) >= 3.0 - 1e-6).all()
+    assert (found.status == Status.FINISHED).all()
+    few = served(rows, kv_blocks=3, decode_blocks=3, max_context_tokens=12, max_batch_tokens=8).records()
+    assert few.first_token_s[1] > few.sent_s[0]
+    assert few.first_token_s[2] > few.sent_s[1] > few.finish_s[0]
+
+
+def test_pdtrim_sends_what_its_plan_leaves_and_the_reduction_is_the_papers_formula() -> None:
+    plan = static_plan(TINY, drop_mha=[1], prefill_drop_mha=[], kv_first_tokens=2, kv_last_tokens=2, kv_layers=[2])
+    found = served(trace_of((0.0, 16, 3)), plan=plan).records()
+    assert found.sent_bytes.tolist() == [kv_bytes_sent(TINY, plan, 16)] == [(16 + 4) * 128]
+    layers, removed, shortened, fraction = 3, 1, 1, 4 / 16
+    assert transfer_reduction(plan, 16) == layers / (layers - removed - shortened + shortened * fraction)
+    assert transfer_reduction(plan, 16) == kv_bytes_sent(TINY, DENSE, 16) / kv_bytes_sent(TINY, plan, 16)
+    assert transfer_reduction(static_plan(TINY, drop_mha=[0, 1, 2], prefill_drop_mha=[]), 16) == math.inf
+
+
+def test_the_papers_reduction_needs_about_25_of_32_layers_shortened() -> None:
+    """arXiv 2509.04467: 4.95x less; here 25 layers send 4 + 60 tokens of 2,048."""
+    llama = load_model("llama2_7b")
+    plan = static_plan(llama, kv_first_tokens=4, kv_last_tokens=60, kv_layers=list(range(25)))
+    assert (
+        4.0
+        < transfer_reduction(plan, 2048)
+        < 4.95
+        < transfer_reduction(static_plan(llama, kv_first_tokens=4, kv_last_tokens=60, kv_layers=list(range(27))), 2048)
+    )
+
+
+def test_prefill_holds_its_own_weights_and_decode_only_its_own() -> None:
+    plan = static_plan(TINY, drop_mha=[0, 1], drop_ffn=[2], prefill_drop_mha=[], prefill_drop_ffn=[])
+    made = system(trace_of((0.0, 8, 2)), plan=plan)
+    prefill, decode = (side[0].engine.observe(0.0) for side in (made.prefill, made.decode))
+    dropped = 2 * TINY.mha_params + TINY.ffn_params
+    assert prefill.weight_bytes - decode.weight_bytes == dropped * TINY.weight_dtype_bytes
+
+
+def test_decode_is_charged_as_if_its_kv_was_made_by_prefills_mask() -> None:
+    plan = static_plan(TINY, drop_mha=[0], prefill_drop_mha=[])
+    seen = with_prefill(lambda p: 1.0 + sum(not keep for keep in p.prefill.mha), plan.prefill)
+    assert seen is not None
+    assert seen(decode_side(plan)) == 1.0
+
+
+@st.composite
+def systems(draw: Any) -> tuple[Trace, dict[str, Any]]:
+    count = draw(st.integers(1, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 30)))
+    rows = zip(
+        np.cumsum(rng.exponential(draw(st.sampled_from([0.0, 0.3, 2.0])), count)).tolist(),
+        rng.integers(1, draw(st.sampled_from([6, 40])), count).tolist(),
+        rng.integers(1, draw(st.sampled_from([3, 25])), count).tolist(),
+        strict=True,
+    )
+    mha = [layer for layer in range(3) if rng.random() < 0.3]
+    kv = {"kv_first_tokens": 2, "kv_last_tokens": 3, "kv_layers": [0, 2]} if rng.random() < 0.4 else {}
+    words = {
+        "plan": static_plan(TINY, drop_mha=mha, drop_ffn=mha[:1], prefill_drop_mha=mha[:1], prefill_drop_ffn=[], **kv),
+        "prefill": int(rng.integers(1, 4)),
+        "decode": int(rng.integers(1, 4)),
+        "kv_blocks": int(rng.choice([25, 60, 300])),
+        "decode_blocks": int(rng.choice([25, 60, 300])),
+        "bytes_per_s": float(rng.choice([500.0, 5e3, 1e6])),
+        "max_batch_tokens": int(rng.choice([4, 16, 64])),
+        "max_running": int(rng.choice([1, 3, 8])),
+        "scheduler": str(rng.choice(["chunked", "prefill_first"])),
+        "latency": linear_latency(base_s=0.3, token_s=0.01, context_s=0.001),
+        "more": {
+            "overlap": bool(rng.random() < 0.5),
+            "one_link": bool(rng.random() < 0.5),
+            "link_latency_s": float(rng.choice([0.0, 0.1])),
+        },
+    }
+    return trace_of(*rows), words
+
+
+@given(made=systems())
+@settings(max_examples=120, deadline=None)
+def test_whatever_comes_nobody_is_lost_and_every_kv_block_is_counted_once(made: tuple[Trace, dict[str, Any]]) -> None:
+    trace, words = made
+    pair = system(trace, **words)
+    plan, checked = pair.plan, 0
+
+    def blocks(request: int) -> int:
+        prompt = int(trace.prompt_tokens[request])
+        kept = zip(plan.kv_keep, plan.decode.mha, strict=True)
+        return sum(kv_blocks(keep.tokens(prompt), 4) for keep, runs in kept if runs)
+
+    def check() -> None:
+        """Blocks in use are those of who runs, of KV that waits or is on its way (prefill), or comes (decode)."""
+        nonlocal checked
+        checked += 1
+        now_s, sent = pair.env.now, pair._sent
+        for sides, column, waits in ((pair.prefill, 0, True), (pair.decode, 2, False)):
+            for number, side in enumerate(sides):
+                state = side.engine.observe(now_s)
+                held = sum(holder.layer_blocks for holder in side.engine.holders())
+                mine = np.flatnonzero(pair._home[:, column] == number)
+                if waits:  # prefilled, and not yet arrived at decode
+                    there = [r for r in mine if _prefilled(pair, r) and not np.isfinite(sent[r, 1])]
+                else:  # given room, and not yet joined
+                    there = [r for r in mine if pair._home[r, 3] < 0]
+                    there += [r for r, (_, to) in pair._early.items() if to == number]
+                assert side.held_blocks == sum(blocks(r) for r in there)
+                assert state.kv_used_layer_blocks == held + side.held_blocks
+                assert 0 <= state.kv_used_layer_blocks <= state.kv_layer_blocks
+
+    original = pair._send_those_ready
+
+    def send_and_check() -> None:
+        original()
+        check()
+
+    pair._send_those_ready = send_and_check  # type: ignore[method-assign]
+    pair.run()
+    records = pair.records()
+    assert checked > 0
+    assert pair.drained
+    assert len(records) == len(trace)
+    assert np.isin(records.status, (Status.FINISHED, Status.REJECTED)).all()
+    finished = records.status == Status.FINISHED
+    assert (records.produced_tokens[finished] <= trace.output_tokens[finished]).all()
+    assert (records.finish_s[finished] >= records.first_token_s[finished]).all()
+    shipped = np.isfinite(records.sent_s)
+    assert (records.sent_s[shipped] >= np.maximum(records.send_s[shipped], records.first_token_s[shipped])).all()
+    assert (records.decode_replica[shipped] >= 0).all()
+    assert pair.kv_counted() == (0, 0)
+    # Bytes are conserved: what was sent has arrived, is what the plan says, and took the time that the link needs.
+    total = sum(kv_bytes_sent(TINY, plan, int(p)) for p in trace.prompt_tokens[shipped])
+    assert total == records.sent_bytes.sum() == sum(link.sent_bytes for link in pair.links)
+    for link in pair.links:
+        assert link.arrived_bytes == link.sent_bytes
+        assert link.under_way == 0
+        assert link.busy_s * link.bytes_per_s == pytest.approx(link.sent_bytes, rel=1e-9, abs=1e-6)
+
+
+def _prefilled(pair: Disaggregated, request: int) -> bool:
+    number, row = pair._home[request, :2]
+    if row < 0 or pair._output_limit(int(request)) < 2:
+        return False
+    return bool(pair.prefill[number].engine.rows(np.array([row]))[0][0, 6] == Status.FINISHED)
+
+
+@given(sizes=st.lists(st.tuples(st.floats(0, 10), st.integers(0, 5000)), min_size=1, max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_a_link_gives_each_transfer_an_equal_share(sizes: list[tuple[float, int]]) -> None:
+    """Against the plain picture: step by step, whoever is under way has bandwidth / count until the next change."""
+    env, ends = simpy.Environment(), {}
+    link = Link(env, 1000.0)
+
+    def one(i: int, at_s: float, size: int) -> Any:
+        yield env.timeout(at_s)
+        yield from link.send(size)
+        ends[i] = env.now
+
+    for i, (at_s, size) in enumerate(sizes):
+        env.process(one(i, at_s, size))
+    env.run(until=1000.0)
+    left, expected, now_s = {}, {}, 0.0
+    coming = sorted((at_s, i) for i, (at_s, _) in enumerate(sizes))
+    while coming or left:
+        first_s = now_s + min(left.values()) * len(left) / 1000.0 if left else math.inf
+        at_s = min(first_s, coming[0][0]) if coming else first_s
+        for i in left:
+            left[i] -= (at_s - now_s) * 1000.0 / len(left)
+        now_s = at_s
+        for i in [i for i, rest in left.items() if rest <= 1e-7]:
+            expected[i] = now_s
+            del left[i]
+        while coming and coming[0][0] <= now_s:
+            _, i = coming.pop(0)
+            left[i] = float(sizes[i][1])
+        for i in [i for i, rest in left.items() if rest <= 1e-7]:
+            expected[i] = now_s
+            del left[i]
+    assert ends == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("first", range(0, 120, 20))
+def test_the_system_leaves_the_records_of_the_plain_one(first: int) -> None:
+    for seed in range(first, first + 20):
+        found = differences(random_apart(seed))
+        assert found == [], f"seed {seed}; `make fuzz KIND=apart FIRST={seed} CASES=1` shrinks it"
+
+
+def test_the_random_systems_meet_what_has_rules() -> None:
+    met = dict.fromkeys(("waited for room", "preempted", "rejected", "windowed KV", "nested"), 0)
+    for seed in range(120):
+        case = random_apart(seed)
+        made = fast_apart(case)
+        made.run()
+        records = made.records()
+        met["waited for room"] += bool((records.send_s > records.first_token_s + 1e-9).any())
+        met["preempted"] += bool((records.preemptions > 0).any())
+        met["rejected"] += bool((records.status == Status.REJECTED).any())
+        met["windowed KV"] += any(keep.tokens(99) < 99 for keep in case.plan.kv_keep)
+        met["nested"] += case.plan.prefill != case.plan.decode
+    assert min(met.values()) >= 5, met
+
+
+def test_two_runs_leave_identical_records() -> None:
+    rows = trace_of(*((0.4 * i, 5 + i % 7, 3 + i % 5) for i in range(40)))
+    words: dict[str, Any] = {
+        "prefill": 2,
+        "decode": 2,
+        "decode_blocks": 30,
+        "bytes_per_s": 3e3,
+        "max_context_tokens": 20,
+    }
+    first, second = (served(rows, **words).records() for _ in range(2))
+    for field in dataclasses.fields(first):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), field.name
+
+
+def test_what_cannot_be_is_an_error_that_says_what_can() -> None:
+    rows = trace_of((0.0, 8, 2))
+    with pytest.raises(ConfigError, match="0 prefill and 1 decode replicas"):
+        system(rows, prefill=0)
+    with pytest.raises(ConfigError, match=r"link\.bytes_per_s is 0"):
+        system(rows, bytes_per_s=0.0)
+    nested = dataclasses.replace(DENSE, prefill=drop(TINY, mha=[1]))
+    with pytest.raises(PlanError, match="decode keeps MHA1 but prefill drops it"):
+        Disaggregated(rows, plan=nested, prefill=[lambda env: tiny_engine(env=env, driven=True)],
+                      decode=[lambda env: tiny_engine(env=env, driven=True)], link_bytes_per_s=1.0)  # fmt: skip
+    with pytest.raises(ConfigError, match="KV blocks of one size"):
+        Disaggregated(rows, plan=DENSE, prefill=[lambda env: tiny_engine(env=env, driven=True)],
+                      decode=[lambda env: tiny_engine(env=env, driven=True, kv_block_tokens=8)],
+                      link_bytes_per_s=1.0)  # fmt: skip
+
+
+def test_room_is_kept_for_no_more_than_may_run_and_fit() -> None:
+    side = system(trace_of((0.0, 8, 2)), max_running=3, decode_blocks=10).decode[0]
+    pool = side.engine.observe(0.0).kv_layer_blocks
+    assert pool == 10 * TINY.num_layers
+    assert ck.free_share(side.table, 30, 0) == 1.0
+    assert ck.free_share(side.table, 31, 0) == -1.0
+    assert ck.free_share(side.table, 1, 3) == -1.0

@@ -1,0 +1,113 @@
+"""``python -m sim.disaggregate``, and the plans that PDTrim's experiment compares."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from sim.config import CONF_DIR
+from sim.cost.model_spec import load_model
+from sim.cost.plan import check_plan, dense_plan
+from sim.cost.quality import load_quality
+from sim.disaggregate.run import disaggregate_command, plan_of, run
+from sim.errors import ConfigError
+from sim.policies import Served
+from sim.policies.pdtrim import KINDS, pdtrim, sent_tokens
+
+SMOL = load_model("smollm2_135m")
+SERVED = Served(model=SMOL)
+FILES = {"order": "smollm2_135m_pdtrim", "attention": "smollm2_135m_attention", "quality": "smollm2_135m"}
+SHORT = ["trace.duration_s=20"]
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("disaggregate", overrides=[*SHORT, *overrides])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dense", "searched")])
+def test_a_kind_is_as_strong_as_its_quality_allows_and_no_stronger(kind: str) -> None:
+    table, dense = load_quality("smollm2_135m"), dense_plan(SMOL)
+    weak, strong = (pdtrim(SERVED, kind=kind, most_perplexity=most, **FILES).first_plan for most in (1.1, 1.6))
+    for plan, most in ((weak, 1.1), (strong, 1.6)):
+        check_plan(SMOL, plan)
+        assert 1.0 < table.perplexity(plan) / table.perplexity(dense) <= most
+    assert sent_tokens(strong, 128) < sent_tokens(weak, 128) <= sent_tokens(dense, 128)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dense", "searched")])
+def test_a_kind_sends_no_more_than_it_may(kind: str) -> None:
+    plan = pdtrim(SERVED, kind=kind, most_sent=0.5, **FILES).first_plan
+    assert 0.3 * 30 * 128 < sent_tokens(plan, 128) <= 0.5 * 30 * 128
+    assert plan.prefill.contains(plan.decode)
+    if kind == "blocks":
+        assert plan.prefill != plan.decode
+
+
+def test_the_strongest_searched_pair_of_sets_within_a_quality_is_taken() -> None:
+    searches = json.loads((CONF_DIR / "score" / "smollm2_135m_pdtrim.json").read_text(encoding="utf-8"))["searches"]
+    table, dense = load_quality("smollm2_135m"), dense_plan(SMOL)
+    found = {
+        most: pdtrim(SERVED, kind="searched", most_perplexity=most, **FILES).first_plan for most in (1.3, 1.5, 9.0)
+    }
+    for most, plan in found.items():
+        assert plan.prefill.contains(plan.decode)
+        assert table.perplexity(plan) / table.perplexity(dense) <= most
+        dropped = [sum(not kept for kept in (*mask.mha, *mask.ffn)) for mask in (plan.prefill, plan.decode)]
+        assert dropped in [[len(pair["prefill"]), len(pair["decode"])] for pair in searches]
+    assert found[1.5].prefill != found[1.5].decode
+    assert sum(dropped) == max(len(pair["prefill"]) + len(pair["decode"]) for pair in searches)
+    with pytest.raises(ConfigError, match=r"no plan of policy\.kind=searched meets"):
+        pdtrim(SERVED, kind="searched", most_sent=0.5, **FILES)
+
+
+def test_what_pdtrim_cannot_do_is_an_error_that_says_what_it_can() -> None:
+    with pytest.raises(ConfigError, match=r"unknown policy\.kind 'block'; did you mean 'blocks'"):
+        pdtrim(SERVED, kind="block", most_sent=0.5, **FILES)
+    with pytest.raises(ConfigError, match="give one of them, the other null"):
+        pdtrim(SERVED, kind="kv", **FILES)
+    with pytest.raises(ConfigError, match=r"meets most_perplexity=None, most_sent=0\.0"):
+        pdtrim(SERVED, kind="kv", most_sent=0.0, **FILES)
+    with pytest.raises(ConfigError, match="there is no score 'x'"):
+        pdtrim(SERVED, kind="kv", most_sent=0.5, **{**FILES, "order": "x"})
+    with pytest.raises(ConfigError, match="choose a fixed policy"):
+        plan_of(config("policy=greedy_stop"))
+
+
+def test_a_run_folder_says_what_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sim.disaggregate", *SHORT, f"hydra.run.dir={tmp_path}"])
+    disaggregate_command()
+    records = pd.read_parquet(tmp_path / "records.parquet")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"] == len(records) == summary["requests"]
+    sent = records.sent_bytes[records.sent_bytes > 0]
+    assert (sent == records.prompt_tokens[sent.index] * 16384 * 32).all()  # Llama-2-7B: 16,384 bytes a token a layer
+    assert summary["sent_bytes_mean"] == sent.mean()
+    assert summary["transfer_reduction"] == 1.0
+
+
+def test_apart_decode_is_not_held_up_by_prompts() -> None:
+    together = run(config("prefill_replicas=0", "decode_replicas=4", "trace.rate_rps=16"))[1]
+    apart = run(config("trace.rate_rps=16"))[1]
+    assert together["sent_bytes_mean"] is None
+    assert apart["requests"] == together["requests"] == apart["finished"]
+    assert apart["itl_s"]["p99"] < together["itl_s"]["p99"]
+
+
+def test_a_pruned_plan_is_charged_for_both_stages() -> None:
+    words = ["model=smollm2_135m", "gpu=cpu_epyc_1thread", "engine=small", "trace=small", "budget.share=0.3",
+             "workspace_bytes=1e8", "policy=pdtrim", "link_bytes_per_s=1e7"]  # fmt: skip
+    records, summary = run(config(*words))
+    plan = plan_of(config(*words))
+    assert 1.0 < summary["perplexity_ratio"] <= 1.3
+    assert summary["transfer_reduction"] > 1.0
+    assert np.isfinite(records.quality_nll).all()
+    assert "decode" in summary["plan"]
+    assert plan.prefill != plan.decode

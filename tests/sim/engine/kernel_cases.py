@@ -1,0 +1,312 @@
+"""Random replays for comparing the compiled engine with the plain one: made from a seed, shrunk when they differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sim.cost.latency import LatencyModel, calibration_from_dict
+from sim.cost.memory import budget_for_kv_blocks, layer_weight_bytes
+from sim.cost.plan import KeepMask, KVKeep, Plan, dense_plan
+from sim.engine.budget import Budget, stepped
+from sim.engine.protocol import EngineConfig, EngineState, Request, Restore
+from sim.engine.scheduler import Limits, SchedulerName
+from sim.engine.sim_engine import SimEngine
+from sim.errors import BudgetError
+from tests.sim.engine.plain_engine import PlainEngine
+from tests.sim.serving import TINY, linear_latency
+
+RELATIVE = 1e-9
+LATE_S = 1e6
+DENSE = dense_plan(TINY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One replay: requests, decisions as they are made and those known beforehand, a budget, and how it serves."""
+
+    requests: tuple[tuple[float, int, int], ...]
+    plans: tuple[tuple[float, Plan], ...]
+    scheduled: tuple[tuple[float, Plan], ...]
+    ticks_s: tuple[float, ...]
+    first_plan: Plan
+    kv_blocks: int
+    budget_steps: tuple[tuple[float, float], ...]
+    config: EngineConfig
+    latency: LatencyModel
+    host_to_device_bytes_per_s: float
+    copy_slowdown: float
+
+    def hash_ids(self, prompt: int, output: int) -> tuple[int, ...]:
+        """Return the hash ids of a prompt: it begins as others do, then goes on by itself."""
+        count = -(-prompt // self.config.hash_block_tokens)
+        alike = (7 * prompt + output) % 9
+        return tuple(
+            200 * ((prompt + output) % 2) + i if i < alike else 200 * (2 + (83 * prompt + output) % 500) + i
+            for i in range(count)
+        )
+
+    def asked(self) -> list[Request]:
+        """Return the requests, with their hash ids."""
+        return [
+            Request(request_id=i, arrival_s=a, prompt_tokens=p, output_tokens=o, hash_ids=self.hash_ids(p, o))
+            for i, (a, p, o) in enumerate(self.requests)
+        ]
+
+    def budget(self) -> Budget:
+        """Return the budget: the given KV blocks beside the first plan, then steps relative to that."""
+        first = budget_for_kv_blocks(TINY, self.first_plan, self.kv_blocks, 0, self.config.kv_block_tokens)
+        room = layer_weight_bytes(TINY)
+        steps = [(time_s, max(1, int(first + share * room))) for time_s, share in self.budget_steps]
+        return stepped([(0.0, first), *steps])
+
+
+def quality_nll(plan: Plan) -> float:
+    """Return a made-up quality that tells all plans apart."""
+    score = 1.0
+    for layer, (mha, ffn, bits) in enumerate(zip(plan.decode.mha, plan.decode.ffn, plan.weight_bits, strict=True)):
+        score += (2 + layer) * 0.1 * (not mha) + (3 + layer) * 0.01 * (not ffn) + 0.001 * (16 - bits)
+    return score + sum(0.5 * (not keep) for keep in (*plan.prefill.mha, *plan.prefill.ffn))
+
+
+def random_plan(rng: np.random.Generator) -> Plan:
+    """Return a plan of the tiny model: often dense or close to it."""
+    layers = TINY.num_layers
+    keep = rng.choice([0.5, 0.85, 1.0])
+    decode_mha, decode_ffn = rng.random(layers) < keep, rng.random(layers) < keep
+    prefill_mha, prefill_ffn = decode_mha, decode_ffn
+    if rng.random() < 0.3:
+        prefill_mha, prefill_ffn = decode_mha | (rng.random(layers) < 0.5), decode_ffn | (rng.random(layers) < 0.5)
+    bits = rng.choice([16, 16, 8, 4], layers) if rng.random() < 0.3 else np.full(layers, 16)
+    kv_keep = [KVKeep()] * layers
+    if rng.random() < 0.15:
+        kv_keep = [
+            KVKeep(first_tokens=int(rng.integers(0, 6)), last_tokens=int(rng.integers(1, 12)))
+            if rng.random() < 0.6
+            else KVKeep()
+            for _ in range(layers)
+        ]
+
+    def flags(mask: Any) -> tuple[bool, ...]:
+        return tuple(bool(x) for x in mask)
+
+    return Plan(
+        decode=KeepMask(mha=flags(decode_mha), ffn=flags(decode_ffn)),
+        prefill=KeepMask(mha=flags(prefill_mha), ffn=flags(prefill_ffn)),
+        weight_bits=tuple(int(b) for b in bits),
+        kv_keep=tuple(kv_keep),
+        max_running=int(rng.integers(1, 12)) if rng.random() < 0.15 else None,
+        admit=int(rng.integers(0, 8)) if rng.random() < 0.15 else None,
+    )
+
+
+def random_latency(rng: np.random.Generator) -> LatencyModel:
+    """Return a price: round numbers, at which many things happen at one moment, or ragged ones."""
+    if rng.random() < 0.3:
+        return linear_latency(base_s=1.0)
+    if rng.random() < 0.5:
+        return linear_latency(base_s=0.5, token_s=float(rng.random() / 50), context_s=float(rng.random() / 300))
+
+    def rising(*shape: int) -> list[Any]:
+        table = np.cumsum(rng.random(shape) * 1e4, axis=-1)
+        return (np.cumsum(table, axis=0) if len(shape) > 1 else table).tolist()
+
+    tables: dict[str, Any] = {
+        "tokens": [1, 7, 30, 200],
+        "linear_us": {bits: {"mha": rising(4), "ffn": rising(4)} for bits in ("16", "8", "4")},
+        "token_us": rising(4),
+        "sequences": [1, 4, 20],
+        "head_us": rising(3),
+        "prefill_attention": {"tokens": [1, 16, 128], "context": [1.0, 20.0, 100.0], "us": rising(3, 3)},
+        "decode_attention": {"batch": [1, 6, 16], "context": [1.0, 30.0, 200.0], "us": rising(3, 3)},
+    }
+    return calibration_from_dict({**linear_description(float(rng.random() * 1e5)), "tables": tables})
+
+
+def linear_description(fixed_us: float) -> dict[str, Any]:
+    """Return what a calibration says beside its tables."""
+    return {
+        "schema": 1,
+        "name": "made up",
+        "model": TINY.name,
+        "device": "none",
+        "kind": "composed",
+        "fixed_us": fixed_us,
+        "fixed_source": "made up",
+        "errors": {},
+        "validation": "none",
+        "sources": [],
+        "notes": [],
+    }
+
+
+def random_case(seed: int) -> Case:
+    """Return the case of a seed."""
+    rng = np.random.default_rng(seed)
+    round_times = rng.random() < 0.4
+    count = int(rng.integers(1, 60))
+    gap_s = float(rng.choice([0.0, 0.2, 1.0, 4.0]))
+    arrivals = np.cumsum(rng.exponential(gap_s, count) * (rng.random(count) < 0.8)) if gap_s else np.zeros(count)
+    if round_times:
+        arrivals = np.round(arrivals)
+    prompts = rng.integers(1, int(rng.choice([8, 40, 150])), count)
+    outputs = rng.integers(1, int(rng.choice([3, 20, 80])), count)
+    plans, ticks, steps = [], [], []
+    if rng.random() < 0.7:
+        time_s = 0.0
+        several = [random_plan(rng) for _ in range(int(rng.integers(1, 5)))]
+        for _ in range(int(rng.integers(1, 12))):
+            time_s += float(rng.exponential(8.0))
+            plans.append((round(time_s) if round_times else time_s, several[int(rng.integers(len(several)))]))
+    if rng.random() < 0.5:
+        ticks = [float(t) for t in np.cumsum(rng.integers(1, 9, int(rng.integers(1, 20))))]
+    if rng.random() < 0.5:
+        time_s = 0.0
+        for _ in range(int(rng.integers(1, 8))):
+            time_s += float(rng.integers(1, 20)) if round_times else float(rng.exponential(10.0)) + 1e-3
+            steps.append((time_s, float(rng.choice([-1.5, -0.7, -0.2, 0.0, 0.5]))))
+    scheduler: SchedulerName = "chunked" if rng.random() < 0.65 else "prefill_first"
+    restore: Restore = "new_requests" if rng.random() < 0.6 else "recompute"
+    beforehand = plans and rng.random() < 0.4
+    at = int(rng.integers(0, len(plans) + 1)) if beforehand else 0
+    kv_block_tokens = int(rng.choice([1, 2, 4, 16]))
+    return Case(
+        requests=tuple((float(a), int(p), int(o)) for a, p, o in zip(arrivals, prompts, outputs, strict=True)),
+        plans=tuple(plans[at:]),
+        scheduled=tuple(plans[:at] if rng.random() < 0.5 else plans[::2][:at]),
+        ticks_s=tuple(ticks),
+        first_plan=DENSE if rng.random() < 0.6 else random_plan(rng),
+        kv_blocks=int(rng.choice([12, 30, 60, 400])),
+        budget_steps=tuple(steps),
+        config=EngineConfig(
+            scheduler=scheduler,
+            limits=Limits(
+                max_batch_tokens=int(rng.choice([3, 8, 64, 512])),
+                max_running=int(rng.choice([1, 3, 8, 40])),
+                long_prefill_tokens=int(rng.choice([0, 0, 0, 5])),
+                reserve_full_prompt=bool(rng.random() < 0.6),
+            ),
+            kv_block_tokens=kv_block_tokens,
+            kv_watermark_share=float(rng.choice([0.0, 0.0, 0.1])),
+            reuse_preempted_kv=bool(rng.random() < 0.5),
+            max_context_tokens=int(rng.choice([60, 4096])),
+            restore=restore,
+            prefix_caching=bool(rng.random() < 0.4),
+            hash_block_tokens=kv_block_tokens * int(rng.choice([1, 1, 2, 4])),
+        ),
+        latency=random_latency(rng),
+        host_to_device_bytes_per_s=float(rng.choice([2e3, 2e4, 1e6])),
+        copy_slowdown=float(rng.choice([0.0, 0.3])),
+    )
+
+
+def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:
+    """Return the engine after a case, and what could be seen of it on the way."""
+    engine = kind(
+        model=TINY,
+        latency=case.latency,
+        config=case.config,
+        plan=case.first_plan,
+        budget_bytes=case.budget(),
+        host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
+        copy_slowdown=case.copy_slowdown,
+        quality_nll=quality_nll,
+    )
+    engine.submit(case.asked())
+    engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])
+    states = []
+    changes = dict(case.plans)
+    for index, time_s in enumerate(sorted({*changes, *case.ticks_s})):
+        states.append(engine.run_until(time_s))
+        if time_s in changes:
+            engine.apply(changes[time_s])
+        if index % 3 == 1:
+            states.append(engine.run_until(time_s))  # asked twice, it stands where it stood
+    engine.run_until(math.inf)
+    states.append(engine.run_until(LATE_S))  # the clock may stand at different moments after all is done
+    return engine, states
+
+
+def differences(case: Case) -> list[str]:
+    """Return what differs between the two engines, none when they agree (or both refuse the case alike)."""
+    served = []
+    for kind in (PlainEngine, SimEngine):
+        try:
+            served.append(serve(kind, case))
+        except BudgetError as error:
+            served.append(str(error))
+    plain, fast = served
+    if isinstance(plain, str) or isinstance(fast, str):
+        return [] if plain == fast else [f"plain: {plain}; compiled: {fast}"]
+    found = []
+    for name in ("records", "iterations", "token_gaps", "transitions"):
+        ours, theirs = getattr(plain[0], name)(), getattr(fast[0], name)()
+        if name == "token_gaps":
+            ours, theirs = merged(ours), merged(theirs)
+        found += [f"{name}.{what}" for what in unequal(ours, theirs)]
+    found += [
+        f"state {i}: {what}" for i, (a, b) in enumerate(zip(plain[1], fast[1], strict=True)) for what in unequal(a, b)
+    ]
+    return found
+
+
+def merged(gaps: Any) -> Any:
+    """Return gaps with those that only rounding tells apart put together."""
+    order = np.argsort(gaps.itl_s)
+    itl_s, count = gaps.itl_s[order], gaps.count[order]
+    new = np.diff(itl_s, prepend=-1.0) > RELATIVE * np.maximum(itl_s, 1e-3)
+    first = np.flatnonzero(new)
+    return replace(gaps, itl_s=itl_s[first], count=np.add.reduceat(count, first) if len(first) else count)
+
+
+def unequal(ours: Any, theirs: Any) -> Iterator[str]:
+    """Yield which fields differ: floats by more than rounding, the rest at all."""
+    for field in dataclasses.fields(ours):
+        a, b = getattr(ours, field.name), getattr(theirs, field.name)
+        if field.name in ("plan", "target") or isinstance(a, tuple):
+            if a != b:
+                yield f"{field.name}: {a} and {b}"
+            continue
+        a, b = np.asarray(a), np.asarray(b)
+        if a.shape != b.shape:
+            yield f"{field.name}: {len(np.atleast_1d(a))} and {len(np.atleast_1d(b))} entries"
+        elif a.dtype.kind == "f":
+            if not np.allclose(a, b, rtol=RELATIVE, atol=1e-9, equal_nan=True):
+                where = np.flatnonzero(~np.isclose(a, b, rtol=RELATIVE, atol=1e-9, equal_nan=True).ravel())
+                yield f"{field.name}: first at {where[0]}: {a.ravel()[where[0]]} and {b.ravel()[where[0]]}"
+        elif not np.array_equal(a, b):
+            where = np.flatnonzero(a.ravel() != b.ravel())
+            yield f"{field.name}: first at {where[0]}: {a.ravel()[where[0]]} and {b.ravel()[where[0]]}"
+
+
+def shrunk(case: Case) -> Case:
+    """Return a smaller case that still differs: fewer requests, plans, ticks and steps, shorter texts."""
+    smaller = True
+    while smaller:
+        smaller = False
+        for candidate in _smaller(case):
+            if differences(candidate):
+                case, smaller = candidate, True
+                break
+    return case
+
+
+def _smaller(case: Case) -> Iterator[Case]:
+    for field in ("requests", "plans", "scheduled", "ticks_s", "budget_steps"):
+        rows = getattr(case, field)
+        size = len(rows) // 2
+        while size:
+            for start in range(0, len(rows), size):
+                yield replace(case, **{field: rows[:start] + rows[start + size :]})
+            size //= 2
+        if len(rows) == 1:
+            yield replace(case, **{field: ()})
+    for i, (arrival_s, prompt, output) in enumerate(case.requests):
+        for row in ((arrival_s, prompt // 2, output), (arrival_s, prompt, output // 2)):
+            if min(row[1:]) >= 1:
+                yield replace(case, requests=(*case.requests[:i], row, *case.requests[i + 1 :]))

@@ -1,0 +1,90 @@
+"""A fleet's engines leave the records that they leave on SimPy's clock, and are seen alike."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sim.engine import batch_step as fleet
+from sim.engine.batch_step import Fleet
+from sim.engine.plan_graph import PlanBook
+from sim.engine.protocol import EngineState, Request
+from sim.engine.sim_engine import SimEngine
+from sim.errors import BudgetError, ConfigError
+from tests.sim.engine.kernel_cases import Case, quality_nll, random_case, random_plan, unequal
+from tests.sim.serving import TINY
+
+TICK_S, TICKS = 2.5, 25
+
+
+def build(case: Case, **words: Any) -> SimEngine:
+    engine = SimEngine(
+        model=TINY,
+        latency=case.latency,
+        config=case.config,
+        plan=case.first_plan,
+        budget_bytes=case.budget(),
+        host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
+        copy_slowdown=case.copy_slowdown,
+        quality_nll=quality_nll,
+        **words,
+    )
+    engine.submit(
+        [
+            Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
+            for i, (arrival_s, prompt, output) in enumerate(case.requests)
+        ]
+    )
+    return engine
+
+
+def assert_seen(row: Any, state: EngineState) -> None:
+    for column, name in enumerate(
+        name.lower() for name in vars(fleet) if name.isupper() and name not in ("SEEN_COLUMNS",)
+    ):
+        assert row[column] == pytest.approx(getattr(state, name), rel=1e-12), name
+
+
+@pytest.mark.parametrize("first", range(0, 60, 4))
+@pytest.mark.parametrize("memory", [2, 16384])
+def test_engines_of_a_fleet_serve_as_on_simpys_clock(first: int, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.engine.sim_engine.MEMORY_OF_PLANS", memory)
+    rng = np.random.default_rng(first)
+    plans = [random_plan(rng) for _ in range(5)]
+    cases = []
+    for seed in range(first, first + 4):
+        try:
+            build(random_case(seed))
+            cases.append(random_case(seed))
+        except BudgetError:
+            continue
+    together, alone = Fleet(len(cases), plans), [build(case) for case in cases]
+    book = PlanBook(TINY, quality_nll)
+    for at, case in enumerate(cases):
+        together.place(at, build(case, book=book, driven=True))
+    wanted = np.full(len(cases), -1)
+    for tick in range(1, TICKS + 1):
+        until_s = np.full(len(cases), math.inf if tick == TICKS else tick * TICK_S)
+        seen = together.step(wanted, until_s)
+        for row, engine, time_s in zip(seen, alone, until_s.tolist(), strict=True):
+            state = engine.run_until(time_s)
+            if tick < TICKS:
+                assert_seen(row, state)
+        wanted = np.where(rng.random(len(cases)) < 0.3, rng.integers(0, len(plans), len(cases)), -1)
+        for engine, plan in zip(alone, wanted.tolist(), strict=True):
+            if plan >= 0 and tick < TICKS - 1:
+                engine.apply(plans[plan])
+        if tick >= TICKS - 1:
+            wanted[:] = -1
+    for at, engine in enumerate(alone):
+        for name in ("records", "iterations", "transitions"):
+            assert list(unequal(getattr(engine, name)(), getattr(together.engine(at), name)())) == [], name
+    assert sum(len(engine.transitions()) for engine in alone) > 0
+
+
+def test_an_empty_place_is_named() -> None:
+    with pytest.raises(ConfigError, match="place 1 of the fleet is empty"):
+        Fleet(2, []).engine(1)

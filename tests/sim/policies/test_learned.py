@@ -1,0 +1,139 @@
+"""Learned policies: the network by hand, files that do not fit refused, and a plan that fits memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sim.arrays import write_arrays
+from sim.cost.memory import peak_bytes
+from sim.cost.model_spec import load_model
+from sim.engine.protocol import EngineState
+from sim.errors import ConfigError
+from sim.policies.base import Served
+from sim.policies.learned import Network, learned_prune, prune_network, read_learned
+from sim.policies.observation.prune import mask_of, prune_table
+from tests.sim.serving import TINY, tiny_engine
+
+
+def seen(budget_bytes: int, running: int = 0, running_tokens: int = 0) -> EngineState:
+    state = tiny_engine().run_until(0.0)
+    return dataclasses.replace(
+        state,
+        budget_bytes=budget_bytes,
+        next_budget_bytes=budget_bytes,
+        running=running,
+        running_tokens=running_tokens,
+    )
+
+
+def exported(folder: Path, **changed: Any) -> Path:
+    """A policy for TINY with seeded random weights, written as agents.export writes it."""
+    table = prune_table(TINY)
+    rng = np.random.default_rng(0)
+    sizes = [(7, table.features), (len(table.actions), 7)]
+    arrays = {}
+    for i, size in enumerate(sizes):
+        arrays[f"{i}.weight"] = rng.normal(size=size).astype(np.float32)
+        arrays[f"{i}.bias"] = rng.normal(size=size[0]).astype(np.float32)
+    about = {
+        "task": "PruneToBudget",
+        "model": TINY.name,
+        "layers": [list(size) for size in sizes],
+        "activation": "relu",
+        "environment": {},
+        "actions": list(table.actions),
+        "observation": table.rows(),
+        **changed,
+    }
+    write_arrays(folder / "policy.safetensors", arrays)
+    (folder / "policy.json").write_text(json.dumps(about))
+    return folder / "policy.json"
+
+
+def test_the_network_is_the_perceptron_it_says() -> None:
+    network = Network(
+        (np.array([[1.0, -1.0]], dtype=np.float32), np.array([[2.0], [-3.0]], dtype=np.float32)),
+        (np.array([0.5], dtype=np.float32), np.array([0.0, 1.0], dtype=np.float32)),
+        "relu",
+    )
+    np.testing.assert_allclose(network(np.array([3.0, 1.0], dtype=np.float32)), [5.0, -6.5])
+    np.testing.assert_allclose(network(np.array([[0.0, 9.0]], dtype=np.float32)), [[0.0, 1.0]])
+    assert network.parameters == 2 + 1 + 2 + 2
+
+
+def test_an_illegal_action_is_never_chosen_however_good_it_looks() -> None:
+    rng = np.random.default_rng(1)
+    network = Network((rng.normal(size=(6, 3)).astype(np.float32),), (np.zeros(6, dtype=np.float32),))
+    features = rng.normal(size=(200, 3)).astype(np.float32)
+    legal = rng.random((200, 6)) < 0.3
+    legal[:, 0] |= ~legal.any(axis=1)
+    chosen = network.act(features, legal)
+    assert legal[np.arange(200), chosen].all()
+    assert (chosen != network(features).argmax(axis=1)).any()
+
+
+def test_layers_that_do_not_follow_one_another_are_refused() -> None:
+    with pytest.raises(ConfigError, match="do not follow"):
+        Network(
+            (np.zeros((2, 3), dtype=np.float32), np.zeros((2, 3), dtype=np.float32)),
+            (np.zeros(2, dtype=np.float32),) * 2,
+        )
+
+
+@pytest.mark.parametrize("budget_share", [0.9, 0.6, 0.3])
+def test_it_drops_blocks_until_the_load_fits_and_no_more(tmp_path: Path, budget_share: float) -> None:
+    prune = prune_network(TINY, exported(tmp_path))
+    budget_bytes = int(budget_share * peak_bytes(TINY, mask_of(np.zeros(6, dtype=np.bool_)), 4, 64))
+    removed = prune.removed_for(4, 64, budget_bytes)
+    assert peak_bytes(TINY, mask_of(removed), 4, 64) <= budget_bytes or removed.all()
+    assert removed.any()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"observation": prune_table(TINY, scores=True).rows()}, "reads 29 entries, here are 23"),
+        ({"observation": [{**row, "unit": "furlong"} for row in prune_table(TINY).rows()]}, "its entry 'batch'"),
+        ({"actions": ["drop everything"]}, "other actions"),
+        ({"model": "llama2_7b"}, "was trained on llama2_7b, not on tiny"),
+        ({"task": "ServeTrace"}, "expected 'PruneToBudget'"),
+        ({"layers": [[1, 1]]}, "is no learned policy"),
+        ({"activation": "sigmoidal"}, "is no learned policy|unknown activation"),
+        ({"environment": {"restore": True}}, "trained with restore"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prune_network(TINY, exported(tmp_path, **changed))
+
+
+def test_missing_weights_and_unknown_names_say_what_to_do(tmp_path: Path) -> None:
+    path = exported(tmp_path)
+    shutil.move(path.with_suffix(".safetensors"), tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"agents\.export"):
+        read_learned(path, "PruneToBudget")
+    with pytest.raises(ConfigError, match="no learned policy 'nowhere'"):
+        read_learned("nowhere", "PruneToBudget")
+
+
+def test_the_policy_prunes_at_once_and_restores_patiently(tmp_path: Path) -> None:
+    policy = learned_prune(Served(model=TINY), path=str(exported(tmp_path)), patience=2)
+    dense_bytes = policy.dense_bytes
+    assert policy(seen(dense_bytes)) != policy.dense  # one token of KV does not fit beside the weights
+    assert policy(seen(10 * dense_bytes)) != policy.dense
+    assert policy(seen(10 * dense_bytes)) == policy.dense
+    assert policy(seen(10 * dense_bytes, running=4, running_tokens=400)) == policy.dense
+    with pytest.raises(ConfigError, match="patience"):
+        learned_prune(Served(model=TINY), path=str(tmp_path / "policy.json"), patience=0)
+
+
+def test_a_policy_of_another_model_is_refused_for_this_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not on llama2_7b"):
+        prune_network(load_model("llama2_7b"), exported(tmp_path))

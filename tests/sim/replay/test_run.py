@@ -1,0 +1,245 @@
+"""``python -m sim.replay`` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from sim.config import CONF_DIR, build, check_overrides
+from sim.errors import ConfigError, TraceError
+from sim.paths import REPOSITORY
+from sim.replay.loop import replay
+from sim.replay.run import build_engine, build_trace, find_calibration
+from sim.results.metrics import records_frame
+from sim.results.run_folder import write_whole
+
+QUICK = ("trace=poisson", "trace.duration_s=60", "trace.rate_rps=2")
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sim.replay", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def composed(*overrides: str) -> object:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("replay", overrides=list(overrides))
+
+
+def test_a_run_leaves_a_complete_folder_and_equal_runs_leave_equal_records(tmp_path: Path) -> None:
+    """Law 5: the same seed and configuration write the same bytes."""
+    for name in ("a", "b"):
+        done = run(*QUICK, "seed=7", "iterations=true", "plot=true", f"hydra.run.dir={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "slo_attainment" in done.stdout.lower()
+    a, b = tmp_path / "a", tmp_path / "b"
+    names = {"records.parquet", "iterations.parquet", "summary.json", "config.yaml", "provenance.json", "replay.png"}
+    assert names <= {path.name for path in a.iterdir()}
+    assert (a / "records.parquet").read_bytes() == (b / "records.parquet").read_bytes()
+    assert (a / "iterations.parquet").read_bytes() == (b / "iterations.parquet").read_bytes()
+    summary = json.loads((a / "summary.json").read_text())
+    frame = pd.read_parquet(a / "records.parquet")
+    assert summary["requests"] == len(frame) == summary["finished"] + summary["rejected"] + summary["unfinished"]
+    provenance = json.loads((a / "provenance.json").read_text())
+    assert provenance["seed"] == 7
+    assert provenance["command"].startswith("python -m sim.replay trace=poisson")
+    assert len(provenance["trace"]["sha256"]) == 64
+    assert OmegaConf.load(a / "config.yaml").seed == 7
+
+
+def test_runs_do_not_appear_in_the_current_folder_itself(tmp_path: Path) -> None:
+    assert run(*QUICK, cwd=tmp_path).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_another_seed_gives_another_trace(tmp_path: Path) -> None:
+    traces = [build_trace(composed(*QUICK, f"seed={seed}")) for seed in (1, 2)]  # type: ignore[arg-type]
+    assert traces[0] != traces[1]
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("tracee=burst", "did you mean 'trace'"),
+        ("trace=azure_cov", "did you mean 'azure_conv'"),
+        ("engine.limits.max_runing=3", "did you mean 'engine.limits.max_running'"),
+        ("engine.schedular=chunked", "did you mean 'engine.scheduler'"),
+        ("seeed=3", "did you mean 'seed'"),
+    ],
+)
+def test_a_misspelt_word_names_the_nearest_right_one(argument: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_overrides([argument], "replay")
+    assert hint in str(raised.value)
+
+
+def test_a_misspelt_word_ends_the_command_with_status_2_and_one_line(tmp_path: Path) -> None:
+    done = run("polcy=dense", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no key 'polcy'; did you mean 'policy'")
+    assert "Traceback" not in done.stderr
+
+
+def test_sweeps_and_added_keys_pass_the_check() -> None:
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    check_overrides(["latency=llama2_7b_a100_trtllm"], "replay")
+    check_overrides(["policy=dense,int8", "seed=range(3)", "+engine.kv_watermark_share=0.1", *joblib, *QUICK], "replay")
+
+
+def test_a_key_that_a_target_does_not_take_names_the_nearest_one() -> None:
+    node = OmegaConf.create({"_target_": "sim.results.metrics.Slo", "ttfts": 2.0})
+    with pytest.raises(ConfigError, match="did you mean 'ttft_s'"):
+        build(node)
+
+
+def test_a_value_left_open_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"budget\.blocks"):
+        build(composed("budget=kv_blocks").budget)  # type: ignore[attr-defined]
+
+
+def test_a_value_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
+    done = run("seed=abc", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "seed" in done.stderr
+
+
+def test_a_mistake_inside_a_group_is_one_clear_message(tmp_path: Path) -> None:
+    done = run(*QUICK, "policy=fixed", "policy.drop_mha=[99]", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "MHA99 does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_shows_commands_groups_and_keys(tmp_path: Path) -> None:
+    shown = run("--help", cwd=tmp_path).stdout
+    for words in ("python -m sim.replay trace=azure_conv", "policy: dense", "max_batch_tokens", "RAP_LAB_DATA"):
+        assert words in shown
+
+
+def test_multirun_sweeps_any_group(tmp_path: Path) -> None:
+    done = run(*QUICK, "--multirun", "policy=dense,rap_80", "engine=vllm_v1,vllm_v0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summaries = list((tmp_path / "runs").rglob("summary.json"))
+    assert len(summaries) == 4
+
+
+def test_ctrl_c_keeps_what_there_is_and_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sim.replay", "trace=poisson", "trace.rate_rps=5", "trace.duration_s=200000"]
+    process = subprocess.Popen(
+        [*command, "hydra.run.dir=kept"],
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline_s = time.monotonic() + 60
+    while not (tmp_path / "kept" / "provenance.json").exists() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted: kept the records" in out
+    summary = json.loads((tmp_path / "kept" / "summary.json").read_text())
+    frame = pd.read_parquet(tmp_path / "kept" / "records.parquet")
+    assert summary["interrupted"] is True
+    assert summary["requests"] == len(frame) < summary["requests"] + summary["not_arrived"]
+
+
+def test_a_killed_write_leaves_the_old_file_and_no_half_one(tmp_path: Path) -> None:
+    """Law 9, for a result file."""
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+
+    def dies(part: Path) -> None:
+        part.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, dies)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_without_calibration_is_an_error_that_lists_what_there_is() -> None:
+    with pytest.raises(ConfigError, match="calibrated models are"):
+        find_calibration("opt_13b", "a100_80gb")
+    with pytest.raises(ConfigError, match="gpu=rtx4090_24gb"):
+        find_calibration("llama3.1_8b", "gtx1080")
+
+
+GROUPS = ("trace", "workload", "model", "gpu", "engine", "budget", "policy", "slo")
+OPEN = {"budget.budget_bytes": "30e9", "budget.blocks": "2000"}
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(group, path.stem) for group in GROUPS for path in sorted((CONF_DIR / group).glob("*.yaml"))],
+)
+def test_every_option_of_every_group_composes_and_builds(group: str, option: str, tmp_path: Path) -> None:
+    overrides = [f"{group}={option}"]
+    if option == "csv":
+        (tmp_path / "budget.csv").write_text("time_s,budget_bytes\n0,30000000000\n")
+        overrides.append(f"budget.path={tmp_path / 'budget.csv'}")
+    if option == "kv_blocks":
+        overrides.append("budget.blocks=2000")
+    if option == "constant":
+        overrides.append("budget.budget_bytes=30e9")
+    if option == "file":
+        (tmp_path / "mine.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0.0,10,5\n")
+        overrides.append(f"trace.path={tmp_path / 'mine.csv'}")
+    if option == "hf":
+        config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+        config |= {"intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 64}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        overrides.append(f"model.config={tmp_path / 'config.json'}")
+    cfg = composed(*overrides)
+    if group == "workload":
+        steps = [build(step) for step in cfg.workload.steps]  # type: ignore[attr-defined]
+        assert all(callable(step) for step in steps)
+        return
+    try:
+        built = build(cfg[group])  # type: ignore[index]
+    except TraceError as error:
+        if "RAP_LAB_DATA" not in str(error):
+            raise
+        pytest.skip(str(error))  # published traces are not part of the project
+    assert built is not None
+
+
+def test_looking_for_progress_changes_no_record() -> None:
+    cfg = composed(*QUICK, "trace.rate_rps=4")
+    frames = []
+    for on_progress in (None, lambda time_s, done: None):
+        engine, policy = build_engine(cfg)  # type: ignore[arg-type]
+        replay(build_trace(cfg), engine, policy, on_progress=on_progress)  # type: ignore[arg-type]
+        frames.append(records_frame(engine.records(), build(cfg.slo)))  # type: ignore[attr-defined]
+    pd.testing.assert_frame_equal(*frames)
+
+
+def test_a_policy_is_asked_at_multiples_of_its_period() -> None:
+    cfg = composed(*QUICK)
+    engine, policy = build_engine(cfg)  # type: ignore[arg-type]
+    asked: list[float] = []
+
+    def watching(state: object) -> object:
+        asked.append(state.time_s)  # type: ignore[attr-defined]
+        return policy(state)
+
+    replay(build_trace(cfg), engine, watching, tick_s=0.7)  # type: ignore[arg-type]
+    assert np.array_equal(asked, [0.7 * (k + 1) for k in range(len(asked))])
+    assert len(asked) > 50
