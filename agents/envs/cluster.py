@@ -38,12 +38,9 @@ from sim.errors import ConfigError, nearest
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_table, replica_features, shown_entries
-from sim.policies.observation.prune import Floats32
 from sim.policies.observation.serve import Choice, ServeObserver
 from sim.traces.trace import Trace
-
-Floats = NDArray[np.float64]
-
+from sim.types import GIB, Floats32
 
 ROUTERS = ("round_robin", "least_outstanding", "power_of_two", "least_kv", "shortest_expected_wait")
 """Of conf/router; the windows have no prefixes that a sixth could look at."""
@@ -268,7 +265,7 @@ class ServeCluster(Pictured, gym.Env[NDArray[np.float32], NDArray[np.integer[Any
             panels[0].plot(time_s, [state.waiting for state in states], label=f"replica {i}")
             used = [state.kv_used_layer_blocks / max(state.kv_layer_blocks, 1) for state in states]
             panels[1].plot(time_s, used)
-            panels[2].step(time_s, [state.budget_bytes / 2**30 for state in states], where="post")
+            panels[2].step(time_s, [state.budget_bytes / GIB for state in states], where="post")
             plans = [levels[row[2][i]] for row in rows]
             panels[3].step(time_s, [low + drop for drop, low, _ in plans], where="post")
         panels[0].legend(fontsize=7)

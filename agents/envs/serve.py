@@ -36,14 +36,12 @@ from sim.engine.plan_graph import PlanBook
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
-from sim.policies.observation.prune import Floats32
 from sim.policies.observation.serve import Choice, ServeObserver, actions_from, serve_table
 from sim.results.metrics import Slo, met_slo
+from sim.types import GIB, Floats32
 
 if TYPE_CHECKING:
     from sim.cluster.cluster import Cluster
-
-Floats = NDArray[np.float64]
 
 
 @cache
@@ -308,7 +306,7 @@ class ServeTrace(Pictured, gym.Env[NDArray[np.float32], np.int64]):
         queue.plot(time_s, wait_s, label="oldest wait, s")
         queue.legend(fontsize=7)
         queue.set(ylabel="requests", title=f"{self.core.window.source}: utility {self.core.utility:.3f}")
-        memory.step(time_s, [b / 2**30 for b in budget], where="post")
+        memory.step(time_s, [b / GIB for b in budget], where="post")
         memory.set(ylabel="budget, GiB", ylim=(0, None))
         levels = [self.setting.actions.levels[action] for action in chosen]
         for k, name in enumerate(("blocks dropped", "low layers", "queue limit")):

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sim.cost.memory import ffn_weight_bytes, mha_weight_bytes, weight_bytes
 from sim.cost.plan import KeepMask, Plan, dense_plan, with_mask
@@ -22,8 +21,7 @@ from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.policies.base import Served
 from sim.policies.observation.prune import mask_of
-
-Floats = NDArray[np.float64]
+from sim.types import Floats
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,6 @@ from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
 from sim.policies.base import Served
 from sim.policies.observation.prune import (
-    Bools,
-    Floats32,
     Table,
     load_columns,
     loads,
@@ -37,6 +35,7 @@ from sim.policies.observation.prune import (
     removed_blocks,
     same_table,
 )
+from sim.types import Bools, Floats32
 
 SHIPPED = REPOSITORY / "conf" / "policy"
 

@@ -14,8 +14,8 @@ from sim.policies.base import Served
 from sim.policies.learned import Network, read_learned
 from sim.policies.learned_serve import trained_actions
 from sim.policies.observation.cluster import cluster_table, replica_features, shown_entries
-from sim.policies.observation.prune import Floats32
 from sim.policies.observation.serve import Choice, ServeActions, ServeObserver
+from sim.types import Floats32
 
 
 @dataclass(slots=True)

@@ -26,11 +26,10 @@ from sim.errors import ConfigError
 from sim.policies.base import Served, ServerModel
 from sim.policies.observation.serve import Choice, ServeActions, actions_from
 from sim.results.records import Records, Status
+from sim.types import Floats, Ints
 
 # Shapes: [r] requests of a trial: those that run, those that wait, those that come; [a] plans of the table.
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 PLENTY_BYTES = 1 << 50
