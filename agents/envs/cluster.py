@@ -22,7 +22,6 @@ import gymnasium as gym
 import numpy as np
 import simpy
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import Split
 from agents.envs.render import Pictured
@@ -30,7 +29,7 @@ from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import Router
-from sim.config import CONF_DIR, build
+from sim.config import build_option
 from sim.engine.plan_graph import PlanBook
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
@@ -75,7 +74,7 @@ class ClusterSetting(ServeSetting):
         if router not in ROUTERS:
             raise ConfigError(f"there is no router {router!r}; {nearest(router, ROUTERS)}")
         self.replicas, self.own_share = replicas, own_share
-        self.router: Router = build(OmegaConf.load(CONF_DIR / "router" / f"{router}.yaml"))
+        self.router: Router = build_option("router", router)
         self.table = cluster_table(self.actions)
         self.shown = shown_entries(self.table, hide)
         low, high = self.table.bounds()

@@ -141,7 +141,7 @@ def _prefill(cfg: DictConfig, key: str, elastic: ElasticModel, tokenizer: Any, p
         limit = int(channel.receive()["context_limit"])
         parts, clock, quality = build_parts(cfg), RealClock(), quality_of(cfg)
         config = replace(parts.config, max_context_tokens=min(limit, parts.config.max_context_tokens or limit))
-        parts = replace(parts, config=config)
+        parts = replace(parts, server=replace(parts.server, config=config))
         prompts = read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed)
         plan, nll = parts.policy.first_plan, quality.nll if quality is not None else None
         side = PrefillSide(

@@ -615,10 +615,3 @@ class Cluster:
     def events(self) -> tuple[Event, ...]:
         """Return what happened to the replicas, in order of time."""
         return tuple(self._events)
-
-
-def main() -> None:
-    """Run ``python -m sim.cluster``."""
-    from sim.cluster.run import cluster_command
-
-    cluster_command()

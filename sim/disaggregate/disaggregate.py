@@ -409,10 +409,3 @@ class Disaggregated:
     def kv_counted(self) -> tuple[int, int]:
         """Return the KV blocks held at prefill replicas of what is prefilled, and the room kept at decode replicas."""
         return sum(side.held_blocks for side in self.prefill), sum(side.held_blocks for side in self.decode)
-
-
-def main() -> None:
-    """Run ``python -m sim.disaggregate``."""
-    from sim.disaggregate.run import disaggregate_command
-
-    disaggregate_command()

@@ -19,7 +19,7 @@ from sim.cost.plan import KeepMask, Plan, dense_plan, with_mask
 from sim.cost.quality import FittedQuality, load_quality
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.observation.prune import mask_of
 from sim.types import Floats
 
@@ -117,7 +117,7 @@ class Knapsack:
 
 
 def knapsack(
-    served: Served,
+    served: PolicyContext,
     *,
     quality: str | None = None,
     costs: Sequence[float] | None = None,

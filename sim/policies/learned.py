@@ -24,7 +24,7 @@ from sim.cost.plan import Plan, dense_plan, with_mask
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.observation.prune import (
     Table,
     load_columns,
@@ -244,7 +244,7 @@ class LearnedPrune:
         return self.running or self.dense
 
 
-def learned_prune(served: Served, *, path: str, headroom: float = 1.1, patience: int = 5) -> LearnedPrune:
+def learned_prune(served: PolicyContext, *, path: str, headroom: float = 1.1, patience: int = 5) -> LearnedPrune:
     """Build the policy from an exported file.
 
     Args:
