@@ -22,7 +22,6 @@ import gymnasium as gym
 import numpy as np
 import simpy
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import Split
 from agents.envs.render import Pictured
@@ -30,7 +29,7 @@ from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import Router
-from sim.config import CONF_DIR, build
+from sim.config import build_option
 from sim.engine.plan_graph import PlanBook
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
@@ -38,12 +37,9 @@ from sim.errors import ConfigError, nearest
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_table, replica_features, shown_entries
-from sim.policies.observation.prune import Floats32
 from sim.policies.observation.serve import Choice, ServeObserver
 from sim.traces.trace import Trace
-
-Floats = NDArray[np.float64]
-
+from sim.types import GIB, Floats32
 
 ROUTERS = ("round_robin", "least_outstanding", "power_of_two", "least_kv", "shortest_expected_wait")
 """Of conf/router; the windows have no prefixes that a sixth could look at."""
@@ -78,7 +74,7 @@ class ClusterSetting(ServeSetting):
         if router not in ROUTERS:
             raise ConfigError(f"there is no router {router!r}; {nearest(router, ROUTERS)}")
         self.replicas, self.own_share = replicas, own_share
-        self.router: Router = build(OmegaConf.load(CONF_DIR / "router" / f"{router}.yaml"))
+        self.router: Router = build_option("router", router)
         self.table = cluster_table(self.actions)
         self.shown = shown_entries(self.table, hide)
         low, high = self.table.bounds()
@@ -268,7 +264,7 @@ class ServeCluster(Pictured, gym.Env[NDArray[np.float32], NDArray[np.integer[Any
             panels[0].plot(time_s, [state.waiting for state in states], label=f"replica {i}")
             used = [state.kv_used_layer_blocks / max(state.kv_layer_blocks, 1) for state in states]
             panels[1].plot(time_s, used)
-            panels[2].step(time_s, [state.budget_bytes / 2**30 for state in states], where="post")
+            panels[2].step(time_s, [state.budget_bytes / GIB for state in states], where="post")
             plans = [levels[row[2][i]] for row in rows]
             panels[3].step(time_s, [low + drop for drop, low, _ in plans], where="post")
         panels[0].legend(fontsize=7)

@@ -12,54 +12,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 import simpy
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import check_split
 from agents.envs.render import Pictured
 from agents.envs.reward import ServeReward, kept_quality, utility_lost
 from agents.envs.serve_windows import Window, check_sources, serve_windows, window_budget
-from sim.config import CONF_DIR, build
-from sim.cost.latency import LatencyModel, copy_speed, load_calibration
+from sim.config import build_option, load_option
+from sim.cost.gpu import Gpu
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import Plan, dense_plan
-from sim.cost.quality import FittedQuality, PublishedQuality, load_quality
-from sim.engine.budget import BudgetContext
 from sim.engine.plan_graph import PlanBook
-from sim.engine.protocol import EngineState
+from sim.engine.protocol import EngineConfig, EngineState
+from sim.engine.server_spec import ServerSpec, named_calibration, named_quality
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
-from sim.policies.observation.prune import Floats32
 from sim.policies.observation.serve import Choice, ServeObserver, actions_from, serve_table
 from sim.results.metrics import Slo, met_slo
+from sim.types import GIB, Floats32
 
 if TYPE_CHECKING:
     from sim.cluster.cluster import Cluster
 
-Floats = NDArray[np.float64]
-
-
-@cache
-def _latency(name: str) -> LatencyModel:
-    return load_calibration(name)
-
-
-@cache
-def _quality(name: str) -> FittedQuality | PublishedQuality:
-    return load_quality(name)
-
 
 def published_order() -> list[str]:
     """Return the order of conf/policy/greedy_stop.yaml."""
-    order: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "policy" / "greedy_stop.yaml"))
-    return [str(name) for name in order["order"]]
+    return [str(name) for name in load_option("policy", "greedy_stop")["order"]]
 
 
 class ServeSetting:
@@ -95,10 +79,10 @@ class ServeSetting:
         if not tick_s > 0:
             raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds")
         self.model = load_model(model)
-        self.gpu = build(OmegaConf.load(CONF_DIR / "gpu" / f"{gpu}.yaml"))
-        self.latency, self.quality, self.quality_name = _latency(latency), _quality(quality), quality
-        self.engine = build(OmegaConf.load(CONF_DIR / "engine" / f"{engine}.yaml"))
-        self.slo: Slo = build(OmegaConf.load(CONF_DIR / "slo" / f"{slo}.yaml"))
+        self.gpu: Gpu = build_option("gpu", gpu)
+        self.latency, self.quality, self.quality_name = named_calibration(latency), named_quality(quality), quality
+        self.engine: EngineConfig = build_option("engine", engine)
+        self.slo: Slo = build_option("slo", slo)
         self.workspace_bytes, self.tick_s = int(workspace_bytes), tick_s
         words = dict(DEFAULT_ACTIONS if actions is None else actions)
         if not words.get("order"):
@@ -112,6 +96,14 @@ class ServeSetting:
         self.kv_block_layer_bytes = kv_block_layer_bytes(self.model, self.engine.kv_block_tokens)
         self.dense_nll = self.quality.nll(dense_plan(self.model))
         self._nll: dict[Plan, float] = {}
+        self.server = ServerSpec(
+            model=self.model,
+            gpu=self.gpu,
+            config=self.engine,
+            workspace_bytes=self.workspace_bytes,
+            latency=self.latency,
+            quality_nll=self.nll,
+        )
         self.ticks = max(2, math.ceil(self.windows.window_s / tick_s))
         low, high = self.table.bounds()
         self.observation_space = gym.spaces.Box(low, high, dtype=np.float32)
@@ -140,29 +132,8 @@ class ServeSetting:
         driven: bool = False,
     ) -> SimEngine:
         """Return an engine under the budget of a window; ``book``, ``env``, ``driven``: as SimEngine."""
-        context = BudgetContext(
-            model=self.model,
-            gpu=self.gpu,
-            plan=plan,
-            workspace_bytes=self.workspace_bytes,
-            kv_block_tokens=self.engine.kv_block_tokens,
-        )
-        copying = copy_speed(self.latency, self.gpu)
-        return SimEngine(
-            model=self.model,
-            latency=self.latency,
-            config=self.engine,
-            plan=plan,
-            budget_bytes=window_budget(context, window, self.windows.window_s),
-            workspace_bytes=self.workspace_bytes,
-            host_to_device_bytes_per_s=copying.host_to_device_bytes_per_s,
-            copy_slowdown=copying.slowdown,
-            quality_nll=self.nll,
-            keep_iterations=False,
-            book=book,
-            env=env,
-            driven=driven,
-        )
+        budget = window_budget(self.server.budget_context(plan), window, self.windows.window_s)
+        return self.server.build_engine(plan, budget, keep_iterations=False, book=book, env=env, driven=driven)
 
     def earned(self, engine: SimEngine | Cluster, requests: int) -> float:
         """Return the utility so far: over all requests of the window, those that met the SLO at the quality kept."""
@@ -308,7 +279,7 @@ class ServeTrace(Pictured, gym.Env[NDArray[np.float32], np.int64]):
         queue.plot(time_s, wait_s, label="oldest wait, s")
         queue.legend(fontsize=7)
         queue.set(ylabel="requests", title=f"{self.core.window.source}: utility {self.core.utility:.3f}")
-        memory.step(time_s, [b / 2**30 for b in budget], where="post")
+        memory.step(time_s, [b / GIB for b in budget], where="post")
         memory.set(ylabel="budget, GiB", ylim=(0, None))
         levels = [self.setting.actions.levels[action] for action in chosen]
         for k, name in enumerate(("blocks dropped", "low layers", "queue limit")):

@@ -10,19 +10,16 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import Split, check_split
-from sim.config import CONF_DIR, build
+from sim.config import build_option, load_option, option_path
 from sim.engine.budget import Budget, BudgetContext, cotenant, gpu_share, random_walk
 from sim.engine.protocol import Request
 from sim.errors import ConfigError, nearest
 from sim.traces.trace import Trace
 from sim.traces.transforms import drop_long
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from sim.types import Floats, Ints
 
 SHARE = 0.9
 """Of the device memory, as vLLM's gpu_memory_utilization."""
@@ -123,7 +120,7 @@ def serve_windows() -> Windows:
     Raises:
         ConfigError: if the file is malformed, or its parts overlap.
     """
-    path = CONF_DIR / "split" / "serve.yaml"
+    path = option_path("split", "serve")
     try:
         value: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         windows = Windows(
@@ -150,11 +147,10 @@ def source_trace(name: str) -> Trace:
     Raises:
         ConfigError: for an unknown source. TraceError: if its file is missing.
     """
-    sources: Any = OmegaConf.load(CONF_DIR / "split" / "serve.yaml").sources
+    sources: Any = load_option("split", "serve").sources
     if name not in sources:
         raise ConfigError(f"there is no source {name!r} in conf/split/serve.yaml; {nearest(name, map(str, sources))}")
-    node = OmegaConf.load(CONF_DIR / "trace" / f"{sources[name].trace}.yaml")
-    trace: Trace = build(OmegaConf.merge(node, sources[name].overrides))
+    trace: Trace = build_option("trace", sources[name].trace, sources[name].overrides)
     kept = drop_long(trace, max_total_tokens=serve_windows().max_total_tokens)
     return replace(kept, arrival_s=kept.arrival_s - kept.arrival_s[0])
 

@@ -43,7 +43,7 @@ from agents.evaluation.serve import (
 )
 from agents.evaluation.serve_report import COMPARED, serve_table_markdown
 from agents.training.validation import validation_clusters
-from sim.config import CONF_DIR, one_thread, run_command
+from sim.config import load_option, one_thread, run_command
 from sim.cost.model_spec import load_model
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
@@ -198,7 +198,7 @@ def _measure_serve(cfg: DictConfig, folder: Path) -> None:
 
 def _measure_cluster(cfg: DictConfig, folder: Path) -> None:
     paths = {str(name): found(str(glob)) for name, glob in cfg.cluster_learned.items()}
-    words: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "env" / "serve_cluster.yaml").words)
+    words: Any = OmegaConf.to_container(load_option("env", "serve_cluster").words)
     words["split"] = "test"
     setting = ClusterSetting(**words)
     clusters = test_clusters(setting, list(cfg.serve_sources), int(cfg.cluster_each))

@@ -18,25 +18,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window, serve_windows
 from agents.evaluation.oracle import best_schedule, schedule_policy
-from sim.config import CONF_DIR
-from sim.cost.latency import copy_speed
+from sim.config import build_option
 from sim.cost.plan import Plan
 from sim.cost.quality import PublishedQuality, load_quality
 from sim.errors import ConfigError
 from sim.policies.admission import Limited
-from sim.policies.base import Policy, Served, ServerModel
+from sim.policies.base import Policy, PolicyContext
 from sim.policies.fixed import Fixed
 from sim.policies.learned_serve import learned_serve
 from sim.results.metrics import met_slo
 from sim.results.records import Status
 
-Build = Callable[[Served], Policy]
+Build = Callable[[PolicyContext], Policy]
 
 TRAIN_WINDOWS, TRAIN_SEED = 45, 20250603
 TEST_SEED = 20250604
@@ -44,24 +41,9 @@ RATE_QUANTILES = (0.25, 0.85)
 """Loads of the test: so far along each source's range of rates, on a logarithmic scale."""
 
 
-def served_of(setting: ServeSetting) -> Served:
+def served_of(setting: ServeSetting) -> PolicyContext:
     """Return what stays the same while a policy decides."""
-    copying = copy_speed(setting.latency, setting.gpu)
-    server = ServerModel(
-        model=setting.model,
-        latency=setting.latency,
-        config=setting.engine,
-        workspace_bytes=setting.workspace_bytes,
-        host_to_device_bytes_per_s=copying.host_to_device_bytes_per_s,
-        copy_slowdown=copying.slowdown,
-        quality_nll=setting.nll,
-    )
-    return Served(
-        model=setting.model,
-        workspace_bytes=setting.workspace_bytes,
-        kv_block_tokens=setting.engine.kv_block_tokens,
-        server=lambda: server,
-    )
+    return PolicyContext.of(setting.server)
 
 
 def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[str, Any]:
@@ -100,11 +82,7 @@ def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[s
 
 def conf_policy(name: str, **changed: Any) -> Build:
     """Return what builds the policy of a file of conf/policy, some keys changed."""
-    node = OmegaConf.merge(OmegaConf.load(CONF_DIR / "policy" / f"{name}.yaml"), changed)
-    OmegaConf.set_struct(node, True)
-    if "seed" in node and OmegaConf.is_interpolation(node, "seed"):
-        node.seed = 0
-    build: Build = instantiate(node, _convert_="all")
+    build: Build = build_option("policy", name, changed)
     return build
 
 

@@ -23,15 +23,16 @@ from agents.evaluation.prune import baselines, learned
 from agents.evaluation.serve import conf_policy, learned_policies, served_of
 from agents.training.episodes import FILE, write_episodes
 from agents.training.train import environment_words
-from sim.config import CONF_DIR, one_thread, run_command
+from sim.config import one_thread, option_names, run_command
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
 from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
 from sim.policies.base import Policy
-from sim.policies.observation.prune import Bools, removed_blocks
+from sim.policies.observation.prune import removed_blocks
 from sim.policies.observation.serve import ServeActions
+from sim.types import Bools
 
 Choose = Callable[[], int]
 """Returns the next action of the episode that is played."""
@@ -72,7 +73,7 @@ def nearest_action(actions: ServeActions, model: ModelSpec, plan: Plan, legal: B
 def serve_player(env: ServeTrace, by: str) -> Callable[[int], Choose]:
     """Return what begins to play one episode of ``ServeTrace`` after its reset, told the number of the episode."""
     setting, served = env.setting, served_of(env.setting)
-    known = sorted(path.stem for path in (CONF_DIR / "policy").glob("*.yaml"))
+    known = option_names("policy")
     if by.endswith(".json"):
         build = learned_policies([Path(by)])[0]
     elif by in known:

@@ -48,10 +48,11 @@ from sim.disaggregate.run import perplexity_ratio, plan_of, print_staged, staged
 from sim.errors import ConfigError, RapLabError
 from sim.replay.run import Parts, build_parts, build_trace, quality_of
 from sim.results.metrics import iterations_frame, merged_gaps, merged_iterations, summarise
-from sim.results.records import Floats, Iterations, Records, Status, TokenGaps
+from sim.results.records import Iterations, Records, Status, TokenGaps
 from sim.results.report import plot_replay
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 from sim.traces.trace import Trace
+from sim.types import Floats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,7 +141,7 @@ def _prefill(cfg: DictConfig, key: str, elastic: ElasticModel, tokenizer: Any, p
         limit = int(channel.receive()["context_limit"])
         parts, clock, quality = build_parts(cfg), RealClock(), quality_of(cfg)
         config = replace(parts.config, max_context_tokens=min(limit, parts.config.max_context_tokens or limit))
-        parts = replace(parts, config=config)
+        parts = replace(parts, server=replace(parts.server, config=config))
         prompts = read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed)
         plan, nll = parts.policy.first_plan, quality.nll if quality is not None else None
         side = PrefillSide(
@@ -431,7 +432,7 @@ def _check(cfg: DictConfig) -> None:
     if cfg.hw.clock != "wall" or cfg.hw.skip_idle or cfg.hw.to_eos:
         raise ConfigError(
             "two processes have one clock only in the wall's, with idle time slept through, and requests end at the "
-            "trace's length; leave hw.engine.clock=wall, hw.skip_idle=false and hw.to_eos=false"
+            "trace's length; leave hw.clock=wall, hw.skip_idle=false and hw.to_eos=false"
         )
 
 

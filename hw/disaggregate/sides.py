@@ -364,10 +364,3 @@ def handover_from(header: Header, model: ModelSpec) -> Handover:
     if not fits:
         raise LinkError(f"the tokens of request {given.request.request_id} are not a prompt of {model.name}")
     return given
-
-
-def main() -> None:
-    """Run ``python -m hw.disaggregate``."""
-    from hw.disaggregate.run import disaggregate_command
-
-    disaggregate_command()

@@ -39,7 +39,7 @@ from hw.engine.prompts import Prompts, RandomPrompts
 from sim.cost.memory import fixed_weight_bytes, kv_block_layer_bytes, kv_blocks, weight_bytes
 from sim.cost.plan import KV_KEEP_ALL, WEIGHT_BITS, Plan, check_plan, dense_plan, describe
 from sim.engine.budget import Budget, BudgetMeter, constant_budget
-from sim.engine.protocol import GIB, EngineConfig, EngineState, Request
+from sim.engine.protocol import EngineConfig, EngineState, Request
 from sim.engine.scheduler import Batch, form_batch
 from sim.engine.transition import (
     LayerCopy,
@@ -54,6 +54,7 @@ from sim.engine.transition import (
 from sim.engine.transition_log import TransitionLog
 from sim.errors import BudgetError, ConfigError, RapLabError
 from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
+from sim.types import GIB
 
 SLABS = 16
 """Slabs of the first pool on CUDA: a resize copies at most one, which the workspace has to hold for that moment."""

@@ -40,8 +40,9 @@ from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine, exact_delay, unit_numbers
 from sim.errors import BudgetError, ConfigError
 from sim.policies.base import ClusterPolicy, Policy
-from sim.results.records import Floats, Ints, Records, Status
+from sim.results.records import Records, Status
 from sim.traces.trace import Trace
+from sim.types import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -614,10 +615,3 @@ class Cluster:
     def events(self) -> tuple[Event, ...]:
         """Return what happened to the replicas, in order of time."""
         return tuple(self._events)
-
-
-def main() -> None:
-    """Run ``python -m sim.cluster``."""
-    from sim.cluster.run import cluster_command
-
-    cluster_command()

@@ -12,9 +12,6 @@ from sim.errors import ConfigError, nearest
 from sim.results.records import Records
 from sim.traces.trace import HASH_BLOCK_TOKENS
 
-GIB = 1 << 30
-
-
 RESTORE_MODES = ("new_requests", "recompute")
 
 

@@ -58,9 +58,10 @@ from sim.cost.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, describe
 from sim.engine import kernel
 from sim.engine.budget import Budget, constant_budget
 from sim.engine.plan_graph import PlanBook, layers_of
-from sim.engine.protocol import GIB, EngineConfig, EngineState, Holder, Request
+from sim.engine.protocol import EngineConfig, EngineState, Holder, Request
 from sim.errors import BudgetError, ConfigError
-from sim.results.records import Floats, Ints, Iterations, Records, TokenGaps, Transitions
+from sim.results.records import Iterations, Records, TokenGaps, Transitions
+from sim.types import GIB, Floats, Ints
 
 MEMORY_OF_PLANS = 16384
 """Plans, and steps between them, that an engine remembers."""

@@ -11,7 +11,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KVKeep, Plan, check_plan, drop
 from sim.engine.protocol import EngineState
 from sim.errors import PlanError, nearest
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def static_plan(
     return plan
 
 
-def fixed(served: Served, **words: Any) -> Fixed:
+def fixed(served: PolicyContext, **words: Any) -> Fixed:
     """Build the policy that always runs ``static_plan(model, **words)``.
 
     Raises:
@@ -81,7 +81,7 @@ def fixed(served: Served, **words: Any) -> Fixed:
     return Fixed(plan_of(served.model, words))
 
 
-def low_prefix(served: Served, *, layers: int, bits: int = 4) -> Fixed:
+def low_prefix(served: PolicyContext, *, layers: int, bits: int = 4) -> Fixed:
     """Build the policy that always runs the first ``layers`` layers at ``bits``, the others at 16.
 
     Raises:

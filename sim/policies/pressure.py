@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from sim.cost.plan import Plan, check_plan, dense_plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.greedy_stop import greedy_stop
 from sim.policies.morphserve import MorphServe
 
@@ -56,7 +56,7 @@ class Precision:
 
 
 def precision(
-    served: Served,
+    served: PolicyContext,
     *,
     bits: int = 4,
     levels: int = 4,
@@ -84,7 +84,7 @@ def precision(
 
 
 def pressure_stop(
-    served: Served,
+    served: PolicyContext,
     *,
     order: Sequence[str],
     made_for: str | None = None,

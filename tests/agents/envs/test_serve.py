@@ -24,7 +24,7 @@ from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import dense_plan
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.learned_serve import learned_serve
 from sim.policies.observation.serve import Choice, ServeObserver, serve_actions
 from sim.results.metrics import met_slo
@@ -260,7 +260,7 @@ def test_the_learned_policy_chooses_what_the_environment_would_have_it_choose(tm
     }
     write_arrays(tmp_path / "p.safetensors", {"0.weight": weight, "0.bias": bias})
     (tmp_path / "p.json").write_text(json.dumps(about))
-    served = Served(
+    served = PolicyContext(
         model=setting.model,
         workspace_bytes=setting.workspace_bytes,
         kv_block_tokens=setting.engine.kv_block_tokens,

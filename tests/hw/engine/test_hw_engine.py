@@ -26,7 +26,7 @@ from sim.engine.protocol import EngineConfig
 from sim.engine.sim_engine import SimEngine
 from sim.engine.transition import LayerCopy
 from sim.errors import BudgetError, ConfigError
-from sim.policies import Served
+from sim.policies import PolicyContext
 from sim.policies.greedy_stop import greedy_stop
 from sim.policies.schedule import Schedule
 from sim.replay.loop import replay
@@ -292,7 +292,9 @@ def test_both_engines_admit_preempt_and_finish_alike_for_the_same_decisions(
     def make_policy() -> Any:
         if policy == "schedule":
             return plan_schedule(seed, 8, bits=True, kv=True)
-        return greedy_stop(Served(model=spec, kv_block_tokens=4), order=["FFN2", "MHA1", "FFN1", "MHA2"], patience=2)
+        return greedy_stop(
+            PolicyContext(model=spec, kv_block_tokens=4), order=["FFN2", "MHA1", "FFN1", "MHA2"], patience=2
+        )
 
     engines = []
     for engine in (
@@ -328,7 +330,7 @@ def test_what_is_allocated_never_exceeds_a_budget_that_moves() -> None:
     spec = tiny_spec()
     budget = moving_budget(3, 40)
     engine = hw_engine(budget=budget)
-    served = Served(model=spec, kv_block_tokens=4)
+    served = PolicyContext(model=spec, kv_block_tokens=4)
     replay(
         trace_of(some_rows(7, 20)),
         engine,

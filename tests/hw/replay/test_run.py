@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import hw.replay.run
+import sim.replay.__main__
 import sim.replay.run
 from tests.hw.serving import flat_latency_content, tiny, torch
 
@@ -27,7 +28,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Return a function that runs a command in this process, with the words that both commands share."""
     tiny().config.save_pretrained(tmp_path)
     (tmp_path / "flat.json").write_text(json.dumps(flat_latency_content(fixed_us=1e4, token_us=10.0)))
-    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (tiny(), Tokenizer()))
+    monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: (tiny(), Tokenizer()))
     words = [
         "trace=small",
         "trace.duration_s=6",
@@ -49,10 +50,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
     def command(module: str, *more: str, name: str = "run") -> Path:
         folder = tmp_path / name
-        mine = ["hw.score.text=null", "hw.skip_idle=true"] if module == "hw" else []
+        mine = ["hw.text=null", "hw.skip_idle=true"] if module == "hw" else []
         monkeypatch.setattr(sys, "argv", [f"{module}.replay", *words, *mine, *more, f"hydra.run.dir={folder}"])
         GlobalHydra.instance().clear()
-        (hw.replay.run.main if module == "hw" else sim.replay.run.replay_command)()
+        (hw.replay.run.main if module == "hw" else sim.replay.__main__.main)()
         return folder
 
     return command
@@ -73,7 +74,7 @@ def test_the_same_words_give_the_same_files_columns_and_requests_on_both_engines
 
 
 def test_a_policy_that_decides_runs_unchanged_and_memory_is_what_was_counted(run: Callable[..., Path]) -> None:
-    folder = run("hw", "policy=morphserve", "tick_s=0.2", "budget.blocks=20", "hw.engine.clock=cpu")
+    folder = run("hw", "policy=morphserve", "tick_s=0.2", "budget.blocks=20", "hw.clock=cpu")
     told = json.loads((folder / "hardware.json").read_text())
     assert told["largest_difference_bytes"] == 0
     assert told["peak_allocated_bytes"] > 0
@@ -120,7 +121,7 @@ def test_a_nan_in_a_layer_ends_the_command_with_block_and_plan_named(
 ) -> None:
     broken = tiny()
     broken.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
-    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (broken, Tokenizer()))
+    monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: (broken, Tokenizer()))
     with pytest.raises(SystemExit) as ended:
         run("hw", "policy=fixed", "policy.drop_mha=[1]")
     assert ended.value.code == 2
@@ -150,7 +151,7 @@ def test_memory_that_runs_out_is_caught_and_counted_in_hardware_json(
 def test_a_checkpoint_that_is_not_the_described_model_is_refused(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (tiny("qwen3"), Tokenizer()))
+    monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: (tiny("qwen3"), Tokenizer()))
     with pytest.raises(SystemExit):
         run("hw")
     assert "describes" in capsys.readouterr().err

@@ -37,8 +37,7 @@ from sim.engine.transition import (
 )
 from sim.errors import BudgetError, ConfigError
 from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
-
-GIB = 1 << 30
+from sim.types import GIB
 
 
 @dataclass(slots=True, eq=False)
