@@ -431,7 +431,7 @@ def _check(cfg: DictConfig) -> None:
     if cfg.hw.clock != "wall" or cfg.hw.skip_idle or cfg.hw.to_eos:
         raise ConfigError(
             "two processes have one clock only in the wall's, with idle time slept through, and requests end at the "
-            "trace's length; leave hw.engine.clock=wall, hw.skip_idle=false and hw.to_eos=false"
+            "trace's length; leave hw.clock=wall, hw.skip_idle=false and hw.to_eos=false"
         )
 
 

@@ -75,13 +75,13 @@ def load_elastic(model: ModelSpec, hw: Any) -> tuple[ElasticModel, Any]:
     """
     dtype = "float32" if model.weight_dtype_bytes == 4 else "bfloat16"
     torch.set_num_threads(int(hw.threads))
-    loaded, tokenizer = load_checkpoint(hw.elastic.checkpoint or model.name, dtype=dtype, device=hw.device)
+    loaded, tokenizer = load_checkpoint(hw.checkpoint or model.name, dtype=dtype, device=hw.device)
     elastic = ElasticModel(loaded, name=model.name)
     found = replace(elastic.spec, max_context_tokens=model.max_context_tokens)
     if found != model:
         raise ModelError(
-            f"the checkpoint {hw.elastic.checkpoint or model.name} is {found}, but model= describes {model}; choose the model "
-            "that describes it, or hw.elastic.checkpoint= of that model"
+            f"the checkpoint {hw.checkpoint or model.name} is {found}, but model= describes {model}; choose the model "
+            "that describes it, or hw.checkpoint= of that model"
         )
     return elastic, tokenizer
 

@@ -117,7 +117,7 @@ class Arguments:
 def configuration(workload: str, policy: str, arguments: Arguments) -> DictConfig:
     """Return the configuration of one run: the words that sim.replay and hw.replay would be given."""
     words = [*COMMON, *WORKLOADS[workload], *policies()[policy], f"latency={arguments.calibration}"]
-    words += [f"hw.engine.clock={arguments.clock}", "hw.skip_idle=true", "hw.device=cpu"]
+    words += [f"hw.clock={arguments.clock}", "hw.skip_idle=true", "hw.device=cpu"]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return hydra.compose("hw_replay", overrides=words)
@@ -424,7 +424,7 @@ def page(content: Mapping[str, Any]) -> str:
             )
     lines += ["", "![Mean TTFT and TPOT, simulated against real](validation.png)", "", "## The words of every run", ""]
     words = content["words"]
-    lines.append(f"`python -m hw.replay {' '.join(words['common'])} hw.engine.clock={content['clock']}` and:")
+    lines.append(f"`python -m hw.replay {' '.join(words['common'])} hw.clock={content['clock']}` and:")
     lines += ["", "| workload | words |", "|---|---|"]
     lines += [f"| {name} | `{' '.join(some)}` |" for name, some in words["workloads"].items()]
     lines += ["", "| policy | words |", "|---|---|"]

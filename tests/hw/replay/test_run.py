@@ -49,7 +49,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
     def command(module: str, *more: str, name: str = "run") -> Path:
         folder = tmp_path / name
-        mine = ["hw.score.text=null", "hw.skip_idle=true"] if module == "hw" else []
+        mine = ["hw.text=null", "hw.skip_idle=true"] if module == "hw" else []
         monkeypatch.setattr(sys, "argv", [f"{module}.replay", *words, *mine, *more, f"hydra.run.dir={folder}"])
         GlobalHydra.instance().clear()
         (hw.replay.run.main if module == "hw" else sim.replay.run.replay_command)()
@@ -73,7 +73,7 @@ def test_the_same_words_give_the_same_files_columns_and_requests_on_both_engines
 
 
 def test_a_policy_that_decides_runs_unchanged_and_memory_is_what_was_counted(run: Callable[..., Path]) -> None:
-    folder = run("hw", "policy=morphserve", "tick_s=0.2", "budget.blocks=20", "hw.engine.clock=cpu")
+    folder = run("hw", "policy=morphserve", "tick_s=0.2", "budget.blocks=20", "hw.clock=cpu")
     told = json.loads((folder / "hardware.json").read_text())
     assert told["largest_difference_bytes"] == 0
     assert told["peak_allocated_bytes"] > 0
