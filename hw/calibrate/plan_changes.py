@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from hw.calibrate.device import Bench, pool_of, spread
+from hw.elastic.blocks import ABSENT, KINDS, Kind
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import give_back
-from hw.elastic.model import ABSENT, KINDS, Kind
 from hw.elastic.paged_kv import RequestPages
 from sim.cost.memory import layer_weight_bytes
 from sim.cost.plan import WEIGHT_BITS, dense_plan, drop, with_mask

@@ -36,7 +36,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from hw.disaggregate.kv_link import Channel, LinkError, check_link
 from hw.disaggregate.sides import Connection, DecodeSide, GuardedEngine, PrefillSide, serve
-from hw.elastic.model import ElasticModel, RequestKV
+from hw.elastic.kv import RequestKV
+from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
 from hw.engine.iteration_log import IterationLog, Shape
 from hw.engine.prompts import read_prompts

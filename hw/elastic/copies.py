@@ -9,7 +9,8 @@ from concurrent.futures import wait as wait_for
 
 import torch
 
-from hw.elastic.model import ABSENT, Block, ElasticModel
+from hw.elastic.blocks import ABSENT, Block
+from hw.elastic.model import ElasticModel
 from sim.engine.transition import LayerCopy
 
 POLL_S = 0.0005

@@ -28,9 +28,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hw.elastic.blocks import ABSENT, KINDS
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import DeviceMemory, out_of_memory
-from hw.elastic.model import ABSENT, KINDS, ElasticModel
+from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import ATTENTION, NotANumberError, Packed, PagedBatch, forward
 from hw.elastic.paged_kv import Arena, MappedArena, PagedKV, RequestPages, SlabArena
 from hw.engine.clock import Clock, RealClock

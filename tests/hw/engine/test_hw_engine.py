@@ -193,7 +193,7 @@ def test_tokens_stay_those_of_a_plain_model_gated_alike_through_changes_of_the_p
 
 
 def test_precision_and_kept_kv_tokens_change_tokens_as_the_plain_cache_of_the_model_does() -> None:
-    from hw.elastic.model import RequestKV
+    from hw.elastic.kv import RequestKV
 
     spec = tiny_spec()
     plan = replace(
