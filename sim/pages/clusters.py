@@ -1,4 +1,4 @@
-"""``python -m sim.cluster_results``: write sim/CLUSTER.md from the files of sim/results; with ``--run``, replay first.
+"""``python -m sim.cluster_results``: write docs/results/clusters/index.md from the files of docs/results/clusters; with ``--run``, replay first.
 
 Every figure of the page comes from those files, which ``--run`` makes with the commands of ``RUNS``; ``--run NAME ...``
 replays only these.
@@ -20,12 +20,12 @@ from sim.cluster.run import CACHE_COLUMNS, CLUSTER_COLUMNS
 from sim.config import fail
 from sim.disaggregate.run import STAGED_COLUMNS
 from sim.errors import ConfigError, nearest
+from sim.paths import RESULTS
 from sim.results.report import Columns, cells
 from sim.results.run_folder import write_json, write_text
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
-PAGE = HERE / "CLUSTER.md"
+FOLDER = RESULTS / "clusters"
+PAGE = FOLDER / "index.md"
 RUNS: dict[str, tuple[str, Columns]] = {
     "cluster_scale": ("sim.cluster experiment=cluster_scale", CLUSTER_COLUMNS),
     "prefix_caching": ("sim.cluster experiment=prefix_caching", CACHE_COLUMNS),
@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[str, Columns]] = {
     "pd_disaggregation": ("sim.disaggregate experiment=pd_disaggregation", STAGED_COLUMNS),
     "pdtrim_transfer": ("sim.disaggregate experiment=pdtrim_transfer", STAGED_COLUMNS),
 }
-"""Name of a file of sim/results: the command that makes it, and the columns that the page shows."""
+"""Name of a file of docs/results/clusters: the command that makes it, and the columns that the page shows."""
 COUNTS = ("requests", "finished", "rejected", "unfinished", "moves", "plan", "reduction_at_mean_prompt")
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -63,7 +63,7 @@ def figures_of(name: str, run: Path) -> dict[str, Any]:
     return content
 
 
-def page(results: Path = RESULTS) -> str:
+def page(results: Path = FOLDER) -> str:
     """Return the page, in Markdown.
 
     Raises:
@@ -73,7 +73,7 @@ def page(results: Path = RESULTS) -> str:
     rows: dict[str, Rows] = {name: content["summaries"] for name, content in found.items()}
     parts = [
         "# Many replicas, and prefill and decode apart, in simulation",
-        "Made by `python -m sim.cluster_results` from files of `sim/results`; with `--run` it replays them. Devices "
+        "Made by `python -m sim.cluster_results` from files of `docs/results/clusters`; with `--run` it replays them. Devices "
         "are simulated (`conf/gpu`, `conf/calibration`; those of the L4 are derived, not measured); the machine named "
         "below each table simulated them. Rows are means ± standard deviations over the seeds named. Requests that "
         "were rejected or not finished miss the SLO. Loads were chosen on seed 1, so that some variants are pressed; "
@@ -295,7 +295,7 @@ def main() -> None:
                 raise ConfigError(f"there is no result {name!r}; {nearest(name, RUNS)}")
         for name in names:
             with tempfile.TemporaryDirectory() as folder:
-                write_json(RESULTS / f"{name}.json", replay(name, told.workers, Path(folder)))
+                write_json(FOLDER / f"{name}.json", replay(name, told.workers, Path(folder)))
             print(f"{name}: replayed", flush=True)
         write_text(PAGE, page())
     except ConfigError as error:

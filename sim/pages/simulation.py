@@ -1,4 +1,4 @@
-"""``python -m sim.results``: write sim/RESULTS.md from the files of sim/results; with ``--run``, replay them first.
+"""``python -m sim.results``: write docs/results/simulation/index.md from the files of docs/results/simulation; with ``--run``, replay them first.
 
 Every figure of the page comes from those files, which ``--run`` makes with ``python -m sim.compare`` and the words of
 ``RUNS``. ``--run NAME ...`` replays only these.
@@ -21,12 +21,12 @@ from typing import Any
 
 from sim.config import fail
 from sim.errors import ConfigError, nearest
+from sim.paths import REPOSITORY, RESULTS
 from sim.results.report import SUMMARY_COLUMNS, cells
 from sim.results.run_folder import write_json, write_text, write_whole
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
-PAGE = HERE / "RESULTS.md"
+FOLDER = RESULTS / "simulation"
+PAGE = FOLDER / "index.md"
 
 LLAMA3 = "experiment=morphserve_l4 model=llama3_8b"
 RUNS = {
@@ -37,7 +37,7 @@ RUNS = {
     "morphserve_llama3_8b_burstgpt": f"{LLAMA3} trace=burstgpt workload=spread_ties windows=[]",
     "kv_hole": "experiment=kv_hole",
 }
-"""Name of a file of sim/results: the words that ``python -m sim.compare`` makes it with."""
+"""Name of a file of docs/results/simulation: the words that ``python -m sim.compare`` makes it with."""
 
 PICTURES = ("moving_budget", "morphserve_llama2_7b", "kv_hole")
 """Those whose picture the page shows."""
@@ -69,7 +69,7 @@ def replay(name: str, words: str, workers: int, folder: Path) -> None:
     _keep_picture(run / "compare.png", folder / f"{name}.png")
 
 
-def page(results: Path = RESULTS) -> str:
+def page(results: Path = FOLDER) -> str:
     """Return the page, in Markdown.
 
     Raises:
@@ -79,7 +79,7 @@ def page(results: Path = RESULTS) -> str:
     budget, hole = found["moving_budget"]["summaries"], found["kv_hole"]["summaries"]
     parts = [
         "# What changing the model under load does, in simulation",
-        "Made by `python -m sim.results` from the files of `sim/results`; `python -m sim.results --run` replays them. "
+        "Made by `python -m sim.results` from the files of `docs/results/simulation`; `python -m sim.results --run` replays them. "
         "The devices are simulated (`conf/gpu`, `conf/calibration`); the machine named below each table is the one "
         "that simulated them. Rows are means ± standard deviations over the seeds or windows named; requests that "
         "were rejected or not finished miss the SLO (TTFT 2 s). *params kept* is the share of parameters that made "
@@ -92,7 +92,7 @@ def page(results: Path = RESULTS) -> str:
         "## RAP's mechanism: memory that moves",
         _table(found["moving_budget"]),
         _moving_budget(budget),
-        "![the seed in which dense attains least](results/moving_budget.png)",
+        "![the seed in which dense attains least](moving_budget.png)",
         "## MorphServe's mechanism: layers that change precision",
         "Its own set-up: a 24 GB L4, windows of 72 s, 22.75 GB for weights, workspace and KV cache, which is 958 FP16 "
         "KV blocks for Llama-2-7B and 2,599 for Llama-3-8B, as the paper states. The L4's prices are **derived** from "
@@ -100,7 +100,7 @@ def page(results: Path = RESULTS) -> str:
         "### Llama-2-7B, Azure conversation trace at the paper's rate / 4.75",
         _table(found["morphserve_llama2_7b"]),
         _order(found["morphserve_llama2_7b"]["summaries"]),
-        "![the window in which FP16 attains least](results/morphserve_llama2_7b.png)",
+        "![the window in which FP16 attains least](morphserve_llama2_7b.png)",
         "### Llama-3-8B, the same",
         _table(found["morphserve_llama3_8b"]),
         _pressure(found["morphserve_llama3_8b"]["summaries"], "rate / 4.75"),
@@ -115,7 +115,7 @@ def page(results: Path = RESULTS) -> str:
         "## The KV hole: what a restored MHA block costs",
         _table(found["kv_hole"]),
         _kv_hole(hole),
-        "![the seed in which dense attains least](results/kv_hole.png)",
+        "![the seed in which dense attains least](kv_hole.png)",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -152,7 +152,7 @@ def _moving_budget(rows: Rows) -> str:
             f"average over requests, at {_mean(greedy, 'perplexity_ratio'):.2f} times the dense perplexity. It is "
             f"better on {_better(greedy, dense)} seeds. RAP's static mask attains {_share(static)} at "
             f"{_mean(static, 'perplexity_ratio'):.2f} times the dense perplexity all the time, a random order "
-            f"{_share(random)}: what an order is worth is quality, which needs a measured table (`hw/SCORES.md`), not "
+            f"{_share(random)}: what an order is worth is quality, which needs a measured table (`docs/results/scores/index.md`), not "
             "speed."
         )
     ahead = [
@@ -321,8 +321,8 @@ def main() -> None:
                 # Kept at the end: a changed file would make the commit of the next one a dirty one.
                 for name in names:
                     for kept in (f"{name}.json", *((f"{name}.png",) if name in PICTURES else ())):
-                        write_whole(RESULTS / kept, partial(shutil.copyfile, Path(temporary) / kept))
+                        write_whole(FOLDER / kept, partial(shutil.copyfile, Path(temporary) / kept))
         write_text(PAGE, page())
     except ConfigError as error:
         fail(str(error))
-    print(f"written: {PAGE.relative_to(HERE.parent)}")
+    print(f"written: {PAGE.relative_to(REPOSITORY)}")
