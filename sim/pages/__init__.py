@@ -1,1 +1,1 @@
-"""Pages made from committed figures: `python -m sim.results`, `python -m sim.cluster_results`, and the shared renderer."""
+"""Pages of results: the shared renderer, and the two pages on simulation."""
