@@ -88,8 +88,8 @@ def read(folder: Path, name: str, program: str) -> dict[str, Any]:
 
 def means(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return label -> dotted name of a figure -> its mean over replays."""
-    rows = content["summaries"].items()
-    return {label: pd.json_normalize(list(row)).mean(numeric_only=True).to_dict() for label, row in rows}
+    flat = {label: pd.json_normalize(list(row)) for label, row in content["summaries"].items()}
+    return {label: {str(k): float(v) for k, v in f.mean(numeric_only=True).items()} for label, f in flat.items()}
 
 
 def wins(content: Mapping[str, Any], ours: str, theirs: str, *, ties: bool = False) -> str:
