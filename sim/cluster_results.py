@@ -1,6 +1,6 @@
-"""Command: ``python -m sim.cluster_results``; see sim/results/cluster_page.py."""
+"""Command: ``python -m sim.cluster_results``; see sim/pages/clusters.py."""
 
-from sim.results.cluster_page import main
+from sim.pages.clusters import main
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "docs" / "results"
+"""Committed figures: one folder a page, with the page as ``index.md`` next to the files it is made from."""
 DATA_VARIABLE = "RAP_LAB_DATA"
 
 

@@ -156,7 +156,7 @@ def cluster_section(folder: Path) -> str:
         + "; ".join(f"**{name}**: {text}" for name, text in ABOUT.items() if name in set(frame["policy"]))
         + ".\n",
         cluster_verdict(frame),
-        "![utility by trace, and training](results/cluster.png)\n",
+        "![utility by trace, and training](cluster.png)\n",
         "### Clusters by trace\n",
         by_kind_markdown(frame, "source"),
         "### Clusters by load\n",

@@ -1,4 +1,4 @@
-"""``python -m agents.evaluate``: learned policies beside every baseline; one table, one figure, agents/RESULTS.md."""
+"""``python -m agents.evaluate``: learned policies beside every baseline; one table, one figure, docs/results/agents/index.md."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from sim.config import load_option, one_thread, run_command
 from sim.cost.model_spec import load_model
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
-from sim.paths import REPOSITORY
+from sim.paths import REPOSITORY, RESULTS
 from sim.policies.learned import read_learned
 from sim.results.run_folder import provenance, write_json, write_parquet
 
-RESULTS = REPOSITORY / "agents" / "results"
+FOLDER = RESULTS / "agents"
 TASKS = ("prune", "serve", "ablation", "cluster")
 OTHER_QUALITY = "llama3_8b_published"
 """Whose losses of low precision the policies meet that were trained on those of the served model."""
@@ -248,7 +248,7 @@ def _curves(globs: DictConfig) -> pd.DataFrame:
 
 
 def _run(cfg: DictConfig) -> None:
-    folder = Path(cfg.out) if cfg.out else RESULTS
+    folder = Path(cfg.out) if cfg.out else FOLDER
     if unknown := sorted(set(cfg.tasks) - set(TASKS)):
         raise ConfigError(f"tasks: {unknown[0]!r} is none; {nearest(unknown[0], TASKS)}")
     if cfg.measure and "prune" in cfg.tasks:

@@ -14,10 +14,10 @@ from agents.evaluation.cluster_report import cluster_section
 from agents.evaluation.prune import grid
 from agents.evaluation.serve_report import serve_section
 from agents.evaluation.statistics import Interval, paired_difference
-from sim.paths import REPOSITORY
+from sim.paths import RESULTS
 from sim.results.run_folder import write_text, write_whole
 
-PAGE = REPOSITORY / "agents" / "RESULTS.md"
+PAGE = RESULTS / "agents" / "index.md"
 REFERENCE = "greedy_stop"
 NOT_LEARNED = (
     "dense",
@@ -245,7 +245,7 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
     fresh = set(made["trained_on"]) <= {made["quality_sha256"]}
     parts = [
         "# Does learning beat simple rules?\n",
-        f"Made by `{made['command']}` from the files of `agents/results` (`measure=false` writes this page again); "
+        f"Made by `{made['command']}` from the files of `docs/results/agents` (`measure=false` writes this page again); "
         f"commit {made['commit'][:12]}, quality table {made['quality_sha256'][:12]}, {made['machine']}."
         + (
             ""
@@ -258,14 +258,14 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
         f"RAP's {loads} loads at {shares} budgets on {made['model']}. Utility is exp(-loss), the dense perplexity over "
         "the plan's, if the plan fits its budget, else 0; the mean over all loads. Every policy decides on losses of "
         "the calibration text; the figures are on the test text, predicted by the table of `conf/quality` "
-        "(`hw/SCORES.md` states its held-out error). Intervals: paired bootstrap over loads and seeds, 95 %. "
+        "(`docs/results/scores/index.md` states its held-out error). Intervals: paired bootstrap over loads and seeds, 95 %. "
         "A decision is a whole plan; one evaluation of the network, that is one block, takes "
         f"{1e6 * made['network_p50_s']:.0f} us (P99 {1e6 * made['network_p99_s']:.0f}). "
         '"Other fit" is the same plans under the fit with terms for neighbours, in which no knapsack is exact.\n',
         prune_table_markdown(frame),
         "Baselines: " + "; ".join(f"**{name}** {ABOUT[name]}" for name in ABOUT) + ".\n",
         verdict(frame),
-        "![utility by budget, and training](results/prune.png)\n",
+        "![utility by budget, and training](prune.png)\n",
         "### By budget\n",
         by_budget_markdown(frame),
     ]

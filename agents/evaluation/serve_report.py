@@ -258,7 +258,7 @@ def serve_section(folder: Path) -> str:
         serve_table_markdown(frame),
         "; ".join(f"**{name}**: {text}" for name, text in ABOUT.items()) + ".\n",
         serve_verdict(frame, made["trained_on"]),
-        "![utility by trace, and training](results/serve.png)\n",
+        "![utility by trace, and training](serve.png)\n",
         "### By trace\n",
         by_kind_markdown(frame, "source"),
         "### By budget\n",

@@ -42,7 +42,7 @@ from sim.cost.gpu import Gpu
 from sim.cost.latency import CALIBRATIONS, SCHEMA
 from sim.cost.model_spec import ModelSpec, load_model
 from sim.errors import CalibrationError, ConfigError, RapLabError, nearest
-from sim.paths import REPOSITORY, find_data
+from sim.paths import REPOSITORY, RESULTS, find_data
 from sim.results.run_folder import commit
 from sim.types import Floats
 
@@ -808,7 +808,11 @@ def from_device(arguments: Arguments) -> list[dict[str, Any]]:
     }
     write(content, out / f"{name}.json")
     d.plot(
-        out / f"{name}.png", terms, d.latency_of(content), held_out, f"{model.name} on {gpu.name}, {content['date']}"
+        (RESULTS / "calibration" if out == CALIBRATIONS else out) / f"{name}.png",
+        terms,
+        d.latency_of(content),
+        held_out,
+        f"{model.name} on {gpu.name}, {content['date']}",
     )
     return [content]
 

@@ -1,4 +1,4 @@
-"""``python -m hw.disaggregate_results``: write hw/TRANSFER.md from hw/transfer.json; with ``--run``, measure first.
+"""``python -m hw.disaggregate_results``: write docs/results/transfer/index.md from docs/results/transfer/transfer.json; with ``--run``, measure first.
 
 With ``--run``: a prefill and a decode process of SmolLM2-135M, one thread each, first calibrate their link, on requests
 of their own; then they serve one small workload under every plan of ``VARIANTS``, ``--repeats`` times each in random
@@ -37,12 +37,12 @@ from sim.cost.plan import describe
 from sim.disaggregate.disaggregate import StagedRecords, kv_bytes_sent
 from sim.disaggregate.run import build_system, plan_of
 from sim.errors import ConfigError, RapLabError
-from sim.paths import REPOSITORY
+from sim.paths import RESULTS
 from sim.results.metrics import distribution, merged_iterations
 from sim.results.records import Status
 from sim.results.run_folder import provenance, write_json, write_text
 
-RESULT, PAGE = (REPOSITORY / "hw" / name for name in ("transfer.json", "TRANSFER.md"))
+RESULT, PAGE = (RESULTS / "transfer" / name for name in ("transfer.json", "index.md"))
 CALIBRATION = "smollm2_135m_cpu_epyc_1thread"
 COMMON = (
     "trace=small",
@@ -251,7 +251,7 @@ def simulate(words: Sequence[str], link: Mapping[str, Any], times: Mapping[str, 
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """Calibrate, run every variant, simulate it; return what hw/transfer.json holds."""
+    """Calibrate, run every variant, simulate it; return what docs/results/transfer/transfer.json holds."""
     load = os.getloadavg()[0]
     with Pair() as pair:
         links = {}
@@ -336,7 +336,7 @@ def page(content: Mapping[str, Any]) -> str:
     )
     parts = [
         "# Prefill and decode of the real model in two processes",
-        f"Made by `python -m hw.disaggregate_results` from `hw/transfer.json`, which `--run` measures. SmolLM2-135M in "
+        f"Made by `python -m hw.disaggregate_results` from `docs/results/transfer/transfer.json`, which `--run` measures. SmolLM2-135M in "
         f"bfloat16, a prefill and a decode process of one thread each on {made['machine']}; {made['written_at'][:10]}, "
         f"commit {commit}. The KV of every prompt is gathered from one paged pool, sent over a loopback TCP socket and "
         f"put into the other; the sender keeps to 10 MB/s where that is said, which is as slow beside this prefill as "

@@ -1,4 +1,4 @@
-"""Write hw/SCORES.md from the scores and the quality table of a model: figures of files, none by hand."""
+"""Write docs/results/scores/index.md from the scores and the quality table of a model: figures of files, none by hand."""
 
 from __future__ import annotations
 

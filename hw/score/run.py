@@ -44,7 +44,7 @@ from sim.cost.plan import dense_plan
 from sim.cost.plan_json import plan_to_json
 from sim.cost.quality import read_table
 from sim.errors import ConfigError, nearest
-from sim.paths import REPOSITORY
+from sim.paths import REPOSITORY, RESULTS
 from sim.results.run_folder import commit, write_json, write_text
 
 SCORES = REPOSITORY / "conf" / "score"
@@ -485,7 +485,7 @@ KINDS: dict[str, Callable[[Job], None]] = {
 
 def _run(cfg: DictConfig) -> None:
     if not OmegaConf.is_missing(cfg, "kind") and cfg.kind == "report":
-        page = Path(cfg.out) if cfg.out else REPOSITORY / "hw" / "SCORES.md"
+        page = Path(cfg.out) if cfg.out else RESULTS / "scores" / "index.md"
         write_text(page, scores_page(model_name(cfg), SCORES, TABLES))
         return
     if OmegaConf.is_missing(cfg, "kind") or cfg.kind not in KINDS:

@@ -5,7 +5,7 @@ of 2,588 blocks, so that most of a request's time is queueing and preemption (ca
 ``bench/examples/RTX4090/Llama-3.1-8B/vllm``, commit 5daddb21, MIT). The prices of the kernels were measured apart from
 it. One number is fitted on the run, the overhead of an iteration, and on its first 60 seconds only.
 
-    python -m hw.fidelity             writes hw/FIDELITY.md and hw/fidelity.json
+    python -m hw.fidelity             writes docs/results/fidelity/index.md and docs/results/fidelity/fidelity.json
     python -m hw.fidelity run=FOLDER  the same for another folder of that form
 """
 
@@ -32,7 +32,7 @@ from sim.engine.protocol import EngineConfig, Request
 from sim.engine.scheduler import Limits
 from sim.engine.sim_engine import SimEngine
 from sim.errors import CalibrationError, RapLabError, nearest
-from sim.paths import REPOSITORY, find_data
+from sim.paths import RESULTS, find_data
 from sim.results.records import Moments, Records
 from sim.results.run_folder import commit, write_json, write_text
 from sim.types import Floats
@@ -165,7 +165,7 @@ def report(run: RealRun, fixed_s: float, records: Records, errors: dict[str, Any
     lines = [
         "# How far the simulator is from a real engine",
         "",
-        "Made by `python -m hw.fidelity`; the figures behind it are in `hw/fidelity.json`.",
+        "Made by `python -m hw.fidelity`; the figures behind it are in `docs/results/fidelity/fidelity.json`.",
         "",
         "**Real:** 300 ShareGPT requests in 29.1 s on Llama-3.1-8B bf16, one RTX 4090, vLLM 0.19.0, 2,588 KV blocks of",
         "16 tokens, 2,048 batched tokens, prefix caching on (casys-kaist/LLMServingSim, commit 5daddb21, MIT).",
@@ -224,7 +224,7 @@ def missed(errors: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Fit, simulate, compare, write the page and print the table."""
-    options = {"run": RUN, "out": str(REPOSITORY / "hw")}
+    options = {"run": RUN, "out": str(RESULTS / "fidelity")}
     try:
         for argument in sys.argv[1:]:
             key, _, value = argument.partition("=")
@@ -251,7 +251,7 @@ def main() -> None:
             "errors": errors,
         },
     )
-    write_text(out / "FIDELITY.md", report(run, fixed_s, records, errors, len(engine.iterations())))
+    write_text(out / "index.md", report(run, fixed_s, records, errors, len(engine.iterations())))
     table = Table(title=f"relative error, overhead {fixed_s * 1e3:.1f} ms fitted on the first {FIT_UNTIL_S:.0f} s")
     for column in ("", *STATISTICS, "correlation"):
         table.add_column(column, justify="right")
@@ -260,4 +260,4 @@ def main() -> None:
         table.add_row(name, *cells, f"{errors[name]['correlation']:.3f}")
     table.add_row("makespan_s", f"{100 * errors['makespan_s']['error']:+.1f} %", "", "", "", "")
     Console().print(table)
-    print(f"files: {out / 'FIDELITY.md'}, {out / 'fidelity.json'}")
+    print(f"files: {out / 'index.md'}, {out / 'fidelity.json'}")

@@ -1,9 +1,9 @@
 """Holds the simulator against the real model: ``python -m hw.validate``, then ``python -m hw.validate page=only``.
 
-    python -m hw.validate                       run what is missing of the suite, judge it, write hw/validation.json,
-                                                hw/VALIDATION.md and hw/validation.png
+    python -m hw.validate                       run what is missing of the suite, judge it, write docs/results/validation/validation.json,
+                                                docs/results/validation/index.md and docs/results/validation/validation.png
     python -m hw.validate page=judge            judge the runs that are there, and run nothing
-    python -m hw.validate page=only             write the page again from hw/validation.json
+    python -m hw.validate page=only             write the page again from docs/results/validation/validation.json
     python -m hw.validate runs=FOLDER repeats=3 clock=cpu calibration=NAME_OR_FILE only=burst,quiet
 
 Every workload is served by every policy, once in simulation and ``repeats`` times for real, in random order; runs lie
@@ -40,12 +40,12 @@ from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of, slo
 from sim.config import CONF_DIR, build, one_thread
 from sim.cost.latency import CALIBRATIONS, copy_speed, load_calibration
 from sim.errors import ConfigError, RapLabError, nearest
-from sim.paths import REPOSITORY
+from sim.paths import REPOSITORY, RESULTS
 from sim.policies import Policy
 from sim.replay.run import RecordingEngine, build_engine, build_parts, build_trace, figures, replay_with, write_tables
 from sim.results.run_folder import provenance, write_json, write_text, write_whole
 
-RESULT, PAGE, PICTURE = (REPOSITORY / "hw" / name for name in ("validation.json", "VALIDATION.md", "validation.png"))
+RESULT, PAGE, PICTURE = (RESULTS / "validation" / name for name in ("validation.json", "index.md", "validation.png"))
 CALIBRATION = "smollm2_135m_cpu_epyc_1thread"
 TICK = "tick_s=0.5"
 
@@ -164,7 +164,7 @@ def serve(folder: Path, cfg: DictConfig, engine: RecordingEngine, policy: Policy
 
 
 def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
-    """Run what is missing, compare, and return what ``hw/validation.json`` holds."""
+    """Run what is missing, compare, and return what ``docs/results/validation/validation.json`` holds."""
     workloads = list(WORKLOADS) if arguments.only == "all" else arguments.only.split(",")
     for name in workloads:
         if name not in WORKLOADS:
@@ -337,7 +337,7 @@ def page(content: Mapping[str, Any]) -> str:
     lines = [
         "# The simulator beside the real model",
         "",
-        f"Written by `python -m hw.validate page=only` from `hw/validation.json`. SmolLM2-135M in bfloat16 on "
+        f"Written by `python -m hw.validate page=only` from `docs/results/validation/validation.json`. SmolLM2-135M in bfloat16 on "
         f"{content['device']}, {told['written_at'][:10]}, commit `{told['commit'][:12]}`; calibration "
         f"`{content['calibration']}`, made on other requests.",
         "",

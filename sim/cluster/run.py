@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 
 CLUSTER_COLUMNS: Columns = {
     "SLO attainment": ("slo_attainment", 100.0, 1, " %"),
-    "TTFT P50, s": ("ttft_s.p50", 1.0, 2, ""),
-    "TTFT P95, s": ("ttft_s.p95", 1.0, 2, ""),
-    "TPOT P95, ms": ("tpot_s.p95", 1e3, 1, ""),
-    "E2E P99, s": ("e2e_s.p99", 1.0, 1, ""),
-    "goodput, req/s": ("goodput_rps", 1.0, 2, ""),
+    "TTFT P50 (s)": ("ttft_s.p50", 1.0, 2, ""),
+    "TTFT P95 (s)": ("ttft_s.p95", 1.0, 2, ""),
+    "TPOT P95 (ms)": ("tpot_s.p95", 1e3, 1, ""),
+    "E2E P99 (s)": ("e2e_s.p99", 1.0, 1, ""),
+    "goodput (req/s)": ("goodput_rps", 1.0, 2, ""),
     "moved": ("moved", 1.0, 0, ""),
-    "recomputed, k tokens": ("recomputed_tokens", 1e-3, 0, ""),
+    "recomputed (k tokens)": ("recomputed_tokens", 1e-3, 0, ""),
     "preemptions": ("preemptions", 1.0, 0, ""),
     "replica hours": ("replica_hours", 1.0, 2, ""),
-    "makespan, s": ("makespan_s", 1.0, 0, ""),
+    "makespan (s)": ("makespan_s", 1.0, 0, ""),
 }
 """As ``sim.results.report.SUMMARY_COLUMNS``. moved: requests that another replica had before."""
-CACHE_COLUMNS: Columns = {"found in the cache": ("cached_share", 100.0, 1, " %"), **CLUSTER_COLUMNS}
-"""Of clusters of which one has a prefix cache. found in the cache: share of the prompts' tokens."""
+CACHE_COLUMNS: Columns = {"cached prompt tokens": ("cached_share", 100.0, 1, " %"), **CLUSTER_COLUMNS}
+"""Of clusters of which one has a prefix cache. cached prompt tokens: share of the prompts' tokens."""
 
 
 @dataclass(kw_only=True)

@@ -52,7 +52,7 @@ BEST_CURVE = 0.1
 
 
 BEST_STAGE_SHARE = 0.8
-"""What ``choose`` finds best on the table of SmolLM2-135M; hw/SCORES.md has the comparison."""
+"""What ``choose`` finds best on the table of SmolLM2-135M; docs/results/scores/index.md has the comparison."""
 
 
 CURVES = (-0.1, 0.0, 0.1, 0.25, 0.5)

@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 
 STAGED_COLUMNS: Columns = {
     "SLO attainment": ("slo_attainment", 100.0, 1, " %"),
-    "TTFT P95, s": ("ttft_s.p95", 1.0, 2, ""),
-    "TPOT P50, ms": ("tpot_s.p50", 1e3, 1, ""),
-    "TPOT P95, ms": ("tpot_s.p95", 1e3, 1, ""),
-    "E2E mean, s": ("e2e_s.mean", 1.0, 2, ""),
-    "E2E P95, s": ("e2e_s.p95", 1.0, 2, ""),
-    "KV sent a request, MB": ("sent_bytes_mean", 1e-6, 2, ""),
-    "reduction": ("transfer_reduction", 1.0, 2, "x"),
-    "KV on its way, mean ms": ("transfer_s.mean", 1e3, 0, ""),
-    "wait for room, mean ms": ("room_wait_s.mean", 1e3, 0, ""),
+    "TTFT P95 (s)": ("ttft_s.p95", 1.0, 2, ""),
+    "TPOT P50 (ms)": ("tpot_s.p50", 1e3, 1, ""),
+    "TPOT P95 (ms)": ("tpot_s.p95", 1e3, 1, ""),
+    "E2E mean (s)": ("e2e_s.mean", 1.0, 2, ""),
+    "E2E P95 (s)": ("e2e_s.p95", 1.0, 2, ""),
+    "KV sent per request (MB)": ("sent_bytes_mean", 1e-6, 2, ""),
+    "KV reduction": ("transfer_reduction", 1.0, 2, "x"),
+    "KV transfer, mean (ms)": ("transfer_s.mean", 1e3, 0, ""),
+    "wait for KV room, mean (ms)": ("room_wait_s.mean", 1e3, 0, ""),
     "link busy": ("link_busy_share", 100.0, 1, " %"),
     "perplexity / dense": ("perplexity_ratio", 1.0, 3, ""),
     "preemptions": ("preemptions", 1.0, 0, ""),
 }
-"""As ``sim.results.report.SUMMARY_COLUMNS``. reduction: bytes that the dense model would have sent of the same requests, over
-those sent. wait for room: from the end of its prompt until a request's KV begins to be sent."""
+"""As ``sim.results.report.SUMMARY_COLUMNS``. KV reduction: bytes that the dense model would have sent for the same
+requests, over those sent. wait for KV room: from the end of its prompt until a request's KV begins to be sent."""
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,6 @@
-"""Command: ``python -m sim.results``; see sim/results/simulation_page.py."""
+"""Command: ``python -m sim.results``; see sim/pages/simulation.py."""
 
-from sim.results.simulation_page import main
+from sim.pages.simulation import main
 
 if __name__ == "__main__":
     main()

@@ -70,16 +70,16 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
 
 SUMMARY_COLUMNS = {
     "SLO attainment": ("slo_attainment", 100.0, 1, " %"),
-    "TTFT P95, s": ("ttft_s.p95", 1.0, 2, ""),
-    "TPOT P50, ms": ("tpot_s.p50", 1e3, 1, ""),
+    "TTFT P95 (s)": ("ttft_s.p95", 1.0, 2, ""),
+    "TPOT P50 (ms)": ("tpot_s.p50", 1e3, 1, ""),
     "preemptions": ("preemptions", 1.0, 0, ""),
-    "recomputed, k tokens": ("recomputed_tokens", 1e-3, 0, ""),
-    "over budget, s": ("budget_violation_s", 1.0, 2, ""),
+    "recomputed (k tokens)": ("recomputed_tokens", 1e-3, 0, ""),
+    "over budget (s)": ("budget_violation_s", 1.0, 2, ""),
     "params kept": ("kept_params_share", 100.0, 1, " %"),
     "below 16 bits": ("low_precision_share", 100.0, 1, " %"),
     "perplexity / dense": ("perplexity_ratio", 1.0, 3, ""),
     "plan changes": ("transitions", 1.0, 0, ""),
-    "makespan, s": ("makespan_s", 1.0, 0, ""),
+    "makespan (s)": ("makespan_s", 1.0, 0, ""),
 }
 """Heading: key of the summary, factor, decimals, unit.
 

@@ -13,14 +13,16 @@ import pytest
 from hw.validate.fidelity import CALIBRATION, RUN, compare, fit_fixed_s, missed, read_run, simulate
 from sim.cost.latency import load_calibration
 from sim.errors import CalibrationError
-from sim.paths import REPOSITORY, find_data
+from sim.paths import RESULTS, find_data
 from sim.results.records import Status
 
 
 def test_the_committed_comparison_meets_its_targets_and_the_code_reproduces_it(data: Path) -> None:
-    committed = json.loads((REPOSITORY / "hw" / "fidelity.json").read_text())
+    committed = json.loads((RESULTS / "fidelity" / "fidelity.json").read_text())
     run = read_run(find_data(RUN))
-    engine = simulate(run, load_calibration(CALIBRATION).with_fixed(committed["fixed_s"], "hw/fidelity.json"))
+    engine = simulate(
+        run, load_calibration(CALIBRATION).with_fixed(committed["fixed_s"], "docs/results/fidelity/fidelity.json")
+    )
     records = engine.records()
     assert np.all(records.status == Status.FINISHED)
     errors = compare(run, records)

@@ -1,0 +1,1 @@
+"""Pages of results: the shared renderer, and the two pages on simulation."""

@@ -1,0 +1,124 @@
+"""``python -m sim.cluster_results``: write docs/results/clusters/index.md from its JSON files.
+
+With ``--run``, replay all or the named comparisons first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sim.cluster.run import CACHE_COLUMNS, CLUSTER_COLUMNS
+from sim.disaggregate.run import STAGED_COLUMNS
+from sim.pages.comparison import COUNTS, Comparison, command, means, read, shown
+from sim.pages.render import render, table
+from sim.paths import RESULTS
+from sim.results.report import Columns
+
+FOLDER = RESULTS / "clusters"
+TEMPLATE = Path(__file__).parent / "templates" / "clusters.md.j2"
+KEEP = (*COUNTS, "moves", "plan", "reduction_at_mean_prompt")
+
+
+def _experiment(program: str, name: str, columns: Columns) -> Comparison:
+    return Comparison(command=f"{program} experiment={name}", columns=columns, keep=KEEP)
+
+
+COMPARISONS = {
+    "cluster_scale": _experiment("sim.cluster", "cluster_scale", CLUSTER_COLUMNS),
+    "prefix_caching": _experiment("sim.cluster", "prefix_caching", CACHE_COLUMNS),
+    "spot_preemption": _experiment("sim.cluster", "spot_preemption", CLUSTER_COLUMNS),
+    "pd_disaggregation": _experiment("sim.disaggregate", "pd_disaggregation", STAGED_COLUMNS),
+    "pdtrim_transfer": _experiment("sim.disaggregate", "pdtrim_transfer", STAGED_COLUMNS),
+}
+"""Name of a JSON file in docs/results/clusters: how it is made."""
+
+Means = Mapping[str, Mapping[str, float]]
+
+
+def page(folder: Path = FOLDER) -> str:
+    """Return the page, in Markdown.
+
+    Raises:
+        ConfigError: if a result is missing, with the command that makes it.
+    """
+    found = {name: read(folder, name, "sim.cluster_results") for name in COMPARISONS}
+    mean = {name: means(content) for name, content in found.items()}
+    results = {name: shown(found[name], COMPARISONS[name].columns, "variant") | {"title": ""} for name in COMPARISONS}
+    scale, caching, staged = mean["cluster_scale"], mean["prefix_caching"], mean["pd_disaggregation"]
+    pdtrim = mean["pdtrim_transfer"]
+    summaries = found["spot_preemption"]["summaries"].values()
+    return render(
+        TEMPLATE,
+        results=results,
+        mean=mean,
+        fastest={
+            kind: _best({k: v for k, v in scale.items() if k.startswith(kind) and "autoscaled" not in k}, "ttft_s.p95")
+            for kind in ("mixed", "12 A100")
+        },
+        most_attained={
+            trace: _best({k: v for k, v in caching.items() if k.startswith(trace) and "room" not in k})
+            for trace in ("conversation", "synthetic")
+        },
+        spot={
+            key: sum(row[key] for several in summaries for row in several) for key in ("requests", "finished", "moves")
+        },
+        best_ratio=_best({label: row for label, row in staged.items() if label.endswith("100 Gbit/s")}),
+        targets={target: _by_latency(pdtrim, target) for target in ("quality", "bytes")},
+        claims=pdtrim_claims(pdtrim),
+        formula_error=max(abs(r["transfer_reduction"] / r["reduction_at_mean_prompt"] - 1.0) for r in pdtrim.values()),
+        plans=table(
+            [{"variant": k, "plan": row[0]["plan"]} for k, row in found["pdtrim_transfer"]["summaries"].items()], left=2
+        ),
+        verdict=verdict,
+    )
+
+
+def _best(rows: Means, key: str = "slo_attainment") -> str:
+    """Return the label with the highest SLO attainment, or with the lowest of another figure."""
+    pick = max if key == "slo_attainment" else min
+    return pick(rows, key=lambda label: rows[label][key])
+
+
+def _by_latency(rows: Means, target: str) -> str:
+    """Return the variants of one target, from the shortest mean E2E to the longest."""
+    mine = {label.removesuffix(f", {target}"): row for label, row in rows.items() if label.endswith(f", {target}")}
+    lines = [
+        {
+            "variant": label,
+            "E2E mean (s)": row["e2e_s.mean"],
+            "KV reduction": f"{row['transfer_reduction']:.2f}x",
+            "perplexity / dense": row["perplexity_ratio"],
+        }
+        for label, row in sorted(mine.items(), key=lambda item: item[1]["e2e_s.mean"])
+    ]
+    return table(lines, {"E2E mean (s)": ".2f", "perplexity / dense": ".2f"})
+
+
+def verdict(ours: float, theirs: float) -> str:
+    """Return whether the first is smaller; a difference of less than 2 % counts as none."""
+    return "no difference" if abs(ours / theirs - 1.0) < 0.02 else "yes" if ours < theirs else "no"
+
+
+def pdtrim_claims(rows: Means) -> dict[str, str]:
+    """Return the verdict on each claim about PDTrim; the template words the claims."""
+
+    def smaller(key: str, ours: str, *theirs: str) -> str:
+        return verdict(rows[ours][key], min(rows[label][key] for label in theirs))
+
+    e2e, cost = "e2e_s.mean", "perplexity_ratio"
+    sent = {label: 1.0 / row["transfer_reduction"] for label, row in rows.items()}
+    return {
+        "kv_sends_less": verdict(sent["PDTrim KV, quality"], sent["PDTrim blocks, quality"]),
+        "kv_costs_less": smaller(cost, "PDTrim KV, bytes", "PDTrim blocks, bytes"),
+        "nested_costs_less": smaller(cost, "PDTrim blocks, bytes", "unified, bytes"),
+        "searched_is_faster": smaller(e2e, "PDTrim searched, 1.5", "PDTrim blocks, 1.5"),
+        "both_is_faster": smaller(e2e, "PDTrim both, quality", "PDTrim KV, quality", "PDTrim blocks, quality"),
+        "chosen_is_faster": smaller(e2e, "PDTrim KV, quality", "windows, quality"),
+        "chosen_costs_less": smaller(cost, "PDTrim KV, bytes", "windows, bytes"),
+    }
+
+
+def main() -> None:
+    """Run ``python -m sim.cluster_results``."""
+    command("sim.cluster_results", (__doc__ or "").splitlines()[0], COMPARISONS, FOLDER, page)
