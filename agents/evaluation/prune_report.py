@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from agents.envs.prune_loads import Draw, prune_draws
+from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.evaluation.ablation import ablation_markdown
 from agents.evaluation.cluster_report import cluster_section
 from agents.evaluation.prune import grid
@@ -49,11 +49,11 @@ ABOUT = {
 }
 
 
-def unseen_loads() -> list[Draw]:
+def unseen_loads() -> list[PruneLoad]:
     """Return loads outside the range of training: larger batches, longer sequences, tighter budgets."""
     pairs = [(1, 128), (1, 8192), (4, 8192), (32, 512), (32, 2048), (64, 1024)]
     return [
-        Draw(batch=batch, sequence_tokens=tokens, budget_share=share)
+        PruneLoad(batch=batch, sequence_tokens=tokens, budget_share=share)
         for batch, tokens in pairs
         for share in (0.9, 0.7, 0.5, 0.4)
     ]
@@ -280,9 +280,9 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
     parts += [
         "### Loads that training never reaches\n",
         "Batches to 64, sequences of 128 and 8,192 tokens, budgets down to 40 %; training drew batches of "
-        f"{prune_draws().batch[0]} to {prune_draws().batch[1]}, {prune_draws().sequence_tokens[0]} to "
-        f"{prune_draws().sequence_tokens[1]} tokens, budgets of {100 * prune_draws().budget_share[0]:.0f} to "
-        f"{100 * prune_draws().budget_share[1]:.0f} %.\n",
+        f"{prune_loads().batch[0]} to {prune_loads().batch[1]}, {prune_loads().sequence_tokens[0]} to "
+        f"{prune_loads().sequence_tokens[1]} tokens, budgets of {100 * prune_loads().budget_share[0]:.0f} to "
+        f"{100 * prune_loads().budget_share[1]:.0f} %.\n",
         prune_table_markdown(unseen),
     ]
     if curves is not None:

@@ -254,7 +254,7 @@ def test_the_learned_policy_chooses_what_the_environment_would_have_it_choose(tm
         "model": setting.model.name,
         "layers": [list(weight.shape)],
         "activation": "relu",
-        "plans": setting.action_words,
+        "plans": setting.action_options,
         "observation": setting.table.rows(),
         "actions": list(setting.table.actions),
     }
@@ -278,7 +278,7 @@ def test_the_learned_policy_chooses_what_the_environment_would_have_it_choose(tm
         observation, *_ = env.step(action)
         chosen.add(action)
     assert len(chosen) > 1
-    (tmp_path / "p.json").write_text(json.dumps({**about, "plans": {**setting.action_words, "drops": [0, 4, 12]}}))
+    (tmp_path / "p.json").write_text(json.dumps({**about, "plans": {**setting.action_options, "drops": [0, 4, 12]}}))
     with pytest.raises(ConfigError, match="other actions"):
         learned_serve(served, path=str(tmp_path / "p.json"))
 
@@ -306,7 +306,7 @@ def test_render_shows_the_episode_and_writes_its_picture(tmp_path: Path) -> None
     assert before is not None
     assert after is not None
     assert (before != after).any()
-    env.write_picture(tmp_path / "episode.png")
+    env.save_render(tmp_path / "episode.png")
     assert (tmp_path / "episode.png").read_bytes().startswith(b"\x89PNG")
 
 
