@@ -109,7 +109,7 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         self._tick += 1
         for c, cluster in enumerate(self._served):
             cluster.run_until(float(self._tick[c] * self.setting.tick_s))
-            cluster.look(self._seen[self._rows(c)])
+            cluster.observe_into(self._seen[self._rows(c)])
         seen = self._seen.reshape(self.clusters, self.setting.replicas, SEEN_COLUMNS)
         among = cluster_features(seen, self._observers.dense_bytes).reshape(self.num_envs, -1)
         features = np.concatenate((self._observers(self._seen), among), axis=1) * self.setting.visible

@@ -183,8 +183,8 @@ def rules(
     without: dict[str, Build] = {
         "greedy_stop": conf_policy("greedy_stop", **greedy),
         "random_stop": conf_policy("random"),
-        "pressure_stop": conf_policy("pressure_stop"),
-        "precision": conf_policy("precision"),
+        "pressure_stop": conf_policy("adaptive_pruning"),
+        "precision": conf_policy("adaptive_precision"),
         **{
             f"morphserve_{mode}": conf_policy("morphserve", mode=mode)
             for mode in ("accuracy", "default", "performance")

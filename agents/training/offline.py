@@ -99,8 +99,8 @@ def prune_player(env: PruneToBudget, by: str, seed: int) -> Callable[[int], Choo
     """Return a function that starts episode i of ``PruneToBudget``, which drops a policy's blocks in random order."""
     if env.setting.restore or env.setting.sequence != 1:
         raise ConfigError(
-            "baselines solve one load per episode and restore nothing; set env.kwargs.restore=false
-            env.kwargs.sequence=1"
+            "baselines solve one load per episode and restore nothing; set env.kwargs.restore=false "
+            "env.kwargs.sequence=1"
         )
     model = env.setting.model
     known = baselines(model)
@@ -109,7 +109,9 @@ def prune_player(env: PruneToBudget, by: str, seed: int) -> Callable[[int], Choo
     elif by in known and by != "oracle":
         decide = known[by][0]
     else:
-        raise ConfigError(f"by={by}: there is no such baseline; {nearest(by, known)}, or pass the path of a policy.json")
+        raise ConfigError(
+            f"by={by}: there is no such baseline; {nearest(by, known)}, or pass the path of a policy.json"
+        )
 
     def begin(episode: int) -> Choose:
         rng = np.random.default_rng([seed, episode])

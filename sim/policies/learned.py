@@ -191,15 +191,15 @@ def prune_network(model: ModelSpec, path: str | Path) -> PruneNetwork:
         ConfigError: if it was trained on another model or on other tables.
     """
     learned = read_learned(path, "PruneToBudget")
-    words = learned.about.get("environment", {})
-    if words.get("restore") or words.get("sequence", 1) != 1:
+    environment = learned.about.get("environment", {})
+    if environment.get("restore") or environment.get("sequence", 1) != 1:
         raise ConfigError(f"{learned.path.name} was trained with restore or a sequence of loads; this runs one load")
-    table = prune_table(model, scores=bool(words.get("scores")))
+    table = prune_table(model, scores=bool(environment.get("scores")))
     if learned.about.get("model") != model.name:
         raise ConfigError(f"{learned.path.name} was trained on {learned.about.get('model')}, not on {model.name}")
     check_tables(learned, table)
-    scores = np.array(learned.about["scores"], dtype=np.float32) if words.get("scores") else None
-    hidden = set(words.get("hide", ()))
+    scores = np.array(learned.about["scores"], dtype=np.float32) if environment.get("scores") else None
+    hidden = set(environment.get("hide", ()))
     shown = np.array([entry.name.split(".")[0] not in hidden for entry in table.entries])
     return PruneNetwork(model, learned.network, scores, None if shown.all() else shown)
 

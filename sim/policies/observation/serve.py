@@ -366,13 +366,13 @@ _LOWEST = np.array([entry.low for entry in SERVE_ENTRIES])[:, None]
 _HIGHEST = np.array([entry.high for entry in SERVE_ENTRIES])[:, None]
 
 
-def actions_from(model: ModelSpec, words: Mapping[str, Any], workspace_bytes: int) -> ServeActions:
-    """Return the actions of a configuration: the words of ``serve_actions``.
+def actions_from(model: ModelSpec, options: Mapping[str, Any], workspace_bytes: int) -> ServeActions:
+    """Return the actions of a configuration: the options of ``serve_actions``.
 
     Raises:
         ConfigError: for an unknown word.
     """
     try:
-        return serve_actions(model, **words, workspace_bytes=workspace_bytes)
+        return serve_actions(model, **options, workspace_bytes=workspace_bytes)
     except TypeError as error:
         raise ConfigError(f"actions: {error}") from error

@@ -283,8 +283,8 @@ def _read_jsonl_clean(content: bytes, schema: pa.Schema, optional: Sequence[str]
             table = table.drop_columns([name])
     # Two objects on a line, or a blank line, would shift every line number after it.
     one_a_line = table.num_rows == content.count(b"\n") + 1
-    whole = all(column.null_count == 0 for column in table.columns)
-    return table if one_a_line and whole else None
+    complete = all(column.null_count == 0 for column in table.columns)
+    return table if one_a_line and complete else None
 
 
 def _read_jsonl_by_line(path: str | Path, content: bytes, schema: pa.Schema, optional: Sequence[str]) -> Table:
@@ -332,7 +332,7 @@ class Rows:
     def tokens(self, name: str, *, minimum: int = 1) -> Ints:
         """Return a column of token counts; 0 stands where the row is bad."""
         allowed = f"a whole number from {minimum} to {MAX_TOKENS:,}"
-        values = self._numbers(name, minimum=minimum, maximum=MAX_TOKENS, whole=True, allowed=allowed)
+        values = self._numbers(name, minimum=minimum, maximum=MAX_TOKENS, integers=True, allowed=allowed)
         return values.astype(np.int64)
 
     def seconds(self, name: str, *, unit_s: float = 1.0) -> Floats:
@@ -341,7 +341,7 @@ class Rows:
         unit = {1.0: "seconds", 1e-3: "milliseconds"}[unit_s]
         allowed = f"a number of {unit} from 0 to {maximum:g}"
         # Dividing rounds once; multiplying by 0.001 would round twice.
-        return self._numbers(name, minimum=0, maximum=maximum, whole=False, allowed=allowed) / round(1 / unit_s)
+        return self._numbers(name, minimum=0, maximum=maximum, integers=False, allowed=allowed) / round(1 / unit_s)
 
     def timestamps(self, name: str) -> Floats:
         """Return a column of wall-clock times as seconds since the earliest, exact to 1 ns; 0 where the row is bad."""
@@ -450,11 +450,11 @@ class Rows:
         keep[list(self.bad)] = False
         return keep
 
-    def _numbers(self, name: str, *, minimum: float, maximum: float, whole: bool, allowed: str) -> Floats:
+    def _numbers(self, name: str, *, minimum: float, maximum: float, integers: bool, allowed: str) -> Floats:
         values = _to_floats(self.table.columns[name])
         with np.errstate(invalid="ignore"):
             good = (values >= minimum) & (values <= maximum)
-            if whole:
+            if integers:
                 good &= values == np.floor(values)
 
         def kind(text: str) -> str:

@@ -34,7 +34,7 @@ class PlainReplica:
     loading: PlainEngine | None = None
     decide: Decider | None = None
     accepts: bool = False
-    told: bool = False
+    notified: bool = False
 
 
 @dataclass(kw_only=True)
@@ -241,7 +241,7 @@ class PlainCluster:
     def _outage(self, k: int, number: int, now_s: float) -> None:
         replica, outage = self.replicas[k], self.replicas[k].outages[number]
         if now_s < outage.from_s:
-            replica.told = True
+            replica.notified = True
             if replica.accepts:
                 replica.accepts = False
                 self._route_again(k, now_s, running_too=False)
@@ -255,7 +255,7 @@ class PlainCluster:
 
     def _start(self, k: int, number: int, now_s: float) -> None:
         replica = self.replicas[k]
-        replica.told = False
+        replica.notified = False
         self._schedule_outage(k, number + 1)
         try:
             engine, decide = replica.build(simpy.Environment(initial_time=now_s))
@@ -274,7 +274,7 @@ class PlainCluster:
             return
         engine.run_until(now_s)
         replica.engine, replica.loading, replica.decide = engine, None, decide
-        if not replica.told:
+        if not replica.notified:
             replica.accepts = True
             held, self.held = self.held, []
             for row in held:

@@ -38,7 +38,7 @@ class Moving:
 
 
 @dataclass(kw_only=True)
-class PlainApart:
+class PlainDisaggregated:
     """Prefill replicas, decode replicas, links; ``build`` makes an engine from its side."""
 
     trace: Trace
@@ -212,8 +212,8 @@ class PlainApart:
         return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
 
 
-def build(kind: type[PlainEngine], env: simpy.Environment, **words: object) -> PlainEngine:
+def build(kind: type[PlainEngine], env: simpy.Environment, **overrides: object) -> PlainEngine:
     """Return an engine that expects requests which it does not know yet."""
-    engine = kind(env=env, **words)  # type: ignore[arg-type]
+    engine = kind(env=env, **overrides)  # type: ignore[arg-type]
     engine.expects_more = True
     return engine

@@ -146,8 +146,8 @@ def test_the_file_builds_it_with_the_words_of_a_replay() -> None:
     assert isinstance(policy, Lookahead)
     assert policy.actions.names[0] == "drop 0, W4 0, queue any"
     greedy = OmegaConf.load(CONF_DIR / "policy" / "greedy_stop.yaml")
-    words = OmegaConf.load(CONF_DIR / "policy" / "lookahead.yaml")
-    assert list(greedy.order)[: len(words.actions.order)] == list(words.actions.order)
+    configured = OmegaConf.load(CONF_DIR / "policy" / "lookahead.yaml")
+    assert list(greedy.order)[: len(configured.actions.order)] == list(configured.actions.order)
 
 
 def test_without_a_model_of_the_server_or_with_numbers_out_of_range_it_says_so(server: ServerSpec) -> None:

@@ -29,8 +29,8 @@ STATE = tiny_engine().run_until(0.0)
 
 
 def seen(budget_bytes: int, running_tokens: int = 0, **changed: object) -> EngineState:
-    given = {"next_budget_bytes": budget_bytes, **changed}
-    return dataclasses.replace(STATE, budget_bytes=budget_bytes, running_tokens=running_tokens, **given)
+    budgets = {"next_budget_bytes": budget_bytes, **changed}
+    return dataclasses.replace(STATE, budget_bytes=budget_bytes, running_tokens=running_tokens, **budgets)
 
 
 def greedy(**changed: float) -> GreedyStop:

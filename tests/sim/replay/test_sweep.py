@@ -120,7 +120,7 @@ def test_low_precision_and_quality_are_those_of_the_plan_that_ran() -> None:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         found = {
             name: replay_case(compose("replay", overrides=[*plain, f"policy={name}"])).summary
-            for name in ("dense", "w4_prefix", "int4")
+            for name in ("dense", "static_w4_prefix", "int4")
         }
     assert [found[name]["low_precision_share"] for name in found] == [0.0, 0.25, 1.0]
     published = (1.0, 5.504 / 5.472, 5.600 / 5.472)  # MorphServe, the first 0, 8 and 32 layers at W4

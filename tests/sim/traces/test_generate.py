@@ -258,7 +258,7 @@ def test_fixed_and_lognormal_lengths_are_what_they_say():
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (partial(poisson, rate_rps=0.0, duration_s=1.0), "rate_rps is 0.0; it must be a finite number above 0"),
         (partial(poisson, rate_rps=1.0, duration_s=float("inf")), "duration_s is inf"),
@@ -284,8 +284,8 @@ def test_fixed_and_lognormal_lengths_are_what_they_say():
         ),
     ],
 )
-def test_an_impossible_generator_says_what_is_wrong_and_what_is_allowed(make, words):
-    with pytest.raises(WorkloadError, match=words):
+def test_an_impossible_generator_says_what_is_wrong_and_what_is_allowed(make, message):
+    with pytest.raises(WorkloadError, match=message):
         make()
 
 
