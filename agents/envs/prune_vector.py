@@ -19,16 +19,8 @@ from agents.envs.prune_loads import PruneLoad
 from agents.envs.reward import PruneStep, utility
 from agents.envs.surrogate import mask_losses
 from agents.envs.vector import final_infos, reseed
-from sim.policies.observation.prune import (
-    Bools,
-    Floats32,
-    Ints,
-    Loads,
-    load_columns,
-    loads,
-    prune_features,
-    prune_legal,
-)
+from sim.policies.observation.prune import Loads, load_columns, loads, prune_features, prune_legal
+from sim.types import Bools, Floats32, Ints
 
 # Shapes: n environments, b blocks in the order MHA0, FFN0, MHA1, ...
 

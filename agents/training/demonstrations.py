@@ -16,7 +16,7 @@ from agents.envs.prune_vector import PruneToBudgetVector
 from agents.envs.serve_vector import ServeTraceVector
 from agents.evaluation.prune import solver
 from sim.errors import ConfigError, nearest
-from sim.policies.observation.prune import Floats32
+from sim.types import Floats32
 
 # Shapes: n rows, o entries of an observation, a actions.
 

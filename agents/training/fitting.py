@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from agents.training.modules import actor_logits, learner_module
-from sim.policies.observation.prune import Floats32
+from sim.types import Floats32
 
 # Shapes: n rows, o entries of an observation, a actions.
 
