@@ -64,7 +64,7 @@ from sim.policies.schedule import Schedule
 from sim.replay.run import build_engine, build_trace, replay_with
 from sim.results.run_folder import commit, write_json
 from tests.sim.cluster import cluster_cases
-from tests.sim.disaggregate import disaggregated_cases as apart_cases
+from tests.sim.disaggregate import disaggregated_cases
 from tests.sim.engine import kernel_cases
 
 HASHES = Path(__file__).with_name("hashes.json")
@@ -241,7 +241,9 @@ def disaggregated_tables(system: Disaggregated) -> Tables:
 
 def disaggregated_case(seed: int, *, overlap: bool) -> Tables:
     """Serve a random disaggregated case; ``overlap``: KV is sent while its prompt is computed."""
-    return disaggregated_tables(apart_cases.fast_apart(apart_cases.random_apart(seed), overlap))
+    return disaggregated_tables(
+        disaggregated_cases.fast_disaggregated(disaggregated_cases.random_disaggregated(seed), overlap)
+    )
 
 
 def configured_disaggregated(*overrides: str) -> Tables:
@@ -320,7 +322,7 @@ REPLAYS = {
     ),
     "int4, steps": f"{BURST} {STEPS} policy=int4",
     "int8, vllm_v0": f"{WITHOUT_QUALITY} budget=steps budget.rows=[[0,0.9],[10,0.13],[30,0.5]] policy=int8 {V0}",
-    "w4_prefix": f"{BURST} {WALK} policy=w4_prefix",
+    "w4_prefix": f"{BURST} {WALK} policy=static_w4_prefix",
     "rap_60": f"{BURST} {WALK} policy=rap_60 {V0}",
     "rap_80, relative budget": f"{BURST} budget=rap policy=rap_80",
     "schedule": f"{BURST} {WALK} policy=schedule policy.steps.1.at_s=10 policy.steps.2.at_s=30",
@@ -334,13 +336,13 @@ REPLAYS = {
         f"{WALK} policy=greedy_stop {V0}"
     ),
     "pressure_stop, Poisson arrivals": (
-        f"trace=poisson trace.duration_s=50 trace.rate_rps=9 workload=shuffle_lengths {STEPS} policy=pressure_stop"
+        f"trace=poisson trace.duration_s=50 trace.rate_rps=9 workload=shuffle_lengths {STEPS} policy=adaptive_pruning"
     ),
-    "pressure_stop, vllm_v0": f"{BURST} {WALK} policy=pressure_stop {V0}",
-    "precision": f"{BURST} {TENANT} policy=precision tick_s=0.5",
+    "pressure_stop, vllm_v0": f"{BURST} {WALK} policy=adaptive_pruning {V0}",
+    "precision": f"{BURST} {TENANT} policy=adaptive_precision tick_s=0.5",
     "precision, MMPP arrivals, vllm_v0": (
         "latency=llama2_7b_a100_trtllm trace=mmpp trace.duration_s=60 trace.on_rate_rps=16 trace.mean_off_s=15 "
-        f"workload=fit_4096 {WALK} policy=precision {V0}"
+        f"workload=fit_4096 {WALK} policy=adaptive_precision {V0}"
     ),
     "morphserve": f"{BURST} {TENANT} policy=morphserve tick_s=0.25",
     "morphserve, performance, L4": (
