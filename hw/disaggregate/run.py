@@ -39,13 +39,14 @@ from hw.disaggregate.sides import Connection, DecodeSide, GuardedEngine, Prefill
 from hw.elastic.kv import RequestKV
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
-from hw.engine.iteration_log import IterationLog, Shape
+from hw.engine.iteration_log import Shape
 from hw.engine.prompts import read_prompts
 from hw.replay.run import HwReplayConfig, load_elastic
 from sim.config import build, one_thread, run_command
 from sim.cost.plan import Plan, describe
 from sim.disaggregate.disaggregate import StagedRecords, decode_side, with_prefill
 from sim.disaggregate.run import perplexity_ratio, plan_of, print_staged, staged_frame, transfer_figures
+from sim.engine.iteration_log import IterationLog
 from sim.errors import ConfigError, RapLabError
 from sim.replay.run import Parts, build_parts, build_trace, quality_of
 from sim.results.metrics import iterations_frame, merged_gaps, merged_iterations, summarise

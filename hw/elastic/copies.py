@@ -46,6 +46,10 @@ class LayerCopier:
         end.record(self._elastic.copy_stream)
         self._events = (begin, end)
 
+    def copies(self, block: Block) -> bool:
+        """Return whether a block is part of the copy under way."""
+        return any(block is one for one, _ in self._blocks)
+
     def whole(self) -> bool:
         """Return whether the copy has arrived."""
         if self._future is not None:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 import hw.replay.run
 import sim.replay.__main__
 import sim.replay.run
+from hw.engine.torch_executor import TorchExecutor
 from tests.hw.serving import flat_latency_content, tiny, torch
 
 
@@ -89,14 +90,14 @@ def test_ctrl_c_leaves_the_records_so_far_whole(
     import os
     import signal
 
-    put_in_force = hw.replay.HwEngine._put_in_force
+    end = hw.replay.HwEngine._end
 
-    def stop_after_a_while(engine: hw.replay.HwEngine, ran: object) -> None:
-        put_in_force(engine, ran)  # type: ignore[arg-type]
+    def stop_after_a_while(engine: hw.replay.HwEngine, under_way: Any) -> None:
+        end(engine, under_way)
         if len(engine.iterations()) == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(hw.replay.HwEngine, "_put_in_force", stop_after_a_while)
+    monkeypatch.setattr(hw.replay.HwEngine, "_end", stop_after_a_while)
     with pytest.raises(SystemExit) as ended:
         run("hw", name="stopped")
     assert ended.value.code == 130
@@ -133,14 +134,15 @@ def test_a_nan_in_a_layer_ends_the_command_with_block_and_plan_named(
 def test_memory_that_runs_out_is_caught_and_counted_in_hardware_json(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = hw.replay.HwEngine._forward
+    forward, failed = TorchExecutor.forward, []
 
-    def starved(engine: hw.replay.HwEngine, decodes: Any, prefills: Any) -> dict[int, int]:
-        if len(engine._running) > 1 and engine.out_of_memory < 3:
+    def starved(executor: TorchExecutor, iteration: Any) -> dict[int, int]:
+        if len(iteration.batch.scheduled) > 1 and len(failed) < 3:
+            failed.append(iteration)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(engine, decodes, prefills)
+        return forward(executor, iteration)
 
-    monkeypatch.setattr(hw.replay.HwEngine, "_forward", starved)
+    monkeypatch.setattr(TorchExecutor, "forward", starved)
     # All at once, so that two run together however fast this machine is.
     folder = run("hw", "trace.on_rate_rps=1000", "trace.off_rate_rps=1000", "trace.duration_s=0.02")
     assert json.loads((folder / "hardware.json").read_text())["out_of_memory"] == 3

@@ -155,7 +155,7 @@ def plain_cluster(case: ClusterCase) -> list[Row]:
 
     def replica(one: Case, outages: tuple[Outage, ...]) -> PlainReplica:
         return PlainReplica(
-            build=lambda env: (engine(PlainEngine, one, env), AtTimes(one)),
+            build=lambda now_s: (engine(PlainEngine, one, simpy.Environment(initial_time=now_s)), AtTimes(one)),
             decisions_s=moments(one),
             outages=outages,
         )
