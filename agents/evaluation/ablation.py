@@ -1,4 +1,4 @@
-"""Which entries of an observation a trained policy lives by: permutation importance, nothing is trained anew."""
+"""Which entries of an observation a trained policy depends on: permutation importance, nothing is trained again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from agents.envs.prune_vector import PruneToBudgetVector
 from agents.training.validation import Act, play, serve, validation_episodes, validation_windows
+from sim.pages.render import table
 from sim.policies.learned import Network, read_learned
 from sim.types import Bools, Floats32
 
@@ -92,10 +93,15 @@ def ablation_markdown(ablation: pd.DataFrame, between: str) -> str:
     """Return what shuffling each kind of entry costs: the mean over trained seeds, and their lowest and highest."""
     by_seed = ablation.pivot_table(index="hidden", columns="seed", values="utility")
     lost = 1 - by_seed / by_seed.loc["nothing"]
-    order = by_seed.mean(axis=1).sort_values().index
-    lines = [f"| shuffled between {between} | utility | lost | lost by each seed |", "|---|---:|---:|---:|"]
-    for name in order:
-        each, utility = 100 * lost.loc[name], by_seed.loc[name].mean()
-        shown = f"{each.min():.1f} to {each.max():.1f} %"
-        lines.append(f"| {name} | {utility:.4f} | {each.mean():.1f} % | {shown} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        {
+            f"shuffled between {between}": name,
+            "utility": by_seed.loc[name].mean(),
+            "lost": lost.loc[name].mean(),
+            "lost, lowest seed": lost.loc[name].min(),
+            "lost, highest seed": lost.loc[name].max(),
+        }
+        for name in by_seed.mean(axis=1).sort_values().index
+    ]
+    specs = {"utility": ".4f", "lost": ".1%", "lost, lowest seed": ".1%", "lost, highest seed": ".1%"}
+    return table(rows, specs)

@@ -1,4 +1,4 @@
-"""``python -m agents.evaluate``: learned policies beside every baseline; one table, one figure, docs/results/agents/index.md."""
+"""``python -m agents.evaluate``: learned policies and every baseline on the same scenarios."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from agents.evaluation.cluster import (
 )
 from agents.evaluation.cluster_report import COMPARED as CLUSTER_COMPARED
 from agents.evaluation.cluster_report import cluster_table_markdown
+from agents.evaluation.page import FOLDER, write_report
 from agents.evaluation.prune import baselines, contest, learned, solver
-from agents.evaluation.prune_report import prune_table_markdown, unseen_loads, write_report
+from agents.evaluation.prune_report import prune_table_markdown, unseen_loads
 from agents.evaluation.serve import (
     conf_policy,
     evaluate_serve,
@@ -47,11 +48,10 @@ from sim.config import load_option, one_thread, run_command
 from sim.cost.model_spec import load_model
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
-from sim.paths import REPOSITORY, RESULTS
+from sim.paths import REPOSITORY
 from sim.policies.learned import read_learned
 from sim.results.run_folder import provenance, write_json, write_parquet
 
-FOLDER = RESULTS / "agents"
 TASKS = ("prune", "serve", "ablation", "cluster")
 OTHER_QUALITY = "llama3_8b_published"
 """Whose losses of low precision the policies meet that were trained on those of the served model."""

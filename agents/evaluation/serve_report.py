@@ -1,4 +1,4 @@
-"""The part of the results page on ``ServeTrace``, computed from its result files alone."""
+"""The section of the agents page on ``ServeTrace``, computed from its result files alone."""
 
 from __future__ import annotations
 
@@ -12,268 +12,153 @@ import pandas as pd
 from agents.evaluation.ablation import WINDOWS, ablation_markdown
 from agents.evaluation.serve import serve_grid
 from agents.evaluation.statistics import Interval, paired_difference
-from sim.results.run_folder import write_whole
+from agents.evaluation.tables import (
+    by_kind,
+    plot_by_source,
+    plot_training,
+    policies_of,
+    read_if_there,
+    save,
+    seconds_of,
+    signed,
+    standing,
+    training_table,
+    two_panels,
+)
+from sim.pages.render import commit_of, table
 
 REFERENCE = "greedy_stop+queue"
-ABOUT = {
-    "dense": "everything, no limit",
-    "int4": "all layers at 4 bits",
-    "static": "the best plan of the learned policy's own table",
-    "saber": "queue limited by the speed seen (SABER), dense",
-    "saber_int4": "the same at 4 bits",
-    "greedy_stop": "RAP's rule without learning: drop in a greedy order until memory suffices",
-    "random_stop": "the same in a random order",
-    "pressure_stop": "MorphServe's controller over the greedy order",
-    "precision": "layers at 4 bits in proportion to load (FlexQuant, PMPD)",
-    "morphserve": "MorphServe's three modes",
-    "+queue": "the same with a queue limit",
-    "lookahead": "every plan of the learned policy's table tried on a model of the server, the best taken",
-    "learned_clone": "learned what a planner that knew the training windows lost under each plan (agents/training/clone.py)",
-    "learned_clone_busy": "the same at the upper half of the rates, tried after at_high below did well here",
-    "learned_ppo": "PPO that went on from learned_clone",
-    "learned_ppo_plan": "PPO that began with one plan",
-    "oracle_static": "the best plan of the table for each window, chosen in hindsight; not a bound for what adapts",
-    "oracle_search": "the best schedule of these plans that a search finds with the window known (agents/evaluation/oracle.py)",
-}
 ORACLES = ("oracle_static", "oracle_search")
 COMPARED = ("dense", "static", "greedy_stop+queue", "precision+queue", "lookahead")
-"""Rules that stand beside learned policies where something differs from training."""
-
-
-def _policies(frame: pd.DataFrame) -> list[str]:
-    names = list(dict.fromkeys(frame["policy"]))
-    return [name for name in names if name not in ORACLES] + [name for name in ORACLES if name in names]
+"""Rules shown next to learned policies where something differs from training."""
+SPECS = {"utility": ".4f", "SLO attainment": ".1%", "goodput (req/s)": ".2f", "TTFT P95 (s)": ".2f", "rejected": ".1%"}
+SPECS |= {"loss (nats)": ".4f", "over budget (s)": ".2f", "plan changes": ".1f"}
 
 
 def _learned(frame: pd.DataFrame) -> list[str]:
-    return [name for name in _policies(frame) if str(name).startswith("learned")]
+    return [name for name in policies_of(frame, ORACLES) if name.startswith("learned")]
 
 
 def against(frame: pd.DataFrame, ours: str, theirs: str) -> Interval:
-    """Return by how much the utility of one policy is above another's, window by window."""
+    """Return how much higher the utility of one policy is than another's, window by window."""
     return paired_difference(serve_grid(frame, ours), serve_grid(frame, theirs))
 
 
-def signed(interval: Interval) -> str:
-    """Return an interval as the tables show it."""
-    mark = "" if interval.excludes_zero() else " (0 inside)"
-    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{mark}"
+def serving_figures(frame: pd.DataFrame, name: str, reference: str) -> dict[str, Any]:
+    """Return the figures of a policy that the tables of servers and of clusters share."""
+    part = frame[frame["policy"] == name]
+    return {
+        "policy": name,
+        "seeds": part["seed"].nunique(),
+        "utility": part["utility"].mean(),
+        f"minus {reference}": None if name == reference else signed(against(frame, name, reference)),
+        "SLO attainment": part["slo_attainment"].mean(),
+        "goodput (req/s)": part["goodput_rps"].mean(),
+        "TTFT P95 (s)": part["ttft_p95_s"].mean(),
+        "rejected": part["rejected_share"].mean(),
+        "loss (nats)": part["loss"].mean(),
+        "over budget (s)": part["budget_violation_s"].mean(),
+        "plan changes": part["transitions"].mean(),
+    }
 
 
 def serve_table_markdown(frame: pd.DataFrame) -> str:
     """Return the main table: every policy over all windows and seeds."""
-    lines = [
-        f"| policy | seeds | utility | minus {REFERENCE} | SLO attainment | goodput, 1/s | TTFT P95, s | rejected "
-        "| loss, nats | over budget, s | plan changes | decision, us |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    by_policy = frame.groupby("policy")[["decision_p50_s", "decision_p99_s"]].median() * 1e6
+    rows = [
+        serving_figures(frame, name, REFERENCE)
+        | {f"decision {p.upper()} (us)": by_policy[f"decision_{p}_s"][name] for p in ("p50", "p99")}
+        for name in policies_of(frame, ORACLES)
     ]
-    for name in _policies(frame):
-        part = frame[frame["policy"] == name]
-        lines.append(
-            f"| {name} | {part['seed'].nunique()} | {part['utility'].mean():.4f} | "
-            + ("-" if name == REFERENCE else signed(against(frame, name, REFERENCE)))
-            + f" | {100 * part['slo_attainment'].mean():.1f} % | {part['goodput_rps'].mean():.2f} | "
-            f"{part['ttft_p95_s'].mean():.2f} | {100 * part['rejected_share'].mean():.1f} % | "
-            f"{part['loss'].mean():.4f} | {part['budget_violation_s'].mean():.2f} | {part['transitions'].mean():.1f} | "
-            f"{1e6 * part['decision_p50_s'].median():.0f} (P99 {1e6 * part['decision_p99_s'].median():.0f}) |"
-        )
-    return "\n".join(lines) + "\n"
+    return table(rows, SPECS | {"decision P50 (us)": ".0f", "decision P99 (us)": ".0f"})
 
 
-def by_kind_markdown(frame: pd.DataFrame, column: str) -> str:
-    """Return mean utility by source, budget or load."""
-    kinds = list(dict.fromkeys(frame[column]))
-    means = frame.groupby(["policy", column])["utility"].mean()
-    lines = ["| policy | " + " | ".join(map(str, kinds)) + " |", "|---|" + "---:|" * len(kinds)]
-    lines += [
-        f"| {name} | " + " | ".join(f"{float(means[(name, kind)]):.3f}" for kind in kinds) + " |"
-        for name in _policies(frame)
-    ]
-    return "\n".join(lines) + "\n"
+def gaps(frame: pd.DataFrame, ours: str, theirs: str, columns: tuple[str, ...]) -> dict[str, float]:
+    """Return by how much the utility of one policy is above another's, for every kind in some columns."""
+    found: dict[str, float] = {}
+    for column in columns:
+        means = frame.groupby([column, "policy"])["utility"].mean().unstack()
+        found |= {str(kind): float(value) for kind, value in (means[ours] - means[theirs]).items()}
+    return found
 
 
-def serve_verdict(frame: pd.DataFrame, trained_on: list[str]) -> str:
-    """Return what the table says, whichever way it went."""
-    names = _policies(frame)
+def serve_verdict(frame: pd.DataFrame, trained_on: list[str]) -> dict[str, Any]:
+    """Return how the best learned policy stands against rules and oracles, and what a queue limit adds to the rules."""
+    names, learned = policies_of(frame, ORACLES), _learned(frame)
     means = {name: float(frame[frame["policy"] == name]["utility"].mean()) for name in names}
-    learned = _learned(frame)
-    blind = [name for name in names if name not in learned and name not in ORACLES]
+    rules = [name for name in names if name not in (*learned, *ORACLES)]
+    simple = max(rules, key=lambda name: means[name])
     oracle = next(name for name in reversed(ORACLES) if name in names)
-    simple = max(blind, key=lambda name: means[name])
-    with_queue = [name for name in blind if name.endswith("+queue") and name.removesuffix("+queue") in means]
-    gains = {name: means[name] - means[name.removesuffix("+queue")] for name in with_queue}
-    text = ""
-    if learned:
-        best = max(learned, key=lambda name: means[name])
-        beaten = [name for name in blind if against(frame, best, name).low > 0]
-        lost = [name for name in blind if against(frame, best, name).high < 0]
-        even = [name for name in blind if name not in beaten and name not in lost]
-        text += (
-            f"**{best}** has utility {means[best]:.4f}: {signed(against(frame, best, REFERENCE))} against "
-            f"{REFERENCE}, {signed(against(frame, best, simple))} against the best rule ({simple}). With an interval "
-            f"that excludes zero it beats {', '.join(beaten) or 'none'}; it loses to {', '.join(lost) or 'none'}; "
-            f"undecided are {', '.join(even) or 'none'}. "
-            f"It reaches {100 * means[best] / means[oracle]:.1f} % of the utility of {oracle}, which knows the window; "
-            f"the best rule reaches {100 * means[simple] / means[oracle]:.1f} %.\n\n"
-        )
-        kinds = {}
-        for column in ("source", "budget"):
-            table = frame.groupby([column, "policy"])["utility"].mean()
-            for kind in dict.fromkeys(frame[column]):
-                kinds[str(kind)] = float(table[(kind, best)]) - float(table[(kind, simple)])
-        trained = float(np.mean([kinds[source] for source in trained_on if source in kinds]))
-        worst, easiest = min(kinds, key=kinds.__getitem__), max(kinds, key=kinds.__getitem__)
-        text += (
-            f"**Where it fails and where it helps.** Against {simple} it is worst on {worst} ({kinds[worst]:+.3f}) and "
-            f"best on {easiest} ({kinds[easiest]:+.3f}). It was trained on {' and '.join(trained_on)} alone, and "
-            f"differs there from {simple} by {trained:+.3f}.\n\n"
-        )
+    found: dict[str, Any] = {"simple": simple, "oracle": oracle, "simple_of_oracle": means[simple] / means[oracle]}
+    pairs = [(name, name.removesuffix("+queue")) for name in rules if name.endswith("+queue")]
+    gains = {plain: means[limited] - means[plain] for limited, plain in pairs if plain in means}
     if gains:
-        low, high = min(gains.values()), max(gains.values())
-        without = max(means[name.removesuffix("+queue")] - means["dense"] for name in gains)
-        text += (
-            f"What helps most is no pruning at all: a limit on the queue adds {low:.3f} to {high:.3f} of utility to "
-            f"every rule, where the rules alone add at most {without:.3f} to dense: a request that will miss its "
-            "target still takes the time of those behind it.\n"
-            if low > without
-            else f"**A limit on the queue** changes the rules' utility by {low:+.3f} to {high:+.3f}; without it the "
-            f"rules change that of dense by at most {without:+.3f}.\n"
-        )
-    return text
-
-
-def training_markdown(curves: pd.DataFrame) -> str:
-    """Return what training took and reached, a row a kind."""
-    lines = ["| training | seeds | best validation utility, mean (lowest to highest) | seconds | environment steps |"]
-    lines.append("|---|---:|---:|---:|---:|")
-    for name, part in curves.groupby("policy", sort=False):
-        ends = part.groupby("seed").agg({"validation_utility": "max", "seconds": "max", "env_steps": "max"})
-        best = ends["validation_utility"]
-        lines.append(
-            f"| {name} | {len(ends)} | {best.mean():.4f} ({best.min():.4f} to {best.max():.4f}) | "
-            f"{ends['seconds'].median():.0f} | {ends['env_steps'].median():,.0f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-LOADS = "How far along its trace's range of rates (conf/split/serve.yaml) a window is, on a logarithmic scale.\n"
-
-
-def elsewhere_section(folder: Path, frame: pd.DataFrame, made: dict[str, Any]) -> list[str]:
-    """Return what policies do where they were not trained: on other traces, at other loads, at other losses."""
-    parts = []
-    compared = [name for name in _policies(frame) if name in COMPARED or name in _learned(frame)]
-    if (folder / "serve_elsewhere.parquet").exists():
-        trained = pd.read_parquet(folder / "serve_elsewhere.parquet")
-        both = pd.concat([frame[frame["policy"].isin(compared)], trained])
-        seeds = trained.groupby("policy")["seed"].nunique().max()
-        parts += [
-            "### Trained elsewhere\n",
-            "The same test windows; **on_X** is learned_clone trained on trace X alone, **at_low** and **at_high** on "
-            f"the lower and upper half of the rates of its trace, by {seeds} seed(s) each; conf/evaluate.yaml has the "
-            "commands.\n",
-            by_kind_markdown(both, "source"),
-            by_kind_markdown(both, "load"),
-        ]
-    if (folder / "serve_quality.parquet").exists():
-        other = pd.read_parquet(folder / "serve_quality.parquet")
-        columns = ["published", made["other_quality"]]
-        pieces = (frame[frame["policy"].isin(other["policy"])], other)
-        both = pd.concat([part.assign(losses=name) for name, part in zip(columns, pieces, strict=True)])
-        parts += [
-            "### At another model's losses\n",
-            f"The 4-bit losses of `{made['other_quality']}` in place of the served model's, those of dropped blocks as "
-            "before. Learned policies do not know it; lookahead is told.\n",
-            by_kind_markdown(both, "losses"),
-        ]
-    return parts
-
-
-def ablation_section(folder: Path) -> list[str]:
-    """Return which entries the fine-tuned policies live by; nothing where that was not measured."""
-    path = folder / "serve_ablation.parquet"
-    if not path.exists():
-        return []
-    ablation = pd.read_parquet(path)
-    return [
-        "### Which entries of the observation matter to serving\n",
-        f"The {ablation['seed'].nunique()} policies of learned_ppo play {WINDOWS} validation windows while entries "
-        "come from another of these windows at the same tick (permutation importance; nothing is trained again). Below "
-        "zero is noise.\n",
-        ablation_markdown(ablation, "windows"),
-    ]
+        found["queue_gain"] = (min(gains.values()), max(gains.values()))
+        found["rule_gain"] = max(means[plain] - means["dense"] for plain in gains)
+    if not learned:
+        return found
+    best = max(learned, key=lambda name: means[name])
+    kinds = gaps(frame, best, simple, ("source", "budget"))
+    return {
+        **found,
+        "best": best,
+        "utility": means[best],
+        "against_reference": signed(against(frame, best, REFERENCE)),
+        "against_simple": signed(against(frame, best, simple)),
+        "of_oracle": means[best] / means[oracle],
+        **standing(lambda name: against(frame, best, name), rules),
+        "worst": min(kinds.items(), key=lambda item: item[1]),
+        "easiest": max(kinds.items(), key=lambda item: item[1]),
+        "where_trained": float(np.mean([kinds[source] for source in trained_on if source in kinds])),
+    }
 
 
 def serve_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> None:
-    """Write serve.png: utility of every policy by source, and training curves."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(11, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(picture)
-    bars, lines = picture.subplots(1, 2, width_ratios=(3, 2))
-    names = _policies(frame)
-    sources = list(dict.fromkeys(frame["source"]))
-    for k, source in enumerate(sources):
-        part = frame[frame["source"] == source].groupby("policy")["utility"].mean()
-        bars.plot([part[name] for name in names], range(len(names)), "o", color=f"C{k}", label=source, markersize=5)
-    bars.set_yticks(range(len(names)), names, fontsize=8)
-    bars.invert_yaxis()
-    bars.grid(axis="x", alpha=0.4)
-    bars.set(xlabel="utility on held-out windows")
-    bars.legend(fontsize=8)
-    if curves is not None:
-        for k, (label, part) in enumerate(curves.groupby("policy", sort=False)):
-            for line, (_, one) in enumerate(part.groupby("seed")):
-                shown = str(label) if line == 0 else None
-                lines.plot(one["env_steps"], one["validation_utility"], color=f"C{k}", alpha=0.7, label=shown)
-        lines.set(xlabel="environment steps", ylabel="validation utility", title="training, one line a seed")
-        lines.legend(fontsize=8)
-    write_whole(folder / "serve.png", lambda part: picture.savefig(part, format="png"))
+    """Write serve.png: utility of every policy by trace, and training curves."""
+    plot, left, right = two_panels(5, width_ratios=(3, 2))
+    plot_by_source(left, frame, policies_of(frame, ORACLES))
+    left.set(xlabel="utility on held-out windows")
+    plot_training(right, curves)
+    save(plot, folder / "serve.png")
 
 
-def serve_section(folder: Path) -> str:
-    """Return the section, and write its figure; empty where nothing was evaluated."""
-    if not (folder / "serve.parquet").exists():
-        return ""
-    frame = pd.read_parquet(folder / "serve.parquet")
+def elsewhere_context(folder: Path, frame: pd.DataFrame, made: dict[str, Any]) -> dict[str, Any]:
+    """Return the tables of what policies do away from their training: other traces, other loads, other losses."""
+    compared = [name for name in policies_of(frame, ORACLES) if name in COMPARED or name in _learned(frame)]
+    found: dict[str, Any] = {"elsewhere": "", "other_quality": ""}
+    trained, other = (read_if_there(folder / f"serve_{name}.parquet") for name in ("elsewhere", "quality"))
+    if trained is not None:
+        both = pd.concat([frame[frame["policy"].isin(compared)], trained])
+        found["elsewhere_seeds"] = trained.groupby("policy")["seed"].nunique().max()
+        found["elsewhere"] = by_kind(both, policies_of(both, ORACLES), {"source": "", "load": "load "})
+    if other is not None:
+        known = frame[frame["policy"].isin(other["policy"])].assign(losses="published")
+        both = pd.concat([known, other.assign(losses=made["other_quality"])])
+        found["other_quality"] = by_kind(both, policies_of(both, ORACLES), {"losses": ""})
+    return found
+
+
+def serve_context(folder: Path) -> dict[str, Any] | None:
+    """Return what the template shows, and write serve.png; None where nothing was evaluated."""
+    frame = read_if_there(folder / "serve.parquet")
+    if frame is None:
+        return None
     made: dict[str, Any] = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
-    path = folder / "serve_training.parquet"
-    curves = pd.read_parquet(path) if path.exists() else None
+    curves, ablation = (read_if_there(folder / f"serve_{name}.parquet") for name in ("training", "ablation"))
     serve_figure(folder, frame, curves)
-    windows = frame["window"].nunique()
-    anew = made.get("anew")
-    later = f" ({' and '.join(anew['policies'])}: {anew['commit'][:12]})" if anew else ""
-    parts = [
-        "## Serving a trace under memory that moves (`ServeTrace-v0`)\n",
-        f"`{made['command']}`, commit {made['commit'][:12]}{later}: {windows} held-out windows of 120 s from "
-        f"{', '.join(dict.fromkeys(frame['source']))}, each under a full budget, a co-tenant that comes and goes, and "
-        "a random walk, at two loads. Llama-2-7B on one A100, the SLO a first token within two seconds; quality from "
-        "the published points of `conf/quality/llama2_7b_published.yaml`, where which blocks a plan drops makes no "
-        "difference. Every policy decides once a second. The learned policies were trained on windows of "
-        f"{', '.join(made['trained_on'])} alone; windows of one trace overlap in time, so their intervals are narrower "
-        "than those of independent windows would be. Tuned on training windows: "
-        f"static plan '{made['tuned']['static']}', queue limit {made['tuned']['queue']}, greedy_stop "
-        f"{json.dumps(made['tuned']['greedy_stop'])}, SABER's margin {made['tuned']['saber_margin']}.\n",
-        serve_table_markdown(frame),
-        "; ".join(f"**{name}**: {text}" for name, text in ABOUT.items()) + ".\n",
-        serve_verdict(frame, made["trained_on"]),
-        "![utility by trace, and training](serve.png)\n",
-        "### By trace\n",
-        by_kind_markdown(frame, "source"),
-        "### By budget\n",
-        by_kind_markdown(frame, "budget"),
-    ]
-    if "load" in frame:
-        parts += ["### By load\n", LOADS, by_kind_markdown(frame, "load")]
-    if curves is not None:
-        taken = ", ".join(f"{name} {min(x):.0f} to {max(x):.0f}" for name, x in made.get("seconds", {}).items())
-        parts += [
-            "### Training\n",
-            "Wall seconds of one process on two shared cores beside other work. Until its best policy each took: "
-            f"{taken} (learned_ppo without the clone it goes on from).\n",
-            training_markdown(curves),
-        ]
-    parts += ablation_section(folder)
-    parts += elsewhere_section(folder, frame, made)
-    return "\n".join(parts)
+    return {
+        "made": made,
+        "commit": commit_of(made),
+        "later": made.get("anew"),
+        "windows": frame["window"].nunique(),
+        "sources": list(dict.fromkeys(frame["source"])),
+        "table": serve_table_markdown(frame),
+        "verdict": serve_verdict(frame, made["trained_on"]),
+        "by_kind": by_kind(frame, policies_of(frame, ORACLES), {"source": "", "budget": "", "load": "load "}),
+        "seconds": seconds_of(made),
+        "training": "" if curves is None else training_table(curves),
+        "ablation": "" if ablation is None else ablation_markdown(ablation, "windows"),
+        "ablation_seeds": 0 if ablation is None else ablation["seed"].nunique(),
+        "ablation_windows": WINDOWS,
+        **elsewhere_context(folder, frame, made),
+    }

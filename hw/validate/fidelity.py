@@ -1,11 +1,11 @@
-"""Holds the simulator against a published run of a real engine, request by request.
+"""Compare the simulator with a published run of a real engine, request by request.
 
 The run: 300 ShareGPT requests on Llama-3.1-8B, one RTX 4090, vLLM 0.19.0, at 10.3 requests a second against a KV cache
-of 2,588 blocks, so that most of a request's time is queueing and preemption (casys-kaist/LLMServingSim,
+of 2,588 blocks, so most of a request's time is queueing and preemption (casys-kaist/LLMServingSim,
 ``bench/examples/RTX4090/Llama-3.1-8B/vllm``, commit 5daddb21, MIT). The prices of the kernels were measured apart from
 it. One number is fitted on the run, the overhead of an iteration, and on its first 60 seconds only.
 
-    python -m hw.fidelity             writes docs/results/fidelity/index.md and docs/results/fidelity/fidelity.json
+    python -m hw.fidelity             write index.md and fidelity.json to docs/results/fidelity
     python -m hw.fidelity run=FOLDER  the same for another folder of that form
 """
 
@@ -32,11 +32,13 @@ from sim.engine.protocol import EngineConfig, Request
 from sim.engine.scheduler import Limits
 from sim.engine.sim_engine import SimEngine
 from sim.errors import CalibrationError, RapLabError, nearest
+from sim.pages.render import render, show, table
 from sim.paths import RESULTS, find_data
 from sim.results.records import Moments, Records
 from sim.results.run_folder import commit, write_json, write_text
 from sim.types import Floats
 
+TEMPLATE = Path(__file__).parent / "templates" / "fidelity.md.j2"
 RUN = "calibration/llmservingsim_e2e/RTX4090/Llama-3.1-8B"
 CALIBRATION = "llama3.1_8b_rtx4090"
 FIT_UNTIL_S = 60.0
@@ -159,55 +161,33 @@ def _statistic(values: Floats, name: str) -> float:
     return float(values.mean()) if name == "mean" else float(np.quantile(values, int(name[1:]) / 100))
 
 
-def report(run: RealRun, fixed_s: float, records: Records, errors: dict[str, Any], iterations: int) -> str:
-    """Return the Markdown page of the comparison."""
-    moved = int((np.abs(records.ttft_s - run.ttft_s) > 5.0).sum())
-    lines = [
-        "# How far the simulator is from a real engine",
-        "",
-        "Made by `python -m hw.fidelity`; the figures behind it are in `docs/results/fidelity/fidelity.json`.",
-        "",
-        "**Real:** 300 ShareGPT requests in 29.1 s on Llama-3.1-8B bf16, one RTX 4090, vLLM 0.19.0, 2,588 KV blocks of",
-        "16 tokens, 2,048 batched tokens, prefix caching on (casys-kaist/LLMServingSim, commit 5daddb21, MIT).",
-        "Clocks of client and engine are laid over each other where a request reached the queue the fastest.",
-        "",
-        f"**Simulated:** the same requests and settings; kernel prices of `conf/calibration/{CALIBRATION}.json`,",
-        "measured apart from this run. One number is fitted on it, the overhead of an iteration, on requests that",
-        f"finished in its first {FIT_UNTIL_S:.0f} s: **{fixed_s * 1e3:.1f} ms** (grid of 0.1 ms from 0 to 3 ms). The",
-        "table is over the whole run.",
-        "",
-        "| | real mean, s | mean | P50 | P95 | P99 | correlation by request |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in ("ttft_s", "tpot_s", "e2e_s"):
-        row = errors[name]
-        cells = " | ".join(f"{100 * row[s]['error']:+.1f} %" for s in STATISTICS)
-        label = name.removesuffix("_s").upper()
-        lines.append(f"| {label} | {row['mean']['real']:.4g} | {cells} | {row['correlation']:.3f} |")
-    makespan = errors["makespan_s"]
-    lines += [
-        f"| makespan | {makespan['real']:.1f} | {100 * makespan['error']:+.1f} % | | | | |",
-        "",
-        f"{iterations:,} iterations and {int(records.preemptions.sum())} preemptions simulated; the run does not state",
-        "its own.",
-        "",
-        "Targets: 10 % everywhere, 5 % for TPOT and makespan. LLMServingSim states 2 % for latency and 13.6 % for TTFT",
-        "on runs of this kind.",
-        "",
-        *(f"Missed: {miss}" for miss in missed(errors)),
-        *([] if missed(errors) else ["All are met."]),
-        "",
-        "What the rest is made of:",
-        "",
-        "- TTFT here is queueing for KV blocks, and requests are admitted in waves. Its P95 stands at the edge of one:",
-        f"  {moved} of {len(records)} requests join another wave than in the real run (TTFT off by more than 5 s), and",
-        "  that moves P95 by nearly the distance between two waves while mean, P50 and P99 stay where they are.",
-        "- TPOT of one request depends on whether it was preempted; who is hit is chaotic, the distribution is not.",
-        f"- The first request waits {run.ttft_s[0]:.2f} s for its first token, simulated {records.ttft_s[0]:.2f} s:",
-        "  a real engine that has just started is slow, which is not modelled.",
-        "- Prefixes shared between requests are not modelled; a preempted request finds its own KV again, as in vLLM.",
-    ]
-    return "\n".join(lines) + "\n"
+def counts(run: RealRun, records: Records, iterations: int) -> dict[str, Any]:
+    """Return what the page tells next to the errors; ``moved``: requests whose TTFT is off by more than 5 s."""
+    return {
+        "requests": len(records),
+        "iterations": iterations,
+        "preemptions": int(records.preemptions.sum()),
+        "moved": int((np.abs(records.ttft_s - run.ttft_s) > 5.0).sum()),
+        "first_ttft_s": {"real": float(run.ttft_s[0]), "simulated": float(records.ttft_s[0])},
+    }
+
+
+def page(content: dict[str, Any]) -> str:
+    """Return the Markdown page of a comparison, the content of fidelity.json."""
+    errors = content["errors"]
+    rows = []
+    for name in TARGETS:
+        row = errors[name] if name != "makespan_s" else {"mean": errors[name]}
+        label = name.removesuffix("_s")
+        real = show(row["mean"]["real"], ".4g" if name != "makespan_s" else ".1f")
+        relative = {("mean" if s == "mean" else s.upper()): row[s]["error"] if s in row else None for s in STATISTICS}
+        rows.append(
+            {"": label if name == "makespan_s" else label.upper(), "real mean (s)": real}
+            | relative
+            | {"correlation by request": row.get("correlation")}
+        )
+    specs = {"mean": "+.1%", "P50": "+.1%", "P95": "+.1%", "P99": "+.1%", "correlation by request": ".3f"}
+    return render(TEMPLATE, content=content, errors=table(rows, specs), missed=missed(errors))
 
 
 def missed(errors: dict[str, Any]) -> list[str]:
@@ -241,23 +221,22 @@ def main() -> None:
     records = engine.records()
     errors = compare(run, records)
     out = Path(options["out"])
-    write_json(
-        out / "fidelity.json",
-        {
-            "commit": commit(),
-            "calibration": CALIBRATION,
-            "fit_until_s": FIT_UNTIL_S,
-            "fixed_s": fixed_s,
-            "errors": errors,
-        },
-    )
-    write_text(out / "index.md", report(run, fixed_s, records, errors, len(engine.iterations())))
-    table = Table(title=f"relative error, overhead {fixed_s * 1e3:.1f} ms fitted on the first {FIT_UNTIL_S:.0f} s")
+    content = {
+        "commit": commit(),
+        "calibration": CALIBRATION,
+        "fit_until_s": FIT_UNTIL_S,
+        "fixed_s": fixed_s,
+        "errors": errors,
+        "counts": counts(run, records, len(engine.iterations())),
+    }
+    write_json(out / "fidelity.json", content)
+    write_text(out / "index.md", page(content))
+    shown = Table(title=f"relative error, overhead {fixed_s * 1e3:.1f} ms fitted on the first {FIT_UNTIL_S:.0f} s")
     for column in ("", *STATISTICS, "correlation"):
-        table.add_column(column, justify="right")
+        shown.add_column(column, justify="right")
     for name in ("ttft_s", "tpot_s", "e2e_s"):
         cells = [f"{100 * errors[name][s]['error']:+.1f} %" for s in STATISTICS]
-        table.add_row(name, *cells, f"{errors[name]['correlation']:.3f}")
-    table.add_row("makespan_s", f"{100 * errors['makespan_s']['error']:+.1f} %", "", "", "", "")
-    Console().print(table)
+        shown.add_row(name, *cells, f"{errors[name]['correlation']:.3f}")
+    shown.add_row("makespan_s", f"{100 * errors['makespan_s']['error']:+.1f} %", "", "", "", "")
+    Console().print(shown)
     print(f"files: {out / 'index.md'}, {out / 'fidelity.json'}")

@@ -1,9 +1,9 @@
-"""Holds the simulator against the real model: ``python -m hw.validate``, then ``python -m hw.validate page=only``.
+"""Compare the simulator with the real model, cell by cell.
 
-    python -m hw.validate                       run what is missing of the suite, judge it, write docs/results/validation/validation.json,
-                                                docs/results/validation/index.md and docs/results/validation/validation.png
-    python -m hw.validate page=judge            judge the runs that are there, and run nothing
-    python -m hw.validate page=only             write the page again from docs/results/validation/validation.json
+    python -m hw.validate                       run what is missing of the suite, judge it, and write validation.json,
+                                                index.md and validation.png to docs/results/validation
+    python -m hw.validate page=judge            judge the existing runs, and run nothing
+    python -m hw.validate page=only             write the page again from validation.json
     python -m hw.validate runs=FOLDER repeats=3 clock=cpu calibration=NAME_OR_FILE only=burst,quiet
 
 Every workload is served by every policy, once in simulation and ``repeats`` times for real, in random order; runs lie
@@ -35,15 +35,16 @@ from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import read_prompts
 from hw.replay.run import hardware, load_elastic
-from hw.validate.compare import Run, compare, percent, read_run, seconds, verdicts
+from hw.validate.compare import Run, compare, read_run, verdicts
 from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of, slower
+from hw.validate.suite_page import AT_SPEED, page, plot
 from sim.config import CONF_DIR, build, one_thread
 from sim.cost.latency import CALIBRATIONS, copy_speed, load_calibration
 from sim.errors import ConfigError, RapLabError, nearest
 from sim.paths import REPOSITORY, RESULTS
 from sim.policies import Policy
 from sim.replay.run import RecordingEngine, build_engine, build_parts, build_trace, figures, replay_with, write_tables
-from sim.results.run_folder import provenance, write_json, write_text, write_whole
+from sim.results.run_folder import provenance, write_json, write_text
 
 RESULT, PAGE, PICTURE = (RESULTS / "validation" / name for name in ("validation.json", "index.md", "validation.png"))
 CALIBRATION = "smollm2_135m_cpu_epyc_1thread"
@@ -164,7 +165,7 @@ def serve(folder: Path, cfg: DictConfig, engine: RecordingEngine, policy: Policy
 
 
 def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
-    """Run what is missing, compare, and return what ``docs/results/validation/validation.json`` holds."""
+    """Run what is missing, compare, and return the content of validation.json."""
     workloads = list(WORKLOADS) if arguments.only == "all" else arguments.only.split(",")
     for name in workloads:
         if name not in WORKLOADS:
@@ -311,224 +312,6 @@ def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 "regret": known[best]["real"] / min(f["real"] for f in known.values()) - 1,
             }
     return found
-
-
-# --- The page --------------------------------------------------------------------------------------------------------
-
-AT_SPEED = (
-    "ttft_s.mean",
-    "ttft_s.p50",
-    "ttft_s.p95",
-    "tpot_s.p50",
-    "tpot_s.p95",
-    "e2e_s.mean",
-    "e2e_s.p95",
-    "makespan_s",
-)
-SHOWN = ("ttft_s.mean", "ttft_s.p50", "ttft_s.p95", "tpot_s.mean", "tpot_s.p50", "tpot_s.p95", "makespan_s")
-
-
-def page(content: Mapping[str, Any]) -> str:
-    """Return the page of validation in Markdown."""
-    told = content["provenance"]
-    every = [(workload, policy, result) for workload, by in content["results"].items() for policy, result in by.items()]
-    given = [verdict for _, _, result in every for verdict in verdicts(result).values()]
-    exact = [result["memory"].get("exact") for _, _, result in every]
-    lines = [
-        "# The simulator beside the real model",
-        "",
-        f"Written by `python -m hw.validate page=only` from `docs/results/validation/validation.json`. SmolLM2-135M in bfloat16 on "
-        f"{content['device']}, {told['written_at'][:10]}, commit `{told['commit'][:12]}`; calibration "
-        f"`{content['calibration']}`, made on other requests.",
-        "",
-        "Traces are scaled to what a processor core can serve: 6 to 10 seconds of arrivals, about ten requests, "
-        "prompts around 56 tokens, answers around 10; P95 is nearly the slowest request. Every run was made "
-        f"{' to '.join(map(str, content['repeats']))} times; **noise** is the farthest repeat from the median (- for a "
-        "single run), and no simulator can be better than that. The machine was shared with other work"
-        + (
-            ", so time is the processor's seconds of the serving thread, not the wall's, and idle time is skipped."
-            if content["clock"] == "cpu"
-            else "; time is the wall's."
-        ),
-        "",
-        *_speed(content.get("machine_speed", {}).get("references", ())),
-        *_copying(content.get("copying")),
-        "Tolerance: with one plan 5 % at the mean and 10 % at P50 and P95, with plans that change 12 %. "
-        "An error beyond it but below the noise is no miss, and counted apart.",
-        "",
-        f"**Of {len(given)} verdicts {given.count('held')} held, {given.count('within noise')} lie within the "
-        f"noise, {given.count('missed')} missed. Weights and KV allocated equal the predicted bytes in every "
-        f"iteration of {sum(e is True for e in exact)} of {len(exact)} cells.**",
-        "",
-        "## Errors, and the noise beside them",
-        "",
-        "Error of the simulator against the median repeat / noise; **bold** is a miss.",
-        "",
-        "| workload | policy | changes | " + " | ".join(SHOWN) + " | order |",
-        "|---|---|---:|" + "---:|" * (len(SHOWN) + 1),
-    ]
-    for workload, policy, result in every:
-        cells = []
-        for name in SHOWN:
-            figure = result["figures"][name]
-            cell = f"{_signed(figure['error'])} / {percent(figure['noise'])}"
-            cells.append(f"**{cell}**" if figure["verdict"] == "missed" else cell)
-        changes = result["counts"]["transitions"]
-        tau = result["requests_one_by_one"]["admission_order_tau"]
-        lines.append(
-            f"| {workload} | {policy} | {changes['simulated']} / {'-'.join(map(str, sorted(changes['real'])))} | "
-            + " | ".join(cells)
-            + f" | {'-' if tau is None else f'{tau:.2f}'} |"
-        )
-    lines += [
-        "",
-        "`changes`: plan changes in simulation / in each repeat, sorted. `order`: Kendall's tau of the order of "
-        "admission, of the worst repeat. TTFT and TPOT in seconds of the clock named above.",
-        "",
-        *preemptions_and_changes(every),
-        "## The same with the machine's speed taken out",
-        "",
-        "The speed of this machine for one and the same pass moved by a factor of two with what others did on it. Here "
-        "every repeat is simulated anew with all prices times one number, found so that the mean TPOT agrees (the "
-        "range of that number over the repeats is shown); the other figures are then compared with that repeat, and "
-        "the median error of the repeats stands here. One number a run is fitted, so this shows what is wrong beside a "
-        "common factor, and is no verdict.",
-        "",
-        "| workload | policy | factor | " + " | ".join(AT_SPEED) + " |",
-        "|---|---|---:|" + "---:|" * len(AT_SPEED),
-        *(
-            f"| {workload} | {policy} | {min(one['factors']):.2f} to {max(one['factors']):.2f} | "
-            + " | ".join(_signed(one["errors"].get(name)) for name in AT_SPEED)
-            + " |"
-            for workload, policy, one in ((w, p, r["at_the_speed_of_the_run"]) for w, p, r in every)
-        ),
-        "",
-        _median_line(every),
-        "",
-        "## Do both sides rank the policies alike?",
-        "",
-        "Pairs of policies whose real means differ by more than their noise, and how many of them the simulator orders "
-        "alike; *the same*: pairs that do exactly the same in simulation, so that what the hardware sees between them "
-        "is noise that the repeats did not show; regret: how much worse its best policy is on the hardware than the "
-        "best there is.",
-        "",
-        "| workload | figure | tau | pairs beyond noise | ordered alike | the same | regret |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for workload, by_metric in content["ranking"].items():
-        for metric, row in by_metric.items():
-            tau = "-" if row["tau"] is None else f"{row['tau']:.2f}"
-            lines.append(
-                f"| {workload} | {metric} | {tau} | {row['pairs_beyond_noise']} | {row['agreed']} | "
-                f"{row['tied']} | {percent(row['regret'])} |"
-            )
-    lines += ["", "![Mean TTFT and TPOT, simulated against real](validation.png)", "", "## The words of every run", ""]
-    words = content["words"]
-    lines.append(f"`python -m hw.replay {' '.join(words['common'])} hw.clock={content['clock']}` and:")
-    lines += ["", "| workload | words |", "|---|---|"]
-    lines += [f"| {name} | `{' '.join(some)}` |" for name, some in words["workloads"].items()]
-    lines += ["", "| policy | words |", "|---|---|"]
-    lines += [f"| {name} | `{' '.join(some)}` |" for name, some in words["policies"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def _speed(references: Sequence[Mapping[str, float]]) -> list[str]:
-    if not references:  # a suite of before there were any
-        return []
-    each = [factor_of([one]) for one in references]
-    return [
-        f"All prices of the simulations are multiplied by {factor_of(references):.3f}: what {len(references)} "
-        "reference runs between the runs judged here took, of other requests on the dense model, over what the "
-        f"calibration says of them ({min(each):.2f} to {max(each):.2f} each; the machine's speed moves).",
-        "",
-    ]
-
-
-def _copying(copying: Mapping[str, Any] | None) -> list[str]:
-    if copying is None:  # a suite of before that was noted
-        return []
-    return [
-        f"In the simulation, weights that a plan brings back come at {copying['host_to_device_bytes_per_s']:.3g} "
-        f"bytes/s, and an iteration that starts while they come takes {percent(copying['slowdown'])} longer: "
-        f"{copying['source']}. What dropping a block and the pool's growing cost the host (`plan_changes` in a "
-        "calibration of this device) has no place in the simulator and is not used.",
-        "",
-    ]
-
-
-def preemptions_and_changes(every: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
-    """Return the section on preemptions and plan changes, of the cells that have any; none for results without."""
-    rows = []
-    for workload, policy, result in every:
-        cells, busy = [], False
-        for event in result.get("events", {}).values():
-            busy = busy or bool(event["simulated"] or any(event["real"]))
-            cell = f"{event['simulated']} / {', '.join(map(str, event['real']))}"
-            cells.append(f"**{cell}**" if event["verdict"] == "missed" else cell)
-            cell = f"{seconds(event['time_error_s'])} / {seconds(event['time_noise_s'])}"
-            cells.append(f"**{cell}**" if event["time_verdict"] == "missed" else cell)
-        if busy:
-            ready_s = result["events"]["transitions"]["ready_after_s"]
-            real_s = [value for value in ready_s["real"] if value is not None]
-            middle_s = float(np.median(real_s)) if real_s else None
-            cells.append(f"{seconds(ready_s['simulated'])} / {seconds(middle_s)}")
-            rows.append(f"| {workload} | {policy} | {' | '.join(cells)} |")
-    if not rows:
-        return []
-    return [
-        "## Preemptions and plan changes: how many, and when",
-        "",
-        "Numbers: simulated / every repeat. Times: mean error of those that happened on both sides / mean distance of "
-        "the farthest two repeats. `ready`: from the decision of a plan to all of it running, mean, simulated / real.",
-        "",
-        "| workload | policy | preemptions | their times | plan changes | their times | ready |",
-        "|---|---|---:|---:|---:|---:|---:|",
-        *rows,
-        "",
-    ]
-
-
-def _median_line(every: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
-    cells = []
-    for name in AT_SPEED:
-        errors = [abs(r["at_the_speed_of_the_run"]["errors"].get(name, np.nan)) for _, _, r in every]
-        cells.append(f"{name} {percent(float(np.nanmedian(errors)))}")
-    factors = [factor for _, _, r in every for factor in r["at_the_speed_of_the_run"]["factors"]]
-    return (
-        f"**Median absolute error over the cells: {', '.join(cells)}.** The median factor is {np.median(factors):.2f}: "
-        "below 1, the machine was faster in these runs than the prices say, and that alone makes most of the errors "
-        "of the table before this one."
-    )
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.1f} %"
-
-
-def plot(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one PNG: every cell's means, simulated against real, with the noise as bars."""
-    import matplotlib as mpl  # drawing is rare and its import slow
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    names = list(content["words"]["policies"])
-    for axis, metric in zip(axes, ("ttft_s.mean", "tpot_s.mean"), strict=True):
-        most = 0.0
-        for policy in names:
-            cells = [by[policy]["figures"][metric] for by in content["results"].values()]
-            cells = [cell for cell in cells if cell["real"] is not None and cell["simulated"] is not None]
-            real = [cell["real"] for cell in cells]
-            noise = [cell["real"] * (cell["noise"] or 0.0) for cell in cells]
-            simulated = [cell["simulated"] for cell in cells]
-            axis.errorbar(real, simulated, xerr=noise, fmt="o", markersize=4, label=policy)
-            most = max([most, *real, *simulated])
-        axis.plot([0, most], [0, most], color="black", linewidth=0.8)
-        axis.set(xlabel=f"{metric}, real", ylabel=f"{metric}, simulated")
-        axis.legend()
-    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
-    plt.close(figure)
 
 
 def parse(words: Sequence[str]) -> Arguments:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,10 +12,11 @@ import pytest
 
 from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.evaluation.ablation import PRUNE_GROUPS, SERVE_GROUPS, ablation_markdown, shuffled_loads, shuffled_windows
-from agents.evaluation.cluster_report import cluster_section, cluster_table_markdown, cluster_verdict
+from agents.evaluation.cluster_report import cluster_table_markdown, cluster_verdict
+from agents.evaluation.page import FOLDER, page, write_report
 from agents.evaluation.prune import baselines, contest, grid, read_order, stop_at_budget
-from agents.evaluation.prune_report import REFERENCE, prune_table_markdown, unseen_loads, verdict, write_report
-from agents.evaluation.serve_report import serve_section, serve_verdict
+from agents.evaluation.prune_report import REFERENCE, prune_table_markdown, unseen_loads, verdict
+from agents.evaluation.serve_report import serve_table_markdown, serve_verdict
 from agents.evaluation.statistics import paired_difference
 from agents.training.validation import serve, validation_windows
 from sim.cost.memory import peak_bytes
@@ -21,6 +24,7 @@ from sim.cost.model_spec import load_model
 from sim.errors import ConfigError
 from sim.policies.observation.prune import mask_of
 from sim.results.run_folder import write_json, write_parquet
+from tests.sim.pages.test_render import cells
 
 MODEL = load_model("smollm2_135m")
 FEW = [
@@ -118,32 +122,50 @@ def test_unseen_loads_lie_outside_what_training_draws() -> None:
         assert not inside
 
 
-def test_the_page_is_made_from_the_files_and_says_who_won(played: pd.DataFrame, tmp_path: Path) -> None:
+PROVENANCE = {"command": "python -m agents.evaluate", "commit": "0" * 40, "machine": "a machine"}
+TUNED = {"static": "drop 0", "queue": 8, "greedy_stop": {"headroom": 1.1}, "saber_margin": 0.4, "windows": 16}
+STEPS = {"env_steps": [1000, 2000], "seconds": [5.0, 10.0], "validation_utility": [0.7, 0.6]}
+
+
+def row_of(text: str, label: str) -> list[str]:
+    """Return the first row of a Markdown table that begins with a label."""
+    return next(row for row in cells(text) if row[0] == label)
+
+
+def write_prune(folder: Path, frame: pd.DataFrame) -> None:
+    """Write what the section on pruning is made from."""
+    for name in ("prune.parquet", "prune_unseen.parquet"):
+        write_parquet(folder / name, frame)
+    more = {"quality_sha256": "1" * 64, "trained_on": ["1" * 64], "model": MODEL.name, "knapsack_validation": 0.3}
+    write_json(folder / "prune.json", {**PROVENANCE, **more, "network_p50_s": 1e-5, "network_p99_s": 2e-5})
+
+
+def test_the_committed_page_is_what_the_committed_files_give(tmp_path: Path) -> None:
+    for path in FOLDER.iterdir():
+        if path.suffix in (".parquet", ".json"):
+            shutil.copy(path, tmp_path)
+    assert page(tmp_path) == (FOLDER / "index.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_the_best_learned_policy_and_holds_the_means_of_the_files(
+    played: pd.DataFrame, tmp_path: Path
+) -> None:
     # "ours" is the knapsack under another name, "worse" a random order: the verdict must name the former.
     knapsack, random = (played[played["policy"] == name] for name in ("knapsack", "random"))
     frame = pd.concat([played, knapsack.assign(policy="ours"), random.assign(policy="worse")])
-    for name in ("prune.parquet", "prune_unseen.parquet"):
-        write_parquet(tmp_path / name, frame)
-    made = {
-        "command": "python -m agents.evaluate",
-        "commit": "0" * 40,
-        "quality_sha256": "1" * 64,
-        "trained_on": ["1" * 64],
-        "machine": "a machine",
-        "model": MODEL.name,
-        "knapsack_validation": 0.3,
-        "network_p50_s": 1e-5,
-        "network_p99_s": 2e-5,
-    }
-    write_json(tmp_path / "prune.json", made)
-    page = write_report(tmp_path, tmp_path / "RESULTS.md").read_text(encoding="utf-8")
-    assert "**ours**" in page
+    write_prune(tmp_path, frame)
+    assert ["ours", "1"] in [row[:2] for row in cells(write_report(tmp_path).read_text(encoding="utf-8"))]
     assert (tmp_path / "prune.png").stat().st_size > 10_000
     mean = frame[frame["policy"] == REFERENCE]["utility_test"].mean()
-    assert f"| {REFERENCE} | 1 | {mean:.4f} |" in page
-    without = pd.concat([played, random.assign(policy="worse")])
-    assert "it beats none" in verdict(without) or "beats dense" in verdict(without)
-    assert prune_table_markdown(without).count("\n") == 2 + without["policy"].nunique()
+    assert row_of(prune_table_markdown(frame), REFERENCE)[1:4] == ["1", f"{mean:.4f}", "-"]
+    found = verdict(frame)
+    assert found["name"] == "ours"
+    assert found["of_knapsack"] == pytest.approx(1.0)
+    assert "random" in found["beats"]
+    assert "knapsack" in found["undecided"]
+    assert REFERENCE in verdict(pd.concat([played, random.assign(policy="worse")]))["loses_to"]
+    assert verdict(played) == {}
+    assert len(cells(prune_table_markdown(frame))) == 1 + frame["policy"].nunique()
 
 
 SHIPPED = ["learned_prune_smollm2"]
@@ -180,115 +202,99 @@ def test_a_policy_of_serving_loses_when_it_is_told_of_another_windows_memory() -
     assert utility["all of the KV cache"] < utility["nothing"]
     assert set(utility.index) == {"nothing", *SERVE_GROUPS} | {n for n in names if not n.startswith("legal.")}
     shown = ablation_markdown(table, "windows")
-    assert f"| nothing | {plainly:.4f} | 0.0 % | 0.0 to 0.0 % |" in shown
+    assert row_of(shown, "nothing") == ["nothing", f"{plainly:.4f}", "0.0 %", "0.0 %", "0.0 %"]
 
 
-def test_the_verdict_on_serving_names_who_won_and_where(tmp_path: Path) -> None:
-    base = {"dense": 0.5, "greedy_stop": 0.6, "dense+queue": 0.8, "greedy_stop+queue": 0.82, "oracle_static": 0.9}
-    base["oracle_search"] = 0.95
-    rng = np.random.default_rng(0)
-    easy = rng.normal(0.0, 0.05, 40)
+def scenarios(utilities: dict[str, float], helped: str, columns: dict[str, list[Any]]) -> pd.DataFrame:
+    """Return 40 scenarios of policies with these mean utilities; one policy is better by 0.05 on trace burst."""
+    easy = np.random.default_rng(0).normal(0.0, 0.05, 40)
     figures = ("slo_attainment", "goodput_rps", "ttft_p95_s", "rejected_share", "loss", "budget_violation_s")
-    columns = dict.fromkeys((*figures, "transitions", "decision_p50_s", "decision_p99_s"), 0.0)
-    rows = [
-        {
-            "policy": name,
-            "seed": 0,
-            "window": window,
-            "source": "burst" if window < 20 else "azure_code",
-            "budget": "full",
-            "load": 0.25 if window % 2 else 0.85,
-            "utility": value + easy[window] + (0.05 if window < 20 and name == "learned_x" else 0.0),
-            **columns,
-        }
-        for name, value in {**base, "learned_x": 0.83}.items()
-        for window in range(40)
-    ]
-    frame = pd.DataFrame(rows)
-    text = serve_verdict(frame, ["burst"])
-    assert "**learned_x** has utility" in text
-    assert "undecided are none" in text
-    assert "of the utility of oracle_search" in text
-    assert "worst on azure_code (+0.010)" in text
-    assert "best on burst (+0.060)" in text
-    assert "What helps most is no pruning at all: a limit on the queue adds 0.220 to 0.300" in text
+    zeros = dict.fromkeys((*figures, "transitions", "decision_p50_s", "decision_p99_s", "busiest_share"), 0.0)
+    return pd.DataFrame(
+        [
+            {
+                "policy": name,
+                "seed": 0,
+                "window": window,
+                "source": "burst" if window < 20 else "azure_code",
+                **{column: kinds[window % len(kinds)] for column, kinds in columns.items()},
+                "utility": value + (easy - easy.mean())[window] + (0.05 if window < 20 and name == helped else 0.0),
+                **zeros,
+            }
+            for name, value in utilities.items()
+            for window in range(40)
+        ]
+    )
+
+
+def test_the_verdict_on_serving_names_who_won_and_where(played: pd.DataFrame, tmp_path: Path) -> None:
+    rules = {"dense": 0.5, "greedy_stop": 0.6, "dense+queue": 0.8, "greedy_stop+queue": 0.82}
+    utilities = rules | {"oracle_static": 0.9, "oracle_search": 0.95, "learned_x": 0.83}
+    frame = scenarios(utilities, "learned_x", {"budget": ["full"], "load": [0.85, 0.25]})
+    found = serve_verdict(frame, ["burst"])
+    assert (found["best"], found["simple"], found["oracle"]) == ("learned_x", "greedy_stop+queue", "oracle_search")
+    assert set(found["beats"]) == set(rules)
+    assert found["undecided"] == found["loses_to"] == []
+    assert found["worst"] == ("azure_code", pytest.approx(0.01))
+    assert found["easiest"] == ("burst", pytest.approx(0.06))
+    assert found["where_trained"] == pytest.approx(0.06)
+    assert found["queue_gain"] == (pytest.approx(0.22), pytest.approx(0.30))
+    assert found["rule_gain"] == pytest.approx(0.1)
     worse = frame.assign(utility=frame["utility"].where(frame["policy"] != "learned_x", frame["utility"] - 0.5))
-    assert "it loses to dense," in serve_verdict(worse, ["burst"])
+    assert "dense" in serve_verdict(worse, ["burst"])["loses_to"]
+    assert "best" not in serve_verdict(frame[frame["policy"] != "learned_x"], ["burst"])
+    assert row_of(serve_table_markdown(frame), "learned_x")[:3] == ["learned_x", "1", "0.8550"]
+
+    write_prune(tmp_path, played)
     write_parquet(tmp_path / "serve.parquet", frame)
-    tuned = {"static": "drop 0", "queue": 8, "greedy_stop": {}, "saber_margin": 0.4}
-    made = {"command": "python -m agents.evaluate", "commit": "0" * 40, "tuned": tuned, "trained_on": ["burst"]}
+    made = {**PROVENANCE, "tuned": TUNED, "trained_on": ["burst"]}
     write_json(tmp_path / "serve.json", made)
-    section = serve_section(tmp_path)
-    assert "40 held-out windows" in section
-    assert section.count("| learned_x |") == 4
+    assert sum(row[0] == "learned_x" for row in cells(page(tmp_path))) == 2
     write_parquet(tmp_path / "serve_elsewhere.parquet", frame[frame["policy"] == "learned_x"].assign(policy="on_moon"))
     write_parquet(tmp_path / "serve_quality.parquet", frame[frame["policy"].isin(["learned_x", "dense"])])
     anew = {"policies": ["learned_x"], "commit": "2" * 40}
     write_json(tmp_path / "serve.json", {**made, "other_quality": "some_quality", "anew": anew})
-    steps = {"env_steps": [1000, 2000], "seconds": [5.0, 10.0], "validation_utility": [0.7, 0.6]}
-    write_parquet(tmp_path / "serve_training.parquet", pd.DataFrame({"policy": "learned_x", "seed": 0, **steps}))
-    section = serve_section(tmp_path)
-    assert "| learned_x | 1 | 0.7000 (0.7000 to 0.7000) | 10 | 2,000 |" in section
-    assert "commit 000000000000 (learned_x: 222222222222)" in section
-    assert section.count("| on_moon |") == 2
-    assert "| policy | published | some_quality |" in section
+    write_parquet(tmp_path / "serve_training.parquet", pd.DataFrame({"policy": "learned_x", "seed": 0, **STEPS}))
+    text = page(tmp_path)
+    assert ["learned_x", "1", "0.7000", "0.7000 to 0.7000", "10", "2,000"] in cells(text)
+    assert len(row_of(text, "on_moon")) == 1 + 2 + 2  # two traces, two loads
+    assert ["policy", "published", "some_quality"] in cells(text)
+    assert "222222222222" in text
     assert (tmp_path / "serve.png").stat().st_size > 10_000
-    assert serve_section(tmp_path / "nothing") == ""
 
 
-def test_the_verdict_on_clusters_names_who_won_where_and_what_training_in_them_adds(tmp_path: Path) -> None:
-    rules = {"dense": 0.5, "static": 0.7, "precision+queue": 0.8, "oracle_static": 0.9}
-    rng = np.random.default_rng(0)
-    easy = rng.normal(0.0, 0.05, 40)
-    easy -= easy.mean()
-    names = ("slo_attainment", "goodput_rps", "ttft_p95_s", "rejected_share", "loss", "budget_violation_s")
-    columns = dict.fromkeys((*names, "transitions", "busiest_share"), 0.0)
+def test_the_verdict_on_clusters_names_who_won_where_and_what_training_in_them_adds(
+    played: pd.DataFrame, tmp_path: Path
+) -> None:
+    rules = {"dense": 0.5, "static": 0.7, "precision+queue": 0.8}
     learned = {"learned_serve": 0.81, "learned_cluster": 0.83, "learned_cluster_own": 0.79}
-    rows = [
-        {
-            "policy": name,
-            "seed": 0,
-            "window": window,
-            "source": "burst" if window < 20 else "azure_code",
-            "load": 0.7 if window % 2 else 0.9,
-            "pressed": window % 5,
-            "utility": value + easy[window] + (0.05 if window < 20 and name == "learned_cluster" else 0.0),
-            **columns,
-        }
-        for name, value in {**rules, **learned}.items()
-        for window in range(40)
-    ]
-    frame = pd.DataFrame(rows)
-    text = cluster_verdict(frame)
-    assert "**learned_cluster** has utility" in text
-    assert "the best rule here (precision+queue, 0.8000)" in text
-    assert "undecided are none" in text
-    assert "learned_cluster +0.0450 [" in text  # over learned_serve
-    assert "minus learned_cluster_own: +0.0650 [" in text
-    assert "worst on azure_code (+0.030) and best on burst (+0.080)" in text
+    utilities = rules | {"oracle_static": 0.9} | learned
+    frame = scenarios(utilities, "learned_cluster", {"load": [0.9, 0.7], "pressed": [0, 1, 2, 3, 4]})
+    found = cluster_verdict(frame)
+    assert (found["best"], found["simple"]) == ("learned_cluster", "precision+queue")
+    assert found["simple_utility"] == pytest.approx(0.8)
+    assert set(found["beats"]) == set(rules)
+    assert found["worst"] == ("azure_code", pytest.approx(0.03))
+    assert found["easiest"] == ("burst", pytest.approx(0.08))
+    added = {(pair["policy"], pair["minus"]): pair["utility"].split()[0] for pair in found["pairs"]}
+    assert added["learned_cluster", "learned_serve"] == "+0.0450"
+    assert added["learned_cluster", "learned_cluster_own"] == "+0.0650"
     worse = frame.assign(utility=frame["utility"].where(frame["policy"] != "learned_cluster", 0.1))
-    assert "**learned_cluster_own** has utility" in cluster_verdict(worse)
-    nothing = frame[frame["policy"].isin(rules)]
-    assert cluster_verdict(nothing).startswith("The best rule is **precision+queue**")
-    assert cluster_table_markdown(frame).count("| - |") == 1  # the reference alone is not compared with itself
+    assert cluster_verdict(worse)["best"] == "learned_cluster_own"
+    assert "best" not in cluster_verdict(frame[frame["policy"].isin(rules)])
+    compared = [row[3] for row in cells(cluster_table_markdown(frame))]
+    assert compared.count("-") == 1  # the reference alone is not compared with itself
+
+    write_prune(tmp_path, played)
     write_parquet(tmp_path / "cluster.parquet", frame)
-    tuned = {"static": "drop 0", "queue": 8, "greedy_stop": {}, "saber_margin": 0.4, "windows": 16}
-    made = {"command": "python -m agents.evaluate", "commit": "0" * 40, "tuned": tuned, "rules_commit": "3" * 40}
-    made |= {"replicas": 4, "router": "least_kv", "seconds": {}, "learned_serve_validation": 0.9}
-    made["sources"] = {"learned_cluster": ["burst", "azure_conv"]}
+    made = {**PROVENANCE, "tuned": TUNED, "rules_commit": "3" * 40, "replicas": 4, "router": "least_kv", "seconds": {}}
+    made |= {"learned_serve_validation": 0.9, "sources": {"learned_cluster": ["burst", "azure_conv"]}}
     write_json(tmp_path / "cluster.json", made)
-    section = cluster_section(tmp_path)
-    assert "40 held-out clusters of 4 replicas behind the router least_kv" in section
-    assert "commit 000000000000 (rules: 333333333333)" in section
-    assert "windows of burst, azure_conv (learned_cluster)" in section
-    assert section.count("| learned_cluster |") == 4
+    assert "333333333333" in page(tmp_path)
     write_parquet(tmp_path / "cluster_routers.parquet", frame.assign(router="round_robin"))
-    steps = {"env_steps": [1000, 2000], "seconds": [5.0, 10.0], "validation_utility": [0.7, 0.6]}
-    write_parquet(
-        tmp_path / "cluster_training.parquet", pd.DataFrame({"policy": "learned_cluster", "seed": 0, **steps})
-    )
-    section = cluster_section(tmp_path)
-    assert "| policy | round_robin |" in section
-    assert "| learned_cluster | 1 | 0.7000 (0.7000 to 0.7000) | 10 | 2,000 |" in section
+    curves = pd.DataFrame({"policy": "learned_cluster", "seed": 0, **STEPS})
+    write_parquet(tmp_path / "cluster_training.parquet", curves)
+    text = page(tmp_path)
+    assert ["policy", "round_robin"] in cells(text)
+    assert ["learned_cluster", "1", "0.7000", "0.7000 to 0.7000", "10", "2,000"] in cells(text)
     assert (tmp_path / "cluster.png").stat().st_size > 10_000
-    assert cluster_section(tmp_path / "nothing") == ""

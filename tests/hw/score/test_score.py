@@ -36,13 +36,15 @@ from hw.score.importance import (  # noqa: E402
 )
 from hw.score.nll import block_name, mask_without, measure, measure_many, rounded, token_nll  # noqa: E402
 from hw.score.quality_table import measure_table, table_plans  # noqa: E402
-from hw.score.report import scores_page  # noqa: E402
+from hw.score.report import generation, scores_page, speed_of  # noqa: E402
+from hw.score.run import SCORES, TABLES  # noqa: E402
 from hw.score.text import read_windows  # noqa: E402
 from sim.cost.plan import KVKeep, Plan, check_plan, dense_plan  # noqa: E402
 from sim.cost.plan_json import plan_from_json  # noqa: E402
 from sim.errors import ConfigError  # noqa: E402
-from sim.paths import REPOSITORY  # noqa: E402
+from sim.paths import REPOSITORY, RESULTS  # noqa: E402
 from sim.results.run_folder import write_json  # noqa: E402
+from tests.sim.pages.test_render import cells  # noqa: E402
 
 LAYERS, VOCABULARY = 3, 61
 
@@ -432,7 +434,8 @@ def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(tmp_p
     write_json(tmp_path / "tiny_gsi.json", value)
     page = scores_page("tiny", tmp_path, tmp_path)
     assert " ".join(order) in page
-    assert "Not measured yet: `python -m hw.score kind=table`" in page
+    missing = ("table", "samples", "generation", "full_test")
+    assert all(f"`python -m hw.score kind={kind}" in page for kind in missing)
     scores = tmp_path / "tiny.json"
     measure_table(
         elastic,
@@ -446,10 +449,10 @@ def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(tmp_p
     )
     page = scores_page("tiny", tmp_path, tmp_path)
     loss = measure(elastic, dense_plan(elastic.spec), windows[1:2]).mean
-    assert f"dense is {math.exp(loss):.2f}" in page
+    assert f"{math.exp(loss):.2f}" in page
     without = mask_without(LAYERS, {block_number(name) for name in order[:4]})
     plan = replace(dense_plan(elastic.spec), prefill=without, decode=without)
-    assert f"| 4 | {math.exp(measure(elastic, plan, windows[1:2]).mean):.2f} |" in page
+    assert ["4", f"{math.exp(measure(elastic, plan, windows[1:2]).mean):.2f}"] in [row[:2] for row in cells(page)]
 
 
 def test_the_page_of_scores_adds_up_what_was_timed_sampled_and_decoded(tmp_path: Path) -> None:
@@ -491,14 +494,24 @@ def test_the_page_of_scores_adds_up_what_was_timed_sampled_and_decoded(tmp_path:
     decoded = {"prompts": 8, "prompt_tokens": 64, "decoded_tokens": 64, "plans": plans}
     write_json(tmp_path / "tiny_generation.json", {**described, **decoded})
     write_json(tmp_path / "tiny_full_test.json", {**described, "plans": [{"name": "dense", "nll": math.log(21.32)}]})
-    page = scores_page("tiny", tmp_path, tmp_path)
-    assert "CPU seconds of these rounds: **9.3**" in page  # (20 + 6 + 2) / 3
-    assert "Of all 4 rounds: **10.0**, 40 s against 4 s" in page
-    assert "same block in 2 of 3 rounds. In round 3 the naive algorithm puts MHA1 ahead of FFN0 by 1.0e-04" in page
-    assert "| 4 | 3.20 | 3.00 to 3.40 (3) | 4.00 | 4.00 to 4.00 (3) |" in page
-    assert "| dense | 21.32 |" in page
-    assert "| 0.02 to 0.1 | 2 | 0.60 | 0.50 to 0.70 | 38.4 |" in page
-    assert "its share: **-0.80**" in page
+    speed = speed_of({**described, "rounds": rounds, "naive_rounds": naive})
+    assert speed["ratio"] == pytest.approx((20 + 6 + 2) / 3)
+    assert (speed["all_naive_s"], speed["all_s"]) == (pytest.approx(40.0), 4.0)
+    assert (speed["same"], speed["compared"]) == (2, 3)
+    assert [(row["round"], row["naive_removes"], row["exact_removes"]) for row in speed["different"]] == [
+        (3, "MHA1", "FFN0")
+    ]
+    assert speed["different"][0]["behind"] == pytest.approx(1e-4)
+    assert generation(decoded)["spearman_share"] == pytest.approx(-0.8)
+    found = cells(scores_page("tiny", tmp_path, tmp_path))
+    assert ["4", "3.20", "3.00 to 3.40", "3", "4.00", "4.00 to 4.00", "3"] in found
+    assert ["dense", "21.32"] in found
+    assert ["0.02 to 0.1", "2", "0.60", "0.50 to 0.70", "38.4"] in found
+
+
+def test_the_committed_page_is_what_the_committed_files_give() -> None:
+    text = (RESULTS / "scores" / "index.md").read_text(encoding="utf-8")
+    assert scores_page("smollm2_135m", SCORES, TABLES) == text
 
 
 @pytest.mark.slow

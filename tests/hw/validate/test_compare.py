@@ -15,7 +15,8 @@ import hw.validate.compare
 from hw.elastic.model import ElasticModel
 from hw.validate.compare import compare, read_run, verdicts
 from hw.validate.machine_speed import MachineSpeed, factor_of, slower
-from hw.validate.suite import WORKLOADS, Arguments, configuration, page, policies, preemptions_and_changes, ranking
+from hw.validate.suite import PAGE, RESULT, WORKLOADS, Arguments, configuration, policies, ranking
+from hw.validate.suite_page import events_table, heading, not_held_table, page
 from hw.validate.timeline import timeline
 from sim.cost.latency import CALIBRATIONS, calibration_from_dict, load_calibration
 from sim.cost.model_spec import load_model
@@ -26,6 +27,7 @@ from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.results.run_folder import write_json, write_parquet
 from tests.hw.serving import tiny
+from tests.sim.pages.test_render import cells
 
 
 def run_folder(
@@ -231,10 +233,18 @@ def test_the_command_ends_with_its_verdict_and_writes_json_and_picture(tmp_path:
 def test_the_page_shows_preemptions_and_plan_changes_of_the_cells_that_have_any(tmp_path: Path) -> None:
     quiet = result_of(tmp_path / "quiet", {}, {})
     busy = result_of(tmp_path / "busy", {"preempted": 3, "changes": 1, "late_s": 0.5}, {"changes": 1}, {"changes": 1})
-    lines = preemptions_and_changes([("quiet", "dense", quiet), ("burst", "morphserve", busy), ("old", "dense", {})])
-    rows = [line for line in lines if line.startswith("| ")][1:]
-    assert rows == ["| burst | morphserve | **3 / 0, 0** | - / - | 1 / 1, 1 | 0.5 s / 0 s | 0.5 s / 0 s |"]
-    assert preemptions_and_changes([("quiet", "dense", quiet)]) == []
+    rows = cells(events_table([("quiet", "dense", quiet), ("burst", "morphserve", busy), ("old", "dense", {})]))[1:]
+    assert rows == [["burst", "morphserve", "**3 / 0, 0**", "- / -", "1 / 1, 1", "0.5 s / 0 s", "0.5 s / 0 s"]]
+    assert events_table([("quiet", "dense", quiet)]) == ""
+
+
+def test_the_table_of_checks_that_do_not_hold_has_those_alone() -> None:
+    figure = {"simulated": 1.1, "real": 1.0, "error": 0.1, "noise": 0.02}
+    figures = {"ttft_s.p95": figure | {"verdict": "missed"}, "e2e_s.mean": figure | {"verdict": "held"}}
+    rows = cells(not_held_table([("burst", "dense", {"figures": figures})]))[1:]
+    assert rows == [["burst", "dense", "TTFT P95", "+10.0 %", "2.0 %", "missed"]]
+    assert not_held_table([("burst", "dense", {"figures": {"e2e_s.mean": figures["e2e_s.mean"]}})]) == ""
+    assert [heading(name) for name in ("tpot_s.mean", "makespan_s")] == ["TPOT mean", "makespan"]
 
 
 def test_ranking_counts_only_pairs_beyond_the_noise_and_prices_a_wrong_choice() -> None:
@@ -262,14 +272,14 @@ def test_every_run_of_the_suite_can_be_built(workload: str) -> None:
 
 
 def test_the_committed_page_is_what_the_committed_results_give() -> None:
-    from hw.validate.suite import PAGE, RESULT
-
-    if not RESULT.is_file():
-        pytest.skip("the suite has not been run yet: python -m hw.validate")
     content = json.loads(RESULT.read_text(encoding="utf-8"))
-    assert page(content) == PAGE.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(content) == text
     assert len(content["words"]["policies"]) >= 4
     assert len(content["words"]["workloads"]) >= 6
+    figure = content["results"]["burst"]["dense"]["figures"]["ttft_s.mean"]
+    row = next(row for row in cells(text) if row[:2] == ["burst", "dense"] and len(row) == 11)
+    assert row[3] == f"{100 * figure['error']:+.1f} % / {100 * figure['noise']:.1f} %"
 
 
 def test_the_speed_of_the_machine_is_what_all_references_took_over_their_prices(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The simulator beside a real vLLM run."""
+"""The simulator against a real vLLM run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hw.validate.fidelity import CALIBRATION, RUN, compare, fit_fixed_s, missed, read_run, simulate
+from hw.validate.fidelity import CALIBRATION, RUN, compare, counts, fit_fixed_s, missed, page, read_run, simulate
 from sim.cost.latency import load_calibration
 from sim.errors import CalibrationError
 from sim.paths import RESULTS, find_data
 from sim.results.records import Status
+from tests.sim.pages.test_render import cells
 
 
 def test_the_committed_comparison_meets_its_targets_and_the_code_reproduces_it(data: Path) -> None:
@@ -27,11 +28,27 @@ def test_the_committed_comparison_meets_its_targets_and_the_code_reproduces_it(d
     assert np.all(records.status == Status.FINISHED)
     errors = compare(run, records)
     assert missed(errors) == []
+    found = counts(run, records, len(engine.iterations()))
+    assert found.pop("first_ttft_s") == pytest.approx(committed["counts"].pop("first_ttft_s"))
+    assert found == committed["counts"]
     for name in ("ttft_s", "tpot_s", "e2e_s"):
         for statistic in ("mean", "p50", "p95", "p99"):
             assert errors[name][statistic]["error"] == pytest.approx(
                 committed["errors"][name][statistic]["error"], abs=1e-6
             )
+
+
+def test_the_committed_page_is_what_the_committed_figures_give() -> None:
+    content = json.loads((RESULTS / "fidelity" / "fidelity.json").read_text(encoding="utf-8"))
+    text = (RESULTS / "fidelity" / "index.md").read_text(encoding="utf-8")
+    assert page(content) == text
+    row = next(row for row in cells(text) if row[0] == "TTFT")
+    assert row[2:6] == [
+        f"{100 * content['errors']['ttft_s'][s]['error']:+.1f} %" for s in ("mean", "p50", "p95", "p99")
+    ]
+    content["errors"]["tpot_s"]["p95"]["error"] = 0.2
+    assert missed(content["errors"]) != []
+    assert page(content) != text
 
 
 def test_the_overhead_is_fitted_on_requests_that_finished_in_the_first_minute_only(data: Path) -> None:

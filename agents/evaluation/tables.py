@@ -1,0 +1,126 @@
+"""Tables and plots that the sections of the agents page share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from agents.evaluation.statistics import Interval
+from sim.pages.render import table
+from sim.results.run_folder import write_whole
+
+
+def policies_of(frame: pd.DataFrame, oracles: Sequence[str] = ("oracle",)) -> list[str]:
+    """Return the policies in the order of the frame, the oracles last."""
+    names = [str(name) for name in dict.fromkeys(frame["policy"])]
+    return [name for name in names if name not in oracles] + [name for name in oracles if name in names]
+
+
+def signed(interval: Interval) -> str:
+    """Return a difference with its interval; a mark shows that zero lies inside."""
+    mark = "" if interval.excludes_zero() else " (0 inside)"
+    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{mark}"
+
+
+def standing(against: Callable[[str], Interval], rules: Sequence[str]) -> dict[str, list[str]]:
+    """Return which rules a policy beats, loses to, and which are undecided because the interval includes zero.
+
+    Args:
+        against: the difference to a rule, as an interval.
+        rules: whom to compare with.
+    """
+    found = {name: against(name) for name in rules}
+    beats = [name for name in rules if found[name].low > 0]
+    loses_to = [name for name in rules if found[name].high < 0]
+    undecided = [name for name in rules if name not in (*beats, *loses_to)]
+    return {"beats": beats, "loses_to": loses_to, "undecided": undecided}
+
+
+def by_kind(frame: pd.DataFrame, names: Sequence[str], columns: Mapping[str, str], value: str = "utility") -> str:
+    """Return the mean utility of every policy by trace, budget or load, side by side.
+
+    Args:
+        frame: one row per policy, seed and window or load; numeric kinds are sorted, others keep their order.
+        names: rows, in this order.
+        columns: column of the frame -> what stands before its kinds in the headings.
+    """
+    parts = []
+    for column, prefix in columns.items():
+        means = frame.groupby(["policy", column])[value].mean().unstack()
+        kinds = means.columns if pd.api.types.is_numeric_dtype(frame[column]) else dict.fromkeys(frame[column])
+        parts.append(means[list(kinds)].add_prefix(prefix))
+    wide = pd.concat(parts, axis=1).loc[list(names)]
+    return table(wide.reset_index(names="policy"), dict.fromkeys(wide.columns, ".3f"))
+
+
+def training_table(curves: pd.DataFrame) -> str:
+    """Return what each training took, as medians over seeds, and what it reached."""
+    rows = []
+    for name, part in curves.groupby("policy", sort=False):
+        ends = part.groupby("seed").agg({"validation_utility": "max", "seconds": "max", "env_steps": "max"})
+        best = ends["validation_utility"]
+        rows.append(
+            {
+                "training": name,
+                "seeds": len(ends),
+                "best validation utility": best.mean(),
+                "seed range": f"{best.min():.4f} to {best.max():.4f}",
+                "seconds": ends["seconds"].median(),
+                "environment steps": ends["env_steps"].median(),
+            }
+        )
+    return table(rows, {"best validation utility": ".4f", "seconds": ".0f", "environment steps": ",.0f"})
+
+
+def seconds_of(made: Mapping[str, Any]) -> str:
+    """Return, for each policy, the range over seeds of the wall seconds until its best state."""
+    taken = made.get("seconds", {}).items()
+    return ", ".join(f"{name} {min(each):.0f} to {max(each):.0f}" for name, each in taken)
+
+
+def two_panels(height: float, **ratios: Any) -> tuple[Figure, Any, Any]:
+    """Return a figure with two panels side by side."""
+    figure = Figure(figsize=(11, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, **ratios)
+    return figure, left, right
+
+
+def plot_by_source(axes: Any, frame: pd.DataFrame, names: Sequence[str], minus: str | None = None) -> None:
+    """Plot the utility of every policy by trace, or its distance to that of another policy."""
+    means = frame.groupby(["source", "policy"])["utility"].mean()
+    for k, source in enumerate(dict.fromkeys(frame["source"])):
+        base = 0.0 if minus is None else float(means[(source, minus)])
+        values = [float(means[(source, name)]) - base for name in names]
+        axes.plot(values, range(len(names)), "o", color=f"C{k}", label=str(source), markersize=5)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.4)
+    axes.legend(fontsize=8)
+
+
+def plot_training(axes: Any, curves: pd.DataFrame | None, xlabel: str = "environment steps") -> None:
+    """Plot validation utility over training, one line per seed; nothing without curves."""
+    if curves is None:
+        return
+    for k, (label, part) in enumerate(curves.groupby("policy", sort=False)):
+        for line, (_, one) in enumerate(part.groupby("seed")):
+            shown = str(label) if line == 0 else None
+            axes.plot(one["env_steps"], one["validation_utility"], color=f"C{k}", alpha=0.7, linewidth=1, label=shown)
+    axes.set(xlabel=xlabel, ylabel="validation utility", title="training, one line per seed")
+    axes.legend(fontsize=8)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    write_whole(path, lambda part: figure.savefig(part, format="png"))
+
+
+def read_if_there(path: Path) -> pd.DataFrame | None:
+    """Return a Parquet file as a frame; None where it was not measured."""
+    return pd.read_parquet(path) if path.exists() else None
