@@ -270,8 +270,8 @@ def build_option(group: str, name: str, changed: Mapping[str, Any] | None = None
 def compose_config(config_name: str, overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
     """Return the configuration that a command would see with these overrides.
 
-    Hydra allows one configuration folder at a time, so this forgets the one of a command that is running; call it
-    before or after, not inside.
+    A running command may call this too: Hydra allows one configuration folder at a time, and a command that has its
+    configuration needs the folder no longer.
     """
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):

@@ -9,11 +9,9 @@ seven minutes, and says how busy others kept them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,16 +29,16 @@ from hw.disaggregate.run import STAGES, Outcome, Pair, figures
 from hw.validate.compare import judged_figure, percent
 from hw.validate.machine_speed import slower
 from hw.validate.suite import ranking
-from sim.config import CONF_DIR, build, fail, one_thread
+from sim.config import CONF_DIR, build
 from sim.cost.latency import CALIBRATIONS, load_calibration
 from sim.cost.plan import describe
 from sim.disaggregate.disaggregate import StagedRecords, kv_bytes_sent
 from sim.disaggregate.run import build_system, plan_of
-from sim.errors import ConfigError, RapLabError
+from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.results.metrics import distribution, merged_iterations
 from sim.results.records import Status
-from sim.results.run_folder import provenance, write_json, write_text
+from sim.results.run_folder import provenance
 
 RESULT, PAGE = (REPOSITORY / "hw" / name for name in ("transfer.json", "TRANSFER.md"))
 CALIBRATION = "smollm2_135m_cpu_epyc_1thread"
@@ -469,24 +467,3 @@ def _findings(variants: Mapping[str, Any]) -> str:
     )
     lines.append(f"- Without a limit the KV of a prompt is on its way for: {ways}.")
     return "\n".join(lines)
-
-
-def main() -> None:
-    """Run ``python -m hw.disaggregate_results``."""
-    parser = argparse.ArgumentParser(prog="python -m hw.disaggregate_results", description=__doc__)
-    parser.add_argument("--run", action="store_true", help="measure first: two idle cores, some seven minutes")
-    parser.add_argument("--repeats", type=int, default=3)
-    told = parser.parse_args()
-    one_thread()
-    try:
-        if told.run:
-            write_json(RESULT, measure(told.repeats))
-        if not RESULT.is_file():
-            raise ConfigError(f"{RESULT} is missing; make it: python -m hw.disaggregate_results --run")
-        write_text(PAGE, page(json.loads(RESULT.read_text(encoding="utf-8"))))
-    except RapLabError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(130)
-    print(PAGE)

@@ -6,22 +6,18 @@ replays only these.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sim.cluster.run import CACHE_COLUMNS, CLUSTER_COLUMNS
-from sim.config import fail
 from sim.disaggregate.run import STAGED_COLUMNS
-from sim.errors import ConfigError, nearest
+from sim.errors import ConfigError
 from sim.results.report import Columns, cells
-from sim.results.run_folder import write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -280,24 +276,3 @@ def _percent(row: Sequence[Mapping[str, Any]]) -> str:
 
 def _total(rows: Rows, key: str) -> str:
     return f"{sum(sum(_values(row, key)) for row in rows.values()):,.0f}"
-
-
-def main() -> None:
-    """Run ``python -m sim.cluster_results``."""
-    parser = argparse.ArgumentParser(prog="python -m sim.cluster_results", description=__doc__)
-    parser.add_argument("--run", nargs="*", metavar="NAME", help=f"replay first: {', '.join(RUNS)}; all without a name")
-    parser.add_argument("--workers", type=int, default=2)
-    told = parser.parse_args()
-    try:
-        names = [] if told.run is None else told.run or list(RUNS)
-        for name in names:
-            if name not in RUNS:
-                raise ConfigError(f"there is no result {name!r}; {nearest(name, RUNS)}")
-        for name in names:
-            with tempfile.TemporaryDirectory() as folder:
-                write_json(RESULTS / f"{name}.json", replay(name, told.workers, Path(folder)))
-            print(f"{name}: replayed", flush=True)
-        write_text(PAGE, page())
-    except ConfigError as error:
-        fail(str(error))
-    print(PAGE)

@@ -6,23 +6,18 @@ Every figure of the page comes from those files, which ``--run`` makes with ``py
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sim.config import fail
-from sim.errors import ConfigError, nearest
+from sim.errors import ConfigError
 from sim.results.report import SUMMARY_COLUMNS, cells
-from sim.results.run_folder import write_json, write_text, write_whole
+from sim.results.run_folder import write_json, write_whole
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -300,29 +295,3 @@ def _keep_picture(drawn: Path, kept: Path) -> None:
     with Image.open(drawn) as image:
         small = image.convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         write_whole(kept, lambda part: small.save(part, format="png", optimize=True))
-
-
-def main() -> None:
-    """Run ``python -m sim.results``."""
-    parser = argparse.ArgumentParser(prog="python -m sim.results", description=__doc__.splitlines()[0])
-    parser.add_argument("--run", nargs="*", metavar="NAME", help="replay these first; all without a name")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
-    arguments = parser.parse_args()
-    try:
-        if arguments.run is not None:
-            for name in arguments.run:
-                if name not in RUNS:
-                    raise ConfigError(f"there is no result {name!r}; {nearest(name, RUNS)}")
-            names = arguments.run or list(RUNS)
-            with tempfile.TemporaryDirectory() as temporary:
-                for name in names:
-                    replay(name, RUNS[name], arguments.workers, Path(temporary))
-                    print(f"replayed {name}", flush=True)
-                # Kept at the end: a changed file would make the commit of the next one a dirty one.
-                for name in names:
-                    for kept in (f"{name}.json", *((f"{name}.png",) if name in PICTURES else ())):
-                        write_whole(RESULTS / kept, partial(shutil.copyfile, Path(temporary) / kept))
-        write_text(PAGE, page())
-    except ConfigError as error:
-        fail(str(error))
-    print(f"written: {PAGE.relative_to(HERE.parent)}")

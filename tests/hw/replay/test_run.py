@@ -13,6 +13,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+import hw.engine.hw_engine
 import hw.replay.run
 import sim.replay.__main__
 import sim.replay.run
@@ -89,14 +90,14 @@ def test_ctrl_c_leaves_the_records_so_far_whole(
     import os
     import signal
 
-    put_in_force = hw.replay.HwEngine._put_in_force
+    put_in_force = hw.engine.hw_engine.HwEngine._put_in_force
 
-    def stop_after_a_while(engine: hw.replay.HwEngine, ran: object) -> None:
+    def stop_after_a_while(engine: hw.engine.hw_engine.HwEngine, ran: object) -> None:
         put_in_force(engine, ran)  # type: ignore[arg-type]
         if len(engine.iterations()) == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(hw.replay.HwEngine, "_put_in_force", stop_after_a_while)
+    monkeypatch.setattr(hw.engine.hw_engine.HwEngine, "_put_in_force", stop_after_a_while)
     with pytest.raises(SystemExit) as ended:
         run("hw", name="stopped")
     assert ended.value.code == 130
@@ -133,14 +134,14 @@ def test_a_nan_in_a_layer_ends_the_command_with_block_and_plan_named(
 def test_memory_that_runs_out_is_caught_and_counted_in_hardware_json(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = hw.replay.HwEngine._forward
+    forward = hw.engine.hw_engine.HwEngine._forward
 
-    def starved(engine: hw.replay.HwEngine, decodes: Any, prefills: Any) -> dict[int, int]:
+    def starved(engine: hw.engine.hw_engine.HwEngine, decodes: Any, prefills: Any) -> dict[int, int]:
         if len(engine._running) > 1 and engine.out_of_memory < 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(engine, decodes, prefills)
 
-    monkeypatch.setattr(hw.replay.HwEngine, "_forward", starved)
+    monkeypatch.setattr(hw.engine.hw_engine.HwEngine, "_forward", starved)
     # All at once, so that two run together however fast this machine is.
     folder = run("hw", "trace.on_rate_rps=1000", "trace.off_rate_rps=1000", "trace.duration_s=0.02")
     assert json.loads((folder / "hardware.json").read_text())["out_of_memory"] == 3
