@@ -252,7 +252,7 @@ def _pdtrim(rows: Rows) -> str:
 def _read(results: Path, name: str) -> Mapping[str, Any]:
     path = results / f"{name}.json"
     if not path.is_file():
-        raise ConfigError(f"{path} is missing; make it: python -m sim.cluster_results --run {name}")
+        raise ConfigError(f"{path} is missing; make it: python -m sim.cluster_results measure=true only='[{name}]'")
     content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 

@@ -283,7 +283,7 @@ def _no_worse(row: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any
 def _read(results: Path, name: str) -> Mapping[str, Any]:
     path = results / f"{name}.json"
     if not path.is_file():
-        raise ConfigError(f"{path} is missing; make it with python -m sim.results --run {name}")
+        raise ConfigError(f"{path} is missing; make it with python -m sim.results measure=true only='[{name}]'")
     content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 

@@ -147,7 +147,7 @@ def test_times_of_a_busy_machine_are_called_so_and_single_runs_order_nothing() -
 
 def test_the_committed_page_is_what_the_committed_results_give() -> None:
     if not results.RESULT.is_file():
-        pytest.skip("it has not been measured yet: python -m hw.disaggregate_results --run")
+        pytest.skip("it has not been measured yet: python -m hw.disaggregate_results measure=true")
     content = json.loads(results.RESULT.read_text(encoding="utf-8"))
     assert page(content) == results.PAGE.read_text(encoding="utf-8")
     assert Path(results.PAGE).name == "TRANSFER.md"

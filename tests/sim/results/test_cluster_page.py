@@ -33,5 +33,5 @@ def test_no_result_lost_a_request() -> None:
 
 
 def test_a_missing_file_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--run cluster_scale"):
+    with pytest.raises(ConfigError, match="cluster_scale"):
         page(tmp_path)

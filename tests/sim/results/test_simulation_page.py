@@ -43,5 +43,5 @@ def test_other_figures_make_another_page_and_a_missing_file_names_its_command(tm
     path.write_text(json.dumps(content), encoding="utf-8")
     assert "attains 12.3 %" in page(tmp_path / "results")
     path.unlink()
-    with pytest.raises(ConfigError, match="--run kv_hole"):
+    with pytest.raises(ConfigError, match="kv_hole"):
         page(tmp_path / "results")
