@@ -66,8 +66,6 @@ COMMANDS = {
 TOP = 99
 
 KNOWN_ARROWS_UP: set[tuple[str, str]] = {
-    # Ends when sim/arrays.py is replaced by safetensors.numpy.
-    ("sim.arrays", "sim.results.run_folder"),
     # Ends when the builders of baselines leave agents/evaluation for agents/training.
     ("agents.training.imitate", "agents.evaluation.prune"),
     ("agents.training.offline", "agents.evaluation.prune"),

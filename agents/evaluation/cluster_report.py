@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from agents.evaluation.serve_report import against, by_kind_markdown, signed, training_markdown
-from sim.results.run_folder import write_whole
+from sim.atomic import write_whole
 
 REFERENCE = "precision+queue"
 ORACLE = "oracle_static"

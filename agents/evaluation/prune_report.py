@@ -14,8 +14,9 @@ from agents.evaluation.cluster_report import cluster_section
 from agents.evaluation.prune import grid
 from agents.evaluation.serve_report import serve_section
 from agents.evaluation.statistics import Interval, paired_difference
+from sim.atomic import write_whole
 from sim.paths import REPOSITORY
-from sim.results.run_folder import write_text, write_whole
+from sim.results.run_folder import write_text
 
 PAGE = REPOSITORY / "agents" / "RESULTS.md"
 REFERENCE = "greedy_stop"

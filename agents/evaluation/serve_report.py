@@ -12,7 +12,7 @@ import pandas as pd
 from agents.evaluation.ablation import WINDOWS, ablation_markdown
 from agents.evaluation.serve import serve_grid
 from agents.evaluation.statistics import Interval, paired_difference
-from sim.results.run_folder import write_whole
+from sim.atomic import write_whole
 
 REFERENCE = "greedy_stop+queue"
 ABOUT = {

@@ -31,8 +31,8 @@ from hw.validate.timeline import (
     preemption_times_s,
     timeline,
 )
+from sim.atomic import write_whole
 from sim.errors import ConfigError
-from sim.results.run_folder import write_whole
 
 FIXED_TOLERANCE = {"mean": 0.05, "p50": 0.10, "p95": 0.10}
 CHANGING_TOLERANCE = dict.fromkeys(FIXED_TOLERANCE, 0.12)

@@ -28,13 +28,14 @@ from hw.engine.prompts import read_prompts
 from hw.replay.run import hardware, load_elastic
 from hw.validate.compare import Run, compare, percent, read_run, seconds, verdicts
 from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of, slower
+from sim.atomic import write_whole
 from sim.config import CONF_DIR, build, compose_config
 from sim.cost.latency import CALIBRATIONS, copy_speed, load_calibration
 from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
 from sim.policies import Policy
 from sim.replay.run import RecordingEngine, build_engine, build_parts, build_trace, figures, replay_with, write_tables
-from sim.results.run_folder import provenance, write_json, write_text, write_whole
+from sim.results.run_folder import provenance, write_json, write_text
 
 RESULT, PAGE, PICTURE = (REPOSITORY / "hw" / name for name in ("validation.json", "VALIDATION.md", "validation.png"))
 CALIBRATION = "smollm2_135m_cpu_epyc_1thread"

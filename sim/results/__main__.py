@@ -12,9 +12,10 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from sim.atomic import write_whole
 from sim.config import run_command
 from sim.errors import ConfigError, nearest
-from sim.results.run_folder import write_text, write_whole
+from sim.results.run_folder import write_text
 from sim.results.simulation_page import PAGE, PICTURES, RESULTS, RUNS, page, replay
 
 

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sim.atomic import write_whole
 from sim.errors import ConfigError
 from sim.results.report import SUMMARY_COLUMNS, cells
-from sim.results.run_folder import write_json, write_whole
+from sim.results.run_folder import write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
