@@ -12,12 +12,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from sim.atomic import write_whole
 from sim.config import SweepConfig, build, one_thread, run_command, with_differences
 from sim.errors import ConfigError, nearest
 from sim.replay.sweep import Executor, Outcome, cases_of, config_of, replay_case
 from sim.results.metrics import Slo, records_frame
 from sim.results.report import markdown, print_rows
-from sim.results.run_folder import provenance, write_json, write_parquet, write_text, write_whole
+from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 
 
 @dataclass(kw_only=True)

@@ -153,13 +153,17 @@ def help_text(config_name: str, overrides: Sequence[str] = ()) -> str:
     try:
         cfg = compose_config(config_name, overrides, with_hydra=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from error
-    used = sorted(group for group in cfg.hydra.runtime.choices if "/" not in group)
-    groups = "\n".join(f"{group}: {', '.join(option_names(group))}" for group in used)
+        raise ConfigError(" ".join(str(error).split())) from error
+    groups = "\n".join(f"{group}: {', '.join(option_names(group))}" for group in groups_of(cfg))
     template: str = OmegaConf.to_container(cfg.hydra.help, resolve=False)["template"]  # type: ignore[call-overload,index]
     with open_dict(cfg):
         del cfg["hydra"]
     return template.replace("$APP_CONFIG_GROUPS", groups).replace("$CONFIG", OmegaConf.to_yaml(cfg)).rstrip()
+
+
+def groups_of(cfg: DictConfig) -> list[str]:
+    """Return the groups of conf/ that a command uses, sorted; ``cfg`` with Hydra's own part."""
+    return sorted(group for group in cfg.hydra.runtime.choices if "/" not in group)
 
 
 def fail(message: str) -> None:
@@ -191,12 +195,18 @@ def check_overrides(overrides: Sequence[str], config_name: str) -> None:
                 if value not in ("None", "null"):
                     option_path(key, value)
             chosen.append(f"{override.get_key_element()}={values[0]}")
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        try:
-            composed = hydra.compose(config_name, overrides=chosen)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(str(error)) from error
-    keys = set(_keys(composed)) | groups
+    try:
+        composed = compose_config(config_name, chosen, with_hydra=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        used = groups_of(compose_config(config_name, with_hydra=True))
+        for name in (text.partition("=")[0] for text in chosen):
+            if not name.startswith(("+", "~")) and name.split("@")[0] not in used:
+                raise ConfigError(f"this command has no group {name!r}; {nearest(name, used)}") from error
+        raise ConfigError(" ".join(str(error).split())) from error
+    keys = set(groups_of(composed))
+    with open_dict(composed):
+        del composed["hydra"]
+    keys |= set(_keys(composed))
     for override in parsed:
         key = override.get_key_element().split("@")[0]
         if override.type in (OverrideType.ADD, OverrideType.FORCE_ADD, OverrideType.DEL):
@@ -270,8 +280,8 @@ def build_option(group: str, name: str, changed: Mapping[str, Any] | None = None
 def compose_config(config_name: str, overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
     """Return the configuration that a command would see with these overrides.
 
-    Hydra allows one configuration folder at a time, so this forgets the one of a command that is running; call it
-    before or after, not inside.
+    A running command may call this too: Hydra allows one configuration folder at a time, and a command that has its
+    configuration needs the folder no longer.
     """
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sim.results.run_folder import write_whole
+from sim.atomic import write_whole
 
 
 class RenderMixin:

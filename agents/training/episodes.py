@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sim.atomic import write_whole
 from sim.errors import ConfigError
-from sim.results.run_folder import write_whole
 from sim.types import Floats32
 
 FILE = "episodes.parquet"

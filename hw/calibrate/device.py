@@ -34,6 +34,7 @@ from hw.engine.clock import CLOCKS, RealClock
 from hw.engine.hw_engine import HwEngine, arena_of
 from hw.engine.iteration_log import Shape
 from hw.engine.prompts import RandomPrompts
+from sim.atomic import write_whole
 from sim.cost.latency import LatencyModel, calibration_from_dict
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import KeepMask, dense_plan
@@ -43,7 +44,7 @@ from sim.engine.protocol import EngineConfig
 from sim.engine.scheduler import Limits
 from sim.policies import Fixed
 from sim.replay.loop import replay
-from sim.results.run_folder import write_json, write_whole
+from sim.results.run_folder import write_json
 from sim.traces.generate import lognormal_lengths, poisson
 from sim.types import Floats
 

@@ -1,24 +1,18 @@
-"""``python -m hw.disaggregate_results``: write docs/results/transfer/index.md; with ``--run``, measure first."""
+"""``python -m hw.disaggregate_results``: write docs/results/transfer/index.md; with ``measure=true``, measure first."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hw.disaggregate.transfer import MOST_BYTES_PER_S, measure
+from hw.disaggregate.transfer import MOST_BYTES_PER_S
 from hw.validate.compare import judged_figure
 from hw.validate.suite import ranking
-from sim.config import fail, one_thread
-from sim.errors import ConfigError, RapLabError
 from sim.pages.render import commit_of, render, show, table
 from sim.paths import RESULTS
-from sim.results.run_folder import write_json, write_text
 
 RESULT, PAGE = (RESULTS / "transfer" / name for name in ("transfer.json", "index.md"))
 TEMPLATE = Path(__file__).parent / "templates" / "transfer.md.j2"
@@ -163,24 +157,3 @@ def ranking_table(variants: Mapping[str, Any]) -> str:
             pairs = f"{row['agreed']} of {row['pairs_beyond_noise']}"
             rows.append({"simulator": heading, "time": SHOWN[name], "pairs": pairs, "regret": row["regret"]})
     return table(rows, {"regret": ".1%"}, left=2)
-
-
-def main() -> None:
-    """Run ``python -m hw.disaggregate_results``."""
-    parser = argparse.ArgumentParser(prog="python -m hw.disaggregate_results", description=__doc__)
-    parser.add_argument("--run", action="store_true", help="measure first: two idle cores, about seven minutes")
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    one_thread()
-    try:
-        if arguments.run:
-            write_json(RESULT, measure(arguments.repeats))
-        if not RESULT.is_file():
-            raise ConfigError(f"{RESULT} is missing; make it with python -m hw.disaggregate_results --run")
-        write_text(PAGE, page(json.loads(RESULT.read_text(encoding="utf-8"))))
-    except RapLabError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(130)
-    print(PAGE)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
 
-from sim.config import fail
+from sim.atomic import write_whole
 from sim.errors import ConfigError, nearest
 from sim.pages.render import commit_of, table
 from sim.paths import REPOSITORY
 from sim.results.report import SUMMARY_COLUMNS, Columns, cells
-from sim.results.run_folder import write_json, write_text, write_whole
+from sim.results.run_folder import write_json, write_text
 
 COUNTS = ("requests", "finished", "rejected", "unfinished")
 
@@ -81,7 +82,7 @@ def read(folder: Path, name: str, program: str) -> dict[str, Any]:
     """
     path = folder / f"{name}.json"
     if not path.is_file():
-        raise ConfigError(f"{path} is missing; make it with python -m {program} --run {name}")
+        raise ConfigError(f"{path} is missing; make it with python -m {program} measure=true only='[{name}]'")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
@@ -120,28 +121,45 @@ def shown(content: Mapping[str, Any], columns: Columns = SUMMARY_COLUMNS, first:
     }
 
 
-def command(
-    program: str, description: str, comparisons: Mapping[str, Comparison], folder: Path, page: Callable[[], str]
-) -> None:
-    """Run a page command: with ``--run``, repeat all or the named comparisons; then write FOLDER/index.md."""
-    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
-    parser.add_argument("--run", nargs="*", metavar="NAME", help=f"replay first: {', '.join(comparisons)}; default all")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
-    arguments = parser.parse_args()
+@dataclass(kw_only=True)
+class ResultsConfig:
+    """What to write.
+
+    measure: repeat the comparisons first; without it, the page is made from the committed figures.
+    only: comparisons to repeat; all when empty. workers: processes.
+    """
+
+    measure: bool = False
+    only: list[str] = field(default_factory=list)
+    workers: int = 2
+
+
+for name in ("results", "cluster_results"):
+    ConfigStore.instance().store(name=f"{name}_schema", node=ResultsConfig)
+
+
+def write_page(cfg: DictConfig, comparisons: Mapping[str, Comparison], folder: Path, page: Callable[[], str]) -> None:
+    """Repeat comparisons if ``cfg.measure`` says so, then write FOLDER/index.md.
+
+    Raises:
+        ConfigError: for an unknown comparison, with the nearest name.
+    """
+    for name in cfg.only:
+        if name not in comparisons:
+            raise ConfigError(f"only: there is no result {name!r}; {nearest(name, comparisons)}")
+    if cfg.measure:
+        measure(list(cfg.only) or list(comparisons), comparisons, folder, cfg.workers)
     target = folder / "index.md"
-    try:
-        names = [] if arguments.run is None else arguments.run or list(comparisons)
-        for name in names:
-            if name not in comparisons:
-                raise ConfigError(f"there is no result {name!r}; {nearest(name, comparisons)}")
-        with tempfile.TemporaryDirectory() as temporary:
-            for name in names:
-                replay(name, comparisons[name], arguments.workers, Path(temporary))
-                print(f"replayed {name}", flush=True)
-            # Copied at the end: a changed file would mark the commit of the next replay as dirty.
-            for path in sorted(Path(temporary).glob("*.*")):
-                write_whole(folder / path.name, partial(shutil.copyfile, path))
-        write_text(target, page())
-    except ConfigError as error:
-        fail(str(error))
+    write_text(target, page())
     print(f"written: {target.relative_to(REPOSITORY)}")
+
+
+def measure(names: Sequence[str], comparisons: Mapping[str, Comparison], folder: Path, workers: int) -> None:
+    """Repeat comparisons and keep their figures and plots."""
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in names:
+            replay(name, comparisons[name], workers, Path(temporary))
+            print(f"replayed {name}", flush=True)
+        # Copied at the end: a changed file would mark the commit of the next replay as dirty.
+        for path in sorted(Path(temporary).glob("*.*")):
+            write_whole(folder / path.name, partial(shutil.copyfile, path))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pa_parquet
 
+from sim.atomic import write_whole
 from sim.errors import TraceError, nearest
 from sim.traces.readers.rows import (
     OnBadRow,
@@ -105,15 +104,7 @@ def write_trace(trace: Trace, path: str | Path) -> Path:
     content = writers[kind](trace)
     if path.suffix == ".gz":
         content = gzip.compress(content, mtime=0)  # without the time, equal traces make equal files
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
-        try:
-            part.write(content)
-            part.close()
-            Path(part.name).chmod(0o666 & ~_umask())
-            Path(part.name).replace(path)
-        except BaseException:
-            Path(part.name).unlink(missing_ok=True)
-            raise
+    write_whole(path, lambda part: part.write_bytes(content))
     return path
 
 
@@ -213,9 +204,3 @@ def _parquet_bytes(trace: Trace) -> bytes:
     out = io.BytesIO()
     pa_parquet.write_table(_arrow(trace), out)
     return out.getvalue()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

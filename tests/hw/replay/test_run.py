@@ -13,6 +13,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+import hw.engine.hw_engine
 import hw.replay.run
 import sim.replay.__main__
 import sim.replay.run

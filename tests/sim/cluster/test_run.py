@@ -106,7 +106,7 @@ def test_every_replica_has_a_co_tenant_of_its_own() -> None:
 
 
 def test_what_cannot_be_is_an_error_that_names_the_next_right_word() -> None:
-    with pytest.raises(ConfigError, match=r"replicas\.main\.gpu: there is no 'a100'; did you mean 'a100_80gb'"):
+    with pytest.raises(ConfigError, match=r"replicas\.main: there is no gpu=a100; did you mean 'a100_80gb'"):
         replicas_of(config("+replicas.main.gpu=a100"))
     with pytest.raises(ConfigError, match="replicas has none"):
         replicas_of(config("replicas.main.count=0"))

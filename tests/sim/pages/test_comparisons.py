@@ -73,9 +73,9 @@ def test_other_figures_make_another_table_and_a_missing_file_names_its_command(t
     assert wins(content, "recompute", "recompute") == "0 of 5"
     assert wins(content, "recompute", "recompute", ties=True) == "5 of 5"
     path.unlink()
-    with pytest.raises(ConfigError, match="--run kv_hole"):
+    with pytest.raises(ConfigError, match="kv_hole"):
         simulation.page(tmp_path)
-    with pytest.raises(ConfigError, match="--run cluster_scale"):
+    with pytest.raises(ConfigError, match="cluster_scale"):
         clusters.page(tmp_path)
 
 
