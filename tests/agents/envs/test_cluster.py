@@ -247,7 +247,7 @@ def test_a_policy_is_shown_only_the_others_that_accept_requests() -> None:
     policy = Curious(None, setting.actions, None, None)  # type: ignore[arg-type]
 
     def make(env: simpy.Environment) -> tuple[SimEngine, Policy]:
-        return setting.idle_engine(WINDOWS[1], policy.first_plan, env=env, driven=True), policy
+        return setting.idle_engine(WINDOWS[1], policy.first_plan, env=env, external_clock=True), policy
 
     def times() -> Iterator[float]:
         return iter((5.0, 15.0, 115.0))

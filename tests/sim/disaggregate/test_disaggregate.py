@@ -48,10 +48,10 @@ def system(
     return Disaggregated(
         trace,
         plan=plan,
-        prefill=[lambda env: tiny_engine(env=env, driven=True, plan=plan, **overrides)] * prefill,
+        prefill=[lambda env: tiny_engine(env=env, external_clock=True, plan=plan, **overrides)] * prefill,
         decode=[
             lambda env: tiny_engine(
-                env=env, driven=True, plan=decode_side(plan), **{**overrides, "kv_blocks": decode_blocks}
+                env=env, external_clock=True, plan=decode_side(plan), **{**overrides, "kv_blocks": decode_blocks}
             )
         ]
         * decode,
@@ -254,7 +254,7 @@ def _prefilled(pair: Disaggregated, request: int) -> bool:
     number, row = pair._home[request, :2]
     if row < 0 or pair._output_limit(int(request)) < 2:
         return False
-    return bool(pair.prefill[number].engine.rows(np.array([row]))[0][0, 6] == Status.FINISHED)
+    return bool(pair.prefill[number].engine.rows(np.array([row]))["status"][0] == Status.FINISHED)
 
 
 @given(sizes=st.lists(st.tuples(st.floats(0, 10), st.integers(0, 5000)), min_size=1, max_size=20))
@@ -337,11 +337,11 @@ def test_what_cannot_be_is_an_error_that_says_what_can() -> None:
         system(rows, bytes_per_s=0.0)
     nested = dataclasses.replace(DENSE, prefill=drop(TINY, mha=[1]))
     with pytest.raises(PlanError, match="decode keeps MHA1 but prefill drops it"):
-        Disaggregated(rows, plan=nested, prefill=[lambda env: tiny_engine(env=env, driven=True)],
-                      decode=[lambda env: tiny_engine(env=env, driven=True)], link_bytes_per_s=1.0)  # fmt: skip
+        Disaggregated(rows, plan=nested, prefill=[lambda env: tiny_engine(env=env, external_clock=True)],
+                      decode=[lambda env: tiny_engine(env=env, external_clock=True)], link_bytes_per_s=1.0)  # fmt: skip
     with pytest.raises(ConfigError, match="KV blocks of one size"):
-        Disaggregated(rows, plan=DENSE, prefill=[lambda env: tiny_engine(env=env, driven=True)],
-                      decode=[lambda env: tiny_engine(env=env, driven=True, kv_block_tokens=8)],
+        Disaggregated(rows, plan=DENSE, prefill=[lambda env: tiny_engine(env=env, external_clock=True)],
+                      decode=[lambda env: tiny_engine(env=env, external_clock=True, kv_block_tokens=8)],
                       link_bytes_per_s=1.0)  # fmt: skip
 
 
