@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
-from hw.score.importance import block_number
-from sim.cost.memory import weight_bytes
-from sim.cost.model_spec import ModelSpec, load_model, model_names
-from sim.cost.plan import Plan
-from sim.cost.plan_json import plan_to_json
-from sim.cost.quality import (
+from hw.score.block_numbers import block_number
+from hw.score.fit import (
     BEST_CURVE,
-    BEST_FORM,
     BEST_STAGE_SHARE,
-    FORMS,
     QualityError,
     QualityTable,
     choose,
@@ -28,8 +23,12 @@ from sim.cost.quality import (
     held_out,
     held_out_kind,
     read_table,
-    spearman,
 )
+from sim.cost.memory import weight_bytes
+from sim.cost.model_spec import ModelSpec, load_model, model_names
+from sim.cost.plan import Plan
+from sim.cost.plan_json import plan_to_json
+from sim.cost.quality import BEST_FORM, FORMS
 from sim.errors import ConfigError
 
 SIZES = (4, 8, 12, 16, 20, 30)
@@ -398,7 +397,8 @@ def _generation(found: Any) -> list[str]:
         f"{len(loss)} plans of the table, spread over losses up to four times dense; {found['prompts']} prompts of "
         f"{found['prompt_tokens']} test tokens, {found['decoded_tokens']} tokens decoded. The share of places with the "
         "same token, and the tokens before the two part. Spearman of a plan's loss and its share: "
-        f"**{spearman(loss, share):.2f}**; of its loss and the tokens before parting: **{spearman(loss, first):.2f}**.",
+        f"**{spearmanr(loss, share).statistic:.2f}**; of its loss and the tokens before parting: "
+        f"**{spearmanr(loss, first).statistic:.2f}**.",
         _grid(["loss, nats a token", "plans", "share equal", "range", "tokens before parting"], rows),
     ]
 

@@ -19,22 +19,21 @@ transformers = pytest.importorskip("transformers", reason="the real model needs 
 
 from hw.elastic.kv import RequestKV  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
-from hw.score import importance  # noqa: E402
-from hw.score.full_test import Agreement, agreement, chosen_plans, greedy_tokens, measure_chosen, spread  # noqa: E402
-from hw.score.importance import (  # noqa: E402
-    attention_mass,
-    block_cosines,
+from hw.score import candidate_states, loss_bound  # noqa: E402
+from hw.score.block_numbers import (  # noqa: E402
+    block_name,
     block_number,
-    gsi,
-    gsi_round_naive,
-    layer_importance,
-    one_shot,
+    plan_without,
     random_order,
-    redundancy_sets,
-    single_removals,
-    two_stage_search,
+    staged_plan,
 )
-from hw.score.nll import block_name, mask_without, measure, measure_many, rounded, token_nll  # noqa: E402
+from hw.score.cosine import block_cosines  # noqa: E402
+from hw.score.full_test import Agreement, agreement, chosen_plans, greedy_tokens, measure_chosen, spread  # noqa: E402
+from hw.score.gsi import gsi, gsi_round_naive  # noqa: E402
+from hw.score.lis import layer_importance  # noqa: E402
+from hw.score.nll import measure, measure_many, rounded, token_nll  # noqa: E402
+from hw.score.one_shot import one_shot, single_removals  # noqa: E402
+from hw.score.pdtrim import attention_mass, redundancy_order, redundancy_sets, two_stage_search  # noqa: E402
 from hw.score.quality_table import measure_table, table_plans  # noqa: E402
 from hw.score.report import scores_page  # noqa: E402
 from hw.score.text import read_windows  # noqa: E402
@@ -103,8 +102,8 @@ def plain_gsi(model, windows: torch.Tensor) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_gsi_finds_the_order_of_the_naive_algorithm(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "LIKELY_TOKENS", 8)
-    monkeypatch.setattr(importance, "BATCH_TOKENS", 48)  # two candidates a batch
+    monkeypatch.setattr(loss_bound, "LIKELY_TOKENS", 8)
+    monkeypatch.setattr(candidate_states, "BATCH_TOKENS", 48)  # two candidates a batch
     model, windows = tiny(seed), text(seed=seed)
     expected = plain_gsi(model, windows)
     rounds = gsi(ElasticModel(copy.deepcopy(model)), windows)
@@ -135,16 +134,16 @@ def test_gsi_with_less_room_for_hidden_states_finds_the_same_order(cache_bytes: 
 def test_the_bound_that_stands_for_the_head_is_below_the_loss_and_close_where_models_are_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(importance, "LIKELY_TOKENS", 8)
+    monkeypatch.setattr(loss_bound, "LIKELY_TOKENS", 8)
     elastic, window = ElasticModel(tiny(1)), text(1)[0]
     with torch.inference_mode():
         hidden = torch.randn(1, len(window), 32, generator=torch.Generator().manual_seed(0))
-        tail = importance._Tail(elastic, elastic.head(hidden[:, :-1])[0], window)
+        bounds = loss_bound.LossBound(elastic, elastic.head(hidden[:, :-1])[0], window)
         for change, closeness in ((0.0, 1e-3), (0.1, 0.05), (1.0, math.inf)):
             noise = torch.randn(5, *hidden.shape[1:], generator=torch.Generator().manual_seed(1))
             changed = hidden + change * noise
             loss = token_nll(elastic, changed, window.expand(5, -1)).double().sum(-1)
-            gap = (loss - tail.bound(changed)) / loss
+            gap = (loss - bounds.bound(changed)) / loss
             assert (gap > -1e-5).all()
             assert (gap < closeness).all()
 
@@ -202,10 +201,10 @@ def served_nll(elastic: ElasticModel, plan: Plan, window: torch.Tensor, prompt: 
 def plans_of(spec) -> list[Plan]:
     dense = dense_plan(spec)
     keep = (KVKeep(first_tokens=2, last_tokens=3), KVKeep(), KVKeep(first_tokens=0, last_tokens=1))
-    staged = replace(dense, prefill=mask_without(LAYERS, {3}), decode=mask_without(LAYERS, {0, 3, 5}))
+    staged = staged_plan(spec, prefill={3}, decode={0, 3, 5})
     return [
         dense,
-        replace(dense, prefill=mask_without(LAYERS, {0, 3}), decode=mask_without(LAYERS, {0, 3})),
+        plan_without(spec, {0, 3}),
         staged,
         replace(dense, kv_keep=keep),
         replace(staged, kv_keep=keep, weight_bits=(4, 16, 8)),
@@ -247,7 +246,7 @@ def test_cosines_are_those_of_the_hidden_states_of_the_plain_model() -> None:
         states = model(windows, output_hidden_states=True).hidden_states
     # The state between the two blocks of a layer is not shown, but that of whole layers is, before the final norm.
     assert len(found) == 2 * LAYERS
-    assert all(-1 <= value <= 1 for value in found)
+    assert all(-1 <= value <= 1 for value in found.values())
     without_attention = copy.deepcopy(model)
     without_attention.model.layers[0].self_attn.o_proj.weight.data.zero_()
     assert block_cosines(ElasticModel(without_attention), windows)[0] == pytest.approx(1.0, abs=1e-6)
@@ -259,7 +258,16 @@ def test_cosines_are_those_of_the_hidden_states_of_the_plain_model() -> None:
 
 
 def test_the_redundant_blocks_are_those_at_the_threshold_or_above_it() -> None:
-    assert redundancy_sets([0.99, 0.5, 0.95, 0.999], 0.95) == ([3, 0, 2], [1])
+    assert redundancy_sets({0: 0.99, 1: 0.5, 2: 0.95, 3: 0.999}, 0.95) == ([3, 0, 2], [1])
+
+
+def test_each_removal_of_the_redundancy_order_is_the_most_redundant_block_of_what_is_left() -> None:
+    elastic, windows = ElasticModel(tiny()), text(2)
+    order = redundancy_order(elastic, windows, 4)
+    for count, block in enumerate(order):
+        cosines = block_cosines(elastic, windows, removed=order[:count])
+        assert cosines.keys() == set(range(2 * LAYERS)) - set(order[:count])
+        assert cosines[block] == max(cosines.values())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -332,7 +340,7 @@ def test_every_plan_of_the_table_is_legal_and_comes_again_with_the_same_seed() -
     assert {"dense", "single removal", "random mask", "kv_keep", "prefix of gsi"} <= kinds
 
 
-# --- Evidence --------------------------------------------------------------------------------------------------------
+# --- Full test text and greedy decoding ------------------------------------------------------------------------------
 
 
 def test_greedy_decoding_of_a_plan_is_what_serving_it_produces() -> None:
@@ -408,7 +416,7 @@ def test_a_killed_gsi_goes_on_where_it_was_and_says_what_it_was_measured_on(chec
     assert first.returncode == 0, first.stderr
     assert len(json.loads(out.read_text())["order"]) == 2
     second = score(checkpoint, "kind=gsi", f"out={out}", "gsi.compare_every=3")
-    assert "going on from round 2" in second.stderr
+    assert "continuing from round 2" in second.stderr
     assert "left" in second.stderr
     found = json.loads(out.read_text())
     assert sorted(found["order"]) == sorted(block_name(b) for b in range(2 * LAYERS))
@@ -417,7 +425,7 @@ def test_a_killed_gsi_goes_on_where_it_was_and_says_what_it_was_measured_on(chec
     assert {"model", "text", "seed", "seconds", "date", "commit", "source", "dtype"} <= set(found)
     other = score(checkpoint, "kind=gsi", f"out={out}", "seed=7")
     assert other.returncode == 2
-    assert "holds the order of another run: seed differ" in other.stderr
+    assert "has the result of another run: seed differ" in other.stderr
 
 
 def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(tmp_path: Path) -> None:
@@ -447,8 +455,7 @@ def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(tmp_p
     page = scores_page("tiny", tmp_path, tmp_path)
     loss = measure(elastic, dense_plan(elastic.spec), windows[1:2]).mean
     assert f"dense is {math.exp(loss):.2f}" in page
-    without = mask_without(LAYERS, {block_number(name) for name in order[:4]})
-    plan = replace(dense_plan(elastic.spec), prefill=without, decode=without)
+    plan = plan_without(elastic.spec, {block_number(name) for name in order[:4]})
     assert f"| 4 | {math.exp(measure(elastic, plan, windows[1:2]).mean):.2f} |" in page
 
 
@@ -519,7 +526,7 @@ def test_the_table_is_measured_and_goes_on(checkpoint: Path) -> None:
     ("arguments", "message"),
     [
         (["kind=one_shut"], "did you mean 'one_shot'"),
-        ([], "is no measurement"),
+        ([], "unknown kind ''; allowed: attention"),
         (["kind=gsi", "calibration.path=nowhere.txt"], "no text at"),
         (["kind=gsi", "gsi.removal=1"], "did you mean 'gsi.removals'"),
     ],
@@ -554,5 +561,5 @@ def test_windows_are_drawn_by_seed_and_cover_the_text_without(checkpoint: Path) 
     drawn = read_windows(path, tokenizer, tokens=120, window=40, seed=3)
     assert torch.equal(drawn.tokens, read_windows(path, tokenizer, tokens=120, window=40, seed=3).tokens)
     assert all(any(torch.equal(window, other) for other in whole.tokens) for window in drawn.tokens)
-    with pytest.raises(ConfigError, match="gives 10 windows of 40 tokens, and 11 were asked for"):
+    with pytest.raises(ConfigError, match="has 10 windows of 40 tokens, but 11 were requested"):
         read_windows(path, tokenizer, tokens=440, window=40, seed=None)
