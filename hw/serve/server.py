@@ -1,8 +1,8 @@
 """Serves the engine over HTTP like OpenAI: ``python -m hw.serve``, then ``curl 127.0.0.1:8000/v1/models``.
 
     POST /v1/completions        prompt (text or token ids), max_tokens, stream, ignore_eos; greedy, one answer a request
-    POST /v1/chat/completions   the same for messages (role, content), formatted by the tokenizer's chat template; without
-                                one, a line "role: content" for each message, then "assistant:"
+    POST /v1/chat/completions   the same for messages (role, content), formatted by the tokenizer's chat template;
+                                without one, a line "role: content" for each message, then "assistant:"
     GET  /v1/models             the served model, and how a chat is formatted
     GET  /metrics               Prometheus metrics: queue, KV blocks, tokens, bytes
     GET  /plan, PUT /plan       read the plan, or set it with the options of policy=fixed; a policy then decides no more
@@ -160,8 +160,8 @@ class Api:
         if len(tokens) + max_tokens > limit:
             raise ApiError(
                 400,
-                f"{len(tokens)} prompt tokens and max_tokens {max_tokens} exceed the {limit} tokens that one request may "
-                "have; shorten the prompt or lower max_tokens",
+                f"{len(tokens)} prompt tokens and max_tokens {max_tokens} exceed the {limit} tokens that one request "
+                "may have; shorten the prompt or lower max_tokens",
                 param,
             )
         return ServedRequest(tokens, max_tokens, bool(body.ignore_eos), lambda _token, _last: None)

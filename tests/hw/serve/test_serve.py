@@ -317,6 +317,17 @@ def test_the_plan_can_be_read_and_set_while_the_model_serves(server: Server) -> 
     httpx.put(f"{server.url}/plan", json={})
 
 
+@pytest.mark.parametrize(
+    "raw", ["", "[]", '{"drop_mha": 5}', '{"weight_bits": "8"}', '{"drop": 1}', '{"drop_ffn": ["x"]}']
+)
+def test_what_is_no_plan_is_refused_and_changes_nothing(server: Server, raw: str) -> None:
+    before = httpx.get(f"{server.url}/plan").json()
+    response = httpx.put(f"{server.url}/plan", content=raw)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+    assert httpx.get(f"{server.url}/plan").json() == before
+
+
 def test_a_client_that_goes_away_frees_its_place(server: Server) -> None:
     with httpx.stream(
         "POST",
