@@ -429,8 +429,3 @@ class PruneToBudgetVector(VectorEnv[Any, Any, Any]):
             out[:, :features] *= setting.shown
         out[:, features:] = prune_legal(self.removed, peak <= load.budget_bytes, setting.restore)
         return out
-
-
-def masks_of(vector: PruneToBudgetVector) -> list[KeepMask]:
-    """Return the present mask of each environment."""
-    return [mask_of(removed) for removed in vector.removed]
