@@ -237,6 +237,6 @@ def check_link(bytes_per_s: float | None, latency_s: float) -> None:
     """
     if (bytes_per_s is not None and not bytes_per_s > 0) or not latency_s >= 0:
         raise ConfigError(
-            f"link_bytes_per_s is {bytes_per_s} and link_latency_s {latency_s}; link_bytes_per_s must be above 0, or null "
-            "for as fast as the socket allows, and link_latency_s at least 0"
+            f"link_bytes_per_s is {bytes_per_s} and link_latency_s {latency_s}; link_bytes_per_s must be above 0, or "
+            "null for as fast as the socket allows, and link_latency_s at least 0"
         )

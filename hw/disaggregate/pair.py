@@ -115,8 +115,8 @@ class Pair:
         context = multiprocessing.get_context("spawn")
         self.processes: dict[str, BaseProcess] = {}
         self._pipes: dict[str, Pipe] = {}
-        # Ctrl-C reaches all processes of a terminal, but only the parent should act on it. Processes that start while it
-        # is ignored ignore it for good.
+        # Ctrl-C reaches all processes of a terminal, but only the parent should act on it. A process that starts while
+        # Ctrl-C is ignored ignores it for good.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             for stage in STAGES:

@@ -102,7 +102,7 @@ def score_generation(job: Job) -> None:
         )
         job.say(f"{len(rows)} of {cfg.plans}: loss {rows[-1]['loss']:.3f}, {found.share:.2f} of tokens equal")
     result = {"prompt_tokens": cfg.prompt_tokens, "decoded_tokens": cfg.tokens, "prompts": len(prompts), "plans": rows}
-    job.write(job.path("generation"), windows, "greedy decoding beside dense, place by place", result)
+    job.write(job.path("generation"), windows, "greedy decoding compared with dense, position by position", result)
 
 
 def score_perplexity(job: Job) -> None:

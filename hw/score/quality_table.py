@@ -113,7 +113,7 @@ class _Choice:
         """Yield random masks with random layers at 4 or 8 bits."""
         layers = self.spec.num_layers
         for index in range(MIXTURES):
-            # The permutation is drawn before the count: the order of the draws decides which plans a seed gives.
+            # The permutation comes before the count: the order of random numbers decides which plans a seed gives.
             order = rng.permutation(len(self.harmless))
             removed = [self.harmless[i] for i in order[: int(rng.integers(1, 9))]]
             order = rng.permutation(layers)

@@ -39,6 +39,7 @@ from hw.score.report import scores_page  # noqa: E402
 from hw.score.text import read_windows  # noqa: E402
 from sim.cost.plan import KVKeep, Plan, check_plan, dense_plan  # noqa: E402
 from sim.cost.plan_json import plan_from_json  # noqa: E402
+from sim.cost.quality import read_fitted  # noqa: E402
 from sim.errors import ConfigError  # noqa: E402
 from sim.paths import REPOSITORY  # noqa: E402
 from sim.results.run_folder import write_json  # noqa: E402
@@ -111,7 +112,7 @@ def test_gsi_finds_the_order_of_the_naive_algorithm(seed: int, monkeypatch: pyte
     assert [r.nll for r in rounds] == pytest.approx([nll for _, nll in expected], rel=1e-5)
 
 
-def test_what_gsi_says_of_an_abandoned_candidate_is_a_lower_bound_above_the_winner() -> None:
+def test_gsi_reports_for_an_abandoned_candidate_a_lower_bound_above_the_winner() -> None:
     model, windows = tiny(), text()
     first = gsi(ElasticModel(copy.deepcopy(model)), windows, removals=1)[0]
     assert first.abandoned
@@ -124,14 +125,14 @@ def test_what_gsi_says_of_an_abandoned_candidate_is_a_lower_bound_above_the_winn
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 40_000])
-def test_gsi_with_less_room_for_hidden_states_finds_the_same_order(cache_bytes: int) -> None:
+def test_gsi_with_less_memory_for_hidden_states_finds_the_same_order(cache_bytes: int) -> None:
     model, windows = tiny(2), text(seed=2)
     roomy = gsi(ElasticModel(copy.deepcopy(model)), windows)
     tight = gsi(ElasticModel(copy.deepcopy(model)), windows, cache_bytes=cache_bytes)
     assert [(r.removed, r.nll) for r in tight] == [(r.removed, pytest.approx(r.nll)) for r in roomy]
 
 
-def test_the_bound_that_stands_for_the_head_is_below_the_loss_and_close_where_models_are_alike(
+def test_the_loss_bound_is_below_the_loss_and_close_if_models_are_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loss_bound, "LIKELY_TOKENS", 8)
@@ -148,23 +149,23 @@ def test_the_bound_that_stands_for_the_head_is_below_the_loss_and_close_where_mo
             assert (gap < closeness).all()
 
 
-def test_gsi_goes_on_from_a_checkpoint_to_the_same_order() -> None:
+def test_gsi_continues_from_a_checkpoint_to_the_same_order() -> None:
     model, windows = tiny(1), text(seed=1)
-    whole = gsi(ElasticModel(copy.deepcopy(model)), windows)
+    complete = gsi(ElasticModel(copy.deepcopy(model)), windows)
     seen = []
     first = gsi(ElasticModel(copy.deepcopy(model)), windows, removals=2, on_round=lambda r: seen.append(len(r)))
     assert seen == [1, 2]
     rest = gsi(ElasticModel(copy.deepcopy(model)), windows, done=first)
-    assert [(r.removed, r.nll) for r in rest] == [(r.removed, r.nll) for r in whole]
+    assert [(r.removed, r.nll) for r in rest] == [(r.removed, r.nll) for r in complete]
 
 
-def test_the_naive_round_that_speed_is_compared_with_is_naive_and_right() -> None:
+def test_the_naive_round_for_comparisons_of_speed_gives_the_losses_of_a_plain_model() -> None:
     model, windows = tiny(), text()
     found = gsi_round_naive(ElasticModel(copy.deepcopy(model)), windows, [3])
     assert found == pytest.approx({b: plain_nll(model, windows, {3, b}) for b in (0, 1, 2, 4, 5)}, rel=1e-5)
 
 
-def test_one_shot_orders_blocks_by_what_each_costs_alone() -> None:
+def test_one_shot_orders_blocks_by_the_loss_of_removing_each_alone() -> None:
     model, windows = tiny(), text()
     found = single_removals(ElasticModel(copy.deepcopy(model)), windows)
     expected = {block: plain_nll(model, windows, {block}) for block in range(2 * LAYERS)}
@@ -188,7 +189,7 @@ def test_the_names_of_blocks_read_back() -> None:
 
 
 def served_nll(elastic: ElasticModel, plan: Plan, window: torch.Tensor, prompt: int) -> float:
-    """Return the mean NLL behind the prompt, token by token with a KV cache, as a server computes it."""
+    """Return the mean NLL after the prompt, token by token with a KV cache, as a server computes it."""
     elastic.apply(plan)
     request, tokens = RequestKV(), window.tolist()
     logits = [elastic.forward([tokens[:prompt]], [request], "prefill")]
@@ -218,17 +219,17 @@ def test_one_pass_gives_the_loss_that_serving_token_by_token_has(index: int) -> 
     plan = plans_of(elastic.spec)[index]
     found = measure(elastic, plan, window[None], prompt_tokens=8)
     assert found.decode_tokens == 12
-    # The first prediction behind the prompt comes from prefill, in both.
+    # In both, prefill makes the first prediction after the prompt.
     assert found.decode_mean == pytest.approx(served_nll(elastic, plan, window, 8), rel=1e-4)
 
 
-def test_many_plans_at_once_lose_what_each_loses_alone_bit_for_bit() -> None:
+def test_many_plans_measured_at_once_have_the_loss_of_each_alone_bit_for_bit() -> None:
     elastic, windows = ElasticModel(tiny(3)), text(2, 20, seed=9)
     plans = [*plans_of(elastic.spec), dense_plan(elastic.spec)]
     assert measure_many(elastic, plans, windows) == [measure(elastic, plan, windows) for plan in plans]
 
 
-def test_rounded_weights_are_gone_afterwards() -> None:
+def test_rounded_weights_are_restored_afterwards() -> None:
     elastic, window = ElasticModel(tiny()), text(1)
     before = measure(elastic, dense_plan(elastic.spec), window).total
     with rounded(elastic, (4, 4, 4)):
@@ -244,7 +245,7 @@ def test_cosines_are_those_of_the_hidden_states_of_the_plain_model() -> None:
     found = block_cosines(ElasticModel(copy.deepcopy(model)), windows)
     with torch.inference_mode():
         states = model(windows, output_hidden_states=True).hidden_states
-    # The state between the two blocks of a layer is not shown, but that of whole layers is, before the final norm.
+    # transformers shows the states between layers, but not those between the two blocks of a layer.
     assert len(found) == 2 * LAYERS
     assert all(-1 <= value <= 1 for value in found.values())
     without_attention = copy.deepcopy(model)
@@ -329,7 +330,7 @@ def test_attention_mass_is_the_share_of_the_plain_models_attention() -> None:
 # --- The table and the command ---------------------------------------------------------------------------------------
 
 
-def test_every_plan_of_the_table_is_legal_and_comes_again_with_the_same_seed() -> None:
+def test_every_plan_of_the_table_is_legal_and_a_seed_gives_the_same_plans() -> None:
     spec = ElasticModel(tiny()).spec
     orders = {"gsi": random_order(6, 0), "one_shot": random_order(6, 1)}
     plans = list(table_plans(spec, orders, {"lis_w4": [2, 0, 1]}, seed=0))
@@ -390,8 +391,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tiny model, its tokenizer, and a text."""
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("tiny")
-    words = {f"w{i}": i for i in range(VOCABULARY)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
     tiny().save_pretrained(folder)
@@ -410,7 +411,7 @@ def score(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_killed_gsi_goes_on_where_it_was_and_says_what_it_was_measured_on(checkpoint: Path) -> None:
+def test_an_interrupted_gsi_continues_and_states_what_it_was_measured_on(checkpoint: Path) -> None:
     out = checkpoint / "gsi.json"
     first = score(checkpoint, "kind=gsi", f"out={out}", "gsi.removals=2")
     assert first.returncode == 0, first.stderr
@@ -428,7 +429,7 @@ def test_a_killed_gsi_goes_on_where_it_was_and_says_what_it_was_measured_on(chec
     assert "has the result of another run: seed differ" in other.stderr
 
 
-def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(tmp_path: Path) -> None:
+def test_the_page_of_scores_shows_what_was_measured_and_lists_what_was_not(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tiny_gsi\.json in conf/score; run python -m hw\.score kind=gsi first"):
         scores_page("tiny", tmp_path, tmp_path)
     elastic, windows = ElasticModel(tiny(), name="tiny"), text()
@@ -509,7 +510,7 @@ def test_the_page_of_scores_adds_up_what_was_timed_sampled_and_decoded(tmp_path:
 
 
 @pytest.mark.slow
-def test_the_table_is_measured_and_goes_on(checkpoint: Path) -> None:
+def test_the_table_is_measured_fitted_and_continued(checkpoint: Path) -> None:
     out = checkpoint / "table.json"
     assert score(checkpoint, "kind=table", f"out={out}").returncode == 0
     rows = json.loads(out.read_text())["plans"]
@@ -517,6 +518,7 @@ def test_the_table_is_measured_and_goes_on(checkpoint: Path) -> None:
     again = score(checkpoint, "kind=table", f"out={out}")
     assert f"{len(rows)} plans in" in again.stderr
     assert json.loads(out.read_text())["plans"] == rows
+    assert len(read_fitted(out).blocks) == 2 * LAYERS
     dense = next(row for row in rows if row["chosen_as"] == ["dense"])
     assert plan_from_json(dense["plan"]).weight_bits == (16,) * LAYERS
     assert math.isfinite(dense["nll_test"])
@@ -543,23 +545,23 @@ def test_rows_may_keep_their_newlines(checkpoint: Path, tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     path = tmp_path / "rows.txt"
     path.write_text("one row\n\nanother row\n" * 40)
-    apart, kept = (
+    joined, kept = (
         read_windows(path, tokenizer, tokens=None, window=4, seed=None, keep_newlines=keep) for keep in (False, True)
     )
-    newlines = [tokenizer.decode(windows.tokens.flatten()).count("\n") for windows in (apart, kept)]
+    newlines = [tokenizer.decode(windows.tokens.flatten()).count("\n") for windows in (joined, kept)]
     assert newlines[1] == pytest.approx(1.5 * newlines[0], rel=0.1)
     assert kept.source["keep_newlines"]
-    assert "keep_newlines" not in apart.source
+    assert "keep_newlines" not in joined.source
 
 
-def test_windows_are_drawn_by_seed_and_cover_the_text_without(checkpoint: Path) -> None:
+def test_windows_are_random_with_a_seed_and_all_of_the_text_without(checkpoint: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     path = checkpoint / "text.txt"
-    whole = read_windows(path, tokenizer, tokens=None, window=40, seed=None)
-    assert whole.tokens.shape == (10, 40)
-    assert whole.count == 390
-    drawn = read_windows(path, tokenizer, tokens=120, window=40, seed=3)
-    assert torch.equal(drawn.tokens, read_windows(path, tokenizer, tokens=120, window=40, seed=3).tokens)
-    assert all(any(torch.equal(window, other) for other in whole.tokens) for window in drawn.tokens)
+    every = read_windows(path, tokenizer, tokens=None, window=40, seed=None)
+    assert every.tokens.shape == (10, 40)
+    assert every.count == 390
+    chosen = read_windows(path, tokenizer, tokens=120, window=40, seed=3)
+    assert torch.equal(chosen.tokens, read_windows(path, tokenizer, tokens=120, window=40, seed=3).tokens)
+    assert all(any(torch.equal(window, other) for other in every.tokens) for window in chosen.tokens)
     with pytest.raises(ConfigError, match="has 10 windows of 40 tokens, but 11 were requested"):
         read_windows(path, tokenizer, tokens=440, window=40, seed=None)

@@ -98,7 +98,7 @@ def ask(server: Server, path: str = "completions", **body: Any) -> Any:
 
 
 def stream(server: Server, path: str, body: dict[str, Any]) -> list[Any]:
-    """Return the events of a streamed answer, usage asked for."""
+    """Return the events of a streamed answer, with usage."""
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     with httpx.stream("POST", f"{server.url}/v1/{path}", json=body) as response:
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
