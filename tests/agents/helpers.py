@@ -1,0 +1,74 @@
+"""What several tests of agents share: composed configurations, commands in a subprocess, and random policies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+from omegaconf import DictConfig
+
+from agents.envs.serve import ServeSetting
+from agents.training.train import build_algorithm, current_network, environment_kwargs
+from agents.training.validation import validation_utilities
+from sim.arrays import write_arrays
+from sim.config import CONF_DIR, build
+from sim.paths import REPOSITORY
+
+
+def composed(config: str, *overrides: str) -> DictConfig:
+    """The configuration of conf/CONFIG.yaml with these overrides."""
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return hydra.compose(config, overrides=list(overrides))
+
+
+def run_module(module: str, *arguments: str, timeout_s: float = 580.0, **variables: str) -> Any:
+    """The finished process of ``python -m MODULE ARGUMENTS``."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def utilities_around_imitation(cfg: DictConfig) -> tuple[float, float]:
+    """The mean validation utility of a configuration's network before and after its imitation."""
+    env_kwargs = environment_kwargs(cfg)
+    algorithm = build_algorithm(cfg)
+
+    def utility() -> float:
+        return float(validation_utilities(cfg.env.id, env_kwargs, current_network(algorithm, "relu")).mean())
+
+    before = utility()
+    build(cfg.imitate)(algorithm, cfg.env.id, env_kwargs, seed=0)
+    after = utility()
+    algorithm.stop()
+    return before, after
+
+
+def write_linear_policy(
+    folder: Path, task: str, setting: ServeSetting, weight: np.ndarray[Any, Any], bias: np.ndarray[Any, Any]
+) -> tuple[Path, dict[str, Any]]:
+    """Write a policy of one layer as agents.export would; return its JSON file and the contents."""
+    about = {
+        "task": task,
+        "model": setting.model.name,
+        "layers": [list(weight.shape)],
+        "activation": "relu",
+        "plans": setting.action_options,
+        "environment": {"hide": []},
+        "observation": setting.table.rows(),
+        "actions": list(setting.table.actions),
+    }
+    write_arrays(folder / "p.safetensors", {"0.weight": weight, "0.bias": bias})
+    (folder / "p.json").write_text(json.dumps(about))
+    return folder / "p.json", about
