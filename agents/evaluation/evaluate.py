@@ -25,6 +25,20 @@ from sim.results.run_folder import write_parquet
 RESULTS = REPOSITORY / "agents" / "results"
 
 
+def _measure_ablation(cfg: DictConfig, folder: Path) -> None:
+    """Shuffle entries of the policies of ``serve_ablation``; write serve_ablation.parquet."""
+    if cfg.serve_ablation:
+        write_parquet(folder / "serve_ablation.parquet", shuffled_windows(glob_files(cfg.serve_ablation)))
+
+
+TASKS: dict[str, Callable[[DictConfig, Path], None]] = {
+    "prune": measure_prune,
+    "serve": measure_serve,
+    "ablation": _measure_ablation,
+    "cluster": measure_cluster,
+}
+
+
 @dataclass(kw_only=True)
 class EvaluateConfig:
     """What to evaluate.
@@ -62,19 +76,6 @@ class EvaluateConfig:
 
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
-
-
-def _measure_ablation(cfg: DictConfig, folder: Path) -> None:
-    if cfg.serve_ablation:
-        write_parquet(folder / "serve_ablation.parquet", shuffled_windows(glob_files(cfg.serve_ablation)))
-
-
-TASKS: dict[str, Callable[[DictConfig, Path], None]] = {
-    "prune": measure_prune,
-    "serve": measure_serve,
-    "ablation": _measure_ablation,
-    "cluster": measure_cluster,
-}
 
 
 def _run(cfg: DictConfig) -> None:

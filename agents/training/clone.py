@@ -203,4 +203,4 @@ def _run(cfg: DictConfig) -> None:
 def main() -> None:
     """Run ``python -m agents.clone``."""
     one_thread()
-    run_command(_run, "train")
+    run_command(_run, "clone")

@@ -29,8 +29,13 @@ def composed(config: str, *overrides: str) -> DictConfig:
 
 def run_module(module: str, *arguments: str, timeout_s: float = 580.0, **variables: str) -> Any:
     """The finished process of ``python -m MODULE ARGUMENTS``."""
+    return run_python("-m", module, *arguments, timeout_s=timeout_s, **variables)
+
+
+def run_python(*arguments: str, timeout_s: float = 580.0, **variables: str) -> Any:
+    """The finished process of ``python ARGUMENTS``, with these environment variables added."""
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,

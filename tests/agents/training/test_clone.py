@@ -77,7 +77,7 @@ def test_equal_seeds_give_equal_demonstrations() -> None:
 def test_a_clone_is_exported_as_a_policy_that_sim_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agents.training.validation.VALIDATION_WINDOWS", 2)
     small = [f"algorithm.{name}={getattr(HOW, name)}" for name in ("every", "epochs", "batch")]
-    cfg = composed("train", "experiment=clone_serve", "algorithm.windows=2", "hidden=[8]", *small)
+    cfg = composed("clone", "experiment=clone_serve", "algorithm.windows=2", "hidden=[8]", *small)
     other = composed("train", "experiment=ppo_serve")
     utility = clone(cfg, tmp_path)
     learned = read_learned(tmp_path / "best" / "policy.json", "ServeTrace")
