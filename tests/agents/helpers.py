@@ -9,16 +9,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import hydra
 import numpy as np
+from gymnasium.utils.env_checker import check_env
 from omegaconf import DictConfig
 
+from agents.envs.prune_loads import PruneLoad
 from agents.envs.serve import ServeSetting
 from agents.training.train import build_algorithm, current_network, environment_kwargs
 from agents.training.validation import validation_utilities
 from sim.arrays import write_arrays
 from sim.config import CONF_DIR, build
+from sim.cost.model_spec import load_model
 from sim.paths import REPOSITORY
+
+SMALL_MODEL = load_model("smollm2_135m")
+FEW_LOADS = [
+    PruneLoad(batch=batch, sequence_tokens=tokens, budget_share=share)
+    for batch, tokens in ((1, 4096), (8, 2048), (16, 512))
+    for share in (0.8, 0.5)
+]
+
+
+def check_environment(name: str, num_envs: int, **kwargs: Any) -> None:
+    """Check both registered forms of an environment as Gymnasium does."""
+    check_env(gym.make(f"agents.envs.registration:{name}", render_mode="rgb_array", **kwargs).unwrapped)
+    vector = gym.make_vec(name, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+    observations, _ = vector.reset(seed=1)
+    assert vector.observation_space.contains(observations)
 
 
 def composed(config: str, *overrides: str) -> DictConfig:

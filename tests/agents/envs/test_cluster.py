@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import simpy
-from gymnasium.utils.env_checker import check_env
 
 from agents.envs.cluster import ClusterSetting, ServeCluster
 from agents.envs.cluster_vector import ServeReplicas
@@ -33,7 +31,7 @@ from sim.policies.learned import read_learned
 from sim.policies.learned_cluster import LearnedCluster, learned_cluster
 from sim.policies.observation.cluster import CLUSTER_ENTRIES, replica_features
 from sim.results.metrics import met_slo
-from tests.agents.helpers import write_linear_policy
+from tests.agents.helpers import check_environment, write_linear_policy
 
 test_clusters.__test__ = False  # type: ignore[attr-defined]  # a function of agents, not a test
 
@@ -60,10 +58,7 @@ def write_policy(folder: Path, setting: ClusterSetting, seed: int, at: np.ndarra
 
 
 def test_both_views_are_registered_and_pass_the_check_of_gymnasium() -> None:
-    check_env(gym.make("agents.envs.registration:ServeCluster-v0", replicas=2, render_mode="rgb_array").unwrapped)
-    vector = gym.make_vec("ServeCluster-v0", num_envs=4, vectorization_mode="vector_entry_point", replicas=2)
-    observations, _ = vector.reset(seed=1)
-    assert vector.observation_space.contains(observations)
+    check_environment("ServeCluster-v0", 4, replicas=2)
     with pytest.raises(ConfigError, match="must be a multiple of replicas, 4"):
         ServeReplicas(6)
 

@@ -6,10 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 
 from agents.envs.prune import PruneToBudget
 from agents.envs.prune_loads import PruneLoad, prune_loads
@@ -20,15 +18,13 @@ from sim.cost.plan import dense_plan, drop, keep_all, with_mask
 from sim.cost.quality import FORMS
 from sim.errors import ConfigError
 from sim.policies.observation.prune import mask_of
+from tests.agents.helpers import check_environment
 
 ONE = PruneLoad(batch=8, sequence_tokens=2048, budget_share=0.8)
 
 
 def test_both_environments_are_registered_and_pass_the_check_of_gymnasium() -> None:
-    check_env(gym.make("agents.envs.registration:PruneToBudget-v0", render_mode="rgb_array").unwrapped)
-    vector = gym.make_vec("PruneToBudget-v0", num_envs=3, vectorization_mode="vector_entry_point")
-    observations, _ = vector.reset(seed=1)
-    assert vector.observation_space.contains(observations)
+    check_environment("PruneToBudget-v0", 3)
 
 
 @pytest.mark.parametrize(

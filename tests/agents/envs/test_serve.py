@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 
 from agents.envs.reward import ServeReward
 from agents.envs.serve import ServeSetting, ServeTrace
@@ -27,16 +25,13 @@ from sim.policies.base import Served
 from sim.policies.learned_serve import learned_serve
 from sim.policies.observation.serve import Choice, ServeObserver, serve_actions
 from sim.results.metrics import met_slo
-from tests.agents.helpers import write_linear_policy
+from tests.agents.helpers import check_environment, write_linear_policy
 
 WINDOW = Window(source="burst", start_s=300.0, rate=1.0, budget="cotenant", budget_seed=4)
 
 
 def test_both_environments_are_registered_and_pass_the_check_of_gymnasium() -> None:
-    check_env(gym.make("agents.envs.registration:ServeTrace-v0", render_mode="rgb_array").unwrapped)
-    vector = gym.make_vec("ServeTrace-v0", num_envs=2, vectorization_mode="vector_entry_point")
-    observations, _ = vector.reset(seed=1)
-    assert vector.observation_space.contains(observations)
+    check_environment("ServeTrace-v0", 2)
 
 
 def test_the_vector_environment_equals_the_plain_one_at_every_step() -> None:

@@ -6,27 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 
-from agents.envs.prune_loads import PruneLoad
 from agents.evaluation.cluster_report import cluster_section, cluster_table_markdown, cluster_verdict
-from agents.evaluation.prune import baselines, evaluate_prune
 from agents.evaluation.prune_report import REFERENCE, prune_table_markdown, verdict, write_report
 from agents.evaluation.serve_report import serve_section, serve_verdict
-from sim.cost.model_spec import load_model
 from sim.results.run_folder import write_json, write_parquet
-
-MODEL = load_model("smollm2_135m")
-FEW = [
-    PruneLoad(batch=b, sequence_tokens=s, budget_share=r)
-    for b, s in ((1, 4096), (8, 2048), (16, 512))
-    for r in (0.8, 0.5)
-]
-
-
-@pytest.fixture(scope="module")
-def played() -> pd.DataFrame:
-    return evaluate_prune(MODEL.name, baselines(MODEL), FEW)
+from tests.agents.helpers import SMALL_MODEL
 
 
 def test_the_page_is_made_from_the_files_and_says_who_won(played: pd.DataFrame, tmp_path: Path) -> None:
@@ -41,7 +26,7 @@ def test_the_page_is_made_from_the_files_and_says_who_won(played: pd.DataFrame, 
         "quality_sha256": "1" * 64,
         "trained_on": ["1" * 64],
         "machine": "a machine",
-        "model": MODEL.name,
+        "model": SMALL_MODEL.name,
         "knapsack_validation": 0.3,
         "network_p50_s": 1e-5,
         "network_p99_s": 2e-5,

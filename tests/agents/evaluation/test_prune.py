@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from agents.envs.prune_loads import PruneLoad, prune_loads
+from agents.envs.prune_loads import prune_loads
 from agents.evaluation.ablation import PRUNE_GROUPS, shuffled_loads
 from agents.evaluation.prune import (
     baselines,
@@ -17,22 +17,10 @@ from agents.evaluation.prune import (
 )
 from agents.evaluation.prune_report import REFERENCE, unseen_loads
 from sim.cost.memory import peak_bytes
-from sim.cost.model_spec import load_model
 from sim.errors import ConfigError
 from sim.policies.learned import SHIPPED
 from sim.policies.observation.prune import mask_of
-
-MODEL = load_model("smollm2_135m")
-FEW = [
-    PruneLoad(batch=b, sequence_tokens=s, budget_share=r)
-    for b, s in ((1, 4096), (8, 2048), (16, 512))
-    for r in (0.8, 0.5)
-]
-
-
-@pytest.fixture(scope="module")
-def played() -> pd.DataFrame:
-    return evaluate_prune(MODEL.name, baselines(MODEL), FEW)
+from tests.agents.helpers import FEW_LOADS, SMALL_MODEL
 
 
 def test_no_policy_beats_the_knapsack_on_the_losses_that_it_solves(played: pd.DataFrame) -> None:
@@ -51,22 +39,22 @@ def test_every_policy_but_dense_and_static_fits_every_budget(played: pd.DataFram
 
 
 def test_an_order_stops_at_the_first_plan_that_fits() -> None:
-    order = read_order(MODEL, "gsi")
-    load = FEW[2]
-    removed = stop_at_budget(MODEL, order, load)
+    order = read_order(SMALL_MODEL, "gsi")
+    load = FEW_LOADS[2]
+    removed = stop_at_budget(SMALL_MODEL, order, load)
     count = int(removed.sum())
     assert removed[order[:count]].all()
-    peak = peak_bytes(MODEL, mask_of(removed), load.batch, load.sequence_tokens)
+    peak = peak_bytes(SMALL_MODEL, mask_of(removed), load.batch, load.sequence_tokens)
     removed[order[count - 1]] = False
-    before = peak_bytes(MODEL, mask_of(removed), load.batch, load.sequence_tokens)
-    assert peak <= load.budget_bytes(MODEL) < before
+    before = peak_bytes(SMALL_MODEL, mask_of(removed), load.batch, load.sequence_tokens)
+    assert peak <= load.budget_bytes(SMALL_MODEL) < before
 
 
 def test_every_order_names_every_block_once() -> None:
     for kind in ("gsi", "one_shot", "cosine", "lis_w4"):
-        assert sorted(read_order(MODEL, kind)) == list(range(2 * MODEL.num_layers))
+        assert sorted(read_order(SMALL_MODEL, kind)) == list(range(2 * SMALL_MODEL.num_layers))
     with pytest.raises(ConfigError, match=r"hw\.score"):
-        read_order(MODEL, "none_such")
+        read_order(SMALL_MODEL, "none_such")
 
 
 def test_unseen_loads_lie_outside_the_training_ranges() -> None:
@@ -80,8 +68,8 @@ def test_unseen_loads_lie_outside_the_training_ranges() -> None:
 @pytest.mark.parametrize("name", ["learned_prune_smollm2"])
 def test_the_shipped_policy_beats_greedy_stop_on_held_out_loads(name: str) -> None:
     path = SHIPPED / f"{name}.json"
-    policies = {"learned": learned_prune_policies(MODEL, [path]), REFERENCE: baselines(MODEL)[REFERENCE]}
-    frame = evaluate_prune(MODEL.name, policies, prune_loads().validation)
+    policies = {"learned": learned_prune_policies(SMALL_MODEL, [path]), REFERENCE: baselines(SMALL_MODEL)[REFERENCE]}
+    frame = evaluate_prune(SMALL_MODEL.name, policies, prune_loads().validation)
     means = frame.groupby("policy")["utility_calibration"].mean()
     assert means["learned"] > 1.05 * means[REFERENCE]
     shuffled = shuffled_loads([path]).set_index("hidden")["utility"]
