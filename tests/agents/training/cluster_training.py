@@ -40,7 +40,7 @@ def main() -> None:
             if healthy == until or time.monotonic() > limit_s:
                 return {"healthy": healthy, "steps": int(result["num_env_steps_sampled_lifetime"])}
 
-    measured = {"nodes": {"alive": nodes}, "begun": healthy_after(2, 60)}
+    measured = {"nodes": {"alive": nodes}, "start": healthy_after(2, 60)}
     pids = algorithm.env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)
     os.kill(pids[0], signal.SIGKILL)
     measured["runner_killed"] = healthy_after(1, 30)

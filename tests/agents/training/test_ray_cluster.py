@@ -15,13 +15,13 @@ def test_training_continues_after_an_env_runner_and_then_a_node_is_killed() -> N
     assert run.returncode == 0, run.stderr[-3000:]
     measured = json.loads(run.stdout.strip().splitlines()[-1])
     assert measured["nodes"]["alive"] == 2  # ray.address joined the cluster instead of starting one
-    assert measured["begun"]["healthy"] == 2
+    assert measured["start"]["healthy"] == 2
     assert measured["runner_killed"]["healthy"] < 2
     assert measured["node_killed"]["healthy"] < 2
     assert measured["runner_back"]["healthy"] == 2
     assert measured["node_back"]["healthy"] == 2
     steps = [
-        measured[moment]["steps"] for moment in ("begun", "runner_killed", "runner_back", "node_killed", "node_back")
+        measured[moment]["steps"] for moment in ("start", "runner_killed", "runner_back", "node_killed", "node_back")
     ]
     assert steps == sorted(steps)
     assert steps[-1] > steps[0]
