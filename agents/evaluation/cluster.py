@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from agents.baselines.serve import Build, fixed_plan, policy_context
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve_windows import Window, serve_windows
 from agents.evaluation.figures import best_in_hindsight, serving_figures
-from agents.evaluation.serve import Build, fixed_plan, policy_context, tuned_rules
+from agents.evaluation.serve import tuned_rules
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.learned_cluster import learned_cluster

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
+from agents.baselines.prune import baselines, learned_prune_policies, solver
+from agents.baselines.serve import conf_policy, learned_serve_policies
 from agents.envs.cluster import ROUTERS, ClusterSetting
 from agents.envs.prune_loads import prune_loads
 from agents.envs.reward import kept_quality
@@ -28,17 +30,9 @@ from agents.evaluation.cluster import (
     tuned_cluster_rules,
 )
 from agents.evaluation.cluster_report import COMPARED as CLUSTER_COMPARED
-from agents.evaluation.prune import baselines, evaluate_prune, learned_prune_policies, solver
+from agents.evaluation.prune import evaluate_prune
 from agents.evaluation.prune_report import unseen_loads
-from agents.evaluation.serve import (
-    conf_policy,
-    evaluate_serve,
-    evaluation_setting,
-    learned_serve_policies,
-    test_windows,
-    tuned_rules,
-    with_low_bits_of,
-)
+from agents.evaluation.serve import evaluate_serve, evaluation_setting, test_windows, tuned_rules, with_low_bits_of
 from agents.evaluation.serve_report import COMPARED
 from agents.training.validation import validation_clusters
 from sim.config import load_option

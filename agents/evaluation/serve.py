@@ -13,37 +13,30 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from agents.baselines.serve import Build, conf_policy, fixed_plan, policy_context, with_queue_limit
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window, serve_windows
 from agents.evaluation.figures import best_in_hindsight, serving_figures
 from agents.evaluation.oracle import best_schedule, schedule_policy
-from sim.config import build_option
 from sim.cost.plan import Plan
 from sim.cost.quality import PublishedQuality, load_quality
 from sim.errors import ConfigError
-from sim.policies.admission import Limited
-from sim.policies.base import Policy, PolicyContext
+from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
-from sim.policies.learned_serve import learned_serve
-
-Build = Callable[[PolicyContext], Policy]
-"""Builds a policy from what stays constant while it decides."""
 
 TRAIN_WINDOWS, TRAIN_SEED = 45, 20250603
+
+
 TEST_SEED = 20250604
+
+
 RATE_QUANTILES = (0.25, 0.85)
 """Loads of the test windows: positions in each source's range of rates, on a logarithmic scale."""
-
-
-def policy_context(setting: ServeSetting) -> PolicyContext:
-    """Return what stays constant while a policy decides: the model, memory, and prices of the server."""
-    return PolicyContext.of(setting.server)
 
 
 def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[str, Any]:
@@ -70,19 +63,6 @@ def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[s
         "decision_p50_s": float(np.median(decisions_s)) if decisions_s else 0.0,
         "decision_p99_s": float(np.quantile(decisions_s, 0.99)) if decisions_s else 0.0,
     }
-
-
-def conf_policy(name: str, **changed: Any) -> Build:
-    """Return a builder of the policy in a file of conf/policy; ``changed`` replaces some of its keys."""
-    build: Build = build_option("policy", name, changed)
-    return build
-
-
-def with_queue_limit(build: Build, admit: int | None) -> Build:
-    """Return a builder of the policy with a queue limit; None means no limit."""
-    if admit is None:
-        return build
-    return lambda context: Limited(build(context), admit)
 
 
 def train_windows(sources: Sequence[str]) -> list[Window]:
@@ -134,11 +114,6 @@ def mean_utility(setting: ServeSetting, windows: Sequence[Window], build: Build)
     """Return the mean utility of a policy over windows, in [0, 1]; the policy is built again for each window."""
     context = policy_context(setting)
     return float(np.mean([play_window(setting, window, build(context))["utility"] for window in windows]))
-
-
-def fixed_plan(plan: Plan) -> Build:
-    """Return a builder of the policy that always runs one plan."""
-    return lambda context: Fixed(plan)
 
 
 def tuned_rules(
@@ -206,11 +181,6 @@ def _tune(setting: ServeSetting, score: Callable[[Build], float]) -> tuple[dict[
     return tuned, plans[best]
 
 
-def learned_serve_policies(paths: Sequence[Path]) -> list[Build]:
-    """Return a builder of the exported policy of each file."""
-    return [partial(learned_serve, path=str(path)) for path in paths]
-
-
 def evaluate_serve(
     setting: ServeSetting, policies: Mapping[str, Sequence[Build]], windows: Sequence[Window], *, oracles: bool = True
 ) -> pd.DataFrame:
@@ -255,7 +225,6 @@ def evaluation_setting(env_kwargs: Mapping[str, Any]) -> ServeSetting:
 __all__ = [
     "evaluate_serve",
     "evaluation_setting",
-    "learned_serve_policies",
     "play_window",
     "serve_grid",
     "test_windows",

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from agents.baselines.prune import solver
 from agents.envs.prune_loads import prune_loads
 from agents.envs.prune_vector import PruneToBudgetVector
 from agents.envs.serve_vector import ServeTraceVector
-from agents.evaluation.prune import solver
 from sim.errors import ConfigError, nearest
 from sim.types import Floats32
 

@@ -17,10 +17,10 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from agents.baselines.prune import baselines, learned_prune_policies
+from agents.baselines.serve import conf_policy, learned_serve_policies, policy_context
 from agents.envs.prune import PruneToBudget
 from agents.envs.serve import ServeTrace
-from agents.evaluation.prune import baselines, learned_prune_policies
-from agents.evaluation.serve import conf_policy, learned_serve_policies, policy_context
 from agents.training.episodes import FILE, write_episodes
 from agents.training.train import environment_kwargs
 from sim.config import one_thread, option_names, run_command

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import simpy
 
+from agents.baselines.serve import conf_policy, fixed_plan, policy_context
 from agents.envs.cluster import ClusterSetting, ServeCluster
 from agents.envs.cluster_vector import ServeReplicas
 from agents.envs.serve import ServeTrace
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows
 from agents.evaluation.cluster import mean_cluster_utility, play_cluster, test_clusters, train_clusters
-from agents.evaluation.serve import conf_policy, fixed_plan, policy_context
 from agents.training.imitate import widen_inputs
 from agents.training.validation import serve, serve_clusters, validation_clusters
 from sim.cluster.cluster import Cluster, Replica

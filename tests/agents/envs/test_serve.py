@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agents.baselines.serve import conf_policy
 from agents.envs.reward import ServeReward
 from agents.envs.serve import ServeSetting, ServeTrace
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows, source_trace
-from agents.evaluation.serve import conf_policy, mean_utility
+from agents.evaluation.serve import mean_utility
 from agents.training.validation import validation_windows
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import dense_plan

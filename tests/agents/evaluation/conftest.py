@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from agents.evaluation.prune import baselines, evaluate_prune
+from agents.baselines.prune import baselines
+from agents.evaluation.prune import evaluate_prune
 from tests.agents.helpers import FEW_LOADS, SMALL_MODEL
 
 

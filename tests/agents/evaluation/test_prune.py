@@ -5,16 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from agents.baselines.prune import baselines, learned_prune_policies, read_order, stop_at_budget
 from agents.envs.prune_loads import prune_loads
 from agents.evaluation.ablation import PRUNE_GROUPS, shuffled_loads
-from agents.evaluation.prune import (
-    baselines,
-    evaluate_prune,
-    grid,
-    learned_prune_policies,
-    read_order,
-    stop_at_budget,
-)
+from agents.evaluation.prune import evaluate_prune, grid
 from agents.evaluation.prune_report import REFERENCE, unseen_loads
 from sim.cost.memory import peak_bytes
 from sim.errors import ConfigError

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agents.baselines.prune import baselines
 from agents.envs.prune import PruneToBudget
 from agents.envs.serve import ServeSetting
-from agents.evaluation.prune import baselines
 from agents.training.episodes import FILE, read_episodes, write_episodes
 from agents.training.offline import episodes, nearest_action
 from agents.training.train import environment_kwargs

@@ -1,0 +1,1 @@
+"""Rules and solvers that learned policies imitate and are compared with."""
