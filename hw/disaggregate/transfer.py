@@ -1,4 +1,4 @@
-"""Real transfers of KV against simulated ones: what ``python -m hw.disaggregate_results --run`` measures.
+"""Real transfers of KV against simulated ones: what ``python -m hw.disaggregate_results measure=true`` measures.
 
 A prefill and a decode process of SmolLM2-135M, one thread each, first calibrate their link on requests of their own.
 They then serve one small workload under every plan of ``VARIANTS``, ``repeats`` times in random order; between repeats,

@@ -1,21 +1,23 @@
-"""``python -m hw.disaggregate_results``: write docs/results/transfer/index.md; with ``--run``, measure first."""
+"""``python -m hw.disaggregate_results``: write docs/results/transfer/index.md; with ``measure=true``, measure first."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
 
 from hw.disaggregate.transfer import MOST_BYTES_PER_S, measure
 from hw.validate.compare import judged_figure
 from hw.validate.suite import ranking
-from sim.config import fail, one_thread
-from sim.errors import ConfigError, RapLabError
+from sim.config import one_thread, run_command
+from sim.errors import ConfigError
 from sim.pages.render import commit_of, render, show, table
 from sim.paths import RESULTS
 from sim.results.run_folder import write_json, write_text
@@ -48,6 +50,11 @@ def compared(variant: Mapping[str, Any], side: str) -> dict[str, dict[str, Any]]
     return {name: judged_figure(of(variant[side], name), [of(row, name) for row in real], None) for name in SHOWN}
 
 
+def crowded(busy_cores: Sequence[float]) -> bool:
+    """Return whether other programs kept the machine too busy for times to mean much."""
+    return len(busy_cores) > 0 and float(np.median(busy_cores)) > CROWDED_CORES
+
+
 def page(content: Mapping[str, Any]) -> str:
     """Return the page, in Markdown."""
     variants, busy = content["variants"], content["others_busy_cores"]
@@ -59,7 +66,7 @@ def page(content: Mapping[str, Any]) -> str:
         made=content["provenance"],
         commit=commit_of(content["provenance"]),
         busy=(float(np.median(busy)), max(busy)) if busy else None,
-        crowded=bool(busy) and float(np.median(busy)) > CROWDED_CORES,
+        crowded=crowded(busy),
         speeds={stage: [speed[stage] for speed in content["speeds"]] for stage in content["times"]},
         bytes=bytes_table(variants),
         times=times_table(variants),
@@ -165,22 +172,36 @@ def ranking_table(variants: Mapping[str, Any]) -> str:
     return table(rows, {"regret": ".1%"}, left=2)
 
 
+@dataclass(kw_only=True)
+class DisaggregateResultsConfig:
+    """What the command does.
+
+    measure: measure first; without, the page is written from the committed figures.
+    repeats: real runs of each variant.
+    """
+
+    measure: bool = False
+    repeats: int = 3
+
+
+ConfigStore.instance().store(name="disaggregate_results_schema", node=DisaggregateResultsConfig)
+
+
 def main() -> None:
     """Run ``python -m hw.disaggregate_results``."""
-    parser = argparse.ArgumentParser(prog="python -m hw.disaggregate_results", description=__doc__)
-    parser.add_argument("--run", action="store_true", help="measure first: two idle cores, about seven minutes")
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
     one_thread()
+    run_command(_write, "disaggregate_results")
+
+
+def _write(cfg: DictConfig) -> int:
     try:
-        if arguments.run:
-            write_json(RESULT, measure(arguments.repeats))
-        if not RESULT.is_file():
-            raise ConfigError(f"{RESULT} is missing; make it with python -m hw.disaggregate_results --run")
-        write_text(PAGE, page(json.loads(RESULT.read_text(encoding="utf-8"))))
-    except RapLabError as error:
-        fail(str(error))
+        if cfg.measure:
+            write_json(RESULT, measure(cfg.repeats))
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(130)
-    print(PAGE)
+        return 130
+    if not RESULT.is_file():
+        raise ConfigError(f"{RESULT} is missing; make it with python -m hw.disaggregate_results measure=true")
+    write_text(PAGE, page(json.loads(RESULT.read_text(encoding="utf-8"))))
+    print(f"written: {PAGE}")
+    return 0

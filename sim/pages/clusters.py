@@ -1,6 +1,6 @@
 """``python -m sim.cluster_results``: write docs/results/clusters/index.md from its JSON files.
 
-With ``--run``, replay all or the named comparisons first.
+With ``measure=true``, replay all or the named comparisons first.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from sim.cluster.run import CACHE_COLUMNS, CLUSTER_COLUMNS
+from sim.config import run_command
 from sim.disaggregate.run import STAGED_COLUMNS
-from sim.pages.comparison import COUNTS, Comparison, command, means, read, shown
+from sim.pages.comparison import COUNTS, Comparison, means, read, shown, write_page
 from sim.pages.render import render, table
 from sim.paths import RESULTS
 from sim.results.report import Columns
@@ -121,4 +124,8 @@ def pdtrim_claims(rows: Means) -> dict[str, str]:
 
 def main() -> None:
     """Run ``python -m sim.cluster_results``."""
-    command("sim.cluster_results", (__doc__ or "").splitlines()[0], COMPARISONS, FOLDER, page)
+    run_command(_write, "cluster_results")
+
+
+def _write(cfg: DictConfig) -> None:
+    write_page(cfg, COMPARISONS, FOLDER, page)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -15,15 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
 
-from sim.config import fail
 from sim.errors import ConfigError, nearest
 from sim.pages.render import commit_of, table
-from sim.paths import REPOSITORY
 from sim.results.report import SUMMARY_COLUMNS, Columns, cells
 from sim.results.run_folder import write_json, write_text, write_whole
 
 COUNTS = ("requests", "finished", "rejected", "unfinished")
+
+
+@dataclass(kw_only=True)
+class PageConfig:
+    """What a page command does.
+
+    measure: replay first; without, the page is written from the committed files.
+    only: comparisons to replay; all when empty. workers: processes.
+    """
+
+    measure: bool = False
+    only: list[str] = field(default_factory=list)
+    workers: int = 2
+
+
+ConfigStore.instance().store(name="results_schema", node=PageConfig)
+ConfigStore.instance().store(name="cluster_results_schema", node=PageConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +97,7 @@ def read(folder: Path, name: str, program: str) -> dict[str, Any]:
     """
     path = folder / f"{name}.json"
     if not path.is_file():
-        raise ConfigError(f"{path} is missing; make it with python -m {program} --run {name}")
+        raise ConfigError(f"{path} is missing; make it with python -m {program} measure=true only='[{name}]'")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
@@ -120,28 +136,22 @@ def shown(content: Mapping[str, Any], columns: Columns = SUMMARY_COLUMNS, first:
     }
 
 
-def command(
-    program: str, description: str, comparisons: Mapping[str, Comparison], folder: Path, page: Callable[[], str]
-) -> None:
-    """Run a page command: with ``--run``, repeat all or the named comparisons; then write FOLDER/index.md."""
-    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
-    parser.add_argument("--run", nargs="*", metavar="NAME", help=f"replay first: {', '.join(comparisons)}; default all")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
-    arguments = parser.parse_args()
-    target = folder / "index.md"
-    try:
-        names = [] if arguments.run is None else arguments.run or list(comparisons)
+def write_page(cfg: DictConfig, comparisons: Mapping[str, Comparison], folder: Path, page: Callable[[], str]) -> None:
+    """Write FOLDER/index.md; with ``measure``, run all or the named comparisons first and keep their files.
+
+    Raises:
+        ConfigError: for an unknown comparison, with the nearest name, or one that fails.
+    """
+    names = (list(cfg.only) or list(comparisons)) if cfg.measure else []
+    for name in names:
+        if name not in comparisons:
+            raise ConfigError(f"there is no result {name!r}; {nearest(name, comparisons)}")
+    with tempfile.TemporaryDirectory() as temporary:
         for name in names:
-            if name not in comparisons:
-                raise ConfigError(f"there is no result {name!r}; {nearest(name, comparisons)}")
-        with tempfile.TemporaryDirectory() as temporary:
-            for name in names:
-                replay(name, comparisons[name], arguments.workers, Path(temporary))
-                print(f"replayed {name}", flush=True)
-            # Copied at the end: a changed file would mark the commit of the next replay as dirty.
-            for path in sorted(Path(temporary).glob("*.*")):
-                write_whole(folder / path.name, partial(shutil.copyfile, path))
-        write_text(target, page())
-    except ConfigError as error:
-        fail(str(error))
-    print(f"written: {target.relative_to(REPOSITORY)}")
+            replay(name, comparisons[name], cfg.workers, Path(temporary))
+            print(f"replayed {name}", flush=True)
+        # Copied at the end: a changed file would mark the commit of the next replay as dirty.
+        for path in sorted(Path(temporary).glob("*.*")):
+            write_whole(folder / path.name, partial(shutil.copyfile, path))
+    write_text(folder / "index.md", page())
+    print(f"written: {folder / 'index.md'}")

@@ -1,6 +1,6 @@
 """``python -m sim.results``: write docs/results/simulation/index.md from its JSON files.
 
-With ``--run``, replay all or the named comparisons first.
+With ``measure=true``, replay all or the named comparisons first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sim.pages.comparison import Comparison, command, means, read, shown, wins
+from omegaconf import DictConfig
+
+from sim.config import run_command
+from sim.pages.comparison import Comparison, means, read, shown, wins, write_page
 from sim.pages.render import render, table
 from sim.paths import RESULTS
 
@@ -127,4 +130,8 @@ def next_to_paper(mean: Means) -> str:
 
 def main() -> None:
     """Run ``python -m sim.results``."""
-    command("sim.results", (__doc__ or "").splitlines()[0], COMPARISONS, FOLDER, page)
+    run_command(_write, "results")
+
+
+def _write(cfg: DictConfig) -> None:
+    write_page(cfg, COMPARISONS, FOLDER, page)

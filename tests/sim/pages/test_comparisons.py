@@ -9,12 +9,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from omegaconf import OmegaConf
 
 import sim.compare  # noqa: F401, which registers its schema
 from sim.config import check_overrides
 from sim.errors import ConfigError
 from sim.pages import clusters, simulation
-from sim.pages.comparison import wins
+from sim.pages.comparison import Comparison, PageConfig, wins, write_page
 from sim.results.report import SUMMARY_COLUMNS
 from tests.sim.pages.test_render import cells
 
@@ -73,9 +74,9 @@ def test_other_figures_make_another_table_and_a_missing_file_names_its_command(t
     assert wins(content, "recompute", "recompute") == "0 of 5"
     assert wins(content, "recompute", "recompute", ties=True) == "5 of 5"
     path.unlink()
-    with pytest.raises(ConfigError, match="--run kv_hole"):
+    with pytest.raises(ConfigError, match="kv_hole"):
         simulation.page(tmp_path)
-    with pytest.raises(ConfigError, match="--run cluster_scale"):
+    with pytest.raises(ConfigError, match="cluster_scale"):
         clusters.page(tmp_path)
 
 
@@ -86,3 +87,24 @@ def test_a_claim_within_two_percent_is_no_difference() -> None:
         "no difference",
         "no",
     ]
+
+
+def test_a_page_command_replays_what_it_is_told_and_refuses_an_unknown_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in simulation.COMPARISONS:
+        shutil.copy(simulation.FOLDER / f"{name}.json", tmp_path)
+
+    def replay(name: str, _: Comparison, workers: int, folder: Path) -> None:
+        assert workers == 3
+        (folder / f"{name}.json").write_text(f"made {name}", encoding="utf-8")
+
+    monkeypatch.setattr("sim.pages.comparison.replay", replay)
+    cfg = OmegaConf.structured(PageConfig(measure=True, only=["kv_hole"], workers=3))
+    write_page(cfg, simulation.COMPARISONS, tmp_path, lambda: "the page")
+    assert (tmp_path / "kv_hole.json").read_text(encoding="utf-8") == "made kv_hole"
+    assert (tmp_path / "index.md").read_text(encoding="utf-8") == "the page"
+    assert (tmp_path / "moving_budget.json").read_bytes() == (simulation.FOLDER / "moving_budget.json").read_bytes()
+    cfg.only = ["kv_hall"]
+    with pytest.raises(ConfigError, match="kv_hole"):
+        write_page(cfg, simulation.COMPARISONS, tmp_path, lambda: "the page")
