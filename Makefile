@@ -36,7 +36,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 # make fuzz   the compiled engine against the plain one on CASES random replays (50,000); prints a failing seed, shrunk
-# make fuzz KIND=cluster   the compiled cluster against the plain one; KIND=apart: prefill and decode apart
+# make fuzz KIND=cluster   the compiled cluster against the plain one; KIND=disaggregated: disaggregated prefill and decode
 CASES ?= 50000
 FIRST ?= 0
 KIND ?= engine

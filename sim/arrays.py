@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.atomic import write_whole
 from sim.errors import RapLabError
-from sim.results.run_folder import write_whole
 
 DTYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F64": np.float64, "I64": np.int64}
 MAX_HEADER_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-"""``python -m sim.compare``: several policies on the same requests and the same memory, side by side."""
+"""Command ``python -m sim.compare``: several policies on the same requests and the same memory, in one table."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sim.config import CONF_DIR, ManyConfig, build, one_thread, run_command
+from sim.atomic import write_whole
+from sim.config import SweepConfig, build, one_thread, run_command, with_differences
 from sim.errors import ConfigError, nearest
-from sim.replay.sweep import Executor, Outcome, cases_of, config_of, run
+from sim.replay.sweep import Executor, Outcome, cases_of, config_of, replay_case
 from sim.results.metrics import Slo, records_frame
 from sim.results.report import markdown, print_rows
-from sim.results.run_folder import provenance, write_json, write_parquet, write_text, write_whole
-
-GROUPS = ("trace", "workload", "model", "gpu", "engine", "budget", "policy", "slo", "router", "outages", "autoscaler")
-"""What a label may choose another file of."""
+from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 
 
 @dataclass(kw_only=True)
-class CompareConfig(ManyConfig):
-    """A replay told several policies.
+class CompareConfig(SweepConfig):
+    """A replay under several policies.
 
-    policies: label -> what differs from the rest of the configuration, as ``key: value`` (``policy`` names a file of
-        conf/policy, ``policy.mode`` one of its keys).
+    policies: label -> what differs from the rest of the configuration, as ``key: value`` (``policy`` names an option
+        of conf/policy, ``policy.mode`` one of its keys).
     only: labels to run; all when empty.
     """
 
@@ -46,10 +44,10 @@ def compare_command() -> None:
 
 
 def variants(cfg: DictConfig) -> dict[str, DictConfig]:
-    """Return one configuration a label, each with its differences applied.
+    """Return one configuration per label, each with its differences applied.
 
     Raises:
-        ConfigError: for no policies, or a difference that names no key or file; it names the nearest.
+        ConfigError: for no policies, or a difference that names no key or option, with the nearest name.
     """
     if not cfg.policies:
         raise ConfigError("policies is empty; give at least one label, e.g. +policies.dense={policy: dense}")
@@ -60,33 +58,8 @@ def variants(cfg: DictConfig) -> dict[str, DictConfig]:
     for label, differences in cfg.policies.items():
         if cfg.only and label not in cfg.only:
             continue
-        made[str(label)] = with_differences(cfg, OmegaConf.to_container(differences), f"policies.{label}")
+        made[str(label)] = with_differences(cfg, differences or {}, f"policies.{label}")
     return made
-
-
-def with_differences(cfg: DictConfig, differences: Any, where: str) -> DictConfig:
-    """Return a configuration with ``key: value`` pairs applied: a file of a group, or a value of a key.
-
-    Raises:
-        ConfigError: for one that names no key or file, after ``where`` it stands; it names the nearest.
-    """
-    one = cfg.copy()
-    OmegaConf.set_struct(one, True)
-    for key, value in differences.items():
-        if key in GROUPS:
-            options = {path.stem: path for path in (CONF_DIR / key).glob("*.yaml")}
-            if value not in options:
-                raise ConfigError(f"{where}.{key}: there is no {value!r}; {nearest(str(value), options)}")
-            OmegaConf.set_struct(one, False)
-            one[key] = OmegaConf.load(options[value])
-            OmegaConf.set_struct(one, True)
-            continue
-        parent, _, name = str(key).rpartition(".")
-        node = OmegaConf.select(one, parent) if parent else one
-        if node is None or name not in list(node):  # a key without a value yet is there too
-            raise ConfigError(f"{where}: there is no {key!r}; {nearest(name, map(str, node or one))}")
-        OmegaConf.update(one, str(key), value)
-    return one
 
 
 def _compare(cfg: DictConfig) -> None:
@@ -95,7 +68,7 @@ def _compare(cfg: DictConfig) -> None:
     jobs = [(label, case, config_of(one, case)) for label, one in variants(cfg).items() for case in cases]
     made_by = provenance(cfg.seed)
     executor: Executor = build(cfg.executor)
-    outcomes = executor(run, [one for _, _, one in jobs])
+    outcomes = executor(replay_case, [one for _, _, one in jobs])
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for (label, case, _), outcome in zip(jobs, outcomes, strict=True):
         inner = folder / label / case.name if len(cases) > 1 else folder / label
@@ -118,14 +91,14 @@ def _compare(cfg: DictConfig) -> None:
 
 
 def hardest(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
-    """Return which case the picture shows: the one in which the first policy attained least."""
+    """Return which case the plot shows: the one in which the first policy had the lowest SLO attainment."""
     first = next(iter(rows.values()))
     return min(range(len(first)), key=lambda case: first[case]["slo_attainment"])
 
 
 def plot(path: Path, outcomes: Mapping[str, Outcome], slo: Slo, title: str) -> None:
-    """Write one PNG: TTFT by arrival, requests that wait, and what each policy keeps resident over time."""
-    import matplotlib as mpl  # drawing is rare and its import slow
+    """Write one PNG: TTFT by arrival, waiting requests, and the share of weights that each policy keeps resident."""
+    import matplotlib as mpl  # imported late: it is slow, and plots are rare
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt

@@ -1,8 +1,10 @@
-"""The architecture, read from the code: who may import whom."""
+"""The architecture, read from the code: who may import whom, and which compiled functions Python may call."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,60 @@ FORBIDDEN = {
     "hw": {"agents", "ray", "gymnasium", "tests"},
     "agents": {"hw", "tests"},
     "conf": {"sim", "hw", "agents", "tests"},
+}
+
+# The folders of each package in the order of the data flow. A module may import its own folder and folders of a lower
+# layer, never one of its own layer's other folders or of a higher one. "." is the package's own folder.
+LAYERS = {
+    "sim": (
+        (".",),
+        ("traces",),
+        ("cost",),
+        ("results",),
+        ("engine",),
+        ("policies",),
+        ("cluster",),
+        ("disaggregate",),  # its columns of tables are those of clusters
+        ("replay",),
+    ),
+    "hw": (
+        (".",),
+        ("elastic",),
+        ("engine",),
+        ("replay",),  # serve and disaggregate start a real engine as hw.replay does
+        ("calibrate", "score", "serve", "client", "disaggregate"),
+        ("validate",),
+    ),
+    "agents": ((".",), ("envs",), ("training",), ("evaluation",)),
+}
+
+# What only `python -m` and the pages' commands use. They stand above all layers, and no other module imports them.
+COMMANDS = {
+    "sim.cluster.run",
+    "sim.disaggregate.run",
+    "sim.compare",
+    "sim.fit_trace",
+    "sim.cluster_results",
+    "sim.results.simulation_page",
+    "sim.results.cluster_page",
+    "hw.compare",
+    "hw.fidelity",
+    "hw.disaggregate_results",
+    "hw.disaggregate.transfer_page",
+    "agents.clone",
+    "agents.evaluate",
+    "agents.export",
+    "agents.offline",
+    "agents.train",
+    "agents.tune",
+}
+TOP = 99
+
+KNOWN_ARROWS_UP: set[tuple[str, str]] = {
+    # Ends when the builders of baselines leave agents/evaluation for agents/training.
+    ("agents.training.imitate", "agents.evaluation.prune"),
+    ("agents.training.offline", "agents.evaluation.prune"),
+    ("agents.training.offline", "agents.evaluation.serve"),
 }
 
 
@@ -41,6 +97,98 @@ def test_no_package_imports_what_the_architecture_forbids(package: str) -> None:
 def test_the_top_level_holds_the_five_source_folders_and_no_other() -> None:
     folders = {path.parent.name for path in REPOSITORY.glob("*/*.py")}
     assert folders == {"sim", "hw", "agents", "conf", "tests"}
+
+
+# --- Layers inside a package -----------------------------------------------------------------------------------------
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield a syntax tree's nodes without what only a type checker imports."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from runtime_nodes(child)
+
+
+@cache
+def import_graph() -> Mapping[str, frozenset[str]]:
+    """Return the modules of the three packages that each of them imports, inside functions too."""
+    paths = {module_name(path): path for package in LAYERS for path in (REPOSITORY / package).rglob("*.py")}
+    graph = {}
+    for name, path in paths.items():
+        found = set()
+        for node in runtime_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= (inside & set(paths)) or {str(node.module)}
+        graph[name] = frozenset(found & set(paths) - {name})
+    return graph
+
+
+def layer_of(module: str) -> int:
+    if module in COMMANDS or module.endswith(".__main__"):
+        return TOP
+    package, *rest = module.split(".")
+    folders = {folder: layer for layer, names in enumerate(LAYERS[package]) for folder in names}
+    return folders[rest[0]] if rest and rest[0] in folders else 0
+
+
+def is_wrong(module: str, imported: str) -> bool:
+    if module.split(".")[0] != imported.split(".")[0]:
+        return False  # FORBIDDEN decides
+    above, below = layer_of(module), layer_of(imported)
+    if above == TOP:
+        return False
+    return below > above or (below == above and module.split(".")[1:2] != imported.split(".")[1:2] and above > 0)
+
+
+def test_imports_point_down_the_layers_or_stay_in_one_folder() -> None:
+    wrong = {(a, b) for a, names in import_graph().items() for b in names if is_wrong(a, b)}
+    assert wrong <= KNOWN_ARROWS_UP
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = dict(import_graph())
+    while free := [name for name, names in left.items() if not names & set(left)]:
+        for name in free:
+            del left[name]
+    # What is left is in a circle or imports one; go the other way to keep the circles alone.
+    while free := [name for name in left if not any(name in names for names in left.values())]:
+        for name in free:
+            del left[name]
+    assert sorted(left) == []
+
+
+def test_every_folder_has_a_layer() -> None:
+    for package, layers in LAYERS.items():
+        named = {folder for names in layers for folder in names} - {"."}
+        assert {path.parent.name for path in (REPOSITORY / package).glob("*/*.py")} == named
+
+
+@pytest.mark.parametrize(
+    ("module", "imported", "wrong"),
+    [
+        ("sim.engine.protocol", "sim.policies.base", True),
+        ("sim.policies.base", "sim.engine.protocol", False),
+        ("sim.engine.protocol", "sim.engine.budget", False),
+        ("sim.errors", "sim.traces.trace", True),
+        ("hw.serve.server", "hw.score.nll", True),
+        ("hw.serve.server", "hw.replay.run", False),
+        ("sim.replay.run", "sim.cluster.run", True),
+        ("sim.cluster.run", "sim.replay.run", False),
+    ],
+)
+def test_an_arrow_up_or_between_siblings_is_seen(module: str, imported: str, wrong: bool) -> None:
+    assert is_wrong(module, imported) == wrong
+
+
+# --- Compiled functions ----------------------------------------------------------------------------------------------
 
 
 def is_compiled(node: ast.AST) -> bool:

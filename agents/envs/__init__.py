@@ -1,1 +1,1 @@
-"""Gymnasium environments: PruneToBudget-v0, ServeTrace-v0, ServeCluster-v0."""
+"""The Gymnasium environments: PruneToBudget-v0, ServeTrace-v0 and ServeCluster-v0."""

@@ -1,13 +1,20 @@
-"""``ServeCluster-v0``: choose the next plan of every replica, tick by tick, while a router shares traffic among them.
+"""``ServeCluster-v0``: choose the plan of every replica every ``tick_s`` seconds while a router distributes requests.
 
-An episode is one window of a trace for each replica (``agents.envs.serve_windows``), at one load: the requests of all windows
-arrive together at the router, and each replica lives under the budget of its own window, so that some are pressed while
-others are not. A router that looks at the KV pool sends more to where plans leave room. The sum of rewards is the
-utility of the cluster: over all requests that arrived, the share that met its SLO, each weighted by the quality kept.
+Episode: one window of a trace for each replica (``agents.envs.serve_windows``), all at one load. The requests of all
+windows arrive together at the router. Each replica has the budget of its own window, so some are short of memory while
+others are not. A cluster of one replica plays the episodes of ``ServeTrace``.
 
-Two views of the same episodes: `ServeCluster` is one agent that chooses for all replicas at once;
-``agents.envs.cluster_vector`` has a row a replica, for one policy that all of them share. A cluster of one replica plays the
-episodes of ``ServeTrace``.
+Observation: float32[replicas, entries]. A row holds the entries of ``ServeTrace`` for that replica, then how it
+compares with the others (``sim.policies.observation.cluster`` lists each entry with its unit and range), and last one
+flag (0 or 1) for each legal action.
+
+Action: one plan number for each replica, from the table of ``ServeTrace``. An illegal one keeps the running plan.
+
+Reward: the change of the cluster's utility per tick times a scale, no unit (``agents.envs.reward.ServeReward``).
+Utility is the share of all arrived requests that met the SLO, each weighted by the quality kept.
+
+There are two views of the same episodes. ``ServeCluster`` is one agent that chooses for all replicas at once;
+``agents.envs.cluster_vector`` has a row for each replica, to train one policy that all replicas share.
 """
 
 from __future__ import annotations
@@ -22,15 +29,14 @@ import gymnasium as gym
 import numpy as np
 import simpy
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import Split
-from agents.envs.render import Pictured
+from agents.envs.render import RenderMixin
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import Router
-from sim.config import CONF_DIR, build
+from sim.config import build_option
 from sim.engine.plan_graph import PlanBook
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
@@ -38,19 +44,16 @@ from sim.errors import ConfigError, nearest
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_table, replica_features, shown_entries
-from sim.policies.observation.prune import Floats32
 from sim.policies.observation.serve import Choice, ServeObserver
 from sim.traces.trace import Trace
-
-Floats = NDArray[np.float64]
-
+from sim.types import GIB, Floats32
 
 ROUTERS = ("round_robin", "least_outstanding", "power_of_two", "least_kv", "shortest_expected_wait")
-"""Of conf/router; the windows have no prefixes that a sixth could look at."""
+"""Names of files of conf/router. prefix_affinity is not among them: the windows have no prompt prefixes."""
 
 
 class ClusterSetting(ServeSetting):
-    """What all clusters of one configuration share."""
+    """What all clusters of one configuration share: the servers, the router, their traffic, and the plans."""
 
     def __init__(
         self,
@@ -59,52 +62,54 @@ class ClusterSetting(ServeSetting):
         router: str = "least_kv",
         own_share: float = 0.0,
         hide: Sequence[str] = (),
-        **words: Any,
+        **kwargs: Any,
     ) -> None:
-        """Set what is served, and by how many.
+        """Set the cluster and its traffic.
 
         Args:
-            replicas: of a cluster, all alike but for their budgets. router: one of ``ROUTERS``.
-            hide: names of entries of the observation that stay 0, for ablations.
-            own_share: how much of what its own requests earn beyond the cluster's mean a replica is paid in
-                `ServeReplicas`, beside what the cluster earns; the mean over the replicas is that, whatever it is.
-            words: those of ``ServeSetting``.
+            replicas: servers in a cluster, equal except for their budgets.
+            router: one of ``ROUTERS``.
+            own_share: weight in [0, 1] of a replica's own requests in its reward in ``ServeReplicas``. 0 pays each
+                replica the cluster's reward; 1 adds how much more its own requests earned than the cluster's average
+                ones. The mean over replicas is the cluster's reward for any value.
+            hide: names of entries that are always observed as 0, for ablations.
+            kwargs: arguments of ``ServeSetting``.
         """
-        super().__init__(**words)
+        super().__init__(**kwargs)
         if replicas < 1 or not 0.0 <= own_share <= 1.0:
             raise ConfigError(
-                f"replicas is {replicas} and own_share {own_share}; the first must be at least 1, the second in [0, 1]"
+                f"replicas is {replicas} and own_share is {own_share}; replicas must be at least 1, own_share in [0, 1]"
             )
         if router not in ROUTERS:
             raise ConfigError(f"there is no router {router!r}; {nearest(router, ROUTERS)}")
         self.replicas, self.own_share = replicas, own_share
-        self.router: Router = build(OmegaConf.load(CONF_DIR / "router" / f"{router}.yaml"))
+        self.router: Router = build_option("router", router)
         self.table = cluster_table(self.actions)
-        self.shown = shown_entries(self.table, hide)
+        self.visible = shown_entries(self.table, hide)
         low, high = self.table.bounds()
         self.observation_space = gym.spaces.Box(low, high, dtype=np.float32)
 
     def sample(self, rng: np.random.Generator, split: Split | None = None) -> tuple[Window, ...]:
-        """Draw the windows of an episode, one for each replica, all at one load; in some of them something arrives."""
+        """Return random windows, one for each replica, all at one load; at least one of them has requests."""
         load = float(rng.uniform())
         windows = self.windows.at_load(load, load)
         while True:
-            drawn = tuple(windows.sample(rng, split or self.split, self.sources) for _ in range(self.replicas))
-            if any(len(windows.arrays(window)[0]) for window in drawn):
-                return drawn
+            sampled = tuple(windows.sample(rng, split or self.split, self.sources) for _ in range(self.replicas))
+            if any(len(windows.arrays(window)[0]) for window in sampled):
+                return sampled
 
     def check_windows(self, windows: Sequence[Window | dict[str, Any]]) -> tuple[Window, ...]:
-        """Return windows that were given, as many as replicas.
+        """Return ``options["windows"]`` of ``reset`` as Windows.
 
         Raises:
-            ConfigError: for another number of them.
+            ConfigError: unless there is one for each replica.
         """
         if len(windows) != self.replicas:
-            raise ConfigError(f"{len(windows)} windows for {self.replicas} replicas; give one for each")
+            raise ConfigError(f"options has {len(windows)} windows for {self.replicas} replicas; pass one for each")
         return tuple(one if isinstance(one, Window) else Window(**one) for one in windows)
 
     def trace(self, windows: Sequence[Window]) -> Trace:
-        """Return what arrives: the requests of all windows, those of one moment in the order of the windows."""
+        """Return the requests of all windows in order of arrival; requests at the same time keep the windows' order."""
         arrival_s, prompts, outputs = (
             np.concatenate(columns) for columns in zip(*map(self.windows.arrays, windows), strict=True)
         )
@@ -116,47 +121,48 @@ class ClusterSetting(ServeSetting):
         windows: Sequence[Window],
         policies: Sequence[Policy],
         *,
-        asked: bool = True,
+        decide: bool = True,
         book: PlanBook | None = None,
     ) -> Cluster:
-        """Return a cluster in which replica i lives under the budget of window i.
+        """Return a cluster in which replica i has the budget of window i.
 
         Args:
-            windows, policies: one each for every replica. asked: whether policies are, every tick; else somebody else
-                applies plans. book: shared by all engines.
+            windows, policies: one each for every replica.
+            decide: whether the policies decide every tick; if not, the caller applies plans.
+            book: shared by all engines.
         """
         book = PlanBook(self.model, self.nll) if book is None else book
 
-        def made(window: Window, policy: Policy, env: simpy.Environment) -> tuple[SimEngine, Policy]:
+        def make(window: Window, policy: Policy, env: simpy.Environment) -> tuple[SimEngine, Policy]:
             return self.idle_engine(window, policy.first_plan, book=book, env=env, driven=True), policy
 
         replicas = [
             Replica(
                 name=f"replica_{i}",
-                build=partial(made, window, policy),
-                decisions_s=self.decisions_s if asked and not isinstance(policy, Fixed) else None,
+                build=partial(make, window, policy),
+                decisions_s=self.decisions_s if decide and not isinstance(policy, Fixed) else None,
             )
             for i, (window, policy) in enumerate(zip(windows, policies, strict=True))
         ]
         return Cluster(self.trace(windows), replicas, self.router, seed=windows[0].budget_seed)
 
     def decisions_s(self) -> Iterator[float]:
-        """Return when policies decide."""
+        """Return the times at which policies decide, in seconds."""
         return (tick * self.tick_s for tick in range(1, self.ticks))
 
 
 class ClusterCore:
-    """One cluster that serves; the plain form of what ``agents.envs.cluster_vector`` does with many at once."""
+    """One cluster being served, without Gymnasium; ``agents.envs.cluster_vector`` steps many of them."""
 
     def __init__(self, setting: ClusterSetting) -> None:
         self.setting = setting
 
     def begin(self, windows: Sequence[Window]) -> None:
-        """Begin to serve with the first plan of the table everywhere."""
+        """Start the windows with the first plan of the table on every replica."""
         setting, count = self.setting, len(windows)
         self.windows = windows
         first = Fixed(setting.actions.plans[0])
-        self.cluster = setting.build_cluster(windows, [first] * count, asked=False)
+        self.cluster = setting.build_cluster(windows, [first] * count, decide=False)
         self.requests = len(self.cluster.trace)
         self.observers = [
             ServeObserver(setting.model, setting.actions, setting.kv_block_layer_bytes) for _ in range(count)
@@ -168,24 +174,24 @@ class ClusterCore:
         self._serve()
 
     def _serve(self) -> None:
-        """Serve a tick, and look."""
+        """Serve one tick and observe every replica."""
         self.tick += 1
         self.cluster.run_until(self.tick * self.setting.tick_s)
         self.states = [self.cluster.observe(i) for i in range(len(self.windows))]
 
     def observe(self) -> Floats32:
-        """Return the observation of each replica, legal flags included [k, o]."""
+        """Return the observation of each replica, legal flags included, float32[replicas, entries]."""
         actions, rows = self.setting.actions, []
         for i, (state, choice) in enumerate(zip(self.states, self.choices, strict=True)):
             others = [*self.states[:i], *self.states[i + 1 :]]
             observer = self.observers[i]
-            among = replica_features(state, others, observer.dense_bytes)
-            features = np.concatenate((observer(state, choice), among)) * self.setting.shown
+            compared = replica_features(state, others, observer.dense_bytes)
+            features = np.concatenate((observer(state, choice), compared)) * self.setting.visible
             rows.append(np.concatenate((features, actions.legal(state, choice))))
         return np.stack(rows).astype(np.float32)
 
     def step(self, actions: Sequence[int]) -> tuple[float, bool]:
-        """Choose a plan for every replica; return the cluster's reward and whether the episode is over."""
+        """Run the plans of the actions for one tick; return the cluster's reward and whether the episode is over."""
         setting, table = self.setting, self.setting.actions
         for i, (action, state, choice) in enumerate(zip(actions, self.states, self.choices, strict=True)):
             if table.legal(state, choice)[action]:
@@ -210,7 +216,7 @@ class ClusterCore:
         return reward, over
 
     def info(self) -> dict[str, Any]:
-        """Return what happened so far."""
+        """Return the windows, and what happened in them so far."""
         return {
             "windows": [asdict(window) for window in self.windows],
             "requests": self.requests,
@@ -219,14 +225,14 @@ class ClusterCore:
         }
 
 
-class ServeCluster(Pictured, gym.Env[NDArray[np.float32], NDArray[np.integer[Any]]]):
-    """One agent for all replicas: a row of the observation and an action for each."""
+class ServeCluster(RenderMixin, gym.Env[NDArray[np.float32], NDArray[np.integer[Any]]]):
+    """The plain environment: one agent for all replicas, with an observation row and an action for each."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own form
 
-    def __init__(self, render_mode: str | None = None, **words: Any) -> None:
-        """Build the environment; ``words`` are those of ``ClusterSetting``."""
-        self.setting = setting = ClusterSetting(**words)
+    def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
+        """Build the environment; ``kwargs`` go to ``ClusterSetting``."""
+        self.setting = setting = ClusterSetting(**kwargs)
         one = setting.observation_space
         rows = (setting.replicas, 1)
         self.observation_space = gym.spaces.Box(np.tile(one.low, rows), np.tile(one.high, rows), dtype=np.float32)
@@ -238,22 +244,23 @@ class ServeCluster(Pictured, gym.Env[NDArray[np.float32], NDArray[np.integer[Any
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Begin an episode; ``options={"windows": [...]}`` sets its windows, one a replica, instead of drawing them."""
+        """Begin an episode; ``options={"windows": [...]}`` sets the window of each replica instead of sampling it."""
         super().reset(seed=seed)
-        setting, given = self.setting, (options or {}).get("windows")
-        self.core.begin(setting.sample(self.np_random) if given is None else setting.check_windows(given))
+        setting, requested = self.setting, (options or {}).get("windows")
+        windows = setting.sample(self.np_random) if requested is None else setting.check_windows(requested)
+        self.core.begin(windows)
         return self.core.observe(), self.core.info() | {
             "observation_table": setting.table.rows(),
             "actions": setting.table.actions,
         }
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Run the chosen plans for one tick; where one is not legal, what runs goes on."""
+        """Run the chosen plans for one tick; return the step as Gymnasium defines it."""
         reward, over = self.core.step([int(one) for one in action])
         return self.core.observe(), reward, over, False, self.core.info()
 
     def _figure(self) -> Any:
-        """Draw queue, KV use, memory and plan of every replica over time."""
+        """Plot the queue, KV use, budget and plan of every replica over time."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -268,14 +275,14 @@ class ServeCluster(Pictured, gym.Env[NDArray[np.float32], NDArray[np.integer[Any
             panels[0].plot(time_s, [state.waiting for state in states], label=f"replica {i}")
             used = [state.kv_used_layer_blocks / max(state.kv_layer_blocks, 1) for state in states]
             panels[1].plot(time_s, used)
-            panels[2].step(time_s, [state.budget_bytes / 2**30 for state in states], where="post")
+            panels[2].step(time_s, [state.budget_bytes / GIB for state in states], where="post")
             plans = [levels[row[2][i]] for row in rows]
             panels[3].step(time_s, [low + drop for drop, low, _ in plans], where="post")
         panels[0].legend(fontsize=7)
         panels[0].set(ylabel="waiting", title=f"{len(core.states)} replicas: utility {core.utility:.3f}")
         panels[1].set(ylabel="KV pool used", ylim=(-0.05, 1.05))
         panels[2].set(ylabel="budget, GiB", ylim=(0, None))
-        panels[3].set(ylabel="levels of bits and drops", xlabel="s", ylim=(-0.05, 2.05))
+        panels[3].set(ylabel="level: drops + low bits", xlabel="s", ylim=(-0.05, 2.05))
         return figure
 
 

@@ -1,9 +1,11 @@
-"""``ServeCluster-v0`` for training one policy that all replicas share: many clusters, a row a replica.
+"""``ServeCluster-v0`` for training one policy that all replicas share: many clusters, one row for each replica.
 
-Its episodes are those of ``agents.envs.cluster``, step by step, and with one replica a cluster those of ``ServeTrace``
-(tests/agents/envs/test_cluster.py). A row is paid what the cluster is, and ``own_share`` of what its own requests earn
-beyond as many of the cluster's: over the rows of a cluster this adds up to nothing, and no replica gains by being sent
-fewer.
+Episodes equal those of ``agents.envs.cluster`` step by step, and with one replica per cluster those of ``ServeTrace``
+(tests/agents/envs/test_cluster.py).
+
+The reward of a row is the cluster's reward, plus ``own_share`` times what its own requests earned more than the same
+number of average requests of the cluster. These additions sum to 0 over a cluster, and because they compare equal
+numbers of requests, a replica gains nothing by receiving fewer.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from numpy.typing import NDArray
 
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve_vector import UNKNOWN, settle_utility, slo_seconds
 from agents.envs.serve_windows import Window
+from agents.envs.vector import final_infos, reseed
 from sim.cluster.cluster import Cluster
 from sim.engine.batch_step import ARRIVED, OLDEST_WAIT_S, SEEN_COLUMNS, WAITING
 from sim.engine.plan_graph import PlanBook
@@ -27,30 +29,27 @@ from sim.engine.sim_engine import MEMORY_OF_PLANS
 from sim.errors import ConfigError
 from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_features
-from sim.policies.observation.prune import Bools, Floats32
 from sim.policies.observation.serve import ServeObservers
+from sim.types import Bools, Floats, Floats32
 
-# Shapes: c clusters of k replicas, r = c * k rows, those of a cluster side by side.
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+# Shapes: c clusters of k replicas, r = c * k rows; the rows of a cluster are adjacent.
 
 
 class ServeReplicas(VectorEnv[Any, Any, Any]):
-    """The replicas of many clusters, each an environment of one agent's.
+    """The replicas of many clusters; each row is an environment with one agent.
 
-    A cluster whose episode has ended is reset by its next step, whose actions are ignored (autoreset NEXT_STEP).
+    The step after the end of an episode resets that cluster and ignores its actions (autoreset NEXT_STEP).
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 - Gymnasium's own form
 
-    def __init__(self, num_envs: int | None = None, **words: Any) -> None:
-        """Build the replicas of ``num_envs / replicas`` clusters, of one by default; ``words``: of ``ClusterSetting``.
+    def __init__(self, num_envs: int | None = None, **kwargs: Any) -> None:
+        """Build ``num_envs / replicas`` clusters, by default one; ``kwargs`` go to ``ClusterSetting``.
 
         Raises:
             ConfigError: unless ``num_envs`` is a multiple of ``replicas``.
         """
-        self.setting = setting = ClusterSetting(**words)
+        self.setting = setting = ClusterSetting(**kwargs)
         self.num_envs = rows = setting.replicas if num_envs is None else num_envs
         if rows < 1 or rows % setting.replicas:
             raise ConfigError(
@@ -75,17 +74,13 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Floats32, dict[str, Any]]:
-        """Begin an episode everywhere; cluster c is seeded with seed + c.
+        """Begin an episode in every cluster; cluster c is seeded with seed + c.
 
-        ``options={"windows": [...]}`` sets the windows of each cluster, a list of one a replica, instead of sampling.
+        ``options={"windows": [...]}`` sets the windows of each cluster, a list with one for each replica.
         """
-        if seed is not None:
-            seeds = [seed + c for c in range(self.clusters)] if isinstance(seed, int) else list(seed)
-            for c, one in enumerate(seeds):
-                if one is not None:  # the generator that Env.reset(seed=...) makes
-                    self._rngs[c] = np.random.Generator(np.random.PCG64(one))
-        given = (options or {}).get("windows")
-        self._served = [self._begin(c, None if given is None else given[c]) for c in range(self.clusters)]
+        reseed(self._rngs, seed)
+        requested = (options or {}).get("windows")
+        self._served = [self._begin(c, None if requested is None else requested[c]) for c in range(self.clusters)]
         self._over[:] = False
         return self._serve(), {}
 
@@ -93,13 +88,13 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         return slice(c * self.setting.replicas, (c + 1) * self.setting.replicas)
 
     def _begin(self, c: int, windows: Sequence[Window] | None = None) -> Cluster:
-        """Return another cluster for a place; its first tick is served next."""
+        """Return a new cluster for place c; the caller serves its first tick."""
         setting, rows = self.setting, self._rows(c)
         windows = setting.sample(self._rngs[c]) if windows is None else setting.check_windows(windows)
         if len(self._book) > MEMORY_OF_PLANS // 2:
             self._book = PlanBook(setting.model, setting.nll)
         first = [Fixed(setting.actions.plans[0])] * setting.replicas
-        cluster = setting.build_cluster(windows, first, asked=False, book=self._book)
+        cluster = setting.build_cluster(windows, first, decide=False, book=self._book)
         for row in range(rows.start, rows.stop):
             self._observers.begin(row)
         self._requests[c], self._tick[c] = len(cluster.trace), 0
@@ -110,18 +105,18 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         return cluster
 
     def _serve(self) -> Floats32:
-        """Serve one tick everywhere; return the observations."""
+        """Serve one tick in every cluster; return the observations, float32[r, entries]."""
         self._tick += 1
         for c, cluster in enumerate(self._served):
             cluster.run_until(float(self._tick[c] * self.setting.tick_s))
-            cluster.look(self._seen[self._rows(c)])
+            cluster.observe_into(self._seen[self._rows(c)])
         seen = self._seen.reshape(self.clusters, self.setting.replicas, SEEN_COLUMNS)
         among = cluster_features(seen, self._observers.dense_bytes).reshape(self.num_envs, -1)
-        features = np.concatenate((self._observers(self._seen), among), axis=1) * self.setting.shown
+        features = np.concatenate((self._observers(self._seen), among), axis=1) * self.setting.visible
         return np.concatenate((features, self._observers.legal(self._seen)), axis=1, dtype=np.float32)
 
     def step(self, actions: Any) -> tuple[Floats32, Floats, Bools, Bools, dict[str, Any]]:
-        """Step every replica; those of clusters whose episode has ended begin a new one instead."""
+        """Step every replica; a cluster whose episode has ended begins a new one instead."""
         setting, observers, k = self.setting, self._observers, self.setting.replicas
         chosen = np.asarray(actions, dtype=np.int64)
         begun = self._over.copy()
@@ -140,13 +135,11 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         reward, utility = self._pay(over, goes_on)
         self._over = over
         ended = np.repeat(over, k)
-        infos: dict[str, Any] = {}
-        if over.any():
-            infos = {"utility": np.where(ended, np.repeat(utility, k), 0.0), "_utility": ended.copy()}
+        infos = final_infos(ended, utility=np.where(ended, np.repeat(utility, k), 0.0))
         return seen, reward, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
 
     def _pay(self, over: Bools, goes_on: Bools) -> tuple[Floats, Floats]:
-        """Return the reward of every row [r] and the utility of every cluster so far [c]."""
+        """Return the reward of every row, float64[r], and the utility of every cluster so far, float64[c]."""
         setting, k = self.setting, self.setting.replicas
         ended, requests = np.repeat(over, k), np.repeat(self._requests, k)
         tables = np.concatenate([cluster.tables for cluster in self._served])
@@ -156,6 +149,7 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         standing = -lost if setting.reward.kind == "lost" else earned
         arrived = self._seen[:, ARRIVED].reshape(-1, k)
         total = np.repeat(standing.reshape(-1, k).sum(axis=1), k)
+        # What as many average requests of the cluster earned as this replica has received.
         mean = total * (arrived / np.maximum(arrived.sum(axis=1, keepdims=True), 1.0)).ravel()
         standing = total + setting.own_share * k * (standing - mean)
         gained, self._standing = standing - self._standing, np.where(goes_on, standing, 0.0)

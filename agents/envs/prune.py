@@ -1,12 +1,21 @@
-"""``PruneToBudget-v0``: RAP's own setting. Drop blocks, one an action, until a load fits its memory budget.
+"""``PruneToBudget-v0``: RAP's setting. Drop one block per action until a load fits its memory budget.
 
-An episode is one draw of (batch, sequence length, budget), or ``sequence`` of them one after the other. An action drops
-a kept block; a draw is settled as soon as the plan fits, or when nothing is left to drop. With ``restore`` an action
-may also bring a block back, and a draw is settled when the agent accepts. Without it what is dropped stays dropped over
-the draws of a sequence, as in RAP's sessions. An illegal action changes nothing and is counted in ``info``.
+Episode: one load (batch, sequence length, budget), or ``sequence`` loads in a row. A load is settled when the plan fits
+its budget or no block is left to drop. With ``restore``, an action may also bring a dropped block back, and the agent
+settles a load by accepting its plan. Blocks stay dropped for the next load of a sequence, as in RAP's sessions.
 
-``PruneToBudget`` is the plain environment, written with the Plans of ``sim``. ``PruneToBudgetVector`` steps many in one
-call on arrays; equal seeds and actions give equal episodes (tests/agents/envs/test_prune.py).
+Observation: float32[entries], one row of ``sim.policies.observation.prune.prune_table`` each: the load, the memory that
+is missing as a share of the dense model's peak, which blocks are kept, and last one flag (0 or 1) for each legal
+action.
+
+Action: the number of a block in the order MHA0, FFN0, MHA1, ...: drop it. With ``restore``, the next action accepts and
+the ones after it restore a block. An illegal action changes nothing; ``info["illegal_actions"]`` counts them.
+
+Reward: ``agents.envs.reward.PruneReward``, in nats per token or as a share of the quality kept (no unit).
+
+``PruneToBudget`` is the plain environment, written with the Plans of ``sim``.
+``agents.envs.prune_vector.PruneToBudgetVector`` steps many environments in one call; equal seeds and actions give equal
+episodes (tests/agents/envs/test_prune.py).
 """
 
 from __future__ import annotations
@@ -16,24 +25,18 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from agents.envs.prune_loads import Draw, check_split, prune_draws
-from agents.envs.render import Pictured
+from agents.envs.prune_loads import PruneLoad, check_split, prune_loads
+from agents.envs.render import RenderMixin
 from agents.envs.reward import PruneReward, PruneStep, utility
-from agents.envs.surrogate import Text, mask_losses, quality_on, single_losses
+from agents.envs.surrogate import Text, quality_on, single_losses
 from sim.cost.memory import fits, peak_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import KeepMask, dense_plan, keep_all, with_mask
 from sim.cost.quality import BEST_FORM
 from sim.errors import ConfigError
 from sim.policies.observation.prune import (
-    Bools,
-    Floats32,
-    Ints,
-    Loads,
     load_columns,
     loads,
     mask_of,
@@ -42,13 +45,14 @@ from sim.policies.observation.prune import (
     prune_table,
     removed_blocks,
 )
+from sim.types import Bools, Floats32
 
 STEPS_A_BLOCK = 4
-"""An episode with restoring is cut after this many actions for each block and draw."""
+"""An episode is truncated after this many actions for each block and load; only ``restore`` episodes get that far."""
 
 
 class PruneSetting:
-    """What the plain and the vector environment share: model, losses, tables, rules that need no state."""
+    """What the plain and the vector environment share: the model, its losses, spaces, and the rules without state."""
 
     def __init__(
         self,
@@ -66,17 +70,21 @@ class PruneSetting:
         """Set the rules.
 
         Args:
-            model: a measured model of conf/quality. text: on which text its losses were measured. form: of the fit.
-            split: train, validation or test of conf/split/prune.yaml.
-            restore: blocks may come back. sequence: draws an episode. scores: observe what each block costs alone.
-            hide: kinds of entries (``kept``, ``kv_share``, ...) that are observed as 0, for ablations.
+            model: a model with a measured table in conf/quality.
+            text: the text on which losses were measured, "calibration" or "test".
+            form: the form of the surrogate that is fitted to them (``sim.cost.quality``).
+            split: "train", "validation" or "test" of conf/split/prune.yaml.
+            restore: allow actions that bring blocks back.
+            sequence: loads per episode.
+            scores: also observe the loss of dropping each block alone, in nats per token.
+            hide: kinds of entries (``kept``, ``kv_share``, ...) that are always observed as 0, for ablations.
             reward: a ``PruneReward``, or its fields.
         """
         if sequence < 1:
-            raise ConfigError(f"sequence is {sequence}; an episode has at least 1 draw")
+            raise ConfigError(f"sequence is {sequence}; an episode needs at least 1 load, so set sequence=1 or more")
         self.model = load_model(model)
         self.quality, self.quality_name = quality_on(model, text, form), model
-        self.split, self.draws = check_split(split), prune_draws()
+        self.split, self.loads = check_split(split), prune_loads()
         self.restore, self.sequence = restore, sequence
         self.table = prune_table(self.model, scores=scores, restore=restore)
         self.scores: Floats32 | None = None
@@ -85,7 +93,7 @@ class PruneSetting:
         kinds = {entry.name.split(".")[0] for entry in self.table.entries}
         if unknown := sorted(set(hide) - kinds):
             raise ConfigError(f"hide: there is no entry {unknown[0]!r}; entries are {', '.join(sorted(kinds))}")
-        self.shown = np.array([entry.name.split(".")[0] not in hide for entry in self.table.entries])
+        self.visible = np.array([entry.name.split(".")[0] not in hide for entry in self.table.entries])
         self.reward = reward if isinstance(reward, PruneReward) else PruneReward(**(reward or {}))
         self.blocks = 2 * self.model.num_layers
         self.accept = self.blocks
@@ -95,67 +103,67 @@ class PruneSetting:
         self.action_space: gym.spaces.Discrete[np.int64] = gym.spaces.Discrete(len(self.table.actions))
 
 
-def given_draws(draws: Sequence[Draw | Mapping[str, Any]]) -> list[Draw]:
-    """Return the draws that a caller gave as ``options``.
+def check_loads(loads: Sequence[PruneLoad | Mapping[str, Any]]) -> list[PruneLoad]:
+    """Return ``options["loads"]`` of ``reset`` as PruneLoads.
 
     Raises:
-        ConfigError: for none, or a budget at which nothing has to go.
+        ConfigError: if there are none, or if the dense model fits the first.
     """
-    made = [draw if isinstance(draw, Draw) else Draw(**draw) for draw in draws]
-    if not made:
-        raise ConfigError("options['draws'] is empty; give at least one draw")
-    if not made[0].budget_share < 1.0:
+    checked = [load if isinstance(load, PruneLoad) else PruneLoad(**load) for load in loads]
+    if not checked:
+        raise ConfigError("options['loads'] is empty; pass at least one load")
+    if not checked[0].budget_share < 1.0:
         raise ConfigError(
-            f"options['draws'] begins with a budget of {made[0].budget_share} of the dense peak, which the dense model "
-            "fits; begin with a share below 1"
+            f"the first of options['loads'] has budget_share {checked[0].budget_share}, which the dense model fits; "
+            "use a share below 1"
         )
-    return made
+    return checked
 
 
 def _toggled(mask: KeepMask, block: int) -> KeepMask:
-    """Return the mask with one block dropped, or back."""
+    """Return the mask with one block dropped, or restored if it was."""
     removed = removed_blocks(mask)
     removed[block] ^= True
     return mask_of(removed)
 
 
-class PruneToBudget(Pictured, gym.Env[NDArray[np.float32], np.int64]):
-    """One load at a time, in plain steps."""
+class PruneToBudget(RenderMixin, gym.Env[NDArray[np.float32], np.int64]):
+    """The plain environment: one load at a time, one block per step."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own form
 
-    def __init__(self, render_mode: str | None = None, **words: Any) -> None:
-        """Build the environment; ``words`` are those of ``PruneSetting``."""
-        self.setting = PruneSetting(**words)
+    def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
+        """Build the environment; ``kwargs`` go to ``PruneSetting``."""
+        self.setting = PruneSetting(**kwargs)
         self.observation_space, self.action_space = self.setting.observation_space, self.setting.action_space
         self.render_mode = render_mode
-        self._todo: list[Draw] = []
+        self._pending: list[PruneLoad] = []
         self._history: list[tuple[int, float, float]] = []
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Begin an episode; ``options={"draws": [...]}`` sets its draws instead of sampling them."""
+        """Begin an episode; ``options={"loads": [...]}`` sets its loads instead of sampling them."""
         super().reset(seed=seed)
-        given = (options or {}).get("draws")
-        if given is not None:
-            self._todo = given_draws(given)
+        requested = (options or {}).get("loads")
+        if requested is not None:
+            self._pending = check_loads(requested)
         else:
             setting = self.setting
-            self._todo = [setting.draws.sample(self.np_random, setting.split) for _ in range(setting.sequence)]
-        self._draws = len(self._todo)
+            self._pending = [setting.loads.sample(self.np_random, setting.split) for _ in range(setting.sequence)]
+        self._load_count = len(self._pending)
         self.mask: KeepMask = keep_all(self.setting.model)
         self._steps = self._illegal = 0
         self._utility = 0.0
         self._history = []
-        self._begin_draw(self._todo.pop(0))
+        self._begin_load(self._pending.pop(0))
         return self._observe(), self._info() | {
             "observation_table": self.setting.table.rows(),
             "actions": self.setting.table.actions,
         }
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Drop or restore one block, or accept."""
+        """Drop or restore one block, or accept the plan; return the step as Gymnasium defines it."""
         setting = self.setting
         action = int(action)
         before = self._loss()
@@ -172,16 +180,17 @@ class PruneToBudget(Pictured, gym.Env[NDArray[np.float32], np.int64]):
         truncated = self._steps >= setting.max_steps
         after = self._loss()
         fitting = failed = 0
-        self._note()
+        self._record()
         info = self._info()
         if settled:
             fitting, failed = int(self.fits), int(not self.fits)
-            more, ended = self._next_draw()
+            # Later loads that fit without another action count for this step.
+            more, ended = self._next_load()
             fitting += more
         else:
             ended = False
-        if truncated and not ended:  # loads that were never settled are lost
-            failed += len(self._todo) + 1
+        if truncated and not ended:  # the loads that were never settled count as failed
+            failed += len(self._pending) + 1
             ended = True
         step = PruneStep(
             loss_before=np.array([before]),
@@ -190,7 +199,7 @@ class PruneToBudget(Pictured, gym.Env[NDArray[np.float32], np.int64]):
             failed=np.array([failed]),
             ended=np.array([ended]),
             worst_loss=setting.quality.max_loss,
-            draws=self._draws,
+            loads=self._load_count,
         )
         self._utility += float(utility(step)[0])
         info["utility"] = self._utility
@@ -198,27 +207,30 @@ class PruneToBudget(Pictured, gym.Env[NDArray[np.float32], np.int64]):
 
     @property
     def fits(self) -> bool:
-        """Whether the plan keeps to the budget of the present draw."""
-        return fits(self.setting.model, self.mask, self.draw.batch, self.draw.sequence_tokens, self._budget_bytes)
+        """Whether the plan fits the budget of the current load."""
+        return fits(self.setting.model, self.mask, self.load.batch, self.load.sequence_tokens, self._budget_bytes)
 
     def legal(self) -> Bools:
-        """Return which actions are legal now [a]."""
+        """Return which actions are legal now, bool[actions]."""
         legal: Bools = prune_legal(removed_blocks(self.mask)[None], np.array([self.fits]), self.setting.restore)[0]
         return legal
 
-    def _begin_draw(self, draw: Draw) -> None:
-        self.draw = draw
-        self._budget_bytes = draw.budget_bytes(self.setting.model)
-        one = ([draw.batch], [draw.sequence_tokens], [self._budget_bytes])
-        self._load = loads(self.setting.model, *one)
-        self._columns = load_columns(self._load, self.setting.model.num_layers)
-        self._note()
+    def _begin_load(self, load: PruneLoad) -> None:
+        self.load = load
+        self._budget_bytes = load.budget_bytes(self.setting.model)
+        self._load_arrays = loads(self.setting.model, [load.batch], [load.sequence_tokens], [self._budget_bytes])
+        self._columns = load_columns(self._load_arrays, self.setting.model.num_layers)
+        self._record()
 
-    def _next_draw(self) -> tuple[int, bool]:
-        """Go to the next draw that needs a decision; return how many fitted as they came, and whether none is left."""
+    def _next_load(self) -> tuple[int, bool]:
+        """Go to the next load that needs an action.
+
+        Returns:
+            How many loads on the way the plan fitted already, and whether no load is left.
+        """
         fitted = 0
-        while self._todo:
-            self._begin_draw(self._todo.pop(0))
+        while self._pending:
+            self._begin_load(self._pending.pop(0))
             if self.setting.restore or not self.fits:
                 return fitted, False
             fitted += 1
@@ -227,23 +239,25 @@ class PruneToBudget(Pictured, gym.Env[NDArray[np.float32], np.int64]):
     def _loss(self) -> float:
         return self.setting.quality.loss(with_mask(dense_plan(self.setting.model), self.mask))
 
-    def _note(self) -> None:
-        draw, model = self.draw, self.setting.model
-        peak = peak_bytes(model, self.mask, draw.batch, draw.sequence_tokens)
+    def _record(self) -> None:
+        """Append peak bytes, budget bytes and loss to the history that ``render`` shows."""
+        load, model = self.load, self.setting.model
+        peak = peak_bytes(model, self.mask, load.batch, load.sequence_tokens)
         self._history.append((peak, self._budget_bytes, self._loss()))
 
     def _observe(self) -> NDArray[np.float32]:
         setting = self.setting
         removed = removed_blocks(self.mask)[None]
-        peak = np.array([peak_bytes(setting.model, self.mask, self.draw.batch, self.draw.sequence_tokens)])
-        features = prune_features(self._load, self._columns, removed, peak, setting.scores)[0] * setting.shown
+        peak = np.array([peak_bytes(setting.model, self.mask, self.load.batch, self.load.sequence_tokens)])
+        features = prune_features(self._load_arrays, self._columns, removed, peak, setting.scores)[0]
+        features = features * setting.visible
         return np.concatenate((features, self.legal())).astype(np.float32)
 
     def _info(self) -> dict[str, Any]:
         return {
-            "batch": self.draw.batch,
-            "sequence_tokens": self.draw.sequence_tokens,
-            "budget_share": self.draw.budget_share,
+            "batch": self.load.batch,
+            "sequence_tokens": self.load.sequence_tokens,
+            "budget_share": self.load.budget_share,
             "loss": self._loss(),
             "fits": self.fits,
             "utility": self._utility,
@@ -251,7 +265,7 @@ class PruneToBudget(Pictured, gym.Env[NDArray[np.float32], np.int64]):
         }
 
     def _figure(self) -> Any:
-        """Draw memory against the budget, the loss, and which blocks are kept."""
+        """Plot peak memory against the budget, the loss, and which blocks are kept."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -259,178 +273,16 @@ class PruneToBudget(Pictured, gym.Env[NDArray[np.float32], np.int64]):
         FigureCanvasAgg(figure)
         memory, kept = figure.subplots(2, 1, height_ratios=(3, 1))
         steps = range(len(self._history))
-        memory.plot(steps, [peak / 1e6 for peak, _, _ in self._history], label="peak of the plan")
+        memory.plot(steps, [peak / 1e6 for peak, _, _ in self._history], label="peak memory of the plan")
         memory.step(steps, [b / 1e6 for _, b, _ in self._history], where="post", label="budget", linestyle="--")
         memory.set(xlabel="actions", ylabel="memory, MB", ylim=(0, None))
         loss = memory.twinx()
         loss.plot(steps, [nats for _, _, nats in self._history], color="C3")
-        loss.set_ylabel("loss, nats a token", color="C3")
+        loss.set_ylabel("loss, nats per token", color="C3")
         memory.legend(loc="lower left")
         memory.set_title(
-            f"batch {self.draw.batch}, {self.draw.sequence_tokens} tokens, budget {100 * self.draw.budget_share:.0f} %"
+            f"batch {self.load.batch}, {self.load.sequence_tokens} tokens, budget {100 * self.load.budget_share:.0f} %"
         )
         kept.imshow([self.mask.mha, self.mask.ffn], aspect="auto", cmap="Greens", vmin=0, vmax=1)
-        kept.set(yticks=[0, 1], yticklabels=["MHA", "FFN"], xlabel="layer; green is kept")
+        kept.set(yticks=[0, 1], yticklabels=["MHA", "FFN"], xlabel="layer (green: kept)")
         return figure
-
-
-class PruneToBudgetVector(VectorEnv[Any, Any, Any]):
-    """Many loads at once, on arrays; the episodes of ``PruneToBudget``, faster.
-
-    An environment whose episode has ended is reset by its next step, whose action is ignored (autoreset NEXT_STEP).
-    """
-
-    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 - Gymnasium's own form
-
-    def __init__(self, num_envs: int = 1, **words: Any) -> None:
-        """Build ``num_envs`` environments; ``words`` are those of ``PruneSetting``."""
-        self.setting = PruneSetting(**words)
-        self.num_envs = num_envs
-        self.single_observation_space = self.setting.observation_space
-        self.single_action_space = self.setting.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.render_mode = None
-        self._rngs = [np.random.default_rng(s) for s in np.random.SeedSequence().spawn(num_envs)]
-        blocks = self.setting.blocks
-        self.removed: Bools = np.zeros((num_envs, blocks), dtype=np.bool_)
-        self._todo: list[list[Draw]] = [[] for _ in range(num_envs)]
-        self._draws = np.ones(num_envs, dtype=np.int64)
-        self._steps = np.zeros(num_envs, dtype=np.int64)
-        self._illegal = np.zeros(num_envs, dtype=np.int64)
-        self._over = np.zeros(num_envs, dtype=np.bool_)
-        self.utility = np.zeros(num_envs)
-        self.loss = np.zeros(num_envs)
-        self._mha = np.zeros(num_envs, dtype=np.int64)
-        self._ffn = np.zeros(num_envs, dtype=np.int64)
-        zeros = [0] * num_envs
-        self._load: Loads = loads(self.setting.model, zeros, zeros, zeros)
-        self._columns = load_columns(self._load, self.setting.model.num_layers)
-        self._rows = np.arange(num_envs)
-
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Floats32, dict[str, Any]]:
-        """Begin an episode everywhere; environment i is seeded with seed + i.
-
-        ``options={"draws": [[...], ...]}`` sets the draws of each environment instead of sampling them.
-        """
-        if seed is not None:
-            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
-            for i, one in enumerate(seeds):
-                if one is not None:  # the generator that Env.reset(seed=...) makes
-                    self._rngs[i] = np.random.Generator(np.random.PCG64(one))
-        given = (options or {}).get("draws")
-        for i in range(self.num_envs):
-            self._begin(i, None if given is None else given[i])
-        self._over[:] = False
-        return self._observe(self._peak()), {}
-
-    def step(self, actions: Any) -> tuple[Floats32, NDArray[np.float64], Bools, Bools, dict[str, Any]]:
-        """Step every environment; those whose episode has ended begin a new one instead."""
-        setting, rows = self.setting, self._rows
-        action = np.asarray(actions, dtype=np.int64)
-        over = self._over
-        peak = self._peak()
-        legal = prune_legal(self.removed, peak <= self._load.budget_bytes, setting.restore)[rows, action]
-        accepting = legal & (action == setting.accept) if setting.restore else np.zeros_like(over)
-        toggling = legal & ~accepting & ~over
-        block = np.where(action < setting.blocks, action, action - setting.accept - 1)
-        before = self.loss
-        at, which = rows[toggling], block[toggling]
-        dropped = np.where(self.removed[at, which], -1, 1)
-        self.removed[at, which] ^= True
-        mha = which % 2 == 0
-        self._mha[at] += dropped * mha
-        self._ffn[at] += dropped * ~mha
-        self.loss = mask_losses(setting.quality, self.removed)
-        self._steps += 1
-        self._illegal += ~legal
-        peak = self._peak()
-        fitting: Bools = peak <= self._load.budget_bytes
-        settled = accepting & ~over if setting.restore else fitting | (self._mha + self._ffn == setting.blocks)
-        settled &= ~over
-        truncated: Bools = (self._steps >= setting.max_steps) & ~over
-        settled_fitting, settled_failed = (settled & fitting).astype(np.int64), (settled & ~fitting).astype(np.int64)
-        ended = np.zeros_like(over)
-        loss_after = self.loss
-        for i in np.flatnonzero(settled).tolist():
-            more, ended[i] = self._next_draw(i)
-            settled_fitting[i] += more
-        for i in np.flatnonzero(truncated & ~ended).tolist():
-            settled_failed[i] += len(self._todo[i]) + 1
-            ended[i] = True
-        step = PruneStep(
-            loss_before=before,
-            loss_after=loss_after,
-            fitting=settled_fitting,
-            failed=settled_failed,
-            ended=ended,
-            worst_loss=setting.quality.max_loss,
-            draws=self._draws,
-        )
-        reward = setting.reward(step)
-        self.utility += utility(step)
-        infos = self._ended_infos(ended)
-        for i in np.flatnonzero(over).tolist():
-            self._begin(i, None)
-            reward[i] = 0.0
-        self._over = ended
-        return self._observe(self._peak()), reward, ended & ~truncated, truncated, infos
-
-    def _ended_infos(self, ended: Bools) -> dict[str, Any]:
-        if not ended.any():
-            return {}
-        values = {"utility": self.utility.copy(), "loss": self.loss.copy(), "illegal_actions": self._illegal.copy()}
-        return values | {f"_{name}": ended.copy() for name in values}
-
-    def _begin(self, i: int, draws: Sequence[Draw | Mapping[str, Any]] | None) -> None:
-        setting = self.setting
-        if draws is None:
-            self._todo[i] = [setting.draws.sample(self._rngs[i], setting.split) for _ in range(setting.sequence)]
-        else:
-            self._todo[i] = given_draws(draws)
-        self._draws[i] = len(self._todo[i])
-        self.removed[i] = False
-        self._mha[i] = self._ffn[i] = self._steps[i] = self._illegal[i] = 0
-        self.utility[i] = self.loss[i] = 0.0
-        self._begin_draw(i, self._todo[i].pop(0))
-
-    def _begin_draw(self, i: int, draw: Draw) -> bool:
-        """Set the load of environment i; return whether its plan fits already."""
-        budget_bytes = draw.budget_bytes(self.setting.model)
-        one = loads(self.setting.model, [draw.batch], [draw.sequence_tokens], [budget_bytes])
-        for name in Loads.__slots__:
-            getattr(self._load, name)[i] = getattr(one, name)[0]
-        self._columns[i] = load_columns(one, self.setting.model.num_layers)[0]
-        peak = one.dense_bytes[0] - self._mha[i] * one.mha_bytes[0] - self._ffn[i] * one.ffn_bytes[0]
-        return bool(peak <= budget_bytes)
-
-    def _next_draw(self, i: int) -> tuple[int, bool]:
-        """Go to the next draw that needs a decision; return how many fitted as they came, and whether none is left."""
-        fitted = 0
-        while self._todo[i]:
-            if not self._begin_draw(i, self._todo[i].pop(0)) or self.setting.restore:
-                return fitted, False
-            fitted += 1
-        return fitted, True
-
-    def _peak(self) -> Ints:
-        load = self._load
-        peak: Ints = load.dense_bytes - self._mha * load.mha_bytes - self._ffn * load.ffn_bytes
-        return peak
-
-    def _observe(self, peak: Ints) -> Floats32:
-        setting, load = self.setting, self._load
-        out = np.empty((self.num_envs, setting.table.size), dtype=np.float32)
-        features = setting.table.features
-        out[:, :features] = prune_features(load, self._columns, self.removed, peak, setting.scores)
-        if not setting.shown.all():
-            out[:, :features] *= setting.shown
-        out[:, features:] = prune_legal(self.removed, peak <= load.budget_bytes, setting.restore)
-        return out
-
-
-def masks_of(vector: PruneToBudgetVector) -> list[KeepMask]:
-    """Return the present mask of each environment."""
-    return [mask_of(removed) for removed in vector.removed]

@@ -1,15 +1,22 @@
-"""The Gymnasium environments by name: ``gymnasium.make("agents.envs.registration:PruneToBudget-v0")`` registers and builds one."""
+"""Registers the Gymnasium environments.
+
+``gymnasium.make("agents.envs.registration:PruneToBudget-v0")`` imports this module, which registers all of them.
+"""
 
 from __future__ import annotations
 
 import gymnasium as gym
 
 ENVIRONMENTS = {
-    "PruneToBudget-v0": ("agents.envs.prune:PruneToBudget", "agents.envs.prune:PruneToBudgetVector"),
+    "PruneToBudget-v0": ("agents.envs.prune:PruneToBudget", "agents.envs.prune_vector:PruneToBudgetVector"),
     "ServeTrace-v0": ("agents.envs.serve:ServeTrace", "agents.envs.serve_vector:ServeTraceVector"),
     "ServeCluster-v0": ("agents.envs.cluster:ServeCluster", "agents.envs.cluster_vector:ServeReplicas"),
 }
-"""Name: entry point, vector entry point. Those of ``ServeCluster`` differ: one agent for all, and one for each."""
+"""Environment id: (entry point, vector entry point).
+
+The two views of ``ServeCluster`` differ: the plain one is a single agent for all replicas, the vector one has a row for
+each replica.
+"""
 
 
 def register_environments() -> None:

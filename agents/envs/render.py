@@ -1,4 +1,4 @@
-"""What every environment does with the picture of its episode."""
+"""Rendering that all environments share: a matplotlib figure of the episode as an array or a PNG file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from sim.results.run_folder import write_whole
+from sim.atomic import write_whole
 
 
-class Pictured:
-    """An environment that draws its episode by ``_figure``."""
+class RenderMixin:
+    """Renders the figure that ``_figure`` returns."""
 
     render_mode: str | None
 
@@ -21,13 +21,13 @@ class Pictured:
         """Return a matplotlib figure with an Agg canvas."""
 
     def render(self) -> Any:
-        """Return the picture of the episode so far, uint8[h, w, 3], for ``render_mode="rgb_array"``, else None."""
+        """Return the episode so far as uint8[h, w, 3] if ``render_mode`` is "rgb_array", else None."""
         if self.render_mode != "rgb_array":
             return None
         figure = self._figure()
         figure.canvas.draw()
         return np.asarray(figure.canvas.buffer_rgba(), dtype=np.uint8)[:, :, :3].copy()
 
-    def write_picture(self, path: Path) -> None:
-        """Write the picture of the episode so far as PNG, whole or not at all."""
+    def save_render(self, path: Path) -> None:
+        """Write the episode so far as a PNG; a failed write leaves no partial file."""
         write_whole(path, lambda part: self._figure().savefig(part, format="png"))

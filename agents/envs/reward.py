@@ -1,12 +1,12 @@
-"""Rewards: plain functions of what a step changed, chosen by the YAML files of conf/reward.
+"""Rewards as pure functions of what a step changed; the files of conf/reward choose one.
 
-The figure that counts is **utility**: the share of arrived requests that met their target, each weighted by the quality
-that it kept. Quality kept is exp(-loss), the ratio of the dense model's perplexity to the plan's: 1 for dense, 0.5 for
-twice the perplexity. When one load is pruned to a budget there is one request, and its target is that the plan fits.
+Policies are evaluated by **utility**: the share of arrived requests that met their SLO, each weighted by the quality it
+kept. Quality kept is exp(-loss), the ratio of the dense model's perplexity to the plan's: 1 for dense, 0.5 for twice
+the perplexity. In ``PruneToBudget`` a load counts as one request, which meets its target if the plan fits the budget.
 
-Shaping adds ``discount * potential(after) - potential(before)``, with a potential of 0 once an episode has ended. Over
-an episode this adds the same to every way of playing it, so the best policy stays the best (Ng, Harada and Russell,
-ICML 1999, theorem 1; tests/agents/envs/test_reward.py checks it by exact search).
+Shaping adds ``discount * potential(after) - potential(before)``, with a potential of 0 after the end of an episode.
+Every policy then gains the same amount per episode, so the best policy does not change (Ng, Harada and Russell, ICML
+1999, theorem 1; tests/agents/envs/test_reward.py checks it by exact search).
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
 from sim.results.metrics import Slo, met_slo
 from sim.results.records import Records, Status
+from sim.types import Bools, Floats, Ints
 
-# Shapes: every array has one entry an environment [n].
+# Shapes: every array is [n], one entry for each environment.
 
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
 F = TypeVar("F", float, Floats)
 
 
@@ -34,9 +32,11 @@ F = TypeVar("F", float, Floats)
 class PruneStep:
     """What a step of ``PruneToBudget`` changed.
 
-    loss_before, loss_after: nats a token more than dense. fitting, failed: how many loads were settled by this step
-    with a plan that fits, and with one that does not. ended: the episode is over. worst_loss: what a plan that does not
-    fit is charged, in nats. draws: loads an episode.
+    loss_before, loss_after: loss of the plan, in nats per token more than dense.
+    fitting, failed: how many loads this step settled with a plan that fits, and with one that does not.
+    ended: whether the episode is over.
+    worst_loss: the loss charged for a plan that does not fit, in nats per token.
+    loads: loads per episode.
     """
 
     loss_before: Floats
@@ -45,35 +45,40 @@ class PruneStep:
     failed: Ints
     ended: Bools
     worst_loss: float
-    draws: int | Ints
+    loads: int | Ints
 
 
 def kept_quality(loss: Floats) -> Floats:
-    """Return the share of quality kept, exp(-loss); no more than 1."""
+    """Return the share of quality kept, exp(-loss), at most 1; ``loss`` is in nats per token more than dense."""
     return np.exp(-np.maximum(loss, 0.0))
 
 
 def utility(step: PruneStep) -> Floats:
-    """Return the quality kept by each settled plan that fits, over ``draws``: an episode sums to its utility."""
-    return step.fitting * kept_quality(step.loss_after) / step.draws
+    """Return the utility that this step adds: the quality kept by the settled plans that fit, divided by ``loads``."""
+    return step.fitting * kept_quality(step.loss_after) / step.loads
 
 
 def negative_loss(step: PruneStep) -> Floats:
-    """Return minus the loss of each plan that was settled, minus ``worst_loss`` where it does not fit.
+    """Return minus the loss of each settled plan in nats per token, or minus ``worst_loss`` if it does not fit.
 
-    For one load this orders plans as utility does, and its differences do not vanish where much has to go.
+    For one load this ranks plans as utility does. Unlike exp(-loss), its differences stay large at high loss.
     """
-    return -(step.fitting * np.maximum(step.loss_after, 0.0) + step.failed * step.worst_loss) / step.draws
+    return -(step.fitting * np.maximum(step.loss_after, 0.0) + step.failed * step.worst_loss) / step.loads
 
 
 def shaped(step: PruneStep, reward: Floats, before: Floats, after: Floats, discount: float) -> Floats:
-    """Return ``reward`` plus the potential-based term; the potential after the end is 0."""
+    """Return ``reward`` plus potential-based shaping; the potential after the end of an episode is 0."""
     return reward + discount * np.where(step.ended, 0.0, after) - before
 
 
 @dataclass(frozen=True, slots=True)
 class PruneReward:
-    """A reward of ``PruneToBudget``. kind: ``utility`` or ``negative_loss``. shaping: with a potential of its kind."""
+    """The reward of ``PruneToBudget``.
+
+    kind: "utility" (share of quality kept, no unit) or "negative_loss" (nats per token).
+    shaping: add potential-based shaping; the potential is the quality kept, or minus the loss.
+    discount: the discount of the shaping term; use the algorithm's.
+    """
 
     kind: str = "negative_loss"
     shaping: bool = True
@@ -83,10 +88,10 @@ class PruneReward:
         if self.kind not in KINDS:
             raise ConfigError(f"reward.kind {self.kind!r} is unknown; {nearest(self.kind, KINDS)}")
         if not 0.0 < self.discount <= 1.0:
-            raise ConfigError(f"reward.discount is {self.discount}; it must be in (0, 1]")
+            raise ConfigError(f"reward.discount is {self.discount}; it must be in (0, 1], such as 1.0")
 
     def __call__(self, step: PruneStep) -> Floats:
-        """Return the reward of each environment."""
+        """Return the reward of each environment, float64[n]."""
         if self.kind == "utility":
             reward = utility(step)
             if not self.shaping:
@@ -104,14 +109,18 @@ KINDS = ("utility", "negative_loss")
 
 @dataclass(frozen=True, slots=True)
 class ServeReward:
-    """The reward of ``ServeTrace``, times ``scale``. Over an episode both kinds add up to utility, but for a constant.
+    """The reward of ``ServeTrace`` and ``ServeCluster``: the change of utility in a tick, times ``scale``.
 
-    earned: what a tick added to the window's utility; a request pays when it has finished.
-    lost: minus the utility that a tick has put out of reach; a request costs when it is rejected, when its first token
-        is late, and for each token that a lesser plan made. This says sooner which decision was wrong, and says
-        nothing where nothing goes wrong: an episode adds up to utility - 1.
-    late_weight: with it, the potential is minus this share of the requests that wait and are about to be late; shaped
-        as above, so that the best policy stays the best.
+    kind: which change is paid. Over an episode, "earned" adds up to ``scale * utility`` and "lost" to
+        ``scale * (utility - 1)``.
+        earned: the utility that a tick added; a request pays when it finishes.
+        lost: minus the utility that a tick put out of reach. A request costs when it is rejected, when its first token
+        is late, and for each token that a pruned or quantized plan made. The cost comes soon after the decision that
+        caused it.
+    scale: factor on every reward, no unit.
+    late_weight: weight of the shaping potential, which is minus the share of requests that wait, weighted by how close
+        the oldest is to its TTFT target. 0 turns shaping off.
+    discount: the discount of the shaping term; use the algorithm's.
     """
 
     kind: str = "lost"
@@ -124,21 +133,31 @@ class ServeReward:
             raise ConfigError(f"reward.kind {self.kind!r} is unknown; {nearest(self.kind, SERVE_KINDS)}")
         if not (self.scale > 0 and self.late_weight >= 0 and 0 < self.discount <= 1):
             raise ConfigError(
-                f"reward.scale is {self.scale}, late_weight {self.late_weight}, discount {self.discount}; above 0, at "
-                "least 0, and in (0, 1] are allowed"
+                f"reward.scale is {self.scale}, late_weight {self.late_weight}, discount {self.discount}; scale must "
+                "be above 0, late_weight at least 0, and discount in (0, 1]"
             )
 
     def potential(self, state: EngineState, requests: float, ttft_s: float | None) -> float:
-        """Return the potential of a state."""
+        """Return the potential of a state, in a window with this number of requests."""
         return float(self.potentials(np.array([state.oldest_wait_s]), np.array([state.waiting]), [requests], ttft_s)[0])
 
     def potentials(self, oldest_wait_s: Floats, waiting: Floats, requests: ArrayLike, ttft_s: float | None) -> Floats:
-        """Return the potential of many states, each in a window of so many requests; all float64[n]."""
+        """Return the potential of many states, float64[n].
+
+        Args:
+            oldest_wait_s: float64[n], seconds that the oldest waiting request has waited. waiting: float64[n],
+                requests.
+            requests: number of requests in each window, [n]. ttft_s: the TTFT target; None counts as 1 s.
+        """
         pressing = np.minimum(1.0, oldest_wait_s / (ttft_s or 1.0))
         return -self.late_weight * pressing * waiting / np.maximum(requests, 1)
 
     def __call__(self, gained: F, before: F, after: F) -> F:
-        """Return the reward of a tick; before and after are potentials, after the end 0."""
+        """Return the reward of a tick.
+
+        Args:
+            gained: change of utility. before, after: potentials; ``after`` must be 0 at the end of an episode.
+        """
         return self.scale * (gained + self.discount * after - before)
 
 
@@ -146,10 +165,15 @@ SERVE_KINDS = ("earned", "lost")
 
 
 def utility_lost(records: Records, slo: Slo, dense_nll: float, now_s: float, requests: int) -> float:
-    """Return the share of a window's utility that is out of reach at ``now_s``.
+    """Return the share of a window's utility that is out of reach at ``now_s``, in [0, 1].
 
-    Of each request that has arrived: all of it once it was rejected, or waits for its first token beyond the target, or
-    got it late; else what its tokens so far have lost in quality. Of a window that has been served this is 1 - utility.
+    A request loses its full share once it is rejected, finishes outside the SLO, or misses the TTFT target (also while
+    it still waits). Any other request that has arrived loses the quality that its tokens so far have lost. After the
+    window has been served, this is 1 - utility.
+
+    Args:
+        records: of the requests that have arrived. dense_nll: NLL of the dense model, in nats per token.
+        now_s: seconds since the start of the window; ``inf`` after it has been served. requests: in the window.
     """
     if not len(records):
         return 0.0

@@ -1,69 +1,63 @@
-"""``ServeTrace-v0``: choose the next plan, tick by tick, while a window of a trace is served under a budget that moves.
+"""``ServeTrace-v0``: choose the plan of a server every ``tick_s`` seconds while it serves a window under a moving
+budget.
 
-An episode is one window (``agents.envs.serve_windows``). At each tick the agent sees what a server could observe of itself
-(``sim.policies.observation.serve``) and picks one plan of a table; plans whose weights do not fit the budget are not legal. After
-the last tick the last plan serves what is left. The sum of rewards is the episode's utility: over all requests that
-arrived, the share that met its SLO, each weighted by the quality kept, exp(-loss) of the plans it ran under.
+Episode: one window of a trace (``agents.envs.serve_windows``), ``window_s`` seconds long. After the last tick, the last
+plan serves the remaining requests to their end.
 
-The engine is reached through the public protocol alone (submit, apply, run_until, records).
+Observation: float32[entries], what a server can observe of itself (``sim.policies.observation.serve.serve_table`` lists
+each entry with its unit and range), and last one flag (0 or 1) for each legal action.
+
+Action: the number of a plan in a table of blocks to drop, layers at low precision and queue limit
+(``sim.policies.observation.serve.serve_actions``). A plan whose weights do not fit the budget is illegal, and so is a
+change of weights within ``dwell_s`` seconds of the last one. An illegal action keeps the running plan;
+``info["illegal_actions"]`` counts them.
+
+Reward: the change of utility per tick times a scale, no unit (``agents.envs.reward.ServeReward``). Utility is the share
+of arrived requests that met the SLO, each weighted by the quality kept, exp(-loss) of the plans it ran under.
+
+The environment uses only the Engine protocol (submit, apply, run_until, records).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 import simpy
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import check_split
-from agents.envs.render import Pictured
+from agents.envs.render import RenderMixin
 from agents.envs.reward import ServeReward, kept_quality, utility_lost
 from agents.envs.serve_windows import Window, check_sources, serve_windows, window_budget
-from sim.config import CONF_DIR, build
-from sim.cost.latency import LatencyModel, copy_speed, load_calibration
+from sim.config import build_option, load_option
+from sim.cost.gpu import Gpu
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import Plan, dense_plan
-from sim.cost.quality import FittedQuality, PublishedQuality, load_quality
-from sim.engine.budget import BudgetContext
 from sim.engine.plan_graph import PlanBook
-from sim.engine.protocol import EngineState
+from sim.engine.protocol import EngineConfig, EngineState
+from sim.engine.server_spec import ServerSpec, named_calibration, named_quality
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
-from sim.policies.observation.prune import Floats32
 from sim.policies.observation.serve import Choice, ServeObserver, actions_from, serve_table
 from sim.results.metrics import Slo, met_slo
+from sim.types import GIB, Floats32
 
 if TYPE_CHECKING:
     from sim.cluster.cluster import Cluster
 
-Floats = NDArray[np.float64]
-
-
-@cache
-def _latency(name: str) -> LatencyModel:
-    return load_calibration(name)
-
-
-@cache
-def _quality(name: str) -> FittedQuality | PublishedQuality:
-    return load_quality(name)
-
 
 def published_order() -> list[str]:
-    """Return the order of conf/policy/greedy_stop.yaml."""
-    order: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "policy" / "greedy_stop.yaml"))
-    return [str(name) for name in order["order"]]
+    """Return the block order of conf/policy/greedy_stop.yaml."""
+    return [str(name) for name in load_option("policy", "greedy_stop")["order"]]
 
 
 class ServeSetting:
-    """What all environments of one configuration share: what is served, on what, and what may be chosen."""
+    """What all environments of one configuration share: the server, its traffic, and the plans to choose from."""
 
     def __init__(
         self,
@@ -82,29 +76,32 @@ class ServeSetting:
         load: Sequence[float] = (0.0, 1.0),
         reward: ServeReward | Mapping[str, Any] | None = None,
     ) -> None:
-        """Set what is served.
+        """Set the server and its traffic.
 
         Args:
-            model, gpu, latency, quality, engine, slo: files of the folders of conf with these names.
-            workspace_bytes: memory that neither weights nor KV can use. tick_s: seconds between two decisions.
-            actions: the words of ``sim.policies.observation.serve.serve_actions``; an order left out is that of greedy_stop.
-            split: train, validation or test of conf/split/serve.yaml. sources: which of its traces.
-            load: which part of each source's range of rates, on a logarithmic scale.
+            model, gpu, quality, engine, slo: names of files in the folders of conf with these names.
+            latency: name of a file of conf/calibration.
+            workspace_bytes: memory that neither weights nor KV can use.
+            tick_s: seconds between two decisions.
+            actions: arguments of ``sim.policies.observation.serve.serve_actions``; the default order is greedy_stop's.
+            split: "train", "validation" or "test" of conf/split/serve.yaml.
+            sources: names of its traces.
+            load: lowest and highest position in each source's range of rates, on a logarithmic scale in [0, 1].
             reward: a ``ServeReward``, or its fields.
         """
         if not tick_s > 0:
-            raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds")
+            raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, such as 1.0")
         self.model = load_model(model)
-        self.gpu = build(OmegaConf.load(CONF_DIR / "gpu" / f"{gpu}.yaml"))
-        self.latency, self.quality, self.quality_name = _latency(latency), _quality(quality), quality
-        self.engine = build(OmegaConf.load(CONF_DIR / "engine" / f"{engine}.yaml"))
-        self.slo: Slo = build(OmegaConf.load(CONF_DIR / "slo" / f"{slo}.yaml"))
+        self.gpu: Gpu = build_option("gpu", gpu)
+        self.latency, self.quality, self.quality_name = named_calibration(latency), named_quality(quality), quality
+        self.engine: EngineConfig = build_option("engine", engine)
+        self.slo: Slo = build_option("slo", slo)
         self.workspace_bytes, self.tick_s = int(workspace_bytes), tick_s
-        words = dict(DEFAULT_ACTIONS if actions is None else actions)
-        if not words.get("order"):
-            words["order"] = published_order()
-        self.action_words = words
-        self.actions = actions_from(self.model, words, self.workspace_bytes)
+        options = dict(DEFAULT_ACTIONS if actions is None else actions)
+        if not options.get("order"):
+            options["order"] = published_order()
+        self.action_options = options
+        self.actions = actions_from(self.model, options, self.workspace_bytes)
         self.table = serve_table(self.actions)
         self.split, self.windows = check_split(split), serve_windows().at_load(*load)
         self.sources = check_sources(sources)
@@ -112,21 +109,29 @@ class ServeSetting:
         self.kv_block_layer_bytes = kv_block_layer_bytes(self.model, self.engine.kv_block_tokens)
         self.dense_nll = self.quality.nll(dense_plan(self.model))
         self._nll: dict[Plan, float] = {}
+        self.server = ServerSpec(
+            model=self.model,
+            gpu=self.gpu,
+            config=self.engine,
+            workspace_bytes=self.workspace_bytes,
+            latency=self.latency,
+            quality_nll=self.nll,
+        )
         self.ticks = max(2, math.ceil(self.windows.window_s / tick_s))
         low, high = self.table.bounds()
         self.observation_space = gym.spaces.Box(low, high, dtype=np.float32)
         self.action_space: gym.spaces.Discrete[np.int64] = gym.spaces.Discrete(len(self.actions.plans))
 
     def nll(self, plan: Plan) -> float:
-        """Return the NLL a token of a plan; each is worked out once."""
+        """Return the NLL of a plan in nats per token; computed once for each plan."""
         found = self._nll.get(plan)
         if found is None:
             found = self._nll[plan] = self.quality.nll(plan)
         return found
 
-    def build_engine(self, window: Window, plan: Plan, **words: Any) -> SimEngine:
-        """Return an engine under the budget of a window, its requests submitted; ``words``: as ``idle_engine``."""
-        engine = self.idle_engine(window, plan, **words)
+    def build_engine(self, window: Window, plan: Plan, **kwargs: Any) -> SimEngine:
+        """Return an engine with the budget and requests of a window; ``kwargs`` go to ``idle_engine``."""
+        engine = self.idle_engine(window, plan, **kwargs)
         engine.submit_arrays(*self.windows.arrays(window))
         return engine
 
@@ -139,33 +144,12 @@ class ServeSetting:
         env: simpy.Environment | None = None,
         driven: bool = False,
     ) -> SimEngine:
-        """Return an engine under the budget of a window; ``book``, ``env``, ``driven``: as SimEngine."""
-        context = BudgetContext(
-            model=self.model,
-            gpu=self.gpu,
-            plan=plan,
-            workspace_bytes=self.workspace_bytes,
-            kv_block_tokens=self.engine.kv_block_tokens,
-        )
-        copying = copy_speed(self.latency, self.gpu)
-        return SimEngine(
-            model=self.model,
-            latency=self.latency,
-            config=self.engine,
-            plan=plan,
-            budget_bytes=window_budget(context, window, self.windows.window_s),
-            workspace_bytes=self.workspace_bytes,
-            host_to_device_bytes_per_s=copying.host_to_device_bytes_per_s,
-            copy_slowdown=copying.slowdown,
-            quality_nll=self.nll,
-            keep_iterations=False,
-            book=book,
-            env=env,
-            driven=driven,
-        )
+        """Return an engine with the budget of a window, without requests; for the options see ``SimEngine``."""
+        budget = window_budget(self.server.budget_context(plan), window, self.windows.window_s)
+        return self.server.build_engine(plan, budget, keep_iterations=False, book=book, env=env, driven=driven)
 
     def earned(self, engine: SimEngine | Cluster, requests: int) -> float:
-        """Return the utility so far: over all requests of the window, those that met the SLO at the quality kept."""
+        """Return the utility so far, in [0, 1]: the quality kept by requests that met the SLO, over ``requests``."""
         if not requests:
             return 1.0
         records = engine.records()
@@ -174,7 +158,7 @@ class ServeSetting:
         return float((kept_quality(loss) * met).sum()) / requests
 
     def lost(self, engine: SimEngine | Cluster, requests: int, now_s: float) -> float:
-        """Return the utility that is out of reach."""
+        """Return the utility that is out of reach at ``now_s``, in [0, 1] (``agents.envs.reward.utility_lost``)."""
         return utility_lost(engine.records(), self.slo, self.dense_nll, now_s, requests) if requests else 0.0
 
 
@@ -188,13 +172,13 @@ DEFAULT_ACTIONS: Mapping[str, Any] = {
 
 
 class ServeCore:
-    """One window being served; what the plain and the vector environment have in common."""
+    """One window being served, without Gymnasium; ``ServeTrace``, the lookahead clone and the oracle use it."""
 
     def __init__(self, setting: ServeSetting) -> None:
         self.setting = setting
 
     def begin(self, window: Window) -> None:
-        """Begin to serve a window with the first plan of the table."""
+        """Start a window with the first plan of the table."""
         setting = self.setting
         self.window = window
         self.engine = setting.build_engine(window, setting.actions.plans[0])
@@ -207,12 +191,12 @@ class ServeCore:
         self.history: list[tuple[float, int, int, float, float, int]] = []
 
     def observe(self) -> Floats32:
-        """Return the observation, legal flags included."""
+        """Return the observation, legal flags included, float32[entries]."""
         features = self.observer(self.state, self.choice)
         return np.concatenate((features, self.setting.actions.legal(self.state, self.choice))).astype(np.float32)
 
     def step(self, action: int) -> tuple[float, bool]:
-        """Choose a plan for the next tick; return the reward and whether the window is over."""
+        """Run the plan of an action for one tick; return the reward and whether the window is over."""
         setting = self.setting
         if setting.actions.legal(self.state, self.choice)[action]:
             self.choice = setting.actions.chosen(self.state, self.choice, action)
@@ -248,7 +232,7 @@ class ServeCore:
         return reward, over
 
     def info(self) -> dict[str, Any]:
-        """Return what happened so far."""
+        """Return the window, and what happened in it so far."""
         window = self.window
         return {
             "source": window.source,
@@ -261,14 +245,14 @@ class ServeCore:
         }
 
 
-class ServeTrace(Pictured, gym.Env[NDArray[np.float32], np.int64]):
-    """One window at a time."""
+class ServeTrace(RenderMixin, gym.Env[NDArray[np.float32], np.int64]):
+    """The plain environment: one window at a time."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own form
 
-    def __init__(self, render_mode: str | None = None, **words: Any) -> None:
-        """Build the environment; ``words`` are those of ``ServeSetting``."""
-        self.setting = ServeSetting(**words)
+    def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
+        """Build the environment; ``kwargs`` go to ``ServeSetting``."""
+        self.setting = ServeSetting(**kwargs)
         self.observation_space, self.action_space = self.setting.observation_space, self.setting.action_space
         self.render_mode = render_mode
         self.core = ServeCore(self.setting)
@@ -289,12 +273,12 @@ class ServeTrace(Pictured, gym.Env[NDArray[np.float32], np.int64]):
         }
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Run the chosen plan for one tick."""
+        """Run the chosen plan for one tick; return the step as Gymnasium defines it."""
         reward, over = self.core.step(int(action))
         return self.core.observe(), reward, over, False, self.core.info()
 
     def _figure(self) -> Any:
-        """Draw queue, wait and budget over time, and what was chosen."""
+        """Plot the queue, the oldest wait, the budget and the chosen plans over time."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -308,7 +292,7 @@ class ServeTrace(Pictured, gym.Env[NDArray[np.float32], np.int64]):
         queue.plot(time_s, wait_s, label="oldest wait, s")
         queue.legend(fontsize=7)
         queue.set(ylabel="requests", title=f"{self.core.window.source}: utility {self.core.utility:.3f}")
-        memory.step(time_s, [b / 2**30 for b in budget], where="post")
+        memory.step(time_s, [b / GIB for b in budget], where="post")
         memory.set(ylabel="budget, GiB", ylim=(0, None))
         levels = [self.setting.actions.levels[action] for action in chosen]
         for k, name in enumerate(("blocks dropped", "low layers", "queue limit")):

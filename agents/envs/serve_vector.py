@@ -1,6 +1,6 @@
-"""``ServeTrace-v0`` for training: many windows, their engines stepped by one compiled call (``sim.engine.batch_step``).
+"""``ServeTrace-v0`` for training: many windows whose engines one compiled call steps (``sim.engine.batch_step``).
 
-Its episodes are those of ``ServeTrace``, step by step (tests/agents/envs/test_serve.py).
+Episodes equal those of ``agents.envs.serve.ServeTrace`` step by step (tests/agents/envs/test_serve.py).
 """
 
 from __future__ import annotations
@@ -16,32 +16,31 @@ from numpy.typing import NDArray
 
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window
+from agents.envs.vector import final_infos, reseed
 from sim.compiled import compiled
 from sim.engine import kernel
 from sim.engine.batch_step import OLDEST_WAIT_S, WAITING, Fleet
 from sim.engine.plan_graph import PlanBook
 from sim.engine.sim_engine import MEMORY_OF_PLANS
-from sim.policies.observation.prune import Bools, Floats32
 from sim.policies.observation.serve import ServeObservers
 from sim.results.metrics import Slo
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from sim.types import Bools, Floats, Floats32, Ints
 
 UNKNOWN = -1.0
+"""Marks a request whose lost share is not final yet."""
 
 
 class ServeTraceVector(VectorEnv[Any, Any, Any]):
     """Many windows at once.
 
-    An environment whose episode has ended is reset by its next step, whose action is ignored (autoreset NEXT_STEP).
+    The step after the end of an episode resets that environment and ignores its action (autoreset NEXT_STEP).
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 - Gymnasium's own form
 
-    def __init__(self, num_envs: int = 1, **words: Any) -> None:
-        """Build ``num_envs`` environments; ``words`` are those of ``ServeSetting``."""
-        self.setting = setting = ServeSetting(**words)
+    def __init__(self, num_envs: int = 1, **kwargs: Any) -> None:
+        """Build ``num_envs`` environments; ``kwargs`` go to ``ServeSetting``."""
+        self.setting = setting = ServeSetting(**kwargs)
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = setting.observation_space, setting.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -62,23 +61,19 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Floats32, dict[str, Any]]:
-        """Begin an episode everywhere; environment i is seeded with seed + i.
+        """Begin an episode in every environment; environment i is seeded with seed + i.
 
         ``options={"windows": [...]}`` sets the window of each environment instead of sampling them.
         """
-        if seed is not None:
-            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
-            for i, one in enumerate(seeds):
-                if one is not None:  # the generator that Env.reset(seed=...) makes
-                    self._rngs[i] = np.random.Generator(np.random.PCG64(one))
-        given = (options or {}).get("windows")
+        reseed(self._rngs, seed)
+        requested = (options or {}).get("windows")
         for i in range(self.num_envs):
-            self._begin(i, None if given is None else given[i])
+            self._begin(i, None if requested is None else requested[i])
         self._over[:] = False
         return self._serve(np.full(self.num_envs, -1)), {}
 
     def _begin(self, i: int, window: Window | None = None) -> None:
-        """Put an engine for another window in a place; its first tick is served next."""
+        """Give environment i a new window and engine; the caller serves its first tick."""
         setting = self.setting
         window = window or setting.windows.sample(self._rngs[i], setting.split, setting.sources)
         if len(self._book) > MEMORY_OF_PLANS // 2:
@@ -93,14 +88,14 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
         self._settled[i] = UNKNOWN
 
     def _serve(self, wanted: Ints) -> Floats32:
-        """Serve one tick everywhere; return the observations."""
+        """Serve one tick in every environment; return the observations, float32[n, entries]."""
         self._tick += 1
         self._seen = self._fleet.step(wanted, np.multiply(self._tick, self.setting.tick_s, dtype=np.float64))
         features = self._observers(self._seen)
         return np.concatenate((features, self._observers.legal(self._seen)), axis=1, dtype=np.float32)
 
     def step(self, actions: Any) -> tuple[Floats32, Floats, Bools, Bools, dict[str, Any]]:
-        """Step every environment; those whose episode has ended begin a new one instead."""
+        """Step every environment; one whose episode has ended begins a new one instead."""
         setting, observers = self.setting, self._observers
         chosen = np.asarray(actions, dtype=np.int64)
         legal = observers.legal(self._seen)[np.arange(self.num_envs), chosen]
@@ -126,13 +121,11 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
         reward = np.where(begun, 0.0, setting.reward(gained, self._potential, potential))
         self._potential = potential
         self._over = over
-        infos: dict[str, Any] = {}
-        if over.any():
-            infos = {"utility": np.where(over, utility, 0.0), "_utility": over.copy()}
+        infos = final_infos(over, utility=np.where(over, utility, 0.0))
         return seen, reward, over, np.zeros(self.num_envs, dtype=np.bool_), infos
 
     def _serve_rest(self, over: Bools) -> None:
-        """Serve what is left of the windows that are over; what was seen at their last tick stays."""
+        """Serve the windows that are over to the end of their requests; keep what was observed at their last tick."""
         seen = self._seen.copy()
         until_s = np.where(over, math.inf, self._tick * self.setting.tick_s).astype(np.float64)
         self._fleet.step(np.full(self.num_envs, -1), until_s)
@@ -140,7 +133,7 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
 
 
 def slo_seconds(slo: Slo) -> Floats:
-    """Return the targets of TTFT, TPOT and E2E, float64[3]; ``inf`` where there is none."""
+    """Return the targets of TTFT, TPOT and E2E in seconds, float64[3]; ``inf`` where there is none."""
     return np.array([math.inf if target is None else target for target in (slo.ttft_s, slo.tpot_s, slo.e2e_s)])
 
 
@@ -155,13 +148,14 @@ def settle_utility(
     utility: Floats,
     lost: Floats,
 ) -> None:
-    """Work out the utility so far of each window, and how much of it is out of reach (``agents.envs.reward``).
+    """Compute the utility of each window so far, and how much of it is out of reach (``agents.envs.reward``).
 
     Args:
-        tables: int64[n, arrays, 3], the engines. now_s: float64[n], ``inf`` where a window has been served.
-        settled: float64[n, most requests], the share lost by each request that has ended; ``UNKNOWN`` at first.
-        slo_s: float64[3], targets of TTFT, TPOT and E2E. dense_nll: nats a token of the dense model.
-        requests: int64[n], in each window. utility, lost: float64[n], written.
+        tables: int64[n, arrays, 3], the engines.
+        settled: float64[n, most requests], the share lost by each request that has ended; ``UNKNOWN`` until then.
+        now_s: float64[n], seconds since the start of each window; ``inf`` after it has been served.
+        slo_s: float64[3], targets of TTFT, TPOT and E2E in seconds. dense_nll: of the dense model, nats per token.
+        requests: int64[n], in each window. utility, lost: float64[n], written, in [0, 1].
     """
     for at in range(len(tables)):
         s = tables[at]

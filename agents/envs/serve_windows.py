@@ -1,4 +1,5 @@
-"""Which windows of traces and which budgets an episode of ``ServeTrace`` may draw; split in conf/split/serve.yaml."""
+"""The windows and budgets of ``ServeTrace``: which ones training, validation and test may use
+(conf/split/serve.yaml)."""
 
 from __future__ import annotations
 
@@ -10,27 +11,28 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import Split, check_split
-from sim.config import CONF_DIR, build
+from sim.config import build_option, load_option, option_path
 from sim.engine.budget import Budget, BudgetContext, cotenant, gpu_share, random_walk
 from sim.engine.protocol import Request
 from sim.errors import ConfigError, nearest
 from sim.traces.trace import Trace
 from sim.traces.transforms import drop_long
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from sim.types import Floats, Ints
 
 SHARE = 0.9
-"""Of the device memory, as vLLM's gpu_memory_utilization."""
+"""Share of device memory that serving may use, like vLLM's gpu_memory_utilization."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """What one episode serves: a piece of a trace, faster or slower than it was, under one budget."""
+    """What one episode serves: a window of a trace, sped up or slowed down, under one budget.
+
+    source: name of the trace. start_s: start of the window in the trace, in seconds. rate: speed-up of arrivals.
+    budget: kind of budget (``window_budget``). budget_seed: its seed.
+    """
 
     source: str
     start_s: float
@@ -41,7 +43,13 @@ class Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """The split. parts: of each trace's duration. rates: of each source, lowest and highest factor."""
+    """The split of traces in time, and of budgets by seed.
+
+    parts: for each split, start and end as shares of a trace's duration.
+    budget_seeds: for each split, the first seed and the one after the last.
+    window_s: length of an episode in seconds. max_total_tokens: longer requests are dropped.
+    rates: for each source, lowest and highest speed-up. budgets: kinds of budgets.
+    """
 
     parts: Mapping[str, tuple[float, float]]
     budget_seeds: Mapping[str, tuple[int, int]]
@@ -51,19 +59,22 @@ class Windows:
     budgets: tuple[str, ...]
 
     def span_s(self, source: str, split: Split) -> tuple[float, float]:
-        """Return from when to when a split may draw of a source."""
+        """Return the start and end of a split in a source, in seconds of the trace."""
         duration_s = float(source_trace(source).arrival_s[-1])
         low, high = self.parts[split]
         return low * duration_s, high * duration_s
 
     def at_load(self, low: float, high: float) -> Windows:
-        """Return the same with rates from ``low`` to ``high`` of the way from the lowest to the highest factor.
+        """Return the same split with a narrower range of rates.
 
+        Args:
+            low, high: new limits as positions in each source's range, on a logarithmic scale: 0 is its lowest rate,
+                1 its highest.
         Raises:
             ConfigError: unless 0 <= low <= high <= 1.
         """
         if not 0.0 <= low <= high <= 1.0:
-            raise ConfigError(f"load is [{low}, {high}]; it must lie in [0, 1], and the first not above the second")
+            raise ConfigError(f"load is [{low}, {high}]; both values must lie in [0, 1] and must not descend")
         rates = {name: (a * (b / a) ** low, a * (b / a) ** high) for name, (a, b) in self.rates.items()}
         return replace(self, rates=rates)
 
@@ -75,7 +86,7 @@ class Windows:
         rate: float | None = None,
         budget: str | None = None,
     ) -> Window:
-        """Draw a window; ``rate`` and ``budget`` fix what else is drawn."""
+        """Return a random window; ``rate`` and ``budget`` fix these two instead of sampling them."""
         source = sources[int(rng.integers(len(sources)))]
         low, high = self.rates[source]
         factor = math.exp(rng.uniform(math.log(low), math.log(high))) if rate is None else rate
@@ -83,8 +94,8 @@ class Windows:
         length_s = self.window_s * factor
         if length_s > end_s - begin_s:
             raise ConfigError(
-                f"{source} has {end_s - begin_s:.0f} s for {split}, but a window at rate {factor:.2f} takes "
-                f"{length_s:.0f} s; shorten window_s in conf/split/serve.yaml, or lower the rate"
+                f"the {split} part of {source} is {end_s - begin_s:.0f} s long, but a window at rate {factor:.2f} "
+                f"needs {length_s:.0f} s; shorten window_s in conf/split/serve.yaml, or lower the rate"
             )
         kind = self.budgets[int(rng.integers(len(self.budgets)))] if budget is None else budget
         first, last = self.budget_seeds[split]
@@ -97,7 +108,7 @@ class Windows:
         )
 
     def arrays(self, window: Window) -> tuple[Floats, Ints, Ints]:
-        """Return arrival_s, prompt and output tokens of the requests of a window, the first possible one at 0."""
+        """Return arrival_s (0 is the start of the window), prompt_tokens and output_tokens of a window's requests."""
         trace = source_trace(window.source)
         end_s = window.start_s + self.window_s * window.rate
         first, last = np.searchsorted(trace.arrival_s, (window.start_s, end_s)).tolist()
@@ -108,7 +119,7 @@ class Windows:
         )
 
     def requests(self, window: Window) -> list[Request]:
-        """Return the same as requests, for an engine of any kind."""
+        """Return the requests of a window."""
         columns = (column.tolist() for column in self.arrays(window))
         return [
             Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
@@ -123,7 +134,7 @@ def serve_windows() -> Windows:
     Raises:
         ConfigError: if the file is malformed, or its parts overlap.
     """
-    path = CONF_DIR / "split" / "serve.yaml"
+    path = option_path("split", "serve")
     try:
         value: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         windows = Windows(
@@ -135,26 +146,27 @@ def serve_windows() -> Windows:
             budgets=tuple(value["budgets"]),
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is no split of windows ({type(error).__name__}: {error})") from error
+        raise ConfigError(f"{path} is not a valid split of windows ({type(error).__name__}: {error})") from error
     for spans in (windows.parts, windows.budget_seeds):
         ordered = sorted(spans.values())
         if {*spans} != {"train", "validation", "test"} or any(b[0] < a[1] for a, b in pairwise(ordered)):
-            raise ConfigError(f"{path}: train, validation and test must not overlap: {dict(spans)}")
+            raise ConfigError(
+                f"{path}: train, validation and test must all be present and not overlap, but are {dict(spans)}"
+            )
     return windows
 
 
 @cache
 def source_trace(name: str) -> Trace:
-    """Return the whole trace of a source, requests that the model cannot hold left out.
+    """Return the trace of a source without the requests that exceed the model's context.
 
     Raises:
         ConfigError: for an unknown source. TraceError: if its file is missing.
     """
-    sources: Any = OmegaConf.load(CONF_DIR / "split" / "serve.yaml").sources
+    sources: Any = load_option("split", "serve").sources
     if name not in sources:
         raise ConfigError(f"there is no source {name!r} in conf/split/serve.yaml; {nearest(name, map(str, sources))}")
-    node = OmegaConf.load(CONF_DIR / "trace" / f"{sources[name].trace}.yaml")
-    trace: Trace = build(OmegaConf.merge(node, sources[name].overrides))
+    trace: Trace = build_option("trace", sources[name].trace, sources[name].overrides)
     kept = drop_long(trace, max_total_tokens=serve_windows().max_total_tokens)
     return replace(kept, arrival_s=kept.arrival_s - kept.arrival_s[0])
 
@@ -162,11 +174,11 @@ def source_trace(name: str) -> Trace:
 def window_budget(context: BudgetContext, window: Window, horizon_s: float) -> Budget:
     """Return the budget of a window.
 
-    full: 90 % of the device. cotenant: less 60 % of the device while somebody else is there. random_walk: between 25 %
-    and 90 % in steps of 10 %.
+    full: 90 % of device memory. cotenant: the same, minus 60 % of device memory while a co-tenant is present.
+    random_walk: between 25 % and 90 % of device memory, in steps of 10 % every 10 s.
 
     Raises:
-        ConfigError: for another kind.
+        ConfigError: for an unknown kind.
     """
     if window.budget == "full":
         return gpu_share(context, share=SHARE)
@@ -197,14 +209,14 @@ def check_sources(sources: Sequence[str]) -> tuple[str, ...]:
     """Return the sources as a tuple.
 
     Raises:
-        ConfigError: for none, or one that conf/split/serve.yaml does not have.
+        ConfigError: for an empty list, or a name that conf/split/serve.yaml does not have.
     """
     known = serve_windows().rates
     for name in sources:
         if name not in known:
             raise ConfigError(f"there is no source {name!r} in conf/split/serve.yaml; {nearest(name, known)}")
     if not sources:
-        raise ConfigError("sources is empty; give at least one, such as burst")
+        raise ConfigError("sources is empty; name at least one, such as sources=[burst]")
     return tuple(sources)
 
 

@@ -1,7 +1,7 @@
-"""What a mask loses, for many masks at once, from a quality table fitted to one of its two texts.
+"""The loss of many keep masks at once, from a quality model fitted to losses on one of two texts.
 
-Who decides may know the losses on the calibration text; figures are reported from the losses on the test text, which no
-order, no training and no decision has seen.
+Policies decide on losses of the calibration text. Results are reported on losses of the test text, which no block
+order, training or decision uses.
 """
 
 from __future__ import annotations
@@ -12,33 +12,31 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sim.cost.quality import BEST_FORM, QUALITIES, FittedQuality, QualityTable, fit, read_table
 from sim.errors import CalibrationError, nearest
-from sim.policies.observation.prune import Bools
+from sim.types import Bools, Floats
 
 # Shapes: n masks, b blocks in the order MHA0, FFN0, MHA1, ...
 
-Floats = NDArray[np.float64]
 Text = Literal["calibration", "test"]
 
 
 def table_on(name: str, text: Text) -> QualityTable:
     """Return the table of ``conf/quality/NAME.json`` with the losses measured on one of its texts.
 
-    On the calibration text plans whose stages differ, or that cut KV, were not measured behind a prompt; they are left
-    out there.
+    The table of the calibration text leaves out plans that differ between prefill and decode or that drop KV: on that
+    text they were not measured behind a prompt.
 
     Raises:
-        CalibrationError: for another text, or a model without a measured table.
+        CalibrationError: for an unknown text, or a model without a measured table.
     """
     if text not in ("calibration", "test"):
         raise CalibrationError(f"there is no text {text!r}; {nearest(text, ('calibration', 'test'))}")
     path = QUALITIES / f"{name}.json"
     if not path.exists():
         known = sorted(p.stem for p in QUALITIES.glob("*.json"))
-        raise CalibrationError(f"no measured quality table of {name!r}; {nearest(name, known)}")
+        raise CalibrationError(f"conf/quality has no measured table of {name!r}; {nearest(name, known)}")
     table = read_table(path)
     if text == "test":
         return table
@@ -57,15 +55,21 @@ def table_on(name: str, text: Text) -> QualityTable:
 
 @cache
 def quality_on(name: str, text: Text, form: str = BEST_FORM) -> FittedQuality:
-    """Return the quality model fitted to the table of one text."""
+    """Return the quality model fitted to the losses on one text."""
     return fit(table_on(name, text), form)
 
 
 def mask_losses(quality: FittedQuality, removed: Bools) -> Floats:
-    """Return nats a token more than dense, of every mask [n, b]: ``FittedQuality.loss`` on arrays."""
+    """Return the loss of each mask in nats per token more than dense, float64[n]; ``FittedQuality.loss`` on arrays.
+
+    Args:
+        quality: the fitted model. removed: bool[n, b], the dropped blocks.
+    """
     dropped = removed.astype(np.float64)
     score = dropped @ quality.blocks
     if quality.pairs.any():
+        # Extra loss of pairs: MHA and FFN of one layer, FFN and the next MHA, neighbors of one kind, and any two
+        # blocks.
         weighted = dropped * quality.root
         mha, ffn = weighted[:, 0::2], weighted[:, 1::2]
         total = weighted.sum(axis=1)
@@ -77,10 +81,11 @@ def mask_losses(quality: FittedQuality, removed: Bools) -> Floats:
             + quality.pairs[4] * (total * total - (weighted * weighted).sum(axis=1))
         )
     if quality.curve:
+        # The exponent is capped at 40 to avoid overflow; max_loss cuts the result anyway.
         score = np.expm1(np.minimum(quality.curve * score, 40.0)) / quality.curve
     return np.minimum(score, quality.max_loss)
 
 
 def single_losses(quality: FittedQuality) -> Floats:
-    """Return what each block costs alone [b]."""
+    """Return the loss of dropping each block alone, in nats per token, float64[b]."""
     return mask_losses(quality, np.eye(quality.blocks.size, dtype=np.bool_))

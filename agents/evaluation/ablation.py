@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from agents.envs.prune import PruneToBudgetVector
+from agents.envs.prune_vector import PruneToBudgetVector
 from agents.training.validation import Act, play, serve, validation_episodes, validation_windows
 from sim.pages.render import table
 from sim.policies.learned import Network, read_learned
-from sim.policies.observation.prune import Bools, Floats32
+from sim.types import Bools, Floats32
 
 WINDOWS = 96
 PRUNE_GROUPS = {
@@ -66,10 +66,10 @@ def shuffled_loads(paths: Sequence[Path], seed: int = 0) -> pd.DataFrame:
     rows = []
     for number, path in enumerate(paths):
         learned = read_learned(path, "PruneToBudget")
-        words = {**learned.about["environment"], "split": "validation"}
-        kinds = [entry.name.split(".")[0] for entry in PruneToBudgetVector(1, **words).setting.table.entries]
+        env_kwargs = {**learned.about["environment"], "split": "validation"}
+        kinds = [entry.name.split(".")[0] for entry in PruneToBudgetVector(1, **env_kwargs).setting.table.entries]
         for name, columns in _hidden(kinds, PRUNE_GROUPS).items():
-            ended = play(shuffled(learned.network, columns, seed), words, validation_episodes(1))
+            ended = play(shuffled(learned.network, columns, seed), env_kwargs, validation_episodes(1))
             rows.append({"hidden": name, "seed": number, "utility": float(ended.utility.mean())})
     return pd.DataFrame(rows)
 
@@ -79,12 +79,12 @@ def shuffled_windows(paths: Sequence[Path], *, windows: int = WINDOWS, seed: int
     rows = []
     for number, path in enumerate(paths):
         learned = read_learned(path, "ServeTrace")
-        words = {**learned.about["environment"], "split": "validation"}
+        env_kwargs = {**learned.about["environment"], "split": "validation"}
         # The network reads what comes before the flags of legal actions.
         names = [entry["name"] for entry in learned.about["observation"] if not entry["name"].startswith("legal.")]
-        drawn = validation_windows(tuple(words["sources"]), windows)
+        drawn = validation_windows(tuple(env_kwargs["sources"]), windows)
         for name, columns in _hidden(names, SERVE_GROUPS).items():
-            utility = serve(shuffled(learned.network, columns, seed), words, drawn)
+            utility = serve(shuffled(learned.network, columns, seed), env_kwargs, drawn)
             rows.append({"hidden": name, "seed": number, "utility": float(utility.mean())})
     return pd.DataFrame(rows)
 

@@ -19,7 +19,7 @@ import pandas as pd
 
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve_windows import Window, serve_windows
-from agents.evaluation.serve import Build, fixed_plan, rules, served_of
+from agents.evaluation.serve import Build, fixed_plan, policy_context, rules
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.learned_cluster import learned_cluster
@@ -38,7 +38,7 @@ BUILDERS: dict[str, Callable[..., Policy]] = {"ServeTrace": learned_serve, "Serv
 
 def play_cluster(setting: ClusterSetting, windows: Windows, build: Build) -> dict[str, Any]:
     """Serve a cluster whose replicas each have a policy of this kind, asked every tick; return its figures."""
-    served = served_of(setting)
+    served = policy_context(setting)
     cluster = setting.build_cluster(windows, [build(served) for _ in windows])
     cluster.run()
     records, engines = cluster.records(), cluster.engines()
@@ -102,12 +102,12 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def learned_builds(paths: Sequence[Path]) -> list[Build]:
+def learned_cluster_policies(paths: Sequence[Path]) -> list[Build]:
     """Return one policy a file, trained on one replica or in clusters."""
     return [partial(BUILDERS[read_about(path)["task"]], path=str(path)) for path in paths]
 
 
-def cluster_contest(
+def evaluate_cluster(
     setting: ClusterSetting,
     policies: Mapping[str, Sequence[Build]],
     clusters: Sequence[tuple[float, Windows]],
@@ -130,9 +130,9 @@ def cluster_contest(
 
 
 __all__ = [
-    "cluster_contest",
+    "evaluate_cluster",
     "cluster_rules",
-    "learned_builds",
+    "learned_cluster_policies",
     "mean_cluster_utility",
     "play_cluster",
     "read_about",

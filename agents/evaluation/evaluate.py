@@ -16,14 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.envs.cluster import ROUTERS, ClusterSetting
-from agents.envs.prune_loads import prune_draws
+from agents.envs.prune_loads import prune_loads
 from agents.envs.reward import kept_quality
 from agents.envs.surrogate import mask_losses, quality_on
 from agents.evaluation.ablation import shuffled_loads, shuffled_windows
 from agents.evaluation.cluster import (
-    cluster_contest,
     cluster_rules,
-    learned_builds,
+    evaluate_cluster,
+    learned_cluster_policies,
     mean_cluster_utility,
     read_about,
     test_clusters,
@@ -35,16 +35,16 @@ from agents.evaluation.prune import baselines, contest, learned, solver
 from agents.evaluation.prune_report import prune_table_markdown, unseen_loads
 from agents.evaluation.serve import (
     conf_policy,
+    evaluate_serve,
     evaluation_setting,
     learned_policies,
     rules,
-    serve_contest,
     test_windows,
     with_low_bits_of,
 )
 from agents.evaluation.serve_report import COMPARED, serve_table_markdown
 from agents.training.validation import validation_clusters
-from sim.config import CONF_DIR, one_thread, run_command
+from sim.config import load_option, one_thread, run_command
 from sim.cost.model_spec import load_model
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
@@ -131,7 +131,7 @@ def _measure(cfg: DictConfig, folder: Path) -> None:
     for name, glob in cfg.learned.items():
         policies[str(name)] = learned(model, found(str(glob)))
     policies["oracle"] = oracle
-    write_parquet(folder / "prune.parquet", contest(cfg.model, policies, prune_draws().test))
+    write_parquet(folder / "prune.parquet", contest(cfg.model, policies, prune_loads().test))
     write_parquet(folder / "prune_unseen.parquet", contest(cfg.model, policies, unseen_loads()))
     if cfg.curves:
         write_parquet(folder / "training.parquet", _curves(cfg.curves))
@@ -139,7 +139,7 @@ def _measure(cfg: DictConfig, folder: Path) -> None:
     if paths:
         write_parquet(folder / "prune_ablation.parquet", shuffled_loads(paths))
     quality = quality_on(cfg.model, "calibration")
-    solved = np.stack([solver(model, quality.blocks)(draw) for draw in prune_draws().validation])
+    solved = np.stack([solver(model, quality.blocks)(draw) for draw in prune_loads().validation])
     table = QUALITIES / f"{cfg.model}.json"
     write_json(
         folder / "prune.json",
@@ -157,9 +157,9 @@ def _measure(cfg: DictConfig, folder: Path) -> None:
 def _measure_serve(cfg: DictConfig, folder: Path) -> None:
     paths = {str(name): found(str(glob)) for name, glob in cfg.serve_learned.items()}
     trained = [read_learned(path, "ServeTrace").about for several in paths.values() for path in several]
-    words: dict[str, Any] = dict(trained[0]["environment"]) if trained else {}
+    env_kwargs: dict[str, Any] = dict(trained[0]["environment"]) if trained else {}
     sources = sorted({str(source) for about in trained for source in about["environment"]["sources"]}) or ["burst"]
-    setting = evaluation_setting({**words, "sources": sources})
+    setting = evaluation_setting({**env_kwargs, "sources": sources})
     windows = test_windows(list(cfg.serve_sources), int(cfg.serve_windows))
     other = with_low_bits_of(setting, OTHER_QUALITY)
     policies: dict[str, Any] = {name: learned_policies(several) for name, several in paths.items()}
@@ -171,19 +171,21 @@ def _measure_serve(cfg: DictConfig, folder: Path) -> None:
         for file, place in (("serve.parquet", setting), ("serve_quality.parquet", other)):
             before = pd.read_parquet(folder / file)
             kept = before[~before["policy"].isin(cfg.only)]
-            write_parquet(folder / file, pd.concat([kept, serve_contest(place, anew, windows, oracles=False)]))
+            write_parquet(folder / file, pd.concat([kept, evaluate_serve(place, anew, windows, oracles=False)]))
         made = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
         made["anew"] = {"policies": list(cfg.only), "commit": provenance(0)["commit"]}
     else:
         made = provenance(0)
         tuned_rules, made["tuned"] = rules(setting)
         policies = {name: [build] for name, build in tuned_rules.items()} | policies
-        write_parquet(folder / "serve.parquet", serve_contest(setting, policies, windows))
+        write_parquet(folder / "serve.parquet", evaluate_serve(setting, policies, windows))
         elsewhere = {name: learned_policies(found(str(glob))) for name, glob in cfg.serve_elsewhere.items()}
         if elsewhere:
-            write_parquet(folder / "serve_elsewhere.parquet", serve_contest(setting, elsewhere, windows, oracles=False))
+            write_parquet(
+                folder / "serve_elsewhere.parquet", evaluate_serve(setting, elsewhere, windows, oracles=False)
+            )
         shown = {name: policies[name] for name in policies if name in paths or name in COMPARED}
-        write_parquet(folder / "serve_quality.parquet", serve_contest(other, shown, windows, oracles=False))
+        write_parquet(folder / "serve_quality.parquet", evaluate_serve(other, shown, windows, oracles=False))
     if cfg.serve_curves:
         write_parquet(folder / "serve_training.parquet", _curves(cfg.serve_curves))
     seconds = {
@@ -198,12 +200,12 @@ def _measure_serve(cfg: DictConfig, folder: Path) -> None:
 
 def _measure_cluster(cfg: DictConfig, folder: Path) -> None:
     paths = {str(name): found(str(glob)) for name, glob in cfg.cluster_learned.items()}
-    words: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "env" / "serve_cluster.yaml").words)
-    words["split"] = "test"
-    setting = ClusterSetting(**words)
+    env_kwargs: Any = OmegaConf.to_container(load_option("env", "serve_cluster").kwargs)
+    env_kwargs["split"] = "test"
+    setting = ClusterSetting(**env_kwargs)
     clusters = test_clusters(setting, list(cfg.serve_sources), int(cfg.cluster_each))
-    policies: dict[str, Any] = {name: learned_builds(several) for name, several in paths.items()}
-    others = {router: ClusterSetting(**{**words, "router": router}) for router in ROUTERS}
+    policies: dict[str, Any] = {name: learned_cluster_policies(several) for name, several in paths.items()}
+    others = {router: ClusterSetting(**{**env_kwargs, "router": router}) for router in ROUTERS}
     curves = _curves(cfg.cluster_curves) if cfg.cluster_curves else None
     made = provenance(0)
     if cfg.only:
@@ -218,16 +220,16 @@ def _measure_cluster(cfg: DictConfig, folder: Path) -> None:
         tuned, made["tuned"] = cluster_rules(setting)
         everybody = {name: [build] for name, build in tuned.items()} | policies
         shown = {name: builds for name, builds in everybody.items() if name in policies or name in CLUSTER_COMPARED}
-    played = cluster_contest(setting, everybody, clusters, oracle=not cfg.only)
+    played = evaluate_cluster(setting, everybody, clusters, oracle=not cfg.only)
     write_parquet(folder / "cluster.parquet", pd.concat([kept[0], played], ignore_index=True))
-    behind = [cluster_contest(one, shown, clusters, oracle=False).assign(router=name) for name, one in others.items()]
+    behind = [evaluate_cluster(one, shown, clusters, oracle=False).assign(router=name) for name, one in others.items()]
     write_parquet(folder / "cluster_routers.parquet", pd.concat([kept[1], *behind], ignore_index=True))
     if curves is not None:
         write_parquet(folder / "cluster_training.parquet", curves)
     about = {name: [read_about(path) for path in several] for name, several in paths.items()}
     made |= {
         "replicas": setting.replicas,
-        "router": str(words["router"]),
+        "router": str(env_kwargs["router"]),
         "sources": {name: many[0]["environment"]["sources"] for name, many in about.items()},
         "seconds": {name: [one["training"]["seconds"] for one in many] for name, many in about.items()},
         "learned_serve_validation": mean_cluster_utility(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from agents.envs.prune_loads import Draw, prune_draws
+from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.envs.surrogate import mask_losses, quality_on, single_losses
 from sim.config import CONF_DIR
 from sim.cost.memory import ffn_weight_bytes, mha_weight_bytes, peak_bytes
@@ -24,17 +24,18 @@ from sim.cost.plan import keep_all
 from sim.errors import ConfigError
 from sim.policies.knapsack import cheapest_mask, sorted_costs
 from sim.policies.learned import prune_network
-from sim.policies.observation.prune import Bools, block_names, loads, mask_of, removed_blocks
+from sim.policies.observation.prune import block_names, loads, mask_of, removed_blocks
+from sim.types import Bools
 
-Decide = Callable[[Draw], Bools]
+Decide = Callable[[PruneLoad], Bools]
 """Which blocks [b] to drop for a load."""
 
 SCENARIO = ["batch", "sequence_tokens", "budget_share"]
 RANDOM_ORDERS = 20
-STATIC_TRAIN_DRAWS = 2000
+STATIC_TRAIN_LOADS = 2000
 
 
-def stop_at_budget(model: ModelSpec, order: Sequence[int], draw: Draw) -> Bools:
+def stop_at_budget(model: ModelSpec, order: Sequence[int], draw: PruneLoad) -> Bools:
     """Return which blocks [b] go when blocks go in this order until the load fits."""
     load = loads(model, [draw.batch], [draw.sequence_tokens], [draw.budget_bytes(model)])
     peak, budget_bytes = int(load.dense_bytes[0]), int(load.budget_bytes[0])
@@ -67,13 +68,13 @@ def read_order(model: ModelSpec, kind: str) -> list[int]:
     return found
 
 
-def needed_bytes(model: ModelSpec, draw: Draw) -> int:
+def needed_bytes(model: ModelSpec, draw: PruneLoad) -> int:
     """Return the bytes that have to go."""
     dense = peak_bytes(model, keep_all(model), draw.batch, draw.sequence_tokens)
     return max(0, dense - draw.budget_bytes(model))
 
 
-def freed_bytes(model: ModelSpec, draw: Draw) -> tuple[int, int]:
+def freed_bytes(model: ModelSpec, draw: PruneLoad) -> tuple[int, int]:
     """Return what one MHA and one FFN block free at this load."""
     kv = draw.batch * draw.sequence_tokens * model.kv_bytes_per_token_layer
     return mha_weight_bytes(model) + kv, ffn_weight_bytes(model)
@@ -83,7 +84,7 @@ def solver(model: ModelSpec, costs: np.ndarray[Any, np.dtype[np.float64]]) -> De
     """Return the knapsack over these costs [b]."""
     by_cost = sorted_costs(costs)
 
-    def decide(draw: Draw) -> Bools:
+    def decide(draw: PruneLoad) -> Bools:
         return removed_blocks(cheapest_mask(by_cost, needed_bytes(model, draw), *freed_bytes(model, draw)))
 
     return decide
@@ -92,7 +93,7 @@ def solver(model: ModelSpec, costs: np.ndarray[Any, np.dtype[np.float64]]) -> De
 def by_ratio(model: ModelSpec, costs: np.ndarray[Any, np.dtype[np.float64]]) -> Decide:
     """Return greedy by cost a byte freed at the present load: the simple rule that knows the load."""
 
-    def decide(draw: Draw) -> Bools:
+    def decide(draw: PruneLoad) -> Bools:
         freed = np.tile(np.array(freed_bytes(model, draw), dtype=np.float64), model.num_layers)
         return stop_at_budget(model, np.argsort(costs / freed, kind="stable").tolist(), draw)
 
@@ -102,7 +103,7 @@ def by_ratio(model: ModelSpec, costs: np.ndarray[Any, np.dtype[np.float64]]) -> 
 def best_static(model: ModelSpec, solve: Decide, seed: int = 0) -> Bools:
     """Return the one mask with the highest mean utility on training draws, among the solutions of 200 others."""
     rng = np.random.default_rng(seed)
-    draws = [prune_draws().sample(rng, "train") for _ in range(STATIC_TRAIN_DRAWS)]
+    draws = [prune_loads().sample(rng, "train") for _ in range(STATIC_TRAIN_LOADS)]
     candidates = np.unique(np.stack([solve(draw) for draw in draws[:200]]), axis=0)
     kept = np.exp(-mask_losses(quality_on(model.name, "calibration"), candidates))
     mha, ffn = candidates[:, 0::2].sum(axis=1), candidates[:, 1::2].sum(axis=1)
@@ -155,7 +156,7 @@ def learned(model: ModelSpec, paths: Sequence[Path]) -> list[Decide]:
     return [one(path) for path in paths]
 
 
-def contest(model_name: str, policies: Mapping[str, Sequence[Decide]], draws: Sequence[Draw]) -> pd.DataFrame:
+def contest(model_name: str, policies: Mapping[str, Sequence[Decide]], draws: Sequence[PruneLoad]) -> pd.DataFrame:
     """Return one row a policy, seed and load."""
     model = load_model(model_name)
     names = block_names(model.num_layers)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from matplotlib import colormaps
 
-from agents.envs.prune_loads import Draw, prune_draws
+from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.evaluation.ablation import ablation_markdown
 from agents.evaluation.prune import grid
 from agents.evaluation.statistics import Interval, paired_difference
@@ -42,11 +42,11 @@ NOT_LEARNED = (
 )
 
 
-def unseen_loads() -> list[Draw]:
+def unseen_loads() -> list[PruneLoad]:
     """Return loads outside the range of training: larger batches, longer sequences, tighter budgets."""
     pairs = [(1, 128), (1, 8192), (4, 8192), (32, 512), (32, 2048), (64, 1024)]
     return [
-        Draw(batch=batch, sequence_tokens=tokens, budget_share=share)
+        PruneLoad(batch=batch, sequence_tokens=tokens, budget_share=share)
         for batch, tokens in pairs
         for share in (0.9, 0.7, 0.5, 0.4)
     ]
@@ -201,7 +201,7 @@ def prune_context(folder: Path) -> dict[str, Any]:
             "utility_test",
         ),
         "worst": worst_markdown(frame, best["name"]) if best else "",
-        "draws": prune_draws(),
+        "draws": prune_loads(),
         "unseen": prune_table_markdown(unseen),
         "training": "" if curves is None else training_markdown(curves, float(made["knapsack_validation"])),
         "ablation": "" if ablation is None else ablation_markdown(ablation, "loads"),

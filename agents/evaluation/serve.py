@@ -18,25 +18,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window, serve_windows
 from agents.evaluation.oracle import best_schedule, schedule_policy
-from sim.config import CONF_DIR
-from sim.cost.latency import copy_speed
+from sim.config import build_option
 from sim.cost.plan import Plan
 from sim.cost.quality import PublishedQuality, load_quality
 from sim.errors import ConfigError
 from sim.policies.admission import Limited
-from sim.policies.base import Policy, Served, ServerModel
+from sim.policies.base import Policy, PolicyContext
 from sim.policies.fixed import Fixed
 from sim.policies.learned_serve import learned_serve
 from sim.results.metrics import met_slo
 from sim.results.records import Status
 
-Build = Callable[[Served], Policy]
+Build = Callable[[PolicyContext], Policy]
 
 TRAIN_WINDOWS, TRAIN_SEED = 45, 20250603
 TEST_SEED = 20250604
@@ -44,24 +41,9 @@ RATE_QUANTILES = (0.25, 0.85)
 """Loads of the test: so far along each source's range of rates, on a logarithmic scale."""
 
 
-def served_of(setting: ServeSetting) -> Served:
+def policy_context(setting: ServeSetting) -> PolicyContext:
     """Return what stays the same while a policy decides."""
-    copying = copy_speed(setting.latency, setting.gpu)
-    server = ServerModel(
-        model=setting.model,
-        latency=setting.latency,
-        config=setting.engine,
-        workspace_bytes=setting.workspace_bytes,
-        host_to_device_bytes_per_s=copying.host_to_device_bytes_per_s,
-        copy_slowdown=copying.slowdown,
-        quality_nll=setting.nll,
-    )
-    return Served(
-        model=setting.model,
-        workspace_bytes=setting.workspace_bytes,
-        kv_block_tokens=setting.engine.kv_block_tokens,
-        server=lambda: server,
-    )
+    return PolicyContext.of(setting.server)
 
 
 def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[str, Any]:
@@ -100,15 +82,11 @@ def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[s
 
 def conf_policy(name: str, **changed: Any) -> Build:
     """Return what builds the policy of a file of conf/policy, some keys changed."""
-    node = OmegaConf.merge(OmegaConf.load(CONF_DIR / "policy" / f"{name}.yaml"), changed)
-    OmegaConf.set_struct(node, True)
-    if "seed" in node and OmegaConf.is_interpolation(node, "seed"):
-        node.seed = 0
-    build: Build = instantiate(node, _convert_="all")
+    build: Build = build_option("policy", name, changed)
     return build
 
 
-def limited_to(build: Build, admit: int | None) -> Build:
+def with_queue_limit(build: Build, admit: int | None) -> Build:
     """Return the policy with a queue limit around it."""
     if admit is None:
         return build
@@ -160,7 +138,7 @@ def with_low_bits_of(setting: ServeSetting, name: str) -> ServeSetting:
 
 def mean_utility(setting: ServeSetting, windows: Sequence[Window], build: Build) -> float:
     """Return the mean utility of a policy, built anew for each window."""
-    served = served_of(setting)
+    served = policy_context(setting)
     return float(np.mean([play_window(setting, window, build(served))["utility"] for window in windows]))
 
 
@@ -185,14 +163,14 @@ def rules(
     best = int(np.argmax(static))
     limits = sorted({plan.admit for plan in plans if plan.admit is not None})
     dense = conf_policy("dense")
-    admit = max(limits, key=lambda limit: score(limited_to(dense, limit)))
+    admit = max(limits, key=lambda limit: score(with_queue_limit(dense, limit)))
     grid = [
         {"headroom": headroom, "restore_headroom": headroom + 0.2, "waiting_share": share, "patience": patience}
         for headroom in (1.1, 1.4)
         for share in (0.0, 1.0)
         for patience in (2, 10)
     ]
-    greedy = max(grid, key=lambda words: score(limited_to(conf_policy("greedy_stop", **words), admit)))
+    greedy = max(grid, key=lambda values: score(with_queue_limit(conf_policy("greedy_stop", **values), admit)))
     margins = (0.1, 0.2, 0.4, 0.8)
     margin = max(margins, key=lambda x: score(conf_policy("saber", margin=x)))
     found: dict[str, Build] = {
@@ -205,17 +183,17 @@ def rules(
     without: dict[str, Build] = {
         "greedy_stop": conf_policy("greedy_stop", **greedy),
         "random_stop": conf_policy("random"),
-        "pressure_stop": conf_policy("pressure_stop"),
-        "precision": conf_policy("precision"),
+        "pressure_stop": conf_policy("adaptive_pruning"),
+        "precision": conf_policy("adaptive_precision"),
         **{
             f"morphserve_{mode}": conf_policy("morphserve", mode=mode)
             for mode in ("accuracy", "default", "performance")
         },
     }
     found |= without
-    found |= {"lookahead": conf_policy("lookahead", actions=dict(setting.action_words))}
-    found |= {"dense+queue": limited_to(dense, admit)}
-    found |= {f"{name}+queue": limited_to(build, admit) for name, build in without.items()}
+    found |= {"lookahead": conf_policy("lookahead", actions=dict(setting.action_options))}
+    found |= {"dense+queue": with_queue_limit(dense, admit)}
+    found |= {f"{name}+queue": with_queue_limit(build, admit) for name, build in without.items()}
     chosen = {
         "static": setting.actions.names[best],
         "static_utility": static[best],
@@ -232,11 +210,11 @@ def learned_policies(paths: Sequence[Path]) -> list[Build]:
     return [partial(learned_serve, path=str(path)) for path in paths]
 
 
-def serve_contest(
+def evaluate_serve(
     setting: ServeSetting, policies: Mapping[str, Sequence[Build]], windows: Sequence[Window], *, oracles: bool = True
 ) -> pd.DataFrame:
     """Return one row a policy, seed and window; the two oracles added unless they are not wanted."""
-    served = served_of(setting)
+    served = policy_context(setting)
     rows = []
     for number, window in enumerate(windows):
         shown = {
@@ -269,9 +247,9 @@ def serve_grid(frame: pd.DataFrame, policy: str, column: str = "utility") -> np.
     return table.to_numpy(dtype=np.float64)
 
 
-def evaluation_setting(words: Mapping[str, Any]) -> ServeSetting:
+def evaluation_setting(env_kwargs: Mapping[str, Any]) -> ServeSetting:
     """Return the setting that a policy was trained in, for the test split."""
-    return ServeSetting(**{**words, "split": "test"})
+    return ServeSetting(**{**env_kwargs, "split": "test"})
 
 
 __all__ = [
@@ -279,7 +257,7 @@ __all__ = [
     "learned_policies",
     "play_window",
     "rules",
-    "serve_contest",
+    "evaluate_serve",
     "serve_grid",
     "test_windows",
 ]

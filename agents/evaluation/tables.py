@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from agents.evaluation.statistics import Interval
+from sim.atomic import write_whole
 from sim.pages.render import table
-from sim.results.run_folder import write_whole
 
 
 def policies_of(frame: pd.DataFrame, oracles: Sequence[str] = ("oracle",)) -> list[str]:

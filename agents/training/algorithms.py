@@ -1,7 +1,7 @@
-"""RLlib's algorithms as this project uses them: the new API stack, one vector environment a runner, masked actions.
+"""RLlib's algorithms as this project uses them: new API stack, one vector environment per runner, masked actions.
 
-Each function is named by a file of conf/algorithm, which holds its numbers. Trainer settings that no paper states are
-ours: RAP (arXiv 2505.17138) gives DQN and the size of the network, nothing else.
+A file of conf/algorithm names one of these functions and holds its numbers. RAP (arXiv 2505.17138) states DQN and the
+size of the network; all other training settings are ours.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from sim.paths import REPOSITORY
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What every algorithm is told.
+    """Settings that all algorithms share.
 
-    env, words: the environment's id and arguments. runners: remote env runners; 0 samples in the driver.
+    env, env_kwargs: the environment's id and arguments.
+    num_envs: environments per runner. runners: remote env runners; 0 samples in the driver.
+    hidden: sizes of the hidden layers. activation: "relu" or "tanh".
     """
 
     env: str
-    words: dict[str, Any]
+    env_kwargs: dict[str, Any]
     seed: int
     num_envs: int
     runners: int
@@ -40,7 +42,7 @@ class Setup:
 
 def _common(config: AlgorithmConfig, setup: Setup, module: type, fragment: int | str, **model: Any) -> AlgorithmConfig:
     return (
-        config.environment(setup.env, env_config=setup.words)
+        config.environment(setup.env, env_config=setup.env_kwargs)
         .framework("torch")
         .env_runners(
             num_env_runners=setup.runners,
@@ -83,11 +85,13 @@ def dqn(
     """Build DQN.
 
     Args:
-        setup: what to train on. lr, discount, batch, n_step, double_q: as ever.
-        buffer_steps: transitions that are remembered. learning_starts: environment steps before the first update.
-        steps_an_update: environment steps from one update to the next.
-        target_update_steps: environment steps from one copy to the target network to the next.
-        epsilon: [environment step, share of random actions] points of a line.
+        setup: shared settings.
+        lr: learning rate. discount: per step. batch: transitions per update.
+        buffer_steps: transitions in the replay buffer. learning_starts: environment steps before the first update.
+        steps_an_update: environment steps between updates.
+        target_update_steps: environment steps between copies to the target network.
+        epsilon: share of random actions as [environment step, share] points, linear between them.
+        n_step: steps of a return. double_q: use double Q-learning.
     """
     fragment = max(1, steps_an_update // setup.num_envs)
     config = DQNConfig().training(  # type: ignore[no-untyped-call]
@@ -107,7 +111,7 @@ def dqn(
     return _common(config, setup, MaskedDQN, fragment)
 
 
-# A constant, or [environment step, value] points of a line.
+# A constant, or [environment step, value] points, linear between them.
 Schedule = float | Sequence[Sequence[float]]
 
 
@@ -127,7 +131,15 @@ def ppo(
     clip: float,
     entropy: Schedule,
 ) -> AlgorithmConfig:
-    """Build PPO with separate networks for policy and value."""
+    """Build PPO with separate networks for policy and value.
+
+    Args:
+        setup: shared settings.
+        lr, entropy: learning rate and weight of the entropy bonus, constant or scheduled. discount: per tick or action.
+        gae_lambda: of generalized advantage estimation.
+        steps_an_iteration: environment steps per iteration. minibatch, epochs: of its updates.
+        clip: limit of the change of the action probability ratio.
+    """
     config = PPOConfig().training(  # type: ignore[no-untyped-call]
         lr=_schedule(lr),
         gamma=discount,
@@ -147,12 +159,13 @@ def ppo(
 def marwil(
     setup: Setup, *, data: str, beta: float, lr: float, discount: float, batch: int, updates_an_iteration: int
 ) -> AlgorithmConfig:
-    """Build MARWIL: learns from written episodes alone; the environment only says what its spaces are.
+    """Build MARWIL, which learns from written episodes alone; the environment only provides the spaces.
 
     Args:
-        setup: what to train on. lr, discount, batch: as ever. data: the folder of the episodes (``agents.offline``).
-        beta: how much more a good action weighs; 0 copies what was done.
-        updates_an_iteration: batches from one iteration to the next.
+        setup: shared settings. data: folder of the episodes (``agents.offline``).
+        beta: exponent of the advantage that weights an action; 0 is behavior cloning.
+        lr, discount, batch: learning rate, discount per step, and rows per update.
+        updates_an_iteration: updates per iteration.
     """
     config: AlgorithmConfig = MARWILConfig().training(  # type: ignore[no-untyped-call]
         beta=beta, lr=lr, gamma=discount, train_batch_size_per_learner=batch, grad_clip=10.0
@@ -160,11 +173,12 @@ def marwil(
     config.offline_data(
         input_=[str(REPOSITORY / data / FILE)],  # type: ignore[arg-type]
         input_read_episodes=True,
-        input_read_batch_size=1,  # a batch is learned from for each row read: ray.data begins anew at the file's end
+        # One update for each row that is read; ray.data starts over at the end of the file.
+        input_read_batch_size=1,
         map_batches_kwargs={"concurrency": 1, "num_cpus": 0.5},
         iter_batches_kwargs={"prefetch_batches": 2},
         dataset_num_iters_per_learner=updates_an_iteration,
     )
     config = _common(config, setup, MaskedPPO, "auto", vf_share_layers=False)
-    env = gym.make(setup.env, **setup.words)
+    env = gym.make(setup.env, **setup.env_kwargs)
     return config.environment(observation_space=env.observation_space, action_space=env.action_space)

@@ -1,11 +1,12 @@
-"""``python -m agents.clone experiment=clone_serve``: learn from a planner that may look ahead, without looking ahead.
+"""``python -m agents.clone experiment=clone_serve``: learn from a planner that knows the next seconds.
 
-On training windows the engine is stopped at a tick, every legal plan is tried from there for some seconds on the very
-requests that come (``SimEngine.snapshot``), and what utility each put out of reach is written down. The network learns
-to predict that from what a server can observe. Trained by least squares, it predicts the mean over futures that look
-the same so far, so that the plan it rates best is best on average; a copy of the planner's choices would not be.
+On training windows, the planner stops the engine at a tick, runs every legal plan from there for some seconds on the
+requests that will really arrive (``SimEngine.snapshot``), and records the utility that each plan loses. A network
+learns to predict these losses from what a server can observe. It is trained by regression, so it predicts the mean over
+all futures that match the observation, and the plan it rates best is the best on average. A copy of the planner's
+choices would not have this property.
 
-The planner knows arrivals and output lengths of the next seconds. It is a teacher on training windows only.
+The planner knows arrivals and output lengths. It is used on training windows only; the network does not know them.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from rich.console import Console
 from agents.envs.reward import utility_lost
 from agents.envs.serve import ServeCore, ServeSetting
 from agents.training.export import export_network
-from agents.training.train import environment_words
+from agents.training.train import environment_kwargs
 from agents.training.validation import validation_utilities
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.policies.learned import Network, network_of
 from sim.results.run_folder import provenance, write_json, write_text
-
-Floats32 = NDArray[np.float32]
+from sim.types import Floats32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookaheadClone:
-    """How to look ahead and how to learn from it.
+    """How the planner looks ahead, and how the network learns from it.
 
-    windows: training windows. every: ticks from one look ahead to the next. horizon_s: how far. grace_s: a request that
-        waits at the horizon counts as late this much before its target. stray: share of ticks at which another legal
-        plan runs on, so that the network sees what it will come to when it errs.
-    epochs, batch, lr, weight_decay: of the fit.
+    windows: training windows. every: ticks between two looks ahead. horizon_s: seconds that each look covers.
+    grace_s: a request still waiting at the horizon counts as late this many seconds before its TTFT target.
+    stray: share of looks after which a random legal plan runs instead of the best, so that the network also sees states
+        that follow from its mistakes.
+    epochs, batch, lr, weight_decay: of the fit by Adam.
     """
 
     windows: int
@@ -57,7 +58,7 @@ class LookaheadClone:
 
 
 def look_ahead(core: ServeCore, horizon_s: float, grace_s: float) -> NDArray[np.float64]:
-    """Return how many requests' utility each plan loses within the horizon [a]; NaN where it is not legal."""
+    """Return the utility that each plan loses within the horizon, float64[a], in requests; NaN if it is not legal."""
     setting, engine = core.setting, core.engine
     legal = setting.actions.legal(core.state, core.choice)
     end_s = core.state.time_s + horizon_s
@@ -72,7 +73,11 @@ def look_ahead(core: ServeCore, horizon_s: float, grace_s: float) -> NDArray[np.
 
 
 def demonstrations(setting: ServeSetting, how: LookaheadClone, seed: int) -> tuple[Floats32, NDArray[np.float64]]:
-    """Return features [n, o] and what each plan loses from there [n, a], in requests."""
+    """Return features float32[n, o] and the utility that each plan loses, float64[n, a], in requests.
+
+    Args:
+        setting: what is served; its split must be "train". how: how to look ahead. seed: of windows and random plans.
+    """
     rng = np.random.default_rng(seed)
     core = ServeCore(setting)
     features, losses = [], []
@@ -82,10 +87,10 @@ def demonstrations(setting: ServeSetting, how: LookaheadClone, seed: int) -> tup
         action = 0
         for tick in range(1, setting.ticks - 1):
             legal = setting.actions.legal(core.state, core.choice)
-            seen = core.observe()[: setting.table.features]
+            observed = core.observe()[: setting.table.features]
             if tick % how.every == offset:
                 lost = look_ahead(core, how.horizon_s, how.grace_s)
-                features.append(seen)
+                features.append(observed)
                 losses.append(lost)
                 action = int(np.nanargmin(lost))
                 if rng.random() < how.stray:
@@ -95,7 +100,7 @@ def demonstrations(setting: ServeSetting, how: LookaheadClone, seed: int) -> tup
 
 
 def fit(
-    features: Floats32, losses: NDArray[np.float64], how: LookaheadClone, cfg: DictConfig, words: dict[str, Any]
+    features: Floats32, losses: NDArray[np.float64], how: LookaheadClone, cfg: DictConfig, env_kwargs: dict[str, Any]
 ) -> tuple[Network, float, list[tuple[int, float, float]]]:
     """Return the network with the best validation utility, that utility, and (epoch, error, utility) on the way."""
     import torch
@@ -129,7 +134,7 @@ def fit(
             linear = [layer for layer in model if isinstance(layer, torch.nn.Linear)]
             pairs = [(x.weight.detach().numpy().copy(), x.bias.detach().numpy().copy()) for x in linear]
             network = network_of(pairs, "relu")
-            reached = float(validation_utilities(cfg.env.id, words, network).mean())
+            reached = float(validation_utilities(cfg.env.id, env_kwargs, network).mean())
             history.append((epoch, error, reached))
             if best is None or reached > best[0]:
                 best = reached, network
@@ -149,17 +154,17 @@ def clone(cfg: DictConfig, folder: Path) -> float:
             "agents.clone needs algorithm=lookahead_clone and env=serve_trace; use experiment=clone_serve"
         )
     console = Console()
-    words = environment_words(cfg)
+    env_kwargs = environment_kwargs(cfg)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_json(folder / "provenance.json", provenance(cfg.seed))
     begun_s = time.monotonic()
-    features, losses = demonstrations(ServeSetting(**words), how, int(cfg.seed))
+    features, losses = demonstrations(ServeSetting(**env_kwargs), how, int(cfg.seed))
     looked_s = time.monotonic() - begun_s
     console.print(f"looked ahead at {len(features):,} moments in {looked_s:.0f} s", highlight=False)
-    network, reached, history = fit(features, losses, how, cfg, words)
+    network, reached, history = fit(features, losses, how, cfg, env_kwargs)
     seconds = time.monotonic() - begun_s
     noted = {"iteration": max(history, key=lambda row: row[2])[0], "seconds": seconds}
-    export_network(folder / "best" / "policy.json", network, cfg, words, noted, reached)
+    export_network(folder / "best" / "policy.json", network, cfg, env_kwargs, noted, reached)
     rows = [f"{epoch},{error:.5f},{utility:.5f}" for epoch, error, utility in history]
     write_text(folder / "fit.csv", "\n".join(["epoch,error,validation_utility", *rows]) + "\n")
     console.print(f"validation utility {reached:.4f} after {seconds:.0f} s; files: {folder}", highlight=False)

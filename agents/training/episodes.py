@@ -1,4 +1,4 @@
-"""Episodes that somebody wrote, as RLlib's offline data: a Parquet file, a row an episode, packed with msgpack."""
+"""Files of episodes in RLlib's offline format: Parquet with one row for each episode, packed with msgpack."""
 
 from __future__ import annotations
 
@@ -14,41 +14,42 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sim.atomic import write_whole
 from sim.errors import ConfigError
-from sim.policies.observation.prune import Floats32
-from sim.results.run_folder import write_whole
+from sim.types import Floats32
 
 FILE = "episodes.parquet"
 
 
 def write_episodes(path: Path, states: list[Mapping[str, Any]]) -> None:
-    """Write states of RLlib's SingleAgentEpisode, whole or not at all."""
+    """Write the states of RLlib's SingleAgentEpisode; a failed write leaves no partial file."""
     rows = [msgpack.packb(state, default=msgpack_numpy.encode) for state in states]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda part: pq.write_table(pa.table({"item": pa.array(rows, type=pa.binary())}), part))
 
 
 def read_episodes(path: Path, shape: tuple[int, ...]) -> tuple[Floats32, NDArray[np.int64]]:
-    """Return observations [n, *shape] and actions [n] of all episodes of a file.
+    """Return the observations, float32[n, *shape], and actions, int64[n], of all episodes of a file.
 
     Raises:
-        ConfigError: if there is no such file, it is none, or its observations have another shape.
+        ConfigError: if the file is missing or holds no episodes, or its observations have another shape.
     """
     from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
     try:
         rows = pq.read_table(io.BytesIO(path.read_bytes())).column("item").to_pylist()
         states = [msgpack.unpackb(row, object_hook=msgpack_numpy.decode) for row in rows]
-        played = [SingleAgentEpisode.from_state(state) for state in states]
-        seen = np.concatenate([np.asarray(episode.get_observations())[:-1] for episode in played])
-        actions = np.concatenate([np.asarray(episode.get_actions()) for episode in played])
+        episodes = [SingleAgentEpisode.from_state(state) for state in states]
+        # The observation after the last action has no action.
+        observations = np.concatenate([np.asarray(episode.get_observations())[:-1] for episode in episodes])
+        actions = np.concatenate([np.asarray(episode.get_actions()) for episode in episodes])
     except (OSError, KeyError, ValueError, pa.ArrowInvalid) as error:
         raise ConfigError(
             f"{path} holds no episodes ({type(error).__name__}: {error}); write some: python -m agents.offline by=..."
         ) from error
-    if seen.shape[1:] != shape:
+    if observations.shape[1:] != shape:
         raise ConfigError(
-            f"{path} holds observations of shape {seen.shape[1:]}, this environment has {shape}; write the episodes "
-            "with the same env="
+            f"{path} holds observations of shape {observations.shape[1:]}, but this environment has {shape}; write the "
+            "episodes with the same env="
         )
-    return seen.astype(np.float32), actions.astype(np.int64)
+    return observations.astype(np.float32), actions.astype(np.int64)

@@ -1,4 +1,4 @@
-"""``python -m agents.export run=...``: a trained policy as two files that run in NumPy, without torch or ray."""
+"""``python -m agents.export run=...``: write a trained policy as two files that NumPy runs, without torch or ray."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from sim.results.run_folder import commit, write_json
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """What to export. run: the folder of a training. name: of the policy. out: its folder; conf/policy by default."""
+    """What to export.
+
+    run: run folder of a training. name: of the exported policy. out: folder to write to; conf/policy if empty.
+    """
 
     run: str
     name: str
@@ -34,29 +37,29 @@ ConfigStore.instance().store(name="export_schema", node=ExportConfig)
 
 
 def about_network(
-    network: Network, cfg: DictConfig, words: Mapping[str, Any], noted: Mapping[str, Any], utility: float
+    network: Network, cfg: DictConfig, env_kwargs: Mapping[str, Any], status: Mapping[str, Any], utility: float
 ) -> dict[str, Any]:
-    """Return what stands beside the weights: tables, training, and what it needs to be read right."""
+    """Return the contents of the JSON file next to the weights: observation and action tables, and how it was trained."""
     from agents.envs.cluster import ClusterSetting
     from agents.envs.prune import PruneSetting
     from agents.envs.serve import ServeSetting
 
     task = str(cfg.env.id).removesuffix("-v0")
     kinds: dict[str, type[ServeSetting | PruneSetting]] = {"ServeTrace": ServeSetting, "ServeCluster": ClusterSetting}
-    setting = kinds.get(task, PruneSetting)(**{**words, "split": "validation"})
+    setting = kinds.get(task, PruneSetting)(**{**env_kwargs, "split": "validation"})
     about: dict[str, Any] = {
         "task": task,
         "model": setting.model.name,
         "layers": [list(weight.shape) for weight in network.weights],
         "parameters": network.parameters,
         "activation": network.activation,
-        "environment": {key: value for key, value in words.items() if key != "split"},
+        "environment": {key: value for key, value in env_kwargs.items() if key != "split"},
         "training": {
             "label": cfg.label,
             "seed": int(cfg.seed),
             "algorithm": OmegaConf.to_container(cfg.algorithm, resolve=True),
-            "iteration": int(noted["iteration"]),
-            "seconds": round(float(noted["seconds"]), 1),
+            "iteration": int(status["iteration"]),
+            "seconds": round(float(status["seconds"]), 1),
             "validation_utility": round(utility, 6),
         },
         "quality_sha256": hashlib.sha256(_quality_file(setting).read_bytes()).hexdigest(),
@@ -65,7 +68,7 @@ def about_network(
         "observation": setting.table.rows(),
     }
     if isinstance(setting, ServeSetting):
-        about["plans"] = setting.action_words
+        about["plans"] = setting.action_options
         about["tick_s"] = setting.tick_s
     elif setting.scores is not None:
         about["scores"] = [float(x) for x in setting.scores]
@@ -73,7 +76,7 @@ def about_network(
 
 
 def _quality_file(setting: Any) -> Path:
-    """Return the file of conf/quality that a setting decides on."""
+    """Return the file of conf/quality whose losses an environment uses."""
     name = setting.quality_name
     return next(path for path in QUALITIES.glob(f"{name}.*") if path.suffix in (".json", ".yaml"))
 
@@ -82,22 +85,25 @@ def export_network(
     path: Path,
     network: Network,
     cfg: DictConfig,
-    words: Mapping[str, Any],
-    noted: Mapping[str, Any],
+    env_kwargs: Mapping[str, Any],
+    status: Mapping[str, Any],
     utility: float,
 ) -> None:
-    """Write NAME.safetensors, then NAME.json, which makes it whole."""
+    """Write NAME.safetensors, then NAME.json: a policy whose JSON file exists is complete."""
     arrays = {}
     for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
         arrays[f"{i}.weight"], arrays[f"{i}.bias"] = weight, bias
     write_arrays(path.with_suffix(".safetensors"), arrays)
-    write_json(path, about_network(network, cfg, words, noted, utility))
+    write_json(path, about_network(network, cfg, env_kwargs, status, utility))
 
 
 def _run(cfg: DictConfig) -> None:
     best = Path(cfg.run) / "best" / "policy.json"
     if not best.exists():
-        raise ConfigError(f"run: {cfg.run} holds no best/policy.json; name the folder of a training, runs/train/...")
+        raise ConfigError(
+            f"run: {cfg.run} has no best/policy.json; set run to the folder of a training, such as "
+            "runs/train/ppo_prune/seed_0"
+        )
     target = Path(cfg.out or SHIPPED) / f"{cfg.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(best.with_suffix(".safetensors"), target.with_suffix(".safetensors"))

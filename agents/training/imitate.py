@@ -1,7 +1,8 @@
-"""Begin with imitation: fit the network to what a baseline does, before reinforcement learning takes over.
+"""Imitation before reinforcement learning: start training from a solver, a plan, written episodes or a trained policy.
 
-Behaviour cloning by cross-entropy on the actions of a solver. A solver names a set of blocks, not an order; every block
-of the set that is still kept is an equally good action, so the target is uniform over them.
+A file of conf/imitate names one of these functions. Each changes the module of an RLlib algorithm and returns the last
+loss of its fit. All share these arguments: ``algorithm``, the RLlib algorithm; ``env``, the environment's id;
+``env_kwargs``, its arguments; ``seed``; and ``epochs``, ``batch`` and ``lr`` of the fit.
 """
 
 from __future__ import annotations
@@ -11,41 +12,53 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from agents.envs.cluster import ClusterSetting
 from agents.envs.cluster_vector import ServeReplicas
-from agents.envs.prune import PruneToBudgetVector
-from agents.envs.prune_loads import prune_draws
 from agents.envs.serve_vector import ServeTraceVector
-from agents.evaluation.prune import solver
+from agents.training.demonstrations import knapsack_demonstrations, plan_demonstrations
 from agents.training.episodes import FILE, read_episodes
-from agents.training.modules import MaskedDQN, actor_layers, actor_logits
-from sim.errors import ConfigError, nearest
+from agents.training.fitting import fit_actor, fit_critic
+from agents.training.modules import MaskedDQN, actor_layers, actor_logits, learner_module
+from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.policies.learned import Network, read_learned
-from sim.policies.observation.prune import Floats32
+from sim.types import Floats32
+
+NO_PROBABILITIES = "imitation fits action probabilities, which DQN does not have; use algorithm=ppo"
 
 
 def imitate_knapsack(
-    algorithm: Any, env: str, words: Mapping[str, Any], *, seed: int, draws: int, epochs: int, batch: int, lr: float
+    algorithm: Any,
+    env: str,
+    env_kwargs: Mapping[str, Any],
+    *,
+    seed: int,
+    loads: int,
+    epochs: int,
+    batch: int,
+    lr: float,
 ) -> float:
-    """Clone the knapsack's plans of ``draws`` training loads into the module of an algorithm; return the last loss.
+    """Clone the knapsack's plans for ``loads`` training loads; return the last cross-entropy in nats.
 
     Raises:
-        ConfigError: for an environment in which a solver's plan is no sequence of drops.
+        ConfigError: for an environment in which the solution is not a sequence of drops, or for DQN.
     """
     if isinstance(algorithm.get_module(), MaskedDQN):
-        raise ConfigError("imitation fits action probabilities, which DQN does not have; use algorithm=ppo")
-    if env != "PruneToBudget-v0" or words.get("restore") or words.get("sequence", 1) != 1:
-        raise ConfigError("imitate=knapsack knows PruneToBudget with one load an episode and no restoring")
-    observations, targets = knapsack_demonstrations(words, seed=seed, draws=draws)
-    return _fit(algorithm, observations, targets, seed=seed, epochs=epochs, batch=batch, lr=lr)
+        raise ConfigError(NO_PROBABILITIES)
+    if env != "PruneToBudget-v0" or env_kwargs.get("restore") or env_kwargs.get("sequence", 1) != 1:
+        raise ConfigError(
+            "imitate=knapsack needs env=prune_to_budget with env.kwargs.restore=false and env.kwargs.sequence=1"
+        )
+    observations, targets = knapsack_demonstrations(env_kwargs, seed=seed, loads=loads)
+    return fit_actor(algorithm, observations, targets, seed=seed, epochs=epochs, batch=batch, lr=lr)
 
 
 def imitate_plan(
     algorithm: Any,
     env: str,
-    words: Mapping[str, Any],
+    env_kwargs: Mapping[str, Any],
     *,
     seed: int,
     plan: str,
@@ -55,63 +68,40 @@ def imitate_plan(
     batch: int,
     lr: float,
 ) -> float:
-    """Begin with one plan of ``ServeTrace``'s table at ``share``, the other legal ones alike; return the last loss.
+    """Start with one plan of ``ServeTrace`` at probability ``share``; return the last cross-entropy in nats.
 
-    A network that begins at random changes weights at every tick that it may, and learns little from what follows.
+    A random network changes weights at every tick at which that is legal, and training learns little from such
+    episodes.
 
     Raises:
-        ConfigError: for another environment, an algorithm without action probabilities, or a plan that is not there.
+        ConfigError: for another environment, DQN, or a plan that the table does not have.
     """
     if isinstance(algorithm.get_module(), MaskedDQN) or env != "ServeTrace-v0":
-        raise ConfigError("imitate=plan needs ServeTrace and an algorithm with action probabilities, such as ppo")
-    vector = ServeTraceVector(windows, **words)
-    names = vector.setting.actions.names
-    if plan not in names:
-        raise ConfigError(f"imitate.plan: there is no {plan!r}; {nearest(plan, names)}")
-    chosen, features = names.index(plan), vector.setting.table.features
-    rng = np.random.default_rng(seed)
-    seen, _ = vector.reset(seed=seed)
-    observations, targets = [], []
-    for _ in range(vector.setting.ticks - 1):
-        legal = seen[:, features:]
-        target = (1.0 - share) * legal / legal.sum(axis=1, keepdims=True)
-        target[:, chosen] += share * legal[:, chosen]
-        observations.append(seen)
-        targets.append((target / target.sum(axis=1, keepdims=True)).astype(np.float32))
-        stray = (rng.random(legal.shape) * legal).argmax(axis=1)
-        seen, *_ = vector.step(np.where((rng.random(windows) < share) & (legal[:, chosen] > 0.5), chosen, stray))
-    shown, wanted = np.concatenate(observations), np.concatenate(targets)
-    return _fit(algorithm, shown, wanted, seed=seed, epochs=epochs, batch=batch, lr=lr)
+        raise ConfigError("imitate=plan needs env=serve_trace and an algorithm with action probabilities, such as ppo")
+    observations, targets = plan_demonstrations(env_kwargs, seed=seed, plan=plan, share=share, windows=windows)
+    return fit_actor(algorithm, observations, targets, seed=seed, epochs=epochs, batch=batch, lr=lr)
 
 
 def imitate_offline(
-    algorithm: Any, env: str, words: Mapping[str, Any], *, seed: int, data: str, epochs: int, batch: int, lr: float
+    algorithm: Any, env: str, env_kwargs: Mapping[str, Any], *, seed: int, data: str, epochs: int, batch: int, lr: float
 ) -> float:
-    """Clone what episodes show that anybody wrote (``agents.offline``); return the last loss.
+    """Clone the actions of written episodes (``agents.offline``) in folder ``data``; return the last cross-entropy.
 
     Raises:
-        ConfigError: for an algorithm without action probabilities, or a folder without episodes of this environment.
+        ConfigError: for DQN, or a folder without episodes of this environment.
     """
-    if isinstance(algorithm.get_module(), MaskedDQN):
-        raise ConfigError("imitation fits action probabilities, which DQN does not have; use algorithm=ppo")
     module = algorithm.get_module()
+    if isinstance(module, MaskedDQN):
+        raise ConfigError(NO_PROBABILITIES)
     observations, actions = read_episodes(REPOSITORY / data / FILE, module.observation_space.shape)
-    done = np.eye(int(module.action_space.n), dtype=np.float32)[actions]
-    return _fit(
-        algorithm,
-        observations,
-        done,
-        seed=seed,
-        epochs=epochs,
-        batch=batch,
-        lr=lr,
-    )
+    targets = np.eye(int(module.action_space.n), dtype=np.float32)[actions]
+    return fit_actor(algorithm, observations, targets, seed=seed, epochs=epochs, batch=batch, lr=lr)
 
 
 def imitate_policy(
     algorithm: Any,
     env: str,
-    words: Mapping[str, Any],
+    env_kwargs: Mapping[str, Any],
     *,
     seed: int,
     path: str,
@@ -121,149 +111,74 @@ def imitate_policy(
     batch: int,
     lr: float,
 ) -> float:
-    """Begin with the network of an exported policy, and with a critic fitted to what that policy earns.
+    """Start with the network of an exported policy and a critic fitted to its returns; return the last squared error.
 
-    In ``ServeCluster`` every replica begins with what a policy of ``ServeTrace`` does; what it shows beside weighs
-    nothing at first.
+    In ``ServeCluster``, every replica starts as a policy of ``ServeTrace``; the entries that this policy does not know
+    start with weight 0.
 
     Args:
-        algorithm, env, words, seed: as for all that imitate. path: the policy's JSON, inside the project or shipped.
-        temperature: its outputs are divided by this before they become the logarithms of shares.
-        windows: episodes played for the critic, at once. epochs, batch, lr: of the critic's fit.
+        algorithm, env, env_kwargs, seed, epochs, batch, lr: see the module's docstring; the fit is the critic's.
+        path: the policy's JSON file in the repository, or the name of a shipped policy.
+        temperature: the network's outputs divided by this become the logits of the actions.
+        windows: episodes (in a cluster: clusters) played at once for the critic.
     Raises:
-        ConfigError: for another environment or algorithm, or a network of another size.
+        ConfigError: for another environment, DQN, or a network of another size.
     """
-    import torch
-
     if isinstance(algorithm.get_module(), MaskedDQN) or env not in ("ServeTrace-v0", "ServeCluster-v0"):
         raise ConfigError(
-            "imitate=policy needs ServeTrace or ServeCluster and an algorithm with an actor and a critic, such as ppo"
+            "imitate=policy needs env=serve_trace or serve_cluster, and an algorithm with an actor and a critic, such "
+            "as ppo"
         )
     vector: ServeTraceVector | ServeReplicas
     if env == "ServeTrace-v0":
-        vector = ServeTraceVector(windows, **words)
+        vector = ServeTraceVector(windows, **env_kwargs)
     else:
-        vector = ServeReplicas(windows * ClusterSetting(**words).replicas, **words)
+        vector = ServeReplicas(windows * ClusterSetting(**env_kwargs).replicas, **env_kwargs)
     network = read_learned(REPOSITORY / path if path.endswith(".json") else path, "ServeTrace").network
-    network = with_inputs(network, vector.setting.table.features)
-    module = _module(algorithm)
-    state = module.state_dict()
-    names = actor_layers(state)
-    sizes = [tuple(state[f"{name}.weight"].shape) for name in names]
-    if sizes != [weight.shape for weight in network.weights]:
-        raise ConfigError(f"imitate.path: its layers are {[w.shape for w in network.weights]}, here they are {sizes}")
-    for name, weight, bias in zip(names, network.weights, network.biases, strict=True):
-        scale = 1.0 / temperature if name == names[-1] else 1.0
-        state[f"{name}.weight"], state[f"{name}.bias"] = (
-            torch.from_numpy(x * np.float32(scale)) for x in (weight, bias)
-        )
-    module.load_state_dict(state)
-    torch_rng = torch.Generator().manual_seed(seed)
-    seen, _ = vector.reset(seed=seed)
-    rows, rewards = [], []
-    for _ in range(vector.setting.ticks - 1):
-        with torch.no_grad():
-            shares = torch.softmax(actor_logits(module, torch.from_numpy(seen)), dim=-1)
-        rows.append(seen)
-        seen, reward, *_ = vector.step(torch.multinomial(shares, 1, generator=torch_rng)[:, 0].numpy())
-        rewards.append(reward)
-    earned, returns = np.zeros(vector.num_envs), []
-    for reward in reversed(rewards):
-        earned = reward + float(algorithm.config.gamma) * earned
-        returns.append(earned)
-    targets = np.concatenate(returns[::-1]).astype(np.float32)
-    return _fit_critic(algorithm, np.concatenate(rows), targets, seed=seed, epochs=epochs, batch=batch, lr=lr)
+    module = learner_module(algorithm)
+    _load_actor(module, widen_inputs(network, vector.setting.table.features), temperature)
+    observations, returns = _play_for_returns(module, vector, float(algorithm.config.gamma), seed)
+    return fit_critic(algorithm, observations, returns, seed=seed, epochs=epochs, batch=batch, lr=lr)
 
 
-def with_inputs(network: Network, count: int) -> Network:
-    """Return a network that reads so many features: those beyond its own, if any, change nothing."""
+def widen_inputs(network: Network, count: int) -> Network:
+    """Return the network with at least ``count`` inputs; the additional ones have weight 0."""
     first, *rest = network.weights
     more = np.zeros((first.shape[0], max(0, count - first.shape[1])), dtype=np.float32)
     return replace(network, weights=(np.concatenate((first, more), axis=1), *rest))
 
 
-def _fit_critic(
-    algorithm: Any,
-    observations: Floats32,
-    targets: Floats32,
-    *,
-    seed: int,
-    epochs: int,
-    batch: int,
-    lr: float,
-) -> float:
-    """Fit the critic of an algorithm to returns by least squares; return the last mean squared error."""
-    import torch
-
-    module, rng = _module(algorithm), np.random.default_rng(seed)
-    critic = [x for name, x in module.named_parameters() if name.startswith(("encoder.critic_encoder", "vf."))]
-    optimiser = torch.optim.Adam(critic, lr=lr)
-    loss = torch.zeros(())
-    for _ in range(epochs):
-        for chosen in np.array_split(rng.permutation(len(observations)), max(1, len(observations) // batch)):
-            values = module.compute_values({"obs": torch.from_numpy(observations[chosen])})
-            loss = torch.nn.functional.mse_loss(values, torch.from_numpy(targets[chosen]))
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-    algorithm.env_runner_group.sync_weights(from_worker_or_learner_group=algorithm.learner_group)
-    return float(loss.detach())
+def _load_actor(module: Any, network: Network, temperature: float) -> None:
+    """Copy a network into the actor of a module, its outputs divided by ``temperature``."""
+    state = module.state_dict()
+    names = actor_layers(state)
+    sizes = [tuple(state[f"{name}.weight"].shape) for name in names]
+    if sizes != [weight.shape for weight in network.weights]:
+        raise ConfigError(
+            f"imitate.path: its layers are {[w.shape for w in network.weights]}, but this training has {sizes}; set "
+            "hidden to the sizes of its hidden layers"
+        )
+    for name, weight, bias in zip(names, network.weights, network.biases, strict=True):
+        scale = np.float32(1.0 / temperature if name == names[-1] else 1.0)
+        state[f"{name}.weight"], state[f"{name}.bias"] = (torch.from_numpy(x * scale) for x in (weight, bias))
+    module.load_state_dict(state)
 
 
-def _module(algorithm: Any) -> Any:
-    """Return the module that an algorithm learns."""
-    module = algorithm.learner_group._learner.module["default_policy"]
-    return module.unwrapped() if hasattr(module, "unwrapped") else module
-
-
-def _fit(
-    algorithm: Any,
-    observations: np.ndarray[Any, np.dtype[np.float32]],
-    targets: np.ndarray[Any, np.dtype[np.float32]],
-    *,
-    seed: int,
-    epochs: int,
-    batch: int,
-    lr: float,
-) -> float:
-    """Fit the policy of an algorithm to target shares of actions by cross-entropy."""
-    import torch
-
-    module = _module(algorithm)
-    optimiser = torch.optim.Adam(module.parameters(), lr=lr)
-    rng = np.random.default_rng(seed)
-    loss = torch.zeros(())
-    for _ in range(epochs):
-        for chosen in np.array_split(rng.permutation(len(observations)), max(1, len(observations) // batch)):
-            logits = actor_logits(module, torch.from_numpy(observations[chosen]))
-            wanted = torch.from_numpy(targets[chosen])
-            loss = -(wanted * torch.log_softmax(logits, dim=-1).clamp(min=-30.0)).sum(dim=-1).mean()
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-    algorithm.env_runner_group.sync_weights(from_worker_or_learner_group=algorithm.learner_group)
-    return float(loss.detach())
-
-
-def knapsack_demonstrations(
-    words: Mapping[str, Any], *, seed: int, draws: int
-) -> tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.float32]]]:
-    """Return observations and target shares of actions, along one random order of each solution."""
-    rng = np.random.default_rng(seed)
-    split = prune_draws()
-    loads = [split.sample(rng, "train") for _ in range(draws)]
-    vector = PruneToBudgetVector(draws, **words)
-    solve = solver(vector.setting.model, vector.setting.quality.blocks)
-    wanted = np.stack([solve(draw) for draw in loads])
-    seen, _ = vector.reset(options={"draws": [[draw] for draw in loads]})
-    over = np.zeros(draws, dtype=np.bool_)
-    observations, targets = [], []
-    while not over.all():
-        left = wanted & ~vector.removed
-        going = ~over & left.any(axis=1)
-        observations.append(seen[going])
-        targets.append((left[going] / left[going].sum(axis=1, keepdims=True)).astype(np.float32))
-        actions = np.where(left, rng.random(left.shape), -1.0).argmax(axis=1)
-        seen, _, terminated, truncated, _ = vector.step(actions)
-        over |= terminated | truncated | ~going
-    return np.concatenate(observations), np.concatenate(targets)
+def _play_for_returns(
+    module: Any, vector: ServeTraceVector | ServeReplicas, discount: float, seed: int
+) -> tuple[Floats32, Floats32]:
+    """Play one episode in every environment by the module's actor; return observations [n, o] and returns [n]."""
+    torch_rng = torch.Generator().manual_seed(seed)
+    observed, _ = vector.reset(seed=seed)
+    observations, rewards = [], []
+    for _ in range(vector.setting.ticks - 1):
+        with torch.no_grad():
+            probabilities = torch.softmax(actor_logits(module, torch.from_numpy(observed)), dim=-1)
+        observations.append(observed)
+        observed, reward, *_ = vector.step(torch.multinomial(probabilities, 1, generator=torch_rng)[:, 0].numpy())
+        rewards.append(reward)
+    value, returns = np.zeros(vector.num_envs), []
+    for reward in reversed(rewards):
+        value = reward + discount * value
+        returns.append(value)
+    return np.concatenate(observations), np.concatenate(returns[::-1]).astype(np.float32)

@@ -1,7 +1,8 @@
-"""RLModules that read the features of an observation and never choose an illegal action.
+"""RLlib modules that never choose an illegal action.
 
-The last entries of an observation say which actions are legal (``sim.policies.observation.prune.Table``). The network does not read them;
-its outputs for illegal actions are masked. ``network_of_module`` takes the weights out, to run them in NumPy.
+The last entries of an observation flag the legal actions (``sim.policies.observation.prune.Table``). The network reads
+only the features before them; its outputs for illegal actions are masked. ``network_of_module`` extracts the weights,
+to run the network in NumPy.
 """
 
 from __future__ import annotations
@@ -31,30 +32,30 @@ def _features_space(observation_space: gym.Space[Any], action_space: gym.Space[A
 
 
 class _ReadsFeatures:
-    """Builds the networks for the features alone; the module itself still takes whole observations."""
+    """Builds networks that read the features alone; the module itself still takes full observations."""
 
-    def __init__(self, *args: Any, observation_space: Any = None, action_space: Any = None, **words: Any) -> None:
+    def __init__(self, *args: Any, observation_space: Any = None, action_space: Any = None, **kwargs: Any) -> None:
         self._features = _features_space(observation_space, action_space).shape[0]
         super().__init__(
             *args,
             observation_space=_features_space(observation_space, action_space),  # type: ignore[call-arg]
             action_space=action_space,
-            **words,
+            **kwargs,
         )
         self.observation_space = observation_space
 
     def _split(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
-        """Return the batch with features for observations, and which actions are illegal."""
-        seen = batch[Columns.OBS]
+        """Return the batch with only the features, and which actions are illegal, bool[..., actions]."""
+        observations = batch[Columns.OBS]
         features = self._features
-        return {**batch, Columns.OBS: seen[..., :features]}, seen[..., features:] < 0.5
+        return {**batch, Columns.OBS: observations[..., :features]}, observations[..., features:] < 0.5
 
 
 class MaskedDQN(_ReadsFeatures, DefaultDQNTorchRLModule):
-    """Q-values; minus infinity where an action is illegal, which epsilon-greedy draws skip too."""
+    """For DQN: Q-values are minus infinity for illegal actions; epsilon-greedy exploration skips these too."""
 
-    def __init__(self, *args: Any, **words: Any) -> None:
-        super().__init__(*args, **words)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
     def _qf_forward_helper(self, batch: Batch, encoder: Any, head: Any) -> Batch:
         batch, illegal = self._split(batch)
@@ -64,34 +65,34 @@ class MaskedDQN(_ReadsFeatures, DefaultDQNTorchRLModule):
 
 
 class _MaskedActorCritic(_ReadsFeatures):
-    """Action logits; the lowest float where an action is illegal."""
+    """Action logits are the lowest float for illegal actions."""
 
-    def _forward(self, batch: Batch, **words: Any) -> Batch:
+    def _forward(self, batch: Batch, **kwargs: Any) -> Batch:
         batch, illegal = self._split(batch)
-        out: Batch = super()._forward(batch, **words)  # type: ignore[misc]
+        out: Batch = super()._forward(batch, **kwargs)  # type: ignore[misc]
         out[Columns.ACTION_DIST_INPUTS] = out[Columns.ACTION_DIST_INPUTS].masked_fill(illegal, FLOAT_MIN)
         return out
 
-    def _forward_train(self, batch: Batch, **words: Any) -> Batch:
+    def _forward_train(self, batch: Batch, **kwargs: Any) -> Batch:
         batch, illegal = self._split(batch)
-        out: Batch = super()._forward_train(batch, **words)  # type: ignore[misc]
+        out: Batch = super()._forward_train(batch, **kwargs)  # type: ignore[misc]
         out[Columns.ACTION_DIST_INPUTS] = out[Columns.ACTION_DIST_INPUTS].masked_fill(illegal, FLOAT_MIN)
         return out
 
     def compute_values(self, batch: Batch, embeddings: Any = None) -> Any:
-        """Return the value of each observation."""
+        """Return the critic's value of each observation, in units of reward."""
         return super().compute_values(self._split(batch)[0], embeddings)  # type: ignore[misc]
 
 
 class MaskedPPO(_MaskedActorCritic, DefaultPPOTorchRLModule):
-    """For PPO."""
+    """For PPO and MARWIL."""
 
-    def __init__(self, *args: Any, **words: Any) -> None:
-        super().__init__(*args, **words)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
 
 def actor_layers(state: Mapping[str, Any]) -> list[str]:
-    """Return the names of the layers that lead from features to actions, in their order, in a module's state."""
+    """Return the names of the layers from features to actions, in order; ``state`` is a module's state."""
     encoder = "encoder.actor_encoder.net.mlp." if any(k.startswith("encoder.actor_") for k in state) else None
     if encoder is None:
         encoder = "encoder.encoder.net.mlp." if any(k.startswith("encoder.encoder.") for k in state) else None
@@ -106,19 +107,25 @@ def network_of_module(state: Mapping[str, Any], activation: str) -> Network:
     """Return the network that chooses actions, from the state of one of these modules.
 
     Raises:
-        ConfigError: when the state holds no network of the kind that NumPy runs (dueling or distributional heads).
+        ConfigError: if the state is not a plain multilayer perceptron (dueling or distributional heads).
     """
     layers = []
     for prefix in actor_layers(state):
         weight, bias = (np.asarray(state[f"{prefix}.{part}"], dtype=np.float32) for part in ("weight", "bias"))
         layers.append((weight.copy(), bias.copy()))
     if not layers or any(k.startswith("vf.") and "af.net.mlp.0.weight" in state for k in state):
-        raise ConfigError("only plain perceptrons are exported; train without dueling, or with algorithm.dueling=false")
+        raise ConfigError("only plain multilayer perceptrons can be exported; train without a dueling head")
     return network_of(layers, activation)
 
 
+def learner_module(algorithm: Any) -> Any:
+    """Return the module that an algorithm trains."""
+    module = algorithm.learner_group._learner.module["default_policy"]
+    return module.unwrapped() if hasattr(module, "unwrapped") else module
+
+
 def actor_logits(module: Any, observations: torch.Tensor) -> torch.Tensor:
-    """Return the masked action logits (of DQN: Q-values) of observations."""
+    """Return the masked action logits (for DQN: Q-values), [n, actions]; observations are [n, entries]."""
     batch: Batch = {Columns.OBS: observations}
     if isinstance(module, MaskedDQN):
         values: Any = module.compute_q_values(batch)["qf_preds"]

@@ -1,8 +1,8 @@
-"""``python -m agents.offline by=lookahead``: what any policy does, written as episodes to learn from.
+"""``python -m agents.offline by=lookahead``: write the episodes of any policy, to learn from.
 
-One Parquet file of RLlib's own offline form: a row an episode, packed with msgpack. ``algorithm=marwil`` learns from it
-without playing; ``imitate=offline`` only begins with it. A policy of ``ServeTrace`` whose plan is not in the table is
-written as the legal plan of the table that is nearest in bytes of weights, then in the queue's limit.
+The file is in RLlib's offline format (``agents.training.episodes``). ``algorithm=marwil`` learns from it alone;
+``imitate=offline`` starts from it and then trains in the environment. If a policy of ``ServeTrace`` chooses a plan that
+is not in the environment's table, the nearest legal plan is written: nearest in bytes of weights, then in queue limit.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from omegaconf import DictConfig
 
 from agents.envs.prune import PruneToBudget
 from agents.envs.serve import ServeTrace
-from agents.evaluation.prune import baselines, learned
-from agents.evaluation.serve import conf_policy, learned_policies, served_of
+from agents.evaluation.prune import baselines, learned_prune_policies
+from agents.evaluation.serve import conf_policy, learned_serve_policies, policy_context
 from agents.training.episodes import FILE, write_episodes
-from agents.training.train import environment_words
-from sim.config import CONF_DIR, one_thread, run_command
+from agents.training.train import environment_kwargs
+from sim.config import one_thread, option_names, run_command
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
 from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
 from sim.policies.base import Policy
-from sim.policies.observation.prune import Bools, removed_blocks
+from sim.policies.observation.prune import removed_blocks
 from sim.policies.observation.serve import ServeActions
+from sim.types import Bools
 
 Choose = Callable[[], int]
-"""Returns the next action of the episode that is played."""
+"""Returns the next action of the current episode."""
 
 
 @dataclass(kw_only=True)
 class OfflineConfig:
-    """What to write.
+    """Which episodes to write.
 
-    by: who plays: a file of conf/policy (ServeTrace), a baseline of agents/evaluation/prune.py (PruneToBudget), or the
-        path of an exported policy. episodes: how many. out: the folder; runs/offline/BY when empty.
+    by: the policy that plays: the name of a file of conf/policy (ServeTrace), a baseline of agents/evaluation/prune.py
+        (PruneToBudget), or the path of an exported policy.
+    episodes: how many. seed: of the environment. out: folder to write to; runs/offline/BY if empty.
     """
 
     env: Any
@@ -57,31 +59,32 @@ ConfigStore.instance().store(name="offline_schema", node=OfflineConfig)
 
 
 def nearest_action(actions: ServeActions, model: ModelSpec, plan: Plan, legal: Bools) -> int:
-    """Return the legal plan of a table that is nearest to a plan."""
+    """Return the number of the legal plan that is nearest to ``plan``: the same, else nearest in weights, then queue limit."""
     weights = weight_bytes(model, plan)
 
     def distance(action: int) -> tuple[bool, int, float]:
-        found = actions.plans[action]
-        queue = [math.inf if admit is None else float(admit) for admit in (plan.admit, found.admit)]
-        apart = 0.0 if queue[0] == queue[1] else abs(queue[0] - queue[1])
-        return found != plan, abs(actions.weights_bytes[action] - weights), apart
+        other = actions.plans[action]
+        limits = [math.inf if admit is None else float(admit) for admit in (plan.admit, other.admit)]
+        # Two unlimited queues differ by 0, not by inf - inf.
+        difference = 0.0 if limits[0] == limits[1] else abs(limits[0] - limits[1])
+        return other != plan, abs(actions.weights_bytes[action] - weights), difference
 
     return min(np.flatnonzero(legal).tolist(), key=distance)
 
 
 def serve_player(env: ServeTrace, by: str) -> Callable[[int], Choose]:
-    """Return what begins to play one episode of ``ServeTrace`` after its reset, told the number of the episode."""
-    setting, served = env.setting, served_of(env.setting)
-    known = sorted(path.stem for path in (CONF_DIR / "policy").glob("*.yaml"))
+    """Return a function that starts episode i of ``ServeTrace`` after a reset and returns its ``Choose``."""
+    setting, context = env.setting, policy_context(env.setting)
+    known = option_names("policy")
     if by.endswith(".json"):
-        build = learned_policies([Path(by)])[0]
+        build = learned_serve_policies([Path(by)])[0]
     elif by in known:
         build = conf_policy(by)
     else:
-        raise ConfigError(f"by={by}: there is no such policy; {nearest(by, known)}, or the path of a policy.json")
+        raise ConfigError(f"by={by}: there is no such policy; {nearest(by, known)}, or pass the path of a policy.json")
 
     def begin(episode: int) -> Choose:
-        policy: Policy = build(served)
+        policy: Policy = build(context)
 
         def choose() -> int:
             legal = setting.actions.legal(env.core.state, env.core.choice)
@@ -93,25 +96,30 @@ def serve_player(env: ServeTrace, by: str) -> Callable[[int], Choose]:
 
 
 def prune_player(env: PruneToBudget, by: str, seed: int) -> Callable[[int], Choose]:
-    """Return what begins to play one episode of ``PruneToBudget``: the blocks of a policy's plan, in random order."""
+    """Return a function that starts episode i of ``PruneToBudget``, which drops a policy's blocks in random order."""
     if env.setting.restore or env.setting.sequence != 1:
-        raise ConfigError("baselines solve one load an episode and restore nothing; set env.words accordingly")
+        raise ConfigError(
+            "baselines solve one load per episode and restore nothing; set env.kwargs.restore=false "
+            "env.kwargs.sequence=1"
+        )
     model = env.setting.model
     known = baselines(model)
     if by.endswith(".json"):
-        decide = learned(model, [Path(by)])[0]
+        decide = learned_prune_policies(model, [Path(by)])[0]
     elif by in known and by != "oracle":
         decide = known[by][0]
     else:
-        raise ConfigError(f"by={by}: there is no such baseline; {nearest(by, known)}, or the path of a policy.json")
+        raise ConfigError(
+            f"by={by}: there is no such baseline; {nearest(by, known)}, or pass the path of a policy.json"
+        )
 
     def begin(episode: int) -> Choose:
         rng = np.random.default_rng([seed, episode])
-        wanted = decide(env.draw)
+        removed = decide(env.load)
 
         def choose() -> int:
             legal = ~removed_blocks(env.mask)
-            left = np.flatnonzero(wanted & legal)
+            left = np.flatnonzero(removed & legal)
             return int(rng.choice(left if len(left) else np.flatnonzero(legal)))
 
         return choose
@@ -120,26 +128,26 @@ def prune_player(env: PruneToBudget, by: str, seed: int) -> Callable[[int], Choo
 
 
 def episodes(cfg: DictConfig) -> Iterator[Any]:
-    """Play the episodes of a configuration; yield each as RLlib's SingleAgentEpisode."""
+    """Play the episodes of a configuration; yield each as an RLlib SingleAgentEpisode."""
     from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
     if cfg.env.id not in ("ServeTrace-v0", "PruneToBudget-v0"):
         raise ConfigError(
-            f"env.id is {cfg.env.id}; episodes are written of one agent: env=serve_trace or env=prune_to_budget"
+            f"env.id is {cfg.env.id}, but episodes are written for one agent; use env=serve_trace or env=prune_to_budget"
         )
-    words = environment_words(cfg)
-    env: Any = ServeTrace(**words) if cfg.env.id == "ServeTrace-v0" else PruneToBudget(**words)
+    env_kwargs = environment_kwargs(cfg)
+    env: Any = ServeTrace(**env_kwargs) if cfg.env.id == "ServeTrace-v0" else PruneToBudget(**env_kwargs)
     begin = serve_player(env, cfg.by) if isinstance(env, ServeTrace) else prune_player(env, cfg.by, int(cfg.seed))
     for number in range(cfg.episodes):
-        seen, _ = env.reset(seed=int(cfg.seed) if number == 0 else None)
+        observation, _ = env.reset(seed=int(cfg.seed) if number == 0 else None)
         episode = SingleAgentEpisode(observation_space=env.observation_space, action_space=env.action_space)
-        episode.add_env_reset(seen)
+        episode.add_env_reset(observation)
         choose, over = begin(number), False
         while not over:
             action = choose()
-            seen, reward, terminated, truncated, _ = env.step(action)
+            observation, reward, terminated, truncated, _ = env.step(action)
             over = terminated or truncated
-            episode.add_env_step(seen, np.int64(action), reward, terminated=terminated, truncated=truncated)
+            episode.add_env_step(observation, np.int64(action), reward, terminated=terminated, truncated=truncated)
         episode.to_numpy()
         yield episode
 

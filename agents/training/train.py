@@ -94,11 +94,11 @@ def train_command() -> None:
     run_command(_run, "train")
 
 
-def environment_words(cfg: DictConfig) -> dict[str, Any]:
+def environment_kwargs(cfg: DictConfig) -> dict[str, Any]:
     """Return the arguments of the environment, its reward among them, as plain values."""
-    words: dict[str, Any] = OmegaConf.to_container(cfg.env.words, resolve=True)  # type: ignore[assignment]
+    env_kwargs: dict[str, Any] = OmegaConf.to_container(cfg.env.kwargs, resolve=True)  # type: ignore[assignment]
     reward: Any = OmegaConf.to_container(cfg.reward, resolve=True)
-    return {**words, "reward": reward}
+    return {**env_kwargs, "reward": reward}
 
 
 def build_algorithm(cfg: DictConfig) -> Any:
@@ -107,7 +107,7 @@ def build_algorithm(cfg: DictConfig) -> Any:
 
     setup = Setup(
         env=f"agents.envs.registration:{cfg.env.id}",
-        words=environment_words(cfg),
+        env_kwargs=environment_kwargs(cfg),
         seed=cfg.seed,
         num_envs=cfg.num_envs,
         runners=cfg.ray.runners,
@@ -198,7 +198,7 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
     console = Console()
     start_ray(cfg)
     algorithm = build_algorithm(cfg)
-    words = environment_words(cfg)
+    env_kwargs = environment_kwargs(cfg)
     progress = folder / "progress.csv"
     noted: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "best": -np.inf, "since_best": 0}
     if begun:
@@ -210,7 +210,7 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
         write_json(folder / "provenance.json", provenance(cfg.seed))
         write_text(progress, ",".join(COLUMNS) + "\n")
         if cfg.imitate is not None:
-            build(cfg.imitate)(algorithm, cfg.env.id, words, seed=cfg.seed)
+            build(cfg.imitate)(algorithm, cfg.env.id, env_kwargs, seed=cfg.seed)
     begun_s = time.monotonic() - noted["seconds"]
     saved_s = time.monotonic()
     try:
@@ -222,11 +222,11 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
             stop |= cfg.iterations is not None and noted["iteration"] >= cfg.iterations
             if noted["iteration"] % cfg.validate_every == 0 or stop:
                 network = current_network(algorithm, cfg.activation)
-                reached = float(validation_utilities(cfg.env.id, words, network).mean())
+                reached = float(validation_utilities(cfg.env.id, env_kwargs, network).mean())
                 noted["since_best"] += 1
                 if reached > noted["best"] + cfg.min_gain:
                     noted["best"], noted["since_best"] = reached, 0
-                    export_network(folder / "best" / "policy.json", network, cfg, words, noted, reached)
+                    export_network(folder / "best" / "policy.json", network, cfg, env_kwargs, noted, reached)
                 row = _row(noted, result, reached)
                 with progress.open("a", newline="", encoding="utf-8") as file:
                     csv.writer(file).writerow(row)

@@ -1,4 +1,4 @@
-"""How good a network is on the draws that validate it: no ray, no torch, a fraction of a second."""
+"""The utility of a network on validation episodes, without ray or torch."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from numpy.typing import NDArray
 
 from agents.envs.cluster import ClusterSetting
 from agents.envs.cluster_vector import ServeReplicas
-from agents.envs.prune import PruneToBudgetVector
-from agents.envs.prune_loads import Draw, prune_draws
+from agents.envs.prune_loads import PruneLoad, prune_loads
+from agents.envs.prune_vector import PruneToBudgetVector
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows
 from sim.policies.learned import Network
-from sim.policies.observation.prune import Bools, Floats32
+from sim.types import Bools, Floats32
 
 VALIDATION_WINDOWS, VALIDATION_CLUSTERS, VALIDATION_SEED = 24, 24, 20250602
 Act = Callable[[Floats32, Bools], NDArray[np.int64]]
-"""Chooses one legal action a row."""
+"""Chooses one legal action for each row: (features float32[n, o], legal bool[n, a]) -> int64[n]."""
 
 
-def play(act: Act, words: Mapping[str, Any], episodes: Sequence[Sequence[Draw]]) -> PruneToBudgetVector:
-    """Play one episode of ``PruneToBudget`` for each list of draws, return where they ended.
+def play(act: Act, env_kwargs: Mapping[str, Any], episodes: Sequence[Sequence[PruneLoad]]) -> PruneToBudgetVector:
+    """Play one episode of ``PruneToBudget`` for each list of loads.
 
-    ``removed``, ``loss`` and ``utility`` of the result are those of the ends.
+    Returns:
+        The environment; its ``removed``, ``loss`` and ``utility`` are those at the end of each episode.
     """
-    vector = PruneToBudgetVector(len(episodes), **words)
-    observations, _ = vector.reset(options={"draws": episodes})
+    vector = PruneToBudgetVector(len(episodes), **env_kwargs)
+    observations, _ = vector.reset(options={"loads": episodes})
     features = vector.setting.table.features
     over = np.zeros(len(episodes), dtype=np.bool_)
     removed, loss, utility = vector.removed.copy(), vector.loss.copy(), vector.utility.copy()
     while not over.all():
         actions = act(observations[:, :features], observations[:, features:] > 0.5)
         observations, _, terminated, truncated, _ = vector.step(actions)
-        # One that ends begins anew at its next step; what it reached is kept here.
+        # An environment that ends is reset by its next step, so its results are copied now.
         for i in np.flatnonzero((terminated | truncated) & ~over).tolist():
             removed[i], loss[i], utility[i] = vector.removed[i], vector.loss[i], vector.utility[i]
             over[i] = True
@@ -43,23 +44,29 @@ def play(act: Act, words: Mapping[str, Any], episodes: Sequence[Sequence[Draw]])
     return vector
 
 
-def serve(act: Act, words: Mapping[str, Any], windows: Sequence[Window]) -> NDArray[np.float64]:
-    """Play every window once; return the utility of each."""
-    return _served(act, ServeTraceVector(len(windows), **words), windows)
+def serve(act: Act, env_kwargs: Mapping[str, Any], windows: Sequence[Window]) -> NDArray[np.float64]:
+    """Play every window once; return the utility of each, float64[n]."""
+    return _utilities(act, ServeTraceVector(len(windows), **env_kwargs), windows)
 
 
-def serve_clusters(act: Act, words: Mapping[str, Any], clusters: Sequence[Sequence[Window]]) -> NDArray[np.float64]:
-    """Play every cluster once, each given by the windows of its replicas; return the utility of each."""
-    vector = ServeReplicas(sum(map(len, clusters)), **words)
-    return _served(act, vector, clusters)[:: vector.setting.replicas]
+def serve_clusters(
+    act: Act, env_kwargs: Mapping[str, Any], clusters: Sequence[Sequence[Window]]
+) -> NDArray[np.float64]:
+    """Play every cluster once; return the utility of each, float64[n].
+
+    Args:
+        act: chooses the actions. env_kwargs: of ``ServeCluster``. clusters: for each, the windows of its replicas.
+    """
+    vector = ServeReplicas(sum(map(len, clusters)), **env_kwargs)
+    return _utilities(act, vector, clusters)[:: vector.setting.replicas]
 
 
-def _served(act: Act, vector: ServeTraceVector | ServeReplicas, windows: Sequence[Any]) -> NDArray[np.float64]:
-    """Play an episode everywhere; return the utility of each row."""
+def _utilities(act: Act, vector: ServeTraceVector | ServeReplicas, windows: Sequence[Any]) -> NDArray[np.float64]:
+    """Play one episode in every environment; return the utility of each row."""
     observations, _ = vector.reset(options={"windows": windows})
     features = vector.setting.table.features
     over = False
-    while not over:  # all windows take as many ticks
+    while not over:  # all windows have the same number of ticks
         actions = act(observations[:, :features], observations[:, features:] > 0.5)
         observations, _, terminated, _, infos = vector.step(actions)
         over = bool(terminated.all())
@@ -68,29 +75,29 @@ def _served(act: Act, vector: ServeTraceVector | ServeReplicas, windows: Sequenc
 
 
 def validation_windows(sources: tuple[str, ...], count: int | None = None) -> list[Window]:
-    """Return the windows that validate, the same every time."""
+    """Return the validation windows, the same in every call."""
     rng = np.random.default_rng(VALIDATION_SEED)
     return [serve_windows().sample(rng, "validation", sources) for _ in range(count or VALIDATION_WINDOWS)]
 
 
 def validation_clusters(setting: ClusterSetting) -> list[tuple[Window, ...]]:
-    """Return the clusters that validate, the same every time."""
+    """Return the validation clusters, the same in every call."""
     rng = np.random.default_rng(VALIDATION_SEED)
     return [setting.sample(rng, "validation") for _ in range(VALIDATION_CLUSTERS)]
 
 
-def validation_episodes(sequence: int) -> list[list[Draw]]:
-    """Return the validation draws, ``sequence`` an episode; the first come again to make the last episode whole."""
-    draws = list(prune_draws().validation)
-    count = -(-len(draws) // sequence)
-    return [[draws[(i * sequence + k) % len(draws)] for k in range(sequence)] for i in range(count)]
+def validation_episodes(sequence: int) -> list[list[PruneLoad]]:
+    """Return the validation loads as episodes of ``sequence`` loads; the first loads repeat to fill the last episode."""
+    loads = prune_loads().validation
+    count = -(-len(loads) // sequence)
+    return [[loads[(i * sequence + k) % len(loads)] for k in range(sequence)] for i in range(count)]
 
 
-def validation_utilities(env: str, words: Mapping[str, Any], network: Network) -> NDArray[np.float64]:
-    """Return the utility of every validation episode of an environment."""
-    words = {**words, "split": "validation"}
+def validation_utilities(env: str, env_kwargs: Mapping[str, Any], network: Network) -> NDArray[np.float64]:
+    """Return the utility of every validation episode of an environment, float64[n]."""
+    env_kwargs = {**env_kwargs, "split": "validation"}
     if env == "ServeTrace-v0":
-        return serve(network.act, words, validation_windows(tuple(words.get("sources", ("burst",)))))
+        return serve(network.act, env_kwargs, validation_windows(tuple(env_kwargs.get("sources", ("burst",)))))
     if env == "ServeCluster-v0":
-        return serve_clusters(network.act, words, validation_clusters(ClusterSetting(**words)))
-    return play(network.act, words, validation_episodes(int(words.get("sequence", 1)))).utility
+        return serve_clusters(network.act, env_kwargs, validation_clusters(ClusterSetting(**env_kwargs)))
+    return play(network.act, env_kwargs, validation_episodes(int(env_kwargs.get("sequence", 1)))).utility

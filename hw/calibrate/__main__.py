@@ -1,8 +1,91 @@
-"""Command: ``python -m hw.calibrate``; see hw/calibrate/published.py."""
+"""Command ``python -m hw.calibrate``: the latency tables that the simulator reads."""
+
+from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from hw.calibrate.published import main
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+from rich.console import Console
+
+from hw.calibrate.published import from_measurements
+from hw.calibrate.writing import error_table
+from sim.config import build, run_command
+from sim.cost.latency import CALIBRATIONS
+from sim.errors import ConfigError, nearest
+from sim.paths import find_data
+
+
+@dataclass(kw_only=True)
+class CalibrateConfig:
+    """What to calibrate.
+
+    source: measurements (published ones), or device (this machine). out: the folder to write to; conf/calibration when
+        null.
+    target: of source=measurements: names of targets, or all. data: their folder, a path or one under RAP_LAB_DATA.
+    model, gpu: of source=device: what is measured on what.
+    checkpoint: weights, as in hw.replay; the model's own when empty. clock: cpu or wall. threads: of PyTorch.
+    seconds: to measure, at most. only: all, or changes (what plan changes cost).
+    """
+
+    model: Any
+    gpu: Any
+    source: str = "measurements"
+    target: Any = "all"
+    data: str = "calibration"
+    out: str | None = None
+    checkpoint: str = ""
+    clock: str = "cpu"
+    threads: int = 1
+    seconds: float = 480.0
+    seed: int = 0
+    only: str = "all"
+
+
+ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
+SOURCES, ONLY = ("measurements", "device"), ("all", "changes")
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(_calibrate, "calibrate")
+
+
+def _calibrate(cfg: DictConfig) -> None:
+    for key, allowed in (("source", SOURCES), ("only", ONLY)):
+        if cfg[key] not in allowed:
+            raise ConfigError(f"unknown {key}={cfg[key]}; {nearest(cfg[key], allowed)}")
+    out = Path(cfg.out) if cfg.out is not None else CALIBRATIONS
+    if cfg.source == "device":
+        contents = [_from_device(cfg, out)]
+    else:
+        names = [cfg.target] if isinstance(cfg.target, str) else [str(name) for name in cfg.target]
+        contents = from_measurements([] if names == ["all"] else names, find_data(cfg.data), out)
+    Console(width=None if sys.stdout.isatty() else 150).print(error_table(contents))
+    for content in contents:
+        print(f"wrote {out / content['name']}.json")
+
+
+def _from_device(cfg: DictConfig, out: Path) -> dict[str, Any]:
+    from hw.calibrate import this_device  # imported late: source=measurements needs no torch
+    from hw.calibrate.device import DeviceSettings
+    from hw.engine.clock import CLOCKS
+
+    model, gpu = build(cfg.model), build(cfg.gpu)
+    if cfg.clock not in CLOCKS:
+        raise ConfigError(f"unknown clock {cfg.clock!r}; {nearest(cfg.clock, CLOCKS)}")
+    path = out / f"{model.name}_{gpu.name}.json"
+    if cfg.only == "changes" and not path.is_file():
+        raise ConfigError(f"only=changes adds to {path}, which does not exist; measure all first")
+    elastic = this_device.load(model, gpu, cfg.checkpoint, cfg.threads, cfg.seed)
+    if cfg.only == "changes":
+        return this_device.measure_changes(elastic, cfg.clock, cfg.seed, path)
+    settings = DeviceSettings(model=model.name, device=gpu.name, clock=cfg.clock, seconds=cfg.seconds, seed=cfg.seed)
+    return this_device.measure_all(elastic, settings, out)
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from scipy.optimize import least_squares
@@ -30,22 +29,25 @@ from torch import Tensor
 from hw.calibrate import measurements as m
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import ATTENTION, Packed, PagedBatch, forward
-from hw.elastic.paged_kv import MappedArena, PagedKV, RequestPages, SlabArena
+from hw.elastic.paged_kv import ArenaStorage
 from hw.engine.clock import CLOCKS, RealClock
-from hw.engine.hw_engine import SLABS, HwEngine
+from hw.engine.hw_engine import HwEngine, arena_of
 from hw.engine.iteration_log import Shape
 from hw.engine.prompts import RandomPrompts
+from sim.atomic import write_whole
 from sim.cost.latency import LatencyModel, calibration_from_dict
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import KeepMask, dense_plan
+from sim.engine.block_table import BlockTable
+from sim.engine.kv_pool import KVPool
 from sim.engine.protocol import EngineConfig
 from sim.engine.scheduler import Limits
 from sim.policies import Fixed
 from sim.replay.loop import replay
-from sim.results.run_folder import write_json, write_whole
+from sim.results.run_folder import write_json
 from sim.traces.generate import lognormal_lengths, poisson
+from sim.types import Floats
 
-Floats = NDArray[np.float64]
 Timed = Callable[[], tuple[float, ...]]
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -103,7 +105,9 @@ class Bench:
         self.clock = CLOCKS[clock]
         elastic.use_attention(ATTENTION)
         most = (max(BATCHES) + 1) * (-(-(max(CONTEXTS) + max(PREFILL_TOKENS) + 1) // BLOCK_TOKENS) + 1)
-        self.pool = pool_of(elastic, most * self._spec.num_layers)
+        blocks = most * self._spec.num_layers
+        self.arena = arena_of(elastic, blocks, first_blocks=blocks, block_tokens=BLOCK_TOKENS)
+        self.pool = KVPool(blocks, ArenaStorage(self.arena))
 
     @torch.inference_mode()
     def time(self, cell: Cell) -> list[float]:
@@ -190,14 +194,14 @@ class Bench:
             query = torch.zeros(1, spec.num_heads, count, spec.head_dim, dtype=self.elastic.dtype, device=device)
             key = torch.zeros(1, spec.num_kv_heads, count, spec.head_dim, dtype=self.elastic.dtype, device=device)
             start_s = self.now_s()
-            batch = PagedBatch(self.pool.arena, made[: len(decodes)], made[len(decodes) :], self.elastic.windows)
+            batch = PagedBatch(self.arena, made[: len(decodes)], made[len(decodes) :], self.elastic.windows)
             for layer in range(spec.num_layers):
                 batch.enter(layer)
                 batch.update(key, key, layer)
                 batch.attend(layer, query, key, key, None)
             seconds = self.now_s() - start_s
             for packed in made:
-                self.pool.release(packed.pages.all_blocks())
+                self.pool.release(packed.table.own_blocks())
             return (seconds,)
 
         return run
@@ -214,13 +218,13 @@ class Bench:
             single, chunks = made[: len(decodes)], made[len(decodes) :]
             ends = np.cumsum([len(packed.tokens) for packed in made]) - 1
             start_s = self.now_s()
-            batch = PagedBatch(self.pool.arena, single, chunks, self.elastic.windows)
+            batch = PagedBatch(self.arena, single, chunks, self.elastic.windows)
             logits = forward(self.elastic, batch, single, chunks, ends.tolist(), prefill=keep, decode=keep)
             bool(torch.isfinite(logits).all())
             logits.argmax(-1).tolist()
             seconds = self.now_s() - start_s
             for packed in made:
-                self.pool.release(packed.pages.all_blocks())
+                self.pool.release(packed.table.own_blocks())
             return (seconds,)
 
         return run
@@ -228,23 +232,10 @@ class Bench:
     def _requests(self, shapes: list[tuple[int, int]], held: frozenset[int]) -> list[Packed]:
         made = []
         for before, new in shapes:
-            pages = RequestPages(mha=held)
-            pages.hold(self.pool, before + new)
-            made.append(Packed(pages, [0] * new, before))
+            table = BlockTable(mha=held, block_tokens=BLOCK_TOKENS)
+            table.hold(self.pool, before + new)
+            made.append(Packed(table, [0] * new, before))
         return made
-
-
-def pool_of(elastic: ElasticModel, blocks: int) -> PagedKV:
-    """Return a pool of so many KV blocks of one layer, all free, in the memory that the engine would take."""
-    shape: dict[str, Any] = {
-        "block_tokens": BLOCK_TOKENS,
-        "heads": elastic.spec.num_kv_heads,
-        "head_dim": elastic.spec.head_dim,
-        "dtype": elastic.dtype,
-    }
-    if elastic.device.type == "cpu":
-        return PagedKV(MappedArena(capacity=blocks, **shape), blocks)
-    return PagedKV(SlabArena(slab_blocks=-(-blocks // SLABS), device=elastic.device, **shape), blocks)
 
 
 class Samples:

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from hw.calibrate.device import Bench, pool_of, spread
+from hw.calibrate.device import BLOCK_TOKENS, Bench, spread
+from hw.elastic.blocks import ABSENT, KINDS, Kind
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import give_back
-from hw.elastic.model import ABSENT, KINDS, Kind
-from hw.elastic.paged_kv import RequestPages
+from hw.elastic.paged_kv import ArenaStorage
+from hw.engine.hw_engine import arena_of
 from sim.cost.memory import layer_weight_bytes
 from sim.cost.plan import WEIGHT_BITS, dense_plan, drop, with_mask
+from sim.engine.block_table import BlockTable
+from sim.engine.kv_pool import KVPool
 from sim.engine.transition import LayerCopy
 
 LAYER = 1
@@ -43,7 +46,8 @@ class Changes:
         """Use the model and the clock of a bench."""
         self._bench, self._elastic = bench, bench.elastic
         self._copier = LayerCopier(self._elastic, bench.clock)
-        self._pool = pool_of(self._elastic, POOL_BLOCKS)
+        self._arena = arena_of(self._elastic, POOL_BLOCKS, first_blocks=POOL_BLOCKS, block_tokens=BLOCK_TOKENS)
+        self._pool = KVPool(POOL_BLOCKS, ArenaStorage(self._arena))
         self._found: dict[str, list[float]] = {}
         self._longer: list[float] = []  # a pass with a copy over one without, of the same round
 
@@ -82,7 +86,7 @@ class Changes:
         spec = self._elastic.spec
         size, without = layer_weight_bytes(spec, bits), drop(spec, mha=[LAYER], ffn=[LAYER])
         run_pass = self._bench.whole_pass([(CONTEXT, 1)] * DECODES, [], without)
-        blocks = size // self._pool.arena.block_bytes
+        blocks = size // self._arena.block_bytes
         self._elastic.apply(with_mask(dense_plan(spec), without))
 
         def copied(name: str, meanwhile: Callable[[], object]) -> None:
@@ -146,16 +150,21 @@ class Changes:
             self._time("grow", lambda: self._resize(RESIZED_BLOCKS))
             ids = sorted(pool.take(pool.layer_blocks)[0])
             pool.release(ids[:-RESIZED_BLOCKS])
-            held = RequestPages(blocks={0: ids[-RESIZED_BLOCKS:]})  # at the end of the memory that goes
+            held = BlockTable(blocks={0: ids[-RESIZED_BLOCKS:]})  # at the end of the memory that goes
 
-            def move(held: RequestPages = held) -> None:
+            def move(held: BlockTable = held) -> None:
                 held.rename(self._resize(-RESIZED_BLOCKS))
 
             self._time("shrink_and_move", move)
-            pool.release(held.all_blocks())
+            pool.release(held.own_blocks())
             self._resize(RESIZED_BLOCKS)
         per_block = {f"{name}_us_per_block": _us(s / RESIZED_BLOCKS) for name, s in self._taken().items()}
-        return {"block_bytes": pool.arena.block_bytes, "blocks": POOL_BLOCKS, "resized_by": RESIZED_BLOCKS, **per_block}
+        return {
+            "block_bytes": self._arena.block_bytes,
+            "blocks": POOL_BLOCKS,
+            "resized_by": RESIZED_BLOCKS,
+            **per_block,
+        }
 
     def _resize(self, blocks: int) -> dict[int, int]:
         self._pool.resize(self._pool.layer_blocks + blocks)

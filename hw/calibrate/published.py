@@ -1,59 +1,25 @@
-"""Write the latency calibrations that the simulator reads.
+"""Calibrations from published measurements: which files give which target, and what is known about their errors.
 
-    python -m hw.calibrate source=measurements                          every target
-    python -m hw.calibrate source=measurements target=llama2_7b_a100    one
-    python -m hw.calibrate source=measurements data=FOLDER out=FOLDER   other folders
-
-    python -m hw.calibrate source=device                                this device: SmolLM2-135M, one thread of a CPU
-    python -m hw.calibrate source=device model=MODEL device=GPU clock=wall checkpoint=FOLDER seconds=600
-    python -m hw.calibrate source=device only=changes                   the cost of plan changes anew, in the file there
-
-source=measurements fits published measurements (data defaults to calibration/ under RAP_LAB_DATA, or to shared/ beside
-the checkout) and writes one small JSON a target to conf/calibration. Each file states the held-out error of each term.
-
-source=device measures every term on the machine at hand, in the code of hw.engine.hw_engine (hw/calibrate/device.py), and
-writes MODEL_DEVICE.json and a picture beside it. device= names an option of conf/gpu. A run that was stopped goes on
-where it was. clock=cpu counts processor seconds, for a machine that others share; clock=wall the real ones. What plan
-changes cost (hw/calibrate/plan_changes.py) lies in the file's device_run; of it the simulator takes copy_slowdown and
-host_to_device_bytes_per_s, instead of the data sheet's.
+``TARGETS`` are fitted on measurements, ``DERIVED`` are scaled from a target by data-sheet ratios.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.utils import instantiate
-from numpy.typing import NDArray
-from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from hw.calibrate import measurements as m
+from hw.calibrate.calibration import Fixed, Target, calibrate, error_summary, knots_of, rounded
+from hw.calibrate.writing import write_calibration
+from sim.config import build_option
 from sim.cost.gpu import Gpu
-from sim.cost.latency import CALIBRATIONS, SCHEMA
 from sim.cost.model_spec import ModelSpec, load_model
-from sim.errors import CalibrationError, ConfigError, RapLabError, nearest
-from sim.paths import REPOSITORY, RESULTS, find_data
-from sim.results.run_folder import commit
-
-Floats = NDArray[np.float64]
-TARGET_MEDIAN, TARGET_P95 = 0.03, 0.12
-CURVE_TOLERANCE = 0.002
-"""Knots of a curve that a straight line replaces within this share are left out of the file."""
-
-VALIDATION = (
-    f"{m.FOLDS}-fold, seed {m.SEED}: every measured point that is not at the edge of its table is predicted once by a "
-    "fit that did not see it; relative errors. The table itself is fitted on all points"
-)
+from sim.errors import CalibrationError, ConfigError, nearest
+from sim.types import Floats
 
 LLMSERVINGSIM = {
     "repository": "casys-kaist/LLMServingSim",
@@ -62,234 +28,9 @@ LLMSERVINGSIM = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """One calibration: which model on which device, from which measurements.
-
-    read: from the folder of measurements to samples of every term. check: further errors that the target states.
-    why: term -> the reason that its held-out error misses the target, where it does.
-    """
-
-    name: str
-    model: str
-    device: str
-    kind: str
-    stack: str
-    sources: tuple[dict[str, str], ...]
-    read: Callable[[Path], m.Terms]
-    check: Callable[[Path], dict[str, Any]] | None = None
-    notes: tuple[str, ...] = ()
-    why: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fixed:
-    """Host overhead of one iteration in microseconds, and where it comes from."""
-
-    us: float
-    source: str
-
-
-def calibrate(target: Target, folder: Path, fixed: Fixed) -> dict[str, Any]:
-    """Return the content of a calibration file: the tables fitted on all samples and each term's held-out error."""
-    terms = target.read(folder)
-    errors: dict[str, dict[str, Any]] = {}
-    tables: dict[str, Any] = {}
-
-    tokens = _shared_knots([curve for kinds in terms.linear.values() for curve in kinds.values()] + [terms.token])
-    tables["tokens"] = _plain(tokens)
-    tables["linear_us"] = {}
-    for bits, kinds in terms.linear.items():
-        tables["linear_us"][str(bits)] = {kind: _round(m.fit_curve(curve, tokens)) for kind, curve in kinds.items()}
-        for kind, curve in kinds.items():
-            errors[f"{kind}_linear_{bits}"] = _curve_error(curve)
-    tables["token_us"] = _round(m.fit_curve(terms.token, tokens))
-    errors["token"] = _curve_error(terms.token)
-    sequences = _shared_knots([terms.head])
-    tables["sequences"] = _plain(sequences)
-    tables["head_us"] = _round(m.fit_curve(terms.head, sequences))
-    errors["head"] = _curve_error(terms.head)
-
-    rows, columns = _knots(terms.prefill.x), _knots(terms.prefill.y, whole=False, per_octave=4.0)
-    prefill = m.fit_surface(terms.prefill, rows, columns)
-    tables["prefill_attention"] = {"tokens": _plain(rows), "context": _plain(columns), "us": _round(prefill)}
-    errors["prefill_attention"] = _surface_error(terms.prefill, rows, columns)
-    batches, contexts = _knots(terms.decode.x), _knots(terms.decode.y)
-    decode = m.fit_surface(terms.decode, batches, contexts)
-    tables["decode_attention"] = {"batch": _plain(batches), "context": _plain(contexts), "us": _round(decode)}
-    errors["decode_attention"] = _surface_error(terms.decode, batches, contexts)
-
-    if terms.mixed is not None:
-
-        def prefill_us(x: Floats, y: Floats) -> Floats:
-            return m.surface_at(rows, columns, prefill, x, y)
-
-        fit = m.fit_shared(terms.mixed, prefill_us)
-        tables["shared_attention"] = {
-            "fit_us": _round(fit.fit_us),
-            "prefill_tokens": _plain(fit.axes[0]),
-            "prefix": _plain(fit.axes[1]),
-            "batch": _plain(fit.batch),
-            "context": _plain(fit.context),
-            "us": _round(fit.decode_us),
-            "residual": [float(f"{ratio:.3g}") for ratio in fit.residual.ravel()],
-        }
-        errors["shared_attention"] = _shared_error(terms.mixed, prefill_us)
-
-    if target.check is not None:
-        errors |= target.check(folder)
-    for term, error in errors.items():
-        if not _met(error):
-            error["note"] = target.why.get(term, "no reason known")
-    return {
-        "schema": SCHEMA,
-        "name": target.name,
-        "model": target.model,
-        "device": target.device,
-        "kind": target.kind,
-        "stack": target.stack,
-        "date": datetime.date.today().isoformat(),
-        "sources": list(target.sources),
-        "notes": list(target.notes),
-        "fixed_us": fixed.us,
-        "fixed_source": fixed.source if target.device == FIXED_DEVICE else f"{fixed.source}; for this device a prior",
-        "validation": VALIDATION,
-        "errors": errors,
-        "tables": tables,
-    }
-
-
-def _shared_knots(curves: Sequence[m.Curve]) -> Floats:
-    """Return counts, common to all curves, that keep each within CURVE_TOLERANCE of its measured points."""
-    merged = [m.merge(curve) for curve in curves]
-    common = merged[0].x
-    for curve in merged[1:]:
-        common = np.intersect1d(common, curve.x)
-    keep = {0, len(common) - 1}
-    for curve in merged:
-        keep |= set(m.thin(common, m.rising(curve.us[np.isin(curve.x, common)]), CURVE_TOLERANCE).tolist())
-    return common[sorted(keep)]
-
-
-def _knots(values: Floats, whole: bool = True, per_octave: float = 2.0) -> Floats:
-    """Return knots for a table's axis: the measured values if few, else about ``per_octave`` an octave and the ends."""
-    unique = np.unique(values)
-    if whole and len(unique) <= 24:
-        return unique
-    count = max(2, round(np.log2(unique[-1] / unique[0]) * per_octave) + 1)
-    wanted = np.geomspace(unique[0], unique[-1], count)
-    if not whole:
-        return np.unique(np.array([float(f"{value:.4g}") for value in wanted]))
-    return np.unique(unique[np.abs(np.log(unique)[:, None] - np.log(wanted)[None, :]).argmin(axis=0)])
-
-
-def _curve_error(curve: m.Curve) -> dict[str, Any]:
-    points = m.merge(curve)
-    inside = (points.x > points.x[0]) & (points.x < points.x[-1])
-
-    def fit_and_predict(train: NDArray[np.bool_]) -> Floats:
-        knots = points.x[train]
-        return m.curve_at(knots, m.fit_curve(m.Curve(knots, points.us[train]), knots), points.x)
-
-    return _summary(m.held_out(len(points.x), inside, fit_and_predict), points.us)
-
-
-def _surface_error(surface: m.Surface, rows: Floats, columns: Floats) -> dict[str, Any]:
-    inside = (surface.x > surface.x.min()) & (surface.x < surface.x.max())
-    inside &= (surface.y > surface.y.min()) & (surface.y < surface.y.max())
-
-    def fit_and_predict(train: NDArray[np.bool_]) -> Floats:
-        known = m.Surface(surface.x[train], surface.y[train], surface.us[train])
-        return m.surface_at(rows, columns, m.fit_surface(known, rows, columns), surface.x, surface.y)
-
-    return _summary(m.held_out(len(surface.us), inside, fit_and_predict), surface.us)
-
-
-def _shared_error(mixed: m.Mixed, prefill_us: Callable[[Floats, Floats], Floats]) -> dict[str, Any]:
-    prefill = prefill_us(mixed.chunk, m.mean_context(mixed.chunk, mixed.prefix))
-
-    def fit_and_predict(train: NDArray[np.bool_]) -> Floats:
-        return m.shared_at(m.fit_shared(mixed[train], prefill_us), mixed, prefill)
-
-    return _summary(m.held_out(len(mixed.us), np.ones(len(mixed.us), dtype=bool), fit_and_predict), mixed.us)
-
-
-def _summary(predicted: Floats, measured: Floats) -> dict[str, Any]:
-    seen = ~np.isnan(predicted)
-    error = np.abs(predicted[seen] / measured[seen] - 1.0)
-    return {
-        "median": float(f"{np.median(error):.3g}"),
-        "p95": float(f"{np.quantile(error, 0.95):.3g}"),
-        "points": int(seen.sum()),
-    }
-
-
-def _met(error: Mapping[str, Any]) -> bool:
-    return bool(error["median"] < TARGET_MEDIAN and error["p95"] < TARGET_P95)
-
-
-def _round(values: Floats) -> list[Any]:
-    """Return values to five significant digits, nested as the array is."""
-    if values.ndim > 1:
-        return [_round(row) for row in values]
-    return [float(f"{value:.5g}") for value in values]
-
-
-def _plain(values: Floats) -> list[float]:
-    return [int(value) if float(value).is_integer() else float(value) for value in values]
-
-
-def write(content: dict[str, Any], path: Path) -> None:
-    """Write a calibration file, one table row a line, so that a diff can be read; whole or not at all."""
-    lines = json.dumps(content, indent=1, ensure_ascii=False)
-    text = _compact(lines)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _compact(text: str) -> str:
-    """Return JSON with every list of plain numbers on one line."""
-    out: list[str] = []
-    numbers: list[str] | None = None
-    for line in text.splitlines():
-        stripped = line.strip()
-        if numbers is not None:
-            if stripped in ("]", "],"):
-                out[-1] += ",".join(numbers) + stripped
-                numbers = None
-            elif stripped[0] in "-0123456789":
-                numbers.append(stripped.rstrip(","))
-            else:
-                out.append(line)
-                numbers = None
-        else:
-            out.append(line)
-            if stripped.endswith("["):
-                numbers = []
-    return "\n".join(out)
-
-
-def table_of(contents: Sequence[dict[str, Any]]) -> Table:
-    """Return the held-out errors of calibrations as one table."""
-    table = Table(title=f"Held-out error of each term (target: median < {TARGET_MEDIAN:.0%}, P95 < {TARGET_P95:.0%})")
-    for column in ("calibration", "term"):
-        table.add_column(column)
-    for column in ("median", "P95", "points"):
-        table.add_column(column, justify="right")
-    table.add_column("target")
-    for content in contents:
-        for term, error in content["errors"].items():
-            verdict = "met" if _met(error) else f"missed: {error['note']}"
-            table.add_row(
-                content["name"], term, f"{error['median']:.2%}", f"{error['p95']:.1%}", str(error["points"]), verdict
-            )
-    return table
-
-
-def _gpu(name: str) -> Gpu:
-    path = REPOSITORY / "conf" / "gpu" / f"{name}.yaml"
-    gpu: Gpu = instantiate(OmegaConf.load(path))
+def gpu_named(name: str) -> Gpu:
+    """Return the data sheet of ``conf/gpu/NAME.yaml``."""
+    gpu: Gpu = build_option("gpu", name)
     return gpu
 
 
@@ -363,7 +104,7 @@ def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: 
             LLMSERVINGSIM | {"path": "profiler/perf/RTX4090/meta-llama/Llama-3.1-8B/bf16/tp1/per_sequence (sampler)"},
         ),
         read=lambda root: m.compose(
-            _kernels(root, device, folder), load_model(model), _gpu(gpu), m.read_sampler(root / SAMPLER)
+            _kernels(root, device, folder), load_model(model), gpu_named(gpu), m.read_sampler(root / SAMPLER)
         ),
         check=lambda root: _shape_errors(_kernels(root, device, folder), load_model(model), root),
         notes=(
@@ -422,16 +163,16 @@ def _shape_errors(kernels: m.Kernels, model: ModelSpec, root: Path) -> dict[str,
                 common = np.intersect1d(curve.x, line.x)
                 measured.append(curve.us[np.isin(curve.x, common)])
                 predicted.append(line.us[np.isin(line.x, common)])
-        errors[f"product_shape_{bits}"] = _summary(np.concatenate(predicted), np.concatenate(measured))
+        errors[f"product_shape_{bits}"] = error_summary(np.concatenate(predicted), np.concatenate(measured))
     if model.num_kv_heads == 32 and kernels.folder.parent.name == "a100_sxm":
         # Llama-2-7B's chunks on a prefix were measured too, by another stack (FlashInfer) on the A800.
         chunks = TARGETS["llama2_7b_a100"].read(root).prefill
         beyond = chunks.y > m.mean_context(chunks.x, np.zeros(len(chunks.x)))
         surface = kernels.prefill(model.num_heads, model.num_kv_heads)
-        rows, columns = _knots(surface.x), _knots(surface.y, whole=False, per_octave=4.0)
+        rows, columns = knots_of(surface.x), knots_of(surface.y, whole=False, per_octave=4.0)
         predicted_us = m.surface_at(rows, columns, m.fit_surface(surface, rows, columns), chunks.x, chunks.y)
         for name, some in (("small", chunks.x <= 256), ("large", chunks.x > 256)):
-            errors[f"prefix_{name}_chunks"] = _summary(predicted_us[beyond & some], chunks.us[beyond & some])
+            errors[f"prefix_{name}_chunks"] = error_summary(predicted_us[beyond & some], chunks.us[beyond & some])
     if model.num_kv_heads == 32 and "vllm" in kernels.folder.name:
         a100 = _kernels(root, "a100_sxm", "trtllm/1.0.0")
         by_heads, measured_heads = m.spread_heads(a100.decode(8, 8), 4), a100.decode(32, 32)
@@ -441,7 +182,7 @@ def _shape_errors(kernels: m.Kernels, model: ModelSpec, root: Path) -> dict[str,
             for x, y, us in zip(measured_heads.x, measured_heads.y, measured_heads.us, strict=True)
             if (x, y) in known
         ]
-        errors["decode_heads"] = _summary(np.array([p for p, _ in pairs]), np.array([us for _, us in pairs]))
+        errors["decode_heads"] = error_summary(np.array([p for p, _ in pairs]), np.array([us for _, us in pairs]))
     return errors
 
 
@@ -452,7 +193,7 @@ def derive(name: str, content: dict[str, Any], device: str) -> dict[str, Any]:
     operations where nearer that one: for the linear terms and the head by tokens, for prefill attention by operations,
     for decode attention by bandwidth. Overheads of launches are thereby scaled too, on the slow side.
     """
-    source, gpu = _gpu(content["device"]), _gpu(device)
+    source, gpu = gpu_named(content["device"]), gpu_named(device)
     by_bandwidth = source.memory_bandwidth_bytes_per_s / gpu.memory_bandwidth_bytes_per_s
     by_compute = source.dense_fp16_flop_per_s / gpu.dense_fp16_flop_per_s
     # A product with weights of 2 bytes is bound by compute from about this many tokens on.
@@ -460,7 +201,7 @@ def derive(name: str, content: dict[str, Any], device: str) -> dict[str, Any]:
 
     def scaled(us: list[float], counts: list[float], turn: float) -> list[float]:
         share = np.clip(np.asarray(counts) / turn, 0.0, 1.0)
-        return _round(np.asarray(us) * (by_bandwidth + share * (by_compute - by_bandwidth)))
+        return rounded(np.asarray(us) * (by_bandwidth + share * (by_compute - by_bandwidth)))
 
     tables = content["tables"]
     derived = dict(tables)
@@ -468,10 +209,10 @@ def derive(name: str, content: dict[str, Any], device: str) -> dict[str, Any]:
         bits: {kind: scaled(us, tables["tokens"], ridge * int(bits) / 16) for kind, us in kinds.items()}
         for bits, kinds in tables["linear_us"].items()
     }
-    derived["token_us"] = _round(np.asarray(tables["token_us"]) * by_bandwidth)
+    derived["token_us"] = rounded(np.asarray(tables["token_us"]) * by_bandwidth)
     derived["head_us"] = scaled(tables["head_us"], tables["sequences"], ridge)
     for key, ratio in (("prefill_attention", by_compute), ("decode_attention", by_bandwidth)):
-        derived[key] = tables[key] | {"us": _round(np.asarray(tables[key]["us"]) * ratio)}
+        derived[key] = tables[key] | {"us": rounded(np.asarray(tables[key]["us"]) * ratio)}
     return content | {
         "name": name,
         "device": device,
@@ -510,7 +251,7 @@ TARGETS: dict[str, Target] = {
             read=lambda root: m.read_llmservingsim_v0(
                 root / "llmservingsim/v0/A6000/Llama-3.1-8B/tp1",
                 load_model("llama3.1_8b"),
-                _gpu("a6000_48gb"),
+                gpu_named("a6000_48gb"),
                 m.read_sampler(root / SAMPLER),
             ),
             notes=(
@@ -553,7 +294,7 @@ TARGETS: dict[str, Target] = {
                 root / "vidur/compute/a100/meta-llama/Llama-2-7b-hf/mlp.csv.gz",
                 root / "frontier/compute/a800/meta-llama/Llama-2-7b-hf/attention.csv.gz",
                 load_model("llama2_7b"),
-                _gpu("a100_80gb"),
+                gpu_named("a100_80gb"),
                 m.read_sampler(root / SAMPLER),
             ),
             notes=(HEAD_NOTE, SUM_NOTE, SAMPLER_NOTE, CACHE_NOTE),
@@ -585,7 +326,7 @@ TARGETS: dict[str, Target] = {
                 root / "vidur_opt_scheduler/compute/a30/Qwen/Qwen-2-7B/mlp.csv.gz",
                 root / "vidur_opt_scheduler/compute/a30/Qwen/Qwen-2-7B/attention.csv.gz",
                 load_model("qwen2_7b"),
-                _gpu("a30_24gb"),
+                gpu_named("a30_24gb"),
                 m.read_sampler(root / SAMPLER),
             ),
             notes=(
@@ -621,9 +362,6 @@ DERIVED = {
 }
 
 
-FIXED_DEVICE = "rtx4090_24gb"
-
-
 def fixed_overhead(folder: Path) -> Fixed:
     """Return the host overhead of an iteration: what a real run's decode iterations took above their kernels.
 
@@ -635,7 +373,7 @@ def fixed_overhead(folder: Path) -> Fixed:
     target = TARGETS["llama3.1_8b_rtx4090"]
     terms = target.read(folder)
     kinds = terms.linear[16]
-    grid = (_knots(terms.decode.x), _knots(terms.decode.y))
+    grid = (knots_of(terms.decode.x), knots_of(terms.decode.y))
     decode = m.fit_surface(terms.decode, *grid)
     above = []
     for batch, context_sum, iteration_us in seconds.itertuples(index=False):
@@ -660,43 +398,16 @@ def _points(curve: m.Curve) -> tuple[Floats, Floats]:
     return points.x, points.us
 
 
-@dataclass(slots=True)
-class Arguments:
-    """What the command takes as key=value."""
+def from_measurements(names: Sequence[str], folder: Path, out: Path) -> list[dict[str, Any]]:
+    """Fit and write calibrations; return their contents.
 
-    source: str = "measurements"
-    target: str = "all"
-    data: str = "calibration"
-    out: str = str(CALIBRATIONS)
-    model: str = "smollm2_135m"
-    device: str = "cpu_epyc_1thread"
-    checkpoint: str = ""
-    clock: str = "cpu"
-    threads: str = "1"
-    seconds: str = "480"
-    seed: str = "0"
-    only: str = "all"
-
-
-def parse(words: Sequence[str]) -> Arguments:
-    """Return the arguments; an unknown key is an error that names the nearest one."""
-    arguments = Arguments()
-    allowed = list(Arguments.__dataclass_fields__)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not value:
-            raise ConfigError(f"argument {word!r} is not of the form key=value; {nearest(key, allowed)}")
-        if key not in allowed:
-            raise ConfigError(f"unknown argument {key!r}; {nearest(key, allowed)}")
-        setattr(arguments, key, value)
-    return arguments
-
-
-def from_measurements(arguments: Arguments) -> list[dict[str, Any]]:
-    """Fit and write every target asked for; return their contents."""
-    folder, out = find_data(arguments.data), Path(arguments.out)
+    Args:
+        names: of TARGETS and DERIVED; all when empty.
+        folder: measurements. out: where to write one JSON file each.
+    Raises:
+        ConfigError: for an unknown target, with the nearest name. CalibrationError: without measurements.
+    """
     known = [*TARGETS, *DERIVED]
-    names = known if arguments.target == "all" else arguments.target.split(",")
     for name in names:
         if name not in known:
             raise ConfigError(f"no target {name!r}; {nearest(name, [*known, 'all'])}")
@@ -705,141 +416,13 @@ def from_measurements(arguments: Arguments) -> list[dict[str, Any]]:
             f"no folder of measurements at {folder}; set RAP_LAB_DATA to the folder that holds calibration/, "
             "or give data=FOLDER"
         )
-    out.mkdir(parents=True, exist_ok=True)
     contents, fixed = [], fixed_overhead(folder)
-    for name in names:
+    for name in names or known:
         if name in DERIVED:
             base, device = DERIVED[name]
             content = derive(name, calibrate(TARGETS[base], folder, fixed), device)
         else:
             content = calibrate(TARGETS[name], folder, fixed)
-        write(content, out / f"{name}.json")
+        write_calibration(content, out / f"{name}.json")
         contents.append(content)
     return contents
-
-
-def from_device(arguments: Arguments) -> list[dict[str, Any]]:
-    """Measure this device, fit and write; return the one content."""
-    import torch  # source=measurements needs none
-
-    from hw.calibrate import device as d
-    from hw.calibrate.plan_changes import Changes
-    from hw.elastic.checkpoint import load_checkpoint
-    from hw.elastic.model import ElasticModel
-    from hw.engine.clock import CLOCKS
-
-    model, gpu, out = load_model(arguments.model), _gpu(arguments.device), Path(arguments.out)
-    if arguments.clock not in CLOCKS:
-        raise ConfigError(f"unknown clock {arguments.clock!r}; {nearest(arguments.clock, CLOCKS)}")
-    if arguments.only not in ONLY:
-        raise ConfigError(f"unknown only={arguments.only!r}; {nearest(arguments.only, ONLY)}")
-    name = f"{model.name}_{gpu.name}"
-    if arguments.only == "changes" and not (out / f"{name}.json").is_file():
-        raise ConfigError(f"only=changes adds to {out / f'{name}.json'}, which is not there; measure all first")
-    try:
-        seconds, seed, threads = float(arguments.seconds), int(arguments.seed), int(arguments.threads)
-    except ValueError as error:
-        raise ConfigError(f"seconds, seed and threads must be numbers: {error}") from error
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    dtype = "float32" if model.weight_dtype_bytes == 4 else "bfloat16"
-    place = "cpu" if gpu.name.startswith("cpu") else "cuda"
-    loaded, _ = load_checkpoint(arguments.checkpoint or arguments.model, dtype=dtype, device=place)
-    elastic = ElasticModel(loaded, name=model.name)
-    if arguments.only == "changes":
-        content = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-        content["device_run"] |= Changes(d.Bench(elastic, arguments.clock)).measure(seed)
-        write(content, out / f"{name}.json")
-        return [content]
-    settings = d.DeviceSettings(model=model.name, device=gpu.name, clock=arguments.clock, seconds=seconds, seed=seed)
-    # Not beside the calibrations: every JSON there is one.
-    samples = d.Samples(
-        REPOSITORY / "runs" / "calibrate" / f"{name}.json", {**asdict(settings), "dtype": dtype, "threads": threads}
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    started_s = time.monotonic()
-    bench = d.Bench(elastic, settings.clock)
-    runs = d.measure(bench, samples, settings, Console(stderr=True))
-    terms = d.terms_of(samples)
-    target = Target(
-        name=name,
-        model=model.name,
-        device=gpu.name,
-        kind="measured",
-        stack=f"hw.engine.hw_engine: PyTorch {torch.__version__}, {dtype}, paged attention by scaled_dot_product_attention, "
-        f"{threads} thread(s), {settings.clock} seconds",
-        sources=({"path": "python -m hw.calibrate source=device", "commit": commit()},),
-        read=lambda _: terms,
-        notes=(
-            "Weights of 8 and 4 bits are unpacked for every product: memory is saved, time is not",
-            "Prompt chunks and decodes of one iteration are separate calls of attention, and their times add",
-        ),
-    )
-    content = calibrate(target, out, Fixed(us=0.0, source=""))
-    for term in content["errors"].values():
-        if term.get("note") == "no reason known":
-            term["note"] = "single cells of a coarse grid: products switch kernels between few and many tokens"
-    line = d.line_over_terms(runs, content)
-    content = d.times(content, line.factor, line.prefill_attention_factor)
-    content["fixed_us"] = round(line.fixed_s * 1e6, 1)
-    content["fixed_source"] = (
-        f"{sum(len(run.shapes) for run in runs)} iterations of {len(runs)} runs of hw.engine between the measurements "
-        f"take this long and {line.factor:.3f} times what their terms take one by one, for the attention of prompts "
-        f"{line.prefill_attention_factor:.3f} times (soft L1; off by {line.off:.1%} in the median); the tables hold "
-        "the terms times that"
-    )
-    held_out = d.run_engine(elastic, settings.clock, seed + 100, 25.0, 2.0)
-    priced_s = held_out.priced_s(d.latency_of(content))
-    content["errors"]["iteration"] = _summary(priced_s, held_out.measured_s) | {
-        "note": f"iterations of a run of the engine, of which nothing was fitted; their sum is off by "
-        f"{priced_s.sum() / held_out.measured_s.sum() - 1:+.1%}, the machine's changes of speed included"
-    }
-    counts = [len(values) for values in samples.of.values()]
-    spreads = sorted(d.spread(values) for values in samples.of.values())
-    content["device_run"] = {
-        "seconds": round(time.monotonic() - started_s),
-        "clock": settings.clock,
-        "cells": len(counts),
-        "samples": sum(counts),
-        "repeats": [min(counts), max(counts)],
-        "standard_error_of_medians_p50_p95": [float(f"{np.quantile(spreads, q):.2g}") for q in (0.5, 0.95)],
-        "memory_bandwidth_bytes_per_s": float(f"{d.memory_bandwidth_bytes_per_s(elastic.device):.3g}"),
-        **Changes(bench).measure(seed),
-    }
-    write(content, out / f"{name}.json")
-    d.plot(
-        (RESULTS / "calibration" if out == CALIBRATIONS else out) / f"{name}.png",
-        terms,
-        d.latency_of(content),
-        held_out,
-        f"{model.name} on {gpu.name}, {content['date']}",
-    )
-    return [content]
-
-
-ONLY = ("all", "changes")
-SOURCES: dict[str, Callable[[Arguments], list[dict[str, Any]]]] = {
-    "measurements": from_measurements,
-    "device": from_device,
-}
-
-
-def main(words: Sequence[str]) -> int:
-    """Run the command; return its exit status."""
-    if any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        print(f"targets: {', '.join([*TARGETS, *DERIVED])}")
-        return 0
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    try:
-        arguments = parse(words)
-        if arguments.source not in SOURCES:
-            raise ConfigError(f"unknown source {arguments.source!r}; {nearest(arguments.source, SOURCES)}")
-        contents = SOURCES[arguments.source](arguments)
-    except RapLabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    console.print(table_of(contents))
-    for content in contents:
-        console.print(f"wrote {Path(arguments.out) / content['name']}.json")
-    return 0

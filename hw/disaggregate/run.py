@@ -36,22 +36,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from hw.disaggregate.kv_link import Channel, LinkError, check_link
 from hw.disaggregate.sides import Connection, DecodeSide, GuardedEngine, PrefillSide, serve
-from hw.elastic.model import ElasticModel, RequestKV
+from hw.elastic.kv import RequestKV
+from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
-from hw.engine.iteration_log import IterationLog, Shape
+from hw.engine.iteration_log import Shape
 from hw.engine.prompts import read_prompts
 from hw.replay.run import HwReplayConfig, load_elastic
 from sim.config import build, one_thread, run_command
 from sim.cost.plan import Plan, describe
 from sim.disaggregate.disaggregate import StagedRecords, decode_side, with_prefill
 from sim.disaggregate.run import perplexity_ratio, plan_of, print_staged, staged_frame, transfer_figures
+from sim.engine.iteration_log import IterationLog
 from sim.errors import ConfigError, RapLabError
 from sim.replay.run import Parts, build_parts, build_trace, quality_of
 from sim.results.metrics import iterations_frame, merged_gaps, merged_iterations, summarise
-from sim.results.records import Floats, Iterations, Records, Status, TokenGaps
+from sim.results.records import Iterations, Records, Status, TokenGaps
 from sim.results.report import plot_replay
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 from sim.traces.trace import Trace
+from sim.types import Floats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,7 +143,7 @@ def _prefill(cfg: DictConfig, key: str, elastic: ElasticModel, tokenizer: Any, p
         limit = int(channel.receive()["context_limit"])
         parts, clock, quality = build_parts(cfg), RealClock(), quality_of(cfg)
         config = replace(parts.config, max_context_tokens=min(limit, parts.config.max_context_tokens or limit))
-        parts = replace(parts, config=config)
+        parts = replace(parts, server=replace(parts.server, config=config))
         prompts = read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed)
         plan, nll = parts.policy.first_plan, quality.nll if quality is not None else None
         side = PrefillSide(
@@ -431,7 +434,7 @@ def _check(cfg: DictConfig) -> None:
     if cfg.hw.clock != "wall" or cfg.hw.skip_idle or cfg.hw.to_eos:
         raise ConfigError(
             "two processes have one clock only in the wall's, with idle time slept through, and requests end at the "
-            "trace's length; leave hw.engine.clock=wall, hw.skip_idle=false and hw.to_eos=false"
+            "trace's length; leave hw.clock=wall, hw.skip_idle=false and hw.to_eos=false"
         )
 
 

@@ -19,20 +19,23 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from hw.disaggregate.kv_link import Channel, Header, LinkError, Sender
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_kv import Arena, RequestPages
+from hw.elastic.paged_kv import Arena
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import Handover, HwEngine
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
 from sim.disaggregate.disaggregate import kv_bytes_sent
+from sim.engine.block_table import BlockTable
 from sim.engine.protocol import Request
 from sim.traces.trace import Trace
 
@@ -49,39 +52,40 @@ Report = Callable[[str, Any], None]
 class GuardedEngine(HwEngine):
     """An engine whose lock is free while the model computes, so that other threads can look at its pool then."""
 
-    def __init__(self, guard: threading.Condition, **words: Any) -> None:
-        """Build an idle engine; ``words`` are those of ``HwEngine``. Whoever calls it from now on holds the lock."""
-        self._guard = guard
-        super().__init__(**words)
+    def __init__(self, guard: threading.Condition, **settings: Any) -> None:
+        """Build an idle engine; ``settings`` are those of ``HwEngine``. Callers hold the lock from now on."""
+        super().__init__(**settings, during_forward=partial(_released, guard))
 
-    def _forward(self, *work: Any) -> dict[int, int]:
-        self._guard.release()
-        try:
-            return super()._forward(*work)
-        finally:
-            self._guard.acquire()
+
+@contextmanager
+def _released(guard: threading.Condition) -> Iterator[None]:
+    guard.release()
+    try:
+        yield
+    finally:
+        guard.acquire()
 
 
 Build = Callable[..., GuardedEngine]
-"""Makes a side's engine from the words that only the side knows: guard, prompts, holds, on_token."""
+"""Makes a side's engine from the settings that only the side knows: guard, prompts, holds, on_token."""
 
 
 # --- KV as bytes -----------------------------------------------------------------------------------------------------
 
 
-def gather(arena: Arena, pages: RequestPages, tokens: int) -> memoryview:
-    """Return what a request holds of so many computed tokens: all keys, then all values, layer by layer."""
-    slots = torch.tensor(pages.kept_slots(tokens, arena.block_tokens), dtype=torch.long, device=arena.device)
+def gather(arena: Arena, table: BlockTable, tokens: int) -> memoryview:
+    """Return what a request holds of ``tokens`` computed tokens: all keys, then all values, layer by layer."""
+    slots = torch.tensor(table.kept_slots(tokens), dtype=torch.long, device=arena.device)
     halves = torch.stack(arena.read_slots(slots)).cpu()
     content: memoryview = halves.view(torch.uint8).numpy().reshape(-1).data
     return content
 
 
-def scatter(arena: Arena, pages: RequestPages, tokens: int, content: bytearray, elastic: ElasticModel) -> None:
-    """Put what ``gather`` returned where another request's pages hold the same tokens of the same layers."""
+def scatter(arena: Arena, table: BlockTable, tokens: int, content: bytearray, elastic: ElasticModel) -> None:
+    """Put what ``gather`` returned where another request's table holds the same tokens of the same layers."""
     if not content:
         return
-    slots = torch.tensor(pages.kept_slots(tokens, arena.block_tokens), dtype=torch.long, device=arena.device)
+    slots = torch.tensor(table.kept_slots(tokens), dtype=torch.long, device=arena.device)
     shape = (2, len(slots), elastic.spec.num_kv_heads, elastic.spec.head_dim)
     keys, values = torch.frombuffer(content, dtype=elastic.dtype).view(shape).to(arena.device)
     arena.write(slots, keys, values)
@@ -222,10 +226,10 @@ class PrefillSide:
         if header.get("kind") not in ("take", "arrived") or request_id not in self.engine.outside:
             raise LinkError(f"the decode process sent {header}, which nobody here asked for")
         if header["kind"] == "take":
-            pages = self.engine.outside[request_id]
+            table = self.engine.outside[request_id]
             tokens = int(self._trace.prompt_tokens[request_id])
-            arena = self.engine.pool.arena
-            self.connection.carry({"kind": "kv", "request": request_id}, lambda: gather(arena, pages, tokens))
+            arena = self.engine.arena
+            self.connection.carry({"kind": "kv", "request": request_id}, lambda: gather(arena, table, tokens))
             return False
         with self.connection.guard:
             self.engine.release(request_id)
@@ -242,7 +246,7 @@ class _Coming:
     """A request whose KV is on its way here, into room that is held for it."""
 
     given: Handover
-    pages: RequestPages
+    table: BlockTable
     content: bytearray
     send_s: float
     arrived_bytes: int = 0
@@ -279,7 +283,7 @@ class DecodeSide:
         """Let requests join whose KV has arrived, and take more of those that were offered."""
         while self._arrived:
             come = self._arrived.popleft()
-            self.engine.join(come.given)
+            self.engine.take_over(come.given)
             self._report(
                 "transfer",
                 {
@@ -297,11 +301,11 @@ class DecodeSide:
         """Hold room for requests in the order in which their prompts were computed, and ask for their KV."""
         while self._offers:
             request = self._offers[0].request
-            pages = self.engine.reserve(request.request_id, request.prompt_tokens)
-            if pages is None:
+            table = self.engine.reserve(request.request_id, request.prompt_tokens)
+            if table is None:
                 return
             content = bytearray(kv_bytes_sent(self._elastic.spec, self._plan, request.prompt_tokens))
-            come = _Coming(self._offers.popleft(), pages, content, self._clock.now_s())
+            come = _Coming(self._offers.popleft(), table, content, self._clock.now_s())
             self._coming[request.request_id] = come
             self.connection.tell({"kind": "take", "request": request.request_id})
 
@@ -339,7 +343,7 @@ class DecodeSide:
         come.arrived_bytes += count
         if come.arrived_bytes < size:
             return
-        scatter(self.engine.pool.arena, come.pages, request.prompt_tokens, come.content, self._elastic)
+        scatter(self.engine.arena, come.table, request.prompt_tokens, come.content, self._elastic)
         with self.connection.guard:
             come.sent_s = self._clock.now_s()
             del self._coming[request.request_id]
@@ -364,10 +368,3 @@ def handover_from(header: Header, model: ModelSpec) -> Handover:
     if not fits:
         raise LinkError(f"the tokens of request {given.request.request_id} are not a prompt of {model.name}")
     return given
-
-
-def main() -> None:
-    """Run ``python -m hw.disaggregate``."""
-    from hw.disaggregate.run import disaggregate_command
-
-    disaggregate_command()

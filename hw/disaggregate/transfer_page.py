@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
 
-from hw.disaggregate.transfer import MOST_BYTES_PER_S, measure
+from hw.disaggregate.transfer import MOST_BYTES_PER_S
 from hw.validate.compare import judged_figure
 from hw.validate.suite import ranking
-from sim.config import one_thread, run_command
-from sim.errors import ConfigError
 from sim.pages.render import commit_of, render, show, table
 from sim.paths import RESULTS
-from sim.results.run_folder import write_json, write_text
 
 RESULT, PAGE = (RESULTS / "transfer" / name for name in ("transfer.json", "index.md"))
 TEMPLATE = Path(__file__).parent / "templates" / "transfer.md.j2"
@@ -170,38 +162,3 @@ def ranking_table(variants: Mapping[str, Any]) -> str:
             pairs = f"{row['agreed']} of {row['pairs_beyond_noise']}"
             rows.append({"simulator": heading, "time": SHOWN[name], "pairs": pairs, "regret": row["regret"]})
     return table(rows, {"regret": ".1%"}, left=2)
-
-
-@dataclass(kw_only=True)
-class DisaggregateResultsConfig:
-    """What the command does.
-
-    measure: measure first; without, the page is written from the committed figures.
-    repeats: real runs of each variant.
-    """
-
-    measure: bool = False
-    repeats: int = 3
-
-
-ConfigStore.instance().store(name="disaggregate_results_schema", node=DisaggregateResultsConfig)
-
-
-def main() -> None:
-    """Run ``python -m hw.disaggregate_results``."""
-    one_thread()
-    run_command(_write, "disaggregate_results")
-
-
-def _write(cfg: DictConfig) -> int:
-    try:
-        if cfg.measure:
-            write_json(RESULT, measure(cfg.repeats))
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    if not RESULT.is_file():
-        raise ConfigError(f"{RESULT} is missing; make it with python -m hw.disaggregate_results measure=true")
-    write_text(PAGE, page(json.loads(RESULT.read_text(encoding="utf-8"))))
-    print(f"written: {PAGE}")
-    return 0

@@ -1,4 +1,4 @@
-"""Where a real model comes from: a local folder, a hub id, or the small one that a package of the index carries."""
+"""Loads a real model from a local folder, a hub id, or the package that ships SmolLM2-135M."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def cache_dir() -> Path:
     """Return the folder of converted models: ``$RAP_LAB_CACHE``, or ``~/.cache/rap-lab``."""
-    given = os.environ.get(CACHE_VARIABLE)
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "rap-lab"
+    folder = os.environ.get(CACHE_VARIABLE)
+    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "rap-lab"
 
 
 def smollm2_package() -> Path | None:
-    """Return the folder of the package that carries SmolLM2-135M; None where it is not installed."""
-    # The package is found, never imported: importing it wants llama-cpp-python.
+    """Return the folder of the package that ships SmolLM2-135M; None if it is not installed."""
+    # Only locate the package: importing it would need llama-cpp-python.
     found = importlib.util.find_spec(SMOLLM2_PACKAGE)
     if found is None or not found.submodule_search_locations:
         return None
@@ -46,11 +46,11 @@ def smollm2_package() -> Path | None:
 def smollm2_folder() -> Path:
     """Return the folder of SmolLM2-135M-Instruct as float32 safetensors, converting it on first use.
 
-    The conversion takes 12 s on an idle machine and needs 600 MB of disk; it is done by one process at a time and
-    appears whole or not at all. SMOLLM2_NOTE says what its precision is.
+    The conversion takes 12 s on an idle machine and 600 MB of disk. One process converts at a time, and the folder
+    appears complete or not at all. SMOLLM2_NOTE describes the precision of the weights.
 
     Raises:
-        ModelError: if it is neither converted nor installed.
+        ModelError: if the model is neither converted nor installed.
     """
     folder = cache_dir() / "smollm2-135m-instruct-float32"
     if (folder / "config.json").is_file():
@@ -68,7 +68,7 @@ def smollm2_folder() -> Path:
 
         part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            # Without dequantize=True the model loads, but cannot be saved.
+            # Without dequantize=True the model loads but cannot be saved.
             model = AutoModelForCausalLM.from_pretrained(
                 package,
                 gguf_file=SMOLLM2_FILE,
@@ -90,9 +90,9 @@ def load_checkpoint(path: str = SMOLLM2, *, dtype: str = "float32", device: str 
     Args:
         path: ``smollm2_135m`` for the default, a local folder in Hugging Face's format, or a hub id.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
-        device: ``cpu``, ``cuda`` or ``auto`` (cuda where there is one).
+        device: ``cpu``, ``cuda`` or ``auto`` (cuda if there is one).
     Raises:
-        ModelError: for a model that cannot be found or read, an unknown dtype, or cuda where there is none.
+        ModelError: if the model cannot be found or read, for an unknown dtype, or for cuda if there is no CUDA device.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -112,22 +112,23 @@ def load_checkpoint(path: str = SMOLLM2, *, dtype: str = "float32", device: str 
 
 
 def pick_device(device: str) -> torch.device:
-    """Return the device that ``auto``, ``cpu`` or ``cuda`` stands for.
+    """Return the torch device for ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        ModelError: for another name, or cuda where torch finds none.
+        ModelError: for another name, or for cuda if torch finds no CUDA device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise ModelError(f"unknown device {device!r}; {nearest(device, ('auto', 'cpu', 'cuda'))}")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device {device!r} was asked for, but torch finds no CUDA device; set model.device=cpu")
+        raise ModelError(f"device is {device!r}, but torch finds no CUDA device; set model.device=cpu")
     return torch.device(device)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file, across processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -9,7 +9,8 @@ from concurrent.futures import wait as wait_for
 
 import torch
 
-from hw.elastic.model import ABSENT, Block, ElasticModel
+from hw.elastic.blocks import ABSENT, Block
+from hw.elastic.model import ElasticModel
 from sim.engine.transition import LayerCopy
 
 POLL_S = 0.0005
@@ -44,6 +45,10 @@ class LayerCopier:
         _want(self._blocks, self._clock)
         end.record(self._elastic.copy_stream)
         self._events = (begin, end)
+
+    def copies(self, block: Block) -> bool:
+        """Return whether a block is part of the copy under way."""
+        return any(block is one for one, _ in self._blocks)
 
     def whole(self) -> bool:
         """Return whether the copy has arrived."""

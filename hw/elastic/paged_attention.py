@@ -19,9 +19,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_kv import Arena, RequestPages, ring_positions
+from hw.elastic.paged_kv import Arena
 from sim.cost.memory import kv_blocks
 from sim.cost.plan import KeepMask
+from sim.engine.block_table import BlockTable, ring_positions
 from sim.errors import RapLabError
 
 # Shapes: t tokens of the iteration, n tokens that run a layer's MHA block, H heads, h KV heads, g = H / h, d head_dim.
@@ -35,9 +36,9 @@ class NotANumberError(RapLabError):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What one request brings to an iteration: ``tokens`` follow the ``start`` tokens whose KV its pages hold."""
+    """What one request brings to an iteration: ``tokens`` follow the ``start`` tokens whose KV its table holds."""
 
-    pages: RequestPages
+    table: BlockTable
     tokens: Sequence[int]
     start: int
 
@@ -96,21 +97,21 @@ class PagedBatch:
 
     def _look_up(self, layer: int) -> _Layer:
         device, block_tokens = self._arena.device, self._arena.block_tokens
-        decodes = [(row, packed) for row, packed in enumerate(self._decodes) if layer in packed.pages.mha]
+        decodes = [(row, packed) for row, packed in enumerate(self._decodes) if layer in packed.table.mha]
         rows = [row for row, _ in decodes]
-        slots = [packed.pages.slots(layer, packed.start, 1, block_tokens)[0] for _, packed in decodes]
+        slots = [packed.table.slots(layer, packed.start, 1)[0] for _, packed in decodes]
         chunks: list[_Chunk] = []
         at = len(self._decodes)
         for packed in self._prefills:
             count = len(packed.tokens)
-            if layer in packed.pages.mha:
+            if layer in packed.table.mha:
                 start = len(rows)
                 rows.extend(range(at, at + count))
-                slots.extend(packed.pages.slots(layer, packed.start, count, block_tokens))
+                slots.extend(packed.table.slots(layer, packed.start, count))
                 ids = None
                 if packed.start:
                     needed = kv_blocks(packed.start + count, block_tokens)
-                    ids = torch.tensor(packed.pages.blocks[layer][:needed], device=device)
+                    ids = torch.tensor(packed.table.blocks[layer][:needed], device=device)
                 chunks.append(_Chunk(start, start + count, packed.start, ids))
             at += count
         return _Layer(
@@ -123,20 +124,20 @@ class PagedBatch:
     def _group(self, decodes: Sequence[Packed], layer: int) -> list[_Decodes]:
         """Put decodes together whose contexts fill equally many blocks, rounded up to a power of two."""
         device, block_tokens = self._arena.device, self._arena.block_tokens
-        groups: dict[int, list[tuple[int, RequestPages, int]]] = {}
+        groups: dict[int, list[tuple[int, BlockTable, int]]] = {}
         for row, packed in enumerate(decodes):
-            pages, tokens = packed.pages, packed.start + 1
-            kept = pages.keep_of(layer).tokens(tokens)
+            table, tokens = packed.table, packed.start + 1
+            kept = table.keep_of(layer).tokens(tokens)
             width = 1 << (kv_blocks(kept, block_tokens) - 1).bit_length()
-            groups.setdefault(width, []).append((row, pages, tokens))
+            groups.setdefault(width, []).append((row, table, tokens))
         made = []
         for width, members in groups.items():
             ids: list[int] = []
-            for _, pages, _ in members:
-                own = pages.blocks[layer]
+            for _, table, _ in members:
+                own = table.blocks[layer]
                 ids += own[:width] + own[:1] * (width - len(own))  # padding is masked; any block does
             shape = (layer if self._windows[layer] is not None else -1, width)
-            key = (*shape, *((row, pages.keep_of(layer).tokens(tokens)) for row, pages, tokens in members))
+            key = (*shape, *((row, table.keep_of(layer).tokens(tokens)) for row, table, tokens in members))
             if key not in self._shapes:
                 rows = torch.tensor([row for row, _, _ in members], device=device)
                 self._shapes[key] = rows, self._seen(layer, width * block_tokens, members)
@@ -144,13 +145,13 @@ class PagedBatch:
             made.append(_Decodes(rows, torch.tensor(ids, device=device), width, seen))
         return made
 
-    def _seen(self, layer: int, keys: int, members: Sequence[tuple[int, RequestPages, int]]) -> Tensor | None:
+    def _seen(self, layer: int, keys: int, members: Sequence[tuple[int, BlockTable, int]]) -> Tensor | None:
         window = self._windows[layer]
-        kept = torch.tensor([pages.keep_of(layer).tokens(tokens) for _, pages, tokens in members])
+        kept = torch.tensor([table.keep_of(layer).tokens(tokens) for _, table, tokens in members])
         seen = torch.arange(keys)[None] < kept[:, None]
         if window is not None:
-            for index, (_, pages, tokens) in enumerate(members):
-                positions = torch.tensor(ring_positions(pages.keep_of(layer), tokens))
+            for index, (_, table, tokens) in enumerate(members):
+                positions = torch.tensor(ring_positions(table.keep_of(layer), tokens))
                 seen[index, : len(positions)] &= positions > tokens - 1 - window
         return None if bool(seen.all()) else seen.to(self._arena.device)
 

@@ -1,28 +1,20 @@
-"""A paged KV cache on a real device: memory in KV blocks of one layer, who holds which, and a pool that really resizes.
+"""The memory of a paged KV cache: keys and values in KV blocks of one layer, on one device, and a pool that resizes.
 
-    pool = PagedKV(arena, layer_blocks=900)         # the arena holds 900 KV blocks of one layer, and no byte more
-    ids, overwritten = pool.take(12)                # blocks for a request, the longest free first
-    pool.release(ids, owner=7)                      # their content stays readable for request 7 until they are taken
-    pool.resize(600)                                # free blocks go at once; what is held beyond 600 is a debt
-    moved = pool.settle()                           # the debt paid, blocks move together and the rest is given back
+    arena = MappedArena(capacity=1000, block_tokens=16, heads=8, head_dim=64, dtype=torch.float32)
+    pool = KVPool(900, ArenaStorage(arena))         # the arena holds 900 KV blocks of one layer, and no byte more
 
-Any block may serve any layer, because plans drop layers one by one: ``sim.engine.kv_pool.KVPool`` counts them the same way,
-and the two give equal counts for equal calls. ``RequestPages`` says in which blocks the tokens of a request lie.
+``sim.engine.kv_pool`` decides which blocks are held, ``sim.engine.block_table`` says which tokens lie in them; this file is the
+memory behind their numbers.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from sim.cost.memory import kv_blocks
-from sim.cost.plan import KV_KEEP_ALL, KVKeep
 
 # Shapes: n slots (a slot is the place of one token in one layer), c KV blocks, p tokens of one, h KV heads, d head_dim.
 
@@ -170,296 +162,32 @@ class SlabArena:
         return found[0], found[1]
 
 
-# --- Who holds what --------------------------------------------------------------------------------------------------
+class ArenaStorage:
+    """An arena as the storage of a ``sim.engine.kv_pool.KVPool``."""
 
+    def __init__(self, arena: Arena) -> None:
+        """Keep the pool's blocks in this arena."""
+        self._arena = arena
 
-@dataclass(slots=True)
-class _Run:
-    """Free blocks that were freed together, the first to be taken first; ``owner`` -1 when nobody can use them."""
+    def resize(self, blocks: int) -> None:
+        """Hold blocks 0 to ``blocks - 1``."""
+        self._arena.resize(blocks)
 
-    owner: int
-    ids: deque[int]
-
-
-class PagedKV:
-    """The blocks of an arena: free ones in the order in which they will be taken, and how many there may be."""
-
-    def __init__(self, arena: Arena, layer_blocks: int = 0) -> None:
-        """Allocate ``layer_blocks`` blocks, all of them free."""
-        self.arena = arena
-        self.layer_blocks = 0
-        self._held = 0
-        self._runs: deque[_Run] = deque()
-        self._kept: dict[int, _Run] = {}
-        self._dead: list[int] = []  # blocks of the arena that the pool no longer counts, until ``settle``
-        self.resize(layer_blocks)
-        self.settle()
-
-    @property
-    def used_layer_blocks(self) -> int:
-        """Blocks that requests hold."""
-        return self._held
-
-    @property
-    def free_layer_blocks(self) -> int:
-        """Blocks that nobody holds; below 0 while more are held than there may be."""
-        return self.layer_blocks - self._held
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes that the arena takes now."""
-        return self.arena.blocks * self.arena.block_bytes
-
-    def take(self, count: int) -> tuple[list[int], list[int]]:
-        """Hold so many more blocks, the longest free first; return them, and the owners whose content is lost."""
-        assert 0 <= count <= max(self.free_layer_blocks, 0)
-        ids: list[int] = []
-        overwritten = []
-        while len(ids) < count:
-            run = self._runs[0]
-            taken = min(len(run.ids), count - len(ids))
-            ids.extend(run.ids.popleft() for _ in range(taken))
-            if taken and run.owner >= 0:
-                overwritten.append(run.owner)
-            if not run.ids:
-                self._runs.popleft()
-                self._kept.pop(run.owner, None)
-        self._held += count
-        return ids, overwritten
-
-    def release(self, ids: Iterable[int], owner: int = -1) -> None:
-        """Free blocks, the first of them to be taken first; their content stays readable for ``owner`` until then."""
-        freed = deque(ids)
-        owed = min(max(-self.free_layer_blocks, 0), len(freed))
-        self._held -= len(freed)
-        assert self._held >= 0
-        self._dead.extend(freed.popleft() for _ in range(owed))
-        self._enqueue(freed, owner)
-
-    def _enqueue(self, ids: deque[int], owner: int = -1) -> None:
-        if owner < 0 and self._runs and self._runs[-1].owner < 0:
-            self._runs[-1].ids.extend(ids)
-        elif ids:
-            run = _Run(owner, ids)
-            self._runs.append(run)
-            if owner >= 0:
-                self._kept[owner] = run
-
-    def resize(self, layer_blocks: int) -> list[int]:
-        """Grow or shrink the pool; return the owners whose content was lost.
-
-        Growth is there at once. Shrinking takes the longest free blocks; where fewer are free than must go,
-        ``free_layer_blocks`` is below 0 until requests have given up theirs. The memory goes with ``settle``.
-        """
-        lost: list[int] = []
-        change = layer_blocks - self.layer_blocks
-        if change < 0:
-            ids, lost = self.take(min(-change, max(self.free_layer_blocks, 0)))
-            self._held -= len(ids)
-            self._dead.extend(ids)
-        grown = max(0, min(change, layer_blocks - self._held))
-        self.layer_blocks = layer_blocks
-        fresh = deque(self._dead[:grown])
-        del self._dead[:grown]
-        missing = grown - len(fresh)
-        if missing:
-            first = self.arena.blocks
-            self.arena.resize(first + missing)
-            fresh.extend(range(first, first + missing))
-        self._enqueue(fresh)
-        return lost
-
-    def settle(self) -> dict[int, int]:
-        """Give the memory of blocks that no longer count back; return where held blocks went, old number to new.
-
-        Blocks that stay move together at the low end of the arena; the caller renames them in its tables. Nothing
-        happens while more is held than there may be.
-        """
-        if not self._dead or self.free_layer_blocks < 0:
-            return {}
-        keep = self.arena.blocks - len(self._dead)
-        assert keep == self.layer_blocks
-        dead = set(self._dead)
-        movers = [block for block in range(keep, self.arena.blocks) if block not in dead]
-        holes = sorted(block for block in dead if block < keep)
-        moved = dict(zip(movers, holes, strict=True))
-        if moved:
-            tokens = torch.arange(self.arena.block_tokens)
-            source, target = (
-                (torch.tensor(blocks)[:, None] * self.arena.block_tokens + tokens).view(-1)
-                for blocks in (movers, holes)
-            )
-            self._move(source, target)
-            for run in self._runs:
-                run.ids = deque(moved.get(block, block) for block in run.ids)
-        self._dead.clear()
-        self.arena.resize(keep)
-        return moved
-
-    def _move(self, source: Tensor, target: Tensor) -> None:
-        step = 64 * self.arena.block_tokens  # a few blocks at a time: what moves exists twice for that moment
+    def move(self, moved: dict[int, int]) -> None:
+        """Copy the content of blocks to others: old number to new."""
+        tokens = torch.arange(self._arena.block_tokens)
+        source, target = (
+            (torch.tensor(list(blocks))[:, None] * self._arena.block_tokens + tokens).view(-1)
+            for blocks in (moved.keys(), moved.values())
+        )
+        step = 64 * self._arena.block_tokens  # a few blocks at a time: what moves exists twice for that moment
         for at in range(0, source.numel(), step):
-            slots = source[at : at + step].to(self.arena.device)
-            self.arena.write(target[at : at + step].to(self.arena.device), *self.arena.read_slots(slots))
+            self._copy(source[at : at + step], target[at : at + step])
 
-    def forget(self) -> None:
-        """Let nobody find anything again."""
-        for run in self._kept.values():
-            run.owner = -1
-        self._kept.clear()
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy the content of slots to others, all read before any is written."""
+        self._copy(torch.tensor(source), torch.tensor(target))
 
-    def kept_layer_blocks(self, owner: int) -> int:
-        """Return how many blocks still hold what ``owner`` left behind."""
-        run = self._kept.get(owner)
-        return len(run.ids) if run else 0
-
-    def claim(self, owner: int, layer_blocks: int) -> list[int]:
-        """Hold the last ``layer_blocks`` blocks of what ``owner`` left behind again; the rest of it is anybody's."""
-        run = self._kept.pop(owner, None)
-        if run is None:
-            assert not layer_blocks
-            return []
-        assert layer_blocks <= len(run.ids)
-        run.owner = -1
-        ids = [run.ids.pop() for _ in range(layer_blocks)]
-        self._held += layer_blocks
-        return ids[::-1]
-
-    def check(self, held: Iterable[int]) -> None:
-        """Check that every block of the arena is held once, free once, or on its way out, and none twice."""
-        ids = [*held, *self._dead, *(block for run in self._runs for block in run.ids)]
-        assert sorted(ids) == list(range(self.arena.blocks)), "a KV block is lost, or in two places"
-        assert self.allocated_bytes == self.arena.blocks * self.arena.block_bytes
-
-
-# --- Where the tokens of a request lie -------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, eq=False)
-class RequestPages:
-    """The KV blocks of one request, layer by layer, and the MHA blocks that it can run.
-
-    mha: the layers whose MHA block it runs, and whose KV it holds.
-    kv_keep: which tokens each layer keeps; None while every token is kept. A layer that keeps the first f and the last
-        w tokens is a ring behind its first f slots: token t >= f lies in slot f + (t - f) % w.
-    blocks: layer -> its KV blocks, in the order of their slots.
-    """
-
-    mha: frozenset[int] = frozenset()
-    kv_keep: tuple[KVKeep, ...] | None = None
-    blocks: dict[int, list[int]] = field(default_factory=dict)
-
-    @property
-    def held_layer_blocks(self) -> int:
-        """KV blocks of one layer that the request holds, over all layers."""
-        return sum(map(len, self.blocks.values()))
-
-    def all_blocks(self) -> list[int]:
-        """Return its blocks, those of the last tokens first, of equal tokens by layer."""
-        deepest = max(map(len, self.blocks.values()), default=0)
-        return [
-            self.blocks[layer][index]
-            for index in range(deepest - 1, -1, -1)
-            for layer in sorted(self.blocks)
-            if index < len(self.blocks[layer])
-        ]
-
-    def rename(self, moved: dict[int, int]) -> None:
-        """Follow blocks that moved."""
-        for layer, ids in self.blocks.items():
-            self.blocks[layer] = [moved.get(block, block) for block in ids]
-
-    def keep_of(self, layer: int) -> KVKeep:
-        """Return what a layer keeps."""
-        return self.kv_keep[layer] if self.kv_keep is not None else KV_KEEP_ALL
-
-    def layer_blocks(self, layer: int, tokens: int, block_tokens: int) -> int:
-        """Return the blocks that a layer needs for so many computed tokens."""
-        return kv_blocks(self.keep_of(layer).tokens(tokens), block_tokens)
-
-    def hold(self, pool: PagedKV, tokens: int) -> list[int]:
-        """Take or free blocks so that ``tokens`` computed tokens fit exactly; return whose content was overwritten."""
-        block_tokens = pool.arena.block_tokens
-        wanted = {layer: self.layer_blocks(layer, tokens, block_tokens) for layer in self.mha}
-        freed: list[int] = []
-        for layer in sorted(self.blocks, reverse=True):
-            ids = self.blocks[layer]
-            keep = wanted.get(layer, 0)
-            freed.extend(ids[keep:][::-1])
-            del ids[keep:]
-            if layer not in self.mha:
-                del self.blocks[layer]
-        if freed:
-            pool.release(freed)
-        missing = {layer: count - len(self.blocks.get(layer, ())) for layer, count in wanted.items()}
-        ids, overwritten = pool.take(sum(missing.values()))
-        at = 0
-        for layer in sorted(missing):
-            self.blocks.setdefault(layer, []).extend(ids[at : at + missing[layer]])
-            at += missing[layer]
-        return overwritten
-
-    def found(self, ids: Sequence[int]) -> None:
-        """Take up blocks that were found again, in the order in which ``all_blocks`` gave them."""
-        layers = sorted(self.mha)
-        self.blocks = {layer: [] for layer in layers}
-        for index, block in enumerate(reversed(ids)):
-            self.blocks[layers[-1 - index % len(layers)]].append(block)
-
-    def slots(self, layer: int, start: int, count: int, block_tokens: int) -> list[int]:
-        """Return the slots of tokens ``start`` to ``start + count - 1`` of a layer."""
-        ids, keep = self.blocks[layer], self.keep_of(layer)
-        if keep.first_tokens is None or keep.last_tokens is None:
-            return [ids[t // block_tokens] * block_tokens + t % block_tokens for t in range(start, start + count)]
-        places = (ring_place(keep, token) for token in range(start, start + count))
-        return [ids[place // block_tokens] * block_tokens + place % block_tokens for place in places]
-
-    def kept_slots(self, tokens: int, block_tokens: int) -> list[int]:
-        """Return the slots of all that stays of so many computed tokens: layer by layer, in the order of their places.
-
-        Two requests that run the same layers and keep the same tokens hold the same at equal positions of this list.
-        """
-        return [
-            ids[place // block_tokens] * block_tokens + place % block_tokens
-            for layer, ids in sorted(self.blocks.items())
-            for place in range(self.keep_of(layer).tokens(tokens))
-        ]
-
-    def end_prefill(self, pool: PagedKV, tokens: int, kv_keep: tuple[KVKeep, ...] | None) -> None:
-        """Leave the tokens that ``kv_keep`` does not name: what stays moves into each layer's ring."""
-        block_tokens = pool.arena.block_tokens
-        if kv_keep is not None:
-            for layer in sorted(self.blocks):
-                keep = kv_keep[layer]
-                first, last = keep.first_tokens, keep.last_tokens
-                if first is None or last is None or tokens <= first + last:
-                    continue
-                ids = self.blocks[layer]
-                source = [
-                    ids[t // block_tokens] * block_tokens + t % block_tokens for t in range(tokens - last, tokens)
-                ]
-                places = [ring_place(keep, token) for token in range(tokens - last, tokens)]
-                target = [ids[place // block_tokens] * block_tokens + place % block_tokens for place in places]
-                slots = torch.tensor([source, target], device=pool.arena.device)
-                pool.arena.write(slots[1], *pool.arena.read_slots(slots[0]))
-            self.kv_keep = kv_keep
-        self.hold(pool, tokens)
-
-
-def ring_place(keep: KVKeep, token: int) -> int:
-    """Return the slot, counted from a layer's first, of a token where first and last tokens are kept."""
-    assert keep.first_tokens is not None
-    assert keep.last_tokens is not None
-    if token < keep.first_tokens:
-        return token
-    return keep.first_tokens + (token - keep.first_tokens) % keep.last_tokens
-
-
-def ring_positions(keep: KVKeep, tokens: int) -> list[int]:
-    """Return which token each slot of a layer holds once ``tokens`` tokens were computed."""
-    kept = keep.tokens(tokens)
-    if keep.first_tokens is None or keep.last_tokens is None or kept == tokens:
-        return list(range(kept))
-    first, last = keep.first_tokens, keep.last_tokens
-    newest = tokens - 1
-    return [place if place < first else newest - (newest - first - (place - first)) % last for place in range(kept)]
+    def _copy(self, source: Tensor, target: Tensor) -> None:
+        device = self._arena.device
+        self._arena.write(target.to(device), *self._arena.read_slots(source.to(device)))

@@ -1,8 +1,8 @@
-"""Weights of 8 and 4 bits in groups: the layout that ``sim.cost.memory.linear_weight_bytes`` counts, on CPU and CUDA alike.
+"""Weights quantized to 8 and 4 bits in groups, on CPU and CUDA, in the layout that ``sim.cost.memory`` counts.
 
-No maintained library serves here: torchao's int4 needs a GPU, bitsandbytes has neither groups of 128 along the input
-with FP16 scales nor packed zero points, and torch's own int8 product knows one scale a row only. A product therefore
-unpacks the weight first: memory is saved, time is not.
+A product unpacks the weight first, so this saves memory but no time. No maintained library fits: torchao's int4 needs a
+GPU, bitsandbytes has neither groups of 128 inputs with FP16 scales nor packed zero points, and torch's own int8 product
+supports only one scale a row.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from sim.errors import PlanError
 
 @dataclass(frozen=True, slots=True)
 class QuantWeight:
-    """One quantised weight matrix.
+    """One quantized weight matrix.
 
-    packed: int8[o * i] at 8 bits; uint8[ceil(o * i / 2)] at 4, two values a byte, the first in the low half.
+    packed: int8[o * i] at 8 bits; uint8[ceil(o * i / 2)] at 4 bits, two values a byte, the first in the low half.
     scales: float16[o, g].
-    zeros: uint8[ceil(o * g / 2)], packed as the values are; empty at 8 bits, which is symmetric.
+    zeros: zero points, uint8[ceil(o * g / 2)], packed like the values; empty at 8 bits, which are symmetric.
     """
 
     bits: int
@@ -42,14 +42,17 @@ class QuantWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what has to be stored and copied."""
+        """The tensors to store and copy."""
         return self.packed, self.scales, self.zeros
 
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Return the weight matrix [o, i] that the stored values stand for; in ``out[:o * i]`` if given.
+        """Return the weight matrix [o, i] that the stored values represent.
 
-        It works in FP32 on a few rows at a time, whose values stay in the caches of a CPU.
+        Args:
+            dtype: of the result.
+            out: at least o * i elements of this dtype to write it to; None allocates new memory.
         """
+        # Work in FP32 on a few rows at a time, so that their values stay in the caches of a CPU core.
         o, i, device = self.out_features, self.in_features, self.packed.device
         weight = (torch.empty(o * i, dtype=dtype, device=device) if out is None else out[: o * i]).view(o, i)
         scales = self.scales.to(torch.float32)
@@ -77,43 +80,46 @@ class QuantWeight:
 
 
 _SLICE_VALUES = {"cpu": 1 << 17, "cuda": 1 << 24}
-"""How many values are unpacked at a time: what the caches of a CPU core hold, or work for a whole GPU."""
+"""How many values to unpack at a time: what fits the caches of a CPU core, or enough work for a GPU."""
 _scratches: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
 
 def _scratch(use: str, dtype: torch.dtype, elements: int, device: torch.device) -> Tensor:
-    """Return memory [>= elements] that the next call for the same use overwrites.
+    """Return a buffer [>= elements] that the next call with the same use, dtype and device overwrites.
 
-    Large matrices that are made and freed at every product would be given back to the system and faulted in again
-    each time, which costs a CPU more than unpacking them.
+    Reuse matters: a large matrix that is allocated and freed at every product returns to the system and is page-faulted
+    in again each time, which costs a CPU more than unpacking the weight.
     """
     key = use, dtype, device
     if key not in _scratches or len(_scratches[key]) < elements:
-        with torch.inference_mode(False):  # what is made within that mode cannot be written outside of it
+        with torch.inference_mode(False):  # an inference tensor cannot be written outside of that mode
             _scratches[key] = torch.empty(elements, dtype=dtype, device=device)
     return _scratches[key]
 
 
 def _by_group(weight: Tensor) -> list[tuple[Tensor, slice]]:
-    """Return views [rows, groups, values a group] of a matrix, and which groups each shows; the last may be shorter."""
+    """Return views [rows, groups, values a group] of a matrix with the slice of groups that each covers.
+
+    There are two views if the last group is shorter than the others.
+    """
     i = weight.shape[1]
-    whole = i // QUANT_GROUP_ELEMENTS
-    end = whole * QUANT_GROUP_ELEMENTS
+    full_groups = i // QUANT_GROUP_ELEMENTS
+    end = full_groups * QUANT_GROUP_ELEMENTS
     views = []
-    if whole:
-        views.append((weight[:, :end].view(-1, whole, QUANT_GROUP_ELEMENTS), slice(0, whole)))
+    if full_groups:
+        views.append((weight[:, :end].view(-1, full_groups, QUANT_GROUP_ELEMENTS), slice(0, full_groups)))
     if end < i:
-        views.append((weight[:, end:].unsqueeze(1), slice(whole, whole + 1)))
+        views.append((weight[:, end:].unsqueeze(1), slice(full_groups, full_groups + 1)))
     return views
 
 
 def quantize(weight: Tensor, bits: int) -> QuantWeight:
-    """Return the 8- or 4-bit copy of a weight matrix [o, i], rounded to nearest within groups of 128 inputs.
+    """Return the 8- or 4-bit copy of a weight matrix [o, i], rounded to nearest in groups of 128 inputs.
 
         8 bits:  w ~ scale * q,             q in -127..127,  scale = max |w| / 127
         4 bits:  w ~ scale * (q - zero),    q, zero in 0..15,  scale = (max(w, 0) - min(w, 0)) / 15
 
-    Scales are rounded to FP16 before the values are, so that the error of a value is at most half a step.
+    Scales are rounded to FP16 before the values are computed, so the error of a value is at most half a step.
 
     Raises:
         PlanError: for another number of bits.
@@ -121,7 +127,7 @@ def quantize(weight: Tensor, bits: int) -> QuantWeight:
         The round-to-nearest baseline of GPTQ (arXiv 2210.17323, section 2) in the layout of AWQ's WQLinear_GEMM.
     """
     if bits not in (8, 4):
-        raise PlanError(f"weights of {bits} bits cannot be made; allowed are 8 and 4")
+        raise PlanError(f"weights cannot be quantized to {bits} bits; choose 8 or 4")
     o, i = weight.shape
     groups = -(-i // QUANT_GROUP_ELEMENTS)
     padded = functional.pad(weight.detach().to(torch.float32), (0, groups * QUANT_GROUP_ELEMENTS - i))
@@ -142,28 +148,28 @@ def quantize(weight: Tensor, bits: int) -> QuantWeight:
 
 
 def _fp16_scales(scales: Tensor) -> Tensor:
-    # A group of zeros has no scale of its own; any positive one gives zeros back.
+    # The scale of a group of zeros would be zero; any positive scale gives zeros back and avoids 0 / 0.
     return scales.clamp(torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max).to(torch.float16)
 
 
 def pack_4bit(values: Tensor) -> Tensor:
-    """Return uint8 values below 16, two a byte; an odd count is filled up with a zero."""
+    """Pack uint8 values below 16 two a byte, the first in the low half; an odd count is padded with a zero."""
     padded = functional.pad(values, (0, values.numel() % 2))
     return padded[0::2] | (padded[1::2] << 4)
 
 
 def unpack_4bit(packed: Tensor, count: int) -> Tensor:
-    """Return the first ``count`` values of a packed tensor."""
+    """Return the first ``count`` values of a tensor packed by ``pack_4bit``."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).view(-1)[:count]
 
 
 class ElasticLinear(nn.Linear):
-    """A linear layer whose weight may be whole, quantised or absent; ``hw.elastic.model`` turns a model's own into it."""
+    """A linear layer with a full-precision, quantized or absent weight; ``Block`` converts a model's own into it."""
 
     quantized: QuantWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Multiply with whichever copy is resident."""
+        """Multiply with the resident copy of the weight."""
         if self.quantized is None:
             return functional.linear(input, self.weight, self.bias)
         copy = self.quantized

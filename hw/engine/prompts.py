@@ -63,8 +63,8 @@ def read_prompts(path: str | Path | None, tokenizer: Any, vocabulary: int, seed:
     file = find_data(path)
     if not file.is_file():
         raise ConfigError(
-            f"no text at {file}; set RAP_LAB_DATA to the folder that holds text/, hw.score.text= to any text file, or "
-            "hw.score.text=null to draw token ids at random"
+            f"no text at {file}; set RAP_LAB_DATA to the folder that holds text/, hw.text= to any text file, or "
+            "hw.text=null to draw token ids at random"
         )
     with file.open("rb") as opened:
         text = opened.read(TEXT_BYTES).decode("utf-8", errors="ignore")

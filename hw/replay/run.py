@@ -1,7 +1,7 @@
-"""``python -m hw.replay``: the words of ``python -m sim.replay``, on the real model.
+"""A replay on the real model: the same configuration and the same files as ``sim.replay``.
 
-It takes every key that the simulator takes, so that one command line serves both, and writes the same files; ``hw.*``
-says what only a real run has to know. Beside them lies ``hardware.json``: clock, device, allocated and used memory.
+It takes every key of the simulator, so one command line serves both; keys under ``hw`` are those that only a real run
+needs. It also writes ``hardware.json``: clock, device, allocated and used memory.
 """
 
 from __future__ import annotations
@@ -28,23 +28,22 @@ from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
 from sim.config import ReplayConfig, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
-from sim.cost.quality import load_quality
 from sim.errors import ModelError
 from sim.policies import Policy
-from sim.replay.run import build_parts, find_quality, run_replay
+from sim.replay.run import build_parts, run_replay
 from sim.results.run_folder import write_json
 
 
 @dataclass(kw_only=True)
 class HardwareConfig:
-    """What a real run has to know beside what the simulator is told.
+    """Keys that only a real run needs.
 
     checkpoint: weights and tokenizer: a local folder in Hugging Face's format, a hub id, or smollm2_135m; null takes
-        the one of the model's name. Their type is that of the model: 2 bytes a weight is bfloat16, 4 is float32.
+        the one of the model's name. The model sets their type: bfloat16 for 2 bytes per weight, float32 for 4.
     device: cpu, cuda or auto. threads: of PyTorch on a CPU.
-    clock: wall, or cpu for the processor's seconds where others share the machine (idle time is then always skipped).
+    clock: wall, or cpu for processor seconds on a shared machine (idle time is then always skipped).
     skip_idle: let the clock jump over time in which nothing runs.
-    text: where prompts are cut from, a path or one under RAP_LAB_DATA; null draws token ids at random.
+    text: the file that prompts are cut from, a path or one under RAP_LAB_DATA; null samples random token ids.
     to_eos: end a request at the model's end of text instead of the trace's length.
     """
 
@@ -68,20 +67,20 @@ ConfigStore.instance().store(name="hw_replay_schema", node=HwReplayConfig)
 
 
 def load_elastic(model: ModelSpec, hw: Any) -> tuple[ElasticModel, Any]:
-    """Load the checkpoint of a model description, in the type that it states; return it and its tokenizer.
+    """Load the checkpoint of a model description in the type it states; return the model and its tokenizer.
 
     Raises:
-        ModelError: when the checkpoint has another shape than the description.
+        ModelError: when the shape of the checkpoint differs from the description.
     """
     dtype = "float32" if model.weight_dtype_bytes == 4 else "bfloat16"
     torch.set_num_threads(int(hw.threads))
-    loaded, tokenizer = load_checkpoint(hw.elastic.checkpoint or model.name, dtype=dtype, device=hw.device)
+    loaded, tokenizer = load_checkpoint(hw.checkpoint or model.name, dtype=dtype, device=hw.device)
     elastic = ElasticModel(loaded, name=model.name)
     found = replace(elastic.spec, max_context_tokens=model.max_context_tokens)
     if found != model:
         raise ModelError(
-            f"the checkpoint {hw.elastic.checkpoint or model.name} is {found}, but model= describes {model}; choose the model "
-            "that describes it, or hw.elastic.checkpoint= of that model"
+            f"the checkpoint {hw.checkpoint or model.name} is {found}, but model= describes {model}; choose the "
+            "model that describes it, or hw.checkpoint= of that model"
         )
     return elastic, tokenizer
 
@@ -91,7 +90,6 @@ def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
     parts = build_parts(cfg)
     elastic, tokenizer = load_elastic(parts.model, cfg.hw)
     stop = tokenizer.eos_token_id if cfg.hw.to_eos else None
-    table = cfg.quality_table or find_quality(parts.model.name)
     engine = HwEngine(
         elastic=elastic,
         config=parts.config,
@@ -101,13 +99,13 @@ def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
         prompts=read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed),
         clock=RealClock(cfg.hw.clock, skip_idle=cfg.hw.skip_idle),
         ends=None if stop is None else lambda _, token: token == stop,
-        quality_nll=load_quality(table).nll if table is not None else None,
+        quality_nll=parts.server.quality_nll,
     )
     return engine, parts.policy
 
 
 def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:
-    """Return what ``hardware.json`` holds: the device, the clock, and memory as counted, allocated and used."""
+    """Return the content of ``hardware.json``: device, clock, and memory as predicted, allocated and used."""
     rows = engine.memory_rows()
     cuda = torch.cuda.is_available() and cfg.hw.device != "cpu"
     return {
@@ -127,7 +125,7 @@ def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:
 
 @contextmanager
 def interrupt_between_iterations(engine: HwEngine) -> Iterator[None]:
-    """Let Ctrl-C end a run only where no iteration is half done; a second one ends it at once."""
+    """Let Ctrl-C end a run between two iterations; a second Ctrl-C ends it at once."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hw.elastic.model import ElasticModel, RequestKV
+from hw.elastic.kv import RequestKV
+from hw.elastic.model import ElasticModel
 from hw.score.nll import mask_without, measure, rounded
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan

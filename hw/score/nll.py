@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hw.elastic.model import KINDS, Block, ElasticModel
+from hw.elastic.blocks import KINDS, Block
+from hw.elastic.model import ElasticModel
 from hw.elastic.quantize import quantize
 from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, dense_plan
 

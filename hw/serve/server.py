@@ -564,7 +564,7 @@ def build_api(cfg: DictConfig) -> tuple[Api, EngineThread]:
 def run_server(cfg: DictConfig) -> None:
     """Serve until interrupted."""
     if cfg.hw.clock != "wall":
-        raise RapLabError(f"hw.engine.clock is {cfg.hw.clock!r}; a server answers people, whose clock is the wall's")
+        raise RapLabError(f"hw.clock is {cfg.hw.clock!r}; a server answers people, whose clock is the wall's")
     api, thread = build_api(cfg)
     print(f"serving {cfg.model.name} at http://{cfg.serve.host}:{cfg.serve.port}", flush=True)
     try:

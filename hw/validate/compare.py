@@ -1,17 +1,15 @@
-"""How far a simulated run is from a real one: ``python -m hw.compare RUN_SIM RUN_HW [RUN_HW ...] [out=FOLDER]``.
+"""Compares a simulated run with real runs of the same requests: an error, the noise and a verdict for each figure.
 
-Both runs are folders of sim.replay and hw.replay (or hw.client). Several real runs of the same words give the noise of
-the hardware, beside every error: no simulator can be better than that, so an error beyond its tolerance but below the
-noise is told as such and is no miss. Preemptions and plan changes are compared in number and in time, and what ran,
-waited, was held and was kept is drawn over time; both need a simulation with iterations=true. The exit status is 0 when
-nothing is missed, 1 when something is, 2 for runs that cannot be compared.
+Runs are folders of sim.replay and hw.replay (or hw.client). Several real runs of one configuration give the noise of
+the hardware. No simulator can be closer than that, so an error above its tolerance but below the noise is reported as
+"within noise" and is no miss. Preemptions and plan changes are compared in number and in time, and running requests,
+waiting requests, KV use and resident weights over time; both need a simulation with iterations=true.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau
@@ -34,17 +31,15 @@ from hw.validate.timeline import (
     preemption_times_s,
     timeline,
 )
-from sim.errors import ConfigError, RapLabError
-from sim.results.run_folder import provenance, write_json, write_whole
-
-Floats = NDArray[np.float64]
+from sim.atomic import write_whole
+from sim.errors import ConfigError
 
 FIXED_TOLERANCE = {"mean": 0.05, "p50": 0.10, "p95": 0.10}
 CHANGING_TOLERANCE = dict.fromkeys(FIXED_TOLERANCE, 0.12)
 """Largest relative error by statistic, with one plan and with plans that change; P99 is shown and not judged.
 
-That of the mean is also the largest error of the number of preemptions and plan changes, and of their times as a share
-of the run.
+The tolerance of the mean also holds for the number of preemptions and plan changes, and for their times as a share of
+the run.
 """
 LATENCIES = ("ttft_s", "tpot_s", "e2e_s")
 RATES = ("makespan_s", "output_tokens_per_s")
@@ -100,7 +95,7 @@ def read_run(folder: Path) -> Run:
 
 
 def compare(simulated: Run, real: Sequence[Run]) -> dict[str, Any]:
-    """Return every figure of both sides, their relative error, the noise of the real side, and a verdict for each.
+    """Return each figure of both sides, its relative error, the noise of the real side, and a verdict.
 
     Raises:
         ConfigError: when the runs did not serve the same requests.
@@ -140,10 +135,10 @@ def compare(simulated: Run, real: Sequence[Run]) -> dict[str, Any]:
 
 
 def verdicts(result: Mapping[str, Any]) -> dict[str, str]:
-    """Return every verdict of a comparison by the name of its figure, those that were not given left out."""
+    """Return the verdicts of a comparison by the name of the figure, without figures that have none."""
     figures = {name: figure["verdict"] for name, figure in result["figures"].items()}
-    given = figures | event_verdicts(result.get("events", {}))  # comparisons of before have no events
-    return {name: verdict for name, verdict in given.items() if verdict is not None}
+    every = figures | event_verdicts(result.get("events", {}))  # older comparisons have no events
+    return {name: verdict for name, verdict in every.items() if verdict is not None}
 
 
 def _check_same_requests(simulated: Run, real: Run) -> None:
@@ -160,7 +155,7 @@ def _check_same_requests(simulated: Run, real: Run) -> None:
 
 
 def judged_figure(simulated: float | None, real: Sequence[float | None], tolerance: float | None) -> dict[str, Any]:
-    """Return one figure: both sides, error against the real median, noise as the farthest repeat from it, verdict."""
+    """Return one figure: both sides, error against the real median, largest distance of a repeat from it, verdict."""
     known = [value for value in real if value is not None]
     if simulated is None or not known:
         judged = tolerance is not None and (simulated is not None or bool(known))
@@ -183,19 +178,19 @@ def judged_figure(simulated: float | None, real: Sequence[float | None], toleran
 
 
 def _memory(real: Sequence[Run]) -> dict[str, Any]:
-    """Return what the memory model predicted for the real runs beside what was allocated."""
-    told = [run.hardware for run in real if run.hardware is not None and "peak_allocated_bytes" in run.hardware]
-    if not told:
+    """Return the peak bytes that the memory model predicted for the real runs, and those that were allocated."""
+    known = [run.hardware for run in real if run.hardware is not None and "peak_allocated_bytes" in run.hardware]
+    if not known:
         return {}
     return {
-        "peak_predicted_bytes": max(one["peak_predicted_bytes"] for one in told),
-        "peak_allocated_bytes": max(one["peak_allocated_bytes"] for one in told),
-        "exact": all(one["largest_difference_bytes"] == 0 for one in told),
+        "peak_predicted_bytes": max(one["peak_predicted_bytes"] for one in known),
+        "peak_allocated_bytes": max(one["peak_allocated_bytes"] for one in known),
+        "exact": all(one["largest_difference_bytes"] == 0 for one in known),
     }
 
 
 def _one_by_one(simulated: Run, real: Sequence[Run]) -> dict[str, Any]:
-    """Return errors request by request, and how far the order of admission agrees (Kendall's tau), run by run."""
+    """Return the median error over requests of each latency, and the lowest Kendall tau of the order of admission."""
     found: dict[str, Any] = {}
     for metric in LATENCIES:
         errors = [np.abs(simulated.records[metric] / run.records[metric] - 1) for run in real]
@@ -210,12 +205,12 @@ def _order_tau(ours: pd.Series[float], theirs: pd.Series[float]) -> float | None
     both = np.isfinite(ours) & np.isfinite(theirs)
     if both.sum() < 2:
         return None
-    # Ties of time are no disorder: those who were admitted together stand in the order of the trace.
+    # Requests admitted at the same time count in the order of the trace, so a tie is no disorder.
     ranks = [series[both].rank(method="first") for series in (ours, theirs)]
     return float(kendalltau(*ranks).statistic)
 
 
-# --- What a person sees ----------------------------------------------------------------------------------------------
+# --- Output ----------------------------------------------------------------------------------------------------------
 
 
 def print_comparison(result: Mapping[str, Any], console: Console) -> None:
@@ -278,21 +273,21 @@ def percent(value: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a figure of three digits."""
+    """Return a number with three digits."""
     return "-" if value is None else f"{value:.3g}"
 
 
 def seconds(value: float | None) -> str:
-    """Return so many seconds."""
+    """Return seconds with three digits."""
     return "-" if value is None else f"{value:.3g} s"
 
 
 def plot(path: Path, simulated: Run, real: Sequence[Run]) -> None:
-    """Write one PNG: the distributions of latencies over each other, and what happened over time.
+    """Write one PNG: the distributions of latencies of both sides, and what happened over time.
 
-    A vertical line is the decision of a plan change, a mark on the upper edge of ``running`` a preemption.
+    A vertical line is the decision of a plan change; a mark on the upper edge of ``running`` is a preemption.
     """
-    import matplotlib as mpl  # drawing is rare and its import slow
+    import matplotlib as mpl  # imported late: it is slow, and plots are rare
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
@@ -327,26 +322,3 @@ def plot(path: Path, simulated: Run, real: Sequence[Run]) -> None:
     axes[0][0].legend()
     write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
     plt.close(figure)
-
-
-def main(words: Sequence[str]) -> int:
-    """Run the command; return its exit status."""
-    if any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        return 0
-    console = Console(width=None if sys.stdout.isatty() else 130)
-    try:
-        folders = [Path(word) for word in words if not word.startswith("out=")]
-        if len(folders) < 2:
-            raise ConfigError("give the folder of one simulated run and of one or more real ones; --help shows how")
-        runs = [read_run(folder) for folder in folders]
-        result = compare(runs[0], runs[1:])
-    except RapLabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    out = next((Path(word.removeprefix("out=")) for word in words if word.startswith("out=")), folders[1])
-    write_json(out / "compare.json", {"provenance": provenance(0), **result})
-    plot(out / "compare.png", runs[0], runs[1:])
-    print_comparison(result, console)
-    console.print(f"files: {out / 'compare.json'}, {out / 'compare.png'}", highlight=False, soft_wrap=True)
-    return 0 if result["held"] else 1

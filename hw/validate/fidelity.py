@@ -1,12 +1,9 @@
-"""Compare the simulator with a published run of a real engine, request by request.
+"""Compares the simulator with a published run of a real engine, request by request.
 
-The run: 300 ShareGPT requests on Llama-3.1-8B, one RTX 4090, vLLM 0.19.0, at 10.3 requests a second against a KV cache
-of 2,588 blocks, so most of a request's time is queueing and preemption (casys-kaist/LLMServingSim,
-``bench/examples/RTX4090/Llama-3.1-8B/vllm``, commit 5daddb21, MIT). The prices of the kernels were measured apart from
-it. One number is fitted on the run, the overhead of an iteration, and on its first 60 seconds only.
-
-    python -m hw.fidelity             write index.md and fidelity.json to docs/results/fidelity
-    python -m hw.fidelity run=FOLDER  the same for another folder of that form
+The run: 300 ShareGPT requests on Llama-3.1-8B, one RTX 4090, vLLM 0.19.0, at 10.3 requests per second with a KV cache
+of 2,588 blocks, so that a request spends most of its time queued or preempted (casys-kaist/LLMServingSim,
+``bench/examples/RTX4090/Llama-3.1-8B/vllm``, commit 5daddb21, MIT). The kernel prices were measured separately. One
+number is fitted on the run, the overhead of an iteration, and only on its first 60 seconds.
 """
 
 from __future__ import annotations
@@ -14,31 +11,26 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
-from sim.cost.latency import LatencyModel, load_calibration
+from sim.config import build_option
+from sim.cost.latency import LatencyModel
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.model_spec import load_model
 from sim.cost.plan import dense_plan
 from sim.engine.protocol import EngineConfig, Request
 from sim.engine.scheduler import Limits
+from sim.engine.server_spec import ServerSpec
 from sim.engine.sim_engine import SimEngine
-from sim.errors import CalibrationError, RapLabError, nearest
+from sim.errors import CalibrationError
 from sim.pages.render import render, show, table
-from sim.paths import RESULTS, find_data
 from sim.results.records import Moments, Records
-from sim.results.run_folder import commit, write_json, write_text
-
-Floats = NDArray[np.float64]
+from sim.types import Floats
 
 TEMPLATE = Path(__file__).parent / "templates" / "fidelity.md.j2"
 RUN = "calibration/llmservingsim_e2e/RTX4090/Llama-3.1-8B"
@@ -51,7 +43,7 @@ TARGETS = {"ttft_s": 0.10, "tpot_s": 0.05, "e2e_s": 0.10, "makespan_s": 0.05}
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RealRun(Moments):
-    """What a real engine did, in seconds since the first arrival, and its settings."""
+    """What a real engine did, in seconds since the first arrival, and its settings. kv_blocks: of all layers."""
 
     config: EngineConfig
     kv_blocks: int
@@ -60,11 +52,11 @@ class RealRun(Moments):
 def read_run(folder: Path) -> RealRun:
     """Read ``requests.jsonl.gz`` and ``meta.json`` of an LLMServingSim benchmark run.
 
-    Arrivals are Unix time, the engine's own times monotonic. The two clocks are laid over each other where a request
-    went from arrival to the engine's queue the fastest, so the client's overhead stays in the real latencies.
+    Arrivals are Unix time, the engine's times monotonic. The clocks are aligned at the request that went from arrival
+    to the engine's queue the fastest, so the client's overhead stays in the real latencies.
 
     Raises:
-        CalibrationError: if the folder or a file of it is absent.
+        CalibrationError: if a file is missing.
     """
     for name in ("requests.jsonl.gz", "meta.json"):
         if not (folder / name).is_file():
@@ -106,16 +98,17 @@ def read_run(folder: Path) -> RealRun:
 
 
 def simulate(run: RealRun, latency: LatencyModel) -> SimEngine:
-    """Serve the run's requests with the run's settings."""
+    """Serve the requests of the run with its settings; return the engine when all are done."""
     model = load_model(latency.model)
     plan = dense_plan(model)
-    engine = SimEngine(
+    server = ServerSpec(
         model=model,
-        latency=latency,
+        gpu=build_option("gpu", latency.device),
         config=run.config,
-        plan=plan,
-        budget_bytes=budget_for_kv_blocks(model, plan, run.kv_blocks, 0, run.config.kv_block_tokens),
+        workspace_bytes=0,  # the run states its KV blocks, so the rest of its memory does not matter
+        latency=latency,
     )
+    engine = server.build_engine(plan, budget_for_kv_blocks(model, plan, run.kv_blocks, 0, run.config.kv_block_tokens))
     columns = (run.arrival_s.tolist(), run.prompt_tokens.tolist(), run.produced_tokens.tolist())
     engine.submit(
         [
@@ -132,8 +125,8 @@ def fit_fixed_s(
 ) -> float:
     """Return the overhead of an iteration that fits the first ``until_s`` seconds best.
 
-    Only requests that the real engine finished by then count: the mean absolute error of their finish times. A grid,
-    since preemptions make the error jump.
+    It minimizes the mean absolute error of finish times over the requests that the real engine finished by then. A
+    grid search, because preemptions make the error jump.
     """
     seen = run.finish_s <= until_s
 
@@ -202,43 +195,3 @@ def missed(errors: dict[str, Any]) -> list[str]:
             if abs(error) > target:
                 found.append(f"{name} {statistic} by {100 * error:+.1f} % against {100 * target:.0f} %")
     return found
-
-
-def main() -> None:
-    """Fit, simulate, compare, write the page and print the table."""
-    options = {"run": RUN, "out": str(RESULTS / "fidelity")}
-    try:
-        for argument in sys.argv[1:]:
-            key, _, value = argument.partition("=")
-            if key not in options:
-                raise RapLabError(f"unknown argument {argument!r}; {nearest(key, options)}")
-            options[key] = value
-        run = read_run(find_data(options["run"]))
-        latency = load_calibration(CALIBRATION)
-        fixed_s = fit_fixed_s(run, latency)
-        engine = simulate(run, latency.with_fixed(fixed_s, f"hw.fidelity, first {FIT_UNTIL_S:.0f} s"))
-    except RapLabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    records = engine.records()
-    errors = compare(run, records)
-    out = Path(options["out"])
-    content = {
-        "commit": commit(),
-        "calibration": CALIBRATION,
-        "fit_until_s": FIT_UNTIL_S,
-        "fixed_s": fixed_s,
-        "errors": errors,
-        "counts": counts(run, records, len(engine.iterations())),
-    }
-    write_json(out / "fidelity.json", content)
-    write_text(out / "index.md", page(content))
-    shown = Table(title=f"relative error, overhead {fixed_s * 1e3:.1f} ms fitted on the first {FIT_UNTIL_S:.0f} s")
-    for column in ("", *STATISTICS, "correlation"):
-        shown.add_column(column, justify="right")
-    for name in ("ttft_s", "tpot_s", "e2e_s"):
-        cells = [f"{100 * errors[name][s]['error']:+.1f} %" for s in STATISTICS]
-        shown.add_row(name, *cells, f"{errors[name]['correlation']:.3f}")
-    shown.add_row("makespan_s", f"{100 * errors['makespan_s']['error']:+.1f} %", "", "", "", "")
-    Console().print(shown)
-    print(f"files: {out / 'index.md'}, {out / 'fidelity.json'}")

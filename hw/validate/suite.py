@@ -1,31 +1,22 @@
-"""Compare the simulator with the real model, cell by cell.
+"""The validation suite: every workload under every policy, in simulation and on the real model of this machine.
 
-    python -m hw.validate                       run what is missing of the suite, judge it, and write validation.json,
-                                                index.md and validation.png to docs/results/validation
-    python -m hw.validate page=judge            judge the existing runs, and run nothing
-    python -m hw.validate page=only             write the page again from validation.json
-    python -m hw.validate runs=FOLDER repeats=3 clock=cpu calibration=NAME_OR_FILE only=burst,quiet
-
-Every workload is served by every policy, once in simulation and ``repeats`` times for real, in random order; runs lie
-in ``runs`` (default runs/validation) as sim.replay and hw.replay write them, and a run that is there is not repeated.
-Reference runs in between say how fast the machine is (``hw.validate.machine_speed``).
+Real runs are repeated, in random order. Run folders are kept as sim.replay and hw.replay write them, and a run that
+exists is not repeated. Reference runs in between measure the machine's speed (``hw.validate.machine_speed``).
 """
 
 from __future__ import annotations
 
 import json
 import random
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
-from hydra.core.global_hydra import GlobalHydra
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from scipy.stats import kendalltau
@@ -35,12 +26,12 @@ from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import read_prompts
 from hw.replay.run import hardware, load_elastic
-from hw.validate.compare import Run, compare, read_run, verdicts
+from hw.validate.compare import Run, compare, read_run
 from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of, slower
-from hw.validate.suite_page import AT_SPEED, page, plot
-from sim.config import CONF_DIR, build, one_thread
+from hw.validate.suite_page import AT_SPEED
+from sim.config import CONF_DIR, build, compose_config
 from sim.cost.latency import CALIBRATIONS, copy_speed, load_calibration
-from sim.errors import ConfigError, RapLabError, nearest
+from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY, RESULTS
 from sim.policies import Policy
 from sim.replay.run import RecordingEngine, build_engine, build_parts, build_trace, figures, replay_with, write_tables
@@ -79,7 +70,7 @@ COMMON = (
 
 
 def policies() -> dict[str, tuple[str, ...]]:
-    """Return the policies of the suite; greedy stop follows the order that was measured on the model itself."""
+    """Return the overrides of each policy; greedy stop follows the order that was measured on the served model."""
     measured = json.loads((CONF_DIR / "score" / "smollm2_135m_gsi.json").read_text(encoding="utf-8"))
     order = ",".join(measured["order"][:20])
     return {
@@ -94,7 +85,7 @@ def policies() -> dict[str, tuple[str, ...]]:
         ),
         "morphserve": ("policy=morphserve", "policy.mode=accuracy"),
         "learned_prune": ("policy=learned_prune",),
-        # Changes that are certain to come, whatever the load: blocks out and in, 8 bits and back.
+        # Changes that come whatever the load is: blocks out and in, 8 bits and back.
         "schedule": (
             "policy=schedule",
             "policy.steps=[{at_s:0},{at_s:1.5,drop_mha:[18,7,6],drop_ffn:[17]},{at_s:3,drop_ffn:[17,25],weight_bits:8},"
@@ -103,29 +94,36 @@ def policies() -> dict[str, tuple[str, ...]]:
     }
 
 
-@dataclass(slots=True)
-class Arguments:
-    """What the command takes as key=value."""
+@dataclass(kw_only=True)
+class ValidateConfig:
+    """What to run and to judge.
+
+    runs: the folder of run folders. repeats: real runs of each cell. clock: cpu or wall, as in hw.replay.
+    calibration: a file of conf/calibration by name, or a path. only: workloads to run; all when empty.
+    page: also (run what is missing, judge, write the page), judge (run nothing), or only (write the page again).
+    """
 
     runs: str = str(REPOSITORY / "runs" / "validation")
-    repeats: str = "3"
+    repeats: int = 3
     clock: str = "cpu"
     calibration: str = CALIBRATION
-    only: str = "all"
+    only: list[str] = field(default_factory=list)
     page: str = "also"
 
 
-def configuration(workload: str, policy: str, arguments: Arguments) -> DictConfig:
-    """Return the configuration of one run: the words that sim.replay and hw.replay would be given."""
-    words = [*COMMON, *WORKLOADS[workload], *policies()[policy], f"latency={arguments.calibration}"]
-    words += [f"hw.engine.clock={arguments.clock}", "hw.skip_idle=true", "hw.device=cpu"]
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return hydra.compose("hw_replay", overrides=words)
+ConfigStore.instance().store(name="hw_validate_schema", node=ValidateConfig)
+PAGES = ("also", "judge", "only")
+
+
+def configuration(workload: str, policy: str, settings: ValidateConfig) -> DictConfig:
+    """Return the configuration of one run, which sim.replay and hw.replay share."""
+    overrides = [*COMMON, *WORKLOADS[workload], *policies()[policy], f"latency={settings.calibration}"]
+    overrides += [f"hw.clock={settings.clock}", "hw.skip_idle=true", "hw.device=cpu"]
+    return compose_config("hw_replay", overrides)
 
 
 class Hardware:
-    """The real model, loaded once for all runs."""
+    """The real model, loaded once for all runs of the suite."""
 
     def __init__(self, cfg: DictConfig) -> None:
         """Load what the configuration names."""
@@ -138,7 +136,7 @@ class Hardware:
         return self._elastic
 
     def engine(self, cfg: DictConfig) -> tuple[HwEngine, Policy]:
-        """Return a fresh engine over it."""
+        """Return a new engine over the loaded model, and the policy of the configuration."""
         parts = build_parts(cfg)
         engine = HwEngine(
             elastic=self._elastic,
@@ -164,38 +162,44 @@ def serve(folder: Path, cfg: DictConfig, engine: RecordingEngine, policy: Policy
     write_json(folder / "summary.json", figures(engine, slo))  # last: a folder with a summary is complete
 
 
-def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
-    """Run what is missing, compare, and return the content of validation.json."""
-    workloads = list(WORKLOADS) if arguments.only == "all" else arguments.only.split(",")
+def run_suite(settings: ValidateConfig, console: Console) -> dict[str, Any]:
+    """Run what is missing, compare, and return the content of the results file.
+
+    Raises:
+        ConfigError: for an unknown workload, or a cell without a real run.
+    """
+    workloads = settings.only or list(WORKLOADS)
     for name in workloads:
         if name not in WORKLOADS:
             raise ConfigError(f"there is no workload {name!r}; {nearest(name, WORKLOADS)}")
-    base, repeats = Path(arguments.runs), int(arguments.repeats)
+    if settings.repeats < 1:
+        raise ConfigError(f"repeats is {settings.repeats}; it must be at least 1")
+    base, repeats = Path(settings.runs), settings.repeats
     pairs = [(workload, policy) for workload in workloads for policy in policies()]
     todo = []
     for repeat in range(repeats):
         jobs = [(*pair, repeat) for pair in pairs]
-        random.Random(repeat).shuffle(jobs)  # so that a busy spell of the machine does not meet one workload alone
+        random.Random(repeat).shuffle(jobs)  # so that a busy spell of the machine does not hit one workload only
         todo += [job for job in jobs if not (base / job[0] / job[1] / f"hw{job[2]}" / "summary.json").is_file()]
-    if arguments.page == "judge":
+    if settings.page == "judge":
         todo = []
     loaded: Hardware | None = None
-    latency, speed = load_calibration(arguments.calibration), MachineSpeed(base)
+    latency, speed = load_calibration(settings.calibration), MachineSpeed(base)
     for number, (workload, policy, repeat) in enumerate(todo, start=1):
-        cfg = configuration(workload, policy, arguments)
+        cfg = configuration(workload, policy, settings)
         loaded = loaded or Hardware(cfg)
         if number % RUNS_BETWEEN == 1:
-            speed.measure(loaded.elastic, arguments.clock, latency)
+            speed.measure(loaded.elastic, settings.clock, latency)
         folder = base / workload / policy / f"hw{repeat}"
         serve(folder, cfg, *loaded.engine(cfg))
         console.print(f"{number} of {len(todo)}: {workload}, {policy}, repeat {repeat}", highlight=False)
     results: dict[str, Any] = {}
-    of_the_suite = replace(arguments, calibration=str(base / "calibration.json"))
-    scaled = slower(calibration_content(arguments.calibration), factor_of(speed.references))
-    write_json(Path(of_the_suite.calibration), scaled)
+    at_its_speed = replace(settings, calibration=str(base / "calibration.json"))
+    scaled = slower(calibration_content(settings.calibration), factor_of(speed.references))
+    write_json(Path(at_its_speed.calibration), scaled)
     for workload, policy in pairs:
         folder = base / workload / policy
-        cfg = configuration(workload, policy, of_the_suite)
+        cfg = configuration(workload, policy, at_its_speed)
         serve(folder / "sim", cfg, *build_engine(cfg))
         done = [folder / f"hw{repeat}" for repeat in range(repeats)]
         real = [read_run(path) for path in done if (path / "summary.json").is_file()]
@@ -207,15 +211,15 @@ def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
     return {
         "provenance": provenance(12),
         "device": latency.device,
-        "copying": asdict(copy_speed(latency, build(configuration(*pairs[0], arguments).gpu))),
-        "calibration": arguments.calibration,
+        "copying": asdict(copy_speed(latency, build(configuration(*pairs[0], settings).gpu))),
+        "calibration": settings.calibration,
         "machine_speed": {"factor": factor_of(speed.references), "references": speed.references},
-        "clock": arguments.clock,
+        "clock": settings.clock,
         "repeats": sorted({len(result["real"]) for by in results.values() for result in by.values()}),
         "words": {
             "common": list(COMMON),
             "workloads": {name: list(WORKLOADS[name]) for name in workloads},
-            "policies": {name: list(words) for name, words in policies().items()},
+            "policies": {name: list(overrides) for name, overrides in policies().items()},
         },
         "results": results,
         "ranking": ranking(results),
@@ -223,7 +227,7 @@ def run_suite(arguments: Arguments, console: Console) -> dict[str, Any]:
 
 
 def judged(simulated: Run, real: Sequence[Run], base: Path) -> dict[str, Any]:
-    """Return a comparison, its folders named below the folder of the suite."""
+    """Return a comparison whose folders are named relative to the folder of the suite."""
     result = compare(simulated, real)
     result["simulated"] = simulated.folder.relative_to(base).as_posix()
     result["real"] = [run.folder.relative_to(base).as_posix() for run in real]
@@ -231,10 +235,10 @@ def judged(simulated: Run, real: Sequence[Run], base: Path) -> dict[str, Any]:
 
 
 def at_speed(cfg: DictConfig, real: Sequence[Run]) -> dict[str, Any]:
-    """Return errors with the speed of the machine taken out: what of an error is not the prices' common factor.
+    """Return errors without the speed of the machine: the part of each error that is no common factor of all prices.
 
-    A shared machine is faster in one run and slower in the next. For every repeat all prices are multiplied by one
-    number, found so that the mean TPOT agrees; everything else of that simulation is then compared with that repeat.
+    A shared machine is faster in one run and slower in the next. For each repeat, all prices are multiplied by the
+    number that makes the mean TPOT agree; the other figures of that simulation are then compared with that repeat.
     """
     content = calibration_content(cfg.latency)
     slo, trace = build(cfg.slo), build_trace(cfg)
@@ -266,7 +270,7 @@ def at_speed(cfg: DictConfig, real: Sequence[Run]) -> dict[str, Any]:
 
 
 def calibration_content(name: str) -> dict[str, Any]:
-    """Return what is in a calibration file, given by path or by its name in conf/calibration."""
+    """Return the content of a calibration file, by path or by its name in conf/calibration."""
     path = Path(name) if Path(name).suffix == ".json" else CALIBRATIONS / f"{name}.json"
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
@@ -280,11 +284,11 @@ def _of(summary: Mapping[str, Any], name: str) -> float | None:
 
 
 def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return whether both sides order the policies alike by mean TTFT and E2E, and what trusting the simulator costs.
+    """Return whether both sides order the policies alike by mean TTFT and E2E, and the regret of the simulator's choice.
 
-    Two policies count as different when their real means are farther apart than the noise of both together. The regret
-    is how much worse the simulator's best policy is on the hardware than the best there is. Policies that decide the
-    same are tied in simulation; it cannot order them, and there is nothing to order.
+    Two policies differ when their real means are farther apart than the noise of both together. The regret is how much
+    worse the simulator's best policy is on the hardware than the best policy there. Policies with equal decisions are
+    tied in simulation, and there is nothing to order.
     """
     found: dict[str, Any] = {}
     for workload, by_policy in results.items():
@@ -312,46 +316,3 @@ def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 "regret": known[best]["real"] / min(f["real"] for f in known.values()) - 1,
             }
     return found
-
-
-def parse(words: Sequence[str]) -> Arguments:
-    """Return the arguments; an unknown key is an error that names the nearest one."""
-    arguments, allowed = Arguments(), list(Arguments.__dataclass_fields__)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not value or key not in allowed:
-            raise ConfigError(f"argument {word!r} is not key=value with a known key; {nearest(key, allowed)}")
-        setattr(arguments, key, value)
-    if not arguments.repeats.isdigit() or int(arguments.repeats) < 1:
-        raise ConfigError(f"repeats is {arguments.repeats!r}; it must be a whole number of at least 1")
-    return arguments
-
-
-def main(words: Sequence[str]) -> int:
-    """Run the command; return its exit status: 1 when a verdict was missed."""
-    if any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        return 0
-    one_thread()
-    console = Console(width=None if sys.stdout.isatty() else 130)
-    try:
-        arguments = parse(words)
-        if arguments.page == "only":
-            content = json.loads(RESULT.read_text(encoding="utf-8"))
-        else:
-            content = run_suite(arguments, console)
-            write_json(RESULT, content)
-    except RapLabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_text(PAGE, page(content))
-    plot(PICTURE, content)
-    missed = [
-        f"{workload}, {policy}: {name}"
-        for workload, by in content["results"].items()
-        for policy, result in by.items()
-        for name, verdict in verdicts(result).items()
-        if verdict == "missed"
-    ]
-    console.print(f"{len(missed)} verdicts missed; {PAGE.relative_to(REPOSITORY)}", highlight=False)
-    return 1 if missed else 0

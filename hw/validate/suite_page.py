@@ -10,8 +10,8 @@ import numpy as np
 
 from hw.validate.compare import seconds, verdicts
 from hw.validate.machine_speed import factor_of
+from sim.atomic import write_whole
 from sim.pages.render import render, show, table
-from sim.results.run_folder import write_whole
 
 TEMPLATE = Path(__file__).parent / "templates" / "validation.md.j2"
 SHOWN = ("ttft_s.mean", "ttft_s.p50", "ttft_s.p95", "tpot_s.mean", "tpot_s.p50", "tpot_s.p95", "makespan_s")

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from sim.cluster import kernel as ck
 from sim.cluster.outages import Outage
-from sim.cluster.routers import Candidate, Compiled, Offered, Router
+from sim.cluster.routers import Candidate, KernelRouter, Router, RoutingRequest
 from sim.cost.plan import Plan
 from sim.engine import kernel
 from sim.engine.batch_step import look_at
@@ -40,8 +40,9 @@ from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine, exact_delay, unit_numbers
 from sim.errors import BudgetError, ConfigError
 from sim.policies.base import ClusterPolicy, Policy
-from sim.results.records import Floats, Ints, Records, Status
+from sim.results.records import Records, Status
 from sim.traces.trace import Trace
+from sim.types import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,7 @@ class Event:
 
 
 @dataclass(slots=True, eq=False)
-class Served:
+class ReplicaRun:
     """One engine of a replica, from when it began to load to when it stopped (``inf``: it did not)."""
 
     replica: int
@@ -184,10 +185,10 @@ class Cluster:
         self._phase = [Phase.OFF] * k
         self._wanted = [autoscaler is None or i < autoscaler.first for i in range(k)]
         self._current: list[int] = [-1] * k  # the engine of each replica, by its number
-        self._engines: list[Served] = []
+        self._engines: list[ReplicaRun] = []
         self._events: list[Event] = []
-        self._loading: list[Served | None] = [None] * k
-        self._told = [False] * k  # of an outage, with notice
+        self._loading: list[ReplicaRun | None] = [None] * k
+        self._notified = [False] * k  # of an outage, with notice
         self._held: deque[tuple[int, tuple[Ints, Floats, int] | None]] = deque()
         self._lives = 0
 
@@ -200,7 +201,7 @@ class Cluster:
         self._fields = np.zeros(ck.CLUSTER_INTS, dtype=np.int64)
         self._fields[ck.ROUTER] = ck.ASK
         self._draws = np.zeros((1, 2))
-        if isinstance(router, Compiled):
+        if isinstance(router, KernelRouter):
             self._fields[ck.ROUTER] = router.rule
             self._fields[ck.MOST_APART], self._fields[ck.MOST_TIMES] = router.most_apart, router.most_times
             self._draws = router.draws(requests, seed)
@@ -218,7 +219,7 @@ class Cluster:
 
         for i, replica in enumerate(self.replicas):
             if self._wanted[i]:
-                self._accept(Served(i, *replica.build(self.env), 0.0))
+                self._accept(ReplicaRun(i, *replica.build(self.env), 0.0))
             if replica.outages:
                 self._lives += 1
                 self.env.process(self._live(i))
@@ -266,7 +267,7 @@ class Cluster:
         """Return what can be seen of a replica now; it has an engine, as every one that accepts requests."""
         return self._observed(replica, self.env.now)
 
-    def look(self, seen: Floats) -> None:
+    def observe_into(self, seen: Floats) -> None:
         """Write down what can be seen of every replica now, as ``observe`` says it; each has an engine.
 
         Args:
@@ -284,7 +285,7 @@ class Cluster:
     @property
     def tables(self) -> NDArray[np.int64]:
         """Where compiled code finds each replica: int64[k, arrays of a State, 3]; ask again after serving."""
-        self._look_up()
+        self._refresh_tables()
         return self._tables
 
     @property
@@ -305,7 +306,7 @@ class Cluster:
     def _serve(self, horizon_s: float) -> None:
         """Serve and route up to a horizon."""
         fields_, tables = self._fields, self._tables
-        self._look_up()
+        self._refresh_tables()
         while True:
             why = ck.serve(
                 tables,
@@ -328,14 +329,14 @@ class Cluster:
             i = int(fields_[ck.WHICH])
             if why == ck.ATTEND:
                 self._engine(i).unblock(int(fields_[ck.WHY]))
-                self._look_up()
+                self._refresh_tables()
             elif why == ck.ROOM:
                 self._make_room(i)
             else:  # nobody accepts, or a router of one's own is asked
                 self._place(at, None, until_s)
                 fields_[ck.AT] = at + 1
 
-    def _look_up(self) -> None:
+    def _refresh_tables(self) -> None:
         """Bring up to date where the engines' arrays are: a plan book that several share may have grown."""
         for i, number in enumerate(self._current):
             if number >= 0:
@@ -377,7 +378,7 @@ class Cluster:
     def _choose(self, request: int, prompt: int, produced: int, now_s: float) -> int:
         """Return the replica for a request, -1 when none accepts."""
         ids = self._hash_ids[self._hash_at[request] : self._hash_at[request + 1]]
-        if isinstance(self._router, Compiled):
+        if isinstance(self._router, KernelRouter):
             draw = self._draws[request % len(self._draws)]
             return int(
                 ck.choose(
@@ -399,7 +400,7 @@ class Cluster:
         for i in fit:
             token_s = float(ck.prefill_token_s(self._tables[i]))
             candidates.append(Candidate(replica=i, state=self._observed(i, now_s), prefill_token_s=token_s))
-        offered = Offered(
+        offered = RoutingRequest(
             request_id=request, prompt_tokens=prompt, produced_tokens=produced, hash_ids=tuple(ids.tolist())
         )
         chosen = self._router(candidates, offered)
@@ -431,7 +432,7 @@ class Cluster:
         for outage in self.replicas[i].outages:
             if outage.notice_s > 0:
                 yield from self._wait_until(outage.from_s - outage.notice_s)
-                self._told[i] = True
+                self._notified[i] = True
                 if self._phase[i] is Phase.SERVING:
                     self._leave(i)
             yield from self._wait_until(outage.from_s)
@@ -439,7 +440,7 @@ class Cluster:
             if math.isinf(outage.until_s):
                 break
             yield from self._wait_until(outage.until_s)
-            self._told[i] = False
+            self._notified[i] = False
             if self._wanted[i]:
                 self.env.process(self._start(i))
             else:
@@ -454,7 +455,7 @@ class Cluster:
             self._note(i, Phase.DOWN)
             return
         self._lives += 1
-        served = Served(i, engine, policy, self.env.now)
+        served = ReplicaRun(i, engine, policy, self.env.now)
         self._loading[i] = served
         self._note(i, Phase.LOADING)
         weight_bytes = engine.observe(self.env.now).weight_bytes
@@ -463,7 +464,7 @@ class Cluster:
             self._accept(served)
         self._lives -= 1
 
-    def _accept(self, served: Served) -> None:
+    def _accept(self, served: ReplicaRun) -> None:
         """Let a replica whose weights are there accept requests; those that wait at the router come first."""
         i, engine = served.replica, served.engine
         self._loading[i] = None
@@ -476,7 +477,7 @@ class Cluster:
         self._replica_i[i] = 0, engine.context_limit, self._current[i], -1
         self._change_soon(i, self.env.now)
         self._note(i, Phase.SERVING)
-        if self._told[i]:
+        if self._notified[i]:
             self._leave(i)
             return
         self._replica_i[i, ck.ACCEPTS] = 1
@@ -554,7 +555,7 @@ class Cluster:
                 phase, running = self._phase[i], self._current[i] >= 0 and ck.outstanding(self._tables[i]) > 0
                 if want and phase is Phase.OFF:
                     self.env.process(self._start(i))
-                elif want and phase is Phase.LEAVING and not self._told[i]:
+                elif want and phase is Phase.LEAVING and not self._notified[i]:
                     self._note(i, Phase.SERVING)
                     self._replica_i[i, ck.ACCEPTS] = 1
                 elif not want and phase is Phase.SERVING:
@@ -607,17 +608,10 @@ class Cluster:
         """When the last iteration ended."""
         return max((float(served.engine.now_s) for served in self._engines), default=0.0)
 
-    def engines(self) -> tuple[Served, ...]:
+    def engines(self) -> tuple[ReplicaRun, ...]:
         """Return every engine that has served, in the order in which they began to."""
         return tuple(self._engines)
 
     def events(self) -> tuple[Event, ...]:
         """Return what happened to the replicas, in order of time."""
         return tuple(self._events)
-
-
-def main() -> None:
-    """Run ``python -m sim.cluster``."""
-    from sim.cluster.run import cluster_command
-
-    cluster_command()

@@ -39,7 +39,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offered:
+class RoutingRequest:
     """A request as a router sees it: not how long its answer will be.
 
     produced_tokens: above 0 when another replica began it and failed. hash_ids: of its prompt's KV blocks, each for
@@ -52,16 +52,16 @@ class Offered:
     hash_ids: tuple[int, ...]
 
 
-class Asked(Protocol):
+class PythonRouter(Protocol):
     """A router of one's own: asked for each request."""
 
-    def __call__(self, candidates: Sequence[Candidate], request: Offered) -> int:
+    def __call__(self, candidates: Sequence[Candidate], request: RoutingRequest) -> int:
         """Return the number of the replica that shall serve it, one of the candidates'."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compiled:
+class KernelRouter:
     """A compiled router.
 
     rule: of sim/cluster/kernel.py. most_apart, most_times: prefix affinity gives way to the fewest requests while the
@@ -79,30 +79,30 @@ class Compiled:
         return np.random.default_rng(seed).random((max(requests, 1), 2))
 
 
-Router = Compiled | Asked
+Router = KernelRouter | PythonRouter
 
 
-def round_robin() -> Compiled:
+def round_robin() -> KernelRouter:
     """Return the router that takes replicas in turn."""
-    return Compiled(rule=cluster_kernel.ROUND_ROBIN)
+    return KernelRouter(rule=cluster_kernel.ROUND_ROBIN)
 
 
-def least_outstanding() -> Compiled:
+def least_outstanding() -> KernelRouter:
     """Return the router to where fewest requests wait or run."""
-    return Compiled(rule=cluster_kernel.LEAST_OUTSTANDING)
+    return KernelRouter(rule=cluster_kernel.LEAST_OUTSTANDING)
 
 
-def least_kv() -> Compiled:
+def least_kv() -> KernelRouter:
     """Return the router to where the smallest share of the KV pool is held or waited for."""
-    return Compiled(rule=cluster_kernel.LEAST_KV)
+    return KernelRouter(rule=cluster_kernel.LEAST_KV)
 
 
-def shortest_expected_wait() -> Compiled:
+def shortest_expected_wait() -> KernelRouter:
     """Return the router to where (tokens that wait + its own) x seconds a prompt token are least."""
-    return Compiled(rule=cluster_kernel.SHORTEST_WAIT)
+    return KernelRouter(rule=cluster_kernel.SHORTEST_WAIT)
 
 
-def prefix_affinity(*, most_apart: int = 32, most_times: int = 2) -> Compiled:
+def prefix_affinity(*, most_apart: int = 32, most_times: int = 2) -> KernelRouter:
     """Return the router to where the longest beginning of the prompt was computed last.
 
     Args:
@@ -113,9 +113,9 @@ def prefix_affinity(*, most_apart: int = 32, most_times: int = 2) -> Compiled:
     """
     if most_apart < 0 or most_times < 0:
         raise ConfigError(f"router.most_apart is {most_apart} and most_times {most_times}; both must be at least 0")
-    return Compiled(rule=cluster_kernel.PREFIX_AFFINITY, most_apart=most_apart, most_times=most_times)
+    return KernelRouter(rule=cluster_kernel.PREFIX_AFFINITY, most_apart=most_apart, most_times=most_times)
 
 
-def power_of_two() -> Compiled:
+def power_of_two() -> KernelRouter:
     """Return the router that draws two replicas and takes the one with fewer requests."""
-    return Compiled(rule=cluster_kernel.POWER_OF_TWO)
+    return KernelRouter(rule=cluster_kernel.POWER_OF_TWO)

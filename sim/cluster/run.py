@@ -15,8 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sim.cluster.cluster import Cluster, Replica
-from sim.compare import with_differences
-from sim.config import ManyConfig, build, one_thread, run_command
+from sim.config import SweepConfig, build, one_thread, run_command, with_differences
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError, nearest
 from sim.policies import Fixed, Policy
@@ -50,7 +49,7 @@ CACHE_COLUMNS: Columns = {"cached prompt tokens": ("cached_share", 100.0, 1, " %
 
 
 @dataclass(kw_only=True)
-class ClusterConfig(ManyConfig):
+class ClusterConfig(SweepConfig):
     """A replay on many replicas.
 
     replicas: name -> what differs from the rest of the configuration, as ``key: value`` (``gpu``, ``model``,
@@ -249,7 +248,7 @@ def variants(cfg: DictConfig) -> dict[str, DictConfig]:
         if label not in labels:
             raise ConfigError(f"only: there is no label {label!r}; {nearest(label, labels)}")
     return {
-        label: with_differences(cfg, OmegaConf.to_container(words) or {}, f"variants.{label}")
+        label: with_differences(cfg, words or {}, f"variants.{label}")
         for label, words in labels.items()
         if not cfg.only or label in cfg.only
     }

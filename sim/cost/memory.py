@@ -19,8 +19,8 @@ from typing import Literal
 from sim.cost.model_spec import QUANT_GROUP_ELEMENTS, Linear, ModelSpec
 from sim.cost.plan import WEIGHT_BITS, KeepMask, Plan, check_layers, check_plan, keep_all
 from sim.errors import BudgetError, PlanError, nearest
+from sim.types import GIB
 
-GIB = 2**30
 QUANT_SCALE_BYTES = 2
 
 Stage = Literal["both", "prefill", "decode"]

@@ -234,7 +234,7 @@ class _Reader:
     config: Mapping[str, Any]
     name: str
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None) -> int:
         """Return a whole number; ``default`` when the key is absent or null, an error when there is none."""
         value = self.config.get(key)
         if value is None:
@@ -280,7 +280,7 @@ class _Reader:
                 f"model config {self.name!r} is of family {family!r}; known are {', '.join([*_FAMILIES, 'opt'])}. "
                 "Write a conf/model/NAME.yaml with its shape instead"
             )
-        hidden, heads = self.whole("hidden_size"), self.whole("num_attention_heads")
+        hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
         flags = dict(_FAMILIES[family])
         if family in ("llama", "qwen3") and self.flag("attention_bias", False):
             flags.update(qkv_bias=True, out_bias=True)
@@ -293,23 +293,23 @@ class _Reader:
             )
         # Qwen3's heads are 128 wide whatever hidden_size is, so an absent head_dim is no hidden_size / heads there.
         head_dim = (
-            self.whole("head_dim")
+            self.integer("head_dim")
             if family == "qwen3" or self.config.get("head_dim") is not None
             else self._head_dim(hidden, heads)
         )
         return ModelSpec(
             name=self.name,
-            num_layers=self.whole("num_hidden_layers"),
+            num_layers=self.integer("num_hidden_layers"),
             hidden_size=hidden,
-            intermediate_size=self.whole("intermediate_size"),
+            intermediate_size=self.integer("intermediate_size"),
             num_heads=heads,
-            num_kv_heads=self.whole("num_key_value_heads", heads),
+            num_kv_heads=self.integer("num_key_value_heads", heads),
             head_dim=head_dim,
-            vocab_size=self.whole("vocab_size"),
+            vocab_size=self.integer("vocab_size"),
             tied_embeddings=self.flag("tie_word_embeddings", False),
             weight_dtype_bytes=self.dtype_bytes(),
             kv_dtype_bytes=self.dtype_bytes(),
-            max_context_tokens=self.whole("max_position_embeddings"),
+            max_context_tokens=self.integer("max_position_embeddings"),
             **flags,
         )
 
@@ -322,9 +322,9 @@ class _Reader:
         return hidden // heads
 
     def _opt(self) -> ModelSpec:
-        hidden, heads = self.whole("hidden_size"), self.whole("num_attention_heads")
-        positions = self.whole("max_position_embeddings")
-        if self.whole("word_embed_proj_dim", hidden) != hidden:
+        hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
+        positions = self.integer("max_position_embeddings")
+        if self.integer("word_embed_proj_dim", hidden) != hidden:
             raise ModelError(
                 f"model config {self.name!r}: OPT with an embedding projection (OPT-350M) is not supported"
             )
@@ -338,13 +338,13 @@ class _Reader:
         bias = self.flag("enable_bias", True)
         return ModelSpec(
             name=self.name,
-            num_layers=self.whole("num_hidden_layers"),
+            num_layers=self.integer("num_hidden_layers"),
             hidden_size=hidden,
-            intermediate_size=self.whole("ffn_dim"),
+            intermediate_size=self.integer("ffn_dim"),
             num_heads=heads,
             num_kv_heads=heads,
             head_dim=self._head_dim(hidden, heads),
-            vocab_size=self.whole("vocab_size"),
+            vocab_size=self.integer("vocab_size"),
             tied_embeddings=self.flag("tie_word_embeddings", True),
             gated_ffn=False,
             qkv_bias=bias,

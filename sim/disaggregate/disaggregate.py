@@ -41,8 +41,9 @@ from sim.disaggregate.links import Link
 from sim.engine import kernel
 from sim.engine.sim_engine import SimEngine, exact_delay
 from sim.errors import ConfigError
-from sim.results.records import Floats, Ints, Records, Status
+from sim.results.records import Records, Status
 from sim.traces.trace import Trace
+from sim.types import Floats, Ints
 
 Build = Callable[[simpy.Environment], SimEngine]
 
@@ -408,10 +409,3 @@ class Disaggregated:
     def kv_counted(self) -> tuple[int, int]:
         """Return the KV blocks held at prefill replicas of what is prefilled, and the room kept at decode replicas."""
         return sum(side.held_blocks for side in self.prefill), sum(side.held_blocks for side in self.decode)
-
-
-def main() -> None:
-    """Run ``python -m sim.disaggregate``."""
-    from sim.disaggregate.run import disaggregate_command
-
-    disaggregate_command()

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import least_outstanding
 from sim.cluster.run import compare_variants
-from sim.config import ManyConfig, build, one_thread, run_command
+from sim.config import SweepConfig, build, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, describe
 from sim.disaggregate.disaggregate import Disaggregated, StagedRecords, decode_side, transfer_reduction, with_prefill
@@ -53,7 +53,7 @@ requests, over those sent. wait for KV room: from the end of its prompt until a 
 
 
 @dataclass(kw_only=True)
-class DisaggregateConfig(ManyConfig):
+class DisaggregateConfig(SweepConfig):
     """A replay with prefill and decode apart.
 
     prefill_replicas, decode_replicas: how many of each; with no prefill replicas, all do both, behind the router with

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -47,21 +48,21 @@ class Budget:
 
 
 class BudgetMeter:
-    """A budget as a run goes on: what there is now, what comes next, and the seconds in which more was held.
+    """Follows a budget during a run: what it is now, what comes next, and how long more was held than it allowed.
 
     violation_s: seconds so far in which more was held than the budget allowed.
     """
 
-    def __init__(self, budget: Budget) -> None:
-        """Stand at the first step."""
+    def __init__(self, budget: Budget, start_s: float = 0.0) -> None:
+        """Stand at the step that holds at ``start_s``."""
         self.budget = budget
         self.violation_s = 0.0
-        self._step = 0
-        self._since_s = 0.0
+        self._step = bisect_right(budget.change_s, start_s) - 1
+        self._since_s = start_s
 
     @property
     def now_bytes(self) -> int:
-        """What there is now."""
+        """The budget now."""
         return self.budget.budget_bytes[self._step]
 
     @property
@@ -71,21 +72,20 @@ class BudgetMeter:
         return self.budget.change_s[step] if step < len(self.budget.change_s) else math.inf
 
     def announced(self, now_s: float) -> tuple[int, float]:
-        """Return the bytes and the time of the next step once it is known, else what there is and ``inf``."""
+        """Return bytes and time of the next step once it is announced, else the budget of now and ``inf``."""
         if self.next_s - self.budget.notice_s <= now_s:
             return self.budget.budget_bytes[self._step + 1], self.next_s
         return self.now_bytes, math.inf
 
-    def follow(self, now_s: float, held_bytes: int) -> bool:
-        """Move on to ``now_s``, ``held_bytes`` held since the last look; return whether there was another step."""
-        before = self._step
+    def follow(self, now_s: float, held_bytes: int) -> None:
+        """Move on to ``now_s``; ``held_bytes`` were held since the last call, and are compared with every step."""
         while True:
             until_s = min(self.next_s, now_s)
             if held_bytes > self.now_bytes:
                 self.violation_s += until_s - self._since_s
             self._since_s = until_s
             if self.next_s > now_s:
-                return self._step > before
+                return
             self._step += 1
 
 

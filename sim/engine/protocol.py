@@ -1,4 +1,48 @@
-"""The Engine protocol: what every engine takes, and what a policy may see of it."""
+"""The Engine protocol: what an engine is given, what it shows of itself, and the rules of serving that all follow.
+
+Three engines follow these rules: ``sim.engine.sim_engine.SimEngine`` (compiled), ``sim.engine.replica.Replica`` with prices as its
+executor (the reference that tests compare the compiled one with), and ``hw.engine.hw_engine.HwEngine``, the same ``Replica`` over
+a real model. For equal decisions they admit the same requests in the same order.
+
+**Order at one instant.** The budget changes; requests arrive; an iteration ends; the policy decides; plans and memory
+follow; the next iteration starts. Requests that arrive together keep the order of the trace.
+
+**Rules for changing plans** (sim/engine/transition.py says what is copied when):
+
+1. Everything takes effect between two iterations. An idle engine is always between two.
+2. A dropped block leaves at once, an MHA block together with the KV that requests hold of it.
+3. A request carries the set of MHA blocks whose KV it holds: those that prefill runs when it is admitted. The set only
+   shrinks: when the plan drops a block, and at the end of prefill, to the blocks that decode runs.
+4. A restored block runs for requests that are admitted later. With ``restore=recompute``, running requests that lack it
+   give up their KV and are prefilled again.
+5. A request's ``kv_keep`` is fixed when its prefill ends; later plans affect only later requests.
+6. The KV pool is the budget minus resident weights, the layer that is being copied in, and the workspace. When the pool
+   shrinks below its use, the newest requests are preempted until it fits. When not even the weights fit, nothing that
+   needs KV runs; the seconds over budget are counted.
+7. A later plan never loses a copy that is under way and that it still wants: if it lacks exactly the blocks of that
+   layer that are being copied in, the copy goes on and serves the new plan. Otherwise the copy is abandoned.
+
+**Rules of the prefix cache** (``prefix_caching``). They are those of vLLM V1, but requests find KV by the hash ids of
+the trace. A **prefix block** is the KV of one hash id: ``hash_block_tokens`` tokens of a prompt, given that all tokens
+before them are the same too.
+
+1. Once a prefill has passed the end of a prefix block, requests that are admitted later find it. A request finds the
+   longest run of leading prefix blocks of its prompt and holds them together with every other holder; each is in the
+   pool once. What is found is not computed, but at least one token is: a prefix block that ends exactly with the prompt
+   is computed again. A prefix block that lies only partly in a prompt does not count.
+2. When two requests compute the same prefix block at once, the second keeps its copy as its own. Later prefix blocks of
+   that prompt are cached if they are new.
+3. A request that ends or is preempted frees its own KV blocks first, then its prefix blocks from the last to the first.
+   A prefix block without holders is free but still found. Blocks that have been free longest are taken first; a prefix
+   block is gone as soon as one of its KV blocks is taken. With ``reuse_preempted_kv`` a preempted request also finds
+   its own blocks again, after all its prefix blocks.
+4. When the MHA blocks that prefill runs change, no earlier prefix block is found again, because the KV would differ.
+   Running requests keep theirs, without the layers that prefill drops, and add nothing more to the cache. A change of
+   precision or of FFN blocks does not clear the cache, as it does not clear the KV of running requests.
+5. While prefill and decode run different MHA blocks, or a plan does not keep all tokens (``kv_keep``), nothing is
+   cached or found; the cache is cleared when such a plan starts and when it ends. A request that holds cached prefix
+   blocks keeps every token and, for those blocks, every layer that prefill runs.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +55,9 @@ from sim.engine.scheduler import SCHEDULERS, Limits, SchedulerName
 from sim.errors import ConfigError, nearest
 from sim.results.records import Records
 from sim.traces.trace import HASH_BLOCK_TOKENS
-
-GIB = 1 << 30
-
+from sim.types import Floats, Ints
 
 RESTORE_MODES = ("new_requests", "recompute")
-
-
 Restore = Literal["new_requests", "recompute"]
 
 
@@ -25,7 +65,7 @@ Restore = Literal["new_requests", "recompute"]
 class Request:
     """One request of a trace. ``output_tokens`` is the trace's secret: engines use it, policies never see it.
 
-    hash_ids: of its prompt, as ``sim.traces.trace.Trace`` has them; none where the trace has none.
+    hash_ids: of its prompt, as ``sim.traces.trace.Trace`` has them; empty where the trace has none.
     """
 
     request_id: int
@@ -35,19 +75,36 @@ class Request:
     hash_ids: tuple[int, ...] = ()
 
 
+def requests_from_arrays(
+    arrival_s: Floats,
+    prompt_tokens: Ints,
+    output_tokens: Ints,
+    hash_ids: Sequence[Ints] | None = None,
+    *,
+    first_id: int = 0,
+) -> list[Request]:
+    """Return one request an entry of the arrays, numbered from ``first_id``."""
+    ids = [()] * len(arrival_s) if hash_ids is None else [tuple(row.tolist()) for row in hash_ids]
+    columns = zip(arrival_s.tolist(), prompt_tokens.tolist(), output_tokens.tolist(), ids, strict=True)
+    return [
+        Request(request_id=first_id + i, arrival_s=at_s, prompt_tokens=prompt, output_tokens=output, hash_ids=row)
+        for i, (at_s, prompt, output, row) in enumerate(columns)
+    ]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How an engine serves: the settings a real engine's command line has.
+    """How an engine serves: the settings that a real engine takes on its command line.
 
     scheduler: ``chunked`` or ``prefill_first`` (sim/engine/scheduler.py says which engine each follows).
-    limits: token budget, requests at once, chunking and admission rules.
+    limits: token budget, concurrent requests, chunking and admission rules.
     kv_block_tokens: tokens of one KV block.
     kv_watermark_share: share of the KV pool that an admission must leave free (vLLM V0: 0.01).
     reuse_preempted_kv: whether a preempted request finds again what others have not overwritten of its KV, as with
         vLLM's prefix caching; without it everything is computed again.
     max_context_tokens: prompt and output of one request together; None takes the model's own limit.
-    restore: what a restored MHA block does to requests that run: ``new_requests`` or ``recompute`` (rule 4 above).
-    prefix_caching: whether requests find the KV that others computed of the same beginning of a prompt (rules above).
+    restore: what a restored MHA block does to running requests: ``new_requests`` or ``recompute`` (rule 4 above).
+    prefix_caching: whether requests find the KV that others computed for the same beginning of a prompt (rules above).
     hash_block_tokens: tokens of a prompt that one hash id of the trace stands for (Mooncake: 512).
     """
 
@@ -76,8 +133,8 @@ class EngineConfig:
             raise ConfigError(f"engine.hash_block_tokens is {self.hash_block_tokens}; it must be at least 1")
         if self.prefix_caching and self.hash_block_tokens % self.kv_block_tokens:
             raise ConfigError(
-                f"engine.prefix_caching shares whole KV blocks: engine.kv_block_tokens, {self.kv_block_tokens}, must "
-                f"divide engine.hash_block_tokens, {self.hash_block_tokens}"
+                f"engine.prefix_caching shares complete KV blocks: engine.kv_block_tokens, {self.kv_block_tokens}, "
+                f"must divide engine.hash_block_tokens, {self.hash_block_tokens}"
             )
 
 
@@ -85,15 +142,16 @@ class EngineConfig:
 class EngineState:
     """What a server can observe of itself at one moment; no output length is in it.
 
-    Counters (arrived, finished, ...) run from the start, so that the difference of two states is a rate.
+    Counters (arrived, finished, ...) run from the start, so the difference of two states is a rate.
 
-    waiting, running: requests. waiting_tokens: prompt and already produced tokens of the waiting ones.
+    waiting, running: requests. waiting_tokens: prompt tokens and already produced tokens of the waiting requests.
     oldest_wait_s: how long the head of the queue has waited, 0 for an empty queue.
     running_tokens: tokens whose KV is held. kv_layer_blocks, kv_used_layer_blocks: the pool, in KV blocks of one layer.
     ttft_sum_s: sum of TTFT over the first tokens so far. busy_s: time spent in iterations that have ended.
-    budget_bytes, weight_bytes: what there is, and what the resident weights take of it.
-    next_budget_bytes, next_budget_s: the next step of the budget when it has been announced, else as it is and ``inf``.
-    budget_violation_s: seconds in which more was held than the budget allows.
+    budget_bytes, weight_bytes: the budget now, and what the resident weights take of it.
+    next_budget_bytes, next_budget_s: the next step of the budget once it is announced; before that, the budget of now
+        and ``inf``.
+    budget_violation_s: seconds in which more was held than the budget allowed.
     plan: what runs. target: what the last decision wants. incoming_bytes: the layer that is being copied in.
     """
 
@@ -126,37 +184,54 @@ class EngineState:
 
 
 class Engine(Protocol):
-    """Serves requests. SimEngine lives on SimPy's clock; a real engine lives on the wall clock."""
+    """Serves requests. ``SimEngine`` lives on SimPy's clock, ``HwEngine`` on the wall clock."""
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Hand over requests, sorted by arrival; each is served from its own ``arrival_s`` on."""
         ...
 
+    def submit_arrays(
+        self,
+        arrival_s: Floats,
+        prompt_tokens: Ints,
+        output_tokens: Ints,
+        hash_ids: Sequence[Ints] | None = None,
+    ) -> None:
+        """Hand over requests as ``submit`` does, one entry each in every array; ids continue after those before."""
+        ...
+
     def apply(self, plan: Plan) -> None:
-        """Make ``plan`` what runs."""
+        """Make ``plan`` what runs; it takes effect between two iterations."""
+        ...
+
+    def apply_at(self, time_s: Sequence[float], plans: Sequence[Plan]) -> None:
+        """Make each plan what runs from its moment on, as ``apply`` would then; for decisions known beforehand.
+
+        If no request is queued or scheduled to arrive, scheduled decisions are skipped.
+        """
         ...
 
     def run_until(self, time_s: float) -> EngineState:
-        """Serve until ``time_s`` (``inf``: until nothing is left to do) and say what can be seen then."""
+        """Serve until ``time_s`` (``inf``: until nothing is left to do) and return what can be observed then."""
         ...
 
     @property
     def drained(self) -> bool:
-        """Whether no submitted request can make any more progress."""
+        """Whether no submitted request can make any more progress by itself."""
         ...
 
     def records(self) -> Records:
-        """Return one row a request."""
+        """Return one row for each request that has arrived, in order of arrival."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A request that runs and what it holds: for debugging and tests, policies do not see it.
+    """A running request and what it holds: for debugging and tests, policies do not see it.
 
-    mha: layers whose KV it holds. tokens: whose KV exists. layer_blocks: KV blocks over all layers, those of the tokens
-    under way included, those of its units in the prefix cache not: ``SimEngine.shared_layer_blocks`` counts these.
-    decoding: whether its prefill has ended.
+    mha: layers whose KV it holds. tokens: tokens whose KV exists. layer_blocks: its own KV blocks over all layers,
+    including those of the tokens under way. Prefix blocks, which it may share, are not included; an engine's
+    ``shared_layer_blocks`` counts them. decoding: whether its prefill has ended.
     """
 
     request_id: int

@@ -1,42 +1,8 @@
-"""The Engine protocol, what a policy may see of an engine, and the simulated engine.
+"""The simulated engine: one replica on SimPy's clock, served by the compiled kernel (sim/engine/kernel).
 
-``SimEngine`` lives on SimPy's clock and serves with the compiled kernel (sim/engine/kernel), which changes plans and memory
-too; what follows from a plan that it meets for the first time is worked out in sim/engine/plan_graph.py.
-``tests/sim/engine/plain_engine.py`` takes one iteration a SimPy event, with Python objects and no shortcut; the records of
-both are equal.
-
-Order of what happens at one instant: the budget changes, requests arrive, an iteration ends, the policy decides, plans
-and memory follow, the next iteration starts. Requests that arrive together keep the order of the trace.
-
-Rules for changing plans (sim/engine/transition.py says what is copied when):
-
-1. Everything takes effect between two iterations; an idle engine is always between two.
-2. A dropped block leaves at once, an MHA block with the KV that requests hold of it.
-3. Each request carries the set of MHA blocks whose KV it holds: those that prefill runs when it is admitted. The set
-   only shrinks: by drops, and at the end of its prefill to what decode runs.
-4. A block that is restored runs for requests admitted later; with ``restore=recompute`` those that lack it give up
-   their KV and are prefilled again.
-5. ``kv_keep`` is a request's own from the end of its prefill on: later plans change it for later requests.
-6. The KV pool is what the budget leaves beside resident weights, the layer that is being copied in, and the
-   workspace. When it shrinks below its use, the newest requests are preempted until it fits. When not even the weights
-   fit, nothing that needs KV runs; the seconds beyond the budget are counted.
-
-Rules of the prefix cache (``prefix_caching``), as vLLM V1's but by the trace's hash ids. One stands for a **unit**:
-``hash_block_tokens`` tokens of a prompt, and that all before them are the same.
-
-1. A unit is found by requests that are admitted once a prefill has passed its end. They hold the longest run of their
-   prompt's leading units together with all who do; it is in the pool once. What is found is not computed; at least one
-   token is, so a unit that ends a prompt is computed again. A unit that lies partly in a prompt does not count.
-2. What two compute at once stays with the second as its own; the units after it are found if they are new.
-3. A request that ends or is preempted frees its own KV blocks first, then its units from the last to the first. Those
-   that nobody holds any more are free and still found; the longest free are taken first, and a unit is gone with the
-   first of its KV blocks. With ``reuse_preempted_kv`` a preempted request finds more: its own after all its units.
-4. When the MHA blocks that prefill runs change, nothing from before is found again: it is other KV. Those that run hold
-   their units on, without the layers that prefill drops, and put nothing more into the cache. Other precisions or FFN
-   blocks leave it, as they leave the KV of those that run.
-5. While prefill and decode run different MHA blocks, or a plan keeps not all tokens (``kv_keep``), nothing is cached or
-   found; as such a plan comes and as it goes, all is forgotten. Who holds units keeps all tokens, and the layers of its
-   units that prefill runs.
+The kernel changes plans and memory too; what follows from a plan that it meets for the first time is worked out in
+sim/engine/plan_graph.py. sim/engine/protocol.py states the rules; ``sim.engine.replica.Replica`` follows them in plain Python, and the
+records of both are equal.
 """
 
 from __future__ import annotations
@@ -58,14 +24,13 @@ from sim.cost.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, describe
 from sim.engine import kernel
 from sim.engine.budget import Budget, constant_budget
 from sim.engine.plan_graph import PlanBook, layers_of
-from sim.engine.protocol import GIB, EngineConfig, EngineState, Holder, Request
+from sim.engine.protocol import EngineConfig, EngineState, Holder, Request
 from sim.errors import BudgetError, ConfigError
-from sim.results.records import Floats, Ints, Iterations, Records, TokenGaps, Transitions
+from sim.results.records import Iterations, Records, TokenGaps, Transitions
+from sim.types import GIB, Floats, Ints
 
 MEMORY_OF_PLANS = 16384
 """Plans, and steps between them, that an engine remembers."""
-
-
 _SAVED = (
     "ints",
     "floats",

@@ -1,4 +1,4 @@
-"""What an engine writes down of its plan changes: one row each, open until all of the plan runs."""
+"""What a replica writes down of its plan changes: one row each, open until the full plan runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sim.cost.plan import Plan, describe
-from sim.results.records import Ints, Transitions
+from sim.results.records import Transitions
+from sim.types import Ints
 
 
 @dataclass(slots=True)
@@ -26,7 +27,7 @@ class _Row:
 
 
 class TransitionLog:
-    """Plan changes, the last of which may go on. What happens while none does is charged to nobody."""
+    """Plan changes; the last one may still be going on. What happens while none goes on is charged to none."""
 
     def __init__(self) -> None:
         """Begin without any."""
@@ -37,14 +38,14 @@ class TransitionLog:
         return len(self._rows)
 
     def begin(self, time_s: float, runs: Plan, wanted: Plan, kv_blocks: int) -> None:
-        """Open a row for a decision of ``time_s``; one that is open stays as it is, superseded."""
+        """Open a row for a decision made at ``time_s``; a row that is still open is superseded and stays as it is."""
         self._open = _Row(time_s, describe(runs), describe(wanted), kv_blocks)
         self._rows.append(self._open)
 
     def charge(
         self, *, bytes_in: int = 0, bytes_freed: int = 0, preempted: int = 0, recomputed_tokens: int = 0
     ) -> None:
-        """Add what a change copied in, freed, and took from running requests."""
+        """Add to the open row what the change copied in, freed, and took from running requests."""
         if self._open is not None:
             self._open.bytes_in += bytes_in
             self._open.bytes_freed += bytes_freed
@@ -52,7 +53,7 @@ class TransitionLog:
             self._open.recomputed_tokens += recomputed_tokens
 
     def look(self, now_s: float, kv_blocks: int, *, ready: bool) -> None:
-        """Note the pool as it is between two iterations; ``ready``: all of the plan runs now."""
+        """Note the size of the pool between two iterations. ``ready``: the full plan runs now, which closes the row."""
         if self._open is not None:
             self._open.kv_blocks_after = kv_blocks
             if ready:

@@ -1,6 +1,6 @@
 """``python -m sim.cluster_results``: write docs/results/clusters/index.md from its JSON files.
 
-With ``measure=true``, replay all or the named comparisons first.
+With ``measure=true``, repeat all or the comparisons of ``only`` first.
 """
 
 from __future__ import annotations
@@ -122,10 +122,10 @@ def pdtrim_claims(rows: Means) -> dict[str, str]:
     }
 
 
+def _write(cfg: DictConfig) -> None:
+    write_page(cfg, COMPARISONS, FOLDER, page)
+
+
 def main() -> None:
     """Run ``python -m sim.cluster_results``."""
     run_command(_write, "cluster_results")
-
-
-def _write(cfg: DictConfig) -> None:
-    write_page(cfg, COMPARISONS, FOLDER, page)

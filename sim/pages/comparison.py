@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,29 +17,13 @@ import pandas as pd
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from sim.atomic import write_whole
 from sim.errors import ConfigError, nearest
 from sim.pages.render import commit_of, table
 from sim.results.report import SUMMARY_COLUMNS, Columns, cells
-from sim.results.run_folder import write_json, write_text, write_whole
+from sim.results.run_folder import write_json, write_text
 
 COUNTS = ("requests", "finished", "rejected", "unfinished")
-
-
-@dataclass(kw_only=True)
-class PageConfig:
-    """What a page command does.
-
-    measure: replay first; without, the page is written from the committed files.
-    only: comparisons to replay; all when empty. workers: processes.
-    """
-
-    measure: bool = False
-    only: list[str] = field(default_factory=list)
-    workers: int = 2
-
-
-ConfigStore.instance().store(name="results_schema", node=PageConfig)
-ConfigStore.instance().store(name="cluster_results_schema", node=PageConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,22 +120,45 @@ def shown(content: Mapping[str, Any], columns: Columns = SUMMARY_COLUMNS, first:
     }
 
 
+@dataclass(kw_only=True)
+class ResultsConfig:
+    """What to write.
+
+    measure: repeat the comparisons first; without it, the page is made from the committed figures.
+    only: comparisons to repeat; all when empty. workers: processes.
+    """
+
+    measure: bool = False
+    only: list[str] = field(default_factory=list)
+    workers: int = 2
+
+
+for name in ("results", "cluster_results"):
+    ConfigStore.instance().store(name=f"{name}_schema", node=ResultsConfig)
+
+
 def write_page(cfg: DictConfig, comparisons: Mapping[str, Comparison], folder: Path, page: Callable[[], str]) -> None:
-    """Write FOLDER/index.md; with ``measure``, run all or the named comparisons first and keep their files.
+    """Repeat comparisons if ``cfg.measure`` says so, then write FOLDER/index.md.
 
     Raises:
-        ConfigError: for an unknown comparison, with the nearest name, or one that fails.
+        ConfigError: for an unknown comparison, with the nearest name.
     """
-    names = (list(cfg.only) or list(comparisons)) if cfg.measure else []
-    for name in names:
+    for name in cfg.only:
         if name not in comparisons:
-            raise ConfigError(f"there is no result {name!r}; {nearest(name, comparisons)}")
+            raise ConfigError(f"only: there is no result {name!r}; {nearest(name, comparisons)}")
+    if cfg.measure:
+        measure(list(cfg.only) or list(comparisons), comparisons, folder, cfg.workers)
+    target = folder / "index.md"
+    write_text(target, page())
+    print(f"written: {target}")
+
+
+def measure(names: Sequence[str], comparisons: Mapping[str, Comparison], folder: Path, workers: int) -> None:
+    """Repeat comparisons and keep their figures and plots."""
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
-            replay(name, comparisons[name], cfg.workers, Path(temporary))
+            replay(name, comparisons[name], workers, Path(temporary))
             print(f"replayed {name}", flush=True)
         # Copied at the end: a changed file would mark the commit of the next replay as dirty.
         for path in sorted(Path(temporary).glob("*.*")):
             write_whole(folder / path.name, partial(shutil.copyfile, path))
-    write_text(folder / "index.md", page())
-    print(f"written: {folder / 'index.md'}")

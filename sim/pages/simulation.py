@@ -1,6 +1,6 @@
 """``python -m sim.results``: write docs/results/simulation/index.md from its JSON files.
 
-With ``measure=true``, replay all or the named comparisons first.
+With ``measure=true``, repeat all or the comparisons of ``only`` first.
 """
 
 from __future__ import annotations
@@ -128,10 +128,10 @@ def next_to_paper(mean: Means) -> str:
     return table(rows, specs)
 
 
+def _write(cfg: DictConfig) -> None:
+    write_page(cfg, COMPARISONS, FOLDER, page)
+
+
 def main() -> None:
     """Run ``python -m sim.results``."""
     run_command(_write, "results")
-
-
-def _write(cfg: DictConfig) -> None:
-    write_page(cfg, COMPARISONS, FOLDER, page)

@@ -1,9 +1,9 @@
 """Policies: each chooses the plan for the next period from what a server could really see.
 
-A policy is built by the function of its module that a file of conf/policy names.
+A file of conf/policy names the function that builds a policy from a ``PolicyContext``.
 """
 
-from sim.policies.base import ClusterPolicy, Policy, Served, ServerModel
+from sim.policies.base import ClusterPolicy, Policy, PolicyContext
 from sim.policies.fixed import Fixed
 
-__all__ = ["ClusterPolicy", "Fixed", "Policy", "Served", "ServerModel"]
+__all__ = ["ClusterPolicy", "Fixed", "Policy", "PolicyContext"]

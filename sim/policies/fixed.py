@@ -11,7 +11,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KVKeep, Plan, check_plan, drop
 from sim.engine.protocol import EngineState
 from sim.errors import PlanError, nearest
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +72,16 @@ def static_plan(
     return plan
 
 
-def fixed(served: Served, **words: Any) -> Fixed:
-    """Build the policy that always runs ``static_plan(model, **words)``.
+def fixed(served: PolicyContext, **options: Any) -> Fixed:
+    """Build the policy that always runs ``static_plan(model, **options)``.
 
     Raises:
         PlanError: for a word that ``static_plan`` does not take, or a plan that is not legal for the model.
     """
-    return Fixed(plan_of(served.model, words))
+    return Fixed(plan_of(served.model, options))
 
 
-def low_prefix(served: Served, *, layers: int, bits: int = 4) -> Fixed:
+def static_w4_prefix(served: PolicyContext, *, layers: int, bits: int = 4) -> Fixed:
     """Build the policy that always runs the first ``layers`` layers at ``bits``, the others at 16.
 
     Raises:
@@ -93,10 +93,10 @@ def low_prefix(served: Served, *, layers: int, bits: int = 4) -> Fixed:
     return Fixed(static_plan(served.model, weight_bits=(bits,) * layers + (16,) * (most - layers)))
 
 
-def plan_of(model: ModelSpec, words: Mapping[str, Any]) -> Plan:
-    """Return ``static_plan(model, **words)``; an unknown word is an error with the nearest right one."""
+def plan_of(model: ModelSpec, options: Mapping[str, Any]) -> Plan:
+    """Return ``static_plan(model, **options)``; an unknown word is an error with the nearest right one."""
     allowed = set(inspect.signature(static_plan).parameters) - {"model"}
-    for word in words:
-        if word not in allowed:
-            raise PlanError(f"a plan takes no {word!r}; {nearest(word, allowed)}")
-    return static_plan(model, **words)
+    for option in options:
+        if option not in allowed:
+            raise PlanError(f"a plan takes no {option!r}; {nearest(option, allowed)}")
+    return static_plan(model, **options)

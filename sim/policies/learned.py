@@ -24,10 +24,8 @@ from sim.cost.plan import Plan, dense_plan, with_mask
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.observation.prune import (
-    Bools,
-    Floats32,
     Table,
     load_columns,
     loads,
@@ -37,6 +35,7 @@ from sim.policies.observation.prune import (
     removed_blocks,
     same_table,
 )
+from sim.types import Bools, Floats32
 
 SHIPPED = REPOSITORY / "conf" / "policy"
 
@@ -192,15 +191,15 @@ def prune_network(model: ModelSpec, path: str | Path) -> PruneNetwork:
         ConfigError: if it was trained on another model or on other tables.
     """
     learned = read_learned(path, "PruneToBudget")
-    words = learned.about.get("environment", {})
-    if words.get("restore") or words.get("sequence", 1) != 1:
+    environment = learned.about.get("environment", {})
+    if environment.get("restore") or environment.get("sequence", 1) != 1:
         raise ConfigError(f"{learned.path.name} was trained with restore or a sequence of loads; this runs one load")
-    table = prune_table(model, scores=bool(words.get("scores")))
+    table = prune_table(model, scores=bool(environment.get("scores")))
     if learned.about.get("model") != model.name:
         raise ConfigError(f"{learned.path.name} was trained on {learned.about.get('model')}, not on {model.name}")
     check_tables(learned, table)
-    scores = np.array(learned.about["scores"], dtype=np.float32) if words.get("scores") else None
-    hidden = set(words.get("hide", ()))
+    scores = np.array(learned.about["scores"], dtype=np.float32) if environment.get("scores") else None
+    hidden = set(environment.get("hide", ()))
     shown = np.array([entry.name.split(".")[0] not in hidden for entry in table.entries])
     return PruneNetwork(model, learned.network, scores, None if shown.all() else shown)
 
@@ -245,7 +244,7 @@ class LearnedPrune:
         return self.running or self.dense
 
 
-def learned_prune(served: Served, *, path: str, headroom: float = 1.1, patience: int = 5) -> LearnedPrune:
+def learned_prune(served: PolicyContext, *, path: str, headroom: float = 1.1, patience: int = 5) -> LearnedPrune:
     """Build the policy from an exported file.
 
     Args:

@@ -21,16 +21,16 @@ from sim.cost.plan import Plan, dense_plan
 from sim.engine.budget import Budget, constant_budget
 from sim.engine.plan_graph import PlanBook
 from sim.engine.protocol import EngineState
+from sim.engine.server_spec import ServerSpec
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
-from sim.policies.base import Served, ServerModel
+from sim.policies.base import PolicyContext
 from sim.policies.observation.serve import Choice, ServeActions, actions_from
 from sim.results.records import Records, Status
+from sim.types import Floats, Ints
 
 # Shapes: [r] requests of a trial: those that run, those that wait, those that come; [a] plans of the table.
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 PLENTY_BYTES = 1 << 50
@@ -60,7 +60,7 @@ class Lookahead:
     prior_tokens: mean output before anything has finished.
     """
 
-    server: ServerModel
+    server: ServerSpec
     actions: ServeActions
     horizon_s: float
     ttft_s: float
@@ -148,7 +148,7 @@ class Lookahead:
         """Return a server that has prefilled the requests that run, or has tried to until then."""
         plan = replace(self.actions.plans[self.choice.action], admit=None)
         config = replace(self.server.config, prefix_caching=False)  # nobody can see which prompts begin alike
-        engine = self.server.engine(plan, budget, config=config, book=self.book, keep_iterations=False)
+        engine = self.server.build_engine(plan, budget, config=config, book=self.book, keep_iterations=False)
         running = state.running
         engine.submit_arrays(
             np.zeros(running),
@@ -208,7 +208,7 @@ def _outputs(count: int, mean_tokens: float) -> Ints:
 
 
 def lookahead(
-    served: Served,
+    served: PolicyContext,
     *,
     actions: Mapping[str, Any],
     horizon_s: float = 12.0,
@@ -236,7 +236,7 @@ def lookahead(
         )
     if served.server is None:
         raise ConfigError("policy=lookahead tries plans on a model of the server, and there is none here")
-    server = served.server()
+    server = served.server
     return Lookahead(
         server=server,
         actions=actions_from(served.model, actions, served.workspace_bytes),

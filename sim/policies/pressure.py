@@ -1,7 +1,7 @@
 """Falling with load: precision or blocks go in proportion to pressure, or step by step as MorphServe's controller does.
 
-``precision`` is like FlexQuant (arXiv 2506.12024) and PMPD (arXiv 2410.13461), which lower bits where they cost least;
-here the number of layers at low precision follows the load. ``pressure_stop`` gives MorphServe's controller (arXiv
+``adaptive_precision`` is like FlexQuant (arXiv 2506.12024) and PMPD (arXiv 2410.13461), which lower bits where they cost least;
+here the number of layers at low precision follows the load. ``adaptive_pruning`` gives MorphServe's controller (arXiv
 2506.02006) a greedy order of blocks to drop instead of layers to quantise: the rule without learning that reacts to
 queues as well as to memory. Thresholds that no paper states are ours.
 """
@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from sim.cost.plan import Plan, check_plan, dense_plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.greedy_stop import greedy_stop
 from sim.policies.morphserve import MorphServe
 
 
 @dataclass(slots=True)
-class Precision:
+class AdaptivePrecision:
     """Runs as many levels down ``plans`` as the smoothed pressure asks for.
 
     Pressure is the larger of KV use and wait: 0 at ``calm`` of the pool or of ``wait_s``, 1 when all of it is used.
@@ -55,8 +55,8 @@ class Precision:
         return self.plans[self.level]
 
 
-def precision(
-    served: Served,
+def adaptive_precision(
+    served: PolicyContext,
     *,
     bits: int = 4,
     levels: int = 4,
@@ -64,7 +64,7 @@ def precision(
     wait_s: float = 1.0,
     smoothing: float = 0.5,
     hysteresis: float = 0.5,
-) -> Precision:
+) -> AdaptivePrecision:
     """Build the policy: ``levels`` steps from full precision to every layer at ``bits``, front to back.
 
     Raises:
@@ -80,11 +80,11 @@ def precision(
     counts = [round(layers * level / levels) for level in range(levels + 1)]
     plans = tuple(replace(dense, weight_bits=(bits,) * n + (16,) * (layers - n)) for n in counts)
     check_plan(served.model, plans[-1])
-    return Precision(plans, calm, wait_s, smoothing, hysteresis)
+    return AdaptivePrecision(plans, calm, wait_s, smoothing, hysteresis)
 
 
-def pressure_stop(
-    served: Served,
+def adaptive_pruning(
+    served: PolicyContext,
     *,
     order: Sequence[str],
     made_for: str | None = None,

@@ -6,8 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from sim.engine.protocol import Engine, Request
-from sim.engine.sim_engine import SimEngine
+from sim.engine.protocol import Engine, Request, requests_from_arrays
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.schedule import Schedule
@@ -18,12 +17,7 @@ PROGRESS_STEPS = 200
 
 def requests_of(trace: Trace) -> list[Request]:
     """Return the requests of a trace, numbered in order of arrival."""
-    columns = (trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
-    ids = [()] * len(trace) if trace.hash_ids is None else [tuple(row.tolist()) for row in trace.hash_ids]
-    return [
-        Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output, hash_ids=ids[i])
-        for i, (arrival_s, prompt, output) in enumerate(zip(*columns, strict=True))
-    ]
+    return requests_from_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
 
 
 def replay(
@@ -43,10 +37,7 @@ def replay(
         also_at_s: further moments of decision, ascending: where the budget changes.
         on_progress: called now and then with the engine's time and the requests that ended.
     """
-    if isinstance(engine, SimEngine):
-        engine.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
-    else:
-        engine.submit(requests_of(trace))
+    engine.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
     if tick_s is not None and not tick_s > 0:
         raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, or null for no decisions")
     if tick_s is not None:
@@ -55,7 +46,7 @@ def replay(
         moments_s = decisions(max(trace.duration_s / PROGRESS_STEPS, 1e-3), ())
     else:
         moments_s = iter(lambda: math.inf, None)
-    if tick_s is not None and isinstance(engine, SimEngine) and isinstance(policy, Schedule):
+    if tick_s is not None and isinstance(policy, Schedule):
         at_s = _known_decisions(policy, decisions(tick_s, also_at_s))
         engine.apply_at(at_s, [policy.plan_at(time_s) for time_s in at_s])
         if on_progress is None:

@@ -1,8 +1,7 @@
-"""``python -m sim.replay``: from a configuration to a run folder."""
+"""From a configuration to a run folder: build the trace, the server and the policy, replay, write what happened."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -16,16 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sim.config import build, one_thread, run_command
+from sim.config import build
 from sim.cost.gpu import Gpu
-from sim.cost.latency import CALIBRATIONS, copy_speed, load_calibration
 from sim.cost.model_spec import ModelSpec
-from sim.cost.quality import QUALITIES, FittedQuality, PublishedQuality, load_quality
-from sim.engine.budget import Budget, BudgetContext
+from sim.cost.quality import FittedQuality, PublishedQuality
+from sim.engine.budget import Budget
 from sim.engine.protocol import Engine, EngineConfig
+from sim.engine.server_spec import ServerSpec, find_quality, named_quality
 from sim.engine.sim_engine import SimEngine
-from sim.errors import ConfigError
-from sim.policies import Fixed, Policy, Served, ServerModel
+from sim.policies import Fixed, Policy, PolicyContext
 from sim.replay.loop import replay
 from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
@@ -64,28 +62,26 @@ class RecordingEngine(Engine, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a replay is made of, whichever engine serves it."""
+    """What a replay is made of besides its trace, whichever engine serves it."""
 
-    model: ModelSpec
-    gpu: Gpu
-    config: EngineConfig
+    server: ServerSpec
     policy: Policy
     budget: Budget
 
+    @property
+    def model(self) -> ModelSpec:
+        """The served model."""
+        return self.server.model
 
-def replay_command() -> None:
-    """Run ``python -m sim.replay``."""
-    one_thread()
-    run_command(_replay, "replay")
+    @property
+    def gpu(self) -> Gpu:
+        """The device."""
+        return self.server.gpu
 
-
-def _replay(cfg: DictConfig) -> None:
-    if cfg.seeds or cfg.windows:
-        from sim.replay.sweep import replay_many
-
-        replay_many(cfg)
-    else:
-        run_replay(cfg)
+    @property
+    def config(self) -> EngineConfig:
+        """The engine's settings."""
+        return self.server.config
 
 
 def build_trace(cfg: DictConfig) -> Trace:
@@ -95,93 +91,46 @@ def build_trace(cfg: DictConfig) -> Trace:
     return apply_steps(trace, steps, seed=cfg.seed)
 
 
-def find_calibration(model: str, gpu: str) -> str:
-    """Return the name of the calibration of ``model`` on ``gpu``; of several, the one with the plainest name.
+def server_spec(cfg: DictConfig) -> ServerSpec:
+    """Build the server of a configuration: model, device, engine settings and prices.
 
     Raises:
-        ConfigError: if there is none, naming what there is for this model and for others.
+        RapLabError: for a calibration or a quality table that does not exist, or is of another model.
     """
-    known = {}
-    for path in sorted(CALIBRATIONS.glob("*.json")):
-        described = json.loads(path.read_text(encoding="utf-8"))
-        known[path.stem] = (described["model"], described["device"])
-    found = [name for name, pair in known.items() if pair == (model, gpu)]
-    if not found:
-        devices = sorted(f"{name} (gpu={pair[1]})" for name, pair in known.items() if pair[0] == model)
-        models = sorted({pair[0] for pair in known.values()})
-        raise ConfigError(
-            f"no calibration of {model} on {gpu}; "
-            + (f"there are {', '.join(devices)}" if devices else f"calibrated models are {', '.join(models)}")
-            + "; set gpu= or model= to such a pair, latency= to a file of your own, or make one with hw.calibrate"
-        )
-    return min(found, key=lambda name: (len(name), name))
+    return ServerSpec.from_parts(
+        build(cfg.model),
+        build(cfg.gpu),
+        build(cfg.engine),
+        latency=cfg.latency,
+        quality=cfg.quality_table,
+        workspace_bytes=cfg.workspace_bytes,
+        fixed_s=cfg.fixed_s,
+    )
 
 
 def build_parts(cfg: DictConfig) -> Parts:
-    """Build model, device, engine settings, policy and budget of a configuration."""
-    model, gpu, config = build(cfg.model), build(cfg.gpu), build(cfg.engine)
-    workspace_bytes, kv_block_tokens = int(cfg.workspace_bytes), config.kv_block_tokens
-    served = Served(
-        model=model,
-        workspace_bytes=workspace_bytes,
-        kv_block_tokens=kv_block_tokens,
-        server=lambda: server_model(cfg, model, gpu, config),
-    )
-    policy: Policy = build(cfg.policy)(served)
-    context = BudgetContext(
-        model=model,
-        gpu=gpu,
-        plan=policy.first_plan,
-        workspace_bytes=workspace_bytes,
-        kv_block_tokens=kv_block_tokens,
-    )
-    return Parts(model, gpu, config, policy, build(cfg.budget)(context))
-
-
-def find_quality(model: str) -> str | None:
-    """Return the name of the quality table of a model, measured before published; None where there is none."""
-    known = {path.stem for path in QUALITIES.glob("*")}
-    return next((name for name in (model, f"{model}_published") if name in known), None)
+    """Build the server, the policy and the budget of a configuration."""
+    server = server_spec(cfg)
+    policy: Policy = build(cfg.policy)(PolicyContext.of(server))
+    return Parts(server, policy, build(cfg.budget)(server.budget_context(policy.first_plan)))
 
 
 def quality_of(cfg: DictConfig) -> FittedQuality | PublishedQuality | None:
-    """Return the quality model of a configuration; None where there is none for what it serves."""
+    """Return the quality model of a configuration; None where there is none for its model."""
     table = cfg.quality_table or find_quality(cfg.model.name)
-    return load_quality(table) if table is not None else None
+    return named_quality(table) if table is not None else None
 
 
-def server_model(cfg: DictConfig, model: ModelSpec, gpu: Gpu, config: EngineConfig) -> ServerModel:
-    """Return what a configuration serves with, and at which price.
+def build_engine(cfg: DictConfig, **overrides: Any) -> tuple[SimEngine, Policy]:
+    """Build the simulated engine and the policy of a configuration.
 
-    Raises:
-        ConfigError: when there is no calibration of the model on the device, or it is of another model.
+    Args:
+        overrides: arguments of ``SimEngine``, such as ``env`` or ``plan``; they take precedence over the configured
+            ones.
     """
-    latency = load_calibration(cfg.latency or find_calibration(model.name, gpu.name))
-    if cfg.fixed_s is not None:
-        latency = latency.with_fixed(cfg.fixed_s, "fixed_s of the configuration")
-    if latency.model != model.name:
-        raise ConfigError(
-            f"calibration {latency.name!r} was made for model {latency.model!r}, not {model.name!r}; "
-            f"set latency= to one made for it, or model={latency.model}"
-        )
-    quality, copying = quality_of(cfg), copy_speed(latency, gpu)
-    return ServerModel(
-        model=model,
-        latency=latency,
-        config=config,
-        workspace_bytes=int(cfg.workspace_bytes),
-        host_to_device_bytes_per_s=copying.host_to_device_bytes_per_s,
-        copy_slowdown=copying.slowdown,
-        quality_nll=quality.nll if quality is not None else None,
-    )
-
-
-def build_engine(cfg: DictConfig, **words: Any) -> tuple[SimEngine, Policy]:
-    """Build the engine and the policy of a configuration; ``words`` go to ``SimEngine`` before its own (env, plan)."""
     parts = build_parts(cfg)
-    server = server_model(cfg, parts.model, parts.gpu, parts.config)
-    told = {"plan": parts.policy.first_plan, "budget_bytes": parts.budget, "keep_iterations": True, **words}
-    return server.engine(**told), parts.policy
+    arguments = {"plan": parts.policy.first_plan, "budget": parts.budget, **overrides}
+    return parts.server.build_engine(**arguments), parts.policy
 
 
 def replay_with(

@@ -1,4 +1,4 @@
-"""Many replays at once, one a seed and a window of the trace: by processes or a cluster, with the same records."""
+"""A sweep: one replay for each seed and window of the trace, run by processes or a Ray cluster with equal records."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from sim.results.run_folder import provenance, write_json, write_text
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One replay of several: its seed, and which window of the trace; None for all of it."""
+    """One replay of a sweep: its seed, and which window of the trace; None for the full trace."""
 
     seed: int
     window: int | None = None
 
     @property
     def name(self) -> str:
-        """How its folder is called."""
+        """The name of its folder."""
         return f"seed_{self.seed}" + (f"_window_{self.window}" if self.window is not None else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One replay: its figures, its records, its memory over time.
+    """What one replay produced.
 
-    kept_share: (time_s, share of the dense weights' bytes that is resident), one entry a change.
+    kept_share: (time_s, share of the dense weights' bytes that is resident), one entry per change.
     """
 
     summary: Mapping[str, Any]
@@ -54,22 +54,22 @@ class Outcome:
 
 
 def cases_of(cfg: DictConfig) -> list[Case]:
-    """Return what ``seeds`` and ``windows`` ask for: every window at every seed.
+    """Return the cases of a sweep: every window at every seed.
 
     Raises:
-        ConfigError: for one named twice, a window below 0, or windows without a length.
+        ConfigError: for a repeated or negative value, or windows without a length.
     """
     for key in ("seeds", "windows"):
         values = list(cfg[key])
         if len(set(values)) != len(values) or any(value < 0 for value in values):
-            raise ConfigError(f"{key} is {values}; each must be at least 0 and stand there once")
+            raise ConfigError(f"{key} is {values}; values must be non-negative and unique")
     if cfg.windows and (cfg.window_s is None or not cfg.window_s > 0):
         raise ConfigError(f"window_s is {cfg.window_s}; windows need a length above 0 seconds, e.g. window_s=72")
     return [Case(seed, window) for seed in (cfg.seeds or [cfg.seed]) for window in (cfg.windows or [None])]
 
 
 def config_of(cfg: DictConfig, case: Case) -> DictConfig:
-    """Return the configuration of one case, which is an ordinary replay."""
+    """Return the configuration of one case: an ordinary replay."""
     one = cfg.copy()
     OmegaConf.set_struct(one, False)
     one.seed, one.seeds, one.windows = case.seed, [], []
@@ -80,7 +80,7 @@ def config_of(cfg: DictConfig, case: Case) -> DictConfig:
     return one
 
 
-def run(cfg: DictConfig) -> Outcome:
+def replay_case(cfg: DictConfig) -> Outcome:
     """Replay one configuration."""
     trace = build_trace(cfg)
     engine, policy = build_engine(cfg)
@@ -103,42 +103,42 @@ T = TypeVar("T")
 
 
 class Executor(Protocol):
-    """Does a task for many items; results come in the order of the items, and are the same whoever does them."""
+    """Runs a task for many items. Results keep the order of the items and do not depend on the executor."""
 
     def __call__(self, task: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
-        """Do it."""
+        """Return the task's result for each item."""
         ...
 
 
 class Processes:
-    """Processes of this machine."""
+    """Runs tasks in processes of this machine."""
 
     def __init__(self, workers: int) -> None:
-        """Set how many; one is this process.
+        """Set the number of processes; with 1, tasks run in this process.
 
         Raises:
-            ConfigError: for less than one.
+            ConfigError: for less than 1.
         """
         if workers < 1:
-            raise ConfigError(f"workers is {workers}; at least one process has to do it")
+            raise ConfigError(f"workers is {workers}; it must be at least 1")
         self.workers = workers
 
     def __call__(self, task: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
-        """Do it."""
+        """Return the task's result for each item."""
         if min(self.workers, len(items)) < 2:
             return [task(item) for item in items]
         with multiprocessing.get_context("spawn").Pool(min(self.workers, len(items))) as pool:
             return pool.map(task, items, chunksize=1)
 
 
-def replay_many(cfg: DictConfig) -> None:
-    """Replay every case on the simulated engine; write a folder each and one table."""
+def replay_sweep(cfg: DictConfig) -> None:
+    """Replay every case on the simulated engine; write one folder per case and one table."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     cases = cases_of(cfg)
     configs = [config_of(cfg, case) for case in cases]
     slo, made_by = build(cfg.slo), provenance(cfg.seed)
     executor: Executor = build(cfg.executor)
-    outcomes = executor(run, configs)
+    outcomes = executor(replay_case, configs)
     for case, one, outcome in zip(cases, configs, outcomes, strict=True):
         inner = folder / case.name
         write_text(inner / "config.yaml", OmegaConf.to_yaml(one, resolve=True))
@@ -149,7 +149,9 @@ def replay_many(cfg: DictConfig) -> None:
             plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, case.name.replace("_", " "))
         write_json(inner / "summary.json", dict(outcome.summary))
     rows = {case.name: [outcome.summary] for case, outcome in zip(cases, outcomes, strict=True)}
-    write_json(folder / "summaries.json", {name: dict(row[0]) for name, row in rows.items()})  # last: it is complete
+    write_json(
+        folder / "summaries.json", {name: dict(row[0]) for name, row in rows.items()}
+    )  # last: a folder with it is complete
     rows["mean ± sd"] = [outcome.summary for outcome in outcomes]
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     print_rows(rows, f"{label} on {cfg.model.name}, {cfg.gpu.name}: {len(cases)} replays", first="replay")
@@ -157,7 +159,7 @@ def replay_many(cfg: DictConfig) -> None:
 
 
 def time_mean(changes: Sequence[tuple[float, float]], end_s: float) -> float:
-    """Return the mean over time, until ``end_s``, of a value that changes in steps of (time_s, value)."""
+    """Return the mean over time until ``end_s`` of a step function, a sequence of (time_s, value)."""
     times = [*(min(time_s, end_s) for time_s, _ in changes), end_s]
     if end_s <= times[0]:
         return changes[0][1]
@@ -170,7 +172,7 @@ def _low_share(plan: Plan) -> float:
 
 
 class _Watched:
-    """A policy, and at what share of layers below 16 bits it found the server whenever it was asked."""
+    """A policy that also logs the share of layers below 16 bits at each decision, as (time_s, share) changes."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy

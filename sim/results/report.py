@@ -11,9 +11,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from sim.atomic import write_whole
 from sim.results.metrics import Slo
 from sim.results.records import Iterations, Records, Status
-from sim.results.run_folder import write_whole
 
 COUNTS = (
     "requests",

@@ -1,27 +1,17 @@
-"""Fit the tables of the embedded default trace to a real one.
-
-    python -m sim.fit_trace              # both Azure traces of 2023 -> conf/trace/tables/azure_{code,conv}.yaml
-
-The same files give the same tables, byte for byte. The real traces are found as ``sim.paths.find_data`` finds them.
-"""
+"""Fits the tables of the embedded default trace to a real trace; the same file gives the same table, byte for byte."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import textwrap
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 
-from sim.errors import RapLabError
-from sim.traces.generate import TABLES
-from sim.traces.readers.azure import read_azure
-from sim.traces.trace import FloatArray, IntArray, Trace
+from sim.traces.trace import Trace
+from sim.types import Floats, Ints
 
 BIN_S = 5.0
-"""Short enough that bursts and pauses of the code trace keep their shape, long enough for a table of one page."""
+"""Short enough that bursts and pauses of the code trace keep their shape, long enough that the table fits a page."""
 
 # Every percent, and finer where the tails are.
 SHARES = np.unique(
@@ -34,16 +24,16 @@ FILES = {
 }
 
 
-def requests_per_bin(trace: Trace, bin_s: float) -> IntArray:
-    """Return how many requests arrive in each bin from time 0, without the last, which the trace only begins."""
-    counts: IntArray = np.bincount((trace.arrival_s // bin_s).astype(np.int64))
+def requests_per_bin(trace: Trace, bin_s: float) -> Ints:
+    """Return how many requests arrive in each bin from time 0, without the last bin, which the trace does not fill."""
+    counts: Ints = np.bincount((trace.arrival_s // bin_s).astype(np.int64))
     return counts[: max(1, int(trace.arrival_s[-1] // bin_s))]
 
 
-def gaps_inside_bins_s(trace: Trace, bin_s: float) -> FloatArray:
+def gaps_inside_bins_s(trace: Trace, bin_s: float) -> Floats:
     """Return the gaps between successive requests that lie in the same bin."""
     bin_of = trace.arrival_s // bin_s
-    gaps: FloatArray = np.diff(trace.arrival_s)[bin_of[1:] == bin_of[:-1]]
+    gaps: Floats = np.diff(trace.arrival_s)[bin_of[1:] == bin_of[:-1]]
     return gaps
 
 
@@ -88,22 +78,3 @@ def _list(items: Iterable[str], *, indent: int = 2) -> str:
     text = "[" + ", ".join(items) + "]"
     pad = " " * indent
     return textwrap.fill(text, width=118, initial_indent=pad, subsequent_indent=pad + " ", break_on_hyphens=False)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sim.fit_trace", description=__doc__.split("\n")[0] if __doc__ else ""
-    )
-    parser.add_argument("--out", type=Path, default=TABLES, help="folder to write to (default: conf/trace/tables)")
-    out: Path = parser.parse_args(arguments).out
-    try:
-        tables = {name: table_text(name, read_azure(file, name=name)) for name, file in FILES.items()}
-    except RapLabError as error:
-        print(error, file=sys.stderr)
-        return 1
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in tables.items():
-        (out / f"{name}.yaml").write_text(text, encoding="utf-8")
-        print(f"wrote {out / name}.yaml")
-    return 0

@@ -54,7 +54,7 @@ class Row:
     """What is measured: a router, and what else happens."""
 
     name: str
-    router: routers.Compiled
+    router: routers.KernelRouter
     fails: bool = False
     policy: type = one.Always
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from agents.envs.cluster_vector import ServeReplicas
-from agents.envs.prune import PruneToBudgetVector
+from agents.envs.prune_vector import PruneToBudgetVector
 from agents.envs.serve_vector import ServeTraceVector
 from sim.cost.model_spec import load_model
 from sim.policies.learned import Network, prune_network

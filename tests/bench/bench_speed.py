@@ -126,10 +126,10 @@ def dynosim(trace: Trace) -> Callable[[], float] | None:
 
 
 START = """
-import os, sim.replay.run
+import os, sim.replay.run, sim.replay.__main__
 serve = sim.replay.run.replay_with
 sim.replay.run.replay_with = lambda *arguments: (serve(*arguments), os._exit(0))
-sim.replay.run.replay_command()
+sim.replay.__main__.main()
 """
 
 

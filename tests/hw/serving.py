@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -166,15 +166,18 @@ def hw_engine(
     timed: bool = True,
     kind: type[HwEngine] = HwEngine,
     own_prompts: Prompts | None = None,
+    copies: Callable[[ElasticModel], LayerCopier] | None = None,
     **more: Any,
 ) -> HwEngine:
-    """Return an engine over a tiny model, on the priced clock unless ``timed`` is False."""
+    """Return an engine over a tiny model, on the priced clock if ``timed``; ``copies`` makes its copier."""
     elastic = ElasticModel(tiny(family), name="tiny")
     config = config or engine_config()
     plan = plan or dense_plan(elastic.spec)
     if timed:
         clock = PricedClock(flat_latency(), plan)
         more |= {"clock": clock, "copier": TimedCopier(elastic, clock)}
+    if copies is not None:
+        more["copier"] = copies(elastic)
     return kind(
         elastic=elastic,
         config=config,

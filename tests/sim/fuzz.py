@@ -1,9 +1,10 @@
-"""Compare compiled code with the plain one on very many random cases: ``make fuzz``, ``make fuzz KIND=cluster``.
+"""Compare compiled code with the plain one on many random cases: ``make fuzz``, ``make fuzz KIND=cluster``.
 
 usage: python -m tests.sim.fuzz [CASES [FIRST [WORKERS [KIND]]]]
 
-KIND is ``engine`` (one replica), ``cluster``, or ``apart`` (prefill and decode). Prints how far it is; at the first
-difference the seed, what differs and the smallest case it shrinks to, and exits 1.
+KIND is ``engine`` (one replica), ``cluster``, or ``disaggregated`` (prefill and decode on separate replicas). Prints
+progress. At the first difference it prints the seed, what differs and the smallest case that still differs, and exits
+with status 1.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import time
 from functools import partial
 
 from tests.sim.cluster import cluster_cases
-from tests.sim.disaggregate import disaggregated_cases as apart_cases
+from tests.sim.disaggregate import disaggregated_cases
 from tests.sim.engine import kernel_cases
 
 BATCH = 250
 KINDS = {
     "engine": (kernel_cases.random_case, kernel_cases.differences, kernel_cases.shrunk),
     "cluster": (cluster_cases.random_cluster, cluster_cases.differences, cluster_cases.shrunk),
-    "apart": (apart_cases.random_apart, apart_cases.differences, apart_cases.shrunk),
+    "disaggregated": (
+        disaggregated_cases.random_disaggregated,
+        disaggregated_cases.differences,
+        disaggregated_cases.shrunk,
+    ),
 }
 
 
@@ -52,7 +57,7 @@ def main() -> int:
                 case = random_case(seed)
                 print(f"\nseed {seed}: the {kind}s differ", flush=True)
                 print(*differences(case), sep="\n")
-                print("the smallest case that does:")
+                print("the smallest case that still differs:")
                 pprint.pprint(shrunk(case), width=120)
                 return 1
             done += len(job)

@@ -16,7 +16,7 @@ from sim.compare import hardest, variants
 from sim.config import CONF_DIR
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
-from sim.replay.sweep import run
+from sim.replay.sweep import replay_case
 from sim.results.report import SUMMARY_COLUMNS, cells, markdown
 
 QUICK = ("trace.duration_s=40", "budget.mean_away_s=8", "budget.mean_stay_s=8", "budget.cotenant_bytes=58e9")
@@ -34,7 +34,7 @@ def test_policies_see_the_same_requests_and_differ_only_in_what_is_said() -> Non
     assert made["a"].trace == made["b"].trace
     assert made["a"].budget == made["b"].budget
     assert (made["a"].engine.restore, made["b"].engine.restore) == ("new_requests", "recompute")
-    a, b = map(run, made.values())
+    a, b = map(replay_case, made.values())
     assert a.records.arrival_s.tolist() == b.records.arrival_s.tolist()
     assert a.summary["transitions"] == 0 < b.summary["transitions"]
 

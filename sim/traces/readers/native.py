@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pa_parquet
 
+from sim.atomic import write_whole
 from sim.errors import TraceError, nearest
 from sim.traces.readers.rows import (
     OnBadRow,
@@ -26,7 +25,8 @@ from sim.traces.readers.rows import (
     read_jsonl,
     table_from_arrow,
 )
-from sim.traces.trace import IntArray, Trace
+from sim.traces.trace import Trace
+from sim.types import Ints
 
 PARQUET_MAGIC = b"PAR1"
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
@@ -104,19 +104,11 @@ def write_trace(trace: Trace, path: str | Path) -> Path:
     content = writers[kind](trace)
     if path.suffix == ".gz":
         content = gzip.compress(content, mtime=0)  # without the time, equal traces make equal files
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
-        try:
-            part.write(content)
-            part.close()
-            Path(part.name).chmod(0o666 & ~_umask())
-            Path(part.name).replace(path)
-        except BaseException:
-            Path(part.name).unlink(missing_ok=True)
-            raise
+    write_whole(path, lambda part: part.write_bytes(content))
     return path
 
 
-def read_hash_ids(rows: Rows) -> list[IntArray]:
+def read_hash_ids(rows: Rows) -> list[Ints]:
     """Return the column ``hash_ids`` as an array a row; rows whose ids are no list of numbers are marked bad."""
     column = rows.table.columns["hash_ids"]
     if isinstance(column, pa.ChunkedArray) and pa.types.is_list(column.type) and column.null_count == 0:
@@ -137,13 +129,13 @@ def read_hash_ids(rows: Rows) -> list[IntArray]:
     return _without_negative(rows, ids)
 
 
-def _without_negative(rows: Rows, ids: list[IntArray]) -> list[IntArray]:
+def _without_negative(rows: Rows, ids: list[Ints]) -> list[Ints]:
     bad = np.fromiter((len(row) > 0 and bool(row.min() < 0) for row in ids), dtype=bool, count=len(ids))
     rows.reject(bad, "hash_ids", "negative", "ids from 0")
     return ids
 
 
-def _ids_of_cell(cell: Any) -> IntArray | None:
+def _ids_of_cell(cell: Any) -> Ints | None:
     if isinstance(cell, str):
         cell = [int(part) if part.isascii() and part.isdigit() else None for part in cell.split()]
     if not isinstance(cell, list) or any(not isinstance(i, int) or isinstance(i, bool) or i >= 2**63 for i in cell):
@@ -212,9 +204,3 @@ def _parquet_bytes(trace: Trace) -> bytes:
     out = io.BytesIO()
     pa_parquet.write_table(_arrow(trace), out)
     return out.getvalue()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

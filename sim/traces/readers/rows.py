@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from sim.errors import TraceError, nearest
 from sim.paths import DATA_VARIABLE, data_dir, find_data
-from sim.traces.trace import MAX_ARRIVAL_S, MAX_TOKENS, FloatArray, IntArray, Trace
+from sim.traces.trace import MAX_ARRIVAL_S, MAX_TOKENS, Trace
+from sim.types import Floats, Ints
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Table:
 
     path: str
     unit: str
-    line: IntArray
+    line: Ints
     columns: Mapping[str, pa.ChunkedArray | list[Any]]
     broken: tuple[BadRow, ...] = ()
 
@@ -282,8 +283,8 @@ def _read_jsonl_clean(content: bytes, schema: pa.Schema, optional: Sequence[str]
             table = table.drop_columns([name])
     # Two objects on a line, or a blank line, would shift every line number after it.
     one_a_line = table.num_rows == content.count(b"\n") + 1
-    whole = all(column.null_count == 0 for column in table.columns)
-    return table if one_a_line and whole else None
+    complete = all(column.null_count == 0 for column in table.columns)
+    return table if one_a_line and complete else None
 
 
 def _read_jsonl_by_line(path: str | Path, content: bytes, schema: pa.Schema, optional: Sequence[str]) -> Table:
@@ -328,21 +329,21 @@ class Rows:
     # Row positions in the table, in the order they were found; rows already broken are in table.broken.
     bad: dict[int, BadRow] = field(default_factory=dict)
 
-    def tokens(self, name: str, *, minimum: int = 1) -> IntArray:
+    def tokens(self, name: str, *, minimum: int = 1) -> Ints:
         """Return a column of token counts; 0 stands where the row is bad."""
         allowed = f"a whole number from {minimum} to {MAX_TOKENS:,}"
-        values = self._numbers(name, minimum=minimum, maximum=MAX_TOKENS, whole=True, allowed=allowed)
+        values = self._numbers(name, minimum=minimum, maximum=MAX_TOKENS, integers=True, allowed=allowed)
         return values.astype(np.int64)
 
-    def seconds(self, name: str, *, unit_s: float = 1.0) -> FloatArray:
+    def seconds(self, name: str, *, unit_s: float = 1.0) -> Floats:
         """Return a column of times in seconds, read in units of ``unit_s``; 0 stands where the row is bad."""
         maximum = MAX_ARRIVAL_S / unit_s
         unit = {1.0: "seconds", 1e-3: "milliseconds"}[unit_s]
         allowed = f"a number of {unit} from 0 to {maximum:g}"
         # Dividing rounds once; multiplying by 0.001 would round twice.
-        return self._numbers(name, minimum=0, maximum=maximum, whole=False, allowed=allowed) / round(1 / unit_s)
+        return self._numbers(name, minimum=0, maximum=maximum, integers=False, allowed=allowed) / round(1 / unit_s)
 
-    def timestamps(self, name: str) -> FloatArray:
+    def timestamps(self, name: str) -> Floats:
         """Return a column of wall-clock times as seconds since the earliest, exact to 1 ns; 0 where the row is bad."""
         column = self.table.text_column(name)
         shaped = pc.match_substring_regex(column, TIMESTAMP).to_numpy().astype(bool)
@@ -366,10 +367,10 @@ class Rows:
     def trace(
         self,
         *,
-        arrival_s: FloatArray,
-        prompt_tokens: IntArray,
-        output_tokens: IntArray,
-        hash_ids: Sequence[IntArray] | None = None,
+        arrival_s: Floats,
+        prompt_tokens: Ints,
+        output_tokens: Ints,
+        hash_ids: Sequence[Ints] | None = None,
         leave_out: NDArray[np.bool_] | None = None,
         sort: bool = False,
         rebase: bool = True,
@@ -449,11 +450,11 @@ class Rows:
         keep[list(self.bad)] = False
         return keep
 
-    def _numbers(self, name: str, *, minimum: float, maximum: float, whole: bool, allowed: str) -> FloatArray:
+    def _numbers(self, name: str, *, minimum: float, maximum: float, integers: bool, allowed: str) -> Floats:
         values = _to_floats(self.table.columns[name])
         with np.errstate(invalid="ignore"):
             good = (values >= minimum) & (values <= maximum)
-            if whole:
+            if integers:
                 good &= values == np.floor(values)
 
         def kind(text: str) -> str:
@@ -462,7 +463,7 @@ class Rows:
         self._reject(name, np.flatnonzero(~good), allowed, kind)
         return np.where(good, values, 0.0)
 
-    def _reject(self, name: str, index: IntArray, allowed: str, kind: Any) -> None:
+    def _reject(self, name: str, index: Ints, allowed: str, kind: Any) -> None:
         column = self.table.columns[name]
         for i in index.tolist():
             if i not in self.bad:
@@ -477,7 +478,7 @@ def _text(cell: Any) -> str:
     return value if isinstance(value, str) else str(value)
 
 
-def _to_floats(column: pa.ChunkedArray | list[Any]) -> FloatArray:
+def _to_floats(column: pa.ChunkedArray | list[Any]) -> Floats:
     """Return the cells as numbers, NaN where a cell is none."""
     if isinstance(column, list):
         return np.array([_float_of_json(cell) for cell in column], dtype=np.float64)

@@ -16,7 +16,8 @@ import numpy as np
 from sim.errors import TraceError
 from sim.paths import find_data
 from sim.traces.readers.rows import Rows, missing_data, read_bytes, read_csv
-from sim.traces.trace import FloatArray, IntArray, Trace, sorted_trace
+from sim.traces.trace import Trace, sorted_trace
+from sim.types import Floats, Ints
 
 ORIGIN = "https://github.com/alibaba/ServeGen (data/, commit f891d1189eb32b3868dfc443800c4150548c282a)"
 WINDOW_S = 600.0
@@ -33,20 +34,20 @@ class ServeGenClient:
     """
 
     client: int
-    window_start_s: FloatArray
-    rate_rps: FloatArray
+    window_start_s: Floats
+    rate_rps: Floats
     pattern: tuple[str, ...]
-    shape: FloatArray
+    shape: Floats
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
     """Token counts and the cumulated share of requests that have at most so many."""
 
-    tokens: IntArray
-    cumulated: FloatArray
+    tokens: Ints
+    cumulated: Floats
 
-    def draw(self, uniform: FloatArray) -> IntArray:
+    def draw(self, uniform: Floats) -> Ints:
         """Return the token counts at these points of the distribution, each in [0, 1)."""
         position = np.searchsorted(self.cumulated, uniform, side="right")
         return self.tokens[np.minimum(position, len(self.tokens) - 1)]
@@ -98,9 +99,9 @@ def read_servegen(
     chosen = _choose_clients(path, folder, clients, history)
     described = [read_client(path, client) for client in chosen]
     factors = _rate_factors(path, described, start_s, duration_s, rate_scale, rate_rps)
-    arrivals: list[FloatArray] = []
-    prompts: list[IntArray] = []
-    outputs: list[IntArray] = []
+    arrivals: list[Floats] = []
+    prompts: list[Ints] = []
+    outputs: list[Ints] = []
     for client in described:
         windows = _windows(client, start_s, duration_s)
         if not windows:
@@ -235,9 +236,7 @@ def _histogram(file: str, start_s: int, field: str, text: Any) -> Histogram | No
     return Histogram(tokens[order], np.cumsum(probability[order] / total))
 
 
-def _fill_window(
-    rng: np.random.Generator, pattern: str, shape: float, requests: int, window_start_s: float
-) -> FloatArray:
+def _fill_window(rng: np.random.Generator, pattern: str, shape: float, requests: int, window_start_s: float) -> Floats:
     """Return ``requests`` times inside one window, whose gaps have the pattern's distribution up to a factor."""
     # In logarithms, because gaps with the shapes of the burstiest clients (CV of several hundred) leave the range
     # of a float; the factor is lost in the rescaling anyway.
@@ -250,7 +249,7 @@ def _fill_window(
     gaps = np.exp(log_gaps - log_gaps.max())
     times_s = window_start_s + np.cumsum(gaps)[:-1] * (WINDOW_S / gaps.sum())
     # Where the last gap is tiny beside the others, rounding would put requests on the end of the window.
-    inside: FloatArray = np.minimum(times_s, np.nextafter(window_start_s + WINDOW_S, 0))
+    inside: Floats = np.minimum(times_s, np.nextafter(window_start_s + WINDOW_S, 0))
     return inside
 
 

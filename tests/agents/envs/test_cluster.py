@@ -19,8 +19,8 @@ from agents.envs.serve import ServeTrace
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows
 from agents.evaluation.cluster import mean_cluster_utility, play_cluster, test_clusters, train_clusters
-from agents.evaluation.serve import conf_policy, fixed_plan, served_of
-from agents.training.imitate import with_inputs
+from agents.evaluation.serve import conf_policy, fixed_plan, policy_context
+from agents.training.imitate import widen_inputs
 from agents.training.validation import serve, serve_clusters, validation_clusters
 from sim.arrays import write_arrays
 from sim.cluster.cluster import Cluster, Replica
@@ -59,7 +59,7 @@ def write_policy(folder: Path, setting: ClusterSetting, seed: int, at: np.ndarra
         "model": setting.model.name,
         "layers": [list(weight.shape)],
         "activation": "relu",
-        "plans": setting.action_words,
+        "plans": setting.action_options,
         "environment": {"hide": []},
         "observation": setting.table.rows(),
         "actions": list(setting.table.actions),
@@ -81,8 +81,8 @@ def test_both_views_are_registered_and_pass_gymnasiums_check() -> None:
 @pytest.mark.parametrize("reward", [{"kind": "lost", "late_weight": 2.0}, {"kind": "earned"}])
 def test_the_rows_of_the_vector_play_the_plain_cluster_step_by_step(reward: dict[str, Any]) -> None:
     words: dict[str, Any] = {"replicas": 3, "own_share": 0.6, "reward": reward}
-    envs = [ServeCluster(**words) for _ in range(2)]
-    vector = ServeReplicas(6, **words)
+    envs = [ServeCluster(**kwargs) for _ in range(2)]
+    vector = ServeReplicas(6, **kwargs)
     rng = np.random.default_rng(3)
     plain = np.concatenate([env.reset(seed=20 + c)[0] for c, env in enumerate(envs)])
     fast, _ = vector.reset(seed=20)
@@ -165,7 +165,7 @@ def test_what_one_replica_runs_changes_what_the_router_sends_to_the_others() -> 
     counts = []
     for first in dense, low:
         plans = iter([first, dense, dense])
-        cluster = setting.build_cluster(WINDOWS, [fixed_plan(plan)(served_of(setting)) for plan in plans])
+        cluster = setting.build_cluster(WINDOWS, [fixed_plan(plan)(policy_context(setting)) for plan in plans])
         cluster.run()
         counts.append(np.bincount(cluster.records().replica, minlength=3))
     assert counts[1][0] > 1.05 * counts[0][0]  # more room, more requests
@@ -177,8 +177,8 @@ def test_a_replica_is_shown_the_others_and_not_itself() -> None:
     names = [entry.name for entry in CLUSTER_ENTRIES]
     state = setting.idle_engine(WINDOWS[1], setting.actions.plans[0]).run_until(0.0)
 
-    def shown(**words: Any) -> dict[str, float]:
-        others = [_changed(state, **words), _changed(state, waiting=3, running=4)]
+    def shown(**kwargs: Any) -> dict[str, float]:
+        others = [_changed(state, **kwargs), _changed(state, waiting=3, running=4)]
         values = replica_features(_changed(state, waiting=7, running=4), others, float(state.weight_bytes))
         return dict(zip(names, values.tolist(), strict=True))
 
@@ -197,10 +197,10 @@ def test_a_replica_is_shown_the_others_and_not_itself() -> None:
     assert not alone.any()  # log2(1) replicas, nothing waits, no others
 
 
-def _changed(state: EngineState, **words: Any) -> EngineState:
+def _changed(state: EngineState, **kwargs: Any) -> EngineState:
     from dataclasses import replace
 
-    return replace(state, **words)
+    return replace(state, **kwargs)
 
 
 def test_hidden_entries_stay_0_and_an_unknown_one_is_an_error() -> None:
@@ -231,8 +231,8 @@ def test_a_cluster_asks_the_policy_that_the_environment_would_have_chosen_by(tmp
     played = play_cluster(setting, WINDOWS, lambda served: learned_cluster(served, path=str(path)))
     assert played["utility"] == pytest.approx(info["utility"], abs=1e-12)
     assert serve_clusters(network.act, {"replicas": 3}, [WINDOWS]) == pytest.approx([info["utility"]], abs=1e-12)
-    assert isinstance(learned_cluster(served_of(setting), path=str(path)), ClusterPolicy)
-    assert not isinstance(conf_policy("dense")(served_of(setting)), ClusterPolicy)
+    assert isinstance(learned_cluster(policy_context(setting), path=str(path)), ClusterPolicy)
+    assert not isinstance(conf_policy("dense")(policy_context(setting)), ClusterPolicy)
 
 
 def test_a_policy_is_shown_only_the_others_that_accept_requests() -> None:
@@ -286,7 +286,7 @@ def test_training_and_test_clusters_share_no_minute_and_each_replica_has_its_own
 
 def test_a_policy_of_one_replica_begins_in_a_cluster_as_itself() -> None:
     network = read_learned("learned_serve_llama2", "ServeTrace").network
-    wider = with_inputs(network, 27 + AMONG)
+    wider = widen_inputs(network, 27 + AMONG)
     rng = np.random.default_rng(0)
     rows = rng.random((50, 27 + AMONG)).astype(np.float32)
     np.testing.assert_allclose(wider(rows), network(rows[:, :27]), rtol=1e-5, atol=1e-5)
@@ -311,5 +311,5 @@ def test_render_shows_every_replica_and_writes_its_picture(tmp_path: Path) -> No
     assert before is not None
     assert after is not None
     assert (before != after).any()
-    env.write_picture(tmp_path / "episode.png")
+    env.save_render(tmp_path / "episode.png")
     assert (tmp_path / "episode.png").read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from agents.envs.prune import PruneToBudget, PruneToBudgetVector
-from agents.envs.prune_loads import Draw, prune_draws
+from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.envs.surrogate import mask_losses, quality_on, table_on
 from sim.cost.memory import peak_bytes
 from sim.cost.plan import dense_plan, drop, keep_all, with_mask
@@ -20,7 +20,7 @@ from sim.cost.quality import FORMS
 from sim.errors import ConfigError
 from sim.policies.observation.prune import mask_of
 
-ONE = Draw(batch=8, sequence_tokens=2048, budget_share=0.8)
+ONE = PruneLoad(batch=8, sequence_tokens=2048, budget_share=0.8)
 
 
 def test_both_environments_are_registered_and_pass_gymnasiums_check() -> None:
@@ -41,8 +41,8 @@ def test_both_environments_are_registered_and_pass_gymnasiums_check() -> None:
     ],
 )
 def test_the_vector_environment_plays_the_plain_one_step_by_step(words: dict[str, Any]) -> None:
-    envs = [PruneToBudget(**words) for _ in range(4)]
-    vector = PruneToBudgetVector(4, **words)
+    envs = [PruneToBudget(**kwargs) for _ in range(4)]
+    vector = PruneToBudgetVector(4, **kwargs)
     rng = np.random.default_rng(7)
     plain = np.stack([env.reset(seed=50 + i)[0] for i, env in enumerate(envs)])
     fast, _ = vector.reset(seed=50)
@@ -85,7 +85,7 @@ def test_the_same_seed_draws_the_same_episode_and_another_seed_another() -> None
 
 def test_an_episode_ends_with_the_first_plan_that_fits() -> None:
     env = PruneToBudget()
-    env.reset(options={"draws": [ONE]})
+    env.reset(options={"loads": [ONE]})
     model, budget_bytes = env.setting.model, ONE.budget_bytes(env.setting.model)
     ended, action = False, 0
     while not ended:
@@ -99,7 +99,7 @@ def test_an_episode_ends_with_the_first_plan_that_fits() -> None:
 
 def test_what_was_dropped_stays_dropped_over_a_sequence_and_loads_that_fit_are_settled_without_an_action() -> None:
     env = PruneToBudget(sequence=3)
-    env.reset(options={"draws": [ONE, replace(ONE, budget_share=0.95), replace(ONE, budget_share=0.5)]})
+    env.reset(options={"loads": [ONE, replace(ONE, budget_share=0.95), replace(ONE, budget_share=0.5)]})
     steps, ended, at_80 = 0, False, None
     while not ended:
         _, _, ended, _, _ = env.step(int(env.legal().argmax()))
@@ -113,7 +113,7 @@ def test_what_was_dropped_stays_dropped_over_a_sequence_and_loads_that_fit_are_s
 
 def test_a_restored_block_runs_again_and_accepting_is_legal_only_once_the_plan_fits() -> None:
     env = PruneToBudget(restore=True)
-    env.reset(options={"draws": [ONE]})
+    env.reset(options={"loads": [ONE]})
     accept = env.setting.accept
     env.step(4)
     assert env.mask == drop(env.setting.model, mha=[2])
@@ -132,7 +132,7 @@ def test_a_restored_block_runs_again_and_accepting_is_legal_only_once_the_plan_f
 
 def test_an_illegal_action_changes_nothing_and_is_counted() -> None:
     env = PruneToBudget()
-    first, _ = env.reset(options={"draws": [ONE]})
+    first, _ = env.reset(options={"loads": [ONE]})
     env.step(0)
     mask = env.mask
     _, reward, _, _, info = env.step(0)
@@ -142,7 +142,7 @@ def test_an_illegal_action_changes_nothing_and_is_counted() -> None:
 
 def test_a_budget_that_needs_no_pruning_is_refused() -> None:
     with pytest.raises(ConfigError, match="below 1"):
-        PruneToBudget().reset(options={"draws": [replace(ONE, budget_share=1.0)]})
+        PruneToBudget().reset(options={"loads": [replace(ONE, budget_share=1.0)]})
 
 
 def test_the_table_names_every_entry_and_is_in_info() -> None:
@@ -160,7 +160,7 @@ def test_the_table_names_every_entry_and_is_in_info() -> None:
 
 
 def test_training_and_validation_never_draw_a_test_load() -> None:
-    draws = prune_draws()
+    draws = prune_loads()
     rng = np.random.default_rng(0)
     held_out = {(d.batch, d.sequence_tokens) for d in draws.test}
     assert len(draws.test) == 50
@@ -177,7 +177,7 @@ def test_training_and_validation_never_draw_a_test_load() -> None:
 
 def test_the_training_split_refuses_a_held_out_pair_when_it_comes_up() -> None:
     # A range that holds nothing but two pairs, one of them a test pair: only the other is ever drawn.
-    draws = replace(prune_draws(), batch=(8, 8), sequence_tokens=(1023, 1024), validation=())
+    draws = replace(prune_loads(), batch=(8, 8), sequence_tokens=(1023, 1024), validation=())
     rng = np.random.default_rng(0)
     assert {draws.sample(rng, "train").sequence_tokens for _ in range(50)} == {1023}
 
@@ -210,5 +210,5 @@ def test_render_shows_the_episode_and_writes_its_picture(tmp_path: Path) -> None
     assert after is not None
     assert before.shape == after.shape
     assert (before != after).any()
-    env.write_picture(tmp_path / "episode.png")
+    env.save_render(tmp_path / "episode.png")
     assert (tmp_path / "episode.png").read_bytes().startswith(b"\x89PNG")

@@ -24,7 +24,7 @@ from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import dense_plan
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.learned_serve import learned_serve
 from sim.policies.observation.serve import Choice, ServeObserver, serve_actions
 from sim.results.metrics import met_slo
@@ -254,13 +254,13 @@ def test_the_learned_policy_chooses_what_the_environment_would_have_it_choose(tm
         "model": setting.model.name,
         "layers": [list(weight.shape)],
         "activation": "relu",
-        "plans": setting.action_words,
+        "plans": setting.action_options,
         "observation": setting.table.rows(),
         "actions": list(setting.table.actions),
     }
     write_arrays(tmp_path / "p.safetensors", {"0.weight": weight, "0.bias": bias})
     (tmp_path / "p.json").write_text(json.dumps(about))
-    served = Served(
+    served = PolicyContext(
         model=setting.model,
         workspace_bytes=setting.workspace_bytes,
         kv_block_tokens=setting.engine.kv_block_tokens,
@@ -278,7 +278,7 @@ def test_the_learned_policy_chooses_what_the_environment_would_have_it_choose(tm
         observation, *_ = env.step(action)
         chosen.add(action)
     assert len(chosen) > 1
-    (tmp_path / "p.json").write_text(json.dumps({**about, "plans": {**setting.action_words, "drops": [0, 4, 12]}}))
+    (tmp_path / "p.json").write_text(json.dumps({**about, "plans": {**setting.action_options, "drops": [0, 4, 12]}}))
     with pytest.raises(ConfigError, match="other actions"):
         learned_serve(served, path=str(tmp_path / "p.json"))
 
@@ -306,7 +306,7 @@ def test_render_shows_the_episode_and_writes_its_picture(tmp_path: Path) -> None
     assert before is not None
     assert after is not None
     assert (before != after).any()
-    env.write_picture(tmp_path / "episode.png")
+    env.save_render(tmp_path / "episode.png")
     assert (tmp_path / "episode.png").read_bytes().startswith(b"\x89PNG")
 
 

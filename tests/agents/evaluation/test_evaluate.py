@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from agents.envs.prune_loads import Draw, prune_draws
+from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.evaluation.ablation import PRUNE_GROUPS, SERVE_GROUPS, ablation_markdown, shuffled_loads, shuffled_windows
 from agents.evaluation.cluster_report import cluster_table_markdown, cluster_verdict
 from agents.evaluation.page import FOLDER, page, write_report
@@ -28,7 +28,9 @@ from tests.sim.pages.test_render import cells
 
 MODEL = load_model("smollm2_135m")
 FEW = [
-    Draw(batch=b, sequence_tokens=s, budget_share=r) for b, s in ((1, 4096), (8, 2048), (16, 512)) for r in (0.8, 0.5)
+    PruneLoad(batch=b, sequence_tokens=s, budget_share=r)
+    for b, s in ((1, 4096), (8, 2048), (16, 512))
+    for r in (0.8, 0.5)
 ]
 
 
@@ -113,7 +115,7 @@ def test_every_order_names_every_block_once() -> None:
 
 
 def test_unseen_loads_lie_outside_what_training_draws() -> None:
-    draws = prune_draws()
+    draws = prune_loads()
     for draw in unseen_loads():
         inside = draws.batch[0] <= draw.batch <= draws.batch[1]
         inside &= draws.sequence_tokens[0] <= draw.sequence_tokens <= draws.sequence_tokens[1]
@@ -174,7 +176,7 @@ def test_the_policy_that_ships_beats_greedy_stop_on_loads_that_it_was_not_traine
     from agents.evaluation.prune import learned
     from sim.policies.learned import SHIPPED as FOLDER
 
-    draws = list(prune_draws().validation)
+    draws = list(prune_loads().validation)
     policies = {"learned": learned(MODEL, [FOLDER / f"{name}.json"]), REFERENCE: baselines(MODEL)[REFERENCE]}
     means = contest(MODEL.name, policies, draws).groupby("policy")["utility_calibration"].mean()
     assert means["learned"] > 1.05 * means[REFERENCE]

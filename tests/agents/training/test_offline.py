@@ -19,7 +19,7 @@ from agents.envs.serve import ServeSetting
 from agents.evaluation.prune import baselines
 from agents.training.episodes import FILE, read_episodes, write_episodes
 from agents.training.offline import episodes, nearest_action
-from agents.training.train import build_algorithm, current_network, environment_words
+from agents.training.train import build_algorithm, current_network, environment_kwargs
 from agents.training.validation import validation_utilities
 from sim.config import CONF_DIR, build
 from sim.errors import ConfigError
@@ -52,7 +52,7 @@ def test_a_file_of_episodes_holds_what_was_played(tmp_path: Path) -> None:
 
 
 def test_an_episode_by_the_knapsack_drops_the_knapsacks_blocks() -> None:
-    env = PruneToBudget(**environment_words(composed("offline", *PRUNE, "by=knapsack")))
+    env = PruneToBudget(**environment_kwargs(composed("offline", *PRUNE, "by=knapsack")))
     env.reset(seed=0)
     (episode,) = episodes(composed("offline", *PRUNE, "by=knapsack", "episodes=1", "seed=0"))
     wanted = baselines(env.setting.model)["knapsack"][0](env.draw)
@@ -69,8 +69,8 @@ def test_a_plan_that_is_not_in_the_table_becomes_the_nearest_legal_one() -> None
     setting = ServeSetting()
     names, legal = setting.actions.names, np.ones(len(setting.actions.plans), dtype=np.bool_)
 
-    def named(**words: Any) -> str:
-        plan = static_plan(setting.model, **words)
+    def named(**kwargs: Any) -> str:
+        plan = static_plan(setting.model, **kwargs)
         return names[nearest_action(setting.actions, setting.model, plan, legal)]
 
     assert named(admit=8) == "drop 0, W4 0, queue 8"
@@ -103,7 +103,7 @@ def test_training_can_begin_with_what_somebody_wrote(local_ray: None, tmp_path: 
     written(tmp_path, *PRUNE, "by=knapsack", "episodes=150")
     small = ["algorithm=ppo", "num_envs=8", "hidden=[64]", "algorithm.steps_an_iteration=512"]
     cfg = composed("train", *small, "imitate=offline", f"imitate.data={tmp_path}", "imitate.epochs=15")
-    words = environment_words(cfg)
+    words = environment_kwargs(cfg)
     algorithm = build_algorithm(cfg)
     before = validation_utilities(cfg.env.id, words, current_network(algorithm, "relu")).mean()
     build(cfg.imitate)(algorithm, cfg.env.id, words, seed=0)

@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve import ServeCore, ServeSetting
 from agents.envs.serve_windows import Window
-from agents.evaluation.cluster import learned_builds, mean_cluster_utility
-from agents.training.train import BUFFER, Checkpoints, build_algorithm, current_network, environment_words, train
+from agents.evaluation.cluster import learned_cluster_policies, mean_cluster_utility
+from agents.training.train import BUFFER, Checkpoints, build_algorithm, current_network, environment_kwargs, train
 from agents.training.validation import validation_clusters, validation_utilities
 from sim.config import CONF_DIR, build
 from sim.errors import ConfigError
@@ -61,7 +61,7 @@ def test_every_training_experiment_builds_its_algorithms_configuration(name: str
         cfg = hydra.compose("train", overrides=[f"experiment={name}"])
     setup = Setup(
         env=f"agents.envs.registration:{cfg.env.id}",
-        words=environment_words(cfg),
+        words=environment_kwargs(cfg),
         seed=0,
         num_envs=4,
         runners=0,
@@ -113,7 +113,7 @@ def test_a_resumed_dqn_has_its_replay_buffer_and_its_network_again(local_ray: No
 
 def test_imitating_the_knapsack_gives_a_useful_policy_at_once(local_ray: None) -> None:
     cfg = composed(*SMALL_PPO, "hidden=[64]", "imitate=knapsack", "imitate.draws=400", "imitate.epochs=6")
-    words = environment_words(cfg)
+    words = environment_kwargs(cfg)
     algorithm = build_algorithm(cfg)
     before = validation_utilities(cfg.env.id, words, current_network(algorithm, "relu")).mean()
     build(cfg.imitate)(algorithm, cfg.env.id, words, seed=0)
@@ -132,7 +132,7 @@ def test_training_can_go_on_where_a_policy_ended_with_a_critic_that_knows_what_i
     cfg = composed("experiment=ppo_serve", "num_envs=2", *words)
     algorithm = build_algorithm(cfg)
     begin = build(cfg.imitate, epochs=1, temperature=0.5), build(cfg.imitate, epochs=40)
-    errors = [made(algorithm, cfg.env.id, environment_words(cfg), seed=0) for made in begin]
+    errors = [made(algorithm, cfg.env.id, environment_kwargs(cfg), seed=0) for made in begin]
     network = current_network(algorithm, "relu")
     features = np.random.default_rng(0).random((50, network.weights[0].shape[1])).astype(np.float32)
     np.testing.assert_allclose(network(features), shipped.network(features), rtol=1e-4, atol=1e-4)
@@ -141,7 +141,7 @@ def test_training_can_go_on_where_a_policy_ended_with_a_critic_that_knows_what_i
     small = composed("experiment=ppo_serve", "num_envs=2", "hidden=[16]", *words[:3])
     other = build_algorithm(small)
     with pytest.raises(ConfigError, match="its layers are"):
-        build(small.imitate)(other, small.env.id, environment_words(small), seed=0)
+        build(small.imitate)(other, small.env.id, environment_kwargs(small), seed=0)
     other.stop()
 
 
@@ -168,14 +168,14 @@ def test_a_cluster_that_does_not_answer_is_an_error_that_names_its_address(tmp_p
 def test_training_to_serve_begins_with_the_plan_that_it_is_told(local_ray: None) -> None:
     small = ["num_envs=2", "imitate.windows=2", "imitate.batch=32", "imitate.lr=0.01", "imitate.share=0.9"]
     cfg = composed("experiment=ppo_serve", *small)
-    words = environment_words(cfg)
+    words = environment_kwargs(cfg)
     algorithm = build_algorithm(cfg)
     build(cfg.imitate)(algorithm, cfg.env.id, words, seed=0)
     network = current_network(algorithm, "relu")
     with pytest.raises(ConfigError, match="there is no 'drop everything'"):
         build(cfg.imitate)(algorithm, cfg.env.id, words, seed=0, plan="drop everything")
     algorithm.stop()
-    core = ServeCore(ServeSetting(**words))
+    core = ServeCore(ServeSetting(**kwargs))
     core.begin(Window(source="burst", start_s=300.0, rate=1.0, budget="full", budget_seed=0))
     features = core.setting.table.features
     seen = core.observe()
@@ -190,8 +190,8 @@ def test_training_in_clusters_begins_with_the_policy_of_one_replica_and_exports_
         "hidden=[84,84]",
         "imitate.windows=1",
         "imitate.epochs=1",
-        "env.words.replicas=2",
-        "env.words.sources=[burst]",
+        "env.kwargs.replicas=2",
+        "env.kwargs.sources=[burst]",
     ]
     cfg = composed("experiment=ppo_cluster", *SMALL_PPO, *small, "iterations=1", "algorithm.lr=0.0")
     reached = train(cfg, tmp_path)
@@ -202,7 +202,7 @@ def test_training_in_clusters_begins_with_the_policy_of_one_replica_and_exports_
     assert not policy.network.weights[0][:, features:].any()
     assert policy.about["environment"]["replicas"] == 2
     setting = ClusterSetting(**{**policy.about["environment"], "split": "validation"})
-    (build_one,) = learned_builds([tmp_path / "best" / "policy.json"])
+    (build_one,) = learned_cluster_policies([tmp_path / "best" / "policy.json"])
     assert mean_cluster_utility(setting, validation_clusters(setting), build_one) == pytest.approx(reached, abs=1e-3)
 
 

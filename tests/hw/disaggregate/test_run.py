@@ -74,7 +74,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def mine(words: list[str], *more: str) -> list[str]:
     """Return the words for the real command."""
-    return [*words, f"hw.elastic.checkpoint={words[8].partition('=')[2]}", "hw.score.text=null", "hw.device=cpu", *more]
+    return [*words, f"hw.checkpoint={words[8].partition('=')[2]}", "hw.text=null", "hw.device=cpu", *more]
 
 
 def config(words: list[str], *more: str) -> DictConfig:
@@ -250,7 +250,7 @@ def test_who_does_not_know_the_key_is_not_listened_to() -> None:
     [
         ("policy=morphserve", "choose a fixed policy"),
         ("link_bytes_per_s=0", "must be above 0"),
-        ("hw.engine.clock=cpu", "one clock only in the wall's"),
+        ("hw.clock=cpu", "one clock only in the wall's"),
         ("budget=steps", "give a constant one"),
     ],
 )

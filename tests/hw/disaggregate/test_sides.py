@@ -271,7 +271,7 @@ def test_what_is_gathered_are_the_bytes_that_the_plan_says_for_any_prompt() -> N
         engine.submit(requests([(0.0, prompt, 1) for prompt in (1, 4, 7, 23)]))
         engine.run_until(float("inf"))
         for i, prompt in enumerate((1, 4, 7, 23)):
-            content = gather(engine.pool.arena, engine.outside[i], prompt)
+            content = gather(engine.arena, engine.outside[i], prompt)
             assert len(content) == kv_bytes_sent(tiny_spec(), plan, prompt), name
             engine.release(i)
         assert engine.pool.used_layer_blocks == 0

@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch", reason="the real model needs torch: pip ins
 transformers = pytest.importorskip("transformers", reason="the real model needs transformers: pip install -e '.[hw]'")
 
 from hw.elastic.checkpoint import load_checkpoint, smollm2_package  # noqa: E402
-from hw.elastic.model import ElasticModel, RequestKV  # noqa: E402
+from hw.elastic.kv import RequestKV  # noqa: E402
+from hw.elastic.model import ElasticModel  # noqa: E402
 from hw.elastic.quantize import quantize  # noqa: E402
 from sim.cost.memory import kv_bytes_per_token, weight_bytes  # noqa: E402
 from sim.cost.model_spec import load_model  # noqa: E402
@@ -337,7 +338,7 @@ def test_every_weight_is_back_bit_for_bit_after_any_sequence_of_plans(family: st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_quantised_layer_gives_the_logits_of_a_model_with_those_rounded_weights(family: str) -> None:
+def test_a_quantized_layer_gives_the_logits_of_a_model_with_those_rounded_weights(family: str) -> None:
     plain = tiny(family)
     elastic = ElasticModel(copy.deepcopy(plain))
     elastic.apply(replace(dense_plan(elastic.spec), weight_bits=(16, 4, 8, 16)))
@@ -351,7 +352,7 @@ def test_a_quantised_layer_gives_the_logits_of_a_model_with_those_rounded_weight
         close(elastic.forward([tokens], all_logits=True), plain(torch.tensor([tokens])).logits)
 
 
-def test_a_block_dropped_while_quantised_comes_back_at_the_new_plans_precision() -> None:
+def test_a_block_dropped_while_quantized_comes_back_at_the_new_plans_precision() -> None:
     elastic = ElasticModel(tiny("llama"))
     dense = dense_plan(elastic.spec)
     tokens = some_tokens(9)

@@ -102,7 +102,7 @@ def test_packing_two_values_a_byte_loses_nothing(count: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_an_elastic_linear_multiplies_with_its_quantised_copy(bits: int) -> None:
+def test_an_elastic_linear_multiplies_with_its_quantized_copy(bits: int) -> None:
     linear = torch.nn.Linear(300, 17)
     linear.__class__ = ElasticLinear
     x = torch.randn(5, 300)
@@ -112,5 +112,5 @@ def test_an_elastic_linear_multiplies_with_its_quantised_copy(bits: int) -> None
 
 
 def test_three_bits_are_refused() -> None:
-    with pytest.raises(PlanError, match="3 bits cannot be made; allowed are 8 and 4"):
+    with pytest.raises(PlanError, match="cannot be quantized to 3 bits; choose 8 or 4"):
         quantize(weights((4, 4)), 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,16 +16,18 @@ from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import out_of_memory
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
-from hw.engine.hw_engine import HwEngine, NumericsError
+from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import RandomPrompts
+from hw.engine.torch_executor import NumericsError, TorchExecutor
 from sim.cost.memory import budget_for_kv_blocks, weight_bytes
 from sim.cost.plan import KeepMask, KVKeep, check_plan, dense_plan, drop, with_mask
 from sim.engine.budget import Budget
+from sim.engine.executor import Iteration
 from sim.engine.protocol import EngineConfig
 from sim.engine.sim_engine import SimEngine
 from sim.engine.transition import LayerCopy
 from sim.errors import BudgetError, ConfigError
-from sim.policies import Served
+from sim.policies import PolicyContext
 from sim.policies.greedy_stop import greedy_stop
 from sim.policies.schedule import Schedule
 from sim.replay.loop import replay
@@ -122,36 +123,40 @@ def test_a_request_may_end_at_the_models_own_end_of_text() -> None:
     assert engine.records().status.tolist() == [Status.FINISHED]
 
 
-class Audited(HwEngine):
-    """An engine that holds every token against a plain model, gated position by position as the request really ran.
+class AuditedExecutor(TorchExecutor):
+    """An executor that compares every other token with a plain model, gated position by position as the request ran.
 
-    ``gates`` of the plain model say which MHA and FFN blocks each position ran; attention then reads earlier keys as
+    The gates of the plain model say which MHA and FFN blocks each position ran; attention then reads earlier keys as
     they were made. That states the KV hole, stage-wise masks and recomputation without any cache.
     """
 
     audited = 0
 
-    def _forward(self, decodes: Sequence[Any], prefills: Sequence[tuple[Any, int]]) -> dict[int, int]:
+    def forward(self, iteration: Iteration) -> dict[int, int]:
         from tests.hw.elastic.test_model import plain_logits
 
         self._seen: dict[int, list[tuple[frozenset[int], tuple[bool, ...]]]] = getattr(self, "_seen", {})
-        chosen = super()._forward(decodes, prefills)
-        work = [(live, 1, self._plan.decode.ffn) for live in decodes]
-        work += [(live, tokens, self._plan.prefill.ffn) for live, tokens in prefills]
+        chosen = super().forward(iteration)
+        work = [(live, 1, iteration.plan.decode.ffn) for live in iteration.decodes]
+        work += [(live, tokens, iteration.plan.prefill.ffn) for live, tokens in iteration.prefills]
         for live, tokens, ffn in work:
-            seen = self._seen.setdefault(live.request.request_id, [])
+            seen = self._seen.setdefault(live.request_id, [])
             del seen[live.computed_tokens :]
-            seen += [(live.pages.mha, ffn)] * tokens
-            token = chosen.get(live.request.request_id)
+            seen += [(live.mha, ffn)] * tokens
+            token = chosen.get(live.request_id)
             if token is None or live.produced_tokens % 2:  # every other token: plain passes are slow
                 continue
             mha_gates = torch.tensor([[float(layer in mha) for mha, _ in seen] for layer in range(LAYERS)])
             ffn_gates = torch.tensor([[float(ffn[layer]) for _, ffn in seen] for layer in range(LAYERS)])
             # A block counts for a later token's KV hole too: what a request lost, none of its tokens runs again.
-            logits = plain_logits(self.plain, live.tokens[: len(seen)], mha_gates, ffn_gates)
+            logits = plain_logits(Audited.plain, self.tokens_of(live)[: len(seen)], mha_gates, ffn_gates)
             assert logits[-1, token] >= logits[-1].max() - 1e-3
             self.audited += 1
         return chosen
+
+
+class Audited(HwEngine):
+    executor_type = AuditedExecutor
 
 
 def plan_schedule(seed: int, steps: int, *, period_s: float = 2.0, bits: bool = False, kv: bool = False) -> Schedule:
@@ -187,13 +192,13 @@ def test_tokens_stay_those_of_a_plain_model_gated_alike_through_changes_of_the_p
     Audited.plain = tiny()
     engine = hw_engine(kind=Audited, kv_blocks=kv_blocks, config=engine_config(restore=restore))
     replay(trace_of(rows), engine, policy, tick_s=0.9)
-    assert engine.audited >= sum(output // 2 for _, _, output in rows)
+    assert engine._torch.audited >= sum(output // 2 for _, _, output in rows)
     assert len(engine.transitions()) >= 5
     assert engine.records().preemptions.sum() > 0 or (restore, kv_blocks) != ("recompute", 10)
 
 
 def test_precision_and_kept_kv_tokens_change_tokens_as_the_plain_cache_of_the_model_does() -> None:
-    from hw.elastic.model import RequestKV
+    from hw.elastic.kv import RequestKV
 
     spec = tiny_spec()
     plan = replace(
@@ -292,7 +297,9 @@ def test_both_engines_admit_preempt_and_finish_alike_for_the_same_decisions(
     def make_policy() -> Any:
         if policy == "schedule":
             return plan_schedule(seed, 8, bits=True, kv=True)
-        return greedy_stop(Served(model=spec, kv_block_tokens=4), order=["FFN2", "MHA1", "FFN1", "MHA2"], patience=2)
+        return greedy_stop(
+            PolicyContext(model=spec, kv_block_tokens=4), order=["FFN2", "MHA1", "FFN1", "MHA2"], patience=2
+        )
 
     engines = []
     for engine in (
@@ -328,7 +335,7 @@ def test_what_is_allocated_never_exceeds_a_budget_that_moves() -> None:
     spec = tiny_spec()
     budget = moving_budget(3, 40)
     engine = hw_engine(budget=budget)
-    served = Served(model=spec, kv_block_tokens=4)
+    served = PolicyContext(model=spec, kv_block_tokens=4)
     replay(
         trace_of(some_rows(7, 20)),
         engine,
@@ -344,16 +351,108 @@ def test_what_is_allocated_never_exceeds_a_budget_that_moves() -> None:
             assert row.allocated_bytes <= budget.budget_bytes[step]
 
 
+# --- Copies under way ------------------------------------------------------------------------------------------------
+
+
+class HoldingCopier(LayerCopier):
+    """Copies that are complete only after they were asked about ``asks`` times, as on a GPU: the next passes run on.
+
+    Their tensors lie with the blocks from the start, as those of a CUDA copy do.
+    """
+
+    def __init__(self, elastic: ElasticModel, asks: int) -> None:
+        super().__init__(elastic)
+        self._asks, self._left = asks, 0
+
+    def start(self, copy: LayerCopy) -> None:
+        super().start(copy)
+        assert self._future is not None
+        self._future.result()
+        self._left = self._asks
+
+    def whole(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+    def wait(self, timeout_s: float) -> float:
+        return 0.0
+
+
+def assert_blocks_are_as_counted(engine: HwEngine) -> None:
+    """Check that every block has the bits that the engine counts, and that a copy under way is still there."""
+    resident, copy = engine._changes.resident, engine._changes.copy
+    for kind, bits, copied in (
+        ("mha", resident.mha_bits, copy.mha_bits if copy is not None else 0),
+        ("ffn", resident.ffn_bits, copy.ffn_bits if copy is not None else 0),
+    ):
+        for layer, (block, counted) in enumerate(zip(engine.elastic.blocks[kind], bits, strict=True)):
+            assert block.bits == counted, f"{kind} block {layer}"
+            under_way = copy is not None and copy.layer == layer and copied
+            assert (block.pending is not None) == bool(under_way), f"{kind} block {layer}"
+
+
+@pytest.mark.parametrize("asks", [1, 3, 7, 20])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_later_plan_never_loses_a_copy_that_is_under_way_and_still_wanted(seed: int, asks: int) -> None:
+    rng, spec = random.Random(100 * seed + asks), tiny_spec()
+    plans = plan_schedule(seed, 12, bits=seed % 2 == 1).plans
+    engine = hw_engine(
+        plan=plans[0],
+        copies=lambda elastic: HoldingCopier(elastic, asks),
+        config=engine_config(restore=rng.choice(["new_requests", "recompute"])),
+        budget=Budget((0.0,), (budget_for_kv_blocks(spec, dense_plan(spec), 60, 0, 4),)),
+    )
+    engine.submit(requests(some_rows(seed, 12, longest_output=20)))
+    at_s, wanted = 0.0, plans[0]
+    while not engine.drained:
+        at_s += rng.choice([0.4, 1.1, 2.5])
+        engine.run_until(at_s)
+        assert_blocks_are_as_counted(engine)
+        if rng.random() < 0.7:
+            wanted = rng.choice(plans)
+            engine.apply(wanted)
+    for step in range(200):  # what is under way comes, though no request is there
+        state = engine.run_until(at_s + step)
+        assert_blocks_are_as_counted(engine)
+    assert state.plan == wanted
+    assert engine.elastic.bytes() == weight_bytes(spec, wanted)
+    assert (engine.records().status == Status.FINISHED).all()
+
+
+def test_a_plan_that_still_wants_a_block_under_way_keeps_its_copy() -> None:
+    spec = tiny_spec()
+    dense = dense_plan(spec)
+    pruned, other = with_mask(dense, drop(spec, ffn=[1])), with_mask(dense, drop(spec, mha=[3]))
+    engine = hw_engine(plan=pruned, copies=lambda elastic: HoldingCopier(elastic, 6))
+    engine.submit(requests([(0.0, 8, 30)]))
+    engine.run_until(2.0)
+    engine.apply(dense)  # FFN1 is copied in
+    engine.run_until(4.0)
+    block = engine.elastic.blocks["ffn"][1]
+    under_way = block.pending
+    assert under_way is not None
+    engine.apply(other)  # drops MHA3, still wants FFN1
+    engine.run_until(6.0)
+    assert block.pending is under_way
+    state = engine.run_until(40.0)
+    assert (state.plan, block.bits, block.pending) == (other, 16, None)
+    assert engine.transitions().bytes_in.tolist() == [0, weight_bytes(spec, dense) - weight_bytes(spec, pruned)]
+
+
 # --- What a real run meets -------------------------------------------------------------------------------------------
 
 
-class Starved(HwEngine):
-    """An engine whose device runs out of memory while more than two requests run."""
+class StarvedExecutor(TorchExecutor):
+    """A device that runs out of memory while an iteration computes for more than two requests."""
 
-    def _forward(self, decodes: Sequence[Any], prefills: Sequence[tuple[Any, int]]) -> dict[int, int]:
-        if len(self._running) > 2:
+    def forward(self, iteration: Iteration) -> dict[int, int]:
+        if len(iteration.batch.scheduled) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super()._forward(decodes, prefills)
+        return super().forward(iteration)
+
+
+class Starved(HwEngine):
+    executor_type = StarvedExecutor
 
 
 def test_running_out_of_memory_preempts_and_loses_nobody() -> None:
@@ -373,9 +472,13 @@ def test_what_the_allocator_says_when_memory_runs_out_is_understood_and_no_other
     assert not out_of_memory(other.value)
 
 
-class Hopeless(HwEngine):
-    def _forward(self, decodes: Sequence[Any], prefills: Sequence[tuple[Any, int]]) -> dict[int, int]:
+class HopelessExecutor(TorchExecutor):
+    def forward(self, iteration: Iteration) -> dict[int, int]:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+class Hopeless(HwEngine):
+    executor_type = HopelessExecutor
 
 
 def test_one_request_that_alone_runs_out_of_memory_ends_the_run_with_advice() -> None:
@@ -388,7 +491,7 @@ def test_one_request_that_alone_runs_out_of_memory_ends_the_run_with_advice() ->
 def test_a_value_that_is_no_number_stops_the_run_and_names_block_and_plan() -> None:
     spec = tiny_spec()
     engine = hw_engine(plan=with_mask(dense_plan(spec), drop(spec, mha=[1])))
-    engine._elastic.blocks["ffn"][2].linears[0].weight.data[0, 0] = math.nan
+    engine.elastic.blocks["ffn"][2].linears[0].weight.data[0, 0] = math.nan
     engine.submit(requests([(0.0, 5, 5)]))
     with pytest.raises(NumericsError, match=r"FFN2 .*'-MHA 1'"):
         engine.run_until(math.inf)

@@ -13,8 +13,11 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+import hw.engine.hw_engine
 import hw.replay.run
+import sim.replay.__main__
 import sim.replay.run
+from hw.engine.torch_executor import TorchExecutor
 from tests.hw.serving import flat_latency_content, tiny, torch
 
 
@@ -27,7 +30,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Return a function that runs a command in this process, with the words that both commands share."""
     tiny().config.save_pretrained(tmp_path)
     (tmp_path / "flat.json").write_text(json.dumps(flat_latency_content(fixed_us=1e4, token_us=10.0)))
-    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (tiny(), Tokenizer()))
+    monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: (tiny(), Tokenizer()))
     words = [
         "trace=small",
         "trace.duration_s=6",
@@ -49,10 +52,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
     def command(module: str, *more: str, name: str = "run") -> Path:
         folder = tmp_path / name
-        mine = ["hw.score.text=null", "hw.skip_idle=true"] if module == "hw" else []
+        mine = ["hw.text=null", "hw.skip_idle=true"] if module == "hw" else []
         monkeypatch.setattr(sys, "argv", [f"{module}.replay", *words, *mine, *more, f"hydra.run.dir={folder}"])
         GlobalHydra.instance().clear()
-        (hw.replay.run.main if module == "hw" else sim.replay.run.replay_command)()
+        (hw.replay.run.main if module == "hw" else sim.replay.__main__.main)()
         return folder
 
     return command
@@ -73,7 +76,7 @@ def test_the_same_words_give_the_same_files_columns_and_requests_on_both_engines
 
 
 def test_a_policy_that_decides_runs_unchanged_and_memory_is_what_was_counted(run: Callable[..., Path]) -> None:
-    folder = run("hw", "policy=morphserve", "tick_s=0.2", "budget.blocks=20", "hw.engine.clock=cpu")
+    folder = run("hw", "policy=morphserve", "tick_s=0.2", "budget.blocks=20", "hw.clock=cpu")
     told = json.loads((folder / "hardware.json").read_text())
     assert told["largest_difference_bytes"] == 0
     assert told["peak_allocated_bytes"] > 0
@@ -88,14 +91,14 @@ def test_ctrl_c_leaves_the_records_so_far_whole(
     import os
     import signal
 
-    put_in_force = hw.replay.HwEngine._put_in_force
+    end = hw.replay.HwEngine._end
 
-    def stop_after_a_while(engine: hw.replay.HwEngine, ran: object) -> None:
-        put_in_force(engine, ran)  # type: ignore[arg-type]
+    def stop_after_a_while(engine: hw.replay.HwEngine, under_way: Any) -> None:
+        end(engine, under_way)
         if len(engine.iterations()) == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(hw.replay.HwEngine, "_put_in_force", stop_after_a_while)
+    monkeypatch.setattr(hw.replay.HwEngine, "_end", stop_after_a_while)
     with pytest.raises(SystemExit) as ended:
         run("hw", name="stopped")
     assert ended.value.code == 130
@@ -120,7 +123,7 @@ def test_a_nan_in_a_layer_ends_the_command_with_block_and_plan_named(
 ) -> None:
     broken = tiny()
     broken.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
-    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (broken, Tokenizer()))
+    monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: (broken, Tokenizer()))
     with pytest.raises(SystemExit) as ended:
         run("hw", "policy=fixed", "policy.drop_mha=[1]")
     assert ended.value.code == 2
@@ -132,14 +135,15 @@ def test_a_nan_in_a_layer_ends_the_command_with_block_and_plan_named(
 def test_memory_that_runs_out_is_caught_and_counted_in_hardware_json(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = hw.replay.HwEngine._forward
+    forward, failed = TorchExecutor.forward, []
 
-    def starved(engine: hw.replay.HwEngine, decodes: Any, prefills: Any) -> dict[int, int]:
-        if len(engine._running) > 1 and engine.out_of_memory < 3:
+    def starved(executor: TorchExecutor, iteration: Any) -> dict[int, int]:
+        if len(iteration.batch.scheduled) > 1 and len(failed) < 3:
+            failed.append(iteration)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(engine, decodes, prefills)
+        return forward(executor, iteration)
 
-    monkeypatch.setattr(hw.replay.HwEngine, "_forward", starved)
+    monkeypatch.setattr(TorchExecutor, "forward", starved)
     # All at once, so that two run together however fast this machine is.
     folder = run("hw", "trace.on_rate_rps=1000", "trace.off_rate_rps=1000", "trace.duration_s=0.02")
     assert json.loads((folder / "hardware.json").read_text())["out_of_memory"] == 3
@@ -150,7 +154,7 @@ def test_memory_that_runs_out_is_caught_and_counted_in_hardware_json(
 def test_a_checkpoint_that_is_not_the_described_model_is_refused(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hw.replay, "load_checkpoint", lambda *_, **__: (tiny("qwen3"), Tokenizer()))
+    monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: (tiny("qwen3"), Tokenizer()))
     with pytest.raises(SystemExit):
         run("hw")
     assert "describes" in capsys.readouterr().err

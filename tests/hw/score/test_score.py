@@ -17,7 +17,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 transformers = pytest.importorskip("transformers", reason="the real model needs transformers: pip install -e '.[hw]'")
 
-from hw.elastic.model import ElasticModel, RequestKV  # noqa: E402
+from hw.elastic.kv import RequestKV  # noqa: E402
+from hw.elastic.model import ElasticModel  # noqa: E402
 from hw.score import importance  # noqa: E402
 from hw.score.full_test import Agreement, agreement, chosen_plans, greedy_tokens, measure_chosen, spread  # noqa: E402
 from hw.score.importance import (  # noqa: E402

@@ -11,11 +11,11 @@ import pytest
 
 pytest.importorskip("torch", reason="the suite needs the real engine: pip install -e '.[hw]'")
 
-import hw.validate.compare
+import hw.compare
 from hw.elastic.model import ElasticModel
 from hw.validate.compare import compare, read_run, verdicts
 from hw.validate.machine_speed import MachineSpeed, factor_of, slower
-from hw.validate.suite import PAGE, RESULT, WORKLOADS, Arguments, configuration, policies, ranking
+from hw.validate.suite import PAGE, RESULT, WORKLOADS, ValidateConfig, configuration, policies, ranking
 from hw.validate.suite_page import events_table, heading, not_held_table, page
 from hw.validate.timeline import timeline
 from sim.cost.latency import CALIBRATIONS, calibration_from_dict, load_calibration
@@ -26,6 +26,7 @@ from sim.replay.run import build_parts, build_trace
 from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.results.run_folder import write_json, write_parquet
+from tests.commands import exit_status
 from tests.hw.serving import tiny
 from tests.sim.pages.test_render import cells
 
@@ -204,7 +205,7 @@ def test_a_run_of_the_client_says_nothing_of_preemptions_and_plan_changes(
     for name in ("iterations.parquet", "kept_share.parquet", "hardware.json"):
         (folders[1] / name).unlink()
     write_json(folders[1] / "client.json", {})
-    assert hw.validate.compare.main([str(folder) for folder in folders]) == 0
+    assert exit_status(hw.compare.main, *map(str, folders)) == 0
     assert json.loads((folders[1] / "compare.json").read_text())["events"] == {}
     assert "a client sees none" in capsys.readouterr().out
 
@@ -220,9 +221,9 @@ def test_runs_of_other_requests_are_refused(tmp_path: Path) -> None:
 
 def test_the_command_ends_with_its_verdict_and_writes_json_and_picture(tmp_path: Path) -> None:
     sim, good, bad = (run_folder(tmp_path / name, slower=s) for name, s in (("s", 1.0), ("g", 1.01), ("b", 2.0)))
-    assert hw.validate.compare.main([str(sim), str(good)]) == 0
-    assert hw.validate.compare.main([str(sim), str(bad), f"out={tmp_path / 'out'}"]) == 1
-    assert hw.validate.compare.main([str(sim), str(tmp_path / "nothing")]) == 2
+    assert exit_status(hw.compare.main, str(sim), str(good)) == 0
+    assert exit_status(hw.compare.main, str(sim), str(bad), f"out={tmp_path / 'out'}") == 1
+    assert exit_status(hw.compare.main, str(sim), str(tmp_path / "nothing")) == 2
     written = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert written["figures"]["makespan_s"]["verdict"] in ("held", "missed")
     assert written["events"]["transitions"]["time_error_s"] is None  # none happened
@@ -265,7 +266,7 @@ def test_ranking_counts_only_pairs_beyond_the_noise_and_prices_a_wrong_choice() 
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_every_run_of_the_suite_can_be_built(workload: str) -> None:
     for policy in policies() if workload == "budget_walks" else ["dense"]:
-        cfg = configuration(workload, policy, Arguments())
+        cfg = configuration(workload, policy, ValidateConfig())
         assert 3 <= len(build_trace(cfg)) <= 60
         parts = build_parts(cfg)
         assert parts.budget.budget_bytes[0] > 0

@@ -13,7 +13,7 @@ import simpy
 from sim.cluster import routers
 from sim.cluster.cluster import Cluster, ClusterRecords, Replica
 from sim.cluster.outages import Outage
-from sim.cluster.routers import Candidate, Compiled, Offered
+from sim.cluster.routers import Candidate, KernelRouter, RoutingRequest
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
@@ -112,7 +112,7 @@ def random_cluster(seed: int) -> ClusterCase:
     )
 
 
-def router_of(case: ClusterCase) -> Compiled:
+def router_of(case: ClusterCase) -> KernelRouter:
     """Return the router of a case; affinity gives way early, so that both of its ways are met."""
     if case.router == "prefix_affinity":
         return routers.prefix_affinity(most_apart=3, most_times=2)
@@ -155,7 +155,7 @@ def plain_cluster(case: ClusterCase) -> list[Row]:
 
     def replica(one: Case, outages: tuple[Outage, ...]) -> PlainReplica:
         return PlainReplica(
-            build=lambda env: (engine(PlainEngine, one, env), AtTimes(one)),
+            build=lambda now_s: (engine(PlainEngine, one, simpy.Environment(initial_time=now_s)), AtTimes(one)),
             decisions_s=moments(one),
             outages=outages,
         )
@@ -225,7 +225,7 @@ def differences(case: ClusterCase) -> list[str]:
 class FewestRequests:
     """The router with fewest requests, asked for each one."""
 
-    def __call__(self, candidates: list[Candidate], request: Offered) -> int:
+    def __call__(self, candidates: list[Candidate], request: RoutingRequest) -> int:
         """Return where fewest wait or run."""
         return min(candidates, key=lambda c: c.state.waiting + c.state.running).replica
 

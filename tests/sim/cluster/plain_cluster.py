@@ -11,30 +11,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import simpy
 
 from sim.cluster.outages import Outage
+from sim.engine.block_table import BlockTable
+from sim.engine.live_request import LiveRequest
 from sim.engine.protocol import EngineState, Request
 from sim.errors import BudgetError
 from sim.results.records import Status
 from sim.traces.trace import Trace
-from tests.sim.engine.plain_engine import PlainEngine, _Live
+from tests.sim.engine.plain_engine import PlainEngine
 
 Decider = Callable[[EngineState], object]
 
 
 @dataclass(kw_only=True)
 class PlainReplica:
-    """What a replica is; ``build`` makes its engine in an environment, and what decides for it."""
+    """What a replica is; ``build`` makes its engine at a moment, and what decides for it."""
 
-    build: Callable[[simpy.Environment], tuple[PlainEngine, Decider]]
+    build: Callable[[float], tuple[PlainEngine, Decider]]
     decisions_s: tuple[float, ...] = ()
     outages: tuple[Outage, ...] = ()
     engine: PlainEngine | None = None
     loading: PlainEngine | None = None
     decide: Decider | None = None
     accepts: bool = False
-    told: bool = False
+    notified: bool = False
 
 
 @dataclass(kw_only=True)
@@ -42,7 +43,7 @@ class Row:
     """A request: where it is, and what it did before it was moved there."""
 
     request: Request
-    live: _Live | None = None
+    live: LiveRequest | None = None
     replica: int = -1
     moves: int = 0
 
@@ -97,7 +98,7 @@ class PlainCluster:
             )
         ]
         for replica in self.replicas:
-            replica.engine, replica.decide = replica.build(simpy.Environment())
+            replica.engine, replica.decide = replica.build(0.0)
             replica.engine.expects_more = True
             replica.accepts = True
         # SimPy's order at one moment is that of scheduling: the first events are scheduled replica by replica.
@@ -124,11 +125,11 @@ class PlainCluster:
     def _drained(self) -> bool:
         """Whether all have ended, or those left can make no more progress by themselves."""
         engines = [replica.engine for replica in self.replicas if replica.engine is not None]
-        if not self.held and not any(engine._waiting or engine._running for engine in engines):
+        if not self.held and not any(engine.queues.waiting or engine.queues.running for engine in engines):
             return True
         if any(not event.decides for event in self.events):
             return False
-        return all(engine._resume is None and math.isinf(engine.env.peek()) for engine in engines)
+        return all(not engine.held and math.isinf(engine.next_s()) for engine in engines)
 
     def _advance(self, time_s: float) -> None:
         for replica in self.replicas:
@@ -146,35 +147,41 @@ class PlainCluster:
         engine = self.replicas[k].engine
         assert engine is not None
         row.replica = k
-        request = replace(row.request, request_id=len(engine._all))
+        request = replace(row.request, request_id=len(engine.queues.all))
         if row.live is None:
             late = request.arrival_s < now_s  # it waited at the router
             engine.submit([replace(request, arrival_s=now_s)])
             engine.run_until(now_s)
-            row.live = engine._all[-1]
+            row.live = engine.queues.all[request.request_id]
             if late:
                 row.live.request = request
             return
-        limit = min(request.output_tokens, engine._context_limit - request.prompt_tokens)
-        row.live = replace(row.live, request=request, output_limit=limit, computed_tokens=0, prefill_tokens=0)
-        row.live.own_layer_blocks, row.live.mha, row.live.kv_keep = 0, frozenset(), None
-        row.live.units, row.live.unit_layer_blocks = {}, engine._unit_layer_blocks
-        row.live.left_tokens, row.live.cached_tokens = 0, -1
-        engine._all.append(row.live)
+        limit = min(request.output_tokens, engine.context_limit - request.prompt_tokens)
+        row.live = replace(
+            row.live,
+            request=request,
+            output_limit=limit,
+            table=BlockTable(),
+            computed_tokens=0,
+            prefill_tokens=0,
+            left_tokens=0,
+            cached_tokens=-1,
+        )
+        engine.queues.all[request.request_id] = row.live
         engine._arrived_prompt_tokens += request.prompt_tokens
         if limit <= produced:
             row.live.status = Status.REJECTED
         else:
             row.live.status = Status.WAITING
-            engine._waiting.append(row.live)
+            engine.queues.waiting.append(row.live)
             engine._wake_up()
 
     def _choose(self, row: Row, tokens: int) -> int | None:
         accepting = [k for k, replica in enumerate(self.replicas) if replica.accepts]
-        fit = [k for k in accepting if tokens < self.replicas[k].engine._context_limit]  # type: ignore[union-attr]
+        fit = [k for k in accepting if tokens < self.replicas[k].engine.context_limit]  # type: ignore[union-attr]
         if not fit:
             return accepting[0] if accepting else None
-        count = {k: len(e._waiting) + len(e._running) for k in accepting if (e := self.replicas[k].engine)}
+        count = {k: len(e.queues.waiting) + len(e.queues.running) for k in accepting if (e := self.replicas[k].engine)}
         if self.router == "round_robin":
             size = len(self.replicas)
             k = next(k for step in range(size) if (k := (self.cursor + step) % size) in fit)
@@ -207,23 +214,24 @@ class PlainCluster:
     def _load(self, k: int, tokens: int) -> float:
         engine = self.replicas[k].engine
         assert engine is not None
-        waiting = sum(live.target_tokens for live in engine._waiting)
+        waiting = sum(live.target_tokens for live in engine.queues.waiting)
         if self.router == "least_kv":
-            will = engine._pool.used_layer_blocks + waiting * len(engine._prefill_mha) / engine.config.kv_block_tokens
-            return float(will / max(engine._pool.layer_blocks, 1))
+            layers = len(engine._kv.prefill_mha)
+            will = engine.pool.used_layer_blocks + waiting * layers / engine.config.kv_block_tokens
+            return float(will / max(engine.pool.layer_blocks, 1))
         batch = engine.config.limits.max_batch_tokens
-        return (waiting + tokens) * (engine._latency.iteration_s(engine._plan, [(batch, 0)], 0, 0, 1) / batch)
+        return (waiting + tokens) * (engine.latency.iteration_s(engine._changes.plan, [(batch, 0)], 0, 0, 1) / batch)
 
     def _route_again(self, k: int, now_s: float, running_too: bool) -> None:
         replica = self.replicas[k]
         engine = replica.engine
         assert engine is not None
-        gone = [*(engine._running if running_too else []), *engine._waiting]
+        gone = [*(engine.queues.running if running_too else []), *engine.queues.waiting]
         if running_too:
             replica.engine = None
         else:
-            engine._forget_kept_kv()
-            engine._waiting.clear()
+            engine._kv.forget_left_behind()
+            engine.queues.waiting.clear()
         rows = {id(row.live): row for row in self.rows if row.live is not None}
         for live in gone:
             row = rows[id(live)]
@@ -241,7 +249,7 @@ class PlainCluster:
     def _outage(self, k: int, number: int, now_s: float) -> None:
         replica, outage = self.replicas[k], self.replicas[k].outages[number]
         if now_s < outage.from_s:
-            replica.told = True
+            replica.notified = True
             if replica.accepts:
                 replica.accepts = False
                 self._route_again(k, now_s, running_too=False)
@@ -255,16 +263,16 @@ class PlainCluster:
 
     def _start(self, k: int, number: int, now_s: float) -> None:
         replica = self.replicas[k]
-        replica.told = False
+        replica.notified = False
         self._schedule_outage(k, number + 1)
         try:
-            engine, decide = replica.build(simpy.Environment(initial_time=now_s))
+            engine, decide = replica.build(now_s)
         except BudgetError:
             return
         engine.expects_more = True
         replica.loading = engine
         self._at(
-            now_s + self.start_s + engine._weight_bytes / self.load_bytes_per_s,
+            now_s + self.start_s + engine._changes.weight_bytes / self.load_bytes_per_s,
             lambda now_s: self._accept(k, engine, decide, now_s),
         )
 
@@ -274,7 +282,7 @@ class PlainCluster:
             return
         engine.run_until(now_s)
         replica.engine, replica.loading, replica.decide = engine, None, decide
-        if not replica.told:
+        if not replica.notified:
             replica.accepts = True
             held, self.held = self.held, []
             for row in held:

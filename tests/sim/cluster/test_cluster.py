@@ -16,7 +16,7 @@ from sim.cluster import kernel as cluster_kernel
 from sim.cluster import routers
 from sim.cluster.cluster import Cluster, ClusterState, Phase, Replica
 from sim.cluster.outages import Outage
-from sim.cluster.routers import Candidate, Offered
+from sim.cluster.routers import Candidate, RoutingRequest
 from sim.cost.plan import dense_plan
 from sim.engine import batch_step as fleet
 from sim.engine.sim_engine import SimEngine
@@ -47,14 +47,16 @@ def trace_of(*rows: tuple[float, int, int]) -> Trace:
     return Trace(arrival_s=np.array(arrival_s), prompt_tokens=np.array(prompts), output_tokens=np.array(outputs))
 
 
-def tiny(**words: object) -> Callable[[simpy.Environment], tuple[SimEngine, Fixed]]:
+def tiny(**overrides: object) -> Callable[[simpy.Environment], tuple[SimEngine, Fixed]]:
     """Return what builds a tiny engine: an iteration takes a second."""
-    return lambda env: (tiny_engine(env=env, driven=True, **words), Fixed(DENSE))  # type: ignore[arg-type]
+    return lambda env: (tiny_engine(env=env, driven=True, **overrides), Fixed(DENSE))  # type: ignore[arg-type]
 
 
-def replicas(count: int, outages: Sequence[Outage] = (), **words: object) -> list[Replica]:
+def replicas(count: int, outages: Sequence[Outage] = (), **overrides: object) -> list[Replica]:
     """Return tiny replicas; the outages are the first one's."""
-    return [Replica(name=str(i), build=tiny(**words), outages=tuple(outages) if i == 0 else ()) for i in range(count)]
+    return [
+        Replica(name=str(i), build=tiny(**overrides), outages=tuple(outages) if i == 0 else ()) for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("first", range(0, 160, 20))
@@ -211,7 +213,7 @@ def test_what_is_looked_at_in_one_call_is_what_each_replica_says() -> None:
     seen = np.zeros((len(several), fleet.SEEN_COLUMNS))
     for stop_s in (1.0, 5.0, 20.0):
         cluster.run_until(stop_s)
-        cluster.look(seen)
+        cluster.observe_into(seen)
         for i in range(len(several)):
             assert_seen(seen[i], cluster.observe(i))
         cluster.apply(0, DENSE)
@@ -231,7 +233,9 @@ def test_a_router_of_ones_own_does_what_the_compiled_one_does() -> None:
 
 
 def test_a_router_is_never_shown_an_output_length() -> None:
-    shown = {field.name for field in dataclasses.fields(Offered)} | {f.name for f in dataclasses.fields(Candidate)}
+    shown = {field.name for field in dataclasses.fields(RoutingRequest)} | {
+        f.name for f in dataclasses.fields(Candidate)
+    }
     assert not any("output" in name or "limit" in name for name in shown)
 
 

@@ -51,14 +51,14 @@ def test_one_replica_leaves_the_records_of_a_replay_of_the_same_words(overrides:
     assert summary["transitions"] == len(engine.transitions())
 
 
-def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["sim.cluster", *SHORT, *words, f"hydra.run.dir={folder}"])
+def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["sim.cluster", *SHORT, *overrides, f"hydra.run.dir={folder}"])
     cluster_command()
 
 
 def test_a_run_folder_holds_records_replicas_and_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["outages=schedule", "outages.rows=[[0,10,15]]", "load_bytes_per_s=1e10", "start_s=1"]
-    run_here(monkeypatch, tmp_path, *words, "+replicas.big={gpu: h100_80gb, policy: rap_80}")
+    overrides = ["outages=schedule", "outages.rows=[[0,10,15]]", "load_bytes_per_s=1e10", "start_s=1"]
+    run_here(monkeypatch, tmp_path, *overrides, "+replicas.big={gpu: h100_80gb, policy: rap_80}")
     records, replicas = pd.read_parquet(tmp_path / "records.parquet"), pd.read_parquet(tmp_path / "replicas.parquet")
     events = pd.read_parquet(tmp_path / "events.parquet")
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -85,10 +85,10 @@ def test_without_iterations_the_figures_that_need_none_are_the_same() -> None:
 def test_variants_over_seeds_make_one_table_the_same_for_any_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["+variants.one={replicas.main.count: 1}", "+variants.two={router: round_robin}", "seeds=[0,1]"]
+    overrides = ["+variants.one={replicas.main.count: 1}", "+variants.two={router: round_robin}", "seeds=[0,1]"]
     found = []
     for workers in (1, 2):
-        run_here(monkeypatch, tmp_path / str(workers), *words, f"workers={workers}")
+        run_here(monkeypatch, tmp_path / str(workers), *overrides, f"workers={workers}")
         content = json.loads((tmp_path / str(workers) / "compare.json").read_text())
         for row in content["summaries"].values():
             for summary in row:
@@ -106,7 +106,7 @@ def test_every_replica_has_a_co_tenant_of_its_own() -> None:
 
 
 def test_what_cannot_be_is_an_error_that_names_the_next_right_word() -> None:
-    with pytest.raises(ConfigError, match=r"replicas\.main\.gpu: there is no 'a100'; did you mean 'a100_80gb'"):
+    with pytest.raises(ConfigError, match=r"replicas\.main: there is no gpu=a100; did you mean 'a100_80gb'"):
         replicas_of(config("+replicas.main.gpu=a100"))
     with pytest.raises(ConfigError, match="replicas has none"):
         replicas_of(config("replicas.main.count=0"))
@@ -126,8 +126,8 @@ def test_every_option_of_a_group_builds_and_serves(group: str) -> None:
 
 
 def test_outages_of_one_seed_are_the_same_and_differ_by_replica() -> None:
-    words = {"mean_up_s": 50.0, "mean_away_s": 10.0, "horizon_s": 20000.0, "seed": 4}
-    first, again = outages.markov(**words), outages.markov(**words)
+    overrides = {"mean_up_s": 50.0, "mean_away_s": 10.0, "horizon_s": 20000.0, "seed": 4}
+    first, again = outages.markov(**overrides), outages.markov(**overrides)
     assert first(0) == again(0) != first(1)
     up_s = np.diff([0.0, *(o.from_s for o in first(0))]) - [0.0, *(o.until_s - o.from_s for o in first(0)[:-1])]
     assert 40 < up_s.mean() < 60

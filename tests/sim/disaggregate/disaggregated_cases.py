@@ -18,13 +18,13 @@ from sim.engine.scheduler import Limits, SchedulerName
 from sim.engine.sim_engine import SimEngine
 from sim.policies.fixed import static_plan
 from sim.traces.trace import Trace
-from tests.sim.disaggregate.plain_disaggregated import PlainApart, build
+from tests.sim.disaggregate.plain_disaggregated import PlainDisaggregated, build
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApartCase:
+class DisaggregatedCase:
     """One system: requests, a plan, how many replicas of each side with how much memory, a link."""
 
     requests: tuple[tuple[float, int, int], ...]
@@ -44,14 +44,14 @@ class ApartCase:
         arrival_s, prompts, outputs = (np.array(column) for column in zip(*self.requests, strict=True))
         return Trace(arrival_s=arrival_s, prompt_tokens=prompts, output_tokens=outputs)
 
-    def words(self, blocks: int, plan: Plan) -> dict[str, Any]:
-        """Return what an engine of one side is told."""
+    def engine_arguments(self, blocks: int, plan: Plan) -> dict[str, Any]:
+        """Return the arguments of an engine of one side."""
         budget_bytes = budget_for_kv_blocks(TINY, plan, blocks, 0, self.config.kv_block_tokens)
-        told = {"model": TINY, "latency": self.latency, "config": self.config}
-        return {**told, "plan": plan, "budget_bytes": budget_bytes}
+        shared = {"model": TINY, "latency": self.latency, "config": self.config}
+        return {**shared, "plan": plan, "budget_bytes": budget_bytes}
 
 
-def random_apart(seed: int) -> ApartCase:
+def random_disaggregated(seed: int) -> DisaggregatedCase:
     """Return the case of a seed; its times are ragged, so that rounding decides no order."""
     rng = np.random.default_rng([seed, 9])
     count = int(rng.integers(1, 50))
@@ -65,7 +65,7 @@ def random_apart(seed: int) -> ApartCase:
     mha = [layer for layer in range(3) if rng.random() < 0.3]
     kv = {"kv_first_tokens": 2, "kv_last_tokens": 3, "kv_layers": [0, 2]} if rng.random() < 0.4 else {}
     scheduler: SchedulerName = "chunked" if rng.random() < 0.6 else "prefill_first"
-    return ApartCase(
+    return DisaggregatedCase(
         requests=tuple(rows),
         plan=static_plan(TINY, drop_mha=mha, drop_ffn=mha[:1], prefill_drop_mha=mha[:1], prefill_drop_ffn=[], **kv),
         prefill=int(rng.integers(1, 4)),
@@ -92,11 +92,11 @@ def random_apart(seed: int) -> ApartCase:
     )
 
 
-def fast_apart(case: ApartCase, overlap: bool = False) -> Disaggregated:
+def fast_disaggregated(case: DisaggregatedCase, overlap: bool = False) -> Disaggregated:
     """Return the system of a case, not served yet."""
 
     def side(blocks: int, plan: Plan) -> Any:
-        return lambda env: SimEngine(**case.words(blocks, plan), env=env, driven=True)
+        return lambda env: SimEngine(**case.engine_arguments(blocks, plan), env=env, driven=True)
 
     return Disaggregated(
         case.trace(),
@@ -110,13 +110,13 @@ def fast_apart(case: ApartCase, overlap: bool = False) -> Disaggregated:
     )
 
 
-def plain_apart(case: ApartCase) -> dict[str, Any]:
+def plain_disaggregated(case: DisaggregatedCase) -> dict[str, Any]:
     """Return the columns that the plain system leaves."""
 
     def side(count: int, blocks: int, plan: Plan) -> list[PlainEngine]:
-        return [build(PlainEngine, simpy.Environment(), **case.words(blocks, plan)) for _ in range(count)]
+        return [build(PlainEngine, simpy.Environment(), **case.engine_arguments(blocks, plan)) for _ in range(count)]
 
-    return PlainApart(
+    return PlainDisaggregated(
         trace=case.trace(),
         plan=case.plan,
         prefill=side(case.prefill, case.prefill_blocks, case.plan),
@@ -128,12 +128,12 @@ def plain_apart(case: ApartCase) -> dict[str, Any]:
     ).run()
 
 
-def differences(case: ApartCase) -> list[str]:
+def differences(case: DisaggregatedCase) -> list[str]:
     """Return what differs between the two, none when they agree."""
-    fast = fast_apart(case)
+    fast = fast_disaggregated(case)
     fast.run()
     records, found = fast.records(), []
-    for name, a in plain_apart(case).items():
+    for name, a in plain_disaggregated(case).items():
         b = np.asarray(getattr(records, name), dtype=np.float64)
         same = np.isclose(a, b, rtol=1e-7, atol=1e-6, equal_nan=True)
         if not same.all():
@@ -142,7 +142,7 @@ def differences(case: ApartCase) -> list[str]:
     return found
 
 
-def shrunk(case: ApartCase) -> ApartCase:
+def shrunk(case: DisaggregatedCase) -> DisaggregatedCase:
     """Return a smaller case that still differs."""
     smaller = True
     while smaller:
@@ -154,7 +154,7 @@ def shrunk(case: ApartCase) -> ApartCase:
     return case
 
 
-def _smaller(case: ApartCase) -> Iterator[ApartCase]:
+def _smaller(case: DisaggregatedCase) -> Iterator[DisaggregatedCase]:
     size = len(case.requests) // 2
     while size:
         for start in range(0, len(case.requests), size):

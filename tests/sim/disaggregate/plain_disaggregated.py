@@ -13,11 +13,12 @@ import numpy as np
 import simpy
 
 from sim.cost.memory import kv_blocks
-from sim.cost.plan import KV_KEEP_ALL, Plan
+from sim.cost.plan import Plan
+from sim.engine.live_request import LiveRequest
 from sim.engine.protocol import Request
 from sim.results.records import Status
 from sim.traces.trace import Trace
-from tests.sim.engine.plain_engine import PlainEngine, _Live
+from tests.sim.engine.plain_engine import PlainEngine
 
 DONE_BYTES = 1e-3
 
@@ -29,7 +30,7 @@ class Moving:
     number: int
     request: Request
     prefill: int
-    live: _Live
+    live: LiveRequest
     send_s: float = math.nan
     flows_s: float = math.nan
     left_bytes: float = 0.0
@@ -38,7 +39,7 @@ class Moving:
 
 
 @dataclass(kw_only=True)
-class PlainApart:
+class PlainDisaggregated:
     """Prefill replicas, decode replicas, links; ``build`` makes an engine from its side."""
 
     trace: Trace
@@ -56,16 +57,18 @@ class PlainApart:
 
     def run(self) -> dict[str, np.ndarray]:
         """Serve the whole trace; return columns of ``sim.disaggregate.disaggregate.StagedRecords``."""
-        self.homes: list[tuple[int, _Live]] = []
+        self.homes: list[tuple[int, LiveRequest]] = []
         handled: set[int] = set()
         coming = list(zip(*(a.tolist() for a in (
             self.trace.arrival_s, self.trace.prompt_tokens, self.trace.output_tokens)), strict=True))  # fmt: skip
-        self.limit = min(engine._context_limit for engine in self.decode)
+        self.limit = min(engine.context_limit for engine in self.decode)
+        for engine in self.prefill:
+            engine._holds = lambda request_id, engine=engine: self._goes_on(engine.queues.all[request_id].request)
         now_s = 0.0
         while True:
             engines = (*self.prefill, *self.decode)
-            times = [engine.env.peek() for engine in engines]
-            if any(engine._resume is not None for engine in engines):  # woken at the moment at which it is held
+            times = [engine.next_s() for engine in engines]
+            if any(engine.held for engine in engines):  # woken at the moment at which it is held
                 times.append(math.nextafter(now_s, math.inf))
             times += [coming[0][0]] if coming else []
             times.append(now_s + self._next_change(now_s))
@@ -87,7 +90,9 @@ class PlainApart:
             while self.ready and (to := self._where(self.ready[0])) is not None:
                 moving = self.ready.pop(0)
                 moving.to, moving.send_s, moving.flows_s = to, now_s, now_s + self.latency_s
-                self.decode[to]._pool.take(self._blocks(moving))
+                table = self.decode[to].reserve(moving.number, moving.request.prompt_tokens)
+                assert table is not None
+                assert table.own_layer_blocks == self._blocks(moving)
                 self.under_way.append(moving)
             self._end_transfers(now_s)
             self._join()
@@ -99,28 +104,29 @@ class PlainApart:
         for moving in [m for m in self.under_way if m.flows_s <= now_s and m.left_bytes <= DONE_BYTES]:
             self.under_way.remove(moving)
             moving.sent_s = now_s
-            self.prefill[moving.prefill]._pool.release(self._blocks(moving))
-            self.prefill[moving.prefill]._wake_up()
+            self.prefill[moving.prefill].release(moving.live.request_id)
             self.here.append(moving)
 
     def _arrive(self, request: Request) -> None:
-        k = min(range(len(self.prefill)), key=lambda k: len(self.prefill[k]._waiting) + len(self.prefill[k]._running))
+        queues = [engine.queues for engine in self.prefill]
+        k = min(range(len(queues)), key=lambda k: len(queues[k].waiting) + len(queues[k].running))
         engine = self.prefill[k]
-        fits = request.prompt_tokens < min(self.limit, engine._context_limit)
-        row = replace(request, request_id=len(engine._all))
-        live = _Live(row, output_limit=1 if fits else 0, status=Status.WAITING if fits else Status.REJECTED)
-        engine._all.append(live)
+        fits = request.prompt_tokens < min(self.limit, engine.context_limit)
+        row = replace(request, request_id=len(engine.queues.all))
+        live = LiveRequest(row, output_limit=1 if fits else 0, status=Status.WAITING if fits else Status.REJECTED)
+        engine.queues.all[row.request_id] = live
         if fits:
-            engine._waiting.append(live)
+            engine.queues.waiting.append(live)
             engine._wake_up()
         self.homes.append((k, live))
 
-    def _prefilled(self, i: int, k: int, live: _Live) -> None:
-        prompt = live.request.prompt_tokens
-        if min(live.request.output_tokens, self.limit - prompt) > 1:
+    def _goes_on(self, request: Request) -> bool:
+        return min(request.output_tokens, self.limit - request.prompt_tokens) > 1
+
+    def _prefilled(self, i: int, k: int, live: LiveRequest) -> None:
+        if self._goes_on(live.request):
             moving = Moving(number=i, request=live.request, prefill=k, live=live)
-            moving.left_bytes = self._tokens(prompt) * self.token_layer_bytes
-            self.prefill[k]._pool.take(self._blocks(moving))
+            moving.left_bytes = self._tokens(live.request.prompt_tokens) * self.token_layer_bytes
             self.ready.append(moving)
             self.all[i] = moving
 
@@ -137,36 +143,30 @@ class PlainApart:
     def _where(self, moving: Moving) -> int | None:
         best, most = None, -1.0
         for k, engine in enumerate(self.decode):
-            free = engine._pool.free_layer_blocks
+            free = engine.pool.free_layer_blocks
             coming = sum(m.to == k for m in (*self.under_way, *self.here))
             room = free - self._blocks(moving) >= engine._limits.watermark_layer_blocks
-            places = len(engine._running) + coming < engine._limits.max_running
-            share = free / max(engine._pool.layer_blocks, 1)
-            if room and places and not engine._waiting and share > most:
+            places = len(engine.queues.running) + coming < engine._limits.max_running
+            share = free / max(engine.pool.layer_blocks, 1)
+            if room and places and not engine.queues.waiting and share > most:
                 best, most = k, share
         return best
 
     def _join(self) -> None:
         for moving in list(self.here):
             engine, prompt = self.decode[moving.to], moving.request.prompt_tokens
-            if engine._in_iteration:
+            if engine.in_iteration:
                 continue
             self.here.remove(moving)
             moving.live = replace(
                 moving.live,
-                request=replace(moving.request, request_id=len(engine._all)),
+                request=replace(moving.request, request_id=moving.number),
                 output_limit=min(moving.request.output_tokens, self.limit - prompt),
                 computed_tokens=prompt,
                 prefill_tokens=prompt,
-                own_layer_blocks=self._blocks(moving),
-                mha=engine._decode_mha,
-                kv_keep=self.plan.kv_keep if any(keep != KV_KEEP_ALL for keep in self.plan.kv_keep) else None,
-                status=Status.RUNNING,
                 finish_s=math.nan,
             )
-            engine._all.append(moving.live)
-            engine._running.append(moving.live)
-            engine._wake_up()
+            engine.join(moving.live)
 
     # -- links: whoever is under way on one has its bandwidth / how many they are ---------------------------------
 
@@ -212,8 +212,8 @@ class PlainApart:
         return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
 
 
-def build(kind: type[PlainEngine], env: simpy.Environment, **words: object) -> PlainEngine:
+def build(kind: type[PlainEngine], env: simpy.Environment, **overrides: object) -> PlainEngine:
     """Return an engine that expects requests which it does not know yet."""
-    engine = kind(env=env, **words)  # type: ignore[arg-type]
+    engine = kind(env=env, **overrides)  # type: ignore[arg-type]
     engine.expects_more = True
     return engine

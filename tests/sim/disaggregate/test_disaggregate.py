@@ -22,7 +22,7 @@ from sim.errors import ConfigError, PlanError
 from sim.policies.fixed import static_plan
 from sim.results.records import Status
 from sim.traces.trace import Trace
-from tests.sim.disaggregate.disaggregated_cases import differences, fast_apart, random_apart
+from tests.sim.disaggregate.disaggregated_cases import differences, fast_disaggregated, random_disaggregated
 from tests.sim.serving import TINY, linear_latency, tiny_engine
 
 DENSE = dense_plan(TINY)
@@ -43,15 +43,15 @@ def system(
     decode_blocks: int = 1000,
     bytes_per_s: float = 1e9,
     more: dict[str, Any] | None = None,
-    **words: Any,
+    **overrides: Any,
 ) -> Disaggregated:
     return Disaggregated(
         trace,
         plan=plan,
-        prefill=[lambda env: tiny_engine(env=env, driven=True, plan=plan, **words)] * prefill,
+        prefill=[lambda env: tiny_engine(env=env, driven=True, plan=plan, **overrides)] * prefill,
         decode=[
             lambda env: tiny_engine(
-                env=env, driven=True, plan=decode_side(plan), **{**words, "kv_blocks": decode_blocks}
+                env=env, driven=True, plan=decode_side(plan), **{**overrides, "kv_blocks": decode_blocks}
             )
         ]
         * decode,
@@ -60,8 +60,8 @@ def system(
     )
 
 
-def served(trace: Trace, **words: Any) -> Disaggregated:
-    made = system(trace, **words)
+def served(trace: Trace, **overrides: Any) -> Disaggregated:
+    made = system(trace, **overrides)
     made.run()
     return made
 
@@ -170,7 +170,7 @@ def systems(draw: Any) -> tuple[Trace, dict[str, Any]]:
     )
     mha = [layer for layer in range(3) if rng.random() < 0.3]
     kv = {"kv_first_tokens": 2, "kv_last_tokens": 3, "kv_layers": [0, 2]} if rng.random() < 0.4 else {}
-    words = {
+    overrides = {
         "plan": static_plan(TINY, drop_mha=mha, drop_ffn=mha[:1], prefill_drop_mha=mha[:1], prefill_drop_ffn=[], **kv),
         "prefill": int(rng.integers(1, 4)),
         "decode": int(rng.integers(1, 4)),
@@ -187,14 +187,14 @@ def systems(draw: Any) -> tuple[Trace, dict[str, Any]]:
             "link_latency_s": float(rng.choice([0.0, 0.1])),
         },
     }
-    return trace_of(*rows), words
+    return trace_of(*rows), overrides
 
 
 @given(made=systems())
 @settings(max_examples=120, deadline=None)
 def test_whatever_comes_nobody_is_lost_and_every_kv_block_is_counted_once(made: tuple[Trace, dict[str, Any]]) -> None:
-    trace, words = made
-    pair = system(trace, **words)
+    trace, overrides = made
+    pair = system(trace, **overrides)
     plan, checked = pair.plan, 0
 
     def blocks(request: int) -> int:
@@ -295,15 +295,15 @@ def test_a_link_gives_each_transfer_an_equal_share(sizes: list[tuple[float, int]
 @pytest.mark.parametrize("first", range(0, 120, 20))
 def test_the_system_leaves_the_records_of_the_plain_one(first: int) -> None:
     for seed in range(first, first + 20):
-        found = differences(random_apart(seed))
-        assert found == [], f"seed {seed}; `make fuzz KIND=apart FIRST={seed} CASES=1` shrinks it"
+        found = differences(random_disaggregated(seed))
+        assert found == [], f"seed {seed}; `make fuzz KIND=disaggregated FIRST={seed} CASES=1` shrinks it"
 
 
 def test_the_random_systems_meet_what_has_rules() -> None:
     met = dict.fromkeys(("waited for room", "preempted", "rejected", "windowed KV", "nested"), 0)
     for seed in range(120):
-        case = random_apart(seed)
-        made = fast_apart(case)
+        case = random_disaggregated(seed)
+        made = fast_disaggregated(case)
         made.run()
         records = made.records()
         met["waited for room"] += bool((records.send_s > records.first_token_s + 1e-9).any())
@@ -316,14 +316,14 @@ def test_the_random_systems_meet_what_has_rules() -> None:
 
 def test_two_runs_leave_identical_records() -> None:
     rows = trace_of(*((0.4 * i, 5 + i % 7, 3 + i % 5) for i in range(40)))
-    words: dict[str, Any] = {
+    overrides: dict[str, Any] = {
         "prefill": 2,
         "decode": 2,
         "decode_blocks": 30,
         "bytes_per_s": 3e3,
         "max_context_tokens": 20,
     }
-    first, second = (served(rows, **words).records() for _ in range(2))
+    first, second = (served(rows, **overrides).records() for _ in range(2))
     for field in dataclasses.fields(first):
         a, b = getattr(first, field.name), getattr(second, field.name)
         assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), field.name

@@ -18,11 +18,11 @@ from sim.cost.plan import check_plan, dense_plan
 from sim.cost.quality import load_quality
 from sim.disaggregate.run import disaggregate_command, plan_of, run
 from sim.errors import ConfigError
-from sim.policies import Served
+from sim.policies import PolicyContext
 from sim.policies.pdtrim import KINDS, pdtrim, sent_tokens
 
 SMOL = load_model("smollm2_135m")
-SERVED = Served(model=SMOL)
+SERVED = PolicyContext(model=SMOL)
 FILES = {"order": "smollm2_135m_pdtrim", "attention": "smollm2_135m_attention", "quality": "smollm2_135m"}
 SHORT = ["trace.duration_s=20"]
 
@@ -102,10 +102,10 @@ def test_apart_decode_is_not_held_up_by_prompts() -> None:
 
 
 def test_a_pruned_plan_is_charged_for_both_stages() -> None:
-    words = ["model=smollm2_135m", "gpu=cpu_epyc_1thread", "engine=small", "trace=small", "budget.share=0.3",
+    overrides = ["model=smollm2_135m", "gpu=cpu_epyc_1thread", "engine=small", "trace=small", "budget.share=0.3",
              "workspace_bytes=1e8", "policy=pdtrim", "link_bytes_per_s=1e7"]  # fmt: skip
-    records, summary = run(config(*words))
-    plan = plan_of(config(*words))
+    records, summary = run(config(*overrides))
+    plan = plan_of(config(*overrides))
     assert 1.0 < summary["perplexity_ratio"] <= 1.3
     assert summary["transfer_reduction"] > 1.0
     assert np.isfinite(records.quality_nll).all()

@@ -15,7 +15,7 @@ import sim.compare  # noqa: F401, which registers its schema
 from sim.config import check_overrides
 from sim.errors import ConfigError
 from sim.pages import clusters, simulation
-from sim.pages.comparison import Comparison, PageConfig, wins, write_page
+from sim.pages.comparison import Comparison, ResultsConfig, wins, write_page
 from sim.results.report import SUMMARY_COLUMNS
 from tests.sim.pages.test_render import cells
 
@@ -100,7 +100,7 @@ def test_a_page_command_replays_what_it_is_told_and_refuses_an_unknown_result(
         (folder / f"{name}.json").write_text(f"made {name}", encoding="utf-8")
 
     monkeypatch.setattr("sim.pages.comparison.replay", replay)
-    cfg = OmegaConf.structured(PageConfig(measure=True, only=["kv_hole"], workers=3))
+    cfg = OmegaConf.structured(ResultsConfig(measure=True, only=["kv_hole"], workers=3))
     write_page(cfg, simulation.COMPARISONS, tmp_path, lambda: "the page")
     assert (tmp_path / "kv_hole.json").read_text(encoding="utf-8") == "made kv_hole"
     assert (tmp_path / "index.md").read_text(encoding="utf-8") == "the page"

@@ -15,12 +15,12 @@ from sim.cost.plan import dense_plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies.admission import Limited, limited, saber
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.fixed import Fixed
-from sim.policies.pressure import precision, pressure_stop
+from sim.policies.pressure import adaptive_precision, adaptive_pruning
 from tests.sim.serving import TINY, tiny_engine
 
-SERVED = Served(model=TINY)
+SERVED = PolicyContext(model=TINY)
 STATE = tiny_engine().run_until(0.0)
 ORDER = ["MHA1", "FFN1", "FFN2", "MHA0"]
 
@@ -47,16 +47,16 @@ def test_a_limit_changes_nothing_else_of_another_policys_plan() -> None:
 
 
 def test_precision_falls_with_pressure_and_returns_with_calm() -> None:
-    policy = precision(SERVED, levels=3, calm=0.5, smoothing=1.0)
+    policy = adaptive_precision(SERVED, levels=3, calm=0.5, smoothing=1.0)
     low_layers = [policy(seen(kv_used_layer_blocks=used)).weight_bits.count(4) for used in (0, 40, 60, 80, 100, 80, 0)]
     assert low_layers == [0, 0, 1, 2, 3, 3, 1]
     assert policy(seen()).weight_bits.count(4) <= 1
-    waiting = precision(SERVED, levels=3, calm=0.5, smoothing=1.0)
+    waiting = adaptive_precision(SERVED, levels=3, calm=0.5, smoothing=1.0)
     assert waiting(seen(waiting=1, oldest_wait_s=10.0)).weight_bits.count(4) == 3
 
 
 def test_pressure_drops_blocks_of_the_order_step_by_step_and_only_after_it_persisted() -> None:
-    policy = pressure_stop(SERVED, order=ORDER, step=2, most=4, smoothing=1.0)
+    policy = adaptive_pruning(SERVED, order=ORDER, step=2, most=4, smoothing=1.0)
     pressed = [policy(seen(oldest_wait_s=1.0)) for _ in range(6)]
     dropped = [plan.decode.mha.count(False) + plan.decode.ffn.count(False) for plan in pressed]
     assert dropped == [0, 0, 2, 2, 2, 4]
@@ -64,11 +64,13 @@ def test_pressure_drops_blocks_of_the_order_step_by_step_and_only_after_it_persi
     assert relaxed[-1].decode.mha.count(False) + relaxed[-1].decode.ffn.count(False) == 2
 
 
-@pytest.mark.parametrize("name", ["saber", "precision", "pressure_stop", "limited", "greedy_stop", "morphserve"])
+@pytest.mark.parametrize(
+    "name", ["saber", "adaptive_precision", "adaptive_pruning", "limited", "greedy_stop", "morphserve"]
+)
 def test_every_file_builds_its_policy_and_starts_dense_but_for_the_queue(name: str) -> None:
     node = OmegaConf.load(CONF_DIR / "policy" / f"{name}.yaml")
     model = load_model("llama2_7b")
-    policy = instantiate(node, _convert_="all")(Served(model=model))
+    policy = instantiate(node, _convert_="all")(PolicyContext(model=model))
     assert dataclasses.replace(policy.first_plan, admit=None) == dense_plan(model)
 
 
@@ -79,6 +81,6 @@ def test_numbers_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError):
         limited(SERVED, policy=lambda served: Fixed(dense_plan(TINY)), admit=-1)
     with pytest.raises(ConfigError):
-        precision(SERVED, calm=1.0)
+        adaptive_precision(SERVED, calm=1.0)
     with pytest.raises(ConfigError):
-        pressure_stop(SERVED, order=ORDER, step=3, most=2)
+        adaptive_pruning(SERVED, order=ORDER, step=3, most=2)

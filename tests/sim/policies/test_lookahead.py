@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from sim.config import CONF_DIR
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState, Request
+from sim.engine.server_spec import ServerSpec
 from sim.errors import ConfigError
-from sim.policies.base import Served, ServerModel
+from sim.policies.base import PolicyContext
 from sim.policies.lookahead import Lookahead, lookahead
-from sim.replay.run import build_parts, server_model
+from sim.replay.run import build_parts, server_spec
 from tests.sim.serving import TINY
 
 ACTIONS: dict[str, Any] = {
@@ -36,14 +37,13 @@ def configuration(*overrides: str) -> DictConfig:
 
 
 @pytest.fixture(scope="module")
-def server() -> ServerModel:
+def server() -> ServerSpec:
     cfg = configuration()
-    parts = build_parts(cfg)
-    return server_model(cfg, parts.model, parts.gpu, parts.config)
+    return server_spec(cfg)
 
 
-def policy_on(server: ServerModel, **changed: Any) -> Lookahead:
-    served = Served(model=server.model, workspace_bytes=server.workspace_bytes, server=lambda: server)
+def policy_on(server: ServerSpec, **changed: Any) -> Lookahead:
+    served = PolicyContext.of(server)
     return lookahead(served, actions=ACTIONS, **changed)
 
 
@@ -55,10 +55,10 @@ def arrivals(rate_rps: float, seconds: float, output_tokens: int = 300) -> list[
 
 
 def decided(
-    server: ServerModel, requests: list[Request], ticks: int, policy: Lookahead | None = None
+    server: ServerSpec, requests: list[Request], ticks: int, policy: Lookahead | None = None
 ) -> tuple[list[EngineState], list[Plan]]:
     policy = policy or policy_on(server)
-    engine = server.engine(policy.first_plan, BUDGET_BYTES)
+    engine = server.build_engine(policy.first_plan, BUDGET_BYTES)
     engine.submit(requests)
     states, plans = [], []
     for tick in range(1, ticks + 1):
@@ -68,7 +68,7 @@ def decided(
     return states, plans
 
 
-def test_law_7_it_decides_alike_where_output_lengths_differ_that_nobody_has_seen_yet(server: ServerModel) -> None:
+def test_law_7_it_decides_alike_where_output_lengths_differ_that_nobody_has_seen_yet(server: ServerSpec) -> None:
     short, long = (arrivals(12.0, 30.0, output_tokens) for output_tokens in (400, 2000))
     (seen, ours), (others, theirs) = (decided(server, requests, 20) for requests in (short, long))
     equal = [a.finished == b.finished == 0 for a, b in zip(seen, others, strict=True)]
@@ -78,7 +78,7 @@ def test_law_7_it_decides_alike_where_output_lengths_differ_that_nobody_has_seen
     assert ours[alike - 1] != policy_on(server).first_plan  # and it did decide something
 
 
-def test_it_decides_alike_where_arrivals_differ_that_have_not_come_yet(server: ServerModel) -> None:
+def test_it_decides_alike_where_arrivals_differ_that_have_not_come_yet(server: ServerSpec) -> None:
     calm = arrivals(8.0, 12.0)
     rush = [replace(r, request_id=len(calm) + r.request_id, arrival_s=12.0 + r.arrival_s) for r in arrivals(40.0, 5.0)]
     _, ours = decided(server, calm, 12)
@@ -86,7 +86,7 @@ def test_it_decides_alike_where_arrivals_differ_that_have_not_come_yet(server: S
     assert ours == theirs
 
 
-def test_trying_plans_leaves_no_trace_in_the_next_decision(server: ServerModel) -> None:
+def test_trying_plans_leaves_no_trace_in_the_next_decision(server: ServerSpec) -> None:
     states, _ = decided(server, arrivals(12.0, 30.0), 20)
     policy = policy_on(server)
     for state in states[:10]:
@@ -97,7 +97,7 @@ def test_trying_plans_leaves_no_trace_in_the_next_decision(server: ServerModel) 
     np.testing.assert_array_equal(policy.values(states[9], legal), first)
 
 
-def test_with_nothing_to_do_it_stays_dense_and_expects_nothing(server: ServerModel) -> None:
+def test_with_nothing_to_do_it_stays_dense_and_expects_nothing(server: ServerSpec) -> None:
     policy = policy_on(server)
     states, plans = decided(server, [], 3, policy)
     assert set(plans) == {policy.first_plan}
@@ -105,9 +105,9 @@ def test_with_nothing_to_do_it_stays_dense_and_expects_nothing(server: ServerMod
     assert (policy.values(states[-1], legal)[legal] == 0.0).all()
 
 
-def test_what_it_expects_of_steady_arrivals_is_about_what_happens(server: ServerModel) -> None:
+def test_what_it_expects_of_steady_arrivals_is_about_what_happens(server: ServerSpec) -> None:
     policy = policy_on(server, factors=[1.0])
-    engine = server.engine(policy.first_plan, BUDGET_BYTES)
+    engine = server.build_engine(policy.first_plan, BUDGET_BYTES)
     engine.submit(arrivals(4.0, 60.0, 100))
     for tick in range(1, 31):
         policy._remember(state := engine.run_until(float(tick)))
@@ -116,7 +116,7 @@ def test_what_it_expects_of_steady_arrivals_is_about_what_happens(server: Server
     assert expected == pytest.approx(came, abs=3.0)
 
 
-def test_memory_that_shrinks_below_what_is_held_counts_in_the_trial(server: ServerModel) -> None:
+def test_memory_that_shrinks_below_what_is_held_counts_in_the_trial(server: ServerSpec) -> None:
     policy = policy_on(server, factors=[1.0])
     states, _ = decided(server, arrivals(3.0, 60.0, 400), 20, policy)
     assert states[-1].running_tokens > 10_000
@@ -128,12 +128,12 @@ def test_memory_that_shrinks_below_what_is_held_counts_in_the_trial(server: Serv
     assert expected[0] > expected[1] + 5.0 > expected[2]
 
 
-def test_it_limits_the_queue_when_more_comes_than_can_be_served(server: ServerModel) -> None:
+def test_it_limits_the_queue_when_more_comes_than_can_be_served(server: ServerSpec) -> None:
     _, plans = decided(server, arrivals(30.0, 30.0), 25)
     assert any(plan.admit == 4 for plan in plans)
 
 
-def test_it_leaves_a_plan_at_once_that_no_longer_fits(server: ServerModel) -> None:
+def test_it_leaves_a_plan_at_once_that_no_longer_fits(server: ServerSpec) -> None:
     policy = policy_on(server)
     states, _ = decided(server, arrivals(2.0, 10.0), 5, policy)
     smaller = min(policy.actions.weights_bytes) + server.workspace_bytes + 10**9
@@ -146,13 +146,13 @@ def test_the_file_builds_it_with_the_words_of_a_replay() -> None:
     assert isinstance(policy, Lookahead)
     assert policy.actions.names[0] == "drop 0, W4 0, queue any"
     greedy = OmegaConf.load(CONF_DIR / "policy" / "greedy_stop.yaml")
-    words = OmegaConf.load(CONF_DIR / "policy" / "lookahead.yaml")
-    assert list(greedy.order)[: len(words.actions.order)] == list(words.actions.order)
+    configured = OmegaConf.load(CONF_DIR / "policy" / "lookahead.yaml")
+    assert list(greedy.order)[: len(configured.actions.order)] == list(configured.actions.order)
 
 
-def test_without_a_model_of_the_server_or_with_numbers_out_of_range_it_says_so(server: ServerModel) -> None:
+def test_without_a_model_of_the_server_or_with_numbers_out_of_range_it_says_so(server: ServerSpec) -> None:
     with pytest.raises(ConfigError, match="model of the server"):
-        lookahead(Served(model=TINY), actions={})
+        lookahead(PolicyContext(model=TINY), actions={})
     for wrong in ({"horizon_s": 0.0}, {"margin": -1.0}, {"factors": []}, {"factors": [0.0]}):
         with pytest.raises(ConfigError, match=r"policy\.horizon_s"):
             policy_on(server, **wrong)  # type: ignore[arg-type]

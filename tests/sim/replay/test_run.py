@@ -16,13 +16,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from sim.atomic import write_whole
 from sim.config import CONF_DIR, build, check_overrides
+from sim.engine.server_spec import find_calibration
 from sim.errors import ConfigError, TraceError
 from sim.paths import REPOSITORY
 from sim.replay.loop import replay
-from sim.replay.run import build_engine, build_trace, find_calibration
+from sim.replay.run import build_engine, build_trace
 from sim.results.metrics import records_frame
-from sim.results.run_folder import write_whole
 
 QUICK = ("trace=poisson", "trace.duration_s=60", "trace.rate_rps=2")
 

@@ -20,7 +20,7 @@ from sim.config import CONF_DIR, build
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.replay.run import build_trace
-from sim.replay.sweep import Case, Processes, cases_of, config_of, run, time_mean
+from sim.replay.sweep import Case, Processes, cases_of, config_of, replay_case, time_mean
 
 QUICK = ("trace.duration_s=40", "budget=cotenant", "budget.mean_away_s=8", "budget.mean_stay_s=8")
 
@@ -79,7 +79,7 @@ def test_records_are_byte_identical_on_any_number_of_workers_and_as_a_replay_of_
             assert (tmp_path / "w1" / folder / table).read_bytes() == (tmp_path / "w2" / folder / table).read_bytes()
     case = config_of(composed("windows=[0,1]", "window_s=20"), Case(2, 1))
     summary = json.loads((tmp_path / "w1" / "seed_2_window_1" / "summary.json").read_text())
-    alone = run(case).summary
+    alone = replay_case(case).summary
     assert {key: value for key, value in alone.items() if "cpu_s" not in key} == {
         key: value for key, value in summary.items() if "cpu_s" not in key
     }
@@ -100,7 +100,7 @@ def ray_address() -> Iterator[str]:
 def test_a_ray_cluster_of_two_nodes_gives_the_records_of_this_process(ray_address: str) -> None:
     cfg = composed("seeds=[1,2]", "windows=[0,1]", "window_s=10", "executor=ray", f"executor.address={ray_address}")
     configs = [config_of(cfg, case) for case in cases_of(cfg)]
-    here, there = Processes(1)(run, configs), build(cfg.executor)(run, configs)
+    here, there = Processes(1)(replay_case, configs), build(cfg.executor)(replay_case, configs)
     assert len(here) == len(there) == 4
     for one, other in zip(here, there, strict=True):
         assert len(one.records.finish_s) > 3
@@ -119,8 +119,8 @@ def test_low_precision_and_quality_are_those_of_the_plan_that_ran() -> None:
     plain = ("latency=llama2_7b_a100_trtllm", "budget=gpu_share", "trace.duration_s=10")
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         found = {
-            name: run(compose("replay", overrides=[*plain, f"policy={name}"])).summary
-            for name in ("dense", "w4_prefix", "int4")
+            name: replay_case(compose("replay", overrides=[*plain, f"policy={name}"])).summary
+            for name in ("dense", "static_w4_prefix", "int4")
         }
     assert [found[name]["low_precision_share"] for name in found] == [0.0, 0.25, 1.0]
     published = (1.0, 5.504 / 5.472, 5.600 / 5.472)  # MorphServe, the first 0, 8 and 32 layers at W4

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+import sim.fit_trace
 from sim.errors import TraceError, WorkloadError
 from sim.paths import REPOSITORY
 from sim.traces import fit as fit_trace
@@ -33,6 +34,7 @@ from sim.traces.generate import (
 )
 from sim.traces.readers import read_azure
 from sim.traces.trace import Trace
+from tests.commands import exit_status
 
 SEEDS = (0, 1, 2, 3, 4)
 KINDS = ("code", "conv")
@@ -81,14 +83,14 @@ def test_the_committed_tables_are_those_that_the_fit_writes(data, kind, monkeypa
 
 def test_the_fit_command_writes_both_tables(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RAP_LAB_DATA", str(data))
-    assert fit_trace.main(["--out", str(tmp_path)]) == 0
+    assert exit_status(sim.fit_trace.main, f"out={tmp_path}") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["azure_code.yaml", "azure_conv.yaml"]
     assert load_table(str(tmp_path / "azure_code.yaml")).name == "azure_code"
 
 
 def test_the_fit_command_without_data_says_where_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RAP_LAB_DATA", str(tmp_path))
-    assert fit_trace.main(["--out", str(tmp_path)]) == 1
+    assert exit_status(sim.fit_trace.main, f"out={tmp_path}") == 2
     assert "Azure/AzurePublicDataset" in capsys.readouterr().err
 
 
@@ -258,7 +260,7 @@ def test_fixed_and_lognormal_lengths_are_what_they_say():
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (partial(poisson, rate_rps=0.0, duration_s=1.0), "rate_rps is 0.0; it must be a finite number above 0"),
         (partial(poisson, rate_rps=1.0, duration_s=float("inf")), "duration_s is inf"),
@@ -284,8 +286,8 @@ def test_fixed_and_lognormal_lengths_are_what_they_say():
         ),
     ],
 )
-def test_an_impossible_generator_says_what_is_wrong_and_what_is_allowed(make, words):
-    with pytest.raises(WorkloadError, match=words):
+def test_an_impossible_generator_says_what_is_wrong_and_what_is_allowed(make, message):
+    with pytest.raises(WorkloadError, match=message):
         make()
 
 

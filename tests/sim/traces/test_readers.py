@@ -203,11 +203,11 @@ def test_servegen_gaps_have_the_described_burstiness(data):
 
 
 def test_servegen_parts_do_not_depend_on_what_else_is_drawn(data):
-    whole = read_servegen(data / DEEPSEEK, clients=[35, 30], start_s=36_000.0, duration_s=1200.0, seed=5)
+    stream = read_servegen(data / DEEPSEEK, clients=[35, 30], start_s=36_000.0, duration_s=1200.0, seed=5)
     part = read_servegen(data / DEEPSEEK, clients=[30, 35], start_s=36_600.0, duration_s=300.0, seed=5)
-    inside = (whole.arrival_s >= 600.0) & (whole.arrival_s < 900.0)
-    assert part.prompt_tokens.tolist() == whole.prompt_tokens[inside].tolist()
-    assert np.allclose(part.arrival_s, whole.arrival_s[inside] - 600.0)
+    inside = (stream.arrival_s >= 600.0) & (stream.arrival_s < 900.0)
+    assert part.prompt_tokens.tolist() == stream.prompt_tokens[inside].tolist()
+    assert np.allclose(part.arrival_s, stream.arrival_s[inside] - 600.0)
     assert part != read_servegen(data / DEEPSEEK, clients=[30, 35], start_s=36_600.0, duration_s=300.0, seed=6)
 
 
@@ -237,7 +237,7 @@ def test_servegen_names_the_clients_it_leaves_out_and_those_it_knows(data):
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         ({"start_s": -1.0}, "start_s is -1.0"),
         ({"duration_s": 0.0}, "duration_s is 0.0"),
@@ -248,8 +248,8 @@ def test_servegen_names_the_clients_it_leaves_out_and_those_it_knows(data):
         ({"clients": []}, "no client .* was chosen"),
     ],
 )
-def test_servegen_refuses_what_the_description_does_not_hold(data, args, words):
-    with pytest.raises(TraceError, match=words):
+def test_servegen_refuses_what_the_description_does_not_hold(data, args, message):
+    with pytest.raises(TraceError, match=message):
         read_servegen(data / DEEPSEEK, **args)
 
 
@@ -286,7 +286,7 @@ def test_servegen_raises_lengths_of_zero_to_one_and_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"windows": "0,1.0,1.0,Pareto,1.0,1.0\n"}, r"line 1, column 'pattern': unknown pattern: 'Pareto'; .*Weibull"),
         ({"windows": "0,1.0,1.0,Gamma,0,1.0\n"}, "column 'shape': not positive"),
@@ -303,8 +303,8 @@ def test_servegen_raises_lengths_of_zero_to_one_and_says_so(tmp_path):
         ({"lengths": {"0": {"input_tokens": "{}", "output_tokens": "{}"}}}, "has no lengths for that 6 h"),
     ],
 )
-def test_servegen_names_what_is_wrong_in_its_files(tmp_path, changes, words):
-    with pytest.raises(TraceError, match=words):
+def test_servegen_names_what_is_wrong_in_its_files(tmp_path, changes, message):
+    with pytest.raises(TraceError, match=message):
         read_servegen(servegen_folder(tmp_path, **changes))
 
 
@@ -360,7 +360,7 @@ def test_mooncake_checks_that_ids_fit_the_prompt(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ('{"timestamp": 0, "input_length": 5, "output_length": 5', "line 2, column 'all': not a JSON object"),
         ("[1, 2]", "not a JSON object"),
@@ -380,12 +380,12 @@ def test_mooncake_checks_that_ids_fit_the_prompt(tmp_path):
         ('{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": null}', "'hash_ids'"),
     ],
 )
-def test_a_bad_json_line_is_named_and_can_be_skipped(tmp_path, line, words):
+def test_a_bad_json_line_is_named_and_can_be_skipped(tmp_path, line, message):
     good = '{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [0]}'
     path = file_of(tmp_path, f"{good}\n{line}\n{good}\n", "trace.jsonl")
     with pytest.raises(TraceError, match="line 2, ") as caught:
         read_mooncake(path)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert len(read_mooncake(path, on_bad_row="skip")) == 2
 
 
@@ -484,17 +484,17 @@ def test_a_file_whose_rows_are_all_bad_is_an_error_even_when_they_are_skipped(tm
 
 @pytest.mark.parametrize("cut", [5, 30, -9, -1])
 def test_a_truncated_or_damaged_gzip_is_an_error(tmp_path, cut):
-    whole = gzip.compress(own([f"{i},1,1" for i in range(100)]).encode())
+    stream = gzip.compress(own([f"{i},1,1" for i in range(100)]).encode())
     with pytest.raises(TraceError, match="broken gzip"):
-        read_trace(file_of(tmp_path, whole[:cut]))
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 0xFF
+        read_trace(file_of(tmp_path, stream[:cut]))
+    damaged = bytearray(stream)
+    damaged[len(stream) // 2] ^= 0xFF
     with pytest.raises(TraceError, match="broken gzip"):
         read_trace(file_of(tmp_path, bytes(damaged)))
 
 
 @pytest.mark.parametrize(
-    ("header", "words"),
+    ("header", "message"),
     [
         ("arival_s,prompt_tokens,output_tokens", "no column 'arrival_s'.*for 'arival_s': did you mean 'arrival_s'"),
         ("arrival_s,prompt_token,output_tokens", "did you mean 'prompt_tokens'"),
@@ -505,8 +505,8 @@ def test_a_truncated_or_damaged_gzip_is_an_error(tmp_path, cut):
         ("1.0,10,20", "no column 'arrival_s'"),
     ],
 )
-def test_a_wrong_header_names_the_nearest_right_one(tmp_path, header, words):
-    with pytest.raises(TraceError, match=words):
+def test_a_wrong_header_names_the_nearest_right_one(tmp_path, header, message):
+    with pytest.raises(TraceError, match=message):
         read_trace(file_of(tmp_path, header + "\n1,2,3\n"))
 
 
@@ -555,8 +555,8 @@ def test_absent_published_data_names_the_repository_and_the_variable(monkeypatch
     monkeypatch.setenv("RAP_LAB_DATA", str(tmp_path))
     with pytest.raises(TraceError) as caught:
         read("traces/absent.csv")
-    for words in (repository, "RAP_LAB_DATA", "not part of this project", str(tmp_path), "trace=burst"):
-        assert words in str(caught.value)
+    for expected in (repository, "RAP_LAB_DATA", "not part of this project", str(tmp_path), "trace=burst"):
+        assert expected in str(caught.value)
 
 
 def test_data_is_found_below_the_folder_that_the_variable_names(monkeypatch, tmp_path):

@@ -39,7 +39,7 @@ def test_the_types_are_float64_and_int64_whatever_came_in():
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"arrival_s": [0.0, 2.0, 1.0, 4.0]}, "arrival_s of request 2 is 1.0.*sort"),
         ({"arrival_s": [-1.0, 2.0, 3.0, 4.0]}, "request 0 is -1.0; it must be at least 0"),
@@ -60,8 +60,8 @@ def test_the_types_are_float64_and_int64_whatever_came_in():
         ({"time_quantum_s": -1.0}, "time_quantum_s is -1.0"),
     ],
 )
-def test_a_wrong_column_is_an_error_that_names_request_value_and_what_is_allowed(changes, words):
-    with pytest.raises(TraceError, match=words):
+def test_a_wrong_column_is_an_error_that_names_request_value_and_what_is_allowed(changes, message):
+    with pytest.raises(TraceError, match=message):
         a_trace(**changes)
 
 

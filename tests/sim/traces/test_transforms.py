@@ -280,7 +280,7 @@ def test_an_injected_burst_can_have_one_length():
 
 
 @pytest.mark.parametrize(
-    ("step", "words"),
+    ("step", "message"),
     [
         (partial(window, start_s=-1.0), "start_s is -1.0; it must be a finite number, at least 0"),
         (partial(window, start_s=5.0, duration_s=1.0), "no request .* from 5 s to 6 s.* the next at 10 s"),
@@ -308,8 +308,8 @@ def test_an_injected_burst_can_have_one_length():
         (lambda trace: merge([]), "merge was given no trace"),
     ],
 )
-def test_an_impossible_step_says_what_is_wrong_and_what_is_allowed(step, words):
-    with pytest.raises(WorkloadError, match=words):
+def test_an_impossible_step_says_what_is_wrong_and_what_is_allowed(step, message):
+    with pytest.raises(WorkloadError, match=message):
         step(a_trace())
 
 
@@ -333,9 +333,9 @@ def test_a_seed_given_to_a_step_is_kept():
     assert apply_steps(trace, [partial(shuffle_lengths, seed=9)], seed=1) == shuffle_lengths(trace, seed=9)
 
 
-@pytest.mark.parametrize(("step", "words"), [("window", "_partial_: true"), (lambda trace: 3, "must return a Trace")])
-def test_a_step_that_is_none_is_an_error(step, words):
-    with pytest.raises(WorkloadError, match=words):
+@pytest.mark.parametrize(("step", "message"), [("window", "_partial_: true"), (lambda trace: 3, "must return a Trace")])
+def test_a_step_that_is_none_is_an_error(step, message):
+    with pytest.raises(WorkloadError, match=message):
         apply_steps(a_trace(), [step])
 
 

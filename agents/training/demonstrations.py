@@ -1,0 +1,78 @@
+"""Observations with target action probabilities, for imitation: what a solver or one fixed plan would do.
+
+A solver returns a set of blocks, not an order. Every block of the set that is still kept is an equally good action, so
+the target is uniform over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from agents.envs.prune_loads import prune_loads
+from agents.envs.prune_vector import PruneToBudgetVector
+from agents.envs.serve_vector import ServeTraceVector
+from agents.evaluation.prune import solver
+from sim.errors import ConfigError, nearest
+from sim.types import Floats32
+
+# Shapes: n rows, o entries of an observation, a actions.
+
+
+def knapsack_demonstrations(env_kwargs: Mapping[str, Any], *, seed: int, loads: int) -> tuple[Floats32, Floats32]:
+    """Return observations [n, o] and target probabilities [n, a] along one random order of each knapsack solution.
+
+    Args:
+        env_kwargs: arguments of ``PruneToBudget``. seed: of loads and orders. loads: number of training loads.
+    """
+    rng = np.random.default_rng(seed)
+    split = prune_loads()
+    sampled = [split.sample(rng, "train") for _ in range(loads)]
+    vector = PruneToBudgetVector(loads, **env_kwargs)
+    solve = solver(vector.setting.model, vector.setting.quality.blocks)
+    solutions = np.stack([solve(load) for load in sampled])
+    observed, _ = vector.reset(options={"loads": [[load] for load in sampled]})
+    over = np.zeros(loads, dtype=np.bool_)
+    observations, targets = [], []
+    while not over.all():
+        left = solutions & ~vector.removed
+        active = ~over & left.any(axis=1)
+        observations.append(observed[active])
+        targets.append((left[active] / left[active].sum(axis=1, keepdims=True)).astype(np.float32))
+        actions = np.where(left, rng.random(left.shape), -1.0).argmax(axis=1)
+        observed, _, terminated, truncated, _ = vector.step(actions)
+        over |= terminated | truncated | ~active
+    return np.concatenate(observations), np.concatenate(targets)
+
+
+def plan_demonstrations(
+    env_kwargs: Mapping[str, Any], *, seed: int, plan: str, share: float, windows: int
+) -> tuple[Floats32, Floats32]:
+    """Return observations [n, o] and target probabilities [n, a] of running mostly one plan of ``ServeTrace``.
+
+    Args:
+        env_kwargs: arguments of ``ServeTrace``. seed: of windows and actions. plan: its name in the table.
+        share: probability of the plan; the rest is uniform over the legal actions. windows: played at once.
+    Raises:
+        ConfigError: for a plan that the table does not have.
+    """
+    vector = ServeTraceVector(windows, **env_kwargs)
+    names = vector.setting.actions.names
+    if plan not in names:
+        raise ConfigError(f"imitate.plan: there is no {plan!r}; {nearest(plan, names)}")
+    chosen, features = names.index(plan), vector.setting.table.features
+    rng = np.random.default_rng(seed)
+    observed, _ = vector.reset(seed=seed)
+    observations, targets = [], []
+    for _ in range(vector.setting.ticks - 1):
+        legal = observed[:, features:]
+        target = (1.0 - share) * legal / legal.sum(axis=1, keepdims=True)
+        target[:, chosen] += share * legal[:, chosen]
+        observations.append(observed)
+        targets.append((target / target.sum(axis=1, keepdims=True)).astype(np.float32))
+        other = (rng.random(legal.shape) * legal).argmax(axis=1)
+        keep = (rng.random(windows) < share) & (legal[:, chosen] > 0.5)
+        observed, *_ = vector.step(np.where(keep, chosen, other))
+    return np.concatenate(observations), np.concatenate(targets)

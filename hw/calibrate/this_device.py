@@ -1,0 +1,139 @@
+"""Calibrates the device at hand: measures every term, fits, checks against a run of the engine, writes file and plot."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from hw.calibrate import device as d
+from hw.calibrate import measurements as m
+from hw.calibrate.calibration import Fixed, Target, calibrate, error_summary
+from hw.calibrate.plan_changes import Changes
+from hw.calibrate.writing import write_calibration
+from hw.elastic.checkpoint import load_checkpoint
+from hw.elastic.model import ElasticModel
+from sim.cost.gpu import Gpu
+from sim.cost.latency import CALIBRATIONS
+from sim.cost.model_spec import ModelSpec
+from sim.paths import REPOSITORY, RESULTS
+from sim.results.run_folder import commit
+
+HELD_OUT_S, HELD_OUT_RPS = 25.0, 2.0
+"""Arrivals of the run of the engine on which nothing is fitted."""
+
+
+def dtype_of(model: ModelSpec) -> str:
+    """Return the type in which a model is loaded."""
+    return "float32" if model.weight_dtype_bytes == 4 else "bfloat16"
+
+
+def load(model: ModelSpec, gpu: Gpu, checkpoint: str, threads: int, seed: int) -> ElasticModel:
+    """Load the model onto the device, with PyTorch's threads and seed set."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    place = "cpu" if gpu.name.startswith("cpu") else "cuda"
+    loaded, _ = load_checkpoint(checkpoint or model.name, dtype=dtype_of(model), device=place)
+    return ElasticModel(loaded, name=model.name)
+
+
+def measure_changes(elastic: ElasticModel, clock: str, seed: int, path: Path) -> dict[str, Any]:
+    """Measure only what plan changes cost, and put it into the calibration at ``path``; return its content."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content["device_run"] |= Changes(d.Bench(elastic, clock)).measure(seed)
+    write_calibration(content, path)
+    return content
+
+
+def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, out: Path) -> dict[str, Any]:
+    """Measure every term, fit and write the calibration and its plot; return the content.
+
+    Samples are kept under runs/calibrate, so that a run that was stopped continues.
+    """
+    name = f"{settings.model}_{settings.device}"
+    dtype, threads = dtype_of(elastic.spec), torch.get_num_threads()
+    # Not in conf/calibration: every JSON file there is a calibration.
+    samples = d.Samples(
+        REPOSITORY / "runs" / "calibrate" / f"{name}.json", {**asdict(settings), "dtype": dtype, "threads": threads}
+    )
+    started_s = time.monotonic()
+    bench = d.Bench(elastic, settings.clock)
+    runs = d.measure(bench, samples, settings, Console(stderr=True))
+    terms = d.terms_of(samples)
+    content = calibrate(_target(name, settings, terms, dtype, threads), out, Fixed(us=0.0, source=""))
+    for term in content["errors"].values():
+        if term.get("note") == "no reason known":
+            term["note"] = "single cells of a coarse grid: products switch kernels between few and many tokens"
+    content = scaled_to_runs(content, runs)
+    held_out = d.run_engine(elastic, settings.clock, settings.seed + 100, HELD_OUT_S, HELD_OUT_RPS)
+    priced_s = held_out.priced_s(d.latency_of(content))
+    content["errors"]["iteration"] = error_summary(priced_s, held_out.measured_s) | {
+        "note": f"iterations of a run of the engine, of which nothing was fitted; their sum is off by "
+        f"{priced_s.sum() / held_out.measured_s.sum() - 1:+.1%}, the machine's changes of speed included"
+    }
+    content["device_run"] = {
+        "seconds": round(time.monotonic() - started_s),
+        "clock": settings.clock,
+        **_sampling(samples),
+        "memory_bandwidth_bytes_per_s": float(f"{d.memory_bandwidth_bytes_per_s(elastic.device):.3g}"),
+        **Changes(bench).measure(settings.seed),
+    }
+    write_calibration(content, out / f"{name}.json")
+    title = f"{settings.model} on {settings.device}, {content['date']}"
+    d.plot(
+        (RESULTS / "calibration" if out == CALIBRATIONS else out) / f"{name}.png",
+        terms,
+        d.latency_of(content),
+        held_out,
+        title,
+    )
+    return content
+
+
+def _target(name: str, settings: d.DeviceSettings, terms: m.Terms, dtype: str, threads: int) -> Target:
+    return Target(
+        name=name,
+        model=settings.model,
+        device=settings.device,
+        kind="measured",
+        stack=f"hw.engine.hw_engine: PyTorch {torch.__version__}, {dtype}, paged attention by "
+        f"scaled_dot_product_attention, {threads} thread(s), {settings.clock} seconds",
+        sources=({"path": "python -m hw.calibrate source=device", "commit": commit()},),
+        read=lambda _: terms,
+        notes=(
+            "Weights of 8 and 4 bits are unpacked for every product: memory is saved, time is not",
+            "Prompt chunks and decodes of one iteration are separate calls of attention, and their times add",
+        ),
+    )
+
+
+def scaled_to_runs(content: dict[str, Any], runs: list[d.Iterations]) -> dict[str, Any]:
+    """Return a calibration whose iterations take what runs of the engine took: a factor on all terms and a constant."""
+    line = d.line_over_terms(runs, content)
+    scaled = d.times(content, line.factor, line.prefill_attention_factor)
+    scaled["fixed_us"] = round(line.fixed_s * 1e6, 1)
+    scaled["fixed_source"] = (
+        f"{sum(len(run.shapes) for run in runs)} iterations of {len(runs)} runs of hw.engine between the measurements "
+        f"take this long and {line.factor:.3f} times what their terms take one by one, for the attention of prompts "
+        f"{line.prefill_attention_factor:.3f} times (soft L1; off by {line.off:.1%} in the median); the tables hold "
+        "the terms times that"
+    )
+    return scaled
+
+
+def _sampling(samples: d.Samples) -> Mapping[str, Any]:
+    counts = [len(values) for values in samples.of.values()]
+    spreads = sorted(d.spread(values) for values in samples.of.values())
+    return {
+        "cells": len(counts),
+        "samples": sum(counts),
+        "repeats": [min(counts), max(counts)],
+        "standard_error_of_medians_p50_p95": [float(f"{np.quantile(spreads, q):.2g}") for q in (0.5, 0.95)],
+    }

@@ -1,0 +1,229 @@
+"""MHA and FFN blocks of a real model whose weights can be freed, brought back, or swapped for quantized copies.
+
+A block's weights are resident (on the device, in the parameters of the model's own modules) or only stored. On CUDA the
+store is pinned host memory, and a side stream copies from it. On a CPU, host and device memory are the same, so the
+store is an unlinked file on disk: only then does dropping a block really free memory.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hw.elastic.quantize import ElasticLinear, QuantWeight, quantize
+from sim.errors import ModelError
+
+Kind = Literal["mha", "ffn"]
+KINDS: tuple[Kind, Kind] = ("mha", "ffn")
+ABSENT = 0
+"""The ``bits`` of a block whose weights are not resident."""
+
+
+class DiskStore:
+    """Tensors by key in an unlinked temporary file; the store of a CPU, where host memory is what has to be freed."""
+
+    def __init__(self) -> None:
+        """Open the file, in TMPDIR; it is gone when the process ends."""
+        self._file = tempfile.TemporaryFile(prefix="rap-lab-weights-")  # noqa: SIM115 - lives as long as the store
+        self._index: dict[object, list[tuple[int, torch.dtype, torch.Size]]] = {}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._index
+
+    def put(self, key: object, tensors: Iterable[Tensor]) -> None:
+        """Store tensors under a key."""
+        entries = []
+        for tensor in tensors:
+            offset = self._file.seek(0, 2)
+            self._file.write(_raw(tensor.detach().contiguous()))
+            entries.append((offset, tensor.dtype, tensor.shape))
+        self._index[key] = entries
+
+    def get(self, key: object) -> tuple[list[Tensor], None]:
+        """Read the tensors of a key.
+
+        Raises:
+            ModelError: if the file is shorter than what was written.
+        """
+        tensors = []
+        for offset, dtype, shape in self._index[key]:
+            tensor = torch.empty(shape, dtype=dtype)
+            self._file.seek(offset)
+            raw = _raw(tensor)
+            if self._file.readinto(raw) != len(raw):
+                raise ModelError(
+                    f"the file of stored weights ends within block {key}; free disk space in TMPDIR, or set another TMPDIR"
+                )
+            tensors.append(tensor)
+        return tensors, None
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+class PinnedStore:
+    """Tensors by key in pinned host memory; the store of a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Store tensors of this device; ``stream`` copies them back."""
+        self._device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._tensors: dict[object, list[Tensor]] = {}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors
+
+    def put(self, key: object, tensors: Iterable[Tensor]) -> None:
+        """Store tensors under a key."""
+        self._tensors[key] = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t.detach()) for t in tensors]
+
+    def get(self, key: object) -> tuple[list[Tensor], torch.cuda.Event]:
+        """Start to copy the tensors of a key to the device on the side stream; return them and the event of its end."""
+        with torch.cuda.stream(self.stream):
+            tensors = [t.to(self._device, non_blocking=True) for t in self._tensors[key]]
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self.stream)
+        return tensors, event
+
+
+@dataclass(slots=True)
+class PendingCopy:
+    """A copy on its way to the device.
+
+    bits: its precision. weights: of the linear layers. rest: norm and biases; None if they are resident already.
+    events: what must have happened before it is complete; none on a CPU.
+    """
+
+    bits: int
+    weights: list[Tensor]
+    rest: list[Tensor] | None
+    events: list[torch.cuda.Event]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the copy takes on the device."""
+        return sum(t.nbytes for t in self.weights) + sum(t.nbytes for t in self.rest or [])
+
+    def whole(self) -> bool:
+        """Return whether the copy is complete."""
+        return all(event.query() for event in self.events)  # type: ignore[no-untyped-call]
+
+
+class Block:
+    """One MHA or FFN block: the parameters of its norm, biases and linear layers, resident or stored.
+
+    bits: precision of the resident weights; ABSENT if there are none. pending: the copy under way, if any.
+    """
+
+    def __init__(self, name: str, modules: Sequence[nn.Module], store: DiskStore | PinnedStore) -> None:
+        """Take over the parameters of some modules; ``store`` keeps what is not resident."""
+        self.name = name
+        self.bits = 16
+        self.pending: PendingCopy | None = None
+        self._store = store
+        self.linears: list[ElasticLinear] = []
+        self._rest: list[nn.Parameter] = []
+        for module in (inner for outer in modules for inner in outer.modules()):
+            if isinstance(module, nn.Linear):
+                module.__class__ = ElasticLinear  # in place, so that the model keeps its module tree
+                assert isinstance(module, ElasticLinear)
+                self.linears.append(module)
+                if module.bias is not None:
+                    self._rest.append(module.bias)
+            else:
+                self._rest.extend(parameter for parameter in module.parameters(recurse=False))
+        for parameter in (*self._rest, *(linear.weight for linear in self.linears)):
+            parameter.requires_grad_(False)
+            # A parameter may be a view into the mapped checkpoint; one such view would keep all of it in memory.
+            parameter.data = parameter.data.clone()
+        self._shapes = [linear.weight.shape for linear in self.linears]
+        if isinstance(store, PinnedStore):
+            self._store_full()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, including those of a copy under way."""
+        total = sum(parameter.nbytes for parameter in self._rest)
+        for linear in self.linears:
+            total += linear.weight.nbytes + (linear.quantized.nbytes if linear.quantized is not None else 0)
+        return total + (self.pending.nbytes if self.pending is not None else 0)
+
+    def _key(self, part: int | str) -> tuple[str, int | str]:
+        return self.name, part
+
+    def _store_full(self) -> None:
+        if self._key("rest") not in self._store:
+            self._store.put(self._key("rest"), [parameter.data for parameter in self._rest])
+            self._store.put(self._key(16), [linear.weight.data for linear in self.linears])
+
+    def prepare(self, bits: int) -> None:
+        """Store the copy at ``bits``, unless it is stored already."""
+        self._store_full()
+        if self._key(bits) in self._store:
+            return
+        if self.bits == 16:
+            full = [linear.weight.data for linear in self.linears]
+        else:
+            full, event = self._store.get(self._key(16))
+            if event is not None:
+                event.synchronize()
+        copies = [quantize(weight, bits) for weight in full]
+        self._store.put(self._key(bits), [tensor for copy in copies for tensor in copy.tensors])
+
+    def want(self, bits: int) -> None:
+        """Start the copy that brings the block to ``bits``; ABSENT frees the weights at once."""
+        if bits == ABSENT:
+            self.pending = None
+            if self.bits != ABSENT:
+                self._store_full()
+                self._free_weights()
+                for parameter in self._rest:
+                    parameter.data = parameter.data.new_empty(0)
+                self.bits = ABSENT
+            return
+        if bits == self.bits:
+            self.pending = None
+            return
+        if self.pending is not None and self.pending.bits == bits:
+            return
+        self.prepare(bits)
+        weights, event = self._store.get(self._key(bits))
+        rest, rest_event = (None, None) if self.bits != ABSENT else self._store.get(self._key("rest"))
+        self.pending = PendingCopy(bits, weights, rest, [e for e in (event, rest_event) if e is not None])
+
+    def join(self, wait: bool) -> None:
+        """Let a complete copy take effect; with ``wait``, also one that is still under way."""
+        copy = self.pending
+        if copy is None or not (wait or copy.whole()):
+            return
+        for event in copy.events:
+            torch.cuda.current_stream().wait_event(event)
+        if copy.events:
+            for tensor in (*copy.weights, *(copy.rest or [])):
+                # Allocated on the side stream: its memory must not be reused before this stream has read it.
+                tensor.record_stream(torch.cuda.current_stream())
+        self._free_weights()
+        if copy.rest is not None:
+            for parameter, tensor in zip(self._rest, copy.rest, strict=True):
+                parameter.data = tensor
+        if copy.bits == 16:
+            for linear, tensor in zip(self.linears, copy.weights, strict=True):
+                linear.weight.data = tensor
+        else:
+            for index, (linear, shape) in enumerate(zip(self.linears, self._shapes, strict=True)):
+                packed, scales, zeros = copy.weights[3 * index : 3 * index + 3]
+                linear.quantized = QuantWeight(copy.bits, shape[0], shape[1], packed, scales, zeros)
+        self.bits = copy.bits
+        self.pending = None
+
+    def _free_weights(self) -> None:
+        for linear in self.linears:
+            linear.weight.data = linear.weight.data.new_empty(0)
+            linear.quantized = None

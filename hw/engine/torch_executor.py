@@ -1,0 +1,229 @@
+"""Carries out a replica's decisions on a real model: one forward pass an iteration, and weights that come and go.
+
+* An iteration is one pass over decodes and prompt chunks, their keys and values in a paged pool of real memory
+  (hw/elastic/paged_kv.py, hw/elastic/paged_attention.py). Its duration is what the clock shows afterwards.
+* A dropped block's weights are freed. A restored block's are read from where they are stored while iterations go on.
+* Tokens are real: greedy, each request up to the length that the trace states, or to the model's own end of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from hw.elastic.blocks import ABSENT, KINDS
+from hw.elastic.copies import LayerCopier
+from hw.elastic.device_memory import DeviceMemory, out_of_memory
+from hw.elastic.model import ElasticModel
+from hw.elastic.paged_attention import NotANumberError, Packed, PagedBatch, forward
+from hw.elastic.paged_kv import Arena
+from hw.engine.clock import Clock
+from hw.engine.iteration_log import MemoryRow, Shape
+from hw.engine.prompts import Prompts
+from sim.cost.plan import describe
+from sim.engine.executor import Iteration, Ran
+from sim.engine.live_request import LiveRequest
+from sim.engine.transition import LayerCopy, Resident
+from sim.errors import RapLabError
+
+LONGEST_WAIT_S = 60.0
+"""Seconds after which an idle engine that waits for a copy looks around again."""
+
+
+class NumericsError(RapLabError):
+    """The model gave a value that is not a finite number; the message names block and plan."""
+
+
+class TorchWeights:
+    """The weights of an elastic model, as a replica changes them.
+
+    allocated_bytes: of the weights on the device, as of the last change.
+    """
+
+    def __init__(self, elastic: ElasticModel, copier: LayerCopier, clock: Clock, memory: DeviceMemory) -> None:
+        """Change this model."""
+        self._elastic, self._copier, self._clock, self._memory = elastic, copier, clock, memory
+        self.allocated_bytes = elastic.bytes()
+
+    def drop(self, resident: Resident) -> None:
+        """Free the blocks that are not resident any more; a copy under way goes on."""
+        for kind in KINDS:
+            bits = resident.mha_bits if kind == "mha" else resident.ffn_bits
+            for block, wanted in zip(self._elastic.blocks[kind], bits, strict=True):
+                # A block that is being copied in is still absent: to want it ABSENT would lose the copy. The replica
+                # abandons a copy that the plan no longer wants before it drops anything.
+                if wanted == ABSENT and not self._copier.copies(block):
+                    block.want(ABSENT)
+        self._memory.give_back()
+        self.allocated_bytes = self._elastic.bytes()
+
+    def start(self, copy: LayerCopy, now_s: float) -> None:
+        """Start to copy a layer in."""
+        self._copier.start(copy)
+
+    def arrived(self, now_s: float) -> bool:
+        """Return whether the copy under way is complete."""
+        return self._copier.whole()
+
+    def wait(self, now_s: float, until_s: float) -> None:
+        """Let time pass until ``until_s``, or until the copy under way is complete."""
+        waited_s = self._copier.wait(min(until_s - now_s, LONGEST_WAIT_S))
+        self._clock.wait_until(now_s + waited_s)  # of a clock that counts this thread's work alone
+
+    def join(self) -> None:
+        """Put the layer that arrived in the place of what it replaces."""
+        self._copier.join()
+        self.allocated_bytes = self._elastic.bytes()
+
+    def abandon(self) -> None:
+        """Give the copy under way up."""
+        self._copier.abandon()
+        self.allocated_bytes = self._elastic.bytes()
+
+
+class TorchExecutor:
+    """Runs iterations on an elastic model.
+
+    arena: where the KV blocks lie. tokens: of each request, its prompt and what was computed after it.
+    shapes, memory_rows: one entry an iteration that has run.
+    """
+
+    def __init__(
+        self,
+        *,
+        elastic: ElasticModel,
+        arena: Arena,
+        weights: TorchWeights,
+        memory: DeviceMemory,
+        clock: Clock,
+        prompts: Prompts,
+        ends: Callable[[int, int], bool] | None = None,
+        during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Run ``elastic`` over the KV in ``arena``.
+
+        Args:
+            weights, memory: asked for bytes after each iteration. clock: what time it is.
+            prompts: the token ids of every request.
+            ends: called with (request_id, token): whether that token ends its request early; None never.
+            during_forward: entered while the model computes.
+        """
+        self.arena = arena
+        self.tokens: dict[int, list[int]] = {}
+        self.shapes: list[Shape] = []
+        self.memory_rows: list[MemoryRow] = []
+        self._elastic, self._weights, self._memory, self._clock = elastic, weights, memory, clock
+        self._prompts, self._ends, self._during_forward = prompts, ends, during_forward
+
+    def run(self, iteration: Iteration) -> Ran | None:
+        """Run one iteration; return None if memory ran out and nothing was computed."""
+        forward_start_s = self._clock.now_s()
+        next_tokens = self._guarded_forward(iteration)
+        if next_tokens is None:
+            return None
+        forward_s = self._clock.now_s() - forward_start_s
+        decodes = iteration.decodes
+        shape = Shape(
+            plan=iteration.plan,
+            chunks=tuple((tokens, live.computed_tokens) for live, tokens in iteration.prefills),
+            decode_batch=len(decodes),
+            decode_context_sum=sum(live.computed_tokens for live in decodes),
+            sequences=len(next_tokens),
+            forward_s=forward_s,
+        )
+        self._clock.ran(shape.prefill_tokens, shape.decode_batch, shape.decode_context_sum)
+        end_s = self._clock.now_s()
+        self.shapes.append(shape)
+        self.memory_rows.append(
+            MemoryRow(
+                time_s=end_s,
+                predicted_bytes=iteration.memory_bytes,
+                allocated_bytes=self._weights.allocated_bytes + self.arena.blocks * self.arena.block_bytes,
+                in_use_bytes=self._memory.sample(),
+            )
+        )
+        for request_id, token in next_tokens.items():
+            self.tokens[request_id].append(token)
+        ended = self._ends or (lambda _id, _token: False)
+        return Ran(
+            end_s=end_s,
+            next_tokens=next_tokens,
+            stopped=frozenset(request_id for request_id, token in next_tokens.items() if ended(request_id, token)),
+        )
+
+    def follow_budget(self, budget_bytes: int) -> None:
+        """Take no more memory than this from now on."""
+        self._memory.follow(budget_bytes)
+
+    def tokens_of(self, live: LiveRequest) -> list[int]:
+        """Return the tokens of a request; its prompt is looked up when it first runs."""
+        found = self.tokens.get(live.request_id)
+        if found is None:
+            found = list(self._prompts(live.request_id, live.request.prompt_tokens))
+            assert len(found) == live.request.prompt_tokens
+            self.tokens[live.request_id] = found
+        return found
+
+    def _guarded_forward(self, iteration: Iteration) -> dict[int, int] | None:
+        """Return what ``forward`` does, None if memory ran out."""
+        try:
+            with self._during_forward():
+                return self.forward(iteration)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # Outside of ``except``: while the error lives, its traceback keeps the tensors of the failed pass alive.
+        self._memory.give_back()
+        return None
+
+    def forward(self, iteration: Iteration) -> dict[int, int]:
+        """Return the next token of every request that catches up with this iteration, by request.
+
+        Raises:
+            NumericsError: when the model gives a value that is not a finite number.
+        """
+        single = [self._packed(live, 1) for live in iteration.decodes]
+        chunks = [self._packed(live, tokens) for live, tokens in iteration.prefills]
+        # Rows of the pass whose logits count: every decode, and the last token of a chunk that ends its prefill.
+        asking, rows, row = list(iteration.decodes), list(range(len(single))), len(single)
+        for live, tokens in iteration.prefills:
+            row += tokens
+            if live.computed_tokens + tokens == live.target_tokens:
+                asking.append(live)
+                rows.append(row - 1)
+        logits = self._logits(iteration, single, chunks, rows)
+        chosen: list[int] = logits.argmax(-1).tolist()
+        return {live.request_id: token for live, token in zip(asking, chosen, strict=True)}
+
+    def _packed(self, live: LiveRequest, tokens: int) -> Packed:
+        start = live.computed_tokens
+        return Packed(live.table, self.tokens_of(live)[start : start + tokens], start)
+
+    def _logits(
+        self, iteration: Iteration, single: Sequence[Packed], chunks: Sequence[Packed], rows: Sequence[int]
+    ) -> Tensor:
+        """Return the logits of some rows; if one is not finite, run again to find the block that made it."""
+        plan = iteration.plan
+
+        def run(check: bool) -> Tensor:
+            batch = PagedBatch(self.arena, single, chunks, self._elastic.windows)
+            return forward(
+                self._elastic, batch, single, chunks, rows, prefill=plan.prefill, decode=plan.decode, check=check
+            )
+
+        logits = run(False)
+        if bool(torch.isfinite(logits).all()):
+            return logits
+        where = "the head"
+        try:
+            run(True)
+        except NotANumberError as error:
+            where = str(error)
+        raise NumericsError(
+            f"{where} of {self._elastic.spec.name} gave a value that is no finite number in iteration "
+            f"{iteration.number}, under the plan {describe(plan)!r}; take float32 or bfloat16 instead "
+            "of float16, or leave that block at 16 bits"
+        )

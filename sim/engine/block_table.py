@@ -1,0 +1,199 @@
+"""Which KV blocks hold the tokens of one request, layer by layer.
+
+    table = BlockTable(mha=frozenset({0, 2}), block_tokens=16)
+    overwritten = table.hold(pool, 40)              # 3 blocks of the pool for each of the two layers
+    table.slots(2, start=32, count=8)               # where tokens 32 to 39 of layer 2 lie: block * 16 + place
+
+A request owns its blocks, but for those of the prefix cache at the beginning of its prompt, which several requests may
+hold (sim/engine/prefix_cache.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sim.cost.memory import kv_blocks
+from sim.cost.plan import KV_KEEP_ALL, KVKeep
+from sim.engine.kv_pool import KVPool
+
+
+@dataclass(slots=True, eq=False)
+class PrefixBlock:
+    """The KV of one hash id in the prefix cache.
+
+    owner: its number in the pool. blocks: layer -> its KV blocks, in the order of their tokens. holders: requests that
+    hold it. known: whether requests that are admitted later find it.
+    """
+
+    owner: int
+    hash_id: int
+    blocks: dict[int, list[int]]
+    holders: int = 1
+    known: bool = True
+
+    @property
+    def layer_blocks(self) -> int:
+        """KV blocks over all layers."""
+        return sum(map(len, self.blocks.values()))
+
+
+@dataclass(slots=True, eq=False)
+class BlockTable:
+    """The KV blocks of one request, and the MHA blocks that it can run.
+
+    mha: layers whose MHA block it runs, and whose KV it holds.
+    block_tokens: tokens of one KV block.
+    kv_keep: which tokens each layer keeps; None while every token is kept. A layer that keeps the first f and the last
+        w tokens is a ring behind its first f slots: token t >= f lies in slot f + (t - f) % w.
+    blocks: layer -> its own KV blocks, in the order of their slots.
+    prefix: place in the prompt -> the prefix block that it holds there. prefix_layer_blocks: KV blocks that each of
+        these has in one layer.
+    """
+
+    mha: frozenset[int] = frozenset()
+    block_tokens: int = 16
+    kv_keep: tuple[KVKeep, ...] | None = None
+    blocks: dict[int, list[int]] = field(default_factory=dict)
+    prefix: dict[int, PrefixBlock] = field(default_factory=dict)
+    prefix_layer_blocks: int = 0
+
+    @property
+    def own_layer_blocks(self) -> int:
+        """KV blocks over all layers that only this request holds."""
+        return sum(map(len, self.blocks.values()))
+
+    @property
+    def cached_layer_blocks(self) -> int:
+        """KV blocks over all layers of the prefix blocks that it holds."""
+        return sum(block.layer_blocks for block in self.prefix.values())
+
+    @property
+    def held_layer_blocks(self) -> int:
+        """KV blocks over all layers, prefix blocks included."""
+        return self.own_layer_blocks + self.cached_layer_blocks
+
+    def keep_of(self, layer: int) -> KVKeep:
+        """Return what a layer keeps."""
+        return self.kv_keep[layer] if self.kv_keep is not None else KV_KEEP_ALL
+
+    def blocks_needed(self, layer: int, tokens: int) -> int:
+        """Return the own blocks that one layer needs for ``tokens`` computed tokens."""
+        if self.kv_keep is None:
+            return kv_blocks(tokens, self.block_tokens) - len(self.prefix) * self.prefix_layer_blocks
+        return kv_blocks(self.kv_keep[layer].tokens(tokens), self.block_tokens)
+
+    def own_blocks_needed(self, tokens: int) -> int:
+        """Return the own blocks over all layers that ``tokens`` computed tokens need."""
+        if self.kv_keep is None:
+            return len(self.mha) * self.blocks_needed(0, tokens)
+        return sum(self.blocks_needed(layer, tokens) for layer in self.mha)
+
+    def hold(self, pool: KVPool, tokens: int) -> list[int]:
+        """Take or free blocks so that ``tokens`` computed tokens fit exactly; return whose content was overwritten."""
+        wanted = {layer: self.blocks_needed(layer, tokens) for layer in sorted(self.mha)}
+        freed: list[int] = []
+        for layer in sorted(self.blocks, reverse=True):
+            ids, keep = self.blocks[layer], wanted.get(layer, 0)
+            freed.extend(ids[keep:][::-1])
+            del ids[keep:]
+            if layer not in wanted:
+                del self.blocks[layer]
+        if freed:
+            pool.release(freed)
+        missing = {layer: count - len(self.blocks.setdefault(layer, [])) for layer, count in wanted.items()}
+        ids, overwritten = pool.take(sum(missing.values()))
+        at = 0
+        for layer, count in missing.items():
+            self.blocks[layer].extend(ids[at : at + count])
+            at += count
+        return overwritten
+
+    def holds_exactly(self, tokens: int) -> bool:
+        """Return whether ``hold`` would change nothing; quick where every token is kept, the common case."""
+        if self.kv_keep is not None or self.blocks.keys() != self.mha:
+            return False
+        needed = self.blocks_needed(0, tokens)
+        return all(len(ids) == needed for ids in self.blocks.values())
+
+    def own_blocks(self) -> list[int]:
+        """Return its own blocks, those of the last tokens first, of equal tokens by layer."""
+        deepest = max(map(len, self.blocks.values()), default=0)
+        return [
+            self.blocks[layer][index]
+            for index in range(deepest - 1, -1, -1)
+            for layer in sorted(self.blocks)
+            if index < len(self.blocks[layer])
+        ]
+
+    def found(self, ids: Sequence[int]) -> None:
+        """Take up blocks that were found again, in the order in which ``own_blocks`` gave them."""
+        layers = sorted(self.mha)
+        self.blocks = {layer: [] for layer in layers}
+        for index, block in enumerate(reversed(ids)):
+            self.blocks[layers[-1 - index % len(layers)]].append(block)
+
+    def give_to_prefix(self, place: int) -> dict[int, list[int]]:
+        """Take the blocks of one prefix block out of the own ones and return them, layer by layer."""
+        before = sum(other < place for other in self.prefix)  # own blocks begin after these, or lie between them
+        start = (place - before) * self.prefix_layer_blocks
+        stop = start + self.prefix_layer_blocks
+        given = {layer: ids[start:stop] for layer, ids in self.blocks.items()}
+        for ids in self.blocks.values():
+            del ids[start:stop]
+        return given
+
+    def rename(self, moved: dict[int, int]) -> None:
+        """Follow own blocks that moved in the pool."""
+        for layer, ids in self.blocks.items():
+            self.blocks[layer] = [moved.get(block, block) for block in ids]
+
+    def slots(self, layer: int, start: int, count: int) -> list[int]:
+        """Return the slots of tokens ``start`` to ``start + count - 1`` of a layer: block number and place in it."""
+        keep = self.keep_of(layer)
+        if keep.first_tokens is None or keep.last_tokens is None:
+            return self.slots_of(layer, range(start, start + count))
+        return self.slots_of(layer, [ring_place(keep, token) for token in range(start, start + count)])
+
+    def slots_of(self, layer: int, places: Sequence[int]) -> list[int]:
+        """Return the slots of some places of a layer, counted from its first."""
+        ids, size = self.blocks[layer], self.block_tokens
+        return [ids[place // size] * size + place % size for place in places]
+
+    def kept_slots(self, tokens: int) -> list[int]:
+        """Return the slots of everything that is kept of ``tokens`` computed tokens: layer by layer, place by place.
+
+        Two requests that run the same layers and keep the same tokens hold the same at equal positions of this list.
+        """
+        return [
+            slot
+            for layer in sorted(self.blocks)
+            for slot in self.slots_of(layer, range(self.keep_of(layer).tokens(tokens)))
+        ]
+
+    def ring_moves(self, layer: int, tokens: int, keep: KVKeep) -> tuple[list[int], list[int]]:
+        """Return the slots that move, and where to, when a layer that kept every token starts to keep only some."""
+        first, last = keep.first_tokens, keep.last_tokens
+        if first is None or last is None or tokens <= first + last:
+            return [], []
+        newest = range(tokens - last, tokens)
+        return self.slots_of(layer, newest), self.slots_of(layer, [ring_place(keep, token) for token in newest])
+
+
+def ring_place(keep: KVKeep, token: int) -> int:
+    """Return the slot, counted from a layer's first, of a token where first and last tokens are kept."""
+    assert keep.first_tokens is not None
+    assert keep.last_tokens is not None
+    if token < keep.first_tokens:
+        return token
+    return keep.first_tokens + (token - keep.first_tokens) % keep.last_tokens
+
+
+def ring_positions(keep: KVKeep, tokens: int) -> list[int]:
+    """Return which token each slot of a layer holds once ``tokens`` tokens were computed."""
+    kept = keep.tokens(tokens)
+    if keep.first_tokens is None or keep.last_tokens is None or kept == tokens:
+        return list(range(kept))
+    first, last = keep.first_tokens, keep.last_tokens
+    newest = tokens - 1
+    return [place if place < first else newest - (newest - first - (place - first)) % last for place in range(kept)]

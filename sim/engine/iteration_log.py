@@ -1,0 +1,59 @@
+"""What a replica writes down of its iterations, and of the gaps between tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from sim.results.records import Iterations, TokenGaps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IterationRow:
+    """One iteration that has ended; the columns of ``sim.results.records.Iterations``."""
+
+    start_s: float
+    end_s: float
+    prefill_tokens: int
+    decode_requests: int
+    running: int
+    waiting: int
+    kv_used_share: float
+    preemptions: int
+    extrapolated: bool
+
+
+class IterationLog:
+    """Iterations that have ended, in order, and every gap between two tokens of one request."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._rows: list[IterationRow] = []
+        self._gaps_s: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, row: IterationRow) -> None:
+        """Add an iteration that has ended."""
+        self._rows.append(row)
+
+    def add_gap(self, seconds: float) -> None:
+        """Add the time between two tokens of one request."""
+        self._gaps_s.append(seconds)
+
+    def table(self) -> Iterations:
+        """Return one row an iteration."""
+        types = {"float": np.float64, "int": np.int64, "bool": np.bool_}
+        return Iterations(
+            **{
+                column.name: np.array([getattr(row, column.name) for row in self._rows], dtype=types[str(column.type)])
+                for column in fields(IterationRow)
+            }
+        )
+
+    def token_gaps(self) -> TokenGaps:
+        """Return every gap between two tokens of one request, equal ones together."""
+        gaps_s, count = np.unique(np.array(self._gaps_s, dtype=np.float64), return_counts=True)
+        return TokenGaps(itl_s=gaps_s, count=count.astype(np.int64))

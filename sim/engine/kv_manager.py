@@ -1,0 +1,188 @@
+"""The KV cache of a replica: who holds how many KV blocks, what is freed, and what a preempted request finds again.
+
+It works on block numbers: ``sim.engine.kv_pool`` says which are free, ``sim.engine.block_table`` which one holds what, and
+``sim.engine.prefix_cache`` which ones several requests hold. Behind them may lie memory (hw/elastic/paged_kv.py) or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from sim.cost.memory import kv_blocks
+from sim.cost.plan import KV_KEEP_ALL, KVKeep, Plan
+from sim.engine.block_table import BlockTable
+from sim.engine.kv_pool import NO_OWNER, KVPool, KVStorage
+from sim.engine.live_request import LiveRequest, RequestQueues
+from sim.engine.prefix_cache import PrefixCache, held_prefix_blocks
+from sim.engine.protocol import EngineConfig
+from sim.results.records import Status
+
+
+def kv_keep_of(plan: Plan) -> tuple[KVKeep, ...] | None:
+    """Return which tokens each layer keeps under a plan; None where every layer keeps all."""
+    return None if all(keep == KV_KEEP_ALL for keep in plan.kv_keep) else plan.kv_keep
+
+
+class KVManager:
+    """The KV blocks of a replica, and who holds them.
+
+    prefill_mha, decode_mha: layers whose MHA block the running plan runs at each stage.
+    outside: tables of requests that hold KV here without running here (prefill and decode on different replicas).
+    """
+
+    def __init__(self, config: EngineConfig, queues: RequestQueues, storage: KVStorage | None) -> None:
+        """Hold an empty pool; ``follow_plan`` and ``resize`` come next."""
+        self._config, self._queues, self._storage = config, queues, storage
+        self.pool = KVPool(0, storage)
+        self.prefix_cache = PrefixCache(config, self.pool)
+        self.prefill_mha: frozenset[int] = frozenset()
+        self.decode_mha: frozenset[int] = frozenset()
+        self.outside: dict[int, BlockTable] = {}
+
+    # -- what the scheduler asks ---------------------------------------------------------------------------------
+
+    def look_up_waiting(self) -> None:
+        """Set how many tokens each waiting request would find if it were admitted now."""
+        for live in self._queues.waiting:
+            live.computed_tokens = max(live.left_tokens, self.prefix_cache.found_tokens(live))
+
+    def layer_blocks(self, live: LiveRequest, tokens: int) -> int:
+        """Return the KV blocks, over all layers, that a request needs for ``tokens`` computed tokens."""
+        if live.status is not Status.RUNNING:
+            return len(self.prefill_mha) * kv_blocks(tokens, self._config.kv_block_tokens)
+        return live.table.own_blocks_needed(tokens) + live.table.cached_layer_blocks
+
+    def new_table(self, mha: frozenset[int]) -> BlockTable:
+        """Return the empty table of a request that runs these MHA blocks."""
+        size = self._config.kv_block_tokens
+        return BlockTable(mha, size, prefix_layer_blocks=self._config.hash_block_tokens // size)
+
+    # -- taking and freeing --------------------------------------------------------------------------------------
+
+    def admit(self, live: LiveRequest) -> None:
+        """Give a request that is admitted what it finds of its KV, in the prefix cache and of its own."""
+        live.table = self.new_table(self.prefill_mha)
+        self.prefix_cache.hold(live)
+        own = live.table.own_blocks_needed(live.computed_tokens)
+        live.table.found(self.pool.claim(live.request_id, own))
+
+    def hold(self, live: LiveRequest, tokens: int) -> None:
+        """Take or free KV blocks so that a request holds what ``tokens`` computed tokens need."""
+        if not live.table.holds_exactly(tokens):
+            self._overwritten(live.table.hold(self.pool, tokens))
+
+    def hold_outside(self, request_id: int, table: BlockTable, tokens: int) -> None:
+        """Hold KV blocks for ``tokens`` tokens of a request that does not run here, until it joins or is released."""
+        self._overwritten(table.hold(self.pool, tokens))
+        self.outside[request_id] = table
+
+    def end_prefill(self, live: LiveRequest, plan: Plan) -> None:
+        """Free the KV that decode will not read: layers it does not run, tokens that the plan does not keep."""
+        table = live.table
+        table.mha = table.mha & self.decode_mha
+        kv_keep = kv_keep_of(plan)
+        if kv_keep is not None and not table.prefix:  # a request that holds prefix blocks keeps every token
+            if self._storage is not None:
+                for layer in sorted(table.blocks):
+                    source, target = table.ring_moves(layer, live.computed_tokens, kv_keep[layer])
+                    if source:
+                        self._storage.copy(source, target)
+            table.kv_keep = kv_keep
+        self.hold(live, live.computed_tokens)
+
+    def let_go(self, live: LiveRequest, owner: int = NO_OWNER) -> None:
+        """Free what a request holds: first its own blocks, then its prefix blocks from the last to the first."""
+        self.pool.release(live.table.own_blocks(), owner)
+        self.prefix_cache.let_go(live)
+        live.table = self.new_table(frozenset())
+
+    def preempt(self, live: LiveRequest) -> None:
+        """Free what a preempted request holds; with ``reuse_preempted_kv`` it may find it again."""
+        table, cache = live.table, self.prefix_cache
+        # It can go on later only from complete KV: every token, every layer of prefill, every prefix block.
+        complete = table.kv_keep is None and table.mha == self.prefill_mha
+        complete = complete and len(table.prefix) == cache.blocks_within(live, live.computed_tokens)
+        complete = complete and all(block.known for block in table.prefix.values())
+        self.let_go(live, live.request_id if self._config.reuse_preempted_kv and complete else NO_OWNER)
+        live.left_tokens = live.computed_tokens
+        live.left_tokens = live.computed_tokens = self._found_again(live)
+
+    def _found_again(self, live: LiveRequest) -> int:
+        """Return the tokens of a preempted request whose KV is still there: complete KV blocks from the first on.
+
+        At least one token is computed again, as in vLLM, to have something to sample from.
+        """
+        kept = self.pool.kept_layer_blocks(live.request_id)
+        if not kept:
+            return 0
+        block_tokens = self._config.kv_block_tokens
+        # Its prefix blocks were freed after its own blocks, so they are all there while one of these is.
+        cached = self.prefix_cache.blocks_within(live, live.left_tokens)
+        cached *= self._config.hash_block_tokens // block_tokens
+        # The last block may be partly filled; such a block is never found again.
+        blocks = min(cached + kept // len(self.prefill_mha), live.left_tokens // block_tokens)
+        return min(blocks, (live.target_tokens - 1) // block_tokens) * block_tokens
+
+    def _overwritten(self, owners: Iterable[int]) -> None:
+        """Note whose content was lost."""
+        for owner in owners:
+            if owner > NO_OWNER:
+                live = self._queues.all[owner]
+                live.left_tokens = self._found_again(live)
+            else:
+                self.prefix_cache.overwritten(owner)
+
+    def forget_left_behind(self) -> None:
+        """Let no preempted request find again what it left behind."""
+        self.pool.forget()
+        for live in self._queues.waiting:
+            live.left_tokens = 0
+
+    # -- when the plan or the budget changes ---------------------------------------------------------------------
+
+    def follow_plan(self, plan: Plan) -> None:
+        """Follow the plan that runs from now on: what may be found again, and which KV is of no use any more."""
+        prefill_mha = frozenset(layer for layer, keep in enumerate(plan.prefill.mha) if keep)
+        one_set = bool(prefill_mha) and plan.prefill.mha == plan.decode.mha
+        caching = self._config.prefix_caching and kv_keep_of(plan) is None and one_set
+        if prefill_mha != self.prefill_mha or caching != self.prefix_cache.active:
+            self.forget_left_behind()  # it lacks a layer, or has one too many
+            self.prefix_cache.forget(self._queues.running)
+        self.prefill_mha, self.prefix_cache.active = prefill_mha, caching
+        self.decode_mha = frozenset(layer for layer, keep in enumerate(plan.decode.mha) if keep)
+        for live in self._queues.running:  # KV of blocks that no longer run is of no use
+            kept = live.mha & self.mha_of(live)
+            if kept != live.mha:
+                live.table.mha = kept
+                self.hold(live, live.computed_tokens)
+        self.prefix_cache.drop_layers(self._queues.running, prefill_mha)
+
+    def mha_of(self, live: LiveRequest) -> frozenset[int]:
+        """Return the MHA blocks that run for a request at its stage if it holds the KV of all of them."""
+        return self.decode_mha if live.decoding else self.prefill_mha
+
+    def resize(self, layer_blocks: int) -> bool:
+        """Grow or shrink the pool; return whether its size changed."""
+        if layer_blocks == self.pool.layer_blocks:
+            return False
+        self._overwritten(self.pool.resize(layer_blocks))
+        return True
+
+    def settle(self) -> None:
+        """Free the memory that the pool has lost, and follow the blocks that moved for it."""
+        moved = self.pool.settle()
+        if moved:
+            for table in self._tables():
+                table.rename(moved)
+            self.prefix_cache.rename(self._queues.running, moved)
+
+    def _tables(self) -> Sequence[BlockTable]:
+        return [*(live.table for live in self._queues.running), *self.outside.values()]
+
+    def check(self) -> None:
+        """Check that every KV block is held once or free once, and that tables and pool count the same."""
+        held = [block for table in self._tables() for ids in table.blocks.values() for block in ids]
+        held += held_prefix_blocks(self._queues.running)
+        self.pool.check(held)
+        assert len(held) == self.pool.used_layer_blocks
+        assert not any(live.table.blocks or live.table.prefix for live in self._queues.waiting)

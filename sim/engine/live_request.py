@@ -1,0 +1,150 @@
+"""A request inside a replica: how far it is, what it holds, and what will stand in its record."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sim.cost.model_spec import ModelSpec
+from sim.engine.block_table import BlockTable
+from sim.engine.protocol import Request
+from sim.errors import ConfigError
+from sim.results.records import Records, Status
+from sim.types import Floats, Ints
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """One request from its arrival on.
+
+    output_limit: tokens it may produce: its trace's, cut at the context limit.
+    table: the KV blocks it holds; ``table.mha`` are the layers whose MHA block it runs.
+    computed_tokens: tokens whose KV exists. While it waits: those that it would find again if it were admitted now.
+    prefill_tokens: tokens to compute before it decodes: its prompt, and after a preemption what it had produced.
+    left_tokens: tokens, cached prefix blocks included, whose KV a preempted request would still find.
+    cached_tokens: prompt tokens found in the prefix cache at its first admission; -1 before that.
+    next_prefix_block: the first prefix block of its prompt whose end its prefill has not passed.
+    fills_cache: whether it adds prefix blocks to the cache.
+    kept_params: parameters that ran for its tokens, summed over them. nll_sum: nats charged for its tokens, in total.
+    """
+
+    request: Request
+    output_limit: int
+    table: BlockTable = field(default_factory=BlockTable)
+    computed_tokens: int = 0
+    produced_tokens: int = 0
+    prefill_tokens: int = 0
+    left_tokens: int = 0
+    cached_tokens: int = -1
+    next_prefix_block: int = 0
+    fills_cache: bool = False
+    kept_params: int = 0
+    nll_sum: float = 0.0
+    admitted_s: float = math.nan
+    first_token_s: float = math.nan
+    last_token_s: float = math.nan
+    finish_s: float = math.nan
+    preemptions: int = 0
+    status: Status = Status.WAITING
+
+    @property
+    def request_id(self) -> int:
+        """Its number."""
+        return self.request.request_id
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens whose KV must exist before the next token can be produced: prompt and produced ones."""
+        return self.request.prompt_tokens + self.produced_tokens
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its prefill has ended."""
+        return self.computed_tokens >= self.prefill_tokens
+
+    @property
+    def mha(self) -> frozenset[int]:
+        """Layers whose MHA block it runs, and whose KV it holds."""
+        return self.table.mha
+
+    @property
+    def held_layer_blocks(self) -> int:
+        """KV blocks of one layer that it holds, over all layers, prefix blocks included."""
+        return self.table.held_layer_blocks
+
+
+@dataclass(slots=True)
+class RequestQueues:
+    """The requests of a replica: ``arrivals`` yet to come; all that arrived, by id; those that wait; those that run.
+
+    waiting: the next to admit first. running: in the order of admission.
+    """
+
+    arrivals: deque[Request] = field(default_factory=deque)
+    all: dict[int, LiveRequest] = field(default_factory=dict)
+    waiting: deque[LiveRequest] = field(default_factory=deque)
+    running: list[LiveRequest] = field(default_factory=list)
+
+    def submit(self, requests: Sequence[Request], least_s: float, *, check_hash_ids: bool) -> None:
+        """Add requests to ``arrivals``.
+
+        Args:
+            requests: sorted by arrival. least_s: the earliest arrival that is allowed if no request is to come.
+            check_hash_ids: whether each hash id may come only once in a prompt.
+        Raises:
+            ConfigError: for requests out of order or too early, or an id that comes twice; none is added then.
+        """
+        last_s = self.arrivals[-1].arrival_s if self.arrivals else least_s
+        pending = {request.request_id for request in self.arrivals}
+        for request in requests:
+            if not request.arrival_s >= last_s:
+                raise ConfigError(
+                    f"request {request.request_id} arrives at {request.arrival_s} s, before {last_s} s; "
+                    "submit requests in order of arrival and not in the past"
+                )
+            if request.request_id in self.all or request.request_id in pending:
+                raise ConfigError(f"request {request.request_id} was submitted before; give each its own request_id")
+            if check_hash_ids and len(set(request.hash_ids)) < len(request.hash_ids):
+                raise ConfigError(
+                    f"a hash id comes twice in the prompt of request {request.request_id}; with engine.prefix_caching "
+                    "each id stands for its tokens and all before them, so it can come once"
+                )
+            last_s = request.arrival_s
+            pending.add(request.request_id)
+        self.arrivals.extend(requests)
+
+
+def records_of(live: Sequence[LiveRequest], model: ModelSpec, *, priced: bool) -> Records:
+    """Return one row a request.
+
+    Args:
+        live: the requests, in the order of the rows. model: what is served.
+        priced: whether a quality was charged; without it the column ``quality_nll`` is not a number.
+    """
+
+    def floats(name: str) -> Floats:
+        return np.array([getattr(request, name) for request in live], dtype=np.float64)
+
+    def ints(values: list[int]) -> Ints:
+        return np.array(values, dtype=np.int64)
+
+    produced = ints([request.produced_tokens for request in live])
+    tokens = np.where(produced > 0, produced, np.nan)
+    return Records(
+        arrival_s=np.array([request.request.arrival_s for request in live], dtype=np.float64),
+        prompt_tokens=ints([request.request.prompt_tokens for request in live]),
+        output_tokens=ints([request.request.output_tokens for request in live]),
+        produced_tokens=produced,
+        admitted_s=floats("admitted_s"),
+        first_token_s=floats("first_token_s"),
+        finish_s=floats("finish_s"),
+        preemptions=ints([request.preemptions for request in live]),
+        status=ints([int(request.status) for request in live]),
+        kept_params_share=floats("kept_params") / (tokens * model.total_params),
+        quality_nll=floats("nll_sum") / tokens if priced else np.full(len(live), np.nan),
+        cached_tokens=ints([max(request.cached_tokens, 0) for request in live]),
+    )

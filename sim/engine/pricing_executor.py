@@ -1,0 +1,128 @@
+"""What a replica's decisions cost in simulated time: iterations by a latency model, copies by the link's speed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sim.cost.latency import LatencyModel, chunk_context_sum
+from sim.cost.plan import WEIGHT_BITS, Plan
+from sim.engine.executor import Iteration, Ran
+from sim.engine.live_request import LiveRequest
+from sim.engine.transition import LayerCopy, Resident
+from sim.errors import ConfigError
+from sim.types import Ints
+
+
+class SimulatedClock:
+    """A clock that stands still unless it is waited for."""
+
+    def __init__(self, start_s: float = 0.0) -> None:
+        """Start at ``start_s``."""
+        self._time_s = start_s
+
+    def now_s(self) -> float:
+        """Return the present."""
+        return self._time_s
+
+    def wait_until(self, time_s: float) -> None:
+        """Move on to ``time_s``."""
+        self._time_s = max(self._time_s, time_s)
+
+
+class PricingExecutor:
+    """Computes nothing: an iteration takes as long as the latency model says."""
+
+    def __init__(self, latency: LatencyModel, copy_slowdown: float = 0.0) -> None:
+        """Price with ``latency``; an iteration that starts during a copy takes ``copy_slowdown`` of its time longer."""
+        if not copy_slowdown >= 0:
+            raise ConfigError(f"copy_slowdown is {copy_slowdown}; it must be at least 0")
+        self._latency, self._copy_slowdown = latency, copy_slowdown
+
+    def run(self, iteration: Iteration) -> Ran:
+        """Return when the iteration ends."""
+        duration_s, extrapolated = self.price(iteration)
+        return Ran(end_s=iteration.start_s + duration_s, extrapolated=extrapolated)
+
+    def follow_budget(self, budget_bytes: int) -> None:
+        """Do nothing: no memory is behind the counts."""
+
+    def price(self, iteration: Iteration) -> tuple[float, bool]:
+        """Return the seconds of an iteration, and whether they are extrapolated."""
+        plan, decodes = iteration.plan, iteration.decodes
+        chunks = [(tokens, live.computed_tokens) for live, tokens in iteration.prefills]
+        contexts = sum(live.computed_tokens for live in decodes)
+        scheduled = iteration.batch.scheduled
+        sequences = sum(live.computed_tokens + tokens == live.target_tokens for live, tokens in scheduled)
+        shape = (chunks, len(decodes), contexts, sequences)
+        if all(live.table.kv_keep is None and live.mha == _mha_run(plan, live) for live, _ in scheduled):
+            seconds = self._latency.iteration_s(plan, *shape)
+        else:
+            tokens = sum(chunk for chunk, _ in chunks) + len(decodes)
+            seconds = self._latency.layered_iteration_s(_layers_seen(iteration), tokens, sequences)
+        if iteration.copying:
+            seconds *= 1.0 + self._copy_slowdown
+        return seconds, not self._latency.in_range(*shape)
+
+
+def _mha_run(plan: Plan, live: LiveRequest) -> frozenset[int]:
+    mask = plan.decode.mha if live.decoding else plan.prefill.mha
+    return frozenset(layer for layer, keep in enumerate(mask) if keep)
+
+
+def _layers_seen(iteration: Iteration) -> Ints:
+    """Return what each layer sees of a batch: equal layers together, in the order of the first of each.
+
+    Columns: layers, index of the weight bits, prefill tokens, their context, decodes, their context, FFN tokens.
+    """
+    plan, decodes, prefills = iteration.plan, iteration.decodes, iteration.prefills
+    rows: dict[tuple[int, ...], int] = {}
+    prefill_tokens = sum(tokens for _, tokens in prefills)
+    for layer, bits in enumerate(plan.weight_bits):
+        chunks = [(tokens, live.computed_tokens) for live, tokens in prefills if layer in live.mha]
+        contexts = [live.table.keep_of(layer).tokens(live.computed_tokens) for live in decodes if layer in live.mha]
+        seen = (
+            WEIGHT_BITS.index(bits),
+            sum(tokens for tokens, _ in chunks),
+            sum(chunk_context_sum(tokens, prefix) for tokens, prefix in chunks),
+            len(contexts),
+            sum(contexts),
+            prefill_tokens * plan.prefill.ffn[layer] + len(decodes) * plan.decode.ffn[layer],
+        )
+        rows[seen] = rows.get(seen, 0) + 1
+    return np.array([(count, *seen) for seen, count in rows.items()], dtype=np.int64)
+
+
+class PricedWeights:
+    """Layers that come over a link of constant speed; dropping one takes no time."""
+
+    def __init__(self, host_to_device_bytes_per_s: float, clock: SimulatedClock) -> None:
+        """Copy at this speed."""
+        if not host_to_device_bytes_per_s > 0:
+            raise ConfigError(f"host_to_device_bytes_per_s is {host_to_device_bytes_per_s}; it must be above 0")
+        self._bytes_per_s, self._clock = host_to_device_bytes_per_s, clock
+        self.end_s = math.inf
+
+    def drop(self, resident: Resident) -> None:
+        """Do nothing: the replica counts what is resident."""
+
+    def start(self, copy: LayerCopy, now_s: float) -> None:
+        """Start to copy a layer in."""
+        self.end_s = now_s + copy.copied_bytes / self._bytes_per_s
+
+    def arrived(self, now_s: float) -> bool:
+        """Return whether the copy under way is complete."""
+        return self.end_s <= now_s
+
+    def wait(self, now_s: float, until_s: float) -> None:
+        """Let time pass until ``until_s``, or until the copy is complete."""
+        self._clock.wait_until(min(self.end_s, until_s))
+
+    def join(self) -> None:
+        """End the copy."""
+        self.end_s = math.inf
+
+    def abandon(self) -> None:
+        """Give the copy up."""
+        self.end_s = math.inf

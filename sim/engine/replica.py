@@ -1,0 +1,698 @@
+"""One replica: the rules of serving, once in Python, in front of whatever carries them out.
+
+    replica = Replica(model=model, config=config, plan=plan, budget=budget, executor=..., weights=..., clock=...)
+    replica.submit(requests)
+    state = replica.run_until(10.0)
+
+The replica decides: who is admitted, who is preempted, which KV blocks a request holds, what a plan change does.
+sim/engine/protocol.py states the rules. Three seams carry the decisions out
+(sim/engine/executor.py):
+
+* ``Executor.run`` computes one iteration: at the price of a latency model (sim/engine/pricing_executor.py), or on a device
+  (hw/engine/torch_executor.py),
+* ``Weights`` copies layers in and frees blocks,
+* ``KVStorage`` is the memory behind the KV blocks; a simulated replica has none.
+
+The compiled kernel (sim/engine/kernel) is the independent twin of this file: tests compare the two on random cases.
+
+An iteration is computed when it starts, but what it brought takes effect only at its end: ``run_until`` may return in
+the middle of it, and shows the state before its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from sim.cost.memory import kv_block_layer_bytes, weight_bytes
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan, check_plan, dense_plan
+from sim.engine.block_table import BlockTable
+from sim.engine.budget import Budget, BudgetMeter, constant_budget
+from sim.engine.executor import Clock, Executor, Iteration, Ran, Weights
+from sim.engine.iteration_log import IterationLog, IterationRow
+from sim.engine.kv_manager import KVManager, kv_keep_of
+from sim.engine.kv_pool import KVPool, KVStorage
+from sim.engine.live_request import LiveRequest, RequestQueues, records_of
+from sim.engine.plan_changes import PlanChanges
+from sim.engine.prefix_cache import held_prefix_blocks
+from sim.engine.protocol import EngineConfig, EngineState, Holder, Request, requests_from_arrays
+from sim.engine.scheduler import Batch, form_batch
+from sim.engine.transition import ABSENT, plan_for_holder
+from sim.errors import BudgetError, ConfigError
+from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
+from sim.types import GIB, Floats, Ints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _UnderWay:
+    """An iteration that was computed and takes effect at its end."""
+
+    iteration: Iteration
+    ran: Ran
+    running: int
+    waiting: int
+    preempted: int
+
+
+class Replica:
+    """One engine that serves requests by the rules of sim/engine/protocol.py.
+
+    expects_more: whether requests may still come that were not submitted yet; its memory follows the budget meanwhile.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelSpec,
+        config: EngineConfig,
+        plan: Plan,
+        budget: int | Budget,
+        executor: Executor,
+        weights: Weights,
+        clock: Clock,
+        storage: KVStorage | None = None,
+        workspace_bytes: int = 0,
+        quality_nll: Callable[[Plan], float] | None = None,
+        check_bits: Callable[[Plan], None] | None = None,
+        start_s: float = 0.0,
+        late_arrivals: bool = False,
+        on_token: Callable[[int, int | None, bool], None] | None = None,
+        holds: Callable[[int], bool] | None = None,
+    ) -> None:
+        """Build an idle replica.
+
+        Args:
+            model: what is served. config: how it serves.
+            plan: what runs first; its weights are on the device already.
+            budget: bytes that weights, workspace and KV cache may hold together, constant or over time.
+            executor, weights, clock, storage: what carries the decisions out (see above).
+            workspace_bytes: activations and the like, part of the budget that neither weights nor KV can use.
+            quality_nll: nats a token that a plan costs (``sim.cost.quality``), charged to requests; None charges nothing.
+            check_bits: raises CalibrationError for a plan with a precision that was not measured; None checks nothing.
+            start_s: when it starts, on its clock.
+            late_arrivals: whether a request may be submitted after its arrival, as on a clock that runs by itself.
+            on_token: called with (request_id, token, whether it is the last) as each token comes; the token is None
+                where a request was rejected, and where tokens are not real.
+            holds: called with a request_id as it ends: whether its KV stays held until ``release``; None never.
+        Raises:
+            PlanError: for a plan that is not legal for the model.
+            CalibrationError: for a plan with a precision that was not measured.
+            BudgetError: when the budget cannot hold the weights and one request at the start.
+        """
+        self.model, self.config, self.expects_more = model, config, False
+        self.budget = budget if isinstance(budget, Budget) else constant_budget(budget)
+        self._executor, self._weights, self._clock = executor, weights, clock
+        self._check_bits = check_bits
+        self._check_plan(plan)
+        self._workspace_bytes, self._quality_nll, self._late_arrivals = workspace_bytes, quality_nll, late_arrivals
+        self._on_token, self._holds = on_token, holds
+        self._block_bytes = kv_block_layer_bytes(model, config.kv_block_tokens)
+        self._dense_weight_bytes = weight_bytes(model, dense_plan(model))
+
+        self._time_s = start_s
+        self._under_way: _UnderWay | None = None
+        self._idle = False  # it looked and found nothing to do: it waits for the next event
+        self._held = False  # the last ``run_until`` ended between two iterations: a policy decides before the next
+        self._interrupted = False
+        self._most_running = math.inf  # fewer after memory ran out, until a request has finished
+
+        self.queues = RequestQueues()
+        self._changes = PlanChanges(model, plan, weights)
+        self._kv = KVManager(config, self.queues, storage)
+        self._meter = BudgetMeter(self.budget, self._time_s)
+        self._log = IterationLog()
+        self._kept_share: list[tuple[float, float]] = []
+        self._arrived_prompt_tokens = self._first_tokens = self._produced_tokens = 0
+        self._finished = self._rejected = self._preemptions = self.out_of_memory = 0
+        self._ttft_sum_s = self._busy_s = 0.0
+
+        self._follow_running_plan(self._time_s)
+        self._resize_pool()
+        self._kv.settle()
+        executor.follow_budget(self._meter.now_bytes)
+        self._context_limit = self._find_context_limit()
+
+    # -- the Engine protocol -------------------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Hand over requests, sorted by arrival, not before the last one and, unless late ones may come, the present.
+
+        Raises:
+            ConfigError: for requests out of order or in the past, for an id that comes twice; none is taken.
+        """
+        least_s = -math.inf if self._late_arrivals else self._time_s
+        self.queues.submit(requests, least_s, check_hash_ids=self.config.prefix_caching)
+        self._wake_up()
+
+    def submit_arrays(
+        self,
+        arrival_s: Floats,
+        prompt_tokens: Ints,
+        output_tokens: Ints,
+        hash_ids: Sequence[Ints] | None = None,
+    ) -> None:
+        """Hand over requests as ``submit`` does, one entry each in every array; ids continue after those before."""
+        if self.config.prefix_caching and hash_ids is None:
+            raise ConfigError(
+                "engine.prefix_caching is true, but the requests have no hash ids to find KV by; take a trace that has "
+                "some (mooncake_conversation, mooncake_synthetic), or set engine.prefix_caching=false"
+            )
+        first = len(self.queues.all) + len(self.queues.arrivals)
+        self.submit(requests_from_arrays(arrival_s, prompt_tokens, output_tokens, hash_ids, first_id=first))
+
+    def apply(self, plan: Plan) -> None:
+        """Make ``plan`` what runs; it takes effect between two iterations.
+
+        Raises:
+            PlanError: for a plan that is not legal for the model; what runs goes on.
+            CalibrationError: for a plan with a precision that was not measured; what runs goes on.
+        """
+        self._check_plan(plan)
+        self._changes.take_due(self._time_s)
+        if self._changes.decide(self._time_s, plan):
+            self._wake_up()
+
+    def apply_at(self, time_s: Sequence[float], plans: Sequence[Plan]) -> None:
+        """Make each plan what runs from its moment on, as ``apply`` would then; for decisions known beforehand.
+
+        A plan given to ``apply`` meanwhile holds until the next of these moments. If no request is queued or scheduled
+        to arrive, scheduled decisions are skipped.
+
+        Args:
+            time_s: moments, ascending, none before the present or before those of an earlier call. plans: one each.
+        Raises:
+            ConfigError: for moments out of order. PlanError, CalibrationError: as ``apply``; then none is taken.
+        """
+        if len(time_s) != len(plans):
+            raise ConfigError(f"{len(time_s)} moments for {len(plans)} plans; give one for each")
+        least_s = max(self._time_s, self._changes.last_scheduled_s)
+        for number, moment_s in enumerate(time_s):
+            if not moment_s >= least_s:
+                raise ConfigError(
+                    f"decision {number} is for {moment_s} s, before another one or the present; "
+                    "give the moments in ascending order"
+                )
+            least_s = moment_s
+        for plan in plans:
+            self._check_plan(plan)
+        self._changes.schedule(zip(time_s, plans, strict=True))
+        self._wake_up()
+
+    def run_until(self, time_s: float) -> EngineState:
+        """Serve until ``time_s`` (``inf``: until nothing is left to do) and return what can be observed then.
+
+        Raises:
+            BudgetError: when one request alone runs out of memory.
+            KeyboardInterrupt: after ``interrupt``, between two iterations.
+        """
+        while True:
+            if self._under_way is not None:
+                if self._under_way.ran.end_s > time_s:
+                    return self._observe(time_s)
+                under_way, self._under_way = self._under_way, None
+                self._end(under_way)
+            if self._interrupted:
+                self._interrupted = False
+                raise KeyboardInterrupt
+            if self._idle and not self._wait(time_s):
+                return self._observe(min(time_s, self._now_s()))
+            now_s = self._now_s()
+            self._follow_budget(now_s)
+            self._take_arrivals(now_s)
+            if now_s >= time_s:  # a policy decides now, before the next iteration starts
+                self._held = True
+                return self._observe(time_s)
+            self._time_s, self._held = now_s, False
+            self._idle = not self._iterate(now_s)
+
+    @property
+    def drained(self) -> bool:
+        """Whether no submitted request can make any more progress by itself."""
+        if self._held or self.queues.arrivals or self.queues.running:
+            return False
+        return not self.queues.waiting or self._stuck
+
+    @property
+    def _stuck(self) -> bool:
+        """Whether nothing will happen by itself."""
+        nothing_due = math.isinf(self._next_event_s()) and self._changes.copy is None
+        return self._idle and not self._held and self._under_way is None and nothing_due
+
+    def records(self, request_ids: Sequence[int] | None = None) -> Records:
+        """Return one row a request, in order of arrival, or those of some; requests yet to arrive have none."""
+        known = self.queues.all
+        live = list(known.values()) if request_ids is None else [known[i] for i in request_ids]
+        return records_of(live, self.model, priced=self._quality_nll is not None)
+
+    # -- what else a replay writes, and what tests look at -------------------------------------------------------
+
+    def iterations(self) -> Iterations:
+        """Return one row an iteration."""
+        return self._log.table()
+
+    def token_gaps(self) -> TokenGaps:
+        """Return every gap between two tokens of one request."""
+        return self._log.token_gaps()
+
+    def transitions(self) -> Transitions:
+        """Return one row a plan change."""
+        return self._changes.log.table()
+
+    def kept_share(self) -> tuple[tuple[float, float], ...]:
+        """Return (time_s, share of the dense weights' bytes that is resident), one entry a change."""
+        return tuple(self._kept_share)
+
+    @property
+    def budget_violation_s(self) -> float:
+        """Seconds so far in which more was held than the budget allowed."""
+        return self._meter.violation_s
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens that prompt and output of one request may have together."""
+        return self._context_limit
+
+    @property
+    def request_ids(self) -> list[int]:
+        """The requests that have arrived, in the order of ``records``."""
+        return list(self.queues.all)
+
+    @property
+    def pool(self) -> KVPool:
+        """The KV blocks: how many are held and free."""
+        return self._kv.pool
+
+    @property
+    def outside(self) -> dict[int, BlockTable]:
+        """Tables of requests that hold KV here without running here, by request."""
+        return self._kv.outside
+
+    def holders(self) -> list[Holder]:
+        """Return the running requests, in order of admission, and what each holds."""
+        return [
+            Holder(
+                request_id=live.request_id,
+                mha=live.mha,
+                tokens=live.computed_tokens,
+                layer_blocks=live.table.own_layer_blocks,
+                decoding=live.decoding,
+            )
+            for live in self.queues.running
+        ]
+
+    @property
+    def shared_layer_blocks(self) -> int:
+        """KV blocks of the prefix blocks that requests hold, each counted once however many hold it."""
+        return len(held_prefix_blocks(self.queues.running))
+
+    def check(self) -> None:
+        """Check that every KV block is held once or free once, and that tables and pool count the same."""
+        self._kv.check()
+
+    # -- requests that leave early, or run on two replicas -------------------------------------------------------
+
+    def interrupt(self) -> None:
+        """Let ``run_until`` raise KeyboardInterrupt between two iterations; callable from a signal handler."""
+        self._interrupted = True
+
+    def cancel(self, request_id: int) -> None:
+        """End a request that no one waits for: at once where it waits, with its next token where it runs."""
+        live = self.queues.all.get(request_id)
+        if live is None:
+            self.queues.arrivals = deque(r for r in self.queues.arrivals if r.request_id != request_id)
+        elif live.status is Status.RUNNING:
+            live.output_limit = min(live.output_limit, live.produced_tokens + 1)
+        elif live.status is Status.WAITING:
+            self.queues.waiting.remove(live)
+            self._reject(live)
+        self._wake_up()
+
+    def reserve(self, request_id: int, prompt_tokens: int) -> BlockTable | None:
+        """Hold room for the KV of a prompt that was computed elsewhere; None where there is none now.
+
+        As in sim.disaggregate: there must be KV blocks above the watermark and a free place among the running
+        requests, and no preempted request may wait.
+        """
+        table = self._kv.new_table(self._kv.decode_mha)
+        table.kv_keep = kv_keep_of(self._changes.plan)
+        left = self.pool.free_layer_blocks - table.own_blocks_needed(prompt_tokens)
+        if left < self._limits.watermark_layer_blocks or self.queues.waiting:
+            return None
+        if len(self.queues.running) + len(self.outside) >= self._limits.max_running:
+            return None
+        self._kv.hold_outside(request_id, table, prompt_tokens)
+        return table
+
+    def join(self, live: LiveRequest) -> None:
+        """Let a request decode here from now on whose KV has arrived where ``reserve`` held room for it."""
+        live.table, live.status = self._kv.outside.pop(live.request_id), Status.RUNNING
+        self.queues.all[live.request_id] = live
+        self._arrived_prompt_tokens += live.request.prompt_tokens
+        self.queues.running.append(live)
+        self._wake_up()
+
+    def release(self, request_id: int) -> None:
+        """Free the KV that was held for a request that has ended here."""
+        self.pool.release(self._kv.outside.pop(request_id).own_blocks())
+        self._wake_up()
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    def _now_s(self) -> float:
+        return max(self._clock.now_s(), self._time_s)
+
+    def _wake_up(self) -> None:
+        """Look for something to do at the next ``run_until``: a call from outside changed something."""
+        self._idle = False
+
+    def _wait(self, time_s: float) -> bool:
+        """Let an idle replica wait until ``time_s``; return whether something happened before or just then."""
+        now_s = self._now_s()
+        event_s = self._next_event_s()
+        until_s = min(event_s, time_s)
+        copying = self._changes.copy is not None
+        if copying:
+            self._weights.wait(now_s, until_s)
+        elif math.isinf(until_s):
+            return False
+        else:
+            self._clock.wait_until(until_s)
+        now_s = self._now_s()
+        happened = event_s <= now_s or (copying and self._weights.arrived(now_s))
+        self._idle = not happened
+        return happened or now_s < time_s
+
+    def _next_event_s(self) -> float:
+        """Return when an idle replica has something to do again by itself; the end of a copy is not counted."""
+        coming = self.queues.waiting or self.queues.arrivals
+        times_s = [math.inf]
+        if self.queues.arrivals:
+            times_s.append(self.queues.arrivals[0].arrival_s)
+        if coming or self.expects_more:
+            times_s.append(self._meter.next_s)
+        if coming:
+            times_s.append(self._changes.next_scheduled_s)
+        return min(times_s)
+
+    # -- serving -------------------------------------------------------------------------------------------------
+
+    def _take_arrivals(self, now_s: float) -> None:
+        queues, plan = self.queues, self._changes.plan
+        while queues.arrivals and queues.arrivals[0].arrival_s <= now_s:
+            request = queues.arrivals.popleft()
+            limit = min(request.output_tokens, self._context_limit - request.prompt_tokens)
+            queues.all[request.request_id] = live = LiveRequest(request, output_limit=limit)
+            self._arrived_prompt_tokens += request.prompt_tokens
+            full = plan.admit is not None and len(queues.waiting) >= plan.admit
+            if full or limit < 1:
+                self._reject(live)
+            else:
+                queues.waiting.append(live)
+
+    def _reject(self, live: LiveRequest) -> None:
+        live.status = Status.REJECTED
+        self._rejected += 1
+        if self._on_token is not None:
+            self._on_token(live.request_id, None, True)
+
+    def _iterate(self, now_s: float) -> bool:
+        """Change the plan, form a batch and run it; return whether there was anything to do."""
+        preempted = self._change_plan(now_s)
+        self._kv.look_up_waiting()
+        batch = form_batch(
+            self.config.scheduler,
+            self.queues.waiting,
+            self.queues.running,
+            self.pool.free_layer_blocks,
+            self._kv.layer_blocks,
+            self._limits,
+            self._kv.prefix_cache.shared_layer_blocks,
+        )
+        self._carry_out(batch, now_s)
+        if not batch.scheduled:
+            return bool(batch.preempted)
+        self._start(batch, now_s, preempted + len(batch.preempted))
+        return True
+
+    def _carry_out(self, batch: Batch[LiveRequest], now_s: float) -> None:
+        """Preempt, admit and take KV blocks, as the batch says."""
+        for live in batch.preempted:
+            self._preempt(live)
+        for live in batch.admitted:
+            assert self.queues.waiting.popleft() is live
+            self._kv.admit(live)
+            live.prefill_tokens = live.target_tokens
+            live.status = Status.RUNNING
+            if math.isnan(live.admitted_s):
+                live.admitted_s = now_s
+            if live.cached_tokens < 0:
+                # Of its first admission only: what a preempted request finds of its own is not the cache's merit.
+                live.cached_tokens = live.computed_tokens
+            self.queues.running.append(live)
+        for live, tokens in batch.scheduled:
+            self._kv.hold(live, live.computed_tokens + tokens)
+
+    def _start(self, batch: Batch[LiveRequest], now_s: float, preempted: int) -> None:
+        """Let the executor run a batch; what it brings takes effect at its end."""
+        running, waiting = len(self.queues.running), len(self.queues.waiting)
+        iteration = Iteration(
+            number=len(self._log),
+            start_s=now_s,
+            batch=batch,
+            plan=self._changes.plan,
+            copying=self._changes.copy is not None,
+            memory_bytes=self._changes.weight_bytes + self.pool.layer_blocks * self._block_bytes,
+        )
+        ran = self._executor.run(iteration)
+        if ran is None:
+            self._run_out_of_memory(batch)
+        else:
+            self._under_way = _UnderWay(
+                iteration=iteration, ran=ran, running=running, waiting=waiting, preempted=preempted
+            )
+
+    def _run_out_of_memory(self, batch: Batch[LiveRequest]) -> None:
+        """Preempt the newer half of the running requests: the device had less memory than the budget says."""
+        self.out_of_memory += 1
+        running = self.queues.running
+        if len(running) == 1:
+            raise BudgetError(
+                f"an iteration of {sum(tokens for _, tokens in batch.scheduled)} tokens of one request ran out of "
+                f"memory next to {self._changes.weight_bytes / GIB:.2f} GiB of weights; raise workspace_bytes "
+                f"({self._workspace_bytes / GIB:.2f} GiB now), or lower engine.limits.max_batch_tokens"
+            )
+        for live in running[: len(running) // 2 - 1 : -1]:
+            self._preempt(live)
+        self._most_running = len(running)  # else the same batch would come again
+
+    def _end(self, under_way: _UnderWay) -> None:
+        """Let an iteration take effect: give every request that caught up its next token."""
+        iteration, ran = under_way.iteration, under_way.ran
+        now_s = self._time_s = ran.end_s
+        prefill_tokens = sum(tokens for _, tokens in iteration.prefills)
+        decode_requests = len(iteration.decodes)
+        self._busy_s += now_s - iteration.start_s
+        # What is held changes now; until now it was compared with the budget as it was.
+        self._follow_budget(now_s)
+        # A request that arrives at the very end of an iteration arrives before it ends.
+        self._take_arrivals(now_s)
+        used_share = self.pool.used_layer_blocks / max(self.pool.layer_blocks, 1)
+        for live, tokens in iteration.batch.scheduled:
+            self._advance(live, tokens, ran, now_s)
+        self.queues.running = [live for live in self.queues.running if live.status is Status.RUNNING]
+        self._log.add(
+            IterationRow(
+                start_s=iteration.start_s,
+                end_s=now_s,
+                prefill_tokens=prefill_tokens,
+                decode_requests=decode_requests,
+                running=under_way.running,
+                waiting=under_way.waiting,
+                kv_used_share=used_share,
+                preemptions=under_way.preempted,
+                extrapolated=ran.extrapolated,
+            )
+        )
+
+    def _advance(self, live: LiveRequest, tokens: int, ran: Ran, now_s: float) -> None:
+        """Count the tokens that a request computed; once it has caught up, it gets its next token."""
+        prefilled = not live.decoding
+        live.computed_tokens += tokens
+        self._kv.prefix_cache.fill(live)
+        if live.computed_tokens < live.target_tokens:
+            return
+        plan = self._changes.plan
+        ffn = plan.prefill.ffn if prefilled else plan.decode.ffn
+        model = self.model
+        live.kept_params += model.fixed_params + len(live.mha) * model.mha_params + sum(ffn) * model.ffn_params
+        if self._quality_nll is not None:
+            live.nll_sum += self._quality_nll(plan_for_holder(plan, live.mha, decoding=not prefilled))
+        if prefilled:
+            self._kv.end_prefill(live, plan)
+        self._add_token(live, ran, now_s)
+
+    def _add_token(self, live: LiveRequest, ran: Ran, now_s: float) -> None:
+        """Give a request its next token; with its last one it ends and lets go of its KV."""
+        live.produced_tokens += 1
+        self._produced_tokens += 1
+        if live.produced_tokens == 1:
+            live.first_token_s = now_s
+            self._first_tokens += 1
+            self._ttft_sum_s += now_s - live.request.arrival_s
+        else:
+            self._log.add_gap(now_s - live.last_token_s)
+        live.last_token_s = now_s
+        last = live.produced_tokens >= live.output_limit or live.request_id in ran.stopped
+        if last:
+            self._finish(live, now_s)
+        if self._on_token is not None:
+            self._on_token(live.request_id, ran.next_tokens.get(live.request_id), last)
+
+    def _finish(self, live: LiveRequest, now_s: float) -> None:
+        live.finish_s, live.status = now_s, Status.FINISHED
+        self._finished += 1
+        self._most_running = math.inf
+        if self._holds is not None and self._holds(live.request_id):
+            self._kv.outside[live.request_id] = live.table
+            live.table = self._kv.new_table(frozenset())
+        else:
+            self._kv.let_go(live)
+
+    def _preempt(self, live: LiveRequest) -> None:
+        """Take a running request's KV and put it back at the head of the queue."""
+        self.queues.running.remove(live)
+        self._kv.preempt(live)
+        live.preemptions += 1
+        live.status = Status.WAITING
+        self._preemptions += 1
+        self.queues.waiting.appendleft(live)
+
+    # -- plans and memory ----------------------------------------------------------------------------------------
+
+    def _check_plan(self, plan: Plan) -> None:
+        check_plan(self.model, plan)
+        if self._check_bits is not None:
+            self._check_bits(plan)
+
+    def _change_plan(self, now_s: float) -> int:
+        """Do what is due of plan changes between two iterations; return how many requests were preempted for it."""
+        before, changes = self._preemptions, self._changes
+        was_resident = changes.resident
+        copy = changes.join(now_s)
+        if copy is not None:
+            self._follow_running_plan(now_s)
+            restored = copy.mha_bits != ABSENT and was_resident.mha_bits[copy.layer] == ABSENT
+            if restored and self.config.restore == "recompute":
+                self._recompute_without(copy.layer)
+        changes.take_due(now_s)
+        if changes.begin(self.pool.layer_blocks):
+            self._follow_running_plan(now_s)
+        changes.line_up_copy()
+        resized = self._resize_pool()
+        # Victims go from the newest: an early request has more KV to compute again.
+        while self.pool.free_layer_blocks < 0 and self.queues.running:
+            self._preempt_for_change(self.queues.running[-1])
+        if resized:
+            self._kv.settle()
+            self._executor.follow_budget(self._meter.now_bytes)
+        changes.start_copy(now_s)
+        changes.log.look(now_s, self.pool.layer_blocks, ready=changes.copy is None)
+        return self._preemptions - before
+
+    def _follow_running_plan(self, now_s: float) -> None:
+        """Let KV, requests and the record of resident weights follow the plan that runs from now on."""
+        self._kv.follow_plan(self._changes.plan)
+        share = self._changes.weight_bytes / self._dense_weight_bytes
+        if not self._kept_share or self._kept_share[-1][1] != share:
+            self._kept_share.append((now_s, share))
+
+    def _recompute_without(self, layer: int) -> None:
+        """Preempt the running requests that lack the KV of a restored MHA block that now runs for them."""
+        lacking = [live for live in reversed(self.queues.running) if layer not in live.mha]
+        for live in lacking:
+            if layer in self._kv.mha_of(live):
+                self._preempt_for_change(live)
+
+    def _preempt_for_change(self, live: LiveRequest) -> None:
+        self._changes.log.charge(preempted=1, recomputed_tokens=live.computed_tokens)
+        self._preempt(live)
+
+    def _resize_pool(self) -> bool:
+        """Give the KV pool what the budget leaves; return whether its size changed."""
+        changes = self._changes
+        left = self._meter.now_bytes - changes.weight_bytes - changes.incoming_bytes - self._workspace_bytes
+        layer_blocks = max(0, left // self._block_bytes)
+        resized = self._kv.resize(layer_blocks)
+        limits = self.config.limits
+        most = min(limits.max_running, changes.plan.max_running or limits.max_running, self._most_running)
+        watermark = math.ceil(self.config.kv_watermark_share * layer_blocks)
+        self._limits = replace(
+            limits,
+            max_running=int(most),
+            watermark_layer_blocks=limits.watermark_layer_blocks + watermark,
+        )
+        return resized
+
+    def _find_context_limit(self) -> int:
+        """Return the longest context of one request, so that it fits the first pool alone, as vLLM demands."""
+        limit = self.config.max_context_tokens or self.model.max_context_tokens
+        if self._kv.prefill_mha:
+            blocks = (self.pool.layer_blocks - self._limits.watermark_layer_blocks) // len(self._kv.prefill_mha)
+            limit = min(limit, blocks * self.config.kv_block_tokens)
+        budget_bytes, held_bytes = self._meter.now_bytes, self._changes.weight_bytes
+        if limit < 2 or held_bytes + self._workspace_bytes > budget_bytes:
+            raise BudgetError(
+                f"weights {held_bytes / GIB:.2f} GiB and workspace {self._workspace_bytes / GIB:.2f} GiB leave "
+                f"no room for the KV cache of one request in a budget of {budget_bytes / GIB:.2f} GiB; prune or "
+                "quantise more blocks, or raise the budget (budget=, gpu=)"
+            )
+        return limit
+
+    def _follow_budget(self, now_s: float) -> None:
+        """Bring the budget up to ``now_s`` and count the seconds in which more was held than it allowed."""
+        kv_bytes = self.pool.used_layer_blocks * self._block_bytes
+        weights = self._changes.weight_bytes + self._changes.incoming_bytes
+        self._meter.follow(now_s, weights + self._workspace_bytes + kv_bytes)
+
+    # -- what can be seen ----------------------------------------------------------------------------------------
+
+    def _observe(self, time_s: float) -> EngineState:
+        """Return what can be observed at a moment; budget, arrivals and known decisions are followed to there."""
+        self._time_s = time_s = max(time_s, self._time_s)
+        self._follow_budget(time_s)
+        self._take_arrivals(time_s)
+        if self._changes.take_due(time_s):
+            self._wake_up()
+        queues, changes = self.queues, self._changes
+        next_bytes, next_s = self._meter.announced(time_s)
+        return EngineState(
+            time_s=time_s,
+            waiting=len(queues.waiting),
+            waiting_tokens=sum(live.target_tokens for live in queues.waiting),
+            oldest_wait_s=time_s - queues.waiting[0].request.arrival_s if queues.waiting else 0.0,
+            running=len(queues.running),
+            running_tokens=sum(live.computed_tokens for live in queues.running),
+            kv_layer_blocks=self.pool.layer_blocks,
+            kv_used_layer_blocks=self.pool.used_layer_blocks,
+            budget_bytes=self._meter.now_bytes,
+            weight_bytes=changes.weight_bytes,
+            arrived=len(queues.all),
+            arrived_prompt_tokens=self._arrived_prompt_tokens,
+            first_tokens=self._first_tokens,
+            ttft_sum_s=self._ttft_sum_s,
+            produced_tokens=self._produced_tokens,
+            finished=self._finished,
+            rejected=self._rejected,
+            preemptions=self._preemptions,
+            iterations=len(self._log),
+            busy_s=self._busy_s,
+            next_budget_bytes=next_bytes,
+            next_budget_s=next_s,
+            budget_violation_s=self._meter.violation_s,
+            incoming_bytes=changes.incoming_bytes,
+            plan=changes.plan,
+            target=changes.wanted,
+        )

@@ -1,0 +1,211 @@
+"""A server as a value: what it serves, on which device, at which price; it builds the simulated engine.
+
+Replays, policies that try plans out, environments and comparisons with real runs all build their engine here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sim.config import build_option
+from sim.cost.gpu import Gpu
+from sim.cost.latency import CALIBRATIONS, CopySpeed, LatencyModel, copy_speed, load_calibration
+from sim.cost.model_spec import ModelSpec, load_model
+from sim.cost.plan import Plan
+from sim.cost.quality import QUALITIES, FittedQuality, PublishedQuality, load_quality
+from sim.engine.budget import Budget, BudgetContext
+from sim.engine.protocol import EngineConfig
+from sim.engine.sim_engine import SimEngine
+from sim.errors import ConfigError
+
+WORKSPACE_BYTES = 1_240_000_000
+"""Default memory for activations, CUDA graphs and the like (sim.config.ReplayConfig says where it was measured)."""
+
+
+def find_calibration(model: str, gpu: str) -> str:
+    """Return the name of the calibration of ``model`` on ``gpu``; of several, the one with the shortest name.
+
+    Raises:
+        ConfigError: if there is none, naming those of this model and of others.
+    """
+    known = _calibrated_pairs(CALIBRATIONS)
+    found = [name for name, pair in known.items() if pair == (model, gpu)]
+    if not found:
+        devices = sorted(f"{name} (gpu={pair[1]})" for name, pair in known.items() if pair[0] == model)
+        models = sorted({pair[0] for pair in known.values()})
+        raise ConfigError(
+            f"no calibration of {model} on {gpu}; "
+            + (f"there are {', '.join(devices)}" if devices else f"calibrated models are {', '.join(models)}")
+            + "; set gpu= or model= to such a pair, latency= to a file of your own, or make one with hw.calibrate"
+        )
+    return min(found, key=lambda name: (len(name), name))
+
+
+@cache
+def _calibrated_pairs(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return (model, device) of every calibration in a folder, by its name."""
+    known = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known[path.stem] = (content["model"], content["device"])
+    return known
+
+
+def find_quality(model: str) -> str | None:
+    """Return the name of a model's quality table, a measured one before a published one; None if it has none."""
+    known = {path.stem for path in QUALITIES.glob("*")}
+    return next((name for name in (model, f"{model}_published") if name in known), None)
+
+
+@cache
+def named_calibration(name: str) -> LatencyModel:
+    """Return a calibration of conf/calibration by name; each is read once."""
+    return load_calibration(name)
+
+
+@cache
+def named_quality(name: str) -> FittedQuality | PublishedQuality:
+    """Return a quality model of conf/quality by name; each is built once."""
+    return load_quality(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSpec:
+    """A server without its requests and its budget.
+
+    model: what is served. gpu: on which device. config: how it schedules and keeps KV.
+    workspace_bytes: memory that neither weights nor KV can use.
+    latency: the price of the model on the device; None where there is no calibration, which only a real engine can do
+        without.
+    quality_nll: nats a token that a plan costs, charged to requests; None charges nothing.
+    """
+
+    model: ModelSpec
+    gpu: Gpu
+    config: EngineConfig
+    workspace_bytes: int = WORKSPACE_BYTES
+    latency: LatencyModel | None = None
+    quality_nll: Callable[[Plan], float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.latency is not None and self.latency.model != self.model.name:
+            raise ConfigError(
+                f"calibration {self.latency.name!r} was made for model {self.latency.model!r}, not "
+                f"{self.model.name!r}; set latency= to one made for it, or model={self.latency.model}"
+            )
+
+    @classmethod
+    def from_names(
+        cls,
+        *,
+        model: str,
+        gpu: str,
+        engine: str = "vllm_v1",
+        latency: str | None = None,
+        quality: str | None = None,
+        workspace_bytes: float = WORKSPACE_BYTES,
+    ) -> ServerSpec:
+        """Build a server from options of conf/ by name: ``ServerSpec.from_names(model="llama2_7b", gpu="a100_80gb")``.
+
+        Args:
+            latency: a calibration by name or path; None takes the one of this model on this GPU.
+            quality: a quality table by name; None takes the one of this model, where there is one.
+        Raises:
+            RapLabError: for an unknown name, with the nearest one; without a calibration of the model on the GPU.
+        """
+        return cls.from_parts(
+            load_model(model),
+            build_option("gpu", gpu),
+            build_option("engine", engine),
+            latency=latency or find_calibration(model, gpu),
+            quality=quality,
+            workspace_bytes=workspace_bytes,
+        )
+
+    @classmethod
+    def from_parts(
+        cls,
+        model: ModelSpec,
+        gpu: Gpu,
+        config: EngineConfig,
+        *,
+        latency: str | None = None,
+        quality: str | None = None,
+        workspace_bytes: float = WORKSPACE_BYTES,
+        fixed_s: float | None = None,
+    ) -> ServerSpec:
+        """Build a server from a model, a device and a configuration, with prices by name.
+
+        Args:
+            latency, quality: as ``from_names``, except that a missing calibration leaves ``latency`` None.
+            fixed_s: overhead of an iteration, in place of the calibration's; None keeps that.
+        """
+        if latency is None:
+            pairs = _calibrated_pairs(CALIBRATIONS).values()
+            latency = find_calibration(model.name, gpu.name) if (model.name, gpu.name) in pairs else None
+        priced = None
+        if latency is not None:
+            # A file given by path may be written again under the same name, so it is read each time.
+            priced = load_calibration(latency) if latency.endswith(".json") else named_calibration(latency)
+            if fixed_s is not None:
+                priced = priced.with_fixed(fixed_s, "fixed_s of the configuration")
+        table = quality or find_quality(model.name)
+        return cls(
+            model=model,
+            gpu=gpu,
+            config=config,
+            workspace_bytes=int(workspace_bytes),
+            latency=priced,
+            quality_nll=named_quality(table).nll if table is not None else None,
+        )
+
+    def copying(self) -> CopySpeed:
+        """Return how fast weights are copied in, measured by the calibration or by the device's data sheet."""
+        return copy_speed(self.priced(), self.gpu)
+
+    def priced(self) -> LatencyModel:
+        """Return the latency model.
+
+        Raises:
+            ConfigError: if there is none, naming the calibrations that there are.
+        """
+        return self.latency or named_calibration(find_calibration(self.model.name, self.gpu.name))
+
+    def budget_context(self, plan: Plan) -> BudgetContext:
+        """Return what a budget of this server may be stated relative to, ``plan`` being the first one."""
+        return BudgetContext(
+            model=self.model,
+            gpu=self.gpu,
+            plan=plan,
+            workspace_bytes=self.workspace_bytes,
+            kv_block_tokens=self.config.kv_block_tokens,
+        )
+
+    def build_engine(self, plan: Plan, budget: int | Budget, **overrides: Any) -> SimEngine:
+        """Build an idle simulated engine.
+
+        Args:
+            plan: what runs first.
+            budget: bytes that weights, workspace and KV may hold together, constant or over time.
+            overrides: further arguments of ``SimEngine``, such as ``env`` or ``keep_iterations``; they take precedence
+                over the server's own.
+        Raises:
+            ConfigError: without a calibration.
+            BudgetError: when the budget cannot hold the weights and one request.
+        """
+        copying = self.copying()
+        arguments: dict[str, Any] = {
+            "model": self.model,
+            "latency": self.priced(),
+            "config": self.config,
+            "workspace_bytes": self.workspace_bytes,
+            "host_to_device_bytes_per_s": copying.host_to_device_bytes_per_s,
+            "copy_slowdown": copying.slowdown,
+            "quality_nll": self.quality_nll,
+        }
+        return SimEngine(plan=plan, budget_bytes=budget, **{**arguments, **overrides})

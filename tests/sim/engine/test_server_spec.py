@@ -1,0 +1,69 @@
+"""A server from names, parts or configuration is one and the same, and builds the engine that replays use."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sim.config import build_option, compose_config, load_option
+from sim.cost.plan import dense_plan
+from sim.engine.server_spec import ServerSpec
+from sim.errors import ConfigError
+from sim.policies import PolicyContext
+from sim.replay.loop import replay
+from sim.replay.run import build_engine, build_trace, replay_with, server_spec
+from sim.results.metrics import Slo, met_slo
+from sim.types import GIB
+
+
+def test_the_session_of_the_readme_runs() -> None:
+    server = ServerSpec.from_names(model="llama2_7b", gpu="a100_80gb")
+    trace = build_option("trace", "burst", {"duration_s": 20.0})
+    policy = build_option("policy", "greedy_stop")(PolicyContext.of(server))
+    engine = server.build_engine(policy.first_plan, 40 * GIB)
+    replay(trace, engine, policy, tick_s=1.0)
+    assert 0.0 <= met_slo(engine.records(), Slo(ttft_s=2.0)).mean() <= 1.0
+    assert len(engine.records()) == len(trace)
+
+
+def test_names_and_a_configuration_give_the_same_server_and_the_same_records() -> None:
+    cfg = compose_config("replay", ["trace.duration_s=30", "budget=constant", "budget.budget_bytes=2e10"])
+    named, configured = ServerSpec.from_names(model="llama2_7b", gpu="a100_80gb"), server_spec(cfg)
+    assert dataclasses.replace(named, quality_nll=None) == dataclasses.replace(configured, quality_nll=None)
+    trace = build_trace(cfg)
+    mine = named.build_engine(dense_plan(named.model), 20_000_000_000)
+    theirs, policy = build_engine(cfg)
+    replay(trace, mine, policy)
+    replay_with(cfg, trace, theirs, policy)
+    np.testing.assert_array_equal(mine.records().finish_s, theirs.records().finish_s)
+
+
+def test_without_a_calibration_only_building_the_simulated_engine_fails() -> None:
+    server = ServerSpec.from_parts(
+        build_option("model", "opt_13b"), build_option("gpu", "a100_80gb"), build_option("engine", "vllm_v1")
+    )
+    assert server.latency is None
+    with pytest.raises(ConfigError, match="no calibration of opt_13b on a100_80gb"):
+        server.build_engine(dense_plan(server.model), 80 * GIB)
+
+
+def test_a_calibration_of_another_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="was made for model 'llama2_7b', not 'llama3_8b'"):
+        ServerSpec.from_names(model="llama3_8b", gpu="l4_24gb", latency="llama2_7b_l4")
+
+
+def test_overrides_take_precedence_over_the_servers_own_arguments() -> None:
+    server = ServerSpec.from_names(model="llama2_7b", gpu="a100_80gb")
+    config = dataclasses.replace(server.config, kv_block_tokens=32)
+    assert server.build_engine(dense_plan(server.model), 40 * GIB, config=config).config.kv_block_tokens == 32
+
+
+def test_an_option_is_found_by_name_with_changed_keys_and_a_seed() -> None:
+    assert load_option("trace", "burst", {"duration_s": 5.0}, seed=3).seed == 3
+    assert load_option("trace", "burst", {"duration_s": 5.0}).duration_s == 5.0
+    with pytest.raises(ConfigError, match="there is no gpu=a100; did you mean 'a100_80gb'"):
+        load_option("gpu", "a100")
+    with pytest.raises(ConfigError, match="takes no 'durations'"):
+        build_option("trace", "burst", {"durations": 5.0})

@@ -1,0 +1,83 @@
+"""Every command goes through one Hydra entry: its help has one form, and a mistake is one line and exit status 2."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from sim.config import CONF_DIR, help_text
+from sim.paths import REPOSITORY
+from tests.commands import exit_status
+
+COMMANDS = {
+    "sim.replay.__main__": "replay",
+    "sim.compare": "compare",
+    "sim.cluster.run": "cluster",
+    "sim.disaggregate.run": "disaggregate",
+    "sim.fit_trace": "fit_trace",
+    "sim.results.__main__": "results",
+    "sim.cluster_results": "cluster_results",
+    "hw.replay.run": "hw_replay",
+    "hw.calibrate.__main__": "calibrate",
+    "hw.score.run": "score",
+    "hw.serve.server": "serve",
+    "hw.client.client": "client",
+    "hw.disaggregate.run": "hw_disaggregate",
+    "hw.disaggregate_results": "disaggregate_results",
+    "hw.compare": "hw_compare",
+    "hw.fidelity": "hw_fidelity",
+    "hw.validate.suite": "hw_validate",
+    "agents.training.train": "train",
+    "agents.training.clone": "clone",
+    "agents.training.offline": "offline",
+    "agents.training.tune": "tune",
+    "agents.training.export": "export",
+    "agents.evaluation.evaluate": "evaluate",
+}
+"""Module that registers the command's keys -> its file of conf/."""
+REPLAYS = {"replay", "compare", "cluster", "disaggregate", "hw_replay", "client", "serve", "hw_disaggregate"}
+
+
+def test_every_configuration_of_a_command_is_listed_here() -> None:
+    assert {path.stem for path in CONF_DIR.glob("*.yaml")} == set(COMMANDS.values()) - {"clone"}
+
+
+@pytest.mark.parametrize("module", [module for module in COMMANDS if not module.startswith("agents")])
+def test_help_shows_how_to_call_the_command_and_lists_the_groups_that_it_uses(module: str) -> None:
+    importlib.import_module(module)
+    text = help_text(COMMANDS[module])
+    assert "python -m " in text
+    assert "== This configuration" in text
+    assert "$" not in text.replace("${", "")
+    groups = text.partition("== Groups")[2].partition("\n\n==")[0]
+    assert ("trace:" in groups) == (COMMANDS[module] in REPLAYS)
+    assert "router:" not in groups or COMMANDS[module] == "cluster"
+
+
+def test_no_file_parses_arguments_of_its_own() -> None:
+    own = [
+        path.relative_to(REPOSITORY).as_posix()
+        for package in ("sim", "hw", "agents")
+        for path in (REPOSITORY / package).rglob("*.py")
+        if "argparse" in (text := path.read_text(encoding="utf-8")) or ("sys.argv" in text and path.name != "config.py")
+    ]
+    assert own == ["sim/results/run_folder.py"]  # it records the command line
+
+
+def test_arguments_without_a_key_become_a_list_and_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from hw.compare import main
+
+    assert exit_status(main, "/a folder/it's", "b", "out=c") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: /a folder/it's has no records.parquet")
+    assert error.count("\n") == 1
+
+
+def test_a_group_that_the_command_does_not_use_is_refused_with_those_that_it_does() -> None:
+    command = [sys.executable, "-m", "sim.replay", "router=least_kv"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: this command has no group 'router'")
