@@ -31,6 +31,7 @@ LAYERS = {
         ("cluster",),
         ("disaggregate",),  # its columns of tables are those of clusters
         ("replay",),
+        ("pages",),
     ),
     "hw": (
         (".",),
@@ -50,8 +51,8 @@ COMMANDS = {
     "sim.compare",
     "sim.fit_trace",
     "sim.cluster_results",
-    "sim.results.simulation_page",
-    "sim.results.cluster_page",
+    "sim.pages.simulation",
+    "sim.pages.clusters",
     "hw.compare",
     "hw.fidelity",
     "hw.disaggregate_results",

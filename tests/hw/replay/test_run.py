@@ -91,14 +91,14 @@ def test_ctrl_c_leaves_the_records_so_far_whole(
     import os
     import signal
 
-    end = hw.replay.HwEngine._end
+    end = hw.engine.hw_engine.HwEngine._end
 
-    def stop_after_a_while(engine: hw.replay.HwEngine, under_way: Any) -> None:
+    def stop_after_a_while(engine: hw.engine.hw_engine.HwEngine, under_way: Any) -> None:
         end(engine, under_way)
         if len(engine.iterations()) == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(hw.replay.HwEngine, "_end", stop_after_a_while)
+    monkeypatch.setattr(hw.engine.hw_engine.HwEngine, "_end", stop_after_a_while)
     with pytest.raises(SystemExit) as ended:
         run("hw", name="stopped")
     assert ended.value.code == 130
