@@ -20,8 +20,14 @@ from numba import njit
 
 F = TypeVar("F", bound=Callable[..., Any])
 _told = False
-_SOURCES = ("compiled.py", "cost/latency.py", "engine/kernel.py", "cluster/kernel.py")
-SOURCE_HASH = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES)).hexdigest()
+_HERE = Path(__file__).parent
+_SOURCES = [
+    _HERE / "compiled.py",
+    _HERE / "cost" / "latency.py",
+    _HERE / "cluster" / "kernel.py",
+    *sorted(_HERE.glob("engine/kernel/*.py")),
+]
+SOURCE_HASH = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
 
 
 def constant(value: int) -> int:

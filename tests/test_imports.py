@@ -227,7 +227,13 @@ def private_calls(path: Path) -> set[str]:
 
 
 COMPILED_MODULES = {
-    "sim.engine.kernel",
+    "sim.engine.kernel.state",
+    "sim.engine.kernel.kv",
+    "sim.engine.kernel.prefix_cache",
+    "sim.engine.kernel.decodes",
+    "sim.engine.kernel.admission",
+    "sim.engine.kernel.plans",
+    "sim.engine.kernel.loop",
     "sim.cluster.kernel",
     "sim.cost.latency",
     "sim.engine.batch_step",
@@ -249,6 +255,6 @@ def test_python_calls_no_compiled_function_that_has_no_way_in_from_it() -> None:
 def test_a_call_from_python_of_a_private_compiled_function_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "wrong.py"
     path.write_text(
-        "from sim.engine import kernel\nfrom sim.engine.kernel import _take\n_take(1, 2)\nkernel._release(1, 2, 3)\n"
+        "from sim.engine.kernel import kv\nfrom sim.engine.kernel.kv import _take\n_take(1, 2)\nkv._release(1, 2, 3)\n"
     )
     assert private_calls(path) == {"_take", "_release"}

@@ -37,7 +37,7 @@ from agents.envs.serve_windows import Window
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import Router
 from sim.config import build_option
-from sim.engine.plan_graph import PlanBook
+from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError, nearest
@@ -122,19 +122,19 @@ class ClusterSetting(ServeSetting):
         policies: Sequence[Policy],
         *,
         decide: bool = True,
-        book: PlanBook | None = None,
+        graph: PlanGraph | None = None,
     ) -> Cluster:
         """Return a cluster in which replica i has the budget of window i.
 
         Args:
             windows, policies: one each for every replica.
             decide: whether the policies decide every tick; if not, the caller applies plans.
-            book: shared by all engines.
+            graph: shared by all engines.
         """
-        book = PlanBook(self.model, self.nll) if book is None else book
+        graph = PlanGraph(self.model, self.nll) if graph is None else graph
 
         def make(window: Window, policy: Policy, env: simpy.Environment) -> tuple[SimEngine, Policy]:
-            return self.idle_engine(window, policy.first_plan, book=book, env=env, driven=True), policy
+            return self.idle_engine(window, policy.first_plan, graph=graph, env=env, external_clock=True), policy
 
         replicas = [
             Replica(

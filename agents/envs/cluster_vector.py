@@ -24,7 +24,7 @@ from agents.envs.serve_windows import Window
 from agents.envs.vector import final_infos, reseed
 from sim.cluster.cluster import Cluster
 from sim.engine.batch_step import ARRIVED, OLDEST_WAIT_S, SEEN_COLUMNS, WAITING
-from sim.engine.plan_graph import PlanBook
+from sim.engine.plan_graph import PlanGraph
 from sim.engine.sim_engine import MEMORY_OF_PLANS
 from sim.errors import ConfigError
 from sim.policies.fixed import Fixed
@@ -62,7 +62,7 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         self.clusters = clusters = rows // setting.replicas
         self._served: list[Cluster] = []
         self._observers = ServeObservers(setting.model, setting.actions, setting.kv_block_layer_bytes, rows)
-        self._book = PlanBook(setting.model, setting.nll)
+        self._graph = PlanGraph(setting.model, setting.nll)
         self._rngs = [np.random.default_rng(s) for s in np.random.SeedSequence().spawn(clusters)]
         self._tick, self._requests = np.zeros(clusters, dtype=np.int64), np.zeros(clusters, dtype=np.int64)
         self._settled = np.full((rows, 1), UNKNOWN)
@@ -91,10 +91,10 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         """Return a new cluster for place c; the caller serves its first tick."""
         setting, rows = self.setting, self._rows(c)
         windows = setting.sample(self._rngs[c]) if windows is None else setting.check_windows(windows)
-        if len(self._book) > MEMORY_OF_PLANS // 2:
-            self._book = PlanBook(setting.model, setting.nll)
+        if len(self._graph) > MEMORY_OF_PLANS // 2:
+            self._graph = PlanGraph(setting.model, setting.nll)
         first = [Fixed(setting.actions.plans[0])] * setting.replicas
-        cluster = setting.build_cluster(windows, first, decide=False, book=self._book)
+        cluster = setting.build_cluster(windows, first, decide=False, graph=self._graph)
         for row in range(rows.start, rows.stop):
             self._observers.begin(row)
         self._requests[c], self._tick[c] = len(cluster.trace), 0

@@ -30,11 +30,11 @@ from numpy.typing import NDArray
 from agents.envs.prune_loads import PruneLoad, check_split, prune_loads
 from agents.envs.render import RenderMixin
 from agents.envs.reward import PruneReward, PruneStep, utility
-from agents.envs.surrogate import Text, quality_on, single_losses
+from agents.envs.surrogate import quality_on, single_losses
 from sim.cost.memory import fits, peak_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import KeepMask, dense_plan, keep_all, with_mask
-from sim.cost.quality import BEST_FORM
+from sim.cost.quality import BEST_FORM, Text
 from sim.errors import ConfigError
 from sim.policies.observation.prune import (
     load_columns,

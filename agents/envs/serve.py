@@ -38,7 +38,7 @@ from sim.cost.gpu import Gpu
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import Plan, dense_plan
-from sim.engine.plan_graph import PlanBook
+from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineConfig, EngineState
 from sim.engine.server_spec import ServerSpec, named_calibration, named_quality
 from sim.engine.sim_engine import SimEngine
@@ -140,13 +140,15 @@ class ServeSetting:
         window: Window,
         plan: Plan,
         *,
-        book: PlanBook | None = None,
+        graph: PlanGraph | None = None,
         env: simpy.Environment | None = None,
-        driven: bool = False,
+        external_clock: bool = False,
     ) -> SimEngine:
         """Return an engine with the budget of a window, without requests; for the options see ``SimEngine``."""
         budget = window_budget(self.server.budget_context(plan), window, self.windows.window_s)
-        return self.server.build_engine(plan, budget, keep_iterations=False, book=book, env=env, driven=driven)
+        return self.server.build_engine(
+            plan, budget, keep_iterations=False, graph=graph, env=env, external_clock=external_clock
+        )
 
     def earned(self, engine: SimEngine | Cluster, requests: int) -> float:
         """Return the utility so far, in [0, 1]: the quality kept by requests that met the SLO, over ``requests``."""

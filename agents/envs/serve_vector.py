@@ -19,8 +19,8 @@ from agents.envs.serve_windows import Window
 from agents.envs.vector import final_infos, reseed
 from sim.compiled import compiled
 from sim.engine import kernel
-from sim.engine.batch_step import OLDEST_WAIT_S, WAITING, Fleet
-from sim.engine.plan_graph import PlanBook
+from sim.engine.batch_step import OLDEST_WAIT_S, WAITING, VectorEngines
+from sim.engine.plan_graph import PlanGraph
 from sim.engine.sim_engine import MEMORY_OF_PLANS
 from sim.policies.observation.serve import ServeObservers
 from sim.results.metrics import Slo
@@ -46,9 +46,9 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.render_mode = None
-        self._fleet = Fleet(num_envs, setting.actions.plans)
+        self._engines = VectorEngines(num_envs, setting.actions.plans)
         self._observers = ServeObservers(setting.model, setting.actions, setting.kv_block_layer_bytes, num_envs)
-        self._book = PlanBook(setting.model, setting.nll)
+        self._graph = PlanGraph(setting.model, setting.nll)
         self._rngs = [np.random.default_rng(s) for s in np.random.SeedSequence().spawn(num_envs)]
         self._tick = np.zeros(num_envs, dtype=np.int64)
         self._requests = np.zeros(num_envs, dtype=np.int64)
@@ -76,10 +76,10 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
         """Give environment i a new window and engine; the caller serves its first tick."""
         setting = self.setting
         window = window or setting.windows.sample(self._rngs[i], setting.split, setting.sources)
-        if len(self._book) > MEMORY_OF_PLANS // 2:
-            self._book = PlanBook(setting.model, setting.nll)
-        engine = setting.build_engine(window, setting.actions.plans[0], book=self._book, driven=True)
-        self._fleet.place(i, engine)
+        if len(self._graph) > MEMORY_OF_PLANS // 2:
+            self._graph = PlanGraph(setting.model, setting.nll)
+        engine = setting.build_engine(window, setting.actions.plans[0], graph=self._graph, external_clock=True)
+        self._engines.place(i, engine)
         self._observers.begin(i)
         self._requests[i], self._tick[i] = engine.requests, 0
         self._utility[i] = self._lost[i] = self._potential[i] = 0.0
@@ -90,7 +90,7 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
     def _serve(self, wanted: Ints) -> Floats32:
         """Serve one tick in every environment; return the observations, float32[n, entries]."""
         self._tick += 1
-        self._seen = self._fleet.step(wanted, np.multiply(self._tick, self.setting.tick_s, dtype=np.float64))
+        self._seen = self._engines.step(wanted, np.multiply(self._tick, self.setting.tick_s, dtype=np.float64))
         features = self._observers(self._seen)
         return np.concatenate((features, self._observers.legal(self._seen)), axis=1, dtype=np.float32)
 
@@ -110,7 +110,7 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
         utility, lost = np.empty(self.num_envs), np.empty(self.num_envs)
         moments_s = np.where(over, math.inf, self._tick * setting.tick_s)
         settle_utility(
-            self._fleet.tables, self._settled, moments_s, self._slo, setting.dense_nll, self._requests, utility, lost
+            self._engines.tables, self._settled, moments_s, self._slo, setting.dense_nll, self._requests, utility, lost
         )
         gained = self._lost - lost if setting.reward.kind == "lost" else utility - self._utility
         self._utility, self._lost = np.where(begun, 0.0, utility), np.where(begun, 0.0, lost)
@@ -128,13 +128,27 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
         """Serve the windows that are over to the end of their requests; keep what was observed at their last tick."""
         seen = self._seen.copy()
         until_s = np.where(over, math.inf, self._tick * self.setting.tick_s).astype(np.float64)
-        self._fleet.step(np.full(self.num_envs, -1), until_s)
+        self._engines.step(np.full(self.num_envs, -1), until_s)
         self._seen = seen
 
 
 def slo_seconds(slo: Slo) -> Floats:
     """Return the targets of TTFT, TPOT and E2E in seconds, float64[3]; ``inf`` where there is none."""
     return np.array([math.inf if target is None else target for target in (slo.ttft_s, slo.tpot_s, slo.e2e_s)])
+
+
+@compiled(inline=True)
+def _share_lost(request: Any, now_s: float, slo_s: Floats, dense_nll: float) -> float:
+    """Return the share of a request's worth that is lost: all of it once it misses its SLO, else what pruning costs."""
+    produced, arrival_s, first_s = request.produced_tokens, request.arrival_s, request.first_token_s
+    in_time = (now_s if np.isnan(first_s) else first_s) - arrival_s <= slo_s[0]
+    if request.status == kernel.FINISHED:
+        in_time = in_time and request.finish_s - arrival_s <= slo_s[2]
+        in_time = in_time and (produced < 2 or (request.finish_s - first_s) / (produced - 1) <= slo_s[1])
+    if not in_time or request.status == kernel.REJECTED:
+        return 1.0
+    loss = request.nll_sum / produced - dense_nll if produced > 0 else 0.0
+    return float(1.0 - np.exp(-max(loss, 0.0)))
 
 
 @compiled()
@@ -159,26 +173,17 @@ def settle_utility(
     """
     for at in range(len(tables)):
         s = tables[at]
-        n, request_i, request_f = kernel.ints_of(s), kernel.request_i_of(s), kernel.request_f_of(s)
+        requests_here = kernel.requests_of(s)
         kernel.settle(s)
         earned, gone = 0.0, 0.0
-        for r in range(n[kernel.NEXT_ARRIVAL]):
-            share = settled[at, r]
+        for r in range(kernel.counters_of(s).arrived):
+            share, request = settled[at, r], requests_here[r]
             if share < 0.0:
-                status, produced = request_i[r, kernel.STATUS], request_i[r, kernel.PRODUCED]
-                arrival_s, first_s = request_f[r, kernel.ARRIVAL_S], request_f[r, kernel.FIRST_S]
-                share = 1.0
-                in_time = (now_s[at] if np.isnan(first_s) else first_s) - arrival_s <= slo_s[0]
-                if status == kernel.FINISHED:
-                    finish_s = request_f[r, kernel.FINISH_S]
-                    in_time = in_time and finish_s - arrival_s <= slo_s[2]
-                    in_time = in_time and (produced < 2 or (finish_s - first_s) / (produced - 1) <= slo_s[1])
-                if in_time and status != kernel.REJECTED:
-                    loss = request_f[r, kernel.NLL_SUM] / produced - dense_nll if produced > 0 else 0.0
-                    share = 1.0 - np.exp(-max(loss, 0.0))
-                if status == kernel.FINISHED or status == kernel.REJECTED:
+                ended = request.status == kernel.FINISHED or request.status == kernel.REJECTED
+                share = _share_lost(request, now_s[at], slo_s, dense_nll)
+                if ended:
                     settled[at, r] = share
-            if request_i[r, kernel.STATUS] == kernel.FINISHED:
+            if request.status == kernel.FINISHED:
                 earned += 1.0 - share
             gone += share
         windows = max(requests[at], 1)

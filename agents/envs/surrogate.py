@@ -6,57 +6,29 @@ order, training or decision uses.
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from functools import cache
-from typing import Literal
 
 import numpy as np
 
-from sim.cost.quality import BEST_FORM, QUALITIES, FittedQuality, QualityTable, fit, read_table
+from sim.cost.quality import BEST_FORM, QUALITIES, FittedQuality, Text, read_fitted
 from sim.errors import CalibrationError, nearest
 from sim.types import Bools, Floats
 
 # Shapes: n masks, b blocks in the order MHA0, FFN0, MHA1, ...
 
-Text = Literal["calibration", "test"]
-
-
-def table_on(name: str, text: Text) -> QualityTable:
-    """Return the table of ``conf/quality/NAME.json`` with the losses measured on one of its texts.
-
-    The table of the calibration text leaves out plans that differ between prefill and decode or that drop KV: on that
-    text they were not measured behind a prompt.
-
-    Raises:
-        CalibrationError: for an unknown text, or a model without a measured table.
-    """
-    if text not in ("calibration", "test"):
-        raise CalibrationError(f"there is no text {text!r}; {nearest(text, ('calibration', 'test'))}")
-    path = QUALITIES / f"{name}.json"
-    if not path.exists():
-        known = sorted(p.stem for p in QUALITIES.glob("*.json"))
-        raise CalibrationError(f"conf/quality has no measured table of {name!r}; {nearest(name, known)}")
-    table = read_table(path)
-    if text == "test":
-        return table
-    rows = json.loads(path.read_text(encoding="utf-8"))["plans"]
-    dense = next(row for row in rows if "dense" in row["chosen_as"])
-    used = [i for i, plan in enumerate(table.plans) if plan.prefill == plan.decode and len(set(plan.kv_keep)) == 1]
-    return replace(
-        table,
-        dense_nll=float(dense["nll_calibration"]),
-        plans=tuple(table.plans[i] for i in used),
-        kinds=tuple(table.kinds[i] for i in used),
-        loss=np.array([float(rows[i]["nll_calibration"]) - float(dense["nll_calibration"]) for i in used]),
-        note=f"{len(used)} plans on the calibration text",
-    )
-
 
 @cache
 def quality_on(name: str, text: Text, form: str = BEST_FORM) -> FittedQuality:
-    """Return the quality model fitted to the losses on one text."""
-    return fit(table_on(name, text), form)
+    """Return the quality model fitted to the measured table of one text.
+
+    Raises:
+        CalibrationError: for another text or form, or a model without a measured table.
+    """
+    path = QUALITIES / f"{name}.json"
+    if not path.exists():
+        known = sorted(p.stem for p in QUALITIES.glob("*.json"))
+        raise CalibrationError(f"no measured quality table of {name!r}; {nearest(name, known)}")
+    return read_fitted(path, form, text)
 
 
 def mask_losses(quality: FittedQuality, removed: Bools) -> Floats:

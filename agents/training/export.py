@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from safetensors.numpy import save_file
 
-from sim.arrays import write_arrays
+from sim.atomic import write_whole
 from sim.config import run_command
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError
@@ -92,8 +94,9 @@ def export_network(
     """Write NAME.safetensors, then NAME.json: a policy whose JSON file exists is complete."""
     arrays = {}
     for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
-        arrays[f"{i}.weight"], arrays[f"{i}.bias"] = weight, bias
-    write_arrays(path.with_suffix(".safetensors"), arrays)
+        # safetensors writes the memory of an array as it lies, so a transposed view must become contiguous first.
+        arrays[f"{i}.weight"], arrays[f"{i}.bias"] = np.ascontiguousarray(weight), np.ascontiguousarray(bias)
+    write_whole(path.with_suffix(".safetensors"), lambda part: save_file(arrays, part))
     write_json(path, about_network(network, cfg, env_kwargs, status, utility))
 
 

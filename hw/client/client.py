@@ -1,9 +1,10 @@
 """Replays a trace against any OpenAI-compatible server: ``python -m hw.client client.url=http://127.0.0.1:8000``.
 
-It writes the records and the summary that sim.replay and hw.replay write, so that ``hw.compare`` sets a simulated run
-beside a real server. Open loop, each request is sent when the trace says, whatever the server does; closed loop, so
-many users send their next request when the last is answered. What only a server knows (iterations, KV use, plans) stays
-empty. Neither torch nor a tokenizer is needed: prompts are random token ids, or pieces of a text about as long.
+It writes the same records and summary as sim.replay and hw.replay, so that ``hw.compare`` can compare a simulated run
+with a real server. In an open loop each request is sent when the trace says, whatever the server does. In a closed loop
+a number of users send their next request when the last one is answered. What only a server knows (iterations, KV use,
+plans) stays empty. This needs no torch and no tokenizer: prompts are random token ids, or pieces of text of about the
+right length.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from httpx_sse import aconnect_sse
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -37,21 +39,25 @@ from sim.results.report import print_summary
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 
 CHARACTERS_A_TOKEN = 4
+"""Roughly, in English text."""
+TEXT_CHARACTERS = 400_000
+"""How much of a text prompts are cut from."""
 LOOPS = ("open", "closed")
 
 
 @dataclass(kw_only=True)
 class ClientSettings:
-    """How the server is asked.
+    """How requests are sent.
 
-    url: where it listens, without /v1. served_model: the name it knows; null takes that of model=.
-    loop: open or closed. users: of a closed loop. max_connections: requests under way at most, in an open loop too;
-        what has to wait for one is late, and its wait counts in its TTFT.
-    timeout_s: of one request. retries: of a request that could not be sent or met an error.
-    chat: ask /v1/chat/completions with text, as one message of the user, instead of /v1/completions; the server adds
-        the tokens of its template, and ``usage`` says how many a prompt really had.
+    url: where the server listens, without /v1. served_model: the model's name there; null takes the name of model=.
+    loop: open or closed. users: of a closed loop.
+    max_connections: most requests under way, also in an open loop; a request that has to wait for one is late, and its
+        wait counts in its TTFT.
+    timeout_s: of one request. retries: how often to send a request again that failed.
+    chat: send text to /v1/chat/completions, as one user message, instead of /v1/completions; the server adds the tokens
+        of its template, and its ``usage`` says how many tokens a prompt really had.
     text: cut prompts from this file, about four characters a token; null sends random token ids.
-    ignore_eos: ask for the trace's length exactly, as vLLM and hw.serve understand it.
+    ignore_eos: request exactly the trace's output length, as vLLM and hw.serve support it.
     """
 
     url: str = "http://127.0.0.1:8000"
@@ -68,7 +74,7 @@ class ClientSettings:
 
 @dataclass(kw_only=True)
 class ClientConfig(ReplayConfig):
-    """A trace against a server."""
+    """The configuration of ``python -m hw.client``."""
 
     client: ClientSettings = field(default_factory=ClientSettings)
 
@@ -78,7 +84,11 @@ ConfigStore.instance().store(name="client_schema", node=ClientConfig)
 
 @dataclass(slots=True)
 class Answer:
-    """One request and what came back: seconds since the start, real token counts of the server's ``usage``."""
+    """One request and what came back.
+
+    arrival_s, sent_s, token_s, finish_s: seconds since the start. prompt_tokens, completion_tokens: the server's
+    ``usage``; None if it sent none. error: why it failed; None if it did not.
+    """
 
     request: Request
     arrival_s: float
@@ -92,7 +102,7 @@ class Answer:
 
 
 class Replayer:
-    """Sends requests and notes when tokens come."""
+    """Sends requests and records when their tokens come."""
 
     def __init__(
         self,
@@ -103,16 +113,18 @@ class Replayer:
         seed: int = 0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """Ask one server; ``transport`` is for tests.
+        """Send to one server; ``transport`` is for tests.
 
         Raises:
-            ConfigError: for an unknown loop, numbers out of range, or a text that is not there.
+            ConfigError: for an unknown loop, numbers out of range, or a missing text.
         """
         if settings.loop not in LOOPS:
             raise ConfigError(f"unknown client.loop {settings.loop!r}; allowed: {', '.join(LOOPS)}")
         if min(settings.users, settings.max_connections) < 1 or settings.retries < 0 or not settings.timeout_s > 0:
             raise ConfigError(
-                "client.users and max_connections must be at least 1, retries at least 0 and timeout_s above 0"
+                f"client.users is {settings.users}, max_connections {settings.max_connections}, retries "
+                f"{settings.retries} and timeout_s {settings.timeout_s}; users and max_connections must be at least 1, "
+                "retries at least 0 and timeout_s above 0"
             )
         self._settings, self._model = settings, settings.served_model or model
         self._ids = RandomPrompts(vocabulary, seed)
@@ -120,15 +132,15 @@ class Replayer:
         if settings.text is not None:
             file = find_data(settings.text)
             if not file.is_file():
-                raise ConfigError(f"no text at {file}; give client.text= a file, or null for random token ids")
-            self._text = file.read_text(encoding="utf-8", errors="ignore")[:400_000]
+                raise ConfigError(f"no text at {file}; set client.text= to a file, or to null for random token ids")
+            self._text = file.read_text(encoding="utf-8", errors="ignore")[:TEXT_CHARACTERS]
         elif settings.chat:
-            raise ConfigError("client.chat=true sends text; give client.text= a file")
+            raise ConfigError("client.chat=true sends text, but client.text is null; set it to a file")
         self._seed, self._transport = seed, transport
         self.answers: list[Answer] = []
 
     async def run(self, requests: Sequence[Request]) -> list[Answer]:
-        """Send all requests; return what came back, in order of arrival."""
+        """Send all requests; return the answers in order of arrival."""
         limits = httpx.Limits(max_connections=self._settings.max_connections)
         timeout = httpx.Timeout(self._settings.timeout_s, pool=None)
         async with httpx.AsyncClient(
@@ -148,13 +160,14 @@ class Replayer:
 
     async def _at_arrival(self, http: httpx.AsyncClient, request: Request) -> None:
         await asyncio.sleep(request.arrival_s - self._now_s())
-        await self._ask(http, Answer(request, request.arrival_s))
+        await self._send(http, Answer(request, request.arrival_s))
 
     async def _user(self, http: httpx.AsyncClient, waiting: Any) -> None:
         for request in waiting:
-            await self._ask(http, Answer(request, self._now_s()))
+            await self._send(http, Answer(request, self._now_s()))
 
-    async def _ask(self, http: httpx.AsyncClient, answer: Answer) -> None:
+    async def _send(self, http: httpx.AsyncClient, answer: Answer) -> None:
+        """Send a request until it is answered or retries are used up; record the outcome in ``answer``."""
         self.answers.append(answer)
         for attempt in range(self._settings.retries + 1):
             answer.retries, answer.error = attempt, None
@@ -167,19 +180,21 @@ class Replayer:
                 return
 
     async def _stream(self, http: httpx.AsyncClient, answer: Answer) -> None:
+        """Send a request once and record when each token comes.
+
+        Raises:
+            ValueError: for an error of the server, or an answer without tokens.
+        """
         answer.sent_s = self._now_s()
         path = "/v1/chat/completions" if self._settings.chat else "/v1/completions"
-        async with http.stream("POST", path, json=self._body(answer.request)) as response:
-            if response.status_code != 200:
-                raw = (await response.aread()).decode("utf-8", errors="replace")
-                raise ValueError(f"HTTP {response.status_code}: {raw[:300]}")
-            async for line in response.aiter_lines():
-                if not line.startswith("data:"):
-                    continue
-                data = line.removeprefix("data:").strip()
-                if data == "[DONE]":
+        async with aconnect_sse(http, "POST", path, json=self._body(answer.request)) as source:
+            if source.response.status_code != 200:
+                raw = (await source.response.aread()).decode("utf-8", errors="replace")
+                raise ValueError(f"HTTP {source.response.status_code}: {raw[:300]}")
+            async for sent in source.aiter_sse():
+                if sent.data == "[DONE]":
                     break
-                event = json.loads(data)
+                event = json.loads(sent.data)
                 if "error" in event:
                     raise ValueError(str(event["error"]))
                 if event.get("usage"):
@@ -188,7 +203,7 @@ class Replayer:
                 if any(_brings_token(choice, first=not answer.token_s) for choice in event["choices"]):
                     answer.token_s.append(self._now_s())
         if not answer.token_s:
-            raise ValueError("the answer held no token")
+            raise ValueError("the answer had no token")
         answer.finish_s = answer.token_s[-1]
 
     def _body(self, request: Request) -> dict[str, Any]:
@@ -212,9 +227,9 @@ class Replayer:
 
 
 def _brings_token(choice: Mapping[str, Any], *, first: bool) -> bool:
-    """Return whether a piece of a stream brings a token; one of a chat that names a role, or an end, alone does not.
+    """Return whether a piece of a stream has a token; a piece of a chat with only a role or an end has none.
 
-    An answer whose text stays empty, of special tokens or half a character, has its end for its first token.
+    If the text of an answer stays empty (special tokens, an incomplete character), its end counts as the first token.
     """
     if "text" in choice:
         return True
@@ -222,7 +237,7 @@ def _brings_token(choice: Mapping[str, Any], *, first: bool) -> bool:
 
 
 def records_of(answers: Sequence[Answer]) -> Records:
-    """Return one row a request; tokens as the server counted them, or as many as chunks came where it did not."""
+    """Return one row a request, with the server's token counts, or the number of pieces if it sent no counts."""
     counted = [0 if a.error else (a.completion_tokens or len(a.token_s)) for a in answers]
 
     def floats(values: Sequence[float]) -> Any:
@@ -231,7 +246,7 @@ def records_of(answers: Sequence[Answer]) -> Records:
     def ints(values: Sequence[int]) -> Any:
         return np.array(values, dtype=np.int64)
 
-    nothing = np.full(len(answers), np.nan)
+    unknown = np.full(len(answers), np.nan)
     return Records(
         arrival_s=floats([a.arrival_s for a in answers]),
         prompt_tokens=ints([a.request.prompt_tokens for a in answers]),
@@ -242,14 +257,14 @@ def records_of(answers: Sequence[Answer]) -> Records:
         finish_s=floats([math.nan if a.error else a.finish_s for a in answers]),
         preemptions=ints([0] * len(answers)),
         status=ints([int(Status.REJECTED if a.error else Status.FINISHED) for a in answers]),
-        kept_params_share=nothing,
-        quality_nll=nothing,
+        kept_params_share=unknown,
+        quality_nll=unknown,
         cached_tokens=ints([0] * len(answers)),
     )
 
 
 def gaps_of(answers: Sequence[Answer]) -> TokenGaps:
-    """Return the gaps between chunks of one answer."""
+    """Return the gaps between two pieces of one answer, over all answers."""
     gaps = [
         later - earlier
         for a in answers
@@ -261,10 +276,10 @@ def gaps_of(answers: Sequence[Answer]) -> TokenGaps:
 
 
 def summary_of(answers: Sequence[Answer], slo: Slo) -> dict[str, Any]:
-    """Return the figures of a replay; those that only a server knows are 0 or None."""
+    """Return the summary of a replay; figures that only a server knows are 0 or None."""
     records = records_of(answers)
     ends = records.finish_s[np.isfinite(records.finish_s)]
-    # One row that spans the run gives it its makespan; a client sees no iterations.
+    # A client sees no iterations. One row that spans the run gives the summary its makespan.
     span = np.array([ends.max()]) if len(ends) else np.array([])
     zeros = np.zeros(len(span), dtype=np.int64)
     spanning = Iterations(
@@ -283,7 +298,7 @@ def summary_of(answers: Sequence[Answer], slo: Slo) -> dict[str, Any]:
 
 
 def no_transitions() -> Transitions:
-    """Return that no plan change was seen."""
+    """Return an empty table: a client sees no plan changes."""
     empty_int, empty_float = np.array([], dtype=np.int64), np.array([], dtype=np.float64)
     return Transitions(
         time_s=empty_float,

@@ -1,7 +1,7 @@
-"""KV between two processes: frames over a socket, and a sender whose transfers share a bandwidth, as in ``sim.disaggregate.links``.
+"""Sends KV between two processes: frames over a socket, and transfers that share a bandwidth.
 
-A frame is four bytes with the length of a header, the header (a JSON object; its ``bytes`` says how many follow), and
-so many raw bytes. Nothing that arrives is ever unpickled.
+A frame is the length of its header (four bytes), the header (a JSON object), and as many raw bytes as the header's
+``bytes`` says. Nothing that arrives is ever unpickled. ``sim.disaggregate.links`` simulates the same sharing.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from typing import Any
 from sim.errors import ConfigError, RapLabError
 
 CHUNK_BYTES = 32 * 1024
-"""What one transfer sends before the next one has its turn."""
+"""How much one transfer sends before the next one has its turn."""
 BURST_S = 0.05
-"""How much of the bandwidth a sender that was late may catch up with: the depth of its token bucket, in seconds."""
+"""Depth of the sender's token bucket, in seconds of bandwidth: how much it may catch up after a delay."""
 MOST_HEADER_BYTES = 16 * 2**20
 
 Header = dict[str, Any]
 
 
 class LinkError(RapLabError):
-    """The other side of a link has gone, or sent what is no frame."""
+    """The other side of a link has closed it, or sent something that is not a frame."""
 
 
 class Channel:
-    """One end of a connection. One thread may send and one may receive at a time.
+    """One end of a connection. At any time, one thread may send and one thread may receive.
 
-    sent_bytes, header_bytes: raw bytes sent so far, and those of headers and their lengths.
+    sent_bytes: raw bytes sent so far. header_bytes: bytes of headers and their lengths sent so far.
     """
 
     def __init__(self, connection: socket.socket, other: str) -> None:
-        """Take over a connected socket; ``other`` is what errors call the other side."""
+        """Take over a connected socket; ``other`` names the other side in errors."""
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self.other = connection, other
@@ -50,7 +50,7 @@ class Channel:
         """Send a frame.
 
         Raises:
-            LinkError: when the other side has gone.
+            LinkError: if the other side has closed the connection.
         """
         count = len(payload) if payload is not None else 0
         text = json.dumps({**header, "bytes": count}).encode()
@@ -64,10 +64,10 @@ class Channel:
         self.sent_bytes += count
 
     def receive(self) -> Header:
-        """Return the header of the next frame; ``fill`` then takes its bytes.
+        """Return the header of the next frame; receive its bytes with ``fill``.
 
         Raises:
-            LinkError: when the other side has gone, or sent what is no header.
+            LinkError: if the other side has closed the connection, or sent something that is not a header.
         """
         (length,) = struct.unpack("!I", self._exactly(4))
         if length > MOST_HEADER_BYTES:
@@ -75,13 +75,13 @@ class Channel:
         try:
             header = json.loads(self._exactly(length))
         except ValueError as error:
-            raise LinkError(f"{self.other} sent a header that is no JSON: {error}") from error
+            raise LinkError(f"{self.other} sent a header that is not JSON: {error}") from error
         if not isinstance(header, dict) or not isinstance(header.get("bytes"), int):
-            raise LinkError(f"{self.other} sent a header that is no object with a number of bytes")
+            raise LinkError(f"{self.other} sent a header that is not an object with an integer ``bytes``: {header!r}")
         return header
 
     def fill(self, place: memoryview) -> None:
-        """Receive raw bytes into a place until it is full."""
+        """Receive raw bytes until ``place`` is full."""
         try:
             while place:
                 count = self._socket.recv_into(place)
@@ -92,8 +92,8 @@ class Channel:
             raise self._gone() from error
 
     def close(self) -> None:
-        """Close the connection; who waits for a frame hears of it."""
-        with contextlib.suppress(OSError):  # where the other side was faster
+        """Close the connection; a thread that waits for a frame gets a LinkError."""
+        with contextlib.suppress(OSError):  # the other side has closed it already
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
@@ -103,12 +103,15 @@ class Channel:
         return bytes(found)
 
     def _gone(self) -> LinkError:
-        return LinkError(f"{self.other} has gone: the connection to it is closed")
+        return LinkError(f"{self.other} has gone: it closed the connection")
 
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
-    """Bytes on their way: asked for once its first one may leave, then sent in turns."""
+    """One transfer. load: returns its bytes, called when the first one may leave. from_s: the earliest moment for that.
+
+    left: bytes not sent yet; None before ``load``.
+    """
 
     header: Header
     load: Callable[[], memoryview]
@@ -117,9 +120,9 @@ class _Transfer:
 
 
 class Sender:
-    """A thread that sends over a channel: messages at once, and the bytes of transfers at a bandwidth.
+    """A thread that sends over a channel: messages at once, and the bytes of transfers at a limited bandwidth.
 
-    Transfers under way have turns of one chunk, so that they share the bandwidth equally, as in ``sim.disaggregate.links``.
+    Transfers take turns of one chunk, so that they share the bandwidth equally, as in ``sim.disaggregate.links``.
     """
 
     def __init__(
@@ -130,13 +133,13 @@ class Sender:
         bytes_per_s: float | None = None,
         latency_s: float = 0.0,
     ) -> None:
-        """Begin with nothing to send.
+        """Start the thread with nothing to send.
 
         Args:
-            channel: nobody else sends over it.
-            failed: called by the thread when it cannot go on.
-            bytes_per_s: of all transfers together; None for as fast as they go.
-            latency_s: how long after ``carry`` the first byte of a transfer leaves.
+            channel: where to send; nothing else may send over it.
+            failed: called by the thread with the error that ends it.
+            bytes_per_s: bandwidth of all transfers together; None for no limit.
+            latency_s: seconds between ``carry`` and the first byte of a transfer.
         """
         self._channel, self._failed = channel, failed
         self._bytes_per_s = bytes_per_s if bytes_per_s is not None else math.inf
@@ -145,26 +148,26 @@ class Sender:
         self._messages: deque[Header] = deque()
         self._coming: deque[_Transfer] = deque()
         self._closing = self._abandoned = False
-        # The thread's own.
+        # Only the thread uses these.
         self._under_way: deque[_Transfer] = deque()
-        self._free_s = -math.inf  # when all that was sent so far is carried
+        self._free_s = -math.inf  # when the link has carried everything sent so far
         self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
         self._thread.start()
 
     def tell(self, header: Header) -> None:
-        """Send a message, before any byte of a transfer that has not left."""
+        """Send a message, before all bytes of transfers that have not left yet."""
         with self._changed:
             self._messages.append(header)
             self._changed.notify()
 
     def carry(self, header: Header, load: Callable[[], memoryview]) -> None:
-        """Send the bytes that ``load`` returns, in frames with this header; the sender's thread calls it."""
+        """Send the bytes that ``load`` returns, in frames with this header; the thread of the sender calls ``load``."""
         with self._changed:
             self._coming.append(_Transfer(header, load, time.monotonic() + self._latency_s))
             self._changed.notify()
 
     def close(self, *, whole: bool = True) -> None:
-        """End; with ``whole`` what is left is sent before."""
+        """End the thread; with ``whole``, send everything that is left first."""
         with self._changed:
             self._closing = True
             if not whole:
@@ -190,16 +193,18 @@ class Sender:
             self._failed(error)
 
     def _begin(self, transfer: _Transfer) -> None:
+        """Load a transfer and let it take turns; an empty one is sent at once."""
         transfer.left = transfer.load()
         if not transfer.left:
             self._channel.send(transfer.header)
             return
         if not self._under_way:
+            # Bandwidth that was not used while the link was idle is lost.
             self._free_s = max(self._free_s, transfer.from_s)
         self._under_way.append(transfer)
 
     def _next(self) -> Header | _Transfer | None:
-        """Return the message or the transfer whose turn it is, as soon as that is due; None when all is over."""
+        """Wait for and return the next message or transfer to send; None when the thread should end."""
         with self._changed:
             while True:
                 now_s = time.monotonic()
@@ -215,7 +220,7 @@ class Sender:
                     assert left
                     due_s = self._free_s + min(len(left), CHUNK_BYTES) / self._bytes_per_s
                     if due_s <= now_s:
-                        # One that was late may catch up, but not with all that it could have sent in that time.
+                        # After a delay the sender may catch up, but only by BURST_S.
                         self._free_s = max(due_s, now_s - BURST_S)
                         return self._under_way.popleft()
                     next_s = min(next_s, due_s)
@@ -225,13 +230,13 @@ class Sender:
 
 
 def check_link(bytes_per_s: float | None, latency_s: float) -> None:
-    """Check what a link is asked to be.
+    """Check the settings of a link.
 
     Raises:
         ConfigError: for a bandwidth that is not above 0, or a latency below 0.
     """
     if (bytes_per_s is not None and not bytes_per_s > 0) or not latency_s >= 0:
         raise ConfigError(
-            f"link_bytes_per_s is {bytes_per_s} and link_latency_s {latency_s}; the first must be above 0, or null for "
-            "as fast as the socket goes, the second at least 0"
+            f"link_bytes_per_s is {bytes_per_s} and link_latency_s {latency_s}; link_bytes_per_s must be above 0, or "
+            "null for as fast as the socket allows, and link_latency_s at least 0"
         )

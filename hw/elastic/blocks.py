@@ -57,7 +57,7 @@ class DiskStore:
             raw = _raw(tensor)
             if self._file.readinto(raw) != len(raw):
                 raise ModelError(
-                    f"the file of stored weights ends within block {key}; free disk space in TMPDIR, or set another TMPDIR"
+                    f"the file of stored weights ends within block {key}; free space in TMPDIR, or set another TMPDIR"
                 )
             tensors.append(tensor)
         return tensors, None

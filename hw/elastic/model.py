@@ -189,7 +189,7 @@ class ElasticModel:
         return self.head(hidden)
 
     def end_prefill(self, request: RequestKV) -> None:
-        """End the prefill of a request: free the KV of layers that decode drops and of tokens that ``kv_keep`` drops."""
+        """End a request's prefill: free the KV of layers that decode drops and of tokens that ``kv_keep`` drops."""
         request.restrict(frozenset(i for i, keep in enumerate(self.plan.decode.mha) if keep))
         request.end_prefill(self.plan.kv_keep)
 

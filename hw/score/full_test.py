@@ -1,5 +1,4 @@
-"""What the page of scores shows beside the table: chosen plans on the whole test text, orders from several calibration
-samples, and what greedy decoding makes of a plan."""
+"""Further measurements for the page of scores: some plans on the full test text, and greedy decoding under a plan."""
 
 from __future__ import annotations
 
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from hw.elastic.kv import RequestKV
 from hw.elastic.model import ElasticModel
-from hw.score.nll import mask_without, measure, rounded
+from hw.score.block_numbers import plan_without, staged_plan
+from hw.score.nll import measure, rounded
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan
 from sim.cost.plan_json import plan_to_json
@@ -21,21 +21,15 @@ from sim.cost.plan_json import plan_to_json
 Rows = list[dict[str, Any]]
 
 
-def uniform(spec: ModelSpec, removed: Sequence[int]) -> Plan:
-    """Return the plan that runs without some blocks in both stages."""
-    mask = mask_without(spec.num_layers, set(removed))
-    return replace(dense_plan(spec), prefill=mask, decode=mask)
-
-
 def swapped(spec: ModelSpec, layers: Sequence[int], bits: int) -> Plan:
-    """Return the plan that has some layers at so many bits."""
+    """Return the plan that has some layers at ``bits`` and is otherwise dense."""
     return replace(
         dense_plan(spec), weight_bits=tuple(bits if i in set(layers) else 16 for i in range(spec.num_layers))
     )
 
 
 def spread(losses: Sequence[float], count: int, below: float) -> list[int]:
-    """Return the indices of so many losses, evenly spread in rank over those below a limit, the lowest first."""
+    """Return the indices of ``count`` losses, evenly spread in rank over those below a limit, the lowest first."""
     ranked = sorted((i for i, loss in enumerate(losses) if loss < below), key=lambda i: (losses[i], i))
     if len(ranked) <= count:
         return ranked
@@ -48,25 +42,30 @@ def chosen_plans(
     layer_orders: Mapping[str, Sequence[int]],
     searches: Sequence[tuple[Sequence[int], Sequence[int]]],
 ) -> list[tuple[str, Plan]]:
-    """Return a dozen plans worth the whole test text, the most wanted first."""
+    """Return about a dozen named plans to measure on the full test text, the most important first.
+
+    Args:
+        spec: the model.
+        orders: name -> order in which blocks are removed; gsi, one_shot and cosine must be there.
+        layer_orders: name -> order in which layers change precision.
+        searches: blocks that PDTrim's searches remove in prefill and in decode.
+    """
     layers = range(spec.num_layers)
     plans = [("dense", dense_plan(spec))]
     for size in (8, 4, 12):
-        # A search that is not over has no such prefix yet.
+        # The order of an unfinished search may be too short.
         long_enough = [name for name in ("gsi", "one_shot") if len(orders[name]) >= size]
-        plans += [(f"{name}, {size} removals", uniform(spec, orders[name][:size])) for name in long_enough]
+        plans += [(f"{name}, {size} removals", plan_without(spec, orders[name][:size])) for name in long_enough]
         if size == 8:
             plans += [("W4, all layers", swapped(spec, layers, 4)), ("W8, all layers", swapped(spec, layers, 8))]
-    plans.append(("cosine, 8 removals", uniform(spec, orders["cosine"][:8])))
+    plans.append(("cosine, 8 removals", plan_without(spec, orders["cosine"][:8])))
     if "lis_w4" in layer_orders:
         plans.append(("W4, 16 layers by LIS", swapped(spec, layer_orders["lis_w4"][:16], 4)))
     plans.append(("W4, first 16 layers", swapped(spec, layers[:16], 4)))
     for prefill, decode in searches:
         if (len(prefill), len(decode)) == (4, 8):
-            masks = [mask_without(spec.num_layers, set(removed)) for removed in (prefill, decode)]
-            plans.append(
-                ("PDTrim, 4 removals in prefill, 8 in decode", replace(plans[0][1], prefill=masks[0], decode=masks[1]))
-            )
+            plan = staged_plan(spec, prefill=prefill, decode=decode)
+            plans.append(("PDTrim, 4 removals in prefill, 8 in decode", plan))
     return plans
 
 
@@ -77,10 +76,14 @@ def measure_chosen(
     done: Sequence[Mapping[str, Any]],
     on_plan: Callable[[Rows], None],
 ) -> Rows:
-    """Return a row a plan with its NLL on the windows; rows of ``done`` that hold the same plan are kept.
+    """Return one row a plan with its NLL on the windows; rows of ``done`` with the same name and plan are reused.
 
     Args:
-        on_plan: called with all rows after every plan that was measured.
+        elastic: with all blocks at full precision.
+        windows: token ids [n, t].
+        plans: names and plans.
+        done: rows of an earlier run.
+        on_plan: called with all rows so far after every measured plan.
     """
     known = {row["name"]: row for row in done}
     rows: Rows = []
@@ -110,7 +113,10 @@ def measure_chosen(
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Greedy decoding beside dense. share: of equal tokens, place by place. first: mean tokens before they part."""
+    """Greedy decoding compared with the dense model.
+
+    share: of positions with the same token. first: mean number of tokens before the first difference.
+    """
 
     share: float
     first: float
@@ -118,9 +124,9 @@ class Agreement:
 
 @torch.inference_mode()
 def greedy_tokens(elastic: ElasticModel, plan: Plan, prompts: Tensor, tokens: int) -> Tensor:
-    """Return the tokens [n, tokens] that greedy decoding produces behind prompts [n, t] under a plan.
+    """Return the tokens [n, tokens] that greedy decoding produces after prompts [n, t] under a plan.
 
-    ``elastic`` must hold all blocks at full precision: the plan's masks are gates, its rounded weights stand in.
+    ``elastic`` must hold all blocks at full precision: the plan's masks work as gates, and weights are rounded.
     """
     assert elastic.plan == dense_plan(elastic.spec)
     produced = []

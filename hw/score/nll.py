@@ -1,4 +1,4 @@
-"""The loss of a plan on text: negative log-likelihood of the tokens of windows, in nats."""
+"""The loss of a plan on text: the negative log-likelihood (NLL) of tokens, in nats."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from torch.nn import functional
 from hw.elastic.blocks import KINDS, Block
 from hw.elastic.model import ElasticModel
 from hw.elastic.quantize import quantize
-from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, dense_plan
+from sim.cost.plan import KV_KEEP_ALL, KVKeep, Plan, dense_plan
 
 # Shapes: n windows, t tokens of each, e hidden size, v vocabulary.
 
 
 @dataclass(frozen=True, slots=True)
 class Nll:
-    """Sums of NLL in nats over windows, and how many tokens they stand for; ``decode`` is the part after the prompt."""
+    """Sums of NLL over windows, in nats, and how many tokens they cover.
+
+    total, tokens: all predicted tokens. decode, decode_tokens: those after the prompt alone.
+    """
 
     total: float
     tokens: int
@@ -41,15 +44,18 @@ class Nll:
 
 @torch.inference_mode()
 def measure(elastic: ElasticModel, plan: Plan, windows: Tensor, *, prompt_tokens: int | None = None) -> Nll:
-    """Return the NLL of windows [n, t] under a plan, the first ``prompt_tokens`` of each taken as its prompt.
+    """Return the NLL of windows [n, t] under a plan; the first ``prompt_tokens`` of each window are its prompt.
 
-    One pass a window, equal to prefilling the prompt and decoding the rest token by token: a block that decode drops
-    adds nothing behind the prompt, and a layer that keeps the first f and last w tokens sees from there on only those.
-    ``elastic`` must hold all blocks at full precision: the masks of the plan are gates here, and rounded weights take
-    the place of the whole ones while this runs.
+    This takes one pass a window and equals prefilling the prompt and decoding the rest token by token. After the
+    prompt, a block that decode drops adds nothing, and a layer that keeps the first f and last w tokens sees only
+    those.
 
     Args:
-        prompt_tokens: half a window when None. A plan that treats all tokens alike does not depend on it.
+        elastic: with all blocks at full precision; the plan's masks work as gates, and rounded weights replace the full
+            ones during the measurement.
+        plan: any legal plan.
+        windows: token ids.
+        prompt_tokens: None takes half a window. A plan that treats all tokens alike does not depend on it.
     """
     return measure_many(elastic, [plan], windows, prompt_tokens=prompt_tokens)[0]
 
@@ -58,32 +64,32 @@ def measure(elastic: ElasticModel, plan: Plan, windows: Tensor, *, prompt_tokens
 def measure_many(
     elastic: ElasticModel, plans: Sequence[Plan], windows: Tensor, *, prompt_tokens: int | None = None
 ) -> list[Nll]:
-    """Return what ``measure`` returns of every plan, bit for bit; plans that begin alike run their beginning once."""
+    """Return what ``measure`` returns for every plan, bit for bit; layers that plans have in common run once."""
     assert elastic.plan == dense_plan(elastic.spec)
     prompt = windows.shape[1] // 2 if prompt_tokens is None else prompt_tokens
     total, after = [0.0] * len(plans), [0.0] * len(plans)
     for window in windows.to(elastic.device):
         for members, hidden in _run(elastic, plans, window[None], prompt):
             losses = token_nll(elastic, hidden, window[None])[0]
-            whole, behind = float(losses.sum()), float(losses[prompt - 1 :].sum())  # entry i predicts token i + 1
+            every, after_prompt = float(losses.sum()), float(losses[prompt - 1 :].sum())  # entry i predicts token i + 1
             for index in members:
-                total[index] += whole
-                after[index] += behind
+                total[index] += every
+                after[index] += after_prompt
     rows, length = windows.shape
     return [
-        Nll(whole, rows * (length - 1), behind, rows * (length - prompt))
-        for whole, behind in zip(total, after, strict=True)
+        Nll(every, rows * (length - 1), after_prompt, rows * (length - prompt))
+        for every, after_prompt in zip(total, after, strict=True)
     ]
 
 
 def _run(
     elastic: ElasticModel, plans: Sequence[Plan], tokens: Tensor, prompt: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield the last hidden states [1, t, e] of plans, with the indices of all that share them."""
+    """Yield last hidden states [1, t, e], each with the indices of all plans that share it."""
     positions = torch.arange(tokens.shape[1], device=elastic.device)[None]
     embedded = elastic.embed(tokens, positions)
     rope = elastic.rope(embedded, positions)
-    # Depth first, so that no more states wait than there are layers.
+    # Depth first, so that the number of states in memory does not grow with the number of plans.
     waiting: list[tuple[int, list[int], Tensor]] = [(0, list(range(len(plans))), embedded)]
     while waiting:
         layer, members, hidden = waiting.pop()
@@ -100,7 +106,7 @@ def _run(
 
 
 def _of_layer(plan: Plan, layer: int) -> object:
-    """Return all that a plan says of a layer."""
+    """Return everything that a plan says about a layer; plans with equal values run it alike."""
     return (
         plan.prefill.mha[layer],
         plan.decode.mha[layer],
@@ -120,6 +126,7 @@ def _run_layer(
     tokens: Tensor,
     prompt: int,
 ) -> Tensor:
+    """Return the hidden states after a layer that runs as the plan says, in prefill up to the prompt's end."""
     bits = [plan.weight_bits[layer] if i == layer else 16 for i in range(elastic.spec.num_layers)]
     with rounded(elastic, bits):
         if plan.prefill.mha[layer]:
@@ -137,7 +144,7 @@ def _run_layer(
 
 
 class _Truncated:
-    """A KVView of one whole window, in which tokens after the prompt see the first f and last w tokens only."""
+    """A KVView of one full window in which tokens after the prompt see only the first f and last w tokens."""
 
     def __init__(self, keep: KVKeep, tokens: Tensor, prompt: int) -> None:
         assert keep.first_tokens is not None
@@ -160,16 +167,16 @@ class _Truncated:
         return seen[None, None]
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Nothing was computed before."""
+        """Return the keys and values as they are: all tokens of the window run at once."""
         return key, value
 
 
 HEAD_TOKENS = 256
-"""Tokens whose logits are held at once: those of a long window over a large vocabulary would not fit the cache."""
+"""How many tokens' logits to hold at once; a long window over a large vocabulary would not fit the CPU's caches."""
 
 
 def token_nll(elastic: ElasticModel, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Return the NLL [n, t - 1] of every token but the first, in FP32, from the last hidden states [n, t, e]."""
+    """Return the NLL [n, t - 1] of every token but the first, in nats and FP32, from last hidden states [n, t, e]."""
     parts = []
     for first in range(0, tokens.shape[1] - 1, HEAD_TOKENS):
         end = min(first + HEAD_TOKENS, tokens.shape[1] - 1)
@@ -185,43 +192,31 @@ _rounded_copies: WeakKeyDictionary[ElasticModel, dict[tuple[str, int, int], Tens
 
 @contextmanager
 def rounded(elastic: ElasticModel, weight_bits: Sequence[int]) -> Iterator[None]:
-    """Put weights rounded to 8 or 4 bits in the place of the whole ones, for a measurement.
+    """Replace weights by their values rounded to 8 or 4 bits, as ``weight_bits`` [l] says; restore them at the end.
 
-    The values are those that the quantised layers of ``ElasticModel.apply`` multiply with, unpacked once and not in
-    every product; bytes are not saved.
+    The values are those that the quantized layers of ``ElasticModel.apply`` multiply with, but they are unpacked once
+    instead of in every product. No memory is saved.
     """
-    whole = []
+    full = []
     try:
         for layer, bits in enumerate(weight_bits):
             if bits == 16:
                 continue
             for kind in KINDS:
                 for index, linear in enumerate(elastic.blocks[kind][layer].linears):
-                    whole.append((linear, linear.weight.data))
+                    full.append((linear, linear.weight.data))
                     linear.weight.data = _rounded_weight(elastic, elastic.blocks[kind][layer], index, bits)
         yield
     finally:
-        for linear, weight in whole:
+        for linear, weight in full:
             linear.weight.data = weight
 
 
 def _rounded_weight(elastic: ElasticModel, block: Block, index: int, bits: int) -> Tensor:
+    """Return the rounded weight of one linear layer of a block, computed once for each model."""
     copies = _rounded_copies.setdefault(elastic, {})
     key = block.name, index, bits
     if key not in copies:
         weight = block.linears[index].weight.data
         copies[key] = quantize(weight, bits).dequantize(weight.dtype)
     return copies[key]
-
-
-def mask_without(num_layers: int, removed: set[int]) -> KeepMask:
-    """Return the mask without the given blocks, block 2 l being the MHA and 2 l + 1 the FFN block of layer l."""
-    return KeepMask(
-        mha=tuple(2 * layer not in removed for layer in range(num_layers)),
-        ffn=tuple(2 * layer + 1 not in removed for layer in range(num_layers)),
-    )
-
-
-def block_name(block: int) -> str:
-    """Return ``MHA3`` for block 6, ``FFN3`` for block 7."""
-    return f"{'MHA' if block % 2 == 0 else 'FFN'}{block // 2}"

@@ -10,17 +10,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
-from hw.score.importance import block_number
-from sim.cost.memory import weight_bytes
-from sim.cost.model_spec import ModelSpec, load_model, model_names
-from sim.cost.plan import Plan
-from sim.cost.plan_json import plan_to_json
-from sim.cost.quality import (
+from hw.score.block_numbers import block_number
+from hw.score.fit import (
     BEST_CURVE,
-    BEST_FORM,
     BEST_STAGE_SHARE,
-    FORMS,
     QualityError,
     QualityTable,
     choose,
@@ -29,8 +24,12 @@ from sim.cost.quality import (
     held_out,
     held_out_kind,
     read_table,
-    spearman,
 )
+from sim.cost.memory import weight_bytes
+from sim.cost.model_spec import ModelSpec, load_model, model_names
+from sim.cost.plan import Plan
+from sim.cost.plan_json import plan_to_json
+from sim.cost.quality import BEST_FORM, FORMS
 from sim.errors import ConfigError
 from sim.pages.render import render, table
 
@@ -318,6 +317,6 @@ def generation(found: dict[str, Any]) -> dict[str, Any]:
         **{key: found[key] for key in ("prompts", "prompt_tokens", "decoded_tokens")},
         "plans": len(frame),
         "table": table(rows, {"equal tokens": ".2f", "tokens before parting": ".1f"}),
-        "spearman_share": spearman(loss, frame["share_equal"].to_numpy()),
-        "spearman_first": spearman(loss, frame["tokens_before_parting"].to_numpy()),
+        "spearman_share": spearmanr(loss, frame["share_equal"].to_numpy()).statistic,
+        "spearman_first": spearmanr(loss, frame["tokens_before_parting"].to_numpy()).statistic,
     }

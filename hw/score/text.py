@@ -1,4 +1,4 @@
-"""Text for measuring loss: files of rows, tokenised once, cut in windows."""
+"""Text for measuring loss: files of rows, tokenized once and cut into windows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sim.paths import find_data
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """Token ids [n, t] of equal windows of one text, and where they come from."""
+    """Token ids [n, t] of equal windows of one text, and a description of where they come from."""
 
     tokens: Tensor
     source: dict[str, Any]
 
     @property
     def count(self) -> int:
-        """Number of tokens that are predicted: all but the first of each window."""
+        """Number of predicted tokens: all but the first of each window."""
         return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
 
 
@@ -36,19 +36,19 @@ def read_windows(
     seed: int | None,
     keep_newlines: bool = False,
 ) -> Windows:
-    """Cut a text in windows, all of it or some.
+    """Cut a text into windows and return all or some of them.
 
-    The rows that are not empty are joined by two newlines and tokenised once, as the perplexity guide of Hugging Face
-    does; the text is cut in consecutive windows, the last incomplete one left out.
+    The rows that are not empty are joined by two newlines and tokenized once, as in Hugging Face's guide to perplexity.
+    The text is cut into consecutive windows; an incomplete last one is left out.
 
     Args:
-        path: the file, as it is or under ``data_dir()``.
-        tokenizer: of the model that is measured.
+        path: the file, absolute, relative, or below ``data_dir()``.
+        tokenizer: of the measured model.
         tokens: how many tokens to take, rounded down to whole windows; None takes all.
         window: tokens of one window.
-        seed: draws the windows at random; None takes the first ones.
-        keep_newlines: whether a row keeps the newline at its end, so that three part it from the next. In the data set
-            of Hugging Face it does; published perplexities are lower by that, for such tokens are easy.
+        seed: of a random choice of windows; None takes the first ones.
+        keep_newlines: whether a row keeps the newline at its end, so that three newlines follow it. The data set of
+            Hugging Face keeps it. Newlines are easy to predict, so published perplexities are lower.
     Raises:
         ConfigError: for a missing file, or fewer tokens than one window.
     """
@@ -63,8 +63,8 @@ def read_windows(
     wanted = available if tokens is None else tokens // window
     if window < 2 or not 1 <= wanted <= available:
         raise ConfigError(
-            f"{file.name} gives {available} windows of {window} tokens, and {wanted} were asked for; "
-            f"set tokens between {window} and {available * window}, and a window of 2 at least"
+            f"{file.name} has {available} windows of {window} tokens, but {wanted} were requested; "
+            f"set tokens between {window} and {available * window}, and window to at least 2"
         )
     cut = ids[: available * window].view(available, window)
     chosen = torch.arange(wanted)

@@ -35,9 +35,9 @@ from sim.cluster.outages import Outage
 from sim.cluster.routers import Candidate, KernelRouter, Router, RoutingRequest
 from sim.cost.plan import Plan
 from sim.engine import kernel
-from sim.engine.batch_step import look_at
+from sim.engine.batch_step import observe_all
 from sim.engine.protocol import EngineState
-from sim.engine.sim_engine import SimEngine, exact_delay, unit_numbers
+from sim.engine.sim_engine import SimEngine, exact_delay, prefix_block_ids
 from sim.errors import BudgetError, ConfigError
 from sim.policies.base import ClusterPolicy, Policy
 from sim.results.records import Records, Status
@@ -49,7 +49,8 @@ from sim.types import Floats, Ints
 class Replica:
     """What one replica is.
 
-    build: makes its engine, driven, in an environment, and its policy; called again each time it comes back.
+    build: makes its engine (with ``external_clock``) in an environment, and its policy; called again each time it comes
+    back.
     decisions_s: makes the moments, ascending, at which its policy is asked; None asks nothing after the first plan.
     outages: in order of time.
     """
@@ -143,6 +144,51 @@ class ReplicaRun:
     ended_s: float = math.inf
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moved:
+    """A request that a replica has left: that replica's record of it, one row, and its model's parameters."""
+
+    record: NDArray[Any]
+    params: int
+
+    @property
+    def produced_tokens(self) -> int:
+        return int(self.record["produced_tokens"][0])
+
+    def words(self, params: int) -> Ints:
+        """Return the record for a replica whose model has ``params`` parameters: the kept share stays the same."""
+        record = self.record.copy()
+        record["kept_params"] = int(record["kept_params"][0]) * params // self.params
+        return record.view(np.int64)
+
+
+def _cluster_state(trace: Trace, replicas: int, router: Router, seed: int) -> kernel.State:
+    """Return the state of the compiled loop: nothing has arrived, no replica accepts."""
+    ids = trace.hash_ids if trace.hash_ids is not None else ()
+    hash_at = np.zeros(len(trace) + 1, dtype=np.int64)
+    hash_at[1 : len(ids) + 1] = np.cumsum([len(i) for i in ids], dtype=np.int64)
+    hash_ids = np.concatenate([*ids, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+    state = kernel.State(
+        ck.CLUSTER,
+        None,
+        replicas=np.zeros(replicas, dtype=ck.REPLICA_FIELDS),
+        next_s=np.full(replicas, math.inf),
+        arrival_s=trace.arrival_s.copy(),
+        prompt_tokens=trace.prompt_tokens.copy(),
+        output_tokens=trace.output_tokens.copy(),
+        random_pairs=router.draws(len(trace), seed) if isinstance(router, KernelRouter) else np.zeros((1, 2)),
+        homes=np.full((len(trace), 2), -1, dtype=np.int64).view(ck.HOME)[:, 0],
+        hash_at=hash_at,
+        hash_ids=hash_ids,
+        block_owners=np.full(int(hash_ids.max(initial=-1)) + 1, -1, dtype=np.int64),
+    )
+    fields_ = kernel.fields_of(state.cluster)
+    fields_.router = router.rule if isinstance(router, KernelRouter) else ck.ASK
+    if isinstance(router, KernelRouter):
+        fields_.most_apart, fields_.most_times = router.most_apart, router.most_times
+    return state
+
+
 class Cluster:
     """Replicas behind a router; ``tests/sim/cluster/plain_cluster.py`` is the same without compiled code, and as slow as that.
 
@@ -189,33 +235,16 @@ class Cluster:
         self._events: list[Event] = []
         self._loading: list[ReplicaRun | None] = [None] * k
         self._notified = [False] * k  # of an outage, with notice
-        self._held: deque[tuple[int, tuple[Ints, Floats, int] | None]] = deque()
+        self._held: deque[tuple[int, _Moved | None]] = deque()
         self._lives = 0
 
-        requests = len(trace)
-        self._home = np.full((requests, 2), -1, dtype=np.int64)
-        self._moves = np.zeros(requests, dtype=np.int64)
-        self._tables = np.zeros((k, len(kernel.State._fields), 3), dtype=np.int64)
-        self._replica_i = np.zeros((k, ck.REPLICA_INTS), dtype=np.int64)
-        self._replica_f = np.full((k, ck.REPLICA_FLOATS), np.inf)
-        self._fields = np.zeros(ck.CLUSTER_INTS, dtype=np.int64)
-        self._fields[ck.ROUTER] = ck.ASK
-        self._draws = np.zeros((1, 2))
-        if isinstance(router, KernelRouter):
-            self._fields[ck.ROUTER] = router.rule
-            self._fields[ck.MOST_APART], self._fields[ck.MOST_TIMES] = router.most_apart, router.most_times
-            self._draws = router.draws(requests, seed)
-        ids = trace.hash_ids if trace.hash_ids is not None else ()
-        self._hash_at = np.zeros(requests + 1, dtype=np.int64)
-        self._hash_at[1 : len(ids) + 1] = np.cumsum([len(i) for i in ids], dtype=np.int64)
-        self._hash_ids = np.concatenate([*ids, np.zeros(0, dtype=np.int64)]).astype(np.int64)
-        self._owner = np.full(int(self._hash_ids.max(initial=-1)) + 1, -1, dtype=np.int64)
-        self._units: Ints | None = None  # the hash ids as replicas with a prefix cache call them
-        self._arrays: tuple[Floats, Ints, Ints] = (
-            trace.arrival_s.copy(),
-            trace.prompt_tokens.copy(),
-            trace.output_tokens.copy(),
-        )  # the trace's own are read-only, another type to compiled code
+        self._moves = np.zeros(len(trace), dtype=np.int64)
+        self._tables = np.zeros((k, len(kernel.REPLICA.arrays), 3), dtype=np.int64)
+        self._state = _cluster_state(trace, k, router, seed)
+        self._fields = kernel.fields_of(self._state.cluster)
+        self._accepts, self._context_limits = (self._state.replicas[name] for name in ("accepts", "context_limit"))
+        self._next_s, self._homes = self._state.next_s, self._state.homes
+        self._prefix_ids: Ints | None = None  # the hash ids as replicas with a prefix cache call them
 
         for i, replica in enumerate(self.replicas):
             if self._wanted[i]:
@@ -244,7 +273,7 @@ class Cluster:
                 return
             assert horizon_s < math.inf
             if on_progress is not None and horizon_s == shown_s:
-                on_progress(horizon_s, int(self._fields[ck.AT]))
+                on_progress(horizon_s, self._fields.next_request)
                 shown_s += progress_s
             while self.env.peek() == horizon_s:
                 self.env.step()
@@ -260,7 +289,7 @@ class Cluster:
 
     def accepting(self) -> list[int]:
         """Return the numbers of the replicas that accept requests, ascending."""
-        found: list[int] = np.flatnonzero(self._replica_i[:, ck.ACCEPTS]).tolist()
+        found: list[int] = np.flatnonzero(self._accepts).tolist()
         return found
 
     def observe(self, replica: int) -> EngineState:
@@ -271,9 +300,9 @@ class Cluster:
         """Write down what can be seen of every replica now, as ``observe`` says it; each has an engine.
 
         Args:
-            seen: float64[k, fleet.SEEN_COLUMNS].
+            seen: float64[k, batch_step.SEEN_COLUMNS].
         """
-        look_at(self.tables, float(self.env.now), seen)
+        observe_all(self.tables, float(self.env.now), seen)
         for i in range(len(self.replicas)):
             self._change_soon(i, self.env.now)
 
@@ -284,14 +313,14 @@ class Cluster:
 
     @property
     def tables(self) -> NDArray[np.int64]:
-        """Where compiled code finds each replica: int64[k, arrays of a State, 3]; ask again after serving."""
+        """Where compiled code finds each replica: int64[k, arrays of a replica, 3]; ask again after serving."""
         self._refresh_tables()
         return self._tables
 
     @property
     def drained(self) -> bool:
         """Whether no request of the trace can make any more progress by itself."""
-        if self._fields[ck.AT] < len(self.trace):
+        if self._fields.next_request < len(self.trace):
             return False
         left = len(self._held)
         for i, number in enumerate(self._current):
@@ -299,45 +328,30 @@ class Cluster:
                 left += ck.outstanding(self._tables[i])
         if not left:
             return True
-        if self._lives or np.isfinite(self._replica_f[:, ck.NEXT_S]).any():
+        if self._lives or np.isfinite(self._next_s).any():
             return False
         return not (self._held and self._autoscaler is not None and Phase.OFF in self._phase)
 
     def _serve(self, horizon_s: float) -> None:
         """Serve and route up to a horizon."""
-        fields_, tables = self._fields, self._tables
+        fields_, arrival_s = self._fields, self._state.arrival_s
         self._refresh_tables()
         while True:
-            why = ck.serve(
-                tables,
-                self._replica_i,
-                self._replica_f,
-                fields_,
-                *self._arrays,
-                self._draws,
-                self._home,
-                self._hash_at,
-                self._hash_ids,
-                self._owner,
-                self.env.now,
-                horizon_s,
-            )
+            why = ck.serve(self._tables, self._state.table, self.env.now, horizon_s)
             if why == ck.REACHED:
                 return
-            at = int(fields_[ck.AT])
-            until_s = min(self._arrays[0][at] if at < len(self.trace) else math.inf, horizon_s)
-            i = int(fields_[ck.WHICH])
             if why == ck.ATTEND:
-                self._engine(i).unblock(int(fields_[ck.WHY]))
+                self._engine(fields_.replica).unblock(fields_.why)
                 self._refresh_tables()
             elif why == ck.ROOM:
-                self._make_room(i)
-            else:  # nobody accepts, or a router of one's own is asked
-                self._place(at, None, until_s)
-                fields_[ck.AT] = at + 1
+                self._make_room(fields_.replica)
+            else:  # no replica accepts, or a router in Python is asked
+                at = fields_.next_request
+                self._place(at, None, min(arrival_s[at] if at < len(self.trace) else math.inf, horizon_s))
+                fields_.next_request = at + 1
 
     def _refresh_tables(self) -> None:
-        """Bring up to date where the engines' arrays are: a plan book that several share may have grown."""
+        """Bring up to date where the engines' arrays are: a plan graph that several share may have grown."""
         for i, number in enumerate(self._current):
             if number >= 0:
                 self._tables[i] = self._engines[number].engine.table
@@ -353,53 +367,41 @@ class Cluster:
 
     # -- routing -------------------------------------------------------------------------------------------------
 
-    def _place(self, request: int, row: tuple[Ints, Floats, int] | None, now_s: float) -> None:
-        """Route a request now: a new one, or one with a row that another replica has left."""
-        arrival_s, prompt, output = (array[request] for array in self._arrays)
-        produced = 0 if row is None else int(row[0][kernel.PRODUCED])
-        i = self._choose(request, int(prompt), produced, now_s)
+    def _place(self, request: int, moved: _Moved | None, now_s: float) -> None:
+        """Route a request now: a new one, or one that another replica has left."""
+        state = self._state
+        prompt, produced = int(state.prompt_tokens[request]), 0 if moved is None else moved.produced_tokens
+        i = self._choose(request, prompt, produced, now_s)
         if i < 0:
-            self._held.append((request, row))
+            self._held.append((request, moved))
             return
         engine = self._engine(i)
-        if self._tables[i, ck.ROWS_OF_REQUESTS, 1] == engine.requests:
+        if engine.request_room == engine.requests:
             self._make_room(i)
-        table, times, limit = self._tables[i], self._replica_f[i], min(output, engine.context_limit - prompt)
-        hash_at, ids = self._hash_at[request], self._hash_at[request + 1] - self._hash_at[request]
-        if row is None:
-            place = ck.give(table, times, arrival_s, now_s, prompt, limit, hash_at, ids)
+        table, limit = self._tables[i], min(state.output_tokens[request], engine.context_limit - prompt)
+        hash_at, ids = state.hash_at[request], state.hash_at[request + 1] - state.hash_at[request]
+        if moved is None:
+            arrival_s = state.arrival_s[request]
+            place = ck.give(table, self._next_s, i, arrival_s, now_s, prompt, limit, hash_at, ids)
         else:
-            row_i, row_f, params = row
-            # Parameters that ran, in those of the model that serves it now, so that its share of them is right.
-            row_i[kernel.KEPT_PARAMS] = int(row_i[kernel.KEPT_PARAMS]) * engine.model.total_params // params
-            place = ck.give_moved(table, times, now_s, row_i, row_f, limit, hash_at, ids)
-        self._home[request] = self._current[i], place
+            words = moved.words(engine.model.total_params)
+            place = ck.give_moved(table, self._next_s, i, now_s, words, limit, hash_at, ids)
+        self._homes[request] = self._current[i], place
 
     def _choose(self, request: int, prompt: int, produced: int, now_s: float) -> int:
         """Return the replica for a request, -1 when none accepts."""
-        ids = self._hash_ids[self._hash_at[request] : self._hash_at[request + 1]]
         if isinstance(self._router, KernelRouter):
-            draw = self._draws[request % len(self._draws)]
-            return int(
-                ck.choose(
-                    self._tables,
-                    self._replica_i,
-                    self._replica_f,
-                    self._fields,
-                    prompt + produced,
-                    draw,
-                    ids,
-                    self._owner,
-                )
-            )
+            return int(ck.choose(self._tables, self._state.table, request, prompt + produced))
         accepting = self.accepting()
-        fit = [i for i in accepting if prompt + produced < self._replica_i[i, ck.CONTEXT_LIMIT]]
+        fit = [i for i in accepting if prompt + produced < self._context_limits[i]]
         if not fit:
             return accepting[0] if accepting else -1
         candidates = []
         for i in fit:
             token_s = float(ck.prefill_token_s(self._tables[i]))
             candidates.append(Candidate(replica=i, state=self._observed(i, now_s), prefill_token_s=token_s))
+        hash_at = self._state.hash_at
+        ids = self._state.hash_ids[hash_at[request] : hash_at[request + 1]]
         offered = RoutingRequest(
             request_id=request, prompt_tokens=prompt, produced_tokens=produced, hash_ids=tuple(ids.tolist())
         )
@@ -415,14 +417,15 @@ class Cluster:
         rows = rows[: ck.held_rows(table, rows, running_too)]
         if not running_too:
             ck.let_waiting_go(table)
-        mine = np.flatnonzero(self._home[:, 0] == number)
+        mine = np.flatnonzero(self._homes["engine"] == number)
         request_of = np.full(engine.requests, -1, dtype=np.int64)
-        request_of[self._home[mine, 1]] = mine
-        rows_i, rows_f = engine.rows(rows)
-        for request, row_i, row_f in zip(request_of[rows].tolist(), rows_i, rows_f, strict=True):
-            self._home[request] = -1
+        request_of[self._homes["row"][mine]] = mine
+        records = engine.rows(rows)
+        for place, request in enumerate(request_of[rows].tolist()):
+            self._homes[request] = -1, -1
             self._moves[request] += 1
-            self._place(request, (row_i, row_f, engine.model.total_params), self.env.now)
+            moved = _Moved(records[place : place + 1], engine.model.total_params)
+            self._place(request, moved, self.env.now)
         return len(rows)
 
     # -- what happens to replicas --------------------------------------------------------------------------------
@@ -469,30 +472,30 @@ class Cluster:
         i, engine = served.replica, served.engine
         self._loading[i] = None
         if engine.config.prefix_caching:
-            if self._units is None:
-                self._units = unit_numbers(self.trace.hash_ids)
-            engine.use_hash_ids(self._units)
+            if self._prefix_ids is None:
+                self._prefix_ids = prefix_block_ids(self.trace.hash_ids)
+            engine.use_hash_ids(self._prefix_ids)
         self._current[i] = len(self._engines)
         self._engines.append(served)
-        self._replica_i[i] = 0, engine.context_limit, self._current[i], -1
+        self._state.replicas[i] = 0, engine.context_limit, self._current[i], -1, math.inf
         self._change_soon(i, self.env.now)
         self._note(i, Phase.SERVING)
         if self._notified[i]:
             self._leave(i)
             return
-        self._replica_i[i, ck.ACCEPTS] = 1
+        self._accepts[i] = 1
         held, self._held = self._held, deque()
-        for request, row in held:
-            self._place(request, row, self.env.now)
+        for request, moved in held:
+            self._place(request, moved, self.env.now)
 
     def _leave(self, i: int) -> None:
         """Accept no more requests; those that wait go elsewhere, those that run go on."""
-        self._replica_i[i, ck.ACCEPTS] = 0
+        self._accepts[i] = 0
         self._note(i, Phase.LEAVING, self._route_again(i, running_too=False))
 
     def _stop(self, i: int, phase: Phase) -> None:
         """End a replica's engine; its requests go elsewhere."""
-        self._replica_i[i, ck.ACCEPTS] = 0
+        self._accepts[i] = 0
         self._loading[i] = None
         moved = 0
         if self._current[i] >= 0:
@@ -501,7 +504,7 @@ class Cluster:
             served.engine.observe(self.env.now)  # its seconds over budget end here
             moved = self._route_again(i, running_too=True)
             self._current[i] = -1
-            self._replica_f[i, ck.NEXT_S] = math.inf
+            self._next_s[i] = math.inf
         self._note(i, phase, moved)
 
     def _note(self, i: int, phase: Phase, moved: int = 0) -> None:
@@ -529,8 +532,8 @@ class Cluster:
     def _change_soon(self, i: int, now_s: float) -> None:
         """Let the compiled loop know from when on a replica has to change."""
         table = self._tables[i] = self._engine(i).table  # plans that it had not met before have another place
-        if (next_s := ck.next_s(table)) <= now_s or not math.isfinite(self._replica_f[i, ck.NEXT_S]):
-            self._replica_f[i, ck.NEXT_S] = max(next_s, now_s)
+        if (next_s := ck.next_event_s(table)) <= now_s or not math.isfinite(self._next_s[i]):
+            self._next_s[i] = max(next_s, now_s)
 
     def _scale(self, autoscaler: Autoscaler) -> Generator[simpy.Event, Any, None]:
         """Ask the autoscaler every period; start and stop replicas as it says."""
@@ -557,7 +560,7 @@ class Cluster:
                     self.env.process(self._start(i))
                 elif want and phase is Phase.LEAVING and not self._notified[i]:
                     self._note(i, Phase.SERVING)
-                    self._replica_i[i, ck.ACCEPTS] = 1
+                    self._accepts[i] = 1
                 elif not want and phase is Phase.SERVING:
                     self._leave(i)
                 elif not want and phase is Phase.LEAVING and not running:
@@ -571,9 +574,9 @@ class Cluster:
 
     def records(self) -> ClusterRecords:
         """Return one row a request, in order of arrival; those yet to arrive have none."""
-        arrived = int(self._fields[ck.AT])
-        home = self._home[:arrived]
-        arrival_s, prompts, outputs = self._arrays
+        arrived = self._fields.next_request
+        homes, state = self._homes[:arrived], self._state
+        arrival_s, prompts, outputs = state.arrival_s, state.prompt_tokens, state.output_tokens
         nothing = np.full(arrived, math.nan)
         columns: dict[str, NDArray[Any]] = {
             "arrival_s": arrival_s[:arrived].copy(),
@@ -588,19 +591,19 @@ class Cluster:
         }
         for name in ("admitted_s", "first_token_s", "finish_s", "kept_params_share", "quality_nll"):
             columns[name] = nothing.copy()
-        order = np.argsort(home[:, 0], kind="stable")
-        bounds = np.searchsorted(home[order, 0], np.arange(len(self._engines) + 1))
+        order = np.argsort(homes["engine"], kind="stable")
+        bounds = np.searchsorted(homes["engine"][order], np.arange(len(self._engines) + 1))
         for served, first, last in zip(self._engines, bounds, bounds[1:], strict=False):
             mine = order[first:last]
-            part = served.engine.records_of(home[mine, 1], outputs[mine])
+            part = served.engine.records_of(homes["row"][mine], outputs[mine])
             for field in fields(Records):
                 columns[field.name][mine] = getattr(part, field.name)
             columns["replica"][mine] = served.replica
-        for request, row in self._held:
-            if row is not None:
-                columns["produced_tokens"][request] = row[0][kernel.PRODUCED]
-                columns["admitted_s"][request] = row[1][kernel.ADMITTED_S]
-                columns["first_token_s"][request] = row[1][kernel.FIRST_S]
+        for request, moved in self._held:
+            if moved is not None:
+                columns["produced_tokens"][request] = moved.produced_tokens
+                columns["admitted_s"][request] = moved.record["admitted_s"][0]
+                columns["first_token_s"][request] = moved.record["first_token_s"][0]
         return ClusterRecords(**columns)
 
     @property

@@ -1,20 +1,8 @@
-"""The compiled loop of a cluster: arrivals one by one, between them only the replicas to which something happens.
+"""The compiled loop of a cluster: arrivals one by one, and between them only the replicas to which something happens.
 
-`serve` works on the tables of all replicas (sim/engine/kernel) up to a horizon, the next thing that SimPy knows of. For an
-arrival it brings on those replicas whose iteration has ended by then, lets the router choose, and hands the request
-over. It returns early when Python has to change a plan or a budget, make arrays longer, or choose a replica.
-
-State, for n requests and k replicas:
-
-    tables         int64[k, arrays, 3]: a `sim.engine.kernel.Table` each
-    replica_i      int64[k, 4], replica_f float64[k, 2]: columns named below
-    cluster        int64[7]: fields named below; ``CURSOR`` is the first replica that round robin asks next
-    arrival_s      float64[n], ascending; prompt, output: int64[n]
-    draws          float64[n, 2] in [0, 1): what power of two choices draws for a request; none for other routers
-    home           int64[n, 2]: the engine that has a request, or -1, and its row there
-    hash_at, hash_ids   int64[n + 1], int64[sum]: ids of the KV blocks of request i's prompt are
-                   ``hash_ids[hash_at[i] : hash_at[i + 1]]``; each id stands for its block and all before it
-    owner          int64[largest id + 1]: the replica that computed a block last, or -1
+`serve` works on the tables of all replicas (sim/kernel) up to a horizon, the next event of SimPy. For an arrival it
+advances those replicas whose iteration has ended by then, lets the router choose, and hands the request over. It
+returns early when Python has to change a plan or a budget, make arrays longer, or choose a replica.
 """
 
 from __future__ import annotations
@@ -25,177 +13,153 @@ from numpy.typing import NDArray
 from sim.compiled import compiled
 from sim.cost.latency import LatencyTables, iteration_seconds
 from sim.engine import kernel
-from sim.engine.kernel import (
-    ARRIVAL_S,
-    ARRIVED_PROMPT_TOKENS,
-    BATCH,
-    BLOCK_TOKENS,
-    CACHED,
-    COMPUTED,
-    DECODE_SET,
-    DONE,
-    DUE,
-    END,
-    FINISH_S,
-    FREE,
-    FREE_SLOT,
+from sim.engine.kernel import Table
+from sim.engine.kernel.decodes import _join_decodes, _link_slot, settle
+from sim.engine.kernel.kv import _release, _take
+from sim.engine.kernel.layout import FLOAT64, INT64, Layout
+from sim.engine.kernel.state import (
     GROW,
-    HASH_AT,
     HORIZON,
-    IN_ITERATION,
-    KEEP,
-    KEEPERS,
-    KEPT_RUN,
-    LAYERS,
-    LIMIT,
-    MAX_BATCH_TOKENS,
-    MAX_RUNNING,
-    N_BATCH,
-    N_REJECTED,
-    N_REQUESTS,
-    N_RUNNING,
     NEEDS,
-    NEVER,
-    NEXT,
-    NEXT_ARRIVAL,
-    NEXT_ARRIVAL_S,
-    NOW,
-    PLAN_KEEP,
-    POOL,
-    PREFILL,
-    PREFILL_SET,
-    PREFIX_CACHING,
-    PREVIOUS,
-    PRODUCED,
-    PROMPT,
-    QUEUE_HEAD,
-    QUEUE_TAIL,
     REJECTED,
-    REQUEST,
     RUNNING,
-    RUNNING_TOKENS,
-    SET,
-    STACK,
-    STACKED,
-    STATUS,
-    STEP,
-    TOKENS,
-    UNIT_TOKENS,
-    UNITS,
+    STALLED,
     WAITING,
-    WAITING_TOKENS,
-    WATERMARK,
-    Floats,
-    Ints,
-    State,
-    Table,
-    advance,
+    batch_of,
     block_counts_of,
-    change_due_s,
-    data_of,
-    floats_of,
-    forget_kept_kv,
-    ints_of,
-    layout_of,
+    counters_of,
+    kv_sets_of,
+    latency_data_of,
+    latency_layout_of,
+    preempted_stack_of,
     prompts_of,
     queue_of,
-    request_f_of,
-    request_i_of,
-    sets_of,
-    settle,
+    request_words_of,
+    requests_of,
     slots_of,
-    take_arrivals,
+    waiting,
 )
+from sim.types import Floats, Ints
 
 Tables = NDArray[np.int64]
+"""int64[k, arrays of a replica, 3]: a `kernel.Table` each."""
 
 ROUND_ROBIN, LEAST_OUTSTANDING, LEAST_KV, SHORTEST_WAIT, PREFIX_AFFINITY, POWER_OF_TWO, ASK = range(7)
 """Routers (sim/cluster/routers.py says what each does); ``ASK`` leaves the choice to Python."""
-REACHED, ATTEND, ROOM, NOBODY, CHOOSE = range(5)
-"""Why `serve` returned: it came to the horizon; replica ``WHICH`` needs its engine (plans, memory, longer logs), or
-room for another request; no replica accepts; Python chooses for the request ``AT``."""
+REACHED, ATTEND, ROOM, NO_REPLICA_ACCEPTS, CHOOSE = range(5)
+"""Why `serve` returned: it came to the horizon; a replica needs its engine (plans, memory, longer logs), or room for
+another request; no replica accepts the request that is next; Python chooses for it."""
 
-# Columns of replica_i: CONTEXT_LIMIT as SimEngine.context_limit; ENGINE the number of its present engine; STEP_PRICED
-# the step of its plan book for which TOKEN_S holds, or -1.
-ACCEPTS, CONTEXT_LIMIT, ENGINE, STEP_PRICED, REPLICA_INTS = range(5)
-# Columns of replica_f: from when on something happens there; seconds that a token of a prompt takes.
-NEXT_S, TOKEN_S, REPLICA_FLOATS = range(3)
-# Fields of cluster; MOST_APART and MOST_TIMES bound how far prefix affinity lets replicas fall apart.
-AT, WHICH, WHY, ROUTER, CURSOR, MOST_APART, MOST_TIMES, CLUSTER_INTS = range(8)
-
-ROWS_OF_REQUESTS = State._fields.index("request_i")
-
-
-@compiled(inline=True)
-def waiting(n: Ints) -> int:
-    return int(n[STACKED] + n[QUEUE_TAIL] - n[QUEUE_HEAD])
+CLUSTER = Layout()
+CLUSTER_FIELDS = np.dtype(
+    [
+        ("next_request", INT64),  # first request of the trace that has not been routed
+        ("replica", INT64),  # for ATTEND and ROOM: which
+        ("why", INT64),  # for ATTEND: what `kernel.advance` returned
+        ("router", INT64),  # ROUND_ROBIN, ...
+        ("next_in_turn", INT64),  # replica that round robin asks next
+        ("most_apart", INT64),  # requests by which prefix affinity lets loads differ
+        ("most_times", INT64),  # and how many times, both before it gives way
+    ],
+    align=True,
+)
+cluster_of = CLUSTER.record("cluster", CLUSTER_FIELDS)
+REPLICA_FIELDS = np.dtype(
+    [
+        ("accepts", INT64),  # whether it accepts requests
+        ("context_limit", INT64),  # tokens, as ``SimEngine.context_limit``
+        ("engine", INT64),  # number of its present engine
+        ("residency_priced", INT64),  # residency for which prefill_token_s holds; -1 for none
+        ("prefill_token_s", FLOAT64),  # seconds that a token of a prompt takes
+    ],
+    align=True,
+)
+replicas_of = CLUSTER.array("replicas", REPLICA_FIELDS)
+next_s_of = CLUSTER.array("next_s", FLOAT64)  # a replica each: from when on something happens there; inf for never
+arrival_s_of = CLUSTER.array("arrival_s", FLOAT64)  # of the trace's requests, ascending
+prompt_tokens_of = CLUSTER.array("prompt_tokens")
+output_tokens_of = CLUSTER.array("output_tokens")
+random_pairs_of = CLUSTER.array("random_pairs", FLOAT64, columns=2)  # [0, 1), a request each; one row where unused
+HOME = np.dtype([("engine", INT64), ("row", INT64)], align=True)  # engine that has a request, or -1, and its row there
+homes_of = CLUSTER.array("homes", HOME)
+hash_at_of = CLUSTER.array("hash_at")  # ids of request i's prompt: hash_ids[hash_at[i] : hash_at[i + 1]]
+hash_ids_of = CLUSTER.array("hash_ids")  # each id stands for its prefix block and all before it
+block_owners_of = CLUSTER.array("block_owners")  # by hash id: replica that computed the block last, or -1
 
 
 @compiled(inline=True)
 def outstanding(s: Table) -> int:
     """Return the requests that a replica has and that have not ended."""
-    n = ints_of(s)
-    return int(n[N_RUNNING] + waiting(n))
+    return int(counters_of(s).running + waiting(s))
 
 
 @compiled()
 def kv_load(s: Table) -> float:
-    """Return the share of the KV pool that is held or will be once those that wait have their prompts computed."""
-    n, sets = ints_of(s), sets_of(s)
-    will = n[POOL] - n[FREE] + n[WAITING_TOKENS] * sets[n[PREFILL_SET], LAYERS] / n[BLOCK_TOKENS]
-    return float(will / max(n[POOL], 1))
+    """Return the share of the KV pool that is held, or will be once the waiting prompts are computed."""
+    n = counters_of(s)
+    will = n.pool_blocks - n.free_blocks + n.waiting_tokens * kv_sets_of(s)[n.prefill_set].layers / n.block_tokens
+    return float(will / max(n.pool_blocks, 1))
 
 
 @compiled()
 def prefill_token_s(s: Table) -> float:
-    """Return the seconds that a token of a prompt takes under what runs, in a full batch of one prompt's chunk."""
-    n, tokens = ints_of(s), ints_of(s)[MAX_BATCH_TOKENS]
-    tables = LatencyTables(data_of(s), layout_of(s))
+    """Return the seconds that a prompt token takes under the running plan, in a full batch of one prompt's chunk."""
+    tokens, tables = counters_of(s).max_batch_tokens, LatencyTables(latency_data_of(s), latency_layout_of(s))
     seconds = iteration_seconds(tables, block_counts_of(s), tokens, tokens * (tokens + 1) // 2, 0, 0, 1)
-    return float(seconds / n[MAX_BATCH_TOKENS])
+    return float(seconds / tokens)
 
 
 @compiled()
-def expected_wait_s(s: Table, replica_i: Ints, replica_f: Floats, tokens: int) -> float:
-    """Return the seconds in which a replica computes the prompts that wait and so many tokens more."""
-    n = ints_of(s)
-    if replica_i[STEP_PRICED] != n[STEP]:
-        replica_i[STEP_PRICED], replica_f[TOKEN_S] = n[STEP], prefill_token_s(s)
-    return float((n[WAITING_TOKENS] + tokens) * replica_f[TOKEN_S])
+def expected_wait_s(s: Table, c: Table, k: int, tokens: int) -> float:
+    """Return the seconds in which replica k computes its waiting prompts and this many tokens more."""
+    n, replica = counters_of(s), replicas_of(c)[k]
+    if replica.residency_priced != n.residency:
+        replica.residency_priced, replica.prefill_token_s = n.residency, prefill_token_s(s)
+    return float((n.waiting_tokens + tokens) * replica.prefill_token_s)
 
 
 @compiled()
-def next_s(s: Table) -> float:
-    """Return from when on something happens at a replica that does nothing by itself before then; ``inf`` for never."""
-    return float(floats_of(s)[END]) if ints_of(s)[IN_ITERATION] else change_due_s(s)
+def next_event_s(s: Table) -> float:
+    """Return from when on something happens at a replica that does nothing by itself before; ``inf`` for never."""
+    return float(counters_of(s).end_s) if counters_of(s).in_iteration else kernel.change_due_s(s)
 
 
 @compiled()
-def bring(s: Table, times: Floats, now_s: float, until_s: float) -> int:
+def bring(s: Table, next_s: Floats, k: int, now_s: float, until_s: float) -> int:
     """Serve at one replica from the present to a moment: iterations that end then have ended, none starts.
 
     Args:
-        s: the replica. times: its row of replica_f. now_s: SimPy's present. until_s: not before it.
+        s: the replica. next_s: its entry k is kept. now_s: SimPy's present. until_s: not before it.
     Returns:
-        ``NEEDS`` or ``GROW`` when its engine has to help first (sim/engine/kernel), else another.
+        ``NEEDS`` or ``GROW`` when its engine has to help first (`kernel.advance`), else another value.
     """
-    n, f = ints_of(s), floats_of(s)
-    if not n[IN_ITERATION]:
-        f[NOW] = max(f[NOW], now_s)
-    why = advance(s, until_s)
-    while why == DONE and change_due_s(s) < until_s:
-        f[NOW] = max(f[NOW], change_due_s(s))  # idle until then
-        why = advance(s, until_s)
+    n = counters_of(s)
+    if not n.in_iteration:
+        n.now_s = max(n.now_s, now_s)
+    why = kernel.advance(s, until_s)
+    while why == STALLED and kernel.change_due_s(s) < until_s:
+        n.now_s = max(n.now_s, kernel.change_due_s(s))  # nothing happens until then
+        why = kernel.advance(s, until_s)
     if why not in (NEEDS, GROW):
-        times[NEXT_S] = f[NOW] if why == HORIZON and not n[IN_ITERATION] else next_s(s)
+        next_s[k] = n.now_s if why == HORIZON and not n.in_iteration else next_event_s(s)
     return why
 
 
+# -- routers -----------------------------------------------------------------------------------------------------------
+
+
+@compiled(inline=True)
+def _fits(c: Table, k: int, tokens: int) -> bool:
+    """Return whether a replica accepts a request of this many tokens."""
+    replica = replicas_of(c)[k]
+    return bool(replica.accepts and tokens < replica.context_limit)
+
+
 @compiled()
-def _least_outstanding(tables: Tables, replica_i: Ints, tokens: int) -> int:
+def _least_outstanding(tables: Tables, c: Table, tokens: int) -> int:
     best, least = -1, 0
-    for k in range(len(replica_i)):
-        if replica_i[k, ACCEPTS] and tokens < replica_i[k, CONTEXT_LIMIT]:
+    for k in range(len(tables)):
+        if _fits(c, k, tokens):
             count = outstanding(tables[k])
             if best < 0 or count < least:
                 best, least = k, count
@@ -203,10 +167,10 @@ def _least_outstanding(tables: Tables, replica_i: Ints, tokens: int) -> int:
 
 
 @compiled()
-def _fitting(replica_i: Ints, tokens: int, place: int) -> int:
-    """Return the replica in this place of those that accept a request of so many tokens."""
-    for k in range(len(replica_i)):
-        if replica_i[k, ACCEPTS] and tokens < replica_i[k, CONTEXT_LIMIT]:
+def _fitting(c: Table, tokens: int, place: int) -> int:
+    """Return the replica in this place of those that accept a request of this many tokens."""
+    for k in range(len(replicas_of(c))):
+        if _fits(c, k, tokens):
             if place == 0:
                 return k
             place -= 1
@@ -214,139 +178,162 @@ def _fitting(replica_i: Ints, tokens: int, place: int) -> int:
 
 
 @compiled()
-def choose(
-    tables: Tables,
-    replica_i: Ints,
-    replica_f: Floats,
-    cluster: Ints,
-    tokens: int,
-    draws: Floats,
-    ids: Ints,
-    owner: Ints,
-) -> int:
-    """Return the replica for a request of so many tokens, prompt and produced; -1 when none accepts.
+def choose(tables: Tables, c: Table, request: int, tokens: int) -> int:
+    """Return the replica for a request of this many tokens, prompt and produced; -1 when none accepts.
 
-    Those whose context limit does not hold it are passed over; where it fits none, the first that accepts has it, and
-    rejects it.
+    Those whose context limit does not hold it are passed over; where it fits none, the first that accepts receives it,
+    and rejects it.
     """
-    count, first = 0, -1
-    for k in range(len(replica_i)):
-        if replica_i[k, ACCEPTS]:
-            if first < 0:
-                first = k
-            if tokens < replica_i[k, CONTEXT_LIMIT]:
-                count += 1
+    cluster, count, first = cluster_of(c), 0, -1
+    for k in range(len(tables)):
+        if replicas_of(c)[k].accepts and first < 0:
+            first = k
+        if _fits(c, k, tokens):
+            count += 1
     if count == 0:
         return first
-    router = cluster[ROUTER]
+    router = cluster.router
     if router == ROUND_ROBIN:
-        k = cluster[CURSOR]
-        while not (replica_i[k, ACCEPTS] and tokens < replica_i[k, CONTEXT_LIMIT]):
-            k = (k + 1) % len(replica_i)
-        cluster[CURSOR] = (k + 1) % len(replica_i)
+        k = cluster.next_in_turn
+        while not _fits(c, k, tokens):
+            k = (k + 1) % len(tables)
+        cluster.next_in_turn = (k + 1) % len(tables)
         return int(k)
     if router == LEAST_OUTSTANDING:
-        return _least_outstanding(tables, replica_i, tokens)
+        return _least_outstanding(tables, c, tokens)
     if router == POWER_OF_TWO:
+        pair = random_pairs_of(c)[request % len(random_pairs_of(c))]
         if count == 1:
-            return _fitting(replica_i, tokens, 0)
-        i, j = int(draws[0] * count), int(draws[1] * (count - 1))
+            return _fitting(c, tokens, 0)
+        i, j = int(pair[0] * count), int(pair[1] * (count - 1))
         j += j >= i
-        a, b = _fitting(replica_i, tokens, min(i, j)), _fitting(replica_i, tokens, max(i, j))
+        a, b = _fitting(c, tokens, min(i, j)), _fitting(c, tokens, max(i, j))
         return a if outstanding(tables[a]) <= outstanding(tables[b]) else b
     if router == PREFIX_AFFINITY:
-        best = _by_prefix(tables, replica_i, cluster, tokens, ids, owner)
-        for at in range(len(ids)):
-            owner[ids[at]] = best
-        return best
+        return _by_prefix(tables, c, request, tokens)
     best, least = -1, np.inf
-    for k in range(len(replica_i)):
-        if replica_i[k, ACCEPTS] and tokens < replica_i[k, CONTEXT_LIMIT]:
-            if router == LEAST_KV:
-                load = kv_load(tables[k])
-            else:
-                load = expected_wait_s(tables[k], replica_i[k], replica_f[k], tokens)
+    for k in range(len(tables)):
+        if _fits(c, k, tokens):
+            load = kv_load(tables[k]) if router == LEAST_KV else expected_wait_s(tables[k], c, k, tokens)
             if best < 0 or load < least:
                 best, least = k, load
     return best
 
 
 @compiled()
-def _by_prefix(tables: Tables, replica_i: Ints, cluster: Ints, tokens: int, ids: Ints, owner: Ints) -> int:
-    """Return the replica that computed most of a prompt's beginning, unless the load of replicas has fallen apart."""
-    shortest = _least_outstanding(tables, replica_i, tokens)
+def _by_prefix(tables: Tables, c: Table, request: int, tokens: int) -> int:
+    """Return the replica for a request by its prompt, and remember it as the owner of the prompt's blocks."""
+    owners, ids = block_owners_of(c), hash_ids_of(c)[hash_at_of(c)[request] : hash_at_of(c)[request + 1]]
+    best = _owner_of_prefix(tables, c, ids, tokens)
+    for at in range(len(ids)):
+        owners[ids[at]] = best
+    return best
+
+
+@compiled()
+def _owner_of_prefix(tables: Tables, c: Table, ids: Ints, tokens: int) -> int:
+    """Return the replica that computed most of a prompt's beginning, unless loads differ too much."""
+    cluster, shortest = cluster_of(c), _least_outstanding(tables, c, tokens)
     least, most = outstanding(tables[shortest]), 0
-    for k in range(len(replica_i)):
-        if replica_i[k, ACCEPTS]:
+    for k in range(len(tables)):
+        if replicas_of(c)[k].accepts:
             most = max(most, outstanding(tables[k]))
-    if most - least > cluster[MOST_APART] and most > cluster[MOST_TIMES] * least:
+    if most - least > cluster.most_apart and most > cluster.most_times * least:
         return shortest
     for at in range(len(ids) - 1, -1, -1):
-        k = owner[ids[at]]
-        if k >= 0 and replica_i[k, ACCEPTS] and tokens < replica_i[k, CONTEXT_LIMIT]:
+        k = block_owners_of(c)[ids[at]]
+        if k >= 0 and _fits(c, k, tokens):
             return int(k)
     return shortest
 
 
+# -- handing requests over ---------------------------------------------------------------------------------------------
+
+
 @compiled(inline=True)
-def _with_ids(s: Table, r: int, hash_at: int, ids: int) -> None:
-    n, prompts = ints_of(s), prompts_of(s)
-    if n[PREFIX_CACHING]:
-        units = min(request_i_of(s)[r, PROMPT] // n[UNIT_TOKENS], ids)
-        prompts[r, HASH_AT], prompts[r, UNITS], prompts[r, CACHED] = hash_at, units, -1
+def _set_prompt(s: Table, r: int, hash_at: int, ids: int) -> None:
+    """Record where the hash ids of a request's prompt are, if there is a prefix cache."""
+    n = counters_of(s)
+    if n.prefix_caching:
+        prompt = prompts_of(s)[r]
+        prompt.prefix_blocks = min(requests_of(s)[r].prompt_tokens // n.prefix_block_tokens, ids)
+        prompt.hash_at, prompt.cached_tokens = hash_at, -1
+
+
+@compiled(inline=True)
+def _new_request(s: Table, words: Ints) -> int:
+    """Copy another replica's record of a request behind the requests here; return its row."""
+    n = counters_of(s)
+    r = n.request_count
+    for word in range(len(words)):
+        request_words_of(s)[r, word] = words[word]
+    n.request_count = n.arrived = r + 1
+    n.arrived_prompt_tokens += requests_of(s)[r].prompt_tokens
+    return int(r)
+
+
+@compiled(inline=True)
+def _touch(s: Table, next_s: Floats, k: int, now_s: float) -> None:
+    """Let a replica that is between two iterations go on now."""
+    n = counters_of(s)
+    if not n.in_iteration:
+        n.now_s = next_s[k] = now_s
 
 
 @compiled()
 def give(
-    s: Table, times: Floats, arrival_s: float, now_s: float, prompt: int, limit: int, hash_at: int, ids: int
+    s: Table,
+    next_s: Floats,
+    k: int,
+    arrival_s: float,
+    now_s: float,
+    prompt_tokens: int,
+    limit_tokens: int,
+    hash_at: int,
+    ids: int,
 ) -> int:
     """Hand a new request to a replica that has been advanced to ``now_s``; return its row. There is room for it.
 
     hash_at, ids: where the replica's ``hash_ids`` begin to be this request's, and how many there are.
     """
-    n, f, request_i, request_f = ints_of(s), floats_of(s), request_i_of(s), request_f_of(s)
-    r = n[N_REQUESTS]
-    request_i[r, PROMPT], request_i[r, LIMIT] = prompt, limit
-    _with_ids(s, r, hash_at, ids)
-    request_f[r, ARRIVAL_S] = arrival_s
-    n[N_REQUESTS] = r + 1
-    f[NEXT_ARRIVAL_S] = arrival_s
-    take_arrivals(s, now_s)
-    if not n[IN_ITERATION]:
-        f[NOW] = times[NEXT_S] = now_s
+    n = counters_of(s)
+    r = n.request_count
+    request = requests_of(s)[r]
+    request.prompt_tokens, request.output_limit_tokens, request.arrival_s = prompt_tokens, limit_tokens, arrival_s
+    _set_prompt(s, r, hash_at, ids)
+    n.request_count = r + 1
+    n.next_arrival_s = arrival_s
+    kernel.take_arrivals(s, now_s)
+    _touch(s, next_s, k, now_s)
     return int(r)
 
 
 @compiled()
 def give_moved(
-    s: Table, times: Floats, now_s: float, row_i: Ints, row_f: Floats, limit: int, hash_at: int, ids: int
+    s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_tokens: int, hash_at: int, ids: int
 ) -> int:
-    """Hand over a request of another replica, with what it has produced; its KV is computed anew. Return its row.
+    """Hand over a request of another replica with the tokens it has produced; its KV is computed again. Return its row.
 
-    It was accepted once, so ``admit`` does not reject it; a limit that it cannot go on under does.
+    It was accepted once, so ``max_waiting`` does not reject it; a limit below what it has produced does.
+
+    Args:
+        words: int64[fields], the other replica's record of it.
     """
-    n, f, request_i, request_f, queue = ints_of(s), floats_of(s), request_i_of(s), request_f_of(s), queue_of(s)
-    r = n[N_REQUESTS]
-    for column in range(len(row_i)):
-        request_i[r, column] = row_i[column]
-    for column in range(len(row_f)):
-        request_f[r, column] = row_f[column]
-    row = request_i[r]
-    row[LIMIT], row[COMPUTED], row[PREFILL], row[KEPT_RUN] = limit, 0, 0, -1
-    _with_ids(s, r, hash_at, ids)
-    n[N_REQUESTS] = n[NEXT_ARRIVAL] = r + 1
-    n[ARRIVED_PROMPT_TOKENS] += row[PROMPT]
-    if limit <= row[PRODUCED]:
-        row[STATUS] = REJECTED
-        n[N_REJECTED] += 1
+    n, r = counters_of(s), _new_request(s, words)
+    request = requests_of(s)[r]
+    request.output_limit_tokens, request.computed_tokens, request.prefill_tokens = limit_tokens, 0, 0
+    request.free_run = -1
+    _set_prompt(s, r, hash_at, ids)
+    if limit_tokens <= request.produced_tokens:
+        request.status = REJECTED
+        n.rejected += 1
     else:
-        row[STATUS] = WAITING
-        queue[n[QUEUE_TAIL]] = r
-        n[QUEUE_TAIL] += 1
-        n[WAITING_TOKENS] += row[PROMPT] + row[PRODUCED]
-    if not n[IN_ITERATION]:
-        f[NOW] = times[NEXT_S] = now_s
-    return int(r)
+        request.status = WAITING
+        queue_of(s)[n.queue_tail] = r
+        n.queue_tail += 1
+        n.waiting_tokens += request.prompt_tokens + request.produced_tokens
+    _touch(s, next_s, k, now_s)
+    return r
 
 
 @compiled()
@@ -354,26 +341,26 @@ def held_rows(s: Table, rows: Ints, running_too: bool) -> int:
     """Write down the rows of the requests that have not ended, in the order in which they would go on.
 
     Args:
-        s: a replica; the rows of its requests are brought up to date.
+        s: a replica; the records of its requests are brought up to date.
         rows: room for all of them.
         running_too: whether those that run count, or those that wait alone.
     Returns:
         How many there are.
     """
-    n, slots, queue = ints_of(s), slots_of(s), queue_of(s)
-    count, end = 0, slots.shape[1] - 1
+    n, slots = counters_of(s), slots_of(s)
+    count, end = 0, len(slots) - 1
     if running_too:
         settle(s)
-        i = slots[NEXT, end]
+        i = slots[end].next
         while i != end:
-            rows[count] = slots[REQUEST, i]
+            rows[count] = slots[i].request
             count += 1
-            i = slots[NEXT, i]
-    for place in range(n[STACKED] - 1, -1, -1):
-        rows[count] = slots[STACK, place]
+            i = slots[i].next
+    for place in range(n.preempted_waiting - 1, -1, -1):
+        rows[count] = preempted_stack_of(s)[place]
         count += 1
-    for place in range(n[QUEUE_HEAD], n[QUEUE_TAIL]):
-        rows[count] = queue[place]
+    for place in range(n.queue_head, n.queue_tail):
+        rows[count] = queue_of(s)[place]
         count += 1
     return count
 
@@ -381,35 +368,35 @@ def held_rows(s: Table, rows: Ints, running_too: bool) -> int:
 @compiled()
 def let_waiting_go(s: Table) -> None:
     """Forget the requests that wait; those that run go on."""
-    n = ints_of(s)
-    forget_kept_kv(s)
-    n[STACKED], n[QUEUE_HEAD], n[WAITING_TOKENS] = 0, n[QUEUE_TAIL], 0
+    n = counters_of(s)
+    kernel.forget_kept_kv(s)
+    n.preempted_waiting, n.queue_head, n.waiting_tokens = 0, n.queue_tail, 0
 
 
-# -- prefill and decode apart ----------------------------------------------------------------------------------------
+# -- prefill and decode on different replicas --------------------------------------------------------------------------
 
 
 @compiled()
 def hold(s: Table, blocks: int) -> None:
-    """Keep free KV blocks from everybody: for KV that waits to be sent, or that is on its way here."""
-    kernel._take(s, blocks)
+    """Reserve free KV blocks: for KV that waits to be sent, or that is on its way here."""
+    _take(s, blocks)
 
 
 @compiled()
 def let_go(s: Table, blocks: int) -> None:
-    """Free blocks that were held."""
-    kernel._release(s, blocks, -1)
+    """Free blocks that were reserved."""
+    _release(s, blocks, -1)
 
 
 @compiled()
 def chunks_under_way(s: Table, rows: Ints) -> int:
     """Write down the rows of the requests whose prompt the iteration under way completes; return how many."""
-    n, request_i, slots = ints_of(s), request_i_of(s), slots_of(s)
+    n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
     count = 0
-    if n[IN_ITERATION]:
-        for j in range(n[N_BATCH]):
-            r = slots[REQUEST, slots[BATCH, j]]
-            if request_i[r, COMPUTED] + slots[TOKENS, j] == request_i[r, PROMPT]:
+    if n.in_iteration:
+        for j in range(n.batch_chunks):
+            r = slots[batch[j].slot].request
+            if requests[r].computed_tokens + batch[j].tokens == requests[r].prompt_tokens:
                 rows[count] = r
                 count += 1
     return count
@@ -417,109 +404,91 @@ def chunks_under_way(s: Table, rows: Ints) -> int:
 
 @compiled()
 def free_share(s: Table, blocks: int, coming: int) -> float:
-    """Return the share of the KV pool that is free; -1 where there is no room for one more with so many KV blocks.
+    """Return the share of the KV pool that is free; -1 without room for one more request with this many KV blocks.
 
     Args:
-        s: a decode replica. coming: requests on their way to it. Nobody has room while preempted ones wait there.
+        s: a decode replica. It has no room while preempted requests wait there. coming: requests on their way to it.
     """
-    n = ints_of(s)
-    if n[FREE] - blocks < n[WATERMARK] or n[N_RUNNING] + coming >= n[MAX_RUNNING] or waiting(n) > 0:
+    n = counters_of(s)
+    if n.free_blocks - blocks < n.watermark_blocks or n.running + coming >= n.max_running or waiting(s) > 0:
         return -1.0
-    return float(n[FREE] / max(n[POOL], 1))
+    return float(n.free_blocks / max(n.pool_blocks, 1))
 
 
 @compiled(inline=True)
 def in_iteration(s: Table) -> bool:
     """Return whether an iteration is under way."""
-    return bool(ints_of(s)[IN_ITERATION])
+    return bool(counters_of(s).in_iteration)
 
 
 @compiled()
-def begin(s: Table, times: Floats, now_s: float) -> int:
+def begin(s: Table, next_s: Floats, k: int, now_s: float) -> int:
     """Start the iteration that is due at this moment, if one is; return as `bring` does."""
-    return bring(s, times, now_s, np.nextafter(now_s, np.inf))
+    return bring(s, next_s, k, now_s, np.nextafter(now_s, np.inf))
 
 
 @compiled()
-def join(s: Table, times: Floats, now_s: float, row_i: Ints, row_f: Floats, limit: int) -> int:
-    """Let a request decode here whose KV has arrived, in blocks that are held for it; return its row.
+def join(s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_tokens: int) -> int:
+    """Let a request decode here whose KV has arrived, in blocks that are reserved for it; return its row.
 
-    The replica is between two iterations, has room for a row and a place among those that run.
+    The replica is between two iterations, has room for a row and a free slot.
+
+    Args:
+        words: int64[fields], the prefill replica's record of it.
     """
-    n, f, request_i, request_f, slots = ints_of(s), floats_of(s), request_i_of(s), request_f_of(s), slots_of(s)
-    r, end = n[N_REQUESTS], slots.shape[1] - 1
-    for column in range(len(row_i)):
-        request_i[r, column] = row_i[column]
-    for column in range(len(row_f)):
-        request_f[r, column] = row_f[column]
-    row = request_i[r]
-    row[LIMIT], row[STATUS], row[KEPT_RUN] = limit, RUNNING, -1
-    row[COMPUTED] = row[PREFILL] = row[PROMPT]
-    request_f[r, FINISH_S] = np.nan
-    n[N_REQUESTS] = n[NEXT_ARRIVAL] = r + 1
-    n[ARRIVED_PROMPT_TOKENS] += row[PROMPT]
-    n[RUNNING_TOKENS] += row[PROMPT]
-    n[N_RUNNING] += 1
-    i = slots[FREE_SLOT, end - n[N_RUNNING]]
-    newest = slots[PREVIOUS, end]
-    slots[NEXT, newest], slots[PREVIOUS, i], slots[NEXT, i], slots[PREVIOUS, end] = i, newest, end, i
-    slots[REQUEST, i], slots[SET, i], slots[KEEP, i], slots[DUE, i] = r, n[DECODE_SET], n[PLAN_KEEP], NEVER
-    n[KEEPERS] += n[PLAN_KEEP] >= 0
-    kernel._join_decodes(s, i)
-    f[NOW] = times[NEXT_S] = now_s
-    return int(r)
+    n, r = counters_of(s), _new_request(s, words)
+    request = requests_of(s)[r]
+    request.output_limit_tokens, request.status, request.free_run = limit_tokens, RUNNING, -1
+    request.computed_tokens = request.prefill_tokens = request.prompt_tokens
+    request.finish_s = np.nan
+    n.running_tokens += request.prompt_tokens
+    i = _link_slot(s, r, n.decode_set, n.kv_keep_id)
+    n.windowed += n.kv_keep_id >= 0
+    _join_decodes(s, i)
+    n.now_s = next_s[k] = now_s
+    return r
 
 
-# -- the loop --------------------------------------------------------------------------------------------------------
+# -- the loop ----------------------------------------------------------------------------------------------------------
 
 
 @compiled()
-def serve(
-    tables: Tables,
-    replica_i: Ints,
-    replica_f: Floats,
-    cluster: Ints,
-    arrival_s: Floats,
-    prompt: Ints,
-    output: Ints,
-    draws: Floats,
-    home: Ints,
-    hash_at: Ints,
-    hash_ids: Ints,
-    owner: Ints,
-    now_s: float,
-    horizon_s: float,
-) -> int:
+def serve(tables: Tables, c: Table, now_s: float, horizon_s: float) -> int:
     """Serve and route from SimPy's present to a horizon, arrivals at it included; return why it stopped.
 
     At one moment: iterations end, requests arrive and are routed; iterations start in the next call.
+
+    Args:
+        tables: the replicas. c: the cluster. now_s: SimPy's present.
     """
-    replicas, requests = len(tables), len(arrival_s)
+    cluster, replicas, next_s, arrival_s = cluster_of(c), replicas_of(c), next_s_of(c), arrival_s_of(c)
+    prompt_tokens, hash_at, homes = prompt_tokens_of(c), hash_at_of(c), homes_of(c)
     while True:
-        at = cluster[AT]
-        arrives_s = arrival_s[at] if at < requests else np.inf
+        at = cluster.next_request
+        arrives_s = arrival_s[at] if at < len(arrival_s) else np.inf
         until_s = min(arrives_s, horizon_s)
-        for k in range(replicas):
-            # One that stands at this very moment between two iterations starts none before everybody has arrived.
-            due_s = replica_f[k, NEXT_S]
-            if due_s < until_s or (due_s == until_s and due_s < np.inf and ints_of(tables[k])[IN_ITERATION]):
-                why = bring(tables[k], replica_f[k], now_s, until_s)
+        for k in range(len(tables)):
+            # A replica between two iterations at this very moment starts none before all requests have arrived.
+            due_s = next_s[k]
+            if due_s < until_s or (due_s == until_s and due_s < np.inf and in_iteration(tables[k])):
+                why = bring(tables[k], next_s, k, now_s, until_s)
                 if why in (NEEDS, GROW):
-                    cluster[WHICH], cluster[WHY] = k, why
+                    cluster.replica, cluster.why = k, why
                     return ATTEND
-        if at == requests or arrives_s > horizon_s:
+        if at == len(arrival_s) or arrives_s > horizon_s:
             return REACHED
-        if cluster[ROUTER] == ASK:
+        if cluster.router == ASK:
             return CHOOSE
-        cursor, draw, ids = cluster[CURSOR], draws[at % len(draws)], hash_ids[hash_at[at] : hash_at[at + 1]]
-        k = choose(tables, replica_i, replica_f, cluster, prompt[at], draw, ids, owner)
+        next_in_turn = cluster.next_in_turn
+        k = choose(tables, c, at, prompt_tokens[at])
         if k < 0:
-            return NOBODY
+            return NO_REPLICA_ACCEPTS
         s = tables[k]
-        if ints_of(s)[N_REQUESTS] == s[ROWS_OF_REQUESTS, 1]:
-            cluster[WHICH], cluster[CURSOR] = k, cursor  # it is chosen again
+        if counters_of(s).request_count == len(requests_of(s)):
+            cluster.replica, cluster.next_in_turn = k, next_in_turn  # it is chosen again
             return ROOM
-        limit = min(output[at], replica_i[k, CONTEXT_LIMIT] - prompt[at])
-        home[at, 0] = replica_i[k, ENGINE]
-        home[at, 1] = give(s, replica_f[k], arrives_s, arrives_s, prompt[at], limit, hash_at[at], len(ids))
-        cluster[AT] = at + 1
+        limit = min(output_tokens_of(c)[at], replicas[k].context_limit - prompt_tokens[at])
+        ids = hash_at[at + 1] - hash_at[at]
+        homes[at].engine = replicas[k].engine
+        homes[at].row = give(s, next_s, k, arrives_s, arrives_s, prompt_tokens[at], limit, hash_at[at], ids)
+        cluster.next_request = at + 1

@@ -111,7 +111,7 @@ def _replica(cfg: DictConfig, name: str, outages: Any) -> Replica:
     parts = build_parts(cfg)
 
     def make(env: simpy.Environment) -> tuple[SimEngine, Policy]:
-        return build_engine(cfg, env=env, driven=True, keep_iterations=bool(cfg.keep_iterations))
+        return build_engine(cfg, env=env, external_clock=True, keep_iterations=bool(cfg.keep_iterations))
 
     def moments() -> Iterator[float]:
         return decisions(float(cfg.tick_s), parts.budget.change_s[1:])

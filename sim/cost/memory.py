@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from typing import Literal
 
 from sim.cost.model_spec import QUANT_GROUP_ELEMENTS, Linear, ModelSpec
 from sim.cost.plan import WEIGHT_BITS, KeepMask, Plan, check_layers, check_plan, keep_all
 from sim.errors import BudgetError, PlanError, nearest
-from sim.types import GIB
 
 QUANT_SCALE_BYTES = 2
 
@@ -199,39 +197,6 @@ def budget_for_kv_blocks(
     return weight_bytes(model, plan, stage) + workspace_bytes + kv_bytes
 
 
-def check_budget(
-    model: ModelSpec,
-    plan: Plan,
-    budget_bytes: int,
-    workspace_bytes: int,
-    kv_block_tokens: int,
-    stage: Stage = "both",
-) -> None:
-    """Check that a budget holds the weights, the workspace and one KV block in every kept MHA block.
-
-    Raises:
-        BudgetError: saying how far off it is, and how many more FFN blocks would have to be pruned.
-        PlanError: if the plan is not legal for the model.
-    """
-    keep = resident_mask(plan, stage)
-    weights = weight_bytes(model, plan, stage)
-    kv_bytes = sum(keep.mha) * kv_block_layer_bytes(model, kv_block_tokens)
-    missing_bytes = weights + workspace_bytes + kv_bytes - budget_bytes
-    if missing_bytes <= 0:
-        return
-    kept_ffn = (ffn_weight_bytes(model, bits) for bits, kept in zip(plan.weight_bits, keep.ffn, strict=True) if kept)
-    more = _blocks_to_free(kept_ffn, missing_bytes)
-    advice = (
-        f"prune {more} more FFN block{'' if more == 1 else 's'}, or raise budget_bytes"
-        if more
-        else "pruning every FFN block is not enough: prune MHA blocks too, lower weight_bits, or raise budget_bytes"
-    )
-    raise BudgetError(
-        f"weights need {_readable(weights)}, workspace {_readable(workspace_bytes)} and one KV block in each of "
-        f"{sum(keep.mha)} layers {_readable(kv_bytes)}, but budget_bytes allows {_readable(budget_bytes)}; {advice}"
-    )
-
-
 # --- RAP's memory model ----------------------------------------------------------------------------------------------
 
 
@@ -275,19 +240,6 @@ def fits(model: ModelSpec, mask: KeepMask, batch: int, sequence_tokens: int, bud
     return peak_bytes(model, mask, batch, sequence_tokens) <= budget_bytes
 
 
-def crossover_tokens(model: ModelSpec, bits: int = 16) -> int:
-    """Number of tokens in the cache (B * S) above which dropping an MHA block frees more than dropping an FFN block.
-
-    At this load or below, an FFN block frees at least as much. Biases and norms count: Qwen2.5-7B crosses at 170,235,
-    where its weight matrices alone would give 170,240.
-
-    Source:
-        Derived from RAP's memory model: FFN weights = MHA weights + tokens * KV bytes a token a layer.
-    """
-    more_bytes = ffn_weight_bytes(model, bits) - mha_weight_bytes(model, bits)
-    return max(0, more_bytes // model.kv_bytes_per_token_layer)
-
-
 # --- Help ------------------------------------------------------------------------------------------------------------
 
 
@@ -295,18 +247,3 @@ def _at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
             raise BudgetError(f"{name} is {value}; it must be at least {least}")
-
-
-def _blocks_to_free(block_bytes: Iterable[int], missing_bytes: int) -> int:
-    """Return how many blocks, the largest first, free ``missing_bytes``; 0 when all of them do not."""
-    freed_bytes = 0
-    for count, size in enumerate(sorted(block_bytes, reverse=True), start=1):
-        freed_bytes += size
-        if freed_bytes >= missing_bytes:
-            return count
-    return 0
-
-
-def _readable(size_bytes: int) -> str:
-    """Return bytes in a unit in which a user can compare them; small test models stay visible."""
-    return f"{size_bytes / GIB:.2f} GiB" if abs(size_bytes) >= GIB // 10 else f"{size_bytes:,} bytes"

@@ -1,4 +1,4 @@
-"""Plans as JSON."""
+"""Plans as JSON: removed blocks, layers by precision, and runs of kept KV; a dense plan is nearly empty."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sim.errors import CalibrationError
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """Return what differs from dense, as plain values: removed blocks, layers by bits, KV runs."""
+    """Return how a plan differs from dense, as plain values."""
     bits = {str(b): [i for i, x in enumerate(plan.weight_bits) if x == b] for b in (8, 4) if b in plan.weight_bits}
     runs: dict[tuple[int, int], list[int]] = {}
     for layer, keep in enumerate(plan.kv_keep):
@@ -21,15 +21,18 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "prefill_drop": _dropped(plan.prefill),
         "decode_drop": _dropped(plan.decode),
         "weight_bits": bits,
-        "kv_keep": [{"first_tokens": a, "last_tokens": b, "layers": at} for (a, b), at in sorted(runs.items())],
+        "kv_keep": [
+            {"first_tokens": first, "last_tokens": last, "layers": layers}
+            for (first, last), layers in sorted(runs.items())
+        ],
     }
 
 
 def _dropped(mask: KeepMask) -> list[str]:
-    pairs = zip(mask.mha, mask.ffn, strict=True)
+    """Return the names of the blocks that a mask drops, in the order in which blocks run."""
     return [
-        f"{kind}{i}"
-        for i, pair in enumerate(pairs)
+        f"{kind}{layer}"
+        for layer, pair in enumerate(zip(mask.mha, mask.ffn, strict=True))
         for kind, keep in zip(("MHA", "FFN"), pair, strict=True)
         if not keep
     ]
@@ -58,14 +61,22 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
             kv_keep=tuple(kv_keep),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CalibrationError(f"not a plan of a quality table: {value!r} ({type(error).__name__}: {error})") from error
+        raise CalibrationError(
+            f"not a plan of a quality table: {value!r} ({type(error).__name__}: {error}); "
+            "write plans with plan_to_json, or measure the table again: python -m hw.score kind=table"
+        ) from error
 
 
 def _mask(layers: int, dropped: Sequence[str]) -> KeepMask:
-    known = {f"{kind}{i}" for kind in ("MHA", "FFN") for i in range(layers)}
-    if wrong := sorted(set(dropped) - known):
-        raise ValueError(f"no block {wrong[0]}")
+    """Return the mask without the named blocks.
+
+    Raises:
+        ValueError: for a block that the model does not have.
+    """
+    known = {f"{kind}{layer}" for kind in ("MHA", "FFN") for layer in range(layers)}
+    if unknown := sorted(set(dropped) - known):
+        raise ValueError(f"no block {unknown[0]} in a model of {layers} layers")
     return KeepMask(
-        mha=tuple(f"MHA{i}" not in dropped for i in range(layers)),
-        ffn=tuple(f"FFN{i}" not in dropped for i in range(layers)),
+        mha=tuple(f"MHA{layer}" not in dropped for layer in range(layers)),
+        ffn=tuple(f"FFN{layer}" not in dropped for layer in range(layers)),
     )

@@ -1,65 +1,53 @@
-"""The loss of a plan: negative log-likelihood a token, in nats, predicted from plans measured on a real model.
+"""The loss of a plan: its negative log-likelihood (NLL) a token, in nats, predicted from measured plans.
 
-    quality = load_quality("smollm2_135m")          # conf/quality/smollm2_135m.json, measured by hw.score
+    quality = load_quality("smollm2_135m")          # coefficients fitted to conf/quality/smollm2_135m.json
     quality.perplexity(plan)                        # of any plan
 
-Two sources. A table of measured plans, to which a model is fitted; ``cross_validate`` says how far off it is on plans
-that it did not see. And a few published points, for models whose weights cannot be had; ``summary`` says how few.
+There are two sources. ``hw.score`` measures a table of plans and fits a model to it (``python -m hw.score kind=fit``);
+the coefficients ship with their held-out errors. For models whose weights are not available there are a few published
+points; ``summary`` says how few.
 
-The fit is on what a plan loses against dense, D nats a token:
+The fitted model predicts D, the loss of a plan over dense in nats a token:
 
-    log(1 + k D) / k  =  sum over blocks of w_b r_b  +  sum over kinds of neighbours of u_i sqrt(s_b s_c) r_b r_c
+    log(1 + k D) / k  =  sum over blocks of w_b r_b  +  sum over kinds of neighbors of u_i sqrt(s_b s_c) r_b r_c
                          +  terms for W8 and W4 layers and for layers whose KV is cut
 
-r_b is 1 where block b is removed in both stages and ``stage_share`` where decode alone drops it; s_b is what was
-measured when b alone was removed; cut KV counts by what was measured of each layer alone, in inverse proportion to the
-tokens kept. All coefficients are non-negative, so no plan gets better by losing more. A measured plan is predicted as
-any other: its own value, noise included, would put steps between it and its neighbours.
+r_b is 1 if block b is removed in both stages and ``stage_share`` if only decode drops it. s_b is the measured loss of
+removing b alone. Cut KV counts by the measured loss of cutting each layer alone, inversely proportional to the tokens
+kept. All coefficients are non-negative, so no plan improves by dropping more. A measured plan is predicted like any
+other: with its own measured value, noise included, it would stand out from similar plans.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import KV_KEEP_ALL, KeepMask, Plan, keep_all
-from sim.cost.plan_json import plan_from_json
 from sim.errors import CalibrationError, PlanError, nearest
 from sim.paths import REPOSITORY
 from sim.types import Floats
 
+Text = Literal["calibration", "test"]
+
 QUALITIES = REPOSITORY / "conf" / "quality"
-"""The folder of quality tables, one file a model."""
-
-
+"""The folder of quality tables, one file a model; ``fitted/`` in it has the coefficients of each."""
 FORMS = ("singles", "additive", "neighbours", "warped", "warped_neighbours")
-"""What ``fit`` can fit; ``cross_validate`` compares them."""
-
-
+"""The forms that are fitted; ``hw.score.fit`` explains and compares them."""
 BEST_FORM = "warped"
+"""The form with the least held-out error on the table of SmolLM2-135M."""
 
-
-BEST_CURVE = 0.1
-
-
-BEST_STAGE_SHARE = 0.8
-"""What ``choose`` finds best on the table of SmolLM2-135M; docs/results/scores/index.md has the comparison."""
-
-
-CURVES = (-0.1, 0.0, 0.1, 0.25, 0.5)
-
-
-STAGE_SHARES = (0.6, 0.7, 0.8, 0.9, 1.0)
-"""What ``choose`` tries."""
+KV_ALONE_TOKENS = 36
+"""Tokens kept in the plans that cut one layer's KV alone: the first 4 and the last 32."""
 
 
 class Quality(Protocol):
@@ -74,74 +62,17 @@ class Quality(Protocol):
         ...
 
     def summary(self) -> str:
-        """Say in one line what this stands on."""
+        """Return one line on the data behind the prediction."""
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QualityTable:
-    """Plans measured on a real model. loss: nats a token more than dense, on the test text.
+# --- Features of a plan ----------------------------------------------------------------------------------------------
 
-    Where prefill and decode differ, or KV is cut, it is the loss of the tokens behind the prompt.
-    kinds: how each plan was chosen.
-    """
-
-    name: str
-    dense_nll: float
-    plans: tuple[Plan, ...]
-    kinds: tuple[tuple[str, ...], ...]
-    loss: Floats
-    note: str = ""
+# Shapes: n plans, b blocks in the order MHA0, FFN0, MHA1, ..., l layers.
 
 
-def read_table(path: Path) -> QualityTable:
-    """Read a table that ``hw.score kind=table`` wrote.
-
-    Raises:
-        CalibrationError: if the file is missing, malformed, or lacks the dense plan.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        rows = value["plans"]
-        plans = tuple(plan_from_json(row["plan"]) for row in rows)
-        kinds = tuple(tuple(row["chosen_as"]) for row in rows)
-        dense = next(row for row, kind in zip(rows, kinds, strict=True) if "dense" in kind)
-        loss = []
-        for row, plan in zip(rows, plans, strict=True):
-            staged = plan.prefill != plan.decode or any(keep != KV_KEEP_ALL for keep in plan.kv_keep)
-            column = "nll_test_decode" if staged else "nll_test"
-            loss.append(float(row[column]) - float(dense[column]))
-        note = f"{len(plans)} plans, {dense['tokens']['test']:,} test tokens each; {value['weights']}"
-        table = QualityTable(
-            name=str(value["model"]),
-            dense_nll=float(dense["nll_test"]),
-            plans=plans,
-            kinds=kinds,
-            loss=np.array(loss),
-            note=note,
-        )
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-        if isinstance(error, CalibrationError):
-            raise
-        raise CalibrationError(
-            f"{path} is no quality table ({type(error).__name__}: {error}); make one: python -m hw.score kind=table"
-        ) from error
-    if not np.isfinite(table.loss).all() or len({len(plan.weight_bits) for plan in plans}) != 1:
-        raise CalibrationError(f"{path} mixes models or holds a loss that is no number; measure it again")
-    return table
-
-
-_OTHER_FEATURES = ("w4_layers", "w4_layers_squared", "w8_layers", "kv_cut", "kv_cut_first")
-
-
-_KV_TOKENS = 36  # a layer's cut is measured with 4 first and 32 last tokens
-
-
-_PAIRS = ("same_layer", "ffn_then_mha", "mha_and_next_mha", "ffn_and_next_ffn", "all_squared")
-
-
-def _removed(plan: Plan, stage_share: float) -> Floats:
-    """Return r [b]."""
+def removed_shares(plan: Plan, stage_share: float) -> Floats:
+    """Return r [b]: 1 if a block is removed in both stages, ``stage_share`` if only decode drops it, else 0."""
     layers = len(plan.weight_bits)
     removed = np.empty(2 * layers)
     # bytes() of a tuple of bools is the quickest way from it to an array.
@@ -156,22 +87,29 @@ def _removed(plan: Plan, stage_share: float) -> Floats:
     return removed
 
 
-def _others(plan: Plan, kv: Sequence[float]) -> tuple[float, float, float, float, float]:
-    """Return the features of precision and KV; kv [l] is what each layer's cut cost alone."""
+def precision_and_kv_features(plan: Plan, kv: Sequence[float]) -> tuple[float, float, float, float, float]:
+    """Return the shares of W4 layers, the same squared, of W8 layers, the cut KV, and the share without first tokens.
+
+    kv [l] is what cutting each layer's KV alone costs, in nats.
+    """
     bits = plan.weight_bits
     layers = len(bits)
     four, eight = bits.count(4) / layers, bits.count(8) / layers
-    cut = first = 0.0
+    cut = no_first = 0.0
     if plan.kv_keep.count(KV_KEEP_ALL) != layers:
         for keep, cost in zip(plan.kv_keep, kv, strict=True):
             if keep.first_tokens is not None and keep.last_tokens is not None:
-                cut += cost * _KV_TOKENS / (keep.first_tokens + keep.last_tokens)
-                first += (keep.first_tokens == 0) / layers
-    return four, four * four, eight, cut, first
+                cut += cost * KV_ALONE_TOKENS / (keep.first_tokens + keep.last_tokens)
+                no_first += (keep.first_tokens == 0) / layers
+    return four, four * four, eight, cut, no_first
 
 
-def _pairs(removed: Floats, root: Floats) -> Floats:
-    """Return the features [n, 5] of removed neighbours, from r [n, b] and sqrt(s) [b]."""
+def pair_features(removed: Floats, root: Floats) -> Floats:
+    """Return the features [n, 5] of removed pairs of blocks, from r [n, b] and sqrt(s) [b].
+
+    In order: both blocks of a layer; an FFN and the next MHA block; neighboring MHA blocks; neighboring FFN blocks; all
+    pairs.
+    """
     weighted = removed * root
     mha, ffn = weighted[:, 0::2], weighted[:, 1::2]
     return np.stack(
@@ -187,7 +125,7 @@ def _pairs(removed: Floats, root: Floats) -> Floats:
 
 
 def _pair_score(removed: Floats, root: Floats, pairs: Sequence[float]) -> float:
-    """Return ``_pairs`` times its coefficients for one plan, in a quarter of the time."""
+    """Return ``pair_features`` times their coefficients for one plan, in a quarter of the time."""
     weighted = removed * root
     mha, ffn = weighted[0::2], weighted[1::2]
     total = float(weighted.sum())
@@ -200,12 +138,32 @@ def _pair_score(removed: Floats, root: Floats, pairs: Sequence[float]) -> float:
     )
 
 
+def warp(loss: Floats, curve: float) -> Floats:
+    """Return log(1 + k D) / k of losses D, the left side of the module's equation; D itself for k = 0."""
+    if not curve:
+        return loss
+    # Measured losses may be slightly negative; the logarithm must stay finite.
+    return np.log1p(np.maximum(curve * loss, -0.95)) / curve
+
+
+def unwarp(score: Any, curve: float) -> Any:
+    """Return the losses whose ``warp`` is ``score``."""
+    # Limit the exponent so that it cannot overflow; a loss near e^40 means no more than one just below it.
+    return np.expm1(np.minimum(curve * score, 40.0)) / curve if curve else score
+
+
+# --- The fitted model ------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedQuality:
     """A model of the loss, fitted to a table.
 
-    curve: k of the module's equation; above 0 losses compound, 0 is linear, below 0 they saturate.
-    blocks: w [b]. pairs: u [5]. others: [5]. root: sqrt(s) [b]. kv: what each layer's cut KV cost alone [l].
+    curve: k of the module's equation; losses compound above 0, add up at 0 and saturate below 0.
+    stage_share: how much a block counts that only decode drops.
+    blocks: w [b]. pairs: u [5]. others: coefficients [5] of precision and KV.
+    root: sqrt(s) [b]. kv: what cutting each layer's KV alone costs [l], in nats.
+    max_loss: no prediction exceeds this, the largest loss in the table or 4 nats.
     """
 
     name: str
@@ -228,26 +186,26 @@ class FittedQuality:
         object.__setattr__(self, "_pairs_list", tuple(float(x) for x in self.pairs))
 
     def loss_many(self, plans: Sequence[Plan]) -> Floats:
-        """Return nats a token more than dense, of many plans."""
+        """Return the losses over dense of many plans [n], in nats a token."""
         if not plans:
             return np.empty(0)
         self._check(plans[0])
-        removed = np.stack([_removed(plan, self.stage_share) for plan in plans])
-        others = np.array([_others(plan, self.kv) for plan in plans])
-        score = removed @ self.blocks + _pairs(removed, self.root) @ self.pairs + others @ self.others
-        loss: Floats = np.minimum(_unwarp(score, self.curve), self.max_loss)
+        removed = np.stack([removed_shares(plan, self.stage_share) for plan in plans])
+        others = np.array([precision_and_kv_features(plan, self.kv) for plan in plans])
+        score = removed @ self.blocks + pair_features(removed, self.root) @ self.pairs + others @ self.others
+        loss: Floats = np.minimum(unwarp(score, self.curve), self.max_loss)
         return loss
 
     def loss(self, plan: Plan) -> float:
-        """Return nats a token more than dense."""
+        """Return the loss over dense, in nats a token."""
         self._check(plan)
-        removed = _removed(plan, self.stage_share)
+        removed = removed_shares(plan, self.stage_share)
         score = float(removed @ self.blocks)
         if self.pairs.any():
             score += _pair_score(removed, self.root, self._pairs_list)
-        for weight, value in zip(self._others_list, _others(plan, self.kv), strict=True):
+        for weight, value in zip(self._others_list, precision_and_kv_features(plan, self.kv), strict=True):
             score += weight * value
-        return min(float(_unwarp(np.float64(score), self.curve)), self.max_loss)
+        return min(float(unwarp(np.float64(score), self.curve)), self.max_loss)
 
     def nll(self, plan: Plan) -> float:
         """Return the NLL a token, in nats."""
@@ -258,7 +216,7 @@ class FittedQuality:
         return math.exp(self.nll(plan))
 
     def summary(self) -> str:
-        """Say in one line what this stands on."""
+        """Return one line on the data behind the prediction."""
         return f"quality of {self.name}: form {self.form}, fitted to {self.note}"
 
     def _check(self, plan: Plan) -> None:
@@ -268,257 +226,43 @@ class FittedQuality:
                 f"{self.blocks.size // 2}; set quality= to a table of the model that runs"
             )
 
+    def to_json(self) -> dict[str, Any]:
+        """Return all coefficients as plain values; JSON keeps every bit of a float."""
+        return {
+            "form": self.form,
+            "dense_nll": self.dense_nll,
+            "curve": self.curve,
+            "stage_share": self.stage_share,
+            "max_loss": self.max_loss,
+            "note": self.note,
+            **{name: getattr(self, name).tolist() for name in ("pairs", "others", "blocks", "root")},
+            "kv": list(self.kv),
+        }
 
-def _warp(loss: Floats, curve: float) -> Floats:
-    if not curve:
-        return loss
-    return np.log1p(np.maximum(curve * loss, -0.95)) / curve
+    @classmethod
+    def from_json(cls, name: str, value: Mapping[str, Any]) -> FittedQuality:
+        """Read what ``to_json`` wrote, for the model of this name."""
 
+        def array(key: str) -> Floats:
+            return np.array(value[key], dtype=np.float64)
 
-def _unwarp(score: Any, curve: float) -> Any:
-    # A loss beyond e^40 tells nothing; without the limit it would overflow.
-    return np.expm1(np.minimum(curve * score, 40.0)) / curve if curve else score
-
-
-def fit(
-    table: QualityTable,
-    form: str = BEST_FORM,
-    *,
-    curve: float | None = None,
-    stage_share: float = BEST_STAGE_SHARE,
-) -> FittedQuality:
-    """Fit a form to all plans of a table.
-
-    singles: the sum of what each removed block cost alone. additive: fitted weights of blocks. neighbours: and of
-    removed neighbours. warped, warped_neighbours: the same with k other than 0. A plan counts in inverse proportion to
-    its own loss, so that errors are relative; plans that lose more than 4 nats say only where the range ends.
-
-    Args:
-        curve: k; None takes BEST_CURVE for a warped form, 0 for the others.
-        stage_share: what a block counts that decode alone drops.
-    Raises:
-        CalibrationError: for an unknown form.
-    """
-    if form not in FORMS:
-        raise CalibrationError(f"unknown form {form!r}; {nearest(form, FORMS)}")
-    if curve is None:
-        curve = BEST_CURVE if form.startswith("warped") else 0.0
-    return _Design(table, stage_share).fit(form, curve, np.ones(len(table.plans), dtype=bool))
-
-
-class _Design:
-    """The features of all plans of a table, from which fits to any part of it are made."""
-
-    def __init__(self, table: QualityTable, stage_share: float) -> None:
-        self.table = table
-        self.share = stage_share
-        self.removed = np.stack([_removed(plan, stage_share) for plan in table.plans])
-        self.kv = _kv_alone(table)
-        self.others = np.array([_others(plan, self.kv) for plan in table.plans])
-        self.single = _singles(table, self.removed, self.others)
-        self.root = np.sqrt(np.minimum(np.maximum(self.single, 0.0), 1.0))
-        self.pairs = _pairs(self.removed, self.root)
-
-    def fit(self, form: str, curve: float, rows: NDArray[np.bool_]) -> FittedQuality:
-        """Fit to some rows. What blocks and layers cost alone is known from all: it is where every form starts."""
-        from scipy.optimize import nnls  # slow to import, and tables of published points need none
-
-        blocks, pairs = self.removed.shape[1], self.pairs.shape[1]
-        loss = self.table.loss
-        used = rows & (loss < 4.0)
-        prior = np.maximum(_warp(self.single, curve), 0.0)
-        target = _warp(loss, curve)
-        weight = 1.0 / (0.1 + np.maximum(target, 0.0))
-        design = np.concatenate((self.removed, self.pairs, self.others), axis=1)
-        free = np.ones(design.shape[1], dtype=bool)
-        free[:blocks] = form != "singles"
-        free[blocks : blocks + pairs] = form in ("neighbours", "warped_neighbours")
-        start = np.concatenate((prior, np.zeros(design.shape[1] - blocks)))
-        # A block that few plans remove keeps what it cost alone: the prior pulls with the strength of one such plan.
-        pull = np.concatenate((1.0 / (0.1 + prior), np.full(design.shape[1] - blocks, 0.02)))
-        fixed = design[:, ~free] @ start[~free]
-        solution = start.copy()
-        solution[free] = nnls(
-            np.concatenate(((design[:, free] * weight[:, None])[used], np.diag(pull[free]))),
-            np.concatenate((((target - fixed) * weight)[used], pull[free] * start[free])),
-        )[0]
-        solution[~free & (np.arange(solution.size) >= blocks)] = 0.0
-        return FittedQuality(
-            name=self.table.name,
-            form=form,
-            dense_nll=self.table.dense_nll,
-            curve=curve,
-            stage_share=self.share,
-            blocks=solution[:blocks],
-            pairs=solution[blocks : blocks + pairs],
-            others=solution[blocks + pairs :],
-            root=self.root,
-            kv=self.kv,
-            note=self.table.note,
-            max_loss=max(4.0, float(loss.max())),
+        return cls(
+            name=name,
+            form=str(value["form"]),
+            dense_nll=float(value["dense_nll"]),
+            curve=float(value["curve"]),
+            stage_share=float(value["stage_share"]),
+            blocks=array("blocks"),
+            pairs=array("pairs"),
+            others=array("others"),
+            root=array("root"),
+            kv=tuple(float(x) for x in value["kv"]),
+            note=str(value["note"]),
+            max_loss=float(value["max_loss"]),
         )
 
 
-def _kv_alone(table: QualityTable) -> tuple[float, ...]:
-    """Return what cutting the KV of each layer alone cost [l]; the mean of all where that was not measured."""
-    layers = len(table.plans[0].weight_bits)
-    found: dict[int, float] = {}
-    for plan, kinds, loss in zip(table.plans, table.kinds, table.loss, strict=True):
-        if "single layer of cut KV" in kinds:
-            found[next(i for i, keep in enumerate(plan.kv_keep) if keep != KV_KEEP_ALL)] = max(0.0, float(loss))
-    mean = sum(found.values()) / len(found) if found else 0.02
-    return tuple(found.get(layer, mean) for layer in range(layers))
-
-
-def _singles(table: QualityTable, removed: Floats, others: Floats) -> Floats:
-    """Return what each block cost alone [b]; the mean of its kind where that was not measured."""
-    blocks = removed.shape[1]
-    single = np.full(blocks, np.nan)
-    alone = (np.abs(removed - np.round(removed)).sum(1) == 0) & (removed.sum(1) == 1) & (others.sum(1) == 0)
-    for row in np.flatnonzero(alone):
-        single[int(removed[row].argmax())] = table.loss[row]
-    known = single[np.isfinite(single)]
-    return np.where(np.isfinite(single), single, np.median(known) if known.size else 0.1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QualityError:
-    """Held-out errors of perplexity, relative, over the plans of a kind that stay under three times dense."""
-
-    form: str
-    kind: str
-    plans: int
-    median: float
-    p90: float
-    spearman: float
-
-
-Shape = tuple[str, float, float]
-"""A form, its curve and its share of decode alone."""
-
-
-def shapes(forms: Sequence[str] = FORMS) -> list[Shape]:
-    """Return everything that ``choose`` tries, the simplest first."""
-    return [
-        (form, curve, share)
-        for form in forms
-        for curve in (CURVES if form.startswith("warped") else (0.0,))
-        for share in STAGE_SHARES
-    ]
-
-
-def choose(table: QualityTable, forms: Sequence[str] = FORMS, *, folds: int = 5, seed: int = 1) -> Shape:
-    """Return the shape with the least mean error of perplexity on held-out plans of a table, those under 3x dense."""
-    return _Folds(table).choose(np.ones(len(table.plans), dtype=bool), forms, folds, seed)
-
-
-def held_out(table: QualityTable, forms: Sequence[str] = FORMS, *, folds: int = 5, seed: int = 0) -> Floats:
-    """Return the loss that is predicted for each plan by a fit that did not see it.
-
-    Nested: for every fold the shape too is chosen on the other folds alone, so no plan helps to choose what it is
-    predicted by. Dense and the plans that remove or cut one thing alone are always seen, the table that every form
-    starts from; they get no prediction. Prefixes of one order resemble each other: ``held_out_kind`` holds out all.
-    """
-    fits = _Folds(table)
-    fold = np.random.default_rng(seed).integers(0, folds, len(table.plans))
-    predicted = np.full(len(table.plans), np.nan)
-    for index in range(folds):
-        out = (fold == index) & ~fits.always
-        form, curve, share = fits.choose(~out, forms, folds - 1, seed + 1)
-        model = fits.design(share).fit(form, curve, ~out)
-        predicted[out] = model.loss_many([table.plans[i] for i in np.flatnonzero(out)])
-    return predicted
-
-
-def held_out_kind(table: QualityTable, kind: str, forms: Sequence[str] = FORMS) -> Floats:
-    """Return the loss that is predicted for the plans of a kind by a fit that saw none of them; others are NaN."""
-    fits = _Folds(table)
-    out = np.array([kind in kinds for kinds in table.kinds]) & ~fits.always
-    form, curve, share = fits.choose(~out, forms, 4, 1)
-    predicted = np.full(len(table.plans), np.nan)
-    model = fits.design(share).fit(form, curve, ~out)
-    predicted[out] = model.loss_many([table.plans[i] for i in np.flatnonzero(out)])
-    return predicted
-
-
-class _Folds:
-    """Cross-validation within parts of one table."""
-
-    def __init__(self, table: QualityTable) -> None:
-        self._table = table
-        self._designs: dict[float, _Design] = {}
-        known = ("dense", "single removal", "single layer of cut KV")
-        self.always = np.array([any(kind in known for kind in kinds) for kinds in table.kinds])
-        self._inside = table.loss < math.log(3.0)
-
-    def design(self, share: float) -> _Design:
-        if share not in self._designs:
-            self._designs[share] = _Design(self._table, share)
-        return self._designs[share]
-
-    def choose(self, rows: NDArray[np.bool_], forms: Sequence[str], folds: int, seed: int) -> Shape:
-        fold = np.random.default_rng(seed).integers(0, folds, len(rows))
-        scored = []
-        for form, curve, share in shapes(forms):
-            errors = []
-            for index in range(folds):
-                out = rows & ~self.always & (fold == index)
-                model = self.design(share).fit(form, curve, rows & ~out)
-                tested = np.flatnonzero(out & self._inside)
-                predicted = model.loss_many([self._table.plans[i] for i in tested])
-                errors.append(np.abs(np.exp(np.minimum(predicted - self._table.loss[tested], 5.0)) - 1.0))
-            scored.append(float(np.concatenate(errors).mean()))
-        return shapes(forms)[int(np.argmin(scored))]
-
-
-def cross_validate(
-    table: QualityTable, forms: Sequence[str] | str = FORMS, *, folds: int = 5, seed: int = 0
-) -> list[QualityError]:
-    """Return the held-out error of a form, or of what is chosen among several, on all plans and on each kind."""
-    tried = (forms,) if isinstance(forms, str) else forms
-    return errors_of(table, held_out(table, tried, folds=folds, seed=seed), " or ".join(tried))
-
-
-def errors_of(table: QualityTable, predicted: Floats, form: str) -> list[QualityError]:
-    """Return the error of predicted losses, NaN where there is none, on all plans and on each kind."""
-    inside = np.isfinite(predicted) & (table.loss < math.log(3.0))
-    families = sorted({_family(kind) for kinds in table.kinds for kind in kinds})
-    errors = []
-    for name in ("all", *families):
-        rows = inside & np.array([name == "all" or name in map(_family, kinds) for kinds in table.kinds])
-        if rows.sum() < 3:
-            continue
-        error = np.abs(np.exp(predicted[rows] - table.loss[rows]) - 1.0)
-        errors.append(
-            QualityError(
-                form=form,
-                kind=name,
-                plans=int(rows.sum()),
-                median=float(np.median(error)),
-                p90=float(np.quantile(error, 0.9)),
-                spearman=spearman(predicted[rows], table.loss[rows]),
-            )
-        )
-    return errors
-
-
-def _family(kind: str) -> str:
-    return kind if not kind.startswith(("W4", "W8")) else "W8 or W4 prefix"
-
-
-def spearman(a: Floats, b: Floats) -> float:
-    """Return the rank correlation, equal values sharing their mean rank; NaN where one side is constant."""
-    ranks = [_ranks(x) for x in (a, b)]
-    if np.ptp(ranks[0]) == 0 or np.ptp(ranks[1]) == 0:
-        return math.nan
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _ranks(values: Floats) -> Floats:
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    ranks: Floats = (last - (count - 1) / 2.0)[place]
-    return ranks
+# --- Published points ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -533,13 +277,13 @@ class PublishedPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedQuality:
-    """What papers report of a model, carried over to other plans. It stands on very few points: see ``summary``.
+    """What papers report of a model, extended to other plans. It rests on very few points; see ``summary``.
 
     Pruning: log(perplexity / dense) = a * (share of parameters removed) ** p, the least-squares line through the
-    published masks on logarithmic axes. Those masks are good ones, chosen by a search; a plan that drops other blocks
-    loses more than this says, and which blocks it drops makes no difference here. W4: interpolated in the number of
-    layers between the published ones, whichever layers they are (single layers are nearly additive, MorphServe). Both
-    losses add. W8 and cut KV are not published, and are refused.
+    published masks on logarithmic axes. Those masks were chosen by a search. A plan that drops other blocks loses more
+    than this predicts: the blocks themselves make no difference here. W4: interpolated in the number of layers,
+    whichever layers they are (the losses of single layers nearly add up, MorphServe). Losses of pruning and W4 add up.
+    W8 and cut KV are not published, so they are refused.
     """
 
     model: ModelSpec
@@ -555,15 +299,15 @@ class PublishedQuality:
             raise CalibrationError(f"quality of {self.model.name}: dense_perplexity is {self.dense_perplexity}")
 
     def power_law(self) -> tuple[float, float]:
-        """Return a and p.
+        """Return a and p of the power law of pruning.
 
         Raises:
-            CalibrationError: where fewer than two masks are published.
+            CalibrationError: if fewer than two masks are published.
         """
         if len(self.points) < 2:
             raise CalibrationError(
-                f"no pruned {self.model.name} has a published perplexity here ({len(self.points)} points), so plans "
-                "that drop blocks cannot be priced; measure a table: python -m hw.score kind=table model.path=..."
+                f"no pruned {self.model.name} has a published perplexity here ({len(self.points)} points), so the loss "
+                "of plans that drop blocks is unknown; measure a table: python -m hw.score kind=table model.path=..."
             )
         shares = [self._share(_drop_mask(self.model, point)) for point in self.points]
         losses = [math.log(point.perplexity / self.dense_perplexity) for point in self.points]
@@ -571,14 +315,18 @@ class PublishedQuality:
         return math.exp(float(offset)), float(slope)
 
     def _share(self, mask: KeepMask) -> float:
+        """Return the share of parameters that a mask removes."""
         model = self.model
         removed = mask.mha.count(False) * model.mha_params + mask.ffn.count(False) * model.ffn_params
         return removed / model.total_params
 
     def nll(self, plan: Plan) -> float:
-        """Return the NLL a token, in nats; decode's mask counts, since prefill keeps at least as much."""
+        """Return the NLL a token, in nats. Only decode's mask counts; prefill drops no more than decode."""
         if len(plan.weight_bits) != self.model.num_layers:
-            raise PlanError(f"a plan of {len(plan.weight_bits)} layers for {self.model.name}")
+            raise PlanError(
+                f"a plan of {len(plan.weight_bits)} layers, but {self.model.name} has {self.model.num_layers}; "
+                "set quality= to the model that runs"
+            )
         if 8 in plan.weight_bits or any(keep != KV_KEEP_ALL for keep in plan.kv_keep):
             raise CalibrationError(
                 f"nothing is published on W8 layers or cut KV of {self.model.name}; use W4, or a measured table"
@@ -598,7 +346,7 @@ class PublishedQuality:
         return math.exp(self.nll(plan))
 
     def summary(self) -> str:
-        """Say in one line what this stands on."""
+        """Return one line on the data behind the prediction."""
         return (
             f"quality of {self.model.name}: published, {len(self.points)} pruned masks and "
             f"{len(self.w4_layers)} W4 prefixes; which blocks a plan drops makes no difference"
@@ -612,18 +360,65 @@ def _drop_mask(model: ModelSpec, point: PublishedPoint) -> KeepMask:
     )
 
 
-def load_quality(name: str, form: str = BEST_FORM) -> FittedQuality | PublishedQuality:
-    """Build the quality model of ``conf/quality/NAME``: fitted to a .json table, or anchored on a .yaml of points.
+# --- Loading ---------------------------------------------------------------------------------------------------------
 
+
+def load_quality(name: str, form: str = BEST_FORM, text: Text = "test") -> FittedQuality | PublishedQuality:
+    """Load the quality model of ``conf/quality/NAME``: coefficients fitted to a .json table, or a .yaml of points.
+
+    Args:
+        name: the file without its ending.
+        form: one of FORMS; published points have no form.
+        text: the text whose measured losses were fitted. Decisions may use the calibration text; results are reported
+            on the test text.
     Raises:
-        CalibrationError: for an unknown name (the nearest is offered) or a malformed file.
+        CalibrationError: for an unknown name, form or text (the nearest is offered), a malformed file, or coefficients
+            that were fitted to another version of the table.
     """
     known = {path.stem: path for path in sorted(QUALITIES.glob("*")) if path.suffix in (".json", ".yaml")}
     if name not in known:
         raise CalibrationError(f"no quality {name!r} in conf/quality; {nearest(name, known)}")
-    if known[name].suffix == ".json":
-        return fit(read_table(known[name]), form)
-    return read_published(known[name])
+    if known[name].suffix == ".yaml":
+        return read_published(known[name])
+    return read_fitted(known[name], form, text)
+
+
+def fitted_path(table: Path) -> Path:
+    """Return the file with the coefficients that were fitted to a table."""
+    return table.parent / "fitted" / table.name
+
+
+def table_hash(table: Path) -> str:
+    """Return the SHA-256 of a table's bytes, in hexadecimal."""
+    return hashlib.sha256(table.read_bytes()).hexdigest()
+
+
+def read_fitted(table: Path, form: str = BEST_FORM, text: Text = "test") -> FittedQuality:
+    """Read the coefficients that ``hw.score kind=fit`` fitted to a table; see ``load_quality``.
+
+    Raises:
+        CalibrationError: for an unknown form or text, or coefficients that are missing, malformed or stale.
+    """
+    if form not in FORMS:
+        raise CalibrationError(f"unknown form {form!r}; {nearest(form, FORMS)}")
+    if text not in get_args(Text):
+        raise CalibrationError(f"there is no text {text!r}; {nearest(text, get_args(Text))}")
+    path = fitted_path(table)
+    again = f"fit it again: python -m hw.score kind=fit model.name={table.stem}"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        fitted_to, now = value["table_sha256"], table_hash(table)
+        fit = next(fit for fit in value["fits"] if (fit["text"], fit["form"]) == (text, form))
+        quality = FittedQuality.from_json(str(value["model"]), fit)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise CalibrationError(
+            f"{path} has no coefficients of form {form!r} on the {text} text ({type(error).__name__}: {error}); {again}"
+        ) from error
+    if fitted_to != now:
+        raise CalibrationError(
+            f"{path} was fitted to a table with SHA-256 {fitted_to[:12]}..., but {table} has {now[:12]}...; {again}"
+        )
+    return quality
 
 
 def read_published(path: Path) -> PublishedQuality:

@@ -112,7 +112,7 @@ class _Side:
 
     engine: SimEngine
     table: Ints
-    times: Floats
+    next_s: Floats  # float64[1], from when on something happens there
     held_blocks: int = 0  # of KV that waits to be sent, or that is on its way here
     coming: int = 0  # requests on their way here, or here and not joined yet
     arrived: deque[int] = field(default_factory=deque)
@@ -138,7 +138,7 @@ class Disaggregated:
         Args:
             trace: what arrives.
             plan: what both sides run; prefill keeps at least what decode keeps.
-            prefill: make the engines of the prefill replicas, driven, under ``plan``.
+            prefill: make the engines of the prefill replicas, with an external clock, under ``plan``.
             decode: make those of the decode replicas, under ``decode_side(plan)``.
             link_bytes_per_s, link_latency_s: of each link. one_link: whether all prefill replicas share one.
             overlap: whether KV is sent while its prompt is computed.
@@ -181,7 +181,7 @@ class Disaggregated:
 
     def _side(self, build: Build) -> _Side:
         engine = build(self.env)
-        return _Side(engine, engine.table, np.full(ck.REPLICA_FLOATS, math.inf))
+        return _Side(engine, engine.table, np.full(1, math.inf))
 
     # -- serving -------------------------------------------------------------------------------------------------
 
@@ -190,14 +190,14 @@ class Disaggregated:
         env, arrival_s = self.env, self.trace.arrival_s.tolist()
         while True:
             watched = self.prefill + [s for s in self.decode if s.arrived or self._ready]
-            now_s = min([env.peek(), *(float(side.times[ck.NEXT_S]) for side in watched)])
+            now_s = min([env.peek(), *(float(side.next_s[0]) for side in watched)])
             if self._next < len(arrival_s):
                 now_s = min(now_s, arrival_s[self._next])
             if math.isinf(now_s):
                 # Nothing is left but decoding, or nothing at all.
                 for side in self.decode:
                     self._bring(side, math.inf)
-                if self.drained or all(math.isinf(side.times[ck.NEXT_S]) for side in self.decode):
+                if self.drained or all(math.isinf(side.next_s[0]) for side in self.decode):
                     return
                 continue
             self._step_to(now_s)
@@ -215,7 +215,7 @@ class Disaggregated:
             for number, side in enumerate(self.prefill):
                 self._begin(number, side, now_s)
             for side in self.decode:
-                if not ck.in_iteration(side.table) and side.times[ck.NEXT_S] <= now_s:
+                if not ck.in_iteration(side.table) and side.next_s[0] <= now_s:
                     self._bring(side, now_s, start=True)
             self._step_to(now_s)
 
@@ -241,12 +241,12 @@ class Disaggregated:
         while True:
             now_s = float(self.env.now)
             if start:
-                why = ck.begin(side.table, side.times, until_s)
+                why = ck.begin(side.table, side.next_s, 0, until_s)
             else:
-                due_s = side.times[ck.NEXT_S]
+                due_s = side.next_s[0]
                 if not (due_s < until_s or (due_s == until_s < math.inf and ck.in_iteration(side.table))):
                     return
-                why = ck.bring(side.table, side.times, now_s, until_s)
+                why = ck.bring(side.table, side.next_s, 0, now_s, until_s)
             if why not in (kernel.NEEDS, kernel.GROW):
                 return
             side.engine.unblock(why)
@@ -260,12 +260,12 @@ class Disaggregated:
         side, prompt = self.prefill[number], int(self.trace.prompt_tokens[request])
         self._room(side)
         fits = prompt < min(self._limit, side.engine.context_limit)
-        row = ck.give(side.table, side.times, now_s, now_s, prompt, 1 if fits else 0, 0, 0)
+        row = ck.give(side.table, side.next_s, 0, now_s, now_s, prompt, 1 if fits else 0, 0, 0)
         self._home[request, :2] = number, row
         self._request_of[number][row] = request
 
     def _room(self, side: _Side) -> None:
-        if side.table[ck.ROWS_OF_REQUESTS, 1] == side.engine.requests:
+        if side.engine.request_room == side.engine.requests:
             side.engine.reserve(max(64, 2 * side.engine.requests))
             side.table = side.engine.table
 
@@ -277,7 +277,7 @@ class Disaggregated:
         """Bring a prefill replica to this moment; hold the KV of the prompts that it has finished."""
         rows = self._rows_under_way(side)
         self._bring(side, now_s)
-        status = side.engine.rows(rows)[0][:, kernel.STATUS] if len(rows) else rows
+        status = side.engine.rows(rows)["status"] if len(rows) else rows
         for row in rows[status == Status.FINISHED].tolist():
             request = self._request_of[number][row]
             if self._output_limit(request) == 1:
@@ -299,7 +299,7 @@ class Disaggregated:
 
     def _begin(self, number: int, side: _Side, now_s: float) -> None:
         """Start the iteration that is due at a prefill replica; send what can be sent while it runs."""
-        if ck.in_iteration(side.table) or side.times[ck.NEXT_S] > now_s:
+        if ck.in_iteration(side.table) or side.next_s[0] > now_s:
             return
         self._bring(side, now_s, start=True)
         if not self._overlap or self._ready:
@@ -362,7 +362,7 @@ class Disaggregated:
         ck.let_go(side.table, blocks)
         side.held_blocks -= blocks
         if not ck.in_iteration(side.table):
-            side.times[ck.NEXT_S] = self.env.now  # who waits there may have room now
+            side.next_s[0] = self.env.now  # who waits there may have room now
         self.in_flight -= 1
         self.decode[to].arrived.append(request)
 
@@ -372,10 +372,10 @@ class Disaggregated:
             while side.arrived and not ck.in_iteration(side.table):
                 request = side.arrived.popleft()
                 number, row = self._home[request, :2]
-                rows_i, rows_f = self.prefill[number].engine.rows(np.array([row]))
+                words = self.prefill[number].engine.rows(np.array([row])).view(np.int64)
                 self._room(side)
                 limit = self._output_limit(request)
-                self._home[request, 3] = ck.join(side.table, side.times, now_s, rows_i[0], rows_f[0], limit)
+                self._home[request, 3] = ck.join(side.table, side.next_s, 0, now_s, words, limit)
                 side.held_blocks -= self._blocks(request)
                 side.coming -= 1
 
@@ -405,7 +405,3 @@ class Disaggregated:
         columns["status"][under_way] = Status.RUNNING
         columns["finish_s"][under_way] = math.nan
         return StagedRecords(**columns)
-
-    def kv_counted(self) -> tuple[int, int]:
-        """Return the KV blocks held at prefill replicas of what is prefilled, and the room kept at decode replicas."""
-        return sum(side.held_blocks for side in self.prefill), sum(side.held_blocks for side in self.decode)

@@ -100,7 +100,7 @@ def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disag
     nll = quality.nll if quality is not None else None
 
     def side(of: DictConfig, own: Plan, priced: Any) -> Callable[[simpy.Environment], SimEngine]:
-        return lambda env: build_engine(of, env=env, driven=True, plan=own, quality_nll=priced)[0]
+        return lambda env: build_engine(of, env=env, external_clock=True, plan=own, quality_nll=priced)[0]
 
     decode, decode_nll = decode_cfg or cfg, with_prefill(nll, plan.prefill)
 
@@ -120,7 +120,7 @@ def _together(cfg: DictConfig) -> tuple[Records, Sequence[SimEngine]]:
     """Serve with replicas that do both; return records and engines."""
 
     def make(env: simpy.Environment) -> tuple[SimEngine, Any]:
-        return build_engine(cfg, env=env, driven=True)
+        return build_engine(cfg, env=env, external_clock=True)
 
     replicas = [Replica(name=str(i), build=make) for i in range(int(cfg.decode_replicas))]
     cluster = Cluster(build_trace(cfg), replicas, least_outstanding(), seed=cfg.seed)

@@ -1,8 +1,9 @@
-"""What follows from plans, worked out once and then walked by compiled code.
+"""What follows from plans, worked out once in Python and then walked by compiled code.
 
-Between two plans an engine is in a **step**: what is resident on the device, and the plan that is wanted. A decision
-leads from a step to another, and so does the end of each copy. A `PlanBook` holds the steps met so far as rows of
-arrays; sim/engine/kernel follows them, and asks for a step, or for the price of one, that it meets for the first time.
+Between two plans an engine is at a **residency**: what is on the device, and the plan that is wanted. A decision leads
+from one residency to another, and so does the end of each copy. The nodes of a `PlanGraph` are the residencies met so
+far, as rows of arrays; sim/engine/kernel/plans.py follows the edges, and asks for each edge or price that it meets for the
+first time.
 
 Sets of layers are bits, 60 a word, in ``ceil(L / 60)`` words.
 """
@@ -10,7 +11,7 @@ Sets of layers are bits, 60 a word, in ``ceil(L / 60)`` words.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from sim.cost.memory import fixed_weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KV_KEEP_ALL, WEIGHT_BITS, KVKeep, Plan
 from sim.engine import kernel
+from sim.engine.kernel.state import COPY, DECISION, LAYER, PRICE, RESIDENCY
 from sim.engine.transition import (
     Resident,
     copies_between,
@@ -29,18 +31,17 @@ from sim.engine.transition import (
     running_plan,
     without_dropped,
 )
-from sim.types import Floats, Ints
 
 
-class PlanBook:
-    """The steps between plans of one model; engines of the same model and quality may share one.
+class PlanGraph:
+    """The residencies between plans of one model; engines of the same model and quality may share one.
 
-    The arrays are what sim/engine/kernel says they are. ``version`` changes whenever one of them is replaced by a longer
-    one: whoever gave its address away has to give the new one.
+    Its arrays are those of the kernel's state with the same names. ``version`` changes whenever one of them is replaced
+    by a longer one; everyone who holds an address then has to read it again.
     """
 
     def __init__(self, model: ModelSpec, quality_nll: Callable[[Plan], float] | None = None) -> None:
-        """Begin an empty book.
+        """Begin an empty graph.
 
         Args:
             model: whose plans.
@@ -49,13 +50,15 @@ class PlanBook:
         self.model, self.quality_nll = model, quality_nll
         self.words = words_for(model.num_layers)
         layers = model.num_layers
-        columns = kernel.STEP_COLUMNS + 2 * self.words + 4 * len(WEIGHT_BITS) + 3 * layers
-        self.steps: Ints = np.zeros((16, columns), dtype=np.int64)
-        self.copies: Ints = np.zeros((64, kernel.COPY_COLUMNS), dtype=np.int64)
-        self.decisions: Ints = np.zeros((16, kernel.DECISION_COLUMNS), dtype=np.int64)
-        self.prices: Ints = np.zeros((16, 1 + self.words), dtype=np.int64)
-        self.price_nll: Floats = np.zeros((16, 2))
-        self.keeps: Ints = np.zeros((1, layers), dtype=np.int64)
+        self.residencies = np.zeros(16, dtype=RESIDENCY)
+        self.residency_words = np.zeros((16, 2 * self.words), dtype=np.int64)
+        self.residency_layers = np.zeros((16, layers), dtype=LAYER)
+        self.residency_block_counts = np.zeros((16, 4 * len(WEIGHT_BITS)), dtype=np.int64)
+        self.copies = np.zeros(64, dtype=COPY)
+        self.decisions = np.zeros(16, dtype=DECISION)
+        self.prices = np.zeros(16, dtype=PRICE)
+        self.price_words = np.zeros((16, self.words), dtype=np.int64)
+        self.kv_keep_tokens = np.zeros((1, layers), dtype=np.int64)
         self.version = 0
         self._fixed_weight_bytes = fixed_weight_bytes(model)
         self._targets: dict[Plan, int] = {}
@@ -67,8 +70,12 @@ class PlanBook:
         self._copies = self._decisions = self._prices = 0
 
     def __len__(self) -> int:
-        """Return how many steps there are."""
+        """Return how many residencies there are."""
         return len(self._plans)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays that the kernel's state takes over, by name."""
+        return {name: getattr(self, name) for name in _ARRAYS}
 
     def target(self, plan: Plan) -> int:
         """Return the number of a plan that is wanted; it must be legal for the model."""
@@ -82,116 +89,118 @@ class PlanBook:
         """Return the plan of a number."""
         return self._target_plans[target]
 
-    def plan(self, step: int) -> Plan:
-        """Return what runs in a step: of the wanted blocks, those that are resident."""
-        return self._plans[step]
+    def plan(self, residency: int) -> Plan:
+        """Return what runs at a residency: of the wanted blocks, those that are resident."""
+        return self._plans[residency]
 
     def first(self, target: int) -> int:
-        """Return the step in which everything that a plan wants is resident."""
-        return self._step(resident_of(self._target_plans[target]), target)
+        """Return the residency at which everything that a plan wants is on the device."""
+        return self._residency(resident_of(self._target_plans[target]), target)
 
-    def taken_from(self, other: PlanBook, step: int) -> int:
-        """Return the step of this book, still an empty one, that is a step of another; their ``keeps`` are the same."""
-        self.keeps, self._keep_ids = other.keeps.copy(), dict(other._keep_ids)
-        target = int(other.steps[step, kernel.STEP_TARGET])
-        return self._step(other._residents[step], self.target(other._target_plans[target]))
+    def take_from(self, other: PlanGraph, residency: int) -> int:
+        """Return the residency of this graph, still an empty one, that is one of another; they share ``kv_keep_id``."""
+        self.kv_keep_tokens, self._keep_ids = other.kv_keep_tokens.copy(), dict(other._keep_ids)
+        target = int(other.residencies["target"][residency])
+        return self._residency(other._residents[residency], self.target(other._target_plans[target]))
 
-    def decide(self, step: int, target: int) -> None:
-        """Work out which step follows when another plan is wanted: what it does not run has left."""
-        after = self._step(without_dropped(self._residents[step], self._target_plans[target]), target)
-        self.decisions = self._with_room(self.decisions, self._decisions + 1)
-        self.decisions[self._decisions] = target, after, self.steps[step, kernel.STEP_DECISIONS]
-        self.steps[step, kernel.STEP_DECISIONS] = self._decisions
+    def decide(self, residency: int, target: int) -> None:
+        """Work out which residency follows when another plan is wanted: what it does not run has left."""
+        after = self._residency(without_dropped(self._residents[residency], self._target_plans[target]), target)
+        self._make_room(self._decisions + 1, "decisions")
+        self.decisions[self._decisions] = target, after, self.residencies["first_decision"][residency]
+        self.residencies["first_decision"][residency] = self._decisions
         self._decisions += 1
 
-    def join(self, step: int, copy: int) -> None:
-        """Work out which step follows when a copy is whole: its blocks run, what they replace has left."""
-        target = int(self.steps[step, kernel.STEP_TARGET])
-        wanted = copies_between(self.model, self._residents[step], self._target_plans[target])
-        done = wanted[copy - int(self.steps[step, kernel.STEP_COPIES_AT])]
-        after = self._step(joined(self._residents[step], done), target)
-        self.copies[copy, kernel.COPY_AFTER] = after
+    def end_copy(self, residency: int, copy: int) -> None:
+        """Work out which residency follows when a copy is complete: its blocks run, what they replace has left."""
+        target = int(self.residencies["target"][residency])
+        wanted = copies_between(self.model, self._residents[residency], self._target_plans[target])
+        done = wanted[copy - int(self.residencies["copies_at"][residency])]
+        after = self._residency(joined(self._residents[residency], done), target)
+        self.copies["after"][copy] = after
 
-    def price(self, step: int, held: Iterable[int]) -> None:
-        """Work out the nats a token of a request costs in a step, in prefill and in decode.
+    def price(self, residency: int, held: Iterable[int]) -> None:
+        """Work out the nats a token of a request costs at a residency, in prefill and in decode.
 
         Args:
-            step: what runs. held: words of the set of MHA blocks whose KV the request holds.
+            residency: what runs. held: words of the set of MHA blocks whose KV the request holds.
         """
         assert self.quality_nll is not None
         words = [int(word) for word in held]
         layers = layers_of(words)
-        self.prices = self._with_room(self.prices, self._prices + 1)
-        self.price_nll = self._with_room(self.price_nll, self._prices + 1)
-        self.prices[self._prices] = [self.steps[step, kernel.STEP_PRICES], *words]
-        self.price_nll[self._prices] = [
-            self.quality_nll(plan_for_holder(self._plans[step], layers, decoding=decoding))
+        self._make_room(self._prices + 1, "prices", "price_words")
+        prefill_nll, decode_nll = (
+            self.quality_nll(plan_for_holder(self._plans[residency], layers, decoding=decoding))
             for decoding in (False, True)
-        ]
-        self.steps[step, kernel.STEP_PRICES] = self._prices
+        )
+        self.prices[self._prices] = self.residencies["first_price"][residency], prefill_nll, decode_nll
+        self.price_words[self._prices] = words
+        self.residencies["first_price"][residency] = self._prices
         self._prices += 1
 
-    def _step(self, resident: Resident, target: int) -> int:
-        """Return the number of a step; a new one gets its row."""
+    def _residency(self, resident: Resident, target: int) -> int:
+        """Return the number of a residency; a new one gets its row."""
         known = self._numbers.get((resident, target))
         if known is not None:
             return known
         number = self._numbers[resident, target] = len(self._plans)
-        wanted = self._target_plans[target]
+        wanted, model = self._target_plans[target], self.model
         plan = running_plan(resident, wanted)
         self._residents.append(resident)
         self._plans.append(plan)
-        copies = copies_between(self.model, resident, wanted)
-        self.copies = self._with_room(self.copies, self._copies + len(copies))
+        copies = copies_between(model, resident, wanted)
+        self._make_room(self._copies + len(copies), "copies")
         for at, copy in enumerate(copies, start=self._copies):
-            row = self.copies[at]
-            row[kernel.COPY_LAYER], row[kernel.COPY_MHA], row[kernel.COPY_FFN] = (
-                copy.layer,
-                copy.mha_bits,
-                copy.ffn_bits,
-            )
-            row[kernel.COPY_BYTES], row[kernel.COPY_NET] = copy.copied_bytes, copy.net_bytes
-            row[kernel.COPY_RESTORES] = bool(copy.mha_bits) and not resident.mha_bits[copy.layer]
-            row[kernel.COPY_AFTER] = -1
-        self.steps = self._with_room(self.steps, number + 1)
-        row, model = self.steps[number], self.model
-        row[kernel.STEP_TARGET] = target
-        row[kernel.STEP_WEIGHT_BYTES] = self._fixed_weight_bytes + resident.weight_bytes(model)
-        row[kernel.STEP_KEEP] = self._keep(plan.kv_keep)
-        row[kernel.STEP_ADMIT] = -1 if plan.admit is None else plan.admit
-        row[kernel.STEP_MAX_RUNNING] = -1 if plan.max_running is None else plan.max_running
-        row[kernel.STEP_PREFILL_PARAMS] = model.fixed_params + model.ffn_params * sum(plan.prefill.ffn)
-        row[kernel.STEP_DECODE_PARAMS] = model.fixed_params + model.ffn_params * sum(plan.decode.ffn)
-        row[kernel.STEP_MHA_PARAMS] = model.mha_params
-        row[kernel.STEP_COPIES_AT], row[kernel.STEP_COPIES] = self._copies, len(copies)
-        row[kernel.STEP_DECISIONS] = row[kernel.STEP_PRICES] = -1
+            restores = bool(copy.mha_bits) and not resident.mha_bits[copy.layer]
+            # In the order of the fields of COPY; the last, ``after``, is not known yet.
+            self.copies[at] = copy.layer, copy.mha_bits, copy.ffn_bits, copy.copied_bytes, copy.net_bytes, restores, -1
+        row = {
+            "target": target,
+            "weight_bytes": self._fixed_weight_bytes + resident.weight_bytes(model),
+            "kv_keep_id": self._keep_id(plan.kv_keep),
+            "max_waiting": -1 if plan.admit is None else plan.admit,
+            "max_running": -1 if plan.max_running is None else plan.max_running,
+            "prefill_params": model.fixed_params + model.ffn_params * sum(plan.prefill.ffn),
+            "decode_params": model.fixed_params + model.ffn_params * sum(plan.decode.ffn),
+            "mha_params": model.mha_params,
+            "copies_at": self._copies,
+            "copies": len(copies),
+            "first_decision": -1,
+            "first_price": -1,
+        }
         self._copies += len(copies)
-        layers = zip(plan.weight_bits, plan.prefill.ffn, plan.decode.ffn, strict=True)
-        row[kernel.STEP_COLUMNS :] = [
-            *words_of(plan.prefill.mha),
-            *words_of(plan.decode.mha),
-            *plan_layers(plan).ravel(),
-            *(value for bits, prefill, decode in layers for value in (WEIGHT_BITS.index(bits), prefill, decode)),
+        self._make_room(number + 1, "residencies", "residency_words", "residency_layers", "residency_block_counts")
+        self.residencies[number] = tuple(row[name] for name in RESIDENCY.names or ())
+        self.residency_words[number] = [*words_of(plan.prefill.mha), *words_of(plan.decode.mha)]
+        self.residency_block_counts[number] = plan_layers(plan).ravel()
+        self.residency_layers[number] = [
+            (WEIGHT_BITS.index(bits), prefill, decode)
+            for bits, prefill, decode in zip(plan.weight_bits, plan.prefill.ffn, plan.decode.ffn, strict=True)
         ]
         return number
 
-    def _keep(self, kv_keep: tuple[KVKeep, ...]) -> int:
-        """Return the row of ``keeps`` that says which tokens stay; -1 where all do."""
+    def _keep_id(self, kv_keep: tuple[KVKeep, ...]) -> int:
+        """Return the row of ``kv_keep_tokens`` that says which tokens stay; -1 when all do."""
         if all(layer == KV_KEEP_ALL for layer in kv_keep):
             return -1
         number = self._keep_ids.setdefault(kv_keep, len(self._keep_ids))
-        self.keeps = self._with_room(self.keeps, number + 1)
-        self.keeps[number] = [layer.tokens(kernel.NEVER) for layer in kv_keep]
+        self._make_room(number + 1, "kv_keep_tokens")
+        self.kv_keep_tokens[number] = [layer.tokens(kernel.NEVER) for layer in kv_keep]
         return number
 
-    def _with_room(self, array: NDArray[_A], rows: int) -> NDArray[_A]:
-        if rows <= len(array):
-            return array
-        self.version += 1
-        return kernel.longer(array, max(rows, 2 * len(array)))
+    def _make_room(self, rows: int, *names: str) -> None:
+        """Let arrays have this many rows."""
+        for name in names:
+            array = getattr(self, name)
+            if rows > len(array):
+                self.version += 1
+                setattr(self, name, kernel.longer(array, max(rows, 2 * len(array))))
 
 
-_A = TypeVar("_A", bound=np.generic)
+_ARRAYS = (
+    "residencies", "residency_words", "residency_layers", "residency_block_counts", "copies", "decisions", "prices",
+    "price_words", "kv_keep_tokens",
+)  # fmt: skip
 
 
 def words_for(layers: int) -> int:

@@ -23,7 +23,8 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, describe
 from sim.engine import kernel
 from sim.engine.budget import Budget, constant_budget
-from sim.engine.plan_graph import PlanBook, layers_of
+from sim.engine.kernel.state import BUDGET_STEP
+from sim.engine.plan_graph import PlanGraph, layers_of
 from sim.engine.protocol import EngineConfig, EngineState, Holder, Request
 from sim.errors import BudgetError, ConfigError
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
@@ -31,24 +32,6 @@ from sim.types import GIB, Floats, Ints
 
 MEMORY_OF_PLANS = 16384
 """Plans, and steps between them, that an engine remembers."""
-_SAVED = (
-    "ints",
-    "floats",
-    "slots",
-    "cohort_s",
-    "phases",
-    "runs",
-    "prompts",
-    "held_units",
-    "unit_of",
-    "units",
-    "sets",
-    "set_nll",
-    "block_counts",
-    "layer_rows",
-    "schedule",
-)
-"""Arrays that a snapshot copies whole."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,13 +44,12 @@ class Snapshot:
 
     engine: SimEngine
     time_s: float
-    arrays: tuple[NDArray[Any], ...]
+    arrays: dict[str, NDArray[Any]]
     live: Ints
-    live_i: Ints
-    live_f: Floats
-    open_change: Floats
+    live_requests: NDArray[Any]
+    open_change: NDArray[Any]
     submits: int
-    book: PlanBook
+    graph: PlanGraph
     described: int
 
 
@@ -90,9 +72,9 @@ class SimEngine:
         copy_slowdown: float = 0.0,
         quality_nll: Callable[[Plan], float] | None = None,
         keep_iterations: bool = True,
-        book: PlanBook | None = None,
+        graph: PlanGraph | None = None,
         env: simpy.Environment | None = None,
-        driven: bool = False,
+        external_clock: bool = False,
     ) -> None:
         """Build an idle engine.
 
@@ -105,17 +87,17 @@ class SimEngine:
             copy_slowdown: by what share an iteration takes longer that starts while weights are copied in.
             quality_nll: nats a token that a plan costs (``sim.cost.quality``), charged to requests; None charges nothing.
             keep_iterations: whether ``iterations()`` has a row for each; without, it stays empty and memory is saved.
-            book: what is known of plans of this model at this ``quality_nll``, shared with other engines; a new one by
+            graph: what is known of plans of this model at this ``quality_nll``, shared with other engines; a new one by
                 default.
             env: the SimPy environment to live in; a new one by default. It begins to serve at that clock's present.
-            driven: whether its owner calls the kernel on its ``table`` (sim/engine/batch_step.py, sim/cluster/cluster.py).
+            external_clock: whether its owner calls the kernel on its ``table`` (sim/engine/batch_step.py, sim/cluster/cluster.py).
         Raises:
             PlanError: for a plan that is not legal for the model.
             CalibrationError: for a plan with a precision that was not measured.
             BudgetError: when the budget cannot hold the weights and one request at the start.
         """
-        if book is not None and (book.model != model or book.quality_nll != quality_nll):
-            raise ConfigError("the plan book given is of another model or quality; give the one it was made with")
+        if graph is not None and (graph.model != model or graph.quality_nll != quality_nll):
+            raise ConfigError("the plan graph is of another model or quality; pass one made with the same ones")
         check_plan(model, plan)
         latency.check_bits(plan)
         if not host_to_device_bytes_per_s > 0 or not copy_slowdown >= 0:
@@ -129,31 +111,30 @@ class SimEngine:
         self.budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
         self._quality_nll = quality_nll
         self._dense_weight_bytes = weight_bytes(model, dense_plan(model))
-        self._book = PlanBook(model, quality_nll) if book is None else book
-        self._book_version = self._book.version
-        self._state = _empty_state(model, latency, config, self.budget, self._book, keep_iterations)
-        self._table = kernel.table_of(self._state)
-        n, f = self._state.ints, self._state.floats
-        n[kernel.WORKSPACE_BYTES] = workspace_bytes
-        n[kernel.PRICED] = quality_nll is not None
-        f[kernel.COPY_SLOWDOWN], f[kernel.COPY_BYTES_PER_S] = copy_slowdown, host_to_device_bytes_per_s
-        f[kernel.VIOLATION_SINCE] = f[kernel.NOW] = self.env.now
-        n[kernel.BUDGET_STEP] = bisect_right(self.budget.change_s, self.env.now) - 1
+        self._graph = PlanGraph(model, quality_nll) if graph is None else graph
+        self._graph_version = self._graph.version
+        self._state = _empty_state(model, latency, config, self.budget, self._graph, keep_iterations)
+        self._table = self._state.table
+        self._counters = n = kernel.fields_of(self._state.counters)
+        n.workspace_bytes, n.quality_charged = workspace_bytes, quality_nll is not None
+        n.copy_slowdown, n.copy_bytes_per_s = copy_slowdown, host_to_device_bytes_per_s
+        n.violation_since_s = n.now_s = self.env.now
+        n.budget_step = bisect_right(self.budget.change_s, self.env.now) - 1
         self._output_tokens: list[Ints] = []  # of each call of submit
-        self._unit_numbers: dict[int, int] = {}  # what the kernel calls a hash id
+        self._known_ids: dict[int, int] = {}  # what the kernel calls a hash id
         self._checked: dict[int, tuple[Plan, int]] = {}  # plans that are legal, by identity, and their numbers
-        self._described: list[tuple[str, str]] = []  # plan changes that an earlier book knew
+        self._described: list[tuple[str, str]] = []  # plan changes that an earlier graph knew
 
         self._wake: simpy.Event | None = None
         self._resume: simpy.Event | None = None
         self._hold_at_s = math.nan
 
-        first = self._book.first(self.target_of(plan))
-        while not kernel.run_step(self.table, first, float(self.env.now)):
+        first = self._graph.first(self.target_of(plan))
+        while not kernel.enter_residency(self.table, first, float(self.env.now)):
             self._work_out()
         kernel.resize_to_budget(self._table)
         self._context_limit = self._find_context_limit()
-        if not driven:
+        if not external_clock:
             self.env.process(self._serve())
 
     # -- the Engine protocol -------------------------------------------------------------------------------------
@@ -181,10 +162,10 @@ class SimEngine:
         Raises:
             ConfigError: for arrivals out of order or in the past, for ``prefix_caching`` without hash ids.
         """
-        n, f = self._state.ints, self._state.floats
-        first = int(n[kernel.N_REQUESTS])
-        pending = n[kernel.NEXT_ARRIVAL] < first
-        last_s = float(self._state.request_f[first - 1, kernel.ARRIVAL_S]) if pending else self.env.now
+        n = self._counters
+        first = n.request_count
+        pending = n.arrived < first
+        last_s = float(self._state.requests["arrival_s"][first - 1]) if pending else self.env.now
         before_s = np.concatenate([[last_s], arrival_s[:-1]])
         late = np.flatnonzero(~(arrival_s >= before_s))
         if len(late):
@@ -197,15 +178,16 @@ class SimEngine:
         rows = slice(first, total)
         if self.config.prefix_caching:
             hash_at, ids = self._keep_hash_ids(hash_ids)
-            units = np.minimum(prompt_tokens // self.config.hash_block_tokens, ids)
-            self._state.prompts[rows] = np.stack([hash_at, units, np.full_like(units, -1)], axis=1)
-        self._state.request_f[rows, kernel.ARRIVAL_S] = arrival_s
-        self._state.request_i[rows, kernel.PROMPT] = prompt_tokens
-        self._state.request_i[rows, kernel.LIMIT] = np.minimum(output_tokens, self._context_limit - prompt_tokens)
+            prompts = self._state.prompts[rows]
+            prompts["hash_at"], prompts["cached_tokens"] = hash_at, -1
+            prompts["prefix_blocks"] = np.minimum(prompt_tokens // self.config.hash_block_tokens, ids)
+        requests = self._state.requests[rows]
+        requests["arrival_s"], requests["prompt_tokens"] = arrival_s, prompt_tokens
+        requests["output_limit_tokens"] = np.minimum(output_tokens, self._context_limit - prompt_tokens)
         self._output_tokens.append(output_tokens)
-        n[kernel.N_REQUESTS] = total
+        n.request_count = total
         if not pending and len(arrival_s):
-            f[kernel.NEXT_ARRIVAL_S] = arrival_s[0]
+            n.next_arrival_s = arrival_s[0]
         self._wake_up()
 
     def apply(self, plan: Plan) -> None:
@@ -217,17 +199,15 @@ class SimEngine:
         """
         target = self.target_of(plan)
         kernel.take_decisions(self._table, float(self.env.now))
-        n = self._state.ints
-        if target == (n[kernel.DECIDED] if n[kernel.DECIDED] >= 0 else n[kernel.TARGET]):
-            return
-        n[kernel.DECIDED], self._state.floats[kernel.DECIDED_S] = target, self.env.now
-        self._wake_up()
+        if target != self._wanted_target():
+            self._counters.decided_target, self._counters.decided_s = target, self.env.now
+            self._wake_up()
 
     def apply_at(self, time_s: Sequence[float], plans: Sequence[Plan]) -> None:
         """Make each plan what shall run from its moment on, as ``apply`` does then; for decisions known beforehand.
 
-        What is applied by ``apply`` meanwhile holds until the next of these moments. While no request is there or to
-        come nothing is decided.
+        A plan of ``apply`` holds until the next of these moments. If no request is queued, running or scheduled to
+        arrive, scheduled decisions wait.
 
         Args:
             time_s: moments, ascending, none before the present or before those of an earlier call. plans: one each.
@@ -236,10 +216,9 @@ class SimEngine:
         """
         if len(time_s) != len(plans):
             raise ConfigError(f"{len(time_s)} moments for {len(plans)} plans; give one for each")
-        state, n = self._state, self._state.ints
-        first = int(n[kernel.N_DECISIONS])
+        n, first = self._counters, self._counters.decision_count
         moments = np.asarray(time_s, dtype=np.float64)
-        least_s = max(self.env.now, float(state.schedule_s[first - 1])) if first else self.env.now
+        least_s = max(self.env.now, float(self._state.schedule["at_s"][first - 1])) if first else self.env.now
         late = np.flatnonzero(~(moments >= np.concatenate([[least_s], moments[:-1]])))
         if len(late):
             raise ConfigError(
@@ -248,15 +227,13 @@ class SimEngine:
             )
         targets = [self.target_of(plan) for plan in plans]
         total = first + len(targets)
-        if total > len(state.schedule):
-            room = max(total, 2 * len(state.schedule))
-            self._replace(
-                schedule_s=kernel.longer(state.schedule_s, room), schedule=kernel.longer(state.schedule, room)
-            )
-        self._state.schedule_s[first:total], self._state.schedule[first:total] = moments, targets
-        n[kernel.N_DECISIONS] = total
-        at = int(n[kernel.NEXT_DECISION])
-        self._state.floats[kernel.NEXT_DECISION_S] = self._state.schedule_s[at] if at < total else math.inf
+        schedule = self._state.schedule
+        if total > len(schedule):
+            self._state.replace(schedule=kernel.longer(schedule, max(total, 2 * len(schedule))))
+        added = self._state.schedule[first:total]
+        added["at_s"], added["target"] = moments, targets
+        n.decision_count = total
+        n.next_decision_s = self._state.schedule["at_s"][n.next_decision] if n.next_decision < total else math.inf
         self._wake_up()
 
     def run_until(self, time_s: float) -> EngineState:
@@ -275,7 +252,7 @@ class SimEngine:
                 break
         now_s = float(env.now if math.isinf(time_s) else time_s)
         kernel.follow_budget(self._table, now_s)
-        if self._state.floats[kernel.NEXT_ARRIVAL_S] <= now_s:
+        if self._counters.next_arrival_s <= now_s:
             kernel.take_arrivals(self._table, now_s)
         if kernel.take_decisions(self._table, now_s):
             self._wake_up()
@@ -284,167 +261,148 @@ class SimEngine:
     @property
     def drained(self) -> bool:
         """Whether no submitted request can make any more progress by itself."""
-        n = self._state.ints
-        return (
-            self._resume is None
-            and n[kernel.NEXT_ARRIVAL] == n[kernel.N_REQUESTS]
-            and n[kernel.N_RUNNING] == 0
-            and (self._waiting() == 0 or math.isinf(self.env.peek()))
-        )
+        n = self._counters
+        if self._resume is not None or n.running or n.arrived != n.request_count:
+            return False
+        # Idle, as `kernel.idle` defines it; or what waits fits no pool that there will be.
+        return self._waiting() == 0 or math.isinf(self.env.peek())
 
     def records(self) -> Records:
         """Return one row a request, in order of arrival; requests yet to arrive have none."""
-        arrived = int(self._state.ints[kernel.NEXT_ARRIVAL])
+        arrived = self._counters.arrived
         outputs = np.concatenate(self._output_tokens) if self._output_tokens else np.zeros(0, dtype=np.int64)
         return self.records_of(slice(0, arrived), outputs[:arrived])
 
     def records_of(self, which: slice | Ints, output_tokens: Ints) -> Records:
-        """Return the rows of some requests, by their places in the order in which they were handed over.
+        """Return the rows of some requests, by their places in the order in which they were submitted.
 
         Args:
-            which: int64[n]. output_tokens: int64[n], what the trace asked for.
+            which: int64[n]. output_tokens: int64[n], of the trace.
         """
         kernel.settle(self._table)
-        ints, floats = self._state.request_i[which], self._state.request_f[which]
-        produced = ints[:, kernel.PRODUCED].copy()
+        rows = self._state.requests[which]
+        produced = rows["produced_tokens"].copy()
         tokens = np.where(produced > 0, produced, np.nan)
-        nll_sum = floats[:, kernel.NLL_SUM] if self._quality_nll is not None else np.full(len(ints), np.nan)
+        cached = np.zeros(len(rows), dtype=np.int64)
+        if self.config.prefix_caching:
+            cached = np.maximum(self._state.prompts["cached_tokens"][which], 0)
         return Records(
-            arrival_s=floats[:, kernel.ARRIVAL_S].copy(),
-            prompt_tokens=ints[:, kernel.PROMPT].copy(),
             output_tokens=output_tokens,
             produced_tokens=produced,
-            admitted_s=floats[:, kernel.ADMITTED_S].copy(),
-            first_token_s=floats[:, kernel.FIRST_S].copy(),
-            finish_s=floats[:, kernel.FINISH_S].copy(),
-            preemptions=ints[:, kernel.PREEMPTED].copy(),
-            status=ints[:, kernel.STATUS].copy(),
-            kept_params_share=ints[:, kernel.KEPT_PARAMS] / (tokens * self._model.total_params),
-            quality_nll=nll_sum / tokens,
-            cached_tokens=np.maximum(self._state.prompts[which, kernel.CACHED], 0)
-            if self.config.prefix_caching
-            else np.zeros(len(ints), dtype=np.int64),
+            kept_params_share=rows["kept_params"] / (tokens * self._model.total_params),
+            quality_nll=(rows["nll_sum"] if self._quality_nll is not None else np.full(len(rows), np.nan)) / tokens,
+            cached_tokens=cached,
+            **{name: rows[name].copy() for name in _RECORDED},
         )
 
     def iterations(self) -> Iterations:
         """Return one row an iteration; none when the engine was built with ``keep_iterations=False``."""
-        log = self._state.log[: self._state.ints[kernel.N_LOG]]
-
-        def ints(column: int) -> Ints:
-            return log[:, column].astype(np.int64)
-
-        return Iterations(
-            start_s=log[:, kernel.LOG_START].copy(),
-            end_s=log[:, kernel.LOG_END].copy(),
-            prefill_tokens=ints(kernel.LOG_PREFILL),
-            decode_requests=ints(kernel.LOG_DECODES),
-            running=ints(kernel.LOG_RUNNING),
-            waiting=ints(kernel.LOG_WAITING),
-            kv_used_share=log[:, kernel.LOG_USED_SHARE].copy(),
-            preemptions=ints(kernel.LOG_PREEMPTED),
-            extrapolated=log[:, kernel.LOG_EXTRAPOLATED] != 0.0,
-        )
+        log = self._state.iteration_log[: self._counters.log_count]
+        columns = {name: log[name].copy() for name in log.dtype.names or ()}
+        columns["extrapolated"] = columns["extrapolated"] != 0
+        return Iterations(**columns)
 
     def token_gaps(self) -> TokenGaps:
         """Return every gap between two tokens of one request."""
-        gaps = self._state.gaps[: self._state.ints[kernel.N_GAPS]]
-        order = np.argsort(gaps[:, 0], kind="stable")
-        itl_s, counts = gaps[order, 0], gaps[order, 1]
+        rows = self._state.itl_counts[: self._counters.itl_count]
+        order = np.argsort(rows["itl_s"], kind="stable")
+        itl_s, counts = rows["itl_s"][order], rows["count"][order]
         first = np.flatnonzero(np.diff(itl_s, prepend=-1.0))
-        count = np.add.reduceat(counts, first) if len(first) else np.zeros(0)
-        return TokenGaps(itl_s=itl_s[first], count=count.astype(np.int64))
+        count = np.add.reduceat(counts, first) if len(first) else np.zeros(0, dtype=np.int64)
+        return TokenGaps(itl_s=itl_s[first], count=count)
 
     def transitions(self) -> Transitions:
         """Return one row a plan change."""
-        rows = self._state.changes[: self._state.ints[kernel.N_CHANGES]]
+        rows = self._state.plan_changes[: self._counters.change_count]
         described = [*self._described, *self._describe(len(self._described))]
-
-        def ints(column: int) -> Ints:
-            return rows[:, column].astype(np.int64)
-
         return Transitions(
-            time_s=rows[:, kernel.CHANGE_S].copy(),
+            time_s=rows["decided_s"].copy(),
             from_plan=tuple(before for before, _ in described),
             to_plan=tuple(after for _, after in described),
-            bytes_in=ints(kernel.CHANGE_BYTES_IN),
-            bytes_freed=ints(kernel.CHANGE_BYTES_FREED),
-            ready_s=rows[:, kernel.CHANGE_READY_S].copy(),
-            preempted=ints(kernel.CHANGE_VICTIMS),
-            recomputed_tokens=ints(kernel.CHANGE_RECOMPUTED),
-            kv_blocks_before=ints(kernel.CHANGE_BLOCKS_BEFORE),
-            kv_blocks_after=ints(kernel.CHANGE_BLOCKS_AFTER),
+            bytes_in=rows["bytes_in"].copy(),
+            bytes_freed=rows["bytes_freed"].copy(),
+            ready_s=rows["ready_s"].copy(),
+            preempted=rows["preempted"].copy(),
+            recomputed_tokens=rows["recomputed_tokens"].copy(),
+            kv_blocks_before=rows["blocks_before"].copy(),
+            kv_blocks_after=rows["blocks_after"].copy(),
         )
 
     def _describe(self, first: int) -> list[tuple[str, str]]:
-        """Return what ran before and what was wanted, from a plan change on that the present book knows."""
-        columns = [kernel.CHANGE_FROM, kernel.CHANGE_TO]
-        pairs = self._state.changes[first : self._state.ints[kernel.N_CHANGES], columns].astype(np.int64).tolist()
-        book, words = self._book, dict.fromkeys(map(tuple, pairs), ("", ""))
-        for before, after in words:
-            words[before, after] = describe(book.plan(before)), describe(book.target_plan(after))
-        return [words[before, after] for before, after in pairs]
+        """Return what ran before and what was wanted, from a plan change on that the present graph knows."""
+        rows, graph = self._state.plan_changes[first : self._counters.change_count], self._graph
+        pairs = list(zip(rows["from_residency"].tolist(), rows["target"].tolist(), strict=True))
+        texts = dict.fromkeys(pairs, ("", ""))
+        for before, after in texts:
+            texts[before, after] = describe(graph.plan(before)), describe(graph.target_plan(after))
+        return [texts[pair] for pair in pairs]
 
     @property
     def requests(self) -> int:
         """Requests handed over so far."""
-        return int(self._state.ints[kernel.N_REQUESTS])
+        return int(self._counters.request_count)
+
+    @property
+    def request_room(self) -> int:
+        """Requests for which there is room before ``reserve`` has to make more."""
+        return len(self._state.requests)
 
     def holders(self) -> list[Holder]:
         """Return who runs, in order of admission, and what each holds."""
-        n, slots, ints = self._state.ints, self._state.slots, self._state.request_i
+        n, requests = self._counters, self._state.requests
         kernel.settle(self._table)
         under_way = {}
-        if n[kernel.IN_ITERATION]:
-            batch = range(int(n[kernel.N_BATCH]))
-            under_way = {int(slots[kernel.BATCH, j]): int(slots[kernel.TOKENS, j]) for j in batch}
-        found, end = [], slots.shape[1] - 1
-        i = int(slots[kernel.NEXT, end])
-        while i != end:
-            row = ints[slots[kernel.REQUEST, i]]
-            decodes_now = n[kernel.IN_ITERATION] and n[kernel.DECODING] and slots[kernel.DUE, i] != kernel.NEVER
-            tokens = int(row[kernel.COMPUTED])
+        if n.in_iteration:
+            under_way = dict(self._state.batch[: n.batch_chunks].tolist())
+        found = []
+        for i in self._running_slots():
+            slot, row = self._state.slots[i], requests[self._state.slots["request"][i]]
+            decodes_now = n.in_iteration and n.decodes_in_batch and self._state.due_clocks[i] != kernel.NEVER
+            tokens = int(row["computed_tokens"])
             found.append(
                 Holder(
-                    request_id=int(slots[kernel.REQUEST, i]),
-                    mha=layers_of(self._state.sets[slots[kernel.SET, i], kernel.SET_COLUMNS :]),
+                    request_id=int(slot["request"]),
+                    mha=layers_of(self._state.kv_set_words[slot["kv_set"]]),
                     tokens=tokens,
                     layer_blocks=kernel.blocks_of(self._table, i, tokens + under_way.get(i, int(decodes_now))),
-                    decoding=bool(row[kernel.COMPUTED] >= row[kernel.PREFILL]),
+                    decoding=bool(row["computed_tokens"] >= row["prefill_tokens"]),
                 )
             )
-            i = int(slots[kernel.NEXT, i])
+        return found
+
+    def _running_slots(self) -> list[int]:
+        """Return the slots of the running requests, in order of admission."""
+        after = self._state.slots["next"].tolist()
+        end = len(after) - 1
+        found, i = [], after[end]
+        while i != end:
+            found.append(i)
+            i = after[i]
         return found
 
     @property
     def shared_layer_blocks(self) -> int:
-        """KV blocks of the prefix cache's units that requests hold, each counted once however many hold it."""
-        units = self._state.units[1 : self._state.ints[kernel.N_UNITS] + 1]
-        held = units[units[:, kernel.UNIT_HOLDERS] > 0]
-        layers = self._state.sets[held[:, kernel.UNIT_SET], kernel.LAYERS]
-        return int(layers.sum()) * int(self._state.ints[kernel.UNIT_BLOCKS])
+        """KV blocks in the prefix blocks that requests hold, each counted once however many requests hold it."""
+        blocks = self._state.prefix_blocks[1 : self._counters.prefix_block_count + 1]
+        held = blocks[blocks["holders"] > 0]
+        layers = self._state.kv_sets["layers"][held["kv_set"]]
+        return int(layers.sum()) * int(self._counters.prefix_block_kv_blocks)
 
     def snapshot(self) -> Snapshot:
         """Return the engine as it stands, to come back to with ``restore``; the engine goes on unchanged."""
-        state = self._state
-        n, end = state.ints, state.slots.shape[1] - 1
-        running = []
-        i = int(state.slots[kernel.NEXT, end])
-        while i != end:
-            running.append(int(state.slots[kernel.REQUEST, i]))
-            i = int(state.slots[kernel.NEXT, i])
-        stack = state.slots[kernel.STACK, : n[kernel.STACKED]]
-        queue = state.queue[n[kernel.QUEUE_HEAD] : n[kernel.QUEUE_TAIL]]
-        live = np.concatenate([np.array(running, dtype=np.int64), stack, queue])
+        state, n = self._state, self._counters
+        running = state.slots["request"][self._running_slots()]
+        preempted = state.preempted_stack[: n.preempted_waiting]
+        live = np.concatenate([running, preempted, state.queue[n.queue_head : n.queue_tail]])
         return Snapshot(
             engine=self,
             time_s=self.env.now,
-            arrays=tuple(getattr(state, name).copy() for name in _SAVED),
+            arrays=state.saved(),
             live=live,
-            live_i=state.request_i[live],
-            live_f=state.request_f[live],
-            open_change=state.changes[n[kernel.OPEN_CHANGE]].copy(),
+            live_requests=state.requests[live],
+            open_change=state.plan_changes[[n.open_change]],
             submits=len(self._output_tokens),
-            book=self._book,
+            graph=self._graph,
             described=len(self._described),
         )
 
@@ -465,17 +423,16 @@ class SimEngine:
                 "build it without env= to restore snapshots"
             )
         state = self._state
-        for name, saved in zip(_SAVED, snapshot.arrays, strict=True):
+        for name, saved in snapshot.arrays.items():
             array = getattr(state, name)
-            if name in ("held_units", "unit_of", "units"):
-                array[len(saved) :] = 0  # ids that came later
-            array[tuple(slice(length) for length in saved.shape)] = saved
-        state.request_i[snapshot.live], state.request_f[snapshot.live] = snapshot.live_i, snapshot.live_f
-        state.changes[state.ints[kernel.OPEN_CHANGE]] = snapshot.open_change
+            array[len(saved) :] = 0  # what came later
+            array[: len(saved)] = saved
+        state.requests[snapshot.live] = snapshot.live_requests
+        state.plan_changes[[self._counters.open_change]] = snapshot.open_change
         del self._output_tokens[snapshot.submits :]
-        if self._book is not snapshot.book:
+        if self._graph is not snapshot.graph:
             self._checked.clear()
-            self._book, self._book_version = snapshot.book, -1
+            self._graph, self._graph_version = snapshot.graph, -1
         del self._described[snapshot.described :]
         self.env = simpy.Environment(initial_time=snapshot.time_s)
         self._wake = self._resume = None
@@ -484,13 +441,13 @@ class SimEngine:
 
     def kept_share(self) -> tuple[tuple[float, float], ...]:
         """Return (time_s, share of the dense weights' bytes that is resident), one entry a change."""
-        rows = self._state.shares[: self._state.ints[kernel.N_SHARES]].tolist()
+        rows = self._state.resident_bytes_log[: self._counters.resident_bytes_count].tolist()
         return tuple((time_s, held_bytes / self._dense_weight_bytes) for time_s, held_bytes in rows)
 
     @property
     def budget_violation_s(self) -> float:
         """Seconds so far in which more was held than the budget allows."""
-        return float(self._state.floats[kernel.VIOLATION])
+        return float(self._counters.violation_s)
 
     # -- for a driver of many: sim/cluster/cluster.py ------------------------------------------------------------------------
 
@@ -507,44 +464,44 @@ class SimEngine:
     @property
     def now_s(self) -> float:
         """When its last iteration ended, or it was given something to do."""
-        return float(self._state.floats[kernel.NOW])
+        return float(self._counters.now_s)
 
-    def rows(self, which: Ints) -> tuple[Ints, Floats]:
-        """Return copies of the kernel's rows of some requests, up to date (``request_i`` and ``request_f``)."""
+    def rows(self, which: Ints) -> NDArray[Any]:
+        """Return copies of the kernel's records of some requests (``kernel.state.REQUEST``), up to date."""
         kernel.settle(self._table)
-        return self._state.request_i[which], self._state.request_f[which]
+        return self._state.requests[which]
 
     def use_hash_ids(self, numbers: Ints) -> None:
-        """Let the prefix cache know all hash ids that there will be, as ``unit_numbers`` returns them."""
+        """Let the prefix cache know all hash ids that there will be, as ``prefix_block_ids`` returns them."""
         state = self._state
-        held = max(len(numbers), len(state.held_units))
-        ids = max(int(numbers.max(initial=-1)) + 1, len(state.unit_of))
-        self._replace(
+        held = max(len(numbers), len(state.held_prefix_blocks))
+        ids = max(int(numbers.max(initial=-1)) + 1, len(state.prefix_block_of_id))
+        state.replace(
             hash_ids=numbers,
-            held_units=kernel.longer(state.held_units, held),
-            unit_of=kernel.longer(state.unit_of, ids),
-            units=kernel.longer(state.units, 1 + ids + held),  # each is found by an id or held in a place
+            held_prefix_blocks=kernel.longer(state.held_prefix_blocks, held),
+            prefix_block_of_id=kernel.longer(state.prefix_block_of_id, ids),
+            # Each prefix block is found by an id or held in a place.
+            prefix_blocks=kernel.longer(state.prefix_blocks, 1 + ids + held),
         )
 
     def _keep_hash_ids(self, hash_ids: Sequence[Ints] | None) -> tuple[Ints, Ints]:
-        """Put the hash ids of further requests behind those before; return where each one's begin, and how many."""
-        n, known = self._state.ints, int(self._state.ints[kernel.N_HASH_IDS])
-        numbers = unit_numbers(hash_ids, self._unit_numbers)
+        """Append the hash ids of further requests; return where each one's begin, and how many there are."""
+        known = self._counters.hash_id_count
+        numbers = prefix_block_ids(hash_ids, self._known_ids)
         counts = np.array([len(ids) for ids in hash_ids or ()], dtype=np.int64)
         self.use_hash_ids(np.concatenate([self._state.hash_ids[:known], numbers]))
-        n[kernel.N_HASH_IDS] = known + len(numbers)
+        self._counters.hash_id_count = known + len(numbers)
         return known + np.cumsum(counts) - counts, counts
 
     def reserve(self, requests: int) -> None:
-        """Make room for so many requests in all."""
-        room = len(self._state.request_i)
+        """Make room for this many requests in all."""
+        room, state = len(self._state.requests), self._state
         if requests > room:
             room = max(requests, 2 * room)
-            self._replace(
-                request_i=kernel.longer(self._state.request_i, room),
-                request_f=kernel.longer(self._state.request_f, room),
-                prompts=kernel.longer(self._state.prompts, room if self.config.prefix_caching else 0),
-                queue=kernel.longer(self._state.queue, room),
+            state.replace(
+                requests=kernel.longer(state.requests, room),
+                prompts=kernel.longer(state.prompts, room if self.config.prefix_caching else 0),
+                queue=kernel.longer(state.queue, room),
             )
 
     def observe(self, now_s: float) -> EngineState:
@@ -555,13 +512,13 @@ class SimEngine:
     # -- serving -------------------------------------------------------------------------------------------------
 
     def _serve(self) -> Generator[simpy.Event, Any, None]:
-        env, f = self.env, self._state.floats
+        env, n = self.env, self._counters
         while True:
             while env.now == self._hold_at_s:  # a policy decides now, before the next iteration starts
                 self._resume = env.event()
                 yield self._resume
             now_s = env.now
-            f[kernel.NOW] = now_s
+            n.now_s = now_s
             horizon_s = env.peek()  # nothing else can touch this replica before then
             if now_s < self._hold_at_s < horizon_s:
                 horizon_s = self._hold_at_s
@@ -570,18 +527,18 @@ class SimEngine:
                 if why not in (kernel.GROW, kernel.NEEDS):
                     break
                 self.unblock(why)
-            now_s = float(f[kernel.NOW])
+            now_s = n.now_s
             if now_s == env.now and why == kernel.HORIZON:
                 yield env.timeout(0.0)  # others' turn at this moment
             while now_s > env.now:
                 yield env.timeout(exact_delay(env.now, now_s))
-            if why == kernel.DONE and env.now != self._hold_at_s:
+            if why == kernel.STALLED and env.now != self._hold_at_s:
                 yield self._next_event()
 
     def _next_event(self) -> simpy.Event:
         """Return what an engine waits for that nothing will happen to by itself: a copy's end, a call from outside."""
         self._wake = self.env.event()
-        copy_end_s = float(self._state.floats[kernel.COPY_END])
+        copy_end_s = self._counters.copy_end_s
         if math.isinf(copy_end_s):
             return self._wake
         return self._wake | self.env.timeout(exact_delay(self.env.now, copy_end_s))
@@ -592,31 +549,29 @@ class SimEngine:
         self._wake = None
 
     def _waiting(self) -> int:
-        n = self._state.ints
-        return int(n[kernel.STACKED] + n[kernel.QUEUE_TAIL] - n[kernel.QUEUE_HEAD])
+        n = self._counters
+        return int(n.preempted_waiting + n.queue_tail - n.queue_head)
+
+    def _wanted_target(self) -> int:
+        n = self._counters
+        return int(n.decided_target if n.decided_target >= 0 else n.target)
 
     def _make_room(self) -> None:
         """Let the logs grow."""
-        state, n = self._state, self._state.ints
-        if n[kernel.N_LOG] == len(state.log):
-            self._replace(log=kernel.longer(state.log, 2 * len(state.log)))
-        elif n[kernel.N_CHANGES] == len(state.changes) or n[kernel.N_SHARES] + 2 > len(state.shares):
-            self._replace(
-                changes=kernel.longer(state.changes, 2 * len(state.changes)),
-                shares=kernel.longer(state.shares, 2 * len(state.shares)),
-            )
+        state, n = self._state, self._counters
+        if n.log_count == len(state.iteration_log):
+            full = ["iteration_log"]
+        elif n.change_count == len(state.plan_changes) or n.resident_bytes_count + 2 > len(state.resident_bytes_log):
+            full = ["plan_changes", "resident_bytes_log"]
         else:
-            self._replace(gaps=kernel.longer(state.gaps, 2 * len(state.gaps)))
-
-    def _replace(self, **arrays: NDArray[Any]) -> None:
-        """Give the state other arrays, longer ones."""
-        self._state = self._state._replace(**arrays)
-        self._table = kernel.table_of(self._state)
+            full = ["itl_counts"]
+        arrays = {name: getattr(state, name) for name in full}
+        state.replace(**{name: kernel.longer(array, 2 * len(array)) for name, array in arrays.items()})
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
     def target_of(self, plan: Plan) -> int:
-        """Return the number of a plan in the present ``book``; it is checked when it is met for the first time.
+        """Return the number of a plan in the present ``graph``; it is checked when it is met for the first time.
 
         Raises:
             PlanError: for a plan that is not legal for the model.
@@ -629,85 +584,73 @@ class SimEngine:
         self._latency.check_bits(plan)
         if len(self._checked) >= MEMORY_OF_PLANS:
             self._checked.clear()
-        number = self._book.target(plan)
+        number = self._graph.target(plan)
         self._checked[id(plan)] = plan, number
         return number
 
     @property
-    def book(self) -> PlanBook:
+    def graph(self) -> PlanGraph:
         """What is known of plans; another one when it had grown too long."""
-        return self._book
+        return self._graph
 
     @property
     def table(self) -> kernel.Table:
-        """Where the kernel finds everything; ask again after ``unblock``, ``submit`` and whenever the book grew."""
-        book = self._book
-        if self._book_version != book.version:
-            self._book_version = book.version
-            self._replace(
-                steps=book.steps,
-                copies=book.copies,
-                decisions=book.decisions,
-                prices=book.prices,
-                price_nll=book.price_nll,
-                keeps=book.keeps,
-            )
+        """Where the kernel finds everything; read it again after ``unblock``, ``submit`` and when the graph grew."""
+        graph = self._graph
+        if self._graph_version != graph.version:
+            self._graph_version = graph.version
+            self._state.replace(**graph.arrays())
         return self._table
 
     def unblock(self, why: int) -> None:
-        """Do what the kernel cannot: let the logs grow (``GROW``), or work out what it never met before (``NEEDS``)."""
+        """Do what the kernel cannot: let the logs grow (``GROW``), or work out what it meets first (``NEEDS``)."""
         if why == kernel.GROW:
             self._make_room()
-            return
-        if len(self._book) > MEMORY_OF_PLANS:
-            self._begin_new_book()
+        elif len(self._graph) > MEMORY_OF_PLANS:
+            self._begin_new_graph()
         else:
             self._work_out()
 
     def _work_out(self) -> None:
-        """Let the book say what the kernel has not met before."""
-        n = self._state.ints
-        step, at = int(n[kernel.NEEDED_STEP]), int(n[kernel.NEEDED_AT])
-        if n[kernel.NEEDED] == kernel.DECISION:
-            self._book.decide(step, at)
-        elif n[kernel.NEEDED] == kernel.JOIN:
-            self._book.join(step, at)
+        """Let the graph find out what the kernel has not met before."""
+        n = self._counters
+        if n.needed == kernel.NEED_DECISION:
+            self._graph.decide(n.needed_residency, n.needed_index)
+        elif n.needed == kernel.NEED_COPY_END:
+            self._graph.end_copy(n.needed_residency, n.needed_index)
         else:
-            self._book.price(step, self._state.drafts[at].tolist())
+            self._graph.price(n.needed_residency, self._state.candidate_sets[n.needed_index].tolist())
 
-    def _begin_new_book(self) -> None:
+    def _begin_new_graph(self) -> None:
         """Forget all plans but those that are under way: a policy may think of new ones for ever."""
-        n, old = self._state.ints, self._book
-        new = PlanBook(self._model, self._quality_nll)
+        n, old = self._counters, self._graph
+        new = PlanGraph(self._model, self._quality_nll)
         self._described += self._describe(len(self._described))
-        decided = int(n[kernel.DECIDED])
-        ahead = slice(int(n[kernel.NEXT_DECISION]), int(n[kernel.N_DECISIONS]))
-        schedule = [new.target(old.target_plan(target)) for target in self._state.schedule[ahead].tolist()]
-        self._state.schedule[ahead] = schedule
-        if decided >= 0:
-            n[kernel.DECIDED] = new.target(old.target_plan(decided))
-        copy = int(n[kernel.COPY])
-        same = copy - int(old.steps[n[kernel.STEP], kernel.STEP_COPIES_AT])
-        n[kernel.STEP] = new.taken_from(old, int(n[kernel.STEP]))
-        n[kernel.TARGET] = new.steps[n[kernel.STEP], kernel.STEP_TARGET]
-        n[kernel.PLAN_KEEP] = new.steps[n[kernel.STEP], kernel.STEP_KEEP]
-        if copy >= 0:
-            n[kernel.COPY] = int(new.steps[n[kernel.STEP], kernel.STEP_COPIES_AT]) + same
+        ahead = self._state.schedule["target"][n.next_decision : n.decision_count]
+        ahead[:] = [new.target(old.target_plan(target)) for target in ahead.tolist()]
+        if n.decided_target >= 0:
+            n.decided_target = new.target(old.target_plan(n.decided_target))
+        copy_index = n.copy - int(old.residencies["copies_at"][n.residency])
+        n.residency = new.take_from(old, n.residency)
+        here = new.residencies[n.residency]
+        n.target, n.kv_keep_id = int(here["target"]), int(here["kv_keep_id"])
+        if n.copy >= 0:
+            n.copy = int(here["copies_at"]) + copy_index
         self._checked.clear()
-        self._book, self._book_version = new, -1
+        self._graph, self._graph_version = new, -1
 
     # -- memory --------------------------------------------------------------------------------------------------
 
     def _find_context_limit(self) -> int:
         """Return the longest context one request may reach, so that it fits the first pool alone, as vLLM demands."""
-        n = self._state.ints
+        n = self._counters
         limit = self.config.max_context_tokens or self._model.max_context_tokens
-        layers = int(self._state.sets[0, kernel.LAYERS])  # those that prefill runs
+        layers = int(self._state.kv_sets["layers"][0])  # those that prefill runs
         if layers:
-            blocks = int(n[kernel.POOL] - n[kernel.WATERMARK]) // layers
+            blocks = (n.pool_blocks - n.watermark_blocks) // layers
             limit = min(limit, blocks * self.config.kv_block_tokens)
-        budget_bytes = self.budget.budget_bytes[n[kernel.BUDGET_STEP]]
-        held_bytes, workspace_bytes = int(n[kernel.WEIGHT_BYTES]), int(n[kernel.WORKSPACE_BYTES])
+        budget_bytes = self.budget.budget_bytes[n.budget_step]
+        held_bytes, workspace_bytes = n.weight_bytes, n.workspace_bytes
         if limit < 2 or held_bytes + workspace_bytes > budget_bytes:
             raise BudgetError(
                 f"weights {held_bytes / GIB:.2f} GiB and workspace {workspace_bytes / GIB:.2f} GiB leave "
@@ -719,41 +662,44 @@ class SimEngine:
     # -- what can be seen ----------------------------------------------------------------------------------------
 
     def _observe(self, now_s: float) -> EngineState:
-        n, f = self._state.ints.tolist(), self._state.floats.tolist()
-        waiting = n[kernel.STACKED] + n[kernel.QUEUE_TAIL] - n[kernel.QUEUE_HEAD]
+        n, waiting = self._counters, self._waiting()
         oldest_wait_s = 0.0
         if waiting:
-            oldest_wait_s = now_s - float(self._state.request_f[kernel.head(self._table), kernel.ARRIVAL_S])
-        step, budget = n[kernel.BUDGET_STEP], self.budget
+            oldest_wait_s = now_s - float(self._state.requests["arrival_s"][kernel.head(self._table)])
+        step, budget = n.budget_step, self.budget
         announced = step + 1 < len(budget.change_s) and budget.change_s[step + 1] - budget.notice_s <= now_s
         return EngineState(
             time_s=now_s,
             waiting=waiting,
-            waiting_tokens=n[kernel.WAITING_TOKENS],
+            waiting_tokens=n.waiting_tokens,
             oldest_wait_s=oldest_wait_s,
-            running=n[kernel.N_RUNNING],
-            running_tokens=n[kernel.RUNNING_TOKENS],
-            kv_layer_blocks=n[kernel.POOL],
-            kv_used_layer_blocks=n[kernel.POOL] - n[kernel.FREE],
+            running=n.running,
+            running_tokens=n.running_tokens,
+            kv_layer_blocks=n.pool_blocks,
+            kv_used_layer_blocks=n.pool_blocks - n.free_blocks,
             budget_bytes=budget.budget_bytes[step],
-            weight_bytes=n[kernel.WEIGHT_BYTES],
-            arrived=n[kernel.NEXT_ARRIVAL],
-            arrived_prompt_tokens=n[kernel.ARRIVED_PROMPT_TOKENS],
-            first_tokens=n[kernel.FIRST_TOKENS],
-            ttft_sum_s=f[kernel.TTFT_SUM],
-            produced_tokens=n[kernel.PRODUCED_TOKENS],
-            finished=n[kernel.N_FINISHED],
-            rejected=n[kernel.N_REJECTED],
-            preemptions=n[kernel.PREEMPTIONS],
-            iterations=n[kernel.N_ITERATIONS],
-            busy_s=f[kernel.BUSY],
+            weight_bytes=n.weight_bytes,
+            arrived=n.arrived,
+            arrived_prompt_tokens=n.arrived_prompt_tokens,
+            first_tokens=n.first_tokens,
+            ttft_sum_s=n.ttft_sum_s,
+            produced_tokens=n.produced_tokens,
+            finished=n.finished,
+            rejected=n.rejected,
+            preemptions=n.preemptions,
+            iterations=n.iterations,
+            busy_s=n.busy_s,
             next_budget_bytes=budget.budget_bytes[step + 1] if announced else budget.budget_bytes[step],
             next_budget_s=budget.change_s[step + 1] if announced else math.inf,
-            budget_violation_s=f[kernel.VIOLATION],
-            incoming_bytes=n[kernel.INCOMING_BYTES],
-            plan=self._book.plan(n[kernel.STEP]),
-            target=self._book.target_plan(n[kernel.DECIDED] if n[kernel.DECIDED] >= 0 else n[kernel.TARGET]),
+            budget_violation_s=n.violation_s,
+            incoming_bytes=n.incoming_bytes,
+            plan=self._graph.plan(n.residency),
+            target=self._graph.target_plan(self._wanted_target()),
         )
+
+
+_RECORDED = ("arrival_s", "prompt_tokens", "admitted_s", "first_token_s", "finish_s", "preemptions", "status")
+"""Fields of the kernel's record of a request that ``Records`` has under the same name."""
 
 
 def _empty_state(
@@ -761,81 +707,65 @@ def _empty_state(
     latency: LatencyModel,
     config: EngineConfig,
     budget: Budget,
-    book: PlanBook,
+    graph: PlanGraph,
     keep_iterations: bool,
 ) -> kernel.State:
     """Return the kernel's state of a replica without requests, plan or memory."""
-    limits, layers, slots = config.limits, model.num_layers, config.limits.max_running
-    block_bytes, unit_blocks = (
+    limits, slots, block_bytes = (
+        config.limits,
+        config.limits.max_running,
         kv_block_layer_bytes(model, config.kv_block_tokens),
-        config.hash_block_tokens // config.kv_block_tokens,
     )
-    sets = 2 * slots + 4  # of the plan, and of each running request, now and after its prefill
-    owners = slots  # of free KV blocks: requests that were preempted, units that nobody holds
+    prefix_block_kv_blocks = config.hash_block_tokens // config.kv_block_tokens
+    kv_sets = 2 * slots + 4  # of the plan, and of each running request, now and after its prefill
+    owners = slots  # of free KV blocks: requests that were preempted, prefix blocks without holders
     if config.prefix_caching:
-        sets += slots  # of its units
-        owners += max(budget.budget_bytes) // block_bytes // unit_blocks
+        kv_sets += slots  # of its prefix blocks
+        owners += max(budget.budget_bytes) // block_bytes // prefix_block_kv_blocks
+    steps = np.zeros(len(budget.change_s), dtype=BUDGET_STEP)
+    steps["from_s"], steps["budget_bytes"] = budget.change_s, budget.budget_bytes
     state = kernel.State(
-        ints=np.zeros(kernel.N_INTS, dtype=np.int64),
-        floats=np.zeros(kernel.N_FLOATS),
-        request_i=np.zeros((0, kernel.REQUEST_INTS), dtype=np.int64),
-        request_f=np.zeros((0, kernel.REQUEST_FLOATS)),
-        queue=np.zeros(0, dtype=np.int64),
-        slots=np.zeros((kernel.SLOT_ROWS, slots + 1), dtype=np.int64),
-        cohort_s=np.zeros(slots + 2),
-        phases=np.zeros(config.kv_block_tokens, dtype=np.int64),
-        runs=np.zeros((2, 4 * owners + 16), dtype=np.int64),
-        prompts=np.zeros((0, kernel.PROMPT_COLUMNS), dtype=np.int64),
-        hash_ids=np.zeros(0, dtype=np.int64),
-        held_units=np.zeros(0, dtype=np.int64),
-        unit_of=np.zeros(0, dtype=np.int64),
-        units=np.zeros((1, kernel.UNIT_COLUMNS), dtype=np.int64),
-        sets=np.zeros((sets, kernel.SET_COLUMNS + book.words), dtype=np.int64),
-        set_nll=np.zeros((sets, 2)),
-        drafts=np.zeros((sets + 1, book.words), dtype=np.int64),
-        narrowed=np.zeros((sets + 1, 4), dtype=np.int64),
-        log=np.zeros((1024 if keep_iterations else 1, kernel.LOG_COLUMNS)),
-        gaps=np.zeros((1024 + 4 * slots, 2)),
-        block_counts=np.zeros((len(WEIGHT_BITS), 4), dtype=np.int64),
-        layer_rows=np.zeros((layers, 3), dtype=np.int64),
-        rows=np.zeros((layers, 7), dtype=np.int64),
-        budget_s=np.array(budget.change_s),
-        budget_bytes=np.array(budget.budget_bytes, dtype=np.int64),
-        schedule_s=np.zeros(1),
-        schedule=np.zeros(1, dtype=np.int64),
-        changes=np.zeros((4, kernel.CHANGE_COLUMNS)),
-        shares=np.zeros((16, 2)),
-        steps=book.steps,
-        copies=book.copies,
-        decisions=book.decisions,
-        prices=book.prices,
-        price_nll=book.price_nll,
-        keeps=book.keeps,
-        data=latency.tables.data,
-        layout=latency.tables.layout,
+        kernel.REPLICA,
+        kernel.Sizes(
+            slots=slots,
+            layers=model.num_layers,
+            words=graph.words,
+            block_tokens=config.kv_block_tokens,
+            kv_sets=kv_sets,
+            free_runs=4 * owners + 16,
+            precisions=len(WEIGHT_BITS),
+            log_rows=1024 if keep_iterations else 1,
+        ),
+        budget=steps,
+        latency_data=latency.tables.data,
+        latency_layout=latency.tables.layout,
+        **graph.arrays(),
     )
-    n, f = state.ints, state.floats
-    n[kernel.CHUNKED] = config.scheduler == "chunked"
-    n[kernel.MAX_BATCH_TOKENS], n[kernel.LONG_PREFILL_TOKENS] = limits.max_batch_tokens, limits.long_prefill_tokens
-    n[kernel.RESERVE_FULL_PROMPT], n[kernel.BLOCK_TOKENS] = limits.reserve_full_prompt, config.kv_block_tokens
-    n[kernel.REUSE], n[kernel.KEEP_LOG] = config.reuse_preempted_kv, keep_iterations
-    n[kernel.RECOMPUTE], n[kernel.RUNNING_LIMIT] = config.restore == "recompute", slots
-    n[kernel.WATERMARK_LIMIT], f[kernel.WATERMARK_SHARE] = limits.watermark_layer_blocks, config.kv_watermark_share
-    n[kernel.BLOCK_BYTES] = block_bytes
-    n[kernel.PREFIX_CACHING], n[kernel.KEEP_RUNS] = config.prefix_caching, n[kernel.REUSE] or config.prefix_caching
-    n[kernel.UNIT_TOKENS], n[kernel.UNIT_BLOCKS] = config.hash_block_tokens, unit_blocks
-    n[kernel.STEP] = n[kernel.DECIDED] = n[kernel.COPY] = n[kernel.OPEN_CHANGE] = -1
-    n[kernel.NEXT_DUE], n[kernel.COHORTS] = kernel.NEVER, 1
-    f[kernel.NOTICE] = budget.notice_s
-    f[kernel.NEXT_ARRIVAL_S] = f[kernel.NEXT_DECISION_S] = f[kernel.COPY_END] = math.inf
-    f[kernel.END] = f[kernel.START] = math.nan
-    state.slots[kernel.NEXT, slots] = state.slots[kernel.PREVIOUS, slots] = slots
-    state.slots[kernel.FREE_SLOT, :slots] = np.arange(slots)
-    state.slots[kernel.DUE] = kernel.NEVER
+    n = kernel.fields_of(state.counters)
+    n.scheduling_rule = kernel.SchedulingRule[config.scheduler.upper()]
+    n.max_batch_tokens, n.long_prefill_tokens = limits.max_batch_tokens, limits.long_prefill_tokens
+    n.reserve_full_prompt, n.block_tokens, n.block_bytes = (
+        limits.reserve_full_prompt,
+        config.kv_block_tokens,
+        block_bytes,
+    )
+    n.slots, n.least_free_blocks, n.watermark_share = slots, limits.watermark_layer_blocks, config.kv_watermark_share
+    n.reuse_preempted_kv, n.recompute_on_restore = config.reuse_preempted_kv, config.restore == "recompute"
+    n.log_enabled, n.prefix_caching = keep_iterations, config.prefix_caching
+    n.free_runs_kept = config.reuse_preempted_kv or config.prefix_caching
+    n.prefix_block_tokens, n.prefix_block_kv_blocks = config.hash_block_tokens, prefix_block_kv_blocks
+    n.residency = n.decided_target = n.copy = n.open_change = -1
+    n.next_due, n.group_count = kernel.NEVER, 1
+    n.notice_s = budget.notice_s
+    n.next_arrival_s = n.next_decision_s = n.copy_end_s = math.inf
+    n.start_s = n.end_s = math.nan
+    state.slots["next"][slots] = state.slots["previous"][slots] = slots
+    state.due_clocks[:] = kernel.NEVER
+    state.free_slots[:slots] = np.arange(slots)
     return state
 
 
-def unit_numbers(hash_ids: Sequence[Ints] | None, known: dict[int, int] | None = None) -> Ints:
+def prefix_block_ids(hash_ids: Sequence[Ints] | None, known: dict[int, int] | None = None) -> Ints:
     """Return hash ids, one request's after the other's, as numbers from 0 on.
 
     Args:

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
-from sim.arrays import read_arrays
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, with_mask
@@ -109,7 +110,6 @@ def read_learned(path: str | Path, task: str) -> Learned:
         path: the JSON file, or a name. task: what the policy must have been trained for.
     Raises:
         ConfigError: if it is missing, malformed, or was trained for something else.
-        ArraysError: if the weights cannot be read.
     """
     file = Path(path)
     if file.suffix != ".json":
@@ -121,7 +121,7 @@ def read_learned(path: str | Path, task: str) -> Learned:
         )
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-        arrays = read_arrays(file.with_suffix(".safetensors"))
+        arrays = load_file(file.with_suffix(".safetensors"))
         count = len(about["layers"])
         network = Network(
             tuple(arrays[f"{i}.weight"] for i in range(count)),
@@ -131,7 +131,7 @@ def read_learned(path: str | Path, task: str) -> Learned:
         sizes = [list(w.shape) for w in network.weights]
         if sizes != about["layers"] or about["task"] != task:
             raise ValueError(f"task {about['task']!r} with layers {about['layers']}; expected {task!r} with {sizes}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(
             f"{file} is no learned policy for {task} ({type(error).__name__}: {error}); "
             "export one: python -m agents.export run=..."

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.budget import Budget, constant_budget
-from sim.engine.plan_graph import PlanBook
+from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineState
 from sim.engine.server_spec import ServerSpec
 from sim.engine.sim_engine import SimEngine
@@ -69,7 +69,7 @@ class Lookahead:
     memory_s: float
     prior_tokens: float
     factors: tuple[float, ...]
-    book: PlanBook
+    graph: PlanGraph
     choice: Choice = field(default_factory=Choice)
     past: list[Past] = field(default_factory=list)
     before: EngineState | None = None
@@ -136,8 +136,8 @@ class Lookahead:
 
     def _running(self, state: EngineState) -> SimEngine:
         """Return a server at the moment at which the requests that run have their KV, and memory is what it is."""
-        if len(self.book) > MOST_STEPS:
-            self.book = PlanBook(self.server.model, self.server.quality_nll)
+        if len(self.graph) > MOST_STEPS:
+            self.graph = PlanGraph(self.server.model, self.server.quality_nll)
         # Memory is plenty until then; what does not fit afterwards is preempted, as the server would.
         plenty = self._warm(state, constant_budget(PLENTY_BYTES), WARM_MOST_S)
         budget_bytes = max(1, min(state.budget_bytes, state.next_budget_bytes))
@@ -148,7 +148,7 @@ class Lookahead:
         """Return a server that has prefilled the requests that run, or has tried to until then."""
         plan = replace(self.actions.plans[self.choice.action], admit=None)
         config = replace(self.server.config, prefix_caching=False)  # nobody can see which prompts begin alike
-        engine = self.server.build_engine(plan, budget, config=config, book=self.book, keep_iterations=False)
+        engine = self.server.build_engine(plan, budget, config=config, graph=self.graph, keep_iterations=False)
         running = state.running
         engine.submit_arrays(
             np.zeros(running),
@@ -240,7 +240,7 @@ def lookahead(
     return Lookahead(
         server=server,
         actions=actions_from(served.model, actions, served.workspace_bytes),
-        book=PlanBook(server.model, server.quality_nll),
+        graph=PlanGraph(server.model, server.quality_nll),
         horizon_s=horizon_s,
         ttft_s=ttft_s,
         grace_s=grace_s,

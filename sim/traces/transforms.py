@@ -97,14 +97,6 @@ def burstiest(trace: Trace, *, duration_s: float, by: Literal["requests", "token
     )
 
 
-def first_requests(trace: Trace, *, requests: int) -> Trace:
-    """Return the first ``requests`` requests, or all where the trace has fewer."""
-    if requests < 1:
-        raise WorkloadError(f"requests is {requests}; it must be at least 1")
-    kept = min(requests, len(trace))
-    return trace.take(np.arange(kept)).with_history(f"first {kept:,} of {len(trace):,} requests")
-
-
 def scale_rate(trace: Trace, *, factor: float) -> Trace:
     """Return the same requests arriving ``factor`` times as fast: every arrival divided by it.
 
@@ -121,12 +113,6 @@ def scale_rate(trace: Trace, *, factor: float) -> Trace:
     """
     _check_number("factor", factor, above=0.0)
     return _timed(trace, 1.0 / factor, f"rate scaled by {factor:g}: arrivals divided by it")
-
-
-def stretch_time(trace: Trace, *, factor: float) -> Trace:
-    """Return the same requests over ``factor`` times the time: the inverse of ``scale_rate``."""
-    _check_number("factor", factor, above=0.0)
-    return _timed(trace, factor, f"time stretched by {factor:g}: arrivals multiplied by it")
 
 
 def spread_ties(trace: Trace, *, quantum_s: float | None = None, seed: int = 0) -> Trace:

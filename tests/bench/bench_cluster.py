@@ -99,7 +99,7 @@ def run(row: Row, trace: Trace, replicas: int) -> dict[str, Any]:
             budget_bytes=BUDGET_BYTES,
             keep_iterations=False,
             env=env,
-            driven=True,
+            external_clock=True,
         )
         return engine, row.policy()
 

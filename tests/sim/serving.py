@@ -82,7 +82,7 @@ def tiny_engine(
     host_to_device_bytes_per_s: float = 1e6,
     copy_slowdown: float = 0.0,
     env: simpy.Environment | None = None,
-    driven: bool = False,
+    external_clock: bool = False,
 ) -> SimEngine:
     plan = plan or dense_plan(TINY)
     return SimEngine(
@@ -109,7 +109,7 @@ def tiny_engine(
         host_to_device_bytes_per_s=host_to_device_bytes_per_s,
         copy_slowdown=copy_slowdown,
         env=env,
-        driven=driven,
+        external_clock=external_clock,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sim.engine import batch_step as fleet
+from sim.engine import batch_step
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
 from sim.policies.observation.prune import Entry, Table
@@ -59,24 +59,26 @@ def cluster_features(seen: Floats, dense_bytes: float) -> Floats32:
     """Return the values of ``CLUSTER_ENTRIES`` for every replica, float32[c, k, entries].
 
     Args:
-        seen: float64[c, k, fleet.SEEN_COLUMNS], what can be seen of each replica that accepts requests.
+        seen: float64[c, k, batch_step.SEEN_COLUMNS], what can be seen of each replica that accepts requests.
         dense_bytes: of the weights of the dense model.
     """
     k = seen.shape[1]
-    waiting, running, pool = (seen[..., at] for at in (fleet.WAITING, fleet.RUNNING, fleet.KV_LAYER_BLOCKS))
-    used = np.where(pool > 0, seen[..., fleet.KV_USED_LAYER_BLOCKS] / np.maximum(pool, 1.0), 1.0)
+    waiting, running, pool = (
+        seen[..., at] for at in (batch_step.WAITING, batch_step.RUNNING, batch_step.KV_LAYER_BLOCKS)
+    )
+    used = np.where(pool > 0, seen[..., batch_step.KV_USED_LAYER_BLOCKS] / np.maximum(pool, 1.0), 1.0)
     own = np.eye(k, dtype=np.bool_)
     values = (
         np.full(waiting.shape, np.log2(k) / 8.0),
         waiting / np.maximum(waiting.sum(axis=1, keepdims=True), 1.0),
         running / np.maximum(running.sum(axis=1, keepdims=True), 1.0),
         np.log2(1.0 + _mean_of_others(waiting)) / 10.0,
-        _mean_of_others(seen[..., fleet.OLDEST_WAIT_S]) / 2.0,
+        _mean_of_others(seen[..., batch_step.OLDEST_WAIT_S]) / 2.0,
         _mean_of_others(used),
         np.where(own, np.inf, used[:, None, :]).min(axis=2) if k > 1 else np.zeros(used.shape),
-        _mean_of_others(seen[..., fleet.BUDGET_BYTES]) / dense_bytes / 8.0,
-        _mean_of_others(seen[..., fleet.WEIGHT_BYTES]) / dense_bytes,
-        _mean_of_others((seen[..., fleet.INCOMING_BYTES] > 0).astype(np.float64)),
+        _mean_of_others(seen[..., batch_step.BUDGET_BYTES]) / dense_bytes / 8.0,
+        _mean_of_others(seen[..., batch_step.WEIGHT_BYTES]) / dense_bytes,
+        _mean_of_others((seen[..., batch_step.INCOMING_BYTES] > 0).astype(np.float64)),
     )
     found: Floats32 = np.clip(np.stack(values, axis=-1), _LOWEST, _HIGHEST).astype(np.float32)
     return found
@@ -91,7 +93,7 @@ def _mean_of_others(values: Floats) -> Floats:
 
 def replica_features(state: EngineState, others: Sequence[EngineState], dense_bytes: float) -> Floats32:
     """Return the same for one replica, from the states of it and of the others; float32[entries]."""
-    seen = np.zeros((1, 1 + len(others), fleet.SEEN_COLUMNS))
+    seen = np.zeros((1, 1 + len(others), batch_step.SEEN_COLUMNS))
     for row, one in zip(seen[0], (state, *others), strict=True):
         row[_COLUMNS] = [getattr(one, name) for name in _NAMES]
     found: Floats32 = cluster_features(seen, dense_bytes)[0, 0]
@@ -102,4 +104,4 @@ _NAMES = (
     "waiting", "running", "oldest_wait_s", "kv_layer_blocks", "kv_used_layer_blocks", "budget_bytes", "weight_bytes",
     "incoming_bytes",
 )  # fmt: skip
-_COLUMNS = [getattr(fleet, name.upper()) for name in _NAMES]
+_COLUMNS = [getattr(batch_step, name.upper()) for name in _NAMES]

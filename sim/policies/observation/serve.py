@@ -18,7 +18,7 @@ import numpy as np
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, check_plan, dense_plan, drop, with_mask
-from sim.engine import batch_step as fleet
+from sim.engine import batch_step
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.policies.greedy_stop import block_of
@@ -250,7 +250,7 @@ def _log(value: float, scale: float) -> float:
 
 @dataclass(slots=True)
 class ServeObservers:
-    """Does for n engines of a fleet what ``ServeObserver`` and ``ServeActions`` do for one, at once.
+    """Does for n engines at once what ``ServeObserver`` and ``ServeActions`` do for one.
 
     action, changed_s: the `Choice` of each, [n]. dense_bytes: of the weights of the dense model.
     """
@@ -285,8 +285,8 @@ class ServeObservers:
         self._counters[at], self._rates[:, at] = 0.0, 0.0
 
     def legal(self, seen: Floats) -> Bools:
-        """Return which plans may be chosen, bool[n, actions]; ``seen`` is float64[n, fleet.SEEN_COLUMNS]."""
-        budget = seen[:, fleet.BUDGET_BYTES, None]
+        """Return which plans may be chosen, bool[n, actions]; ``seen`` is float64[n, batch_step.SEEN_COLUMNS]."""
+        budget = seen[:, batch_step.BUDGET_BYTES, None]
         fits = self._weights + self.actions.workspace_bytes <= budget
         if self.actions.dwell_s:
             stays = self._dwell_left(seen) > 0.0
@@ -301,13 +301,13 @@ class ServeObservers:
     def choose(self, seen: Floats, actions: Ints, where: Bools) -> None:
         """Take a legal action in some places."""
         changed = where & (self._groups[actions] != self._groups[self.action])
-        self.changed_s[changed] = seen[changed, fleet.TIME_S]
+        self.changed_s[changed] = seen[changed, batch_step.TIME_S]
         self.action[where] = actions[where]
 
     def _dwell_left(self, seen: Floats) -> Floats:
         if not self.actions.dwell_s:
             return np.zeros(self.size)
-        left: Floats = np.maximum(0.0, 1.0 - (seen[:, fleet.TIME_S] - self.changed_s) / self.actions.dwell_s)
+        left: Floats = np.maximum(0.0, 1.0 - (seen[:, batch_step.TIME_S] - self.changed_s) / self.actions.dwell_s)
         return left
 
     def __call__(self, seen: Floats) -> Floats32:
@@ -316,21 +316,21 @@ class ServeObservers:
         ten = self._rates[1]
         dense = self.dense_bytes
         columns = seen.T
-        pool, given = columns[fleet.KV_LAYER_BLOCKS], ten[:, 2]
+        pool, given = columns[batch_step.KV_LAYER_BLOCKS], ten[:, 2]
         found = np.empty((len(SERVE_ENTRIES), self.size))
         found[_LOG_ROWS] = columns[_LOG_COLUMNS]
         found[[11, 12, 13]], found[[14, 15]] = self._rates[:, :, 0], self._rates[:2, :, 1]
         found[[16, 18, 20, 21]] = ten[:, [2, 4, 6, 7]].T
         found[_ALL_LOG_ROWS] = np.log2(1.0 + np.maximum(found[_ALL_LOG_ROWS], 0.0)) / _LOG_SCALES
-        found[2] = columns[fleet.OLDEST_WAIT_S] / 2.0
-        found[5] = np.where(pool > 0, columns[fleet.KV_USED_LAYER_BLOCKS] / np.maximum(pool, 1.0), 1.0)
+        found[2] = columns[batch_step.OLDEST_WAIT_S] / 2.0
+        found[5] = np.where(pool > 0, columns[batch_step.KV_USED_LAYER_BLOCKS] / np.maximum(pool, 1.0), 1.0)
         found[6] = pool * self.kv_block_layer_bytes / dense / 8.0
-        found[7], found[8] = columns[fleet.BUDGET_BYTES] / dense / 8.0, columns[fleet.WEIGHT_BYTES] / dense
-        found[9] = (columns[fleet.NEXT_BUDGET_BYTES] - columns[fleet.BUDGET_BYTES]) / dense / 8.0
-        found[10] = np.exp(-(columns[fleet.NEXT_BUDGET_S] - columns[fleet.TIME_S]) / 10.0)
+        found[7], found[8] = columns[batch_step.BUDGET_BYTES] / dense / 8.0, columns[batch_step.WEIGHT_BYTES] / dense
+        found[9] = (columns[batch_step.NEXT_BUDGET_BYTES] - columns[batch_step.BUDGET_BYTES]) / dense / 8.0
+        found[10] = np.exp(-(columns[batch_step.NEXT_BUDGET_S] - columns[batch_step.TIME_S]) / 10.0)
         found[17] = np.where(given > 1e-6, ten[:, 3] / np.maximum(given, 1e-6) / 2.0, 0.0)
         found[19] = ten[:, 5]
-        found[22] = columns[fleet.INCOMING_BYTES] > 0
+        found[22] = columns[batch_step.INCOMING_BYTES] > 0
         found[23] = self._dwell_left(seen)
         found[24:] = self._levels[self.action].T
         np.clip(found, _LOWEST, _HIGHEST, out=found)
@@ -338,28 +338,28 @@ class ServeObservers:
 
     def _smooth(self, seen: Floats) -> None:
         counters = seen[:, _COUNTER_COLUMNS]
-        passed_s = seen[:, fleet.TIME_S] - self._time_s
+        passed_s = seen[:, batch_step.TIME_S] - self._time_s
         later = passed_s > 0.0
         now = (counters - self._counters) / np.where(later, passed_s, 1.0)[:, None]
         for rates, scale_s in zip(self._rates, SMOOTHING_S, strict=True):
             weight = np.where(later, 1.0 - np.exp(-passed_s / scale_s), 0.0)
             rates += weight[:, None] * (now - rates)
-        self._time_s = np.where(later, seen[:, fleet.TIME_S], self._time_s)
+        self._time_s = np.where(later, seen[:, batch_step.TIME_S], self._time_s)
         self._counters = np.where(later[:, None], counters, self._counters)
 
 
 _COUNTER_COLUMNS = [
-    fleet.ARRIVED,
-    fleet.ARRIVED_PROMPT_TOKENS,
-    fleet.FIRST_TOKENS,
-    fleet.TTFT_SUM_S,
-    fleet.PRODUCED_TOKENS,
-    fleet.BUSY_S,
-    fleet.PREEMPTIONS,
-    fleet.REJECTED,
+    batch_step.ARRIVED,
+    batch_step.ARRIVED_PROMPT_TOKENS,
+    batch_step.FIRST_TOKENS,
+    batch_step.TTFT_SUM_S,
+    batch_step.PRODUCED_TOKENS,
+    batch_step.BUSY_S,
+    batch_step.PREEMPTIONS,
+    batch_step.REJECTED,
 ]
 _LOG_ROWS = [0, 1, 3, 4]
-_LOG_COLUMNS = [fleet.WAITING, fleet.WAITING_TOKENS, fleet.RUNNING, fleet.RUNNING_TOKENS]
+_LOG_COLUMNS = [batch_step.WAITING, batch_step.WAITING_TOKENS, batch_step.RUNNING, batch_step.RUNNING_TOKENS]
 _ALL_LOG_ROWS = [0, 1, 3, 4, 11, 12, 13, 14, 15, 16, 18, 20, 21]
 _LOG_SCALES = np.array([10.0, 20.0, 10.0, 20.0, 8.0, 8.0, 8.0, 16.0, 16.0, 8.0, 16.0, 8.0, 8.0])[:, None]
 _LOWEST = np.array([entry.low for entry in SERVE_ENTRIES])[:, None]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import simpy
 from gymnasium.utils.env_checker import check_env
+from safetensors.numpy import save_file
 
 from agents.envs.cluster import ClusterSetting, ServeCluster
 from agents.envs.cluster_vector import ServeReplicas
@@ -22,7 +23,6 @@ from agents.evaluation.cluster import mean_cluster_utility, play_cluster, test_c
 from agents.evaluation.serve import conf_policy, fixed_plan, policy_context
 from agents.training.imitate import widen_inputs
 from agents.training.validation import serve, serve_clusters, validation_clusters
-from sim.arrays import write_arrays
 from sim.cluster.cluster import Cluster, Replica
 from sim.cost.plan import dense_plan
 from sim.engine.protocol import EngineState
@@ -64,7 +64,7 @@ def write_policy(folder: Path, setting: ClusterSetting, seed: int, at: np.ndarra
         "observation": setting.table.rows(),
         "actions": list(setting.table.actions),
     }
-    write_arrays(folder / "p.safetensors", {"0.weight": weight, "0.bias": bias})
+    save_file({"0.weight": weight, "0.bias": bias}, folder / "p.safetensors")
     (folder / "p.json").write_text(json.dumps(about))
     return folder / "p.json"
 
@@ -247,7 +247,7 @@ def test_a_policy_is_shown_only_the_others_that_accept_requests() -> None:
     policy = Curious(None, setting.actions, None, None)  # type: ignore[arg-type]
 
     def make(env: simpy.Environment) -> tuple[SimEngine, Policy]:
-        return setting.idle_engine(WINDOWS[1], policy.first_plan, env=env, driven=True), policy
+        return setting.idle_engine(WINDOWS[1], policy.first_plan, env=env, external_clock=True), policy
 
     def times() -> Iterator[float]:
         return iter((5.0, 15.0, 115.0))

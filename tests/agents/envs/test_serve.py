@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from safetensors.numpy import save_file
 
 from agents.envs.reward import ServeReward
 from agents.envs.serve import ServeSetting, ServeTrace
@@ -19,7 +20,6 @@ from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows, source_trace
 from agents.evaluation.serve import conf_policy, mean_utility
 from agents.training.validation import validation_windows
-from sim.arrays import write_arrays
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import dense_plan
 from sim.engine.sim_engine import SimEngine
@@ -258,7 +258,7 @@ def test_the_learned_policy_chooses_what_the_environment_would_have_it_choose(tm
         "observation": setting.table.rows(),
         "actions": list(setting.table.actions),
     }
-    write_arrays(tmp_path / "p.safetensors", {"0.weight": weight, "0.bias": bias})
+    save_file({"0.weight": weight, "0.bias": bias}, tmp_path / "p.safetensors")
     (tmp_path / "p.json").write_text(json.dumps(about))
     served = PolicyContext(
         model=setting.model,

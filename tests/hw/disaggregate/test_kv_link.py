@@ -38,7 +38,7 @@ def take(channel: Channel) -> tuple[str, bytes]:
     return header["name"], bytes(content)
 
 
-def test_frames_arrive_as_they_were_sent_and_their_bytes_are_counted_apart(ends: Ends) -> None:
+def test_frames_arrive_as_they_were_sent_and_headers_are_counted_separately(ends: Ends) -> None:
     ours, theirs = ends
     ours.send({"name": "empty"})
     ours.send({"name": "full"}, memoryview(b"\x00\xff" * 1000))
@@ -83,7 +83,7 @@ def test_a_transfer_of_nothing_is_one_empty_frame(ends: Ends) -> None:
     sender.close()
 
 
-def test_a_sender_that_is_told_to_stop_leaves_the_rest(ends: Ends) -> None:
+def test_a_sender_that_closes_at_once_does_not_send_the_rest(ends: Ends) -> None:
     ours, theirs = ends
     sender = Sender(ours, failed, bytes_per_s=1e5)
     sender.carry({"name": "long"}, lambda: memoryview(bytes(10**9)))
@@ -94,24 +94,24 @@ def test_a_sender_that_is_told_to_stop_leaves_the_rest(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "message"),
     [
         (struct.pack("!I", MOST_HEADER_BYTES + 1), "at most"),
-        (struct.pack("!I", 3) + b"{]}", "no JSON"),
-        (struct.pack("!I", 2) + b"[]", "no object"),
-        (struct.pack("!I", 2) + b"{}", "number of bytes"),
+        (struct.pack("!I", 3) + b"{]}", "not JSON"),
+        (struct.pack("!I", 2) + b"[]", "not an object"),
+        (struct.pack("!I", 2) + b"{}", "not an object with an integer"),
         (struct.pack("!I", 90) + b"{", "ours has gone"),
     ],
 )
-def test_what_is_no_frame_is_an_error_that_says_so(ends: Ends, raw: bytes, said: str) -> None:
+def test_bytes_that_are_not_a_frame_are_an_error(ends: Ends, raw: bytes, message: str) -> None:
     ours, theirs = ends
     ours._socket.sendall(raw)
     ours.close()
-    with pytest.raises(LinkError, match=said):
+    with pytest.raises(LinkError, match=message):
         theirs.receive()
 
 
-def test_a_side_that_has_gone_is_an_error_for_who_sends(ends: Ends) -> None:
+def test_sending_to_a_side_that_has_gone_is_an_error(ends: Ends) -> None:
     ours, theirs = ends
     theirs.close()
     with pytest.raises(LinkError, match="theirs has gone"):

@@ -1,4 +1,4 @@
-"""``python -m hw.disaggregate``: two real processes, one run folder, and what is left when one of them dies."""
+"""``python -m hw.disaggregate``: two real processes, one run folder, and what remains when one of them dies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from omegaconf import DictConfig
 
 import hw.disaggregate.run as command
 from hw.disaggregate.kv_link import Channel, LinkError
-from hw.disaggregate.run import LOOPBACK, STOP, Pair, _accept, _check
+from hw.disaggregate.pair import Pair, check_config
+from hw.disaggregate.processes import LOOPBACK, STOP, accept_peer
 from sim.config import CONF_DIR
 from sim.disaggregate.disaggregate import kv_bytes_sent
 from sim.disaggregate.run import disaggregate_command, plan_of
@@ -40,8 +41,8 @@ PRUNED = [
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the words that both commands share; the model is a tiny random one on disk."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the overrides that both commands share; the model is a tiny random one on disk."""
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"w0": 0}, unk_token="w0"))
@@ -72,15 +73,15 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def mine(words: list[str], *more: str) -> list[str]:
-    """Return the words for the real command."""
-    return [*words, f"hw.checkpoint={words[8].partition('=')[2]}", "hw.text=null", "hw.device=cpu", *more]
+def mine(shared: list[str], *more: str) -> list[str]:
+    """Return the overrides of the real command."""
+    return [*shared, f"hw.checkpoint={shared[8].partition('=')[2]}", "hw.text=null", "hw.device=cpu", *more]
 
 
-def config(words: list[str], *more: str) -> DictConfig:
+def config(shared: list[str], *more: str) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("hw_disaggregate", overrides=mine(words, *more))
+        return compose("hw_disaggregate", overrides=mine(shared, *more))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def pair() -> Iterator[Pair]:
 
 
 @pytest.fixture
-def run(pair: Pair, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def run(pair: Pair, shared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Return a function that runs a command in this process; the real one with the pair that is there."""
 
     class Same:
@@ -105,7 +106,7 @@ def run(pair: Pair, words: list[str], tmp_path: Path, monkeypatch: pytest.Monkey
 
     def call(module: str, *more: str) -> Path:
         folder = tmp_path / module
-        own = mine(words, *more) if module == "hw" else [*words, "prefill_replicas=1", "decode_replicas=1", *more]
+        own = mine(shared, *more) if module == "hw" else [*shared, "prefill_replicas=1", "decode_replicas=1", *more]
         monkeypatch.setattr(sys, "argv", [f"{module}.disaggregate", *own, f"hydra.run.dir={folder}"])
         GlobalHydra.instance().clear()
         (command.disaggregate_command if module == "hw" else disaggregate_command)()
@@ -114,8 +115,8 @@ def run(pair: Pair, words: list[str], tmp_path: Path, monkeypatch: pytest.Monkey
     return call
 
 
-def test_the_same_words_give_the_same_columns_requests_and_bytes_as_in_simulation(
-    run: Callable[..., Path], words: list[str]
+def test_the_same_configuration_gives_the_same_columns_requests_and_bytes_as_in_simulation(
+    run: Callable[..., Path], shared: list[str]
 ) -> None:
     real, simulated = run("hw", *PRUNED, "plot=true"), run("sim", *PRUNED)
     files = {"config.yaml", "provenance.json", "records.parquet", "summary.json"}
@@ -131,20 +132,20 @@ def test_the_same_words_give_the_same_columns_requests_and_bytes_as_in_simulatio
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (real, simulated)]
     assert summaries[0].keys() - summaries[1].keys() == {"interrupted", "failure"}
     assert summaries[0]["transfer_reduction"] == summaries[1]["transfer_reduction"] > 1
-    told = json.loads((real / "hardware.json").read_text())
-    assert told["largest_difference_bytes"] == 0
+    hardware = json.loads((real / "hardware.json").read_text())
+    assert hardware["largest_difference_bytes"] == 0
     transfers = pd.read_parquet(real / "transfers.parquet")
-    plan = plan_of(config(words, *PRUNED))
+    plan = plan_of(config(shared, *PRUNED))
     for row in transfers.itertuples():
         assert row.sent_bytes == kv_bytes_sent(tiny_spec(), plan, int(ours.prompt_tokens[row.request_id]))
         assert row.sent_s - row.send_s >= row.sent_bytes / 1e6  # never faster than the link
         assert row.released_s >= row.sent_s
 
 
-def test_one_pair_serves_one_plan_after_another(pair: Pair, words: list[str]) -> None:
+def test_one_pair_serves_one_plan_after_another(pair: Pair, shared: list[str]) -> None:
     sent = {}
     for name, policy in (("dense", []), ("pruned", PRUNED), ("dense again", [])):
-        outcome = pair.serve(config(words, *policy))
+        outcome = pair.serve(config(shared, *policy))
         assert outcome.failure is None
         assert (outcome.records.status == Status.FINISHED).all()
         sent[name] = int(outcome.records.sent_bytes.sum())
@@ -156,22 +157,22 @@ def once_joined(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]
     """Return a function that lets something happen in the parent once the KV of two requests has joined."""
 
     def arrange(act: Callable[[], None]) -> None:
-        hear, done = Pair._hear, []
+        receive, done = Pair._receive, []
 
-        def heard(self: Pair, known: Any) -> None:
-            hear(self, known)
-            if len(known.transfers) >= 2 and known.rows["decode"] and not done:
+        def received(self: Pair, reports: Any) -> None:
+            receive(self, reports)
+            if len(reports.transfers) >= 2 and reports.rows["decode"] and not done:
                 done.append(True)
                 act()
 
-        monkeypatch.setattr(Pair, "_hear", heard)
+        monkeypatch.setattr(Pair, "_receive", received)
 
     return arrange
 
 
 def test_ctrl_c_keeps_what_is_known_and_the_processes_serve_on(
     pair: Pair,
-    words: list[str],
+    shared: list[str],
     run: Callable[..., Path],
     once_joined: Callable[[Callable[[], None]], None],
     tmp_path: Path,
@@ -187,15 +188,15 @@ def test_ctrl_c_keeps_what_is_known_and_the_processes_serve_on(
     assert 0 < len(records) == summary["requests"] < summary["requests"] + summary["not_arrived"]
     assert (records.status == "finished").any()
     assert "interrupted: kept the records" in capsys.readouterr().out
-    assert pair.serve(config(words)).failure is None
+    assert pair.serve(config(shared)).failure is None
 
 
-def test_a_budget_that_is_too_small_is_the_users_error_and_the_processes_serve_on(pair: Pair, words: list[str]) -> None:
-    outcome = pair.serve(config(words, "engine.kv_block_tokens=1", "budget.blocks=1"))
+def test_a_budget_that_is_too_small_is_a_clear_error_and_the_processes_serve_on(pair: Pair, shared: list[str]) -> None:
+    outcome = pair.serve(config(shared, "engine.kv_block_tokens=1", "budget.blocks=1"))
     assert outcome.failure is not None
     assert "the decode process: weights" in outcome.failure
     assert len(outcome.records) == 0
-    assert pair.serve(config(words)).failure is None
+    assert pair.serve(config(shared)).failure is None
 
 
 def test_a_process_that_is_killed_is_named_and_the_records_so_far_are_written(
@@ -214,24 +215,24 @@ def test_a_process_that_is_killed_is_named_and_the_records_so_far_are_written(
     with pytest.raises(SystemExit) as ended:
         run("hw", "trace.duration_s=30")
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert "the decode process: it ended by itself, with exit code -9" in said
-    assert "the prefill process: the decode process has gone" in said
+    message = capsys.readouterr().err
+    assert "the decode process: it ended by itself, with exit code -9" in message
+    assert "the prefill process: the decode process has gone" in message
     summary = json.loads((tmp_path / "hw" / "summary.json").read_text())
     records = pd.read_parquet(tmp_path / "hw" / "records.parquet")
     assert summary["failure"] is not None
-    assert summary["finished"] == (records.status == "finished").sum() > 0  # told by the one that was killed
+    assert summary["finished"] == (records.status == "finished").sum() > 0  # reported before it was killed
     assert (records.decode_replica[records.status == "finished"] == 0).any()
 
 
 # --- Without processes -----------------------------------------------------------------------------------------------
 
 
-def test_who_does_not_know_the_key_is_not_listened_to() -> None:
+def test_a_connection_without_the_key_is_closed() -> None:
     ours, theirs = Pipe()
     with socket.create_server((LOOPBACK, 0)) as server:
         found: list[Any] = []
-        thread = threading.Thread(target=lambda: found.append(_accept(server, "secret", theirs)))
+        thread = threading.Thread(target=lambda: found.append(accept_peer(server, "secret", theirs)))
         thread.start()
         stranger, friend = (socket.create_connection(server.getsockname()) for _ in range(2))
         Channel(stranger, "it").send({"kind": "hello", "key": "wrong"})
@@ -242,22 +243,22 @@ def test_who_does_not_know_the_key_is_not_listened_to() -> None:
         found[0].send({"kind": "welcome"})
         assert Channel(friend, "it").receive()["kind"] == "welcome"
         ours.send(STOP)
-        assert _accept(server, "secret", theirs) is None
+        assert accept_peer(server, "secret", theirs) is None
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("override", "message"),
     [
         ("policy=morphserve", "choose a fixed policy"),
         ("link_bytes_per_s=0", "must be above 0"),
-        ("hw.clock=cpu", "one clock only in the wall's"),
-        ("budget=steps", "give a constant one"),
+        ("hw.clock=cpu", "share only the wall clock"),
+        ("budget=steps", "need a constant budget"),
     ],
 )
-def test_what_cannot_be_served_apart_is_refused_before_a_process_is_told(word: str, said: str) -> None:
-    more = ["budget.rows=[[0,0.06],[1,0.05]]"] if word == "budget=steps" else []
+def test_what_two_processes_cannot_serve_is_refused_before_they_get_it(override: str, message: str) -> None:
+    more = ["budget.rows=[[0,0.06],[1,0.05]]"] if override == "budget=steps" else []
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("hw_disaggregate", overrides=[word, *more])
-    with pytest.raises(ConfigError, match=said):
-        _check(cfg)
+        cfg = compose("hw_disaggregate", overrides=[override, *more])
+    with pytest.raises(ConfigError, match=message):
+        check_config(cfg)

@@ -51,11 +51,11 @@ def test_slices_of_rows_change_no_value(
     shape: tuple[int, int], bits: int, slice_values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = quantize(weights(shape), bits)
-    whole = copy.dequantize(torch.bfloat16)
+    at_once = copy.dequantize(torch.bfloat16)
     monkeypatch.setitem(_SLICE_VALUES, "cpu", slice_values)
     out = torch.full((shape[0] * shape[1] + 3,), 7.0, dtype=torch.bfloat16)
-    assert torch.equal(copy.dequantize(torch.bfloat16, out), whole)
-    assert torch.equal(out[:-3].view(shape), whole)
+    assert torch.equal(copy.dequantize(torch.bfloat16, out), at_once)
+    assert torch.equal(out[:-3].view(shape), at_once)
     assert (out[-3:] == 7.0).all()
 
 
@@ -81,7 +81,7 @@ def test_no_value_is_further_off_than_half_a_step(bits: int) -> None:
     weight = weights((32, 300), seed=1)
     copy = quantize(weight, bits)
     step = copy.scales.float().repeat_interleave(128, dim=1)[:, :300]
-    # The scale itself is rounded to FP16 and a zero point to a whole step: the edge of a group can lose that more.
+    # The scale itself is rounded to FP16 and a zero point to a full step, so the edge of a group can lose that much more.
     slack = 1.001 if bits == 8 else 2.001
     assert ((copy.dequantize(torch.float32) - weight).abs() <= step / 2 * slack).all()
 

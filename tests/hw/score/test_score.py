@@ -19,28 +19,28 @@ transformers = pytest.importorskip("transformers", reason="the real model needs 
 
 from hw.elastic.kv import RequestKV  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
-from hw.score import importance  # noqa: E402
-from hw.score.full_test import Agreement, agreement, chosen_plans, greedy_tokens, measure_chosen, spread  # noqa: E402
-from hw.score.importance import (  # noqa: E402
-    attention_mass,
-    block_cosines,
+from hw.score import candidate_states, loss_bound  # noqa: E402
+from hw.score.block_numbers import (  # noqa: E402
+    block_name,
     block_number,
-    gsi,
-    gsi_round_naive,
-    layer_importance,
-    one_shot,
+    plan_without,
     random_order,
-    redundancy_sets,
-    single_removals,
-    two_stage_search,
+    staged_plan,
 )
-from hw.score.nll import block_name, mask_without, measure, measure_many, rounded, token_nll  # noqa: E402
+from hw.score.cosine import block_cosines  # noqa: E402
+from hw.score.full_test import Agreement, agreement, chosen_plans, greedy_tokens, measure_chosen, spread  # noqa: E402
+from hw.score.gsi import gsi, gsi_round_naive  # noqa: E402
+from hw.score.lis import layer_importance  # noqa: E402
+from hw.score.nll import measure, measure_many, rounded, token_nll  # noqa: E402
+from hw.score.one_shot import one_shot, single_removals  # noqa: E402
+from hw.score.pdtrim import attention_mass, redundancy_order, redundancy_sets, two_stage_search  # noqa: E402
 from hw.score.quality_table import measure_table, table_plans  # noqa: E402
 from hw.score.report import generation, scores_page, speed_of  # noqa: E402
 from hw.score.run import SCORES, TABLES  # noqa: E402
 from hw.score.text import read_windows  # noqa: E402
 from sim.cost.plan import KVKeep, Plan, check_plan, dense_plan  # noqa: E402
 from sim.cost.plan_json import plan_from_json  # noqa: E402
+from sim.cost.quality import read_fitted  # noqa: E402
 from sim.errors import ConfigError  # noqa: E402
 from sim.paths import REPOSITORY, RESULTS  # noqa: E402
 from sim.results.run_folder import write_json  # noqa: E402
@@ -105,8 +105,8 @@ def plain_gsi(model, windows: torch.Tensor) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_gsi_finds_the_order_of_the_naive_algorithm(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "LIKELY_TOKENS", 8)
-    monkeypatch.setattr(importance, "BATCH_TOKENS", 48)  # two candidates a batch
+    monkeypatch.setattr(loss_bound, "LIKELY_TOKENS", 8)
+    monkeypatch.setattr(candidate_states, "BATCH_TOKENS", 48)  # two candidates a batch
     model, windows = tiny(seed), text(seed=seed)
     expected = plain_gsi(model, windows)
     rounds = gsi(ElasticModel(copy.deepcopy(model)), windows)
@@ -114,7 +114,7 @@ def test_gsi_finds_the_order_of_the_naive_algorithm(seed: int, monkeypatch: pyte
     assert [r.nll for r in rounds] == pytest.approx([nll for _, nll in expected], rel=1e-5)
 
 
-def test_what_gsi_says_of_an_abandoned_candidate_is_a_lower_bound_above_the_winner() -> None:
+def test_gsi_reports_for_an_abandoned_candidate_a_lower_bound_above_the_winner() -> None:
     model, windows = tiny(), text()
     first = gsi(ElasticModel(copy.deepcopy(model)), windows, removals=1)[0]
     assert first.abandoned
@@ -127,47 +127,47 @@ def test_what_gsi_says_of_an_abandoned_candidate_is_a_lower_bound_above_the_winn
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 40_000])
-def test_gsi_with_less_room_for_hidden_states_finds_the_same_order(cache_bytes: int) -> None:
+def test_gsi_with_less_memory_for_hidden_states_finds_the_same_order(cache_bytes: int) -> None:
     model, windows = tiny(2), text(seed=2)
     roomy = gsi(ElasticModel(copy.deepcopy(model)), windows)
     tight = gsi(ElasticModel(copy.deepcopy(model)), windows, cache_bytes=cache_bytes)
     assert [(r.removed, r.nll) for r in tight] == [(r.removed, pytest.approx(r.nll)) for r in roomy]
 
 
-def test_the_bound_that_stands_for_the_head_is_below_the_loss_and_close_where_models_are_alike(
+def test_the_loss_bound_is_below_the_loss_and_close_if_models_are_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(importance, "LIKELY_TOKENS", 8)
+    monkeypatch.setattr(loss_bound, "LIKELY_TOKENS", 8)
     elastic, window = ElasticModel(tiny(1)), text(1)[0]
     with torch.inference_mode():
         hidden = torch.randn(1, len(window), 32, generator=torch.Generator().manual_seed(0))
-        tail = importance._Tail(elastic, elastic.head(hidden[:, :-1])[0], window)
+        bounds = loss_bound.LossBound(elastic, elastic.head(hidden[:, :-1])[0], window)
         for change, closeness in ((0.0, 1e-3), (0.1, 0.05), (1.0, math.inf)):
             noise = torch.randn(5, *hidden.shape[1:], generator=torch.Generator().manual_seed(1))
             changed = hidden + change * noise
             loss = token_nll(elastic, changed, window.expand(5, -1)).double().sum(-1)
-            gap = (loss - tail.bound(changed)) / loss
+            gap = (loss - bounds.bound(changed)) / loss
             assert (gap > -1e-5).all()
             assert (gap < closeness).all()
 
 
-def test_gsi_goes_on_from_a_checkpoint_to_the_same_order() -> None:
+def test_gsi_continues_from_a_checkpoint_to_the_same_order() -> None:
     model, windows = tiny(1), text(seed=1)
-    whole = gsi(ElasticModel(copy.deepcopy(model)), windows)
+    complete = gsi(ElasticModel(copy.deepcopy(model)), windows)
     seen = []
     first = gsi(ElasticModel(copy.deepcopy(model)), windows, removals=2, on_round=lambda r: seen.append(len(r)))
     assert seen == [1, 2]
     rest = gsi(ElasticModel(copy.deepcopy(model)), windows, done=first)
-    assert [(r.removed, r.nll) for r in rest] == [(r.removed, r.nll) for r in whole]
+    assert [(r.removed, r.nll) for r in rest] == [(r.removed, r.nll) for r in complete]
 
 
-def test_the_naive_round_that_speed_is_compared_with_is_naive_and_right() -> None:
+def test_the_naive_round_for_comparisons_of_speed_gives_the_losses_of_a_plain_model() -> None:
     model, windows = tiny(), text()
     found = gsi_round_naive(ElasticModel(copy.deepcopy(model)), windows, [3])
     assert found == pytest.approx({b: plain_nll(model, windows, {3, b}) for b in (0, 1, 2, 4, 5)}, rel=1e-5)
 
 
-def test_one_shot_orders_blocks_by_what_each_costs_alone() -> None:
+def test_one_shot_orders_blocks_by_the_loss_of_removing_each_alone() -> None:
     model, windows = tiny(), text()
     found = single_removals(ElasticModel(copy.deepcopy(model)), windows)
     expected = {block: plain_nll(model, windows, {block}) for block in range(2 * LAYERS)}
@@ -191,7 +191,7 @@ def test_the_names_of_blocks_read_back() -> None:
 
 
 def served_nll(elastic: ElasticModel, plan: Plan, window: torch.Tensor, prompt: int) -> float:
-    """Return the mean NLL behind the prompt, token by token with a KV cache, as a server computes it."""
+    """Return the mean NLL after the prompt, token by token with a KV cache, as a server computes it."""
     elastic.apply(plan)
     request, tokens = RequestKV(), window.tolist()
     logits = [elastic.forward([tokens[:prompt]], [request], "prefill")]
@@ -204,10 +204,10 @@ def served_nll(elastic: ElasticModel, plan: Plan, window: torch.Tensor, prompt: 
 def plans_of(spec) -> list[Plan]:
     dense = dense_plan(spec)
     keep = (KVKeep(first_tokens=2, last_tokens=3), KVKeep(), KVKeep(first_tokens=0, last_tokens=1))
-    staged = replace(dense, prefill=mask_without(LAYERS, {3}), decode=mask_without(LAYERS, {0, 3, 5}))
+    staged = staged_plan(spec, prefill={3}, decode={0, 3, 5})
     return [
         dense,
-        replace(dense, prefill=mask_without(LAYERS, {0, 3}), decode=mask_without(LAYERS, {0, 3})),
+        plan_without(spec, {0, 3}),
         staged,
         replace(dense, kv_keep=keep),
         replace(staged, kv_keep=keep, weight_bits=(4, 16, 8)),
@@ -221,17 +221,17 @@ def test_one_pass_gives_the_loss_that_serving_token_by_token_has(index: int) -> 
     plan = plans_of(elastic.spec)[index]
     found = measure(elastic, plan, window[None], prompt_tokens=8)
     assert found.decode_tokens == 12
-    # The first prediction behind the prompt comes from prefill, in both.
+    # In both, prefill makes the first prediction after the prompt.
     assert found.decode_mean == pytest.approx(served_nll(elastic, plan, window, 8), rel=1e-4)
 
 
-def test_many_plans_at_once_lose_what_each_loses_alone_bit_for_bit() -> None:
+def test_many_plans_measured_at_once_have_the_loss_of_each_alone_bit_for_bit() -> None:
     elastic, windows = ElasticModel(tiny(3)), text(2, 20, seed=9)
     plans = [*plans_of(elastic.spec), dense_plan(elastic.spec)]
     assert measure_many(elastic, plans, windows) == [measure(elastic, plan, windows) for plan in plans]
 
 
-def test_rounded_weights_are_gone_afterwards() -> None:
+def test_rounded_weights_are_restored_afterwards() -> None:
     elastic, window = ElasticModel(tiny()), text(1)
     before = measure(elastic, dense_plan(elastic.spec), window).total
     with rounded(elastic, (4, 4, 4)):
@@ -247,9 +247,9 @@ def test_cosines_are_those_of_the_hidden_states_of_the_plain_model() -> None:
     found = block_cosines(ElasticModel(copy.deepcopy(model)), windows)
     with torch.inference_mode():
         states = model(windows, output_hidden_states=True).hidden_states
-    # The state between the two blocks of a layer is not shown, but that of whole layers is, before the final norm.
+    # transformers shows the states between layers, but not those between the two blocks of a layer.
     assert len(found) == 2 * LAYERS
-    assert all(-1 <= value <= 1 for value in found)
+    assert all(-1 <= value <= 1 for value in found.values())
     without_attention = copy.deepcopy(model)
     without_attention.model.layers[0].self_attn.o_proj.weight.data.zero_()
     assert block_cosines(ElasticModel(without_attention), windows)[0] == pytest.approx(1.0, abs=1e-6)
@@ -261,7 +261,16 @@ def test_cosines_are_those_of_the_hidden_states_of_the_plain_model() -> None:
 
 
 def test_the_redundant_blocks_are_those_at_the_threshold_or_above_it() -> None:
-    assert redundancy_sets([0.99, 0.5, 0.95, 0.999], 0.95) == ([3, 0, 2], [1])
+    assert redundancy_sets({0: 0.99, 1: 0.5, 2: 0.95, 3: 0.999}, 0.95) == ([3, 0, 2], [1])
+
+
+def test_each_removal_of_the_redundancy_order_is_the_most_redundant_block_of_what_is_left() -> None:
+    elastic, windows = ElasticModel(tiny()), text(2)
+    order = redundancy_order(elastic, windows, 4)
+    for count, block in enumerate(order):
+        cosines = block_cosines(elastic, windows, removed=order[:count])
+        assert cosines.keys() == set(range(2 * LAYERS)) - set(order[:count])
+        assert cosines[block] == max(cosines.values())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -323,7 +332,7 @@ def test_attention_mass_is_the_share_of_the_plain_models_attention() -> None:
 # --- The table and the command ---------------------------------------------------------------------------------------
 
 
-def test_every_plan_of_the_table_is_legal_and_comes_again_with_the_same_seed() -> None:
+def test_every_plan_of_the_table_is_legal_and_a_seed_gives_the_same_plans() -> None:
     spec = ElasticModel(tiny()).spec
     orders = {"gsi": random_order(6, 0), "one_shot": random_order(6, 1)}
     plans = list(table_plans(spec, orders, {"lis_w4": [2, 0, 1]}, seed=0))
@@ -334,7 +343,7 @@ def test_every_plan_of_the_table_is_legal_and_comes_again_with_the_same_seed() -
     assert {"dense", "single removal", "random mask", "kv_keep", "prefix of gsi"} <= kinds
 
 
-# --- Evidence --------------------------------------------------------------------------------------------------------
+# --- Full test text and greedy decoding ------------------------------------------------------------------------------
 
 
 def test_greedy_decoding_of_a_plan_is_what_serving_it_produces() -> None:
@@ -384,8 +393,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tiny model, its tokenizer, and a text."""
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("tiny")
-    words = {f"w{i}": i for i in range(VOCABULARY)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
     tiny().save_pretrained(folder)
@@ -404,13 +413,13 @@ def score(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_killed_gsi_goes_on_where_it_was_and_says_what_it_was_measured_on(checkpoint: Path) -> None:
+def test_an_interrupted_gsi_continues_and_states_what_it_was_measured_on(checkpoint: Path) -> None:
     out = checkpoint / "gsi.json"
     first = score(checkpoint, "kind=gsi", f"out={out}", "gsi.removals=2")
     assert first.returncode == 0, first.stderr
     assert len(json.loads(out.read_text())["order"]) == 2
     second = score(checkpoint, "kind=gsi", f"out={out}", "gsi.compare_every=3")
-    assert "going on from round 2" in second.stderr
+    assert "continuing from round 2" in second.stderr
     assert "left" in second.stderr
     found = json.loads(out.read_text())
     assert sorted(found["order"]) == sorted(block_name(b) for b in range(2 * LAYERS))
@@ -419,10 +428,10 @@ def test_a_killed_gsi_goes_on_where_it_was_and_says_what_it_was_measured_on(chec
     assert {"model", "text", "seed", "seconds", "date", "commit", "source", "dtype"} <= set(found)
     other = score(checkpoint, "kind=gsi", f"out={out}", "seed=7")
     assert other.returncode == 2
-    assert "holds the order of another run: seed differ" in other.stderr
+    assert "has the result of another run: seed differ" in other.stderr
 
 
-def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(tmp_path: Path) -> None:
+def test_the_page_of_scores_shows_what_was_measured_and_lists_what_was_not(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tiny_gsi\.json in conf/score; run python -m hw\.score kind=gsi first"):
         scores_page("tiny", tmp_path, tmp_path)
     elastic, windows = ElasticModel(tiny(), name="tiny"), text()
@@ -450,8 +459,7 @@ def test_the_page_of_scores_shows_what_was_measured_and_names_what_was_not(tmp_p
     page = scores_page("tiny", tmp_path, tmp_path)
     loss = measure(elastic, dense_plan(elastic.spec), windows[1:2]).mean
     assert f"{math.exp(loss):.2f}" in page
-    without = mask_without(LAYERS, {block_number(name) for name in order[:4]})
-    plan = replace(dense_plan(elastic.spec), prefill=without, decode=without)
+    plan = plan_without(elastic.spec, {block_number(name) for name in order[:4]})
     assert ["4", f"{math.exp(measure(elastic, plan, windows[1:2]).mean):.2f}"] in [row[:2] for row in cells(page)]
 
 
@@ -515,7 +523,7 @@ def test_the_committed_page_is_what_the_committed_files_give() -> None:
 
 
 @pytest.mark.slow
-def test_the_table_is_measured_and_goes_on(checkpoint: Path) -> None:
+def test_the_table_is_measured_fitted_and_continued(checkpoint: Path) -> None:
     out = checkpoint / "table.json"
     assert score(checkpoint, "kind=table", f"out={out}").returncode == 0
     rows = json.loads(out.read_text())["plans"]
@@ -523,6 +531,7 @@ def test_the_table_is_measured_and_goes_on(checkpoint: Path) -> None:
     again = score(checkpoint, "kind=table", f"out={out}")
     assert f"{len(rows)} plans in" in again.stderr
     assert json.loads(out.read_text())["plans"] == rows
+    assert len(read_fitted(out).blocks) == 2 * LAYERS
     dense = next(row for row in rows if row["chosen_as"] == ["dense"])
     assert plan_from_json(dense["plan"]).weight_bits == (16,) * LAYERS
     assert math.isfinite(dense["nll_test"])
@@ -532,7 +541,7 @@ def test_the_table_is_measured_and_goes_on(checkpoint: Path) -> None:
     ("arguments", "message"),
     [
         (["kind=one_shut"], "did you mean 'one_shot'"),
-        ([], "is no measurement"),
+        ([], "unknown kind ''; allowed: attention"),
         (["kind=gsi", "calibration.path=nowhere.txt"], "no text at"),
         (["kind=gsi", "gsi.removal=1"], "did you mean 'gsi.removals'"),
     ],
@@ -549,23 +558,23 @@ def test_rows_may_keep_their_newlines(checkpoint: Path, tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     path = tmp_path / "rows.txt"
     path.write_text("one row\n\nanother row\n" * 40)
-    apart, kept = (
+    joined, kept = (
         read_windows(path, tokenizer, tokens=None, window=4, seed=None, keep_newlines=keep) for keep in (False, True)
     )
-    newlines = [tokenizer.decode(windows.tokens.flatten()).count("\n") for windows in (apart, kept)]
+    newlines = [tokenizer.decode(windows.tokens.flatten()).count("\n") for windows in (joined, kept)]
     assert newlines[1] == pytest.approx(1.5 * newlines[0], rel=0.1)
     assert kept.source["keep_newlines"]
-    assert "keep_newlines" not in apart.source
+    assert "keep_newlines" not in joined.source
 
 
-def test_windows_are_drawn_by_seed_and_cover_the_text_without(checkpoint: Path) -> None:
+def test_windows_are_random_with_a_seed_and_all_of_the_text_without(checkpoint: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     path = checkpoint / "text.txt"
-    whole = read_windows(path, tokenizer, tokens=None, window=40, seed=None)
-    assert whole.tokens.shape == (10, 40)
-    assert whole.count == 390
-    drawn = read_windows(path, tokenizer, tokens=120, window=40, seed=3)
-    assert torch.equal(drawn.tokens, read_windows(path, tokenizer, tokens=120, window=40, seed=3).tokens)
-    assert all(any(torch.equal(window, other) for other in whole.tokens) for window in drawn.tokens)
-    with pytest.raises(ConfigError, match="gives 10 windows of 40 tokens, and 11 were asked for"):
+    every = read_windows(path, tokenizer, tokens=None, window=40, seed=None)
+    assert every.tokens.shape == (10, 40)
+    assert every.count == 390
+    chosen = read_windows(path, tokenizer, tokens=120, window=40, seed=3)
+    assert torch.equal(chosen.tokens, read_windows(path, tokenizer, tokens=120, window=40, seed=3).tokens)
+    assert all(any(torch.equal(window, other) for other in every.tokens) for window in chosen.tokens)
+    with pytest.raises(ConfigError, match="has 10 windows of 40 tokens, but 11 were requested"):
         read_windows(path, tokenizer, tokens=440, window=40, seed=None)

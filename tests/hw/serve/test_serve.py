@@ -1,4 +1,4 @@
-"""Server and client, for real, on loopback: OpenAI's words in, the engine's tokens out, records as of a replay."""
+"""Server and client on loopback: OpenAI's requests in, the engine's tokens out, and the records of a replay."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from hw.client.client import ClientSettings, Replayer, _brings_token, records_of
 from hw.engine.clock import RealClock  # noqa: E402
 from hw.engine.hw_engine import HwEngine  # noqa: E402
 from hw.engine.prompts import RandomPrompts  # noqa: E402
-from hw.serve.server import Api, ApiError, EngineThread, ServerConfig  # noqa: E402
+from hw.serve.engine_thread import EngineThread  # noqa: E402
+from hw.serve.requests import ApiError, ChatMessage, chat_tokens  # noqa: E402
+from hw.serve.server import Api, ServerConfig  # noqa: E402
 from sim.cost.plan import dense_plan  # noqa: E402
 from sim.errors import ConfigError  # noqa: E402
 from sim.policies import Fixed  # noqa: E402
@@ -84,7 +86,7 @@ def server() -> Iterator[Server]:
 
 
 def alone(prompt: list[int], output: int) -> list[int]:
-    """Return what the engine gives for one prompt when nobody else is there."""
+    """Return the tokens that the engine produces for one prompt without other requests."""
     engine = hw_engine(own_prompts=lambda *_: prompt)
     engine.submit(requests([(0.0, len(prompt), output)]))
     engine.run_until(float("inf"))
@@ -96,7 +98,7 @@ def ask(server: Server, path: str = "completions", **body: Any) -> Any:
 
 
 def stream(server: Server, path: str, body: dict[str, Any]) -> list[Any]:
-    """Return the events of a streamed answer, usage asked for."""
+    """Return the events of a streamed answer, with usage."""
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     with httpx.stream("POST", f"{server.url}/v1/{path}", json=body) as response:
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
@@ -118,9 +120,9 @@ def test_a_completion_is_what_the_engine_produces_with_its_usage(server: Server)
 
 def test_a_streamed_completion_comes_token_by_token_and_adds_up_to_the_same_text(server: Server) -> None:
     body = {"prompt": "hello there", "max_tokens": 7, "ignore_eos": True}
-    whole = ask(server, **body).json()["choices"][0]["text"]
+    complete = ask(server, **body).json()["choices"][0]["text"]
     events = stream(server, "completions", body)
-    assert "".join(event["choices"][0]["text"] for event in events[:-1]) == whole
+    assert "".join(event["choices"][0]["text"] for event in events[:-1]) == complete
     assert len(events) == 7 + 1
     assert events[-1]["usage"]["completion_tokens"] == 7
 
@@ -141,12 +143,12 @@ def test_a_chat_without_a_template_is_answered_as_its_plain_join(server: Server)
 
 def test_a_streamed_chat_comes_in_deltas_that_add_up_to_the_same_text(server: Server) -> None:
     body = {"messages": [{"role": "user", "content": "hello"}], "max_completion_tokens": 5, "ignore_eos": True}
-    whole = ask(server, "chat/completions", **body).json()["choices"][0]["message"]["content"]
+    complete = ask(server, "chat/completions", **body).json()["choices"][0]["message"]["content"]
     *events, usage = stream(server, "chat/completions", body)
     deltas = [event["choices"][0]["delta"] for event in events]
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     assert [delta.get("role") for delta in deltas] == ["assistant", None, None, None, None]
-    assert "".join(delta["content"] for delta in deltas) == whole
+    assert "".join(delta["content"] for delta in deltas) == complete
     assert events[-1]["choices"][0]["finish_reason"] == "length"
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == 5
@@ -163,9 +165,9 @@ def template_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate(["?", "<user>", "<assistant>", "hi", "there"])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    by_word = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    by_word.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=by_word, unk_token="?")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
         "<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -173,11 +175,11 @@ def template_tokenizer() -> Any:
     return tokenizer
 
 
-def test_a_chat_is_put_by_the_template_of_the_tokenizer_where_there_is_one(server: Server) -> None:
-    api = Api(server.thread, tiny_spec(), template_tokenizer(), ServerConfig())
-    assert api._chat_tokens([{"role": "user", "content": "hi there"}]) == [1, 3, 4, 2]
+def test_a_chat_is_formatted_by_the_template_of_the_tokenizer_if_there_is_one() -> None:
+    tokenizer = template_tokenizer()
+    assert chat_tokens(tokenizer, [ChatMessage(role="user", content="hi there")]) == [1, 3, 4, 2]
     with pytest.raises(ApiError, match="no system here"):
-        api._chat_tokens([{"role": "system", "content": "hi"}])
+        chat_tokens(tokenizer, [ChatMessage(role="system", content="hi")])
 
 
 def test_an_answer_ends_at_the_end_of_text_unless_it_is_ignored(server: Server) -> None:
@@ -213,6 +215,15 @@ def test_an_answer_ends_at_the_end_of_text_unless_it_is_ignored(server: Server) 
         ({"messages": [{"role": "user", "content": "a" * 200}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}, 400, "tools"),
         ({"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 61}, 400, "max_tokens"),
+        ({"prompt": "a", "max_tokens": 2.5}, 400, "max_tokens"),
+        ({"prompt": "a", "max_tokens": True}, 400, "max_tokens"),
+        ({"prompt": {"text": "a"}}, 400, "prompt"),
+        ({"prompt": [-1]}, 400, "prompt"),
+        ({"prompt": "a", "model": 3}, 404, "model"),
+        ({"prompt": "a", "stream_options": []}, 400, "stream_options"),
+        ({"prompt": "a", "stop": ["b"]}, 400, "stop"),
+        ({"max_tokens": 3}, 400, "prompt"),
+        ({"messages": [3]}, 400, "messages"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_openais_shape(
@@ -226,7 +237,40 @@ def test_what_cannot_be_done_is_refused_in_openais_shape(
     assert error["message"]
 
 
-def test_models_and_metrics_tell_what_is_served_and_how(server: Server) -> None:
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0; set it to 1 to 60"),
+        ({"prompt": "a", "n": 2}, "n=2 is not supported; this engine decodes greedily, so leave it out"),
+        ({"prompt": "a", "model": "gpt"}, "model 'gpt' is not served; set model to 'tiny', or leave it out"),
+        (
+            {"prompt": "a", "max_tokens": "3"},
+            "max_tokens is '3'; it should be a valid integer; change it or leave it out",
+        ),
+        ({}, "prompt is missing; add it"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "messages[0].role is 'tool'; it should be 'system', 'user' or 'assistant'; change it or leave it out",
+        ),
+    ],
+)
+def test_a_refusal_is_one_sentence_with_the_value_what_is_allowed_and_the_next_move(
+    server: Server, body: dict[str, Any], message: str
+) -> None:
+    response = ask(server, "chat/completions" if "messages" in body else "completions", **body)
+    assert response.json()["error"]["message"] == message
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"3", b'"a"', b"null", b"\xff\xfe", b'{"prompt": "\\ud800"}'])
+@pytest.mark.parametrize("path", ["v1/completions", "v1/chat/completions"])
+def test_a_body_that_is_no_request_is_refused_and_the_engine_serves_on(server: Server, path: str, raw: bytes) -> None:
+    response = httpx.post(f"{server.url}/{path}", content=raw, timeout=30)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+    assert ask(server, prompt=[1], max_tokens=1).status_code == 200
+
+
+def test_models_and_metrics_report_what_is_served_and_how(server: Server) -> None:
     assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "tiny"
     before = metrics(server)
     ask(server, prompt=[1, 2, 3], max_tokens=5, ignore_eos=True)
@@ -235,6 +279,22 @@ def test_models_and_metrics_tell_what_is_served_and_how(server: Server) -> None:
     assert after["rap_lab_produced_tokens_total"] - before["rap_lab_produced_tokens_total"] == 5
     assert after["rap_lab_requests_finished_total"] - before["rap_lab_requests_finished_total"] == 1
     assert after["rap_lab_kv_used_layer_blocks"] == 0
+
+
+def test_metrics_are_typed_and_explained_and_two_apps_do_not_share_them(server: Server) -> None:
+    response = httpx.get(f"{server.url}/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = response.text.splitlines()
+    types = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")}
+    explained = {line.split()[2] for line in lines if line.startswith("# HELP") and len(line.split()) > 3}
+    assert types["rap_lab_requests_waiting"] == "gauge"
+    assert types["rap_lab_produced_tokens_total"] == "counter"
+    assert types["rap_lab_ttft_seconds"] == "summary"
+    assert explained == set(types)
+    assert {"rap_lab_ttft_seconds_sum", "rap_lab_ttft_seconds_count", "rap_lab_out_of_memory_total"} <= set(
+        metrics(server)
+    )
+    Api(server.thread, tiny_spec(), Letters(), ServerConfig())  # a second app in this process registers without a clash
 
 
 def metrics(server: Server) -> dict[str, float]:
@@ -255,6 +315,17 @@ def test_the_plan_can_be_read_and_set_while_the_model_serves(server: Server) -> 
     assert refused.status_code == 400
     assert "MHA9" in refused.json()["error"]["message"]
     httpx.put(f"{server.url}/plan", json={})
+
+
+@pytest.mark.parametrize(
+    "raw", ["", "[]", '{"drop_mha": 5}', '{"weight_bits": "8"}', '{"drop": 1}', '{"drop_ffn": ["x"]}']
+)
+def test_what_is_no_plan_is_refused_and_changes_nothing(server: Server, raw: str) -> None:
+    before = httpx.get(f"{server.url}/plan").json()
+    response = httpx.put(f"{server.url}/plan", content=raw)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+    assert httpx.get(f"{server.url}/plan").json() == before
 
 
 def test_a_client_that_goes_away_frees_its_place(server: Server) -> None:
@@ -328,7 +399,7 @@ def test_a_piece_that_names_a_role_or_an_end_alone_is_no_token(
     assert _brings_token(choice, first=first) is brings
 
 
-def test_what_a_server_refuses_is_counted_and_not_sent_again_unless_told(server: Server) -> None:
+def test_a_refused_request_is_counted_and_only_sent_again_with_retries(server: Server) -> None:
     rows = [(0.0, 5, 3), (0.0, 5, 500)]
     answers = asyncio.run(Replayer(ClientSettings(url=server.url), "tiny", VOCABULARY).run(requests(rows)))
     assert records_of(answers).status.tolist() == [Status.FINISHED, Status.REJECTED]
@@ -347,10 +418,10 @@ def test_the_command_writes_the_files_of_a_replay(
     import hw.client.client
 
     GlobalHydra.instance().clear()
-    words = ["trace=small", "trace.duration_s=2", "trace.on_rate_rps=8", "trace.off_rate_rps=8"]
-    words += ["trace.lengths.max_prompt_tokens=30", "trace.lengths.max_output_tokens=8", "model.vocab_size=97"]
-    words += [f"client.url={server.url}", "client.served_model=tiny", f"hydra.run.dir={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["hw.client", *words])
+    overrides = ["trace=small", "trace.duration_s=2", "trace.on_rate_rps=8", "trace.off_rate_rps=8"]
+    overrides += ["trace.lengths.max_prompt_tokens=30", "trace.lengths.max_output_tokens=8", "model.vocab_size=97"]
+    overrides += [f"client.url={server.url}", "client.served_model=tiny", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["hw.client", *overrides])
     hw.client.client.main()
     records = pd.read_parquet(tmp_path / "records.parquet")
     assert (records.status == "finished").all()

@@ -125,7 +125,7 @@ def fast_cluster(case: ClusterCase, router: Any = None, stops_s: Sequence[float]
     def replica(one: Case, outages: tuple[Outage, ...], name: str) -> Replica:
         return Replica(
             name=name,
-            build=lambda env: (engine(SimEngine, one, env, driven=True), AtTimes(one)),
+            build=lambda env: (engine(SimEngine, one, env, external_clock=True), AtTimes(one)),
             decisions_s=lambda: iter(moments(one)),
             outages=outages,
         )

@@ -18,7 +18,7 @@ from sim.cluster.cluster import Cluster, ClusterState, Phase, Replica
 from sim.cluster.outages import Outage
 from sim.cluster.routers import Candidate, RoutingRequest
 from sim.cost.plan import dense_plan
-from sim.engine import batch_step as fleet
+from sim.engine import batch_step
 from sim.engine.sim_engine import SimEngine
 from sim.errors import BudgetError, ConfigError
 from sim.policies import Fixed
@@ -49,7 +49,7 @@ def trace_of(*rows: tuple[float, int, int]) -> Trace:
 
 def tiny(**overrides: object) -> Callable[[simpy.Environment], tuple[SimEngine, Fixed]]:
     """Return what builds a tiny engine: an iteration takes a second."""
-    return lambda env: (tiny_engine(env=env, driven=True, **overrides), Fixed(DENSE))  # type: ignore[arg-type]
+    return lambda env: (tiny_engine(env=env, external_clock=True, **overrides), Fixed(DENSE))  # type: ignore[arg-type]
 
 
 def replicas(count: int, outages: Sequence[Outage] = (), **overrides: object) -> list[Replica]:
@@ -118,7 +118,7 @@ def test_a_cluster_of_one_leaves_the_very_records_of_the_engine_alone(seed: int)
             alone.apply(policy(state))
 
     def build(env: simpy.Environment) -> tuple[SimEngine, AtTimes]:
-        return engine(SimEngine, case, env, driven=True), AtTimes(case)
+        return engine(SimEngine, case, env, external_clock=True), AtTimes(case)
 
     cluster = Cluster(
         trace, [Replica(name="0", build=build, decisions_s=lambda: iter(moments(case)))], routers.least_kv()
@@ -206,11 +206,13 @@ def test_a_cluster_that_stops_on_its_way_leaves_the_records_of_one_that_does_not
 def test_what_is_looked_at_in_one_call_is_what_each_replica_says() -> None:
     case = next(case for case in map(random_cluster, range(60)) if len(case.replicas) > 1 and not any(case.outages))
     several = [
-        Replica(name=str(i), build=lambda env, one=one: (engine(SimEngine, one, env, driven=True), AtTimes(one)))
+        Replica(
+            name=str(i), build=lambda env, one=one: (engine(SimEngine, one, env, external_clock=True), AtTimes(one))
+        )
         for i, one in enumerate(case.replicas)
     ]
     cluster = Cluster(case.trace(), several, routers.least_kv())
-    seen = np.zeros((len(several), fleet.SEEN_COLUMNS))
+    seen = np.zeros((len(several), batch_step.SEEN_COLUMNS))
     for stop_s in (1.0, 5.0, 20.0):
         cluster.run_until(stop_s)
         cluster.observe_into(seen)

@@ -1,4 +1,4 @@
-"""Loss of plans: fitted to tables whose truth is known, monotone, and honest about published points."""
+"""The loss of plans: laws that predictions obey, coefficients that ship, and published points."""
 
 from __future__ import annotations
 
@@ -11,37 +11,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sim.cost.model_spec import ModelSpec, load_model
+from sim.cost.model_spec import load_model
 from sim.cost.plan import KeepMask, KVKeep, Plan, dense_plan, drop, with_mask
 from sim.cost.plan_json import plan_from_json, plan_to_json
 from sim.cost.quality import (
     FORMS,
     QUALITIES,
     FittedQuality,
-    QualityTable,
-    choose,
-    cross_validate,
-    fit,
-    held_out,
-    held_out_kind,
+    fitted_path,
     load_quality,
+    read_fitted,
     read_published,
-    read_table,
-    spearman,
+    unwarp,
+    warp,
 )
 from sim.errors import CalibrationError, PlanError
 
-LAYERS = 6
-SPEC = ModelSpec(
-    name="six",
-    num_layers=LAYERS,
-    hidden_size=64,
-    intermediate_size=128,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    vocab_size=100,
-)
+SPEC = load_model("smollm2_135m")
+LAYERS = SPEC.num_layers
+
+
+def shipped(form: str) -> FittedQuality:
+    quality = load_quality("smollm2_135m", form)
+    assert isinstance(quality, FittedQuality)
+    return quality
+
+
+@pytest.fixture(scope="module")
+def fitted() -> FittedQuality:
+    return shipped("warped_neighbours")
 
 
 def without(removed: set[int]) -> Plan:
@@ -50,34 +48,6 @@ def without(removed: set[int]) -> Plan:
         ffn=tuple(2 * i + 1 not in removed for i in range(LAYERS)),
     )
     return with_mask(dense_plan(SPEC), mask)
-
-
-def truth(removed: set[int], costs: np.ndarray) -> float:
-    """Return a loss that compounds, and more so for neighbours."""
-    score = sum(costs[b] for b in removed) + sum(0.05 for b in removed if b + 2 in removed)
-    return math.expm1(0.5 * score) / 0.5
-
-
-def table(count: int = 150, seed: int = 0) -> QualityTable:
-    rng = np.random.default_rng(seed)
-    costs = rng.uniform(0.01, 0.25, 2 * LAYERS)
-    chosen: list[tuple[str, set[int]]] = [("dense", set())]
-    chosen += [("single removal", {b}) for b in range(2 * LAYERS)]
-    chosen += [("random mask", set(rng.permutation(2 * LAYERS)[: rng.integers(2, 8)].tolist())) for _ in range(count)]
-    plans = [without(removed) for _, removed in chosen]
-    kinds = [(kind,) for kind, _ in chosen]
-    loss = [truth(removed, costs) for _, removed in chosen]
-    for bits, cost in ((4, 0.02), (8, 0.001)):
-        for number in range(1, LAYERS + 1):
-            plans.append(replace(dense_plan(SPEC), weight_bits=(bits,) * number + (16,) * (LAYERS - number)))
-            kinds.append((f"W{bits} prefix of front_to_back",))
-            loss.append(cost * number)
-    return QualityTable(name="six", dense_nll=3.0, plans=tuple(plans), kinds=tuple(kinds), loss=np.array(loss))
-
-
-@pytest.fixture(scope="module")
-def fitted() -> FittedQuality:
-    return fit(table())
 
 
 def some_plan(rng: np.random.Generator) -> Plan:
@@ -91,83 +61,17 @@ def some_plan(rng: np.random.Generator) -> Plan:
     return replace(without(decode), prefill=without(prefill).prefill, kv_keep=keep, weight_bits=bits)
 
 
-# --- The fit ---------------------------------------------------------------------------------------------------------
+# --- Predictions -----------------------------------------------------------------------------------------------------
 
 
 def test_dense_costs_nothing(fitted: FittedQuality) -> None:
-    assert fitted.nll(dense_plan(SPEC)) == 3.0
-    assert fitted.perplexity(dense_plan(SPEC)) == pytest.approx(math.exp(3.0))
-
-
-def test_held_out_plans_are_predicted_within_the_target_where_the_truth_has_that_form() -> None:
-    errors = {error.kind: error for error in cross_validate(table(), "warped_neighbours")}
-    assert errors["random mask"].median < 0.05
-    assert errors["random mask"].p90 < 0.15
-    assert errors["random mask"].spearman > 0.95
-
-
-def test_what_is_chosen_within_folds_predicts_plans_that_no_fold_saw() -> None:
-    known, forms = table(), ("additive", "warped_neighbours")
-    predicted = held_out(known, forms, folds=3)
-    alone = [i for i, kinds in enumerate(known.kinds) if kinds[0] in ("dense", "single removal")]
-    assert np.isnan(predicted[alone]).all()
-    assert np.isfinite(np.delete(predicted, alone)).all()
-    chosen = {error.kind: error for error in cross_validate(known, forms, folds=3)}
-    assert chosen["random mask"].median < 0.05
-    # Held out at once, and only they, are the plans of the kind.
-    kind = held_out_kind(known, "random mask", forms)
-    assert set(np.flatnonzero(np.isfinite(kind))) == {i for i, k in enumerate(known.kinds) if k == ("random mask",)}
-
-
-def test_a_held_out_plan_has_no_say_in_what_predicts_it() -> None:
-    known, forms = table(), ("additive", "neighbours")
-    row = next(i for i, kinds in enumerate(known.kinds) if kinds == ("random mask",))
-    loss = known.loss.copy()
-    loss[row] += 0.5
-    assert held_out(replace(known, loss=loss), forms)[row] == held_out(known, forms)[row]
-
-
-def test_the_form_that_made_a_table_is_the_one_chosen() -> None:
-    assert choose(table(80), ("singles", "additive", "warped_neighbours"))[0] == "warped_neighbours"
-
-
-def test_ranks_correlate_whatever_the_scale_and_ties_share_theirs() -> None:
-    a = np.array([1.0, 2.0, 2.0, 30.0])
-    assert spearman(a, np.exp(a / 10)) == pytest.approx(1.0)
-    assert spearman(a, -a) == pytest.approx(-1.0)
-    assert spearman(np.array([1.0, 2.0, 3.0, 4.0]), a) == pytest.approx(4.5 / math.sqrt(5.0 * 4.5))
-    assert math.isnan(spearman(a, np.ones(4)))
-
-
-def test_cut_kv_costs_what_was_measured_of_each_layer_alone() -> None:
-    known, dense = table(), dense_plan(SPEC)
-    cut = KVKeep(first_tokens=4, last_tokens=32)
-    costs = [0.01, 0.2, 0.05, 0.02, 0.1, 0.03]
-    plans = [replace(dense, kv_keep=tuple(cut if i == j else KVKeep() for i in range(LAYERS))) for j in range(LAYERS)]
-    model = fit(
-        replace(
-            known,
-            plans=(*known.plans, *plans),
-            kinds=(*known.kinds, *(("single layer of cut KV",) for _ in plans)),
-            loss=np.append(known.loss, costs),
-        )
-    )
-    assert [model.loss(plan) for plan in plans] == pytest.approx(costs, rel=0.1)
-    both = replace(dense, kv_keep=(KVKeep(), cut, KVKeep(), KVKeep(), cut, KVKeep()))
-    assert model.loss(both) == pytest.approx(0.3, rel=0.1)
-    half = KVKeep(first_tokens=4, last_tokens=14)
-    tighter = replace(dense, kv_keep=(KVKeep(), half, *(KVKeep() for _ in range(LAYERS - 2))))
-    assert model.loss(tighter) == pytest.approx(0.4, rel=0.1)
-
-
-def test_a_form_that_knows_compounding_beats_the_sum_of_single_costs() -> None:
-    median = {form: cross_validate(table(), form)[0].median for form in ("singles", "warped_neighbours")}
-    assert median["warped_neighbours"] < median["singles"] / 2
+    assert fitted.nll(dense_plan(SPEC)) == fitted.dense_nll
+    assert fitted.perplexity(dense_plan(SPEC)) == pytest.approx(math.exp(fitted.dense_nll))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_removing_more_never_helps(form: str) -> None:
-    model = fit(table(), form)
+    model = shipped(form)
     rng = np.random.default_rng(1)
     for _ in range(200):
         removed = set(rng.permutation(2 * LAYERS)[: rng.integers(0, 7)].tolist())
@@ -210,13 +114,69 @@ def test_an_absurd_plan_stays_finite(fitted: FittedQuality) -> None:
 
 
 def test_a_plan_of_another_model_is_refused(fitted: FittedQuality) -> None:
-    with pytest.raises(PlanError, match="a plan of 32 layers, but the quality of six was measured on 6"):
+    with pytest.raises(PlanError, match="a plan of 32 layers, but the quality of smollm2_135m was measured on 30"):
         fitted.nll(dense_plan(load_model("llama2_7b")))
 
 
-def test_an_unknown_form_is_refused() -> None:
+@pytest.mark.parametrize("curve", [-0.1, 0.0, 0.1, 0.5])
+def test_unwarping_undoes_warping_and_cannot_overflow(curve: float) -> None:
+    loss = np.linspace(0.0, 5.0, 20)
+    np.testing.assert_allclose(unwarp(warp(loss, curve), curve), loss, rtol=1e-12, atol=1e-14)
+    assert np.isfinite(unwarp(np.array([1e9]), curve)).all()
+
+
+# --- Coefficients that ship ------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_form_or_text_is_refused() -> None:
     with pytest.raises(CalibrationError, match="did you mean 'additive'"):
-        fit(table(), "aditive")
+        load_quality("smollm2_135m", "aditive")
+    with pytest.raises(CalibrationError, match="did you mean 'test'"):
+        load_quality("smollm2_135m", text="tests")  # type: ignore[arg-type]
+
+
+def test_coefficients_come_back_from_json_bit_for_bit(fitted: FittedQuality) -> None:
+    again = FittedQuality.from_json(fitted.name, json.loads(json.dumps(fitted.to_json())))
+    for name in ("blocks", "pairs", "others", "root"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(fitted, name))
+    assert (again.kv, again.dense_nll, again.curve, again.stage_share, again.max_loss, again.note) == (
+        fitted.kv,
+        fitted.dense_nll,
+        fitted.curve,
+        fitted.stage_share,
+        fitted.max_loss,
+        fitted.note,
+    )
+
+
+def copy_of_shipped(folder: Path) -> Path:
+    """Return a table in a folder of its own, with its coefficients."""
+    table = folder / "smollm2_135m.json"
+    fitted_path(table).parent.mkdir()
+    for source, target in ((QUALITIES / table.name, table), (fitted_path(QUALITIES / table.name), fitted_path(table))):
+        target.write_bytes(source.read_bytes())
+    return table
+
+
+def test_a_table_that_changed_since_the_fit_is_an_error_that_names_the_command(tmp_path: Path) -> None:
+    table = copy_of_shipped(tmp_path)
+    read_fitted(table)
+    table.write_text(table.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    with pytest.raises(CalibrationError, match=r"python -m hw\.score kind=fit model\.name=smollm2_135m"):
+        read_fitted(table)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"model": "x", "table_sha256": "", "fits": []}'])
+def test_missing_or_malformed_coefficients_are_an_error_that_names_the_command(
+    tmp_path: Path, content: str | None
+) -> None:
+    table = copy_of_shipped(tmp_path)
+    if content is None:
+        fitted_path(table).unlink()
+    else:
+        fitted_path(table).write_text(content, encoding="utf-8")
+    with pytest.raises(CalibrationError, match=r"python -m hw\.score kind=fit"):
+        read_fitted(table)
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
@@ -231,41 +191,11 @@ def test_a_plan_reads_back_as_it_was_written() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"decode_drop": ["MHA9"]}, {"layers": "many"}, {"weight_bits": {"4": [17]}}, {"kv_keep": [{"layers": [0]}]}],
+    [{"decode_drop": ["MHA99"]}, {"layers": "many"}, {"weight_bits": {"4": [77]}}, {"kv_keep": [{"layers": [0]}]}],
 )
 def test_a_malformed_plan_is_an_error(change: dict[str, object]) -> None:
     with pytest.raises(CalibrationError, match="not a plan of a quality table"):
         plan_from_json({**plan_to_json(dense_plan(SPEC)), **change})
-
-
-def rows(plans: list[tuple[Plan, float]]) -> list[dict[str, object]]:
-    return [
-        {
-            "plan": plan_to_json(plan),
-            "chosen_as": ["dense" if plan == dense_plan(SPEC) else "random mask"],
-            "nll_test": nll,
-            "nll_test_decode": nll - 0.5,
-            "tokens": {"test": 100},
-        }
-        for plan, nll in plans
-    ]
-
-
-def test_a_table_is_read_as_losses_against_dense(tmp_path: Path) -> None:
-    path = tmp_path / "table.json"
-    value = {"model": "six", "weights": "none", "plans": rows([(dense_plan(SPEC), 3.0), (without({1}), 3.25)])}
-    path.write_text(json.dumps(value), encoding="utf-8")
-    found = read_table(path)
-    assert found.dense_nll == 3.0
-    assert found.loss.tolist() == [0.0, 0.25]
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"plans": []}', '{"model": "x", "plans": [{"plan": {}}]}'])
-def test_a_malformed_table_is_an_error(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "table.json"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(CalibrationError):
-        read_table(path)
 
 
 def test_an_unknown_quality_names_the_nearest() -> None:
@@ -314,5 +244,5 @@ def test_what_is_not_published_is_refused_and_the_summary_says_how_little_there_
         quality.nll(with_mask(dense, drop(quality.model, mha=[3])))
     with pytest.raises(CalibrationError, match="nothing is published on W8"):
         quality.nll(replace(dense, weight_bits=(8,) * quality.model.num_layers))
-    with pytest.raises(PlanError, match="a plan of 6 layers"):
+    with pytest.raises(PlanError, match="a plan of 30 layers"):
         quality.nll(dense_plan(SPEC))

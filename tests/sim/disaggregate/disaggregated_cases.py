@@ -96,7 +96,7 @@ def fast_disaggregated(case: DisaggregatedCase, overlap: bool = False) -> Disagg
     """Return the system of a case, not served yet."""
 
     def side(blocks: int, plan: Plan) -> Any:
-        return lambda env: SimEngine(**case.engine_arguments(blocks, plan), env=env, driven=True)
+        return lambda env: SimEngine(**case.engine_arguments(blocks, plan), env=env, external_clock=True)
 
     return Disaggregated(
         case.trace(),

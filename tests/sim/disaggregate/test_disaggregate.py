@@ -48,10 +48,10 @@ def system(
     return Disaggregated(
         trace,
         plan=plan,
-        prefill=[lambda env: tiny_engine(env=env, driven=True, plan=plan, **overrides)] * prefill,
+        prefill=[lambda env: tiny_engine(env=env, external_clock=True, plan=plan, **overrides)] * prefill,
         decode=[
             lambda env: tiny_engine(
-                env=env, driven=True, plan=decode_side(plan), **{**overrides, "kv_blocks": decode_blocks}
+                env=env, external_clock=True, plan=decode_side(plan), **{**overrides, "kv_blocks": decode_blocks}
             )
         ]
         * decode,
@@ -240,7 +240,7 @@ def test_whatever_comes_nobody_is_lost_and_every_kv_block_is_counted_once(made: 
     shipped = np.isfinite(records.sent_s)
     assert (records.sent_s[shipped] >= np.maximum(records.send_s[shipped], records.first_token_s[shipped])).all()
     assert (records.decode_replica[shipped] >= 0).all()
-    assert pair.kv_counted() == (0, 0)
+    assert sum(side.held_blocks for side in (*pair.prefill, *pair.decode)) == 0
     # Bytes are conserved: what was sent has arrived, is what the plan says, and took the time that the link needs.
     total = sum(kv_bytes_sent(TINY, plan, int(p)) for p in trace.prompt_tokens[shipped])
     assert total == records.sent_bytes.sum() == sum(link.sent_bytes for link in pair.links)
@@ -254,7 +254,7 @@ def _prefilled(pair: Disaggregated, request: int) -> bool:
     number, row = pair._home[request, :2]
     if row < 0 or pair._output_limit(int(request)) < 2:
         return False
-    return bool(pair.prefill[number].engine.rows(np.array([row]))[0][0, 6] == Status.FINISHED)
+    return bool(pair.prefill[number].engine.rows(np.array([row]))["status"][0] == Status.FINISHED)
 
 
 @given(sizes=st.lists(st.tuples(st.floats(0, 10), st.integers(0, 5000)), min_size=1, max_size=20))
@@ -337,11 +337,11 @@ def test_what_cannot_be_is_an_error_that_says_what_can() -> None:
         system(rows, bytes_per_s=0.0)
     nested = dataclasses.replace(DENSE, prefill=drop(TINY, mha=[1]))
     with pytest.raises(PlanError, match="decode keeps MHA1 but prefill drops it"):
-        Disaggregated(rows, plan=nested, prefill=[lambda env: tiny_engine(env=env, driven=True)],
-                      decode=[lambda env: tiny_engine(env=env, driven=True)], link_bytes_per_s=1.0)  # fmt: skip
+        Disaggregated(rows, plan=nested, prefill=[lambda env: tiny_engine(env=env, external_clock=True)],
+                      decode=[lambda env: tiny_engine(env=env, external_clock=True)], link_bytes_per_s=1.0)  # fmt: skip
     with pytest.raises(ConfigError, match="KV blocks of one size"):
-        Disaggregated(rows, plan=DENSE, prefill=[lambda env: tiny_engine(env=env, driven=True)],
-                      decode=[lambda env: tiny_engine(env=env, driven=True, kv_block_tokens=8)],
+        Disaggregated(rows, plan=DENSE, prefill=[lambda env: tiny_engine(env=env, external_clock=True)],
+                      decode=[lambda env: tiny_engine(env=env, external_clock=True, kv_block_tokens=8)],
                       link_bytes_per_s=1.0)  # fmt: skip
 
 

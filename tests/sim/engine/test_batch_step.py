@@ -1,4 +1,4 @@
-"""A fleet's engines leave the records that they leave on SimPy's clock, and are seen alike."""
+"""Engines that are stepped together leave the same records and states as on SimPy's clock."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sim.engine import batch_step as fleet
-from sim.engine.batch_step import Fleet
-from sim.engine.plan_graph import PlanBook
+from sim.engine import batch_step
+from sim.engine.batch_step import VectorEngines
+from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineState, Request
 from sim.engine.sim_engine import SimEngine
 from sim.errors import BudgetError, ConfigError
@@ -43,14 +43,14 @@ def build(case: Case, **words: Any) -> SimEngine:
 
 def assert_seen(row: Any, state: EngineState) -> None:
     for column, name in enumerate(
-        name.lower() for name in vars(fleet) if name.isupper() and name not in ("SEEN_COLUMNS",)
+        name.lower() for name in vars(batch_step) if name.isupper() and name not in ("SEEN_COLUMNS",)
     ):
         assert row[column] == pytest.approx(getattr(state, name), rel=1e-12), name
 
 
 @pytest.mark.parametrize("first", range(0, 60, 4))
 @pytest.mark.parametrize("memory", [2, 16384])
-def test_engines_of_a_fleet_serve_as_on_simpys_clock(first: int, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_stepped_together_serve_as_on_simpy(first: int, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sim.engine.sim_engine.MEMORY_OF_PLANS", memory)
     rng = np.random.default_rng(first)
     plans = [random_plan(rng) for _ in range(5)]
@@ -61,10 +61,10 @@ def test_engines_of_a_fleet_serve_as_on_simpys_clock(first: int, memory: int, mo
             cases.append(random_case(seed))
         except BudgetError:
             continue
-    together, alone = Fleet(len(cases), plans), [build(case) for case in cases]
-    book = PlanBook(TINY, quality_nll)
+    together, alone = VectorEngines(len(cases), plans), [build(case) for case in cases]
+    graph = PlanGraph(TINY, quality_nll)
     for at, case in enumerate(cases):
-        together.place(at, build(case, book=book, driven=True))
+        together.place(at, build(case, graph=graph, external_clock=True))
     wanted = np.full(len(cases), -1)
     for tick in range(1, TICKS + 1):
         until_s = np.full(len(cases), math.inf if tick == TICKS else tick * TICK_S)
@@ -86,5 +86,5 @@ def test_engines_of_a_fleet_serve_as_on_simpys_clock(first: int, memory: int, mo
 
 
 def test_an_empty_place_is_named() -> None:
-    with pytest.raises(ConfigError, match="place 1 of the fleet is empty"):
-        Fleet(2, []).engine(1)
+    with pytest.raises(ConfigError, match="place 1 has no engine"):
+        VectorEngines(2, []).engine(1)

@@ -247,7 +247,7 @@ def test_each_replica_has_a_cache_of_its_own() -> None:
     for router, found in ((routers.round_robin(), [0, 0, 16, 16]), (routers.prefix_affinity(), [0, 16, 16, 16])):
         replica = Replica(
             name="one",
-            build=lambda env: (tiny_engine(prefix_caching=True, env=env, driven=True), Fixed(DENSE)),
+            build=lambda env: (tiny_engine(prefix_caching=True, env=env, external_clock=True), Fixed(DENSE)),
         )
         cluster = Cluster(trace, [replica, replica], router)
         cluster.run()
@@ -266,7 +266,7 @@ def test_what_cannot_be_is_an_error_that_says_what_can() -> None:
         EngineConfig(hash_block_tokens=0)
 
     def build(env: object) -> SimEngine:
-        return tiny_engine(prefix_caching=True, env=env, driven=True)  # type: ignore[arg-type]
+        return tiny_engine(prefix_caching=True, env=env, external_clock=True)  # type: ignore[arg-type]
 
     with pytest.raises(ConfigError, match="prefill and decode apart it is not simulated"):
         Disaggregated(bare, plan=DENSE, prefill=[build], decode=[build], link_bytes_per_s=1e9)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from sim.arrays import write_arrays
 from sim.cost.memory import peak_bytes
 from sim.cost.model_spec import load_model
 from sim.engine.protocol import EngineState
@@ -52,7 +52,7 @@ def exported(folder: Path, **changed: Any) -> Path:
         "observation": table.rows(),
         **changed,
     }
-    write_arrays(folder / "policy.safetensors", arrays)
+    save_file(arrays, folder / "policy.safetensors")
     (folder / "policy.json").write_text(json.dumps(about))
     return folder / "policy.json"
 
@@ -112,6 +112,25 @@ def test_it_drops_blocks_until_the_load_fits_and_no_more(tmp_path: Path, budget_
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prune_network(TINY, exported(tmp_path, **changed))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -4])
+def test_cut_weights_are_an_error_that_names_the_file_and_what_to_do(tmp_path: Path, keep: int) -> None:
+    path = exported(tmp_path)
+    weights = path.with_suffix(".safetensors")
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(ConfigError, match=r"policy\.json is no learned policy.*agents\.export"):
+        read_learned(path, "PruneToBudget")
+
+
+def test_weights_of_another_shape_or_without_a_layer_are_refused(tmp_path: Path) -> None:
+    path = exported(tmp_path)
+    arrays = load_file(path.with_suffix(".safetensors"))
+    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float32)}
+    for changed in ({**arrays, "1.bias": arrays["0.bias"]}, {k: v for k, v in arrays.items() if k != "1.bias"}):
+        save_file(changed, path.with_suffix(".safetensors"))
+        with pytest.raises(ConfigError):
+            read_learned(path, "PruneToBudget")
 
 
 def test_missing_weights_and_unknown_names_say_what_to_do(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from sim.traces.transforms import (
     burstiest,
     clip_lengths,
     drop_long,
-    first_requests,
     inject_burst,
     keep_share,
     merge,
@@ -30,7 +29,6 @@ from sim.traces.transforms import (
     scale_rate,
     shuffle_lengths,
     spread_ties,
-    stretch_time,
     window,
 )
 
@@ -75,13 +73,6 @@ def test_scaling_the_rate_keeps_the_requests_their_order_and_the_cv_of_gaps(trac
     if trace.duration_s > 1e-3:
         assert scaled.mean_rate_rps == pytest.approx(trace.mean_rate_rps * factor, rel=1e-6)
         assert scaled.interarrival_cv == pytest.approx(trace.interarrival_cv, rel=1e-5, nan_ok=True)
-
-
-@given(trace=traces, factor=factors)
-def test_stretching_time_undoes_scaling_the_rate(trace, factor):
-    back = stretch_time(scale_rate(trace, factor=factor), factor=factor)
-    assert np.allclose(back.arrival_s, trace.arrival_s, rtol=1e-12)
-    assert back.time_quantum_s == pytest.approx(1.0)
 
 
 @given(several=st.lists(traces, min_size=1, max_size=4))
@@ -210,9 +201,7 @@ EVERY_STEP = [
     *RANDOM_STEPS,
     window,
     partial(burstiest, duration_s=2.0),
-    partial(first_requests, requests=2),
     partial(scale_rate, factor=2.0),
-    partial(stretch_time, factor=2.0),
     partial(clip_lengths, max_total_tokens=100),
     partial(drop_long, max_prompt_tokens=100),
     partial(repeat, times=2),
@@ -288,9 +277,7 @@ def test_an_injected_burst_can_have_one_length():
         (partial(window, duration_s=0.0), "duration_s is 0.0"),
         (partial(burstiest, duration_s=float("nan")), "duration_s is nan"),
         (partial(burstiest, duration_s=1.0, by="token"), "did you mean 'tokens'"),
-        (partial(first_requests, requests=0), "requests is 0"),
         (partial(scale_rate, factor=0.0), "factor is 0.0"),
-        (partial(stretch_time, factor=-2.0), "factor is -2.0"),
         (spread_ties, "has a fine clock"),
         (partial(spread_ties, quantum_s=-1.0), "quantum_s is -1.0"),
         (clip_lengths, "no limit given"),

@@ -1,0 +1,399 @@
+"""Fits the quality model of ``sim.cost.quality`` to a table of measured plans, and says how far off it is on others.
+
+table = read_table(path)
+fit(table).perplexity(plan)
+cross_validate(table)                           # held-out errors, in all and of each kind of plan
+write_fits(path)                                # the coefficients that sim.cost.quality.load_quality reads
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+from scipy.stats import spearmanr
+
+from sim.cost.plan import KV_KEEP_ALL, Plan
+from sim.cost.plan_json import plan_from_json
+from sim.cost.quality import (
+    BEST_FORM,
+    FORMS,
+    FittedQuality,
+    Text,
+    fitted_path,
+    pair_features,
+    precision_and_kv_features,
+    removed_shares,
+    table_hash,
+    warp,
+)
+from sim.errors import CalibrationError, nearest
+from sim.results.run_folder import commit, write_json
+from sim.types import Floats
+
+BEST_CURVE = 0.1
+BEST_STAGE_SHARE = 0.8
+"""What ``choose`` finds best, with BEST_FORM, on the table of SmolLM2-135M; the page of scores has the comparison."""
+CURVES = (-0.1, 0.0, 0.1, 0.25, 0.5)
+STAGE_SHARES = (0.6, 0.7, 0.8, 0.9, 1.0)
+"""What ``choose`` tries."""
+FITTED_LOSS = 4.0
+"""Plans that lose more, in nats, do not take part in a fit."""
+REPORTED_LOSS = math.log(3.0)
+"""Errors are reported for plans under three times the dense perplexity."""
+ALWAYS_KNOWN = ("dense", "single removal", "single layer of cut KV")
+"""Kinds of plans that every fit sees; all forms start from them."""
+
+
+# --- The table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityTable:
+    """Plans measured on a real model.
+
+    loss: nats a token more than dense, one entry a plan. If prefill and decode differ or KV is cut, it is the loss of
+        the tokens after the prompt.
+    kinds: how each plan was chosen.
+    """
+
+    name: str
+    dense_nll: float
+    plans: tuple[Plan, ...]
+    kinds: tuple[tuple[str, ...], ...]
+    loss: Floats
+    note: str = ""
+
+
+def read_table(path: Path, text: Text = "test") -> QualityTable:
+    """Read a table that ``hw.score kind=table`` wrote, with the losses on one of its two texts.
+
+    On the calibration text the loss after the prompt was not measured, so plans whose stages differ or whose layers
+    keep different KV are left out.
+
+    Raises:
+        CalibrationError: if the file is missing or malformed, mixes models, or lacks the dense plan.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        rows = value["plans"]
+        plans = [plan_from_json(row["plan"]) for row in rows]
+        kinds = [tuple(row["chosen_as"]) for row in rows]
+        dense = next(row for row, kind in zip(rows, kinds, strict=True) if "dense" in kind)
+        dense_nll = float(dense[f"nll_{text}"])
+        used = [i for i, plan in enumerate(plans) if text == "test" or not (_staged(plan) or _mixed_kv(plan))]
+        loss = []
+        for i in used:
+            column = "nll_test_decode" if text == "test" and (_staged(plans[i]) or _cut(plans[i])) else f"nll_{text}"
+            loss.append(float(rows[i][column]) - float(dense[column]))
+        note = f"{len(plans)} plans, {dense['tokens']['test']:,} test tokens each; {value['weights']}"
+        if text == "calibration":
+            note = f"{len(used)} plans on the calibration text"
+        table = QualityTable(
+            name=str(value["model"]),
+            dense_nll=dense_nll,
+            plans=tuple(plans[i] for i in used),
+            kinds=tuple(kinds[i] for i in used),
+            loss=np.array(loss),
+            note=note,
+        )
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        if isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(
+            f"{path} is no quality table ({type(error).__name__}: {error}); make one: python -m hw.score kind=table"
+        ) from error
+    if not np.isfinite(table.loss).all() or len({len(plan.weight_bits) for plan in plans}) != 1:
+        raise CalibrationError(f"{path} mixes models or has a loss that is not finite; measure it again")
+    return table
+
+
+def _staged(plan: Plan) -> bool:
+    return plan.prefill != plan.decode
+
+
+def _cut(plan: Plan) -> bool:
+    return any(keep != KV_KEEP_ALL for keep in plan.kv_keep)
+
+
+def _mixed_kv(plan: Plan) -> bool:
+    return len(set(plan.kv_keep)) != 1
+
+
+# --- The fit ---------------------------------------------------------------------------------------------------------
+
+
+def fit(
+    table: QualityTable,
+    form: str = BEST_FORM,
+    *,
+    curve: float | None = None,
+    stage_share: float = BEST_STAGE_SHARE,
+) -> FittedQuality:
+    """Fit a form to all plans of a table.
+
+    singles: the sum of the measured losses of removing each block alone. additive: fitted weights of blocks.
+    neighbours: also fitted weights of removed neighbors. warped, warped_neighbours: the last two with k other than 0.
+    The weight of a plan is inversely proportional to its loss, so that errors are relative. Plans that lose more than
+    FITTED_LOSS only set the range of predictions.
+
+    Args:
+        table: measured plans.
+        form: one of FORMS.
+        curve: k; None takes BEST_CURVE for a warped form, 0 for the others.
+        stage_share: how much a block counts that only decode drops.
+    Raises:
+        CalibrationError: for an unknown form.
+    """
+    if form not in FORMS:
+        raise CalibrationError(f"unknown form {form!r}; {nearest(form, FORMS)}")
+    if curve is None:
+        curve = BEST_CURVE if form.startswith("warped") else 0.0
+    return _Design(table, stage_share).fit(form, curve, np.ones(len(table.plans), dtype=bool))
+
+
+class _Design:
+    """The features of all plans of a table, from which fits to parts of it are made."""
+
+    def __init__(self, table: QualityTable, stage_share: float) -> None:
+        self.table = table
+        self.share = stage_share
+        self.removed = np.stack([removed_shares(plan, stage_share) for plan in table.plans])
+        self.kv = _kv_alone(table)
+        self.others = np.array([precision_and_kv_features(plan, self.kv) for plan in table.plans])
+        self.single = _singles(table, self.removed, self.others)
+        self.root = np.sqrt(np.minimum(np.maximum(self.single, 0.0), 1.0))
+        self.pairs = pair_features(self.removed, self.root)
+
+    def fit(self, form: str, curve: float, rows: NDArray[np.bool_]) -> FittedQuality:
+        """Fit to some rows. The losses of single blocks and layers come from all rows: every form starts from them."""
+        blocks, pairs = self.removed.shape[1], self.pairs.shape[1]
+        loss = self.table.loss
+        used = rows & (loss < FITTED_LOSS)
+        prior = np.maximum(warp(self.single, curve), 0.0)
+        target = warp(loss, curve)
+        weight = 1.0 / (0.1 + np.maximum(target, 0.0))
+        design = np.concatenate((self.removed, self.pairs, self.others), axis=1)
+        free = np.ones(design.shape[1], dtype=bool)
+        free[:blocks] = form != "singles"
+        free[blocks : blocks + pairs] = form in ("neighbours", "warped_neighbours")
+        start = np.concatenate((prior, np.zeros(design.shape[1] - blocks)))
+        # Ridge rows pull each coefficient towards its start with the strength of one plan, so that a block that few
+        # plans remove keeps the loss it had alone.
+        pull = np.concatenate((1.0 / (0.1 + prior), np.full(design.shape[1] - blocks, 0.02)))
+        fixed = design[:, ~free] @ start[~free]
+        solution = start.copy()
+        # Non-negative least squares: no plan may improve by dropping more.
+        solution[free] = nnls(
+            np.concatenate(((design[:, free] * weight[:, None])[used], np.diag(pull[free]))),
+            np.concatenate((((target - fixed) * weight)[used], pull[free] * start[free])),
+        )[0]
+        solution[~free & (np.arange(solution.size) >= blocks)] = 0.0
+        return FittedQuality(
+            name=self.table.name,
+            form=form,
+            dense_nll=self.table.dense_nll,
+            curve=curve,
+            stage_share=self.share,
+            blocks=solution[:blocks],
+            pairs=solution[blocks : blocks + pairs],
+            others=solution[blocks + pairs :],
+            root=self.root,
+            kv=self.kv,
+            note=self.table.note,
+            max_loss=max(FITTED_LOSS, float(loss.max())),
+        )
+
+
+def _kv_alone(table: QualityTable) -> tuple[float, ...]:
+    """Return the loss of cutting each layer's KV alone [l], in nats; the mean of all for layers not measured."""
+    layers = len(table.plans[0].weight_bits)
+    found: dict[int, float] = {}
+    for plan, kinds, loss in zip(table.plans, table.kinds, table.loss, strict=True):
+        if "single layer of cut KV" in kinds:
+            found[next(i for i, keep in enumerate(plan.kv_keep) if keep != KV_KEEP_ALL)] = max(0.0, float(loss))
+    mean = sum(found.values()) / len(found) if found else 0.02
+    return tuple(found.get(layer, mean) for layer in range(layers))
+
+
+def _singles(table: QualityTable, removed: Floats, others: Floats) -> Floats:
+    """Return the loss of removing each block alone [b], in nats; the median of all for blocks not measured."""
+    blocks = removed.shape[1]
+    single = np.full(blocks, np.nan)
+    alone = (np.abs(removed - np.round(removed)).sum(1) == 0) & (removed.sum(1) == 1) & (others.sum(1) == 0)
+    for row in np.flatnonzero(alone):
+        single[int(removed[row].argmax())] = table.loss[row]
+    known = single[np.isfinite(single)]
+    return np.where(np.isfinite(single), single, np.median(known) if known.size else 0.1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityError:
+    """Held-out relative errors of perplexity, over the plans of a kind under three times the dense perplexity."""
+
+    form: str
+    kind: str
+    plans: int
+    median: float
+    p90: float
+    spearman: float
+
+
+Shape = tuple[str, float, float]
+"""A form, its curve and its stage share."""
+
+
+def shapes(forms: Sequence[str] = FORMS) -> list[Shape]:
+    """Return all shapes that ``choose`` tries, the simplest first."""
+    return [
+        (form, curve, share)
+        for form in forms
+        for curve in (CURVES if form.startswith("warped") else (0.0,))
+        for share in STAGE_SHARES
+    ]
+
+
+def choose(table: QualityTable, forms: Sequence[str] = FORMS, *, folds: int = 5, seed: int = 1) -> Shape:
+    """Return the shape with the least mean held-out error of perplexity, over plans under three times dense."""
+    return _Folds(table).choose(np.ones(len(table.plans), dtype=bool), forms, folds, seed)
+
+
+def held_out(table: QualityTable, forms: Sequence[str] = FORMS, *, folds: int = 5, seed: int = 0) -> Floats:
+    """Return the loss [n] that a fit predicts for each plan without having seen it, in nats.
+
+    The cross-validation is nested: the shape too is chosen on the other folds alone, so no plan influences its own
+    prediction. The kinds in ALWAYS_KNOWN are never held out and get NaN. Prefixes of one order resemble each other;
+    ``held_out_kind`` holds all of them out at once.
+    """
+    fits = _Folds(table)
+    fold = np.random.default_rng(seed).integers(0, folds, len(table.plans))
+    predicted = np.full(len(table.plans), np.nan)
+    for index in range(folds):
+        out = (fold == index) & ~fits.always
+        form, curve, share = fits.choose(~out, forms, folds - 1, seed + 1)
+        model = fits.design(share).fit(form, curve, ~out)
+        predicted[out] = model.loss_many([table.plans[i] for i in np.flatnonzero(out)])
+    return predicted
+
+
+def held_out_kind(table: QualityTable, kind: str, forms: Sequence[str] = FORMS) -> Floats:
+    """Return the loss [n] that a fit predicts for the plans of a kind without having seen any; NaN for all others."""
+    fits = _Folds(table)
+    out = np.array([kind in kinds for kinds in table.kinds]) & ~fits.always
+    form, curve, share = fits.choose(~out, forms, 4, 1)
+    predicted = np.full(len(table.plans), np.nan)
+    model = fits.design(share).fit(form, curve, ~out)
+    predicted[out] = model.loss_many([table.plans[i] for i in np.flatnonzero(out)])
+    return predicted
+
+
+class _Folds:
+    """Cross-validation within one table or a part of it; caches the designs."""
+
+    def __init__(self, table: QualityTable) -> None:
+        self._table = table
+        self._designs: dict[float, _Design] = {}
+        self.always = np.array([any(kind in ALWAYS_KNOWN for kind in kinds) for kinds in table.kinds])
+        self._inside = table.loss < REPORTED_LOSS
+
+    def design(self, share: float) -> _Design:
+        """Return the design for a stage share."""
+        if share not in self._designs:
+            self._designs[share] = _Design(self._table, share)
+        return self._designs[share]
+
+    def choose(self, rows: NDArray[np.bool_], forms: Sequence[str], folds: int, seed: int) -> Shape:
+        """Return the shape with the least mean held-out error within some rows."""
+        fold = np.random.default_rng(seed).integers(0, folds, len(rows))
+        scored = []
+        for form, curve, share in shapes(forms):
+            errors = []
+            for index in range(folds):
+                out = rows & ~self.always & (fold == index)
+                model = self.design(share).fit(form, curve, rows & ~out)
+                tested = np.flatnonzero(out & self._inside)
+                predicted = model.loss_many([self._table.plans[i] for i in tested])
+                errors.append(np.abs(np.exp(np.minimum(predicted - self._table.loss[tested], 5.0)) - 1.0))
+            scored.append(float(np.concatenate(errors).mean()))
+        return shapes(forms)[int(np.argmin(scored))]
+
+
+def cross_validate(
+    table: QualityTable, forms: Sequence[str] | str = FORMS, *, folds: int = 5, seed: int = 0
+) -> list[QualityError]:
+    """Return the held-out errors of a form, or of the one chosen among several, on all plans and on each kind."""
+    tried = (forms,) if isinstance(forms, str) else forms
+    return errors_of(table, held_out(table, tried, folds=folds, seed=seed), " or ".join(tried))
+
+
+def errors_of(table: QualityTable, predicted: Floats, form: str) -> list[QualityError]:
+    """Return the errors of predicted losses [n] on all plans and on each kind; plans with NaN do not count."""
+    inside = np.isfinite(predicted) & (table.loss < REPORTED_LOSS)
+    families = sorted({_family(kind) for kinds in table.kinds for kind in kinds})
+    errors = []
+    for name in ("all", *families):
+        rows = inside & np.array([name == "all" or name in map(_family, kinds) for kinds in table.kinds])
+        if rows.sum() < 3:
+            continue
+        error = np.abs(np.exp(predicted[rows] - table.loss[rows]) - 1.0)
+        errors.append(
+            QualityError(
+                form=form,
+                kind=name,
+                plans=int(rows.sum()),
+                median=float(np.median(error)),
+                p90=float(np.quantile(error, 0.9)),
+                spearman=_spearman(predicted[rows], table.loss[rows]),
+            )
+        )
+    return errors
+
+
+def _family(kind: str) -> str:
+    return kind if not kind.startswith(("W4", "W8")) else "W8 or W4 prefix"
+
+
+def _spearman(a: Floats, b: Floats) -> float:
+    """Return the rank correlation; NaN if one side is constant, without SciPy's warning."""
+    return math.nan if np.ptp(a) == 0 or np.ptp(b) == 0 else float(spearmanr(a, b).statistic)
+
+
+# --- Coefficients to ship --------------------------------------------------------------------------------------------
+
+
+def write_fits(table: Path) -> Path:
+    """Fit all forms to both texts of a table, write coefficients and held-out errors, and return the path."""
+    fits = []
+    for text in get_args(Text):
+        measured = read_table(table, text)
+        for form in FORMS:
+            errors = errors_of(measured, held_out(measured, (form,)), form)
+            fits.append({"text": text, **fit(measured, form).to_json(), "held_out_errors": [_row(e) for e in errors]})
+    path = fitted_path(table)
+    write_json(
+        path,
+        {
+            "model": measured.name,
+            "table": table.name,
+            "table_sha256": table_hash(table),
+            "command": f"python -m hw.score kind=fit model.name={table.stem}",
+            "commit": commit(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "fits": fits,
+        },
+    )
+    return path
+
+
+def _row(error: QualityError) -> dict[str, Any]:
+    row = asdict(error)
+    del row["form"]
+    return row | {"spearman": None if math.isnan(error.spearman) else error.spearman}

@@ -1,0 +1,314 @@
+"""Arrivals, admission, and the batch of an iteration (the rules are those of sim/engine/scheduler.py).
+
+A batch is formed at the start of its iteration, when its KV blocks are taken. `_form` treats all decoding requests as
+one; where they cannot be (``kv_keep``, more decodes than the token budget, several unfinished prompts), `_form_eagerly`
+goes through the running requests one by one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sim.compiled import compiled
+from sim.engine.kernel.decodes import _link_slot, _preempt, settle
+from sim.engine.kernel.kv import _blocks, _prefix_blocks_in, _take, blocks_of
+from sim.engine.kernel.layout import Table
+from sim.engine.kernel.prefix_cache import _find_prefix, _hold_prefix_blocks
+from sim.engine.kernel.state import (
+    ALL_TOKENS,
+    CHUNKED,
+    NEVER,
+    NO_OWNER,
+    PREFILL_FIRST,
+    REJECTED,
+    RUNNING,
+    WAITING,
+    ZERO,
+    batch_of,
+    blocks_due_by_phase_of,
+    counters_of,
+    due_clocks_of,
+    free_runs_of,
+    kv_sets_of,
+    preempted_stack_of,
+    prompts_of,
+    queue_of,
+    requests_of,
+    slots_of,
+    waiting,
+)
+
+# -- scheduling rules: a further one needs a branch in these three, and a value of `SchedulingRule` --------------------
+
+
+@compiled(inline=True)
+def _admits_first(s: Table) -> bool:
+    """Return whether waiting prompts come first, and while any fits run without the decodes."""
+    return bool(counters_of(s).scheduling_rule == PREFILL_FIRST)
+
+
+@compiled(inline=True)
+def _cuts_prompts(s: Table) -> bool:
+    """Return whether a prompt is computed in chunks that fit the token budget, or as a whole."""
+    return bool(counters_of(s).scheduling_rule == CHUNKED)
+
+
+@compiled(inline=True)
+def _running_budget(s: Table) -> int:
+    """Return the tokens that running requests may compute in one iteration."""
+    n = counters_of(s)
+    return int(n.max_batch_tokens if n.scheduling_rule == CHUNKED else n.running)
+
+
+# -- arrivals ----------------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def take_arrivals(s: Table, now_s: float) -> None:
+    """Queue the requests that have arrived by now, or reject them."""
+    n, requests = counters_of(s), requests_of(s)
+    while n.next_arrival_s <= now_s:
+        r = n.arrived
+        n.arrived = r + 1
+        n.next_arrival_s = requests[r + 1].arrival_s if r + 1 < n.request_count else np.inf
+        request = requests[r]
+        request.computed_tokens = request.produced_tokens = request.prefill_tokens = 0
+        request.preemptions = request.kept_params = 0
+        request.free_run, request.status = -1, WAITING
+        request.admitted_s = request.first_token_s = request.last_token_s = request.finish_s = np.nan
+        request.nll_sum = 0.0
+        n.arrived_prompt_tokens += request.prompt_tokens
+        if (n.max_waiting >= 0 and waiting(s) >= n.max_waiting) or request.output_limit_tokens < 1:
+            request.status = REJECTED
+            n.rejected += 1
+        else:
+            queue_of(s)[n.queue_tail] = r
+            n.queue_tail += 1
+            n.waiting_tokens += request.prompt_tokens
+
+
+@compiled()
+def head(s: Table) -> int:
+    """Return the request that is admitted next; one waits."""
+    n = counters_of(s)
+    if n.preempted_waiting > 0:
+        return int(preempted_stack_of(s)[n.preempted_waiting - 1])
+    return int(queue_of(s)[n.queue_head])
+
+
+# -- admission ---------------------------------------------------------------------------------------------------------
+
+
+@compiled(inline=True)
+def _chunk(s: Table, r: int, computed: int, budget: int, longest: int) -> int:
+    """Return how many tokens of a request an iteration computes after those that are; ``longest`` 0 is no limit."""
+    request = requests_of(s)[r]
+    chunk = min(request.prompt_tokens + request.produced_tokens - computed, budget)
+    return int(min(chunk, longest)) if longest > 0 else int(chunk)
+
+
+@compiled()
+def _admit(s: Table, r: int, now_s: float, found: int) -> int:
+    """Admit request r, the head of the queue, which finds this many tokens computed; return its slot."""
+    n = counters_of(s)
+    if n.preempted_waiting > 0:
+        n.preempted_waiting -= 1
+    else:
+        n.queue_head += 1
+    request = requests_of(s)[r]
+    target = request.prompt_tokens + request.produced_tokens
+    n.waiting_tokens -= target
+    n.running_tokens += found
+    request.computed_tokens, request.prefill_tokens, request.status = found, target, RUNNING
+    if np.isnan(request.admitted_s):
+        request.admitted_s = now_s
+    i = _link_slot(s, r, n.prefill_set, ALL_TOKENS)
+    if n.caching:
+        _hold_prefix_blocks(s, i, _prefix_blocks_in(s, r, found))
+    if n.prefix_caching and prompts_of(s)[r].cached_tokens < 0:
+        prompts_of(s)[r].cached_tokens = found
+    if request.free_run >= 0:  # it goes on from the KV that it left when it was preempted
+        run, claimed = free_runs_of(s)[request.free_run], blocks_of(s, i, found)
+        run.blocks -= claimed
+        run.owner = NO_OWNER
+        request.free_run = -1
+        n.free_blocks -= claimed
+    return int(i)
+
+
+@compiled()
+def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int) -> int:
+    """Admit from the head of the queue while token budget, KV blocks and slots last; return how many."""
+    n, requests, batch = counters_of(s), requests_of(s), batch_of(s)
+    in_chunks, layers = _cuts_prompts(s), kv_sets_of(s)[n.prefill_set].layers
+    admitted = 0
+    while waiting(s) > 0 and n.running < n.max_running:
+        r = head(s)
+        found, held_by_others = requests[r].computed_tokens, 0
+        if n.caching:
+            found = _find_prefix(s, r)
+            held_by_others = n.found_held_blocks * n.prefix_block_kv_blocks
+        target = requests[r].prompt_tokens + requests[r].produced_tokens
+        full = layers * (_blocks(target, n.block_tokens) - held_by_others)
+        if in_chunks:
+            if budget == 0:
+                break
+            chunk = _chunk(s, r, found, budget, n.long_prefill_tokens)
+            need = layers * (_blocks(found + chunk, n.block_tokens) - held_by_others)
+            # A request that runs alone could never be preempted for room, so its prompt has to fit.
+            must_fit = full if n.reserve_full_prompt or n.running == 0 else need
+        else:
+            chunk = target - found
+            if chunk > budget and admitted > 0:  # a prompt above the budget runs alone
+                break
+            need = must_fit = full
+        if must_fit + n.watermark_blocks > free:
+            break
+        free -= need
+        budget -= chunk
+        place = n.batch_chunks
+        batch[place].slot, batch[place].tokens = _admit(s, r, now_s, found), chunk
+        n.batch_chunks = place + 1
+        admitted += 1
+        if not in_chunks and budget <= 0:
+            break
+    return admitted
+
+
+# -- the batch of one iteration ----------------------------------------------------------------------------------------
+
+
+@compiled(inline=True)
+def _blocks_for_chunks(s: Table, first: int) -> int:
+    """Return the KV blocks that the chunks of the batch from ``first`` on need in addition to what is held."""
+    n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
+    need = 0
+    for j in range(first, n.batch_chunks):
+        i = batch[j].slot
+        computed = requests[slots[i].request].computed_tokens
+        need += blocks_of(s, i, computed + batch[j].tokens) - blocks_of(s, i, computed)
+    return need
+
+
+@compiled()
+def _form(s: Table, now_s: float) -> int:
+    """Form the next batch while all decodes advance together; return how many requests were preempted.
+
+    Running requests come before admissions, and at most one prompt is unfinished: the newest. So the newest are
+    preempted until the rest fit; who they are does not depend on the order in which the others take their blocks.
+    """
+    n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
+    end = len(slots) - 1
+    n.batch_chunks, n.decodes_in_batch = 0, 0
+    if _admits_first(s) and _admit_those_that_fit(s, now_s, n.max_batch_tokens, n.free_blocks) > 0:
+        _take(s, _blocks_for_chunks(s, ZERO))
+        return 0
+    # Every decoding request whose context is a multiple of the block size at this clock takes one block a layer.
+    phase = -n.clock % n.block_tokens
+    victims = 0
+    while blocks_due_by_phase_of(s)[phase] > n.free_blocks and n.running > 0:
+        _preempt(s, slots[end].previous)
+        victims += 1
+    need = blocks_due_by_phase_of(s)[phase]
+    budget = n.max_batch_tokens - n.decoding
+    newest = slots[end].previous
+    if newest != end and due_clocks_of(s)[newest] == NEVER and budget > 0:
+        r = slots[newest].request
+        computed = requests[r].computed_tokens
+        chunk = _chunk(s, r, computed, budget, n.long_prefill_tokens)
+        more = blocks_of(s, newest, computed + chunk) - blocks_of(s, newest, computed)
+        if need + more > n.free_blocks:
+            _preempt(s, newest)
+            victims += 1
+        else:
+            need += more
+            budget -= chunk
+            batch[0].slot, batch[0].tokens = newest, chunk
+            n.batch_chunks = 1
+    n.decodes_in_batch = n.decoding > 0
+    if not _admits_first(s) and victims == 0:
+        before = n.batch_chunks
+        _admit_those_that_fit(s, now_s, budget, n.free_blocks - need)
+        need += _blocks_for_chunks(s, before)
+    _take(s, need)
+    return victims
+
+
+@compiled()
+def _form_eagerly(s: Table, now_s: float) -> int:
+    """Form the next batch request by request, decodes among them; return how many were preempted."""
+    n, slots = counters_of(s), slots_of(s)
+    end = len(slots) - 1
+    settle(s)
+    i = slots[end].next
+    while i != end:  # from here on the record says whether a request decodes
+        due_clocks_of(s)[i] = NEVER
+        i = slots[i].next
+    n.batch_chunks, n.decodes_in_batch = 0, 0
+    victims = 0
+    if not _admits_first(s) or _admit_those_that_fit(s, now_s, n.max_batch_tokens, n.free_blocks) == 0:
+        victims = _form_running(s, now_s)
+    _take(s, _blocks_for_chunks(s, ZERO))
+    return int(victims)
+
+
+@compiled(once=True)
+def _form_running(s: Table, now_s: float) -> int:
+    """Batch the running requests in order of admission, then admit others; return how many were preempted."""
+    n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
+    end, running = len(slots) - 1, n.running
+    budget, longest = _running_budget(s), n.long_prefill_tokens if _cuts_prompts(s) else 0
+    kept, index, i = running, 0, slots[end].next
+    while n.free_blocks < 0 and kept > 0:
+        kept -= 1
+        _preempt(s, slots[end].previous)
+    taken = 0
+    while index < kept and budget > 0:
+        r = slots[i].request
+        computed = requests[r].computed_tokens
+        chunk = _chunk(s, r, computed, budget, longest)
+        need = blocks_of(s, i, computed + chunk) - blocks_of(s, i, computed)
+        while taken + need > n.free_blocks and kept > index:
+            kept -= 1
+            _preempt(s, slots[end].previous)
+        if kept == index:  # it was itself the newest
+            break
+        taken += need
+        budget -= chunk
+        batch[index].slot, batch[index].tokens = i, chunk
+        index += 1
+        i = slots[i].next
+    n.batch_chunks = index
+    victims = running - kept
+    if not _admits_first(s) and victims == 0:
+        _admit_those_that_fit(s, now_s, budget, n.free_blocks - taken)
+    return int(victims)
+
+
+@compiled()
+def _needs_eager(s: Table) -> bool:
+    """Return whether the next batch has to be formed request by request."""
+    n, slots = counters_of(s), slots_of(s)
+    if n.windowed > 0:
+        return True
+    if n.decoding > _running_budget(s):
+        return True
+    prompts = n.running - n.decoding
+    if prompts == 0:
+        return False
+    return bool(prompts > 1 or due_clocks_of(s)[slots[len(slots) - 1].previous] != NEVER)
+
+
+@compiled(once=True)
+def _form_batch(s: Table, now_s: float) -> int:
+    """Form the next batch in the way that it needs; return how many requests were preempted."""
+    n = counters_of(s)
+    if _needs_eager(s):
+        n.eager = 1
+        victims = _form_eagerly(s, now_s)
+    else:
+        n.eager = 0
+        victims = _form(s, now_s)
+    n.batch_preemptions = n.change_preemptions + victims
+    n.change_preemptions = 0
+    return victims

@@ -1,0 +1,178 @@
+"""KV blocks: how many a request needs, taking and freeing them, and who owned the free ones.
+
+Free blocks are runs in order of their release; the longest free are taken first. A run remembers its last owner, a
+preempted request or a prefix block, which can go on from what is left of it (sim/engine/kv_pool.py has the same rules).
+"""
+
+from __future__ import annotations
+
+from sim.compiled import compiled
+from sim.engine.kernel.layout import Table
+from sim.engine.kernel.state import (
+    NO_OWNER,
+    ZERO,
+    _has,
+    counters_of,
+    free_runs_of,
+    kv_keep_tokens_of,
+    kv_set_words_of,
+    kv_sets_of,
+    preempted_stack_of,
+    prefix_block_of_id_of,
+    prefix_blocks_of,
+    prompts_of,
+    requests_of,
+    slots_of,
+)
+
+
+@compiled(inline=True)
+def _blocks(tokens: int, block_tokens: int) -> int:
+    return (tokens + block_tokens - 1) // block_tokens
+
+
+@compiled()
+def blocks_of(s: Table, i: int, tokens: int) -> int:
+    """Return the KV blocks that a slot's request needs for this many tokens, without those of its prefix blocks."""
+    n, slot, keep_tokens = counters_of(s), slots_of(s)[i], kv_keep_tokens_of(s)
+    block_tokens, held_set, keep = n.block_tokens, slot.kv_set, slot.kv_keep_id
+    if keep < 0:
+        return int(kv_sets_of(s)[held_set].layers * (_blocks(tokens, block_tokens) - slot.shared_blocks))
+    total = 0
+    for layer in range(keep_tokens.shape[1]):
+        if _has(kv_set_words_of(s), held_set, layer):
+            total += _blocks(min(tokens, keep_tokens[keep, layer]), block_tokens)
+    return total
+
+
+@compiled(inline=True)
+def _prefix_blocks_in(s: Table, r: int, tokens: int) -> int:
+    """Return how many prefix blocks of a request's prompt lie within its first tokens; 0 while nothing is cached."""
+    n = counters_of(s)
+    return int(min(tokens // n.prefix_block_tokens, prompts_of(s)[r].prefix_blocks)) if n.caching else 0
+
+
+@compiled()
+def _found_again(s: Table, r: int) -> int:
+    """Return the tokens of a preempted request whose KV has not been overwritten."""
+    n, request, free_runs = counters_of(s), requests_of(s)[r], free_runs_of(s)
+    run = request.free_run
+    if run < 0 or free_runs[run].blocks == 0:
+        return 0
+    # Its prefix blocks were freed after its own KV blocks, so all of them are left while one of these is.
+    whole = _prefix_blocks_in(s, r, request.computed_tokens) * n.prefix_block_kv_blocks
+    whole += free_runs[run].blocks // kv_sets_of(s)[n.prefill_set].layers
+    whole = min(whole, request.computed_tokens // n.block_tokens)
+    # At least one token is computed again: an iteration without tokens would produce none.
+    last = (request.prompt_tokens + request.produced_tokens - 1) // n.block_tokens
+    return int(min(whole, last) * n.block_tokens)
+
+
+@compiled()
+def _forget_prefix_block(s: Table, number: int) -> None:
+    """Let no request find a prefix block again; what is left of it in a free run belongs to no one."""
+    n, block = counters_of(s), prefix_blocks_of(s)[number]
+    prefix_block_of_id_of(s)[block.hash_id] = 0
+    block.hash_id = -1
+    if block.holders == 0:
+        free_runs_of(s)[block.free_run].owner = NO_OWNER
+        block.holders, block.free_run = -1, n.free_prefix_block
+        n.free_prefix_block = number
+
+
+@compiled()
+def _take(s: Table, blocks: int) -> None:
+    """Hold this many more KV blocks, the longest free first."""
+    n, requests, free_runs = counters_of(s), requests_of(s), free_runs_of(s)
+    n.free_blocks -= blocks
+    if not n.free_runs_kept:
+        return
+    while blocks > 0:
+        run = free_runs[n.free_run_head]
+        taken = min(run.blocks, blocks)
+        run.blocks -= taken
+        blocks -= taken
+        owner = run.owner
+        if taken > 0 and owner >= 0:
+            requests[owner].computed_tokens = _found_again(s, owner)
+        elif taken > 0 and owner < NO_OWNER:  # part of a prefix block is of no use
+            _forget_prefix_block(s, NO_OWNER - owner)
+        if run.blocks == 0:
+            n.free_run_head += 1
+            if owner >= 0:
+                requests[owner].free_run = -1
+
+
+@compiled(inline=True)
+def _place_run(s: Table, run: int) -> None:
+    """Record at the owner of a run where the run is."""
+    owner = free_runs_of(s)[run].owner
+    if owner >= 0:
+        requests_of(s)[owner].free_run = run
+    elif owner < NO_OWNER:
+        prefix_blocks_of(s)[NO_OWNER - owner].free_run = run
+
+
+@compiled()
+def _pack_runs(s: Table) -> int:
+    """Move the free runs to the front of their array and merge neighbors without an owner; return the new tail."""
+    n, free_runs = counters_of(s), free_runs_of(s)
+    to = ZERO
+    for at in range(n.free_run_head, n.free_run_tail):
+        run = free_runs[at]
+        if run.blocks == 0 and run.owner == NO_OWNER:
+            continue
+        if to > 0 and run.owner == NO_OWNER and free_runs[to - 1].owner == NO_OWNER:
+            free_runs[to - 1].blocks += run.blocks
+            continue
+        free_runs[to].owner, free_runs[to].blocks = run.owner, run.blocks
+        _place_run(s, to)
+        to += 1
+    n.free_run_head = 0
+    return int(to)
+
+
+@compiled()
+def _release(s: Table, blocks: int, owner: int) -> None:
+    """Free KV blocks; ``owner`` can go on from them until they are taken. A pool that is too small keeps some first."""
+    n, free_runs = counters_of(s), free_runs_of(s)
+    owed = min(max(-n.free_blocks, 0), blocks)
+    n.free_blocks += blocks
+    blocks -= owed
+    if not n.free_runs_kept or blocks == 0:
+        return
+    tail = n.free_run_tail
+    if owner == NO_OWNER and tail > n.free_run_head and free_runs[tail - 1].owner == NO_OWNER:
+        free_runs[tail - 1].blocks += blocks
+        return
+    if tail == len(free_runs):  # there are few owners, and neighbors without one merge: half of the room suffices
+        tail = _pack_runs(s)
+    free_runs[tail].owner, free_runs[tail].blocks = owner, blocks
+    _place_run(s, tail)
+    n.free_run_tail = tail + 1
+
+
+@compiled()
+def resize_pool(s: Table, blocks: int) -> None:
+    """Grow or shrink the pool; ``free_blocks`` is below 0 while it is smaller than what is held (sim/engine/kv_pool.py)."""
+    n = counters_of(s)
+    change = blocks - n.pool_blocks
+    if change < 0:
+        available = max(n.free_blocks, 0)
+        _take(s, min(-change, available))
+        n.free_blocks -= max(-change - available, 0)
+    n.pool_blocks = blocks
+    if change > 0:
+        _release(s, change, NO_OWNER)
+
+
+@compiled(once=True)
+def forget_kept_kv(s: Table) -> None:
+    """Let no preempted request find again the KV that it left."""
+    n, requests, free_runs = counters_of(s), requests_of(s), free_runs_of(s)
+    for at in range(n.free_run_head, n.free_run_tail):
+        if free_runs[at].owner >= 0:
+            requests[free_runs[at].owner].free_run = -1
+            free_runs[at].owner = NO_OWNER
+    for place in range(n.preempted_waiting):
+        requests[preempted_stack_of(s)[place]].computed_tokens = 0

@@ -1,0 +1,339 @@
+"""The loop: form a batch, price it, end it, until something outside may touch the replica.
+
+An iteration is formed at its start and its effects happen at its end, so a call of `advance` may stop in the middle.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sim.compiled import compiled
+from sim.cost.latency import LatencyTables, iteration_in_range, iteration_seconds, layered_iteration_seconds
+from sim.engine.kernel.admission import _form_batch, take_arrivals
+from sim.engine.kernel.decodes import _count_decodes, _join_decodes, _leave_decodes, _unlink_slot
+from sim.engine.kernel.kv import _release, blocks_of
+from sim.engine.kernel.layout import Table
+from sim.engine.kernel.plans import _change_if_due, change_due_s
+from sim.engine.kernel.prefix_cache import _fill_cache, _release_prefix_blocks
+from sim.engine.kernel.state import (
+    FINISHED,
+    GROW,
+    HORIZON,
+    NEVER,
+    NO_OWNER,
+    STALLED,
+    ZERO,
+    _has,
+    batch_of,
+    block_counts_of,
+    counters_of,
+    due_clocks_of,
+    idle,
+    iteration_log_of,
+    itl_counts_of,
+    kv_keep_tokens_of,
+    kv_set_words_of,
+    kv_sets_of,
+    last_token_groups_of,
+    latency_data_of,
+    latency_layout_of,
+    layer_loads_of,
+    layers_of,
+    requests_of,
+    slots_of,
+    waiting,
+)
+
+# -- the start of an iteration -----------------------------------------------------------------------------------------
+
+
+@compiled()
+def _fill_layer_loads(s: Table) -> int:
+    """Fill ``layer_loads`` with what each layer sees of the batch, equal layers together in order of the first of each.
+
+    Returns:
+        How many rows there are; their columns are those of ``sim.cost.latency.layered_iteration_seconds``.
+    """
+    n, requests, slots, sets, words, batch, layers, loads, keep_tokens = (
+        counters_of(s),
+        requests_of(s),
+        slots_of(s),
+        kv_sets_of(s),
+        kv_set_words_of(s),
+        batch_of(s),
+        layers_of(s),
+        layer_loads_of(s),
+        kv_keep_tokens_of(s),
+    )
+    count = 0
+    for layer in range(len(layers)):
+        tokens, contexts, decodes, context = 0, 0, 0, 0
+        for j in range(n.batch_chunks):
+            slot, chunk = slots[batch[j].slot], batch[j].tokens
+            if not _has(words, slot.kv_set, layer):
+                continue
+            computed = requests[slot.request].computed_tokens
+            if computed < requests[slot.request].prefill_tokens:
+                tokens += chunk
+                contexts += chunk * computed + chunk * (chunk + 1) // 2
+            else:
+                keep = slot.kv_keep_id
+                decodes += 1
+                context += min(computed, keep_tokens[keep, layer]) if keep >= 0 else computed
+        if n.decodes_in_batch:
+            for k in range(n.kv_set_count):
+                if _has(words, k, layer):
+                    decodes += sets[k].decodes
+                    context += sets[k].context_tokens + sets[k].decodes * n.clock
+        bits, runs = layers[layer].bits_index, layers[layer]
+        ffn = n.batch_prefill_tokens * runs.prefill_ffn + n.batch_decodes * runs.decode_ffn
+        found = False
+        for at in range(count):
+            row = loads[at]
+            if (
+                row[1] == bits
+                and row[2] == tokens
+                and row[3] == contexts
+                and row[4] == decodes
+                and row[5] == context
+                and row[6] == ffn
+            ):
+                row[0] += 1
+                found = True
+                break
+        if not found:
+            row = loads[count]
+            row[0], row[1], row[2], row[3], row[4], row[5], row[6] = 1, bits, tokens, contexts, decodes, context, ffn
+            count += 1
+    return count
+
+
+@compiled()
+def _start(s: Table, now_s: float) -> None:
+    """Price the batch and put it under way."""
+    n, requests, slots, sets, batch = counters_of(s), requests_of(s), slots_of(s), kv_sets_of(s), batch_of(s)
+    # Not the literal: numba would compile all that prices an iteration for an argument that is always 0 as well.
+    prefill = prefill_contexts = decodes = contexts = sequences = ZERO
+    uniform = True  # every layer sees the same tokens
+    for j in range(n.batch_chunks):
+        slot, tokens = slots[batch[j].slot], batch[j].tokens
+        request = requests[slot.request]
+        computed = request.computed_tokens
+        if computed < request.prefill_tokens:
+            prefill += tokens
+            # Token k of the chunk attends to computed + k tokens, k = 1 ... tokens.
+            prefill_contexts += tokens * computed + tokens * (tokens + 1) // 2
+            uniform = uniform and slot.kv_set == n.prefill_set
+        else:
+            decodes += 1
+            contexts += computed
+            uniform = uniform and slot.kv_set == n.decode_set and slot.kv_keep_id < 0
+        if computed + tokens == request.prompt_tokens + request.produced_tokens:
+            sequences += 1  # it reaches the LM head
+    if n.decodes_in_batch:
+        decodes += n.decoding
+        sequences += n.decoding
+        for k in range(n.kv_set_count):
+            contexts += sets[k].context_tokens + sets[k].decodes * n.clock
+        uniform = uniform and sets[n.decode_set].decodes == n.decoding
+    n.batch_prefill_tokens, n.batch_decodes = prefill, decodes
+    tables, counts = LatencyTables(latency_data_of(s), latency_layout_of(s)), block_counts_of(s)
+    if uniform:
+        duration_s = iteration_seconds(tables, counts, prefill, prefill_contexts, decodes, contexts, sequences)
+    else:
+        loads = layer_loads_of(s)[: _fill_layer_loads(s)]
+        duration_s = layered_iteration_seconds(tables, loads, prefill + decodes, sequences)
+    if n.copy >= 0:
+        duration_s *= 1.0 + n.copy_slowdown
+    inside = iteration_in_range(tables, prefill, prefill_contexts, decodes, contexts, sequences)
+    n.batch_extrapolated = 0 if inside else 1
+    n.batch_running, n.batch_waiting = n.running, waiting(s)
+    n.in_iteration = 1
+    n.duration_s, n.start_s, n.end_s = duration_s, now_s, now_s + duration_s
+
+
+# -- the end of an iteration -------------------------------------------------------------------------------------------
+
+
+@compiled(inline=True)
+def _count_itl(s: Table, itl_s: float, count: int) -> None:
+    n, itl_counts = counters_of(s), itl_counts_of(s)
+    itl_counts[n.itl_count].itl_s, itl_counts[n.itl_count].count = itl_s, count
+    n.itl_count += 1
+
+
+@compiled()
+def _finish(s: Table, i: int, now_s: float) -> None:
+    """Free what a request holds that has its last token; its record is up to date."""
+    n, slot = counters_of(s), slots_of(s)[i]
+    request = requests_of(s)[slot.request]
+    request.finish_s = now_s
+    request.status = FINISHED
+    n.finished += 1
+    n.running_tokens -= request.computed_tokens
+    _release(s, blocks_of(s, i, request.computed_tokens), NO_OWNER)
+    if slot.shared_blocks > 0:
+        _release_prefix_blocks(s, i)
+    _unlink_slot(s, i)
+
+
+@compiled()
+def _finish_due(s: Table, now_s: float) -> None:
+    """Finish the decoding requests that have their last token at this clock."""
+    n, slots = counters_of(s), slots_of(s)
+    due, clock, next_due, end = due_clocks_of(s), n.clock, NEVER, len(slots) - 1
+    i = slots[end].next
+    while n.prefix_caching and i != end:  # in order of admission: what is freed first is taken first
+        after = slots[i].next
+        if due[i] == clock:
+            _leave_decodes(s, i)
+            _finish(s, i, now_s)
+        i = after
+    for i in range(end):
+        if due[i] == clock:
+            _leave_decodes(s, i)
+            _finish(s, i, now_s)
+        elif due[i] < next_due:
+            next_due = due[i]
+    n.next_due = next_due
+
+
+@compiled(inline=True)
+def _end_prefill(s: Table, i: int) -> None:
+    """Let a request hold on to the KV of its decode alone, as the running plan keeps it."""
+    n, slot = counters_of(s), slots_of(s)[i]
+    after, computed = kv_sets_of(s)[slot.kv_set].after_prefill, requests_of(s)[slot.request].computed_tokens
+    if after != slot.kv_set or n.kv_keep_id >= 0:
+        held = blocks_of(s, i, computed)
+        slot.kv_set = after
+        if n.kv_keep_id >= 0 and slot.shared_blocks == 0:
+            slot.kv_keep_id = n.kv_keep_id
+            n.windowed += 1
+        _release(s, held - blocks_of(s, i, computed), NO_OWNER)
+
+
+@compiled()
+def _end_chunk(s: Table, i: int, tokens: int, now_s: float) -> None:
+    """Count a request's tokens of this iteration; if it has caught up, it gets its next token."""
+    n, slot = counters_of(s), slots_of(s)[i]
+    request, held_set = requests_of(s)[slot.request], kv_sets_of(s)[slot.kv_set]
+    decoding = request.computed_tokens >= request.prefill_tokens
+    request.computed_tokens += tokens
+    n.running_tokens += tokens
+    if request.computed_tokens >= slot.fill_tokens:
+        _fill_cache(s, i)
+    if request.computed_tokens < request.prompt_tokens + request.produced_tokens:
+        return
+    if decoding:
+        request.kept_params += held_set.decode_params
+        request.nll_sum += held_set.decode_nll
+    else:
+        request.kept_params += held_set.prefill_params
+        request.nll_sum += held_set.prefill_nll
+        _end_prefill(s, i)
+    request.produced_tokens += 1
+    n.produced_tokens += 1
+    if request.produced_tokens == 1:
+        request.first_token_s = now_s
+        n.first_tokens += 1
+        n.ttft_sum_s += now_s - request.arrival_s
+    else:
+        _count_itl(s, now_s - request.last_token_s, 1)
+    request.last_token_s = now_s
+    if request.produced_tokens == request.output_limit_tokens:
+        _finish(s, i, now_s)
+    elif not n.eager:
+        _join_decodes(s, i)
+
+
+@compiled(inline=True)
+def _log_iteration(s: Table, used_share: float) -> None:
+    n = counters_of(s)
+    row = iteration_log_of(s)[n.log_count]
+    row.start_s, row.end_s, row.kv_used_share = n.start_s, n.end_s, used_share
+    row.prefill_tokens, row.decode_requests = n.batch_prefill_tokens, n.batch_decodes
+    row.running, row.waiting = n.batch_running, n.batch_waiting
+    row.preemptions, row.extrapolated = n.batch_preemptions, n.batch_extrapolated
+    n.log_count += 1
+
+
+@compiled()
+def _end(s: Table) -> None:
+    """End the iteration under way: tokens, finishes, the log."""
+    n, batch, groups = counters_of(s), batch_of(s), last_token_groups_of(s)
+    now_s = n.end_s
+    n.now_s = now_s
+    n.busy_s += n.duration_s
+    n.in_iteration = 0
+    n.iterations += 1
+    n.used_blocks_before = n.pool_blocks - n.free_blocks
+    if n.log_enabled:
+        _log_iteration(s, n.used_blocks_before / max(n.pool_blocks, 1))
+    if n.decodes_in_batch:
+        decodes = n.decoding
+        n.clock += 1
+        n.produced_tokens += decodes
+        n.running_tokens += decodes
+        for group in range(n.group_count):
+            if groups[group].requests > 0:
+                _count_itl(s, now_s - groups[group].last_token_s, groups[group].requests)
+        groups[0].last_token_s, groups[0].requests, n.group_count = now_s, decodes, 1
+        if n.clock >= n.next_due:
+            _finish_due(s, now_s)
+    for j in range(n.batch_chunks):
+        _end_chunk(s, batch[j].slot, batch[j].tokens, now_s)
+    if n.eager:
+        _count_decodes(s)
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def advance(s: Table, horizon_s: float) -> int:
+    """Serve whole iterations from ``now_s`` on; what is due at ``now_s`` is done first.
+
+    Args:
+        s: the replica, changed in place; its ``now_s`` says how far it came.
+        horizon_s: serve up to this moment, and start no iteration then.
+    Returns:
+        ``HORIZON``: it came that far, perhaps into the middle of an iteration. ``NEEDS``: the plan graph has to work
+        out first what ``needed`` names. ``GROW``: the logs have to grow first. ``STALLED``: it is `idle`, or what waits
+        cannot start until something outside changes.
+    """
+    n, log, itl_counts = counters_of(s), iteration_log_of(s), itl_counts_of(s)
+    room = 2 * len(slots_of(s)) + 2  # rows of itl_counts that one iteration may need
+    if not n.in_iteration:
+        why = _change_if_due(s, n.now_s)
+        if why != STALLED:
+            return why
+    while True:
+        if n.in_iteration:
+            if n.end_s > horizon_s:
+                n.now_s = horizon_s
+                return HORIZON
+            _end(s)
+        now_s = n.now_s
+        if n.next_arrival_s <= now_s:
+            take_arrivals(s, now_s)
+        if now_s >= horizon_s:
+            return HORIZON
+        change_s = change_due_s(s)
+        if now_s >= change_s:
+            why = _change_if_due(s, now_s)
+            if why != STALLED:
+                return why
+            change_s = change_due_s(s)
+        if n.itl_count + room > len(itl_counts) or n.log_count == len(log):
+            return GROW
+        victims = _form_batch(s, now_s)
+        if n.batch_chunks > 0 or n.decodes_in_batch:
+            _start(s, now_s)
+            continue
+        if n.eager:
+            _count_decodes(s)
+        if victims > 0:
+            continue
+        if n.next_arrival_s == np.inf and (change_s == np.inf or idle(s)):
+            return STALLED
+        n.now_s = min(n.next_arrival_s, horizon_s, change_s)
