@@ -1,6 +1,6 @@
-"""Command: ``python -m agents.clone``; see agents/training/clone.py."""
+"""``python -m agents.clone``: train a policy to imitate a planner that looks ahead (agents/training/clone.py)."""
 
-from agents.training.clone import clone_command
+from agents.training.clone import main
 
 if __name__ == "__main__":
-    clone_command()
+    main()

@@ -1,4 +1,4 @@
-"""Command: ``python -m agents.evaluate``; see agents/evaluation/evaluate.py."""
+"""``python -m agents.evaluate``: compare policies on held-out loads and windows (agents/evaluation/evaluate.py)."""
 
 from agents.evaluation.evaluate import main
 

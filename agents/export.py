@@ -1,4 +1,4 @@
-"""Command: ``python -m agents.export``; see agents/training/export.py."""
+"""``python -m agents.export``: write a trained policy as files that NumPy runs (agents/training/export.py)."""
 
 from agents.training.export import main
 

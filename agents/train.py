@@ -1,6 +1,6 @@
-"""Command: ``python -m agents.train``; see agents/training/train.py."""
+"""``python -m agents.train``: train a policy with RLlib (agents/training/train.py)."""
 
-from agents.training.train import train_command
+from agents.training.train import main
 
 if __name__ == "__main__":
-    train_command()
+    main()

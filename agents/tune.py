@@ -1,4 +1,4 @@
-"""Command: ``python -m agents.tune``; see agents/training/tune.py."""
+"""``python -m agents.tune``: search over the keys of a training (agents/training/tune.py)."""
 
 from agents.training.tune import main
 

@@ -110,53 +110,53 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         for c, cluster in enumerate(self._served):
             cluster.run_until(float(self._tick[c] * self.setting.tick_s))
             cluster.observe_into(self._seen[self._rows(c)])
-        seen = self._seen.reshape(self.clusters, self.setting.replicas, SEEN_COLUMNS)
-        among = cluster_features(seen, self._observers.dense_bytes).reshape(self.num_envs, -1)
-        features = np.concatenate((self._observers(self._seen), among), axis=1) * self.setting.visible
+        observed = self._seen.reshape(self.clusters, self.setting.replicas, SEEN_COLUMNS)
+        compared = cluster_features(observed, self._observers.dense_bytes).reshape(self.num_envs, -1)
+        features = np.concatenate((self._observers(self._seen), compared), axis=1) * self.setting.visible
         return np.concatenate((features, self._observers.legal(self._seen)), axis=1, dtype=np.float32)
 
     def step(self, actions: Any) -> tuple[Floats32, Floats, Bools, Bools, dict[str, Any]]:
         """Step every replica; a cluster whose episode has ended begins a new one instead."""
         setting, observers, k = self.setting, self._observers, self.setting.replicas
         chosen = np.asarray(actions, dtype=np.int64)
-        begun = self._over.copy()
-        goes_on = ~np.repeat(begun, k)
+        restarting = self._over.copy()
+        running = ~np.repeat(restarting, k)
         legal = observers.legal(self._seen)[np.arange(self.num_envs), chosen]
-        changed = legal & goes_on & (chosen != observers.action)
-        observers.choose(self._seen, chosen, legal & goes_on)
+        changed = legal & running & (chosen != observers.action)
+        observers.choose(self._seen, chosen, legal & running)
         for row in np.flatnonzero(changed).tolist():
             self._served[row // k].apply(row % k, setting.actions.plans[chosen[row]])
-        for c in np.flatnonzero(begun).tolist():
+        for c in np.flatnonzero(restarting).tolist():
             self._served[c] = self._begin(c)
-        seen = self._serve()
-        over = ~begun & (self._tick >= setting.ticks)
+        observed = self._serve()
+        over = ~restarting & (self._tick >= setting.ticks)
         for c in np.flatnonzero(over).tolist():
             self._served[c].run()
-        reward, utility = self._pay(over, goes_on)
+        reward, utility = self._pay(over, running)
         self._over = over
         ended = np.repeat(over, k)
         infos = final_infos(ended, utility=np.where(ended, np.repeat(utility, k), 0.0))
-        return seen, reward, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
+        return observed, reward, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
 
-    def _pay(self, over: Bools, goes_on: Bools) -> tuple[Floats, Floats]:
+    def _pay(self, over: Bools, running: Bools) -> tuple[Floats, Floats]:
         """Return the reward of every row, float64[r], and the utility of every cluster so far, float64[c]."""
         setting, k = self.setting, self.setting.replicas
         ended, requests = np.repeat(over, k), np.repeat(self._requests, k)
         tables = np.concatenate([cluster.tables for cluster in self._served])
-        moments_s = np.where(ended, math.inf, np.repeat(self._tick, k) * setting.tick_s)
+        now_s = np.where(ended, math.inf, np.repeat(self._tick, k) * setting.tick_s)
         earned, lost = np.empty(self.num_envs), np.empty(self.num_envs)
-        settle_utility(tables, self._settled, moments_s, self._slo_s, setting.dense_nll, requests, earned, lost)
+        settle_utility(tables, self._settled, now_s, self._slo_s, setting.dense_nll, requests, earned, lost)
         standing = -lost if setting.reward.kind == "lost" else earned
         arrived = self._seen[:, ARRIVED].reshape(-1, k)
         total = np.repeat(standing.reshape(-1, k).sum(axis=1), k)
         # What as many average requests of the cluster earned as this replica has received.
         mean = total * (arrived / np.maximum(arrived.sum(axis=1, keepdims=True), 1.0)).ravel()
         standing = total + setting.own_share * k * (standing - mean)
-        gained, self._standing = standing - self._standing, np.where(goes_on, standing, 0.0)
+        gained, self._standing = standing - self._standing, np.where(running, standing, 0.0)
         waits = (self._seen[:, OLDEST_WAIT_S], self._seen[:, WAITING])
         potential = setting.reward.potentials(*waits, requests / k, setting.slo.ttft_s)
-        potential[ended | ~goes_on] = 0.0
-        reward = np.where(goes_on, setting.reward(gained, self._potential, potential), 0.0)
+        potential[ended | ~running] = 0.0
+        reward = np.where(running, setting.reward(gained, self._potential, potential), 0.0)
         self._potential = potential
         return reward, earned.reshape(-1, k).sum(axis=1)
 

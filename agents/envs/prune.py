@@ -4,9 +4,9 @@ Episode: one load (batch, sequence length, budget), or ``sequence`` loads in a r
 its budget or no block is left to drop. With ``restore``, an action may also bring a dropped block back, and the agent
 settles a load by accepting its plan. Blocks stay dropped for the next load of a sequence, as in RAP's sessions.
 
-Observation: float32[entries], one row of ``sim.policies.observation.prune.prune_table`` each: the load, the memory that
-is missing as a share of the dense model's peak, which blocks are kept, and last one flag (0 or 1) for each legal
-action.
+Observation: float32[entries]; ``sim.policies.observation.prune.prune_table`` lists each entry with its range. They are
+the load, peak memory and missing memory as shares of the dense model's peak, which blocks are kept, and last one flag
+(0 or 1) for each legal action.
 
 Action: the number of a block in the order MHA0, FFN0, MHA1, ...: drop it. With ``restore``, the next action accepts and
 the ones after it restore a block. An illegal action changes nothing; ``info["illegal_actions"]`` counts them.
@@ -47,7 +47,7 @@ from sim.policies.observation.prune import (
 )
 from sim.types import Bools, Floats32
 
-STEPS_A_BLOCK = 4
+STEPS_PER_BLOCK = 4
 """An episode is truncated after this many actions for each block and load; only ``restore`` episodes get that far."""
 
 
@@ -97,7 +97,7 @@ class PruneSetting:
         self.reward = reward if isinstance(reward, PruneReward) else PruneReward(**(reward or {}))
         self.blocks = 2 * self.model.num_layers
         self.accept = self.blocks
-        self.max_steps = STEPS_A_BLOCK * self.blocks * sequence
+        self.max_steps = STEPS_PER_BLOCK * self.blocks * sequence
         low, high = self.table.bounds()
         self.observation_space = gym.spaces.Box(low, high, dtype=np.float32)
         self.action_space: gym.spaces.Discrete[np.int64] = gym.spaces.Discrete(len(self.table.actions))

@@ -83,8 +83,11 @@ def _log_uniform(u: float, low: int, high: int) -> int:
     return min(high, int(low * math.exp(u * math.log((high + 1) / low))))
 
 
+SPLIT = option_path("split", "prune")
+
+
 @cache
-def prune_loads(path: Path = option_path("split", "prune")) -> PruneLoads:
+def prune_loads(path: Path = SPLIT) -> PruneLoads:
     """Read the split.
 
     Raises:

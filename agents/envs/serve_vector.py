@@ -100,36 +100,36 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
         chosen = np.asarray(actions, dtype=np.int64)
         legal = observers.legal(self._seen)[np.arange(self.num_envs), chosen]
         observers.choose(self._seen, chosen, legal & ~self._over)
-        begun = self._over.copy()
-        for i in np.flatnonzero(begun).tolist():
+        restarting = self._over.copy()
+        for i in np.flatnonzero(restarting).tolist():
             self._begin(i)
-        seen = self._serve(np.where(begun, -1, observers.action))
-        over = ~begun & (self._tick >= setting.ticks)
+        observations = self._serve(np.where(restarting, -1, observers.action))
+        over = ~restarting & (self._tick >= setting.ticks)
         if over.any():
             self._serve_rest(over)
         utility, lost = np.empty(self.num_envs), np.empty(self.num_envs)
-        moments_s = np.where(over, math.inf, self._tick * setting.tick_s)
+        now_s = np.where(over, math.inf, self._tick * setting.tick_s)
         settle_utility(
-            self._engines.tables, self._settled, moments_s, self._slo, setting.dense_nll, self._requests, utility, lost
+            self._engines.tables, self._settled, now_s, self._slo, setting.dense_nll, self._requests, utility, lost
         )
         gained = self._lost - lost if setting.reward.kind == "lost" else utility - self._utility
-        self._utility, self._lost = np.where(begun, 0.0, utility), np.where(begun, 0.0, lost)
+        self._utility, self._lost = np.where(restarting, 0.0, utility), np.where(restarting, 0.0, lost)
         potential = setting.reward.potentials(
             self._seen[:, OLDEST_WAIT_S], self._seen[:, WAITING], self._requests, setting.slo.ttft_s
         )
-        potential[over | begun] = 0.0
-        reward = np.where(begun, 0.0, setting.reward(gained, self._potential, potential))
+        potential[over | restarting] = 0.0
+        reward = np.where(restarting, 0.0, setting.reward(gained, self._potential, potential))
         self._potential = potential
         self._over = over
         infos = final_infos(over, utility=np.where(over, utility, 0.0))
-        return seen, reward, over, np.zeros(self.num_envs, dtype=np.bool_), infos
+        return observations, reward, over, np.zeros(self.num_envs, dtype=np.bool_), infos
 
     def _serve_rest(self, over: Bools) -> None:
         """Serve the windows that are over to the end of their requests; keep what was observed at their last tick."""
-        seen = self._seen.copy()
+        observed = self._seen.copy()
         until_s = np.where(over, math.inf, self._tick * self.setting.tick_s).astype(np.float64)
         self._engines.step(np.full(self.num_envs, -1), until_s)
-        self._seen = seen
+        self._seen = observed
 
 
 def slo_seconds(slo: Slo) -> Floats:

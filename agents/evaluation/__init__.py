@@ -1,1 +1,1 @@
-"""Policies next to each other on held-out loads and windows."""
+"""Evaluates learned policies and baselines on the same held-out loads, windows and clusters."""

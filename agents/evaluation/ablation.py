@@ -1,4 +1,4 @@
-"""Which entries of an observation a trained policy depends on: permutation importance, nothing is trained again."""
+"""Which entries of an observation a trained policy depends on: permutation importance, without training again."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ SERVE_GROUPS = {
     "all of what was answered": ("first_tokens_10s", "ttft_10s", "rejected_10s"),
     "all of the plan in force": ("copying", "dwell_left", "level_drop", "level_low", "level_admit"),
 }
-"""Kinds of entries that tell of one thing; shuffled together they stay consistent with each other."""
+"""Groups of related entries; shuffling a group together keeps its entries consistent with each other."""
 
 
 def shuffled(network: Network, columns: NDArray[np.bool_], seed: int) -> Act:
-    """Return what the network does when these columns of its features come from another row of the batch."""
+    """Return the network's choices when these feature columns, bool[o], come from another row of the batch."""
     rng = np.random.default_rng(seed)
 
     def act(features: Floats32, legal: Bools) -> NDArray[np.int64]:
@@ -52,16 +52,16 @@ def shuffled(network: Network, columns: NDArray[np.bool_], seed: int) -> Act:
 
 
 def _hidden(kinds: Sequence[str], groups: Mapping[str, tuple[str, ...]]) -> dict[str, NDArray[np.bool_]]:
-    """Return which columns each ablation shuffles; ``nothing`` is the policy as it is."""
+    """Return the columns that each ablation shuffles, bool[o]; ``nothing`` is the unchanged policy."""
     names = {"nothing": (), **{kind: (kind,) for kind in dict.fromkeys(kinds)}, **groups}
     return {name: np.isin(kinds, entries) for name, entries in names.items()}
 
 
 def shuffled_loads(paths: Sequence[Path], seed: int = 0) -> pd.DataFrame:
-    """Return the validation utility of policies of ``PruneToBudget`` when one kind of entry comes from another load.
+    """Return the validation utility of policies of ``PruneToBudget`` if one kind of entry comes from another load.
 
     Returns:
-        One row a policy and ablation: hidden, seed (number of the policy), utility.
+        One row for each policy and ablation: hidden, seed (number of the policy), utility.
     """
     rows = []
     for number, path in enumerate(paths):
@@ -75,12 +75,12 @@ def shuffled_loads(paths: Sequence[Path], seed: int = 0) -> pd.DataFrame:
 
 
 def shuffled_windows(paths: Sequence[Path], *, windows: int = WINDOWS, seed: int = 0) -> pd.DataFrame:
-    """Return the same of policies of ``ServeTrace``: entries come from another window at the same tick."""
+    """Return the same for policies of ``ServeTrace``; entries come from another window at the same tick."""
     rows = []
     for number, path in enumerate(paths):
         learned = read_learned(path, "ServeTrace")
         env_kwargs = {**learned.about["environment"], "split": "validation"}
-        # The network reads what comes before the flags of legal actions.
+        # The network does not read the flags of legal actions.
         names = [entry["name"] for entry in learned.about["observation"] if not entry["name"].startswith("legal.")]
         drawn = validation_windows(tuple(env_kwargs["sources"]), windows)
         for name, columns in _hidden(names, SERVE_GROUPS).items():

@@ -1,9 +1,10 @@
-"""The best schedule of plans that a search finds when the whole window is known: how far adapting could get.
+"""Searches the best schedule of plans for a known window: how much adapting could gain at most.
 
-It is no policy: it knows what will arrive, how long answers will be and what the budget will do. The search begins with
-the best single plan, and with what looking ahead on the very window would do (``agents.training.clone.look_ahead``); then it
-improves span after span, each trial served to the end of the window (``SimEngine.snapshot``). It finds a local optimum
-over the plans of the table, so the true best may be higher still; plans of other tables are not in it.
+The oracle is not a policy: it knows arrivals, output lengths and the budget of the window. The search starts from the
+best of two kinds of schedules: each single plan, and the choices of looking ahead on this window
+(``agents.training.clone.look_ahead``). Then it improves one span of ticks after another; each trial is served to the
+end of the window (``SimEngine.snapshot``). The result is a local optimum over the plans of the table, so the true
+optimum may be higher.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ HORIZON_S, GRACE_S = 12.0, 1.0
 
 
 def best_schedule(setting: ServeSetting, window: Window, spans: Sequence[int] = SPANS) -> tuple[list[int], float]:
-    """Return the plan of each decision [ticks - 1], as numbers of the table, and the utility of the window.
+    """Return the action of each decision, [ticks - 1], and the utility of the window, in [0, 1].
 
     Args:
-        setting, window: what is served. spans: ticks that change together, one sweep over the window for each.
+        setting, window: what is served.
+        spans: lengths in ticks; for each, one sweep over the window changes spans of that many ticks.
     """
     count, ticks = len(setting.actions.plans), setting.ticks
     starts = [[action] * (ticks - 1) for action in range(count)]
@@ -41,7 +43,7 @@ def best_schedule(setting: ServeSetting, window: Window, spans: Sequence[int] = 
 
 
 def schedule_policy(setting: ServeSetting, schedule: Sequence[int]) -> Schedule:
-    """Return the policy that follows a schedule; before the first decision runs what runs before everybody's."""
+    """Return the policy that follows a schedule; like every policy it starts with the first plan of the table."""
     plans = setting.actions.plans
     at_s = tuple(tick * setting.tick_s for tick in range(setting.ticks))
     return Schedule(at_s, (plans[0], *(plans[action] for action in schedule)))
@@ -50,7 +52,7 @@ def schedule_policy(setting: ServeSetting, schedule: Sequence[int]) -> Schedule:
 def _improved(
     setting: ServeSetting, window: Window, schedule: list[int], utility: float, span: int
 ) -> tuple[list[int], float]:
-    """Return the schedule after each span in turn took the plan with which the whole window went best."""
+    """Return the schedule after a sweep that gives each span the plan with the highest utility of the window."""
     engine = setting.build_engine(window, setting.actions.plans[0])
     requests = len(setting.windows.requests(window))
     for begin in range(1, setting.ticks, span):
@@ -72,7 +74,7 @@ def _improved(
 
 
 def _follow(setting: ServeSetting, engine: SimEngine, schedule: Sequence[int], begin: int, end: int) -> None:
-    """Serve from the decision of tick ``begin``, for which the engine stands still, to that of ``end``, left out."""
+    """Run the decisions of ticks ``begin`` to ``end - 1``; the engine must stand at tick ``begin``."""
     engine.apply(setting.actions.plans[schedule[begin - 1]])
     for tick in range(begin + 1, end):
         if schedule[tick - 1] != schedule[tick - 2]:
@@ -89,7 +91,7 @@ def _utility(setting: ServeSetting, window: Window, schedule: Sequence[int]) -> 
 
 
 def _looking_ahead(setting: ServeSetting, window: Window, span: int) -> list[int]:
-    """Return what choosing the plan that loses least over the coming seconds would do, once a span."""
+    """Return the schedule that chooses, once per span, the plan that loses the least utility over the next seconds."""
     core = ServeCore(setting)
     core.begin(window)
     schedule = []

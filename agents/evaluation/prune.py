@@ -1,7 +1,7 @@
-"""Every policy of ``PruneToBudget`` on the same loads: which blocks each drops, what that loses, how long it thought.
+"""Evaluates policies of ``PruneToBudget`` on the same loads: the blocks each drops, the loss, and the decision latency.
 
-All policies decide on losses of the calibration text; what they lose is reported on the test text. ``oracle`` alone
-decides on the losses of the test text: an upper bound under the surrogate, not a policy.
+Policies decide on losses of the calibration text, and results are reported on losses of the test text. Only ``oracle``
+decides on the test text: it is an upper bound under the surrogate, not a policy.
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ from sim.policies.observation.prune import block_names, loads, mask_of, removed_
 from sim.types import Bools
 
 Decide = Callable[[PruneLoad], Bools]
-"""Which blocks [b] to drop for a load."""
+"""Returns the blocks to drop for a load, bool[b]."""
 
 SCENARIO = ["batch", "sequence_tokens", "budget_share"]
 RANDOM_ORDERS = 20
-STATIC_TRAIN_LOADS = 2000
+STATIC_TRAIN_LOADS, STATIC_CANDIDATES = 2000, 200
 
 
-def stop_at_budget(model: ModelSpec, order: Sequence[int], draw: PruneLoad) -> Bools:
-    """Return which blocks [b] go when blocks go in this order until the load fits."""
-    load = loads(model, [draw.batch], [draw.sequence_tokens], [draw.budget_bytes(model)])
-    peak, budget_bytes = int(load.dense_bytes[0]), int(load.budget_bytes[0])
-    freed = (int(load.mha_bytes[0]), int(load.ffn_bytes[0]))
+# Shapes: b blocks in the order MHA0, FFN0, MHA1, ...
+
+
+def stop_at_budget(model: ModelSpec, order: Sequence[int], load: PruneLoad) -> Bools:
+    """Return the blocks to drop, bool[b], if blocks are dropped in this order until the load fits."""
+    arrays = loads(model, [load.batch], [load.sequence_tokens], [load.budget_bytes(model)])
+    peak, budget_bytes = int(arrays.dense_bytes[0]), int(arrays.budget_bytes[0])
+    freed = (int(arrays.mha_bytes[0]), int(arrays.ffn_bytes[0]))
     removed = np.zeros(2 * model.num_layers, dtype=np.bool_)
     for block in order:
         if peak <= budget_bytes:
@@ -50,68 +53,75 @@ def stop_at_budget(model: ModelSpec, order: Sequence[int], draw: PruneLoad) -> B
 
 
 def read_order(model: ModelSpec, kind: str) -> list[int]:
-    """Return an order of blocks that ``hw.score`` measured; an order of layers drops both blocks of each."""
+    """Return a block order measured by ``hw.score``; an order of layers becomes both blocks of each layer.
+
+    Raises:
+        ConfigError: if conf/score has no such order, or an unfinished one.
+    """
     path = CONF_DIR / "score" / f"{model.name}_{kind}.json"
     if not path.exists():
-        raise ConfigError(f"no {path.name} in conf/score; measure it: python -m hw.score kind={kind.split('_w')[0]}")
+        raise ConfigError(f"conf/score has no {path.name}; measure it: python -m hw.score kind={kind.split('_w')[0]}")
     order = json.loads(path.read_text(encoding="utf-8"))["order"]
     names = {name: i for i, name in enumerate(block_names(model.num_layers))}
     if isinstance(order[0], int):
-        found = [2 * layer + kind_ for layer in order for kind_ in (0, 1)]
+        blocks = [2 * layer + half for layer in order for half in (0, 1)]
     else:
-        found = [names[name] for name in order]
-    if sorted(found) != list(range(len(names))):
+        blocks = [names[name] for name in order]
+    if sorted(blocks) != list(range(len(names))):
         raise ConfigError(
-            f"{path.name} orders {len(found)} of {len(names)} blocks; let its measurement finish: "
+            f"{path.name} orders {len(blocks)} of {len(names)} blocks; let its measurement finish: "
             f"python -m hw.score kind={kind.split('_w')[0]}"
         )
-    return found
+    return blocks
 
 
-def needed_bytes(model: ModelSpec, draw: PruneLoad) -> int:
-    """Return the bytes that have to go."""
-    dense = peak_bytes(model, keep_all(model), draw.batch, draw.sequence_tokens)
-    return max(0, dense - draw.budget_bytes(model))
+def needed_bytes(model: ModelSpec, load: PruneLoad) -> int:
+    """Return the bytes that dropping blocks must free at this load."""
+    dense = peak_bytes(model, keep_all(model), load.batch, load.sequence_tokens)
+    return max(0, dense - load.budget_bytes(model))
 
 
-def freed_bytes(model: ModelSpec, draw: PruneLoad) -> tuple[int, int]:
-    """Return what one MHA and one FFN block free at this load."""
-    kv = draw.batch * draw.sequence_tokens * model.kv_bytes_per_token_layer
+def freed_bytes(model: ModelSpec, load: PruneLoad) -> tuple[int, int]:
+    """Return the bytes that dropping one MHA block and one FFN block frees at this load."""
+    kv = load.batch * load.sequence_tokens * model.kv_bytes_per_token_layer
     return mha_weight_bytes(model) + kv, ffn_weight_bytes(model)
 
 
 def solver(model: ModelSpec, costs: np.ndarray[Any, np.dtype[np.float64]]) -> Decide:
-    """Return the knapsack over these costs [b]."""
+    """Return the exact knapsack solver for these block costs, float64[b] in nats per token."""
     by_cost = sorted_costs(costs)
 
-    def decide(draw: PruneLoad) -> Bools:
-        return removed_blocks(cheapest_mask(by_cost, needed_bytes(model, draw), *freed_bytes(model, draw)))
+    def decide(load: PruneLoad) -> Bools:
+        return removed_blocks(cheapest_mask(by_cost, needed_bytes(model, load), *freed_bytes(model, load)))
 
     return decide
 
 
 def by_ratio(model: ModelSpec, costs: np.ndarray[Any, np.dtype[np.float64]]) -> Decide:
-    """Return greedy by cost a byte freed at the present load: the simple rule that knows the load."""
+    """Return the greedy rule that drops blocks by cost per byte freed at the load, until the load fits."""
 
-    def decide(draw: PruneLoad) -> Bools:
-        freed = np.tile(np.array(freed_bytes(model, draw), dtype=np.float64), model.num_layers)
-        return stop_at_budget(model, np.argsort(costs / freed, kind="stable").tolist(), draw)
+    def decide(load: PruneLoad) -> Bools:
+        freed = np.tile(np.array(freed_bytes(model, load), dtype=np.float64), model.num_layers)
+        return stop_at_budget(model, np.argsort(costs / freed, kind="stable").tolist(), load)
 
     return decide
 
 
 def best_static(model: ModelSpec, solve: Decide, seed: int = 0) -> Bools:
-    """Return the one mask with the highest mean utility on training draws, among the solutions of 200 others."""
+    """Return the one set of blocks, bool[b], with the highest mean utility on training loads.
+
+    The candidates are the solutions of the first ``STATIC_CANDIDATES`` loads.
+    """
     rng = np.random.default_rng(seed)
-    draws = [prune_loads().sample(rng, "train") for _ in range(STATIC_TRAIN_LOADS)]
-    candidates = np.unique(np.stack([solve(draw) for draw in draws[:200]]), axis=0)
+    sampled = [prune_loads().sample(rng, "train") for _ in range(STATIC_TRAIN_LOADS)]
+    candidates = np.unique(np.stack([solve(load) for load in sampled[:STATIC_CANDIDATES]]), axis=0)
     kept = np.exp(-mask_losses(quality_on(model.name, "calibration"), candidates))
     mha, ffn = candidates[:, 0::2].sum(axis=1), candidates[:, 1::2].sum(axis=1)
     fits = np.stack(
         [
-            mha * freed[0] + ffn * freed[1] >= needed_bytes(model, draw)
-            for draw in draws
-            for freed in (freed_bytes(model, draw),)
+            mha * freed[0] + ffn * freed[1] >= needed_bytes(model, load)
+            for load in sampled
+            for freed in (freed_bytes(model, load),)
         ]
     )
     best: Bools = candidates[int((kept * fits.mean(axis=0)).argmax())]
@@ -119,7 +129,7 @@ def best_static(model: ModelSpec, solve: Decide, seed: int = 0) -> Bools:
 
 
 def baselines(model: ModelSpec) -> dict[str, list[Decide]]:
-    """Return every baseline; several entries are seeds."""
+    """Return every baseline by name; a list of several holds one function for each seed."""
     quality = quality_on(model.name, "calibration")
     blocks = 2 * model.num_layers
     single = single_losses(quality)
@@ -129,56 +139,62 @@ def baselines(model: ModelSpec) -> dict[str, list[Decide]]:
     ffn_first = sorted(range(blocks), key=lambda block: (1 - block % 2, single[block]))
 
     def ordered(order: Sequence[int]) -> Decide:
-        return lambda draw: stop_at_budget(model, order, draw)
+        return lambda load: stop_at_budget(model, order, load)
 
-    found: dict[str, list[Decide]] = {
-        "dense": [lambda draw: np.zeros(blocks, dtype=np.bool_)],
-        "static": [lambda draw: static],
+    policies: dict[str, list[Decide]] = {
+        "dense": [lambda load: np.zeros(blocks, dtype=np.bool_)],
+        "static": [lambda load: static],
         "random": [ordered(np.random.default_rng(s).permutation(blocks).tolist()) for s in range(RANDOM_ORDERS)],
         "ffn_only": [ordered(ffn_first)],
         "mha_only": [ordered(mha_first)],
     }
     for kind in ("one_shot", "cosine", "lis_w4", "gsi"):
-        found["greedy_stop" if kind == "gsi" else kind] = [ordered(read_order(model, kind))]
-    found["ratio"] = [by_ratio(model, quality.blocks)]
-    found["knapsack"] = [solve]
-    found["oracle"] = [solver(model, quality_on(model.name, "test").blocks)]
-    return found
+        policies["greedy_stop" if kind == "gsi" else kind] = [ordered(read_order(model, kind))]
+    policies["ratio"] = [by_ratio(model, quality.blocks)]
+    policies["knapsack"] = [solve]
+    policies["oracle"] = [solver(model, quality_on(model.name, "test").blocks)]
+    return policies
 
 
-def learned(model: ModelSpec, paths: Sequence[Path]) -> list[Decide]:
-    """Return one policy a file."""
+def learned_prune_policies(model: ModelSpec, paths: Sequence[Path]) -> list[Decide]:
+    """Return the exported policy of each file."""
 
-    def one(path: Path) -> Decide:
+    def read(path: Path) -> Decide:
         prune = prune_network(model, path)
-        return lambda draw: prune.removed_for(draw.batch, draw.sequence_tokens, draw.budget_bytes(model))
+        return lambda load: prune.removed_for(load.batch, load.sequence_tokens, load.budget_bytes(model))
 
-    return [one(path) for path in paths]
+    return [read(path) for path in paths]
 
 
-def contest(model_name: str, policies: Mapping[str, Sequence[Decide]], draws: Sequence[PruneLoad]) -> pd.DataFrame:
-    """Return one row a policy, seed and load."""
+def evaluate_prune(
+    model_name: str, policies: Mapping[str, Sequence[Decide]], scenarios: Sequence[PruneLoad]
+) -> pd.DataFrame:
+    """Return one row for each policy, seed and load.
+
+    Losses are in nats per token, decision_s in seconds. The suffix of a column names the text of the losses;
+    test_neighbours also fits losses of neighboring blocks.
+    """
     model = load_model(model_name)
     names = block_names(model.num_layers)
     rows: list[dict[str, Any]] = []
     masks = []
     for policy, seeds in policies.items():
         for seed, decide in enumerate(seeds):
-            decide(draws[0])  # the first call warms up
-            for draw in draws:
-                begun_s = time.perf_counter()
-                removed = decide(draw)
-                decision_s = time.perf_counter() - begun_s
-                peak = peak_bytes(model, mask_of(removed), draw.batch, draw.sequence_tokens)
+            decide(scenarios[0])  # the first call is slower: it compiles or fills caches
+            for load in scenarios:
+                started_s = time.perf_counter()
+                removed = decide(load)
+                decision_s = time.perf_counter() - started_s
+                peak = peak_bytes(model, mask_of(removed), load.batch, load.sequence_tokens)
                 masks.append(removed)
                 rows.append(
                     {
                         "policy": policy,
                         "seed": seed,
-                        "batch": draw.batch,
-                        "sequence_tokens": draw.sequence_tokens,
-                        "budget_share": draw.budget_share,
-                        "fits": peak <= draw.budget_bytes(model),
+                        "batch": load.batch,
+                        "sequence_tokens": load.sequence_tokens,
+                        "budget_share": load.budget_share,
+                        "fits": peak <= load.budget_bytes(model),
                         "dropped_mha": int(removed[0::2].sum()),
                         "dropped_ffn": int(removed[1::2].sum()),
                         "decision_s": decision_s,
@@ -200,7 +216,7 @@ def contest(model_name: str, policies: Mapping[str, Sequence[Decide]], draws: Se
 
 
 def grid(frame: pd.DataFrame, policy: str, column: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return a column of one policy as [seeds, scenarios], scenarios in the same order for every policy."""
+    """Return a column of one policy, float64[seeds, loads], with the loads in the same order for every policy."""
     part = frame[frame["policy"] == policy]
     table = part.pivot_table(index="seed", columns=SCENARIO, values=column, sort=True)
     return table.to_numpy(dtype=np.float64)

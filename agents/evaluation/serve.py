@@ -1,7 +1,7 @@
-"""Every policy of ``ServeTrace`` on the same held-out windows: what arrives, under which memory, how it went.
+"""Evaluates policies of ``ServeTrace`` on the same held-out windows.
 
-Whatever a policy needs tuned is tuned on training windows: the best static plan, the queue limit, the headroom of
-greedy-stop. Two rows alone choose with the window known: ``oracle_static``, the best single plan of each window in
+Parameters of rules are tuned on training windows: the best static plan, the queue limit, the headroom of greedy_stop
+and the margin of SABER. Only two rows know the window: ``oracle_static``, the best single plan of each window in
 hindsight, and ``oracle_search``, the best schedule of plans that a search finds (``agents.evaluation.oracle``).
 """
 
@@ -21,6 +21,7 @@ import pandas as pd
 
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window, serve_windows
+from agents.evaluation.figures import best_in_hindsight, serving_figures
 from agents.evaluation.oracle import best_schedule, schedule_policy
 from sim.config import build_option
 from sim.cost.plan import Plan
@@ -30,49 +31,40 @@ from sim.policies.admission import Limited
 from sim.policies.base import Policy, PolicyContext
 from sim.policies.fixed import Fixed
 from sim.policies.learned_serve import learned_serve
-from sim.results.metrics import met_slo
-from sim.results.records import Status
 
 Build = Callable[[PolicyContext], Policy]
+"""Builds a policy from what stays constant while it decides."""
 
 TRAIN_WINDOWS, TRAIN_SEED = 45, 20250603
 TEST_SEED = 20250604
 RATE_QUANTILES = (0.25, 0.85)
-"""Loads of the test: so far along each source's range of rates, on a logarithmic scale."""
+"""Loads of the test windows: positions in each source's range of rates, on a logarithmic scale."""
 
 
 def policy_context(setting: ServeSetting) -> PolicyContext:
-    """Return what stays the same while a policy decides."""
+    """Return what stays constant while a policy decides: the model, memory, and prices of the server."""
     return PolicyContext.of(setting.server)
 
 
 def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[str, Any]:
-    """Serve a window under a policy, asked every tick; return its figures."""
+    """Serve a window under a policy that decides every tick; return its figures.
+
+    They are ``serving_figures``, seconds over budget, the number of plan changes, and decision latencies in seconds.
+    """
     engine = setting.build_engine(window, policy.first_plan)
     requests = len(setting.windows.requests(window))
     fixed = isinstance(policy, Fixed)
     decisions_s = []
     for tick in range(1, 1 if fixed else setting.ticks):
         state = engine.run_until(tick * setting.tick_s)
-        begun_s = time.perf_counter()
+        started_s = time.perf_counter()
         plan = policy(state)
-        decisions_s.append(time.perf_counter() - begun_s)
+        decisions_s.append(time.perf_counter() - started_s)
         engine.apply(plan)
-    state = engine.run_until(setting.ticks * setting.tick_s)
+    engine.run_until(setting.ticks * setting.tick_s)
     engine.run_until(math.inf)
-    records = engine.records()
-    met = met_slo(records, setting.slo)
-    finished = records.status == Status.FINISHED
-    loss = records.quality_nll[finished] - setting.dense_nll
-    ttft_s = np.where(np.isfinite(records.ttft_s), records.ttft_s, np.inf)
     return {
-        "requests": requests,
-        "utility": setting.earned(engine, requests),
-        "slo_attainment": float(met.mean()) if len(met) else 1.0,
-        "goodput_rps": float(met.sum()) / setting.windows.window_s,
-        "ttft_p95_s": float(np.quantile(ttft_s[finished], 0.95)) if finished.any() else math.nan,
-        "rejected_share": float((records.status == Status.REJECTED).mean()) if len(met) else 0.0,
-        "loss": float(np.maximum(loss, 0.0).mean()) if len(loss) else 0.0,
+        **serving_figures(setting, engine, requests),
         "budget_violation_s": engine.budget_violation_s,
         "transitions": len(engine.transitions()),
         "decision_p50_s": float(np.median(decisions_s)) if decisions_s else 0.0,
@@ -81,53 +73,55 @@ def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[s
 
 
 def conf_policy(name: str, **changed: Any) -> Build:
-    """Return what builds the policy of a file of conf/policy, some keys changed."""
+    """Return a builder of the policy in a file of conf/policy; ``changed`` replaces some of its keys."""
     build: Build = build_option("policy", name, changed)
     return build
 
 
 def with_queue_limit(build: Build, admit: int | None) -> Build:
-    """Return the policy with a queue limit around it."""
+    """Return a builder of the policy with a queue limit; None means no limit."""
     if admit is None:
         return build
-    limit = admit
-    return lambda served: Limited(build(served), limit)
+    return lambda context: Limited(build(context), admit)
 
 
 def train_windows(sources: Sequence[str]) -> list[Window]:
-    """Return the training windows on which rules are tuned."""
+    """Return the training windows on which rules are tuned, the same in every call."""
     rng = np.random.default_rng(TRAIN_SEED)
     return [serve_windows().sample(rng, "train", tuple(sources)) for _ in range(TRAIN_WINDOWS)]
 
 
 def test_windows(sources: Sequence[str], each: int) -> list[Window]:
-    """Return the held-out windows: ``each`` for every source, budget and load."""
+    """Return the held-out windows, the same in every call: ``each`` for every source, budget and load."""
     windows, rng = serve_windows(), np.random.default_rng(TEST_SEED)
-    found = []
+    sampled = []
     for source in sources:
         low, high = windows.rates[source]
         for budget in windows.budgets:
             for quantile in RATE_QUANTILES:
                 rate = low * (high / low) ** quantile
-                found += [windows.sample(rng, "test", (source,), rate=rate, budget=budget) for _ in range(each)]
-    return found
+                sampled += [windows.sample(rng, "test", (source,), rate=rate, budget=budget) for _ in range(each)]
+    return sampled
 
 
 def load_of(window: Window) -> float:
-    """Return how far along its source's range of rates a window is, on a logarithmic scale [0, 1]."""
+    """Return the position of a window in its source's range of rates, on a logarithmic scale in [0, 1]."""
     low, high = serve_windows().rates[window.source]
     return round(math.log(window.rate / low) / math.log(high / low), 3)
 
 
 def with_low_bits_of(setting: ServeSetting, name: str) -> ServeSetting:
-    """Return the setting with the losses that low precision has on another model, those of dropped blocks its own.
+    """Return the setting with another model's losses of low precision; the losses of dropped blocks stay.
 
     Raises:
-        ConfigError: unless both qualities are of published points.
+        ConfigError: unless both qualities are published ones (``PublishedQuality``).
     """
     ours, other = setting.quality, load_quality(name)
     if not isinstance(ours, PublishedQuality) or not isinstance(other, PublishedQuality):
-        raise ConfigError(f"only published qualities can be mixed, and {setting.quality_name} or {name} is none")
+        raise ConfigError(
+            f"only published qualities can be combined, but {setting.quality_name} or {name} is measured; use two of "
+            "conf/quality/*_published.yaml"
+        )
     ratio = ours.dense_perplexity / other.dense_perplexity
     perplexity = tuple(ratio * value for value in other.w4_perplexity)
     changed = copy(setting)
@@ -137,27 +131,57 @@ def with_low_bits_of(setting: ServeSetting, name: str) -> ServeSetting:
 
 
 def mean_utility(setting: ServeSetting, windows: Sequence[Window], build: Build) -> float:
-    """Return the mean utility of a policy, built anew for each window."""
-    served = policy_context(setting)
-    return float(np.mean([play_window(setting, window, build(served))["utility"] for window in windows]))
+    """Return the mean utility of a policy over windows, in [0, 1]; the policy is built again for each window."""
+    context = policy_context(setting)
+    return float(np.mean([play_window(setting, window, build(context))["utility"] for window in windows]))
 
 
 def fixed_plan(plan: Plan) -> Build:
-    """Return what builds the policy of one plan."""
-    return lambda served: Fixed(plan)
+    """Return a builder of the policy that always runs one plan."""
+    return lambda context: Fixed(plan)
 
 
-def rules(
+def tuned_rules(
     setting: ServeSetting, score: Callable[[Build], float] | None = None, windows: int = TRAIN_WINDOWS
 ) -> tuple[dict[str, Build], dict[str, Any]]:
-    """Return every rule, tuned, and what tuning chose.
+    """Return every rule with its tuned parameters, and these parameters.
 
     Args:
-        setting: what is served. score: how good a policy is where rules are tuned, by default on the training windows.
-        windows: how many windows or clusters that are.
+        setting: what is served.
+        score: returns how good a policy is in training; by default its mean utility over the training windows.
+        windows: number of windows or clusters that ``score`` uses, to report it.
     """
     if score is None:
         score = partial(mean_utility, setting, train_windows(setting.sources))
+    tuned, static = _tune(setting, score)
+    admit = tuned["queue"]
+    dense, saber = conf_policy("dense"), partial(conf_policy, "saber", margin=tuned["saber_margin"])
+    unlimited: dict[str, Build] = {
+        "greedy_stop": conf_policy("greedy_stop", **tuned["greedy_stop"]),
+        "random_stop": conf_policy("random"),
+        "pressure_stop": conf_policy("adaptive_pruning"),
+        "precision": conf_policy("adaptive_precision"),
+        **{
+            f"morphserve_{mode}": conf_policy("morphserve", mode=mode)
+            for mode in ("accuracy", "default", "performance")
+        },
+    }
+    rules: dict[str, Build] = {
+        "dense": dense,
+        "int4": conf_policy("int4"),
+        "static": fixed_plan(static),
+        "saber": saber(),
+        "saber_int4": saber(plan={"weight_bits": 4}),
+        **unlimited,
+        "lookahead": conf_policy("lookahead", actions=dict(setting.action_options)),
+        "dense+queue": with_queue_limit(dense, admit),
+        **{f"{name}+queue": with_queue_limit(build, admit) for name, build in unlimited.items()},
+    }
+    return rules, {**tuned, "windows": windows}
+
+
+def _tune(setting: ServeSetting, score: Callable[[Build], float]) -> tuple[dict[str, Any], Plan]:
+    """Return the parameters of the rules with the highest scores, and the best static plan."""
     plans = setting.actions.plans
     static = [score(fixed_plan(plan)) for plan in plans]
     best = int(np.argmax(static))
@@ -171,53 +195,30 @@ def rules(
         for patience in (2, 10)
     ]
     greedy = max(grid, key=lambda values: score(with_queue_limit(conf_policy("greedy_stop", **values), admit)))
-    margins = (0.1, 0.2, 0.4, 0.8)
-    margin = max(margins, key=lambda x: score(conf_policy("saber", margin=x)))
-    found: dict[str, Build] = {
-        "dense": dense,
-        "int4": conf_policy("int4"),
-        "static": fixed_plan(plans[best]),
-        "saber": conf_policy("saber", margin=margin),
-        "saber_int4": conf_policy("saber", margin=margin, plan={"weight_bits": 4}),
-    }
-    without: dict[str, Build] = {
-        "greedy_stop": conf_policy("greedy_stop", **greedy),
-        "random_stop": conf_policy("random"),
-        "pressure_stop": conf_policy("adaptive_pruning"),
-        "precision": conf_policy("adaptive_precision"),
-        **{
-            f"morphserve_{mode}": conf_policy("morphserve", mode=mode)
-            for mode in ("accuracy", "default", "performance")
-        },
-    }
-    found |= without
-    found |= {"lookahead": conf_policy("lookahead", actions=dict(setting.action_options))}
-    found |= {"dense+queue": with_queue_limit(dense, admit)}
-    found |= {f"{name}+queue": with_queue_limit(build, admit) for name, build in without.items()}
-    chosen = {
+    margin = max((0.1, 0.2, 0.4, 0.8), key=lambda value: score(conf_policy("saber", margin=value)))
+    tuned = {
         "static": setting.actions.names[best],
         "static_utility": static[best],
         "queue": admit,
         "greedy_stop": greedy,
         "saber_margin": margin,
-        "windows": windows,
     }
-    return found, chosen
+    return tuned, plans[best]
 
 
-def learned_policies(paths: Sequence[Path]) -> list[Build]:
-    """Return one policy a file."""
+def learned_serve_policies(paths: Sequence[Path]) -> list[Build]:
+    """Return a builder of the exported policy of each file."""
     return [partial(learned_serve, path=str(path)) for path in paths]
 
 
 def evaluate_serve(
     setting: ServeSetting, policies: Mapping[str, Sequence[Build]], windows: Sequence[Window], *, oracles: bool = True
 ) -> pd.DataFrame:
-    """Return one row a policy, seed and window; the two oracles added unless they are not wanted."""
-    served = policy_context(setting)
+    """Return one row for each policy, seed and window; ``oracles`` adds the two oracles."""
+    context = policy_context(setting)
     rows = []
     for number, window in enumerate(windows):
-        shown = {
+        scenario = {
             "window": number,
             "source": window.source,
             "start_s": window.start_s,
@@ -228,36 +229,35 @@ def evaluate_serve(
         }
         for name, seeds in policies.items():
             for seed, build in enumerate(seeds):
-                figures = play_window(setting, window, build(served))
-                rows.append({"policy": name, "seed": seed, **shown, **figures})
+                figures = play_window(setting, window, build(context))
+                rows.append({"policy": name, "seed": seed, **scenario, **figures})
         if not oracles:
             continue
-        every = [play_window(setting, window, Fixed(plan)) for plan in setting.actions.plans]
-        best = max(every, key=lambda figures: float(figures["utility"]))
-        rows.append({"policy": "oracle_static", "seed": 0, **shown, **best})
+        best = best_in_hindsight([play_window(setting, window, Fixed(plan)) for plan in setting.actions.plans])
+        rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
         schedule, _ = best_schedule(setting, window)
         searched = play_window(setting, window, schedule_policy(setting, schedule))
-        rows.append({"policy": "oracle_search", "seed": 0, **shown, **searched})
+        rows.append({"policy": "oracle_search", "seed": 0, **scenario, **searched})
     return pd.DataFrame(rows)
 
 
 def serve_grid(frame: pd.DataFrame, policy: str, column: str = "utility") -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return a column of one policy as [seeds, windows]."""
+    """Return a column of one policy, float64[seeds, windows]."""
     table = frame[frame["policy"] == policy].pivot_table(index="seed", columns="window", values=column, sort=True)
     return table.to_numpy(dtype=np.float64)
 
 
 def evaluation_setting(env_kwargs: Mapping[str, Any]) -> ServeSetting:
-    """Return the setting that a policy was trained in, for the test split."""
+    """Return the setting in which a policy was trained, with the test split."""
     return ServeSetting(**{**env_kwargs, "split": "test"})
 
 
 __all__ = [
-    "evaluation_setting",
-    "learned_policies",
-    "play_window",
-    "rules",
     "evaluate_serve",
+    "evaluation_setting",
+    "learned_serve_policies",
+    "play_window",
     "serve_grid",
     "test_windows",
+    "tuned_rules",
 ]

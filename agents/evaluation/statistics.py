@@ -1,4 +1,4 @@
-"""Means with paired bootstrap intervals, over scenarios and over training seeds."""
+"""Mean differences with paired bootstrap intervals over scenarios and training seeds."""
 
 from __future__ import annotations
 
@@ -11,29 +11,34 @@ from sim.types import Floats
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean and the 95 % interval around it."""
+    """A mean and its 95 % interval."""
 
     mean: float
     low: float
     high: float
 
     def excludes_zero(self) -> bool:
-        """Return whether the whole interval lies on one side of 0."""
+        """Return whether the interval lies on one side of 0."""
         return self.low > 0.0 or self.high < 0.0
 
 
 def paired_difference(ours: Floats, theirs: Floats, *, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Return the mean of ours minus theirs over scenarios, with its bootstrap interval.
+    """Return the mean of ``ours - theirs`` over scenarios, with its bootstrap interval.
 
-    Both policies played the same scenarios, so scenarios are drawn with replacement for both at once; seeds are drawn
-    for each on its own.
+    Both policies played the same scenarios, so scenarios are resampled for both together. Seeds are resampled for each
+    policy separately.
 
     Args:
-        ours: values [seeds, scenarios]; a policy without seeds has one row. theirs: the same, of the other policy.
-        resamples: bootstrap samples. seed: of their draws.
+        ours: values of one policy, [seeds, scenarios]; one row if it has no seeds. theirs: of the other policy.
+        resamples: number of bootstrap samples. seed: of the random generator.
+    Raises:
+        ValueError: if the numbers of scenarios differ.
     """
     if ours.shape[1] != theirs.shape[1]:
-        raise ValueError(f"{ours.shape[1]} scenarios against {theirs.shape[1]}: the comparison would not be paired")
+        raise ValueError(
+            f"ours has {ours.shape[1]} scenarios and theirs has {theirs.shape[1]}, so they cannot be paired; "
+            "evaluate both on the same scenarios"
+        )
     rng = np.random.default_rng(seed)
     scenarios = rng.integers(ours.shape[1], size=(resamples, ours.shape[1]))
     difference = _seed_means(ours, resamples, rng) - _seed_means(theirs, resamples, rng)
@@ -43,7 +48,7 @@ def paired_difference(ours: Floats, theirs: Floats, *, resamples: int = 10_000, 
 
 
 def _seed_means(values: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """Return the mean over seeds drawn with replacement [resamples, scenarios]; [1, scenarios] where there is one."""
+    """Return the mean over resampled seeds, float64[resamples, scenarios], or [1, scenarios] for a single seed."""
     seeds = len(values)
     if seeds == 1:
         return values

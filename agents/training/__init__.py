@@ -1,1 +1,1 @@
-"""Training with RLlib, imitation, and export to NumPy."""
+"""Training with RLlib, imitation, cloning of a planner, and export to files that NumPy runs."""

@@ -12,6 +12,7 @@ The planner knows arrivals and output lengths. It is used on training windows on
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -72,84 +73,105 @@ def look_ahead(core: ServeCore, horizon_s: float, grace_s: float) -> NDArray[np.
     return lost
 
 
-def demonstrations(setting: ServeSetting, how: LookaheadClone, seed: int) -> tuple[Floats32, NDArray[np.float64]]:
+def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> tuple[Floats32, NDArray[np.float64]]:
     """Return features float32[n, o] and the utility that each plan loses, float64[n, a], in requests.
 
     Args:
-        setting: what is served; its split must be "train". how: how to look ahead. seed: of windows and random plans.
+        setting: what is served; its split must be "train". config: how to look ahead. seed: of windows and random
+            plans.
     """
     rng = np.random.default_rng(seed)
     core = ServeCore(setting)
     features, losses = [], []
-    for _ in range(how.windows):
+    for _ in range(config.windows):
         core.begin(setting.windows.sample(rng, setting.split, setting.sources))
-        offset = int(rng.integers(how.every))
+        offset = int(rng.integers(config.every))
         action = 0
         for tick in range(1, setting.ticks - 1):
             legal = setting.actions.legal(core.state, core.choice)
             observed = core.observe()[: setting.table.features]
-            if tick % how.every == offset:
-                lost = look_ahead(core, how.horizon_s, how.grace_s)
+            if tick % config.every == offset:
+                lost = look_ahead(core, config.horizon_s, config.grace_s)
                 features.append(observed)
                 losses.append(lost)
                 action = int(np.nanargmin(lost))
-                if rng.random() < how.stray:
+                if rng.random() < config.stray:
                     action = int(rng.choice(np.flatnonzero(legal)))
             core.step(action if legal[action] else core.choice.action)
     return np.stack(features), np.stack(losses)
 
 
 def fit(
-    features: Floats32, losses: NDArray[np.float64], how: LookaheadClone, cfg: DictConfig, env_kwargs: dict[str, Any]
+    features: Floats32, losses: NDArray[np.float64], config: LookaheadClone, cfg: DictConfig, env_kwargs: dict[str, Any]
 ) -> tuple[Network, float, list[tuple[int, float, float]]]:
-    """Return the network with the best validation utility, that utility, and (epoch, error, utility) on the way."""
+    """Fit a network to the losses of plans.
+
+    Args:
+        features: float32[n, o]. losses: float64[n, a], in requests; NaN where a plan was not legal.
+        config: epochs, batch and learning rate. cfg: sizes of hidden layers, and the seed.
+        env_kwargs: of the validation episodes.
+    Returns:
+        The network with the best validation utility, this utility, and (epoch, error, utility) of every validation.
+    """
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(int(cfg.seed))
     known = ~np.isnan(losses)
+    # The target of a plan is how much less it loses than the mean of the legal plans, so that outputs rank plans.
     mean = np.nanmean(losses, axis=1, keepdims=True)
     target = torch.from_numpy(np.where(known, mean - losses, 0.0).astype(np.float32))
-    mask, seen = torch.from_numpy(known), torch.from_numpy(features)
-    sizes = [features.shape[1], *cfg.hidden, losses.shape[1]]
-    layers: list[torch.nn.Module] = []
-    for i, (size, out) in enumerate(pairwise(sizes)):
-        layers += [torch.nn.Linear(size, out)] + ([torch.nn.ReLU()] if i < len(sizes) - 2 else [])
-    model = torch.nn.Sequential(*layers)
-    optimiser = torch.optim.Adam(model.parameters(), lr=how.lr, weight_decay=how.weight_decay)
+    mask, inputs = torch.from_numpy(known), torch.from_numpy(features)
+    model = _perceptron([features.shape[1], *cfg.hidden, losses.shape[1]])
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     rng = np.random.default_rng(int(cfg.seed))
     best: tuple[float, Network] | None = None
     history = []
-    for epoch in range(1, how.epochs + 1):
+    for epoch in range(1, config.epochs + 1):
         error = 0.0
-        for chosen in np.array_split(rng.permutation(len(features)), max(1, len(features) // how.batch)):
-            # Losses have long tails: a burst can cost forty requests whatever is done.
-            off = torch.nn.functional.huber_loss(model(seen[chosen]), target[chosen], reduction="none", delta=3.0)
-            loss = (off * mask[chosen]).sum() / mask[chosen].sum()
-            optimiser.zero_grad()
+        for rows in np.array_split(rng.permutation(len(features)), max(1, len(features) // config.batch)):
+            # Huber, because losses have long tails: in a burst every plan can lose forty requests.
+            errors = torch.nn.functional.huber_loss(model(inputs[rows]), target[rows], reduction="none", delta=3.0)
+            loss = (errors * mask[rows]).sum() / mask[rows].sum()
+            optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            error += float(loss.detach()) * len(chosen) / len(features)
-        if epoch % 10 == 0 or epoch == how.epochs:
-            linear = [layer for layer in model if isinstance(layer, torch.nn.Linear)]
-            pairs = [(x.weight.detach().numpy().copy(), x.bias.detach().numpy().copy()) for x in linear]
-            network = network_of(pairs, "relu")
-            reached = float(validation_utilities(cfg.env.id, env_kwargs, network).mean())
-            history.append((epoch, error, reached))
-            if best is None or reached > best[0]:
-                best = reached, network
+            optimizer.step()
+            error += float(loss.detach()) * len(rows) / len(features)
+        if epoch % 10 == 0 or epoch == config.epochs:
+            network = _network(model)
+            utility = float(validation_utilities(cfg.env.id, env_kwargs, network).mean())
+            history.append((epoch, error, utility))
+            if best is None or utility > best[0]:
+                best = utility, network
     assert best is not None
     return best[1], best[0], history
 
 
+def _perceptron(sizes: Sequence[int]) -> Any:
+    """Return a torch perceptron with layers of these sizes and ReLU between them."""
+    import torch
+
+    layers: list[torch.nn.Module] = []
+    for i, (size, out) in enumerate(pairwise(sizes)):
+        layers += [torch.nn.Linear(size, out)] + ([torch.nn.ReLU()] if i < len(sizes) - 2 else [])
+    return torch.nn.Sequential(*layers)
+
+
+def _network(model: Any) -> Network:
+    """Return a copy of a ``_perceptron`` that runs in NumPy."""
+    linear = [layer for layer in model if hasattr(layer, "weight")]
+    pairs = [(layer.weight.detach().numpy().copy(), layer.bias.detach().numpy().copy()) for layer in linear]
+    return network_of(pairs, "relu")
+
+
 def clone(cfg: DictConfig, folder: Path) -> float:
-    """Look ahead, learn, export to a folder; return the validation utility.
+    """Look ahead, fit a network and export it to a folder; return its mean validation utility, in [0, 1].
 
     Raises:
-        ConfigError: for an algorithm that is not this one, or another environment.
+        ConfigError: for another algorithm or environment.
     """
-    how = build(cfg.algorithm)
-    if not isinstance(how, LookaheadClone) or cfg.env.id != "ServeTrace-v0":
+    config = build(cfg.algorithm)
+    if not isinstance(config, LookaheadClone) or cfg.env.id != "ServeTrace-v0":
         raise ConfigError(
             "agents.clone needs algorithm=lookahead_clone and env=serve_trace; use experiment=clone_serve"
         )
@@ -157,25 +179,27 @@ def clone(cfg: DictConfig, folder: Path) -> float:
     env_kwargs = environment_kwargs(cfg)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_json(folder / "provenance.json", provenance(cfg.seed))
-    begun_s = time.monotonic()
-    features, losses = demonstrations(ServeSetting(**env_kwargs), how, int(cfg.seed))
-    looked_s = time.monotonic() - begun_s
-    console.print(f"looked ahead at {len(features):,} moments in {looked_s:.0f} s", highlight=False)
-    network, reached, history = fit(features, losses, how, cfg, env_kwargs)
-    seconds = time.monotonic() - begun_s
-    noted = {"iteration": max(history, key=lambda row: row[2])[0], "seconds": seconds}
-    export_network(folder / "best" / "policy.json", network, cfg, env_kwargs, noted, reached)
-    rows = [f"{epoch},{error:.5f},{utility:.5f}" for epoch, error, utility in history]
+    started_s = time.monotonic()
+    features, losses = demonstrations(ServeSetting(**env_kwargs), config, int(cfg.seed))
+    console.print(
+        f"looked ahead at {len(features):,} ticks in {time.monotonic() - started_s:.0f} s",
+        highlight=False,
+    )
+    network, utility, history = fit(features, losses, config, cfg, env_kwargs)
+    seconds = time.monotonic() - started_s
+    status = {"iteration": max(history, key=lambda row: row[2])[0], "seconds": seconds}
+    export_network(folder / "best" / "policy.json", network, cfg, env_kwargs, status, utility)
+    rows = [f"{epoch},{error:.5f},{validated:.5f}" for epoch, error, validated in history]
     write_text(folder / "fit.csv", "\n".join(["epoch,error,validation_utility", *rows]) + "\n")
-    console.print(f"validation utility {reached:.4f} after {seconds:.0f} s; files: {folder}", highlight=False)
-    return reached
+    console.print(f"validation utility {utility:.4f} after {seconds:.0f} s; files: {folder}", highlight=False)
+    return utility
 
 
 def _run(cfg: DictConfig) -> None:
     clone(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 
-def clone_command() -> None:
+def main() -> None:
     """Run ``python -m agents.clone``."""
     one_thread()
-    run_command(_run, "train")
+    run_command(_run, "clone")

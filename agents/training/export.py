@@ -41,7 +41,7 @@ ConfigStore.instance().store(name="export_schema", node=ExportConfig)
 def about_network(
     network: Network, cfg: DictConfig, env_kwargs: Mapping[str, Any], status: Mapping[str, Any], utility: float
 ) -> dict[str, Any]:
-    """Return the contents of the JSON file next to the weights: observation and action tables, and how it was trained."""
+    """Return the JSON next to the weights: the tables of observations and actions, and how the policy was trained."""
     from agents.envs.cluster import ClusterSetting
     from agents.envs.prune import PruneSetting
     from agents.envs.serve import ServeSetting

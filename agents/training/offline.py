@@ -59,7 +59,7 @@ ConfigStore.instance().store(name="offline_schema", node=OfflineConfig)
 
 
 def nearest_action(actions: ServeActions, model: ModelSpec, plan: Plan, legal: Bools) -> int:
-    """Return the number of the legal plan that is nearest to ``plan``: the same, else nearest in weights, then queue limit."""
+    """Return the legal action whose plan equals ``plan``, or is nearest in bytes of weights, then in queue limit."""
     weights = weight_bytes(model, plan)
 
     def distance(action: int) -> tuple[bool, int, float]:
@@ -81,7 +81,7 @@ def serve_player(env: ServeTrace, by: str) -> Callable[[int], Choose]:
     elif by in known:
         build = conf_policy(by)
     else:
-        raise ConfigError(f"by={by}: there is no such policy; {nearest(by, known)}, or pass the path of a policy.json")
+        raise ConfigError(f"by={by}: there is no such policy; {nearest(by, known)}, or pass a path of a policy.json")
 
     def begin(episode: int) -> Choose:
         policy: Policy = build(context)
@@ -99,7 +99,7 @@ def prune_player(env: PruneToBudget, by: str, seed: int) -> Callable[[int], Choo
     """Return a function that starts episode i of ``PruneToBudget``, which drops a policy's blocks in random order."""
     if env.setting.restore or env.setting.sequence != 1:
         raise ConfigError(
-            "baselines solve one load per episode and restore nothing; set env.kwargs.restore=false "
+            "baselines solve one load per episode and restore nothing; set env.kwargs.restore=false and "
             "env.kwargs.sequence=1"
         )
     model = env.setting.model
@@ -109,9 +109,7 @@ def prune_player(env: PruneToBudget, by: str, seed: int) -> Callable[[int], Choo
     elif by in known and by != "oracle":
         decide = known[by][0]
     else:
-        raise ConfigError(
-            f"by={by}: there is no such baseline; {nearest(by, known)}, or pass the path of a policy.json"
-        )
+        raise ConfigError(f"by={by}: there is no such baseline; {nearest(by, known)}, or pass a path of a policy.json")
 
     def begin(episode: int) -> Choose:
         rng = np.random.default_rng([seed, episode])
@@ -133,7 +131,8 @@ def episodes(cfg: DictConfig) -> Iterator[Any]:
 
     if cfg.env.id not in ("ServeTrace-v0", "PruneToBudget-v0"):
         raise ConfigError(
-            f"env.id is {cfg.env.id}, but episodes are written for one agent; use env=serve_trace or env=prune_to_budget"
+            f"env.id is {cfg.env.id}, but episodes are written for one agent; use env=serve_trace or "
+            "env=prune_to_budget"
         )
     env_kwargs = environment_kwargs(cfg)
     env: Any = ServeTrace(**env_kwargs) if cfg.env.id == "ServeTrace-v0" else PruneToBudget(**env_kwargs)

@@ -51,7 +51,8 @@ def join_ray(address: str | None, **more: Any) -> tuple[Any, bool]:
         )
     except OSError as error:
         raise ConfigError(
-            f"no Ray cluster answers at address={address} ({error}); check the address, or set it to null to start Ray here"
+            f"no Ray cluster answers at address={address} ({error}); check the address, or set it to null to "
+            "start Ray here"
         ) from error
     return ray, True
 

@@ -1,7 +1,7 @@
-"""``python -m agents.tune experiment=...``: search over the keys of a training, by ray.tune; ``--help`` shows how.
+"""``python -m agents.tune experiment=...``: search over keys of a training with ray.tune; ``--help`` shows how.
 
-Each trial is an ordinary training with some keys changed, in a folder of its own; what it is judged by is its best
-validation utility. Trials that fall behind are stopped early (successive halving).
+Each trial is a training with some keys changed, in its own folder. Trials are compared by their best validation
+utility; those that fall behind are stopped early (successive halving).
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from sim.results.run_folder import provenance, write_json, write_text
 
 @dataclass(kw_only=True)
 class TuneConfig(TrainConfig):
-    """A training, and what to search.
+    """A training, and the space to search.
 
-    space: key of the training -> its values: a list to choose from, or ``{low: a, high: b}``, with ``log: true`` on a
-        logarithmic scale. samples: trials. at_once: trials that run together, one CPU each.
-    grace: validations before a trial may be stopped for falling behind.
+    space: maps keys of the training to their values: a list, or ``{low: a, high: b}``, with ``log: true`` for a
+        logarithmic scale.
+    samples: number of trials. at_once: trials that run in parallel, one CPU each.
+    grace: validations before a trial may be stopped.
     """
 
     space: dict[str, Any] = field(default_factory=dict)
@@ -42,16 +43,16 @@ ConfigStore.instance().store(name="tune_schema", node=TuneConfig)
 
 
 def search_space(cfg: DictConfig) -> dict[str, Any]:
-    """Return the space in ray.tune's words.
+    """Return ``cfg.space`` as ray.tune's distributions.
 
     Raises:
-        ConfigError: for no key, one that the training does not have, or values of another form.
+        ConfigError: for an empty space, a key that the training does not have, or malformed values.
     """
     from ray import tune
 
     if not cfg.space:
-        raise ConfigError("space is empty; give keys to search, e.g. '+space={algorithm.lr: {low: 1e-4, high: 1e-2}}'")
-    found: dict[str, Any] = {}
+        raise ConfigError("space is empty; set it, such as '+space={algorithm.lr: {low: 1e-4, high: 1e-2}}'")
+    space: dict[str, Any] = {}
     for key, node in cfg.space.items():
         if OmegaConf.select(cfg, str(key), throw_on_missing=False) is None:
             parent = OmegaConf.select(cfg, str(key).rpartition(".")[0]) if "." in str(key) else cfg
@@ -60,37 +61,37 @@ def search_space(cfg: DictConfig) -> dict[str, Any]:
             )
         values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         if isinstance(values, list) and values:
-            found[str(key)] = tune.choice(values)
+            space[str(key)] = tune.choice(values)
         elif isinstance(values, Mapping) and {"low", "high"} <= set(values) <= {"low", "high", "log"}:
             low, high = float(values["low"]), float(values["high"])
-            found[str(key)] = tune.loguniform(low, high) if values.get("log") else tune.uniform(low, high)
+            space[str(key)] = tune.loguniform(low, high) if values.get("log") else tune.uniform(low, high)
         else:
-            raise ConfigError(f"space.{key} is {values}; give a list of values, or {{low: a, high: b, log: true}}")
-    return found
+            raise ConfigError(f"space.{key} is {values}; use a list of values, or {{low: a, high: b, log: true}}")
+    return space
 
 
 def with_values(cfg: DictConfig, values: Mapping[str, Any]) -> DictConfig:
-    """Return the training of one trial."""
-    one = cfg.copy()
+    """Return the configuration of one trial."""
+    trial_cfg = cfg.copy()
     for key, value in values.items():
-        OmegaConf.update(one, key, value)
-    return one
+        OmegaConf.update(trial_cfg, key, value)
+    return trial_cfg
 
 
 def search(cfg: DictConfig, folder: Path) -> tuple[dict[str, Any], float]:
-    """Run the trials in a folder; return the best values and the validation utility they reached."""
+    """Run the trials in a folder; return the values of the best one and its validation utility."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
     space = search_space(cfg)
-    begun = OmegaConf.to_container(cfg, resolve=True)
+    base = OmegaConf.to_container(cfg, resolve=True)
 
     def trial(values: dict[str, Any]) -> None:
         one_thread()
-        one: Any = OmegaConf.create(begun)
+        trial_cfg: Any = OmegaConf.create(base)
         name = tune.get_context().get_trial_id()
         train(
-            with_values(one, values),
+            with_values(trial_cfg, values),
             folder / name,
             on_validation=lambda row: tune.report({"utility": row["best_utility"], "folder": name}),
         )
@@ -112,11 +113,12 @@ def search(cfg: DictConfig, folder: Path) -> tuple[dict[str, Any], float]:
     results = tuner.fit()
     rows: list[dict[str, Any]] = []
     for number in range(len(results)):
-        told: dict[str, Any] = results[number].metrics or {}
-        row = {"values": told.get("config", {}), "utility": told.get("utility"), "folder": told.get("folder")}
-        rows.append(row)
+        metrics: dict[str, Any] = results[number].metrics or {}
+        rows.append(
+            {"values": metrics.get("config", {}), "utility": metrics.get("utility"), "folder": metrics.get("folder")}
+        )
     if all(row["utility"] is None for row in rows):
-        raise ConfigError(f"every trial failed; the first says: {results[0].error}")
+        raise ConfigError(f"every trial failed; the error of the first: {results[0].error}")
     rows.sort(key=lambda row: float("-inf") if row["utility"] is None else float(row["utility"]), reverse=True)
     write_json(folder / "search.json", {"provenance": provenance(int(cfg.seed)), "trials": rows})
     return dict(rows[0]["values"]), float(rows[0]["utility"])
@@ -126,8 +128,8 @@ def _run(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     values, utility = search(cfg, folder)
-    words = " ".join(f"{key}={value}" for key, value in values.items())
-    Console().print(f"best validation utility {utility:.4f} with {words}; files: {folder}", highlight=False)
+    overrides = " ".join(f"{key}={value}" for key, value in values.items())
+    Console().print(f"best validation utility {utility:.4f} with {overrides}; files: {folder}", highlight=False)
 
 
 def main() -> None:

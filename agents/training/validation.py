@@ -87,7 +87,7 @@ def validation_clusters(setting: ClusterSetting) -> list[tuple[Window, ...]]:
 
 
 def validation_episodes(sequence: int) -> list[list[PruneLoad]]:
-    """Return the validation loads as episodes of ``sequence`` loads; the first loads repeat to fill the last episode."""
+    """Return the validation loads in episodes of ``sequence``; the first loads repeat to fill the last episode."""
     loads = prune_loads().validation
     count = -(-len(loads) // sequence)
     return [[loads[(i * sequence + k) % len(loads)] for k in range(sequence)] for i in range(count)]

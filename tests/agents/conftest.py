@@ -1,4 +1,4 @@
-"""One local ray for all tests of a session; it starts in a few seconds and takes about a gigabyte."""
+"""One local Ray for all tests of a session; it starts in a few seconds and needs about a gigabyte."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "sim.cluster": "cluster",
     "sim.disaggregate": "disaggregate",
     "agents.train": "train",
+    "agents.clone": "clone",
 }
 EXPERIMENTS = [
     path

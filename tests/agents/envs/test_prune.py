@@ -1,4 +1,4 @@
-"""PruneToBudget: its rules, its observation, its seeds, and that the vector environment is the plain one, faster."""
+"""PruneToBudget: rules, observation, seeds and splits; the vector environment plays the same episodes as the plain."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 
-from agents.envs.prune import PruneToBudget, PruneToBudgetVector
+from agents.envs.prune import PruneToBudget
 from agents.envs.prune_loads import PruneLoad, prune_loads
+from agents.envs.prune_vector import PruneToBudgetVector
 from agents.envs.surrogate import mask_losses, quality_on
 from sim.cost.memory import peak_bytes
 from sim.cost.plan import dense_plan, drop, keep_all, with_mask
 from sim.cost.quality import FORMS
 from sim.errors import ConfigError
 from sim.policies.observation.prune import mask_of
+from tests.agents.helpers import check_environment
 
 ONE = PruneLoad(batch=8, sequence_tokens=2048, budget_share=0.8)
 
 
-def test_both_environments_are_registered_and_pass_gymnasiums_check() -> None:
-    check_env(gym.make("agents.envs.registration:PruneToBudget-v0", render_mode="rgb_array").unwrapped)
-    vector = gym.make_vec("PruneToBudget-v0", num_envs=3, vectorization_mode="vector_entry_point")
-    observations, _ = vector.reset(seed=1)
-    assert vector.observation_space.contains(observations)
+def test_both_environments_are_registered_and_pass_the_check_of_gymnasium() -> None:
+    check_environment("PruneToBudget-v0", 3)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "kwargs",
     [
         {},
         {"scores": True, "hide": ("kept", "kv_share")},
@@ -40,7 +37,7 @@ def test_both_environments_are_registered_and_pass_gymnasiums_check() -> None:
         {"restore": True, "form": "warped_neighbours"},
     ],
 )
-def test_the_vector_environment_plays_the_plain_one_step_by_step(words: dict[str, Any]) -> None:
+def test_the_vector_environment_equals_the_plain_one_at_every_step(kwargs: dict[str, Any]) -> None:
     envs = [PruneToBudget(**kwargs) for _ in range(4)]
     vector = PruneToBudgetVector(4, **kwargs)
     rng = np.random.default_rng(7)
@@ -48,10 +45,10 @@ def test_the_vector_environment_plays_the_plain_one_step_by_step(words: dict[str
     fast, _ = vector.reset(seed=50)
     over = [False] * 4
     ends = 0
-    for _ in range(500):  # beyond the step limit of an episode
+    for _ in range(500):  # more than the step limit of an episode
         np.testing.assert_array_equal(fast, plain)
         legal = plain[:, vector.setting.table.features :]
-        # One action in ten is drawn from all, so that illegal ones are among them.
+        # One action in ten is random among all, so some are illegal.
         actions = np.where(
             rng.random(4) < 0.9, (rng.random(legal.shape) * legal).argmax(1), rng.integers(legal.shape[1])
         )
@@ -76,7 +73,7 @@ def test_the_vector_environment_plays_the_plain_one_step_by_step(words: dict[str
     assert ends >= 3
 
 
-def test_the_same_seed_draws_the_same_episode_and_another_seed_another() -> None:
+def test_equal_seeds_give_equal_episodes_and_other_seeds_others() -> None:
     env = PruneToBudget()
     first, again, other = (env.reset(seed=seed)[0] for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
@@ -97,21 +94,20 @@ def test_an_episode_ends_with_the_first_plan_that_fits() -> None:
     assert info["utility"] == pytest.approx(np.exp(-loss))
 
 
-def test_what_was_dropped_stays_dropped_over_a_sequence_and_loads_that_fit_are_settled_without_an_action() -> None:
+def test_blocks_stay_dropped_over_a_sequence_and_loads_that_fit_need_no_action() -> None:
     env = PruneToBudget(sequence=3)
     env.reset(options={"loads": [ONE, replace(ONE, budget_share=0.95), replace(ONE, budget_share=0.5)]})
-    steps, ended, at_80 = 0, False, None
+    ended, mask_at_50 = False, None
     while not ended:
         _, _, ended, _, _ = env.step(int(env.legal().argmax()))
-        steps += 1
-        if env.draw.budget_share == 0.5 and at_80 is None:
-            at_80 = env.mask
-    assert at_80 is not None
-    assert at_80 != keep_all(env.setting.model)
-    assert at_80.contains(env.mask)
+        if env.load.budget_share == 0.5 and mask_at_50 is None:
+            mask_at_50 = env.mask
+    assert mask_at_50 is not None
+    assert mask_at_50 != keep_all(env.setting.model)
+    assert mask_at_50.contains(env.mask)
 
 
-def test_a_restored_block_runs_again_and_accepting_is_legal_only_once_the_plan_fits() -> None:
+def test_a_restored_block_runs_again_and_accepting_is_legal_only_if_the_plan_fits() -> None:
     env = PruneToBudget(restore=True)
     env.reset(options={"loads": [ONE]})
     accept = env.setting.accept
@@ -140,7 +136,7 @@ def test_an_illegal_action_changes_nothing_and_is_counted() -> None:
     assert first[-env.setting.blocks :].all()
 
 
-def test_a_budget_that_needs_no_pruning_is_refused() -> None:
+def test_a_budget_that_needs_no_pruning_is_an_error() -> None:
     with pytest.raises(ConfigError, match="below 1"):
         PruneToBudget().reset(options={"loads": [replace(ONE, budget_share=1.0)]})
 
@@ -159,31 +155,32 @@ def test_the_table_names_every_entry_and_is_in_info() -> None:
     assert named["legal.accept"] == 0.0
 
 
-def test_training_and_validation_never_draw_a_test_load() -> None:
-    draws = prune_loads()
+def test_training_and_validation_never_sample_a_test_load() -> None:
+    split = prune_loads()
     rng = np.random.default_rng(0)
-    held_out = {(d.batch, d.sequence_tokens) for d in draws.test}
-    assert len(draws.test) == 50
+    held_out = {(load.batch, load.sequence_tokens) for load in split.test}
+    assert len(split.test) == 50
     assert len(held_out) == 10
-    trained = {(d.batch, d.sequence_tokens) for d in (draws.sample(rng, "train") for _ in range(20_000))}
-    validated = {(d.batch, d.sequence_tokens) for d in draws.validation}
+    sampled = [split.sample(rng, "train") for _ in range(20_000)]
+    trained = {(load.batch, load.sequence_tokens) for load in sampled}
+    validated = {(load.batch, load.sequence_tokens) for load in split.validation}
     assert not trained & held_out
     assert not trained & validated
     assert not validated & held_out
-    # The range itself holds every test load: without the exclusion some would be drawn.
-    assert all(draws.batch[0] <= b <= draws.batch[1] for b, _ in held_out)
-    assert all(draws.sequence_tokens[0] <= s <= draws.sequence_tokens[1] for _, s in held_out)
+    # The training ranges contain every test load: without the exclusion some would be sampled.
+    assert all(split.batch[0] <= b <= split.batch[1] for b, _ in held_out)
+    assert all(split.sequence_tokens[0] <= s <= split.sequence_tokens[1] for _, s in held_out)
 
 
-def test_the_training_split_refuses_a_held_out_pair_when_it_comes_up() -> None:
-    # A range that holds nothing but two pairs, one of them a test pair: only the other is ever drawn.
-    draws = replace(prune_loads(), batch=(8, 8), sequence_tokens=(1023, 1024), validation=())
+def test_the_training_split_skips_a_held_out_pair() -> None:
+    # The range contains only two pairs, and one of them is a test pair: only the other is sampled.
+    split = replace(prune_loads(), batch=(8, 8), sequence_tokens=(1023, 1024), validation=())
     rng = np.random.default_rng(0)
-    assert {draws.sample(rng, "train").sequence_tokens for _ in range(50)} == {1023}
+    assert {split.sample(rng, "train").sequence_tokens for _ in range(50)} == {1023}
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_losses_of_many_masks_equal_the_quality_model_one_by_one(form: str) -> None:
+def test_the_losses_of_many_masks_equal_those_of_the_quality_model_one_by_one(form: str) -> None:
     quality = quality_on("smollm2_135m", "calibration", form)
     removed = np.random.default_rng(1).random((20, 60)) < np.linspace(0.0, 1.0, 20)[:, None]
     dense = dense_plan(PruneToBudget().setting.model)
@@ -198,7 +195,7 @@ def test_decisions_and_reports_use_the_losses_on_different_texts() -> None:
     assert calibration.dense_nll != test.dense_nll
 
 
-def test_render_shows_the_episode_and_writes_its_picture(tmp_path: Path) -> None:
+def test_render_returns_an_image_that_changes_and_save_render_writes_it(tmp_path: Path) -> None:
     env = PruneToBudget(render_mode="rgb_array")
     env.reset(seed=0)
     before = env.render()

@@ -1,4 +1,4 @@
-"""Rewards: what they pay, and that shaping leaves the best policies as they are, by exact search."""
+"""Rewards: their values, and that shaping does not change the best policy, checked by exact search."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from agents.envs.reward import PruneReward, PruneStep, kept_quality, utility
 from sim.errors import ConfigError
 
 SIZES, BUDGET = (3, 2, 4, 1, 2), 6
-"""Bytes of five blocks; at most BUDGET may stay."""
+"""Bytes of five blocks, and how many bytes may stay."""
 
 
 def losses(seed: int) -> dict[frozenset[int], float]:
-    """A loss for every set of dropped blocks, rising with the set, otherwise arbitrary."""
+    """A random loss for every set of dropped blocks, never lower than that of a subset."""
     rng = np.random.default_rng(seed)
-    found: dict[frozenset[int], float] = {frozenset(): 0.0}
+    loss: dict[frozenset[int], float] = {frozenset(): 0.0}
     for count in range(1, len(SIZES) + 1):
         for chosen in map(frozenset, itertools.combinations(range(len(SIZES)), count)):
-            found[chosen] = max(found[chosen - {b}] for b in chosen) + float(rng.exponential(0.2))
-    return found
+            loss[chosen] = max(loss[chosen - {b}] for b in chosen) + float(rng.exponential(0.2))
+    return loss
 
 
 def best_actions(seed: int, reward: PruneReward) -> dict[frozenset[int], frozenset[int]]:
-    """The optimal actions of every state that is not the end, by dynamic programming."""
+    """The optimal actions of every state before the end, by dynamic programming."""
     loss = losses(seed)
     chosen: dict[frozenset[int], frozenset[int]] = {}
 
@@ -43,7 +43,7 @@ def best_actions(seed: int, reward: PruneReward) -> dict[frozenset[int], frozens
                 failed=np.array([0]),
                 ended=np.array([fits]),
                 worst_loss=9.0,
-                draws=1,
+                loads=1,
             )
             q[block] = float(reward(step)[0]) + (0.0 if fits else reward.discount * value(after))
         best = max(q.values())
@@ -63,11 +63,11 @@ def test_shaping_does_not_change_the_best_actions_of_any_state(kind: str, discou
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_for_one_load_the_loss_in_nats_has_the_same_best_actions_as_utility(seed: int) -> None:
+def test_for_one_load_negative_loss_and_utility_have_the_same_best_actions(seed: int) -> None:
     assert best_actions(seed, PruneReward("negative_loss")) == best_actions(seed, PruneReward("utility"))
 
 
-def test_utility_is_the_quality_kept_where_the_plan_fits_and_nothing_where_it_does_not() -> None:
+def test_utility_is_the_quality_kept_if_the_plan_fits_and_0_if_it_does_not() -> None:
     step = PruneStep(
         loss_before=np.zeros(3),
         loss_after=np.array([np.log(2.0), np.log(2.0), 0.5]),
@@ -75,16 +75,16 @@ def test_utility_is_the_quality_kept_where_the_plan_fits_and_nothing_where_it_do
         failed=np.array([0, 1, 0]),
         ended=np.array([True, True, False]),
         worst_loss=4.0,
-        draws=1,
+        loads=1,
     )
     np.testing.assert_allclose(utility(step), [0.5, 0.0, 0.0])
     np.testing.assert_allclose(PruneReward("negative_loss", shaping=False)(step), [-np.log(2.0), -4.0, 0.0])
 
 
-def test_a_plan_that_measured_better_than_dense_keeps_all_quality_and_no_more() -> None:
+def test_a_plan_that_measured_better_than_dense_keeps_a_quality_of_1() -> None:
     np.testing.assert_allclose(kept_quality(np.array([-0.1, 0.0])), 1.0)
 
 
-def test_an_unknown_reward_is_named_with_the_nearest() -> None:
+def test_an_unknown_reward_is_an_error_that_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'utility'"):
         PruneReward("utilty")

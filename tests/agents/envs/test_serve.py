@@ -1,4 +1,4 @@
-"""ServeTrace: what it pays, what it shows, what it forbids, and that its split of time holds."""
+"""ServeTrace: rewards, observation, legal actions, and that its splits do not overlap in time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
-from safetensors.numpy import save_file
 
 from agents.envs.reward import ServeReward
 from agents.envs.serve import ServeSetting, ServeTrace
@@ -28,18 +25,16 @@ from sim.policies.base import PolicyContext
 from sim.policies.learned_serve import learned_serve
 from sim.policies.observation.serve import Choice, ServeObserver, serve_actions
 from sim.results.metrics import met_slo
+from tests.agents.helpers import check_environment, write_linear_policy
 
 WINDOW = Window(source="burst", start_s=300.0, rate=1.0, budget="cotenant", budget_seed=4)
 
 
-def test_both_environments_are_registered_and_pass_gymnasiums_check() -> None:
-    check_env(gym.make("agents.envs.registration:ServeTrace-v0", render_mode="rgb_array").unwrapped)
-    vector = gym.make_vec("ServeTrace-v0", num_envs=2, vectorization_mode="vector_entry_point")
-    observations, _ = vector.reset(seed=1)
-    assert vector.observation_space.contains(observations)
+def test_both_environments_are_registered_and_pass_the_check_of_gymnasium() -> None:
+    check_environment("ServeTrace-v0", 2)
 
 
-def test_the_vector_environment_plays_the_plain_one_step_by_step() -> None:
+def test_the_vector_environment_equals_the_plain_one_at_every_step() -> None:
     envs = [ServeTrace() for _ in range(2)]
     vector = ServeTraceVector(2)
     rng = np.random.default_rng(3)
@@ -72,20 +67,20 @@ def test_the_rewards_of_an_episode_add_up_to_its_utility(reward: dict[str, Any])
     env.reset(options={"window": WINDOW})
     total, over, rng = 0.0, False, np.random.default_rng(0)
     while not over:
-        _, gained, over, _, info = env.step(rng.integers(env.action_space.n) if rng.random() < 0.1 else 5)
-        total += gained
+        _, reward_of_tick, over, _, info = env.step(rng.integers(env.action_space.n) if rng.random() < 0.1 else 5)
+        total += reward_of_tick
     constant = 1.0 if reward["kind"] == "lost" else 0.0
     assert total / env.setting.reward.scale == pytest.approx(info["utility"] - constant, abs=1e-9)
     records = env.core.engine.records()
     assert len(records) == info["requests"]
     kept = np.exp(-np.maximum(records.quality_nll - env.setting.dense_nll, 0.0))
-    by_hand = np.where(met_slo(records, env.setting.slo), kept, 0.0).mean()
-    assert info["utility"] == pytest.approx(by_hand)
-    assert 0.0 < by_hand < 1.0
+    expected = np.where(met_slo(records, env.setting.slo), kept, 0.0).mean()
+    assert info["utility"] == pytest.approx(expected)
+    assert 0.0 < expected < 1.0
 
 
-def test_shedding_pruning_and_missing_each_cost_utility() -> None:
-    def served(action: int, window: Window) -> float:
+def test_rejecting_pruning_and_late_requests_each_cost_utility() -> None:
+    def utility(action: int, window: Window) -> float:
         env = ServeTrace()
         env.reset(options={"window": window})
         over = False
@@ -96,13 +91,14 @@ def test_shedding_pruning_and_missing_each_cost_utility() -> None:
     names = ServeTrace().setting.actions.names
     quiet, busy = replace(WINDOW, rate=0.4, budget="full"), replace(WINDOW, rate=1.3)
     dense, pruned = names.index("drop 0, W4 0, queue any"), names.index("drop 8, W4 0, queue any")
-    shed = names.index("drop 0, W4 0, queue 4")
-    assert served(dense, quiet) > served(pruned, quiet) + 0.05
-    assert served(dense, quiet) >= served(shed, quiet)
-    assert served(shed, busy) > served(dense, busy) + 0.05  # who rejects nobody misses nearly everybody's target
+    limited = names.index("drop 0, W4 0, queue 4")
+    assert utility(dense, quiet) > utility(pruned, quiet) + 0.05
+    assert utility(dense, quiet) >= utility(limited, quiet)
+    # Under overload, a server without a queue limit misses the target of nearly every request.
+    assert utility(limited, busy) > utility(dense, busy) + 0.05
 
 
-def test_a_plan_whose_weights_do_not_fit_is_illegal_and_the_smallest_is_always_left() -> None:
+def test_a_plan_whose_weights_do_not_fit_is_illegal_and_the_smallest_plan_is_always_legal() -> None:
     setting = ServeSetting()
     state = SimEngine(
         model=setting.model,
@@ -120,7 +116,7 @@ def test_a_plan_whose_weights_do_not_fit_is_illegal_and_the_smallest_is_always_l
     np.testing.assert_array_equal(none, weights == weights.min())
 
 
-def test_weights_that_changed_stay_for_the_dwell_time_and_the_queue_limit_is_free() -> None:
+def test_changed_weights_stay_for_the_dwell_time_and_the_queue_limit_may_change() -> None:
     env = ServeTrace()
     setting = env.setting
     names = setting.actions.names
@@ -139,7 +135,7 @@ def test_weights_that_changed_stay_for_the_dwell_time_and_the_queue_limit_is_fre
     assert env.core.choice.action == 0
     tight = replace(env.core.state, budget_bytes=setting.workspace_bytes + min(setting.actions.weights_bytes))
     left = setting.actions.legal(tight, env.core.choice)
-    assert left.any()  # what no longer fits may be left at once
+    assert left.any()  # a plan that no longer fits may be left before the dwell time ends
     assert not left[0]
 
 
@@ -152,24 +148,24 @@ def test_an_illegal_action_keeps_the_plan_and_is_counted() -> None:
     assert env.core.illegal == 1
 
 
-def test_no_training_window_touches_the_time_of_validation_or_test() -> None:
+def test_no_training_window_overlaps_the_time_of_validation_or_test() -> None:
     windows, rng = serve_windows(), np.random.default_rng(0)
     spans = {split: windows.span_s("burst", split) for split in ("train", "validation", "test")}  # type: ignore[arg-type]
     assert spans["train"][1] <= spans["validation"][0] < spans["validation"][1] <= spans["test"][0]
-    drawn = [windows.sample(rng, "train", ("burst",)) for _ in range(3000)]
-    ends = [window.start_s + windows.window_s * window.rate for window in drawn]
-    assert min(window.start_s for window in drawn) >= spans["train"][0]
+    sampled = [windows.sample(rng, "train", ("burst",)) for _ in range(3000)]
+    ends = [window.start_s + windows.window_s * window.rate for window in sampled]
+    assert min(window.start_s for window in sampled) >= spans["train"][0]
     assert max(ends) <= spans["train"][1]
-    assert max(ends) > 0.97 * spans["train"][1]  # and they do reach its end
+    assert max(ends) > 0.97 * spans["train"][1]  # they reach its end
     seeds = {split: windows.budget_seeds[split] for split in ("train", "validation", "test")}
-    assert all(seeds["train"][0] <= window.budget_seed < seeds["train"][1] for window in drawn)
+    assert all(seeds["train"][0] <= window.budget_seed < seeds["train"][1] for window in sampled)
     assert seeds["train"][1] <= seeds["validation"][0]
     assert seeds["validation"][1] <= seeds["test"][0]
     tested = [windows.sample(rng, "test", ("burst",)) for _ in range(300)]
     assert min(window.start_s for window in tested) >= spans["test"][0]
 
 
-def test_a_window_holds_the_requests_of_its_piece_of_the_trace_at_its_own_speed() -> None:
+def test_a_window_holds_the_requests_of_its_time_span_sped_up_by_its_rate() -> None:
     windows, trace = serve_windows(), source_trace("burst")
     twice = windows.requests(replace(WINDOW, rate=2.0))
     inside = (trace.arrival_s >= 300.0) & (trace.arrival_s < 300.0 + 2.0 * windows.window_s)
@@ -178,20 +174,20 @@ def test_a_window_holds_the_requests_of_its_piece_of_the_trace_at_its_own_speed(
     assert [r.output_tokens for r in twice] == trace.output_tokens[inside].tolist()
 
 
-def test_a_load_narrows_the_rates_that_are_drawn_and_nothing_else() -> None:
-    whole, rng = serve_windows(), np.random.default_rng(0)
-    low, high = whole.rates["burst"]
+def test_a_load_narrows_the_range_of_rates_and_nothing_else() -> None:
+    all_loads, rng = serve_windows(), np.random.default_rng(0)
+    low, high = all_loads.rates["burst"]
     upper = ServeSetting(load=[0.5, 1.0]).windows
-    drawn = [upper.sample(rng, "train", ("burst",)).rate for _ in range(300)]
-    assert math.sqrt(low * high) <= min(drawn) < max(drawn) <= high
-    assert replace(upper, rates=whole.rates) == whole
+    rates = [upper.sample(rng, "train", ("burst",)).rate for _ in range(300)]
+    assert math.sqrt(low * high) <= min(rates) < max(rates) <= high
+    assert replace(upper, rates=all_loads.rates) == all_loads
     with pytest.raises(ConfigError, match=r"load is \[0.9, 0.2\]"):
-        whole.at_load(0.9, 0.2)
+        all_loads.at_load(0.9, 0.2)
 
 
-def test_what_is_observed_says_nothing_of_lengths_that_no_server_could_know() -> None:
+def test_the_observation_does_not_depend_on_output_lengths_before_a_request_finishes() -> None:
     setting = ServeSetting()
-    seen = []
+    observed = []
     for factor in (1, 3):
         engine = setting.build_engine(WINDOW, setting.actions.plans[0])
         longer = SimEngine(
@@ -212,10 +208,10 @@ def test_what_is_observed_says_nothing_of_lengths_that_no_server_could_know() ->
             if state.finished:
                 break
             rows.append(observer(state, Choice()))
-        seen.append(rows)
-    count = min(map(len, seen))
+        observed.append(rows)
+    count = min(map(len, observed))
     assert count >= 20
-    np.testing.assert_array_equal(seen[0][:count], seen[1][:count])
+    np.testing.assert_array_equal(observed[0][:count], observed[1][:count])
 
 
 def test_the_table_names_every_entry_in_its_range_and_is_in_info() -> None:
@@ -242,30 +238,20 @@ def test_the_table_of_plans_combines_every_level() -> None:
         serve_actions(model, order=["MHA1"], drops=(2,))
 
 
-def test_the_learned_policy_chooses_what_the_environment_would_have_it_choose(tmp_path: Path) -> None:
+def test_a_learned_policy_chooses_the_same_plans_in_sim_as_in_the_environment(tmp_path: Path) -> None:
     env = ServeTrace()
     setting = env.setting
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(len(setting.actions.plans), setting.table.features)).astype(np.float32)
-    # With this bias all actions are equally good at first, so that every later change of the state can tip the choice.
+    # With this bias all actions are rated equally at first, so every later change of the state can change the choice.
     bias = -weight @ env.reset(options={"window": WINDOW})[0][: setting.table.features]
-    about = {
-        "task": "ServeTrace",
-        "model": setting.model.name,
-        "layers": [list(weight.shape)],
-        "activation": "relu",
-        "plans": setting.action_options,
-        "observation": setting.table.rows(),
-        "actions": list(setting.table.actions),
-    }
-    save_file({"0.weight": weight, "0.bias": bias}, tmp_path / "p.safetensors")
-    (tmp_path / "p.json").write_text(json.dumps(about))
-    served = PolicyContext(
+    path, about = write_linear_policy(tmp_path, "ServeTrace", setting, weight, bias)
+    context = PolicyContext(
         model=setting.model,
         workspace_bytes=setting.workspace_bytes,
         kv_block_tokens=setting.engine.kv_block_tokens,
     )
-    policy = learned_serve(served, path=str(tmp_path / "p.json"))
+    policy = learned_serve(context, path=str(path))
     engine = setting.build_engine(WINDOW, policy.first_plan)
     observation, _ = env.reset(options={"window": WINDOW})
     chosen = set()
@@ -278,12 +264,12 @@ def test_the_learned_policy_chooses_what_the_environment_would_have_it_choose(tm
         observation, *_ = env.step(action)
         chosen.add(action)
     assert len(chosen) > 1
-    (tmp_path / "p.json").write_text(json.dumps({**about, "plans": {**setting.action_options, "drops": [0, 4, 12]}}))
+    path.write_text(json.dumps({**about, "plans": {**setting.action_options, "drops": [0, 4, 12]}}))
     with pytest.raises(ConfigError, match="other actions"):
-        learned_serve(served, path=str(tmp_path / "p.json"))
+        learned_serve(context, path=str(path))
 
 
-def test_shaping_pays_for_requests_about_to_be_late_and_nothing_after_the_end() -> None:
+def test_the_shaping_potential_is_the_share_of_requests_about_to_be_late() -> None:
     setting = ServeSetting()
     reward = ServeReward(scale=1.0, late_weight=2.0)
     state = setting.build_engine(WINDOW, setting.actions.plans[0]).run_until(0.0)
@@ -296,7 +282,7 @@ def test_shaping_pays_for_requests_about_to_be_late_and_nothing_after_the_end() 
         ServeReward(scale=0.0)
 
 
-def test_render_shows_the_episode_and_writes_its_picture(tmp_path: Path) -> None:
+def test_render_returns_an_image_that_changes_and_save_render_writes_it(tmp_path: Path) -> None:
     env = ServeTrace(render_mode="rgb_array")
     env.reset(options={"window": WINDOW})
     before = env.render()
@@ -310,7 +296,7 @@ def test_render_shows_the_episode_and_writes_its_picture(tmp_path: Path) -> None
     assert (tmp_path / "episode.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_policy_that_ships_serves_better_than_dense_on_windows_it_was_not_trained_on() -> None:
+def test_the_shipped_policy_serves_held_out_windows_better_than_dense() -> None:
     setting = ServeSetting(split="validation")
     windows = validation_windows(("burst",), 6)
     shipped = mean_utility(setting, windows, conf_policy("learned_serve"))

@@ -1,4 +1,4 @@
-"""Evaluation: what the statistics and the contest must satisfy, whoever wins; the page says what the files say."""
+"""The page of results: its tables follow from the result files."""
 
 from __future__ import annotations
 
@@ -10,117 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from agents.envs.prune_loads import PruneLoad, prune_loads
-from agents.evaluation.ablation import PRUNE_GROUPS, SERVE_GROUPS, ablation_markdown, shuffled_loads, shuffled_windows
 from agents.evaluation.cluster_report import cluster_table_markdown, cluster_verdict
 from agents.evaluation.page import FOLDER, page, write_report
-from agents.evaluation.prune import baselines, contest, grid, read_order, stop_at_budget
-from agents.evaluation.prune_report import REFERENCE, prune_table_markdown, unseen_loads, verdict
+from agents.evaluation.prune_report import REFERENCE, prune_table_markdown, verdict
 from agents.evaluation.serve_report import serve_table_markdown, serve_verdict
-from agents.evaluation.statistics import paired_difference
-from agents.training.validation import serve, validation_windows
-from sim.cost.memory import peak_bytes
-from sim.cost.model_spec import load_model
-from sim.errors import ConfigError
-from sim.policies.observation.prune import mask_of
 from sim.results.run_folder import write_json, write_parquet
+from tests.agents.helpers import SMALL_MODEL as MODEL
 from tests.sim.pages.test_render import cells
-
-MODEL = load_model("smollm2_135m")
-FEW = [
-    PruneLoad(batch=b, sequence_tokens=s, budget_share=r)
-    for b, s in ((1, 4096), (8, 2048), (16, 512))
-    for r in (0.8, 0.5)
-]
-
-
-@pytest.fixture(scope="module")
-def played() -> pd.DataFrame:
-    return contest(MODEL.name, baselines(MODEL), FEW)
-
-
-def test_a_policy_against_itself_differs_by_nothing() -> None:
-    values = np.random.default_rng(0).random((1, 30))
-    same = paired_difference(values, values, resamples=200)
-    assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
-
-
-def test_pairing_sees_a_small_gain_that_the_spread_of_loads_would_hide() -> None:
-    rng = np.random.default_rng(0)
-    theirs = rng.random((1, 50))
-    ours = theirs + 0.01 + 0.001 * rng.standard_normal((1, 50))
-    paired = paired_difference(ours, theirs, resamples=1000)
-    assert paired.excludes_zero()
-    assert paired.low < 0.01 < paired.high
-    unpaired = paired_difference(ours, theirs[:, rng.permutation(50)], resamples=1000)
-    assert not unpaired.excludes_zero()
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(1)
-    covered = 0
-    for trial in range(200):
-        ours = 0.5 + rng.standard_normal((1, 40))
-        interval = paired_difference(ours, np.zeros((1, 40)), resamples=400, seed=trial)
-        covered += interval.low <= 0.5 <= interval.high
-    assert 0.88 <= covered / 200 <= 0.99
-
-
-def test_seeds_widen_the_interval() -> None:
-    rng = np.random.default_rng(2)
-    theirs = rng.random((1, 40))
-    alike = np.repeat(theirs + 0.02, 5, axis=0)
-    spread = alike + 0.1 * np.arange(-2, 3)[:, None]
-    narrow, wide = (paired_difference(x, theirs, resamples=500) for x in (alike, spread))
-    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
-
-
-def test_policies_that_played_different_loads_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="not be paired"):
-        paired_difference(np.zeros((1, 3)), np.zeros((1, 4)))
-
-
-def test_no_policy_beats_the_knapsack_on_the_losses_that_it_knows(played: pd.DataFrame) -> None:
-    best = grid(played, "knapsack", "utility_calibration").mean(axis=0)
-    bound = grid(played, "oracle", "utility_test").mean(axis=0)
-    for name in played["policy"].unique():
-        assert (grid(played, name, "utility_calibration") <= best + 1e-9).all(), name
-        assert (grid(played, name, "utility_test") <= bound + 1e-9).all(), name
-
-
-def test_everything_but_dense_and_static_fits_every_budget(played: pd.DataFrame) -> None:
-    fits = played.groupby("policy")["fits"].mean()
-    assert fits["dense"] == 0.0
-    assert (fits.drop(["dense", "static"]) == 1.0).all()
-    assert played.loc[~played["fits"], "utility_test"].eq(0.0).all()
-
-
-def test_an_order_stops_at_the_first_plan_that_fits() -> None:
-    order = read_order(MODEL, "gsi")
-    draw = FEW[2]
-    removed = stop_at_budget(MODEL, order, draw)
-    count = int(removed.sum())
-    assert removed[order[:count]].all()
-    peak = peak_bytes(MODEL, mask_of(removed), draw.batch, draw.sequence_tokens)
-    removed[order[count - 1]] = False
-    before = peak_bytes(MODEL, mask_of(removed), draw.batch, draw.sequence_tokens)
-    assert peak <= draw.budget_bytes(MODEL) < before
-
-
-def test_every_order_names_every_block_once() -> None:
-    for kind in ("gsi", "one_shot", "cosine", "lis_w4"):
-        assert sorted(read_order(MODEL, kind)) == list(range(2 * MODEL.num_layers))
-    with pytest.raises(ConfigError, match=r"hw\.score"):
-        read_order(MODEL, "none_such")
-
-
-def test_unseen_loads_lie_outside_what_training_draws() -> None:
-    draws = prune_loads()
-    for draw in unseen_loads():
-        inside = draws.batch[0] <= draw.batch <= draws.batch[1]
-        inside &= draws.sequence_tokens[0] <= draw.sequence_tokens <= draws.sequence_tokens[1]
-        assert not inside
-
 
 PROVENANCE = {"command": "python -m agents.evaluate", "commit": "0" * 40, "machine": "a machine"}
 TUNED = {"static": "drop 0", "queue": 8, "greedy_stop": {"headroom": 1.1}, "saber_margin": 0.4, "windows": 16}
@@ -169,40 +65,6 @@ def test_the_page_names_the_best_learned_policy_and_holds_the_means_of_the_files
 
 
 SHIPPED = ["learned_prune_smollm2"]
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_the_policy_that_ships_beats_greedy_stop_on_loads_that_it_was_not_trained_on(name: str) -> None:
-    from agents.evaluation.prune import learned
-    from sim.policies.learned import SHIPPED as FOLDER
-
-    draws = list(prune_loads().validation)
-    policies = {"learned": learned(MODEL, [FOLDER / f"{name}.json"]), REFERENCE: baselines(MODEL)[REFERENCE]}
-    means = contest(MODEL.name, policies, draws).groupby("policy")["utility_calibration"].mean()
-    assert means["learned"] > 1.05 * means[REFERENCE]
-    shuffled = shuffled_loads([FOLDER / f"{name}.json"]).set_index("hidden")["utility"]
-    assert shuffled["nothing"] == pytest.approx(means["learned"], abs=1e-6)
-    assert shuffled["kept"] < shuffled["nothing"]
-    assert set(PRUNE_GROUPS) < set(shuffled.index)
-
-
-def test_a_policy_of_serving_loses_when_it_is_told_of_another_windows_memory() -> None:
-    from sim.policies.learned import SHIPPED as FOLDER
-    from sim.policies.learned import read_learned
-
-    path = FOLDER / "learned_serve_llama2.json"
-    about = read_learned(path, "ServeTrace").about
-    names = {entry["name"] for entry in about["observation"]}
-    assert all(set(entries) <= names for entries in SERVE_GROUPS.values())
-    table = shuffled_windows([path], windows=8)
-    utility = table.set_index("hidden")["utility"]
-    words = {**about["environment"], "split": "validation"}
-    plainly = serve(read_learned(path, "ServeTrace").network.act, words, validation_windows(("burst",), 8)).mean()
-    assert utility["nothing"] == pytest.approx(plainly, abs=1e-12)
-    assert utility["all of the KV cache"] < utility["nothing"]
-    assert set(utility.index) == {"nothing", *SERVE_GROUPS} | {n for n in names if not n.startswith("legal.")}
-    shown = ablation_markdown(table, "windows")
-    assert row_of(shown, "nothing") == ["nothing", f"{plainly:.4f}", "0.0 %", "0.0 %", "0.0 %"]
 
 
 def scenarios(utilities: dict[str, float], helped: str, columns: dict[str, list[Any]]) -> pd.DataFrame:

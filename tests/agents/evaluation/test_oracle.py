@@ -1,4 +1,4 @@
-"""The oracle's search: what it finds is what happens, beats every single plan, and is near the best there is."""
+"""The oracle's search: its utility is what a replay gives, at least that of every single plan, and near the optimum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WINDOW = Window(source="burst", start_s=300.0, rate=1.2, budget="cotenant", budg
 FEW = {**DEFAULT_ACTIONS, "drops": [0, 8], "low_layers": [0], "admits": [None, 8], "dwell_s": 0.0}
 
 
-def test_what_it_finds_is_what_a_replay_of_the_schedule_gives_and_no_single_plan_is_better() -> None:
+def test_a_replay_of_the_schedule_gives_its_utility_and_no_single_plan_is_better() -> None:
     setting = ServeSetting(actions=FEW)
     schedule, utility = best_schedule(setting, WINDOW, spans=(40, 20))
     assert play_window(setting, WINDOW, schedule_policy(setting, schedule))["utility"] == utility
@@ -24,7 +24,7 @@ def test_what_it_finds_is_what_a_replay_of_the_schedule_gives_and_no_single_plan
     assert len(set(schedule)) > 1
 
 
-def test_it_is_near_the_best_of_all_schedules_of_three_spans() -> None:
+def test_the_result_is_near_the_best_of_all_schedules_of_three_spans() -> None:
     setting = ServeSetting(actions=FEW)
     _, utility = best_schedule(setting, WINDOW, spans=(40,))
     spans = [[a] * 40 + [b] * 40 + [c] * 39 for a, b, c in product(range(4), repeat=3)]

@@ -1,6 +1,6 @@
-"""Joins a cluster of two nodes by its address, kills an env runner and then a node, and prints what was left each time.
+"""Trains on a Ray cluster of two nodes, kills an env runner and then a node, and prints the healthy runners each time.
 
-Run by test_cluster.py in a process of its own: a session has one ray, and this one needs a cluster.
+A test runs it in its own process: the tests share one local Ray, but this needs a cluster.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     algorithm = build_algorithm(cfg)
 
     def healthy_after(until: int, seconds: float) -> dict[str, int]:
-        """Train until so many runners are healthy; return how many, and the steps so far."""
+        """Train until this many runners are healthy or the time is over; return their number and the steps so far."""
         limit_s = time.monotonic() + seconds
         while True:
             result = algorithm.train()
@@ -40,16 +40,16 @@ def main() -> None:
             if healthy == until or time.monotonic() > limit_s:
                 return {"healthy": healthy, "steps": int(result["num_env_steps_sampled_lifetime"])}
 
-    told = {"nodes": {"alive": nodes}, "begun": healthy_after(2, 60)}
+    measured = {"nodes": {"alive": nodes}, "start": healthy_after(2, 60)}
     pids = algorithm.env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)
     os.kill(pids[0], signal.SIGKILL)
-    told["runner_killed"] = healthy_after(1, 30)
-    told["runner_back"] = healthy_after(2, 90)
+    measured["runner_killed"] = healthy_after(1, 30)
+    measured["runner_back"] = healthy_after(2, 90)
     cluster.remove_node(second, allow_graceful=False)
-    told["node_killed"] = healthy_after(0, 60)
+    measured["node_killed"] = healthy_after(0, 60)
     cluster.add_node(num_cpus=2)
-    told["node_back"] = healthy_after(2, 120)
-    print(json.dumps(told))
+    measured["node_back"] = healthy_after(2, 120)
+    print(json.dumps(measured))
     algorithm.stop()
     ray.shutdown()
     cluster.shutdown()

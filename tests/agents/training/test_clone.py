@@ -1,4 +1,4 @@
-"""Learning from a planner that looks ahead: what it tries leaves no trace, and what it finds is worth something."""
+"""Cloning a planner that looks ahead: trials leave the engine unchanged, and their losses are those of a replay."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
-import hydra
 import numpy as np
 import pytest
 
 from agents.envs.serve import ServeCore, ServeSetting
 from agents.envs.serve_windows import Window
 from agents.training.clone import LookaheadClone, clone, demonstrations, look_ahead
-from sim.config import CONF_DIR
 from sim.errors import ConfigError
 from sim.policies.learned import read_learned
+from tests.agents.helpers import composed
 
 WINDOW = Window(source="burst", start_s=300.0, rate=1.2, budget="cotenant", budget_seed=4)
 HOW = LookaheadClone(
@@ -23,50 +22,50 @@ HOW = LookaheadClone(
 )
 
 
-def test_looking_ahead_changes_nothing_of_what_is_served() -> None:
+def test_looking_ahead_changes_no_record_of_the_engine() -> None:
     setting = ServeSetting()
-    plain, curious = ServeCore(setting), ServeCore(setting)
-    for core in (plain, curious):
+    plain, looking = ServeCore(setting), ServeCore(setting)
+    for core in (plain, looking):
         core.begin(WINDOW)
     for tick in range(1, 40):
         if tick % 10 == 0:
-            look_ahead(curious, 10.0, 1.0)
+            look_ahead(looking, 10.0, 1.0)
         action = 2 + 8 * (tick // 20)
-        assert plain.step(action) == curious.step(action)
-        np.testing.assert_array_equal(plain.observe(), curious.observe())
-    ours, theirs = plain.engine.records(), curious.engine.records()
+        assert plain.step(action) == looking.step(action)
+        np.testing.assert_array_equal(plain.observe(), looking.observe())
+    ours, theirs = plain.engine.records(), looking.engine.records()
     for field in dataclasses.fields(ours):
         np.testing.assert_array_equal(getattr(ours, field.name), getattr(theirs, field.name))
 
 
-def test_what_it_finds_is_what_happens_when_the_plan_is_kept() -> None:
+def test_the_loss_of_a_plan_is_what_a_replay_that_keeps_the_plan_loses() -> None:
     setting = ServeSetting()
     core = ServeCore(setting)
     core.begin(WINDOW)
     for _ in range(30):
         core.step(0)
-    begun_s = core.state.time_s
-    found = look_ahead(core, 10.0, 0.0)
+    start_s = core.state.time_s
+    lost = look_ahead(core, 10.0, 0.0)
     legal = setting.actions.legal(core.state, core.choice)
-    assert (np.isfinite(found) == legal).all()
+    assert (np.isfinite(lost) == legal).all()
     action = int(np.flatnonzero(legal)[-1])
     for _ in range(10):
         core.step(action)
-    assert core.state.time_s == begun_s + 10.0
-    assert setting.lost(core.engine, 1, core.state.time_s) == pytest.approx(found[action])
+    assert core.state.time_s == start_s + 10.0
+    assert setting.lost(core.engine, 1, core.state.time_s) == pytest.approx(lost[action])
 
 
 def test_on_an_idle_server_no_plan_is_better_than_dense() -> None:
     setting = ServeSetting()
     core = ServeCore(setting)
     core.begin(replace(WINDOW, rate=0.4, budget="full"))
-    found = look_ahead(core, 6.0, 0.0)
-    assert found[0] == pytest.approx(np.nanmin(found), abs=1e-9)
-    assert found[0] == pytest.approx(0.0, abs=1e-9)
-    assert found[setting.actions.names.index("drop 8, W4 32, queue any")] > 0.0
+    lost = look_ahead(core, 6.0, 0.0)
+    assert lost[0] == pytest.approx(np.nanmin(lost), abs=1e-9)
+    assert lost[0] == pytest.approx(0.0, abs=1e-9)
+    assert lost[setting.actions.names.index("drop 8, W4 32, queue any")] > 0.0
 
 
-def test_demonstrations_are_seeded_and_from_training_windows_alone() -> None:
+def test_equal_seeds_give_equal_demonstrations() -> None:
     setting = ServeSetting()
     (features, losses), (again, same) = (demonstrations(setting, HOW, seed=1) for _ in range(2))
     np.testing.assert_array_equal(features, again)
@@ -75,16 +74,14 @@ def test_demonstrations_are_seeded_and_from_training_windows_alone() -> None:
     assert len(losses) >= 3
 
 
-def test_a_clone_is_exported_ready_to_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clone_is_exported_as_a_policy_that_sim_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agents.training.validation.VALIDATION_WINDOWS", 2)
     small = [f"algorithm.{name}={getattr(HOW, name)}" for name in ("every", "epochs", "batch")]
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        overrides = ["experiment=clone_serve", "algorithm.windows=2", "hidden=[8]", *small]
-        cfg = hydra.compose("train", overrides=overrides)
-        other = hydra.compose("train", overrides=["experiment=ppo_serve"])
-    reached = clone(cfg, tmp_path)
+    cfg = composed("clone", "experiment=clone_serve", "algorithm.windows=2", "hidden=[8]", *small)
+    other = composed("train", "experiment=ppo_serve")
+    utility = clone(cfg, tmp_path)
     learned = read_learned(tmp_path / "best" / "policy.json", "ServeTrace")
-    assert learned.about["training"]["validation_utility"] == pytest.approx(reached, abs=1e-6)
-    assert 0.3 < reached <= 1.0
+    assert learned.about["training"]["validation_utility"] == pytest.approx(utility, abs=1e-6)
+    assert 0.3 < utility <= 1.0
     with pytest.raises(ConfigError, match="lookahead_clone"):
         clone(other, tmp_path)

@@ -1,4 +1,4 @@
-"""RLlib's modules: no illegal action ever, and the exported network acts as they do on ten thousand observations."""
+"""RLlib modules: they never choose an illegal action, and the exported network acts like the module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
-from agents.envs.prune import PruneToBudget, PruneToBudgetVector
+from agents.envs.prune import PruneToBudget
+from agents.envs.prune_vector import PruneToBudgetVector
 from agents.training.modules import MaskedDQN, MaskedPPO, network_of_module
 
 torch.set_num_threads(1)
@@ -30,7 +31,7 @@ MODEL = {
 }
 
 
-def built(kind: type) -> Any:
+def build_module(kind: type) -> Any:
     env = PruneToBudget()
     torch.manual_seed(0)
     return RLModuleSpec(
@@ -42,51 +43,51 @@ def built(kind: type) -> Any:
 
 
 def observations(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Observations of real episodes under random legal actions."""
+    """Observations of episodes under random legal actions."""
     vector = PruneToBudgetVector(100)
-    seen, _ = vector.reset(seed=0)
+    observed, _ = vector.reset(seed=0)
     rng = np.random.default_rng(0)
-    found = []
-    while sum(map(len, found)) < count:
-        found.append(seen)
-        legal = seen[:, vector.setting.table.features :]
-        seen, *_ = vector.step((rng.random(legal.shape) * legal).argmax(axis=1))
-    return np.concatenate(found)[:count]
+    rows = []
+    while sum(map(len, rows)) < count:
+        rows.append(observed)
+        legal = observed[:, vector.setting.table.features :]
+        observed, *_ = vector.step((rng.random(legal.shape) * legal).argmax(axis=1))
+    return np.concatenate(rows)[:count]
 
 
 @pytest.mark.parametrize("kind", [MaskedDQN, MaskedPPO])
-def test_the_exported_network_acts_as_the_module_on_ten_thousand_observations(kind: type) -> None:
-    module = built(kind)
+def test_the_exported_network_acts_like_the_module_on_10_000_observations(kind: type) -> None:
+    module = build_module(kind)
     network = network_of_module(module.get_state(), "relu")
-    assert network.parameters == 18_288  # about 18,000, as RAP's reviewers state
-    seen = observations(10_000)
+    assert network.parameters == 18_288  # RAP's reviewers state about 18,000
+    observed = observations(10_000)
     with torch.no_grad():
-        out = module.forward_inference({Columns.OBS: torch.from_numpy(seen)})
+        out = module.forward_inference({Columns.OBS: torch.from_numpy(observed)})
     if kind is MaskedDQN:
         actions = out[Columns.ACTIONS].numpy()
     else:
         actions = out[Columns.ACTION_DIST_INPUTS].argmax(dim=-1).numpy()
-    features = seen.shape[1] - 60
-    np.testing.assert_array_equal(network.act(seen[:, :features], seen[:, features:] > 0.5), actions)
+    features = observed.shape[1] - 60
+    np.testing.assert_array_equal(network.act(observed[:, :features], observed[:, features:] > 0.5), actions)
     assert len(set(actions.tolist())) > 5
 
 
 @pytest.mark.parametrize("kind", [MaskedDQN, MaskedPPO])
-def test_exploring_never_draws_an_illegal_action(kind: type) -> None:
-    module = built(kind)
-    seen = observations(3_000)
+def test_exploration_never_chooses_an_illegal_action(kind: type) -> None:
+    module = build_module(kind)
+    observed = observations(3_000)
     with torch.no_grad():
         if kind is MaskedDQN:
-            out = module.forward_exploration({Columns.OBS: torch.from_numpy(seen)}, t=0)
+            out = module.forward_exploration({Columns.OBS: torch.from_numpy(observed)}, t=0)
             actions = out[Columns.ACTIONS]
         else:
-            out = module.forward_exploration({Columns.OBS: torch.from_numpy(seen)})
+            out = module.forward_exploration({Columns.OBS: torch.from_numpy(observed)})
             actions = torch.distributions.Categorical(logits=out[Columns.ACTION_DIST_INPUTS]).sample()
-    legal = seen[:, -60:]
-    assert legal[np.arange(len(seen)), actions.numpy()].all()
+    legal = observed[:, -60:]
+    assert legal[np.arange(len(observed)), actions.numpy()].all()
     assert (legal.mean(axis=1) < 0.9).any()
 
 
 def test_the_flags_of_legal_actions_do_not_reach_the_network() -> None:
-    module = built(MaskedPPO)
+    module = build_module(MaskedPPO)
     assert module.get_state()["encoder.actor_encoder.net.mlp.0.weight"].shape == (84, 71)

@@ -1,40 +1,35 @@
-"""Search: what may be searched, and that its trials are trainings whose best one is found."""
+"""Search: which spaces are valid, and that the trials are trainings sorted by utility."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import hydra
 import pytest
 from omegaconf import DictConfig
 
 from agents.training.tune import search_space, with_values
-from sim.config import CONF_DIR
 from sim.errors import ConfigError
-from sim.paths import REPOSITORY
+from tests.agents.helpers import composed, run_module
 
 
-def composed(*overrides: str) -> DictConfig:
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return hydra.compose("tune", overrides=["experiment=ppo_prune", *overrides])
+def search_cfg(*overrides: str) -> DictConfig:
+    """The configuration of a search over trainings of PruneToBudget."""
+    return composed("tune", "experiment=ppo_prune", *overrides)
 
 
-def test_a_space_is_of_keys_that_the_training_has() -> None:
-    cfg = composed("+space={algorithm.discount: [0.9, 1.0], algorithm.clip: {low: 0.1, high: 0.3, log: true}}")
+def test_a_space_maps_keys_of_the_training_to_distributions() -> None:
+    cfg = search_cfg("+space={algorithm.discount: [0.9, 1.0], algorithm.clip: {low: 0.1, high: 0.3, log: true}}")
     space = search_space(cfg)
     assert set(space) == {"algorithm.discount", "algorithm.clip"}
     assert 0.1 <= space["algorithm.clip"].sample() <= 0.3
-    one = with_values(cfg, {"algorithm.discount": 0.9})
-    assert one.algorithm.discount == 0.9
+    trial = with_values(cfg, {"algorithm.discount": 0.9})
+    assert trial.algorithm.discount == 0.9
     assert cfg.algorithm.discount == 1.0
 
 
 @pytest.mark.parametrize(
-    ("space", "said"),
+    ("space", "message"),
     [
         ("{}", "space is empty"),
         ("{algorithm.discont: [0.9]}", "discount"),
@@ -42,26 +37,16 @@ def test_a_space_is_of_keys_that_the_training_has() -> None:
         ("{algorithm.clip: {low: 0.1}}", "a list of values"),
     ],
 )
-def test_what_cannot_be_searched_is_an_error_that_says_why(space: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        search_space(composed(f"+space={space}"))
+def test_an_invalid_space_is_an_error_that_says_why(space: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        search_space(search_cfg(f"+space={space}"))
 
 
 @pytest.mark.slow
-def test_a_search_runs_its_trials_and_names_the_best(tmp_path: Path) -> None:
+def test_a_search_runs_its_trials_and_sorts_them_by_utility(tmp_path: Path) -> None:
     small = ["num_envs=8", "hidden=[16]", "iterations=2", "validate_every=1", "algorithm.steps_an_iteration=512"]
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "agents.tune", "experiment=ppo_prune", "samples=2", *small),
-            *("+space={algorithm.lr: {low: 1e-4, high: 1e-2, log: true}}", f"hydra.run.dir={tmp_path}"),
-        ],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-    )
+    space = "+space={algorithm.lr: {low: 1e-4, high: 1e-2, log: true}}"
+    run = run_module("agents.tune", "experiment=ppo_prune", "samples=2", *small, space, f"hydra.run.dir={tmp_path}")
     assert run.returncode == 0, run.stderr[-3000:]
     trials = json.loads((tmp_path / "search.json").read_text(encoding="utf-8"))["trials"]
     assert len(trials) == 2

@@ -1,0 +1,232 @@
+"""Plays policies on the held-out loads, windows and clusters, and writes the result files that the page is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from agents.envs.cluster import ROUTERS, ClusterSetting
+from agents.envs.prune_loads import prune_loads
+from agents.envs.reward import kept_quality
+from agents.envs.serve import ServeSetting
+from agents.envs.serve_windows import Window
+from agents.envs.surrogate import mask_losses, quality_on
+from agents.evaluation.ablation import shuffled_loads
+from agents.evaluation.cluster import (
+    evaluate_cluster,
+    learned_cluster_policies,
+    mean_cluster_utility,
+    read_about,
+    test_clusters,
+    tuned_cluster_rules,
+)
+from agents.evaluation.cluster_report import COMPARED as CLUSTER_COMPARED
+from agents.evaluation.prune import baselines, evaluate_prune, learned_prune_policies, solver
+from agents.evaluation.prune_report import unseen_loads
+from agents.evaluation.serve import (
+    conf_policy,
+    evaluate_serve,
+    evaluation_setting,
+    learned_serve_policies,
+    test_windows,
+    tuned_rules,
+    with_low_bits_of,
+)
+from agents.evaluation.serve_report import COMPARED
+from agents.training.validation import validation_clusters
+from sim.config import load_option
+from sim.cost.model_spec import load_model
+from sim.cost.quality import QUALITIES
+from sim.errors import ConfigError, nearest
+from sim.paths import REPOSITORY
+from sim.policies.learned import read_learned
+from sim.results.run_folder import provenance, write_json, write_parquet
+
+OTHER_QUALITY = "llama3_8b_published"
+"""The quality whose losses of low precision replace those of the served model, to test policies outside training."""
+
+
+def glob_files(glob: str) -> list[Path]:
+    """Return the files that match a glob inside the repository, sorted.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    paths = sorted(REPOSITORY.glob(glob))
+    if not paths:
+        raise ConfigError(f"learned: {glob} matches no file; train first: python -m agents.train experiment=ppo_prune")
+    return paths
+
+
+def network_seconds(paths: list[Path]) -> dict[str, float]:
+    """Return median and P99 seconds of one evaluation of the first file's network, over 10,000 on random features."""
+    if not paths:
+        return {"network_p50_s": 0.0, "network_p99_s": 0.0}
+    network = read_learned(paths[0], "PruneToBudget").network
+    out, size = network.weights[-1].shape[0], network.weights[0].shape[1]
+    rng = np.random.default_rng(0)
+    features, legal = rng.random((10_000, size)).astype(np.float32), np.ones(out, dtype=np.bool_)
+    durations_s = []
+    for row in features:
+        started_s = time.perf_counter()
+        network.act(row, legal)
+        durations_s.append(time.perf_counter() - started_s)
+    p50, p99 = np.quantile(durations_s, (0.5, 0.99)).tolist()
+    return {"network_p50_s": p50, "network_p99_s": p99}
+
+
+def measure_prune(cfg: DictConfig, folder: Path) -> None:
+    """Evaluate the policies of ``PruneToBudget``; write prune*.parquet, training.parquet and prune.json."""
+    model = load_model(cfg.model)
+    policies = baselines(model)
+    oracle = policies.pop("oracle")
+    for name, glob in cfg.learned.items():
+        policies[str(name)] = learned_prune_policies(model, glob_files(str(glob)))
+    policies["oracle"] = oracle
+    write_parquet(folder / "prune.parquet", evaluate_prune(cfg.model, policies, prune_loads().test))
+    write_parquet(folder / "prune_unseen.parquet", evaluate_prune(cfg.model, policies, unseen_loads()))
+    if cfg.curves:
+        write_parquet(folder / "training.parquet", training_curves(cfg.curves))
+    paths = [path for glob in cfg.learned.values() for path in glob_files(str(glob))]
+    if paths:
+        write_parquet(folder / "prune_ablation.parquet", shuffled_loads(paths))
+    quality = quality_on(cfg.model, "calibration")
+    solved = np.stack([solver(model, quality.blocks)(load) for load in prune_loads().validation])
+    table = QUALITIES / f"{cfg.model}.json"
+    write_json(
+        folder / "prune.json",
+        {
+            **provenance(0),
+            "model": cfg.model,
+            **network_seconds(paths),
+            "trained_on": sorted({read_learned(path, "PruneToBudget").about["quality_sha256"] for path in paths}),
+            "knapsack_validation": float(kept_quality(mask_losses(quality, solved)).mean()),
+            "quality_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
+        },
+    )
+
+
+def measure_serve(cfg: DictConfig, folder: Path) -> None:
+    """Evaluate the policies of ``ServeTrace``; write serve*.parquet and serve.json."""
+    paths = {str(name): glob_files(str(glob)) for name, glob in cfg.serve_learned.items()}
+    trained = [read_learned(path, "ServeTrace").about for files in paths.values() for path in files]
+    env_kwargs: dict[str, Any] = dict(trained[0]["environment"]) if trained else {}
+    sources = sorted({str(source) for about in trained for source in about["environment"]["sources"]}) or ["burst"]
+    setting = evaluation_setting({**env_kwargs, "sources": sources})
+    windows = test_windows(list(cfg.serve_sources), int(cfg.serve_windows))
+    policies: dict[str, Any] = {name: learned_serve_policies(files) for name, files in paths.items()}
+    if cfg.only:
+        summary = _measure_serve_only(cfg, folder, setting, windows, policies)
+    else:
+        summary = _measure_serve_all(cfg, folder, setting, windows, policies)
+    if cfg.serve_curves:
+        write_parquet(folder / "serve_training.parquet", training_curves(cfg.serve_curves))
+    seconds = {
+        name: [read_learned(path, "ServeTrace").about["training"]["seconds"] for path in files]
+        for name, files in paths.items()
+    }
+    write_json(
+        folder / "serve.json",
+        {**summary, "trained_on": sources, "seconds": seconds, "other_quality": OTHER_QUALITY},
+    )
+
+
+def _measure_serve_all(
+    cfg: DictConfig, folder: Path, setting: ServeSetting, windows: list[Window], learned: dict[str, Any]
+) -> dict[str, Any]:
+    """Play every rule and learned policy; return the summary for serve.json."""
+    summary = provenance(0)
+    rules, summary["tuned"] = tuned_rules(setting)
+    policies = {name: [build] for name, build in rules.items()} | learned
+    write_parquet(folder / "serve.parquet", evaluate_serve(setting, policies, windows))
+    elsewhere = {name: learned_serve_policies(glob_files(str(glob))) for name, glob in cfg.serve_elsewhere.items()}
+    if elsewhere:
+        write_parquet(folder / "serve_elsewhere.parquet", evaluate_serve(setting, elsewhere, windows, oracles=False))
+    compared = {name: builds for name, builds in policies.items() if name in learned or name in COMPARED}
+    other = with_low_bits_of(setting, OTHER_QUALITY)
+    write_parquet(folder / "serve_quality.parquet", evaluate_serve(other, compared, windows, oracles=False))
+    return summary
+
+
+def _measure_serve_only(
+    cfg: DictConfig, folder: Path, setting: ServeSetting, windows: list[Window], learned: dict[str, Any]
+) -> dict[str, Any]:
+    """Play the policies of ``cfg.only`` and replace their rows; return the updated contents of serve.json."""
+    for name in cfg.only:
+        if name not in learned:
+            raise ConfigError(f"only: serve_learned has no {name!r}; {nearest(name, learned)}")
+    selected = {name: learned[name] for name in cfg.only}
+    other = with_low_bits_of(setting, OTHER_QUALITY)
+    for file, served in (("serve.parquet", setting), ("serve_quality.parquet", other)):
+        rows = evaluate_serve(served, selected, windows, oracles=False)
+        write_parquet(folder / file, pd.concat([_other_rows(folder / file, cfg), rows]))
+    summary: dict[str, Any] = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
+    summary["anew"] = {"policies": list(cfg.only), "commit": provenance(0)["commit"]}
+    return summary
+
+
+def _other_rows(path: Path, cfg: DictConfig) -> pd.DataFrame:
+    """Return the rows of a result file that do not belong to the policies of ``cfg.only``."""
+    frame = pd.read_parquet(path)
+    return frame[~frame["policy"].isin(cfg.only)]
+
+
+def measure_cluster(cfg: DictConfig, folder: Path) -> None:
+    """Evaluate the policies of ``ServeCluster``; write cluster*.parquet, then cluster.json."""
+    paths = {str(name): glob_files(str(glob)) for name, glob in cfg.cluster_learned.items()}
+    env_kwargs: Any = OmegaConf.to_container(load_option("env", "serve_cluster").kwargs)
+    env_kwargs["split"] = "test"
+    setting = ClusterSetting(**env_kwargs)
+    clusters = test_clusters(setting, list(cfg.serve_sources), int(cfg.cluster_each))
+    learned: dict[str, Any] = {name: learned_cluster_policies(files) for name, files in paths.items()}
+    settings = {router: ClusterSetting(**{**env_kwargs, "router": router}) for router in ROUTERS}
+    curves = training_curves(cfg.cluster_curves) if cfg.cluster_curves else None
+    summary = provenance(0)
+    files = ("cluster.parquet", "cluster_routers.parquet")
+    if cfg.only:
+        policies = compared = {name: learned[name] for name in cfg.only if name in learned}
+        kept = [_other_rows(folder / file, cfg) for file in files]
+        before = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))
+        summary |= {"tuned": before["tuned"], "rules_commit": before.get("rules_commit", before["commit"])}
+    else:
+        kept = [pd.DataFrame(), pd.DataFrame()]
+        rules, summary["tuned"] = tuned_cluster_rules(setting)
+        policies = {name: [build] for name, build in rules.items()} | learned
+        compared = {name: builds for name, builds in policies.items() if name in learned or name in CLUSTER_COMPARED}
+    rows = evaluate_cluster(setting, policies, clusters, oracle=not cfg.only)
+    write_parquet(folder / files[0], pd.concat([kept[0], rows], ignore_index=True))
+    by_router = [
+        evaluate_cluster(routed, compared, clusters, oracle=False).assign(router=name)
+        for name, routed in settings.items()
+    ]
+    write_parquet(folder / files[1], pd.concat([kept[1], *by_router], ignore_index=True))
+    if curves is not None:
+        write_parquet(folder / "cluster_training.parquet", curves)
+    about = {name: [read_about(path) for path in files] for name, files in paths.items()}
+    summary |= {
+        "replicas": setting.replicas,
+        "router": str(env_kwargs["router"]),
+        "sources": {name: seeds[0]["environment"]["sources"] for name, seeds in about.items()},
+        "seconds": {name: [seed["training"]["seconds"] for seed in seeds] for name, seeds in about.items()},
+        "learned_serve_validation": mean_cluster_utility(
+            setting, validation_clusters(setting), conf_policy("learned_serve")
+        ),
+    }
+    write_json(folder / "cluster.json", summary)
+
+
+def training_curves(globs: DictConfig) -> pd.DataFrame:
+    """Return the rows of several progress.csv, with the columns policy and seed added."""
+    curves = [
+        pd.read_csv(path).assign(policy=str(name), seed=seed)
+        for name, glob in globs.items()
+        for seed, path in enumerate(glob_files(str(glob)))
+    ]
+    return pd.concat(curves, ignore_index=True)

@@ -1,0 +1,60 @@
+"""Checkpoints of a training, so that a killed run can resume."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sim.results.run_folder import write_json
+
+BUFFER = "replay_buffer.pickle"
+
+
+class Checkpoints:
+    """The last complete checkpoint of a run folder.
+
+    checkpoint.json names it and is written last, so a killed run leaves either the previous checkpoint or the new one.
+    RLlib's checkpoints are pickles: resume only runs that you trust. RLlib's new API stack (2.60) saves no replay
+    buffer whatever ``store_buffer_in_checkpoints`` says, so the buffer is saved here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pointer = folder / "checkpoint.json"
+
+    def last(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the path of the last checkpoint and the status that was saved with it; None if there is none."""
+        if not self.pointer.exists():
+            return None
+        status = json.loads(self.pointer.read_text(encoding="utf-8"))
+        return self.folder / status["checkpoint"], status
+
+    def save(self, algorithm: Any, status: Mapping[str, Any]) -> None:
+        """Save the algorithm with its replay buffer, then delete the previous checkpoint."""
+        previous = self.last()
+        name = f"checkpoint_{status['iteration']:06d}"
+        path = self.folder / name
+        shutil.rmtree(path, ignore_errors=True)
+        algorithm.save_to_path(path.absolute())
+        if algorithm.local_replay_buffer is not None:
+            with (path / BUFFER).open("wb") as file:
+                pickle.dump(algorithm.local_replay_buffer.get_state(), file, protocol=pickle.HIGHEST_PROTOCOL)
+        write_json(self.pointer, {**status, "checkpoint": name})
+        if previous is not None and previous[0] != path:
+            shutil.rmtree(previous[0], ignore_errors=True)
+
+    def restore(self, algorithm: Any) -> dict[str, Any]:
+        """Restore an algorithm from the last checkpoint; return the status saved with it, empty if there is none."""
+        last = self.last()
+        if last is None:
+            return {}
+        path, status = last
+        algorithm.restore_from_path(str(path.absolute()))
+        if algorithm.local_replay_buffer is not None:
+            with (path / BUFFER).open("rb") as file:
+                algorithm.local_replay_buffer.set_state(pickle.load(file))
+        return status

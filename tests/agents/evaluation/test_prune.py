@@ -1,0 +1,78 @@
+"""Evaluation of PruneToBudget: bounds, budgets and orders that hold for every policy."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from agents.envs.prune_loads import prune_loads
+from agents.evaluation.ablation import PRUNE_GROUPS, shuffled_loads
+from agents.evaluation.prune import (
+    baselines,
+    evaluate_prune,
+    grid,
+    learned_prune_policies,
+    read_order,
+    stop_at_budget,
+)
+from agents.evaluation.prune_report import REFERENCE, unseen_loads
+from sim.cost.memory import peak_bytes
+from sim.errors import ConfigError
+from sim.policies.learned import SHIPPED
+from sim.policies.observation.prune import mask_of
+from tests.agents.helpers import FEW_LOADS, SMALL_MODEL
+
+
+def test_no_policy_beats_the_knapsack_on_the_losses_that_it_solves(played: pd.DataFrame) -> None:
+    best = grid(played, "knapsack", "utility_calibration").mean(axis=0)
+    bound = grid(played, "oracle", "utility_test").mean(axis=0)
+    for name in played["policy"].unique():
+        assert (grid(played, name, "utility_calibration") <= best + 1e-9).all(), name
+        assert (grid(played, name, "utility_test") <= bound + 1e-9).all(), name
+
+
+def test_every_policy_but_dense_and_static_fits_every_budget(played: pd.DataFrame) -> None:
+    fits = played.groupby("policy")["fits"].mean()
+    assert fits["dense"] == 0.0
+    assert (fits.drop(["dense", "static"]) == 1.0).all()
+    assert played.loc[~played["fits"], "utility_test"].eq(0.0).all()
+
+
+def test_an_order_stops_at_the_first_plan_that_fits() -> None:
+    order = read_order(SMALL_MODEL, "gsi")
+    load = FEW_LOADS[2]
+    removed = stop_at_budget(SMALL_MODEL, order, load)
+    count = int(removed.sum())
+    assert removed[order[:count]].all()
+    peak = peak_bytes(SMALL_MODEL, mask_of(removed), load.batch, load.sequence_tokens)
+    removed[order[count - 1]] = False
+    before = peak_bytes(SMALL_MODEL, mask_of(removed), load.batch, load.sequence_tokens)
+    assert peak <= load.budget_bytes(SMALL_MODEL) < before
+
+
+def test_every_order_names_every_block_once() -> None:
+    for kind in ("gsi", "one_shot", "cosine", "lis_w4"):
+        assert sorted(read_order(SMALL_MODEL, kind)) == list(range(2 * SMALL_MODEL.num_layers))
+    with pytest.raises(ConfigError, match=r"hw\.score"):
+        read_order(SMALL_MODEL, "none_such")
+
+
+def test_unseen_loads_lie_outside_the_training_ranges() -> None:
+    split = prune_loads()
+    for load in unseen_loads():
+        inside = split.batch[0] <= load.batch <= split.batch[1]
+        inside &= split.sequence_tokens[0] <= load.sequence_tokens <= split.sequence_tokens[1]
+        assert not inside
+
+
+@pytest.mark.parametrize("name", ["learned_prune_smollm2"])
+def test_the_shipped_policy_beats_greedy_stop_on_held_out_loads(name: str) -> None:
+    path = SHIPPED / f"{name}.json"
+    policies = {"learned": learned_prune_policies(SMALL_MODEL, [path]), REFERENCE: baselines(SMALL_MODEL)[REFERENCE]}
+    frame = evaluate_prune(SMALL_MODEL.name, policies, prune_loads().validation)
+    means = frame.groupby("policy")["utility_calibration"].mean()
+    assert means["learned"] > 1.05 * means[REFERENCE]
+    shuffled = shuffled_loads([path]).set_index("hidden")["utility"]
+    assert shuffled["nothing"] == pytest.approx(means["learned"], abs=1e-6)
+    assert shuffled["kept"] < shuffled["nothing"]
+    assert set(PRUNE_GROUPS) < set(shuffled.index)

@@ -1,0 +1,23 @@
+"""The commands: each module imports, and its configuration composes with the schema that it registers."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from tests.agents.helpers import composed, run_python
+
+REQUIRED = {"export": ("run=r", "name=n"), "offline": ("by=dense",)}
+
+
+@pytest.mark.parametrize("name", ["train", "clone", "tune", "offline", "export", "evaluate"])
+def test_every_command_imports_and_composes_its_configuration(name: str) -> None:
+    assert callable(importlib.import_module(f"agents.{name}").main)
+    cfg = composed(name, *REQUIRED.get(name, ()))
+    assert len(cfg) > 2
+
+
+def test_importing_agents_loads_neither_torch_nor_ray() -> None:
+    run = run_python("-c", "import sys, agents, agents.envs.registration; print({'torch', 'ray'} & set(sys.modules))")
+    assert run.stdout.strip() == "set()"
