@@ -56,6 +56,7 @@ COMMANDS = {
     "hw.compare",
     "hw.fidelity",
     "hw.disaggregate_results",
+    "hw.disaggregate.transfer",
     "hw.disaggregate.transfer_page",
     "agents.clone",
     "agents.evaluate",

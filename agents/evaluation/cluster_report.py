@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from agents.evaluation.serve_report import SPECS, against, gaps, serving_figures
+from agents.evaluation.serve_report import SPECS, against, gaps, table_row
 from agents.evaluation.tables import (
     by_kind,
     plot_by_source,
@@ -36,7 +36,7 @@ def cluster_table_markdown(frame: pd.DataFrame) -> str:
     rows = [
         {("plan changes per replica" if key == "plan changes" else key): value for key, value in figures.items()}
         | {"busiest replica": busiest[figures["policy"]]}
-        for figures in (serving_figures(frame, name, REFERENCE) for name in policies_of(frame, ORACLES))
+        for figures in (table_row(frame, name, REFERENCE) for name in policies_of(frame, ORACLES))
     ]
     return table(rows, SPECS | {"plan changes per replica": ".1f", "busiest replica": ".1%"})
 

@@ -44,7 +44,7 @@ def against(frame: pd.DataFrame, ours: str, theirs: str) -> Interval:
     return paired_difference(serve_grid(frame, ours), serve_grid(frame, theirs))
 
 
-def serving_figures(frame: pd.DataFrame, name: str, reference: str) -> dict[str, Any]:
+def table_row(frame: pd.DataFrame, name: str, reference: str) -> dict[str, Any]:
     """Return the figures of a policy that the tables of servers and of clusters share."""
     part = frame[frame["policy"] == name]
     return {
@@ -66,7 +66,7 @@ def serve_table_markdown(frame: pd.DataFrame) -> str:
     """Return the main table: every policy over all windows and seeds."""
     by_policy = frame.groupby("policy")[["decision_p50_s", "decision_p99_s"]].median() * 1e6
     rows = [
-        serving_figures(frame, name, REFERENCE)
+        table_row(frame, name, REFERENCE)
         | {f"decision {p.upper()} (us)": by_policy[f"decision_{p}_s"][name] for p in ("p50", "p99")}
         for name in policies_of(frame, ORACLES)
     ]

@@ -20,7 +20,6 @@ from omegaconf import DictConfig
 from sim.atomic import write_whole
 from sim.errors import ConfigError, nearest
 from sim.pages.render import commit_of, table
-from sim.paths import REPOSITORY
 from sim.results.report import SUMMARY_COLUMNS, Columns, cells
 from sim.results.run_folder import write_json, write_text
 
@@ -151,7 +150,7 @@ def write_page(cfg: DictConfig, comparisons: Mapping[str, Comparison], folder: P
         measure(list(cfg.only) or list(comparisons), comparisons, folder, cfg.workers)
     target = folder / "index.md"
     write_text(target, page())
-    print(f"written: {target.relative_to(REPOSITORY)}")
+    print(f"written: {target}")
 
 
 def measure(names: Sequence[str], comparisons: Mapping[str, Comparison], folder: Path, workers: int) -> None:

@@ -30,17 +30,17 @@ from hw.score.block_numbers import (  # noqa: E402
 from hw.score.cosine import block_cosines  # noqa: E402
 from hw.score.full_test import Agreement, agreement, chosen_plans, greedy_tokens, measure_chosen, spread  # noqa: E402
 from hw.score.gsi import gsi, gsi_round_naive  # noqa: E402
+from hw.score.job import SCORES  # noqa: E402
 from hw.score.lis import layer_importance  # noqa: E402
 from hw.score.nll import measure, measure_many, rounded, token_nll  # noqa: E402
 from hw.score.one_shot import one_shot, single_removals  # noqa: E402
 from hw.score.pdtrim import attention_mass, redundancy_order, redundancy_sets, two_stage_search  # noqa: E402
 from hw.score.quality_table import measure_table, table_plans  # noqa: E402
 from hw.score.report import generation, scores_page, speed_of  # noqa: E402
-from hw.score.run import SCORES, TABLES  # noqa: E402
 from hw.score.text import read_windows  # noqa: E402
 from sim.cost.plan import KVKeep, Plan, check_plan, dense_plan  # noqa: E402
 from sim.cost.plan_json import plan_from_json  # noqa: E402
-from sim.cost.quality import read_fitted  # noqa: E402
+from sim.cost.quality import QUALITIES, read_fitted  # noqa: E402
 from sim.errors import ConfigError  # noqa: E402
 from sim.paths import REPOSITORY, RESULTS  # noqa: E402
 from sim.results.run_folder import write_json  # noqa: E402
@@ -519,7 +519,7 @@ def test_the_page_of_scores_adds_up_what_was_timed_sampled_and_decoded(tmp_path:
 
 def test_the_committed_page_is_what_the_committed_files_give() -> None:
     text = (RESULTS / "scores" / "index.md").read_text(encoding="utf-8")
-    assert scores_page("smollm2_135m", SCORES, TABLES) == text
+    assert scores_page("smollm2_135m", SCORES, QUALITIES) == text
 
 
 @pytest.mark.slow

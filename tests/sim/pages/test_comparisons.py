@@ -9,12 +9,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from omegaconf import OmegaConf
 
 import sim.compare  # noqa: F401, which registers its schema
 from sim.config import check_overrides
 from sim.errors import ConfigError
 from sim.pages import clusters, simulation
-from sim.pages.comparison import wins
+from sim.pages.comparison import Comparison, ResultsConfig, wins, write_page
 from sim.results.report import SUMMARY_COLUMNS
 from tests.sim.pages.test_render import cells
 
@@ -86,3 +87,24 @@ def test_a_claim_within_two_percent_is_no_difference() -> None:
         "no difference",
         "no",
     ]
+
+
+def test_a_page_command_replays_what_it_is_told_and_refuses_an_unknown_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in simulation.COMPARISONS:
+        shutil.copy(simulation.FOLDER / f"{name}.json", tmp_path)
+
+    def replay(name: str, _: Comparison, workers: int, folder: Path) -> None:
+        assert workers == 3
+        (folder / f"{name}.json").write_text(f"made {name}", encoding="utf-8")
+
+    monkeypatch.setattr("sim.pages.comparison.replay", replay)
+    cfg = OmegaConf.structured(ResultsConfig(measure=True, only=["kv_hole"], workers=3))
+    write_page(cfg, simulation.COMPARISONS, tmp_path, lambda: "the page")
+    assert (tmp_path / "kv_hole.json").read_text(encoding="utf-8") == "made kv_hole"
+    assert (tmp_path / "index.md").read_text(encoding="utf-8") == "the page"
+    assert (tmp_path / "moving_budget.json").read_bytes() == (simulation.FOLDER / "moving_budget.json").read_bytes()
+    cfg.only = ["kv_hall"]
+    with pytest.raises(ConfigError, match="kv_hole"):
+        write_page(cfg, simulation.COMPARISONS, tmp_path, lambda: "the page")
