@@ -19,9 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from scipy.optimize import nnls
 
@@ -29,7 +27,7 @@ from hw.disaggregate.run import STAGES, Outcome, Pair, figures
 from hw.validate.compare import judged_figure, percent
 from hw.validate.machine_speed import slower
 from hw.validate.suite import ranking
-from sim.config import CONF_DIR, build
+from sim.config import build, compose_config
 from sim.cost.latency import CALIBRATIONS, load_calibration
 from sim.cost.plan import describe
 from sim.disaggregate.disaggregate import StagedRecords, kv_bytes_sent
@@ -104,9 +102,7 @@ CROWDED = (
 
 def configuration(name: str, words: Sequence[str]) -> DictConfig:
     """Return the configuration of a command."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return hydra.compose(name, overrides=[*COMMON, *words])
+    return compose_config(name, [*COMMON, *words])
 
 
 def policy_words(kind: str) -> tuple[str, ...]:
