@@ -1,6 +1,6 @@
 """RLModules that read the features of an observation and never choose an illegal action.
 
-The last entries of an observation say which actions are legal (``sim.policies.observation.prune.Table``). The network does not read them;
+The last entries of an observation say which actions are legal (``sim.policies.observation.prune.ObservationSpec``). The network does not read them;
 its outputs for illegal actions are masked. ``network_of_module`` takes the weights out, to run them in NumPy.
 """
 
