@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class RapLabError(ValueError):
-    """Base of all errors of this project, so that a caller can catch them together."""
+    """Base of all errors of this project, so that a caller can catch all of them."""
 
 
 class TraceError(RapLabError):
@@ -15,7 +15,7 @@ class TraceError(RapLabError):
 
 
 class WorkloadError(RapLabError):
-    """A workload step or a generator was asked for something impossible."""
+    """A workload step or a generator cannot do what its arguments say."""
 
 
 class ModelError(RapLabError):
@@ -27,11 +27,11 @@ class PlanError(RapLabError):
 
 
 class BudgetError(RapLabError):
-    """The memory budget cannot hold what was asked for."""
+    """The memory budget cannot hold the weights or the request."""
 
 
 class CalibrationError(RapLabError):
-    """A calibration file is missing, malformed, or lacks a term that the plan needs."""
+    """A calibration is missing, malformed, or lacks a term that the plan needs."""
 
 
 class ConfigError(RapLabError):
@@ -39,7 +39,7 @@ class ConfigError(RapLabError):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return ``allowed`` as a readable list that puts the closest match to ``name`` first.
+    """Return the allowed names as readable text, after the one closest to ``name``.
 
     Example: ``did you mean 'burstgpt'? allowed: azure_code, azure_conv, burstgpt``.
     """

@@ -1,4 +1,4 @@
-"""Where data that is not committed lives: request traces, measurements, text."""
+"""Where data that is not in the repository lies: request traces, measurements, text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ DATA_VARIABLE = "RAP_LAB_DATA"
 
 
 def data_dir() -> Path:
-    """Return the folder of data: ``$RAP_LAB_DATA``, or ``shared/`` beside the checkout."""
-    given = os.environ.get(DATA_VARIABLE)
-    return Path(given) if given else REPOSITORY.parent / "shared"
+    """Return the data folder: ``$RAP_LAB_DATA``, or ``shared/`` next to the checkout."""
+    folder = os.environ.get(DATA_VARIABLE)
+    return Path(folder) if folder else REPOSITORY.parent / "shared"
 
 
 def find_data(path: str | Path) -> Path:
-    """Return ``path`` as it is when it exists or is absolute, else as it lies under ``data_dir()``."""
+    """Return ``path`` itself if it exists or is absolute, else the path under ``data_dir()``."""
     path = Path(path).expanduser()
     if path.exists() or path.is_absolute():
         return path

@@ -1,8 +1,8 @@
 """RLlib modules that never choose an illegal action.
 
-The last entries of an observation flag the legal actions (``sim.policies.observation.prune.Table``). The network reads
-only the features before them; its outputs for illegal actions are masked. ``network_of_module`` extracts the weights,
-to run the network in NumPy.
+The last entries of an observation flag the legal actions (``sim.policies.observation.prune.ObservationSpec``). The
+network reads only the features before them; its outputs for illegal actions are masked. ``network_of_module`` extracts
+the weights, to run the network in NumPy.
 """
 
 from __future__ import annotations

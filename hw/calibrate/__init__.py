@@ -1,1 +1,1 @@
-"""Measured and published prices of a device, written as the tables that the simulator reads."""
+"""Latency calibrations: published or measured kernel times, written as the tables that the simulator reads."""

@@ -32,8 +32,8 @@ VALIDATION = (
 class Target:
     """One calibration: which model on which device, from which measurements.
 
-    read: from the folder of measurements to samples of every term. check: further errors that the target states.
-    why: term -> the reason that its held-out error misses the target, where it does.
+    read: reads samples of every term from the folder of measurements. check: returns further errors to state.
+    why: term -> the reason, if its held-out error misses the target.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
-    """Host overhead of one iteration in microseconds, and where it comes from."""
+    """Host overhead of one iteration in microseconds, and its source."""
 
     us: float
     source: str
@@ -107,7 +107,7 @@ def _linear_tables(terms: m.Terms) -> tuple[dict[str, Any], dict[str, dict[str, 
 
 
 def _attention_tables(terms: m.Terms) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return tables and errors of attention: of prompts, of decodes, and of both in one kernel where that was measured."""
+    """Return tables and errors of attention: of prompts, of decodes, and of both in one kernel if that was measured."""
     tables: dict[str, Any] = {}
     errors: dict[str, dict[str, Any]] = {}
     rows, columns = knots_of(terms.prefill.x), knots_of(terms.prefill.y, whole=False, per_octave=4.0)
@@ -139,7 +139,7 @@ def _attention_tables(terms: m.Terms) -> tuple[dict[str, Any], dict[str, dict[st
 
 
 def shared_knots(curves: Sequence[m.Curve]) -> Floats:
-    """Return counts, common to all curves, that keep each within CURVE_TOLERANCE of its measured points."""
+    """Return counts, shared by all curves, at which lines stay within CURVE_TOLERANCE of each curve's points."""
     merged = [m.merge(curve) for curve in curves]
     common = merged[0].x
     for curve in merged[1:]:
@@ -151,7 +151,7 @@ def shared_knots(curves: Sequence[m.Curve]) -> Floats:
 
 
 def knots_of(values: Floats, whole: bool = True, per_octave: float = 2.0) -> Floats:
-    """Return knots for a table's axis: the measured values if few, else about ``per_octave`` an octave and the ends."""
+    """Return knots for a table's axis: the measured values if they are few, else about ``per_octave`` per octave."""
     unique = np.unique(values)
     if whole and len(unique) <= 24:
         return unique

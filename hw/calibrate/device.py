@@ -1,11 +1,13 @@
-"""Measures the terms of ``sim.cost.latency`` on the device at hand: ``python -m hw.calibrate source=device``.
+"""Measures the terms of ``sim.cost.latency`` on this device: ``python -m hw.calibrate source=device``.
 
-Each term is timed in the code that serves: the modules of the elastic model, the paged attention over a paged pool.
-Linear blocks run as a pass runs them, MHA and FFN of all layers in turn, so that their weights come from memory and not
-from a cache. Cells are measured in rounds of random order, until the median of each is known well enough; the samples
-are kept in a file after every round, and a run that was stopped goes on from there. Before, between and after them the
-engine serves random requests, so that a busy spell of the machine meets both alike: what its iterations take is a
-constant and a factor of the sum of their terms. One more run, of other requests, says how far the whole is off.
+Each term is timed in the code that serves: the modules of the elastic model, and paged attention over a paged pool.
+Linear blocks run as in a pass, MHA and FFN of all layers in turn, so that their weights come from memory and not from
+a cache. Cells are measured in rounds of random order until the median of each is known well enough. Samples are saved
+after every round, and a run that was stopped continues from there.
+
+Before, between and after the rounds, the engine serves random requests, so that a busy spell of the machine affects
+both. The time of an iteration is then fitted as a constant plus a factor times the sum of its terms. A last run, on
+other requests, measures the error of the result.
 """
 
 from __future__ import annotations
@@ -55,20 +57,20 @@ SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 PREFILL_TOKENS, PREFIXES = (1, 4, 16, 32, 64, 128, 256), (0, 32, 128, 256, 512)
 BATCHES, CONTEXTS = (1, 2, 3, 4, 6, 8, 12, 16, 24), (8, 32, 64, 128, 256, 512)
 QUANTISED_LAYERS = 4
-"""Layers at 8 and 4 bits over which a linear layer is timed; unpacking them takes longer than any cache could save."""
+"""Layers over which a linear block is timed at 8 and 4 bits: unpacking takes longer than a cache could save."""
 BLOCK_TOKENS = 16
 LEAST_REPEATS, MOST_REPEATS = 12, 40
 RUN_S = 10.0
-RATES_RPS = (1.5, 6.0, 0.7, 3.0)
-"""Of the runs of the engine in turn: from one request at a time to a full batch beside prompts."""
 """Seconds of arrivals in a run of the engine."""
+RATES_RPS = (1.5, 6.0, 0.7, 3.0)
+"""Arrival rates of the engine's runs in turn: from single requests to full batches with prompts."""
 WANTED_SPREAD = 0.02
-"""A cell is done when the standard error of its median is below this share of it."""
+"""A cell is done when the standard error of its median is below this share of the median."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSettings:
-    """What is measured, and how: model name, device name (an option of conf/gpu), clock, seconds at most, seed."""
+    """What is measured, and how. device: an option of conf/gpu. clock: cpu or wall. seconds: at most."""
 
     model: str
     device: str
@@ -79,7 +81,7 @@ class DeviceSettings:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Something to time that is done ``count`` times: ``run`` returns the seconds of each of ``names``."""
+    """One thing to time: ``run`` does it ``count`` times and returns the total seconds of each of ``names``."""
 
     names: tuple[str, ...]
     run: Timed
@@ -87,7 +89,7 @@ class Cell:
 
 
 class _NoAttention:
-    """Pages whose attention is free: what is left of an MHA block is norm, projections and rotary embedding."""
+    """Pages without attention, which leave norm, projections and rotary embedding of an MHA block."""
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         return key, value
@@ -97,10 +99,10 @@ class _NoAttention:
 
 
 class Bench:
-    """Builds the cells of one model, and times them."""
+    """Builds the cells of one model and times them."""
 
     def __init__(self, elastic: ElasticModel, clock: str) -> None:
-        """Take over a dense model."""
+        """Use a dense model and a clock by name."""
         self.elastic, self._spec = elastic, elastic.spec
         self.clock = CLOCKS[clock]
         elastic.use_attention(ATTENTION)
@@ -111,11 +113,11 @@ class Bench:
 
     @torch.inference_mode()
     def time(self, cell: Cell) -> list[float]:
-        """Return the microseconds of one of each of the things that a cell does."""
+        """Return the microseconds of one repetition, for each name of the cell."""
         return [seconds / cell.count * 1e6 for seconds in cell.run()]
 
     def now_s(self) -> float:
-        """Return the present on the clock of the bench, all work of the device done."""
+        """Return the time on the clock of the bench, after all work of the device is done."""
         if self.elastic.device.type == "cuda":
             torch.cuda.synchronize()
         return self.clock()
@@ -125,7 +127,7 @@ class Bench:
 
     @torch.inference_mode()
     def linear(self, bits: int) -> list[Cell]:
-        """Return the cells of MHA and FFN blocks at a precision; brings the model to it."""
+        """Return the cells of MHA and FFN blocks at a precision, to which the model is changed."""
         layers = self._spec.num_layers if bits == 16 else min(QUANTISED_LAYERS, self._spec.num_layers)
         dense = dense_plan(self._spec)
         self.elastic.apply(
@@ -154,7 +156,7 @@ class Bench:
 
     @torch.inference_mode()
     def ends(self) -> list[Cell]:
-        """Return the cells of embedding and of head and choice of a token."""
+        """Return the cells of the embedding, and of the head with the choice of a token."""
 
         def token(ids: Tensor) -> tuple[float]:
             start_s = self.now_s()
@@ -177,7 +179,7 @@ class Bench:
         return cells
 
     def attention(self) -> list[Cell]:
-        """Return the cells of attention: decodes of one context, and a prompt chunk on a prefix."""
+        """Return the cells of attention: a batch of decodes with equal context, and a prompt chunk after a prefix."""
         layers = self._spec.num_layers
         decodes = [(batch, context) for batch in BATCHES for context in CONTEXTS]
         chunks = [(tokens, before) for tokens in PREFILL_TOKENS for before in PREFIXES]
@@ -206,10 +208,10 @@ class Bench:
 
         return run
 
-    def whole_pass(
+    def full_pass(
         self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]], keep: KeepMask | None = None
     ) -> Timed:
-        """Return a whole pass over decodes and prompt chunks, (tokens before, new tokens) each; None keeps all."""
+        """Return a full pass over decodes and prompt chunks, each (tokens before, new tokens); keep None keeps all."""
         keep = keep or dense_plan(self._spec).decode
         held = frozenset(layer for layer, kept in enumerate(keep.mha) if kept)
 
@@ -239,10 +241,10 @@ class Bench:
 
 
 class Samples:
-    """Every sample so far, by cell; kept in a file, so that a run can go on where it was stopped."""
+    """Every sample so far, by cell, saved in a file so that a stopped run can continue."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Take up what the file holds, if it was measured with the same settings."""
+        """Read the samples of the file if they were measured with the same settings."""
         self._path, self._settings = path, dict(settings)
         self.of: dict[str, list[float]] = {}
         if path.is_file():
@@ -255,11 +257,11 @@ class Samples:
         self.of.setdefault(name, []).append(us)
 
     def save(self) -> None:
-        """Write all of them, whole or not at all."""
+        """Write all samples."""
         write_json(self._path, {"settings": self._settings, "samples": self.of})
 
     def done(self, name: str) -> bool:
-        """Return whether a cell's median is known well enough, or was tried often enough."""
+        """Return whether a cell's median is known well enough or has been sampled often enough."""
         values = self.of.get(name, [])
         if len(values) < LEAST_REPEATS:
             return False
@@ -277,10 +279,10 @@ def spread(values: list[float]) -> float:
 
 
 def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: Console) -> list[Iterations]:
-    """Measure every cell of every term; return runs of the engine, from before, between and after them."""
+    """Measure every cell of every term; return the runs of the engine made before, between and after."""
     deadline_s = time.monotonic() + settings.seconds
     rng = random.Random(settings.seed)
-    groups: list[tuple[Callable[[], list[Cell]], float]] = [  # and the share of the time
+    groups: list[tuple[Callable[[], list[Cell]], float]] = [  # and their share of the remaining time
         (lambda: bench.linear(16) + bench.ends() + bench.attention(), 0.7),
         (lambda: bench.linear(8), 0.5),
         (lambda: bench.linear(4), 1.0),
@@ -293,7 +295,7 @@ def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: C
             task = progress.add_task(f"group {index + 1} of {len(groups)}", total=len(cells))
             for cell in cells:
                 if cell.names[0] not in samples.of:
-                    bench.time(cell)  # the first time is not like the others
+                    bench.time(cell)  # the first run also warms up caches
             while todo := [cell for cell in cells if not all(map(samples.done, cell.names))]:
                 late = time.monotonic() > until_s
                 if late and all(len(samples.of.get(cell.names[0], [])) >= LEAST_REPEATS for cell in todo):
@@ -336,9 +338,9 @@ def terms_of(samples: Samples) -> m.Terms:
 
 
 def times(content: Mapping[str, Any], factor: float, prefill_attention_factor: float | None = None) -> dict[str, Any]:
-    """Return a calibration with the times of all its terms multiplied; ``fixed_us`` stays.
+    """Return a calibration with the times of all terms multiplied by ``factor``; ``fixed_us`` stays.
 
-    prefill_attention_factor: for that term instead of ``factor``.
+    prefill_attention_factor: for that term, in place of ``factor``.
     """
 
     def scaled(value: Any, factor: float) -> Any:
@@ -357,13 +359,13 @@ def times(content: Mapping[str, Any], factor: float, prefill_attention_factor: f
 
 @dataclass(frozen=True, slots=True)
 class Iterations:
-    """Iterations of a run of the engine: what each took, in seconds, and what was in it."""
+    """Iterations of a run of the engine: the seconds and the batch of each."""
 
     measured_s: Floats
     shapes: tuple[Shape, ...]
 
     def priced_s(self, latency: LatencyModel) -> Floats:
-        """Return what a latency model says of each."""
+        """Return the seconds that a latency model predicts for each."""
         prices = [
             latency.iteration_s(s.plan, s.chunks, s.decode_batch, s.decode_context_sum, s.sequences)
             for s in self.shapes
@@ -373,11 +375,11 @@ class Iterations:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What iterations take: ``factor * terms + prefill_attention_factor * prefill attention + fixed_s``.
+    """The seconds of an iteration: ``factor * terms + prefill_attention_factor * prefill attention + fixed_s``.
 
-    factors: in a run a term finds caches otherwise than it does when it is timed in turn with its like, and the
-    attention of prompts finds KV blocks and masks that were never used before.
-    off: relative error of the line, the median of its size over the iterations.
+    The factors are not 1 because a term finds other data in the caches during a run than when it is timed in a loop,
+    and because the attention of prompts touches KV blocks and masks that were never used before.
+    off: median absolute relative error over the iterations.
     """
 
     factor: float
@@ -387,9 +389,9 @@ class Line:
 
 
 def line_over_terms(runs: Sequence[Iterations], content: Mapping[str, Any]) -> Line:
-    """Fit the line to the iterations of runs: relative errors, of which large ones count little (soft L1, at 5 %).
+    """Fit the line to the iterations of runs: relative errors with a soft L1 loss, so that those above 5 % count less.
 
-    content: the calibration that has the terms, its ``fixed_us`` 0.
+    content: the calibration with the terms; its ``fixed_us`` is 0.
     """
     measured_s = np.concatenate([run.measured_s for run in runs])
     once, twice = (latency_of(times(content, 1.0, factor)) for factor in (1.0, 2.0))
@@ -437,14 +439,14 @@ def run_engine(elastic: ElasticModel, clock: str, seed: int, duration_s: float, 
     replay(trace, engine, Fixed(plan))
     rows, shapes = engine.iterations(), engine.shapes()
     engine.close()
-    # An iteration lasts until the next one starts, where that follows at once.
+    # An iteration lasts until the next one starts, if that follows at once.
     following = np.append(rows.start_s[1:], np.inf)
     lasting = np.where(following - rows.end_s < 0.005, following, rows.end_s) - rows.start_s
     return Iterations(lasting, tuple(shapes))
 
 
 def memory_bandwidth_bytes_per_s(device: torch.device) -> float:
-    """Return the bytes a second that reading a large array and writing another moves; the median of five."""
+    """Return the bytes per second of copying a large array, reads and writes counted; the median of five."""
     source = torch.ones(64 << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []
@@ -458,8 +460,8 @@ def memory_bandwidth_bytes_per_s(device: torch.device) -> float:
 
 
 def plot(path: Path, terms: m.Terms, latency: LatencyModel, held_out: Iterations, title: str) -> None:
-    """Write one PNG: every term's measured points over its fit, and whole iterations against their prices."""
-    import matplotlib as mpl  # drawing is rare and its import slow
+    """Write one PNG: measured points and fit of every term, and measured against predicted iterations."""
+    import matplotlib as mpl  # imported late: it is slow, and plots are rare
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
@@ -501,7 +503,7 @@ def plot(path: Path, terms: m.Terms, latency: LatencyModel, held_out: Iterations
     axes[1][2].plot(*both, ".", markersize=4)
     most = float(max(map(np.max, both)))
     axes[1][2].plot([0, most], [0, most], color="black", linewidth=0.8)
-    axes[1][2].set(xlabel="priced, ms", ylabel="measured, ms", title="whole iterations, held out")
+    axes[1][2].set(xlabel="priced, ms", ylabel="measured, ms", title="iterations, held out")
     figure.suptitle(title)
     write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
     plt.close(figure)

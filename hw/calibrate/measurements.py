@@ -1,8 +1,8 @@
-"""Readers of published GPU measurements, and the fits that turn them into the tables of `sim.cost.latency`.
+"""Readers of published GPU measurements, and the fits that turn them into the tables of ``sim.cost.latency``.
 
-A reader returns plain samples in microseconds. A fit is a piecewise linear curve or bilinear surface on given knots,
-the very form that `sim.cost.latency` evaluates, by least squares of relative errors with a small penalty that says how cells
-without a measurement continue. No torch is needed here.
+A reader returns samples in microseconds. A fit is a piecewise linear curve or a bilinear surface on chosen knots, the
+form that ``sim.cost.latency`` evaluates: least squares of relative errors, with a small penalty on curvature that fills
+cells without a measurement. No torch is needed here.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def mean_context(chunk: Floats, prefix: Floats) -> Floats:
-    """Return how many tokens one token of a chunk attends to on average: the prefix and half of its own chunk."""
+    """Return how many tokens a token of a chunk attends to on average: the prefix and half of the chunk."""
     return prefix + (chunk + 1.0) / 2.0
 
 
@@ -136,8 +136,8 @@ def read_llmservingsim(folder: Path) -> Terms:
 def read_llmservingsim_v0(folder: Path, model: ModelSpec, gpu: Gpu, sampler: Curve) -> Terms:
     """Read LLMServingSim's first profile of a Llama-3.1-8B layer (`layers`, nanoseconds) and its attention sweep.
 
-    Prefill attention is `layers`' own without prefix, plus what a prefix adds in the sweep (there `kv_cache_size`
-    counts the chunk too, and the two disagree without prefix). The sampler is not in the profile.
+    Prefill attention without prefix comes from `layers`; a prefix adds what it adds in the sweep, where
+    `kv_cache_size` counts the chunk too. The two files disagree without prefix. The sampler is not in the profile.
     """
     raw = read_table(folder / "layers.csv.gz", ("layer_name", "input", "latency(ns)"))
     raw = raw.rename(columns={"layer_name": "layer"}).assign(us=raw["latency(ns)"] / 1e3)
@@ -207,8 +207,8 @@ def _vidur_attention(table: pd.DataFrame) -> _Sweep:
 def read_vidur(mlp: Path, attention: Path, model: ModelSpec, gpu: Gpu, sampler: Curve) -> Terms:
     """Read a pair of Vidur's operator profiles (milliseconds of one layer) at tensor parallelism 1.
 
-    Rows faster than the device's peak are dropped: the profiler caught another kernel. Vidur does not time the LM head,
-    which is one more matrix product: the gate-and-up product scaled by output columns.
+    Rows faster than the device's peak are dropped: the profiler timed another kernel. Vidur does not time the LM head;
+    it is priced as the gate-and-up product scaled by output columns.
     """
     raw = read_table(mlp, ("num_tokens", "num_tensor_parallel_workers", "time_stats.mlp_up_proj.median"))
     raw = raw[raw["num_tensor_parallel_workers"] == 1].groupby("num_tokens").median(numeric_only=True)
@@ -227,7 +227,7 @@ def read_vidur(mlp: Path, attention: Path, model: ModelSpec, gpu: Gpu, sampler: 
     sweep = _vidur_attention(read_table(attention, VIDUR_ATTENTION))
     save = merge(Curve(sweep.batch, sweep.save_us))
     mha = _sum(table, dict.fromkeys(("input_layernorm", "attn_pre_proj", "attn_rope", "attn_post_proj", "add"), 1))
-    # Measured saves are of decode batches; a prompt's are bytes, for one profiler saved them in a loop over tokens.
+    # Measured KV saves are of decode batches. Those of prompts are priced by bytes: one profiler looped over tokens.
     saved = np.maximum(np.interp(mha.x, save.x, save.us), elementwise_us(mha.x, model.kv_bytes_per_token_layer, gpu))
     up = _sum(table, {"mlp_up_proj": model.vocab_size / (2 * model.intermediate_size)})
     up = Curve(up.x[up.x <= 256], up.us[up.x <= 256])
@@ -250,7 +250,7 @@ def read_vidur(mlp: Path, attention: Path, model: ModelSpec, gpu: Gpu, sampler: 
 
 
 def _spread(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return about half of a dense sweep's counts: all up to 64, then at least 4 % apart."""
+    """Return about half of a dense sweep's counts: all up to 64, then in steps of at least 4 %."""
     kept: list[int] = []
     for count in counts.tolist():
         if count <= 64 or count >= kept[-1] * 1.04:
@@ -271,11 +271,11 @@ class Kernels:
     def product(self, dtype: str, n: int, k: int, leave_out: bool = False) -> Curve:
         """Return microseconds over m of out[m, n] = in[m, k] x weight[k, n].
 
-        A shape that was not measured lies on the line between its nearest measured neighbours in n or in k, that is in
-        n * k, at every m; beyond the largest, on the line through the last two that are a factor of two apart.
+        A shape that was not measured is interpolated, at every m, between its nearest measured neighbors in n or in k;
+        beyond the largest, extrapolated from the largest and one of at most half its size.
 
         Args:
-            leave_out: predict a measured shape from its neighbours, to see how far off that is.
+            leave_out: predict a measured shape from its neighbors, to measure that error.
         """
         rows = self.gemm[self.gemm["gemm_dtype"] == dtype]
         along, wanted = ("n", n) if (rows["k"] == k).any() else ("k", k)
@@ -328,8 +328,8 @@ DTYPES = {16: "bfloat16", 8: "int8_wo", 4: "int4_wo"}
 def compose(kernels: Kernels, model: ModelSpec, gpu: Gpu, sampler: Curve) -> Terms:
     """Return a model's terms composed of kernels; elementwise operations are priced by their bytes.
 
-    Where a framework's files lack the model's number of KV heads, decode attention is that of 8 of them at so many
-    times the batch: the kernel's work items are pairs of a sequence and a KV head.
+    If a framework's files lack the model's number of KV heads, decode attention is that of 8 heads at a larger batch:
+    the kernel's work items are pairs of a sequence and a KV head.
     """
     kinds: dict[int, dict[str, Curve]] = {}
     for bits, dtype in DTYPES.items():
@@ -390,18 +390,18 @@ LAUNCH_US = 2.0
 
 
 def elementwise_us(tokens: Floats, bytes_per_token: float, gpu: Gpu) -> Floats:
-    """Return the microseconds of a fused elementwise kernel, which only moves bytes."""
+    """Return the microseconds of a fused elementwise kernel: the time to move its bytes."""
     return np.maximum(LAUNCH_US, tokens * bytes_per_token / (ACHIEVED * gpu.memory_bandwidth_bytes_per_s) * 1e6)
 
 
 def product_us(tokens: Floats, n: int, k: int, gpu: Gpu) -> Floats:
-    """Return the least microseconds that the data sheet allows a matrix product with 2-byte weights."""
+    """Return the fewest microseconds that the data sheet allows for a matrix product with 2-byte weights."""
     compute_s = 2.0 * tokens * n * k / gpu.dense_fp16_flop_per_s
     return np.maximum(compute_s, 2.0 * n * k / gpu.memory_bandwidth_bytes_per_s) * 1e6
 
 
 def sampler_us(sampler: Curve, vocab: int, sequences: Floats) -> Floats:
-    """Return the microseconds of sampling: vLLM's on RTX 4090, its slope over sequences scaled by the vocabulary."""
+    """Return the microseconds of sampling: vLLM's on RTX 4090, with the slope over sequences scaled by vocabulary."""
     first = float(sampler.us[0])
     measured = np.interp(sequences, sampler.x, sampler.us)
     slope = (sampler.us[-1] - sampler.us[-2]) / (sampler.x[-1] - sampler.x[-2])
@@ -417,22 +417,22 @@ def read_sampler(folder: Path) -> Curve:
 
 
 def raise_to_bandwidth(decode: Surface, kv_bytes_per_token: int, gpu: Gpu) -> Surface:
-    """Return decode attention never faster than memory can deliver the KV.
+    """Return decode attention with times raised to what memory needs to deliver the KV.
 
-    A profiler that calls one kernel again and again finds its KV in the L2 cache; in a served model all other layers'
-    weights and KV pass through that cache in between.
+    A profiler that calls one kernel repeatedly finds its KV in the L2 cache. In a served model, the weights and KV of
+    all other layers pass through that cache in between.
     """
     least = decode.x * decode.y * kv_bytes_per_token / (ACHIEVED * gpu.memory_bandwidth_bytes_per_s) * 1e6
     return Surface(decode.x, decode.y, np.maximum(decode.us, least))
 
 
 def _by_layer(table: pd.DataFrame, over: str, value: str) -> pd.DataFrame:
-    """Return one row a count and one column an operation: the median of repeats."""
+    """Return one row per count and one column per operation: the median of repeats."""
     return table.pivot_table(index=over, columns="layer", values=value, aggfunc="median")
 
 
 def _sum(table: pd.DataFrame, operations: dict[str, float]) -> Curve:
-    """Return the curve of a weighted sum of operations, over the counts at which all were measured."""
+    """Return the curve of a weighted sum of operations, at the counts where all were measured."""
     missing = [name for name in operations if name not in table.columns]
     if missing:
         raise CalibrationError(
@@ -444,12 +444,13 @@ def _sum(table: pd.DataFrame, operations: dict[str, float]) -> Curve:
 
 
 def read_steady_decode(folder: Path, kv_tokens: int, block_tokens: int, before_s: float) -> pd.DataFrame:
-    """Return the seconds of a real vLLM run that were nothing but decode, from its once-a-second log.
+    """Return the seconds of pure decode of a real vLLM run, from its once-a-second log.
 
-    The first stretch of five seconds or more, ending before ``before_s``, in which no prompt was processed and running
-    requests only finished; later ones hide preempted requests that are computed again. Columns: `batch`, `context_sum`
-    (from the share of KV in use; on average half of a request's last block is empty) and `iteration_us` (one token a
-    running request an iteration).
+    They are the first stretch of five seconds or more before ``before_s`` in which no prompt was processed and the
+    number of running requests never rose. Later stretches hide preempted requests that are computed again.
+
+    Columns: `batch`; `context_sum`, from the share of KV in use (on average half of a request's last block is empty);
+    `iteration_us`, in which each running request gets one token.
     """
     log = read_table(folder / "timeseries.csv", ("t", "prompt_throughput", "gen_throughput", "running", "kv_cache_pct"))
     log = log[log["t"] <= before_s].reset_index(drop=True)
@@ -473,7 +474,7 @@ def read_steady_decode(folder: Path, kv_tokens: int, block_tokens: int, before_s
 
 
 def merge(curve: Curve) -> Curve:
-    """Return the curve with one point a count: the median of repeats."""
+    """Return the curve with one point per count: the median of repeats."""
     counts = np.unique(curve.x)
     return Curve(counts, np.array([np.median(curve.us[curve.x == count]) for count in counts]))
 
@@ -522,13 +523,13 @@ def fit_surface(surface: Surface, rows: Floats, columns: Floats, smooth: float =
 
 
 def rising(values: Floats) -> Floats:
-    """Return the nearest sequence in logarithms that never falls."""
+    """Return the closest sequence, in logarithms, that never falls."""
     fitted: Floats = np.exp(isotonic_regression(np.log(values)).x)
     return fitted
 
 
 def rising_surface(values: Floats) -> Floats:
-    """Return a surface near ``values`` that falls along neither axis: isotonic by turns, then a running maximum."""
+    """Return a surface near ``values`` that falls along neither axis: isotonic fits in turn, then a running maximum."""
     fitted = values.copy()
     for _ in range(8):
         fitted = np.apply_along_axis(rising, 1, fitted)
@@ -555,7 +556,7 @@ def thin(x: Floats, values: Floats, tolerance: float) -> NDArray[np.int64]:
 
 
 def folds(points: int) -> NDArray[np.int64]:
-    """Return the fold, 0 to FOLDS - 1, of every point: a seeded permutation dealt out in turn."""
+    """Return the fold of every point, 0 to FOLDS - 1, by a seeded permutation."""
     order = np.random.default_rng(SEED).permutation(points)
     fold = np.empty(points, dtype=np.int64)
     fold[order] = np.arange(points) % FOLDS
@@ -563,7 +564,7 @@ def folds(points: int) -> NDArray[np.int64]:
 
 
 def held_out(points: int, inside: NDArray[np.bool_], fit_and_predict: Callable[[NDArray[np.bool_]], Floats]) -> Floats:
-    """Return each inner point's prediction by the fit that did not see it; nan for points at the edge.
+    """Return each inner point's prediction by a fit that did not see it; NaN for points at the edge.
 
     Args:
         inside: points that may be held out. The edges stay in every training set: beyond them is extrapolation.
@@ -578,14 +579,14 @@ def held_out(points: int, inside: NDArray[np.bool_], fit_and_predict: Callable[[
 
 
 def _place(knots: Floats, x: Floats) -> tuple[NDArray[np.int64], Floats]:
-    """Return each x's segment and how far into it: held below the first knot, beyond 1 above the last."""
+    """Return each x's segment and its position in it: 0 below the first knot, above 1 beyond the last."""
     x = np.maximum(x, knots[0])
     index = np.clip(np.searchsorted(knots, x, side="right") - 1, 0, len(knots) - 2)
     return index, (x - knots[index]) / (knots[index + 1] - knots[index])
 
 
 def _bends(knots: Floats) -> csr_matrix:
-    """Return the matrix of every inner knot's height above the line between its neighbours."""
+    """Return the matrix that gives each inner knot's height above the line between its neighbors: the curvature."""
     n = np.arange(1, len(knots) - 1)
     share = (knots[n] - knots[n - 1]) / (knots[n + 1] - knots[n - 1])
     values = np.concatenate([share - 1.0, np.ones(len(n)), -share])
@@ -620,7 +621,7 @@ def _solve(design: csr_matrix, penalty: csr_matrix, wanted: Floats | float = 0.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedFit:
-    """The `shared` rule of `sim.cost.latency`: its five coefficients, the decode table M, and the residual on its axes."""
+    """The `shared` rule of `sim.cost.latency`: five coefficients, the decode table M, and the residual on its axes."""
 
     fit_us: Floats
     batch: Floats
@@ -666,7 +667,7 @@ def fit_shared(mixed: Mixed, prefill_us: Callable[[Floats, Floats], Floats]) -> 
 
 
 def shared_at(fit: SharedFit, mixed: Mixed, prefill: Floats) -> Floats:
-    """Return the microseconds that the fitted rule gives for ``mixed``, as `sim.cost.latency.attention_seconds` does."""
+    """Return the microseconds that the fitted rule gives, as `sim.cost.latency.attention_seconds` computes them."""
     decode = surface_at(fit.batch, fit.context, fit.decode_us, mixed.batch, mixed.context)
     logs = (np.log(fit.axes[0]), np.log1p(fit.axes[1]), np.log(fit.axes[2]), np.log(fit.axes[3]))
     points = np.column_stack([np.log(mixed.chunk), np.log1p(mixed.prefix), np.log(mixed.batch), np.log(mixed.context)])

@@ -1,9 +1,9 @@
-"""Measures what a plan change costs on the device at hand: memory of the KV pool, weights that leave and come.
+"""Measures what a plan change costs on this device: resizing the KV pool, dropping weights, copying weights in.
 
-Every step is the one that ``hw.engine.hw_engine`` makes between two passes, by the same classes. A copy is timed alone, and while
-the serving thread makes a pass, among passes without a copy, in random order; under clock=cpu in processor seconds of
-the thread that copies. Of all this the simulator has a place for
-two figures, ``host_to_device_bytes_per_s`` and ``copy_slowdown``; the rest says what it leaves out.
+Every step is the one that ``hw.engine.hw_engine`` takes between two passes, with the same classes. A copy is timed
+alone and during a pass of the serving thread, mixed with passes without a copy in random order; with clock=cpu in
+processor seconds of the copying thread. The simulator uses two of the figures, ``host_to_device_bytes_per_s`` and
+``copy_slowdown``; the others show what it leaves out.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from sim.engine.kv_pool import KVPool
 from sim.engine.transition import LayerCopy
 
 LAYER = 1
-"""The layer that leaves and comes."""
+"""The layer that is dropped and copied back."""
 REPEATS = 30
 POOL_BLOCKS = 3000
-"""KV blocks of one layer: those of a small engine, since a pool that shrinks looks at every one."""
+"""KV blocks of one layer, as many as a small engine has: shrinking the pool looks at each block."""
 RESIZED_BLOCKS = 512
 DECODES, CONTEXT = 4, 90
-"""The pass beside which a copy is timed."""
+"""The pass during which a copy is timed."""
 LONGEST_S = 60.0
 
 
 class Changes:
-    """Times the steps of plan changes on a dense model, and leaves it as it was."""
+    """Times the steps of plan changes on a dense model and leaves the model as it was."""
 
     def __init__(self, bench: Bench) -> None:
         """Use the model and the clock of a bench."""
@@ -49,22 +49,22 @@ class Changes:
         self._arena = arena_of(self._elastic, POOL_BLOCKS, first_blocks=POOL_BLOCKS, block_tokens=BLOCK_TOKENS)
         self._pool = KVPool(POOL_BLOCKS, ArenaStorage(self._arena))
         self._found: dict[str, list[float]] = {}
-        self._longer: list[float] = []  # a pass with a copy over one without, of the same round
+        self._longer: list[float] = []  # time of a pass with a copy over one without, per round
 
     @torch.inference_mode()
     def measure(self, seed: int = 0) -> dict[str, Any]:
-        """Return what a calibration's ``device_run`` holds of plan changes: medians, times on the clock of the bench.
+        """Return the figures of plan changes for a calibration's ``device_run``: medians, on the clock of the bench.
 
-        ``host_to_device_bytes_per_s``: of whole layers, over all precisions, while a pass runs. ``copy_slowdown``: the
-        share by which a pass takes longer that begins with a copy, the pool's shrinking for it and its joining
-        included, and the standard error of it. ``plan_changes``: the parts.
+        ``host_to_device_bytes_per_s``: of full layers, over all precisions, during a pass. ``copy_slowdown``: by what
+        share a pass that begins with a copy takes longer, including shrinking the pool for it and joining it, with its
+        standard error. ``plan_changes``: the parts.
         """
         for bits in WEIGHT_BITS:
             self._elastic.prepare((bits,))
         layers = {str(bits): self._layer(bits, random.Random(seed + bits)) for bits in WEIGHT_BITS}
         parts = {
             "repeats": REPEATS,
-            "load_average": round(os.getloadavg()[0], 1),  # of the machine, others' work included
+            "load_average": round(os.getloadavg()[0], 1),  # of the machine, including other processes
             "pass": f"{DECODES} decodes of context {CONTEXT}",
             "layer_copies": layers,
             "blocks": {kind: self._block(kind) for kind in KINDS},
@@ -82,16 +82,16 @@ class Changes:
         }
 
     def _layer(self, bits: int, rng: random.Random) -> dict[str, Any]:
-        """Time a whole layer's way onto the device, alone and beside a pass that lacks it."""
+        """Time the copy of a full layer onto the device, alone and during a pass that runs without that layer."""
         spec = self._elastic.spec
         size, without = layer_weight_bytes(spec, bits), drop(spec, mha=[LAYER], ffn=[LAYER])
-        run_pass = self._bench.whole_pass([(CONTEXT, 1)] * DECODES, [], without)
+        run_pass = self._bench.full_pass([(CONTEXT, 1)] * DECODES, [], without)
         blocks = size // self._arena.block_bytes
         self._elastic.apply(with_mask(dense_plan(spec), without))
 
         def copied(name: str, meanwhile: Callable[[], object]) -> None:
             started = self._time("", lambda: self._resize(-blocks), lambda: self._start(bits, bits), meanwhile)
-            self._copier.wait(LONGEST_S)  # the engine would go on; a copy joins after the pass in which it ends
+            self._copier.wait(LONGEST_S)  # the engine would go on: a copy joins after the pass in which it ends
             joined = self._time("", self._copier.join)
             self._note(f"{name}, copy", self._copier.copied_s)
             self._note(name, started + joined)
@@ -109,7 +109,7 @@ class Changes:
             for step in rng.sample(steps, len(steps)):
                 step()
             if not repeat:
-                self._found.clear()  # the first time is not like the others
+                self._found.clear()  # the first run also warms up caches
         self._elastic.apply(dense_plan(spec))
         self._longer += [a / b for a, b in zip(self._found["serving"], self._found["pass"], strict=True)]
         found = self._taken()
@@ -122,7 +122,7 @@ class Changes:
         }
 
     def _block(self, kind: Kind) -> dict[str, Any]:
-        """Time the host's part in dropping one block at 16 bits and in its joining, and the copy between."""
+        """Time the host's part in dropping one block at 16 bits, the copy back, and joining it."""
         block = self._elastic.blocks[kind][LAYER]
         for _ in range(REPEATS):
             self._time("drop", lambda: block.want(ABSENT), self._give_back)
@@ -133,7 +133,7 @@ class Changes:
         return {"bytes": block.nbytes, **{f"{name}_us": _us(seconds) for name, seconds in self._taken().items()}}
 
     def _swap(self, bits: int) -> dict[str, Any]:
-        """Time a whole layer's change from 16 bits and back: the copy, and the host's part as it joins."""
+        """Time a full layer's change from 16 bits and back: the copy, and the host's part in joining it."""
         for _ in range(REPEATS):
             for way, wanted in (("from_16", bits), ("to_16", 16)):
                 self._start(wanted, wanted)
@@ -143,14 +143,14 @@ class Changes:
         return {f"{name}_us": _us(seconds) for name, seconds in self._taken().items()}
 
     def _resizes(self) -> dict[str, Any]:
-        """Time the pool's growing and shrinking, by a KV block of one layer, held blocks that must move among them."""
+        """Time growing and shrinking the pool, per KV block of one layer, also when held blocks must move."""
         pool = self._pool
         for _ in range(REPEATS):
             self._time("shrink", lambda: self._resize(-RESIZED_BLOCKS))
             self._time("grow", lambda: self._resize(RESIZED_BLOCKS))
             ids = sorted(pool.take(pool.layer_blocks)[0])
             pool.release(ids[:-RESIZED_BLOCKS])
-            held = BlockTable(blocks={0: ids[-RESIZED_BLOCKS:]})  # at the end of the memory that goes
+            held = BlockTable(blocks={0: ids[-RESIZED_BLOCKS:]})  # at the end of the memory that is freed
 
             def move(held: BlockTable = held) -> None:
                 held.rename(self._resize(-RESIZED_BLOCKS))
@@ -175,11 +175,13 @@ class Changes:
 
     def _start(self, mha_bits: int, ffn_bits: int) -> None:
         self._copier.start(
-            LayerCopy(layer=LAYER, mha_bits=mha_bits, ffn_bits=ffn_bits, copied_bytes=0, net_bytes=0)  # of no matter
+            LayerCopy(
+                layer=LAYER, mha_bits=mha_bits, ffn_bits=ffn_bits, copied_bytes=0, net_bytes=0
+            )  # not read by the copier
         )
 
     def _time(self, name: str, *steps: Callable[[], object]) -> float:
-        """Take steps; return their seconds, and note them under a name."""
+        """Run steps; return their seconds and, with a name, note them."""
         start_s = self._bench.now_s()
         for step in steps:
             step()
@@ -192,7 +194,7 @@ class Changes:
         self._found.setdefault(name, []).append(seconds)
 
     def _taken(self) -> dict[str, float]:
-        """Return the median of everything noted, and begin anew."""
+        """Return the median of everything noted, by name, and clear the notes."""
         found = {name: float(np.median(values)) for name, values in self._found.items()}
         self._found.clear()
         return found

@@ -151,7 +151,7 @@ def _kernels(root: Path, device: str, folder: str) -> m.Kernels:
 
 
 def _shape_errors(kernels: m.Kernels, model: ModelSpec, root: Path) -> dict[str, Any]:
-    """Return the error of interpolating products in n * k, at measured shapes near the model's, each left out."""
+    """Return the error of interpolating matrix products, at measured shapes near the model's, each left out in turn."""
     errors = {}
     for bits, dtype in m.DTYPES.items():
         if not (kernels.gemm["gemm_dtype"] == dtype).any():
@@ -187,11 +187,11 @@ def _shape_errors(kernels: m.Kernels, model: ModelSpec, root: Path) -> dict[str,
 
 
 def derive(name: str, content: dict[str, Any], device: str) -> dict[str, Any]:
-    """Return a calibration for another device by data-sheet ratios: an estimate that nobody has measured.
+    """Return a calibration for another device by data-sheet ratios: an estimate without a measurement.
 
-    Every entry grows by the ratio of bandwidths where it lies nearer the bandwidth's bound, by that of dense fp16
-    operations where nearer that one: for the linear terms and the head by tokens, for prefill attention by operations,
-    for decode attention by bandwidth. Overheads of launches are thereby scaled too, on the slow side.
+    Times bound by memory scale with the ratio of bandwidths, times bound by compute with the ratio of dense fp16
+    operations per second. Linear terms and the head move from the first to the second as tokens grow; prefill attention
+    scales with compute, decode attention with bandwidth. Launch overheads scale too, which errs on the slow side.
     """
     source, gpu = gpu_named(content["device"]), gpu_named(device)
     by_bandwidth = source.memory_bandwidth_bytes_per_s / gpu.memory_bandwidth_bytes_per_s
@@ -363,10 +363,10 @@ DERIVED = {
 
 
 def fixed_overhead(folder: Path) -> Fixed:
-    """Return the host overhead of an iteration: what a real run's decode iterations took above their kernels.
+    """Return the host overhead of an iteration: the time of a real run's decode iterations minus their kernels.
 
-    The run is LLMServingSim's reference of vLLM 0.19 with Llama-3.1-8B on an RTX 4090; only its first 60 s are used, so
-    that the rest can judge the simulator.
+    The run is LLMServingSim's reference of vLLM 0.19 with Llama-3.1-8B on an RTX 4090. Only its first 60 s are used, so
+    that the rest can test the simulator.
     """
     run = "llmservingsim_e2e/RTX4090/Llama-3.1-8B"
     seconds = m.read_steady_decode(folder / run, kv_tokens=2588 * 16, block_tokens=16, before_s=60.0)

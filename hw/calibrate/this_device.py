@@ -1,4 +1,4 @@
-"""Calibrates the device at hand: measures every term, fits, checks against a run of the engine, writes file and plot."""
+"""Calibrates this device: measures every term, fits, checks with a run of the engine, writes file and plot."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Replays a trace on the real model."""
+"""Replays a trace on the real model, with the keys and files of ``sim.replay``."""

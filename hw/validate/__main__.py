@@ -1,4 +1,4 @@
-"""Command ``python -m hw.validate``: the simulator against the real engine of this machine, workloads times policies."""
+"""Command ``python -m hw.validate``: the simulator against the real engine of this machine."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How fast the machine is while a suite of runs lasts.
+"""How fast the machine is during a suite of runs, relative to its calibration.
 
-A shared machine computes one and the same pass now faster, now slower than when it was calibrated. Between the runs of
-a suite the engine therefore serves requests of its own, which no verdict looks at. What they take over what the
-calibration says is one number, by which all prices of the suite's simulations are multiplied.
+A shared machine runs the same pass faster or slower than when it was calibrated. Between the runs of a suite, the
+engine therefore serves reference requests that no verdict counts. Their measured time over their predicted time is one
+factor, by which all prices of the suite's simulations are multiplied.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ FILE = "machine_speed.json"
 
 
 class MachineSpeed:
-    """The references of one suite, kept in a file of its folder."""
+    """The reference runs of one suite, kept in a file in its folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read those that are there."""
+        """Read the reference runs that the folder holds."""
         self._path = folder / FILE
         self.references: list[dict[str, float]] = []
         if self._path.is_file():
             self.references = json.loads(self._path.read_text(encoding="utf-8"))
 
     def measure(self, elastic: ElasticModel, clock: str, latency: LatencyModel) -> None:
-        """Serve one reference on the dense model, about ten seconds of computing for SmolLM2 on a CPU."""
+        """Serve one reference run on the dense model: about ten seconds of computing for SmolLM2 on a CPU."""
         number = len(self.references)
         run = run_engine(elastic, clock, FIRST_SEED + number, SERVED_S, RATES_RPS[number % len(RATES_RPS)])
         priced_s = run.priced_s(latency)
@@ -45,12 +45,12 @@ class MachineSpeed:
 
 
 def factor_of(references: Sequence[Mapping[str, float]]) -> float:
-    """Return the seconds that references took over those they are priced at; 1 without any."""
+    """Return measured seconds over predicted seconds of all reference runs; 1 without any."""
     if not references:
         return 1.0
     return sum(one["measured_s"] for one in references) / sum(one["priced_s"] for one in references)
 
 
 def slower(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """Return a calibration with all its times multiplied."""
+    """Return a calibration whose times are all multiplied by ``factor``."""
     return {**times(content, factor), "fixed_us": content["fixed_us"] * factor}

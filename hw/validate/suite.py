@@ -30,7 +30,7 @@ from hw.validate.compare import Run, compare, read_run
 from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of, slower
 from hw.validate.suite_page import AT_SPEED
 from sim.config import CONF_DIR, build, compose_config
-from sim.cost.latency import CALIBRATIONS, copy_speed, load_calibration
+from sim.cost.latency import CALIBRATIONS, LatencyModel, copy_speed, load_calibration
 from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY, RESULTS
 from sim.policies import Policy
@@ -174,44 +174,16 @@ def run_suite(settings: ValidateConfig, console: Console) -> dict[str, Any]:
             raise ConfigError(f"there is no workload {name!r}; {nearest(name, WORKLOADS)}")
     if settings.repeats < 1:
         raise ConfigError(f"repeats is {settings.repeats}; it must be at least 1")
-    base, repeats = Path(settings.runs), settings.repeats
-    pairs = [(workload, policy) for workload in workloads for policy in policies()]
-    todo = []
-    for repeat in range(repeats):
-        jobs = [(*pair, repeat) for pair in pairs]
-        random.Random(repeat).shuffle(jobs)  # so that a busy spell of the machine does not hit one workload only
-        todo += [job for job in jobs if not (base / job[0] / job[1] / f"hw{job[2]}" / "summary.json").is_file()]
-    if settings.page == "judge":
-        todo = []
-    loaded: Hardware | None = None
-    latency, speed = load_calibration(settings.calibration), MachineSpeed(base)
-    for number, (workload, policy, repeat) in enumerate(todo, start=1):
-        cfg = configuration(workload, policy, settings)
-        loaded = loaded or Hardware(cfg)
-        if number % RUNS_BETWEEN == 1:
-            speed.measure(loaded.elastic, settings.clock, latency)
-        folder = base / workload / policy / f"hw{repeat}"
-        serve(folder, cfg, *loaded.engine(cfg))
-        console.print(f"{number} of {len(todo)}: {workload}, {policy}, repeat {repeat}", highlight=False)
-    results: dict[str, Any] = {}
-    at_its_speed = replace(settings, calibration=str(base / "calibration.json"))
-    scaled = slower(calibration_content(settings.calibration), factor_of(speed.references))
-    write_json(Path(at_its_speed.calibration), scaled)
-    for workload, policy in pairs:
-        folder = base / workload / policy
-        cfg = configuration(workload, policy, at_its_speed)
-        serve(folder / "sim", cfg, *build_engine(cfg))
-        done = [folder / f"hw{repeat}" for repeat in range(repeats)]
-        real = [read_run(path) for path in done if (path / "summary.json").is_file()]
-        if not real:
-            raise ConfigError(f"there is no real run of {workload} under {policy} in {folder}; run without page=judge")
-        result = judged(read_run(folder / "sim"), real, base)
-        result["at_the_speed_of_the_run"] = at_speed(cfg, real)
-        results.setdefault(workload, {})[policy] = result
+    base, latency = Path(settings.runs), load_calibration(settings.calibration)
+    cells = [(workload, policy) for workload in workloads for policy in policies()]
+    speed = MachineSpeed(base)
+    if settings.page != "judge":
+        run_missing(cells, settings, speed, latency, console)
+    results = judge_cells(cells, settings, speed)
     return {
         "provenance": provenance(12),
         "device": latency.device,
-        "copying": asdict(copy_speed(latency, build(configuration(*pairs[0], settings).gpu))),
+        "copying": asdict(copy_speed(latency, build(configuration(*cells[0], settings).gpu))),
         "calibration": settings.calibration,
         "machine_speed": {"factor": factor_of(speed.references), "references": speed.references},
         "clock": settings.clock,
@@ -224,6 +196,57 @@ def run_suite(settings: ValidateConfig, console: Console) -> dict[str, Any]:
         "results": results,
         "ranking": ranking(results),
     }
+
+
+def run_missing(
+    cells: Sequence[tuple[str, str]],
+    settings: ValidateConfig,
+    speed: MachineSpeed,
+    latency: LatencyModel,
+    console: Console,
+) -> None:
+    """Serve every cell (workload, policy) for real, ``repeats`` times; keep run folders that exist."""
+    base = Path(settings.runs)
+    todo = []
+    for repeat in range(settings.repeats):
+        jobs = [(*cell, repeat) for cell in cells]
+        random.Random(repeat).shuffle(jobs)  # so that a busy spell of the machine does not hit one workload only
+        todo += [job for job in jobs if not (base / job[0] / job[1] / f"hw{job[2]}" / "summary.json").is_file()]
+    loaded: Hardware | None = None
+    for number, (workload, policy, repeat) in enumerate(todo, start=1):
+        cfg = configuration(workload, policy, settings)
+        loaded = loaded or Hardware(cfg)
+        if number % RUNS_BETWEEN == 1:
+            speed.measure(loaded.elastic, settings.clock, latency)
+        serve(base / workload / policy / f"hw{repeat}", cfg, *loaded.engine(cfg))
+        console.print(f"{number} of {len(todo)}: {workload}, {policy}, repeat {repeat}", highlight=False)
+
+
+def judge_cells(
+    cells: Sequence[tuple[str, str]], settings: ValidateConfig, speed: MachineSpeed
+) -> dict[str, dict[str, Any]]:
+    """Simulate every cell at the measured speed of the machine; return workload -> policy -> comparison.
+
+    Raises:
+        ConfigError: for a cell without a real run.
+    """
+    base = Path(settings.runs)
+    at_its_speed = replace(settings, calibration=str(base / "calibration.json"))
+    scaled = slower(calibration_content(settings.calibration), factor_of(speed.references))
+    write_json(Path(at_its_speed.calibration), scaled)
+    results: dict[str, dict[str, Any]] = {}
+    for workload, policy in cells:
+        folder = base / workload / policy
+        cfg = configuration(workload, policy, at_its_speed)
+        serve(folder / "sim", cfg, *build_engine(cfg))
+        done = [folder / f"hw{repeat}" for repeat in range(settings.repeats)]
+        real = [read_run(path) for path in done if (path / "summary.json").is_file()]
+        if not real:
+            raise ConfigError(f"there is no real run of {workload} under {policy} in {folder}; run without page=judge")
+        result = judged(read_run(folder / "sim"), real, base)
+        result["at_the_speed_of_the_run"] = at_speed(cfg, real)
+        results.setdefault(workload, {})[policy] = result
+    return results
 
 
 def judged(simulated: Run, real: Sequence[Run], base: Path) -> dict[str, Any]:
@@ -284,7 +307,7 @@ def _of(summary: Mapping[str, Any], name: str) -> float | None:
 
 
 def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return whether both sides order the policies alike by mean TTFT and E2E, and the regret of the simulator's choice.
+    """Return whether both sides order the policies alike by mean TTFT and E2E, and the simulator's regret.
 
     Two policies differ when their real means are farther apart than the noise of both together. The regret is how much
     worse the simulator's best policy is on the hardware than the best policy there. Policies with equal decisions are

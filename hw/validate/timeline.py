@@ -1,7 +1,8 @@
-"""When things happened in a run: preemptions, plan changes, and what ran, waited, was held and was kept over time.
+"""When things happened in a run: preemptions, plan changes, and requests, KV use and resident weights over time.
 
-Preemptions carry the start of the iteration that was formed without them (``iterations.parquet``), plan changes their
-own times (``transitions.parquet``), the kept share its changes (``kept_share.parquet``): both engines write all three.
+A preemption has the start time of the iteration in whose forming it happened (``iterations.parquet``), a plan change
+its own time (``transitions.parquet``), the resident share the times of its changes (``kept_share.parquet``). Both
+engines write all three files.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from sim.types import Floats
 
 TIMELINES = ("running", "waiting", "kv_used_share", "kept_share")
 POINTS = 2000
-"""Moments at which two timelines are compared."""
+"""Number of times at which two timelines are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Logs:
-    """What a run wrote: records, and what lies beside them, None for a file that it lacks.
+    """The tables of a run folder; None for a file that it lacks.
 
-    sees_engine: whether it knows preemptions and plan changes; hw.client, outside of the engine, does not.
+    sees_engine: whether the run records preemptions and plan changes; hw.client is outside the engine and cannot.
     """
 
     records: pd.DataFrame
@@ -36,15 +37,15 @@ class Logs:
 
     @property
     def end_s(self) -> float:
-        """When the last iteration ended, or the last answer where no iteration is known."""
+        """When the last iteration ended; without iterations, when the last request finished."""
         ends = self.iterations["end_s"] if self.iterations is not None else self.records["finish_s"]
         return float(ends.max()) if ends.notna().any() else 0.0
 
 
 def preemption_times_s(logs: Logs) -> Floats | None:
-    """Return one moment a preemption, ascending; None without iterations.
+    """Return the time of each preemption, ascending; None without iterations.
 
-    A preemption after which nothing could run has no iteration, and no moment.
+    A preemption after which nothing could run belongs to no iteration and has no time.
     """
     if logs.iterations is None:
         return None
@@ -52,11 +53,12 @@ def preemption_times_s(logs: Logs) -> Floats | None:
 
 
 def timeline(logs: Logs, name: str, at_s: Floats) -> Floats | None:
-    """Return one of TIMELINES at ascending moments; None where the run does not say it.
+    """Return one of TIMELINES at ascending times; None if the run does not record it.
 
-    running: requests of the iteration that goes on, 0 while none does; kv_used_share alike. A pause shorter than the
-    median iteration is the host's between two passes and belongs to the one before it. waiting: those who have arrived
-    and neither run nor have ended. kept_share: of the dense weights' bytes.
+    running, kv_used_share: of the iteration in progress, 0 when idle. A pause shorter than the median iteration is host
+        work between two passes and counts as part of the iteration before it.
+    waiting: requests that have arrived and neither run nor have ended.
+    kept_share: resident share of the dense weights' bytes.
     """
     if name == "kept_share":
         if logs.kept_share is None:
@@ -68,7 +70,7 @@ def timeline(logs: Logs, name: str, at_s: Floats) -> Floats | None:
         running = timeline(logs, "running", at_s)
         assert running is not None
         arrived = logs.records.loc[logs.records["status"] != "rejected", "arrival_s"]
-        # NaN sorts to the end: who never finished never leaves.
+        # NaN sorts to the end: a request that never finished never leaves.
         counts = [np.searchsorted(np.sort(s), at_s, "right") for s in (arrived, logs.records["finish_s"])]
         return np.maximum(counts[0] - counts[1] - running, 0.0)
     start_s, end_s = logs.iterations["start_s"], logs.iterations["end_s"]
@@ -85,9 +87,10 @@ def _steps(times_s: pd.Series[Any], values: pd.Series[Any], at_s: Floats) -> Flo
 
 
 def compare_timelines(simulated: Logs, real: Sequence[Logs]) -> dict[str, Any]:
-    """Return, for each of TIMELINES, the mean of every side, and how far it lies apart in the mean over time.
+    """Return, for each of TIMELINES, the mean of both sides and their mean difference over time.
 
-    difference: mean |simulated - real| over time, of the median repeat. noise: that of the farthest two repeats.
+    difference: mean |simulated - real| over time, the median over repeats. noise: the same between the two repeats that
+    differ most.
     """
     end_s = max(logs.end_s for logs in (simulated, *real))
     at_s = (np.arange(POINTS) + 0.5) * end_s / POINTS
@@ -111,16 +114,16 @@ def compare_timelines(simulated: Logs, real: Sequence[Logs]) -> dict[str, Any]:
 
 
 def compare_events(simulated: Logs, real: Sequence[Logs], tolerance: float) -> dict[str, Any]:
-    """Return number and times of preemptions and plan changes on both sides, and a verdict on each.
+    """Return number and times of preemptions and plan changes on both sides, with a verdict on each.
 
-    The k-th preemption is held against the k-th; a plan change against the other side's change to the same plan, the
-    k-th of them against the k-th. What has no counterpart is in the number alone.
+    The k-th preemption is compared with the k-th of the other side; a plan change with the k-th change to the same
+    plan. An event without a counterpart counts in the number only.
 
     Args:
         simulated: one side. real: the repeats of the other.
         tolerance: largest relative error of a number, and largest mean error of a time as a share of the real run.
     Returns:
-        One entry for each of the two; none where one side does not know of them.
+        One entry for each of the two kinds; empty if one side does not record them.
     """
     real = [logs for logs in real if logs.sees_engine]
     if not real or not simulated.sees_engine:
@@ -142,7 +145,7 @@ def compare_events(simulated: Logs, real: Sequence[Logs], tolerance: float) -> d
 
 
 def _marked(transitions: pd.DataFrame) -> pd.DataFrame:
-    """Return time and target of every plan change, and which of those to that target it is."""
+    """Return time and target of every plan change, and its index among the changes to that target."""
     frame = pd.DataFrame({"time_s": transitions["time_s"], "what": transitions["to"].astype(str)})
     return frame.assign(nth=frame.groupby("what").cumcount())
 
@@ -155,7 +158,7 @@ def _preemptions(logs: Logs) -> pd.DataFrame | None:
 
 
 def _ready_s(logs: Logs) -> float | None:
-    """Return the mean time from the decision of a plan to all of it running; None where none came to run."""
+    """Return the mean time from a decision to all of its plan running; None if no plan got there."""
     lasted = (logs.transitions["ready_s"] - logs.transitions["time_s"]).dropna()
     return float(lasted.mean()) if len(lasted) else None
 
@@ -172,7 +175,7 @@ def _number(numbers: Sequence[int], tolerance: float) -> dict[str, Any]:
 
 
 def _times(frames: Sequence[pd.DataFrame | None], span_s: float, tolerance: float) -> dict[str, Any]:
-    """Return when things happened on both sides, and the mean error of the times of those that did on both."""
+    """Return the times of events on both sides, and the mean time error of those that have a counterpart."""
     simulated, real = frames[0], [frame for frame in frames[1:] if frame is not None]
     if simulated is None or not real:
         return {"times_s": None, "paired": None, "time_error_s": None, "time_noise_s": None, "time_verdict": None}

@@ -27,7 +27,7 @@ from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
 from sim.policies.base import PolicyContext
 from sim.policies.observation.prune import (
-    Table,
+    ObservationSpec,
     load_columns,
     loads,
     mask_of,
@@ -139,7 +139,7 @@ def read_learned(path: str | Path, task: str) -> Learned:
     return Learned(network, about, file)
 
 
-def check_tables(learned: Learned, table: Table) -> None:
+def check_tables(learned: Learned, table: ObservationSpec) -> None:
     """Check that a policy was trained on this very table.
 
     Raises:

@@ -11,7 +11,7 @@ from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies.base import PolicyContext
 from sim.policies.learned import Learned, Network, check_tables, read_learned
-from sim.policies.observation.prune import Table
+from sim.policies.observation.prune import ObservationSpec
 from sim.policies.observation.serve import Choice, ServeActions, ServeObserver, actions_from, serve_table
 
 
@@ -51,7 +51,9 @@ def learned_serve(served: PolicyContext, *, path: str) -> LearnedServe:
     return LearnedServe(learned.network, actions, ServeObserver(served.model, actions, block_bytes))
 
 
-def trained_actions(learned: Learned, served: PolicyContext, table: Callable[[ServeActions], Table]) -> ServeActions:
+def trained_actions(
+    learned: Learned, served: PolicyContext, table: Callable[[ServeActions], ObservationSpec]
+) -> ServeActions:
     """Return the plans that a policy was trained to choose from, for what is served now.
 
     Args:

@@ -1,1 +1,1 @@
-"""Trace + engine + policy -> run folder; sweeps over seeds and windows."""
+"""Replays: a trace, an engine and a policy give a run folder; sweeps over seeds and windows."""

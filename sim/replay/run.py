@@ -34,29 +34,29 @@ from sim.traces.transforms import apply_steps
 
 
 class RecordingEngine(Engine, Protocol):
-    """An engine, and what else of it a run folder holds."""
+    """An engine with everything that a run folder records."""
 
     budget: Budget
 
     def iterations(self) -> Iterations:
-        """Return one row an iteration."""
+        """Return one entry per iteration."""
         ...
 
     def token_gaps(self) -> TokenGaps:
-        """Return every gap between two tokens of one request."""
+        """Return the gaps between successive tokens of a request."""
         ...
 
     def transitions(self) -> Transitions:
-        """Return one row a plan change."""
+        """Return one entry per plan change."""
         ...
 
     def kept_share(self) -> tuple[tuple[float, float], ...]:
-        """Return (time_s, share of the dense weights' bytes that is resident), one entry a change."""
+        """Return (time_s, resident share of the dense weights' bytes), one entry per change."""
         ...
 
     @property
     def budget_violation_s(self) -> float:
-        """Seconds in which more was held than the budget allowed."""
+        """Seconds in which the held bytes exceeded the budget."""
         ...
 
 
@@ -140,14 +140,14 @@ def replay_with(
     policy: Policy,
     on_progress: Callable[[float, int], None] | None = None,
 ) -> None:
-    """Replay a trace, the policy asked as the configuration says."""
+    """Replay a trace; the policy decides every ``tick_s`` of the configuration and whenever the budget changes."""
     tick_s = None if isinstance(policy, Fixed) else float(cfg.tick_s)  # a fixed plan needs no decisions
     changes_s = engine.budget.change_s[1:]
     replay(trace, engine, policy, tick_s=tick_s, also_at_s=changes_s, on_progress=on_progress)
 
 
 def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: float = 0.0) -> dict[str, Any]:
-    """Return the figures of what an engine has served so far."""
+    """Return the figures of what an engine has served so far (``summarise``)."""
     return summarise(
         engine.records(),
         engine.iterations(),
@@ -168,7 +168,7 @@ def write_tables(
     kept_share: Sequence[tuple[float, float]],
     iterations: Iterations | None = None,
 ) -> None:
-    """Write the tables of a run folder; that of iterations, which is long, when it is given."""
+    """Write the tables of a run folder; the one of iterations, which is long, only if it is passed."""
     write_parquet(folder / "records.parquet", records_frame(records, slo))
     write_parquet(folder / "transitions.parquet", transitions_frame(transitions))
     write_parquet(folder / "kept_share.parquet", kept_share_frame(kept_share))
@@ -179,7 +179,7 @@ def write_tables(
 def run_replay(
     cfg: DictConfig, build_engine: Callable[[DictConfig], tuple[RecordingEngine, Policy]] = build_engine
 ) -> dict[str, Any]:
-    """Replay on the engine that is built, write the run folder, print the table; return the summary."""
+    """Replay on the engine that ``build_engine`` makes, write the run folder, print the figures; return the summary."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     console = Console()
     trace = build_trace(cfg)
@@ -223,7 +223,7 @@ def run_replay(
 
 
 class _ProgressBar:
-    """A progress bar on a terminal once a replay takes more than a second; nothing elsewhere."""
+    """A progress bar on a terminal; nothing in a pipe or file."""
 
     def __init__(self, console: Console, trace: Trace) -> None:
         self._total = len(trace)

@@ -1,4 +1,4 @@
-"""Records in, figures out: TTFT, TPOT, ITL, goodput, SLO attainment."""
+"""Figures from records: TTFT, TPOT, ITL, goodput, SLO attainment; and the tables of a run folder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from sim.results.records import Iterations, Records, Status, TokenGaps, Transiti
 from sim.types import Floats
 
 if TYPE_CHECKING:
-    import pandas as pd  # half of what a short command would take to start, so it is imported where a table is made
+    import pandas as pd  # imported where a table is made: it takes half of a short command's start
 
 QUANTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
-    """What a request must meet, each target None when it does not count.
+    """Service-level objective: the targets that a request must meet; None for no target.
 
-    ttft_s: latest first token after arrival. tpot_s: slowest mean gap between tokens. e2e_s: latest last token.
+    ttft_s: most seconds to the first token. tpot_s: most seconds per output token.
+    e2e_s: most seconds to the last token.
     """
 
     ttft_s: float | None = 2.0
@@ -38,7 +39,7 @@ class Slo:
 
 
 def met_slo(records: Records, slo: Slo) -> NDArray[np.bool_]:
-    """Return which requests finished and met every target; a rejected or unfinished one misses."""
+    """Return bool[n]: which requests finished and met every target. A rejected or unfinished request misses."""
     met = np.asarray(records.status == Status.FINISHED, dtype=np.bool_)
     for values, target in ((records.ttft_s, slo.ttft_s), (records.tpot_s, slo.tpot_s), (records.e2e_s, slo.e2e_s)):
         if target is not None:
@@ -48,7 +49,7 @@ def met_slo(records: Records, slo: Slo) -> NDArray[np.bool_]:
 
 
 def records_frame(records: Records, slo: Slo) -> pd.DataFrame:
-    """Return the table that ``records.parquet`` holds, one row a request in order of arrival."""
+    """Return the table of ``records.parquet``: one row per request, in order of arrival."""
     import pandas as pd
 
     names = {int(status): status.name.lower() for status in Status}
@@ -76,7 +77,7 @@ def records_frame(records: Records, slo: Slo) -> pd.DataFrame:
 
 
 def iterations_frame(iterations: Iterations) -> pd.DataFrame:
-    """Return the table that ``iterations.parquet`` holds, one row an iteration."""
+    """Return the table of ``iterations.parquet``: one row per iteration."""
     import pandas as pd
 
     names = (
@@ -94,7 +95,7 @@ def iterations_frame(iterations: Iterations) -> pd.DataFrame:
 
 
 def transitions_frame(transitions: Transitions) -> pd.DataFrame:
-    """Return the table that ``transitions.parquet`` holds, one row a plan change."""
+    """Return the table of ``transitions.parquet``: one row per plan change."""
     import pandas as pd
 
     return pd.DataFrame(
@@ -114,7 +115,7 @@ def transitions_frame(transitions: Transitions) -> pd.DataFrame:
 
 
 def kept_share_frame(changes: Sequence[tuple[float, float]]) -> pd.DataFrame:
-    """Return the table that ``kept_share.parquet`` holds, one row a change of the share of the dense weights."""
+    """Return the table of ``kept_share.parquet``: one row per change of the resident share of the dense weights."""
     import pandas as pd
 
     return pd.DataFrame(np.array(changes, dtype=np.float64).reshape(-1, 2), columns=["time_s", "kept_share"])
@@ -135,7 +136,7 @@ def merged_gaps(parts: Sequence[TokenGaps]) -> TokenGaps:
 
 
 def distribution(values: Floats) -> dict[str, float | None]:
-    """Return ``mean p50 p90 p95 p99 max`` of the finite values (linear interpolation), None when there are none."""
+    """Return mean, p50, p90, p95, p99 and max of the finite values (linear interpolation); None without any."""
     values = values[np.isfinite(values)]
     if not len(values):
         return dict.fromkeys(("mean", *QUANTILES, "max"))
@@ -148,7 +149,7 @@ def distribution(values: Floats) -> dict[str, float | None]:
 
 
 def gap_distribution(gaps: TokenGaps) -> dict[str, float | None]:
-    """Return ``mean p50 p90 p95 p99 max`` of the gaps between tokens (nearest rank, each gap counted)."""
+    """Return mean, p50, p90, p95, p99 and max of the gaps between tokens (nearest rank)."""
     if not len(gaps.itl_s):
         return dict.fromkeys(("mean", *QUANTILES, "max"))
     order = np.argsort(gaps.itl_s, kind="stable")
@@ -171,18 +172,18 @@ def summarise(
     cpu_s: float = 0.0,
     end_s: float | None = None,
 ) -> dict[str, Any]:
-    """Return the figures of one replay, as ``summary.json`` holds them.
+    """Return the figures of one replay, the content of ``summary.json``.
 
     Args:
-        records, iterations, gaps: what the engine left behind.
-        slo: what counts as good.
-        transitions: plan changes. budget_violation_s: seconds in which more was held than the budget allowed.
+        records, iterations, gaps: what the engine recorded.
+        slo: which requests count towards SLO attainment and goodput.
+        transitions: plan changes. budget_violation_s: seconds in which the held bytes exceeded the budget.
         not_arrived: requests of the trace that had not arrived when the replay stopped.
-        cpu_s: process CPU seconds that the replay took; 0 when it was not measured.
-        end_s: when it ended; None takes the end of the last iteration.
+        cpu_s: process CPU seconds of the replay; 0 if not measured.
+        end_s: when the replay ended; None takes the end of the last iteration.
 
-    ``recomputed_tokens`` are those that prefill computed beyond each answered request's prompt once, without what the
-    prefix cache had of it; ``cached_share`` is what it had of all tokens of prompts that were admitted.
+    ``recomputed_tokens``: prefill tokens beyond computing each answered request's uncached prompt once.
+    ``cached_share``: tokens found in the prefix cache over all prompt tokens that were admitted.
     """
     requests = len(records)
     finished = records.status == Status.FINISHED
@@ -192,12 +193,6 @@ def summarise(
     makespan_s = max(last_s - first_s, 0.0)
     arrivals_s = float(records.arrival_s[-1] - records.arrival_s[0]) if requests else 0.0
 
-    def rate(count: float, seconds: float) -> float | None:
-        return count / seconds if seconds > 0 else None
-
-    answered = np.isfinite(records.first_token_s)
-    computed_once = (records.prompt_tokens - records.cached_tokens)[answered].sum()
-    recomputed = int(iterations.prefill_tokens.sum() - computed_once)
     admitted = np.isfinite(records.admitted_s)
     truncated = finished & (records.produced_tokens < records.output_tokens)
     return {
@@ -213,19 +208,30 @@ def summarise(
         "itl_s": gap_distribution(gaps),
         "e2e_s": distribution(records.e2e_s),
         "slo_attainment": float(met.mean()) if requests else None,
-        "goodput_rps": rate(float(met.sum()), makespan_s),
-        "request_rate_rps": rate(requests - 1, arrivals_s),
-        "output_tokens_per_s": rate(float(records.produced_tokens.sum()), makespan_s),
+        "goodput_rps": _rate(float(met.sum()), makespan_s),
+        "request_rate_rps": _rate(requests - 1, arrivals_s),
+        "output_tokens_per_s": _rate(float(records.produced_tokens.sum()), makespan_s),
         "transitions": transitions,
         "budget_violation_s": budget_violation_s,
         "kept_params_share": distribution(records.kept_params_share)["mean"],
         "quality_nll": distribution(records.quality_nll)["mean"],
         "preemptions": int(records.preemptions.sum()),
-        "recomputed_tokens": max(recomputed, 0),
-        "cached_share": rate(float(records.cached_tokens.sum()), float(records.prompt_tokens[admitted].sum())),
+        "recomputed_tokens": _recomputed_tokens(records, iterations),
+        "cached_share": _rate(float(records.cached_tokens.sum()), float(records.prompt_tokens[admitted].sum())),
         "kv_peak_share": float(iterations.kv_used_share.max()) if len(iterations) else 0.0,
         "extrapolated_share": float(iterations.extrapolated.mean()) if len(iterations) else 0.0,
         "iterations": len(iterations),
         "cpu_s": cpu_s,
-        "requests_per_cpu_s": rate(requests, cpu_s),
+        "requests_per_cpu_s": _rate(requests, cpu_s),
     }
+
+
+def _rate(count: float, seconds: float) -> float | None:
+    return count / seconds if seconds > 0 else None
+
+
+def _recomputed_tokens(records: Records, iterations: Iterations) -> int:
+    answered = np.isfinite(records.first_token_s)
+    computed_once = (records.prompt_tokens - records.cached_tokens)[answered].sum()
+    # Unanswered requests may have computed part of their prompt, which this counts as well; it never falls below 0.
+    return max(int(iterations.prefill_tokens.sum() - computed_once), 0)

@@ -1,4 +1,4 @@
-"""What a replay leaves behind: one row a request, one row an iteration, the gaps between tokens."""
+"""What a replay records: requests, iterations, gaps between tokens, plan changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sim.types import Floats, Ints
 
 
 class Status(IntEnum):
-    """How a request ended, or where it stood when the replay stopped."""
+    """How a request ended, or its state when the replay stopped."""
 
     WAITING = 0
     RUNNING = 1
@@ -22,10 +22,10 @@ class Status(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Moments:
-    """When requests arrived and were answered: one entry a request in every array, in order of arrival.
+    """When requests arrived and were answered: one entry per request in every array, in order of arrival.
 
-    arrival_s, first_token_s, finish_s: float64[n], seconds since the start of the trace; NaN where a moment never came.
-    prompt_tokens: int64[n], what the trace asked for. produced_tokens: int64[n], what was produced.
+    arrival_s, first_token_s, finish_s: float64[n], seconds since the start of the trace; NaN if it never happened.
+    prompt_tokens: int64[n], of the trace. produced_tokens: int64[n], tokens that were generated.
     """
 
     arrival_s: Floats
@@ -56,18 +56,17 @@ class Moments:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Records(Moments):
-    """What an engine knows of its requests, beside their ``Moments``.
+    """What an engine records of its requests, in addition to their ``Moments``.
 
-    admitted_s: float64[n], the first admission; a preemption does not move it.
-    output_tokens: int64[n], what the trace asked for; fewer are produced for a request that did not finish or met the
-        context limit.
+    admitted_s: float64[n], the first admission; a preemption does not change it.
+    output_tokens: int64[n], of the trace; a request that did not finish or met the context limit produced fewer.
     preemptions: int64[n]. status: int64[n], values of ``Status``.
-    kept_params_share: float64[n], the share of the model's parameters that made its tokens, on average over them; NaN
+    kept_params_share: float64[n], the share of the model's parameters that computed its tokens, averaged over them; NaN
         before the first token.
-    quality_nll: float64[n], nats a token that the plans it ran under cost, on average over its tokens, the KV blocks
-        it lacked included; NaN before the first token, or where no quality model was given.
-    cached_tokens: int64[n], tokens of its prompt that the prefix cache had when it was first admitted (where it was
-        served last); 0 before.
+    quality_nll: float64[n], nats per token lost to the plans it ran under and the KV they dropped, averaged over its
+        tokens; NaN before the first token, or without a quality model.
+    cached_tokens: int64[n], tokens of its prompt that the prefix cache held at its first admission (on the replica that
+        served it last); 0 before.
     """
 
     output_tokens: Ints
@@ -81,11 +80,12 @@ class Records(Moments):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Iterations:
-    """One entry an iteration in every array.
+    """One entry per iteration in every array.
 
-    start_s, end_s: float64[m]. prefill_tokens: tokens of prompts (or of recomputed requests) it computed.
-    decode_requests: requests it gave one more token after their first. running, waiting: requests as it started.
-    kv_used_share: float64[m], layer blocks held over the pool. preemptions: requests preempted as it was formed.
+    start_s, end_s: float64[m]. prefill_tokens: tokens of prompts (or of recomputed requests) in the batch.
+    decode_requests: requests that got a token after their first. running, waiting: requests at its start.
+    kv_used_share: float64[m], KV blocks held over KV blocks in the pool, both counted per layer.
+    preemptions: requests preempted while the batch was formed.
     extrapolated: bool[m], whether its price lies outside the calibrated range.
     """
 
@@ -105,7 +105,7 @@ class Iterations:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenGaps:
-    """Inter-token latencies: ``count[i]`` gaps of ``itl_s[i]`` seconds, gaps across a preemption included."""
+    """Inter-token latencies: ``count[i]`` gaps of ``itl_s[i]`` seconds, including gaps across a preemption."""
 
     itl_s: Floats
     count: Ints
@@ -113,14 +113,15 @@ class TokenGaps:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Transitions:
-    """One entry a plan change in every array.
+    """One entry per plan change in every array.
 
-    time_s: when it was decided. from_plan, to_plan: what ran then and what was wanted (``sim.cost.plan.describe``).
-    bytes_in: copied from host memory for it. bytes_freed: weights that left, dropped or replaced.
-    ready_s: when all of it ran; NaN when a later decision superseded it or the replay stopped before.
-    preempted: requests that lost their KV to it, because the pool shrank or they had to be computed again.
-    recomputed_tokens: tokens whose KV those had held. kv_blocks_before, kv_blocks_after: the pool in KV blocks of one
-    layer as it was decided, and when it was ready (or superseded).
+    time_s: when it was decided. from_plan, to_plan: the running plan and the wanted one (``sim.cost.plan.describe``).
+    bytes_in: weights copied from host memory. bytes_freed: weights that left, dropped or replaced.
+    ready_s: when all of the plan ran; NaN if a later decision superseded it or the replay stopped before.
+    preempted: requests that lost their KV, because the pool shrank or because they had to be computed again.
+    recomputed_tokens: tokens whose KV those requests held.
+    kv_blocks_before, kv_blocks_after: the pool in KV blocks of one layer, at the decision and when the plan was ready
+        (or superseded).
     """
 
     time_s: Floats

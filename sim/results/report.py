@@ -1,4 +1,4 @@
-"""What a person sees of a run: a table on the terminal, a picture in a file."""
+"""A run for people: tables on the terminal and in Markdown, and a plot."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
 def print_summary(summary: Mapping[str, Any], title: str, console: Console | None = None) -> None:
-    """Print the figures of one replay: tables on a terminal, plain ``name value`` lines elsewhere."""
+    """Print the figures of one replay: tables on a terminal, plain ``name value`` lines in a pipe or file."""
     console = console or Console()
     rates = {
         "SLO attainment": _percent(summary["slo_attainment"]),
@@ -81,9 +81,10 @@ SUMMARY_COLUMNS = {
     "plan changes": ("transitions", 1.0, 0, ""),
     "makespan (s)": ("makespan_s", 1.0, 0, ""),
 }
-"""Heading: key of the summary, factor, decimals, unit.
+"""Heading -> (key of the summary, factor, decimals, unit).
 
-params kept: share of the parameters that made the tokens, however precise. below 16 bits: of the layers, over time.
+params kept: share of the parameters that computed the tokens, at any precision. below 16 bits: share of the layers,
+averaged over time.
 """
 
 
@@ -91,7 +92,7 @@ Columns = Mapping[str, tuple[str, float, int, str]]
 
 
 def cells(summaries: Sequence[Mapping[str, Any]], columns: Columns = SUMMARY_COLUMNS) -> list[str]:
-    """Return the figures of one row as they stand in a table: the mean, and of several their standard deviation."""
+    """Return the cells of one table row: the mean over its summaries and, of several, the standard deviation."""
     found = []
     for key, factor, decimals, unit in columns.values():
         values = []
@@ -113,7 +114,7 @@ def cells(summaries: Sequence[Mapping[str, Any]], columns: Columns = SUMMARY_COL
 def markdown(
     rows: Mapping[str, Sequence[Mapping[str, Any]]], first: str = "policy", columns: Columns = SUMMARY_COLUMNS
 ) -> str:
-    """Return a table as Markdown: label -> the summaries that its row is made of."""
+    """Return a Markdown table with one row per label, over that label's summaries."""
     lines = [f"| {first} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     lines += [f"| {label} | " + " | ".join(cells(summaries, columns)) + " |" for label, summaries in rows.items()]
     return "\n".join(lines) + "\n"
@@ -125,7 +126,7 @@ def print_rows(
     first: str = "policy",
     columns: Columns = SUMMARY_COLUMNS,
 ) -> None:
-    """Print such a table: drawn on a terminal, Markdown elsewhere."""
+    """Print the table of ``markdown``: with lines on a terminal, as Markdown in a pipe or file."""
     console = Console()
     if not console.is_terminal:
         print(title, markdown(rows, first, columns), sep="\n\n", end="")
@@ -140,8 +141,8 @@ def print_rows(
 
 
 def plot_replay(path: Path, records: Records, iterations: Iterations, slo: Slo, title: str) -> None:
-    """Write one PNG: arrivals, running and waiting requests, KV use, and TTFT over time."""
-    import matplotlib as mpl  # drawing is rare and its import slow
+    """Write one PNG: arrivals, running and waiting requests, KV use and TTFT over time."""
+    import matplotlib as mpl  # imported late: it is slow, and plots are rare
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt

@@ -37,13 +37,13 @@ EXPERIMENTS = [
 def test_every_experiment_composes_with_the_command_of_its_second_line(path: Path) -> None:
     first, second = path.read_text().splitlines()[:2]
     assert first == "# @package _global_"
-    words = shlex.split(second.removeprefix("# "))
-    assert words[:2] == ["python", "-m"]
-    assert f"experiment={path.stem}" in words
-    if words[2].startswith("agents") and importlib.util.find_spec("ray") is None:
+    arguments = shlex.split(second.removeprefix("# "))
+    assert arguments[:2] == ["python", "-m"]
+    assert f"experiment={path.stem}" in arguments
+    if arguments[2].startswith("agents") and importlib.util.find_spec("ray") is None:
         pytest.skip("needs ray")
-    importlib.import_module(words[2])  # which registers its schema
-    check_overrides(words[3:], COMMANDS[words[2]])
+    importlib.import_module(arguments[2])  # which registers its schema
+    check_overrides(arguments[3:], COMMANDS[arguments[2]])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 from sim.engine import batch_step
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
-from sim.policies.observation.prune import Entry, Table
+from sim.policies.observation.prune import Entry, ObservationSpec
 from sim.policies.observation.serve import SERVE_ENTRIES, ServeActions
 from sim.types import Floats, Floats32
 
@@ -37,12 +37,12 @@ _LOWEST = np.array([entry.low for entry in CLUSTER_ENTRIES])
 _HIGHEST = np.array([entry.high for entry in CLUSTER_ENTRIES])
 
 
-def cluster_table(actions: ServeActions) -> Table:
+def cluster_table(actions: ServeActions) -> ObservationSpec:
     """Return the table of ``ServeCluster``: one replica's."""
-    return Table(SERVE_ENTRIES + CLUSTER_ENTRIES, actions.names)
+    return ObservationSpec(SERVE_ENTRIES + CLUSTER_ENTRIES, actions.names)
 
 
-def shown_entries(table: Table, hidden: Sequence[str]) -> Floats32:
+def shown_entries(table: ObservationSpec, hidden: Sequence[str]) -> Floats32:
     """Return 1 for every entry that is shown and 0 for those that are hidden; float32[entries].
 
     Raises:

@@ -32,7 +32,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ObservationSpec:
     """All entries of an observation, in order, and the actions. The last entries say which actions are legal.
 
     entries: what is observed, without the legal flags. actions: names; flag i belongs to action i.
@@ -114,7 +114,7 @@ PRUNE_LOAD_ENTRIES = (
 )
 
 
-def prune_table(model: ModelSpec, *, scores: bool = False, restore: bool = False) -> Table:
+def prune_table(model: ModelSpec, *, scores: bool = False, restore: bool = False) -> ObservationSpec:
     """Return the table of ``PruneToBudget``.
 
     scores: also what each block costs alone. restore: also actions that bring blocks back, and one that accepts.
@@ -129,7 +129,7 @@ def prune_table(model: ModelSpec, *, scores: bool = False, restore: bool = False
     actions = [f"drop {name}" for name in names]
     if restore:
         actions += ["accept", *(f"restore {name}" for name in names)]
-    return Table(tuple(entries), tuple(actions))
+    return ObservationSpec(tuple(entries), tuple(actions))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +217,7 @@ def prune_legal(removed: Bools, fits: Bools, restore: bool) -> Bools:
     return np.concatenate((~removed, accept[:, None], removed), axis=1)
 
 
-def same_table(table: Table, exported: Mapping[str, Any]) -> str:
+def same_table(table: ObservationSpec, exported: Mapping[str, Any]) -> str:
     """Return what differs between a table and the one in an exported policy; empty when nothing does."""
     rows = exported.get("observation", [])
     if len(rows) != table.size:

@@ -22,7 +22,7 @@ from sim.engine import batch_step
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.policies.greedy_stop import block_of
-from sim.policies.observation.prune import Entry, Table
+from sim.policies.observation.prune import Entry, ObservationSpec
 from sim.types import Bools, Floats, Floats32, Ints
 
 # --- Actions ---------------------------------------------------------------------------------------------------------
@@ -169,9 +169,9 @@ SERVE_ENTRIES = (
 )
 
 
-def serve_table(actions: ServeActions) -> Table:
+def serve_table(actions: ServeActions) -> ObservationSpec:
     """Return the table of ``ServeTrace``."""
-    return Table(SERVE_ENTRIES, actions.names)
+    return ObservationSpec(SERVE_ENTRIES, actions.names)
 
 
 _COUNTERS = ("arrived", "arrived_prompt_tokens", "first_tokens", "ttft_sum_s", "produced_tokens", "busy_s")

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from sim.errors import TraceError, nearest
-from sim.traces.readers.rows import OnBadRow, Rows, Table, read_csv
+from sim.traces.readers.rows import OnBadRow, RawTable, Rows, read_csv
 from sim.traces.trace import Trace
 
 ORIGIN = "https://github.com/HPMLL/BurstGPT (data/, or its releases)"
@@ -78,7 +78,7 @@ def read_burstgpt(
     )
 
 
-def _differs(table: Table, column: str, value: str) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _differs(table: RawTable, column: str, value: str) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     values = np.array([text.strip() for text in table.text_column(column).to_pylist()])
     if value not in values:
         raise TraceError(f"{table.path}: no row has {column} {value!r}; {nearest(value, sorted(set(values.tolist())))}")

@@ -17,8 +17,8 @@ from sim.atomic import write_whole
 from sim.errors import TraceError, nearest
 from sim.traces.readers.rows import (
     OnBadRow,
+    RawTable,
     Rows,
-    Table,
     check_on_bad_row,
     read_bytes,
     read_csv,
@@ -143,7 +143,7 @@ def _ids_of_cell(cell: Any) -> Ints | None:
     return np.array(cell, dtype=np.int64)
 
 
-def _table(path: str | Path, content: bytes, on_bad_row: OnBadRow) -> Table:
+def _table(path: str | Path, content: bytes, on_bad_row: OnBadRow) -> RawTable:
     if content.startswith(PARQUET_MAGIC):
         return _parquet_table(path, content)
     if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
@@ -151,7 +151,7 @@ def _table(path: str | Path, content: bytes, on_bad_row: OnBadRow) -> Table:
     return read_csv(path, required=REQUIRED, optional=("hash_ids",), on_bad_row=on_bad_row, content=content)
 
 
-def _parquet_table(path: str | Path, content: bytes) -> Table:
+def _parquet_table(path: str | Path, content: bytes) -> RawTable:
     try:
         file = pa_parquet.ParquetFile(io.BytesIO(content))
         names = file.schema_arrow.names

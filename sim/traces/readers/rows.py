@@ -106,8 +106,8 @@ class BadRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """The columns of a file as they stand there, nothing checked yet.
+class RawTable:
+    """The columns of a file as it states them, unchecked.
 
     path: as the user gave it, for messages.
     unit: what ``line`` counts, "line" or (Parquet) "row"; both start at 1.
@@ -138,7 +138,7 @@ def read_csv(
     on_bad_row: OnBadRow = "error",
     origin: str | None = None,
     content: bytes | None = None,
-) -> Table:
+) -> RawTable:
     """Return the named columns of a CSV file as text.
 
     Args:
@@ -192,7 +192,7 @@ def read_csv(
     if len(lines) != table.num_rows:
         raise TraceError(f"{path} has values with line ends inside; write each request on one line")
     columns = {name: table.column(name) for name in wanted}
-    return Table(path=str(path), unit="line", line=lines, columns=columns, broken=tuple(broken))
+    return RawTable(path=str(path), unit="line", line=lines, columns=columns, broken=tuple(broken))
 
 
 def _utf8(path: str | Path, content: bytes, on_bad_row: OnBadRow) -> bytes:
@@ -247,7 +247,7 @@ def read_jsonl(
     on_bad_row: OnBadRow = "error",
     origin: str | None = None,
     content: bytes | None = None,
-) -> Table:
+) -> RawTable:
     """Return the named fields of a file with one JSON object a line.
 
     Arrow reads a clean file in one pass. Where it meets anything odd it cannot say where, so the file is read
@@ -287,7 +287,7 @@ def _read_jsonl_clean(content: bytes, schema: pa.Schema, optional: Sequence[str]
     return table if one_a_line and complete else None
 
 
-def _read_jsonl_by_line(path: str | Path, content: bytes, schema: pa.Schema, optional: Sequence[str]) -> Table:
+def _read_jsonl_by_line(path: str | Path, content: bytes, schema: pa.Schema, optional: Sequence[str]) -> RawTable:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     broken: list[BadRow] = []
@@ -308,13 +308,13 @@ def _read_jsonl_by_line(path: str | Path, content: bytes, schema: pa.Schema, opt
     present = [name for name in schema.names if name not in optional or any(name in row for row in rows)]
     columns = {name: [row.get(name) for row in rows] for name in present}
     line_numbers = np.array(lines, dtype=np.int64)
-    return Table(path=str(path), unit="line", line=line_numbers, columns=columns, broken=tuple(broken))
+    return RawTable(path=str(path), unit="line", line=line_numbers, columns=columns, broken=tuple(broken))
 
 
-def table_from_arrow(path: str | Path, table: pa.Table, *, unit: str) -> Table:
-    """Return an Arrow table as a ``Table`` whose rows are numbered from 1."""
+def table_from_arrow(path: str | Path, table: pa.Table, *, unit: str) -> RawTable:
+    """Return an Arrow table as a ``RawTable`` whose rows are numbered from 1."""
     columns = {name: table.column(name) for name in table.column_names}
-    return Table(path=str(path), unit=unit, line=np.arange(1, table.num_rows + 1), columns=columns)
+    return RawTable(path=str(path), unit=unit, line=np.arange(1, table.num_rows + 1), columns=columns)
 
 
 @dataclass(slots=True)
@@ -324,7 +324,7 @@ class Rows:
     A row that is bad for several reasons counts once, under the first column that was checked.
     """
 
-    table: Table
+    table: RawTable
     on_bad_row: OnBadRow
     # Row positions in the table, in the order they were found; rows already broken are in table.broken.
     bad: dict[int, BadRow] = field(default_factory=dict)

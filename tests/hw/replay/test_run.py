@@ -1,4 +1,4 @@
-"""``python -m hw.replay`` takes the words of ``python -m sim.replay`` and writes the same files."""
+"""``python -m hw.replay`` takes the overrides of ``python -m sim.replay`` and writes the same files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Tokenizer:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Return a function that runs a command in this process, with the words that both commands share."""
+    """Return a function that runs a command in this process, with the overrides that both commands share."""
     tiny().config.save_pretrained(tmp_path)
     (tmp_path / "flat.json").write_text(json.dumps(flat_latency_content(fixed_us=1e4, token_us=10.0)))
     monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: (tiny(), Tokenizer()))
-    words = [
+    overrides = [
         "trace=small",
         "trace.duration_s=6",
         "trace.lengths.max_prompt_tokens=60",
@@ -53,7 +53,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     def command(module: str, *more: str, name: str = "run") -> Path:
         folder = tmp_path / name
         mine = ["hw.text=null", "hw.skip_idle=true"] if module == "hw" else []
-        monkeypatch.setattr(sys, "argv", [f"{module}.replay", *words, *mine, *more, f"hydra.run.dir={folder}"])
+        monkeypatch.setattr(sys, "argv", [f"{module}.replay", *overrides, *mine, *more, f"hydra.run.dir={folder}"])
         GlobalHydra.instance().clear()
         (hw.replay.run.main if module == "hw" else sim.replay.__main__.main)()
         return folder
@@ -61,7 +61,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     return command
 
 
-def test_the_same_words_give_the_same_files_columns_and_requests_on_both_engines(run: Callable[..., Path]) -> None:
+def test_the_same_overrides_give_the_same_files_columns_and_requests_on_both_engines(run: Callable[..., Path]) -> None:
     real, simulated = run("hw", name="real"), run("sim", name="simulated")
     files = {path.name for path in simulated.iterdir()}
     assert {path.name for path in real.iterdir()} == files | {"hardware.json"}

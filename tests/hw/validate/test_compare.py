@@ -1,4 +1,4 @@
-"""Verdicts on made-up runs, and the suite's words."""
+"""Verdicts on made-up runs, and the overrides of the validation suite."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def run_folder(
 
 
 def result_of(tmp_path: Path, sim: dict[str, Any], *real: dict[str, Any]) -> dict[str, Any]:
-    folders = [run_folder(tmp_path / str(i), **words) for i, words in enumerate((sim, *real))]
+    folders = [run_folder(tmp_path / str(i), **changed) for i, changed in enumerate((sim, *real))]
     return compare(read_run(folders[0]), [read_run(folder) for folder in folders[1:]])
 
 

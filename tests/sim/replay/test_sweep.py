@@ -59,11 +59,11 @@ def test_cases_that_make_no_sense_are_refused(wrong: str) -> None:
 
 def test_records_are_byte_identical_on_any_number_of_workers_and_as_a_replay_of_one(tmp_path: Path) -> None:
     """Law 5 over processes."""
-    words = {
+    variants = {
         "w1": ["seeds=[1,2]", "windows=[0,1]", "window_s=20", "workers=1", "iterations=true", "plot=true"],
         "w2": ["seeds=[1,2]", "windows=[0,1]", "window_s=20", "workers=2", "iterations=true"],
     }
-    for name, more in words.items():
+    for name, more in variants.items():
         command = [sys.executable, "-m", "sim.replay", *QUICK, "policy=greedy_stop", *more, f"hydra.run.dir={name}"]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
