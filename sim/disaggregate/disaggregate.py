@@ -405,10 +405,6 @@ class Disaggregated:
         columns["finish_s"][under_way] = math.nan
         return StagedRecords(**columns)
 
-    def kv_counted(self) -> tuple[int, int]:
-        """Return the KV blocks held at prefill replicas of what is prefilled, and the room kept at decode replicas."""
-        return sum(side.held_blocks for side in self.prefill), sum(side.held_blocks for side in self.decode)
-
 
 def main() -> None:
     """Run ``python -m sim.disaggregate``."""

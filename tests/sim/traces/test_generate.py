@@ -31,7 +31,7 @@ from sim.traces.generate import (
     table_arrivals,
     table_lengths,
 )
-from sim.traces.readers import read_azure
+from sim.traces.readers.azure import read_azure
 from sim.traces.trace import Trace
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -267,7 +267,10 @@ def test_fixed_and_lognormal_lengths_are_what_they_say():
         (partial(poisson, rate_rps=1.0, duration_s=10.0, seed=-1), "seed is -1"),
         (partial(gamma, rate_rps=1.0, cv=-1.0, duration_s=1.0), "cv is -1.0"),
         (partial(gamma, rate_rps=1.0, cv=1e9, duration_s=1.0), "cv is 1000000000.0; it must be from 0.01"),
-        (partial(mmpp, on_rate_rps=1.0, off_rate_rps=1.0, mean_on_s=1e-9, mean_off_s=1, duration_s=1.0), "changes of"),
+        (
+            partial(mmpp, on_rate_rps=1.0, off_rate_rps=1.0, mean_on_s=1e-9, mean_off_s=1, duration_s=1.0),
+            "state changes",
+        ),
         (partial(burst, duration_s=1e15, rate_rps=1e-9), "bins, more than"),
         (partial(mmpp, on_rate_rps=1.0, off_rate_rps=-1.0, mean_on_s=1, mean_off_s=1, duration_s=1.0), "off_rate_rps"),
         (partial(diurnal, rate_rps=1.0, amplitude=1.5, duration_s=1.0), "amplitude is 1.5"),

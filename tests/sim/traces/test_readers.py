@@ -15,18 +15,13 @@ from hypothesis import strategies as st
 
 from sim.errors import TraceError
 from sim.traces.generate import poisson_arrivals
-from sim.traces.readers import (
-    read_azure,
-    read_burstgpt,
-    read_lengths,
-    read_mooncake,
-    read_servegen,
-    read_trace,
-    write_trace,
-)
-from sim.traces.readers.native import SCHEMA
+from sim.traces.readers.azure import read_azure
+from sim.traces.readers.burstgpt import read_burstgpt
+from sim.traces.readers.lengths import read_lengths
+from sim.traces.readers.mooncake import read_mooncake
+from sim.traces.readers.native import SCHEMA, read_trace, write_trace
 from sim.traces.readers.rows import _read_jsonl_by_line, _read_jsonl_clean, read_bytes, table_from_arrow
-from sim.traces.readers.servegen import read_client, read_client_lengths
+from sim.traces.readers.servegen import read_client, read_client_lengths, read_servegen
 from sim.traces.trace import Trace
 
 AZURE = "traces/azure2023/AzureLLMInferenceTrace_{}.head_before_1900.csv.gz"
@@ -144,7 +139,7 @@ def test_lengths_of_a_file_take_the_arrivals_of_a_process(data):
     assert in_order.output_tokens[:2].tolist() == [54, 156]
     everything = partial(poisson_arrivals, rate_rps=27_500.0, duration_s=1.0)
     assert read_lengths(data / LENGTHS, arrivals=everything).prompt_tokens.mean() == pytest.approx(2588.1, rel=0.002)
-    with pytest.raises(TraceError, match="28,257 usable rows but the arrival process makes"):
+    with pytest.raises(TraceError, match="28,257 usable rows but the arrival process generates"):
         read_lengths(data / LENGTHS, arrivals=partial(poisson_arrivals, rate_rps=1000.0, duration_s=60.0))
 
 
@@ -231,7 +226,7 @@ def test_servegen_couples_lengths_as_its_code_does_unless_told_otherwise(data):
 
 def test_servegen_names_the_clients_it_leaves_out_and_those_it_knows(data):
     trace = read_servegen(data / M_SMALL, start_s=36_000.0, duration_s=60.0, rate_scale=0.01)
-    assert trace.history[0] == "left out clients [5, 8, 11, 38]: they have no file of lengths"
+    assert trace.history[0] == "left out clients [5, 8, 11, 38]: they have no file with lengths"
     with pytest.raises(TraceError, match=r"client 38 is not complete.*clients with both files: 12, 14"):
         read_servegen(data / M_SMALL, clients=[38])
 
@@ -245,7 +240,7 @@ def test_servegen_names_the_clients_it_leaves_out_and_those_it_knows(data):
         ({"rate_rps": -1.0}, "rate_rps is -1.0"),
         ({"start_s": 86_000.0, "duration_s": 600.0}, "describes 0 to 86400 s"),
         ({"clients": [13], "duration_s": 600.0}, "send nothing from 0 s"),
-        ({"clients": []}, "no client .* was chosen"),
+        ({"clients": []}, "clients of .* is empty"),
     ],
 )
 def test_servegen_refuses_what_the_description_does_not_hold(data, args, message):

@@ -54,7 +54,7 @@ def test_the_types_are_float64_and_int64_whatever_came_in():
         ({"output_tokens": [1, 2, 3, MAX_TOKENS + 1]}, "at most 1,000,000,000"),
         ({"output_tokens": [1, 2, 2.5, 4]}, "2.5; it must be a whole number"),
         ({"output_tokens": [1, 2, np.nan, 4]}, "nan; it must be a whole number"),
-        ({"output_tokens": ["1", "2", "3", "4"]}, "it must be whole numbers"),
+        ({"output_tokens": ["1", "2", "3", "4"]}, "it must hold whole numbers"),
         ({"hash_ids": (np.array([1]),)}, "hash_ids has 1 entries for 4 requests"),
         ({"hash_ids": (np.array([1]), np.array([-1]), np.array([]), np.array([]))}, "hash_ids holds -1"),
         ({"time_quantum_s": -1.0}, "time_quantum_s is -1.0"),
