@@ -490,7 +490,7 @@ class LatencyModel:
         return float(prefill_attention_seconds(self.tables, chunk_tokens, context_sum))
 
     def decode_attention_s(self, batch: int, context_sum_tokens: int) -> float:
-        """Return the seconds of one layer's attention of ``batch`` decodes with contexts that sum to that many tokens."""
+        """Return the seconds of one layer's attention of ``batch`` decodes that read that many KV tokens in total."""
         return float(decode_attention_seconds(self.tables, batch, context_sum_tokens))
 
     def attention_s(self, chunks: Sequence[tuple[int, int]], decode_batch: int, decode_context_sum: int) -> float:

@@ -1,6 +1,6 @@
-"""Policies: each chooses the plan for the next period from what a server could really see.
+"""Policies: each chooses the plan for the next period from what a server can observe.
 
-A policy is built by the function of its module that a file of conf/policy names.
+To add one, write one file here and one ``conf/policy/NAME.yaml`` whose ``_target_`` names its function.
 """
 
 from sim.policies.base import ClusterPolicy, Policy, Served, ServerModel

@@ -343,6 +343,7 @@ def _rate_factors(
     end_s = max(float(client.window_start_s[-1]) + WINDOW_S for client in clients)
     if start_s + duration_s > end_s:
         raise TraceError(
-            f"{path} describes 0 to {end_s:g} s, but start_s + duration_s is {start_s + duration_s:g} s; lower one of them"
+            f"{path} describes 0 to {end_s:g} s, but start_s + duration_s is {start_s + duration_s:g} s; "
+            "lower one of them"
         )
     return {start: rate_scale if rate_rps is None else rate_rps / total for start, total in totals.items()}

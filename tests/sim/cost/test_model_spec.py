@@ -146,7 +146,7 @@ def test_dtype_is_read_under_its_old_and_its_new_key(key: str, dtype: str | None
         ({"hidden_size": 33}, "state head_dim"),
         ({"num_attention_heads": 0}, "num_attention_heads 0"),
         ({"num_hidden_layers": 0}, "num_layers is 0; it must be a whole number of at least 1"),
-        ({"num_key_value_heads": 3}, "no multiple of num_kv_heads 3"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_kv_heads 3"),
         ({"tie_word_embeddings": "false"}, "it must be true or false"),
         ({"torch_dtype": "float8_e4m3fn"}, "allowed are bfloat16, float16, float32"),
     ],
@@ -226,7 +226,7 @@ def test_a_malformed_model_file_says_what_to_change(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_heads": 5}, "no multiple"),
+        ({"num_heads": 5}, "not a multiple"),
         ({"num_layers": True}, "num_layers is True"),
         ({"head_dim": 64.0}, "head_dim is 64.0"),
         ({"learned_positions": -1}, "at least 0"),

@@ -99,13 +99,13 @@ def test_it_drops_blocks_until_the_load_fits_and_no_more(tmp_path: Path, budget_
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"observation": prune_table(TINY, scores=True).rows()}, "reads 29 entries, here are 23"),
+        ({"observation": prune_table(TINY, scores=True).rows()}, "has 29 entries, this table has 23"),
         ({"observation": [{**row, "unit": "furlong"} for row in prune_table(TINY).rows()]}, "its entry 'batch'"),
-        ({"actions": ["drop everything"]}, "other actions"),
+        ({"actions": ["drop everything"]}, "its 1 actions differ"),
         ({"model": "llama2_7b"}, "was trained on llama2_7b, not on tiny"),
         ({"task": "ServeTrace"}, "expected 'PruneToBudget'"),
-        ({"layers": [[1, 1]]}, "is no learned policy"),
-        ({"activation": "sigmoidal"}, "is no learned policy|unknown activation"),
+        ({"layers": [[1, 1]]}, "is not a learned policy"),
+        ({"activation": "sigmoidal"}, "is not a learned policy|unknown activation"),
         ({"environment": {"restore": True}}, "trained with restore"),
     ],
 )

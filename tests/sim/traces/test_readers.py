@@ -227,7 +227,7 @@ def test_servegen_couples_lengths_as_its_code_does_unless_told_otherwise(data):
 def test_servegen_names_the_clients_it_leaves_out_and_those_it_knows(data):
     trace = read_servegen(data / M_SMALL, start_s=36_000.0, duration_s=60.0, rate_scale=0.01)
     assert trace.history[0] == "left out clients [5, 8, 11, 38]: they have no file with lengths"
-    with pytest.raises(TraceError, match=r"client 38 is not complete.*clients with both files: 12, 14"):
+    with pytest.raises(TraceError, match=r"client 38 does not have both files.*clients with both files, 12, 14"):
         read_servegen(data / M_SMALL, clients=[38])
 
 

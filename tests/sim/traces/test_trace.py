@@ -47,7 +47,7 @@ def test_the_types_are_float64_and_int64_whatever_came_in():
         ({"arrival_s": [0.0, 1.0, 3.0, np.inf]}, "request 3 is inf"),
         ({"arrival_s": [0.0, 1.0, 3.0, 1.7e9]}, "subtract the start"),
         ({"arrival_s": [0.0, 1.0]}, "columns of different length"),
-        ({"arrival_s": ["x", 1.0, 2.0, 3.0]}, "must be numbers"),
+        ({"arrival_s": ["x", 1.0, 2.0, 3.0]}, "must hold numbers"),
         ({"arrival_s": [[0.0, 1.0], [2.0, 3.0]]}, "2 dimensions"),
         ({"prompt_tokens": [1, 2, 0, 4]}, "prompt_tokens of request 2 is 0; it must be at least 1"),
         ({"output_tokens": [1, 2, -3, 4]}, "output_tokens of request 2 is -3"),
