@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from sim.cluster import outages
 from sim.cluster.autoscaler import ByRequests
 from sim.cluster.cluster import ClusterState
-from sim.cluster.run import build_cluster, cluster_command, cluster_figures, replicas_of, run, variants
+from sim.cluster.run import build_cluster, cluster_command, cluster_figures, replicas_of, run
 from sim.config import CONF_DIR, build
 from sim.errors import ConfigError
 from sim.replay.run import build_engine, build_trace, replay_with
+from sim.replay.variants import variants
 from sim.results.records import Records
 
 SHORT = ["trace.duration_s=30"]

@@ -1,4 +1,4 @@
-"""Random systems with prefill and decode apart, for comparing ``sim.disaggregate`` with the plain one."""
+"""Random disaggregated systems, for comparing ``sim.disaggregate`` with the plain implementation."""
 
 from __future__ import annotations
 

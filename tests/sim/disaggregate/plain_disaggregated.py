@@ -1,4 +1,4 @@
-"""Prefill and decode apart on plain engines, each brought to every moment; ``sim.disaggregate`` equals it.
+"""Disaggregated prefill and decode on plain engines, advanced event by event; ``sim.disaggregate`` must equal it.
 
 Slow and obvious on purpose, without overlap. Links share their bandwidth step by step, from one change to the next.
 """

@@ -1,4 +1,4 @@
-"""Prefill and decode apart: what is sent, when, and where each KV block is counted."""
+"""Disaggregated prefill and decode: what is sent, when, and where each KV block is counted."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def test_transfers_share_a_link() -> None:
 
 def test_each_prefill_replica_has_a_link_of_its_own_unless_told_otherwise() -> None:
     rows = trace_of((0.0, 8, 2), (0.0, 8, 2))
-    apart = served(rows, prefill=2, bytes_per_s=1536.0).records()
+    separate = served(rows, prefill=2, bytes_per_s=1536.0).records()
     shared = served(rows, prefill=2, bytes_per_s=1536.0, more={"one_link": True}).records()
-    assert apart.prefill_replica.tolist() == shared.prefill_replica.tolist() == [0, 1]
-    assert (apart.sent_s.tolist(), shared.sent_s.tolist()) == ([3.0, 3.0], [5.0, 5.0])
+    assert separate.prefill_replica.tolist() == shared.prefill_replica.tolist() == [0, 1]
+    assert (separate.sent_s.tolist(), shared.sent_s.tolist()) == ([3.0, 3.0], [5.0, 5.0])
 
 
 def test_with_overlap_only_the_last_layer_is_sent_after_the_prompt() -> None:

@@ -77,7 +77,7 @@ def test_the_policy_drops_at_once_and_restores_only_after_its_patience() -> None
 def test_the_policy_needs_costs_of_the_models_size_and_a_table_that_tells_blocks_apart() -> None:
     with pytest.raises(PlanError, match="has 3 entries"):
         knapsack(Served(model=TINY), costs=[1.0, 2.0, 3.0])
-    with pytest.raises(ConfigError, match="no block is cheaper"):
+    with pytest.raises(ConfigError, match="no loss for each block"):
         knapsack(Served(model=load_model("llama2_7b")), quality="llama2_7b_published")
     with pytest.raises(ConfigError, match="headroom"):
         knapsack(Served(model=TINY), costs=[1.0] * 2 * TINY.num_layers, headroom=0.5)

@@ -80,7 +80,7 @@ def test_an_illegal_action_is_never_chosen_however_good_it_looks() -> None:
 
 
 def test_layers_that_do_not_follow_one_another_are_refused() -> None:
-    with pytest.raises(ConfigError, match="do not follow"):
+    with pytest.raises(ConfigError, match="do not fit one another"):
         Network(
             (np.zeros((2, 3), dtype=np.float32), np.zeros((2, 3), dtype=np.float32)),
             (np.zeros(2, dtype=np.float32),) * 2,
