@@ -354,9 +354,7 @@ def test_at_the_crossover_the_cheaper_block_to_drop_changes(model: ModelSpec):
 
 
 @given(model=models(), batch=st.integers(0, 50), tokens=st.integers(0, 5000))
-def test_the_whole_of_the_dense_peak_is_a_budget_that_the_dense_model_just_fits(
-    model: ModelSpec, batch: int, tokens: int
-):
+def test_the_dense_model_just_fits_a_budget_of_its_full_peak(model: ModelSpec, batch: int, tokens: int):
     budget_bytes = memory.relative_budget_bytes(model, 1.0, batch, tokens)
     assert memory.fits(model, keep_all(model), batch, tokens, budget_bytes)
     assert not memory.fits(model, keep_all(model), batch, tokens, budget_bytes - 1)

@@ -1,4 +1,4 @@
-"""What a model is made of: parameter counts against published totals and against transformers itself."""
+"""Model shapes: parameter counts against published totals and against transformers itself."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_a_config_file_that_is_no_json_object_is_a_model_error(tmp_path: Path, t
         model_from_hf_config(path)
 
 
-def test_a_missing_config_file_is_named_beside_the_models_known_by_name(tmp_path: Path):
+def test_a_missing_config_file_is_named_with_the_models_known_by_name(tmp_path: Path):
     with pytest.raises(ModelError, match=r"no model config at .*missing.*llama2_7b"):
         model_from_hf_config(tmp_path / "missing")
 

@@ -55,7 +55,7 @@ class PlainDisaggregated:
     all: dict[int, Moving] = field(default_factory=dict)
 
     def run(self) -> dict[str, np.ndarray]:
-        """Serve the whole trace; return columns of ``sim.disaggregate.disaggregate.StagedRecords``."""
+        """Serve the full trace; return columns of ``sim.disaggregate.disaggregate.StagedRecords``."""
         self.homes: list[tuple[int, _Live]] = []
         handled: set[int] = set()
         coming = list(zip(*(a.tolist() for a in (
@@ -65,7 +65,9 @@ class PlainDisaggregated:
         while True:
             engines = (*self.prefill, *self.decode)
             times = [engine.env.peek() for engine in engines]
-            if any(engine._resume is not None for engine in engines):  # woken at the moment at which it is held
+            if any(
+                engine._resume is not None for engine in engines
+            ):  # woken while another event of this instant holds it
                 times.append(math.nextafter(now_s, math.inf))
             times += [coming[0][0]] if coming else []
             times.append(now_s + self._next_change(now_s))
@@ -168,7 +170,7 @@ class PlainDisaggregated:
             engine._running.append(moving.live)
             engine._wake_up()
 
-    # -- links: whoever is under way on one has its bandwidth / how many they are ---------------------------------
+    # -- links: each active transfer gets the bandwidth divided by their number -----------------------------------
 
     def _sharing(self, moving: Moving, now_s: float) -> int:
         def same(other: Moving) -> bool:
@@ -213,7 +215,7 @@ class PlainDisaggregated:
 
 
 def build(kind: type[PlainEngine], env: simpy.Environment, **overrides: object) -> PlainEngine:
-    """Return an engine that expects requests which it does not know yet."""
+    """Return an engine that expects more requests than it knows."""
     engine = kind(env=env, **overrides)  # type: ignore[arg-type]
     engine.expects_more = True
     return engine

@@ -126,7 +126,7 @@ def test_missing_weights_and_unknown_names_say_what_to_do(tmp_path: Path) -> Non
 def test_the_policy_prunes_at_once_and_restores_patiently(tmp_path: Path) -> None:
     policy = learned_prune(Served(model=TINY), path=str(exported(tmp_path)), patience=2)
     dense_bytes = policy.dense_bytes
-    assert policy(seen(dense_bytes)) != policy.dense  # one token of KV does not fit beside the weights
+    assert policy(seen(dense_bytes)) != policy.dense  # one token of KV does not fit next to the weights
     assert policy(seen(10 * dense_bytes)) != policy.dense
     assert policy(seen(10 * dense_bytes)) == policy.dense
     assert policy(seen(10 * dense_bytes, running=4, running_tokens=400)) == policy.dense

@@ -1,4 +1,4 @@
-"""Behaviours of sim/readers: published formats, malformed files, and the own format there and back."""
+"""Behaviours of sim/traces/readers: published formats, malformed files, and the project's own format."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_servegen_rates_can_be_scaled_or_set(data):
     assert len(ten) == pytest.approx(12_000, rel=0.01)
 
 
-def test_servegen_couples_lengths_as_its_code_does_unless_told_otherwise(data):
+def test_servegen_couples_lengths_as_its_code_does_unless_disabled(data):
     def rank_correlation(trace):
         ranks = [np.argsort(np.argsort(values)) for values in (trace.prompt_tokens, trace.output_tokens)]
         return np.corrcoef(*ranks)[0, 1]
@@ -327,7 +327,7 @@ def test_a_time_that_is_none_is_named_with_its_line(tmp_path, value):
         read_azure(file_of(tmp_path, azure(rows)))
 
 
-def test_burstgpt_counts_failed_and_bad_rows_apart(tmp_path):
+def test_burstgpt_counts_failed_and_bad_rows_separately(tmp_path):
     rows = [
         "5,ChatGPT,10,0,10,API log",
         "6,ChatGPT,0,9,9,API log",
@@ -568,7 +568,7 @@ def test_an_unknown_on_bad_row_names_the_choices(tmp_path):
         read_trace(file_of(tmp_path, own(["1,1,1"])), on_bad_row="skipp")
 
 
-# The own format, there and back
+# The own format, written and read back
 
 traces = st.integers(1, 30).flatmap(
     lambda n: st.builds(
@@ -646,7 +646,7 @@ def test_a_parquet_file_with_gaps_wrong_types_or_names_is_an_error_with_its_row(
         read_trace(path)
 
 
-def test_a_parquet_file_is_told_by_its_content_not_its_name(tmp_path):
+def test_a_parquet_file_is_recognized_by_its_content_not_its_name(tmp_path):
     trace = Trace(arrival_s=[0.5], prompt_tokens=[1], output_tokens=[1])
     path = write_trace(trace, tmp_path / "a.parquet").rename(tmp_path / "a.csv")
     assert read_trace(path) == trace

@@ -232,7 +232,7 @@ def test_every_step_leaves_its_input_and_tells_what_it_did(step):
 # Definitions
 
 
-def test_merged_ties_go_in_the_order_of_the_traces_and_prefixes_stay_apart():
+def test_merged_ties_go_in_the_order_of_the_traces_and_prefixes_stay_distinct():
     first, second = a_trace((1.0, 2.0), (10, 20), ids=True), a_trace((1.0, 2.0), (30, 40), ids=True)
     merged = merge([first, second], name="both")
     assert merged.prompt_tokens.tolist() == [10, 30, 20, 40]
