@@ -333,7 +333,7 @@ class Cluster:
                 self._refresh_tables()
             elif why == ck.ROOM:
                 self._make_room(i)
-            else:  # nobody accepts, or a router of one's own is asked
+            else:  # no replica accepts, or a router in Python chooses
                 self._place(at, None, until_s)
                 fields_[ck.AT] = at + 1
 

@@ -156,6 +156,23 @@ def read_csv(
     content = _utf8(path, content.removeprefix(BYTE_ORDER_MARK), on_bad_row).rstrip(b"\r\n \t")
     names = list(header) if header else _header(content)
     _check_header(path, names, required)
+    first_line = 1 if header else 2
+    rows = content.count(b"\n") + 2 - first_line
+    if rows < 1:
+        raise TraceError(f"{path} has a header and no requests; it needs at least one row")
+    wanted = [name for name in (*required, *optional) if name in names]
+    table, broken = _split_csv(path, content, names, wanted, first_line)
+    lines = np.setdiff1d(np.arange(first_line, first_line + rows), [row.line for row in broken])
+    if len(lines) != table.num_rows:
+        raise TraceError(f"{path} has values that contain line breaks; write each request on one line")
+    columns = {name: table.column(name) for name in wanted}
+    return Table(path=str(path), unit="line", line=lines, columns=columns, broken=tuple(broken))
+
+
+def _split_csv(
+    path: str | Path, content: bytes, names: Sequence[str], wanted: Sequence[str], first_line: int
+) -> tuple[pa.Table, list[BadRow]]:
+    """Return the wanted columns as text, and the rows that have another number of values than ``names``."""
     broken: list[BadRow] = []
 
     def skip_row(row: pa_csv.InvalidRow) -> str:
@@ -170,28 +187,19 @@ def read_csv(
         )
         return "skip"
 
-    first_line = 1 if header else 2
-    rows = content.count(b"\n") + 2 - first_line
-    if rows < 1:
-        raise TraceError(f"{path} has a header and no requests; it needs at least one row")
-    wanted = [name for name in (*required, *optional) if name in names]
     try:
         table = pa_csv.read_csv(
             io.BytesIO(content),
             # One thread, because only then does Arrow report the line numbers of rows that it cannot split.
-            read_options=pa_csv.ReadOptions(use_threads=False, column_names=names, skip_rows=first_line - 1),
+            read_options=pa_csv.ReadOptions(use_threads=False, column_names=list(names), skip_rows=first_line - 1),
             parse_options=pa_csv.ParseOptions(invalid_row_handler=skip_row, ignore_empty_lines=False),
             convert_options=pa_csv.ConvertOptions(
-                include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
+                include_columns=list(wanted), column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
             ),
         )
     except pa.ArrowInvalid as error:
         raise TraceError(f"{path} is not a CSV file: {error}; check its quotes and line endings") from error
-    lines = np.setdiff1d(np.arange(first_line, first_line + rows), [row.line for row in broken])
-    if len(lines) != table.num_rows:
-        raise TraceError(f"{path} has values that contain line breaks; write each request on one line")
-    columns = {name: table.column(name) for name in wanted}
-    return Table(path=str(path), unit="line", line=lines, columns=columns, broken=tuple(broken))
+    return table, broken
 
 
 def _utf8(path: str | Path, content: bytes, on_bad_row: OnBadRow) -> bytes:

@@ -100,18 +100,17 @@ def read_servegen(
     factors = _rate_factors(path, described, start_s, duration_s, rate_scale, rate_rps)
     parts: list[_Requests] = []
     for client in described:
-        windows = _windows(client, start_s, duration_s)
-        if windows:
+        if windows := _windows(client, start_s, duration_s):
             parts += _client_requests(path, client, windows, factors, coupled_lengths=coupled_lengths, seed=seed)
-    inside = [(part.arrival_s >= start_s) & (part.arrival_s < start_s + duration_s) for part in parts]
-    requests = sum(int(mask.sum()) for mask in inside)
+    parts = [part.between(start_s, start_s + duration_s) for part in parts]
+    requests = sum(len(part.arrival_s) for part in parts)
     if requests == 0:
         raise TraceError(
             f"{path}: clients {chosen} send nothing from {start_s:g} s to {start_s + duration_s:g} s; choose "
             "another part with start_s and duration_s, other clients, or a larger rate_scale"
         )
-    prompt_tokens = np.concatenate([part.prompt_tokens[mask] for part, mask in zip(parts, inside, strict=True)])
-    output_tokens = np.concatenate([part.output_tokens[mask] for part, mask in zip(parts, inside, strict=True)])
+    prompt_tokens = np.concatenate([part.prompt_tokens for part in parts])
+    output_tokens = np.concatenate([part.output_tokens for part in parts])
     scaled = f"rate_scale={rate_scale:g}" if rate_rps is None else f"rate_rps={rate_rps:g}"
     history.append(
         f"drew {requests:,} requests of clients {chosen} from {start_s:g} s to {start_s + duration_s:g} s, {scaled}, "
@@ -120,7 +119,7 @@ def read_servegen(
     if empty := int((prompt_tokens < 1).sum() + (output_tokens < 1).sum()):
         history.append(f"raised {empty:,} lengths of 0 tokens to 1")
     return sorted_trace(
-        arrival_s=np.concatenate([part.arrival_s[mask] - start_s for part, mask in zip(parts, inside, strict=True)]),
+        arrival_s=np.concatenate([part.arrival_s for part in parts]) - start_s,
         prompt_tokens=np.maximum(prompt_tokens, 1),
         output_tokens=np.maximum(output_tokens, 1),
         name=name,
@@ -136,6 +135,11 @@ class _Requests:
     arrival_s: FloatArray
     prompt_tokens: IntArray
     output_tokens: IntArray
+
+    def between(self, start_s: float, end_s: float) -> _Requests:
+        """Return the requests that arrive in [start_s, end_s)."""
+        inside = (self.arrival_s >= start_s) & (self.arrival_s < end_s)
+        return _Requests(self.arrival_s[inside], self.prompt_tokens[inside], self.output_tokens[inside])
 
 
 def _client_requests(

@@ -370,7 +370,7 @@ def test_an_impossible_argument_is_an_error_that_states_what_is_allowed() -> Non
         Cluster(trace, [], routers.round_robin())
     with pytest.raises(ConfigError, match="load_bytes_per_s is 0"):
         Cluster(trace, replicas(1), routers.round_robin(), load_bytes_per_s=0)
-    with pytest.raises(ConfigError, match="end after it began"):
+    with pytest.raises(ConfigError, match="end after that"):
         Outage(from_s=3.0, until_s=3.0)
     with pytest.raises(ConfigError, match=r"before the previous one ends at 9\.0 s"):
         replicas(1, [Outage(from_s=3.0, until_s=9.0), Outage(from_s=5.0, until_s=12.0)])

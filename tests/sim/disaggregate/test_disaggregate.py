@@ -203,7 +203,7 @@ def test_whatever_comes_nobody_is_lost_and_every_kv_block_is_counted_once(made: 
         return sum(kv_blocks(keep.tokens(prompt), 4) for keep, runs in kept if runs)
 
     def check() -> None:
-        """Blocks in use are those of running requests, of KV that waits or is being sent (prefill), or comes (decode)."""
+        """Used blocks are those of running requests, of KV that waits or is being sent (prefill), or comes (decode)."""
         nonlocal checked
         checked += 1
         now_s, sent = pair.env.now, pair._sent
@@ -333,7 +333,7 @@ def test_an_impossible_argument_is_an_error_that_states_what_is_allowed() -> Non
     rows = trace_of((0.0, 8, 2))
     with pytest.raises(ConfigError, match="0 prefill and 1 decode replicas"):
         system(rows, prefill=0)
-    with pytest.raises(ConfigError, match=r"link\.bytes_per_s is 0"):
+    with pytest.raises(ConfigError, match=r"link_bytes_per_s is 0"):
         system(rows, bytes_per_s=0.0)
     nested = dataclasses.replace(DENSE, prefill=drop(TINY, mha=[1]))
     with pytest.raises(PlanError, match="decode keeps MHA1 but prefill drops it"):

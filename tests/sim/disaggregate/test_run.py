@@ -71,7 +71,7 @@ def test_the_strongest_searched_pair_of_sets_within_a_quality_is_taken() -> None
 def test_what_pdtrim_cannot_do_is_an_error_that_says_what_it_can() -> None:
     with pytest.raises(ConfigError, match=r"unknown policy\.kind 'block'; did you mean 'blocks'"):
         pdtrim(SERVED, kind="block", most_sent=0.5, **FILES)
-    with pytest.raises(ConfigError, match="give one of them, the other null"):
+    with pytest.raises(ConfigError, match="set exactly one of them, the other to null"):
         pdtrim(SERVED, kind="kv", **FILES)
     with pytest.raises(ConfigError, match=r"meets most_perplexity=None, most_sent=0\.0"):
         pdtrim(SERVED, kind="kv", most_sent=0.0, **FILES)
