@@ -117,6 +117,21 @@ class _Side:
     arrived: deque[int] = field(default_factory=deque)
 
 
+def _check_engines(engines: Sequence[SimEngine]) -> None:
+    """Check that engines can serve together, as ``Disaggregated`` requires."""
+    block_tokens = {engine.config.kv_block_tokens for engine in engines}
+    if any(engine.model != engines[0].model for engine in engines) or len(block_tokens) > 1:
+        models = ", ".join(sorted({engine.model.name for engine in engines}))
+        raise ConfigError(
+            f"prefill and decode replicas have models {models} and kv_block_tokens {sorted(block_tokens)}; they must "
+            "have one model and one KV block size"
+        )
+    if any(engine.config.prefix_caching for engine in engines):
+        raise ConfigError("engine.prefix_caching is true; disaggregated serving does not simulate it: set it to false")
+    if any(len(engine.budget.change_s) > 1 for engine in engines):
+        raise ConfigError("disaggregated serving does not support budgets that change; set e.g. budget=constant")
+
+
 class Disaggregated:
     """Prefill replicas, decode replicas, and one link per prefill replica or one for all."""
 
@@ -155,16 +170,8 @@ class Disaggregated:
         engines = [side.engine for side in (*self.prefill, *self.decode)]
         self.model = engines[0].model
         check_plan(self.model, plan)
-        block_tokens = {engine.config.kv_block_tokens for engine in engines}
-        if any(engine.model != self.model for engine in engines) or len(block_tokens) > 1:
-            raise ConfigError("prefill and decode replicas must have the same model and kv_block_tokens")
-        if any(engine.config.prefix_caching for engine in engines):
-            raise ConfigError(
-                "engine.prefix_caching is true; disaggregated serving does not simulate it: set it to false"
-            )
-        if any(len(engine.budget.change_s) > 1 for engine in engines):
-            raise ConfigError("disaggregated serving does not support budgets that change; set e.g. budget=constant")
-        (self._block_tokens,) = block_tokens
+        _check_engines(engines)
+        self._block_tokens = engines[0].config.kv_block_tokens
         made = [Link(self.env, link_bytes_per_s, link_latency_s) for _ in range(1 if one_link else len(prefill))]
         self.links = tuple(made)
         n = len(trace)
@@ -175,9 +182,8 @@ class Disaggregated:
         self._sent = np.zeros((n, 2)) * math.nan
         self._bytes = np.zeros(n, dtype=np.int64)
         self._ready: deque[int] = deque()  # prefilled, their KV still to be sent
-        self._early: dict[
-            int, tuple[simpy.Event, int]
-        ] = {}  # sent while computed: event of its end, and decode replica
+        # Requests sent while they are computed: the event of the iteration's end, and the decode replica.
+        self._early: dict[int, tuple[simpy.Event, int]] = {}
         self.in_flight = 0  # requests whose KV is being sent
 
     def _side(self, build: Build) -> _Side:

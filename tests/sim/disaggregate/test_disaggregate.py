@@ -339,7 +339,7 @@ def test_an_impossible_argument_is_an_error_that_states_what_is_allowed() -> Non
     with pytest.raises(PlanError, match="decode keeps MHA1 but prefill drops it"):
         Disaggregated(rows, plan=nested, prefill=[lambda env: tiny_engine(env=env, driven=True)],
                       decode=[lambda env: tiny_engine(env=env, driven=True)], link_bytes_per_s=1.0)  # fmt: skip
-    with pytest.raises(ConfigError, match="KV blocks of one size"):
+    with pytest.raises(ConfigError, match=r"kv_block_tokens \[4, 8\]"):
         Disaggregated(rows, plan=DENSE, prefill=[lambda env: tiny_engine(env=env, driven=True)],
                       decode=[lambda env: tiny_engine(env=env, driven=True, kv_block_tokens=8)],
                       link_bytes_per_s=1.0)  # fmt: skip
