@@ -87,7 +87,7 @@ def test_a_swapped_layer_frees_what_morphserve_reports():
 
 
 def test_one_budget_explains_the_kv_blocks_that_morphserve_found_on_an_l4_for_two_models():
-    """958 KV blocks beside Llama2-7B and 2,599 beside Llama3-8B: the same bytes, to within one KV block."""
+    """958 KV blocks with Llama2-7B and 2,599 with Llama3-8B need the same bytes, to within one KV block."""
     llama2 = memory.budget_for_kv_blocks(LLAMA2, dense_plan(LLAMA2), 958, 0, 16)
     llama3 = memory.budget_for_kv_blocks(LLAMA3, dense_plan(LLAMA3), 2_599, 0, 16)
     assert abs(llama2 - llama3) < LLAMA2.num_layers * memory.kv_block_layer_bytes(LLAMA2, 16)
@@ -100,12 +100,12 @@ def test_kv_bytes_of_opt_13b_match_the_pagedattention_paper():
 def test_kv_capacity_of_opt_matches_the_table_of_distserve(data: Path):
     """DistServe's max_num_tokens.csv: 76 rows, three OPT models, tensor x pipeline parallelism from 1 to 64 GPUs.
 
-    What the table allows: bytes of KV a token, bytes of the sharded blocks and of the embeddings of three models, since
-    the memory of a GPU must come out the same in every row. What it does not: DistServe publishes no memory setting of
-    the table (utilisation, workspace; issue 30 of its repository asks for them), so the usable bytes of a GPU are
-    inferred here, one number for all rows: 0.93 of 80 GiB, with the blocks cut evenly over the GPUs and the embeddings
-    whole on each. So the test holds the slope of the table, not its absolute level. No row is then off by more than
-    half a KV block of 16 tokens a GPU, nor by more than 0.02 %.
+    The table checks the KV bytes per token, and the bytes of the sharded blocks and the embeddings of three models,
+    because every row must give the same memory per GPU. It does not check that memory itself: DistServe does not publish
+    the settings of the table (utilisation, workspace; see issue 30 of its repository), so the usable bytes of a GPU are
+    one number inferred here for all rows, 0.93 of 80 GiB, with blocks divided evenly over the GPUs and full embeddings
+    on each. So the test checks the slope of the table, not its absolute level. No row differs by more than half a KV
+    block of 16 tokens per GPU, or by more than 0.02 %.
     """
     path = data / "calibration" / "distserve" / "max_num_tokens.csv"
     if not path.is_file():
