@@ -34,7 +34,7 @@ STAGES: tuple[Stage, ...] = ("both", "prefill", "decode")
 def linear_weight_bytes(model: ModelSpec, linear: Linear, bits: int) -> int:
     """Return the bytes of one linear layer at 16, 8 or 4 bits; its bias keeps the model's precision.
 
-    16 bits means unquantised: ``weight_dtype_bytes`` per weight, which is 4 for an FP32 checkpoint.
+    16 bits means unquantized: ``weight_dtype_bytes`` per weight, which is 4 for an FP32 checkpoint.
     With g = ceil(in / 128) groups of input elements per output row:
 
         8 bits:  in * out  +  2 * g * out                             int8 weights, FP16 scales, symmetric
@@ -62,7 +62,7 @@ def linear_weight_bytes(model: ModelSpec, linear: Linear, bits: int) -> int:
 
 @functools.cache  # called for every layer at each plan change
 def mha_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
-    """Return the bytes of one MHA block's weights, norms included; norms and biases are never quantised."""
+    """Return the bytes of one MHA block's weights, norms included; norms and biases are never quantized."""
     linears = model.mha_linears
     norms = model.mha_params - sum(linear.params for linear in linears)
     return sum(linear_weight_bytes(model, linear, bits) for linear in linears) + norms * model.weight_dtype_bytes
@@ -70,7 +70,7 @@ def mha_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
 
 @functools.cache
 def ffn_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
-    """Return the bytes of one FFN block's weights, norm included; norms and biases are never quantised."""
+    """Return the bytes of one FFN block's weights, norm included; norms and biases are never quantized."""
     linears = model.ffn_linears
     norms = model.ffn_params - sum(linear.params for linear in linears)
     return sum(linear_weight_bytes(model, linear, bits) for linear in linears) + norms * model.weight_dtype_bytes
@@ -204,7 +204,7 @@ def peak_bytes(model: ModelSpec, mask: KeepMask, batch: int, sequence_tokens: in
 
         peak(mask; B, S) = 2 * params_kept + sum over kept MHA blocks of 2 * 2 * B * S * num_kv_heads * head_dim
 
-    Weights are unquantised; workspace is not included (RAP measures 4 to 7 % above this).
+    Weights are unquantized; workspace is not included (RAP measures 4 to 7 % above this).
 
     Args:
         model: the unpruned architecture, whose dtypes replace the factors 2 of FP16.

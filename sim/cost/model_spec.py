@@ -49,7 +49,7 @@ class ModelSpec:
     norm_bias: True for LayerNorm with a shift, False for RMSNorm.
     qk_norm: queries and keys pass a norm over head_dim, shared by all heads of a layer (Qwen3).
     learned_positions: rows of a learned position table; 0 for rotary positions.
-    weight_dtype_bytes: bytes of one unquantised weight, 2 (FP16, BF16) or 4 (FP32).
+    weight_dtype_bytes: bytes of one unquantized weight, 2 (FP16, BF16) or 4 (FP32).
     kv_dtype_bytes: bytes of one key or value entry; 1 is an FP8 cache.
     """
 
@@ -88,7 +88,7 @@ class ModelSpec:
         if self.weight_dtype_bytes not in (2, 4):
             raise ModelError(
                 f"model {self.name!r}: weight_dtype_bytes is {self.weight_dtype_bytes}; allowed are 2 and 4. "
-                "For a quantised copy, keep the model and set weight_bits of the plan"
+                "For a quantized copy, keep the model and set weight_bits of the plan"
             )
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
@@ -263,7 +263,7 @@ class _Reader:
         if dtype not in _DTYPE_BYTES:
             raise ModelError(
                 f"model config {self.name!r} has dtype {stated!r}; allowed are {', '.join(sorted(_DTYPE_BYTES))}. "
-                "Give the config of the unquantised model, and set weight_bits of the plan"
+                "Give the config of the unquantized model, and set weight_bits of the plan"
             )
         return _DTYPE_BYTES[dtype]
 

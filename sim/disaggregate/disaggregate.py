@@ -16,7 +16,7 @@ A request passes four stages; in each, exactly one side counts its KV:
    the decode mask, because it has no other weights.
 
 With ``overlap``, KV is sent during the iteration that ends the prompt, if a decode replica has room at its start: all
-layers but the last during the iteration, the last layer after it. (Layers are not modelled one by one: on a fast link,
+layers but the last during the iteration, the last layer after it. (Layers are not modeled one by one: on a fast link,
 bytes may leave before their layer is computed, but never those of the last layer.)
 
 Order at one instant: transfers end, iterations end, requests arrive, requests join, KV is sent, iterations start.

@@ -3,7 +3,7 @@
 All blocks of one kind free the same bytes, and there are two kinds. So the knapsack is solved exactly by trying every
 number n of MHA blocks: drop the n cheapest, and the fewest cheapest FFN blocks that free the rest. The result is
 optimal under an additive surrogate of the loss, and under any surrogate that increases with such a sum (the
-``additive`` and ``warped`` forms of ``sim.cost.quality``), but not if the loss depends on neighbouring blocks. It
+``additive`` and ``warped`` forms of ``sim.cost.quality``), but not if the loss depends on neighboring blocks. It
 answers the question of RAP's reviewers how a solver compares with an agent.
 """
 

@@ -2,7 +2,7 @@
 
 ``adaptive_precision`` resembles FlexQuant (arXiv 2506.12024) and PMPD (arXiv 2410.13461), which lower bits where the
 loss is smallest; here the number of layers at low precision follows the load. ``adaptive_pruning`` gives MorphServe's
-controller (arXiv 2506.02006) a greedy order of blocks to drop instead of layers to quantise: a rule without learning
+controller (arXiv 2506.02006) a greedy order of blocks to drop instead of layers to quantize: a rule without learning
 that reacts to queues as well as to memory. Thresholds that no paper states are our choice.
 """
 

@@ -101,11 +101,11 @@ def test_kv_capacity_of_opt_matches_the_table_of_distserve(data: Path):
     """DistServe's max_num_tokens.csv: 76 rows, three OPT models, tensor x pipeline parallelism from 1 to 64 GPUs.
 
     The table checks the KV bytes per token, and the bytes of the sharded blocks and the embeddings of three models,
-    because every row must give the same memory per GPU. It does not check that memory itself: DistServe does not publish
-    the settings of the table (utilisation, workspace; see issue 30 of its repository), so the usable bytes of a GPU are
-    one number inferred here for all rows, 0.93 of 80 GiB, with blocks divided evenly over the GPUs and full embeddings
-    on each. So the test checks the slope of the table, not its absolute level. No row differs by more than half a KV
-    block of 16 tokens per GPU, or by more than 0.02 %.
+    because every row must give the same memory per GPU. It does not check that memory itself: DistServe does not
+    publish the settings of the table (utilization, workspace; see issue 30 of its repository), so the usable bytes of
+    a GPU are one number inferred here for all rows, 0.93 of 80 GiB, with blocks divided evenly over the GPUs and full
+    embeddings on each. So the test checks the slope of the table, not its absolute level. No row differs by more than
+    half a KV block of 16 tokens per GPU, or by more than 0.02 %.
     """
     path = data / "calibration" / "distserve" / "max_num_tokens.csv"
     if not path.is_file():
@@ -145,7 +145,7 @@ def _opt(name: str, *, layers: int, hidden: int, heads: int) -> ModelSpec:
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_quantised_bytes_are_those_of_an_awq_checkpoint():
+def test_quantized_bytes_are_those_of_an_awq_checkpoint():
     """AWQ keeps qweight (in, out / 8) and qzeros (in / 128, out / 8) as int32, scales (in / 128, out) as FP16."""
     linear = Linear("down_proj", 11008, 4096)
     awq = 4 * 11008 * (4096 // 8) + 4 * 86 * (4096 // 8) + 2 * 86 * 4096
@@ -154,7 +154,7 @@ def test_quantised_bytes_are_those_of_an_awq_checkpoint():
     assert memory.linear_weight_bytes(LLAMA2, linear, 16) == 2 * 11008 * 4096
 
 
-def test_a_group_that_is_not_full_has_a_scale_of_its_own_and_a_bias_stays_unquantised():
+def test_a_group_that_is_not_full_has_a_scale_of_its_own_and_a_bias_stays_unquantized():
     linear = Linear("q_proj", 129, 8, bias=True)
     assert memory.linear_weight_bytes(LLAMA2, linear, 8) == 129 * 8 + 2 * 2 * 8 + 2 * 8
     assert memory.linear_weight_bytes(LLAMA2, linear, 4) == 129 * 4 + 2 * 2 * 8 + 8 + 2 * 8

@@ -1,4 +1,4 @@
-"""Behaviours of sim/traces/generate.py and of the tables that sim/traces/fit.py writes."""
+"""Behavior of sim/traces/generate.py and of the tables that sim/traces/fit.py writes."""
 
 from __future__ import annotations
 

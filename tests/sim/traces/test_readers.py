@@ -1,4 +1,4 @@
-"""Behaviours of sim/traces/readers: published formats, malformed files, and the project's own format."""
+"""Behavior of sim/traces/readers: published formats, malformed files, and the project's own format."""
 
 from __future__ import annotations
 

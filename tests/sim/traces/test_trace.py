@@ -1,4 +1,4 @@
-"""Behaviours of sim/traces/trace.py."""
+"""Behavior of sim/traces/trace.py."""
 
 from __future__ import annotations
 

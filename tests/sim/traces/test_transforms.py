@@ -1,4 +1,4 @@
-"""Behaviours of sim/traces/transforms.py."""
+"""Behavior of sim/traces/transforms.py."""
 
 from __future__ import annotations
 
