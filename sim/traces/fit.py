@@ -1,8 +1,8 @@
-"""Fit the tables of the built-in default trace to real traces.
+"""Fit the tables of the embedded default trace to a real one.
 
     python -m sim.fit_trace              # both Azure traces of 2023 -> conf/trace/tables/azure_{code,conv}.yaml
 
-The same files give the same tables, byte for byte. ``sim.paths.find_data`` locates the real traces.
+The same files give the same tables, byte for byte. The real traces are found as ``sim.paths.find_data`` finds them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from sim.traces.readers.azure import read_azure
 from sim.traces.trace import FloatArray, IntArray, Trace
 
 BIN_S = 5.0
-"""Short enough to keep the shape of the code trace's bursts and pauses, long enough for a table of one page."""
+"""Short enough that bursts and pauses of the code trace keep their shape, long enough for a table of one page."""
 
-# Every percent, and finer in the tails.
+# Every percent, and finer where the tails are.
 SHARES = np.unique(
     np.round(np.concatenate([[0, 0.001, 0.0025, 0.005], np.arange(0.01, 1, 0.01), [0.995, 0.9975, 0.999, 1]]), 4)
 )
@@ -35,20 +35,20 @@ FILES = {
 
 
 def requests_per_bin(trace: Trace, bin_s: float) -> IntArray:
-    """Return the requests in each bin from time 0, without the last bin, which the trace covers only partly."""
+    """Return how many requests arrive in each bin from time 0, without the last, which the trace only begins."""
     counts: IntArray = np.bincount((trace.arrival_s // bin_s).astype(np.int64))
     return counts[: max(1, int(trace.arrival_s[-1] // bin_s))]
 
 
 def gaps_inside_bins_s(trace: Trace, bin_s: float) -> FloatArray:
-    """Return the gaps between successive requests of the same bin."""
+    """Return the gaps between successive requests that lie in the same bin."""
     bin_of = trace.arrival_s // bin_s
     gaps: FloatArray = np.diff(trace.arrival_s)[bin_of[1:] == bin_of[:-1]]
     return gaps
 
 
 def table_text(name: str, trace: Trace, *, bin_s: float = BIN_S) -> str:
-    """Return the table of a trace as YAML, with its source, licence and summary statistics."""
+    """Return the table of a trace as YAML, with its source, licence and the facts it was fitted to."""
     lines = [
         f"# Azure LLM inference trace 2023, {name.removeprefix('azure_')}: what sim.traces.generate.burst draws from.",
         "# Written by `python -m sim.fit_trace`; do not edit by hand.",
@@ -91,7 +91,7 @@ def _list(items: Iterable[str], *, indent: int = 2) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables; return the exit status."""
+    """Write the tables; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m sim.fit_trace", description=__doc__.split("\n")[0] if __doc__ else ""
     )
