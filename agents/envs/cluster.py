@@ -38,12 +38,9 @@ from sim.errors import ConfigError, nearest
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_table, replica_features, shown_entries
-from sim.policies.observation.prune import Floats32
 from sim.policies.observation.serve import Choice, ServeObserver
 from sim.traces.trace import Trace
-
-Floats = NDArray[np.float64]
-
+from sim.types import Floats32
 
 ROUTERS = ("round_robin", "least_outstanding", "power_of_two", "least_kv", "shortest_expected_wait")
 """Of conf/router; the windows have no prefixes that a sixth could look at."""

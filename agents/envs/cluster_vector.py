@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from numpy.typing import NDArray
 
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve_vector import UNKNOWN, settle_utility, slo_seconds
@@ -27,13 +26,10 @@ from sim.engine.sim_engine import MEMORY_OF_PLANS
 from sim.errors import ConfigError
 from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_features
-from sim.policies.observation.prune import Bools, Floats32
 from sim.policies.observation.serve import ServeObservers
+from sim.types import Bools, Floats, Floats32
 
 # Shapes: c clusters of k replicas, r = c * k rows, those of a cluster side by side.
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 class ServeReplicas(VectorEnv[Any, Any, Any]):

@@ -30,9 +30,6 @@ from sim.cost.plan import KeepMask, dense_plan, keep_all, with_mask
 from sim.cost.quality import BEST_FORM
 from sim.errors import ConfigError
 from sim.policies.observation.prune import (
-    Bools,
-    Floats32,
-    Ints,
     Loads,
     load_columns,
     loads,
@@ -42,6 +39,7 @@ from sim.policies.observation.prune import (
     prune_table,
     removed_blocks,
 )
+from sim.types import Bools, Floats32, Ints
 
 STEPS_A_BLOCK = 4
 """An episode with restoring is cut after this many actions for each block and draw."""

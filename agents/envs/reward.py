@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
 from sim.results.metrics import Slo, met_slo
 from sim.results.records import Records, Status
+from sim.types import Bools, Floats, Ints
 
 # Shapes: every array has one entry an environment [n].
 
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
 F = TypeVar("F", float, Floats)
 
 

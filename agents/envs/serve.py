@@ -36,14 +36,12 @@ from sim.engine.plan_graph import PlanBook
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
-from sim.policies.observation.prune import Floats32
 from sim.policies.observation.serve import Choice, ServeObserver, actions_from, serve_table
 from sim.results.metrics import Slo, met_slo
+from sim.types import Floats32
 
 if TYPE_CHECKING:
     from sim.cluster.cluster import Cluster
-
-Floats = NDArray[np.float64]
 
 
 @cache

@@ -21,12 +21,9 @@ from sim.engine import kernel
 from sim.engine.batch_step import OLDEST_WAIT_S, WAITING, Fleet
 from sim.engine.plan_graph import PlanBook
 from sim.engine.sim_engine import MEMORY_OF_PLANS
-from sim.policies.observation.prune import Bools, Floats32
 from sim.policies.observation.serve import ServeObservers
 from sim.results.metrics import Slo
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from sim.types import Bools, Floats, Floats32, Ints
 
 UNKNOWN = -1.0
 

@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import Split, check_split
@@ -20,9 +19,7 @@ from sim.engine.protocol import Request
 from sim.errors import ConfigError, nearest
 from sim.traces.trace import Trace
 from sim.traces.transforms import drop_long
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from sim.types import Floats, Ints
 
 SHARE = 0.9
 """Of the device memory, as vLLM's gpu_memory_utilization."""

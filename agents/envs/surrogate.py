@@ -12,15 +12,13 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sim.cost.quality import BEST_FORM, QUALITIES, FittedQuality, QualityTable, fit, read_table
 from sim.errors import CalibrationError, nearest
-from sim.policies.observation.prune import Bools
+from sim.types import Bools, Floats
 
 # Shapes: n masks, b blocks in the order MHA0, FFN0, MHA1, ...
 
-Floats = NDArray[np.float64]
 Text = Literal["calibration", "test"]
 
 

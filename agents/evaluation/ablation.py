@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from agents.envs.prune import PruneToBudgetVector
 from agents.training.validation import Act, play, serve, validation_episodes, validation_windows
 from sim.policies.learned import Network, read_learned
-from sim.policies.observation.prune import Bools, Floats32
+from sim.types import Bools, Floats32
 
 WINDOWS = 96
 PRUNE_GROUPS = {

@@ -24,7 +24,8 @@ from sim.cost.plan import keep_all
 from sim.errors import ConfigError
 from sim.policies.knapsack import cheapest_mask, sorted_costs
 from sim.policies.learned import prune_network
-from sim.policies.observation.prune import Bools, block_names, loads, mask_of, removed_blocks
+from sim.policies.observation.prune import block_names, loads, mask_of, removed_blocks
+from sim.types import Bools
 
 Decide = Callable[[Draw], Bools]
 """Which blocks [b] to drop for a load."""

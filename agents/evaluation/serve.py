@@ -30,13 +30,13 @@ from sim.cost.plan import Plan
 from sim.cost.quality import PublishedQuality, load_quality
 from sim.errors import ConfigError
 from sim.policies.admission import Limited
-from sim.policies.base import Policy, Served, ServerModel
+from sim.policies.base import Policy, PolicyContext, ServerModel
 from sim.policies.fixed import Fixed
 from sim.policies.learned_serve import learned_serve
 from sim.results.metrics import met_slo
 from sim.results.records import Status
 
-Build = Callable[[Served], Policy]
+Build = Callable[[PolicyContext], Policy]
 
 TRAIN_WINDOWS, TRAIN_SEED = 45, 20250603
 TEST_SEED = 20250604
@@ -44,7 +44,7 @@ RATE_QUANTILES = (0.25, 0.85)
 """Loads of the test: so far along each source's range of rates, on a logarithmic scale."""
 
 
-def served_of(setting: ServeSetting) -> Served:
+def served_of(setting: ServeSetting) -> PolicyContext:
     """Return what stays the same while a policy decides."""
     copying = copy_speed(setting.latency, setting.gpu)
     server = ServerModel(
@@ -56,7 +56,7 @@ def served_of(setting: ServeSetting) -> Served:
         copy_slowdown=copying.slowdown,
         quality_nll=setting.nll,
     )
-    return Served(
+    return PolicyContext(
         model=setting.model,
         workspace_bytes=setting.workspace_bytes,
         kv_block_tokens=setting.engine.kv_block_tokens,

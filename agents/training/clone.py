@@ -31,8 +31,7 @@ from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.policies.learned import Network, network_of
 from sim.results.run_folder import provenance, write_json, write_text
-
-Floats32 = NDArray[np.float32]
+from sim.types import Floats32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

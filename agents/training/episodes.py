@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sim.errors import ConfigError
-from sim.policies.observation.prune import Floats32
 from sim.results.run_folder import write_whole
+from sim.types import Floats32
 
 FILE = "episodes.parquet"
 

@@ -23,7 +23,7 @@ from agents.training.modules import MaskedDQN, actor_layers, actor_logits
 from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
 from sim.policies.learned import Network, read_learned
-from sim.policies.observation.prune import Floats32
+from sim.types import Floats32
 
 
 def imitate_knapsack(

@@ -30,8 +30,9 @@ from sim.cost.plan import Plan
 from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
 from sim.policies.base import Policy
-from sim.policies.observation.prune import Bools, removed_blocks
+from sim.policies.observation.prune import removed_blocks
 from sim.policies.observation.serve import ServeActions
+from sim.types import Bools
 
 Choose = Callable[[], int]
 """Returns the next action of the episode that is played."""

@@ -15,7 +15,7 @@ from agents.envs.prune_loads import Draw, prune_draws
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows
 from sim.policies.learned import Network
-from sim.policies.observation.prune import Bools, Floats32
+from sim.types import Bools, Floats32
 
 VALIDATION_WINDOWS, VALIDATION_CLUSTERS, VALIDATION_SEED = 24, 24, 20250602
 Act = Callable[[Floats32, Bools], NDArray[np.int64]]

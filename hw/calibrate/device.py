@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from scipy.optimize import least_squares
@@ -44,8 +43,8 @@ from sim.policies import Fixed
 from sim.replay.loop import replay
 from sim.results.run_folder import write_json, write_whole
 from sim.traces.generate import lognormal_lengths, poisson
+from sim.types import Floats
 
-Floats = NDArray[np.float64]
 Timed = Callable[[], tuple[float, ...]]
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)

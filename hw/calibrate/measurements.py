@@ -23,8 +23,8 @@ from sim.cost.gpu import Gpu
 from sim.cost.latency import TILE_TOKENS, interp1, interp2
 from sim.cost.model_spec import ModelSpec
 from sim.errors import CalibrationError
+from sim.types import Floats
 
-Floats = NDArray[np.float64]
 FOLDS = 5
 SEED = 0
 SMOOTH = 1e-3

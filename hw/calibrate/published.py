@@ -44,8 +44,8 @@ from sim.cost.model_spec import ModelSpec, load_model
 from sim.errors import CalibrationError, ConfigError, RapLabError, nearest
 from sim.paths import REPOSITORY, find_data
 from sim.results.run_folder import commit
+from sim.types import Floats
 
-Floats = NDArray[np.float64]
 TARGET_MEDIAN, TARGET_P95 = 0.03, 0.12
 CURVE_TOLERANCE = 0.002
 """Knots of a curve that a straight line replaces within this share are left out of the file."""

@@ -48,10 +48,11 @@ from sim.disaggregate.run import perplexity_ratio, plan_of, print_staged, staged
 from sim.errors import ConfigError, RapLabError
 from sim.replay.run import Parts, build_parts, build_trace, quality_of
 from sim.results.metrics import iterations_frame, merged_gaps, merged_iterations, summarise
-from sim.results.records import Floats, Iterations, Records, Status, TokenGaps
+from sim.results.records import Iterations, Records, Status, TokenGaps
 from sim.results.report import plot_replay
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 from sim.traces.trace import Trace
+from sim.types import Floats
 
 if TYPE_CHECKING:
     import pandas as pd

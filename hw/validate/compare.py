@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau
@@ -36,8 +35,6 @@ from hw.validate.timeline import (
 )
 from sim.errors import ConfigError, RapLabError
 from sim.results.run_folder import provenance, write_json, write_whole
-
-Floats = NDArray[np.float64]
 
 FIXED_TOLERANCE = {"mean": 0.05, "p50": 0.10, "p95": 0.10}
 CHANGING_TOLERANCE = dict.fromkeys(FIXED_TOLERANCE, 0.12)

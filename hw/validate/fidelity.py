@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -36,8 +35,7 @@ from sim.errors import CalibrationError, RapLabError, nearest
 from sim.paths import REPOSITORY, find_data
 from sim.results.records import Moments, Records
 from sim.results.run_folder import commit, write_json, write_text
-
-Floats = NDArray[np.float64]
+from sim.types import Floats
 
 RUN = "calibration/llmservingsim_e2e/RTX4090/Llama-3.1-8B"
 CALIBRATION = "llama3.1_8b_rtx4090"

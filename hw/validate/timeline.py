@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from sim.types import Floats
 
 TIMELINES = ("running", "waiting", "kv_used_share", "kept_share")
 POINTS = 2000

@@ -41,8 +41,9 @@ from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine, exact_delay, unit_numbers
 from sim.errors import BudgetError, ConfigError
 from sim.policies.base import ClusterPolicy, Policy
-from sim.results.records import Floats, Ints, Records, Status
+from sim.results.records import Records, Status
 from sim.traces.trace import Trace
+from sim.types import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

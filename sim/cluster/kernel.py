@@ -85,8 +85,6 @@ from sim.engine.kernel import (
     WAITING,
     WAITING_TOKENS,
     WATERMARK,
-    Floats,
-    Ints,
     State,
     Table,
     advance,
@@ -106,6 +104,7 @@ from sim.engine.kernel import (
     slots_of,
     take_arrivals,
 )
+from sim.types import Floats, Ints
 
 Tables = NDArray[np.int64]
 

@@ -62,16 +62,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sim.compiled import compiled, constant
 from sim.cost.gpu import Gpu
 from sim.cost.plan import WEIGHT_BITS, Plan
 from sim.errors import CalibrationError, nearest
 from sim.paths import REPOSITORY
-
-Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
+from sim.types import Floats, Ints
 
 CALIBRATIONS = REPOSITORY / "conf" / "calibration"
 SCHEMA = 1
@@ -108,7 +105,7 @@ class LatencyTables(NamedTuple):
     """
 
     data: Floats
-    layout: Counts
+    layout: Ints
 
 
 @compiled()
@@ -168,7 +165,7 @@ def _hold(data: Floats, at: int, length: int, x: float) -> tuple[int, float]:
 
 
 @compiled()
-def _residual(data: Floats, layout: Counts, x: float, y: float, z: float, w: float) -> float:
+def _residual(data: Floats, layout: Ints, x: float, y: float, z: float, w: float) -> float:
     """Return the residual at (x, y, z, w): linear along every axis, clamped outside."""
     i, p = _hold(data, layout[RESIDUAL], layout[RESIDUAL + 1], x)
     j, q = _hold(data, layout[RESIDUAL + 2], layout[RESIDUAL + 3], y)
@@ -189,7 +186,7 @@ def _residual(data: Floats, layout: Counts, x: float, y: float, z: float, w: flo
 
 
 @compiled()
-def curve_seconds(data: Floats, layout: Counts, slot: int, x: int) -> float:
+def curve_seconds(data: Floats, layout: Ints, slot: int, x: int) -> float:
     """Return a curve tabulated for every count at count x; above the last count it continues with its slope."""
     at, last = layout[slot], layout[slot + 1]
     if x <= last:
@@ -198,7 +195,7 @@ def curve_seconds(data: Floats, layout: Counts, slot: int, x: int) -> float:
 
 
 @compiled()
-def _surface(data: Floats, layout: Counts, slot: int, row: float, column: float) -> float:
+def _surface(data: Floats, layout: Ints, slot: int, row: float, column: float) -> float:
     """Return the surface of a slot at (row, column)."""
     return float(
         interp2(data, layout[slot], layout[slot + 1], layout[slot + 2], layout[slot + 3], layout[slot + 4], row, column)
@@ -271,7 +268,7 @@ def attention_seconds(
 @compiled()
 def iteration_seconds(
     tables: LatencyTables,
-    layers: Counts,
+    layers: Ints,
     prefill_tokens: int,
     prefill_context_sum: int,
     decode_batch: int,
@@ -316,7 +313,7 @@ def iteration_seconds(
 
 
 @compiled()
-def layered_iteration_seconds(tables: LatencyTables, rows: Counts, tokens: int, sequences: int) -> float:
+def layered_iteration_seconds(tables: LatencyTables, rows: Ints, tokens: int, sequences: int) -> float:
     """Return the seconds of an iteration in which requests run different blocks or read different KV.
 
     Args:
@@ -374,7 +371,7 @@ def chunk_context_sum(chunk_tokens: int, prefix_tokens: int) -> int:
     return chunk_tokens * prefix_tokens + chunk_tokens * (chunk_tokens + 1) // 2
 
 
-def plan_layers(plan: Plan) -> Counts:
+def plan_layers(plan: Plan) -> Ints:
     """Return the block counts, int64[3 bits, 4], on which `iteration_seconds` depends: all it needs of a plan."""
     return _plan_layers(plan.decode.mha, plan.decode.ffn, plan.prefill.mha, plan.prefill.ffn, plan.weight_bits)
 
@@ -386,7 +383,7 @@ def _plan_layers(
     prefill_mha: tuple[bool, ...],
     prefill_ffn: tuple[bool, ...],
     weight_bits: tuple[int, ...],
-) -> Counts:
+) -> Ints:
     counts = np.zeros((len(WEIGHT_BITS), 4), dtype=np.int64)
     for both, prefill, first in ((decode_mha, prefill_mha, MHA_BOTH), (decode_ffn, prefill_ffn, FFN_BOTH)):
         for in_decode, in_prefill, bits in zip(both, prefill, weight_bits, strict=True):
@@ -473,7 +470,7 @@ class LatencyModel:
         """
         self._check_bits(set(plan.weight_bits))
 
-    def layered_iteration_s(self, rows: Counts, tokens: int, sequences: int) -> float:
+    def layered_iteration_s(self, rows: Ints, tokens: int, sequences: int) -> float:
         """Return the seconds of an iteration in which layers differ in tokens; see `layered_iteration_seconds`."""
         return float(layered_iteration_seconds(self.tables, rows, tokens, sequences))
 
@@ -662,7 +659,7 @@ class _Packer:
     def __init__(self, origin: str) -> None:
         self.origin = origin
         self.parts: list[Floats] = [np.zeros(DATA_START)]
-        self.layout: Counts = np.zeros(LAYOUT_LENGTH, dtype=np.int64)
+        self.layout: Ints = np.zeros(LAYOUT_LENGTH, dtype=np.int64)
 
     def put(self, values: Floats) -> int:
         """Append values; return their offset."""

@@ -35,9 +35,7 @@ from sim.cost.plan import KV_KEEP_ALL, KeepMask, Plan, keep_all
 from sim.cost.plan_json import plan_from_json
 from sim.errors import CalibrationError, PlanError, nearest
 from sim.paths import REPOSITORY
-
-Floats = NDArray[np.float64]
-
+from sim.types import Floats
 
 QUALITIES = REPOSITORY / "conf" / "quality"
 """The folder of quality tables, one file a model."""

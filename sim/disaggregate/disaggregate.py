@@ -41,8 +41,9 @@ from sim.disaggregate.links import Link
 from sim.engine import kernel
 from sim.engine.sim_engine import SimEngine, exact_delay
 from sim.errors import ConfigError
-from sim.results.records import Floats, Ints, Records, Status
+from sim.results.records import Records, Status
 from sim.traces.trace import Trace
+from sim.types import Floats, Ints
 
 Build = Callable[[simpy.Environment], SimEngine]
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from sim.compiled import compiled
 from sim.cost.plan import Plan
 from sim.engine import kernel
-from sim.engine.kernel import Floats, Ints, Table
+from sim.engine.kernel import Table
 from sim.engine.plan_graph import PlanBook
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
+from sim.types import Floats, Ints
 
 # Columns of what can be seen of an engine: the fields of sim.engine.protocol.EngineState with these names.
 (

@@ -58,9 +58,7 @@ from numpy.typing import NDArray
 
 from sim.compiled import compiled, constant
 from sim.cost.latency import LatencyTables, iteration_in_range, iteration_seconds, layered_iteration_seconds
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from sim.types import Floats, Ints
 
 NEVER = 1 << 62
 WAITING, RUNNING, FINISHED, REJECTED = range(4)

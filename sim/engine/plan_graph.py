@@ -29,9 +29,7 @@ from sim.engine.transition import (
     running_plan,
     without_dropped,
 )
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from sim.types import Floats, Ints
 
 
 class PlanBook:

@@ -60,7 +60,8 @@ from sim.engine.budget import Budget, constant_budget
 from sim.engine.plan_graph import PlanBook, layers_of
 from sim.engine.protocol import GIB, EngineConfig, EngineState, Holder, Request
 from sim.errors import BudgetError, ConfigError
-from sim.results.records import Floats, Ints, Iterations, Records, TokenGaps, Transitions
+from sim.results.records import Iterations, Records, TokenGaps, Transitions
+from sim.types import Floats, Ints
 
 MEMORY_OF_PLANS = 16384
 """Plans, and steps between them, that an engine remembers."""

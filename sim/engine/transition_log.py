@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sim.cost.plan import Plan, describe
-from sim.results.records import Ints, Transitions
+from sim.results.records import Transitions
+from sim.types import Ints
 
 
 @dataclass(slots=True)

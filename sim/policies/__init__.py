@@ -3,7 +3,7 @@
 To add one, write one file here and one ``conf/policy/NAME.yaml`` whose ``_target_`` names its function.
 """
 
-from sim.policies.base import ClusterPolicy, Policy, Served, ServerModel
+from sim.policies.base import ClusterPolicy, Policy, PolicyContext, ServerModel
 from sim.policies.fixed import Fixed
 
-__all__ = ["ClusterPolicy", "Fixed", "Policy", "Served", "ServerModel"]
+__all__ = ["ClusterPolicy", "Fixed", "Policy", "PolicyContext", "ServerModel"]

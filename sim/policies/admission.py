@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.policies.base import Policy, Served
+from sim.policies.base import Policy, PolicyContext
 from sim.policies.fixed import plan_of
 
 
@@ -60,7 +60,7 @@ class Saber:
 
 
 def saber(
-    served: Served,
+    served: PolicyContext,
     *,
     ttft_s: float = 2.0,
     margin: float = 0.8,
@@ -102,7 +102,7 @@ class Limited:
         return replace(self.policy(state), admit=self.admit)
 
 
-def limited(served: Served, *, policy: Any, admit: int) -> Limited:
+def limited(served: PolicyContext, *, policy: Any, admit: int) -> Limited:
     """Build the policy around another one, which has the form of a file of conf/policy.
 
     Raises:

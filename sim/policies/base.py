@@ -45,7 +45,7 @@ class ServerModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class PolicyContext:
     """What stays the same while a policy decides: the model, and how its memory is counted.
 
     server: returns a model of the whole server, for policies that try plans out; None where there is none.

@@ -11,7 +11,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KVKeep, Plan, check_plan, drop
 from sim.engine.protocol import EngineState
 from sim.errors import PlanError, nearest
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def static_plan(
     return plan
 
 
-def fixed(served: Served, **options: Any) -> Fixed:
+def fixed(served: PolicyContext, **options: Any) -> Fixed:
     """Build the policy that always runs ``static_plan(model, **options)``.
 
     Raises:
@@ -82,7 +82,7 @@ def fixed(served: Served, **options: Any) -> Fixed:
     return Fixed(plan_of(served.model, options))
 
 
-def static_w4_prefix(served: Served, *, layers: int, bits: int = 4) -> Fixed:
+def static_w4_prefix(served: PolicyContext, *, layers: int, bits: int = 4) -> Fixed:
     """Build the policy that always runs the first ``layers`` layers at ``bits`` bits, the others at 16.
 
     Raises:

@@ -18,7 +18,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, drop, with_mask
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class GreedyStop:
 
 
 def greedy_stop(
-    served: Served,
+    served: PolicyContext,
     *,
     order: Sequence[str],
     made_for: str | None = None,
@@ -163,7 +163,7 @@ class RandomStop:
 
 
 def random_stop(
-    served: Served,
+    served: PolicyContext,
     *,
     seed: int,
     max_dropped: int = 20,

@@ -13,17 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sim.cost.memory import ffn_weight_bytes, mha_weight_bytes, weight_bytes
 from sim.cost.plan import KeepMask, Plan, dense_plan, with_mask
 from sim.cost.quality import FittedQuality, load_quality
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.observation.prune import mask_of
-
-Floats = NDArray[np.float64]
+from sim.types import Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +118,7 @@ class Knapsack:
 
 
 def knapsack(
-    served: Served,
+    served: PolicyContext,
     *,
     quality: str | None = None,
     costs: Sequence[float] | None = None,

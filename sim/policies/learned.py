@@ -24,10 +24,8 @@ from sim.cost.plan import Plan, dense_plan, with_mask
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.observation.prune import (
-    Bools,
-    Floats32,
     Table,
     load_columns,
     loads,
@@ -37,6 +35,7 @@ from sim.policies.observation.prune import (
     removed_blocks,
     same_table,
 )
+from sim.types import Bools, Floats32
 
 SHIPPED = REPOSITORY / "conf" / "policy"
 
@@ -255,7 +254,7 @@ class LearnedPrune:
         return self.running or self.dense
 
 
-def learned_prune(served: Served, *, path: str, headroom: float = 1.1, patience: int = 5) -> LearnedPrune:
+def learned_prune(served: PolicyContext, *, path: str, headroom: float = 1.1, patience: int = 5) -> LearnedPrune:
     """Build the policy from an exported file.
 
     Args:

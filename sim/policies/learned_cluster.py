@@ -10,12 +10,12 @@ import numpy as np
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.learned import Network, read_learned
 from sim.policies.learned_serve import trained_actions
 from sim.policies.observation.cluster import cluster_table, replica_features, shown_entries
-from sim.policies.observation.prune import Floats32
 from sim.policies.observation.serve import Choice, ServeActions, ServeObserver
+from sim.types import Floats32
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class LearnedCluster:
         return self.actions.plans[action]
 
 
-def learned_cluster(served: Served, *, path: str) -> LearnedCluster:
+def learned_cluster(served: PolicyContext, *, path: str) -> LearnedCluster:
     """Build the policy from an exported file; run it at the ``tick_s`` of its training, which is in the file.
 
     Args:

@@ -9,7 +9,7 @@ from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.learned import Learned, Network, check_tables, read_learned
 from sim.policies.observation.prune import Table
 from sim.policies.observation.serve import Choice, ServeActions, ServeObserver, actions_from, serve_table
@@ -37,7 +37,7 @@ class LearnedServe:
         return self.actions.plans[action]
 
 
-def learned_serve(served: Served, *, path: str) -> LearnedServe:
+def learned_serve(served: PolicyContext, *, path: str) -> LearnedServe:
     """Build the policy from an exported file; run it at the ``tick_s`` of its training, which is in the file.
 
     Args:
@@ -52,7 +52,7 @@ def learned_serve(served: Served, *, path: str) -> LearnedServe:
     return LearnedServe(learned.network, actions, ServeObserver(served.model, actions, block_bytes))
 
 
-def trained_actions(learned: Learned, served: Served, table: Callable[[ServeActions], Table]) -> ServeActions:
+def trained_actions(learned: Learned, served: PolicyContext, table: Callable[[ServeActions], Table]) -> ServeActions:
     """Return the plans that a policy was trained to choose from, for the served model.
 
     Args:

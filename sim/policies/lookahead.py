@@ -24,14 +24,13 @@ from sim.engine.plan_graph import PlanBook
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
-from sim.policies.base import Served, ServerModel
+from sim.policies.base import PolicyContext, ServerModel
 from sim.policies.observation.serve import Choice, ServeActions, actions_from
 from sim.results.records import Records, Status
+from sim.types import Floats, Ints
 
 # Shapes: [r] requests of a trial: running, waiting, expected; [a] plans of the table.
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 PLENTY_BYTES = 1 << 50
@@ -213,7 +212,7 @@ def _outputs(count: int, mean_tokens: float) -> Ints:
 
 
 def lookahead(
-    served: Served,
+    served: PolicyContext,
     *,
     actions: Mapping[str, Any],
     horizon_s: float = 12.0,

@@ -19,7 +19,7 @@ from sim.cost.plan import Plan, check_plan, dense_plan
 from sim.engine.protocol import EngineState
 from sim.engine.transition import peak_weight_bytes
 from sim.errors import ConfigError, PlanError, nearest
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 
 MODES = {"accuracy": (1, 4), "default": (2, 8), "performance": (4, 16)}
 """Layers per action, layers in total."""
@@ -35,7 +35,7 @@ class MorphServe:
     """
 
     plans: tuple[Plan, ...]
-    served: Served
+    served: PolicyContext
     step: int
     smoothing: float
     pressure_kv_share: float
@@ -85,7 +85,7 @@ class MorphServe:
 
 
 def morphserve(
-    served: Served,
+    served: PolicyContext,
     *,
     mode: str = "default",
     bits: int = 4,

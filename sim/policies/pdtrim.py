@@ -26,14 +26,14 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan
 from sim.cost.quality import load_quality
 from sim.errors import ConfigError, nearest
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.fixed import Fixed, static_plan
 
 KINDS = ("dense", "unified", "blocks", "searched", "kv", "both", "streaming")
 
 
 def pdtrim(
-    served: Served,
+    served: PolicyContext,
     *,
     kind: str,
     order: str,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from sim.cost.plan import Plan, check_plan, dense_plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.greedy_stop import greedy_stop
 from sim.policies.morphserve import MorphServe
 
@@ -57,7 +57,7 @@ class AdaptivePrecision:
 
 
 def adaptive_precision(
-    served: Served,
+    served: PolicyContext,
     *,
     bits: int = 4,
     levels: int = 4,
@@ -85,7 +85,7 @@ def adaptive_precision(
 
 
 def adaptive_pruning(
-    served: Served,
+    served: PolicyContext,
     *,
     order: Sequence[str],
     made_for: str | None = None,

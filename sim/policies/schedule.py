@@ -11,7 +11,7 @@ from typing import Any
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.fixed import plan_of
 
 
@@ -36,7 +36,7 @@ class Schedule:
         return self.plans[bisect_right(self.at_s, time_s) - 1]
 
 
-def schedule(served: Served, *, steps: Sequence[Mapping[str, Any]]) -> Schedule:
+def schedule(served: PolicyContext, *, steps: Sequence[Mapping[str, Any]]) -> Schedule:
     """Build a schedule from steps, each with ``at_s`` and options of ``static_plan``; the first is at 0.
 
     Raises:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.errors import ConfigError
-from sim.results.records import Floats, Iterations, Records, Status, TokenGaps, Transitions
+from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
+from sim.types import Floats
 
 if TYPE_CHECKING:
     import pandas as pd  # half of what a short command would take to start, so it is imported where a table is made

@@ -18,7 +18,8 @@ import numpy as np
 from sim.errors import RapLabError
 from sim.traces.generate import TABLES
 from sim.traces.readers.azure import read_azure
-from sim.traces.trace import FloatArray, IntArray, Trace
+from sim.traces.trace import Trace
+from sim.types import Floats, Ints
 
 BIN_S = 5.0
 """Short enough that bursts and pauses of the code trace keep their shape, long enough for a table of one page."""
@@ -34,16 +35,16 @@ FILES = {
 }
 
 
-def requests_per_bin(trace: Trace, bin_s: float) -> IntArray:
+def requests_per_bin(trace: Trace, bin_s: float) -> Ints:
     """Return how many requests arrive in each bin from time 0, without the last, which the trace only begins."""
-    counts: IntArray = np.bincount((trace.arrival_s // bin_s).astype(np.int64))
+    counts: Ints = np.bincount((trace.arrival_s // bin_s).astype(np.int64))
     return counts[: max(1, int(trace.arrival_s[-1] // bin_s))]
 
 
-def gaps_inside_bins_s(trace: Trace, bin_s: float) -> FloatArray:
+def gaps_inside_bins_s(trace: Trace, bin_s: float) -> Floats:
     """Return the gaps between successive requests that lie in the same bin."""
     bin_of = trace.arrival_s // bin_s
-    gaps: FloatArray = np.diff(trace.arrival_s)[bin_of[1:] == bin_of[:-1]]
+    gaps: Floats = np.diff(trace.arrival_s)[bin_of[1:] == bin_of[:-1]]
     return gaps
 
 

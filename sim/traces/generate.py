@@ -19,11 +19,12 @@ import yaml
 
 from sim.errors import TraceError, WorkloadError, nearest
 from sim.paths import REPOSITORY
-from sim.traces.trace import FloatArray, IntArray, Trace
+from sim.traces.trace import Trace
 from sim.traces.transforms import merge
+from sim.types import Floats, Ints
 
-Arrivals = Callable[[np.random.Generator], FloatArray]
-Lengths = Callable[[np.random.Generator, int], tuple[IntArray, IntArray]]
+Arrivals = Callable[[np.random.Generator], Floats]
+Lengths = Callable[[np.random.Generator, int], tuple[Ints, Ints]]
 Kind = Literal["conv", "code", "mix"]
 
 TABLES = REPOSITORY / "conf" / "trace" / "tables"
@@ -34,7 +35,7 @@ MAX_REQUESTS = 50_000_000
 # Arrival processes
 
 
-def poisson_arrivals(rng: np.random.Generator, *, rate_rps: float, duration_s: float) -> FloatArray:
+def poisson_arrivals(rng: np.random.Generator, *, rate_rps: float, duration_s: float) -> Floats:
     """Return arrivals of a Poisson process: independent exponential gaps with mean 1 / rate_rps."""
     _check_positive(rate_rps=rate_rps, duration_s=duration_s)
     _check_requests(rate_rps * duration_s)
@@ -42,7 +43,7 @@ def poisson_arrivals(rng: np.random.Generator, *, rate_rps: float, duration_s: f
     return np.sort(rng.random(rng.poisson(rate_rps * duration_s))) * duration_s
 
 
-def gamma_arrivals(rng: np.random.Generator, *, rate_rps: float, cv: float, duration_s: float) -> FloatArray:
+def gamma_arrivals(rng: np.random.Generator, *, rate_rps: float, cv: float, duration_s: float) -> Floats:
     """Return arrivals with independent Gamma gaps of mean 1 / rate_rps and coefficient of variation ``cv``.
 
     CV 1 is a Poisson process. Above 1, requests come in clusters; below 1, they are evenly spaced. The first gap starts
@@ -72,7 +73,7 @@ def mmpp_arrivals(
     mean_on_s: float,
     mean_off_s: float,
     duration_s: float,
-) -> FloatArray:
+) -> Floats:
     """Return arrivals of a Markov-modulated Poisson process with two states, on (a burst) and off.
 
     The time in each state is exponential. The first state is random, with the long-run share of each state, so that
@@ -107,7 +108,7 @@ def diurnal_arrivals(
     duration_s: float,
     period_s: float = 86_400.0,
     peak_s: float = 50_400.0,
-) -> FloatArray:
+) -> Floats:
     """Return arrivals of a Poisson process whose rate follows the day as a cosine.
 
     rate(t) = rate_rps x (1 + amplitude x cos(2 pi (t - peak_s) / period_s)).
@@ -132,7 +133,7 @@ def diurnal_arrivals(
 
 def fixed_lengths(
     rng: np.random.Generator, requests: int, *, prompt_tokens: int, output_tokens: int
-) -> tuple[IntArray, IntArray]:
+) -> tuple[Ints, Ints]:
     """Return the same prompt and output length for every request."""
     _check_positive(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
     return np.full(requests, prompt_tokens, dtype=np.int64), np.full(requests, output_tokens, dtype=np.int64)
@@ -148,14 +149,14 @@ def lognormal_lengths(
     output_sigma: float,
     max_prompt_tokens: int = 32_768,
     max_output_tokens: int = 32_768,
-) -> tuple[IntArray, IntArray]:
+) -> tuple[Ints, Ints]:
     """Return independent log-normal lengths, rounded, from 1 token to the limits."""
     _check_positive(prompt_tokens_p50=prompt_tokens_p50, output_tokens_p50=output_tokens_p50)
     _check_positive(max_prompt_tokens=max_prompt_tokens, max_output_tokens=max_output_tokens)
     if not (prompt_sigma >= 0 and output_sigma >= 0):
         raise WorkloadError(f"prompt_sigma={prompt_sigma}, output_sigma={output_sigma}: both must be at least 0")
 
-    def draw(p50: float, sigma: float, limit: int) -> IntArray:
+    def draw(p50: float, sigma: float, limit: int) -> Ints:
         # exp() of a large number is infinite; applying the limit to the logarithm keeps it finite.
         log_tokens = np.minimum(math.log(p50) + sigma * rng.standard_normal(requests), math.log(limit))
         return np.clip(np.rint(np.exp(log_tokens)), 1, limit).astype(np.int64)
@@ -164,7 +165,7 @@ def lognormal_lengths(
     return prompt_tokens, draw(output_tokens_p50, output_sigma, max_output_tokens)
 
 
-def table_lengths(rng: np.random.Generator, requests: int, *, table: str = "azure_conv") -> tuple[IntArray, IntArray]:
+def table_lengths(rng: np.random.Generator, requests: int, *, table: str = "azure_conv") -> tuple[Ints, Ints]:
     """Return lengths from the quantile table of a real trace.
 
     Prompt and output are independent: in the real traces their rank correlation is -0.01 (code) and 0.05
@@ -276,12 +277,12 @@ def generate(name: str, arrivals: Arrivals, lengths: Lengths, *, seed: int = 0) 
 class Quantiles:
     """A distribution as quantiles: ``value[i]`` is the value below which ``share[i]`` of all samples lie."""
 
-    share: FloatArray
-    value: FloatArray
+    share: Floats
+    value: Floats
 
-    def draw(self, rng: np.random.Generator, size: int) -> FloatArray:
+    def draw(self, rng: np.random.Generator, size: int) -> Floats:
         """Return random samples, interpolated linearly between the quantiles."""
-        drawn: FloatArray = np.interp(rng.random(size), self.share, self.value)
+        drawn: Floats = np.interp(rng.random(size), self.share, self.value)
         return drawn
 
 
@@ -295,7 +296,7 @@ class TraceTable:
 
     name: str
     bin_s: float
-    requests_per_bin: IntArray
+    requests_per_bin: Ints
     gap_s: Quantiles
     prompt_tokens: Quantiles
     output_tokens: Quantiles
@@ -348,7 +349,7 @@ def table_arrivals(
     duration_s: float,
     rate_rps: float | None = None,
     shuffle_s: float | None = None,
-) -> FloatArray:
+) -> Floats:
     """Return arrivals with the rate over time, and the gaps, of a real trace.
 
     The table holds the number of requests in each bin of a few seconds. The random generator chooses the first bin;
@@ -449,7 +450,7 @@ def _generate_unless_idle(name: str, arrivals: Arrivals, lengths: Lengths, *, se
         raise
 
 
-def _order_of_bins(rng: np.random.Generator, fitted: TraceTable, bins: int, shuffle_s: float | None) -> IntArray:
+def _order_of_bins(rng: np.random.Generator, fitted: TraceTable, bins: int, shuffle_s: float | None) -> Ints:
     total = len(fitted.requests_per_bin)
     if shuffle_s is None:
         return (int(rng.integers(total)) + np.arange(bins)) % total
@@ -459,7 +460,7 @@ def _order_of_bins(rng: np.random.Generator, fitted: TraceTable, bins: int, shuf
     return ((starts[:, None] + np.arange(piece)) % total).ravel()[:bins]
 
 
-def _fill_bins(rng: np.random.Generator, fitted: TraceTable, counts: IntArray, scale: float) -> FloatArray:
+def _fill_bins(rng: np.random.Generator, fitted: TraceTable, counts: Ints, scale: float) -> Floats:
     """Return sorted arrivals, ``counts[i]`` of them in bin i."""
     requests = int(counts.sum())
     bin_of = np.repeat(np.arange(len(counts)), counts)

@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sim.errors import TraceError
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from sim.types import Floats, Ints
 
 MAX_TOKENS = 10**9
 """No real prompt or answer is longer; a larger number means a wrong unit or a swapped column."""
@@ -46,10 +44,10 @@ class Trace:
         TraceError: if a value is out of range; the message names the first such request, its value and the range.
     """
 
-    arrival_s: FloatArray
-    prompt_tokens: IntArray
-    output_tokens: IntArray
-    hash_ids: tuple[IntArray, ...] | None = None
+    arrival_s: Floats
+    prompt_tokens: Ints
+    output_tokens: Ints
+    hash_ids: tuple[Ints, ...] | None = None
     name: str = "trace"
     source: str = "arrays"
     history: tuple[str, ...] = ()
@@ -163,7 +161,7 @@ def sorted_trace(
     arrival_s: ArrayLike,
     prompt_tokens: ArrayLike,
     output_tokens: ArrayLike,
-    hash_ids: Sequence[IntArray] | None = None,
+    hash_ids: Sequence[Ints] | None = None,
     **described: Any,
 ) -> Trace:
     """Sort requests by arrival and return their trace; ties keep their order.
@@ -184,7 +182,7 @@ def sorted_trace(
     )
 
 
-def _frozen_floats(values: ArrayLike) -> FloatArray:
+def _frozen_floats(values: ArrayLike) -> Floats:
     try:
         array = np.array(values, dtype=np.float64, ndmin=1)  # a copy: the caller's array stays writable
     except (TypeError, ValueError) as error:
@@ -195,7 +193,7 @@ def _frozen_floats(values: ArrayLike) -> FloatArray:
     return array
 
 
-def _frozen_tokens(name: str, values: ArrayLike) -> IntArray:
+def _frozen_tokens(name: str, values: ArrayLike) -> Ints:
     array = np.array(values, ndmin=1)
     if array.ndim != 1:
         raise TraceError(f"{name} has {array.ndim} dimensions; it must have one, with a number for each request")
@@ -206,7 +204,7 @@ def _frozen_tokens(name: str, values: ArrayLike) -> IntArray:
         raise TraceError(f"{name} has type {array.dtype}; it must hold whole numbers")
     _check(array, name, array >= 1, "at least 1")
     _check(array, name, array <= MAX_TOKENS, f"at most {MAX_TOKENS:,}")
-    tokens: IntArray = array.astype(np.int64)
+    tokens: Ints = array.astype(np.int64)
     tokens.setflags(write=False)
     return tokens
 
@@ -220,20 +218,20 @@ def _check(values: NDArray[Any], name: str, good: NDArray[np.bool_], allowed: st
         )
 
 
-def _check_hash_ids_count(hash_ids: Sequence[IntArray] | None, requests: int) -> None:
+def _check_hash_ids_count(hash_ids: Sequence[Ints] | None, requests: int) -> None:
     if hash_ids is not None and len(hash_ids) != requests:
         raise TraceError(
             f"hash_ids has {len(hash_ids)} entries for {requests} requests; give one list per request, or None"
         )
 
 
-def _flatten(hash_ids: Sequence[IntArray]) -> tuple[IntArray, IntArray]:
+def _flatten(hash_ids: Sequence[Ints]) -> tuple[Ints, Ints]:
     counts = np.fromiter(map(len, hash_ids), dtype=np.int64, count=len(hash_ids))
     flat = np.concatenate(hash_ids) if counts.sum() else np.empty(0)
     return counts, flat.astype(np.int64)
 
 
-def _frozen_hash_ids(hash_ids: Iterable[IntArray]) -> tuple[IntArray, ...]:
+def _frozen_hash_ids(hash_ids: Iterable[Ints]) -> tuple[Ints, ...]:
     # One flat read-only array and a view per request: a million small arrays would need far more memory.
     counts, flat = _flatten([np.asarray(ids) for ids in hash_ids])
     if len(flat) and flat.min() < 0:

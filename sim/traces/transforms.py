@@ -16,10 +16,11 @@ from typing import Literal, get_args
 import numpy as np
 
 from sim.errors import WorkloadError, nearest
-from sim.traces.trace import HASH_BLOCK_TOKENS, IntArray, Trace, sorted_trace
+from sim.traces.trace import HASH_BLOCK_TOKENS, Trace, sorted_trace
+from sim.types import Ints
 
 Step = Callable[..., Trace]
-HashIds = tuple[IntArray, ...]
+HashIds = tuple[Ints, ...]
 
 
 def apply_steps(trace: Trace, steps: Iterable[Step], *, seed: int = 0) -> Trace:
@@ -411,18 +412,18 @@ def _nearest_arrival(trace: Trace, time_s: float) -> str:
     return f"the next at {after[0]:g} s" if len(after) else "none later: lower start_s"
 
 
-def _cut_hash_ids(trace: Trace, prompt_tokens: IntArray) -> HashIds | None:
+def _cut_hash_ids(trace: Trace, prompt_tokens: Ints) -> HashIds | None:
     if trace.hash_ids is None:
         return None
     blocks = -(-prompt_tokens // HASH_BLOCK_TOKENS)
     return tuple(ids[:count] for ids, count in zip(trace.hash_ids, blocks.tolist(), strict=True))
 
 
-def _next_id(hash_ids: Iterable[IntArray]) -> int:
+def _next_id(hash_ids: Iterable[Ints]) -> int:
     return max((int(ids.max()) + 1 for ids in hash_ids if len(ids)), default=0)
 
 
-def _fresh_hash_ids(prompt_tokens: IntArray, *, first_id: int) -> HashIds:
+def _fresh_hash_ids(prompt_tokens: Ints, *, first_id: int) -> HashIds:
     blocks = -(-prompt_tokens // HASH_BLOCK_TOKENS)
     ends = first_id + np.cumsum(blocks)
     return tuple(np.arange(end - count, end) for end, count in zip(ends.tolist(), blocks.tolist(), strict=True))

@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sim.engine import batch_step as fleet
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
-from sim.policies.observation.prune import Entry, Floats32, Table
+from sim.policies.observation.prune import Entry, Table
 from sim.policies.observation.serve import SERVE_ENTRIES, ServeActions
+from sim.types import Floats, Floats32
 
 # Shapes: c clusters of k replicas.
 
-Floats = NDArray[np.float64]
 
 CLUSTER_ENTRIES = (
     Entry("replicas", "log2(replicas) / 8", 0.0, 1.0, "that accept requests, this one among them"),

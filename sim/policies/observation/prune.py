@@ -12,17 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sim.cost.memory import ffn_weight_bytes, mha_weight_bytes, peak_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KeepMask, keep_all
+from sim.types import Bools, Floats32, Ints
 
 # Shapes: n loads or environments, b = 2 * layers blocks in the order MHA0, FFN0, MHA1, ..., a actions, o entries.
-
-Floats32 = NDArray[np.float32]
-Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

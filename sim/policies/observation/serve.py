@@ -14,7 +14,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
@@ -23,7 +22,8 @@ from sim.engine import batch_step as fleet
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.policies.greedy_stop import block_of
-from sim.policies.observation.prune import Bools, Entry, Floats32, Table
+from sim.policies.observation.prune import Entry, Table
+from sim.types import Bools, Floats, Floats32, Ints
 
 # --- Actions ---------------------------------------------------------------------------------------------------------
 
@@ -178,9 +178,6 @@ def serve_table(actions: ServeActions) -> Table:
     """Return the table of ``ServeTrace``."""
     return Table(SERVE_ENTRIES, actions.names)
 
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _COUNTERS = ("arrived", "arrived_prompt_tokens", "first_tokens", "ttft_sum_s", "produced_tokens", "busy_s")
 _ALL_COUNTERS = (*_COUNTERS, "preemptions", "rejected")

@@ -10,7 +10,8 @@ import numpy as np
 
 from sim.errors import TraceError, nearest
 from sim.traces.readers.rows import OnBadRow, Rows, read_csv
-from sim.traces.trace import FloatArray, Trace
+from sim.traces.trace import Trace
+from sim.types import Floats
 
 ORIGIN = "https://github.com/microsoft/vidur (data/processed_traces, commit 7d47513363ec447a741ac5e47241580b47724fbf)"
 
@@ -20,7 +21,7 @@ Order = Literal["shuffle", "file"]
 def read_lengths(
     path: str | Path,
     *,
-    arrivals: Callable[[np.random.Generator], FloatArray],
+    arrivals: Callable[[np.random.Generator], Floats],
     seed: int = 0,
     order: Order = "shuffle",
     prompt_column: str = "num_prefill_tokens",

@@ -26,7 +26,8 @@ from sim.traces.readers.rows import (
     read_jsonl,
     table_from_arrow,
 )
-from sim.traces.trace import IntArray, Trace
+from sim.traces.trace import Trace
+from sim.types import Ints
 
 PARQUET_MAGIC = b"PAR1"
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
@@ -116,7 +117,7 @@ def write_trace(trace: Trace, path: str | Path) -> Path:
     return path
 
 
-def read_hash_ids(rows: Rows) -> list[IntArray]:
+def read_hash_ids(rows: Rows) -> list[Ints]:
     """Return the column ``hash_ids`` as one array per row; a row whose ids are not a list of numbers is marked bad."""
     column = rows.table.columns["hash_ids"]
     if isinstance(column, pa.ChunkedArray) and pa.types.is_list(column.type) and column.null_count == 0:
@@ -137,13 +138,13 @@ def read_hash_ids(rows: Rows) -> list[IntArray]:
     return _without_negative(rows, ids)
 
 
-def _without_negative(rows: Rows, ids: list[IntArray]) -> list[IntArray]:
+def _without_negative(rows: Rows, ids: list[Ints]) -> list[Ints]:
     bad = np.fromiter((len(row) > 0 and bool(row.min() < 0) for row in ids), dtype=bool, count=len(ids))
     rows.reject(bad, "hash_ids", "negative", "ids from 0")
     return ids
 
 
-def _ids_of_cell(cell: Any) -> IntArray | None:
+def _ids_of_cell(cell: Any) -> Ints | None:
     if isinstance(cell, str):
         cell = [int(part) if part.isascii() and part.isdigit() else None for part in cell.split()]
     if not isinstance(cell, list) or any(not isinstance(i, int) or isinstance(i, bool) or i >= 2**63 for i in cell):

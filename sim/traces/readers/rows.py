@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from sim.errors import TraceError, nearest
 from sim.paths import DATA_VARIABLE, data_dir, find_data
-from sim.traces.trace import MAX_ARRIVAL_S, MAX_TOKENS, FloatArray, IntArray, Trace
+from sim.traces.trace import MAX_ARRIVAL_S, MAX_TOKENS, Trace
+from sim.types import Floats, Ints
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Table:
 
     path: str
     unit: str
-    line: IntArray
+    line: Ints
     columns: Mapping[str, pa.ChunkedArray | list[Any]]
     broken: tuple[BadRow, ...] = ()
 
@@ -336,13 +337,13 @@ class Rows:
     # Keyed by row position in the table. Rows that could not be split into columns are in table.broken.
     bad: dict[int, BadRow] = field(default_factory=dict)
 
-    def tokens(self, name: str, *, minimum: int = 1) -> IntArray:
+    def tokens(self, name: str, *, minimum: int = 1) -> Ints:
         """Return a column of token counts, 0 for bad rows."""
         allowed = f"a whole number from {minimum} to {MAX_TOKENS:,}"
         values = self._numbers(name, minimum=minimum, maximum=MAX_TOKENS, integers=True, allowed=allowed)
         return values.astype(np.int64)
 
-    def seconds(self, name: str, *, unit_s: float = 1.0) -> FloatArray:
+    def seconds(self, name: str, *, unit_s: float = 1.0) -> Floats:
         """Return a column of times in seconds, 0 for bad rows; the file holds units of ``unit_s`` seconds."""
         maximum = MAX_ARRIVAL_S / unit_s
         unit = {1.0: "seconds", 1e-3: "milliseconds"}[unit_s]
@@ -350,7 +351,7 @@ class Rows:
         # Dividing rounds once; multiplying by 0.001 would round twice.
         return self._numbers(name, minimum=0, maximum=maximum, integers=False, allowed=allowed) / round(1 / unit_s)
 
-    def timestamps(self, name: str) -> FloatArray:
+    def timestamps(self, name: str) -> Floats:
         """Return a column of wall-clock times as seconds since the earliest, exact to 1 ns; 0 for bad rows."""
         column = self.table.text_column(name)
         shaped = pc.match_substring_regex(column, TIMESTAMP).to_numpy().astype(bool)
@@ -374,10 +375,10 @@ class Rows:
     def trace(
         self,
         *,
-        arrival_s: FloatArray,
-        prompt_tokens: IntArray,
-        output_tokens: IntArray,
-        hash_ids: Sequence[IntArray] | None = None,
+        arrival_s: Floats,
+        prompt_tokens: Ints,
+        output_tokens: Ints,
+        hash_ids: Sequence[Ints] | None = None,
         leave_out: NDArray[np.bool_] | None = None,
         sort: bool = False,
         rebase: bool = True,
@@ -457,7 +458,7 @@ class Rows:
         keep[list(self.bad)] = False
         return keep
 
-    def _numbers(self, name: str, *, minimum: float, maximum: float, integers: bool, allowed: str) -> FloatArray:
+    def _numbers(self, name: str, *, minimum: float, maximum: float, integers: bool, allowed: str) -> Floats:
         values = _to_floats(self.table.columns[name])
         with np.errstate(invalid="ignore"):
             good = (values >= minimum) & (values <= maximum)
@@ -470,7 +471,7 @@ class Rows:
         self._reject(name, np.flatnonzero(~good), allowed, kind)
         return np.where(good, values, 0.0)
 
-    def _reject(self, name: str, index: IntArray, allowed: str, kind: Any) -> None:
+    def _reject(self, name: str, index: Ints, allowed: str, kind: Any) -> None:
         column = self.table.columns[name]
         for i in index.tolist():
             if i not in self.bad:
@@ -485,7 +486,7 @@ def _text(cell: Any) -> str:
     return value if isinstance(value, str) else str(value)
 
 
-def _to_floats(column: pa.ChunkedArray | list[Any]) -> FloatArray:
+def _to_floats(column: pa.ChunkedArray | list[Any]) -> Floats:
     """Return the cells as numbers, NaN for a cell that is not a number."""
     if isinstance(column, list):
         return np.array([_float_of_json(cell) for cell in column], dtype=np.float64)

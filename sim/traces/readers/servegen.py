@@ -16,7 +16,8 @@ import numpy as np
 from sim.errors import TraceError
 from sim.paths import find_data
 from sim.traces.readers.rows import Rows, missing_data, read_bytes, read_csv
-from sim.traces.trace import FloatArray, IntArray, Trace, sorted_trace
+from sim.traces.trace import Trace, sorted_trace
+from sim.types import Floats, Ints
 
 ORIGIN = "https://github.com/alibaba/ServeGen (data/, commit f891d1189eb32b3868dfc443800c4150548c282a)"
 WINDOW_S = 600.0
@@ -33,20 +34,20 @@ class ServeGenClient:
     """
 
     client: int
-    window_start_s: FloatArray
-    rate_rps: FloatArray
+    window_start_s: Floats
+    rate_rps: Floats
     pattern: tuple[str, ...]
-    shape: FloatArray
+    shape: Floats
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
     """Token counts in ascending order; ``cumulated[i]`` is the share of requests with at most ``tokens[i]``."""
 
-    tokens: IntArray
-    cumulated: FloatArray
+    tokens: Ints
+    cumulated: Floats
 
-    def draw(self, uniform: FloatArray) -> IntArray:
+    def draw(self, uniform: Floats) -> Ints:
         """Return the token counts at these points in [0, 1) of the cumulative distribution."""
         position = np.searchsorted(self.cumulated, uniform, side="right")
         return self.tokens[np.minimum(position, len(self.tokens) - 1)]
@@ -132,9 +133,9 @@ def read_servegen(
 class _Requests:
     """The requests of one client in one window; arrivals in seconds of the description."""
 
-    arrival_s: FloatArray
-    prompt_tokens: IntArray
-    output_tokens: IntArray
+    arrival_s: Floats
+    prompt_tokens: Ints
+    output_tokens: Ints
 
     def between(self, start_s: float, end_s: float) -> _Requests:
         """Return the requests that arrive in [start_s, end_s)."""
@@ -261,9 +262,7 @@ def _histogram(file: str, start_s: int, field: str, text: Any) -> Histogram | No
     return Histogram(tokens[order], np.cumsum(probability[order] / total))
 
 
-def _fill_window(
-    rng: np.random.Generator, pattern: str, shape: float, requests: int, window_start_s: float
-) -> FloatArray:
+def _fill_window(rng: np.random.Generator, pattern: str, shape: float, requests: int, window_start_s: float) -> Floats:
     """Return ``requests`` ascending times inside one window; their gaps follow the pattern's distribution, rescaled."""
     # In logarithms, because the gaps of the burstiest clients (CV of several hundred) exceed the range of a float.
     # Subtracting the largest logarithm only changes the scale, which the rescaling removes anyway.
@@ -276,7 +275,7 @@ def _fill_window(
     gaps = np.exp(log_gaps - log_gaps.max())
     times_s = window_start_s + np.cumsum(gaps)[:-1] * (WINDOW_S / gaps.sum())
     # If the last gap is tiny compared with the others, rounding could put requests at the end of the window.
-    inside: FloatArray = np.minimum(times_s, np.nextafter(window_start_s + WINDOW_S, 0))
+    inside: Floats = np.minimum(times_s, np.nextafter(window_start_s + WINDOW_S, 0))
     return inside
 
 

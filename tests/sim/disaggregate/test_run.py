@@ -18,11 +18,11 @@ from sim.cost.plan import check_plan, dense_plan
 from sim.cost.quality import load_quality
 from sim.disaggregate.run import disaggregate_command, plan_of, run
 from sim.errors import ConfigError
-from sim.policies import Served
+from sim.policies import PolicyContext
 from sim.policies.pdtrim import KINDS, pdtrim, sent_tokens
 
 SMOL = load_model("smollm2_135m")
-SERVED = Served(model=SMOL)
+SERVED = PolicyContext(model=SMOL)
 FILES = {"order": "smollm2_135m_pdtrim", "attention": "smollm2_135m_attention", "quality": "smollm2_135m"}
 SHORT = ["trace.duration_s=20"]
 

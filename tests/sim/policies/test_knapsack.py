@@ -12,7 +12,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from sim.cost.model_spec import load_model
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.knapsack import cheapest_mask, knapsack, sorted_costs
 from sim.policies.observation.prune import removed_blocks
 from tests.sim.serving import TINY, tiny_engine
@@ -64,7 +64,7 @@ def test_nothing_goes_when_nothing_is_needed() -> None:
 
 
 def test_the_policy_drops_at_once_and_restores_only_after_its_patience() -> None:
-    served = Served(model=TINY)
+    served = PolicyContext(model=TINY)
     policy = knapsack(served, costs=[1.0, 2.0] * TINY.num_layers, headroom=1.0, patience=3)
     dense_bytes = policy.dense_bytes
     assert policy(seen(dense_bytes)) == policy.dense
@@ -76,8 +76,8 @@ def test_the_policy_drops_at_once_and_restores_only_after_its_patience() -> None
 
 def test_the_policy_needs_costs_of_the_models_size_and_a_table_with_a_loss_for_each_block() -> None:
     with pytest.raises(PlanError, match="has 3 entries"):
-        knapsack(Served(model=TINY), costs=[1.0, 2.0, 3.0])
+        knapsack(PolicyContext(model=TINY), costs=[1.0, 2.0, 3.0])
     with pytest.raises(ConfigError, match="no loss for each block"):
-        knapsack(Served(model=load_model("llama2_7b")), quality="llama2_7b_published")
+        knapsack(PolicyContext(model=load_model("llama2_7b")), quality="llama2_7b_published")
     with pytest.raises(ConfigError, match="headroom"):
-        knapsack(Served(model=TINY), costs=[1.0] * 2 * TINY.num_layers, headroom=0.5)
+        knapsack(PolicyContext(model=TINY), costs=[1.0] * 2 * TINY.num_layers, headroom=0.5)

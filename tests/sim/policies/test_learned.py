@@ -16,7 +16,7 @@ from sim.cost.memory import peak_bytes
 from sim.cost.model_spec import load_model
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.learned import Network, learned_prune, prune_network, read_learned
 from sim.policies.observation.prune import mask_of, prune_table
 from tests.sim.serving import TINY, tiny_engine
@@ -124,14 +124,14 @@ def test_missing_weights_and_unknown_names_say_what_to_do(tmp_path: Path) -> Non
 
 
 def test_the_policy_prunes_at_once_and_restores_patiently(tmp_path: Path) -> None:
-    policy = learned_prune(Served(model=TINY), path=str(exported(tmp_path)), patience=2)
+    policy = learned_prune(PolicyContext(model=TINY), path=str(exported(tmp_path)), patience=2)
     dense_bytes = policy.dense_bytes
     assert policy(seen(dense_bytes)) != policy.dense  # one token of KV does not fit next to the weights
     assert policy(seen(10 * dense_bytes)) != policy.dense
     assert policy(seen(10 * dense_bytes)) == policy.dense
     assert policy(seen(10 * dense_bytes, running=4, running_tokens=400)) == policy.dense
     with pytest.raises(ConfigError, match="patience"):
-        learned_prune(Served(model=TINY), path=str(tmp_path / "policy.json"), patience=0)
+        learned_prune(PolicyContext(model=TINY), path=str(tmp_path / "policy.json"), patience=0)
 
 
 def test_a_policy_of_another_model_is_refused_for_this_one(tmp_path: Path) -> None:

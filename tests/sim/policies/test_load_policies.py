@@ -15,12 +15,12 @@ from sim.cost.plan import dense_plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies.admission import Limited, limited, saber
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.fixed import Fixed
 from sim.policies.pressure import adaptive_precision, adaptive_pruning
 from tests.sim.serving import TINY, tiny_engine
 
-SERVED = Served(model=TINY)
+SERVED = PolicyContext(model=TINY)
 STATE = tiny_engine().run_until(0.0)
 ORDER = ["MHA1", "FFN1", "FFN2", "MHA0"]
 
@@ -70,7 +70,7 @@ def test_pressure_drops_blocks_of_the_order_step_by_step_and_only_after_it_persi
 def test_every_file_builds_its_policy_and_starts_dense_but_for_the_queue(name: str) -> None:
     node = OmegaConf.load(CONF_DIR / "policy" / f"{name}.yaml")
     model = load_model("llama2_7b")
-    policy = instantiate(node, _convert_="all")(Served(model=model))
+    policy = instantiate(node, _convert_="all")(PolicyContext(model=model))
     assert dataclasses.replace(policy.first_plan, admit=None) == dense_plan(model)
 
 

@@ -15,7 +15,7 @@ from sim.config import CONF_DIR
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState, Request
 from sim.errors import ConfigError
-from sim.policies.base import Served, ServerModel
+from sim.policies.base import PolicyContext, ServerModel
 from sim.policies.lookahead import Lookahead, lookahead
 from sim.replay.run import build_parts, server_model
 from tests.sim.serving import TINY
@@ -43,7 +43,7 @@ def server() -> ServerModel:
 
 
 def policy_on(server: ServerModel, **changed: Any) -> Lookahead:
-    served = Served(model=server.model, workspace_bytes=server.workspace_bytes, server=lambda: server)
+    served = PolicyContext(model=server.model, workspace_bytes=server.workspace_bytes, server=lambda: server)
     return lookahead(served, actions=ACTIONS, **changed)
 
 
@@ -152,7 +152,7 @@ def test_the_conf_file_builds_it_for_a_replay() -> None:
 
 def test_without_a_model_of_the_server_or_with_numbers_out_of_range_it_says_so(server: ServerModel) -> None:
     with pytest.raises(ConfigError, match="model of the server"):
-        lookahead(Served(model=TINY), actions={})
+        lookahead(PolicyContext(model=TINY), actions={})
     for wrong in ({"horizon_s": 0.0}, {"margin": -1.0}, {"factors": []}, {"factors": [0.0]}):
         with pytest.raises(ConfigError, match=r"policy\.horizon_s"):
             policy_on(server, **wrong)  # type: ignore[arg-type]

@@ -15,14 +15,14 @@ from sim.engine.budget import Budget
 from sim.engine.protocol import EngineState
 from sim.engine.transition import peak_weight_bytes
 from sim.errors import ConfigError, PlanError
-from sim.policies.base import Served
+from sim.policies.base import PolicyContext
 from sim.policies.fixed import fixed
 from sim.policies.greedy_stop import GreedyStop, greedy_stop, random_stop
 from sim.policies.morphserve import MODES, MorphServe, morphserve
 from sim.policies.schedule import schedule
 from tests.sim.serving import TINY, requests, tiny_engine
 
-SERVED = Served(model=TINY, workspace_bytes=0, kv_block_tokens=4)
+SERVED = PolicyContext(model=TINY, workspace_bytes=0, kv_block_tokens=4)
 ORDER = ["MHA1", "FFN1", "FFN2"]
 DENSE_BYTES = weight_bytes(TINY, dense_plan(TINY))
 STATE = tiny_engine().run_until(0.0)
@@ -111,7 +111,9 @@ def test_a_queue_counts_up_to_a_share_of_the_budget_however_long_it_is() -> None
 
 def random_plans(seed: int) -> list[Plan]:
     """Return the plans of a random policy in twenty shortages of memory, with calm between them."""
-    policy = random_stop(Served(model=dataclasses.replace(TINY, num_layers=12)), seed=seed, max_dropped=5, patience=1)
+    policy = random_stop(
+        PolicyContext(model=dataclasses.replace(TINY, num_layers=12)), seed=seed, max_dropped=5, patience=1
+    )
     plans = []
     for _ in range(20):
         plans.append(policy(seen(1)))
@@ -129,7 +131,9 @@ def test_random_drops_other_blocks_each_time_by_its_seed_and_spares_first_and_la
 
 
 def test_random_keeps_its_order_while_any_block_is_out() -> None:
-    policy = random_stop(Served(model=dataclasses.replace(TINY, num_layers=12)), seed=1, max_dropped=5, patience=1)
+    policy = random_stop(
+        PolicyContext(model=dataclasses.replace(TINY, num_layers=12)), seed=1, max_dropped=5, patience=1
+    )
     order = policy.current.plans
     dense = policy.current.weights_bytes[0]
     for budget in (dense - 1, 1, dense - 1, 1):
@@ -148,7 +152,7 @@ def sample(kv_share: float, wait_s: float = 0.0) -> EngineState:
 
 
 def controller(mode: str = "default") -> MorphServe:
-    return morphserve(Served(model=dataclasses.replace(TINY, num_layers=32)), mode=mode, smoothing=1.0)
+    return morphserve(PolicyContext(model=dataclasses.replace(TINY, num_layers=32)), mode=mode, smoothing=1.0)
 
 
 @pytest.mark.parametrize("mode", list(MODES))
@@ -220,9 +224,9 @@ def test_a_fixed_plan_takes_options_and_an_unknown_one_names_the_nearest() -> No
     ).first_plan
     assert describe(plan) == "decode -MHA 1; KV 4+8 2"
     with pytest.raises(PlanError, match="did you mean 'drop_mha'"):
-        fixed(Served(model=TINY), drop_mah=[1])
+        fixed(PolicyContext(model=TINY), drop_mah=[1])
     with pytest.raises(PlanError, match="layer 7 does not exist"):
-        fixed(Served(model=TINY), kv_first_tokens=4, kv_last_tokens=8, kv_layers=[7])
+        fixed(PolicyContext(model=TINY), kv_first_tokens=4, kv_last_tokens=8, kv_layers=[7])
 
 
 def test_greedy_stop_serves_under_a_budget_that_dense_cannot_meet() -> None:
@@ -232,7 +236,7 @@ def test_greedy_stop_serves_under_a_budget_that_dense_cannot_meet() -> None:
     finished = {}
     for name in ("dense", "greedy_stop"):
         engine = tiny_engine(budget=low, host_to_device_bytes_per_s=1e9)
-        policy = greedy_stop(Served(model=TINY, kv_block_tokens=4), order=["MHA1", "FFN2", "MHA0", "FFN0"])
+        policy = greedy_stop(PolicyContext(model=TINY, kv_block_tokens=4), order=["MHA1", "FFN2", "MHA0", "FFN0"])
         engine.submit(requests(*[(float(i), 8, 6) for i in range(0, 40, 4)]))
         for k in range(1, 40):
             seen = engine.run_until(float(k))
@@ -245,9 +249,9 @@ def test_greedy_stop_serves_under_a_budget_that_dense_cannot_meet() -> None:
 
 def test_morphserve_swaps_to_precisions_that_exist() -> None:
     with pytest.raises(PlanError, match="3"):
-        morphserve(Served(model=TINY), bits=3)
+        morphserve(PolicyContext(model=TINY), bits=3)
 
 
 def test_an_order_measured_on_another_model_is_refused() -> None:
     with pytest.raises(PlanError, match="measured on llama2_7b, not on tiny"):
-        greedy_stop(Served(model=TINY), order=["MHA1"], made_for="llama2_7b")
+        greedy_stop(PolicyContext(model=TINY), order=["MHA1"], made_for="llama2_7b")
