@@ -1,4 +1,4 @@
-"""How many replicas a cluster runs, decided while it serves."""
+"""Autoscalers: decide while a cluster serves how many replicas run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from sim.errors import ConfigError
 
 
 def none() -> None:
-    """Return no autoscaler: every replica serves."""
+    """Return None: no autoscaler, every replica serves."""
     return
 
 
 @dataclass(kw_only=True)
 class ByRequests:
-    """So many replicas that each has at most ``requests_each`` on average; fewer only after a while of less.
+    """Runs enough replicas that each has at most ``requests_each`` requests on average; shrinks only after a while.
 
-    first: replicas at the start. least, most: bounds. period_s: seconds between decisions. patience: decisions in a
-    row that must want fewer before one replica leaves.
+    first: replicas at the start. least, most: bounds. period_s: seconds between decisions.
+    patience: consecutive decisions that must want fewer replicas before one is removed.
     """
 
     requests_each: float
@@ -33,7 +33,8 @@ class ByRequests:
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.first <= self.most:
             raise ConfigError(
-                f"autoscaler.least is {self.least}, first {self.first}, most {self.most}; they must ascend, from 1"
+                f"autoscaler.least is {self.least}, first {self.first}, most {self.most}; they must ascend, "
+                "from at least 1"
             )
         if not (self.requests_each > 0 and self.period_s > 0 and self.patience >= 1):
             raise ConfigError(
@@ -42,7 +43,7 @@ class ByRequests:
             )
 
     def __call__(self, state: ClusterState) -> int:
-        """Return how many shall serve."""
+        """Return how many replicas should serve."""
         there = len(state.serving) + state.loading
         requests = state.held + sum(one.waiting + one.running for one in state.serving)
         wanted = min(self.most, max(self.least, math.ceil(requests / self.requests_each)))

@@ -1,18 +1,19 @@
-"""Many replicas behind a router, on one SimPy clock: mixed devices, models, plans and policies; failures and scaling.
+"""Many replicas behind a router on one SimPy clock: mixed devices, models, plans and policies; failures and scaling.
 
-SimPy holds what interacts in time: outages and loads, decisions of policies and of the autoscaler. Between two such
-events the compiled loop (sim/cluster/kernel.py) takes arrivals one by one and serves all replicas.
+SimPy handles outages, weight loading, and the decisions of policies and of the autoscaler. Between two such events the
+compiled loop (sim/cluster/kernel.py) routes arrivals one by one and serves all replicas.
 
-Order of what happens at one instant: iterations end, requests arrive and are routed, SimPy's events follow in the order
-in which they were scheduled, iterations start. A replica is one engine after another: each time it comes back it is a
-new `SimEngine`, under the plan its policy starts with.
+Order of events at one instant: iterations end; requests arrive and are routed; SimPy's events run in the order in which
+they were scheduled; iterations start. A replica that comes back after an outage gets a new `SimEngine`, under the first
+plan of its policy.
 
-What becomes of requests:
+What happens to requests:
 
-1. A replica that fails loses its KV. Its requests, those that ran first, are routed again at that moment with the
-   tokens they had produced: those are not produced again, their KV and the prompt's are computed anew elsewhere.
-2. With notice a replica accepts nothing more; what waits there is routed again at once, what runs goes on until the end
-   of the notice, and is routed again then. The same when the autoscaler takes a replica away, but for that end.
+1. A replica that fails loses its KV. Its requests are routed again at once, running ones before waiting ones. They keep
+   the tokens that they have produced; another replica recomputes the KV of those tokens and of the prompt.
+2. A replica with notice of an outage accepts no new requests. Its waiting requests are routed again at once; its
+   running requests continue until the outage and are then routed again. The same happens if the autoscaler removes a
+   replica, except that it stops only once its running requests have finished.
 3. While no replica accepts, requests wait at the router, in order.
 4. A replica that comes back starts a process and loads its weights before it accepts: ``start_s`` + bytes / bandwidth.
 """
@@ -47,11 +48,11 @@ from sim.types import Floats, Ints
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """What one replica is.
+    """The description of one replica.
 
-    build: makes its engine (with ``external_clock``) in an environment, and its policy; called again each time it comes
-    back.
-    decisions_s: makes the moments, ascending, at which its policy is asked; None asks nothing after the first plan.
+    build: makes its engine, with an external clock, in an environment, and its policy; called at the start and after
+        each outage.
+    decisions_s: returns the times of its policy's decisions, ascending; None keeps the first plan.
     outages: in order of time.
     """
 
@@ -64,13 +65,13 @@ class Replica:
         for before, after in zip(self.outages, self.outages[1:], strict=False):
             if after.from_s < before.until_s:
                 raise ConfigError(
-                    f"replica {self.name!r}: an outage from {after.from_s} s begins before that until "
-                    f"{before.until_s} s has ended; give them in order, and apart"
+                    f"replica {self.name!r}: an outage begins at {after.from_s} s, before the previous one ends at "
+                    f"{before.until_s} s; list outages in order of time, without overlap"
                 )
 
 
 class Phase(IntEnum):
-    """Where a replica stands: it serves; it was told to stop; it is away; it loads; the autoscaler does without it."""
+    """The phase of a replica: serving; leaving (accepts no new requests); down; loading weights; off (not wanted)."""
 
     SERVING = 0
     LEAVING = 1
@@ -81,10 +82,10 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterState:
-    """What can be seen of a cluster: what an autoscaler decides by.
+    """What an autoscaler observes of a cluster.
 
-    serving: states of the replicas that accept requests. loading: replicas that will soon. held: requests that wait at
-    the router, for no replica accepts.
+    serving: states of the replicas that accept requests. loading: number of replicas that load weights.
+    held: requests that wait at the router because no replica accepts.
     """
 
     time_s: float
@@ -94,7 +95,7 @@ class ClusterState:
 
 
 class Autoscaler(Protocol):
-    """Decides how many replicas there shall be."""
+    """Decides how many replicas serve."""
 
     @property
     def period_s(self) -> float:
@@ -103,20 +104,20 @@ class Autoscaler(Protocol):
 
     @property
     def first(self) -> int:
-        """Replicas there are at the start, with their weights loaded."""
+        """Number of replicas at the start, with their weights loaded."""
         ...
 
     def __call__(self, state: ClusterState) -> int:
-        """Return how many replicas shall serve; the first of the cluster's list do."""
+        """Return how many replicas should serve: the first ones of the cluster's list."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ClusterRecords(Records):
-    """Records of a cluster, one entry a request: where it was served last, and how often it was moved.
+    """Records of a cluster, one entry per request.
 
-    replica: int64[n], -1 for a request that no replica ever had. moves: int64[n], how often another replica had it
-    before, because that one failed or was leaving.
+    replica: int64[n], the replica that served the request last; -1 if none did.
+    moves: int64[n], how often it was routed again because a replica failed or was leaving.
     """
 
     replica: Ints
@@ -125,7 +126,7 @@ class ClusterRecords(Records):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened to a replica: its phase from ``time_s`` on, and the requests that were routed again."""
+    """A phase change of a replica: its phase from ``time_s`` on, and the number of requests routed again."""
 
     time_s: float
     replica: int
@@ -135,7 +136,7 @@ class Event:
 
 @dataclass(slots=True, eq=False)
 class ReplicaRun:
-    """One engine of a replica, from when it began to load to when it stopped (``inf``: it did not)."""
+    """One engine of a replica, from the start of loading (``begun_s``) to its end (``ended_s``, ``inf`` if it runs)."""
 
     replica: int
     engine: SimEngine
@@ -190,9 +191,9 @@ def _cluster_state(trace: Trace, replicas: int, router: Router, seed: int) -> ke
 
 
 class Cluster:
-    """Replicas behind a router; ``tests/sim/cluster/plain_cluster.py`` is the same without compiled code, and as slow as that.
+    """Replicas behind a router; ``tests/sim/cluster/plain_cluster.py`` does the same without compiled code.
 
-    A cluster of one replica leaves the records of its engine alone.
+    A cluster of one replica gives the same records as its engine alone.
     """
 
     def __init__(
@@ -206,22 +207,23 @@ class Cluster:
         start_s: float = 0.0,
         autoscaler: Autoscaler | None = None,
     ) -> None:
-        """Build a cluster whose replicas are up, with their weights loaded (as many as the autoscaler starts with).
+        """Build a cluster whose replicas (all, or the autoscaler's ``first``) serve from the start.
 
         Args:
-            trace: what arrives. replicas: who serves it. router: who decides where (sim/cluster/routers.py).
-            seed: of what the router draws.
-            load_bytes_per_s: at which a replica that comes back loads its weights. start_s: what it takes besides.
-            autoscaler: decides how many replicas serve; None lets all.
+            trace: the requests. replicas: what serves them. router: chooses the replica (sim/cluster/routers.py).
+            seed: of the router's random numbers.
+            load_bytes_per_s: bandwidth at which a returning replica loads its weights.
+            start_s: its additional start time.
+            autoscaler: decides how many replicas serve; None runs all.
         Raises:
             ConfigError: for no replicas, a bandwidth that is not above 0, or ``prefix_caching`` without hash ids.
-            BudgetError, PlanError, CalibrationError: as ``SimEngine`` does.
+            BudgetError, PlanError, CalibrationError: as in ``SimEngine``.
         """
         if not replicas:
-            raise ConfigError("a cluster needs at least one replica; give replicas.NAME.count=1")
+            raise ConfigError("a cluster needs at least one replica; set replicas.NAME.count=1")
         if not load_bytes_per_s > 0 or not start_s >= 0:
             raise ConfigError(
-                f"load_bytes_per_s is {load_bytes_per_s} and start_s {start_s}; the first must be above 0 bytes a "
+                f"load_bytes_per_s is {load_bytes_per_s} and start_s {start_s}; the first must be above 0 bytes per "
                 "second, the second at least 0 seconds"
             )
         self.env = simpy.Environment()
@@ -230,11 +232,11 @@ class Cluster:
         k = len(replicas)
         self._phase = [Phase.OFF] * k
         self._wanted = [autoscaler is None or i < autoscaler.first for i in range(k)]
-        self._current: list[int] = [-1] * k  # the engine of each replica, by its number
+        self._current: list[int] = [-1] * k  # each replica's engine as an index of _engines; -1 for none
         self._engines: list[ReplicaRun] = []
         self._events: list[Event] = []
         self._loading: list[ReplicaRun | None] = [None] * k
-        self._notified = [False] * k  # of an outage, with notice
+        self._notified = [False] * k  # whether its next outage has been announced
         self._held: deque[tuple[int, _Moved | None]] = deque()
         self._lives = 0
 
@@ -244,7 +246,7 @@ class Cluster:
         self._fields = kernel.fields_of(self._state.cluster)
         self._accepts, self._context_limits = (self._state.replicas[name] for name in ("accepts", "context_limit"))
         self._next_s, self._homes = self._state.next_s, self._state.homes
-        self._prefix_ids: Ints | None = None  # the hash ids as replicas with a prefix cache call them
+        self._prefix_ids: Ints | None = None  # the hash ids, renumbered for replicas with a prefix cache
 
         for i, replica in enumerate(self.replicas):
             if self._wanted[i]:
@@ -260,10 +262,10 @@ class Cluster:
     # -- serving -------------------------------------------------------------------------------------------------
 
     def run(self, on_progress: Callable[[float, int], None] | None = None, progress_s: float = math.inf) -> None:
-        """Serve the whole trace.
+        """Serve the full trace.
 
         Args:
-            on_progress: called with the time and the requests routed so far, every ``progress_s`` simulated seconds.
+            on_progress: called every ``progress_s`` simulated seconds with the time and the requests routed so far.
         """
         shown_s = progress_s
         while True:
@@ -279,7 +281,7 @@ class Cluster:
                 self.env.step()
 
     def run_until(self, time_s: float) -> None:
-        """Serve until a moment: what ends or arrives by then has, an iteration that is due then has not started."""
+        """Serve until a time: all that ends or arrives by then is done; an iteration due then has not started."""
         while self.env.now < time_s:
             self.env.timeout(exact_delay(self.env.now, time_s))
             while (horizon_s := self.env.peek()) <= time_s:
@@ -293,11 +295,11 @@ class Cluster:
         return found
 
     def observe(self, replica: int) -> EngineState:
-        """Return what can be seen of a replica now; it has an engine, as every one that accepts requests."""
+        """Return the state of a replica now; it must have an engine, as every replica that accepts requests has."""
         return self._observed(replica, self.env.now)
 
     def observe_into(self, seen: Floats) -> None:
-        """Write down what can be seen of every replica now, as ``observe`` says it; each has an engine.
+        """Write the state of every replica now into ``seen``, as ``observe`` returns it; each must have an engine.
 
         Args:
             seen: float64[k, batch_step.SEEN_COLUMNS].
@@ -307,19 +309,19 @@ class Cluster:
             self._change_soon(i, self.env.now)
 
     def apply(self, replica: int, plan: Plan) -> None:
-        """Make ``plan`` what a replica shall run from now on; as ``SimEngine.apply``."""
+        """Apply a plan to a replica from now on, as ``SimEngine.apply`` does."""
         self._engine(replica).apply(plan)
         self._change_soon(replica, self.env.now)
 
     @property
     def tables(self) -> NDArray[np.int64]:
-        """Where compiled code finds each replica: int64[k, arrays of a replica, 3]; ask again after serving."""
+        """The addresses of each replica's arrays, int64[k, arrays, 3], for compiled code; valid until it serves."""
         self._refresh_tables()
         return self._tables
 
     @property
     def drained(self) -> bool:
-        """Whether no request of the trace can make any more progress by itself."""
+        """Whether no request of the trace can make further progress."""
         if self._fields.next_request < len(self.trace):
             return False
         left = len(self._held)
@@ -333,7 +335,7 @@ class Cluster:
         return not (self._held and self._autoscaler is not None and Phase.OFF in self._phase)
 
     def _serve(self, horizon_s: float) -> None:
-        """Serve and route up to a horizon."""
+        """Serve and route until ``horizon_s``."""
         fields_, arrival_s = self._fields, self._state.arrival_s
         self._refresh_tables()
         while True:
@@ -345,13 +347,13 @@ class Cluster:
                 self._refresh_tables()
             elif why == ck.ROOM:
                 self._make_room(fields_.replica)
-            else:  # no replica accepts, or a router in Python is asked
+            else:  # no replica accepts, or a router in Python chooses
                 at = fields_.next_request
                 self._place(at, None, min(arrival_s[at] if at < len(self.trace) else math.inf, horizon_s))
                 fields_.next_request = at + 1
 
     def _refresh_tables(self) -> None:
-        """Bring up to date where the engines' arrays are: a plan graph that several share may have grown."""
+        """Update the addresses of the engines' arrays: a plan graph that several engines share may have grown."""
         for i, number in enumerate(self._current):
             if number >= 0:
                 self._tables[i] = self._engines[number].engine.table
@@ -360,7 +362,7 @@ class Cluster:
         return self._engines[self._current[i]].engine
 
     def _make_room(self, i: int) -> None:
-        """Let a replica have room for more requests."""
+        """Enlarge a replica's request arrays."""
         engine = self._engine(i)
         engine.reserve(max(64, 2 * engine.requests))
         self._tables[i] = engine.table
@@ -389,7 +391,7 @@ class Cluster:
         self._homes[request] = self._current[i], place
 
     def _choose(self, request: int, prompt: int, produced: int, now_s: float) -> int:
-        """Return the replica for a request, -1 when none accepts."""
+        """Return the replica for a request; -1 if none accepts."""
         if isinstance(self._router, KernelRouter):
             return int(ck.choose(self._tables, self._state.table, request, prompt + produced))
         accepting = self.accepting()
@@ -402,16 +404,16 @@ class Cluster:
             candidates.append(Candidate(replica=i, state=self._observed(i, now_s), prefill_token_s=token_s))
         hash_at = self._state.hash_at
         ids = self._state.hash_ids[hash_at[request] : hash_at[request + 1]]
-        offered = RoutingRequest(
+        routing_request = RoutingRequest(
             request_id=request, prompt_tokens=prompt, produced_tokens=produced, hash_ids=tuple(ids.tolist())
         )
-        chosen = self._router(candidates, offered)
+        chosen = self._router(candidates, routing_request)
         if chosen not in fit:
-            raise ConfigError(f"the router chose replica {chosen}; it must be one of those it was offered, {fit}")
+            raise ConfigError(f"the router chose replica {chosen}; it must choose one of its candidates, {fit}")
         return chosen
 
     def _route_again(self, i: int, running_too: bool) -> int:
-        """Take requests from a replica that accepts none and route them again, now; return how many there were."""
+        """Take the waiting (and running) requests of a replica and route them again now; return their number."""
         number, engine, table = self._current[i], self._engine(i), self._tables[i]
         rows = np.zeros(ck.outstanding(table), dtype=np.int64)
         rows = rows[: ck.held_rows(table, rows, running_too)]
@@ -428,10 +430,10 @@ class Cluster:
             self._place(request, moved, self.env.now)
         return len(rows)
 
-    # -- what happens to replicas --------------------------------------------------------------------------------
+    # -- outages, loading, decisions, scaling --------------------------------------------------------------------
 
     def _live(self, i: int) -> Generator[simpy.Event, Any, None]:
-        """Let the outages of a replica happen."""
+        """Run the outages of a replica."""
         for outage in self.replicas[i].outages:
             if outage.notice_s > 0:
                 yield from self._wait_until(outage.from_s - outage.notice_s)
@@ -451,7 +453,7 @@ class Cluster:
         self._lives -= 1
 
     def _start(self, i: int) -> Generator[simpy.Event, Any, None]:
-        """Let a replica load its weights, then accept requests. It stays away where the budget has no room for them."""
+        """Load a replica's weights, then accept requests; it stays down if the budget cannot hold them."""
         try:
             engine, policy = self.replicas[i].build(self.env)
         except BudgetError:
@@ -463,12 +465,12 @@ class Cluster:
         self._note(i, Phase.LOADING)
         weight_bytes = engine.observe(self.env.now).weight_bytes
         yield from self._wait_until(self.env.now + self._start_s + weight_bytes / self._load_bytes_per_s)
-        if self._loading[i] is served:  # it was not stopped meanwhile
+        if self._loading[i] is served:  # it was not stopped in the meantime
             self._accept(served)
         self._lives -= 1
 
     def _accept(self, served: ReplicaRun) -> None:
-        """Let a replica whose weights are there accept requests; those that wait at the router come first."""
+        """Let a loaded replica accept requests; those that wait at the router are routed first."""
         i, engine = served.replica, served.engine
         self._loading[i] = None
         if engine.config.prefix_caching:
@@ -489,19 +491,19 @@ class Cluster:
             self._place(request, moved, self.env.now)
 
     def _leave(self, i: int) -> None:
-        """Accept no more requests; those that wait go elsewhere, those that run go on."""
+        """Accept no more requests at a replica; route its waiting ones again, and let the running ones continue."""
         self._accepts[i] = 0
         self._note(i, Phase.LEAVING, self._route_again(i, running_too=False))
 
     def _stop(self, i: int, phase: Phase) -> None:
-        """End a replica's engine; its requests go elsewhere."""
+        """End a replica's engine and route its requests again."""
         self._accepts[i] = 0
         self._loading[i] = None
         moved = 0
         if self._current[i] >= 0:
             served = self._engines[self._current[i]]
             served.ended_s = self.env.now
-            served.engine.observe(self.env.now)  # its seconds over budget end here
+            served.engine.observe(self.env.now)  # updates its seconds over budget, which end now
             moved = self._route_again(i, running_too=True)
             self._current[i] = -1
             self._next_s[i] = math.inf
@@ -512,7 +514,7 @@ class Cluster:
         self._events.append(Event(float(self.env.now), i, phase, moved))
 
     def _decide(self, i: int, moments_s: Iterator[float]) -> Generator[simpy.Event, Any, None]:
-        """Ask the policy of a replica at its moments, while an engine is there."""
+        """Run the decisions of a replica's policy at their times, while it has an engine."""
         for moment_s in moments_s:
             yield from self._wait_until(moment_s)
             if self._current[i] >= 0:
@@ -524,19 +526,19 @@ class Cluster:
                 self.apply(i, plan)
 
     def _observed(self, i: int, now_s: float) -> EngineState:
-        """Return what can be seen of a replica now; its budget is followed to here."""
+        """Return the state of a replica now, after applying budget changes up to now."""
         state = self._engine(i).observe(now_s)
         self._change_soon(i, now_s)
         return state
 
     def _change_soon(self, i: int, now_s: float) -> None:
-        """Let the compiled loop know from when on a replica has to change."""
-        table = self._tables[i] = self._engine(i).table  # plans that it had not met before have another place
+        """Set the time of the replica's next event for the compiled loop."""
+        table = self._tables[i] = self._engine(i).table  # a plan that is new to the engine may have moved its arrays
         if (next_s := ck.next_event_s(table)) <= now_s or not math.isfinite(self._next_s[i]):
             self._next_s[i] = max(next_s, now_s)
 
     def _scale(self, autoscaler: Autoscaler) -> Generator[simpy.Event, Any, None]:
-        """Ask the autoscaler every period; start and stop replicas as it says."""
+        """Run the autoscaler every period; start and stop replicas accordingly."""
         step = 1
         while True:
             yield from self._wait_until(step * autoscaler.period_s)
@@ -550,8 +552,8 @@ class Cluster:
             wanted = autoscaler(state)
             if not 1 <= wanted <= len(self.replicas):
                 raise ConfigError(
-                    f"the autoscaler wants {wanted} replicas; it may have 1 to {len(self.replicas)}, as many as the "
-                    "cluster's list has"
+                    f"the autoscaler wants {wanted} replicas; it must want 1 to {len(self.replicas)}, the number of "
+                    "configured replicas"
                 )
             self._wanted = [i < wanted for i in range(len(self.replicas))]
             for i, want in enumerate(self._wanted):
@@ -570,10 +572,10 @@ class Cluster:
         while self.env.now < time_s:
             yield self.env.timeout(exact_delay(self.env.now, time_s))
 
-    # -- what is left behind -------------------------------------------------------------------------------------
+    # -- results -------------------------------------------------------------------------------------------------
 
     def records(self) -> ClusterRecords:
-        """Return one row a request, in order of arrival; those yet to arrive have none."""
+        """Return one row per request that has arrived, in order of arrival."""
         arrived = self._fields.next_request
         homes, state = self._homes[:arrived], self._state
         arrival_s, prompts, outputs = state.arrival_s, state.prompt_tokens, state.output_tokens
@@ -608,13 +610,13 @@ class Cluster:
 
     @property
     def end_s(self) -> float:
-        """When the last iteration ended."""
+        """The end of the last iteration, in seconds."""
         return max((float(served.engine.now_s) for served in self._engines), default=0.0)
 
     def engines(self) -> tuple[ReplicaRun, ...]:
-        """Return every engine that has served, in the order in which they began to."""
+        """Return the run of every engine that has served, in order of their starts."""
         return tuple(self._engines)
 
     def events(self) -> tuple[Event, ...]:
-        """Return what happened to the replicas, in order of time."""
+        """Return the phase changes of all replicas, in order of time."""
         return tuple(self._events)

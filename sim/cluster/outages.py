@@ -1,4 +1,4 @@
-"""When replicas are away: failures, and machines that are taken away with notice."""
+"""Outages of replicas: failures, and machines that are reclaimed with notice."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from sim.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outage:
-    """A time in which a replica is away.
+    """A period in which a replica is down.
 
-    from_s, until_s: when it stops, and when it may start again (``inf``: never). notice_s: how long before it is told.
+    from_s, until_s: when it stops, and when it may start again (``inf``: never).
+    notice_s: how long before from_s it is announced.
     """
 
     from_s: float
@@ -26,12 +27,12 @@ class Outage:
         if not (0.0 <= self.from_s < self.until_s and self.notice_s >= 0.0 and math.isfinite(self.from_s)):
             raise ConfigError(
                 f"an outage from {self.from_s} s until {self.until_s} s with a notice of {self.notice_s} s; it must "
-                "begin at 0 s or later, end after it began, and the notice be at least 0 s"
+                "begin at 0 s or later and end after that, and the notice must be at least 0 s"
             )
 
 
 Outages = Callable[[int], tuple[Outage, ...]]
-"""The outages of a replica, by its number."""
+"""Returns the outages of a replica for its number."""
 
 
 def none() -> Outages:
@@ -40,7 +41,7 @@ def none() -> Outages:
 
 
 def schedule(*, rows: Sequence[Sequence[float]], notice_s: float = 0.0) -> Outages:
-    """Return outages as ``[replica, from_s, until_s]`` rows say; ``until_s`` null for a replica that stays away.
+    """Return outages from rows of ``[replica, from_s, until_s]``; ``until_s`` is null if the replica stays down.
 
     Raises:
         ConfigError: for a row of another length, a replica below 0, or an outage that ends before it begins.
@@ -55,12 +56,12 @@ def schedule(*, rows: Sequence[Sequence[float]], notice_s: float = 0.0) -> Outag
 
 
 def markov(*, mean_up_s: float, mean_away_s: float, horizon_s: float, seed: int, notice_s: float = 0.0) -> Outages:
-    """Return outages that begin and end at random: exponential times there and away, for each replica by itself.
+    """Return random outages: exponential times up and down, independent for each replica.
 
-    A spot machine is one with notice: SpotServe (arXiv 2311.15566) has the 30 s that clouds give.
+    A spot machine is one with notice: SpotServe (arXiv 2311.15566) uses the 30 s that cloud providers give.
 
     Raises:
-        ConfigError: for times that are not above 0.
+        ConfigError: for times that are not above 0 s.
     """
     if min(mean_up_s, mean_away_s, horizon_s) <= 0:
         raise ConfigError(

@@ -1,16 +1,16 @@
-"""Which replica serves a request: the routers of a cluster.
+"""Routers of a cluster: choose the replica that serves a request.
 
 | router | sends a request to | as in |
 |---|---|---|
 | `round_robin` | the next one in turn | every proxy |
-| `least_outstanding` | where fewest requests wait or run | nginx `least_conn` |
-| `least_kv` | where least of the KV pool is held, prompts that wait counted as if computed | llm-d's KV scorer |
-| `shortest_expected_wait` | where prompts that wait, and its own, are computed soonest at this replica's price | - |
-| `prefix_affinity` | where most of its prompt's beginning was computed last, while loads are close | SGLang |
-| `power_of_two` | the one of two drawn at random that has fewer requests | Mitzenmacher 2001 |
+| `least_outstanding` | the one with the fewest waiting and running requests | nginx `least_conn` |
+| `least_kv` | the one with the smallest used share of the KV pool, waiting prompts included | llm-d's KV scorer |
+| `shortest_expected_wait` | the one that soonest computes its waiting prompts and this one | - |
+| `prefix_affinity` | the one that last computed most of the prompt's prefix, while loads are close | SGLang |
+| `power_of_two` | the one with fewer requests of two random replicas | Mitzenmacher 2001 |
 
-Ties go to the first replica. A replica whose context limit does not hold the request is passed over. These six are
-compiled (sim/cluster/kernel.py); any other function of what can be seen is asked for each request, which is slower.
+Ties go to the first replica. A replica whose context limit is too small for the request is skipped. These six are
+compiled (sim/cluster/kernel.py). Any other `PythonRouter` works too; it is called for each request, which is slower.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from sim.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A replica that accepts a request, as a router sees it.
+    """A replica that can accept a request, as a router observes it.
 
-    replica: its number. prefill_token_s: seconds that a token of a prompt takes there, in a full batch of prompts.
+    replica: its number. prefill_token_s: seconds per prompt token there, in a full batch of prompts.
     """
 
     replica: int
@@ -40,10 +40,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRequest:
-    """A request as a router sees it: not how long its answer will be.
+    """A request as a router observes it; the length of its output is not known.
 
-    produced_tokens: above 0 when another replica began it and failed. hash_ids: of its prompt's KV blocks, each for
-    all before it too; none where the trace has none.
+    produced_tokens: above 0 if it was moved from another replica.
+    hash_ids: ids of its prompt's prefix blocks, where an id also covers all blocks before it; empty if the trace has
+        none.
     """
 
     request_id: int
@@ -53,10 +54,10 @@ class RoutingRequest:
 
 
 class PythonRouter(Protocol):
-    """A router of one's own: asked for each request."""
+    """A router in Python, called for each request."""
 
     def __call__(self, candidates: Sequence[Candidate], request: RoutingRequest) -> int:
-        """Return the number of the replica that shall serve it, one of the candidates'."""
+        """Return the number of the replica that serves the request, one of the candidates."""
         ...
 
 
@@ -64,8 +65,9 @@ class PythonRouter(Protocol):
 class KernelRouter:
     """A compiled router.
 
-    rule: of sim/cluster/kernel.py. most_apart, most_times: prefix affinity gives way to the fewest requests while the
-    most and the fewest of any replica differ by more than both (more than so many, and than so many times).
+    rule: a constant of sim/cluster/kernel.py.
+    most_apart, most_times: prefix affinity applies unless the largest number of requests at a replica exceeds the
+        smallest by more than ``most_apart`` and is more than ``most_times`` times as large.
     """
 
     rule: int
@@ -73,7 +75,7 @@ class KernelRouter:
     most_times: int = 0
 
     def draws(self, requests: int, seed: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-        """Return float64[requests, 2] in [0, 1), what it draws for each; one row where it draws nothing."""
+        """Return the random numbers of each request, float64[requests, 2] in [0, 1); one row if the rule uses none."""
         if self.rule != cluster_kernel.POWER_OF_TWO:
             return np.zeros((1, 2))
         return np.random.default_rng(seed).random((max(requests, 1), 2))
@@ -88,28 +90,29 @@ def round_robin() -> KernelRouter:
 
 
 def least_outstanding() -> KernelRouter:
-    """Return the router to where fewest requests wait or run."""
+    """Return the router to the replica with the fewest waiting and running requests."""
     return KernelRouter(rule=cluster_kernel.LEAST_OUTSTANDING)
 
 
 def least_kv() -> KernelRouter:
-    """Return the router to where the smallest share of the KV pool is held or waited for."""
+    """Return the router to the replica with the smallest share of its KV pool in use or needed by waiting prompts."""
     return KernelRouter(rule=cluster_kernel.LEAST_KV)
 
 
 def shortest_expected_wait() -> KernelRouter:
-    """Return the router to where (tokens that wait + its own) x seconds a prompt token are least."""
+    """Return the router to the replica with the least (waiting + own prompt tokens) x seconds per prompt token."""
     return KernelRouter(rule=cluster_kernel.SHORTEST_WAIT)
 
 
 def prefix_affinity(*, most_apart: int = 32, most_times: int = 2) -> KernelRouter:
-    """Return the router to where the longest beginning of the prompt was computed last.
+    """Return the router to the replica that last computed the longest prefix of the prompt.
 
     Args:
-        most_apart, most_times: when the most requests of any replica exceed the fewest by more than ``most_apart`` and
-            ``most_times`` times, the request goes to the fewest instead (SGLang's router has 32, and 1.0001 times).
+        most_apart, most_times: if the largest number of requests at a replica exceeds the smallest by more than
+            ``most_apart`` and is more than ``most_times`` times as large, the request goes to the replica with the
+            fewest instead (SGLang's router has 32 and 1.0001).
     Raises:
-        ConfigError: for negative ones.
+        ConfigError: for negative values.
     """
     if most_apart < 0 or most_times < 0:
         raise ConfigError(f"router.most_apart is {most_apart} and most_times {most_times}; both must be at least 0")
@@ -117,5 +120,5 @@ def prefix_affinity(*, most_apart: int = 32, most_times: int = 2) -> KernelRoute
 
 
 def power_of_two() -> KernelRouter:
-    """Return the router that draws two replicas and takes the one with fewer requests."""
+    """Return the router that picks two random replicas and takes the one with fewer requests."""
     return KernelRouter(rule=cluster_kernel.POWER_OF_TWO)

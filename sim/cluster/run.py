@@ -1,31 +1,30 @@
-"""``python -m sim.cluster``: many replicas, one run folder; or several variants of a cluster over seeds, one table."""
+"""``python -m sim.cluster``: many replicas; one run folder, or a table of variants."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simpy
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sim.cluster.cluster import Cluster, Replica
-from sim.config import SweepConfig, build, one_thread, run_command, with_differences
+from sim.config import build, one_thread, run_command, with_differences
 from sim.engine.sim_engine import SimEngine
-from sim.errors import ConfigError, nearest
+from sim.errors import ConfigError
 from sim.policies import Fixed, Policy
 from sim.replay.loop import decisions
 from sim.replay.run import build_engine, build_parts, build_trace
-from sim.replay.sweep import Executor, cases_of, config_of
+from sim.replay.variants import VariantsConfig, run_or_compare, variants
 from sim.results.metrics import Slo, merged_gaps, merged_iterations, met_slo, records_frame, summarise
 from sim.results.records import Status
-from sim.results.report import Columns, markdown, print_rows, print_summary
-from sim.results.run_folder import provenance, write_json, write_parquet, write_text
+from sim.results.report import Columns, print_summary
+from sim.results.run_folder import write_json, write_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,16 +48,14 @@ CACHE_COLUMNS: Columns = {"cached prompt tokens": ("cached_share", 100.0, 1, " %
 
 
 @dataclass(kw_only=True)
-class ClusterConfig(SweepConfig):
+class ClusterConfig(VariantsConfig):
     """A replay on many replicas.
 
-    replicas: name -> what differs from the rest of the configuration, as ``key: value`` (``gpu``, ``model``,
-        ``policy``, ... name files of their groups), and ``count``, how many there are of it; 1 by default.
-    router, outages, autoscaler: who decides where; when replicas are away; how many serve.
-    load_bytes_per_s, start_s: how fast a replica that comes back loads its weights, and what it takes besides.
-    keep_iterations: whether every iteration is kept; without, memory is saved, and what is counted from them is null.
-    variants: label -> what differs, as in ``replicas``; one table of all in the place of one run.
-    only: labels to run; all when empty.
+    replicas: name -> differences from the rest of the configuration, as ``key: value`` (``gpu``, ``model``, ``policy``
+        and other groups name a file), and ``count``, the number of such replicas, 1 by default.
+    router: chooses the replica of a request. outages: when replicas are down. autoscaler: how many replicas serve.
+    load_bytes_per_s, start_s: bandwidth at which a returning replica loads its weights, and its additional start time.
+    keep_iterations: keep every iteration; false saves memory, and figures that need iterations are null.
     """
 
     replicas: dict[str, Any]
@@ -68,8 +65,6 @@ class ClusterConfig(SweepConfig):
     load_bytes_per_s: float = 2e9
     start_s: float = 10.0
     keep_iterations: bool = True
-    variants: dict[str, Any] = field(default_factory=dict)
-    only: list[str] = field(default_factory=list)
 
 
 ConfigStore.instance().store(name="cluster_schema", node=ClusterConfig)
@@ -84,18 +79,18 @@ def cluster_command() -> None:
 def replicas_of(cfg: DictConfig) -> list[Replica]:
     """Return the replicas of a configuration.
 
-    Each has its own seed, so that what is drawn for it (a budget, say) differs; the first has the configuration's.
+    Each has its own seed, so that random parts such as a budget differ; the first has that of the configuration.
 
     Raises:
-        ConfigError: for none, for a count below 1, or a difference that names no key or file.
+        ConfigError: for no replicas, a count below 0, or a difference that names no key or file.
     """
     outages = build(cfg.outages)
     found: list[Replica] = []
-    for name, words in cfg.replicas.items():
-        differences = dict(OmegaConf.to_container(words) or {})  # type: ignore[arg-type]
+    for name, node in cfg.replicas.items():
+        differences = dict(OmegaConf.to_container(node) or {})  # type: ignore[arg-type]
         count = differences.pop("count", 1)
         if not isinstance(count, int) or count < 0:
-            raise ConfigError(f"replicas.{name}.count is {count}; it must be a whole number, 0 for none of it")
+            raise ConfigError(f"replicas.{name}.count is {count}; it must be a whole number from 0")
         one = with_differences(cfg, differences, f"replicas.{name}")
         for k in range(count):
             i = len(found)
@@ -103,7 +98,7 @@ def replicas_of(cfg: DictConfig) -> list[Replica]:
             mine.seed = cfg.seed + 1000 * i
             found.append(_replica(mine, f"{name}_{k}" if count > 1 else str(name), outages(i)))
     if not found:
-        raise ConfigError("replicas has none; give at least one, e.g. replicas.main.count=2")
+        raise ConfigError("replicas has none; set at least one, e.g. replicas.main.count=2")
     return found
 
 
@@ -118,8 +113,8 @@ def _replica(cfg: DictConfig, name: str, outages: Any) -> Replica:
 
     if not isinstance(parts.policy, Fixed) and not cfg.tick_s > 0:
         raise ConfigError(f"tick_s is {cfg.tick_s}; it must be above 0 seconds")
-    asked = None if isinstance(parts.policy, Fixed) else moments
-    return Replica(name=name, build=make, decisions_s=asked, outages=outages)
+    decisions_s = None if isinstance(parts.policy, Fixed) else moments
+    return Replica(name=name, build=make, decisions_s=decisions_s, outages=outages)
 
 
 def build_cluster(cfg: DictConfig) -> Cluster:
@@ -136,10 +131,10 @@ def build_cluster(cfg: DictConfig) -> Cluster:
 
 
 def replica_figures(cluster: Cluster, slo: Slo) -> list[dict[str, Any]]:
-    """Return the figures of each replica: one row each, as ``replicas.parquet`` holds them.
+    """Return the figures of each replica, one row each, as in ``replicas.parquet``.
 
-    Requests count where they were served last. up_s: seconds from beginning to load to the end, over all its engines.
-    busy_share: of these, in iterations.
+    A request counts at the replica that served it last. up_s: seconds from the start of loading to the end, summed over
+    the replica's engines. busy_share: share of up_s in iterations.
     """
     records, end_s = cluster.records(), cluster.end_s
     met = met_slo(records, slo)
@@ -174,7 +169,7 @@ def replica_figures(cluster: Cluster, slo: Slo) -> list[dict[str, Any]]:
 
 
 def cluster_figures(cluster: Cluster, slo: Slo, *, cpu_s: float = 0.0) -> dict[str, Any]:
-    """Return the figures of a cluster, as ``summary.json`` holds them: those of a replay, and more."""
+    """Return the figures of a cluster, as in ``summary.json``: those of a replay, and more."""
     engines, records = cluster.engines(), cluster.records()
     iterations = merged_iterations([served.engine.iterations() for served in engines])
     rows = replica_figures(cluster, slo)
@@ -202,7 +197,7 @@ def cluster_figures(cluster: Cluster, slo: Slo, *, cpu_s: float = 0.0) -> dict[s
 
 
 def cluster_frame(cluster: Cluster, slo: Slo) -> pd.DataFrame:
-    """Return the table that ``records.parquet`` holds: that of a replay, where each was served, how often moved."""
+    """Return the table of ``records.parquet``: that of a replay, with each request's replica and number of moves."""
     records = cluster.records()
     frame = records_frame(records, slo)
     frame["replica"], frame["moves"] = records.replica, records.moves
@@ -210,7 +205,7 @@ def cluster_frame(cluster: Cluster, slo: Slo) -> pd.DataFrame:
 
 
 def events_frame(cluster: Cluster) -> pd.DataFrame:
-    """Return the table that ``events.parquet`` holds: one row a change of a replica's phase."""
+    """Return the table of ``events.parquet``: one row per phase change of a replica."""
     import pandas as pd
 
     rows = cluster.events()
@@ -233,78 +228,32 @@ def run(cfg: DictConfig) -> tuple[Cluster, dict[str, Any]]:
 
 
 def run_figures(cfg: DictConfig) -> dict[str, Any]:
-    """Replay one configuration; return its figures alone."""
+    """Replay one configuration; return only its figures."""
     return run(cfg)[1]
 
 
-def variants(cfg: DictConfig) -> dict[str, DictConfig]:
-    """Return one configuration a label, each with its differences applied; the configuration itself where none are.
-
-    Raises:
-        ConfigError: for a label that does not exist, or a difference that names no key or file.
-    """
-    labels = {str(label): words for label, words in cfg.variants.items()}
-    for label in cfg.only:
-        if label not in labels:
-            raise ConfigError(f"only: there is no label {label!r}; {nearest(label, labels)}")
-    return {
-        label: with_differences(cfg, words or {}, f"variants.{label}")
-        for label, words in labels.items()
-        if not cfg.only or label in cfg.only
-    }
-
-
 def _cluster(cfg: DictConfig) -> None:
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
-    made_by = provenance(cfg.seed)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    if cfg.variants or cfg.seeds or cfg.windows:
-        caching = any(one.engine.prefix_caching for one in (cfg, *variants(cfg).values()))
-        compare_variants(cfg, folder, label, made_by, run_figures, CACHE_COLUMNS if caching else CLUSTER_COLUMNS)
-        return
+    caching = any(one.engine.prefix_caching for one in (cfg, *variants(cfg).values()))
+    columns = CACHE_COLUMNS if caching else CLUSTER_COLUMNS
+    run_or_compare(cfg, write_run=_write_run, run_figures=run_figures, columns=columns)
+
+
+def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any]) -> None:
+    """Replay one configuration; write and print its results."""
+    import pandas as pd
+
     cluster, summary = run(cfg)
     slo, trace = build(cfg.slo), cluster.trace
     about = {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history}
     write_json(folder / "provenance.json", {**made_by, "trace": about})
     write_parquet(folder / "records.parquet", cluster_frame(cluster, slo))
     write_parquet(folder / "events.parquet", events_frame(cluster))
-    import pandas as pd
-
     write_parquet(folder / "replicas.parquet", pd.DataFrame(summary["replicas"]))
-    write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+    write_json(folder / "summary.json", summary)  # last: a folder with this file is complete
     print_summary(summary, f"{label}: {len(trace):,} requests on {len(cluster.replicas)} replicas")
     for row in summary["replicas"]:
         busy = "-" if row["busy_share"] is None else f"{100 * row['busy_share']:.1f} %"
         print(f"{row['name']}: {row['requests']} requests, busy {busy}, {row['moved_away']} moved away")
-    print(f"files: {folder}")
-
-
-def compare_variants(
-    cfg: DictConfig,
-    folder: Path,
-    label: str,
-    made_by: dict[str, Any],
-    task: Callable[[DictConfig], dict[str, Any]],
-    columns: Columns,
-) -> None:
-    """Do a task for every variant at every seed and window; write and print one table."""
-    cases = cases_of(cfg)
-    jobs = [(name, config_of(one, case)) for name, one in (variants(cfg) or {"cluster": cfg}).items() for case in cases]
-    executor: Executor = build(cfg.executor)
-    summaries = executor(task, [one for _, one in jobs])
-    rows: dict[str, list[Mapping[str, Any]]] = {}
-    for (name, _), summary in zip(jobs, summaries, strict=True):
-        rows.setdefault(name, []).append(summary)
-    title = label
-    if len(cases) > 1:
-        title += f": mean ± standard deviation of {len(cases)} replays"
-    write_text(folder / "compare.md", markdown(rows, "variant", columns))
-    names = [case.name.replace("_", " ") for case in cases]
-    content = {"provenance": made_by, "title": title, "cases": names, "summaries": rows}
-    write_json(folder / "compare.json", content)  # last: a folder with it is complete
-    print_rows(rows, title, "variant", columns)
-    print(f"files: {folder}")
 
 
 def _quantile(values: Any, q: float) -> float | None:

@@ -1,4 +1,4 @@
-"""What a GPU's data sheet says."""
+"""Data-sheet values of a GPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from sim.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One device, as its data sheet states it; measured speed is in conf/calibration, not here.
+    """One device according to its data sheet; measured speeds are in conf/calibration.
 
-    memory_bytes: device memory. memory_bandwidth_bytes_per_s: of that memory.
-    dense_fp16_flop_per_s: without sparsity. host_to_device_bytes_per_s: of the host link, one way.
+    memory_bytes, memory_bandwidth_bytes_per_s: of the device memory.
+    dense_fp16_flop_per_s: without sparsity.
+    host_to_device_bytes_per_s: of the host link, in one direction.
     """
 
     name: str

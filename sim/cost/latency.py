@@ -1,25 +1,54 @@
-"""The price of one iteration in seconds, composed block by block from a calibrated table of each term.
+"""The duration of one iteration in seconds, summed over blocks from one calibrated table per term.
 
     iteration = fixed + token(t) + head(s) + sum over kept MHA (linear(t, bits) + attention)
                                            + sum over kept FFN linear(t, bits)
 
-t counts the tokens of the batch that a block sees, s the sequences that get a next token. A table is linear between its
-measured points. **Above** its last point it goes on with the slope of its last segment, which is the compute or
-bandwidth slope of that operation; **below** its first point it holds the first value, the price of a launch. `in_range`
-says whether an iteration needed the former.
+t is the number of batch tokens that a block processes, s the number of sequences that get a next token. Between
+measured points a table is linear. **Above** the last point it continues with the slope of the last segment, the compute
+or bandwidth slope of the operation. **Below** the first point it keeps the first value, the cost of a kernel launch.
+`in_range` returns whether an iteration needs no extrapolation above a last point.
 
-Attention is priced on sums over the batch, so that an engine keeps four integers and no list:
+Attention depends on sums over the batch, so that an engine keeps four integers instead of a list of requests:
 
-* prefill by (query tokens, mean context that one of them attends to): a chunk of c tokens on a prefix of p adds c and
-  `c * p + c * (c + 1) / 2`. Many short prompts and one long chunk are then one formula, as they are one kernel launch.
-* decode by (sequences, mean context), from the batch and the sum of its contexts.
-* both in one iteration: `sum` where the stack launches two kernels, `shared` where one kernel takes both (vLLM V1). A
-  shared kernel runs decodes without split-KV and grouped-query packing, so they cost up to four times more:
+* prefill on (query tokens, mean context per query token): a chunk of c tokens after a prefix of p tokens adds c and
+  `c * p + c * (c + 1) / 2`. One formula covers many short prompts and one long chunk, as one kernel launch does.
+* decode on (sequences, mean context), from the batch size and the sum of its contexts.
+* both in one iteration: the sum, if the serving stack launches two kernels; `shared`, if one kernel takes both (vLLM
+  V1). A shared kernel runs decodes without split-KV and grouped-query packing, so they cost up to four times more:
   max(P, M, f + min(P, a * tile-contexts + h * tiles) + min(M, b * contexts + d * sequences)) times a tabulated
-  residual, where P is the prefill part alone and M the decode part beside a tiny prefill.
+  residual, where P is the prefill part alone and M the decode part next to a tiny prefill.
 
-The functions marked `compiled` are the only arithmetic: the plain engine of the tests calls them from Python, the
-compiled one from inside its loop, and both get the same bits.
+Only the functions marked `compiled` do this arithmetic: the plain engine of the tests calls them from Python, the
+compiled engine from inside its loop, and both get bit-identical results.
+
+**The schema of a calibration file** (``conf/calibration/NAME.json``, schema 1). A new latency source is one reader that
+writes this file; `hw.calibrate` has such readers. Times are microseconds, axes ascend, and lists of times match their
+axes in length:
+
+    schema          1
+    name            the file's name without .json
+    model, device   names of conf/model and conf/gpu; a run finds its calibration by these two
+    kind            measured, composed or derived; see `LatencyModel`
+    fixed_us        host overhead of one iteration
+    fixed_source    where fixed_us comes from
+    validation      how the held-out errors were computed
+    errors          term -> {median, p95: relative errors, points: how many, note: optional}
+    sources         list of {repository, commit, licence, ...}: where the measurements come from
+    notes           list of sentences on known limits
+    tables
+      tokens        axis t of linear_us and token_us: tokens of the iteration
+      linear_us     "16", "8", "4" -> {mha, ffn: times[tokens] of one block without attention}; absent bits cannot run
+      token_us      times[tokens] of embedding and final norm
+      sequences     axis s of head_us
+      head_us       times[sequences] of LM head and sampling
+      prefill_attention   {tokens, context: axes, us: times[tokens][context]}; context is the mean per query token
+      decode_attention    {batch, context: axes, us: times[batch][context]}; context is the mean per sequence
+      shared_attention    only if one kernel takes prompts and decodes: {batch, context, us: decodes next to a tiny
+                          prefill; fit_us: [a, h, b, d, f] of the formula above; prefill_tokens, prefix: two more axes;
+                          residual: positive ratios[prefill_tokens][prefix][batch][context] in one flat list}
+    device_run      optional, from a run on the device: {host_to_device_bytes_per_s, copy_slowdown, ...}
+
+Other keys (stack, date) are for people; nothing reads them.
 """
 
 from __future__ import annotations
@@ -46,13 +75,14 @@ SCHEMA = 1
 MHA, FFN = 0, 1
 MHA_BOTH, MHA_PREFILL_ONLY, FFN_BOTH, FFN_PREFILL_ONLY = range(4)
 TILE_TOKENS = 128
-"""Query tokens of one attention work item (FlashAttention's block of queries at head size 128)."""
+"""Query tokens per attention work item (FlashAttention's query block at head size 128)."""
 
 
-# `LatencyTables.layout` says what lies where in `LatencyTables.data`. A curve has two entries: the place of its value
-# at count 0 and its last count; the slope above follows its values. A surface has five: place and length of its rows,
-# of its columns, and the place of its values, row after row. The residual has nine: four axes and its values' place.
-# Of this type, or numba compiles what they are handed to once for each of them.
+# `LatencyTables.layout` holds the offsets of each table in `LatencyTables.data`. A curve has two entries: the offset of
+# its value at count 0, and its last count; the slope above follows its values. A surface has five: offset and length of
+# its row axis, the same of its column axis, and the offset of its values, row after row. The residual has nine: offset
+# and length of four axes, and the offset of its values.
+# These constants go through `constant`, because numba would compile a function once per plain integer passed to it.
 CURVE_LINEAR = 0  # six curves: 4 * bits_index + 2 * kind
 MHA_KIND, FFN_KIND = constant(0), constant(1)
 CURVE_TOKEN = constant(12)
@@ -61,7 +91,7 @@ SURFACE_PREFILL = constant(16)
 SURFACE_DECODE = constant(21)
 SURFACE_SHARED_DECODE = constant(26)
 RESIDUAL = 31
-SHARED_KERNEL = 40  # 1 where one kernel takes prompts and decodes
+SHARED_KERNEL = 40  # 1 if one kernel takes prompts and decodes
 LAYOUT_LENGTH = 41
 DATA_FIXED = 0
 DATA_SHARED_FIT = 1  # five coefficients a, h, b, d, f of the module's docstring
@@ -69,9 +99,9 @@ DATA_START = 6
 
 
 class LatencyTables(NamedTuple):
-    """The numbers of one calibration for compiled code: all of them in one array, and where each table lies in it.
+    """All numbers of one calibration in one array, and the offset of each table in it, for compiled code.
 
-    One array for all of them, so that whoever is handed a calibration is handed two arrays and not forty.
+    One array instead of forty keeps the arguments of compiled functions short.
     """
 
     data: Floats
@@ -80,21 +110,22 @@ class LatencyTables(NamedTuple):
 
 @compiled()
 def segment(data: Floats, at: int, length: int, x: float) -> int:
-    """Return i so that the grid at ``at`` has x in its segment i; the first or last segment for x outside."""
+    """Return the segment of the grid at ``at`` that holds x; the first or last segment for x outside the grid."""
     low, candidates = 0, length - 1
     while candidates > 1:
         half = candidates // 2
-        low = low + half if data[at + low + half] <= x else low  # a conditional move, where a branch would be missed
+        # An expression, not an if: it compiles to a conditional move, where a branch would often be mispredicted.
+        low = low + half if data[at + low + half] <= x else low
         candidates -= half
     return low
 
 
 @compiled()
 def interp1(data: Floats, grid_at: int, length: int, values_at: int, x: float) -> float:
-    """Return a curve at x: linear between points, the first value below them, the last segment's slope above.
+    """Return a curve at x: linear between points, constant below the first, with the last segment's slope above.
 
     Args:
-        data: holds ``length`` grid points from ``grid_at`` on and as many values from ``values_at`` on.
+        data: holds ``length`` grid points at offset ``grid_at`` and their values at offset ``values_at``.
     """
     if x <= data[grid_at]:
         return float(data[values_at])
@@ -109,7 +140,7 @@ def interp1(data: Floats, grid_at: int, length: int, values_at: int, x: float) -
 def interp2(
     data: Floats, rows_at: int, rows: int, columns_at: int, columns: int, values_at: int, row: float, column: float
 ) -> float:
-    """Return a surface at (row, column): bilinear between points, held below them, the last segments' slopes above."""
+    """Return a surface at (row, column): bilinear between points, constant below, with the last slopes above."""
     row, column = max(row, data[rows_at]), max(column, data[columns_at])
     i, j = segment(data, rows_at, rows, row), segment(data, columns_at, columns, column)
     top, left = data[rows_at + i], data[columns_at + j]
@@ -124,7 +155,7 @@ def interp2(
 
 @compiled()
 def _hold(data: Floats, at: int, length: int, x: float) -> tuple[int, float]:
-    """Return the segment of x and how far into it, held at both ends: a residual is not extrapolated."""
+    """Return the segment of x and the position in it, clamped at both ends, because a residual is not extrapolated."""
     if x <= data[at]:
         return 0, 0.0
     if x >= data[at + length - 1]:
@@ -135,7 +166,7 @@ def _hold(data: Floats, at: int, length: int, x: float) -> tuple[int, float]:
 
 @compiled()
 def _residual(data: Floats, layout: Ints, x: float, y: float, z: float, w: float) -> float:
-    """Return the residual at (x, y, z, w): linear along every axis, held outside."""
+    """Return the residual at (x, y, z, w): linear along every axis, clamped outside."""
     i, p = _hold(data, layout[RESIDUAL], layout[RESIDUAL + 1], x)
     j, q = _hold(data, layout[RESIDUAL + 2], layout[RESIDUAL + 3], y)
     k, r = _hold(data, layout[RESIDUAL + 4], layout[RESIDUAL + 5], z)
@@ -146,6 +177,7 @@ def _residual(data: Floats, layout: Ints, x: float, y: float, z: float, w: float
     step_i = step_j * layout[RESIDUAL + 3]
     corner = layout[RESIDUAL + 8] + i * step_i + j * step_j + k * step_k + m * step_m
     total = 0.0
+    # Quadrilinear interpolation: each bit of e chooses the lower or upper grid point of one axis.
     for e in range(16):
         ei, ej, ek, em = e & 1, (e >> 1) & 1, (e >> 2) & 1, (e >> 3) & 1
         weight = (p if ei else 1.0 - p) * (q if ej else 1.0 - q) * (r if ek else 1.0 - r) * (s if em else 1.0 - s)
@@ -155,7 +187,7 @@ def _residual(data: Floats, layout: Ints, x: float, y: float, z: float, w: float
 
 @compiled()
 def curve_seconds(data: Floats, layout: Ints, slot: int, x: int) -> float:
-    """Return a curve tabulated for every count, at count x; its slope's continuation above the last one."""
+    """Return a curve tabulated for every count at count x; above the last count it continues with its slope."""
     at, last = layout[slot], layout[slot + 1]
     if x <= last:
         return float(data[at + x])
@@ -172,16 +204,16 @@ def _surface(data: Floats, layout: Ints, slot: int, row: float, column: float) -
 
 @compiled()
 def linear_seconds(tables: LatencyTables, bits_index: int, kind: int, tokens: int) -> float:
-    """Return the seconds of one block (kind MHA or FFN) without attention over ``tokens`` tokens; none for none.
+    """Return the seconds of one block (kind MHA or FFN) without attention over ``tokens`` tokens; 0 for 0 tokens.
 
-    ``bits_index`` is that of WEIGHT_BITS; a precision that was not measured gives nan.
+    ``bits_index`` is an index of WEIGHT_BITS; a precision without measurements gives NaN.
     """
     return float(curve_seconds(tables.data, tables.layout, CURVE_LINEAR + 4 * bits_index + 2 * kind, tokens))
 
 
 @compiled()
 def prefill_attention_seconds(tables: LatencyTables, tokens: int, context_sum: int) -> float:
-    """Return the seconds of one layer's attention of ``tokens`` prompt tokens that attend to ``context_sum`` in all."""
+    """Return the seconds of one layer's attention of ``tokens`` prompt tokens with contexts that sum to context_sum."""
     if tokens == 0:
         return 0.0
     return float(_surface(tables.data, tables.layout, SURFACE_PREFILL, float(tokens), context_sum / tokens))
@@ -189,7 +221,7 @@ def prefill_attention_seconds(tables: LatencyTables, tokens: int, context_sum: i
 
 @compiled()
 def decode_attention_seconds(tables: LatencyTables, batch: int, context_sum: int) -> float:
-    """Return the seconds of one layer's attention of ``batch`` new tokens over ``context_sum`` tokens of KV in all."""
+    """Return the seconds of one layer's attention of ``batch`` decodes that read context_sum tokens of KV in total."""
     if batch == 0:
         return 0.0
     return float(_surface(tables.data, tables.layout, SURFACE_DECODE, float(batch), context_sum / batch))
@@ -222,7 +254,7 @@ def _shared_kernel_seconds(
 def attention_seconds(
     tables: LatencyTables, prefill_tokens: int, prefill_context_sum: int, batch: int, context_sum: int
 ) -> float:
-    """Return the seconds of one layer's attention over everything in the iteration."""
+    """Return the seconds of one layer's attention over all requests of the iteration."""
     if prefill_tokens == 0:
         return float(decode_attention_seconds(tables, batch, context_sum))
     prefill_s = float(prefill_attention_seconds(tables, prefill_tokens, prefill_context_sum))
@@ -247,9 +279,10 @@ def iteration_seconds(
 
     Args:
         tables: of a LatencyModel.
-        layers: (3 bits, 4) how many blocks are MHA kept in decode and prefill, MHA in prefill only, and so for FFN.
-        prefill_tokens, prefill_context_sum: prompt tokens of the iteration and the contexts they attend to, summed.
-        decode_batch, decode_context_sum: sequences that decode and the tokens of KV they read, summed.
+        layers: int64[3 bits, 4], the number of MHA blocks that decode and prefill keep, of MHA blocks that only prefill
+            keeps, and the same two for FFN blocks; see `plan_layers`.
+        prefill_tokens, prefill_context_sum: prompt tokens of the iteration, and the sum of their contexts in tokens.
+        decode_batch, decode_context_sum: sequences that decode, and the tokens of KV that they read in total.
         sequences: sequences that get a next token.
     """
     tokens = prefill_tokens + decode_batch
@@ -258,7 +291,7 @@ def iteration_seconds(
     mha_both, mha_prefill_only = 0, 0
     for b in range(layers.shape[0]):
         mha, mha_only, ffn, ffn_only = layers[b, 0], layers[b, 1], layers[b, 2], layers[b, 3]
-        if decode_batch == 0:  # all blocks of the prefill mask see the same tokens: one product, one rounding
+        if decode_batch == 0:  # then all prefill blocks see the same tokens: one product rounds once
             mha, mha_only, ffn, ffn_only = mha + mha_only, 0, ffn + ffn_only, 0
         if mha > 0:
             total += mha * linear_seconds(tables, b, MHA_KIND, tokens)
@@ -281,14 +314,14 @@ def iteration_seconds(
 
 @compiled()
 def layered_iteration_seconds(tables: LatencyTables, rows: Ints, tokens: int, sequences: int) -> float:
-    """Return the seconds of an iteration whose requests do not all run the same blocks or read the same KV.
+    """Return the seconds of an iteration in which requests run different blocks or read different KV.
 
     Args:
         tables: of a LatencyModel.
-        rows: (n, 7), layers that see the same: how many, index of their bits, prompt tokens and the contexts they
-            attend to summed, decodes and the tokens of KV they read summed (all of the MHA block), tokens of the FFN
-            block. A block that sees no token costs nothing.
-        tokens, sequences: of the whole iteration.
+        rows: int64[n, 7], one row per group of layers that process the same tokens: number of layers, bits index; of
+            the MHA block: prompt tokens, their summed context, decodes, the KV tokens that they read; of the FFN
+            block: tokens. A block that processes no token costs nothing.
+        tokens, sequences: of the iteration.
     """
     total = tables.data[DATA_FIXED] + curve_seconds(tables.data, tables.layout, CURVE_TOKEN, tokens)
     total += curve_seconds(tables.data, tables.layout, CURVE_HEAD, sequences)
@@ -305,7 +338,7 @@ def layered_iteration_seconds(tables: LatencyTables, rows: Ints, tokens: int, se
 
 @compiled()
 def _covers(tables: LatencyTables, slot: int, count: int, context_sum: int) -> bool:
-    """Return whether a surface reaches up to ``count`` with that sum of contexts."""
+    """Return whether a surface covers ``count`` with this summed context without extrapolation."""
     data, layout = tables.data, tables.layout
     last_row = data[layout[slot] + layout[slot + 1] - 1]
     last_column = data[layout[slot + 2] + layout[slot + 3] - 1]
@@ -321,7 +354,7 @@ def iteration_in_range(
     decode_context_sum: int,
     sequences: int,
 ) -> bool:
-    """Return whether no table is read above its last point. Holding a price below the first one counts as in."""
+    """Return whether no table is read above its last point; a read below the first point counts as in range."""
     layout = tables.layout
     if prefill_tokens + decode_batch > layout[CURVE_TOKEN + 1] or sequences > layout[CURVE_HEAD + 1]:
         return False
@@ -334,12 +367,12 @@ def iteration_in_range(
 
 
 def chunk_context_sum(chunk_tokens: int, prefix_tokens: int) -> int:
-    """Return how many tokens a chunk's tokens attend to, summed: each sees the prefix, those before it and itself."""
+    """Return the summed context of a chunk: each token attends to the prefix, the chunk up to it and itself."""
     return chunk_tokens * prefix_tokens + chunk_tokens * (chunk_tokens + 1) // 2
 
 
 def plan_layers(plan: Plan) -> Ints:
-    """Return the block counts (3 bits, 4) that `iteration_seconds` prices; a plan is no more than these to it."""
+    """Return the block counts, int64[3 bits, 4], on which `iteration_seconds` depends: all it needs of a plan."""
     return _plan_layers(plan.decode.mha, plan.decode.ffn, plan.prefill.mha, plan.prefill.ffn, plan.weight_bits)
 
 
@@ -365,7 +398,7 @@ def _plan_layers(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TermError:
-    """How far a term was from measurements that its fit had not seen: relative errors, and on how many points."""
+    """Relative errors of a term on held-out measurements, and the number of those points."""
 
     median: float
     p95: float
@@ -375,9 +408,10 @@ class TermError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopySpeed:
-    """How weights come from host memory while iterations go on.
+    """The speed of weight copies from host memory while iterations run.
 
-    slowdown: the share by which an iteration takes longer that starts while weights come. source: where both are from.
+    slowdown: relative increase of the duration of an iteration that starts during a copy.
+    source: where both numbers come from.
     """
 
     host_to_device_bytes_per_s: float
@@ -396,10 +430,10 @@ class CopySpeed:
 class LatencyModel:
     """A calibrated latency model of one model on one device. Build it with `load_calibration`.
 
-    kind: `measured` (one stack measured the model's own operations), `composed` (of kernels of other shapes) or
-    `derived` (scaled from another device; not measured).
-    errors: held-out error of every term; fixed_source: where the overhead of an iteration comes from.
-    copying: how weights come from host memory, where that was measured too.
+    kind: `measured` (the model's own operations on one serving stack), `composed` (from kernels of other shapes) or
+    `derived` (scaled from another device, not measured).
+    errors: held-out error of each term. fixed_source: where the overhead of an iteration comes from.
+    copying: the speed of weight copies, if it was measured too.
     """
 
     name: str
@@ -421,7 +455,7 @@ class LatencyModel:
         return float(self.tables.data[DATA_FIXED])
 
     def with_fixed(self, fixed_s: float, source: str) -> LatencyModel:
-        """Return the model with another overhead per iteration and where it comes from."""
+        """Return the model with another host overhead per iteration, from ``source``."""
         if not (math.isfinite(fixed_s) and fixed_s >= 0):
             raise CalibrationError(f"fixed_s is {fixed_s!r}; it must be a number of seconds of at least 0")
         data = self.tables.data.copy()
@@ -429,15 +463,15 @@ class LatencyModel:
         return replace(self, tables=LatencyTables(data, self.tables.layout), fixed_source=source)
 
     def check_bits(self, plan: Plan) -> None:
-        """Check that every precision of a plan was measured.
+        """Check that the calibration covers every precision of a plan.
 
         Raises:
-            CalibrationError: naming the bits that lack, those there are, and what to do.
+            CalibrationError: if not; the message names the missing bits, the available ones and what to do.
         """
         self._check_bits(set(plan.weight_bits))
 
     def layered_iteration_s(self, rows: Ints, tokens: int, sequences: int) -> float:
-        """Return the seconds of an iteration in which layers differ in what they see; `layered_iteration_seconds`."""
+        """Return the seconds of an iteration in which layers differ in tokens; see `layered_iteration_seconds`."""
         return float(layered_iteration_seconds(self.tables, rows, tokens, sequences))
 
     def linear_s(self, kind: str, bits: int, tokens: int) -> float:
@@ -448,12 +482,12 @@ class LatencyModel:
         return float(linear_seconds(self.tables, WEIGHT_BITS.index(bits), MHA if kind == "mha" else FFN, tokens))
 
     def prefill_attention_s(self, chunk_tokens: int, prefix_tokens: int = 0) -> float:
-        """Return the seconds of one layer's attention of a chunk on top of a prefix whose KV is there."""
+        """Return the seconds of one layer's attention of a chunk after a prefix whose KV is in the cache."""
         context_sum = chunk_context_sum(chunk_tokens, prefix_tokens)
         return float(prefill_attention_seconds(self.tables, chunk_tokens, context_sum))
 
     def decode_attention_s(self, batch: int, context_sum_tokens: int) -> float:
-        """Return the seconds of one layer's attention of ``batch`` decodes that read that many tokens of KV in all."""
+        """Return the seconds of one layer's attention of ``batch`` decodes that read that many KV tokens in total."""
         return float(decode_attention_seconds(self.tables, batch, context_sum_tokens))
 
     def attention_s(self, chunks: Sequence[tuple[int, int]], decode_batch: int, decode_context_sum: int) -> float:
@@ -463,11 +497,11 @@ class LatencyModel:
         return float(attention_seconds(self.tables, tokens, context_sum, decode_batch, decode_context_sum))
 
     def head_s(self, sequences: int) -> float:
-        """Return the seconds of LM head and sampling for that many sequences."""
+        """Return the seconds of LM head and sampling for ``sequences`` sequences."""
         return float(curve_seconds(self.tables.data, self.tables.layout, CURVE_HEAD, sequences))
 
     def token_s(self, tokens: int) -> float:
-        """Return the seconds of embedding and final norm, which no plan can drop."""
+        """Return the seconds of embedding and final norm for ``tokens`` tokens; no plan can drop them."""
         return float(curve_seconds(self.tables.data, self.tables.layout, CURVE_TOKEN, tokens))
 
     def iteration_s(
@@ -481,13 +515,13 @@ class LatencyModel:
         """Return the seconds of one iteration.
 
         Args:
-            plan: what runs; a block that only its prefill mask keeps sees only prompt tokens.
-            chunks: (chunk tokens, prefix tokens whose KV is there), one a prompt.
+            plan: what runs; a block that only the prefill mask keeps processes only prompt tokens.
+            chunks: (chunk tokens, prefix tokens with KV in the cache), one per prompt.
             decode_batch: sequences that decode.
-            decode_context_sum: tokens of KV that they read in one layer, summed, each one's own new token included.
-            sequences: sequences that get a next token: the decodes and the prompts whose last chunk this is.
+            decode_context_sum: KV tokens that they read in one layer, in total, their new tokens included.
+            sequences: sequences that get a next token: all decodes, and prompts whose last chunk this is.
         Raises:
-            CalibrationError: if the plan asks for a precision that was not measured.
+            CalibrationError: if the calibration does not cover a precision of the plan.
         """
         self.check_bits(plan)
         tokens = sum(chunk for chunk, _ in chunks)
@@ -501,7 +535,7 @@ class LatencyModel:
     def in_range(
         self, chunks: Sequence[tuple[int, int]], decode_batch: int, decode_context_sum: int, sequences: int
     ) -> bool:
-        """Return whether the price of this iteration needs no extrapolation."""
+        """Return whether the duration of this iteration needs no extrapolation."""
         tokens = sum(chunk for chunk, _ in chunks)
         context_sum = sum(chunk_context_sum(chunk, prefix) for chunk, prefix in chunks)
         return bool(iteration_in_range(self.tables, tokens, context_sum, decode_batch, decode_context_sum, sequences))
@@ -511,8 +545,8 @@ class LatencyModel:
         if missing:
             raise CalibrationError(
                 f"calibration {self.name!r} has no {' or '.join(map(str, missing))}-bit times; it has "
-                f"{', '.join(map(str, self.bits))}. Keep weight_bits of the plan to those, or take a calibration that "
-                f"has more: {', '.join(calibrations_with(missing)) or 'none is here; measure one with hw.calibrate'}"
+                f"{', '.join(map(str, self.bits))}. Limit weight_bits of the plan to those, or use a calibration that "
+                f"has more: {', '.join(calibrations_with(missing)) or 'there is none; measure one with hw.calibrate'}"
             )
 
 
@@ -531,10 +565,10 @@ def calibrations_with(bits: Sequence[int]) -> list[str]:
 
 
 def load_calibration(name_or_path: str | Path) -> LatencyModel:
-    """Return a committed calibration by name, or any by path.
+    """Return a committed calibration by name, or any calibration file by path.
 
     Raises:
-        CalibrationError: if there is none of that name, or the file is not one that `hw.calibrate` writes.
+        CalibrationError: if there is none, or the file does not have the schema of this module.
     """
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -545,7 +579,7 @@ def load_calibration(name_or_path: str | Path) -> LatencyModel:
             )
     if not path.is_file():
         raise CalibrationError(
-            f"no calibration file {path}; give a .json that hw.calibrate wrote, or a name: "
+            f"no calibration file {path}; give a .json file that hw.calibrate wrote, or a name: "
             f"{', '.join(calibration_names())}"
         )
     return calibration_from_dict(_read(path), str(path))
@@ -557,7 +591,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{path} cannot be read as JSON: {error}; write it again with hw.calibrate") from error
     if not isinstance(content, dict) or not isinstance(content.get("tables"), dict):
-        raise CalibrationError(f"{path} is no calibration; hw.calibrate writes one")
+        raise CalibrationError(f"{path} is not a calibration: it has no tables; write one with hw.calibrate")
     return content
 
 
@@ -573,10 +607,10 @@ def _copying(content: Mapping[str, Any]) -> CopySpeed | None:
 
 
 def copy_speed(latency: LatencyModel, gpu: Gpu) -> CopySpeed:
-    """Return how fast weights come, as the calibration measured it; else by the data sheet of the device.
+    """Return the speed of weight copies from the calibration, or from the device's data sheet if it was not measured.
 
-    Not measured, the link gives the rate, and the slow-down is an upper bound: a copy takes its bytes from the memory
-    bandwidth that iterations live on.
+    From the data sheet, the rate is that of the host link, and the slowdown is an upper bound: a copy uses memory
+    bandwidth that iterations need.
     """
     if latency.copying is not None:
         return latency.copying
@@ -589,10 +623,10 @@ def copy_speed(latency: LatencyModel, gpu: Gpu) -> CopySpeed:
 
 
 def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration") -> LatencyModel:
-    """Return the model that a calibration file's content describes.
+    """Return the latency model of a calibration file's content; the module's docstring has the schema.
 
     Raises:
-        CalibrationError: naming what is missing or out of order.
+        CalibrationError: if a key is missing or a value is wrong; the message names it.
     """
     if content.get("schema") != SCHEMA:
         raise CalibrationError(
@@ -616,11 +650,11 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
             copying=_copying(content),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise CalibrationError(f"{origin}: {error!r} while reading it; write it again with hw.calibrate") from error
+        raise CalibrationError(f"{origin}: {error!r} ; write the file again with hw.calibrate") from error
 
 
 class _Packer:
-    """Lays tables out one after another in one array, checking each."""
+    """Checks tables and lays them out one after another in one array."""
 
     def __init__(self, origin: str) -> None:
         self.origin = origin
@@ -628,7 +662,7 @@ class _Packer:
         self.layout: Ints = np.zeros(LAYOUT_LENGTH, dtype=np.int64)
 
     def put(self, values: Floats) -> int:
-        """Append values; return where they start."""
+        """Append values; return their offset."""
         at = sum(len(part) for part in self.parts)
         self.parts.append(np.ascontiguousarray(values, dtype=np.float64).ravel())
         return at
@@ -647,14 +681,14 @@ class _Packer:
         return grid
 
     def seconds(self, microseconds: Any, name: str, shape: tuple[int, ...]) -> Floats:
-        """Return a checked table of microseconds in seconds."""
+        """Return a checked table, converted from microseconds to seconds."""
         table = np.asarray(microseconds, dtype=np.float64) * 1e-6
         if table.shape != shape or not np.all(np.isfinite(table)) or np.any(table < 0):
             raise CalibrationError(f"{self.origin}: {name} must hold {' x '.join(map(str, shape))} microseconds >= 0")
         return table
 
     def curve(self, slot: int, grid: Floats, microseconds: Any, name: str) -> None:
-        """Lay out a curve for every whole count up to the grid's last, and its slope above."""
+        """Lay out a curve at every integer count up to the grid's last, and its slope above."""
         values = self.seconds(microseconds, name, grid.shape)
         last = int(grid[-1])
         both = np.concatenate([grid, values])
@@ -669,7 +703,7 @@ class _Packer:
         self.layout[slot : slot + 5] = (self.put(first), len(first), self.put(second), len(second), self.put(values))
 
     def tables(self) -> LatencyTables:
-        """Return everything laid out."""
+        """Return all tables and their offsets."""
         data = np.concatenate(self.parts)
         return LatencyTables(data, self.layout)
 
@@ -698,7 +732,7 @@ def _tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
         lengths = []
         for i, key in enumerate(("prefill_tokens", "prefix", "batch", "context")):
             grid = pack.axis(shared[key], f"shared_attention.{key}")
-            # The residual is linear in the logarithms; a prefix may be 0.
+            # The residual is linear in the logarithms of its axes; log1p, because a prefix may be 0.
             logs = np.log1p(grid) if key == "prefix" else np.log(grid)
             pack.layout[RESIDUAL + 2 * i : RESIDUAL + 2 * i + 2] = pack.put(logs), len(grid)
             lengths.append(len(grid))

@@ -1,12 +1,12 @@
-"""Bytes that a plan needs: weights at every precision, KV cache, and how many KV blocks a budget holds.
+"""Bytes that a plan needs: weights at each precision, the KV cache, and the number of KV blocks that a budget holds.
 
-Pure functions; bytes are exact integers. Four things live in the memory of a replica:
+Pure functions; bytes are exact integers. The memory of a replica has four parts:
 
     budget  =  resident weights  +  workspace (activations, CUDA graphs, fragmentation)  +  KV pool  +  remainder
 
-The KV pool is counted in layer blocks: one is one KV block (``kv_block_tokens`` tokens) of one MHA block, because
-layers come and go one by one and may keep different tokens (DESIGN section 2, rule 5). A request of T tokens holds
-``kv_blocks(T, kv_block_tokens)`` of them in every layer whose MHA block it uses.
+The KV pool is counted in layer blocks. A layer block is one KV block (``kv_block_tokens`` tokens) of one MHA block,
+because plans drop layers one by one, and layers may keep different tokens. A request of T tokens holds
+``kv_blocks(T, kv_block_tokens)`` layer blocks in every layer whose MHA block it uses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sim.errors import BudgetError, PlanError, nearest
 QUANT_SCALE_BYTES = 2
 
 Stage = Literal["both", "prefill", "decode"]
-"""What a replica does: all of a request, only its prefill, or only its decode (disaggregated serving)."""
+"""The part of a request that a replica serves: both stages, or one (disaggregated serving)."""
 
 STAGES: tuple[Stage, ...] = ("both", "prefill", "decode")
 
@@ -31,21 +31,21 @@ STAGES: tuple[Stage, ...] = ("both", "prefill", "decode")
 
 
 def linear_weight_bytes(model: ModelSpec, linear: Linear, bits: int) -> int:
-    """Bytes of one linear layer at 16, 8 or 4 bits; its bias stays at the model's own precision.
+    """Return the bytes of one linear layer at 16, 8 or 4 bits; its bias keeps the model's precision.
 
-    16 bits stand for the unquantised weights, so they take ``weight_dtype_bytes`` each: 4 for an FP32 checkpoint.
-    With g = ceil(in / 128) groups of input elements a row of outputs:
+    16 bits means unquantized: ``weight_dtype_bytes`` per weight, which is 4 for an FP32 checkpoint.
+    With g = ceil(in / 128) groups of input elements per output row:
 
         8 bits:  in * out  +  2 * g * out                             int8 weights, FP16 scales, symmetric
-        4 bits:  in * out / 2  +  2 * g * out  +  g * out / 2         and a 4-bit zero point a group, packed
+        4 bits:  in * out / 2  +  2 * g * out  +  g * out / 2         and a packed 4-bit zero point per group
 
-    each quotient rounded up to a whole byte. Group indices (GPTQ's g_idx with activation order) are not counted.
+    Each quotient is rounded up to a full byte. Group indices (GPTQ's g_idx with activation order) are not counted.
 
     Raises:
         PlanError: for another number of bits.
     Source:
         AWQ's WQLinear_GEMM (qweight, qzeros: int32 with eight 4-bit values; scales: FP16) and GPTQ with group size
-        128, the default of both; equal to theirs to the byte where ``out`` is a multiple of 8.
+        128, the default of both. Exactly equal to theirs if ``out`` is a multiple of 8.
     """
     weights = linear.in_features * linear.out_features
     bias = linear.out_features * model.weight_dtype_bytes if linear.bias else 0
@@ -56,12 +56,12 @@ def linear_weight_bytes(model: ModelSpec, linear: Linear, bits: int) -> int:
         return weights + groups * QUANT_SCALE_BYTES + bias
     if bits == 4:
         return -(-weights // 2) + groups * QUANT_SCALE_BYTES + -(-groups // 2) + bias
-    raise PlanError(f"weights of {bits} bits are not modelled; allowed are {', '.join(map(str, WEIGHT_BITS))}")
+    raise PlanError(f"weights of {bits} bits are not supported; allowed are {', '.join(map(str, WEIGHT_BITS))}")
 
 
-@functools.cache  # a plan change asks for every layer
+@functools.cache  # called for every layer at each plan change
 def mha_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
-    """Bytes of the weights of one MHA block, its norms included; norms and biases are never quantised."""
+    """Return the bytes of one MHA block's weights, norms included; norms and biases are never quantized."""
     linears = model.mha_linears
     norms = model.mha_params - sum(linear.params for linear in linears)
     return sum(linear_weight_bytes(model, linear, bits) for linear in linears) + norms * model.weight_dtype_bytes
@@ -69,26 +69,26 @@ def mha_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
 
 @functools.cache
 def ffn_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
-    """Bytes of the weights of one FFN block, its norm included; norms and biases are never quantised."""
+    """Return the bytes of one FFN block's weights, norm included; norms and biases are never quantized."""
     linears = model.ffn_linears
     norms = model.ffn_params - sum(linear.params for linear in linears)
     return sum(linear_weight_bytes(model, linear, bits) for linear in linears) + norms * model.weight_dtype_bytes
 
 
 def layer_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
-    """Bytes of one whole layer: what MorphServe swaps in one action (arXiv 2506.02006)."""
+    """Return the bytes of one full layer, which MorphServe swaps in one action (arXiv 2506.02006)."""
     return mha_weight_bytes(model, bits) + ffn_weight_bytes(model, bits)
 
 
 def fixed_weight_bytes(model: ModelSpec) -> int:
-    """Bytes of embeddings, positions, final norm and head, which every plan holds at full precision."""
+    """Return the bytes of embeddings, positions, final norm and head, which every plan holds at full precision."""
     return model.fixed_params * model.weight_dtype_bytes
 
 
 def resident_mask(plan: Plan, stage: Stage = "both") -> KeepMask:
-    """Return the blocks whose weights a replica of this stage has to hold.
+    """Return the blocks whose weights a replica of this stage must hold.
 
-    A replica that does both stages holds what prefill runs, which contains what decode runs (PDTrim's nesting,
+    A replica for both stages holds what prefill runs, which contains what decode runs (PDTrim's nesting,
     ``sim.cost.plan.check_plan``); a decode-only replica holds what decode runs.
 
     Raises:
@@ -100,12 +100,12 @@ def resident_mask(plan: Plan, stage: Stage = "both") -> KeepMask:
 
 
 def weight_bytes(model: ModelSpec, plan: Plan, stage: Stage = "both") -> int:
-    """Bytes of the weights that must be resident to run ``plan``, each layer at its own precision.
+    """Return the bytes of the weights that must be resident to run ``plan``, each layer at its own precision.
 
     Args:
         model: the unpruned architecture.
         plan: a legal plan for it.
-        stage: whether the replica does prefill, decode or both.
+        stage: what the replica serves.
     Raises:
         PlanError: if the plan is not legal for the model.
     """
@@ -124,12 +124,12 @@ def weight_bytes(model: ModelSpec, plan: Plan, stage: Stage = "both") -> int:
 
 
 def kv_bytes_per_token(model: ModelSpec, keep: KeepMask) -> int:
-    """Bytes of KV cache that one token holds, prompt or generated.
+    """Return the bytes of KV cache that one token holds, prompt or generated.
 
-    Only a kept MHA block writes keys and values; pruning an FFN block frees weights and no KV.
+    Only kept MHA blocks write keys and values; pruning an FFN block frees weights but no KV.
 
     Raises:
-        PlanError: if a mask has another length than the model has layers.
+        PlanError: if the mask does not have one entry per layer.
     Source:
         Kwon et al., PagedAttention (SOSP 2023), section 3; num_kv_heads extends it to GQA.
     """
@@ -138,14 +138,14 @@ def kv_bytes_per_token(model: ModelSpec, keep: KeepMask) -> int:
 
 
 def kv_block_layer_bytes(model: ModelSpec, kv_block_tokens: int) -> int:
-    """Bytes of one KV block of one MHA block: the unit in which a KV pool is counted."""
+    """Return the bytes of one KV block of one MHA block: the unit of a KV pool."""
     _at_least(1, kv_block_tokens=kv_block_tokens)
     return kv_block_tokens * model.kv_bytes_per_token_layer
 
 
 def kv_blocks(tokens: int, kv_block_tokens: int) -> int:
-    """Number of KV blocks that ``tokens`` tokens hold in one layer; the last may be partly filled."""
-    if tokens < 0 or kv_block_tokens < 1:  # engines call this for every request of every iteration
+    """Return the number of KV blocks that ``tokens`` tokens hold in one layer; the last may be partly filled."""
+    if tokens < 0 or kv_block_tokens < 1:  # engines call this for every request in every iteration
         _at_least(0, tokens=tokens)
         _at_least(1, kv_block_tokens=kv_block_tokens)
     return -(-tokens // kv_block_tokens)
@@ -159,16 +159,14 @@ def kv_pool_layer_blocks(
     kv_block_tokens: int,
     stage: Stage = "both",
 ) -> int:
-    """Number of KV blocks of one layer that fit beside the weights and the workspace; 0 when none does.
+    """Return the number of layer blocks in the KV pool, what the budget leaves after weights and workspace; at least 0.
 
         (budget - resident weights - workspace) // bytes of one KV block of one layer
 
-    A pool of n holds n // (kept MHA blocks) KV blocks of whole requests when every layer keeps all tokens.
+    If every layer keeps all tokens, a pool of n layer blocks holds n // (kept MHA blocks) KV blocks over all layers.
 
     Raises:
         PlanError: if the plan is not legal for the model.
-    Source:
-        DESIGN section 2, rule 5.
     """
     left_bytes = budget_bytes - weight_bytes(model, plan, stage) - workspace_bytes
     return max(0, left_bytes // kv_block_layer_bytes(model, kv_block_tokens))
@@ -182,11 +180,11 @@ def budget_for_kv_blocks(
     kv_block_tokens: int,
     stage: Stage = "both",
 ) -> int:
-    """Bytes of the smallest budget whose pool holds ``num_kv_blocks`` KV blocks in every kept MHA block.
+    """Return the smallest budget, in bytes, whose pool holds ``num_kv_blocks`` KV blocks in every kept MHA block.
 
-    For configs that state the capacity of a published engine as a count over all layers, as vLLM's num_gpu_blocks:
-    one such block is ``kept MHA blocks`` layer blocks. An unpruned engine's count goes with the dense plan.
-    ``kv_pool_layer_blocks`` of the result is num_kv_blocks * kept MHA blocks, exactly.
+    For configurations that state a published engine's capacity over all layers, as vLLM's num_gpu_blocks does; one such
+    block equals one layer block per kept MHA block. Use the dense plan for an unpruned engine's count.
+    ``kv_pool_layer_blocks`` of the result is exactly num_kv_blocks * kept MHA blocks.
 
     Raises:
         PlanError: if the plan is not legal for the model.
@@ -201,22 +199,22 @@ def budget_for_kv_blocks(
 
 
 def peak_bytes(model: ModelSpec, mask: KeepMask, batch: int, sequence_tokens: int) -> int:
-    """Bytes at the peak of one generation: kept weights, and the KV of ``batch`` full sequences.
+    """Return the peak bytes of one generation: kept weights, and the KV of ``batch`` full sequences.
 
         peak(mask; B, S) = 2 * params_kept + sum over kept MHA blocks of 2 * 2 * B * S * num_kv_heads * head_dim
 
-    Weights are unquantised; workspace is not in it (RAP measures 4 to 7 % above this).
+    Weights are unquantized; workspace is not included (RAP measures 4 to 7 % above this).
 
     Args:
         model: the unpruned architecture, whose dtypes replace the factors 2 of FP16.
-        mask: the blocks that run, in prefill and decode alike.
-        batch: sequences B.
-        sequence_tokens: prompt and output of each, S.
+        mask: the blocks that run, in prefill and in decode.
+        batch: number of sequences, B.
+        sequence_tokens: prompt and output tokens of each sequence, S.
     Raises:
-        PlanError: if the mask has another length than the model has layers.
+        PlanError: if the mask does not have one entry per layer.
         BudgetError: for a negative batch or length.
     Source:
-        RAP (arXiv 2505.17138); derived, it gives the authors' theoretical peaks to 0.01 GB (GB = 1e9 bytes).
+        Derived from RAP (arXiv 2505.17138); it gives the authors' theoretical peaks to 0.01 GB (GB = 1e9 bytes).
     """
     _at_least(0, batch=batch, sequence_tokens=sequence_tokens)
     check_layers(model, mask)
@@ -225,7 +223,7 @@ def peak_bytes(model: ModelSpec, mask: KeepMask, batch: int, sequence_tokens: in
 
 
 def relative_budget_bytes(model: ModelSpec, share: float, batch: int, sequence_tokens: int) -> int:
-    """Bytes of RAP's relative budget r: the share of the dense peak at the same load, rounded down.
+    """Return the bytes of RAP's relative budget r, a share of the dense peak at the same load, rounded down.
 
     Raises:
         BudgetError: for a share that is not a positive number, or a negative load.
@@ -236,7 +234,7 @@ def relative_budget_bytes(model: ModelSpec, share: float, batch: int, sequence_t
 
 
 def fits(model: ModelSpec, mask: KeepMask, batch: int, sequence_tokens: int, budget_bytes: int) -> bool:
-    """Return whether RAP's peak of this mask at this load stays within the budget."""
+    """Return whether RAP's peak for this mask and load is within the budget."""
     return peak_bytes(model, mask, batch, sequence_tokens) <= budget_bytes
 
 

@@ -1,4 +1,4 @@
-"""What a decoder-only language model is made of: the parameters of every block, counted exactly."""
+"""The shape of a decoder-only language model, and the exact number of parameters of every block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL_CONFIGS = REPOSITORY / "conf" / "model"
 """The folder of the models known by name, one YAML each."""
 
 QUANT_GROUP_ELEMENTS = 128
-"""Input elements of a linear layer that share one scale at 8 and 4 bits, as AWQ and GPTQ checkpoints do by default."""
+"""Input elements of a linear layer that share one scale at 8 and 4 bits: the default of AWQ and GPTQ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +39,17 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """The shape of a decoder-only transformer, as its checkpoint states it.
+    """The shape of a decoder-only transformer, as in its checkpoint.
 
     One layer is an MHA block (norm, projections, output projection) and an FFN block (norm, up, gate, down).
     RAP's unit of pruning is one such block, its norm included (arXiv 2505.17138, section 3).
 
-    gated_ffn: the FFN has a gate beside up and down (SwiGLU); OPT's has none.
-    qkv_bias, out_bias, ffn_bias: which linear layers carry a bias.
-    norm_bias: the norms are LayerNorms with a shift; False is RMSNorm.
+    gated_ffn: the FFN has a gate projection in addition to up and down (SwiGLU); OPT has none.
+    qkv_bias, out_bias, ffn_bias: which linear layers have a bias.
+    norm_bias: True for LayerNorm with a shift, False for RMSNorm.
     qk_norm: queries and keys pass a norm over head_dim, shared by all heads of a layer (Qwen3).
-    learned_positions: rows of a learned position table; 0 where positions are rotary.
-    weight_dtype_bytes: bytes of one unquantised weight, 2 (FP16, BF16) or 4 (FP32).
+    learned_positions: rows of a learned position table; 0 for rotary positions.
+    weight_dtype_bytes: bytes of one unquantized weight, 2 (FP16, BF16) or 4 (FP32).
     kv_dtype_bytes: bytes of one key or value entry; 1 is an FP8 cache.
     """
 
@@ -88,11 +88,12 @@ class ModelSpec:
         if self.weight_dtype_bytes not in (2, 4):
             raise ModelError(
                 f"model {self.name!r}: weight_dtype_bytes is {self.weight_dtype_bytes}; allowed are 2 and 4. "
-                "A quantised copy is not another model: set weight_bits of the plan"
+                "For a quantized copy, keep the model and set weight_bits of the plan"
             )
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
-                f"model {self.name!r}: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}; "
+                f"model {self.name!r}: num_heads {self.num_heads} is not a multiple of num_kv_heads "
+                f"{self.num_kv_heads}; "
                 "grouped-query attention shares each KV head among an equal number of query heads"
             )
 
@@ -109,7 +110,7 @@ class ModelSpec:
 
     @property
     def ffn_linears(self) -> tuple[Linear, ...]:
-        """The weight matrices of one FFN block: gate (when gated), up and down projection."""
+        """The weight matrices of one FFN block: gate (if gated), up and down projection."""
         up = Linear("up_proj", self.hidden_size, self.intermediate_size, self.ffn_bias)
         down = Linear("down_proj", self.intermediate_size, self.hidden_size, self.ffn_bias)
         gate = Linear("gate_proj", self.hidden_size, self.intermediate_size, self.ffn_bias)
@@ -117,7 +118,7 @@ class ModelSpec:
 
     @property
     def norm_params(self) -> int:
-        """Parameters of one norm: a scale, and a shift when it is a LayerNorm."""
+        """Parameters of one norm: a scale, and a shift for a LayerNorm."""
         return self.hidden_size * (2 if self.norm_bias else 1)
 
     @property
@@ -140,7 +141,7 @@ class ModelSpec:
 
     @property
     def total_params(self) -> int:
-        """Parameters of the whole model; tied embeddings count once."""
+        """Parameters of the full model; tied embeddings count once."""
         return self.fixed_params + self.num_layers * (self.mha_params + self.ffn_params)
 
     @property
@@ -153,7 +154,7 @@ def load_model(name: str) -> ModelSpec:
     """Build the model of ``conf/model/NAME.yaml``, without Hydra.
 
     Raises:
-        ModelError: for an unknown name (the nearest known one is offered), or a file that is no ModelSpec.
+        ModelError: for an unknown name (the message suggests the nearest), or a file that is not a ModelSpec.
     """
     names = model_names()
     if name == "hf":
@@ -172,15 +173,15 @@ def load_model(name: str) -> ModelSpec:
     known = {field.name for field in fields(ModelSpec)}
     for key in values:
         if key not in known:
-            raise ModelError(f"{path} sets {key!r}, which a model does not have; {nearest(str(key), known)}")
+            raise ModelError(f"{path} sets {key!r}, which is not a field of a model; {nearest(str(key), known)}")
     try:
         return ModelSpec(**{str(key): value for key, value in values.items()})
-    except TypeError as error:  # a field without default is absent
+    except TypeError as error:  # a field without default is missing
         raise ModelError(f"{path} is incomplete: {error}") from error
 
 
 def model_names() -> tuple[str, ...]:
-    """Return the names that ``load_model`` knows, sorted."""
+    """Return the names that ``load_model`` accepts, sorted."""
     return tuple(sorted(path.stem for path in MODEL_CONFIGS.glob("*.yaml") if path.stem != "hf"))
 
 
@@ -198,12 +199,12 @@ def model_from_hf_config(config: Mapping[str, Any] | str | Path, name: str = "")
 
     Args:
         config: the parsed dict, the path of ``config.json``, or the folder that holds it.
-        name: what to call the model; its ``_name_or_path`` or folder when empty.
+        name: the name of the model; if empty, its ``_name_or_path`` or its folder.
     Raises:
-        ModelError: for a missing file, a missing or malformed key, or a family whose blocks are not known here.
+        ModelError: for a missing file, a missing or malformed key, or a family that is not supported.
     Source:
-        The classes of transformers 5 (models/llama, mistral, qwen2, qwen3, opt): which linear layers have a bias,
-        what an absent key stands for. A key whose default differs between families has to be stated.
+        The classes of transformers 5 (models/llama, mistral, qwen2, qwen3, opt): which linear layers have a bias, and
+        the default of a missing key. A key whose default differs between families is required.
     """
     if not isinstance(config, Mapping):
         path = Path(config).expanduser()
@@ -220,7 +221,7 @@ def _read_json_object(path: Path) -> Mapping[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ModelError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}; a model config is a JSON object")
@@ -229,13 +230,13 @@ def _read_json_object(path: Path) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Reads typed values out of one Hugging Face config, so that a wrong one is named with its key."""
+    """Reads typed values of one Hugging Face config; an error names the key."""
 
     config: Mapping[str, Any]
     name: str
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Return a whole number; ``default`` when the key is absent or null, an error when there is none."""
+        """Return an integer; ``default`` if the key is missing or null, and an error without a default."""
         value = self.config.get(key)
         if value is None:
             if default is None:
@@ -246,7 +247,7 @@ class _Reader:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return true or false; ``default`` when the key is absent or null."""
+        """Return true or false; ``default`` if the key is missing or null."""
         value = self.config.get(key)
         if value is None:
             return default
@@ -255,19 +256,19 @@ class _Reader:
         return value
 
     def dtype_bytes(self) -> int:
-        """Return the bytes of one weight; 2 when the config does not say."""
+        """Return the bytes of one weight; 2 if the config does not state a dtype."""
         # transformers 4 wrote torch_dtype, transformers 5 writes dtype.
-        given = self.config.get("dtype") or self.config.get("torch_dtype") or "float16"
-        dtype = str(given).removeprefix("torch.")
+        stated = self.config.get("dtype") or self.config.get("torch_dtype") or "float16"
+        dtype = str(stated).removeprefix("torch.")
         if dtype not in _DTYPE_BYTES:
             raise ModelError(
-                f"model config {self.name!r} has dtype {given!r}; allowed are {', '.join(sorted(_DTYPE_BYTES))}. "
-                "Quantised weights are a matter of the plan: give the config of the unquantised model"
+                f"model config {self.name!r} has dtype {stated!r}; allowed are {', '.join(sorted(_DTYPE_BYTES))}. "
+                "Give the config of the unquantized model, and set weight_bits of the plan"
             )
         return _DTYPE_BYTES[dtype]
 
     def model(self) -> ModelSpec:
-        """Return the shape that the config describes."""
+        """Return the shape in the config."""
         family = self.config.get("model_type")
         if not isinstance(family, str):
             raise ModelError(
@@ -287,11 +288,11 @@ class _Reader:
         if family == "llama":
             flags["ffn_bias"] = self.flag("mlp_bias", False)
         if family != "llama" and "num_key_value_heads" not in self.config:
-            # Null means one KV head a query head everywhere; absent means 8 for Mistral and 32 for Qwen.
+            # Null means one KV head per query head in every family; a missing key means 8 for Mistral and 32 for Qwen.
             raise ModelError(
                 f"model config {self.name!r} lacks num_key_value_heads; state it, null for num_attention_heads"
             )
-        # Qwen3's heads are 128 wide whatever hidden_size is, so an absent head_dim is no hidden_size / heads there.
+        # Qwen3's heads are 128 wide for any hidden_size, so a missing head_dim does not mean hidden_size / heads there.
         head_dim = (
             self.integer("head_dim")
             if family == "qwen3" or self.config.get("head_dim") is not None
@@ -316,7 +317,7 @@ class _Reader:
     def _head_dim(self, hidden: int, heads: int) -> int:
         if heads < 1 or hidden % heads:
             raise ModelError(
-                f"model config {self.name!r}: hidden_size {hidden} is no multiple of num_attention_heads {heads}; "
+                f"model config {self.name!r}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}; "
                 "state head_dim"
             )
         return hidden // heads
@@ -326,7 +327,8 @@ class _Reader:
         positions = self.integer("max_position_embeddings")
         if self.integer("word_embed_proj_dim", hidden) != hidden:
             raise ModelError(
-                f"model config {self.name!r}: OPT with an embedding projection (OPT-350M) is not supported"
+                f"model config {self.name!r}: OPT with an embedding projection (OPT-350M) is not supported; "
+                "use another size"
             )
         for key, needed in (
             ("do_layer_norm_before", True),

@@ -1,4 +1,4 @@
-"""The Plan: one frozen value that says which parts of the model run, how precise, and how much KV they keep."""
+"""The Plan: one frozen value that states which blocks run, at which precision, and which KV they keep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WEIGHT_BITS = (16, 8, 4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeepMask:
-    """Which MHA and FFN blocks run: one entry a layer in each tuple, True keeps it (RAP's unit of pruning)."""
+    """Which MHA and FFN blocks run: one entry per layer in each tuple, True keeps the block (RAP's unit of pruning)."""
 
     mha: tuple[bool, ...]
     ffn: tuple[bool, ...]
@@ -27,7 +27,7 @@ class KeepMask:
         )
 
     def union(self, other: KeepMask) -> KeepMask:
-        """Return the mask of the blocks that either keeps."""
+        """Return the mask of the blocks that either mask keeps."""
         return KeepMask(
             mha=tuple(a or b for a, b in zip(self.mha, other.mha, strict=True)),
             ffn=tuple(a or b for a, b in zip(self.ffn, other.ffn, strict=True)),
@@ -36,9 +36,9 @@ class KeepMask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVKeep:
-    """Which tokens of a layer's KV cache stay once prefill has ended (PDTrim's token-aware pruning).
+    """Which tokens of a layer's KV cache stay after prefill (PDTrim's token-aware pruning).
 
-    Either all of them (both fields None), or the first ``first_tokens`` and the last ``last_tokens``.
+    Either all tokens (both fields None), or the first ``first_tokens`` and the last ``last_tokens``.
     """
 
     first_tokens: int | None = None
@@ -56,7 +56,7 @@ class KVKeep:
             )
 
     def tokens(self, context_tokens: int) -> int:
-        """Return how many of ``context_tokens`` stay."""
+        """Return how many of ``context_tokens`` tokens stay."""
         if self.first_tokens is None or self.last_tokens is None:
             return context_tokens
         return min(context_tokens, self.first_tokens + self.last_tokens)
@@ -67,13 +67,13 @@ KV_KEEP_ALL = KVKeep()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What runs, from one decision of a policy to the next. Everything RAP, MorphServe and PDTrim adapt is a field.
+    """How the server runs until the next decision; everything that RAP, MorphServe and PDTrim adapt is a field.
 
     decode: the blocks that decode iterations run (RAP).
-    prefill: the blocks that prefill runs; keeps at least what decode keeps (PDTrim's nesting).
-    weight_bits: 16, 8 or 4, one a layer, for both of its blocks (MorphServe).
+    prefill: the blocks that prefill runs; it keeps at least what decode keeps (PDTrim's nesting).
+    weight_bits: 16, 8 or 4, one entry per layer, for both of its blocks (MorphServe).
     kv_keep: which tokens of each layer's KV stay after prefill (PDTrim).
-    max_running: requests that may run at once; None leaves the engine's own limit (SABER).
+    max_running: requests that may run at once; None keeps the engine's own limit (SABER).
     admit: an arriving request is rejected when this many already wait; None rejects none.
     """
 
@@ -98,7 +98,7 @@ def keep_all(model: ModelSpec) -> KeepMask:
 
 
 def drop(model: ModelSpec, *, mha: Iterable[int] = (), ffn: Iterable[int] = ()) -> KeepMask:
-    """Return the mask that keeps all blocks but the given layers' MHA and FFN blocks.
+    """Return the mask without the MHA blocks of layers ``mha`` and the FFN blocks of layers ``ffn``.
 
     Raises:
         PlanError: if a layer does not exist; the message names it.
@@ -115,15 +115,15 @@ def drop(model: ModelSpec, *, mha: Iterable[int] = (), ffn: Iterable[int] = ()) 
 
 
 def with_mask(plan: Plan, mask: KeepMask) -> Plan:
-    """Return ``plan`` with one mask for prefill and decode alike."""
+    """Return ``plan`` with the same mask for prefill and decode."""
     return replace(plan, decode=mask, prefill=mask)
 
 
 def check_layers(model: ModelSpec, keep: KeepMask, name: str = "mask") -> None:
-    """Check that a mask has one entry a layer for MHA and for FFN.
+    """Check that a mask has one entry per layer for MHA and for FFN.
 
     Raises:
-        PlanError: naming the half that has another length.
+        PlanError: if it has not; the message names the field and both lengths.
     """
     for field, kept in (("mha", keep.mha), ("ffn", keep.ffn)):
         if len(kept) != model.num_layers:
@@ -136,7 +136,7 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
     """Check that a plan is legal for a model.
 
     Raises:
-        PlanError: naming the field or block that is wrong, what is allowed and what to do.
+        PlanError: if it is not; the message names the field or block, what is allowed and what to do.
     """
     check_layers(model, plan.decode, "plan.decode")
     check_layers(model, plan.prefill, "plan.prefill")
@@ -149,12 +149,12 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
         if bits not in WEIGHT_BITS:
             raise PlanError(f"plan.weight_bits of layer {layer} is {bits}; allowed are 16, 8 and 4")
     for kind, kept_decode, kept_prefill, why in (
-        ("MHA", plan.decode.mha, plan.prefill.mha, "else decode finds no KV there"),
+        ("MHA", plan.decode.mha, plan.prefill.mha, "because decode reads the KV that prefill writes"),
         (
             "FFN",
             plan.decode.ffn,
             plan.prefill.ffn,
-            "for prefill is the more sensitive stage and its weights stay resident",
+            "because quality depends more on prefill, whose weights stay resident",
         ),
     ):
         for layer, (in_decode, in_prefill) in enumerate(zip(kept_decode, kept_prefill, strict=True)):
@@ -170,7 +170,7 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
 
 
 def describe(plan: Plan) -> str:
-    """Return a plan in one line, what differs from dense only: ``decode -MHA 18,19 -FFN 13; W4 0-7``."""
+    """Return a plan's differences from dense in one line, such as ``decode -MHA 18,19 -FFN 13; W4 0-7``."""
     parts = []
     for name, mask in (("prefill", plan.prefill), ("decode", plan.decode)):
         dropped = [

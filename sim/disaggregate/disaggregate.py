@@ -1,23 +1,23 @@
-"""Prefill and decode on different replicas, and the KV cache shipped between them (DistServe, Splitwise, PDTrim).
+"""Disaggregated prefill and decode: different replicas, and KV sent between them (DistServe, Splitwise, PDTrim).
 
-SimPy holds the transfers; the kernel serves. One plan, which stays, says what both sides do: prefill replicas run its
-prefill mask and hold those weights, decode replicas its decode mask; what is sent of a prompt is the KV of the MHA
-blocks that decode keeps, of the tokens that ``kv_keep`` leaves in each layer.
+SimPy handles the transfers; the kernel serves. One fixed plan covers both sides: prefill replicas run and hold its
+prefill mask, decode replicas its decode mask. A prompt sends the KV of the MHA blocks that decode keeps, and in each
+layer the tokens that ``kv_keep`` keeps.
 
-A request goes through these places, in each of which exactly one side counts its KV:
+A request passes four stages; in each, exactly one side counts its KV:
 
 1. A prefill replica computes its prompt and its first token, which counts for TTFT.
-2. Its KV waits there until a decode replica has room: KV blocks, a place among those that run, and nobody preempted who
-   waits for the same. Requests leave in the order in which they were prefilled; until then their KV blocks are held, so
-   that a full decode pool stops prefill in the end (back-pressure).
-3. On its way it is counted at the prefill replica until the last byte has arrived. The room is kept free at the decode
-   replica, where it is not counted as held.
-4. At the decode replica it joins between two iterations. One that is preempted there is computed again there, by the
-   decode mask: it has no other weights.
+2. Its KV waits there until a decode replica has room: free KV blocks, a free place among its running requests, and no
+   preempted request that waits for the same room. Requests are sent in the order in which their prefill ended. Until
+   then they hold their KV blocks, so that a full decode pool eventually stops prefill (back-pressure).
+3. During the transfer, the prefill replica counts the KV until the last byte has arrived. The decode replica reserves
+   the room, but does not count it as held.
+4. At the decode replica, it joins between two iterations. If it is preempted there, that replica recomputes its KV with
+   the decode mask, because it has no other weights.
 
-With ``overlap`` the KV of all layers but the last is sent while the iteration runs that ends the prompt, if a decode
-replica has room as that starts; of the last layer after it. (Layers are not told apart: on a fast link bytes may leave
-before their layer is computed, but the last layer's never do.)
+With ``overlap``, KV is sent during the iteration that ends the prompt, if a decode replica has room at its start: all
+layers but the last during the iteration, the last layer after it. (Layers are not modeled one by one: on a fast link,
+bytes may leave before their layer is computed, but never those of the last layer.)
 
 Order at one instant: transfers end, iterations end, requests arrive, requests join, KV is sent, iterations start.
 """
@@ -49,23 +49,23 @@ Build = Callable[[simpy.Environment], SimEngine]
 
 
 def kv_bytes_sent(model: ModelSpec, plan: Plan, prompt_tokens: int) -> int:
-    """Bytes of KV that a prompt sends to decode: of each MHA block that decode keeps, the tokens that stay there.
+    """Return the bytes of KV that a prompt sends: for each MHA block that decode keeps, the tokens that stay there.
 
     Source:
-        PDTrim (arXiv 2509.04467): layers dropped by decode send nothing, those whose attention sits on the first and
-        last tokens send only these.
+        PDTrim (arXiv 2509.04467): layers that decode drops send nothing; layers whose attention concentrates on the
+        first and last tokens send only these.
     """
     tokens = sum(keep.tokens(prompt_tokens) for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True) if kept)
     return tokens * model.kv_bytes_per_token_layer
 
 
 def transfer_reduction(plan: Plan, prompt_tokens: int) -> float:
-    """Return by which factor a plan sends less KV of a prompt than the dense model.
+    """Return the dense model's KV bytes of a prompt over those that a plan sends; ``inf`` if it sends nothing.
 
-    With L layers, m removed and s of the rest sent at fraction r: L / (L - m - s + s r); ``inf`` when nothing is sent.
+    With L layers, m removed and s of the rest sent at fraction r: L / (L - m - s + s r).
 
     Source:
-        Derived from PDTrim's mechanism (PAPERS.md, section 3).
+        Derived from PDTrim's mechanism (arXiv 2509.04467).
     """
     layers = len(plan.decode.mha)
     removed = layers - sum(plan.decode.mha)
@@ -80,12 +80,12 @@ def transfer_reduction(plan: Plan, prompt_tokens: int) -> float:
 
 
 def decode_side(plan: Plan) -> Plan:
-    """Return the plan of a decode replica: it holds and runs the decode mask alone."""
+    """Return the plan of a decode replica, which holds and runs only the decode mask."""
     return replace(plan, prefill=plan.decode)
 
 
 def with_prefill(quality_nll: Callable[[Plan], float] | None, prefill: KeepMask) -> Callable[[Plan], float] | None:
-    """Return what a plan of a decode replica costs, given that its KV was made by this prefill mask."""
+    """Return the loss function of decode replicas, whose KV was computed with this prefill mask."""
     if quality_nll is None:
         return None
     return lambda plan: quality_nll(replace(plan, prefill=prefill.union(plan.decode)))
@@ -93,10 +93,10 @@ def with_prefill(quality_nll: Callable[[Plan], float] | None, prefill: KeepMask)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StagedRecords(Records):
-    """Records of prefill and decode apart, one entry a request; -1 and NaN where it did not come so far.
+    """Records of disaggregated serving, one entry per request; -1 and NaN for stages that it did not reach.
 
-    prefill_replica, decode_replica: int64[n]. sent_bytes: int64[n], of its KV. send_s, sent_s: float64[n], when its KV
-    began to be sent, and when it had arrived.
+    prefill_replica, decode_replica: int64[n]. sent_bytes: int64[n], of its KV.
+    send_s, sent_s: float64[n], start and end of the transfer of its KV.
     """
 
     prefill_replica: Ints
@@ -108,18 +108,33 @@ class StagedRecords(Records):
 
 @dataclass(slots=True, eq=False)
 class _Side:
-    """One replica: its engine, where compiled code finds it, and what its pool keeps beside what runs."""
+    """One replica: its engine, the addresses of its arrays, and the KV that is held or reserved for transfers."""
 
     engine: SimEngine
     table: Ints
     next_s: Floats  # float64[1], from when on something happens there
-    held_blocks: int = 0  # of KV that waits to be sent, or that is on its way here
-    coming: int = 0  # requests on their way here, or here and not joined yet
+    held_blocks: int = 0  # prefill: of KV that waits or is being sent; decode: reserved for KV that comes
+    coming: int = 0  # requests whose KV is being sent here, or has arrived and not joined yet
     arrived: deque[int] = field(default_factory=deque)
 
 
+def _check_engines(engines: Sequence[SimEngine]) -> None:
+    """Check that engines can serve together, as ``Disaggregated`` requires."""
+    block_tokens = {engine.config.kv_block_tokens for engine in engines}
+    if any(engine.model != engines[0].model for engine in engines) or len(block_tokens) > 1:
+        models = ", ".join(sorted({engine.model.name for engine in engines}))
+        raise ConfigError(
+            f"prefill and decode replicas have models {models} and kv_block_tokens {sorted(block_tokens)}; they must "
+            "have one model and one KV block size"
+        )
+    if any(engine.config.prefix_caching for engine in engines):
+        raise ConfigError("engine.prefix_caching is true; disaggregated serving does not simulate it: set it to false")
+    if any(len(engine.budget.change_s) > 1 for engine in engines):
+        raise ConfigError("disaggregated serving does not support budgets that change; set e.g. budget=constant")
+
+
 class Disaggregated:
-    """Prefill replicas, decode replicas, and a link out of each prefill replica, or one for all."""
+    """Prefill replicas, decode replicas, and one link per prefill replica or one for all."""
 
     def __init__(
         self,
@@ -136,16 +151,16 @@ class Disaggregated:
         """Build an idle system.
 
         Args:
-            trace: what arrives.
-            plan: what both sides run; prefill keeps at least what decode keeps.
-            prefill: make the engines of the prefill replicas, with an external clock, under ``plan``.
-            decode: make those of the decode replicas, under ``decode_side(plan)``.
+            trace: the requests.
+            plan: the plan of both sides; prefill keeps at least what decode keeps.
+            prefill: build the engines of the prefill replicas, with an external clock, under ``plan``.
+            decode: build those of the decode replicas, under ``decode_side(plan)``.
             link_bytes_per_s, link_latency_s: of each link. one_link: whether all prefill replicas share one.
             overlap: whether KV is sent while its prompt is computed.
         Raises:
-            ConfigError: for an empty side, another model or KV block size on one of them, an impossible link, or
+            ConfigError: for an empty side, different models or KV block sizes, a link out of range, or
                 ``prefix_caching``.
-            PlanError: when prefill drops what decode keeps.
+            PlanError: if prefill drops what decode keeps.
         """
         if not prefill or not decode:
             raise ConfigError(f"{len(prefill)} prefill and {len(decode)} decode replicas; each side needs at least one")
@@ -156,16 +171,8 @@ class Disaggregated:
         engines = [side.engine for side in (*self.prefill, *self.decode)]
         self.model = engines[0].model
         check_plan(self.model, plan)
-        block_tokens = {engine.config.kv_block_tokens for engine in engines}
-        if any(engine.model != self.model for engine in engines) or len(block_tokens) > 1:
-            raise ConfigError("prefill and decode replicas must serve one model, with KV blocks of one size")
-        if any(engine.config.prefix_caching for engine in engines):
-            raise ConfigError(
-                "engine.prefix_caching is true; with prefill and decode apart it is not simulated: set it to false"
-            )
-        if any(len(engine.budget.change_s) > 1 for engine in engines):
-            raise ConfigError("budgets that change are not served with prefill and decode apart; give a constant one")
-        (self._block_tokens,) = block_tokens
+        _check_engines(engines)
+        self._block_tokens = engines[0].config.kv_block_tokens
         made = [Link(self.env, link_bytes_per_s, link_latency_s) for _ in range(1 if one_link else len(prefill))]
         self.links = tuple(made)
         n = len(trace)
@@ -176,8 +183,9 @@ class Disaggregated:
         self._sent = np.zeros((n, 2)) * math.nan
         self._bytes = np.zeros(n, dtype=np.int64)
         self._ready: deque[int] = deque()  # prefilled, their KV still to be sent
-        self._early: dict[int, tuple[simpy.Event, int]] = {}  # sent while they are computed: what tells that it is done
-        self.in_flight = 0  # requests whose KV is on its way
+        # Requests sent while they are computed: the event of the iteration's end, and the decode replica.
+        self._early: dict[int, tuple[simpy.Event, int]] = {}
+        self.in_flight = 0  # requests whose KV is being sent
 
     def _side(self, build: Build) -> _Side:
         engine = build(self.env)
@@ -186,7 +194,7 @@ class Disaggregated:
     # -- serving -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve the whole trace."""
+        """Serve the full trace."""
         env, arrival_s = self.env, self.trace.arrival_s.tolist()
         while True:
             watched = self.prefill + [s for s in self.decode if s.arrived or self._ready]
@@ -194,7 +202,7 @@ class Disaggregated:
             if self._next < len(arrival_s):
                 now_s = min(now_s, arrival_s[self._next])
             if math.isinf(now_s):
-                # Nothing is left but decoding, or nothing at all.
+                # Only decoding is left, or nothing.
                 for side in self.decode:
                     self._bring(side, math.inf)
                 if self.drained or all(math.isinf(side.next_s[0]) for side in self.decode):
@@ -211,7 +219,7 @@ class Disaggregated:
             self._join_those_here(now_s)
             self._send_those_ready()
             self._step_to(now_s)
-            self._join_those_here(now_s)  # what took no time
+            self._join_those_here(now_s)  # transfers that took no time
             for number, side in enumerate(self.prefill):
                 self._begin(number, side, now_s)
             for side in self.decode:
@@ -220,7 +228,7 @@ class Disaggregated:
             self._step_to(now_s)
 
     def _step_to(self, now_s: float) -> None:
-        """Let everything happen on SimPy's clock that is due by a moment, at which it stands afterwards."""
+        """Run all SimPy events that are due by ``now_s``, and advance its clock to that time."""
         while True:
             if self.env.now < now_s:
                 self.env.timeout(exact_delay(self.env.now, now_s))
@@ -237,7 +245,7 @@ class Disaggregated:
         return self._next == len(self.trace) and left == 0
 
     def _bring(self, side: _Side, until_s: float, *, start: bool = False) -> None:
-        """Serve at a replica up to a moment; with ``start``, let the iteration start that is due then."""
+        """Serve at a replica until a time; with ``start``, also start an iteration that is due at that time."""
         while True:
             now_s = float(self.env.now)
             if start:
@@ -255,7 +263,7 @@ class Disaggregated:
     # -- prefill -------------------------------------------------------------------------------------------------
 
     def _arrive(self, request: int, now_s: float) -> None:
-        """Give a request to the prefill replica with fewest."""
+        """Send a request to the prefill replica with the fewest requests."""
         number = min(range(len(self.prefill)), key=lambda k: ck.outstanding(self.prefill[k].table))
         side, prompt = self.prefill[number], int(self.trace.prompt_tokens[request])
         self._room(side)
@@ -274,7 +282,7 @@ class Disaggregated:
         return min(int(self.trace.output_tokens[request]), self._limit - prompt)
 
     def _end_prefills(self, number: int, side: _Side, now_s: float) -> None:
-        """Bring a prefill replica to this moment; hold the KV of the prompts that it has finished."""
+        """Serve at a prefill replica until now; hold the KV of the prompts that it has finished."""
         rows = self._rows_under_way(side)
         self._bring(side, now_s)
         status = side.engine.rows(rows)["status"] if len(rows) else rows
@@ -298,12 +306,12 @@ class Disaggregated:
         return rows[: ck.chunks_under_way(side.table, rows)]
 
     def _begin(self, number: int, side: _Side, now_s: float) -> None:
-        """Start the iteration that is due at a prefill replica; send what can be sent while it runs."""
+        """Start the iteration that is due at a prefill replica; send KV during it if ``overlap`` allows."""
         if ck.in_iteration(side.table) or side.next_s[0] > now_s:
             return
         self._bring(side, now_s, start=True)
         if not self._overlap or self._ready:
-            return  # those that are ready go first
+            return  # KV that is ready goes first
         for row in self._rows_under_way(side).tolist():
             request = self._request_of[number][row]
             if self._output_limit(request) > 1 and (to := self._where(request)) >= 0:
@@ -313,7 +321,7 @@ class Disaggregated:
                 self.env.process(self._ship(request, number, to, ended))
 
     def _blocks(self, request: int) -> int:
-        """Return the KV blocks, over all layers, of a prompt's KV as decode keeps it."""
+        """Return the layer blocks of a prompt's KV that decode keeps, over all layers."""
         prompt, plan = int(self.trace.prompt_tokens[request]), self.plan
         return sum(
             kv_blocks(keep.tokens(prompt), self._block_tokens)
@@ -324,7 +332,7 @@ class Disaggregated:
     # -- transfers -----------------------------------------------------------------------------------------------
 
     def _where(self, request: int) -> int:
-        """Return the decode replica with room for a prompt's KV that has most of it free, -1 when none has."""
+        """Return the decode replica with room for a prompt's KV and the largest free share; -1 if there is none."""
         blocks = self._blocks(request)
         free = [ck.free_share(side.table, blocks, side.coming) for side in self.decode]
         best = max(range(len(free)), key=free.__getitem__)
@@ -338,7 +346,7 @@ class Disaggregated:
         self.in_flight += 1
 
     def _send_those_ready(self) -> None:
-        """Send KV to decode replicas with room, in the order in which it was computed."""
+        """Start transfers to decode replicas with room, in the order in which prompts were computed."""
         while self._ready and (to := self._where(self._ready[0])) >= 0:
             request = self._ready.popleft()
             self._home[request, 2] = to
@@ -346,7 +354,7 @@ class Disaggregated:
             self.env.process(self._ship(request, int(self._home[request, 0]), to, None))
 
     def _ship(self, request: int, number: int, to: int, ended: simpy.Event | None) -> Generator[simpy.Event, Any, None]:
-        """Carry a prompt's KV; with ``ended``, its last layer only after the iteration that computes it."""
+        """Transfer a prompt's KV; with ``ended``, its last layer only after the iteration that computes it."""
         link = self.links[number % len(self.links)]
         self._sent[request, 0] = self.env.now
         size = kv_bytes_sent(self.model, self.plan, int(self.trace.prompt_tokens[request]))
@@ -362,12 +370,12 @@ class Disaggregated:
         ck.let_go(side.table, blocks)
         side.held_blocks -= blocks
         if not ck.in_iteration(side.table):
-            side.next_s[0] = self.env.now  # who waits there may have room now
+            side.next_s[0] = self.env.now  # a waiting request may have room now
         self.in_flight -= 1
         self.decode[to].arrived.append(request)
 
     def _join_those_here(self, now_s: float) -> None:
-        """Let requests whose KV has arrived decode, where no iteration is under way."""
+        """Let requests whose KV has arrived join decode replicas between iterations."""
         for side in self.decode:
             while side.arrived and not ck.in_iteration(side.table):
                 request = side.arrived.popleft()
@@ -379,10 +387,10 @@ class Disaggregated:
                 side.held_blocks -= self._blocks(request)
                 side.coming -= 1
 
-    # -- what is left behind -------------------------------------------------------------------------------------
+    # -- results -------------------------------------------------------------------------------------------------
 
     def records(self) -> StagedRecords:
-        """Return one row a request, in order of arrival; those yet to arrive have none."""
+        """Return one row per request that has arrived, in order of arrival."""
         arrived = self._next
         home, outputs = self._home[:arrived], self.trace.output_tokens[:arrived].copy()
         columns: dict[str, Any] = {
@@ -399,7 +407,7 @@ class Disaggregated:
                 for f in fields(Records):
                     values = getattr(part, f.name)
                     columns.setdefault(f.name, np.zeros(arrived, dtype=values.dtype))[mine] = values
-        # What ended at prefill and has more to come has not ended.
+        # A request that ended at prefill but has more tokens to produce is still running.
         limits = np.minimum(outputs, self._limit - self.trace.prompt_tokens[:arrived])
         under_way = (home[:, 3] < 0) & (columns["status"] == Status.FINISHED) & (limits > 1)
         columns["status"][under_way] = Status.RUNNING

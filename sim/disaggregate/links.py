@@ -1,4 +1,4 @@
-"""A link that carries KV from one replica to another: bandwidth, latency, and sharing among transfers."""
+"""A link that carries KV between replicas: bandwidth, latency, and sharing among transfers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from sim.errors import ConfigError
 
 
 class Link:
-    """A link on SimPy's clock: transfers under way share its bandwidth equally (processor sharing).
+    """A link on SimPy's clock; active transfers share its bandwidth equally (processor sharing).
 
-    A transfer of B bytes that begins while others are under way ends when each byte of it has had its share. Kept as
-    one number: the bytes that a transfer would have had which is under way since ever (``_served_bytes``); one that
-    begins at v of them ends at v + B.
+    The state is one number, ``_served_bytes``: the bytes that a transfer active since the start would have received. A
+    transfer of B bytes that begins at value v ends at value v + B.
     """
 
     def __init__(self, env: simpy.Environment, bytes_per_s: float, latency_s: float = 0.0) -> None:
@@ -27,7 +26,7 @@ class Link:
         """
         if not bytes_per_s > 0 or not latency_s >= 0:
             raise ConfigError(
-                f"link.bytes_per_s is {bytes_per_s} and link.latency_s {latency_s}; the first must be above 0, the "
+                f"link_bytes_per_s is {bytes_per_s} and link_latency_s {latency_s}; the first must be above 0, the "
                 "second at least 0"
             )
         self.env, self.bytes_per_s, self.latency_s = env, bytes_per_s, latency_s
@@ -41,11 +40,11 @@ class Link:
 
     @property
     def under_way(self) -> int:
-        """Transfers that share the link now."""
+        """Number of transfers that share the link now."""
         return len(self._under_way)
 
     def send(self, size_bytes: int) -> Generator[simpy.Event, Any, None]:
-        """Carry so many bytes; a SimPy process goes on after it when the last has arrived."""
+        """Carry ``size_bytes`` bytes; the calling SimPy process continues when the last byte has arrived."""
         self.sent_bytes += size_bytes
         if self.latency_s > 0:
             yield self.env.timeout(self.latency_s)
@@ -60,7 +59,7 @@ class Link:
         self.arrived_bytes += size_bytes
 
     def _follow(self) -> None:
-        """Bring what has been carried up to the present."""
+        """Update the carried bytes to the current time."""
         now_s = float(self.env.now)
         if self._under_way:
             self._served_bytes += (now_s - self._since_s) * self.bytes_per_s / len(self._under_way)
@@ -79,5 +78,7 @@ class Link:
             yield end | changed
             if end.processed:
                 self._follow()
-                self._served_bytes = max(self._served_bytes, end_bytes)  # rounding aside, the first has had its share
+                self._served_bytes = max(
+                    self._served_bytes, end_bytes
+                )  # exact, whatever rounding left of the first transfer
                 heapq.heappop(self._under_way)[2].succeed()

@@ -1,23 +1,21 @@
-"""``python -m sim.disaggregate``: prefill and decode apart, one run folder; or a table of variants over seeds."""
+"""``python -m sim.disaggregate``: disaggregated prefill and decode; one run folder, or a table of variants."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simpy
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import least_outstanding
-from sim.cluster.run import compare_variants
-from sim.config import SweepConfig, build, one_thread, run_command
+from sim.config import build, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, describe
 from sim.disaggregate.disaggregate import Disaggregated, StagedRecords, decode_side, transfer_reduction, with_prefill
@@ -25,10 +23,11 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies import Fixed
 from sim.replay.run import build_engine, build_parts, build_trace, quality_of
+from sim.replay.variants import VariantsConfig, run_or_compare
 from sim.results.metrics import Slo, distribution, merged_gaps, merged_iterations, records_frame, summarise
 from sim.results.records import Records
 from sim.results.report import Columns, print_summary
-from sim.results.run_folder import provenance, write_json, write_parquet, write_text
+from sim.results.run_folder import write_json, write_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,14 +52,13 @@ requests, over those sent. wait for KV room: from the end of its prompt until a 
 
 
 @dataclass(kw_only=True)
-class DisaggregateConfig(SweepConfig):
-    """A replay with prefill and decode apart.
+class DisaggregateConfig(VariantsConfig):
+    """A replay with disaggregated prefill and decode.
 
-    prefill_replicas, decode_replicas: how many of each; with no prefill replicas, all do both, behind the router with
-        fewest requests: what disaggregation is compared with.
+    prefill_replicas, decode_replicas: how many of each. With 0 prefill replicas, all replicas do both stages behind the
+        router least_outstanding: the baseline of disaggregation.
     link_bytes_per_s, link_latency_s: of the link out of each prefill replica. one_link: whether they share one.
     overlap: whether KV is sent while its prompt is computed.
-    variants: label -> what differs, as ``key: value``; one table of all in the place of one run. only: labels to run.
     """
 
     prefill_replicas: int
@@ -69,8 +67,6 @@ class DisaggregateConfig(SweepConfig):
     link_latency_s: float
     one_link: bool
     overlap: bool
-    variants: dict[str, Any] = field(default_factory=dict)
-    only: list[str] = field(default_factory=list)
 
 
 ConfigStore.instance().store(name="disaggregate_schema", node=DisaggregateConfig)
@@ -86,16 +82,18 @@ def plan_of(cfg: DictConfig) -> Plan:
     """Return the plan of a configuration.
 
     Raises:
-        ConfigError: for a policy that changes plans: what is sent has to stay what decode expects.
+        ConfigError: for a policy that changes plans, because prefill must send what decode expects.
     """
     policy = build_parts(cfg).policy
     if not isinstance(policy, Fixed):
-        raise ConfigError("prefill and decode apart run one plan; choose a fixed policy, e.g. policy=dense or pdtrim")
+        raise ConfigError(
+            "disaggregated serving runs one plan; choose a fixed policy, e.g. policy=dense or policy=pdtrim"
+        )
     return policy.first_plan
 
 
 def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disaggregated:
-    """Build the prefill and decode replicas of a configuration; ``decode_cfg`` is of the latter where they differ."""
+    """Build the prefill and decode replicas of a configuration; ``decode_cfg`` is that of decode if it differs."""
     plan, quality = plan_of(cfg), quality_of(cfg)
     nll = quality.nll if quality is not None else None
 
@@ -117,7 +115,7 @@ def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disag
 
 
 def _together(cfg: DictConfig) -> tuple[Records, Sequence[SimEngine]]:
-    """Serve with replicas that do both; return records and engines."""
+    """Serve with replicas that do both stages; return records and engines."""
 
     def make(env: simpy.Environment) -> tuple[SimEngine, Any]:
         return build_engine(cfg, env=env, external_clock=True)
@@ -138,7 +136,7 @@ NOTHING_SENT: dict[str, Any] = {
 
 
 def transfer_figures(staged: StagedRecords, plan: Plan, model: ModelSpec) -> dict[str, Any]:
-    """Return what a run says of the KV that was sent, but for how busy the links were."""
+    """Return a run's figures on the KV that was sent, except the links' busy share."""
     shipped = np.isfinite(staged.sent_s)
     prompts, sent = staged.prompt_tokens[shipped], staged.sent_bytes[shipped]
     dense_bytes = int(prompts.sum()) * model.num_layers * model.kv_bytes_per_token_layer
@@ -152,7 +150,7 @@ def transfer_figures(staged: StagedRecords, plan: Plan, model: ModelSpec) -> dic
 
 
 def perplexity_ratio(cfg: DictConfig, quality_nll: float | None) -> float | None:
-    """Return how many times the dense perplexity the plans cost that requests were charged with."""
+    """Return the perplexity of the plans that requests ran, over dense; None without a quality table."""
     quality = quality_of(cfg)
     if quality is None or quality_nll is None:
         return None
@@ -186,28 +184,25 @@ def run(cfg: DictConfig) -> tuple[Records, dict[str, Any]]:
 
 
 def run_figures(cfg: DictConfig) -> dict[str, Any]:
-    """Replay one configuration; return its figures alone."""
+    """Replay one configuration; return only its figures."""
     return run(cfg)[1]
 
 
 def _disaggregate(cfg: DictConfig) -> None:
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
-    made_by = provenance(cfg.seed)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    if cfg.variants or cfg.seeds or cfg.windows:
-        compare_variants(cfg, folder, label, made_by, run_figures, STAGED_COLUMNS)
-        return
+    run_or_compare(cfg, write_run=_write_run, run_figures=run_figures, columns=STAGED_COLUMNS)
+
+
+def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any]) -> None:
+    """Replay one configuration; write and print its results."""
     records, summary = run(cfg)
     write_json(folder / "provenance.json", made_by)
     write_parquet(folder / "records.parquet", staged_frame(records, build(cfg.slo)))
-    write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+    write_json(folder / "summary.json", summary)  # last: a folder with this file is complete
     print_staged(summary, f"{label}: {cfg.prefill_replicas} prefill and {cfg.decode_replicas} decode replicas")
-    print(f"files: {folder}")
 
 
 def staged_frame(records: Records, slo: Slo) -> pd.DataFrame:
-    """Return the table that ``records.parquet`` holds."""
+    """Return the table of ``records.parquet``."""
     frame = records_frame(records, slo)
     for name in ("prefill_replica", "decode_replica", "sent_bytes", "send_s", "sent_s"):
         if hasattr(records, name):

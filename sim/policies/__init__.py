@@ -1,6 +1,6 @@
-"""Policies: each chooses the plan for the next period from what a server could really see.
+"""Policies: each chooses the plan for the next period from what a server can observe.
 
-A file of conf/policy names the function that builds a policy from a ``PolicyContext``.
+To add one, write one file here and one ``conf/policy/NAME.yaml`` whose ``_target_`` names its function.
 """
 
 from sim.policies.base import ClusterPolicy, Policy, PolicyContext

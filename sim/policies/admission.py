@@ -1,9 +1,9 @@
-"""Admission limits: hold the queue to what can still get its first token in time, and reject the rest at once.
+"""Admission limits: keep the queue as short as can still meet the TTFT target, and reject other requests at once.
 
-``Saber`` is like SABER (arXiv 2506.19677), which admits a request only if a speed curve that it fitted says that its
-target will be met. Ours needs no curve of the model: it watches how many first tokens a second the server gives while
-requests wait, and lets as many wait as will get theirs within the target at that speed. Margin and bounds are ours.
-``Limited`` puts one fixed limit on what any other policy does, so that policies can be compared with and without.
+``Saber`` follows SABER (arXiv 2506.19677), which admits a request only if a fitted speed curve predicts that its target
+will be met. This version needs no fitted curve: it measures the rate of first tokens while requests wait, and limits
+the queue to what the server can start within the target at that rate. Margin and bounds are our choice.
+``Limited`` adds one fixed limit to any other policy, so that policies can be compared with and without a limit.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from sim.policies.fixed import plan_of
 
 @dataclass(slots=True)
 class Saber:
-    """Runs one plan; the queue may hold what ``margin`` of the target can serve at the speed seen while it was full.
+    """Runs one plan; limits the queue to ``margin`` x target x the measured rate of first tokens.
 
-    smoothing_s: over how many seconds that speed is averaged; only time in which requests waited counts.
+    margin: share of the TTFT target in which the queue must be served. least, most: bounds of the queue limit.
+    smoothing_s: time constant of the exponential average of the rate; only time in which requests waited counts.
     """
 
     plan: Plan
@@ -40,11 +41,11 @@ class Saber:
 
     @property
     def first_plan(self) -> Plan:
-        """The plan, with the widest queue."""
+        """The plan with the longest allowed queue."""
         return replace(self.plan, admit=self.most)
 
     def __call__(self, state: EngineState) -> Plan:
-        """Set the limit to what can be served in time."""
+        """Measure the rate of first tokens and set the queue limit."""
         before, self.before = self.before, state
         if before is not None and state.time_s > before.time_s and before.waiting and state.waiting:
             passed_s = state.time_s - before.time_s
@@ -68,8 +69,11 @@ def saber(
     smoothing_s: float = 10.0,
     plan: Mapping[str, Any] | None = None,
 ) -> Saber:
-    """Build the policy; ``plan``: the words of ``sim.policies.fixed.static_plan``, dense when not given.
+    """Build the policy.
 
+    Args:
+        plan: options of ``sim.policies.fixed.static_plan``; None is dense.
+        ttft_s, margin, least, most, smoothing_s: as in ``Saber``.
     Raises:
         ConfigError: for a target, margin or smoothing that is not above 0, or bounds that are not 0 <= least <= most.
     """
@@ -83,28 +87,28 @@ def saber(
 
 @dataclass(slots=True)
 class Limited:
-    """What another policy does, with at most ``admit`` requests in the queue."""
+    """Follows another policy, with at most ``admit`` requests in the queue."""
 
     policy: Policy
     admit: int
 
     @property
     def first_plan(self) -> Plan:
-        """The other's first plan, limited."""
+        """The other policy's first plan, limited."""
         return replace(self.policy.first_plan, admit=self.admit)
 
     def __call__(self, state: EngineState) -> Plan:
-        """Return the other's plan, limited."""
+        """Return the other policy's plan, limited."""
         return replace(self.policy(state), admit=self.admit)
 
 
 def limited(served: PolicyContext, *, policy: Any, admit: int) -> Limited:
-    """Build the policy around another, given as a file of conf/policy has it.
+    """Build the policy around another one, which has the form of a file of conf/policy.
 
     Raises:
         ConfigError: for a limit below 0.
     """
     if admit < 0:
-        raise ConfigError(f"policy.admit is {admit}; at least 0 waiting requests are allowed")
+        raise ConfigError(f"policy.admit is {admit}; it must be at least 0 waiting requests")
     made = instantiate(policy) if isinstance(policy, Mapping) else policy
     return Limited(made(served), admit)

@@ -1,4 +1,4 @@
-"""One plan from beginning to end."""
+"""Policies that run one plan for the entire replay."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sim.policies.base import PolicyContext
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Always the same plan: dense, or any static compression."""
+    """Always returns the same plan: dense, or any static compression."""
 
     first_plan: Plan
 
     def __call__(self, state: EngineState) -> Plan:
-        """Return the plan, whatever the state."""
+        """Return the plan; the state does not matter."""
         return self.first_plan
 
 
@@ -39,23 +39,24 @@ def static_plan(
     max_running: int | None = None,
     admit: int | None = None,
 ) -> Plan:
-    """Return a plan in the words of a configuration.
+    """Return the plan for the options of a configuration.
 
     Args:
-        model: what the plan is for.
-        drop_mha, drop_ffn: layers whose block decode does not run.
-        prefill_drop_mha, prefill_drop_ffn: the same for prefill; as decode when not given.
-        weight_bits: 16, 8 or 4 for all layers, or one entry a layer.
-        kv_first_tokens, kv_last_tokens: tokens whose KV stays once prefill ended. kv_layers: where; all by default.
+        model: the model that the plan is for.
+        drop_mha, drop_ffn: layers whose MHA or FFN block decode skips.
+        prefill_drop_mha, prefill_drop_ffn: the same for prefill; None takes those of decode.
+        weight_bits: 16, 8 or 4 for all layers, or one entry per layer.
+        kv_first_tokens, kv_last_tokens: tokens whose KV stays after prefill; None keeps all tokens.
+        kv_layers: layers in which they apply; None is all layers.
         max_running, admit: as in ``Plan``.
     Raises:
-        PlanError: when the plan is not legal for the model; the message names the block.
+        PlanError: if the plan is not legal for the model; the message names the block.
     """
     layers = model.num_layers
     keep = KVKeep(first_tokens=kv_first_tokens, last_tokens=kv_last_tokens)
     shortened = set(range(layers) if kv_layers is None else kv_layers)
     if unknown := sorted(layer for layer in shortened if not 0 <= layer < layers):
-        raise PlanError(f"kv_layers: layer {unknown[0]} does not exist: {model.name} has layers 0 to {layers - 1}")
+        raise PlanError(f"kv_layers: layer {unknown[0]} does not exist; {model.name} has layers 0 to {layers - 1}")
     plan = Plan(
         decode=drop(model, mha=drop_mha, ffn=drop_ffn),
         prefill=drop(
@@ -76,16 +77,16 @@ def fixed(served: PolicyContext, **options: Any) -> Fixed:
     """Build the policy that always runs ``static_plan(model, **options)``.
 
     Raises:
-        PlanError: for a word that ``static_plan`` does not take, or a plan that is not legal for the model.
+        PlanError: for an option that ``static_plan`` does not have, or a plan that is not legal for the model.
     """
     return Fixed(plan_of(served.model, options))
 
 
 def static_w4_prefix(served: PolicyContext, *, layers: int, bits: int = 4) -> Fixed:
-    """Build the policy that always runs the first ``layers`` layers at ``bits``, the others at 16.
+    """Build the policy that always runs the first ``layers`` layers at ``bits`` bits, the others at 16.
 
     Raises:
-        PlanError: for more layers than the model has, or bits that are not modelled.
+        PlanError: for more layers than the model has, or bits that are not supported.
     """
     most = served.model.num_layers
     if not 0 <= layers <= most:
@@ -94,9 +95,9 @@ def static_w4_prefix(served: PolicyContext, *, layers: int, bits: int = 4) -> Fi
 
 
 def plan_of(model: ModelSpec, options: Mapping[str, Any]) -> Plan:
-    """Return ``static_plan(model, **options)``; an unknown word is an error with the nearest right one."""
+    """Return ``static_plan(model, **options)``; the error for an unknown option names the nearest known one."""
     allowed = set(inspect.signature(static_plan).parameters) - {"model"}
     for option in options:
         if option not in allowed:
-            raise PlanError(f"a plan takes no {option!r}; {nearest(option, allowed)}")
+            raise PlanError(f"a plan has no option {option!r}; {nearest(option, allowed)}")
     return static_plan(model, **options)

@@ -1,9 +1,9 @@
-"""Greedy order and stop: drop blocks in a fixed order until memory suffices, bring them back when it does again.
+"""Greedy order and stop: drop blocks in a fixed order until memory suffices; restore them when there is enough again.
 
-The baseline without learning that RAP's reviewers asked for: the order is made offline (RAP's Greedy Sequential
-Importance, arXiv 2505.17138, or BlockPruner's, arXiv 2406.10594), and at run time only the stopping point moves. RAP
-drops until peak(mask; B, S) meets the budget for the batch and lengths of the moment; here the moment is what the
-engine holds and what waits for it. Headroom and patience are ours to choose: no paper states them.
+The baseline without learning that RAP's reviewers requested. The order is computed offline (RAP's Greedy Sequential
+Importance, arXiv 2505.17138, or BlockPruner's, arXiv 2406.10594); at run time only the stopping point moves. RAP drops
+until peak(mask; B, S) meets the budget for the current batch and lengths; here the load is the KV that the engine holds
+and, optionally, the queue. No paper states headroom and patience; the values are our choice.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from sim.policies.base import PolicyContext
 class GreedyStop:
     """Runs the model without the first ``dropped`` blocks of an order.
 
-    plans, weights_bytes, mha_blocks: of every stopping point, from none dropped to the whole order.
-    headroom: memory demand is multiplied by this before blocks are dropped for it, and by ``restore_headroom`` before
-        they come back.
-    waiting_share: how much of what waits in the queue counts as demand. waiting_most: up to which share of the budget,
-        since a queue that no plan can hold is no reason to drop everything.
-    patience: decisions in a row that must agree before blocks come back; dropping never waits.
+    plans, weights_bytes, mha_blocks: of every stopping point, from none dropped to the full order.
+    headroom: factor on the KV demand when deciding to drop blocks. restore_headroom: the same when deciding to restore.
+    waiting_share: share of the queue's tokens that counts as demand.
+    waiting_most: cap on the queue's demand, as a share of the budget, because no plan can hold a very long queue and
+        dropping everything would not help.
+    patience: consecutive decisions that must agree before blocks are restored; dropping is immediate.
     """
 
     plans: tuple[Plan, ...]
@@ -52,7 +52,7 @@ class GreedyStop:
         return self.plans[0]
 
     def __call__(self, state: EngineState) -> Plan:
-        """Drop at once what memory asks for; bring back what it has allowed for some time."""
+        """Drop blocks at once if memory is short; restore them if it has sufficed for ``patience`` decisions."""
         needed = self._stop(state, self.headroom)
         if needed > self.dropped:
             self.dropped, self.calm = needed, 0
@@ -64,8 +64,8 @@ class GreedyStop:
         return self.plans[self.dropped]
 
     def _stop(self, state: EngineState, headroom: float) -> int:
-        """Return the first stopping point at which weights and KV demand fit; the last when none does."""
-        # An announced smaller budget counts already; a larger one does not yet.
+        """Return the first stopping point at which weights and KV demand fit; the last if none does."""
+        # An announced decrease of the budget counts now; an announced increase does not count yet.
         budget_bytes = min(state.budget_bytes, state.next_budget_bytes) - self.workspace_bytes
         dense_bytes_per_token = self.mha_blocks[0] * self.kv_bytes_per_token_layer
         most_tokens = self.waiting_most * max(budget_bytes, 0) / dense_bytes_per_token
@@ -90,28 +90,29 @@ def greedy_stop(
     """Build the policy from an order of blocks such as ``MHA25, FFN7``.
 
     Args:
-        served: what is decided for. order: blocks, the first to drop first.
-        made_for: the model on which the order was measured; None for any.
+        served: what the policy knows of the server.
+        order: blocks in the order of dropping.
+        made_for: the model on which the order was measured; None accepts any model.
         headroom, restore_headroom, waiting_share, waiting_most, patience: as in ``GreedyStop``.
     Raises:
         PlanError: for a block that the model does not have, one named twice, or an order made for another model.
-        ConfigError: for headrooms below 1, a restore headroom below the other, a patience below 1, or shares out of
+        ConfigError: for a headroom below 1, a restore_headroom below headroom, a patience below 1, or a share out of
             range.
     """
     if not 1.0 <= headroom <= restore_headroom:
         raise ConfigError(
             f"policy.headroom is {headroom} and restore_headroom {restore_headroom}; they must be at least 1, and the "
-            "second not below the first, else blocks would go and come at every decision"
+            "second at least the first; otherwise blocks would be dropped and restored at every decision"
         )
     if patience < 1 or not waiting_share >= 0.0 or not 0.0 <= waiting_most <= 1.0:
         raise ConfigError(
-            f"policy.patience is {patience}, waiting_share {waiting_share}, waiting_most {waiting_most}; at least 1, "
-            "at least 0, and 0 to 1 are allowed"
+            f"policy.patience is {patience}, waiting_share {waiting_share}, waiting_most {waiting_most}; they must "
+            "be at least 1, at least 0, and from 0 to 1"
         )
     model = served.model
     if made_for is not None and made_for != model.name:
         raise PlanError(
-            f"policy.order was measured on {made_for}, not on {model.name}; give an order of its own "
+            f"policy.order was measured on {made_for}, not on {model.name}; set an order of this model "
             "(policy.order='[MHA20,FFN3,...]' policy.made_for=null; python -m hw.score kind=gsi measures one)"
         )
     dense = dense_plan(model)
@@ -139,10 +140,9 @@ def greedy_stop(
 
 @dataclass(slots=True)
 class RandomStop:
-    """Drops as many blocks as greedy order and stop would, each time others: a new random order after every full return
-    to dense.
+    """Greedy order and stop over a random order, with a new order each time all blocks are restored.
 
-    draw: makes the policy over a random order; what it decides with begins anew with each order.
+    draw: builds the policy over a new random order, with fresh state.
     """
 
     draw: Callable[[], GreedyStop]
@@ -154,7 +154,7 @@ class RandomStop:
         return self.current.first_plan
 
     def __call__(self, state: EngineState) -> Plan:
-        """Follow the order of the moment; draw the next one when all blocks are back."""
+        """Follow the current order; take a new one when all blocks are restored."""
         was_dropped = self.current.dropped
         plan = self.current(state)
         if was_dropped and not self.current.dropped:
@@ -173,9 +173,10 @@ def random_stop(
     waiting_most: float = 0.25,
     patience: int = 5,
 ) -> RandomStop:
-    """Build ``greedy_stop`` over seeded random orders: the baseline that tells what an order is worth.
+    """Build ``greedy_stop`` over seeded random orders: the baseline that shows the value of a good order.
 
-    The first and last layer stay: without them no text comes out at all, and the comparison would say nothing.
+    The first and last layer are never dropped: without them the model produces no useful text, so the comparison would
+    be meaningless.
     """
     blocks = inner_blocks(served.model)
     if not 1 <= max_dropped <= len(blocks):
@@ -197,7 +198,7 @@ def random_stop(
 
 
 def inner_blocks(model: ModelSpec) -> list[str]:
-    """Return the names of all blocks but those of the first and last layer."""
+    """Return the names of all blocks except those of the first and last layer."""
     return [f"{kind}{layer}" for layer in range(1, model.num_layers - 1) for kind in ("MHA", "FFN")]
 
 
@@ -205,9 +206,9 @@ def block_of(name: str) -> tuple[str, int]:
     """Return ``("MHA", 25)`` for ``MHA25``.
 
     Raises:
-        PlanError: for anything else than MHA or FFN and a layer.
+        PlanError: if the name is not MHA or FFN followed by a layer number.
     """
     kind, number = name[:3], name[3:]
     if kind not in ("MHA", "FFN") or not number.isdigit():
-        raise PlanError(f"{name!r} names no block; blocks are written MHA0, FFN0, MHA1, ...")
+        raise PlanError(f"{name!r} is not a block; write blocks as MHA0, FFN0, MHA1, ...")
     return kind, int(number)

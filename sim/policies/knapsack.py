@@ -1,10 +1,10 @@
-"""Knapsack: of all sets of blocks that free enough bytes, drop the one whose summed losses are least.
+"""Knapsack: of all sets of blocks that free enough bytes, drop the set with the smallest summed loss.
 
-The blocks of one kind free the same bytes, and there are two kinds, so the knapsack is solved exactly by trying every
-number of MHA blocks: the cheapest so many of them, and the fewest cheapest FFN blocks that free the rest. It is the
-best plan there is under an additive surrogate of the loss, and under any surrogate that rises with such a sum
-(``sim.cost.quality``'s ``additive`` and ``warped`` forms); where neighbours count it is not. No paper of ours has it: RAP's
-reviewers asked what a solver does that an agent does not.
+All blocks of one kind free the same bytes, and there are two kinds. So the knapsack is solved exactly by trying every
+number n of MHA blocks: drop the n cheapest, and the fewest cheapest FFN blocks that free the rest. The result is
+optimal under an additive surrogate of the loss, and under any surrogate that increases with such a sum (the
+``additive`` and ``warped`` forms of ``sim.cost.quality``), but not if the loss depends on neighboring blocks. It
+answers the question of RAP's reviewers how a solver compares with an agent.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from sim.types import Floats
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What each block costs in the surrogate's sum, sorted once for many solutions.
+    """The loss of each block in the surrogate's sum, sorted once for many solutions.
 
-    mha_order, ffn_order: layers, the cheapest first. mha_sums, ffn_sums: what the first n of them cost, n from 0.
+    mha_order, ffn_order: layers, cheapest first. mha_sums, ffn_sums: float64[layers + 1], the cost of the first n.
     """
 
     mha_order: tuple[int, ...]
@@ -38,7 +38,7 @@ class Costs:
 
 
 def sorted_costs(costs: Floats) -> Costs:
-    """Sort costs [b] in the order MHA0, FFN0, MHA1, ...; equal ones go from the last layer to the first."""
+    """Sort costs, float64[b] in the order MHA0, FFN0, MHA1, ...; of equal costs, the last layer comes first."""
     orders, sums = [], []
     for kind in (costs[0::2], costs[1::2]):
         order = sorted(range(len(kind)), key=lambda layer: (kind[layer], -layer))
@@ -48,12 +48,13 @@ def sorted_costs(costs: Floats) -> Costs:
 
 
 def cheapest_drop(costs: Costs, needed_bytes: int, mha_bytes: int, ffn_bytes: int) -> tuple[int, int]:
-    """Return how many MHA and FFN blocks to drop, the cheapest of each, to free ``needed_bytes`` at the least cost.
+    """Return how many of the cheapest MHA and FFN blocks to drop to free ``needed_bytes`` at the least cost.
 
-    All of them when even that is not enough. Of equally cheap answers the one that drops fewer MHA blocks.
+    All blocks if even that does not suffice. Of equally cheap answers, the one that drops fewer MHA blocks.
     """
     layers = len(costs.mha_order)
     mha = np.arange(layers + 1)
+    # -(-x // y) rounds up: the fewest FFN blocks that free what n MHA blocks leave, for every n at once.
     ffn = np.maximum(0, -((mha * mha_bytes - needed_bytes) // ffn_bytes))
     possible = ffn <= layers
     if not possible.any():
@@ -74,9 +75,9 @@ def cheapest_mask(costs: Costs, needed_bytes: int, mha_bytes: int, ffn_bytes: in
 
 @dataclass(slots=True)
 class Knapsack:
-    """Runs the cheapest mask for what the engine holds; brings blocks back after ``patience`` decisions that agree.
+    """Runs the cheapest mask for the KV that the engine holds; restores blocks after ``patience`` decisions that agree.
 
-    headroom: memory demand is multiplied by this. waiting_share: how much of what waits counts as demand.
+    headroom: factor on the KV demand. waiting_share: share of the queue's tokens that counts as demand.
     """
 
     dense: Plan
@@ -97,7 +98,7 @@ class Knapsack:
         return self.dense
 
     def __call__(self, state: EngineState) -> Plan:
-        """Solve for the present demand; change at once for less memory, after some time for more."""
+        """Solve for the current demand; change at once if memory is short, otherwise after ``patience`` decisions."""
         present = self.running or self.dense
         tokens = self.headroom * (state.running_tokens + self.waiting_share * state.waiting_tokens)
         budget_bytes = min(state.budget_bytes, state.next_budget_bytes) - self.workspace_bytes
@@ -128,28 +129,32 @@ def knapsack(
     """Build the policy.
 
     Args:
-        served: what is decided for. quality: a measured table of conf/quality; None takes the model's own name.
-        costs: of every block in the order MHA0, FFN0, MHA1, ..., instead of a table.
+        served: what the policy knows of the server.
+        quality: a measured table of conf/quality; None takes the one named like the model.
+        costs: the loss of every block in the order MHA0, FFN0, MHA1, ..., instead of a table.
         headroom, waiting_share, patience: as in ``Knapsack``.
     Raises:
-        ConfigError: for a headroom or patience below 1, or a quality that tells no block from another.
-        PlanError: when costs are of another model's size.
+        ConfigError: for a headroom or patience below 1, or a quality table without a loss for each block.
+        PlanError: if the number of costs is not that of the model's blocks.
     """
     model = served.model
     if not headroom >= 1.0 or patience < 1 or not waiting_share >= 0.0:
         raise ConfigError(
-            f"policy.headroom is {headroom}, patience {patience}, waiting_share {waiting_share}; at least 1, 1 and 0"
+            f"policy.headroom is {headroom}, patience {patience}, waiting_share {waiting_share}; they must "
+            "be at least 1, 1 and 0"
         )
     if costs is None:
         fitted = load_quality(quality or model.name)
         if not isinstance(fitted, FittedQuality):
             raise ConfigError(
-                f"policy.quality: {fitted.summary()}, so no block is cheaper than another; "
-                "give policy.costs, or measure a table: python -m hw.score kind=table"
+                f"policy.quality: {fitted.summary()}, so it has no loss for each block; "
+                "set policy.costs, or measure a table: python -m hw.score kind=table"
             )
         costs = fitted.blocks.tolist()
     if len(costs) != 2 * model.num_layers:
-        raise PlanError(f"policy.costs has {len(costs)} entries; {model.name} has {2 * model.num_layers} blocks")
+        raise PlanError(
+            f"policy.costs has {len(costs)} entries; {model.name} has {2 * model.num_layers} blocks; give one each"
+        )
     dense = dense_plan(model)
     return Knapsack(
         dense=dense,

@@ -1,8 +1,8 @@
 """Learned policies: a network from a file, run with NumPy; no torch, no ray.
 
-``python -m agents.export`` writes two files side by side: NAME.safetensors with the weights, and NAME.json with layer
-sizes, activation, the tables of what it observes and does, how it was trained, and the commit. A file whose tables are
-not those of the model that is served is refused: its numbers would be read as something else.
+``python -m agents.export`` writes two files: NAME.safetensors with the weights, and NAME.json with layer sizes,
+activation, the tables of observations and actions, how it was trained, and the commit. A policy whose tables differ
+from those of the served model is refused, because its inputs and outputs would mean something else.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ ACTIVATIONS: dict[str, _Activation] = {"relu": _relu, "tanh": _tanh}
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A perceptron in float32. weights [out, in] and biases [out], layer by layer; activation between layers."""
+    """A float32 perceptron: per layer, weights [out, in] and biases [out]; an activation between layers."""
 
     weights: tuple[NDArray[np.float32], ...]
     biases: tuple[NDArray[np.float32], ...]
@@ -69,15 +69,18 @@ class Network:
         sizes = [w.shape for w in self.weights]
         fits = all(a[0] == b[1] for a, b in pairwise(sizes))
         if not sizes or not fits or [b.shape for b in self.biases] != [(s[0],) for s in sizes]:
-            raise ConfigError(f"the layers {sizes} do not follow one another, or a bias has another size")
+            raise ConfigError(
+                f"the layers {sizes} do not fit one another or their biases; export the policy again: "
+                "python -m agents.export"
+            )
 
     @property
     def parameters(self) -> int:
-        """How many numbers were learned."""
+        """The number of learned parameters."""
         return sum(w.size for w in self.weights) + sum(b.size for b in self.biases)
 
     def __call__(self, features: Floats32) -> Floats32:
-        """Return one value an action, of features [o] or [n, o]."""
+        """Return one value per action, [a] or [n, a], for features [o] or [n, o]."""
         apply = ACTIVATIONS[self.activation]
         x = features
         last = len(self.weights) - 1
@@ -89,14 +92,14 @@ class Network:
         return x
 
     def act(self, features: Floats32, legal: Bools) -> NDArray[np.int64]:
-        """Return the best legal action of each row."""
+        """Return the legal action with the highest value in each row."""
         chosen: NDArray[np.int64] = np.where(legal, self(features), -np.inf).argmax(axis=-1)
         return chosen
 
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """An exported policy: its network and what the JSON beside it says."""
+    """An exported policy: its network and the content of its JSON file."""
 
     network: Network
     about: Mapping[str, Any]
@@ -104,12 +107,12 @@ class Learned:
 
 
 def read_learned(path: str | Path, task: str) -> Learned:
-    """Read NAME.json and NAME.safetensors. A bare name means one that ships in conf/policy.
+    """Read NAME.json and NAME.safetensors; a name without suffix means a file of conf/policy.
 
     Args:
-        path: the JSON file, or a name. task: what the policy must have been trained for.
+        path: the JSON file, or a name. task: the environment that the policy must have been trained in.
     Raises:
-        ConfigError: if it is missing, malformed, or was trained for something else.
+        ConfigError: if it is missing, malformed, or was trained in another environment.
     """
     file = Path(path)
     if file.suffix != ".json":
@@ -117,7 +120,7 @@ def read_learned(path: str | Path, task: str) -> Learned:
     if not file.exists():
         known = [p.stem for p in SHIPPED.glob("*.json")]
         raise ConfigError(
-            f"there is no learned policy {str(path)!r}; {nearest(str(path), known)}, or a path to a .json"
+            f"there is no learned policy {str(path)!r}; {nearest(str(path), known)}, or give the path of a .json file"
         )
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
@@ -133,17 +136,17 @@ def read_learned(path: str | Path, task: str) -> Learned:
             raise ValueError(f"task {about['task']!r} with layers {about['layers']}; expected {task!r} with {sizes}")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(
-            f"{file} is no learned policy for {task} ({type(error).__name__}: {error}); "
+            f"{file} is not a learned policy for {task} ({type(error).__name__}: {error}); "
             "export one: python -m agents.export run=..."
         ) from error
     return Learned(network, about, file)
 
 
 def check_tables(learned: Learned, table: ObservationSpec) -> None:
-    """Check that a policy was trained on this very table.
+    """Check that a policy was trained with exactly this table.
 
     Raises:
-        ConfigError: naming the first entry that differs.
+        ConfigError: if not; the message names the first entry that differs.
     """
     if difference := same_table(table, learned.about):
         raise ConfigError(
@@ -157,7 +160,11 @@ def check_tables(learned: Learned, table: ObservationSpec) -> None:
 
 @dataclass(slots=True)
 class PruneNetwork:
-    """Drops blocks one by one, as the network says, until a load fits its budget."""
+    """Drops blocks one by one, as the network chooses, until a load fits its budget.
+
+    scores: float32[b], the loss of each block alone, if the network observes it. shown: bool[o], False for entries that
+    were hidden in training; None shows all.
+    """
 
     model: ModelSpec
     network: Network
@@ -165,7 +172,7 @@ class PruneNetwork:
     shown: Bools | None = None
 
     def removed_for(self, batch: int, sequence_tokens: int, budget_bytes: int) -> Bools:
-        """Return which blocks [b] to drop from the dense model."""
+        """Return which blocks to drop from the dense model, bool[b]."""
         load = loads(self.model, [batch], [sequence_tokens], [budget_bytes])
         columns = load_columns(load, self.model.num_layers)
         removed = np.zeros((1, 2 * self.model.num_layers), dtype=np.bool_)
@@ -188,12 +195,15 @@ def prune_network(model: ModelSpec, path: str | Path) -> PruneNetwork:
     """Read a policy of ``PruneToBudget`` for a model.
 
     Raises:
-        ConfigError: if it was trained on another model or on other tables.
+        ConfigError: if it was trained on another model or with other tables.
     """
     learned = read_learned(path, "PruneToBudget")
     environment = learned.about.get("environment", {})
     if environment.get("restore") or environment.get("sequence", 1) != 1:
-        raise ConfigError(f"{learned.path.name} was trained with restore or a sequence of loads; this runs one load")
+        raise ConfigError(
+            f"{learned.path.name} was trained with restore or a sequence of loads, which a replay does "
+            "not support; use a policy trained with restore=false sequence=1"
+        )
     table = prune_table(model, scores=bool(environment.get("scores")))
     if learned.about.get("model") != model.name:
         raise ConfigError(f"{learned.path.name} was trained on {learned.about.get('model')}, not on {model.name}")
@@ -206,10 +216,10 @@ def prune_network(model: ModelSpec, path: str | Path) -> PruneNetwork:
 
 @dataclass(slots=True)
 class LearnedPrune:
-    """RAP while serving: prunes for what the engine holds now, and brings blocks back after ``patience`` decisions.
+    """RAP's policy while serving: prunes for the current load, and restores blocks after ``patience`` decisions.
 
-    The load is the running requests and their mean length; what it was trained on is complete generations, so
-    ``headroom`` stands for the tokens that are still to come.
+    The load is the number of running requests and their mean length. The network was trained on complete generations,
+    so ``headroom``, a factor on that length, stands for the tokens still to come.
     """
 
     dense: Plan
@@ -227,7 +237,7 @@ class LearnedPrune:
         return self.dense
 
     def __call__(self, state: EngineState) -> Plan:
-        """Ask the network when memory is short, or has not been for some time."""
+        """Run the network if memory is short, or if it has sufficed for ``patience`` decisions."""
         present = self.running or self.dense
         budget_bytes = min(state.budget_bytes, state.next_budget_bytes) - self.workspace_bytes
         batch = max(1, state.running)
@@ -248,7 +258,8 @@ def learned_prune(served: PolicyContext, *, path: str, headroom: float = 1.1, pa
     """Build the policy from an exported file.
 
     Args:
-        served: what is decided for. path: a JSON file of ``agents.export``, or the name of one that ships.
+        served: what the policy knows of the server.
+        path: a JSON file of ``agents.export``, or the name of one in conf/policy.
         headroom, patience: as in ``LearnedPrune``.
     Raises:
         ConfigError: for a file that does not fit the model, or a headroom or patience below 1.

@@ -1,4 +1,4 @@
-"""What ``ServeCluster`` trained, as the policy of every replica of a cluster: it looks at the other replicas too."""
+"""A policy trained in ``ServeCluster``, for every replica of a cluster; it observes the other replicas too."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sim.types import Floats32
 
 @dataclass(slots=True)
 class LearnedCluster:
-    """Chooses the legal plan that the network rates highest; every replica has one of its own, with one network.
+    """Chooses the legal plan with the highest value; each replica has its own instance, all with the same network.
 
-    shown: 0 for the entries that were hidden in training, 1 for the others.
+    shown: float32[entries], 0 for entries that were hidden in training, 1 for the others.
     """
 
     network: Network
@@ -37,7 +37,7 @@ class LearnedCluster:
         return self.actions.plans[0]
 
     def __call__(self, state: EngineState) -> Plan:
-        """Choose without other replicas."""
+        """Choose without observing other replicas."""
         return self.among(state, ())
 
     def among(self, state: EngineState, others: Sequence[EngineState]) -> Plan:
@@ -50,10 +50,11 @@ class LearnedCluster:
 
 
 def learned_cluster(served: PolicyContext, *, path: str) -> LearnedCluster:
-    """Build the policy from an exported file; decide as often as it was trained to (``tick_s`` in the file).
+    """Build the policy from an exported file; run it at the ``tick_s`` of its training, which is in the file.
 
     Args:
-        served: what is decided for. path: a JSON file of ``agents.export``, or the name of one that ships.
+        served: what the policy knows of the server.
+        path: a JSON file of ``agents.export``, or the name of one in conf/policy.
     Raises:
         ConfigError: for a file that was trained for another model, observation or table of plans.
     """

@@ -1,4 +1,4 @@
-"""What ``ServeTrace`` trained, as a policy: a network picks the next plan of the table it was trained with."""
+"""A policy trained in ``ServeTrace``: a network picks the next plan from the table of its training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sim.policies.observation.serve import Choice, ServeActions, ServeObserver, 
 
 @dataclass(slots=True)
 class LearnedServe:
-    """Chooses the legal plan that the network rates highest."""
+    """Chooses the legal plan with the highest value."""
 
     network: Network
     actions: ServeActions
@@ -38,10 +38,11 @@ class LearnedServe:
 
 
 def learned_serve(served: PolicyContext, *, path: str) -> LearnedServe:
-    """Build the policy from an exported file; decide as often as it was trained to (``tick_s`` in the file).
+    """Build the policy from an exported file; run it at the ``tick_s`` of its training, which is in the file.
 
     Args:
-        served: what is decided for. path: a JSON file of ``agents.export``, or the name of one that ships.
+        served: what the policy knows of the server.
+        path: a JSON file of ``agents.export``, or the name of one in conf/policy.
     Raises:
         ConfigError: for a file that was trained for another model, observation or table of plans.
     """
@@ -54,10 +55,11 @@ def learned_serve(served: PolicyContext, *, path: str) -> LearnedServe:
 def trained_actions(
     learned: Learned, served: PolicyContext, table: Callable[[ServeActions], ObservationSpec]
 ) -> ServeActions:
-    """Return the plans that a policy was trained to choose from, for what is served now.
+    """Return the plans that a policy was trained to choose from, for the served model.
 
     Args:
-        learned, served: the policy, and what it decides for. table: makes its table of observations from the plans.
+        learned, served: the policy, and what it knows of the server.
+        table: builds its table of observations from the plans.
     Raises:
         ConfigError: if it was trained for another model, observation or table of plans.
     """

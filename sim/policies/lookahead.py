@@ -1,10 +1,11 @@
-"""Look-ahead: try every plan on a model of the server, keep the one under which most requests are served well.
+"""Look-ahead: try every plan on a model of the server, and keep the one under which most requests are served well.
 
-Model-predictive control without learning. At each decision a simulated server is brought to what ``EngineState`` says:
-so many requests run and hold so many tokens, so many wait. Then every plan of a table runs on it for ``horizon_s``
-while the arrivals of the recent past come again, as fast as they did and faster. It knows nothing that a server could
-not: output lengths are those of a memoryless law whose mean is what has been produced a finished request, the budget
-stays as it is (an announced smaller one counts already), and what is to come is what came.
+Model-predictive control without learning. At each decision, a simulated server is brought to the load of
+``EngineState``: the number of running requests and their tokens, and the number of waiting ones. Then every plan of a
+table runs on it for ``horizon_s`` seconds, while the arrivals of the recent past repeat, at their own rate and faster.
+It uses nothing that a server could not know: output lengths follow a memoryless (exponential) distribution whose mean
+is the tokens produced per finished request; the budget stays as it is (an announced decrease counts now); future
+arrivals repeat past ones.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from sim.policies.observation.serve import Choice, ServeActions, actions_from
 from sim.results.records import Records, Status
 from sim.types import Floats, Ints
 
-# Shapes: [r] requests of a trial: those that run, those that wait, those that come; [a] plans of the table.
+# Shapes: [r] requests of a trial: running, waiting, expected; [a] plans of the table.
 
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 PLENTY_BYTES = 1 << 50
 MOST_STEPS = 2048
-"""States of the weights that are remembered from one decision to the next."""
+"""Nodes of the plan graph that are kept from one decision to the next."""
 MOMENT_S = 1e-3
 WARM_STEP_S, WARM_MOST_S = 0.25, 30.0
-"""A trial begins by prefilling what runs: looked at so often, for so long at most."""
+"""A trial first prefills the running requests: seconds between checks whether it is done, and the longest time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What arrived between two decisions."""
+    """The requests that arrived between two decisions."""
 
     seconds: float
     requests: int
@@ -52,12 +53,15 @@ class Past:
 
 @dataclass(slots=True)
 class Lookahead:
-    """Chooses the plan of a table that a trial rates best; the present one unless another is better by ``margin``.
+    """Chooses the plan that a trial rates best; keeps the current plan unless another is better by ``margin``.
 
-    horizon_s: how far a trial goes. ttft_s: the target. grace_s: a request that waits at the horizon counts as late
-        this much before its target. margin: in requests that meet the target.
-    memory_s: how much of the past comes again. factors: how many times as fast; the mean over them counts.
-    prior_tokens: mean output before anything has finished.
+    horizon_s: duration of a trial. ttft_s: the TTFT target.
+    grace_s: a request that still waits at the end of a trial counts as on time if its deadline is at least this much
+        later.
+    margin: in requests that meet the target.
+    memory_s: duration of the past that repeats. factors: rates at which it repeats, as multiples of its own; the value
+        of a plan is the mean over them.
+    prior_tokens: mean output length until a request has finished.
     """
 
     server: ServerSpec
@@ -91,7 +95,7 @@ class Lookahead:
         return self.actions.plans[self.choice.action]
 
     def values(self, state: EngineState, legal: NDArray[np.bool_]) -> Floats:
-        """Return how many requests each plan is expected to serve well, each by its quality [a]; NaN if not legal."""
+        """Return the requests that each plan should serve well, weighted by quality, float64[a]; NaN if not legal."""
         found = np.where(legal, 0.0, np.nan)
         engine = self._running(state)
         warm = engine.snapshot()
@@ -108,7 +112,7 @@ class Lookahead:
         return found
 
     def _remember(self, state: EngineState) -> None:
-        """Note what has arrived since the decision before."""
+        """Record what has arrived since the previous decision."""
         before, self.before = self.before, state
         since_s = state.time_s - (before.time_s if before is not None else 0.0)
         if since_s <= 0.0:
@@ -120,7 +124,7 @@ class Lookahead:
             del self.past[0]
 
     def _arrivals(self, factor: float) -> tuple[Floats, Ints]:
-        """Return when, from now, requests come within the horizon if the past comes again, and their prompts."""
+        """Return arrivals within the horizon, in seconds from now, if the past repeats, and their prompt tokens."""
         times: list[float] = []
         prompts: list[int] = []
         now_s, at = 0.0, 0
@@ -135,19 +139,19 @@ class Lookahead:
         return np.array(times[:count], dtype=np.float64), np.array(prompts[:count], dtype=np.int64)
 
     def _running(self, state: EngineState) -> SimEngine:
-        """Return a server at the moment at which the requests that run have their KV, and memory is what it is."""
+        """Return a server in which the running requests have their KV, under the current budget."""
         if len(self.graph) > MOST_STEPS:
             self.graph = PlanGraph(self.server.model, self.server.quality_nll)
-        # Memory is plenty until then; what does not fit afterwards is preempted, as the server would.
+        # Prefill with ample memory; what then does not fit the budget is preempted, as on the server.
         plenty = self._warm(state, constant_budget(PLENTY_BYTES), WARM_MOST_S)
         budget_bytes = max(1, min(state.budget_bytes, state.next_budget_bytes))
         now_s = plenty.env.now
         return self._warm(state, Budget((0.0, now_s), (PLENTY_BYTES, budget_bytes)), now_s)
 
     def _warm(self, state: EngineState, budget: Budget, until_s: float) -> SimEngine:
-        """Return a server that has prefilled the requests that run, or has tried to until then."""
+        """Return a server that has prefilled the running requests, as far as it could until ``until_s``."""
         plan = replace(self.actions.plans[self.choice.action], admit=None)
-        config = replace(self.server.config, prefix_caching=False)  # nobody can see which prompts begin alike
+        config = replace(self.server.config, prefix_caching=False)  # which prompts share a prefix is not observable
         engine = self.server.build_engine(plan, budget, config=config, graph=self.graph, keep_iterations=False)
         running = state.running
         engine.submit_arrays(
@@ -162,10 +166,10 @@ class Lookahead:
         return engine
 
     def _expect(self, engine: SimEngine, state: EngineState, factor: float) -> Floats:
-        """Submit what waits and what is expected.
+        """Submit the waiting and the expected requests.
 
         Returns:
-            Until when each request must begin to answer [r], in seconds of the trial; ``inf`` for those that run.
+            The deadline of each request's first token, float64[r], in seconds of the trial; ``inf`` for running ones.
         """
         now_s, waiting = engine.env.now, state.waiting
         later_s, prompts = self._arrivals(factor)
@@ -176,16 +180,16 @@ class Lookahead:
             np.concatenate([np.full(waiting, _each(state.waiting_tokens, waiting), dtype=np.int64), prompts]),
             _outputs(len(arrival_s), self._mean_tokens(state)),
         )
-        engine.run_until(now_s + MOMENT_S)  # those that wait are in the queue before a plan limits it
+        engine.run_until(now_s + MOMENT_S)  # so that waiting requests are in the queue before a plan limits it
         deadline_s = arrival_s + self.ttft_s - np.concatenate([waited_s, np.zeros(len(later_s))])
         return np.concatenate([np.full(state.running, math.inf), deadline_s])
 
     def _mean_tokens(self, state: EngineState) -> float:
-        """Return what has been produced a finished request: the mean of a memoryless law, runners counted."""
+        """Return all produced tokens per finished request: the mean of a memoryless distribution of lengths."""
         return state.produced_tokens / state.finished if state.finished else self.prior_tokens
 
     def _value(self, records: Records, deadline_s: Floats, end_s: float) -> float:
-        """Return how many requests of a trial that has ended are or can be on time, each by the quality it kept."""
+        """Return the number of a trial's requests that are or can still be on time, weighted by their quality."""
         first_s = np.where(np.isfinite(records.first_token_s), records.first_token_s, end_s)
         good = (first_s <= deadline_s[: len(records)]) & (records.status != Status.REJECTED)
         if self.server.quality_nll is None:
@@ -201,7 +205,8 @@ def _each(tokens: int, requests: int) -> int:
 
 
 def _outputs(count: int, mean_tokens: float) -> Ints:
-    """Return output lengths of a memoryless law with this mean, spread evenly over it and in no order."""
+    """Return output lengths, int64[count], that cover a memoryless distribution with this mean evenly, unordered."""
+    # Multiples of the golden ratio spread evenly over [0, 1) without random numbers, in no particular order.
     share = (np.arange(1, count + 1) * GOLDEN) % 1.0
     lengths: Ints = np.maximum(1, np.ceil(-mean_tokens * np.log1p(-share))).astype(np.int64)
     return lengths
@@ -222,20 +227,23 @@ def lookahead(
     """Build the policy.
 
     Args:
-        served: what is decided for; its ``server`` says what plans are tried on.
-        actions: the table of plans, in the words of ``sim.policies.observation.serve.serve_actions``.
+        served: what the policy knows of the server; plans are tried on its ``server``.
+        actions: the table of plans, as options of ``sim.policies.observation.serve.serve_actions``.
         horizon_s, ttft_s, grace_s, margin, memory_s, prior_tokens, factors: as in ``Lookahead``.
     Raises:
-        ConfigError: for numbers out of range, or where there is no model of the server.
+        ConfigError: for numbers out of range, or if there is no model of the server.
     """
     if min(horizon_s, ttft_s, memory_s, prior_tokens, *factors) <= 0 or min(grace_s, margin) < 0 or not factors:
         raise ConfigError(
             f"policy.horizon_s is {horizon_s}, ttft_s {ttft_s}, memory_s {memory_s}, prior_tokens {prior_tokens}, "
             f"factors {list(factors)}, grace_s {grace_s}, margin {margin}; grace_s and margin must be at least 0, the "
-            "others above it, and there must be a factor"
+            "others above 0, with at least one factor"
         )
     if served.server is None:
-        raise ConfigError("policy=lookahead tries plans on a model of the server, and there is none here")
+        raise ConfigError(
+            "policy=lookahead tries plans on a model of the server, and this command has none; use sim.replay or "
+            "another policy"
+        )
     server = served.server
     return Lookahead(
         server=server,

@@ -1,12 +1,12 @@
-"""MorphServe's controller: swap layers to a lower precision under pressure, back when it is gone.
+"""MorphServe's controller: swap layers to a lower precision under pressure, and restore them after it.
 
 arXiv 2506.02006: a monitor smooths KV use and queue delay; a controller acts only after pressure has persisted; layers
-are replaced in place and the bytes they free become KV blocks. The paper gives example thresholds (KV use above 85 %,
-queue delay above 100 ms) and three modes, but not their parameters. The numbers here are those of an independent
+are replaced in place, and the bytes that this frees become KV blocks. The paper gives example thresholds (KV use above
+85 %, queue delay above 100 ms) and three modes, but not their parameters. The numbers here are from an independent
 reproduction: EMA 0.25; pressure after 3 samples of KV >= 0.85 or delay >= 0.1 s; recovery after 5 of KV <= 0.65 and
-delay <= 0.025 s; layers per action and in all 1/4 (accuracy), 2/8 (default), 4/16 (performance). Layers go front to
-back, the paper's default. A layer comes back only where its bytes fit beside the KV that is held: the extra KV
-blocks are given up, nobody is preempted for it.
+delay <= 0.025 s; layers per action and in total 1/4 (accuracy), 2/8 (default), 4/16 (performance). Layers are swapped
+front to back, the paper's default. A layer is restored only if its bytes fit next to the KV in use: the pool shrinks by
+free KV blocks, and no request is preempted for it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from sim.errors import ConfigError, PlanError, nearest
 from sim.policies.base import PolicyContext
 
 MODES = {"accuracy": (1, 4), "default": (2, 8), "performance": (4, 16)}
-"""Layers per action, layers in all."""
+"""Layers per action, layers in total."""
 
 
 @dataclass(slots=True)
 class MorphServe:
     """Runs the first ``swapped`` layers of an order at low precision.
 
-    plans: of every number of swapped layers. served: what it decides for. step: layers per action.
+    plans: ``plans[n]`` has n swapped layers. served: what the policy knows of the server. step: layers per action.
+    The other fields are the thresholds of the module's docstring: what counts as pressure and as recovery, and after
+    how many samples in a row it acts.
     """
 
     plans: tuple[Plan, ...]
@@ -54,7 +56,7 @@ class MorphServe:
         return self.plans[0]
 
     def __call__(self, state: EngineState) -> Plan:
-        """Take one sample; act when enough in a row agree."""
+        """Take one sample; act if enough consecutive samples agree."""
         kv_share = state.kv_used_layer_blocks / state.kv_layer_blocks if state.kv_layer_blocks else 1.0
         self.kv_share += self.smoothing * (kv_share - self.kv_share)
         self.delay_s += self.smoothing * (state.oldest_wait_s - self.delay_s)
@@ -71,10 +73,10 @@ class MorphServe:
         return self.plans[self.swapped]
 
     def _fewest(self, state: EngineState) -> int:
-        """Return how few layers may stay swapped after this action: those that come back fit beside the KV held."""
+        """Return the smallest number of swapped layers after this action whose weights fit next to the KV in use."""
         served = self.served
         held_bytes = state.kv_used_layer_blocks * kv_block_layer_bytes(served.model, served.kv_block_tokens)
-        # An announced smaller budget counts already; a larger one does not yet.
+        # An announced decrease of the budget counts now; an announced increase does not count yet.
         left_bytes = min(state.budget_bytes, state.next_budget_bytes) - served.workspace_bytes - held_bytes
         for fewer in range(max(self.swapped - self.step, 0), self.swapped):
             if peak_weight_bytes(served.model, self.plans[self.swapped], self.plans[fewer]) <= left_bytes:
@@ -96,11 +98,11 @@ def morphserve(
     recovery_delay_s: float = 0.025,
     recovery_samples: int = 5,
 ) -> MorphServe:
-    """Build the controller; ``order`` lists the layers to swap, first to swap first (front to back when not given).
+    """Build the controller; ``order`` lists the layers in the order of swapping, front to back if None.
 
     Raises:
         ConfigError: for an unknown mode or a smoothing outside (0, 1]. PlanError: for layers the model does not have,
-            or bits that are not modelled.
+            or bits that are not supported.
     """
     if mode not in MODES:
         raise ConfigError(f"unknown policy.mode {mode!r}; {nearest(mode, MODES)}")
@@ -116,7 +118,7 @@ def morphserve(
     for count in range(1, min(most, len(layers)) + 1):
         low = set(layers[:count])
         plans.append(replace(dense, weight_bits=tuple(bits if i in low else 16 for i in range(model.num_layers))))
-    check_plan(model, plans[-1])  # bits that are not modelled are named now, not in the middle of a replay
+    check_plan(model, plans[-1])  # an unsupported number of bits is an error now, not in the middle of a replay
     return MorphServe(
         plans=tuple(plans),
         served=served,

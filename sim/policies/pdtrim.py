@@ -1,17 +1,17 @@
-"""Plans for prefill and decode apart: PDTrim's two mechanisms, each alone, and what they are compared with.
+"""Plans for disaggregated prefill and decode: PDTrim's two mechanisms, each alone, and baselines.
 
-Each kind is a row of plans, ever stronger, of which the strongest is taken that keeps a quality, or the first that
-sends few enough bytes; so kinds are compared at equal quality or at equal bytes.
+Each kind is a sequence of ever stronger plans. The policy runs the strongest plan that keeps a quality, or the first
+that sends few enough bytes, so that kinds are compared at equal quality or at equal bytes.
 
-| kind | step n of its row |
+| kind | plan n of its sequence |
 |---|---|
-| `dense` | everything |
-| `unified` | the first n blocks of the order dropped, in prefill and decode alike |
-| `blocks` | n dropped in decode, the first n / 2 of them in prefill (PDTrim, arXiv 2509.04467; the half is ours) |
-| `searched` | the n-th of the nested pairs of sets that PDTrim's two-stage search found (`hw.score kind=pdtrim`) |
-| `kv` | in the n layers whose attention sits most on the first and last tokens, only these are sent and kept |
-| `both` | n blocks as in `blocks`, and n layers as in `kv` |
-| `streaming` | in all layers the first 4 and ever fewer last tokens, as StreamingLLM keeps (arXiv 2309.17453) |
+| `dense` | drops nothing |
+| `unified` | drops the first n blocks of the order, in prefill and decode |
+| `blocks` | drops n blocks in decode, the first n / 2 also in prefill (PDTrim, arXiv 2509.04467; n / 2 is ours) |
+| `searched` | drops the n-th nested pair of sets that PDTrim's two-stage search found (`hw.score kind=pdtrim`) |
+| `kv` | sends and keeps only the first and last tokens in the n layers whose attention concentrates most on them |
+| `both` | drops n blocks as in `blocks`, and cuts KV in n layers as in `kv` |
+| `streaming` | keeps in all layers the first 4 and ever fewer last tokens, as StreamingLLM (arXiv 2309.17453) |
 """
 
 from __future__ import annotations
@@ -45,24 +45,23 @@ def pdtrim(
     first_tokens: int = 4,
     last_tokens: int = 32,
 ) -> Fixed:
-    """Build the policy that always runs one plan of a kind: the strongest that keeps a quality, or the first that sends
-    so little.
+    """Build the policy that always runs one plan of a kind, chosen by quality or by bytes.
 
     Args:
-        served: the model.
-        kind: of the table above.
+        served: what the policy knows of the server.
+        kind: see the table of this module.
         order, attention: files of conf/score with the order of blocks and of layers. quality: a file of conf/quality.
-        most_perplexity: times the dense perplexity that it may have at most, as predicted.
-        most_sent: share of the dense model's KV bytes of a prompt that it may send at most.
-        prompt_tokens: of the prompt whose bytes count.
-        first_tokens, last_tokens: that stay in a shortened layer.
+        most_perplexity: the highest allowed ratio of predicted perplexity to dense; takes the strongest such plan.
+        most_sent: the highest allowed ratio of a prompt's KV bytes to dense; takes the first such plan.
+        prompt_tokens: length of that prompt.
+        first_tokens, last_tokens: tokens that stay in a shortened layer.
     Raises:
-        ConfigError: for an unknown kind or file, none or both of the two targets, or one that no plan of it meets.
+        ConfigError: for an unknown kind or file, for none or both of the targets, or for a target that no plan meets.
     """
     if kind not in KINDS:
         raise ConfigError(f"unknown policy.kind {kind!r}; {nearest(kind, KINDS)}")
     if kind != "dense" and (most_perplexity is None) == (most_sent is None):
-        raise ConfigError("policy.most_perplexity and most_sent: give one of them, the other null")
+        raise ConfigError("policy.most_perplexity and most_sent: set exactly one of them, the other to null")
     model, dense = served.model, dense_plan(served.model)
     if kind == "dense":
         return Fixed(dense)
@@ -81,19 +80,19 @@ def pdtrim(
         if most_sent is not None and sent_tokens(plan, prompt_tokens) <= most_sent * sent_tokens(dense, prompt_tokens):
             return Fixed(plan)
     raise ConfigError(
-        f"no plan of policy.kind={kind} meets most_perplexity={most_perplexity}, most_sent={most_sent}; raise it"
+        f"no plan of policy.kind={kind} meets most_perplexity={most_perplexity}, most_sent={most_sent}; raise the limit"
     )
 
 
 def sent_tokens(plan: Plan, prompt_tokens: int) -> int:
-    """Return how many tokens of KV of one layer a prompt sends, over all layers."""
+    """Return the tokens of KV that a prompt sends, summed over its layers."""
     return sum(keep.tokens(prompt_tokens) for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True) if kept)
 
 
 def _plans(
     model: ModelSpec, kind: str, order: Sequence[str], layers: Sequence[int], first_tokens: int, last_tokens: int
 ) -> Iterator[Plan]:
-    """Yield a kind's plans, from the one after dense to the strongest."""
+    """Yield a kind's plans, from the weakest after dense to the strongest."""
     if kind == "streaming":
         for last in (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1):
             yield static_plan(model, kv_first_tokens=first_tokens, kv_last_tokens=last)
@@ -115,7 +114,7 @@ def _plans(
 
 
 def _searched(model: ModelSpec, searches: Sequence[Mapping[str, Sequence[str]]]) -> Iterator[Plan]:
-    """Yield the plans of the searched pairs, from the one that drops least of decode and prefill together."""
+    """Yield the plans of the searched pairs, ordered by the blocks that they drop in decode and prefill together."""
     for pair in sorted(searches, key=lambda pair: (len(pair["decode"]) + len(pair["prefill"]), len(pair["decode"]))):
         yield static_plan(
             model,

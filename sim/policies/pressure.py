@@ -1,9 +1,9 @@
-"""Falling with load: precision or blocks go in proportion to pressure, or step by step as MorphServe's controller does.
+"""Policies that follow load: lower precision in proportion to pressure, or drop blocks step by step.
 
-``adaptive_precision`` is like FlexQuant (arXiv 2506.12024) and PMPD (arXiv 2410.13461), which lower bits where they cost least;
-here the number of layers at low precision follows the load. ``adaptive_pruning`` gives MorphServe's controller (arXiv
-2506.02006) a greedy order of blocks to drop instead of layers to quantise: the rule without learning that reacts to
-queues as well as to memory. Thresholds that no paper states are ours.
+``adaptive_precision`` resembles FlexQuant (arXiv 2506.12024) and PMPD (arXiv 2410.13461), which lower bits where the
+loss is smallest; here the number of layers at low precision follows the load. ``adaptive_pruning`` gives MorphServe's
+controller (arXiv 2506.02006) a greedy order of blocks to drop instead of layers to quantize: a rule without learning
+that reacts to queues as well as to memory. Thresholds that no paper states are our choice.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from sim.policies.morphserve import MorphServe
 
 @dataclass(slots=True)
 class AdaptivePrecision:
-    """Runs as many levels down ``plans`` as the smoothed pressure asks for.
+    """Runs ``plans[level]``; the level is proportional to the smoothed pressure.
 
-    Pressure is the larger of KV use and wait: 0 at ``calm`` of the pool or of ``wait_s``, 1 when all of it is used.
-    hysteresis: levels go back only once the pressure has fallen by this share of the way between two of them.
+    Load is the larger of KV use (share of the pool) and the oldest wait (share of ``wait_s``). Pressure is 0 up to a
+    load of ``calm`` and rises linearly to 1 at a load of 1.
+    hysteresis: how far, in levels, the pressure must fall below the current level's range before the level falls.
     """
 
     plans: tuple[Plan, ...]
@@ -41,7 +42,7 @@ class AdaptivePrecision:
         return self.plans[0]
 
     def __call__(self, state: EngineState) -> Plan:
-        """Take one sample and follow it."""
+        """Take one sample and set the level."""
         pool = state.kv_layer_blocks
         used = state.kv_used_layer_blocks / pool if pool else 1.0
         load = max(used, min(state.oldest_wait_s / self.wait_s, 1.0))
@@ -65,15 +66,15 @@ def adaptive_precision(
     smoothing: float = 0.5,
     hysteresis: float = 0.5,
 ) -> AdaptivePrecision:
-    """Build the policy: ``levels`` steps from full precision to every layer at ``bits``, front to back.
+    """Build the policy: ``levels`` steps from full precision to all layers at ``bits`` bits, front to back.
 
     Raises:
-        ConfigError: for numbers out of range. PlanError: for bits that are not modelled.
+        ConfigError: for numbers out of range. PlanError: for bits that are not supported.
     """
     if levels < 1 or not 0.0 <= calm < 1.0 or wait_s <= 0 or not 0.0 < smoothing <= 1.0 or hysteresis < 0:
         raise ConfigError(
             f"policy.levels is {levels}, calm {calm}, wait_s {wait_s}, smoothing {smoothing}, hysteresis {hysteresis}; "
-            "at least 1, in [0, 1), above 0, in (0, 1] and at least 0 are allowed"
+            "they must be at least 1, in [0, 1), above 0, in (0, 1] and at least 0"
         )
     layers = served.model.num_layers
     dense = dense_plan(served.model)
@@ -98,15 +99,16 @@ def adaptive_pruning(
     recovery_delay_s: float = 0.025,
     recovery_samples: int = 5,
 ) -> MorphServe:
-    """Build MorphServe's controller over the first ``most`` blocks of an order, ``step`` at a time.
+    """Build MorphServe's controller for the first ``most`` blocks of an order, ``step`` blocks per action.
 
     Raises:
-        ConfigError: for steps out of range. PlanError: for an order that is not of this model.
+        ConfigError: for steps out of range. PlanError: for an order that is not for this model.
     """
     stop = greedy_stop(served, order=order, made_for=made_for)
     if not 1 <= step <= most <= len(stop.plans) - 1:
         raise ConfigError(
-            f"policy.step is {step} and most {most}; 1 <= step <= most <= {len(stop.plans) - 1}, the order's length"
+            f"policy.step is {step} and most {most}; step must be at least 1, and most from step to the length of "
+            f"policy.order, {len(stop.plans) - 1}"
         )
     return MorphServe(
         plans=stop.plans[: most + 1],

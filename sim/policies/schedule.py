@@ -1,4 +1,4 @@
-"""Plans at stated times: to replay what somebody decided, or to try a change by hand."""
+"""Plans at stated times: to replay recorded decisions, or to try a plan change by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sim.policies.fixed import plan_of
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Runs ``plans[i]`` from the first decision at or after ``at_s[i]`` on."""
+    """Switches to ``plans[i]`` at the first decision at or after ``at_s[i]``."""
 
     at_s: tuple[float, ...]
     plans: tuple[Plan, ...]
@@ -28,24 +28,22 @@ class Schedule:
         return self.plans[0]
 
     def __call__(self, state: EngineState) -> Plan:
-        """Return the latest plan whose time has come."""
+        """Return the latest plan whose time is at or before the state's."""
         return self.plan_at(state.time_s)
 
     def plan_at(self, time_s: float) -> Plan:
-        """Return the latest plan whose time has come at ``time_s``."""
+        """Return the latest plan whose time is at or before ``time_s``."""
         return self.plans[bisect_right(self.at_s, time_s) - 1]
 
 
 def schedule(served: PolicyContext, *, steps: Sequence[Mapping[str, Any]]) -> Schedule:
-    """Build a schedule from steps of ``at_s`` and the words of ``static_plan``; the first is at 0.
+    """Build a schedule from steps, each with ``at_s`` and options of ``static_plan``; the first is at 0.
 
     Raises:
-        ConfigError: when there is no step at 0 or times do not ascend. PlanError: for a plan that is not legal.
+        ConfigError: if the first step is not at 0 or times do not ascend. PlanError: for a plan that is not legal.
     """
     at_s = tuple(float(step.get("at_s", -1.0)) for step in steps)
     if not at_s or at_s[0] != 0.0 or any(b <= a for a, b in pairwise(at_s)):
-        raise ConfigError(
-            f"policy.steps begin at {list(at_s)} s; the first must have at_s: 0 and the times must ascend"
-        )
+        raise ConfigError(f"policy.steps have at_s {list(at_s)}; the first must be 0 and the times must ascend")
     plans = tuple(plan_of(served.model, {k: v for k, v in step.items() if k != "at_s"}) for step in steps)
     return Schedule(at_s, plans)

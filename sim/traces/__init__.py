@@ -1,1 +1,1 @@
-"""Traces: what arrives, when, and how long it is; transforms, generators and readers of published files."""
+"""Traces: arrivals and lengths of requests; transforms, generators and readers of published files."""

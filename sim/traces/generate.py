@@ -1,8 +1,8 @@
-"""Traces that need no file: arrival processes, length distributions, and the embedded default ``burst``.
+"""Traces that need no file: arrival processes, length distributions, and the built-in default ``burst``.
 
-An arrival process is ``f(rng, **numbers) -> arrival_s``, sorted seconds in [0, duration_s). A length distribution is
-``f(rng, requests) -> (prompt_tokens, output_tokens)``. A generator joins the two with a seed; each has its own stream
-of random numbers, so that another rate leaves the lengths of the first requests as they were.
+An arrival process is ``f(rng, **parameters) -> arrival_s``, sorted seconds in [0, duration_s). A length distribution is
+``f(rng, requests) -> (prompt_tokens, output_tokens)``. A generator combines the two with a seed. Each has its own
+stream of random numbers, so a different rate does not change the lengths of the first requests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_REQUESTS = 50_000_000
 
 
 def poisson_arrivals(rng: np.random.Generator, *, rate_rps: float, duration_s: float) -> Floats:
-    """Return arrivals of a Poisson process: independent exponential gaps of mean 1 / rate_rps."""
+    """Return arrivals of a Poisson process: independent exponential gaps with mean 1 / rate_rps."""
     _check_positive(rate_rps=rate_rps, duration_s=duration_s)
     _check_requests(rate_rps * duration_s)
     # Given their number, the arrivals of a Poisson process are uniform.
@@ -44,13 +44,13 @@ def poisson_arrivals(rng: np.random.Generator, *, rate_rps: float, duration_s: f
 
 
 def gamma_arrivals(rng: np.random.Generator, *, rate_rps: float, cv: float, duration_s: float) -> Floats:
-    """Return arrivals with independent Gamma gaps of mean 1 / rate_rps and the given CV.
+    """Return arrivals with independent Gamma gaps of mean 1 / rate_rps and coefficient of variation ``cv``.
 
-    CV 1 is a Poisson process; above 1 requests come in clumps, below 1 they are evenly spaced. The first gap is
-    drawn like the others, from time 0.
+    CV 1 is a Poisson process. Above 1, requests come in clusters; below 1, they are evenly spaced. The first gap starts
+    at time 0 and is random like the others.
 
     Source:
-        As AlpaServe (OSDI 2023), section 6.2, and BurstGPT (arXiv 2401.17644), section 4: shape 1 / cv^2.
+        AlpaServe (OSDI 2023), section 6.2, and BurstGPT (arXiv 2401.17644), section 4: shape 1 / cv^2.
     """
     _check_positive(rate_rps=rate_rps, cv=cv, duration_s=duration_s)
     if not 0.01 <= cv <= 100:
@@ -76,8 +76,8 @@ def mmpp_arrivals(
 ) -> Floats:
     """Return arrivals of a Markov-modulated Poisson process with two states, on (a burst) and off.
 
-    The time in each state is exponential. The first state is drawn by the share of time spent in it, so that the
-    mean rate is (on_rate x mean_on + off_rate x mean_off) / (mean_on + mean_off) from the start.
+    The time in each state is exponential. The first state is random, with the long-run share of each state, so that
+    the mean rate is (on_rate x mean_on + off_rate x mean_off) / (mean_on + mean_off) from the start.
 
     Source:
         Fischer and Meier-Hellstern, The Markov-modulated Poisson process cookbook (Performance Evaluation 1993).
@@ -86,7 +86,7 @@ def mmpp_arrivals(
     if not (math.isfinite(off_rate_rps) and off_rate_rps >= 0):
         raise WorkloadError(f"off_rate_rps is {off_rate_rps}; it must be at least 0")
     _check_requests(max(on_rate_rps, off_rate_rps) * duration_s)
-    _check_requests(duration_s / min(mean_on_s, mean_off_s), what="changes of state")
+    _check_requests(duration_s / min(mean_on_s, mean_off_s), what="state changes")
     on = bool(rng.random() < mean_on_s / (mean_on_s + mean_off_s))
     start_s = 0.0
     parts = []
@@ -115,14 +115,14 @@ def diurnal_arrivals(
 
     Args:
         rate_rps: mean over a period.
-        amplitude: 0 is constant, 1 falls to no request at all.
-        period_s: a day; make it shorter to see several days in a short run.
-        peak_s: when the rate is highest; 14:00 by default.
+        amplitude: 0 is a constant rate; at 1, the rate falls to 0 once a period.
+        period_s: a day; set a shorter one to see several periods in a short run.
+        peak_s: time of the highest rate; 14:00 by default.
     """
     _check_positive(rate_rps=rate_rps, duration_s=duration_s, period_s=period_s)
     if not 0 <= amplitude <= 1:
         raise WorkloadError(f"amplitude is {amplitude}; it must be from 0 (constant) to 1 (falls to nothing)")
-    # Thinning: a process at the highest rate, of which each request is kept with the share of the rate at its time.
+    # Thinning: generate at the highest rate; keep each request with probability rate(t) / highest rate.
     candidates_s = poisson_arrivals(rng, rate_rps=rate_rps * (1 + amplitude), duration_s=duration_s)
     share = (1 + amplitude * np.cos(2 * np.pi * (candidates_s - peak_s) / period_s)) / (1 + amplitude)
     return candidates_s[rng.random(len(candidates_s)) < share]
@@ -157,7 +157,7 @@ def lognormal_lengths(
         raise WorkloadError(f"prompt_sigma={prompt_sigma}, output_sigma={output_sigma}: both must be at least 0")
 
     def draw(p50: float, sigma: float, limit: int) -> Ints:
-        # exp() of a large draw is infinite; the limit makes it finite again.
+        # exp() of a large number is infinite; applying the limit to the logarithm keeps it finite.
         log_tokens = np.minimum(math.log(p50) + sigma * rng.standard_normal(requests), math.log(limit))
         return np.clip(np.rint(np.exp(log_tokens)), 1, limit).astype(np.int64)
 
@@ -166,9 +166,13 @@ def lognormal_lengths(
 
 
 def table_lengths(rng: np.random.Generator, requests: int, *, table: str = "azure_conv") -> tuple[Ints, Ints]:
-    """Return lengths from the quantile table of a real trace: azure_conv, azure_code, or a file of ``sim.fit_trace``.
+    """Return lengths from the quantile table of a real trace.
 
-    Prompt and answer are independent: their rank correlation is -0.01 (code) and 0.05 (conversation).
+    Prompt and output are independent: in the real traces their rank correlation is -0.01 (code) and 0.05
+    (conversation).
+
+    Args:
+        table: azure_conv, azure_code, or the path of a file written by ``sim.fit_trace``.
     """
     fitted = load_table(table)
     prompt, output = fitted.prompt_tokens.draw(rng, requests), fitted.output_tokens.draw(rng, requests)
@@ -184,8 +188,9 @@ def poisson(*, rate_rps: float, duration_s: float, lengths: Lengths = table_leng
     Args (of this and the other generators):
         rate_rps: mean requests a second.
         duration_s: requests arrive in [0, duration_s).
-        lengths: a distribution of this module with its numbers given; by default the Azure conversation trace's.
-        seed: same seed, same trace.
+        lengths: a distribution of this module with its parameters bound (``functools.partial``); by default that of
+            the Azure conversation trace.
+        seed: the same seed gives the same trace.
     Raises:
         WorkloadError: if a number is out of range, or so small that no request arrives.
     """
@@ -194,7 +199,7 @@ def poisson(*, rate_rps: float, duration_s: float, lengths: Lengths = table_leng
 
 
 def gamma(*, rate_rps: float, cv: float, duration_s: float, lengths: Lengths = table_lengths, seed: int = 0) -> Trace:
-    """Return a trace with Gamma gaps of a given CV; see ``gamma_arrivals`` and ``poisson``."""
+    """Return a trace with Gamma gaps of the given CV; see ``gamma_arrivals`` and ``poisson``."""
     arrivals = partial(gamma_arrivals, rate_rps=rate_rps, cv=cv, duration_s=duration_s)
     return generate("gamma", arrivals, lengths, seed=seed)
 
@@ -209,7 +214,7 @@ def mmpp(
     lengths: Lengths = table_lengths,
     seed: int = 0,
 ) -> Trace:
-    """Return a trace with bursts that start and end at random; see ``mmpp_arrivals`` and ``poisson``."""
+    """Return a trace with bursts that start and end at random times; see ``mmpp_arrivals`` and ``poisson``."""
     arrivals = partial(
         mmpp_arrivals,
         on_rate_rps=on_rate_rps,
@@ -231,7 +236,7 @@ def diurnal(
     lengths: Lengths = table_lengths,
     seed: int = 0,
 ) -> Trace:
-    """Return a trace whose rate follows the day; see ``diurnal_arrivals`` and ``poisson``."""
+    """Return a trace whose rate follows the time of day; see ``diurnal_arrivals`` and ``poisson``."""
     arrivals = partial(
         diurnal_arrivals,
         rate_rps=rate_rps,
@@ -244,7 +249,7 @@ def diurnal(
 
 
 def generate(name: str, arrivals: Arrivals, lengths: Lengths, *, seed: int = 0) -> Trace:
-    """Return the trace of an arrival process and a length distribution, each with its own stream of the seed.
+    """Return the trace of an arrival process and a length distribution, with a random stream for each.
 
     Raises:
         WorkloadError: if no request arrives.
@@ -253,7 +258,7 @@ def generate(name: str, arrivals: Arrivals, lengths: Lengths, *, seed: int = 0) 
     arrivals_rng, lengths_rng = np.random.default_rng(seed).spawn(2)
     arrival_s = arrivals(arrivals_rng)
     if len(arrival_s) == 0:
-        raise WorkloadError(f"{name} with {_shown(arrivals)} makes no request; raise its rate or duration_s")
+        raise WorkloadError(f"{name} with {_shown(arrivals)} makes no request; raise its rate or its duration_s")
     prompt_tokens, output_tokens = lengths(lengths_rng, len(arrival_s))
     return Trace(
         arrival_s=arrival_s,
@@ -265,27 +270,27 @@ def generate(name: str, arrivals: Arrivals, lengths: Lengths, *, seed: int = 0) 
     )
 
 
-# The embedded default
+# The built-in default
 
 
 @dataclass(frozen=True, slots=True)
 class Quantiles:
-    """A distribution as its inverse: the value below which each share of all samples lies."""
+    """A distribution as quantiles: ``value[i]`` is the value below which ``share[i]`` of all samples lie."""
 
     share: Floats
     value: Floats
 
     def draw(self, rng: np.random.Generator, size: int) -> Floats:
-        """Return samples, straight lines between the points of the table."""
+        """Return random samples, interpolated linearly between the quantiles."""
         drawn: Floats = np.interp(rng.random(size), self.share, self.value)
         return drawn
 
 
 @dataclass(frozen=True, slots=True)
 class TraceTable:
-    """What ``sim.fit_trace`` keeps of a real trace.
+    """The statistics of a real trace that ``sim.fit_trace`` writes.
 
-    bin_s, requests_per_bin: how many requests arrive in each bin of the trace, in order: its rate over time.
+    bin_s, requests_per_bin: the number of requests in each bin of the trace, in order; this is its rate over time.
     gap_s: gaps between requests of the same bin.
     """
 
@@ -304,10 +309,10 @@ class TraceTable:
 
 @lru_cache(maxsize=8)
 def load_table(table: str) -> TraceTable:
-    """Return a fitted table by its name in conf/trace/tables, or by the path of a file of ``sim.fit_trace``.
+    """Return a fitted table by its name in conf/trace/tables, or by the path of a file written by ``sim.fit_trace``.
 
     Raises:
-        TraceError: if there is no such table, or the file is none.
+        TraceError: if there is no such table, or the file is not a valid table.
     """
     path = TABLES / f"{table}.yaml"
     if not path.exists():
@@ -315,7 +320,7 @@ def load_table(table: str) -> TraceTable:
     if not path.is_file():
         names = [file.stem for file in TABLES.glob("*.yaml")]
         raise TraceError(
-            f"there is no table {table!r}; {nearest(table, names)}, or the path of a file of sim.fit_trace"
+            f"there is no table {table!r}; {nearest(table, names)}, or give the path of a file written by sim.fit_trace"
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -329,7 +334,7 @@ def load_table(table: str) -> TraceTable:
         )
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise TraceError(
-            f"{path} is no table of sim.fit_trace ({error!r}); write it again with that command"
+            f"{path} is not a table of sim.fit_trace ({error!r}); write it again with that command"
         ) from error
     counts = fitted.requests_per_bin
     if not (fitted.bin_s > 0 and len(counts) > 0 and counts.min() >= 0 and counts.max() > 0):
@@ -347,16 +352,16 @@ def table_arrivals(
 ) -> Floats:
     """Return arrivals with the rate over time, and the gaps, of a real trace.
 
-    The table says how many requests arrive in each bin of a few seconds. The seed chooses the bin to start at (after
-    the last comes the first again). Inside a bin, gaps are drawn from those of the real trace inside its bins; they
-    are shrunk where they do not fit, else the requests start at a random place of the bin. So bursts and pauses of
-    more than a bin are those of the real trace in their real order, everything finer is drawn.
+    The table holds the number of requests in each bin of a few seconds. The random generator chooses the first bin;
+    after the last bin the first follows. Gaps within a bin are sampled from the real gaps within bins. If they do not
+    fit the bin, they are shrunk; if they do, the requests start at a random time in the bin. Bursts and pauses longer
+    than a bin are therefore those of the real trace, in their real order; everything finer is random.
 
     Args:
         duration_s: may exceed the real trace; its rate over time then repeats.
-        rate_rps: mean rate over the whole table; None takes the real one. Counts are multiplied, fractions are
-            drawn.
-        shuffle_s: take pieces of this length of the real trace in a random order, for more variety than one order
+        rate_rps: mean rate over the full table; None takes the real one. Counts are scaled; a fraction of a request
+            becomes one request with that probability.
+        shuffle_s: takes pieces of this length of the real trace in random order, for more variety than one order
             of its bursts; None keeps the order.
     Raises:
         WorkloadError: if a number is out of range.
@@ -385,15 +390,15 @@ def burst(
     shuffle_s: float | None = None,
     seed: int = 0,
 ) -> Trace:
-    """Return the embedded default: a trace like the Azure traces of 2023, from tables fitted to them.
+    """Return the built-in default: a trace like the Azure traces of 2023, from tables fitted to them.
 
     Args:
-        kind: "code" is Azure's code trace (bursts of 70 requests in a second, pauses of minutes, long prompts, short
-            answers); "conv" its conversation trace (close to Poisson); "mix" both at once, as one service sees them.
+        kind: "code" is like Azure's code trace (bursts of 70 requests a second, pauses of minutes, long prompts, short
+            outputs), "conv" like its conversation trace (close to Poisson), "mix" like both at once on one service.
         duration_s: requests arrive in [0, duration_s).
-        rate_rps: mean rate; None takes the real one (3.0 code, 5.9 conv, 8.9 mix). A mix keeps its proportions.
+        rate_rps: mean rate; None takes the real one (3.0 code, 5.9 conv, 8.9 mix). "mix" keeps its proportions.
         shuffle_s: see ``table_arrivals``.
-        seed: where in the real rate over time it starts, and everything finer.
+        seed: chooses where in the real rate over time the trace starts, and everything random within bins.
     Raises:
         WorkloadError: if a number is out of range, or no request arrives.
     Source:
@@ -410,7 +415,7 @@ def burst(
         raise WorkloadError(f"rate_rps is {rate_rps}; it must be more than 0, or null for the real rate")
     parts: list[Trace] = []
     for table in tables:
-        # Each table its own stream: in a mix, the two start at places that have nothing to do with each other.
+        # Each table has its own random stream: in a mix, the two start at unrelated bins.
         part_seed = int(np.random.SeedSequence([seed, list(TABLE_OF_KIND.values()).index(table)]).generate_state(1)[0])
         arrivals = partial(
             table_arrivals,
@@ -436,7 +441,7 @@ def burst(
 
 
 def _generate_unless_idle(name: str, arrivals: Arrivals, lengths: Lengths, *, seed: int) -> list[Trace]:
-    # The code trace pauses for minutes: in a short mix it may have nothing to add.
+    # The code trace pauses for minutes: in a short mix it may have no request.
     try:
         return [generate(name, arrivals, lengths, seed=seed)]
     except WorkloadError as error:
@@ -459,19 +464,19 @@ def _fill_bins(rng: np.random.Generator, fitted: TraceTable, counts: Ints, scale
     """Return sorted arrivals, ``counts[i]`` of them in bin i."""
     requests = int(counts.sum())
     bin_of = np.repeat(np.arange(len(counts)), counts)
-    # More requests come closer together: gaps of the table are those at scale 1.
+    # The gaps of the table are for scale 1; more requests are closer together.
     gaps_s = fitted.gap_s.draw(rng, requests) / scale
     first = np.cumsum(counts) - counts
-    gaps_s[first[counts > 0]] = 0.0  # the first request of a bin has no gap inside it
+    gaps_s[first[counts > 0]] = 0.0  # the first request of a bin has no gap before it in that bin
     since_start_s = np.cumsum(gaps_s)
     since_first_s = since_start_s - since_start_s[first[bin_of]]
     span_s = np.zeros(len(counts))
     span_s[counts > 0] = since_first_s[(first + counts - 1)[counts > 0]]
-    # n requests share n - 1 gaps of the bin with, on average, one gap at its two edges together.
+    # n requests span the bin less half a mean gap (bin_s / n), which is left for its two edges.
     full_s = fitted.bin_s * (counts - 0.5) / np.maximum(counts, 1)
     factor = full_s / np.maximum(span_s, 1e-12)
-    # Between two bins with requests the real process goes on over the edges, so its requests fill the bin. Beside
-    # an empty one a burst begins or ends: its gaps stay as drawn unless they do not fit.
+    # Between two bins with requests the real process continues across the edges, so the requests fill the bin. Next
+    # to an empty bin a burst begins or ends: its gaps stay as sampled unless they do not fit.
     busy = np.concatenate(([True], counts > 0, [True]))
     begins_or_ends = ~(busy[:-2] & busy[2:])
     factor[begins_or_ends] = np.minimum(factor[begins_or_ends], 1.0)
@@ -503,7 +508,7 @@ def _check_seed(seed: int) -> None:
 def _check_requests(expected: float, *, what: str = "requests") -> None:
     if expected > MAX_REQUESTS:
         raise WorkloadError(
-            f"that is {expected:.3g} {what}, more than the {MAX_REQUESTS:,} that fit in memory with room to work; "
+            f"that is {expected:.3g} {what}, more than the limit of {MAX_REQUESTS:,} that fits in memory; "
             "lower the rate or duration_s"
         )
 

@@ -14,34 +14,34 @@ from sim.errors import TraceError
 from sim.types import Floats, Ints
 
 MAX_TOKENS = 10**9
-"""No real prompt or answer is longer; a larger number is a unit or a column mixed up."""
+"""No real prompt or answer is longer; a larger number means a wrong unit or a swapped column."""
 MAX_ARRIVAL_S = 1e9
-"""31 years; a larger number is an epoch time or milliseconds, not seconds since the start of the trace."""
+"""31 years; a larger number is a Unix time or milliseconds, not seconds since the start of the trace."""
 HASH_BLOCK_TOKENS = 512
-"""Prompt tokens that one entry of ``hash_ids`` stands for (Mooncake, FAST 2025, section on its traces)."""
+"""Prompt tokens per entry of ``hash_ids`` (Mooncake, FAST 2025, section on its traces)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
     """Requests sorted by arrival; ties keep their order in the file. The arrays are read-only.
 
-    Time 0 is the start of what the trace covers, not necessarily an arrival: readers of logs put it at the
-    first request, ``window`` puts it at the start of the window, a generator at the start of its process.
-    Two traces are equal when their requests are (arrivals, lengths, prefix ids); name, source and history
-    say where they come from and do not count.
+    Time 0 is the start of the covered period, which need not be an arrival: readers of logs put it at the first
+    request, ``window`` at the start of the window, a generator at the start of its process.
+    Two traces are equal when their requests are equal (arrivals, lengths, prefix ids). Name, source and history record
+    the origin and are not compared.
 
     Args:
         arrival_s: seconds since the start, float64, not decreasing.
         prompt_tokens: at least 1, int64.
-        output_tokens: at least 1, int64. The trace's secret: engines know it, policies never do.
-        hash_ids: for each request the ids of its prefix blocks of 512 tokens, or None where the source has none.
-        name: what tables and plots call it.
+        output_tokens: at least 1, int64. Engines know it; policies never see it.
+        hash_ids: for each request, the ids of its prefix blocks of 512 tokens; None if the source has none.
+        name: the label in tables and plots.
         source: the file as the user named it, or the generator.
-        history: what was done to it, one readable sentence a step, oldest first.
-        time_quantum_s: step of the source's clock; 0 for a fine one, 1 for BurstGPT, 3 for Mooncake.
+        history: the steps that made the trace, one readable sentence each, oldest first.
+        time_quantum_s: resolution of the source's clock; 0 for a fine one, 1 for BurstGPT, 3 for Mooncake.
 
     Raises:
-        TraceError: naming the first request that is wrong, its value and what is allowed.
+        TraceError: if a value is out of range; the message names the first such request, its value and the range.
     """
 
     arrival_s: Floats
@@ -100,9 +100,9 @@ class Trace:
         return hash(self.content_hash())
 
     def content_hash(self) -> str:
-        """Return the SHA-256 of the requests as hex: equal for equal traces, on any machine."""
+        """Return the SHA-256 of the requests as hex; equal traces have equal hashes on every machine."""
         digest = hashlib.sha256(f"trace of {len(self)} requests".encode())
-        # + 0.0 turns -0.0 into 0.0, which is equal and must hash alike.
+        # + 0.0 turns -0.0 into 0.0, which is equal and must hash the same.
         digest.update((self.arrival_s + 0.0).astype("<f8").tobytes())
         digest.update(self.prompt_tokens.astype("<i8").tobytes())
         digest.update(self.output_tokens.astype("<i8").tobytes())
@@ -120,18 +120,18 @@ class Trace:
 
     @property
     def mean_rate_rps(self) -> float:
-        """Requests divided by ``duration_s``; NaN when all arrive at one instant."""
+        """Requests divided by ``duration_s``; NaN if all arrive at the same instant."""
         return len(self) / self.duration_s if self.duration_s > 0 else float("nan")
 
     @property
     def interarrival_cv(self) -> float:
-        """Standard deviation of the gaps between arrivals over their mean: 1 for Poisson; NaN without a gap."""
+        """Coefficient of variation of the gaps between arrivals: 1 for a Poisson process; NaN without a gap."""
         gaps_s = np.diff(self.arrival_s)
         mean_s = float(gaps_s.mean()) if len(gaps_s) else 0.0
         return float(gaps_s.std()) / mean_s if mean_s > 0 else float("nan")
 
     def peak_rate_rps(self, window_s: float = 60.0) -> float:
-        """Return the most requests that any window of ``window_s`` seconds holds, per second."""
+        """Return the highest request rate over any window of ``window_s`` seconds."""
         last = np.searchsorted(self.arrival_s, self.arrival_s + window_s, side="left")
         return float((last - np.arange(len(self))).max()) / window_s
 
@@ -140,7 +140,7 @@ class Trace:
         return replace(self, history=(*self.history, step))
 
     def take(self, index: ArrayLike) -> Trace:
-        """Return the requests at ``index`` (a mask or increasing positions), everything else unchanged.
+        """Return the requests at ``index`` (a mask or increasing positions); everything else is unchanged.
 
         Raises:
             TraceError: if none is left.
@@ -164,10 +164,10 @@ def sorted_trace(
     hash_ids: Sequence[Ints] | None = None,
     **described: Any,
 ) -> Trace:
-    """Return a trace of requests given in any order: sorted by arrival, ties in the order given.
+    """Sort requests by arrival and return their trace; ties keep their order.
 
     Args:
-        described: name, source, history and time_quantum_s as ``Trace`` takes them.
+        described: name, source, history and time_quantum_s, as in ``Trace``.
     Raises:
         TraceError: as ``Trace`` does.
     """
@@ -186,9 +186,9 @@ def _frozen_floats(values: ArrayLike) -> Floats:
     try:
         array = np.array(values, dtype=np.float64, ndmin=1)  # a copy: the caller's array stays writable
     except (TypeError, ValueError) as error:
-        raise TraceError(f"arrival_s must be numbers of seconds: {error}") from error
+        raise TraceError(f"arrival_s must hold numbers of seconds: {error}") from error
     if array.ndim != 1:
-        raise TraceError(f"arrival_s has {array.ndim} dimensions; it must have one, a number for each request")
+        raise TraceError(f"arrival_s has {array.ndim} dimensions; it must have one, with a number for each request")
     array.setflags(write=False)
     return array
 
@@ -196,12 +196,12 @@ def _frozen_floats(values: ArrayLike) -> Floats:
 def _frozen_tokens(name: str, values: ArrayLike) -> Ints:
     array = np.array(values, ndmin=1)
     if array.ndim != 1:
-        raise TraceError(f"{name} has {array.ndim} dimensions; it must have one, a number for each request")
+        raise TraceError(f"{name} has {array.ndim} dimensions; it must have one, with a number for each request")
     if array.dtype.kind == "f":
-        whole = np.isfinite(array) & (array == np.floor(array))
-        _check(array, name, whole, "a whole number")
+        integral = np.isfinite(array) & (array == np.floor(array))
+        _check(array, name, integral, "a whole number")
     elif array.dtype.kind not in "iu":
-        raise TraceError(f"{name} is of type {array.dtype}; it must be whole numbers")
+        raise TraceError(f"{name} has type {array.dtype}; it must hold whole numbers")
     _check(array, name, array >= 1, "at least 1")
     _check(array, name, array <= MAX_TOKENS, f"at most {MAX_TOKENS:,}")
     tokens: Ints = array.astype(np.int64)
@@ -220,7 +220,9 @@ def _check(values: NDArray[Any], name: str, good: NDArray[np.bool_], allowed: st
 
 def _check_hash_ids_count(hash_ids: Sequence[Ints] | None, requests: int) -> None:
     if hash_ids is not None and len(hash_ids) != requests:
-        raise TraceError(f"hash_ids has {len(hash_ids)} entries for {requests} requests; give one list each, or None")
+        raise TraceError(
+            f"hash_ids has {len(hash_ids)} entries for {requests} requests; give one list per request, or None"
+        )
 
 
 def _flatten(hash_ids: Sequence[Ints]) -> tuple[Ints, Ints]:
@@ -230,7 +232,7 @@ def _flatten(hash_ids: Sequence[Ints]) -> tuple[Ints, Ints]:
 
 
 def _frozen_hash_ids(hash_ids: Iterable[Ints]) -> tuple[Ints, ...]:
-    # One flat read-only array with a view a request: a million small arrays would not fit where one does.
+    # One flat read-only array and a view per request: a million small arrays would need far more memory.
     counts, flat = _flatten([np.asarray(ids) for ids in hash_ids])
     if len(flat) and flat.min() < 0:
         raise TraceError(f"hash_ids holds {flat.min()}; ids of prefix blocks are 0 or more")

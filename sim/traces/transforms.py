@@ -1,7 +1,7 @@
 """Workload steps: pure functions from a trace to a trace, composed in YAML (conf/workload) or in code.
 
-Every step takes the trace and keyword arguments, takes a ``seed`` exactly when it draws random numbers, leaves its
-input as it is and adds a line to the history of its result. Arrivals never go below 0 and stay sorted.
+Every step takes the trace and keyword arguments, and a ``seed`` if and only if it draws random numbers. It does not
+change its input, and adds a line to the history of its result. Arrivals stay sorted and never go below 0.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ HashIds = tuple[Ints, ...]
 def apply_steps(trace: Trace, steps: Iterable[Step], *, seed: int = 0) -> Trace:
     """Return the trace after all steps, in order.
 
-    A step that takes a seed and was not given one gets its own, drawn from ``seed`` and its place in the list: two
-    random steps never share their numbers.
+    A step that takes a seed and has none set gets its own, derived from ``seed`` and its place in the list, so that
+    two random steps never use the same random numbers.
 
     Args:
         steps: callables from a trace to a trace, such as ``partial(window, start_s=0.0, duration_s=60.0)``.
     Raises:
-        WorkloadError: if a step is impossible for the trace it is given, or returns something else than a trace.
+        WorkloadError: if a step is impossible for its trace, or returns something other than a trace.
     """
     for place, step in enumerate(steps):
         if not callable(step):
             raise WorkloadError(f"step {place} is {step!r}; in YAML give it _target_ and _partial_: true")
-        given = step.keywords if isinstance(step, partial) else {}
-        if "seed" in inspect.signature(step).parameters and "seed" not in given:
+        keywords = step.keywords if isinstance(step, partial) else {}
+        if "seed" in inspect.signature(step).parameters and "seed" not in keywords:
             step = partial(step, seed=int(np.random.SeedSequence([seed, place]).generate_state(1)[0]))
         result = step(trace)
         if not isinstance(result, Trace):
@@ -53,7 +53,7 @@ def window(trace: Trace, *, start_s: float = 0.0, duration_s: float | None = Non
     Args:
         duration_s: None takes everything from start_s on.
     Raises:
-        WorkloadError: if no request arrives then.
+        WorkloadError: if no request arrives in the window.
     """
     _check_number("start_s", start_s, minimum=0.0)
     end_s = math.inf
@@ -73,9 +73,9 @@ def window(trace: Trace, *, start_s: float = 0.0, duration_s: float | None = Non
 
 
 def burstiest(trace: Trace, *, duration_s: float, by: Literal["requests", "tokens"] = "requests") -> Trace:
-    """Return the window of this length that holds most, with time 0 at its first request.
+    """Return the busiest window of this length, with time 0 at its first request.
 
-    Only windows that start at a request are looked at: any other holds no more. The earliest wins a tie.
+    Only windows that start at a request need checking: no other window holds more. The earliest wins a tie.
 
     Args:
         by: "requests" counts requests, "tokens" their prompt and output tokens.
@@ -100,8 +100,8 @@ def burstiest(trace: Trace, *, duration_s: float, by: Literal["requests", "token
 def scale_rate(trace: Trace, *, factor: float) -> Trace:
     """Return the same requests arriving ``factor`` times as fast: every arrival divided by it.
 
-    This is what the literature does to raise the load of a trace: gaps shrink, their CV and every length stay, the
-    trace gets shorter. To keep the duration, thin with ``keep_share`` or lay traces over each other with ``merge``.
+    Papers raise the load of a trace this way: gaps shrink, their CV and all lengths stay the same, and the trace gets
+    shorter. To keep the duration, lower the rate with ``keep_share`` or overlay traces with ``merge``.
 
     Args:
         factor: 2 doubles the rate, 0.5 halves it.
@@ -116,32 +116,32 @@ def scale_rate(trace: Trace, *, factor: float) -> Trace:
 
 
 def spread_ties(trace: Trace, *, quantum_s: float | None = None, seed: int = 0) -> Trace:
-    """Return the trace with each arrival moved to a random place inside the step of its clock.
+    """Return the trace with each arrival moved to a random time within its clock step.
 
-    A clock with steps of q seconds only says that a request came in [t, t + q). Each one is moved there uniformly,
-    but never to or past the next time stamp of the trace; the order of requests stays.
+    A clock with steps of q seconds only says that a request arrived in [t, t + q). Each arrival is moved uniformly
+    within that step, but never to or past the next time stamp of the trace, so the order of requests stays.
 
     Args:
         quantum_s: the clock's step; None takes the trace's own.
     Raises:
-        WorkloadError: if the trace has a fine clock and no quantum_s is given.
+        WorkloadError: if the trace has a fine clock and quantum_s is None.
     """
     quantum = trace.time_quantum_s if quantum_s is None else quantum_s
     if quantum_s is None and quantum == 0:
         raise WorkloadError(
-            f"{trace.name} has a fine clock (time_quantum_s=0), so it has no ties to spread; leave spread_ties out, or "
-            "give quantum_s"
+            f"{trace.name} has a fine clock (time_quantum_s=0), so it has no ties to spread; remove spread_ties, or "
+            "set quantum_s"
         )
     _check_number("quantum_s", quantum, above=0.0)
     stamps_s, stamp = np.unique(trace.arrival_s, return_inverse=True)
     room_s = np.minimum(np.diff(stamps_s, append=np.inf), quantum)
     uniform = np.random.default_rng(seed).random(len(trace))
-    # Sorting by stamp, then by the number drawn, keeps each group where it is: the draws are in order inside it.
+    # Sorting by stamp, then by random number, keeps each group in place and its arrivals ascending.
     in_order = uniform[np.lexsort((uniform, stamp))]
     ties = len(trace) - len(stamps_s)
     return replace(
         trace,
-        # Rounding up could reach the next stamp; equal arrivals stay in order, so that is harmless.
+        # Rounding up may reach the next stamp; that is harmless, since equal arrivals keep their order.
         arrival_s=trace.arrival_s + in_order * room_s[stamp],
         time_quantum_s=0.0,
         history=(*trace.history, f"spread arrivals ({ties:,} ties) inside steps of {quantum:g} s, seed={seed}"),
@@ -155,14 +155,14 @@ def clip_lengths(
     max_output_tokens: int | None = None,
     max_total_tokens: int | None = None,
 ) -> Trace:
-    """Return the trace with longer prompts and answers cut; every request stays.
+    """Return the trace with prompts and outputs cut to the limits; every request stays.
 
-    Prompt and answer are cut to their own limits first. Where their sum still exceeds ``max_total_tokens`` the
-    answer is cut, as a server does at the end of its context, down to 1 token, and only then the prompt.
-    Prefix ids of blocks that are cut off go with them.
+    Prompt and output are first cut to their own limits. If their sum still exceeds ``max_total_tokens``, the output is
+    cut, down to 1 token, as a server does at the end of its context; only then the prompt. Prefix ids of removed
+    blocks are removed too.
 
     Raises:
-        WorkloadError: if no limit is given, or one is too small for a request.
+        WorkloadError: if no limit is set, or one is too small for any request.
     """
     _check_limits(max_prompt_tokens, max_output_tokens, max_total_tokens)
     prompt_tokens, output_tokens = trace.prompt_tokens, trace.output_tokens
@@ -192,10 +192,10 @@ def drop_long(
     max_output_tokens: int | None = None,
     max_total_tokens: int | None = None,
 ) -> Trace:
-    """Return the requests that keep within every limit given; the others are left out and counted.
+    """Return the requests within every limit that is set; the others are dropped and counted.
 
     Raises:
-        WorkloadError: if no limit is given, or no request keeps within them.
+        WorkloadError: if no limit is set, or no request is within them.
     """
     _check_limits(max_prompt_tokens, max_output_tokens, max_total_tokens)
     keep = np.ones(len(trace), dtype=bool)
@@ -209,7 +209,7 @@ def drop_long(
     if not keep.any():
         shortest = int((trace.prompt_tokens + trace.output_tokens).min())
         raise WorkloadError(
-            f"every request of {trace.name} is longer than {limits}; its shortest has {shortest:,} tokens in all: "
+            f"every request of {trace.name} is longer than {limits}; its shortest has {shortest:,} tokens in total; "
             "raise the limit"
         )
     return trace.take(keep).with_history(f"dropped {int((~keep).sum()):,} of {len(trace):,} requests over {limits}")
@@ -225,14 +225,14 @@ def inject_burst(
     output_tokens: int | None = None,
     seed: int = 0,
 ) -> Trace:
-    """Return the trace with more requests in [start_s, start_s + duration_s), a Poisson process on top.
+    """Return the trace with extra requests in [start_s, start_s + duration_s), from a Poisson process.
 
-    Their lengths are those of requests of the trace, drawn with replacement, unless they are given. Where the trace
-    has prefix ids the new requests get fresh ones, so that they share no prefix.
+    If the trace has prefix ids, the new requests get fresh ones, so that they share no prefix.
 
     Args:
         rate_rps: of the burst alone.
-        prompt_tokens, output_tokens: one length for every new request; None draws.
+        prompt_tokens, output_tokens: one length for every new request; None samples requests of the trace, with
+            replacement.
     Raises:
         WorkloadError: if the burst starts after the last arrival, or a number is out of range.
     """
@@ -270,15 +270,15 @@ def inject_burst(
 
 
 def merge(traces: Sequence[Trace], *, name: str | None = None) -> Trace:
-    """Return all requests of several traces on one clock; ties go in the order of the traces.
+    """Return all requests of several traces on one clock; ties keep the order of the traces.
 
-    Prefix ids of different traces are kept apart. Where some trace has none, the result has none, and says so.
+    Prefix ids of different traces stay distinct. If any trace has none, the result has none, and its history says so.
 
     Raises:
         WorkloadError: if there is no trace.
     """
     if not traces:
-        raise WorkloadError("merge was given no trace; give it at least one")
+        raise WorkloadError("merge got no trace; pass at least one")
     names = " + ".join(trace.name for trace in traces)
     steps = [f"{trace.name}: {step}" for trace in traces for step in trace.history]
     steps.append(f"merged {names}: {sum(map(len, traces)):,} requests")
@@ -300,24 +300,24 @@ def merge(traces: Sequence[Trace], *, name: str | None = None) -> Trace:
         name=name or names.replace(" ", ""),
         source=" + ".join(dict.fromkeys(trace.source for trace in traces)),
         history=tuple(steps),
-        # The coarsest clock of them; spread a coarse trace before it is merged with a fine one.
+        # The coarsest clock; spread a coarse trace before merging it with a fine one.
         time_quantum_s=max(trace.time_quantum_s for trace in traces),
     )
 
 
 def add(trace: Trace, *, other: Trace) -> Trace:
-    """Return ``trace`` merged with ``other``: ``merge`` as a step, where YAML builds ``other`` in place."""
+    """Return ``trace`` merged with ``other``: ``merge`` as a step, for YAML that builds ``other`` in place."""
     return merge([trace, other])
 
 
 def repeat(trace: Trace, *, times: int, period_s: float | None = None, share_prefixes: bool = False) -> Trace:
-    """Return the trace played ``times`` times, one after the other.
+    """Return the trace repeated ``times`` times, one round after the other.
 
     Args:
-        period_s: seconds from one start to the next; None takes the last arrival plus one mean gap, so that the
-            rate goes on.
-        share_prefixes: repeated requests have the prefix ids of the first time, as if users asked the same again;
-            False gives fresh ids, as if other users did.
+        period_s: seconds from the start of one round to the next; None takes the last arrival plus one mean gap,
+            which keeps the rate.
+        share_prefixes: repeated requests keep the prefix ids of the first round, as if users sent the same prompts
+            again; False gives fresh ids, as if the prompts were new.
     Raises:
         WorkloadError: if the next round would start before the last arrival of this one.
     """
@@ -342,7 +342,7 @@ def repeat(trace: Trace, *, times: int, period_s: float | None = None, share_pre
 
 
 def shuffle_lengths(trace: Trace, *, seed: int = 0) -> Trace:
-    """Return the same arrivals with the requests (prompt, answer and prefix ids together) in a random order."""
+    """Return the same arrivals with the requests (prompt, output and prefix ids together) in random order."""
     order = np.random.default_rng(seed).permutation(len(trace))
     return replace(
         trace,
@@ -354,16 +354,16 @@ def shuffle_lengths(trace: Trace, *, seed: int = 0) -> Trace:
 
 
 def keep_share(trace: Trace, *, share: float, seed: int = 0) -> Trace:
-    """Return a random share of the requests at their own times: a lower rate over the same duration.
+    """Return a random share of the requests at their original times: a lower rate over the same duration.
 
-    Exactly round(share x requests) are kept.
+    It keeps exactly round(share x requests).
 
     Raises:
         WorkloadError: if share is not in (0, 1], or so small that no request is left.
     """
     _check_number("share", share, above=0.0)
     if share > 1:
-        raise WorkloadError(f"share is {share:g}; it must be at most 1: to raise the load use scale_rate or merge")
+        raise WorkloadError(f"share is {share:g}; it must be at most 1; to raise the load, use scale_rate or merge")
     kept = round(share * len(trace))
     if kept == 0:
         raise WorkloadError(
@@ -391,7 +391,7 @@ def _check_number(name: str, value: float, *, minimum: float | None = None, abov
 
 def _check_limits(prompt: int | None, output: int | None, total: int | None, *, needed: bool = True) -> None:
     if needed and prompt is None and output is None and total is None:
-        raise WorkloadError("no limit given; give max_prompt_tokens, max_output_tokens or max_total_tokens")
+        raise WorkloadError("no limit is set; set max_prompt_tokens, max_output_tokens or max_total_tokens")
     # A request has at least one prompt token and one output token.
     for name, value, minimum in (
         ("prompt_tokens", prompt, 1),

@@ -38,7 +38,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.paths import find_data
 from sim.replay.loop import decisions
 from sim.results.records import Status
-from sim.traces.readers import read_azure
+from sim.traces.readers.azure import read_azure
 from sim.traces.trace import Trace
 
 RATE_RPS = 5.9

@@ -38,7 +38,8 @@ from sim.engine.sim_engine import SimEngine
 from sim.paths import find_data
 from sim.policies.schedule import Schedule
 from sim.replay.loop import replay
-from sim.traces.readers import read_azure, read_trace
+from sim.traces.readers.azure import read_azure
+from sim.traces.readers.native import read_trace
 from sim.traces.trace import Trace
 
 KV_BLOCKS, MAX_RUNNING, MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS = 7300, 128, 2048, 16384

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sim.traces.readers import read_trace, write_trace
+from sim.traces.readers.native import read_trace, write_trace
 from sim.traces.trace import Trace
 
 

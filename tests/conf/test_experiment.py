@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sim.cluster import run as cluster_command
+from sim.cluster.run import replicas_of
 from sim.compare import variants
 from sim.config import CONF_DIR, check_overrides
 from sim.cost.latency import load_calibration
@@ -18,6 +18,7 @@ from sim.cost.plan import check_plan
 from sim.disaggregate import run as disaggregate_command
 from sim.policies import Fixed
 from sim.replay.run import build_parts
+from sim.replay.variants import variants as cluster_variants
 
 COMMANDS = {
     "sim.compare": "compare",
@@ -52,15 +53,15 @@ def test_every_experiment_composes_with_the_command_of_its_second_line(path: Pat
 def test_every_experiment_on_a_cluster_builds_each_of_its_variants(path: Path) -> None:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("cluster", overrides=[f"experiment={path.stem}"])
-    for one in cluster_command.variants(cfg).values():
-        assert cluster_command.replicas_of(one)
+    for one in cluster_variants(cfg).values():
+        assert replicas_of(one)
 
 
 @pytest.mark.parametrize("path", [p for p in EXPERIMENTS if "sim.disaggregate" in p.read_text()], ids=lambda p: p.stem)
-def test_every_experiment_apart_builds_the_plan_of_each_of_its_variants(path: Path) -> None:
+def test_every_disaggregated_experiment_builds_the_plan_of_each_of_its_variants(path: Path) -> None:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("disaggregate", overrides=[f"experiment={path.stem}"])
-    for one in cluster_command.variants(cfg).values():
+    for one in cluster_variants(cfg).values():
         check_plan(build_parts(one).model, disaggregate_command.plan_of(one))
 
 

@@ -1,8 +1,8 @@
-"""What a replica of a cluster is shown beside its own state: how it stands among the others.
+"""What a replica of a cluster observes in addition to its own state: how it compares with the others.
 
-The first entries are those of ``ServeTrace`` (sim/policies/observation/serve.py), so that a policy that was trained on one replica
-reads them alike; these follow. All come from states that a server publishes, none from the router or the trace. Where
-there are no others, what is said of them is 0.
+An observation starts with the entries of ``ServeTrace`` (sim/policies/observation/serve.py), so that a policy trained
+on one replica can read them; the entries here follow. All come from states that servers publish, none from the router
+or the trace. Entries about other replicas are 0 if there are none.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _HIGHEST = np.array([entry.high for entry in CLUSTER_ENTRIES])
 
 
 def cluster_table(actions: ServeActions) -> ObservationSpec:
-    """Return the table of ``ServeCluster``: one replica's."""
+    """Return the table of one replica in ``ServeCluster``."""
     return ObservationSpec(SERVE_ENTRIES + CLUSTER_ENTRIES, actions.names)
 
 
 def shown_entries(table: ObservationSpec, hidden: Sequence[str]) -> Floats32:
-    """Return 1 for every entry that is shown and 0 for those that are hidden; float32[entries].
+    """Return float32[entries], 1 for shown entries and 0 for hidden ones.
 
     Raises:
         ConfigError: for a name that the table does not have.
@@ -85,14 +85,14 @@ def cluster_features(seen: Floats, dense_bytes: float) -> Floats32:
 
 
 def _mean_of_others(values: Floats) -> Floats:
-    """Return for each replica the mean over the others of its cluster; float64[c, k]."""
+    """Return the mean over the other replicas of the cluster for each replica, float64[c, k]."""
     others = values.shape[1] - 1
     mean: Floats = (values.sum(axis=1, keepdims=True) - values) / max(others, 1) if others else np.zeros(values.shape)
     return np.maximum(mean, 0.0)
 
 
 def replica_features(state: EngineState, others: Sequence[EngineState], dense_bytes: float) -> Floats32:
-    """Return the same for one replica, from the states of it and of the others; float32[entries]."""
+    """Return ``CLUSTER_ENTRIES`` of one replica from its state and those of the others, float32[entries]."""
     seen = np.zeros((1, 1 + len(others), batch_step.SEEN_COLUMNS))
     for row, one in zip(seen[0], (state, *others), strict=True):
         row[_COLUMNS] = [getattr(one, name) for name in _NAMES]

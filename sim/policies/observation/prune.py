@@ -1,7 +1,8 @@
-"""What a learned policy is shown: every entry with its name, unit and range, and the functions that fill it.
+"""What a learned policy observes: every entry with name, unit and range, and the functions that compute it.
 
-The environments in ``agents`` and the policies that were learned in them call the same functions, so that a policy sees
-in a replay what it saw in training. An exported policy carries these tables; one whose tables differ is refused.
+The environments in ``agents`` and the policies trained in them call the same functions, so that a policy observes the
+same numbers in a replay as in training. An exported policy contains these tables and is refused if they differ. The
+texts of entries are part of the comparison: changing one invalidates the policies in conf/policy.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class ObservationSpec:
-    """All entries of an observation, in order, and the actions. The last entries say which actions are legal.
+    """The entries of an observation, in order, and the actions; one flag per action follows the entries.
 
-    entries: what is observed, without the legal flags. actions: names; flag i belongs to action i.
+    entries: without the flags. actions: names; flag i states whether action i is legal.
     """
 
     entries: tuple[Entry, ...]
@@ -43,27 +44,27 @@ class ObservationSpec:
 
     @property
     def features(self) -> int:
-        """How many entries a network reads: all but the flags."""
+        """The number of entries that a network reads: all but the flags."""
         return len(self.entries)
 
     @property
     def size(self) -> int:
-        """How many numbers an observation has."""
+        """The number of values in an observation, flags included."""
         return len(self.entries) + len(self.actions)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return every entry as plain values, the flags included."""
+        """Return every entry as a dict, flags included."""
         flags = [Entry(f"legal.{name}", "flag", 0.0, 1.0, f"whether {name} is allowed now") for name in self.actions]
         return [asdict(entry) for entry in (*self.entries, *flags)]
 
     def bounds(self) -> tuple[Floats32, Floats32]:
-        """Return the lowest and the highest value of each entry."""
+        """Return the lowest and the highest value of each entry, float32[size] each."""
         rows = self.rows()
         low = np.array([row["low"] for row in rows], dtype=np.float32)
         return low, np.array([row["high"] for row in rows], dtype=np.float32)
 
     def markdown(self) -> str:
-        """Return the table as Markdown; runs of entries that differ in the block alone are one line."""
+        """Return the table as Markdown; entries that differ only in the block share one line."""
         lines = ["| entry | unit | range | meaning |", "|---|---|---|---|"]
         seen: set[str] = set()
         for row in self.rows():
@@ -83,14 +84,14 @@ def block_names(layers: int) -> tuple[str, ...]:
 
 
 def removed_blocks(mask: KeepMask) -> Bools:
-    """Return [b], True where the mask drops a block."""
+    """Return bool[b], True for blocks that the mask drops."""
     removed = np.empty(2 * len(mask.mha), dtype=np.bool_)
     removed[0::2], removed[1::2] = np.logical_not(mask.mha), np.logical_not(mask.ffn)
     return removed
 
 
 def mask_of(removed: Bools) -> KeepMask:
-    """Return the mask that drops these blocks [b]."""
+    """Return the mask that drops these blocks, bool[b]."""
     kept = (~removed).tolist()
     return KeepMask(mha=tuple(kept[0::2]), ffn=tuple(kept[1::2]))
 
@@ -117,7 +118,7 @@ PRUNE_LOAD_ENTRIES = (
 def prune_table(model: ModelSpec, *, scores: bool = False, restore: bool = False) -> ObservationSpec:
     """Return the table of ``PruneToBudget``.
 
-    scores: also what each block costs alone. restore: also actions that bring blocks back, and one that accepts.
+    scores: adds the loss of each block alone. restore: adds actions that restore blocks, and one that accepts.
     """
     names = block_names(model.num_layers)
     entries = [*PRUNE_LOAD_ENTRIES]
@@ -134,7 +135,10 @@ def prune_table(model: ModelSpec, *, scores: bool = False, restore: bool = False
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loads:
-    """n loads and what they make of memory; bytes are exact integers [n]."""
+    """n loads and their memory; bytes are exact, int64[n].
+
+    mha_bytes, ffn_bytes: what dropping one block frees, an MHA block with its KV. kv_bytes: KV of the dense model.
+    """
 
     batch: Ints
     sequence_tokens: Ints
@@ -145,14 +149,14 @@ class Loads:
     kv_bytes: Ints
 
     def peak_bytes(self, removed: Bools) -> Ints:
-        """Return the peak of each load with these blocks dropped [n, b] (RAP's memory model)."""
+        """Return the peak bytes, int64[n], without the blocks ``removed``, bool[n, b] (RAP's memory model)."""
         mha, ffn = removed[:, 0::2].sum(axis=1), removed[:, 1::2].sum(axis=1)
         peak: Ints = self.dense_bytes - mha * self.mha_bytes - ffn * self.ffn_bytes
         return peak
 
 
 def loads(model: ModelSpec, batch: Sequence[int], sequence_tokens: Sequence[int], budget_bytes: Sequence[int]) -> Loads:
-    """Return what loads and budgets make of the memory of a model."""
+    """Return the memory of a model under loads and budgets, each a sequence of n."""
     b, s = np.asarray(batch, dtype=np.int64), np.asarray(sequence_tokens, dtype=np.int64)
     kv_layer = b * s * model.kv_bytes_per_token_layer
     return Loads(
@@ -167,7 +171,7 @@ def loads(model: ModelSpec, batch: Sequence[int], sequence_tokens: Sequence[int]
 
 
 def load_columns(load: Loads, layers: int) -> Floats32:
-    """Return the entries of ``PRUNE_LOAD_ENTRIES`` that no action changes [n, 7]: all but peak and what is missing."""
+    """Return the entries of ``PRUNE_LOAD_ENTRIES`` that no action changes, float32[n, 7]: all but peak and missing."""
     dense = load.dense_bytes.astype(np.float64)
     columns = (
         np.log2(np.maximum(load.batch, 1)) / 8.0,
@@ -182,11 +186,12 @@ def load_columns(load: Loads, layers: int) -> Floats32:
 
 
 def prune_features(load: Loads, columns: Floats32, removed: Bools, peak: Ints, scores: Floats32 | None) -> Floats32:
-    """Return the features [n, o] of ``prune_table``, legal flags not included.
+    """Return the features of ``prune_table`` without the legal flags, float32[n, o].
 
     Args:
-        load: the loads. columns: their ``load_columns``. removed: [n, b]. peak: their ``peak_bytes``.
-        scores: what each block costs alone [b], when the table has it.
+        load: the loads. columns: their ``load_columns``. peak: their ``peak_bytes``.
+        removed: bool[n, b], the blocks already dropped.
+        scores: float32[b], the loss of each block alone, if the table has it.
     """
     n, blocks = removed.shape
     fixed = len(PRUNE_LOAD_ENTRIES)
@@ -206,10 +211,10 @@ def prune_features(load: Loads, columns: Floats32, removed: Bools, peak: Ints, s
 
 
 def prune_legal(removed: Bools, fits: Bools, restore: bool) -> Bools:
-    """Return which actions of ``prune_table`` are legal [n, a].
+    """Return which actions of ``prune_table`` are legal, bool[n, a].
 
-    A kept block can be dropped, a dropped one restored. Accepting is legal once the plan fits, and when there is
-    nothing left to drop.
+    A kept block can be dropped, a dropped one restored. Accepting is legal once the plan fits, or if every block is
+    dropped.
     """
     if not restore:
         return ~removed
@@ -218,13 +223,13 @@ def prune_legal(removed: Bools, fits: Bools, restore: bool) -> Bools:
 
 
 def same_table(table: ObservationSpec, exported: Mapping[str, Any]) -> str:
-    """Return what differs between a table and the one in an exported policy; empty when nothing does."""
+    """Return the first difference between a table and that of an exported policy; empty if they are equal."""
     rows = exported.get("observation", [])
     if len(rows) != table.size:
-        return f"it reads {len(rows)} entries, here are {table.size}"
+        return f"it has {len(rows)} entries, this table has {table.size}"
     for ours, theirs in zip(table.rows(), rows, strict=True):
         if ours != theirs:
-            return f"its entry {theirs.get('name')!r} is {theirs}, here stands {ours}"
+            return f"its entry {theirs.get('name')!r} is {theirs}, in this table {ours}"
     if list(table.actions) != list(exported.get("actions", [])):
-        return f"it chooses among {len(exported.get('actions', []))} other actions than the {len(table.actions)} here"
+        return f"its {len(exported.get('actions', []))} actions differ from the {len(table.actions)} of this table"
     return ""

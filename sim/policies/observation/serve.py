@@ -1,8 +1,8 @@
-"""What a policy that serves is shown, and what it can choose: rates and states of the engine, and a table of plans.
+"""What a serving policy observes and can choose: rates and states of the engine, and a table of plans.
 
-``ServeObserver`` turns the history of ``EngineState`` into numbers; no output length is in it, and nothing of the
-future but what the budget has announced. ``serve_actions`` lists plans: so many blocks of an order dropped, so many
-layers at low precision, so many requests that may wait.
+``ServeObserver`` turns the history of ``EngineState`` into numbers; they contain no output length, and nothing of the
+future except announced changes of the budget. ``serve_actions`` lists plans: a number of dropped blocks of an order, a
+number of layers at low precision, and a queue limit.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class Choice:
 class ServeActions:
     """The plans to choose from.
 
-    levels: of each, how far along the drops, the low layers and the admission limits it is, [0, 1]. groups: plans with
-    the same number run the same weights. dwell_s: once the weights have changed they stay for so long, unless they no
-    longer fit; the queue limit may change at any time.
+    levels: for each plan, its position in the lists of drops, low layers and queue limits, in [0, 1].
+    groups: plans with the same number have the same weights.
+    dwell_s: shortest time between two changes of the weights, unless they no longer fit; the queue limit may change at
+        any time.
     """
 
     names: tuple[str, ...]
@@ -54,9 +55,9 @@ class ServeActions:
     workspace_bytes: int
 
     def legal(self, state: EngineState, choice: Choice) -> Bools:
-        """Return which plans have weights that fit the present budget, and may be changed to now.
+        """Return which plans are legal now, bool[plans]: their weights fit the budget, and the dwell time allows them.
 
-        Where no plan's weights fit, the smallest are legal.
+        If no plan's weights fit, the plans with the smallest weights are legal.
         """
         weights = np.array(self.weights_bytes)
         fits: Bools = weights + self.workspace_bytes <= state.budget_bytes
@@ -69,13 +70,13 @@ class ServeActions:
         return fits
 
     def dwell_left(self, state: EngineState, choice: Choice) -> float:
-        """Return the share of the dwell time that has not passed yet."""
+        """Return the share of the dwell time that is left, in [0, 1]."""
         if not self.dwell_s:
             return 0.0
         return max(0.0, 1.0 - (state.time_s - choice.changed_s) / self.dwell_s)
 
     def chosen(self, state: EngineState, choice: Choice, action: int) -> Choice:
-        """Return the choice after an action at this state."""
+        """Return the new choice after an action in this state."""
         if self.groups[action] == self.groups[choice.action]:
             return Choice(action, choice.changed_s)
         return Choice(action, state.time_s)
@@ -92,11 +93,15 @@ def serve_actions(
     dwell_s: float = 0.0,
     workspace_bytes: int = 0,
 ) -> ServeActions:
-    """Return every combination: ``drops[i]`` first blocks of the order gone, ``low_layers[j]`` first layers at low
-    precision, and a queue of at most ``admits[k]``.
+    """Return the plans of all combinations of drops, low layers and queue limits.
 
+    Args:
+        order: blocks in the order of dropping. drops: how many of its first blocks to drop.
+        low_layers: how many of the first layers run at ``low_bits``.
+        admits: queue limits, None for no limit.
+        dwell_s, workspace_bytes: as in ``ServeActions``.
     Raises:
-        PlanError: for a plan that is not legal. ConfigError: where a list is empty or the order too short.
+        PlanError: for a plan that is not legal. ConfigError: if a list is empty or the order is too short.
     """
     if not dwell_s >= 0.0:
         raise ConfigError(f"actions.dwell_s is {dwell_s}; it must be at least 0 seconds")
@@ -180,7 +185,10 @@ _ALL_COUNTERS = (*_COUNTERS, "preemptions", "rejected")
 
 @dataclass(slots=True)
 class ServeObserver:
-    """Turns one state after the other into an observation; made anew for each replay."""
+    """Turns successive states into observations; each replay needs a new one.
+
+    counters: the counters of the last state. rates: their smoothed rates per second, one list per ``SMOOTHING_S``.
+    """
 
     model: ModelSpec
     actions: ServeActions
@@ -194,13 +202,13 @@ class ServeObserver:
         self.dense_bytes = float(weight_bytes(self.model, dense_plan(self.model)))
 
     def __call__(self, state: EngineState, choice: Choice) -> Floats32:
-        """Return the features after this state; ``choice``: what runs."""
+        """Return the features at this state, float32[entries]; ``choice``: what runs now."""
         self._smooth(state)
         second, ten, sixty = self.rates
         dense = self.dense_bytes
         change = (state.next_budget_bytes - state.budget_bytes) / dense / 8.0
         soon = math.exp(-(state.next_budget_s - state.time_s) / 10.0) if math.isfinite(state.next_budget_s) else 0.0
-        given = ten[2]
+        first_tokens_rps = ten[2]
         pool = state.kv_layer_blocks
         values = (
             _log(state.waiting, 10.0),
@@ -219,8 +227,8 @@ class ServeObserver:
             _log(sixty[0], 8.0),
             _log(second[1], 16.0),
             _log(ten[1], 16.0),
-            _log(given, 8.0),
-            min(ten[3] / given / 2.0, 2.0) if given > 1e-6 else 0.0,
+            _log(first_tokens_rps, 8.0),
+            min(ten[3] / first_tokens_rps / 2.0, 2.0) if first_tokens_rps > 1e-6 else 0.0,
             _log(ten[4], 16.0),
             min(ten[5], 1.0),
             _log(ten[6], 8.0),
@@ -232,7 +240,7 @@ class ServeObserver:
         return np.array(values, dtype=np.float32)
 
     def _smooth(self, state: EngineState) -> None:
-        """Bring the smoothed rates up to a state."""
+        """Update the smoothed rates to a state."""
         passed_s = state.time_s - self.time_s
         counters = tuple(float(getattr(state, name)) for name in _ALL_COUNTERS)
         if passed_s > 0.0:
@@ -250,9 +258,9 @@ def _log(value: float, scale: float) -> float:
 
 @dataclass(slots=True)
 class ServeObservers:
-    """Does for n engines at once what ``ServeObserver`` and ``ServeActions`` do for one.
+    """Does for n engines at once what ``ServeObserver`` and ``ServeActions`` do for one; both give the same numbers.
 
-    action, changed_s: the `Choice` of each, [n]. dense_bytes: of the weights of the dense model.
+    action, changed_s: int64[n] and float64[n], the `Choice` of each engine. dense_bytes: of the dense model's weights.
     """
 
     model: ModelSpec
@@ -280,7 +288,7 @@ class ServeObservers:
         self._rates = np.zeros((len(SMOOTHING_S), n, counters))
 
     def begin(self, at: int) -> None:
-        """Begin an episode in a place."""
+        """Begin a new episode at position ``at``."""
         self.action[at], self.changed_s[at], self._time_s[at] = 0, -math.inf, 0.0
         self._counters[at], self._rates[:, at] = 0.0, 0.0
 
@@ -299,7 +307,7 @@ class ServeObservers:
         return legal
 
     def choose(self, seen: Floats, actions: Ints, where: Bools) -> None:
-        """Take a legal action in some places."""
+        """Take actions, int64[n], at the positions ``where``, bool[n]; they must be legal."""
         changed = where & (self._groups[actions] != self._groups[self.action])
         self.changed_s[changed] = seen[changed, batch_step.TIME_S]
         self.action[where] = actions[where]
@@ -311,12 +319,13 @@ class ServeObservers:
         return left
 
     def __call__(self, seen: Floats) -> Floats32:
-        """Return the features of each, float32[n, entries]."""
+        """Return the features of each engine, float32[n, entries]."""
         self._smooth(seen)
         ten = self._rates[1]
         dense = self.dense_bytes
         columns = seen.T
-        pool, given = columns[batch_step.KV_LAYER_BLOCKS], ten[:, 2]
+        pool, first_tokens_rps = columns[batch_step.KV_LAYER_BLOCKS], ten[:, 2]
+        # Rows are SERVE_ENTRIES; the numbers below are their indices.
         found = np.empty((len(SERVE_ENTRIES), self.size))
         found[_LOG_ROWS] = columns[_LOG_COLUMNS]
         found[[11, 12, 13]], found[[14, 15]] = self._rates[:, :, 0], self._rates[:2, :, 1]
@@ -328,7 +337,7 @@ class ServeObservers:
         found[7], found[8] = columns[batch_step.BUDGET_BYTES] / dense / 8.0, columns[batch_step.WEIGHT_BYTES] / dense
         found[9] = (columns[batch_step.NEXT_BUDGET_BYTES] - columns[batch_step.BUDGET_BYTES]) / dense / 8.0
         found[10] = np.exp(-(columns[batch_step.NEXT_BUDGET_S] - columns[batch_step.TIME_S]) / 10.0)
-        found[17] = np.where(given > 1e-6, ten[:, 3] / np.maximum(given, 1e-6) / 2.0, 0.0)
+        found[17] = np.where(first_tokens_rps > 1e-6, ten[:, 3] / np.maximum(first_tokens_rps, 1e-6) / 2.0, 0.0)
         found[19] = ten[:, 5]
         found[22] = columns[batch_step.INCOMING_BYTES] > 0
         found[23] = self._dwell_left(seen)
@@ -367,10 +376,10 @@ _HIGHEST = np.array([entry.high for entry in SERVE_ENTRIES])[:, None]
 
 
 def actions_from(model: ModelSpec, options: Mapping[str, Any], workspace_bytes: int) -> ServeActions:
-    """Return the actions of a configuration: the options of ``serve_actions``.
+    """Return the plans for the options of ``serve_actions`` in a configuration.
 
     Raises:
-        ConfigError: for an unknown word.
+        ConfigError: for an unknown option.
     """
     try:
         return serve_actions(model, **options, workspace_bytes=workspace_bytes)

@@ -1,4 +1,4 @@
-"""Azure's public LLM inference traces of 2023: one CSV row a request, wall-clock times of 100 ns."""
+"""Azure's public LLM inference traces of 2023: CSV with one row per request and wall-clock times in steps of 100 ns."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ ORIGIN = "https://github.com/Azure/AzurePublicDataset (data/, commit b469a113ced
 
 
 def read_azure(path: str | Path, *, on_bad_row: OnBadRow = "error", sort: bool = False, name: str = "azure") -> Trace:
-    """Return an Azure trace: ``TIMESTAMP,ContextTokens,GeneratedTokens``, arrivals counted from the first.
+    """Return an Azure trace; the first arrival is at time 0.
 
-    The published files have 7 fractional digits, CRLF line ends and no line end after the last row; zones
-    (``+00:00``, as in the traces of 2024) are understood too.
+    The published files have 7 fractional digits, CRLF line endings and no line end after the last row. Time zones
+    (``+00:00``, as in the traces of 2024) are accepted too.
 
     Args:
-        path: CSV, plain or gzip.
-        on_bad_row: "error" names the first bad row, "skip" leaves bad rows out and counts each kind.
-        sort: put rows in order that are not; without it they are an error.
+        path: CSV, plain or gzip, with columns ``TIMESTAMP,ContextTokens,GeneratedTokens``.
+        on_bad_row: "error" reports the first bad row; "skip" leaves out bad rows and counts each kind.
+        sort: sort rows by arrival; if False, a row out of order is an error.
         name: the trace's name.
     Raises:
         TraceError: if the file or a row of it cannot be used.

@@ -1,4 +1,4 @@
-"""BurstGPT: requests of a campus to GPT-3.5 and GPT-4, a CSV with times in whole seconds."""
+"""BurstGPT: requests from a university campus to GPT-3.5 and GPT-4; CSV with times in full seconds."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def read_burstgpt(
     sort: bool = False,
     name: str = "burstgpt",
 ) -> Trace:
-    """Return a BurstGPT trace, arrivals counted from the first request that is kept.
+    """Return a BurstGPT trace; the first kept request arrives at time 0.
 
-    Its clock has steps of one second, so ties are the rule: ``sim.traces.transforms.spread_ties`` spreads them.
+    Its clock has steps of one second, so most arrivals are tied; ``sim.traces.transforms.spread_ties`` spreads them.
 
     Args:
         path: CSV, plain or gzip: ``Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type``.
-        failed: what to do with rows of 0 response tokens, which the authors publish as failed requests. "drop"
-            leaves them out and counts them in the history; "error" makes them bad rows.
+        failed: handling of rows with 0 response tokens, which the authors publish as failed requests. "drop"
+            leaves them out and counts them in the history; "error" treats them as bad rows.
         model: keep only rows of this model, as the file spells it (ChatGPT, GPT-4); None keeps all.
         log_type: keep only "Conversation log" or "API log"; None keeps both.
         on_bad_row, sort, name: as ``read_azure``.
     Raises:
-        TraceError: if the file or a row of it cannot be used, or no row has the model or log type asked for.
+        TraceError: if the file or a row of it cannot be used, or no row has the requested model or log type.
     Source:
         Wang et al., BurstGPT (KDD 2025, arXiv 2401.17644), section 3; HPMLL/BurstGPT, CC-BY 4.0.
     """
@@ -58,7 +58,7 @@ def read_burstgpt(
         leave_out |= other
     arrival_s = rows.seconds("Timestamp")
     output_tokens = rows.tokens("Response tokens", minimum=0 if failed == "drop" else 1)
-    # A failed request was never served, so its prompt may be 0 as well; a bad row reads 0 and is no failed one.
+    # A failed request was never served, so its prompt may be 0 too. A bad row also reads 0, but is not a failed one.
     answered = output_tokens > 0
     is_failed = ~answered & ~leave_out
     is_failed[list(rows.bad)] = False

@@ -1,4 +1,4 @@
-"""Files that hold lengths and no arrivals: a data set's requests under an arrival process of one's own."""
+"""Files with lengths but no arrivals: requests of a data set under a chosen arrival process."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ def read_lengths(
     on_bad_row: OnBadRow = "error",
     name: str = "lengths",
 ) -> Trace:
-    """Return a trace whose lengths come from a file and whose arrivals from a process.
+    """Return a trace with lengths from a file and arrivals from a process.
 
-    Each row is used at most once, so the process must not make more requests than the file has rows.
+    Each row is used at most once, so the process must not generate more requests than the file has rows.
 
     Args:
-        path: CSV, plain or gzip, with one row a request.
-        arrivals: a process of ``sim.traces.generate`` with its arguments given, such as
-            ``partial(poisson_arrivals, rate_rps=2.0, duration_s=600.0)``: generator in, sorted seconds out.
+        path: CSV, plain or gzip, with one row per request.
+        arrivals: a process of ``sim.traces.generate`` with its parameters bound, such as
+            ``partial(poisson_arrivals, rate_rps=2.0, duration_s=600.0)``: takes a random generator, returns sorted
+            seconds.
         seed: of the arrivals and the order.
-        order: "shuffle" uses the rows in a random order, "file" in that of the file.
+        order: "shuffle" takes the rows in random order, "file" in file order.
         prompt_column, output_column: the names of the two columns.
         on_bad_row, name: as ``read_azure``.
     Raises:
@@ -57,7 +58,7 @@ def read_lengths(
     arrival_s = arrivals(arrivals_rng)
     if len(arrival_s) > len(usable):
         raise TraceError(
-            f"{path} has {len(usable):,} usable rows but the arrival process makes {len(arrival_s):,} requests; "
+            f"{path} has {len(usable):,} usable rows but the arrival process generates {len(arrival_s):,} requests; "
             "lower its rate_rps or duration_s, or use sim.traces.transforms.repeat on the result"
         )
     if order == "shuffle":

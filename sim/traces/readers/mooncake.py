@@ -1,4 +1,4 @@
-"""Mooncake: requests of Kimi with the ids of their shareable prefix blocks, one JSON object a line."""
+"""Mooncake: requests to Kimi with the ids of their shareable prefix blocks; one JSON object per line."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ def read_mooncake(
     sort: bool = False,
     name: str = "mooncake",
 ) -> Trace:
-    """Return a Mooncake trace, arrivals counted from the first, prefix ids kept.
+    """Return a Mooncake trace with its prefix ids; the first arrival is at time 0.
 
     Args:
         path: JSONL, plain or gzip: ``timestamp`` in ms, ``input_length``, ``output_length``, ``hash_ids``.
-        time_quantum_s: the conversation trace comes in batches every 3 s (gaps of 2999 to 3001 ms), which says
-            nothing about bursts below 3 s: spread them with ``sim.traces.transforms.spread_ties``, or say that batches are
-            replayed. The synthetic trace has a clock of 1 ms: give 0.
+        time_quantum_s: step of the clock. The conversation trace arrives in batches every 3 s (gaps of 2999 to
+            3001 ms), so it does not show bursts shorter than 3 s: spread its arrivals with
+            ``sim.traces.transforms.spread_ties``, or state that batches are replayed. The synthetic trace has a clock
+            of 1 ms: set 0.
         on_bad_row, sort, name: as ``read_azure``.
     Raises:
-        TraceError: if the file or a row of it cannot be used; also where the number of ids is not the number of
-            512-token blocks of the prompt.
+        TraceError: if the file or a row of it cannot be used, for example if the number of ids differs from the
+            number of 512-token blocks of the prompt.
     Source:
         Qin et al., Mooncake (FAST 2025); kvcache-ai/Mooncake, Apache-2.0.
     """
@@ -56,7 +57,7 @@ def read_mooncake(
         counts != -(-prompt_tokens // HASH_BLOCK_TOKENS),
         "hash_ids",
         "wrong number of ids",
-        f"one id for each {HASH_BLOCK_TOKENS} tokens of input_length, the last block counted whole",
+        f"one id for each {HASH_BLOCK_TOKENS} tokens of input_length, including a partly filled last block",
     )
     return rows.trace(
         arrival_s=arrival_s,

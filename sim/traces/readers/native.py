@@ -50,17 +50,17 @@ def read_trace(
     time_quantum_s: float = 0.0,
     name: str | None = None,
 ) -> Trace:
-    """Return a trace in the project's own format; CSV, JSONL or Parquet is told by the content, not the name.
+    """Return a trace in the project's own format; the content, not the name, decides between CSV, JSONL and Parquet.
 
-    Columns: ``arrival_s`` (seconds), ``prompt_tokens``, ``output_tokens``, and perhaps ``hash_ids`` (a list of
-    ids; in CSV separated by blanks). Other columns are not read.
+    Columns: ``arrival_s`` (seconds), ``prompt_tokens``, ``output_tokens`` and, optionally, ``hash_ids`` (a list of
+    ids; in CSV separated by spaces). Other columns are ignored.
 
     Args:
         path: the file; CSV and JSONL may be gzip.
         on_bad_row, sort: as ``read_azure``.
-        rebase: count arrivals from the first one. The format's time 0 has a meaning, so this is off by default.
-        time_quantum_s: step of the clock that the arrivals were taken with, 0 for a fine one.
-        name: the trace's name; None takes the file's.
+        rebase: shift arrivals so that the first is at 0. Off by default, because time 0 has a meaning in this format.
+        time_quantum_s: step of the clock that recorded the arrivals, 0 for a fine one.
+        name: the trace's name; None takes the file's name.
     Raises:
         TraceError: if the file or a row of it cannot be used.
     """
@@ -80,13 +80,13 @@ def read_trace(
 
 
 def write_trace(trace: Trace, path: str | Path) -> Path:
-    """Write a trace in the project's own format, whole or not at all; returns the path.
+    """Write a trace in the project's own format and return the path; the file appears complete or not at all.
 
-    The ending says what is written: ``.csv``, ``.jsonl``, ``.parquet``, the first two also with ``.gz``. Reading
-    the file gives an equal trace. Name, source and history are not in it.
+    The suffix chooses the format: ``.csv``, ``.jsonl`` or ``.parquet``, the first two also with ``.gz``. Reading the
+    file gives an equal trace. Name, source and history are not written.
 
     Raises:
-        TraceError: if the ending is another one.
+        TraceError: for another suffix.
     """
     path = Path(path)
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
@@ -98,18 +98,18 @@ def write_trace(trace: Trace, path: str | Path) -> Path:
     kind = suffixes[-1] if suffixes else ""
     if kind not in writers or (kind == ".parquet" and path.suffix == ".gz"):
         raise TraceError(
-            f"{path}: a trace is not written as {''.join(path.suffixes[-2:]) or 'a file without ending'!r}; "
+            f"{path}: a trace cannot be written as {''.join(path.suffixes[-2:]) or 'a file without suffix'!r}; "
             f"{nearest(kind, [*writers, '.csv.gz', '.jsonl.gz'])}"
         )
     content = writers[kind](trace)
     if path.suffix == ".gz":
-        content = gzip.compress(content, mtime=0)  # without the time, equal traces make equal files
+        content = gzip.compress(content, mtime=0)  # without a time stamp, equal traces give equal files
     write_whole(path, lambda part: part.write_bytes(content))
     return path
 
 
 def read_hash_ids(rows: Rows) -> list[Ints]:
-    """Return the column ``hash_ids`` as an array a row; rows whose ids are no list of numbers are marked bad."""
+    """Return the column ``hash_ids`` as one array per row; a row whose ids are not a list of numbers is marked bad."""
     column = rows.table.columns["hash_ids"]
     if isinstance(column, pa.ChunkedArray) and pa.types.is_list(column.type) and column.null_count == 0:
         array = column.combine_chunks()
@@ -125,7 +125,7 @@ def read_hash_ids(rows: Rows) -> list[Ints]:
         parsed = _ids_of_cell(cell)
         bad[i] = parsed is None
         ids.append(NO_IDS if parsed is None else parsed)
-    rows.reject(bad, "hash_ids", "not a list of ids", "a list of whole numbers from 0 (in CSV separated by blanks)")
+    rows.reject(bad, "hash_ids", "not a list of ids", "a list of whole numbers from 0 (in CSV separated by spaces)")
     return _without_negative(rows, ids)
 
 
@@ -163,7 +163,9 @@ def _parquet_table(path: str | Path, content: bytes) -> RawTable:
             )
         table = file.read(columns=[name for name in SCHEMA.names if name in names])
     except (pa.ArrowException, OSError) as error:
-        raise TraceError(f"{path} is a broken Parquet file ({error}); it was cut or damaged: write it again") from error
+        raise TraceError(
+            f"{path} is a broken Parquet file ({error}); it is truncated or damaged: write it again"
+        ) from error
     if table.num_rows == 0:
         raise TraceError(f"{path} has columns and no requests; it needs at least one row")
     return table_from_arrow(path, table, unit="row")

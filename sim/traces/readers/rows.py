@@ -1,4 +1,4 @@
-"""Rows of a file: bytes to columns to checked numbers, and what becomes of a row that is wrong."""
+"""Rows of a trace file: bytes to columns to checked numbers, and the handling of bad rows."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ KNOWN_HEADERS = {
     "lengths without arrivals (trace=arxiv_lengths)": {"num_prefill_tokens", "num_decode_tokens"},
     "this project's own format (trace=file)": {"arrival_s", "prompt_tokens", "output_tokens"},
 }
-"""The columns that tell one format from another, so that a wrong reader can name the right one."""
+"""The columns that identify each format, so that an error of the wrong reader can name the right format."""
 
 
 def read_bytes(path: str | Path, *, origin: str | None = None) -> bytes:
-    """Return the content of a data file, unpacked when it is gzip (told by its first bytes, not its name).
+    """Return the content of a data file, decompressed if it is gzip (by its first bytes, not its name).
 
     Args:
-        path: as it is, or below the folder of data (see ``sim.paths.find_data``).
-        origin: the public repository that the file comes from, for the message when it is absent.
+        path: absolute, or relative to the current folder or the data folder (see ``sim.paths.find_data``).
+        origin: the public repository of the file, for the message when it is missing.
     Raises:
-        TraceError: if the file is absent, unreadable, empty, or a broken gzip.
+        TraceError: if the file is missing, unreadable, empty, or a broken gzip.
     """
     found = find_data(path)
     try:
@@ -70,7 +70,7 @@ def read_bytes(path: str | Path, *, origin: str | None = None) -> bytes:
             content = gzip.decompress(content)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise TraceError(
-                f"{path} is a broken gzip file ({error}); it was cut or damaged: fetch it again"
+                f"{path} is a broken gzip file ({error}); it is truncated or damaged: download it again"
             ) from error
     if not content.strip():
         raise TraceError(f"{path} is empty; it needs a header and at least one request")
@@ -78,7 +78,7 @@ def read_bytes(path: str | Path, *, origin: str | None = None) -> bytes:
 
 
 def missing_data(path: str | Path, origin: str | None) -> TraceError:
-    """Return the error for a data file that is not there: where it was looked for, and where it comes from."""
+    """Return the error for a missing data file: where it was searched, and where to get it."""
     if origin is None:
         return TraceError(f"{path} does not exist, neither here nor in {data_dir()}; give the path of a trace file")
     return TraceError(
@@ -89,14 +89,14 @@ def missing_data(path: str | Path, origin: str | None) -> TraceError:
 
 
 def check_on_bad_row(on_bad_row: str) -> None:
-    """Raise TraceError unless ``on_bad_row`` is a known choice."""
+    """Raise a TraceError if ``on_bad_row`` is not a known choice."""
     if on_bad_row not in get_args(OnBadRow):
         raise TraceError(f"on_bad_row is {on_bad_row!r}; {nearest(str(on_bad_row), get_args(OnBadRow))}")
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """One row that cannot be used, and why."""
+    """One row that cannot be used, and the reason."""
 
     line: int
     column: str
@@ -107,13 +107,13 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class RawTable:
-    """The columns of a file as it states them, unchecked.
+    """The columns of a file, not checked yet.
 
-    path: as the user gave it, for messages.
+    path: as the user wrote it, for messages.
     unit: what ``line`` counts, "line" or (Parquet) "row"; both start at 1.
-    line: where each row stands.
-    columns: an Arrow array each, or a list of what JSON held.
-    broken: rows that could not even be split into columns.
+    line: int64[rows], the line number of each row.
+    columns: an Arrow array each, or a list of JSON values.
+    broken: rows that could not be split into columns.
     """
 
     path: str
@@ -142,21 +142,38 @@ def read_csv(
     """Return the named columns of a CSV file as text.
 
     Args:
-        required: columns that must be there.
-        optional: columns that may be there.
-        header: the column names of a file that has no header line.
-        on_bad_row: with "skip", bytes that are not UTF-8 only spoil their own row.
+        required: columns that the file must have.
+        optional: columns that the file may have.
+        header: the column names, for a file without a header line.
+        on_bad_row: with "skip", bytes that are not UTF-8 make only their own row bad.
         origin: see ``read_bytes``.
-        content: the file's bytes where they were read already.
+        content: the file's bytes, if they were read already.
     Raises:
         TraceError: if the file or its header is wrong.
     """
     check_on_bad_row(on_bad_row)
     content = read_bytes(path, origin=origin) if content is None else content
-    # Blank lines at the end are the editor's, those in the middle are bad rows.
+    # Blank lines at the end are normal; blank lines in the middle are bad rows.
     content = _utf8(path, content.removeprefix(BYTE_ORDER_MARK), on_bad_row).rstrip(b"\r\n \t")
     names = list(header) if header else _header(content)
     _check_header(path, names, required)
+    first_line = 1 if header else 2
+    rows = content.count(b"\n") + 2 - first_line
+    if rows < 1:
+        raise TraceError(f"{path} has a header and no requests; it needs at least one row")
+    wanted = [name for name in (*required, *optional) if name in names]
+    table, broken = _split_csv(path, content, names, wanted, first_line)
+    lines = np.setdiff1d(np.arange(first_line, first_line + rows), [row.line for row in broken])
+    if len(lines) != table.num_rows:
+        raise TraceError(f"{path} has values that contain line breaks; write each request on one line")
+    columns = {name: table.column(name) for name in wanted}
+    return RawTable(path=str(path), unit="line", line=lines, columns=columns, broken=tuple(broken))
+
+
+def _split_csv(
+    path: str | Path, content: bytes, names: Sequence[str], wanted: Sequence[str], first_line: int
+) -> tuple[pa.Table, list[BadRow]]:
+    """Return the wanted columns as text, and the rows that have another number of values than ``names``."""
     broken: list[BadRow] = []
 
     def skip_row(row: pa_csv.InvalidRow) -> str:
@@ -171,44 +188,35 @@ def read_csv(
         )
         return "skip"
 
-    first_line = 1 if header else 2
-    rows = content.count(b"\n") + 2 - first_line
-    if rows < 1:
-        raise TraceError(f"{path} has a header and no requests; it needs at least one row")
-    wanted = [name for name in (*required, *optional) if name in names]
     try:
         table = pa_csv.read_csv(
             io.BytesIO(content),
-            # One thread: only then does Arrow number the rows that it cannot split.
-            read_options=pa_csv.ReadOptions(use_threads=False, column_names=names, skip_rows=first_line - 1),
+            # One thread, because only then does Arrow report the line numbers of rows that it cannot split.
+            read_options=pa_csv.ReadOptions(use_threads=False, column_names=list(names), skip_rows=first_line - 1),
             parse_options=pa_csv.ParseOptions(invalid_row_handler=skip_row, ignore_empty_lines=False),
             convert_options=pa_csv.ConvertOptions(
-                include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
+                include_columns=list(wanted), column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
             ),
         )
     except pa.ArrowInvalid as error:
-        raise TraceError(f"{path} is not a CSV file: {error}; check its quotes and line ends") from error
-    lines = np.setdiff1d(np.arange(first_line, first_line + rows), [row.line for row in broken])
-    if len(lines) != table.num_rows:
-        raise TraceError(f"{path} has values with line ends inside; write each request on one line")
-    columns = {name: table.column(name) for name in wanted}
-    return RawTable(path=str(path), unit="line", line=lines, columns=columns, broken=tuple(broken))
+        raise TraceError(f"{path} is not a CSV file: {error}; check its quotes and line endings") from error
+    return table, broken
 
 
 def _utf8(path: str | Path, content: bytes, on_bad_row: OnBadRow) -> bytes:
-    """Return ``content`` as valid UTF-8, or name the first byte that is not."""
+    """Return ``content`` as valid UTF-8; a byte that is not UTF-8 is an error, or replaced if bad rows are skipped."""
     try:
         content.decode()
     except UnicodeDecodeError as error:
         if on_bad_row == "skip":
-            # The replacement character is no number, so such a cell is counted with the other bad ones.
+            # The replacement character is not a number, so the cell counts as a bad one.
             return content.decode(errors="replace").encode()
         line_start = content.rfind(b"\n", 0, error.start) + 1
         line = content.count(b"\n", 0, error.start) + 1
         value_number = content.count(b",", line_start, error.start) + 1
         raise TraceError(
             f"{path}, line {line}, value {value_number}: byte 0x{content[error.start]:02x} is not UTF-8; "
-            "save the file as UTF-8, or set on_bad_row=skip to leave such rows out"
+            "save the file as UTF-8, or set on_bad_row=skip to leave out such rows"
         ) from error
     return content
 
@@ -248,19 +256,19 @@ def read_jsonl(
     origin: str | None = None,
     content: bytes | None = None,
 ) -> RawTable:
-    """Return the named fields of a file with one JSON object a line.
+    """Return the named fields of a file with one JSON object per line.
 
-    Arrow reads a clean file in one pass. Where it meets anything odd it cannot say where, so the file is read
-    again line by line; the two agree on every file that Arrow accepts (tests/sim/traces/test_readers.py).
+    Arrow reads a clean file in one pass, but does not report the line of an error; then the file is read again line
+    by line. Both give the same result on every file that Arrow accepts (tests/sim/traces/test_readers.py).
 
     Args:
-        schema: the fields and their types; all are required but those in ``optional``.
-        optional: fields that may be absent from the whole file, not from some lines only.
+        schema: the fields and their types; all are required except those in ``optional``.
+        optional: fields that may be missing from the entire file, but not from some lines only.
         on_bad_row: as ``read_csv``.
         origin: see ``read_bytes``.
-        content: the file's bytes where they were read already.
+        content: the file's bytes, if they were read already.
     Raises:
-        TraceError: if the file is wrong, or none of its lines has the required fields.
+        TraceError: if the file is wrong, or no line has the required fields.
     """
     check_on_bad_row(on_bad_row)
     content = read_bytes(path, origin=origin) if content is None else content
@@ -270,9 +278,9 @@ def read_jsonl(
 
 
 def _read_jsonl_clean(content: bytes, schema: pa.Schema, optional: Sequence[str]) -> pa.Table | None:
-    """Return the table, or None unless every line is one object with every field of the right type."""
+    """Return the table if every line is one object with every field of the right type, else None."""
     options = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    # One chunk of the whole file: a line longer than a chunk is an error in Arrow.
+    # One chunk for the entire file, because a line longer than a chunk is an error in Arrow.
     read_options = pa_json.ReadOptions(use_threads=False, block_size=min(len(content) + 1, 2**31 - 1))
     try:
         table = pa_json.read_json(io.BytesIO(content), read_options=read_options, parse_options=options)
@@ -301,7 +309,7 @@ def _read_jsonl_by_line(path: str | Path, content: bytes, schema: pa.Schema, opt
             lines.append(line)
         else:
             kind = "not a JSON object" if text.strip() else "blank line"
-            broken.append(BadRow(line=line, column="all", value=text[:80], kind=kind, allowed="one {...} a line"))
+            broken.append(BadRow(line=line, column="all", value=text[:80], kind=kind, allowed="one {...} per line"))
     seen = set().union(*rows[:1000]) if rows else set()
     if rows:
         _check_header(path, sorted(seen), [name for name in schema.names if name not in optional])
@@ -319,24 +327,24 @@ def table_from_arrow(path: str | Path, table: pa.Table, *, unit: str) -> RawTabl
 
 @dataclass(slots=True)
 class Rows:
-    """Checks the columns of one table, remembers every bad row, and makes the trace of the good ones.
+    """Checks the columns of one table, records every bad row, and makes a trace of the good ones.
 
-    A row that is bad for several reasons counts once, under the first column that was checked.
+    A row that is bad for several reasons counts once, under the first column checked.
     """
 
     table: RawTable
     on_bad_row: OnBadRow
-    # Row positions in the table, in the order they were found; rows already broken are in table.broken.
+    # Keyed by row position in the table. Rows that could not be split into columns are in table.broken.
     bad: dict[int, BadRow] = field(default_factory=dict)
 
     def tokens(self, name: str, *, minimum: int = 1) -> Ints:
-        """Return a column of token counts; 0 stands where the row is bad."""
+        """Return a column of token counts, 0 for bad rows."""
         allowed = f"a whole number from {minimum} to {MAX_TOKENS:,}"
         values = self._numbers(name, minimum=minimum, maximum=MAX_TOKENS, integers=True, allowed=allowed)
         return values.astype(np.int64)
 
     def seconds(self, name: str, *, unit_s: float = 1.0) -> Floats:
-        """Return a column of times in seconds, read in units of ``unit_s``; 0 stands where the row is bad."""
+        """Return a column of times in seconds, 0 for bad rows; the file holds units of ``unit_s`` seconds."""
         maximum = MAX_ARRIVAL_S / unit_s
         unit = {1.0: "seconds", 1e-3: "milliseconds"}[unit_s]
         allowed = f"a number of {unit} from 0 to {maximum:g}"
@@ -344,7 +352,7 @@ class Rows:
         return self._numbers(name, minimum=0, maximum=maximum, integers=False, allowed=allowed) / round(1 / unit_s)
 
     def timestamps(self, name: str) -> Floats:
-        """Return a column of wall-clock times as seconds since the earliest, exact to 1 ns; 0 where the row is bad."""
+        """Return a column of wall-clock times as seconds since the earliest, exact to 1 ns; 0 for bad rows."""
         column = self.table.text_column(name)
         shaped = pc.match_substring_regex(column, TIMESTAMP).to_numpy().astype(bool)
         text = np.where(shaped, column.to_numpy(), "")
@@ -361,7 +369,7 @@ class Rows:
         return np.where(good, times_ns - start_ns, 0) / 1e9
 
     def reject(self, mask: NDArray[np.bool_], name: str, kind: str, allowed: str) -> None:
-        """Mark rows as bad for a reason of the reader's own."""
+        """Mark rows as bad for a reason that a reader gives."""
         self._reject(name, np.flatnonzero(mask), allowed, lambda _: kind)
 
     def trace(
@@ -381,13 +389,13 @@ class Rows:
         """Return the trace of the good rows.
 
         Args:
-            leave_out: rows that are no requests of this trace, although nothing is wrong with them.
-            sort: put rows that are out of order in order; without it they are an error.
+            leave_out: valid rows that do not belong to this trace.
+            sort: sort rows by arrival; if False, a row out of order is an error.
             rebase: make the first arrival time 0.
-            history: what the reader itself did.
+            history: steps that the reader took.
         Raises:
-            TraceError: for the first bad row unless they are skipped; for a row out of order unless sorted; and
-                when no row is left.
+            TraceError: for the first bad row, unless bad rows are skipped; for a row out of order, unless ``sort``;
+                and if no row is left.
         """
         steps = [f"read {len(self.table.line) + len(self.table.broken):,} rows of {self.table.path}"]
         keep = self.good_rows(steps)
@@ -425,10 +433,10 @@ class Rows:
         )
 
     def good_rows(self, steps: list[str]) -> NDArray[np.bool_]:
-        """Return which rows are good; counts the others in ``steps`` and the log.
+        """Return which rows are good, bool[rows]; report the others in ``steps`` and the log.
 
         Raises:
-            TraceError: for the bad row that comes first in the file, unless bad rows are skipped.
+            TraceError: for the first bad row of the file, unless bad rows are skipped.
         """
         rows = [*self.table.broken, *self.bad.values()]
         if rows and self.on_bad_row == "error":
@@ -479,7 +487,7 @@ def _text(cell: Any) -> str:
 
 
 def _to_floats(column: pa.ChunkedArray | list[Any]) -> Floats:
-    """Return the cells as numbers, NaN where a cell is none."""
+    """Return the cells as numbers, NaN for a cell that is not a number."""
     if isinstance(column, list):
         return np.array([_float_of_json(cell) for cell in column], dtype=np.float64)
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
@@ -490,13 +498,13 @@ def _to_floats(column: pa.ChunkedArray | list[Any]) -> Floats:
     try:
         return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
     except pa.ArrowInvalid:
-        # Some cell is odd; Arrow does not say which, so each is looked at.
+        # Some cell is not a number; Arrow does not report which, so each is parsed.
         texts = column.to_pylist()
         return np.array([float(text) if NUMBER.fullmatch(text) else np.nan for text in texts], dtype=np.float64)
 
 
 def _float_of_json(cell: Any) -> float:
-    # JSON's true is 1 in Python, and "12" is text: neither is a number in a trace.
+    # Python converts JSON's true to 1 and "12" to 12; in a trace neither is a number.
     if isinstance(cell, bool) or not isinstance(cell, int | float):
         return float("nan")
     try:

@@ -1,4 +1,4 @@
-"""ServeGen: not a log of requests but a description of real clients, from which requests are drawn."""
+"""ServeGen: a statistical description of real clients, from which requests are sampled (not a request log)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ PATTERNS = ("Gamma", "Weibull")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeGenClient:
-    """One client: an entry a window of 600 s in each array.
+    """One client; each array has one entry per window of 600 s.
 
-    pattern is "Gamma", "Weibull" or, where the client was idle, empty; rate_rps is then 0.
+    pattern: "Gamma" or "Weibull"; empty while the client is idle, with rate_rps 0.
     """
 
     client: int
@@ -42,13 +42,13 @@ class ServeGenClient:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Token counts and the cumulated share of requests that have at most so many."""
+    """Token counts in ascending order; ``cumulated[i]`` is the share of requests with at most ``tokens[i]``."""
 
     tokens: Ints
     cumulated: Floats
 
     def draw(self, uniform: Floats) -> Ints:
-        """Return the token counts at these points of the distribution, each in [0, 1)."""
+        """Return the token counts at these points in [0, 1) of the cumulative distribution."""
         position = np.searchsorted(self.cumulated, uniform, side="right")
         return self.tokens[np.minimum(position, len(self.tokens) - 1)]
 
@@ -65,29 +65,29 @@ def read_servegen(
     seed: int = 0,
     name: str = "servegen",
 ) -> Trace:
-    """Return requests drawn as ServeGen defines its clients; time 0 is ``start_s`` of the description.
+    """Return requests sampled from ServeGen's description of its clients; time 0 is ``start_s`` of the description.
 
-    In each window of 600 s a client sends ceil(rate x 600) requests. Their gaps are drawn from its Gamma or
-    Weibull distribution and rescaled to fill the window (so the scale has no effect, only the shape has); their
-    lengths come from its histograms of that 6 h. Each client and window has its own generator, so
-    that another choice of clients or of time changes nothing in those that stay.
+    In each window of 600 s, a client sends ceil(rate x 600) requests. Their gaps come from its Gamma or Weibull
+    distribution and are rescaled to fill the window, so that only the shape of the distribution matters, not its scale.
+    Their lengths come from its histograms for that period of 6 h. Each client and window has its own random generator,
+    so choosing other clients or times does not change the requests of the remaining ones.
 
-    One difference to ServeGen's code: it rescales n gaps, which puts the last request on the end of the window,
-    where rounding decides whether it is dropped; here n + 1 gaps put all n requests inside.
+    One difference from ServeGen's code: it rescales n gaps, which puts the last request exactly at the end of the
+    window, where rounding decides whether it is dropped. Here n + 1 gaps put all n requests inside.
 
     Args:
         path: a folder with ``chunk-ID-trace.csv`` and ``chunk-ID-dataset.json``, plain or gzip.
-        clients: ids of the clients; None takes every client that has both files, and says which have not.
-        start_s, duration_s: the part of the description (14 days for language models, one day for reasoning ones).
+        clients: ids of the clients; None takes every client that has both files and reports the others.
+        start_s, duration_s: the part of the description (14 days for language models, one day for reasoning models).
         rate_scale: multiplies the rate of every client.
-        rate_rps: rate of all clients together in every window, shared out by their own rates (ServeGen's rate
-            function, constant); replaces rate_scale.
-        coupled_lengths: draw prompt and answer at the same point of their distributions, as ServeGen's code does,
-            so that long prompts have long answers; False draws them independently.
+        rate_rps: constant rate of all clients together, divided in proportion to their own rates (ServeGen's rate
+            function); replaces rate_scale.
+        coupled_lengths: take prompt and output at the same quantile, as ServeGen's code does, so that long prompts
+            have long outputs; False makes them independent.
         seed: of everything random.
         name: the trace's name.
     Raises:
-        TraceError: if a file or row cannot be used, a client is unknown, or the part asked for has no request.
+        TraceError: if a file or row cannot be used, a client is unknown, or the chosen part has no request.
     Source:
         Xiang et al., ServeGen (arXiv 2505.09999), section 6; alibaba/ServeGen, servegen/construct.py, Apache-2.0.
     """
@@ -99,52 +99,28 @@ def read_servegen(
     chosen = _choose_clients(path, folder, clients, history)
     described = [read_client(path, client) for client in chosen]
     factors = _rate_factors(path, described, start_s, duration_s, rate_scale, rate_rps)
-    arrivals: list[Floats] = []
-    prompts: list[Ints] = []
-    outputs: list[Ints] = []
+    parts: list[_Requests] = []
     for client in described:
-        windows = _windows(client, start_s, duration_s)
-        if not windows:
-            continue
-        needed = {_lengths_window(client.window_start_s[window]) for window in windows}
-        lengths = read_client_lengths(path, client.client, needed)
-        for window in windows:
-            window_start_s = float(client.window_start_s[window])
-            rate = float(client.rate_rps[window]) * factors[window_start_s]
-            # The rates are counts over 600 s; a count that rounding has raised must not become one more.
-            requests = math.ceil(rate * WINDOW_S - 1e-6)
-            if requests <= 0:
-                continue
-            rng = np.random.default_rng([seed, client.client, round(window_start_s)])
-            arrival_s = _fill_window(rng, client.pattern[window], float(client.shape[window]), requests, window_start_s)
-            uniform = rng.random((2, requests))
-            histograms = lengths.get(_lengths_window(window_start_s))
-            if histograms is None:
-                raise TraceError(
-                    f"{path}: client {client.client} sends requests at {window_start_s:g} s but has no lengths for "
-                    "that 6 h; choose another part with start_s and duration_s, or other clients"
-                )
-            inside = (arrival_s >= start_s) & (arrival_s < start_s + duration_s)
-            arrivals.append(arrival_s[inside] - start_s)
-            prompts.append(histograms[0].draw(uniform[0])[inside])
-            outputs.append(histograms[1].draw(uniform[0 if coupled_lengths else 1])[inside])
-    requests = sum(map(len, arrivals))
+        if windows := _windows(client, start_s, duration_s):
+            parts += _client_requests(path, client, windows, factors, coupled_lengths=coupled_lengths, seed=seed)
+    parts = [part.between(start_s, start_s + duration_s) for part in parts]
+    requests = sum(len(part.arrival_s) for part in parts)
     if requests == 0:
         raise TraceError(
             f"{path}: clients {chosen} send nothing from {start_s:g} s to {start_s + duration_s:g} s; choose "
             "another part with start_s and duration_s, other clients, or a larger rate_scale"
         )
-    prompt_tokens, output_tokens = np.concatenate(prompts), np.concatenate(outputs)
-    empty = int((prompt_tokens < 1).sum() + (output_tokens < 1).sum())
+    prompt_tokens = np.concatenate([part.prompt_tokens for part in parts])
+    output_tokens = np.concatenate([part.output_tokens for part in parts])
     scaled = f"rate_scale={rate_scale:g}" if rate_rps is None else f"rate_rps={rate_rps:g}"
     history.append(
         f"drew {requests:,} requests of clients {chosen} from {start_s:g} s to {start_s + duration_s:g} s, {scaled}, "
         f"{'coupled' if coupled_lengths else 'independent'} lengths, seed={seed}"
     )
-    if empty:
+    if empty := int((prompt_tokens < 1).sum() + (output_tokens < 1).sum()):
         history.append(f"raised {empty:,} lengths of 0 tokens to 1")
     return sorted_trace(
-        arrival_s=np.concatenate(arrivals),
+        arrival_s=np.concatenate([part.arrival_s for part in parts]) - start_s,
         prompt_tokens=np.maximum(prompt_tokens, 1),
         output_tokens=np.maximum(output_tokens, 1),
         name=name,
@@ -153,11 +129,61 @@ def read_servegen(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Requests:
+    """The requests of one client in one window; arrivals in seconds of the description."""
+
+    arrival_s: Floats
+    prompt_tokens: Ints
+    output_tokens: Ints
+
+    def between(self, start_s: float, end_s: float) -> _Requests:
+        """Return the requests that arrive in [start_s, end_s)."""
+        inside = (self.arrival_s >= start_s) & (self.arrival_s < end_s)
+        return _Requests(self.arrival_s[inside], self.prompt_tokens[inside], self.output_tokens[inside])
+
+
+def _client_requests(
+    path: str | Path,
+    client: ServeGenClient,
+    windows: Sequence[int],
+    factors: Mapping[float, float],
+    *,
+    coupled_lengths: bool,
+    seed: int,
+) -> Iterator[_Requests]:
+    """Yield what one client sends in each window, by position; ``factors``: see ``_rate_factors``."""
+    needed = {_lengths_window(client.window_start_s[window]) for window in windows}
+    lengths = read_client_lengths(path, client.client, needed)
+    for window in windows:
+        window_start_s = float(client.window_start_s[window])
+        rate = float(client.rate_rps[window]) * factors[window_start_s]
+        # The rates are counts over 600 s; a count that rounding has raised must not become one more.
+        requests = math.ceil(rate * WINDOW_S - 1e-6)
+        if requests <= 0:
+            continue
+        rng = np.random.default_rng([seed, client.client, round(window_start_s)])
+        arrival_s = _fill_window(rng, client.pattern[window], float(client.shape[window]), requests, window_start_s)
+        uniform = rng.random((2, requests))
+        histograms = lengths.get(_lengths_window(window_start_s))
+        if histograms is None:
+            raise TraceError(
+                f"{path}: client {client.client} sends requests at {window_start_s:g} s but has no lengths for "
+                "that 6 h; choose another part with start_s and duration_s, or other clients"
+            )
+        prompt, output = histograms
+        yield _Requests(
+            arrival_s=arrival_s,
+            prompt_tokens=prompt.draw(uniform[0]),
+            output_tokens=output.draw(uniform[0 if coupled_lengths else 1]),
+        )
+
+
 def read_client(path: str | Path, client: int) -> ServeGenClient:
-    """Return when one client of a ServeGen folder sends: rate, pattern and shape of each window.
+    """Return the rate, pattern and shape of each window of one client.
 
     Raises:
-        TraceError: if the file is absent or a row of it is wrong; a description has no row that could be skipped.
+        TraceError: if the file is missing or a row is wrong; no row of a description can be skipped.
     """
     file = _client_file(path, client, "trace.csv")
     table = read_csv(file, required=COLUMNS, header=COLUMNS, origin=ORIGIN)
@@ -182,12 +208,12 @@ def read_client(path: str | Path, client: int) -> ServeGenClient:
 def read_client_lengths(
     path: str | Path, client: int, starts: Collection[int] | None = None
 ) -> dict[int, tuple[Histogram, Histogram]]:
-    """Return the histograms of prompt and output tokens of one client by the start of their 6 h, empty ones left out.
+    """Return one client's histograms of prompt and output tokens by the start of their 6 h, without empty ones.
 
     Args:
-        starts: the windows that are needed, None for all; a histogram takes milliseconds to parse.
+        starts: the needed windows, None for all; parsing a histogram takes milliseconds.
     Raises:
-        TraceError: if the file is absent or not what ServeGen writes.
+        TraceError: if the file is missing or not in ServeGen's format.
     """
     file = _client_file(path, client, "dataset.json")
     try:
@@ -214,7 +240,7 @@ def read_client_lengths(
 
 
 def _histogram(file: str, start_s: int, field: str, text: Any) -> Histogram | None:
-    """Return the histogram that a Python dict literal states, or None for an empty one."""
+    """Return the histogram in a Python dict literal, or None for an empty one."""
     try:
         shares = ast.literal_eval(text)
         tokens = np.array(list(shares.keys()), dtype=np.int64)
@@ -237,9 +263,9 @@ def _histogram(file: str, start_s: int, field: str, text: Any) -> Histogram | No
 
 
 def _fill_window(rng: np.random.Generator, pattern: str, shape: float, requests: int, window_start_s: float) -> Floats:
-    """Return ``requests`` times inside one window, whose gaps have the pattern's distribution up to a factor."""
-    # In logarithms, because gaps with the shapes of the burstiest clients (CV of several hundred) leave the range
-    # of a float; the factor is lost in the rescaling anyway.
+    """Return ``requests`` ascending times inside one window; their gaps follow the pattern's distribution, rescaled."""
+    # In logarithms, because the gaps of the burstiest clients (CV of several hundred) exceed the range of a float.
+    # Subtracting the largest logarithm only changes the scale, which the rescaling removes anyway.
     uniform = 1.0 - rng.random(requests + 1)
     if pattern == "Weibull":
         log_gaps = np.log(np.maximum(-np.log(uniform), 1e-300)) / shape
@@ -248,7 +274,7 @@ def _fill_window(rng: np.random.Generator, pattern: str, shape: float, requests:
         log_gaps = np.log(rng.standard_gamma(shape + 1, requests + 1)) + np.log(uniform) / shape
     gaps = np.exp(log_gaps - log_gaps.max())
     times_s = window_start_s + np.cumsum(gaps)[:-1] * (WINDOW_S / gaps.sum())
-    # Where the last gap is tiny beside the others, rounding would put requests on the end of the window.
+    # If the last gap is tiny compared with the others, rounding could put requests at the end of the window.
     inside: Floats = np.minimum(times_s, np.nextafter(window_start_s + WINDOW_S, 0))
     return inside
 
@@ -263,7 +289,7 @@ def _check_part(start_s: float, duration_s: float, rate_scale: float, rate_rps: 
     if not (math.isfinite(duration_s) and duration_s > 0):
         raise TraceError(f"duration_s is {duration_s}; it must be more than 0 s")
     if not (math.isfinite(rate_scale) and rate_scale > 0):
-        raise TraceError(f"rate_scale is {rate_scale}; it must be more than 0, 1 for the rates as described")
+        raise TraceError(f"rate_scale is {rate_scale}; it must be more than 0; 1 keeps the rates of the description")
     if rate_rps is not None and not (math.isfinite(rate_rps) and rate_rps > 0):
         raise TraceError(f"rate_rps is {rate_rps}; it must be more than 0, or null for the clients' own rates")
 
@@ -282,12 +308,14 @@ def _choose_clients(path: str | Path, folder: Path, clients: Sequence[int] | Non
     if clients is None:
         without = sorted(found["trace.csv"] - found["dataset.json"])
         if without:
-            history.append(f"left out clients {without}: they have no file of lengths")
+            history.append(f"left out clients {without}: they have no file with lengths")
         return complete
     unknown = sorted(set(clients) - set(complete))
     if unknown or not clients:
-        what = f"client {unknown[0]} is not complete in {path}" if unknown else f"no client of {path} was chosen"
-        raise TraceError(f"{what}; clients with both files: {', '.join(map(str, complete))}, or null for all of them")
+        what = f"client {unknown[0]} does not have both files in {path}" if unknown else f"clients of {path} is empty"
+        raise TraceError(
+            f"{what}; choose from the clients with both files, {', '.join(map(str, complete))}, or set null for all"
+        )
     return sorted(set(clients))
 
 
@@ -309,7 +337,7 @@ def _rate_factors(
     rate_scale: float,
     rate_rps: float | None,
 ) -> dict[float, float]:
-    """Return what every rate of a window is multiplied with, by the window's start."""
+    """Return the factor for all rates of a window, keyed by the start of the window in seconds."""
     totals: dict[float, float] = {}
     for client in clients:
         for window in _windows(client, start_s, duration_s):
@@ -318,6 +346,7 @@ def _rate_factors(
     end_s = max(float(client.window_start_s[-1]) + WINDOW_S for client in clients)
     if start_s + duration_s > end_s:
         raise TraceError(
-            f"{path} describes 0 to {end_s:g} s, not up to {start_s + duration_s:g} s; lower start_s or duration_s"
+            f"{path} describes 0 to {end_s:g} s, but start_s + duration_s is {start_s + duration_s:g} s; "
+            "lower one of them"
         )
     return {start: rate_scale if rate_rps is None else rate_rps / total for start, total in totals.items()}

@@ -1,4 +1,4 @@
-"""Random clusters for comparing the compiled loop with the plain one: made from a seed, shrunk when they differ."""
+"""Random clusters for comparing the compiled loop with the plain one: made from a seed, shrunk if they differ."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROUTERS = ("round_robin", "least_outstanding", "least_kv", "shortest_expected_wa
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterCase:
-    """One cluster: requests with their prefix ids, what each replica is (of its case all but the requests), outages."""
+    """One cluster: requests with prefix ids, a case per replica (its own requests are not used), outages."""
 
     requests: tuple[tuple[float, int, int, tuple[int, ...]], ...]
     replicas: tuple[Case, ...]
@@ -51,18 +51,18 @@ class ClusterCase:
 
 
 class AtTimes:
-    """A policy that follows a schedule of plans, whatever it sees."""
+    """A policy that follows a schedule of plans and ignores the rest of the state."""
 
     def __init__(self, case: Case) -> None:
         self.first_plan, self._plans = case.first_plan, dict(case.plans)
 
     def __call__(self, state: EngineState) -> Plan:
-        """Return the plan of this moment; else what is wanted already."""
+        """Return the plan scheduled for this time, else the current target."""
         return self._plans.get(state.time_s, state.target)
 
 
 def moments(case: Case) -> tuple[float, ...]:
-    """Return when a replica's policy is asked."""
+    """Return the times of a replica's decisions."""
     return tuple(sorted({time_s for time_s, _ in case.plans} | set(case.ticks_s)))
 
 
@@ -113,14 +113,14 @@ def random_cluster(seed: int) -> ClusterCase:
 
 
 def router_of(case: ClusterCase) -> KernelRouter:
-    """Return the router of a case; affinity gives way early, so that both of its ways are met."""
+    """Return the router of a case; affinity has low thresholds, so that both of its branches are used."""
     if case.router == "prefix_affinity":
         return routers.prefix_affinity(most_apart=3, most_times=2)
     return getattr(routers, case.router)()  # type: ignore[no-any-return]
 
 
 def fast_cluster(case: ClusterCase, router: Any = None, stops_s: Sequence[float] = ()) -> Cluster:
-    """Return the compiled cluster of a case, served; it stops at some moments on the way, and is looked at."""
+    """Serve a case with the compiled cluster and return it; it stops at ``stops_s`` and observes every replica."""
 
     def replica(one: Case, outages: tuple[Outage, ...], name: str) -> Replica:
         return Replica(
@@ -149,7 +149,7 @@ def fast_cluster(case: ClusterCase, router: Any = None, stops_s: Sequence[float]
 
 
 def plain_cluster(case: ClusterCase) -> list[Row]:
-    """Return the rows of the plain cluster of a case, served."""
+    """Serve a case with the plain cluster and return its rows."""
     router = router_of(case)
     pairs = zip(case.replicas, case.outages, strict=True)
 
@@ -173,7 +173,7 @@ def plain_cluster(case: ClusterCase) -> list[Row]:
 
 
 def columns(rows: list[Row]) -> dict[str, Any]:
-    """Return the rows of the plain cluster as records have them."""
+    """Return the rows of the plain cluster as columns of records."""
     lives = [row.live for row in rows]
 
     def of(name: str, default: float) -> list[Any]:
@@ -201,7 +201,7 @@ def columns(rows: list[Row]) -> dict[str, Any]:
 
 
 def differences(case: ClusterCase) -> list[str]:
-    """Return what differs between the two clusters, none when they agree (or both refuse the case alike)."""
+    """Return the differences between the two clusters; empty if they agree, or refuse the case with the same error."""
     try:
         fast: ClusterRecords | str = fast_cluster(case).records()
     except BudgetError as error:
@@ -223,10 +223,10 @@ def differences(case: ClusterCase) -> list[str]:
 
 
 class FewestRequests:
-    """The router with fewest requests, asked for each one."""
+    """The router to the fewest requests, as a `PythonRouter`."""
 
     def __call__(self, candidates: list[Candidate], request: RoutingRequest) -> int:
-        """Return where fewest wait or run."""
+        """Return the replica with the fewest waiting and running requests."""
         return min(candidates, key=lambda c: c.state.waiting + c.state.running).replica
 
 

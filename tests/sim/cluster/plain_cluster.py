@@ -1,7 +1,7 @@
-"""The plain cluster: plain engines, each brought to every moment at which anything happens; ``sim.cluster`` equals it.
+"""The plain cluster: plain engines, advanced event by event; ``sim.cluster`` must equal it.
 
-Slow and obvious on purpose. It follows the rules that the docstring of sim/cluster/cluster.py lists; where the two differ, one
-of them is wrong.
+Slow and obvious on purpose. It follows the rules in the docstring of sim/cluster/cluster.py; if the two differ, one of
+them is wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Decider = Callable[[EngineState], object]
 
 @dataclass(kw_only=True)
 class PlainReplica:
-    """What a replica is; ``build`` makes its engine at a moment, and what decides for it."""
+    """One replica; ``build`` makes its engine in an environment, and its policy."""
 
     build: Callable[[float], tuple[PlainEngine, Decider]]
     decisions_s: tuple[float, ...] = ()
@@ -40,7 +40,7 @@ class PlainReplica:
 
 @dataclass(kw_only=True)
 class Row:
-    """A request: where it is, and what it did before it was moved there."""
+    """A request: its replica, and its progress, which survives a move."""
 
     request: Request
     live: LiveRequest | None = None
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(kw_only=True, eq=False)
 class Happening:
-    """Something that is due, in the order of ``number`` at one moment."""
+    """A scheduled event; events at the same time run in the order of ``number``."""
 
     time_s: float
     number: int
@@ -60,7 +60,7 @@ class Happening:
 
 @dataclass(kw_only=True)
 class PlainCluster:
-    """Replicas behind a router, by its name."""
+    """Replicas behind the router of that name."""
 
     trace: Trace
     replicas: list[PlainReplica]
@@ -81,7 +81,7 @@ class PlainCluster:
         self.events.append(Happening(time_s=time_s, number=self.scheduled, what=what, decides=decides))
 
     def run(self) -> list[Row]:
-        """Serve the whole trace; return a row a request."""
+        """Serve the full trace; return one row per request."""
         ids = self.trace.hash_ids
         self.rows = [
             Row(
@@ -101,7 +101,7 @@ class PlainCluster:
             replica.engine, replica.decide = replica.build(0.0)
             replica.engine.expects_more = True
             replica.accepts = True
-        # SimPy's order at one moment is that of scheduling: the first events are scheduled replica by replica.
+        # At one instant SimPy runs events in the order of scheduling; the first are scheduled replica by replica.
         events = self.events
         for k, replica in enumerate(self.replicas):
             self._schedule_outage(k, 0)
@@ -123,7 +123,7 @@ class PlainCluster:
         return self.rows
 
     def _drained(self) -> bool:
-        """Whether all have ended, or those left can make no more progress by themselves."""
+        """Whether all requests have ended, or the remaining ones cannot make further progress."""
         engines = [replica.engine for replica in self.replicas if replica.engine is not None]
         if not self.held and not any(engine.queues.waiting or engine.queues.running for engine in engines):
             return True
@@ -238,7 +238,7 @@ class PlainCluster:
             row.replica, row.moves = -1, row.moves + 1
             self._place(row, now_s)
 
-    # -- what happens to replicas --------------------------------------------------------------------------------
+    # -- outages, loading, decisions ------------------------------------------------------------------------------
 
     def _schedule_outage(self, k: int, number: int) -> None:
         outages = self.replicas[k].outages

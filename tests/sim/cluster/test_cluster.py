@@ -1,4 +1,4 @@
-"""A cluster loses nobody, is fair to its engines, and equals the plain one, request by request."""
+"""A cluster loses no request, leaves its engines' records alone, and equals the plain one, request by request."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def trace_of(*rows: tuple[float, int, int]) -> Trace:
 
 
 def tiny(**overrides: object) -> Callable[[simpy.Environment], tuple[SimEngine, Fixed]]:
-    """Return what builds a tiny engine: an iteration takes a second."""
+    """Return a function that builds a tiny engine whose iterations take a second."""
     return lambda env: (tiny_engine(env=env, external_clock=True, **overrides), Fixed(DENSE))  # type: ignore[arg-type]
 
 
 def replicas(count: int, outages: Sequence[Outage] = (), **overrides: object) -> list[Replica]:
-    """Return tiny replicas; the outages are the first one's."""
+    """Return tiny replicas; the outages are those of the first."""
     return [
         Replica(name=str(i), build=tiny(**overrides), outages=tuple(outages) if i == 0 else ()) for i in range(count)
     ]
@@ -86,7 +86,7 @@ def test_the_random_clusters_meet_everything_that_has_rules() -> None:
 
 
 def test_a_difference_between_the_clusters_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison can fail: a plain cluster whose ties go to the last replica is told apart."""
+    """The comparison can fail: it detects a plain cluster whose ties go to the last replica."""
     original = PlainCluster._choose
     monkeypatch.setattr(
         PlainCluster,
@@ -165,7 +165,7 @@ def test_no_request_is_lost_or_served_twice_whatever_fails(seed: int) -> None:
     assert (records.finish_s[finished] >= records.first_token_s[finished]).all()
     limits = np.minimum(records.output_tokens, [max(r.config.max_context_tokens or 0 for r in case.replicas)])
     assert (records.produced_tokens <= np.minimum(records.output_tokens, limits)).all()
-    if left.any():  # only those that nobody could ever serve are left
+    if left.any():  # only those that no replica could ever serve are left
         assert cluster.drained
 
 
@@ -203,7 +203,7 @@ def test_a_cluster_that_stops_on_its_way_leaves_the_records_of_one_that_does_not
             assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), f"seed {seed}: {field.name}"
 
 
-def test_what_is_looked_at_in_one_call_is_what_each_replica_says() -> None:
+def test_observing_all_replicas_at_once_equals_observing_each() -> None:
     case = next(case for case in map(random_cluster, range(60)) if len(case.replicas) > 1 and not any(case.outages))
     several = [
         Replica(
@@ -222,7 +222,7 @@ def test_what_is_looked_at_in_one_call_is_what_each_replica_says() -> None:
     assert cluster.observe(0).target == DENSE
 
 
-def test_a_router_of_ones_own_does_what_the_compiled_one_does() -> None:
+def test_a_python_router_does_what_the_compiled_one_does() -> None:
     for seed in range(30):
         case = dataclasses.replace(random_cluster(seed), router="least_outstanding")
         try:
@@ -242,7 +242,7 @@ def test_a_router_is_never_shown_an_output_length() -> None:
 
 
 def test_a_failed_replicas_request_goes_on_elsewhere_with_the_tokens_it_had() -> None:
-    """An iteration takes 1 s: two tokens by 2 s; at 2.5 s it starts anew elsewhere, and its third comes at 3.5 s."""
+    """An iteration takes 1 s: two tokens by 2 s; at 2.5 s it starts again elsewhere, and its third comes at 3.5 s."""
     trace = trace_of((0.0, 8, 5))
     cluster = Cluster(trace, replicas(2, [Outage(from_s=2.5, until_s=math.inf)]), routers.least_outstanding())
     cluster.run()
@@ -357,26 +357,26 @@ def test_an_autoscaler_adds_replicas_that_load_and_takes_away_those_that_are_don
     assert (1.0, 1, Phase.LOADING) in phases
     assert (1.0, 2, Phase.LOADING) in phases
     assert {i for _, i, phase in phases if phase is Phase.OFF} == {1, 2}
-    assert records.finish_s.tolist() == [6.0, 12.0, 18.0, 24.0, 26.0]  # who waits stays where it was sent
+    assert records.finish_s.tolist() == [6.0, 12.0, 18.0, 24.0, 26.0]  # a waiting request stays where it was sent
 
 
 def test_an_autoscaler_cannot_want_more_than_there_are() -> None:
     crowd = trace_of(*((0.0, 8, 9) for _ in range(9)))
-    with pytest.raises(ConfigError, match="wants 9 replicas; it may have 1 to 2"):
+    with pytest.raises(ConfigError, match="wants 9 replicas; it must want 1 to 2"):
         Cluster(crowd, replicas(2), routers.round_robin(), autoscaler=ByQueue(most=9)).run()
 
 
-def test_what_cannot_be_is_an_error_that_says_what_can() -> None:
+def test_an_impossible_argument_is_an_error_that_states_what_is_allowed() -> None:
     trace = trace_of((0.0, 8, 1))
     with pytest.raises(ConfigError, match="at least one replica"):
         Cluster(trace, [], routers.round_robin())
     with pytest.raises(ConfigError, match="load_bytes_per_s is 0"):
         Cluster(trace, replicas(1), routers.round_robin(), load_bytes_per_s=0)
-    with pytest.raises(ConfigError, match="end after it began"):
+    with pytest.raises(ConfigError, match="end after that"):
         Outage(from_s=3.0, until_s=3.0)
-    with pytest.raises(ConfigError, match=r"begins before that until 9\.0 s has ended"):
+    with pytest.raises(ConfigError, match=r"before the previous one ends at 9\.0 s"):
         replicas(1, [Outage(from_s=3.0, until_s=9.0), Outage(from_s=5.0, until_s=12.0)])
-    with pytest.raises(ConfigError, match=r"chose replica 7; it must be one of those it was offered, \[0, 1\]"):
+    with pytest.raises(ConfigError, match=r"chose replica 7; it must choose one of its candidates, \[0, 1\]"):
         Cluster(trace, replicas(2), lambda candidates, request: 7).run()
     with pytest.raises(ConfigError, match="most_apart is -1"):
         routers.prefix_affinity(most_apart=-1)

@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from sim.cluster import outages
 from sim.cluster.autoscaler import ByRequests
 from sim.cluster.cluster import ClusterState
-from sim.cluster.run import build_cluster, cluster_command, cluster_figures, replicas_of, run, variants
+from sim.cluster.run import build_cluster, cluster_command, cluster_figures, replicas_of, run
 from sim.config import CONF_DIR, build
 from sim.errors import ConfigError
 from sim.replay.run import build_engine, build_trace, replay_with
+from sim.replay.variants import variants
 from sim.results.records import Records
 
 SHORT = ["trace.duration_s=30"]
@@ -38,7 +39,7 @@ def config(*overrides: str) -> DictConfig:
         ["policy=learned_cluster", "latency=llama2_7b_a100_trtllm", "budget=cotenant", "trace.rate_rps=12"],
     ],
 )
-def test_one_replica_leaves_the_records_of_a_replay_of_the_same_words(overrides: list[str]) -> None:
+def test_one_replica_leaves_the_records_of_a_replay_with_the_same_configuration(overrides: list[str]) -> None:
     cfg = config("replicas.main.count=1", *overrides)
     cluster, summary = run(cfg)
     trace, (engine, policy) = build_trace(cfg), build_engine(cfg)
@@ -105,8 +106,8 @@ def test_every_replica_has_a_co_tenant_of_its_own() -> None:
     assert len({served.engine.budget.change_s for served in cluster.engines()}) == 3
 
 
-def test_what_cannot_be_is_an_error_that_names_the_next_right_word() -> None:
-    with pytest.raises(ConfigError, match=r"replicas\.main: there is no gpu=a100; did you mean 'a100_80gb'"):
+def test_an_impossible_configuration_is_an_error_that_names_the_nearest_option() -> None:
+    with pytest.raises(ConfigError, match=r"replicas\.main\.gpu: there is no 'a100'; did you mean 'a100_80gb'"):
         replicas_of(config("+replicas.main.gpu=a100"))
     with pytest.raises(ConfigError, match="replicas has none"):
         replicas_of(config("replicas.main.count=0"))

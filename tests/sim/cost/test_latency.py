@@ -259,7 +259,7 @@ def test_dropping_a_block_never_raises_the_price(committed: LatencyModel) -> Non
     assert committed.iteration_s(nothing, *loads[0]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_prompts_never_get_cheaper_by_decodes_beside_them(committed: LatencyModel) -> None:
+def test_decodes_in_the_same_iteration_never_make_prompts_cheaper(committed: LatencyModel) -> None:
     for batch in (1, 4, 32, 128):
         for context in (20, 300, 3000):
             for chunks in ([(16, 0)], [(512, 2000)], [(2048, 0)], [(64, 0)] * 8):

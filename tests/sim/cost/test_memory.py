@@ -89,7 +89,7 @@ def test_a_swapped_layer_frees_what_morphserve_reports():
 
 
 def test_one_budget_explains_the_kv_blocks_that_morphserve_found_on_an_l4_for_two_models():
-    """958 KV blocks beside Llama2-7B and 2,599 beside Llama3-8B: the same bytes, to within one KV block."""
+    """958 KV blocks with Llama2-7B and 2,599 with Llama3-8B need the same bytes, to within one KV block."""
     llama2 = memory.budget_for_kv_blocks(LLAMA2, dense_plan(LLAMA2), 958, 0, 16)
     llama3 = memory.budget_for_kv_blocks(LLAMA3, dense_plan(LLAMA3), 2_599, 0, 16)
     assert abs(llama2 - llama3) < LLAMA2.num_layers * memory.kv_block_layer_bytes(LLAMA2, 16)
@@ -102,12 +102,12 @@ def test_kv_bytes_of_opt_13b_match_the_pagedattention_paper():
 def test_kv_capacity_of_opt_matches_the_table_of_distserve(data: Path):
     """DistServe's max_num_tokens.csv: 76 rows, three OPT models, tensor x pipeline parallelism from 1 to 64 GPUs.
 
-    What the table allows: bytes of KV a token, bytes of the sharded blocks and of the embeddings of three models, since
-    the memory of a GPU must come out the same in every row. What it does not: DistServe publishes no memory setting of
-    the table (utilisation, workspace; issue 30 of its repository asks for them), so the usable bytes of a GPU are
-    inferred here, one number for all rows: 0.93 of 80 GiB, with the blocks cut evenly over the GPUs and the embeddings
-    whole on each. So the test holds the slope of the table, not its absolute level. No row is then off by more than
-    half a KV block of 16 tokens a GPU, nor by more than 0.02 %.
+    The table checks the KV bytes per token, and the bytes of the sharded blocks and the embeddings of three models,
+    because every row must give the same memory per GPU. It does not check that memory itself: DistServe does not
+    publish the settings of the table (utilization, workspace; see issue 30 of its repository), so the usable bytes of
+    a GPU are one number inferred here for all rows, 0.93 of 80 GiB, with blocks divided evenly over the GPUs and full
+    embeddings on each. So the test checks the slope of the table, not its absolute level. No row differs by more than
+    half a KV block of 16 tokens per GPU, or by more than 0.02 %.
     """
     path = data / "calibration" / "distserve" / "max_num_tokens.csv"
     if not path.is_file():
@@ -147,7 +147,7 @@ def _opt(name: str, *, layers: int, hidden: int, heads: int) -> ModelSpec:
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_quantised_bytes_are_those_of_an_awq_checkpoint():
+def test_quantized_bytes_are_those_of_an_awq_checkpoint():
     """AWQ keeps qweight (in, out / 8) and qzeros (in / 128, out / 8) as int32, scales (in / 128, out) as FP16."""
     linear = Linear("down_proj", 11008, 4096)
     awq = 4 * 11008 * (4096 // 8) + 4 * 86 * (4096 // 8) + 2 * 86 * 4096
@@ -156,14 +156,14 @@ def test_quantised_bytes_are_those_of_an_awq_checkpoint():
     assert memory.linear_weight_bytes(LLAMA2, linear, 16) == 2 * 11008 * 4096
 
 
-def test_a_group_that_is_not_full_has_a_scale_of_its_own_and_a_bias_stays_unquantised():
+def test_a_group_that_is_not_full_has_a_scale_of_its_own_and_a_bias_stays_unquantized():
     linear = Linear("q_proj", 129, 8, bias=True)
     assert memory.linear_weight_bytes(LLAMA2, linear, 8) == 129 * 8 + 2 * 2 * 8 + 2 * 8
     assert memory.linear_weight_bytes(LLAMA2, linear, 4) == 129 * 4 + 2 * 2 * 8 + 8 + 2 * 8
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(PlanError, match="weights of 3 bits are not modelled; allowed are 16, 8, 4"):
+    with pytest.raises(PlanError, match="weights of 3 bits are not supported; allowed are 16, 8, 4"):
         memory.mha_weight_bytes(LLAMA2, 3)
 
 
@@ -344,9 +344,7 @@ def test_weights_and_pool_never_exceed_a_budget_that_holds_the_weights(
 
 
 @given(model=models(), batch=st.integers(0, 50), tokens=st.integers(0, 5000))
-def test_the_whole_of_the_dense_peak_is_a_budget_that_the_dense_model_just_fits(
-    model: ModelSpec, batch: int, tokens: int
-):
+def test_the_dense_model_just_fits_a_budget_of_its_full_peak(model: ModelSpec, batch: int, tokens: int):
     budget_bytes = memory.relative_budget_bytes(model, 1.0, batch, tokens)
     assert memory.fits(model, keep_all(model), batch, tokens, budget_bytes)
     assert not memory.fits(model, keep_all(model), batch, tokens, budget_bytes - 1)

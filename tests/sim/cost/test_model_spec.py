@@ -1,4 +1,4 @@
-"""What a model is made of: parameter counts against published totals and against transformers itself."""
+"""Model shapes: parameter counts against published totals and against transformers itself."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_dtype_is_read_under_its_old_and_its_new_key(key: str, dtype: str | None
         ({"hidden_size": 33}, "state head_dim"),
         ({"num_attention_heads": 0}, "num_attention_heads 0"),
         ({"num_hidden_layers": 0}, "num_layers is 0; it must be a whole number of at least 1"),
-        ({"num_key_value_heads": 3}, "no multiple of num_kv_heads 3"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_kv_heads 3"),
         ({"tie_word_embeddings": "false"}, "it must be true or false"),
         ({"torch_dtype": "float8_e4m3fn"}, "allowed are bfloat16, float16, float32"),
     ],
@@ -190,7 +190,7 @@ def test_a_config_file_that_is_no_json_object_is_a_model_error(tmp_path: Path, t
         model_from_hf_config(path)
 
 
-def test_a_missing_config_file_is_named_beside_the_models_known_by_name(tmp_path: Path):
+def test_a_missing_config_file_is_named_with_the_models_known_by_name(tmp_path: Path):
     with pytest.raises(ModelError, match=r"no model config at .*missing.*llama2_7b"):
         model_from_hf_config(tmp_path / "missing")
 
@@ -226,7 +226,7 @@ def test_a_malformed_model_file_says_what_to_change(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_heads": 5}, "no multiple"),
+        ({"num_heads": 5}, "not a multiple"),
         ({"num_layers": True}, "num_layers is True"),
         ({"head_dim": 64.0}, "head_dim is 64.0"),
         ({"learned_positions": -1}, "at least 0"),

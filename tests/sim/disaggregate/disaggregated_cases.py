@@ -1,4 +1,4 @@
-"""Random systems with prefill and decode apart, for comparing ``sim.disaggregate`` with the plain one."""
+"""Random disaggregated systems, for comparing ``sim.disaggregate`` with the plain implementation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.sim.serving import TINY, linear_latency
 
 @dataclass(frozen=True, kw_only=True)
 class DisaggregatedCase:
-    """One system: requests, a plan, how many replicas of each side with how much memory, a link."""
+    """One system: requests, a plan, the replicas of each side and their KV blocks, a link."""
 
     requests: tuple[tuple[float, int, int], ...]
     plan: Plan
@@ -52,7 +52,7 @@ class DisaggregatedCase:
 
 
 def random_disaggregated(seed: int) -> DisaggregatedCase:
-    """Return the case of a seed; its times are ragged, so that rounding decides no order."""
+    """Return the case of a seed; its times are irregular, so that rounding does not decide any order."""
     rng = np.random.default_rng([seed, 9])
     count = int(rng.integers(1, 50))
     gap_s = float(rng.choice([0.0, 0.3, 2.0]))
@@ -111,7 +111,7 @@ def fast_disaggregated(case: DisaggregatedCase, overlap: bool = False) -> Disagg
 
 
 def plain_disaggregated(case: DisaggregatedCase) -> dict[str, Any]:
-    """Return the columns that the plain system leaves."""
+    """Serve a case with the plain system and return its columns."""
 
     def side(count: int, blocks: int, plan: Plan) -> list[PlainEngine]:
         return [build(PlainEngine, simpy.Environment(), **case.engine_arguments(blocks, plan)) for _ in range(count)]
@@ -129,7 +129,7 @@ def plain_disaggregated(case: DisaggregatedCase) -> dict[str, Any]:
 
 
 def differences(case: DisaggregatedCase) -> list[str]:
-    """Return what differs between the two, none when they agree."""
+    """Return the differences between the two systems; empty if they agree."""
     fast = fast_disaggregated(case)
     fast.run()
     records, found = fast.records(), []

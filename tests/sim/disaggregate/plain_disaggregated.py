@@ -1,4 +1,4 @@
-"""Prefill and decode apart on plain engines, each brought to every moment; ``sim.disaggregate`` equals it.
+"""Disaggregated prefill and decode on plain engines, advanced event by event; ``sim.disaggregate`` must equal it.
 
 Slow and obvious on purpose, without overlap. Links share their bandwidth step by step, from one change to the next.
 """
@@ -56,7 +56,7 @@ class PlainDisaggregated:
     all: dict[int, Moving] = field(default_factory=dict)
 
     def run(self) -> dict[str, np.ndarray]:
-        """Serve the whole trace; return columns of ``sim.disaggregate.disaggregate.StagedRecords``."""
+        """Serve the full trace; return columns of ``sim.disaggregate.disaggregate.StagedRecords``."""
         self.homes: list[tuple[int, LiveRequest]] = []
         handled: set[int] = set()
         coming = list(zip(*(a.tolist() for a in (
@@ -168,7 +168,7 @@ class PlainDisaggregated:
             )
             engine.join(moving.live)
 
-    # -- links: whoever is under way on one has its bandwidth / how many they are ---------------------------------
+    # -- links: each active transfer gets the bandwidth divided by their number -----------------------------------
 
     def _sharing(self, moving: Moving, now_s: float) -> int:
         def same(other: Moving) -> bool:
@@ -213,7 +213,7 @@ class PlainDisaggregated:
 
 
 def build(kind: type[PlainEngine], env: simpy.Environment, **overrides: object) -> PlainEngine:
-    """Return an engine that expects requests which it does not know yet."""
+    """Return an engine that expects more requests than it knows."""
     engine = kind(env=env, **overrides)  # type: ignore[arg-type]
     engine.expects_more = True
     return engine

@@ -1,4 +1,4 @@
-"""Prefill and decode apart: what is sent, when, and where each KV block is counted."""
+"""Disaggregated prefill and decode: what is sent, when, and where each KV block is counted."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def test_transfers_share_a_link() -> None:
     assert found.sent_s.tolist() == [3.0, 4.0]
 
 
-def test_each_prefill_replica_has_a_link_of_its_own_unless_told_otherwise() -> None:
+def test_each_prefill_replica_has_a_link_of_its_own_unless_one_is_shared() -> None:
     rows = trace_of((0.0, 8, 2), (0.0, 8, 2))
-    apart = served(rows, prefill=2, bytes_per_s=1536.0).records()
+    separate = served(rows, prefill=2, bytes_per_s=1536.0).records()
     shared = served(rows, prefill=2, bytes_per_s=1536.0, more={"one_link": True}).records()
-    assert apart.prefill_replica.tolist() == shared.prefill_replica.tolist() == [0, 1]
-    assert (apart.sent_s.tolist(), shared.sent_s.tolist()) == ([3.0, 3.0], [5.0, 5.0])
+    assert separate.prefill_replica.tolist() == shared.prefill_replica.tolist() == [0, 1]
+    assert (separate.sent_s.tolist(), shared.sent_s.tolist()) == ([3.0, 3.0], [5.0, 5.0])
 
 
 def test_with_overlap_only_the_last_layer_is_sent_after_the_prompt() -> None:
@@ -203,7 +203,7 @@ def test_whatever_comes_nobody_is_lost_and_every_kv_block_is_counted_once(made: 
         return sum(kv_blocks(keep.tokens(prompt), 4) for keep, runs in kept if runs)
 
     def check() -> None:
-        """Blocks in use are those of who runs, of KV that waits or is on its way (prefill), or comes (decode)."""
+        """Used blocks are those of running requests, of KV that waits or is being sent (prefill), or comes (decode)."""
         nonlocal checked
         checked += 1
         now_s, sent = pair.env.now, pair._sent
@@ -214,7 +214,7 @@ def test_whatever_comes_nobody_is_lost_and_every_kv_block_is_counted_once(made: 
                 mine = np.flatnonzero(pair._home[:, column] == number)
                 if waits:  # prefilled, and not yet arrived at decode
                     there = [r for r in mine if _prefilled(pair, r) and not np.isfinite(sent[r, 1])]
-                else:  # given room, and not yet joined
+                else:  # room reserved, and not yet joined
                     there = [r for r in mine if pair._home[r, 3] < 0]
                     there += [r for r, (_, to) in pair._early.items() if to == number]
                 assert side.held_blocks == sum(blocks(r) for r in there)
@@ -240,7 +240,7 @@ def test_whatever_comes_nobody_is_lost_and_every_kv_block_is_counted_once(made: 
     shipped = np.isfinite(records.sent_s)
     assert (records.sent_s[shipped] >= np.maximum(records.send_s[shipped], records.first_token_s[shipped])).all()
     assert (records.decode_replica[shipped] >= 0).all()
-    assert sum(side.held_blocks for side in (*pair.prefill, *pair.decode)) == 0
+    assert all(side.held_blocks == 0 for side in (*pair.prefill, *pair.decode))
     # Bytes are conserved: what was sent has arrived, is what the plan says, and took the time that the link needs.
     total = sum(kv_bytes_sent(TINY, plan, int(p)) for p in trace.prompt_tokens[shipped])
     assert total == records.sent_bytes.sum() == sum(link.sent_bytes for link in pair.links)
@@ -260,7 +260,7 @@ def _prefilled(pair: Disaggregated, request: int) -> bool:
 @given(sizes=st.lists(st.tuples(st.floats(0, 10), st.integers(0, 5000)), min_size=1, max_size=20))
 @settings(max_examples=100, deadline=None)
 def test_a_link_gives_each_transfer_an_equal_share(sizes: list[tuple[float, int]]) -> None:
-    """Against the plain picture: step by step, whoever is under way has bandwidth / count until the next change."""
+    """Against a step-by-step model: each active transfer gets bandwidth / count until the next change."""
     env, ends = simpy.Environment(), {}
     link = Link(env, 1000.0)
 
@@ -329,17 +329,17 @@ def test_two_runs_leave_identical_records() -> None:
         assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), field.name
 
 
-def test_what_cannot_be_is_an_error_that_says_what_can() -> None:
+def test_an_impossible_argument_is_an_error_that_states_what_is_allowed() -> None:
     rows = trace_of((0.0, 8, 2))
     with pytest.raises(ConfigError, match="0 prefill and 1 decode replicas"):
         system(rows, prefill=0)
-    with pytest.raises(ConfigError, match=r"link\.bytes_per_s is 0"):
+    with pytest.raises(ConfigError, match=r"link_bytes_per_s is 0"):
         system(rows, bytes_per_s=0.0)
     nested = dataclasses.replace(DENSE, prefill=drop(TINY, mha=[1]))
     with pytest.raises(PlanError, match="decode keeps MHA1 but prefill drops it"):
         Disaggregated(rows, plan=nested, prefill=[lambda env: tiny_engine(env=env, external_clock=True)],
                       decode=[lambda env: tiny_engine(env=env, external_clock=True)], link_bytes_per_s=1.0)  # fmt: skip
-    with pytest.raises(ConfigError, match="KV blocks of one size"):
+    with pytest.raises(ConfigError, match=r"kv_block_tokens \[4, 8\]"):
         Disaggregated(rows, plan=DENSE, prefill=[lambda env: tiny_engine(env=env, external_clock=True)],
                       decode=[lambda env: tiny_engine(env=env, external_clock=True, kv_block_tokens=8)],
                       link_bytes_per_s=1.0)  # fmt: skip

@@ -71,7 +71,7 @@ def test_the_strongest_searched_pair_of_sets_within_a_quality_is_taken() -> None
 def test_what_pdtrim_cannot_do_is_an_error_that_says_what_it_can() -> None:
     with pytest.raises(ConfigError, match=r"unknown policy\.kind 'block'; did you mean 'blocks'"):
         pdtrim(SERVED, kind="block", most_sent=0.5, **FILES)
-    with pytest.raises(ConfigError, match="give one of them, the other null"):
+    with pytest.raises(ConfigError, match="set exactly one of them, the other to null"):
         pdtrim(SERVED, kind="kv", **FILES)
     with pytest.raises(ConfigError, match=r"meets most_perplexity=None, most_sent=0\.0"):
         pdtrim(SERVED, kind="kv", most_sent=0.0, **FILES)
@@ -93,12 +93,12 @@ def test_a_run_folder_says_what_was_sent(tmp_path: Path, monkeypatch: pytest.Mon
     assert summary["transfer_reduction"] == 1.0
 
 
-def test_apart_decode_is_not_held_up_by_prompts() -> None:
+def test_disaggregated_decode_is_not_held_up_by_prompts() -> None:
     together = run(config("prefill_replicas=0", "decode_replicas=4", "trace.rate_rps=16"))[1]
-    apart = run(config("trace.rate_rps=16"))[1]
+    disaggregated = run(config("trace.rate_rps=16"))[1]
     assert together["sent_bytes_mean"] is None
-    assert apart["requests"] == together["requests"] == apart["finished"]
-    assert apart["itl_s"]["p99"] < together["itl_s"]["p99"]
+    assert disaggregated["requests"] == together["requests"] == disaggregated["finished"]
+    assert disaggregated["itl_s"]["p99"] < together["itl_s"]["p99"]
 
 
 def test_a_pruned_plan_is_charged_for_both_stages() -> None:

@@ -268,7 +268,7 @@ def test_what_cannot_be_is_an_error_that_says_what_can() -> None:
     def build(env: object) -> SimEngine:
         return tiny_engine(prefix_caching=True, env=env, external_clock=True)  # type: ignore[arg-type]
 
-    with pytest.raises(ConfigError, match="prefill and decode apart it is not simulated"):
+    with pytest.raises(ConfigError, match="disaggregated serving does not simulate it"):
         Disaggregated(bare, plan=DENSE, prefill=[build], decode=[build], link_bytes_per_s=1e9)
 
 

@@ -19,7 +19,7 @@ from tests.sim.serving import TINY, tiny_engine
 
 
 def seen(budget_bytes: int) -> EngineState:
-    """An idle engine with so much memory."""
+    """An idle engine with this budget."""
     return dataclasses.replace(tiny_engine().run_until(0.0), budget_bytes=budget_bytes, next_budget_bytes=budget_bytes)
 
 
@@ -74,10 +74,10 @@ def test_the_policy_drops_at_once_and_restores_only_after_its_patience() -> None
     assert [policy(roomy) == policy.dense for _ in range(3)] == [False, False, True]
 
 
-def test_the_policy_needs_costs_of_the_models_size_and_a_table_that_tells_blocks_apart() -> None:
+def test_the_policy_needs_costs_of_the_models_size_and_a_table_with_a_loss_for_each_block() -> None:
     with pytest.raises(PlanError, match="has 3 entries"):
         knapsack(PolicyContext(model=TINY), costs=[1.0, 2.0, 3.0])
-    with pytest.raises(ConfigError, match="no block is cheaper"):
+    with pytest.raises(ConfigError, match="no loss for each block"):
         knapsack(PolicyContext(model=load_model("llama2_7b")), quality="llama2_7b_published")
     with pytest.raises(ConfigError, match="headroom"):
         knapsack(PolicyContext(model=TINY), costs=[1.0] * 2 * TINY.num_layers, headroom=0.5)

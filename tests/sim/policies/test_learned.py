@@ -80,7 +80,7 @@ def test_an_illegal_action_is_never_chosen_however_good_it_looks() -> None:
 
 
 def test_layers_that_do_not_follow_one_another_are_refused() -> None:
-    with pytest.raises(ConfigError, match="do not follow"):
+    with pytest.raises(ConfigError, match="do not fit one another"):
         Network(
             (np.zeros((2, 3), dtype=np.float32), np.zeros((2, 3), dtype=np.float32)),
             (np.zeros(2, dtype=np.float32),) * 2,
@@ -99,13 +99,13 @@ def test_it_drops_blocks_until_the_load_fits_and_no_more(tmp_path: Path, budget_
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"observation": prune_table(TINY, scores=True).rows()}, "reads 29 entries, here are 23"),
+        ({"observation": prune_table(TINY, scores=True).rows()}, "has 29 entries, this table has 23"),
         ({"observation": [{**row, "unit": "furlong"} for row in prune_table(TINY).rows()]}, "its entry 'batch'"),
-        ({"actions": ["drop everything"]}, "other actions"),
+        ({"actions": ["drop everything"]}, "its 1 actions differ"),
         ({"model": "llama2_7b"}, "was trained on llama2_7b, not on tiny"),
         ({"task": "ServeTrace"}, "expected 'PruneToBudget'"),
-        ({"layers": [[1, 1]]}, "is no learned policy"),
-        ({"activation": "sigmoidal"}, "is no learned policy|unknown activation"),
+        ({"layers": [[1, 1]]}, "is not a learned policy"),
+        ({"activation": "sigmoidal"}, "is not a learned policy|unknown activation"),
         ({"environment": {"restore": True}}, "trained with restore"),
     ],
 )
@@ -145,7 +145,7 @@ def test_missing_weights_and_unknown_names_say_what_to_do(tmp_path: Path) -> Non
 def test_the_policy_prunes_at_once_and_restores_patiently(tmp_path: Path) -> None:
     policy = learned_prune(PolicyContext(model=TINY), path=str(exported(tmp_path)), patience=2)
     dense_bytes = policy.dense_bytes
-    assert policy(seen(dense_bytes)) != policy.dense  # one token of KV does not fit beside the weights
+    assert policy(seen(dense_bytes)) != policy.dense  # one token of KV does not fit next to the weights
     assert policy(seen(10 * dense_bytes)) != policy.dense
     assert policy(seen(10 * dense_bytes)) == policy.dense
     assert policy(seen(10 * dense_bytes, running=4, running_tokens=400)) == policy.dense

@@ -1,4 +1,4 @@
-"""Look-ahead: what it tries comes from what a server can see, and what it finds is worth something."""
+"""Look-ahead: its trials use only what a server can observe, and its choices are good."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_it_leaves_a_plan_at_once_that_no_longer_fits(server: ServerSpec) -> Non
     assert policy.actions.weights_bytes[policy.actions.plans.index(plan)] + server.workspace_bytes <= smaller
 
 
-def test_the_file_builds_it_with_the_words_of_a_replay() -> None:
+def test_the_conf_file_builds_it_for_a_replay() -> None:
     policy = build_parts(configuration("policy=lookahead")).policy
     assert isinstance(policy, Lookahead)
     assert policy.actions.names[0] == "drop 0, W4 0, queue any"

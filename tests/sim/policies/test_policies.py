@@ -58,7 +58,7 @@ def test_more_pressure_never_keeps_more(budget: int, less: int, tokens: int) -> 
     assert easy.dropped <= hard.dropped
 
 
-def test_the_whole_order_goes_when_nothing_fits() -> None:
+def test_the_full_order_is_dropped_when_nothing_fits() -> None:
     policy = greedy()
     assert policy(seen(1, 100)) == policy.plans[-1]
 
@@ -110,7 +110,7 @@ def test_a_queue_counts_up_to_a_share_of_the_budget_however_long_it_is() -> None
 
 
 def random_plans(seed: int) -> list[Plan]:
-    """Return what a random policy runs in twenty times of need, calm between them."""
+    """Return the plans of a random policy in twenty shortages of memory, with calm between them."""
     policy = random_stop(
         PolicyContext(model=dataclasses.replace(TINY, num_layers=12)), seed=seed, max_dropped=5, patience=1
     )
@@ -171,8 +171,8 @@ def test_layers_come_back_every_fifth_calm_sample_the_last_swapped_first() -> No
     assert bits[4][:6] == (4,) * 6
 
 
-def test_layers_come_back_only_as_far_as_they_fit_beside_the_kv_that_is_held() -> None:
-    """One at a time where two do not fit; none where not even one does; nothing is forgotten meanwhile."""
+def test_layers_come_back_only_as_far_as_they_fit_with_the_kv_in_use() -> None:
+    """One at a time if two do not fit; none if not even one does; the controller forgets nothing meanwhile."""
     policy = controller()
     for _ in range(6):
         policy(sample(0.9))
@@ -218,7 +218,7 @@ def test_a_schedule_must_begin_at_zero_and_ascend() -> None:
         schedule(SERVED, steps=[{"at_s": 0, "drop_mha": [7]}])
 
 
-def test_a_fixed_plan_is_told_in_words_and_a_wrong_word_names_the_nearest() -> None:
+def test_a_fixed_plan_takes_options_and_an_unknown_one_names_the_nearest() -> None:
     plan = fixed(
         SERVED, drop_mha=[1], prefill_drop_mha=[], kv_first_tokens=4, kv_last_tokens=8, kv_layers=[2]
     ).first_plan
@@ -230,7 +230,7 @@ def test_a_fixed_plan_is_told_in_words_and_a_wrong_word_names_the_nearest() -> N
 
 
 def test_greedy_stop_serves_under_a_budget_that_dense_cannot_meet() -> None:
-    """On the engine: the budget falls below the dense weights, and work goes on."""
+    """On the engine: the budget falls below the dense weights, and serving continues."""
     weights = weight_bytes(TINY, dense_plan(TINY))
     low = Budget((0.0, 5.0, 60.0), (weights + 60_000, weights - 5_000, weights + 60_000))
     finished = {}

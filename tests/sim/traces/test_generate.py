@@ -1,4 +1,4 @@
-"""Behaviours of sim/traces/generate.py and of the tables that sim/traces/fit.py writes."""
+"""Behavior of sim/traces/generate.py and of the tables that sim/traces/fit.py writes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sim.traces.generate import (
     table_arrivals,
     table_lengths,
 )
-from sim.traces.readers import read_azure
+from sim.traces.readers.azure import read_azure
 from sim.traces.trace import Trace
 from tests.commands import exit_status
 
@@ -40,19 +40,19 @@ SEEDS = (0, 1, 2, 3, 4)
 KINDS = ("code", "conv")
 
 
-def whole_duration_s(kind):
+def full_duration_s(kind):
     table = load_table(f"azure_{kind}")
     return len(table.requests_per_bin) * table.bin_s
 
 
-# The embedded default beside the real trace
+# The built-in default compared with the real trace
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_generated_and_real_azure_traces_agree_in_rate_burstiness_and_lengths(data, kind, seed):
     real = read_azure(data / fit_trace.FILES[f"azure_{kind}"])
-    made = burst(kind=kind, duration_s=whole_duration_s(kind), seed=seed)
+    made = burst(kind=kind, duration_s=full_duration_s(kind), seed=seed)
     assert len(made) == pytest.approx(len(real), rel=0.01)
     assert made.mean_rate_rps == pytest.approx(real.mean_rate_rps, rel=0.02)
     assert made.interarrival_cv == pytest.approx(real.interarrival_cv, rel=0.10)
@@ -123,7 +123,7 @@ def test_a_mix_is_the_two_kinds_on_one_clock():
 @pytest.mark.parametrize("kind", [*KINDS, "mix"])
 @pytest.mark.parametrize("rate_rps", [0.5, 20.0])
 def test_the_rate_of_the_default_can_be_chosen(kind, rate_rps):
-    trace = burst(kind=kind, rate_rps=rate_rps, duration_s=whole_duration_s("code") * 4, seed=1)
+    trace = burst(kind=kind, rate_rps=rate_rps, duration_s=full_duration_s("code") * 4, seed=1)
     assert trace.mean_rate_rps == pytest.approx(rate_rps, rel=0.05)
 
 
@@ -136,9 +136,9 @@ def test_shuffled_pieces_keep_the_rate_and_give_other_orders():
 
 
 def test_a_trace_longer_than_the_table_goes_on():
-    trace = burst(kind="conv", duration_s=3 * whole_duration_s("conv"), seed=0)
+    trace = burst(kind="conv", duration_s=3 * full_duration_s("conv"), seed=0)
     assert len(trace) == pytest.approx(3 * 15594, rel=0.01)
-    assert trace.duration_s == pytest.approx(3 * whole_duration_s("conv"), rel=0.01)
+    assert trace.duration_s == pytest.approx(3 * full_duration_s("conv"), rel=0.01)
 
 
 def test_a_pause_of_the_code_trace_is_an_error_alone_and_none_in_a_mix():
@@ -269,7 +269,10 @@ def test_fixed_and_lognormal_lengths_are_what_they_say():
         (partial(poisson, rate_rps=1.0, duration_s=10.0, seed=-1), "seed is -1"),
         (partial(gamma, rate_rps=1.0, cv=-1.0, duration_s=1.0), "cv is -1.0"),
         (partial(gamma, rate_rps=1.0, cv=1e9, duration_s=1.0), "cv is 1000000000.0; it must be from 0.01"),
-        (partial(mmpp, on_rate_rps=1.0, off_rate_rps=1.0, mean_on_s=1e-9, mean_off_s=1, duration_s=1.0), "changes of"),
+        (
+            partial(mmpp, on_rate_rps=1.0, off_rate_rps=1.0, mean_on_s=1e-9, mean_off_s=1, duration_s=1.0),
+            "state changes",
+        ),
         (partial(burst, duration_s=1e15, rate_rps=1e-9), "bins, more than"),
         (partial(mmpp, on_rate_rps=1.0, off_rate_rps=-1.0, mean_on_s=1, mean_off_s=1, duration_s=1.0), "off_rate_rps"),
         (partial(diurnal, rate_rps=1.0, amplitude=1.5, duration_s=1.0), "amplitude is 1.5"),

@@ -1,4 +1,4 @@
-"""Behaviours of sim/readers: published formats, malformed files, and the own format there and back."""
+"""Behavior of sim/traces/readers: published formats, malformed files, and the project's own format."""
 
 from __future__ import annotations
 
@@ -15,18 +15,13 @@ from hypothesis import strategies as st
 
 from sim.errors import TraceError
 from sim.traces.generate import poisson_arrivals
-from sim.traces.readers import (
-    read_azure,
-    read_burstgpt,
-    read_lengths,
-    read_mooncake,
-    read_servegen,
-    read_trace,
-    write_trace,
-)
-from sim.traces.readers.native import SCHEMA
+from sim.traces.readers.azure import read_azure
+from sim.traces.readers.burstgpt import read_burstgpt
+from sim.traces.readers.lengths import read_lengths
+from sim.traces.readers.mooncake import read_mooncake
+from sim.traces.readers.native import SCHEMA, read_trace, write_trace
 from sim.traces.readers.rows import _read_jsonl_by_line, _read_jsonl_clean, read_bytes, table_from_arrow
-from sim.traces.readers.servegen import read_client, read_client_lengths
+from sim.traces.readers.servegen import read_client, read_client_lengths, read_servegen
 from sim.traces.trace import Trace
 
 AZURE = "traces/azure2023/AzureLLMInferenceTrace_{}.head_before_1900.csv.gz"
@@ -144,7 +139,7 @@ def test_lengths_of_a_file_take_the_arrivals_of_a_process(data):
     assert in_order.output_tokens[:2].tolist() == [54, 156]
     everything = partial(poisson_arrivals, rate_rps=27_500.0, duration_s=1.0)
     assert read_lengths(data / LENGTHS, arrivals=everything).prompt_tokens.mean() == pytest.approx(2588.1, rel=0.002)
-    with pytest.raises(TraceError, match="28,257 usable rows but the arrival process makes"):
+    with pytest.raises(TraceError, match="28,257 usable rows but the arrival process generates"):
         read_lengths(data / LENGTHS, arrivals=partial(poisson_arrivals, rate_rps=1000.0, duration_s=60.0))
 
 
@@ -219,7 +214,7 @@ def test_servegen_rates_can_be_scaled_or_set(data):
     assert len(ten) == pytest.approx(12_000, rel=0.01)
 
 
-def test_servegen_couples_lengths_as_its_code_does_unless_told_otherwise(data):
+def test_servegen_couples_lengths_as_its_code_does_unless_disabled(data):
     def rank_correlation(trace):
         ranks = [np.argsort(np.argsort(values)) for values in (trace.prompt_tokens, trace.output_tokens)]
         return np.corrcoef(*ranks)[0, 1]
@@ -231,8 +226,8 @@ def test_servegen_couples_lengths_as_its_code_does_unless_told_otherwise(data):
 
 def test_servegen_names_the_clients_it_leaves_out_and_those_it_knows(data):
     trace = read_servegen(data / M_SMALL, start_s=36_000.0, duration_s=60.0, rate_scale=0.01)
-    assert trace.history[0] == "left out clients [5, 8, 11, 38]: they have no file of lengths"
-    with pytest.raises(TraceError, match=r"client 38 is not complete.*clients with both files: 12, 14"):
+    assert trace.history[0] == "left out clients [5, 8, 11, 38]: they have no file with lengths"
+    with pytest.raises(TraceError, match=r"client 38 does not have both files.*clients with both files, 12, 14"):
         read_servegen(data / M_SMALL, clients=[38])
 
 
@@ -245,7 +240,7 @@ def test_servegen_names_the_clients_it_leaves_out_and_those_it_knows(data):
         ({"rate_rps": -1.0}, "rate_rps is -1.0"),
         ({"start_s": 86_000.0, "duration_s": 600.0}, "describes 0 to 86400 s"),
         ({"clients": [13], "duration_s": 600.0}, "send nothing from 0 s"),
-        ({"clients": []}, "no client .* was chosen"),
+        ({"clients": []}, "clients of .* is empty"),
     ],
 )
 def test_servegen_refuses_what_the_description_does_not_hold(data, args, message):
@@ -332,7 +327,7 @@ def test_a_time_that_is_none_is_named_with_its_line(tmp_path, value):
         read_azure(file_of(tmp_path, azure(rows)))
 
 
-def test_burstgpt_counts_failed_and_bad_rows_apart(tmp_path):
+def test_burstgpt_counts_failed_and_bad_rows_separately(tmp_path):
     rows = [
         "5,ChatGPT,10,0,10,API log",
         "6,ChatGPT,0,9,9,API log",
@@ -573,7 +568,7 @@ def test_an_unknown_on_bad_row_names_the_choices(tmp_path):
         read_trace(file_of(tmp_path, own(["1,1,1"])), on_bad_row="skipp")
 
 
-# The own format, there and back
+# The own format, written and read back
 
 traces = st.integers(1, 30).flatmap(
     lambda n: st.builds(
@@ -651,7 +646,7 @@ def test_a_parquet_file_with_gaps_wrong_types_or_names_is_an_error_with_its_row(
         read_trace(path)
 
 
-def test_a_parquet_file_is_told_by_its_content_not_its_name(tmp_path):
+def test_a_parquet_file_is_recognized_by_its_content_not_its_name(tmp_path):
     trace = Trace(arrival_s=[0.5], prompt_tokens=[1], output_tokens=[1])
     path = write_trace(trace, tmp_path / "a.parquet").rename(tmp_path / "a.csv")
     assert read_trace(path) == trace

@@ -1,4 +1,4 @@
-"""Behaviours of sim/traces/trace.py."""
+"""Behavior of sim/traces/trace.py."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_the_types_are_float64_and_int64_whatever_came_in():
         ({"arrival_s": [0.0, 1.0, 3.0, np.inf]}, "request 3 is inf"),
         ({"arrival_s": [0.0, 1.0, 3.0, 1.7e9]}, "subtract the start"),
         ({"arrival_s": [0.0, 1.0]}, "columns of different length"),
-        ({"arrival_s": ["x", 1.0, 2.0, 3.0]}, "must be numbers"),
+        ({"arrival_s": ["x", 1.0, 2.0, 3.0]}, "must hold numbers"),
         ({"arrival_s": [[0.0, 1.0], [2.0, 3.0]]}, "2 dimensions"),
         ({"prompt_tokens": [1, 2, 0, 4]}, "prompt_tokens of request 2 is 0; it must be at least 1"),
         ({"output_tokens": [1, 2, -3, 4]}, "output_tokens of request 2 is -3"),
         ({"output_tokens": [1, 2, 3, MAX_TOKENS + 1]}, "at most 1,000,000,000"),
         ({"output_tokens": [1, 2, 2.5, 4]}, "2.5; it must be a whole number"),
         ({"output_tokens": [1, 2, np.nan, 4]}, "nan; it must be a whole number"),
-        ({"output_tokens": ["1", "2", "3", "4"]}, "it must be whole numbers"),
+        ({"output_tokens": ["1", "2", "3", "4"]}, "it must hold whole numbers"),
         ({"hash_ids": (np.array([1]),)}, "hash_ids has 1 entries for 4 requests"),
         ({"hash_ids": (np.array([1]), np.array([-1]), np.array([]), np.array([]))}, "hash_ids holds -1"),
         ({"time_quantum_s": -1.0}, "time_quantum_s is -1.0"),

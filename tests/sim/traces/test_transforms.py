@@ -1,4 +1,4 @@
-"""Behaviours of sim/traces/transforms.py."""
+"""Behavior of sim/traces/transforms.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from omegaconf import OmegaConf
 from sim.errors import WorkloadError
 from sim.paths import REPOSITORY
 from sim.traces import transforms as workload
-from sim.traces.readers import read_azure, read_burstgpt, read_mooncake
+from sim.traces.readers.azure import read_azure
+from sim.traces.readers.burstgpt import read_burstgpt
+from sim.traces.readers.mooncake import read_mooncake
 from sim.traces.trace import Trace
 from sim.traces.transforms import (
     add,
@@ -73,6 +75,13 @@ def test_scaling_the_rate_keeps_the_requests_their_order_and_the_cv_of_gaps(trac
     if trace.duration_s > 1e-3:
         assert scaled.mean_rate_rps == pytest.approx(trace.mean_rate_rps * factor, rel=1e-6)
         assert scaled.interarrival_cv == pytest.approx(trace.interarrival_cv, rel=1e-5, nan_ok=True)
+
+
+@given(trace=traces, factor=factors)
+def test_scaling_the_rate_back_restores_the_arrivals(trace, factor):
+    back = scale_rate(scale_rate(trace, factor=factor), factor=1.0 / factor)
+    assert np.allclose(back.arrival_s, trace.arrival_s, rtol=1e-12)
+    assert back.time_quantum_s == pytest.approx(1.0)
 
 
 @given(several=st.lists(traces, min_size=1, max_size=4))
@@ -223,7 +232,7 @@ def test_every_step_leaves_its_input_and_tells_what_it_did(step):
 # Definitions
 
 
-def test_merged_ties_go_in_the_order_of_the_traces_and_prefixes_stay_apart():
+def test_merged_ties_go_in_the_order_of_the_traces_and_prefixes_stay_distinct():
     first, second = a_trace((1.0, 2.0), (10, 20), ids=True), a_trace((1.0, 2.0), (30, 40), ids=True)
     merged = merge([first, second], name="both")
     assert merged.prompt_tokens.tolist() == [10, 30, 20, 40]
@@ -278,9 +287,10 @@ def test_an_injected_burst_can_have_one_length():
         (partial(burstiest, duration_s=float("nan")), "duration_s is nan"),
         (partial(burstiest, duration_s=1.0, by="token"), "did you mean 'tokens'"),
         (partial(scale_rate, factor=0.0), "factor is 0.0"),
+        (partial(scale_rate, factor=-2.0), "factor is -2.0"),
         (spread_ties, "has a fine clock"),
         (partial(spread_ties, quantum_s=-1.0), "quantum_s is -1.0"),
-        (clip_lengths, "no limit given"),
+        (clip_lengths, "no limit is set"),
         (partial(clip_lengths, max_total_tokens=1), "total_tokens is 1; it must be at least 2"),
         (partial(drop_long, max_prompt_tokens=0), "prompt_tokens is 0"),
         (partial(drop_long, max_prompt_tokens=5), "every request .* shortest has 11 tokens"),
@@ -292,7 +302,7 @@ def test_an_injected_burst_can_have_one_length():
         (partial(keep_share, share=1.5), "share is 1.5; it must be at most 1"),
         (partial(keep_share, share=0.0), "share is 0.0"),
         (partial(keep_share, share=0.01), "share=0.01 of 5 requests leaves none; use at least 0.2"),
-        (lambda trace: merge([]), "merge was given no trace"),
+        (lambda trace: merge([]), "merge got no trace"),
     ],
 )
 def test_an_impossible_step_says_what_is_wrong_and_what_is_allowed(step, message):
