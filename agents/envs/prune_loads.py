@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from omegaconf import OmegaConf
 
-from sim.config import option_path
+from sim.config import CONF_DIR
 from sim.cost.memory import relative_budget_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.errors import ConfigError, nearest
@@ -74,7 +74,7 @@ def _log_uniform(u: float, low: int, high: int) -> int:
 
 
 @cache
-def prune_draws(path: Path = option_path("split", "prune")) -> Draws:
+def prune_draws(path: Path = CONF_DIR / "split" / "prune.yaml") -> Draws:
     """Read the split.
 
     Raises:
