@@ -174,7 +174,8 @@ class Replayer:
             answer.token_s.clear()
             try:
                 await self._stream(http, answer)
-            except (httpx.HTTPError, ValueError, KeyError) as error:
+            # The last three: an answer that is JSON, but not what OpenAI's servers send.
+            except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
                 answer.error = f"{type(error).__name__}: {error}"
             if answer.error is None:
                 return

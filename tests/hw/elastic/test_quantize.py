@@ -81,7 +81,7 @@ def test_no_value_is_further_off_than_half_a_step(bits: int) -> None:
     weight = weights((32, 300), seed=1)
     copy = quantize(weight, bits)
     step = copy.scales.float().repeat_interleave(128, dim=1)[:, :300]
-    # The scale itself is rounded to FP16 and a zero point to a full step, so the edge of a group can lose that much more.
+    # The scale is rounded to FP16 and a zero point to a full step: the edge of a group can lose that much more.
     slack = 1.001 if bits == 8 else 2.001
     assert ((copy.dequantize(torch.float32) - weight).abs() <= step / 2 * slack).all()
 

@@ -399,6 +399,35 @@ def test_a_piece_that_names_a_role_or_an_end_alone_is_no_token(
     assert _brings_token(choice, first=first) is brings
 
 
+@pytest.mark.parametrize(
+    ("content", "content_type", "message"),
+    [
+        (b'data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n', "text/event-stream", None),
+        (b': a comment\nevent: message\ndata: {"choices":\ndata: [{"text": "a"}]}\n\n', "text/event-stream", None),
+        (b'data: {"error": {"message": "no memory"}}\n\n', "text/event-stream", "no memory"),
+        (b"data: [DONE]\n\n", "text/event-stream", "the answer had no token"),
+        (b"data: {\n\n", "text/event-stream", "JSONDecodeError"),
+        (b"data: [3]\n\n", "text/event-stream", "AttributeError"),
+        (b'data: {"choices": [3]}\n\n', "text/event-stream", "TypeError"),
+        (b"{}", "application/json", "SSEError"),
+    ],
+)
+def test_an_answer_is_read_as_server_sent_events_and_a_malformed_one_is_a_failed_request(
+    content: bytes, content_type: str, message: str | None
+) -> None:
+    def respond(_: Any) -> Any:
+        return httpx.Response(200, content=content, headers={"content-type": content_type})
+
+    replayer = Replayer(ClientSettings(), "tiny", VOCABULARY, transport=httpx.MockTransport(respond))
+    (answer,) = asyncio.run(replayer.run(requests([(0.0, 3, 1)])))
+    if message is None:
+        assert answer.error is None
+        assert len(answer.token_s) == 1
+    else:
+        assert answer.error is not None
+        assert message in answer.error
+
+
 def test_a_refused_request_is_counted_and_only_sent_again_with_retries(server: Server) -> None:
     rows = [(0.0, 5, 3), (0.0, 5, 500)]
     answers = asyncio.run(Replayer(ClientSettings(url=server.url), "tiny", VOCABULARY).run(requests(rows)))
