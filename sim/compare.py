@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from sim.atomic import write_whole
@@ -19,6 +21,7 @@ from sim.replay.sweep import Executor, Outcome, cases_of, config_of, replay_case
 from sim.results.metrics import Slo, records_frame
 from sim.results.report import markdown, print_rows
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
+from sim.types import Floats
 
 
 @dataclass(kw_only=True)
@@ -97,31 +100,60 @@ def hardest(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
 
 
 def plot(path: Path, outcomes: Mapping[str, Outcome], slo: Slo, title: str) -> None:
-    """Write one PNG: TTFT by arrival, waiting requests, and the share of weights that each policy keeps resident."""
-    import matplotlib as mpl  # imported late: it is slow, and plots are rare
+    """Write one PNG: worst TTFT and longest queue in each of about 150 bins of time, and the weights in memory."""
+    import matplotlib as mpl  # only here: its import is slow and most runs write no figure
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(3, 1, figsize=(10, 8), sharex=True, layout="constrained")
-    for label, outcome in outcomes.items():
-        records, iterations = outcome.records, outcome.iterations
-        served = np.isfinite(records.first_token_s)
-        axes[0].plot(records.arrival_s[served], records.ttft_s[served], ".", markersize=2, label=label)
-        axes[1].step(iterations.start_s, iterations.waiting, where="post", linewidth=0.8, label=label)
-        time_s, share = zip(*outcome.kept_share, strict=True)
-        axes[2].step([*time_s, float(iterations.end_s[-1])], [*share, share[-1]], where="post", label=label)
-    if slo.ttft_s is not None:
-        axes[0].axhline(slo.ttft_s, color="black", linestyle="--", linewidth=0.8)
-    axes[0].set_ylabel("TTFT, s")
-    axes[1].set_ylabel("waiting requests")
-    axes[2].set_ylabel("weights resident, share of bytes")
-    axes[2].set_ylim(0, 1.05)
-    axes[2].set_xlabel("time, s")
-    axes[0].legend(loc="upper left", markerscale=5)
-    figure.suptitle(title)
-    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=110))
-    plt.close(figure)
+    last_s = max(float(outcome.iterations.end_s[-1]) for outcome in outcomes.values())
+    bin_s = max(1.0, math.ceil(last_s / 150))
+    with mpl.rc_context(PLOT_STYLE):
+        figure, axes = plt.subplots(3, 1, figsize=(9, 7.5), sharex=True, layout="constrained")
+        for rank, (label, outcome) in enumerate(outcomes.items()):
+            # Later policies lie on top. The first is the reference that the others are compared with: gray.
+            style: dict[str, Any] = {"color": "0.45"} if rank == 0 else {"color": f"C{rank - 1}"}
+            records, iterations = outcome.records, outcome.iterations
+            served = np.isfinite(records.first_token_s)
+            arrivals_s, ttft_s = records.arrival_s[served], records.ttft_s[served]
+            axes[0].plot(*worst_per_bin(arrivals_s, ttft_s, bin_s), label=label, **style)
+            axes[1].plot(*worst_per_bin(iterations.start_s, iterations.waiting, bin_s), **style)
+            time_s, share = (np.array(column) for column in zip(*outcome.kept_share, strict=True))
+            end_s = iterations.end_s[-1]
+            axes[2].step([*time_s, end_s], [*(100 * share), 100 * share[-1]], where="post", **style)
+        if slo.ttft_s is not None:
+            axes[0].axhline(slo.ttft_s, color="black", linestyle="--", linewidth=1.0, label=f"SLO: {slo.ttft_s:g} s")
+        # TTFT spans milliseconds to a minute; a linear axis would hide everything near the SLO.
+        axes[0].set_yscale("log")
+        axes[0].set_ylabel("TTFT [s]")
+        axes[1].set_ylabel("waiting requests")
+        axes[2].set_ylabel("weights in memory [%]")
+        axes[2].set_ylim(0, 105)
+        axes[2].set_xlabel("time [s]")
+        axes[2].margins(x=0.01)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        figure.suptitle(title)
+        write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
+        plt.close(figure)
+
+
+PLOT_STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 1.4,
+    "font.size": 11,
+}
+
+
+def worst_per_bin(time_s: Floats, values: NDArray[Any], bin_s: float) -> tuple[Floats, Floats]:
+    """Return the start of each bin of time that has values, and the largest value in it."""
+    bins = np.floor(time_s / bin_s)
+    order = np.argsort(bins, kind="stable")
+    found, first = np.unique(bins[order], return_index=True)
+    worst = np.maximum.reduceat(np.asarray(values, dtype=np.float64)[order], first) if len(first) else np.empty(0)
+    return found * bin_s, worst
 
 
 if __name__ == "__main__":

@@ -1,21 +1,66 @@
-"""What every test shares: one thread, and a skip with a reason where data is not at hand."""
+"""What all tests share: one thread, a skip where data is missing, and how parallel workers divide the tests."""
 
 from __future__ import annotations
 
 import os
 
+# Before NumPy and torch are imported: they read it once. Two workers with two threads each stall on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from sim.paths import DATA_VARIABLE, data_dir
+from sim.paths import DATA_VARIABLE, REPOSITORY, data_dir
 
-# The clock is no test: a first call compiles, and machines are shared.
+# No time limit per example: a first call compiles, and machines are shared.
 settings.register_profile("rap-lab", deadline=None)
 settings.load_profile("rap-lab")
+
+SLOW_FILES = (
+    "test_train.py",
+    "test_score.py",
+    "test_disaggregate_command.py",
+    "test_clone.py",
+    "test_model.py",
+    "test_cluster_env.py",
+    "test_command.py",
+    "test_cluster.py",
+    "test_engine.py",
+    "test_replay.py",
+    "test_transition.py",
+    "test_disaggregate.py",
+    "test_compare.py",
+    "test_evaluate.py",
+)
+"""Names of files that start first, longest first, so that no worker is left with a long one at the end."""
+RAY_GROUP = "ray"
+RAY_FIXTURES = {"local_ray", "ray_address"}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile the kernels once before parallel workers start, or each of them would compile the same functions."""
+    config = session.config
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        command = [sys.executable, "-m", "tests.warm_up"]
+        subprocess.run(command, cwd=REPOSITORY, check=False)  # a failure here fails again in the tests, with its cause
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Group the tests of a parallel worker for ``--dist loadgroup``: one group per file, one for all that use ray."""
+    if not hasattr(config, "workerinput"):
+        return
+    first = {name: rank for rank, name in enumerate(SLOW_FILES)}
+    uses_ray = {item.path for item in items if RAY_FIXTURES & set(getattr(item, "fixturenames", ()))}
+    for item in items:
+        # Starting ray takes seconds and a gigabyte, so the files that use it share one worker.
+        group = RAY_GROUP if item.path in uses_ray else item.path.relative_to(REPOSITORY).as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,7 @@ COMMANDS = {
     "sim.cluster.run",
     "sim.disaggregate.run",
     "sim.compare",
+    "sim.reference",
     "sim.fit_trace",
     "sim.cluster_results",
     "sim.pages.simulation",

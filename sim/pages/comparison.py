@@ -133,8 +133,8 @@ class ResultsConfig:
     workers: int = 2
 
 
-for name in ("results", "cluster_results"):
-    ConfigStore.instance().store(name=f"{name}_schema", node=ResultsConfig)
+ConfigStore.instance().store(name="results_schema", node=ResultsConfig)
+ConfigStore.instance().store(name="cluster_results_schema", node=ResultsConfig)
 
 
 def write_page(cfg: DictConfig, comparisons: Mapping[str, Comparison], folder: Path, page: Callable[[], str]) -> None:
