@@ -1,17 +1,17 @@
-"""Prefill and decode of a real model in two processes: the KV is gathered, really shipped, and put into another pool.
+"""Prefill and decode of a real model in two processes: KV is gathered, sent, and put into the pool of the other side.
 
-The rules are those of ``sim.disaggregate``, which states the places that a request goes through, with one replica of
-each side and without ``overlap``. Over one connection (hw/disaggregate/kv_link.py) go
+The rules are those of ``sim.disaggregate``, which states the places that a request goes through, with one replica on
+each side and without ``overlap``. One connection (hw/disaggregate/kv_link.py) carries these messages:
 
     prefill -> decode   offer     a request whose prompt is computed: its tokens, its record, no KV yet
-    decode -> prefill   take      room is held for it: KV blocks, and a place among those that run
+    decode -> prefill   take      room is held for it: KV blocks, and a place among the running requests
     prefill -> decode   kv        chunks of its keys, then of its values, layer by layer as decode keeps them
-    decode -> prefill   arrived   its KV lies in the pool; only now prefill frees its own
-    prefill -> decode   over      nobody else will come
+    decode -> prefill   arrived   its KV lies in the pool; only now does prefill free its own
+    prefill -> decode   over      no other request will come
 
-Each side has three threads: the engine's, whose lock is free while the model computes; one that hears the other side,
-and under that lock looks for room in the middle of an iteration; one that sends. Moments are those of one clock,
-Linux's CLOCK_MONOTONIC, which both processes read.
+Each side has three threads: one runs the engine and frees its lock while the model computes; one receives from the
+other side, and may hold room under that lock in the middle of an iteration; one sends. All times are those of one
+clock, Linux's CLOCK_MONOTONIC, which both processes read.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from sim.engine.protocol import Request
 from sim.traces.trace import Trace
 
 LOOK_S = 0.02
-"""How long an idle side sleeps at most, if nobody wakes it."""
+"""How long an idle side sleeps at most, if nothing wakes it."""
 STEP_S = 1e-3
-"""How far ahead the engine is asked to serve: one iteration takes longer, and it is asked again after that."""
+"""How far ahead the engine serves in one call: one iteration takes longer, and the next call comes after it."""
 
 Report = Callable[[str, Any], None]
-"""Hears what a side has to tell as it goes: ("records", (ids, Records)) of requests that end there, as a dict
-("transfer", {...}) of KV that has joined, and ("released", (request_id, moment)) of KV that prefill has freed."""
+"""Receives what a side reports during a run: ("records", (ids, Records)) of requests that end there,
+("transfer", {...}) of KV that has joined, and ("released", (request_id, time_s)) of KV that prefill has freed."""
 
 
 class GuardedEngine(HwEngine):
-    """An engine whose lock is free while the model computes, so that other threads can look at its pool then."""
+    """An engine whose lock is free while the model computes, so that other threads can use its pool meanwhile."""
 
     def __init__(self, guard: threading.Condition, **settings: Any) -> None:
         """Build an idle engine; ``settings`` are those of ``HwEngine``. Callers hold the lock from now on."""
@@ -97,11 +97,11 @@ def scatter(arena: Arena, table: BlockTable, tokens: int, content: bytearray, el
 class Connection:
     """A channel with its two threads, and the lock that the engine of this side runs under.
 
-    failure: why the link can no longer be used; None while all is well.
+    failure: why the link can no longer be used; None while it works.
     """
 
     def __init__(self, channel: Channel, *, bytes_per_s: float | None = None, latency_s: float = 0.0) -> None:
-        """Take over a channel; nothing is heard before ``listen``. The link's limits are those of what is sent here."""
+        """Take over a channel; nothing is received before ``listen``. The limits apply to what this side sends."""
         self.guard = threading.Condition(threading.Lock())
         self.failure: BaseException | None = None
         self._channel = channel
@@ -109,7 +109,7 @@ class Connection:
         self.tell, self.carry = self._sender.tell, self._sender.carry
 
     def listen(self, heard: Callable[[Header, Channel], bool]) -> None:
-        """Let a thread give every header that comes to ``heard``, until that returns True."""
+        """Start a thread that passes every header it receives to ``heard``, until that returns True."""
 
         def run() -> None:
             try:
@@ -121,7 +121,7 @@ class Connection:
         threading.Thread(target=run, name="listener", daemon=True).start()
 
     def close(self, *, whole: bool) -> None:
-        """Close the channel; with ``whole`` after what is left is sent."""
+        """Close the channel; with ``whole``, after sending what is left."""
         if not whole:
             self._channel.close()  # first, for a send that is stuck
         self._sender.close(whole=whole)
@@ -140,7 +140,7 @@ class Side(Protocol):
     connection: Connection
 
     def exchange(self, now_s: float) -> bool:
-        """Take in what has come and give away what can go, between two iterations; return whether all is over."""
+        """Take in what has come and send what can go, between two iterations; return whether this side is done."""
         ...
 
 
@@ -148,9 +148,9 @@ def serve(side: Side, clock: RealClock, stopped: Callable[[], bool]) -> None:
     """Serve until a side is done.
 
     Args:
-        stopped: asked between iterations, whether to end early.
+        stopped: called between iterations; whether to end early.
     Raises:
-        LinkError: when the other side has gone, or did what was not agreed.
+        LinkError: when the other side has gone or broke the protocol.
         KeyboardInterrupt: when stopped.
     """
     engine, connection = side.engine, side.connection
@@ -172,7 +172,7 @@ def serve(side: Side, clock: RealClock, stopped: Callable[[], bool]) -> None:
 
 
 class PrefillSide:
-    """Computes prompts and first tokens, and holds their KV until it has arrived where they go on."""
+    """Computes prompts and first tokens, and holds their KV until it has arrived at the decode side."""
 
     def __init__(
         self, *, build: Build, trace: Trace, decode_limit: int, connection: Connection, clock: RealClock, report: Report
@@ -202,7 +202,7 @@ class PrefillSide:
         return over
 
     def _request(self, number: int) -> Request:
-        """Return a request of the trace as it is served here: up to its first token."""
+        """Return a request of the trace as this side serves it: up to its first token."""
         arrival_s, prompt_tokens = float(self._trace.arrival_s[number]), int(self._trace.prompt_tokens[number])
         return Request(request_id=number, arrival_s=arrival_s, prompt_tokens=prompt_tokens, output_tokens=1)
 
@@ -218,13 +218,13 @@ class PrefillSide:
         if token is None or not self._goes_on(request_id):
             return
         outputs = int(self._trace.output_tokens[request_id])
-        given = self.engine.handover(request_id, outputs, self._output_limit(request_id))
-        self.connection.tell({"kind": "offer", "given": dataclasses.asdict(given)})
+        handover = self.engine.handover(request_id, outputs, self._output_limit(request_id))
+        self.connection.tell({"kind": "offer", "handover": dataclasses.asdict(handover)})
 
     def _heard(self, header: Header, _channel: Channel) -> bool:
         request_id = header.get("request")
         if header.get("kind") not in ("take", "arrived") or request_id not in self.engine.outside:
-            raise LinkError(f"the decode process sent {header}, which nobody here asked for")
+            raise LinkError(f"the decode process sent {header}, which this process did not expect")
         if header["kind"] == "take":
             table = self.engine.outside[request_id]
             tokens = int(self._trace.prompt_tokens[request_id])
@@ -243,9 +243,9 @@ class PrefillSide:
 
 @dataclass(slots=True, eq=False)
 class _Coming:
-    """A request whose KV is on its way here, into room that is held for it."""
+    """A request whose KV is on its way here; room is held for it."""
 
-    given: Handover
+    handover: Handover
     table: BlockTable
     content: bytearray
     send_s: float
@@ -254,7 +254,7 @@ class _Coming:
 
 
 class DecodeSide:
-    """Takes requests whose prompt is computed as it has room for their KV, and produces the rest of their tokens."""
+    """Takes requests with a computed prompt when it has room for their KV, and produces the rest of their tokens."""
 
     def __init__(
         self,
@@ -276,18 +276,18 @@ class DecodeSide:
         self.engine = build(guard=connection.guard, on_token=self._on_token)
 
     def listen(self) -> None:
-        """Hear the other side from now on."""
+        """Receive from the other side from now on."""
         self.connection.listen(self._heard)
 
     def exchange(self, now_s: float) -> bool:
-        """Let requests join whose KV has arrived, and take more of those that were offered."""
+        """Let requests join whose KV has arrived, and take more of the offered ones."""
         while self._arrived:
             come = self._arrived.popleft()
-            self.engine.take_over(come.given)
+            self.engine.take_over(come.handover)
             self._report(
                 "transfer",
                 {
-                    "request_id": come.given.request.request_id,
+                    "request_id": come.handover.request.request_id,
                     "sent_bytes": len(come.content),
                     "send_s": come.send_s,
                     "sent_s": come.sent_s,
@@ -298,7 +298,7 @@ class DecodeSide:
         return self._over and not self._offers and not self.engine.outside and self.engine.drained
 
     def _take_those_offered(self) -> None:
-        """Hold room for requests in the order in which their prompts were computed, and ask for their KV."""
+        """Hold room for offered requests, in the order in which their prompts were computed, and request their KV."""
         while self._offers:
             request = self._offers[0].request
             table = self.engine.reserve(request.request_id, request.prompt_tokens)
@@ -318,21 +318,21 @@ class DecodeSide:
         if kind == "kv" and header.get("request") in self._coming:
             self._receive(self._coming[header["request"]], header["bytes"], channel)
         elif kind == "offer":
-            given = handover_from(header, self._elastic.spec)
+            handover = handover_from(header, self._elastic.spec)
             with self.connection.guard:
-                self._offers.append(given)
+                self._offers.append(handover)
                 self._take_those_offered()
         elif kind == "over":
             with self.connection.guard:
                 self._over = True
                 self.connection.guard.notify()
         else:
-            raise LinkError(f"the prefill process sent {header}, which nobody here asked for")
+            raise LinkError(f"the prefill process sent {header}, which this process did not expect")
         return bool(kind == "over")
 
     def _receive(self, come: _Coming, count: int, channel: Channel) -> None:
-        """Receive a chunk of a request's KV; with the last one it lies in the pool."""
-        request, size = come.given.request, len(come.content)
+        """Receive a chunk of a request's KV; the last chunk puts it into the pool."""
+        request, size = come.handover.request, len(come.content)
         if not 0 <= count <= size - come.arrived_bytes:
             raise LinkError(
                 f"the prefill process sends more KV of request {request.request_id} than the plan says: "
@@ -356,15 +356,16 @@ def handover_from(header: Header, model: ModelSpec) -> Handover:
     """Read an offer.
 
     Raises:
-        LinkError: for one that lacks something, or whose tokens are not those of the model or of its prompt.
+        LinkError: for an offer that lacks something, or whose tokens do not fit the model or the prompt's length.
     """
     try:
-        words = dict(header["given"])
-        given = Handover(**{**words, "request": Request(**words["request"]), "tokens": tuple(words["tokens"])})
-        fits = len(given.tokens) == given.request.prompt_tokens + 1
-        fits = fits and all(0 <= token < model.vocab_size for token in given.tokens)
+        fields = dict(header["handover"])
+        request, tokens = Request(**fields.pop("request")), tuple(fields.pop("tokens"))
+        handover = Handover(request=request, tokens=tokens, **fields)
+        fits = len(handover.tokens) == handover.request.prompt_tokens + 1
+        fits = fits and all(0 <= token < model.vocab_size for token in handover.tokens)
     except (KeyError, TypeError, ValueError) as error:
         raise LinkError(f"the prefill process sent an offer that cannot be read: {error!r}") from error
     if not fits:
-        raise LinkError(f"the tokens of request {given.request.request_id} are not a prompt of {model.name}")
-    return given
+        raise LinkError(f"the tokens of request {handover.request.request_id} are not a prompt of {model.name}")
+    return handover

@@ -1,4 +1,4 @@
-"""Brings the blocks of a layer from host memory while iterations go on: a side stream on CUDA, a thread on CPU."""
+"""Copies the blocks of a layer from host memory while iterations go on: a side stream on CUDA, a thread on a CPU."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ POLL_S = 0.0005
 
 
 class LayerCopier:
-    """Copies one layer at a time; what it brings joins when the engine says so.
+    """Copies one layer at a time; the layer joins when the engine says so.
 
-    copied_s: how long the copy that joined last was on its way.
+    copied_s: how long the copy that joined last took.
     """
 
     def __init__(self, elastic: ElasticModel, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Copy into this model; ``clock`` is what the copying thread of a CPU is timed by."""
+        """Copy into this model; ``clock`` times the copying thread of a CPU."""
         self._elastic, self._clock = elastic, clock
         self._blocks: list[tuple[Block, int]] = []
         self._future: Future[float] | None = None
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self.copied_s = 0.0
-        # CUDA copies run beside the model by themselves; on a CPU a thread reads the file of stored weights.
+        # CUDA copies run by themselves while the model computes; on a CPU a thread reads the file of stored weights.
         self._thread = ThreadPoolExecutor(1, "layer-copy") if elastic.device.type == "cpu" else None
 
     def start(self, copy: LayerCopy) -> None:
-        """Begin a copy; the last one has joined or was abandoned."""
+        """Start a copy; the last one has joined or was abandoned."""
         assert not self._blocks
         pairs = ((self._elastic.blocks["mha"], copy.mha_bits), (self._elastic.blocks["ffn"], copy.ffn_bits))
         self._blocks = [(blocks[copy.layer], bits) for blocks, bits in pairs if bits != ABSENT]
@@ -50,34 +50,34 @@ class LayerCopier:
         """Return whether a block is part of the copy under way."""
         return any(block is one for one, _ in self._blocks)
 
-    def whole(self) -> bool:
-        """Return whether the copy has arrived."""
+    def complete(self) -> bool:
+        """Return whether the copy is complete."""
         if self._future is not None:
             return self._future.done()
         return all(block.pending is None or block.pending.whole() for block, _ in self._blocks)
 
     def wait(self, timeout_s: float) -> float:
-        """Wait until the copy is whole, at most so long; return the seconds waited, no more than the copy took."""
+        """Wait for the copy, at most ``timeout_s``; return the seconds waited, at most those that the copy took."""
         start_s = time.perf_counter()
         if self._future is not None:
             wait_for([self._future], timeout=max(timeout_s, 0.0))
             waited_s = time.perf_counter() - start_s
             return min(waited_s, self._future.result()) if self._future.done() else waited_s
-        while not self.whole() and time.perf_counter() < start_s + timeout_s:
+        while not self.complete() and time.perf_counter() < start_s + timeout_s:
             time.sleep(POLL_S)
         return time.perf_counter() - start_s
 
     def join(self) -> None:
-        """Put what arrived in the place of what it replaces."""
+        """Replace the old blocks by those that arrived."""
         self._finish()
         for block, _ in self._blocks:
             block.join(wait=True)
         self._blocks = []
 
     def abandon(self) -> None:
-        """Give a copy up; what replaces nothing is freed."""
+        """Give a copy up and free its tensors."""
         if self._future is not None:
-            self._future.exception()  # waits: the thread must not hand over a copy that nobody wants
+            self._future.exception()  # waits: else the thread would hand over a copy that was given up
             self._future = None
         for block, _ in self._blocks:
             block.pending = None
@@ -101,7 +101,7 @@ class LayerCopier:
 
 
 def _want(blocks: list[tuple[Block, int]], clock: Callable[[], float]) -> float:
-    """Start what brings blocks to their bits; return the seconds, on a CPU those of the copy itself."""
+    """Start to bring blocks to their bits; return the seconds that took, on a CPU those of the copy itself."""
     start_s = clock()
     for block, bits in blocks:
         block.want(bits)

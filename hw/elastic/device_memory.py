@@ -1,4 +1,4 @@
-"""What a run really takes of a device's memory, and how memory is given back."""
+"""How much of a device's memory a run really takes, and how freed memory is returned."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _STATM = Path("/proc/self/statm")
 
 
 class DeviceMemory:
-    """Samples memory in use and holds the ballast that makes a smaller budget bind.
+    """Samples memory in use, and holds ballast so that a smaller budget is a real limit.
 
-    On CUDA the allocator is asked, and a ballast tensor takes what the budget of the moment leaves of the largest one,
-    so that an overrun meets a real out-of-memory. On a CPU the process's resident memory is read; nothing stands in
-    for a co-tenant there, and the budget binds through the pool, whose pages are really given back.
+    On CUDA the allocator reports the memory, and a ballast tensor takes the difference between the largest budget and
+    that of now, so that an overrun is a real out-of-memory error. On a CPU the process's resident memory is read. There
+    is no ballast; only the pool of KV blocks enforces the budget, and its pages are really returned.
     """
 
     def __init__(self, device: torch.device, largest_budget_bytes: int) -> None:
@@ -32,7 +32,7 @@ class DeviceMemory:
             torch.cuda.set_per_process_memory_fraction(share, device)
 
     def in_use_bytes(self) -> int:
-        """Bytes of allocated tensors on CUDA, ballast left out; of the process's resident memory on CPU."""
+        """Bytes of allocated tensors without ballast on CUDA, of the process's resident memory on a CPU."""
         if self._device.type == "cuda":
             ballast = self._ballast.nbytes if self._ballast is not None else 0
             return torch.cuda.memory_allocated(self._device) - ballast
@@ -41,13 +41,13 @@ class DeviceMemory:
         return 0
 
     def sample(self) -> int:
-        """Return the bytes in use and remember the most."""
+        """Return the bytes in use, and keep their maximum."""
         now = self.in_use_bytes()
         self.peak_bytes = max(self.peak_bytes, now)
         return now
 
     def follow(self, budget_bytes: int) -> None:
-        """Let the ballast take what this budget leaves of the largest; call it once what is held fits the budget."""
+        """Let ballast take the difference to the largest budget; call it once what is held fits ``budget_bytes``."""
         wanted = self._largest_bytes - budget_bytes
         if self._device.type != "cuda" or (self._ballast is not None and self._ballast.nbytes == wanted):
             return
@@ -57,7 +57,7 @@ class DeviceMemory:
             self._ballast = torch.empty(wanted, dtype=torch.uint8, device=self._device)
 
     def give_back(self) -> None:
-        """Return freed memory to the system: what was dropped shall be there for others."""
+        """Return freed memory to the system, so that others can use what was dropped."""
         give_back(self._device)
 
 
@@ -66,7 +66,7 @@ def give_back(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return
-    trim = getattr(_libc(), "malloc_trim", None)  # glibc's; other systems give back by themselves
+    trim = getattr(_libc(), "malloc_trim", None)  # glibc keeps freed memory; other systems return it by themselves
     if trim is not None:
         trim(0)
 

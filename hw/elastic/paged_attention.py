@@ -1,9 +1,9 @@
 """One iteration of a batch whose keys and values lie in a paged pool: decodes and prompt chunks in one forward pass.
 
-Tokens of all requests stand behind one another in one row, those of decodes first, so that every linear layer is one
-product over the whole batch. Attention goes by request: decodes of about the same context in one call of PyTorch's
-attention, each prompt chunk in one of its own. A block that a token does not run (DESIGN section 2: stage-wise masks,
-KV holes) never sees it: MHA blocks by request, FFN blocks by stage.
+The tokens of all requests form one row, those of decodes first, so that every linear layer is one product over the
+full batch. Attention is computed by request: decodes with about the same context share one call of PyTorch's attention,
+each prompt chunk has its own. A block never sees a token that does not run it (stage-wise masks, KV holes): MHA blocks
+select tokens by request, FFN blocks by stage.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class NotANumberError(RapLabError):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What one request brings to an iteration: ``tokens`` follow the ``start`` tokens whose KV its table holds."""
+    """What one request adds to an iteration: ``tokens`` follow the ``start`` tokens whose KV its table holds."""
 
     table: BlockTable
     tokens: Sequence[int]
@@ -45,7 +45,7 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class _Decodes:
-    """Decodes that one call of attention serves: rows [b] of the layer, blocks [b * width], which keys count [b, k]."""
+    """Decodes of one call of attention: rows [b] of the layer, blocks [b * width], which keys count [b, k]."""
 
     rows: Tensor
     blocks: Tensor
@@ -55,7 +55,7 @@ class _Decodes:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """A prompt chunk: its rows of the layer, the tokens before it and the blocks that hold them and its own."""
+    """A prompt chunk: its rows of the layer, the number of tokens before it, and the blocks that hold all of them."""
 
     start: int
     stop: int
@@ -65,7 +65,7 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What one layer's MHA block sees: rows of the iteration (None: all), their slots, the calls of attention."""
+    """What the MHA block of one layer sees: rows of the iteration (None: all), their slots, the calls of attention."""
 
     rows: Tensor | None
     slots: Tensor
@@ -74,7 +74,7 @@ class _Layer:
 
 
 class PagedBatch:
-    """The pages of one iteration, as the attention of each layer meets them."""
+    """Where the KV of one iteration lies, as the attention of each layer needs it."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class PagedBatch:
         prefills: Sequence[Packed],
         windows: Sequence[int | None],
     ) -> None:
-        """Look up where the batch's keys and values lie; ``windows`` are the layers' sliding ones, None for none."""
+        """Look up where the batch's keys and values lie; ``windows``: sliding window of each layer, None for none."""
         self._arena = arena
         self._decodes, self._prefills = decodes, prefills
         self._windows = windows
@@ -91,7 +91,7 @@ class PagedBatch:
         self._shapes: dict[Any, Any] = {}
 
     def enter(self, layer: int) -> Tensor | None:
-        """Prepare a layer; return the rows of the iteration that run its MHA block, None for all, empty for none."""
+        """Prepare a layer; return the rows of the iteration that run its MHA block: None for all, empty for none."""
         self._layer = found = self._look_up(layer)
         return found.rows
 
@@ -122,7 +122,7 @@ class PagedBatch:
         )
 
     def _group(self, decodes: Sequence[Packed], layer: int) -> list[_Decodes]:
-        """Put decodes together whose contexts fill equally many blocks, rounded up to a power of two."""
+        """Group decodes whose contexts fill the same number of blocks, rounded up to a power of two."""
         device, block_tokens = self._arena.device, self._arena.block_tokens
         groups: dict[int, list[tuple[int, BlockTable, int]]] = {}
         for row, packed in enumerate(decodes):
@@ -175,7 +175,7 @@ class PagedBatch:
             batch = group.rows.numel()
             keys, values = self._arena.read(group.blocks)
             shape = (batch, -1, kv_heads, head_dim)
-            # Heads that share a KV head stand where queries of one head would: no key is copied for them.
+            # Heads that share a KV head take the place of queries of one head: no key is copied for them.
             attended = functional.scaled_dot_product_attention(
                 queries[group.rows].view(batch, kv_heads, heads // kv_heads, head_dim),
                 keys.view(shape).transpose(1, 2),
@@ -256,11 +256,11 @@ def forward(
 
     Args:
         elastic: the model, its attention set to ``ATTENTION``.
-        batch: the pages of the same decodes and prefills.
+        batch: where the KV of the same decodes and prefills lies.
         decodes, prefills: requests in the order of the row: one token each, then the prompt chunks.
-        wanted: rows of the iteration whose next token is asked for.
-        prefill, decode: the blocks that run at each stage; the pages say which MHA blocks a request runs.
-        check: look after every block whether all values are finite.
+        wanted: rows of the iteration that need a next token.
+        prefill, decode: the blocks that run at each stage; a request's table says which MHA blocks it runs.
+        check: test after every block whether all values are finite.
     Raises:
         NotANumberError: with ``check``, naming the first block whose output is not finite.
     """

@@ -28,7 +28,7 @@ class Arena(Protocol):
     device: torch.device
 
     def resize(self, blocks: int) -> None:
-        """Hold blocks 0 to ``blocks - 1``; their content stays, the memory of others is given back."""
+        """Hold blocks 0 to ``blocks - 1``; their content stays, the memory of others is freed."""
         ...
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -47,18 +47,18 @@ class Arena(Protocol):
 class MappedArena:
     """KV blocks in main memory: one range of addresses, of which only ``blocks`` blocks are backed by memory.
 
-    The kernel takes back the pages of what shrinks and gives pages for what grows; nothing is ever copied.
+    The operating system takes pages back when the arena shrinks and adds pages when it grows; nothing is ever copied.
     """
 
     def __init__(self, *, capacity: int, block_tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Reserve addresses for ``capacity`` blocks; none of them has memory yet."""
+        """Reserve addresses for ``capacity`` blocks; none has memory yet."""
         self.blocks = 0
         self.device = torch.device("cpu")
         self.block_tokens = block_tokens
         self._half_bytes = block_tokens * heads * head_dim * dtype.itemsize
         self.block_bytes = 2 * self._half_bytes
         self._capacity = max(capacity, 1)
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # pages of a shared mapping would not be given back
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # pages of a shared mapping would not be freed
         self._maps = [mmap.mmap(-1, self._capacity * self._half_bytes, flags=private) for _ in range(2)]
         shape = (self._capacity, block_tokens, heads, head_dim)
         self._keys, self._values = (torch.frombuffer(m, dtype=dtype).view(shape) for m in self._maps)
@@ -68,7 +68,7 @@ class MappedArena:
         assert 0 <= blocks <= self._capacity
         if blocks > self.blocks:
             for half in (self._keys, self._values):
-                half[self.blocks : blocks].zero_()  # touched now, so that a budget that does not hold it is found now
+                half[self.blocks : blocks].zero_()  # touched now, so that memory that does not exist is an error now
         elif blocks < self.blocks:
             page = mmap.PAGESIZE
             start = -(-blocks * self._half_bytes // page) * page
@@ -94,9 +94,9 @@ class MappedArena:
 
 
 class SlabArena:
-    """KV blocks on any device, in slabs of equal size and a last one of what is left over.
+    """KV blocks on any device, in slabs of equal size and a smaller last one.
 
-    Growing and shrinking copy at most the last slab, which for that moment exists twice.
+    Growing and shrinking copy at most the last slab, which exists twice for that moment.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class SlabArena:
 
     def resize(self, blocks: int) -> None:
         """Allocate or free slabs, so that there are ``blocks`` blocks."""
-        whole, rest = divmod(blocks, self._slab_blocks)
-        sizes = [self._slab_blocks] * whole + ([rest] if rest else [])
+        full, rest = divmod(blocks, self._slab_blocks)
+        sizes = [self._slab_blocks] * full + ([rest] if rest else [])
         del self._slabs[len(sizes) :]
         for index, size in enumerate(sizes):
             old = self._slabs[index] if index < len(self._slabs) else None

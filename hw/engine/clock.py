@@ -1,4 +1,4 @@
-"""What time it is for a real engine: the wall's seconds, or the processor's where a machine is shared."""
+"""What time it is for a real engine: wall-clock seconds, or processor seconds where a machine is shared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 class Clock(Protocol):
     """The engine's time: seconds since the start of the trace.
 
-    source: what a thread that copies for the engine is timed by.
+    source: times the thread that copies for the engine.
     """
 
     source: Callable[[], float]
@@ -25,25 +25,25 @@ class Clock(Protocol):
         ...
 
     def wait_until(self, time_s: float) -> None:
-        """Let nothing happen until then; at once when it has passed."""
+        """Let nothing happen until then; return at once when it has passed."""
         ...
 
     def ran(self, prefill_tokens: int, decodes: int, contexts: int) -> None:
-        """Hear what an iteration computed, before its end is read: a clock that does not run by itself moves on."""
+        """Note what an iteration computed, before its end is read: a clock that does not run by itself moves on."""
         ...
 
 
 class RealClock:
     """A clock that runs by itself.
 
-    ``wall`` counts real seconds. ``cpu`` counts what this thread's processor spent on it, so that other programs on the
-    machine do not count; on an idle machine with one thread both are the same. Waiting costs no processor time, so
-    under ``cpu`` idle time is always skipped; under ``wall`` it is slept through, unless ``skip_idle`` is set. Waiting
-    for weights counts under both, under ``cpu`` by the processor's seconds of the thread that copies them.
+    ``wall`` counts real seconds. ``cpu`` counts the processor seconds of this thread, so that other programs on the
+    machine do not matter; on an idle machine with one thread both are the same. Waiting takes no processor time, so
+    ``cpu`` always skips idle time; ``wall`` sleeps through it unless ``skip_idle`` is set. Waiting for weights counts
+    on both, on ``cpu`` by the processor seconds of the thread that copies them.
     """
 
     def __init__(self, kind: str = "wall", *, skip_idle: bool = False) -> None:
-        """Start at 0 with the first question for the time."""
+        """Start at 0 with the first call of ``now_s``."""
         if kind not in CLOCKS:
             raise ConfigError(f"unknown clock {kind!r}; {nearest(kind, CLOCKS)}")
         self.kind = kind
@@ -52,7 +52,7 @@ class RealClock:
         self._zero_s = math.nan
 
     def start_at(self, zero_s: float) -> None:
-        """Count from this moment of ``source``; the wall's is the same for all processes of a machine."""
+        """Count from this moment of ``source``; the wall clock's is the same for all processes of a machine."""
         self._zero_s = zero_s
 
     def now_s(self) -> float:
@@ -72,4 +72,4 @@ class RealClock:
         time.sleep(missing_s)
 
     def ran(self, prefill_tokens: int, decodes: int, contexts: int) -> None:
-        """Nothing: time has passed by itself."""
+        """Do nothing: time has passed by itself."""

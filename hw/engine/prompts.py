@@ -1,4 +1,4 @@
-"""Prompts of a trace's lengths: real token ids cut from a text, or drawn at random."""
+"""Prompts with the lengths of a trace: token ids cut from a text, or random ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sim.paths import find_data
 
 DEFAULT_TEXT = "text/wikitext2_raw_test.txt"
 TEXT_BYTES = 400_000
-"""A prompt starts anywhere in so much of a text; all of it would take seconds to tokenise."""
+"""How much of a text prompts are cut from; tokenizing all of it would take seconds."""
 
 
 class Prompts(Protocol):
@@ -25,10 +25,10 @@ class Prompts(Protocol):
 
 
 class TextPrompts:
-    """Runs of consecutive tokens of one text, each starting at a place that the seed and the request decide."""
+    """Consecutive tokens of one text; seed and request decide where a prompt starts."""
 
     def __init__(self, ids: Sequence[int], seed: int = 0) -> None:
-        """Cut from these ids; a prompt longer than the text begins again at its start."""
+        """Cut prompts from these ids; one that is longer than the text continues at its start."""
         if len(ids) < 2:
             raise ConfigError("the text of the prompts gives fewer than two tokens; give a longer one")
         self._ids, self._seed = np.asarray(ids, dtype=np.int64), seed
@@ -40,10 +40,10 @@ class TextPrompts:
 
 
 class RandomPrompts:
-    """Token ids drawn evenly from the vocabulary: for timing alone, where no text is at hand."""
+    """Uniformly random token ids of the vocabulary: for timing, where no text is at hand."""
 
     def __init__(self, vocabulary: int, seed: int = 0) -> None:
-        """Draw ids 0 to ``vocabulary - 1``."""
+        """Use ids 0 to ``vocabulary - 1``."""
         self._vocabulary, self._seed = vocabulary, seed
 
     def __call__(self, request_id: int, tokens: int) -> Sequence[int]:
@@ -53,7 +53,7 @@ class RandomPrompts:
 
 
 def read_prompts(path: str | Path | None, tokenizer: Any, vocabulary: int, seed: int) -> Prompts:
-    """Build prompts from a text file, as it lies or under ``data_dir()``; None draws token ids at random.
+    """Build prompts from a text file at ``path`` or below ``data_dir()``; None makes random token ids.
 
     Raises:
         ConfigError: for a file that is not there.
@@ -64,7 +64,7 @@ def read_prompts(path: str | Path | None, tokenizer: Any, vocabulary: int, seed:
     if not file.is_file():
         raise ConfigError(
             f"no text at {file}; set RAP_LAB_DATA to the folder that holds text/, hw.text= to any text file, or "
-            "hw.text=null to draw token ids at random"
+            "hw.text=null for random token ids"
         )
     with file.open("rb") as opened:
         text = opened.read(TEXT_BYTES).decode("utf-8", errors="ignore")

@@ -66,7 +66,7 @@ class TorchWeights:
 
     def arrived(self, now_s: float) -> bool:
         """Return whether the copy under way is complete."""
-        return self._copier.whole()
+        return self._copier.complete()
 
     def wait(self, now_s: float, until_s: float) -> None:
         """Let time pass until ``until_s``, or until the copy under way is complete."""
@@ -106,7 +106,7 @@ class TorchExecutor:
         """Run ``elastic`` over the KV in ``arena``.
 
         Args:
-            weights, memory: asked for bytes after each iteration. clock: what time it is.
+            weights, memory: report bytes after each iteration. clock: what time it is.
             prompts: the token ids of every request.
             ends: called with (request_id, token): whether that token ends its request early; None never.
             during_forward: entered while the model computes.
@@ -188,15 +188,15 @@ class TorchExecutor:
         single = [self._packed(live, 1) for live in iteration.decodes]
         chunks = [self._packed(live, tokens) for live, tokens in iteration.prefills]
         # Rows of the pass whose logits count: every decode, and the last token of a chunk that ends its prefill.
-        asking, rows, row = list(iteration.decodes), list(range(len(single))), len(single)
+        caught_up, rows, row = list(iteration.decodes), list(range(len(single))), len(single)
         for live, tokens in iteration.prefills:
             row += tokens
             if live.computed_tokens + tokens == live.target_tokens:
-                asking.append(live)
+                caught_up.append(live)
                 rows.append(row - 1)
         logits = self._logits(iteration, single, chunks, rows)
         chosen: list[int] = logits.argmax(-1).tolist()
-        return {live.request_id: token for live, token in zip(asking, chosen, strict=True)}
+        return {live.request_id: token for live, token in zip(caught_up, chosen, strict=True)}
 
     def _packed(self, live: LiveRequest, tokens: int) -> Packed:
         start = live.computed_tokens

@@ -138,10 +138,10 @@ class BlockTable:
         before = sum(other < place for other in self.prefix)  # own blocks begin after these, or lie between them
         start = (place - before) * self.prefix_layer_blocks
         stop = start + self.prefix_layer_blocks
-        given = {layer: ids[start:stop] for layer, ids in self.blocks.items()}
+        moved = {layer: ids[start:stop] for layer, ids in self.blocks.items()}
         for ids in self.blocks.values():
             del ids[start:stop]
-        return given
+        return moved
 
     def rename(self, moved: dict[int, int]) -> None:
         """Follow own blocks that moved in the pool."""

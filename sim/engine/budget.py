@@ -1,4 +1,4 @@
-"""The memory there is for weights, workspace and KV cache together, over time."""
+"""The memory that weights, workspace and KV cache may take together, over time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ STEP_UNITS = ("share", "bytes")
 class Budget:
     """A budget that changes in steps.
 
-    change_s: when each step begins, ascending from 0. budget_bytes: what there is from then on.
-    notice_s: how long before a step a server is told of it; 0 for sudden ones.
+    change_s: when each step begins, ascending from 0. budget_bytes: the budget from then on.
+    notice_s: how long before a step it is announced to a server; 0 for sudden steps.
     """
 
     change_s: tuple[float, ...]
@@ -95,7 +95,7 @@ def constant_budget(budget_bytes: int) -> Budget:
 
 
 def stepped(rows: Iterable[tuple[float, int]], notice_s: float = 0.0) -> Budget:
-    """Return the budget of (time_s, bytes) rows, steps that change nothing left out."""
+    """Return the budget of (time_s, bytes) rows without steps that change nothing."""
     times: list[float] = []
     values: list[int] = []
     for time_s, budget_bytes in rows:
@@ -137,7 +137,7 @@ def constant(context: BudgetContext, *, budget_bytes: float) -> Budget:
 
 
 def kv_blocks(context: BudgetContext, *, blocks: int) -> Budget:
-    """Return the bytes that hold the first plan's weights, the workspace, and so many KV blocks over all kept layers.
+    """Return the bytes that hold the first plan's weights, workspace, and ``blocks`` KV blocks over all kept layers.
 
     This is how real engines state their cache (vLLM's ``num_gpu_blocks``).
 
@@ -219,29 +219,29 @@ def cotenant(
     seed: int,
     notice_s: float = 0.0,
 ) -> Budget:
-    """Return ``share`` of the device memory, less what a co-tenant takes while it is there.
+    """Return ``share`` of the device memory minus what a co-tenant takes while it is present.
 
-    It comes and goes as a two-state Markov process: exponential times away and there, away at the start.
+    It comes and goes as a two-state Markov process with exponential times; it is away at the start.
 
     Raises:
         BudgetError: for times that are not above 0, or a co-tenant that takes everything.
     """
-    whole = _share_bytes(context, share, "share")
-    if min(mean_away_s, mean_stay_s, horizon_s) <= 0 or not 0 < cotenant_bytes < whole:
+    full_bytes = _share_bytes(context, share, "share")
+    if min(mean_away_s, mean_stay_s, horizon_s) <= 0 or not 0 < cotenant_bytes < full_bytes:
         raise BudgetError(
             f"budget.mean_away_s, mean_stay_s and horizon_s must be above 0 seconds, and cotenant_bytes "
-            f"({cotenant_bytes:.3g}) above 0 and below the {whole:.3g} bytes there are"
+            f"({cotenant_bytes:.3g}) above 0 and below the {full_bytes:.3g} bytes there are"
         )
     rng = np.random.default_rng(seed)
-    rows, time_s, there = [(0.0, whole)], 0.0, False
+    rows, time_s, there = [(0.0, full_bytes)], 0.0, False
     while True:
         time_s += float(rng.exponential(mean_stay_s if there else mean_away_s))
         if time_s >= horizon_s:
             break
         there = not there
-        rows.append((time_s, whole - int(cotenant_bytes) if there else whole))
+        rows.append((time_s, full_bytes - int(cotenant_bytes) if there else full_bytes))
     if there:
-        rows.append((horizon_s, whole))  # it leaves in the end, so that what was held can be served
+        rows.append((horizon_s, full_bytes))  # it leaves in the end, so that waiting requests can be served
     return stepped(rows, notice_s)
 
 
@@ -280,7 +280,7 @@ def random_walk(
 
 
 def relative(context: BudgetContext, *, share: float, batch: int, sequence_tokens: int) -> Budget:
-    """Return RAP's relative budget: ``share`` of the dense peak at a batch and a length, and the workspace beside it.
+    """Return RAP's relative budget: ``share`` of the dense peak at a batch and a length, plus the workspace.
 
     arXiv 2505.17138: budget r is met when peak(mask; B, S) <= r * peak(dense; B, S).
 

@@ -18,9 +18,9 @@ from sim.engine.transition import LayerCopy, Resident
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Iteration:
-    """What an executor is asked to run.
+    """One iteration for an executor to run.
 
-    number: how many ended before. batch: who computes how many tokens. plan: what runs.
+    number: iterations that ended before. batch: who computes how many tokens. plan: what runs.
     copying: whether a layer is being copied in meanwhile. memory_bytes: resident weights and the KV pool.
     """
 

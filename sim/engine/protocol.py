@@ -1,4 +1,4 @@
-"""The Engine protocol: what an engine is given, what it shows of itself, and the rules of serving that all follow.
+"""The Engine protocol: what an engine takes, what it shows of itself, and the rules of serving that every one follows.
 
 Three engines follow these rules: ``sim.engine.sim_engine.SimEngine`` (compiled), ``sim.engine.replica.Replica`` with prices as its
 executor (the reference that tests compare the compiled one with), and ``hw.engine.hw_engine.HwEngine``, the same ``Replica`` over
@@ -23,8 +23,8 @@ follow; the next iteration starts. Requests that arrive together keep the order 
    layer that are being copied in, the copy goes on and serves the new plan. Otherwise the copy is abandoned.
 
 **Rules of the prefix cache** (``prefix_caching``). They are those of vLLM V1, but requests find KV by the hash ids of
-the trace. A **prefix block** is the KV of one hash id: ``hash_block_tokens`` tokens of a prompt, given that all tokens
-before them are the same too.
+the trace. A **prefix block** is the KV of one hash id, ``hash_block_tokens`` tokens of a prompt. Equal ids mean that
+these tokens and all tokens before them are the same.
 
 1. Once a prefill has passed the end of a prefix block, requests that are admitted later find it. A request finds the
    longest run of leading prefix blocks of its prompt and holds them together with every other holder; each is in the

@@ -5,8 +5,8 @@
     state = replica.run_until(10.0)
 
 The replica decides: who is admitted, who is preempted, which KV blocks a request holds, what a plan change does.
-sim/engine/protocol.py states the rules. Three seams carry the decisions out
-(sim/engine/executor.py):
+sim/engine/protocol.py states the rules. Three seams carry the decisions
+out (sim/engine/executor.py):
 
 * ``Executor.run`` computes one iteration: at the price of a latency model (sim/engine/pricing_executor.py), or on a device
   (hw/engine/torch_executor.py),
@@ -26,23 +26,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from sim.cost.memory import kv_block_layer_bytes, weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import Plan, check_plan, dense_plan
+from sim.cost.plan import Plan, check_plan
 from sim.engine.block_table import BlockTable
-from sim.engine.budget import Budget, BudgetMeter, constant_budget
+from sim.engine.budget import Budget, constant_budget
 from sim.engine.executor import Clock, Executor, Iteration, Ran, Weights
-from sim.engine.iteration_log import IterationLog, IterationRow
-from sim.engine.kv_manager import KVManager, kv_keep_of
-from sim.engine.kv_pool import KVPool, KVStorage
-from sim.engine.live_request import LiveRequest, RequestQueues, records_of
-from sim.engine.plan_changes import PlanChanges
-from sim.engine.prefix_cache import held_prefix_blocks
-from sim.engine.protocol import EngineConfig, EngineState, Holder, Request, requests_from_arrays
+from sim.engine.iteration_log import IterationRow
+from sim.engine.kv_manager import kv_keep_of
+from sim.engine.kv_pool import KVStorage
+from sim.engine.live_request import LiveRequest
+from sim.engine.protocol import EngineConfig, EngineState, Request, requests_from_arrays
+from sim.engine.replica_state import ReplicaState
 from sim.engine.scheduler import Batch, form_batch
 from sim.engine.transition import ABSENT, plan_for_holder
 from sim.errors import BudgetError, ConfigError
-from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
+from sim.results.records import Status
 from sim.types import GIB, Floats, Ints
 
 
@@ -57,7 +55,7 @@ class _UnderWay:
     preempted: int
 
 
-class Replica:
+class Replica(ReplicaState):
     """One engine that serves requests by the rules of sim/engine/protocol.py.
 
     expects_more: whether requests may still come that were not submitted yet; its memory follows the budget meanwhile.
@@ -102,15 +100,25 @@ class Replica:
             CalibrationError: for a plan with a precision that was not measured.
             BudgetError: when the budget cannot hold the weights and one request at the start.
         """
-        self.model, self.config, self.expects_more = model, config, False
-        self.budget = budget if isinstance(budget, Budget) else constant_budget(budget)
-        self._executor, self._weights, self._clock = executor, weights, clock
         self._check_bits = check_bits
-        self._check_plan(plan)
-        self._workspace_bytes, self._quality_nll, self._late_arrivals = workspace_bytes, quality_nll, late_arrivals
+        check_plan(model, plan)
+        if check_bits is not None:
+            check_bits(plan)
+        super().__init__(
+            model=model,
+            config=config,
+            plan=plan,
+            budget=budget if isinstance(budget, Budget) else constant_budget(budget),
+            weights=weights,
+            storage=storage,
+            workspace_bytes=workspace_bytes,
+            priced=quality_nll is not None,
+            start_s=start_s,
+        )
+        self.expects_more = False
+        self._executor, self._weights, self._clock = executor, weights, clock
+        self._quality_nll, self._late_arrivals = quality_nll, late_arrivals
         self._on_token, self._holds = on_token, holds
-        self._block_bytes = kv_block_layer_bytes(model, config.kv_block_tokens)
-        self._dense_weight_bytes = weight_bytes(model, dense_plan(model))
 
         self._time_s = start_s
         self._under_way: _UnderWay | None = None
@@ -118,16 +126,6 @@ class Replica:
         self._held = False  # the last ``run_until`` ended between two iterations: a policy decides before the next
         self._interrupted = False
         self._most_running = math.inf  # fewer after memory ran out, until a request has finished
-
-        self.queues = RequestQueues()
-        self._changes = PlanChanges(model, plan, weights)
-        self._kv = KVManager(config, self.queues, storage)
-        self._meter = BudgetMeter(self.budget, self._time_s)
-        self._log = IterationLog()
-        self._kept_share: list[tuple[float, float]] = []
-        self._arrived_prompt_tokens = self._first_tokens = self._produced_tokens = 0
-        self._finished = self._rejected = self._preemptions = self.out_of_memory = 0
-        self._ttft_sum_s = self._busy_s = 0.0
 
         self._follow_running_plan(self._time_s)
         self._resize_pool()
@@ -240,77 +238,6 @@ class Replica:
         """Whether nothing will happen by itself."""
         nothing_due = math.isinf(self._next_event_s()) and self._changes.copy is None
         return self._idle and not self._held and self._under_way is None and nothing_due
-
-    def records(self, request_ids: Sequence[int] | None = None) -> Records:
-        """Return one row a request, in order of arrival, or those of some; requests yet to arrive have none."""
-        known = self.queues.all
-        live = list(known.values()) if request_ids is None else [known[i] for i in request_ids]
-        return records_of(live, self.model, priced=self._quality_nll is not None)
-
-    # -- what else a replay writes, and what tests look at -------------------------------------------------------
-
-    def iterations(self) -> Iterations:
-        """Return one row an iteration."""
-        return self._log.table()
-
-    def token_gaps(self) -> TokenGaps:
-        """Return every gap between two tokens of one request."""
-        return self._log.token_gaps()
-
-    def transitions(self) -> Transitions:
-        """Return one row a plan change."""
-        return self._changes.log.table()
-
-    def kept_share(self) -> tuple[tuple[float, float], ...]:
-        """Return (time_s, share of the dense weights' bytes that is resident), one entry a change."""
-        return tuple(self._kept_share)
-
-    @property
-    def budget_violation_s(self) -> float:
-        """Seconds so far in which more was held than the budget allowed."""
-        return self._meter.violation_s
-
-    @property
-    def context_limit(self) -> int:
-        """Tokens that prompt and output of one request may have together."""
-        return self._context_limit
-
-    @property
-    def request_ids(self) -> list[int]:
-        """The requests that have arrived, in the order of ``records``."""
-        return list(self.queues.all)
-
-    @property
-    def pool(self) -> KVPool:
-        """The KV blocks: how many are held and free."""
-        return self._kv.pool
-
-    @property
-    def outside(self) -> dict[int, BlockTable]:
-        """Tables of requests that hold KV here without running here, by request."""
-        return self._kv.outside
-
-    def holders(self) -> list[Holder]:
-        """Return the running requests, in order of admission, and what each holds."""
-        return [
-            Holder(
-                request_id=live.request_id,
-                mha=live.mha,
-                tokens=live.computed_tokens,
-                layer_blocks=live.table.own_layer_blocks,
-                decoding=live.decoding,
-            )
-            for live in self.queues.running
-        ]
-
-    @property
-    def shared_layer_blocks(self) -> int:
-        """KV blocks of the prefix blocks that requests hold, each counted once however many hold it."""
-        return len(held_prefix_blocks(self.queues.running))
-
-    def check(self) -> None:
-        """Check that every KV block is held once or free once, and that tables and pool count the same."""
-        self._kv.check()
 
     # -- requests that leave early, or run on two replicas -------------------------------------------------------
 
@@ -449,7 +376,7 @@ class Replica:
             if math.isnan(live.admitted_s):
                 live.admitted_s = now_s
             if live.cached_tokens < 0:
-                # Of its first admission only: what a preempted request finds of its own is not the cache's merit.
+                # Counted at its first admission only: after a preemption it may find KV of its own.
                 live.cached_tokens = live.computed_tokens
             self.queues.running.append(live)
         for live, tokens in batch.scheduled:
@@ -653,11 +580,7 @@ class Replica:
 
     def _follow_budget(self, now_s: float) -> None:
         """Bring the budget up to ``now_s`` and count the seconds in which more was held than it allowed."""
-        kv_bytes = self.pool.used_layer_blocks * self._block_bytes
-        weights = self._changes.weight_bytes + self._changes.incoming_bytes
-        self._meter.follow(now_s, weights + self._workspace_bytes + kv_bytes)
-
-    # -- what can be seen ----------------------------------------------------------------------------------------
+        self._meter.follow(now_s, self.held_bytes)
 
     def _observe(self, time_s: float) -> EngineState:
         """Return what can be observed at a moment; budget, arrivals and known decisions are followed to there."""
@@ -666,33 +589,4 @@ class Replica:
         self._take_arrivals(time_s)
         if self._changes.take_due(time_s):
             self._wake_up()
-        queues, changes = self.queues, self._changes
-        next_bytes, next_s = self._meter.announced(time_s)
-        return EngineState(
-            time_s=time_s,
-            waiting=len(queues.waiting),
-            waiting_tokens=sum(live.target_tokens for live in queues.waiting),
-            oldest_wait_s=time_s - queues.waiting[0].request.arrival_s if queues.waiting else 0.0,
-            running=len(queues.running),
-            running_tokens=sum(live.computed_tokens for live in queues.running),
-            kv_layer_blocks=self.pool.layer_blocks,
-            kv_used_layer_blocks=self.pool.used_layer_blocks,
-            budget_bytes=self._meter.now_bytes,
-            weight_bytes=changes.weight_bytes,
-            arrived=len(queues.all),
-            arrived_prompt_tokens=self._arrived_prompt_tokens,
-            first_tokens=self._first_tokens,
-            ttft_sum_s=self._ttft_sum_s,
-            produced_tokens=self._produced_tokens,
-            finished=self._finished,
-            rejected=self._rejected,
-            preemptions=self._preemptions,
-            iterations=len(self._log),
-            busy_s=self._busy_s,
-            next_budget_bytes=next_bytes,
-            next_budget_s=next_s,
-            budget_violation_s=self._meter.violation_s,
-            incoming_bytes=changes.incoming_bytes,
-            plan=changes.plan,
-            target=changes.wanted,
-        )
+        return self._state(time_s)

@@ -1,27 +1,28 @@
-"""Forms the batch of one iteration: pure functions, called by the simulator and by the real engine alike.
+"""Forms the batch of one iteration: pure functions that the replica calls, in simulation and on a real model.
 
-Two schedulers, each a published engine's behaviour:
+The compiled kernel has its own version of these rules; tests compare the two on random cases. There are two
+schedulers, each the behavior of a published engine:
 
 | rule | `chunked`: vLLM 0.19, V1 scheduler | `prefill_first`: vLLM 0.6, V0 default, and SwiftLLM |
 |---|---|---|
-| order | running first, then waiting; each first come, first served | waiting alone while any fits, else all decode |
-| token budget | `max_batch_tokens` over all (`max_num_batched_tokens`) | the same over whole prompts; decode is free |
-| requests at once | `max_running` (`max_num_seqs`) | the same |
-| long prompts | cut to the budget left and to `long_prefill_tokens` | whole; one above the budget runs alone [1] |
-| KV blocks are taken | for the tokens of this batch, as it is formed | for the whole prompt, then token by token |
+| order | running first, then waiting; both first come, first served | waiting alone while one fits, else all decode |
+| token budget | `max_batch_tokens` (`max_num_batched_tokens`) over all | over full prompts; decodes do not count |
+| concurrent requests | `max_running` (`max_num_seqs`) | the same |
+| long prompts | cut to the budget left and to `long_prefill_tokens` | never cut; one above the budget runs alone [1] |
+| KV blocks are taken | for the tokens of this batch, as it is formed | for the full prompt, then token by token |
 | admission needs | room for the chunk; for the prompt if `reserve_full_prompt` [2] or alone | room for the prompt |
 | watermark | none by default | a share of the pool stays free at admission (0.01) |
-| who is preempted | the newest running, until the needy one has its KV block; itself last | the same |
-| after a preemption | nobody is admitted; the victim waits at the head of the queue | the same |
-| a preempted request | computes prompt and produced tokens again, but for KV it finds again | all of them |
+| who is preempted | the newest running request, until the one that lacks a KV block has it; that one last | the same |
+| after a preemption | no request is admitted; the victim waits at the head of the queue | the same |
+| a preempted request | computes prompt and produced tokens again, except those whose KV it finds | all of them |
 
-[1] V0 refuses such a prompt; here nothing is lost. [2] vLLM's `scheduler_reserve_full_isl`, true by default, and
+[1] V0 refuses such a prompt; here no request is lost. [2] vLLM's `scheduler_reserve_full_isl`, true by default, and
 `long_prefill_token_threshold` for `long_prefill_tokens`.
 
-With prefix caching, KV that several requests hold is counted once: admission needs room for what is new and for what is
-found in free KV blocks, not for what others hold, as in vLLM V1. Memory is counted in KV blocks of one layer ("layer
-blocks"), because with plans that drop MHA blocks requests differ in how many layers they hold; for a dense model of L
-layers one vLLM block is L of them.
+With prefix caching, KV that several requests hold is counted once. As in vLLM V1, admission needs room for new KV and
+for KV found in free blocks, but none for KV that running requests hold. Memory is counted in KV blocks of one layer
+("layer blocks"): plans drop MHA blocks, so requests differ in how many layers they hold. For a dense model of L layers,
+one vLLM block is L layer blocks.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SchedulerName = Literal["chunked", "prefill_first"]
 
 
 class Schedulable(Protocol):
-    """What a scheduler may know of a request; how long its output will be is not part of it."""
+    """What a scheduler may know of a request; the length of its output is not part of it."""
 
     @property
     def target_tokens(self) -> int:
@@ -59,12 +60,12 @@ R = TypeVar("R", bound=Schedulable)
 LayerBlocks = Callable[[R, int], int]
 """``layer_blocks(request, tokens)``: the KV blocks, summed over layers, that ``tokens`` computed tokens need."""
 Shared = Callable[[R, Sequence[R]], int]
-"""``shared(request, others)``: of the layer blocks that a request holds, or finds as it is admitted, those that others
-hold or find too."""
+"""``shared(request, others)``: of the layer blocks that a request holds or would find, those that others hold or would
+find too."""
 
 
 def nothing_shared(request: R, others: Sequence[R]) -> int:
-    """Return 0: every request has its KV to itself."""
+    """Return 0: no request shares its KV."""
     return 0
 
 
@@ -72,10 +73,10 @@ def nothing_shared(request: R, others: Sequence[R]) -> int:
 class Limits:
     """What bounds a batch.
 
-    max_batch_tokens: tokens an iteration may compute.
-    max_running: requests that may hold KV at once.
+    max_batch_tokens: tokens that one iteration may compute.
+    max_running: requests that may hold KV at the same time.
     long_prefill_tokens: longest chunk of one prompt in one iteration; 0 for no such limit.
-    reserve_full_prompt: admit only when the whole prompt fits, not only its first chunk.
+    reserve_full_prompt: admit a request only if its full prompt fits, not only its first chunk.
     watermark_layer_blocks: layer blocks that an admission must leave free.
     """
 
@@ -96,7 +97,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[R]):
-    """The decision for one iteration; the executor carries it out in this order.
+    """The decision for one iteration, carried out in this order.
 
     preempted: running requests that give up their KV, in the order they were chosen (newest first).
     admitted: waiting requests that join, in the order they join.
@@ -121,10 +122,10 @@ def form_batch(
 
     Args:
         scheduler: ``chunked`` or ``prefill_first``; the table above says how they differ.
-        waiting: requests that hold no KV, the next one to admit first. What one of them finds again counts as free.
+        waiting: requests that hold no KV, the next one to admit first. KV that one of them would find counts as free.
         running: requests that hold KV, in the order they were admitted.
-        free_layer_blocks: layer blocks of the pool that nobody holds; below 0 when the pool has shrunk under its use.
-        layer_blocks: the layer blocks that a request needs once so many of its tokens are computed.
+        free_layer_blocks: layer blocks that no request holds; below 0 when the pool has shrunk below its use.
+        layer_blocks: the layer blocks that a request needs for a number of computed tokens.
         limits: what bounds the batch.
         shared: what requests hold together.
     Raises:
@@ -158,9 +159,10 @@ def _chunked(
             chunk = _chunk_tokens(request, budget_tokens, limits.long_prefill_tokens)
             already = shared(request, [*running, *admitted])
             need = layer_blocks(request, request.computed_tokens + chunk) - already
-            # Alone, it must fit as a whole: else it would fill the pool, preempt itself and begin again, for ever.
-            whole = limits.reserve_full_prompt or not (running or admitted)
-            must_fit = layer_blocks(request, request.target_tokens) - already if whole else need
+            # If nothing else runs, the full prompt must fit: else it would fill the pool, preempt itself, and start
+            # over forever.
+            full = limits.reserve_full_prompt or not (running or admitted)
+            must_fit = layer_blocks(request, request.target_tokens) - already if full else need
             if must_fit + limits.watermark_layer_blocks > free:
                 break
             free -= need
@@ -210,12 +212,12 @@ def _extend_running(
 ) -> tuple[list[tuple[R, int]], list[R], int, int]:
     """Give each running request its tokens, oldest first, preempting the newest when KV blocks run out.
 
-    Returns the scheduled requests with their tokens, the preempted ones, how many still run, the free layer blocks.
+    Returns the scheduled requests with their tokens, the preempted ones, how many still run, and the free layer blocks.
     """
     scheduled: list[tuple[R, int]] = []
     preempted: list[R] = []
     kept, index = len(running), 0
-    # A pool that shrank under its use is brought back first, whoever would have been scheduled.
+    # A pool that shrank below its use is brought back first, before any request gets its tokens.
     while free < 0 and kept:
         kept -= 1
         preempted.append(running[kept])
@@ -229,7 +231,7 @@ def _extend_running(
             preempted.append(running[kept])
             free += running[kept].held_layer_blocks - shared(running[kept], running[:kept])
         if kept == index:
-            break  # it was the newest itself, and gave up its own KV blocks
+            break  # it was the newest itself and gave up its own KV blocks
         free -= need
         budget_tokens -= chunk
         scheduled.append((request, chunk))

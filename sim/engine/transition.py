@@ -1,12 +1,13 @@
 """From one plan to the next: what can stop at once, and what has to be copied in first.
 
-A plan change never stops the engine. Blocks that the new plan drops leave at the next iteration. Whatever it needs that
-is not on the device (a block that was dropped, a layer at another precision) comes from pinned host memory, one layer
-after the other, while iterations go on; a layer's blocks join at the first iteration after its copy is whole, and what
+A plan change never stops the engine. Blocks that the new plan drops leave at the next iteration. What it needs and the
+device lacks (a block that was dropped, a layer at another precision) comes from pinned host memory, one layer after the
+other, while iterations go on. The blocks of a layer join at the first iteration after its copy is complete, and what
 they replace leaves at that moment (MorphServe, arXiv 2506.02006, replaces single layers in place the same way).
 
-A new decision in the middle supersedes the old one: drops happen, copies that had not begun are planned anew, and the
-copy under way is finished if the new plan wants the same bytes of that layer, else abandoned.
+A new decision during a change supersedes the old one: drops happen at once, and copies that had not started are planned
+again. The copy under way goes on if the new plan lacks exactly the bytes of that layer that it brings; otherwise it is
+abandoned.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def without_dropped(resident: Resident, target: Plan) -> Resident:
 
 
 def copies_between(model: ModelSpec, resident: Resident, target: Plan) -> list[LayerCopy]:
-    """Return the copies that lead to ``target``: those that free most bytes first, then by layer."""
+    """Return the copies that lead to ``target``, those first that free most bytes, then by layer."""
     wanted = resident_of(target)
     copies = []
     for layer in range(model.num_layers):
@@ -85,8 +86,9 @@ def copies_between(model: ModelSpec, resident: Resident, target: Plan) -> list[L
 
 
 def peak_weight_bytes(model: ModelSpec, start: Plan, target: Plan) -> int:
-    """Return the most bytes that weights take on the way from ``start`` to ``target``: a copy stands beside what it
-    replaces until it is whole.
+    """Return the most bytes that weights take on the way from ``start`` to ``target``.
+
+    Until a copy is complete, it takes memory in addition to what it replaces.
     """
     resident = without_dropped(resident_of(start), target)
     held = fixed_weight_bytes(model) + resident.weight_bytes(model)
@@ -98,7 +100,7 @@ def peak_weight_bytes(model: ModelSpec, start: Plan, target: Plan) -> int:
 
 
 def joined(resident: Resident, copy: LayerCopy) -> Resident:
-    """Return what is resident once a copy is whole and what it replaces has left."""
+    """Return what is resident once a copy is complete and what it replaces has left."""
     mha, ffn = list(resident.mha_bits), list(resident.ffn_bits)
     if copy.mha_bits != ABSENT:
         mha[copy.layer] = copy.mha_bits
@@ -108,7 +110,7 @@ def joined(resident: Resident, copy: LayerCopy) -> Resident:
 
 
 def running_plan(resident: Resident, target: Plan) -> Plan:
-    """Return what runs on the way to ``target``: of its blocks, those that are resident, as precise as they are."""
+    """Return what runs on the way to ``target``: those of its blocks that are resident, at their resident precision."""
 
     def mask(keep: KeepMask) -> KeepMask:
         return KeepMask(
@@ -130,9 +132,9 @@ def running_plan(resident: Resident, target: Plan) -> Plan:
 
 
 def plan_for_holder(plan: Plan, held: frozenset[int], *, decoding: bool) -> Plan:
-    """Return what a running plan is to a request that holds the KV of the MHA blocks ``held`` only (the KV hole).
+    """Return the plan that really runs for a request that holds the KV of only the MHA blocks ``held`` (the KV hole).
 
-    decoding: whether its prefill has ended; then ``held`` says which of decode's blocks it lacks, else of prefill's.
+    decoding: whether its prefill has ended. If so, blocks of decode that are not in ``held`` are lost, else of prefill.
     """
     runs = plan.decode.mha if decoding else plan.prefill.mha
     lost = {layer for layer, keep in enumerate(runs) if keep and layer not in held}

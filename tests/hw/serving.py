@@ -129,7 +129,7 @@ class TimedCopier(LayerCopier):
         super().start(copy)
         self._end_s = self._priced.now_s() + copy.copied_bytes / HOST_TO_DEVICE_BYTES_PER_S
 
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return self._priced.now_s() >= self._end_s
 
     def wait(self, timeout_s: float) -> float:

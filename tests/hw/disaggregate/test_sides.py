@@ -256,13 +256,13 @@ def test_a_side_that_is_stopped_ends_between_two_iterations() -> None:
 def test_an_offer_that_is_no_prompt_of_the_model_is_refused() -> None:
     request = {"request_id": 0, "arrival_s": 0.0, "prompt_tokens": 2, "output_tokens": 3}
     rest = {"output_limit": 3, "admitted_s": 0.0, "first_token_s": 0.1, "kept_params": 1, "nll_sum": 0.0}
-    given = {"request": request, "tokens": [1, 2, 3], "preemptions": 0, **rest}
-    assert handover_from({"given": given}, tiny_spec()).tokens == (1, 2, 3)
+    handover = {"request": request, "tokens": [1, 2, 3], "preemptions": 0, **rest}
+    assert handover_from({"handover": handover}, tiny_spec()).tokens == (1, 2, 3)
     for wrong in ({"tokens": [1, 2]}, {"tokens": [1, 2, VOCABULARY]}):
         with pytest.raises(LinkError, match="not a prompt of tiny"):
-            handover_from({"given": {**given, **wrong}}, tiny_spec())
+            handover_from({"handover": {**handover, **wrong}}, tiny_spec())
     with pytest.raises(LinkError, match="cannot be read"):
-        handover_from({"given": {"request": request}}, tiny_spec())
+        handover_from({"handover": {"request": request}}, tiny_spec())
 
 
 def test_what_is_gathered_are_the_bytes_that_the_plan_says_for_any_prompt() -> None:

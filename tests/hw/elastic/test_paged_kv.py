@@ -1,4 +1,4 @@
-"""The memory behind a pool of KV blocks: what is written stays with its block, and what shrinks is given back."""
+"""The memory behind a pool of KV blocks: what is written stays with its block, and what shrinks is freed."""
 
 from __future__ import annotations
 

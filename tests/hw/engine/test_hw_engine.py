@@ -370,7 +370,7 @@ class HoldingCopier(LayerCopier):
         self._future.result()
         self._left = self._asks
 
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         self._left -= 1
         return self._left < 0
 

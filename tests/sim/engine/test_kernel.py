@@ -19,6 +19,8 @@ from sim.config import CONF_DIR
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import Plan, dense_plan, drop, with_mask
 from sim.engine.budget import Budget
+from sim.engine.executor import Iteration
+from sim.engine.pricing_executor import PricingExecutor
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
 from sim.errors import BudgetError, ConfigError, PlanError
@@ -181,10 +183,13 @@ def test_the_random_cases_meet_everything_that_has_rules() -> None:
 
 def test_a_difference_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison can fail: a plain engine that prices each iteration 1 ppm higher is told apart."""
-    original = PlainEngine._price
-    monkeypatch.setattr(
-        PlainEngine, "_price", lambda self, batch: (original(self, batch)[0] * (1 + 1e-6), original(self, batch)[1])
-    )
+    original = PricingExecutor.price
+
+    def dearer(executor: PricingExecutor, iteration: Iteration) -> tuple[float, bool]:
+        seconds, extrapolated = original(executor, iteration)
+        return seconds * (1 + 1e-6), extrapolated
+
+    monkeypatch.setattr(PricingExecutor, "price", dearer)
     case = next(case for case in map(random_case, range(50)) if differences(case))
     small = shrunk(case)
     assert differences(small)

@@ -139,7 +139,7 @@ def test_a_preempted_request_computes_less_when_it_may_find_its_kv_again() -> No
 
 
 def test_a_request_that_came_back_without_its_kv_does_not_lose_what_it_computes_then() -> None:
-    """What is left of it in the pool is nobody's once it runs again, even when it was too little to find."""
+    """What is left of it in the pool belongs to no request once it runs again, even if it was too little to find."""
     pool = KVPool(10)
     ids, _ = pool.take(10)
     pool.release(ids[:3], owner=7)

@@ -29,7 +29,7 @@ DENSE = dense_plan(TINY)
 
 
 class CountedWeights:
-    """Blocks as a device would hold them; a copy arrives after it was asked about ``asks`` times."""
+    """Blocks as a device would hold them; a copy is complete at the ``asks``-th query after the first."""
 
     def __init__(self, plan: Plan, asks: int) -> None:
         first = resident_of(plan)

@@ -62,7 +62,7 @@ def test_admission_stops_at_the_first_waiting_request_that_does_not_fit() -> Non
     assert chunked([big, small], [], 5).scheduled == ()
 
 
-def test_a_whole_prompt_must_fit_before_its_first_chunk_is_admitted() -> None:
+def test_a_full_prompt_must_fit_before_its_first_chunk_is_admitted() -> None:
     prompt = Row(40)
     assert chunked([prompt], [], 5, max_batch_tokens=8).admitted == ()
     other = run(9, 8)
@@ -70,7 +70,7 @@ def test_a_whole_prompt_must_fit_before_its_first_chunk_is_admitted() -> None:
     assert batch.scheduled == ((other, 1), (prompt, 7))
 
 
-def test_a_prompt_that_would_be_alone_must_fit_as_a_whole() -> None:
+def test_a_prompt_that_would_be_alone_must_fit_in_full() -> None:
     """Else it would fill the pool, preempt itself and begin again, for ever."""
     prompt = Row(40)
     assert chunked([prompt], [], 5, max_batch_tokens=8, reserve_full_prompt=False).admitted == ()
@@ -119,7 +119,7 @@ def test_prefill_first_decodes_all_running_when_no_prompt_fits() -> None:
     assert batch.scheduled == ((a, 1), (b, 1))
 
 
-def test_prefill_first_takes_whole_prompts_up_to_the_token_budget() -> None:
+def test_prefill_first_takes_full_prompts_up_to_the_token_budget() -> None:
     a, b, c = Row(30), Row(30), Row(30)
     assert prefill_first([a, b, c], [], 100, max_batch_tokens=64).admitted == (a, b)
 
@@ -162,8 +162,8 @@ def test_every_batch_keeps_to_its_limits(
     limits = Limits(max_batch_tokens=max_batch_tokens, max_running=max_running, long_prefill_tokens=threshold)
     batch = form_batch(name, waiting_rows, running_rows, free, layer_blocks, limits)  # type: ignore[arg-type]
     rows = [row for row, _ in batch.scheduled]
-    assert len({id(row) for row in rows}) == len(rows), "nobody twice"
-    assert not {id(r) for r in rows} & {id(r) for r in batch.preempted}, "nobody both runs and is preempted"
+    assert len({id(row) for row in rows}) == len(rows), "no request twice"
+    assert not {id(r) for r in rows} & {id(r) for r in batch.preempted}, "no request both runs and is preempted"
     assert list(batch.admitted) == waiting_rows[: len(batch.admitted)], "first come, first served"
     assert list(batch.preempted) == running_rows[::-1][: len(batch.preempted)], "newest first"
     for row, tokens in batch.scheduled:
@@ -173,6 +173,6 @@ def test_every_batch_keeps_to_its_limits(
     freed = sum(row.held_layer_blocks for row in batch.preempted)
     taken = sum(layer_blocks(r, r.computed_tokens + t) - r.held_layer_blocks for r, t in batch.scheduled)
     if free + freed >= 0:
-        assert taken <= free + freed, "KV blocks that nobody holds"
+        assert taken <= free + freed, "KV blocks that no request holds"
     if batch.admitted:
         assert len(running_rows) + len(batch.admitted) <= max_running
