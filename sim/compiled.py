@@ -1,10 +1,11 @@
 """Compilation of the hot functions, cached on disk where that is possible.
 
 Numba writes its cache beside the source, else into the user's cache folder (``NUMBA_CACHE_DIR`` names another). Where
-none of them can be written everything still works, but each process compiles anew; the first time says so.
+none of them can be written everything still works, but each process compiles for itself, and says so once. An empty
+cache is filled by two processes (sim/engine/kernel/first_start.py).
 
-Numba keeps what it compiled until the file of a function changes. But compiled functions contain those that they call,
-of other files too; so here the cache holds for one content of all these files together.
+Numba keeps a compiled function until the function's file changes. But it contains the functions that it calls, also
+those of other files; so here the cache is valid for one content of all these files together.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from numba import njit
 
 F = TypeVar("F", bound=Callable[..., Any])
-_told = False
+_warned = False
 _HERE = Path(__file__).parent
 _SOURCES = [
     _HERE / "compiled.py",
@@ -31,7 +32,7 @@ SOURCE_HASH = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).h
 
 
 def constant(value: int) -> int:
-    """Return a constant to hand to compiled functions: numba makes a type of a plain one, and compiles them anew."""
+    """Return a constant to hand to compiled functions: numba makes a type of a plain one, and compiles them again."""
     return cast(int, np.int64(value))
 
 
@@ -52,7 +53,7 @@ def compiled(*, inline: bool = False, once: bool = False) -> Callable[[F], F]:
     """
 
     def decorate(function: F) -> F:
-        global _told
+        global _warned
         options: Any = {"error_model": "numpy", "forceinline": inline, "_nrt": False}
         if once:
             options["inline"] = "always"
@@ -65,8 +66,8 @@ def compiled(*, inline: bool = False, once: bool = False) -> Callable[[F], F]:
                 made._cache._cache_file._source_stamp = SOURCE_HASH + hashlib.sha256(own).hexdigest()
             return cast(F, made)
         except RuntimeError:
-            if not _told:
-                _told = True
+            if not _warned:
+                _warned = True
                 print(
                     "rap-lab: no folder for compiled code can be written, so this process compiles its own "
                     "(about 20 s); set NUMBA_CACHE_DIR to a folder that can",

@@ -232,6 +232,7 @@ COMPILED_MODULES = {
     "sim.cost.latency",
     "sim.engine.batch_step",
     "agents.envs.serve_vector",
+    "tests.sim.engine.test_layout",
 }
 
 

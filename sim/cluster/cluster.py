@@ -247,7 +247,10 @@ class Cluster:
         self._accepts, self._context_limits = (self._state.replicas[name] for name in ("accepts", "context_limit"))
         self._next_s, self._homes = self._state.next_s, self._state.homes
         self._prefix_ids: Ints | None = None  # the hash ids, renumbered for replicas with a prefix cache
+        self._bring_up()
 
+    def _bring_up(self) -> None:
+        """Let the first replicas accept requests, and begin what will happen to them."""
         for i, replica in enumerate(self.replicas):
             if self._wanted[i]:
                 self._accept(ReplicaRun(i, *replica.build(self.env), 0.0))
@@ -256,8 +259,8 @@ class Cluster:
                 self.env.process(self._live(i))
             if replica.decisions_s is not None:
                 self.env.process(self._decide(i, replica.decisions_s()))
-        if autoscaler is not None:
-            self.env.process(self._scale(autoscaler))
+        if self._autoscaler is not None:
+            self.env.process(self._scale(self._autoscaler))
 
     # -- serving -------------------------------------------------------------------------------------------------
 

@@ -23,11 +23,13 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, describe
 from sim.engine import kernel
 from sim.engine.budget import Budget, constant_budget
+from sim.engine.kernel.first_start import prepare
 from sim.engine.kernel.state import BUDGET_STEP
 from sim.engine.plan_graph import PlanGraph, layers_of
 from sim.engine.protocol import EngineConfig, EngineState, Holder, Request
 from sim.errors import BudgetError, ConfigError
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
+from sim.traces.trace import Trace
 from sim.types import GIB, Floats, Ints
 
 MEMORY_OF_PLANS = 16384
@@ -100,11 +102,7 @@ class SimEngine:
             raise ConfigError("the plan graph is of another model or quality; pass one made with the same ones")
         check_plan(model, plan)
         latency.check_bits(plan)
-        if not host_to_device_bytes_per_s > 0 or not copy_slowdown >= 0:
-            raise ConfigError(
-                f"host_to_device_bytes_per_s is {host_to_device_bytes_per_s} and copy_slowdown {copy_slowdown}; "
-                "the first must be above 0, the second at least 0"
-            )
+        _check_copying(host_to_device_bytes_per_s, copy_slowdown)
         self._own_env = env is None
         self.env = env or simpy.Environment()
         self._model, self._latency, self.config = model, latency, config
@@ -116,7 +114,7 @@ class SimEngine:
         self._state = _empty_state(model, latency, config, self.budget, self._graph, keep_iterations)
         self._table = self._state.table
         self._counters = n = kernel.fields_of(self._state.counters)
-        n.workspace_bytes, n.quality_charged = workspace_bytes, quality_nll is not None
+        n.workspace_bytes, n.quality_charged = int(workspace_bytes), quality_nll is not None
         n.copy_slowdown, n.copy_bytes_per_s = copy_slowdown, host_to_device_bytes_per_s
         n.violation_since_s = n.now_s = self.env.now
         n.budget_step = bisect_right(self.budget.change_s, self.env.now) - 1
@@ -129,13 +127,18 @@ class SimEngine:
         self._resume: simpy.Event | None = None
         self._hold_at_s = math.nan
 
+        self._enter_first_plan(plan)
+        self._context_limit = self._find_context_limit()
+        if not external_clock:
+            self.env.process(self._serve())
+
+    def _enter_first_plan(self, plan: Plan) -> None:
+        """Run a plan whose weights are on the device already."""
+        prepare()
         first = self._graph.first(self.target_of(plan))
         while not kernel.enter_residency(self.table, first, float(self.env.now)):
             self._work_out()
         kernel.resize_to_budget(self._table)
-        self._context_limit = self._find_context_limit()
-        if not external_clock:
-            self.env.process(self._serve())
 
     # -- the Engine protocol -------------------------------------------------------------------------------------
 
@@ -147,6 +150,10 @@ class SimEngine:
             np.array([r.output_tokens for r in requests], dtype=np.int64),
             [np.array(r.hash_ids, dtype=np.int64) for r in requests] if self.config.prefix_caching else None,
         )
+
+    def submit_trace(self, trace: Trace) -> None:
+        """Hand over every request of a trace, as ``submit`` does, without an object for each."""
+        self.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
 
     def submit_arrays(
         self,
@@ -702,6 +709,14 @@ _RECORDED = ("arrival_s", "prompt_tokens", "admitted_s", "first_token_s", "finis
 """Fields of the kernel's record of a request that ``Records`` has under the same name."""
 
 
+def _check_copying(host_to_device_bytes_per_s: float, copy_slowdown: float) -> None:
+    if not host_to_device_bytes_per_s > 0 or not copy_slowdown >= 0:
+        raise ConfigError(
+            f"host_to_device_bytes_per_s is {host_to_device_bytes_per_s} and copy_slowdown {copy_slowdown}; "
+            "the first must be above 0, the second at least 0"
+        )
+
+
 def _empty_state(
     model: ModelSpec,
     latency: LatencyModel,
@@ -711,11 +726,7 @@ def _empty_state(
     keep_iterations: bool,
 ) -> kernel.State:
     """Return the kernel's state of a replica without requests, plan or memory."""
-    limits, slots, block_bytes = (
-        config.limits,
-        config.limits.max_running,
-        kv_block_layer_bytes(model, config.kv_block_tokens),
-    )
+    slots, block_bytes = config.limits.max_running, kv_block_layer_bytes(model, config.kv_block_tokens)
     prefix_block_kv_blocks = config.hash_block_tokens // config.kv_block_tokens
     kv_sets = 2 * slots + 4  # of the plan, and of each running request, now and after its prefill
     owners = slots  # of free KV blocks: requests that were preempted, prefix blocks without holders
@@ -742,27 +753,31 @@ def _empty_state(
         **graph.arrays(),
     )
     n = kernel.fields_of(state.counters)
-    n.scheduling_rule = kernel.SchedulingRule[config.scheduler.upper()]
-    n.max_batch_tokens, n.long_prefill_tokens = limits.max_batch_tokens, limits.long_prefill_tokens
-    n.reserve_full_prompt, n.block_tokens, n.block_bytes = (
-        limits.reserve_full_prompt,
-        config.kv_block_tokens,
-        block_bytes,
-    )
-    n.slots, n.least_free_blocks, n.watermark_share = slots, limits.watermark_layer_blocks, config.kv_watermark_share
-    n.reuse_preempted_kv, n.recompute_on_restore = config.reuse_preempted_kv, config.restore == "recompute"
-    n.log_enabled, n.prefix_caching = keep_iterations, config.prefix_caching
-    n.free_runs_kept = config.reuse_preempted_kv or config.prefix_caching
-    n.prefix_block_tokens, n.prefix_block_kv_blocks = config.hash_block_tokens, prefix_block_kv_blocks
-    n.residency = n.decided_target = n.copy = n.open_change = -1
-    n.next_due, n.group_count = kernel.NEVER, 1
+    _set_counters(n, config, block_bytes, keep_iterations)
     n.notice_s = budget.notice_s
-    n.next_arrival_s = n.next_decision_s = n.copy_end_s = math.inf
-    n.start_s = n.end_s = math.nan
     state.slots["next"][slots] = state.slots["previous"][slots] = slots
     state.due_clocks[:] = kernel.NEVER
     state.free_slots[:slots] = np.arange(slots)
     return state
+
+
+def _set_counters(n: Any, config: EngineConfig, block_bytes: int, log_enabled: bool) -> None:
+    """Write the settings of an engine into the kernel's counters, and -1, NEVER and ``inf`` where nothing is known."""
+    limits = config.limits
+    n.scheduling_rule = kernel.SchedulingRule[config.scheduler.upper()]
+    n.max_batch_tokens, n.long_prefill_tokens = limits.max_batch_tokens, limits.long_prefill_tokens
+    n.reserve_full_prompt, n.slots = limits.reserve_full_prompt, limits.max_running
+    n.block_tokens, n.block_bytes = config.kv_block_tokens, block_bytes
+    n.least_free_blocks, n.watermark_share = limits.watermark_layer_blocks, config.kv_watermark_share
+    n.reuse_preempted_kv, n.recompute_on_restore = config.reuse_preempted_kv, config.restore == "recompute"
+    n.log_enabled, n.prefix_caching = log_enabled, config.prefix_caching
+    n.free_runs_kept = config.reuse_preempted_kv or config.prefix_caching
+    n.prefix_block_tokens = config.hash_block_tokens
+    n.prefix_block_kv_blocks = config.hash_block_tokens // config.kv_block_tokens
+    n.residency = n.decided_target = n.copy = n.open_change = -1
+    n.next_due, n.group_count = kernel.NEVER, 1
+    n.next_arrival_s = n.next_decision_s = n.copy_end_s = math.inf
+    n.start_s = n.end_s = math.nan
 
 
 def prefix_block_ids(hash_ids: Sequence[Ints] | None, known: dict[int, int] | None = None) -> Ints:
