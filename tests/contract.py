@@ -361,7 +361,7 @@ class EngineContract:
         assert records.status.tolist() == [Status.REJECTED, Status.FINISHED]
 
     def test_an_arrival_is_rejected_when_as_many_wait_as_the_plan_admits(self) -> None:
-        plan = replace(dense_plan(self.spec), max_running=1, admit=1)
+        plan = replace(dense_plan(self.spec), max_running=1, max_waiting=1)
         records = self.serve(self.engine(plan=plan), [(0.0, 4, 3), (0.1, 4, 1), (0.2, 4, 1)])
         assert records.status.tolist() == [Status.FINISHED, Status.FINISHED, Status.REJECTED]
 

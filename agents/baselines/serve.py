@@ -30,11 +30,11 @@ def conf_policy(name: str, **changed: Any) -> Build:
     return build
 
 
-def with_queue_limit(build: Build, admit: int | None) -> Build:
+def with_queue_limit(build: Build, max_waiting: int | None) -> Build:
     """Return a builder of the policy with a queue limit; None means no limit."""
-    if admit is None:
+    if max_waiting is None:
         return build
-    return lambda context: Limited(build(context), admit)
+    return lambda context: Limited(build(context), max_waiting)
 
 
 def fixed_plan(plan: Plan) -> Build:

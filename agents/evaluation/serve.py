@@ -129,7 +129,7 @@ def tuned_rules(
     if score is None:
         score = partial(mean_utility, setting, train_windows(setting.sources))
     tuned, static = _tune(setting, score)
-    admit = tuned["queue"]
+    max_waiting = tuned["queue"]
     dense, saber = conf_policy("dense"), partial(conf_policy, "saber", margin=tuned["saber_margin"])
     unlimited: dict[str, Build] = {
         "greedy_stop": conf_policy("greedy_stop", **tuned["greedy_stop"]),
@@ -149,8 +149,8 @@ def tuned_rules(
         "saber_int4": saber(plan={"weight_bits": 4}),
         **unlimited,
         "lookahead": conf_policy("lookahead", actions=dict(setting.action_options)),
-        "dense+queue": with_queue_limit(dense, admit),
-        **{f"{name}+queue": with_queue_limit(build, admit) for name, build in unlimited.items()},
+        "dense+queue": with_queue_limit(dense, max_waiting),
+        **{f"{name}+queue": with_queue_limit(build, max_waiting) for name, build in unlimited.items()},
     }
     return rules, {**tuned, "windows": windows}
 
@@ -160,21 +160,21 @@ def _tune(setting: ServeSetting, score: Callable[[Build], float]) -> tuple[dict[
     plans = setting.actions.plans
     static = [score(fixed_plan(plan)) for plan in plans]
     best = int(np.argmax(static))
-    limits = sorted({plan.admit for plan in plans if plan.admit is not None})
+    limits = sorted({plan.max_waiting for plan in plans if plan.max_waiting is not None})
     dense = conf_policy("dense")
-    admit = max(limits, key=lambda limit: score(with_queue_limit(dense, limit)))
+    max_waiting = max(limits, key=lambda limit: score(with_queue_limit(dense, limit)))
     grid = [
         {"headroom": headroom, "restore_headroom": headroom + 0.2, "waiting_share": share, "patience": patience}
         for headroom in (1.1, 1.4)
         for share in (0.0, 1.0)
         for patience in (2, 10)
     ]
-    greedy = max(grid, key=lambda values: score(with_queue_limit(conf_policy("greedy_stop", **values), admit)))
+    greedy = max(grid, key=lambda values: score(with_queue_limit(conf_policy("greedy_stop", **values), max_waiting)))
     margin = max((0.1, 0.2, 0.4, 0.8), key=lambda value: score(conf_policy("saber", margin=value)))
     tuned = {
         "static": setting.actions.names[best],
         "static_utility": static[best],
-        "queue": admit,
+        "queue": max_waiting,
         "greedy_stop": greedy,
         "saber_margin": margin,
     }

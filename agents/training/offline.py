@@ -64,7 +64,10 @@ def nearest_action(actions: ServeActions, model: ModelSpec, plan: Plan, legal: B
 
     def distance(action: int) -> tuple[bool, int, float]:
         other = actions.plans[action]
-        limits = [math.inf if admit is None else float(admit) for admit in (plan.admit, other.admit)]
+        limits = [
+            math.inf if max_waiting is None else float(max_waiting)
+            for max_waiting in (plan.max_waiting, other.max_waiting)
+        ]
         # Two unlimited queues differ by 0, not by inf - inf.
         difference = 0.0 if limits[0] == limits[1] else abs(limits[0] - limits[1])
         return other != plan, abs(actions.weights_bytes[action] - weights), difference

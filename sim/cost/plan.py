@@ -74,7 +74,7 @@ class Plan:
     weight_bits: 16, 8 or 4, one entry per layer, for both of its blocks (MorphServe).
     kv_keep: which tokens of each layer's KV stay after prefill (PDTrim).
     max_running: requests that may run at once; None keeps the engine's own limit (SABER).
-    admit: an arriving request is rejected when this many already wait; None rejects none.
+    max_waiting: an arriving request is rejected when this many already wait; None rejects none.
     """
 
     decode: KeepMask
@@ -82,7 +82,7 @@ class Plan:
     weight_bits: tuple[int, ...]
     kv_keep: tuple[KVKeep, ...]
     max_running: int | None = None
-    admit: int | None = None
+    max_waiting: int | None = None
 
 
 def dense_plan(model: ModelSpec) -> Plan:
@@ -165,8 +165,10 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
                 )
     if plan.max_running is not None and plan.max_running < 1:
         raise PlanError(f"plan.max_running is {plan.max_running}; it must be at least 1, or null for no limit")
-    if plan.admit is not None and plan.admit < 0:
-        raise PlanError(f"plan.admit is {plan.admit}; it must be at least 0 waiting requests, or null for no limit")
+    if plan.max_waiting is not None and plan.max_waiting < 0:
+        raise PlanError(
+            f"plan.max_waiting is {plan.max_waiting}; it must be at least 0 waiting requests, or null for no limit"
+        )
 
 
 def describe(plan: Plan) -> str:
@@ -191,7 +193,7 @@ def describe(plan: Plan) -> str:
         parts.append(f"KV {keep.first_tokens}+{keep.last_tokens} {_ranges(layers)}")
     parts += [
         f"{name} {value}"
-        for name, value in (("max_running", plan.max_running), ("admit", plan.admit))
+        for name, value in (("max_running", plan.max_running), ("max_waiting", plan.max_waiting))
         if value is not None
     ]
     return "; ".join(parts) or "dense"

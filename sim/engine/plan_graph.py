@@ -158,7 +158,7 @@ class PlanGraph:
             "target": target,
             "weight_bytes": self._fixed_weight_bytes + resident.weight_bytes(model),
             "kv_keep_id": self._keep_id(plan.kv_keep),
-            "max_waiting": -1 if plan.admit is None else plan.admit,
+            "max_waiting": -1 if plan.max_waiting is None else plan.max_waiting,
             "max_running": -1 if plan.max_running is None else plan.max_running,
             "prefill_params": model.fixed_params + model.ffn_params * sum(plan.prefill.ffn),
             "decode_params": model.fixed_params + model.ffn_params * sum(plan.decode.ffn),

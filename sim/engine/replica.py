@@ -333,7 +333,7 @@ class Replica(ReplicaState):
             limit = min(request.output_tokens, self._context_limit - request.prompt_tokens)
             queues.all[request.request_id] = live = LiveRequest(request, output_limit=limit)
             self._arrived_prompt_tokens += request.prompt_tokens
-            full = plan.admit is not None and len(queues.waiting) >= plan.admit
+            full = plan.max_waiting is not None and len(queues.waiting) >= plan.max_waiting
             if full or limit < 1:
                 self._reject(live)
             else:

@@ -127,7 +127,7 @@ def running_plan(resident: Resident, target: Plan) -> Plan:
         ),
         kv_keep=target.kv_keep,
         max_running=target.max_running,
-        admit=target.admit,
+        max_waiting=target.max_waiting,
     )
 
 

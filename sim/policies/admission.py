@@ -42,7 +42,7 @@ class Saber:
     @property
     def first_plan(self) -> Plan:
         """The plan with the longest allowed queue."""
-        return replace(self.plan, admit=self.most)
+        return replace(self.plan, max_waiting=self.most)
 
     def __call__(self, state: EngineState) -> Plan:
         """Measure the rate of first tokens and set the queue limit."""
@@ -56,7 +56,7 @@ class Saber:
         if math.isnan(self.speed_rps):
             return self.first_plan
         limit = math.floor(self.margin * self.ttft_s * self.speed_rps)
-        return replace(self.plan, admit=min(self.most, max(self.least, limit)))
+        return replace(self.plan, max_waiting=min(self.most, max(self.least, limit)))
 
 
 def saber(
@@ -87,28 +87,28 @@ def saber(
 
 @dataclass(slots=True)
 class Limited:
-    """Follows another policy, with at most ``admit`` requests in the queue."""
+    """Follows another policy, with at most ``max_waiting`` requests in the queue."""
 
     policy: Policy
-    admit: int
+    max_waiting: int
 
     @property
     def first_plan(self) -> Plan:
         """The other policy's first plan, limited."""
-        return replace(self.policy.first_plan, admit=self.admit)
+        return replace(self.policy.first_plan, max_waiting=self.max_waiting)
 
     def __call__(self, state: EngineState) -> Plan:
         """Return the other policy's plan, limited."""
-        return replace(self.policy(state), admit=self.admit)
+        return replace(self.policy(state), max_waiting=self.max_waiting)
 
 
-def limited(served: PolicyContext, *, policy: Any, admit: int) -> Limited:
+def limited(served: PolicyContext, *, policy: Any, max_waiting: int) -> Limited:
     """Build the policy around another one, which has the form of a file of conf/policy.
 
     Raises:
         ConfigError: for a limit below 0.
     """
-    if admit < 0:
-        raise ConfigError(f"policy.admit is {admit}; it must be at least 0 waiting requests")
+    if max_waiting < 0:
+        raise ConfigError(f"policy.max_waiting is {max_waiting}; it must be at least 0 waiting requests")
     made = instantiate(policy) if isinstance(policy, Mapping) else policy
-    return Limited(made(served), admit)
+    return Limited(made(served), max_waiting)

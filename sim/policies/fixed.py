@@ -37,7 +37,7 @@ def static_plan(
     kv_last_tokens: int | None = None,
     kv_layers: Sequence[int] | None = None,
     max_running: int | None = None,
-    admit: int | None = None,
+    max_waiting: int | None = None,
 ) -> Plan:
     """Return the plan for the options of a configuration.
 
@@ -48,7 +48,7 @@ def static_plan(
         weight_bits: 16, 8 or 4 for all layers, or one entry per layer.
         kv_first_tokens, kv_last_tokens: tokens whose KV stays after prefill; None keeps all tokens.
         kv_layers: layers in which they apply; None is all layers.
-        max_running, admit: as in ``Plan``.
+        max_running, max_waiting: as in ``Plan``.
     Raises:
         PlanError: if the plan is not legal for the model; the message names the block.
     """
@@ -67,7 +67,7 @@ def static_plan(
         weight_bits=(weight_bits,) * layers if isinstance(weight_bits, int) else tuple(weight_bits),
         kv_keep=tuple(keep if layer in shortened else KVKeep() for layer in range(layers)),
         max_running=max_running,
-        admit=admit,
+        max_waiting=max_waiting,
     )
     check_plan(model, plan)
     return plan

@@ -153,7 +153,7 @@ def plan_columns(plans: Sequence[Plan]) -> Columns:
             dtype=np.int64,
         ),
         np.array([or_none(plan.max_running) for plan in plans], dtype=np.int64),
-        np.array([or_none(plan.admit) for plan in plans], dtype=np.int64),
+        np.array([or_none(plan.max_waiting) for plan in plans], dtype=np.int64),
     ]
 
 
@@ -314,7 +314,7 @@ REPLAYS = {
     "fixed plan, two phases, limits": (
         f"{WITHOUT_QUALITY} budget=kv_blocks budget.blocks=900 policy=fixed policy.drop_mha=[20,21,25] "
         "policy.drop_ffn=[22] policy.prefill_drop_mha=[25] policy.prefill_drop_ffn=[] policy.weight_bits=8 "
-        "policy.max_running=48 policy.admit=20"
+        "policy.max_running=48 policy.max_waiting=20"
     ),
     "fixed plan, shortened KV": (
         f"{WITHOUT_QUALITY} budget.share=0.22 policy=fixed policy.kv_first_tokens=4 policy.kv_last_tokens=256 "

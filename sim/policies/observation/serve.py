@@ -113,7 +113,7 @@ def serve_actions(
     dense = dense_plan(model)
     blocks = [block_of(name) for name in order]
     names, plans, levels = [], [], []
-    for (i, gone), (j, low), (k, admit) in product(enumerate(drops), enumerate(low_layers), enumerate(admits)):
+    for (i, gone), (j, low), (k, max_waiting) in product(enumerate(drops), enumerate(low_layers), enumerate(admits)):
         mask = drop(
             model,
             mha=[layer for kind, layer in blocks[:gone] if kind == "MHA"],
@@ -122,9 +122,9 @@ def serve_actions(
         if not 0 <= low <= model.num_layers:
             raise PlanError(f"actions.low_layers has {low}; {model.name} has {model.num_layers} layers")
         bits = (low_bits,) * low + (16,) * (model.num_layers - low)
-        plan = replace(with_mask(dense, mask), weight_bits=bits, admit=admit)
+        plan = replace(with_mask(dense, mask), weight_bits=bits, max_waiting=max_waiting)
         check_plan(model, plan)
-        names.append(f"drop {gone}, W{low_bits} {low}, queue {'any' if admit is None else admit}")
+        names.append(f"drop {gone}, W{low_bits} {low}, queue {'any' if max_waiting is None else max_waiting}")
         plans.append(plan)
         steps = ((i, drops), (j, low_layers), (k, admits))
         one, two, three = (at / max(1, len(of) - 1) for at, of in steps)

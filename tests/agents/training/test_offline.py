@@ -63,11 +63,11 @@ def test_a_plan_outside_the_table_becomes_the_nearest_legal_one() -> None:
         plan = static_plan(setting.model, **changes)
         return names[nearest_action(setting.actions, setting.model, plan, legal)]
 
-    assert nearest(admit=8) == "drop 0, W4 0, queue 8"
-    assert nearest(weight_bits=[4] * 30 + [16] * 2, admit=5) == "drop 0, W4 32, queue 4"
-    assert nearest(drop_mha=[25, 27, 24], admit=100) == "drop 4, W4 0, queue 16"
+    assert nearest(max_waiting=8) == "drop 0, W4 0, queue 8"
+    assert nearest(weight_bits=[4] * 30 + [16] * 2, max_waiting=5) == "drop 0, W4 32, queue 4"
+    assert nearest(drop_mha=[25, 27, 24], max_waiting=100) == "drop 4, W4 0, queue 16"
     legal[names.index("drop 0, W4 0, queue 8")] = False
-    assert nearest(admit=8) != "drop 0, W4 0, queue 8"
+    assert nearest(max_waiting=8) != "drop 0, W4 0, queue 8"
 
 
 def test_a_wrong_file_or_policy_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_plan_whose_prefill_keeps_more_than_decode_is_legal():
         ({"kv_keep": ()}, r"plan\.kv_keep has 0 entries"),
         ({"weight_bits": (16,) * 12 + (3,) + (16,) * 17}, "layer 12 is 3; allowed are 16, 8 and 4"),
         ({"max_running": 0}, r"plan\.max_running is 0; it must be at least 1"),
-        ({"admit": -1}, r"plan\.admit is -1; it must be at least 0"),
+        ({"max_waiting": -1}, r"plan\.max_waiting is -1; it must be at least 0"),
     ],
 )
 def test_an_illegal_plan_names_the_block_or_field_and_what_is_allowed(change: dict[str, Any], message: str):

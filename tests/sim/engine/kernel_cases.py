@@ -101,7 +101,7 @@ def random_plan(rng: np.random.Generator) -> Plan:
         weight_bits=tuple(int(b) for b in bits),
         kv_keep=tuple(kv_keep),
         max_running=int(rng.integers(1, 12)) if rng.random() < 0.15 else None,
-        admit=int(rng.integers(0, 8)) if rng.random() < 0.15 else None,
+        max_waiting=int(rng.integers(0, 8)) if rng.random() < 0.15 else None,
     )
 
 

@@ -104,7 +104,7 @@ def replica(
 @pytest.mark.parametrize("seed", range(40))
 def test_a_later_plan_never_loses_a_copy_that_is_under_way_and_still_wanted(seed: int) -> None:
     rng, numbers = random.Random(seed), np.random.default_rng(seed)
-    plans = [replace(random_plan(numbers), max_running=None, admit=None) for _ in range(6)] + [DENSE]
+    plans = [replace(random_plan(numbers), max_running=None, max_waiting=None) for _ in range(6)] + [DENSE]
     engine, weights = replica(plan=plans[0], kv_blocks=60, asks=rng.choice([1, 2, 5, 12]))
     engine.submit(requests(*[(float(i), 10, 12) for i in range(10)]))
     at_s, wanted = 0.0, plans[0]

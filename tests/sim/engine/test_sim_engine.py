@@ -113,7 +113,7 @@ def test_an_output_ends_at_the_context_limit() -> None:
 
 
 def test_an_arrival_is_rejected_when_as_many_wait_as_the_plan_admits() -> None:
-    plan = dataclasses.replace(dense_plan(TINY), max_running=1, admit=1)
+    plan = dataclasses.replace(dense_plan(TINY), max_running=1, max_waiting=1)
     records = serve(tiny_engine(plan=plan), (0.0, 4, 3), (0.1, 4, 1), (0.2, 4, 1))
     assert records.status.tolist() == [Status.FINISHED, Status.FINISHED, Status.REJECTED]
 

@@ -269,8 +269,8 @@ def test_an_illegal_plan_names_its_block_and_what_runs_goes_on() -> None:
 
 def test_a_plan_says_in_one_line_what_differs_from_dense() -> None:
     assert describe(DENSE) == "dense"
-    plan = dataclasses.replace(with_mask(DENSE, drop(TINY, mha=[0, 1], ffn=[2])), weight_bits=(16, 4, 4), admit=5)
-    assert describe(plan) == "-MHA 0-1 -FFN 2; W4 1-2; admit 5"
+    plan = dataclasses.replace(with_mask(DENSE, drop(TINY, mha=[0, 1], ffn=[2])), weight_bits=(16, 4, 4), max_waiting=5)
+    assert describe(plan) == "-MHA 0-1 -FFN 2; W4 1-2; max_waiting 5"
 
 
 def start_bytes(kv_blocks: int) -> int:

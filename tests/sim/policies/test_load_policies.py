@@ -31,19 +31,19 @@ def seen(**changed: Any) -> EngineState:
 
 def test_saber_lets_as_many_wait_as_get_their_first_token_in_time() -> None:
     policy = saber(SERVED, ttft_s=2.0, margin=0.5, most=50, smoothing_s=1e-6)
-    assert policy(seen(time_s=0.0, waiting=5)).admit == 50  # nothing is known yet
-    assert policy(seen(time_s=1.0, waiting=5, first_tokens=10)).admit == 10  # 10 a second, half of two seconds
-    assert policy(seen(time_s=2.0, waiting=5, first_tokens=14)).admit == 4
-    assert policy(seen(time_s=3.0, waiting=0, first_tokens=15)).admit == 4  # without a queue speed says nothing
-    assert policy(seen(time_s=4.0, waiting=9, first_tokens=15)).admit == 4
-    assert policy(seen(time_s=5.0, waiting=9, first_tokens=15)).admit == 1  # at a standstill, the least
+    assert policy(seen(time_s=0.0, waiting=5)).max_waiting == 50  # nothing is known yet
+    assert policy(seen(time_s=1.0, waiting=5, first_tokens=10)).max_waiting == 10  # 10 a second, half of two seconds
+    assert policy(seen(time_s=2.0, waiting=5, first_tokens=14)).max_waiting == 4
+    assert policy(seen(time_s=3.0, waiting=0, first_tokens=15)).max_waiting == 4  # without a queue speed says nothing
+    assert policy(seen(time_s=4.0, waiting=9, first_tokens=15)).max_waiting == 4
+    assert policy(seen(time_s=5.0, waiting=9, first_tokens=15)).max_waiting == 1  # at a standstill, the least
 
 
 def test_a_limit_changes_nothing_else_of_another_policys_plan() -> None:
     inner = Fixed(dataclasses.replace(dense_plan(TINY), weight_bits=(4, 4, 4)))
-    policy = limited(SERVED, policy=lambda served: inner, admit=3)
+    policy = limited(SERVED, policy=lambda served: inner, max_waiting=3)
     assert isinstance(policy, Limited)
-    assert policy(seen()) == policy.first_plan == dataclasses.replace(inner.first_plan, admit=3)
+    assert policy(seen()) == policy.first_plan == dataclasses.replace(inner.first_plan, max_waiting=3)
 
 
 def test_precision_falls_with_pressure_and_returns_with_calm() -> None:
@@ -71,7 +71,7 @@ def test_every_file_builds_its_policy_and_starts_dense_but_for_the_queue(name: s
     node = OmegaConf.load(CONF_DIR / "policy" / f"{name}.yaml")
     model = load_model("llama2_7b")
     policy = instantiate(node, _convert_="all")(PolicyContext(model=model))
-    assert dataclasses.replace(policy.first_plan, admit=None) == dense_plan(model)
+    assert dataclasses.replace(policy.first_plan, max_waiting=None) == dense_plan(model)
 
 
 def test_numbers_out_of_range_are_refused() -> None:
@@ -79,7 +79,7 @@ def test_numbers_out_of_range_are_refused() -> None:
         with pytest.raises(ConfigError):
             saber(SERVED, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError):
-        limited(SERVED, policy=lambda served: Fixed(dense_plan(TINY)), admit=-1)
+        limited(SERVED, policy=lambda served: Fixed(dense_plan(TINY)), max_waiting=-1)
     with pytest.raises(ConfigError):
         adaptive_precision(SERVED, calm=1.0)
     with pytest.raises(ConfigError):

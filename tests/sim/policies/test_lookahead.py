@@ -130,7 +130,7 @@ def test_memory_that_shrinks_below_what_is_held_counts_in_the_trial(server: Serv
 
 def test_it_limits_the_queue_when_more_comes_than_can_be_served(server: ServerSpec) -> None:
     _, plans = decided(server, arrivals(30.0, 30.0), 25)
-    assert any(plan.admit == 4 for plan in plans)
+    assert any(plan.max_waiting == 4 for plan in plans)
 
 
 def test_it_leaves_a_plan_at_once_that_no_longer_fits(server: ServerSpec) -> None:
