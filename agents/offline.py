@@ -1,4 +1,4 @@
-"""``python -m agents.offline``: write the episodes of a policy, to learn from (agents/training/offline.py)."""
+"""``python -m agents.offline``: record the episodes of a policy, to learn from (agents/training/offline.py)."""
 
 from agents.training.offline import main
 

@@ -1,4 +1,4 @@
-"""Command ``python -m hw.compare RUN_SIM RUN_HW [RUN_HW ...]``: how far a simulated run is from real ones."""
+"""Command ``python -m hw.compare RUN_SIM RUN_HW [RUN_HW ...]``: the errors of a simulated run against real runs."""
 
 from __future__ import annotations
 

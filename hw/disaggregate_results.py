@@ -1,4 +1,4 @@
-"""Command ``python -m hw.disaggregate_results``: the page on KV transfer, from the committed figures or measured."""
+"""Command ``python -m hw.disaggregate_results``: writes the page on KV transfer; ``measure=true`` measures first."""
 
 from __future__ import annotations
 

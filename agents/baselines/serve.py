@@ -1,4 +1,4 @@
-"""Builders of the policies that serve a ``ServeTrace`` window: rules of conf/policy, queue limits, fixed and learned ones."""
+"""Builds the policies that serve a ``ServeTrace`` window: rules, queue limits, fixed plans, learned policies."""
 
 from __future__ import annotations
 

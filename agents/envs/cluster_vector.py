@@ -3,9 +3,9 @@
 Episodes equal those of ``agents.envs.cluster`` step by step, and with one replica per cluster those of ``ServeTrace``
 (tests/agents/envs/test_cluster.py).
 
-The reward of a row is the cluster's reward, plus ``own_share`` times what its own requests earned more than the same
-number of average requests of the cluster. These additions sum to 0 over a cluster, and because they compare equal
-numbers of requests, a replica gains nothing by receiving fewer.
+The reward of a row is the cluster's reward, plus ``own_share`` times the difference between what its own requests
+earned and what as many average requests of the cluster earned. These differences sum to 0 over a cluster. Because they
+compare equal numbers of requests, a replica gains nothing by receiving fewer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loads of ``PruneToBudget``: which ones training, validation and test may use (conf/split/prune.yaml)."""
+"""The loads of ``PruneToBudget``, and which of them each split may use (conf/split/prune.yaml)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""``ServeTrace-v0``: choose the plan of a server every ``tick_s`` seconds while it serves a window under a moving
-budget.
+"""``ServeTrace-v0``: choose the plan of a server every ``tick_s`` seconds while the memory budget moves.
 
 Episode: one window of a trace (``agents.envs.serve_windows``), ``window_s`` seconds long. After the last tick, the last
 plan serves the remaining requests to their end.
 
 Observation: float32[entries], what a server can observe of itself (``sim.policies.observation.serve.serve_table`` lists
-each entry with its unit and range), and last one flag (0 or 1) for each legal action.
+each entry with its unit and range), and at the end one flag (0 or 1) for each legal action.
 
 Action: the number of a plan in a table of blocks to drop, layers at low precision and queue limit
 (``sim.policies.observation.serve.serve_actions``). A plan whose weights do not fit the budget is illegal, and so is a

@@ -1,5 +1,4 @@
-"""The windows and budgets of ``ServeTrace``: which ones training, validation and test may use
-(conf/split/serve.yaml)."""
+"""The windows and budgets of ``ServeTrace``, and which of them each split may use (conf/split/serve.yaml)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,13 @@
-"""Evaluates learned policies and baselines on the same held-out loads, windows and clusters."""
+"""Evaluates learned policies and baselines on the same held-out loads, windows and clusters.
+
+    evaluate                                     the command
+    measure                                      runs the policies and writes the result files
+    prune, serve, cluster                        the evaluation of each environment
+    oracle                                       the best schedule of plans for a known window
+    ablation                                     which entries of an observation a policy depends on
+    statistics, figures, tables                  bootstrap intervals, figures and tables that the sections share
+    prune_report, serve_report, cluster_report   the sections of the results page
+    page                                         the page
+
+Nothing outside this package imports it, except ``agents.evaluate``.
+"""

@@ -1,4 +1,4 @@
-"""Which entries of an observation a trained policy depends on: permutation importance, without training again."""
+"""Which entries of an observation a trained policy depends on: permutation importance, without retraining."""
 
 from __future__ import annotations
 

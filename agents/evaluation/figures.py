@@ -1,4 +1,4 @@
-"""Figures of a served window or cluster that all evaluations of serving report."""
+"""Figures of a served window or cluster that all serving evaluations report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plays policies on the held-out loads, windows and clusters, and writes the result files that the page is made of."""
+"""Runs the policies on the held-out loads, windows and clusters, and writes the result files of the agents page."""
 
 from __future__ import annotations
 

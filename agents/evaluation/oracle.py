@@ -3,8 +3,8 @@
 The oracle is not a policy: it knows arrivals, output lengths and the budget of the window. The search starts from the
 best of two kinds of schedules: each single plan, and the choices of looking ahead on this window
 (``agents.training.clone.look_ahead``). Then it improves one span of ticks after another; each trial is served to the
-end of the window (``SimEngine.snapshot``). The result is a local optimum over the plans of the table, so the true
-optimum may be higher.
+end of the window (``SimEngine.snapshot``). The result is a local optimum over the plans of the table; the true optimum
+may be higher.
 """
 
 from __future__ import annotations

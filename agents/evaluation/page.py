@@ -1,4 +1,4 @@
-"""The agents page: its sections together, made from the result files of a folder."""
+"""The agents page: all sections, written from the result files of a folder."""
 
 from __future__ import annotations
 

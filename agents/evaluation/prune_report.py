@@ -201,7 +201,7 @@ def prune_context(folder: Path) -> dict[str, Any]:
             "utility_test",
         ),
         "worst": worst_markdown(frame, best["name"]) if best else "",
-        "draws": prune_loads(),
+        "training_loads": prune_loads(),
         "unseen": prune_table_markdown(unseen),
         "training": "" if curves is None else training_markdown(curves, float(made["knapsack_validation"])),
         "ablation": "" if ablation is None else ablation_markdown(ablation, "loads"),

@@ -1,4 +1,4 @@
-"""Imitation before reinforcement learning: start training from a solver, a plan, written episodes or a trained policy.
+"""Imitation before reinforcement learning: start from a solver, a plan, recorded episodes or a trained policy.
 
 A file of conf/imitate names one of these functions. Each changes the module of an RLlib algorithm and returns the last
 loss of its fit. All share these arguments: ``algorithm``, the RLlib algorithm; ``env``, the environment's id;

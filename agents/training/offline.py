@@ -1,8 +1,8 @@
-"""``python -m agents.offline by=lookahead``: write the episodes of any policy, to learn from.
+"""``python -m agents.offline by=lookahead``: record the episodes of any policy, to learn from.
 
 The file is in RLlib's offline format (``agents.training.episodes``). ``algorithm=marwil`` learns from it alone;
 ``imitate=offline`` starts from it and then trains in the environment. If a policy of ``ServeTrace`` chooses a plan that
-is not in the environment's table, the nearest legal plan is written: nearest in bytes of weights, then in queue limit.
+is not in the environment's table, the nearest legal plan is recorded: nearest in bytes of weights, then in queue limit.
 """
 
 from __future__ import annotations

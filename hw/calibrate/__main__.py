@@ -1,4 +1,4 @@
-"""Command ``python -m hw.calibrate``: the latency tables that the simulator reads."""
+"""Command ``python -m hw.calibrate``: writes the latency tables that the simulator reads."""
 
 from __future__ import annotations
 

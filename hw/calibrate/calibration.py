@@ -110,7 +110,7 @@ def _attention_tables(terms: m.Terms) -> tuple[dict[str, Any], dict[str, dict[st
     """Return tables and errors of attention: of prompts, of decodes, and of both in one kernel if that was measured."""
     tables: dict[str, Any] = {}
     errors: dict[str, dict[str, Any]] = {}
-    rows, columns = knots_of(terms.prefill.x), knots_of(terms.prefill.y, whole=False, per_octave=4.0)
+    rows, columns = knots_of(terms.prefill.x), knots_of(terms.prefill.y, measured=False, per_octave=4.0)
     prefill = m.fit_surface(terms.prefill, rows, columns)
     tables["prefill_attention"] = {"tokens": plain(rows), "context": plain(columns), "us": rounded(prefill)}
     errors["prefill_attention"] = _surface_error(terms.prefill, rows, columns)
@@ -150,14 +150,14 @@ def shared_knots(curves: Sequence[m.Curve]) -> Floats:
     return common[sorted(keep)]
 
 
-def knots_of(values: Floats, whole: bool = True, per_octave: float = 2.0) -> Floats:
+def knots_of(values: Floats, measured: bool = True, per_octave: float = 2.0) -> Floats:
     """Return knots for a table's axis: the measured values if they are few, else about ``per_octave`` per octave."""
     unique = np.unique(values)
-    if whole and len(unique) <= 24:
+    if measured and len(unique) <= 24:
         return unique
     count = max(2, round(np.log2(unique[-1] / unique[0]) * per_octave) + 1)
     wanted = np.geomspace(unique[0], unique[-1], count)
-    if not whole:
+    if not measured:
         return np.unique(np.array([float(f"{value:.4g}") for value in wanted]))
     return np.unique(unique[np.abs(np.log(unique)[:, None] - np.log(wanted)[None, :]).argmin(axis=0)])
 

@@ -1,13 +1,13 @@
 """Measures the terms of ``sim.cost.latency`` on this device: ``python -m hw.calibrate source=device``.
 
 Each term is timed in the code that serves: the modules of the elastic model, and paged attention over a paged pool.
-Linear blocks run as in a pass, MHA and FFN of all layers in turn, so that their weights come from memory and not from
-a cache. Cells are measured in rounds of random order until the median of each is known well enough. Samples are saved
-after every round, and a run that was stopped continues from there.
+Linear blocks run in the order of a forward pass (MHA and FFN of all layers in turn), so that their weights come from
+memory and not from a cache. Cells are measured in rounds of random order until the median of each is precise enough.
+Samples are saved after every round, and a run that was stopped continues from there.
 
-Before, between and after the rounds, the engine serves random requests, so that a busy spell of the machine affects
-both. The time of an iteration is then fitted as a constant plus a factor times the sum of its terms. A last run, on
-other requests, measures the error of the result.
+Before, between and after the rounds, the engine serves random requests, so that a busy machine slows down both. The
+time of an iteration is then fitted as a constant plus a factor times the sum of its terms. A final run, on other
+requests, measures the error of the result.
 """
 
 from __future__ import annotations

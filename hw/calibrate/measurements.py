@@ -1,8 +1,8 @@
 """Readers of published GPU measurements, and the fits that turn them into the tables of ``sim.cost.latency``.
 
 A reader returns samples in microseconds. A fit is a piecewise linear curve or a bilinear surface on chosen knots, the
-form that ``sim.cost.latency`` evaluates: least squares of relative errors, with a small penalty on curvature that fills
-cells without a measurement. No torch is needed here.
+form that ``sim.cost.latency`` evaluates. It minimizes squared relative errors; a small penalty on curvature fills cells
+without a measurement. Needs no torch.
 """
 
 from __future__ import annotations
@@ -147,24 +147,26 @@ def read_llmservingsim_v0(folder: Path, model: ModelSpec, gpu: Gpu, sampler: Cur
     ffn = ("post_layernorm", "gate_proj", "up_proj", "act_fn", "down_proj")
     head = _sum(layers, {"lm_head": 1})
     head = Curve(head.x[head.x <= 256], head.us[head.x <= 256])
-    whole = _sum(_by_layer(raw, "input", "us"), {"attn": 1})
+    no_prefix = _sum(_by_layer(raw, "input", "us"), {"attn": 1})
     sweep = _vidur_attention(read_table(folder / "attention.csv.gz", VIDUR_ATTENTION))
     chunk, total, us = sweep.prefill_chunk, sweep.prefill_kv, sweep.prefill_us
     alone = Curve(chunk[total == chunk], us[total == chunk])
     order = np.argsort(alone.x)
     more = (total > chunk) & np.isin(chunk, alone.x)
     added = us[more] - np.interp(chunk[more], alone.x[order], alone.us[order])
-    with_prefix = np.interp(chunk[more], whole.x, whole.us) + np.maximum(added, 0.0)
-    lone = np.isin(whole.x, [1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048])
+    with_prefix = np.interp(chunk[more], no_prefix.x, no_prefix.us) + np.maximum(added, 0.0)
+    lone = np.isin(no_prefix.x, [1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048])
     decode = Surface(sweep.batch, sweep.context, sweep.decode_us)
     return Terms(
         linear={16: {"mha": _sum(layers, dict.fromkeys(mha, 1)), "ffn": _sum(layers, dict.fromkeys(ffn, 1))}},
         token=_sum(layers, {"embedding": 1, "final_layernorm": 1}),
         head=Curve(head.x, head.us + sampler_us(sampler, model.vocab_size, head.x)),
         prefill=Surface(
-            np.concatenate([whole.x[lone], chunk[more]]),
-            np.concatenate([mean_context(whole.x[lone], np.zeros(lone.sum())), total[more] - (chunk[more] - 1) / 2]),
-            np.concatenate([whole.us[lone], with_prefix]),
+            np.concatenate([no_prefix.x[lone], chunk[more]]),
+            np.concatenate(
+                [mean_context(no_prefix.x[lone], np.zeros(lone.sum())), total[more] - (chunk[more] - 1) / 2]
+            ),
+            np.concatenate([no_prefix.us[lone], with_prefix]),
         ),
         decode=raise_to_bandwidth(decode, model.kv_bytes_per_token_layer, gpu),
     )

@@ -1,9 +1,9 @@
 """Measures what a plan change costs on this device: resizing the KV pool, dropping weights, copying weights in.
 
-Every step is the one that ``hw.engine.hw_engine`` takes between two passes, with the same classes. A copy is timed
-alone and during a pass of the serving thread, mixed with passes without a copy in random order; with clock=cpu in
-processor seconds of the copying thread. The simulator uses two of the figures, ``host_to_device_bytes_per_s`` and
-``copy_slowdown``; the others show what it leaves out.
+Each step is the one that ``hw.engine.hw_engine`` takes between two passes, with the same classes. A copy is timed alone
+and during a forward pass; passes with and without a copy alternate in random order. With ``clock=cpu`` the time of a
+copy is the processor time of the copying thread. The simulator uses two of the figures,
+``host_to_device_bytes_per_s`` and ``copy_slowdown``; the others show what it leaves out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calibrations from published measurements: which files give which target, and what is known about their errors.
+"""Calibrations from published measurements: the files each one is fitted on, and notes on its errors.
 
 ``TARGETS`` are fitted on measurements, ``DERIVED`` are scaled from a target by data-sheet ratios.
 """
@@ -169,7 +169,7 @@ def _shape_errors(kernels: m.Kernels, model: ModelSpec, root: Path) -> dict[str,
         chunks = TARGETS["llama2_7b_a100"].read(root).prefill
         beyond = chunks.y > m.mean_context(chunks.x, np.zeros(len(chunks.x)))
         surface = kernels.prefill(model.num_heads, model.num_kv_heads)
-        rows, columns = knots_of(surface.x), knots_of(surface.y, whole=False, per_octave=4.0)
+        rows, columns = knots_of(surface.x), knots_of(surface.y, measured=False, per_octave=4.0)
         predicted_us = m.surface_at(rows, columns, m.fit_surface(surface, rows, columns), chunks.x, chunks.y)
         for name, some in (("small", chunks.x <= 256), ("large", chunks.x > 256)):
             errors[f"prefix_{name}_chunks"] = error_summary(predicted_us[beyond & some], chunks.us[beyond & some])
@@ -239,7 +239,7 @@ TARGETS: dict[str, Target] = {
             "rtx_pro_6000_96gb",
             "RTXPRO6000",
             (),
-            {"token": TINY, "shared_attention": "a denser sweep beside the powers of two is all held out"},
+            {"token": TINY, "shared_attention": "a denser sweep next to the powers of two is all held out"},
         ),
         Target(
             name="llama3.1_8b_a6000",

@@ -1,4 +1,4 @@
-"""Calibrates this device: measures every term, fits, checks with a run of the engine, writes file and plot."""
+"""Calibrates this device: measures and fits every term, checks the fit in the engine, writes the file and a plot."""
 
 from __future__ import annotations
 

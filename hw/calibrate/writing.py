@@ -1,4 +1,4 @@
-"""Writes calibration files so that a diff can be read, and prints their errors."""
+"""Writes calibration files with readable diffs, and prints their errors."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Replays a trace against any OpenAI-compatible server."""
+"""Replays a trace against any OpenAI-compatible server. All code is in ``hw.client.client``."""

@@ -154,7 +154,7 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
         self._thread.start()
 
-    def tell(self, header: Header) -> None:
+    def send(self, header: Header) -> None:
         """Send a message, before all bytes of transfers that have not left yet."""
         with self._changed:
             self._messages.append(header)
@@ -166,11 +166,11 @@ class Sender:
             self._coming.append(_Transfer(header, load, time.monotonic() + self._latency_s))
             self._changed.notify()
 
-    def close(self, *, whole: bool = True) -> None:
-        """End the thread; with ``whole``, send everything that is left first."""
+    def close(self, *, complete: bool = True) -> None:
+        """End the thread; with ``complete``, send everything that is left first."""
         with self._changed:
             self._closing = True
-            if not whole:
+            if not complete:
                 self._messages.clear()
                 self._coming.clear()
                 self._abandoned = True

@@ -1,15 +1,15 @@
-"""What the prefill and the decode process run: load the model, meet the other process, serve, and report.
+"""What the prefill and the decode process run: load the model, connect to the other process, serve, and report.
 
 Parent and child exchange pairs (kind, content) over a pipe. The parent sends
 
-    serve       {config, key}       the configuration to serve, and the secret by which both sides know each other
+    serve       {config, key}       the configuration to serve, and the secret with which both sides authenticate
     connect     port                to prefill: where decode listens
     start       moment              the clock's zero, on CLOCK_MONOTONIC
     stop        None                end early
     None instead of a pair ends the process
 
 and a child answers with ``listening``, ``ready``, ``records``, ``transfer``, ``released``, ``log``, then ``ended`` or
-``failed``; ``hw.disaggregate.pair.Reports`` says what comes with each.
+``failed``; ``hw.disaggregate.pair.Reports`` lists the content of each.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _decode(cfg: DictConfig, key: str, elastic: ElasticModel, _tokenizer: Any, p
             clock=clock,
             report=lambda kind, content: pipe.send((kind, content)),
         )
-        connection.tell({"kind": "hello", "context_limit": side.engine.context_limit})
+        connection.send({"kind": "hello", "context_limit": side.engine.context_limit})
         side.listen()
         _serve(side, channel, elastic, clock, pipe)
 
@@ -148,7 +148,7 @@ def _closed(connection: Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        connection.close(whole=False)
+        connection.close(complete=False)
 
 
 def accept_peer(server: socket.socket, key: str, pipe: Pipe) -> Channel | None:
@@ -205,7 +205,7 @@ def _serve(
         serve(side, clock, partial(_stopped, pipe))
         complete = True
     finally:
-        connection.close(whole=complete)
+        connection.close(complete=complete)
         rows = engine.memory_rows()
         log = SideLog(
             iterations=engine.iterations(),

@@ -1,7 +1,7 @@
 """``python -m hw.disaggregate``: from a configuration to the run folder of a prefill and a decode process.
 
-The parent (hw/disaggregate/pair.py) collects what both processes (hw/disaggregate/processes.py) report as they go, so
-that records survive the end of either process.
+The parent (hw/disaggregate/pair.py) collects what both processes (hw/disaggregate/processes.py) report during the run,
+so that records survive if either process dies.
 """
 
 from __future__ import annotations

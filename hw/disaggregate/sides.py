@@ -1,17 +1,17 @@
 """Prefill and decode of a real model in two processes: KV is gathered, sent, and put into the pool of the other side.
 
-The rules are those of ``sim.disaggregate``, which states the places that a request goes through, with one replica on
-each side and without ``overlap``. One connection (hw/disaggregate/kv_link.py) carries these messages:
+The rules are those of ``sim.disaggregate``, which lists the states of a request, with one replica on each side and
+without ``overlap``. One connection (hw/disaggregate/kv_link.py) carries these messages:
 
-    prefill -> decode   offer     a request whose prompt is computed: its tokens, its record, no KV yet
-    decode -> prefill   take      room is held for it: KV blocks, and a place among the running requests
+    prefill -> decode   offer     a request whose prompt is computed: its tokens and its record, no KV yet
+    decode -> prefill   take      room is reserved for it: KV blocks, and a place among the running requests
     prefill -> decode   kv        chunks of its keys, then of its values, layer by layer as decode keeps them
-    decode -> prefill   arrived   its KV lies in the pool; only now does prefill free its own
+    decode -> prefill   arrived   its KV is in the pool; only now does prefill free its own
     prefill -> decode   over      no other request will come
 
-Each side has three threads: one runs the engine and frees its lock while the model computes; one receives from the
-other side, and may hold room under that lock in the middle of an iteration; one sends. All times are those of one
-clock, Linux's CLOCK_MONOTONIC, which both processes read.
+Each side has three threads. One runs the engine and releases its lock while the model computes. One receives from the
+other side, and may reserve room under that lock in the middle of an iteration. One sends. All times are on Linux's
+CLOCK_MONOTONIC, which both processes read.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Connection:
         self.failure: BaseException | None = None
         self._channel = channel
         self._sender = Sender(channel, self._fail, bytes_per_s=bytes_per_s, latency_s=latency_s)
-        self.tell, self.carry = self._sender.tell, self._sender.carry
+        self.send, self.carry = self._sender.send, self._sender.carry
 
     def listen(self, heard: Callable[[Header, Channel], bool]) -> None:
         """Start a thread that passes every header it receives to ``heard``, until that returns True."""
@@ -120,11 +120,11 @@ class Connection:
 
         threading.Thread(target=run, name="listener", daemon=True).start()
 
-    def close(self, *, whole: bool) -> None:
-        """Close the channel; with ``whole``, after sending what is left."""
-        if not whole:
+    def close(self, *, complete: bool) -> None:
+        """Close the channel; with ``complete``, after sending what is left."""
+        if not complete:
             self._channel.close()  # first, for a send that is stuck
-        self._sender.close(whole=whole)
+        self._sender.close(complete=complete)
         self._channel.close()
 
     def _fail(self, error: BaseException) -> None:
@@ -198,7 +198,7 @@ class PrefillSide:
         self.engine.submit(due)
         over = self._next == len(trace) and self.engine.drained and not self.engine.outside
         if over:
-            self.connection.tell({"kind": "over"})
+            self.connection.send({"kind": "over"})
         return over
 
     def _request(self, number: int) -> Request:
@@ -219,7 +219,7 @@ class PrefillSide:
             return
         outputs = int(self._trace.output_tokens[request_id])
         handover = self.engine.handover(request_id, outputs, self._output_limit(request_id))
-        self.connection.tell({"kind": "offer", "handover": dataclasses.asdict(handover)})
+        self.connection.send({"kind": "offer", "handover": dataclasses.asdict(handover)})
 
     def _heard(self, header: Header, _channel: Channel) -> bool:
         request_id = header.get("request")
@@ -307,7 +307,7 @@ class DecodeSide:
             content = bytearray(kv_bytes_sent(self._elastic.spec, self._plan, request.prompt_tokens))
             come = _Coming(self._offers.popleft(), table, content, self._clock.now_s())
             self._coming[request.request_id] = come
-            self.connection.tell({"kind": "take", "request": request.request_id})
+            self.connection.send({"kind": "take", "request": request.request_id})
 
     def _on_token(self, request_id: int, _token: int | None, last: bool) -> None:
         if last:
@@ -349,7 +349,7 @@ class DecodeSide:
             del self._coming[request.request_id]
             self._arrived.append(come)
             self.connection.guard.notify()
-        self.connection.tell({"kind": "arrived", "request": request.request_id})
+        self.connection.send({"kind": "arrived", "request": request.request_id})
 
 
 def handover_from(header: Header, model: ModelSpec) -> Handover:

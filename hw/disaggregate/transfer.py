@@ -1,10 +1,10 @@
 """Real transfers of KV against simulated ones: what ``python -m hw.disaggregate_results measure=true`` measures.
 
-A prefill and a decode process of SmolLM2-135M, one thread each, first calibrate their link on requests of their own.
-They then serve one small workload under every plan of ``VARIANTS``, ``repeats`` times in random order; between repeats,
-their speed next to each other is measured on other requests again. ``sim.disaggregate`` replays each variant with the
-committed calibration of the device and the measured link. This needs two idle cores for about seven minutes, and
-records how busy other programs kept them.
+A prefill and a decode process of SmolLM2-135M, one thread each, first calibrate their link on separate requests. They
+then serve one small workload under every plan of ``VARIANTS``, ``repeats`` times in random order. Between repeats,
+other requests measure how fast the two processes run next to each other. ``sim.disaggregate`` replays each variant with
+the committed calibration of the device and the measured link. This needs two idle cores for about seven minutes; it
+records how much other programs used them.
 """
 
 from __future__ import annotations

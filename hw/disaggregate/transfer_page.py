@@ -1,4 +1,4 @@
-"""``python -m hw.disaggregate_results``: write docs/results/transfer/index.md; with ``measure=true``, measure first."""
+"""The page docs/results/transfer/index.md, from the figures that ``hw.disaggregate.transfer`` measured."""
 
 from __future__ import annotations
 

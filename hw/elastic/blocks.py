@@ -1,8 +1,8 @@
-"""MHA and FFN blocks of a real model whose weights can be freed, brought back, or swapped for quantized copies.
+"""MHA and FFN blocks of a real model whose weights can be freed, restored, or swapped for quantized copies.
 
 A block's weights are resident (on the device, in the parameters of the model's own modules) or only stored. On CUDA the
 store is pinned host memory, and a side stream copies from it. On a CPU, host and device memory are the same, so the
-store is an unlinked file on disk: only then does dropping a block really free memory.
+store is an unlinked file on disk; otherwise dropping a block would free no memory.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class PendingCopy:
         """Bytes that the copy takes on the device."""
         return sum(t.nbytes for t in self.weights) + sum(t.nbytes for t in self.rest or [])
 
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Return whether the copy is complete."""
         return all(event.query() for event in self.events)  # type: ignore[no-untyped-call]
 
@@ -201,7 +201,7 @@ class Block:
     def join(self, wait: bool) -> None:
         """Let a complete copy take effect; with ``wait``, also one that is still under way."""
         copy = self.pending
-        if copy is None or not (wait or copy.whole()):
+        if copy is None or not (wait or copy.complete()):
             return
         for event in copy.events:
             torch.cuda.current_stream().wait_event(event)

@@ -1,4 +1,4 @@
-"""Copies the blocks of a layer from host memory while iterations go on: a side stream on CUDA, a thread on a CPU."""
+"""Copies the blocks of a layer from host memory while iterations run: a side stream on CUDA, a thread on a CPU."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class LayerCopier:
         """Return whether the copy is complete."""
         if self._future is not None:
             return self._future.done()
-        return all(block.pending is None or block.pending.whole() for block, _ in self._blocks)
+        return all(block.pending is None or block.pending.complete() for block, _ in self._blocks)
 
     def wait(self, timeout_s: float) -> float:
         """Wait for the copy, at most ``timeout_s``; return the seconds waited, at most those that the copy took."""
@@ -75,9 +75,9 @@ class LayerCopier:
         self._blocks = []
 
     def abandon(self) -> None:
-        """Give a copy up and free its tensors."""
+        """Abandon a copy and free its tensors."""
         if self._future is not None:
-            self._future.exception()  # waits: else the thread would hand over a copy that was given up
+            self._future.exception()  # waits: else the thread would hand over a copy that was abandoned
             self._future = None
         for block, _ in self._blocks:
             block.pending = None

@@ -1,4 +1,4 @@
-"""How much of a device's memory a run really takes, and how freed memory is returned."""
+"""How much of a device's memory a run really takes, and how freed memory is returned to the device."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The KV cache of requests, one growing tensor a layer: plain and exact, not fast. The paged pool is ``paged_kv``.
+"""The KV cache of a request, one growing tensor per layer: simple and exact, not fast. The paged pool is ``paged_kv``.
 
-A request that loses an MHA block keeps a hole there: it never computed that layer's KV for the tokens in between, so it
-never runs the block again (DESIGN section 2, rule 4). ``RequestKV.holds`` is the set of MHA blocks it can still run; it
-only shrinks. ``restore=recompute`` starts a new RequestKV and prefills the prompt and the tokens produced so far.
+A request that loses an MHA block has no KV of that layer for the tokens in between, so it never runs the block again
+(docs/concepts.md, "When a plan changes", rule 4). ``RequestKV.holds`` is the set of MHA blocks that it can still run;
+the set only shrinks. ``restore=recompute`` starts a new RequestKV and prefills the prompt and the tokens produced so
+far.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A real model that runs Plans: it skips blocks, frees and restores their weights, and swaps in quantized copies.
 
-elastic = ElasticModel(model)                   # a Hugging Face model of a supported family; it is changed in place
-elastic.apply(plan)                             # the next forward runs it
+elastic = ElasticModel(model)                   # a Hugging Face model of a supported family, changed in place
+elastic.apply(plan)                             # takes effect in the next forward pass
 request = RequestKV()
 logits = elastic.forward([prompt], [request], "prefill")
 elastic.end_prefill(request)

@@ -1,9 +1,9 @@
-"""One iteration of a batch whose keys and values lie in a paged pool: decodes and prompt chunks in one forward pass.
+"""One iteration of a batch whose keys and values are in a paged pool: decodes and prompt chunks in one forward pass.
 
-The tokens of all requests form one row, those of decodes first, so that every linear layer is one product over the
-full batch. Attention is computed by request: decodes with about the same context share one call of PyTorch's attention,
-each prompt chunk has its own. A block never sees a token that does not run it (stage-wise masks, KV holes): MHA blocks
-select tokens by request, FFN blocks by stage.
+The tokens of all requests form one row, decodes first, so that every linear layer is one product over the full batch.
+Attention is computed by request: decodes with about the same context share one call of PyTorch's attention, and each
+prompt chunk has its own. A token may skip a block that other tokens run (stage-wise masks, KV holes): MHA blocks select
+tokens by request, FFN blocks by stage.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The memory of a paged KV cache: keys and values in KV blocks of one layer, on one device, and a pool that resizes.
 
     arena = MappedArena(capacity=1000, block_tokens=16, heads=8, head_dim=64, dtype=torch.float32)
-    pool = KVPool(900, ArenaStorage(arena))         # the arena holds 900 KV blocks of one layer, and no byte more
+    pool = KVPool(900, ArenaStorage(arena))         # memory for exactly 900 KV blocks of one layer
 
-``sim.engine.kv_pool`` decides which blocks are held, ``sim.engine.block_table`` says which tokens lie in them; this file is the
-memory behind their numbers.
+``sim.engine.kv_pool`` decides which KV blocks are held, and ``sim.engine.block_table`` which tokens are in them. This
+file is the memory behind their numbers.
 """
 
 from __future__ import annotations

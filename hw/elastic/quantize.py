@@ -2,7 +2,7 @@
 
 A product unpacks the weight first, so this saves memory but no time. No maintained library fits: torchao's int4 needs a
 GPU, bitsandbytes has neither groups of 128 inputs with FP16 scales nor packed zero points, and torch's own int8 product
-supports only one scale a row.
+supports only one scale per row.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class QuantWeight:
         groups = self.scales.shape[1]
         zeros = unpack_4bit(self.zeros, o * groups).view(o, groups).to(torch.float32) if self.bits == 4 else None
         rows = min(max(_SLICE_VALUES[device.type] // i, 1), o)
-        rows += rows % 2  # an even count of values begins at a whole byte
+        rows += rows % 2  # an even count of values ends at a byte boundary
         values = _scratch("values", torch.float32, rows * i, device)
         for first in range(0, o, rows):
             last = min(first + rows, o)

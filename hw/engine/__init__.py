@@ -1,1 +1,8 @@
-"""The real engine: the same serving rules as the simulator, on the wall clock."""
+"""The real engine: the serving rules of the simulator, run on a real model and a real clock.
+
+hw_engine        ``HwEngine``, which others import
+torch_executor   runs the replica's decisions on the model
+clock            ``RealClock``: wall-clock or processor seconds
+prompts          token ids for the requests of a trace
+iteration_log    what each iteration computed, and its memory
+"""

@@ -1,4 +1,4 @@
-"""What time it is for a real engine: wall-clock seconds, or processor seconds where a machine is shared."""
+"""The clock of a real engine: wall-clock seconds, or processor seconds on a shared machine."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The Engine protocol over a real model: the rules of ``sim.engine.replica``, on a clock that is real.
+"""The Engine protocol over a real model: the rules of ``sim.engine.replica`` on a real clock.
 
     engine = HwEngine(elastic=ElasticModel(model), config=config, plan=plan, budget_bytes=budget, prompts=prompts)
     replay(trace, engine, policy, tick_s=1.0)       # as with SimEngine; nothing else changes
 
-The replica decides, hw/engine/torch_executor.py carries it out. For equal decisions the simulated and the real engine admit
-the same requests in the same order.
+The replica decides; hw/engine/torch_executor.py runs its decisions on the model. For equal decisions of the policy, the
+simulated and the real engine admit the same requests in the same order.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class HwEngine(Replica):
             on_token: called with (request_id, token, whether it is the last) as each token comes; the token is None
                 where a request was rejected.
             holds: called with a request_id as it ends: whether its KV stays held until ``release``; None never.
-            quality_nll: nats a token that a plan costs (``sim.cost.quality``), charged to requests; None charges nothing.
+            quality_nll: nats per token that a plan costs (``sim.cost.quality``), charged to requests; None for none.
             during_forward: entered while the model computes, as to free a lock.
         Raises:
             ConfigError: for ``prefix_caching``, which only the simulated engine has.

@@ -1,4 +1,4 @@
-"""What the real engine writes down of its iterations besides their times: what they computed, and the memory after."""
+"""What the real engine logs of an iteration besides its times: what it computed, and the memory afterwards."""
 
 from __future__ import annotations
 

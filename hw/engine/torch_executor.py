@@ -1,9 +1,9 @@
-"""Carries out a replica's decisions on a real model: one forward pass an iteration, and weights that come and go.
+"""Runs a replica's decisions on a real model: one forward pass per iteration, and weights that are freed and restored.
 
-* An iteration is one pass over decodes and prompt chunks, their keys and values in a paged pool of real memory
-  (hw/elastic/paged_kv.py, hw/elastic/paged_attention.py). Its duration is what the clock shows afterwards.
-* A dropped block's weights are freed. A restored block's are read from where they are stored while iterations go on.
-* Tokens are real: greedy, each request up to the length that the trace states, or to the model's own end of text.
+* An iteration is one pass over decodes and prompt chunks, with keys and values in a paged pool of real memory
+  (hw/elastic/paged_kv.py, hw/elastic/paged_attention.py). Its duration is read from the clock afterwards.
+* A dropped block's weights are freed. A restored block's weights are read from the store while iterations run.
+* Tokens are real and greedy. A request ends at the length in the trace, or at the model's own end of text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A replay on the real model: the same configuration and the same files as ``sim.replay``.
+"""A replay on the real model, with the configuration and the files of ``sim.replay``.
 
 It takes every key of the simulator, so one command line serves both; keys under ``hw`` are those that only a real run
 needs. It also writes ``hardware.json``: clock, device, allocated and used memory.

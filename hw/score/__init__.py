@@ -1,1 +1,14 @@
-"""What each block, precision and KV choice of a real model loses in quality."""
+"""What each block, precision and KV choice of a real model loses in quality.
+
+    run, job                                 the command, its configuration, and one measurement
+    orders, losses                           the kinds of measurement: orders of blocks or layers; losses of plans
+    gsi, one_shot, cosine, lis, pdtrim       the scores of the papers
+    quality_table, fit                       measures the quality table, and fits the quality model to it
+    full_test                                selected plans on the full test text, and greedy decoding
+    nll, text                                the loss of a plan on text, and that text
+    candidate_states, loss_bound             shared hidden states and bounds that make GSI faster
+    block_numbers                            blocks by number
+    report                                   the page of scores
+
+Others import ``nll`` and ``text`` to measure losses, and ``full_test.greedy_tokens``.
+"""

@@ -1,4 +1,4 @@
-"""Hidden states of a model and of the models without one more block, shared so that little is computed twice."""
+"""Hidden states of a model, and of the same model without one more block, with shared work done once."""
 
 from __future__ import annotations
 

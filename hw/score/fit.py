@@ -1,8 +1,8 @@
-"""Fits the quality model of ``sim.cost.quality`` to a table of measured plans, and says how far off it is on others.
+"""Fits the quality model of ``sim.cost.quality`` to a table of measured plans, and measures its held-out error.
 
 table = read_table(path)
 fit(table).perplexity(plan)
-cross_validate(table)                           # held-out errors, in all and of each kind of plan
+cross_validate(table)                           # held-out errors, overall and for each kind of plan
 write_fits(path)                                # the coefficients that sim.cost.quality.load_quality reads
 """
 

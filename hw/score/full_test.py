@@ -1,4 +1,4 @@
-"""Further measurements for the page of scores: some plans on the full test text, and greedy decoding under a plan."""
+"""More measurements for the page of scores: selected plans on the full test text, and greedy decoding under a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RAP's Greedy Sequential Importance: the order in which blocks go, each time the one whose removal costs least."""
+"""RAP's Greedy Sequential Importance: an order of blocks in which each step removes the one that costs least."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A lower bound of the loss of a window under a changed model, for a few per cent of the cost of the head."""
+"""A lower bound of the loss of a window under a changed model, at a few percent of the cost of the output head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kinds of ``hw.score`` that measure what plans lose, one function a kind."""
+"""The kinds of ``hw.score`` that measure the losses of plans, one function per kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RAP's one-shot ranking, the ablation of GSI: blocks by what each costs when it alone is removed."""
+"""RAP's one-shot ranking, the ablation of GSI: blocks by what each costs when it is the only one removed."""
 
 from __future__ import annotations
 

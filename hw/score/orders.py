@@ -1,4 +1,4 @@
-"""The kinds of ``hw.score`` that write an order of blocks or layers, one function a kind."""
+"""The kinds of ``hw.score`` that write an order of blocks or layers, one function per kind."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def quality(measured: QualityTable, raw: dict[str, Any], scores: Path, searched:
     for form in FORMS:
         errors = {error.kind: error for error in errors_of(measured, held_out(measured, (form,)), form)}
         forms += [{"form": form} | _error(errors[kind]) for kind in ("all", "random mask") if kind in errors]
-    whole = [
+    held_out_kinds = [
         {"plans of": kind} | _error(errors_of(measured, held_out_kind(measured, kind), kind)[0])
         for kind in ("random mask", *(f"prefix of {name}" for name in ("gsi", "one_shot", "cosine", "pdtrim")))
         if sum(kind in kinds for kinds in measured.kinds) > 5
@@ -180,7 +180,9 @@ def quality(measured: QualityTable, raw: dict[str, Any], scores: Path, searched:
         "test_text": raw["test_text"],
         "forms": table(forms, ERROR_SPECS, left=2),
         "chosen": table([_error(error) for error in errors_of(measured, held_out(measured), "chosen")], ERROR_SPECS),
-        "held_out_kinds": table(pd.DataFrame(whole).drop(columns="kind of plan"), ERROR_SPECS) if whole else "",
+        "held_out_kinds": table(pd.DataFrame(held_out_kinds).drop(columns="kind of plan"), ERROR_SPECS)
+        if held_out_kinds
+        else "",
         "fitted": fit(measured),
         "better": None if best == used else best,
         "equal_bytes": table(equal_bytes, dict.fromkeys(BYTES_SPECS, ".1f") | PERPLEXITY_SPECS, left=0)

@@ -1,4 +1,4 @@
-"""``python -m hw.score kind=...``: measure on a real model what its blocks are worth; ``--help`` lists the kinds."""
+"""``python -m hw.score kind=...``: measures what the blocks of a real model are worth; ``--help`` lists the kinds."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def read_windows(
     Args:
         path: the file, absolute, relative, or below ``data_dir()``.
         tokenizer: of the measured model.
-        tokens: how many tokens to take, rounded down to whole windows; None takes all.
+        tokens: how many tokens to take, rounded down to full windows; None takes all.
         window: tokens of one window.
         seed: of a random choice of windows; None takes the first ones.
         keep_newlines: whether a row keeps the newline at its end, so that three newlines follow it. The data set of

@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's answers, complete and streamed, for completions and chat completions."""
+"""The bodies of OpenAI answers, complete and streamed, for completions and chat completions."""
 
 from __future__ import annotations
 

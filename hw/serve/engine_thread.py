@@ -1,4 +1,4 @@
-"""Runs the engine in a thread of its own, between an asynchronous server and the iterations of the model."""
+"""Runs the engine in its own thread, between an asynchronous server and the iterations of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine observes of itself, as Prometheus metrics."""
+"""The state of the engine as Prometheus metrics."""
 
 from __future__ import annotations
 

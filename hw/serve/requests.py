@@ -1,4 +1,4 @@
-"""Checks OpenAI's requests: what each field may be, and one clear sentence where it is something else."""
+"""Checks OpenAI requests: the allowed values of each field, and a clear error for anything else."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """Serves the engine over HTTP like OpenAI: ``python -m hw.serve``, then ``curl 127.0.0.1:8000/v1/models``.
 
-    POST /v1/completions        prompt (text or token ids), max_tokens, stream, ignore_eos; greedy, one answer a request
+    POST /v1/completions        prompt (text or token ids), max_tokens, stream, ignore_eos; greedy, one answer each
     POST /v1/chat/completions   the same for messages (role, content), formatted by the tokenizer's chat template;
                                 without one, a line "role: content" for each message, then "assistant:"
     GET  /v1/models             the served model, and how a chat is formatted
     GET  /metrics               Prometheus metrics: queue, KV blocks, tokens, bytes
-    GET  /plan, PUT /plan       read the plan, or set it with the options of policy=fixed; a policy then decides no more
+    GET  /plan, PUT /plan       read the plan, or set it with the options of policy=fixed; this ends the policy
 
 The configuration is that of ``hw.replay``, plus ``serve.*``: where to listen and what to refuse. The server listens on
-loopback by default, has no users, and keeps a record of every request: it is for a laboratory, not for the public.
+loopback by default, has no authentication, and keeps a record of every request: do not expose it to the public.
 """
 
 from __future__ import annotations

@@ -1,8 +1,17 @@
-"""How far the simulation is from reality. Three commands, from one pair of runs to the full suite:
+"""How far the simulator is from real runs. Three commands:
 
-- ``python -m hw.compare RUN_SIM RUN_HW ...``: you have run folders of both sides; get errors, noise, verdicts.
-- ``python -m hw.fidelity``: no GPU at hand; compare the simulator with a published run of vLLM on an RTX 4090.
-- ``python -m hw.validate``: a real engine runs on this machine; serve all workloads under all policies on both sides.
+- ``python -m hw.compare RUN_SIM RUN_HW ...``: use it when you have run folders of both sides.
+- ``python -m hw.fidelity``: use it without a GPU; it compares the simulator with a published run of vLLM.
+- ``python -m hw.validate``: use it to run and compare the full suite of workloads and policies on this machine.
 
-``agents.training.validation`` is something else: it picks the best checkpoint of a training on held-out episodes.
+Modules:
+
+    compare         errors, noise and verdicts of one simulated run against real ones; import ``compare``, ``read_run``
+    timeline        preemptions, plan changes and loads over time, from the files of a run
+    fidelity        the published run
+    suite           the suite: runs, repeats, verdicts
+    suite_page      its results page
+    machine_speed   how fast the machine is during the suite
+
+``agents.training.validation`` is unrelated: it selects the best checkpoint of a training on held-out episodes.
 """

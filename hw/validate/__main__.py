@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from hw.validate.compare import verdicts
-from hw.validate.suite import PAGE, PAGES, PICTURE, RESULT, ValidateConfig, run_suite
+from hw.validate.suite import PAGE, PAGES, PLOT, RESULT, ValidateConfig, run_suite
 from hw.validate.suite_page import page, plot
 from sim.config import one_thread, run_command
 from sim.errors import ConfigError, nearest
@@ -35,7 +35,7 @@ def _validate(cfg: DictConfig) -> int:
         content = run_suite(settings, console)
         write_json(RESULT, content)
     write_text(PAGE, page(content))
-    plot(PICTURE, content)
+    plot(PLOT, content)
     missed = missed_checks(content)
     console.print(f"{len(missed)} checks missed; {PAGE}", highlight=False)
     return 1 if missed else 0

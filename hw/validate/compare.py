@@ -1,9 +1,9 @@
 """Compares a simulated run with real runs of the same requests: an error, the noise and a verdict for each figure.
 
-Runs are folders of sim.replay and hw.replay (or hw.client). Several real runs of one configuration give the noise of
+Runs are folders of sim.replay and hw.replay (or hw.client). Several real runs of one configuration measure the noise of
 the hardware. No simulator can be closer than that, so an error above its tolerance but below the noise is reported as
-"within noise" and is no miss. Preemptions and plan changes are compared in number and in time, and running requests,
-waiting requests, KV use and resident weights over time; both need a simulation with iterations=true.
+"within noise" and is no miss. Preemptions and plan changes are compared in number and in time; running requests,
+waiting requests, KV use and resident weights are compared over time. Both need a simulation with iterations=true.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
             times = "none on both sides to compare in time"
         if event["time_error_s"] is not None:
             times = (
-                f"{event['paired']} on both sides, {event['time_error_s']:.3g} s apart on average (noise "
+                f"{event['paired']} on both sides, {event['time_error_s']:.3g} s difference on average (noise "
                 f"{seconds(event['time_noise_s'])}, tolerance {seconds(event['time_tolerance_s'])}): "
                 f"{event['time_verdict']}"
             )
@@ -252,7 +252,7 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
     for name, line in result["timelines"].items():
         if line is not None:
             console.print(
-                f"{name} over time: simulated {line['simulated']:.3g}, real {np.median(line['real']):.3g}, apart by "
+                f"{name} over time: simulated {line['simulated']:.3g}, real {np.median(line['real']):.3g}, off by "
                 f"{line['difference']:.3g} on average (noise {number(line['noise'])})",
                 highlight=False,
             )

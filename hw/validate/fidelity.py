@@ -2,7 +2,7 @@
 
 The run: 300 ShareGPT requests on Llama-3.1-8B, one RTX 4090, vLLM 0.19.0, at 10.3 requests per second with a KV cache
 of 2,588 blocks, so that a request spends most of its time queued or preempted (casys-kaist/LLMServingSim,
-``bench/examples/RTX4090/Llama-3.1-8B/vllm``, commit 5daddb21, MIT). The kernel prices were measured separately. One
+``bench/examples/RTX4090/Llama-3.1-8B/vllm``, commit 5daddb21, MIT). The kernel times were measured separately. One
 number is fitted on the run, the overhead of an iteration, and only on its first 60 seconds.
 """
 
@@ -157,7 +157,7 @@ def _statistic(values: Floats, name: str) -> float:
 
 
 def counts(run: RealRun, records: Records, iterations: int) -> dict[str, Any]:
-    """Return what the page tells next to the errors; ``moved``: requests whose TTFT is off by more than 5 s."""
+    """Return what the page states next to the errors; ``moved``: requests whose TTFT is off by more than 5 s."""
     return {
         "requests": len(records),
         "iterations": iterations,

@@ -1,8 +1,8 @@
 """How fast the machine is during a suite of runs, relative to its calibration.
 
 A shared machine runs the same pass faster or slower than when it was calibrated. Between the runs of a suite, the
-engine therefore serves reference requests that no verdict counts. Their measured time over their predicted time is one
-factor, by which all prices of the suite's simulations are multiplied.
+engine therefore serves reference requests that count for no verdict. Their measured time over their predicted time is
+one factor, by which all prices of the suite's simulations are multiplied.
 """
 
 from __future__ import annotations

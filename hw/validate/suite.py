@@ -1,7 +1,8 @@
 """The validation suite: every workload under every policy, in simulation and on the real model of this machine.
 
 Real runs are repeated, in random order. Run folders are kept as sim.replay and hw.replay write them, and a run that
-exists is not repeated. Reference runs in between measure the machine's speed (``hw.validate.machine_speed``).
+already has its folder is skipped. Reference runs in between measure the machine's speed
+(``hw.validate.machine_speed``).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from sim.policies import Policy
 from sim.replay.run import RecordingEngine, build_engine, build_parts, build_trace, figures, replay_with, write_tables
 from sim.results.run_folder import provenance, write_json, write_text
 
-RESULT, PAGE, PICTURE = (RESULTS / "validation" / name for name in ("validation.json", "index.md", "validation.png"))
+RESULT, PAGE, PLOT = (RESULTS / "validation" / name for name in ("validation.json", "index.md", "validation.png"))
 CALIBRATION = "smollm2_135m_cpu_epyc_1thread"
 TICK = "tick_s=0.5"
 

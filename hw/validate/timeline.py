@@ -1,8 +1,8 @@
 """When things happened in a run: preemptions, plan changes, and requests, KV use and resident weights over time.
 
-A preemption has the start time of the iteration in whose forming it happened (``iterations.parquet``), a plan change
-its own time (``transitions.parquet``), the resident share the times of its changes (``kept_share.parquet``). Both
-engines write all three files.
+A preemption has the start time of the iteration whose batch was being formed (``iterations.parquet``). A plan change
+has its own time (``transitions.parquet``), and the resident share of weights the times of its changes
+(``kept_share.parquet``). Both engines write all three files.
 """
 
 from __future__ import annotations

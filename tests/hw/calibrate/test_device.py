@@ -115,7 +115,7 @@ def test_the_command_writes_a_calibration_that_the_simulator_loads_and_prices_an
     assert exit_status(command, "source=device", *model, "only=changes", f"out={tmp_path}") == 0
     again = json.loads((tmp_path / "tiny_cpu_epyc_1thread.json").read_text())
     assert again["tables"] == before
-    assert again["device_run"]["plan_changes"] != changes  # measured anew
+    assert again["device_run"]["plan_changes"] != changes  # measured again
     assert "iteration" in capsys.readouterr().out
 
 

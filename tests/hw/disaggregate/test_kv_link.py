@@ -54,7 +54,7 @@ def test_transfers_under_way_take_turns_and_a_message_goes_before_them(ends: End
     sender = Sender(ours, failed, latency_s=0.05)  # so that all is there before the first byte leaves
     for name in "ab":
         sender.carry({"name": name}, lambda name=name: memoryview(content[name]))  # type: ignore[misc]
-    sender.tell({"name": "message"})
+    sender.send({"name": "message"})
     frames = [take(theirs) for _ in range(9)]
     sender.close()
     assert [name for name, _ in frames] == ["message", *"abababab"]
@@ -87,7 +87,7 @@ def test_a_sender_that_closes_at_once_does_not_send_the_rest(ends: Ends) -> None
     ours, theirs = ends
     sender = Sender(ours, failed, bytes_per_s=1e5)
     sender.carry({"name": "long"}, lambda: memoryview(bytes(10**9)))
-    sender.close(whole=False)
+    sender.close(complete=False)
     ours.close()
     with pytest.raises(LinkError, match="ours has gone"):
         [take(theirs) for _ in range(3)]

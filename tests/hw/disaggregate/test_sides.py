@@ -1,4 +1,4 @@
-"""Prefill and decode of a real model apart: tokens, bytes, back-pressure, and what happens when one of them dies."""
+"""Prefill and decode of a real model in two engines: tokens, bytes, back-pressure, and what happens if one side dies."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ WAIT_S = 60.0
 
 
 @dataclass
-class Apart:
-    """Both sides in two threads of this process, and what they told."""
+class Pair:
+    """Both sides in two threads of this process, and what they reported."""
 
     prefill: PrefillSide
     decode: DecodeSide
     records: dict[int, Records] = field(default_factory=dict)
-    told: list[tuple[str, str, Any]] = field(default_factory=list)
+    reports: list[tuple[str, str, Any]] = field(default_factory=list)
     errors: dict[str, BaseException] = field(default_factory=dict)
     most_held: int = 0
 
@@ -47,10 +47,10 @@ class Apart:
         return side.engine.tokens(request_id)
 
     def transfers(self) -> dict[int, dict[str, Any]]:
-        return {value["request_id"]: value for _, kind, value in self.told if kind == "transfer"}
+        return {value["request_id"]: value for _, kind, value in self.reports if kind == "transfer"}
 
 
-def serve_apart(
+def serve_disaggregated(
     rows: Rows,
     plan: Plan,
     *,
@@ -59,22 +59,22 @@ def serve_apart(
     prefill_blocks: int = 200,
     decode_blocks: int = 200,
     bytes_per_s: float | None = None,
-    stop: Callable[[str, Apart], bool] = lambda _, __: False,
-) -> Apart:
-    """Serve rows of (arrival_s, prompt_tokens, output_tokens); look after every iteration whether memory adds up."""
-    config, clock, told = config or engine_config(), RealClock(), []
+    stop: Callable[[str, Pair], bool] = lambda _, __: False,
+) -> Pair:
+    """Serve rows of (arrival_s, prompt_tokens, output_tokens); check after every iteration that memory adds up."""
+    config, clock, reports = config or engine_config(), RealClock(), []
     arrival_s, prompts, outputs = (np.array(column) for column in zip(*rows, strict=True))
     trace = Trace(arrival_s=arrival_s.astype(np.float64), prompt_tokens=prompts, output_tokens=outputs)
 
     def engine_of(own: Plan, blocks: int, config: EngineConfig) -> tuple[ElasticModel, Callable[..., GuardedEngine]]:
         elastic = ElasticModel(tiny(family), name="tiny")
         budget = budget_for_kv_blocks(elastic.spec, own, blocks, 0, config.kv_block_tokens)
-        given = {"elastic": elastic, "config": config, "plan": own, "budget_bytes": budget, "clock": clock}
-        given["prompts"] = RandomPrompts(VOCABULARY)
-        return elastic, lambda **more: GuardedEngine(**{**given, **more})
+        settings = {"elastic": elastic, "config": config, "plan": own, "budget_bytes": budget, "clock": clock}
+        settings["prompts"] = RandomPrompts(VOCABULARY)
+        return elastic, lambda **more: GuardedEngine(**{**settings, **more})
 
     def report(stage: str) -> Callable[[str, Any], None]:
-        return lambda kind, value: told.append((stage, kind, value))
+        return lambda kind, value: reports.append((stage, kind, value))
 
     ends = socket.socketpair()
     elastic, build = engine_of(decode_side(plan), decode_blocks, config)
@@ -97,24 +97,24 @@ def serve_apart(
         report=report("prefill"),
     )
     decode.listen()
-    apart = Apart(prefill, decode, told=told)
+    pair = Pair(prefill, decode, reports=reports)
     clock.start_at(time.perf_counter())
 
     def run(stage: str, side: Side) -> None:
-        def look() -> bool:
+        def stopped() -> bool:
             side.engine.check()
-            apart.most_held = max(apart.most_held, len(prefill.engine.outside))
-            return stop(stage, apart)
+            pair.most_held = max(pair.most_held, len(prefill.engine.outside))
+            return stop(stage, pair)
 
-        whole = False
+        complete = False
         try:
-            serve(side, clock, look)
-            whole = True
+            serve(side, clock, stopped)
+            complete = True
         except BaseException as error:
-            apart.errors[stage] = error
-        side.connection.close(whole=whole)
+            pair.errors[stage] = error
+        side.connection.close(complete=complete)
 
-    threads = [threading.Thread(target=run, args=pair) for pair in (("prefill", prefill), ("decode", decode))]
+    threads = [threading.Thread(target=run, args=side) for side in (("prefill", prefill), ("decode", decode))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -122,9 +122,9 @@ def serve_apart(
         assert not thread.is_alive(), "a side does not end"
     for side in (prefill, decode):
         for i in side.engine.request_ids:
-            apart.records[i] = side.engine.records([i])
+            pair.records[i] = side.engine.records([i])
         side.engine.close()
-    return apart
+    return pair
 
 
 def some_rows(seed: int, count: int = 16, longest_prompt: int = 40, longest_output: int = 12) -> Rows:
@@ -136,13 +136,13 @@ def plans() -> dict[str, Plan]:
     spec = tiny_spec()
     dense = dense_plan(spec)
     keep = (KVKeep(), KVKeep(first_tokens=2, last_tokens=5), KVKeep(), KVKeep(first_tokens=0, last_tokens=3))
-    apart = replace(dense, prefill=drop(spec, ffn=[3]), decode=drop(spec, mha=[1], ffn=[0, 3]))
+    staged = replace(dense, prefill=drop(spec, ffn=[3]), decode=drop(spec, mha=[1], ffn=[0, 3]))
     return {
         "dense": dense,
         "unified": with_mask(dense, drop(spec, mha=[2], ffn=[1])),
-        "blocks": apart,
+        "blocks": staged,
         "kv": replace(dense, kv_keep=keep),
-        "both": replace(apart, kv_keep=keep),
+        "both": replace(staged, kv_keep=keep),
         "nothing to send": replace(dense, decode=drop(spec, mha=range(4))),
     }
 
@@ -150,35 +150,35 @@ def plans() -> dict[str, Plan]:
 @pytest.mark.parametrize("name", plans())
 def test_greedy_tokens_are_those_of_one_process_and_of_the_plain_elastic_model(name: str) -> None:
     rows, plan = some_rows(1), plans()[name]
-    apart = serve_apart(rows, plan)
-    assert not apart.errors
+    pair = serve_disaggregated(rows, plan)
+    assert not pair.errors
     together = hw_engine(plan=plan, timed=False)
     together.submit(requests(rows))
     together.run_until(float("inf"))
     elastic = ElasticModel(tiny(), name="tiny")
     for i, (_, prompt, output) in enumerate(rows):
         alone = greedy_tokens(elastic, plan, torch.tensor([RandomPrompts(VOCABULARY)(i, prompt)]), output)[0].tolist()
-        assert apart.tokens(i) == together.tokens(i) == alone
+        assert pair.tokens(i) == together.tokens(i) == alone
 
 
 def test_models_with_sliding_windows_and_other_families_decode_from_shipped_kv() -> None:
     rows = some_rows(2, count=8)
     for family in ("sliding", "qwen3", "opt"):
-        apart = serve_apart(rows, dense_plan(ElasticModel(tiny(family), name="tiny").spec), family=family)
+        pair = serve_disaggregated(rows, dense_plan(ElasticModel(tiny(family), name="tiny").spec), family=family)
         together = hw_engine(family=family, timed=False)
         together.submit(requests(rows))
         together.run_until(float("inf"))
-        assert [apart.tokens(i) for i in range(8)] == [together.tokens(i) for i in range(8)]
+        assert [pair.tokens(i) for i in range(8)] == [together.tokens(i) for i in range(8)]
 
 
 @pytest.mark.parametrize("name", ["dense", "both"])
 def test_every_request_ends_once_and_sends_the_bytes_of_the_plan(name: str) -> None:
     rows, plan = [*some_rows(3), (0.1, 300, 5)], plans()[name]  # the last one is too long for a pool of 50 KV blocks
-    apart = serve_apart(rows, plan, decode_blocks=50)
-    assert not apart.errors
-    transfers = apart.transfers()
+    pair = serve_disaggregated(rows, plan, decode_blocks=50)
+    assert not pair.errors
+    transfers = pair.transfers()
     for i, (_, prompt, output) in enumerate(rows):
-        record, sent = apart.records[i], transfers.get(i)
+        record, sent = pair.records[i], transfers.get(i)
         assert record.status[0] == (Status.REJECTED if i == len(rows) - 1 else Status.FINISHED)
         assert record.produced_tokens[0] == (0 if i == len(rows) - 1 else output)
         if output == 1 or i == len(rows) - 1:
@@ -187,16 +187,16 @@ def test_every_request_ends_once_and_sends_the_bytes_of_the_plan(name: str) -> N
             assert sent is not None
             assert sent["sent_bytes"] == kv_bytes_sent(tiny_spec(), plan, prompt)
             assert record.first_token_s[0] <= sent["send_s"] <= sent["sent_s"] <= sent["joined_s"] <= record.finish_s[0]
-    ends = [i for stage, kind, value in apart.told if kind == "records" for i in value[0] if stage == "decode"]
+    ends = [i for stage, kind, value in pair.reports if kind == "records" for i in value[0] if stage == "decode"]
     assert sorted(ends) == sorted(transfers)  # each ends once where it decodes
-    assert apart.prefill.engine.pool.used_layer_blocks == apart.decode.engine.pool.used_layer_blocks == 0
+    assert pair.prefill.engine.pool.used_layer_blocks == pair.decode.engine.pool.used_layer_blocks == 0
 
 
 def test_prefill_holds_kv_until_it_has_arrived_and_frees_it_then() -> None:
     rows = [(0.0, 30, 4)] * 6
-    apart = serve_apart(rows, plans()["dense"], bytes_per_s=2e6)
-    released_s = {value[0]: value[1] for _, kind, value in apart.told if kind == "released"}
-    transfers = apart.transfers()
+    pair = serve_disaggregated(rows, plans()["dense"], bytes_per_s=2e6)
+    released_s = {value[0]: value[1] for _, kind, value in pair.reports if kind == "released"}
+    transfers = pair.transfers()
     assert released_s.keys() == transfers.keys() == set(range(6))
     assert all(released_s[i] >= transfers[i]["sent_s"] for i in transfers)
     begun_s = min(t["send_s"] for t in transfers.values())
@@ -207,50 +207,50 @@ def test_prefill_holds_kv_until_it_has_arrived_and_frees_it_then() -> None:
 def test_a_decode_side_without_room_stops_prefill_in_the_end_and_nobody_is_lost() -> None:
     rows = [(0.0, 20, 10)] * 14
     config = engine_config(max_running=2)
-    apart = serve_apart(rows, plans()["dense"], config=config, prefill_blocks=30, decode_blocks=30)
-    assert not apart.errors
-    assert all(apart.records[i].status[0] == Status.FINISHED for i in range(14))
-    admitted_s = [float(apart.records[i].admitted_s[0]) for i in range(14)]
-    arrived_s = sorted(t["sent_s"] for t in apart.transfers().values())
+    pair = serve_disaggregated(rows, plans()["dense"], config=config, prefill_blocks=30, decode_blocks=30)
+    assert not pair.errors
+    assert all(pair.records[i].status[0] == Status.FINISHED for i in range(14))
+    admitted_s = [float(pair.records[i].admitted_s[0]) for i in range(14)]
+    arrived_s = sorted(t["sent_s"] for t in pair.transfers().values())
     assert max(admitted_s) > arrived_s[0]  # the last prompts could only be computed as the first KV had gone
-    assert apart.most_held <= 30 * 4 // 20  # the prefill pool holds no more prompts
+    assert pair.most_held <= 30 * 4 // 20  # the prefill pool holds no more prompts
 
 
 @pytest.mark.parametrize("name", ["dense", "unified"])
 def test_requests_preempted_at_the_decode_side_are_computed_again_there(name: str) -> None:
     rows = [(0.0, 12, 24)] * 6
-    apart = serve_apart(rows, plans()[name], decode_blocks=16)
-    assert not apart.errors
-    assert sum(int(apart.records[i].preemptions[0]) for i in range(6)) > 0
+    pair = serve_disaggregated(rows, plans()[name], decode_blocks=16)
+    assert not pair.errors
+    assert sum(int(pair.records[i].preemptions[0]) for i in range(6)) > 0
     together = hw_engine(plan=plans()[name], timed=False)
     together.submit(requests(rows))
     together.run_until(float("inf"))
-    assert [apart.tokens(i) for i in range(6)] == [together.tokens(i) for i in range(6)]
+    assert [pair.tokens(i) for i in range(6)] == [together.tokens(i) for i in range(6)]
 
 
 @pytest.mark.parametrize("dies", ["prefill", "decode"])
 def test_a_side_that_dies_is_an_error_in_the_other_which_keeps_its_records(dies: str) -> None:
     rows = [(0.0, 20, 30)] * 8
 
-    def stop(stage: str, apart: Apart) -> bool:
-        if stage == dies and len(apart.transfers()) >= 3:
+    def stop(stage: str, pair: Pair) -> bool:
+        if stage == dies and len(pair.transfers()) >= 3:
             raise RuntimeError("a bug")
         return False
 
-    apart = serve_apart(rows, plans()["dense"], bytes_per_s=2e5, stop=stop)
+    pair = serve_disaggregated(rows, plans()["dense"], bytes_per_s=2e5, stop=stop)
     other = {"prefill": "decode", "decode": "prefill"}[dies]
-    assert isinstance(apart.errors[dies], RuntimeError)
-    assert isinstance(apart.errors[other], LinkError)
-    assert f"the {dies} process has gone" in str(apart.errors[other])
-    assert set(apart.records) == set(range(8))
+    assert isinstance(pair.errors[dies], RuntimeError)
+    assert isinstance(pair.errors[other], LinkError)
+    assert f"the {dies} process has gone" in str(pair.errors[other])
+    assert set(pair.records) == set(range(8))
 
 
 def test_a_side_that_is_stopped_ends_between_two_iterations() -> None:
-    apart = serve_apart([(0.0, 20, 40)] * 4, plans()["dense"], stop=lambda _, apart: len(apart.transfers()) >= 2)
-    assert {type(error) for error in apart.errors.values()} <= {KeyboardInterrupt, LinkError}
-    assert KeyboardInterrupt in {type(error) for error in apart.errors.values()}
-    apart.prefill.engine.check()
-    apart.decode.engine.check()
+    pair = serve_disaggregated([(0.0, 20, 40)] * 4, plans()["dense"], stop=lambda _, pair: len(pair.transfers()) >= 2)
+    assert {type(error) for error in pair.errors.values()} <= {KeyboardInterrupt, LinkError}
+    assert KeyboardInterrupt in {type(error) for error in pair.errors.values()}
+    pair.prefill.engine.check()
+    pair.decode.engine.check()
 
 
 def test_an_offer_that_is_no_prompt_of_the_model_is_refused() -> None:

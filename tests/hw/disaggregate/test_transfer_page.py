@@ -68,10 +68,10 @@ def test_transfers_that_take_no_longer_the_more_they_carry_have_a_latency_alone(
 def test_every_variant_can_be_built_and_its_simulated_bytes_are_those_of_the_plan() -> None:
     model, sent = load_model("smollm2_135m"), {}
     for label, (_, kind) in VARIANTS.items():
-        words = policy_overrides(kind)
-        plan = plan_of(configuration("hw_disaggregate", words))
-        trace = build_trace(configuration("disaggregate", words))
-        sent[label] = simulate(words, LINK)["sent_bytes"]
+        overrides = policy_overrides(kind)
+        plan = plan_of(configuration("hw_disaggregate", overrides))
+        trace = build_trace(configuration("disaggregate", overrides))
+        sent[label] = simulate(overrides, LINK)["sent_bytes"]
         several = trace.output_tokens > 1
         assert sent[label] == sum(kv_bytes_sent(model, plan, int(p)) for p in trace.prompt_tokens[several])
     halves = [sent[label] / sent["dense"] for label, (_, kind) in VARIANTS.items() if kind != "dense"]
@@ -79,18 +79,20 @@ def test_every_variant_can_be_built_and_its_simulated_bytes_are_those_of_the_pla
 
 
 def test_the_requests_that_calibrate_are_not_those_that_are_reported() -> None:
-    arrivals = [set(build_trace(configuration("disaggregate", words)).arrival_s.tolist()) for words in ((), LONE, BUSY)]
+    arrivals = [
+        set(build_trace(configuration("disaggregate", overrides)).arrival_s.tolist()) for overrides in ((), LONE, BUSY)
+    ]
     assert not arrivals[0] & arrivals[1]
     assert not arrivals[0] & arrivals[2]
     assert any(word.startswith("seed=") for word in COMMON)
 
 
 def test_a_side_that_computes_slower_makes_simulated_times_longer() -> None:
-    words = policy_overrides("dense")
-    plain, same = simulate(words, LINK), simulate(words, LINK, {"prefill": 1.0, "decode": 1.0})
+    overrides = policy_overrides("dense")
+    plain, same = simulate(overrides, LINK), simulate(overrides, LINK, {"prefill": 1.0, "decode": 1.0})
     assert same["e2e_s"] == pytest.approx(plain["e2e_s"])
     slow_prefill, slow_decode = (
-        simulate(words, LINK, {"prefill": p, "decode": d}) for p, d in ((1.5, 1.0), (1.0, 1.5))
+        simulate(overrides, LINK, {"prefill": p, "decode": d}) for p, d in ((1.5, 1.0), (1.0, 1.5))
     )
     assert slow_prefill["ttft_s"]["mean"] > 1.4 * plain["ttft_s"]["mean"]
     assert slow_decode["ttft_s"] == pytest.approx(plain["ttft_s"])

@@ -65,7 +65,7 @@ def plain_logits(model, tokens: list[int], mha: torch.Tensor, ffn: torch.Tensor)
     """Return the logits of a plain model in one pass over a sequence, each block counting only where its gate is 1.
 
     Position p's attention reads earlier keys as if those positions had run the block, which they did: a request that
-    lost a block never runs it again. So this states DESIGN's KV hole without any cache.
+    lost a block never runs it again. So this states the KV hole (docs/concepts.md) without any cache.
     """
     model = copy.deepcopy(model)
     layers = model.model.decoder.layers if model.config.model_type == "opt" else model.model.layers
@@ -373,7 +373,7 @@ def test_dropped_weights_are_really_gone_from_memory() -> None:
 
 
 @pytest.mark.gpu
-def test_on_cuda_copies_run_aside_and_blocks_join_when_they_are_whole() -> None:
+def test_on_cuda_copies_run_on_a_side_stream_and_blocks_join_when_they_are_complete() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     plain = tiny("llama").cuda()

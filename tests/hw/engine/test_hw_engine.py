@@ -257,9 +257,9 @@ def assert_same_replay(found: HwEngine, expected: SimEngine) -> None:
 
 def moving_budget(seed: int, kv_blocks: int, *, steps: int = 5) -> Budget:
     rng, spec = random.Random(seed), tiny_spec()
-    whole = budget_for_kv_blocks(spec, dense_plan(spec), kv_blocks, 0, 4)
+    most = budget_for_kv_blocks(spec, dense_plan(spec), kv_blocks, 0, 4)
     low = budget_for_kv_blocks(spec, dense_plan(spec), kv_blocks // 2, 0, 4)
-    values = [whole] + [rng.choice((low, low - 40_000, (whole + low) // 2, whole)) for _ in range(steps)] + [whole]
+    values = [most] + [rng.choice((low, low - 40_000, (most + low) // 2, most)) for _ in range(steps)] + [most]
     kept = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]]
     return Budget(tuple(3.0 * i for i in kept), tuple(values[i] for i in kept), notice_s=1.0)
 
@@ -355,20 +355,20 @@ def test_what_is_allocated_never_exceeds_a_budget_that_moves() -> None:
 
 
 class HoldingCopier(LayerCopier):
-    """Copies that are complete only after they were asked about ``asks`` times, as on a GPU: the next passes run on.
+    """Copies that are complete only after ``polls`` checks, as on a GPU: iterations run meanwhile.
 
     Their tensors lie with the blocks from the start, as those of a CUDA copy do.
     """
 
-    def __init__(self, elastic: ElasticModel, asks: int) -> None:
+    def __init__(self, elastic: ElasticModel, polls: int) -> None:
         super().__init__(elastic)
-        self._asks, self._left = asks, 0
+        self._polls, self._left = polls, 0
 
     def start(self, copy: LayerCopy) -> None:
         super().start(copy)
         assert self._future is not None
         self._future.result()
-        self._left = self._asks
+        self._left = self._polls
 
     def complete(self) -> bool:
         self._left -= 1
@@ -391,14 +391,14 @@ def assert_blocks_are_as_counted(engine: HwEngine) -> None:
             assert (block.pending is not None) == bool(under_way), f"{kind} block {layer}"
 
 
-@pytest.mark.parametrize("asks", [1, 3, 7, 20])
+@pytest.mark.parametrize("polls", [1, 3, 7, 20])
 @pytest.mark.parametrize("seed", range(10))
-def test_a_later_plan_never_loses_a_copy_that_is_under_way_and_still_wanted(seed: int, asks: int) -> None:
-    rng, spec = random.Random(100 * seed + asks), tiny_spec()
+def test_a_later_plan_never_loses_a_copy_that_is_under_way_and_still_wanted(seed: int, polls: int) -> None:
+    rng, spec = random.Random(100 * seed + polls), tiny_spec()
     plans = plan_schedule(seed, 12, bits=seed % 2 == 1).plans
     engine = hw_engine(
         plan=plans[0],
-        copies=lambda elastic: HoldingCopier(elastic, asks),
+        copies=lambda elastic: HoldingCopier(elastic, polls),
         config=engine_config(restore=rng.choice(["new_requests", "recompute"])),
         budget=Budget((0.0,), (budget_for_kv_blocks(spec, dense_plan(spec), 60, 0, 4),)),
     )
@@ -455,7 +455,7 @@ class Starved(HwEngine):
     executor_type = StarvedExecutor
 
 
-def test_running_out_of_memory_preempts_and_loses_nobody() -> None:
+def test_running_out_of_memory_preempts_and_loses_no_request() -> None:
     rows = some_rows(8, 6)
     engine = hw_engine(kind=Starved)
     assert serve(engine, rows) == plain_tokens("llama", rows)
@@ -498,7 +498,7 @@ def test_a_value_that_is_no_number_stops_the_run_and_names_block_and_plan() -> N
     assert engine.records().produced_tokens.tolist() == [0]
 
 
-def test_an_interrupt_waits_for_the_end_of_an_iteration_and_leaves_whole_records() -> None:
+def test_an_interrupt_waits_for_the_end_of_an_iteration_and_leaves_complete_records() -> None:
     engine = hw_engine(on_token=lambda request_id, token, last: engine.interrupt() if request_id == 1 else None)
     engine.submit(requests([(0.0, 8, 6), (0.0, 8, 6)]))
     with pytest.raises(KeyboardInterrupt):

@@ -77,10 +77,10 @@ def test_the_same_overrides_give_the_same_files_columns_and_requests_on_both_eng
 
 def test_a_policy_that_decides_runs_unchanged_and_memory_is_what_was_counted(run: Callable[..., Path]) -> None:
     folder = run("hw", "policy=morphserve", "tick_s=0.2", "budget.blocks=20", "hw.clock=cpu")
-    told = json.loads((folder / "hardware.json").read_text())
-    assert told["largest_difference_bytes"] == 0
-    assert told["peak_allocated_bytes"] > 0
-    assert told["clock"] == "cpu"
+    hardware = json.loads((folder / "hardware.json").read_text())
+    assert hardware["largest_difference_bytes"] == 0
+    assert hardware["peak_allocated_bytes"] > 0
+    assert hardware["clock"] == "cpu"
     assert OmegaConf.load(folder / "config.yaml").policy._target_ == "sim.policies.morphserve.morphserve"
     assert (pd.read_parquet(folder / "records.parquet").status == "finished").all()
 
@@ -127,9 +127,9 @@ def test_a_nan_in_a_layer_ends_the_command_with_block_and_plan_named(
     with pytest.raises(SystemExit) as ended:
         run("hw", "policy=fixed", "policy.drop_mha=[1]")
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert "FFN2" in told
-    assert "-MHA 1" in told
+    message = capsys.readouterr().err
+    assert "FFN2" in message
+    assert "-MHA 1" in message
 
 
 def test_memory_that_runs_out_is_caught_and_counted_in_hardware_json(
