@@ -25,7 +25,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 class PruneLoad:
     """One load and its memory budget: RAP's (batch, sequence length, budget).
 
-    batch: sequences processed together. sequence_tokens: tokens a sequence.
+    batch: sequences processed together. sequence_tokens: tokens per sequence.
     budget_share: the budget as a share of the dense model's peak memory at this load.
     """
 

@@ -55,6 +55,10 @@ def published_order() -> list[str]:
     return [str(name) for name in load_option("policy", "greedy_stop")["order"]]
 
 
+def _with_order(actions: Mapping[str, Any]) -> dict[str, Any]:
+    return {**actions, "order": actions.get("order") or published_order()}
+
+
 class ServeSetting:
     """What all environments of one configuration share: the server, its traffic, and the plans to choose from."""
 
@@ -96,11 +100,8 @@ class ServeSetting:
         self.engine: EngineConfig = build_option("engine", engine)
         self.slo: Slo = build_option("slo", slo)
         self.workspace_bytes, self.tick_s = int(workspace_bytes), tick_s
-        options = dict(DEFAULT_ACTIONS if actions is None else actions)
-        if not options.get("order"):
-            options["order"] = published_order()
-        self.action_options = options
-        self.actions = actions_from(self.model, options, self.workspace_bytes)
+        self.action_options = _with_order(DEFAULT_ACTIONS if actions is None else actions)
+        self.actions = actions_from(self.model, self.action_options, self.workspace_bytes)
         self.table = serve_table(self.actions)
         self.split, self.windows = check_split(split), serve_windows().at_load(*load)
         self.sources = check_sources(sources)

@@ -159,7 +159,7 @@ def ppo(
 def marwil(
     setup: Setup, *, data: str, beta: float, lr: float, discount: float, batch: int, updates_an_iteration: int
 ) -> AlgorithmConfig:
-    """Build MARWIL, which learns from written episodes alone; the environment only provides the spaces.
+    """Build MARWIL, which learns from recorded episodes alone; the environment only provides the spaces.
 
     Args:
         setup: shared settings. data: folder of the episodes (``agents.offline``).

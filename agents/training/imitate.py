@@ -85,7 +85,7 @@ def imitate_plan(
 def imitate_offline(
     algorithm: Any, env: str, env_kwargs: Mapping[str, Any], *, seed: int, data: str, epochs: int, batch: int, lr: float
 ) -> float:
-    """Clone the actions of written episodes (``agents.offline``) in folder ``data``; return the last cross-entropy.
+    """Clone the actions of recorded episodes (``agents.offline``) in folder ``data``; return the last cross-entropy.
 
     Raises:
         ConfigError: for DQN, or a folder without episodes of this environment.

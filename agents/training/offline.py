@@ -40,7 +40,7 @@ Choose = Callable[[], int]
 
 @dataclass(kw_only=True)
 class OfflineConfig:
-    """Which episodes to write.
+    """Which episodes to record.
 
     by: the policy that plays: the name of a file of conf/policy (ServeTrace), a baseline of agents/evaluation/prune.py
         (PruneToBudget), or the path of an exported policy.

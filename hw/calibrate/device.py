@@ -89,7 +89,7 @@ class Cell:
 
 
 class _NoAttention:
-    """Pages without attention, which leave norm, projections and rotary embedding of an MHA block."""
+    """KV pages that skip attention; only norm, projections and rotary embedding of an MHA block remain."""
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         return key, value
@@ -253,7 +253,7 @@ class Samples:
                 self.of = content["samples"]
 
     def add(self, name: str, us: float) -> None:
-        """Keep one sample."""
+        """Add one sample."""
         self.of.setdefault(name, []).append(us)
 
     def save(self) -> None:
@@ -261,7 +261,7 @@ class Samples:
         write_json(self._path, {"settings": self._settings, "samples": self.of})
 
     def done(self, name: str) -> bool:
-        """Return whether a cell's median is known well enough or has been sampled often enough."""
+        """Return whether a cell's median is precise enough, or the cell has enough samples."""
         values = self.of.get(name, [])
         if len(values) < LEAST_REPEATS:
             return False

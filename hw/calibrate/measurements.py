@@ -261,7 +261,7 @@ def _spread(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Kernels:
-    """Kernel times of one framework on one device, as aiconfigurator publishes them (milliseconds a call)."""
+    """Kernel times of one framework on one device, as aiconfigurator publishes them (milliseconds per call)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -181,7 +181,7 @@ class Changes:
         )
 
     def _time(self, name: str, *steps: Callable[[], object]) -> float:
-        """Run steps; return their seconds and, with a name, note them."""
+        """Run steps and return their seconds; with a name, also record them."""
         start_s = self._bench.now_s()
         for step in steps:
             step()
@@ -194,7 +194,7 @@ class Changes:
         self._found.setdefault(name, []).append(seconds)
 
     def _taken(self) -> dict[str, float]:
-        """Return the median of everything noted, by name, and clear the notes."""
+        """Return the median of everything recorded, by name, and clear the records."""
         found = {name: float(np.median(values)) for name, values in self._found.items()}
         self._found.clear()
         return found

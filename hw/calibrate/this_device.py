@@ -115,7 +115,7 @@ def _target(name: str, settings: d.DeviceSettings, terms: m.Terms, dtype: str, t
 
 
 def scaled_to_runs(content: dict[str, Any], runs: list[d.Iterations]) -> dict[str, Any]:
-    """Return a calibration whose iterations take what runs of the engine took: a factor on all terms and a constant."""
+    """Return a calibration scaled to engine runs: a factor on all terms, and a constant per iteration."""
     line = d.line_over_terms(runs, content)
     scaled = d.times(content, line.factor, line.prefill_attention_factor)
     scaled["fixed_us"] = round(line.fixed_s * 1e6, 1)

@@ -56,7 +56,7 @@ class ClientSettings:
     timeout_s: of one request. retries: how often to send a request again that failed.
     chat: send text to /v1/chat/completions, as one user message, instead of /v1/completions; the server adds the tokens
         of its template, and its ``usage`` says how many tokens a prompt really had.
-    text: cut prompts from this file, about four characters a token; null sends random token ids.
+    text: cut prompts from this file, about four characters per token; null sends random token ids.
     ignore_eos: request exactly the trace's output length, as vLLM and hw.serve support it.
     """
 
@@ -238,7 +238,7 @@ def _brings_token(choice: Mapping[str, Any], *, first: bool) -> bool:
 
 
 def records_of(answers: Sequence[Answer]) -> Records:
-    """Return one row a request, with the server's token counts, or the number of pieces if it sent no counts."""
+    """Return one row per request, with the server's token counts, or the number of pieces if it sent no counts."""
     counted = [0 if a.error else (a.completion_tokens or len(a.token_s)) for a in answers]
 
     def floats(values: Sequence[float]) -> Any:

@@ -42,8 +42,9 @@ class Reports:
     """What the two processes have reported of one run so far.
 
     ready: stage -> its context limit in tokens, once it is ready. rows: stage -> request -> its record.
-    transfers: request -> the way of its KV, once it has joined. released_s: request -> when prefill freed its KV.
-    logs: stage -> what it knew at its end. port: where decode listens.
+    transfers: request -> times and bytes of its KV transfer, once it has joined.
+    released_s: request -> when prefill freed its KV.
+    logs: stage -> its log at the end of the run. port: where decode listens.
     ended: stage -> why it failed, None if it did not.
     """
 
@@ -91,7 +92,7 @@ def _row(records: Records, at: int) -> Records:
 class Outcome:
     """One run.
 
-    transfers: one row for each prompt whose KV has joined. logs: stage -> what it knew at its end.
+    transfers: one row for each prompt whose KV has joined. logs: stage -> its log at the end of the run.
     not_arrived: requests of the trace that had not arrived when the run ended.
     failure: what went wrong; None if nothing did.
     """
@@ -262,7 +263,7 @@ def staged_records(
     Args:
         trace: the requests.
         rows: stage -> request -> its record on that side. Decode's columns replace those of prefill.
-        transfers: request -> the way of its KV, once it has joined.
+        transfers: request -> the times and bytes of its KV transfer, once it has joined.
         decode_limit: most tokens that prompt and output may have together on the decode side.
         until_s: the moment.
     """

@@ -68,7 +68,7 @@ class SideLog:
 
 
 def run_process(stage: str, pipe: Pipe) -> None:
-    """Load the model once and serve one configuration after another, as the parent says."""
+    """Load the model once and serve one configuration after another, as the parent requests."""
     loaded: tuple[ElasticModel, Any] | None = None
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has ended
         while (message := pipe.recv()) is not None:

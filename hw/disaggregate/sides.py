@@ -74,7 +74,7 @@ Build = Callable[..., GuardedEngine]
 
 
 def gather(arena: Arena, table: BlockTable, tokens: int) -> memoryview:
-    """Return what a request holds of ``tokens`` computed tokens: all keys, then all values, layer by layer."""
+    """Return the KV that a request holds for ``tokens`` computed tokens: all keys, then all values, layer by layer."""
     slots = torch.tensor(table.kept_slots(tokens), dtype=torch.long, device=arena.device)
     halves = torch.stack(arena.read_slots(slots)).cpu()
     content: memoryview = halves.view(torch.uint8).numpy().reshape(-1).data
@@ -82,7 +82,7 @@ def gather(arena: Arena, table: BlockTable, tokens: int) -> memoryview:
 
 
 def scatter(arena: Arena, table: BlockTable, tokens: int, content: bytearray, elastic: ElasticModel) -> None:
-    """Put what ``gather`` returned where another request's table holds the same tokens of the same layers."""
+    """Write what ``gather`` returned to the slots of another table that holds the same tokens of the same layers."""
     if not content:
         return
     slots = torch.tensor(table.kept_slots(tokens), dtype=torch.long, device=arena.device)
@@ -140,7 +140,7 @@ class Side(Protocol):
     connection: Connection
 
     def exchange(self, now_s: float) -> bool:
-        """Take in what has come and send what can go, between two iterations; return whether this side is done."""
+        """Process what has arrived and send what is ready, between two iterations; return whether this side is done."""
         ...
 
 
@@ -148,16 +148,16 @@ def serve(side: Side, clock: RealClock, stopped: Callable[[], bool]) -> None:
     """Serve until a side is done.
 
     Args:
-        stopped: called between iterations; whether to end early.
+        stopped: called between iterations; returns whether to end early.
     Raises:
-        LinkError: when the other side has gone or broke the protocol.
+        LinkError: if the other side is gone or broke the protocol.
         KeyboardInterrupt: when stopped.
     """
     engine, connection = side.engine, side.connection
     with connection.guard:
         while True:
             now_s = clock.now_s()
-            engine.run_until(now_s)  # what has ended is in force
+            engine.run_until(now_s)  # apply what has ended
             if connection.failure is not None:
                 raise connection.failure
             if stopped():
@@ -189,7 +189,7 @@ class PrefillSide:
         connection.listen(self._heard)
 
     def exchange(self, now_s: float) -> bool:
-        """Let requests arrive."""
+        """Submit the requests that are due."""
         trace = self._trace
         due: list[Request] = []
         while self._next < len(trace) and trace.arrival_s[self._next] <= now_s:
@@ -243,7 +243,7 @@ class PrefillSide:
 
 @dataclass(slots=True, eq=False)
 class _Coming:
-    """A request whose KV is on its way here; room is held for it."""
+    """A request whose KV is being sent here; room is reserved for it."""
 
     handover: Handover
     table: BlockTable
@@ -280,7 +280,7 @@ class DecodeSide:
         self.connection.listen(self._heard)
 
     def exchange(self, now_s: float) -> bool:
-        """Let requests join whose KV has arrived, and take more of the offered ones."""
+        """Add the requests whose KV has arrived, and take more of the offered ones."""
         while self._arrived:
             come = self._arrived.popleft()
             self.engine.take_over(come.handover)
@@ -298,7 +298,7 @@ class DecodeSide:
         return self._over and not self._offers and not self.engine.outside and self.engine.drained
 
     def _take_those_offered(self) -> None:
-        """Hold room for offered requests, in the order in which their prompts were computed, and request their KV."""
+        """Reserve room for offered requests, in the order in which their prompts ended, and request their KV."""
         while self._offers:
             request = self._offers[0].request
             table = self.engine.reserve(request.request_id, request.prompt_tokens)

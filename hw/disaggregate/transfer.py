@@ -186,7 +186,7 @@ def as_planned(records: StagedRecords, cfg: DictConfig) -> bool:
 
 @contextmanager
 def others(pair: Pair) -> Iterator[list[float]]:
-    """Append to the list how many cores other programs kept busy on average; nothing where that is unknown."""
+    """Append the number of cores that other programs kept busy on average; append nothing if it is unknown."""
     found: list[float] = []
     before = _processor_s(pair)
     yield found

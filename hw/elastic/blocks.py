@@ -98,7 +98,7 @@ class PendingCopy:
     """A copy on its way to the device.
 
     bits: its precision. weights: of the linear layers. rest: norm and biases; None if they are resident already.
-    events: what must have happened before it is complete; none on a CPU.
+    events: CUDA events that mark its completion; none on a CPU.
     """
 
     bits: int

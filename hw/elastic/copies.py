@@ -68,7 +68,7 @@ class LayerCopier:
         return time.perf_counter() - start_s
 
     def join(self) -> None:
-        """Replace the old blocks by those that arrived."""
+        """Replace the old blocks with those that arrived."""
         self._finish()
         for block, _ in self._blocks:
             block.join(wait=True)

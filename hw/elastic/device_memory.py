@@ -12,7 +12,7 @@ _STATM = Path("/proc/self/statm")
 
 
 class DeviceMemory:
-    """Samples memory in use, and holds ballast so that a smaller budget is a real limit.
+    """Samples memory in use, and allocates ballast so that a smaller budget is a real limit.
 
     On CUDA the allocator reports the memory, and a ballast tensor takes the difference between the largest budget and
     that of now, so that an overrun is a real out-of-memory error. On a CPU the process's resident memory is read. There
@@ -20,7 +20,7 @@ class DeviceMemory:
     """
 
     def __init__(self, device: torch.device, largest_budget_bytes: int) -> None:
-        """Measure from here on."""
+        """Measure from now on."""
         self._device = device
         self._largest_bytes = largest_budget_bytes
         self._ballast: torch.Tensor | None = None
@@ -47,7 +47,7 @@ class DeviceMemory:
         return now
 
     def follow(self, budget_bytes: int) -> None:
-        """Let ballast take the difference to the largest budget; call it once what is held fits ``budget_bytes``."""
+        """Set the ballast to the largest budget minus this one; call it once allocated memory fits ``budget_bytes``."""
         wanted = self._largest_bytes - budget_bytes
         if self._device.type != "cuda" or (self._ballast is not None and self._ballast.nbytes == wanted):
             return

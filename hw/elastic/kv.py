@@ -38,7 +38,7 @@ class RequestKV:
     _positions: dict[int, Tensor] = field(default_factory=dict)  # layer -> [k], the position of each key
 
     def restrict(self, running: frozenset[int]) -> None:
-        """Give up the MHA blocks outside of ``running``, with their keys and values."""
+        """Remove the MHA blocks that are not in ``running``, with their keys and values."""
         self.holds = running if self.holds is None else self.holds & running
         for layer in [layer for layer in self._keys if layer not in self.holds]:
             del self._keys[layer], self._values[layer], self._positions[layer]
@@ -117,7 +117,7 @@ class BatchKV:
     """The KVView of a batch of RequestKVs. It copies all keys at every step."""
 
     def __init__(self, requests: Sequence[RequestKV], lengths: Sequence[int], device: torch.device) -> None:
-        """View ``requests``, one a row; ``lengths`` are the numbers of new tokens of the rows."""
+        """View ``requests``, one per row; ``lengths`` holds the number of new tokens of each row."""
         self._requests = requests
         self._lengths = lengths
         self._device = device

@@ -149,7 +149,7 @@ class ElasticModel:
         *,
         all_logits: bool = False,
     ) -> Tensor:
-        """Run new tokens, one row a request; return the logits of the last token of each row, [b, vocabulary].
+        """Run new tokens, one row per request; return the logits of the last token of each row, [b, vocabulary].
 
         Args:
             tokens: the new tokens of each row; rows may differ in length.

@@ -74,7 +74,7 @@ class _Layer:
 
 
 class PagedBatch:
-    """Where the KV of one iteration lies, as the attention of each layer needs it."""
+    """The slots of one iteration's KV, arranged for the attention of each layer."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class PagedBatch:
         prefills: Sequence[Packed],
         windows: Sequence[int | None],
     ) -> None:
-        """Look up where the batch's keys and values lie; ``windows``: sliding window of each layer, None for none."""
+        """Look up the slots of the batch's keys and values; ``windows``: sliding window of each layer, None: none."""
         self._arena = arena
         self._decodes, self._prefills = decodes, prefills
         self._windows = windows
@@ -256,7 +256,7 @@ def forward(
 
     Args:
         elastic: the model, its attention set to ``ATTENTION``.
-        batch: where the KV of the same decodes and prefills lies.
+        batch: the slots of the KV of the same decodes and prefills.
         decodes, prefills: requests in the order of the row: one token each, then the prompt chunks.
         wanted: rows of the iteration that need a next token.
         prefill, decode: the blocks that run at each stage; a request's table says which MHA blocks it runs.

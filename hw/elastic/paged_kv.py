@@ -28,7 +28,7 @@ class Arena(Protocol):
     device: torch.device
 
     def resize(self, blocks: int) -> None:
-        """Hold blocks 0 to ``blocks - 1``; their content stays, the memory of others is freed."""
+        """Hold KV blocks 0 to ``blocks - 1``; they keep their content, and the memory of all others is freed."""
         ...
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -23,7 +23,7 @@ from sim.errors import PlanError
 class QuantWeight:
     """One quantized weight matrix.
 
-    packed: int8[o * i] at 8 bits; uint8[ceil(o * i / 2)] at 4 bits, two values a byte, the first in the low half.
+    packed: int8[o * i] at 8 bits; uint8[ceil(o * i / 2)] at 4 bits, two values per byte, the first in the low half.
     scales: float16[o, g].
     zeros: zero points, uint8[ceil(o * g / 2)], packed like the values; empty at 8 bits, which are symmetric.
     """
@@ -98,7 +98,7 @@ def _scratch(use: str, dtype: torch.dtype, elements: int, device: torch.device) 
 
 
 def _by_group(weight: Tensor) -> list[tuple[Tensor, slice]]:
-    """Return views [rows, groups, values a group] of a matrix with the slice of groups that each covers.
+    """Return views [rows, groups, values per group] of a matrix with the slice of groups that each covers.
 
     There are two views if the last group is shorter than the others.
     """
@@ -153,7 +153,7 @@ def _fp16_scales(scales: Tensor) -> Tensor:
 
 
 def pack_4bit(values: Tensor) -> Tensor:
-    """Pack uint8 values below 16 two a byte, the first in the low half; an odd count is padded with a zero."""
+    """Pack uint8 values below 16 two per byte, the first in the low half; an odd count is padded with a zero."""
     padded = functional.pad(values, (0, values.numel() % 2))
     return padded[0::2] | (padded[1::2] << 4)
 

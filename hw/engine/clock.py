@@ -21,15 +21,15 @@ class Clock(Protocol):
     source: Callable[[], float]
 
     def now_s(self) -> float:
-        """Return the present."""
+        """Return the current time."""
         ...
 
     def wait_until(self, time_s: float) -> None:
-        """Let nothing happen until then; return at once when it has passed."""
+        """Wait until this time; return at once if it has passed."""
         ...
 
     def ran(self, prefill_tokens: int, decodes: int, contexts: int) -> None:
-        """Note what an iteration computed, before its end is read: a clock that does not run by itself moves on."""
+        """Called with what an iteration computed, before its end time is read; a simulated clock advances here."""
         ...
 
 
@@ -52,7 +52,7 @@ class RealClock:
         self._zero_s = math.nan
 
     def start_at(self, zero_s: float) -> None:
-        """Count from this moment of ``source``; the wall clock's is the same for all processes of a machine."""
+        """Count from this time of ``source``; all processes of a machine share the wall clock's source."""
         self._zero_s = zero_s
 
     def now_s(self) -> float:
@@ -62,7 +62,7 @@ class RealClock:
         return self.source() - self._zero_s
 
     def wait_until(self, time_s: float) -> None:
-        """Sleep, or move the clock on."""
+        """Sleep, or advance the clock."""
         missing_s = time_s - self.now_s()
         if missing_s <= 0:
             return
@@ -72,4 +72,4 @@ class RealClock:
         time.sleep(missing_s)
 
     def ran(self, prefill_tokens: int, decodes: int, contexts: int) -> None:
-        """Do nothing: time has passed by itself."""
+        """Do nothing: real time has passed."""

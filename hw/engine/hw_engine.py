@@ -37,10 +37,10 @@ SLABS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
-    """A request whose prompt was computed by another engine, as it goes on here.
+    """A request whose prompt was computed by another engine, as this engine continues it.
 
-    tokens: its prompt and the first token. output_limit: tokens that it may produce in all. kept_params, nll_sum: of
-    its first token. preemptions: before that.
+    tokens: its prompt and the first token. output_limit: most tokens that it may produce, the first included.
+    kept_params, nll_sum: of its first token. preemptions: before the handover.
     """
 
     request: Request
@@ -54,7 +54,7 @@ class Handover:
 
 
 class HwEngine(Replica):
-    """One replica that really computes."""
+    """A replica that computes with a real model."""
 
     executor_type: type[TorchExecutor] = TorchExecutor
 
@@ -76,38 +76,33 @@ class HwEngine(Replica):
         quality_nll: Callable[[Plan], float] | None = None,
         during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Build an idle engine over a dense model, and bring it to its first plan.
+        """Build an idle engine over a dense model and apply its first plan.
 
         Args:
             elastic: the model; it belongs to the engine from now on. Copies of all its blocks at 16, 8 and 4 bits are
                 stored now, so that no plan change has to make one.
-            config: how it serves.
-            plan: what runs first.
-            budget_bytes: what weights, workspace and KV cache may hold together, constant or over time.
-            workspace_bytes: activations and the like, part of the budget that neither weights nor KV can use.
-            prompts: the token ids of every request; drawn at random by default.
-            clock: what time it is; the wall's by default.
-            copier: brings weights from the host; arena: where KV blocks lie. Both by default as the device wants them.
-            ends: called with (request_id, token): whether that token ends its request before its length; None never.
-            on_token: called with (request_id, token, whether it is the last) as each token comes; the token is None
-                where a request was rejected.
-            holds: called with a request_id as it ends: whether its KV stays held until ``release``; None never.
+            config: how it serves. plan: what runs first.
+            budget_bytes: limit of weights, workspace and KV cache together, constant or over time.
+            workspace_bytes: part of the budget for activations and the like.
+            prompts: the token ids of every request; random by default. clock: the wall clock by default.
+            copier: copies weights from the host. arena: memory of the KV blocks. The default of both fits the device.
+            ends: called with (request_id, token); returns whether that token ends the request early. None: never.
+            on_token: called with (request_id, token, whether it is the last) for each token; the token is None if the
+                request was rejected.
+            holds: called with a request_id when it ends; returns whether its KV is held until ``release``. None: never.
             quality_nll: nats per token that a plan costs (``sim.cost.quality``), charged to requests; None for none.
-            during_forward: entered while the model computes, as to free a lock.
+            during_forward: a context that is entered while the model computes, for example to release a lock.
         Raises:
             ConfigError: for ``prefix_caching``, which only the simulated engine has.
             PlanError: for a plan that is not legal for the model.
-            BudgetError: when the budget cannot hold the weights and one request at the start.
+            BudgetError: if the first budget cannot hold the weights and one request.
         """
         if config.prefix_caching:
             raise ConfigError("engine.prefix_caching is true; the real engine has no prefix cache: set it to false")
-        check_plan(elastic.spec, plan)
         budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
         clock = clock or RealClock()
-        elastic.use_attention(ATTENTION)
-        elastic.prepare(WEIGHT_BITS)
-        elastic.apply(plan)
         self.elastic = elastic
+        _prepare(elastic, plan)
         self.memory = DeviceMemory(elastic.device, max(budget.budget_bytes))
         self.arena = arena or _default_arena(elastic, budget, workspace_bytes, config.kv_block_tokens)
         self._copier = copier or LayerCopier(elastic, clock.source)
@@ -132,7 +127,7 @@ class HwEngine(Replica):
             clock=clock,
             storage=ArenaStorage(self.arena),
             workspace_bytes=workspace_bytes,
-            # Plans come back, and a fit may take longer than a token's share of an iteration.
+            # Plans recur, and evaluating a fitted quality model may take longer than an iteration's share of a token.
             quality_nll=lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None,
             late_arrivals=True,
             on_token=on_token,
@@ -142,10 +137,10 @@ class HwEngine(Replica):
     # -- prefill and decode in two processes (hw/disaggregate/sides.py) ------------------------------------------------
 
     def handover(self, request_id: int, output_tokens: int, output_limit: int) -> Handover:
-        """Return what the other replica needs to go on with a request whose prompt was computed here.
+        """Return what the other replica needs to continue a request whose prompt was computed here.
 
         Args:
-            output_tokens: what its trace asks for. output_limit: what it may have there, the first token included.
+            output_tokens: its length in the trace. output_limit: most tokens it may produce there, the first included.
         """
         live = self.queues.all[request_id]
         return Handover(
@@ -160,7 +155,7 @@ class HwEngine(Replica):
         )
 
     def take_over(self, handover: Handover) -> None:
-        """Let a request decode here from now on whose KV has arrived where ``reserve`` held room for it."""
+        """Start to decode a request whose KV has arrived in the room that ``reserve`` held for it."""
         request = handover.request
         self._torch.tokens[request.request_id] = list(handover.tokens)
         self.join(
@@ -179,7 +174,7 @@ class HwEngine(Replica):
             )
         )
 
-    # -- what a real run leaves besides records ------------------------------------------------------------------
+    # -- what a real run logs besides records ---------------------------------------------------------------------
 
     def tokens(self, request_id: int) -> list[int]:
         """Return the tokens that a request has produced so far."""
@@ -188,7 +183,7 @@ class HwEngine(Replica):
         return self._torch.tokens.get(request_id, [])[prompt : prompt + live.produced_tokens]
 
     def memory_rows(self) -> tuple[MemoryRow, ...]:
-        """Return one row an iteration: predicted, allocated and used bytes."""
+        """Return one row per iteration: predicted, allocated and used bytes."""
         return tuple(self._torch.memory_rows)
 
     def shapes(self) -> tuple[Shape, ...]:
@@ -196,13 +191,21 @@ class HwEngine(Replica):
         return tuple(self._torch.shapes[: len(self._log)])
 
     def check(self) -> None:
-        """Check that what is allocated is what is counted: KV block by KV block, and the bytes of the weights."""
+        """Check that allocated memory equals counted memory: every KV block, and the bytes of the weights."""
         super().check()
         assert self._changes.copy is not None or self.elastic.bytes() == self._changes.weight_bytes
 
     def close(self) -> None:
-        """Let go of the copy that is under way and of its thread."""
+        """Abandon the copy under way and end its thread."""
         self._copier.close()
+
+
+def _prepare(elastic: ElasticModel, plan: Plan) -> None:
+    """Bring a dense model to the plan, with every copy that a later plan may need in the store."""
+    check_plan(elastic.spec, plan)
+    elastic.use_attention(ATTENTION)
+    elastic.prepare(WEIGHT_BITS)
+    elastic.apply(plan)
 
 
 def _default_arena(elastic: ElasticModel, budget: Budget, workspace_bytes: int, block_tokens: int) -> Arena:

@@ -9,7 +9,7 @@ from sim.cost.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What an iteration computed, in the terms in which ``sim.cost.latency`` prices it, and the plan that it ran.
+    """What an iteration computed, in the terms that ``sim.cost.latency`` prices, and the plan that it ran.
 
     chunks: (tokens, tokens before them) of each prompt. forward_s: seconds of the pass; the rest of an iteration is the
     host's.

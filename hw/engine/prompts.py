@@ -25,7 +25,7 @@ class Prompts(Protocol):
 
 
 class TextPrompts:
-    """Consecutive tokens of one text; seed and request decide where a prompt starts."""
+    """Consecutive tokens of one text; seed and request determine where a prompt starts."""
 
     def __init__(self, ids: Sequence[int], seed: int = 0) -> None:
         """Cut prompts from these ids; one that is longer than the text continues at its start."""
@@ -40,7 +40,7 @@ class TextPrompts:
 
 
 class RandomPrompts:
-    """Uniformly random token ids of the vocabulary: for timing, where no text is at hand."""
+    """Uniformly random token ids of the vocabulary: for timing, when there is no text."""
 
     def __init__(self, vocabulary: int, seed: int = 0) -> None:
         """Use ids 0 to ``vocabulary - 1``."""

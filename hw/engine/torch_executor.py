@@ -30,7 +30,7 @@ from sim.engine.transition import LayerCopy, Resident
 from sim.errors import RapLabError
 
 LONGEST_WAIT_S = 60.0
-"""Seconds after which an idle engine that waits for a copy looks around again."""
+"""Seconds after which an idle engine that waits for a copy checks again."""
 
 
 class NumericsError(RapLabError):
@@ -40,7 +40,7 @@ class NumericsError(RapLabError):
 class TorchWeights:
     """The weights of an elastic model, as a replica changes them.
 
-    allocated_bytes: of the weights on the device, as of the last change.
+    allocated_bytes: bytes of weights on the device after the last change.
     """
 
     def __init__(self, elastic: ElasticModel, copier: LayerCopier, clock: Clock, memory: DeviceMemory) -> None:
@@ -49,7 +49,7 @@ class TorchWeights:
         self.allocated_bytes = elastic.bytes()
 
     def drop(self, resident: Resident) -> None:
-        """Free the blocks that are not resident any more; a copy under way goes on."""
+        """Free the blocks that are no longer resident; a copy under way continues."""
         for kind in KINDS:
             bits = resident.mha_bits if kind == "mha" else resident.ffn_bits
             for block, wanted in zip(self._elastic.blocks[kind], bits, strict=True):
@@ -69,17 +69,17 @@ class TorchWeights:
         return self._copier.complete()
 
     def wait(self, now_s: float, until_s: float) -> None:
-        """Let time pass until ``until_s``, or until the copy under way is complete."""
+        """Wait until ``until_s``, or until the copy under way is complete."""
         waited_s = self._copier.wait(min(until_s - now_s, LONGEST_WAIT_S))
         self._clock.wait_until(now_s + waited_s)  # of a clock that counts this thread's work alone
 
     def join(self) -> None:
-        """Put the layer that arrived in the place of what it replaces."""
+        """Replace the old layer with the one that arrived."""
         self._copier.join()
         self.allocated_bytes = self._elastic.bytes()
 
     def abandon(self) -> None:
-        """Give the copy under way up."""
+        """Abandon the copy under way."""
         self._copier.abandon()
         self.allocated_bytes = self._elastic.bytes()
 
@@ -87,8 +87,8 @@ class TorchWeights:
 class TorchExecutor:
     """Runs iterations on an elastic model.
 
-    arena: where the KV blocks lie. tokens: of each request, its prompt and what was computed after it.
-    shapes, memory_rows: one entry an iteration that has run.
+    arena: memory of the KV blocks. tokens: of each request, its prompt and the tokens produced so far.
+    shapes, memory_rows: one entry per iteration that has run.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class TorchExecutor:
         """Run ``elastic`` over the KV in ``arena``.
 
         Args:
-            weights, memory: report bytes after each iteration. clock: what time it is.
+            weights, memory: report bytes after each iteration. clock: the engine's.
             prompts: the token ids of every request.
-            ends: called with (request_id, token): whether that token ends its request early; None never.
-            during_forward: entered while the model computes.
+            ends: called with (request_id, token); returns whether that token ends the request early. None: never.
+            during_forward: a context that is entered while the model computes.
         """
         self.arena = arena
         self.tokens: dict[int, list[int]] = {}
@@ -155,7 +155,7 @@ class TorchExecutor:
         )
 
     def follow_budget(self, budget_bytes: int) -> None:
-        """Take no more memory than this from now on."""
+        """Limit memory to this many bytes from now on."""
         self._memory.follow(budget_bytes)
 
     def tokens_of(self, live: LiveRequest) -> list[int]:

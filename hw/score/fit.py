@@ -60,8 +60,8 @@ ALWAYS_KNOWN = ("dense", "single removal", "single layer of cut KV")
 class QualityTable:
     """Plans measured on a real model.
 
-    loss: nats a token more than dense, one entry a plan. If prefill and decode differ or KV is cut, it is the loss of
-        the tokens after the prompt.
+    loss: nats per token more than dense, one entry per plan. If prefill and decode differ or KV is cut, the loss covers
+        only the tokens after the prompt.
     kinds: how each plan was chosen.
     """
 

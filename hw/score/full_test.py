@@ -76,7 +76,7 @@ def measure_chosen(
     done: Sequence[Mapping[str, Any]],
     on_plan: Callable[[Rows], None],
 ) -> Rows:
-    """Return one row a plan with its NLL on the windows; rows of ``done`` with the same name and plan are reused.
+    """Return one row per plan with its NLL on the windows; rows of ``done`` with the same name and plan are reused.
 
     Args:
         elastic: with all blocks at full precision.

@@ -27,8 +27,8 @@ HEADS_PER_ROUND = 3
 class Round:
     """One round of GSI.
 
-    removed: the block that was removed. nll: NLL a token without it.
-    candidates: block -> NLL a token without it, or a lower bound if the candidate was abandoned.
+    removed: the block that was removed. nll: NLL per token without it.
+    candidates: block -> NLL per token without it, or a lower bound if the candidate was abandoned.
     abandoned: the candidates whose entry is a lower bound. cpu_s: process time of this round.
     """
 
@@ -186,7 +186,7 @@ class _Search:
 
 @torch.inference_mode()
 def gsi_round_naive(elastic: ElasticModel, windows: Tensor, removed: Sequence[int]) -> dict[int, float]:
-    """Return the NLL a token without each kept block in turn, each evaluated from the first layer on all tokens.
+    """Return the NLL per token without each kept block in turn, each evaluated from the first layer on all tokens.
 
     This is what a round of GSI costs as RAP describes it: n (n + 1) / 2 evaluations for a full order. It exists for
     comparisons of speed and uses batches as large as those of ``gsi``.

@@ -79,7 +79,7 @@ class PdtrimConfig:
     """Settings of kind=cosine and kind=pdtrim.
 
     threshold: cosine that separates the pruning set from the distillation set.
-    sizes: numbers of removals in prefill and in decode, one pair a search. steps: of each search.
+    sizes: numbers of removals in prefill and in decode, one pair per search. steps: of each search.
     tokens: of calibration. removals: length of the redundancy order.
     """
 

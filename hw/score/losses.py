@@ -22,7 +22,7 @@ from sim.errors import ConfigError
 
 
 def score_table(job: Job) -> None:
-    """Measure the quality table, saved every few plans and continued if the file is there; then fit it."""
+    """Measure the quality table, saved every few plans and continued if the file exists; then fit it."""
     path = Path(job.cfg.out) if job.cfg.out else QUALITIES / f"{job.name}.json"
     calibration, test = job.text("calibration"), job.text("test")
     described = {**job.described(calibration), "test_text": test.source}
@@ -31,7 +31,7 @@ def score_table(job: Job) -> None:
 
 
 def score_full_test(job: Job) -> None:
-    """Measure about a dozen plans on the full test text, saved after each and continued if the file is there."""
+    """Measure about a dozen plans on the full test text, saved after each and continued if the file exists."""
     windows, path = job.text("test"), job.path("full_test")
     old = job.earlier(path, windows)
     plans = chosen_plans(job.elastic.spec, *read_orders(SCORES, job.name), read_searches(SCORES, job.name))

@@ -33,12 +33,12 @@ class Nll:
 
     @property
     def mean(self) -> float:
-        """NLL a token."""
+        """NLL per token."""
         return self.total / self.tokens
 
     @property
     def decode_mean(self) -> float:
-        """NLL a token of those after the prompt."""
+        """NLL per token of those after the prompt."""
         return self.decode / self.decode_tokens
 
 

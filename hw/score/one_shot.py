@@ -14,7 +14,7 @@ from hw.score.nll import token_nll
 
 @torch.inference_mode()
 def single_removals(elastic: ElasticModel, windows: Tensor) -> dict[int, float]:
-    """Return the NLL a token without each block in turn, all others kept, on windows [n, t].
+    """Return the NLL per token without each block in turn, all others kept, on windows [n, t].
 
     The blocks before a removed one run only once for all candidates.
     """

@@ -40,7 +40,7 @@ def score_gsi(job: Job) -> None:
         work = [(blocks - index) ** 2 for index in range(wanted)]
         left_s = spent * sum(work[len(rounds) :]) / max(sum(work[len(done) : len(rounds)]), 1)
         job.say(
-            f"round {len(rounds)}/{wanted}: {block_name(last.removed)} leaves {last.nll:.4f} nats a token; "
+            f"round {len(rounds)}/{wanted}: {block_name(last.removed)} leaves {last.nll:.4f} nats per token; "
             f"{len(last.abandoned)} of {len(last.candidates)} abandoned; {last.cpu_s:.1f} CPU s, about "
             f"{left_s / 60:.1f} min left"
         )
@@ -61,7 +61,7 @@ def score_gsi(job: Job) -> None:
 
 
 def _naive_round(job: Job, windows: Tensor, rounds: list[Round]) -> dict[str, Any]:
-    """Return the time and the choice of the naive algorithm in the last round, next to those of ``gsi``."""
+    """Return the time and the choice of the naive algorithm in the last round, and those of ``gsi``."""
     started = time.process_time()
     found = gsi_round_naive(job.elastic, windows, [r.removed for r in rounds[:-1]])
     spent = time.process_time() - started
@@ -141,7 +141,7 @@ def score_pdtrim(job: Job) -> None:
                 "evaluations": found.evaluations,
             }
         )
-        job.say(f"{prefill} in prefill, {decode} in decode: {found.start_nll:.4f} -> {found.nll:.4f} nats a token")
+        job.say(f"{prefill} in prefill, {decode} in decode: {found.start_nll:.4f} -> {found.nll:.4f} nats per token")
     order = redundancy_order(job.elastic, windows.tokens, job.cfg.pdtrim.removals)
     source = "PDTrim (arXiv 2509.04467), iterative removal and nested search; schedule and objective are ours"
     result = {"order": [block_name(b) for b in order], "steps": job.cfg.pdtrim.steps, "searches": searches}

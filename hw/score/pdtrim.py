@@ -94,7 +94,7 @@ def two_stage_search(
         prefill_removals, decode_removals: sizes of the two sets.
         steps: how many exchanges to try.
         rng: source of the random numbers.
-        first_temperature: in nats a token.
+        first_temperature: in nats per token.
     Raises:
         ConfigError: if prefill should drop more blocks than decode, or decode more than the pool holds.
     Source:

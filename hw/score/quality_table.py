@@ -50,7 +50,7 @@ def table_plans(
         orders: name -> order in which blocks are removed; ``one_shot`` also says which blocks random masks spare.
         layer_orders: name -> order in which layers change precision or lose KV.
         seed: of random plans.
-        searches: blocks that PDTrim's searches remove in prefill and in decode, one pair a search.
+        searches: blocks that PDTrim's searches remove in prefill and in decode, one pair per search.
     """
     blocks = 2 * spec.num_layers
     # A few blocks ruin the model on their own. Without them, random masks stay in the range in which a policy moves.

@@ -158,14 +158,14 @@ def samples(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def quality(measured: QualityTable, raw: dict[str, Any], scores: Path, searched: Any) -> dict[str, Any]:
-    """Return what the quality table says of orders, of precision, and of the fit's held-out error."""
+    """Return the quality table's figures on orders, precision, and the fit's held-out error."""
     best = choose(measured)
     used = (BEST_FORM, BEST_CURVE if BEST_FORM.startswith("warped") else 0.0, BEST_STAGE_SHARE)
     forms = []
     for form in FORMS:
         errors = {error.kind: error for error in errors_of(measured, held_out(measured, (form,)), form)}
         forms += [{"form": form} | _error(errors[kind]) for kind in ("all", "random mask") if kind in errors]
-    held_out_kinds = [
+    by_kind = [
         {"plans of": kind} | _error(errors_of(measured, held_out_kind(measured, kind), kind)[0])
         for kind in ("random mask", *(f"prefix of {name}" for name in ("gsi", "one_shot", "cosine", "pdtrim")))
         if sum(kind in kinds for kinds in measured.kinds) > 5
@@ -180,9 +180,7 @@ def quality(measured: QualityTable, raw: dict[str, Any], scores: Path, searched:
         "test_text": raw["test_text"],
         "forms": table(forms, ERROR_SPECS, left=2),
         "chosen": table([_error(error) for error in errors_of(measured, held_out(measured), "chosen")], ERROR_SPECS),
-        "held_out_kinds": table(pd.DataFrame(held_out_kinds).drop(columns="kind of plan"), ERROR_SPECS)
-        if held_out_kinds
-        else "",
+        "held_out_kinds": table(pd.DataFrame(by_kind).drop(columns="kind of plan"), ERROR_SPECS) if by_kind else "",
         "fitted": fit(measured),
         "better": None if best == used else best,
         "equal_bytes": table(equal_bytes, dict.fromkeys(BYTES_SPECS, ".1f") | PERPLEXITY_SPECS, left=0)

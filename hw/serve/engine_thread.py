@@ -35,7 +35,7 @@ class ServedRequest:
 
 
 class EngineThread:
-    """The engine and its thread. Commands of other threads go through a queue and run between two iterations."""
+    """The engine and its thread. Commands from other threads wait in a queue and run between two iterations."""
 
     def __init__(
         self, build: Callable[[EngineThread], HwEngine], policy: Policy, clock: Clock, *, eos: int | None, tick_s: float
@@ -80,7 +80,7 @@ class EngineThread:
     # --- Commands, from any thread
 
     def submit(self, served: ServedRequest) -> None:
-        """Let a request arrive now."""
+        """Submit a request that arrives now."""
 
         def arrive() -> None:
             served.request_id = self._next_id
@@ -101,7 +101,7 @@ class EngineThread:
         self._commands.put(lambda: self.engine.cancel(served.request_id))
 
     def set_plan(self, plan: Plan) -> None:
-        """Run a plan from now on; the policy decides no more."""
+        """Run a plan from now on; this ends the policy."""
 
         def change() -> None:
             self._policy = None

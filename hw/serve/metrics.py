@@ -34,7 +34,7 @@ COUNTERS = {
 
 
 class EngineMetrics(Collector):
-    """Reads the engine's latest state at every scrape. One registry an app, so that several can run in one process."""
+    """Reads the engine's latest state at every scrape. Each app has its own registry."""
 
     def __init__(self, thread: EngineThread) -> None:
         """Describe the engine of a thread."""

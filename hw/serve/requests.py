@@ -199,7 +199,7 @@ def parse(kind: type[Body], raw: bytes, limits: Limits) -> Body:
 
 
 def _api_error(error: ValidationError) -> ApiError:
-    """Return the first finding of pydantic as an answer."""
+    """Return pydantic's first error as an ApiError."""
     first = error.errors(include_url=False)[0]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
     param = str(first["loc"][0]) if first["loc"] else None

@@ -106,7 +106,7 @@ class Api:
         )
 
     def _guarded(self, handler: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:
-        """Return the handler with its ApiErrors as answers; after a failure of the engine, it only says so."""
+        """Return the handler with ApiErrors turned into answers; after an engine failure, every answer reports it."""
 
         async def guarded(request: HttpRequest) -> Response:
             try:
@@ -132,13 +132,13 @@ class Api:
         return bytes(raw)
 
     async def completions(self, request: HttpRequest) -> Response:
-        """Continue one prompt."""
+        """Answer POST /v1/completions."""
         body = parse(CompletionBody, await self._raw_body(request), self._limits)
         tokens = prompt_tokens(self._tokenizer, body.prompt)
         return await self._answer(body, self._served(body, "prompt", tokens, COMPLETION_TOKENS), COMPLETION)
 
     async def chat(self, request: HttpRequest) -> Response:
-        """Answer the last message of a chat."""
+        """Answer POST /v1/chat/completions."""
         body = parse(ChatBody, await self._raw_body(request), self._limits)
         tokens = chat_tokens(self._tokenizer, body.messages)
         return await self._answer(body, self._served(body, "messages", tokens, None), CHAT)
@@ -167,7 +167,7 @@ class Api:
         return ServedRequest(tokens, max_tokens, bool(body.ignore_eos), lambda _token, _last: None)
 
     async def _answer(self, body: RequestBody, served: ServedRequest, form: AnswerFormat) -> Response:
-        """Run a checked request, and answer with what it produces."""
+        """Run a checked request and return its output as the answer."""
         tokens, loop = Tokens(), asyncio.get_running_loop()
 
         def pass_on(token: int | None, last: bool) -> None:
@@ -218,7 +218,7 @@ class Api:
         form: AnswerFormat,
         wants_usage: bool,
     ) -> AsyncIterator[str]:
-        """Yield one event a token, the token counts if they are wanted, and the end."""
+        """Yield one event per token, the token counts if requested, and the end."""
         produced: list[int] = []
         sent, last = "", False
         try:
@@ -244,7 +244,7 @@ class Api:
                 self._thread.cancel(served)
 
     def _refusal(self) -> ApiError:
-        """Return why the engine does not serve a request."""
+        """Return the error for a request that the engine rejects."""
         if self._thread.failure is not None:
             return ApiError(
                 503, f"the engine has stopped: {self._thread.failure}; restart the server", kind="server_error"

@@ -57,12 +57,12 @@ class Run:
 
     @property
     def records(self) -> pd.DataFrame:
-        """One row a request."""
+        """One row per request."""
         return self.logs.records
 
     @property
     def transitions(self) -> pd.DataFrame:
-        """One row a plan change."""
+        """One row per plan change."""
         return self.logs.transitions
 
 

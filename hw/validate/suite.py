@@ -259,7 +259,7 @@ def judged(simulated: Run, real: Sequence[Run], base: Path) -> dict[str, Any]:
 
 
 def at_speed(cfg: DictConfig, real: Sequence[Run]) -> dict[str, Any]:
-    """Return errors without the speed of the machine: the part of each error that is no common factor of all prices.
+    """Return errors with the machine's speed removed: the part of each error that is not a common factor of all prices.
 
     A shared machine is faster in one run and slower in the next. For each repeat, all prices are multiplied by the
     number that makes the mean TPOT agree; the other figures of that simulation are then compared with that repeat.
@@ -310,8 +310,8 @@ def _of(summary: Mapping[str, Any], name: str) -> float | None:
 def ranking(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return whether both sides order the policies alike by mean TTFT and E2E, and the simulator's regret.
 
-    Two policies differ when their real means are farther apart than the noise of both together. The regret is how much
-    worse the simulator's best policy is on the hardware than the best policy there. Policies with equal decisions are
+    Two policies differ if their real means differ by more than the noise of both. The regret is how much worse the
+    simulator's best policy is on the hardware than the best policy there. Policies with equal decisions are
     tied in simulation, and there is nothing to order.
     """
     found: dict[str, Any] = {}

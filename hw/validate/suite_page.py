@@ -32,7 +32,7 @@ Cells = Sequence[tuple[str, str, Mapping[str, Any]]]
 
 
 def heading(name: str) -> str:
-    """Return a figure's name as it stands in a table: ``ttft_s.p95`` is TTFT P95."""
+    """Return a figure's name as tables show it: ``ttft_s.p95`` is TTFT P95."""
     figure, _, statistic = name.partition(".")
     if figure == "makespan_s":
         return "makespan"

@@ -1,4 +1,4 @@
-"""Prefill and decode of a real model in two engines: tokens, bytes, back-pressure, and what happens if one side dies."""
+"""Prefill and decode of a real model in two engines: tokens, bytes, back-pressure, and the death of one side."""
 
 from __future__ import annotations
 

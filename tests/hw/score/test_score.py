@@ -82,7 +82,7 @@ class Nothing(torch.nn.Module):
 
 
 def plain_nll(model, windows: torch.Tensor, removed: set[int]) -> float:
-    """Return the NLL a token of a plain model rebuilt without some blocks."""
+    """Return the NLL per token of a plain model rebuilt without some blocks."""
     model = copy.deepcopy(model)
     for block in removed:
         setattr(model.model.layers[block // 2], "mlp" if block % 2 else "self_attn", Nothing(block % 2 == 0))
