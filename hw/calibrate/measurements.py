@@ -510,7 +510,7 @@ def fit_surface(surface: Surface, rows: Floats, columns: Floats, smooth: float =
     cells = np.concatenate([i * width + j, i * width + j + 1, (i + 1) * width + j, (i + 1) * width + j + 1])
     design = csr_matrix((weights, (np.tile(n, 4), cells)), shape=(len(n), len(rows) * width))
     straight: csr_matrix = _bends_2d(rows, columns)
-    # Logarithms are near a sum of a row and a column where cells miss: twice two differences between neighbours vanish.
+    # Logarithms are near a sum of a row and a column where cells miss: twice two differences between neighbors vanish.
     crossed = CROSS * kron(_steps(len(rows)), _steps(width))
     curved = csr_matrix(vstack([power * _bends_2d(np.log(rows), np.log(columns)), crossed]))
     centre = vstack([kron(_inner(rows), identity(width)), kron(identity(len(rows)), _inner(columns))])
@@ -601,7 +601,7 @@ def _bends_2d(rows: Floats, columns: Floats) -> csr_matrix:
 
 
 def _steps(count: int) -> csr_matrix:
-    """Return the matrix of differences between neighbours."""
+    """Return the matrix of differences between neighbors."""
     return csr_matrix(identity(count))[1:] - csr_matrix(identity(count))[:-1]
 
 

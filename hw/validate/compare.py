@@ -296,27 +296,27 @@ def plot(path: Path, simulated: Run, real: Sequence[Run]) -> None:
     sides = [("real", run, "tab:blue", ":") for run in real] + [("simulated", simulated, "tab:orange", "-")]
     at_s = (np.arange(POINTS) + 0.5) * max(run.logs.end_s for _, run, _, _ in sides) / POINTS
     seen: set[str] = set()
-    for label, run, colour, style in sides:
+    for label, run, color, style in sides:
         shown = label if label not in seen else None
         seen.add(label)
         for axis, metric in zip(axes[:, 0], LATENCIES, strict=False):
             values = np.sort(run.records[metric].dropna())
             if len(values):
-                axis.step(values, np.arange(1, len(values) + 1) / len(values), style, color=colour, label=shown)
+                axis.step(values, np.arange(1, len(values) + 1) / len(values), style, color=color, label=shown)
             axis.set(xlabel=metric, ylabel="share of requests")
-        axes[3][0].plot(run.records["arrival_s"], run.records["ttft_s"], ".", color=colour, label=shown)
+        axes[3][0].plot(run.records["arrival_s"], run.records["ttft_s"], ".", color=color, label=shown)
         for axis, name in zip(axes[:, 1], TIMELINES, strict=True):
             line = timeline(run.logs, name, at_s)
             if line is not None:
-                axis.plot(at_s, line, style, color=colour, linewidth=1.0, label=shown)
+                axis.plot(at_s, line, style, color=color, linewidth=1.0, label=shown)
             for time_s in run.transitions["time_s"]:
-                axis.axvline(time_s, color=colour, linestyle=style, linewidth=0.6, alpha=0.5)
+                axis.axvline(time_s, color=color, linestyle=style, linewidth=0.6, alpha=0.5)
             axis.set(xlabel="time, s", ylabel=name)
         preempted_s = preemption_times_s(run.logs)
         if preempted_s is not None and len(preempted_s):
             marks, height = axes[0][1], 1.0 if label == "simulated" else 0.96
             marks.plot(
-                preempted_s, [height] * len(preempted_s), "x", color=colour, transform=marks.get_xaxis_transform()
+                preempted_s, [height] * len(preempted_s), "x", color=color, transform=marks.get_xaxis_transform()
             )
     axes[3][0].set(xlabel="arrival, s", ylabel="ttft_s")
     axes[0][0].legend()

@@ -49,7 +49,7 @@ def without(removed: set[int]) -> Plan:
 
 
 def truth(removed: set[int], costs: np.ndarray) -> float:
-    """Return a loss that compounds, and more so for neighbours."""
+    """Return a loss that compounds, and more so for neighbors."""
     score = sum(costs[b] for b in removed) + sum(0.05 for b in removed if b + 2 in removed)
     return math.expm1(0.5 * score) / 0.5
 
