@@ -56,7 +56,7 @@ def _tiny(family: str) -> Any:
 
 
 def tiny(family: str = "llama") -> Any:
-    """Return a tiny random model, one's own to change."""
+    """Return a new tiny random model, which the caller may change."""
     return copy.deepcopy(_tiny(family))
 
 
@@ -100,7 +100,7 @@ def flat_latency_content(fixed_us: float, token_us: float) -> dict[str, Any]:
 
 
 class PricedClock:
-    """A clock that stands still but for waiting and for the price of each iteration."""
+    """A clock that advances only by waiting and by the price of each iteration."""
 
     def __init__(self, latency: LatencyModel, plan: Plan) -> None:
         self.time_s = 0.0
@@ -119,7 +119,7 @@ class PricedClock:
 
 
 class TimedCopier(LayerCopier):
-    """Copies that arrive as late as the simulator says."""
+    """Copies that take as long as in the simulator."""
 
     def __init__(self, elastic: ElasticModel, clock: PricedClock) -> None:
         super().__init__(elastic)

@@ -1,4 +1,4 @@
-"""Written episodes: they hold what the policy did, and training can start from them."""
+"""Recorded episodes: they hold what the policy did, and training can start from them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_episodes_of_a_cluster_are_an_error_because_it_has_several_agents() -> N
         list(episodes(composed("offline", "env=serve_cluster", "by=dense", "episodes=1")))
 
 
-def test_training_can_start_from_written_episodes(local_ray: None, tmp_path: Path) -> None:
+def test_training_can_start_from_recorded_episodes(local_ray: None, tmp_path: Path) -> None:
     write(tmp_path, *PRUNE, "by=knapsack", "episodes=150")
     small = ["algorithm=ppo", "num_envs=8", "hidden=[64]", "algorithm.steps_an_iteration=512"]
     cfg = composed("train", *small, "imitate=offline", f"imitate.data={tmp_path}", "imitate.epochs=15")
@@ -98,7 +98,7 @@ def test_training_can_start_from_written_episodes(local_ray: None, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_marwil_learns_from_written_episodes_alone(tmp_path: Path) -> None:
+def test_marwil_learns_from_recorded_episodes_alone(tmp_path: Path) -> None:
     write(tmp_path / "data", *PRUNE, "by=knapsack", "episodes=200")
     small = ["algorithm.batch=500", "algorithm.updates_an_iteration=100", "hidden=[64]", "validate_every=1"]
     paths = [f"algorithm.data={tmp_path / 'data'}", f"hydra.run.dir={tmp_path}"]

@@ -49,7 +49,7 @@ def samples_at(path: Path) -> d.Samples:
     return d.Samples(path, {"model": "tiny"})
 
 
-def test_every_cell_is_measured_and_a_stopped_run_goes_on_where_it_was(coarse: None, tmp_path: Path) -> None:
+def test_every_cell_is_measured_and_a_stopped_run_continues_where_it_was(coarse: None, tmp_path: Path) -> None:
     bench = d.Bench(ElasticModel(tiny(), name="tiny"), "cpu")
     first = samples_at(tmp_path / "samples.json")
     d.measure(bench, first, SETTINGS, Console(quiet=True))
@@ -68,7 +68,7 @@ def test_the_median_of_steady_samples_is_known_sooner_than_that_of_wild_ones() -
     assert d.spread(values) == pytest.approx(1.2533 * 0.1 / math.sqrt(4000), rel=0.1)
 
 
-def test_iterations_are_a_line_over_their_terms_whatever_a_few_of_them_met() -> None:
+def test_iterations_are_a_line_over_their_terms_despite_a_few_outliers() -> None:
     plan = dense_plan(load_model("smollm2_135m"))
     file = CALIBRATIONS / "smollm2_135m_cpu_epyc_1thread.json"
     content = json.loads(file.read_text(encoding="utf-8")) | {"fixed_us": 0.0}
@@ -138,7 +138,7 @@ def test_what_a_plan_change_costs_is_measured_and_leaves_the_model_and_the_pool_
     assert blocks_of["ffn"]["bytes"] == elastic.blocks["ffn"][1].nbytes
 
 
-def test_only_changes_wants_a_calibration_to_add_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_changes_needs_an_existing_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(command, "source=device", "only=changes", f"out={tmp_path}") == 2
     assert "measure all first" in capsys.readouterr().err
     assert exit_status(command, "source=device", "only=change") == 2

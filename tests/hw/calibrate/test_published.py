@@ -92,7 +92,7 @@ def test_a_derived_calibration_is_its_source_times_the_data_sheets_ratios(measur
     assert far.linear_s("ffn", 16, 8192) / near.linear_s("ffn", 16, 8192) == pytest.approx(362 / 121, rel=0.01)
 
 
-def test_the_layer_as_a_whole_is_as_long_as_the_readers_own_sum(measured: Path) -> None:
+def test_the_full_layer_takes_as_long_as_the_readers_own_sum(measured: Path) -> None:
     terms = published.TARGETS["llama2_7b_a100"].read(measured)
     # calibration/README.md: one layer without attention, sum of medians, at one token 0.290 ms, KV save not counted.
     one = sum(float(curve.us[curve.x == 1][0]) for curve in terms.linear[16].values())
@@ -170,7 +170,7 @@ def test_a_product_between_measured_shapes_lies_on_their_line(tmp_path: Path) ->
         kernels.decode(32, 8)
 
 
-def test_a_calibration_is_written_whole_and_reads_back_the_same(tmp_path: Path) -> None:
+def test_a_calibration_is_written_completely_and_reads_back_the_same(tmp_path: Path) -> None:
     content = json.loads((CALIBRATIONS / "llama3.1_8b_h100.json").read_text(encoding="utf-8"))
     path = tmp_path / "copy.json"
     write_calibration(content, path)

@@ -93,7 +93,7 @@ def pair() -> Iterator[Pair]:
 
 @pytest.fixture
 def run(pair: Pair, shared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Return a function that runs a command in this process; the real one with the pair that is there."""
+    """Return a function that runs a command in this process; the real command uses the running pair."""
 
     class Same:
         def __enter__(self) -> Pair:
@@ -154,7 +154,7 @@ def test_one_pair_serves_one_plan_after_another(pair: Pair, shared: list[str]) -
 
 @pytest.fixture
 def once_joined(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
-    """Return a function that lets something happen in the parent once the KV of two requests has joined."""
+    """Return a function that runs an action in the parent once the KV of two requests has joined."""
 
     def arrange(act: Callable[[], None]) -> None:
         receive, done = Pair._receive, []

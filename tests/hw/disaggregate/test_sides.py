@@ -204,7 +204,7 @@ def test_prefill_holds_kv_until_it_has_arrived_and_frees_it_then() -> None:
     assert max(t["sent_s"] for t in transfers.values()) - begun_s >= total_bytes / 2e6  # the link's bandwidth
 
 
-def test_a_decode_side_without_room_stops_prefill_in_the_end_and_nobody_is_lost() -> None:
+def test_a_decode_side_without_room_stops_prefill_in_the_end_and_no_request_is_lost() -> None:
     rows = [(0.0, 20, 10)] * 14
     config = engine_config(max_running=2)
     pair = serve_disaggregated(rows, plans()["dense"], config=config, prefill_blocks=30, decode_blocks=30)
@@ -278,7 +278,7 @@ def test_what_is_gathered_are_the_bytes_that_the_plan_says_for_any_prompt() -> N
         engine.check()
 
 
-def test_room_is_held_beside_the_watermark_for_as_many_as_may_run_and_for_nobody_while_others_wait() -> None:
+def test_room_is_held_above_the_watermark_for_as_many_as_may_run_and_for_none_while_others_wait() -> None:
     layers = tiny_spec().num_layers
     engine = hw_engine(config=engine_config(kv_watermark_share=0.1, max_running=3), kv_blocks=20, timed=False)
     assert engine.reserve(0, 4 * 19) is None  # 19 of 20 KV blocks, of which two stay free

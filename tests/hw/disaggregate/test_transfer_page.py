@@ -45,7 +45,7 @@ def transfers(rows: list[tuple[float, float, int]]) -> StagedRecords:
     return StagedRecords(**columns)
 
 
-def test_a_link_is_found_from_the_transfers_that_had_it_for_themselves() -> None:
+def test_a_link_is_fitted_on_the_transfers_that_had_it_alone() -> None:
     alone = [
         (10.0 * i, 10.0 * i + 0.003 + size / 1e6, size) for i, size in enumerate((10_000, 500_000, 2_000_000, 70_000))
     ]
@@ -59,7 +59,7 @@ def test_a_link_is_found_from_the_transfers_that_had_it_for_themselves() -> None
         fit_link(transfers(alone[:2] + together))
 
 
-def test_transfers_that_take_no_longer_the_more_they_carry_have_a_latency_alone() -> None:
+def test_transfers_whose_time_does_not_grow_with_their_bytes_give_a_latency_only() -> None:
     found = fit_link(transfers([(10.0 * i, 10.0 * i + 0.01 - 1e-4 * i, 1000 * (i + 1)) for i in range(6)]))
     assert found["bytes_per_s"] == MOST_BYTES_PER_S
     assert 0.009 < found["latency_s"] < 0.01

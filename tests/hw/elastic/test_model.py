@@ -167,7 +167,7 @@ def test_prefill_and_decode_run_their_own_masks(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_restored_mha_block_serves_new_requests_and_older_ones_go_on_without_it(family: str) -> None:
+def test_a_restored_mha_block_serves_new_requests_and_older_ones_continue_without_it(family: str) -> None:
     plain = tiny(family)
     elastic = ElasticModel(copy.deepcopy(plain))
     dense = dense_plan(elastic.spec)
@@ -391,7 +391,7 @@ def test_on_cuda_copies_run_on_a_side_stream_and_blocks_join_when_they_are_compl
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_family_is_refused_with_what_was_looked_for() -> None:
+def test_an_unknown_family_is_refused_with_the_attributes_that_are_expected() -> None:
     config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ModelError, match=r"'gpt2' is not supported.*llama.*Looked for .*model\.layers.*self_attn"):

@@ -30,7 +30,7 @@ assert HOST_TO_DEVICE_BYTES_PER_S == COPY_BYTES_PER_S
 
 
 class TestHwEngine(EngineContract):
-    """A tiny model that really computes, on a clock that moves by the prices of the contract."""
+    """A tiny model that really computes, on a clock that advances by the prices of the contract."""
 
     device = "cpu"
     seeds = range(3)

@@ -62,7 +62,7 @@ def some_rows(seed: int, count: int, longest_prompt: int = 40, longest_output: i
 
 
 def serve(engine: HwEngine, rows: Rows) -> list[list[int]]:
-    """Serve until nothing is left, looking after every iteration whether all memory is accounted for."""
+    """Serve until nothing is left; check after every iteration that all memory is accounted for."""
     engine.submit(requests(rows))
     looks = 0
     while not engine.drained:
@@ -357,7 +357,7 @@ def test_what_is_allocated_never_exceeds_a_budget_that_moves() -> None:
 class HoldingCopier(LayerCopier):
     """Copies that are complete only after ``polls`` checks, as on a GPU: iterations run meanwhile.
 
-    Their tensors lie with the blocks from the start, as those of a CUDA copy do.
+    The blocks hold the tensors of the copy from the start, as with a CUDA copy.
     """
 
     def __init__(self, elastic: ElasticModel, polls: int) -> None:
@@ -463,7 +463,7 @@ def test_running_out_of_memory_preempts_and_loses_no_request() -> None:
     assert engine.records().preemptions.sum() >= engine.out_of_memory
 
 
-def test_what_the_allocator_says_when_memory_runs_out_is_understood_and_no_other_error_is() -> None:
+def test_errors_of_an_allocator_out_of_memory_are_recognized_and_no_others_are() -> None:
     with pytest.raises((RuntimeError, MemoryError)) as ran_out:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert out_of_memory(ran_out.value)
@@ -508,7 +508,7 @@ def test_an_interrupt_waits_for_the_end_of_an_iteration_and_leaves_complete_reco
 
 
 @pytest.mark.parametrize("kind", ["wall", "cpu"])
-def test_on_a_real_clock_moments_follow_one_another_and_idle_time_can_be_skipped(kind: str) -> None:
+def test_times_on_a_real_clock_increase_and_idle_time_can_be_skipped(kind: str) -> None:
     engine = hw_engine(timed=False, clock=RealClock(kind, skip_idle=True))
     replay(
         trace_of([(0.0, 30, 5), (0.01, 30, 5), (500.0, 9, 3)]), engine, plan_schedule(5, 3, period_s=100.0), tick_s=60.0
@@ -525,7 +525,7 @@ def test_on_a_real_clock_moments_follow_one_another_and_idle_time_can_be_skipped
 
 
 class SlowCopier(LayerCopier):
-    """Copies that take the processor a twentieth of a second."""
+    """Copies that take a twentieth of a second of processor time."""
 
     def start(self, copy: LayerCopy) -> None:
         super().start(copy)

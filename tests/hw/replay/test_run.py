@@ -85,7 +85,7 @@ def test_a_policy_that_decides_runs_unchanged_and_memory_is_what_was_counted(run
     assert (pd.read_parquet(folder / "records.parquet").status == "finished").all()
 
 
-def test_ctrl_c_leaves_the_records_so_far_whole(
+def test_ctrl_c_leaves_complete_records_of_the_run_so_far(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import os

@@ -219,7 +219,7 @@ def test_runs_of_other_requests_are_refused(tmp_path: Path) -> None:
         result_of(tmp_path, {}, {"seed": 1})
 
 
-def test_the_command_ends_with_its_verdict_and_writes_json_and_picture(tmp_path: Path) -> None:
+def test_the_command_ends_with_its_verdict_and_writes_json_and_a_plot(tmp_path: Path) -> None:
     sim, good, bad = (run_folder(tmp_path / name, slower=s) for name, s in (("s", 1.0), ("g", 1.01), ("b", 2.0)))
     assert exit_status(hw.compare.main, str(sim), str(good)) == 0
     assert exit_status(hw.compare.main, str(sim), str(bad), f"out={tmp_path / 'out'}") == 1

@@ -68,7 +68,7 @@ def test_a_folder_without_a_run_is_an_error_that_says_where_to_get_one(tmp_path:
         read_run(tmp_path)
 
 
-def test_the_clocks_are_laid_over_each_other_where_the_queue_was_reached_the_fastest(tmp_path: Path) -> None:
+def test_the_clocks_are_aligned_at_the_request_that_reached_the_queue_fastest(tmp_path: Path) -> None:
     rows = [
         {"arrival_time": 100.0 + i, "queued_ts": 5.0 + i + lag, "first_token_ts": 6.0 + i + lag}
         | {"last_token_ts": 8.0 + i + lag, "input_toks": 10, "output_toks": 3}
