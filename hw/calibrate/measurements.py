@@ -517,7 +517,7 @@ def fit_surface(surface: Surface, rows: Floats, columns: Floats, smooth: float =
     near = NearestNDInterpolator(np.column_stack([np.log(surface.x), np.log(surface.y)]), surface.us)
     height = near(*np.meshgrid(np.log(rows), np.log(columns), indexing="ij")).ravel()
     for _ in range(6):
-        # The bend of a logarithm, linearised at the last height: log h is about log h0 + h / h0 - 1.
+        # The bend of a logarithm, linearized at the last height: log h is about log h0 + h / h0 - 1.
         penalty = vstack([(1.0 - power) * diags(1.0 / (centre @ height)) @ straight, curved @ diags(1.0 / height)])
         wanted = np.concatenate([np.zeros(straight.shape[0]), -(curved @ (np.log(height) - 1.0))])
         height = np.maximum(_solve(design, smooth * penalty, smooth * wanted), 0.5 * surface.us.min())
