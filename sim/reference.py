@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sim.config import CONF_DIR, run_command
 from sim.errors import ConfigError
+from sim.paths import REPOSITORY
 from sim.results.run_folder import write_text
 
 PAGE = CONF_DIR.parent / "docs" / "reference" / "configuration.md"
@@ -270,7 +271,9 @@ def _row(key: str, type_: Any, default: Any, meaning: str) -> Sequence[str]:
 
 
 def _plain(value: Any) -> str:
-    """Return a value as one types it on the command line."""
+    """Return a value as one types it on the command line; paths inside the project are relative to it."""
+    if isinstance(value, str):
+        value = value.replace(f"{REPOSITORY}/", "")
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
     if value is None or isinstance(value, bool):

@@ -118,16 +118,14 @@ def running_plan(resident: Resident, target: Plan) -> Plan:
             ffn=tuple(k and b != ABSENT for k, b in zip(keep.ffn, resident.ffn_bits, strict=True)),
         )
 
-    return Plan(
+    return replace(  # every other field of the plan is the target's
+        target,
         decode=mask(target.decode),
         prefill=mask(target.prefill),
         weight_bits=tuple(
             max(mha, ffn) or bits
             for mha, ffn, bits in zip(resident.mha_bits, resident.ffn_bits, target.weight_bits, strict=True)
         ),
-        kv_keep=target.kv_keep,
-        max_running=target.max_running,
-        max_waiting=target.max_waiting,
     )
 
 

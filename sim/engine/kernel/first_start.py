@@ -62,6 +62,7 @@ def prepare() -> None:
             compile_half(0)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 helper.wait(PATIENCE_S)
+            loop.advance.compile((TABLE, TIME))  # type: ignore[attr-defined]
         finally:
             helper.kill()  # without effect if it has ended
             helper.wait()
