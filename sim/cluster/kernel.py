@@ -1,7 +1,7 @@
 """The compiled loop of a cluster: arrivals one by one, and between them only the replicas to which something happens.
 
-`serve` works on the tables of all replicas (sim/engine/kernel) up to a horizon, the next event of SimPy. For an arrival it
-advances those replicas whose iteration has ended by then, lets the router choose, and hands the request over. It
+`serve` works on the tables of all replicas (sim/engine/kernel) up to a horizon, the next event of SimPy. For an arrival
+it advances those replicas whose iteration has ended by then, lets the router choose, and hands the request over. It
 returns early when Python has to change a plan or a budget, make arrays longer, or choose a replica.
 """
 
