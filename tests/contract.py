@@ -138,7 +138,7 @@ class EngineContract:
         return (make or self.make)(config=settings, plan=plan, budget=budget or self.budget(kv_blocks))
 
     def budget(self, *kv_blocks: int, every_s: float = 6.0) -> Budget:
-        """Return a budget that holds the dense weights and so many KV blocks, one value after the other."""
+        """Return a budget that holds the dense weights and these numbers of KV blocks, one after the other."""
         dense = dense_plan(self.spec)
         values = [budget_for_kv_blocks(self.spec, dense, blocks, 0, BLOCK_TOKENS) for blocks in kv_blocks]
         return Budget(tuple(every_s * i for i in range(len(values))), tuple(values))

@@ -2,9 +2,10 @@
 
 python tests/bench/bench_speed.py [TRACE [ROUNDS]]
 
-TRACE: a trace that `sim.traces.readers` can read; the default is the Azure conversation trace of RAP_LAB_DATA (CC-BY 4.0,
-cite Patel et al., Splitwise, ISCA 2024), and without that folder a made-up one of as many requests.
-ROUNDS: every figure is the best of so many; ours and DynoSim's runs alternate. CPU seconds of one process, one thread.
+TRACE: a trace that `sim.traces.readers` can read; the default is the Azure conversation trace of RAP_LAB_DATA (CC-BY
+    4.0, cite Patel et al., Splitwise, ISCA 2024), and without that folder a made-up one of as many requests.
+ROUNDS: every figure is the best of this many; ours and DynoSim's runs alternate. Figures are CPU seconds of one process
+    with one thread.
 
 DynoSim (NVIDIA; `pip install ".[bench]"`, or DYNOSIM_PYTHON names an interpreter with ai-dynamo-runtime 1.6.1) runs on
 the same requests with the same memory and limits, and its own built-in prices. Where it is missing, null stands.

@@ -192,7 +192,7 @@ def systems(draw: Any) -> tuple[Trace, dict[str, Any]]:
 
 @given(made=systems())
 @settings(max_examples=120, deadline=None)
-def test_whatever_comes_nobody_is_lost_and_every_kv_block_is_counted_once(made: tuple[Trace, dict[str, Any]]) -> None:
+def test_no_request_is_lost_and_every_kv_block_is_counted_once_on_any_input(made: tuple[Trace, dict[str, Any]]) -> None:
     trace, overrides = made
     pair = system(trace, **overrides)
     plan, checked = pair.plan, 0

@@ -51,7 +51,7 @@ class Case:
             for i in range(count)
         )
 
-    def asked(self) -> list[Request]:
+    def submitted(self) -> list[Request]:
         """Return the requests, with their hash ids."""
         return [
             Request(request_id=i, arrival_s=a, prompt_tokens=p, output_tokens=o, hash_ids=self.hash_ids(p, o))
@@ -59,7 +59,7 @@ class Case:
         ]
 
     def budget(self) -> Budget:
-        """Return the budget: the given KV blocks beside the first plan, then steps relative to that."""
+        """Return the budget: ``kv_blocks`` KV blocks next to the first plan, then steps relative to that."""
         first = budget_for_kv_blocks(TINY, self.first_plan, self.kv_blocks, 0, self.config.kv_block_tokens)
         room = layer_weight_bytes(TINY)
         steps = [(time_s, max(1, int(first + share * room))) for time_s, share in self.budget_steps]
@@ -67,7 +67,7 @@ class Case:
 
 
 def quality_nll(plan: Plan) -> float:
-    """Return a made-up quality that tells all plans apart."""
+    """Return a made-up quality that differs between all plans."""
     score = 1.0
     for layer, (mha, ffn, bits) in enumerate(zip(plan.decode.mha, plan.decode.ffn, plan.weight_bits, strict=True)):
         score += (2 + layer) * 0.1 * (not mha) + (3 + layer) * 0.01 * (not ffn) + 0.001 * (16 - bits)
@@ -129,7 +129,7 @@ def random_latency(rng: np.random.Generator) -> LatencyModel:
 
 
 def linear_description(fixed_us: float) -> dict[str, Any]:
-    """Return what a calibration says beside its tables."""
+    """Return what a calibration says in addition to its tables."""
     return {
         "schema": 1,
         "name": "made up",
@@ -217,7 +217,7 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
         copy_slowdown=case.copy_slowdown,
         quality_nll=quality_nll,
     )
-    engine.submit(case.asked())
+    engine.submit(case.submitted())
     engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])
     states = []
     changes = dict(case.plans)
@@ -226,7 +226,7 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
         if time_s in changes:
             engine.apply(changes[time_s])
         if index % 3 == 1:
-            states.append(engine.run_until(time_s))  # asked twice, it stands where it stood
+            states.append(engine.run_until(time_s))  # a second call changes nothing
     engine.run_until(math.inf)
     states.append(engine.run_until(LATE_S))  # the clock may stand at different moments after all is done
     return engine, states
@@ -256,7 +256,7 @@ def differences(case: Case) -> list[str]:
 
 
 def merged(gaps: Any) -> Any:
-    """Return gaps with those that only rounding tells apart put together."""
+    """Return gaps, merging those that differ only by rounding."""
     order = np.argsort(gaps.itl_s)
     itl_s, count = gaps.itl_s[order], gaps.count[order]
     new = np.diff(itl_s, prepend=-1.0) > RELATIVE * np.maximum(itl_s, 1e-3)

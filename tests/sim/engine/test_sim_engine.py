@@ -63,7 +63,7 @@ def test_kv_pressure_preempts_the_newest_which_computes_its_tokens_again() -> No
     assert records.preemptions.tolist() == [0, 1]
     assert records.produced_tokens.tolist() == [8, 8]
     iterations = engine.iterations()
-    assert iterations.prefill_tokens.sum() == 8 + 8 + 8 + 1, "the newer had produced one token and computed it anew"
+    assert iterations.prefill_tokens.sum() == 8 + 8 + 8 + 1, "the newer one had produced a token and computed it again"
     assert iterations.preemptions.sum() == 1
 
 
@@ -101,7 +101,7 @@ def test_a_plan_without_any_mha_block_needs_no_kv() -> None:
     assert engine.iterations().kv_used_share.max() == 0.0
 
 
-def test_a_prompt_that_can_never_fit_is_rejected_and_blocks_nobody() -> None:
+def test_a_prompt_that_can_never_fit_is_rejected_and_blocks_no_other_request() -> None:
     records = serve(tiny_engine(kv_blocks=5), (0.0, 21, 1), (0.0, 8, 2))
     assert records.status.tolist() == [Status.REJECTED, Status.FINISHED]
 

@@ -125,7 +125,7 @@ def test_an_idle_engine_changes_its_plan_at_once() -> None:
     assert (transitions.time_s.tolist(), transitions.ready_s.tolist()) == ([1.25], [1.25])
 
 
-def test_a_restored_block_joins_at_the_first_iteration_after_its_copy_is_whole() -> None:
+def test_a_restored_block_joins_at_the_first_iteration_after_its_copy_is_complete() -> None:
     speed = FFN_BYTES / 2.25  # the copy takes 2.25 s
     engine = busy(tiny_engine(plan=NO_FFN1, host_to_device_bytes_per_s=speed))
     engine.run_until(3.0)
@@ -164,7 +164,7 @@ def test_a_layer_at_lower_precision_takes_the_place_of_the_old_one() -> None:
     assert row.to_plan == ("W4 0",)
 
 
-def test_a_precision_change_keeps_all_kv_and_preempts_nobody() -> None:
+def test_a_precision_change_keeps_all_kv_and_preempts_no_request() -> None:
     engine = busy(tiny_engine())
     engine.run_until(2.0)
     engine.apply(W4)
