@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sim.config import CONF_DIR, run_command
 from sim.errors import ConfigError
+from sim.paths import REPOSITORY
 from sim.results.run_folder import write_text
 
 PAGE = CONF_DIR.parent / "docs" / "reference" / "configuration.md"
@@ -286,7 +287,8 @@ def _plain(value: Any) -> str:
     elif dataclasses.is_dataclass(value):
         shown = "{" + ", ".join(f"{f.name}: {_plain(getattr(value, f.name))}" for f in dataclasses.fields(value)) + "}"
     else:
-        shown = str(value) or '""'
+        # A folder of the checkout is shown relative to it, so that the page is the same on every machine.
+        shown = str(value).removeprefix(f"{REPOSITORY}/") or '""'
     return shown if len(shown) <= LONGEST_VALUE else f"{shown[: LONGEST_VALUE - 3]}..."
 
 
