@@ -1,4 +1,4 @@
-"""Random replays for comparing the compiled engine with the plain one: made from a seed, shrunk when they differ."""
+"""Random replays for comparing the compiled engine with the plain one: built from a seed, shrunk if they differ."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import BudgetError
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency
+from tests.sim.shrink import shrunk_case, without_some
 
 RELATIVE = 1e-9
 LATE_S = 1e6
@@ -28,7 +29,7 @@ DENSE = dense_plan(TINY)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One replay: requests, decisions as they are made and those known beforehand, a budget, and how it serves."""
+    """One replay: requests, decisions made during it and scheduled ones, a budget, and how the engine serves."""
 
     requests: tuple[tuple[float, int, int], ...]
     plans: tuple[tuple[float, Plan], ...]
@@ -43,7 +44,7 @@ class Case:
     copy_slowdown: float
 
     def hash_ids(self, prompt: int, output: int) -> tuple[int, ...]:
-        """Return the hash ids of a prompt: it begins as others do, then goes on by itself."""
+        """Return the hash ids of a prompt: the first are shared with other prompts, the others are its own."""
         count = -(-prompt // self.config.hash_block_tokens)
         alike = (7 * prompt + output) % 9
         return tuple(
@@ -106,7 +107,7 @@ def random_plan(rng: np.random.Generator) -> Plan:
 
 
 def random_latency(rng: np.random.Generator) -> LatencyModel:
-    """Return a price: round numbers, at which many things happen at one moment, or ragged ones."""
+    """Return a latency model: round numbers, so that many events coincide, or irregular ones."""
     if rng.random() < 0.3:
         return linear_latency(base_s=1.0)
     if rng.random() < 0.5:
@@ -206,7 +207,7 @@ def random_case(seed: int) -> Case:
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:
-    """Return the engine after a case, and what could be seen of it on the way."""
+    """Return the engine after a case, and the states observed on the way."""
     engine = kind(
         model=TINY,
         latency=case.latency,
@@ -233,7 +234,7 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
 
 
 def differences(case: Case) -> list[str]:
-    """Return what differs between the two engines, none when they agree (or both refuse the case alike)."""
+    """Return the differences between the two engines; empty if they agree, or refuse the case with the same error."""
     served = []
     for kind in (PlainEngine, SimEngine):
         try:
@@ -265,7 +266,7 @@ def merged(gaps: Any) -> Any:
 
 
 def unequal(ours: Any, theirs: Any) -> Iterator[str]:
-    """Yield which fields differ: floats by more than rounding, the rest at all."""
+    """Yield the fields that differ: floats by more than rounding, others at all."""
     for field in dataclasses.fields(ours):
         a, b = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name in ("plan", "target") or isinstance(a, tuple):
@@ -286,24 +287,14 @@ def unequal(ours: Any, theirs: Any) -> Iterator[str]:
 
 def shrunk(case: Case) -> Case:
     """Return a smaller case that still differs: fewer requests, plans, ticks and steps, shorter texts."""
-    smaller = True
-    while smaller:
-        smaller = False
-        for candidate in _smaller(case):
-            if differences(candidate):
-                case, smaller = candidate, True
-                break
-    return case
+    return shrunk_case(case, _smaller, differences)
 
 
 def _smaller(case: Case) -> Iterator[Case]:
     for field in ("requests", "plans", "scheduled", "ticks_s", "budget_steps"):
         rows = getattr(case, field)
-        size = len(rows) // 2
-        while size:
-            for start in range(0, len(rows), size):
-                yield replace(case, **{field: rows[:start] + rows[start + size :]})
-            size //= 2
+        for fewer in without_some(rows):
+            yield replace(case, **{field: fewer})
         if len(rows) == 1:
             yield replace(case, **{field: ()})
     for i, (arrival_s, prompt, output) in enumerate(case.requests):

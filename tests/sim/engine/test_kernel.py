@@ -159,7 +159,7 @@ def test_the_engines_agree_on_a_real_model_under_a_policy_and_memory_that_moves(
 
 
 def test_the_random_cases_meet_everything_that_has_rules() -> None:
-    """What is compared above is worth nothing if no case comes to it."""
+    """The comparison above covers only what some random case reaches."""
     met = dict.fromkeys(
         ("preempted", "recomputed", "copied", "over budget", "rejected", "windowed KV", "a KV hole", "known"), 0
     )
@@ -304,8 +304,8 @@ def test_without_iterations_the_records_are_the_same() -> None:
     assert_equal(*found)
 
 
-def test_a_waiting_prompt_that_outgrew_the_pool_does_not_keep_the_engine_busy_for_ever() -> None:
-    """The pool shrank after it was accepted: it waits, for memory may come back, and nothing runs in circles."""
+def test_a_waiting_prompt_that_outgrew_the_pool_does_not_keep_the_engine_busy_forever() -> None:
+    """The pool shrank after it was accepted: it waits, since memory may come back, and no loop runs forever."""
     twenty, eleven = (budget_for_kv_blocks(TINY, DENSE, blocks, 0, 4) for blocks in (20, 11))
     engine = tiny_engine(
         budget=Budget((0.0, 2.0), (twenty, eleven)), reserve_full_prompt=False, max_batch_tokens=8, kv_block_tokens=4
@@ -329,7 +329,7 @@ def test_it_works_where_the_compile_cache_cannot_be_written_and_says_so() -> Non
 
 
 def test_what_was_compiled_is_not_used_again_once_a_function_that_it_calls_has_changed(tmp_path: Path) -> None:
-    """Numba looks at the file of the caller only; stale prices in a cached kernel would be silent."""
+    """Numba checks only the file of the caller; stale prices in a cached kernel would go unnoticed."""
     shutil.copytree(REPOSITORY / "sim", tmp_path / "sim", ignore=shutil.ignore_patterns("__pycache__"))
     program = (
         "import numba\n"

@@ -1,4 +1,4 @@
-"""Prompts that begin alike share their KV: small cases worked out by hand, and what must always hold."""
+"""Prompts that begin alike share their KV: small cases computed by hand, and laws."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_what_is_found_is_context_that_attention_reads() -> None:
     assert records.finish_s[1] == pytest.approx(6.08 + 1.0 + 0.01 + 0.024)
 
 
-def test_a_unit_is_in_the_pool_once_however_many_hold_it() -> None:
-    """Prompts of 17 tokens need 5 KV blocks of 4 tokens in each of 3 layers; two units are 4 of them."""
+def test_a_prefix_block_is_in_the_pool_once_even_if_several_requests_hold_it() -> None:
+    """Prompts of 17 tokens need 5 KV blocks of 4 tokens in each of 3 layers; two prefix blocks are 4 of them."""
     engine = tiny_engine(prefix_caching=True)
     engine.submit(requests_of((0.0, 17, 9, (1, 2)), (2.0, 17, 9, (1, 2)), (4.0, 17, 9, (1, 2))))
     assert engine.run_until(1.5).kv_used_layer_blocks == 5 * 3
@@ -111,7 +111,7 @@ def test_the_longest_free_go_first_and_the_ends_of_prompts_before_their_beginnin
         assert records.cached_tokens.tolist() == [0, 0, 16, 0, found]
 
 
-def test_a_preempted_request_finds_its_units_again_and_with_reuse_more() -> None:
+def test_a_preempted_request_finds_its_prefix_blocks_again_and_with_reuse_more() -> None:
     """7 KV blocks of 4 tokens: two requests of 9 tokens grow until the newer is preempted, at 14 tokens."""
     rows: tuple[Row, ...] = ((0.0, 9, 9, (1,)), (0.0, 9, 9, (2,)))
     computed = {}
@@ -273,7 +273,7 @@ def test_what_cannot_be_is_an_error_that_says_what_can() -> None:
 
 
 def test_the_random_cases_share_prompts_under_all_that_has_rules() -> None:
-    """The comparison of the two engines (test_kernel.py) is worth nothing for the cache where no case comes to it."""
+    """The comparison of the two engines (test_kernel.py) covers the cache only if some cases reach it."""
     met = dict.fromkeys(("found", "preempted", "plans", "budgets", "reuse"), 0)
     for seed in range(150):
         case = random_case(seed)

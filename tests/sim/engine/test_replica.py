@@ -1,4 +1,4 @@
-"""The replica in front of executors and weights that tests control: copies, calls from outside, memory that moves."""
+"""The replica with executors and weights that tests control: copies, calls from outside, memory that moves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DENSE = dense_plan(TINY)
 
 
 class CountedWeights:
-    """Blocks as a device would hold them; a copy is complete at the query number ``queries`` after the first."""
+    """Blocks as a device would hold them; a copy is complete after ``queries`` further calls of ``arrived``."""
 
     def __init__(self, plan: Plan, queries: int) -> None:
         first = resident_of(plan)
@@ -70,7 +70,7 @@ class CountedWeights:
 
 
 def wants(plan: Plan, resident: Resident, copy: LayerCopy) -> bool:
-    """Return whether a plan lacks, of the layer under way, exactly the blocks that the copy brings."""
+    """Return whether a plan lacks exactly those blocks of the copied layer that the copy brings."""
     needed = resident_of(plan)
     lacking = [
         needs[copy.layer] if needs[copy.layer] != has[copy.layer] else ABSENT
@@ -166,7 +166,7 @@ class Memory:
 
 
 class WritingExecutor(PricingExecutor):
-    """Writes into the memory what a device would, and checks that what it reads is what was written."""
+    """Writes into memory what a device would write, and checks that it reads back what was written."""
 
     def __init__(self, memory: Memory, latency: object) -> None:
         super().__init__(latency)  # type: ignore[arg-type]
@@ -183,7 +183,7 @@ class WritingExecutor(PricingExecutor):
         return super().run(iteration)
 
     def _key(self, hash_ids: tuple[int, ...], request_id: int, layer: int, token: int) -> object:
-        """KV of a token: that of its prefix block where its prompt has one, else its request's own."""
+        """The KV of a token: that of its prefix block if its prompt has one there, otherwise its request's own."""
         block = token // (2 * self.memory.size)
         return (layer, token, hash_ids[block] if block < len(hash_ids) else (request_id,))
 

@@ -1,4 +1,4 @@
-"""What serving must always hold, and small cases worked out by hand."""
+"""Laws of serving, and small cases computed by hand."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_constant_latency_server_matches_the_m_d_1_waiting_time() -> None:
 
 
 def test_a_backlog_is_served_at_the_rate_of_its_bottleneck() -> None:
-    """A closed system: n requests of k tokens, c at a time, one second an iteration, take n k / c seconds."""
+    """A closed system: n requests of k tokens, c at a time, one second per iteration, take n k / c seconds."""
     records = serve(tiny_engine(max_running=4, max_batch_tokens=512), *[(0.0, 2, 7)] * 40)
     assert records.finish_s.max() == 40 * 7 / 4
 

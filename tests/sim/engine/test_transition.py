@@ -1,4 +1,4 @@
-"""Changing plans while serving: what leaves when, what comes in when, and what it costs."""
+"""Plan changes while serving: what is dropped when, what is copied in when, and what it costs."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_a_precision_change_keeps_all_kv_and_preempts_no_request() -> None:
 
 
 def test_the_kv_hole_requests_go_on_without_a_restored_block() -> None:
-    """``new_requests``: only what is admitted later holds KV of the restored block."""
+    """``new_requests``: only requests that are admitted later hold KV of the restored block."""
     engine = busy(tiny_engine(plan=NO_MHA1))
     engine.submit(requests((9.0, 8, 4)))
     engine.run_until(4.0)
@@ -189,7 +189,7 @@ def test_the_kv_hole_requests_go_on_without_a_restored_block() -> None:
 
 
 def test_the_kv_hole_is_filled_by_computing_again() -> None:
-    """``recompute``: those that lack the block are prefilled again, at that price."""
+    """``recompute``: requests that lack the block are prefilled again, which takes time."""
     engine = busy(tiny_engine(plan=NO_MHA1, restore="recompute"))
     engine.run_until(4.0)
     engine.apply(DENSE)
@@ -298,7 +298,7 @@ def test_seconds_beyond_the_budget_are_counted_until_memory_follows() -> None:
 
 
 def test_weights_beyond_the_budget_hold_work_until_a_plan_fits() -> None:
-    """Law 3: nothing crashes and no request is lost while no plan fits, and work goes on when one does."""
+    """Law 3: nothing crashes and no request is lost while no plan fits, and serving continues once one does."""
     weights = weight_bytes(TINY, DENSE)
     budget = Budget((0.0, 4.0), (start_bytes(10), weights - FFN_BYTES + start_bytes(6) - start_bytes(0 + 1)))
     engine = busy(tiny_engine(budget=budget), tokens=10)

@@ -1,4 +1,4 @@
-"""``python -m sim.replay`` as a user meets it."""
+"""``python -m sim.replay`` as a user runs it."""
 
 from __future__ import annotations
 
