@@ -19,6 +19,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
 from sim.errors import BudgetError, nearest
 from sim.paths import find_data
+from sim.types import GIB
 
 STEP_UNITS = ("share", "bytes")
 
@@ -107,6 +108,15 @@ def stepped(rows: Iterable[tuple[float, int]], notice_s: float = 0.0) -> Budget:
             times.append(time_s)
             values.append(budget_bytes)
     return Budget(tuple(times), tuple(values), notice_s)
+
+
+def no_room_for_kv(weight_bytes: int, workspace_bytes: int, budget_bytes: int) -> BudgetError:
+    """Return the error for a first budget that cannot hold the weights, the workspace and one request."""
+    return BudgetError(
+        f"weights {weight_bytes / GIB:.2f} GiB and workspace {workspace_bytes / GIB:.2f} GiB leave "
+        f"no room for the KV cache of one request in a budget of {budget_bytes / GIB:.2f} GiB; prune or "
+        "quantize more blocks, or raise the budget (budget=, gpu=)"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

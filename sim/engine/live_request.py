@@ -14,7 +14,7 @@ import numpy as np
 
 from sim.cost.model_spec import ModelSpec
 from sim.engine.block_table import BlockTable
-from sim.engine.protocol import Request, repeated_hash_id
+from sim.engine.protocol import Request, late_request, repeated_hash_id
 from sim.errors import ConfigError
 from sim.results.records import Records, Status
 from sim.types import Floats, Ints
@@ -106,10 +106,7 @@ class RequestQueues:
         pending = {request.request_id for request in self.arrivals}
         for request in requests:
             if not request.arrival_s >= last_s:
-                raise ConfigError(
-                    f"request {request.request_id} arrives at {request.arrival_s} s, before {last_s} s; "
-                    "submit requests in order of arrival and not in the past"
-                )
+                raise late_request(request.request_id, request.arrival_s, last_s)
             if request.request_id in self.all or request.request_id in pending:
                 raise ConfigError(f"request {request.request_id} was submitted before; give each its own request_id")
             if check_hash_ids and len(set(request.hash_ids)) < len(request.hash_ids):

@@ -109,7 +109,7 @@ class PlanChanges:
         resident = without_dropped(self.resident, plan)
         copies = copies_between(self._model, resident, plan)
         if self.copy is not None and self.copy in copies:
-            copies.remove(self.copy)  # the copy under way goes on, for the new plan
+            copies.remove(self.copy)  # the copy under way continues, for the new plan
         elif self.copy is not None:
             self._weights.abandon()
             self.copy, self._copy_started = None, False

@@ -79,6 +79,31 @@ class Request:
     hash_ids: tuple[int, ...] = ()
 
 
+def late_request(request_id: int, arrival_s: float, before_s: float) -> ConfigError:
+    """Return the error for a request that arrives before ``before_s``, an earlier request or the present time."""
+    return ConfigError(
+        f"request {request_id} arrives at {arrival_s} s, before {before_s} s; "
+        "submit requests in order of arrival and not in the past"
+    )
+
+
+def check_decisions(time_s: Sequence[float], plans: Sequence[Plan], least_s: float) -> None:
+    """Check scheduled decisions: one time per plan, ascending from ``least_s``.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    if len(time_s) != len(plans):
+        raise ConfigError(f"{len(time_s)} moments for {len(plans)} plans; give one for each")
+    for number, moment_s in enumerate(time_s):
+        if not moment_s >= least_s:
+            raise ConfigError(
+                f"decision {number} is for {moment_s} s, before another one or the present; "
+                "give the moments in ascending order"
+            )
+        least_s = moment_s
+
+
 def missing_hash_ids() -> ConfigError:
     """Return the error for a prefix cache whose requests have no hash ids."""
     return ConfigError(

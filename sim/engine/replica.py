@@ -29,17 +29,24 @@ from dataclasses import dataclass, replace
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, check_plan
 from sim.engine.block_table import BlockTable
-from sim.engine.budget import Budget, constant_budget
+from sim.engine.budget import Budget, constant_budget, no_room_for_kv
 from sim.engine.executor import Clock, Executor, Iteration, Ran, Weights
 from sim.engine.iteration_log import IterationRow
 from sim.engine.kv_manager import kv_keep_of
 from sim.engine.kv_pool import KVStorage
 from sim.engine.live_request import LiveRequest
-from sim.engine.protocol import EngineConfig, EngineState, Request, missing_hash_ids, requests_from_arrays
+from sim.engine.protocol import (
+    EngineConfig,
+    EngineState,
+    Request,
+    check_decisions,
+    missing_hash_ids,
+    requests_from_arrays,
+)
 from sim.engine.replica_state import ReplicaState
 from sim.engine.scheduler import Batch, form_batch
 from sim.engine.transition import ABSENT, plan_for_holder
-from sim.errors import BudgetError, ConfigError
+from sim.errors import BudgetError
 from sim.results.records import Status
 from sim.types import GIB, Floats, Ints
 
@@ -185,16 +192,7 @@ class Replica(ReplicaState):
         Raises:
             ConfigError: for times out of order. PlanError, CalibrationError: as ``apply``; then none is scheduled.
         """
-        if len(time_s) != len(plans):
-            raise ConfigError(f"{len(time_s)} moments for {len(plans)} plans; give one for each")
-        least_s = max(self._time_s, self._changes.last_scheduled_s)
-        for number, moment_s in enumerate(time_s):
-            if not moment_s >= least_s:
-                raise ConfigError(
-                    f"decision {number} is for {moment_s} s, before another one or the present; "
-                    "give the moments in ascending order"
-                )
-            least_s = moment_s
+        check_decisions(time_s, plans, max(self._time_s, self._changes.last_scheduled_s))
         for plan in plans:
             self._check_plan(plan)
         self._changes.schedule(zip(time_s, plans, strict=True))
@@ -577,11 +575,7 @@ class Replica(ReplicaState):
             limit = min(limit, blocks * self.config.kv_block_tokens)
         budget_bytes, held_bytes = self._meter.now_bytes, self._changes.weight_bytes
         if limit < 2 or held_bytes + self._workspace_bytes > budget_bytes:
-            raise BudgetError(
-                f"weights {held_bytes / GIB:.2f} GiB and workspace {self._workspace_bytes / GIB:.2f} GiB leave "
-                f"no room for the KV cache of one request in a budget of {budget_bytes / GIB:.2f} GiB; prune or "
-                "quantise more blocks, or raise the budget (budget=, gpu=)"
-            )
+            raise no_room_for_kv(held_bytes, self._workspace_bytes, budget_bytes)
         return limit
 
     def _follow_budget(self, now_s: float) -> None:

@@ -23,15 +23,24 @@ from sim.cost.memory import kv_block_layer_bytes, weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, describe
 from sim.engine import kernel
-from sim.engine.budget import Budget, constant_budget
+from sim.engine.budget import Budget, constant_budget, no_room_for_kv
 from sim.engine.kernel.first_start import prepare
 from sim.engine.kernel.state import BUDGET_STEP
 from sim.engine.plan_graph import PlanGraph, layers_of
-from sim.engine.protocol import EngineConfig, EngineState, Holder, Request, missing_hash_ids, repeated_hash_id
-from sim.errors import BudgetError, ConfigError
+from sim.engine.protocol import (
+    EngineConfig,
+    EngineState,
+    Holder,
+    Request,
+    check_decisions,
+    late_request,
+    missing_hash_ids,
+    repeated_hash_id,
+)
+from sim.errors import ConfigError
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.traces.trace import Trace
-from sim.types import GIB, Floats, Ints
+from sim.types import Floats, Ints
 
 MEMORY_OF_PLANS = 16384
 """Residencies (sim/engine/plan_graph.py) that a plan graph may hold before the engine starts a new one."""
@@ -178,10 +187,7 @@ class SimEngine:
         before_s = np.concatenate([[last_s], arrival_s[:-1]])
         late = np.flatnonzero(~(arrival_s >= before_s))
         if len(late):
-            raise ConfigError(
-                f"request {first + int(late[0])} arrives at {arrival_s[late[0]]} s, before {before_s[late[0]]} s; "
-                "submit requests in order of arrival and not in the past"
-            )
+            raise late_request(first + int(late[0]), arrival_s[late[0]], before_s[late[0]])
         total = first + len(arrival_s)
         self.reserve(total)
         rows = slice(first, total)
@@ -223,24 +229,16 @@ class SimEngine:
         Raises:
             ConfigError: for times out of order. PlanError, CalibrationError: as ``apply``; then none is scheduled.
         """
-        if len(time_s) != len(plans):
-            raise ConfigError(f"{len(time_s)} moments for {len(plans)} plans; give one for each")
         n, first = self._counters, self._counters.decision_count
-        moments = np.asarray(time_s, dtype=np.float64)
         least_s = max(self.env.now, float(self._state.schedule["at_s"][first - 1])) if first else self.env.now
-        late = np.flatnonzero(~(moments >= np.concatenate([[least_s], moments[:-1]])))
-        if len(late):
-            raise ConfigError(
-                f"decision {int(late[0])} is for {moments[late[0]]} s, before another one or the present; "
-                "give the moments in ascending order"
-            )
+        check_decisions(time_s, plans, least_s)
         targets = [self.target_of(plan) for plan in plans]
         total = first + len(targets)
         schedule = self._state.schedule
         if total > len(schedule):
             self._state.replace(schedule=kernel.longer(schedule, max(total, 2 * len(schedule))))
         added = self._state.schedule[first:total]
-        added["at_s"], added["target"] = moments, targets
+        added["at_s"], added["target"] = time_s, targets
         n.decision_count = total
         n.next_decision_s = self._state.schedule["at_s"][n.next_decision] if n.next_decision < total else math.inf
         self._wake_up()
@@ -662,11 +660,7 @@ class SimEngine:
         budget_bytes = self.budget.budget_bytes[n.budget_step]
         held_bytes, workspace_bytes = n.weight_bytes, n.workspace_bytes
         if limit < 2 or held_bytes + workspace_bytes > budget_bytes:
-            raise BudgetError(
-                f"weights {held_bytes / GIB:.2f} GiB and workspace {workspace_bytes / GIB:.2f} GiB leave "
-                f"no room for the KV cache of one request in a budget of {budget_bytes / GIB:.2f} GiB; prune or "
-                "quantise more blocks, or raise the budget (budget=, gpu=)"
-            )
+            raise no_room_for_kv(held_bytes, workspace_bytes, budget_bytes)
         return limit
 
     # -- the observed state --------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_every_replica_has_a_co_tenant_of_its_own() -> None:
 
 
 def test_an_impossible_configuration_is_an_error_that_names_the_nearest_option() -> None:
-    with pytest.raises(ConfigError, match=r"replicas\.main\.gpu: there is no 'a100'; did you mean 'a100_80gb'"):
+    with pytest.raises(ConfigError, match=r"replicas\.main: there is no gpu=a100; did you mean 'a100_80gb'"):
         replicas_of(config("+replicas.main.gpu=a100"))
     with pytest.raises(ConfigError, match="replicas has none"):
         replicas_of(config("replicas.main.count=0"))

@@ -112,7 +112,7 @@ def test_kv_capacity_of_opt_matches_the_table_of_distserve(data: Path):
     path = data / "calibration" / "distserve" / "max_num_tokens.csv"
     if not path.is_file():
         pytest.skip(f"no {path}")
-    usable_bytes = 93 * 80 * memory.GIB // 100
+    usable_bytes = 93 * 80 * GIB // 100
     models = {
         "facebook/opt-13b": OPT_13B,
         "facebook/opt-66b": _opt("opt_66b", layers=64, hidden=9216, heads=72),

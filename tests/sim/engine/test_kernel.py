@@ -333,7 +333,7 @@ def test_what_was_compiled_is_not_used_again_once_a_function_that_it_calls_has_c
     shutil.copytree(REPOSITORY / "sim", tmp_path / "sim", ignore=shutil.ignore_patterns("__pycache__"))
     program = (
         "import numba\n"
-        "from sim import kernel\n"
+        "from sim.engine import kernel\n"
         "kernel.settle.compile((numba.int64[:, ::1],))\n"
         "print(sum(kernel.settle.stats.cache_hits.values()))"
     )
@@ -345,6 +345,6 @@ def test_what_was_compiled_is_not_used_again_once_a_function_that_it_calls_has_c
         return int(done.stdout)
 
     assert (hits(), hits()) == (0, 1)
-    with (tmp_path / "sim" / "latency.py").open("a") as file:
+    with (tmp_path / "sim" / "cost" / "latency.py").open("a") as file:
         file.write("# changed\n")
     assert hits() == 0

@@ -119,7 +119,7 @@ def test_an_arrival_is_rejected_when_as_many_wait_as_the_plan_admits() -> None:
 
 
 def test_a_budget_without_room_for_weights_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(BudgetError, match="prune or quantise"):
+    with pytest.raises(BudgetError, match="prune or quantize"):
         SimEngine(model=TINY, latency=linear_latency(), config=EngineConfig(), plan=dense_plan(TINY), budget_bytes=1000)
 
 

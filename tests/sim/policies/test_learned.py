@@ -119,7 +119,7 @@ def test_cut_weights_are_an_error_that_names_the_file_and_what_to_do(tmp_path: P
     path = exported(tmp_path)
     weights = path.with_suffix(".safetensors")
     weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(ConfigError, match=r"policy\.json is no learned policy.*agents\.export"):
+    with pytest.raises(ConfigError, match=r"policy\.json is not a learned policy.*agents\.export"):
         read_learned(path, "PruneToBudget")
 
 
