@@ -1,0 +1,16 @@
+"""The simulator: traces, costs, engines, policies and replays. It needs no torch, no ray and no GPU.
+
+A package imports only from packages above it in this table:
+
+| package | holds |
+|---|---|
+| traces | arrivals and lengths of requests, read from files or generated |
+| cost | what a plan costs in bytes, seconds and quality |
+| results | records, metrics and reports |
+| engine | the serving engine, in plain Python and compiled |
+| policies | what chooses the plan |
+| cluster | several replicas behind a router |
+| disaggregate | prefill and decode on separate replicas |
+| replay | a trace, an engine and a policy give a run folder |
+| pages | pages of results |
+"""

@@ -1,11 +1,11 @@
-"""Compilation of the hot functions, cached on disk where that is possible.
+"""Compilation of the hot functions, cached on disk where possible.
 
-Numba writes its cache beside the source, else into the user's cache folder (``NUMBA_CACHE_DIR`` names another). Where
-none of them can be written everything still works, but each process compiles for itself, and says so once. An empty
-cache is filled by two processes (sim/engine/kernel/first_start.py).
+Numba writes its cache next to the source, or else into the user's cache folder (``NUMBA_CACHE_DIR`` names another). If
+neither can be written, each process compiles for itself and prints a message once. An empty cache is filled by two
+processes (sim/engine/kernel/first_start.py).
 
-Numba keeps a compiled function until the function's file changes. But it contains the functions that it calls, also
-those of other files; so here the cache is valid for one content of all these files together.
+Numba keeps a compiled function until the function's own file changes. But compiled code contains the functions that it
+calls, also those of other files; so here the cache is valid only while none of `_SOURCES` changes.
 """
 
 from __future__ import annotations
@@ -32,24 +32,25 @@ SOURCE_HASH = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).h
 
 
 def constant(value: int) -> int:
-    """Return a constant to hand to compiled functions: numba makes a type of a plain one, and compiles them again."""
+    """Return a constant to pass to compiled functions; for a plain literal, Numba would compile them once more."""
     return cast(int, np.int64(value))
 
 
 def compiled(*, inline: bool = False, once: bool = False) -> Callable[[F], F]:
     """Return a decorator that compiles a function over arrays that it does not own.
 
-    Such a function may read and write arrays, not make any: without Numba's counting of references, which is atomic and
-    happens for every array that a function is handed, the kernel is five times faster.
+    Such a function may read and write arrays but not create any. Numba's reference counting is atomic and happens for
+    every array argument; without it, the kernel is five times faster.
 
-    One whose name begins with ``_`` has no way in from Python, for that would cost seconds at the first start: only
-    compiled code may call it (tests/test_imports.py sees to that; the call would end the process).
+    A function whose name begins with ``_`` cannot be called from Python, because the wrapper would cost seconds at the
+    first start: only compiled code may call it. A call from Python would end the process; tests/test_imports.py checks
+    that there is none.
 
     Args:
         inline: compile the function into its callers; for small ones.
-        once: make the function a part of the one that calls it, before anything is compiled. Each compiled function is
-            optimised together with all that it calls, so a chain of them that call one another costs seconds at the
-            first start; for large ones that are called in one place.
+        once: merge the function into its caller before compilation; for large ones that are called in one place. Each
+            compiled function is optimized together with all that it calls, so a chain of calls costs seconds at the
+            first start.
     """
 
     def decorate(function: F) -> F:

@@ -1,7 +1,8 @@
 """``python -m sim.reference``: write docs/reference/configuration.md from conf/ and the code that it configures.
 
-For every command the page lists its groups and keys; for every group its options, and the arguments of what they build,
-with types, defaults and the text of the docstrings. ``check=true`` writes nothing and exits 1 if the page is out of date.
+For every command the page lists its groups and keys. For every group it lists the options and the arguments of what
+they build, with types, defaults and the text of the docstrings. With ``check=true`` it writes nothing and exits 1 if
+the page is out of date.
 """
 
 from __future__ import annotations
@@ -288,7 +289,8 @@ def _plain(value: Any) -> str:
     elif dataclasses.is_dataclass(value):
         shown = "{" + ", ".join(f"{f.name}: {_plain(getattr(value, f.name))}" for f in dataclasses.fields(value)) + "}"
     else:
-        shown = str(value) or '""'
+        # A folder of the checkout is shown relative to it, so that the page is the same on every machine.
+        shown = str(value).removeprefix(f"{REPOSITORY}/") or '""'
     return shown if len(shown) <= LONGEST_VALUE else f"{shown[: LONGEST_VALUE - 3]}..."
 
 

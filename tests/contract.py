@@ -1,9 +1,9 @@
-"""What every engine must hold: one suite, run by the plain, the compiled and the real engine.
+"""The contract of every engine: one suite, run on the plain, the compiled and the real engine.
 
     class TestMyEngine(EngineContract):
         def make(self, **settings): return MyEngine(...)
 
-An iteration takes ``BASE_S`` seconds and ``TOKEN_S`` more for each token, on every engine; weights come at
+On every engine, an iteration takes ``BASE_S`` seconds plus ``TOKEN_S`` per token, and weights are copied in at
 ``COPY_BYTES_PER_S``. The laws are those of the design's section 6 that one engine can hold.
 """
 
@@ -78,7 +78,7 @@ def random_plans(spec: ModelSpec, seed: int, count: int = 6) -> list[Plan]:
 
 
 def assert_same(ours: Any, theirs: Any, *, without: Sequence[str] = ()) -> None:
-    """Check that two tables of records agree, but for rounding."""
+    """Check that two tables of records agree up to rounding."""
     for field in dataclasses.fields(ours):
         a, b = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name in without:
@@ -92,7 +92,7 @@ def assert_same(ours: Any, theirs: Any, *, without: Sequence[str] = ()) -> None:
 
 
 class EngineContract:
-    """The suite; a subclass says how its engine is made.
+    """The suite; a subclass makes its engine.
 
     spec: the model. latency: BASE_S and TOKEN_S for that model.
     seeds: random cases of each law. refuses_late: whether a request may not be submitted after its arrival.
@@ -138,7 +138,7 @@ class EngineContract:
         return (make or self.make)(config=settings, plan=plan, budget=budget or self.budget(kv_blocks))
 
     def budget(self, *kv_blocks: int, every_s: float = 6.0) -> Budget:
-        """Return a budget that holds the dense weights and so many KV blocks, one value after the other."""
+        """Return a budget that holds the dense weights and these numbers of KV blocks, one after the other."""
         dense = dense_plan(self.spec)
         values = [budget_for_kv_blocks(self.spec, dense, blocks, 0, BLOCK_TOKENS) for blocks in kv_blocks]
         return Budget(tuple(every_s * i for i in range(len(values))), tuple(values))
@@ -182,7 +182,7 @@ class EngineContract:
         raise AssertionError("no copy started")
 
     def bytes_in_use(self, state: EngineState) -> int:
-        """Return what a state holds of the budget."""
+        """Return the bytes in use in a state."""
         block_bytes = kv_block_layer_bytes(self.spec, BLOCK_TOKENS)
         return state.weight_bytes + state.incoming_bytes + state.kv_used_layer_blocks * block_bytes
 

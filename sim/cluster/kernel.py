@@ -1,7 +1,7 @@
 """The compiled loop of a cluster: arrivals one by one, and between them only the replicas to which something happens.
 
-`serve` works on the tables of all replicas (sim/engine/kernel) up to a horizon, the next event of SimPy. For an arrival it
-advances those replicas whose iteration has ended by then, lets the router choose, and hands the request over. It
+`serve` works on the tables of all replicas (sim/engine/kernel) up to a horizon, the next event of SimPy. For an arrival
+it advances those replicas whose iteration has ended by then, lets the router choose, and hands the request over. It
 returns early when Python has to change a plan or a budget, make arrays longer, or choose a replica.
 """
 
@@ -57,9 +57,9 @@ CLUSTER_FIELDS = np.dtype(
         ("replica", INT64),  # for ATTEND and ROOM: which
         ("why", INT64),  # for ATTEND: what `kernel.advance` returned
         ("router", INT64),  # ROUND_ROBIN, ...
-        ("next_in_turn", INT64),  # replica that round robin asks next
-        ("most_apart", INT64),  # requests by which prefix affinity lets loads differ
-        ("most_times", INT64),  # and how many times, both before it gives way
+        ("next_in_turn", INT64),  # replica that round robin tries next
+        ("most_apart", INT64),  # prefix affinity yields if loads differ by more than this many requests
+        ("most_times", INT64),  # and the largest load is more than this many times the smallest
     ],
     align=True,
 )
@@ -75,21 +75,21 @@ REPLICA_FIELDS = np.dtype(
     align=True,
 )
 replicas_of = CLUSTER.array("replicas", REPLICA_FIELDS)
-next_s_of = CLUSTER.array("next_s", FLOAT64)  # a replica each: from when on something happens there; inf for never
+next_s_of = CLUSTER.array("next_s", FLOAT64)  # per replica: time of its next event; inf for none
 arrival_s_of = CLUSTER.array("arrival_s", FLOAT64)  # of the trace's requests, ascending
 prompt_tokens_of = CLUSTER.array("prompt_tokens")
 output_tokens_of = CLUSTER.array("output_tokens")
-random_pairs_of = CLUSTER.array("random_pairs", FLOAT64, columns=2)  # [0, 1), a request each; one row where unused
-HOME = np.dtype([("engine", INT64), ("row", INT64)], align=True)  # engine that has a request, or -1, and its row there
+random_pairs_of = CLUSTER.array("random_pairs", FLOAT64, columns=2)  # in [0, 1), per request; one row if unused
+HOME = np.dtype([("engine", INT64), ("row", INT64)], align=True)  # engine of a request, -1: none; its row there
 homes_of = CLUSTER.array("homes", HOME)
 hash_at_of = CLUSTER.array("hash_at")  # ids of request i's prompt: hash_ids[hash_at[i] : hash_at[i + 1]]
-hash_ids_of = CLUSTER.array("hash_ids")  # each id stands for its prefix block and all before it
-block_owners_of = CLUSTER.array("block_owners")  # by hash id: replica that computed the block last, or -1
+hash_ids_of = CLUSTER.array("hash_ids")  # an id stands for its prefix block and all before it
+block_owners_of = CLUSTER.array("block_owners")  # by hash id: replica that computed the block last, -1: none
 
 
 @compiled(inline=True)
 def outstanding(s: Table) -> int:
-    """Return the requests that a replica has and that have not ended."""
+    """Return how many requests of a replica wait or run."""
     return int(counters_of(s).running + waiting(s))
 
 
@@ -103,7 +103,7 @@ def kv_load(s: Table) -> float:
 
 @compiled()
 def prefill_token_s(s: Table) -> float:
-    """Return the seconds that a prompt token takes under the running plan, in a full batch of one prompt's chunk."""
+    """Return the seconds per prompt token under the running plan, in a full batch with one chunk of a prompt."""
     tokens, tables = counters_of(s).max_batch_tokens, LatencyTables(latency_data_of(s), latency_layout_of(s))
     seconds = iteration_seconds(tables, block_counts_of(s), tokens, tokens * (tokens + 1) // 2, 0, 0, 1)
     return float(seconds / tokens)
@@ -111,8 +111,9 @@ def prefill_token_s(s: Table) -> float:
 
 @compiled()
 def expected_wait_s(s: Table, c: Table, k: int, tokens: int) -> float:
-    """Return the seconds in which replica k computes its waiting prompts and this many tokens more."""
+    """Return the seconds that replica k needs for its waiting prompts and ``tokens`` more."""
     n, replica = counters_of(s), replicas_of(c)[k]
+    # The price changes only with the residency, so it is kept until then.
     if replica.residency_priced != n.residency:
         replica.residency_priced, replica.prefill_token_s = n.residency, prefill_token_s(s)
     return float((n.waiting_tokens + tokens) * replica.prefill_token_s)
@@ -120,18 +121,19 @@ def expected_wait_s(s: Table, c: Table, k: int, tokens: int) -> float:
 
 @compiled()
 def next_event_s(s: Table) -> float:
-    """Return from when on something happens at a replica that does nothing by itself before; ``inf`` for never."""
+    """Return the time of a replica's next event: the end of its iteration or a due change; ``inf`` for none."""
     return float(counters_of(s).end_s) if counters_of(s).in_iteration else kernel.change_due_s(s)
 
 
 @compiled()
 def bring(s: Table, next_s: Floats, k: int, now_s: float, until_s: float) -> int:
-    """Serve at one replica from the present to a moment: iterations that end then have ended, none starts.
+    """Advance one replica to ``until_s``: iterations that end at it have ended, and none starts at it.
 
     Args:
-        s: the replica. next_s: its entry k is kept. now_s: SimPy's present. until_s: not before it.
+        s: the replica. next_s: float64[replicas], its entry k is updated. now_s: SimPy's present time.
+        until_s: not before ``now_s``.
     Returns:
-        ``NEEDS`` or ``GROW`` when its engine has to help first (`kernel.advance`), else another value.
+        ``NEEDS`` or ``GROW`` if its engine has to act first (`kernel.advance`), otherwise another value.
     """
     n = counters_of(s)
     if not n.in_iteration:
@@ -157,6 +159,7 @@ def _fits(c: Table, k: int, tokens: int) -> bool:
 
 @compiled()
 def _least_outstanding(tables: Tables, c: Table, tokens: int) -> int:
+    """Return the accepting replica with the fewest requests, the first of equal ones; -1 if none accepts."""
     best, least = -1, 0
     for k in range(len(tables)):
         if _fits(c, k, tokens):
@@ -168,7 +171,7 @@ def _least_outstanding(tables: Tables, c: Table, tokens: int) -> int:
 
 @compiled()
 def _fitting(c: Table, tokens: int, place: int) -> int:
-    """Return the replica in this place of those that accept a request of this many tokens."""
+    """Return number ``place`` of the replicas that accept a request of this many tokens."""
     for k in range(len(replicas_of(c))):
         if _fits(c, k, tokens):
             if place == 0:
@@ -179,9 +182,9 @@ def _fitting(c: Table, tokens: int, place: int) -> int:
 
 @compiled()
 def choose(tables: Tables, c: Table, request: int, tokens: int) -> int:
-    """Return the replica for a request of this many tokens, prompt and produced; -1 when none accepts.
+    """Return the replica for a request of this many tokens, prompt and produced; -1 if none accepts requests.
 
-    Those whose context limit does not hold it are passed over; where it fits none, the first that accepts receives it,
+    Replicas whose context limit is too small are skipped. If all are too small, the first that accepts requests gets it
     and rejects it.
     """
     cluster, count, first = cluster_of(c), 0, -1
@@ -205,6 +208,7 @@ def choose(tables: Tables, c: Table, request: int, tokens: int) -> int:
         pair = random_pairs_of(c)[request % len(random_pairs_of(c))]
         if count == 1:
             return _fitting(c, tokens, 0)
+        # Two different places among ``count``: j is drawn from the others and moved past i.
         i, j = int(pair[0] * count), int(pair[1] * (count - 1))
         j += j >= i
         a, b = _fitting(c, tokens, min(i, j)), _fitting(c, tokens, max(i, j))
@@ -222,7 +226,7 @@ def choose(tables: Tables, c: Table, request: int, tokens: int) -> int:
 
 @compiled()
 def _by_prefix(tables: Tables, c: Table, request: int, tokens: int) -> int:
-    """Return the replica for a request by its prompt, and remember it as the owner of the prompt's blocks."""
+    """Choose the replica of a request by its prompt, and record it as the owner of the prompt's prefix blocks."""
     owners, ids = block_owners_of(c), hash_ids_of(c)[hash_at_of(c)[request] : hash_at_of(c)[request + 1]]
     best = _owner_of_prefix(tables, c, ids, tokens)
     for at in range(len(ids)):
@@ -232,7 +236,7 @@ def _by_prefix(tables: Tables, c: Table, request: int, tokens: int) -> int:
 
 @compiled()
 def _owner_of_prefix(tables: Tables, c: Table, ids: Ints, tokens: int) -> int:
-    """Return the replica that computed most of a prompt's beginning, unless loads differ too much."""
+    """Return the replica that computed the longest prefix of a prompt; the least loaded if loads differ too much."""
     cluster, shortest = cluster_of(c), _least_outstanding(tables, c, tokens)
     least, most = outstanding(tables[shortest]), 0
     for k in range(len(tables)):
@@ -240,7 +244,7 @@ def _owner_of_prefix(tables: Tables, c: Table, ids: Ints, tokens: int) -> int:
             most = max(most, outstanding(tables[k]))
     if most - least > cluster.most_apart and most > cluster.most_times * least:
         return shortest
-    for at in range(len(ids) - 1, -1, -1):
+    for at in range(len(ids) - 1, -1, -1):  # the last owned prefix block ends the longest known prefix
         k = block_owners_of(c)[ids[at]]
         if k >= 0 and _fits(c, k, tokens):
             return int(k)
@@ -262,7 +266,7 @@ def _set_prompt(s: Table, r: int, hash_at: int, ids: int) -> None:
 
 @compiled(inline=True)
 def _new_request(s: Table, words: Ints) -> int:
-    """Copy another replica's record of a request behind the requests here; return its row."""
+    """Append another replica's record of a request to the requests here; return its row."""
     n = counters_of(s)
     r = n.request_count
     for word in range(len(words)):
@@ -274,7 +278,7 @@ def _new_request(s: Table, words: Ints) -> int:
 
 @compiled(inline=True)
 def _touch(s: Table, next_s: Floats, k: int, now_s: float) -> None:
-    """Let a replica that is between two iterations go on now."""
+    """Let a replica that is between two iterations continue now."""
     n = counters_of(s)
     if not n.in_iteration:
         n.now_s = next_s[k] = now_s
@@ -292,9 +296,9 @@ def give(
     hash_at: int,
     ids: int,
 ) -> int:
-    """Hand a new request to a replica that has been advanced to ``now_s``; return its row. There is room for it.
+    """Hand a new request to a replica that has advanced to ``now_s`` and has room for a row; return its row.
 
-    hash_at, ids: where the replica's ``hash_ids`` begin to be this request's, and how many there are.
+    hash_at, ids: where this request's ids begin in the replica's ``hash_ids``, and how many there are.
     """
     n = counters_of(s)
     r = n.request_count
@@ -312,9 +316,9 @@ def give(
 def give_moved(
     s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_tokens: int, hash_at: int, ids: int
 ) -> int:
-    """Hand over a request of another replica with the tokens it has produced; its KV is computed again. Return its row.
+    """Hand over a request of another replica with the tokens it has produced; return its row. Its KV is recomputed.
 
-    It was accepted once, so ``max_waiting`` does not reject it; a limit below what it has produced does.
+    It was accepted before, so ``max_waiting`` does not reject it; a limit that it has already reached does.
 
     Args:
         words: int64[fields], the other replica's record of it.
@@ -338,14 +342,14 @@ def give_moved(
 
 @compiled()
 def held_rows(s: Table, rows: Ints, running_too: bool) -> int:
-    """Write down the rows of the requests that have not ended, in the order in which they would go on.
+    """Write the rows of the requests that have not ended to ``rows``, in the order in which they would be served.
 
     Args:
         s: a replica; the records of its requests are brought up to date.
-        rows: room for all of them.
-        running_too: whether those that run count, or those that wait alone.
+        rows: int64, long enough for all of them.
+        running_too: whether to include running requests, or only waiting ones.
     Returns:
-        How many there are.
+        The number of rows.
     """
     n, slots = counters_of(s), slots_of(s)
     count, end = 0, len(slots) - 1
@@ -367,7 +371,7 @@ def held_rows(s: Table, rows: Ints, running_too: bool) -> int:
 
 @compiled()
 def let_waiting_go(s: Table) -> None:
-    """Forget the requests that wait; those that run go on."""
+    """Forget the waiting requests; running ones continue."""
     n = counters_of(s)
     kernel.forget_kept_kv(s)
     n.preempted_waiting, n.queue_head, n.waiting_tokens = 0, n.queue_tail, 0
@@ -378,7 +382,7 @@ def let_waiting_go(s: Table) -> None:
 
 @compiled()
 def hold(s: Table, blocks: int) -> None:
-    """Reserve free KV blocks: for KV that waits to be sent, or that is on its way here."""
+    """Reserve free KV blocks, for KV that waits to be sent or is being sent here."""
     _take(s, blocks)
 
 
@@ -390,7 +394,7 @@ def let_go(s: Table, blocks: int) -> None:
 
 @compiled()
 def chunks_under_way(s: Table, rows: Ints) -> int:
-    """Write down the rows of the requests whose prompt the iteration under way completes; return how many."""
+    """Write to ``rows`` the requests whose prompt the iteration under way completes; return how many."""
     n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
     count = 0
     if n.in_iteration:
@@ -404,10 +408,10 @@ def chunks_under_way(s: Table, rows: Ints) -> int:
 
 @compiled()
 def free_share(s: Table, blocks: int, coming: int) -> float:
-    """Return the share of the KV pool that is free; -1 without room for one more request with this many KV blocks.
+    """Return the free share of the KV pool; -1 if there is no room for another request with this many KV blocks.
 
     Args:
-        s: a decode replica. It has no room while preempted requests wait there. coming: requests on their way to it.
+        s: a decode replica. It has no room while preempted requests wait there. coming: requests being sent to it.
     """
     n = counters_of(s)
     if n.free_blocks - blocks < n.watermark_blocks or n.running + coming >= n.max_running or waiting(s) > 0:
@@ -423,15 +427,15 @@ def in_iteration(s: Table) -> bool:
 
 @compiled()
 def begin(s: Table, next_s: Floats, k: int, now_s: float) -> int:
-    """Start the iteration that is due at this moment, if one is; return as `bring` does."""
+    """Start the iteration that is due at ``now_s``, if any; return as `bring` does."""
     return bring(s, next_s, k, now_s, np.nextafter(now_s, np.inf))
 
 
 @compiled()
 def join(s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_tokens: int) -> int:
-    """Let a request decode here whose KV has arrived, in blocks that are reserved for it; return its row.
+    """Start to decode a request whose KV has arrived in the blocks reserved for it; return its row.
 
-    The replica is between two iterations, has room for a row and a free slot.
+    The replica must be between two iterations, with room for a row and a free slot.
 
     Args:
         words: int64[fields], the prefill replica's record of it.
@@ -454,12 +458,12 @@ def join(s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_toke
 
 @compiled()
 def serve(tables: Tables, c: Table, now_s: float, horizon_s: float) -> int:
-    """Serve and route from SimPy's present to a horizon, arrivals at it included; return why it stopped.
+    """Serve and route from ``now_s`` to a horizon, including arrivals at it; return why it stopped.
 
-    At one moment: iterations end, requests arrive and are routed; iterations start in the next call.
+    At the horizon, iterations end and requests arrive and are routed; iterations start in the next call.
 
     Args:
-        tables: the replicas. c: the cluster. now_s: SimPy's present.
+        tables: the replicas. c: the cluster. now_s: SimPy's present time.
     """
     cluster, replicas, next_s, arrival_s = cluster_of(c), replicas_of(c), next_s_of(c), arrival_s_of(c)
     prompt_tokens, hash_at, homes = prompt_tokens_of(c), hash_at_of(c), homes_of(c)
@@ -468,7 +472,7 @@ def serve(tables: Tables, c: Table, now_s: float, horizon_s: float) -> int:
         arrives_s = arrival_s[at] if at < len(arrival_s) else np.inf
         until_s = min(arrives_s, horizon_s)
         for k in range(len(tables)):
-            # A replica between two iterations at this very moment starts none before all requests have arrived.
+            # A replica between two iterations at until_s starts none before all requests of that time have arrived.
             due_s = next_s[k]
             if due_s < until_s or (due_s == until_s and due_s < np.inf and in_iteration(tables[k])):
                 why = bring(tables[k], next_s, k, now_s, until_s)
@@ -485,7 +489,7 @@ def serve(tables: Tables, c: Table, now_s: float, horizon_s: float) -> int:
             return NO_REPLICA_ACCEPTS
         s = tables[k]
         if counters_of(s).request_count == len(requests_of(s)):
-            cluster.replica, cluster.next_in_turn = k, next_in_turn  # it is chosen again
+            cluster.replica, cluster.next_in_turn = k, next_in_turn  # the choice is repeated in the next call
             return ROOM
         limit = min(output_tokens_of(c)[at], replicas[k].context_limit - prompt_tokens[at])
         ids = hash_at[at + 1] - hash_at[at]

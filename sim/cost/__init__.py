@@ -1,1 +1,6 @@
-"""What a plan costs: model shape, GPU, bytes, seconds and quality, each a pure function of the plan."""
+"""What a plan costs in bytes, seconds and quality: pure functions of plan, model and GPU.
+
+Every module is public: `model_spec`, `gpu` and `plan` (the values), `plan_json` (a plan as a file), `memory` (bytes),
+`latency` (seconds, and the schema of calibration files) and `quality` (loss). Nothing here imports another package of
+sim, except its types, errors and paths.
+"""

@@ -18,8 +18,8 @@ Attention depends on sums over the batch, so that an engine keeps four integers 
   max(P, M, f + min(P, a * tile-contexts + h * tiles) + min(M, b * contexts + d * sequences)) times a tabulated
   residual, where P is the prefill part alone and M the decode part next to a tiny prefill.
 
-Only the functions marked `compiled` do this arithmetic: the plain engine of the tests calls them from Python, the
-compiled engine from inside its loop, and both get bit-identical results.
+Only the functions marked `compiled` do this arithmetic: ``sim.engine.pricing_executor`` calls them from Python, the
+compiled kernel from inside its loop, and both get bit-identical results.
 
 **The schema of a calibration file** (``conf/calibration/NAME.json``, schema 1). A new latency source is one reader that
 writes this file; `hw.calibrate` has such readers. Times are microseconds, axes ascend, and lists of times match their
@@ -141,6 +141,7 @@ def interp2(
     data: Floats, rows_at: int, rows: int, columns_at: int, columns: int, values_at: int, row: float, column: float
 ) -> float:
     """Return a surface at (row, column): bilinear between points, constant below, with the last slopes above."""
+    # Clamped below only: u or v above 1 continues the last segment.
     row, column = max(row, data[rows_at]), max(column, data[columns_at])
     i, j = segment(data, rows_at, rows, row), segment(data, columns_at, columns, column)
     top, left = data[rows_at + i], data[columns_at + j]
@@ -171,6 +172,7 @@ def _residual(data: Floats, layout: Ints, x: float, y: float, z: float, w: float
     j, q = _hold(data, layout[RESIDUAL + 2], layout[RESIDUAL + 3], y)
     k, r = _hold(data, layout[RESIDUAL + 4], layout[RESIDUAL + 5], z)
     m, s = _hold(data, layout[RESIDUAL + 6], layout[RESIDUAL + 7], w)
+    # Strides of the flat table [prefill tokens][prefix][batch][context].
     step_m = 1
     step_k = layout[RESIDUAL + 7]
     step_j = step_k * layout[RESIDUAL + 5]
@@ -233,12 +235,14 @@ def _shared_kernel_seconds(
 ) -> float:
     """Return the seconds of one attention kernel over prompt chunks and decodes together."""
     data, layout = tables.data, tables.layout
+    # The formula of the module's docstring: prefill_s is P, decode_s is M, fit[0:5] is a, h, b, d, f.
     decode_s = _surface(data, layout, SURFACE_SHARED_DECODE, float(batch), context_sum / batch)
     mean_context = prefill_context_sum / prefill_tokens
     tiles = float((prefill_tokens + TILE_TOKENS - 1) // TILE_TOKENS)
     work_s = data[DATA_SHARED_FIT] * (mean_context * tiles) + data[DATA_SHARED_FIT + 1] * tiles
     decode_work_s = data[DATA_SHARED_FIT + 2] * context_sum + data[DATA_SHARED_FIT + 3] * batch
     together_s = data[DATA_SHARED_FIT + 4] + min(prefill_s, work_s) + min(decode_s, decode_work_s)
+    # The residual's axes are logarithms; the prefix is what the mean context exceeds that of a prompt without one.
     residual = _residual(
         data,
         layout,
@@ -247,6 +251,7 @@ def _shared_kernel_seconds(
         math.log(batch),
         math.log(max(1.0, context_sum / batch)),
     )
+    # No residual makes the kernel faster than its prefill part alone.
     return float(max(prefill_s, max(max(prefill_s, decode_s), together_s) * residual))
 
 
@@ -286,12 +291,13 @@ def iteration_seconds(
         sequences: sequences that get a next token.
     """
     tokens = prefill_tokens + decode_batch
+    # Neither the fixed overhead, embedding nor head depends on the plan.
     total = tables.data[DATA_FIXED] + curve_seconds(tables.data, tables.layout, CURVE_TOKEN, tokens)
     total += curve_seconds(tables.data, tables.layout, CURVE_HEAD, sequences)
     mha_both, mha_prefill_only = 0, 0
     for b in range(layers.shape[0]):
         mha, mha_only, ffn, ffn_only = layers[b, 0], layers[b, 1], layers[b, 2], layers[b, 3]
-        if decode_batch == 0:  # then all prefill blocks see the same tokens: one product rounds once
+        if decode_batch == 0:  # then all prefill blocks process the same tokens: one product rounds once
             mha, mha_only, ffn, ffn_only = mha + mha_only, 0, ffn + ffn_only, 0
         if mha > 0:
             total += mha * linear_seconds(tables, b, MHA_KIND, tokens)
@@ -303,6 +309,7 @@ def iteration_seconds(
             total += ffn_only * linear_seconds(tables, b, FFN_KIND, prefill_tokens)
         mha_both += mha
         mha_prefill_only += mha_only
+    # Attention does not depend on the precision of the weights, so it is added once for all layers.
     if mha_both > 0:
         total += mha_both * attention_seconds(
             tables, prefill_tokens, prefill_context_sum, decode_batch, decode_context_sum

@@ -7,7 +7,7 @@ There are two sources. ``hw.score`` measures a table of plans and fits a model t
 the coefficients ship with their held-out errors. For models whose weights are not available there are a few published
 points; ``summary`` says how few.
 
-The fitted model predicts D, the loss of a plan over dense in nats a token:
+The fitted model predicts D, the loss of a plan over dense in nats per token:
 
     log(1 + k D) / k  =  sum over blocks of w_b r_b  +  sum over kinds of neighbors of u_i sqrt(s_b s_c) r_b r_c
                          +  terms for W8 and W4 layers and for layers whose KV is cut
@@ -40,7 +40,7 @@ from sim.types import Floats
 Text = Literal["calibration", "test"]
 
 QUALITIES = REPOSITORY / "conf" / "quality"
-"""The folder of quality tables, one file a model; ``fitted/`` in it has the coefficients of each."""
+"""The folder of quality tables, one file per model; its subfolder ``fitted/`` has the coefficients of each."""
 FORMS = ("singles", "additive", "neighbours", "warped", "warped_neighbours")
 """The forms that are fitted; ``hw.score.fit`` explains and compares them."""
 BEST_FORM = "warped"
@@ -186,7 +186,7 @@ class FittedQuality:
         object.__setattr__(self, "_pairs_list", tuple(float(x) for x in self.pairs))
 
     def loss_many(self, plans: Sequence[Plan]) -> Floats:
-        """Return the losses over dense of many plans [n], in nats a token."""
+        """Return the losses over dense of many plans [n], in nats per token."""
         if not plans:
             return np.empty(0)
         self._check(plans[0])
@@ -197,7 +197,7 @@ class FittedQuality:
         return loss
 
     def loss(self, plan: Plan) -> float:
-        """Return the loss over dense, in nats a token."""
+        """Return the loss over dense, in nats per token."""
         self._check(plan)
         removed = removed_shares(plan, self.stage_share)
         score = float(removed @ self.blocks)

@@ -1,6 +1,7 @@
-"""Many engines stepped by one compiled call, without SimPy between them: for training, where a step has to cost little.
+"""Many engines stepped by one compiled call, without SimPy: for training, where a step has to be cheap.
 
-Each engine leaves the same records as on SimPy's clock (tests/sim/engine/test_batch_step.py).
+`VectorEngines` holds n engines and returns what is observed of them as float64[n, SEEN_COLUMNS]. Each engine leaves the
+same records as on SimPy's clock (tests/sim/engine/test_batch_step.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.types import Floats, Ints
 
-# Columns of what can be observed of an engine: the fields of sim.engine.protocol.EngineState with these names.
+# Columns of the observed state of an engine: the fields of sim.engine.protocol.EngineState with these names.
 (
     TIME_S, WAITING, WAITING_TOKENS, OLDEST_WAIT_S, RUNNING, RUNNING_TOKENS, KV_LAYER_BLOCKS, KV_USED_LAYER_BLOCKS,
     BUDGET_BYTES, WEIGHT_BYTES, NEXT_BUDGET_BYTES, NEXT_BUDGET_S, INCOMING_BYTES,
@@ -31,12 +32,12 @@ from sim.types import Floats, Ints
 class VectorEngines:
     """Engines that are stepped together.
 
-    A plan is named by its index in ``plans``. Engines have one model and latency and are built with
-    ``external_clock=True``; those that share a plan graph work out what follows from a plan once.
+    A plan is named by its index in ``plans``. All engines have the same model and latency and are built with
+    ``external_clock=True``. Engines that share a plan graph compute the effect of each plan once.
     """
 
     def __init__(self, size: int, plans: Sequence[Plan]) -> None:
-        """Begin without engines; ``place`` puts them in."""
+        """Begin with ``size`` empty places; ``place`` fills them."""
         self.plans = tuple(plans)
         self._engines: list[SimEngine | None] = [None] * size
         self._tables = np.zeros((size, len(kernel.REPLICA.arrays), 3), dtype=np.int64)
@@ -47,7 +48,7 @@ class VectorEngines:
         self._seen = np.zeros((size, SEEN_COLUMNS))
 
     def place(self, at: int, engine: SimEngine) -> None:
-        """Put an engine in a place, in the stead of the one there."""
+        """Put an engine in a place; it replaces the one there."""
         self._engines[at] = engine
         self._graphs[at] = None
         self._refresh(at)
@@ -65,17 +66,17 @@ class VectorEngines:
 
     @property
     def tables(self) -> NDArray[np.int64]:
-        """Where compiled code finds each engine: int64[n, arrays of a replica, 3]."""
+        """The addresses of each engine's arrays, for compiled code: int64[n, arrays of a replica, 3]."""
         return self._tables
 
     def step(self, wanted: Ints, until_s: Floats) -> Floats:
-        """Let each engine run another plan from now on, and serve until a moment.
+        """Apply a plan to each engine and serve until a time.
 
         Args:
-            wanted: int64[n], indices in ``plans``; -1 leaves the plan as it is.
+            wanted: int64[n], indices in ``plans``; -1 keeps the plan.
             until_s: float64[n]; ``inf`` serves until nothing is left to do.
         Returns:
-            float64[n, SEEN_COLUMNS], what can be observed then; the same array each time.
+            float64[n, SEEN_COLUMNS], the states observed then; the same array each time.
         """
         for at, graph in enumerate(self._graphs):
             if graph is not None and graph.version != self._versions[at]:
@@ -93,7 +94,7 @@ class VectorEngines:
         return self._seen
 
     def _refresh(self, at: int) -> None:
-        """Read again what may have changed of an engine: where its arrays are, and how its graph numbers the plans."""
+        """Read an engine's addresses again and, if its graph is another one, the numbers of the plans in it."""
         engine = self.engine(at)
         self._tables[at] = engine.table
         if self._graphs[at] is not engine.graph:
@@ -108,14 +109,14 @@ class VectorEngines:
 def serve_all(
     tables: NDArray[np.int64], first: int, resumed: bool, targets: Ints, until_s: Floats, seen: Floats
 ) -> int:
-    """Serve every engine from ``first`` on until its moment and write down what can be observed of it.
+    """Serve the engines ``first`` to n - 1, each until its time, and write what is observed of them.
 
     Args:
-        tables: int64[n, arrays, 3]. resumed: whether the first of them was stopped in the middle, and unblocked since.
-        targets: int64[n], plans wanted from now on, or -1; -1 once that is settled.
+        tables: int64[n, arrays, 3]. resumed: whether engine ``first`` stopped during an earlier call and was unblocked.
+        targets: int64[n], numbers of the plans to apply, or -1; set to -1 once applied.
         until_s: float64[n]. seen: float64[n, SEEN_COLUMNS], written.
     Returns:
-        n when all is done; else which engine has to be unblocked first: its ``seen`` begins with why.
+        n if all engines are done; otherwise the engine to unblock, with the reason in ``seen[engine, 0]``.
     """
     for at in range(first, len(tables)):
         s = tables[at]
@@ -125,7 +126,7 @@ def serve_all(
                 n.decided_target, n.decided_s = targets[at], n.now_s
             targets[at] = -1
         why = kernel.STALLED
-        # On SimPy's clock an idle engine sleeps until it is woken: memory that changes meanwhile changes nothing yet.
+        # On SimPy's clock an idle engine sleeps until it is woken, and budget steps wait until then: do the same here.
         asleep = kernel.idle(s) and n.decided_target < 0
         if (resumed and at == first) or not asleep:
             why = kernel.advance(s, until_s[at])
@@ -143,10 +144,10 @@ def serve_all(
 
 @compiled()
 def observe_all(tables: NDArray[np.int64], now_s: float, seen: Floats) -> None:
-    """Write down what can be observed of engines that have been brought to a moment.
+    """Write what is observed of engines that have all advanced to ``now_s``.
 
     Args:
-        tables: int64[n, arrays, 3]. now_s: the moment. seen: float64[n, SEEN_COLUMNS], written.
+        tables: int64[n, arrays, 3]. seen: float64[n, SEEN_COLUMNS], written.
     """
     for at in range(len(tables)):
         _observe(tables[at], now_s, seen[at])
@@ -154,7 +155,7 @@ def observe_all(tables: NDArray[np.int64], now_s: float, seen: Floats) -> None:
 
 @compiled()
 def _observe(s: Table, now_s: float, seen: Floats) -> None:
-    """Write down what can be observed of an engine, as ``SimEngine.run_until`` does."""
+    """Write the observed state of one engine to ``seen`` (float64[SEEN_COLUMNS]), as ``SimEngine.run_until`` does."""
     n, budget = kernel.counters_of(s), kernel.budget_of(s)
     kernel.follow_budget(s, now_s)
     if n.next_arrival_s <= now_s:

@@ -2,10 +2,11 @@
 
     table = BlockTable(mha=frozenset({0, 2}), block_tokens=16)
     overwritten = table.hold(pool, 40)              # 3 blocks of the pool for each of the two layers
-    table.slots(2, start=32, count=8)               # where tokens 32 to 39 of layer 2 lie: block * 16 + place
+    table.slots(2, start=32, count=8)               # where tokens 32 to 39 of layer 2 lie: block * 16 + place in it
 
-A request owns its blocks, but for those of the prefix cache at the beginning of its prompt, which several requests may
-hold (sim/engine/prefix_cache.py).
+A request owns its blocks, except those of the prefix cache at the beginning of its prompt, which several requests may
+share (sim/engine/prefix_cache.py). ``sim.engine.kv_manager`` keeps one table per running request; a device reads its
+slots.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from sim.engine.kv_pool import KVPool
 class PrefixBlock:
     """The KV of one hash id in the prefix cache.
 
-    owner: its number in the pool. blocks: layer -> its KV blocks, in the order of their tokens. holders: requests that
-    hold it. known: whether requests that are admitted later find it.
+    owner: its owner number in the pool. blocks: layer -> its KV blocks, in the order of their tokens.
+    holders: how many requests hold it. known: whether requests that are admitted later find it.
     """
 
     owner: int
@@ -40,15 +41,15 @@ class PrefixBlock:
 
 @dataclass(slots=True, eq=False)
 class BlockTable:
-    """The KV blocks of one request, and the MHA blocks that it can run.
+    """The KV blocks of one request.
 
     mha: layers whose MHA block it runs, and whose KV it holds.
     block_tokens: tokens of one KV block.
     kv_keep: which tokens each layer keeps; None while every token is kept. A layer that keeps the first f and the last
-        w tokens is a ring behind its first f slots: token t >= f lies in slot f + (t - f) % w.
+        w tokens has a ring buffer after its first f slots: token t >= f lies in slot f + (t - f) % w.
     blocks: layer -> its own KV blocks, in the order of their slots.
-    prefix: place in the prompt -> the prefix block that it holds there. prefix_layer_blocks: KV blocks that each of
-        these has in one layer.
+    prefix: index in the prompt, in prefix blocks -> the prefix block that the request holds there.
+    prefix_layer_blocks: KV blocks of one layer in each prefix block.
     """
 
     mha: frozenset[int] = frozenset()
@@ -65,7 +66,7 @@ class BlockTable:
 
     @property
     def cached_layer_blocks(self) -> int:
-        """KV blocks over all layers of the prefix blocks that it holds."""
+        """KV blocks over all layers in the prefix blocks that it holds."""
         return sum(block.layer_blocks for block in self.prefix.values())
 
     @property
@@ -74,7 +75,7 @@ class BlockTable:
         return self.own_layer_blocks + self.cached_layer_blocks
 
     def keep_of(self, layer: int) -> KVKeep:
-        """Return what a layer keeps."""
+        """Return which tokens a layer keeps."""
         return self.kv_keep[layer] if self.kv_keep is not None else KV_KEEP_ALL
 
     def blocks_needed(self, layer: int, tokens: int) -> int:
@@ -90,7 +91,7 @@ class BlockTable:
         return sum(self.blocks_needed(layer, tokens) for layer in self.mha)
 
     def hold(self, pool: KVPool, tokens: int) -> list[int]:
-        """Take or free blocks so that ``tokens`` computed tokens fit exactly; return whose content was overwritten."""
+        """Take or free blocks so that ``tokens`` computed tokens fit exactly; return owners whose content is lost."""
         wanted = {layer: self.blocks_needed(layer, tokens) for layer in sorted(self.mha)}
         freed: list[int] = []
         for layer in sorted(self.blocks, reverse=True):
@@ -110,14 +111,14 @@ class BlockTable:
         return overwritten
 
     def holds_exactly(self, tokens: int) -> bool:
-        """Return whether ``hold`` would change nothing; quick where every token is kept, the common case."""
+        """Return True only if ``hold`` would change nothing; a quick check for the common case, all tokens kept."""
         if self.kv_keep is not None or self.blocks.keys() != self.mha:
             return False
         needed = self.blocks_needed(0, tokens)
         return all(len(ids) == needed for ids in self.blocks.values())
 
     def own_blocks(self) -> list[int]:
-        """Return its own blocks, those of the last tokens first, of equal tokens by layer."""
+        """Return its own blocks, those of the last tokens first; among blocks of the same tokens, by layer."""
         deepest = max(map(len, self.blocks.values()), default=0)
         return [
             self.blocks[layer][index]
@@ -127,15 +128,16 @@ class BlockTable:
         ]
 
     def found(self, ids: Sequence[int]) -> None:
-        """Take up blocks that were found again, in the order in which ``own_blocks`` gave them."""
+        """Hold blocks that were found again; ``ids`` has the order of ``own_blocks``."""
         layers = sorted(self.mha)
         self.blocks = {layer: [] for layer in layers}
         for index, block in enumerate(reversed(ids)):
             self.blocks[layers[-1 - index % len(layers)]].append(block)
 
     def give_to_prefix(self, place: int) -> dict[int, list[int]]:
-        """Take the blocks of one prefix block out of the own ones and return them, layer by layer."""
-        before = sum(other < place for other in self.prefix)  # own blocks begin after these, or lie between them
+        """Remove the blocks of one prefix block from its own blocks and return them, layer by layer."""
+        # Prefix blocks before ``place`` that it shares are not among its own blocks.
+        before = sum(other < place for other in self.prefix)
         start = (place - before) * self.prefix_layer_blocks
         stop = start + self.prefix_layer_blocks
         moved = {layer: ids[start:stop] for layer, ids in self.blocks.items()}
@@ -144,26 +146,26 @@ class BlockTable:
         return moved
 
     def rename(self, moved: dict[int, int]) -> None:
-        """Follow own blocks that moved in the pool."""
+        """Update the numbers of its own blocks that moved in the pool."""
         for layer, ids in self.blocks.items():
             self.blocks[layer] = [moved.get(block, block) for block in ids]
 
     def slots(self, layer: int, start: int, count: int) -> list[int]:
-        """Return the slots of tokens ``start`` to ``start + count - 1`` of a layer: block number and place in it."""
+        """Return the slots (block number * block_tokens + place) of ``count`` tokens of a layer from ``start`` on."""
         keep = self.keep_of(layer)
         if keep.first_tokens is None or keep.last_tokens is None:
             return self.slots_of(layer, range(start, start + count))
         return self.slots_of(layer, [ring_place(keep, token) for token in range(start, start + count)])
 
     def slots_of(self, layer: int, places: Sequence[int]) -> list[int]:
-        """Return the slots of some places of a layer, counted from its first."""
+        """Return the slots of places of a layer, counted from its first slot."""
         ids, size = self.blocks[layer], self.block_tokens
         return [ids[place // size] * size + place % size for place in places]
 
     def kept_slots(self, tokens: int) -> list[int]:
-        """Return the slots of everything that is kept of ``tokens`` computed tokens: layer by layer, place by place.
+        """Return the slots of all kept tokens among ``tokens`` computed ones: layer by layer, in order of place.
 
-        Two requests that run the same layers and keep the same tokens hold the same at equal positions of this list.
+        For two requests that run the same layers and keep the same tokens, equal positions of this list correspond.
         """
         return [
             slot
@@ -172,7 +174,7 @@ class BlockTable:
         ]
 
     def ring_moves(self, layer: int, tokens: int, keep: KVKeep) -> tuple[list[int], list[int]]:
-        """Return the slots that move, and where to, when a layer that kept every token starts to keep only some."""
+        """Return the source and target slots of the copies that turn a layer that kept every token into a ring."""
         first, last = keep.first_tokens, keep.last_tokens
         if first is None or last is None or tokens <= first + last:
             return [], []
@@ -181,7 +183,7 @@ class BlockTable:
 
 
 def ring_place(keep: KVKeep, token: int) -> int:
-    """Return the slot, counted from a layer's first, of a token where first and last tokens are kept."""
+    """Return the place of a token, counted from a layer's first slot, if only first and last tokens are kept."""
     assert keep.first_tokens is not None
     assert keep.last_tokens is not None
     if token < keep.first_tokens:
@@ -190,10 +192,11 @@ def ring_place(keep: KVKeep, token: int) -> int:
 
 
 def ring_positions(keep: KVKeep, tokens: int) -> list[int]:
-    """Return which token each slot of a layer holds once ``tokens`` tokens were computed."""
+    """Return which token each place of a layer holds once ``tokens`` tokens have been computed."""
     kept = keep.tokens(tokens)
     if keep.first_tokens is None or keep.last_tokens is None or kept == tokens:
         return list(range(kept))
     first, last = keep.first_tokens, keep.last_tokens
     newest = tokens - 1
+    # Place p of the ring holds the newest token t with (t - first) % last == p - first.
     return [place if place < first else newest - (newest - first - (place - first)) % last for place in range(kept)]

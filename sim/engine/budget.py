@@ -1,4 +1,8 @@
-"""The memory that weights, workspace and KV cache may take together, over time."""
+"""The memory budget: bytes that weights, workspace and KV cache may take together, over time.
+
+`Budget` is the value and `BudgetMeter` follows it during a run. The functions below them are the options of
+``conf/budget``: each returns a `Budget` for one server (`BudgetContext`).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
 from sim.errors import BudgetError, nearest
 from sim.paths import find_data
+from sim.types import GIB
 
 STEP_UNITS = ("share", "bytes")
 
@@ -23,8 +28,8 @@ STEP_UNITS = ("share", "bytes")
 class Budget:
     """A budget that changes in steps.
 
-    change_s: when each step begins, ascending from 0. budget_bytes: the budget from then on.
-    notice_s: how long before a step it is announced to a server; 0 for sudden steps.
+    change_s: start of each step, ascending from 0. budget_bytes: the budget from then on; one entry per step.
+    notice_s: how long before its start a step is announced to the server; 0 for no announcement.
     """
 
     change_s: tuple[float, ...]
@@ -48,13 +53,13 @@ class Budget:
 
 
 class BudgetMeter:
-    """Follows a budget during a run: what it is now, what comes next, and how long more was held than it allowed.
+    """Follows a budget during a run: its present value, its next step, and how long it was exceeded.
 
-    violation_s: seconds so far in which more was held than the budget allowed.
+    violation_s: seconds so far in which the held bytes exceeded the budget.
     """
 
     def __init__(self, budget: Budget, start_s: float = 0.0) -> None:
-        """Stand at the step that holds at ``start_s``."""
+        """Start at the step that is in force at ``start_s``."""
         self.budget = budget
         self.violation_s = 0.0
         self._step = bisect_right(budget.change_s, start_s) - 1
@@ -62,7 +67,7 @@ class BudgetMeter:
 
     @property
     def now_bytes(self) -> int:
-        """The budget now."""
+        """The present budget."""
         return self.budget.budget_bytes[self._step]
 
     @property
@@ -72,13 +77,13 @@ class BudgetMeter:
         return self.budget.change_s[step] if step < len(self.budget.change_s) else math.inf
 
     def announced(self, now_s: float) -> tuple[int, float]:
-        """Return bytes and time of the next step once it is announced, else the budget of now and ``inf``."""
+        """Return bytes and time of the next step once it is announced; before that, the present budget and ``inf``."""
         if self.next_s - self.budget.notice_s <= now_s:
             return self.budget.budget_bytes[self._step + 1], self.next_s
         return self.now_bytes, math.inf
 
     def follow(self, now_s: float, held_bytes: int) -> None:
-        """Move on to ``now_s``; ``held_bytes`` were held since the last call, and are compared with every step."""
+        """Advance to ``now_s``; ``held_bytes`` were held since the last call and are compared with each step passed."""
         while True:
             until_s = min(self.next_s, now_s)
             if held_bytes > self.now_bytes:
@@ -105,9 +110,18 @@ def stepped(rows: Iterable[tuple[float, int]], notice_s: float = 0.0) -> Budget:
     return Budget(tuple(times), tuple(values), notice_s)
 
 
+def no_room_for_kv(weight_bytes: int, workspace_bytes: int, budget_bytes: int) -> BudgetError:
+    """Return the error for a first budget that cannot hold the weights, the workspace and one request."""
+    return BudgetError(
+        f"weights {weight_bytes / GIB:.2f} GiB and workspace {workspace_bytes / GIB:.2f} GiB leave "
+        f"no room for the KV cache of one request in a budget of {budget_bytes / GIB:.2f} GiB; prune or "
+        "quantize more blocks, or raise the budget (budget=, gpu=)"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetContext:
-    """What a budget may be stated relative to: the served model, the device, the first plan, the engine's memory."""
+    """The server for which a budget is computed: model, device, first plan, and the memory settings of its engine."""
 
     model: ModelSpec
     gpu: Gpu

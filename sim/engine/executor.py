@@ -1,7 +1,7 @@
-"""What a replica needs from whatever carries out its decisions: an executor, weights and a clock.
+"""The seams of a replica: protocols for the executor, the weights and the clock that carry out its decisions.
 
-Simulated ones are in sim/engine/pricing_executor.py, those of a device in hw/engine/torch_executor.py. The fourth seam, the memory
-behind KV blocks, is ``sim.engine.kv_pool.KVStorage``.
+The simulated versions are in sim/engine/pricing_executor.py, those of a device in hw/engine/torch_executor.py. The
+fourth seam, the memory behind KV blocks, is ``sim.engine.kv_pool.KVStorage``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sim.engine.transition import LayerCopy, Resident
 class Iteration:
     """One iteration for an executor to run.
 
-    number: iterations that ended before. batch: who computes how many tokens. plan: what runs.
-    copying: whether a layer is being copied in meanwhile. memory_bytes: resident weights and the KV pool.
+    number: how many iterations ended before it. batch: how many tokens each request computes. plan: what runs.
+    copying: whether a layer is being copied in at the same time. memory_bytes: resident weights plus the KV pool.
     """
 
     number: int
@@ -33,21 +33,21 @@ class Iteration:
 
     @property
     def decodes(self) -> list[LiveRequest]:
-        """Requests that compute one token after their prefill."""
+        """Requests that have ended their prefill and compute one token."""
         return [live for live, _ in self.batch.scheduled if live.decoding]
 
     @property
     def prefills(self) -> list[tuple[LiveRequest, int]]:
-        """Requests that compute tokens of their prefill, and how many."""
+        """Requests in prefill, each with the number of tokens that it computes."""
         return [(live, tokens) for live, tokens in self.batch.scheduled if not live.decoding]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
-    """What an iteration brought.
+    """The result of an iteration.
 
-    end_s: when it ends. extrapolated: whether its price lies outside the calibrated range.
-    next_tokens: request_id -> the token it produced; empty where tokens are not real.
+    end_s: when it ends. extrapolated: whether its duration was extrapolated beyond the calibrated range.
+    next_tokens: request_id -> the token it produced; empty if tokens are simulated.
     stopped: requests that end with this token, before their output limit.
     """
 
@@ -65,31 +65,31 @@ class Executor(Protocol):
         ...
 
     def follow_budget(self, budget_bytes: int) -> None:
-        """Take no more memory than this from now on; called once what is held fits it, or no request runs."""
+        """Take no more memory than this from now on; called once the held bytes fit it, or no request runs."""
         ...
 
 
 class Clock(Protocol):
-    """What time it is, in seconds since the start of the trace."""
+    """The time, in seconds since the start of the trace."""
 
     def now_s(self) -> float:
-        """Return the present."""
+        """Return the present time."""
         ...
 
     def wait_until(self, time_s: float) -> None:
-        """Let nothing happen until then; return at once when it has passed."""
+        """Wait until then; return at once if it has passed."""
         ...
 
 
 class Weights(Protocol):
-    """The weights on a device, and the one layer that may be on its way there."""
+    """The weights on a device, and at most one layer that is being copied in."""
 
     def drop(self, resident: Resident) -> None:
-        """Free the blocks that are not resident any more; a copy under way goes on."""
+        """Free the blocks that are no longer in ``resident``; a copy under way continues."""
         ...
 
     def start(self, copy: LayerCopy, now_s: float) -> None:
-        """Start to copy a layer in; none is under way."""
+        """Start to copy a layer in; no other copy is under way."""
         ...
 
     def arrived(self, now_s: float) -> bool:
@@ -97,13 +97,13 @@ class Weights(Protocol):
         ...
 
     def wait(self, now_s: float, until_s: float) -> None:
-        """Let time pass until ``until_s``, or until the copy under way is complete."""
+        """Wait until ``until_s``, or until the copy under way is complete."""
         ...
 
     def join(self) -> None:
-        """Put the layer that arrived in the place of what it replaces."""
+        """Replace the old blocks of the layer with those that were copied in."""
         ...
 
     def abandon(self) -> None:
-        """Give the copy under way up."""
+        """Abandon the copy under way."""
         ...

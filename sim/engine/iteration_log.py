@@ -1,4 +1,7 @@
-"""What a replica writes down of its iterations, and of the gaps between tokens."""
+"""The iteration log of a replica: one row per iteration, and the gaps between tokens.
+
+``sim.engine.replica.Replica`` adds to it; the tables are those of sim/results/records.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from sim.results.records import Iterations, TokenGaps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterationRow:
-    """One iteration that has ended; the columns of ``sim.results.records.Iterations``."""
+    """One iteration that has ended; its fields are the columns of ``sim.results.records.Iterations``."""
 
     start_s: float
     end_s: float
@@ -28,7 +31,7 @@ class IterationLog:
     """Iterations that have ended, in order, and every gap between two tokens of one request."""
 
     def __init__(self) -> None:
-        """Begin without any."""
+        """Begin with an empty log."""
         self._rows: list[IterationRow] = []
         self._gaps_s: list[float] = []
 
@@ -44,7 +47,7 @@ class IterationLog:
         self._gaps_s.append(seconds)
 
     def table(self) -> Iterations:
-        """Return one row an iteration."""
+        """Return one row per iteration."""
         types = {"float": np.float64, "int": np.int64, "bool": np.bool_}
         return Iterations(
             **{
@@ -54,6 +57,6 @@ class IterationLog:
         )
 
     def token_gaps(self) -> TokenGaps:
-        """Return every gap between two tokens of one request, equal ones together."""
+        """Return the distinct gaps between two tokens of one request, ascending, and how often each occurred."""
         gaps_s, count = np.unique(np.array(self._gaps_s, dtype=np.float64), return_counts=True)
         return TokenGaps(itl_s=gaps_s, count=count.astype(np.int64))

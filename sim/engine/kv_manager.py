@@ -1,7 +1,8 @@
-"""The KV cache of a replica: who holds how many KV blocks, what is freed, and what a preempted request finds again.
+"""The KV cache of a replica: which KV blocks each request holds, when they are freed, and which are found again.
 
-It works on block numbers: ``sim.engine.kv_pool`` says which are free, ``sim.engine.block_table`` which one holds what, and
-``sim.engine.prefix_cache`` which ones several requests hold. Behind them may lie memory (hw/elastic/paged_kv.py) or none.
+It works on block numbers and combines three modules: ``sim.engine.kv_pool`` (which blocks are free),
+``sim.engine.block_table`` (what each block of a request holds) and ``sim.engine.prefix_cache`` (blocks that several
+requests share). On a device, memory lies behind the numbers (hw/elastic/paged_kv.py); in simulation, none.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ def kv_keep_of(plan: Plan) -> tuple[KVKeep, ...] | None:
 
 
 class KVManager:
-    """The KV blocks of a replica, and who holds them.
+    """The KV blocks of a replica, and the requests that hold them.
 
-    prefill_mha, decode_mha: layers whose MHA block the running plan runs at each stage.
-    outside: tables of requests that hold KV here without running here (prefill and decode on different replicas).
+    prefill_mha, decode_mha: layers whose MHA block the running plan runs in prefill and in decode.
+    outside: block tables, by request id, of requests that hold KV here without running here (prefill and decode on
+        different replicas).
     """
 
     def __init__(self, config: EngineConfig, queues: RequestQueues, storage: KVStorage | None) -> None:
-        """Hold an empty pool; ``follow_plan`` and ``resize`` come next."""
+        """Begin with an empty pool; call ``follow_plan`` and ``resize`` next."""
         self._config, self._queues, self._storage = config, queues, storage
         self.pool = KVPool(0, storage)
         self.prefix_cache = PrefixCache(config, self.pool)
@@ -39,10 +41,10 @@ class KVManager:
         self.decode_mha: frozenset[int] = frozenset()
         self.outside: dict[int, BlockTable] = {}
 
-    # -- what the scheduler asks ---------------------------------------------------------------------------------
+    # -- what the scheduler needs --------------------------------------------------------------------------------
 
     def look_up_waiting(self) -> None:
-        """Set how many tokens each waiting request would find if it were admitted now."""
+        """Set ``computed_tokens`` of each waiting request to the tokens that it would find if it were admitted now."""
         for live in self._queues.waiting:
             live.computed_tokens = max(live.left_tokens, self.prefix_cache.found_tokens(live))
 
@@ -60,7 +62,7 @@ class KVManager:
     # -- taking and freeing --------------------------------------------------------------------------------------
 
     def admit(self, live: LiveRequest) -> None:
-        """Give a request that is admitted what it finds of its KV, in the prefix cache and of its own."""
+        """Let an admitted request hold the KV that it finds: prefix blocks, and what it left when it was preempted."""
         live.table = self.new_table(self.prefill_mha)
         self.prefix_cache.hold(live)
         own = live.table.own_blocks_needed(live.computed_tokens)
@@ -77,7 +79,7 @@ class KVManager:
         self.outside[request_id] = table
 
     def end_prefill(self, live: LiveRequest, plan: Plan) -> None:
-        """Free the KV that decode will not read: layers it does not run, tokens that the plan does not keep."""
+        """Free the KV that decode will not read: layers that it does not run, tokens that the plan does not keep."""
         table = live.table
         table.mha = table.mha & self.decode_mha
         kv_keep = kv_keep_of(plan)
@@ -91,15 +93,18 @@ class KVManager:
         self.hold(live, live.computed_tokens)
 
     def let_go(self, live: LiveRequest, owner: int = NO_OWNER) -> None:
-        """Free what a request holds: first its own blocks, then its prefix blocks from the last to the first."""
+        """Free what a request holds: first its own blocks, then its prefix blocks from the last to the first.
+
+        ``owner``: the request id if the freed blocks stay readable for it, else ``NO_OWNER``.
+        """
         self.pool.release(live.table.own_blocks(), owner)
         self.prefix_cache.let_go(live)
         live.table = self.new_table(frozenset())
 
     def preempt(self, live: LiveRequest) -> None:
-        """Free what a preempted request holds; with ``reuse_preempted_kv`` it may find it again."""
+        """Free what a preempted request holds; with ``reuse_preempted_kv`` it may find it again later."""
         table, cache = live.table, self.prefix_cache
-        # It can go on later only from complete KV: every token, every layer of prefill, every prefix block.
+        # It can resume only from complete KV: every token, every layer of prefill, every prefix block.
         complete = table.kv_keep is None and table.mha == self.prefill_mha
         complete = complete and len(table.prefix) == cache.blocks_within(live, live.computed_tokens)
         complete = complete and all(block.known for block in table.prefix.values())
@@ -108,15 +113,15 @@ class KVManager:
         live.left_tokens = live.computed_tokens = self._found_again(live)
 
     def _found_again(self, live: LiveRequest) -> int:
-        """Return the tokens of a preempted request whose KV is still there: complete KV blocks from the first on.
+        """Return the leading tokens of a preempted request whose KV is still there, in complete KV blocks.
 
-        At least one token is computed again, as in vLLM, to have something to sample from.
+        At least one token is computed again, as in vLLM, because the next token is sampled from its output.
         """
         kept = self.pool.kept_layer_blocks(live.request_id)
         if not kept:
             return 0
         block_tokens = self._config.kv_block_tokens
-        # Its prefix blocks were freed after its own blocks, so they are all there while one of these is.
+        # Its prefix blocks were freed after its own blocks, so all of them remain while one own block does.
         cached = self.prefix_cache.blocks_within(live, live.left_tokens)
         cached *= self._config.hash_block_tokens // block_tokens
         # The last block may be partly filled; such a block is never found again.
@@ -124,7 +129,7 @@ class KVManager:
         return min(blocks, (live.target_tokens - 1) // block_tokens) * block_tokens
 
     def _overwritten(self, owners: Iterable[int]) -> None:
-        """Note whose content was lost."""
+        """Handle the loss of freed content, by owner: a preempted request finds less, a prefix block is forgotten."""
         for owner in owners:
             if owner > NO_OWNER:
                 live = self._queues.all[owner]
@@ -141,16 +146,16 @@ class KVManager:
     # -- when the plan or the budget changes ---------------------------------------------------------------------
 
     def follow_plan(self, plan: Plan) -> None:
-        """Follow the plan that runs from now on: what may be found again, and which KV is of no use any more."""
+        """Adapt to the plan that runs from now on: what may be found again, and which held KV is useless now."""
         prefill_mha = frozenset(layer for layer, keep in enumerate(plan.prefill.mha) if keep)
         one_set = bool(prefill_mha) and plan.prefill.mha == plan.decode.mha
         caching = self._config.prefix_caching and kv_keep_of(plan) is None and one_set
         if prefill_mha != self.prefill_mha or caching != self.prefix_cache.active:
-            self.forget_left_behind()  # it lacks a layer, or has one too many
+            self.forget_left_behind()  # that KV lacks a layer, or has one too many
             self.prefix_cache.forget(self._queues.running)
         self.prefill_mha, self.prefix_cache.active = prefill_mha, caching
         self.decode_mha = frozenset(layer for layer, keep in enumerate(plan.decode.mha) if keep)
-        for live in self._queues.running:  # KV of blocks that no longer run is of no use
+        for live in self._queues.running:  # free the KV of MHA blocks that no longer run
             kept = live.mha & self.mha_of(live)
             if kept != live.mha:
                 live.table.mha = kept
@@ -158,7 +163,7 @@ class KVManager:
         self.prefix_cache.drop_layers(self._queues.running, prefill_mha)
 
     def mha_of(self, live: LiveRequest) -> frozenset[int]:
-        """Return the MHA blocks that run for a request at its stage if it holds the KV of all of them."""
+        """Return the MHA blocks that the plan runs at a request's stage, whether or not it holds their KV."""
         return self.decode_mha if live.decoding else self.prefill_mha
 
     def resize(self, layer_blocks: int) -> bool:
@@ -169,7 +174,7 @@ class KVManager:
         return True
 
     def settle(self) -> None:
-        """Free the memory that the pool has lost, and follow the blocks that moved for it."""
+        """Free the memory that the pool has lost, and rename the blocks that moved to make that possible."""
         moved = self.pool.settle()
         if moved:
             for table in self._tables():
@@ -180,7 +185,7 @@ class KVManager:
         return [*(live.table for live in self._queues.running), *self.outside.values()]
 
     def check(self) -> None:
-        """Check that every KV block is held once or free once, and that tables and pool count the same."""
+        """Check that every KV block is either held once or free once, and that tables and pool agree."""
         held = [block for table in self._tables() for ids in table.blocks.values() for block in ids]
         held += held_prefix_blocks(self._queues.running)
         self.pool.check(held)

@@ -1,18 +1,18 @@
-"""The pool of KV blocks of one replica: which are free, which are held, and whose old content the free ones still hold.
+"""The pool of KV blocks of one replica: which are held, which are free, and whose old content the free ones still hold.
 
     pool = KVPool(900)                              # 900 KV blocks of one layer
     ids, overwritten = pool.take(12)                # blocks for a request, the longest free first
     pool.release(ids, owner=7)                      # their content stays readable for request 7 until they are taken
-    pool.resize(600)                                # free blocks go at once; what is held above 600 is a debt
-    moved = pool.settle()                           # debt paid: blocks move together, the rest of the memory is freed
+    pool.resize(600)                                # free blocks go at once; blocks held above 600 are a debt
+    moved = pool.settle()                           # debt paid: held blocks are compacted, the other memory is freed
 
-A block holds the keys and values of some tokens of one layer. Any block may serve any layer, because plans drop layers
-one by one. Real engines hand out the block that has been free longest, so what a preempted request left behind, and
-prefix blocks that no request holds, stay readable until others have taken them. An owner is a number: from 0 on for
-requests, below ``NO_OWNER`` for prefix blocks.
+A KV block holds the keys and values of ``kv_block_tokens`` tokens of one layer. Any KV block may serve any layer,
+because plans drop layers one by one. Real engines hand out the block that has been free longest; so the KV of a
+preempted request, and prefix blocks that no request holds, stay readable until others have taken them. An owner is a
+number: the id of a request, at least 0, or a number below ``NO_OWNER`` for a prefix block.
 
-The pool knows block numbers, not memory. ``storage`` is the memory behind them (hw/elastic/paged_kv.py); the simulator has
-none.
+The pool knows block numbers, not memory. ``storage`` is the memory behind them (hw/elastic/paged_kv.py); the simulator
+has none. Used by ``sim.engine.kv_manager``.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class KVStorage(Protocol):
     """The memory behind the blocks of a pool."""
 
     def resize(self, blocks: int) -> None:
-        """Hold blocks 0 to ``blocks - 1``; their content stays, the memory of others is freed."""
+        """Provide memory for blocks 0 to ``blocks - 1``; their content stays, the memory of other blocks is freed."""
         ...
 
     def move(self, moved: dict[int, int]) -> None:
-        """Copy the content of blocks to others that hold nothing of use: old number to new."""
+        """Copy the content of blocks to unused ones; ``moved`` maps old block number to new."""
         ...
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """Copy the content of slots to others, all read before any is written; a slot is the place of one token."""
+        """Copy slots, all read before any is written; a slot is the place of one token."""
         ...
 
 
 @dataclass(slots=True)
 class _Run:
-    """Free blocks that were freed together, the first to be taken first; ``NO_OWNER`` if no one can use them."""
+    """Blocks that were freed together, in the order in which they are taken; ``NO_OWNER`` if no one can reuse them."""
 
     owner: int
     ids: deque[int]
@@ -53,7 +53,7 @@ class KVPool:
     """Free and held KV blocks; their numbers always add up to ``layer_blocks``."""
 
     def __init__(self, layer_blocks: int = 0, storage: KVStorage | None = None) -> None:
-        """Hold ``layer_blocks`` blocks, all of them free."""
+        """Begin with ``layer_blocks`` blocks, all of them free."""
         self.layer_blocks = 0
         self._storage = storage
         self._held = 0
@@ -74,7 +74,7 @@ class KVPool:
         return self.layer_blocks - self._held
 
     def take(self, count: int) -> tuple[list[int], list[int]]:
-        """Hold ``count`` more blocks, the longest free first; return them and the owners whose content is lost."""
+        """Take ``count`` free blocks, the longest free first; return them and the owners whose content is lost."""
         assert 0 <= count <= max(self.free_layer_blocks, 0)
         ids: list[int] = []
         overwritten = []
@@ -91,9 +91,9 @@ class KVPool:
         return ids, overwritten
 
     def release(self, ids: Iterable[int], owner: int = NO_OWNER) -> None:
-        """Free blocks, the first of them to be taken first; their content stays readable for ``owner`` until then."""
+        """Free blocks; they are taken in the order of ``ids``, and until then ``owner`` can claim them."""
         freed = deque(ids)
-        # What a shrunk pool owes goes first. Callers free the blocks of the last tokens first, so these are lost.
+        # A pool in debt pays first. Callers list the blocks of the last tokens first, so these are the ones lost.
         owed = min(max(-self.free_layer_blocks, 0), len(freed))
         self._held -= len(freed)
         assert self._held >= 0
@@ -112,7 +112,7 @@ class KVPool:
     def resize(self, layer_blocks: int) -> list[int]:
         """Grow or shrink the pool; return the owners whose content was lost.
 
-        The pool grows at once. It shrinks by the longest free blocks. Where fewer are free than must go, the pool is
+        The pool grows at once. It shrinks by the blocks that have been free longest. If too few are free, the pool is
         in debt: ``free_layer_blocks`` is below 0 until requests have been preempted. ``settle`` frees the memory.
         """
         lost: list[int] = []
@@ -135,10 +135,10 @@ class KVPool:
         return lost
 
     def settle(self) -> dict[int, int]:
-        """Free the memory of blocks that the pool has lost; return where held blocks went, old number to new.
+        """Free the memory of blocks that the pool has lost; return the blocks that moved, old number to new.
 
-        Blocks that stay move together at the low end; the caller renames them in its tables. Nothing happens while
-        more is held than the pool has, or where there is no storage.
+        Remaining blocks move to the lowest numbers, because storage can shrink only from its end; the caller renames
+        them in its tables. Nothing happens while the pool is in debt, or without storage.
         """
         if self._storage is None or not self._dead or self.free_layer_blocks < 0:
             return {}
@@ -158,17 +158,17 @@ class KVPool:
         return moved
 
     def forget(self) -> None:
-        """Let no preempted request find again what it left behind."""
+        """Let no preempted request find its freed blocks again."""
         for owner in [owner for owner in self._kept if owner > NO_OWNER]:
             self.claim(owner, 0)
 
     def kept_layer_blocks(self, owner: int) -> int:
-        """Return how many blocks still hold what ``owner`` left behind."""
+        """Return how many free blocks ``owner`` could still claim."""
         run = self._kept.get(owner)
         return len(run.ids) if run else 0
 
     def claim(self, owner: int, count: int) -> list[int]:
-        """Hold the last ``count`` blocks of what ``owner`` left behind again; no one can use the rest of it."""
+        """Take back the last ``count`` of the blocks that ``owner`` freed; the others lose their owner."""
         run = self._kept.pop(owner, None)
         if run is None:
             assert not count

@@ -1,4 +1,7 @@
-"""A request inside a replica: how far it is, what it holds, and what will stand in its record."""
+"""A request inside a replica: its progress, its KV blocks and its record; and the queues of all requests.
+
+Used by the Python replica only; the compiled kernel has its own form (``REQUEST`` in sim/engine/kernel/state.py).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import numpy as np
 
 from sim.cost.model_spec import ModelSpec
 from sim.engine.block_table import BlockTable
-from sim.engine.protocol import Request
+from sim.engine.protocol import Request, late_request, repeated_hash_id
 from sim.errors import ConfigError
 from sim.results.records import Records, Status
 from sim.types import Floats, Ints
@@ -21,15 +24,15 @@ from sim.types import Floats, Ints
 class LiveRequest:
     """One request from its arrival on.
 
-    output_limit: tokens it may produce: its trace's, cut at the context limit.
+    output_limit: tokens it may produce: those of its trace, cut at the context limit.
     table: the KV blocks it holds; ``table.mha`` are the layers whose MHA block it runs.
-    computed_tokens: tokens whose KV exists. While it waits: those that it would find again if it were admitted now.
-    prefill_tokens: tokens to compute before it decodes: its prompt, and after a preemption what it had produced.
-    left_tokens: tokens, cached prefix blocks included, whose KV a preempted request would still find.
+    computed_tokens: tokens whose KV exists. While it waits: the tokens it would find if it were admitted now.
+    prefill_tokens: tokens to compute before it decodes: its prompt, and after a preemption also those it had produced.
+    left_tokens: tokens, including cached prefix blocks, whose KV a preempted request would still find.
     cached_tokens: prompt tokens found in the prefix cache at its first admission; -1 before that.
-    next_prefix_block: the first prefix block of its prompt whose end its prefill has not passed.
+    next_prefix_block: index of the first prefix block of its prompt whose end its prefill has not passed.
     fills_cache: whether it adds prefix blocks to the cache.
-    kept_params: parameters that ran for its tokens, summed over them. nll_sum: nats charged for its tokens, in total.
+    kept_params: parameters that ran, summed over its tokens. nll_sum: nats charged, summed over its tokens.
     """
 
     request: Request
@@ -53,12 +56,12 @@ class LiveRequest:
 
     @property
     def request_id(self) -> int:
-        """Its number."""
+        """The id of its request."""
         return self.request.request_id
 
     @property
     def target_tokens(self) -> int:
-        """Tokens whose KV must exist before the next token can be produced: prompt and produced ones."""
+        """Tokens whose KV must exist before the next token can be produced: prompt and produced tokens."""
         return self.request.prompt_tokens + self.produced_tokens
 
     @property
@@ -79,9 +82,10 @@ class LiveRequest:
 
 @dataclass(slots=True)
 class RequestQueues:
-    """The requests of a replica: ``arrivals`` yet to come; all that arrived, by id; those that wait; those that run.
+    """The requests of a replica.
 
-    waiting: the next to admit first. running: in the order of admission.
+    arrivals: submitted, not yet arrived, by arrival. all: those that have arrived, by id.
+    waiting: the next to admit comes first. running: in the order of admission.
     """
 
     arrivals: deque[Request] = field(default_factory=deque)
@@ -93,37 +97,32 @@ class RequestQueues:
         """Add requests to ``arrivals``.
 
         Args:
-            requests: sorted by arrival. least_s: the earliest arrival that is allowed if no request is to come.
-            check_hash_ids: whether each hash id may come only once in a prompt.
+            requests: sorted by arrival. least_s: the earliest arrival allowed while ``arrivals`` is empty.
+            check_hash_ids: whether to refuse prompts that contain a hash id twice.
         Raises:
-            ConfigError: for requests out of order or too early, or an id that comes twice; none is added then.
+            ConfigError: for requests out of order or too early, or a repeated id; then none is added.
         """
         last_s = self.arrivals[-1].arrival_s if self.arrivals else least_s
         pending = {request.request_id for request in self.arrivals}
         for request in requests:
             if not request.arrival_s >= last_s:
-                raise ConfigError(
-                    f"request {request.request_id} arrives at {request.arrival_s} s, before {last_s} s; "
-                    "submit requests in order of arrival and not in the past"
-                )
+                raise late_request(request.request_id, request.arrival_s, last_s)
             if request.request_id in self.all or request.request_id in pending:
                 raise ConfigError(f"request {request.request_id} was submitted before; give each its own request_id")
             if check_hash_ids and len(set(request.hash_ids)) < len(request.hash_ids):
-                raise ConfigError(
-                    f"a hash id comes twice in the prompt of request {request.request_id}; with engine.prefix_caching "
-                    "each id stands for its tokens and all before them, so it can come once"
-                )
+                repeated = next(i for i in request.hash_ids if request.hash_ids.count(i) > 1)
+                raise repeated_hash_id(request.request_id, repeated)
             last_s = request.arrival_s
             pending.add(request.request_id)
         self.arrivals.extend(requests)
 
 
 def records_of(live: Sequence[LiveRequest], model: ModelSpec, *, priced: bool) -> Records:
-    """Return one row a request.
+    """Return one row per request.
 
     Args:
         live: the requests, in the order of the rows. model: what is served.
-        priced: whether a quality was charged; without it the column ``quality_nll`` is not a number.
+        priced: whether a quality loss was charged; if not, the column ``quality_nll`` is nan.
     """
 
     def floats(name: str) -> Floats:

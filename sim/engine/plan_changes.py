@@ -1,6 +1,7 @@
-"""Which plan runs on a replica, which one is wanted, and the copies that lead from one to the other.
+"""Plan changes of a replica: the running plan, the wanted plan, and the copies that lead from one to the other.
 
-sim/engine/transition.py says what has to be copied; ``Weights`` does it: a device, or a clock that knows how long it takes.
+sim/engine/transition.py computes what has to be copied; ``Weights`` (sim/engine/executor.py) copies it: on a device, or
+in simulated time.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from sim.engine.transition_log import TransitionLog
 
 
 class PlanChanges:
-    """The running plan, the wanted one, and what is under way between them.
+    """The running plan, the wanted plan, and the change under way between them.
 
     plan: what runs. target: the plan that the last change leads to. resident: the blocks on the device.
-    copy: the layer that is being copied in, if any. weight_bytes: of what is resident. log: one row a change.
+    copy: the layer that is being copied in or is next, None for none. weight_bytes: bytes of the resident weights.
+    log: one row per change.
     """
 
     def __init__(self, model: ModelSpec, plan: Plan, weights: Weights) -> None:
@@ -49,32 +51,32 @@ class PlanChanges:
 
     @property
     def wanted(self) -> Plan:
-        """What the last decision wants; it may not have taken effect yet."""
+        """The plan last decided on; its change may not have begun yet."""
         return self._decided[1] if self._decided is not None else self.target
 
     @property
     def next_scheduled_s(self) -> float:
-        """When the next decision known beforehand is due; ``inf`` for none."""
+        """Time of the next scheduled decision; ``inf`` for none."""
         return self._schedule[0][0] if self._schedule else math.inf
 
     @property
     def last_scheduled_s(self) -> float:
-        """When the last decision known beforehand is due; ``-inf`` for none."""
+        """Time of the last scheduled decision; ``-inf`` for none."""
         return self._schedule[-1][0] if self._schedule else -math.inf
 
     def decide(self, time_s: float, plan: Plan) -> bool:
-        """Want another plan from now on; return False if it is wanted already."""
+        """Decide on a plan; return False if it is the wanted plan already."""
         if plan == self.wanted:
             return False
         self._decided = (time_s, plan)
         return True
 
     def schedule(self, decisions: Iterable[tuple[float, Plan]]) -> None:
-        """Take decisions known beforehand, ascending in time."""
+        """Schedule decisions, ascending in time."""
         self._schedule.extend(decisions)
 
     def take_due(self, now_s: float) -> bool:
-        """Want what the schedule says for now; return whether that is another plan than before."""
+        """Take the scheduled decisions that are due; return whether the wanted plan has changed."""
         another = False
         while self.next_scheduled_s <= now_s:
             another |= self.decide(*self._schedule.popleft())
@@ -83,7 +85,7 @@ class PlanChanges:
     # -- between two iterations ----------------------------------------------------------------------------------
 
     def join(self, now_s: float) -> LayerCopy | None:
-        """Let the layer run from now on whose copy is complete; return its copy, or None if there is none."""
+        """Start to run the layer whose copy is complete; return that copy, or None if no copy is complete."""
         copy = self.copy
         if copy is None or not self._weights.arrived(now_s):
             return None
@@ -94,9 +96,9 @@ class PlanChanges:
         return copy
 
     def begin(self, pool_layer_blocks: int) -> bool:
-        """Start the change that was decided: drop what the new plan does not run, line up copies of what it needs.
+        """Begin the change decided on: drop the blocks that the new plan does not run, queue copies of those it lacks.
 
-        Return False if nothing was decided.
+        Return False if there is none.
         """
         if self._decided is None:
             return False
@@ -107,7 +109,7 @@ class PlanChanges:
         resident = without_dropped(self.resident, plan)
         copies = copies_between(self._model, resident, plan)
         if self.copy is not None and self.copy in copies:
-            copies.remove(self.copy)  # the copy under way goes on, for the new plan
+            copies.remove(self.copy)  # the copy under way continues, for the new plan
         elif self.copy is not None:
             self._weights.abandon()
             self.copy, self._copy_started = None, False
@@ -116,12 +118,12 @@ class PlanChanges:
         return True
 
     def line_up_copy(self) -> None:
-        """Choose the next copy, so that the KV pool makes room for it; ``start_copy`` comes after that."""
+        """Choose the next copy, so that the KV pool can make room for it before ``start_copy``."""
         if self.copy is None and self._queued:
             self.copy = self._queued.popleft()
 
     def start_copy(self, now_s: float) -> None:
-        """Start the chosen copy; only now is its memory free."""
+        """Start the chosen copy; the KV pool has made room for it by now."""
         if self.copy is not None and not self._copy_started:
             self._weights.start(self.copy, now_s)
             self._copy_started = True
@@ -135,7 +137,7 @@ class PlanChanges:
             self._weights.drop(resident)
 
     def _run_what_is_resident(self) -> None:
-        """Run the blocks of the target that are on the device."""
+        """Set the running plan: the blocks of the target that are on the device."""
         self.plan = running_plan(self.resident, self.target)
         self.weight_bytes = self._fixed_bytes + self.resident.weight_bytes(self._model)
 

@@ -1,11 +1,12 @@
-"""What follows from plans, worked out once in Python and then walked by compiled code.
+"""The plan graph: what follows from each plan, computed once in Python and then read by compiled code.
 
-Between two plans an engine is at a **residency**: what is on the device, and the plan that is wanted. A decision leads
-from one residency to another, and so does the end of each copy. The nodes of a `PlanGraph` are the residencies met so
-far, as rows of arrays; sim/engine/kernel/plans.py follows the edges, and asks for each edge or price that it meets for the
-first time.
+At any time an engine is at a **residency**: the blocks on the device, and the wanted plan. A decision leads from one
+residency to another, and so does the end of each copy. The nodes of a `PlanGraph` are the residencies met so far, as
+rows of arrays; sim/engine/kernel/plans.py follows the edges. When it needs an edge or a price that is not there yet,
+`SimEngine` calls `decide`, `end_copy` or `price`, and the kernel continues.
 
-Sets of layers are bits, 60 a word, in ``ceil(L / 60)`` words.
+Shapes: L layers of the model, W = ceil(L / 60) words. A set of layers is W int64 words; layer l is bit l % 60 of word
+l // 60. Arrays have spare rows and are replaced by longer ones when full (sim/engine/kernel/state.py lists them).
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ from sim.engine.transition import (
 class PlanGraph:
     """The residencies between plans of one model; engines of the same model and quality may share one.
 
-    Its arrays are those of the kernel's state with the same names. ``version`` changes whenever one of them is replaced
-    by a longer one; everyone who holds an address then has to read it again.
+    Its arrays are those of the kernel's state with the same names. ``version`` changes whenever an array is replaced by
+    a longer one; then every engine that uses the graph has to read the addresses again.
     """
 
     def __init__(self, model: ModelSpec, quality_nll: Callable[[Plan], float] | None = None) -> None:
         """Begin an empty graph.
 
         Args:
-            model: whose plans.
-            quality_nll: nats a token that a plan costs (``sim.cost.quality``); None prices nothing.
+            model: the model whose plans these are.
+            quality_nll: nats per token that a plan costs (``sim.cost.quality``); None prices nothing.
         """
         self.model, self.quality_nll = model, quality_nll
         self.words = words_for(model.num_layers)
@@ -74,11 +75,11 @@ class PlanGraph:
         return len(self._plans)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays that the kernel's state takes over, by name."""
+        """Return the arrays that the kernel's state uses, by name."""
         return {name: getattr(self, name) for name in _ARRAYS}
 
     def target(self, plan: Plan) -> int:
-        """Return the number of a plan that is wanted; it must be legal for the model."""
+        """Return the number of a plan as a target; the plan must be legal for the model."""
         number = self._targets.get(plan)
         if number is None:
             number = self._targets[plan] = len(self._target_plans)
@@ -86,25 +87,25 @@ class PlanGraph:
         return number
 
     def target_plan(self, target: int) -> Plan:
-        """Return the plan of a number."""
+        """Return the plan with this number."""
         return self._target_plans[target]
 
     def plan(self, residency: int) -> Plan:
-        """Return what runs at a residency: of the wanted blocks, those that are resident."""
+        """Return the plan that runs at a residency: the resident blocks of the wanted plan."""
         return self._plans[residency]
 
     def first(self, target: int) -> int:
-        """Return the residency at which everything that a plan wants is on the device."""
+        """Return the residency at which all blocks of a plan are on the device."""
         return self._residency(resident_of(self._target_plans[target]), target)
 
     def take_from(self, other: PlanGraph, residency: int) -> int:
-        """Return the residency of this graph, still an empty one, that is one of another; they share ``kv_keep_id``."""
+        """Copy a residency of another graph into this empty one; return its number here. ``kv_keep_id`` stays."""
         self.kv_keep_tokens, self._keep_ids = other.kv_keep_tokens.copy(), dict(other._keep_ids)
         target = int(other.residencies["target"][residency])
         return self._residency(other._residents[residency], self.target(other._target_plans[target]))
 
     def decide(self, residency: int, target: int) -> None:
-        """Work out which residency follows when another plan is wanted: what it does not run has left."""
+        """Add the edge of a decision: the residency after dropping the blocks that ``target`` does not run."""
         after = self._residency(without_dropped(self._residents[residency], self._target_plans[target]), target)
         self._make_room(self._decisions + 1, "decisions")
         self.decisions[self._decisions] = target, after, self.residencies["first_decision"][residency]
@@ -112,7 +113,7 @@ class PlanGraph:
         self._decisions += 1
 
     def end_copy(self, residency: int, copy: int) -> None:
-        """Work out which residency follows when a copy is complete: its blocks run, what they replace has left."""
+        """Add the edge of a complete copy: the residency where its blocks run and those they replace are freed."""
         target = int(self.residencies["target"][residency])
         wanted = copies_between(self.model, self._residents[residency], self._target_plans[target])
         done = wanted[copy - int(self.residencies["copies_at"][residency])]
@@ -120,10 +121,10 @@ class PlanGraph:
         self.copies["after"][copy] = after
 
     def price(self, residency: int, held: Iterable[int]) -> None:
-        """Work out the nats a token of a request costs at a residency, in prefill and in decode.
+        """Add the nats that a token of a request costs at a residency, in prefill and in decode.
 
         Args:
-            residency: what runs. held: words of the set of MHA blocks whose KV the request holds.
+            residency: what runs. held: int64[W], the set of MHA blocks whose KV the request holds.
         """
         assert self.quality_nll is not None
         words = [int(word) for word in held]
@@ -139,7 +140,7 @@ class PlanGraph:
         self._prices += 1
 
     def _residency(self, resident: Resident, target: int) -> int:
-        """Return the number of a residency; a new one gets its row."""
+        """Return the number of a residency; a new one gets its rows."""
         known = self._numbers.get((resident, target))
         if known is not None:
             return known
@@ -180,7 +181,7 @@ class PlanGraph:
         return number
 
     def _keep_id(self, kv_keep: tuple[KVKeep, ...]) -> int:
-        """Return the row of ``kv_keep_tokens`` that says which tokens stay; -1 when all do."""
+        """Return the row of ``kv_keep_tokens`` for these rules; -1 if every layer keeps all tokens."""
         if all(layer == KV_KEEP_ALL for layer in kv_keep):
             return -1
         number = self._keep_ids.setdefault(kv_keep, len(self._keep_ids))
@@ -189,7 +190,7 @@ class PlanGraph:
         return number
 
     def _make_room(self, rows: int, *names: str) -> None:
-        """Let arrays have this many rows."""
+        """Make arrays long enough for this many rows."""
         for name in names:
             array = getattr(self, name)
             if rows > len(array):
@@ -204,12 +205,12 @@ _ARRAYS = (
 
 
 def words_for(layers: int) -> int:
-    """Return how many words a set of layers takes."""
+    """Return W, the number of words of a set of layers."""
     return -(-layers // kernel.LAYERS_A_WORD)
 
 
 def words_of(flags: tuple[bool, ...]) -> list[int]:
-    """Return the words of a set of layers, from a flag a layer."""
+    """Return the words of a set of layers, from one flag per layer."""
     words = [0] * words_for(len(flags))
     for layer, flag in enumerate(flags):
         words[layer // kernel.LAYERS_A_WORD] |= int(flag) << (layer % kernel.LAYERS_A_WORD)
@@ -217,7 +218,7 @@ def words_of(flags: tuple[bool, ...]) -> list[int]:
 
 
 def layers_of(words: Iterable[int]) -> frozenset[int]:
-    """Return the layers of a set given by its words."""
+    """Return the layers of a set from its words."""
     found = set()
     for place, word in enumerate(words):
         bits = int(word)

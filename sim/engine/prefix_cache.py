@@ -1,7 +1,7 @@
 """The prefix cache of a replica: KV that requests find because others computed the same beginning of a prompt.
 
-sim/engine/protocol.py states its rules. Requests hold a prefix block together; while none does, its KV blocks are free in the
-pool and stay readable under the owner number of the prefix block.
+sim/engine/protocol.py states its rules. Several requests may hold one prefix block. While none does, its KV blocks are
+free in the pool and can be claimed by the owner number of the prefix block until others take them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from sim.results.records import Status
 
 
 class PrefixCache:
-    """What requests find.
+    """The prefix blocks that requests can find, by hash id.
 
-    active: whether the running plan lets requests fill the cache and find something in it.
+    active: whether the running plan lets requests add to the cache and find blocks in it.
     """
 
     def __init__(self, config: EngineConfig, pool: KVPool) -> None:
@@ -39,7 +39,7 @@ class PrefixCache:
         return min(tokens // self._tokens, len(live.request.hash_ids))
 
     def find(self, live: LiveRequest) -> list[PrefixBlock]:
-        """Return the leading prefix blocks that a waiting request finds, never all that it has to compute."""
+        """Return the leading prefix blocks that a waiting request finds; at least one token is left to compute."""
         found = []
         for hash_id in live.request.hash_ids[: self.blocks_within(live, live.target_tokens - 1)]:
             if hash_id not in self._by_hash:
@@ -48,11 +48,11 @@ class PrefixCache:
         return found
 
     def found_tokens(self, live: LiveRequest) -> int:
-        """Return the tokens of ``find``."""
+        """Return how many tokens the blocks of ``find`` cover."""
         return len(self.find(live)) * self._tokens
 
     def shared_layer_blocks(self, live: LiveRequest, others: Sequence[LiveRequest]) -> int:
-        """Return the KV blocks that a request holds or finds and that others hold or find too."""
+        """Return how many KV blocks a request holds or finds that others hold or find too."""
         if not self._enabled:
             return 0
         theirs = {id(block) for other in others for block in self._of(other)}
@@ -62,7 +62,7 @@ class PrefixCache:
         return live.table.prefix.values() if live.status is Status.RUNNING else self.find(live)
 
     def hold(self, live: LiveRequest) -> None:
-        """Let a request that is admitted hold what it finds."""
+        """Let an admitted request hold the prefix blocks that it finds."""
         found = self.find(live)
         live.table.prefix = dict(enumerate(found))
         live.next_prefix_block, live.fills_cache = len(found), self.active
@@ -72,7 +72,7 @@ class PrefixCache:
             block.holders += 1
 
     def let_go(self, live: LiveRequest) -> None:
-        """Free what a request holds with others, from the last prefix block to the first."""
+        """Stop holding a request's prefix blocks, from the last to the first; free those without other holders."""
         for place in sorted(live.table.prefix, reverse=True):
             block = live.table.prefix.pop(place)
             block.holders -= 1
@@ -83,7 +83,7 @@ class PrefixCache:
             self._pool.release(_last_first(block), block.owner if block.known else NO_OWNER)
 
     def fill(self, live: LiveRequest) -> None:
-        """Let others find the prefix blocks that a prefill has passed; one that they find already stays its own."""
+        """Add the prefix blocks whose end a prefill has passed; if one is cached already, its copy stays private."""
         if not live.fills_cache:
             return
         while live.next_prefix_block < self.blocks_within(live, live.computed_tokens):
@@ -96,12 +96,12 @@ class PrefixCache:
             live.next_prefix_block += 1
 
     def overwritten(self, owner: int) -> None:
-        """Forget a prefix block some of whose KV blocks were taken; the rest of them is of no use."""
+        """Forget a prefix block because some of its KV blocks were taken; the others are useless alone."""
         self._forget(self._by_owner[owner])
         self._pool.claim(owner, 0)
 
     def forget(self, running: Iterable[LiveRequest]) -> None:
-        """Let no request find a prefix block again; those that run keep holding theirs."""
+        """Clear the cache; running requests keep the prefix blocks that they hold, and add no more."""
         for block in list(self._by_owner.values()):
             self._forget(block)
             if not block.holders:
@@ -116,7 +116,7 @@ class PrefixCache:
                 self._pool.release(block.blocks.pop(layer)[::-1])
 
     def rename(self, running: Iterable[LiveRequest], moved: dict[int, int]) -> None:
-        """Follow KV blocks that moved in the pool."""
+        """Update the numbers of KV blocks that moved in the pool."""
         for block in {id(block): block for block in (*self._by_owner.values(), *_held(running))}.values():
             block.blocks = {layer: [moved.get(i, i) for i in ids] for layer, ids in block.blocks.items()}
 

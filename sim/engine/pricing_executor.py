@@ -1,4 +1,8 @@
-"""What a replica's decisions cost in simulated time: iterations by a latency model, copies by the link's speed."""
+"""The simulated seams of a replica: iterations take the time of a latency model, copies that of a constant link speed.
+
+``Replica`` with these parts is the plain-Python simulator that tests compare the compiled engine with. The protocols
+are in sim/engine/executor.py.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +20,26 @@ from sim.types import Ints
 
 
 class SimulatedClock:
-    """A clock that stands still unless it is waited for."""
+    """A clock that moves only by ``wait_until``."""
 
     def __init__(self, start_s: float = 0.0) -> None:
         """Start at ``start_s``."""
         self._time_s = start_s
 
     def now_s(self) -> float:
-        """Return the present."""
+        """Return the present time."""
         return self._time_s
 
     def wait_until(self, time_s: float) -> None:
-        """Move on to ``time_s``."""
+        """Advance to ``time_s``, if that is later."""
         self._time_s = max(self._time_s, time_s)
 
 
 class PricingExecutor:
-    """Computes nothing: an iteration takes as long as the latency model says."""
+    """Computes no tokens: an iteration takes as long as the latency model predicts."""
 
     def __init__(self, latency: LatencyModel, copy_slowdown: float = 0.0) -> None:
-        """Price with ``latency``; an iteration that starts during a copy takes ``copy_slowdown`` of its time longer."""
+        """Use ``latency``; an iteration that starts during a copy takes 1 + ``copy_slowdown`` times as long."""
         if not copy_slowdown >= 0:
             raise ConfigError(f"copy_slowdown is {copy_slowdown}; it must be at least 0")
         self._latency, self._copy_slowdown = latency, copy_slowdown
@@ -46,7 +50,7 @@ class PricingExecutor:
         return Ran(end_s=iteration.start_s + duration_s, extrapolated=extrapolated)
 
     def follow_budget(self, budget_bytes: int) -> None:
-        """Do nothing: no memory is behind the counts."""
+        """Do nothing: simulated KV blocks have no memory."""
 
     def price(self, iteration: Iteration) -> tuple[float, bool]:
         """Return the seconds of an iteration, and whether they are extrapolated."""
@@ -54,8 +58,10 @@ class PricingExecutor:
         chunks = [(tokens, live.computed_tokens) for live, tokens in iteration.prefills]
         contexts = sum(live.computed_tokens for live in decodes)
         scheduled = iteration.batch.scheduled
+        # Only requests whose tokens are all computed after this iteration reach the LM head and get a next token.
         sequences = sum(live.computed_tokens + tokens == live.target_tokens for live, tokens in scheduled)
         shape = (chunks, len(decodes), contexts, sequences)
+        # If some request lacks KV of a layer, or keeps only some tokens, the layers differ and are priced one by one.
         if all(live.table.kv_keep is None and live.mha == _mha_run(plan, live) for live, _ in scheduled):
             seconds = self._latency.iteration_s(plan, *shape)
         else:
@@ -72,7 +78,7 @@ def _mha_run(plan: Plan, live: LiveRequest) -> frozenset[int]:
 
 
 def _layers_seen(iteration: Iteration) -> Ints:
-    """Return what each layer sees of a batch: equal layers together, in the order of the first of each.
+    """Return int64[k, 7], the load of each layer; layers with equal loads share a row, in order of first appearance.
 
     Columns: layers, index of the weight bits, prefill tokens, their context, decodes, their context, FFN tokens.
     """
@@ -95,10 +101,13 @@ def _layers_seen(iteration: Iteration) -> Ints:
 
 
 class PricedWeights:
-    """Layers that come over a link of constant speed; dropping one takes no time."""
+    """Copies layers over a link of constant speed; dropping blocks takes no time.
+
+    end_s: when the copy under way is complete; ``inf`` for none.
+    """
 
     def __init__(self, host_to_device_bytes_per_s: float, clock: SimulatedClock) -> None:
-        """Copy at this speed."""
+        """Copy at this speed, on this clock."""
         if not host_to_device_bytes_per_s > 0:
             raise ConfigError(f"host_to_device_bytes_per_s is {host_to_device_bytes_per_s}; it must be above 0")
         self._bytes_per_s, self._clock = host_to_device_bytes_per_s, clock
@@ -116,7 +125,7 @@ class PricedWeights:
         return self.end_s <= now_s
 
     def wait(self, now_s: float, until_s: float) -> None:
-        """Let time pass until ``until_s``, or until the copy is complete."""
+        """Wait until ``until_s``, or until the copy is complete."""
         self._clock.wait_until(min(self.end_s, until_s))
 
     def join(self) -> None:
@@ -124,5 +133,5 @@ class PricedWeights:
         self.end_s = math.inf
 
     def abandon(self) -> None:
-        """Give the copy up."""
+        """Abandon the copy."""
         self.end_s = math.inf

@@ -1,8 +1,11 @@
-"""The Engine protocol: what an engine takes, what it shows of itself, and the rules of serving that every one follows.
+"""The Engine protocol: the calls an engine accepts, the state it shows, and the rules of serving of all engines.
 
-Three engines follow these rules: ``sim.engine.sim_engine.SimEngine`` (compiled), ``sim.engine.replica.Replica`` with prices as its
-executor (the reference that tests compare the compiled one with), and ``hw.engine.hw_engine.HwEngine``, the same ``Replica`` over
-a real model. For equal decisions they admit the same requests in the same order.
+Three engines follow these rules. For equal decisions they admit the same requests in the same order:
+
+* ``sim.engine.sim_engine.SimEngine``: compiled, on simulated time;
+* ``sim.engine.replica.Replica`` with the executor of ``sim.engine.pricing_executor``: plain Python, the reference that
+  tests compare the compiled engine with;
+* ``hw.engine.hw_engine.HwEngine``: the same ``Replica`` over a real model.
 
 **Order at one instant.** The budget changes; requests arrive; an iteration ends; the policy decides; plans and memory
 follow; the next iteration starts. Requests that arrive together keep the order of the trace.
@@ -63,9 +66,10 @@ Restore = Literal["new_requests", "recompute"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request of a trace. ``output_tokens`` is the trace's secret: engines use it, policies never see it.
+    """One request of a trace. Engines use ``output_tokens``; policies never see it.
 
-    hash_ids: of its prompt, as ``sim.traces.trace.Trace`` has them; empty where the trace has none.
+    hash_ids: one per ``hash_block_tokens`` tokens of the prompt (``sim.traces.trace.Trace``); empty if the trace has
+        none.
     """
 
     request_id: int
@@ -73,6 +77,48 @@ class Request:
     prompt_tokens: int
     output_tokens: int
     hash_ids: tuple[int, ...] = ()
+
+
+def late_request(request_id: int, arrival_s: float, before_s: float) -> ConfigError:
+    """Return the error for a request that arrives before ``before_s``, an earlier request or the present time."""
+    return ConfigError(
+        f"request {request_id} arrives at {arrival_s} s, before {before_s} s; "
+        "submit requests in order of arrival and not in the past"
+    )
+
+
+def check_decisions(time_s: Sequence[float], plans: Sequence[Plan], least_s: float) -> None:
+    """Check scheduled decisions: one time per plan, ascending from ``least_s``.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    if len(time_s) != len(plans):
+        raise ConfigError(f"{len(time_s)} moments for {len(plans)} plans; give one for each")
+    for number, moment_s in enumerate(time_s):
+        if not moment_s >= least_s:
+            raise ConfigError(
+                f"decision {number} is for {moment_s} s, before another one or the present; "
+                "give the moments in ascending order"
+            )
+        least_s = moment_s
+
+
+def missing_hash_ids() -> ConfigError:
+    """Return the error for a prefix cache whose requests have no hash ids."""
+    return ConfigError(
+        "engine.prefix_caching is true, but the requests have no hash ids to find KV by; take a trace that has some "
+        "(trace=mooncake_conversation, trace=mooncake_synthetic, or trace=file with a column hash_ids), or set "
+        "engine.prefix_caching=false"
+    )
+
+
+def repeated_hash_id(request_id: int, hash_id: int) -> ConfigError:
+    """Return the error for a prompt that contains a hash id twice."""
+    return ConfigError(
+        f"hash id {hash_id} comes twice in the prompt of request {request_id}; with engine.prefix_caching each id "
+        "stands for its tokens and all tokens before them, so it can come only once"
+    )
 
 
 def requests_from_arrays(
@@ -83,7 +129,7 @@ def requests_from_arrays(
     *,
     first_id: int = 0,
 ) -> list[Request]:
-    """Return one request an entry of the arrays, numbered from ``first_id``."""
+    """Return one request per entry of the arrays, all of length n; ids count up from ``first_id``."""
     ids = [()] * len(arrival_s) if hash_ids is None else [tuple(row.tolist()) for row in hash_ids]
     columns = zip(arrival_s.tolist(), prompt_tokens.tolist(), output_tokens.tolist(), ids, strict=True)
     return [
@@ -100,11 +146,11 @@ class EngineConfig:
     limits: token budget, concurrent requests, chunking and admission rules.
     kv_block_tokens: tokens of one KV block.
     kv_watermark_share: share of the KV pool that an admission must leave free (vLLM V0: 0.01).
-    reuse_preempted_kv: whether a preempted request finds again what others have not overwritten of its KV, as with
-        vLLM's prefix caching; without it everything is computed again.
-    max_context_tokens: prompt and output of one request together; None takes the model's own limit.
+    reuse_preempted_kv: whether a preempted request reuses its KV blocks that others have not overwritten, as with
+        vLLM's prefix caching; if False, everything is computed again.
+    max_context_tokens: longest prompt plus output of one request; None takes the model's own limit.
     restore: what a restored MHA block does to running requests: ``new_requests`` or ``recompute`` (rule 4 above).
-    prefix_caching: whether requests find the KV that others computed for the same beginning of a prompt (rules above).
+    prefix_caching: whether requests reuse the KV that others computed for the same beginning of a prompt (rules above).
     hash_block_tokens: tokens of a prompt that one hash id of the trace stands for (Mooncake: 512).
     """
 
@@ -140,19 +186,21 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineState:
-    """What a server can observe of itself at one moment; no output length is in it.
+    """What a server can observe of itself at one moment; it contains no output length.
 
-    Counters (arrived, finished, ...) run from the start, so the difference of two states is a rate.
+    Counters (arrived, finished, ...) run from the start: the difference of two states, divided by the time between
+    them, is a rate.
 
     waiting, running: requests. waiting_tokens: prompt tokens and already produced tokens of the waiting requests.
     oldest_wait_s: how long the head of the queue has waited, 0 for an empty queue.
-    running_tokens: tokens whose KV is held. kv_layer_blocks, kv_used_layer_blocks: the pool, in KV blocks of one layer.
+    running_tokens: tokens of running requests whose KV is held.
+    kv_layer_blocks, kv_used_layer_blocks: size and use of the pool, in KV blocks of one layer.
     ttft_sum_s: sum of TTFT over the first tokens so far. busy_s: time spent in iterations that have ended.
-    budget_bytes, weight_bytes: the budget now, and what the resident weights take of it.
-    next_budget_bytes, next_budget_s: the next step of the budget once it is announced; before that, the budget of now
+    budget_bytes, weight_bytes: the present budget, and the bytes of the resident weights.
+    next_budget_bytes, next_budget_s: the next step of the budget once it is announced; before that, the present budget
         and ``inf``.
-    budget_violation_s: seconds in which more was held than the budget allowed.
-    plan: what runs. target: what the last decision wants. incoming_bytes: the layer that is being copied in.
+    budget_violation_s: seconds in which the held bytes exceeded the budget.
+    plan: what runs. target: the plan last decided on. incoming_bytes: bytes of the layer that is being copied in.
     """
 
     time_s: float
@@ -197,41 +245,41 @@ class Engine(Protocol):
         output_tokens: Ints,
         hash_ids: Sequence[Ints] | None = None,
     ) -> None:
-        """Hand over requests as ``submit`` does, one entry each in every array; ids continue after those before."""
+        """Hand over n requests as arrays of length n; ids continue from the last request submitted."""
         ...
 
     def apply(self, plan: Plan) -> None:
-        """Make ``plan`` what runs; it takes effect between two iterations."""
+        """Switch to ``plan``; the change begins between two iterations."""
         ...
 
     def apply_at(self, time_s: Sequence[float], plans: Sequence[Plan]) -> None:
-        """Make each plan what runs from its moment on, as ``apply`` would then; for decisions known beforehand.
+        """Schedule plans: each is applied at its time, as a call of ``apply`` would do then.
 
         If no request is queued or scheduled to arrive, scheduled decisions are skipped.
         """
         ...
 
     def run_until(self, time_s: float) -> EngineState:
-        """Serve until ``time_s`` (``inf``: until nothing is left to do) and return what can be observed then."""
+        """Serve until ``time_s`` (``inf``: until nothing is left to do) and return the state observed then."""
         ...
 
     @property
     def drained(self) -> bool:
-        """Whether no submitted request can make any more progress by itself."""
+        """Whether no submitted request can make progress without another call."""
         ...
 
     def records(self) -> Records:
-        """Return one row for each request that has arrived, in order of arrival."""
+        """Return one row per request that has arrived, in order of arrival."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A running request and what it holds: for debugging and tests, policies do not see it.
+    """A running request and the KV it holds: for debugging and tests; policies do not see it.
 
     mha: layers whose KV it holds. tokens: tokens whose KV exists. layer_blocks: its own KV blocks over all layers,
-    including those of the tokens under way. Prefix blocks, which it may share, are not included; an engine's
-    ``shared_layer_blocks`` counts them. decoding: whether its prefill has ended.
+    including those of the tokens being computed, without prefix blocks, which it may share (an engine's
+    ``shared_layer_blocks`` counts those). decoding: whether its prefill has ended.
     """
 
     request_id: int

@@ -1,22 +1,22 @@
-"""One replica: the rules of serving, once in Python, in front of whatever carries them out.
+"""One replica: the rules of serving in plain Python, separate from whatever carries them out.
 
     replica = Replica(model=model, config=config, plan=plan, budget=budget, executor=..., weights=..., clock=...)
     replica.submit(requests)
     state = replica.run_until(10.0)
 
-The replica decides: who is admitted, who is preempted, which KV blocks a request holds, what a plan change does.
-sim/engine/protocol.py states the rules. Three seams carry the decisions
-out (sim/engine/executor.py):
+The replica decides which requests are admitted and preempted, which KV blocks each holds, and what a plan change does.
+sim/engine/protocol.py states the rules. Four seams carry the decisions out:
 
-* ``Executor.run`` computes one iteration: at the price of a latency model (sim/engine/pricing_executor.py), or on a device
-  (hw/engine/torch_executor.py),
-* ``Weights`` copies layers in and frees blocks,
-* ``KVStorage`` is the memory behind the KV blocks; a simulated replica has none.
+* ``Executor`` runs one iteration: at the price of a latency model (sim/engine/pricing_executor.py) or on a device
+  (hw/engine/torch_executor.py);
+* ``Weights`` copies layers in and frees dropped blocks;
+* ``Clock`` is simulated or real time (all three: sim/engine/executor.py);
+* ``KVStorage`` is the memory behind the KV blocks (sim/engine/kv_pool.py); a simulated replica has none.
 
-The compiled kernel (sim/engine/kernel) is the independent twin of this file: tests compare the two on random cases.
+The compiled kernel (sim/engine/kernel) implements the same rules independently; tests compare the two on random cases.
 
-An iteration is computed when it starts, but what it brought takes effect only at its end: ``run_until`` may return in
-the middle of it, and shows the state before its end.
+An iteration is computed when it starts, but takes effect only at its end: if ``run_until`` returns in the middle of
+one, the state is that before its end.
 """
 
 from __future__ import annotations
@@ -29,24 +29,34 @@ from dataclasses import dataclass, replace
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, check_plan
 from sim.engine.block_table import BlockTable
-from sim.engine.budget import Budget, constant_budget
+from sim.engine.budget import Budget, constant_budget, no_room_for_kv
 from sim.engine.executor import Clock, Executor, Iteration, Ran, Weights
 from sim.engine.iteration_log import IterationRow
 from sim.engine.kv_manager import kv_keep_of
 from sim.engine.kv_pool import KVStorage
 from sim.engine.live_request import LiveRequest
-from sim.engine.protocol import EngineConfig, EngineState, Request, requests_from_arrays
+from sim.engine.protocol import (
+    EngineConfig,
+    EngineState,
+    Request,
+    check_decisions,
+    missing_hash_ids,
+    requests_from_arrays,
+)
 from sim.engine.replica_state import ReplicaState
 from sim.engine.scheduler import Batch, form_batch
 from sim.engine.transition import ABSENT, plan_for_holder
-from sim.errors import BudgetError, ConfigError
+from sim.errors import BudgetError
 from sim.results.records import Status
 from sim.types import GIB, Floats, Ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _UnderWay:
-    """An iteration that was computed and takes effect at its end."""
+    """An iteration that has been computed and takes effect at its end.
+
+    running, waiting: requests at its start. preempted: requests preempted since the iteration before.
+    """
 
     iteration: Iteration
     ran: Ran
@@ -58,7 +68,25 @@ class _UnderWay:
 class Replica(ReplicaState):
     """One engine that serves requests by the rules of sim/engine/protocol.py.
 
-    expects_more: whether requests may still come that were not submitted yet; its memory follows the budget meanwhile.
+    expects_more: whether further requests may be submitted later; an idle replica then still follows the budget.
+
+    Args:
+        model: what is served. config: how it serves.
+        plan: what runs first; its weights are already on the device.
+        budget: bytes that weights, workspace and KV cache may hold together, constant or over time.
+        executor, weights, clock, storage: what carries the decisions out (see above).
+        workspace_bytes: memory for activations and the like, which neither weights nor KV can use.
+        quality_nll: nats per token that a plan costs (``sim.cost.quality``), charged to requests; None charges nothing.
+        check_bits: raises CalibrationError for a plan with a precision that was not measured; None checks nothing.
+        start_s: time at which it starts, on its clock.
+        late_arrivals: whether a request may be submitted after its arrival, as on a real clock.
+        on_token: called with (request_id, token, whether it is the last) for every new token; the token is None if the
+            request was rejected, or if tokens are simulated.
+        holds: called with a request_id when it ends; True keeps its KV until ``release``. None frees it at once.
+    Raises:
+        PlanError: for a plan that is not legal for the model.
+        CalibrationError: for a plan with a precision that was not measured.
+        BudgetError: if the budget at the start cannot hold the weights and one request.
     """
 
     def __init__(
@@ -80,26 +108,7 @@ class Replica(ReplicaState):
         on_token: Callable[[int, int | None, bool], None] | None = None,
         holds: Callable[[int], bool] | None = None,
     ) -> None:
-        """Build an idle replica.
-
-        Args:
-            model: what is served. config: how it serves.
-            plan: what runs first; its weights are on the device already.
-            budget: bytes that weights, workspace and KV cache may hold together, constant or over time.
-            executor, weights, clock, storage: what carries the decisions out (see above).
-            workspace_bytes: activations and the like, part of the budget that neither weights nor KV can use.
-            quality_nll: nats a token that a plan costs (``sim.cost.quality``), charged to requests; None charges nothing.
-            check_bits: raises CalibrationError for a plan with a precision that was not measured; None checks nothing.
-            start_s: when it starts, on its clock.
-            late_arrivals: whether a request may be submitted after its arrival, as on a clock that runs by itself.
-            on_token: called with (request_id, token, whether it is the last) as each token comes; the token is None
-                where a request was rejected, and where tokens are not real.
-            holds: called with a request_id as it ends: whether its KV stays held until ``release``; None never.
-        Raises:
-            PlanError: for a plan that is not legal for the model.
-            CalibrationError: for a plan with a precision that was not measured.
-            BudgetError: when the budget cannot hold the weights and one request at the start.
-        """
+        """Build an idle replica."""
         self._check_bits = check_bits
         check_plan(model, plan)
         if check_bits is not None:
@@ -122,7 +131,7 @@ class Replica(ReplicaState):
 
         self._time_s = start_s
         self._under_way: _UnderWay | None = None
-        self._idle = False  # it looked and found nothing to do: it waits for the next event
+        self._idle = False  # the last look found nothing to do: wait for the next event
         self._held = False  # the last ``run_until`` ended between two iterations: a policy decides before the next
         self._interrupted = False
         self._most_running = math.inf  # fewer after memory ran out, until a request has finished
@@ -136,10 +145,12 @@ class Replica(ReplicaState):
     # -- the Engine protocol -------------------------------------------------------------------------------------
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Hand over requests, sorted by arrival, not before the last one and, unless late ones may come, the present.
+        """Hand over requests, sorted by arrival, none before the last one submitted.
+
+        Arrivals before the present are refused unless the replica was built with ``late_arrivals``.
 
         Raises:
-            ConfigError: for requests out of order or in the past, for an id that comes twice; none is taken.
+            ConfigError: for requests out of order or in the past, or a repeated id; then none is accepted.
         """
         least_s = -math.inf if self._late_arrivals else self._time_s
         self.queues.submit(requests, least_s, check_hash_ids=self.config.prefix_caching)
@@ -152,21 +163,18 @@ class Replica(ReplicaState):
         output_tokens: Ints,
         hash_ids: Sequence[Ints] | None = None,
     ) -> None:
-        """Hand over requests as ``submit`` does, one entry each in every array; ids continue after those before."""
+        """Hand over n requests as arrays of length n; ids continue from the last request submitted."""
         if self.config.prefix_caching and hash_ids is None:
-            raise ConfigError(
-                "engine.prefix_caching is true, but the requests have no hash ids to find KV by; take a trace that has "
-                "some (mooncake_conversation, mooncake_synthetic), or set engine.prefix_caching=false"
-            )
+            raise missing_hash_ids()
         first = len(self.queues.all) + len(self.queues.arrivals)
         self.submit(requests_from_arrays(arrival_s, prompt_tokens, output_tokens, hash_ids, first_id=first))
 
     def apply(self, plan: Plan) -> None:
-        """Make ``plan`` what runs; it takes effect between two iterations.
+        """Switch to ``plan``; the change begins between two iterations.
 
         Raises:
-            PlanError: for a plan that is not legal for the model; what runs goes on.
-            CalibrationError: for a plan with a precision that was not measured; what runs goes on.
+            PlanError: for a plan that is not legal for the model; the running plan stays.
+            CalibrationError: for a plan with a precision that was not measured; the running plan stays.
         """
         self._check_plan(plan)
         self._changes.take_due(self._time_s)
@@ -174,36 +182,27 @@ class Replica(ReplicaState):
             self._wake_up()
 
     def apply_at(self, time_s: Sequence[float], plans: Sequence[Plan]) -> None:
-        """Make each plan what runs from its moment on, as ``apply`` would then; for decisions known beforehand.
+        """Schedule plans: each is applied at its time, as a call of ``apply`` would do then.
 
-        A plan given to ``apply`` meanwhile holds until the next of these moments. If no request is queued or scheduled
+        A plan passed to ``apply`` in between holds until the next scheduled time. If no request is queued or scheduled
         to arrive, scheduled decisions are skipped.
 
         Args:
-            time_s: moments, ascending, none before the present or before those of an earlier call. plans: one each.
+            time_s: ascending times, none before the present or an earlier scheduled one. plans: one per time.
         Raises:
-            ConfigError: for moments out of order. PlanError, CalibrationError: as ``apply``; then none is taken.
+            ConfigError: for times out of order. PlanError, CalibrationError: as ``apply``; then none is scheduled.
         """
-        if len(time_s) != len(plans):
-            raise ConfigError(f"{len(time_s)} moments for {len(plans)} plans; give one for each")
-        least_s = max(self._time_s, self._changes.last_scheduled_s)
-        for number, moment_s in enumerate(time_s):
-            if not moment_s >= least_s:
-                raise ConfigError(
-                    f"decision {number} is for {moment_s} s, before another one or the present; "
-                    "give the moments in ascending order"
-                )
-            least_s = moment_s
+        check_decisions(time_s, plans, max(self._time_s, self._changes.last_scheduled_s))
         for plan in plans:
             self._check_plan(plan)
         self._changes.schedule(zip(time_s, plans, strict=True))
         self._wake_up()
 
     def run_until(self, time_s: float) -> EngineState:
-        """Serve until ``time_s`` (``inf``: until nothing is left to do) and return what can be observed then.
+        """Serve until ``time_s`` (``inf``: until nothing is left to do) and return the state observed then.
 
         Raises:
-            BudgetError: when one request alone runs out of memory.
+            BudgetError: if a single request runs out of memory.
             KeyboardInterrupt: after ``interrupt``, between two iterations.
         """
         while True:
@@ -228,14 +227,14 @@ class Replica(ReplicaState):
 
     @property
     def drained(self) -> bool:
-        """Whether no submitted request can make any more progress by itself."""
+        """Whether no submitted request can make progress without another call."""
         if self._held or self.queues.arrivals or self.queues.running:
             return False
         return not self.queues.waiting or self._stuck
 
     @property
     def _stuck(self) -> bool:
-        """Whether nothing will happen by itself."""
+        """Whether nothing can happen without another call: no event is due and no copy is under way."""
         nothing_due = math.isinf(self._next_event_s()) and self._changes.copy is None
         return self._idle and not self._held and self._under_way is None and nothing_due
 
@@ -246,7 +245,7 @@ class Replica(ReplicaState):
         self._interrupted = True
 
     def cancel(self, request_id: int) -> None:
-        """End a request that no one waits for: at once where it waits, with its next token where it runs."""
+        """End a request whose client has left: a waiting one at once, a running one with its next token."""
         live = self.queues.all.get(request_id)
         if live is None:
             self.queues.arrivals = deque(r for r in self.queues.arrivals if r.request_id != request_id)
@@ -258,10 +257,10 @@ class Replica(ReplicaState):
         self._wake_up()
 
     def reserve(self, request_id: int, prompt_tokens: int) -> BlockTable | None:
-        """Hold room for the KV of a prompt that was computed elsewhere; None where there is none now.
+        """Reserve KV blocks for a prompt that was computed on another replica; return None if there is no room now.
 
-        As in sim.disaggregate: there must be KV blocks above the watermark and a free place among the running
-        requests, and no preempted request may wait.
+        As in sim.disaggregate, there must be enough KV blocks above the watermark and a free place among the running
+        requests, and no preempted request may be waiting.
         """
         table = self._kv.new_table(self._kv.decode_mha)
         table.kv_keep = kv_keep_of(self._changes.plan)
@@ -274,7 +273,7 @@ class Replica(ReplicaState):
         return table
 
     def join(self, live: LiveRequest) -> None:
-        """Let a request decode here from now on whose KV has arrived where ``reserve`` held room for it."""
+        """Start decoding a request whose KV has arrived in the blocks that ``reserve`` held for it."""
         live.table, live.status = self._kv.outside.pop(live.request_id), Status.RUNNING
         self.queues.all[live.request_id] = live
         self._arrived_prompt_tokens += live.request.prompt_tokens
@@ -282,7 +281,7 @@ class Replica(ReplicaState):
         self._wake_up()
 
     def release(self, request_id: int) -> None:
-        """Free the KV that was held for a request that has ended here."""
+        """Free the KV that was kept for a request after it ended here."""
         self.pool.release(self._kv.outside.pop(request_id).own_blocks())
         self._wake_up()
 
@@ -292,11 +291,11 @@ class Replica(ReplicaState):
         return max(self._clock.now_s(), self._time_s)
 
     def _wake_up(self) -> None:
-        """Look for something to do at the next ``run_until``: a call from outside changed something."""
+        """Let the next ``run_until`` look for work: a call from outside changed something."""
         self._idle = False
 
     def _wait(self, time_s: float) -> bool:
-        """Let an idle replica wait until ``time_s``; return whether something happened before or just then."""
+        """Wait, idle, until ``time_s`` or the next event; return whether ``run_until`` has to look for work again."""
         now_s = self._now_s()
         event_s = self._next_event_s()
         until_s = min(event_s, time_s)
@@ -313,7 +312,7 @@ class Replica(ReplicaState):
         return happened or now_s < time_s
 
     def _next_event_s(self) -> float:
-        """Return when an idle replica has something to do again by itself; the end of a copy is not counted."""
+        """Return the time of the next arrival, budget step or scheduled decision; copies under way do not count."""
         coming = self.queues.waiting or self.queues.arrivals
         times_s = [math.inf]
         if self.queues.arrivals:
@@ -346,7 +345,7 @@ class Replica(ReplicaState):
             self._on_token(live.request_id, None, True)
 
     def _iterate(self, now_s: float) -> bool:
-        """Change the plan, form a batch and run it; return whether there was anything to do."""
+        """Change the plan if due, form a batch and start it; return whether there was anything to do."""
         preempted = self._change_plan(now_s)
         self._kv.look_up_waiting()
         batch = form_batch(
@@ -365,7 +364,7 @@ class Replica(ReplicaState):
         return True
 
     def _carry_out(self, batch: Batch[LiveRequest], now_s: float) -> None:
-        """Preempt, admit and take KV blocks, as the batch says."""
+        """Preempt and admit requests and take KV blocks, in the order that ``Batch`` states."""
         for live in batch.preempted:
             self._preempt(live)
         for live in batch.admitted:
@@ -383,7 +382,7 @@ class Replica(ReplicaState):
             self._kv.hold(live, live.computed_tokens + tokens)
 
     def _start(self, batch: Batch[LiveRequest], now_s: float, preempted: int) -> None:
-        """Let the executor run a batch; what it brings takes effect at its end."""
+        """Let the executor run a batch; its tokens take effect at its end."""
         running, waiting = len(self.queues.running), len(self.queues.waiting)
         iteration = Iteration(
             number=len(self._log),
@@ -402,7 +401,7 @@ class Replica(ReplicaState):
             )
 
     def _run_out_of_memory(self, batch: Batch[LiveRequest]) -> None:
-        """Preempt the newer half of the running requests: the device had less memory than the budget says."""
+        """Preempt the newer half of the running requests: the device had less memory than the budget promised."""
         self.out_of_memory += 1
         running = self.queues.running
         if len(running) == 1:
@@ -413,16 +412,16 @@ class Replica(ReplicaState):
             )
         for live in running[: len(running) // 2 - 1 : -1]:
             self._preempt(live)
-        self._most_running = len(running)  # else the same batch would come again
+        self._most_running = len(running)  # otherwise the same batch would be formed again
 
     def _end(self, under_way: _UnderWay) -> None:
-        """Let an iteration take effect: give every request that caught up its next token."""
+        """Let an iteration take effect: count its tokens, and add the next token of each request that caught up."""
         iteration, ran = under_way.iteration, under_way.ran
         now_s = self._time_s = ran.end_s
         prefill_tokens = sum(tokens for _, tokens in iteration.prefills)
         decode_requests = len(iteration.decodes)
         self._busy_s += now_s - iteration.start_s
-        # What is held changes now; until now it was compared with the budget as it was.
+        # Requests finish and free KV below; the time until now is compared with what was held until now.
         self._follow_budget(now_s)
         # A request that arrives at the very end of an iteration arrives before it ends.
         self._take_arrivals(now_s)
@@ -445,13 +444,14 @@ class Replica(ReplicaState):
         )
 
     def _advance(self, live: LiveRequest, tokens: int, ran: Ran, now_s: float) -> None:
-        """Count the tokens that a request computed; once it has caught up, it gets its next token."""
+        """Count the tokens that a request computed; if all its tokens are computed, it gets its next token."""
         prefilled = not live.decoding
         live.computed_tokens += tokens
         self._kv.prefix_cache.fill(live)
         if live.computed_tokens < live.target_tokens:
             return
         plan = self._changes.plan
+        # A request runs only the MHA blocks whose KV it holds, so both the parameters and the loss depend on them.
         ffn = plan.prefill.ffn if prefilled else plan.decode.ffn
         model = self.model
         live.kept_params += model.fixed_params + len(live.mha) * model.mha_params + sum(ffn) * model.ffn_params
@@ -462,7 +462,7 @@ class Replica(ReplicaState):
         self._add_token(live, ran, now_s)
 
     def _add_token(self, live: LiveRequest, ran: Ran, now_s: float) -> None:
-        """Give a request its next token; with its last one it ends and lets go of its KV."""
+        """Give a request its next token; with the last one it ends and frees its KV."""
         live.produced_tokens += 1
         self._produced_tokens += 1
         if live.produced_tokens == 1:
@@ -489,7 +489,7 @@ class Replica(ReplicaState):
             self._kv.let_go(live)
 
     def _preempt(self, live: LiveRequest) -> None:
-        """Take a running request's KV and put it back at the head of the queue."""
+        """Free a running request's KV and put the request back at the head of the queue."""
         self.queues.running.remove(live)
         self._kv.preempt(live)
         live.preemptions += 1
@@ -505,7 +505,11 @@ class Replica(ReplicaState):
             self._check_bits(plan)
 
     def _change_plan(self, now_s: float) -> int:
-        """Do what is due of plan changes between two iterations; return how many requests were preempted for it."""
+        """Carry out due plan and memory changes between two iterations; return how many requests they preempted.
+
+        The order matters: a complete copy joins first, then the newest decision drops blocks, then the pool takes the
+        memory that is free, and only then may the next copy start.
+        """
         before, changes = self._preemptions, self._changes
         was_resident = changes.resident
         copy = changes.join(now_s)
@@ -530,7 +534,7 @@ class Replica(ReplicaState):
         return self._preemptions - before
 
     def _follow_running_plan(self, now_s: float) -> None:
-        """Let KV, requests and the record of resident weights follow the plan that runs from now on."""
+        """Adapt the KV cache and the log of resident weights to the plan that runs from now on."""
         self._kv.follow_plan(self._changes.plan)
         share = self._changes.weight_bytes / self._dense_weight_bytes
         if not self._kept_share or self._kept_share[-1][1] != share:
@@ -548,7 +552,7 @@ class Replica(ReplicaState):
         self._preempt(live)
 
     def _resize_pool(self) -> bool:
-        """Give the KV pool what the budget leaves; return whether its size changed."""
+        """Give the KV pool the memory that the budget leaves; return whether its size changed."""
         changes = self._changes
         left = self._meter.now_bytes - changes.weight_bytes - changes.incoming_bytes - self._workspace_bytes
         layer_blocks = max(0, left // self._block_bytes)
@@ -564,26 +568,22 @@ class Replica(ReplicaState):
         return resized
 
     def _find_context_limit(self) -> int:
-        """Return the longest context of one request, so that it fits the first pool alone, as vLLM demands."""
+        """Return the longest context that fits the first pool alone, at most the configured limit, as vLLM requires."""
         limit = self.config.max_context_tokens or self.model.max_context_tokens
         if self._kv.prefill_mha:
             blocks = (self.pool.layer_blocks - self._limits.watermark_layer_blocks) // len(self._kv.prefill_mha)
             limit = min(limit, blocks * self.config.kv_block_tokens)
         budget_bytes, held_bytes = self._meter.now_bytes, self._changes.weight_bytes
         if limit < 2 or held_bytes + self._workspace_bytes > budget_bytes:
-            raise BudgetError(
-                f"weights {held_bytes / GIB:.2f} GiB and workspace {self._workspace_bytes / GIB:.2f} GiB leave "
-                f"no room for the KV cache of one request in a budget of {budget_bytes / GIB:.2f} GiB; prune or "
-                "quantise more blocks, or raise the budget (budget=, gpu=)"
-            )
+            raise no_room_for_kv(held_bytes, self._workspace_bytes, budget_bytes)
         return limit
 
     def _follow_budget(self, now_s: float) -> None:
-        """Bring the budget up to ``now_s`` and count the seconds in which more was held than it allowed."""
+        """Advance the budget to ``now_s`` and count the seconds in which the held bytes exceeded it."""
         self._meter.follow(now_s, self.held_bytes)
 
     def _observe(self, time_s: float) -> EngineState:
-        """Return what can be observed at a moment; budget, arrivals and known decisions are followed to there."""
+        """Return the state at ``time_s``; the budget, arrivals and scheduled decisions are advanced to it first."""
         self._time_s = time_s = max(time_s, self._time_s)
         self._follow_budget(time_s)
         self._take_arrivals(time_s)

@@ -1,6 +1,6 @@
-"""What a replica remembers, and how it is shown: records, tables, and the state that a policy observes.
+"""The state of a replica, and how it is shown: records, tables, and the state that a policy observes.
 
-``sim.engine.replica.Replica`` changes it.
+``sim.engine.replica.Replica`` extends this class with the rules that change the state; nothing here changes it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from sim.results.records import Iterations, Records, TokenGaps, Transitions
 class ReplicaState:
     """Everything that one replica remembers.
 
-    model, config, budget: as it was built. queues: its requests. out_of_memory: iterations that memory ran out in.
+    model, config, budget: as passed to the constructor. queues: its requests.
+    out_of_memory: iterations in which the device ran out of memory.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class ReplicaState:
         priced: bool,
         start_s: float,
     ) -> None:
-        """Begin without requests; ``priced``: whether a quality is charged to them."""
+        """Begin without requests; ``priced`` is whether requests are charged a quality loss."""
         self.model, self.config, self.budget = model, config, budget
         self.queues = RequestQueues()
         self._changes = PlanChanges(model, plan, weights)
@@ -59,13 +60,13 @@ class ReplicaState:
         self._ttft_sum_s = self._busy_s = 0.0
 
     def records(self, request_ids: Sequence[int] | None = None) -> Records:
-        """Return one row a request, in order of arrival, or those of some; requests yet to arrive have none."""
+        """Return one row per request: ``request_ids``, or all that have arrived, in order of arrival."""
         known = self.queues.all
         live = list(known.values()) if request_ids is None else [known[i] for i in request_ids]
         return records_of(live, self.model, priced=self._priced)
 
     def iterations(self) -> Iterations:
-        """Return one row an iteration."""
+        """Return one row per iteration."""
         return self._log.table()
 
     def token_gaps(self) -> TokenGaps:
@@ -73,21 +74,21 @@ class ReplicaState:
         return self._log.token_gaps()
 
     def transitions(self) -> Transitions:
-        """Return one row a plan change."""
+        """Return one row per plan change."""
         return self._changes.log.table()
 
     def kept_share(self) -> tuple[tuple[float, float], ...]:
-        """Return (time_s, share of the dense weights' bytes that is resident), one entry a change."""
+        """Return (time_s, resident bytes as a share of the dense weights' bytes), one entry per change."""
         return tuple(self._kept_share)
 
     @property
     def budget_violation_s(self) -> float:
-        """Seconds so far in which more was held than the budget allowed."""
+        """Seconds so far in which the held bytes exceeded the budget."""
         return self._meter.violation_s
 
     @property
     def context_limit(self) -> int:
-        """Tokens that prompt and output of one request may have together."""
+        """Largest sum of prompt and output tokens of one request."""
         return self._context_limit
 
     @property
@@ -97,16 +98,16 @@ class ReplicaState:
 
     @property
     def pool(self) -> KVPool:
-        """The KV blocks: how many are held and free."""
+        """The pool of KV blocks."""
         return self._kv.pool
 
     @property
     def outside(self) -> dict[int, BlockTable]:
-        """Tables of requests that hold KV here without running here, by request."""
+        """Block tables, by request id, of requests that hold KV here without running here."""
         return self._kv.outside
 
     def holders(self) -> list[Holder]:
-        """Return the running requests, in order of admission, and what each holds."""
+        """Return the running requests, in order of admission, and the KV that each holds."""
         return [
             Holder(
                 request_id=live.request_id,
@@ -120,21 +121,21 @@ class ReplicaState:
 
     @property
     def shared_layer_blocks(self) -> int:
-        """KV blocks of the prefix blocks that requests hold, each counted once however many hold it."""
+        """KV blocks of the prefix blocks that requests hold, each counted once even if several requests hold it."""
         return len(held_prefix_blocks(self.queues.running))
 
     def check(self) -> None:
-        """Check that every KV block is held once or free once, and that tables and pool count the same."""
+        """Check that every KV block is either held once or free once, and that tables and pool agree."""
         self._kv.check()
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that weights, the layer that is being copied in, workspace and KV hold."""
+        """Bytes of weights, workspace, KV, and the layer that is being copied in."""
         weights = self._changes.weight_bytes + self._changes.incoming_bytes
         return weights + self._workspace_bytes + self.pool.used_layer_blocks * self._block_bytes
 
     def _state(self, time_s: float) -> EngineState:
-        """Return what can be observed at a moment that everything was followed to."""
+        """Return the state at ``time_s``, to which everything has been advanced."""
         queues, changes = self.queues, self._changes
         next_bytes, next_s = self._meter.announced(time_s)
         return EngineState(

@@ -1,22 +1,22 @@
-"""Forms the batch of one iteration: pure functions that the replica calls, in simulation and on a real model.
+"""Forms the batch of one iteration: pure functions that ``Replica`` calls, in simulation and on a real model.
 
-The compiled kernel has its own version of these rules; tests compare the two on random cases. There are two
-schedulers, each the behavior of a published engine:
+The compiled kernel has its own version of these rules (sim/engine/kernel/admission.py); tests compare the two on random
+cases. There are two schedulers, each following a published engine:
 
 | rule | `chunked`: vLLM 0.19, V1 scheduler | `prefill_first`: vLLM 0.6, V0 default, and SwiftLLM |
 |---|---|---|
-| order | running first, then waiting; both first come, first served | waiting alone while one fits, else all decode |
+| order | running first, then waiting; both first come, first served | only prefills while one fits, else all decode |
 | token budget | `max_batch_tokens` (`max_num_batched_tokens`) over all | over full prompts; decodes do not count |
 | concurrent requests | `max_running` (`max_num_seqs`) | the same |
 | long prompts | cut to the budget left and to `long_prefill_tokens` | never cut; one above the budget runs alone [1] |
 | KV blocks are taken | for the tokens of this batch, as it is formed | for the full prompt, then token by token |
 | admission needs | room for the chunk; for the prompt if `reserve_full_prompt` [2] or alone | room for the prompt |
 | watermark | none by default | a share of the pool stays free at admission (0.01) |
-| who is preempted | the newest running request, until the one that lacks a KV block has it; that one last | the same |
+| preempted | the newest running requests, until the one that lacks a KV block gets it; that one last | the same |
 | after a preemption | no request is admitted; the victim waits at the head of the queue | the same |
 | a preempted request | computes prompt and produced tokens again, except those whose KV it finds | all of them |
 
-[1] V0 refuses such a prompt; here no request is lost. [2] vLLM's `scheduler_reserve_full_isl`, true by default, and
+[1] V0 refuses such a prompt; here it is served. [2] vLLM's `scheduler_reserve_full_isl`, true by default, and
 `long_prefill_token_threshold` for `long_prefill_tokens`.
 
 With prefix caching, KV that several requests hold is counted once. As in vLLM V1, admission needs room for new KV and
@@ -38,16 +38,16 @@ SchedulerName = Literal["chunked", "prefill_first"]
 
 
 class Schedulable(Protocol):
-    """What a scheduler may know of a request; the length of its output is not part of it."""
+    """What a scheduler may know of a request; its output length is not part of it."""
 
     @property
     def target_tokens(self) -> int:
-        """Tokens whose KV must exist before the next token can be produced: prompt and produced ones."""
+        """Tokens whose KV must exist before the next token can be produced: prompt and produced tokens."""
         ...
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens whose KV exists; of a waiting request, those it will find again when it is admitted."""
+        """Tokens whose KV exists; for a waiting request, the tokens that it will find when it is admitted."""
         ...
 
     @property
@@ -60,8 +60,7 @@ R = TypeVar("R", bound=Schedulable)
 LayerBlocks = Callable[[R, int], int]
 """``layer_blocks(request, tokens)``: the KV blocks, summed over layers, that ``tokens`` computed tokens need."""
 Shared = Callable[[R, Sequence[R]], int]
-"""``shared(request, others)``: of the layer blocks that a request holds or would find, those that others hold or would
-find too."""
+"""``shared(request, others)``: layer blocks that a request holds or would find and that ``others`` do too."""
 
 
 def nothing_shared(request: R, others: Sequence[R]) -> int:
@@ -71,7 +70,7 @@ def nothing_shared(request: R, others: Sequence[R]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What bounds a batch.
+    """Bounds of a batch.
 
     max_batch_tokens: tokens that one iteration may compute.
     max_running: requests that may hold KV at the same time.
@@ -97,11 +96,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[R]):
-    """The decision for one iteration, carried out in this order.
+    """The decision for one iteration; its parts are carried out in this order.
 
-    preempted: running requests that give up their KV, in the order they were chosen (newest first).
-    admitted: waiting requests that join, in the order they join.
-    scheduled: every request of the batch with the tokens it computes.
+    preempted: running requests that give up their KV, newest first.
+    admitted: waiting requests that start to run, in this order.
+    scheduled: (request, tokens) for every request of the batch: how many tokens it computes.
     """
 
     preempted: tuple[R, ...]
@@ -125,9 +124,9 @@ def form_batch(
         waiting: requests that hold no KV, the next one to admit first. KV that one of them would find counts as free.
         running: requests that hold KV, in the order they were admitted.
         free_layer_blocks: layer blocks that no request holds; below 0 when the pool has shrunk below its use.
-        layer_blocks: the layer blocks that a request needs for a number of computed tokens.
-        limits: what bounds the batch.
-        shared: what requests hold together.
+        layer_blocks: returns the layer blocks that a request needs for a number of computed tokens.
+        limits: bounds of the batch.
+        shared: returns the layer blocks that a request shares with others.
     Raises:
         ConfigError: for an unknown scheduler.
     """
@@ -159,8 +158,8 @@ def _chunked(
             chunk = _chunk_tokens(request, budget_tokens, limits.long_prefill_tokens)
             already = shared(request, [*running, *admitted])
             need = layer_blocks(request, request.computed_tokens + chunk) - already
-            # If nothing else runs, the full prompt must fit: else it would fill the pool, preempt itself, and start
-            # over forever.
+            # If nothing else runs, the full prompt must fit: otherwise it would fill the pool, preempt itself, and
+            # start over forever.
             full = limits.reserve_full_prompt or not (running or admitted)
             must_fit = layer_blocks(request, request.target_tokens) - already if full else need
             if must_fit + limits.watermark_layer_blocks > free:
@@ -210,7 +209,7 @@ def _extend_running(
     long_prefill_tokens: int,
     shared: Shared[R],
 ) -> tuple[list[tuple[R, int]], list[R], int, int]:
-    """Give each running request its tokens, oldest first, preempting the newest when KV blocks run out.
+    """Schedule the running requests, oldest first; preempt the newest ones when KV blocks run out.
 
     Returns the scheduled requests with their tokens, the preempted ones, how many still run, and the free layer blocks.
     """
@@ -231,7 +230,7 @@ def _extend_running(
             preempted.append(running[kept])
             free += running[kept].held_layer_blocks - shared(running[kept], running[:kept])
         if kept == index:
-            break  # it was the newest itself and gave up its own KV blocks
+            break  # it was itself the newest: it has been preempted
         free -= need
         budget_tokens -= chunk
         scheduled.append((request, chunk))

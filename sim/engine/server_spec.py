@@ -1,4 +1,4 @@
-"""A server as a value: what it serves, on which device, at which price; it builds the simulated engine.
+"""A server as a value: model, device, configuration and prices; it builds the simulated engine.
 
 Replays, policies that try plans out, environments and comparisons with real runs all build their engine here.
 """
@@ -78,11 +78,10 @@ def named_quality(name: str) -> FittedQuality | PublishedQuality:
 class ServerSpec:
     """A server without its requests and its budget.
 
-    model: what is served. gpu: on which device. config: how it schedules and keeps KV.
+    model: what is served. gpu: the device. config: how the engine schedules requests and keeps KV.
     workspace_bytes: memory that neither weights nor KV can use.
-    latency: the price of the model on the device; None where there is no calibration, which only a real engine can do
-        without.
-    quality_nll: nats a token that a plan costs, charged to requests; None charges nothing.
+    latency: durations of the model on the device; None if there is no calibration (only a real engine runs without).
+    quality_nll: nats per token that a plan costs, charged to requests; None charges nothing.
     """
 
     model: ModelSpec
@@ -150,7 +149,7 @@ class ServerSpec:
             latency = find_calibration(model.name, gpu.name) if (model.name, gpu.name) in pairs else None
         priced = None
         if latency is not None:
-            # A file given by path may be written again under the same name, so it is read each time.
+            # A file named by its path may have been written again since, so it is read each time.
             priced = load_calibration(latency) if latency.endswith(".json") else named_calibration(latency)
             if fixed_s is not None:
                 priced = priced.with_fixed(fixed_s, "fixed_s of the configuration")
@@ -165,19 +164,19 @@ class ServerSpec:
         )
 
     def copying(self) -> CopySpeed:
-        """Return how fast weights are copied in, measured by the calibration or by the device's data sheet."""
+        """Return how fast weights are copied in: measured by the calibration, or from the device's data sheet."""
         return copy_speed(self.priced(), self.gpu)
 
     def priced(self) -> LatencyModel:
         """Return the latency model.
 
         Raises:
-            ConfigError: if there is none, naming the calibrations that there are.
+            ConfigError: if there is none; the message names the existing calibrations.
         """
         return self.latency or named_calibration(find_calibration(self.model.name, self.gpu.name))
 
     def budget_context(self, plan: Plan) -> BudgetContext:
-        """Return what a budget of this server may be stated relative to, ``plan`` being the first one."""
+        """Return what a budget of this server is computed from; ``plan`` is the first plan."""
         return BudgetContext(
             model=self.model,
             gpu=self.gpu,

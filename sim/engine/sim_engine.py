@@ -1,8 +1,9 @@
-"""The simulated engine: one replica on SimPy's clock, served by the compiled kernel (sim/engine/kernel).
+"""The simulated engine: one replica on SimPy's clock, run by the compiled kernel (sim/engine/kernel).
 
-The kernel changes plans and memory too; what follows from a plan that it meets for the first time is worked out in
-sim/engine/plan_graph.py. sim/engine/protocol.py states the rules; ``sim.engine.replica.Replica`` follows them in plain Python, and the
-records of both are equal.
+`SimEngine` owns the arrays that the kernel reads and writes (``kernel.State``; sim/engine/kernel/state.py lists them
+with their shapes), makes them longer, and turns them into records. The kernel also changes plans and memory; when it
+meets a plan for the first time, sim/engine/plan_graph.py computes what follows from it. sim/engine/protocol.py states
+the rules; ``sim.engine.replica.Replica`` follows them in plain Python, and the records of both are equal.
 """
 
 from __future__ import annotations
@@ -22,26 +23,39 @@ from sim.cost.memory import kv_block_layer_bytes, weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, describe
 from sim.engine import kernel
-from sim.engine.budget import Budget, constant_budget
+from sim.engine.budget import Budget, constant_budget, no_room_for_kv
 from sim.engine.kernel.first_start import prepare
 from sim.engine.kernel.state import BUDGET_STEP
 from sim.engine.plan_graph import PlanGraph, layers_of
-from sim.engine.protocol import EngineConfig, EngineState, Holder, Request
-from sim.errors import BudgetError, ConfigError
+from sim.engine.protocol import (
+    EngineConfig,
+    EngineState,
+    Holder,
+    Request,
+    check_decisions,
+    late_request,
+    missing_hash_ids,
+    repeated_hash_id,
+)
+from sim.errors import ConfigError
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.traces.trace import Trace
-from sim.types import GIB, Floats, Ints
+from sim.types import Floats, Ints
 
 MEMORY_OF_PLANS = 16384
-"""Plans, and steps between them, that an engine remembers."""
+"""Residencies (sim/engine/plan_graph.py) that a plan graph may hold before the engine starts a new one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """A SimEngine at one moment, for ``SimEngine.restore``: what is under way and what waits; not what is done.
+    """A SimEngine at one moment, for ``SimEngine.restore``.
 
-    Rows of requests that have ended and rows of the logs never change, so they are not in it: a snapshot takes memory
-    and time for the running and waiting requests only.
+    Rows of requests that have ended and rows of the logs never change, so they are not saved: a snapshot takes memory
+    and time only for running and waiting requests.
+
+    arrays: copies of the saved arrays of the kernel's state, by name. live: int64[n], the running and waiting requests.
+    live_requests: their n rows. open_change: the row of the plan change under way. submits: calls of submit so far.
+    graph: the plan graph then in use. described: plan changes described by earlier graphs.
     """
 
     engine: SimEngine
@@ -56,9 +70,25 @@ class Snapshot:
 
 
 class SimEngine:
-    """One replica on SimPy's clock, served by the compiled kernel.
+    """One replica on SimPy's clock, run by the compiled kernel.
 
-    ``tests/sim/engine/plain_engine.py`` is the same engine, one SimPy event an iteration; the records of both are equal.
+    Args:
+        model: what is served. latency: its durations on one device. config: how it serves.
+        plan: what runs first; its weights are already on the device.
+        budget_bytes: bytes that weights, workspace and KV cache may hold together, constant or over time.
+        workspace_bytes: memory for activations and the like, which neither weights nor KV can use.
+        host_to_device_bytes_per_s: how fast weights are copied in.
+        copy_slowdown: an iteration that starts while weights are copied in takes 1 + copy_slowdown times as long.
+        quality_nll: nats per token that a plan costs (``sim.cost.quality``), charged to requests; None charges nothing.
+        keep_iterations: whether to log iterations; if False, ``iterations()`` stays empty and memory is saved.
+        graph: the plan graph of this model and ``quality_nll``, shared with other engines; None makes a new one.
+        env: the SimPy environment to run in, from its present time on; None makes a new one.
+        external_clock: whether the owner calls the kernel on ``table`` itself (sim/engine/batch_step.py,
+            sim/cluster/cluster.py) instead of SimPy.
+    Raises:
+        PlanError: for a plan that is not legal for the model.
+        CalibrationError: for a plan with a precision that was not measured.
+        BudgetError: if the budget at the start cannot hold the weights and one request.
     """
 
     def __init__(
@@ -78,28 +108,9 @@ class SimEngine:
         env: simpy.Environment | None = None,
         external_clock: bool = False,
     ) -> None:
-        """Build an idle engine.
-
-        Args:
-            model: what is served. latency: its price on one device. config: how it serves.
-            plan: what runs first; its weights are there already.
-            budget_bytes: what weights, workspace and KV cache may hold together, constant or over time.
-            workspace_bytes: activations and the like, part of the budget that neither weights nor KV can use.
-            host_to_device_bytes_per_s: how fast weights are copied in.
-            copy_slowdown: by what share an iteration takes longer that starts while weights are copied in.
-            quality_nll: nats a token that a plan costs (``sim.cost.quality``), charged to requests; None charges nothing.
-            keep_iterations: whether ``iterations()`` has a row for each; without, it stays empty and memory is saved.
-            graph: what is known of plans of this model at this ``quality_nll``, shared with other engines; a new one by
-                default.
-            env: the SimPy environment to live in; a new one by default. It begins to serve at that clock's present.
-            external_clock: whether its owner calls the kernel on its ``table`` (sim/engine/batch_step.py, sim/cluster/cluster.py).
-        Raises:
-            PlanError: for a plan that is not legal for the model.
-            CalibrationError: for a plan with a precision that was not measured.
-            BudgetError: when the budget cannot hold the weights and one request at the start.
-        """
+        """Build an idle engine."""
         if graph is not None and (graph.model != model or graph.quality_nll != quality_nll):
-            raise ConfigError("the plan graph is of another model or quality; pass one made with the same ones")
+            raise ConfigError("the plan graph was made for another model or quality_nll; pass one made with the same")
         check_plan(model, plan)
         latency.check_bits(plan)
         _check_copying(host_to_device_bytes_per_s, copy_slowdown)
@@ -119,8 +130,8 @@ class SimEngine:
         n.violation_since_s = n.now_s = self.env.now
         n.budget_step = bisect_right(self.budget.change_s, self.env.now) - 1
         self._output_tokens: list[Ints] = []  # of each call of submit
-        self._known_ids: dict[int, int] = {}  # what the kernel calls a hash id
-        self._checked: dict[int, tuple[Plan, int]] = {}  # plans that are legal, by identity, and their numbers
+        self._known_ids: dict[int, int] = {}  # hash id -> its number in the kernel
+        self._checked: dict[int, tuple[Plan, int]] = {}  # id(plan) -> a legal plan and its number in the graph
         self._described: list[tuple[str, str]] = []  # plan changes that an earlier graph knew
 
         self._wake: simpy.Event | None = None
@@ -133,7 +144,7 @@ class SimEngine:
             self.env.process(self._serve())
 
     def _enter_first_plan(self, plan: Plan) -> None:
-        """Run a plan whose weights are on the device already."""
+        """Start with a plan whose weights are already on the device."""
         prepare()
         first = self._graph.first(self.target_of(plan))
         while not kernel.enter_residency(self.table, first, float(self.env.now)):
@@ -152,7 +163,7 @@ class SimEngine:
         )
 
     def submit_trace(self, trace: Trace) -> None:
-        """Hand over every request of a trace, as ``submit`` does, without an object for each."""
+        """Hand over every request of a trace as arrays, without a ``Request`` object for each."""
         self.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
 
     def submit_arrays(
@@ -162,12 +173,12 @@ class SimEngine:
         output_tokens: Ints,
         hash_ids: Sequence[Ints] | None = None,
     ) -> None:
-        """Hand over requests as ``submit`` does, one entry each in every array; numbered on from those before.
+        """Hand over n requests as arrays of length n; ids continue from the last request submitted.
 
         Args:
-            hash_ids: of each prompt, for the prefix cache; without one they do not count.
+            hash_ids: the hash ids of each prompt; used only with ``prefix_caching``.
         Raises:
-            ConfigError: for arrivals out of order or in the past, for ``prefix_caching`` without hash ids.
+            ConfigError: for arrivals out of order or in the past, or for ``prefix_caching`` without hash ids.
         """
         n = self._counters
         first = n.request_count
@@ -176,10 +187,7 @@ class SimEngine:
         before_s = np.concatenate([[last_s], arrival_s[:-1]])
         late = np.flatnonzero(~(arrival_s >= before_s))
         if len(late):
-            raise ConfigError(
-                f"request {first + int(late[0])} arrives at {arrival_s[late[0]]} s, before {before_s[late[0]]} s; "
-                "submit requests in order of arrival and not in the past"
-            )
+            raise late_request(first + int(late[0]), arrival_s[late[0]], before_s[late[0]])
         total = first + len(arrival_s)
         self.reserve(total)
         rows = slice(first, total)
@@ -198,11 +206,11 @@ class SimEngine:
         self._wake_up()
 
     def apply(self, plan: Plan) -> None:
-        """Make ``plan`` what shall run; it takes effect between two iterations.
+        """Switch to ``plan``; the change begins between two iterations.
 
         Raises:
-            PlanError: for a plan that is not legal for the model; what runs goes on.
-            CalibrationError: for a plan with a precision that was not measured; what runs goes on.
+            PlanError: for a plan that is not legal for the model; the running plan stays.
+            CalibrationError: for a plan with a precision that was not measured; the running plan stays.
         """
         target = self.target_of(plan)
         kernel.take_decisions(self._table, float(self.env.now))
@@ -211,40 +219,32 @@ class SimEngine:
             self._wake_up()
 
     def apply_at(self, time_s: Sequence[float], plans: Sequence[Plan]) -> None:
-        """Make each plan what shall run from its moment on, as ``apply`` does then; for decisions known beforehand.
+        """Schedule plans: each is applied at its time, as a call of ``apply`` would do then.
 
-        A plan of ``apply`` holds until the next of these moments. If no request is queued, running or scheduled to
-        arrive, scheduled decisions wait.
+        A plan passed to ``apply`` in between holds until the next scheduled time. If no request is queued, running or
+        scheduled to arrive, scheduled decisions wait.
 
         Args:
-            time_s: moments, ascending, none before the present or before those of an earlier call. plans: one each.
+            time_s: ascending times, none before the present or an earlier scheduled one. plans: one per time.
         Raises:
-            ConfigError: for moments out of order. PlanError, CalibrationError: as ``apply``; then none is taken.
+            ConfigError: for times out of order. PlanError, CalibrationError: as ``apply``; then none is scheduled.
         """
-        if len(time_s) != len(plans):
-            raise ConfigError(f"{len(time_s)} moments for {len(plans)} plans; give one for each")
         n, first = self._counters, self._counters.decision_count
-        moments = np.asarray(time_s, dtype=np.float64)
         least_s = max(self.env.now, float(self._state.schedule["at_s"][first - 1])) if first else self.env.now
-        late = np.flatnonzero(~(moments >= np.concatenate([[least_s], moments[:-1]])))
-        if len(late):
-            raise ConfigError(
-                f"decision {int(late[0])} is for {moments[late[0]]} s, before another one or the present; "
-                "give the moments in ascending order"
-            )
+        check_decisions(time_s, plans, least_s)
         targets = [self.target_of(plan) for plan in plans]
         total = first + len(targets)
         schedule = self._state.schedule
         if total > len(schedule):
             self._state.replace(schedule=kernel.longer(schedule, max(total, 2 * len(schedule))))
         added = self._state.schedule[first:total]
-        added["at_s"], added["target"] = moments, targets
+        added["at_s"], added["target"] = time_s, targets
         n.decision_count = total
         n.next_decision_s = self._state.schedule["at_s"][n.next_decision] if n.next_decision < total else math.inf
         self._wake_up()
 
     def run_until(self, time_s: float) -> EngineState:
-        """Serve until ``time_s`` (``inf``: until nothing is left to do) and say what can be seen then."""
+        """Serve until ``time_s`` (``inf``: until nothing is left to do) and return the state observed then."""
         env = self.env
         if self._resume is not None:
             self._resume.succeed()
@@ -267,24 +267,24 @@ class SimEngine:
 
     @property
     def drained(self) -> bool:
-        """Whether no submitted request can make any more progress by itself."""
+        """Whether no submitted request can make progress without another call."""
         n = self._counters
         if self._resume is not None or n.running or n.arrived != n.request_count:
             return False
-        # Idle, as `kernel.idle` defines it; or what waits fits no pool that there will be.
+        # Either no request waits, or no event is due that could let the waiting requests fit.
         return self._waiting() == 0 or math.isinf(self.env.peek())
 
     def records(self) -> Records:
-        """Return one row a request, in order of arrival; requests yet to arrive have none."""
+        """Return one row per request that has arrived, in order of arrival."""
         arrived = self._counters.arrived
         outputs = np.concatenate(self._output_tokens) if self._output_tokens else np.zeros(0, dtype=np.int64)
         return self.records_of(slice(0, arrived), outputs[:arrived])
 
     def records_of(self, which: slice | Ints, output_tokens: Ints) -> Records:
-        """Return the rows of some requests, by their places in the order in which they were submitted.
+        """Return the rows of some requests.
 
         Args:
-            which: int64[n]. output_tokens: int64[n], of the trace.
+            which: int64[n] or a slice, places in the order of submission. output_tokens: int64[n], those of the trace.
         """
         kernel.settle(self._table)
         rows = self._state.requests[which]
@@ -303,14 +303,15 @@ class SimEngine:
         )
 
     def iterations(self) -> Iterations:
-        """Return one row an iteration; none when the engine was built with ``keep_iterations=False``."""
+        """Return one row per iteration; none if the engine was built with ``keep_iterations=False``."""
         log = self._state.iteration_log[: self._counters.log_count]
         columns = {name: log[name].copy() for name in log.dtype.names or ()}
         columns["extrapolated"] = columns["extrapolated"] != 0
         return Iterations(**columns)
 
     def token_gaps(self) -> TokenGaps:
-        """Return every gap between two tokens of one request."""
+        """Return the distinct gaps between two tokens of one request, ascending, and how often each occurred."""
+        # The kernel adds a row per group of requests and iteration; equal gaps are summed only here.
         rows = self._state.itl_counts[: self._counters.itl_count]
         order = np.argsort(rows["itl_s"], kind="stable")
         itl_s, counts = rows["itl_s"][order], rows["count"][order]
@@ -319,7 +320,7 @@ class SimEngine:
         return TokenGaps(itl_s=itl_s[first], count=count)
 
     def transitions(self) -> Transitions:
-        """Return one row a plan change."""
+        """Return one row per plan change."""
         rows = self._state.plan_changes[: self._counters.change_count]
         described = [*self._described, *self._describe(len(self._described))]
         return Transitions(
@@ -336,7 +337,7 @@ class SimEngine:
         )
 
     def _describe(self, first: int) -> list[tuple[str, str]]:
-        """Return what ran before and what was wanted, from a plan change on that the present graph knows."""
+        """Return (running plan before, wanted plan) as text, for plan changes from row ``first`` on."""
         rows, graph = self._state.plan_changes[first : self._counters.change_count], self._graph
         pairs = list(zip(rows["from_residency"].tolist(), rows["target"].tolist(), strict=True))
         texts = dict.fromkeys(pairs, ("", ""))
@@ -346,16 +347,16 @@ class SimEngine:
 
     @property
     def requests(self) -> int:
-        """Requests handed over so far."""
+        """Requests submitted so far."""
         return int(self._counters.request_count)
 
     @property
     def request_room(self) -> int:
-        """Requests for which there is room before ``reserve`` has to make more."""
+        """Requests that the arrays can hold before ``reserve`` has to make them longer."""
         return len(self._state.requests)
 
     def holders(self) -> list[Holder]:
-        """Return who runs, in order of admission, and what each holds."""
+        """Return the running requests, in order of admission, and the KV that each holds."""
         n, requests = self._counters, self._state.requests
         kernel.settle(self._table)
         under_way = {}
@@ -396,7 +397,7 @@ class SimEngine:
         return int(layers.sum()) * int(self._counters.prefix_block_kv_blocks)
 
     def snapshot(self) -> Snapshot:
-        """Return the engine as it stands, to come back to with ``restore``; the engine goes on unchanged."""
+        """Return the engine's present state, for ``restore``; the engine itself does not change."""
         state, n = self._state, self._counters
         running = state.slots["request"][self._running_slots()]
         preempted = state.preempted_stack[: n.preempted_waiting]
@@ -414,13 +415,13 @@ class SimEngine:
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a moment of this engine; everything after it is undone, and can go otherwise.
+        """Return to an earlier moment of this engine; everything after it is undone.
 
-        The same calls as then lead to the same records, to the bit.
+        The same calls from then on lead to bit-identical records.
 
         Raises:
-            ConfigError: for a snapshot of another engine, or an engine in a SimPy environment that others share: their
-                clocks cannot be turned back.
+            ConfigError: for a snapshot of another engine, or if the engine shares its SimPy environment, whose clock
+                cannot be turned back.
         """
         if snapshot.engine is not self:
             raise ConfigError("this snapshot is of another engine; restore the engine that made it")
@@ -447,20 +448,20 @@ class SimEngine:
         self.env.process(self._serve())
 
     def kept_share(self) -> tuple[tuple[float, float], ...]:
-        """Return (time_s, share of the dense weights' bytes that is resident), one entry a change."""
+        """Return (time_s, resident bytes as a share of the dense weights' bytes), one entry per change."""
         rows = self._state.resident_bytes_log[: self._counters.resident_bytes_count].tolist()
         return tuple((time_s, held_bytes / self._dense_weight_bytes) for time_s, held_bytes in rows)
 
     @property
     def budget_violation_s(self) -> float:
-        """Seconds so far in which more was held than the budget allows."""
+        """Seconds so far in which the held bytes exceeded the budget."""
         return float(self._counters.violation_s)
 
-    # -- for a driver of many: sim/cluster/cluster.py ------------------------------------------------------------------------
+    # -- for drivers of several engines: sim/cluster/cluster.py, sim/disaggregate/disaggregate.py ----------------
 
     @property
     def context_limit(self) -> int:
-        """Tokens of prompt and output together that one request may reach here."""
+        """Largest sum of prompt and output tokens of one request."""
         return self._context_limit
 
     @property
@@ -470,16 +471,16 @@ class SimEngine:
 
     @property
     def now_s(self) -> float:
-        """When its last iteration ended, or it was given something to do."""
+        """The time to which the kernel has advanced."""
         return float(self._counters.now_s)
 
     def rows(self, which: Ints) -> NDArray[Any]:
-        """Return copies of the kernel's records of some requests (``kernel.state.REQUEST``), up to date."""
+        """Return copies of the kernel's up-to-date records of some requests (``kernel.state.REQUEST``)."""
         kernel.settle(self._table)
         return self._state.requests[which]
 
     def use_hash_ids(self, numbers: Ints) -> None:
-        """Let the prefix cache know all hash ids that there will be, as ``prefix_block_ids`` returns them."""
+        """Set all hash ids of all prompts, numbered as ``prefix_block_ids`` returns them, and make room for them."""
         state = self._state
         held = max(len(numbers), len(state.held_prefix_blocks))
         ids = max(int(numbers.max(initial=-1)) + 1, len(state.prefix_block_of_id))
@@ -487,12 +488,12 @@ class SimEngine:
             hash_ids=numbers,
             held_prefix_blocks=kernel.longer(state.held_prefix_blocks, held),
             prefix_block_of_id=kernel.longer(state.prefix_block_of_id, ids),
-            # Each prefix block is found by an id or held in a place.
+            # Each prefix block is either found by an id or held at a place; row 0 stands for none.
             prefix_blocks=kernel.longer(state.prefix_blocks, 1 + ids + held),
         )
 
     def _keep_hash_ids(self, hash_ids: Sequence[Ints] | None) -> tuple[Ints, Ints]:
-        """Append the hash ids of further requests; return where each one's begin, and how many there are."""
+        """Append the hash ids of n further requests; return int64[n] where each request's ids begin, and how many."""
         known = self._counters.hash_id_count
         numbers = prefix_block_ids(hash_ids, self._known_ids)
         counts = np.array([len(ids) for ids in hash_ids or ()], dtype=np.int64)
@@ -501,7 +502,7 @@ class SimEngine:
         return known + np.cumsum(counts) - counts, counts
 
     def reserve(self, requests: int) -> None:
-        """Make room for this many requests in all."""
+        """Make the arrays long enough for this many requests in total."""
         room, state = len(self._state.requests), self._state
         if requests > room:
             room = max(requests, 2 * room)
@@ -512,7 +513,7 @@ class SimEngine:
             )
 
     def observe(self, now_s: float) -> EngineState:
-        """Return what can be seen at a moment to which it has been brought; its budget is followed to there."""
+        """Return the state at ``now_s``, to which the kernel has advanced; the budget is advanced to it here."""
         kernel.follow_budget(self._table, now_s)
         return self._observe(now_s)
 
@@ -526,7 +527,7 @@ class SimEngine:
                 yield self._resume
             now_s = env.now
             n.now_s = now_s
-            horizon_s = env.peek()  # nothing else can touch this replica before then
+            horizon_s = env.peek()  # no other process can act on this replica before its next event
             if now_s < self._hold_at_s < horizon_s:
                 horizon_s = self._hold_at_s
             while True:
@@ -536,14 +537,14 @@ class SimEngine:
                 self.unblock(why)
             now_s = n.now_s
             if now_s == env.now and why == kernel.HORIZON:
-                yield env.timeout(0.0)  # others' turn at this moment
+                yield env.timeout(0.0)  # let the other events of this moment happen
             while now_s > env.now:
                 yield env.timeout(exact_delay(env.now, now_s))
             if why == kernel.STALLED and env.now != self._hold_at_s:
                 yield self._next_event()
 
     def _next_event(self) -> simpy.Event:
-        """Return what an engine waits for that nothing will happen to by itself: a copy's end, a call from outside."""
+        """Return the event that ends a stalled engine's wait: a call from outside, or the end of a copy."""
         self._wake = self.env.event()
         copy_end_s = self._counters.copy_end_s
         if math.isinf(copy_end_s):
@@ -564,7 +565,7 @@ class SimEngine:
         return int(n.decided_target if n.decided_target >= 0 else n.target)
 
     def _make_room(self) -> None:
-        """Let the logs grow."""
+        """Make the log that is full twice as long."""
         state, n = self._state, self._counters
         if n.log_count == len(state.iteration_log):
             full = ["iteration_log"]
@@ -578,7 +579,7 @@ class SimEngine:
     # -- plans ---------------------------------------------------------------------------------------------------
 
     def target_of(self, plan: Plan) -> int:
-        """Return the number of a plan in the present ``graph``; it is checked when it is met for the first time.
+        """Return the number of a plan in the present ``graph``; a new plan is checked first.
 
         Raises:
             PlanError: for a plan that is not legal for the model.
@@ -597,12 +598,12 @@ class SimEngine:
 
     @property
     def graph(self) -> PlanGraph:
-        """What is known of plans; another one when it had grown too long."""
+        """The plan graph in use; a full one is replaced by a new one."""
         return self._graph
 
     @property
     def table(self) -> kernel.Table:
-        """Where the kernel finds everything; read it again after ``unblock``, ``submit`` and when the graph grew."""
+        """The addresses of all arrays, for the kernel; read it again after ``unblock``, ``submit`` or graph growth."""
         graph = self._graph
         if self._graph_version != graph.version:
             self._graph_version = graph.version
@@ -610,7 +611,7 @@ class SimEngine:
         return self._table
 
     def unblock(self, why: int) -> None:
-        """Do what the kernel cannot: let the logs grow (``GROW``), or work out what it meets first (``NEEDS``)."""
+        """Do what the kernel cannot: make a log longer (``GROW``), or add to the plan graph (``NEEDS``)."""
         if why == kernel.GROW:
             self._make_room()
         elif len(self._graph) > MEMORY_OF_PLANS:
@@ -619,7 +620,7 @@ class SimEngine:
             self._work_out()
 
     def _work_out(self) -> None:
-        """Let the graph find out what the kernel has not met before."""
+        """Add to the plan graph what the kernel needs: an edge or a price."""
         n = self._counters
         if n.needed == kernel.NEED_DECISION:
             self._graph.decide(n.needed_residency, n.needed_index)
@@ -629,7 +630,7 @@ class SimEngine:
             self._graph.price(n.needed_residency, self._state.candidate_sets[n.needed_index].tolist())
 
     def _begin_new_graph(self) -> None:
-        """Forget all plans but those that are under way: a policy may think of new ones for ever."""
+        """Start a new graph with only the plans still in use: a policy may invent new plans without end."""
         n, old = self._counters, self._graph
         new = PlanGraph(self._model, self._quality_nll)
         self._described += self._describe(len(self._described))
@@ -649,7 +650,7 @@ class SimEngine:
     # -- memory --------------------------------------------------------------------------------------------------
 
     def _find_context_limit(self) -> int:
-        """Return the longest context one request may reach, so that it fits the first pool alone, as vLLM demands."""
+        """Return the longest context that fits the first pool alone, at most the configured limit, as vLLM requires."""
         n = self._counters
         limit = self.config.max_context_tokens or self._model.max_context_tokens
         layers = int(self._state.kv_sets["layers"][0])  # those that prefill runs
@@ -659,14 +660,10 @@ class SimEngine:
         budget_bytes = self.budget.budget_bytes[n.budget_step]
         held_bytes, workspace_bytes = n.weight_bytes, n.workspace_bytes
         if limit < 2 or held_bytes + workspace_bytes > budget_bytes:
-            raise BudgetError(
-                f"weights {held_bytes / GIB:.2f} GiB and workspace {workspace_bytes / GIB:.2f} GiB leave "
-                f"no room for the KV cache of one request in a budget of {budget_bytes / GIB:.2f} GiB; prune or "
-                "quantise more blocks, or raise the budget (budget=, gpu=)"
-            )
+            raise no_room_for_kv(held_bytes, workspace_bytes, budget_bytes)
         return limit
 
-    # -- what can be seen ----------------------------------------------------------------------------------------
+    # -- the observed state --------------------------------------------------------------------------------------
 
     def _observe(self, now_s: float) -> EngineState:
         n, waiting = self._counters, self._waiting()
@@ -706,7 +703,7 @@ class SimEngine:
 
 
 _RECORDED = ("arrival_s", "prompt_tokens", "admitted_s", "first_token_s", "finish_s", "preemptions", "status")
-"""Fields of the kernel's record of a request that ``Records`` has under the same name."""
+"""Fields of the kernel's record of a request that have the same name in ``Records``."""
 
 
 def _check_copying(host_to_device_bytes_per_s: float, copy_slowdown: float) -> None:
@@ -762,7 +759,7 @@ def _empty_state(
 
 
 def _set_counters(n: Any, config: EngineConfig, block_bytes: int, log_enabled: bool) -> None:
-    """Write the settings of an engine into the kernel's counters, and -1, NEVER and ``inf`` where nothing is known."""
+    """Write an engine's settings into the kernel's counters, and -1, NEVER, ``inf`` or nan for values not yet known."""
     limits = config.limits
     n.scheduling_rule = kernel.SchedulingRule[config.scheduler.upper()]
     n.max_batch_tokens, n.long_prefill_tokens = limits.max_batch_tokens, limits.long_prefill_tokens
@@ -781,29 +778,23 @@ def _set_counters(n: Any, config: EngineConfig, block_bytes: int, log_enabled: b
 
 
 def prefix_block_ids(hash_ids: Sequence[Ints] | None, known: dict[int, int] | None = None) -> Ints:
-    """Return hash ids, one request's after the other's, as numbers from 0 on.
+    """Return the hash ids of all requests, concatenated and renumbered from 0: int64[total ids].
 
     Args:
-        hash_ids: of each request. known: number of each id met before; those that are new are added.
+        hash_ids: one int64 array per request. known: id -> number for ids met before; new ids are added.
     Raises:
-        ConfigError: for None, and for a prompt in which an id comes twice.
+        ConfigError: if hash_ids is None, or a prompt contains an id twice.
     """
     if hash_ids is None:
-        raise ConfigError(
-            "engine.prefix_caching is true and the requests have no hash ids to find KV by; those of "
-            "trace=mooncake_conversation and mooncake_synthetic have, and those of trace=file with a column hash_ids: "
-            "take one of these, or set engine.prefix_caching=false"
-        )
+        raise missing_hash_ids()
     flat = np.concatenate([*hash_ids, np.zeros(0, dtype=np.int64)]).astype(np.int64)
     ids, numbers = np.unique(flat, return_inverse=True)
     whose = np.repeat(np.arange(len(hash_ids)), [len(row) for row in hash_ids])
+    # (request, id) as one integer: one that occurs twice is an id repeated within a prompt.
     places, counts = np.unique(whose * (len(ids) + 1) + numbers, return_counts=True)
     if (counts > 1).any():
         request, number = divmod(int(places[np.argmax(counts)]), len(ids) + 1)
-        raise ConfigError(
-            f"hash id {ids[number]} comes twice in the prompt of request {request}; with engine.prefix_caching each id "
-            "stands for its tokens and all before them, so that it can come once"
-        )
+        raise repeated_hash_id(request, int(ids[number]))
     if known is None:
         return numbers.astype(np.int64)
     renumbered = np.array([known.setdefault(i, len(known)) for i in ids.tolist()], dtype=np.int64)
@@ -811,10 +802,10 @@ def prefix_block_ids(hash_ids: Sequence[Ints] | None, known: dict[int, int] | No
 
 
 def exact_delay(now_s: float, time_s: float) -> float:
-    """Return the longest delay that takes SimPy's clock from ``now_s`` not beyond ``time_s``.
+    """Return the longest delay that moves SimPy's clock from ``now_s`` to at most ``time_s``.
 
-    ``now + (time - now)`` can miss ``time`` by a rounding step either way. Where no delay leads there at once, a second
-    one from where the first led does: ask again until the clock stands there.
+    ``now + (time - now)`` can miss ``time`` by a rounding step either way. If no single delay leads to ``time_s``
+    exactly, a second one does from where the first ends: call this again until the clock reaches ``time_s``.
     """
     delay_s = time_s - now_s
     while now_s + delay_s < time_s:

@@ -1,12 +1,15 @@
-"""From one plan to the next: what can stop at once, and what has to be copied in first.
+"""From one plan to the next: which blocks can be dropped at once, and which have to be copied in first.
 
-A plan change never stops the engine. Blocks that the new plan drops leave at the next iteration. What it needs and the
-device lacks (a block that was dropped, a layer at another precision) comes from pinned host memory, one layer after the
-other, while iterations go on. The blocks of a layer join at the first iteration after its copy is complete, and what
-they replace leaves at that moment (MorphServe, arXiv 2506.02006, replaces single layers in place the same way).
+Pure functions of plans, used by ``sim.engine.plan_changes`` (Python), ``sim.engine.plan_graph`` (compiled) and devices.
 
-A new decision during a change supersedes the old one: drops happen at once, and copies that had not started are planned
-again. The copy under way goes on if the new plan lacks exactly the bytes of that layer that it brings; otherwise it is
+A plan change never stops the engine. Blocks that the new plan does not run are dropped before the next iteration.
+Blocks that it needs and the device lacks (dropped earlier, or present at another precision) are copied from pinned host
+memory, one layer at a time, while iterations continue. The blocks of a layer run from the first iteration after its
+copy is complete, and the blocks that they replace are freed then (MorphServe, arXiv 2506.02006, also replaces single
+layers in place).
+
+A new decision during a change supersedes the old one: blocks are dropped at once, and copies that have not started are
+planned again. The copy under way continues if the new plan lacks exactly the blocks that it brings; otherwise it is
 abandoned.
 """
 
@@ -24,7 +27,7 @@ ABSENT = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
-    """What is on the device: the precision of every MHA and FFN block, ``ABSENT`` where there is none."""
+    """The blocks on the device: bits per weight of each layer's MHA and FFN block, ``ABSENT`` if it is not there."""
 
     mha_bits: tuple[int, ...]
     ffn_bits: tuple[int, ...]
@@ -38,7 +41,11 @@ class Resident:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCopy:
-    """One copy from host memory: the blocks of one layer, at the bits they will run with; ABSENT copies nothing."""
+    """One copy from host memory: the blocks of one layer.
+
+    mha_bits, ffn_bits: precision of each block that is copied; ABSENT if it is not. copied_bytes: bytes copied in.
+    net_bytes: copied_bytes minus the bytes of the blocks that are replaced.
+    """
 
     layer: int
     mha_bits: int
@@ -48,7 +55,7 @@ class LayerCopy:
 
 
 def resident_of(plan: Plan) -> Resident:
-    """Return what a plan needs on a device that does both prefill and decode."""
+    """Return the blocks that a plan needs on a device that runs both prefill and decode."""
     return Resident(
         mha_bits=tuple(bits if keep else ABSENT for bits, keep in zip(plan.weight_bits, plan.prefill.mha, strict=True)),
         ffn_bits=tuple(bits if keep else ABSENT for bits, keep in zip(plan.weight_bits, plan.prefill.ffn, strict=True)),
@@ -56,7 +63,7 @@ def resident_of(plan: Plan) -> Resident:
 
 
 def without_dropped(resident: Resident, target: Plan) -> Resident:
-    """Return what stays when everything that ``target`` does not run leaves."""
+    """Return what stays resident when all blocks that ``target`` does not run are dropped."""
     return Resident(
         mha_bits=tuple(b if keep else ABSENT for b, keep in zip(resident.mha_bits, target.prefill.mha, strict=True)),
         ffn_bits=tuple(b if keep else ABSENT for b, keep in zip(resident.ffn_bits, target.prefill.ffn, strict=True)),
@@ -64,7 +71,7 @@ def without_dropped(resident: Resident, target: Plan) -> Resident:
 
 
 def copies_between(model: ModelSpec, resident: Resident, target: Plan) -> list[LayerCopy]:
-    """Return the copies that lead to ``target``, those first that free most bytes, then by layer."""
+    """Return the copies that lead from ``resident`` to ``target``: smallest ``net_bytes`` first, then by layer."""
     wanted = resident_of(target)
     copies = []
     for layer in range(model.num_layers):
@@ -86,9 +93,9 @@ def copies_between(model: ModelSpec, resident: Resident, target: Plan) -> list[L
 
 
 def peak_weight_bytes(model: ModelSpec, start: Plan, target: Plan) -> int:
-    """Return the most bytes that weights take on the way from ``start`` to ``target``.
+    """Return the largest number of bytes that weights take during the change from ``start`` to ``target``.
 
-    Until a copy is complete, it takes memory in addition to what it replaces.
+    Until a copy is complete, it takes memory in addition to the blocks that it replaces.
     """
     resident = without_dropped(resident_of(start), target)
     held = fixed_weight_bytes(model) + resident.weight_bytes(model)
@@ -100,7 +107,7 @@ def peak_weight_bytes(model: ModelSpec, start: Plan, target: Plan) -> int:
 
 
 def joined(resident: Resident, copy: LayerCopy) -> Resident:
-    """Return what is resident once a copy is complete and what it replaces has left."""
+    """Return what is resident once a copy is complete and the blocks that it replaces are freed."""
     mha, ffn = list(resident.mha_bits), list(resident.ffn_bits)
     if copy.mha_bits != ABSENT:
         mha[copy.layer] = copy.mha_bits
@@ -110,7 +117,7 @@ def joined(resident: Resident, copy: LayerCopy) -> Resident:
 
 
 def running_plan(resident: Resident, target: Plan) -> Plan:
-    """Return what runs on the way to ``target``: those of its blocks that are resident, at their resident precision."""
+    """Return what runs during the change to ``target``: its resident blocks, at their resident precision."""
 
     def mask(keep: KeepMask) -> KeepMask:
         return KeepMask(
@@ -130,9 +137,10 @@ def running_plan(resident: Resident, target: Plan) -> Plan:
 
 
 def plan_for_holder(plan: Plan, held: frozenset[int], *, decoding: bool) -> Plan:
-    """Return the plan that really runs for a request that holds the KV of only the MHA blocks ``held`` (the KV hole).
+    """Return the plan that effectively runs for a request that holds the KV of only the MHA blocks ``held``.
 
-    decoding: whether its prefill has ended. If so, blocks of decode that are not in ``held`` are lost, else of prefill.
+    decoding: whether its prefill has ended. Then the MHA blocks of ``plan.decode`` outside ``held`` are lost to it;
+    otherwise those of ``plan.prefill``.
     """
     runs = plan.decode.mha if decoding else plan.prefill.mha
     lost = {layer for layer, keep in enumerate(runs) if keep and layer not in held}

@@ -1,4 +1,7 @@
-"""What a replica writes down of its plan changes: one row each, open until the full plan runs."""
+"""The log of a replica's plan changes: one row each, open until the new plan runs in full.
+
+``sim.engine.plan_changes`` and ``Replica`` add to it; the table is ``sim.results.records.Transitions``.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,10 @@ class _Row:
 
 
 class TransitionLog:
-    """Plan changes; the last one may still be going on. What happens while none goes on is charged to none."""
+    """Plan changes; the last one may still be under way. Events while none is under way are charged to none."""
 
     def __init__(self) -> None:
-        """Begin without any."""
+        """Begin with an empty log."""
         self._rows: list[_Row] = []
         self._open: _Row | None = None
 
@@ -38,14 +41,14 @@ class TransitionLog:
         return len(self._rows)
 
     def begin(self, time_s: float, runs: Plan, wanted: Plan, kv_blocks: int) -> None:
-        """Open a row for a decision made at ``time_s``; a row that is still open is superseded and stays as it is."""
+        """Open a row for a decision made at ``time_s``; a row that is still open is superseded and stays unchanged."""
         self._open = _Row(time_s, describe(runs), describe(wanted), kv_blocks)
         self._rows.append(self._open)
 
     def charge(
         self, *, bytes_in: int = 0, bytes_freed: int = 0, preempted: int = 0, recomputed_tokens: int = 0
     ) -> None:
-        """Add to the open row what the change copied in, freed, and took from running requests."""
+        """Add to the open row the bytes copied in and freed, and the requests and tokens that the change cost."""
         if self._open is not None:
             self._open.bytes_in += bytes_in
             self._open.bytes_freed += bytes_freed
@@ -53,7 +56,7 @@ class TransitionLog:
             self._open.recomputed_tokens += recomputed_tokens
 
     def look(self, now_s: float, kv_blocks: int, *, ready: bool) -> None:
-        """Note the size of the pool between two iterations. ``ready``: the full plan runs now, which closes the row."""
+        """Record the pool's size between two iterations. ``ready``: the plan runs in full now, which closes the row."""
         if self._open is not None:
             self._open.kv_blocks_after = kv_blocks
             if ready:
@@ -61,7 +64,7 @@ class TransitionLog:
                 self._open = None
 
     def table(self) -> Transitions:
-        """Return one row a plan change."""
+        """Return one row per plan change."""
         rows = self._rows
 
         def ints(name: str) -> Ints:

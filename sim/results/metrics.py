@@ -186,21 +186,14 @@ def summarise(
     ``cached_share``: tokens found in the prefix cache over all prompt tokens that were admitted.
     """
     requests = len(records)
-    finished = records.status == Status.FINISHED
     met = met_slo(records, slo)
     last_s = end_s if end_s is not None else float(iterations.end_s[-1]) if len(iterations) else 0.0
     first_s = float(records.arrival_s[0]) if requests else 0.0
     makespan_s = max(last_s - first_s, 0.0)
     arrivals_s = float(records.arrival_s[-1] - records.arrival_s[0]) if requests else 0.0
-
     admitted = np.isfinite(records.admitted_s)
-    truncated = finished & (records.produced_tokens < records.output_tokens)
     return {
-        "requests": requests,
-        "finished": int(finished.sum()),
-        "rejected": int((records.status == Status.REJECTED).sum()),
-        "unfinished": int(np.isin(records.status, (Status.WAITING, Status.RUNNING)).sum()),
-        "truncated": int(truncated.sum()),
+        **_counts(records),
         "not_arrived": not_arrived,
         "makespan_s": makespan_s,
         "ttft_s": distribution(records.ttft_s),
@@ -223,6 +216,19 @@ def summarise(
         "iterations": len(iterations),
         "cpu_s": cpu_s,
         "requests_per_cpu_s": _rate(requests, cpu_s),
+    }
+
+
+def _counts(records: Records) -> dict[str, int]:
+    """Return how many requests arrived, and how each ended."""
+    finished = records.status == Status.FINISHED
+    truncated = finished & (records.produced_tokens < records.output_tokens)
+    return {
+        "requests": len(records),
+        "finished": int(finished.sum()),
+        "rejected": int((records.status == Status.REJECTED).sum()),
+        "unfinished": int(np.isin(records.status, (Status.WAITING, Status.RUNNING)).sum()),
+        "truncated": int(truncated.sum()),
     }
 
 

@@ -51,7 +51,7 @@ BUDGET_BYTES = budget_for_kv_blocks(one.MODEL, one.DENSE, one.KV_BLOCKS, 0, 16)
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured: a router, and what else happens."""
+    """One measurement: a router, and what else happens."""
 
     name: str
     router: routers.KernelRouter
@@ -136,7 +136,7 @@ def run(row: Row, trace: Trace, replicas: int) -> dict[str, Any]:
 
 
 def main(requests: int, replicas: int) -> None:
-    """Measure every row, print the table, then the JSON line."""
+    """Measure every row; print the table, then the JSON line."""
     one_thread()
     run(ROWS[0], requests_of(100, 2), 2)  # compiled, or read from the cache
     trace = requests_of(requests, replicas)

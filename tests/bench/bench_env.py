@@ -37,7 +37,7 @@ def bench_vector(name: str, vector: Any, steps: int, change_share: float, warm_s
 
 
 def bench_decision(name: str, network: Network, features: int, actions: int) -> None:
-    """Print what one decision of a network takes."""
+    """Print the time of one decision of a network."""
     rng = np.random.default_rng(0)
     seen = rng.random((10_000, features)).astype(np.float32)
     legal = rng.random((10_000, actions)) < 0.5

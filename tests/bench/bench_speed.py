@@ -2,12 +2,13 @@
 
 python tests/bench/bench_speed.py [TRACE [ROUNDS]]
 
-TRACE: a trace that `sim.traces.readers` can read; the default is the Azure conversation trace of RAP_LAB_DATA (CC-BY 4.0,
-cite Patel et al., Splitwise, ISCA 2024), and without that folder a made-up one of as many requests.
-ROUNDS: every figure is the best of so many; ours and DynoSim's runs alternate. CPU seconds of one process, one thread.
+TRACE: a trace that `sim.traces.readers` can read; the default is the Azure conversation trace of RAP_LAB_DATA (CC-BY
+    4.0, cite Patel et al., Splitwise, ISCA 2024), and without that folder a made-up one of as many requests.
+ROUNDS: every figure is the best of this many; ours and DynoSim's runs alternate. Figures are CPU seconds of one process
+    with one thread.
 
 DynoSim (NVIDIA; `pip install ".[bench]"`, or DYNOSIM_PYTHON names an interpreter with ai-dynamo-runtime 1.6.1) runs on
-the same requests with the same memory and limits, and its own built-in prices. Where it is missing, null stands.
+the same requests with the same memory and limits, and its own built-in prices. Without it, its figures are null.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ PRUNED = with_mask(DENSE, drop(MODEL, mha=[25], ffn=[27]))
 
 @dataclass
 class Always:
-    """A policy that looks and keeps its plan."""
+    """A policy that observes and keeps its plan."""
 
     first_plan: Plan = DENSE
 
@@ -62,7 +63,7 @@ class Always:
 
 @dataclass
 class Alternating:
-    """A policy that changes the plan at every decision: one layer's blocks go and come back."""
+    """A policy that changes the plan at every decision: one layer is dropped and restored."""
 
     first_plan: Plan = DENSE
     pruned: bool = False
@@ -73,7 +74,7 @@ class Alternating:
 
 
 def engine(keep_iterations: bool = True) -> SimEngine:
-    """Return the engine of every measurement."""
+    """Return the engine that every measurement uses."""
     return SimEngine(
         model=MODEL,
         latency=LATENCY,
@@ -108,7 +109,7 @@ def made_up(requests: int, seed: int = 0) -> Trace:
 
 
 def dynosim(trace: Trace) -> Callable[[], float] | None:
-    """Return a function that runs DynoSim once on a trace and gives its CPU seconds; None where it is missing."""
+    """Return a function that runs DynoSim once on a trace and returns its CPU seconds; None if it is not installed."""
     python = os.environ.get("DYNOSIM_PYTHON", sys.executable)
     program = Path(__file__).with_name("dynosim_once.py")
     if subprocess.run([python, str(program), "--version"], capture_output=True, check=False).returncode:

@@ -27,7 +27,7 @@ TINY = ModelSpec(
 
 
 def linear_latency(base_s: float = 1.0, token_s: float = 0.0, context_s: float = 0.0) -> LatencyModel:
-    """Return the price ``base + a token + a context token`` (a third of it a layer): easy to add up by hand."""
+    """Return a latency model: seconds per iteration, per token, and per context token (over all layers)."""
     far = 4096
     tokens_us, contexts_us = [token_s * 1e6, far * token_s * 1e6], context_s * 1e6 / TINY.num_layers
     none = {"mha": [0.0, 0.0], "ffn": [0.0, 0.0]}

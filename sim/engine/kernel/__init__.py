@@ -1,18 +1,22 @@
-"""The compiled engine: whole iterations on arrays, request for request as the plain engine serves them.
+"""The compiled kernel: the rules of sim/engine/replica.py as Numba functions on arrays, with equal records.
 
-`advance` serves until a moment at which something outside may touch the replica. The modules import downwards only:
+`advance` runs iterations until a time at which something outside may act on the replica. Every function takes ``s``,
+the `Table` of one replica. Each module imports only from modules above it in this table:
 
 | module | holds |
 |---|---|
-| state | every field of a replica, with its unit; the `Table` by which compiled code finds them |
-| kv | KV blocks: the pool, who owned the free ones |
+| layout | `Layout`, `State` and `Table`: arrays shared by Python and compiled code, each declared once |
+| state | every array and field of a replica, with unit and shape |
+| kv | KV blocks: the pool, and the last owners of free blocks |
 | prefix_cache | KV that requests with the same first tokens share |
 | decodes | running requests, above all those that decode |
 | admission | arrivals, admission, scheduling rules, the batch of an iteration |
 | plans | plan and memory changes between two iterations |
 | loop | pricing, ending and logging iterations: `advance` |
+| first_start | fills an empty compile cache |
 
-A name that begins with ``_`` may be called by compiled code only (sim/compiled.py).
+Index names: r is a request, i a slot, j a chunk of the batch, k a KV set, w a word of a set of layers.
+A function whose name begins with ``_`` may be called by compiled code only (sim/compiled.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Arrivals, admission, and the batch of an iteration (the rules are those of sim/engine/scheduler.py).
+"""Arrivals, admission, and the batch of an iteration, by the rules of sim/engine/scheduler.py.
 
-A batch is formed at the start of its iteration, when its KV blocks are taken. `_form` treats all decoding requests as
-one; where they cannot be (``kv_keep``, more decodes than the token budget, several unfinished prompts), `_form_eagerly`
-goes through the running requests one by one.
+A batch is formed at the start of its iteration, and its KV blocks are taken then. Its prefills and single decodes are
+the first ``batch_chunks`` rows of ``batch`` (slot, tokens); ``decodes_in_batch`` adds all decoding requests at once.
+`_form` treats the decoding requests as one group. If that is impossible (``kv_keep``, more decodes than the token
+budget, several unfinished prompts), `_form_eagerly` goes through the running requests one by one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from sim.engine.kernel.state import (
     waiting,
 )
 
-# -- scheduling rules: a further one needs a branch in these three, and a value of `SchedulingRule` --------------------
+# -- scheduling rules: another one needs a branch in these three functions, and a value of `SchedulingRule` ------------
 
 
 @compiled(inline=True)
@@ -49,7 +50,7 @@ def _admits_first(s: Table) -> bool:
 
 @compiled(inline=True)
 def _cuts_prompts(s: Table) -> bool:
-    """Return whether a prompt is computed in chunks that fit the token budget, or as a whole."""
+    """Return whether a prompt is cut into chunks that fit the token budget, instead of being computed at once."""
     return bool(counters_of(s).scheduling_rule == CHUNKED)
 
 
@@ -89,7 +90,7 @@ def take_arrivals(s: Table, now_s: float) -> None:
 
 @compiled()
 def head(s: Table) -> int:
-    """Return the request that is admitted next; one waits."""
+    """Return the request that is admitted next; at least one must be waiting."""
     n = counters_of(s)
     if n.preempted_waiting > 0:
         return int(preempted_stack_of(s)[n.preempted_waiting - 1])
@@ -101,7 +102,7 @@ def head(s: Table) -> int:
 
 @compiled(inline=True)
 def _chunk(s: Table, r: int, computed: int, budget: int, longest: int) -> int:
-    """Return how many tokens of a request an iteration computes after those that are; ``longest`` 0 is no limit."""
+    """Return how many tokens of r an iteration computes after the first ``computed``; ``longest`` 0 is no limit."""
     request = requests_of(s)[r]
     chunk = min(request.prompt_tokens + request.produced_tokens - computed, budget)
     return int(min(chunk, longest)) if longest > 0 else int(chunk)
@@ -109,7 +110,7 @@ def _chunk(s: Table, r: int, computed: int, budget: int, longest: int) -> int:
 
 @compiled()
 def _admit(s: Table, r: int, now_s: float, found: int) -> int:
-    """Admit request r, the head of the queue, which finds this many tokens computed; return its slot."""
+    """Admit request r, the head of the queue, which finds KV of ``found`` tokens; return its slot."""
     n = counters_of(s)
     if n.preempted_waiting > 0:
         n.preempted_waiting -= 1
@@ -127,7 +128,7 @@ def _admit(s: Table, r: int, now_s: float, found: int) -> int:
         _hold_prefix_blocks(s, i, _prefix_blocks_in(s, r, found))
     if n.prefix_caching and prompts_of(s)[r].cached_tokens < 0:
         prompts_of(s)[r].cached_tokens = found
-    if request.free_run >= 0:  # it goes on from the KV that it left when it was preempted
+    if request.free_run >= 0:  # it reuses the KV that it freed when it was preempted
         run, claimed = free_runs_of(s)[request.free_run], blocks_of(s, i, found)
         run.blocks -= claimed
         run.owner = NO_OWNER
@@ -138,7 +139,10 @@ def _admit(s: Table, r: int, now_s: float, found: int) -> int:
 
 @compiled()
 def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int) -> int:
-    """Admit from the head of the queue while token budget, KV blocks and slots last; return how many."""
+    """Admit from the head of the queue while token budget, KV blocks and slots last; return how many.
+
+    budget: tokens that may still be computed. free: KV blocks that the batch so far leaves free; nothing is taken here.
+    """
     n, requests, batch = counters_of(s), requests_of(s), batch_of(s)
     in_chunks, layers = _cuts_prompts(s), kv_sets_of(s)[n.prefill_set].layers
     admitted = 0
@@ -149,13 +153,14 @@ def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int) -> int
             found = _find_prefix(s, r)
             held_by_others = n.found_held_blocks * n.prefix_block_kv_blocks
         target = requests[r].prompt_tokens + requests[r].produced_tokens
+        # Prefix blocks that others hold take no room; those that are free must be taken out of the pool.
         full = layers * (_blocks(target, n.block_tokens) - held_by_others)
         if in_chunks:
             if budget == 0:
                 break
             chunk = _chunk(s, r, found, budget, n.long_prefill_tokens)
             need = layers * (_blocks(found + chunk, n.block_tokens) - held_by_others)
-            # A request that runs alone could never be preempted for room, so its prompt has to fit.
+            # If nothing else runs, the full prompt must fit: otherwise it would preempt itself and start over forever.
             must_fit = full if n.reserve_full_prompt or n.running == 0 else need
         else:
             chunk = target - found
@@ -180,7 +185,7 @@ def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int) -> int
 
 @compiled(inline=True)
 def _blocks_for_chunks(s: Table, first: int) -> int:
-    """Return the KV blocks that the chunks of the batch from ``first`` on need in addition to what is held."""
+    """Return the KV blocks that the chunks of the batch from ``first`` on need beyond those already held."""
     n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
     need = 0
     for j in range(first, n.batch_chunks):
@@ -192,10 +197,10 @@ def _blocks_for_chunks(s: Table, first: int) -> int:
 
 @compiled()
 def _form(s: Table, now_s: float) -> int:
-    """Form the next batch while all decodes advance together; return how many requests were preempted.
+    """Form the next batch with all decodes as one group; return how many requests were preempted.
 
-    Running requests come before admissions, and at most one prompt is unfinished: the newest. So the newest are
-    preempted until the rest fit; who they are does not depend on the order in which the others take their blocks.
+    Running requests come before admissions, and at most one prompt is unfinished: the newest. So the newest requests
+    are preempted until the others fit, and the order in which the others take their blocks does not matter.
     """
     n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
     end = len(slots) - 1
@@ -203,14 +208,15 @@ def _form(s: Table, now_s: float) -> int:
     if _admits_first(s) and _admit_those_that_fit(s, now_s, n.max_batch_tokens, n.free_blocks) > 0:
         _take(s, _blocks_for_chunks(s, ZERO))
         return 0
-    # Every decoding request whose context is a multiple of the block size at this clock takes one block a layer.
+    # At this clock, every decoding request whose context is a multiple of the block size takes one block per layer.
     phase = -n.clock % n.block_tokens
     victims = 0
     while blocks_due_by_phase_of(s)[phase] > n.free_blocks and n.running > 0:
         _preempt(s, slots[end].previous)
         victims += 1
     need = blocks_due_by_phase_of(s)[phase]
-    budget = n.max_batch_tokens - n.decoding
+    budget = n.max_batch_tokens - n.decoding  # each decode computes one token
+    # The newest request is the only one that can still be in prefill; it gets what the decodes leave.
     newest = slots[end].previous
     if newest != end and due_clocks_of(s)[newest] == NEVER and budget > 0:
         r = slots[newest].request
@@ -226,6 +232,7 @@ def _form(s: Table, now_s: float) -> int:
             batch[0].slot, batch[0].tokens = newest, chunk
             n.batch_chunks = 1
     n.decodes_in_batch = n.decoding > 0
+    # After a preemption no request is admitted: its blocks would go to a newer request.
     if not _admits_first(s) and victims == 0:
         before = n.batch_chunks
         _admit_those_that_fit(s, now_s, budget, n.free_blocks - need)
@@ -236,12 +243,12 @@ def _form(s: Table, now_s: float) -> int:
 
 @compiled()
 def _form_eagerly(s: Table, now_s: float) -> int:
-    """Form the next batch request by request, decodes among them; return how many were preempted."""
+    """Form the next batch request by request, including decodes; return how many were preempted."""
     n, slots = counters_of(s), slots_of(s)
     end = len(slots) - 1
     settle(s)
     i = slots[end].next
-    while i != end:  # from here on the record says whether a request decodes
+    while i != end:  # no request is in the group of decodes now; its record tells whether it decodes
         due_clocks_of(s)[i] = NEVER
         i = slots[i].next
     n.batch_chunks, n.decodes_in_batch = 0, 0
@@ -254,12 +261,16 @@ def _form_eagerly(s: Table, now_s: float) -> int:
 
 @compiled(once=True)
 def _form_running(s: Table, now_s: float) -> int:
-    """Batch the running requests in order of admission, then admit others; return how many were preempted."""
+    """Batch the running requests in order of admission, then admit others; return how many were preempted.
+
+    The twin of ``_extend_running`` in sim/engine/scheduler.py: ``kept`` requests still run, the first ``index`` of them
+    are in the batch, and ``taken`` KV blocks are needed for them.
+    """
     n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
     end, running = len(slots) - 1, n.running
     budget, longest = _running_budget(s), n.long_prefill_tokens if _cuts_prompts(s) else 0
     kept, index, i = running, 0, slots[end].next
-    while n.free_blocks < 0 and kept > 0:
+    while n.free_blocks < 0 and kept > 0:  # the pool has shrunk below its use
         kept -= 1
         _preempt(s, slots[end].previous)
     taken = 0
@@ -271,7 +282,7 @@ def _form_running(s: Table, now_s: float) -> int:
         while taken + need > n.free_blocks and kept > index:
             kept -= 1
             _preempt(s, slots[end].previous)
-        if kept == index:  # it was itself the newest
+        if kept == index:  # it was itself the newest: it has been preempted
             break
         taken += need
         budget -= chunk
@@ -289,7 +300,7 @@ def _form_running(s: Table, now_s: float) -> int:
 def _needs_eager(s: Table) -> bool:
     """Return whether the next batch has to be formed request by request."""
     n, slots = counters_of(s), slots_of(s)
-    if n.windowed > 0:
+    if n.windowed > 0:  # with kv_keep, the blocks that a decode takes differ between layers
         return True
     if n.decoding > _running_budget(s):
         return True
@@ -301,7 +312,7 @@ def _needs_eager(s: Table) -> bool:
 
 @compiled(once=True)
 def _form_batch(s: Table, now_s: float) -> int:
-    """Form the next batch in the way that it needs; return how many requests were preempted."""
+    """Form the next batch, by `_form` if possible; return how many requests were preempted."""
     n = counters_of(s)
     if _needs_eager(s):
         n.eager = 1

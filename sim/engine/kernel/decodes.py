@@ -1,9 +1,10 @@
-"""Running requests: those that decode all gain a token in every decoding iteration, and are not touched one by one.
+"""Running requests. All decoding requests gain one token in every decoding iteration, without a loop over them.
 
-One clock counts these iterations, and a slot remembers the clock at which it joined. Sums over the decodes price an
-iteration; a histogram of their contexts modulo the KV block gives the blocks an iteration takes; ``next_due`` is the
-next clock at which one of them is done. So an iteration costs O(1), and O(1) for each chunk, admission and preemption;
-a finish costs one pass over the slots.
+``clock`` counts the decoding iterations, and a slot remembers the clock at which its request joined the decodes. Kept
+up to date instead of single requests: sums over the decodes, which price an iteration (``kv_sets``); a histogram of
+their contexts modulo the KV block, which gives the blocks that an iteration takes (``blocks_due_by_phase``); and
+``next_due``, the next clock at which a request has its last token. So an iteration costs O(1), plus O(1) for each
+chunk, admission and preemption; a finish costs one pass over the slots.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from sim.engine.kernel.state import (
 
 @compiled()
 def _settle_one(s: Table, i: int) -> None:
-    """Bring the record of a decoding request up to the clock."""
+    """Bring the record of a decoding request up to date."""
     n, slot = counters_of(s), slots_of(s)[i]
     request, held_set, since = requests_of(s)[slot.request], kv_sets_of(s)[slot.kv_set], n.clock - slot.joined_clock
     if since > 0:
@@ -47,7 +48,7 @@ def _settle_one(s: Table, i: int) -> None:
 
 @compiled()
 def settle(s: Table) -> None:
-    """Bring the records of all decoding requests up to the clock."""
+    """Bring the records of all decoding requests up to date."""
     slots = slots_of(s)
     end = len(slots) - 1
     i = slots[end].next
@@ -59,12 +60,12 @@ def settle(s: Table) -> None:
 
 @compiled()
 def _group_of(s: Table, last_token_s: float) -> int:
-    """Return the group of requests whose last token is of this time; a new one if there is none."""
+    """Return the group of requests that got their last token at this time; make a new one if there is none."""
     n, groups = counters_of(s), last_token_groups_of(s)
     for group in range(n.group_count - 1, -1, -1):
         if groups[group].last_token_s == last_token_s:
             return group
-    if n.group_count == len(groups) - 1:  # some are empty then, for there are fewer running requests
+    if n.group_count == len(groups) - 1:  # there are more groups than running requests: remove the empty ones
         to = 1
         for group in range(1, n.group_count):
             if groups[group].requests > 0:
@@ -79,10 +80,10 @@ def _group_of(s: Table, last_token_s: float) -> int:
 
 @compiled()
 def _join_decodes(s: Table, i: int) -> None:
-    """Count a slot, whose record is up to date, among those that gain a token in every decoding iteration."""
+    """Add slot i, whose record is up to date, to the group of decodes."""
     n, slot, phases = counters_of(s), slots_of(s)[i], blocks_due_by_phase_of(s)
     request, held_set = requests_of(s)[slot.request], kv_sets_of(s)[slot.kv_set]
-    # At clock c it has since + c tokens, so it takes a KV block a layer when that is a multiple of block_tokens.
+    # At clock c it has since + c tokens; if that is a multiple of block_tokens, its next token needs new KV blocks.
     since = request.computed_tokens - n.clock
     slot.joined_clock = n.clock
     phases[since % n.block_tokens] += held_set.layers
@@ -97,7 +98,7 @@ def _join_decodes(s: Table, i: int) -> None:
 
 @compiled()
 def _leave_decodes(s: Table, i: int) -> None:
-    """Undo `_join_decodes`; the record is up to date afterwards."""
+    """Undo `_join_decodes` and bring the record up to date."""
     _settle_one(s, i)
     n, slot, phases = counters_of(s), slots_of(s)[i], blocks_due_by_phase_of(s)
     request, held_set = requests_of(s)[slot.request], kv_sets_of(s)[slot.kv_set]
@@ -112,7 +113,7 @@ def _leave_decodes(s: Table, i: int) -> None:
 
 @compiled()
 def _count_decodes(s: Table) -> None:
-    """Count all decoding requests again; their records are up to date."""
+    """Build the group of decodes again from the records, which are up to date."""
     n, requests, slots = counters_of(s), requests_of(s), slots_of(s)
     sets, groups, phases = kv_sets_of(s), last_token_groups_of(s), blocks_due_by_phase_of(s)
     end = len(slots) - 1
@@ -132,7 +133,7 @@ def _count_decodes(s: Table) -> None:
 
 @compiled(inline=True)
 def _link_slot(s: Table, r: int, kv_set: int, kv_keep_id: int) -> int:
-    """Give a request a free slot as the newest that runs; return the slot."""
+    """Give request r a free slot, as the newest running request; return the slot."""
     n, slots = counters_of(s), slots_of(s)
     end = len(slots) - 1
     n.running += 1
@@ -146,7 +147,7 @@ def _link_slot(s: Table, r: int, kv_set: int, kv_keep_id: int) -> int:
 
 @compiled()
 def _unlink_slot(s: Table, i: int) -> None:
-    """Free a slot."""
+    """Free slot i."""
     n, slots = counters_of(s), slots_of(s)
     before, after = slots[i].previous, slots[i].next
     slots[before].next, slots[after].previous = after, before
@@ -158,7 +159,7 @@ def _unlink_slot(s: Table, i: int) -> None:
 
 @compiled()
 def _preempt(s: Table, i: int) -> int:
-    """Take a running request's KV and put it back at the head of the queue; return the tokens it had computed."""
+    """Free the KV of slot i and put its request at the head of the queue; return the tokens it had computed."""
     n, slot = counters_of(s), slots_of(s)[i]
     if due_clocks_of(s)[i] != NEVER:
         _leave_decodes(s, i)
@@ -166,14 +167,14 @@ def _preempt(s: Table, i: int) -> int:
     request = requests_of(s)[r]
     computed = request.computed_tokens
     held = blocks_of(s, i, computed)
-    # It may go on from its KV only if that has every token and exactly the layers that prefill runs.
-    whole = slot.kv_keep_id < 0 and slot.kv_set == n.prefill_set
-    whole = whole and slot.shared_blocks == _prefix_blocks_in(s, r, computed) * n.prefix_block_kv_blocks
-    if whole and slot.shared_blocks > 0:  # its prefix blocks are forgotten all or none
-        whole = prefix_blocks_of(s)[held_prefix_blocks_of(s)[prompts_of(s)[r].hash_at]].hash_id >= 0
+    # It can resume only from complete KV: every token, exactly the layers that prefill runs, every prefix block.
+    complete = slot.kv_keep_id < 0 and slot.kv_set == n.prefill_set
+    complete = complete and slot.shared_blocks == _prefix_blocks_in(s, r, computed) * n.prefix_block_kv_blocks
+    if complete and slot.shared_blocks > 0:  # all of its prefix blocks can be found, or none: check the first
+        complete = prefix_blocks_of(s)[held_prefix_blocks_of(s)[prompts_of(s)[r].hash_at]].hash_id >= 0
     _unlink_slot(s, i)
     n.running_tokens -= computed
-    _release(s, held, r if n.reuse_preempted_kv and whole else NO_OWNER)
+    _release(s, held, r if n.reuse_preempted_kv and complete else NO_OWNER)
     if slot.shared_blocks > 0:
         _release_prefix_blocks(s, i)
     request.computed_tokens = _found_again(s, r)

@@ -1,7 +1,8 @@
-"""KV blocks: how many a request needs, taking and freeing them, and who owned the free ones.
+"""KV blocks: how many a request needs, taking and freeing them, and the last owners of free blocks.
 
-Free blocks are runs in order of their release; the longest free are taken first. A run remembers its last owner, a
-preempted request or a prefix block, which can go on from what is left of it (sim/engine/kv_pool.py has the same rules).
+The kernel counts KV blocks and does not number them. Free blocks are runs, in order of their release; the blocks that
+have been free longest are taken first. A run remembers its last owner, a preempted request or a prefix block, which can
+reuse what is left of it (sim/engine/kv_pool.py has the same rules).
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ def _blocks(tokens: int, block_tokens: int) -> int:
 
 @compiled()
 def blocks_of(s: Table, i: int, tokens: int) -> int:
-    """Return the KV blocks that a slot's request needs for this many tokens, without those of its prefix blocks."""
+    """Return the KV blocks, over all layers, that slot i needs for this many tokens, without its prefix blocks."""
     n, slot, keep_tokens = counters_of(s), slots_of(s)[i], kv_keep_tokens_of(s)
     block_tokens, held_set, keep = n.block_tokens, slot.kv_set, slot.kv_keep_id
     if keep < 0:
         return int(kv_sets_of(s)[held_set].layers * (_blocks(tokens, block_tokens) - slot.shared_blocks))
-    total = 0
+    total = 0  # layers keep different numbers of tokens, so they are added one by one
     for layer in range(keep_tokens.shape[1]):
         if _has(kv_set_words_of(s), held_set, layer):
             total += _blocks(min(tokens, keep_tokens[keep, layer]), block_tokens)
@@ -47,30 +48,31 @@ def blocks_of(s: Table, i: int, tokens: int) -> int:
 
 @compiled(inline=True)
 def _prefix_blocks_in(s: Table, r: int, tokens: int) -> int:
-    """Return how many prefix blocks of a request's prompt lie within its first tokens; 0 while nothing is cached."""
+    """Return how many prefix blocks lie within the first ``tokens`` tokens of a prompt; 0 while caching is off."""
     n = counters_of(s)
     return int(min(tokens // n.prefix_block_tokens, prompts_of(s)[r].prefix_blocks)) if n.caching else 0
 
 
 @compiled()
 def _found_again(s: Table, r: int) -> int:
-    """Return the tokens of a preempted request whose KV has not been overwritten."""
+    """Return the leading tokens of a preempted request whose KV has not been overwritten."""
     n, request, free_runs = counters_of(s), requests_of(s)[r], free_runs_of(s)
     run = request.free_run
     if run < 0 or free_runs[run].blocks == 0:
         return 0
-    # Its prefix blocks were freed after its own KV blocks, so all of them are left while one of these is.
-    whole = _prefix_blocks_in(s, r, request.computed_tokens) * n.prefix_block_kv_blocks
-    whole += free_runs[run].blocks // kv_sets_of(s)[n.prefill_set].layers
-    whole = min(whole, request.computed_tokens // n.block_tokens)
+    # Its prefix blocks were freed after its own KV blocks, so all of them remain while one own block does.
+    found = _prefix_blocks_in(s, r, request.computed_tokens) * n.prefix_block_kv_blocks
+    found += free_runs[run].blocks // kv_sets_of(s)[n.prefill_set].layers
+    # Only full blocks count: the last one may be partly filled.
+    found = min(found, request.computed_tokens // n.block_tokens)
     # At least one token is computed again: an iteration without tokens would produce none.
     last = (request.prompt_tokens + request.produced_tokens - 1) // n.block_tokens
-    return int(min(whole, last) * n.block_tokens)
+    return int(min(found, last) * n.block_tokens)
 
 
 @compiled()
 def _forget_prefix_block(s: Table, number: int) -> None:
-    """Let no request find a prefix block again; what is left of it in a free run belongs to no one."""
+    """Let no request find a prefix block again; if it is free, its run loses its owner and its number is reused."""
     n, block = counters_of(s), prefix_blocks_of(s)[number]
     prefix_block_of_id_of(s)[block.hash_id] = 0
     block.hash_id = -1
@@ -82,7 +84,7 @@ def _forget_prefix_block(s: Table, number: int) -> None:
 
 @compiled()
 def _take(s: Table, blocks: int) -> None:
-    """Hold this many more KV blocks, the longest free first."""
+    """Take this many free KV blocks, the longest free first."""
     n, requests, free_runs = counters_of(s), requests_of(s), free_runs_of(s)
     n.free_blocks -= blocks
     if not n.free_runs_kept:
@@ -95,7 +97,7 @@ def _take(s: Table, blocks: int) -> None:
         owner = run.owner
         if taken > 0 and owner >= 0:
             requests[owner].computed_tokens = _found_again(s, owner)
-        elif taken > 0 and owner < NO_OWNER:  # part of a prefix block is of no use
+        elif taken > 0 and owner < NO_OWNER:  # a prefix block is found only if all its KV blocks are there
             _forget_prefix_block(s, NO_OWNER - owner)
         if run.blocks == 0:
             n.free_run_head += 1
@@ -105,7 +107,7 @@ def _take(s: Table, blocks: int) -> None:
 
 @compiled(inline=True)
 def _place_run(s: Table, run: int) -> None:
-    """Record at the owner of a run where the run is."""
+    """Store a run's place in its owner's record."""
     owner = free_runs_of(s)[run].owner
     if owner >= 0:
         requests_of(s)[owner].free_run = run
@@ -117,7 +119,7 @@ def _place_run(s: Table, run: int) -> None:
 def _pack_runs(s: Table) -> int:
     """Move the free runs to the front of their array and merge neighbors without an owner; return the new tail."""
     n, free_runs = counters_of(s), free_runs_of(s)
-    to = ZERO
+    to = ZERO  # a typed zero: a plain 0 would give `_place_run` a second argument type to compile for
     for at in range(n.free_run_head, n.free_run_tail):
         run = free_runs[at]
         if run.blocks == 0 and run.owner == NO_OWNER:
@@ -134,7 +136,7 @@ def _pack_runs(s: Table) -> int:
 
 @compiled()
 def _release(s: Table, blocks: int, owner: int) -> None:
-    """Free KV blocks; ``owner`` can go on from them until they are taken. A pool that is too small keeps some first."""
+    """Free KV blocks; ``owner`` can reuse them until they are taken. A pool in debt absorbs the first of them."""
     n, free_runs = counters_of(s), free_runs_of(s)
     owed = min(max(-n.free_blocks, 0), blocks)
     n.free_blocks += blocks
@@ -145,7 +147,8 @@ def _release(s: Table, blocks: int, owner: int) -> None:
     if owner == NO_OWNER and tail > n.free_run_head and free_runs[tail - 1].owner == NO_OWNER:
         free_runs[tail - 1].blocks += blocks
         return
-    if tail == len(free_runs):  # there are few owners, and neighbors without one merge: half of the room suffices
+    # The array has room for twice the runs that can exist: one per owner, and one without an owner between each two.
+    if tail == len(free_runs):
         tail = _pack_runs(s)
     free_runs[tail].owner, free_runs[tail].blocks = owner, blocks
     _place_run(s, tail)
@@ -154,7 +157,7 @@ def _release(s: Table, blocks: int, owner: int) -> None:
 
 @compiled()
 def resize_pool(s: Table, blocks: int) -> None:
-    """Grow or shrink the pool; ``free_blocks`` is below 0 while it is smaller than what is held (sim/engine/kv_pool.py)."""
+    """Grow or shrink the pool; ``free_blocks`` is negative while more is held than it has (sim/engine/kv_pool.py)."""
     n = counters_of(s)
     change = blocks - n.pool_blocks
     if change < 0:
@@ -168,7 +171,7 @@ def resize_pool(s: Table, blocks: int) -> None:
 
 @compiled(once=True)
 def forget_kept_kv(s: Table) -> None:
-    """Let no preempted request find again the KV that it left."""
+    """Let no preempted request find its freed KV again."""
     n, requests, free_runs = counters_of(s), requests_of(s), free_runs_of(s)
     for at in range(n.free_run_head, n.free_run_tail):
         if free_runs[at].owner >= 0:

@@ -1,14 +1,14 @@
-"""Arrays that Python and compiled code share, each declared once.
+"""Arrays that Python and compiled code share, each declared once, as in sim/engine/kernel/state.py.
 
-A `Layout` lists the arrays of one kind of state. A declaration states an array's name, its row type and its size; the
-state, its empty value, its snapshot and the functions by which compiled code finds an array all follow from it:
+A `Layout` lists the arrays of one kind of state. A declaration states an array's name, its row type and its size. From
+it follow the empty state, the snapshot, and the function by which compiled code accesses the array:
 
     REPLICA = Layout()
     counters_of = REPLICA.record("counters", COUNTERS)        # n = counters_of(s); n.clock += 1
     requests_of = REPLICA.array("requests", REQUEST, rows=0)  # requests_of(s)[r].computed_tokens
 
-Compiled code receives a full state as one argument, a `Table` of addresses. Functions with one argument call each other
-in nanoseconds; with forty arrays as arguments they would take many times longer to compile.
+Compiled code receives a state as one argument, a `Table` of addresses. Functions with one argument call each other in
+nanoseconds; with forty arrays as arguments, compilation would take many times longer.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ Size = Callable[[Any], int] | int
 """A number of rows or columns, or a function that returns it for the sizes of one state."""
 
 INT64, FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
-_numba: Any = arrayobj  # untyped
+_numba: Any = arrayobj  # Numba has no type annotations
 
 
 @dataclass(frozen=True, slots=True)
 class Declared:
     """One array of a state.
 
-    row: of the table. dtype: of a row of the array, every field of 8 bytes. rows, columns: in an empty state; columns
-    None is a flat array. saved: whether a snapshot copies the array.
+    row: its row of the table. dtype: type of a row of the array; every field has 8 bytes.
+    rows, columns: its shape in an empty state; columns None is a one-dimensional array.
+    saved: whether a snapshot copies the array.
     """
 
     row: int
@@ -63,7 +64,7 @@ class Layout:
         self.arrays: dict[str, Declared] = {}
 
     def record(self, name: str, dtype: np.dtype[Any], *, saved: bool = False) -> Any:
-        """Declare a single record; return the function by which compiled code finds it.
+        """Declare a single record; return the function by which compiled code accesses it.
 
         In compiled code the record is a bare pointer: reading a field is one load, without an index check.
         """
@@ -81,14 +82,14 @@ class Layout:
     def array(
         self, name: str, dtype: Any = INT64, *, rows: Size = 0, columns: Size | None = None, saved: bool = False
     ) -> Any:
-        """Declare an array; return the function by which compiled code finds it."""
+        """Declare an array; return the function by which compiled code accesses it."""
         declared = self._declare(name, np.dtype(dtype), rows, columns, saved)
         return _found_by(_finder(declared.row, declared.dtype, 1 if columns is None else 2), name)
 
     def words(self, name: str) -> Any:
-        """Return a function by which compiled code finds a declared array of records as int64[rows, fields].
+        """Return a function by which compiled code accesses a declared array of records as int64[rows, fields].
 
-        It copies records whose fields do not matter, between replicas for example; floats are copied as their bits.
+        For copying records without naming their fields, for example between replicas; floats are copied bit by bit.
         """
         declared = self.arrays[name]
         return _found_by(_finder(declared.row, INT64, 2, columns=declared.dtype.itemsize // 8), f"{name}_words")
@@ -143,7 +144,7 @@ class State:
         """Make an empty state.
 
         Args:
-            layout: the arrays it has. sizes: what the sizes in the layout's declarations are functions of.
+            layout: the declared arrays. sizes: the argument of the declarations' size functions.
             arrays: arrays to use instead of empty ones.
         """
         self._layout = layout
@@ -156,7 +157,7 @@ class State:
         def __getattr__(self, name: str) -> NDArray[Any]: ...
 
     def replace(self, **arrays: NDArray[Any]) -> None:
-        """Use other arrays from now on, mostly longer ones; the table follows."""
+        """Use other arrays from now on, usually longer ones, and update the table."""
         declared = self._layout.arrays
         entries = [_table_entry(name, declared[name].dtype, array) for name, array in arrays.items()]
         vars(self).update(arrays)
@@ -171,7 +172,7 @@ def _table_entry(name: str, dtype: np.dtype[Any], array: NDArray[Any]) -> tuple[
     """Return address, rows and columns of an array."""
     if not array.flags.c_contiguous or (array.dtype is not dtype and array.dtype != dtype):
         raise TypeError(f"{name} is {array.dtype}; compiled code needs a contiguous array of {dtype}")
-    # An array of records describes its fields each time its interface is read; plain words do not.
+    # As words, because the interface of an array of records is slow: it describes every field each time.
     words = array if dtype.names is None else array.view(INT64)
     return words.__array_interface__["data"][0], len(array), array.shape[1] if array.ndim == 2 else 1
 
@@ -186,7 +187,7 @@ def _fields_type(dtype: np.dtype[Any]) -> type[ctypes.Structure]:
 def fields_of(record: NDArray[Any]) -> Any:
     """Return the fields of an array of one record as attributes, for Python to read and write.
 
-    An attribute takes some 30 ns, where ``record["name"][0]`` takes 200 ns or more.
+    An attribute access takes about 30 ns, ``record["name"][0]`` 200 ns or more.
     """
     return _fields_type(record.dtype).from_buffer(record.data)
 
@@ -195,8 +196,8 @@ _A = TypeVar("_A", bound=np.generic)
 
 
 def longer(array: NDArray[_A], rows: int) -> NDArray[_A]:
-    """Return a copy with this many rows, zero in the new ones."""
+    """Return a copy with this many rows; the new rows are zero."""
     made = np.zeros((rows, *array.shape[1:]), dtype=array.dtype)
-    # As words: NumPy copies records field by field.
+    # As words, because NumPy copies records field by field, which is slow.
     made[: len(array)].view(INT64)[...] = array.view(INT64)
     return made

@@ -1,6 +1,7 @@
-"""The loop: form a batch, price it, end it, until something outside may touch the replica.
+"""The loop: form a batch, price it, end it, until something outside may act on the replica.
 
-An iteration is formed at its start and its effects happen at its end, so a call of `advance` may stop in the middle.
+A batch is formed and priced at the start of its iteration and takes effect at its end, so a call of `advance` may
+return in the middle of one (``in_iteration``). The last module of the kernel: it uses all others.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ from sim.engine.kernel.state import (
 
 @compiled()
 def _fill_layer_loads(s: Table) -> int:
-    """Fill ``layer_loads`` with what each layer sees of the batch, equal layers together in order of the first of each.
+    """Fill ``layer_loads`` with the load of each layer; layers with equal loads share a row, in order of appearance.
 
     Returns:
-        How many rows there are; their columns are those of ``sim.cost.latency.layered_iteration_seconds``.
+        The number of rows; their 7 columns are those of ``sim.cost.latency.layered_iteration_seconds``.
     """
     n, requests, slots, sets, words, batch, layers, loads, keep_tokens = (
         counters_of(s),
@@ -75,12 +76,14 @@ def _fill_layer_loads(s: Table) -> int:
             computed = requests[slot.request].computed_tokens
             if computed < requests[slot.request].prefill_tokens:
                 tokens += chunk
+                # Token k of the chunk attends to computed + k tokens, k = 1 ... chunk.
                 contexts += chunk * computed + chunk * (chunk + 1) // 2
             else:
                 keep = slot.kv_keep_id
                 decodes += 1
                 context += min(computed, keep_tokens[keep, layer]) if keep >= 0 else computed
         if n.decodes_in_batch:
+            # A decode at clock c has since + c tokens, and context_tokens sums only since (`_join_decodes`).
             for k in range(n.kv_set_count):
                 if _has(words, k, layer):
                     decodes += sets[k].decodes
@@ -110,11 +113,11 @@ def _fill_layer_loads(s: Table) -> int:
 
 @compiled()
 def _start(s: Table, now_s: float) -> None:
-    """Price the batch and put it under way."""
+    """Price the batch and start its iteration."""
     n, requests, slots, sets, batch = counters_of(s), requests_of(s), slots_of(s), kv_sets_of(s), batch_of(s)
-    # Not the literal: numba would compile all that prices an iteration for an argument that is always 0 as well.
+    # Not a literal 0: Numba would compile the pricing functions once more, for arguments that are always 0.
     prefill = prefill_contexts = decodes = contexts = sequences = ZERO
-    uniform = True  # every layer sees the same tokens
+    uniform = True  # every layer has the same load, so one price per block suffices
     for j in range(n.batch_chunks):
         slot, tokens = slots[batch[j].slot], batch[j].tokens
         request = requests[slot.request]
@@ -129,7 +132,7 @@ def _start(s: Table, now_s: float) -> None:
             contexts += computed
             uniform = uniform and slot.kv_set == n.decode_set and slot.kv_keep_id < 0
         if computed + tokens == request.prompt_tokens + request.produced_tokens:
-            sequences += 1  # it reaches the LM head
+            sequences += 1  # its last token reaches the LM head and yields the next one
     if n.decodes_in_batch:
         decodes += n.decoding
         sequences += n.decoding
@@ -157,6 +160,7 @@ def _start(s: Table, now_s: float) -> None:
 
 @compiled(inline=True)
 def _count_itl(s: Table, itl_s: float, count: int) -> None:
+    """Log that ``count`` requests got a token ``itl_s`` seconds after their last one."""
     n, itl_counts = counters_of(s), itl_counts_of(s)
     itl_counts[n.itl_count].itl_s, itl_counts[n.itl_count].count = itl_s, count
     n.itl_count += 1
@@ -164,7 +168,7 @@ def _count_itl(s: Table, itl_s: float, count: int) -> None:
 
 @compiled()
 def _finish(s: Table, i: int, now_s: float) -> None:
-    """Free what a request holds that has its last token; its record is up to date."""
+    """End the request of slot i, which has its last token, and free its KV; its record is up to date."""
     n, slot = counters_of(s), slots_of(s)[i]
     request = requests_of(s)[slot.request]
     request.finish_s = now_s
@@ -179,17 +183,18 @@ def _finish(s: Table, i: int, now_s: float) -> None:
 
 @compiled()
 def _finish_due(s: Table, now_s: float) -> None:
-    """Finish the decoding requests that have their last token at this clock."""
+    """Finish the decoding requests that get their last token at this clock."""
     n, slots = counters_of(s), slots_of(s)
     due, clock, next_due, end = due_clocks_of(s), n.clock, NEVER, len(slots) - 1
     i = slots[end].next
-    while n.prefix_caching and i != end:  # in order of admission: what is freed first is taken first
+    # With a prefix cache the order of release matters, since blocks freed first are taken first: by admission.
+    while n.prefix_caching and i != end:
         after = slots[i].next
         if due[i] == clock:
             _leave_decodes(s, i)
             _finish(s, i, now_s)
         i = after
-    for i in range(end):
+    for i in range(end):  # without one, the order does not matter: a plain pass over the array is faster
         if due[i] == clock:
             _leave_decodes(s, i)
             _finish(s, i, now_s)
@@ -200,13 +205,13 @@ def _finish_due(s: Table, now_s: float) -> None:
 
 @compiled(inline=True)
 def _end_prefill(s: Table, i: int) -> None:
-    """Let a request hold on to the KV of its decode alone, as the running plan keeps it."""
+    """Free the KV that decode will not read: layers that it does not run, tokens that the plan does not keep."""
     n, slot = counters_of(s), slots_of(s)[i]
     after, computed = kv_sets_of(s)[slot.kv_set].after_prefill, requests_of(s)[slot.request].computed_tokens
     if after != slot.kv_set or n.kv_keep_id >= 0:
         held = blocks_of(s, i, computed)
         slot.kv_set = after
-        if n.kv_keep_id >= 0 and slot.shared_blocks == 0:
+        if n.kv_keep_id >= 0 and slot.shared_blocks == 0:  # a request that holds prefix blocks keeps every token
             slot.kv_keep_id = n.kv_keep_id
             n.windowed += 1
         _release(s, held - blocks_of(s, i, computed), NO_OWNER)
@@ -214,7 +219,7 @@ def _end_prefill(s: Table, i: int) -> None:
 
 @compiled()
 def _end_chunk(s: Table, i: int, tokens: int, now_s: float) -> None:
-    """Count a request's tokens of this iteration; if it has caught up, it gets its next token."""
+    """Count the tokens that slot i computed; if all its tokens are computed, it gets its next token."""
     n, slot = counters_of(s), slots_of(s)[i]
     request, held_set = requests_of(s)[slot.request], kv_sets_of(s)[slot.kv_set]
     decoding = request.computed_tokens >= request.prefill_tokens
@@ -242,12 +247,13 @@ def _end_chunk(s: Table, i: int, tokens: int, now_s: float) -> None:
     request.last_token_s = now_s
     if request.produced_tokens == request.output_limit_tokens:
         _finish(s, i, now_s)
-    elif not n.eager:
+    elif not n.eager:  # after an eager iteration `_count_decodes` adds all decodes
         _join_decodes(s, i)
 
 
 @compiled(inline=True)
 def _log_iteration(s: Table, used_share: float) -> None:
+    """Add a row for the iteration that ends; ``used_share`` of the pool was held during it."""
     n = counters_of(s)
     row = iteration_log_of(s)[n.log_count]
     row.start_s, row.end_s, row.kv_used_share = n.start_s, n.end_s, used_share
@@ -259,7 +265,7 @@ def _log_iteration(s: Table, used_share: float) -> None:
 
 @compiled()
 def _end(s: Table) -> None:
-    """End the iteration under way: tokens, finishes, the log."""
+    """End the iteration under way: log it, count its tokens, finish requests."""
     n, batch, groups = counters_of(s), batch_of(s), last_token_groups_of(s)
     now_s = n.end_s
     n.now_s = now_s
@@ -270,6 +276,7 @@ def _end(s: Table) -> None:
     if n.log_enabled:
         _log_iteration(s, n.used_blocks_before / max(n.pool_blocks, 1))
     if n.decodes_in_batch:
+        # Every decoding request gains one token: the clock advances, and only the sums change.
         decodes = n.decoding
         n.clock += 1
         n.produced_tokens += decodes
@@ -277,6 +284,7 @@ def _end(s: Table) -> None:
         for group in range(n.group_count):
             if groups[group].requests > 0:
                 _count_itl(s, now_s - groups[group].last_token_s, groups[group].requests)
+        # All of them now have their last token at the same time: one group.
         groups[0].last_token_s, groups[0].requests, n.group_count = now_s, decodes, 1
         if n.clock >= n.next_due:
             _finish_due(s, now_s)
@@ -291,18 +299,18 @@ def _end(s: Table) -> None:
 
 @compiled()
 def advance(s: Table, horizon_s: float) -> int:
-    """Serve whole iterations from ``now_s`` on; what is due at ``now_s`` is done first.
+    """Serve from ``now_s`` on; changes that are due at ``now_s`` happen first.
 
     Args:
-        s: the replica, changed in place; its ``now_s`` says how far it came.
-        horizon_s: serve up to this moment, and start no iteration then.
+        s: the replica, changed in place; its ``now_s`` is the time it has reached.
+        horizon_s: serve up to this time and start no iteration at it.
     Returns:
-        ``HORIZON``: it came that far, perhaps into the middle of an iteration. ``NEEDS``: the plan graph has to work
-        out first what ``needed`` names. ``GROW``: the logs have to grow first. ``STALLED``: it is `idle`, or what waits
-        cannot start until something outside changes.
+        ``HORIZON``: it reached ``horizon_s``, perhaps in the middle of an iteration. ``NEEDS``: Python has to add to
+        the plan graph what ``needed`` names. ``GROW``: Python has to make a log longer. ``STALLED``: it is `idle`, or
+        the waiting requests cannot start until something outside changes.
     """
     n, log, itl_counts = counters_of(s), iteration_log_of(s), itl_counts_of(s)
-    room = 2 * len(slots_of(s)) + 2  # rows of itl_counts that one iteration may need
+    room = 2 * len(slots_of(s)) + 2  # rows of itl_counts that one iteration may need: a group and a chunk per slot
     if not n.in_iteration:
         why = _change_if_due(s, n.now_s)
         if why != STALLED:
@@ -330,6 +338,7 @@ def advance(s: Table, horizon_s: float) -> int:
         if n.batch_chunks > 0 or n.decodes_in_batch:
             _start(s, now_s)
             continue
+        # The batch is empty. If requests were preempted, there is room now; otherwise wait for the next event.
         if n.eager:
             _count_decodes(s)
         if victims > 0:

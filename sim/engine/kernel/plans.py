@@ -1,7 +1,10 @@
-"""Plans and memory: what changes between two iterations (the rules are in sim/engine/sim_engine.py).
+"""Plan and memory changes between two iterations, by the rules of sim/engine/protocol.py.
 
-A plan change moves the replica along the plan graph (sim/engine/plan_graph.py). Where that has no edge yet, ``needed`` names
-what Python has to work out, and nothing has changed until it is there.
+A plan change moves the replica along an edge of the plan graph (sim/engine/plan_graph.py). If that edge or a price is
+missing, ``needed`` names what Python has to add, and the replica stays unchanged until the call is repeated.
+
+Sets of layers have W words each: ``kv_set_words[k]``, ``candidate_sets[k]``, and ``residency_words[residency]`` with
+the set of prefill in its first W columns and that of decode in the others.
 """
 
 from __future__ import annotations
@@ -58,11 +61,11 @@ from sim.engine.kernel.state import (
 
 @compiled()
 def follow_budget(s: Table, now_s: float) -> None:
-    """Bring the budget up to ``now_s`` and count the seconds in which more was held than it allowed."""
+    """Advance the budget to ``now_s`` and count the seconds in which the held bytes exceeded it."""
     n, budget = counters_of(s), budget_of(s)
     used = n.pool_blocks - n.free_blocks
     if not n.in_iteration and n.end_s == now_s:
-        used = n.used_blocks_before  # what was held until this moment, at which an iteration ended
+        used = n.used_blocks_before  # an iteration ended just now: use the blocks held until its end
     held_bytes = n.weight_bytes + n.incoming_bytes + n.workspace_bytes + used * n.block_bytes
     while True:
         step = n.budget_step
@@ -79,14 +82,14 @@ def follow_budget(s: Table, now_s: float) -> None:
 
 @compiled(inline=True)
 def wanted_target(s: Table) -> int:
-    """Return the plan that is wanted, whether its change has begun or not."""
+    """Return the number of the wanted plan, whether or not its change has begun."""
     n = counters_of(s)
     return int(n.decided_target if n.decided_target >= 0 else n.target)
 
 
 @compiled()
 def take_decisions(s: Table, now_s: float) -> bool:
-    """Want the plan that the schedule has for this moment; return whether that is another one than before."""
+    """Take the scheduled decisions that are due; return whether the wanted plan has changed."""
     n, schedule = counters_of(s), schedule_of(s)
     another = False
     while n.next_decision_s <= now_s:
@@ -101,7 +104,7 @@ def take_decisions(s: Table, now_s: float) -> bool:
 
 @compiled()
 def resize_to_budget(s: Table) -> None:
-    """Give the KV pool what the budget leaves."""
+    """Give the KV pool the memory that the budget leaves."""
     n = counters_of(s)
     left = budget_of(s)[n.budget_step].budget_bytes - n.weight_bytes - n.incoming_bytes - n.workspace_bytes
     blocks = max(0, left // n.block_bytes)
@@ -115,7 +118,7 @@ def resize_to_budget(s: Table) -> None:
 
 @compiled()
 def _charge(s: Table, victims: int, tokens: int) -> None:
-    """Charge the plan change under way with requests that lost their KV, and the tokens they had computed."""
+    """Add requests that lost their KV, and the tokens they had computed, to the row of the open plan change."""
     n, changes = counters_of(s), plan_changes_of(s)
     if n.open_change >= 0:
         changes[n.open_change].preempted += victims
@@ -124,7 +127,7 @@ def _charge(s: Table, victims: int, tokens: int) -> None:
 
 @compiled()
 def _preempt_to_fit(s: Table) -> None:
-    """Preempt the newest requests until what is held fits the pool."""
+    """Preempt the newest requests until the held KV fits the pool."""
     n, slots = counters_of(s), slots_of(s)
     while n.free_blocks < 0 and n.running > 0:
         _charge(s, 1, _preempt(s, slots[len(slots) - 1].previous))
@@ -132,7 +135,7 @@ def _preempt_to_fit(s: Table) -> None:
 
 @compiled(once=True)
 def _preempt_lacking(s: Table, layer: int) -> None:
-    """Preempt, newest first, the requests without KV of an MHA block that runs at their stage."""
+    """Preempt, newest first, the requests that lack the KV of a layer whose MHA block runs at their stage."""
     n, slots, words = counters_of(s), slots_of(s), residency_words_of(s)
     prefill_too = _has(words, n.residency, layer)
     decode_too = _has(words, n.residency, layer + LAYERS_A_WORD * kv_set_words_of(s).shape[1])
@@ -151,7 +154,7 @@ def _preempt_lacking(s: Table, layer: int) -> None:
 
 @compiled()
 def _candidate(s: Table, count: int, held: Ints, mask: Ints) -> int:
-    """Return the row among the first ``count`` candidates of what two sets share; ``count`` itself where it is new."""
+    """Return which of the first ``count`` candidates equals ``held & mask``; ``count``, its new row, if none does."""
     candidates = candidate_sets_of(s)
     for w in range(candidates.shape[1]):
         candidates[count, w] = held[w] & mask[w]
@@ -166,13 +169,13 @@ def _candidate(s: Table, count: int, held: Ints, mask: Ints) -> int:
 
 @compiled(once=True)
 def _collect_candidates(s: Table, residency: int) -> int:
-    """Collect the sets that requests will hold at a residency: of each present one, what still runs of it.
+    """Collect in ``candidate_sets`` the KV sets that requests will hold at a residency: what still runs of each.
 
-    The first two are those of the plan itself; they are one where prefill runs no more than decode. ``set_remap`` gets
-    the new set of requests in prefill and of decoding ones, by their old one.
+    The first two are the sets of the plan, prefill and decode; they are one row if they are equal. ``set_remap[k]``
+    gets the set that replaces old set k: one for requests in prefill, one for decoding requests.
 
     Returns:
-        How many there are.
+        The number of candidates.
     """
     n, slots, words, remap, blocks = (
         counters_of(s),
@@ -184,10 +187,10 @@ def _collect_candidates(s: Table, residency: int) -> int:
     end = len(slots) - 1
     prefill = residency_words_of(s)[residency]
     decode = prefill[words.shape[1] :]
-    # First mark the sets that are held (0), so that no candidate stands for a set without a holder.
+    # First mark the sets that are held (0), so that sets without a holder add no candidate.
     for k in range(n.kv_set_count):
         remap[k].prefill = remap[k].decode = -1
-    for number in range(1, n.prefix_block_count + 1):  # a prefix block loses what prefill drops
+    for number in range(1, n.prefix_block_count + 1):  # a held prefix block loses the layers that prefill drops
         if blocks[number].holders > 0:
             remap[blocks[number].kv_set].prefill = 0
     i = slots[end].next
@@ -213,7 +216,7 @@ def _collect_candidates(s: Table, residency: int) -> int:
 
 @compiled()
 def _replace_sets(s: Table, count: int, decode: Ints) -> None:
-    """Make the candidates the KV sets in use."""
+    """Copy the candidates to the KV sets in use, with empty sums over decodes."""
     n, sets, words, candidates, remap = (
         counters_of(s),
         kv_sets_of(s),
@@ -230,7 +233,7 @@ def _replace_sets(s: Table, count: int, decode: Ints) -> None:
             words[k, w] = bits
             while bits:
                 layers += 1
-                bits &= bits - 1
+                bits &= bits - 1  # clears the lowest bit
         sets[k].layers, sets[k].decodes, sets[k].context_tokens = layers, 0, 0
         sets[k].after_prefill = _candidate(s, count, candidates[k], decode)
     n.kv_set_count = count
@@ -238,7 +241,7 @@ def _replace_sets(s: Table, count: int, decode: Ints) -> None:
 
 @compiled(once=True)
 def _change_sets(s: Table, count: int, decode: Ints) -> None:
-    """Let requests hold the KV of the candidate sets, and free the rest; their records are up to date (`settle`)."""
+    """Move every request to its candidate set and free the KV that it loses; records are up to date (`settle`)."""
     n, requests, slots, sets, remap, phases, blocks = (
         counters_of(s),
         requests_of(s),
@@ -249,12 +252,15 @@ def _change_sets(s: Table, count: int, decode: Ints) -> None:
         prefix_blocks_of(s),
     )
     end, windowed = len(slots) - 1, n.windowed > 0
+    # The freed blocks are the difference of the held blocks before and after. Without kv_keep, all layers of a request
+    # have equally many blocks, so the dropped layers times that number suffice.
     freed = 0
     i = slots[end].next
     while windowed and i != end:
         freed += blocks_of(s, i, requests[slots[i].request].computed_tokens)
         i = slots[i].next
     _replace_sets(s, count, decode)
+    # The sums over decodes are per KV set, so they are built again.
     phases[:] = 0
     i = slots[end].next
     while i != end:
@@ -283,17 +289,17 @@ def _change_sets(s: Table, count: int, decode: Ints) -> None:
 
 @compiled(once=True)
 def _find_prices(s: Table, residency: int, count: int, candidates_too: bool) -> bool:
-    """Find what tokens cost at a residency by the set that their request holds: ``set_remap``'s prices.
+    """Find the price of each KV set at a residency and store its row in ``set_remap``.
 
     Returns:
-        Whether all are known; if not, ``needed`` is set, and the last candidate is the set to be priced.
+        Whether all prices are known. If not, ``needed`` is set, and the last candidate row is the set to price.
     """
     n, candidates, prices, price_words = counters_of(s), candidate_sets_of(s), prices_of(s), price_words_of(s)
     words = candidates.shape[1]
     for k in range(count):
         held = candidates[k] if candidates_too else kv_set_words_of(s)[k]
         at = residencies_of(s)[residency].first_price
-        while at >= 0:
+        while at >= 0:  # prices of one residency form a linked list
             same = True
             for w in range(words):
                 same = same and price_words[at, w] == held[w]
@@ -315,7 +321,7 @@ def _find_prices(s: Table, residency: int, count: int, candidates_too: bool) -> 
 
 @compiled(once=True)
 def _copy_residency(s: Table, residency: int, count: int) -> None:
-    """Copy what a residency says to where iterations read it: limits, blocks of each layer, prices of each KV set."""
+    """Copy a residency to where iterations read it: limits, blocks of each layer, parameters and prices of KV sets."""
     n, row, sets, remap = counters_of(s), residencies_of(s)[residency], kv_sets_of(s), set_remap_of(s)
     n.residency, n.target, n.weight_bytes = residency, row.target, row.weight_bytes
     n.kv_keep_id, n.max_waiting = row.kv_keep_id, row.max_waiting
@@ -339,9 +345,10 @@ def _copy_residency(s: Table, residency: int, count: int) -> None:
 
 @compiled()
 def enter_residency(s: Table, residency: int, now_s: float) -> bool:
-    """Run what a residency says; return whether all that this takes is known, else nothing has changed."""
+    """Switch to a residency; return False, with the replica unchanged, if a price has to be added first."""
     n, words, log = counters_of(s), residency_words_of(s), resident_bytes_log_of(s)
     half = words.shape[1] // 2
+    # other_*: the set of MHA blocks differs from the present one. one_set: prefill and decode run the same blocks.
     other_prefill = other_decode = n.residency < 0
     one_set, some = True, False
     for w in range(half):
@@ -357,7 +364,7 @@ def enter_residency(s: Table, residency: int, now_s: float) -> bool:
         return False
     settle(s)
     if other_prefill or caching != (n.caching != 0):
-        forget_kept_kv(s)  # it lacks a layer, or has one too many
+        forget_kept_kv(s)  # that KV lacks a layer, or has one too many
         _forget_prefix_blocks(s)
     n.caching = caching
     if new_sets:
@@ -373,7 +380,7 @@ def enter_residency(s: Table, residency: int, now_s: float) -> bool:
 
 @compiled(once=True)
 def _end_copy(s: Table, now_s: float) -> bool:
-    """Let the layer whose copy is complete run from now on, in the place of what it replaces."""
+    """Start to run the layer whose copy is complete; return False if the plan graph has to be extended first."""
     n, copy, changes = counters_of(s), copies_of(s)[counters_of(s).copy], plan_changes_of(s)
     if copy.after < 0:
         n.needed, n.needed_residency, n.needed_index = NEED_COPY_END, n.residency, n.copy
@@ -392,7 +399,7 @@ def _end_copy(s: Table, now_s: float) -> bool:
 
 @compiled(once=True)
 def _keep_copy(s: Table) -> None:
-    """Go on with the copy under way if the new plan still wants it; else let it go."""
+    """Continue the copy under way if the new plan needs exactly that copy; otherwise abandon it."""
     n, copies, here = counters_of(s), copies_of(s), residencies_of(s)[counters_of(s).residency]
     if n.copy < 0:
         return
@@ -409,7 +416,7 @@ def _keep_copy(s: Table) -> None:
 
 @compiled(once=True)
 def _begin_change(s: Table, now_s: float) -> bool:
-    """Drop what the plan decided on does not run, and go on with the copy under way if it still wants it."""
+    """Begin the change decided on: drop blocks and keep or abandon the copy; return False if an edge is missing."""
     n, decisions = counters_of(s), decisions_of(s)
     target, before, before_bytes = n.decided_target, n.residency, n.weight_bytes
     at = residencies_of(s)[before].first_decision
@@ -435,6 +442,11 @@ def _begin_change(s: Table, now_s: float) -> bool:
 
 @compiled(once=True)
 def _carry_out(s: Table, now_s: float) -> bool:
+    """Carry out what is due; return False if the plan graph has to be extended first.
+
+    The order is that of ``Replica._change_plan``: a complete copy joins, the newest decision drops blocks, the pool
+    takes the free memory, and the next copy starts.
+    """
     n, changes = counters_of(s), plan_changes_of(s)
     if n.copy >= 0 and n.copy_end_s <= now_s and not _end_copy(s, now_s):
         return False
@@ -460,10 +472,10 @@ def _carry_out(s: Table, now_s: float) -> bool:
 
 @compiled(once=True)
 def change_plan(s: Table, now_s: float) -> bool:
-    """Do what is due of plan and memory changes, between two iterations.
+    """Carry out due plan and memory changes between two iterations.
 
     Returns:
-        Whether all of it is done. If not, ``needed`` says what the plan graph has to work out first: then call again.
+        Whether they are done. If not, ``needed`` names what has to be added to the plan graph before the next call.
     """
     n = counters_of(s)
     follow_budget(s, now_s)
@@ -475,7 +487,7 @@ def change_plan(s: Table, now_s: float) -> bool:
 
 @compiled()
 def change_due_s(s: Table) -> float:
-    """Return from when on memory or the plan have to change before the next iteration."""
+    """Return the time from which a plan or memory change is due before the next iteration; ``-inf`` for now."""
     n, budget = counters_of(s), budget_of(s)
     if n.decided_target >= 0 or n.budget_moved:
         return -np.inf
@@ -487,7 +499,7 @@ def change_due_s(s: Table) -> float:
 
 @compiled()
 def _change_if_due(s: Table, now_s: float) -> int:
-    """Change plan and memory if it is time; return ``STALLED``, or why that is not done yet: ``GROW``, ``NEEDS``."""
+    """Carry out plan and memory changes if due; return ``STALLED`` when done, ``GROW`` or ``NEEDS`` if blocked."""
     n = counters_of(s)
     while now_s >= change_due_s(s):
         if n.change_count == len(plan_changes_of(s)) or n.resident_bytes_count + 2 > len(resident_bytes_log_of(s)):

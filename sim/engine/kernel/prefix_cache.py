@@ -1,23 +1,13 @@
-"""The prefix cache: KV of the first tokens of prompts, shared by the requests that begin alike, as in vLLM V1.
+"""The prefix cache: KV of the first tokens of prompts, shared by requests that begin alike, as in vLLM V1.
 
-A **prefix block** is what one hash id of a trace stands for: some tokens of a prompt (``prefix_block_tokens``), all
-tokens before them the same. Rules:
+sim/engine/protocol.py states the rules. A **prefix block** is the KV of one hash id: ``prefix_block_tokens`` tokens of
+a prompt. Here it is a row of ``prefix_blocks``, numbered from 1; its KV blocks are counted, not numbered. Arrays:
 
-1. Requests find a prefix block if they are admitted after a prefill has passed its end. A request holds the longest run
-   of its prompt's first blocks that it finds, together with every other request that does; the run is in the pool once.
-   Found tokens are not computed. At least one token is, so a block that ends a prompt is computed again. A block that
-   lies only partly in a prompt does not count.
-2. When two requests compute the same block at once, the second keeps a private copy; the blocks after it are shared if
-   they are new.
-3. A request that ends or is preempted frees its own KV blocks first, then its prefix blocks from the last to the first.
-   A prefix block without holders is free and still found. The longest free are taken first, and a prefix block is lost
-   with the first of its KV blocks. With ``reuse_preempted_kv`` a preempted request also finds its own KV after them.
-4. When the MHA blocks that prefill runs change, blocks from before are not found again: they are other KV. Running
-   requests keep holding theirs, without the layers that prefill drops, and add nothing to the cache. Other precisions
-   or FFN blocks leave the cache as it is, as they leave the KV of running requests.
-5. While prefill and decode run different MHA blocks, or a plan does not keep every token (``kv_keep``), nothing is
-   cached or found, and the cache is emptied when such a plan starts and when it ends. A request that holds prefix
-   blocks keeps every token and, for those blocks, every layer that prefill runs.
+* ``hash_ids``: the ids of all prompts, one after the other; prompt r has those from ``prompts[r].hash_at`` on.
+* ``prefix_block_of_id``: hash id -> the prefix block that requests find by it; 0 for none.
+* ``held_prefix_blocks``: same places as ``hash_ids``: the prefix block that the request holds there; 0 for none.
+
+A prefix block without holders is a free run (sim/engine/kernel/kv.py) whose owner is ``NO_OWNER - number``.
 """
 
 from __future__ import annotations
@@ -43,11 +33,11 @@ from sim.engine.kernel.state import (
 
 @compiled()
 def _find_prefix(s: Table, r: int) -> int:
-    """Return the tokens that a waiting request finds; ``found_held_blocks`` counts the blocks that others hold."""
+    """Return the tokens that a waiting request finds; ``found_held_blocks`` counts those blocks that others hold."""
     n, request, hash_ids, blocks = counters_of(s), requests_of(s)[r], hash_ids_of(s), prefix_blocks_of(s)
     n.found_held_blocks = 0
     first = place = prompts_of(s)[r].hash_at
-    # One token less than there are: the last is always computed, for it yields the next one.
+    # Without the last token: it is always computed, because the next token is sampled from its output.
     end = first + _prefix_blocks_in(s, r, request.prompt_tokens + request.produced_tokens - 1)
     while place < end:
         number = prefix_block_of_id_of(s)[hash_ids[place]]
@@ -60,14 +50,14 @@ def _find_prefix(s: Table, r: int) -> int:
 
 @compiled()
 def _hold_prefix_blocks(s: Table, i: int, count: int) -> None:
-    """Let a request hold the first prefix blocks of its prompt, all of which are found; it goes on from there."""
+    """Let slot i hold the first ``count`` prefix blocks of its prompt, all of which are in the cache."""
     n, slot, hash_ids, free_runs = counters_of(s), slots_of(s)[i], hash_ids_of(s), free_runs_of(s)
     prompt = prompts_of(s)[slot.request]
     for place in range(prompt.hash_at, prompt.hash_at + count):
         number = prefix_block_of_id_of(s)[hash_ids[place]]
         block = prefix_blocks_of(s)[number]
         held_prefix_blocks_of(s)[place] = number
-        if block.holders == 0:  # its KV blocks were free
+        if block.holders == 0:  # its KV blocks were free: take them out of the pool
             run = free_runs[block.free_run]
             n.free_blocks -= run.blocks
             run.owner, run.blocks = NO_OWNER, 0
@@ -79,14 +69,14 @@ def _hold_prefix_blocks(s: Table, i: int, count: int) -> None:
 
 @compiled()
 def _fill_cache(s: Table, i: int) -> None:
-    """Let others find the prefix blocks that a prefill has passed; where they find one already, this stays private."""
+    """Add the prefix blocks whose end a prefill has passed; if a block is cached already, this copy stays private."""
     n, slot, hash_ids, block_of_id = counters_of(s), slots_of(s)[i], hash_ids_of(s), prefix_block_of_id_of(s)
     prompt, computed = prompts_of(s)[slot.request], requests_of(s)[slot.request].computed_tokens
     while computed >= slot.fill_tokens:
         count = slot.fill_tokens // n.prefix_block_tokens
         place = prompt.hash_at + count - 1
         if block_of_id[hash_ids[place]] == 0:
-            number = n.free_prefix_block
+            number = n.free_prefix_block  # free numbers form a list, linked by ``free_run``
             if number > 0:
                 n.free_prefix_block = prefix_blocks_of(s)[number].free_run
             else:
@@ -102,7 +92,7 @@ def _fill_cache(s: Table, i: int) -> None:
 
 @compiled()
 def _release_prefix_blocks(s: Table, i: int) -> None:
-    """Stop holding a request's prefix blocks, from the last to the first; its own KV blocks are free by then."""
+    """Stop holding slot i's prefix blocks, from the last to the first, after its own KV blocks were freed."""
     n, slot, held = counters_of(s), slots_of(s)[i], held_prefix_blocks_of(s)
     prompt = prompts_of(s)[slot.request]
     slot.shared_blocks = 0
@@ -114,13 +104,13 @@ def _release_prefix_blocks(s: Table, i: int) -> None:
         block = prefix_blocks_of(s)[number]
         kv_blocks = kv_sets_of(s)[block.kv_set].layers * n.prefix_block_kv_blocks
         if block.holders == 1 and block.hash_id >= 0 and n.free_blocks < 0:
-            _forget_prefix_block(s, number)  # the pool has shrunk and takes some of its KV blocks
+            _forget_prefix_block(s, number)  # the pool is in debt and will absorb some of its KV blocks
         block.holders -= 1
         if block.holders > 0:
             continue
         if block.hash_id >= 0:
             _release(s, kv_blocks, NO_OWNER - number)
-        else:
+        else:  # no request can find it: its number is free for a new block
             _release(s, kv_blocks, NO_OWNER)
             block.holders, block.free_run = -1, n.free_prefix_block
             n.free_prefix_block = number
@@ -128,7 +118,7 @@ def _release_prefix_blocks(s: Table, i: int) -> None:
 
 @compiled(once=True)
 def _forget_prefix_blocks(s: Table) -> None:
-    """Let no request find a prefix block again; running requests hold theirs on, and fill no more."""
+    """Clear the cache; running requests keep the prefix blocks that they hold, and add no more."""
     n, slots, blocks = counters_of(s), slots_of(s), prefix_blocks_of(s)
     for i in range(len(slots)):
         slots[i].fill_tokens = NEVER

@@ -1,10 +1,11 @@
-"""Everything that a replica is, field by field. Compiled code finds each array with the function declared for it here.
+"""The state of a replica, field by field, with units; each array is declared together with its access function.
 
 A request is its index in the order of arrival; a running one also has a **slot**. Each running request holds the KV of
-one set of MHA blocks, its **KV set**; few of them differ, so a slot refers to a row of `kv_sets`. Between two plans a
-replica is at a **residency**: what is on the device, and the plan that is wanted (sim/engine/plan_graph.py).
+one set of MHA blocks, its **KV set**; there are few different sets, so a slot refers to a row of `kv_sets`. At any time
+a replica is at a **residency**: the blocks on the device, and the wanted plan (sim/engine/plan_graph.py).
 
-Sets of layers are bits, `LAYERS_A_WORD` in an int64, in W = ceil(layers / `LAYERS_A_WORD`) words.
+Shapes: ``rows`` and ``columns`` of each declaration, as functions of `Sizes` ``z``; arrays without them start empty and
+are replaced by longer ones. A set of layers is W = ceil(layers / `LAYERS_A_WORD`) int64 words.
 """
 
 from __future__ import annotations
@@ -22,23 +23,25 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 NEVER = 1 << 62
-"""A clock, or a number of tokens, that is not reached."""
+"""A clock value, or a number of tokens, that is never reached."""
 WAITING, RUNNING, FINISHED, REJECTED = range(4)
 """The values of ``sim.results.records.Status``."""
 ZERO = constant(0)
+"""0 as a typed value (``sim.compiled.constant``)."""
 NO_OWNER = constant(-1)
-"""The owner of free KV blocks that hold nothing of use (sim/engine/kv_pool.py)."""
+"""The owner of free KV blocks that no one can reuse (sim/engine/kv_pool.py)."""
 ALL_TOKENS = constant(-1)
 """The ``kv_keep_id`` of a request or plan that keeps all tokens."""
 HORIZON, NEEDS, GROW, STALLED = range(4)
-"""Why `advance` returned; it says what each means."""
+"""Why `advance` returned; its docstring explains each."""
 NEED_DECISION, NEED_COPY_END, NEED_PRICE = range(3)
-"""What the plan graph has to work out: the values of ``needed``."""
+"""What Python has to add to the plan graph: the values of ``needed``."""
 LAYERS_A_WORD = 60
+"""Layers per word; fewer than 64, so that words stay positive."""
 
 
 class SchedulingRule(IntEnum):
-    """Who comes first in a batch (sim/engine/scheduler.py). What a rule means is in the first part of admission.py."""
+    """The schedulers (sim/engine/scheduler.py); the first part of admission.py implements what differs."""
 
     CHUNKED = 0
     PREFILL_FIRST = 1
@@ -48,16 +51,16 @@ CHUNKED, PREFILL_FIRST = (int(rule) for rule in SchedulingRule)
 
 
 class Sizes(NamedTuple):
-    """What the sizes of the arrays of one replica follow from."""
+    """The quantities that determine the array sizes of one replica."""
 
     slots: int  # requests that may run at once
-    layers: int  # of the model
-    words: int  # int64 words of a set of layers
+    layers: int  # layers of the model
+    words: int  # W: int64 words of a set of layers
     block_tokens: int  # tokens of a KV block
-    kv_sets: int  # that can differ at once
-    free_runs: int  # of KV blocks
-    precisions: int  # of weights
-    log_rows: int  # of the iteration log at first
+    kv_sets: int  # KV sets that can exist at once
+    free_runs: int  # runs of free KV blocks that can exist at once
+    precisions: int  # number of weight precisions
+    log_rows: int  # initial rows of the iteration log
 
 
 REPLICA = Layout()
@@ -70,72 +73,72 @@ COUNTERS = np.dtype(
         ("scheduling_rule", INT64),  # SchedulingRule
         ("max_batch_tokens", INT64),  # tokens that an iteration may compute
         ("long_prefill_tokens", INT64),  # longest chunk of a prompt, tokens; 0 for no limit
-        ("reserve_full_prompt", INT64),  # whether admission needs room for the whole prompt
+        ("reserve_full_prompt", INT64),  # whether admission needs room for the full prompt
         ("block_tokens", INT64),  # tokens of a KV block
         ("block_bytes", INT64),  # bytes of a KV block of one layer
         ("workspace_bytes", INT64),  # activations and the like, bytes
         ("slots", INT64),  # requests that may run at once under any plan
-        ("least_free_blocks", INT64),  # KV blocks that an admission leaves free, whatever the pool
-        ("watermark_share", FLOAT64),  # and share of the pool that it leaves free in addition
+        ("least_free_blocks", INT64),  # KV blocks that an admission leaves free, for a pool of any size
+        ("watermark_share", FLOAT64),  # share of the pool that it leaves free in addition
         ("reuse_preempted_kv", INT64),  # whether a preempted request may find its KV again
         ("recompute_on_restore", INT64),  # whether a restored MHA block preempts requests that lack its KV
-        ("quality_charged", INT64),  # whether requests are charged nats a token
+        ("quality_charged", INT64),  # whether requests are charged nats per token
         ("log_enabled", INT64),  # whether iterations are logged
         ("prefix_caching", INT64),  # whether there is a prefix cache
         ("prefix_block_tokens", INT64),  # tokens of a prefix block
         ("prefix_block_kv_blocks", INT64),  # KV blocks of one layer that a prefix block fills
-        ("free_runs_kept", INT64),  # whether it matters who owned free KV blocks
+        ("free_runs_kept", INT64),  # whether the last owners of free KV blocks are tracked
         ("notice_s", FLOAT64),  # how long before a budget step it is announced, s
-        ("copy_slowdown", FLOAT64),  # share by which iterations take longer while weights are copied in
-        ("copy_bytes_per_s", FLOAT64),  # from host to device
+        ("copy_slowdown", FLOAT64),  # iterations during a copy take 1 + this times as long
+        ("copy_bytes_per_s", FLOAT64),  # from host to device, bytes/s
         # The running plan.
-        ("residency", INT64),  # where the replica stands in the plan graph; -1 before the first plan
-        ("target", INT64),  # plan that is wanted
-        ("decided_target", INT64),  # plan decided on and not begun yet; -1 for none
+        ("residency", INT64),  # present node of the plan graph; -1 before the first plan
+        ("target", INT64),  # number of the plan that the last change leads to
+        ("decided_target", INT64),  # number of a plan decided on whose change has not begun; -1 for none
         ("decided_s", FLOAT64),  # when it was decided on, s
         ("max_running", INT64),  # requests that may run at once
         ("max_waiting", INT64),  # requests that may wait; -1 for no limit
         ("kv_keep_id", INT64),  # row of kv_keep_tokens; -1 when all tokens stay
-        ("prefill_set", INT64),  # KV set of requests in prefill
-        ("decode_set", INT64),  # and of decoding ones
+        ("prefill_set", INT64),  # KV set that the plan runs in prefill; new requests get it
+        ("decode_set", INT64),  # KV set that the plan runs in decode
         ("kv_set_count", INT64),  # KV sets in use
         ("caching", INT64),  # whether the running plan can use the prefix cache
-        ("copy", INT64),  # copy that is under way; -1 for none
+        ("copy", INT64),  # row of the copy under way; -1 for none
         ("copy_end_s", FLOAT64),  # when it is complete, s; inf for none
-        ("incoming_bytes", INT64),  # bytes that it occupies
+        ("incoming_bytes", INT64),  # bytes of the blocks being copied in
         ("weight_bytes", INT64),  # bytes of resident weights
-        ("budget_step", INT64),  # step of the budget that holds now
-        ("budget_moved", INT64),  # whether it is new since memory was last changed
+        ("budget_step", INT64),  # step of the budget in force
+        ("budget_moved", INT64),  # whether memory has yet to follow a new step
         ("next_decision", INT64),  # first scheduled decision that has not been taken
-        ("next_decision_s", FLOAT64),  # and its time, s; inf for none
+        ("next_decision_s", FLOAT64),  # its time, s; inf for none
         ("decision_count", INT64),  # scheduled decisions
         ("open_change", INT64),  # row of the plan change that is under way; -1 for none
         ("change_count", INT64),  # rows of plan_changes
         ("resident_bytes_count", INT64),  # rows of resident_bytes_log
         ("change_preemptions", INT64),  # requests that plan changes preempted since the last iteration
-        ("violation_s", FLOAT64),  # time during which more was held than the budget allowed, s
-        ("violation_since_s", FLOAT64),  # up to when that is counted, s
-        ("needed", INT64),  # what the plan graph has to work out: NEED_...
-        ("needed_residency", INT64),  # at which residency
-        ("needed_index", INT64),  # and for which target, copy or candidate set
+        ("violation_s", FLOAT64),  # time so far in which the held bytes exceeded the budget, s
+        ("violation_since_s", FLOAT64),  # time up to which that is counted, s
+        ("needed", INT64),  # what the plan graph lacks: NEED_DECISION, NEED_COPY_END or NEED_PRICE
+        ("needed_residency", INT64),  # at this residency
+        ("needed_index", INT64),  # for this target, copy or candidate set
         # Requests.
         ("request_count", INT64),  # submitted
         ("arrived", INT64),  # arrived; also the index of the next arrival
-        ("next_arrival_s", FLOAT64),  # s; inf when none is submitted
-        ("queue_head", INT64),  # place in the queue of the first that waits
-        ("queue_tail", INT64),  # place behind the last
+        ("next_arrival_s", FLOAT64),  # its time, s; inf for none
+        ("queue_head", INT64),  # queue[head:tail] wait and have never run
+        ("queue_tail", INT64),
         ("preempted_waiting", INT64),  # preempted requests that wait, on a stack
         ("running", INT64),  # requests with a slot
         ("decoding", INT64),  # running requests that gain a token in every decoding iteration
-        ("windowed", INT64),  # running requests that keep not all tokens (kv_keep)
+        ("windowed", INT64),  # running requests that keep only some tokens (kv_keep)
         ("clock", INT64),  # decoding iterations so far
         ("next_due", INT64),  # first clock at which a decoding request has its last token
         ("group_count", INT64),  # rows of last_token_groups
         ("hash_id_count", INT64),  # hash ids of all prompts
         # KV blocks, each of one layer.
-        ("pool_blocks", INT64),  # all
-        ("free_blocks", INT64),  # free; below 0 while the pool is smaller than what is held
-        ("watermark_blocks", INT64),  # that an admission leaves free
+        ("pool_blocks", INT64),  # size of the pool
+        ("free_blocks", INT64),  # free; negative while more is held than the pool has
+        ("watermark_blocks", INT64),  # blocks that an admission leaves free
         ("free_run_head", INT64),  # free_runs[head:tail] are in use, the longest free first
         ("free_run_tail", INT64),
         ("prefix_block_count", INT64),  # prefix blocks numbered so far
@@ -143,7 +146,7 @@ COUNTERS = np.dtype(
         ("found_held_blocks", INT64),  # prefix blocks of the last `_find_prefix` that others hold already
         # The iteration under way, or the last one.
         ("in_iteration", INT64),  # whether one is under way
-        ("eager", INT64),  # whether its batch was formed request by request
+        ("eager", INT64),  # whether its batch was formed request by request (`_form_eagerly`)
         ("decodes_in_batch", INT64),  # whether all decoding requests are in it
         ("batch_chunks", INT64),  # rows of batch
         ("batch_prefill_tokens", INT64),  # prompt tokens
@@ -153,10 +156,10 @@ COUNTERS = np.dtype(
         ("batch_preemptions", INT64),  # requests preempted since the iteration before
         ("batch_extrapolated", INT64),  # whether it was priced outside the measured range
         ("used_blocks_before", INT64),  # KV blocks held until the last iteration ended
-        ("now_s", FLOAT64),  # how far the replica has come, s
-        ("start_s", FLOAT64),  # of the iteration, s
-        ("end_s", FLOAT64),  # of the iteration, s
-        ("duration_s", FLOAT64),  # of the iteration, s
+        ("now_s", FLOAT64),  # time to which the replica has advanced, s
+        ("start_s", FLOAT64),  # start of the iteration, s
+        ("end_s", FLOAT64),  # end of the iteration, s
+        ("duration_s", FLOAT64),  # duration of the iteration, s
         # Sums from the start on.
         ("waiting_tokens", INT64),  # prompt and produced tokens of waiting requests, now
         ("running_tokens", INT64),  # tokens of running requests whose KV is held, now
@@ -180,16 +183,16 @@ counters_of = REPLICA.record("counters", COUNTERS, saved=True)
 
 REQUEST = np.dtype(
     [
-        # A decoding request's record is as of the clock at which it joined: `settle` brings it up to date.
+        # The record of a decoding request dates from the clock at which it joined; `settle` brings it up to date.
         ("prompt_tokens", INT64),
         ("output_limit_tokens", INT64),  # tokens that it may produce
-        ("computed_tokens", INT64),  # whose KV exists; of a waiting one, that it finds again without the prefix cache
+        ("computed_tokens", INT64),  # tokens whose KV exists; if waiting, tokens it finds without the prefix cache
         ("produced_tokens", INT64),
         ("prefill_tokens", INT64),  # prompt and produced tokens when it was last admitted
         ("preemptions", INT64),
         ("status", INT64),  # WAITING, ...
         ("free_run", INT64),  # run of free KV blocks that still holds its KV; -1 for none
-        ("kept_params", INT64),  # parameters that ran for its tokens, summed
+        ("kept_params", INT64),  # parameters that ran, summed over its tokens
         ("arrival_s", FLOAT64),  # s
         ("admitted_s", FLOAT64),  # first admission, s; nan before
         ("first_token_s", FLOAT64),  # s; nan before
@@ -202,15 +205,15 @@ REQUEST = np.dtype(
 requests_of = REPLICA.array("requests", REQUEST)
 request_words_of = REPLICA.words("requests")
 queue_of = REPLICA.array("queue")  # requests in order of arrival; [queue_head:queue_tail] wait
-preempted_stack_of = REPLICA.array("preempted_stack", rows=lambda z: z.slots + 1, saved=True)  # the newest goes first
+preempted_stack_of = REPLICA.array("preempted_stack", rows=lambda z: z.slots + 1, saved=True)  # last in, first out
 
 SLOT = np.dtype(
     [
         ("request", INT64),
-        ("next", INT64),  # slot admitted after this one; the last slot is both ends of the ring
-        ("previous", INT64),  # and before
+        ("next", INT64),  # slot admitted after this one; the extra last slot is both ends of the ring
+        ("previous", INT64),  # slot admitted before this one
         ("kv_set", INT64),  # row of kv_sets
-        ("joined_clock", INT64),  # clock at which its request joined the decodes or was last settled
+        ("joined_clock", INT64),  # clock as of which the record of its decoding request is up to date
         ("kv_keep_id", INT64),  # row of kv_keep_tokens; -1 when all tokens stay
         ("shared_blocks", INT64),  # KV blocks of one layer in the prefix blocks that it holds
         ("fill_tokens", INT64),  # tokens at the end of the next prefix block that it fills, or NEVER
@@ -218,24 +221,24 @@ SLOT = np.dtype(
     align=True,
 )
 slots_of = REPLICA.array("slots", SLOT, rows=lambda z: z.slots + 1, saved=True)
-# Clock at which a decoding request has its last token; NEVER for another. Not a field of SLOT: every finish reads all
-# of them, and one array takes 10 % less time over a replay.
+# Clock at which a decoding request has its last token; NEVER if it does not decode. Not a field of SLOT: every finish
+# reads all of them, and a separate array makes a replay 10 % faster.
 due_clocks_of = REPLICA.array("due_clocks", rows=lambda z: z.slots + 1, saved=True)
 free_slots_of = REPLICA.array("free_slots", rows=lambda z: z.slots + 1, saved=True)  # a stack
 
 CHUNK = np.dtype([("slot", INT64), ("tokens", INT64)], align=True)  # tokens of a request that an iteration computes
 batch_of = REPLICA.array("batch", CHUNK, rows=lambda z: z.slots + 1, saved=True)
 
-# Decoding requests by the time of their last token. Group 0 got one in the last decoding iteration.
+# Numbers of decoding requests by the time of their last token. Group 0 got one in the last decoding iteration.
 GROUP = np.dtype([("last_token_s", FLOAT64), ("requests", INT64)], align=True)
 last_token_groups_of = REPLICA.array("last_token_groups", GROUP, rows=lambda z: z.slots + 2, saved=True)
 
-# KV blocks that decoding requests take in the iteration of clock c: entry -c modulo block_tokens.
+# KV blocks, over all layers, that decoding requests take in the iteration of clock c: entry -c modulo block_tokens.
 blocks_due_by_phase_of = REPLICA.array("blocks_due_by_phase", rows=lambda z: z.block_tokens, saved=True)
 
 # -- KV blocks and the prefix cache ------------------------------------------------------------------------------------
 
-# owner: request whose KV they still hold, -1 - n for prefix block n, NO_OWNER. blocks: KV blocks of one layer
+# Runs of free KV blocks. owner: the request whose KV they still hold, NO_OWNER - n for prefix block n, or NO_OWNER.
 FREE_RUN = np.dtype([("owner", INT64), ("blocks", INT64)], align=True)
 free_runs_of = REPLICA.array("free_runs", FREE_RUN, rows=lambda z: z.free_runs, saved=True)
 
@@ -248,20 +251,20 @@ PROMPT = np.dtype(
     align=True,
 )
 prompts_of = REPLICA.array("prompts", PROMPT, saved=True)  # with a prefix cache, one a request
-hash_ids_of = REPLICA.array("hash_ids")  # of all prompts, numbered from 0 on
-held_prefix_blocks_of = REPLICA.array("held_prefix_blocks", saved=True)  # that a request holds at a hash id; 0 for none
-prefix_block_of_id_of = REPLICA.array("prefix_block_of_id", saved=True)  # found by a hash id; 0 for none
+hash_ids_of = REPLICA.array("hash_ids")  # of all prompts, one after the other, numbered from 0
+held_prefix_blocks_of = REPLICA.array("held_prefix_blocks", saved=True)  # held at each place of hash_ids; 0: none
+prefix_block_of_id_of = REPLICA.array("prefix_block_of_id", saved=True)  # cached under each hash id; 0: none
 
 PREFIX_BLOCK = np.dtype(
     [
-        ("holders", INT64),  # requests that hold it; -1 for a number that is free
-        ("hash_id", INT64),  # by which it is found; -1 when it is not found any more
-        ("free_run", INT64),  # run of free KV blocks that it is without holders; of a free number, the next free one
-        ("kv_set", INT64),  # row of kv_sets: the MHA blocks whose KV it is
+        ("holders", INT64),  # requests that hold it; -1 if its number is not in use
+        ("hash_id", INT64),  # hash id by which it is found; -1 if it cannot be found any more
+        ("free_run", INT64),  # without holders: its run of free KV blocks; number not in use: the next such number
+        ("kv_set", INT64),  # row of kv_sets: the MHA blocks whose KV it contains
     ],
     align=True,
 )
-prefix_blocks_of = REPLICA.array("prefix_blocks", PREFIX_BLOCK, rows=1, saved=True)  # numbered from 1 on
+prefix_blocks_of = REPLICA.array("prefix_blocks", PREFIX_BLOCK, rows=1, saved=True)  # numbered from 1
 
 # -- sets of MHA blocks whose KV requests hold -------------------------------------------------------------------------
 
@@ -271,24 +274,24 @@ KV_SET = np.dtype(
         ("decodes", INT64),  # decoding requests that hold it
         ("context_tokens", INT64),  # sum of their tokens, less the clock for each
         ("prefill_params", INT64),  # parameters that run for a prompt token
-        ("decode_params", INT64),  # and for a decoded one
-        ("after_prefill", INT64),  # KV set that is left of it when a prefill ends
-        ("prefill_nll", FLOAT64),  # nats that the first token costs
-        ("decode_nll", FLOAT64),  # nats that each further one costs
+        ("decode_params", INT64),  # parameters that run for a decoded token
+        ("after_prefill", INT64),  # KV set that remains of it when a prefill ends
+        ("prefill_nll", FLOAT64),  # nats charged for the first token
+        ("decode_nll", FLOAT64),  # nats charged for each later token
     ],
     align=True,
 )
 kv_sets_of = REPLICA.array("kv_sets", KV_SET, rows=lambda z: z.kv_sets, saved=True)
 kv_set_words_of = REPLICA.array("kv_set_words", rows=lambda z: z.kv_sets, columns=lambda z: z.words, saved=True)
 
-# Work space of a plan change: the sets that there will be, and what becomes of each present one.
+# Work space of a plan change: the future KV sets, and which of them replaces each present one.
 candidate_sets_of = REPLICA.array("candidate_sets", rows=lambda z: z.kv_sets + 1, columns=lambda z: z.words)
 SET_REMAP = np.dtype(
     [
-        ("prefill", INT64),  # new set of requests in prefill; -1 when none holds the old one
-        ("decode", INT64),  # and of decoding ones
-        ("layers_before", INT64),
-        ("price", INT64),  # row of prices, by new set
+        ("prefill", INT64),  # new set of requests in prefill; -1 if none of them holds the old set
+        ("decode", INT64),  # new set of decoding requests; -1 if none of them holds the old set
+        ("layers_before", INT64),  # layers of the old set
+        ("price", INT64),  # row of prices for the new set with this index
     ],
     align=True,
 )
@@ -318,13 +321,13 @@ itl_counts_of = REPLICA.array("itl_counts", ITL_COUNT, rows=lambda z: 1024 + 4 *
 PLAN_CHANGE = np.dtype(
     [
         ("decided_s", FLOAT64),
-        ("ready_s", FLOAT64),  # when the last copy was complete; nan before
+        ("ready_s", FLOAT64),  # when the last copy was complete, s; nan before
         ("from_residency", INT64),
         ("target", INT64),
         ("bytes_in", INT64),  # copied in
         ("bytes_freed", INT64),
         ("preempted", INT64),  # requests
-        ("recomputed_tokens", INT64),  # that they had computed
+        ("recomputed_tokens", INT64),  # tokens that they had computed
         ("blocks_before", INT64),  # KV blocks of the pool
         ("blocks_after", INT64),
     ],
@@ -346,61 +349,62 @@ layer_loads_of = REPLICA.array("layer_loads", rows=lambda z: z.layers, columns=7
 latency_data_of = REPLICA.array("latency_data", FLOAT64)  # ``sim.cost.latency.LatencyTables``
 latency_layout_of = REPLICA.array("latency_layout")
 
-# -- what is known of the future ---------------------------------------------------------------------------------------
+# -- budget and scheduled decisions ------------------------------------------------------------------------------------
 
 BUDGET_STEP = np.dtype([("from_s", FLOAT64), ("budget_bytes", INT64)], align=True)
 budget_of = REPLICA.array("budget", BUDGET_STEP)
-SCHEDULED = np.dtype([("at_s", FLOAT64), ("target", INT64)], align=True)  # decisions known beforehand
+SCHEDULED = np.dtype([("at_s", FLOAT64), ("target", INT64)], align=True)  # scheduled decisions
 schedule_of = REPLICA.array("schedule", SCHEDULED, rows=1, saved=True)
 
-# -- the plan graph (sim/engine/plan_graph.py) --------------------------------------------------------------------------------
+# -- the plan graph (sim/engine/plan_graph.py) -------------------------------------------------------------------------
 
 RESIDENCY = np.dtype(
     [
-        ("target", INT64),  # plan that is wanted
+        ("target", INT64),  # number of the wanted plan
         ("weight_bytes", INT64),  # bytes of resident weights
         ("kv_keep_id", INT64),  # row of kv_keep_tokens; -1 when all tokens stay
         ("max_waiting", INT64),  # -1 for no limit
         ("max_running", INT64),  # -1 for no limit
         ("prefill_params", INT64),  # parameters outside MHA blocks that run for a prompt token
-        ("decode_params", INT64),  # and for a decoded one
+        ("decode_params", INT64),  # parameters outside MHA blocks that run for a decoded token
         ("mha_params", INT64),  # parameters of an MHA block
         ("copies_at", INT64),  # first row of copies that lead to the target
-        ("copies", INT64),  # and how many
+        ("copies", INT64),  # how many copies lead there
         ("first_decision", INT64),  # first row of decisions met here; -1 for none
         ("first_price", INT64),  # first row of prices known here; -1 for none
     ],
     align=True,
 )
 residencies_of = REPLICA.array("residencies", RESIDENCY)
-residency_words_of = REPLICA.array("residency_words", columns=1)  # 2 W: MHA blocks of prefill, then of decode
-residency_layers_of = REPLICA.array("residency_layers", LAYER, columns=1)  # one a layer
+residency_words_of = REPLICA.array("residency_words", columns=1)  # 2 W columns: MHA blocks of prefill, of decode
+residency_layers_of = REPLICA.array("residency_layers", LAYER, columns=1)  # one column per layer
 residency_block_counts_of = REPLICA.array("residency_block_counts", columns=1)  # block_counts, flat
 
 COPY = np.dtype(
     [
         ("layer", INT64),
-        ("mha_bits", INT64),  # precision of its MHA block; 0 for none
-        ("ffn_bits", INT64),
-        ("bytes", INT64),  # that are copied in
-        ("net_bytes", INT64),  # less what they replace
-        ("restores_mha", INT64),  # whether an MHA block comes back of which running requests have no KV
-        ("after", INT64),  # residency that follows; -1 when it was never met
+        ("mha_bits", INT64),  # bits per weight of the MHA block that is copied; 0 for none
+        ("ffn_bits", INT64),  # the same for the FFN block
+        ("bytes", INT64),  # bytes that are copied in
+        ("net_bytes", INT64),  # these minus the bytes of the blocks they replace
+        ("restores_mha", INT64),  # whether it restores an MHA block, of which running requests have no KV
+        ("after", INT64),  # residency after the copy; -1 if not computed yet
     ],
     align=True,
 )
 copies_of = REPLICA.array("copies", COPY)
-DECISION = np.dtype([("target", INT64), ("after", INT64), ("next", INT64)], align=True)  # a list a residency
+# Decisions and prices of a residency form linked lists: ``next`` is a row, -1 at the end.
+DECISION = np.dtype([("target", INT64), ("after", INT64), ("next", INT64)], align=True)
 decisions_of = REPLICA.array("decisions", DECISION)
-PRICE = np.dtype([("next", INT64), ("prefill_nll", FLOAT64), ("decode_nll", FLOAT64)], align=True)  # a list a residency
+PRICE = np.dtype([("next", INT64), ("prefill_nll", FLOAT64), ("decode_nll", FLOAT64)], align=True)
 prices_of = REPLICA.array("prices", PRICE)
-price_words_of = REPLICA.array("price_words", columns=1)  # W: set of MHA blocks that is priced
-kv_keep_tokens_of = REPLICA.array("kv_keep_tokens", columns=1)  # most tokens that stay in each layer
+price_words_of = REPLICA.array("price_words", columns=1)  # W columns: the held set of MHA blocks
+kv_keep_tokens_of = REPLICA.array("kv_keep_tokens", columns=1)  # a column per layer: most tokens that it keeps
 
 
 @compiled(inline=True)
 def waiting(s: Table) -> int:
-    """Return the requests that have arrived and wait."""
+    """Return how many requests have arrived and wait."""
     n = counters_of(s)
     return int(n.preempted_waiting + n.queue_tail - n.queue_head)
 
@@ -414,5 +418,5 @@ def idle(s: Table) -> bool:
 
 @compiled(inline=True)
 def _has(words: Ints, row: int, layer: int) -> bool:
-    """Return whether a layer is in the set of layers of a row."""
+    """Return whether a layer is in the set of layers that a row of words holds."""
     return bool((words[row, layer // LAYERS_A_WORD] >> (layer % LAYERS_A_WORD)) & 1)

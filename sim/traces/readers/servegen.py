@@ -110,22 +110,26 @@ def read_servegen(
             f"{path}: clients {chosen} send nothing from {start_s:g} s to {start_s + duration_s:g} s; choose "
             "another part with start_s and duration_s, other clients, or a larger rate_scale"
         )
-    prompt_tokens = np.concatenate([part.prompt_tokens for part in parts])
-    output_tokens = np.concatenate([part.output_tokens for part in parts])
     scaled = f"rate_scale={rate_scale:g}" if rate_rps is None else f"rate_rps={rate_rps:g}"
     history.append(
         f"drew {requests:,} requests of clients {chosen} from {start_s:g} s to {start_s + duration_s:g} s, {scaled}, "
         f"{'coupled' if coupled_lengths else 'independent'} lengths, seed={seed}"
     )
-    if empty := int((prompt_tokens < 1).sum() + (output_tokens < 1).sum()):
-        history.append(f"raised {empty:,} lengths of 0 tokens to 1")
+    return _merged(parts, start_s, name=name, source=str(path), history=history)
+
+
+def _merged(parts: Sequence[_Requests], start_s: float, *, name: str, source: str, history: Sequence[str]) -> Trace:
+    """Return the requests of all clients as one trace that begins at ``start_s``; lengths of 0 become 1."""
+    prompt_tokens = np.concatenate([part.prompt_tokens for part in parts])
+    output_tokens = np.concatenate([part.output_tokens for part in parts])
+    raised = int((prompt_tokens < 1).sum() + (output_tokens < 1).sum())
     return sorted_trace(
         arrival_s=np.concatenate([part.arrival_s for part in parts]) - start_s,
         prompt_tokens=np.maximum(prompt_tokens, 1),
         output_tokens=np.maximum(output_tokens, 1),
         name=name,
-        source=str(path),
-        history=tuple(history),
+        source=source,
+        history=(*history, *([f"raised {raised:,} lengths of 0 tokens to 1"] if raised else [])),
     )
 
 

@@ -23,6 +23,7 @@ from tests.sim.cluster.plain_cluster import PlainCluster, PlainReplica, Row
 from tests.sim.engine.kernel_cases import RELATIVE, Case, quality_nll, random_case
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY
+from tests.sim.shrink import shrunk_case, without_some
 
 ROUTERS = ("round_robin", "least_outstanding", "least_kv", "shortest_expected_wait", "prefix_affinity", "power_of_two")
 
@@ -232,23 +233,13 @@ class FewestRequests:
 
 def shrunk(case: ClusterCase) -> ClusterCase:
     """Return a smaller case that still differs."""
-    smaller = True
-    while smaller:
-        smaller = False
-        for candidate in _smaller(case):
-            if differences(candidate):
-                case, smaller = candidate, True
-                break
-    return case
+    return shrunk_case(case, _smaller, differences)
 
 
 def _smaller(case: ClusterCase) -> Iterator[ClusterCase]:
-    size = len(case.requests) // 2
-    while size:
-        for start in range(0, len(case.requests), size):
-            if rows := case.requests[:start] + case.requests[start + size :]:
-                yield replace(case, requests=rows)
-        size //= 2
+    for rows in without_some(case.requests):
+        if rows:
+            yield replace(case, requests=rows)
     for i, one in enumerate(case.replicas):
         if len(case.replicas) > 1:
             yield replace(

@@ -108,7 +108,7 @@ def test_a_cluster_of_one_leaves_the_very_records_of_the_engine_alone(seed: int)
         alone: SimEngine = engine(SimEngine, case, None)
     except BudgetError:
         pytest.skip("the budget of this seed holds no engine")
-    ids = tuple(np.array(request.hash_ids) for request in case.asked())
+    ids = tuple(np.array(request.hash_ids) for request in case.submitted())
     trace = dataclasses.replace(trace_of(*case.requests), hash_ids=ids)
     alone.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
     policy, times = AtTimes(case), iter(moments(case))
@@ -316,12 +316,12 @@ def test_requests_with_one_beginning_go_to_one_replica_while_loads_are_close() -
         trace_of(*((30.0 * i, 8, 1) for i in range(5))), hash_ids=tuple(np.array(i, dtype=np.int64) for i in ids)
     )
     busy = dataclasses.replace(trace, arrival_s=np.arange(5) * 1e-3)
-    for given_trace, apart, expected in (
+    for arrivals, most_apart, expected in (
         (trace, 5, [0, 0, 0, 0, 0]),
         (busy, 5, [0, 1, 0, 0, 1]),
         (busy, 0, [0, 1, 0, 1, 1]),
     ):
-        cluster = Cluster(given_trace, replicas(2), routers.prefix_affinity(most_apart=apart, most_times=1))
+        cluster = Cluster(arrivals, replicas(2), routers.prefix_affinity(most_apart=most_apart, most_times=1))
         cluster.run()
         assert cluster.records().replica.tolist() == expected
 

@@ -142,14 +142,14 @@ def test_by_requests_grows_at_once_and_shrinks_after_patience() -> None:
     scaler = ByRequests(requests_each=10, most=4, patience=3)
     busy = build_cluster(config("replicas.main.count=1")).engines()[0].engine.observe(0.0)
 
-    def ask(requests: int, serving: int) -> int:
+    def wanted(requests: int, serving: int) -> int:
         states = [dataclasses.replace(busy, waiting=0, running=0)] * serving
         states[0] = dataclasses.replace(busy, waiting=requests, running=0)
         return scaler(ClusterState(time_s=0.0, serving=tuple(states), loading=0, held=0))
 
-    assert ask(35, 1) == 4
-    assert [ask(11, 4) for _ in range(4)] == [4, 4, 3, 4]
-    assert ask(500, 4) == 4
+    assert wanted(35, 1) == 4
+    assert [wanted(11, 4) for _ in range(4)] == [4, 4, 3, 4]
+    assert wanted(500, 4) == 4
     with pytest.raises(ConfigError, match="they must ascend"):
         ByRequests(requests_each=1, most=2, first=3)
 

@@ -21,6 +21,7 @@ from sim.traces.trace import Trace
 from tests.sim.disaggregate.plain_disaggregated import PlainDisaggregated, build
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency
+from tests.sim.shrink import shrunk_case, without_some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def random_disaggregated(seed: int) -> DisaggregatedCase:
 
 
 def fast_disaggregated(case: DisaggregatedCase, overlap: bool = False) -> Disaggregated:
-    """Return the system of a case, not served yet."""
+    """Return the system of a case, before it serves."""
 
     def side(blocks: int, plan: Plan) -> Any:
         return lambda env: SimEngine(**case.engine_arguments(blocks, plan), env=env, external_clock=True)
@@ -144,23 +145,13 @@ def differences(case: DisaggregatedCase) -> list[str]:
 
 def shrunk(case: DisaggregatedCase) -> DisaggregatedCase:
     """Return a smaller case that still differs."""
-    smaller = True
-    while smaller:
-        smaller = False
-        for candidate in _smaller(case):
-            if differences(candidate):
-                case, smaller = candidate, True
-                break
-    return case
+    return shrunk_case(case, _smaller, differences)
 
 
 def _smaller(case: DisaggregatedCase) -> Iterator[DisaggregatedCase]:
-    size = len(case.requests) // 2
-    while size:
-        for start in range(0, len(case.requests), size):
-            if rows := case.requests[:start] + case.requests[start + size :]:
-                yield replace(case, requests=rows)
-        size //= 2
+    for rows in without_some(case.requests):
+        if rows:
+            yield replace(case, requests=rows)
     for name in ("prefill", "decode"):
         if getattr(case, name) > 1:
             yield replace(case, **{name: getattr(case, name) - 1})

@@ -213,7 +213,7 @@ class PlainDisaggregated:
 
 
 def build(kind: type[PlainEngine], env: simpy.Environment, **overrides: object) -> PlainEngine:
-    """Return an engine that expects more requests than it knows."""
+    """Return an engine that expects further requests."""
     engine = kind(env=env, **overrides)  # type: ignore[arg-type]
     engine.expects_more = True
     return engine

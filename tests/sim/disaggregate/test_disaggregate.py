@@ -1,4 +1,4 @@
-"""Disaggregated prefill and decode: what is sent, when, and where each KV block is counted."""
+"""Disaggregated prefill and decode: what is sent, when it arrives, and where each KV block is counted."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_with_overlap_only_the_last_layer_is_sent_after_the_prompt() -> None:
 
 
 def test_without_room_to_decode_kv_waits_at_prefill_and_stops_it_in_the_end() -> None:
-    """Decode has place for one. With room for three prompts all are prefilled at once; with less they wait."""
+    """Decode has room for one request. With room for three prompts all are prefilled at once; with less they wait."""
     rows = trace_of((0.0, 8, 4), (0.0, 8, 4), (0.0, 8, 4))
     found = served(rows, kv_blocks=4, decode_blocks=3, max_context_tokens=12, max_batch_tokens=8).records()
     assert found.first_token_s.tolist() == [1.0, 2.0, 3.0]
@@ -192,7 +192,7 @@ def systems(draw: Any) -> tuple[Trace, dict[str, Any]]:
 
 @given(made=systems())
 @settings(max_examples=120, deadline=None)
-def test_whatever_comes_nobody_is_lost_and_every_kv_block_is_counted_once(made: tuple[Trace, dict[str, Any]]) -> None:
+def test_no_request_is_lost_and_every_kv_block_is_counted_once_on_any_input(made: tuple[Trace, dict[str, Any]]) -> None:
     trace, overrides = made
     pair = system(trace, **overrides)
     plan, checked = pair.plan, 0
@@ -203,7 +203,7 @@ def test_whatever_comes_nobody_is_lost_and_every_kv_block_is_counted_once(made: 
         return sum(kv_blocks(keep.tokens(prompt), 4) for keep, runs in kept if runs)
 
     def check() -> None:
-        """Used blocks are those of running requests, of KV that waits or is being sent (prefill), or comes (decode)."""
+        """Used blocks are those of running requests and of KV that waits or is sent (prefill) or received (decode)."""
         nonlocal checked
         checked += 1
         now_s, sent = pair.env.now, pair._sent

@@ -1,4 +1,4 @@
-"""Random replays for comparing the compiled engine with the plain one: made from a seed, shrunk when they differ."""
+"""Random replays for comparing the compiled engine with the plain one: built from a seed, shrunk if they differ."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import BudgetError
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency
+from tests.sim.shrink import shrunk_case, without_some
 
 RELATIVE = 1e-9
 LATE_S = 1e6
@@ -28,7 +29,7 @@ DENSE = dense_plan(TINY)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One replay: requests, decisions as they are made and those known beforehand, a budget, and how it serves."""
+    """One replay: requests, decisions made during it and scheduled ones, a budget, and how the engine serves."""
 
     requests: tuple[tuple[float, int, int], ...]
     plans: tuple[tuple[float, Plan], ...]
@@ -43,7 +44,7 @@ class Case:
     copy_slowdown: float
 
     def hash_ids(self, prompt: int, output: int) -> tuple[int, ...]:
-        """Return the hash ids of a prompt: it begins as others do, then goes on by itself."""
+        """Return the hash ids of a prompt: the first are shared with other prompts, the others are its own."""
         count = -(-prompt // self.config.hash_block_tokens)
         alike = (7 * prompt + output) % 9
         return tuple(
@@ -51,7 +52,7 @@ class Case:
             for i in range(count)
         )
 
-    def asked(self) -> list[Request]:
+    def submitted(self) -> list[Request]:
         """Return the requests, with their hash ids."""
         return [
             Request(request_id=i, arrival_s=a, prompt_tokens=p, output_tokens=o, hash_ids=self.hash_ids(p, o))
@@ -59,7 +60,7 @@ class Case:
         ]
 
     def budget(self) -> Budget:
-        """Return the budget: the given KV blocks beside the first plan, then steps relative to that."""
+        """Return the budget: ``kv_blocks`` KV blocks next to the first plan, then steps relative to that."""
         first = budget_for_kv_blocks(TINY, self.first_plan, self.kv_blocks, 0, self.config.kv_block_tokens)
         room = layer_weight_bytes(TINY)
         steps = [(time_s, max(1, int(first + share * room))) for time_s, share in self.budget_steps]
@@ -67,7 +68,7 @@ class Case:
 
 
 def quality_nll(plan: Plan) -> float:
-    """Return a made-up quality that tells all plans apart."""
+    """Return a made-up quality that differs between all plans."""
     score = 1.0
     for layer, (mha, ffn, bits) in enumerate(zip(plan.decode.mha, plan.decode.ffn, plan.weight_bits, strict=True)):
         score += (2 + layer) * 0.1 * (not mha) + (3 + layer) * 0.01 * (not ffn) + 0.001 * (16 - bits)
@@ -106,7 +107,7 @@ def random_plan(rng: np.random.Generator) -> Plan:
 
 
 def random_latency(rng: np.random.Generator) -> LatencyModel:
-    """Return a price: round numbers, at which many things happen at one moment, or ragged ones."""
+    """Return a latency model: round numbers, so that many events coincide, or irregular ones."""
     if rng.random() < 0.3:
         return linear_latency(base_s=1.0)
     if rng.random() < 0.5:
@@ -129,7 +130,7 @@ def random_latency(rng: np.random.Generator) -> LatencyModel:
 
 
 def linear_description(fixed_us: float) -> dict[str, Any]:
-    """Return what a calibration says beside its tables."""
+    """Return what a calibration says in addition to its tables."""
     return {
         "schema": 1,
         "name": "made up",
@@ -206,7 +207,7 @@ def random_case(seed: int) -> Case:
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:
-    """Return the engine after a case, and what could be seen of it on the way."""
+    """Return the engine after a case, and the states observed on the way."""
     engine = kind(
         model=TINY,
         latency=case.latency,
@@ -217,7 +218,7 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
         copy_slowdown=case.copy_slowdown,
         quality_nll=quality_nll,
     )
-    engine.submit(case.asked())
+    engine.submit(case.submitted())
     engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])
     states = []
     changes = dict(case.plans)
@@ -226,14 +227,14 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
         if time_s in changes:
             engine.apply(changes[time_s])
         if index % 3 == 1:
-            states.append(engine.run_until(time_s))  # asked twice, it stands where it stood
+            states.append(engine.run_until(time_s))  # a second call changes nothing
     engine.run_until(math.inf)
     states.append(engine.run_until(LATE_S))  # the clock may stand at different moments after all is done
     return engine, states
 
 
 def differences(case: Case) -> list[str]:
-    """Return what differs between the two engines, none when they agree (or both refuse the case alike)."""
+    """Return the differences between the two engines; empty if they agree, or refuse the case with the same error."""
     served = []
     for kind in (PlainEngine, SimEngine):
         try:
@@ -256,7 +257,7 @@ def differences(case: Case) -> list[str]:
 
 
 def merged(gaps: Any) -> Any:
-    """Return gaps with those that only rounding tells apart put together."""
+    """Return gaps, merging those that differ only by rounding."""
     order = np.argsort(gaps.itl_s)
     itl_s, count = gaps.itl_s[order], gaps.count[order]
     new = np.diff(itl_s, prepend=-1.0) > RELATIVE * np.maximum(itl_s, 1e-3)
@@ -265,7 +266,7 @@ def merged(gaps: Any) -> Any:
 
 
 def unequal(ours: Any, theirs: Any) -> Iterator[str]:
-    """Yield which fields differ: floats by more than rounding, the rest at all."""
+    """Yield the fields that differ: floats by more than rounding, others at all."""
     for field in dataclasses.fields(ours):
         a, b = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name in ("plan", "target") or isinstance(a, tuple):
@@ -286,24 +287,14 @@ def unequal(ours: Any, theirs: Any) -> Iterator[str]:
 
 def shrunk(case: Case) -> Case:
     """Return a smaller case that still differs: fewer requests, plans, ticks and steps, shorter texts."""
-    smaller = True
-    while smaller:
-        smaller = False
-        for candidate in _smaller(case):
-            if differences(candidate):
-                case, smaller = candidate, True
-                break
-    return case
+    return shrunk_case(case, _smaller, differences)
 
 
 def _smaller(case: Case) -> Iterator[Case]:
     for field in ("requests", "plans", "scheduled", "ticks_s", "budget_steps"):
         rows = getattr(case, field)
-        size = len(rows) // 2
-        while size:
-            for start in range(0, len(rows), size):
-                yield replace(case, **{field: rows[:start] + rows[start + size :]})
-            size //= 2
+        for fewer in without_some(rows):
+            yield replace(case, **{field: fewer})
         if len(rows) == 1:
             yield replace(case, **{field: ()})
     for i, (arrival_s, prompt, output) in enumerate(case.requests):

@@ -1,6 +1,7 @@
-"""The plain engine: ``sim.engine.replica.Replica`` with prices as its executor. ``sim.engine.sim_engine.SimEngine`` equals it.
+"""The plain engine of the tests: ``sim.engine.replica.Replica`` with the executor of ``sim.engine.pricing_executor``.
 
-Slow and obvious on purpose: Python objects, real block tables, no shortcut. Where the two differ, one of them is wrong.
+It is slow and obvious on purpose: Python objects, real block tables, no shortcuts. ``SimEngine`` must leave the same
+records; where the two differ, one of them is wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class PlainEngine(Replica):
         quality_nll: Callable[[Plan], float] | None = None,
         env: simpy.Environment | None = None,
     ) -> None:
-        """Build an idle engine; it starts at the present of ``env``, and lives on a clock of its own from then on."""
+        """Build an idle engine; it starts at the present time of ``env`` and then keeps its own clock."""
         start_s = float(env.now) if env is not None else 0.0
         clock = SimulatedClock(start_s)
         self.copies = PricedWeights(host_to_device_bytes_per_s, clock)
@@ -57,7 +58,7 @@ class PlainEngine(Replica):
 
     @property
     def held(self) -> bool:
-        """Whether it stands between two iterations, so that a policy may decide before the next."""
+        """Whether it is held between two iterations, so that a policy can decide before the next."""
         return self._held
 
     @property
@@ -66,7 +67,7 @@ class PlainEngine(Replica):
         return self._under_way is not None
 
     def next_s(self) -> float:
-        """Return when it does something by itself; ``inf`` for never, or while it is held."""
+        """Return when it next acts without another call; ``inf`` for never, or while it is held."""
         if self._under_way is not None:
             return self._under_way.ran.end_s
         if not self._idle:

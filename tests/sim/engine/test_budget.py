@@ -1,4 +1,4 @@
-"""Budgets over time: laws that every one keeps, and files that are wrong."""
+"""Budgets over time: laws that hold for each of them, and malformed files."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_random_walk_stays_within_its_bounds_and_moves_by_its_step() -> None:
     assert all(abs(b - a) <= 100_000_000 for a, b in pairwise(values[:-1]))
 
 
-def test_a_relative_budget_is_the_share_of_the_dense_peak_beside_the_workspace() -> None:
+def test_a_relative_budget_is_the_share_of_the_dense_peak_plus_the_workspace() -> None:
     dense_peak = peak_bytes(TINY, keep_all(TINY), 8, 2048)
     for share in (0.6, 0.8, 1.0):
         (value,) = relative(CONTEXT, share=share, batch=8, sequence_tokens=2048).budget_bytes

@@ -1,4 +1,4 @@
-"""The contract of engines, kept by the plain and by the compiled one."""
+"""The contract of engines, run on the plain and the compiled engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.sim.serving import TINY, linear_latency
 
 
 class SimulatedContract(EngineContract):
-    """Both simulated engines are built alike."""
+    """Both simulated engines are built with the same arguments."""
 
     kind: type[Any]
 

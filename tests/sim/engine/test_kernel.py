@@ -95,12 +95,12 @@ def test_decisions_known_beforehand_are_those_made_at_their_moments() -> None:
         assert_equal(getattr(found[0], name)(), getattr(found[1], name)())
 
 
-def test_a_schedule_is_carried_out_as_a_policy_that_is_asked_at_each_tick() -> None:
+def test_a_schedule_leaves_the_records_of_a_policy_that_decides_at_each_tick() -> None:
     pruned = with_mask(DENSE, drop(TINY, mha=[0], ffn=[1]))
     schedule = Schedule((0.0, 1.1, 1.2, 4.0, 30.0, 1e6), (DENSE, pruned, DENSE, pruned, DENSE, pruned))
     trace = Trace(arrival_s=np.arange(30) * 0.5, prompt_tokens=np.full(30, 20), output_tokens=np.arange(1, 31) % 7 + 1)
     found: list[SimEngine] = []
-    for policy in (schedule, Asked(schedule)):
+    for policy in (schedule, Unscheduled(schedule)):
         engine = tiny_engine()
         replay(trace, engine, policy, tick_s=0.75, also_at_s=[3.9, 4.1])
         found.append(engine)
@@ -110,8 +110,8 @@ def test_a_schedule_is_carried_out_as_a_policy_that_is_asked_at_each_tick() -> N
 
 
 @dataclasses.dataclass
-class Asked:
-    """A policy that nobody knows to be a schedule."""
+class Unscheduled:
+    """A schedule that the replay sees only as a policy."""
 
     schedule: Schedule
 
@@ -159,7 +159,7 @@ def test_the_engines_agree_on_a_real_model_under_a_policy_and_memory_that_moves(
 
 
 def test_the_random_cases_meet_everything_that_has_rules() -> None:
-    """What is compared above is worth nothing if no case comes to it."""
+    """The comparison above covers only what some random case reaches."""
     met = dict.fromkeys(
         ("preempted", "recomputed", "copied", "over budget", "rejected", "windowed KV", "a KV hole", "known"), 0
     )
@@ -182,7 +182,7 @@ def test_the_random_cases_meet_everything_that_has_rules() -> None:
 
 
 def test_a_difference_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison can fail: a plain engine that prices each iteration 1 ppm higher is told apart."""
+    """The comparison can fail: a plain engine that prices each iteration 1 ppm higher is detected."""
     original = PricingExecutor.price
 
     def dearer(executor: PricingExecutor, iteration: Iteration) -> tuple[float, bool]:
@@ -235,7 +235,7 @@ def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int, m
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
         copy_slowdown=case.copy_slowdown,
     )
-    engine.submit(case.asked())
+    engine.submit(case.submitted())
     engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])
     changes = dict(case.plans)
     moment_s = float(np.random.default_rng(seed).uniform(0, 30))
@@ -250,7 +250,7 @@ def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int, m
         engine.apply(other)
         engine.submit(requests((1e5, 5, 5)))  # and where prompts are shared, one that takes what is in the cache
         if case.config.prefix_caching:
-            engine.submit([dataclasses.replace(one, arrival_s=2e5 + i) for i, one in enumerate(case.asked())])
+            engine.submit([dataclasses.replace(one, arrival_s=2e5 + i) for i, one in enumerate(case.submitted())])
         engine.run_until(math.inf)
         engine.restore(here)
     play(engine, case, moment_s)
@@ -304,8 +304,8 @@ def test_without_iterations_the_records_are_the_same() -> None:
     assert_equal(*found)
 
 
-def test_a_waiting_prompt_that_outgrew_the_pool_does_not_keep_the_engine_busy_for_ever() -> None:
-    """The pool shrank after it was accepted: it waits, for memory may come back, and nothing runs in circles."""
+def test_a_waiting_prompt_that_outgrew_the_pool_does_not_keep_the_engine_busy_forever() -> None:
+    """The pool shrank after it was accepted: it waits, since memory may come back, and no loop runs forever."""
     twenty, eleven = (budget_for_kv_blocks(TINY, DENSE, blocks, 0, 4) for blocks in (20, 11))
     engine = tiny_engine(
         budget=Budget((0.0, 2.0), (twenty, eleven)), reserve_full_prompt=False, max_batch_tokens=8, kv_block_tokens=4
@@ -329,7 +329,7 @@ def test_it_works_where_the_compile_cache_cannot_be_written_and_says_so() -> Non
 
 
 def test_what_was_compiled_is_not_used_again_once_a_function_that_it_calls_has_changed(tmp_path: Path) -> None:
-    """Numba looks at the file of the caller only; stale prices in a cached kernel would be silent."""
+    """Numba checks only the file of the caller; stale prices in a cached kernel would go unnoticed."""
     shutil.copytree(REPOSITORY / "sim", tmp_path / "sim", ignore=shutil.ignore_patterns("__pycache__"))
     program = (
         "import numba\n"

@@ -33,7 +33,7 @@ class Memory:
 
 
 class PoolAgainstAQueueOfBlocks(RuleBasedStateMachine):
-    """The pool against the obvious thing: one entry a block in a queue, the longest free at its head."""
+    """The pool against the obvious version: a queue with one entry per block, the longest free at its head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class PoolAgainstAQueueOfBlocks(RuleBasedStateMachine):
         self._write()
 
     def _write(self) -> None:
-        """Let every held block hold its place in the list of held ones, to see whether it stays with it."""
+        """Write into every held block its place in the list of held blocks, to check later that it is still there."""
         for number, ids in enumerate(self.held):
             for place, block in enumerate(ids):
                 self.memory.content[block] = (number, place)
@@ -139,7 +139,7 @@ def test_a_preempted_request_computes_less_when_it_may_find_its_kv_again() -> No
 
 
 def test_a_request_that_came_back_without_its_kv_does_not_lose_what_it_computes_then() -> None:
-    """What is left of it in the pool belongs to no request once it runs again, even if it was too little to find."""
+    """Once it runs again, what is left of it in the pool has no owner, even if it was too little to be found."""
     pool = KVPool(10)
     ids, _ = pool.take(10)
     pool.release(ids[:3], owner=7)

@@ -1,4 +1,4 @@
-"""Arrays that Python and compiled code share: all follows from one declaration."""
+"""Arrays that Python and compiled code share: everything follows from one declaration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that begin alike share their KV: small cases worked out by hand, and what must always hold."""
+"""Prompts that begin alike share their KV: small cases computed by hand, and laws."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DENSE = dense_plan(TINY)
 Row = tuple[float, int, int, tuple[int, ...]]
 
 
-def asked(*rows: Row) -> list[Request]:
+def requests_of(*rows: Row) -> list[Request]:
     """``(arrival_s, prompt_tokens, output_tokens, hash_ids)`` rows as requests; an id stands for 8 tokens."""
     return [
         Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output, hash_ids=ids)
@@ -38,7 +38,7 @@ def asked(*rows: Row) -> list[Request]:
 
 
 def served(engine: SimEngine, *rows: Row) -> Records:
-    engine.submit(asked(*rows))
+    engine.submit(requests_of(*rows))
     engine.run_until(math.inf)
     return engine.records()
 
@@ -55,13 +55,13 @@ def test_an_id_that_is_not_at_the_beginning_is_not_found() -> None:
     assert served(engine, (0.0, 24, 1, (1, 2, 3)), (5.0, 24, 1, (9, 2, 3))).cached_tokens.tolist() == [0, 0]
 
 
-def test_a_unit_that_lies_partly_in_a_prompt_is_neither_kept_nor_found() -> None:
+def test_a_prefix_block_that_lies_partly_in_a_prompt_is_neither_kept_nor_found() -> None:
     engine = tiny_engine(prefix_caching=True)
     records = served(engine, (0.0, 20, 1, (1, 2, 3)), (5.0, 25, 1, (1, 2, 3, 4)), (9.0, 20, 1, (1, 2, 3)))
     assert records.cached_tokens.tolist() == [0, 16, 16]
 
 
-def test_of_a_prompt_that_is_known_as_a_whole_the_last_unit_is_computed_again() -> None:
+def test_the_last_prefix_block_of_a_fully_cached_prompt_is_computed_again() -> None:
     engine = tiny_engine(prefix_caching=True)
     assert served(engine, (0.0, 16, 1, (1, 2)), (5.0, 16, 1, (1, 2))).cached_tokens.tolist() == [0, 8]
 
@@ -75,10 +75,10 @@ def test_what_is_found_is_context_that_attention_reads() -> None:
     assert records.finish_s[1] == pytest.approx(6.08 + 1.0 + 0.01 + 0.024)
 
 
-def test_a_unit_is_in_the_pool_once_however_many_hold_it() -> None:
-    """Prompts of 17 tokens need 5 KV blocks of 4 tokens in each of 3 layers; two units are 4 of them."""
+def test_a_prefix_block_is_in_the_pool_once_even_if_several_requests_hold_it() -> None:
+    """Prompts of 17 tokens need 5 KV blocks of 4 tokens in each of 3 layers; two prefix blocks are 4 of them."""
     engine = tiny_engine(prefix_caching=True)
-    engine.submit(asked((0.0, 17, 9, (1, 2)), (2.0, 17, 9, (1, 2)), (4.0, 17, 9, (1, 2))))
+    engine.submit(requests_of((0.0, 17, 9, (1, 2)), (2.0, 17, 9, (1, 2)), (4.0, 17, 9, (1, 2))))
     assert engine.run_until(1.5).kv_used_layer_blocks == 5 * 3
     assert engine.run_until(5.5).kv_used_layer_blocks == (4 + 2 + 1 + 1) * 3  # the oldest has 21 tokens by now
     assert engine.shared_layer_blocks == 4 * 3
@@ -95,15 +95,15 @@ def test_admission_needs_no_room_for_what_others_hold() -> None:
 
 def test_what_two_compute_at_once_stays_with_the_second_as_its_own() -> None:
     engine = tiny_engine(prefix_caching=True, max_batch_tokens=64)
-    engine.submit(asked((0.0, 17, 9, (1, 2)), (0.0, 25, 9, (1, 2, 3))))
+    engine.submit(requests_of((0.0, 17, 9, (1, 2)), (0.0, 25, 9, (1, 2, 3))))
     assert engine.run_until(1.5).kv_used_layer_blocks == (5 + 7) * 3
     assert engine.shared_layer_blocks == (2 + 2 + 2) * 3  # two of the first, and the third of the second
     assert engine.records().cached_tokens.tolist() == [0, 0]
 
 
 def test_the_longest_free_go_first_and_the_ends_of_prompts_before_their_beginnings() -> None:
-    """10 KV blocks a layer, two a unit. The fourth prompt takes 7: two that hold no unit, units 4 and 3, for which
-    nobody came again, and one of unit 2.
+    """10 KV blocks per layer, two per prefix block. The fourth prompt takes 7: two that hold no prefix block, those of
+    prefix blocks 4 and 3, which no request used again, and one of prefix block 2.
     """
     rows: list[Row] = [(0.0, 17, 1, (1, 2)), (2.0, 17, 1, (3, 4)), (4.0, 17, 1, (1, 2)), (6.0, 25, 1, (8, 9, 10))]
     for last, found in (((3, 4), 0), ((1, 2), 8)):
@@ -111,7 +111,7 @@ def test_the_longest_free_go_first_and_the_ends_of_prompts_before_their_beginnin
         assert records.cached_tokens.tolist() == [0, 0, 16, 0, found]
 
 
-def test_a_preempted_request_finds_its_units_again_and_with_reuse_more() -> None:
+def test_a_preempted_request_finds_its_prefix_blocks_again_and_with_reuse_more() -> None:
     """7 KV blocks of 4 tokens: two requests of 9 tokens grow until the newer is preempted, at 14 tokens."""
     rows: tuple[Row, ...] = ((0.0, 9, 9, (1,)), (0.0, 9, 9, (2,)))
     computed = {}
@@ -137,7 +137,7 @@ def test_a_preempted_request_finds_its_units_again_and_with_reuse_more() -> None
 def test_a_plan_that_makes_other_kv_finds_nothing_from_before(change: Plan, found: int) -> None:
     for caching_again in (False, True):
         engine = tiny_engine(prefix_caching=True, host_to_device_bytes_per_s=1e9)
-        engine.submit(asked((0.0, 17, 1, (1, 2)), (5.0, 17, 1, (1, 2)), (20.0, 17, 1, (1, 2))))
+        engine.submit(requests_of((0.0, 17, 1, (1, 2)), (5.0, 17, 1, (1, 2)), (20.0, 17, 1, (1, 2))))
         engine.run_until(3.0)
         engine.apply(change)
         if caching_again:  # and back, before anybody came: what was forgotten stays forgotten
@@ -149,7 +149,7 @@ def test_a_plan_that_makes_other_kv_finds_nothing_from_before(change: Plan, foun
 
 def test_a_dropped_layer_frees_the_blocks_of_a_held_unit_once() -> None:
     engine = tiny_engine(prefix_caching=True)
-    engine.submit(asked((0.0, 17, 9, (1, 2)), (2.0, 17, 9, (1, 2)), (7.0, 17, 9, (1, 2))))
+    engine.submit(requests_of((0.0, 17, 9, (1, 2)), (2.0, 17, 9, (1, 2)), (7.0, 17, 9, (1, 2))))
     assert engine.run_until(3.5).kv_used_layer_blocks == (4 + 1 + 1) * 3
     engine.apply(with_mask(DENSE, drop(TINY, mha=[1])))
     assert engine.run_until(4.5).kv_used_layer_blocks == (4 + 2 + 1) * 2
@@ -212,22 +212,22 @@ def test_held_and_free_kv_blocks_add_up_with_a_cache(seed: int) -> None:
 
 def _engine(case: Case) -> SimEngine:
     made: SimEngine = engine_of(SimEngine, case, None)
-    made.submit(case.asked())
+    made.submit(case.submitted())
     return made
 
 
 def test_a_restored_engine_finds_what_was_in_the_cache_then() -> None:
     engine = tiny_engine(kv_blocks=10, prefix_caching=True)
-    engine.submit(asked((0.0, 17, 3, (1, 2))))
+    engine.submit(requests_of((0.0, 17, 3, (1, 2))))
     engine.run_until(5.0)
     here = engine.snapshot()
     found = []
     for others in ((), ((6.0, 30, 1, (5, 6, 7)), (8.0, 30, 1, (15, 16, 17)))):
-        engine.submit(asked(*others, (20.0, 17, 1, (1, 2))))
+        engine.submit(requests_of(*others, (20.0, 17, 1, (1, 2))))
         engine.run_until(math.inf)
         found.append(int(engine.records().cached_tokens[-1]))
         engine.restore(here)
-    engine.submit(asked((20.0, 17, 1, (1, 2))))
+    engine.submit(requests_of((20.0, 17, 1, (1, 2))))
     engine.run_until(math.inf)
     assert [*found, int(engine.records().cached_tokens[-1])] == [16, 0, 16]
 
@@ -259,7 +259,7 @@ def test_what_cannot_be_is_an_error_that_says_what_can() -> None:
     with pytest.raises(ConfigError, match="trace=mooncake_conversation"):
         replay(bare, tiny_engine(prefix_caching=True), Fixed(DENSE))
     with pytest.raises(ConfigError, match="hash id 7 comes twice in the prompt of request 1"):
-        tiny_engine(prefix_caching=True).submit(asked((0.0, 9, 1, (7, 8)), (1.0, 20, 1, (7, 8, 7))))
+        tiny_engine(prefix_caching=True).submit(requests_of((0.0, 9, 1, (7, 8)), (1.0, 20, 1, (7, 8, 7))))
     with pytest.raises(ConfigError, match=r"kv_block_tokens, 16, must divide engine\.hash_block_tokens, 24"):
         EngineConfig(prefix_caching=True, hash_block_tokens=24)
     with pytest.raises(ConfigError, match="hash_block_tokens is 0"):
@@ -273,7 +273,7 @@ def test_what_cannot_be_is_an_error_that_says_what_can() -> None:
 
 
 def test_the_random_cases_share_prompts_under_all_that_has_rules() -> None:
-    """The comparison of the two engines (test_kernel.py) is worth nothing for the cache where no case comes to it."""
+    """The comparison of the two engines (test_kernel.py) covers the cache only if some cases reach it."""
     met = dict.fromkeys(("found", "preempted", "plans", "budgets", "reuse"), 0)
     for seed in range(150):
         case = random_case(seed)

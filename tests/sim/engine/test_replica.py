@@ -1,4 +1,4 @@
-"""The replica in front of executors and weights that tests control: copies, calls from outside, memory that moves."""
+"""The replica with executors and weights that tests control: copies, calls from outside, memory that moves."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ DENSE = dense_plan(TINY)
 
 
 class CountedWeights:
-    """Blocks as a device would hold them; a copy is complete at the ``asks``-th query after the first."""
+    """Blocks as a device would hold them; a copy is complete after ``queries`` further calls of ``arrived``."""
 
-    def __init__(self, plan: Plan, asks: int) -> None:
+    def __init__(self, plan: Plan, queries: int) -> None:
         first = resident_of(plan)
         self.bits = {"mha": list(first.mha_bits), "ffn": list(first.ffn_bits)}
-        self.asks, self.left = asks, 0
+        self.queries, self.left = queries, 0
         self.copy: LayerCopy | None = None
         self.abandoned: list[LayerCopy] = []
 
@@ -46,7 +46,7 @@ class CountedWeights:
 
     def start(self, copy: LayerCopy, now_s: float) -> None:
         assert self.copy is None, "one layer at a time"
-        self.copy, self.left = copy, self.asks
+        self.copy, self.left = copy, self.queries
 
     def arrived(self, now_s: float) -> bool:
         assert self.copy is not None
@@ -70,7 +70,7 @@ class CountedWeights:
 
 
 def wants(plan: Plan, resident: Resident, copy: LayerCopy) -> bool:
-    """Return whether a plan lacks, of the layer under way, exactly the blocks that the copy brings."""
+    """Return whether a plan lacks exactly those blocks of the copied layer that the copy brings."""
     needed = resident_of(plan)
     lacking = [
         needs[copy.layer] if needs[copy.layer] != has[copy.layer] else ABSENT
@@ -83,12 +83,12 @@ def replica(
     *,
     plan: Plan = DENSE,
     kv_blocks: int = 40,
-    asks: int = 3,
+    queries: int = 3,
     budget: Budget | None = None,
     executor: PricingExecutor | None = None,
     **config: object,
 ) -> tuple[Replica, CountedWeights]:
-    weights = CountedWeights(plan, asks)
+    weights = CountedWeights(plan, queries)
     made = Replica(
         model=TINY,
         config=EngineConfig(**{"limits": Limits(max_batch_tokens=64, max_running=8), "kv_block_tokens": 4, **config}),  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def replica(
 def test_a_later_plan_never_loses_a_copy_that_is_under_way_and_still_wanted(seed: int) -> None:
     rng, numbers = random.Random(seed), np.random.default_rng(seed)
     plans = [replace(random_plan(numbers), max_running=None, max_waiting=None) for _ in range(6)] + [DENSE]
-    engine, weights = replica(plan=plans[0], kv_blocks=60, asks=rng.choice([1, 2, 5, 12]))
+    engine, weights = replica(plan=plans[0], kv_blocks=60, queries=rng.choice([1, 2, 5, 12]))
     engine.submit(requests(*[(float(i), 10, 12) for i in range(10)]))
     at_s, wanted = 0.0, plans[0]
     while not engine.drained:
@@ -131,7 +131,7 @@ def test_a_later_plan_never_loses_a_copy_that_is_under_way_and_still_wanted(seed
 def test_a_plan_that_drops_half_of_a_layer_under_way_starts_the_other_half_again() -> None:
     """Its copy would bring bytes that no plan wants; only then may a copy be abandoned."""
     without = with_mask(DENSE, drop(TINY, mha=[1], ffn=[1]))
-    engine, weights = replica(plan=without, asks=50)
+    engine, weights = replica(plan=without, queries=50)
     engine.submit(requests((0.0, 8, 40)))
     engine.run_until(2.0)
     engine.apply(DENSE)
@@ -166,7 +166,7 @@ class Memory:
 
 
 class WritingExecutor(PricingExecutor):
-    """Writes into the memory what a device would, and checks that what it reads is what was written."""
+    """Writes into memory what a device would write, and checks that it reads back what was written."""
 
     def __init__(self, memory: Memory, latency: object) -> None:
         super().__init__(latency)  # type: ignore[arg-type]
@@ -183,7 +183,7 @@ class WritingExecutor(PricingExecutor):
         return super().run(iteration)
 
     def _key(self, hash_ids: tuple[int, ...], request_id: int, layer: int, token: int) -> object:
-        """KV of a token: that of its prefix block where its prompt has one, else its request's own."""
+        """The KV of a token: that of its prefix block if its prompt has one there, otherwise its request's own."""
         block = token // (2 * self.memory.size)
         return (layer, token, hash_ids[block] if block < len(hash_ids) else (request_id,))
 
@@ -235,7 +235,7 @@ def test_what_a_request_reads_from_its_kv_blocks_is_what_was_written_for_it(firs
         engine.submit(
             [
                 replace(one, hash_ids=replace(case, config=config).hash_ids(one.prompt_tokens, one.output_tokens))
-                for one in case.asked()[:15]
+                for one in case.submitted()[:15]
             ]
         )
         for time_s, plan in case.plans:

@@ -1,4 +1,4 @@
-"""Batches, decision by decision, against what the engines of the module's table do."""
+"""Batches, decision by decision, against the rules of the published engines (table of sim/engine/scheduler.py)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_full_prompt_must_fit_before_its_first_chunk_is_admitted() -> None:
 
 
 def test_a_prompt_that_would_be_alone_must_fit_in_full() -> None:
-    """Else it would fill the pool, preempt itself and begin again, for ever."""
+    """Otherwise it would fill the pool, preempt itself and start over forever."""
     prompt = Row(40)
     assert chunked([prompt], [], 5, max_batch_tokens=8, reserve_full_prompt=False).admitted == ()
     assert chunked([prompt], [], 10, max_batch_tokens=8, reserve_full_prompt=False).scheduled == ((prompt, 8),)

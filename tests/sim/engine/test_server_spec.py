@@ -1,4 +1,4 @@
-"""A server from names, parts or configuration is one and the same, and builds the engine that replays use."""
+"""A server built from names, parts or configuration is the same, and builds the engine that replays use."""
 
 from __future__ import annotations
 

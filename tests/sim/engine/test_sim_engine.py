@@ -1,4 +1,4 @@
-"""What serving must always hold, and small cases worked out by hand."""
+"""Laws of serving, and small cases computed by hand."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_kv_pressure_preempts_the_newest_which_computes_its_tokens_again() -> No
     assert records.preemptions.tolist() == [0, 1]
     assert records.produced_tokens.tolist() == [8, 8]
     iterations = engine.iterations()
-    assert iterations.prefill_tokens.sum() == 8 + 8 + 8 + 1, "the newer had produced one token and computed it anew"
+    assert iterations.prefill_tokens.sum() == 8 + 8 + 8 + 1, "the newer one had produced a token and computed it again"
     assert iterations.preemptions.sum() == 1
 
 
@@ -101,7 +101,7 @@ def test_a_plan_without_any_mha_block_needs_no_kv() -> None:
     assert engine.iterations().kv_used_share.max() == 0.0
 
 
-def test_a_prompt_that_can_never_fit_is_rejected_and_blocks_nobody() -> None:
+def test_a_prompt_that_can_never_fit_is_rejected_and_blocks_no_other_request() -> None:
     records = serve(tiny_engine(kv_blocks=5), (0.0, 21, 1), (0.0, 8, 2))
     assert records.status.tolist() == [Status.REJECTED, Status.FINISHED]
 
@@ -119,7 +119,7 @@ def test_an_arrival_is_rejected_when_as_many_wait_as_the_plan_admits() -> None:
 
 
 def test_a_budget_without_room_for_weights_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(BudgetError, match="prune or quantise"):
+    with pytest.raises(BudgetError, match="prune or quantize"):
         SimEngine(model=TINY, latency=linear_latency(), config=EngineConfig(), plan=dense_plan(TINY), budget_bytes=1000)
 
 
@@ -193,7 +193,7 @@ def test_a_constant_latency_server_matches_the_m_d_1_waiting_time() -> None:
 
 
 def test_a_backlog_is_served_at_the_rate_of_its_bottleneck() -> None:
-    """A closed system: n requests of k tokens, c at a time, one second an iteration, take n k / c seconds."""
+    """A closed system: n requests of k tokens, c at a time, one second per iteration, take n k / c seconds."""
     records = serve(tiny_engine(max_running=4, max_batch_tokens=512), *[(0.0, 2, 7)] * 40)
     assert records.finish_s.max() == 40 * 7 / 4
 

@@ -1,4 +1,4 @@
-"""Changing plans while serving: what leaves when, what comes in when, and what it costs."""
+"""Plan changes while serving: what is dropped when, what is copied in when, and what it costs."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_an_idle_engine_changes_its_plan_at_once() -> None:
     assert (transitions.time_s.tolist(), transitions.ready_s.tolist()) == ([1.25], [1.25])
 
 
-def test_a_restored_block_joins_at_the_first_iteration_after_its_copy_is_whole() -> None:
+def test_a_restored_block_joins_at_the_first_iteration_after_its_copy_is_complete() -> None:
     speed = FFN_BYTES / 2.25  # the copy takes 2.25 s
     engine = busy(tiny_engine(plan=NO_FFN1, host_to_device_bytes_per_s=speed))
     engine.run_until(3.0)
@@ -164,7 +164,7 @@ def test_a_layer_at_lower_precision_takes_the_place_of_the_old_one() -> None:
     assert row.to_plan == ("W4 0",)
 
 
-def test_a_precision_change_keeps_all_kv_and_preempts_nobody() -> None:
+def test_a_precision_change_keeps_all_kv_and_preempts_no_request() -> None:
     engine = busy(tiny_engine())
     engine.run_until(2.0)
     engine.apply(W4)
@@ -174,7 +174,7 @@ def test_a_precision_change_keeps_all_kv_and_preempts_nobody() -> None:
 
 
 def test_the_kv_hole_requests_go_on_without_a_restored_block() -> None:
-    """``new_requests``: only what is admitted later holds KV of the restored block."""
+    """``new_requests``: only requests that are admitted later hold KV of the restored block."""
     engine = busy(tiny_engine(plan=NO_MHA1))
     engine.submit(requests((9.0, 8, 4)))
     engine.run_until(4.0)
@@ -189,7 +189,7 @@ def test_the_kv_hole_requests_go_on_without_a_restored_block() -> None:
 
 
 def test_the_kv_hole_is_filled_by_computing_again() -> None:
-    """``recompute``: those that lack the block are prefilled again, at that price."""
+    """``recompute``: requests that lack the block are prefilled again, which takes time."""
     engine = busy(tiny_engine(plan=NO_MHA1, restore="recompute"))
     engine.run_until(4.0)
     engine.apply(DENSE)
@@ -298,7 +298,7 @@ def test_seconds_beyond_the_budget_are_counted_until_memory_follows() -> None:
 
 
 def test_weights_beyond_the_budget_hold_work_until_a_plan_fits() -> None:
-    """Law 3: nothing crashes and no request is lost while no plan fits, and work goes on when one does."""
+    """Law 3: nothing crashes and no request is lost while no plan fits, and serving continues once one does."""
     weights = weight_bytes(TINY, DENSE)
     budget = Budget((0.0, 4.0), (start_bytes(10), weights - FFN_BYTES + start_bytes(6) - start_bytes(0 + 1)))
     engine = busy(tiny_engine(budget=budget), tokens=10)

@@ -9,7 +9,7 @@ from sim.engine.transition_log import TransitionLog
 from tests.sim.serving import TINY
 
 
-def test_what_happens_while_no_plan_changes_is_charged_to_nobody() -> None:
+def test_what_happens_while_no_plan_changes_is_charged_to_no_change() -> None:
     log = TransitionLog()
     log.charge(bytes_freed=7, preempted=1)
     log.look(1.0, 9, ready=True)

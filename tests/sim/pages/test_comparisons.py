@@ -89,7 +89,7 @@ def test_a_claim_within_two_percent_is_no_difference() -> None:
     ]
 
 
-def test_a_page_command_replays_what_it_is_told_and_refuses_an_unknown_result(
+def test_a_page_command_replays_the_chosen_results_and_refuses_an_unknown_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in simulation.COMPARISONS:

@@ -1,4 +1,4 @@
-"""Numbers and tables as pages show them."""
+"""Numbers and tables on pages."""
 
 from __future__ import annotations
 

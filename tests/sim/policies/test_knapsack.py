@@ -1,4 +1,4 @@
-"""The knapsack: really the cheapest, and a policy that keeps to what memory allows."""
+"""The knapsack: it finds the cheapest plan, and its policy stays within memory."""
 
 from __future__ import annotations
 

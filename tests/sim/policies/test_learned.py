@@ -1,4 +1,4 @@
-"""Learned policies: the network by hand, files that do not fit refused, and a plan that fits memory."""
+"""Learned policies: the network computed by hand, refused files, and plans that fit memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Admission limits and policies that follow load: what they do on states made by hand."""
+"""Admission limits and policies that follow load: their decisions on states built by hand."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def decided(
     return states, plans
 
 
-def test_law_7_it_decides_alike_where_output_lengths_differ_that_nobody_has_seen_yet(server: ServerSpec) -> None:
+def test_law_7_it_decides_alike_where_output_lengths_differ_that_have_not_been_observed_yet(server: ServerSpec) -> None:
     short, long = (arrivals(12.0, 30.0, output_tokens) for output_tokens in (400, 2000))
     (seen, ours), (others, theirs) = (decided(server, requests, 20) for requests in (short, long))
     equal = [a.finished == b.finished == 0 for a, b in zip(seen, others, strict=True)]

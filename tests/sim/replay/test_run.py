@@ -1,4 +1,4 @@
-"""``python -m sim.replay`` as a user meets it."""
+"""``python -m sim.replay`` as a user runs it."""
 
 from __future__ import annotations
 
@@ -232,15 +232,15 @@ def test_looking_for_progress_changes_no_record() -> None:
     pd.testing.assert_frame_equal(*frames)
 
 
-def test_a_policy_is_asked_at_multiples_of_its_period() -> None:
+def test_a_policy_decides_at_multiples_of_its_period() -> None:
     cfg = composed(*QUICK)
     engine, policy = build_engine(cfg)  # type: ignore[arg-type]
-    asked: list[float] = []
+    decided_s: list[float] = []
 
     def watching(state: object) -> object:
-        asked.append(state.time_s)  # type: ignore[attr-defined]
+        decided_s.append(state.time_s)  # type: ignore[attr-defined]
         return policy(state)
 
     replay(build_trace(cfg), engine, watching, tick_s=0.7)  # type: ignore[arg-type]
-    assert np.array_equal(asked, [0.7 * (k + 1) for k in range(len(asked))])
-    assert len(asked) > 50
+    assert np.array_equal(decided_s, [0.7 * (k + 1) for k in range(len(decided_s))])
+    assert len(decided_s) > 50

@@ -30,7 +30,7 @@ def composed(*overrides: str) -> DictConfig:
         return compose("replay", overrides=[*QUICK, "policy=greedy_stop", *overrides])
 
 
-def test_every_window_is_replayed_at_every_seed_and_alone_when_nothing_is_asked() -> None:
+def test_every_window_is_replayed_at_every_seed_and_one_case_is_the_default() -> None:
     assert cases_of(composed("seed=7")) == [Case(7)]
     cases = cases_of(composed("seeds=[1,2]", "windows=[0,3]", "window_s=10"))
     assert [case.name for case in cases] == [f"seed_{s}_window_{w}" for s in (1, 2) for w in (0, 3)]
@@ -38,11 +38,11 @@ def test_every_window_is_replayed_at_every_seed_and_alone_when_nothing_is_asked(
 
 def test_windows_cut_a_trace_into_pieces_that_add_up_and_begin_at_zero() -> None:
     cfg = composed("windows=[0,1,2,3]", "window_s=10")
-    whole = build_trace(composed())
+    full = build_trace(composed())
     pieces = [build_trace(config_of(cfg, case)) for case in cases_of(cfg)]
-    assert sum(map(len, pieces)) == len(whole)
+    assert sum(map(len, pieces)) == len(full)
     assert all(0 <= piece.arrival_s[0] <= piece.arrival_s[-1] < 10 for piece in pieces)
-    assert pieces[1].prompt_tokens.tolist() == whole.prompt_tokens[len(pieces[0]) :][: len(pieces[1])].tolist()
+    assert pieces[1].prompt_tokens.tolist() == full.prompt_tokens[len(pieces[0]) :][: len(pieces[1])].tolist()
 
 
 def test_a_seed_moves_requests_and_memory_alike() -> None:

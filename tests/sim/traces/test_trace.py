@@ -113,7 +113,7 @@ def test_statistics_without_a_gap_are_nan_and_raise_no_warning():
     assert np.isnan(a_trace(arrival_s=[1.0, 1.0, 1.0, 1.0]).interarrival_cv)
 
 
-def test_sorted_trace_sorts_by_arrival_and_keeps_ties_in_the_order_given():
+def test_sorted_trace_sorts_by_arrival_and_keeps_the_order_of_ties():
     ids = tuple(np.array([i]) for i in range(4))
     trace = sorted_trace(
         arrival_s=[5.0, 1.0, 5.0, 1.0], prompt_tokens=[1, 2, 3, 4], output_tokens=[1, 2, 3, 4], hash_ids=ids, name="n"

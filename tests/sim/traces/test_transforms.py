@@ -325,7 +325,7 @@ def test_steps_are_applied_in_order_each_with_its_own_seed():
     assert apply_steps(trace, []) is trace
 
 
-def test_a_seed_given_to_a_step_is_kept():
+def test_a_seed_set_in_a_step_is_kept():
     trace = a_trace(np.arange(200.0), np.arange(1, 201) * 10)
     assert apply_steps(trace, [partial(shuffle_lengths, seed=9)], seed=1) == shuffle_lengths(trace, seed=9)
 
