@@ -108,6 +108,8 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
     # Hydra takes its flags before the overrides only; people type this one anywhere.
     arguments = sweep + [a for a in sys.argv[1:] if a not in sweep]
     try:
+        if "--run" in arguments:  # Hydra would take it as a flag of its own and do nothing
+            raise ConfigError("--run is not an option; set measure=true where a command has that key (see --help)")
         if positional is not None:
             arguments = _name_positional(arguments, positional)
         overrides = [a for a in arguments if not a.startswith("-")]
@@ -344,8 +346,7 @@ def build(node: Any, /, **arguments: Any) -> Any:
         raise ConfigError(f"expected a config group with a _target_, got {node!r}; choose an option, e.g. trace=burst")
     missing = sorted(OmegaConf.missing_keys(node))
     if missing:
-        name = node._get_full_key("")
-        raise ConfigError(f"{name}.{missing[0]} has no value; set it: {name}.{missing[0]}=VALUE")
+        raise ConfigError(f"{missing[0]} has no value; set it: {missing[0]}=VALUE")
     plain = OmegaConf.to_container(node, resolve=True)
     _check_targets(plain, set(arguments))
     try:
