@@ -14,6 +14,7 @@ from sim.cost import memory
 from sim.cost.model_spec import Linear, ModelSpec, load_model
 from sim.cost.plan import KeepMask, Plan, dense_plan, drop, keep_all, with_mask
 from sim.errors import BudgetError, PlanError
+from sim.types import GIB
 
 LLAMA2 = load_model("llama2_7b")
 LLAMA3 = load_model("llama3_8b")

@@ -125,7 +125,7 @@ def test_a_mistake_inside_a_group_is_one_clear_message(tmp_path: Path) -> None:
 
 def test_help_shows_commands_groups_and_keys(tmp_path: Path) -> None:
     shown = run("--help", cwd=tmp_path).stdout
-    for text in ("python -m sim.replay trace=azure_conv", "policy: adaptive_precision", "max_batch_tokens", "RAP_LAB_DATA"):
+    for text in ("python -m sim.replay trace=azure_conv", "policy: adaptive", "max_batch_tokens", "RAP_LAB_DATA"):
         assert text in shown
 
 
