@@ -29,13 +29,13 @@ def replay(
     also_at_s: Sequence[float] = (),
     on_progress: Callable[[float, int], None] | None = None,
 ) -> None:
-    """Serve a whole trace; the engine keeps the records.
+    """Serve all requests of a trace; the engine keeps the records.
 
     Args:
-        trace: what arrives when. engine: who serves it. policy: who decides what runs.
-        tick_s: seconds between two decisions; None asks the policy nothing after its first plan.
-        also_at_s: further moments of decision, ascending: where the budget changes.
-        on_progress: called now and then with the engine's time and the requests that ended.
+        trace: the requests. engine: serves them, under the first plan of the policy. policy: decides what runs.
+        tick_s: seconds between two decisions; None keeps the first plan.
+        also_at_s: further times of decisions, ascending: where the budget changes.
+        on_progress: called from time to time with the engine's time and the number of requests that have ended.
     """
     engine.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
     if tick_s is not None and not tick_s > 0:
@@ -46,6 +46,7 @@ def replay(
         moments_s = decisions(max(trace.duration_s / PROGRESS_STEPS, 1e-3), ())
     else:
         moments_s = iter(lambda: math.inf, None)
+    # A schedule does not depend on the state, so the engine gets its decisions in advance and does not stop for them.
     if tick_s is not None and isinstance(policy, Schedule):
         at_s = _known_decisions(policy, decisions(tick_s, also_at_s))
         engine.apply_at(at_s, [policy.plan_at(time_s) for time_s in at_s])
@@ -61,7 +62,7 @@ def replay(
 
 
 def _known_decisions(policy: Schedule, moments_s: Iterator[float]) -> list[float]:
-    """Return, of the moments of decision, those at which the schedule has another plan than at the one before."""
+    """Return the times of decisions at which the plan of the schedule changes."""
     found, left = [], deque(policy.at_s[1:])
     while left:
         moment_s = next(moments_s)
@@ -73,11 +74,11 @@ def _known_decisions(policy: Schedule, moments_s: Iterator[float]) -> list[float
 
 
 def decisions(period_s: float, also_at_s: Sequence[float]) -> Iterator[float]:
-    """Yield the multiples of a period, and other moments between them, each once: when a policy is asked."""
+    """Yield the times at which a policy decides: the multiples of a period, and other times between them."""
     others = list(also_at_s)
     step = 1
     while True:
-        # The step's own multiple, not a running sum: ticks stay where they are said to be.
+        # A multiple, not a running sum, so that rounding errors do not add up.
         tick_s = step * period_s
         while others and others[0] <= tick_s:
             if (other_s := others.pop(0)) < tick_s:

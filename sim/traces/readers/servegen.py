@@ -1,4 +1,8 @@
-"""ServeGen: a statistical description of real clients, from which requests are sampled (not a request log)."""
+"""ServeGen: a statistical description of real clients, from which requests are sampled (not a request log).
+
+One difference from ServeGen's code: it rescales n gaps, which puts the last request exactly at the end of the window,
+where rounding decides whether it is dropped. Here n + 1 gaps put all n requests inside.
+"""
 
 from __future__ import annotations
 
@@ -71,9 +75,6 @@ def read_servegen(
     distribution and are rescaled to fill the window, so that only the shape of the distribution matters, not its scale.
     Their lengths come from its histograms for that period of 6 h. Each client and window has its own random generator,
     so choosing other clients or times does not change the requests of the remaining ones.
-
-    One difference from ServeGen's code: it rescales n gaps, which puts the last request exactly at the end of the
-    window, where rounding decides whether it is dropped. Here n + 1 gaps put all n requests inside.
 
     Args:
         path: a folder with ``chunk-ID-trace.csv`` and ``chunk-ID-dataset.json``, plain or gzip.
