@@ -145,7 +145,8 @@ def compare(run: RealRun, records: Records) -> dict[str, Any]:
         figures = {s: (_statistic(real, s), _statistic(simulated, s)) for s in STATISTICS}
         errors[name] = {
             **{s: {"real": r, "simulated": v, "error": v / r - 1} for s, (r, v) in figures.items()},
-            "correlation": round(float(np.corrcoef(real, simulated)[0, 1]), 6),  # the last digits depend on the processor
+            # Rounded: the last digits depend on the processor.
+            "correlation": round(float(np.corrcoef(real, simulated)[0, 1]), 6),
         }
     real_s, simulated_s = float(run.finish_s.max()), float(records.finish_s.max())
     errors["makespan_s"] = {"real": real_s, "simulated": simulated_s, "error": simulated_s / real_s - 1}

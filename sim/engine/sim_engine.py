@@ -541,15 +541,20 @@ class SimEngine:
             while now_s > env.now:
                 yield env.timeout(exact_delay(env.now, now_s))
             if why == kernel.STALLED and env.now != self._hold_at_s:
-                yield self._next_event()
+                yield from self._wait()
 
-    def _next_event(self) -> simpy.Event:
-        """Return the event that ends a stalled engine's wait: a call from outside, or the end of a copy."""
-        self._wake = self.env.event()
+    def _wait(self) -> Generator[simpy.Event, Any, None]:
+        """Wait, with nothing to serve, for a call from outside or the end of a copy."""
+        self._wake = wake = self.env.event()
         copy_end_s = self._counters.copy_end_s
         if math.isinf(copy_end_s):
-            return self._wake
-        return self._wake | self.env.timeout(exact_delay(self.env.now, copy_end_s))
+            yield wake
+            return
+        while True:
+            yield wake | self.env.timeout(exact_delay(self.env.now, copy_end_s))
+            # The clock may need two steps to get there; acting in between would take a decision before the copy joins.
+            if wake.triggered or self.env.now >= copy_end_s:
+                return
 
     def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.triggered:

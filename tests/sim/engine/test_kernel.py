@@ -316,6 +316,11 @@ def test_a_waiting_prompt_that_outgrew_the_pool_does_not_keep_the_engine_busy_fo
     assert len(engine.iterations()) == 0
 
 
+def test_a_complete_copy_joins_before_a_decision_that_an_idle_engine_takes() -> None:
+    """In this case the clock reaches the end of the copy in two steps; between them no decision may be taken."""
+    assert differences(random_case(2317)) == []
+
+
 def test_it_works_where_the_compile_cache_cannot_be_written_and_says_so() -> None:
     program = (
         "import numba.core.caching as c\n"
