@@ -225,6 +225,8 @@ class Disaggregated:
             for side in self.decode:
                 if not ck.in_iteration(side.table) and side.next_s[0] <= now_s:
                     self._bring(side, now_s, start=True)
+            # An iteration that starts may admit a waiting request, and only then is there room for another prompt.
+            self._send_those_ready()
             self._step_to(now_s)
 
     def _step_to(self, now_s: float) -> None:

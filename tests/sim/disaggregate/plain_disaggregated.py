@@ -87,18 +87,22 @@ class PlainDisaggregated:
                 arrival_s, prompt, output = coming.pop(0)
                 self._arrive(Request(request_id=0, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output))
             self._join()
-            while self.ready and (to := self._where(self.ready[0])) is not None:
-                moving = self.ready.pop(0)
-                moving.to, moving.send_s, moving.flows_s = to, now_s, now_s + self.latency_s
-                table = self.decode[to].reserve(moving.number, moving.request.prompt_tokens)
-                assert table is not None
-                assert table.own_layer_blocks == self._blocks(moving)
-                self.under_way.append(moving)
+            self._send_those_ready(now_s)
             self._end_transfers(now_s)
             self._join()
             for engine in (*self.prefill, *self.decode):
                 engine.run_until(math.nextafter(now_s, math.inf))  # iterations start
+            self._send_those_ready(now_s)  # an iteration that starts may admit a request, which makes room
         return self._columns()
+
+    def _send_those_ready(self, now_s: float) -> None:
+        while self.ready and (to := self._where(self.ready[0])) is not None:
+            moving = self.ready.pop(0)
+            moving.to, moving.send_s, moving.flows_s = to, now_s, now_s + self.latency_s
+            table = self.decode[to].reserve(moving.number, moving.request.prompt_tokens)
+            assert table is not None
+            assert table.own_layer_blocks == self._blocks(moving)
+            self.under_way.append(moving)
 
     def _end_transfers(self, now_s: float) -> None:
         for moving in [m for m in self.under_way if m.flows_s <= now_s and m.left_bytes <= DONE_BYTES]:
