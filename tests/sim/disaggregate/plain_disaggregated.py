@@ -21,7 +21,7 @@ from sim.traces.trace import Trace
 from tests.sim.engine.plain_engine import PlainEngine
 
 DONE_BYTES = 1e-6
-"""A transfer with so little left has ended: rounding leaves about 1e-9 bytes. More would end it too early on a slow link."""
+"""A transfer with less left than this has ended; rounding leaves about 1e-9 bytes."""
 
 
 @dataclass(kw_only=True, eq=False)
