@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -91,7 +92,7 @@ def assert_same(ours: Any, theirs: Any, *, without: Sequence[str] = ()) -> None:
             )
 
 
-class EngineContract:
+class EngineContract(ABC):
     """The suite; a subclass makes its engine.
 
     spec: the model. latency: BASE_S and TOKEN_S for that model.
@@ -102,18 +103,18 @@ class EngineContract:
     refuses_late = True
 
     @property
+    @abstractmethod
     def spec(self) -> ModelSpec:
         """The model that is served."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def latency(self) -> LatencyModel:
         """The prices of this contract, for the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make(self, *, config: EngineConfig, plan: Plan, budget: Budget) -> Any:
         """Return an idle engine."""
-        raise NotImplementedError
 
     # -- what the tests build on ---------------------------------------------------------------------------------
 

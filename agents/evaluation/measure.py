@@ -162,7 +162,7 @@ def _measure_serve_only(
         rows = evaluate_serve(served, selected, windows, oracles=False)
         write_parquet(folder / file, pd.concat([_other_rows(folder / file, cfg), rows]))
     summary: dict[str, Any] = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
-    summary["anew"] = {"policies": list(cfg.only), "commit": provenance(0)["commit"]}
+    summary["replayed"] = {"policies": list(cfg.only), "commit": provenance(0)["commit"]}
     return summary
 
 

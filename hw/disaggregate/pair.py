@@ -209,7 +209,7 @@ class Pair:
             except (EOFError, OSError):  # the process ended, perhaps in the middle of a message
                 process = self.processes[stage]
                 process.join()
-                reports.ended[stage] = f"it ended by itself, with exit code {process.exitcode}"
+                reports.ended[stage] = f"it exited with code {process.exitcode}"
 
 
 @contextlib.contextmanager

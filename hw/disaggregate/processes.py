@@ -74,7 +74,7 @@ def run_process(stage: str, pipe: Pipe) -> None:
         while (message := pipe.recv()) is not None:
             kind, content = message
             if kind != "serve":
-                continue  # a stop that arrived after the run had ended by itself
+                continue  # a stop that arrived after the run had ended
             try:
                 cfg = OmegaConf.create(content["config"])
                 assert isinstance(cfg, DictConfig)

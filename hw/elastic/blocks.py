@@ -95,7 +95,7 @@ class PinnedStore:
 
 @dataclass(slots=True)
 class PendingCopy:
-    """A copy on its way to the device.
+    """A copy to the device that is under way.
 
     bits: its precision. weights: of the linear layers. rest: norm and biases; None if they are resident already.
     events: CUDA events that mark its completion; none on a CPU.

@@ -34,7 +34,7 @@ class Clock(Protocol):
 
 
 class RealClock:
-    """A clock that runs by itself.
+    """The machine's own clock.
 
     ``wall`` counts real seconds. ``cpu`` counts the processor seconds of this thread, so that other programs on the
     machine do not matter; on an idle machine with one thread both are the same. Waiting takes no processor time, so

@@ -180,6 +180,6 @@ class KVPool:
         return ids[::-1]
 
     def check(self, held: Iterable[int]) -> None:
-        """Check that every block is held once, free once, or on its way out, and none twice."""
+        """Check that every block is in exactly one place: held, free, or about to leave the pool."""
         ids = [*held, *self._dead, *(block for run in self._runs for block in run.ids)]
         assert sorted(ids) == list(range(self._blocks)), "a KV block is lost, or in two places"

@@ -114,8 +114,8 @@ def test_the_verdict_on_serving_names_who_won_and_where(played: pd.DataFrame, tm
     assert sum(row[0] == "learned_x" for row in cells(page(tmp_path))) == 2
     write_parquet(tmp_path / "serve_elsewhere.parquet", frame[frame["policy"] == "learned_x"].assign(policy="on_moon"))
     write_parquet(tmp_path / "serve_quality.parquet", frame[frame["policy"].isin(["learned_x", "dense"])])
-    anew = {"policies": ["learned_x"], "commit": "2" * 40}
-    write_json(tmp_path / "serve.json", {**made, "other_quality": "some_quality", "anew": anew})
+    replayed = {"policies": ["learned_x"], "commit": "2" * 40}
+    write_json(tmp_path / "serve.json", {**made, "other_quality": "some_quality", "replayed": replayed})
     write_parquet(tmp_path / "serve_training.parquet", pd.DataFrame({"policy": "learned_x", "seed": 0, **STEPS}))
     text = page(tmp_path)
     assert ["learned_x", "1", "0.7000", "0.7000 to 0.7000", "10", "2,000"] in cells(text)

@@ -216,7 +216,7 @@ def test_a_process_that_is_killed_is_named_and_the_records_so_far_are_written(
         run("hw", "trace.duration_s=30")
     assert ended.value.code == 2
     message = capsys.readouterr().err
-    assert "the decode process: it ended by itself, with exit code -9" in message
+    assert "the decode process: it exited with code -9" in message
     assert "the prefill process: the decode process has gone" in message
     summary = json.loads((tmp_path / "hw" / "summary.json").read_text())
     records = pd.read_parquet(tmp_path / "hw" / "records.parquet")
