@@ -315,6 +315,12 @@ def test_the_plan_can_be_read_and_set_while_the_model_serves(server: Server) -> 
     assert refused.status_code == 400
     assert "MHA9" in refused.json()["error"]["message"]
     httpx.put(f"{server.url}/plan", json={})
+    for _ in range(100):  # the next test compares plans: no copy may still be under way
+        plan = httpx.get(f"{server.url}/plan").json()
+        if plan["runs"] == "dense" and plan["ready"]:
+            return
+        ask(server, prompt=[1], max_tokens=2)
+    raise AssertionError(f"the dense plan never came back: {plan}")
 
 
 @pytest.mark.parametrize(
