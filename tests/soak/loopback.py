@@ -87,15 +87,20 @@ async def exchange(port: int, method: str, path: str, content: Any = None, *, wa
     return await raw_exchange(port, head(method, path, body) + body, wait_s=wait_s)
 
 
-async def raw_exchange(port: int, raw: bytes, *, wait_s: float = 60.0) -> tuple[int, bytes]:
-    """Send bytes and return the status and the body of the answer; status 0 if none came, -1 if it took too long."""
+async def raw_exchange(port: int, raw: bytes, *, wait_s: float = 60.0, ends: bool = False) -> tuple[int, bytes]:
+    """Send bytes and return the status and the body of the answer; status 0 if none came, -1 if it took too long.
+
+    Args:
+        ends: say after the last byte that no more will come.
+    """
     try:
         async with asyncio.timeout(wait_s):
             reader, writer = await asyncio.open_connection(HOST, port)
             try:
                 writer.write(raw)
                 await writer.drain()
-                writer.write_eof()
+                if ends:
+                    writer.write_eof()
                 answer = await reader.read()
             finally:
                 writer.close()
