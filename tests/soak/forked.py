@@ -1,0 +1,104 @@
+"""Commands of the project in forked children of this process, so that a run starts at once and can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEADLINE_S = 900.0
+
+
+@dataclass(slots=True)
+class Run:
+    """A child that runs a command. printed: where its stdout and stderr go."""
+
+    process_id: int
+    started_s: float
+    printed: Path
+    status: int | None = None
+
+    def wait(self, until_s: float = DEADLINE_S) -> int:
+        """Return the exit status, negative for a signal; kill the child if it takes too long."""
+        while self.status is None and time.monotonic() - self.started_s < until_s:
+            self.look()
+            time.sleep(0.005)
+        if self.status is None:
+            self.kill()
+            raise RuntimeError(f"a run took longer than {until_s:g} s: {self.text()[-500:]}")
+        return self.status
+
+    def look(self) -> int | None:
+        """Return the exit status if the child has ended."""
+        if self.status is None:
+            ended, status = os.waitpid(self.process_id, os.WNOHANG)
+            if ended:
+                self.status = os.waitstatus_to_exitcode(status)
+        return self.status
+
+    def kill(self) -> None:
+        """Send signal 9 to the child and all its children, and wait."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process_id, signal.SIGKILL)
+        if self.status is None:
+            _, status = os.waitpid(self.process_id, 0)
+            self.status = os.waitstatus_to_exitcode(status)
+
+    def text(self) -> str:
+        """Return what the child has printed."""
+        return self.printed.read_text(errors="replace") if self.printed.exists() else ""
+
+
+def start(
+    module: str, arguments: Sequence[str], printed: Path, *, before: Callable[[], None] = lambda: None
+) -> Run:
+    """Fork a child that runs ``module.main`` with these arguments, after ``before``, in a session of its own."""
+    main = importlib.import_module(module).main
+    printed.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A pipe would need a reader; a limit on the size of files would hit a file, so the text of such runs is short.
+    out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    child = os.fork()
+    if child:
+        os.close(out)
+        with contextlib.suppress(OSError):
+            os.setpgid(child, child)
+        return Run(child, time.monotonic(), printed)
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", line_buffering=True)
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8", write_through=True)
+        before()
+        status = _main_status(main, module, arguments)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(status)
+
+
+def _main_status(main: Callable[[], Any], module: str, arguments: Sequence[str]) -> int:
+    from hydra.core.global_hydra import GlobalHydra
+
+    sys.argv = [module, *arguments]
+    GlobalHydra.instance().clear()
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
