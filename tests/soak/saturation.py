@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import json
 import random
 import signal
 import time
@@ -22,6 +23,7 @@ from tests.soak.provenance import made_now
 from tests.soak.tiny_checkpoint import LAYERS
 
 CLIENTS = 40
+MOST_WAITING = 32
 ABORT_SHARE = 0.3
 STREAM_SHARE = 0.5
 SAMPLE_S = 10.0
@@ -76,7 +78,7 @@ class Load:
         self.port, self._rng = port, random.Random(seed)
         self.statuses: Counter[int] = Counter()
         self.aborted: Counter[str] = Counter()
-        self.sent = self.unanswered = self.cut = self.plans = 0
+        self.sent = self.unanswered = self.cut = self.refused_late = self.plans = 0
         self.plan_statuses: Counter[int] = Counter()
 
     async def client(self, until_s: float) -> None:
@@ -91,8 +93,6 @@ class Load:
                 await asyncio.sleep(0.1)
 
     async def _one(self, path: str, body: Mapping[str, Any], streamed: bool, *, aborts: bool) -> None:
-        import json
-
         raw = json.dumps(body).encode()
         reader, writer = await asyncio.open_connection(HOST, self.port)
         try:
@@ -112,7 +112,8 @@ class Load:
             rest = await reader.read()
             self.statuses[status] += 1
             if status == 200 and streamed and b"data: [DONE]" not in rest:
-                self.cut += 1
+                self.refused_late += b'"error"' in rest
+                self.cut += b'"error"' not in rest
             if status == 429:
                 await asyncio.sleep(0.2)
         finally:
@@ -209,7 +210,7 @@ def between(rows: Sequence[Mapping[str, float]], name: str) -> list[float]:
 def run(duration_s: float, folder: Path, out: Path, *, seed: int = 0) -> dict[str, Any]:
     """Serve under load for ``duration_s`` seconds; write ``saturation.csv`` into ``out`` and return the figures."""
     out.mkdir(parents=True, exist_ok=True)
-    with serve(folder, "budget.blocks=96", "serve.max_waiting=64") as child:
+    with serve(folder, "budget.blocks=96", f"serve.max_waiting={MOST_WAITING}") as child:
         start_s = time.monotonic()
         load, rows = asyncio.run(run_load(child, duration_s, seed, out / "saturation.csv"))
         took_s, alive = time.monotonic() - start_s, child.alive()
@@ -225,9 +226,11 @@ def run(duration_s: float, folder: Path, out: Path, *, seed: int = 0) -> dict[st
         "load_s": duration_s,
         "took_s": took_s,
         "clients": CLIENTS,
+        "max_waiting": MOST_WAITING,
         "requests_sent": load.sent,
         "answers_by_status": {str(k): v for k, v in sorted(load.statuses.items())},
         "aborted": dict(load.aborted),
+        "streams_refused_by_the_plan": load.refused_late,
         "streams_cut_short": load.cut,
         "requests_without_answer": load.unanswered,
         "plan_changes": load.plans,
