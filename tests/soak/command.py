@@ -1,11 +1,11 @@
 """``python -m tests.soak``: breaks the project on purpose, part by part, and writes docs/results/robustness.
 
-    inputs       hostile inputs, in slices that are saved; a slice with a fault is played again by the next call
-    kills        kill -9 at random moments of commands that write files
-    saturation   hw.serve under more load than it can serve
-    disk         a full disk at every write of a run
-    page         the page, from the saved figures
-    one KIND N   one hostile input again, in this process
+inputs       hostile inputs, in slices that are saved; a slice with a fault is played again by the next call
+kills        kill -9 at random moments of commands that write files
+saturation   hw.serve under more load than it can serve
+disk         a full disk at every write of a run
+page         the page, from the saved figures
+one KIND N   one hostile input again, in this process
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ class Run:
     process_id: int
     started_s: float
     printed: Path
+    reader: subprocess.Popen[bytes] | None = None
     status: int | None = None
 
     def wait(self, until_s: float = DEADLINE_S) -> int:
@@ -54,25 +56,45 @@ class Run:
 
     def text(self) -> str:
         """Return what the child has printed."""
+        if self.reader is not None:
+            self.reader.wait()
         return self.printed.read_text(errors="replace") if self.printed.exists() else ""
 
 
 def start(
-    module: str, arguments: Sequence[str], printed: Path, *, before: Callable[[], None] = lambda: None
+    module: str,
+    arguments: Sequence[str],
+    printed: Path,
+    *,
+    before: Callable[[], None] = lambda: None,
+    through_a_pipe: bool = False,
 ) -> Run:
-    """Fork a child that runs ``module.main`` with these arguments, after ``before``, in a session of its own."""
+    """Fork a child that runs ``module.main`` with these arguments, after ``before``, in a group of its own.
+
+    Args:
+        printed: file for what it prints.
+        through_a_pipe: let ``cat`` write that file, for a child with a limit on the size of files.
+    """
     main = importlib.import_module(module).main
     printed.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    # A pipe would need a reader; a limit on the size of files would hit a file, so the text of such runs is short.
     out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    reader = None
+    if through_a_pipe:
+        reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out)
+        os.close(out)
+        assert reader.stdin is not None
+        out = reader.stdin.fileno()
     child = os.fork()
     if child:
-        os.close(out)
+        if reader is None:
+            os.close(out)
+        elif reader.stdin is not None:
+            reader.stdin.close()
         with contextlib.suppress(OSError):
             os.setpgid(child, child)
-        return Run(child, time.monotonic(), printed)
+        return Run(child, time.monotonic(), printed, reader)
     status = 1
     try:
         os.setpgid(0, 0)

@@ -22,7 +22,12 @@ HEADERS = (
 )
 STARTS = (
     *(b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\r\n\r\n\r\n"),
-    *(b"GET http://[::1 HTTP/1.1\r\n\r\n", b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", b"HELLO\r\n", b"\x00" * 500),
+    *(
+        b"GET http://[::1 HTTP/1.1\r\n\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        b"HELLO\r\n",
+        b"\x00" * 500,
+    ),
 )
 
 
@@ -101,5 +106,7 @@ def _chunked(raw: bytes, body: bytes, rng: random.Random) -> bytes:
     pieces = [body[at : at + 50] for at in range(0, min(len(body), 500), 50)]
     chunks = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces] + [b"0\r\n\r\n"]
     if rng.random() < 0.7:
-        chunks[rng.randrange(len(chunks))] = rng.choice((b"", b"zz\r\n", b"-1\r\n", b"fffffffffffffffff\r\na\r\n", b"5\r\na"))
+        chunks[rng.randrange(len(chunks))] = rng.choice(
+            (b"", b"zz\r\n", b"-1\r\n", b"fffffffffffffffff\r\na\r\n", b"5\r\na")
+        )
     return start + b"".join(chunks)

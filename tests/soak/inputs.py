@@ -69,14 +69,18 @@ class Tally:
         if label not in self.faults or len(case.content) < self.faults[label]["bytes"]:
             shown = case.content[:400].decode("latin-1")
             self.faults[label] = {
-                **{"number": number, "detail": detail, "target": case.target, "bytes": len(case.content)},
-                **{"content": shown, "options": {k: str(v) for k, v in case.options.items()}},
+                "number": number,
+                "detail": detail,
+                "target": case.target,
+                "bytes": len(case.content),
+                "content": shown,
+                "options": {k: str(v) for k, v in case.options.items()},
             }
 
 
 def build(kind: str, folder: Path) -> Kind:
-    """Build a kind by its name."""
-    module, name = KINDS[kind]
+    """Build a kind by its name in KINDS, or by MODULE:CLASS."""
+    module, name = KINDS.get(kind) or kind.split(":")
     made: Kind = getattr(importlib.import_module(f"tests.soak.{module}"), name)(folder)
     return made
 

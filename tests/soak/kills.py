@@ -15,6 +15,8 @@ from tests.soak.forked import Run, start
 from tests.soak.provenance import made_now
 from tests.soak.run_files import differences, half_written, leftovers, results
 
+CLOCKS = ("cpu_seconds", "earlier_cpu_seconds", "seconds", "sample_seconds", "learn_seconds", "date", "command")
+"""Keys of results that state how and how fast they were made; a run that was continued states another command."""
 WORDS = "the keeper counts the ships that pass in the night and writes each of them down "
 
 
@@ -25,6 +27,7 @@ class Scenario:
     module, arguments: the command without its run folder. again: what the second run adds to them.
     share: of all kills. ready: whether the run in a folder has come so far that it may be killed.
     ignore: files that may be incomplete, because nothing names them yet.
+    kept: which results must be those of the unbroken run, as the folder of a killed run says.
     """
 
     name: str
@@ -35,7 +38,7 @@ class Scenario:
     folder_key: str = "hydra.run.dir"
     ready: Callable[[Path], bool] = lambda _: True
     ignore: Callable[[Path], bool] = lambda _: False
-    compared: Callable[[str], bool] = lambda _: True
+    kept: Callable[[Path], Callable[[str], bool]] = lambda _: lambda _: True
 
     def command(self, folder: Path, *more: str) -> list[str]:
         """Return the arguments of a run in a folder."""
@@ -53,7 +56,7 @@ def scenarios(files: Path) -> list[Scenario]:
     checkpoint = write_checkpoint(files / "checkpoint")
     score = (f"model.path={checkpoint}", "model.name=tiny", "model.dtype=float32", "model.device=cpu")
     score += (f"calibration.path={text}", f"test.path={text}", "calibration.tokens=4096", "calibration.window=64")
-    train = ("algorithm=dqn", "algorithm.learning_starts=100", "algorithm.steps_an_update=64", "algorithm.batch=64")
+    train = ("algorithm=ppo", "algorithm.steps_an_iteration=256", "algorithm.minibatch=128", "algorithm.epochs=2")
     train += ("num_envs=8", "hidden=[16]", "validate_every=1", "minutes=10", "iterations=12", "checkpoint_minutes=0")
     return [
         Scenario("sim.replay", "sim.replay.__main__", trace, 0.4),
@@ -74,8 +77,19 @@ def scenarios(files: Path) -> list[Scenario]:
             again=("resume=true",),
             ready=lambda folder: (folder / "checkpoint.json").exists(),
             ignore=lambda path: "checkpoint_" in str(path.parent),
+            kept=rows_of_the_checkpoint,
         ),
     ]
+
+
+def rows_of_the_checkpoint(folder: Path) -> Callable[[str], bool]:
+    """Return whether a result is a row of progress.csv up to the last checkpoint.
+
+    RLlib's checkpoints hold no state of environments, so a resumed training goes on with other episodes.
+    """
+    reached = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["iteration"]
+    rows = {str(number) for number in range(int(reached) + 1)}
+    return lambda name: name.startswith("progress.csv:") and name.split(":")[1] in rows
 
 
 @dataclass(slots=True)
@@ -88,6 +102,7 @@ class Count:
     complete_already: int = 0
     leftovers: int = 0
     equal: int = 0
+    equal_to_the_end: int = 0
     seconds: float = 0.0
     not_compared: list[str] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)
@@ -120,23 +135,24 @@ def _place(scenario: Scenario, folder: Path) -> Path:
 def kill_often(scenario: Scenario, kills: int, folder: Path, rng: random.Random) -> Count:
     """Kill runs of one scenario and run each again."""
     found, began_s = Count(), time.monotonic()
-    unbroken = folder / "unbroken"
+    place = folder / "run"  # always the same one: its name is part of some results
     references, times = [], []
     for number in range(3):  # the first one fills caches
-        shutil.rmtree(unbroken, ignore_errors=True)
-        unbroken.mkdir(parents=True)
-        child = start(scenario.module, scenario.command(_place(scenario, unbroken)), folder / "printed")
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        child = start(scenario.module, scenario.command(_place(scenario, place)), folder / "printed")
         if child.wait() != 0:
             raise RuntimeError(f"{scenario.name} does not run: {child.text()[-800:]}")
         times.append(time.monotonic() - child.started_s)
-        references.append(results(unbroken))
+        references.append(results(place))
         if number == 1 and scenario.share < 0.15:
             break
     clock = differences(references[-1], references[-2])  # times and dates, which differ between equal runs
     found.not_compared = sorted({name.rpartition("/")[2] for name in clock})[:40]
-    for number in range(kills):
-        _one(scenario, folder / f"killed_{number}", times[-1], (references[-1], clock), found, rng)
-        shutil.rmtree(folder / f"killed_{number}", ignore_errors=True)
+    clock |= {name for name in references[-1] if name.rpartition(":")[2] in CLOCKS}
+    for _ in range(kills):
+        shutil.rmtree(place, ignore_errors=True)
+        _one(scenario, place, times[-1], (references[-1], clock), found, rng)
     found.seconds = time.monotonic() - began_s
     return found
 
@@ -160,11 +176,14 @@ def _one(
     if broken := half_written(folder, ignore=scenario.ignore):
         found.faults.append({"what": "half-written", "files": broken})
     wanted, clock = reference
+    kept = scenario.kept(folder)
     if child.status == 0:
         found.complete_already += 1
     elif not _again(scenario, place, printed, found):
         return
-    if different := sorted(differences(results(folder), wanted) - clock):
+    all_different = differences(results(folder), wanted) - clock
+    found.equal_to_the_end += not all_different
+    if different := sorted(filter(kept, all_different)):
         found.faults.append({"what": "other results", "names": different[:20]})
     else:
         found.equal += 1
@@ -196,5 +215,3 @@ def _kill_at_random(child: Run, scenario: Scenario, folder: Path, usual_s: float
     time.sleep(rng.uniform(0.0, left_s if rng.random() < 0.7 else left_s / 20))
     if child.look() is None:
         child.kill()
-
-

@@ -77,7 +77,9 @@ def judge(kind: Kind, case: Case) -> Outcome:
         return Outcome("fault", f"{case.target}: {error.label}", str(error)[:500])
     except Exception as error:
         place = innermost(error)
-        return Outcome("fault", f"{case.target}: {type(error).__name__} in {place}", f"{type(error).__name__}: {error}"[:500])
+        return Outcome(
+            "fault", f"{case.target}: {type(error).__name__} in {place}", f"{type(error).__name__}: {error}"[:500]
+        )
 
 
 def refusal(error: Exception, target: str) -> Outcome:

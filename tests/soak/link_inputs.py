@@ -35,7 +35,11 @@ def offer(prompt_tokens: int = 3) -> dict[str, Any]:
     known = {
         "request": dataclasses.asdict(request),
         "tokens": list(range(prompt_tokens + 1)),
-        **{"output_limit": 9, "admitted_s": 0.7, "first_token_s": 1.0, "kept_params": 100, "nll_sum": 0.5},
+        "output_limit": 9,
+        "admitted_s": 0.7,
+        "first_token_s": 1.0,
+        "kept_params": 100,
+        "nll_sum": 0.5,
     }
     fields = {field.name: known.get(field.name, 0) for field in dataclasses.fields(Handover)}
     return {"kind": "offer", "handover": fields, "bytes": 0}
@@ -106,7 +110,10 @@ class Links:
 
     def _greet(self, content: bytes) -> str:
         """Connect as a stranger who does not know the key."""
-        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as stranger:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            socket.create_connection(server.getsockname()) as stranger,
+        ):
             try:
                 stranger.settimeout(1.0)
                 stranger.sendall(content[: 1 << 20])

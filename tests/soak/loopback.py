@@ -81,7 +81,9 @@ def head(method: str, path: str, body: bytes) -> bytes:
     return f"{lines}content-length: {len(body)}\r\n\r\n".encode()
 
 
-async def exchange(port: int, method: str, path: str, content: Any = None, *, wait_s: float = 60.0) -> tuple[int, bytes]:
+async def exchange(
+    port: int, method: str, path: str, content: Any = None, *, wait_s: float = 60.0
+) -> tuple[int, bytes]:
     """Send one request and return the status and the body; status 0 if no answer came."""
     body = content if isinstance(content, bytes) else b"" if content is None else json.dumps(content).encode()
     return await raw_exchange(port, head(method, path, body) + body, wait_s=wait_s)

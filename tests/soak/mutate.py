@@ -109,7 +109,9 @@ def _reshaped(value: Any, key: Any, keys: Sequence[Any], rng: random.Random) -> 
         if how == 3:
             value[f"{key}{DOUBLE}"] = edge_value(rng)
         elif how == 4:
-            value[rng.choice((str(key).upper(), f"{key} ", f"{key}s", "", "__class__", LONE_SURROGATE))] = value.pop(key)
+            value[rng.choice((str(key).upper(), f"{key} ", f"{key}s", "", "__class__", LONE_SURROGATE))] = value.pop(
+                key
+            )
         else:
             value[rng.choice(("a", "id", "_target_", "self", "model", "\x00", "x" * 5000))] = edge_value(rng)
     elif how == 3:
@@ -151,7 +153,9 @@ def mutate_bytes(content: bytes, rng: random.Random, other: bytes = b"") -> byte
         elif how == 2:
             del found[at:end]
         elif how == 3:
-            found[at:at] = rng.choice((b"\x00", b"\xff", b"\n", b"\r", b'"', b",", b"{", b"\xed\xa0\x80", b"\xef\xbb\xbf"))
+            found[at:at] = rng.choice(
+                (b"\x00", b"\xff", b"\n", b"\r", b'"', b",", b"{", b"\xed\xa0\x80", b"\xef\xbb\xbf")
+            )
         elif how == 4:
             found[at:at] = found[at:end] * rng.choice((1, 3, 40))
         elif how == 5 and other:

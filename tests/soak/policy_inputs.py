@@ -88,7 +88,9 @@ class Policies:
         elif how == 1:
             arrays[name] = arrays[name].astype(rng.choice(TYPES))
         elif how == 2:
-            arrays[name] = rng.choice((arrays[name].T.copy(), arrays[name].reshape(-1), arrays[name][:1], arrays[name][:0]))
+            arrays[name] = rng.choice(
+                (arrays[name].T.copy(), arrays[name].reshape(-1), arrays[name][:1], arrays[name][:0])
+            )
         else:
             arrays[rng.choice(("2.weight", "0.weigh", ""))] = arrays.pop(name)
         return arrays

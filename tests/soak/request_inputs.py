@@ -123,9 +123,7 @@ class Requests:
         values = st.dictionaries(st.sampled_from(names), JSON_VALUES, max_size=5)
         options = {"method": "POST", "headers": []}
         return st.builds(
-            lambda target, value: Case(
-                target, json.dumps(value).encode(), options={**options, "path": PATHS[target]}
-            ),
+            lambda target, value: Case(target, json.dumps(value).encode(), options={**options, "path": PATHS[target]}),
             st.sampled_from(["completions", "chat"]),
             values,
         )
@@ -195,9 +193,18 @@ def small_server() -> tuple[EngineThread, Api]:
 async def call(app: Any, content: bytes, *, method: str, path: str, headers: list[Any]) -> tuple[int, bytes]:
     """Call an ASGI application as a server would."""
     scope = {
-        **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http"},
-        **{"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": ("127.0.0.1", 1)},
-        **{"server": ("127.0.0.1", 8000), "headers": [(b"host", b"127.0.0.1:8000"), *headers]},
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+        "headers": [(b"host", b"127.0.0.1:8000"), *headers],
     }
     incoming = [{"type": "http.request", "body": content, "more_body": False}]
     waits = asyncio.Event()

@@ -72,13 +72,26 @@ LINES: dict[str, list[Any]] = {
     ],
     "texts": [{"timestamp": 0, "text_input": "two words", "output_length": 5}],
     "llmservingsim": [
-        {"index": i, "group": 0, "arrival_time_ns": 10**6 * i, "input_toks": 100, "output_toks": 10, "input_tok_ids": [1]}
+        {
+            "index": i,
+            "group": 0,
+            "arrival_time_ns": 10**6 * i,
+            "input_toks": 100,
+            "output_toks": 10,
+            "input_tok_ids": [1],
+        }
         for i in range(3)
     ],
     "bailian": [
         {
-            **{"chat_id": i, "parent_chat_id": i - 1, "timestamp": 61.1 + i, "input_length": 33, "output_length": 13},
-            **{"type": "text", "turn": 1 + i, "hash_ids": [7, 8, 9 + i]},
+            "chat_id": i,
+            "parent_chat_id": i - 1,
+            "timestamp": 61.1 + i,
+            "input_length": 33,
+            "output_length": 13,
+            "type": "text",
+            "turn": 1 + i,
+            "hash_ids": [7, 8, 9 + i],
         }
         for i in range(3)
     ],
@@ -86,9 +99,19 @@ LINES: dict[str, list[Any]] = {
 WHOLE: dict[str, Any] = {
     "own_array": [{"arrival_s": i, "prompt_tokens": 10, "output_tokens": 5} for i in range(3)],
     "vllm_result": {
-        **{"date": "20260101-000000", "backend": "vllm", "model_id": "m", "num_prompts": 2, "duration": 3.1},
-        **{"completed": 2, "input_lens": [10, 20], "output_lens": [5, 6], "ttfts": [0.1, 0.2]},
-        **{"itls": [[0.01, 0.02], [0.02]], "start_times": [100.0, 101.0], "errors": ["", ""], "request_rate": 1.0},
+        "date": "20260101-000000",
+        "backend": "vllm",
+        "model_id": "m",
+        "num_prompts": 2,
+        "duration": 3.1,
+        "completed": 2,
+        "input_lens": [10, 20],
+        "output_lens": [5, 6],
+        "ttfts": [0.1, 0.2],
+        "itls": [[0.01, 0.02], [0.02]],
+        "start_times": [100.0, 101.0],
+        "errors": ["", ""],
+        "request_rate": 1.0,
     },
     "guidellm": {
         "metadata": {"version": 1},
@@ -96,7 +119,8 @@ WHOLE: dict[str, Any] = {
             {
                 "requests": {
                     "successful": [
-                        {"request_start_time": 1777600000.1 + i, "prompt_tokens": 10, "output_tokens": 5} for i in range(3)
+                        {"request_start_time": 1777600000.1 + i, "prompt_tokens": 10, "output_tokens": 5}
+                        for i in range(3)
                     ],
                     "errored": [],
                     "incomplete": [],
