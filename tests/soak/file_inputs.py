@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from sim.config import CONF_DIR
@@ -19,7 +20,7 @@ from sim.cost.quality import fitted_path, read_fitted, read_published, table_has
 from tests.hw.serving import flat_latency_content
 from tests.sim.serving import TINY
 from tests.soak.kinds import Case, FaultError
-from tests.soak.mutate import mutate_json, mutate_text, to_json
+from tests.soak.mutate import JSON_VALUES, mutate_json, mutate_text, to_json
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -138,6 +139,13 @@ class Files:
         if rng.random() < 0.15:
             return Case(target, mutate_text(text.encode(), rng))
         return Case(target, to_json(mutate_json(json.loads(text), rng), rng))
+
+    def strategy(self) -> st.SearchStrategy[Case]:
+        """Return hypothesis' strategy of model descriptions."""
+        fields = sorted({name for content in MODELS.values() for name in content})
+        valid = st.sampled_from([json.loads(text) for text in self._seeds["model"]])
+        changed = st.dictionaries(st.sampled_from(fields), JSON_VALUES, max_size=3)
+        return st.builds(lambda one, other: Case("model", json.dumps({**one, **other}).encode()), valid, changed)
 
     def feed(self, case: Case) -> str:
         """Read the file and use what it says."""

@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
 from tests.soak.kinds import Case, Kind, Outcome, judge
 from tests.soak.provenance import made_now
 
@@ -44,6 +46,7 @@ LONGEST_WALL_S = 120.0
 """Seconds that one input may take when it does not compute: the machine may be shared."""
 MOST_BYTES = 2**30
 """Memory that one input may take in addition to what the process held before."""
+OF_HYPOTHESIS = 50
 LOOK_S = 0.25
 BATCH = 100
 WARM_UP = -20
@@ -86,9 +89,40 @@ def build(kind: str, folder: Path) -> Kind:
 
 
 def case_of(made: Kind, number: int) -> Case:
-    """Return an input by its number."""
+    """Return an input by its number: of every thousand, the first OF_HYPOTHESIS are examples of hypothesis."""
+    block, place = divmod(number, 1000)
+    if number >= 0 and place < OF_HYPOTHESIS and hasattr(made, "strategy"):
+        found = _examples(made, block)
+        if place < len(found):
+            return found[place]
     return made.make(random.Random(f"{made.name}:{number}"))
 
+
+def _examples(made: Any, block: int) -> list[Case]:
+    """Return examples of a kind's strategy; the last block is kept, as numbers come in order."""
+    key = (made.name, block)
+    if key not in _EXAMPLES:
+        found: list[Case] = []
+
+        @settings(
+            max_examples=OF_HYPOTHESIS,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @seed(block)
+        @given(made.strategy())
+        def collect(case: Case) -> None:
+            found.append(case)
+
+        collect()
+        _EXAMPLES.clear()
+        _EXAMPLES[key] = found
+    return _EXAMPLES[key]
+
+
+_EXAMPLES: dict[tuple[str, int], list[Case]] = {}
 
 # --- The worker ------------------------------------------------------------------------------------------------------
 

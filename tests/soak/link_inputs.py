@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -10,6 +11,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+
 from hw.disaggregate.kv_link import Channel
 from hw.disaggregate.processes import STOP, accept_peer
 from hw.disaggregate.sides import handover_from
@@ -17,7 +20,7 @@ from hw.engine.hw_engine import Handover
 from sim.cost.model_spec import ModelSpec
 from sim.engine.protocol import Request
 from tests.soak.kinds import Case, FaultError
-from tests.soak.mutate import mutate_bytes, mutate_json, to_json
+from tests.soak.mutate import JSON_VALUES, mutate_bytes, mutate_json, to_json
 from tests.soak.tiny_checkpoint import SPEC
 
 MOST_FILLED = 1 << 16
@@ -78,6 +81,15 @@ class Links:
             raw += frame(json.dumps(header).encode())
         return Case(target, raw)
 
+    def strategy(self) -> st.SearchStrategy[Case]:
+        """Return hypothesis' strategy of frames: an offer with changed fields, or any header."""
+        fields = sorted(offer()["handover"])
+        changed = st.dictionaries(st.sampled_from(fields), JSON_VALUES, max_size=3)
+        offers = changed.map(lambda other: {**offer(), "handover": {**offer()["handover"], **other}})
+        headers = st.dictionaries(st.sampled_from(["kind", "request", "bytes", "key", "handover"]), JSON_VALUES)
+        cases = offers.map(lambda header: ("offer", header)) | headers.map(lambda header: ("frame", header))
+        return cases.map(lambda pair: Case(pair[0], frame(json.dumps(pair[1]).encode())))
+
     def feed(self, case: Case) -> str:
         """Receive until the connection ends; read offers as the decode side does."""
         if case.target == "hello":
@@ -87,10 +99,8 @@ class Links:
         try:
             theirs.setblocking(False)
             sent = 0
-            try:
+            with contextlib.suppress(BlockingIOError):
                 sent = theirs.send(case.content)
-            except BlockingIOError:
-                pass
             theirs.shutdown(socket.SHUT_WR)
             if sent < len(case.content):
                 return "refused"  # more than the socket holds; the size of headers is judged by their length

@@ -104,7 +104,7 @@ def kill_table(kills: Mapping[str, Any]) -> str:
 
 def saturation_table(found: Mapping[str, Any]) -> str:
     """Return the figures of the loaded server, one a row."""
-    growth, end = found["growth"], found["at_the_end"]
+    growth, end, late = found["growth"], found["at_the_end"], found["streams_refused_by_the_plan"]
     aborted = sum(found["aborted"].values())
     rows = {
         "hours under load": f"{found['load_s'] / 3600:.2f}",
@@ -112,7 +112,7 @@ def saturation_table(found: Mapping[str, Any]) -> str:
         "requests sent": f"{found['requests_sent']:,}",
         "answers by status": ", ".join(f"{k}: {v:,}" for k, v in found["answers_by_status"].items()),
         "clients that left early": f"{aborted:,} ({aborted / found['requests_sent']:.0%})",
-        "streams refused by a plan; cut short": f"{found['streams_refused_by_the_plan']:,}; {found['streams_cut_short']:,}",
+        "streams refused by a plan; cut short": f"{late:,}; {found['streams_cut_short']:,}",
         "plan changes": f"{found['plan_changes']:,}",
         "answers of 500 and above; tracebacks": f"{found['server_errors']}; {found['tracebacks']}",
         "tokens": f"{found['tokens']:,.0f}",

@@ -1,4 +1,4 @@
-"""Hostile requests to the server, in this process: the routes of ``hw.serve`` over the engine of a tiny random model."""
+"""Hostile requests to the server, in this process: the routes of ``hw.serve`` over a tiny random model."""
 
 from __future__ import annotations
 

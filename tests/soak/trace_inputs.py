@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 from hydra.utils import get_method
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from sim.config import CONF_DIR
@@ -26,7 +27,7 @@ from sim.engine.protocol import Request
 from sim.traces.trace import Trace
 from tests.sim.serving import tiny_engine
 from tests.soak.kinds import Case, FaultError
-from tests.soak.mutate import mutate_bytes, mutate_json, mutate_text, to_json
+from tests.soak.mutate import CELLS, JSON_VALUES, mutate_bytes, mutate_json, mutate_text, to_json
 
 BOMB_BYTES = 3 * 2**30
 REPLAYED_SHARE = 0.1
@@ -43,7 +44,8 @@ CSV = {
     "2024-10-15 00:00:01.5000000,0,80,12\n",
     "burstgpt": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
     "5,ChatGPT,472,18,490,Conversation log\n45,GPT-4,1087,0,1087,API log\n46,GPT-4,7,9,16,API log\n",
-    "burstgpt_sessions": "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    "burstgpt_sessions": "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,"
+    "Log Type\n"
     "5,1,3.2,ChatGPT,472,18,490,Conversation log\n45,1,2.1,ChatGPT,1087,230,1317,Conversation log\n",
     "lengths": "num_prefill_tokens,num_decode_tokens,num_total_tokens\n100,10,110\n200,20,220\n5,6,11\n",
     "vidur": ",arrived_at,num_prefill_tokens,num_decode_tokens,num_total_tokens,pd_ratio\n0,0.0,100,10,110,10.0\n"
@@ -239,6 +241,21 @@ class Traces:
             packing = rng.choice(COMPRESSED)
             return Case(target, bomb(packing, rng.random() < 0.5), options={"packing": packing})
         return Case(target, self._packed(self._content(target, rng), rng), options=self._options(reader, rng))
+
+    def strategy(self) -> st.SearchStrategy[Case]:
+        """Return hypothesis' strategy of files with one JSON object a line, or with cells of any text."""
+        fields = sorted({name for rows in LINES.values() for row in rows for name in row})
+        row = st.dictionaries(st.sampled_from(fields), JSON_VALUES, max_size=6).map(json.dumps)
+        cell = st.text(max_size=6) | st.sampled_from(CELLS) | st.integers().map(str) | st.floats().map(str)
+        header = st.sampled_from(sorted(text.split("\n")[0] for text in CSV.values()))
+        cells = st.lists(cell, min_size=1, max_size=7).map(",".join)
+        text = st.lists(row, min_size=1, max_size=4).map("\n".join) | st.builds(
+            lambda first, rows: "\n".join([first, *rows]), header, st.lists(cells, min_size=1, max_size=4)
+        )
+        plain = [name for name, (reader, _) in self._readers.items() if reader.__name__ != "read_servegen"]
+        return st.builds(
+            lambda target, content: Case(target, content.encode("utf-8", "surrogatepass")), st.sampled_from(plain), text
+        )
 
     def _content(self, target: str, rng: random.Random) -> bytes:
         """Return the bytes of a file before it is packed: half of the time in the reader's own format."""
