@@ -28,7 +28,7 @@ from sim.cost.plan import describe
 from sim.disaggregate.run import perplexity_ratio, plan_of, print_staged, staged_frame, transfer_figures
 from sim.engine.iteration_log import IterationLog
 from sim.results.metrics import iterations_frame, merged_gaps, merged_iterations, summarise
-from sim.results.report import plot_replay
+from sim.results.plots import plot_replay
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 from sim.types import Floats
 

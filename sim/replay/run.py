@@ -26,8 +26,9 @@ from sim.engine.sim_engine import SimEngine
 from sim.policies import Fixed, Policy, PolicyContext
 from sim.replay.loop import replay
 from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
+from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
-from sim.results.report import plot_replay, print_summary
+from sim.results.report import print_summary
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 from sim.traces.trace import Trace
 from sim.traces.transforms import apply_steps
@@ -210,7 +211,7 @@ def run_replay(
         folder, slo, records, engine.transitions(), engine.kept_share(), iterations if cfg.iterations else None
     )
     if cfg.plot:
-        plot_replay(folder / "replay.png", records, iterations, slo, title)
+        plot_replay(folder / "replay.png", records, iterations, slo, title, engine.budget.steps)
     write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
     print_summary(summary, title, console)
     if interrupted:

@@ -21,8 +21,9 @@ from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies import Fixed, Policy
 from sim.replay.run import build_engine, build_trace, figures, quality_of, replay_with, write_tables
+from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, Transitions
-from sim.results.report import plot_replay, print_rows
+from sim.results.report import print_rows
 from sim.results.run_folder import provenance, write_json, write_text
 
 
@@ -44,6 +45,7 @@ class Outcome:
     """What one replay produced.
 
     kept_share: (time_s, share of the dense weights' bytes that is resident), one entry per change.
+    budget: (time_s, bytes), one entry per change.
     """
 
     summary: Mapping[str, Any]
@@ -51,6 +53,7 @@ class Outcome:
     iterations: Iterations
     transitions: Transitions
     kept_share: tuple[tuple[float, float], ...]
+    budget: tuple[tuple[float, int], ...]
 
 
 def cases_of(cfg: DictConfig) -> list[Case]:
@@ -96,7 +99,9 @@ def replay_case(cfg: DictConfig) -> Outcome:
     if summary["quality_nll"] is not None and (quality := quality_of(cfg)) is not None:
         dense_nll = quality.nll(dense_plan(build(cfg.model)))
         summary["perplexity_ratio"] = math.exp(summary["quality_nll"] - dense_nll)
-    return Outcome(summary, engine.records(), iterations, engine.transitions(), engine.kept_share())
+    return Outcome(
+        summary, engine.records(), iterations, engine.transitions(), engine.kept_share(), engine.budget.steps
+    )
 
 
 T = TypeVar("T")
@@ -146,7 +151,8 @@ def replay_sweep(cfg: DictConfig) -> None:
         iterations = outcome.iterations if cfg.iterations else None
         write_tables(inner, slo, outcome.records, outcome.transitions, outcome.kept_share, iterations)
         if cfg.plot:
-            plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, case.name.replace("_", " "))
+            title = case.name.replace("_", " ")
+            plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, title, outcome.budget)
         write_json(inner / "summary.json", dict(outcome.summary))
     rows = {case.name: [outcome.summary] for case, outcome in zip(cases, outcomes, strict=True)}
     write_json(
