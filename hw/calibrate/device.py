@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from scipy.optimize import least_squares
 from torch import Tensor
 
@@ -44,6 +42,7 @@ from sim.engine.kv_pool import KVPool
 from sim.engine.protocol import EngineConfig
 from sim.engine.scheduler import Limits
 from sim.policies import Fixed
+from sim.progress import progress
 from sim.replay.loop import replay
 from sim.results.plots import figure_file
 from sim.results.run_folder import write_json
@@ -278,7 +277,7 @@ def spread(values: list[float]) -> float:
     return float(1.2533 * deviation / np.sqrt(len(values)) / middle)
 
 
-def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: Console) -> list[Iterations]:
+def measure(bench: Bench, samples: Samples, settings: DeviceSettings) -> list[Iterations]:
     """Measure every cell of every term; return the runs of the engine made before, between and after."""
     deadline_s = time.monotonic() + settings.seconds
     rng = random.Random(settings.seed)
@@ -288,11 +287,10 @@ def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: C
         (lambda: bench.linear(4), 1.0),
     ]
     runs = [run_engine(bench.elastic, settings.clock, settings.seed + 1, RUN_S, RATES_RPS[0])]
-    with Progress(console=console, transient=True) as progress:
-        for index, (build, share) in enumerate(groups):
-            cells = build()
-            until_s = time.monotonic() + share * (deadline_s - time.monotonic())
-            task = progress.add_task(f"group {index + 1} of {len(groups)}", total=len(cells))
+    for index, (build, share) in enumerate(groups):
+        cells = build()
+        until_s = time.monotonic() + share * (deadline_s - time.monotonic())
+        with progress(f"measuring group {index + 1} of {len(groups)}", len(cells), "timings") as report:
             for cell in cells:
                 if cell.names[0] not in samples.of:
                     bench.time(cell)  # the first run also warms up caches
@@ -305,10 +303,9 @@ def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: C
                     for name, us in zip(cell.names, bench.time(cell), strict=True):
                         samples.add(name, us)
                 samples.save()
-                progress.update(task, completed=len(cells) - len(todo))
-            progress.remove_task(task)
-            rate_rps = RATES_RPS[(1 + index) % len(RATES_RPS)]
-            runs.append(run_engine(bench.elastic, settings.clock, settings.seed + 2 + index, RUN_S, rate_rps))
+                report(len(cells) - len(todo))
+        rate_rps = RATES_RPS[(1 + index) % len(RATES_RPS)]
+        runs.append(run_engine(bench.elastic, settings.clock, settings.seed + 2 + index, RUN_S, rate_rps))
     return runs
 
 

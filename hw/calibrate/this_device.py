@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from hw.calibrate import device as d
 from hw.calibrate import measurements as m
@@ -65,7 +64,7 @@ def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, out: Path) ->
     )
     started_s = time.monotonic()
     bench = d.Bench(elastic, settings.clock)
-    runs = d.measure(bench, samples, settings, Console(stderr=True))
+    runs = d.measure(bench, samples, settings)
     terms = d.terms_of(samples)
     content = calibrate(_target(name, settings, terms, dtype, threads), out, Fixed(us=0.0, source=""))
     for term in content["errors"].values():

@@ -20,6 +20,7 @@ from sim.cost.plan import Plan, dense_plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies import Fixed, Policy
+from sim.progress import counted, progress
 from sim.replay.run import build_engine, build_trace, figures, quality_of, replay_with, write_tables
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, Transitions
@@ -130,10 +131,12 @@ class Processes:
 
     def __call__(self, task: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
         """Return the task's result for each item."""
-        if min(self.workers, len(items)) < 2:
-            return [task(item) for item in items]
-        with multiprocessing.get_context("spawn").Pool(min(self.workers, len(items))) as pool:
-            return pool.map(task, items, chunksize=1)
+        workers = min(self.workers, len(items))
+        with progress("replaying", len(items), "runs") as report:
+            if workers < 2:
+                return counted(map(task, items), report)
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                return counted(pool.imap(task, items), report)
 
 
 def replay_sweep(cfg: DictConfig) -> None:
