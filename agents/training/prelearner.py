@@ -45,4 +45,5 @@ class CheckedPreLearner(OfflinePreLearner):
             action_space=self.action_space,
             len_lookback_buffer=0,
         )
-        return msgpack.packb(episode.to_numpy().get_state(), default=msgpack_numpy.encode)
+        packed: bytes = msgpack.packb(episode.to_numpy().get_state(), default=msgpack_numpy.encode)
+        return packed
