@@ -185,6 +185,11 @@ def model_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in MODEL_CONFIGS.glob("*.yaml") if path.stem != "hf"))
 
 
+def file_name(name: str) -> str:
+    """Return the name of a model as it stands in names of files that ``hw.score`` writes."""
+    return name.lower().replace(".", "_").replace("-", "_")
+
+
 _FAMILIES: dict[str, dict[str, bool]] = {
     "llama": {},
     "mistral": {},

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sim.config import build
+from sim.config import build, name_of
 from sim.cost.gpu import Gpu
 from sim.cost.model_spec import ModelSpec
 from sim.cost.quality import FittedQuality, PublishedQuality
@@ -117,7 +117,7 @@ def build_parts(cfg: DictConfig) -> Parts:
 
 def quality_of(cfg: DictConfig) -> FittedQuality | PublishedQuality | None:
     """Return the quality model of a configuration; None where there is none for its model."""
-    table = cfg.quality_table or find_quality(cfg.model.name)
+    table = cfg.quality_table or find_quality(name_of(cfg.model))
     return named_quality(table) if table is not None else None
 
 
@@ -186,7 +186,7 @@ def run_replay(
     engine, policy = build_engine(cfg)
     slo = build(cfg.slo)
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
-    title = f"{label}: {len(trace):,} requests on {cfg.model.name}, {cfg.gpu.name}"
+    title = f"{label}: {len(trace):,} requests on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_json(
         folder / "provenance.json",
