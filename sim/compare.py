@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sim.config import SweepConfig, build, one_thread, run_command, with_differences
+from sim.config import SweepConfig, build, name_of, one_thread, run_command, with_differences
 from sim.errors import ConfigError, nearest
 from sim.replay.sweep import Executor, cases_of, config_of, replay_case
 from sim.results.metrics import records_frame
@@ -76,7 +76,7 @@ def _compare(cfg: DictConfig) -> None:
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_text(folder / "compare.md", markdown(rows))
     choices = HydraConfig.get().runtime.choices
-    title = f"{cfg.label or choices['trace']} on {cfg.model.name}, {cfg.gpu.name}"
+    title = f"{cfg.label or choices['trace']} on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
     names = [case.name.replace("_", " ") for case in cases]
     shown = hardest(rows)
     drawn = {label: outcomes[at * len(cases) + shown] for at, label in enumerate(rows)}

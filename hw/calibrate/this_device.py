@@ -39,7 +39,7 @@ def load(model: ModelSpec, gpu: Gpu, checkpoint: str, threads: int, seed: int) -
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     place = "cpu" if gpu.name.startswith("cpu") else "cuda"
-    loaded, _ = load_checkpoint(checkpoint or model.name, dtype=dtype_of(model), device=place)
+    loaded, _ = load_checkpoint(checkpoint, dtype=dtype_of(model), device=place)
     return ElasticModel(loaded, name=model.name)
 
 

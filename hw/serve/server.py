@@ -47,7 +47,7 @@ from hw.serve.requests import (
     parse,
     prompt_tokens,
 )
-from sim.config import one_thread, run_command
+from sim.config import name_of, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import describe
 from sim.errors import ConfigError
@@ -299,7 +299,7 @@ def _finish_reason(served: ServedRequest, produced: Sequence[int]) -> str:
 def build_api(cfg: DictConfig) -> tuple[Api, EngineThread]:
     """Build model, engine and HTTP side of a configuration."""
     parts = build_parts(cfg)
-    elastic, tokenizer = load_elastic(parts.model, cfg.hw)
+    elastic, tokenizer = load_elastic(parts.model, cfg.hw, cfg.model)
     clock = RealClock("wall")
 
     def build(thread: EngineThread) -> HwEngine:
@@ -329,7 +329,7 @@ def run_server(cfg: DictConfig) -> None:
     if cfg.hw.clock != "wall":
         raise ConfigError(f"hw.clock is {cfg.hw.clock!r}; a server answers in real time, so set hw.clock=wall")
     api, thread = build_api(cfg)
-    print(f"serving {cfg.model.name} at http://{cfg.serve.host}:{cfg.serve.port}", flush=True)
+    print(f"serving {name_of(cfg.model)} at http://{cfg.serve.host}:{cfg.serve.port}", flush=True)
     try:
         uvicorn.run(api.app, host=cfg.serve.host, port=int(cfg.serve.port), log_level="warning")
     finally:

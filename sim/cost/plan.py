@@ -86,10 +86,10 @@ class Plan:
 
 
 def dense_plan(model: ModelSpec) -> Plan:
-    """Return the plan that keeps everything at full precision."""
+    """Return the plan that keeps everything at the precision of the checkpoint."""
     keep = keep_all(model)
     layers = model.num_layers
-    return Plan(decode=keep, prefill=keep, weight_bits=(16,) * layers, kv_keep=(KV_KEEP_ALL,) * layers)
+    return Plan(decode=keep, prefill=keep, weight_bits=(model.weight_bits,) * layers, kv_keep=(KV_KEEP_ALL,) * layers)
 
 
 def keep_all(model: ModelSpec) -> KeepMask:
@@ -148,6 +148,11 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
     for layer, bits in enumerate(plan.weight_bits):
         if bits not in WEIGHT_BITS:
             raise PlanError(f"plan.weight_bits of layer {layer} is {bits}; allowed are 16, 8 and 4")
+        if bits > model.weight_bits:
+            raise PlanError(
+                f"plan.weight_bits of layer {layer} is {bits}, but the checkpoint of {model.name} holds "
+                f"{model.weight_bits}-bit weights; use at most those, or the config of the unquantized model"
+            )
     for kind, kept_decode, kept_prefill, why in (
         ("MHA", plan.decode.mha, plan.prefill.mha, "because decode reads the KV that prefill writes"),
         (

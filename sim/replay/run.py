@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from sim.config import build
+from sim.config import build, name_of
 from sim.cost.gpu import Gpu
 from sim.cost.model_spec import ModelSpec
 from sim.cost.quality import FittedQuality, PublishedQuality
@@ -118,7 +118,7 @@ def build_parts(cfg: DictConfig) -> Parts:
 
 def quality_of(cfg: DictConfig) -> FittedQuality | PublishedQuality | None:
     """Return the quality model of a configuration; None where there is none for its model."""
-    table = cfg.quality_table or find_quality(cfg.model.name)
+    table = cfg.quality_table or find_quality(name_of(cfg.model))
     return named_quality(table) if table is not None else None
 
 
@@ -209,7 +209,7 @@ def run_replay(
     engine, policy = build_engine(cfg)
     slo = build(cfg.slo)
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
-    title = f"{label}: {len(trace):,} requests on {cfg.model.name}, {cfg.gpu.name}"
+    title = f"{label}: {len(trace):,} requests on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_json(
         folder / "provenance.json",

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sim.config import build
+from sim.config import build, name_of
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
@@ -163,7 +163,7 @@ def replay_sweep(cfg: DictConfig) -> None:
     )  # last: a folder with it is complete
     rows["mean ± sd"] = [outcome.summary for outcome in outcomes]
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
-    print_rows(rows, f"{label} on {cfg.model.name}, {cfg.gpu.name}: {len(cases)} replays", first="replay")
+    print_rows(rows, f"{label} on {name_of(cfg.model)}, {name_of(cfg.gpu)}: {len(cases)} replays", first="replay")
     print(f"files: {folder}")
 
 
