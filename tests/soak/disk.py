@@ -16,6 +16,7 @@ from tests.soak.forked import start
 from tests.soak.provenance import made_now
 from tests.soak.run_files import half_written, leftovers
 from tests.soak.tiny_checkpoint import overrides, write_checkpoint
+from tests.warm_up import main as warm_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,9 @@ def commands(files: Path) -> dict[str, Command]:
     return {
         "sim.replay": Command("sim.replay.__main__", (*trace, "iterations=true", "plot=true"), "SLO"),
         "sim.replay seeds": Command("sim.replay.__main__", (*trace, "seeds=[0,1]"), "seed"),
-        "sim.compare": Command("sim.compare", (*trace, "workers=1"), "dense"),
-        "sim.cluster": Command("sim.cluster.run", trace, "SLO"),
-        "sim.disaggregate": Command("sim.disaggregate.run", trace, "SLO"),
+        "sim.compare": Command("sim.compare:compare_command", (*trace, "workers=1"), "dense"),
+        "sim.cluster": Command("sim.cluster.run:cluster_command", trace, "SLO"),
+        "sim.disaggregate": Command("sim.disaggregate.run:disaggregate_command", trace, "SLO"),
         "hw.replay": Command("hw.replay.run", small, "SLO"),
         "hw.score gsi": Command("hw.score.run", score, "", folder_key="out"),
     }
@@ -68,6 +69,7 @@ def run(folder: Path, path: Path, *, only: str = "") -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"commands": {}}
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "files").mkdir(parents=True)
+    warm_up()  # the children find the kernels loaded
     for name, command in commands(folder / "files").items():
         if only and only != name:
             continue
@@ -105,7 +107,7 @@ def fill_disk(command: Command, folder: Path) -> Found:
         found.limits.append(limit)
         _judge(command, folder, limit, status, printed, found, first)
     if not found.complete:
-        found.faults.append({"what": "never complete", "limit": found.limits[-1]})
+        found.faults.append({"what": "never complete", "limits": found.limits[-1:]})
     found.seconds = time.monotonic() - began_s
     return found
 
@@ -127,7 +129,11 @@ def _judge(
     command: Command, folder: Path, limit: int, status: int, printed: str, found: Found, names: set[str]
 ) -> None:
     def fault(what: str, detail: Any) -> None:
-        found.faults.append({"what": what, "limit": limit, "detail": detail})
+        for known in found.faults:
+            if known["what"] == what:
+                known["limits"].append(limit)
+                return
+        found.faults.append({"what": what, "limits": [limit], "detail": detail})
 
     if broken := half_written(folder):
         found.half_written += 1

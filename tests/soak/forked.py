@@ -69,13 +69,14 @@ def start(
     before: Callable[[], None] = lambda: None,
     through_a_pipe: bool = False,
 ) -> Run:
-    """Fork a child that runs ``module.main`` with these arguments, after ``before``, in a group of its own.
+    """Fork a child that runs ``main`` of a module, or MODULE:FUNCTION, with these arguments, after ``before``, in a group of its own.
 
     Args:
         printed: file for what it prints.
         through_a_pipe: let ``cat`` write that file, for a child with a limit on the size of files.
     """
-    main = importlib.import_module(module).main
+    name, _, function = module.partition(":")
+    main = getattr(importlib.import_module(name), function or "main")
     printed.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -117,7 +118,7 @@ def start(
 def _main_status(main: Callable[[], Any], module: str, arguments: Sequence[str]) -> int:
     from hydra.core.global_hydra import GlobalHydra
 
-    sys.argv = [module, *arguments]
+    sys.argv = [module.partition(":")[0], *arguments]
     GlobalHydra.instance().clear()
     try:
         main()

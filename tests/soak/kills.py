@@ -14,6 +14,7 @@ from typing import Any
 from tests.soak.forked import Run, start
 from tests.soak.provenance import made_now
 from tests.soak.run_files import differences, half_written, leftovers, results
+from tests.warm_up import main as warm_up
 
 CLOCKS = ("cpu_seconds", "earlier_cpu_seconds", "seconds", "sample_seconds", "learn_seconds", "date", "command")
 """Keys of results that state how and how fast they were made; a run that was continued states another command."""
@@ -112,6 +113,7 @@ def run(count: int, folder: Path, path: Path, *, only: str = "", seed: int = 0) 
     """Kill ``count`` runs; save the figures after every scenario, and return them."""
     content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"scenarios": {}}
     shutil.rmtree(folder, ignore_errors=True)
+    warm_up()  # the children find the kernels loaded
     for scenario in scenarios(folder / "files"):
         if only and only != scenario.name:
             continue

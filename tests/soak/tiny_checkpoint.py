@@ -27,10 +27,9 @@ END_OF_TEXT = 256
 
 def overrides(folder: Path) -> list[str]:
     """Return what to add to a command line so that it loads the checkpoint of a folder."""
-    names = [name for name in SPEC.__dataclass_fields__ if name not in ("tied_embeddings", "name")]
     known = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
-    known += ("max_context_tokens",)
-    shape = [f"{'' if name in known else '+'}model.{name}={getattr(SPEC, name)}" for name in names]
+    shape = [f"model.{name}={getattr(SPEC, name)}" for name in (*known, "max_context_tokens")]
+    shape += [f"+model.{name}={getattr(SPEC, name)}" for name in ("weight_dtype_bytes", "kv_dtype_bytes")]
     return ["model=smollm2_135m", f"model.name={SPEC.name}", *shape, f"hw.checkpoint={folder}", "hw.device=cpu"]
 
 
