@@ -69,7 +69,7 @@ def start(
     before: Callable[[], None] = lambda: None,
     through_a_pipe: bool = False,
 ) -> Run:
-    """Fork a child that runs ``main`` of a module, or MODULE:FUNCTION, with these arguments, after ``before``, in a group of its own.
+    """Fork a child that runs ``main`` of a module, or MODULE:FUNCTION, after ``before``, in a group of its own.
 
     Args:
         printed: file for what it prints.
