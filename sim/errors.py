@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 LONGEST_MESSAGE = 1000
 """Characters of an error message. A value of a file that is quoted in it may be much longer."""
 

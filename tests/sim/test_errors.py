@@ -7,8 +7,7 @@ import pickle
 import pytest
 
 from sim.cost.model_spec import load_model
-from sim.cost.plan import PlanError
-from sim.errors import LONGEST_MESSAGE, RapLabError, TraceError, one_line
+from sim.errors import LONGEST_MESSAGE, PlanError, RapLabError, TraceError, one_line
 from sim.policies.fixed import plan_of
 
 
@@ -31,6 +30,6 @@ def test_a_short_message_stays_as_it_is_and_survives_a_process_boundary() -> Non
 
 
 def test_an_option_with_an_endless_name_is_refused_with_a_short_message() -> None:
-    with pytest.raises(PlanError, match="did you mean|allowed") as refused:
+    with pytest.raises(PlanError, match="has no option") as refused:
         plan_of(load_model("llama2_7b"), {"x" * 70_000: 1})
     assert len(str(refused.value)) <= LONGEST_MESSAGE
