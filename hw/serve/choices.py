@@ -36,7 +36,8 @@ class Choice:
         self.produced += 1
         text, stopped = self.stops.add(self.detokenizer.add(token, last), last)
         if stopped or last:
-            self.finish_reason = "stop" if stopped or self.served.stopped else "length"
+            self.served.stopped |= stopped
+            self.finish_reason = "stop" if self.served.stopped else "length"
         return Piece(index, text, self.produced == 1, self.finish_reason)
 
 

@@ -69,7 +69,7 @@ class ServedRequest:
     on_token: gets its tokens. sampling: None for greedy.
     request_id: -1 until it arrives there. arrival_s, last_token_s: on the engine's clock.
     error: why it ended without its last token; None if the plan refused it or it was canceled.
-    stopped: whether its last token is one that ends a text. ended: whether the engine is done with it.
+    stopped: whether its text has ended, by a token or a stop string. ended: whether the engine is done with it.
     """
 
     tokens: Sequence[int]
@@ -169,8 +169,9 @@ class EngineThread:
     def ends(self, request_id: int, token: int) -> bool:
         """Return whether a token ends its request."""
         served = self._requests[request_id]
-        served.stopped = token in self._eos and not served.ignore_eos
-        return served.stopped
+        ends = token in self._eos and not served.ignore_eos
+        served.stopped |= ends
+        return ends
 
     # --- Commands, from any thread
 

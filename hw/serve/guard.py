@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
@@ -12,6 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hw.serve.requests import ApiError, short
 
+HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::[0-9]+)?")
+"""A Host header: an IPv6 address in brackets or another name, and a port."""
 OPEN_PATHS = ("/health",)
 """Paths that need no token: a load balancer has none."""
 
@@ -62,8 +65,10 @@ class Guard:
         """Return whether a Host header names this server: an IP address, or one of its names."""
         if "*" in self._hosts:
             return True
-        name = host.lower()
-        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].removesuffix(".")
+        found = HOST.fullmatch(host.lower())
+        if found is None:
+            return False
+        name = found["address"] or found["name"].removesuffix(".")
         if name in self._hosts:
             return True
         try:

@@ -82,14 +82,15 @@ def run_server(cfg: DictConfig) -> None:
     if cfg.hw.clock != "wall":
         raise ConfigError(f"hw.clock is {cfg.hw.clock!r}; a server answers in real time, so set hw.clock=wall")
     config = ServerConfig.of(OmegaConf.to_container(cfg.serve, resolve=True))  # type: ignore[arg-type]
-    if config.secret() is None and config.exposed:
-        print(
-            f"warning: other machines can reach serve.host={config.host}, and there is no token: set serve.token or "
-            f"the environment variable {TOKEN_VARIABLE}",
-            file=sys.stderr,
-        )
+    without_token = config.secret() is None
     # Before the model loads: a port in use is known at once.
     with bind(config) as listener:
+        if without_token and config.exposed:
+            print(
+                f"warning: other machines can reach serve.host={config.host}, and there is no token: set serve.token "
+                f"or the environment variable {TOKEN_VARIABLE}",
+                file=sys.stderr,
+            )
         with exit_on_signal():
             api, thread = build_api(cfg, config)
         try:

@@ -1,4 +1,4 @@
-"""What the server answers: several choices, sampling, stop strings, token counts, and everything else of OpenAI's API."""
+"""What the server answers: several choices, sampling, stop strings, token counts, and the rest of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -266,7 +266,9 @@ def test_metrics_count_every_token_and_every_end_once() -> None:
             reason: found[f'vllm:request_success_total{{finished_reason="{reason}",model_name="tiny"}}']
             for reason in ("stop", "length", "abort", "error")
         }
-        assert ended == {"stop": 1, "length": 1, "abort": 0, "error": 1}
+        # A stop string is found next to the engine, which may have produced the longest answer by then.
+        assert ended.pop("stop") + ended.pop("length") == 2
+        assert ended == {"abort": 0, "error": 1}
         tokens = found['vllm:generation_tokens_total{model_name="tiny"}']
         for name, count in (
             ("time_to_first_token", 2),
