@@ -27,7 +27,8 @@ from hw.engine.clock import RealClock  # noqa: E402
 from hw.engine.hw_engine import HwEngine  # noqa: E402
 from hw.engine.prompts import RandomPrompts  # noqa: E402
 from hw.serve.engine_thread import EngineThread  # noqa: E402
-from hw.serve.requests import ApiError, ChatMessage, chat_tokens  # noqa: E402
+from hw.serve.prompts import chat_tokens  # noqa: E402
+from hw.serve.requests import ApiError, ChatMessage  # noqa: E402
 from hw.serve.server import Api, ServerConfig  # noqa: E402
 from sim.cost.plan import dense_plan  # noqa: E402
 from sim.errors import ConfigError  # noqa: E402
@@ -198,13 +199,14 @@ def test_an_answer_ends_at_the_end_of_text_unless_it_is_ignored(server: Server) 
 @pytest.mark.parametrize(
     ("body", "status", "names"),
     [
-        ({"prompt": "a", "temperature": 0.7}, 400, "temperature"),
-        ({"prompt": "a", "n": 2}, 400, "n"),
+        ({"prompt": "a", "temperature": 2.5}, 400, "temperature"),
+        ({"prompt": "a", "top_p": -0.5}, 400, "top_p"),
+        ({"prompt": "a", "n": 0}, 400, "n"),
         ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
         ({"prompt": "a", "max_tokens": 61}, 400, "max_tokens"),
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": [1, 97]}, 400, "prompt"),
-        ({"prompt": ["a", "b"]}, 400, "prompt"),
+        ({"prompt": ["a", ""]}, 400, "prompt"),
         ({"prompt": "a" * 150, "max_tokens": 20}, 400, "prompt"),
         ({"prompt": "a", "model": "gpt"}, 404, "model"),
         ({"prompt": "a" * 30_000}, 413, None),
@@ -214,14 +216,17 @@ def test_an_answer_ends_at_the_end_of_text_unless_it_is_ignored(server: Server) 
         ({"messages": [{"role": "user", "content": 3}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "a" * 200}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}, 400, "tools"),
-        ({"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 61}, 400, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 61}, 400, "max_completion_tokens"),
         ({"prompt": "a", "max_tokens": 2.5}, 400, "max_tokens"),
         ({"prompt": "a", "max_tokens": True}, 400, "max_tokens"),
         ({"prompt": {"text": "a"}}, 400, "prompt"),
         ({"prompt": [-1]}, 400, "prompt"),
         ({"prompt": "a", "model": 3}, 404, "model"),
         ({"prompt": "a", "stream_options": []}, 400, "stream_options"),
-        ({"prompt": "a", "stop": ["b"]}, 400, "stop"),
+        ({"prompt": "a", "stop": ["b", ""]}, 400, "stop"),
+        ({"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty"),
+        ({"prompt": "a", "logprobs": 0}, 400, "logprobs"),
+        ({"prompt": "a", "echo": True}, 400, "echo"),
         ({"max_tokens": 3}, 400, "prompt"),
         ({"messages": [3]}, 400, "messages"),
     ],
@@ -241,7 +246,12 @@ def test_what_cannot_be_done_is_refused_in_openais_shape(
     ("body", "message"),
     [
         ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0; set it to 1 to 60"),
-        ({"prompt": "a", "n": 2}, "n=2 is not supported; this engine decodes greedily, so leave it out"),
+        ({"prompt": "a", "n": 0}, "n is 0; set it to 1 to 128"),
+        ({"prompt": "a", "echo": True}, "echo=True is not supported; leave it out"),
+        (
+            {"prompt": "a", "temprature": 1},
+            "there is no field 'temprature'; did you mean 'temperature'? Otherwise leave it out",
+        ),
         ({"prompt": "a", "model": "gpt"}, "model 'gpt' is not served; set model to 'tiny', or leave it out"),
         (
             {"prompt": "a", "max_tokens": "3"},
@@ -276,9 +286,11 @@ def test_models_and_metrics_report_what_is_served_and_how(server: Server) -> Non
     ask(server, prompt=[1, 2, 3], max_tokens=5, ignore_eos=True)
     time.sleep(0.1)
     after = metrics(server)
-    assert after["rap_lab_produced_tokens_total"] - before["rap_lab_produced_tokens_total"] == 5
-    assert after["rap_lab_requests_finished_total"] - before["rap_lab_requests_finished_total"] == 1
-    assert after["rap_lab_kv_used_layer_blocks"] == 0
+    tokens, ended = 'vllm:generation_tokens_total{model_name="tiny"}', "vllm:request_success_total"
+    assert after[tokens] - before[tokens] == 5
+    finished = f'{ended}{{finished_reason="length",model_name="tiny"}}'
+    assert after[finished] - before[finished] == 1
+    assert after['rap:kv_used_layer_blocks{model_name="tiny"}'] == 0
 
 
 def test_metrics_are_typed_and_explained_and_two_apps_do_not_share_them(server: Server) -> None:
@@ -287,27 +299,29 @@ def test_metrics_are_typed_and_explained_and_two_apps_do_not_share_them(server: 
     lines = response.text.splitlines()
     types = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")}
     explained = {line.split()[2] for line in lines if line.startswith("# HELP") and len(line.split()) > 3}
-    assert types["rap_lab_requests_waiting"] == "gauge"
-    assert types["rap_lab_produced_tokens_total"] == "counter"
-    assert types["rap_lab_ttft_seconds"] == "summary"
+    assert types["vllm:num_requests_waiting"] == "gauge"
+    assert types["vllm:generation_tokens_total"] == "counter"
+    assert types["vllm:time_to_first_token_seconds"] == "histogram"
     assert explained == set(types)
-    assert {"rap_lab_ttft_seconds_sum", "rap_lab_ttft_seconds_count", "rap_lab_out_of_memory_total"} <= set(
-        metrics(server)
-    )
+    names = {name.partition("{")[0] for name in metrics(server)}
+    assert {"vllm:time_to_first_token_seconds_sum", "rap:out_of_memory_total", "rap:plan_info"} <= names
     Api(server.thread, tiny_spec(), Letters(), ServerConfig())  # a second app in this process registers without a clash
 
 
 def metrics(server: Server) -> dict[str, float]:
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return {name: float(value) for name, value in (line.split() for line in lines if not line.startswith("#"))}
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
 def test_the_plan_can_be_read_and_set_while_the_model_serves(server: Server) -> None:
     assert httpx.get(f"{server.url}/plan").json()["runs"] == "dense"
-    dense_bytes = metrics(server)["rap_lab_weight_bytes"]
+    dense_bytes = metrics(server)['rap:weight_bytes{model_name="tiny"}']
     assert httpx.put(f"{server.url}/plan", json={"drop_mha": [1], "weight_bits": 8}).status_code == 202
     for _ in range(100):
-        if httpx.get(f"{server.url}/plan").json()["ready"] and metrics(server)["rap_lab_weight_bytes"] < dense_bytes:
+        if (
+            httpx.get(f"{server.url}/plan").json()["ready"]
+            and metrics(server)['rap:weight_bytes{model_name="tiny"}'] < dense_bytes
+        ):
             break
         ask(server, prompt=[1], max_tokens=2)
     assert httpx.get(f"{server.url}/plan").json()["runs"] == "-MHA 1; W8 0-3"
