@@ -1,6 +1,6 @@
-"""Command: ``python -m hw.client``; see hw/client/client.py."""
+"""Command: ``python -m hw.client``; see hw/client/run.py."""
 
-from hw.client.client import main
+from hw.client.run import main
 
 if __name__ == "__main__":
     main()
