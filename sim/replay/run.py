@@ -20,7 +20,7 @@ from sim.cost.gpu import Gpu
 from sim.cost.model_spec import ModelSpec
 from sim.cost.quality import FittedQuality, PublishedQuality
 from sim.engine.budget import Budget
-from sim.engine.protocol import Engine, EngineConfig
+from sim.engine.protocol import Engine, EngineConfig, check_hash_blocks
 from sim.engine.server_spec import ServerSpec, find_quality, named_quality
 from sim.engine.sim_engine import SimEngine
 from sim.policies import Fixed, Policy, PolicyContext
@@ -37,6 +37,7 @@ class RecordingEngine(Engine, Protocol):
     """An engine with everything that a run folder records."""
 
     budget: Budget
+    config: EngineConfig
 
     def iterations(self) -> Iterations:
         """Return one entry per iteration."""
@@ -141,6 +142,7 @@ def replay_with(
     on_progress: Callable[[float, int], None] | None = None,
 ) -> None:
     """Replay a trace; the policy decides every ``tick_s`` of the configuration and whenever the budget changes."""
+    check_hash_blocks(engine.config, trace)
     tick_s = None if isinstance(policy, Fixed) else float(cfg.tick_s)  # a fixed plan needs no decisions
     changes_s = engine.budget.change_s[1:]
     replay(trace, engine, policy, tick_s=tick_s, also_at_s=changes_s, on_progress=on_progress)
