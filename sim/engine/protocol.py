@@ -190,11 +190,11 @@ def check_hash_blocks(config: EngineConfig, trace: Trace) -> None:
     Raises:
         ConfigError: if an id of the trace stands for another number of tokens than the engine takes it for.
     """
-    if config.prefix_caching and trace.hash_ids is not None and trace.hash_block_tokens != config.hash_block_tokens:
+    stated = trace.hash_block_tokens if config.prefix_caching and trace.hash_ids is not None else None
+    if stated not in (None, config.hash_block_tokens):
         raise ConfigError(
-            f"{trace.name} has one hash id for each {trace.hash_block_tokens} tokens of a prompt, but "
-            f"engine.hash_block_tokens is {config.hash_block_tokens}; set "
-            f"engine.hash_block_tokens={trace.hash_block_tokens}"
+            f"{trace.name} has one hash id for each {stated} tokens of a prompt, but engine.hash_block_tokens is "
+            f"{config.hash_block_tokens}; set engine.hash_block_tokens={stated}"
         )
 
 

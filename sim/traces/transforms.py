@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from sim.errors import WorkloadError, nearest
-from sim.traces.trace import HASH_BLOCK_TOKENS, Trace, sorted_trace
+from sim.traces.trace import Trace, sorted_trace
 from sim.types import Ints
 
 Step = Callable[..., Trace]
@@ -256,7 +256,7 @@ def inject_burst(
     hash_ids = None
     if trace.hash_ids is not None:
         own = _small_ids(trace.hash_ids)
-        hash_ids = (*own, *_fresh_hash_ids(prompts, trace.hash_block_tokens, first_id=_next_id(own)))
+        hash_ids = (*own, *_fresh_hash_ids(prompts, trace.block_tokens, first_id=_next_id(own)))
     step = (
         f"injected {requests:,} requests from {start_s:g} s to {start_s + duration_s:g} s ({rate_rps:g}/s), seed={seed}"
     )
@@ -288,9 +288,9 @@ def merge(traces: Sequence[Trace], *, name: str | None = None) -> Trace:
     steps = [f"{trace.name}: {step}" for trace in traces for step in trace.history]
     steps.append(f"merged {names}: {sum(map(len, traces)):,} requests")
     hash_ids: HashIds | None = ()
-    block_tokens = traces[0].hash_block_tokens
+    block_tokens = traces[0].block_tokens
     for trace in traces:
-        if hash_ids is None or trace.hash_ids is None or trace.hash_block_tokens != block_tokens:
+        if hash_ids is None or trace.hash_ids is None or trace.block_tokens != block_tokens:
             hash_ids = None
             continue
         first_id = _next_id(hash_ids)
@@ -310,7 +310,7 @@ def merge(traces: Sequence[Trace], *, name: str | None = None) -> Trace:
         history=tuple(steps),
         # The coarsest clock; spread a coarse trace before merging it with a fine one.
         time_quantum_s=max(trace.time_quantum_s for trace in traces),
-        hash_block_tokens=HASH_BLOCK_TOKENS if hash_ids is None else block_tokens,
+        hash_block_tokens=None if hash_ids is None else block_tokens,
     )
 
 
@@ -425,7 +425,7 @@ def _nearest_arrival(trace: Trace, time_s: float) -> str:
 def _cut_hash_ids(trace: Trace, prompt_tokens: Ints) -> HashIds | None:
     if trace.hash_ids is None:
         return None
-    blocks = -(-prompt_tokens // trace.hash_block_tokens)
+    blocks = -(-prompt_tokens // trace.block_tokens)
     return tuple(ids[:count] for ids, count in zip(trace.hash_ids, blocks.tolist(), strict=True))
 
 

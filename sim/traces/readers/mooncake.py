@@ -111,7 +111,7 @@ def turns_trace(
         name=name,
         history=history,
         time_quantum_s=time_quantum_s,
-        hash_block_tokens=HASH_BLOCK_TOKENS if hash_ids is None else block_tokens,
+        hash_block_tokens=None if hash_ids is None else block_tokens,
     )
 
 

@@ -106,14 +106,14 @@ def _column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
     return named
 
 
-def _block_tokens(rows: Rows) -> int:
-    """Return the tokens per hash id that the file states, the same in every row, or 512."""
+def _block_tokens(rows: Rows) -> int | None:
+    """Return the tokens per hash id that the file states, the same in every row, or None."""
     if not rows.has(BLOCK_COLUMN):
-        return HASH_BLOCK_TOKENS
+        return None
     stated = rows.tokens(BLOCK_COLUMN)
     good = stated[~rows.is_bad]
     if len(good) == 0:
-        return HASH_BLOCK_TOKENS
+        return None
     rows.reject(stated != good[0], BLOCK_COLUMN, "not that of the other rows", f"{good[0]} in every row")
     return int(good[0])
 
@@ -154,8 +154,8 @@ def _arrow(trace: Trace) -> pa.Table:
         offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
         flat = np.concatenate(trace.hash_ids)
         columns["hash_ids"] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
-        if trace.hash_block_tokens != HASH_BLOCK_TOKENS:
-            columns[BLOCK_COLUMN] = pa.array(np.full(len(trace), trace.hash_block_tokens, dtype=np.int64))
+        if trace.block_tokens != HASH_BLOCK_TOKENS:
+            columns[BLOCK_COLUMN] = pa.array(np.full(len(trace), trace.block_tokens, dtype=np.int64))
     return pa.table(columns)
 
 
@@ -176,7 +176,7 @@ def _jsonl_bytes(trace: Trace) -> bytes:
     lines = [f'{{"arrival_s": {a!r}, "prompt_tokens": {p}, "output_tokens": {o}' for a, p, o in rows]
     if trace.hash_ids is None:
         return ("}\n".join(lines) + "}\n").encode()
-    block = "" if trace.hash_block_tokens == HASH_BLOCK_TOKENS else f', "{BLOCK_COLUMN}": {trace.hash_block_tokens}'
+    block = "" if trace.block_tokens == HASH_BLOCK_TOKENS else f', "{BLOCK_COLUMN}": {trace.block_tokens}'
     ids = (f'{line}, "hash_ids": {row.tolist()}{block}}}\n' for line, row in zip(lines, trace.hash_ids, strict=True))
     return "".join(ids).encode()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile
 from sim.traces.readers.hash_ids import check_number_of_ids, read_hash_ids
 from sim.traces.readers.rows import Rows, read_table
-from sim.traces.trace import HASH_BLOCK_TOKENS, Trace
+from sim.traces.trace import Trace
 
 ORIGIN = "https://github.com/alibaba-edu/qwen-bailian-usagetraces-anon"
 BLOCK_TOKENS = 16
@@ -57,5 +57,5 @@ def read_qwen_bailian(
         sort=sort,
         name=name,
         history=history,
-        hash_block_tokens=HASH_BLOCK_TOKENS if hash_ids is None else block_tokens,
+        hash_block_tokens=None if hash_ids is None else block_tokens,
     )

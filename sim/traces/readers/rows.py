@@ -27,7 +27,7 @@ from sim.traces.readers.files import PARQUET_MAGIC, TraceFile, read_content
 from sim.traces.readers.json_table import read_json
 from sim.traces.readers.parquet_table import read_parquet
 from sim.traces.readers.table import ENOUGH_BAD_ROWS, BadRow, BadRows, RawTable, cell_text
-from sim.traces.trace import HASH_BLOCK_TOKENS, MAX_ARRIVAL_S, MAX_TOKENS, Trace
+from sim.traces.trace import MAX_ARRIVAL_S, MAX_TOKENS, Trace
 from sim.types import Floats, Ints
 
 log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ class Rows:
         name: str,
         history: Sequence[str] = (),
         time_quantum_s: float = 0.0,
-        hash_block_tokens: int = HASH_BLOCK_TOKENS,
+        hash_block_tokens: int | None = None,
     ) -> Trace:
         """Return the trace of the good rows.
 
