@@ -66,7 +66,7 @@ class RawTable:
 
     unit: what ``line`` counts: "line" in CSV and JSONL, "row" in Parquet, "entry" in a JSON list. They start at 1.
     line: int64[rows], the number of each row.
-    columns: an Arrow array each, or a list of JSON values, by the name that the reader asked for.
+    columns: an Arrow array each, or a list of JSON values, by the name that the reader wanted for.
     broken: rows that could not be split into columns.
     """
 
@@ -134,7 +134,11 @@ def check_header(file: TraceFile, names: Sequence[str], required: Sequence[str],
             raise TraceError(f"{file.path}{where}: column {name!r} appears twice in the header; name each column once")
     shown = ",".join(names)
     shown = shown if len(shown) <= 200 else shown[:200] + "..."
-    if (known := format_of(names)) is not None:
+    known = format_of(names)
+    wanted = {name.casefold() for name in required}
+    # A file whose own columns the reader asks for, among others, is of the right format.
+    right = known is not None and (known.columns <= wanted or (known.option == "file" and known.columns & wanted))
+    if known is not None and not right:
         raise TraceError(
             f"{file.path}{where}: this is {known.title} (trace={known.option}), not a file with columns "
             f"{','.join(required)}; use trace={known.option} trace.path={file.path}"
