@@ -19,7 +19,7 @@ from sim.cost.gpu import Gpu
 from sim.cost.model_spec import ModelSpec
 from sim.cost.quality import FittedQuality, PublishedQuality
 from sim.engine.budget import Budget
-from sim.engine.protocol import Engine, EngineConfig
+from sim.engine.protocol import Engine, EngineConfig, check_hash_blocks
 from sim.engine.server_spec import ServerSpec, find_quality, named_quality
 from sim.engine.sim_engine import SimEngine
 from sim.policies import Fixed, Policy, PolicyContext
@@ -38,6 +38,7 @@ class RecordingEngine(Engine, Protocol):
     """An engine with everything that a run folder records."""
 
     budget: Budget
+    config: EngineConfig
 
     def iterations(self) -> Iterations:
         """Return one entry per iteration."""
@@ -146,6 +147,7 @@ def replay_with(
 
     on_progress, progress_s: as in ``replay``.
     """
+    check_hash_blocks(engine.config, trace)
     tick_s = None if isinstance(policy, Fixed) else float(cfg.tick_s)  # a fixed plan needs no decisions
     changes_s = engine.budget.change_s[1:]
     replay(

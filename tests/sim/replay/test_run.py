@@ -209,6 +209,8 @@ def test_every_option_of_every_group_composes_and_builds(group: str, option: str
         (tmp_path / "config.json").write_text(json.dumps(config))
         overrides.append(f"model.config={tmp_path / 'config.json'}")
     cfg = composed(*overrides)
+    if group == "trace" and OmegaConf.is_missing(cfg.trace, "path"):  # type: ignore[attr-defined]
+        pytest.skip("it reads a file of the user's; tests/sim/traces/readers/test_formats.py reads one with each")
     if group == "workload":
         steps = [build(step) for step in cfg.workload.steps]  # type: ignore[attr-defined]
         assert all(callable(step) for step in steps)
