@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 def exit_status(main: Callable[[], None], *arguments: str) -> int:
     """Run a command's main with these arguments; return the status with which the process would end."""
-    before = sys.argv
+    before, path = sys.argv, list(sys.path)
     sys.argv = [main.__module__, *arguments]
     GlobalHydra.instance().clear()
     try:
@@ -18,5 +18,5 @@ def exit_status(main: Callable[[], None], *arguments: str) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     finally:
-        sys.argv = before
+        sys.argv, sys.path[:] = before, path
     return 0
