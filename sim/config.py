@@ -183,36 +183,33 @@ class _Job:
     def __call__(self, cfg: DictConfig) -> None:
         self.count += 1
         folder = Path(HydraConfig.get().runtime.output_dir)
+        job = HydraConfig.get().job
+        name = f"job {job.num} ({job.override_dirname})" if self.multirun else ""
         with _environment("HYDRA_FULL_ERROR", "1" if self.full_error else None):
             try:
-                with errors_in_one_line():
-                    if folder == Path.cwd():
-                        result = self.task(cfg)
-                    else:
-                        with sole_writer(folder, RUN_FILES):
-                            result = self.task(cfg)
+                with errors_in_one_line(f"{name}: " if name else ""):
+                    result = self._run(cfg, folder)
             except SystemExit as end:
                 with suppress(OSError):
                     folder.rmdir()  # nothing was written into it
                 if not self.multirun or end.code == INTERRUPTED:
                     raise
-                self.failed += 1
-                print(f"^ of job {_job_text()}", file=sys.stderr)
-                if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
-                    raise ConfigError(f"job {_job_text()} failed") from None  # a process of its own does not count here
             except Exception:
                 if not self.multirun:
                     raise
-                self.failed += 1
                 traceback.print_exc()
-                print(f"^ of job {_job_text()}", file=sys.stderr)
             else:
                 self.status = self.status or (result if isinstance(result, int) else 0)
+                return
+        self.failed += 1
+        if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
+            raise ConfigError(f"{name} failed")  # a process of its own does not count here
 
-
-def _job_text() -> str:
-    job = HydraConfig.get().job
-    return f"{job.num}: {job.override_dirname}"
+    def _run(self, cfg: DictConfig, folder: Path) -> object:
+        if folder == Path.cwd():  # the command has no run folder
+            return self.task(cfg)
+        with sole_writer(folder, RUN_FILES):
+            return self.task(cfg)
 
 
 @contextmanager

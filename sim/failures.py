@@ -26,8 +26,8 @@ SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """End the process with one line on stderr if an error that the user can mend comes up."""
+def errors_in_one_line(where: str = "") -> Iterator[None]:
+    """End the process with one line on stderr if an error that the user can mend comes up; it begins with ``where``."""
     try:
         yield
         sys.stdout.flush()
@@ -40,7 +40,7 @@ def errors_in_one_line() -> Iterator[None]:
     except FIXABLE as error:
         if full_error() or (isinstance(error, ModuleNotFoundError) and _is_own(error)):
             raise
-        fail(explain(error))
+        fail(where + explain(error))
 
 
 def full_error() -> bool:
@@ -61,7 +61,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"not enough memory{f' ({error})' if str(error) else ''}; use a smaller trace, or fewer workers"
     if isinstance(error, OSError) and error.strerror:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        problem = os.strerror(error.errno) if error.errno else error.strerror  # Arrow's text is longer
+        what = f"{error.filename}: {problem}" if error.filename else problem
         if error.errno in SPACE:
             return f"{what}; free some space, or write elsewhere with hydra.run.dir=FOLDER"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):

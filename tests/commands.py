@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from unittest.mock import patch
 
 from hydra.core.global_hydra import GlobalHydra
 
@@ -13,8 +14,12 @@ def exit_status(main: Callable[[], None], *arguments: str) -> int:
     before, path = sys.argv, list(sys.path)
     sys.argv = [main.__module__, *arguments]
     GlobalHydra.instance().clear()
+    # Hydra sets up logging, which closes the handlers that exist, and with them the stderr of a test: absl's handler,
+    # which Ray and RLlib make, closes the stream that it was made with.
+    kept = patch("logging.config._clearExistingHandlers")
     try:
-        main()
+        with kept:
+            main()
     except SystemExit as end:
         return int(end.code or 0)
     finally:
