@@ -27,7 +27,7 @@ COMMANDS = {
     "hw.serve.server": "serve",
     "hw.client.run": "client",
     "hw.disaggregate.run": "hw_disaggregate",
-    "hw.disaggregate_results": "disaggregate_results",
+    "hw.disaggregate.results": "disaggregate_results",
     "hw.compare": "hw_compare",
     "hw.fidelity": "hw_fidelity",
     "hw.validate.suite": "hw_validate",

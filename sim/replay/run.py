@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from sim.compiled import cpu_clock
 from sim.config import build, name_of
 from sim.cost.gpu import Gpu
 from sim.cost.model_spec import ModelSpec
@@ -175,6 +175,11 @@ def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: f
     )
 
 
+def about(trace: Trace) -> dict[str, Any]:
+    """Return what ``provenance.json`` says of a trace."""
+    return {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history}
+
+
 def write_tables(
     folder: Path,
     slo: Slo,
@@ -207,23 +212,15 @@ def run_replay(
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     console = Console()
+    slo = build(cfg.slo)
     trace = build_trace(cfg)
     engine, policy = build_engine(cfg)
-    slo = build(cfg.slo)
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     title = f"{label}: {len(trace):,} requests on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_json(
-        folder / "provenance.json",
-        {
-            **provenance(cfg.seed),
-            "trace": {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history},
-        },
-    )
+    made_by = {**provenance(cfg.seed), "trace": about(trace)}
     interrupted = False
-    started_cpu_s = time.process_time()
     try:
-        with progress("replaying", len(trace), "requests") as report:
+        with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
 
             def on_progress(time_s: float, done: int) -> None:
                 report(done, f"at {min(time_s, trace.duration_s):,.0f} s of the trace")
@@ -232,17 +229,20 @@ def run_replay(
             replay_with(cfg, trace, engine, policy, on_progress, progress_s)
     except KeyboardInterrupt:
         interrupted = True
-    cpu_s = time.process_time() - started_cpu_s
     records, iterations = engine.records(), engine.iterations()
-    summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s)
+    summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s())
     summary["interrupted"] = interrupted
-    write_tables(
-        folder, slo, records, engine.transitions(), engine.kept_share(), iterations if cfg.iterations else None
-    )
-    if cfg.plot:
-        plot_replay(folder / "replay.png", records, iterations, slo, title, engine.budget.steps)
-    write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
-    print_summary(summary, title, console)
+    try:
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_json(folder / "provenance.json", made_by)
+        write_tables(
+            folder, slo, records, engine.transitions(), engine.kept_share(), iterations if cfg.iterations else None
+        )
+        if cfg.plot:
+            plot_replay(folder / "replay.png", records, iterations, slo, title, engine.budget.steps)
+        write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+    finally:  # a full disk loses the files, not the figures
+        print_summary(summary, title, console)
     if interrupted:
         console.print(
             f"interrupted: kept the records of {len(records):,} requests that had arrived, in {folder}", highlight=False

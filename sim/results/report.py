@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -24,8 +25,25 @@ DISTRIBUTIONS = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
 COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
+EXTRAPOLATED_SHARE = 0.05
+"""Share of iterations outside the measured range of a calibration above which a run warns."""
+
+
+def warn_if_extrapolated(summaries: Iterable[Mapping[str, Any]]) -> None:
+    """Warn on stderr if many iterations of a run lie outside what its calibration measured."""
+    share = max((summary["extrapolated_share"] or 0.0 for summary in summaries), default=0.0)
+    if share > EXTRAPOLATED_SHARE:
+        print(
+            f"warning: {100 * share:.1f} % of the iterations lie outside the range that the calibration measured, so "
+            "their times are extrapolated; shorten the prompts (workload=only_4096), choose another gpu= or latency=, "
+            "or measure the range (python -m hw.calibrate)",
+            file=sys.stderr,
+        )
+
+
 def print_summary(summary: Mapping[str, Any], title: str, console: Console | None = None) -> None:
     """Print the figures of one replay: tables on a terminal, plain ``name value`` lines in a pipe or file."""
+    warn_if_extrapolated([summary])
     console = console or Console()
     rates = {
         "SLO attainment": _percent(summary["slo_attainment"]),
@@ -121,6 +139,7 @@ def print_rows(
     columns: Columns = SUMMARY_COLUMNS,
 ) -> None:
     """Print the table of ``markdown``: with lines on a terminal, as Markdown in a pipe or file."""
+    warn_if_extrapolated([summary for summaries in rows.values() for summary in summaries])
     console = Console()
     if not console.is_terminal:
         print(title, markdown(rows, first, columns), sep="\n\n", end="")

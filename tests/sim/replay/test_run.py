@@ -246,3 +246,15 @@ def test_a_policy_decides_at_multiples_of_its_period() -> None:
     replay(build_trace(cfg), engine, watching, tick_s=0.7)  # type: ignore[arg-type]
     assert np.array_equal(decided_s, [0.7 * (k + 1) for k in range(len(decided_s))])
     assert len(decided_s) > 50
+
+
+def test_compilation_does_not_count_as_the_time_of_a_replay() -> None:
+    from numba import njit
+
+    from sim.compiled import cpu_clock
+
+    with cpu_clock() as cpu_s:
+        started_s = time.process_time()
+        njit(lambda x: x * 2.0 + 1.0)(1.0)
+        compiled_s = time.process_time() - started_s
+        assert cpu_s() < 0.5 * compiled_s
