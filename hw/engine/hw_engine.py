@@ -188,7 +188,15 @@ class HwEngine(Replica):
 
     def shapes(self) -> tuple[Shape, ...]:
         """Return what each iteration that has ended computed."""
-        return tuple(self._torch.shapes[: len(self._log)])
+        return tuple(self._torch.shapes[: self._log.kept])
+
+    def forget_ended(self) -> None:
+        """Drop the requests that have ended with their tokens, and the rows of all logs."""
+        dropped = self._log.kept
+        super().forget_ended()
+        del self._torch.shapes[:dropped], self._torch.memory_rows[:dropped]
+        for request_id in [i for i in self._torch.tokens if i not in self.queues.all]:
+            del self._torch.tokens[request_id]
 
     def check(self) -> None:
         """Check that allocated memory equals counted memory: every KV block, and the bytes of the weights."""

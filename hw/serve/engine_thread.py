@@ -1,41 +1,78 @@
-"""Runs the engine in its own thread, between an asynchronous server and the iterations of the model."""
+"""Runs the engine in its own thread, between an asynchronous server and the iterations of the model.
+
+Commands from other threads wait in a queue and run between two iterations. A command that fails is answered to its
+sender, and the engine goes on. So is an iteration that the model or the memory cannot compute: its requests end with
+the error. Only an engine that cannot go on ends the thread; ``failure`` then says why.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from hw.engine.clock import Clock
 from hw.engine.hw_engine import HwEngine
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState, Request
+from sim.errors import RapLabError
 from sim.policies import Fixed, Policy
 
 POLL_S = 0.02
 """How often the engine checks for new requests while it serves others."""
 IDLE_POLL_S = 0.0001
 """How long a busy engine waits for a command between two runs."""
+STOP_S = 30.0
+"""How long ``stop`` waits for the current iteration."""
 
 OnToken = Callable[[int | None, bool], None]
-"""Called with a token and whether it is the last one; the token is None if the request was refused."""
+"""Called with a token and whether it is the last one; the token is None if the request ended without one."""
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+class QueueFullError(Exception):
+    """Too many requests have been submitted and have not ended."""
+
+
+class EngineStoppedError(Exception):
+    """The engine takes no more commands."""
+
+
+@dataclass(slots=True, eq=False)
 class ServedRequest:
-    """One request in the engine thread. request_id: -1 until it arrives there."""
+    """One request in the engine thread.
+
+    request_id: -1 until it arrives there. error: why it ended without its last token; None if the plan refused it or
+    it was canceled. ended: whether the engine is done with it.
+    """
 
     tokens: Sequence[int]
     max_tokens: int
     ignore_eos: bool
     on_token: OnToken
     request_id: int = -1
+    error: str | None = None
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """Something to do between two iterations, and who hears that it failed."""
+
+    run: Callable[[], None]
+    fail: Callable[[BaseException], None]
 
 
 class EngineThread:
-    """The engine and its thread. Commands from other threads wait in a queue and run between two iterations."""
+    """The engine and its thread.
+
+    failure: why the engine ended; None while it serves. state: what the engine showed last.
+    """
 
     def __init__(
         self, build: Callable[[EngineThread], HwEngine], policy: Policy, clock: Clock, *, eos: int | None, tick_s: float
@@ -51,8 +88,11 @@ class EngineThread:
         """
         self._clock, self._eos, self._tick_s = clock, eos, tick_s
         self._policy: Policy | None = None if isinstance(policy, Fixed) else policy
+        self._next_tick_s = tick_s
         self._requests: dict[int, ServedRequest] = {}
-        self._commands: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._commands: queue.Queue[_Command] = queue.Queue()
+        self._lock = threading.Lock()  # of the next two
+        self._in_flight, self._closed = 0, False
         self._next_id = 0
         self._stopping = False
         self.failure: BaseException | None = None
@@ -60,6 +100,11 @@ class EngineThread:
         self.state: EngineState = self.engine.run_until(0.0)
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have been submitted and have not ended."""
+        return self._in_flight
 
     # --- Callbacks of the engine
 
@@ -69,9 +114,11 @@ class EngineThread:
 
     def on_token(self, request_id: int, token: int | None, last: bool) -> None:
         """Pass a token to the request that it belongs to."""
-        self._requests[request_id].on_token(token, last)
+        served = self._requests[request_id]
         if last:
-            del self._requests[request_id]
+            self._end(served, token)
+        else:
+            self._tell(served, token, last)
 
     def ends(self, request_id: int, token: int) -> bool:
         """Return whether a token ends its request."""
@@ -79,59 +126,167 @@ class EngineThread:
 
     # --- Commands, from any thread
 
-    def submit(self, served: ServedRequest) -> None:
-        """Submit a request that arrives now."""
+    def submit(self, requests: Sequence[ServedRequest], most: int) -> None:
+        """Submit requests that arrive now, all of them or none.
 
+        Args:
+            requests: what to serve.
+            most: requests that may be submitted and not ended, these included.
+        Raises:
+            QueueFullError: if they would be more than ``most``. EngineStoppedError: if the engine serves no more.
+        """
+        with self._lock:
+            self._check_open()
+            if self._in_flight + len(requests) > most:
+                raise QueueFullError(f"{self._in_flight} requests are submitted and not ended")
+            self._in_flight += len(requests)
+            for served in requests:
+                self._commands.put(self._arrival(served))
+
+    def _arrival(self, served: ServedRequest) -> _Command:
         def arrive() -> None:
             served.request_id = self._next_id
             self._next_id += 1
-            self._requests[served.request_id] = served
             request = Request(
                 request_id=served.request_id,
                 arrival_s=self._clock.now_s(),
                 prompt_tokens=len(served.tokens),
                 output_tokens=served.max_tokens,
             )
+            self._requests[served.request_id] = served
             self.engine.submit([request])
 
-        self._commands.put(arrive)
+        def fail(error: BaseException) -> None:
+            served.error = str(error)
+            self._end(served, None)
+
+        return _Command(arrive, fail)
 
     def cancel(self, served: ServedRequest) -> None:
-        """End a request whose client has disconnected."""
-        self._commands.put(lambda: self.engine.cancel(served.request_id))
+        """End a request whose client has disconnected; one that has ended stays as it is."""
 
-    def set_plan(self, plan: Plan) -> None:
-        """Run a plan from now on; this ends the policy."""
+        def end() -> None:
+            if not served.ended:
+                self.engine.cancel(served.request_id)
+                if not served.ended:  # it was yet to arrive
+                    self._end(served, None)
+
+        with contextlib.suppress(EngineStoppedError):
+            self._put(_Command(end, lambda error: log.warning("a request could not be canceled: %s", error)))
+
+    def set_plan(self, plan: Plan) -> Future[None]:
+        """Run a plan from now on; this ends the policy. The result comes when the engine has taken the plan.
+
+        Raises:
+            EngineStoppedError: if the engine serves no more; also as the error of the result.
+        """
+        taken: Future[None] = Future()
 
         def change() -> None:
-            self._policy = None
-            self.engine.apply(plan)
+            if taken.set_running_or_notify_cancel():  # False once its sender has left
+                self.engine.apply(plan)
+                self._policy = None
+                taken.set_result(None)
 
-        self._commands.put(change)
+        def fail(error: BaseException) -> None:
+            if not taken.done():
+                taken.set_exception(error)
+
+        self._put(_Command(change, fail))
+        return taken
 
     def stop(self) -> None:
-        """End the thread after the current iteration."""
+        """End the thread after the current iteration; requests under way end without their last token."""
         self._stopping = True
-        self._commands.put(lambda: None)
-        self._thread.join(timeout=30.0)
+        with contextlib.suppress(EngineStoppedError):
+            self._put(_Command(lambda: None, lambda _: None))
+        self._thread.join(timeout=STOP_S)
+
+    def _put(self, command: _Command) -> None:
+        with self._lock:
+            self._check_open()
+            self._commands.put(command)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineStoppedError(str(self.failure or "the server is stopping"))
+
+    # --- The thread
 
     def _serve(self) -> None:
-        next_tick_s = self._tick_s
         try:
             while not self._stopping:
-                idle = self.engine.drained
-                with contextlib.suppress(queue.Empty):
-                    self._commands.get(timeout=POLL_S if idle else IDLE_POLL_S)()
-                    while True:
-                        self._commands.get_nowait()()
-                self.state = self.engine.run_until(self._clock.now_s() + (0.0 if self.engine.drained else POLL_S))
-                if self._policy is not None and self.state.time_s >= next_tick_s:
-                    next_tick_s = self.state.time_s + self._tick_s
-                    self.engine.apply(self._policy(self.state))
+                self._run_commands()
+                self._run_engine()
+                self._let_policy_decide()
+                self.engine.forget_ended()
         except BaseException as failure:
             self.failure = failure
-            for served in self._requests.values():
-                served.on_token(None, True)
-            raise
+            log.exception("the engine has stopped")
         finally:
+            self._close()
             self.engine.close()
+
+    def _run_commands(self) -> None:
+        """Run the commands that wait; wait a moment for the first."""
+        with contextlib.suppress(queue.Empty):
+            command = self._commands.get(timeout=POLL_S if self.engine.drained else IDLE_POLL_S)
+            while True:
+                try:
+                    command.run()
+                except Exception as error:
+                    command.fail(error)
+                command = self._commands.get_nowait()
+
+    def _run_engine(self) -> None:
+        """Run the engine for a moment; if an iteration cannot be computed, its requests end with the error."""
+        wait_s = 0.0 if self.engine.drained else POLL_S
+        try:
+            self.state = self.engine.run_until(self._clock.now_s() + wait_s)
+        except RapLabError as error:
+            running = [live.request_id for live in self.engine.queues.running]
+            if not running:
+                raise
+            log.warning("an iteration failed, and its requests with it: %s", error)
+            for request_id in running:
+                self._requests[request_id].error = str(error)
+                self.engine.cancel(request_id)
+
+    def _let_policy_decide(self) -> None:
+        """Apply the policy's decision when it is due; a policy that fails decides no more, and its last plan stays."""
+        if self._policy is None or self.state.time_s < self._next_tick_s:
+            return
+        self._next_tick_s = self.state.time_s + self._tick_s
+        try:
+            self.engine.apply(self._policy(self.state))
+        except Exception as error:
+            self._policy = None
+            log.warning("the policy failed and decides no more; the plan stays: %s: %s", type(error).__name__, error)
+
+    def _end(self, served: ServedRequest, token: int | None) -> None:
+        """Pass the end of a request on, once."""
+        if served.ended:
+            return
+        served.ended = True
+        self._requests.pop(served.request_id, None)
+        with self._lock:
+            self._in_flight -= 1
+        self._tell(served, token, True)
+
+    def _tell(self, served: ServedRequest, token: int | None, last: bool) -> None:
+        try:
+            served.on_token(token, last)
+        except Exception as error:  # such as the event loop of a server that has stopped
+            log.warning("a token could not be passed on: %s", error)
+
+    def _close(self) -> None:
+        """Take no more commands; fail those that wait, and the requests under way."""
+        with self._lock:
+            self._closed = True
+        reason = EngineStoppedError(str(self.failure or "the server is stopping"))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._commands.get_nowait().fail(reason)
+        for served in list(self._requests.values()):
+            served.error = str(reason)
+            self._end(served, None)

@@ -11,13 +11,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    StrictInt,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 
 class ApiError(Exception):
@@ -44,6 +43,9 @@ class Limits:
     max_tokens: int
 
 
+MESSAGE_VALUE = 80
+"""Most characters of a wrong value that a message repeats."""
+
 OWN_ERRORS = ("unsupported", "not_found", "range", "prompt", "empty")
 """Types of the errors that this file raises with a sentence of its own."""
 
@@ -56,7 +58,7 @@ def _only(*harmless: Any) -> AfterValidator:
             raise PydanticCustomError(
                 "unsupported",
                 "{name}={value} is not supported; this engine decodes greedily, so leave it out",
-                {"name": info.field_name, "value": repr(value)},
+                {"name": info.field_name, "value": short(value)},
             )
         return value
 
@@ -66,13 +68,15 @@ def _only(*harmless: Any) -> AfterValidator:
 class StreamOptions(BaseModel):
     """OpenAI's ``stream_options``."""
 
-    include_usage: bool = False
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    include_usage: bool | None = None
 
 
 class RequestBody(BaseModel):
     """The fields that completions and chat completions share. Unknown fields are ignored."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     n: Annotated[Any, _only(1, None)] = None
     best_of: Annotated[Any, _only(1, None)] = None
@@ -90,7 +94,7 @@ class RequestBody(BaseModel):
     functions: Annotated[Any, _only(None, [])] = None
     response_format: Annotated[Any, _only(None, {"type": "text"})] = None
     model: Any = None
-    max_tokens: StrictInt | None = None
+    max_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -103,7 +107,7 @@ class RequestBody(BaseModel):
             raise PydanticCustomError(
                 "not_found",
                 "model {value} is not served; set model to {served}, or leave it out",
-                {"value": repr(value), "served": repr(limits.model)},
+                {"value": short(value), "served": repr(limits.model)},
             )
         return value
 
@@ -115,14 +119,14 @@ class RequestBody(BaseModel):
             raise PydanticCustomError(
                 "range",
                 "max_tokens is {value}; set it to 1 to {most}",
-                {"value": value, "most": limits.max_tokens},
+                {"value": short(value), "most": limits.max_tokens},
             )
         return value
 
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 def _one_prompt(value: Any, info: ValidationInfo) -> str | list[int]:
@@ -171,7 +175,7 @@ class ChatBody(RequestBody):
     @model_validator(mode="before")
     @classmethod
     def _newer_name(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "max_completion_tokens" in value:
+        if isinstance(value, dict) and value.get("max_completion_tokens") is not None:
             return {**value, "max_tokens": value["max_completion_tokens"]}
         return value
 
@@ -210,7 +214,31 @@ def _api_error(error: ValidationError) -> ApiError:
     if first["type"] in OWN_ERRORS:
         return ApiError(404 if first["type"] == "not_found" else 400, first["msg"], param)
     expected = first["msg"].removeprefix("Input should ")
-    return ApiError(400, f"{where} is {first['input']!r}; it should {expected}; change it or leave it out", param)
+    return ApiError(400, f"{where} is {short(first['input'])}; it should {expected}; change it or leave it out", param)
+
+
+def short(value: Any) -> str:
+    """Return a value as text for a message, cut to a length that fits one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number with too many digits"
+    return text if len(text) <= MESSAGE_VALUE else f"{text[: MESSAGE_VALUE - 3]}..."
+
+
+def parse_object(raw: bytes, what: str) -> dict[str, Any]:
+    """Read a body that is a JSON object of ``what``; it may be nested 200 levels deep.
+
+    Raises:
+        ApiError: for anything else.
+    """
+    try:
+        value = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}; send an object of {what}") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"the body is a JSON {type(value).__name__}; send an object of {what}")
+    return value
 
 
 # --- Prompts as tokens -----------------------------------------------------------------------------------------------

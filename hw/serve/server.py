@@ -3,6 +3,7 @@
     POST /v1/completions        prompt (text or token ids), max_tokens, stream, ignore_eos; greedy, one answer each
     POST /v1/chat/completions   the same for messages (role, content), formatted by the tokenizer's chat template;
                                 without one, a line "role: content" for each message, then "assistant:"
+    GET  /health                200 while the engine serves, 503 with the reason once it has stopped
     GET  /v1/models             the served model, and how a chat is formatted
     GET  /metrics               Prometheus metrics: queue, KV blocks, tokens, bytes
     GET  /plan, PUT /plan       read the plan, or set it with the options of policy=fixed; this ends the policy
@@ -14,7 +15,6 @@ loopback by default, has no authentication, and keeps a record of every request:
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -26,15 +26,17 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
 from hw.replay.run import HwReplayConfig, load_elastic
 from hw.serve.answers import CHAT, COMPLETION, END_OF_STREAM, AnswerFormat, choice, event, usage
-from hw.serve.engine_thread import EngineThread, ServedRequest
+from hw.serve.disconnect import EventStream, unless_disconnected
+from hw.serve.engine_thread import EngineStoppedError, EngineThread, QueueFullError, ServedRequest
 from hw.serve.metrics import EngineMetrics
 from hw.serve.requests import (
     ApiError,
@@ -45,9 +47,10 @@ from hw.serve.requests import (
     chat_tokens,
     has_chat_template,
     parse,
+    parse_object,
     prompt_tokens,
 )
-from sim.config import one_thread, run_command
+from sim.config import name_of, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import describe
 from sim.errors import ConfigError
@@ -63,7 +66,7 @@ class ServerConfig:
     """Where to listen, and what to refuse.
 
     host, port: 127.0.0.1 serves this machine alone. max_body_bytes: of one request. max_tokens: of one answer.
-    max_waiting: length of the queue from which new requests are refused (HTTP 429).
+    max_waiting: requests that may be submitted and not ended, waiting and running; more are refused (HTTP 429).
     """
 
     host: str = "127.0.0.1"
@@ -99,6 +102,7 @@ class Api:
             routes=[
                 Route("/v1/completions", self._guarded(self.completions), methods=["POST"]),
                 Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
+                Route("/health", self._guarded(self.health)),
                 Route("/v1/models", self._guarded(self.models)),
                 Route("/metrics", self._guarded(self.metrics)),
                 Route("/plan", self._guarded(self.plan), methods=["GET", "PUT"]),
@@ -111,11 +115,15 @@ class Api:
         async def guarded(request: HttpRequest) -> Response:
             try:
                 if self._thread.failure is not None:
-                    raise self._refusal()
+                    raise self._stopped()
                 response: Response = await handler(request)
                 return response
             except ApiError as error:
                 return JSONResponse(error.body(), status_code=error.status)
+            except EngineStoppedError:
+                return JSONResponse(self._stopped().body(), status_code=503)
+            except ClientDisconnect:  # in the middle of its own request; no one reads this
+                return Response(status_code=400)
 
         return guarded
 
@@ -135,13 +143,13 @@ class Api:
         """Answer POST /v1/completions."""
         body = parse(CompletionBody, await self._raw_body(request), self._limits)
         tokens = prompt_tokens(self._tokenizer, body.prompt)
-        return await self._answer(body, self._served(body, "prompt", tokens, COMPLETION_TOKENS), COMPLETION)
+        return await self._answer(request, body, self._served(body, "prompt", tokens, COMPLETION_TOKENS), COMPLETION)
 
     async def chat(self, request: HttpRequest) -> Response:
         """Answer POST /v1/chat/completions."""
         body = parse(ChatBody, await self._raw_body(request), self._limits)
         tokens = chat_tokens(self._tokenizer, body.messages)
-        return await self._answer(body, self._served(body, "messages", tokens, None), CHAT)
+        return await self._answer(request, body, self._served(body, "messages", tokens, None), CHAT)
 
     def _served(self, body: RequestBody, param: str, tokens: list[int], default: int | None) -> ServedRequest:
         """Return a checked request for the engine.
@@ -166,21 +174,22 @@ class Api:
             )
         return ServedRequest(tokens, max_tokens, bool(body.ignore_eos), lambda _token, _last: None)
 
-    async def _answer(self, body: RequestBody, served: ServedRequest, form: AnswerFormat) -> Response:
-        """Run a checked request and return its output as the answer."""
+    async def _answer(
+        self, request: HttpRequest, body: RequestBody, served: ServedRequest, form: AnswerFormat
+    ) -> Response:
+        """Run a checked request and return its output as the answer; end it if its client leaves."""
         tokens, loop = Tokens(), asyncio.get_running_loop()
 
         def pass_on(token: int | None, last: bool) -> None:
             loop.call_soon_threadsafe(tokens.put_nowait, (token, last))
 
         served.on_token = pass_on
-        if self._thread.state.waiting >= self._config.max_waiting:
+        try:
+            self._thread.submit([served], self._config.max_waiting)
+        except QueueFullError as error:
             raise ApiError(
-                429,
-                f"{self._config.max_waiting} requests are waiting already; try again later",
-                kind="rate_limit_error",
-            )
-        self._thread.submit(served)
+                429, f"{error}, and serve.max_waiting allows no more; try again later", kind="rate_limit_error"
+            ) from None
         identity = {
             "id": f"{form.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -188,19 +197,11 @@ class Api:
         }
         if body.stream:
             stream = self._stream(served, tokens, identity, form, body.wants_usage)
-            return StreamingResponse(stream, media_type="text/event-stream")
-        produced: list[int] = []
+            return EventStream(stream, lambda: self._thread.cancel(served))
         try:
-            while True:
-                token, last = await tokens.get()
-                if token is None:
-                    raise self._refusal()
-                produced.append(token)
-                if last:
-                    break
-        except asyncio.CancelledError:
-            self._thread.cancel(served)
-            raise
+            produced = await unless_disconnected(request, self._collect(served, tokens))
+        finally:
+            self._thread.cancel(served)  # changes nothing once it has ended
         return JSONResponse(
             {
                 **identity,
@@ -209,6 +210,17 @@ class Api:
                 "usage": usage(len(served.tokens), len(produced)),
             }
         )
+
+    async def _collect(self, served: ServedRequest, tokens: Tokens) -> list[int]:
+        """Return all tokens of a request."""
+        produced: list[int] = []
+        last = False
+        while not last:
+            token, last = await tokens.get()
+            if token is None:
+                raise self._refusal(served)
+            produced.append(token)
+        return produced
 
     async def _stream(
         self,
@@ -221,35 +233,39 @@ class Api:
         """Yield one event per token, the token counts if requested, and the end."""
         produced: list[int] = []
         sent, last = "", False
-        try:
-            while not last:
-                token, last = await tokens.get()
-                if token is None:
-                    refusal = self._refusal()
-                    yield event({"error": {"message": refusal.message, "type": refusal.kind}})
-                    return
-                produced.append(token)
-                text = self._text(produced)
-                # U+FFFD stands for an incomplete character; send it when the tokens that complete it have come.
-                new = text[len(sent) :] if last or not text.endswith("\ufffd") else ""
-                sent += new
-                piece = choice(form.chunk(new, len(produced) == 1), _finish_reason(served, produced) if last else None)
-                yield event({**identity, "object": form.chunk_object, "choices": [piece]})
-            if wants_usage:
-                counts = usage(len(served.tokens), len(produced))
-                yield event({**identity, "object": form.chunk_object, "choices": [], "usage": counts})
-            yield END_OF_STREAM
-        finally:
-            if not last:
-                self._thread.cancel(served)
+        while not last:
+            token, last = await tokens.get()
+            if token is None:
+                yield event(self._refusal(served).body())
+                return
+            produced.append(token)
+            text = self._text(produced)
+            # U+FFFD stands for an incomplete character; send it when the tokens that complete it have come.
+            new = text[len(sent) :] if last or not text.endswith("\ufffd") else ""
+            sent += new
+            piece = choice(form.chunk(new, len(produced) == 1), _finish_reason(served, produced) if last else None)
+            yield event({**identity, "object": form.chunk_object, "choices": [piece]})
+        if wants_usage:
+            counts = usage(len(served.tokens), len(produced))
+            yield event({**identity, "object": form.chunk_object, "choices": [], "usage": counts})
+        yield END_OF_STREAM
 
-    def _refusal(self) -> ApiError:
-        """Return the error for a request that the engine rejects."""
+    def _refusal(self, served: ServedRequest) -> ApiError:
+        """Return the error for a request that ended without its last token."""
         if self._thread.failure is not None:
-            return ApiError(
-                503, f"the engine has stopped: {self._thread.failure}; restart the server", kind="server_error"
-            )
+            return self._stopped()
+        if served.error is not None:
+            return ApiError(503, f"the engine could not serve this request: {served.error}", kind="server_error")
         return ApiError(429, "the current plan admits no more requests; try again later", kind="rate_limit_error")
+
+    def _stopped(self) -> ApiError:
+        """Return the error for everything once the engine has stopped."""
+        reason = self._thread.failure or "the server is stopping"
+        return ApiError(503, f"the engine has stopped: {reason}; restart the server", kind="server_error")
+
+    async def health(self, request: HttpRequest) -> Response:
+        """Say that the engine serves."""
+        return JSONResponse({"status": "ok"})
 
     def _text(self, produced: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(produced, skip_special_tokens=True)
@@ -264,17 +280,12 @@ class Api:
     async def plan(self, request: HttpRequest) -> Response:
         """Read the plan, or set it."""
         if request.method == "PUT":
-            try:
-                options = json.loads(await self._raw_body(request))
-            except ValueError as error:
-                raise ApiError(400, f"the body is not JSON: {error}; send an object of plan options") from None
-            if not isinstance(options, dict):
-                raise ApiError(400, f"the body is a JSON {type(options).__name__}; send an object of plan options")
+            options = parse_object(await self._raw_body(request), "plan options")
             try:
                 plan = plan_of(self._model, options)
+                await asyncio.wrap_future(self._thread.set_plan(plan))
             except (ValueError, TypeError) as error:
                 raise ApiError(400, str(error)) from None
-            self._thread.set_plan(plan)
             return JSONResponse({"accepted": describe(plan)}, status_code=202)
         state = self._thread.state
         return JSONResponse(
@@ -299,7 +310,7 @@ def _finish_reason(served: ServedRequest, produced: Sequence[int]) -> str:
 def build_api(cfg: DictConfig) -> tuple[Api, EngineThread]:
     """Build model, engine and HTTP side of a configuration."""
     parts = build_parts(cfg)
-    elastic, tokenizer = load_elastic(parts.model, cfg.hw)
+    elastic, tokenizer = load_elastic(parts.model, cfg.hw, cfg.model)
     clock = RealClock("wall")
 
     def build(thread: EngineThread) -> HwEngine:
@@ -329,7 +340,7 @@ def run_server(cfg: DictConfig) -> None:
     if cfg.hw.clock != "wall":
         raise ConfigError(f"hw.clock is {cfg.hw.clock!r}; a server answers in real time, so set hw.clock=wall")
     api, thread = build_api(cfg)
-    print(f"serving {cfg.model.name} at http://{cfg.serve.host}:{cfg.serve.port}", flush=True)
+    print(f"serving {name_of(cfg.model)} at http://{cfg.serve.host}:{cfg.serve.port}", flush=True)
     try:
         uvicorn.run(api.app, host=cfg.serve.host, port=int(cfg.serve.port), log_level="warning")
     finally:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
+
+import numpy as np
 
 from sim.cost.model_spec import ModelSpec
 from sim.errors import PlanError
 
 WEIGHT_BITS = (16, 8, 4)
+LARGEST = 2**31 - 1
+"""Largest count in a plan."""
+
+
+def is_whole(value: object) -> bool:
+    """Return whether a value is a whole number. True, 2.0 and "2" are not."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def _is_count(value: object, least: int) -> bool:
+    """Return whether a value is a whole number from ``least`` to ``LARGEST``."""
+    return is_whole(value) and least <= value <= LARGEST  # type: ignore[operator]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +64,11 @@ class KVKeep:
             raise PlanError("KVKeep needs both first_tokens and last_tokens, or neither (all tokens stay)")
         if self.first_tokens is None or self.last_tokens is None:
             return
-        if self.first_tokens < 0 or self.last_tokens < 1:
+        if not _is_count(self.first_tokens, 0) or not _is_count(self.last_tokens, 1):
             raise PlanError(
-                f"KVKeep(first_tokens={self.first_tokens}, last_tokens={self.last_tokens}): "
-                "first_tokens must be at least 0 and last_tokens at least 1"
+                f"KVKeep(first_tokens={_short(self.first_tokens)}, last_tokens={_short(self.last_tokens)}): "
+                "first_tokens must be at least 0 and last_tokens at least 1, both whole numbers of tokens up to "
+                f"{LARGEST}"
             )
 
     def tokens(self, context_tokens: int) -> int:
@@ -86,10 +102,10 @@ class Plan:
 
 
 def dense_plan(model: ModelSpec) -> Plan:
-    """Return the plan that keeps everything at full precision."""
+    """Return the plan that keeps everything at the precision of the checkpoint."""
     keep = keep_all(model)
     layers = model.num_layers
-    return Plan(decode=keep, prefill=keep, weight_bits=(16,) * layers, kv_keep=(KV_KEEP_ALL,) * layers)
+    return Plan(decode=keep, prefill=keep, weight_bits=(model.weight_bits,) * layers, kv_keep=(KV_KEEP_ALL,) * layers)
 
 
 def keep_all(model: ModelSpec) -> KeepMask:
@@ -103,15 +119,39 @@ def drop(model: ModelSpec, *, mha: Iterable[int] = (), ffn: Iterable[int] = ()) 
     Raises:
         PlanError: if a layer does not exist; the message names it.
     """
-    mha, ffn = set(mha), set(ffn)
-    for kind, layers in (("MHA", mha), ("FFN", ffn)):
+    dropped = {
+        "MHA": set(layer_list("MHA blocks to drop", mha)),
+        "FFN": set(layer_list("FFN blocks to drop", ffn)),
+    }
+    for kind, layers in dropped.items():
         for layer in sorted(layers):
             if not 0 <= layer < model.num_layers:
                 raise PlanError(f"{kind}{layer} does not exist: {model.name} has layers 0 to {model.num_layers - 1}")
     return KeepMask(
-        mha=tuple(i not in mha for i in range(model.num_layers)),
-        ffn=tuple(i not in ffn for i in range(model.num_layers)),
+        mha=tuple(i not in dropped["MHA"] for i in range(model.num_layers)),
+        ffn=tuple(i not in dropped["FFN"] for i in range(model.num_layers)),
     )
+
+
+def layer_list(name: str, layers: Iterable[int]) -> list[int]:
+    """Return layer numbers as a list.
+
+    Raises:
+        PlanError: for anything but whole numbers in a list; the message starts with ``name``.
+    """
+    listed = None if isinstance(layers, str | bytes | Mapping) or not isinstance(layers, Iterable) else list(layers)
+    if listed is None or not all(is_whole(layer) for layer in listed):
+        raise PlanError(f"{name} are {_short(layers)}; list the numbers of layers, such as [18, 7]")
+    return listed
+
+
+def _short(value: object) -> str:
+    """Return a value as text for a message, cut to a length that fits one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number with too many digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def with_mask(plan: Plan, mask: KeepMask) -> Plan:
@@ -130,6 +170,9 @@ def check_layers(model: ModelSpec, keep: KeepMask, name: str = "mask") -> None:
             raise PlanError(
                 f"{name}.{field} has {len(kept)} entries; {model.name} has {model.num_layers} layers, one entry each"
             )
+        if not set(map(type, kept)) <= {bool, np.bool_}:
+            layer = next(i for i, keep_block in enumerate(kept) if not isinstance(keep_block, bool | np.bool_))
+            raise PlanError(f"{name}.{field} of layer {layer} is {_short(kept[layer])}; it must be true or false")
 
 
 def check_plan(model: ModelSpec, plan: Plan) -> None:
@@ -145,9 +188,19 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
             raise PlanError(
                 f"plan.{field} has {length} entries; {model.name} has {model.num_layers} layers, one entry each"
             )
-    for layer, bits in enumerate(plan.weight_bits):
-        if bits not in WEIGHT_BITS:
-            raise PlanError(f"plan.weight_bits of layer {layer} is {bits}; allowed are 16, 8 and 4")
+    if not set(map(type, plan.weight_bits)) <= {int} or not set(plan.weight_bits) <= set(WEIGHT_BITS):
+        for layer, bits in enumerate(plan.weight_bits):
+            if not is_whole(bits) or bits not in WEIGHT_BITS:
+                raise PlanError(f"plan.weight_bits of layer {layer} is {_short(bits)}; allowed are 16, 8 and 4")
+    if (most_bits := max(plan.weight_bits)) > model.weight_bits:
+        raise PlanError(
+            f"plan.weight_bits of layer {plan.weight_bits.index(most_bits)} is {most_bits}, but the checkpoint of "
+            f"{model.name} holds {model.weight_bits}-bit weights; use at most those, or the config of the unquantized "
+            "model"
+        )
+    if set(map(type, plan.kv_keep)) != {KVKeep}:
+        layer = next(i for i, keep in enumerate(plan.kv_keep) if not isinstance(keep, KVKeep))
+        raise PlanError(f"plan.kv_keep of layer {layer} is {_short(plan.kv_keep[layer])}; it must be a KVKeep")
     for kind, kept_decode, kept_prefill, why in (
         ("MHA", plan.decode.mha, plan.prefill.mha, "because decode reads the KV that prefill writes"),
         (
@@ -163,12 +216,12 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
                     f"decode keeps {kind}{layer} but prefill drops it; prefill must keep at least what decode keeps, "
                     f"{why}: keep it in prefill or drop it in decode"
                 )
-    if plan.max_running is not None and plan.max_running < 1:
-        raise PlanError(f"plan.max_running is {plan.max_running}; it must be at least 1, or null for no limit")
-    if plan.max_waiting is not None and plan.max_waiting < 0:
-        raise PlanError(
-            f"plan.max_waiting is {plan.max_waiting}; it must be at least 0 waiting requests, or null for no limit"
-        )
+    for field, limit, least in (("max_running", plan.max_running, 1), ("max_waiting", plan.max_waiting, 0)):
+        if limit is not None and not _is_count(limit, least):
+            raise PlanError(
+                f"plan.{field} is {_short(limit)}; it must be at least {least}, a whole number of requests up to "
+                f"{LARGEST}, or null for no limit"
+            )
 
 
 def describe(plan: Plan) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan
+from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, is_whole, layer_list
 from sim.errors import CalibrationError
+
+MOST_LAYERS = 10_000
+"""Layers of the largest model whose plan is read."""
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -45,14 +48,16 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         CalibrationError: for anything else.
     """
     try:
-        layers = int(value["layers"])
+        layers = value["layers"]
+        if not is_whole(layers) or not 1 <= layers <= MOST_LAYERS:
+            raise ValueError(f"layers is {layers!r}; it must be a whole number from 1 to {MOST_LAYERS}")
         bits = [16] * layers
         for number, at in value["weight_bits"].items():
-            for layer in at:
-                bits[layer] = int(number)
+            for layer in _known(at, layers):
+                bits[layer] = {"16": 16, "8": 8, "4": 4}[number]
         kv_keep = [KV_KEEP_ALL] * layers
         for run in value["kv_keep"]:
-            for layer in run["layers"]:
+            for layer in _known(run["layers"], layers):
                 kv_keep[layer] = KVKeep(first_tokens=run["first_tokens"], last_tokens=run["last_tokens"])
         return Plan(
             decode=_mask(layers, value["decode_drop"]),
@@ -67,12 +72,27 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         ) from error
 
 
+def _known(listed: Iterable[int], layers: int) -> list[int]:
+    """Return listed layers.
+
+    Raises:
+        ValueError: for a layer that the model does not have, or anything that is no whole number.
+    """
+    found = layer_list("layers", listed)
+    for layer in found:
+        if not 0 <= layer < layers:
+            raise ValueError(f"no layer {layer} in a model of {layers} layers")
+    return found
+
+
 def _mask(layers: int, dropped: Sequence[str]) -> KeepMask:
     """Return the mask without the named blocks.
 
     Raises:
         ValueError: for a block that the model does not have.
     """
+    if isinstance(dropped, str):
+        raise ValueError(f'dropped blocks are {dropped!r}; list their names, such as ["MHA3"]')
     known = {f"{kind}{layer}" for kind in ("MHA", "FFN") for layer in range(layers)}
     if unknown := sorted(set(dropped) - known):
         raise ValueError(f"no block {unknown[0]} in a model of {layers} layers")

@@ -34,9 +34,22 @@ class IterationLog:
         """Begin with an empty log."""
         self._rows: list[IterationRow] = []
         self._gaps_s: list[float] = []
+        self._forgotten = 0
 
     def __len__(self) -> int:
+        """Return how many iterations have ended."""
+        return self._forgotten + len(self._rows)
+
+    @property
+    def kept(self) -> int:
+        """Iterations whose rows are still here."""
         return len(self._rows)
+
+    def forget(self) -> None:
+        """Drop all rows and gaps; the number of iterations stays."""
+        self._forgotten += len(self._rows)
+        self._rows.clear()
+        self._gaps_s.clear()
 
     def add(self, row: IterationRow) -> None:
         """Add an iteration that has ended."""

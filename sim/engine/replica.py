@@ -245,14 +245,20 @@ class Replica(ReplicaState):
         self._interrupted = True
 
     def cancel(self, request_id: int) -> None:
-        """End a request whose client has left: a waiting one at once, a running one with its next token."""
+        """End a request whose client has left and free its KV, at once; it counts as rejected.
+
+        What an iteration under way computes for it is dropped.
+        """
         live = self.queues.all.get(request_id)
         if live is None:
             self.queues.arrivals = deque(r for r in self.queues.arrivals if r.request_id != request_id)
         elif live.status is Status.RUNNING:
-            live.output_limit = min(live.output_limit, live.produced_tokens + 1)
+            self.queues.running.remove(live)
+            self._kv.let_go(live)
+            self._reject(live)
         elif live.status is Status.WAITING:
             self.queues.waiting.remove(live)
+            self.pool.claim(request_id, 0)  # KV that it left when it was preempted is no one's now
             self._reject(live)
         self._wake_up()
 
@@ -427,7 +433,8 @@ class Replica(ReplicaState):
         self._take_arrivals(now_s)
         used_share = self.pool.used_layer_blocks / max(self.pool.layer_blocks, 1)
         for live, tokens in iteration.batch.scheduled:
-            self._advance(live, tokens, ran, now_s)
+            if live.status is Status.RUNNING:  # not one that was canceled meanwhile
+                self._advance(live, tokens, ran, now_s)
         self.queues.running = [live for live in self.queues.running if live.status is Status.RUNNING]
         self._log.add(
             IterationRow(

@@ -20,7 +20,7 @@ from sim.engine.live_request import RequestQueues, records_of
 from sim.engine.plan_changes import PlanChanges
 from sim.engine.prefix_cache import held_prefix_blocks
 from sim.engine.protocol import EngineConfig, EngineState, Holder
-from sim.results.records import Iterations, Records, TokenGaps, Transitions
+from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
 
 
 class ReplicaState:
@@ -58,6 +58,21 @@ class ReplicaState:
         self._arrived_prompt_tokens = self._first_tokens = self._produced_tokens = 0
         self._finished = self._rejected = self._preemptions = self.out_of_memory = 0
         self._ttft_sum_s = self._busy_s = 0.0
+        self._forgotten = 0
+
+    def forget_ended(self) -> None:
+        """Drop the requests that have ended and the rows of all logs, so that a server's memory stays bounded.
+
+        The counters of ``EngineState`` stay; ``records`` and the tables lose what is dropped.
+        """
+        queues = self.queues
+        ended = [i for i, live in queues.all.items() if live.status in (Status.FINISHED, Status.REJECTED)]
+        for request_id in ended:
+            del queues.all[request_id]
+        self._forgotten += len(ended)
+        self._log.forget()
+        self._changes.log.forget()
+        del self._kept_share[:-1]
 
     def records(self, request_ids: Sequence[int] | None = None) -> Records:
         """Return one row per request: ``request_ids``, or all that have arrived, in order of arrival."""
@@ -149,7 +164,7 @@ class ReplicaState:
             kv_used_layer_blocks=self.pool.used_layer_blocks,
             budget_bytes=self._meter.now_bytes,
             weight_bytes=changes.weight_bytes,
-            arrived=len(queues.all),
+            arrived=self._forgotten + len(queues.all),
             arrived_prompt_tokens=self._arrived_prompt_tokens,
             first_tokens=self._first_tokens,
             ttft_sum_s=self._ttft_sum_s,

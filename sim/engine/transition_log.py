@@ -40,6 +40,10 @@ class TransitionLog:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def forget(self) -> None:
+        """Drop all rows but the one of a change that is under way."""
+        self._rows = [row for row in self._rows if row is self._open]
+
     def begin(self, time_s: float, runs: Plan, wanted: Plan, kv_blocks: int) -> None:
         """Open a row for a decision made at ``time_s``; a row that is still open is superseded and stays unchanged."""
         self._open = _Row(time_s, describe(runs), describe(wanted), kv_blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from sim.cost.model_spec import load_model
 from sim.cost.plan import KeepMask, KVKeep, check_layers, check_plan, dense_plan, drop, keep_all, with_mask
 from sim.errors import PlanError
+from sim.policies.base import PolicyContext
+from sim.policies.fixed import static_plan, static_w4_prefix
 
 MODEL = load_model("smollm2_135m")
 DENSE = dense_plan(MODEL)
@@ -107,3 +110,66 @@ def test_plans_are_values_that_hash_and_compare():
     assert dense_plan(MODEL) == DENSE
     assert hash(dense_plan(MODEL)) == hash(DENSE)
     assert len({DENSE, with_mask(DENSE, drop(MODEL, ffn=[3])), dense_plan(MODEL)}) == 2
+
+
+NO_COUNTS = [1.0, 1.5, True, "1", float("nan"), float("inf"), 2**31, -1, [1], {}, b"2"]
+
+
+@pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
+@pytest.mark.parametrize("field", ["max_running", "max_waiting"])
+def test_a_limit_of_requests_is_a_whole_number_or_none(field: str, value: Any):
+    with pytest.raises(PlanError, match=f"plan.{field} is .*whole number"):
+        check_plan(MODEL, replace(DENSE, **{field: value}))
+
+
+@pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
+def test_kept_tokens_are_whole_numbers(value: Any):
+    with pytest.raises(PlanError, match="whole numbers of tokens"):
+        KVKeep(first_tokens=value, last_tokens=2)
+    with pytest.raises(PlanError, match="whole numbers of tokens"):
+        KVKeep(first_tokens=2, last_tokens=value)
+
+
+@pytest.mark.parametrize("value", [16.0, True, "16", 15, None, [16]], ids=repr)
+def test_bits_are_one_of_three_whole_numbers(value: Any):
+    with pytest.raises(PlanError, match=r"weight_bits of layer 1 is .*allowed are 16, 8 and 4"):
+        check_plan(MODEL, replace(DENSE, weight_bits=(16, value, *(16,) * (MODEL.num_layers - 2))))
+
+
+@pytest.mark.parametrize("value", [1, 0, "False", None])
+def test_a_mask_is_made_of_true_and_false(value: Any):
+    mask = replace(DENSE.decode, ffn=(*DENSE.decode.ffn[:-1], value))
+    with pytest.raises(PlanError, match=r"plan\.decode\.ffn of layer 29 is"):
+        check_plan(MODEL, replace(DENSE, decode=mask))
+
+
+def test_what_each_layer_keeps_is_a_kv_keep():
+    with pytest.raises(PlanError, match=r"kv_keep of layer 0 is \(1, 2\)"):
+        check_plan(MODEL, replace(DENSE, kv_keep=((1, 2), *DENSE.kv_keep[1:])))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [[1.0], [True], ["1"], [None], "12", 3, None, {1: 2}], ids=repr)
+@pytest.mark.parametrize("option", ["drop_mha", "drop_ffn", "prefill_drop_mha", "prefill_drop_ffn", "kv_layers"])
+def test_layers_of_a_static_plan_are_a_list_of_whole_numbers(option: str, value: Any):
+    if value is None and option not in ("drop_mha", "drop_ffn"):
+        return  # the others may be left out
+    kept = {"kv_first_tokens": 1, "kv_last_tokens": 2} if option == "kv_layers" else {}
+    with pytest.raises(PlanError, match=f"{option} are .*list the numbers of layers"):
+        static_plan(MODEL, **{**kept, option: value})
+
+
+@pytest.mark.parametrize("value", [8.0, True, "8", None, {"a": 1}], ids=repr)
+def test_the_bits_of_a_static_plan_are_whole_numbers(value: Any):
+    with pytest.raises(PlanError, match="allowed are 16, 8 and 4"):
+        static_plan(MODEL, weight_bits=value)
+
+
+@pytest.mark.parametrize("value", [2.0, True, "2", None])
+def test_the_layers_at_low_precision_are_a_whole_number(value: Any):
+    with pytest.raises(PlanError, match=r"policy\.layers is"):
+        static_w4_prefix(PolicyContext(model=MODEL), layers=value)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    plan = static_plan(MODEL, drop_mha=np.array([1, 2]), weight_bits=np.int64(8), max_running=np.int64(3))  # type: ignore[arg-type]
+    assert plan.decode == drop(MODEL, mha=[1, 2])

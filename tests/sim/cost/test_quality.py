@@ -191,7 +191,24 @@ def test_a_plan_reads_back_as_it_was_written() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"decode_drop": ["MHA99"]}, {"layers": "many"}, {"weight_bits": {"4": [77]}}, {"kv_keep": [{"layers": [0]}]}],
+    [
+        {"decode_drop": ["MHA99"]},
+        {"decode_drop": "MHA1"},
+        {"layers": "many"},
+        {"layers": 2.0},
+        {"layers": True},
+        {"layers": 10**9},
+        {"weight_bits": {"4": [77]}},
+        {"weight_bits": {"4": [-1]}},
+        {"weight_bits": {"4": [1.0]}},
+        {"weight_bits": {"4": [True]}},
+        {"weight_bits": {"5": [1]}},
+        {"kv_keep": [{"layers": [0]}]},
+        {"kv_keep": [{"layers": [0], "first_tokens": 2.0, "last_tokens": 3}]},
+        {"kv_keep": [{"layers": [False], "first_tokens": 2, "last_tokens": 3}]},
+        {"kv_keep": [{"layers": [-1], "first_tokens": 2, "last_tokens": 3}]},
+    ],
+    ids=repr,
 )
 def test_a_malformed_plan_is_an_error(change: dict[str, object]) -> None:
     with pytest.raises(CalibrationError, match="not a plan of a quality table"):

@@ -273,16 +273,54 @@ def test_one_request_that_alone_runs_out_of_memory_is_an_error_with_advice() -> 
         engine.run_until(math.inf)
 
 
-def test_a_canceled_request_ends_at_once_where_it_waits_and_with_its_next_token_where_it_runs() -> None:
+def test_a_canceled_request_ends_at_once_and_frees_its_kv_whether_it_runs_waits_or_is_yet_to_arrive() -> None:
     engine, _ = replica(limits=Limits(max_batch_tokens=64, max_running=1))
     engine.submit(requests((0.0, 8, 20), (0.0, 8, 20), (9.0, 8, 20), (9.5, 8, 2)))
     engine.run_until(2.5)
+    assert engine.pool.used_layer_blocks > 0
     for request_id in range(3):  # runs, waits, is yet to arrive
         engine.cancel(request_id)
+    assert engine.pool.used_layer_blocks == 0
+    engine.check()
     engine.run_until(math.inf)
     records = engine.records()
-    assert records.status.tolist() == [Status.FINISHED, Status.REJECTED, Status.FINISHED]
-    assert records.produced_tokens.tolist() == [3, 0, 2]
+    assert records.status.tolist() == [Status.REJECTED, Status.REJECTED, Status.FINISHED]
+    assert records.produced_tokens.tolist() == [2, 0, 2]
+
+
+def test_a_request_that_is_canceled_in_a_long_prefill_computes_no_more() -> None:
+    engine, _ = replica(limits=Limits(max_batch_tokens=4, max_running=2))
+    engine.submit(requests((0.0, 40, 5), (0.0, 8, 3)))
+    engine.run_until(1.5)
+    engine.cancel(0)
+    engine.run_until(math.inf)
+    assert engine.iterations().prefill_tokens.sum() == 8 + 8  # two iterations of the first, then the second alone
+    assert engine.records().produced_tokens.tolist() == [0, 3]
+
+
+def test_a_preempted_request_that_is_canceled_leaves_no_kv_to_find() -> None:
+    engine, _ = replica(kv_blocks=8, reuse_preempted_kv=True)
+    engine.submit(requests((0.0, 12, 20), (0.0, 12, 20)))
+    while not engine.run_until(engine._time_s + 1.0).preemptions:
+        pass
+    (preempted,) = engine.queues.waiting
+    engine.cancel(preempted.request_id)
+    engine.forget_ended()
+    engine.run_until(math.inf)  # takes the freed blocks again, whose owner is gone
+    engine.check()
+    assert engine.records().produced_tokens.tolist() == [20]
+
+
+def test_what_has_ended_can_be_forgotten_and_the_counters_stay() -> None:
+    engine, _ = replica()
+    engine.submit(requests((0.0, 8, 3), (0.0, 8, 30)))
+    before = engine.run_until(6.5)
+    engine.forget_ended()
+    assert engine.request_ids == [1]
+    assert len(engine.iterations().start_s) == 0
+    assert engine.run_until(6.5) == before
+    state = engine.run_until(math.inf)
+    assert (state.arrived, state.finished, state.produced_tokens, state.iterations) == (2, 2, 33, 30)
 
 
 def test_an_interrupt_waits_for_the_end_of_an_iteration() -> None:
