@@ -253,7 +253,8 @@ def option_path(group: str, name: str) -> Path:
     """
     names = option_names(group)
     if name not in names:
-        raise ConfigError(f"there is no {group}={name}; {nearest(name, names)}")
+        trained = "; a trained policy: policy=learned_serve policy.path=FILE.json" if group == "policy" else ""
+        raise ConfigError(f"there is no {group}={name}; {nearest(name, names)}{trained}")
     return CONF_DIR / group / f"{name}.yaml"
 
 
