@@ -19,7 +19,7 @@ from sim.config import SweepConfig, build, name_of, one_thread, run_command, wit
 from sim.errors import ConfigError, nearest
 from sim.replay.sweep import Executor, Outcome, cases_of, config_of, replay_case
 from sim.results.metrics import Slo, records_frame
-from sim.results.report import markdown, print_rows
+from sim.results.report import markdown, print_notes, print_rows
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 from sim.types import Floats
 
@@ -90,6 +90,7 @@ def _compare(cfg: DictConfig) -> None:
     content = {"provenance": made_by, "title": title, "cases": names, "summaries": rows}
     write_json(folder / "compare.json", content)  # last: a folder with it is complete
     print_rows(rows, title)
+    print_notes(rows)
     print(f"files: {folder}")
 
 

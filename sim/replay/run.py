@@ -25,6 +25,7 @@ from sim.engine.server_spec import ServerSpec, find_quality, named_quality
 from sim.engine.sim_engine import SimEngine
 from sim.policies import Fixed, Policy, PolicyContext
 from sim.replay.loop import replay
+from sim.replay.watch import Watched, outside_share, quality_note
 from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.results.report import plot_replay, print_summary
@@ -160,6 +161,17 @@ def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: f
     )
 
 
+def quality_figures(cfg: DictConfig, seen: Watched, iterations: Iterations) -> dict[str, Any]:
+    """Return what is known of the quality of the plans of a run.
+
+    ``quality_outside_share`` is the share of computed tokens under plans outside the range that the quality was fitted
+    on, which are charged its upper bound; None without a quality. ``quality_note`` is a sentence for people, or None.
+    """
+    quality = quality_of(cfg)
+    outside = None if quality is None else outside_share(quality, seen.plans, iterations)
+    return {"quality_outside_share": outside, "quality_note": quality_note(quality, seen.plans, outside)}
+
+
 def write_tables(
     folder: Path,
     slo: Slo,
@@ -195,17 +207,18 @@ def run_replay(
             "trace": {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history},
         },
     )
-    interrupted = False
+    interrupted, seen = False, Watched(policy)
     started_cpu_s = time.process_time()
     try:
         with _ProgressBar(console, trace) as on_progress:
-            replay_with(cfg, trace, engine, policy, on_progress)
+            replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen, on_progress)
     except KeyboardInterrupt:
         interrupted = True
     cpu_s = time.process_time() - started_cpu_s
     records, iterations = engine.records(), engine.iterations()
     summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s)
     summary["interrupted"] = interrupted
+    summary |= quality_figures(cfg, seen, iterations)
     write_tables(
         folder, slo, records, engine.transitions(), engine.kept_share(), iterations if cfg.iterations else None
     )
