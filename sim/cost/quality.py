@@ -17,9 +17,9 @@ removing b alone. Cut KV counts by the measured loss of cutting each layer alone
 kept. All coefficients are non-negative, so no plan improves by dropping more. A measured plan is predicted like any
 other: with its own measured value, noise included, it would stand out from similar plans.
 
-A fit holds up to a certain loss only: blocks that are removed together hurt more than the model says. How far it holds, and
-by how much it is too good beyond, is measured on held-out plans and stored with the coefficients (``FittedRange``).
-Outside of its range a plan is charged the upper bound, never the prediction.
+A fit holds up to some loss: many blocks removed together hurt more than the model says. How far it holds, and by how
+much it is too good beyond, is measured on held-out plans and stored with the coefficients (``FittedRange``). Outside of
+its range a plan is charged the upper bound, never the prediction.
 """
 
 from __future__ import annotations
