@@ -20,7 +20,7 @@ from agents.training.checkpoints import Checkpoints
 from agents.training.export import export_network
 from agents.training.on_ray import join_ray
 from agents.training.progress import Progress, progress_row
-from agents.training.validation import validation_utilities
+from agents.training.validation import CountedActs, validation_utilities
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.policies.learned import Network
@@ -182,7 +182,7 @@ def _iterate(
         stop = status["seconds"] >= 60.0 * cfg.minutes
         stop |= cfg.iterations is not None and status["iteration"] >= cfg.iterations
         if status["iteration"] % cfg.validate_every == 0 or stop:
-            row = progress_row(status, result, _validate(cfg, algorithm, status, checkpoints.folder))
+            row = progress_row(status, result, *_validate(cfg, algorithm, status, checkpoints.folder))
             progress.append(row)
             if status["iteration"] % (4 * cfg.validate_every) == 0 or stop:
                 progress.print(row)
@@ -194,16 +194,20 @@ def _iterate(
             saved_s = time.monotonic()
 
 
-def _validate(cfg: DictConfig, algorithm: Any, status: dict[str, Any], folder: Path) -> float:
-    """Return the mean validation utility; export the network to the folder if it is the best so far."""
+def _validate(cfg: DictConfig, algorithm: Any, status: dict[str, Any], folder: Path) -> tuple[float, float]:
+    """Return the mean validation utility, and the share of decisions that were the most frequent action.
+
+    The network is exported to the folder if it is the best so far.
+    """
     network = current_network(algorithm, cfg.activation)
     env_kwargs = environment_kwargs(cfg)
-    utility = float(validation_utilities(cfg.env.id, env_kwargs, network).mean())
+    acts = CountedActs(network)
+    utility = float(validation_utilities(cfg.env.id, env_kwargs, network, acts).mean())
     status["since_best"] += 1
     if utility > status["best"] + cfg.min_gain:
         status["best"], status["since_best"] = utility, 0
         export_network(folder / "best" / "policy.json", network, cfg, env_kwargs, status, utility)
-    return utility
+    return utility, acts.top_share
 
 
 def _run(cfg: DictConfig) -> None:
