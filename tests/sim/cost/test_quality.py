@@ -367,3 +367,77 @@ def test_what_is_not_published_is_refused_and_the_summary_says_how_little_there_
         quality.nll(replace(dense, weight_bits=(8,) * quality.model.num_layers))
     with pytest.raises(PlanError, match="a plan of 30 layers"):
         quality.nll(dense_plan(SPEC))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv": []}, "must be of one model"),
+        ({"root": [1.0]}, "must be of one model"),
+        ({"blocks": [[1.0], [2.0]]}, "two numbers a layer"),
+        ({"blocks": ["a", "b"]}, "could not convert"),
+        ({"pairs": [math.nan] * 5}, "pairs must hold numbers"),
+        ({"dense_nll": math.inf}, "dense_nll is inf"),
+        ({"max_loss": -1.0}, "max_loss is -1.0"),
+        ({"stage_share": 3}, "stage_share is 3.0"),
+    ],
+)
+def test_coefficients_that_do_not_belong_together_are_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    table = copy_of_shipped(tmp_path)
+    content = json.loads(fitted_path(table).read_text())
+    for fit in content["fits"]:
+        fit.update(change)
+    fitted_path(table).write_text(json.dumps(content))
+    with pytest.raises(CalibrationError, match=message):
+        read_fitted(table)
+
+
+def test_a_hash_that_is_no_text_is_another_hash(tmp_path: Path) -> None:
+    table = copy_of_shipped(tmp_path)
+    content = json.loads(fitted_path(table).read_text())
+    fitted_path(table).write_text(json.dumps({**content, "table_sha256": {"a": 1}}))
+    with pytest.raises(CalibrationError, match="fit it again"):
+        read_fitted(table)
+
+
+PUBLISHED = {
+    "model": "llama2_7b",
+    "dense_perplexity": 5.5,
+    "points": [
+        {"drop_mha": [18, 19], "drop_ffn": [13], "perplexity": 9.0, "source": "a paper"},
+        {"drop_mha": [18, 19, 20, 21], "drop_ffn": [13, 14], "perplexity": 28.0, "source": "a paper"},
+    ],
+    "w4": {"layers": [0, 32], "perplexity": [5.5, 5.6]},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dense_perplexity": math.inf}, "dense_perplexity is inf"),
+        ({"dense_perplexity": " "}, "misstates a value"),
+        ({"model": None}, "None"),
+        ({"points": [{**PUBLISHED["points"][0], "perplexity": 5.0}]}, "above the dense one"),  # type: ignore[index]
+        ({"points": [{**PUBLISHED["points"][0], "drop_mha": [1.5]}]}, "not a whole number"),  # type: ignore[index]
+        ({"points": [{**PUBLISHED["points"][0], "drop_mha": [99]}]}, "layers 0 to 31"),  # type: ignore[index]
+        ({"w4": {"layers": [0, 99], "perplexity": [5.5, 5.6]}}, "it has 32"),
+        ({"w4": {"layers": [0, 32], "perplexity": [5.5, math.inf]}}, "w4 has perplexities"),
+    ],
+)
+def test_published_points_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "points.yaml"
+    path.write_text(json.dumps(PUBLISHED))
+    assert read_published(path).nll(dense_plan(load_model("llama2_7b"))) == pytest.approx(math.log(5.5))
+    path.write_text(json.dumps({**PUBLISHED, **change}))
+    with pytest.raises(CalibrationError, match=message):
+        read_published(path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "3", "\x00", "a: 1\na: 2", "[" * 3000, "&a *b", "'"])
+def test_a_file_of_points_that_is_no_yaml_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(CalibrationError, match=r"broken\.yaml") as refused:
+        read_published(tmp_path / "broken.yaml")
+    assert "\n" not in str(refused.value)
