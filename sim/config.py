@@ -357,6 +357,14 @@ def build(node: Any, /, **arguments: Any) -> Any:
         raise
 
 
+def name_of(node: Any) -> str:
+    """Return the name of what a config node builds: its ``name``, or the one that the built object has.
+
+    ``model=hf`` has no name of its own; it is in the file that ``model.config`` names.
+    """
+    return str(node.get("name") or build(node).name)
+
+
 def _check_targets(node: Any, passed: set[str]) -> None:
     if isinstance(node, Mapping):
         if "_target_" in node:

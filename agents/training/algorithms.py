@@ -17,8 +17,9 @@ from ray.rllib.algorithms.marwil import MARWILConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
-from agents.training.episodes import FILE
+from agents.training.episodes import FILE, read_recorded
 from agents.training.modules import MaskedDQN, MaskedPPO
+from agents.training.prelearner import CheckedPreLearner
 from sim.paths import REPOSITORY
 
 
@@ -166,13 +167,23 @@ def marwil(
         beta: exponent of the advantage that weights an action; 0 is behavior cloning.
         lr, discount, batch: learning rate, discount per step, and rows per update.
         updates_an_iteration: updates per iteration.
+    Raises:
+        ConfigError: if the folder has episodes that are damaged, or of another environment.
     """
+    path = REPOSITORY / data / FILE
+    env = gym.make(setup.env, **setup.env_kwargs)
+    assert isinstance(env.observation_space, gym.spaces.Box)
+    assert isinstance(env.action_space, gym.spaces.Discrete)
+    if path.exists():
+        # A bad file is an error here, before any actor starts; CheckedPreLearner checks again what is read later.
+        read_recorded(path, env.observation_space.shape, int(env.action_space.n))
     config: AlgorithmConfig = MARWILConfig().training(  # type: ignore[no-untyped-call]
         beta=beta, lr=lr, gamma=discount, train_batch_size_per_learner=batch, grad_clip=10.0
     )
     config.offline_data(
-        input_=[str(REPOSITORY / data / FILE)],  # type: ignore[arg-type]
+        input_=[str(path)],  # type: ignore[arg-type]
         input_read_episodes=True,
+        prelearner_class=CheckedPreLearner,
         # One update for each row that is read; ray.data starts over at the end of the file.
         input_read_batch_size=1,
         map_batches_kwargs={"concurrency": 1, "num_cpus": 0.5},
@@ -180,5 +191,4 @@ def marwil(
         dataset_num_iters_per_learner=updates_an_iteration,
     )
     config = _common(config, setup, MaskedPPO, "auto", vf_share_layers=False)
-    env = gym.make(setup.env, **setup.env_kwargs)
     return config.environment(observation_space=env.observation_space, action_space=env.action_space)

@@ -93,8 +93,9 @@ def imitate_offline(
     module = algorithm.get_module()
     if isinstance(module, MaskedDQN):
         raise ConfigError(NO_PROBABILITIES)
-    observations, actions = read_episodes(REPOSITORY / data / FILE, module.observation_space.shape)
-    targets = np.eye(int(module.action_space.n), dtype=np.float32)[actions]
+    count = int(module.action_space.n)
+    observations, actions = read_episodes(REPOSITORY / data / FILE, module.observation_space.shape, count)
+    targets = np.eye(count, dtype=np.float32)[actions]
     return fit_actor(algorithm, observations, targets, seed=seed, epochs=epochs, batch=batch, lr=lr)
 
 

@@ -25,7 +25,7 @@ def join_ray(address: str | None, **more: Any) -> tuple[Any, bool]:
     Returns:
         The module ``ray``, and whether this call initialized it; if Ray was initialized before, nothing changes.
     Raises:
-        ConfigError: if no cluster answers at the address, or Ray is not installed.
+        ConfigError: if no cluster answers at the address, it wants a token, or Ray is not installed.
     """
     try:
         import ray
@@ -36,11 +36,15 @@ def join_ray(address: str | None, **more: Any) -> tuple[Any, bool]:
         ) from error
     if ray.is_initialized():
         return ray, False
+    from ray.exceptions import AuthenticationError, RayError
+
     try:
         host, _, port = (address or "").removeprefix("ray://").rpartition(":")
         if host and port.isdigit():
             # If nothing listens there, ray ends the process instead of raising; so try to connect first.
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        if address and not address.startswith("ray://"):
+            _check_token(address)
         # "local" keeps ray from following the address file that an earlier cluster left behind.
         ray.init(
             address=address or "local",
@@ -49,12 +53,48 @@ def join_ray(address: str | None, **more: Any) -> tuple[Any, bool]:
             log_to_driver=False,
             **more,
         )
-    except OSError as error:
+    except AuthenticationError as error:
         raise ConfigError(
-            f"no Ray cluster answers at address={address} ({error}); check the address, or set it to null to "
+            f"the Ray cluster at address={address} wants its token, and got none or another; set RAY_AUTH_MODE=token, "
+            "and put the token into RAY_AUTH_TOKEN or into ~/.ray/auth_token (on a machine of the cluster, "
+            "ray get-auth-token prints it)"
+        ) from error
+    except (OSError, OverflowError, ValueError, RuntimeError, RayError) as error:
+        if address is None:
+            raise  # this machine's own Ray did not start: not a matter of an address
+        reason = str(error).split("\n", 1)[0]
+        raise ConfigError(
+            f"no Ray cluster answers at address={address} ({reason}); check the address, or set it to null to "
             "start Ray here"
         ) from error
     return ray, True
+
+
+def _check_token(address: str) -> None:
+    """Ask the cluster at ``auto`` or ``host:port`` once; ``ray.init`` would try for 20 s and then hide the reason.
+
+    Raises:
+        AuthenticationError: if the cluster wants a token that this process does not have.
+    """
+    from ray.exceptions import AuthenticationError
+
+    try:
+        # Private, but the only parts of Ray that report the reason. The calls are those of ray.init, in its order.
+        from ray._private.authentication import authentication_token_setup as tokens
+        from ray._private.services import canonicalize_bootstrap_address
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+        found = canonicalize_bootstrap_address(address)
+        if found is None:
+            return
+        if address == "auto":
+            tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        tokens.ensure_token_if_auth_enabled(create_token_if_missing=False)
+        GcsClient(address=found)
+    except AuthenticationError:
+        raise
+    except Exception:  # any other trouble, of these private parts as well, is left to ray.init
+        logging.getLogger(__name__).debug("no answer from %s", address, exc_info=True)
 
 
 class OnRay:

@@ -72,6 +72,7 @@ def _calibrate(cfg: DictConfig) -> None:
 def _from_device(cfg: DictConfig, out: Path) -> dict[str, Any]:
     from hw.calibrate import this_device  # imported late: source=measurements needs no torch
     from hw.calibrate.device import DeviceSettings
+    from hw.elastic.checkpoint import checkpoint_of
     from hw.engine.clock import CLOCKS
 
     model, gpu = build(cfg.model), build(cfg.gpu)
@@ -80,7 +81,8 @@ def _from_device(cfg: DictConfig, out: Path) -> dict[str, Any]:
     path = out / f"{model.name}_{gpu.name}.json"
     if cfg.only == "changes" and not path.is_file():
         raise ConfigError(f"only=changes adds to {path}, which does not exist; measure all first")
-    elastic = this_device.load(model, gpu, cfg.checkpoint, cfg.threads, cfg.seed)
+    checkpoint = checkpoint_of(cfg.model, cfg.checkpoint, model.name)
+    elastic = this_device.load(model, gpu, checkpoint, cfg.threads, cfg.seed)
     if cfg.only == "changes":
         return this_device.measure_changes(elastic, cfg.clock, cfg.seed, path)
     settings = DeviceSettings(model=model.name, device=gpu.name, clock=cfg.clock, seconds=cfg.seconds, seed=cfg.seed)

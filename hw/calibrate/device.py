@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from scipy.optimize import least_squares
 from torch import Tensor
 
@@ -36,7 +34,6 @@ from hw.engine.clock import CLOCKS, RealClock
 from hw.engine.hw_engine import HwEngine, arena_of
 from hw.engine.iteration_log import Shape
 from hw.engine.prompts import RandomPrompts
-from sim.atomic import write_whole
 from sim.cost.latency import LatencyModel, calibration_from_dict
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import KeepMask, dense_plan
@@ -45,7 +42,9 @@ from sim.engine.kv_pool import KVPool
 from sim.engine.protocol import EngineConfig
 from sim.engine.scheduler import Limits
 from sim.policies import Fixed
+from sim.progress import progress
 from sim.replay.loop import replay
+from sim.results.plots import figure_file
 from sim.results.run_folder import write_json
 from sim.traces.generate import lognormal_lengths, poisson
 from sim.types import Floats
@@ -278,7 +277,7 @@ def spread(values: list[float]) -> float:
     return float(1.2533 * deviation / np.sqrt(len(values)) / middle)
 
 
-def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: Console) -> list[Iterations]:
+def measure(bench: Bench, samples: Samples, settings: DeviceSettings) -> list[Iterations]:
     """Measure every cell of every term; return the runs of the engine made before, between and after."""
     deadline_s = time.monotonic() + settings.seconds
     rng = random.Random(settings.seed)
@@ -288,11 +287,10 @@ def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: C
         (lambda: bench.linear(4), 1.0),
     ]
     runs = [run_engine(bench.elastic, settings.clock, settings.seed + 1, RUN_S, RATES_RPS[0])]
-    with Progress(console=console, transient=True) as progress:
-        for index, (build, share) in enumerate(groups):
-            cells = build()
-            until_s = time.monotonic() + share * (deadline_s - time.monotonic())
-            task = progress.add_task(f"group {index + 1} of {len(groups)}", total=len(cells))
+    for index, (build, share) in enumerate(groups):
+        cells = build()
+        until_s = time.monotonic() + share * (deadline_s - time.monotonic())
+        with progress(f"measuring group {index + 1} of {len(groups)}", len(cells), "timings") as report:
             for cell in cells:
                 if cell.names[0] not in samples.of:
                     bench.time(cell)  # the first run also warms up caches
@@ -305,10 +303,9 @@ def measure(bench: Bench, samples: Samples, settings: DeviceSettings, console: C
                     for name, us in zip(cell.names, bench.time(cell), strict=True):
                         samples.add(name, us)
                 samples.save()
-                progress.update(task, completed=len(cells) - len(todo))
-            progress.remove_task(task)
-            rate_rps = RATES_RPS[(1 + index) % len(RATES_RPS)]
-            runs.append(run_engine(bench.elastic, settings.clock, settings.seed + 2 + index, RUN_S, rate_rps))
+                report(len(cells) - len(todo))
+        rate_rps = RATES_RPS[(1 + index) % len(RATES_RPS)]
+        runs.append(run_engine(bench.elastic, settings.clock, settings.seed + 2 + index, RUN_S, rate_rps))
     return runs
 
 
@@ -461,52 +458,49 @@ def memory_bandwidth_bytes_per_s(device: torch.device) -> float:
 
 def plot(path: Path, terms: m.Terms, latency: LatencyModel, held_out: Iterations, title: str) -> None:
     """Write one PNG: measured points and fit of every term, and measured against predicted iterations."""
-    import matplotlib as mpl  # imported late: it is slow, and plots are rare
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
-    for axis, kind in zip(axes[0], ("mha", "ffn"), strict=False):
-        for bits, kinds in terms.linear.items():
-            points = axis.plot(kinds[kind].x, kinds[kind].us / 1e3, "o", markersize=4, label=f"{bits} bits, measured")
-            x = np.arange(1, int(kinds[kind].x[-1]) + 1)
-            fitted = [latency.linear_s(kind, bits, int(t)) * 1e3 for t in x]
-            axis.plot(x, fitted, color=points[0].get_color(), linewidth=0.8)
-        axis.set(
-            xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=f"{kind.upper()} block without attention"
-        )
-        axis.legend()
-    head = axes[0][2].plot(terms.head.x, terms.head.us / 1e3, "o", markersize=4, label="head, measured")
-    x = np.arange(1, int(terms.head.x[-1]) + 1)
-    axes[0][2].plot(x, [latency.head_s(int(s)) * 1e3 for s in x], color=head[0].get_color(), linewidth=0.8)
-    axes[0][2].set(xlabel="sequences", ylabel="ms", title="LM head and choice of a token")
-    for batch in (1, 4, 8, 16):
-        here = terms.decode.x == batch
-        line = axes[1][0].plot(
-            terms.decode.y[here], terms.decode.us[here] / 1e3, "o", markersize=4, label=f"batch {batch}"
-        )
-        x = np.arange(8, int(terms.decode.y.max()) + 1, 8)
-        fitted = [latency.decode_attention_s(batch, int(batch * c)) * 1e3 for c in x]
-        axes[1][0].plot(x, fitted, color=line[0].get_color(), linewidth=0.8)
-    axes[1][0].set(xlabel="context, tokens", ylabel="ms", title="decode attention, one layer")
-    axes[1][0].legend()
-    for tokens in (16, 64, 128):
-        here = terms.prefill.x == tokens
-        prefix = terms.prefill.y[here] - (tokens + 1) / 2
-        line = axes[1][1].plot(prefix, terms.prefill.us[here] / 1e3, "o", markersize=4, label=f"{tokens} tokens")
-        fitted = [latency.prefill_attention_s(tokens, int(p)) * 1e3 for p in prefix]
-        axes[1][1].plot(prefix, fitted, color=line[0].get_color(), linewidth=0.8)
-    axes[1][1].set(xlabel="tokens before the chunk", ylabel="ms", title="prefill attention, one layer")
-    axes[1][1].legend()
-    both = (held_out.priced_s(latency) * 1e3, held_out.measured_s * 1e3)
-    axes[1][2].plot(*both, ".", markersize=4)
-    most = float(max(map(np.max, both)))
-    axes[1][2].plot([0, most], [0, most], color="black", linewidth=0.8)
-    axes[1][2].set(xlabel="priced, ms", ylabel="measured, ms", title="iterations, held out")
-    figure.suptitle(title)
-    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
-    plt.close(figure)
+    with figure_file(path, 2, 3, size=(14, 8), title=title) as (_, axes):
+        for axis, kind in zip(axes[0], ("mha", "ffn"), strict=False):
+            for bits, kinds in terms.linear.items():
+                measured = kinds[kind]
+                points = axis.plot(measured.x, measured.us / 1e3, "o", markersize=4, label=f"{bits} bits, measured")
+                x = np.arange(1, int(measured.x[-1]) + 1)
+                fitted = [latency.linear_s(kind, bits, int(t)) * 1e3 for t in x]
+                axis.plot(x, fitted, color=points[0].get_color(), linewidth=0.8)
+            axis.set(
+                xscale="log",
+                yscale="log",
+                xlabel="tokens",
+                ylabel="time [ms]",
+                title=f"{kind.upper()} block without attention",
+            )
+            axis.legend()
+        head = axes[0][2].plot(terms.head.x, terms.head.us / 1e3, "o", markersize=4, label="head, measured")
+        x = np.arange(1, int(terms.head.x[-1]) + 1)
+        axes[0][2].plot(x, [latency.head_s(int(s)) * 1e3 for s in x], color=head[0].get_color(), linewidth=0.8)
+        axes[0][2].set(xlabel="sequences", ylabel="time [ms]", title="LM head and choice of a token")
+        for batch in (1, 4, 8, 16):
+            here = terms.decode.x == batch
+            line = axes[1][0].plot(
+                terms.decode.y[here], terms.decode.us[here] / 1e3, "o", markersize=4, label=f"batch {batch}"
+            )
+            x = np.arange(8, int(terms.decode.y.max()) + 1, 8)
+            fitted = [latency.decode_attention_s(batch, int(batch * c)) * 1e3 for c in x]
+            axes[1][0].plot(x, fitted, color=line[0].get_color(), linewidth=0.8)
+        axes[1][0].set(xlabel="context [tokens]", ylabel="time [ms]", title="decode attention, one layer")
+        axes[1][0].legend()
+        for tokens in (16, 64, 128):
+            here = terms.prefill.x == tokens
+            prefix = terms.prefill.y[here] - (tokens + 1) / 2
+            line = axes[1][1].plot(prefix, terms.prefill.us[here] / 1e3, "o", markersize=4, label=f"{tokens} tokens")
+            fitted = [latency.prefill_attention_s(tokens, int(p)) * 1e3 for p in prefix]
+            axes[1][1].plot(prefix, fitted, color=line[0].get_color(), linewidth=0.8)
+        axes[1][1].set(xlabel="tokens before the chunk", ylabel="time [ms]", title="prefill attention, one layer")
+        axes[1][1].legend()
+        both = (held_out.priced_s(latency) * 1e3, held_out.measured_s * 1e3)
+        axes[1][2].plot(*both, ".", markersize=4)
+        most = float(max(map(np.max, both)))
+        axes[1][2].plot([0, most], [0, most], color="black", linewidth=0.8)
+        axes[1][2].set(xlabel="priced [ms]", ylabel="measured [ms]", title="iterations, held out")
 
 
 def latency_of(content: Mapping[str, Any]) -> LatencyModel:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from hw.calibrate import device as d
 from hw.calibrate import measurements as m
@@ -40,7 +39,7 @@ def load(model: ModelSpec, gpu: Gpu, checkpoint: str, threads: int, seed: int) -
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     place = "cpu" if gpu.name.startswith("cpu") else "cuda"
-    loaded, _ = load_checkpoint(checkpoint or model.name, dtype=dtype_of(model), device=place)
+    loaded, _ = load_checkpoint(checkpoint, dtype=dtype_of(model), device=place)
     return ElasticModel(loaded, name=model.name)
 
 
@@ -65,7 +64,7 @@ def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, out: Path) ->
     )
     started_s = time.monotonic()
     bench = d.Bench(elastic, settings.clock)
-    runs = d.measure(bench, samples, settings, Console(stderr=True))
+    runs = d.measure(bench, samples, settings)
     terms = d.terms_of(samples)
     content = calibrate(_target(name, settings, terms, dtype, threads), out, Fixed(us=0.0, source=""))
     for term in content["errors"].values():

@@ -78,7 +78,7 @@ def run_process(stage: str, pipe: Pipe) -> None:
             try:
                 cfg = OmegaConf.create(content["config"])
                 assert isinstance(cfg, DictConfig)
-                loaded = loaded or load_elastic(build(cfg.model), cfg.hw)
+                loaded = loaded or load_elastic(build(cfg.model), cfg.hw, cfg.model)
                 (_prefill if stage == "prefill" else _decode)(cfg, content["key"], *loaded, pipe)
                 pipe.send(("ended", None))
             except KeyboardInterrupt:

@@ -23,12 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 from hw.disaggregate.kv_link import LinkError
 from hw.disaggregate.pair import Outcome, Pair
 from hw.replay.run import HwReplayConfig
-from sim.config import build, one_thread, run_command
+from sim.config import build, name_of, one_thread, run_command
 from sim.cost.plan import describe
 from sim.disaggregate.run import perplexity_ratio, plan_of, print_staged, staged_frame, transfer_figures
 from sim.engine.iteration_log import IterationLog
 from sim.results.metrics import iterations_frame, merged_gaps, merged_iterations, summarise
-from sim.results.report import plot_replay
+from sim.results.plots import plot_replay
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 from sim.types import Floats
 
@@ -125,7 +125,7 @@ def run_disaggregate(cfg: DictConfig) -> None:
     with Pair() as pair:
         outcome = pair.serve(cfg)
     summary = write_run(folder, cfg, outcome)
-    print_staged(summary, f"{label}: a prefill and a decode process of {cfg.model.name}")
+    print_staged(summary, f"{label}: a prefill and a decode process of {name_of(cfg.model)}")
     if outcome.failure is not None and not outcome.interrupted:
         raise LinkError(f"{outcome.failure}; records of {len(outcome.records)} requests so far are in {folder}")
     if outcome.interrupted:

@@ -94,21 +94,86 @@ def load_checkpoint(path: str = SMOLLM2, *, dtype: str = "float32", device: str 
     Raises:
         ModelError: if the model cannot be found or read, for an unknown dtype, or for cuda if there is no CUDA device.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
     source = str(smollm2_folder()) if path == SMOLLM2 else str(Path(path).expanduser())
     place = pick_device(device)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+        # trust_remote_code=False: a checkpoint with code of its own is refused, not asked about on the terminal.
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        _check_unquantized(path, config)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers and safetensors raise errors of many types for a file they cannot read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"no model at model.path={path!r}: {error}; give a local folder with config.json and weights, "
-            f"a hub id, or {SMOLLM2}"
+            f"no model at {path!r}: {reason}; give a local folder with config.json and weights, a hub id, or {SMOLLM2}"
         ) from error
-    return model.to(place).eval(), tokenizer
+    return model.to(place).eval(), _load_tokenizer(source, path)
+
+
+def checkpoint_of(node: Any, chosen: str | None, name: str) -> str:
+    """Return where the weights of a configured model are.
+
+    Args:
+        node: the ``model`` of a configuration.
+        chosen: the checkpoint that the user named; None or empty takes the folder of ``model.config`` for model=hf,
+            and the model's name for all others.
+        name: the name of the model.
+    """
+    config = node.get("config") if node is not None else None
+    if chosen or not isinstance(config, str):
+        return chosen or name
+    path = Path(config).expanduser()
+    return str(path if path.is_dir() else path.parent)
+
+
+def _check_unquantized(path: str, config: Any) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    stated = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    raise ModelError(
+        f"the checkpoint {path!r} is quantized ({stated.get('quant_method')}), but a plan needs weights of full "
+        "precision and quantizes layers itself; give the checkpoint that this one was made from"
+    )
+
+
+class NoTokenizer:
+    """Stands for the tokenizer of a checkpoint that has none; it is an error only where text or its end is needed."""
+
+    def __init__(self, path: str) -> None:
+        """Stand for the tokenizer of the checkpoint at a path."""
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise: whatever is needed, there is no tokenizer to take it from."""
+        if name.startswith("__"):  # copy and pickle look for these
+            raise AttributeError(name)
+        raise self._error()
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Raise: there is nothing to tokenize with."""
+        raise self._error()
+
+    def _error(self) -> ModelError:
+        return ModelError(
+            f"the checkpoint {self._path!r} has no tokenizer; save the model's tokenizer into its folder. "
+            "A replay needs none with hw.text=null (random token ids) and hw.to_eos=false"
+        )
+
+
+def _load_tokenizer(source: str, path: str) -> Any:
+    """Return the tokenizer of a checkpoint, or a stand-in if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception:  # as above: many types
+        return NoTokenizer(path)
 
 
 def pick_device(device: str) -> torch.device:

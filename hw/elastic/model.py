@@ -50,7 +50,7 @@ class ElasticModel:
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
         described = {**model.config.to_dict(), "dtype": str(self.dtype)}
-        self.spec: ModelSpec = model_from_hf_config(described, name)
+        self.spec: ModelSpec = model_from_hf_config(described, name, keep_all_kv=True)
         model.set_attn_implementation("sdpa")  # eager attention adds its mask, and ours is boolean
         self._store = PinnedStore(self.device) if self.device.type == "cuda" else DiskStore()
         self._attention = self._parts(family.attention)

@@ -68,4 +68,10 @@ def read_prompts(path: str | Path | None, tokenizer: Any, vocabulary: int, seed:
         )
     with file.open("rb") as opened:
         text = opened.read(TEXT_BYTES).decode("utf-8", errors="ignore")
-    return TextPrompts(tokenizer(text, verbose=False).input_ids, seed)
+    ids = tokenizer(text, verbose=False).input_ids
+    if max(ids, default=0) >= vocabulary:
+        raise ConfigError(
+            f"the tokenizer gives token {max(ids)}, but the model has tokens 0 to {vocabulary - 1}; "
+            "save the model's own tokenizer into its checkpoint, or set hw.text=null"
+        )
+    return TextPrompts(ids, seed)

@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hw.elastic.checkpoint import load_checkpoint
+from hw.elastic.checkpoint import checkpoint_of, load_checkpoint
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
@@ -39,7 +39,8 @@ class HardwareConfig:
     """Keys that only a real run needs.
 
     checkpoint: weights and tokenizer: a local folder in Hugging Face's format, a hub id, or smollm2_135m; null takes
-        the one of the model's name. The model sets their type: bfloat16 for 2 bytes per weight, float32 for 4.
+        the folder of model.config for model=hf, and the model's name for all others. The model sets the type of the
+        weights: bfloat16 for 2 bytes per weight, float32 for 4.
     device: cpu, cuda or auto. threads: of PyTorch on a CPU.
     clock: wall, or cpu for processor seconds on a shared machine (idle time is then always skipped).
     skip_idle: let the clock jump over time in which nothing runs.
@@ -66,20 +67,23 @@ class HwReplayConfig(ReplayConfig):
 ConfigStore.instance().store(name="hw_replay_schema", node=HwReplayConfig)
 
 
-def load_elastic(model: ModelSpec, hw: Any) -> tuple[ElasticModel, Any]:
+def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticModel, Any]:
     """Load the checkpoint of a model description in the type it states; return the model and its tokenizer.
 
+    Args:
+        model: the description. hw: a HardwareConfig. node: the ``model`` of the configuration (``checkpoint_of``).
     Raises:
         ModelError: when the shape of the checkpoint differs from the description.
     """
     dtype = "float32" if model.weight_dtype_bytes == 4 else "bfloat16"
     torch.set_num_threads(int(hw.threads))
-    loaded, tokenizer = load_checkpoint(hw.checkpoint or model.name, dtype=dtype, device=hw.device)
+    checkpoint = checkpoint_of(node, hw.checkpoint, model.name)
+    loaded, tokenizer = load_checkpoint(checkpoint, dtype=dtype, device=hw.device)
     elastic = ElasticModel(loaded, name=model.name)
     found = replace(elastic.spec, max_context_tokens=model.max_context_tokens)
     if found != model:
         raise ModelError(
-            f"the checkpoint {hw.checkpoint or model.name} is {found}, but model= describes {model}; choose the "
+            f"the checkpoint {checkpoint} is {found}, but model= describes {model}; choose the "
             "model that describes it, or hw.checkpoint= of that model"
         )
     return elastic, tokenizer
@@ -88,7 +92,7 @@ def load_elastic(model: ModelSpec, hw: Any) -> tuple[ElasticModel, Any]:
 def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
     """Build the real engine and the policy of a configuration."""
     parts = build_parts(cfg)
-    elastic, tokenizer = load_elastic(parts.model, cfg.hw)
+    elastic, tokenizer = load_elastic(parts.model, cfg.hw, cfg.model)
     stop = tokenizer.eos_token_id if cfg.hw.to_eos else None
     engine = HwEngine(
         elastic=elastic,
@@ -143,7 +147,7 @@ def run_hw_replay(cfg: DictConfig) -> dict[str, Any]:
     engine, policy = build_hw_engine(cfg)
     try:
         with interrupt_between_iterations(engine):
-            return run_replay(cfg, lambda _: (engine, policy))
+            return run_replay(cfg, lambda _: (engine, policy), progress_steps=lambda requests: min(requests, 200))
     finally:
         write_json(Path(HydraConfig.get().runtime.output_dir) / "hardware.json", hardware(engine, cfg))
         engine.close()

@@ -19,6 +19,7 @@ from hw.elastic.checkpoint import SMOLLM2, SMOLLM2_NOTE, load_checkpoint
 from hw.elastic.model import ElasticModel
 from hw.score.block_numbers import block_number
 from hw.score.text import Windows, read_windows
+from sim.cost.model_spec import file_name
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.results.run_folder import commit, write_json
@@ -232,5 +233,5 @@ class Job:
 
 def model_name(cfg: DictConfig) -> str:
     """Return the name of the model in file names."""
-    name: str = cfg.model.name or Path(cfg.model.path).name
-    return name.lower().replace(".", "_").replace("-", "_")
+    path = Path(cfg.model.path).expanduser()
+    return file_name(cfg.model.name or (path.resolve() if path.is_dir() else path).name)

@@ -30,7 +30,7 @@ from hw.serve.api import Api
 from hw.serve.connections import OrderlyServer, bind, exit_on_signal, listen, url_of
 from hw.serve.engine_thread import EngineThread
 from hw.serve.settings import TOKEN_VARIABLE, ServerConfig
-from sim.config import one_thread, run_command
+from sim.config import name_of, one_thread, run_command
 from sim.errors import ConfigError
 from sim.replay.run import build_parts
 
@@ -50,7 +50,7 @@ ConfigStore.instance().store(name="serve_schema", node=ServeConfig)
 def build_api(cfg: DictConfig, config: ServerConfig) -> tuple[Api, EngineThread]:
     """Build model, engine and HTTP side of a configuration."""
     parts = build_parts(cfg)
-    elastic, tokenizer = load_elastic(parts.model, cfg.hw)
+    elastic, tokenizer = load_elastic(parts.model, cfg.hw, cfg.model)
     clock = RealClock("wall")
 
     def build(thread: EngineThread) -> HwEngine:
@@ -95,7 +95,7 @@ def run_server(cfg: DictConfig) -> None:
             api, thread = build_api(cfg, config)
         try:
             listen(listener, config)
-            greeting = f"serving {cfg.model.name} at {url_of(listener)}"
+            greeting = f"serving {name_of(cfg.model)} at {url_of(listener)}"
             OrderlyServer(api.app, listener, config, greeting).serve_until_stopped()
         finally:
             thread.stop()

@@ -31,8 +31,8 @@ from hw.validate.timeline import (
     preemption_times_s,
     timeline,
 )
-from sim.atomic import write_whole
 from sim.errors import ConfigError
+from sim.results.plots import COLORS, figure_file
 
 FIXED_TOLERANCE = {"mean": 0.05, "p50": 0.10, "p95": 0.10}
 CHANGING_TOLERANCE = dict.fromkeys(FIXED_TOLERANCE, 0.12)
@@ -282,43 +282,58 @@ def seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g} s"
 
 
+PANELS = {
+    "ttft_s": "TTFT [s]",
+    "tpot_s": "TPOT [s]",
+    "e2e_s": "arrival to last token [s]",
+    "running": "running requests",
+    "waiting": "waiting requests",
+    "kv_used_share": "KV blocks held [%]",
+    "kept_share": "weights in memory [%]",
+}
+"""Column or timeline: its axis label."""
+
+
 def plot(path: Path, simulated: Run, real: Sequence[Run]) -> None:
-    """Write one PNG: the distributions of latencies of both sides, and what happened over time.
-
-    A vertical line is the decision of a plan change; a mark on the upper edge of ``running`` is a preemption.
-    """
-    import matplotlib as mpl  # imported late: it is slow, and plots are rare
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(4, 2, figsize=(13, 13), layout="constrained")
-    sides = [("real", run, "tab:blue", ":") for run in real] + [("simulated", simulated, "tab:orange", "-")]
+    """Write one PNG: the distributions of latencies of both sides, and what happened over time."""
+    sides = [("real", run, COLORS[0], ":") for run in real] + [("simulated", simulated, COLORS[1], "-")]
     at_s = (np.arange(POINTS) + 0.5) * max(run.logs.end_s for _, run, _, _ in sides) / POINTS
-    seen: set[str] = set()
-    for label, run, color, style in sides:
-        shown = label if label not in seen else None
-        seen.add(label)
-        for axis, metric in zip(axes[:, 0], LATENCIES, strict=False):
-            values = np.sort(run.records[metric].dropna())
-            if len(values):
-                axis.step(values, np.arange(1, len(values) + 1) / len(values), style, color=color, label=shown)
-            axis.set(xlabel=metric, ylabel="share of requests")
-        axes[3][0].plot(run.records["arrival_s"], run.records["ttft_s"], ".", color=color, label=shown)
-        for axis, name in zip(axes[:, 1], TIMELINES, strict=True):
-            line = timeline(run.logs, name, at_s)
-            if line is not None:
-                axis.plot(at_s, line, style, color=color, linewidth=1.0, label=shown)
-            for time_s in run.transitions["time_s"]:
-                axis.axvline(time_s, color=color, linestyle=style, linewidth=0.6, alpha=0.5)
-            axis.set(xlabel="time, s", ylabel=name)
-        preempted_s = preemption_times_s(run.logs)
-        if preempted_s is not None and len(preempted_s):
-            marks, height = axes[0][1], 1.0 if label == "simulated" else 0.96
-            marks.plot(
-                preempted_s, [height] * len(preempted_s), "x", color=color, transform=marks.get_xaxis_transform()
-            )
-    axes[3][0].set(xlabel="arrival, s", ylabel="ttft_s")
-    axes[0][0].legend()
-    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
-    plt.close(figure)
+    with figure_file(path, 4, 2, size=(13, 13), title="simulated and real run") as (figure, axes):
+        for label, run, color, style in sides:
+            for axis, metric in zip(axes[:, 0], LATENCIES, strict=False):
+                values = np.sort(run.records[metric].dropna())
+                if len(values):
+                    axis.step(values, 100 * np.arange(1, len(values) + 1) / len(values), style, color=color)
+                axis.set(xlabel=PANELS[metric], ylabel="requests up to it [%]", ylim=(0, 105))
+            axes[3][0].plot(run.records["arrival_s"], run.records["ttft_s"], ".", markersize=4, color=color)
+            for axis, name in zip(axes[:, 1], TIMELINES, strict=True):
+                line = timeline(run.logs, name, at_s)
+                if line is not None:
+                    factor = 100 if PANELS[name].endswith("[%]") else 1
+                    axis.plot(at_s, factor * line, style, color=color, linewidth=1.0)
+                for time_s in run.transitions["time_s"]:
+                    axis.axvline(time_s, color=color, linestyle=style, linewidth=0.8, alpha=0.8)
+                axis.set(xlabel="time [s]", ylabel=PANELS[name])
+            _mark_preemptions(axes[0][1], run, color, 1.0 if label == "simulated" else 0.96)
+        axes[3][0].set(xlabel="arrival [s]", ylabel=PANELS["ttft_s"])
+        figure.legend(handles=_legend(), loc="outside lower center", ncols=4)
+
+
+def _mark_preemptions(axis: Any, run: Run, color: str, height: float) -> None:
+    """Mark preemptions on the upper edge of a panel; ``height`` is a share of the panel's."""
+    preempted_s = preemption_times_s(run.logs)
+    if preempted_s is not None and len(preempted_s):
+        heights = [height] * len(preempted_s)
+        axis.plot(preempted_s, heights, "x", color=color, transform=axis.get_xaxis_transform())
+
+
+def _legend() -> list[Any]:
+    """Return what the legend below all panels explains; the lines are not part of any panel."""
+    from matplotlib.lines import Line2D
+
+    return [
+        Line2D([], [], color=COLORS[0], linestyle=":", label="real"),
+        Line2D([], [], color=COLORS[1], label="simulated"),
+        Line2D([], [], color="black", marker="|", markersize=12, linestyle="", label="decision to change the plan"),
+        Line2D([], [], color="black", marker="x", linestyle="", label="preemption"),
+    ]

@@ -10,8 +10,8 @@ import numpy as np
 
 from hw.validate.compare import seconds, verdicts
 from hw.validate.machine_speed import factor_of
-from sim.atomic import write_whole
 from sim.pages.render import render, show, table
+from sim.results.plots import figure_file
 
 TEMPLATE = Path(__file__).parent / "templates" / "validation.md.j2"
 SHOWN = ("ttft_s.mean", "ttft_s.p50", "ttft_s.p95", "tpot_s.mean", "tpot_s.p50", "tpot_s.p95", "makespan_s")
@@ -158,25 +158,21 @@ def ranking_table(ranking: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str
     return table(rows, {"tau": ".2f", "regret": ".1%"}, left=2)
 
 
+PLOTTED = {"ttft_s.mean": "mean TTFT", "tpot_s.mean": "mean TPOT"}
+
+
 def plot(path: Path, content: Mapping[str, Any]) -> None:
     """Write one PNG: the mean TTFT and TPOT of every cell, simulated against real, with the noise as bars."""
-    import matplotlib as mpl  # rarely needed, and slow to import
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for axis, metric in zip(axes, ("ttft_s.mean", "tpot_s.mean"), strict=True):
-        most = 0.0
-        for policy in content["words"]["policies"]:
-            cells = [by[policy]["figures"][metric] for by in content["results"].values()]
-            cells = [cell for cell in cells if cell["real"] is not None and cell["simulated"] is not None]
-            real, simulated = ([cell[side] for cell in cells] for side in ("real", "simulated"))
-            noise = [cell["real"] * (cell["noise"] or 0.0) for cell in cells]
-            axis.errorbar(real, simulated, xerr=noise, fmt="o", markersize=4, label=policy)
-            most = max([most, *real, *simulated])
-        axis.plot([0, most], [0, most], color="black", linewidth=0.8)
-        axis.set(xlabel=f"{metric}, real", ylabel=f"{metric}, simulated")
-        axis.legend()
-    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=100))
-    plt.close(figure)
+    with figure_file(path, 1, 2, size=(12, 5)) as (figure, axes):
+        for axis, (metric, label) in zip(axes, PLOTTED.items(), strict=True):
+            most = 0.0
+            for policy in content["words"]["policies"]:
+                cells = [by[policy]["figures"][metric] for by in content["results"].values()]
+                cells = [cell for cell in cells if cell["real"] is not None and cell["simulated"] is not None]
+                real, simulated = ([cell[side] for cell in cells] for side in ("real", "simulated"))
+                noise = [cell["real"] * (cell["noise"] or 0.0) for cell in cells]
+                axis.errorbar(real, simulated, xerr=noise, fmt="o", markersize=4, label=policy)
+                most = max([most, *real, *simulated])
+            axis.plot([0, most], [0, most], color="black", linewidth=0.8)
+            axis.set(xlabel=f"{label}, real [s]", ylabel=f"{label}, simulated [s]")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)

@@ -17,6 +17,7 @@ from typing import Literal
 
 from sim.cost.model_spec import QUANT_GROUP_ELEMENTS, Linear, ModelSpec
 from sim.cost.plan import WEIGHT_BITS, KeepMask, Plan, check_layers, check_plan, keep_all
+from sim.cost.quantization import Quantization
 from sim.errors import BudgetError, PlanError, nearest
 
 QUANT_SCALE_BYTES = 2
@@ -33,7 +34,8 @@ STAGES: tuple[Stage, ...] = ("both", "prefill", "decode")
 def linear_weight_bytes(model: ModelSpec, linear: Linear, bits: int) -> int:
     """Return the bytes of one linear layer at 16, 8 or 4 bits; its bias keeps the model's precision.
 
-    16 bits means unquantized: ``weight_dtype_bytes`` per weight, which is 4 for an FP32 checkpoint.
+    16 bits means unquantized: ``weight_dtype_bytes`` per weight, which is 4 for an FP32 checkpoint. A quantized
+    checkpoint has no 16 bits; at its own bits a layer takes the bytes that ``model.quantization`` states.
     With g = ceil(in / 128) groups of input elements per output row:
 
         8 bits:  in * out  +  2 * g * out                             int8 weights, FP16 scales, symmetric
@@ -42,11 +44,13 @@ def linear_weight_bytes(model: ModelSpec, linear: Linear, bits: int) -> int:
     Each quotient is rounded up to a full byte. Group indices (GPTQ's g_idx with activation order) are not counted.
 
     Raises:
-        PlanError: for another number of bits.
+        PlanError: for another number of bits, or more than a quantized checkpoint has.
     Source:
         AWQ's WQLinear_GEMM (qweight, qzeros: int32 with eight 4-bit values; scales: FP16) and GPTQ with group size
         128, the default of both. Exactly equal to theirs if ``out`` is a multiple of 8.
     """
+    if model.quantization is not None and bits >= model.weight_bits:
+        return _stored_bytes(model, model.quantization, linear, bits)
     weights = linear.in_features * linear.out_features
     bias = linear.out_features * model.weight_dtype_bytes if linear.bias else 0
     groups = -(-linear.in_features // QUANT_GROUP_ELEMENTS) * linear.out_features
@@ -59,23 +63,38 @@ def linear_weight_bytes(model: ModelSpec, linear: Linear, bits: int) -> int:
     raise PlanError(f"weights of {bits} bits are not supported; allowed are {', '.join(map(str, WEIGHT_BITS))}")
 
 
+def _stored_bytes(model: ModelSpec, stored: Quantization, linear: Linear, bits: int) -> int:
+    """Return the bytes of one linear layer of a quantized checkpoint as it is stored."""
+    if bits != stored.bits:
+        raise PlanError(
+            f"{model.name} holds {stored.bits}-bit weights ({stored.method}), so a plan cannot run them at {bits} bits"
+        )
+    bias = linear.out_features * model.weight_dtype_bytes if linear.bias else 0
+    return stored.weight_bytes(linear.in_features, linear.out_features) + bias
+
+
 @functools.cache  # called for every layer at each plan change
-def mha_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
-    """Return the bytes of one MHA block's weights, norms included; norms and biases are never quantized."""
+def mha_weight_bytes(model: ModelSpec, bits: int | None = None) -> int:
+    """Return the bytes of one MHA block's weights, norms included; norms and biases are never quantized.
+
+    Without ``bits`` the weights are those of the checkpoint.
+    """
+    bits = model.weight_bits if bits is None else bits
     linears = model.mha_linears
     norms = model.mha_params - sum(linear.params for linear in linears)
     return sum(linear_weight_bytes(model, linear, bits) for linear in linears) + norms * model.weight_dtype_bytes
 
 
 @functools.cache
-def ffn_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
-    """Return the bytes of one FFN block's weights, norm included; norms and biases are never quantized."""
+def ffn_weight_bytes(model: ModelSpec, bits: int | None = None) -> int:
+    """Return the bytes of one FFN block's weights, norm included; ``bits`` as in ``mha_weight_bytes``."""
+    bits = model.weight_bits if bits is None else bits
     linears = model.ffn_linears
     norms = model.ffn_params - sum(linear.params for linear in linears)
     return sum(linear_weight_bytes(model, linear, bits) for linear in linears) + norms * model.weight_dtype_bytes
 
 
-def layer_weight_bytes(model: ModelSpec, bits: int = 16) -> int:
+def layer_weight_bytes(model: ModelSpec, bits: int | None = None) -> int:
     """Return the bytes of one full layer, which MorphServe swaps in one action (arXiv 2506.02006)."""
     return mha_weight_bytes(model, bits) + ffn_weight_bytes(model, bits)
 
@@ -203,7 +222,7 @@ def peak_bytes(model: ModelSpec, mask: KeepMask, batch: int, sequence_tokens: in
 
         peak(mask; B, S) = 2 * params_kept + sum over kept MHA blocks of 2 * 2 * B * S * num_kv_heads * head_dim
 
-    Weights are unquantized; workspace is not included (RAP measures 4 to 7 % above this).
+    Weights have the precision of the checkpoint; workspace is not included (RAP measures 4 to 7 % above this).
 
     Args:
         model: the unpruned architecture, whose dtypes replace the factors 2 of FP16.
@@ -218,8 +237,8 @@ def peak_bytes(model: ModelSpec, mask: KeepMask, batch: int, sequence_tokens: in
     """
     _at_least(0, batch=batch, sequence_tokens=sequence_tokens)
     check_layers(model, mask)
-    params = model.fixed_params + sum(mask.mha) * model.mha_params + sum(mask.ffn) * model.ffn_params
-    return params * model.weight_dtype_bytes + batch * sequence_tokens * kv_bytes_per_token(model, mask)
+    blocks = sum(mask.mha) * mha_weight_bytes(model) + sum(mask.ffn) * ffn_weight_bytes(model)
+    return fixed_weight_bytes(model) + blocks + batch * sequence_tokens * kv_bytes_per_token(model, mask)
 
 
 def relative_budget_bytes(model: ModelSpec, share: float, batch: int, sequence_tokens: int) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from sim.cost.quantization import Quantization, kv_bits, read_quantization
 from sim.errors import ModelError, nearest
+from sim.json_file import read_json_object
 from sim.paths import REPOSITORY
 
 MODEL_CONFIGS = REPOSITORY / "conf" / "model"
@@ -20,6 +21,10 @@ MODEL_CONFIGS = REPOSITORY / "conf" / "model"
 
 QUANT_GROUP_ELEMENTS = 128
 """Input elements of a linear layer that share one scale at 8 and 4 bits: the default of AWQ and GPTQ."""
+
+MOST_LAYERS, MOST_PARAMS = 1_000, 10**15
+"""More than any model has; bytes of larger ones would not fit the integers of compiled code."""
+MOST_CONFIG_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,7 @@ class ModelSpec:
     learned_positions: rows of a learned position table; 0 for rotary positions.
     weight_dtype_bytes: bytes of one unquantized weight, 2 (FP16, BF16) or 4 (FP32).
     kv_dtype_bytes: bytes of one key or value entry; 1 is an FP8 cache.
+    quantization: how the checkpoint stores the linear layers of its layers; None for unquantized ones.
     """
 
     name: str
@@ -72,6 +78,7 @@ class ModelSpec:
     weight_dtype_bytes: int = 2
     kv_dtype_bytes: int = 2
     max_context_tokens: int = 4096
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -90,12 +97,22 @@ class ModelSpec:
                 f"model {self.name!r}: weight_dtype_bytes is {self.weight_dtype_bytes}; allowed are 2 and 4. "
                 "For a quantized copy, keep the model and set weight_bits of the plan"
             )
+        if self.num_layers > MOST_LAYERS or self.total_params > MOST_PARAMS:
+            raise ModelError(
+                f"model {self.name!r} has {self.num_layers:,} layers and {self.total_params:,} parameters; at most "
+                f"{MOST_LAYERS:,} layers and {MOST_PARAMS:,} parameters are supported"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"model {self.name!r}: num_heads {self.num_heads} is not a multiple of num_kv_heads "
                 f"{self.num_kv_heads}; "
                 "grouped-query attention shares each KV head among an equal number of query heads"
             )
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of the checkpoint's own weights in its layers: 16 stands for unquantized ones, FP32 too."""
+        return 16 if self.quantization is None else self.quantization.bits
 
     @property
     def mha_linears(self) -> tuple[Linear, ...]:
@@ -185,46 +202,104 @@ def model_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in MODEL_CONFIGS.glob("*.yaml") if path.stem != "hf"))
 
 
+def file_name(name: str) -> str:
+    """Return the name of a model as it stands in names of files that ``hw.score`` writes."""
+    return name.lower().replace(".", "_").replace("-", "_")
+
+
 _FAMILIES: dict[str, dict[str, bool]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
 }
+_OTHER_PARTS = {
+    "a mixture of experts": (
+        "num_local_experts",
+        "num_experts",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "moe_num_experts",
+    ),
+    "multi-head latent attention": ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim"),
+    "a vision, audio or nested text part": ("vision_config", "audio_config", "text_config", "llm_config"),
+    "an encoder": ("is_encoder_decoder", "add_cross_attention", "encoder_layers"),
+    "a state-space or linear-attention layer": (
+        "ssm_cfg",
+        "ssm_state_size",
+        "mamba_d_state",
+        "attn_layer_period",
+        "linear_num_value_heads",
+        "hybrid_override_pattern",
+    ),
+    "a layer unlike the others": ("block_configs", "pruned_heads", "num_kv_shared_layers", "num_nextn_predict_layers"),
+}
+"""Keys of a config that, when set, state parts that a ModelSpec does not have."""
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
-def model_from_hf_config(config: Mapping[str, Any] | str | Path, name: str = "") -> ModelSpec:
+def model_from_hf_config(
+    config: Mapping[str, Any] | str | Path,
+    name: str = "",
+    *,
+    max_context_tokens: int | None = None,
+    keep_all_kv: bool = False,
+) -> ModelSpec:
     """Read a Hugging Face ``config.json``.
 
     Args:
         config: the parsed dict, the path of ``config.json``, or the folder that holds it.
         name: the name of the model; if empty, its ``_name_or_path`` or its folder.
+        max_context_tokens: a lower limit than the config's ``max_position_embeddings``; None keeps that.
+        keep_all_kv: charge the KV of all tokens to layers with a sliding window, as ``hw.elastic`` keeps it.
     Raises:
-        ModelError: for a missing file, a missing or malformed key, or a family that is not supported.
+        ModelError: for a missing file, a missing or malformed key, or a model whose bytes would be counted wrong: a
+            family, a part or a quantization that is not supported, or a sliding window shorter than the context.
     Source:
         The classes of transformers 5 (models/llama, mistral, qwen2, qwen3, opt): which linear layers have a bias, and
         the default of a missing key. A key whose default differs between families is required.
     """
     if not isinstance(config, Mapping):
         path = Path(config).expanduser()
-        config = _read_json_object(path / "config.json" if path.is_dir() else path)
+        config = _read_config(path / "config.json" if path.is_dir() else path)
         name = name or (path if path.is_dir() else path.parent).resolve().name
-    return _Reader(config, name or str(config.get("_name_or_path") or config.get("model_type") or "model")).model()
+    name = name or " ".join(str(config.get("_name_or_path") or config.get("model_type") or "model").split())[:200]
+    model = _Reader(config, name).model()
+    if max_context_tokens is not None:
+        if not 1 <= max_context_tokens <= model.max_context_tokens:
+            raise ModelError(
+                f"model.max_context_tokens is {max_context_tokens}; the config of {name!r} allows 1 to "
+                f"{model.max_context_tokens:,}"
+            )
+        model = replace(model, max_context_tokens=max_context_tokens)
+    window = _Reader(config, name).sliding_window()
+    if window is not None and window < model.max_context_tokens and not keep_all_kv:
+        raise ModelError(
+            f"model config {name!r}: sliding_window is {window:,}, so a layer needs the KV of that many tokens only, "
+            f"which is not modeled. Set model.max_context_tokens={window} to serve requests within the window, or "
+            "model.keep_all_kv=true to charge the KV of all tokens, as the real engine here keeps it"
+        )
+    return model
 
 
-def _read_json_object(path: Path) -> Mapping[str, Any]:
+_QUANTIZED_BY_FILE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+"""Files next to a config.json that state the quantization of checkpoints whose config does not."""
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ModelError(
             f"no model config at {path}; give a config.json, its folder, or a name from conf/model: "
             f"{', '.join(model_names())}"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a {type(config).__name__}; a model config is a JSON object")
+    advice = "a model config is a JSON object"
+    config = read_json_object(path, ModelError, advice, most_bytes=MOST_CONFIG_BYTES)
+    if not config.get("quantization_config"):
+        for file, method in _QUANTIZED_BY_FILE.items():
+            if (path.parent / file).is_file():
+                stated = read_json_object(path.parent / file, ModelError, advice, most_bytes=MOST_CONFIG_BYTES)
+                return {**config, "quantization_config": {"quant_method": method, **stated}}
     return config
 
 
@@ -240,10 +315,12 @@ class _Reader:
         value = self.config.get(key)
         if value is None:
             if default is None:
-                raise ModelError(f"model config {self.name!r} lacks {key}; it has {', '.join(sorted(self.config))}")
+                raise ModelError(
+                    f"model config {self.name!r} lacks {key}; it has {', '.join(sorted(self.config))[:400]}"
+                )
             return default
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ModelError(f"model config {self.name!r}: {key} is {value!r}; it must be a whole number")
+            raise ModelError(f"model config {self.name!r}: {key} is {value!r:.80}; it must be a whole number")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -252,7 +329,7 @@ class _Reader:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ModelError(f"model config {self.name!r}: {key} is {value!r}; it must be true or false")
+            raise ModelError(f"model config {self.name!r}: {key} is {value!r:.80}; it must be true or false")
         return value
 
     def dtype_bytes(self) -> int:
@@ -262,24 +339,60 @@ class _Reader:
         dtype = str(stated).removeprefix("torch.")
         if dtype not in _DTYPE_BYTES:
             raise ModelError(
-                f"model config {self.name!r} has dtype {stated!r}; allowed are {', '.join(sorted(_DTYPE_BYTES))}. "
+                f"model config {self.name!r} has dtype {dtype[:40]!r}; allowed are {', '.join(sorted(_DTYPE_BYTES))}. "
                 "Give the config of the unquantized model, and set weight_bits of the plan"
             )
         return _DTYPE_BYTES[dtype]
 
+    def kv_bytes(self) -> int:
+        """Return the bytes of one key or value entry."""
+        return 1 if kv_bits(self.name, self.config) == 8 else self.dtype_bytes()
+
+    def sliding_window(self) -> int | None:
+        """Return how many tokens back the layers attend that attend to a window; None if all attend to all tokens."""
+        family, types = self.config.get("model_type"), self.config.get("layer_types")
+        if family == "mistral":
+            window = self.integer("sliding_window", 4096) if self.config.get("sliding_window", 0) is not None else None
+            slides = True
+        elif family in ("qwen2", "qwen3") and self.flag("use_sliding_window", False):
+            window = self.integer("sliding_window", 4096)
+            slides = self.integer("max_window_layers", 28) < self.integer("num_hidden_layers")
+        else:
+            return None
+        if isinstance(types, list):
+            slides = "sliding_attention" in types
+        return window if slides else None
+
+    def _refuse_other_parts(self) -> None:
+        """Check that the config describes nothing that a ModelSpec does not count."""
+        for what, keys in _OTHER_PARTS.items():
+            if found := next((key for key in keys if self.config.get(key)), None):
+                raise ModelError(
+                    f"model config {self.name!r} states {found}: {what} would be counted wrong and is not supported; "
+                    "use a decoder whose layers are one MHA and one FFN block each"
+                )
+        types = self.config.get("layer_types") or []
+        known = ("full_attention", "sliding_attention")
+        other = [kind for kind in types if kind not in known] if isinstance(types, list) else [types]
+        if other:
+            raise ModelError(
+                f"model config {self.name!r}: layer_types has {str(other[0])[:40]!r}; supported are "
+                "full_attention and sliding_attention"
+            )
+
     def model(self) -> ModelSpec:
         """Return the shape in the config."""
+        self._refuse_other_parts()
         family = self.config.get("model_type")
         if not isinstance(family, str):
-            raise ModelError(
-                f"model config {self.name!r}: model_type is {family!r}; known are {', '.join([*_FAMILIES, 'opt'])}"
-            )
+            known = ", ".join([*_FAMILIES, "opt"])
+            raise ModelError(f"model config {self.name!r}: model_type is {str(family)[:40]!r}; known are {known}")
         if family == "opt":
             return self._opt()
         if family not in _FAMILIES:
             raise ModelError(
-                f"model config {self.name!r} is of family {family!r}; known are {', '.join([*_FAMILIES, 'opt'])}. "
-                "Write a conf/model/NAME.yaml with its shape instead"
+                f"model config {self.name!r} is of family {family[:40]!r}; known are {', '.join([*_FAMILIES, 'opt'])}. "
+                "For another decoder of MHA and FFN blocks, write a conf/model/NAME.yaml with its shape"
             )
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
         flags = dict(_FAMILIES[family])
@@ -309,7 +422,8 @@ class _Reader:
             vocab_size=self.integer("vocab_size"),
             tied_embeddings=self.flag("tie_word_embeddings", False),
             weight_dtype_bytes=self.dtype_bytes(),
-            kv_dtype_bytes=self.dtype_bytes(),
+            kv_dtype_bytes=self.kv_bytes(),
+            quantization=read_quantization(self.name, self.config),
             max_context_tokens=self.integer("max_position_embeddings"),
             **flags,
         )
@@ -355,6 +469,7 @@ class _Reader:
             norm_bias=True,
             learned_positions=positions + 2,  # OPTLearnedPositionalEmbedding keeps two rows before position 0
             weight_dtype_bytes=self.dtype_bytes(),
-            kv_dtype_bytes=self.dtype_bytes(),
+            kv_dtype_bytes=self.kv_bytes(),
+            quantization=read_quantization(self.name, self.config),
             max_context_tokens=positions,
         )

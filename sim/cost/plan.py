@@ -102,10 +102,10 @@ class Plan:
 
 
 def dense_plan(model: ModelSpec) -> Plan:
-    """Return the plan that keeps everything at full precision."""
+    """Return the plan that keeps everything at the precision of the checkpoint."""
     keep = keep_all(model)
     layers = model.num_layers
-    return Plan(decode=keep, prefill=keep, weight_bits=(16,) * layers, kv_keep=(KV_KEEP_ALL,) * layers)
+    return Plan(decode=keep, prefill=keep, weight_bits=(model.weight_bits,) * layers, kv_keep=(KV_KEEP_ALL,) * layers)
 
 
 def keep_all(model: ModelSpec) -> KeepMask:
@@ -192,6 +192,12 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
         for layer, bits in enumerate(plan.weight_bits):
             if not is_whole(bits) or bits not in WEIGHT_BITS:
                 raise PlanError(f"plan.weight_bits of layer {layer} is {_short(bits)}; allowed are 16, 8 and 4")
+    if (most_bits := max(plan.weight_bits)) > model.weight_bits:
+        raise PlanError(
+            f"plan.weight_bits of layer {plan.weight_bits.index(most_bits)} is {most_bits}, but the checkpoint of "
+            f"{model.name} holds {model.weight_bits}-bit weights; use at most those, or the config of the unquantized "
+            "model"
+        )
     if set(map(type, plan.kv_keep)) != {KVKeep}:
         layer = next(i for i, keep in enumerate(plan.kv_keep) if not isinstance(keep, KVKeep))
         raise PlanError(f"plan.kv_keep of layer {layer} is {_short(plan.kv_keep[layer])}; it must be a KVKeep")

@@ -20,6 +20,8 @@ layers but the last during the iteration, the last layer after it. (Layers are n
 bytes may leave before their layer is computed, but never those of the last layer.)
 
 Order at one instant: transfers end, iterations end, requests arrive, requests join, KV is sent, iterations start.
+Transfers that end at the same instant, on one link or several, join in the order in which they were sent
+(sim/disaggregate/links.py says when a transfer ends).
 """
 
 from __future__ import annotations
@@ -115,7 +117,7 @@ class _Side:
     next_s: Floats  # float64[1], from when on something happens there
     held_blocks: int = 0  # prefill: of KV that waits or is being sent; decode: reserved for KV that comes
     coming: int = 0  # requests whose KV is being sent here, or has arrived and not joined yet
-    arrived: deque[int] = field(default_factory=deque)
+    arrived: list[int] = field(default_factory=list)  # requests whose KV is here and that have not joined yet
 
 
 def _check_engines(engines: Sequence[SimEngine]) -> None:
@@ -173,6 +175,7 @@ class Disaggregated:
         check_plan(self.model, plan)
         _check_engines(engines)
         self._block_tokens = engines[0].config.kv_block_tokens
+        self._blocks_of: dict[int, int] = {}  # prompt tokens -> layer blocks of the KV that is sent
         made = [Link(self.env, link_bytes_per_s, link_latency_s) for _ in range(1 if one_link else len(prefill))]
         self.links = tuple(made)
         n = len(trace)
@@ -183,6 +186,8 @@ class Disaggregated:
         self._sent = np.zeros((n, 2)) * math.nan
         self._bytes = np.zeros(n, dtype=np.int64)
         self._ready: deque[int] = deque()  # prefilled, their KV still to be sent
+        self._order = np.zeros(n, dtype=np.int64)  # how many transfers were started before that of a request
+        self._shipped = 0
         # Requests sent while they are computed: the event of the iteration's end, and the decode replica.
         self._early: dict[int, tuple[simpy.Event, int]] = {}
         self.in_flight = 0  # requests whose KV is being sent
@@ -325,11 +330,13 @@ class Disaggregated:
     def _blocks(self, request: int) -> int:
         """Return the layer blocks of a prompt's KV that decode keeps, over all layers."""
         prompt, plan = int(self.trace.prompt_tokens[request]), self.plan
-        return sum(
-            kv_blocks(keep.tokens(prompt), self._block_tokens)
-            for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True)
-            if kept
-        )
+        if prompt not in self._blocks_of:
+            self._blocks_of[prompt] = sum(
+                kv_blocks(keep.tokens(prompt), self._block_tokens)
+                for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True)
+                if kept
+            )
+        return self._blocks_of[prompt]
 
     # -- transfers -----------------------------------------------------------------------------------------------
 
@@ -359,6 +366,8 @@ class Disaggregated:
         """Transfer a prompt's KV; with ``ended``, its last layer only after the iteration that computes it."""
         link = self.links[number % len(self.links)]
         self._sent[request, 0] = self.env.now
+        self._order[request] = self._shipped
+        self._shipped += 1
         size = kv_bytes_sent(self.model, self.plan, int(self.trace.prompt_tokens[request]))
         if ended is None:
             yield from link.send(size)
@@ -379,8 +388,11 @@ class Disaggregated:
     def _join_those_here(self, now_s: float) -> None:
         """Let requests whose KV has arrived join decode replicas between iterations."""
         for side in self.decode:
-            while side.arrived and not ck.in_iteration(side.table):
-                request = side.arrived.popleft()
+            if ck.in_iteration(side.table):
+                continue
+            here = sorted(side.arrived, key=lambda request: (self._sent[request, 1], self._order[request]))
+            side.arrived.clear()
+            for request in here:
                 number, row = self._home[request, :2]
                 words = self.prefill[number].engine.rows(np.array([row])).view(np.int64)
                 self._room(side)

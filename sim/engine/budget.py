@@ -51,6 +51,11 @@ class Budget:
         if not (self.notice_s >= 0 and math.isfinite(self.notice_s)):
             raise BudgetError(f"budget.notice_s is {self.notice_s}; it must be a number of seconds of at least 0")
 
+    @property
+    def steps(self) -> tuple[tuple[float, int], ...]:
+        """The steps as (start in seconds, bytes)."""
+        return tuple(zip(self.change_s, self.budget_bytes, strict=True))
+
 
 class BudgetMeter:
     """Follows a budget during a run: its present value, its next step, and how long it was exceeded.

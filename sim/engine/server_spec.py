@@ -15,7 +15,7 @@ from typing import Any
 from sim.config import build_option
 from sim.cost.gpu import Gpu
 from sim.cost.latency import CALIBRATIONS, CopySpeed, LatencyModel, copy_speed, load_calibration
-from sim.cost.model_spec import ModelSpec, load_model
+from sim.cost.model_spec import ModelSpec, file_name, load_model
 from sim.cost.plan import Plan
 from sim.cost.quality import QUALITIES, FittedQuality, PublishedQuality, load_quality
 from sim.engine.budget import Budget, BudgetContext
@@ -59,7 +59,7 @@ def _calibrated_pairs(folder: Path) -> dict[str, tuple[str, str]]:
 def find_quality(model: str) -> str | None:
     """Return the name of a model's quality table, a measured one before a published one; None if it has none."""
     known = {path.stem for path in QUALITIES.glob("*")}
-    return next((name for name in (model, f"{model}_published") if name in known), None)
+    return next((name for name in (model, file_name(model), f"{model}_published") if name in known), None)
 
 
 @cache

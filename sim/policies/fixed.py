@@ -32,7 +32,7 @@ def static_plan(
     drop_ffn: Sequence[int] = (),
     prefill_drop_mha: Sequence[int] | None = None,
     prefill_drop_ffn: Sequence[int] | None = None,
-    weight_bits: int | Sequence[int] = 16,
+    weight_bits: int | Sequence[int] | None = None,
     kv_first_tokens: int | None = None,
     kv_last_tokens: int | None = None,
     kv_layers: Sequence[int] | None = None,
@@ -45,7 +45,7 @@ def static_plan(
         model: the model that the plan is for.
         drop_mha, drop_ffn: layers whose MHA or FFN block decode skips.
         prefill_drop_mha, prefill_drop_ffn: the same for prefill; None takes those of decode.
-        weight_bits: 16, 8 or 4 for all layers, or one entry per layer.
+        weight_bits: 16, 8 or 4 for all layers, or one entry per layer; None takes those of the checkpoint.
         kv_first_tokens, kv_last_tokens: tokens whose KV stays after prefill; None keeps all tokens.
         kv_layers: layers in which they apply; None is all layers.
         max_running, max_waiting: as in ``Plan``.
@@ -57,6 +57,7 @@ def static_plan(
     shortened = set(range(layers) if kv_layers is None else layer_list("kv_layers", kv_layers))
     if unknown := sorted(layer for layer in shortened if not 0 <= layer < layers):
         raise PlanError(f"kv_layers: layer {unknown[0]} does not exist; {model.name} has layers 0 to {layers - 1}")
+    weight_bits = model.weight_bits if weight_bits is None else weight_bits
     plan = Plan(
         decode=drop(model, mha=layer_list("drop_mha", drop_mha), ffn=layer_list("drop_ffn", drop_ffn)),
         prefill=drop(
@@ -89,7 +90,7 @@ def fixed(served: PolicyContext, **options: Any) -> Fixed:
 
 
 def static_w4_prefix(served: PolicyContext, *, layers: int, bits: int = 4) -> Fixed:
-    """Build the policy that always runs the first ``layers`` layers at ``bits`` bits, the others at 16.
+    """Build the policy that always runs the first ``layers`` layers at ``bits`` bits, the others as in the checkpoint.
 
     Raises:
         PlanError: for more layers than the model has, or bits that are not supported.
@@ -97,7 +98,9 @@ def static_w4_prefix(served: PolicyContext, *, layers: int, bits: int = 4) -> Fi
     most = served.model.num_layers
     if not is_whole(layers) or not 0 <= layers <= most:
         raise PlanError(f"policy.layers is {layers!r}; {served.model.name} has {most}, so 0 to {most} are allowed")
-    return Fixed(static_plan(served.model, weight_bits=(bits,) * layers + (16,) * (most - layers)))
+    return Fixed(
+        static_plan(served.model, weight_bits=(bits,) * layers + (served.model.weight_bits,) * (most - layers))
+    )
 
 
 def plan_of(model: ModelSpec, options: Mapping[str, Any]) -> Plan:

@@ -7,7 +7,6 @@ from those of the served model is refused, because its inputs and outputs would 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,8 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
@@ -26,6 +23,7 @@ from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
 from sim.policies.base import PolicyContext
+from sim.policies.learned_files import read_about, read_weights
 from sim.policies.observation.prune import (
     ObservationSpec,
     load_columns,
@@ -39,6 +37,8 @@ from sim.policies.observation.prune import (
 from sim.types import Bools, Floats32
 
 SHIPPED = REPOSITORY / "conf" / "policy"
+
+LOWEST = np.finfo(np.float32).min
 
 _Activation = Callable[[Floats32], Floats32]
 
@@ -93,7 +93,9 @@ class Network:
 
     def act(self, features: Floats32, legal: Bools) -> NDArray[np.int64]:
         """Return the legal action with the highest value in each row."""
-        chosen: NDArray[np.int64] = np.where(legal, self(features), -np.inf).argmax(axis=-1)
+        # Values of weights near the limits of float32 overflow; a legal action still precedes every illegal one.
+        values = np.fmax(self(features), LOWEST)
+        chosen: NDArray[np.int64] = np.where(legal, values, -np.inf).argmax(axis=-1)
         return chosen
 
 
@@ -114,36 +116,38 @@ def read_learned(path: str | Path, task: str) -> Learned:
     Raises:
         ConfigError: if it is missing, malformed, or was trained in another environment.
     """
-    file = Path(path)
+    file = Path(str(path))
     if file.suffix != ".json":
         file = SHIPPED / f"{path}.json"
-    if not file.exists():
+    if not _exists(file):
         known = [p.stem for p in SHIPPED.glob("*.json")]
         raise ConfigError(
             f"there is no learned policy {str(path)!r}; {nearest(str(path), known)}, or give the path of a .json file"
         )
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        arrays = load_file(file.with_suffix(".safetensors"))
-        count = len(about["layers"])
-        network = Network(
-            tuple(arrays[f"{i}.weight"] for i in range(count)),
-            tuple(arrays[f"{i}.bias"] for i in range(count)),
-            about["activation"],
-        )
-        sizes = [list(w.shape) for w in network.weights]
-        if sizes != about["layers"] or about["task"] != task:
-            raise ValueError(f"task {about['task']!r} with layers {about['layers']}; expected {task!r} with {sizes}")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        about = read_about(file)
+        if about["task"] != task:
+            raise ValueError(f"it was trained for {about['task']!r}; expected {task!r}")
+        layers = read_weights(file.with_suffix(".safetensors"), about["layers"])
+        network = network_of(layers, about["activation"])
+    except (OSError, ValueError, MemoryError) as error:
+        text = " ".join(str(error).split())
         raise ConfigError(
-            f"{file} is not a learned policy for {task} ({type(error).__name__}: {error}); "
+            f"{file} is not a learned policy for {task} ({type(error).__name__}: {text}); "
             "export one: python -m agents.export run=..."
         ) from error
     return Learned(network, about, file)
 
 
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except (OSError, ValueError):  # a name that is too long or has a null byte
+        return False
+
+
 def check_tables(learned: Learned, table: ObservationSpec) -> None:
-    """Check that a policy was trained with exactly this table.
+    """Check that a policy was trained with exactly this table, and that its network has these inputs and outputs.
 
     Raises:
         ConfigError: if not; the message names the first entry that differs.
@@ -152,6 +156,12 @@ def check_tables(learned: Learned, table: ObservationSpec) -> None:
         raise ConfigError(
             f"{learned.path.name} was trained for another observation or other actions: {difference}; "
             f"use it with model={learned.about.get('model')}, or train one for this: python -m agents.train"
+        )
+    sizes = learned.network.weights[0].shape[1], learned.network.weights[-1].shape[0]
+    if sizes != (table.features, len(table.actions)):
+        raise ConfigError(
+            f"{learned.path.name}: its network has {sizes[0]} inputs and {sizes[1]} outputs, but its table has "
+            f"{table.features} entries and {len(table.actions)} actions; export it again: python -m agents.export"
         )
 
 
@@ -207,8 +217,15 @@ def prune_network(model: ModelSpec, path: str | Path) -> PruneNetwork:
     table = prune_table(model, scores=bool(environment.get("scores")))
     if learned.about.get("model") != model.name:
         raise ConfigError(f"{learned.path.name} was trained on {learned.about.get('model')}, not on {model.name}")
+    scores = None
+    if environment.get("scores"):
+        scores = np.array(learned.about.get("scores", ()), dtype=np.float32)
+        if len(scores) != 2 * model.num_layers:
+            raise ConfigError(
+                f"{learned.path.name} has {len(scores)} scores for {2 * model.num_layers} blocks of {model.name}; "
+                "export it again: python -m agents.export"
+            )
     check_tables(learned, table)
-    scores = np.array(learned.about["scores"], dtype=np.float32) if environment.get("scores") else None
     hidden = set(environment.get("hide", ()))
     shown = np.array([entry.name.split(".")[0] not in hidden for entry in table.entries])
     return PruneNetwork(model, learned.network, scores, None if shown.all() else shown)

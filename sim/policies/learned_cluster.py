@@ -61,5 +61,5 @@ def learned_cluster(served: PolicyContext, *, path: str) -> LearnedCluster:
     learned = read_learned(path, "ServeCluster")
     actions = trained_actions(learned, served, cluster_table)
     block_bytes = kv_block_layer_bytes(served.model, served.kv_block_tokens)
-    shown = shown_entries(cluster_table(actions), learned.about["environment"].get("hide", ()))
+    shown = shown_entries(cluster_table(actions), learned.about.get("environment", {}).get("hide", ()))
     return LearnedCluster(learned.network, actions, ServeObserver(served.model, actions, block_bytes), shown)

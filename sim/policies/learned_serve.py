@@ -67,6 +67,8 @@ def trained_actions(
         raise ConfigError(
             f"{learned.path.name} was trained on {learned.about.get('model')}, not on {served.model.name}"
         )
+    if "plans" not in learned.about:
+        raise ConfigError(f"{learned.path.name} has no plans; export it again: python -m agents.export")
     actions = actions_from(served.model, learned.about["plans"], served.workspace_bytes)
     check_tables(learned, table(actions))
     return actions

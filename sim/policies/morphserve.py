@@ -117,7 +117,9 @@ def morphserve(
     plans = [dense]
     for count in range(1, min(most, len(layers)) + 1):
         low = set(layers[:count])
-        plans.append(replace(dense, weight_bits=tuple(bits if i in low else 16 for i in range(model.num_layers))))
+        plans.append(
+            replace(dense, weight_bits=tuple(bits if i in low else model.weight_bits for i in range(model.num_layers)))
+        )
     check_plan(model, plans[-1])  # an unsupported number of bits is an error now, not in the middle of a replay
     return MorphServe(
         plans=tuple(plans),

@@ -79,7 +79,7 @@ def adaptive_precision(
     layers = served.model.num_layers
     dense = dense_plan(served.model)
     counts = [round(layers * level / levels) for level in range(levels + 1)]
-    plans = tuple(replace(dense, weight_bits=(bits,) * n + (16,) * (layers - n)) for n in counts)
+    plans = tuple(replace(dense, weight_bits=(bits,) * n + (dense.weight_bits[0],) * (layers - n)) for n in counts)
     check_plan(served.model, plans[-1])
     return AdaptivePrecision(plans, calm, wait_s, smoothing, hysteresis)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +12,6 @@ from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.schedule import Schedule
 from sim.traces.trace import Trace
-
-PROGRESS_STEPS = 200
 
 
 def requests_of(trace: Trace) -> list[Request]:
@@ -28,6 +27,7 @@ def replay(
     tick_s: float | None = None,
     also_at_s: Sequence[float] = (),
     on_progress: Callable[[float, int], None] | None = None,
+    progress_s: float = math.inf,
 ) -> None:
     """Serve all requests of a trace; the engine keeps the records.
 
@@ -35,30 +35,29 @@ def replay(
         trace: the requests. engine: serves them, under the first plan of the policy. policy: decides what runs.
         tick_s: seconds between two decisions; None keeps the first plan.
         also_at_s: further times of decisions, ascending: where the budget changes.
-        on_progress: called from time to time with the engine's time and the number of requests that have ended.
+        on_progress: called with the engine's time and the number of requests that have ended, after each decision.
+        progress_s: seconds of the trace between two calls of ``on_progress`` where there are no decisions.
     """
     engine.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
     if tick_s is not None and not tick_s > 0:
         raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, or null for no decisions")
-    if tick_s is not None:
-        moments_s = decisions(tick_s, also_at_s)
-    elif on_progress is not None:
-        moments_s = decisions(max(trace.duration_s / PROGRESS_STEPS, 1e-3), ())
-    else:
-        moments_s = iter(lambda: math.inf, None)
+    moments_s = decisions(tick_s, also_at_s) if tick_s is not None else _looks(progress_s)
     # A schedule does not depend on the state, so the engine gets its decisions in advance and does not stop for them.
     if tick_s is not None and isinstance(policy, Schedule):
         at_s = _known_decisions(policy, decisions(tick_s, also_at_s))
         engine.apply_at(at_s, [policy.plan_at(time_s) for time_s in at_s])
-        if on_progress is None:
-            moments_s = iter(lambda: math.inf, None)
-        tick_s = None
+        moments_s, tick_s = _looks(progress_s), None
     while not engine.drained:
         state = engine.run_until(next(moments_s))
         if on_progress is not None:
             on_progress(state.time_s, state.finished + state.rejected)
         if tick_s is not None and not engine.drained:
             engine.apply(policy(state))
+
+
+def _looks(progress_s: float) -> Iterator[float]:
+    """Return the times at which the engine stops for progress alone."""
+    return decisions(progress_s, ()) if progress_s < math.inf else itertools.repeat(math.inf)
 
 
 def _known_decisions(policy: Schedule, moments_s: Iterator[float]) -> list[float]:

@@ -13,9 +13,8 @@ from typing import Any, Protocol
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sim.config import build
+from sim.config import build, name_of
 from sim.cost.gpu import Gpu
 from sim.cost.model_spec import ModelSpec
 from sim.cost.quality import FittedQuality, PublishedQuality
@@ -24,10 +23,12 @@ from sim.engine.protocol import Engine, EngineConfig
 from sim.engine.server_spec import ServerSpec, find_quality, named_quality
 from sim.engine.sim_engine import SimEngine
 from sim.policies import Fixed, Policy, PolicyContext
+from sim.progress import progress
 from sim.replay.loop import replay
 from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
+from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
-from sim.results.report import plot_replay, print_summary
+from sim.results.report import print_summary
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 from sim.traces.trace import Trace
 from sim.traces.transforms import apply_steps
@@ -117,7 +118,7 @@ def build_parts(cfg: DictConfig) -> Parts:
 
 def quality_of(cfg: DictConfig) -> FittedQuality | PublishedQuality | None:
     """Return the quality model of a configuration; None where there is none for its model."""
-    table = cfg.quality_table or find_quality(cfg.model.name)
+    table = cfg.quality_table or find_quality(name_of(cfg.model))
     return named_quality(table) if table is not None else None
 
 
@@ -139,11 +140,23 @@ def replay_with(
     engine: RecordingEngine,
     policy: Policy,
     on_progress: Callable[[float, int], None] | None = None,
+    progress_s: float = math.inf,
 ) -> None:
-    """Replay a trace; the policy decides every ``tick_s`` of the configuration and whenever the budget changes."""
+    """Replay a trace; the policy decides every ``tick_s`` of the configuration and whenever the budget changes.
+
+    on_progress, progress_s: as in ``replay``.
+    """
     tick_s = None if isinstance(policy, Fixed) else float(cfg.tick_s)  # a fixed plan needs no decisions
     changes_s = engine.budget.change_s[1:]
-    replay(trace, engine, policy, tick_s=tick_s, also_at_s=changes_s, on_progress=on_progress)
+    replay(
+        trace,
+        engine,
+        policy,
+        tick_s=tick_s,
+        also_at_s=changes_s,
+        on_progress=on_progress,
+        progress_s=progress_s,
+    )
 
 
 def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: float = 0.0) -> dict[str, Any]:
@@ -176,17 +189,27 @@ def write_tables(
         write_parquet(folder / "iterations.parquet", iterations_frame(iterations))
 
 
+def simulated_progress_steps(requests: int) -> int:
+    """Return how often a simulated replay stops to report: about 20,000 requests take 20 ms, a stop 10 us."""
+    return min(200, requests // 20_000)
+
+
 def run_replay(
-    cfg: DictConfig, build_engine: Callable[[DictConfig], tuple[RecordingEngine, Policy]] = build_engine
+    cfg: DictConfig,
+    build_engine: Callable[[DictConfig], tuple[RecordingEngine, Policy]] = build_engine,
+    progress_steps: Callable[[int], int] = simulated_progress_steps,
 ) -> dict[str, Any]:
-    """Replay on the engine that ``build_engine`` makes, write the run folder, print the figures; return the summary."""
+    """Replay on the engine that ``build_engine`` makes, write the run folder, print the figures; return the summary.
+
+    progress_steps: number of requests -> how often to report progress where the policy decides nothing.
+    """
     folder = Path(HydraConfig.get().runtime.output_dir)
     console = Console()
     trace = build_trace(cfg)
     engine, policy = build_engine(cfg)
     slo = build(cfg.slo)
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
-    title = f"{label}: {len(trace):,} requests on {cfg.model.name}, {cfg.gpu.name}"
+    title = f"{label}: {len(trace):,} requests on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_json(
         folder / "provenance.json",
@@ -198,8 +221,13 @@ def run_replay(
     interrupted = False
     started_cpu_s = time.process_time()
     try:
-        with _ProgressBar(console, trace) as on_progress:
-            replay_with(cfg, trace, engine, policy, on_progress)
+        with progress("replaying", len(trace), "requests") as report:
+
+            def on_progress(time_s: float, done: int) -> None:
+                report(done, f"at {min(time_s, trace.duration_s):,.0f} s of the trace")
+
+            progress_s = trace.duration_s / steps if (steps := progress_steps(len(trace))) else math.inf
+            replay_with(cfg, trace, engine, policy, on_progress, progress_s)
     except KeyboardInterrupt:
         interrupted = True
     cpu_s = time.process_time() - started_cpu_s
@@ -210,7 +238,7 @@ def run_replay(
         folder, slo, records, engine.transitions(), engine.kept_share(), iterations if cfg.iterations else None
     )
     if cfg.plot:
-        plot_replay(folder / "replay.png", records, iterations, slo, title)
+        plot_replay(folder / "replay.png", records, iterations, slo, title, engine.budget.steps)
     write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
     print_summary(summary, title, console)
     if interrupted:
@@ -220,33 +248,3 @@ def run_replay(
         sys.exit(130)
     console.print(f"files: {folder}", highlight=False, soft_wrap=True)
     return summary
-
-
-class _ProgressBar:
-    """A progress bar on a terminal; nothing in a pipe or file."""
-
-    def __init__(self, console: Console, trace: Trace) -> None:
-        self._total = len(trace)
-        self._bar = Progress(
-            TextColumn("replaying"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f} requests, {task.fields[at]:,.0f} s of the trace"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._shown = console.is_terminal
-
-    def __enter__(self) -> Any:
-        if not self._shown:
-            return None
-        self._bar.start()
-        self._task = self._bar.add_task("replay", total=self._total, at=0.0)
-        return lambda time_s, done: self._bar.update(
-            self._task, completed=done, at=0.0 if math.isinf(time_s) else time_s
-        )
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            self._bar.stop()

@@ -15,14 +15,16 @@ from typing import Any, Protocol, TypeVar
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sim.config import build
+from sim.config import build, name_of
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies import Fixed, Policy
+from sim.progress import counted, progress
 from sim.replay.run import build_engine, build_trace, figures, quality_of, replay_with, write_tables
+from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, Transitions
-from sim.results.report import plot_replay, print_rows
+from sim.results.report import print_rows
 from sim.results.run_folder import provenance, write_json, write_text
 
 
@@ -44,6 +46,7 @@ class Outcome:
     """What one replay produced.
 
     kept_share: (time_s, share of the dense weights' bytes that is resident), one entry per change.
+    budget: (time_s, bytes), one entry per change.
     """
 
     summary: Mapping[str, Any]
@@ -51,6 +54,7 @@ class Outcome:
     iterations: Iterations
     transitions: Transitions
     kept_share: tuple[tuple[float, float], ...]
+    budget: tuple[tuple[float, int], ...]
 
 
 def cases_of(cfg: DictConfig) -> list[Case]:
@@ -96,7 +100,9 @@ def replay_case(cfg: DictConfig) -> Outcome:
     if summary["quality_nll"] is not None and (quality := quality_of(cfg)) is not None:
         dense_nll = quality.nll(dense_plan(build(cfg.model)))
         summary["perplexity_ratio"] = math.exp(summary["quality_nll"] - dense_nll)
-    return Outcome(summary, engine.records(), iterations, engine.transitions(), engine.kept_share())
+    return Outcome(
+        summary, engine.records(), iterations, engine.transitions(), engine.kept_share(), engine.budget.steps
+    )
 
 
 T = TypeVar("T")
@@ -125,10 +131,12 @@ class Processes:
 
     def __call__(self, task: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
         """Return the task's result for each item."""
-        if min(self.workers, len(items)) < 2:
-            return [task(item) for item in items]
-        with multiprocessing.get_context("spawn").Pool(min(self.workers, len(items))) as pool:
-            return pool.map(task, items, chunksize=1)
+        workers = min(self.workers, len(items))
+        with progress("replaying", len(items), "runs") as report:
+            if workers < 2:
+                return counted(map(task, items), report)
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                return counted(pool.imap(task, items), report)
 
 
 def replay_sweep(cfg: DictConfig) -> None:
@@ -146,7 +154,8 @@ def replay_sweep(cfg: DictConfig) -> None:
         iterations = outcome.iterations if cfg.iterations else None
         write_tables(inner, slo, outcome.records, outcome.transitions, outcome.kept_share, iterations)
         if cfg.plot:
-            plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, case.name.replace("_", " "))
+            title = case.name.replace("_", " ")
+            plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, title, outcome.budget)
         write_json(inner / "summary.json", dict(outcome.summary))
     rows = {case.name: [outcome.summary] for case, outcome in zip(cases, outcomes, strict=True)}
     write_json(
@@ -154,7 +163,7 @@ def replay_sweep(cfg: DictConfig) -> None:
     )  # last: a folder with it is complete
     rows["mean ± sd"] = [outcome.summary for outcome in outcomes]
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
-    print_rows(rows, f"{label} on {cfg.model.name}, {cfg.gpu.name}: {len(cases)} replays", first="replay")
+    print_rows(rows, f"{label} on {name_of(cfg.model)}, {name_of(cfg.gpu)}: {len(cases)} replays", first="replay")
     print(f"files: {folder}")
 
 

@@ -1,19 +1,13 @@
-"""A run for people: tables on the terminal and in Markdown, and a plot."""
+"""A run for people: tables on the terminal and in Markdown."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
-
-from sim.atomic import write_whole
-from sim.results.metrics import Slo
-from sim.results.records import Iterations, Records, Status
 
 COUNTS = (
     "requests",
@@ -138,42 +132,6 @@ def print_rows(
     for label, summaries in rows.items():
         table.add_row(label, *cells(summaries, columns))
     console.print(table)
-
-
-def plot_replay(path: Path, records: Records, iterations: Iterations, slo: Slo, title: str) -> None:
-    """Write one PNG: arrivals, running and waiting requests, KV use and TTFT over time."""
-    import matplotlib as mpl  # imported late: it is slow, and plots are rare
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(4, 1, figsize=(10, 9), sharex=True, layout="constrained")
-    end_s = float(iterations.end_s[-1]) if len(iterations) else 1.0
-    bin_s = max(1.0, np.ceil(end_s / 300))
-    axes[0].hist(records.arrival_s, bins=np.arange(0.0, end_s + bin_s, bin_s), color="tab:gray")
-    axes[0].set_ylabel(f"arrivals per {bin_s:g} s")
-    axes[1].step(iterations.start_s, iterations.running, where="post", label="running", linewidth=0.8)
-    axes[1].step(iterations.start_s, iterations.waiting, where="post", label="waiting", linewidth=0.8)
-    axes[1].set_ylabel("requests")
-    axes[1].legend(loc="upper right")
-    axes[2].step(iterations.start_s, 100 * iterations.kv_used_share, where="post", color="tab:green", linewidth=0.8)
-    axes[2].set_ylabel("KV blocks held, %")
-    axes[2].set_ylim(0, 105)
-    served = np.isfinite(records.first_token_s)
-    axes[3].scatter(records.arrival_s[served], records.ttft_s[served], s=3, label="first token")
-    rejected = records.status == Status.REJECTED
-    if rejected.any():
-        axes[3].scatter(
-            records.arrival_s[rejected], np.zeros(rejected.sum()), s=12, marker="x", color="red", label="rejected"
-        )
-    if slo.ttft_s is not None:
-        axes[3].axhline(slo.ttft_s, color="black", linestyle="--", linewidth=0.8, label=f"SLO {slo.ttft_s:g} s")
-    axes[3].set_ylabel("TTFT, s")
-    axes[3].set_xlabel("time (TTFT: of arrival), s")
-    axes[3].legend(loc="upper right")
-    figure.suptitle(title)
-    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=110))
-    plt.close(figure)
 
 
 def _number(value: float | None) -> str:

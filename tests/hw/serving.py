@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +59,18 @@ def _tiny(family: str) -> Any:
 def tiny(family: str = "llama") -> Any:
     """Return a new tiny random model, which the caller may change."""
     return copy.deepcopy(_tiny(family))
+
+
+def save_checkpoint(folder: Path, family: str = "llama", *, tokenizer: bool = True) -> Path:
+    """Write a tiny random model as a checkpoint folder, with a tokenizer of the words ``w0``, ``w1``, ..."""
+    tiny(family).save_pretrained(folder)
+    if tokenizer:
+        tokenizers = pytest.importorskip("tokenizers")
+        vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    return folder
 
 
 @lru_cache

@@ -8,12 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from sim.compare import hardest, variants, worst_per_bin
+from sim.compare import hardest, variants
 from sim.config import CONF_DIR
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
@@ -99,9 +98,3 @@ def test_one_table_and_one_picture_the_same_for_any_number_of_workers(tmp_path: 
             one, two = (tmp_path / f"w{w}" / label / f"seed_{seed}" / "records.parquet" for w in (1, 2))
             assert one.read_bytes() == two.read_bytes()
     assert (tmp_path / "w1" / "compare.png").stat().st_size > 10_000
-
-
-def test_the_figure_shows_the_worst_value_of_each_bin_and_none_where_there_is_none() -> None:
-    starts_s, worst = worst_per_bin(np.array([0.5, 3.0, 0.1, 9.9]), np.array([1, 5, 2, 4]), 2.0)
-    assert (starts_s.tolist(), worst.tolist()) == ([0.0, 2.0, 8.0], [2.0, 5.0, 4.0])
-    assert all(len(column) == 0 for column in worst_per_bin(np.empty(0), np.empty(0), 2.0))

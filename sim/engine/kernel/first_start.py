@@ -9,6 +9,7 @@ always with Numba.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 from numba import types
 
 from sim.engine.kernel import admission, loop, plans
+from sim.progress import say
 
 TABLE, TIME = types.Array(types.int64, 2, "C"), types.float64
 HALVES: tuple[tuple[tuple[Any, tuple[Any, ...]], ...], ...] = (
@@ -45,7 +47,11 @@ HELPER = "from sim.engine.kernel.first_start import compile_half; compile_half(1
 @cache
 def prepare() -> None:
     """Fill the compile cache if it is empty; called before the kernel first runs in a process."""
-    if cores() < 2 or not is_cold():
+    if not is_cold():
+        return
+    if multiprocessing.parent_process() is None:
+        say("compiling the engine, once on this machine: about 15 s")
+    if cores() < 2:
         return
     with alone():
         if not is_cold():  # another process has filled it meanwhile

@@ -121,7 +121,7 @@ def serve_actions(
         )
         if not 0 <= low <= model.num_layers:
             raise PlanError(f"actions.low_layers has {low}; {model.name} has {model.num_layers} layers")
-        bits = (low_bits,) * low + (16,) * (model.num_layers - low)
+        bits = (low_bits,) * low + (model.weight_bits,) * (model.num_layers - low)
         plan = replace(with_mask(dense, mask), weight_bits=bits, max_waiting=max_waiting)
         check_plan(model, plan)
         names.append(f"drop {gone}, W{low_bits} {low}, queue {'any' if max_waiting is None else max_waiting}")

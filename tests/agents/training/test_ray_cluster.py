@@ -3,10 +3,70 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from tests.agents.helpers import run_module
+from agents.training.on_ray import join_ray
+from sim.errors import ConfigError
+from sim.paths import REPOSITORY
+from tests.agents.helpers import run_module, run_python
+
+JOIN = "import sys; from agents.training.on_ray import join_ray; join_ray(sys.argv[1]); print('joined')"
+
+
+def test_a_cluster_that_refuses_the_token_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(address: str) -> None:
+        raise ray.exceptions.AuthenticationError("InvalidAuthToken")
+
+    monkeypatch.setattr("agents.training.on_ray._check_token", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match=r"address=auto wants its token.*RAY_AUTH_MODE=token.*RAY_AUTH_TOKEN"):
+        join_ray("auto")
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:99999", "127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_an_address_without_a_cluster_is_an_error_that_names_it(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match=f"no Ray cluster answers at address={address}"):
+        join_ray(address)
+
+
+@pytest.mark.slow
+def test_a_cluster_with_a_token_is_joined_with_it_and_names_it_otherwise(tmp_path: Path) -> None:
+    token = "a" * 64
+    environment = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.agents.training.token_cluster"]
+    with subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env={**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as cluster:
+        assert cluster.stdout is not None
+        address = cluster.stdout.readline().strip()
+        joins = [
+            run_python("-c", JOIN, address, HOME=str(tmp_path), **variables)
+            for variables in (
+                {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+                {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64},
+                {"RAY_AUTH_MODE": "token"},
+                {},
+            )
+        ]
+        cluster.communicate()
+    assert "joined" in joins[0].stdout
+    for run in joins[1:]:
+        assert "RAY_AUTH_TOKEN" in run.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import hw.calibrate.device as d
 import hw.calibrate.plan_changes
@@ -52,7 +51,7 @@ def samples_at(path: Path) -> d.Samples:
 def test_every_cell_is_measured_and_a_stopped_run_continues_where_it_was(coarse: None, tmp_path: Path) -> None:
     bench = d.Bench(ElasticModel(tiny(), name="tiny"), "cpu")
     first = samples_at(tmp_path / "samples.json")
-    d.measure(bench, first, SETTINGS, Console(quiet=True))
+    d.measure(bench, first, SETTINGS)
     assert len(first.of) == 3 * 2 * 5 + 5 + 3 + 12 + 9
     assert min(map(len, first.of.values())) >= 2
     assert min(min(values) for values in first.of.values()) > 0

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -18,7 +19,8 @@ import hw.replay.run
 import sim.replay.__main__
 import sim.replay.run
 from hw.engine.torch_executor import TorchExecutor
-from tests.hw.serving import flat_latency_content, tiny, torch
+from sim.errors import ConfigError
+from tests.hw.serving import flat_latency_content, save_checkpoint, tiny, torch
 
 
 class Tokenizer:
@@ -158,3 +160,68 @@ def test_a_checkpoint_that_is_not_the_described_model_is_refused(
     with pytest.raises(SystemExit):
         run("hw")
     assert "describes" in capsys.readouterr().err
+
+
+SHORT = [
+    "trace=small",
+    "trace.duration_s=3",
+    "trace.lengths.max_prompt_tokens=40",
+    "trace.lengths.max_output_tokens=5",
+    "engine=vllm_v1",
+    "budget=kv_blocks",
+    "budget.blocks=40",
+    "workspace_bytes=0",
+]
+CHECKPOINT_ONLY = ["hw.skip_idle=true", "hw.clock=cpu", "hw.device=cpu"]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *overrides: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["replay", *SHORT, *overrides])
+    GlobalHydra.instance().clear()
+    main()
+
+
+def test_any_checkpoint_runs_from_its_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_checkpoint(tmp_path / "mine-1.5")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 90}" for i in range(200)), encoding="utf-8")
+    given = ["model=hf", f"model.config={folder}", f"hw.text={tmp_path / 'text.txt'}", *CHECKPOINT_ONLY]
+    command(monkeypatch, hw.replay.run.main, *given, f"hydra.run.dir={tmp_path / 'run'}")
+    assert "requests on mine-1.5" in capsys.readouterr().out
+    assert (pd.read_parquet(tmp_path / "run" / "records.parquet").status == "finished").all()
+
+
+def test_a_checkpoint_without_a_tokenizer_serves_random_ids_and_says_so_where_text_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_checkpoint(tmp_path / "bare", tokenizer=False)
+    (tmp_path / "text.txt").write_text("any text", encoding="utf-8")
+    given = ["model=hf", f"model.config={folder}", f"hydra.run.dir={tmp_path / 'run'}", *CHECKPOINT_ONLY]
+    command(monkeypatch, hw.replay.run.main, *given, "hw.text=null")
+    assert (tmp_path / "run" / "summary.json").is_file()
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, hw.replay.run.main, *given, f"hw.text={tmp_path / 'text.txt'}")
+    assert ended.value.code == 2
+    assert "has no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["seeds=[0,1]"]])
+def test_the_simulator_names_a_model_that_has_its_name_from_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    folder = save_checkpoint(tmp_path / "tiny", tokenizer=False)
+    (tmp_path / "flat.json").write_text(json.dumps(flat_latency_content(fixed_us=1e4, token_us=10.0)))
+    given = ["model=hf", f"model.config={folder}", f"latency={tmp_path / 'flat.json'}", *more]
+    command(monkeypatch, sim.replay.__main__.main, *given, f"hydra.run.dir={tmp_path / 'run'}")
+    assert "on tiny" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_runs() -> None:
+    from hw.engine.prompts import read_prompts
+
+    def tokenizer(*_: Any, **__: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[1, 2, 500])
+
+    with pytest.raises(ConfigError, match="token 500"):
+        read_prompts(__file__, tokenizer, 97, seed=0)

@@ -112,7 +112,7 @@ def test_plans_are_values_that_hash_and_compare():
     assert len({DENSE, with_mask(DENSE, drop(MODEL, ffn=[3])), dense_plan(MODEL)}) == 2
 
 
-NO_COUNTS = [1.0, 1.5, True, "1", float("nan"), float("inf"), 2**31, -1, [1], {}, object()]
+NO_COUNTS = [1.0, 1.5, True, "1", float("nan"), float("inf"), 2**31, -1, [1], {}, b"2"]
 
 
 @pytest.mark.parametrize("value", NO_COUNTS, ids=repr)

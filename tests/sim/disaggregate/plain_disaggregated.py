@@ -1,6 +1,7 @@
 """Disaggregated prefill and decode on plain engines, advanced event by event; ``sim.disaggregate`` must equal it.
 
-Slow and obvious on purpose, without overlap. Links share their bandwidth step by step, from one change to the next.
+Slow and obvious on purpose, without overlap. Links share their bandwidth step by step, from one change to the next, in
+exact fractions; the rule of sim/disaggregate/links.py says when a transfer ends.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import numpy as np
 import simpy
@@ -20,9 +22,6 @@ from sim.results.records import Status
 from sim.traces.trace import Trace
 from tests.sim.engine.plain_engine import PlainEngine
 
-DONE_BYTES = 1e-6
-"""A transfer with less left than this has ended; rounding leaves about 1e-9 bytes."""
-
 
 @dataclass(kw_only=True, eq=False)
 class Moving:
@@ -34,7 +33,7 @@ class Moving:
     live: LiveRequest
     send_s: float = math.nan
     flows_s: float = math.nan
-    left_bytes: float = 0.0
+    left_bytes: Fraction = Fraction(0)
     sent_s: float = math.nan
     to: int = -1
 
@@ -59,6 +58,7 @@ class PlainDisaggregated:
     def run(self) -> dict[str, np.ndarray]:
         """Serve the full trace; return columns of ``sim.disaggregate.disaggregate.StagedRecords``."""
         self.homes: list[tuple[int, LiveRequest]] = []
+        self.rate = Fraction(self.bytes_per_s)
         handled: set[int] = set()
         coming = list(zip(*(a.tolist() for a in (
             self.trace.arrival_s, self.trace.prompt_tokens, self.trace.output_tokens)), strict=True))  # fmt: skip
@@ -72,10 +72,10 @@ class PlainDisaggregated:
             if any(engine.held for engine in engines):  # woken at the moment at which it is held
                 times.append(math.nextafter(now_s, math.inf))
             times += [coming[0][0]] if coming else []
-            times.append(now_s + self._next_change(now_s))
+            times.append(self._next_change_s(now_s))
             if math.isinf(next_s := min(times)):
                 break
-            self._carry(now_s, next_s)
+            self._carry(Fraction(now_s), Fraction(next_s))
             now_s = next_s
             for engine in (*self.prefill, *self.decode):
                 engine.run_until(now_s)
@@ -106,7 +106,7 @@ class PlainDisaggregated:
             self.under_way.append(moving)
 
     def _end_transfers(self, now_s: float) -> None:
-        for moving in [m for m in self.under_way if m.flows_s <= now_s and m.left_bytes <= DONE_BYTES]:
+        for moving in [m for m in self.under_way if m.flows_s <= now_s and m.left_bytes == 0]:
             self.under_way.remove(moving)
             moving.sent_s = now_s
             self.prefill[moving.prefill].release(moving.live.request_id)
@@ -131,7 +131,7 @@ class PlainDisaggregated:
     def _prefilled(self, i: int, k: int, live: LiveRequest) -> None:
         if self._goes_on(live.request):
             moving = Moving(number=i, request=live.request, prefill=k, live=live)
-            moving.left_bytes = self._tokens(live.request.prompt_tokens) * self.token_layer_bytes
+            moving.left_bytes = Fraction(self._tokens(live.request.prompt_tokens) * self.token_layer_bytes)
             self.ready.append(moving)
             self.all[i] = moving
 
@@ -175,26 +175,37 @@ class PlainDisaggregated:
 
     # -- links: each active transfer gets the bandwidth divided by their number -----------------------------------
 
-    def _sharing(self, moving: Moving, now_s: float) -> int:
-        def same(other: Moving) -> bool:
-            return self.one_link or other.prefill == moving.prefill
-
-        return sum(same(m) and m.flows_s <= now_s for m in self.under_way)
-
-    def _next_change(self, now_s: float) -> float:
-        times = [math.inf]
+    def _active(self, now_s: float | Fraction) -> dict[int, list[Moving]]:
+        """Return the transfers that share each link now."""
+        links: dict[int, list[Moving]] = {}
         for moving in self.under_way:
-            if moving.flows_s > now_s:
-                times.append(moving.flows_s - now_s)
-            else:
-                times.append(max(moving.left_bytes, 0.0) * self._sharing(moving, now_s) / self.bytes_per_s)
-        return min(times)
+            if moving.flows_s <= now_s and moving.left_bytes > 0:
+                links.setdefault(0 if self.one_link else moving.prefill, []).append(moving)
+        return links
 
-    def _carry(self, now_s: float, until_s: float) -> None:
-        shares = [self._sharing(moving, now_s) if moving.flows_s <= now_s else 0 for moving in self.under_way]
-        for moving, share in zip(self.under_way, shares, strict=True):
-            if share:
-                moving.left_bytes -= (until_s - now_s) * self.bytes_per_s / share
+    def _seconds_left(self, active: list[Moving]) -> Fraction:
+        """Return when the first of the transfers that share a link ends, counted from now."""
+        return min(moving.left_bytes for moving in active) * len(active) / self.rate
+
+    def _next_change_s(self, now_s: float) -> float:
+        """Return the first time of the clock at which a transfer has ended or begins to share its link."""
+        times = [moving.flows_s for moving in self.under_way if moving.flows_s > now_s]
+        for active in self._active(now_s).values():
+            end_s = Fraction(now_s) + self._seconds_left(active)
+            time_s = float(end_s)
+            times.append(time_s if Fraction(time_s) >= end_s else math.nextafter(time_s, math.inf))
+        return min(times, default=math.inf)
+
+    def _carry(self, from_s: Fraction, until_s: Fraction) -> None:
+        """Carry bytes; none begins to share a link in between, but those that have ended no longer share it."""
+        for active in self._active(from_s).values():
+            now_s = from_s
+            while active and now_s < until_s:
+                step_s = min(self._seconds_left(active), until_s - now_s)
+                for moving in active:
+                    moving.left_bytes -= step_s * self.rate / len(active)
+                active = [moving for moving in active if moving.left_bytes > 0]
+                now_s += step_s
 
     def _columns(self) -> dict[str, np.ndarray]:
         found: dict[str, list[float]] = {}

@@ -1,0 +1,252 @@
+"""The two files of a learned policy, read strictly: NAME.json and NAME.safetensors may come from anywhere.
+
+Every size is checked before memory is taken for it, every value before it is used. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from sim.errors import nearest
+
+MAX_JSON_BYTES = 4 * 2**20
+MAX_HEADER_BYTES = 2**20
+MAX_WEIGHT_BYTES = 64 * 2**20
+"""A policy may have this many bytes of weights: 16 million parameters."""
+MAX_LAYERS, MAX_SIZE = 32, 65_536
+"""Limits on the number of layers, and on the inputs and outputs of one."""
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 500 and value.isprintable()
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e18 and math.isfinite(value)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _layer(value: Any) -> bool:
+    return _all(_whole)(value) and len(value) == 2 and all(1 <= size <= MAX_SIZE for size in value)
+
+
+def _layers(value: Any) -> bool:
+    return _all(_layer)(value) and 1 <= len(value) <= MAX_LAYERS
+
+
+def _entry(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"name", "unit", "low", "high", "meaning"}:
+        return False
+    return all(_text(value[key]) for key in ("name", "unit", "meaning")) and all(
+        _number(value[key]) for key in ("low", "high")
+    )
+
+
+def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+Check = tuple[Callable[[Any], bool], str]
+NAME, NAMES, TABLE = (_text, "a line of text"), (_all(_text), "a list of names"), (_table, "a table")
+REQUIRED: Mapping[str, Check] = {
+    "task": NAME,
+    "model": NAME,
+    "layers": (
+        _layers,
+        f"a list of 1 to {MAX_LAYERS} pairs [outputs, inputs] of whole numbers from 1 to {MAX_SIZE:,}",
+    ),
+    "activation": NAME,
+    "actions": NAMES,
+    "observation": (_all(_entry), "a list of entries with name, unit, low, high and meaning"),
+}
+OPTIONAL: Mapping[str, Check] = {
+    "parameters": (_whole, "a whole number"),
+    "environment": TABLE,
+    "training": TABLE,
+    "quality_sha256": NAME,
+    "commit": NAME,
+    "plans": TABLE,
+    "tick_s": (lambda value: _number(value) and value > 0, "a number of seconds above 0"),
+    "scores": (_all(_number), "a list of numbers"),
+}
+ENVIRONMENT: Mapping[str, Check] = {
+    "restore": (_flag, "true or false"),
+    "scores": (_flag, "true or false"),
+    "sequence": (_whole, "a whole number"),
+    "hide": NAMES,
+    "sources": NAMES,
+}
+"""The keys of ``environment`` that a policy reads; others describe the training."""
+PLANS: Mapping[str, Check] = {
+    "order": NAMES,
+    "drops": (_all(_whole), "a list of whole numbers"),
+    "low_layers": (_all(_whole), "a list of whole numbers"),
+    "low_bits": (_whole, "a whole number"),
+    "admits": (_all(_optional(_whole)), "a list of whole numbers or null"),
+    "dwell_s": (lambda value: _number(value) and value >= 0, "a number of seconds, at least 0"),
+}
+TRAINING: Mapping[str, Check] = {
+    "seconds": (_number, "a number"),
+    "validation_utility": (_number, "a number"),
+}
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Return the checked content of NAME.json.
+
+    Raises:
+        ValueError: for a file that is too large, is not strict JSON, or lacks or misstates a key; it names the key.
+        OSError: if it cannot be read.
+    """
+    text = _read(path, MAX_JSON_BYTES).decode("utf-8")
+    about = strict_json(text)
+    if not isinstance(about, dict):
+        raise ValueError(f"the file holds {reprlib.repr(about)}, not a table of keys")
+    for key in REQUIRED:
+        if key not in about:
+            raise ValueError(f"there is no key {key!r}")
+    known = {**REQUIRED, **OPTIONAL}
+    for key in about:
+        if key not in known:
+            raise ValueError(f"unknown key {reprlib.repr(key)}; {nearest(key, known)}")
+    _check(about, known, "")
+    _check(about.get("environment", {}), ENVIRONMENT, "environment.")
+    _check(about.get("training", {}), TRAINING, "training.")
+    _check_plans(about)
+    return about
+
+
+def _check(values: Mapping[str, Any], checks: Mapping[str, Check], prefix: str) -> None:
+    for key, (check, allowed) in checks.items():
+        if key in values and not check(values[key]):
+            raise ValueError(f"{prefix}{key} is {reprlib.repr(values[key])}; it must be {allowed}")
+
+
+def _check_plans(about: Mapping[str, Any]) -> None:
+    """Check the table of plans before any plan is made: there is one for each output of the network."""
+    plans = about.get("plans", {})
+    for key in plans:
+        if key not in PLANS:
+            raise ValueError(f"unknown key plans.{reprlib.repr(key)}; {nearest(key, PLANS)}")
+    _check(plans, PLANS, "plans.")
+    count = math.prod(len(plans.get(key, (0,))) for key in ("drops", "low_layers", "admits"))
+    outputs = about["layers"][-1][0]
+    if plans and count != outputs:
+        raise ValueError(f"plans lists {count} plans, but the network has {outputs} outputs")
+
+
+def strict_json(text: str) -> Any:
+    """Return the value of a JSON text; no repeated key, no NaN or Infinity, no number out of range, no deep nesting.
+
+    Raises:
+        ValueError: for a text that is not such JSON.
+    """
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    def pairs(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(items)
+        if len(value) != len(items):
+            raise ValueError("a key stands twice in one table")
+        return value
+
+    try:
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=pairs)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+
+
+# --- Weights ---------------------------------------------------------------------------------------------------------
+
+
+def read_weights(path: Path, layers: Sequence[Sequence[int]]) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Return weights [out, in] and biases [out] of each layer from NAME.safetensors.
+
+    Args:
+        path: the file. layers: [outputs, inputs] of each layer, which the file must have, in finite float32.
+    Raises:
+        ValueError: for anything else in the file; it names the tensor. OSError: if the file cannot be read.
+    """
+    shapes: dict[str, list[int]] = {}
+    for number, (outputs, inputs) in enumerate(layers):
+        shapes[f"{number}.weight"], shapes[f"{number}.bias"] = [outputs, inputs], [outputs]
+    size = 4 * sum(map(math.prod, shapes.values()))
+    if size > MAX_WEIGHT_BYTES:
+        raise ValueError(f"the layers have {size:,} bytes of weights; at most {MAX_WEIGHT_BYTES:,} are allowed")
+    data = _read(path, MAX_WEIGHT_BYTES + MAX_HEADER_BYTES)
+    _check_header(path.name, data, shapes)
+    try:
+        arrays = load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path.name}: tensor {name} has values that are not finite numbers")
+    return [(arrays[f"{number}.weight"], arrays[f"{number}.bias"]) for number in range(len(layers))]
+
+
+def _check_header(file: str, data: bytes, shapes: Mapping[str, list[int]]) -> None:
+    """Check that the header lists exactly these tensors, in float32, before any of them is loaded."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise ValueError(f"{file} is cut short: {len(data):,} bytes")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"{file}: a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
+    header = strict_json(data[8 : 8 + length].decode("utf-8"))
+    if not isinstance(header, dict):
+        raise ValueError(f"{file}: its header is not a table of tensors")
+    header.pop("__metadata__", None)
+    for name in header:
+        if name not in shapes:
+            raise ValueError(f"{file}: unknown tensor {reprlib.repr(name)}; {nearest(name, shapes)}")
+    for name, shape in shapes.items():
+        tensor = header.get(name)
+        if not isinstance(tensor, dict):
+            raise ValueError(f"{file}: there is no tensor {name}")
+        if tensor.get("dtype") != "F32":
+            raise ValueError(f"{file}: tensor {name} is {reprlib.repr(tensor.get('dtype'))}; it must be 'F32'")
+        if tensor.get("shape") != shape:
+            raise ValueError(f"{file}: tensor {name} has shape {reprlib.repr(tensor.get('shape'))}, expected {shape}")
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises:
+        ValueError: if it has more than ``limit`` bytes, or is no file. OSError: if it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is not a file")
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path.name} has more than {limit:,} bytes, the limit")
+    return data

@@ -1,0 +1,124 @@
+"""Progress of a long task, with the time left: a bar on a terminal, a line now and then in a log file or pipe.
+
+Progress goes to stderr; results go to stdout. ``RAP_LAB_PROGRESS=0`` turns it off.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+FIRST_LINE_S = 2.0
+LINE_EVERY_S = 10.0
+"""Without a terminal: when the first line is printed, and how often the next ones. A shorter task prints none."""
+
+
+def is_off() -> bool:
+    """Return whether the user wants no progress."""
+    return os.environ.get("RAP_LAB_PROGRESS") == "0"
+
+
+def say(message: str) -> None:
+    """Print one line of progress."""
+    if not is_off():
+        print(message, file=sys.stderr, flush=True)
+
+
+class Report(Protocol):
+    """Takes how much is done."""
+
+    def __call__(self, done: float, note: str = "") -> None:
+        """Set the amount that is done so far, in units of the task, and a few characters on where it stands."""
+        ...
+
+
+@contextmanager
+def progress(what: str, total: float, unit: str, stream: TextIO | None = None) -> Iterator[Report]:
+    """Show progress of the task inside the ``with`` block.
+
+    Args:
+        what: names the task, such as "replaying". total: its size, in units. unit: their name, such as "requests".
+        stream: where to show it; stderr if None.
+    """
+    stream = stream or sys.stderr
+    if is_off():
+        yield lambda done, note="": None
+    elif stream.isatty():
+        with _bar(what, total, unit, stream) as report:
+            yield report
+    else:
+        with _lines(what, total, unit, stream) as report:
+            yield report
+
+
+@contextmanager
+def _bar(what: str, total: float, unit: str, stream: TextIO) -> Iterator[Report]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]} {task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=stream), transient=True) as bar:
+        task = bar.add_task(what, total=total, unit=unit, note="")
+        yield lambda done, note="": bar.update(task, completed=done, note=note)
+
+
+@contextmanager
+def _lines(what: str, total: float, unit: str, stream: TextIO) -> Iterator[Report]:
+    started_s = time.monotonic()
+    state: tuple[float, str] = (0.0, "")
+    ended = threading.Event()
+
+    def report(done: float, note: str = "") -> None:
+        nonlocal state
+        state = (done, note)
+
+    def print_now_and_then() -> None:
+        wait_s = FIRST_LINE_S
+        while not ended.wait(wait_s):
+            print(line(what, total, unit, *state, time.monotonic() - started_s), file=stream, flush=True)
+            wait_s = LINE_EVERY_S
+
+    printer = threading.Thread(target=print_now_and_then, name="progress", daemon=True)
+    printer.start()
+    try:
+        yield report
+    finally:
+        ended.set()
+        printer.join()
+
+
+def line(what: str, total: float, unit: str, done: float, note: str, elapsed_s: float) -> str:
+    """Return one line of progress, such as ``replaying: 120 of 400 requests, 6 s, about 14 s left``."""
+    left = f", about {duration(elapsed_s * (total - done) / done)} left" if 0 < done <= total else ""
+    return f"{what}: {done:,.0f} of {total:,.0f} {unit}{' ' + note if note else ''}, {duration(elapsed_s)}{left}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds for people: ``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def counted(items: Iterable[T], report: Report) -> list[T]:
+    """Return the items as a list, and report how many have come so far."""
+    found = []
+    for item in items:
+        found.append(item)
+        report(len(found))
+    return found

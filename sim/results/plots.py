@@ -1,0 +1,184 @@
+"""Figures of runs, in one style: the SLO is labeled, colors suit color-blind readers, no legend covers data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.atomic import write_whole
+from sim.results.metrics import Slo
+from sim.results.records import Iterations, Records, Status
+from sim.types import Floats
+
+Steps = Sequence[tuple[float, int]]
+"""A memory budget over time: (time_s, bytes), one entry per change, the first at 0 s."""
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette ("Color Universal Design", 2008), without black and the yellow that is faint on white."""
+REFERENCE = "0.45"
+"""Gray, for the line that the others are compared with."""
+DASHES = ("-", "--", ":", "-.")
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 1.4,
+    "font.size": 11,
+    "legend.frameon": False,
+    "savefig.dpi": 110,
+}
+
+
+@contextmanager
+def figure_file(
+    path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, float], title: str = "", **subplots: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """Yield a figure and its axes, and write it as PNG at the end; a failed write leaves no partial file.
+
+    Args:
+        rows, columns: panels. size: width and height in inches. title: stands above the panels.
+        subplots: further arguments of ``Figure.subplots``, such as ``sharex``.
+    """
+    import matplotlib as mpl  # imported late: it is slow, and plots are rare
+    from cycler import cycler
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLORS)}):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, figure.subplots(rows, columns, **subplots)
+        if title:
+            figure.suptitle(title)
+        write_whole(path, lambda part: figure.savefig(part, format="png"))
+
+
+def line_style(rank: int) -> dict[str, Any]:
+    """Return color and dashes of the rank-th line; the first is the reference."""
+    if rank == 0:
+        return {"color": REFERENCE}
+    turn, color = divmod(rank - 1, len(COLORS))
+    return {"color": COLORS[color], "linestyle": DASHES[turn % len(DASHES)]}
+
+
+def legend_above(axis: Any) -> None:
+    """Put the legend of a panel above its upper edge, in one row."""
+    handles, _ = axis.get_legend_handles_labels()
+    axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=max(1, len(handles)), borderaxespad=0.1)
+
+
+def mark_slo(axis: Any, target_s: float | None) -> None:
+    """Draw a target of the SLO as a labeled horizontal line; nothing without a target."""
+    if target_s is not None:
+        axis.axhline(target_s, color="black", linestyle="--", linewidth=1.0, label=f"SLO: {target_s:g} s")
+
+
+def plot_budget(axis: Any, budget: Steps, end_s: float) -> None:
+    """Draw a moving memory budget in GB."""
+    start_s, steps_gb = zip(*((at_s, size / 1e9) for at_s, size in budget if at_s < end_s), strict=True)
+    axis.step([*start_s, end_s], [*steps_gb, steps_gb[-1]], where="post", color="black")
+    axis.set_ylabel("budget [GB]")
+    axis.set_ylim(0, 1.05 * max(steps_gb))
+
+
+def moves(budget: Steps, end_s: float) -> bool:
+    """Return whether a budget changes before ``end_s``."""
+    return any(0.0 < at_s < end_s for at_s, _ in budget)
+
+
+def plot_replay(path: Path, records: Records, iterations: Iterations, slo: Slo, title: str, budget: Steps = ()) -> None:
+    """Write one PNG: arrivals, running and waiting requests, KV use, TTFT and, if it moves, the budget over time."""
+    end_s = float(iterations.end_s[-1]) if len(iterations) else 1.0
+    panels = 5 if moves(budget, end_s) else 4
+    with figure_file(path, panels, size=(10, 2.2 * panels), title=title, sharex=True) as (_, axes):
+        bin_s = max(1.0, math.ceil(end_s / 300))
+        axes[0].hist(records.arrival_s, bins=np.arange(0.0, end_s + bin_s, bin_s), color=REFERENCE)
+        axes[0].set_ylabel("arrivals per second" if bin_s == 1 else f"arrivals per {bin_s:g} s")
+        axes[1].step(iterations.start_s, iterations.running, where="post", label="running", linewidth=0.8)
+        axes[1].step(iterations.start_s, iterations.waiting, where="post", label="waiting", linewidth=0.8)
+        axes[1].set_ylabel("requests")
+        legend_above(axes[1])
+        axes[2].step(iterations.start_s, 100 * iterations.kv_used_share, where="post", color=COLORS[2], linewidth=0.8)
+        axes[2].set_ylabel("KV blocks held [%]")
+        axes[2].set_ylim(0, 105)
+        served, rejected = np.isfinite(records.first_token_s), records.status == Status.REJECTED
+        axes[3].scatter(records.arrival_s[served], records.ttft_s[served], s=3, label="a request, at its arrival")
+        if rejected.any():
+            zeros = np.zeros(rejected.sum())
+            axes[3].scatter(
+                records.arrival_s[rejected], zeros, s=12, marker="x", color=COLORS[1], label="rejected", clip_on=False
+            )
+        mark_slo(axes[3], slo.ttft_s)
+        axes[3].set_ylabel("TTFT [s]")
+        axes[3].set_ylim(bottom=0)
+        legend_above(axes[3])
+        if panels == 5:
+            plot_budget(axes[4], budget, end_s)
+        axes[-1].set_xlabel("time [s]")
+        axes[-1].margins(x=0.01)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One run of a comparison.
+
+    kept_share: (time_s, share of the dense weights' bytes that is resident), one entry per change.
+    """
+
+    records: Records
+    iterations: Iterations
+    kept_share: Sequence[tuple[float, float]]
+
+
+def plot_comparison(path: Path, lines: Mapping[str, Line], slo: Slo, title: str, budget: Steps = ()) -> None:
+    """Write one PNG with a line per label: worst TTFT and longest queue in each of about 150 bins of time, weights.
+
+    The first label is the reference: gray. Later ones lie on top. A budget that moves gets a panel.
+    """
+    last_s = max([1.0, *(float(line.iterations.end_s[-1]) for line in lines.values() if len(line.iterations))])
+    bin_s = max(1.0, math.ceil(last_s / 150))
+    panels = 4 if moves(budget, last_s) else 3
+    ratios: dict[str, Any] = {"height_ratios": [3, 3, 3, 1.5][:panels]}
+    with figure_file(path, panels, size=(9, 7.5 + 1.3 * (panels - 3)), title=title, sharex=True, **ratios) as made:
+        figure, axes = made
+        for rank, (label, line) in enumerate(lines.items()):
+            style, records, iterations = line_style(rank), line.records, line.iterations
+            served = np.isfinite(records.first_token_s)
+            axes[0].plot(*worst_per_bin(records.arrival_s[served], records.ttft_s[served], bin_s), label=label, **style)
+            axes[1].plot(*worst_per_bin(iterations.start_s, iterations.waiting, bin_s), **style)
+            time_s, share = (np.array(column) for column in zip(*line.kept_share, strict=True))
+            end_s = iterations.end_s[-1] if len(iterations) else last_s
+            axes[2].step([*time_s, end_s], [*(100 * share), 100 * share[-1]], where="post", **style)
+        mark_slo(axes[0], slo.ttft_s)
+        # TTFT spans milliseconds to a minute; a linear axis would hide everything near the SLO.
+        axes[0].set_yscale("log")
+        axes[0].set_ylabel("TTFT [s]")
+        axes[1].set_ylabel("waiting requests")
+        axes[2].set_ylabel("weights in\nmemory [%]")
+        axes[2].set_ylim(0, 105)
+        if panels == 4:
+            plot_budget(axes[3], budget, last_s)
+        axes[-1].set_xlabel("time [s]")
+        axes[-1].margins(x=0.01)
+        figure.legend(loc="outside lower center", ncols=4)
+
+
+def worst_per_bin(time_s: Floats, values: NDArray[Any], bin_s: float) -> tuple[Floats, Floats]:
+    """Return the start of each bin of time that has values, and the largest value in it."""
+    bins = np.floor(time_s / bin_s)
+    order = np.argsort(bins, kind="stable")
+    found, first = np.unique(bins[order], return_index=True)
+    worst = np.maximum.reduceat(np.asarray(values, dtype=np.float64)[order], first) if len(first) else np.empty(0)
+    return found * bin_s, worst

@@ -1,0 +1,75 @@
+"""Progress lines and bars: what they say, and where."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import time
+
+import pytest
+
+from sim import progress
+from sim.progress import counted, duration, line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_a_duration_reads_like_one(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_line_extrapolates_the_time_left_and_says_none_before_anything_is_done() -> None:
+    assert line("replaying", 400, "requests", 100, "", 5.0) == "replaying: 100 of 400 requests, 5 s, about 15 s left"
+    assert line("replaying", 400, "requests", 0, "at 3 s", 5.0) == "replaying: 0 of 400 requests at 3 s, 5 s"
+    assert line("replaying", 0, "requests", 0, "", 5.0) == "replaying: 0 of 0 requests, 5 s"
+
+
+def wait_for(stream: io.StringIO, text: str) -> None:
+    for _ in range(1000):
+        if text in stream.getvalue():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{text!r} did not come: {stream.getvalue()!r}")
+
+
+def test_a_long_task_without_a_terminal_prints_lines_also_while_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.01)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
+    stream = io.StringIO()
+    with progress.progress("scoring", 4, "plans", stream) as report:
+        wait_for(stream, "scoring: 0 of 4 plans, 0 s\n")
+        report(1, "of layer 2")
+        wait_for(stream, "scoring: 1 of 4 plans of layer 2, ")
+    printed = stream.getvalue()
+    time.sleep(0.05)
+    assert stream.getvalue() == printed  # nothing comes after the task
+
+
+def test_a_short_task_prints_nothing() -> None:
+    stream = io.StringIO()
+    with progress.progress("scoring", 4, "plans", stream) as report:
+        report(4)
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with progress.progress("scoring", 4, "plans", stream) as report:
+        assert counted(itertools.repeat("plan", 4), report) == ["plan"] * 4
+    assert "4 of 4 plans" in stream.getvalue()
+
+
+def test_progress_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(os.environ, "RAP_LAB_PROGRESS", "0")
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.0)
+    with progress.progress("scoring", 4, "plans") as report:
+        report(4)
+        progress.say("compiling")
+        time.sleep(0.02)
+    assert capfd.readouterr().err == ""
