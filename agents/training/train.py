@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.training.checkpoints import Checkpoints
+from agents.training.checks import check_resumed, check_training
 from agents.training.export import export_network
 from agents.training.on_ray import join_ray
 from agents.training.progress import Progress, progress_row
@@ -128,18 +129,23 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
     Returns:
         The best mean validation utility, in [0, 1].
     Raises:
-        ConfigError: if the folder holds a run and ``cfg.resume`` is false.
+        ConfigError: if a value is out of range, if the folder holds a run and ``cfg.resume`` is false, or if a resumed
+            run began with other values.
     """
+    check_training(cfg)
     checkpoints = Checkpoints(folder)
+    progress = Progress(folder / "progress.csv", console := Console())
     resuming = checkpoints.last() is not None
-    if resuming and not cfg.resume:
+    if (resuming or progress.has_rows()) and not cfg.resume:
         raise ConfigError(
             f"{folder} already holds a run; continue it with resume=true, or start another with label=..."
         )
-    console = Console()
+    if resuming:
+        check_resumed(cfg, folder)
+    elif cfg.resume:
+        console.print(f"{folder} has no checkpoint; the training starts from the beginning", highlight=False)
     start_ray(cfg)
     algorithm = build_algorithm(cfg)
-    progress = Progress(folder / "progress.csv", console)
     status: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "best": -np.inf, "since_best": 0}
     if resuming:
         status.update(checkpoints.restore(algorithm))
