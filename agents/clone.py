@@ -1,6 +1,6 @@
 """``python -m agents.clone``: train a policy to imitate a planner that looks ahead (agents/training/clone.py)."""
 
-from agents.training.clone import main
+from sim.config import start
 
 if __name__ == "__main__":
-    main()
+    start("agents.training.clone:main")

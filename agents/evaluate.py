@@ -1,6 +1,6 @@
 """``python -m agents.evaluate``: compare policies on held-out loads and windows (agents/evaluation/evaluate.py)."""
 
-from agents.evaluation.evaluate import main
+from sim.config import start
 
 if __name__ == "__main__":
-    main()
+    start("agents.evaluation.evaluate:main")

@@ -1,6 +1,6 @@
 """``python -m agents.export``: write a trained policy as files that NumPy runs (agents/training/export.py)."""
 
-from agents.training.export import main
+from sim.config import start
 
 if __name__ == "__main__":
-    main()
+    start("agents.training.export:main")

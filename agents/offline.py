@@ -1,6 +1,6 @@
 """``python -m agents.offline``: record the episodes of a policy, to learn from (agents/training/offline.py)."""
 
-from agents.training.offline import main
+from sim.config import start
 
 if __name__ == "__main__":
-    main()
+    start("agents.training.offline:main")

@@ -1,6 +1,6 @@
 """``python -m agents.train``: train a policy with RLlib (agents/training/train.py)."""
 
-from agents.training.train import main
+from sim.config import start
 
 if __name__ == "__main__":
-    main()
+    start("agents.training.train:main")

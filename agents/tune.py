@@ -1,6 +1,6 @@
 """``python -m agents.tune``: search over the keys of a training (agents/training/tune.py)."""
 
-from agents.training.tune import main
+from sim.config import start
 
 if __name__ == "__main__":
-    main()
+    start("agents.training.tune:main")

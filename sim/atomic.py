@@ -1,11 +1,16 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and folders that one process writes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import IO
+
+from sim.errors import ConfigError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -25,6 +30,52 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         part.chmod(0o644)
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # the name that the user knows
         raise
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path, complete: Collection[str] = ()) -> Iterator[None]:
+    """Let one process at a time write into a folder, and none into one that is complete.
+
+    The lock ends with the process, even if that is killed.
+
+    Args:
+        folder: made if it is missing.
+        complete: names of files that only a complete folder has.
+    Raises:
+        ConfigError: if another process writes there, or one of the files exists.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with path.open("a") as lock:
+        if not _lock(lock) or os.fstat(lock.fileno()).st_nlink == 0:  # 0: its holder has just removed it
+            raise ConfigError(f"another process is writing into {folder}; choose another folder: hydra.run.dir=FOLDER")
+        try:
+            for name in complete:
+                if (folder / name).exists():
+                    raise ConfigError(
+                        f"{folder} already holds a run ({name}); delete it, or choose another folder: "
+                        "hydra.run.dir=FOLDER"
+                    )
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Return whether this process now holds the lock of a file; True where there are no locks."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems have no locks
+        return True
+    return True

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import njit
+from numba.core import event
 
 F = TypeVar("F", bound=Callable[..., Any])
 _warned = False
@@ -29,6 +32,29 @@ _SOURCES = [
     *sorted(_HERE.glob("engine/kernel/*.py")),
 ]
 SOURCE_HASH = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
+
+
+def _warn() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        print(
+            "rap-lab: no folder for compiled code can be written, so this process compiles its own "
+            "(about 20 s); set NUMBA_CACHE_DIR to a folder that can",
+            file=sys.stderr,
+        )
+
+
+def _if_there_is_space(save: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that saves compiled code, or goes on without where the disk is full."""
+
+    def saved(*arguments: Any) -> None:
+        try:
+            save(*arguments)
+        except OSError:
+            _warn()
+
+    return saved
 
 
 def constant(value: int) -> int:
@@ -54,7 +80,6 @@ def compiled(*, inline: bool = False, once: bool = False) -> Callable[[F], F]:
     """
 
     def decorate(function: F) -> F:
-        global _warned
         options: Any = {"error_model": "numpy", "forceinline": inline, "_nrt": False}
         if once:
             options["inline"] = "always"
@@ -65,15 +90,35 @@ def compiled(*, inline: bool = False, once: bool = False) -> Callable[[F], F]:
             if hasattr(made, "_cache"):  # with NUMBA_DISABLE_JIT it is the plain function
                 own = Path(function.__code__.co_filename).read_bytes()
                 made._cache._cache_file._source_stamp = SOURCE_HASH + hashlib.sha256(own).hexdigest()
+                made._cache.save_overload = _if_there_is_space(made._cache.save_overload)
             return cast(F, made)
         except RuntimeError:
-            if not _warned:
-                _warned = True
-                print(
-                    "rap-lab: no folder for compiled code can be written, so this process compiles its own "
-                    "(about 20 s); set NUMBA_CACHE_DIR to a folder that can",
-                    file=sys.stderr,
-                )
+            _warn()
             return cast(F, njit(function, cache=False, **options))
 
     return decorate
+
+
+class _Compilation(event.Listener):
+    """Counts the process CPU seconds in which Numba compiles."""
+
+    def __init__(self) -> None:
+        self.cpu_s, self._depth, self._started_s = 0.0, 0, 0.0
+
+    def on_start(self, event: object) -> None:
+        if self._depth == 0:
+            self._started_s = time.process_time()
+        self._depth += 1
+
+    def on_end(self, event: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.cpu_s += time.process_time() - self._started_s
+
+
+@contextmanager
+def cpu_clock() -> Iterator[Callable[[], float]]:
+    """Yield a clock of the process CPU seconds since now, without those in which Numba compiles."""
+    compilation, started_s = _Compilation(), time.process_time()
+    with event.install_listener("numba:compile", compilation):
+        yield lambda: time.process_time() - started_s - compilation.cpu_s

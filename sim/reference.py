@@ -22,6 +22,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from sim.annotations import KEYWORDS_OF
 from sim.config import CONF_DIR, run_command
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
@@ -65,9 +66,6 @@ one command. An unknown group, option or key is an error that names the nearest 
 in a name are its unit. A `_target_` names the Python function or class that a file configures, so a configuration is
 code: run only files that you trust.
 """
-
-KEYWORDS_OF = {"sim.policies.fixed.fixed": "sim.policies.fixed.static_plan"}
-"""Functions that pass all their keywords on, and to which."""
 
 
 def commands() -> dict[str, Path]:

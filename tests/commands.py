@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from unittest.mock import patch
 
 from hydra.core.global_hydra import GlobalHydra
 
 
 def exit_status(main: Callable[[], None], *arguments: str) -> int:
     """Run a command's main with these arguments; return the status with which the process would end."""
-    before = sys.argv
+    before, path = sys.argv, list(sys.path)
     sys.argv = [main.__module__, *arguments]
     GlobalHydra.instance().clear()
+    # Hydra sets up logging, which closes the handlers that exist, and with them the stderr of a test: absl's handler,
+    # which Ray and RLlib make, closes the stream that it was made with.
+    kept = patch("logging.config._clearExistingHandlers")
     try:
-        main()
+        with kept:
+            main()
     except SystemExit as end:
         return int(end.code or 0)
     finally:
-        sys.argv = before
+        sys.argv, sys.path[:] = before, path
     return 0

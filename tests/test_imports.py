@@ -56,6 +56,7 @@ COMMANDS = {
     "sim.pages.clusters",
     "hw.compare",
     "hw.fidelity",
+    "hw.disaggregate.results",
     "hw.disaggregate_results",
     "hw.disaggregate.transfer",
     "hw.disaggregate.transfer_page",

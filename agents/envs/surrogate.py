@@ -55,7 +55,8 @@ def mask_losses(quality: FittedQuality, removed: Bools) -> Floats:
     if quality.curve:
         # The exponent is capped at 40 to avoid overflow; max_loss cuts the result anyway.
         score = np.expm1(np.minimum(quality.curve * score, 40.0)) / quality.curve
-    return np.minimum(score, quality.max_loss)
+    charged: Floats = quality.charged(np.minimum(score, quality.max_loss))
+    return charged
 
 
 def single_losses(quality: FittedQuality) -> Floats:

@@ -1,6 +1,6 @@
 """Command: ``python -m hw.disaggregate``; see hw/disaggregate/run.py."""
 
-from hw.disaggregate.run import disaggregate_command
+from sim.config import start
 
 if __name__ == "__main__":
-    disaggregate_command()
+    start("hw.disaggregate.run:disaggregate_command")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,9 @@ def hardware(cfg: DictConfig, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def write_run(folder: Path, cfg: DictConfig, outcome: Outcome) -> dict[str, Any]:
-    """Write the run folder and return the summary."""
-    summary, slo = figures(cfg, outcome), build(cfg.slo)
+def write_run(folder: Path, cfg: DictConfig, outcome: Outcome, summary: Mapping[str, Any]) -> None:
+    """Write the run folder."""
+    slo = build(cfg.slo)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_json(folder / "provenance.json", provenance(cfg.seed))
     write_parquet(folder / "records.parquet", staged_frame(outcome.records, slo))
@@ -111,7 +112,6 @@ def write_run(folder: Path, cfg: DictConfig, outcome: Outcome) -> dict[str, Any]
             plot_replay(folder / "replay.png", outcome.records, iterations, slo, summary["plan"])
     write_json(folder / "hardware.json", hardware(cfg, outcome))
     write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
-    return summary
 
 
 def run_disaggregate(cfg: DictConfig) -> None:
@@ -124,8 +124,11 @@ def run_disaggregate(cfg: DictConfig) -> None:
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     with Pair() as pair:
         outcome = pair.serve(cfg)
-    summary = write_run(folder, cfg, outcome)
-    print_staged(summary, f"{label}: a prefill and a decode process of {name_of(cfg.model)}")
+    summary = figures(cfg, outcome)
+    try:
+        write_run(folder, cfg, outcome, summary)
+    finally:  # a full disk loses the files, not the figures
+        print_staged(summary, f"{label}: a prefill and a decode process of {name_of(cfg.model)}")
     if outcome.failure is not None and not outcome.interrupted:
         raise LinkError(f"{outcome.failure}; records of {len(outcome.records)} requests so far are in {folder}")
     if outcome.interrupted:

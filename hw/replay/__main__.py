@@ -1,6 +1,6 @@
 """Command: ``python -m hw.replay``; see hw/replay/run.py."""
 
-from hw.replay.run import main
+from sim.config import start
 
 if __name__ == "__main__":
-    main()
+    start("hw.replay.run:main")

@@ -149,8 +149,10 @@ def run_hw_replay(cfg: DictConfig) -> dict[str, Any]:
         with interrupt_between_iterations(engine):
             return run_replay(cfg, lambda _: (engine, policy), progress_steps=lambda requests: min(requests, 200))
     finally:
-        write_json(Path(HydraConfig.get().runtime.output_dir) / "hardware.json", hardware(engine, cfg))
-        engine.close()
+        try:
+            write_json(Path(HydraConfig.get().runtime.output_dir) / "hardware.json", hardware(engine, cfg))
+        finally:
+            engine.close()
 
 
 def main() -> None:

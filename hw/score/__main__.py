@@ -1,6 +1,6 @@
 """Command: ``python -m hw.score``; see hw/score/run.py."""
 
-from hw.score.run import main
+from sim.config import start
 
 if __name__ == "__main__":
-    main()
+    start("hw.score.run:main")

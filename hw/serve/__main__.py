@@ -1,6 +1,6 @@
 """Command: ``python -m hw.serve``; see hw/serve/server.py."""
 
-from hw.serve.server import main
+from sim.config import start
 
 if __name__ == "__main__":
-    main()
+    start("hw.serve.server:main")

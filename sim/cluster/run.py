@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,18 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from sim.cluster.cluster import Cluster, Replica
+from sim.compiled import cpu_clock
 from sim.config import build, one_thread, run_command, with_differences
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies import Fixed, Policy
 from sim.replay.loop import decisions
-from sim.replay.run import build_engine, build_parts, build_trace
+from sim.replay.run import about, build_engine, build_parts, build_trace
 from sim.replay.variants import VariantsConfig, run_or_compare, variants
 from sim.results.metrics import Slo, merged_gaps, merged_iterations, met_slo, records_frame, summarise
 from sim.results.records import Status
 from sim.results.report import Columns, print_summary
-from sim.results.run_folder import write_json, write_parquet
+from sim.results.run_folder import write_json, write_parquet, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -222,9 +222,9 @@ def events_frame(cluster: Cluster) -> pd.DataFrame:
 def run(cfg: DictConfig) -> tuple[Cluster, dict[str, Any]]:
     """Replay one configuration; return the cluster and its figures."""
     cluster = build_cluster(cfg)
-    started_cpu_s = time.process_time()
-    cluster.run()
-    return cluster, cluster_figures(cluster, build(cfg.slo), cpu_s=time.process_time() - started_cpu_s)
+    with cpu_clock() as cpu_s:
+        cluster.run()
+        return cluster, cluster_figures(cluster, build(cfg.slo), cpu_s=cpu_s())
 
 
 def run_figures(cfg: DictConfig) -> dict[str, Any]:
@@ -244,16 +244,18 @@ def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any
 
     cluster, summary = run(cfg)
     slo, trace = build(cfg.slo), cluster.trace
-    about = {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history}
-    write_json(folder / "provenance.json", {**made_by, "trace": about})
-    write_parquet(folder / "records.parquet", cluster_frame(cluster, slo))
-    write_parquet(folder / "events.parquet", events_frame(cluster))
-    write_parquet(folder / "replicas.parquet", pd.DataFrame(summary["replicas"]))
-    write_json(folder / "summary.json", summary)  # last: a folder with this file is complete
-    print_summary(summary, f"{label}: {len(trace):,} requests on {len(cluster.replicas)} replicas")
-    for row in summary["replicas"]:
-        busy = "-" if row["busy_share"] is None else f"{100 * row['busy_share']:.1f} %"
-        print(f"{row['name']}: {row['requests']} requests, busy {busy}, {row['moved_away']} moved away")
+    try:
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_json(folder / "provenance.json", {**made_by, "trace": about(trace)})
+        write_parquet(folder / "records.parquet", cluster_frame(cluster, slo))
+        write_parquet(folder / "events.parquet", events_frame(cluster))
+        write_parquet(folder / "replicas.parquet", pd.DataFrame(summary["replicas"]))
+        write_json(folder / "summary.json", summary)  # last: a folder with this file is complete
+    finally:  # a full disk loses the files, not the figures
+        print_summary(summary, f"{label}: {len(trace):,} requests on {len(cluster.replicas)} replicas")
+        for row in summary["replicas"]:
+            busy = "-" if row["busy_share"] is None else f"{100 * row['busy_share']:.1f} %"
+            print(f"{row['name']}: {row['requests']} requests, busy {busy}, {row['moved_away']} moved away")
 
 
 def _quantile(values: Any, q: float) -> float | None:

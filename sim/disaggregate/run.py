@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import simpy
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import least_outstanding
+from sim.compiled import cpu_clock
 from sim.config import build, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, describe
@@ -27,7 +27,7 @@ from sim.replay.variants import VariantsConfig, run_or_compare
 from sim.results.metrics import Slo, distribution, merged_gaps, merged_iterations, records_frame, summarise
 from sim.results.records import Records
 from sim.results.report import Columns, print_summary
-from sim.results.run_folder import write_json, write_parquet
+from sim.results.run_folder import write_json, write_parquet, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,7 +95,7 @@ def plan_of(cfg: DictConfig) -> Plan:
 def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disaggregated:
     """Build the prefill and decode replicas of a configuration; ``decode_cfg`` is that of decode if it differs."""
     plan, quality = plan_of(cfg), quality_of(cfg)
-    nll = quality.nll if quality is not None else None
+    nll = quality.charge if quality is not None else None
 
     def side(of: DictConfig, own: Plan, priced: Any) -> Callable[[simpy.Environment], SimEngine]:
         return lambda env: build_engine(of, env=env, external_clock=True, plan=own, quality_nll=priced)[0]
@@ -160,13 +160,14 @@ def perplexity_ratio(cfg: DictConfig, quality_nll: float | None) -> float | None
 def run(cfg: DictConfig) -> tuple[Records, dict[str, Any]]:
     """Replay one configuration; return its records and figures."""
     plan, model = plan_of(cfg), build(cfg.model)
-    started_cpu_s = time.process_time()
     extra = {"plan": describe(plan), **NOTHING_SENT}
-    if int(cfg.prefill_replicas) == 0:
-        records, engines = _together(cfg)
-    else:
-        system = build_system(cfg)
-        system.run()
+    with cpu_clock() as cpu_s:
+        if int(cfg.prefill_replicas) == 0:
+            records, engines = _together(cfg)
+        else:
+            system = build_system(cfg)
+            system.run()
+    if int(cfg.prefill_replicas) > 0:
         engines = [side.engine for side in (*system.prefill, *system.decode)]
         records = staged = system.records()
         end_s = max(float(np.nanmax(staged.finish_s, initial=0.0)), 1e-9)
@@ -177,7 +178,7 @@ def run(cfg: DictConfig) -> tuple[Records, dict[str, Any]]:
         merged_iterations([engine.iterations() for engine in engines]),
         merged_gaps([engine.token_gaps() for engine in engines]),
         build(cfg.slo),
-        cpu_s=time.process_time() - started_cpu_s,
+        cpu_s=cpu_s(),
     )
     summary["perplexity_ratio"] = perplexity_ratio(cfg, summary["quality_nll"])
     return records, summary | extra
@@ -195,10 +196,13 @@ def _disaggregate(cfg: DictConfig) -> None:
 def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any]) -> None:
     """Replay one configuration; write and print its results."""
     records, summary = run(cfg)
-    write_json(folder / "provenance.json", made_by)
-    write_parquet(folder / "records.parquet", staged_frame(records, build(cfg.slo)))
-    write_json(folder / "summary.json", summary)  # last: a folder with this file is complete
-    print_staged(summary, f"{label}: {cfg.prefill_replicas} prefill and {cfg.decode_replicas} decode replicas")
+    try:
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_json(folder / "provenance.json", made_by)
+        write_parquet(folder / "records.parquet", staged_frame(records, build(cfg.slo)))
+        write_json(folder / "summary.json", summary)  # last: a folder with this file is complete
+    finally:  # a full disk loses the files, not the figures
+        print_staged(summary, f"{label}: {cfg.prefill_replicas} prefill and {cfg.decode_replicas} decode replicas")
 
 
 def staged_frame(records: Records, slo: Slo) -> pd.DataFrame:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,19 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from sim.compiled import cpu_clock
 from sim.config import build, name_of
 from sim.cost.gpu import Gpu
 from sim.cost.model_spec import ModelSpec
 from sim.cost.quality import FittedQuality, PublishedQuality
 from sim.engine.budget import Budget
-from sim.engine.protocol import Engine, EngineConfig
+from sim.engine.protocol import Engine, EngineConfig, check_hash_blocks
 from sim.engine.server_spec import ServerSpec, find_quality, named_quality
 from sim.engine.sim_engine import SimEngine
 from sim.policies import Fixed, Policy, PolicyContext
 from sim.progress import progress
 from sim.replay.loop import replay
+from sim.replay.watch import Watched, outside_share, quality_note
 from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
@@ -38,6 +39,7 @@ class RecordingEngine(Engine, Protocol):
     """An engine with everything that a run folder records."""
 
     budget: Budget
+    config: EngineConfig
 
     def iterations(self) -> Iterations:
         """Return one entry per iteration."""
@@ -146,6 +148,7 @@ def replay_with(
 
     on_progress, progress_s: as in ``replay``.
     """
+    check_hash_blocks(engine.config, trace)
     tick_s = None if isinstance(policy, Fixed) else float(cfg.tick_s)  # a fixed plan needs no decisions
     changes_s = engine.budget.change_s[1:]
     replay(
@@ -171,6 +174,22 @@ def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: f
         not_arrived=not_arrived,
         cpu_s=cpu_s,
     )
+
+
+def about(trace: Trace) -> dict[str, Any]:
+    """Return what ``provenance.json`` says of a trace."""
+    return {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history}
+
+
+def quality_figures(cfg: DictConfig, seen: Watched, iterations: Iterations) -> dict[str, Any]:
+    """Return what is known of the quality of the plans of a run.
+
+    ``quality_outside_share`` is the share of computed tokens under plans outside the range that the quality was fitted
+    on, which are charged its upper bound; None without a quality. ``quality_note`` is a sentence for people, or None.
+    """
+    quality = quality_of(cfg)
+    outside = None if quality is None else outside_share(quality, seen.plans, iterations)
+    return {"quality_outside_share": outside, "quality_note": quality_note(quality, seen.plans, outside)}
 
 
 def write_tables(
@@ -205,42 +224,38 @@ def run_replay(
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     console = Console()
+    slo = build(cfg.slo)
     trace = build_trace(cfg)
     engine, policy = build_engine(cfg)
-    slo = build(cfg.slo)
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     title = f"{label}: {len(trace):,} requests on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_json(
-        folder / "provenance.json",
-        {
-            **provenance(cfg.seed),
-            "trace": {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history},
-        },
-    )
-    interrupted = False
-    started_cpu_s = time.process_time()
+    made_by = {**provenance(cfg.seed), "trace": about(trace)}
+    interrupted, seen = False, Watched(policy)
     try:
-        with progress("replaying", len(trace), "requests") as report:
+        with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
 
             def on_progress(time_s: float, done: int) -> None:
                 report(done, f"at {min(time_s, trace.duration_s):,.0f} s of the trace")
 
             progress_s = trace.duration_s / steps if (steps := progress_steps(len(trace))) else math.inf
-            replay_with(cfg, trace, engine, policy, on_progress, progress_s)
+            replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen, on_progress, progress_s)
     except KeyboardInterrupt:
         interrupted = True
-    cpu_s = time.process_time() - started_cpu_s
     records, iterations = engine.records(), engine.iterations()
-    summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s)
+    summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s())
     summary["interrupted"] = interrupted
-    write_tables(
-        folder, slo, records, engine.transitions(), engine.kept_share(), iterations if cfg.iterations else None
-    )
-    if cfg.plot:
-        plot_replay(folder / "replay.png", records, iterations, slo, title, engine.budget.steps)
-    write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
-    print_summary(summary, title, console)
+    summary |= quality_figures(cfg, seen, iterations)
+    try:
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_json(folder / "provenance.json", made_by)
+        write_tables(
+            folder, slo, records, engine.transitions(), engine.kept_share(), iterations if cfg.iterations else None
+        )
+        if cfg.plot:
+            plot_replay(folder / "replay.png", records, iterations, slo, title, engine.budget.steps)
+        write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+    finally:  # a full disk loses the files, not the figures
+        print_summary(summary, title, console)
     if interrupted:
         console.print(
             f"interrupted: kept the records of {len(records):,} requests that had arrived, in {folder}", highlight=False

@@ -6,7 +6,6 @@ import itertools
 import math
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,25 @@ from typing import Any, Protocol, TypeVar
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from sim.compiled import cpu_clock
 from sim.config import build, name_of
-from sim.cost.plan import Plan, dense_plan
-from sim.engine.protocol import EngineState
+from sim.cost.plan import dense_plan
 from sim.errors import ConfigError
-from sim.policies import Fixed, Policy
+from sim.policies import Fixed
 from sim.progress import counted, progress
-from sim.replay.run import build_engine, build_trace, figures, quality_of, replay_with, write_tables
+from sim.replay.run import (
+    build_engine,
+    build_trace,
+    figures,
+    quality_figures,
+    quality_of,
+    replay_with,
+    write_tables,
+)
+from sim.replay.watch import Watched
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, Transitions
-from sim.results.report import print_rows
+from sim.results.report import print_notes, print_rows
 from sim.results.run_folder import provenance, write_json, write_text
 
 
@@ -88,14 +96,14 @@ def replay_case(cfg: DictConfig) -> Outcome:
     """Replay one configuration."""
     trace = build_trace(cfg)
     engine, policy = build_engine(cfg)
-    seen = policy if isinstance(policy, Fixed) else _Watched(policy)
-    started_cpu_s = time.process_time()
-    replay_with(cfg, trace, engine, seen)
-    summary = figures(engine, build(cfg.slo), cpu_s=time.process_time() - started_cpu_s)
+    seen = Watched(policy)
+    with cpu_clock() as cpu_s:
+        replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen)
+        summary = figures(engine, build(cfg.slo), cpu_s=cpu_s())
     iterations = engine.iterations()
-    low = seen.low if isinstance(seen, _Watched) else [(0.0, _low_share(policy.first_plan))]
     end_s = float(iterations.end_s[-1]) if len(iterations) else 0.0
-    summary["low_precision_share"] = time_mean(low, end_s)
+    summary["low_precision_share"] = time_mean(seen.low, end_s)
+    summary |= quality_figures(cfg, seen, iterations)
     summary["perplexity_ratio"] = None
     if summary["quality_nll"] is not None and (quality := quality_of(cfg)) is not None:
         dense_nll = quality.nll(dense_plan(build(cfg.model)))
@@ -147,24 +155,59 @@ def replay_sweep(cfg: DictConfig) -> None:
     slo, made_by = build(cfg.slo), provenance(cfg.seed)
     executor: Executor = build(cfg.executor)
     outcomes = executor(replay_case, configs)
-    for case, one, outcome in zip(cases, configs, outcomes, strict=True):
-        inner = folder / case.name
-        write_text(inner / "config.yaml", OmegaConf.to_yaml(one, resolve=True))
-        write_json(inner / "provenance.json", {**made_by, "seed": case.seed})
-        iterations = outcome.iterations if cfg.iterations else None
-        write_tables(inner, slo, outcome.records, outcome.transitions, outcome.kept_share, iterations)
-        if cfg.plot:
-            title = case.name.replace("_", " ")
-            plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, title, outcome.budget)
-        write_json(inner / "summary.json", dict(outcome.summary))
-    rows = {case.name: [outcome.summary] for case, outcome in zip(cases, outcomes, strict=True)}
-    write_json(
-        folder / "summaries.json", {name: dict(row[0]) for name, row in rows.items()}
-    )  # last: a folder with it is complete
-    rows["mean ± sd"] = [outcome.summary for outcome in outcomes]
-    label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
-    print_rows(rows, f"{label} on {name_of(cfg.model)}, {name_of(cfg.gpu)}: {len(cases)} replays", first="replay")
+    try:
+        for case, one, outcome in zip(cases, configs, outcomes, strict=True):
+            inner = folder / case.name
+            write_text(inner / "config.yaml", OmegaConf.to_yaml(one, resolve=True))
+            write_json(inner / "provenance.json", {**made_by, "seed": case.seed})
+            iterations = outcome.iterations if cfg.iterations else None
+            write_tables(inner, slo, outcome.records, outcome.transitions, outcome.kept_share, iterations)
+            if cfg.plot:
+                title = case.name.replace("_", " ")
+                plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, title, outcome.budget)
+            write_json(inner / "summary.json", dict(outcome.summary))
+        # Last: a folder with this file is complete.
+        summaries = {case.name: dict(outcome.summary) for case, outcome in zip(cases, outcomes, strict=True)}
+        write_json(folder / "summaries.json", summaries)
+    finally:  # a full disk loses the files, not the figures
+        _print_sweep(cfg, cases, [outcome.summary for outcome in outcomes])
     print(f"files: {folder}")
+
+
+def _print_sweep(cfg: DictConfig, cases: Sequence[Case], summaries: Sequence[Mapping[str, Any]]) -> None:
+    label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
+    cases, shown = without_equal_seeds(cases, {"": summaries})
+    title = f"{label} on {name_of(cfg.model)}, {name_of(cfg.gpu)}: {len(cases)} replay{'s' if len(cases) > 1 else ''}"
+    rows = {case.name: [summary] for case, summary in zip(cases, shown[""], strict=True)}
+    if len(cases) > 1:
+        rows["mean ± sd"] = shown[""]
+    print_rows(rows, title, first="replay")
+    print_notes(rows)
+
+
+def without_equal_seeds(
+    cases: Sequence[Case], rows: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[Sequence[Case], dict[str, list[Mapping[str, Any]]]]:
+    """Return cases and rows of the first seed alone, and say so, if every seed gave the same figures; else all.
+
+    Args:
+        rows: label -> one summary for each case.
+    """
+    seeds = list(dict.fromkeys(case.seed for case in cases))
+    first = [index for index, case in enumerate(cases) if case.seed == seeds[0]]
+    for row in rows.values():
+        of = {case: _without_cpu(summary) for case, summary in zip(cases, row, strict=True)}
+        if len(seeds) == 1 or any(of[case] != of[Case(seeds[0], case.window)] for case in cases):
+            return cases, {label: list(row) for label, row in rows.items()}
+    print(
+        f"The {len(seeds)} seeds gave the same figures: nothing in this configuration is random. One is shown. "
+        "Choose a random trace or budget, e.g. trace=poisson or budget=random_walk, or windows of the trace: windows=."
+    )
+    return [cases[i] for i in first], {label: [row[i] for i in first] for label, row in rows.items()}
+
+
+def _without_cpu(summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key not in ("cpu_s", "requests_per_cpu_s")}
 
 
 def time_mean(changes: Sequence[tuple[float, float]], end_s: float) -> float:
@@ -174,25 +217,3 @@ def time_mean(changes: Sequence[tuple[float, float]], end_s: float) -> float:
         return changes[0][1]
     weights = [after - before for before, after in itertools.pairwise(times)]
     return statistics.fmean([value for _, value in changes], weights)
-
-
-def _low_share(plan: Plan) -> float:
-    return sum(bits < 16 for bits in plan.weight_bits) / len(plan.weight_bits)
-
-
-class _Watched:
-    """A policy that also logs the share of layers below 16 bits at each decision, as (time_s, share) changes."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self.low = [(0.0, _low_share(policy.first_plan))]
-
-    @property
-    def first_plan(self) -> Plan:
-        return self._policy.first_plan
-
-    def __call__(self, state: EngineState) -> Plan:
-        share = _low_share(state.plan)
-        if share != self.low[-1][1]:
-            self.low.append((state.time_s, share))
-        return self._policy(state)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sim.config import SweepConfig, build, with_differences
 from sim.errors import ConfigError, nearest
-from sim.replay.sweep import Executor, cases_of, config_of
+from sim.replay.sweep import Executor, cases_of, config_of, without_equal_seeds
 from sim.results.report import Columns, markdown, print_rows
 from sim.results.run_folder import provenance, write_json, write_text
 
@@ -68,7 +68,6 @@ def run_or_compare(
     folder = Path(HydraConfig.get().runtime.output_dir)
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     made_by = provenance(cfg.seed)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     if cfg.variants or cfg.seeds or cfg.windows:
         compare_variants(cfg, folder, label, made_by, run_figures, columns)
     else:
@@ -92,11 +91,15 @@ def compare_variants(
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for (name, _), summary in zip(jobs, summaries, strict=True):
         rows.setdefault(name, []).append(summary)
+    shown_cases, shown_rows = without_equal_seeds(cases, rows)
     title = label
-    if len(cases) > 1:
-        title += f": mean ± standard deviation of {len(cases)} replays"
-    write_text(folder / "compare.md", markdown(rows, "variant", columns))
-    names = [case.name.replace("_", " ") for case in cases]
-    content = {"provenance": made_by, "title": title, "cases": names, "summaries": rows}
-    write_json(folder / "compare.json", content)  # last: a folder with this file is complete
-    print_rows(rows, title, "variant", columns)
+    if len(shown_cases) > 1:
+        title += f": mean ± standard deviation of {len(shown_cases)} replays"
+    try:
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_text(folder / "compare.md", markdown(shown_rows, "variant", columns))
+        names = [case.name.replace("_", " ") for case in cases]
+        content = {"provenance": made_by, "title": title, "cases": names, "summaries": rows}
+        write_json(folder / "compare.json", content)  # last: a folder with this file is complete
+    finally:  # a full disk loses the files, not the figures
+        print_rows(shown_rows, title, "variant", columns)

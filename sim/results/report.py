@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -24,8 +25,25 @@ DISTRIBUTIONS = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
 COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
+EXTRAPOLATED_SHARE = 0.05
+"""Share of iterations outside the measured range of a calibration above which a run warns."""
+
+
+def warn_if_extrapolated(summaries: Iterable[Mapping[str, Any]]) -> None:
+    """Warn on stderr if many iterations of a run lie outside what its calibration measured."""
+    share = max((summary["extrapolated_share"] or 0.0 for summary in summaries), default=0.0)
+    if share > EXTRAPOLATED_SHARE:
+        print(
+            f"warning: {100 * share:.1f} % of the iterations lie outside the range that the calibration measured, so "
+            "their times are extrapolated; shorten the prompts (workload=only_4096), choose another gpu= or latency=, "
+            "or measure the range (python -m hw.calibrate)",
+            file=sys.stderr,
+        )
+
+
 def print_summary(summary: Mapping[str, Any], title: str, console: Console | None = None) -> None:
     """Print the figures of one replay: tables on a terminal, plain ``name value`` lines in a pipe or file."""
+    warn_if_extrapolated([summary])
     console = console or Console()
     rates = {
         "SLO attainment": _percent(summary["slo_attainment"]),
@@ -48,6 +66,7 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
             console.print(f"{name} {values}", highlight=False, soft_wrap=True)
         for name, value in rates.items():
             console.print(f"{name.replace(' ', '_')} {value}", highlight=False)
+        _print_note(summary, console)
         return
     latencies = Table(title=title, title_justify="left")
     latencies.add_column("seconds")
@@ -60,6 +79,19 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
     for name, value in [*((n, str(summary[n])) for n in COUNTS), *rates.items()]:
         counts.add_row(name, value)
     console.print(counts)
+    _print_note(summary, console)
+
+
+def _print_note(summary: Mapping[str, Any], console: Console) -> None:
+    if note := summary.get("quality_note"):
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_notes(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Print what readers of a table have to know of the quality of its rows, each sentence once per row."""
+    for label, summaries in rows.items():
+        for note in sorted({summary["quality_note"] for summary in summaries if summary.get("quality_note")}):
+            print(f"note: {label}: {note}")
 
 
 SUMMARY_COLUMNS = {
@@ -82,6 +114,11 @@ averaged over time.
 """
 
 
+def _is_unknown(summary: Mapping[str, Any]) -> bool:
+    """Return whether the quality of a run is unknown although others of its model have one."""
+    return str(summary.get("quality_note") or "").startswith("quality unknown")
+
+
 Columns = Mapping[str, tuple[str, float, int, str]]
 
 
@@ -95,7 +132,9 @@ def cells(summaries: Sequence[Mapping[str, Any]], columns: Columns = SUMMARY_COL
                 value = value[part]
             if value is not None:
                 values.append(factor * float(value))  # type: ignore[arg-type]
-        if not values:
+        if key == "perplexity_ratio" and any(map(_is_unknown, summaries)):
+            found.append("unknown")
+        elif not values:
             found.append("-")
         elif len(summaries) == 1:
             found.append(f"{values[0]:,.{decimals}f}{unit}")
@@ -121,6 +160,7 @@ def print_rows(
     columns: Columns = SUMMARY_COLUMNS,
 ) -> None:
     """Print the table of ``markdown``: with lines on a terminal, as Markdown in a pipe or file."""
+    warn_if_extrapolated([summary for summaries in rows.values() for summary in summaries])
     console = Console()
     if not console.is_terminal:
         print(title, markdown(rows, first, columns), sep="\n\n", end="")

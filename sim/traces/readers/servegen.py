@@ -19,7 +19,9 @@ import numpy as np
 
 from sim.errors import TraceError
 from sim.paths import find_data
-from sim.traces.readers.rows import Rows, missing_data, read_bytes, read_csv
+from sim.traces.readers.csv_table import read_csv
+from sim.traces.readers.files import TraceFile, missing_data, read_content
+from sim.traces.readers.rows import Rows
 from sim.traces.trace import Trace, sorted_trace
 from sim.types import Floats, Ints
 
@@ -191,8 +193,8 @@ def read_client(path: str | Path, client: int) -> ServeGenClient:
         TraceError: if the file is missing or a row is wrong; no row of a description can be skipped.
     """
     file = _client_file(path, client, "trace.csv")
-    table = read_csv(file, required=COLUMNS, header=COLUMNS, origin=ORIGIN)
-    rows = Rows(table, "error")
+    table = read_csv(TraceFile(path=file, origin=ORIGIN), required=COLUMNS, header=COLUMNS)
+    rows = Rows(table)
     window_start_s, rate_rps = rows.seconds("window_start_s"), rows.seconds("rate_rps")
     shape = rows.seconds("shape")
     pattern = tuple(text.strip() for text in table.text_column("pattern").to_pylist())
@@ -222,7 +224,7 @@ def read_client_lengths(
     """
     file = _client_file(path, client, "dataset.json")
     try:
-        windows = json.loads(read_bytes(file, origin=ORIGIN))
+        windows = json.loads(read_content(TraceFile(path=file, origin=ORIGIN)))
         described = {
             int(start_s): (window["input_tokens"], window["output_tokens"]) for start_s, window in windows.items()
         }

@@ -22,7 +22,11 @@ uvicorn = pytest.importorskip(
     "uvicorn", reason="client and server need httpx, starlette, uvicorn: pip install -e '.[hw]'"
 )
 
-from hw.client.client import ClientSettings, Replayer, _brings_token, records_of, summary_of  # noqa: E402
+from hw.client.payload import Payloads  # noqa: E402
+from hw.client.replayer import Answer, Replayer  # noqa: E402
+from hw.client.run import records_of, summary_of  # noqa: E402
+from hw.client.settings import ClientSettings  # noqa: E402
+from hw.client.target import target_of  # noqa: E402
 from hw.engine.clock import RealClock  # noqa: E402
 from hw.engine.hw_engine import HwEngine  # noqa: E402
 from hw.engine.prompts import RandomPrompts  # noqa: E402
@@ -31,7 +35,6 @@ from hw.serve.prompts import chat_tokens  # noqa: E402
 from hw.serve.requests import ApiError, ChatMessage  # noqa: E402
 from hw.serve.server import Api, ServerConfig  # noqa: E402
 from sim.cost.plan import dense_plan  # noqa: E402
-from sim.errors import ConfigError  # noqa: E402
 from sim.policies import Fixed  # noqa: E402
 from sim.results.metrics import Slo  # noqa: E402
 from sim.results.records import Status  # noqa: E402
@@ -362,16 +365,21 @@ def test_a_client_that_goes_away_frees_its_place(server: Server) -> None:
     assert server.thread.state.running == 0
 
 
+def answers_of(settings: ClientSettings, rows: list[tuple[float, int, int]]) -> list[Answer]:
+    target = target_of(settings.url, chat=settings.chat, key_variable=None)
+    return asyncio.run(Replayer(settings, target, Payloads(settings, "tiny", VOCABULARY)).run(requests(rows)))
+
+
 @pytest.mark.parametrize("loop", ["open", "closed"])
 def test_a_trace_replayed_against_the_server_gives_records_with_real_token_counts(server: Server, loop: str) -> None:
     rows = [(0.02 * i, 5 + i % 7, 1 + i % 9) for i in range(20)]
     settings = ClientSettings(url=server.url, loop=loop, users=3, max_connections=5, timeout_s=30)
-    answers = asyncio.run(Replayer(settings, "tiny", VOCABULARY).run(requests(rows)))
+    answers = answers_of(settings, rows)
     records = records_of(answers)
     assert sorted(a.request.request_id for a in answers) == list(range(20))
     assert (records.status == Status.FINISHED).all()
     assert (records.produced_tokens == records.output_tokens).all()
-    assert [a.prompt_tokens for a in answers] == records.prompt_tokens.tolist()
+    assert records.prompt_tokens.tolist() == [row[1] for row in rows]
     assert (records.ttft_s > 0).all()
     assert np.nanmin(records.tpot_s) >= 0
     summary = summary_of(answers, Slo())
@@ -387,76 +395,27 @@ def test_a_trace_replayed_as_chats_gives_records_with_the_tokens_of_the_template
     text.write_text("The lighthouse keeper counts the ships that pass in the night. " * 20)
     rows = [(0.02 * i, 3 + i % 5, 1 + i % 9) for i in range(12)]
     settings = ClientSettings(url=server.url, loop=loop, users=3, timeout_s=30, chat=True, text=str(text))
-    answers = asyncio.run(Replayer(settings, "tiny", VOCABULARY).run(requests(rows)))
+    answers = answers_of(settings, rows)
     records = records_of(answers)
     assert (records.status == Status.FINISHED).all()
     assert (records.produced_tokens == records.output_tokens).all()
     around = len("user: \nassistant:")
     for answer in answers:
-        assert answer.prompt_tokens == 4 * answer.request.prompt_tokens + around  # a letter is a token here
-        assert len(answer.token_s) == answer.completion_tokens
+        assert answer.timeline is not None
+        assert answer.timeline.prompt_tokens == 4 * answer.request.prompt_tokens + around  # a letter is a token here
+        assert answer.timeline.piece_tokens == (1,) * answer.request.output_tokens
     assert (records.ttft_s > 0).all()
-
-
-def test_a_chat_needs_a_text_to_send() -> None:
-    with pytest.raises(ConfigError, match=r"client\.text"):
-        Replayer(ClientSettings(chat=True), "tiny", VOCABULARY)
-
-
-@pytest.mark.parametrize(
-    ("choice", "first", "brings"),
-    [
-        ({"text": ""}, True, True),
-        ({"delta": {"role": "assistant", "content": ""}, "finish_reason": None}, True, False),
-        ({"delta": {"content": "a"}, "finish_reason": None}, False, True),
-        ({"delta": {}, "finish_reason": "stop"}, False, False),
-        ({"delta": {}, "finish_reason": "stop"}, True, True),
-    ],
-)
-def test_a_piece_that_names_a_role_or_an_end_alone_is_no_token(
-    choice: dict[str, Any], first: bool, brings: bool
-) -> None:
-    assert _brings_token(choice, first=first) is brings
-
-
-@pytest.mark.parametrize(
-    ("content", "content_type", "message"),
-    [
-        (b'data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n', "text/event-stream", None),
-        (b': a comment\nevent: message\ndata: {"choices":\ndata: [{"text": "a"}]}\n\n', "text/event-stream", None),
-        (b'data: {"error": {"message": "no memory"}}\n\n', "text/event-stream", "no memory"),
-        (b"data: [DONE]\n\n", "text/event-stream", "the answer had no token"),
-        (b"data: {\n\n", "text/event-stream", "JSONDecodeError"),
-        (b"data: [3]\n\n", "text/event-stream", "AttributeError"),
-        (b'data: {"choices": [3]}\n\n', "text/event-stream", "TypeError"),
-        (b"{}", "application/json", "SSEError"),
-    ],
-)
-def test_an_answer_is_read_as_server_sent_events_and_a_malformed_one_is_a_failed_request(
-    content: bytes, content_type: str, message: str | None
-) -> None:
-    def respond(_: Any) -> Any:
-        return httpx.Response(200, content=content, headers={"content-type": content_type})
-
-    replayer = Replayer(ClientSettings(), "tiny", VOCABULARY, transport=httpx.MockTransport(respond))
-    (answer,) = asyncio.run(replayer.run(requests([(0.0, 3, 1)])))
-    if message is None:
-        assert answer.error is None
-        assert len(answer.token_s) == 1
-    else:
-        assert answer.error is not None
-        assert message in answer.error
 
 
 def test_a_refused_request_is_counted_and_only_sent_again_with_retries(server: Server) -> None:
     rows = [(0.0, 5, 3), (0.0, 5, 500)]
-    answers = asyncio.run(Replayer(ClientSettings(url=server.url), "tiny", VOCABULARY).run(requests(rows)))
+    answers = answers_of(ClientSettings(url=server.url), rows)
     assert records_of(answers).status.tolist() == [Status.FINISHED, Status.REJECTED]
     assert answers[1].error is not None
     assert "HTTP 400" in answers[1].error
     assert answers[1].retries == 0
     again = ClientSettings(url=server.url, retries=2)
-    assert asyncio.run(Replayer(again, "tiny", VOCABULARY).run(requests(rows)))[1].retries == 2
+    assert answers_of(again, rows)[1].retries == 2
 
 
 def test_the_command_writes_the_files_of_a_replay(
@@ -464,14 +423,14 @@ def test_the_command_writes_the_files_of_a_replay(
 ) -> None:
     from hydra.core.global_hydra import GlobalHydra
 
-    import hw.client.client
+    import hw.client.run
 
     GlobalHydra.instance().clear()
     overrides = ["trace=small", "trace.duration_s=2", "trace.on_rate_rps=8", "trace.off_rate_rps=8"]
     overrides += ["trace.lengths.max_prompt_tokens=30", "trace.lengths.max_output_tokens=8", "model.vocab_size=97"]
     overrides += [f"client.url={server.url}", "client.served_model=tiny", f"hydra.run.dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["hw.client", *overrides])
-    hw.client.client.main()
+    hw.client.run.main()
     records = pd.read_parquet(tmp_path / "records.parquet")
     assert (records.status == "finished").all()
     assert json.loads((tmp_path / "client.json").read_text())["failed"] == 0

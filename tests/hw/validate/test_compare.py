@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 pytest.importorskip("torch", reason="the suite needs the real engine: pip install -e '.[hw]'")
@@ -208,6 +209,21 @@ def test_a_run_of_the_client_says_nothing_of_preemptions_and_plan_changes(
     assert exit_status(hw.compare.main, *map(str, folders)) == 0
     assert json.loads((folders[1] / "compare.json").read_text())["events"] == {}
     assert "a client sees none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("counted", "status"), [(32, 0), (36, 2)])
+def test_a_run_of_the_client_may_have_counted_a_few_more_prompt_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], counted: int, status: int
+) -> None:
+    folders = [run_folder(tmp_path / "sim"), run_folder(tmp_path / "client")]
+    for name in ("iterations.parquet", "kept_share.parquet", "hardware.json"):
+        (folders[1] / name).unlink()
+    write_json(folders[1] / "client.json", {})
+    records = pd.read_parquet(folders[1] / "records.parquet")
+    records["prompt_tokens"] = counted
+    records.to_parquet(folders[1] / "records.parquet", index=False)
+    assert exit_status(hw.compare.main, *map(str, folders)) == status
+    assert ("counted 1,440 prompt tokens" in capsys.readouterr().err) == (status == 2)
 
 
 def test_bytes_that_are_not_exact_fail_whatever_the_latencies(tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ from omegaconf import DictConfig
 from sim.config import CONF_DIR, build
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
+from sim.replay.__main__ import main
 from sim.replay.run import build_trace
 from sim.replay.sweep import Case, Processes, cases_of, config_of, replay_case, time_mean
+from tests.commands import exit_status
 
 QUICK = ("trace.duration_s=40", "budget=cotenant", "budget.mean_away_s=8", "budget.mean_stay_s=8")
 
@@ -140,3 +142,33 @@ def test_a_mean_over_time_lies_between_its_values_and_counts_nothing_after_the_e
     mean = time_mean(changes, end_s)
     assert min(values) - 1e-9 <= mean <= max(values) + 1e-9
     assert time_mean([*changes, (100.0, 5.0)], end_s) == pytest.approx(mean)
+
+
+def test_seeds_that_change_nothing_are_said_and_shown_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("three.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n0.5,20,5\n1,10,4\n")
+    assert exit_status(main, "trace=file", "trace.path=three.csv", "seeds=[0,1,2]") == 0
+    printed = capsys.readouterr().out
+    assert "The 3 seeds gave the same figures: nothing in this configuration is random." in printed
+    assert "| seed_0 |" in printed
+    assert "seed_1" not in printed
+    assert "±" not in printed
+
+
+def test_a_job_that_fails_is_named_with_its_reason_and_the_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("good.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n")
+    Path("bad.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,ten,5\n")
+    jobs = "trace.path=good.csv,/nonexist.csv,bad.csv"
+    assert exit_status(main, "--multirun", "trace=file", jobs, "hydra.sweep.dir=jobs") == 1
+    missing, bad, total = capsys.readouterr().err.splitlines()
+    assert missing.startswith("error: job 1 (trace.path=/nonexist.csv,trace=file): /nonexist.csv does not exist")
+    assert bad.startswith("error: job 2 (trace.path=bad.csv,trace=file): bad.csv, line 2, column 'prompt_tokens'")
+    assert total == "error: 2 of 3 jobs failed"
+    kept = sorted(path.name for path in Path("jobs").iterdir())
+    assert kept == ["0_file_dense", "multirun.yaml"]
+    assert (Path("jobs") / "0_file_dense" / "summary.json").is_file()

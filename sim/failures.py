@@ -1,0 +1,102 @@
+"""How a command ends when something is wrong: one line that says what and what to do, and an exit status."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+from hydra.errors import HydraException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from sim.errors import RapLabError
+from sim.streams import forget_stdout
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+FIXABLE = (RapLabError, HydraException, OmegaConfBaseException, OSError, MemoryError, ModuleNotFoundError)
+"""What a user can mend: a value, a file, a folder, a package."""
+SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def errors_in_one_line(where: str = "") -> Iterator[None]:
+    """End the process with one line on stderr if an error that the user can mend comes up; it begins with ``where``."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        forget_stdout()
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except FIXABLE as error:
+        if full_error() or (isinstance(error, ModuleNotFoundError) and _is_own(error)):
+            raise
+        fail(where + explain(error))
+
+
+def full_error() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def _is_own(error: ModuleNotFoundError) -> bool:
+    return (error.name or "").partition(".")[0] in ("sim", "hw", "agents", "conf", "tests")
+
+
+def explain(error: BaseException) -> str:
+    """Return an error in one line: what is wrong and what to do."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        return f"this needs the package {package}, which is not installed: pip install 'rap-lab[{extra_of(package)}]'"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value; set it: {error.full_key}=VALUE"
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f' ({error})' if str(error) else ''}; use a smaller trace, or fewer workers"
+    if isinstance(error, OSError) and error.strerror:
+        problem = os.strerror(error.errno) if error.errno else error.strerror  # Arrow's text is longer
+        what = f"{error.filename}: {problem}" if error.filename else problem
+        if error.errno in SPACE:
+            return f"{what}; free some space, or write elsewhere with hydra.run.dir=FOLDER"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+            return f"{what}; name a file that can be read, or a folder that can be written: hydra.run.dir=FOLDER"
+        return what
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def extra_of(package: str) -> str:
+    """Return the extra of this project that installs a package; ``hw`` or ``agents`` if several or none do."""
+    name = re.sub(r"[-_.]+", "-", package).lower()
+    try:
+        lines = importlib.metadata.requires("rap-lab") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = []
+    found = [
+        extra[1]
+        for line in lines
+        if re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", line)[0]).lower() == name
+        and (extra := re.search(r"extra == .(\w+)", line))
+    ]
+    own = "agents" if _command_package() == "agents" else "hw"
+    return own if own in found or not found else found[0]
+
+
+def _command_package() -> str:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec.name.partition(".")[0] if spec is not None else ""
+
+
+def fail(message: str) -> NoReturn:
+    """Print what went wrong to stderr and end with exit status 2."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.flush()
+    raise SystemExit(2)

@@ -1,0 +1,118 @@
+"""How a command ends: one line on stderr and exit status 2 for all that a user can mend."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from sim.failures import errors_in_one_line, explain, extra_of
+from sim.paths import REPOSITORY
+from sim.replay.__main__ import main
+from tests.commands import exit_status
+
+QUICK = ("trace=poisson", "trace.duration_s=3")
+HIDE = """
+import runpy, sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "ray", "gymnasium", "httpx", "httpx_sse", "transformers"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+for command in sys.argv[1:]:
+    sys.argv = [command]
+    try:
+        runpy.run_module(command, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        print(command, end.code, file=sys.stderr)
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["/proc/nope/x", "/dev/null/x", "taken/x", "taken"])
+def test_a_run_folder_that_cannot_be_made_is_one_line_and_status_2(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("taken").write_text("a file")
+    assert exit_status(main, *QUICK, f"hydra.run.dir={folder}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(("error: /", "error: taken"))
+    assert error.count("\n") == 1
+    assert "hydra.run.dir=FOLDER" in error
+
+
+def test_a_command_without_its_packages_names_the_extra_that_installs_them() -> None:
+    commands = ["agents.train", "agents.tune", "agents.clone", "agents.offline", "agents.evaluate"]
+    commands += ["hw.replay", "hw.serve", "hw.client", "hw.score", "hw.validate", "hw.disaggregate"]
+    run = [sys.executable, "-c", HIDE, *commands]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 * len(commands), done.stderr
+    for command, error, status in zip(commands, lines[::2], lines[1::2], strict=True):
+        assert error.startswith("error: this needs the package ")
+        assert status == f"{command} 2"
+    assert "pip install 'rap-lab[agents]'" in lines[0]
+    assert extra_of("httpx") == "hw"
+    assert extra_of("torch") == "hw"
+
+
+def test_what_the_system_refuses_is_explained_in_one_line() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")
+    assert (
+        explain(full)
+        == "runs/x: No space left on device; free some space, or write elsewhere with hydra.run.dir=FOLDER"
+    )
+    assert explain(MemoryError()) == "not enough memory; use a smaller trace, or fewer workers"
+    assert explain(OSError("odd")) == "odd"
+    with pytest.raises(Exception) as missing:  # noqa: PT011
+        _ = OmegaConf.create({"run": "???"}).run
+    assert explain(missing.value) == "run has no value; set it: run=VALUE"
+
+
+def test_an_error_of_the_code_itself_keeps_its_trace() -> None:
+    with pytest.raises(TypeError), errors_in_one_line():
+        raise TypeError("a bug")
+    with pytest.raises(ModuleNotFoundError), errors_in_one_line():
+        raise ModuleNotFoundError("No module named 'sim.nothing'", name="sim.nothing")
+
+
+def test_ctrl_c_ends_with_status_130_and_one_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, errors_in_one_line():
+        raise KeyboardInterrupt
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def run(*arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | changed
+    command = [sys.executable, "-m", "sim.replay", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_every_sign_of_the_output_reaches_a_terminal_that_only_knows_ascii() -> None:
+    done = run(*QUICK, "seeds=[0,1]", "label='café'", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mean +- sd" in done.stdout
+    assert "cafe" in done.stdout
+
+
+def test_a_reader_that_closes_the_pipe_sees_no_trace() -> None:
+    command = f"{sys.executable} -m sim.replay --help | head -1"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, env=environment)
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+def test_a_replay_without_compilation_is_refused_in_one_line() -> None:
+    done = run(*QUICK, NUMBA_DISABLE_JIT="1")
+    assert done.returncode == 2
+    assert done.stderr == "error: NUMBA_DISABLE_JIT is set, but the simulator only runs compiled; unset it\n"

@@ -1,0 +1,66 @@
+"""Options of a user's own folder: a YAML and a Python file outside the package work like those of conf/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import sim.compare
+import sim.replay.__main__
+from tests.commands import exit_status
+
+POLICY = """
+from sim.cost.plan import dense_plan
+
+class Mine:
+    def __init__(self, context, *, limit=3):
+        self.first_plan = dense_plan(context.model)
+
+    def __call__(self, state):
+        return self.first_plan
+"""
+QUICK = ("trace=poisson", "trace.duration_s=3")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with policy/mine_of_test.yaml and the Python file that it names."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my options"
+    (folder / "policy").mkdir(parents=True)
+    (folder / "mine_of_test.py").write_text(POLICY)
+    text = "_target_: mine_of_test.Mine\n_partial_: true\nlimit: 4\n"
+    (folder / "policy" / "mine_of_test.yaml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("how", [["--config-dir", "{}"], ["--config-dir={}"], ["hydra.searchpath=['{}']"]])
+def test_an_own_policy_works_from_its_own_folder(
+    folder: Path, how: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = [text.format(folder) for text in how]
+    assert exit_status(sim.replay.__main__.main, "policy=mine_of_test", *where, *QUICK, "policy.limit=5") == 0
+    assert exit_status(sim.replay.__main__.main, "policy=mine_of_test", *where, "policy.limit=many") == 2
+    assert "policy.limit is 'many'; it must be a number, such as 4" in capsys.readouterr().err
+    assert exit_status(sim.replay.__main__.main, *where, "--help") == 0
+    assert "mine_of_test" in capsys.readouterr().out
+
+
+def test_a_comparison_takes_an_own_policy_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = "+policies.mine={policy: mine_of_test}"
+    arguments = ("--config-dir", str(folder), own, "only=[mine]", "trace.duration_s=10")
+    assert exit_status(sim.compare.compare_command, *arguments) == 0
+    assert "| mine |" in capsys.readouterr().out
+    assert exit_status(sim.compare.compare_command, own, "only=[mine]", "trace.duration_s=10") == 2
+    assert "policies.mine: there is no policy=mine_of_test" in capsys.readouterr().err
+
+
+def test_the_configuration_is_shown_without_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main, where = sim.replay.__main__.main, ("--config-dir", str(folder))
+    assert exit_status(main, "policy=mine_of_test", "--cfg", "job", *where, "--package", "policy") == 0
+    assert "limit: 4" in capsys.readouterr().out
+    assert exit_status(main, "--cfg", "job", "--resolve", "seed=7", "trace=poisson") == 0
+    assert "seed: 7" in capsys.readouterr().out
+    assert exit_status(main, "--info", "searchpath") == 0
+    assert not Path("runs").exists()
