@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from sim.config import run_command
 from sim.cost.latency import CALIBRATIONS
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
-from sim.results.run_folder import provenance, write_json
+from sim.results.run_folder import own_folder, provenance, write_json
 
 
 @dataclass(kw_only=True)
@@ -51,7 +50,7 @@ def _compare(cfg: DictConfig) -> int:
     simulated, *real = (read_run(folder) for folder in folders)
     check_sides(simulated, real)
     result = compare(simulated, real)
-    out = Path(cfg.out) if cfg.out is not None else _own_folder()
+    out = Path(cfg.out) if cfg.out is not None else own_folder("compare")
     if not result["held"]:
         result["machine_note"] = _machine_note(simulated, real, result["speed_factor"], out)
     write_json(out / "compare.json", {"provenance": provenance(0), **result})
@@ -60,11 +59,6 @@ def _compare(cfg: DictConfig) -> int:
     print_comparison(result, console)
     console.print(f"files: {out / 'compare.json'}, {out / 'compare.png'}", highlight=False, soft_wrap=True)
     return 0 if result["held"] else 1
-
-
-def _own_folder() -> Path:
-    """Return a new folder of this comparison; the folders of the runs stay as they are."""
-    return Path("runs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f_compare")
 
 
 def _machine_note(simulated: Run, real: Sequence[Run], factor: float | None, out: Path) -> str | None:
