@@ -32,6 +32,7 @@ from sim.config import run_command
 from sim.cost.latency import load_calibration
 from sim.errors import CalibrationError
 from sim.json_file import read_json_object
+from sim.pages.render import show
 from sim.paths import find_data
 from sim.results.run_folder import commit, own_folder, write_json, write_text
 
@@ -106,7 +107,7 @@ def error_table(errors: dict[str, Any], fixed_s: float) -> Table:
         table.add_column(column, justify="right")
     for name in ("ttft_s", "tpot_s", "e2e_s"):
         cells = [f"{100 * errors[name][s]['error']:+.1f} %" for s in STATISTICS]
-        table.add_row(name, *cells, f"{errors[name]['correlation']:.3f}")
+        table.add_row(name, *cells, show(errors[name]["correlation"], ".3f"))
     table.add_row("makespan_s", f"{100 * errors['makespan_s']['error']:+.1f} %", "", "", "", "")
     return table
 

@@ -228,12 +228,18 @@ def compare(run: RealRun, records: Records) -> dict[str, Any]:
         figures = {s: (_statistic(real, s), _statistic(simulated, s)) for s in STATISTICS}
         errors[name] = {
             **{s: {"real": r, "simulated": v, "error": v / r - 1} for s, (r, v) in figures.items()},
-            # Rounded: the last digits depend on the processor.
-            "correlation": round(float(np.corrcoef(real, simulated)[0, 1]), 6),
+            "correlation": _correlation(real, simulated),
         }
     real_s, simulated_s = float(run.finish_s.max()), float(records.finish_s.max())
     errors["makespan_s"] = {"real": real_s, "simulated": simulated_s, "error": simulated_s / real_s - 1}
     return errors
+
+
+def _correlation(real: Floats, simulated: Floats) -> float | None:
+    """Return the correlation over requests; None if one side is constant."""
+    if len(real) < 2 or np.ptp(real) < 1e-9 or np.ptp(simulated) < 1e-9:
+        return None
+    return round(float(np.corrcoef(real, simulated)[0, 1]), 6)  # rounded: the last digits depend on the processor
 
 
 def _statistic(values: Floats, name: str) -> float:
