@@ -22,7 +22,7 @@ from hw.score.text import Windows, differing, read_windows
 from sim.cost.model_spec import file_name
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
-from sim.paths import REPOSITORY
+from sim.paths import CHECKOUT, REPOSITORY
 from sim.results.run_folder import commit, write_json
 
 SCORES = REPOSITORY / "conf" / "score"
@@ -183,7 +183,8 @@ class Job:
         tokens, seed = self.cfg.calibration.tokens, self.cfg.calibration.seed
         sampled = kind in ("gsi", "one_shot") and (tokens, seed) != DEFAULT_SAMPLE
         sample = f"_{tokens}_seed{seed}" if sampled else ""
-        return Path(self.cfg.out) if self.cfg.out else SCORES / f"{self.name}_{kind}{sample}.json"
+        folder = SCORES if CHECKOUT else Path("score")
+        return Path(self.cfg.out) if self.cfg.out else folder / f"{self.name}_{kind}{sample}.json"
 
     def described(self, windows: Windows | None) -> dict[str, Any]:
         """Return what a score was measured on: model, weights, device, text and seed."""
