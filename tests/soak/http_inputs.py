@@ -88,6 +88,8 @@ class Http:
             raise FaultError("no answer", f"in {ANSWER_S:g} s")
         if status >= 500:
             raise FaultError(f"status {status}", answer[:300].decode("utf-8", "replace"))
+        # A body above the limit is refused before all of it is read, and the answer may be lost with the connection.
+        complete = complete and len(case.content) < MOST_BODY_BYTES
         if complete and status == 0 and not case.options["leave"]:
             raise FaultError("the connection was closed without an answer")
         if case.target in PATHS and status > 0:
