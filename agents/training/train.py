@@ -25,6 +25,8 @@ from agents.training.validation import CountedActs, validation_utilities
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.policies.learned import Network
+from sim.progress import Report, say
+from sim.progress import progress as show_progress
 from sim.results.run_folder import provenance, write_json, write_text
 
 
@@ -144,6 +146,7 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
         check_resumed(cfg, folder)
     elif cfg.resume:
         console.print(f"{folder} has no checkpoint; the training starts from the beginning", highlight=False)
+    say("starting Ray and building the algorithm: about half a minute")
     start_ray(cfg)
     algorithm = build_algorithm(cfg)
     status: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "best": -np.inf, "since_best": 0}
@@ -158,7 +161,8 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
         if cfg.imitate is not None:
             build(cfg.imitate)(algorithm, cfg.env.id, environment_kwargs(cfg), seed=cfg.seed)
     try:
-        _iterate(cfg, algorithm, status, checkpoints, progress, on_validation)
+        with show_progress("training", 60.0 * cfg.minutes, "s") as report:
+            _iterate(cfg, algorithm, status, checkpoints, progress, on_validation, report)
     finally:
         algorithm.stop()
     console.print(
@@ -176,6 +180,7 @@ def _iterate(
     checkpoints: Checkpoints,
     progress: Progress,
     on_validation: Callable[[Mapping[str, Any]], None] | None,
+    report: Report,
 ) -> None:
     """Train, validate and save checkpoints until a limit is reached; keep ``status`` up to date."""
     started_s = time.monotonic() - status["seconds"]
@@ -185,6 +190,7 @@ def _iterate(
         result = algorithm.train()
         status["iteration"] += 1
         status["seconds"] = time.monotonic() - started_s
+        report(status["seconds"], f"at iteration {status['iteration']}")
         stop = status["seconds"] >= 60.0 * cfg.minutes
         stop |= cfg.iterations is not None and status["iteration"] >= cfg.iterations
         if status["iteration"] % cfg.validate_every == 0 or stop:
