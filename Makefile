@@ -15,7 +15,7 @@ else
 INSTALL = $(UV) pip install --quiet --python $(BIN)/python
 endif
 
-.PHONY: help demo test clients check lint types docs reference coverage test-slow fuzz bench clean
+.PHONY: help demo test clients check lint types docs reference coverage test-slow fuzz soak bench clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -66,6 +66,18 @@ FIRST ?= 0
 KIND ?= engine
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.sim.fuzz $(CASES) $(FIRST) 2 $(KIND)
+
+# make soak         break it on purpose: INPUTS hostile inputs (1,000,000), KILLS runs ended with kill -9 (200), a server
+#                   under load for SECONDS (7,200), a full disk; takes hours, and writes docs/results/robustness
+INPUTS ?= 1000000
+KILLS ?= 200
+SECONDS ?= 7200
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.soak inputs --total $(INPUTS)
+	$(BIN)/python -m tests.soak kills --count $(KILLS)
+	$(BIN)/python -m tests.soak saturation --seconds $(SECONDS)
+	$(BIN)/python -m tests.soak disk
+	$(BIN)/python -m tests.soak page
 
 # make bench        measure speed on this machine
 bench: $(VENV)/.dev

@@ -102,7 +102,7 @@ def _prefill(cfg: DictConfig, key: str, elastic: ElasticModel, tokenizer: Any, p
         config = replace(parts.config, max_context_tokens=min(limit, parts.config.max_context_tokens or limit))
         parts = replace(parts, server=replace(parts.server, config=config))
         prompts = read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed)
-        plan, nll = parts.policy.first_plan, quality.nll if quality is not None else None
+        plan, nll = parts.policy.first_plan, quality.charge if quality is not None else None
         side = PrefillSide(
             build=_engine_builder(cfg, parts, elastic, plan, clock, prompts=prompts, quality_nll=nll),
             trace=build_trace(cfg),
@@ -126,7 +126,7 @@ def _decode(cfg: DictConfig, key: str, elastic: ElasticModel, _tokenizer: Any, p
         welcome(channel, key)
         parts, clock, quality = build_parts(cfg), RealClock(), quality_of(cfg)
         plan = parts.policy.first_plan
-        nll = with_prefill(quality.nll if quality is not None else None, plan.prefill)
+        nll = with_prefill(quality.charge if quality is not None else None, plan.prefill)
         side = DecodeSide(
             build=_engine_builder(cfg, parts, elastic, decode_side(plan), clock, quality_nll=nll),
             elastic=elastic,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -326,10 +327,12 @@ class Rows:
             text = cell_text(column[new[0]])
             self.bad.add(BadRow(int(self.table.line[new[0]]), name, text[:80], kind(text), allowed), len(new))
             return
-        kind = cache(kind)
         cells = (
             [column[i] for i in new.tolist()] if isinstance(column, list) else column.take(pa.array(new)).to_pylist()
         )
-        for i, cell in zip(new.tolist(), cells, strict=True):
-            text = cell_text(cell)
-            self.bad.add(BadRow(int(self.table.line[i]), name, text[:80], kind(text), allowed))
+        texts = [cell_text(cell) for cell in cells]
+        kinds = list(map(cache(kind), texts))
+        for name_of_kind, count in Counter(kinds).items():
+            first = kinds.index(name_of_kind)
+            row = BadRow(int(self.table.line[new[first]]), name, texts[first][:80], name_of_kind, allowed)
+            self.bad.add(row, count)
