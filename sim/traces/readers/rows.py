@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sim.errors import TraceError, nearest
+from sim.errors import TraceError
+from sim.traces.readers.arguments import check_choice, check_flag, check_number
 from sim.traces.readers.cells import (
     dates_ns,
     empty_cells,
@@ -39,12 +40,6 @@ PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 Failed = Literal["drop", "error"]
 """Requests that ended without an answer: "drop" leaves them out and counts them, "error" treats them as bad rows."""
-
-
-def check_choice(key: str, value: str, allowed: Any) -> None:
-    """Raise a TraceError if ``value`` is none of the choices of a ``Literal``."""
-    if value not in get_args(allowed):
-        raise TraceError(f"trace.{key} is {value!r}; {nearest(str(value), get_args(allowed))}")
 
 
 def read_table(file: TraceFile, *, required: Sequence[str], optional: Sequence[str] = ()) -> RawTable:
@@ -238,6 +233,9 @@ class Rows:
             TraceError: for the first bad row, unless bad rows are skipped; for a row out of order, unless ``sort``;
                 and if no row is left.
         """
+        check_flag("sort", sort)
+        check_flag("rebase", rebase)
+        check_number("time_quantum_s", time_quantum_s)
         steps = [f"read {len(self.table.line) + len(self.table.broken):,} rows of {self.table.path}"]
         keep = self.good_rows(steps)
         if leave_out is not None:
@@ -267,7 +265,7 @@ class Rows:
             prompt_tokens=prompt_tokens[index],
             output_tokens=output_tokens[index],
             hash_ids=None if hash_ids is None else tuple(hash_ids[i] for i in index.tolist()),
-            name=name,
+            name=str(name),
             source=self.table.path,
             history=tuple(steps),
             time_quantum_s=time_quantum_s,
