@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan
+from sim.cost.model_spec import MOST_LAYERS
+from sim.cost.plan import KV_KEEP_ALL, WEIGHT_BITS, KeepMask, KVKeep, Plan
 from sim.errors import CalibrationError
 
 
@@ -45,14 +46,18 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         CalibrationError: for anything else.
     """
     try:
-        layers = int(value["layers"])
+        layers = value["layers"]
+        if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
+            raise ValueError(f"layers is {layers!r:.80}; it must be 1 to {MOST_LAYERS}")
         bits = [16] * layers
         for number, at in value["weight_bits"].items():
-            for layer in at:
+            if int(number) not in WEIGHT_BITS:
+                raise ValueError(f"weights of {number:.80} bits")
+            for layer in _known(at, layers):
                 bits[layer] = int(number)
         kv_keep = [KV_KEEP_ALL] * layers
         for run in value["kv_keep"]:
-            for layer in run["layers"]:
+            for layer in _known(run["layers"], layers):
                 kv_keep[layer] = KVKeep(first_tokens=run["first_tokens"], last_tokens=run["last_tokens"])
         return Plan(
             decode=_mask(layers, value["decode_drop"]),
@@ -62,9 +67,21 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CalibrationError(
-            f"not a plan of a quality table: {value!r} ({type(error).__name__}: {error}); "
+            f"not a plan of a quality table: {value!r:.200} ({type(error).__name__}: {error}); "
             "write plans with plan_to_json, or measure the table again: python -m hw.score kind=table"
         ) from error
+
+
+def _known(numbers: Sequence[int], layers: int) -> Sequence[int]:
+    """Return numbers of layers.
+
+    Raises:
+        ValueError: for a layer that the model does not have.
+    """
+    for layer in numbers:
+        if type(layer) is not int or not 0 <= layer < layers:
+            raise ValueError(f"no layer {layer!r:.80} in a model of {layers} layers")
+    return numbers
 
 
 def _mask(layers: int, dropped: Sequence[str]) -> KeepMask:
