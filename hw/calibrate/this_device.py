@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,6 +22,8 @@ from hw.elastic.processor import processor_name
 from sim.cost.gpu import Gpu
 from sim.cost.latency import CALIBRATIONS
 from sim.cost.model_spec import ModelSpec
+from sim.errors import CalibrationError
+from sim.json_file import read_json_object
 from sim.paths import REPOSITORY, RESULTS
 from sim.results.run_folder import commit
 
@@ -46,7 +47,7 @@ def load(model: ModelSpec, gpu: Gpu, checkpoint: str, threads: int, seed: int) -
 
 def measure_changes(elastic: ElasticModel, clock: str, seed: int, path: Path) -> dict[str, Any]:
     """Measure only what plan changes cost, and put it into the calibration at ``path``; return its content."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json_object(path, CalibrationError, "measure all again")
     content["device_run"] |= Changes(d.Bench(elastic, clock)).measure(seed)
     write_calibration(content, path)
     return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from rich.console import Console
 from hw.elastic.checkpoint import SMOLLM2, SMOLLM2_NOTE, load_checkpoint
 from hw.elastic.model import ElasticModel
 from hw.score.block_numbers import block_number
+from hw.score.score_lists import read_list
 from hw.score.text import Windows, differing, read_windows
 from sim.cost.model_spec import file_name
 from sim.errors import ConfigError
@@ -225,7 +225,7 @@ class Job:
         path = SCORES / f"{self.name}_{kind}.json"
         if not path.is_file():
             raise ConfigError(f"no {path.name} in conf/score; run python -m hw.score kind={kind} first")
-        return [block_number(name) for name in json.loads(path.read_text(encoding="utf-8"))["order"]]
+        return [block_number(str(name)) for name in read_list(path, "order")]
 
     def write(self, path: Path, windows: Windows | None, source: str, result: Mapping[str, Any]) -> None:
         """Write a score with its source, what it was measured on, and what it cost."""

@@ -53,7 +53,6 @@ Other keys (stack, date) are for people; nothing reads them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -67,11 +66,14 @@ from sim.compiled import compiled, constant
 from sim.cost.gpu import Gpu
 from sim.cost.plan import WEIGHT_BITS, Plan
 from sim.errors import CalibrationError, nearest
+from sim.json_file import read_json_object
 from sim.paths import REPOSITORY
 from sim.types import Floats, Ints
 
 CALIBRATIONS = REPOSITORY / "conf" / "calibration"
 SCHEMA = 1
+MOST_COUNT = 100_000_000
+"""The largest number on an axis: curves are laid out at every count, so a limit protects the memory."""
 MHA, FFN = 0, 1
 MHA_BOTH, MHA_PREFILL_ONLY, FFN_BOTH, FFN_PREFILL_ONLY = range(4)
 TILE_TOKENS = 128
@@ -593,11 +595,8 @@ def load_calibration(name_or_path: str | Path) -> LatencyModel:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path} cannot be read as JSON: {error}; write it again with hw.calibrate") from error
-    if not isinstance(content, dict) or not isinstance(content.get("tables"), dict):
+    content = read_json_object(path, CalibrationError, "write it again with hw.calibrate")
+    if not isinstance(content.get("tables"), dict):
         raise CalibrationError(f"{path} is not a calibration: it has no tables; write one with hw.calibrate")
     return content
 
@@ -640,6 +639,11 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
             f"{origin}: schema is {content.get('schema')!r}, this version reads {SCHEMA}; "
             "write the file again with hw.calibrate"
         )
+    for key in ("name", "model", "device", "kind"):
+        if not isinstance(content.get(key), str):
+            raise CalibrationError(
+                f"{origin}: {key} is {content.get(key)!r:.80}; it must be text; write the file again with hw.calibrate"
+            )
     try:
         tables = _tables(content, origin)
         return LatencyModel(
@@ -656,8 +660,11 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
             notes=tuple(content["notes"]),
             copying=_copying(content),
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CalibrationError(f"{origin}: {error!r} ; write the file again with hw.calibrate") from error
+    except CalibrationError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        reason = " ".join(repr(error).split())[:300]
+        raise CalibrationError(f"{origin}: {reason}; write the file again with hw.calibrate") from error
 
 
 class _Packer:
@@ -683,8 +690,11 @@ class _Packer:
             or not np.all(np.isfinite(grid))
             or np.any(np.diff(grid) <= 0)
             or grid[0] < 0
+            or grid[-1] > MOST_COUNT
         ):
-            raise CalibrationError(f"{self.origin}: axis {name} must hold two or more ascending numbers of at least 0")
+            raise CalibrationError(
+                f"{self.origin}: axis {name} must hold two or more ascending numbers between 0 and {MOST_COUNT:,}"
+            )
         return grid
 
     def seconds(self, microseconds: Any, name: str, shape: tuple[int, ...]) -> Floats:
@@ -744,7 +754,7 @@ def _tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
             pack.layout[RESIDUAL + 2 * i : RESIDUAL + 2 * i + 2] = pack.put(logs), len(grid)
             lengths.append(len(grid))
         residual = np.asarray(shared["residual"], dtype=np.float64)
-        if residual.shape != (int(np.prod(lengths)),) or not np.all(residual > 0):
+        if residual.shape != (int(np.prod(lengths)),) or not np.all(np.isfinite(residual) & (residual > 0)):
             raise CalibrationError(f"{origin}: shared_attention.residual must hold {np.prod(lengths)} positive ratios")
         pack.layout[RESIDUAL + 8] = pack.put(residual)
     return pack.tables()

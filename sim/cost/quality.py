@@ -25,7 +25,6 @@ its range a plan is charged the upper bound, never the prediction.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,10 +33,13 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import KV_KEEP_ALL, KeepMask, Plan, keep_all
-from sim.errors import CalibrationError, PlanError, nearest
+from sim.errors import CalibrationError, PlanError, RapLabError, nearest
+from sim.json_file import read_json_object
 from sim.paths import REPOSITORY
 from sim.types import Floats
 
@@ -49,6 +51,9 @@ FORMS = ("singles", "additive", "neighbours", "warped", "warped_neighbours")
 """The forms that are fitted; ``hw.score.fit`` explains and compares them."""
 BEST_FORM = "warped"
 """The form with the least held-out error on the table of SmolLM2-135M."""
+
+PAIRS, OTHERS = 5, 5
+"""How many coefficients a fit has for pairs of blocks, and for precision and cut KV."""
 
 KV_ALONE_TOKENS = 36
 """Tokens kept in the plans that cut one layer's KV alone: the first 4 and the last 32."""
@@ -332,9 +337,12 @@ class FittedQuality:
         """Read what ``to_json`` wrote, for the model of this name."""
 
         def array(key: str) -> Floats:
-            return np.array(value[key], dtype=np.float64)
+            found = np.array(value[key], dtype=np.float64)
+            if found.ndim != 1:
+                raise ValueError(f"{key} must hold a list of numbers")
+            return found
 
-        return cls(
+        made = cls(
             name=name,
             form=str(value["form"]),
             dense_nll=float(value["dense_nll"]),
@@ -349,6 +357,20 @@ class FittedQuality:
             max_loss=float(value["max_loss"]),
             range=None if value["range"] is None else _range_from_json(value["range"]),
         )
+        made._check_shape()
+        return made
+
+    def _check_shape(self) -> None:
+        """Check that all coefficients are numbers and that their counts agree."""
+        layers = len(self.kv)
+        arrays = {"blocks": 2 * layers, "root": 2 * layers, "pairs": PAIRS, "others": OTHERS}
+        for key, count in arrays.items():
+            found = getattr(self, key)
+            if found.shape != (count,) or not np.isfinite(found).all():
+                raise ValueError(f"{key} must hold {count} finite numbers")
+        numbers = (self.dense_nll, self.curve, self.stage_share, self.max_loss, *self.kv)
+        if not layers or not np.isfinite(numbers).all() or not self.max_loss > 0:
+            raise ValueError("a coefficient is not a finite number")
 
 
 def _range_from_json(value: Mapping[str, Any]) -> FittedRange:
@@ -528,14 +550,15 @@ def read_fitted(table: Path, form: str = BEST_FORM, text: Text = "test") -> Fitt
         raise CalibrationError(f"there is no text {text!r}; {nearest(text, get_args(Text))}")
     path = fitted_path(table)
     again = f"fit it again: python -m hw.score kind=fit model.name={table.stem}"
+    value = read_json_object(path, CalibrationError, again)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        fitted_to, now = value["table_sha256"], table_hash(table)
+        fitted_to, now = str(value["table_sha256"]), table_hash(table)
         fit = next(fit for fit in value["fits"] if (fit["text"], fit["form"]) == (text, form))
         quality = FittedQuality.from_json(str(value["model"]), fit)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, StopIteration) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CalibrationError(
-            f"{path} has no coefficients of form {form!r} on the {text} text ({type(error).__name__}: {error}); {again}"
+            f"{path} has no coefficients of form {form!r} on the {text} text ({reason}); {again}"
         ) from error
     if fitted_to != now:
         raise CalibrationError(
@@ -554,19 +577,37 @@ def read_published(path: Path) -> PublishedQuality:
         value: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         points = tuple(
             PublishedPoint(
-                drop_mha=tuple(point["drop_mha"]),
-                drop_ffn=tuple(point["drop_ffn"]),
-                perplexity=float(point["perplexity"]),
+                drop_mha=_layers(point["drop_mha"]),
+                drop_ffn=_layers(point["drop_ffn"]),
+                perplexity=_perplexity(point["perplexity"]),
                 source=str(point["source"]),
             )
             for point in value["points"]
         )
         return PublishedQuality(
-            model=load_model(value["model"]),
-            dense_perplexity=float(value["dense_perplexity"]),
+            model=load_model(str(value["model"])),
+            dense_perplexity=_perplexity(value["dense_perplexity"]),
             points=points,
-            w4_layers=tuple(value["w4"]["layers"]),
-            w4_perplexity=tuple(value["w4"]["perplexity"]),
+            w4_layers=_layers(value["w4"]["layers"]),
+            w4_perplexity=tuple(map(_perplexity, value["w4"]["perplexity"])),
         )
-    except (KeyError, TypeError) as error:
-        raise CalibrationError(f"{path} lacks or misstates {error}") from error
+    except RapLabError:
+        raise
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(f"{path} cannot be read as YAML: {reason}; compare it with its neighbors") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CalibrationError(f"{path} lacks or misstates {' '.join(str(error).split())[:300]}") from error
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(layer) is int and layer >= 0 for layer in value):
+        raise ValueError(f"a list of layers: {value!r:.80}")
+    return tuple(value)
+
+
+def _perplexity(value: Any) -> float:
+    found = float(value)
+    if not (math.isfinite(found) and found > 1.0):
+        raise ValueError(f"a perplexity: {value!r:.80} is not a number above 1")
+    return found
