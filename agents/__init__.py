@@ -5,5 +5,17 @@
     training     ``python -m agents.train``, ``agents.tune``, ``agents.clone``, ``agents.offline``, ``agents.export``
     evaluation   ``python -m agents.evaluate``
 
-Importing this package loads neither torch nor ray.
+Importing this package registers the environments: ``import agents; gymnasium.make("ServeTrace-v0")``. It loads neither
+torch nor ray, and no environment before one is made.
 """
+
+from __future__ import annotations
+
+try:
+    from agents.registration import register_environments
+except ModuleNotFoundError as error:
+    # The core install has no Gymnasium; a command of this package says which extra it needs.
+    if error.name != "gymnasium":
+        raise
+else:
+    register_environments()

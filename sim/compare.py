@@ -16,7 +16,7 @@ from sim.errors import ConfigError, nearest
 from sim.replay.sweep import Case, Executor, Outcome, cases_of, config_of, replay_case, without_equal_seeds
 from sim.results.metrics import Slo, records_frame
 from sim.results.plots import Line, plot_comparison
-from sim.results.report import markdown, print_rows
+from sim.results.report import markdown, print_notes, print_rows
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 
 
@@ -88,6 +88,7 @@ def _compare(cfg: DictConfig) -> None:
         write_json(folder / "compare.json", content)  # last: a folder with it is complete
     finally:  # a full disk loses the files, not the figures
         print_rows(shown_rows, title)
+        print_notes(shown_rows)
     print(f"files: {folder}")
 
 

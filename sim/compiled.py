@@ -99,7 +99,7 @@ def compiled(*, inline: bool = False, once: bool = False) -> Callable[[F], F]:
     return decorate
 
 
-class _Compilation(event.Listener):  # type: ignore[misc]
+class _Compilation(event.Listener):
     """Counts the process CPU seconds in which Numba compiles."""
 
     def __init__(self) -> None:

@@ -5,9 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST_MESSAGE = 1000
+"""Characters of an error message. A value of a file that is quoted in it may be much longer."""
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line of at most LONGEST_MESSAGE characters; of a longer one the middle is left out."""
+    if len(message.splitlines()) > 1:
+        message = " ".join(message.split())
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    end = LONGEST_MESSAGE // 4
+    return f"{message[: LONGEST_MESSAGE - end - 5]} ... {message[-end:]}"
+
 
 class RapLabError(ValueError):
-    """Base of all errors of this project, so that a caller can catch all of them."""
+    """Base of all errors of this project, so that a caller can catch all of them. Its message is one short line."""
+
+    def __init__(self, message: object = "") -> None:
+        """Take the message: what was wrong, what is allowed, what to do next."""
+        super().__init__(one_line(str(message)))
 
 
 class TraceError(RapLabError):

@@ -45,7 +45,8 @@ def option_path(group: str, name: str, folders: Sequence[Path] | None = None) ->
     for folder in folders or _current_folders():
         if (path := folder / group / f"{name}.yaml").is_file():
             return path
-    raise ConfigError(f"there is no {group}={name}; {nearest(name, option_names(group, folders))}")
+    trained = "; a trained policy: policy=learned_serve policy.path=FILE.json" if group == "policy" else ""
+    raise ConfigError(f"there is no {group}={name}; {nearest(name, option_names(group, folders))}{trained}")
 
 
 def load_option(group: str, name: str, changed: Mapping[str, Any] | None = None, *, seed: int = 0) -> DictConfig:

@@ -25,7 +25,7 @@ COMMANDS = {
     "hw.calibrate.__main__": "calibrate",
     "hw.score.run": "score",
     "hw.serve.server": "serve",
-    "hw.client.client": "client",
+    "hw.client.run": "client",
     "hw.disaggregate.run": "hw_disaggregate",
     "hw.disaggregate.results": "disaggregate_results",
     "hw.compare": "hw_compare",

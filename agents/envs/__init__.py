@@ -7,5 +7,6 @@ cluster_vector                      the same episodes, many at a time, for train
 prune_loads, serve_windows          which loads and windows each split may use
 reward                              rewards as pure functions
 surrogate                           the loss of many keep masks at once
+checks                              actions and options of reset that callers pass
 vector, render                      what the vector environments share; rendering
 """

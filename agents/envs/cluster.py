@@ -30,10 +30,11 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
+from agents.envs.checks import reset_options, row_actions
 from agents.envs.prune_loads import Split
 from agents.envs.render import RenderMixin
 from agents.envs.serve import ServeSetting
-from agents.envs.serve_windows import Window
+from agents.envs.serve_windows import Window, as_window
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import Router
 from sim.config import build_option
@@ -46,7 +47,7 @@ from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_table, replica_features, shown_entries
 from sim.policies.observation.serve import Choice, ServeObserver
 from sim.traces.trace import Trace
-from sim.types import GIB, Floats32
+from sim.types import GIB, Bools, Floats32
 
 ROUTERS = ("round_robin", "least_outstanding", "power_of_two", "least_kv", "shortest_expected_wait")
 """Names of files of conf/router. prefix_affinity is not among them: the windows have no prompt prefixes."""
@@ -104,9 +105,10 @@ class ClusterSetting(ServeSetting):
         Raises:
             ConfigError: unless there is one for each replica.
         """
-        if len(windows) != self.replicas:
-            raise ConfigError(f"options has {len(windows)} windows for {self.replicas} replicas; pass one for each")
-        return tuple(one if isinstance(one, Window) else Window(**one) for one in windows)
+        if not isinstance(windows, Sequence) or len(windows) != self.replicas:
+            count = len(windows) if isinstance(windows, Sequence) else "no list of"
+            raise ConfigError(f"options has {count} windows for {self.replicas} replicas; pass one for each")
+        return tuple(as_window(one) for one in windows)
 
     def trace(self, windows: Sequence[Window]) -> Trace:
         """Return the requests of all windows in order of arrival; requests at the same time keep the windows' order."""
@@ -190,6 +192,10 @@ class ClusterCore:
             rows.append(np.concatenate((features, actions.legal(state, choice))))
         return np.stack(rows).astype(np.float32)
 
+    def legal(self) -> list[Bools]:
+        """Return which actions of each replica are legal now, bool[actions] each."""
+        return [self.setting.actions.legal(*pair) for pair in zip(self.states, self.choices, strict=True)]
+
     def step(self, actions: Sequence[int]) -> tuple[float, bool]:
         """Run the plans of the actions for one tick; return the cluster's reward and whether the episode is over."""
         setting, table = self.setting, self.setting.actions
@@ -245,19 +251,35 @@ class ServeCluster(RenderMixin, gym.Env[NDArray[np.float32], NDArray[np.integer[
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Begin an episode; ``options={"windows": [...]}`` sets the window of each replica instead of sampling it."""
+        setting, requested = self.setting, reset_options(options, ("windows",)).get("windows")
         super().reset(seed=seed)
-        setting, requested = self.setting, (options or {}).get("windows")
         windows = setting.sample(self.np_random) if requested is None else setting.check_windows(requested)
         self.core.begin(windows)
-        return self.core.observe(), self.core.info() | {
+        return self.core.observe(), self.core.info() | self._mask_info() | {
             "observation_table": setting.table.rows(),
             "actions": setting.table.actions,
         }
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Run the chosen plans for one tick; return the step as Gymnasium defines it."""
-        reward, over = self.core.step([int(one) for one in action])
-        return self.core.observe(), reward, over, False, self.core.info()
+        setting = self.setting
+        chosen = row_actions(action, setting.replicas, len(setting.actions.plans))
+        reward, over = self.core.step(chosen.tolist())
+        return self.core.observe(), reward, over, False, self.core.info() | self._mask_info()
+
+    def action_masks(self) -> Bools:
+        """Return which actions are legal now, bool[replicas * actions]: one replica after the other.
+
+        This is the form that sb3-contrib's MaskablePPO expects of a MultiDiscrete space.
+        """
+        return np.concatenate(self.core.legal())
+
+    def _mask_info(self) -> dict[str, Any]:
+        """Return the flags of the legal actions, int8[actions] for each replica.
+
+        They come as a tuple, as ``MultiDiscrete.sample(mask=...)`` takes them.
+        """
+        return {"action_mask": tuple(legal.astype(np.int8) for legal in self.core.legal())}
 
     def _figure(self) -> Any:
         """Plot the queue, KV use, budget and plan of every replica over time."""

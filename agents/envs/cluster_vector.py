@@ -18,10 +18,11 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from agents.envs.checks import RESET_MASK, for_each_row, reset_options, row_actions, rows_to_reset
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve_vector import UNKNOWN, settle_utility, slo_seconds
 from agents.envs.serve_windows import Window
-from agents.envs.vector import final_infos, reseed
+from agents.envs.vector import MaskedRows, final_infos, reseed
 from sim.cluster.cluster import Cluster
 from sim.engine.batch_step import ARRIVED, OLDEST_WAIT_S, SEEN_COLUMNS, WAITING
 from sim.engine.plan_graph import PlanGraph
@@ -35,7 +36,7 @@ from sim.types import Bools, Floats, Floats32
 # Shapes: c clusters of k replicas, r = c * k rows; the rows of a cluster are adjacent.
 
 
-class ServeReplicas(VectorEnv[Any, Any, Any]):
+class ServeReplicas(MaskedRows, VectorEnv[Any, Any, Any]):
     """The replicas of many clusters; each row is an environment with one agent.
 
     The step after the end of an episode resets that cluster and ignores its actions (autoreset NEXT_STEP).
@@ -69,6 +70,7 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         self._seen = np.zeros((rows, SEEN_COLUMNS))
         self._standing, self._potential = np.zeros(rows), np.zeros(rows)
         self._over = np.zeros(clusters, dtype=np.bool_)
+        self._legal = np.ones((rows, len(setting.actions.plans)), dtype=np.bool_)
         self._slo_s = slo_seconds(setting.slo)
 
     def reset(
@@ -76,13 +78,27 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
     ) -> tuple[Floats32, dict[str, Any]]:
         """Begin an episode in every cluster; cluster c is seeded with seed + c.
 
-        ``options={"windows": [...]}`` sets the windows of each cluster, a list with one for each replica.
+        ``options={"windows": [...]}`` sets the windows of each cluster, a list with one for each replica;
+        ``options={"reset_mask": bool[r]}`` resets only these rows.
+
+        Raises:
+            ConfigError: for options that do not fit, or a mask that resets some replicas of a cluster and not others.
         """
-        reseed(self._rngs, seed)
-        requested = (options or {}).get("windows")
-        self._served = [self._begin(c, None if requested is None else requested[c]) for c in range(self.clusters)]
-        self._over[:] = False
-        return self._serve(), {}
+        options = reset_options(options, ("windows", RESET_MASK))
+        rows = rows_to_reset(options, self.num_envs, bool(self._served)).reshape(self.clusters, -1)
+        where: Bools = np.asarray(rows.all(axis=1))
+        if (where != rows.any(axis=1)).any():
+            raise ConfigError(
+                f"options['{RESET_MASK}'] resets some replicas of a cluster and not others; each "
+                f"{self.setting.replicas} rows of a cluster need the same value"
+            )
+        requested = for_each_row(options, "windows", self.clusters)
+        windows = [self.setting.check_windows(one) for one in requested] if requested is not None else None
+        reseed(self._rngs, seed, where.tolist())
+        begun = {c: self._begin(c, None if windows is None else windows[c]) for c in np.flatnonzero(where).tolist()}
+        self._served = [begun[c] if c in begun else self._served[c] for c in range(self.clusters)]
+        self._over[where] = False
+        return self._serve(where), self._mask_infos()
 
     def _rows(self, c: int) -> slice:
         return slice(c * self.setting.replicas, (c + 1) * self.setting.replicas)
@@ -90,7 +106,7 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
     def _begin(self, c: int, windows: Sequence[Window] | None = None) -> Cluster:
         """Return a new cluster for place c; the caller serves its first tick."""
         setting, rows = self.setting, self._rows(c)
-        windows = setting.sample(self._rngs[c]) if windows is None else setting.check_windows(windows)
+        windows = setting.sample(self._rngs[c]) if windows is None else windows
         if len(self._graph) > MEMORY_OF_PLANS // 2:
             self._graph = PlanGraph(setting.model, setting.nll)
         first = [Fixed(setting.actions.plans[0])] * setting.replicas
@@ -104,21 +120,23 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         self._settled[rows] = UNKNOWN
         return cluster
 
-    def _serve(self) -> Floats32:
-        """Serve one tick in every cluster; return the observations, float32[r, entries]."""
-        self._tick += 1
+    def _serve(self, where: Bools | None = None) -> Floats32:
+        """Serve one tick in every cluster, or where ``where`` says, bool[c]; return the observations, float32[r, o]."""
         for c, cluster in enumerate(self._served):
-            cluster.run_until(float(self._tick[c] * self.setting.tick_s))
-            cluster.observe_into(self._seen[self._rows(c)])
+            if where is None or where[c]:
+                self._tick[c] += 1
+                cluster.run_until(float(self._tick[c] * self.setting.tick_s))
+                cluster.observe_into(self._seen[self._rows(c)])
         observed = self._seen.reshape(self.clusters, self.setting.replicas, SEEN_COLUMNS)
         compared = cluster_features(observed, self._observers.dense_bytes).reshape(self.num_envs, -1)
         features = np.concatenate((self._observers(self._seen), compared), axis=1) * self.setting.visible
-        return np.concatenate((features, self._observers.legal(self._seen)), axis=1, dtype=np.float32)
+        self._legal = self._observers.legal(self._seen)
+        return np.concatenate((features, self._legal), axis=1, dtype=np.float32)
 
     def step(self, actions: Any) -> tuple[Floats32, Floats, Bools, Bools, dict[str, Any]]:
         """Step every replica; a cluster whose episode has ended begins a new one instead."""
         setting, observers, k = self.setting, self._observers, self.setting.replicas
-        chosen = np.asarray(actions, dtype=np.int64)
+        chosen = row_actions(actions, self.num_envs, len(setting.actions.plans))
         restarting = self._over.copy()
         running = ~np.repeat(restarting, k)
         legal = observers.legal(self._seen)[np.arange(self.num_envs), chosen]
@@ -135,7 +153,7 @@ class ServeReplicas(VectorEnv[Any, Any, Any]):
         reward, utility = self._pay(over, running)
         self._over = over
         ended = np.repeat(over, k)
-        infos = final_infos(ended, utility=np.where(ended, np.repeat(utility, k), 0.0))
+        infos = self._mask_infos() | final_infos(ended, utility=np.where(ended, np.repeat(utility, k), 0.0))
         return observed, reward, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
 
     def _pay(self, over: Bools, running: Bools) -> tuple[Floats, Floats]:

@@ -20,6 +20,7 @@ episodes (tests/agents/envs/test_prune.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.envs.checks import mask_info, one_action, reset_options
 from agents.envs.prune_loads import PruneLoad, check_split, prune_loads
 from agents.envs.render import RenderMixin
 from agents.envs.reward import PruneReward, PruneStep, utility
@@ -107,9 +109,21 @@ def check_loads(loads: Sequence[PruneLoad | Mapping[str, Any]]) -> list[PruneLoa
     """Return ``options["loads"]`` of ``reset`` as PruneLoads.
 
     Raises:
-        ConfigError: if there are none, or if the dense model fits the first.
+        ConfigError: if there are none, if one is out of range, or if the dense model fits the first.
     """
-    checked = [load if isinstance(load, PruneLoad) else PruneLoad(**load) for load in loads]
+    try:
+        checked = [load if isinstance(load, PruneLoad) else PruneLoad(**load) for load in loads]
+    except TypeError as error:
+        raise ConfigError(f"options['loads'] holds what is no load ({error})") from error
+    for load in checked:
+        counts = (load.batch, load.sequence_tokens)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in counts) or not (
+            0.0 < load.budget_share < math.inf
+        ):
+            raise ConfigError(
+                f"options['loads'] has {load}; batch and sequence_tokens must be whole numbers of at least 1, and "
+                "budget_share above 0"
+            )
     if not checked:
         raise ConfigError("options['loads'] is empty; pass at least one load")
     if not checked[0].budget_share < 1.0:
@@ -144,8 +158,8 @@ class PruneToBudget(RenderMixin, gym.Env[NDArray[np.float32], np.int64]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Begin an episode; ``options={"loads": [...]}`` sets its loads instead of sampling them."""
+        requested = reset_options(options, ("loads",)).get("loads")
         super().reset(seed=seed)
-        requested = (options or {}).get("loads")
         if requested is not None:
             self._pending = check_loads(requested)
         else:
@@ -157,7 +171,7 @@ class PruneToBudget(RenderMixin, gym.Env[NDArray[np.float32], np.int64]):
         self._utility = 0.0
         self._history = []
         self._begin_load(self._pending.pop(0))
-        return self._observe(), self._info() | {
+        return self._observe(), self._info() | mask_info(self.legal()) | {
             "observation_table": self.setting.table.rows(),
             "actions": self.setting.table.actions,
         }
@@ -165,7 +179,7 @@ class PruneToBudget(RenderMixin, gym.Env[NDArray[np.float32], np.int64]):
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Drop or restore one block, or accept the plan; return the step as Gymnasium defines it."""
         setting = self.setting
-        action = int(action)
+        action = one_action(action, len(setting.table.actions))
         before = self._loss()
         self._steps += 1
         settled = False
@@ -202,7 +216,7 @@ class PruneToBudget(RenderMixin, gym.Env[NDArray[np.float32], np.int64]):
             loads=self._load_count,
         )
         self._utility += float(utility(step)[0])
-        info["utility"] = self._utility
+        info |= {"utility": self._utility, **mask_info(self.legal())}
         return self._observe(), float(setting.reward(step)[0]), ended and not truncated, truncated, info
 
     @property
@@ -214,6 +228,10 @@ class PruneToBudget(RenderMixin, gym.Env[NDArray[np.float32], np.int64]):
         """Return which actions are legal now, bool[actions]."""
         legal: Bools = prune_legal(removed_blocks(self.mask)[None], np.array([self.fits]), self.setting.restore)[0]
         return legal
+
+    def action_masks(self) -> Bools:
+        """Return ``legal()`` under the name that sb3-contrib's MaskablePPO calls."""
+        return self.legal()
 
     def _begin_load(self, load: PruneLoad) -> None:
         self.load = load

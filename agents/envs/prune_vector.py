@@ -14,18 +14,19 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from agents.envs.checks import RESET_MASK, for_each_row, reset_options, row_actions, rows_to_reset
 from agents.envs.prune import PruneSetting, check_loads
 from agents.envs.prune_loads import PruneLoad
 from agents.envs.reward import PruneStep, utility
 from agents.envs.surrogate import mask_losses
-from agents.envs.vector import final_infos, reseed
+from agents.envs.vector import MaskedRows, final_infos, reseed
 from sim.policies.observation.prune import Loads, load_columns, loads, prune_features, prune_legal
 from sim.types import Bools, Floats32, Ints
 
 # Shapes: n environments, b blocks in the order MHA0, FFN0, MHA1, ...
 
 
-class PruneToBudgetVector(VectorEnv[Any, Any, Any]):
+class PruneToBudgetVector(MaskedRows, VectorEnv[Any, Any, Any]):
     """Many loads at once.
 
     The step after the end of an episode resets that environment and ignores its action (autoreset NEXT_STEP).
@@ -53,6 +54,8 @@ class PruneToBudgetVector(VectorEnv[Any, Any, Any]):
         self._steps = np.zeros(num_envs, dtype=np.int64)
         self._illegal = np.zeros(num_envs, dtype=np.int64)
         self._over = np.zeros(num_envs, dtype=np.bool_)
+        self._begun = False
+        self._legal = np.ones((num_envs, len(self.setting.table.actions)), dtype=np.bool_)
         self.utility = np.zeros(num_envs)
         self.loss = np.zeros(num_envs)
         # How many MHA and FFN blocks each environment has dropped.
@@ -68,20 +71,24 @@ class PruneToBudgetVector(VectorEnv[Any, Any, Any]):
     ) -> tuple[Floats32, dict[str, Any]]:
         """Begin an episode in every environment; environment i is seeded with seed + i.
 
-        ``options={"loads": [[...], ...]}`` sets the loads of each environment instead of sampling them.
+        ``options={"loads": [[...], ...]}`` sets the loads of each environment instead of sampling them;
+        ``options={"reset_mask": bool[n]}`` resets only these environments.
         """
-        reseed(self._rngs, seed)
-        requested = (options or {}).get("loads")
-        for i in range(self.num_envs):
+        options = reset_options(options, ("loads", RESET_MASK))
+        where = rows_to_reset(options, self.num_envs, self._begun)
+        requested = for_each_row(options, "loads", self.num_envs)
+        reseed(self._rngs, seed, where.tolist())
+        for i in np.flatnonzero(where).tolist():
             self._begin(i, None if requested is None else requested[i])
-        self._over[:] = False
-        return self._observe(self._peak()), {}
+        self._over[where] = False
+        self._begun = True
+        return self._observe(self._peak()), self._mask_infos()
 
     def step(self, actions: Any) -> tuple[Floats32, NDArray[np.float64], Bools, Bools, dict[str, Any]]:
         """Step every environment; one whose episode has ended begins a new one instead."""
         setting, over = self.setting, self._over
         loss_before = self.loss
-        accepting = self._act(np.asarray(actions, dtype=np.int64))
+        accepting = self._act(row_actions(actions, self.num_envs, len(setting.table.actions)))
         self._steps += 1
         fitting: Bools = self._peak() <= self._load_arrays.budget_bytes
         settled = accepting if setting.restore else fitting | (self._mha + self._ffn == setting.blocks)
@@ -112,7 +119,8 @@ class PruneToBudgetVector(VectorEnv[Any, Any, Any]):
             self._begin(i, None)
             reward[i] = 0.0
         self._over = ended
-        return self._observe(self._peak()), reward, ended & ~truncated, truncated, infos
+        observations = self._observe(self._peak())
+        return observations, reward, ended & ~truncated, truncated, infos | self._mask_infos()
 
     def _act(self, action: Ints) -> Bools:
         """Apply the legal actions to ``removed`` and ``loss``; return which environments accept their plan, bool[n]."""
@@ -181,5 +189,6 @@ class PruneToBudgetVector(VectorEnv[Any, Any, Any]):
         out[:, :features] = prune_features(load, self._columns, self.removed, peak, setting.scores)
         if not setting.visible.all():
             out[:, :features] *= setting.visible
-        out[:, features:] = prune_legal(self.removed, peak <= load.budget_bytes, setting.restore)
+        self._legal = prune_legal(self.removed, peak <= load.budget_bytes, setting.restore)
+        out[:, features:] = self._legal
         return out

@@ -28,10 +28,11 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
+from agents.envs.checks import mask_info, one_action, reset_options
 from agents.envs.prune_loads import check_split
 from agents.envs.render import RenderMixin
 from agents.envs.reward import ServeReward, kept_quality, utility_lost
-from agents.envs.serve_windows import Window, check_sources, serve_windows, window_budget
+from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows, window_budget
 from sim.config import build_option, load_option
 from sim.cost.gpu import Gpu
 from sim.cost.memory import kv_block_layer_bytes
@@ -44,7 +45,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies.observation.serve import Choice, ServeObserver, actions_from, serve_table
 from sim.results.metrics import Slo, met_slo
-from sim.types import GIB, Floats32
+from sim.types import GIB, Bools, Floats32
 
 if TYPE_CHECKING:
     from sim.cluster.cluster import Cluster
@@ -263,21 +264,27 @@ class ServeTrace(RenderMixin, gym.Env[NDArray[np.float32], np.int64]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Begin an episode; ``options={"window": ...}`` sets its window instead of sampling it."""
+        requested = reset_options(options, ("window",)).get("window")
         super().reset(seed=seed)
         setting = self.setting
-        window = (options or {}).get("window")
-        if window is None:
+        if requested is None:
             window = setting.windows.sample(self.np_random, setting.split, setting.sources)
-        self.core.begin(window if isinstance(window, Window) else Window(**window))
-        return self.core.observe(), self.core.info() | {
+        else:
+            window = as_window(requested)
+        self.core.begin(window)
+        return self.core.observe(), self.core.info() | mask_info(self.action_masks()) | {
             "observation_table": setting.table.rows(),
             "actions": setting.table.actions,
         }
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Run the chosen plan for one tick; return the step as Gymnasium defines it."""
-        reward, over = self.core.step(int(action))
-        return self.core.observe(), reward, over, False, self.core.info()
+        reward, over = self.core.step(one_action(action, len(self.setting.actions.plans)))
+        return self.core.observe(), reward, over, False, self.core.info() | mask_info(self.action_masks())
+
+    def action_masks(self) -> Bools:
+        """Return which actions are legal now, bool[actions]; sb3-contrib's MaskablePPO calls this."""
+        return self.setting.actions.legal(self.core.state, self.core.choice)
 
     def _figure(self) -> Any:
         """Plot the queue, the oldest wait, the budget and the chosen plans over time."""

@@ -14,9 +14,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from agents.envs.checks import RESET_MASK, for_each_row, reset_options, row_actions, rows_to_reset
 from agents.envs.serve import ServeSetting
-from agents.envs.serve_windows import Window
-from agents.envs.vector import final_infos, reseed
+from agents.envs.serve_windows import Window, as_window
+from agents.envs.vector import MaskedRows, final_infos, reseed
 from sim.compiled import compiled
 from sim.engine import kernel
 from sim.engine.batch_step import OLDEST_WAIT_S, WAITING, VectorEngines
@@ -30,7 +31,7 @@ UNKNOWN = -1.0
 """Marks a request whose lost share is not final yet."""
 
 
-class ServeTraceVector(VectorEnv[Any, Any, Any]):
+class ServeTraceVector(MaskedRows, VectorEnv[Any, Any, Any]):
     """Many windows at once.
 
     The step after the end of an episode resets that environment and ignores its action (autoreset NEXT_STEP).
@@ -56,6 +57,8 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
         self._utility, self._lost, self._potential = np.zeros(num_envs), np.zeros(num_envs), np.zeros(num_envs)
         self._over = np.zeros(num_envs, dtype=np.bool_)
         self._seen = np.zeros((0, 0))
+        self._begun = False
+        self._legal = np.ones((num_envs, len(setting.actions.plans)), dtype=np.bool_)
         self._slo = slo_seconds(setting.slo)
 
     def reset(
@@ -63,14 +66,19 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
     ) -> tuple[Floats32, dict[str, Any]]:
         """Begin an episode in every environment; environment i is seeded with seed + i.
 
-        ``options={"windows": [...]}`` sets the window of each environment instead of sampling them.
+        ``options={"windows": [...]}`` sets the window of each environment instead of sampling them;
+        ``options={"reset_mask": bool[n]}`` resets only these environments.
         """
-        reseed(self._rngs, seed)
-        requested = (options or {}).get("windows")
-        for i in range(self.num_envs):
-            self._begin(i, None if requested is None else requested[i])
-        self._over[:] = False
-        return self._serve(np.full(self.num_envs, -1)), {}
+        options = reset_options(options, ("windows", RESET_MASK))
+        where = rows_to_reset(options, self.num_envs, self._begun)
+        requested = for_each_row(options, "windows", self.num_envs)
+        windows = [None if requested is None else as_window(one) for one in requested or [None] * self.num_envs]
+        reseed(self._rngs, seed, where.tolist())
+        for i in np.flatnonzero(where).tolist():
+            self._begin(i, windows[i])
+        self._over[where] = False
+        self._begun = True
+        return self._serve(np.full(self.num_envs, -1), where), self._mask_infos()
 
     def _begin(self, i: int, window: Window | None = None) -> None:
         """Give environment i a new window and engine; the caller serves its first tick."""
@@ -87,17 +95,27 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
             self._settled = np.full((self.num_envs, 2 * engine.requests), UNKNOWN)
         self._settled[i] = UNKNOWN
 
-    def _serve(self, wanted: Ints) -> Floats32:
-        """Serve one tick in every environment; return the observations, float32[n, entries]."""
-        self._tick += 1
-        self._seen = self._engines.step(wanted, np.multiply(self._tick, self.setting.tick_s, dtype=np.float64))
+    def _serve(self, wanted: Ints, where: Bools | None = None) -> Floats32:
+        """Serve one tick in every environment, or where ``where`` says; return the observations, float32[n, entries].
+
+        Elsewhere an engine stays at its time, and what was observed of it stays too.
+        """
+        self._tick += 1 if where is None else where
+        until_s = np.multiply(self._tick, self.setting.tick_s, dtype=np.float64)
+        if where is None or where.all():
+            self._seen = self._engines.step(wanted, until_s)
+        else:
+            before = self._seen.copy()
+            seen = self._engines.step(wanted, np.where(self._over, math.inf, until_s))
+            self._seen = np.where(where[:, None], seen, before)
         features = self._observers(self._seen)
-        return np.concatenate((features, self._observers.legal(self._seen)), axis=1, dtype=np.float32)
+        self._legal = self._observers.legal(self._seen)
+        return np.concatenate((features, self._legal), axis=1, dtype=np.float32)
 
     def step(self, actions: Any) -> tuple[Floats32, Floats, Bools, Bools, dict[str, Any]]:
         """Step every environment; one whose episode has ended begins a new one instead."""
         setting, observers = self.setting, self._observers
-        chosen = np.asarray(actions, dtype=np.int64)
+        chosen = row_actions(actions, self.num_envs, len(setting.actions.plans))
         legal = observers.legal(self._seen)[np.arange(self.num_envs), chosen]
         observers.choose(self._seen, chosen, legal & ~self._over)
         restarting = self._over.copy()
@@ -121,7 +139,7 @@ class ServeTraceVector(VectorEnv[Any, Any, Any]):
         reward = np.where(restarting, 0.0, setting.reward(gained, self._potential, potential))
         self._potential = potential
         self._over = over
-        infos = final_infos(over, utility=np.where(over, utility, 0.0))
+        infos = self._mask_infos() | final_infos(over, utility=np.where(over, utility, 0.0))
         return observations, reward, over, np.zeros(self.num_envs, dtype=np.bool_), infos
 
     def _serve_rest(self, over: Bools) -> None:

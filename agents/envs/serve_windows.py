@@ -204,6 +204,26 @@ def window_budget(context: BudgetContext, window: Window, horizon_s: float) -> B
     raise ConfigError(f"there is no budget {window.budget!r}; {nearest(window.budget, serve_windows().budgets)}")
 
 
+def as_window(value: Window | Mapping[str, Any]) -> Window:
+    """Return a window, or one made of its fields.
+
+    Raises:
+        ConfigError: for a field that is missing, unknown or out of range.
+    """
+    try:
+        window = value if isinstance(value, Window) else Window(**value)
+        check_sources([window.source])
+        if window.budget not in serve_windows().budgets:
+            raise ValueError(f"there is no budget {window.budget!r}; {nearest(window.budget, serve_windows().budgets)}")
+        if not (0 <= window.start_s < math.inf and 0 < window.rate < math.inf):
+            raise ValueError(f"start_s must be at least 0 and rate above, but are {window.start_s} and {window.rate}")
+        if isinstance(window.budget_seed, bool) or not isinstance(window.budget_seed, int) or window.budget_seed < 0:
+            raise ValueError(f"budget_seed is {window.budget_seed}; it must be a whole number of at least 0")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{value!r} is no window ({error})") from error
+    return window
+
+
 def check_sources(sources: Sequence[str]) -> tuple[str, ...]:
     """Return the sources as a tuple.
 
@@ -219,4 +239,13 @@ def check_sources(sources: Sequence[str]) -> tuple[str, ...]:
     return tuple(sources)
 
 
-__all__ = ["Window", "Windows", "check_sources", "check_split", "serve_windows", "source_trace", "window_budget"]
+__all__ = [
+    "Window",
+    "Windows",
+    "as_window",
+    "check_sources",
+    "check_split",
+    "serve_windows",
+    "source_trace",
+    "window_budget",
+]

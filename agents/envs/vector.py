@@ -1,4 +1,4 @@
-"""What the vector environments share: seeding, and the infos of episodes that ended."""
+"""What the vector environments share: seeding, masks of legal actions, and the infos of episodes that ended."""
 
 from __future__ import annotations
 
@@ -8,22 +8,68 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.envs.checks import mask_info
+from sim.errors import ConfigError
+from sim.types import Bools
 
-def reseed(rngs: list[np.random.Generator], seed: int | Sequence[int | None] | None) -> None:
+
+class MaskedRows:
+    """Flags the legal actions of every row, as Gymnasium's and Stable-Baselines3's masked algorithms ask for them."""
+
+    num_envs: int
+    _legal: Bools
+
+    def action_masks(self) -> Bools:
+        """Return which actions are legal now, bool[n, actions]."""
+        return self._legal.copy()
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return a method's result or an attribute for every row, as Gymnasium's ``SyncVectorEnv.call`` does."""
+        value = getattr(self, name)
+        rows = value(*args, **kwargs) if callable(value) else value
+        if not isinstance(rows, np.ndarray | list | tuple) or len(rows) != self.num_envs:
+            rows = [rows] * self.num_envs
+        return tuple(rows)
+
+    def env_method(self, name: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return ``call`` as a list, under the name that Stable-Baselines3 uses."""
+        return list(self.call(name, *args, **kwargs))
+
+    def _mask_infos(self) -> dict[str, Any]:
+        """Return Gymnasium's vector infos that flag the legal actions, int8[n, actions]."""
+        return mask_info(self._legal) | {"_action_mask": np.ones(self.num_envs, dtype=np.bool_)}
+
+
+def reseed(
+    rngs: list[np.random.Generator], seed: int | Sequence[int | None] | None, where: Sequence[bool] | None = None
+) -> None:
     """Replace the generators of the environments as Gymnasium's vector ``reset(seed=...)`` defines.
 
     Args:
         rngs: one generator for each environment; replaced in place.
         seed: an integer seeds environment i with ``seed + i``. A sequence holds one seed for each environment, and None
             in it keeps that generator. None keeps all.
+        where: which environments; None means all.
+    Raises:
+        ConfigError: for a sequence of another length, or a seed that is no whole number of at least 0.
     """
     if seed is None:
         return
-    seeds = [seed + i for i in range(len(rngs))] if isinstance(seed, int) else list(seed)
+    seeds: list[Any] = []
+    if isinstance(seed, int | np.integer):
+        seeds = [seed + i for i in range(len(rngs))] if _is_seed(seed) else []
+    elif isinstance(seed, Sequence):
+        seeds = list(seed)
+    if len(seeds) != len(rngs) or any(one is not None and not _is_seed(one) for one in seeds):
+        raise ConfigError(f"seed is {seed}; pass a whole number of at least 0, or a list with {len(rngs)} of them")
     for i, one in enumerate(seeds):
-        if one is not None:
+        if one is not None and (where is None or where[i]):
             # The same generator that Env.reset(seed=...) makes, so that plain and vector episodes are equal.
             rngs[i] = np.random.Generator(np.random.PCG64(one))
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0
 
 
 def final_infos(ended: NDArray[np.bool_], **values: NDArray[Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ plan in hindsight, the same on every replica.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from agents.evaluation.serve import tuned_rules
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.learned_cluster import learned_cluster
+from sim.policies.learned_files import read_about as read_policy
 from sim.policies.learned_serve import learned_serve
 
 Windows = Sequence[Window]
@@ -78,10 +78,12 @@ def mean_cluster_utility(setting: ClusterSetting, clusters: Sequence[Windows], b
     return float(np.mean([play_cluster(setting, windows, build)["utility"] for windows in clusters]))
 
 
-def tuned_cluster_rules(setting: ClusterSetting) -> tuple[dict[str, Build], dict[str, Any]]:
-    """Return every rule with its parameters tuned on training clusters, and these parameters."""
+def tuned_cluster_rules(
+    setting: ClusterSetting, names: Sequence[str] | None = None
+) -> tuple[dict[str, Build], dict[str, Any]]:
+    """Return rules with their parameters tuned on training clusters, and these parameters; ``names``: None for all."""
     clusters = train_clusters(setting)
-    return tuned_rules(setting, partial(mean_cluster_utility, setting, clusters), len(clusters))
+    return tuned_rules(setting, partial(mean_cluster_utility, setting, clusters), len(clusters), names)
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -90,8 +92,13 @@ def read_about(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: for a policy of another environment.
     """
-    about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if about.get("task") not in BUILDERS:
+    try:
+        about = read_policy(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is not a learned policy ({error}); use policies of {' or '.join(BUILDERS)}"
+        ) from error
+    if about["task"] not in BUILDERS:
         raise ConfigError(f"{path} was trained for {about.get('task')}; use policies of {' or '.join(BUILDERS)}")
     return about
 

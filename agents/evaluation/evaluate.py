@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +10,21 @@ from typing import Any
 
 import pandas as pd
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.evaluation.ablation import shuffled_windows
+from agents.evaluation.chosen import check_rules, glob_files, named, present, replaced
 from agents.evaluation.cluster_report import cluster_table_markdown
-from agents.evaluation.measure import glob_files, measure_cluster, measure_prune, measure_serve
-from agents.evaluation.page import FOLDER, write_report
-from agents.evaluation.prune_report import prune_table_markdown
+from agents.evaluation.measure import measure_cluster, measure_prune, measure_serve
+from agents.evaluation.page import is_complete, write_report
+from agents.evaluation.prune_report import NOT_LEARNED, prune_table_markdown
+from agents.evaluation.serve import ORACLES, RULES
 from agents.evaluation.serve_report import serve_table_markdown
-from sim.config import one_thread, run_command
+from sim.config import CONF_DIR, one_thread, run_command
 from sim.errors import ConfigError, nearest
+from sim.paths import REPOSITORY
 from sim.results.run_folder import write_parquet
 
 
@@ -42,9 +47,11 @@ class EvaluateConfig:
     """What to evaluate.
 
     tasks: any of prune, serve, ablation (which entries of the observation the policies of serve depend on), cluster.
+    baselines: rules to play, by name; null plays all, [] none.
     model: the model whose measured losses prune uses.
-    measure: play the policies; false only writes the page again from the result files.
-    learned, serve_learned: name -> glob of exported policies, one file for each training seed.
+    measure: play the policies; false only writes the page again from the result files of ``out``.
+    learned, serve_learned: name -> glob of exported policies, one file for each training seed. ``learned={...}``
+        replaces the names, ``learned={}`` plays none.
     curves, serve_curves: name -> glob of the progress.csv files of these trainings.
     serve_sources: traces of the test windows. serve_windows: windows for each trace, budget and load.
     serve_elsewhere: name -> glob of policies that were trained on other traces or loads.
@@ -52,10 +59,11 @@ class EvaluateConfig:
     cluster_learned, cluster_curves: like serve_learned and serve_curves, for ServeCluster; policies of one replica too.
     cluster_each: clusters for each trace of serve_sources and each load.
     only: names of serve_learned or cluster_learned to play again; the rows of all other policies stay.
-    out: folder of the result files; docs/results/agents if empty.
+    out: folder of the result files. The published page is docs/results/agents.
     """
 
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    baselines: list[str] | None = None
     model: str = "smollm2_135m"
     learned: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, Any] = field(default_factory=dict)
@@ -70,32 +78,58 @@ class EvaluateConfig:
     cluster_each: int = 6
     only: list[str] = field(default_factory=list)
     measure: bool = True
-    out: str = ""
+    out: str = "runs/evaluate"
 
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 
+TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
+    "prune": prune_table_markdown,
+    "serve": serve_table_markdown,
+    "cluster": cluster_table_markdown,
+}
+
+
+def evaluate(cfg: DictConfig, console: Console) -> None:
+    """Play the policies of a configuration, write result files, and print a table for each task.
+
+    The page is written where the folder has what it compares: all rules of each task that it holds.
+
+    Raises:
+        ConfigError: for an unknown task or rule, a missing file, or a folder without results.
+    """
+    folder = REPOSITORY / (cfg.out or EvaluateConfig.out)
+    for task in cfg.tasks:
+        if task not in TASKS:
+            raise ConfigError(f"tasks: there is no task {task!r}; {nearest(task, TASKS)}")
+    check_rules(cfg.baselines, sorted({*NOT_LEARNED, *RULES, *ORACLES}))
+    if cfg.measure:
+        default: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "evaluate.yaml"), resolve=False)
+        cfg, notes = present(cfg, default)
+        for note in notes:
+            console.print(note, highlight=False, soft_wrap=True, markup=False)
+        for name, measure in TASKS.items():
+            if name in cfg.tasks:
+                measure(cfg, folder)
+    measured = [name for name in TABLES if name in cfg.tasks and (folder / f"{name}.parquet").exists()]
+    if not measured and not (folder / "serve_ablation.parquet").exists():
+        raise ConfigError(
+            f"{folder} has no results of {', '.join(cfg.tasks)}; name policies, and run with measure=true"
+        )
+    page = f"{write_report(folder)}, " if is_complete(folder) else ""
+    for name in measured:
+        frame = pd.read_parquet(folder / f"{name}.parquet")
+        console.print(TABLES[name](frame), highlight=False, soft_wrap=True, markup=False)
+    console.print(f"files: {page}{folder}", highlight=False, soft_wrap=True, markup=False)
+
+
 def _run(cfg: DictConfig) -> None:
-    folder = Path(cfg.out) if cfg.out else FOLDER
-    if unknown := sorted(set(cfg.tasks) - set(TASKS)):
-        raise ConfigError(f"tasks: there is no task {unknown[0]!r}; {nearest(unknown[0], TASKS)}")
-    for name, measure in TASKS.items():
-        if cfg.measure and name in cfg.tasks:
-            measure(cfg, folder)
-    page = write_report(folder)
-    tables = [prune_table_markdown(pd.read_parquet(folder / "prune.parquet"))]
-    if "serve" in cfg.tasks and (folder / "serve.parquet").exists():
-        tables.append(serve_table_markdown(pd.read_parquet(folder / "serve.parquet")))
-    if "cluster" in cfg.tasks and (folder / "cluster.json").exists():
-        tables.append(cluster_table_markdown(pd.read_parquet(folder / "cluster.parquet")))
-    console = Console()
-    for table in tables:
-        console.print(table, highlight=False, soft_wrap=True)
-    console.print(f"files: {page}, {folder}", highlight=False, soft_wrap=True)
+    evaluate(replaced(cfg, HydraConfig.get().overrides.task), Console())
 
 
 def main() -> None:
     """Run ``python -m agents.evaluate``."""
     one_thread()
+    sys.argv[1:] = map(named, sys.argv[1:])
     run_command(_run, "evaluate")

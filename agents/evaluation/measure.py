@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window
 from agents.envs.surrogate import mask_losses, quality_on
 from agents.evaluation.ablation import shuffled_loads
+from agents.evaluation.chosen import chosen_rules, glob_files
 from agents.evaluation.cluster import (
     evaluate_cluster,
     learned_cluster_policies,
@@ -32,31 +34,25 @@ from agents.evaluation.cluster import (
 from agents.evaluation.cluster_report import COMPARED as CLUSTER_COMPARED
 from agents.evaluation.prune import evaluate_prune
 from agents.evaluation.prune_report import unseen_loads
-from agents.evaluation.serve import evaluate_serve, evaluation_setting, test_windows, tuned_rules, with_low_bits_of
+from agents.evaluation.serve import (
+    ORACLES,
+    evaluate_serve,
+    evaluation_setting,
+    test_windows,
+    tuned_rules,
+    with_low_bits_of,
+)
 from agents.evaluation.serve_report import COMPARED
 from agents.training.validation import validation_clusters
 from sim.config import load_option
 from sim.cost.model_spec import load_model
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
-from sim.paths import REPOSITORY
 from sim.policies.learned import read_learned
 from sim.results.run_folder import provenance, write_json, write_parquet
 
 OTHER_QUALITY = "llama3_8b_published"
 """The quality whose losses of low precision replace those of the served model, to test policies outside training."""
-
-
-def glob_files(glob: str) -> list[Path]:
-    """Return the files that match a glob inside the repository, sorted.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    paths = sorted(REPOSITORY.glob(glob))
-    if not paths:
-        raise ConfigError(f"learned: {glob} matches no file; train first: python -m agents.train experiment=ppo_prune")
-    return paths
 
 
 def network_seconds(paths: list[Path]) -> dict[str, float]:
@@ -76,14 +72,37 @@ def network_seconds(paths: list[Path]) -> dict[str, float]:
     return {"network_p50_s": p50, "network_p99_s": p99}
 
 
+def sources_of(about: Mapping[str, Any]) -> list[str]:
+    """Return the traces that a policy was trained on; none if its file does not state them."""
+    return list(about.get("environment", {}).get("sources", ()))
+
+
+def training_seconds(abouts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[float]]:
+    """Return the seconds that each policy's trainings took until its best state, for those whose files state them."""
+    found = {
+        name: [about["training"]["seconds"] for about in seeds if "seconds" in about.get("training", {})]
+        for name, seeds in abouts.items()
+    }
+    return {name: seconds for name, seconds in found.items() if seconds}
+
+
+def _check_any(policies: Mapping[str, Any], task: str) -> None:
+    if not policies:
+        raise ConfigError(
+            f"task {task} has no policy to play; name rules of this task in baselines=[...], or learned policies"
+        )
+
+
 def measure_prune(cfg: DictConfig, folder: Path) -> None:
     """Evaluate the policies of ``PruneToBudget``; write prune*.parquet, training.parquet and prune.json."""
     model = load_model(cfg.model)
-    policies = baselines(model)
-    oracle = policies.pop("oracle")
+    policies = chosen_rules(baselines(model), cfg.baselines)
+    oracle = policies.pop("oracle", None)
     for name, glob in cfg.learned.items():
         policies[str(name)] = learned_prune_policies(model, glob_files(str(glob)))
-    policies["oracle"] = oracle
+    if oracle is not None:
+        policies["oracle"] = oracle
+    _check_any(policies, "prune")
     write_parquet(folder / "prune.parquet", evaluate_prune(cfg.model, policies, prune_loads().test))
     write_parquet(folder / "prune_unseen.parquet", evaluate_prune(cfg.model, policies, unseen_loads()))
     if cfg.curves:
@@ -100,7 +119,9 @@ def measure_prune(cfg: DictConfig, folder: Path) -> None:
             **provenance(0),
             "model": cfg.model,
             **network_seconds(paths),
-            "trained_on": sorted({read_learned(path, "PruneToBudget").about["quality_sha256"] for path in paths}),
+            "trained_on": sorted(
+                {str(read_learned(path, "PruneToBudget").about.get("quality_sha256", "unknown")) for path in paths}
+            ),
             "knapsack_validation": float(kept_quality(mask_losses(quality, solved)).mean()),
             "quality_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
         },
@@ -111,8 +132,8 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
     """Evaluate the policies of ``ServeTrace``; write serve*.parquet and serve.json."""
     paths = {str(name): glob_files(str(glob)) for name, glob in cfg.serve_learned.items()}
     trained = [read_learned(path, "ServeTrace").about for files in paths.values() for path in files]
-    env_kwargs: dict[str, Any] = dict(trained[0]["environment"]) if trained else {}
-    sources = sorted({str(source) for about in trained for source in about["environment"]["sources"]}) or ["burst"]
+    env_kwargs: dict[str, Any] = dict(trained[0].get("environment", {})) if trained else {}
+    sources = sorted({str(source) for about in trained for source in sources_of(about)}) or ["burst"]
     setting = evaluation_setting({**env_kwargs, "sources": sources})
     windows = test_windows(list(cfg.serve_sources), int(cfg.serve_windows))
     policies: dict[str, Any] = {name: learned_serve_policies(files) for name, files in paths.items()}
@@ -122,10 +143,8 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
         summary = _measure_serve_all(cfg, folder, setting, windows, policies)
     if cfg.serve_curves:
         write_parquet(folder / "serve_training.parquet", training_curves(cfg.serve_curves))
-    seconds = {
-        name: [read_learned(path, "ServeTrace").about["training"]["seconds"] for path in files]
-        for name, files in paths.items()
-    }
+    abouts = {name: [read_learned(path, "ServeTrace").about for path in files] for name, files in paths.items()}
+    seconds = training_seconds(abouts)
     write_json(
         folder / "serve.json",
         {**summary, "trained_on": sources, "seconds": seconds, "other_quality": OTHER_QUALITY},
@@ -137,15 +156,18 @@ def _measure_serve_all(
 ) -> dict[str, Any]:
     """Play every rule and learned policy; return the summary for serve.json."""
     summary = provenance(0)
-    rules, summary["tuned"] = tuned_rules(setting)
+    rules, summary["tuned"] = tuned_rules(setting, names=cfg.baselines)
     policies = {name: [build] for name, build in rules.items()} | learned
-    write_parquet(folder / "serve.parquet", evaluate_serve(setting, policies, windows))
+    oracles = ORACLES if cfg.baselines is None else [name for name in ORACLES if name in cfg.baselines]
+    _check_any({**policies, **dict.fromkeys(oracles)}, "serve")
+    write_parquet(folder / "serve.parquet", evaluate_serve(setting, policies, windows, oracles=oracles))
     elsewhere = {name: learned_serve_policies(glob_files(str(glob))) for name, glob in cfg.serve_elsewhere.items()}
     if elsewhere:
-        write_parquet(folder / "serve_elsewhere.parquet", evaluate_serve(setting, elsewhere, windows, oracles=False))
+        write_parquet(folder / "serve_elsewhere.parquet", evaluate_serve(setting, elsewhere, windows, oracles=()))
     compared = {name: builds for name, builds in policies.items() if name in learned or name in COMPARED}
     other = with_low_bits_of(setting, OTHER_QUALITY)
-    write_parquet(folder / "serve_quality.parquet", evaluate_serve(other, compared, windows, oracles=False))
+    if compared:
+        write_parquet(folder / "serve_quality.parquet", evaluate_serve(other, compared, windows, oracles=()))
     return summary
 
 
@@ -159,7 +181,7 @@ def _measure_serve_only(
     selected = {name: learned[name] for name in cfg.only}
     other = with_low_bits_of(setting, OTHER_QUALITY)
     for file, served in (("serve.parquet", setting), ("serve_quality.parquet", other)):
-        rows = evaluate_serve(served, selected, windows, oracles=False)
+        rows = evaluate_serve(served, selected, windows, oracles=())
         write_parquet(folder / file, pd.concat([_other_rows(folder / file, cfg), rows]))
     summary: dict[str, Any] = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
     summary["replayed"] = {"policies": list(cfg.only), "commit": provenance(0)["commit"]}
@@ -191,24 +213,27 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
         summary |= {"tuned": before["tuned"], "rules_commit": before.get("rules_commit", before["commit"])}
     else:
         kept = [pd.DataFrame(), pd.DataFrame()]
-        rules, summary["tuned"] = tuned_cluster_rules(setting)
+        rules, summary["tuned"] = tuned_cluster_rules(setting, cfg.baselines)
         policies = {name: [build] for name, build in rules.items()} | learned
         compared = {name: builds for name, builds in policies.items() if name in learned or name in CLUSTER_COMPARED}
-    rows = evaluate_cluster(setting, policies, clusters, oracle=not cfg.only)
+    oracle = not cfg.only and (cfg.baselines is None or "oracle_static" in cfg.baselines)
+    _check_any({**policies, **({"oracle_static": None} if oracle else {})}, "cluster")
+    rows = evaluate_cluster(setting, policies, clusters, oracle=oracle)
     write_parquet(folder / files[0], pd.concat([kept[0], rows], ignore_index=True))
     by_router = [
         evaluate_cluster(routed, compared, clusters, oracle=False).assign(router=name)
         for name, routed in settings.items()
     ]
-    write_parquet(folder / files[1], pd.concat([kept[1], *by_router], ignore_index=True))
+    if compared:
+        write_parquet(folder / files[1], pd.concat([kept[1], *by_router], ignore_index=True))
     if curves is not None:
         write_parquet(folder / "cluster_training.parquet", curves)
     about = {name: [read_about(path) for path in files] for name, files in paths.items()}
     summary |= {
         "replicas": setting.replicas,
         "router": str(env_kwargs["router"]),
-        "sources": {name: seeds[0]["environment"]["sources"] for name, seeds in about.items()},
-        "seconds": {name: [seed["training"]["seconds"] for seed in seeds] for name, seeds in about.items()},
+        "sources": {name: sources_of(seeds[0]) for name, seeds in about.items()},
+        "seconds": training_seconds(about),
         "learned_serve_validation": mean_cluster_utility(
             setting, validation_clusters(setting), conf_policy("learned_serve")
         ),

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agents.evaluation import cluster_report, prune_report, serve_report
 from agents.evaluation.cluster_report import cluster_context
 from agents.evaluation.prune_report import prune_context
 from agents.evaluation.serve_report import serve_context
+from agents.evaluation.tables import read_if_there
 from sim.pages.render import render
 from sim.paths import RESULTS
 from sim.results.run_folder import write_text
 
 FOLDER = RESULTS / "agents"
 TEMPLATE = Path(__file__).parent / "templates" / "index.md.j2"
+
+
+NEEDED = {
+    "prune": ("dense", prune_report.REFERENCE, "knapsack", "oracle"),
+    "serve": ("dense", serve_report.REFERENCE, "oracle_static"),
+    "cluster": ("dense", cluster_report.REFERENCE),
+}
+"""The policies that each section of the page compares others with."""
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder has the results of prune, and in each task the policies that others are compared with."""
+    frames = {name: read_if_there(folder / f"{name}.parquet") for name in NEEDED}
+    return frames["prune"] is not None and all(
+        frame is None or set(NEEDED[name]) <= set(frame["policy"]) for name, frame in frames.items()
+    )
 
 
 def page(folder: Path = FOLDER) -> str:

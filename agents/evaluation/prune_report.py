@@ -73,17 +73,18 @@ def _worse(frame: pd.DataFrame, name: str) -> str:
 
 def prune_table_markdown(frame: pd.DataFrame) -> str:
     """Return the main table: every policy over all loads and seeds."""
-    rows = []
-    for name in policies_of(frame):
+    rows, names = [], policies_of(frame)
+    for name in names:
         part = frame[frame["policy"] == name]
+        compared = name != REFERENCE and REFERENCE in names
         rows.append(
             {
                 "policy": name,
                 "seeds": part["seed"].nunique(),
                 "utility": _mean(frame, name),
-                f"minus {REFERENCE}": None if name == REFERENCE else signed(_against(frame, name, REFERENCE)),
-                "of knapsack": _mean(frame, name) / _mean(frame, "knapsack"),
-                f"below {REFERENCE}": _worse(frame, name),
+                f"minus {REFERENCE}": signed(_against(frame, name, REFERENCE)) if compared else None,
+                "of knapsack": _mean(frame, name) / _mean(frame, "knapsack") if "knapsack" in names else None,
+                f"below {REFERENCE}": _worse(frame, name) if REFERENCE in names else None,
                 "fits": part["fits"].mean(),
                 "loss (nats)": part["loss_test"].mean(),
                 "utility, neighbor fit": part["utility_test_neighbours"].mean(),

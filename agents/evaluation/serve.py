@@ -21,6 +21,7 @@ import pandas as pd
 from agents.baselines.serve import Build, conf_policy, fixed_plan, policy_context, with_queue_limit
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window, serve_windows
+from agents.evaluation.chosen import chosen_rules
 from agents.evaluation.figures import best_in_hindsight, serving_figures
 from agents.evaluation.oracle import best_schedule, schedule_policy
 from sim.cost.plan import Plan
@@ -33,6 +34,7 @@ TRAIN_WINDOWS, TRAIN_SEED = 45, 20250603
 
 
 TEST_SEED = 20250604
+ORACLES = ("oracle_static", "oracle_search")
 
 
 RATE_QUANTILES = (0.25, 0.85)
@@ -116,19 +118,48 @@ def mean_utility(setting: ServeSetting, windows: Sequence[Window], build: Build)
     return float(np.mean([play_window(setting, window, build(context))["utility"] for window in windows]))
 
 
+MODES = ("accuracy", "default", "performance")
+STOPPERS = ("greedy_stop", "random_stop", "pressure_stop", "precision", *(f"morphserve_{mode}" for mode in MODES))
+UNTUNED = ("dense", "int4", "lookahead", *STOPPERS[1:])
+"""Rules whose parameters are not tuned on training windows."""
+RULES = (
+    "dense",
+    "int4",
+    "static",
+    "saber",
+    "saber_int4",
+    *STOPPERS,
+    "lookahead",
+    "dense+queue",
+    *(f"{name}+queue" for name in STOPPERS),
+)
+
+
 def tuned_rules(
-    setting: ServeSetting, score: Callable[[Build], float] | None = None, windows: int = TRAIN_WINDOWS
+    setting: ServeSetting,
+    score: Callable[[Build], float] | None = None,
+    windows: int = TRAIN_WINDOWS,
+    names: Sequence[str] | None = None,
 ) -> tuple[dict[str, Build], dict[str, Any]]:
-    """Return every rule with its tuned parameters, and these parameters.
+    """Return rules with their tuned parameters, and these parameters.
 
     Args:
         setting: what is served.
         score: returns how good a policy is in training; by default its mean utility over the training windows.
         windows: number of windows or clusters that ``score`` uses, to report it.
+        names: which of ``RULES``; None means all. Nothing is tuned if none of these needs it.
     """
     if score is None:
         score = partial(mean_utility, setting, train_windows(setting.sources))
+    if names is not None and not set(names) & (set(RULES) - set(UNTUNED)):
+        rules = _rules(setting, {"queue": None, "saber_margin": 0.4, "greedy_stop": {}}, setting.actions.plans[0])
+        return chosen_rules(rules, names), {}
     tuned, static = _tune(setting, score)
+    return chosen_rules(_rules(setting, tuned, static), names), {**tuned, "windows": windows}
+
+
+def _rules(setting: ServeSetting, tuned: Mapping[str, Any], static: Plan) -> dict[str, Build]:
+    """Return every rule with these parameters, in the order of ``RULES``."""
     max_waiting = tuned["queue"]
     dense, saber = conf_policy("dense"), partial(conf_policy, "saber", margin=tuned["saber_margin"])
     unlimited: dict[str, Build] = {
@@ -136,12 +167,9 @@ def tuned_rules(
         "random_stop": conf_policy("random"),
         "pressure_stop": conf_policy("adaptive_pruning"),
         "precision": conf_policy("adaptive_precision"),
-        **{
-            f"morphserve_{mode}": conf_policy("morphserve", mode=mode)
-            for mode in ("accuracy", "default", "performance")
-        },
+        **{f"morphserve_{mode}": conf_policy("morphserve", mode=mode) for mode in MODES},
     }
-    rules: dict[str, Build] = {
+    return {
         "dense": dense,
         "int4": conf_policy("int4"),
         "static": fixed_plan(static),
@@ -152,7 +180,6 @@ def tuned_rules(
         "dense+queue": with_queue_limit(dense, max_waiting),
         **{f"{name}+queue": with_queue_limit(build, max_waiting) for name, build in unlimited.items()},
     }
-    return rules, {**tuned, "windows": windows}
 
 
 def _tune(setting: ServeSetting, score: Callable[[Build], float]) -> tuple[dict[str, Any], Plan]:
@@ -182,9 +209,13 @@ def _tune(setting: ServeSetting, score: Callable[[Build], float]) -> tuple[dict[
 
 
 def evaluate_serve(
-    setting: ServeSetting, policies: Mapping[str, Sequence[Build]], windows: Sequence[Window], *, oracles: bool = True
+    setting: ServeSetting,
+    policies: Mapping[str, Sequence[Build]],
+    windows: Sequence[Window],
+    *,
+    oracles: Sequence[str] = ORACLES,
 ) -> pd.DataFrame:
-    """Return one row for each policy, seed and window; ``oracles`` adds the two oracles."""
+    """Return one row for each policy, seed and window; ``oracles``: which of ``ORACLES`` to add."""
     context = policy_context(setting)
     rows = []
     for number, window in enumerate(windows):
@@ -201,13 +232,13 @@ def evaluate_serve(
             for seed, build in enumerate(seeds):
                 figures = play_window(setting, window, build(context))
                 rows.append({"policy": name, "seed": seed, **scenario, **figures})
-        if not oracles:
-            continue
-        best = best_in_hindsight([play_window(setting, window, Fixed(plan)) for plan in setting.actions.plans])
-        rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
-        schedule, _ = best_schedule(setting, window)
-        searched = play_window(setting, window, schedule_policy(setting, schedule))
-        rows.append({"policy": "oracle_search", "seed": 0, **scenario, **searched})
+        if "oracle_static" in oracles:
+            best = best_in_hindsight([play_window(setting, window, Fixed(plan)) for plan in setting.actions.plans])
+            rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
+        if "oracle_search" in oracles:
+            schedule, _ = best_schedule(setting, window)
+            searched = play_window(setting, window, schedule_policy(setting, schedule))
+            rows.append({"policy": "oracle_search", "seed": 0, **scenario, **searched})
     return pd.DataFrame(rows)
 
 
@@ -218,8 +249,15 @@ def serve_grid(frame: pd.DataFrame, policy: str, column: str = "utility") -> np.
 
 
 def evaluation_setting(env_kwargs: Mapping[str, Any]) -> ServeSetting:
-    """Return the setting in which a policy was trained, with the test split."""
-    return ServeSetting(**{**env_kwargs, "split": "test"})
+    """Return the setting in which a policy was trained, with the test split.
+
+    Raises:
+        ConfigError: if its file states an environment that ``ServeTrace`` cannot be.
+    """
+    try:
+        return ServeSetting(**{**env_kwargs, "split": "test"})
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"the policy's file states no environment of ServeTrace ({error})") from error
 
 
 __all__ = [

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from agents.evaluation.ablation import WINDOWS, ablation_markdown
-from agents.evaluation.serve import serve_grid
+from agents.evaluation.serve import ORACLES, serve_grid
 from agents.evaluation.statistics import Interval, paired_difference
 from agents.evaluation.tables import (
     by_kind,
@@ -28,7 +28,6 @@ from agents.evaluation.tables import (
 from sim.pages.render import commit_of, table
 
 REFERENCE = "greedy_stop+queue"
-ORACLES = ("oracle_static", "oracle_search")
 COMPARED = ("dense", "static", "greedy_stop+queue", "precision+queue", "lookahead")
 """Rules shown next to learned policies where something differs from training."""
 SPECS = {"utility": ".4f", "SLO attainment": ".1%", "goodput (req/s)": ".2f", "TTFT P95 (s)": ".2f", "rejected": ".1%"}
@@ -47,11 +46,12 @@ def against(frame: pd.DataFrame, ours: str, theirs: str) -> Interval:
 def table_row(frame: pd.DataFrame, name: str, reference: str) -> dict[str, Any]:
     """Return the figures of a policy that the tables of servers and of clusters share."""
     part = frame[frame["policy"] == name]
+    compared = name != reference and reference in set(frame["policy"])
     return {
         "policy": name,
         "seeds": part["seed"].nunique(),
         "utility": part["utility"].mean(),
-        f"minus {reference}": None if name == reference else signed(against(frame, name, reference)),
+        f"minus {reference}": signed(against(frame, name, reference)) if compared else None,
         "SLO attainment": part["slo_attainment"].mean(),
         "goodput (req/s)": part["goodput_rps"].mean(),
         "TTFT P95 (s)": part["ttft_p95_s"].mean(),

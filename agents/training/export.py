@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import save_file
 
 from sim.atomic import write_whole
-from sim.config import run_command
+from sim.config import option_names, run_command
 from sim.cost.quality import QUALITIES
-from sim.errors import ConfigError
-from sim.policies.learned import SHIPPED, Network, read_learned
+from sim.engine.server_spec import find_calibration
+from sim.errors import ConfigError, nearest
+from sim.policies.learned import Network, read_learned
+from sim.policies.learned_files import read_about
 from sim.results.run_folder import commit, write_json
 
 
@@ -27,7 +31,7 @@ from sim.results.run_folder import commit, write_json
 class ExportConfig:
     """What to export.
 
-    run: run folder of a training. name: of the exported policy. out: folder to write to; conf/policy if empty.
+    run: run folder of a training. name: of the exported policy. out: folder to write to; the run folder if empty.
     """
 
     run: str
@@ -100,23 +104,93 @@ def export_network(
     write_json(path, about_network(network, cfg, env_kwargs, status, utility))
 
 
-def _run(cfg: DictConfig) -> None:
-    best = Path(cfg.run) / "best" / "policy.json"
+def export(run: Path, name: str, out: Path | None = None) -> Path:
+    """Copy the best policy of a training as NAME.safetensors and NAME.json; return the JSON file.
+
+    Args:
+        run: run folder of the training. name: of the policy. out: folder to write to; None is the run folder.
+    Raises:
+        ConfigError: for a name that is no file name, or a run folder without a usable policy.
+    """
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise ConfigError(f"name is {name!r}; it may have letters, digits, '_', '-' and '.', such as name=mine")
+    best = run / "best" / "policy.json"
     if not best.exists():
         raise ConfigError(
-            f"run: {cfg.run} has no best/policy.json; set run to the folder of a training, such as "
+            f"run: {run} has no best/policy.json; set run to the folder of a training, such as "
             "runs/train/ppo_prune/seed_0"
         )
-    target = Path(cfg.out or SHIPPED) / f"{cfg.name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(best.with_suffix(".safetensors"), target.with_suffix(".safetensors"))
-    shutil.copyfile(best, target)
-    task = json.loads(target.read_text(encoding="utf-8"))["task"]
-    learned = read_learned(target, task)
-    print(
-        f"{target}: {learned.network.parameters:,} parameters, validation utility "
-        f"{learned.about['training']['validation_utility']:.4f}"
-    )
+    read_learned(best, policy_task(best))
+    target = (out or run) / f"{name}.json"
+    if target.resolve() != best.resolve():
+        for suffix in (".safetensors", ".json"):
+            source = best.with_suffix(suffix)
+            write_whole(target.with_suffix(suffix), lambda part, source=source: shutil.copyfile(source, part))  # type: ignore[misc]
+    return target
+
+
+def policy_task(path: Path) -> str:
+    """Return the environment in which the policy of a JSON file was trained.
+
+    Raises:
+        ConfigError: for a file that is no policy, or of an environment that no command runs.
+    """
+    try:
+        task = str(read_about(path)["task"])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not a learned policy ({error}); train one: python -m agents.train") from error
+    if task not in POLICIES:
+        raise ConfigError(f"{path} was trained in {task!r}; {nearest(task, POLICIES)}")
+    return task
+
+
+POLICIES = {
+    "PruneToBudget": ("sim.replay", "learned_prune"),
+    "ServeTrace": ("sim.replay", "learned_serve"),
+    "ServeCluster": ("sim.cluster", "learned_cluster"),
+}
+"""Environment: the command and the option of ``policy`` that run what was trained in it."""
+
+
+def next_command(path: Path) -> str:
+    """Return a command that runs an exported policy, on the model and device of its training."""
+    about = read_about(path)
+    command, policy = POLICIES[about["task"]]
+    environment = about.get("environment", {})
+    keys = {"model": about["model"]}
+    if about["task"] == "PruneToBudget":
+        keys |= dict(zip(("gpu",), calibrated_gpus(str(about["model"])), strict=False))
+    else:
+        keys |= {key: environment[key] for key in ("gpu", "latency", "engine", "slo", "tick_s") if key in environment}
+        keys |= {"quality_table": environment["quality"]} if "quality" in environment else {}
+    file = path.resolve()
+    shown = str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
+    if not re.fullmatch(r"[\w./@-]+", shown):
+        shown = f'"{shown}"'  # Hydra reads quoted text as it stands
+    # Names come from the file, which may come from anywhere, and the line is meant to be pasted into a shell.
+    settings = [
+        shlex.quote(f"{key}={value}") for key, value in {**keys, "policy": policy, "policy.path": shown}.items()
+    ]
+    return f"python -m {command} trace=burst {' '.join(settings)}"
+
+
+def calibrated_gpus(model: str) -> list[str]:
+    """Return the files of conf/gpu on which a model is calibrated."""
+    found = []
+    for gpu in option_names("gpu"):
+        with contextlib.suppress(ConfigError):
+            find_calibration(model, gpu)
+            found.append(gpu)
+    return found
+
+
+def _run(cfg: DictConfig) -> None:
+    target = export(Path(cfg.run), str(cfg.name), Path(cfg.out) if cfg.out else None)
+    learned = read_learned(target, policy_task(target))
+    utility = learned.about.get("training", {}).get("validation_utility")
+    validated = "" if utility is None else f", validation utility {utility:.4f}"
+    print(f"{target}: {learned.network.parameters:,} parameters{validated}")
+    print(f"run it:\n  {next_command(target)}")
 
 
 def main() -> None:

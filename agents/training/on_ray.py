@@ -82,7 +82,7 @@ def _check_token(address: str) -> None:
         # Private, but the only parts of Ray that report the reason. The calls are those of ray.init, in its order.
         from ray._private.authentication import authentication_token_setup as tokens
         from ray._private.services import canonicalize_bootstrap_address
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         found = canonicalize_bootstrap_address(address)
         if found is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ COLUMNS = (
     "episode_return",
     "validation_utility",
     "best_utility",
+    "top_action_share",
     "sample_seconds",
     "learn_seconds",
     "healthy_runners",
@@ -34,11 +36,17 @@ class Progress:
         """Write the header."""
         write_text(self.path, ",".join(COLUMNS) + "\n")
 
+    def has_rows(self) -> bool:
+        """Return whether the file has a row of an earlier run."""
+        return self.path.exists() and len(self.path.read_text(encoding="utf-8").splitlines()) > 1
+
     def rewind(self, iteration: int) -> None:
         """Drop the rows that a killed run wrote after its last checkpoint; the resumed run writes them again."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else [",".join(COLUMNS)]
-        kept = [lines[0], *(line for line in lines[1:] if line and int(line.split(",")[0]) <= iteration)]
-        write_text(self.path, "\n".join(kept) + "\n")
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        # A killed run may end with half a row; an earlier version may lack a column, which stays empty.
+        rows = [row for row in csv.DictReader(lines) if _iteration(row) <= iteration]
+        kept = [",".join(row.get(name) or "" for name in COLUMNS) for row in rows]
+        write_text(self.path, "\n".join([",".join(COLUMNS), *kept]) + "\n")
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row to the file."""
@@ -46,22 +54,31 @@ class Progress:
             csv.writer(file).writerow(row.values())
 
     def print(self, row: Mapping[str, Any]) -> None:
-        """Print a row to the console."""
+        """Print a row to the console; say so if the validated policy always chose the same action."""
+        alone = "; one action in every decision" if row["top_action_share"] == 1.0 else ""
         self.console.print(
             f"{row['seconds']:7.0f} s  iteration {row['iteration']:5d}  {row['env_steps']:9,d} steps  "
             f"return {row['episode_return']:8.3f}  validation utility {row['validation_utility']:.4f} "
-            f"(best {row['best_utility']:.4f})",
+            f"(best {row['best_utility']:.4f}){alone}",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def progress_row(status: Mapping[str, Any], result: Mapping[str, Any], utility: float) -> dict[str, Any]:
+def _iteration(row: Mapping[str, Any]) -> float:
+    """Return the iteration of a complete row, infinity for a row that was cut."""
+    complete = None not in row and None not in row.values()
+    return int(row["iteration"]) if complete and str(row.get("iteration")).isdigit() else math.inf
+
+
+def progress_row(
+    status: Mapping[str, Any], result: Mapping[str, Any], utility: float, top_share: float
+) -> dict[str, Any]:
     """Return a row of progress.csv.
 
     Args:
         status: iteration, seconds and best utility of the training. result: what RLlib reports of the iteration.
-        utility: mean validation utility.
+        utility: mean validation utility. top_share: share of validation decisions that were the most frequent action.
     """
     timers = result.get("timers", {})
     learners = result.get("learners", {}).get("__all_modules__", {})
@@ -72,6 +89,7 @@ def progress_row(status: Mapping[str, Any], result: Mapping[str, Any], utility: 
         round(float(result.get("env_runners", {}).get("episode_return_mean", float("nan"))), 5),
         round(utility, 5),
         round(status["best"], 5),
+        round(top_share, 4),
         round(float(timers.get("env_runner_sampling_timer", float("nan"))), 4),
         round(float(timers.get("learner_update_timer", learners.get("learner_update_timer", float("nan")))), 4),
         int(result.get("fault_tolerance", {}).get("num_healthy_workers", 0)),

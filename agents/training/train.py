@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.training.checkpoints import Checkpoints
+from agents.training.checks import check_resumed, check_training
 from agents.training.export import export_network
 from agents.training.on_ray import join_ray
 from agents.training.progress import Progress, progress_row
-from agents.training.validation import validation_utilities
+from agents.training.validation import CountedActs, validation_utilities
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.policies.learned import Network
@@ -128,18 +129,23 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
     Returns:
         The best mean validation utility, in [0, 1].
     Raises:
-        ConfigError: if the folder holds a run and ``cfg.resume`` is false.
+        ConfigError: if a value is out of range, if the folder holds a run and ``cfg.resume`` is false, or if a resumed
+            run began with other values.
     """
+    check_training(cfg)
     checkpoints = Checkpoints(folder)
+    progress = Progress(folder / "progress.csv", console := Console())
     resuming = checkpoints.last() is not None
-    if resuming and not cfg.resume:
+    if (resuming or progress.has_rows()) and not cfg.resume:
         raise ConfigError(
             f"{folder} already holds a run; continue it with resume=true, or start another with label=..."
         )
-    console = Console()
+    if resuming:
+        check_resumed(cfg, folder)
+    elif cfg.resume:
+        console.print(f"{folder} has no checkpoint; the training starts from the beginning", highlight=False)
     start_ray(cfg)
     algorithm = build_algorithm(cfg)
-    progress = Progress(folder / "progress.csv", console)
     status: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "best": -np.inf, "since_best": 0}
     if resuming:
         status.update(checkpoints.restore(algorithm))
@@ -182,7 +188,7 @@ def _iterate(
         stop = status["seconds"] >= 60.0 * cfg.minutes
         stop |= cfg.iterations is not None and status["iteration"] >= cfg.iterations
         if status["iteration"] % cfg.validate_every == 0 or stop:
-            row = progress_row(status, result, _validate(cfg, algorithm, status, checkpoints.folder))
+            row = progress_row(status, result, *_validate(cfg, algorithm, status, checkpoints.folder))
             progress.append(row)
             if status["iteration"] % (4 * cfg.validate_every) == 0 or stop:
                 progress.print(row)
@@ -194,16 +200,20 @@ def _iterate(
             saved_s = time.monotonic()
 
 
-def _validate(cfg: DictConfig, algorithm: Any, status: dict[str, Any], folder: Path) -> float:
-    """Return the mean validation utility; export the network to the folder if it is the best so far."""
+def _validate(cfg: DictConfig, algorithm: Any, status: dict[str, Any], folder: Path) -> tuple[float, float]:
+    """Return the mean validation utility, and the share of decisions that were the most frequent action.
+
+    The network is exported to the folder if it is the best so far.
+    """
     network = current_network(algorithm, cfg.activation)
     env_kwargs = environment_kwargs(cfg)
-    utility = float(validation_utilities(cfg.env.id, env_kwargs, network).mean())
+    acts = CountedActs(network)
+    utility = float(validation_utilities(cfg.env.id, env_kwargs, network, acts).mean())
     status["since_best"] += 1
     if utility > status["best"] + cfg.min_gain:
         status["best"], status["since_best"] = utility, 0
         export_network(folder / "best" / "policy.json", network, cfg, env_kwargs, status, utility)
-    return utility
+    return utility, acts.top_share
 
 
 def _run(cfg: DictConfig) -> None:

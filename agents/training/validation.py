@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -93,11 +94,38 @@ def validation_episodes(sequence: int) -> list[list[PruneLoad]]:
     return [[loads[(i * sequence + k) % len(loads)] for k in range(sequence)] for i in range(count)]
 
 
-def validation_utilities(env: str, env_kwargs: Mapping[str, Any], network: Network) -> NDArray[np.float64]:
-    """Return the utility of every validation episode of an environment, float64[n]."""
-    env_kwargs = {**env_kwargs, "split": "validation"}
+@dataclass(slots=True)
+class CountedActs:
+    """A network's best actions, counted."""
+
+    network: Network
+    counts: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = np.zeros(self.network.weights[-1].shape[0], dtype=np.int64)
+
+    def __call__(self, features: Floats32, legal: Bools) -> NDArray[np.int64]:
+        """Return the best legal action of each row."""
+        chosen = self.network.act(features, legal)
+        self.counts += np.bincount(chosen, minlength=len(self.counts))
+        return chosen
+
+    @property
+    def top_share(self) -> float:
+        """The share of decisions that were the most frequent action: 1 where the network always chooses the same."""
+        return float(self.counts.max() / max(self.counts.sum(), 1))
+
+
+def validation_utilities(
+    env: str, env_kwargs: Mapping[str, Any], network: Network, act: Act | None = None
+) -> NDArray[np.float64]:
+    """Return the utility of every validation episode of an environment, float64[n].
+
+    The network plays its best action, as the exported policy does; ``act`` plays instead of it if set.
+    """
+    env_kwargs, act = {**env_kwargs, "split": "validation"}, act or network.act
     if env == "ServeTrace-v0":
-        return serve(network.act, env_kwargs, validation_windows(tuple(env_kwargs.get("sources", ("burst",)))))
+        return serve(act, env_kwargs, validation_windows(tuple(env_kwargs.get("sources", ("burst",)))))
     if env == "ServeCluster-v0":
-        return serve_clusters(network.act, env_kwargs, validation_clusters(ClusterSetting(**env_kwargs)))
-    return play(network.act, env_kwargs, validation_episodes(int(env_kwargs.get("sequence", 1)))).utility
+        return serve_clusters(act, env_kwargs, validation_clusters(ClusterSetting(**env_kwargs)))
+    return play(act, env_kwargs, validation_episodes(int(env_kwargs.get("sequence", 1)))).utility

@@ -19,6 +19,7 @@ from hw.calibrate.plan_changes import Changes
 from hw.calibrate.writing import write_calibration
 from hw.elastic.checkpoint import load_checkpoint
 from hw.elastic.model import ElasticModel
+from hw.elastic.processor import processor_name
 from sim.cost.gpu import Gpu
 from sim.cost.latency import CALIBRATIONS
 from sim.cost.model_spec import ModelSpec
@@ -80,6 +81,7 @@ def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, out: Path) ->
     content["device_run"] = {
         "seconds": round(time.monotonic() - started_s),
         "clock": settings.clock,
+        "processor": processor_name(elastic.device),
         **_sampling(samples),
         "memory_bandwidth_bytes_per_s": float(f"{d.memory_bandwidth_bytes_per_s(elastic.device):.3g}"),
         **Changes(bench).measure(settings.seed),

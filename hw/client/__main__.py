@@ -1,6 +1,6 @@
-"""Command: ``python -m hw.client``; see hw/client/client.py."""
+"""Command: ``python -m hw.client``; see hw/client/run.py."""
 
 from sim.config import start
 
 if __name__ == "__main__":
-    start("hw.client.client:main")
+    start("hw.client.run:main")

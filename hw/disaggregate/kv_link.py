@@ -1,7 +1,8 @@
 """Sends KV between two processes: frames over a socket, and transfers that share a bandwidth.
 
 A frame is the length of its header (four bytes), the header (a JSON object), and as many raw bytes as the header's
-``bytes`` says. Nothing that arrives is ever unpickled. ``sim.disaggregate.links`` simulates the same sharing.
+``bytes`` says. Nothing that arrives is ever unpickled, and both lengths are limited before anything is allocated.
+hw/disaggregate/hello.py says who may send frames. ``sim.disaggregate.links`` simulates the same sharing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ CHUNK_BYTES = 32 * 1024
 BURST_S = 0.05
 """Depth of the sender's token bucket, in seconds of bandwidth: how much it may catch up after a delay."""
 MOST_HEADER_BYTES = 16 * 2**20
+"""Of a header: that of an offer lists the tokens of a prompt."""
+MOST_PAYLOAD_BYTES = CHUNK_BYTES
+"""Of the raw bytes of a frame."""
+SEND_S = 60.0
+"""How long a send may wait for the other side to read."""
+LENGTH = struct.Struct("!I")
+"""The length of a header, as it is sent."""
 
 Header = dict[str, Any]
 
@@ -43,51 +51,63 @@ class Channel:
         """Take over a connected socket; ``other`` names the other side in errors."""
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        limit = struct.pack("@ll", int(SEND_S), int(SEND_S % 1 * 1e6))  # seconds and microseconds
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self._socket, self.other = connection, other
         self.sent_bytes = self.header_bytes = 0
+        self._deadline_s: float | None = None
 
     def send(self, header: Header, payload: memoryview | None = None) -> None:
         """Send a frame.
 
         Raises:
-            LinkError: if the other side has closed the connection.
+            LinkError: if the other side has closed the connection, or does not read.
         """
         count = len(payload) if payload is not None else 0
         text = json.dumps({**header, "bytes": count}).encode()
+        assert count <= MOST_PAYLOAD_BYTES
         try:
-            self._socket.sendall(struct.pack("!I", len(text)) + text)
+            self._socket.sendall(LENGTH.pack(len(text)) + text)
             if payload is not None:
                 self._socket.sendall(payload)
+        except (BlockingIOError, TimeoutError) as error:
+            raise LinkError(f"{self.other} has read nothing for {SEND_S:g} s") from error
         except OSError as error:
             raise self._gone() from error
         self.header_bytes += 4 + len(text)
         self.sent_bytes += count
 
-    def receive(self) -> Header:
+    def receive(self, *, most_bytes: int = MOST_HEADER_BYTES, within_s: float | None = None) -> Header:
         """Return the header of the next frame; receive its bytes with ``fill``.
 
+        Args:
+            most_bytes: how long the header may be.
+            within_s: seconds that the header may take altogether; None for no limit.
         Raises:
-            LinkError: if the other side has closed the connection, or sent something that is not a header.
+            LinkError: if the other side has closed the connection, or sent something that is not a header, or too late.
         """
-        (length,) = struct.unpack("!I", self._exactly(4))
-        if length > MOST_HEADER_BYTES:
-            raise LinkError(f"{self.other} sent a header of {length} bytes; at most {MOST_HEADER_BYTES} are allowed")
-        try:
-            header = json.loads(self._exactly(length))
-        except ValueError as error:
-            raise LinkError(f"{self.other} sent a header that is not JSON: {error}") from error
-        if not isinstance(header, dict) or not isinstance(header.get("bytes"), int):
-            raise LinkError(f"{self.other} sent a header that is not an object with an integer ``bytes``: {header!r}")
+        self._deadline_s = None if within_s is None else time.monotonic() + within_s
+        (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
+        if length > most_bytes:
+            raise LinkError(f"{self.other} sent a header of {length} bytes; at most {most_bytes} are allowed")
+        header = read_header(self._exactly(length), self.other)
+        self._deadline_s = None
+        self._socket.settimeout(None)
         return header
 
     def fill(self, place: memoryview) -> None:
         """Receive raw bytes until ``place`` is full."""
         try:
             while place:
+                if self._deadline_s is not None:
+                    # A timeout of 0 would be a non-blocking socket.
+                    self._socket.settimeout(max(self._deadline_s - time.monotonic(), 1e-3))
                 count = self._socket.recv_into(place)
                 if not count:
                     raise self._gone()
                 place = place[count:]
+        except TimeoutError as error:
+            raise LinkError(f"{self.other} did not send its header in time") from error
         except OSError as error:
             raise self._gone() from error
 
@@ -104,6 +124,27 @@ class Channel:
 
     def _gone(self) -> LinkError:
         return LinkError(f"{self.other} has gone: it closed the connection")
+
+
+def read_header(raw: bytes, other: str) -> Header:
+    """Read the header of a frame.
+
+    Raises:
+        LinkError: for anything but a JSON object with the length of a payload; ``other`` is who sent it.
+    """
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise LinkError(f"{other} sent a header that is not JSON: {error}") from error
+    count = header.get("bytes") if isinstance(header, dict) else None
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise LinkError(f"{other} sent a header that is not an object with an integer ``bytes``")
+    if not 0 <= count <= MOST_PAYLOAD_BYTES:
+        raise LinkError(
+            f"{other} sent a frame with a payload of {count} bytes; from 0 to {MOST_PAYLOAD_BYTES} are allowed"
+        )
+    assert isinstance(header, dict)
+    return header
 
 
 @dataclass(slots=True, eq=False)

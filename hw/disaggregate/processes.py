@@ -15,7 +15,6 @@ and a child answers with ``listening``, ``ready``, ``records``, ``transfer``, ``
 from __future__ import annotations
 
 import contextlib
-import hmac
 import socket
 import time
 import traceback
@@ -27,7 +26,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hw.disaggregate.kv_link import Channel, LinkError
+from hw.disaggregate.hello import accept_with_key, connect_with_key, key_of, welcome
+from hw.disaggregate.kv_link import Channel, Header, LinkError
 from hw.disaggregate.sides import Connection, DecodeSide, GuardedEngine, PrefillSide, serve
 from hw.elastic.kv import RequestKV
 from hw.elastic.model import ElasticModel
@@ -45,8 +45,6 @@ from sim.results.records import Iterations, TokenGaps
 STAGES = ("prefill", "decode")
 STOP = ("stop", None)
 LOOPBACK = "127.0.0.1"
-HELLO_S = 10.0
-"""How long a new connection has to send the key."""
 WARM_UP_TOKENS = (64, 1)
 
 
@@ -96,16 +94,15 @@ def _prefill(cfg: DictConfig, key: str, elastic: ElasticModel, tokenizer: Any, p
     message = pipe.recv()
     if message == STOP:
         return
-    channel = Channel(socket.create_connection((LOOPBACK, message[1])), "the decode process")
-    channel.send({"kind": "hello", "key": key})
+    channel = connect_with_key((LOOPBACK, message[1]), key, "the decode process")
     connection = Connection(channel, bytes_per_s=cfg.link_bytes_per_s, latency_s=float(cfg.link_latency_s))
     with _closed(connection):
-        limit = int(channel.receive()["context_limit"])
+        limit = _context_limit(channel.receive())
         parts, clock, quality = build_parts(cfg), RealClock(), quality_of(cfg)
         config = replace(parts.config, max_context_tokens=min(limit, parts.config.max_context_tokens or limit))
         parts = replace(parts, server=replace(parts.server, config=config))
         prompts = read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed)
-        plan, nll = parts.policy.first_plan, quality.nll if quality is not None else None
+        plan, nll = parts.policy.first_plan, quality.charge if quality is not None else None
         side = PrefillSide(
             build=_engine_builder(cfg, parts, elastic, plan, clock, prompts=prompts, quality_nll=nll),
             trace=build_trace(cfg),
@@ -121,14 +118,15 @@ def _decode(cfg: DictConfig, key: str, elastic: ElasticModel, _tokenizer: Any, p
     """Listen for the prefill process and produce the tokens after the first."""
     with socket.create_server((LOOPBACK, 0)) as server:
         pipe.send(("listening", server.getsockname()[1]))
-        channel = accept_peer(server, key, pipe)
+        channel = accept_peer(server, key_of(key, "prefill"), pipe)
     if channel is None:
         return
     connection = Connection(channel)
     with _closed(connection):
+        welcome(channel, key)
         parts, clock, quality = build_parts(cfg), RealClock(), quality_of(cfg)
         plan = parts.policy.first_plan
-        nll = with_prefill(quality.nll if quality is not None else None, plan.prefill)
+        nll = with_prefill(quality.charge if quality is not None else None, plan.prefill)
         side = DecodeSide(
             build=_engine_builder(cfg, parts, elastic, decode_side(plan), clock, quality_nll=nll),
             elastic=elastic,
@@ -137,7 +135,7 @@ def _decode(cfg: DictConfig, key: str, elastic: ElasticModel, _tokenizer: Any, p
             clock=clock,
             report=lambda kind, content: pipe.send((kind, content)),
         )
-        connection.send({"kind": "hello", "context_limit": side.engine.context_limit})
+        connection.send({"kind": "ready", "context_limit": side.engine.context_limit})
         side.listen()
         _serve(side, channel, elastic, clock, pipe)
 
@@ -151,20 +149,17 @@ def _closed(connection: Connection) -> Iterator[None]:
         connection.close(complete=False)
 
 
+def _context_limit(header: Header) -> int:
+    """Return the context limit of the decode process, which it sends when its engine is built."""
+    limit = header.get("context_limit")
+    if header.get("kind") != "ready" or not isinstance(limit, int) or limit < 1:
+        raise LinkError(f"the decode process sent {header}, but its context limit was due")
+    return limit
+
+
 def accept_peer(server: socket.socket, key: str, pipe: Pipe) -> Channel | None:
-    """Wait for a connection that sends the key; return None if the parent wants to end first."""
-    server.settimeout(0.1)
-    while not _stopped(pipe):
-        with contextlib.suppress(TimeoutError):
-            connection, _ = server.accept()
-            connection.settimeout(HELLO_S)  # a silent stranger must not block the server
-            channel = Channel(connection, "the prefill process")
-            with contextlib.suppress(LinkError):
-                if hmac.compare_digest(str(channel.receive().get("key")), key):
-                    connection.settimeout(None)
-                    return channel
-            channel.close()
-    return None
+    """Wait for the prefill process, which has the key; return None if the parent wants to end first."""
+    return accept_with_key(server, key, "the prefill process", partial(_stopped, pipe))
 
 
 def _stopped(pipe: Pipe) -> bool:

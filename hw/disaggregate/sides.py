@@ -17,6 +17,7 @@ CLOCK_MONOTONIC, which both processes read.
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -113,7 +114,7 @@ class Connection:
 
         def run() -> None:
             try:
-                while not heard(self._channel.receive(), self._channel):
+                while not heard(_checked(self._channel.receive()), self._channel):
                     pass
             except BaseException as error:
                 self._fail(error)
@@ -131,6 +132,24 @@ class Connection:
         with self.guard:
             self.failure = self.failure or error
             self.guard.notify()
+
+
+def _checked(header: Header) -> Header:
+    """Return a header whose parts have the types that both sides rely on.
+
+    Raises:
+        LinkError: if they have not.
+    """
+    kind, request = header.get("kind"), header.get("request")
+    if not isinstance(kind, str) or (request is not None and type(request) is not int):
+        raise LinkError("the other process sent a frame whose kind is not a text, or whose request is not a number")
+    if header["bytes"] and kind != "kv":
+        raise LinkError(f"the other process sent a frame of kind {kind[:20]!r} with {header['bytes']} bytes of payload")
+    return header
+
+
+def _name_of(header: Header) -> str:
+    return f"{header.get('kind')!r:.20} of request {header.get('request')}"
 
 
 class Side(Protocol):
@@ -224,7 +243,7 @@ class PrefillSide:
     def _heard(self, header: Header, _channel: Channel) -> bool:
         request_id = header.get("request")
         if header.get("kind") not in ("take", "arrived") or request_id not in self.engine.outside:
-            raise LinkError(f"the decode process sent {header}, which this process did not expect")
+            raise LinkError(f"the decode process sent {_name_of(header)}, which this process did not expect")
         if header["kind"] == "take":
             table = self.engine.outside[request_id]
             tokens = int(self._trace.prompt_tokens[request_id])
@@ -270,6 +289,7 @@ class DecodeSide:
         self.connection, self._clock, self._report = connection, clock, report
         self._elastic, self._plan = elastic, plan
         self._offers: deque[Handover] = deque()
+        self._offered: set[int] = set()
         self._coming: dict[int, _Coming] = {}
         self._arrived: deque[_Coming] = deque()
         self._over = False
@@ -319,6 +339,9 @@ class DecodeSide:
             self._receive(self._coming[header["request"]], header["bytes"], channel)
         elif kind == "offer":
             handover = handover_from(header, self._elastic.spec)
+            if handover.request.request_id in self._offered:
+                raise LinkError(f"the prefill process offered request {handover.request.request_id} twice")
+            self._offered.add(handover.request.request_id)
             with self.connection.guard:
                 self._offers.append(handover)
                 self._take_those_offered()
@@ -327,7 +350,7 @@ class DecodeSide:
                 self._over = True
                 self.connection.guard.notify()
         else:
-            raise LinkError(f"the prefill process sent {header}, which this process did not expect")
+            raise LinkError(f"the prefill process sent {_name_of(header)}, which this process did not expect")
         return bool(kind == "over")
 
     def _receive(self, come: _Coming, count: int, channel: Channel) -> None:
@@ -356,12 +379,14 @@ def handover_from(header: Header, model: ModelSpec) -> Handover:
     """Read an offer.
 
     Raises:
-        LinkError: for an offer that lacks something, or whose tokens do not fit the model or the prompt's length.
+        LinkError: for an offer that lacks something or has a wrong number, or whose tokens do not fit the model or the
+            prompt's length.
     """
     try:
         fields = dict(header["handover"])
         request, tokens = Request(**fields.pop("request")), tuple(fields.pop("tokens"))
         handover = Handover(request=request, tokens=tokens, **fields)
+        _check_numbers(handover)
         fits = len(handover.tokens) == handover.request.prompt_tokens + 1
         fits = fits and all(0 <= token < model.vocab_size for token in handover.tokens)
     except (KeyError, TypeError, ValueError) as error:
@@ -369,3 +394,21 @@ def handover_from(header: Header, model: ModelSpec) -> Handover:
     if not fits:
         raise LinkError(f"the tokens of request {handover.request.request_id} are not a prompt of {model.name}")
     return handover
+
+
+def _check_numbers(handover: Handover) -> None:
+    """Check the numbers of an offer: JSON allows NaN, and texts in their place.
+
+    Raises:
+        ValueError: for a count that is not a whole number from 0, or a time or loss that is not finite.
+    """
+    request = handover.request
+    lengths = (request.prompt_tokens, request.output_tokens, handover.output_limit)
+    counts = (request.request_id, *lengths, handover.kept_params, handover.preemptions, *handover.tokens)
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("a count is not a whole number from 0")
+    times_s = (request.arrival_s, handover.admitted_s, handover.first_token_s)
+    if not all(type(time_s) in (int, float) and math.isfinite(time_s) for time_s in times_s):
+        raise ValueError("a time is not a finite number")
+    if type(handover.nll_sum) not in (int, float):
+        raise ValueError("the loss is not a number")

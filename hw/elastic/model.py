@@ -84,6 +84,12 @@ class ElasticModel:
     def _expected_dense_bytes(self) -> int:
         return self.spec.total_params * self.spec.weight_dtype_bytes
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a text, by the generation config of the checkpoint."""
+        found = getattr(getattr(self._model, "generation_config", None), "eos_token_id", None)
+        return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
     # --- Plans
 
     def apply(self, plan: Plan, *, wait: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 hw_engine        ``HwEngine``, which others import
 torch_executor   runs the replica's decisions on the model
+sampling         ``Sampling``: temperature, top_p and seed of a request
 clock            ``RealClock``: wall-clock or processor seconds
 prompts          token ids for the requests of a trace
 iteration_log    what each iteration computed, and its memory

@@ -22,6 +22,7 @@ from hw.elastic.paged_kv import Arena, ArenaStorage, MappedArena, SlabArena
 from hw.engine.clock import Clock, RealClock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts, RandomPrompts
+from hw.engine.sampling import Sampling
 from hw.engine.torch_executor import TorchExecutor, TorchWeights
 from sim.cost.memory import fixed_weight_bytes, kv_block_layer_bytes
 from sim.cost.plan import WEIGHT_BITS, Plan, check_plan
@@ -71,6 +72,7 @@ class HwEngine(Replica):
         copier: LayerCopier | None = None,
         arena: Arena | None = None,
         ends: Callable[[int, int], bool] | None = None,
+        sampling: Callable[[int], Sampling | None] | None = None,
         on_token: Callable[[int, int | None, bool], None] | None = None,
         holds: Callable[[int], bool] | None = None,
         quality_nll: Callable[[Plan], float] | None = None,
@@ -87,6 +89,7 @@ class HwEngine(Replica):
             prompts: the token ids of every request; random by default. clock: the wall clock by default.
             copier: copies weights from the host. arena: memory of the KV blocks. The default of both fits the device.
             ends: called with (request_id, token); returns whether that token ends the request early. None: never.
+            sampling: called with a request_id; returns how its tokens are sampled, None for greedy. None: all greedy.
             on_token: called with (request_id, token, whether it is the last) for each token; the token is None if the
                 request was rejected.
             holds: called with a request_id when it ends; returns whether its KV is held until ``release``. None: never.
@@ -115,6 +118,7 @@ class HwEngine(Replica):
             clock=clock,
             prompts=prompts or RandomPrompts(elastic.spec.vocab_size),
             ends=ends,
+            sampling=sampling,
             during_forward=during_forward,
         )
         super().__init__(

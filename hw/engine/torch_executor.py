@@ -3,7 +3,8 @@
 * An iteration is one pass over decodes and prompt chunks, with keys and values in a paged pool of real memory
   (hw/elastic/paged_kv.py, hw/elastic/paged_attention.py). Its duration is read from the clock afterwards.
 * A dropped block's weights are freed. A restored block's weights are read from the store while iterations run.
-* Tokens are real and greedy. A request ends at the length in the trace, or at the model's own end of text.
+* Tokens are real, and greedy unless a request is sampled (hw/engine/sampling.py). A request ends at the length in the
+  trace, or at the model's own end of text.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hw.elastic.paged_kv import Arena
 from hw.engine.clock import Clock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts
+from hw.engine.sampling import Draw, Sampling, choose
 from sim.cost.plan import describe
 from sim.engine.executor import Iteration, Ran
 from sim.engine.live_request import LiveRequest
@@ -101,6 +103,7 @@ class TorchExecutor:
         clock: Clock,
         prompts: Prompts,
         ends: Callable[[int, int], bool] | None = None,
+        sampling: Callable[[int], Sampling | None] | None = None,
         during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Run ``elastic`` over the KV in ``arena``.
@@ -109,6 +112,7 @@ class TorchExecutor:
             weights, memory: report bytes after each iteration. clock: the engine's.
             prompts: the token ids of every request.
             ends: called with (request_id, token); returns whether that token ends the request early. None: never.
+            sampling: called with a request_id; returns how its tokens are sampled, None for greedy. None: all greedy.
             during_forward: a context that is entered while the model computes.
         """
         self.arena = arena
@@ -117,6 +121,7 @@ class TorchExecutor:
         self.memory_rows: list[MemoryRow] = []
         self._elastic, self._weights, self._memory, self._clock = elastic, weights, memory, clock
         self._prompts, self._ends, self._during_forward = prompts, ends, during_forward
+        self._sampling = sampling
 
     def run(self, iteration: Iteration) -> Ran | None:
         """Run one iteration; return None if memory ran out and nothing was computed."""
@@ -195,8 +200,15 @@ class TorchExecutor:
                 caught_up.append(live)
                 rows.append(row - 1)
         logits = self._logits(iteration, single, chunks, rows)
-        chosen: list[int] = logits.argmax(-1).tolist()
+        chosen: list[int] = choose(logits, self._draws(caught_up)).tolist()
         return {live.request_id: token for live, token in zip(caught_up, chosen, strict=True)}
+
+    def _draws(self, caught_up: Sequence[LiveRequest]) -> list[Draw]:
+        """Return which of some requests, one for each row of logits, sample their next token."""
+        if self._sampling is None:
+            return []
+        wanted = [(row, live, self._sampling(live.request_id)) for row, live in enumerate(caught_up)]
+        return [Draw(row, sampling, live.produced_tokens) for row, live, sampling in wanted if sampling is not None]
 
     def _packed(self, live: LiveRequest, tokens: int) -> Packed:
         start = live.computed_tokens

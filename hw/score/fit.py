@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -27,6 +27,7 @@ from sim.cost.quality import (
     BEST_FORM,
     FORMS,
     FittedQuality,
+    FittedRange,
     Text,
     fitted_path,
     pair_features,
@@ -49,6 +50,13 @@ FITTED_LOSS = 4.0
 """Plans that lose more, in nats, do not take part in a fit."""
 REPORTED_LOSS = math.log(3.0)
 """Errors are reported for plans under three times the dense perplexity."""
+UNLIMITED = 10**9
+"""A context longer than any."""
+NO_FACTOR = 1e9
+"""The factor beyond a range of which no plan was measured: such plans are charged the largest loss."""
+RANGE_WINDOW = 20
+RANGE_ERROR = 0.10
+"""The range of a fit ends where the median error of so many held-out plans in a row exceeds this (perplexity)."""
 ALWAYS_KNOWN = ("dense", "single removal", "single layer of cut KV")
 """Kinds of plans that every fit sees; all forms start from them."""
 
@@ -76,8 +84,8 @@ class QualityTable:
 def read_table(path: Path, text: Text = "test") -> QualityTable:
     """Read a table that ``hw.score kind=table`` wrote, with the losses on one of its two texts.
 
-    On the calibration text the loss after the prompt was not measured, so plans whose stages differ or whose layers
-    keep different KV are left out.
+    On the calibration text the loss after the prompt was not measured, so plans whose stages differ or that cut KV,
+    which both change nothing before, are left out.
 
     Raises:
         CalibrationError: if the file is missing or malformed, mixes models, or lacks the dense plan.
@@ -89,7 +97,7 @@ def read_table(path: Path, text: Text = "test") -> QualityTable:
         kinds = [tuple(row["chosen_as"]) for row in rows]
         dense = next(row for row, kind in zip(rows, kinds, strict=True) if "dense" in kind)
         dense_nll = float(dense[f"nll_{text}"])
-        used = [i for i, plan in enumerate(plans) if text == "test" or not (_staged(plan) or _mixed_kv(plan))]
+        used = [i for i, plan in enumerate(plans) if text == "test" or not (_staged(plan) or _cut(plan))]
         loss = []
         for i in used:
             column = "nll_test_decode" if text == "test" and (_staged(plans[i]) or _cut(plans[i])) else f"nll_{text}"
@@ -122,10 +130,6 @@ def _staged(plan: Plan) -> bool:
 
 def _cut(plan: Plan) -> bool:
     return any(keep != KV_KEEP_ALL for keep in plan.kv_keep)
-
-
-def _mixed_kv(plan: Plan) -> bool:
-    return len(set(plan.kv_keep)) != 1
 
 
 # --- The fit ---------------------------------------------------------------------------------------------------------
@@ -233,6 +237,42 @@ def _singles(table: QualityTable, removed: Floats, others: Floats) -> Floats:
         single[int(removed[row].argmax())] = table.loss[row]
     known = single[np.isfinite(single)]
     return np.where(np.isfinite(single), single, np.median(known) if known.size else 0.1)
+
+
+def measured_range(table: QualityTable, form: str, predicted: Floats) -> FittedRange:
+    """Return how far a form holds, from the losses [n] that it predicts for held-out plans (``held_out``).
+
+    In the order of predicted loss, the range ends in the middle of the first RANGE_WINDOW plans whose perplexity is, in
+    the median, more than RANGE_ERROR above the prediction; at REPORTED_LOSS at the latest. The factor beyond also
+    counts predictions for random masks, and for prefixes of an order, with all plans of that kind held out.
+    """
+    kinds = sorted({k for kinds in table.kinds for k in kinds if k == "random mask" or k.startswith("prefix of")})
+    known = np.flatnonzero(np.isfinite(predicted))
+    order = known[np.argsort(predicted[known], kind="stable")]
+    error = np.exp(table.loss[order] - predicted[order]) - 1.0
+    limit = min(REPORTED_LOSS, float(predicted[order].max(initial=0.0)))
+    for first in range(len(order) - RANGE_WINDOW + 1):
+        if np.median(error[first : first + RANGE_WINDOW]) > RANGE_ERROR:
+            limit = min(limit, float(predicted[order[first + RANGE_WINDOW // 2]]))
+            break
+    limit = max(0.0, math.floor(1000 * limit) / 1000)
+    factors = [1.0]
+    for one in (predicted, *(held_out_kind(table, kind, (form,)) for kind in kinds)):
+        beyond = np.flatnonzero(np.nan_to_num(one, nan=-1.0) > limit)
+        factors += [float(table.loss[i] / one[i]) for i in beyond]
+    inside, outside = order[predicted[order] <= limit], order[predicted[order] > limit]
+    errors = np.abs(np.exp(predicted[inside] - table.loss[inside]) - 1.0)
+    kept = [keep.tokens(UNLIMITED) for plan in table.plans for keep in plan.kv_keep if keep != KV_KEEP_ALL]
+    return FittedRange(
+        loss=limit,
+        factor=math.ceil(1000 * max(factors)) / 1000 if len(factors) > 1 else NO_FACTOR,
+        kv_tokens=min(kept, default=None),
+        inside=len(inside),
+        outside=len(outside),
+        median_inside=float(np.median(errors)) if len(inside) else 0.0,
+        p90_inside=float(np.quantile(errors, 0.9)) if len(inside) else 0.0,
+        median_outside=float(np.median(np.exp(table.loss[outside] - predicted[outside]))) if len(outside) else 1.0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -375,8 +415,10 @@ def write_fits(table: Path) -> Path:
     for text in get_args(Text):
         measured = read_table(table, text)
         for form in FORMS:
-            errors = errors_of(measured, held_out(measured, (form,)), form)
-            fits.append({"text": text, **fit(measured, form).to_json(), "held_out_errors": [_row(e) for e in errors]})
+            predicted = held_out(measured, (form,))
+            errors = errors_of(measured, predicted, form)
+            fitted = replace(fit(measured, form), range=measured_range(measured, form, predicted))
+            fits.append({"text": text, **fitted.to_json(), "held_out_errors": [_row(e) for e in errors]})
     path = fitted_path(table)
     write_json(
         path,

@@ -18,10 +18,11 @@ from rich.console import Console
 from hw.elastic.checkpoint import SMOLLM2, SMOLLM2_NOTE, load_checkpoint
 from hw.elastic.model import ElasticModel
 from hw.score.block_numbers import block_number
-from hw.score.text import Windows, read_windows
+from hw.score.text import Windows, differing, read_windows
 from sim.cost.model_spec import file_name
 from sim.errors import ConfigError
-from sim.paths import REPOSITORY
+from sim.json_file import read_json_object
+from sim.paths import CHECKOUT, REPOSITORY
 from sim.results.run_folder import commit, write_json
 
 SCORES = REPOSITORY / "conf" / "score"
@@ -161,7 +162,7 @@ class Job:
     def text(self, which: str, tokens: int | None = None) -> Windows:
         """Return the windows of the ``calibration`` or the ``test`` text; ``tokens`` replaces the configured number."""
         text = self.cfg[which]
-        return read_windows(
+        windows = read_windows(
             text.path,
             self.tokenizer,
             tokens=tokens or text.tokens,
@@ -169,13 +170,21 @@ class Job:
             seed=text.seed,
             keep_newlines=text.keep_newlines,
         )
+        highest = int(windows.tokens.max())
+        if highest >= self.elastic.spec.vocab_size:
+            raise ConfigError(
+                f"the tokenizer gives token {highest}, but {self.name} has {self.elastic.spec.vocab_size} tokens; "
+                "save the model's own tokenizer into its checkpoint"
+            )
+        return windows
 
     def path(self, kind: str) -> Path:
         """Return the file for a score of this model; an order from another calibration sample has its own file."""
         tokens, seed = self.cfg.calibration.tokens, self.cfg.calibration.seed
         sampled = kind in ("gsi", "one_shot") and (tokens, seed) != DEFAULT_SAMPLE
         sample = f"_{tokens}_seed{seed}" if sampled else ""
-        return Path(self.cfg.out) if self.cfg.out else SCORES / f"{self.name}_{kind}{sample}.json"
+        folder = SCORES if CHECKOUT else Path("score")
+        return Path(self.cfg.out) if self.cfg.out else folder / f"{self.name}_{kind}{sample}.json"
 
     def described(self, windows: Windows | None) -> dict[str, Any]:
         """Return what a score was measured on: model, weights, device, text and seed."""
@@ -197,11 +206,14 @@ class Job:
         """
         if not path.is_file():
             return None
-        old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if different := sorted(key for key, value in self.described(windows).items() if old.get(key) != value):
+        old = read_json_object(path, ConfigError, "remove the file, or set out=")
+        different, unstated = differing(self.described(windows), old)
+        if different:
             raise ConfigError(
                 f"{path} has the result of another run: {', '.join(different)} differ; remove the file, or set out="
             )
+        if unstated:
+            self.say(f"note: {path} states no hash of its token ids; it is continued as if they were these")
         return old
 
     def order(self, kind: str) -> list[int]:

@@ -15,10 +15,12 @@ from hw.score.job import SCORES, Job
 from hw.score.nll import measure
 from hw.score.quality_table import measure_table, read_orders, read_searches
 from hw.score.report import SIZES
+from hw.score.text import differing
 from sim.cost.plan import dense_plan
 from sim.cost.plan_json import plan_to_json
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError
+from sim.json_file import read_json_object
 
 
 def score_table(job: Job) -> None:
@@ -54,8 +56,9 @@ def score_samples(job: Job) -> None:
     windows = job.text("test")
     path, spec = job.path("samples"), job.elastic.spec
     described = job.described(windows)
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    same = all(old.get(key) == value for key, value in described.items())
+    old = read_json_object(path, ConfigError, "remove the file, or set out=") if path.is_file() else {}
+    different, unstated = differing(described, old)
+    same = not different and not unstated  # what was measured on unstated tokens is measured again
     known = {json.dumps(sorted(r["drop"])): r for r in old.get("rows", [])} if same else {}
     rows: list[dict[str, Any]] = []
     files = [file for kind in ("gsi", "one_shot") for file in sorted(SCORES.glob(f"{job.name}_{kind}_*_seed*.json"))]

@@ -15,10 +15,12 @@ from torch import Tensor
 from hw.elastic.model import ElasticModel
 from hw.score.block_numbers import block_number, plan_without, staged_plan
 from hw.score.nll import measure_many
+from hw.score.text import differing
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KVKeep, Plan, dense_plan
 from sim.cost.plan_json import plan_to_json
 from sim.errors import ConfigError
+from sim.json_file import read_json_object
 from sim.results.run_folder import commit, write_json
 
 DEEPEST_PREFIX = 40
@@ -228,7 +230,10 @@ def measure_table(
     """
     rows: list[dict[str, Any]] = []
     if path.is_file():
-        rows = _earlier_rows(path, described)
+        rows, unstated = _earlier_rows(path, described)
+        if unstated:
+            say(f"note: {path} states no hash of its token ids; the loss of its dense plan is measured again")
+            _check_dense(path, rows, elastic, calibration, test)
     known = {_key(row["plan"]): row for row in rows}
     orders, layer_orders = read_orders(scores, elastic.spec.name)
     wanted = list(table_plans(elastic.spec, orders, layer_orders, seed, read_searches(scores, elastic.spec.name)))
@@ -259,13 +264,39 @@ def measure_table(
     say(f"{len(rows)} plans in {path}")
 
 
-def _earlier_rows(path: Path, described: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of an unfinished or older table of the same model and text."""
-    old = json.loads(path.read_text(encoding="utf-8"))
-    if different := sorted(key for key, value in described.items() if old.get(key) != value):
+def _earlier_rows(path: Path, described: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """Return the rows of an unfinished or older table of the same model and text, and whether it lacks token hashes."""
+    old = read_json_object(path, ConfigError, "remove it, or set out=")
+    different, unstated = differing(described, old)
+    if different:
         raise ConfigError(f"{path} holds another table: {', '.join(different)} differ; remove it, or set out=")
-    rows: list[dict[str, Any]] = old["plans"]
-    return rows
+    rows = old.get("plans")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "plan" in row for row in rows):
+        raise ConfigError(f"{path} holds no rows of plans; remove it, or set out=")
+    return rows, unstated
+
+
+SAME_NLL = 0.01
+"""Nats per token that the dense plan's loss may differ between processors; other tokens differ by more."""
+
+
+def _check_dense(
+    path: Path, rows: Sequence[Mapping[str, Any]], elastic: ElasticModel, calibration: Tensor, test: Tensor
+) -> None:
+    """Check that an old table was measured on these tokens, by the loss of its dense plan.
+
+    Raises:
+        ConfigError: if the loss is another one; rows of different tokens are never mixed.
+    """
+    key = _key(plan_to_json(dense_plan(elastic.spec)))
+    for row in (row for row in rows if _key(row["plan"]) == key):
+        for name, tokens in (("nll_calibration", calibration), ("nll_test", test)):
+            now = measure_many(elastic, [dense_plan(elastic.spec)], tokens)[0].mean
+            if not abs(now - float(row[name])) <= SAME_NLL:
+                raise ConfigError(
+                    f"{path} was measured on other tokens: {name} of its dense plan is {row[name]:.4f} there and "
+                    f"{now:.4f} here; remove it, or set out="
+                )
 
 
 def _measured_rows(

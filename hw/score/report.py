@@ -16,6 +16,8 @@ from hw.score.block_numbers import block_number
 from hw.score.fit import (
     BEST_CURVE,
     BEST_STAGE_SHARE,
+    RANGE_ERROR,
+    RANGE_WINDOW,
     QualityError,
     QualityTable,
     choose,
@@ -23,6 +25,7 @@ from hw.score.fit import (
     fit,
     held_out,
     held_out_kind,
+    measured_range,
     read_table,
 )
 from sim.cost.memory import weight_bytes
@@ -171,6 +174,7 @@ def quality(measured: QualityTable, raw: dict[str, Any], scores: Path, searched:
         if sum(kind in kinds for kinds in measured.kinds) > 5
     ]
     equal_bytes = _equal_bytes(measured, raw) if searched is not None else []
+    held = measured_range(measured, BEST_FORM, held_out(measured, (BEST_FORM,)))
     return {
         "dense": math.exp(measured.dense_nll),
         "orders": orders(measured, scores),
@@ -182,6 +186,10 @@ def quality(measured: QualityTable, raw: dict[str, Any], scores: Path, searched:
         "chosen": table([_error(error) for error in errors_of(measured, held_out(measured), "chosen")], ERROR_SPECS),
         "held_out_kinds": table(pd.DataFrame(by_kind).drop(columns="kind of plan"), ERROR_SPECS) if by_kind else "",
         "fitted": fit(measured),
+        "range": held,
+        "range_perplexity": math.exp(held.loss),
+        "window": RANGE_WINDOW,
+        "window_error": RANGE_ERROR,
         "better": None if best == used else best,
         "equal_bytes": table(equal_bytes, dict.fromkeys(BYTES_SPECS, ".1f") | PERPLEXITY_SPECS, left=0)
         if equal_bytes

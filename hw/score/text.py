@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,43 @@ class Windows:
     def count(self) -> int:
         """Number of predicted tokens: all but the first of each window."""
         return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
+
+
+IDS, TOKENIZER = "token_ids_sha256", "tokenizer_sha256"
+"""Keys of ``Windows.source`` that pin what was measured; results of earlier versions lack them."""
+
+
+def token_hash(tokens: Tensor) -> str:
+    """Return the SHA-256 of token ids [n, t], as little-endian 64-bit integers in the order of the windows.
+
+    It pins the measured slice; a hash of the file does not, for a changed way to read rows moves every window.
+    """
+    return hashlib.sha256(tokens.to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return the SHA-256 of a tokenizer's vocabulary, in the order of the ids."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256("\n".join(f"{number} {token}" for token, number in vocabulary).encode()).hexdigest()
+
+
+def differing(described: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """Compare what is measured now with what an earlier result was measured on.
+
+    Returns:
+        The keys that differ, sorted, and whether the earlier result does not state its token ids. A hash that only one
+        side has is no difference.
+    """
+    different, unstated = [], False
+    for key, value in described.items():
+        before = old.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            missing = {name for name in (IDS, TOKENIZER) if name in value and name not in before}
+            unstated = unstated or bool(missing)
+            value = {name: content for name, content in value.items() if name not in missing}
+        if before != value:
+            different.append(key)
+    return sorted(different), unstated
 
 
 def read_windows(
@@ -56,7 +94,11 @@ def read_windows(
     if not file.is_file():
         raise ConfigError(f"no text at {file}; set RAP_LAB_DATA to the folder that holds text/, or give a path")
     raw = file.read_bytes()
-    rows = [row.removesuffix("\r") for row in raw.decode("utf-8").split("\n") if row.strip()]
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+    rows = [row.removesuffix("\r") for row in text.split("\n") if row.strip()]
     end = "\n" if keep_newlines else ""
     ids = torch.tensor(tokenizer("\n\n".join(row + end for row in rows), verbose=False).input_ids, dtype=torch.long)
     available = ids.numel() // window
@@ -75,6 +117,8 @@ def read_windows(
         source={
             "text": file.name,
             "sha256": hashlib.sha256(raw).hexdigest(),
+            IDS: token_hash(cut[chosen]),
+            TOKENIZER: tokenizer_hash(tokenizer),
             "tokens": wanted * window,
             "window_tokens": window,
             "windows": "all" if tokens is None else "the first" if seed is None else f"drawn with seed {seed}",

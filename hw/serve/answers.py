@@ -40,9 +40,9 @@ CHAT = AnswerFormat(
 )
 
 
-def choice(fields: Mapping[str, Any], finish_reason: str | None) -> dict[str, Any]:
-    """Return the only choice of an answer; finish_reason is None before the last piece."""
-    return {"index": 0, **fields, "logprobs": None, "finish_reason": finish_reason}
+def choice(index: int, fields: Mapping[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    """Return one choice of an answer; finish_reason is None before its last piece."""
+    return {"index": index, **fields, "logprobs": None, "finish_reason": finish_reason}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

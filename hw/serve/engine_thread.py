@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from hw.engine.clock import Clock
 from hw.engine.hw_engine import HwEngine
+from hw.engine.sampling import Sampling
 from sim.cost.plan import Plan
+from sim.engine.live_request import LiveRequest
 from sim.engine.protocol import EngineState, Request
 from sim.errors import RapLabError
 from sim.policies import Fixed, Policy
@@ -32,7 +36,22 @@ STOP_S = 30.0
 OnToken = Callable[[int | None, bool], None]
 """Called with a token and whether it is the last one; the token is None if the request ended without one."""
 
+Reason = Literal["stop", "length", "abort", "error"]
+"""How a request ended: by the model or a stop string, at its longest, by its client, or refused or failed."""
+
 log = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """Measures requests. It is called in the engine's thread."""
+
+    def saw_token(self, live: LiveRequest, gap_s: float | None) -> None:
+        """Take note of a token; ``gap_s``: seconds since the token before, None for the first."""
+        ...
+
+    def saw_end(self, live: LiveRequest | None, reason: Reason, e2e_s: float) -> None:
+        """Take note of the end of a request, ``e2e_s`` after its arrival; ``live`` is None if it never arrived."""
+        ...
 
 
 class QueueFullError(Exception):
@@ -47,16 +66,22 @@ class EngineStoppedError(Exception):
 class ServedRequest:
     """One request in the engine thread.
 
-    request_id: -1 until it arrives there. error: why it ended without its last token; None if the plan refused it or
-    it was canceled. ended: whether the engine is done with it.
+    on_token: gets its tokens. sampling: None for greedy.
+    request_id: -1 until it arrives there. arrival_s, last_token_s: on the engine's clock.
+    error: why it ended without its last token; None if the plan refused it or it was canceled.
+    stopped: whether its text has ended, by a token or a stop string. ended: whether the engine is done with it.
     """
 
     tokens: Sequence[int]
     max_tokens: int
     ignore_eos: bool
-    on_token: OnToken
+    on_token: OnToken = lambda _token, _last: None
+    sampling: Sampling | None = None
     request_id: int = -1
+    arrival_s: float = math.nan
+    last_token_s: float = math.nan
     error: str | None = None
+    stopped: bool = False
     ended: bool = False
 
 
@@ -72,21 +97,30 @@ class EngineThread:
     """The engine and its thread.
 
     failure: why the engine ended; None while it serves. state: what the engine showed last.
+    observer: measures requests; None measures none.
     """
 
     def __init__(
-        self, build: Callable[[EngineThread], HwEngine], policy: Policy, clock: Clock, *, eos: int | None, tick_s: float
+        self,
+        build: Callable[[EngineThread], HwEngine],
+        policy: Policy,
+        clock: Clock,
+        *,
+        eos: int | Collection[int] | None,
+        tick_s: float,
     ) -> None:
         """Build the engine and start the thread.
 
         Args:
-            build: makes the engine, with this object's ``prompt``, ``on_token`` and ``ends`` as its callbacks.
+            build: makes the engine; its callbacks are this object's ``prompt``, ``sampling``, ``on_token``, ``ends``.
             policy: decides every ``tick_s``, unless it is fixed.
             clock: the engine's.
-            eos: token that ends a text; None if there is none.
+            eos: the token, or the tokens, that end a text; None if there is none.
             tick_s: seconds between two decisions.
         """
-        self._clock, self._eos, self._tick_s = clock, eos, tick_s
+        self._clock, self._tick_s = clock, tick_s
+        self._eos = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+        self.observer: Observer | None = None
         self._policy: Policy | None = None if isinstance(policy, Fixed) else policy
         self._next_tick_s = tick_s
         self._requests: dict[int, ServedRequest] = {}
@@ -112,17 +146,32 @@ class EngineThread:
         """Return the prompt of a request."""
         return self._requests[request_id].tokens
 
+    def sampling(self, request_id: int) -> Sampling | None:
+        """Return how the tokens of a request are sampled, None for greedy."""
+        return self._requests[request_id].sampling
+
     def on_token(self, request_id: int, token: int | None, last: bool) -> None:
         """Pass a token to the request that it belongs to."""
-        served = self._requests[request_id]
+        served = self._requests.get(request_id)
+        if served is None:
+            return  # it has left
+        if token is not None:
+            live = self.engine.queues.all[request_id]
+            gap_s = None if math.isnan(served.last_token_s) else live.last_token_s - served.last_token_s
+            served.last_token_s = live.last_token_s
+            if self.observer is not None:
+                self.observer.saw_token(live, gap_s)
         if last:
-            self._end(served, token)
+            self._end(served, token, "error" if token is None else "stop" if served.stopped else "length")
         else:
             self._tell(served, token, last)
 
     def ends(self, request_id: int, token: int) -> bool:
         """Return whether a token ends its request."""
-        return token == self._eos and not self._requests[request_id].ignore_eos
+        served = self._requests[request_id]
+        ends = token in self._eos and not served.ignore_eos
+        served.stopped |= ends
+        return ends
 
     # --- Commands, from any thread
 
@@ -145,11 +194,11 @@ class EngineThread:
 
     def _arrival(self, served: ServedRequest) -> _Command:
         def arrive() -> None:
-            served.request_id = self._next_id
+            served.request_id, served.arrival_s = self._next_id, self._clock.now_s()
             self._next_id += 1
             request = Request(
                 request_id=served.request_id,
-                arrival_s=self._clock.now_s(),
+                arrival_s=served.arrival_s,
                 prompt_tokens=len(served.tokens),
                 output_tokens=served.max_tokens,
             )
@@ -158,18 +207,16 @@ class EngineThread:
 
         def fail(error: BaseException) -> None:
             served.error = str(error)
-            self._end(served, None)
+            self._end(served, None, "error")
 
         return _Command(arrive, fail)
 
-    def cancel(self, served: ServedRequest) -> None:
-        """End a request whose client has disconnected; one that has ended stays as it is."""
+    def cancel(self, served: ServedRequest, reason: Reason = "abort") -> None:
+        """End a request whose client has left, or whose text is complete; one that has ended stays as it is."""
 
         def end() -> None:
             if not served.ended:
-                self.engine.cancel(served.request_id)
-                if not served.ended:  # it was yet to arrive
-                    self._end(served, None)
+                self._leave(served, reason)
 
         with contextlib.suppress(EngineStoppedError):
             self._put(_Command(end, lambda error: log.warning("a request could not be canceled: %s", error)))
@@ -250,7 +297,7 @@ class EngineThread:
             log.warning("an iteration failed, and its requests with it: %s", error)
             for request_id in running:
                 self._requests[request_id].error = str(error)
-                self.engine.cancel(request_id)
+                self._leave(self._requests[request_id], "error")
 
     def _let_policy_decide(self) -> None:
         """Apply the policy's decision when it is due; a policy that fails decides no more, and its last plan stays."""
@@ -263,7 +310,12 @@ class EngineThread:
             self._policy = None
             log.warning("the policy failed and decides no more; the plan stays: %s: %s", type(error).__name__, error)
 
-    def _end(self, served: ServedRequest, token: int | None) -> None:
+    def _leave(self, served: ServedRequest, reason: Reason) -> None:
+        """Take a request out of the engine before its last token."""
+        self._end(served, None, reason)
+        self.engine.cancel(served.request_id)
+
+    def _end(self, served: ServedRequest, token: int | None, reason: Reason) -> None:
         """Pass the end of a request on, once."""
         if served.ended:
             return
@@ -271,6 +323,9 @@ class EngineThread:
         self._requests.pop(served.request_id, None)
         with self._lock:
             self._in_flight -= 1
+        if self.observer is not None:
+            live = self.engine.queues.all.get(served.request_id)
+            self.observer.saw_end(live, reason, self._clock.now_s() - served.arrival_s)
         self._tell(served, token, True)
 
     def _tell(self, served: ServedRequest, token: int | None, last: bool) -> None:
@@ -289,4 +344,4 @@ class EngineThread:
                 self._commands.get_nowait().fail(reason)
         for served in list(self._requests.values()):
             served.error = str(reason)
-            self._end(served, None)
+            self._end(served, None, "error")

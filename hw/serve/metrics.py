@@ -1,60 +1,113 @@
-"""The state of the engine as Prometheus metrics."""
+"""Prometheus metrics: under vLLM's names where they mean the same, and under ``rap:`` for what only this engine has."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client import Counter, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from hw.serve.engine_thread import EngineThread
+from hw.serve.engine_thread import EngineThread, Reason
+from sim.cost.plan import describe
+from sim.engine.live_request import LiveRequest
 from sim.engine.protocol import EngineState
 
-GAUGES = {
-    "requests_waiting": ("waiting", "Requests in the queue."),
-    "requests_running": ("running", "Requests that the engine runs."),
-    "kv_layer_blocks": ("kv_layer_blocks", "KV blocks of the pool, each for one layer."),
-    "kv_used_layer_blocks": ("kv_used_layer_blocks", "KV blocks that requests hold."),
-    "weight_bytes": ("weight_bytes", "Bytes of the resident weights."),
-    "budget_bytes": ("budget_bytes", "Bytes that weights, KV and workspace may take together."),
-    "incoming_bytes": ("incoming_bytes", "Bytes of weights that are being copied in."),
+GAUGES: Mapping[str, tuple[str, str]] = {
+    "vllm:num_requests_waiting": ("waiting", "Requests in the queue."),
+    "vllm:num_requests_running": ("running", "Requests that the engine runs."),
+    "rap:kv_layer_blocks": ("kv_layer_blocks", "KV blocks of the pool, each for one layer."),
+    "rap:kv_used_layer_blocks": ("kv_used_layer_blocks", "KV blocks that requests hold."),
+    "rap:weight_bytes": ("weight_bytes", "Bytes of the resident weights."),
+    "rap:budget_bytes": ("budget_bytes", "Bytes that weights, KV and workspace may take together."),
+    "rap:incoming_bytes": ("incoming_bytes", "Bytes of weights that are being copied in."),
 }
-COUNTERS = {
-    "requests_arrived": ("arrived", "Requests that arrived."),
-    "requests_finished": ("finished", "Requests that finished."),
-    "requests_rejected": ("rejected", "Requests that were rejected."),
-    "preemptions": ("preemptions", "Times that a running request gave up its KV and waited again."),
-    "prompt_tokens": ("arrived_prompt_tokens", "Prompt tokens of the requests that arrived."),
-    "produced_tokens": ("produced_tokens", "Tokens produced."),
-    "iterations": ("iterations", "Batches run."),
-    "busy_seconds": ("busy_s", "Seconds in which a batch ran."),
-    "budget_violation_seconds": ("budget_violation_s", "Seconds in which more bytes were held than the budget allows."),
+COUNTERS: Mapping[str, tuple[str, str]] = {
+    "vllm:prompt_tokens": ("arrived_prompt_tokens", "Prompt tokens of the requests that arrived."),
+    "vllm:generation_tokens": ("produced_tokens", "Tokens produced."),
+    "vllm:num_preemptions": ("preemptions", "Times that a running request gave up its KV and waited again."),
+    "rap:requests_arrived": ("arrived", "Requests that arrived."),
+    "rap:iterations": ("iterations", "Batches run."),
+    "rap:busy_seconds": ("busy_s", "Seconds in which a batch ran."),
+    "rap:budget_violation_seconds": ("budget_violation_s", "Seconds in which more bytes were held than the budget."),
 }
-"""Metric without ``rap_lab_`` and ``_total`` -> field of EngineState, and what it counts."""
+"""Metric (counters without ``_total``) -> field of EngineState, and what it counts."""
+
+# The buckets are vLLM's (vllm/v1/metrics/loggers.py), so that its dashboards show this server too.
+TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
+    "time_to_first_token": ("Time to first token, from the arrival on.", TTFT_S),
+    "inter_token_latency": ("Time between two tokens of one request.", TOKEN_S),
+    "time_per_output_token": ("The same as inter_token_latency, under its older name.", TOKEN_S),
+    "request_time_per_output_token": ("Mean time between the tokens of a request that finished.", TOKEN_S),
+    "e2e_request_latency": ("Time from the arrival of a request that finished to its last token.", REQUEST_S),
+    "request_queue_time": ("Time from the arrival of a request to its admission.", REQUEST_S),
+}
+"""Histogram without ``vllm:`` and ``_seconds`` -> what it measures, and its buckets."""
 
 
 class EngineMetrics(Collector):
-    """Reads the engine's latest state at every scrape. Each app has its own registry."""
+    """Reads the engine's latest state at every scrape, and observes its requests. Each app has its own registry."""
 
-    def __init__(self, thread: EngineThread) -> None:
-        """Describe the engine of a thread."""
-        self._thread = thread
+    def __init__(self, thread: EngineThread, model: str) -> None:
+        """Measure the engine of a thread, which serves a model of this name."""
+        self._thread, self._model = thread, model
         self.registry = CollectorRegistry()
         self.registry.register(self)
+        self._histograms = {
+            name: Histogram(
+                f"vllm:{name}_seconds", meaning, ["model_name"], registry=self.registry, buckets=buckets
+            ).labels(model)
+            for name, (meaning, buckets) in HISTOGRAMS.items()
+        }
+        ended = Counter(
+            "vllm:request_success", "Requests that ended, by reason.", ["model_name", "finished_reason"],
+            registry=self.registry,
+        )  # fmt: skip
+        reasons: tuple[Reason, ...] = ("stop", "length", "abort", "error")
+        self._ended = {reason: ended.labels(model, reason) for reason in reasons}
+        thread.observer = self
+
+    def saw_token(self, live: LiveRequest, gap_s: float | None) -> None:
+        """Take note of a token; ``gap_s``: seconds since the token before, None for the first."""
+        if gap_s is None:
+            self._histograms["time_to_first_token"].observe(live.first_token_s - live.request.arrival_s)
+            self._histograms["request_queue_time"].observe(live.admitted_s - live.request.arrival_s)
+        else:
+            self._histograms["inter_token_latency"].observe(gap_s)
+            self._histograms["time_per_output_token"].observe(gap_s)
+
+    def saw_end(self, live: LiveRequest | None, reason: Reason, e2e_s: float) -> None:
+        """Take note of the end of a request, ``e2e_s`` after its arrival; ``live`` is None if it never arrived."""
+        self._ended[reason].inc()
+        if live is None or reason not in ("stop", "length") or math.isnan(live.first_token_s):
+            return
+        self._histograms["e2e_request_latency"].observe(e2e_s)
+        if live.produced_tokens > 1:
+            mean_s = (live.last_token_s - live.first_token_s) / (live.produced_tokens - 1)
+            self._histograms["request_time_per_output_token"].observe(mean_s)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield all metrics, taken from one state."""
+        """Yield what one state shows."""
         state: EngineState = self._thread.state
         for name, (field, meaning) in GAUGES.items():
-            yield GaugeMetricFamily(f"rap_lab_{name}", meaning, value=getattr(state, field))
-        for name, (field, meaning) in COUNTERS.items():
-            yield CounterMetricFamily(f"rap_lab_{name}", meaning, value=getattr(state, field))
-        yield CounterMetricFamily(
-            "rap_lab_out_of_memory", "Times that the device ran out of memory.", value=self._thread.engine.out_of_memory
-        )
-        yield SummaryMetricFamily(
-            "rap_lab_ttft_seconds",
-            "Time to first token of the requests that produced one.",
-            count_value=state.first_tokens,
-            sum_value=state.ttft_sum_s,
-        )
+            yield self._gauge(name, meaning, getattr(state, field))
+        used = state.kv_used_layer_blocks / state.kv_layer_blocks if state.kv_layer_blocks else 0.0
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks that requests hold, 0 to 1.", used)
+        counted = {name: (getattr(state, field), meaning) for name, (field, meaning) in COUNTERS.items()}
+        counted["rap:out_of_memory"] = (self._thread.engine.out_of_memory, "Times that the device ran out of memory.")
+        for name, (value, meaning) in counted.items():
+            counter = CounterMetricFamily(name, meaning, labels=["model_name"])
+            counter.add_metric([self._model], value)
+            yield counter
+        plans = InfoMetricFamily("rap:plan", "The plan that runs, and the one that is wanted.", labels=["model_name"])
+        plans.add_metric([self._model], {"runs": describe(state.plan), "wanted": describe(state.target)})
+        yield plans
+
+    def _gauge(self, name: str, meaning: str, value: float) -> GaugeMetricFamily:
+        gauge = GaugeMetricFamily(name, meaning, labels=["model_name"])
+        gauge.add_metric([self._model], value)
+        return gauge

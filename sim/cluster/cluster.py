@@ -37,7 +37,7 @@ from sim.cluster.routers import Candidate, KernelRouter, Router, RoutingRequest
 from sim.cost.plan import Plan
 from sim.engine import kernel
 from sim.engine.batch_step import observe_all
-from sim.engine.protocol import EngineState
+from sim.engine.protocol import EngineState, check_hash_blocks
 from sim.engine.sim_engine import SimEngine, exact_delay, prefix_block_ids
 from sim.errors import BudgetError, ConfigError
 from sim.policies.base import ClusterPolicy, Policy
@@ -168,7 +168,8 @@ def _cluster_state(trace: Trace, replicas: int, router: Router, seed: int) -> ke
     ids = trace.hash_ids if trace.hash_ids is not None else ()
     hash_at = np.zeros(len(trace) + 1, dtype=np.int64)
     hash_at[1 : len(ids) + 1] = np.cumsum([len(i) for i in ids], dtype=np.int64)
-    hash_ids = np.concatenate([*ids, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+    # Numbered from 0, because a hash can be as large as 2**63 and the router keeps an array by id.
+    hash_ids = np.unique(np.concatenate([*ids, np.zeros(0, dtype=np.int64)]), return_inverse=True)[1].astype(np.int64)
     state = kernel.State(
         ck.CLUSTER,
         None,
@@ -477,6 +478,7 @@ class Cluster:
         i, engine = served.replica, served.engine
         self._loading[i] = None
         if engine.config.prefix_caching:
+            check_hash_blocks(engine.config, self.trace)
             if self._prefix_ids is None:
                 self._prefix_ids = prefix_block_ids(self.trace.hash_ids)
             engine.use_hash_ids(self._prefix_ids)

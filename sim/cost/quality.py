@@ -16,6 +16,10 @@ r_b is 1 if block b is removed in both stages and ``stage_share`` if only decode
 removing b alone. Cut KV counts by the measured loss of cutting each layer alone, inversely proportional to the tokens
 kept. All coefficients are non-negative, so no plan improves by dropping more. A measured plan is predicted like any
 other: with its own measured value, noise included, it would stand out from similar plans.
+
+A fit holds up to some loss: many blocks removed together hurt more than the model says. How far it holds, and by how
+much it is too good beyond, is measured on held-out plans and stored with the coefficients (``FittedRange``). Outside of
+its range a plan is charged the upper bound, never the prediction.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -54,11 +58,23 @@ class Quality(Protocol):
     """Predicts what a plan loses."""
 
     def nll(self, plan: Plan) -> float:
-        """Return the NLL a token, in nats."""
+        """Return the NLL a token, in nats.
+
+        Raises:
+            CalibrationError: if nothing is known of such plans; the message says what is missing and what to do.
+        """
         ...
 
     def perplexity(self, plan: Plan) -> float:
         """Return exp(nll)."""
+        ...
+
+    def charge(self, plan: Plan) -> float:
+        """Return what requests are charged for a plan, in nats a token: ``nll``, or NaN if the plan's is unknown."""
+        ...
+
+    def in_range(self, plan: Plan) -> bool:
+        """Return whether the data cover this plan; if not, ``nll`` is an upper bound."""
         ...
 
     def summary(self) -> str:
@@ -156,6 +172,35 @@ def unwarp(score: Any, curve: float) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FittedRange:
+    """How far a fit holds, measured on plans that were held out (``hw.score.fit.measured_range``).
+
+    loss: nats per token over dense; a plan predicted above it is outside.
+    factor: the largest measured loss over the predicted one, of held-out plans outside; inf if there was none.
+    kv_tokens: the fewest tokens that a measured plan with cut KV keeps; None if no such plan was measured.
+    inside, outside: held-out plans that were predicted below and above ``loss``.
+    median_inside, p90_inside: relative errors of perplexity of those below.
+    median_outside: median of measured over predicted perplexity of those above.
+    """
+
+    loss: float
+    factor: float
+    kv_tokens: int | None
+    inside: int
+    outside: int
+    median_inside: float
+    p90_inside: float
+    median_outside: float
+
+    def __post_init__(self) -> None:
+        if not (self.loss >= 0.0 and self.factor >= 1.0):
+            raise CalibrationError(
+                f"the range of a fit has loss {self.loss} and factor {self.factor}; the first must be at least 0, the "
+                "second at least 1"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FittedQuality:
     """A model of the loss, fitted to a table.
 
@@ -164,6 +209,7 @@ class FittedQuality:
     blocks: w [b]. pairs: u [5]. others: coefficients [5] of precision and KV.
     root: sqrt(s) [b]. kv: what cutting each layer's KV alone costs [l], in nats.
     max_loss: no prediction exceeds this, the largest loss in the table or 4 nats.
+    range: how far the fit holds; None predicts every plan without a bound, as a fit under test needs it.
     """
 
     name: str
@@ -178,6 +224,7 @@ class FittedQuality:
     kv: tuple[float, ...]
     note: str = ""
     max_loss: float = math.inf
+    range: FittedRange | None = None
     _others_list: tuple[float, ...] = field(default=(), repr=False)
     _pairs_list: tuple[float, ...] = field(default=(), repr=False)
 
@@ -186,18 +233,26 @@ class FittedQuality:
         object.__setattr__(self, "_pairs_list", tuple(float(x) for x in self.pairs))
 
     def loss_many(self, plans: Sequence[Plan]) -> Floats:
-        """Return the losses over dense of many plans [n], in nats per token."""
+        """Return the losses over dense of many plans [n], in nats per token; as ``loss``."""
         if not plans:
             return np.empty(0)
-        self._check(plans[0])
+        for plan in plans:
+            self._check(plan)
         removed = np.stack([removed_shares(plan, self.stage_share) for plan in plans])
         others = np.array([precision_and_kv_features(plan, self.kv) for plan in plans])
         score = removed @ self.blocks + pair_features(removed, self.root) @ self.pairs + others @ self.others
-        loss: Floats = np.minimum(unwarp(score, self.curve), self.max_loss)
-        return loss
+        loss: Floats = self.charged(np.minimum(unwarp(score, self.curve), self.max_loss))
+        return np.where([self._kv_in_range(plan) for plan in plans], loss, self.max_loss)
 
     def loss(self, plan: Plan) -> float:
-        """Return the loss over dense, in nats per token."""
+        """Return the loss over dense, in nats per token: predicted in the fit's range, an upper bound outside."""
+        predicted = self.predicted_loss(plan)
+        if not self._kv_in_range(plan):
+            return self.max_loss
+        return float(self.charged(np.float64(predicted)))
+
+    def predicted_loss(self, plan: Plan) -> float:
+        """Return the predicted loss over dense, in nats per token, in and out of the fit's range."""
         self._check(plan)
         removed = removed_shares(plan, self.stage_share)
         score = float(removed @ self.blocks)
@@ -207,9 +262,35 @@ class FittedQuality:
             score += weight * value
         return min(float(unwarp(np.float64(score), self.curve)), self.max_loss)
 
+    def charged(self, predicted: Any) -> Any:
+        """Return what predicted losses of plans are charged: themselves in the fit's range, the upper bound outside."""
+        if self.range is None:
+            return predicted
+        bound = np.minimum(predicted * self.range.factor, self.max_loss)
+        return np.where(predicted > self.range.loss, bound, predicted)
+
+    def in_range(self, plan: Plan) -> bool:
+        """Return whether the fit holds for this plan; if not, ``loss`` is an upper bound."""
+        if self.range is None:
+            return True
+        return self._kv_in_range(plan) and self.predicted_loss(plan) <= self.range.loss
+
+    def _kv_in_range(self, plan: Plan) -> bool:
+        """Return whether a plan keeps at least as many tokens of KV as the measured plans."""
+        if self.range is None:
+            return True
+        fewest = math.inf if self.range.kv_tokens is None else self.range.kv_tokens
+        return all(
+            keep.first_tokens is None or keep.last_tokens is None or keep.first_tokens + keep.last_tokens >= fewest
+            for keep in set(plan.kv_keep)
+        )
+
     def nll(self, plan: Plan) -> float:
         """Return the NLL a token, in nats."""
         return self.dense_nll + self.loss(plan)
+
+    charge = nll
+    """What requests are charged for a plan: a fit knows every plan, if only by its upper bound."""
 
     def perplexity(self, plan: Plan) -> float:
         """Return exp(nll)."""
@@ -217,7 +298,13 @@ class FittedQuality:
 
     def summary(self) -> str:
         """Return one line on the data behind the prediction."""
-        return f"quality of {self.name}: form {self.form}, fitted to {self.note}"
+        line = f"quality of {self.name}: form {self.form}, fitted to {self.note}"
+        if self.range is None:
+            return line
+        return (
+            f"{line}; holds up to {math.exp(self.range.loss):.2f} times the dense perplexity, and charges "
+            f"{self.range.factor:.2f} times the predicted loss beyond"
+        )
 
     def _check(self, plan: Plan) -> None:
         if 2 * len(plan.weight_bits) != self.blocks.size:
@@ -234,6 +321,7 @@ class FittedQuality:
             "curve": self.curve,
             "stage_share": self.stage_share,
             "max_loss": self.max_loss,
+            "range": None if self.range is None else asdict(self.range),
             "note": self.note,
             **{name: getattr(self, name).tolist() for name in ("pairs", "others", "blocks", "root")},
             "kv": list(self.kv),
@@ -259,7 +347,19 @@ class FittedQuality:
             kv=tuple(float(x) for x in value["kv"]),
             note=str(value["note"]),
             max_loss=float(value["max_loss"]),
+            range=None if value["range"] is None else _range_from_json(value["range"]),
         )
+
+
+def _range_from_json(value: Mapping[str, Any]) -> FittedRange:
+    """Read the range of a fit."""
+    tokens = value["kv_tokens"]
+    return FittedRange(
+        kv_tokens=None if tokens is None else int(tokens),
+        inside=int(value["inside"]),
+        outside=int(value["outside"]),
+        **{key: float(value[key]) for key in ("loss", "factor", "median_inside", "p90_inside", "median_outside")},
+    )
 
 
 # --- Published points ------------------------------------------------------------------------------------------------
@@ -282,8 +382,12 @@ class PublishedQuality:
     Pruning: log(perplexity / dense) = a * (share of parameters removed) ** p, the least-squares line through the
     published masks on logarithmic axes. Those masks were chosen by a search. A plan that drops other blocks loses more
     than this predicts: the blocks themselves make no difference here. W4: interpolated in the number of layers,
-    whichever layers they are (the losses of single layers nearly add up, MorphServe). Losses of pruning and W4 add up.
-    W8 and cut KV are not published, so they are refused.
+    whichever layers they are (the losses of single layers nearly add up, MorphServe). Losses of pruning and W4 add
+    up.
+
+    W8 and cut KV are not published: their loss is unknown, ``nll`` refuses them and ``charge`` is NaN. A plan that
+    drops a larger share of the parameters than any published mask is outside of the range: it is charged the loss of
+    guessing every token with equal probability.
     """
 
     model: ModelSpec
@@ -314,6 +418,11 @@ class PublishedQuality:
         slope, offset = np.polyfit(np.log(shares), np.log(losses), 1)
         return math.exp(float(offset)), float(slope)
 
+    def in_range(self, plan: Plan) -> bool:
+        """Return whether a plan drops at most the share of parameters that some published mask drops."""
+        largest = max((self._share(_drop_mask(self.model, point)) for point in self.points), default=math.inf)
+        return self._share(plan.decode) <= largest
+
     def _share(self, mask: KeepMask) -> float:
         """Return the share of parameters that a mask removes."""
         model = self.model
@@ -321,7 +430,10 @@ class PublishedQuality:
         return removed / model.total_params
 
     def nll(self, plan: Plan) -> float:
-        """Return the NLL a token, in nats. Only decode's mask counts; prefill drops no more than decode."""
+        """Return the NLL a token, in nats; outside of the range its upper bound.
+
+        Only decode's mask counts; prefill drops no more than decode.
+        """
         if len(plan.weight_bits) != self.model.num_layers:
             raise PlanError(
                 f"a plan of {len(plan.weight_bits)} layers, but {self.model.name} has {self.model.num_layers}; "
@@ -329,8 +441,11 @@ class PublishedQuality:
             )
         if 8 in plan.weight_bits or any(keep != KV_KEEP_ALL for keep in plan.kv_keep):
             raise CalibrationError(
-                f"nothing is published on W8 layers or cut KV of {self.model.name}; use W4, or a measured table"
+                f"nothing is published on W8 layers or cut KV of {self.model.name}, so their loss is unknown; use "
+                "W4, a model with a measured table (smollm2_135m), or measure one: python -m hw.score kind=table"
             )
+        if not self.in_range(plan):
+            return max(math.log(self.model.vocab_size), math.log(self.dense_perplexity))
         loss = 0.0
         if plan.decode != keep_all(self.model):
             a, p = self.power_law()
@@ -341,6 +456,13 @@ class PublishedQuality:
             loss += float(np.interp(four, self.w4_layers, values))
         return math.log(self.dense_perplexity) + loss
 
+    def charge(self, plan: Plan) -> float:
+        """Return what requests are charged for a plan: its NLL, or NaN if nothing is published on such plans."""
+        try:
+            return self.nll(plan)
+        except CalibrationError:
+            return math.nan
+
     def perplexity(self, plan: Plan) -> float:
         """Return exp(nll)."""
         return math.exp(self.nll(plan))
@@ -349,7 +471,8 @@ class PublishedQuality:
         """Return one line on the data behind the prediction."""
         return (
             f"quality of {self.model.name}: published, {len(self.points)} pruned masks and "
-            f"{len(self.w4_layers)} W4 prefixes; which blocks a plan drops makes no difference"
+            f"{len(self.w4_layers)} W4 prefixes; which blocks a plan drops makes no difference; a plan that drops more "
+            "than they do is charged the loss of a random guess"
         )
 
 

@@ -95,7 +95,7 @@ def plan_of(cfg: DictConfig) -> Plan:
 def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disaggregated:
     """Build the prefill and decode replicas of a configuration; ``decode_cfg`` is that of decode if it differs."""
     plan, quality = plan_of(cfg), quality_of(cfg)
-    nll = quality.nll if quality is not None else None
+    nll = quality.charge if quality is not None else None
 
     def side(of: DictConfig, own: Plan, priced: Any) -> Callable[[simpy.Environment], SimEngine]:
         return lambda env: build_engine(of, env=env, external_clock=True, plan=own, quality_nll=priced)[0]

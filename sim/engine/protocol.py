@@ -57,7 +57,7 @@ from sim.cost.plan import Plan
 from sim.engine.scheduler import SCHEDULERS, Limits, SchedulerName
 from sim.errors import ConfigError, nearest
 from sim.results.records import Records
-from sim.traces.trace import HASH_BLOCK_TOKENS
+from sim.traces.trace import HASH_BLOCK_TOKENS, Trace
 from sim.types import Floats, Ints
 
 RESTORE_MODES = ("new_requests", "recompute")
@@ -182,6 +182,20 @@ class EngineConfig:
                 f"engine.prefix_caching shares complete KV blocks: engine.kv_block_tokens, {self.kv_block_tokens}, "
                 f"must divide engine.hash_block_tokens, {self.hash_block_tokens}"
             )
+
+
+def check_hash_blocks(config: EngineConfig, trace: Trace) -> None:
+    """Check that the prefix cache reads the hash ids of a trace in its own unit.
+
+    Raises:
+        ConfigError: if an id of the trace stands for another number of tokens than the engine takes it for.
+    """
+    stated = trace.hash_block_tokens if config.prefix_caching and trace.hash_ids is not None else None
+    if stated not in (None, config.hash_block_tokens):
+        raise ConfigError(
+            f"{trace.name} has one hash id for each {stated} tokens of a prompt, but engine.hash_block_tokens is "
+            f"{config.hash_block_tokens}; set engine.hash_block_tokens={stated}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,8 @@ class ServerSpec:
     model: what is served. gpu: the device. config: how the engine schedules requests and keeps KV.
     workspace_bytes: memory that neither weights nor KV can use.
     latency: durations of the model on the device; None if there is no calibration (only a real engine runs without).
-    quality_nll: nats per token that a plan costs, charged to requests; None charges nothing.
+    quality_nll: nats per token that a plan costs, charged to requests: NaN for a plan whose loss is unknown; None
+        charges nothing.
     """
 
     model: ModelSpec
@@ -160,7 +161,7 @@ class ServerSpec:
             config=config,
             workspace_bytes=int(workspace_bytes),
             latency=priced,
-            quality_nll=named_quality(table).nll if table is not None else None,
+            quality_nll=named_quality(table).charge if table is not None else None,
         )
 
     def copying(self) -> CopySpeed:

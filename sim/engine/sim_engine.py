@@ -33,6 +33,7 @@ from sim.engine.protocol import (
     Holder,
     Request,
     check_decisions,
+    check_hash_blocks,
     late_request,
     missing_hash_ids,
     repeated_hash_id,
@@ -164,6 +165,7 @@ class SimEngine:
 
     def submit_trace(self, trace: Trace) -> None:
         """Hand over every request of a trace as arrays, without a ``Request`` object for each."""
+        check_hash_blocks(self.config, trace)
         self.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
 
     def submit_arrays(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.cost.plan import Plan, dense_plan
+from sim.cost.plan import Plan, dense_plan, describe
 from sim.engine.budget import Budget, constant_budget
 from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineState
@@ -245,9 +245,17 @@ def lookahead(
             "another policy"
         )
     server = served.server
+    table = actions_from(served.model, actions, served.workspace_bytes)
+    if server.quality_nll is not None:
+        unknown = next((plan for plan in table.plans if math.isnan(server.quality_nll(plan))), None)
+        if unknown is not None:
+            raise ConfigError(
+                f"policy=lookahead weighs requests by quality, but that of the plan {describe(unknown)} of "
+                f"{server.model.name} is unknown; choose other plans, or set quality_table= to a measured table"
+            )
     return Lookahead(
         server=server,
-        actions=actions_from(served.model, actions, served.workspace_bytes),
+        actions=table,
         graph=PlanGraph(server.model, server.quality_nll),
         horizon_s=horizon_s,
         ttft_s=ttft_s,

@@ -19,12 +19,13 @@ from sim.cost.gpu import Gpu
 from sim.cost.model_spec import ModelSpec
 from sim.cost.quality import FittedQuality, PublishedQuality
 from sim.engine.budget import Budget
-from sim.engine.protocol import Engine, EngineConfig
+from sim.engine.protocol import Engine, EngineConfig, check_hash_blocks
 from sim.engine.server_spec import ServerSpec, find_quality, named_quality
 from sim.engine.sim_engine import SimEngine
 from sim.policies import Fixed, Policy, PolicyContext
 from sim.progress import progress
 from sim.replay.loop import replay
+from sim.replay.watch import Watched, outside_share, quality_note
 from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
@@ -38,6 +39,7 @@ class RecordingEngine(Engine, Protocol):
     """An engine with everything that a run folder records."""
 
     budget: Budget
+    config: EngineConfig
 
     def iterations(self) -> Iterations:
         """Return one entry per iteration."""
@@ -146,6 +148,7 @@ def replay_with(
 
     on_progress, progress_s: as in ``replay``.
     """
+    check_hash_blocks(engine.config, trace)
     tick_s = None if isinstance(policy, Fixed) else float(cfg.tick_s)  # a fixed plan needs no decisions
     changes_s = engine.budget.change_s[1:]
     replay(
@@ -176,6 +179,17 @@ def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: f
 def about(trace: Trace) -> dict[str, Any]:
     """Return what ``provenance.json`` says of a trace."""
     return {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history}
+
+
+def quality_figures(cfg: DictConfig, seen: Watched, iterations: Iterations) -> dict[str, Any]:
+    """Return what is known of the quality of the plans of a run.
+
+    ``quality_outside_share`` is the share of computed tokens under plans outside the range that the quality was fitted
+    on, which are charged its upper bound; None without a quality. ``quality_note`` is a sentence for people, or None.
+    """
+    quality = quality_of(cfg)
+    outside = None if quality is None else outside_share(quality, seen.plans, iterations)
+    return {"quality_outside_share": outside, "quality_note": quality_note(quality, seen.plans, outside)}
 
 
 def write_tables(
@@ -216,7 +230,7 @@ def run_replay(
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     title = f"{label}: {len(trace):,} requests on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
     made_by = {**provenance(cfg.seed), "trace": about(trace)}
-    interrupted = False
+    interrupted, seen = False, Watched(policy)
     try:
         with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
 
@@ -224,12 +238,13 @@ def run_replay(
                 report(done, f"at {min(time_s, trace.duration_s):,.0f} s of the trace")
 
             progress_s = trace.duration_s / steps if (steps := progress_steps(len(trace))) else math.inf
-            replay_with(cfg, trace, engine, policy, on_progress, progress_s)
+            replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen, on_progress, progress_s)
     except KeyboardInterrupt:
         interrupted = True
     records, iterations = engine.records(), engine.iterations()
     summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s())
     summary["interrupted"] = interrupted
+    summary |= quality_figures(cfg, seen, iterations)
     try:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         write_json(folder / "provenance.json", made_by)

@@ -16,15 +16,23 @@ from omegaconf import DictConfig, OmegaConf
 
 from sim.compiled import cpu_clock
 from sim.config import build, name_of
-from sim.cost.plan import Plan, dense_plan
-from sim.engine.protocol import EngineState
+from sim.cost.plan import dense_plan
 from sim.errors import ConfigError
-from sim.policies import Fixed, Policy
+from sim.policies import Fixed
 from sim.progress import counted, progress
-from sim.replay.run import build_engine, build_trace, figures, quality_of, replay_with, write_tables
+from sim.replay.run import (
+    build_engine,
+    build_trace,
+    figures,
+    quality_figures,
+    quality_of,
+    replay_with,
+    write_tables,
+)
+from sim.replay.watch import Watched
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, Transitions
-from sim.results.report import print_rows
+from sim.results.report import print_notes, print_rows
 from sim.results.run_folder import provenance, write_json, write_text
 
 
@@ -88,14 +96,14 @@ def replay_case(cfg: DictConfig) -> Outcome:
     """Replay one configuration."""
     trace = build_trace(cfg)
     engine, policy = build_engine(cfg)
-    seen = policy if isinstance(policy, Fixed) else _Watched(policy)
+    seen = Watched(policy)
     with cpu_clock() as cpu_s:
-        replay_with(cfg, trace, engine, seen)
+        replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen)
         summary = figures(engine, build(cfg.slo), cpu_s=cpu_s())
     iterations = engine.iterations()
-    low = seen.low if isinstance(seen, _Watched) else [(0.0, _low_share(policy.first_plan))]
     end_s = float(iterations.end_s[-1]) if len(iterations) else 0.0
-    summary["low_precision_share"] = time_mean(low, end_s)
+    summary["low_precision_share"] = time_mean(seen.low, end_s)
+    summary |= quality_figures(cfg, seen, iterations)
     summary["perplexity_ratio"] = None
     if summary["quality_nll"] is not None and (quality := quality_of(cfg)) is not None:
         dense_nll = quality.nll(dense_plan(build(cfg.model)))
@@ -174,6 +182,7 @@ def _print_sweep(cfg: DictConfig, cases: Sequence[Case], summaries: Sequence[Map
     if len(cases) > 1:
         rows["mean ± sd"] = shown[""]
     print_rows(rows, title, first="replay")
+    print_notes(rows)
 
 
 def without_equal_seeds(
@@ -208,25 +217,3 @@ def time_mean(changes: Sequence[tuple[float, float]], end_s: float) -> float:
         return changes[0][1]
     weights = [after - before for before, after in itertools.pairwise(times)]
     return statistics.fmean([value for _, value in changes], weights)
-
-
-def _low_share(plan: Plan) -> float:
-    return sum(bits < 16 for bits in plan.weight_bits) / len(plan.weight_bits)
-
-
-class _Watched:
-    """A policy that also logs the share of layers below 16 bits at each decision, as (time_s, share) changes."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self.low = [(0.0, _low_share(policy.first_plan))]
-
-    @property
-    def first_plan(self) -> Plan:
-        return self._policy.first_plan
-
-    def __call__(self, state: EngineState) -> Plan:
-        share = _low_share(state.plan)
-        if share != self.low[-1][1]:
-            self.low.append((state.time_s, share))
-        return self._policy(state)

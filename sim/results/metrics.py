@@ -207,7 +207,7 @@ def summarise(
         "transitions": transitions,
         "budget_violation_s": budget_violation_s,
         "kept_params_share": distribution(records.kept_params_share)["mean"],
-        "quality_nll": distribution(records.quality_nll)["mean"],
+        "quality_nll": _mean_nll(records),
         "preemptions": int(records.preemptions.sum()),
         "recomputed_tokens": _recomputed_tokens(records, iterations),
         "cached_share": _rate(float(records.cached_tokens.sum()), float(records.prompt_tokens[admitted].sum())),
@@ -217,6 +217,12 @@ def summarise(
         "cpu_s": cpu_s,
         "requests_per_cpu_s": _rate(requests, cpu_s),
     }
+
+
+def _mean_nll(records: Records) -> float | None:
+    """Return the mean NLL of the requests with a token; None if that of any is unknown, for the others flatter it."""
+    nll = records.quality_nll[records.produced_tokens > 0]
+    return float(nll.mean()) if len(nll) and np.isfinite(nll).all() else None
 
 
 def _counts(records: Records) -> dict[str, int]:

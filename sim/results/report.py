@@ -66,6 +66,7 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
             console.print(f"{name} {values}", highlight=False, soft_wrap=True)
         for name, value in rates.items():
             console.print(f"{name.replace(' ', '_')} {value}", highlight=False)
+        _print_note(summary, console)
         return
     latencies = Table(title=title, title_justify="left")
     latencies.add_column("seconds")
@@ -78,6 +79,19 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
     for name, value in [*((n, str(summary[n])) for n in COUNTS), *rates.items()]:
         counts.add_row(name, value)
     console.print(counts)
+    _print_note(summary, console)
+
+
+def _print_note(summary: Mapping[str, Any], console: Console) -> None:
+    if note := summary.get("quality_note"):
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_notes(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Print what readers of a table have to know of the quality of its rows, each sentence once per row."""
+    for label, summaries in rows.items():
+        for note in sorted({summary["quality_note"] for summary in summaries if summary.get("quality_note")}):
+            print(f"note: {label}: {note}")
 
 
 SUMMARY_COLUMNS = {
@@ -100,6 +114,11 @@ averaged over time.
 """
 
 
+def _is_unknown(summary: Mapping[str, Any]) -> bool:
+    """Return whether the quality of a run is unknown although others of its model have one."""
+    return str(summary.get("quality_note") or "").startswith("quality unknown")
+
+
 Columns = Mapping[str, tuple[str, float, int, str]]
 
 
@@ -113,7 +132,9 @@ def cells(summaries: Sequence[Mapping[str, Any]], columns: Columns = SUMMARY_COL
                 value = value[part]
             if value is not None:
                 values.append(factor * float(value))  # type: ignore[arg-type]
-        if not values:
+        if key == "perplexity_ratio" and any(map(_is_unknown, summaries)):
+            found.append("unknown")
+        elif not values:
             found.append("-")
         elif len(summaries) == 1:
             found.append(f"{values[0]:,.{decimals}f}{unit}")

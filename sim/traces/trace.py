@@ -18,7 +18,7 @@ MAX_TOKENS = 10**9
 MAX_ARRIVAL_S = 1e9
 """31 years; a larger number is a Unix time or milliseconds, not seconds since the start of the trace."""
 HASH_BLOCK_TOKENS = 512
-"""Prompt tokens per entry of ``hash_ids`` (Mooncake, FAST 2025, section on its traces)."""
+"""Prompt tokens per entry of ``hash_ids``, unless a trace says otherwise (Mooncake, FAST 2025, on its traces)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,11 +34,14 @@ class Trace:
         arrival_s: seconds since the start, float64, not decreasing.
         prompt_tokens: at least 1, int64.
         output_tokens: at least 1, int64. Engines know it; policies never see it.
-        hash_ids: for each request, the ids of its prefix blocks of 512 tokens; None if the source has none.
+        hash_ids: for each request, the ids of its prefix blocks of ``hash_block_tokens`` tokens; None if the source
+            has none.
         name: the label in tables and plots.
         source: the file as the user named it, or the generator.
         history: the steps that made the trace, one readable sentence each, oldest first.
         time_quantum_s: resolution of the source's clock; 0 for a fine one, 1 for BurstGPT, 3 for Mooncake.
+        hash_block_tokens: prompt tokens per id as the source states it (512 for Mooncake, 16 for Qwen-Bailian); None
+            if it does not.
 
     Raises:
         TraceError: if a value is out of range; the message names the first such request, its value and the range.
@@ -52,6 +55,7 @@ class Trace:
     source: str = "arrays"
     history: tuple[str, ...] = ()
     time_quantum_s: float = 0.0
+    hash_block_tokens: int | None = None
 
     def __post_init__(self) -> None:
         arrival_s = _frozen_floats(self.arrival_s)
@@ -74,6 +78,10 @@ class Trace:
         _check_hash_ids_count(self.hash_ids, len(arrival_s))
         if not (np.isfinite(self.time_quantum_s) and self.time_quantum_s >= 0):
             raise TraceError(f"time_quantum_s is {self.time_quantum_s}; it must be a finite number, 0 for a fine clock")
+        if self.hash_block_tokens is not None and not 1 <= self.hash_block_tokens <= MAX_TOKENS:
+            raise TraceError(
+                f"hash_block_tokens is {self.hash_block_tokens}; it must be from 1 to {MAX_TOKENS:,} tokens"
+            )
         object.__setattr__(self, "arrival_s", arrival_s)
         object.__setattr__(self, "prompt_tokens", prompt_tokens)
         object.__setattr__(self, "output_tokens", output_tokens)
@@ -88,6 +96,8 @@ class Trace:
         if not isinstance(other, Trace):
             return NotImplemented
         if (self.hash_ids is None) != (other.hash_ids is None) or len(self) != len(other):
+            return False
+        if self.hash_ids is not None and self.block_tokens != other.block_tokens:
             return False
         return (
             np.array_equal(self.arrival_s, other.arrival_s)
@@ -111,7 +121,14 @@ class Trace:
             digest.update(b"hash_ids")
             digest.update(counts.astype("<i8").tobytes())
             digest.update(flat.astype("<i8").tobytes())
+            if self.block_tokens != HASH_BLOCK_TOKENS:
+                digest.update(f"of {self.block_tokens} tokens".encode())
         return digest.hexdigest()
+
+    @property
+    def block_tokens(self) -> int:
+        """Prompt tokens per hash id; 512 where the source does not say."""
+        return HASH_BLOCK_TOKENS if self.hash_block_tokens is None else self.hash_block_tokens
 
     @property
     def duration_s(self) -> float:

@@ -16,11 +16,13 @@ from typing import Literal, get_args
 import numpy as np
 
 from sim.errors import WorkloadError, nearest
-from sim.traces.trace import HASH_BLOCK_TOKENS, Trace, sorted_trace
+from sim.traces.trace import Trace, sorted_trace
 from sim.types import Ints
 
 Step = Callable[..., Trace]
 HashIds = tuple[Ints, ...]
+LARGEST_ID = 2**53
+"""Ids above this are numbered before anything is added to them."""
 
 
 def apply_steps(trace: Trace, steps: Iterable[Step], *, seed: int = 0) -> Trace:
@@ -253,7 +255,8 @@ def inject_burst(
     outputs = trace.output_tokens[drawn] if output_tokens is None else np.full(requests, output_tokens)
     hash_ids = None
     if trace.hash_ids is not None:
-        hash_ids = (*trace.hash_ids, *_fresh_hash_ids(prompts, first_id=_next_id(trace.hash_ids)))
+        own = _small_ids(trace.hash_ids)
+        hash_ids = (*own, *_fresh_hash_ids(prompts, trace.block_tokens, first_id=_next_id(own)))
     step = (
         f"injected {requests:,} requests from {start_s:g} s to {start_s + duration_s:g} s ({rate_rps:g}/s), seed={seed}"
     )
@@ -266,13 +269,15 @@ def inject_burst(
         source=trace.source,
         history=(*trace.history, step),
         time_quantum_s=trace.time_quantum_s,
+        hash_block_tokens=trace.hash_block_tokens,
     )
 
 
 def merge(traces: Sequence[Trace], *, name: str | None = None) -> Trace:
     """Return all requests of several traces on one clock; ties keep the order of the traces.
 
-    Prefix ids of different traces stay distinct. If any trace has none, the result has none, and its history says so.
+    Prefix ids of different traces stay distinct. If any trace has none, or ids of another number of tokens, the result
+    has none, and its history says so.
 
     Raises:
         WorkloadError: if there is no trace.
@@ -283,13 +288,16 @@ def merge(traces: Sequence[Trace], *, name: str | None = None) -> Trace:
     steps = [f"{trace.name}: {step}" for trace in traces for step in trace.history]
     steps.append(f"merged {names}: {sum(map(len, traces)):,} requests")
     hash_ids: HashIds | None = ()
+    block_tokens = traces[0].block_tokens
     for trace in traces:
-        if hash_ids is None or trace.hash_ids is None:
+        if hash_ids is None or trace.hash_ids is None or trace.block_tokens != block_tokens:
             hash_ids = None
             continue
         first_id = _next_id(hash_ids)
-        hash_ids += tuple(ids + first_id for ids in trace.hash_ids)
-    if hash_ids is None and any(trace.hash_ids is not None for trace in traces):
+        hash_ids += tuple(ids + first_id for ids in _small_ids(trace.hash_ids))
+    if hash_ids is None and all(trace.hash_ids is not None for trace in traces):
+        steps.append("left out the prefix ids, because the traces have ids of different numbers of tokens")
+    elif hash_ids is None and any(trace.hash_ids is not None for trace in traces):
         without = ", ".join(trace.name for trace in traces if trace.hash_ids is None)
         steps.append(f"left out the prefix ids, because {without} has none")
     return sorted_trace(
@@ -302,6 +310,7 @@ def merge(traces: Sequence[Trace], *, name: str | None = None) -> Trace:
         history=tuple(steps),
         # The coarsest clock; spread a coarse trace before merging it with a fine one.
         time_quantum_s=max(trace.time_quantum_s for trace in traces),
+        hash_block_tokens=None if hash_ids is None else block_tokens,
     )
 
 
@@ -329,8 +338,9 @@ def repeat(trace: Trace, *, times: int, period_s: float | None = None, share_pre
         raise WorkloadError(f"period_s is {period:g}; it must be at least the last arrival, {last_s:g} s")
     hash_ids = None
     if trace.hash_ids is not None:
-        offset = 0 if share_prefixes else _next_id(trace.hash_ids)
-        hash_ids = tuple(ids + k * offset for k in range(times) for ids in trace.hash_ids)
+        own = _small_ids(trace.hash_ids)
+        offset = 0 if share_prefixes else _next_id(own)
+        hash_ids = tuple(ids + k * offset for k in range(times) for ids in own)
     return replace(
         trace,
         arrival_s=(np.arange(times)[:, None] * period + trace.arrival_s).ravel(),
@@ -415,15 +425,24 @@ def _nearest_arrival(trace: Trace, time_s: float) -> str:
 def _cut_hash_ids(trace: Trace, prompt_tokens: Ints) -> HashIds | None:
     if trace.hash_ids is None:
         return None
-    blocks = -(-prompt_tokens // HASH_BLOCK_TOKENS)
+    blocks = -(-prompt_tokens // trace.block_tokens)
     return tuple(ids[:count] for ids, count in zip(trace.hash_ids, blocks.tolist(), strict=True))
+
+
+def _small_ids(hash_ids: HashIds) -> HashIds:
+    """Return the ids, numbered from 0 if some are so large that adding to them would overflow."""
+    if _next_id(hash_ids) <= LARGEST_ID:
+        return hash_ids
+    flat = np.unique(np.concatenate(hash_ids), return_inverse=True)[1]
+    ends = np.cumsum([len(ids) for ids in hash_ids]).tolist()
+    return tuple(flat[end - len(ids) : end] for ids, end in zip(hash_ids, ends, strict=True))
 
 
 def _next_id(hash_ids: Iterable[Ints]) -> int:
     return max((int(ids.max()) + 1 for ids in hash_ids if len(ids)), default=0)
 
 
-def _fresh_hash_ids(prompt_tokens: Ints, *, first_id: int) -> HashIds:
-    blocks = -(-prompt_tokens // HASH_BLOCK_TOKENS)
+def _fresh_hash_ids(prompt_tokens: Ints, block_tokens: int, *, first_id: int) -> HashIds:
+    blocks = -(-prompt_tokens // block_tokens)
     ends = first_id + np.cumsum(blocks)
     return tuple(np.arange(end - count, end) for end, count in zip(ends.tolist(), blocks.tolist(), strict=True))

@@ -1,12 +1,14 @@
-"""This project's own trace format, as CSV, JSONL or Parquet: arrival_s, prompt_tokens, output_tokens, hash_ids."""
+"""This project's own trace format, as CSV, JSONL or Parquet: arrival_s, prompt_tokens, output_tokens, hash_ids.
+
+Files with the same content under other names and in another unit of time are read too.
+"""
 
 from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,68 +17,105 @@ import pyarrow.parquet as pa_parquet
 
 from sim.atomic import write_whole
 from sim.errors import TraceError, nearest
-from sim.traces.readers.rows import (
-    OnBadRow,
-    RawTable,
-    Rows,
-    check_on_bad_row,
-    read_bytes,
-    read_csv,
-    read_jsonl,
-    table_from_arrow,
-)
-from sim.traces.trace import Trace
-from sim.types import Ints
+from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile
+from sim.traces.readers.hash_ids import read_hash_ids
+from sim.traces.readers.rows import Rows, TimeUnit, check_choice, read_table
+from sim.traces.trace import HASH_BLOCK_TOKENS, Trace
 
-PARQUET_MAGIC = b"PAR1"
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
-SCHEMA = pa.schema(
-    [
-        ("arrival_s", pa.float64()),
-        ("prompt_tokens", pa.int64()),
-        ("output_tokens", pa.int64()),
-        ("hash_ids", pa.list_(pa.int64())),
-    ]
-)
-NO_IDS = np.empty(0, dtype=np.int64)
+COLUMNS = {"arrival": "arrival_s", "prompt": "prompt_tokens", "output": "output_tokens", "hash_ids": "hash_ids"}
+"""What ``columns`` of ``read_trace`` may rename, with the names of the own format."""
+BLOCK_COLUMN = "hash_block_tokens"
+"""Written only for ids of another number of tokens than 512; every row has the same value."""
 
 
 def read_trace(
     path: str | Path,
     *,
+    columns: Mapping[str, str] | None = None,
+    time_unit: TimeUnit = "s",
     on_bad_row: OnBadRow = "error",
     sort: bool = False,
     rebase: bool = False,
     time_quantum_s: float = 0.0,
+    max_rows: int = MAX_ROWS,
+    max_bytes: int = MAX_BYTES,
     name: str | None = None,
 ) -> Trace:
-    """Return a trace in the project's own format; the content, not the name, decides between CSV, JSONL and Parquet.
+    """Return a trace in the project's own format; the content, not the name, decides between CSV, JSON and Parquet.
 
     Columns: ``arrival_s`` (seconds), ``prompt_tokens``, ``output_tokens`` and, optionally, ``hash_ids`` (a list of
-    ids; in CSV separated by spaces). Other columns are ignored.
+    ids; in CSV separated by spaces). Other columns are ignored. CSV may have comma, semicolon, tab or bar between
+    values; JSON is one object a line or one list of objects.
 
     Args:
-        path: the file; CSV and JSONL may be gzip.
-        on_bad_row, sort: as ``read_azure``.
-        rebase: shift arrivals so that the first is at 0. Off by default, because time 0 has a meaning in this format.
+        path: the file; plain, gzip, bz2, xz or zstd.
+        columns: how the file names ``arrival``, ``prompt``, ``output`` and ``hash_ids``, where it has other names.
+        time_unit: what the arrivals count: s, ms, us or ns; iso for dates, which are recognized without it and
+            always count from the first.
+        on_bad_row, sort, max_rows, max_bytes: as ``read_azure``.
+        rebase: shift arrivals so that the first is at 0. Off by default, because time 0 has a meaning in this format;
+            Unix times need it.
         time_quantum_s: step of the clock that recorded the arrivals, 0 for a fine one.
         name: the trace's name; None takes the file's name.
     Raises:
         TraceError: if the file or a row of it cannot be used.
     """
-    check_on_bad_row(on_bad_row)
-    content = read_bytes(path)
-    rows = Rows(_table(path, content, on_bad_row), on_bad_row)
+    check_choice("time_unit", time_unit, TimeUnit)
+    file = TraceFile(path=path, on_bad_row=on_bad_row, max_rows=max_rows, max_bytes=max_bytes)
+    named = _column_names(columns)
+    required, optional = [named[own] for own in REQUIRED], [BLOCK_COLUMN]
+    (required if "hash_ids" in (columns or {}) else optional).append(named["hash_ids"])
+    rows = Rows(read_table(file, required=required, optional=optional))
+    history: list[str] = []
+    hash_ids = read_hash_ids(rows, history, name=named["hash_ids"]) if rows.has(named["hash_ids"]) else None
     return rows.trace(
-        arrival_s=rows.seconds("arrival_s"),
-        prompt_tokens=rows.tokens("prompt_tokens"),
-        output_tokens=rows.tokens("output_tokens"),
-        hash_ids=read_hash_ids(rows) if "hash_ids" in rows.table.columns else None,
+        arrival_s=rows.times(named["arrival_s"], unit=time_unit, rebase=rebase),
+        prompt_tokens=rows.tokens(named["prompt_tokens"]),
+        output_tokens=rows.tokens(named["output_tokens"]),
+        hash_ids=hash_ids,
         sort=sort,
         rebase=rebase,
         name=name or Path(path).name.split(".")[0],
+        history=history,
         time_quantum_s=time_quantum_s,
+        hash_block_tokens=_block_tokens(rows),
     )
+
+
+def _column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the name in the file of each column of the own format.
+
+    Raises:
+        TraceError: for an unknown key, or a name that is no text or stands for two columns.
+    """
+    columns = columns or {}
+    if not isinstance(columns, Mapping):
+        raise TraceError(
+            f"trace.columns is {columns!r}; write it as trace.columns={{arrival: NAME, prompt: NAME, output: NAME}}"
+        )
+    for key, value in columns.items():
+        if key not in COLUMNS:
+            raise TraceError(f"trace.columns has {key!r}; {nearest(str(key), COLUMNS)}")
+        if not isinstance(value, str) or not value.strip():
+            raise TraceError(f"trace.columns.{key} is {value!r}; it must be the name of a column")
+    named = {own: str(columns.get(key, own)).strip() for key, own in COLUMNS.items()}
+    doubled = [value for value in named.values() if list(named.values()).count(value) > 1]
+    if doubled:
+        raise TraceError(f"trace.columns takes {doubled[0]!r} for two columns; name each column once")
+    return named
+
+
+def _block_tokens(rows: Rows) -> int | None:
+    """Return the tokens per hash id that the file states, the same in every row, or None."""
+    if not rows.has(BLOCK_COLUMN):
+        return None
+    stated = rows.tokens(BLOCK_COLUMN)
+    good = stated[~rows.is_bad]
+    if len(good) == 0:
+        return None
+    rows.reject(stated != good[0], BLOCK_COLUMN, "not that of the other rows", f"{good[0]} in every row")
+    return int(good[0])
 
 
 def write_trace(trace: Trace, path: str | Path) -> Path:
@@ -108,69 +147,6 @@ def write_trace(trace: Trace, path: str | Path) -> Path:
     return path
 
 
-def read_hash_ids(rows: Rows) -> list[Ints]:
-    """Return the column ``hash_ids`` as one array per row; a row whose ids are not a list of numbers is marked bad."""
-    column = rows.table.columns["hash_ids"]
-    if isinstance(column, pa.ChunkedArray) and pa.types.is_list(column.type) and column.null_count == 0:
-        array = column.combine_chunks()
-        if pa.types.is_integer(array.type.value_type) and array.values.null_count == 0:
-            flat = np.asarray(array.values.to_numpy(), dtype=np.int64)
-            ends = array.offsets.to_numpy()
-            ids = [flat[start:end] for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
-            return _without_negative(rows, ids)
-    cells = column if isinstance(column, list) else column.to_pylist()
-    ids = []
-    bad = np.zeros(len(cells), dtype=bool)
-    for i, cell in enumerate(cells):
-        parsed = _ids_of_cell(cell)
-        bad[i] = parsed is None
-        ids.append(NO_IDS if parsed is None else parsed)
-    rows.reject(bad, "hash_ids", "not a list of ids", "a list of whole numbers from 0 (in CSV separated by spaces)")
-    return _without_negative(rows, ids)
-
-
-def _without_negative(rows: Rows, ids: list[Ints]) -> list[Ints]:
-    bad = np.fromiter((len(row) > 0 and bool(row.min() < 0) for row in ids), dtype=bool, count=len(ids))
-    rows.reject(bad, "hash_ids", "negative", "ids from 0")
-    return ids
-
-
-def _ids_of_cell(cell: Any) -> Ints | None:
-    if isinstance(cell, str):
-        cell = [int(part) if part.isascii() and part.isdigit() else None for part in cell.split()]
-    if not isinstance(cell, list) or any(not isinstance(i, int) or isinstance(i, bool) or i >= 2**63 for i in cell):
-        return None
-    return np.array(cell, dtype=np.int64)
-
-
-def _table(path: str | Path, content: bytes, on_bad_row: OnBadRow) -> RawTable:
-    if content.startswith(PARQUET_MAGIC):
-        return _parquet_table(path, content)
-    if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-        return read_jsonl(path, schema=SCHEMA, optional=("hash_ids",), on_bad_row=on_bad_row, content=content)
-    return read_csv(path, required=REQUIRED, optional=("hash_ids",), on_bad_row=on_bad_row, content=content)
-
-
-def _parquet_table(path: str | Path, content: bytes) -> RawTable:
-    try:
-        file = pa_parquet.ParquetFile(io.BytesIO(content))
-        names = file.schema_arrow.names
-        missing = [name for name in REQUIRED if name not in names]
-        if missing:
-            raise TraceError(
-                f"{path}: no column {missing[0]!r}; for {names[0] if names else 'none'!r}: "
-                f"{nearest(names[0] if names else '', missing)}; it has {', '.join(names)}"
-            )
-        table = file.read(columns=[name for name in SCHEMA.names if name in names])
-    except (pa.ArrowException, OSError) as error:
-        raise TraceError(
-            f"{path} is a broken Parquet file ({error}); it is truncated or damaged: write it again"
-        ) from error
-    if table.num_rows == 0:
-        raise TraceError(f"{path} has columns and no requests; it needs at least one row")
-    return table_from_arrow(path, table, unit="row")
-
-
 def _arrow(trace: Trace) -> pa.Table:
     columns = {name: pa.array(getattr(trace, name)) for name in REQUIRED}
     if trace.hash_ids is not None:
@@ -178,6 +154,8 @@ def _arrow(trace: Trace) -> pa.Table:
         offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
         flat = np.concatenate(trace.hash_ids)
         columns["hash_ids"] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+        if trace.block_tokens != HASH_BLOCK_TOKENS:
+            columns[BLOCK_COLUMN] = pa.array(np.full(len(trace), trace.block_tokens, dtype=np.int64))
     return pa.table(columns)
 
 
@@ -198,7 +176,8 @@ def _jsonl_bytes(trace: Trace) -> bytes:
     lines = [f'{{"arrival_s": {a!r}, "prompt_tokens": {p}, "output_tokens": {o}' for a, p, o in rows]
     if trace.hash_ids is None:
         return ("}\n".join(lines) + "}\n").encode()
-    ids = (f'{line}, "hash_ids": {row.tolist()}}}\n' for line, row in zip(lines, trace.hash_ids, strict=True))
+    block = "" if trace.block_tokens == HASH_BLOCK_TOKENS else f', "{BLOCK_COLUMN}": {trace.block_tokens}'
+    ids = (f'{line}, "hash_ids": {row.tolist()}{block}}}\n' for line, row in zip(lines, trace.hash_ids, strict=True))
     return "".join(ids).encode()
 
 

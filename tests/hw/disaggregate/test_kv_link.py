@@ -9,7 +9,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from hw.disaggregate.kv_link import BURST_S, CHUNK_BYTES, MOST_HEADER_BYTES, Channel, LinkError, Sender, check_link
+from hw.disaggregate import kv_link
+from hw.disaggregate.kv_link import (
+    BURST_S,
+    CHUNK_BYTES,
+    MOST_HEADER_BYTES,
+    MOST_PAYLOAD_BYTES,
+    Channel,
+    LinkError,
+    Sender,
+    check_link,
+)
 from sim.errors import ConfigError
 
 Ends = tuple[Channel, Channel]
@@ -100,6 +110,28 @@ def test_a_sender_that_closes_at_once_does_not_send_the_rest(ends: Ends) -> None
         (struct.pack("!I", 3) + b"{]}", "not JSON"),
         (struct.pack("!I", 2) + b"[]", "not an object"),
         (struct.pack("!I", 2) + b"{}", "not an object with an integer"),
+        *[
+            (struct.pack("!I", len(text)) + text, message)
+            for text, message in (
+                (b'{"bytes": true}', "an integer"),
+                (b'{"bytes": NaN}', "an integer"),
+                (b'{"bytes": Infinity}', "an integer"),
+                (b'{"bytes": 1.0}', "an integer"),
+                (b'{"bytes": "1"}', "an integer"),
+                (b'{"bytes": null}', "an integer"),
+                (b'{"bytes": -1}', "from 0 to"),
+                (b'{"bytes": 99999999999999999999}', "from 0 to"),
+                (b'{"bytes": ' + str(MOST_PAYLOAD_BYTES + 1).encode() + b"}", "from 0 to"),
+                (b'{"bytes": ' + b"9" * 5000 + b"}", "not JSON"),
+                (b"[" * 100_000, "not JSON"),
+                (b'{"a":' * 50_000 + b"0" + b"}" * 50_000, "not JSON"),
+                (b"\xff\xfe{}", "not JSON"),
+            )
+        ],
+        (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", "at most"),
+        (b"\xff\xff\xff\xff", "at most"),
+        (b"\x00", "ours has gone"),
+        (b"", "ours has gone"),
         (struct.pack("!I", 90) + b"{", "ours has gone"),
     ],
 )
@@ -116,6 +148,27 @@ def test_sending_to_a_side_that_has_gone_is_an_error(ends: Ends) -> None:
     theirs.close()
     with pytest.raises(LinkError, match="theirs has gone"):
         [ours.send({"name": "a"}, memoryview(bytes(CHUNK_BYTES))) for _ in range(100)]
+
+
+def test_a_side_that_never_reads_is_an_error_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_link, "SEND_S", 0.1)
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours, "theirs")
+    with pytest.raises(LinkError, match="theirs has read nothing for"):
+        [channel.send({"name": "a"}, memoryview(bytes(CHUNK_BYTES))) for _ in range(1000)]
+    channel.close()
+    theirs.close()
+
+
+def test_a_half_closed_connection_still_carries_frames_the_other_way(ends: Ends) -> None:
+    ours, theirs = ends
+    ours.send({"name": "last"})
+    ours._socket.shutdown(socket.SHUT_WR)
+    assert take(theirs) == ("last", b"")
+    with pytest.raises(LinkError, match="ours has gone"):
+        theirs.receive()
+    theirs.send({"name": "answer"})
+    assert take(ours) == ("answer", b"")
 
 
 def test_a_link_needs_a_bandwidth() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hw.disaggregate.kv_link import Channel, LinkError
+from hw.disaggregate.kv_link import Channel, Header, LinkError
 from hw.disaggregate.sides import Connection, DecodeSide, GuardedEngine, PrefillSide, Side, gather, handover_from, serve
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
@@ -261,8 +263,56 @@ def test_an_offer_that_is_no_prompt_of_the_model_is_refused() -> None:
     for wrong in ({"tokens": [1, 2]}, {"tokens": [1, 2, VOCABULARY]}):
         with pytest.raises(LinkError, match="not a prompt of tiny"):
             handover_from({"handover": {**handover, **wrong}}, tiny_spec())
-    with pytest.raises(LinkError, match="cannot be read"):
-        handover_from({"handover": {"request": request}}, tiny_spec())
+    nan, inf = float("nan"), float("inf")
+    numbers = [
+        {name: value} for name in ("output_limit", "kept_params") for value in (-1, 1.5, nan, True, "1", None, [])
+    ]
+    numbers += [{"tokens": [1, 2, value]} for value in (True, 1.0, "1", nan)]
+    numbers += [{name: value} for name in ("admitted_s", "first_token_s") for value in (nan, inf, "0", None, True)]
+    numbers += [{"request": {**request, "request_id": value}} for value in ([], "0", -1, nan)]
+    numbers += [{"request": {**request, "arrival_s": nan}}, {"nll_sum": "0"}, {"tokens": 3}, {"unknown": 1}]
+    for wrong in numbers:
+        with pytest.raises(LinkError, match="cannot be read"):
+            handover_from({"handover": {**handover, **wrong}}, tiny_spec())
+    for content in ({"request": request}, None, 3, "text", [[]]):
+        with pytest.raises(LinkError, match="cannot be read"):
+            handover_from({"handover": content}, tiny_spec())
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"kind": "kv", "request": []},
+        {"kind": "kv", "request": 1.0},
+        {"kind": ["kv"], "request": 1},
+        {"kind": "over", "bytes": 5},
+        {"kind": "offer", "bytes": 5},
+        {"request": 1},
+        {"kind": "unknown"},
+        {"kind": "kv", "request": 7},
+        {"kind": "offer"},
+    ],
+)
+def test_a_frame_that_is_not_expected_ends_the_link_and_nothing_else(header: Header) -> None:
+    ours, theirs = socket.socketpair()
+    connection = Connection(Channel(ours, "the prefill process"))
+    side = DecodeSide(
+        build=lambda **more: hw_engine(timed=False, kind=GuardedEngine, **more),
+        elastic=ElasticModel(tiny(), name="tiny"),
+        plan=plans()["dense"],
+        connection=connection,
+        clock=RealClock(),
+        report=lambda _kind, _content: None,
+    )
+    side.listen()
+    text = json.dumps({"bytes": 0, **header}).encode()
+    theirs.sendall(struct.pack("!I", len(text)) + text)
+    with connection.guard:
+        assert connection.guard.wait_for(lambda: connection.failure is not None, timeout=WAIT_S)
+    assert isinstance(connection.failure, LinkError)
+    connection.close(complete=False)
+    theirs.close()
+    side.engine.close()
 
 
 def test_what_is_gathered_are_the_bytes_that_the_plan_says_for_any_prompt() -> None:

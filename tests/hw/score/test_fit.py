@@ -18,6 +18,7 @@ from hw.score.fit import (
     fit,
     held_out,
     held_out_kind,
+    measured_range,
     read_table,
     write_fits,
 )
@@ -237,3 +238,27 @@ def test_written_coefficients_read_back_bit_for_bit_with_their_held_out_errors(t
     stated = next(f for f in written["fits"] if (f["text"], f["form"]) == ("test", "warped"))["held_out_errors"]
     found = errors_of(read_table(path), held_out(read_table(path), ("warped",)), "warped")
     assert [(e["kind"], e["median"]) for e in stated] == [(e.kind, e.median) for e in found]
+
+
+def test_the_range_ends_where_held_out_plans_lose_more_than_predicted() -> None:
+    plans = tuple(without({i % (2 * LAYERS)}) for i in range(200))
+    predicted = np.linspace(0.0, 2.0, 200)
+    loss = np.where(predicted < 0.8, predicted, 1.5 * predicted)
+    made = QualityTable(name="six", dense_nll=1.0, plans=plans, kinds=(("any",),) * 200, loss=loss)
+    found = measured_range(made, "warped", predicted)
+    assert found.loss == pytest.approx(0.8, abs=0.02)
+    assert found.factor == pytest.approx(1.5, abs=0.002)
+    assert found.inside + found.outside == 200
+    assert found.median_inside < 0.01
+    assert found.kv_tokens is None
+    perfect = measured_range(replace(made, loss=predicted), "warped", predicted)
+    assert perfect.loss == pytest.approx(math.log(3.0), abs=0.002)  # never beyond what errors are reported for
+
+
+def test_the_calibration_text_says_nothing_of_plans_that_change_only_what_follows_the_prompt() -> None:
+    made = read_table(QUALITIES / "smollm2_135m.json", "calibration")
+    assert all(plan.prefill == plan.decode and set(plan.kv_keep) == {KVKeep()} for plan in made.plans)
+    quality = read_fitted(QUALITIES / "smollm2_135m.json", text="calibration")
+    cut = replace(made.plans[0], kv_keep=(KVKeep(first_tokens=4, last_tokens=64),) * len(made.plans[0].kv_keep))
+    assert not quality.in_range(cut)
+    assert quality.loss(cut) == quality.max_loss

@@ -37,9 +37,9 @@ from hw.score.one_shot import one_shot, single_removals  # noqa: E402
 from hw.score.pdtrim import attention_mass, redundancy_order, redundancy_sets, two_stage_search  # noqa: E402
 from hw.score.quality_table import measure_table, table_plans  # noqa: E402
 from hw.score.report import generation, scores_page, speed_of  # noqa: E402
-from hw.score.text import read_windows  # noqa: E402
+from hw.score.text import IDS, TOKENIZER, differing, read_windows  # noqa: E402
 from sim.cost.plan import KVKeep, Plan, check_plan, dense_plan  # noqa: E402
-from sim.cost.plan_json import plan_from_json  # noqa: E402
+from sim.cost.plan_json import plan_from_json, plan_to_json  # noqa: E402
 from sim.cost.quality import QUALITIES, read_fitted  # noqa: E402
 from sim.errors import ConfigError  # noqa: E402
 from sim.paths import REPOSITORY, RESULTS  # noqa: E402
@@ -578,3 +578,55 @@ def test_windows_are_random_with_a_seed_and_all_of_the_text_without(checkpoint: 
     assert all(any(torch.equal(window, other) for other in every.tokens) for window in chosen.tokens)
     with pytest.raises(ConfigError, match="has 10 windows of 40 tokens, but 11 were requested"):
         read_windows(path, tokenizer, tokens=440, window=40, seed=None)
+
+
+# --- Which tokens a result was measured on ---------------------------------------------------------------------------
+
+
+def test_a_description_pins_the_token_ids_and_the_tokenizer_not_only_the_file(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    given = {"tokens": 120, "window": 40, "seed": None}
+    first = read_windows(checkpoint / "text.txt", tokenizer, **given)  # type: ignore[arg-type]
+    assert first.source == read_windows(checkpoint / "text.txt", tokenizer, **given).source  # type: ignore[arg-type]
+
+    class Shifted:
+        """Reads the same file one token later, as another way to split rows would."""
+
+        def __call__(self, *texts: str, **options: bool) -> object:
+            found = tokenizer(*texts, **options)
+            found.input_ids = found.input_ids[1:]
+            return found
+
+        def get_vocab(self) -> dict[str, int]:
+            return dict(tokenizer.get_vocab(), another=10_000)
+
+    other = read_windows(checkpoint / "text.txt", Shifted(), **given)  # type: ignore[arg-type]
+    assert other.source["sha256"] == first.source["sha256"]
+    assert other.source[IDS] != first.source[IDS]
+    assert other.source[TOKENIZER] != first.source[TOKENIZER]
+
+
+def test_results_on_other_tokens_differ_and_old_ones_without_a_hash_are_named_as_such() -> None:
+    now = {"model": "m", "text": {"sha256": "a", IDS: "1", TOKENIZER: "t"}, "test_text": None}
+    assert differing(now, dict(now)) == ([], False)
+    assert differing(now, now | {"text": now["text"] | {IDS: "2"}}) == (["text"], False)  # type: ignore[operator]
+    assert differing(now, now | {"text": now["text"] | {TOKENIZER: "u"}}) == (["text"], False)  # type: ignore[operator]
+    old = now | {"text": {"sha256": "a"}}
+    assert differing(now, old) == ([], True)
+    assert differing(now, old | {"text": {"sha256": "b"}}) == (["text"], True)
+    assert differing(now, {}) == (["model", "text"], False)
+
+
+def test_an_old_table_is_continued_only_on_the_tokens_that_give_its_dense_loss(tmp_path: Path) -> None:
+    elastic, said = ElasticModel(tiny(), name="tiny"), list[str]()
+    calibration, test = text(2, 24, seed=1), text(2, 24, seed=2)
+    path, described = tmp_path / "tiny.json", {"model": "tiny", "text": {"sha256": "a", IDS: "1"}}
+    dense = next(iter(table_plans(elastic.spec, {}, {}, seed=0)))[1]
+    losses = [measure(elastic, dense, tokens).mean for tokens in (calibration, test)]
+    row = {"plan": plan_to_json(dense), "chosen_as": ["dense"], "nll_calibration": losses[0], "nll_test": losses[1]}
+    write_json(path, {"model": "tiny", "text": {"sha256": "a"}, "plans": [row | {"nll_test": losses[1] + 0.06}]})
+    given = (path, described, tmp_path)
+    with pytest.raises(ConfigError, match="was measured on other tokens: nll_test"):
+        measure_table(elastic, calibration, test, *given, seed=0, say=said.append)
+    assert "states no hash of its token ids" in said[0]
+    assert json.loads(path.read_text())["plans"][0]["nll_test"] == losses[1] + 0.06  # the file is as it was

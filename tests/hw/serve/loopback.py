@@ -59,6 +59,7 @@ def engine_thread(policy: Policy | None = None, tick_s: float = 1.0, **more: Any
             timed=False,
             clock=clock,
             ends=thread.ends,
+            sampling=thread.sampling,
             on_token=thread.on_token,
             own_prompts=thread.prompt,
             **arguments,

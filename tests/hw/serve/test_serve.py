@@ -22,15 +22,19 @@ uvicorn = pytest.importorskip(
     "uvicorn", reason="client and server need httpx, starlette, uvicorn: pip install -e '.[hw]'"
 )
 
-from hw.client.client import ClientSettings, Replayer, _brings_token, records_of, summary_of  # noqa: E402
+from hw.client.payload import Payloads  # noqa: E402
+from hw.client.replayer import Answer, Replayer  # noqa: E402
+from hw.client.run import records_of, summary_of  # noqa: E402
+from hw.client.settings import ClientSettings  # noqa: E402
+from hw.client.target import target_of  # noqa: E402
 from hw.engine.clock import RealClock  # noqa: E402
 from hw.engine.hw_engine import HwEngine  # noqa: E402
 from hw.engine.prompts import RandomPrompts  # noqa: E402
 from hw.serve.engine_thread import EngineThread  # noqa: E402
-from hw.serve.requests import ApiError, ChatMessage, chat_tokens  # noqa: E402
+from hw.serve.prompts import chat_tokens  # noqa: E402
+from hw.serve.requests import ApiError, ChatMessage  # noqa: E402
 from hw.serve.server import Api, ServerConfig  # noqa: E402
 from sim.cost.plan import dense_plan  # noqa: E402
-from sim.errors import ConfigError  # noqa: E402
 from sim.policies import Fixed  # noqa: E402
 from sim.results.metrics import Slo  # noqa: E402
 from sim.results.records import Status  # noqa: E402
@@ -198,13 +202,14 @@ def test_an_answer_ends_at_the_end_of_text_unless_it_is_ignored(server: Server) 
 @pytest.mark.parametrize(
     ("body", "status", "names"),
     [
-        ({"prompt": "a", "temperature": 0.7}, 400, "temperature"),
-        ({"prompt": "a", "n": 2}, 400, "n"),
+        ({"prompt": "a", "temperature": 2.5}, 400, "temperature"),
+        ({"prompt": "a", "top_p": -0.5}, 400, "top_p"),
+        ({"prompt": "a", "n": 0}, 400, "n"),
         ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
         ({"prompt": "a", "max_tokens": 61}, 400, "max_tokens"),
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": [1, 97]}, 400, "prompt"),
-        ({"prompt": ["a", "b"]}, 400, "prompt"),
+        ({"prompt": ["a", ""]}, 400, "prompt"),
         ({"prompt": "a" * 150, "max_tokens": 20}, 400, "prompt"),
         ({"prompt": "a", "model": "gpt"}, 404, "model"),
         ({"prompt": "a" * 30_000}, 413, None),
@@ -214,14 +219,17 @@ def test_an_answer_ends_at_the_end_of_text_unless_it_is_ignored(server: Server) 
         ({"messages": [{"role": "user", "content": 3}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "a" * 200}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}, 400, "tools"),
-        ({"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 61}, 400, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 61}, 400, "max_completion_tokens"),
         ({"prompt": "a", "max_tokens": 2.5}, 400, "max_tokens"),
         ({"prompt": "a", "max_tokens": True}, 400, "max_tokens"),
         ({"prompt": {"text": "a"}}, 400, "prompt"),
         ({"prompt": [-1]}, 400, "prompt"),
         ({"prompt": "a", "model": 3}, 404, "model"),
         ({"prompt": "a", "stream_options": []}, 400, "stream_options"),
-        ({"prompt": "a", "stop": ["b"]}, 400, "stop"),
+        ({"prompt": "a", "stop": ["b", ""]}, 400, "stop"),
+        ({"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty"),
+        ({"prompt": "a", "logprobs": 0}, 400, "logprobs"),
+        ({"prompt": "a", "echo": True}, 400, "echo"),
         ({"max_tokens": 3}, 400, "prompt"),
         ({"messages": [3]}, 400, "messages"),
     ],
@@ -241,7 +249,12 @@ def test_what_cannot_be_done_is_refused_in_openais_shape(
     ("body", "message"),
     [
         ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0; set it to 1 to 60"),
-        ({"prompt": "a", "n": 2}, "n=2 is not supported; this engine decodes greedily, so leave it out"),
+        ({"prompt": "a", "n": 0}, "n is 0; set it to 1 to 128"),
+        ({"prompt": "a", "echo": True}, "echo=True is not supported; leave it out"),
+        (
+            {"prompt": "a", "temprature": 1},
+            "there is no field 'temprature'; did you mean 'temperature'? Otherwise leave it out",
+        ),
         ({"prompt": "a", "model": "gpt"}, "model 'gpt' is not served; set model to 'tiny', or leave it out"),
         (
             {"prompt": "a", "max_tokens": "3"},
@@ -276,9 +289,11 @@ def test_models_and_metrics_report_what_is_served_and_how(server: Server) -> Non
     ask(server, prompt=[1, 2, 3], max_tokens=5, ignore_eos=True)
     time.sleep(0.1)
     after = metrics(server)
-    assert after["rap_lab_produced_tokens_total"] - before["rap_lab_produced_tokens_total"] == 5
-    assert after["rap_lab_requests_finished_total"] - before["rap_lab_requests_finished_total"] == 1
-    assert after["rap_lab_kv_used_layer_blocks"] == 0
+    tokens, ended = 'vllm:generation_tokens_total{model_name="tiny"}', "vllm:request_success_total"
+    assert after[tokens] - before[tokens] == 5
+    finished = f'{ended}{{finished_reason="length",model_name="tiny"}}'
+    assert after[finished] - before[finished] == 1
+    assert after['rap:kv_used_layer_blocks{model_name="tiny"}'] == 0
 
 
 def test_metrics_are_typed_and_explained_and_two_apps_do_not_share_them(server: Server) -> None:
@@ -287,27 +302,29 @@ def test_metrics_are_typed_and_explained_and_two_apps_do_not_share_them(server: 
     lines = response.text.splitlines()
     types = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")}
     explained = {line.split()[2] for line in lines if line.startswith("# HELP") and len(line.split()) > 3}
-    assert types["rap_lab_requests_waiting"] == "gauge"
-    assert types["rap_lab_produced_tokens_total"] == "counter"
-    assert types["rap_lab_ttft_seconds"] == "summary"
+    assert types["vllm:num_requests_waiting"] == "gauge"
+    assert types["vllm:generation_tokens_total"] == "counter"
+    assert types["vllm:time_to_first_token_seconds"] == "histogram"
     assert explained == set(types)
-    assert {"rap_lab_ttft_seconds_sum", "rap_lab_ttft_seconds_count", "rap_lab_out_of_memory_total"} <= set(
-        metrics(server)
-    )
+    names = {name.partition("{")[0] for name in metrics(server)}
+    assert {"vllm:time_to_first_token_seconds_sum", "rap:out_of_memory_total", "rap:plan_info"} <= names
     Api(server.thread, tiny_spec(), Letters(), ServerConfig())  # a second app in this process registers without a clash
 
 
 def metrics(server: Server) -> dict[str, float]:
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return {name: float(value) for name, value in (line.split() for line in lines if not line.startswith("#"))}
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
 def test_the_plan_can_be_read_and_set_while_the_model_serves(server: Server) -> None:
     assert httpx.get(f"{server.url}/plan").json()["runs"] == "dense"
-    dense_bytes = metrics(server)["rap_lab_weight_bytes"]
+    dense_bytes = metrics(server)['rap:weight_bytes{model_name="tiny"}']
     assert httpx.put(f"{server.url}/plan", json={"drop_mha": [1], "weight_bits": 8}).status_code == 202
     for _ in range(100):
-        if httpx.get(f"{server.url}/plan").json()["ready"] and metrics(server)["rap_lab_weight_bytes"] < dense_bytes:
+        if (
+            httpx.get(f"{server.url}/plan").json()["ready"]
+            and metrics(server)['rap:weight_bytes{model_name="tiny"}'] < dense_bytes
+        ):
             break
         ask(server, prompt=[1], max_tokens=2)
     assert httpx.get(f"{server.url}/plan").json()["runs"] == "-MHA 1; W8 0-3"
@@ -348,16 +365,21 @@ def test_a_client_that_goes_away_frees_its_place(server: Server) -> None:
     assert server.thread.state.running == 0
 
 
+def answers_of(settings: ClientSettings, rows: list[tuple[float, int, int]]) -> list[Answer]:
+    target = target_of(settings.url, chat=settings.chat, key_variable=None)
+    return asyncio.run(Replayer(settings, target, Payloads(settings, "tiny", VOCABULARY)).run(requests(rows)))
+
+
 @pytest.mark.parametrize("loop", ["open", "closed"])
 def test_a_trace_replayed_against_the_server_gives_records_with_real_token_counts(server: Server, loop: str) -> None:
     rows = [(0.02 * i, 5 + i % 7, 1 + i % 9) for i in range(20)]
     settings = ClientSettings(url=server.url, loop=loop, users=3, max_connections=5, timeout_s=30)
-    answers = asyncio.run(Replayer(settings, "tiny", VOCABULARY).run(requests(rows)))
+    answers = answers_of(settings, rows)
     records = records_of(answers)
     assert sorted(a.request.request_id for a in answers) == list(range(20))
     assert (records.status == Status.FINISHED).all()
     assert (records.produced_tokens == records.output_tokens).all()
-    assert [a.prompt_tokens for a in answers] == records.prompt_tokens.tolist()
+    assert records.prompt_tokens.tolist() == [row[1] for row in rows]
     assert (records.ttft_s > 0).all()
     assert np.nanmin(records.tpot_s) >= 0
     summary = summary_of(answers, Slo())
@@ -373,76 +395,27 @@ def test_a_trace_replayed_as_chats_gives_records_with_the_tokens_of_the_template
     text.write_text("The lighthouse keeper counts the ships that pass in the night. " * 20)
     rows = [(0.02 * i, 3 + i % 5, 1 + i % 9) for i in range(12)]
     settings = ClientSettings(url=server.url, loop=loop, users=3, timeout_s=30, chat=True, text=str(text))
-    answers = asyncio.run(Replayer(settings, "tiny", VOCABULARY).run(requests(rows)))
+    answers = answers_of(settings, rows)
     records = records_of(answers)
     assert (records.status == Status.FINISHED).all()
     assert (records.produced_tokens == records.output_tokens).all()
     around = len("user: \nassistant:")
     for answer in answers:
-        assert answer.prompt_tokens == 4 * answer.request.prompt_tokens + around  # a letter is a token here
-        assert len(answer.token_s) == answer.completion_tokens
+        assert answer.timeline is not None
+        assert answer.timeline.prompt_tokens == 4 * answer.request.prompt_tokens + around  # a letter is a token here
+        assert answer.timeline.piece_tokens == (1,) * answer.request.output_tokens
     assert (records.ttft_s > 0).all()
-
-
-def test_a_chat_needs_a_text_to_send() -> None:
-    with pytest.raises(ConfigError, match=r"client\.text"):
-        Replayer(ClientSettings(chat=True), "tiny", VOCABULARY)
-
-
-@pytest.mark.parametrize(
-    ("choice", "first", "brings"),
-    [
-        ({"text": ""}, True, True),
-        ({"delta": {"role": "assistant", "content": ""}, "finish_reason": None}, True, False),
-        ({"delta": {"content": "a"}, "finish_reason": None}, False, True),
-        ({"delta": {}, "finish_reason": "stop"}, False, False),
-        ({"delta": {}, "finish_reason": "stop"}, True, True),
-    ],
-)
-def test_a_piece_that_names_a_role_or_an_end_alone_is_no_token(
-    choice: dict[str, Any], first: bool, brings: bool
-) -> None:
-    assert _brings_token(choice, first=first) is brings
-
-
-@pytest.mark.parametrize(
-    ("content", "content_type", "message"),
-    [
-        (b'data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n', "text/event-stream", None),
-        (b': a comment\nevent: message\ndata: {"choices":\ndata: [{"text": "a"}]}\n\n', "text/event-stream", None),
-        (b'data: {"error": {"message": "no memory"}}\n\n', "text/event-stream", "no memory"),
-        (b"data: [DONE]\n\n", "text/event-stream", "the answer had no token"),
-        (b"data: {\n\n", "text/event-stream", "JSONDecodeError"),
-        (b"data: [3]\n\n", "text/event-stream", "AttributeError"),
-        (b'data: {"choices": [3]}\n\n', "text/event-stream", "TypeError"),
-        (b"{}", "application/json", "SSEError"),
-    ],
-)
-def test_an_answer_is_read_as_server_sent_events_and_a_malformed_one_is_a_failed_request(
-    content: bytes, content_type: str, message: str | None
-) -> None:
-    def respond(_: Any) -> Any:
-        return httpx.Response(200, content=content, headers={"content-type": content_type})
-
-    replayer = Replayer(ClientSettings(), "tiny", VOCABULARY, transport=httpx.MockTransport(respond))
-    (answer,) = asyncio.run(replayer.run(requests([(0.0, 3, 1)])))
-    if message is None:
-        assert answer.error is None
-        assert len(answer.token_s) == 1
-    else:
-        assert answer.error is not None
-        assert message in answer.error
 
 
 def test_a_refused_request_is_counted_and_only_sent_again_with_retries(server: Server) -> None:
     rows = [(0.0, 5, 3), (0.0, 5, 500)]
-    answers = asyncio.run(Replayer(ClientSettings(url=server.url), "tiny", VOCABULARY).run(requests(rows)))
+    answers = answers_of(ClientSettings(url=server.url), rows)
     assert records_of(answers).status.tolist() == [Status.FINISHED, Status.REJECTED]
     assert answers[1].error is not None
     assert "HTTP 400" in answers[1].error
     assert answers[1].retries == 0
     again = ClientSettings(url=server.url, retries=2)
-    assert asyncio.run(Replayer(again, "tiny", VOCABULARY).run(requests(rows)))[1].retries == 2
+    assert answers_of(again, rows)[1].retries == 2
 
 
 def test_the_command_writes_the_files_of_a_replay(
@@ -450,14 +423,14 @@ def test_the_command_writes_the_files_of_a_replay(
 ) -> None:
     from hydra.core.global_hydra import GlobalHydra
 
-    import hw.client.client
+    import hw.client.run
 
     GlobalHydra.instance().clear()
     overrides = ["trace=small", "trace.duration_s=2", "trace.on_rate_rps=8", "trace.off_rate_rps=8"]
     overrides += ["trace.lengths.max_prompt_tokens=30", "trace.lengths.max_output_tokens=8", "model.vocab_size=97"]
     overrides += [f"client.url={server.url}", "client.served_model=tiny", f"hydra.run.dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["hw.client", *overrides])
-    hw.client.client.main()
+    hw.client.run.main()
     records = pd.read_parquet(tmp_path / "records.parquet")
     assert (records.status == "finished").all()
     assert json.loads((tmp_path / "client.json").read_text())["failed"] == 0

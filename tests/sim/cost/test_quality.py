@@ -61,6 +61,110 @@ def some_plan(rng: np.random.Generator) -> Plan:
     return replace(without(decode), prefill=without(prefill).prefill, kv_keep=keep, weight_bits=bits)
 
 
+# --- The range of a fit ----------------------------------------------------------------------------------------------
+
+
+def measured() -> tuple[list[Plan], np.ndarray]:
+    """Return the plans of the committed table that treat all tokens alike, and their measured losses."""
+    rows = json.loads((QUALITIES / "smollm2_135m.json").read_text(encoding="utf-8"))["plans"]
+    plans = [plan_from_json(row["plan"]) for row in rows]
+    alike = [i for i, p in enumerate(plans) if p.prefill == p.decode and set(p.kv_keep) == {KVKeep()}]
+    dense = next(row["nll_test"] for row in rows if "dense" in row["chosen_as"])
+    return [plans[i] for i in alike], np.array([rows[i]["nll_test"] - dense for i in alike])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("text", ["test", "calibration"])
+def test_a_shipped_fit_states_how_far_it_holds_and_on_how_many_held_out_plans(form: str, text: str) -> None:
+    quality = load_quality("smollm2_135m", form, text)  # type: ignore[arg-type]
+    assert isinstance(quality, FittedQuality)
+    assert quality.range is not None
+    assert 0.3 < quality.range.loss <= math.log(3.0)
+    assert 1.0 < quality.range.factor < 4.0
+    assert min(quality.range.inside, quality.range.outside) > 100
+    assert quality.range.median_inside < 0.05
+    assert (quality.range.kv_tokens is None) == (text == "calibration")  # which has no losses of cut KV
+    assert "times the dense perplexity" in quality.summary()
+
+
+def test_beyond_its_range_a_fit_charges_a_bound_above_nearly_every_measured_loss() -> None:
+    quality = shipped("warped")
+    plans, loss = measured()
+    predicted = np.array([quality.predicted_loss(plan) for plan in plans])
+    charged = np.array([quality.loss(plan) for plan in plans])
+    inside = np.array([quality.in_range(plan) for plan in plans])
+    assert quality.range is not None
+    assert inside.tolist() == (predicted <= quality.range.loss).tolist()
+    assert (charged[inside] == predicted[inside]).all()
+    assert (charged[~inside] >= predicted[~inside]).all()
+    assert (charged[~inside] >= loss[~inside] - 0.05).mean() > 0.99  # the predictions alone: fewer than half
+    assert (predicted[~inside] >= loss[~inside]).mean() < 0.5
+
+
+def test_a_deeper_cut_is_never_cheaper_than_a_cut_within_the_range() -> None:
+    quality = shipped("warped")
+    rng = np.random.default_rng(5)
+    order = rng.permutation(2 * LAYERS).tolist()
+    losses = [quality.loss(without(set(order[:n]))) for n in range(2 * LAYERS + 1)]
+    assert losses == sorted(losses)
+    assert losses[-1] <= quality.max_loss
+
+
+def test_cut_kv_below_what_was_measured_is_charged_the_largest_loss() -> None:
+    quality = shipped("warped")
+    assert quality.range is not None
+    for tokens, known in ((quality.range.kv_tokens, True), (quality.range.kv_tokens - 1, False)):  # type: ignore[operator]
+        plan = replace(dense_plan(SPEC), kv_keep=(KVKeep(first_tokens=4, last_tokens=tokens - 4),) * LAYERS)
+        assert quality.in_range(plan) is known
+        assert (quality.loss(plan) == quality.max_loss) is not known
+        assert quality.loss_many([plan])[0] == pytest.approx(quality.loss(plan))
+
+
+def test_masks_in_arrays_are_charged_as_single_plans_are() -> None:
+    surrogate = pytest.importorskip("agents.envs.surrogate")
+    quality = shipped("warped")
+    rng = np.random.default_rng(6)
+    removed = rng.random((40, 2 * LAYERS)) < rng.random((40, 1)) / 2
+    alone = [quality.loss(without(set(np.flatnonzero(row).tolist()))) for row in removed]
+    np.testing.assert_allclose(surrogate.mask_losses(quality, removed), alone, rtol=1e-12)
+
+
+def test_a_range_that_cannot_be_is_refused() -> None:
+    quality = shipped("warped")
+    assert quality.range is not None
+    for change in ({"loss": math.nan}, {"loss": -1.0}, {"factor": 0.5}, {"factor": math.nan}):
+        with pytest.raises(CalibrationError, match="range of a fit"):
+            replace(quality.range, **change)
+
+
+def test_a_plan_that_drops_more_than_any_published_mask_is_charged_a_random_guess() -> None:
+    model = load_model("llama2_7b")
+    quality = load_quality("llama2_7b_published")
+    rap_60 = with_mask(
+        dense_plan(model),
+        drop(
+            model,
+            mha=[8, 10, 12, 13, 14, 18, 19, 21, 22, 23, 24, 25, 27, 28, 30],
+            ffn=[7, 8, 9, 12, 13, 18, 20, 22, 24, 26, 27],
+        ),
+    )
+    assert quality.in_range(rap_60)
+    assert quality.perplexity(rap_60) < 40
+    deeper = with_mask(rap_60, drop(model, mha=range(20), ffn=range(16)))
+    assert not quality.in_range(deeper)
+    assert quality.nll(deeper) == pytest.approx(math.log(model.vocab_size))
+
+
+def test_an_unpublished_loss_is_refused_where_it_decides_and_unknown_where_it_is_only_reported() -> None:
+    model = load_model("llama2_7b")
+    quality = load_quality("llama2_7b_published")
+    eight = replace(dense_plan(model), weight_bits=(8,) * model.num_layers)
+    with pytest.raises(CalibrationError, match=r"unknown; use W4.*hw\.score"):
+        quality.nll(eight)
+    assert math.isnan(quality.charge(eight))
+    assert quality.charge(dense_plan(model)) == quality.nll(dense_plan(model))
+
+
 # --- Predictions -----------------------------------------------------------------------------------------------------
 
 

@@ -92,7 +92,8 @@ class PlainDisaggregated:
             self._end_transfers(now_s)
             self._join()
             for engine in (*self.prefill, *self.decode):
-                engine.run_until(math.nextafter(now_s, math.inf))  # iterations start
+                if not engine.in_iteration:  # one that ends at the next float is not to end now
+                    engine.run_until(math.nextafter(now_s, math.inf))  # iterations start
             self._send_those_ready(now_s)  # an iteration that starts may admit a request, which makes room
         return self._columns()
 

@@ -22,7 +22,7 @@ from sim.engine.server_spec import find_calibration
 from sim.errors import ConfigError, TraceError
 from sim.paths import REPOSITORY
 from sim.replay.loop import replay
-from sim.replay.run import build_engine, build_trace
+from sim.replay.run import build_engine, build_trace, figures
 from sim.results.metrics import records_frame
 
 QUICK = ("trace=poisson", "trace.duration_s=60", "trace.rate_rps=2")
@@ -209,6 +209,8 @@ def test_every_option_of_every_group_composes_and_builds(group: str, option: str
         (tmp_path / "config.json").write_text(json.dumps(config))
         overrides.append(f"model.config={tmp_path / 'config.json'}")
     cfg = composed(*overrides)
+    if group == "trace" and OmegaConf.is_missing(cfg.trace, "path"):  # type: ignore[attr-defined]
+        pytest.skip("it reads a file of the user's; tests/sim/traces/readers/test_formats.py reads one with each")
     if group == "workload":
         steps = [build(step) for step in cfg.workload.steps]  # type: ignore[attr-defined]
         assert all(callable(step) for step in steps)
@@ -256,3 +258,39 @@ def test_compilation_does_not_count_as_the_time_of_a_replay() -> None:
         njit(lambda x: x * 2.0 + 1.0)(1.0)
         compiled_s = time.process_time() - started_s
         assert cpu_s() < 0.5 * compiled_s
+
+
+EIGHT = ("latency=llama2_7b_a100_trtllm", "trace=poisson", "trace.duration_s=10", "trace.rate_rps=2")
+
+
+def test_a_plan_of_unknown_quality_runs_and_says_what_is_unknown(tmp_path: Path) -> None:
+    done = run(*EIGHT, "--multirun", "policy=dense,int8", "hydra.sweep.dir=jobs", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("note: quality unknown") == 1
+    dense, eight = (json.loads((tmp_path / "jobs" / str(i) / "summary.json").read_text()) for i in (0, 1))
+    assert dense["quality_nll"] > 0
+    assert dense["quality_note"] is None
+    assert eight["quality_nll"] is None
+    assert eight["slo_attainment"] > 0
+    sweep = run(*EIGHT, "policy=int8", "seeds=[0,1]", "hydra.run.dir=sweep", cwd=tmp_path)
+    assert "unknown" in sweep.stdout
+    assert sweep.returncode == 0, sweep.stderr
+
+
+def test_a_mean_over_requests_of_known_quality_alone_is_no_mean() -> None:
+    cfg = composed(*EIGHT, "policy=schedule", "policy.steps=[{at_s:0},{at_s:4,weight_bits:8}]")
+    engine, policy = build_engine(cfg)  # type: ignore[arg-type]
+    replay(build_trace(cfg), engine, policy, tick_s=1.0)  # type: ignore[arg-type]
+    nll = engine.records().quality_nll
+    assert 0 < np.isfinite(nll).sum() < len(nll)
+    assert figures(engine, build(cfg.slo))["quality_nll"] is None  # type: ignore[attr-defined]
+
+
+def test_a_report_states_the_share_of_tokens_outside_the_fitted_range(tmp_path: Path) -> None:
+    deep = "{at_s:5,drop_ffn:[3,4,5,6,7,13,22,24,27],drop_mha:[3,4,5,6]}"
+    given = ["model=smollm2_135m", "gpu=cpu_epyc_1thread", "engine=small", "budget=small", "workspace_bytes=1e8"]
+    given += ["trace=small", "trace.duration_s=15", "policy=schedule", f"policy.steps=[{{at_s:0}},{deep}]"]
+    done = run(*given, "hydra.run.dir=run", cwd=tmp_path)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0.2 < summary["quality_outside_share"] < 0.95
+    assert f"{100 * summary['quality_outside_share']:.1f} % of tokens" in done.stdout

@@ -19,8 +19,7 @@ from sim.traces.readers.azure import read_azure
 from sim.traces.readers.burstgpt import read_burstgpt
 from sim.traces.readers.lengths import read_lengths
 from sim.traces.readers.mooncake import read_mooncake
-from sim.traces.readers.native import SCHEMA, read_trace, write_trace
-from sim.traces.readers.rows import _read_jsonl_by_line, _read_jsonl_clean, read_bytes, table_from_arrow
+from sim.traces.readers.native import read_trace, write_trace
 from sim.traces.readers.servegen import read_client, read_client_lengths, read_servegen
 from sim.traces.trace import Trace
 
@@ -179,7 +178,10 @@ def test_servegen_sends_as_many_requests_a_window_as_described(data):
 
 def test_servegen_gaps_have_the_described_burstiness(data):
     described = read_client(data / DEEPSEEK, 35)
-    raw = [line.split(b",") for line in read_bytes(data / DEEPSEEK / "chunk-35-trace.csv.gz").splitlines()]
+    raw = [
+        line.split(b",")
+        for line in gzip.decompress((data / DEEPSEEK / "chunk-35-trace.csv.gz").read_bytes()).splitlines()
+    ]
     described_cv = np.array([float(row[2]) for row in raw])
     trace = read_servegen(data / DEEPSEEK, clients=[35], duration_s=86_400.0, seed=1)
     window = (trace.arrival_s // 600).astype(int)
@@ -369,9 +371,9 @@ def test_mooncake_checks_that_ids_fit_the_prompt(tmp_path):
         ('{"timestamp": 0, "input_length": true, "output_length": 5, "hash_ids": [0]}', "'input_length': not a number"),
         ('{"timestamp": 0, "input_length": 5.5, "output_length": 5, "hash_ids": [0]}', "not a whole number: '5.5'"),
         ('{"timestamp": 0, "input_length": 1' + "0" * 400 + ', "output_length": 5, "hash_ids": [0]}', "too large"),
-        ('{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [-1]}', "'hash_ids': negative"),
+        ('{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [true]}', "not a list of ids"),
         ('{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": 7}', "'hash_ids': not a list of ids"),
-        ('{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": ["a"]}', "'hash_ids': not a list of ids"),
+        ('{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [[1]]}', "'hash_ids': not a list of ids"),
         ('{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": null}', "'hash_ids'"),
     ],
 )
@@ -497,7 +499,7 @@ def test_a_truncated_or_damaged_gzip_is_an_error(tmp_path, cut):
         ("arrival_s", "add prompt_tokens, output_tokens"),
         ("arrival_s,arrival_s,prompt_tokens,output_tokens", "column 'arrival_s' appears twice"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens", r"this is Azure 2023 CSV \(trace=azure_conv"),
-        ("1.0,10,20", "no column 'arrival_s'"),
+        ("1.0,10,20", "no column 'arrival_s', because '1.0,10,20' holds values.*write the header arrival_s,"),
     ],
 )
 def test_a_wrong_header_names_the_nearest_right_one(tmp_path, header, message):
@@ -650,25 +652,6 @@ def test_a_parquet_file_is_recognized_by_its_content_not_its_name(tmp_path):
     trace = Trace(arrival_s=[0.5], prompt_tokens=[1], output_tokens=[1])
     path = write_trace(trace, tmp_path / "a.parquet").rename(tmp_path / "a.csv")
     assert read_trace(path) == trace
-
-
-@settings(deadline=None, max_examples=100)
-@given(trace=traces)
-def test_reading_json_in_one_pass_and_line_by_line_agree(trace):
-    rows = [
-        json.dumps({"arrival_s": a, "prompt_tokens": p, "output_tokens": o, "hash_ids": [1]})
-        for a, p, o in zip(
-            trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True
-        )
-    ]
-    content = "\n".join(rows).encode()
-    clean = _read_jsonl_clean(content, SCHEMA, ("hash_ids",))
-    assert clean is not None
-    fast = table_from_arrow("x", clean, unit="line")
-    slow = _read_jsonl_by_line("x", content, SCHEMA, ("hash_ids",))
-    assert fast.line.tolist() == slow.line.tolist()
-    for name in SCHEMA.names:
-        assert fast.columns[name].to_pylist() == slow.columns[name]
 
 
 @settings(deadline=None, max_examples=200)

@@ -1,0 +1,80 @@
+"""How the next token is chosen from its logits: the likeliest one, or one sampled with temperature and top_p.
+
+A sampled token depends on its logits, the request's seed and the number of tokens before it. It does not depend on
+other requests of the batch, nor on preemptions. All rows of a batch are sampled together, on their device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEAST_TEMPERATURE = 1e-5
+"""Below this, sampling is greedy, as in vLLM: the division by it would overflow."""
+MOST_ELEMENTS = 1 << 21
+"""Logits that are sampled in one pass, which takes about 40 bytes for each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a request's tokens are sampled.
+
+    temperature: divides the logits; at least ``LEAST_TEMPERATURE``.
+    top_p: only the likeliest tokens whose probabilities sum up to this are chosen from, at least one.
+    seed: what the random numbers depend on, besides the number of tokens before.
+    """
+
+    temperature: float
+    top_p: float
+    seed: tuple[int, ...]
+
+    def uniform(self, index: int) -> float:
+        """Return the random number of the token with this index: a multiple of 2**-32 in [0, 1)."""
+        text = ":".join(map(str, (*self.seed, index)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) / 2**32
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A row of logits to sample from. index: of the token among those of its request."""
+
+    row: int
+    sampling: Sampling
+    index: int
+
+
+def choose(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Return the next token of each row.
+
+    Args:
+        logits: [rows, vocabulary]. draws: the rows to sample; the others take the likeliest token.
+    """
+    chosen = logits.argmax(-1)
+    step = max(1, MOST_ELEMENTS // logits.shape[-1])
+    for first in range(0, len(draws), step):
+        part = draws[first : first + step]
+        rows = torch.tensor([draw.row for draw in part], device=logits.device)
+        chosen[rows] = _sample(logits[rows], part)
+    return chosen
+
+
+def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Return one sampled token for each row of ``logits`` [draws, vocabulary]."""
+    device = logits.device
+    numbers = [(d.sampling.temperature, d.sampling.top_p, d.sampling.uniform(d.index)) for d in draws]
+    temperature, top_p, uniform = torch.tensor(numbers, dtype=torch.float64, device=device).T[:, :, None]
+    probabilities = torch.softmax(logits.float() / temperature.float(), dim=-1)
+    if any(draw.sampling.top_p < 1 for draw in draws):
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        likelier = ordered.cumsum(-1, dtype=torch.float64) - ordered
+        likelier[:, 0] = -1.0  # the likeliest token stays
+        ordered = ordered.masked_fill((likelier >= top_p) & (top_p < 1), 0.0)
+        probabilities = torch.zeros_like(ordered).scatter_(-1, order, ordered)
+    # The first token at which the sum exceeds the random share of the total. The sum runs in the order of the
+    # vocabulary: a last-digit difference of two likely tokens then changes nothing.
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).squeeze(-1)

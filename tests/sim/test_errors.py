@@ -1,0 +1,35 @@
+"""Messages of errors: one line, whatever a file holds."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from sim.cost.model_spec import load_model
+from sim.errors import LONGEST_MESSAGE, PlanError, RapLabError, TraceError, one_line
+from sim.policies.fixed import plan_of
+
+
+def test_a_message_that_quotes_a_long_value_keeps_its_start_and_its_end() -> None:
+    message = str(TraceError(f"column 'x' is {'7' * 50_000!r}; allowed are whole numbers"))
+    assert len(message) <= LONGEST_MESSAGE
+    assert message.startswith("column 'x' is '777")
+    assert message.endswith("7'; allowed are whole numbers")
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r", "\r\n", "\x0b", "\u2028"])
+def test_a_message_that_quotes_several_lines_is_one_line(separator: str) -> None:
+    assert str(RapLabError(f"found one{separator}  two; write three")) == "found one two; write three"
+
+
+def test_a_short_message_stays_as_it_is_and_survives_a_process_boundary() -> None:
+    assert one_line("two  spaces stay") == "two  spaces stay"
+    error = pickle.loads(pickle.dumps(TraceError("a")))
+    assert (type(error), str(error)) == (TraceError, "a")
+
+
+def test_an_option_with_an_endless_name_is_refused_with_a_short_message() -> None:
+    with pytest.raises(PlanError, match="has no option") as refused:
+        plan_of(load_model("llama2_7b"), {"x" * 70_000: 1})
+    assert len(str(refused.value)) <= LONGEST_MESSAGE

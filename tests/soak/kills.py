@@ -1,0 +1,219 @@
+"""kill -9 at random moments of commands that write files: nothing half-written, and the same results afterwards."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.soak.forked import Run, start
+from tests.soak.provenance import made_now
+from tests.soak.run_files import differences, half_written, leftovers, results
+from tests.warm_up import main as warm_up
+
+CLOCKS = ("cpu_seconds", "earlier_cpu_seconds", "seconds", "sample_seconds", "learn_seconds", "date", "command")
+"""Keys of results that state how and how fast they were made; a run that was continued states another command."""
+WORDS = "the keeper counts the ships that pass in the night and writes each of them down "
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One command that is killed.
+
+    module, arguments: the command without its run folder. again: what the second run adds to them.
+    share: of all kills. ready: whether the run in a folder has come so far that it may be killed.
+    ignore: files that may be incomplete, because nothing names them yet.
+    kept: which results must be those of the unbroken run, as the folder of a killed run says.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    share: float
+    again: tuple[str, ...] = ()
+    folder_key: str = "hydra.run.dir"
+    ready: Callable[[Path], bool] = lambda _: True
+    ignore: Callable[[Path], bool] = lambda _: False
+    kept: Callable[[Path], Callable[[str], bool]] = lambda _: lambda _: True
+
+    def command(self, folder: Path, *more: str) -> list[str]:
+        """Return the arguments of a run in a folder."""
+        return [*self.arguments, *more, f"{self.folder_key}={folder}"]
+
+
+def scenarios(files: Path) -> list[Scenario]:
+    """Return all scenarios; ``files`` is where what they read is written."""
+    text = files / "text.txt"
+    files.mkdir(parents=True, exist_ok=True)
+    text.write_text(WORDS * 2000)
+    trace = ("trace=poisson", "trace.rate_rps=60", "trace.duration_s=60", "iterations=true")
+    from tests.soak.tiny_checkpoint import write_checkpoint
+
+    checkpoint = write_checkpoint(files / "checkpoint")
+    score = (f"model.path={checkpoint}", "model.name=tiny", "model.dtype=float32", "model.device=cpu")
+    score += (f"calibration.path={text}", f"test.path={text}", "calibration.tokens=4096", "calibration.window=64")
+    train = ("algorithm=ppo", "algorithm.steps_an_iteration=256", "algorithm.minibatch=128", "algorithm.epochs=2")
+    train += ("num_envs=8", "hidden=[16]", "validate_every=1", "minutes=10", "iterations=12", "checkpoint_minutes=0")
+    return [
+        Scenario("sim.replay", "sim.replay.__main__", trace, 0.4),
+        Scenario("sim.replay seeds", "sim.replay.__main__", (*trace[:3], "seeds=[0,1,2]"), 0.15),
+        Scenario(
+            "sim.replay --multirun",
+            "sim.replay.__main__",
+            ("--multirun", *trace[:3], "seed=0,1,2"),
+            0.15,
+            folder_key="hydra.sweep.dir",
+        ),
+        Scenario("hw.score gsi", "hw.score.run", ("kind=gsi", *score), 0.2, folder_key="out"),
+        Scenario(
+            "agents.train",
+            "agents.training.train",
+            train,
+            0.1,
+            again=("resume=true",),
+            ready=lambda folder: (folder / "checkpoint.json").exists(),
+            ignore=lambda path: "checkpoint_" in str(path.parent),
+            kept=rows_of_the_checkpoint,
+        ),
+    ]
+
+
+def rows_of_the_checkpoint(folder: Path) -> Callable[[str], bool]:
+    """Return whether a result is a row of progress.csv up to the last checkpoint.
+
+    RLlib's checkpoints hold no state of environments, so a resumed training goes on with other episodes.
+    """
+    reached = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["iteration"]
+    rows = {str(number) for number in range(int(reached) + 1)}
+    return lambda name: name.startswith("progress.csv:") and name.split(":")[1] in rows
+
+
+@dataclass(slots=True)
+class Count:
+    """What happened to one scenario."""
+
+    kills: int = 0
+    ended_before: int = 0
+    before_any_file: int = 0
+    complete_already: int = 0
+    leftovers: int = 0
+    equal: int = 0
+    equal_to_the_end: int = 0
+    seconds: float = 0.0
+    not_compared: list[str] = field(default_factory=list)
+    faults: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(count: int, folder: Path, path: Path, *, only: str = "", seed: int = 0) -> dict[str, Any]:
+    """Kill ``count`` runs; save the figures after every scenario, and return them."""
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"scenarios": {}}
+    shutil.rmtree(folder, ignore_errors=True)
+    warm_up()  # the children find the kernels loaded
+    for scenario in scenarios(folder / "files"):
+        if only and only != scenario.name:
+            continue
+        found = kill_often(scenario, max(1, round(count * scenario.share)), folder / "runs", random.Random(seed))
+        content["scenarios"][scenario.name] = {
+            **{name: getattr(found, name) for name in found.__dataclass_fields__},
+            **made_now(),
+        }
+        content["faults"] = sum(len(s["faults"]) for s in content["scenarios"].values())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"{scenario.name}: {found.kills} kills, {found.equal} equal, {len(found.faults)} faults", flush=True)
+    return content
+
+
+def _place(scenario: Scenario, folder: Path) -> Path:
+    """Return what names the results on the command line: the folder, or the file of a score."""
+    return folder / "score.json" if scenario.folder_key == "out" else folder
+
+
+def kill_often(scenario: Scenario, kills: int, folder: Path, rng: random.Random) -> Count:
+    """Kill runs of one scenario and run each again."""
+    found, began_s = Count(), time.monotonic()
+    place = folder / "run"  # always the same one: its name is part of some results
+    references, times = [], []
+    for number in range(3):  # the first one fills caches
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        child = start(scenario.module, scenario.command(_place(scenario, place)), folder / "printed")
+        if child.wait() != 0:
+            raise RuntimeError(f"{scenario.name} does not run: {child.text()[-800:]}")
+        times.append(time.monotonic() - child.started_s)
+        references.append(results(place))
+        if number == 1 and scenario.share < 0.15:
+            break
+    clock = differences(references[-1], references[-2])  # times and dates, which differ between equal runs
+    found.not_compared = sorted({name.rpartition("/")[2] for name in clock})[:40]
+    clock |= {name for name in references[-1] if name.rpartition(":")[2] in CLOCKS}
+    for _ in range(kills):
+        shutil.rmtree(place, ignore_errors=True)
+        _one(scenario, place, times[-1], (references[-1], clock), found, rng)
+    found.seconds = time.monotonic() - began_s
+    return found
+
+
+def _one(
+    scenario: Scenario,
+    folder: Path,
+    usual_s: float,
+    reference: tuple[dict[str, Any], set[str]],
+    found: Count,
+    rng: random.Random,
+) -> None:
+    folder.mkdir(parents=True)
+    place, printed = _place(scenario, folder), folder.with_suffix(".txt")
+    child = start(scenario.module, scenario.command(place), printed)
+    _kill_at_random(child, scenario, folder, usual_s, rng)
+    found.kills += 1
+    found.ended_before += child.status == 0
+    found.before_any_file += not any(folder.iterdir())
+    found.leftovers += bool(leftovers(folder))
+    if broken := half_written(folder, ignore=scenario.ignore):
+        found.faults.append({"what": "half-written", "files": broken})
+    wanted, clock = reference
+    kept = scenario.kept(folder)
+    if child.status == 0:
+        found.complete_already += 1
+    elif not _again(scenario, place, printed, found):
+        return
+    all_different = differences(results(folder), wanted) - clock
+    found.equal_to_the_end += not all_different
+    if different := sorted(filter(kept, all_different)):
+        found.faults.append({"what": "other results", "names": different[:20]})
+    else:
+        found.equal += 1
+
+
+def _again(scenario: Scenario, place: Path, printed: Path, found: Count) -> bool:
+    """Run the command again; return whether it ended well. A run that was complete when it was killed is refused."""
+    child = start(scenario.module, scenario.command(place, *scenario.again), printed)
+    if child.wait() == 0:
+        return True
+    complete = (place / "summary.json").exists()
+    if complete and child.status == 2 and "Traceback" not in child.text():
+        found.complete_already += 1
+        return True
+    found.faults.append({"what": "does not run again", "status": child.status, "printed": child.text()[-800:]})
+    return False
+
+
+def _kill_at_random(child: Run, scenario: Scenario, folder: Path, usual_s: float, rng: random.Random) -> None:
+    """Kill a child: half of the time at any moment, otherwise after its first file."""
+    late = rng.random() < 0.5
+    while child.look() is None:
+        begun = any(folder.iterdir()) if late else True
+        if begun and scenario.ready(folder):
+            break
+        time.sleep(0.001)
+    left_s = max(0.0, usual_s - (time.monotonic() - child.started_s))
+    # Most files are written within the last part of a run.
+    time.sleep(rng.uniform(0.0, left_s if rng.random() < 0.7 else left_s / 20))
+    if child.look() is None:
+        child.kill()
