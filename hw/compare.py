@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from rich.console import Console
 
-from hw.validate.compare import compare, plot, print_comparison, read_run
+from hw.calibrate.writing import write_calibration
+from hw.validate.compare import Run, check_sides, compare, plot, print_comparison, read_run
+from hw.validate.machine_speed import slower
+from hw.validate.machines import SAME_SPEED, calibration_name, machine_note
 from sim.config import run_command
+from sim.cost.latency import CALIBRATIONS
 from sim.errors import ConfigError
-from sim.results.run_folder import provenance, write_json
+from sim.json_file import read_json_object
+from sim.results.run_folder import own_folder, provenance, write_json
 
 
 @dataclass(kw_only=True)
 class CompareRunsConfig:
     """Which runs to compare.
 
-    runs: the folder of a simulated run, then those of real runs. out: where to write; the first real run when null.
+    runs: the folder of a simulated run, then those of real runs.
+    out: where to write; a new folder under runs/ when null.
     """
 
     runs: list[str] = field(default_factory=list)
@@ -40,14 +48,43 @@ def _compare(cfg: DictConfig) -> int:
     if len(folders) < 2:
         raise ConfigError("give the folder of one simulated run and of one or more real ones; --help shows how")
     simulated, *real = (read_run(folder) for folder in folders)
+    check_sides(simulated, real)
     result = compare(simulated, real)
-    out = Path(cfg.out) if cfg.out is not None else folders[1]
+    out = Path(cfg.out) if cfg.out is not None else own_folder("compare")
+    if not result["held"]:
+        result["machine_note"] = _machine_note(simulated, real, result["speed_factor"], out)
     write_json(out / "compare.json", {"provenance": provenance(0), **result})
     plot(out / "compare.png", simulated, real)
     console = Console(width=None if sys.stdout.isatty() else 130)
     print_comparison(result, console)
     console.print(f"files: {out / 'compare.json'}, {out / 'compare.png'}", highlight=False, soft_wrap=True)
     return 0 if result["held"] else 1
+
+
+def _machine_note(simulated: Run, real: Sequence[Run], factor: float | None, out: Path) -> str | None:
+    """Return the note on a machine other than the calibrated one, after writing a calibration at its speed."""
+    name = calibration_name(simulated.config)
+    calibrated_on, scaled = None, None
+    if name is not None and factor is not None:
+        path = Path(name) if name.endswith(".json") else CALIBRATIONS / f"{name}.json"
+        if path.is_file():
+            content = read_json_object(path, ConfigError, "write it again with hw.calibrate")
+            run = content.get("device_run")
+            calibrated_on = run.get("processor") if isinstance(run, dict) else None
+            if abs(factor - 1.0) > SAME_SPEED:
+                scaled = out / f"{path.stem}_x{factor:.2f}.json"
+                write_calibration(_at_speed(content, factor, scaled.stem), scaled)
+    hardware = [run.hardware or {} for run in real]
+    ran_on = next((one.get("processor") or one.get("device") for one in hardware), None)
+    return machine_note(factor, calibrated_on, ran_on, name, scaled)
+
+
+def _at_speed(content: dict[str, Any], factor: float, name: str) -> dict[str, Any]:
+    """Return a calibration with all times multiplied by a factor, which states so."""
+    note = (
+        f"hw.compare multiplied all times of {content['name']} by {factor:.4f}, the speed of the machine of a real run"
+    )
+    return slower(content, factor) | {"name": name, "kind": "derived", "notes": [*content["notes"], note]}
 
 
 if __name__ == "__main__":

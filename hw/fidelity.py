@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ from hw.validate.fidelity import (
     CALIBRATION,
     FIT_UNTIL_S,
     RUN,
+    SOURCE,
     STATISTICS,
+    check_calibration,
     compare,
     counts,
+    described,
     fit_fixed_s,
     page,
     read_run,
@@ -25,16 +30,24 @@ from hw.validate.fidelity import (
 )
 from sim.config import run_command
 from sim.cost.latency import load_calibration
-from sim.paths import RESULTS, find_data
-from sim.results.run_folder import commit, write_json, write_text
+from sim.errors import CalibrationError
+from sim.json_file import read_json_object
+from sim.pages.render import show
+from sim.paths import find_data
+from sim.results.run_folder import commit, own_folder, write_json, write_text
 
 
 @dataclass(kw_only=True)
 class FidelityConfig:
-    """Which run to compare with. run: its folder, a path or one under RAP_LAB_DATA. out: the folder to write to."""
+    """Which run to compare with.
+
+    run: its folder, a path or one under RAP_LAB_DATA. calibration: of its model on its device: a name or a path.
+    out: the folder to write to; a new folder under runs/ when null.
+    """
 
     run: str = RUN
-    out: str = str(RESULTS / "fidelity")
+    calibration: str = CALIBRATION
+    out: str | None = None
 
 
 ConfigStore.instance().store(name="hw_fidelity_schema", node=FidelityConfig)
@@ -46,24 +59,45 @@ def main() -> None:
 
 
 def _fidelity(cfg: DictConfig) -> None:
-    run, out = read_run(find_data(cfg.run)), Path(cfg.out)
-    latency = load_calibration(CALIBRATION)
+    run, out = read_run(find_data(cfg.run)), Path(cfg.out) if cfg.out is not None else own_folder("fidelity")
+    latency = load_calibration(cfg.calibration)
+    check_calibration(run, latency)
     fixed_s = fit_fixed_s(run, latency)
     engine = simulate(run, latency.with_fixed(fixed_s, f"hw.fidelity, first {FIT_UNTIL_S:.0f} s"))
     records = engine.records()
     errors = compare(run, records)
     content = {
         "commit": commit(),
-        "calibration": CALIBRATION,
+        "command": _command(cfg),
+        "source": SOURCE if cfg.run == RUN else cfg.run,
+        "published": cfg.run == RUN,
+        "calibration": latency.name,
         "fit_until_s": FIT_UNTIL_S,
         "fixed_s": fixed_s,
+        "real": described(run),
         "errors": errors,
         "counts": counts(run, records, len(engine.iterations())),
     }
-    write_json(out / "fidelity.json", content)
-    write_text(out / "index.md", page(content))
+    if not _same_figures(out / "fidelity.json", content):
+        write_json(out / "fidelity.json", content)
+        write_text(out / "index.md", page(content))
     Console().print(error_table(errors, fixed_s))
     print(f"files: {out / 'index.md'}, {out / 'fidelity.json'}")
+
+
+def _command(cfg: DictConfig) -> str:
+    """Return the command line that repeats the comparison."""
+    plain = FidelityConfig()
+    changed = [f" {key}={cfg[key]}" for key in ("run", "calibration", "out") if cfg[key] != getattr(plain, key)]
+    return "python -m hw.fidelity" + "".join(changed)
+
+
+def _same_figures(path: Path, content: Mapping[str, Any]) -> bool:
+    """Return whether a file holds the same figures already, whatever commit wrote it."""
+    if not path.is_file():
+        return False
+    old = read_json_object(path, CalibrationError, "remove it, or set out=")
+    return {**old, "commit": ""} == {**json.loads(json.dumps(content)), "commit": ""}
 
 
 def error_table(errors: dict[str, Any], fixed_s: float) -> Table:
@@ -73,7 +107,7 @@ def error_table(errors: dict[str, Any], fixed_s: float) -> Table:
         table.add_column(column, justify="right")
     for name in ("ttft_s", "tpot_s", "e2e_s"):
         cells = [f"{100 * errors[name][s]['error']:+.1f} %" for s in STATISTICS]
-        table.add_row(name, *cells, f"{errors[name]['correlation']:.3f}")
+        table.add_row(name, *cells, show(errors[name]["correlation"], ".3f"))
     table.add_row("makespan_s", f"{100 * errors['makespan_s']['error']:+.1f} %", "", "", "", "")
     return table
 

@@ -8,6 +8,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "docs" / "results"
 """Committed figures: one folder a page, with the page as ``index.md`` next to the files it is made from."""
+CHECKOUT = (REPOSITORY / "pyproject.toml").is_file()
+"""Whether this code runs from a checkout; an installed package has no file of its own to write."""
 DATA_VARIABLE = "RAP_LAB_DATA"
 
 

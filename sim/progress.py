@@ -19,7 +19,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 T = TypeVar("T")
 FIRST_LINE_S = 2.0
 LINE_EVERY_S = 10.0
-"""Without a terminal: when the first line is printed, and how often the next ones. A shorter task prints none."""
+LATER_LINE_EVERY_S = 60.0
+"""Without a terminal: when the first line is printed, how often in the first minute, and how often after it.
+
+A task shorter than that prints none.
+"""
 
 
 def is_off() -> bool:
@@ -87,8 +91,9 @@ def _lines(what: str, total: float, unit: str, stream: TextIO) -> Iterator[Repor
     def print_now_and_then() -> None:
         wait_s = FIRST_LINE_S
         while not ended.wait(wait_s):
-            print(line(what, total, unit, *state, time.monotonic() - started_s), file=stream, flush=True)
-            wait_s = LINE_EVERY_S
+            elapsed_s = time.monotonic() - started_s
+            print(line(what, total, unit, *state, elapsed_s), file=stream, flush=True)
+            wait_s = LINE_EVERY_S if elapsed_s < LATER_LINE_EVERY_S else LATER_LINE_EVERY_S
 
     printer = threading.Thread(target=print_now_and_then, name="progress", daemon=True)
     printer.start()

@@ -16,7 +16,7 @@ from agents.envs.prune_loads import Split, check_split
 from sim.config import build_option, load_option, option_path
 from sim.engine.budget import Budget, BudgetContext, cotenant, gpu_share, random_walk
 from sim.engine.protocol import Request
-from sim.errors import ConfigError, nearest
+from sim.errors import ConfigError, TraceError, nearest
 from sim.traces.trace import Trace
 from sim.traces.transforms import drop_long
 from sim.types import Floats, Ints
@@ -165,7 +165,11 @@ def source_trace(name: str) -> Trace:
     sources: Any = load_option("split", "serve").sources
     if name not in sources:
         raise ConfigError(f"there is no source {name!r} in conf/split/serve.yaml; {nearest(name, map(str, sources))}")
-    trace: Trace = build_option("trace", sources[name].trace, sources[name].overrides)
+    try:
+        trace: Trace = build_option("trace", sources[name].trace, sources[name].overrides)
+    except TraceError as error:  # its hints name keys of the group trace
+        where = f"sources.{name}.overrides of conf/split/serve.yaml"
+        raise TraceError(f"{error} ({where} holds the trace's keys, without trace.)") from error
     kept = drop_long(trace, max_total_tokens=serve_windows().max_total_tokens)
     return replace(kept, arrival_s=kept.arrival_s - kept.arrival_s[0])
 

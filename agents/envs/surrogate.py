@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from sim.cost.quality import BEST_FORM, QUALITIES, FittedQuality, Text, read_fitted
+from sim.cost.quality import BEST_FORM, QUALITIES, FittedQuality, Text, pair_features, read_fitted, unwarp
 from sim.errors import CalibrationError, nearest
 from sim.types import Bools, Floats
 
@@ -40,23 +40,9 @@ def mask_losses(quality: FittedQuality, removed: Bools) -> Floats:
     dropped = removed.astype(np.float64)
     score = dropped @ quality.blocks
     if quality.pairs.any():
-        # Extra loss of pairs: MHA and FFN of one layer, FFN and the next MHA, neighbors of one kind, and any two
-        # blocks.
-        weighted = dropped * quality.root
-        mha, ffn = weighted[:, 0::2], weighted[:, 1::2]
-        total = weighted.sum(axis=1)
-        score += (
-            quality.pairs[0] * (mha * ffn).sum(axis=1)
-            + quality.pairs[1] * (ffn[:, :-1] * mha[:, 1:]).sum(axis=1)
-            + quality.pairs[2] * (mha[:, :-1] * mha[:, 1:]).sum(axis=1)
-            + quality.pairs[3] * (ffn[:, :-1] * ffn[:, 1:]).sum(axis=1)
-            + quality.pairs[4] * (total * total - (weighted * weighted).sum(axis=1))
-        )
-    if quality.curve:
-        # The exponent is capped at 40 to avoid overflow; max_loss cuts the result anyway.
-        score = np.expm1(np.minimum(quality.curve * score, 40.0)) / quality.curve
-    charged: Floats = quality.charged(np.minimum(score, quality.max_loss))
-    return charged
+        score += pair_features(dropped, quality.root) @ quality.pairs
+    losses: Floats = quality.charged(np.minimum(unwarp(score, quality.curve), quality.max_loss))
+    return losses
 
 
 def single_losses(quality: FittedQuality) -> Floats:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sim.errors import ConfigError
 from sim.results.run_folder import write_json
 
 BUFFER = "replay_buffer.pickle"
@@ -27,11 +28,21 @@ class Checkpoints:
         self.pointer = folder / "checkpoint.json"
 
     def last(self) -> tuple[Path, dict[str, Any]] | None:
-        """Return the path of the last checkpoint and the status that was saved with it; None if there is none."""
+        """Return the path of the last checkpoint and the status that was saved with it; None if there is none.
+
+        Raises:
+            ConfigError: if checkpoint.json is damaged.
+        """
         if not self.pointer.exists():
             return None
-        status = json.loads(self.pointer.read_text(encoding="utf-8"))
-        return self.folder / status["checkpoint"], status
+        try:
+            status = json.loads(self.pointer.read_text(encoding="utf-8"))
+            return self.folder / str(status["checkpoint"]), status
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                f"{self.pointer} is damaged ({type(error).__name__}); delete {self.pointer.name} to train from the "
+                "beginning"
+            ) from error
 
     def save(self, algorithm: Any, status: Mapping[str, Any]) -> None:
         """Save the algorithm with its replay buffer, then delete the previous checkpoint."""
@@ -48,13 +59,24 @@ class Checkpoints:
             shutil.rmtree(previous[0], ignore_errors=True)
 
     def restore(self, algorithm: Any) -> dict[str, Any]:
-        """Restore an algorithm from the last checkpoint; return the status saved with it, empty if there is none."""
+        """Restore an algorithm from the last checkpoint; return the status saved with it, empty if there is none.
+
+        Raises:
+            ConfigError: if the checkpoint is not there or is damaged.
+        """
         last = self.last()
         if last is None:
             return {}
         path, status = last
-        algorithm.restore_from_path(str(path.absolute()))
-        if algorithm.local_replay_buffer is not None:
-            with (path / BUFFER).open("rb") as file:
-                algorithm.local_replay_buffer.set_state(pickle.load(file))
+        try:
+            algorithm.restore_from_path(str(path.absolute()))
+            if algorithm.local_replay_buffer is not None:
+                with (path / BUFFER).open("rb") as file:
+                    algorithm.local_replay_buffer.set_state(pickle.load(file))
+        except (OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{path} cannot be restored ({type(error).__name__}: {text}); delete {self.pointer} to train from the "
+                "beginning"
+            ) from error
         return status

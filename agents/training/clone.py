@@ -26,6 +26,7 @@ from rich.console import Console
 
 from agents.envs.reward import utility_lost
 from agents.envs.serve import ServeCore, ServeSetting
+from agents.training.checks import check_training
 from agents.training.export import export_network
 from agents.training.train import environment_kwargs
 from agents.training.validation import validation_utilities
@@ -168,13 +169,16 @@ def clone(cfg: DictConfig, folder: Path) -> float:
     """Look ahead, fit a network and export it to a folder; return its mean validation utility, in [0, 1].
 
     Raises:
-        ConfigError: for another algorithm or environment.
+        ConfigError: for another algorithm or environment, a value that is out of range, or a folder with a clone.
     """
     config = build(cfg.algorithm)
     if not isinstance(config, LookaheadClone) or cfg.env.id != "ServeTrace-v0":
         raise ConfigError(
             "agents.clone needs algorithm=lookahead_clone and env=serve_trace; use experiment=clone_serve"
         )
+    check_training(cfg)
+    if (folder / "best" / "policy.json").exists():
+        raise ConfigError(f"{folder} already holds a clone; make another with label=...")
     console = Console()
     env_kwargs = environment_kwargs(cfg)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from sim.errors import ConfigError
+from sim.progress import counted, progress
 
 T = TypeVar("T")
 
@@ -114,7 +115,9 @@ class OnRay:
         environment = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
         try:
             remote = ray.remote(num_cpus=1, max_retries=3, runtime_env={"env_vars": environment})(task)
-            results: list[T] = ray.get([remote.remote(item) for item in items])
+            waiting = [remote.remote(item) for item in items]
+            with progress("replaying", len(items), "runs") as report:
+                results: list[T] = counted(map(ray.get, waiting), report)
             return results
         finally:
             if initialized:

@@ -36,6 +36,10 @@ class Progress:
         """Write the header."""
         write_text(self.path, ",".join(COLUMNS) + "\n")
 
+    def has_rows(self) -> bool:
+        """Return whether the file has a row of an earlier run."""
+        return self.path.exists() and len(self.path.read_text(encoding="utf-8").splitlines()) > 1
+
     def rewind(self, iteration: int) -> None:
         """Drop the rows that a killed run wrote after its last checkpoint; the resumed run writes them again."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []

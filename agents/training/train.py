@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.training.checkpoints import Checkpoints
+from agents.training.checks import check_resumed, check_training
 from agents.training.export import export_network
 from agents.training.on_ray import join_ray
 from agents.training.progress import Progress, progress_row
@@ -24,6 +25,8 @@ from agents.training.validation import CountedActs, validation_utilities
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.policies.learned import Network
+from sim.progress import Report, say
+from sim.progress import progress as show_progress
 from sim.results.run_folder import provenance, write_json, write_text
 
 
@@ -128,18 +131,24 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
     Returns:
         The best mean validation utility, in [0, 1].
     Raises:
-        ConfigError: if the folder holds a run and ``cfg.resume`` is false.
+        ConfigError: if a value is out of range, if the folder holds a run and ``cfg.resume`` is false, or if a resumed
+            run began with other values.
     """
+    check_training(cfg)
     checkpoints = Checkpoints(folder)
+    progress = Progress(folder / "progress.csv", console := Console())
     resuming = checkpoints.last() is not None
-    if resuming and not cfg.resume:
+    if (resuming or progress.has_rows()) and not cfg.resume:
         raise ConfigError(
             f"{folder} already holds a run; continue it with resume=true, or start another with label=..."
         )
-    console = Console()
+    if resuming:
+        check_resumed(cfg, folder)
+    elif cfg.resume:
+        console.print(f"{folder} has no checkpoint; the training starts from the beginning", highlight=False)
+    say("starting Ray and building the algorithm: about half a minute")
     start_ray(cfg)
     algorithm = build_algorithm(cfg)
-    progress = Progress(folder / "progress.csv", console)
     status: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "best": -np.inf, "since_best": 0}
     if resuming:
         status.update(checkpoints.restore(algorithm))
@@ -152,7 +161,8 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
         if cfg.imitate is not None:
             build(cfg.imitate)(algorithm, cfg.env.id, environment_kwargs(cfg), seed=cfg.seed)
     try:
-        _iterate(cfg, algorithm, status, checkpoints, progress, on_validation)
+        with show_progress("training", 60.0 * cfg.minutes, "s") as report:
+            _iterate(cfg, algorithm, status, checkpoints, progress, on_validation, report)
     finally:
         algorithm.stop()
     console.print(
@@ -170,6 +180,7 @@ def _iterate(
     checkpoints: Checkpoints,
     progress: Progress,
     on_validation: Callable[[Mapping[str, Any]], None] | None,
+    report: Report,
 ) -> None:
     """Train, validate and save checkpoints until a limit is reached; keep ``status`` up to date."""
     started_s = time.monotonic() - status["seconds"]
@@ -179,6 +190,7 @@ def _iterate(
         result = algorithm.train()
         status["iteration"] += 1
         status["seconds"] = time.monotonic() - started_s
+        report(status["seconds"], f"at iteration {status['iteration']}")
         stop = status["seconds"] >= 60.0 * cfg.minutes
         stop |= cfg.iterations is not None and status["iteration"] >= cfg.iterations
         if status["iteration"] % cfg.validate_every == 0 or stop:

@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from agents.training.checks import check_training
 from agents.training.train import TrainConfig, start_ray, train
 from sim.config import one_thread, run_command
 from sim.errors import ConfigError, nearest
@@ -83,6 +84,7 @@ def search(cfg: DictConfig, folder: Path) -> tuple[dict[str, Any], float]:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
+    check_training(cfg)
     space = search_space(cfg)
     base = OmegaConf.to_container(cfg, resolve=True)
 

@@ -16,15 +16,15 @@ from hw.calibrate.writing import error_table
 from sim.config import build, run_command
 from sim.cost.latency import CALIBRATIONS
 from sim.errors import ConfigError, nearest
-from sim.paths import find_data
+from sim.paths import CHECKOUT, find_data
 
 
 @dataclass(kw_only=True)
 class CalibrateConfig:
     """What to calibrate.
 
-    source: measurements (published ones), or device (this machine). out: the folder to write to; conf/calibration when
-        null.
+    source: measurements (published ones), or device (this machine). out: the folder to write to; when null,
+        conf/calibration of a checkout, where a file changes only with its numbers, else ./calibration.
     target: of source=measurements: names of targets, or all. data: their folder, a path or one under RAP_LAB_DATA.
     model, gpu: of source=device: what is measured on what.
     checkpoint: weights, as in hw.replay; the model's own when empty. clock: cpu or wall. threads: of PyTorch.
@@ -58,7 +58,7 @@ def _calibrate(cfg: DictConfig) -> None:
     for key, allowed in (("source", SOURCES), ("only", ONLY)):
         if cfg[key] not in allowed:
             raise ConfigError(f"unknown {key}={cfg[key]}; {nearest(cfg[key], allowed)}")
-    out = Path(cfg.out) if cfg.out is not None else CALIBRATIONS
+    out = Path(cfg.out) if cfg.out is not None else CALIBRATIONS if CHECKOUT else Path("calibration")
     if cfg.source == "device":
         contents = [_from_device(cfg, out)]
     else:
@@ -66,7 +66,9 @@ def _calibrate(cfg: DictConfig) -> None:
         contents = from_measurements([] if names == ["all"] else names, find_data(cfg.data), out)
     Console(width=None if sys.stdout.isatty() else 150).print(error_table(contents))
     for content in contents:
-        print(f"wrote {out / content['name']}.json")
+        print(f"calibration: {out / content['name']}.json")
+    if out != CALIBRATIONS:
+        print(f"use one: python -m sim.replay latency={out / contents[0]['name']}.json")
 
 
 def _from_device(cfg: DictConfig, out: Path) -> dict[str, Any]:

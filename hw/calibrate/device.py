@@ -12,7 +12,6 @@ requests, measures the error of the result.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +40,8 @@ from sim.engine.block_table import BlockTable
 from sim.engine.kv_pool import KVPool
 from sim.engine.protocol import EngineConfig
 from sim.engine.scheduler import Limits
+from sim.errors import CalibrationError
+from sim.json_file import read_json_object
 from sim.policies import Fixed
 from sim.progress import progress
 from sim.replay.loop import replay
@@ -247,8 +248,8 @@ class Samples:
         self._path, self._settings = path, dict(settings)
         self.of: dict[str, list[float]] = {}
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["settings"] == self._settings:
+            content = read_json_object(path, CalibrationError, "remove it, to measure from the start")
+            if content.get("settings") == self._settings:
                 self.of = content["samples"]
 
     def add(self, name: str, us: float) -> None:

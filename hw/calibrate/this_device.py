@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,9 +18,12 @@ from hw.calibrate.plan_changes import Changes
 from hw.calibrate.writing import write_calibration
 from hw.elastic.checkpoint import load_checkpoint
 from hw.elastic.model import ElasticModel
+from hw.elastic.processor import processor_name
 from sim.cost.gpu import Gpu
 from sim.cost.latency import CALIBRATIONS
 from sim.cost.model_spec import ModelSpec
+from sim.errors import CalibrationError
+from sim.json_file import read_json_object
 from sim.paths import REPOSITORY, RESULTS
 from sim.results.run_folder import commit
 
@@ -45,7 +47,7 @@ def load(model: ModelSpec, gpu: Gpu, checkpoint: str, threads: int, seed: int) -
 
 def measure_changes(elastic: ElasticModel, clock: str, seed: int, path: Path) -> dict[str, Any]:
     """Measure only what plan changes cost, and put it into the calibration at ``path``; return its content."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json_object(path, CalibrationError, "measure all again")
     content["device_run"] |= Changes(d.Bench(elastic, clock)).measure(seed)
     write_calibration(content, path)
     return content
@@ -80,6 +82,7 @@ def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, out: Path) ->
     content["device_run"] = {
         "seconds": round(time.monotonic() - started_s),
         "clock": settings.clock,
+        "processor": processor_name(elastic.device),
         **_sampling(samples),
         "memory_bandwidth_bytes_per_s": float(f"{d.memory_bandwidth_bytes_per_s(elastic.device):.3g}"),
         **Changes(bench).measure(settings.seed),

@@ -14,8 +14,21 @@ from sim.results.run_folder import write_text
 
 
 def write_calibration(content: Mapping[str, Any], path: Path) -> None:
-    """Write a calibration file, complete or not at all, with one table row per line."""
-    write_text(path, _compact(json.dumps(content, indent=1, ensure_ascii=False)) + "\n")
+    """Write a calibration file, complete or not at all, with one table row per line.
+
+    A file that has the same numbers already stays as it is, with the date on which they were made.
+    """
+    if not _has_same_numbers(path, content):
+        write_text(path, _compact(json.dumps(content, indent=1, ensure_ascii=False)) + "\n")
+
+
+def _has_same_numbers(path: Path, content: Mapping[str, Any]) -> bool:
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    new = json.loads(json.dumps(content))
+    return isinstance(old, dict) and {**old, "date": ""} == {**new, "date": ""}
 
 
 def _compact(text: str) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -66,9 +66,16 @@ class Replayer:
         self._transport = target.transport(settings.max_connections)
         self._timeout_s = None if math.isinf(settings.timeout_s) else settings.timeout_s
         self.answers: list[Answer] = []
+        self._ended = 0
 
-    async def run(self, requests: Sequence[Request]) -> list[Answer]:
-        """Send all requests; return the answers in order of arrival."""
+    async def run(
+        self, requests: Sequence[Request], on_progress: Callable[[float], None] = lambda _done: None
+    ) -> list[Answer]:
+        """Send all requests; return the answers in order of arrival.
+
+        on_progress: called with the number of requests that have ended, complete or not.
+        """
+        self._on_progress = on_progress
         self._places = asyncio.Semaphore(self._settings.max_connections)
         try:
             async with httpx.AsyncClient(transport=self._transport, timeout=None, headers=self._target.headers) as http:
@@ -109,9 +116,11 @@ class Replayer:
                         if not stream.ended:  # otherwise only the connection was not closed properly
                             raise
                     answer.timeline = stream.timeline(answer.request.output_tokens)
-                    return
+                    break
                 except Exception as error:  # whatever a server sends, the other requests go on
                     answer.error = self._reason(error, started=stream.started)
+        self._ended += 1
+        self._on_progress(self._ended)
 
     async def _receive(self, http: httpx.AsyncClient, answer: Answer, stream: AnswerStream) -> None:
         """Send a request once and collect the events of its answer.

@@ -20,8 +20,9 @@ from hw.client.replayer import Answer, Replayer
 from hw.client.settings import ClientSettings
 from hw.client.target import target_of
 from sim.config import build, run_command
+from sim.progress import progress
 from sim.replay.loop import requests_of
-from sim.replay.run import build_trace
+from sim.replay.run import about, build_trace
 from sim.results.metrics import Slo, records_frame, summarise, transitions_frame
 from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
 from sim.results.report import print_summary
@@ -161,30 +162,28 @@ def run_client(cfg: DictConfig) -> int:
     payloads = Payloads(settings, model.name, model.vocab_size, seed=cfg.seed)
     replayer = Replayer(settings, target, payloads)
     folder, trace = Path(HydraConfig.get().runtime.output_dir), build_trace(cfg)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_json(
-        folder / "provenance.json",
-        {
-            **provenance(cfg.seed),
-            "trace": {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history},
-        },
-    )
+    made_by = {**provenance(cfg.seed), "trace": about(trace)}
     interrupted = False
     try:
-        asyncio.run(replayer.run(requests_of(trace)))
+        with progress("sending", len(trace), "requests") as report:
+            asyncio.run(replayer.run(requests_of(trace), report))
     except KeyboardInterrupt:
         interrupted = True
     answers = replayer.answers
     summary = summary_of(answers, slo, not_arrived=len(trace) - len(answers)) | {"interrupted": interrupted}
     figures = {"url": target.url, "loop": settings.loop, **client_figures(answers)}
-    write_parquet(folder / "records.parquet", records_frame(records_of(answers), slo))
-    write_parquet(folder / "transitions.parquet", transitions_frame(no_transitions()))
-    write_json(folder / "client.json", figures)
-    write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
     console = Console()
-    print_summary(summary, f"{len(answers):,} requests to {target.base}", console)
+    try:
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_json(folder / "provenance.json", made_by)
+        write_parquet(folder / "records.parquet", records_frame(records_of(answers), slo))
+        write_parquet(folder / "transitions.parquet", transitions_frame(no_transitions()))
+        write_json(folder / "client.json", figures)
+        write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+    finally:  # a full disk loses the files, not the figures
+        print_summary(summary, f"{len(answers):,} requests to {target.base}", console)
+        _print_problems(figures, warnings_of(figures, settings), len(answers))
     console.print(f"files: {folder}", markup=False, highlight=False, soft_wrap=True)
-    _print_problems(figures, warnings_of(figures, settings), len(answers))
     if interrupted:
         print(f"interrupted: kept the records of {len(answers):,} of {len(trace):,} requests", file=sys.stderr)
         return 130

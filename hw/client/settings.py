@@ -21,8 +21,8 @@ class ClientSettings:
     api_key: the name of an environment variable that holds the key, such as OPENAI_API_KEY; null sends no key. The key
         itself is never written to the run folder.
     loop: open or closed. users: of a closed loop.
-    max_connections: most requests under way, also in an open loop; a request that has to wait for one is late, and its
-        wait counts in its TTFT.
+    max_connections: most requests under way, also in an open loop; a request that has to wait is late, and its wait
+        counts in its TTFT. Each request has a connection of its own, and connecting counts too.
     timeout_s: of one request, from connecting to the last token; inf for none. Each retry has the same time.
     retries: how often to send a request again that failed.
     chat: send text to /v1/chat/completions, as one user message, instead of /v1/completions; the server adds the tokens

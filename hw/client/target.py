@@ -54,7 +54,8 @@ class Target:
         Raises:
             ConfigError: for a proxy that cannot be used.
         """
-        limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=None)
+        # A connection that waits for a later request may be closed by the server just when that is sent.
+        limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=0)
         try:
             return httpx.AsyncHTTPTransport(proxy=self.proxy, limits=limits)
         except (ImportError, ValueError, httpx.InvalidURL) as error:
@@ -90,6 +91,8 @@ def _split(url: str) -> SplitResult:
     """Return the parts of a URL, which may lack the scheme."""
     if url.isdigit():
         raise ConfigError(f"client.url is {url!r}, a port without a host; set it like {EXAMPLE}")
+    if url.lower().startswith(("http:", "https:")) and "://" not in url:
+        raise ConfigError(f"client.url is {_without_password(url)!r}; write two slashes, like {EXAMPLE}")
     full = url if "://" in url else f"http://{url}"
     try:
         parts = urlsplit(full)

@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from hw.elastic.checkpoint import checkpoint_of, load_checkpoint
 from hw.elastic.model import ElasticModel
+from hw.elastic.processor import processor_name
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
@@ -114,6 +115,7 @@ def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:
     cuda = torch.cuda.is_available() and cfg.hw.device != "cpu"
     return {
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {cfg.hw.threads} thread(s)",
+        "processor": processor_name("cuda" if cuda else "cpu"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "clock": cfg.hw.clock,

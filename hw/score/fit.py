@@ -8,7 +8,6 @@ write_fits(path)                                # the coefficients that sim.cost
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +36,7 @@ from sim.cost.quality import (
     warp,
 )
 from sim.errors import CalibrationError, nearest
+from sim.json_file import read_json_object
 from sim.results.run_folder import commit, write_json
 from sim.types import Floats
 
@@ -90,8 +90,8 @@ def read_table(path: Path, text: Text = "test") -> QualityTable:
     Raises:
         CalibrationError: if the file is missing or malformed, mixes models, or lacks the dense plan.
     """
+    value = read_json_object(path, CalibrationError, "make a table: python -m hw.score kind=table")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
         rows = value["plans"]
         plans = [plan_from_json(row["plan"]) for row in rows]
         kinds = [tuple(row["chosen_as"]) for row in rows]
@@ -113,11 +113,12 @@ def read_table(path: Path, text: Text = "test") -> QualityTable:
             loss=np.array(loss),
             note=note,
         )
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, StopIteration) as error:
         if isinstance(error, CalibrationError):
             raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CalibrationError(
-            f"{path} is no quality table ({type(error).__name__}: {error}); make one: python -m hw.score kind=table"
+            f"{path} is no quality table ({reason}); make one: python -m hw.score kind=table"
         ) from error
     if not np.isfinite(table.loss).all() or len({len(plan.weight_bits) for plan in plans}) != 1:
         raise CalibrationError(f"{path} mixes models or has a loss that is not finite; measure it again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,11 +17,12 @@ from rich.console import Console
 from hw.elastic.checkpoint import SMOLLM2, SMOLLM2_NOTE, load_checkpoint
 from hw.elastic.model import ElasticModel
 from hw.score.block_numbers import block_number
+from hw.score.score_lists import read_list
 from hw.score.text import Windows, differing, read_windows
 from sim.cost.model_spec import file_name
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
-from sim.paths import REPOSITORY
+from sim.paths import CHECKOUT, REPOSITORY
 from sim.results.run_folder import commit, write_json
 
 SCORES = REPOSITORY / "conf" / "score"
@@ -183,7 +183,8 @@ class Job:
         tokens, seed = self.cfg.calibration.tokens, self.cfg.calibration.seed
         sampled = kind in ("gsi", "one_shot") and (tokens, seed) != DEFAULT_SAMPLE
         sample = f"_{tokens}_seed{seed}" if sampled else ""
-        return Path(self.cfg.out) if self.cfg.out else SCORES / f"{self.name}_{kind}{sample}.json"
+        folder = SCORES if CHECKOUT else Path("score")
+        return Path(self.cfg.out) if self.cfg.out else folder / f"{self.name}_{kind}{sample}.json"
 
     def described(self, windows: Windows | None) -> dict[str, Any]:
         """Return what a score was measured on: model, weights, device, text and seed."""
@@ -224,7 +225,7 @@ class Job:
         path = SCORES / f"{self.name}_{kind}.json"
         if not path.is_file():
             raise ConfigError(f"no {path.name} in conf/score; run python -m hw.score kind={kind} first")
-        return [block_number(name) for name in json.loads(path.read_text(encoding="utf-8"))["order"]]
+        return [block_number(str(name)) for name in read_list(path, "order")]
 
     def write(self, path: Path, windows: Windows | None, source: str, result: Mapping[str, Any]) -> None:
         """Write a score with its source, what it was measured on, and what it cost."""

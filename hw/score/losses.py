@@ -68,7 +68,7 @@ def score_samples(job: Job) -> None:
             "python -m hw.score kind=gsi,one_shot calibration.tokens=256 calibration.seed=0,1,2 --multirun"
         )
     for file in files:
-        score = json.loads(file.read_text(encoding="utf-8"))
+        score = read_json_object(file, ConfigError, "measure it again")
         for size in (size for size in SIZES if size <= len(score["order"])):
             drop = score["order"][:size]
             row = known.get(json.dumps(sorted(drop)))

@@ -15,6 +15,7 @@ from torch import Tensor
 from hw.elastic.model import ElasticModel
 from hw.score.block_numbers import block_number, plan_without, staged_plan
 from hw.score.nll import measure_many
+from hw.score.score_lists import read_list
 from hw.score.text import differing
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KVKeep, Plan, dense_plan
@@ -188,17 +189,17 @@ def read_orders(folder: Path, model: str) -> tuple[dict[str, list[int]], dict[st
     orders, layer_orders = {}, {}
     for name in ("gsi", "one_shot", "cosine", "pdtrim"):
         if (path := folder / f"{model}_{name}.json").is_file():
-            orders[name] = [block_number(b) for b in json.loads(path.read_text(encoding="utf-8"))["order"]]
+            orders[name] = [block_number(str(b)) for b in read_list(path, "order")]
     for name in ("lis_w4", "lis_w8", "attention"):
         if (path := folder / f"{model}_{name}.json").is_file():
-            layer_orders[name] = [int(i) for i in json.loads(path.read_text(encoding="utf-8"))["order"]]
+            layer_orders[name] = [int(i) for i in read_list(path, "order")]
     return orders, layer_orders
 
 
 def read_searches(folder: Path, model: str) -> list[tuple[list[int], list[int]]]:
     """Return the blocks that PDTrim's searches in conf/score remove, a pair (prefill, decode) a search."""
     path = folder / f"{model}_pdtrim.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["searches"] if path.is_file() else []
+    found = read_list(path, "searches") if path.is_file() else []
     return [([block_number(b) for b in s["prefill"]], [block_number(b) for b in s["decode"]]) for s in found]
 
 

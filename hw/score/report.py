@@ -34,6 +34,7 @@ from sim.cost.plan import Plan
 from sim.cost.plan_json import plan_to_json
 from sim.cost.quality import BEST_FORM, FORMS
 from sim.errors import ConfigError
+from sim.json_file import read_json_object
 from sim.pages.render import render, table
 
 SIZES = (4, 8, 12, 16, 20, 30)
@@ -78,7 +79,7 @@ def scores_page(model: str, scores: Path, tables: Path) -> str:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json_object(path, ConfigError, "measure it again") if path.is_file() else None
 
 
 def limits(gsi: dict[str, Any]) -> dict[str, float]:

@@ -8,19 +8,22 @@ waiting requests, KV use and resident weights are compared over time. Both need 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau
+from yaml import YAMLError
 
+from hw.validate.machines import speed_factor
 from hw.validate.timeline import (
     POINTS,
     TIMELINES,
@@ -32,6 +35,7 @@ from hw.validate.timeline import (
     timeline,
 )
 from sim.errors import ConfigError
+from sim.json_file import read_json_object
 from sim.results.plots import COLORS, figure_file
 
 FIXED_TOLERANCE = {"mean": 0.05, "p50": 0.10, "p95": 0.10}
@@ -56,6 +60,18 @@ class Run:
     logs: Logs
     summary: Mapping[str, Any]
     hardware: Mapping[str, Any] | None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+    @property
+    def side(self) -> Literal["simulated", "real"] | None:
+        """Which engine ran, by the command of the run and the files that only real runs write; None if unknown."""
+        module = self.command.removeprefix("python -m ").split(" ")[0]
+        if (self.folder / "client.json").is_file() or module.startswith("hw."):
+            return "real"
+        if module.startswith("sim.") or self.hardware is None:
+            return "simulated"
+        return "real" if "device" in self.hardware else None
 
     @property
     def records(self) -> pd.DataFrame:
@@ -77,23 +93,80 @@ def read_run(folder: Path) -> Run:
     for name in ("records.parquet", "transitions.parquet", "summary.json"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} has no {name}; give run folders of sim.replay, hw.replay or hw.client")
-    hardware = folder / "hardware.json"
 
-    def table(name: str) -> pd.DataFrame | None:
-        return pd.read_parquet(folder / name) if (folder / name).is_file() else None
+    def table(name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
+        try:
+            frame = pd.read_parquet(folder / name)
+        except Exception as error:  # pyarrow raises errors of many types for a file that it cannot read
+            raise ConfigError(f"{folder / name} is no Parquet file; run the command of that folder again") from error
+        if missing := [column for column in columns if column not in frame]:
+            raise ConfigError(f"{folder / name} lacks the column {missing[0]}; run the command of that folder again")
+        return frame
 
+    def content(name: str) -> dict[str, Any] | None:
+        path = folder / name
+        return read_json_object(path, ConfigError, "run the command of that folder again") if path.is_file() else None
+
+    def optional(name: str, columns: Sequence[str]) -> pd.DataFrame | None:
+        return table(name, columns) if (folder / name).is_file() else None
+
+    summary = content("summary.json") or {}
+    if missing := [name for name in (*LATENCIES, *RATES, *COUNTS) if name not in summary]:
+        raise ConfigError(f"{folder / 'summary.json'} lacks {missing[0]}; run the command of that folder again")
     return Run(
         folder,
         Logs(
-            pd.read_parquet(folder / "records.parquet"),
-            pd.read_parquet(folder / "transitions.parquet"),
-            table("iterations.parquet"),
-            table("kept_share.parquet"),
+            table("records.parquet", RECORD_COLUMNS),
+            table("transitions.parquet", ("time_s",)),
+            optional("iterations.parquet", ("start_s", "end_s", "prefill_tokens", "decode_requests")),
+            optional("kept_share.parquet", ("time_s", "kept_share")),
             sees_engine=not (folder / "client.json").is_file(),
         ),
-        json.loads((folder / "summary.json").read_text(encoding="utf-8")),
-        json.loads(hardware.read_text(encoding="utf-8")) if hardware.is_file() else None,
+        summary,
+        content("hardware.json"),
+        _config(folder),
+        str((content("provenance.json") or {}).get("command", "")),
     )
+
+
+RECORD_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "admitted_s", "finish_s", *LATENCIES)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a run; empty if the folder has none that can be read."""
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException, RecursionError, UnicodeDecodeError):
+        return {}
+    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def check_sides(simulated: Run, real: Sequence[Run]) -> None:
+    """Check that the first run is simulated and the others are real.
+
+    Raises:
+        ConfigError: for swapped folders, two simulated or two real ones, or one folder given twice.
+    """
+    folders = [run.folder.resolve() for run in (simulated, *real)]
+    if len(set(folders)) < len(folders):
+        raise ConfigError("a folder is listed twice; give one simulated run and one or more real ones")
+    advice = "the order is: python -m hw.compare RUN_SIM RUN_HW [RUN_HW ...]"
+    if simulated.side == "real":
+        raise ConfigError(f"{simulated.folder} is a run of the real model, but the first must be simulated; {advice}")
+    for run in real:
+        if run.side == "simulated":
+            raise ConfigError(f"{run.folder} is a simulated run, but all after the first must be real; {advice}")
+
+
+def differing_settings(simulated: Run, real: Sequence[Run]) -> list[str]:
+    """Return the parts of the configuration in which a real run differs from the simulated one, each as a phrase."""
+    found = []
+    for run in real:
+        for key in ("model", "engine", "budget", "policy", "tick_s", "workspace_bytes"):
+            ours, theirs = simulated.config.get(key), run.config.get(key)
+            if simulated.config and run.config and ours != theirs and f"{key} differs" not in found:
+                found.append(f"{key} differs")
+    return found
 
 
 def compare(simulated: Run, real: Sequence[Run]) -> dict[str, Any]:
@@ -131,6 +204,8 @@ def compare(simulated: Run, real: Sequence[Run]) -> dict[str, Any]:
         "timelines": compare_timelines(simulated.logs, logs),
         "memory": memory,
         "requests_one_by_one": _one_by_one(simulated, real),
+        "speed_factor": speed_factor(simulated.logs, logs),
+        "different_settings": differing_settings(simulated, real),
     }
     held = "missed" not in verdicts(result).values() and memory.get("exact") is not False
     return result | {"held": held}
@@ -145,14 +220,21 @@ def verdicts(result: Mapping[str, Any]) -> dict[str, str]:
 
 def _check_same_requests(simulated: Run, real: Run) -> None:
     ours, theirs = simulated.records, real.records
-    # hw.client records the prompt tokens that the server counted, which may be a few more, as those of a chat template.
-    exact = ("arrival_s", "output_tokens") + (("prompt_tokens",) if real.logs.sees_engine else ())
-    same = len(ours) == len(theirs) and all(np.allclose(ours[column], theirs[column], atol=1e-6) for column in exact)
-    if not same:
+    advice = "run both with the same trace, workload and seed"
+    if len(ours) != len(theirs):
         raise ConfigError(
-            f"{simulated.folder} served {len(ours)} requests and {real.folder} {len(theirs)}, and they are not the "
-            "same; run both with the same trace, workload and seed"
+            f"the runs did not serve the same requests: {simulated.folder} has {len(ours)}, {real.folder} "
+            f"{len(theirs)}; {advice}"
         )
+    # hw.client records the prompt tokens that the server counted, which may be a few more, as those of a chat template.
+    exact = {"arrival_s": 1e-6, "output_tokens": 0.0} | ({"prompt_tokens": 0.0} if real.logs.sees_engine else {})
+    for column, near in exact.items():
+        a, b = (frame[column].to_numpy(dtype=np.float64) for frame in (ours, theirs))
+        if len(off := np.flatnonzero(~(np.abs(a - b) <= near + 1e-9 * np.abs(b)))):
+            raise ConfigError(
+                f"the runs are not the same: {column} of request {off[0]} is {a[off[0]]:g} in {simulated.folder} and "
+                f"{b[off[0]]:g} in {real.folder}; {advice}"
+            )
     planned, counted = int(ours["prompt_tokens"].sum()), int(theirs["prompt_tokens"].sum())
     if abs(counted - planned) > MOST_PROMPT_DIFFERENCE * planned:
         raise ConfigError(
@@ -270,8 +352,19 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
             f"{result['memory']['exact']}",
             highlight=False,
         )
-    console.print(f"request by request: {result['requests_one_by_one']}", highlight=False)
+    console.print(f"request by request: {_in_words(result['requests_one_by_one'])}", highlight=False, soft_wrap=True)
+    if different := result.get("different_settings"):
+        console.print(f"note: the configurations are not the same: {', '.join(different)}", highlight=False)
+    if note := result.get("machine_note"):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print("every verdict held" if result["held"] else "not every verdict held")
+
+
+def _in_words(one_by_one: Mapping[str, Any]) -> str:
+    """Return the figures on single requests as a phrase."""
+    errors = [f"{metric[:-2].upper()} {percent(one_by_one[f'{metric}_median_error'])}" for metric in LATENCIES]
+    tau = number(one_by_one["admission_order_tau"])
+    return f"median error of {', '.join(errors)}; order of admission: Kendall's tau {tau}"
 
 
 def percent(value: float | None) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,15 @@ from sim.engine.protocol import EngineConfig, Request
 from sim.engine.scheduler import Limits
 from sim.engine.server_spec import ServerSpec
 from sim.engine.sim_engine import SimEngine
-from sim.errors import CalibrationError
+from sim.errors import CalibrationError, RapLabError
+from sim.json_file import read_json_object
 from sim.pages.render import render, show, table
 from sim.results.records import Moments, Records
 from sim.types import Floats
 
 TEMPLATE = Path(__file__).parent / "templates" / "fidelity.md.j2"
 RUN = "calibration/llmservingsim_e2e/RTX4090/Llama-3.1-8B"
+SOURCE = "casys-kaist/LLMServingSim, commit 5daddb21, MIT; ShareGPT requests"
 CALIBRATION = "llama3.1_8b_rtx4090"
 FIT_UNTIL_S = 60.0
 FIT_STEPS_S = tuple(k * 1e-4 for k in range(31))
@@ -43,10 +46,21 @@ TARGETS = {"ttft_s": 0.10, "tpot_s": 0.05, "e2e_s": 0.10, "makespan_s": 0.05}
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RealRun(Moments):
-    """What a real engine did, in seconds since the first arrival, and its settings. kv_blocks: of all layers."""
+    """What a real engine did, in seconds since the first arrival, and its settings.
+
+    kv_blocks: of all layers. model, device, engine: as the run states them; empty if it does not.
+    """
 
     config: EngineConfig
     kv_blocks: int
+    model: str = ""
+    device: str = ""
+    engine: str = ""
+
+
+ADVICE = "give a folder of casys-kaist/LLMServingSim, bench/examples, whole"
+MOST_BYTES = 256 * 1024 * 1024
+"""Unpacked size of ``requests.jsonl.gz``; the published runs have less than 1 MB."""
 
 
 def read_run(folder: Path) -> RealRun:
@@ -56,7 +70,7 @@ def read_run(folder: Path) -> RealRun:
     to the engine's queue the fastest, so the client's overhead stays in the real latencies.
 
     Raises:
-        CalibrationError: if a file is missing.
+        CalibrationError: if a file is missing, cannot be read or lacks a key.
     """
     for name in ("requests.jsonl.gz", "meta.json"):
         if not (folder / name).is_file():
@@ -64,17 +78,47 @@ def read_run(folder: Path) -> RealRun:
                 f"no {name} in {folder}; point RAP_LAB_DATA at a folder that holds {RUN}, or give run=FOLDER "
                 "(casys-kaist/LLMServingSim, bench/examples)"
             )
-    with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = sorted((json.loads(line) for line in file), key=lambda row: row["arrival_time"])
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    rows = _rows(folder / "requests.jsonl.gz")
+    meta = read_json_object(folder / "meta.json", CalibrationError, ADVICE)
+    try:
+        return _run_of(rows, meta)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, RapLabError):
+            raise
+        named = f"lacks {error}" if isinstance(error, KeyError) else f"has a value of the wrong type ({error})"
+        raise CalibrationError(f"the run in {folder} {named}; {ADVICE}") from error
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        with gzip.open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise CalibrationError(f"{path} unpacks to more than {MOST_BYTES:,} bytes; {ADVICE}")
+        rows = [json.loads(line) for line in content.decode("utf-8").splitlines() if line.strip()]
+    except RapLabError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise CalibrationError(f"{path} cannot be read: {' '.join(str(error).split())}; {ADVICE}") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise CalibrationError(f"{path} has no requests; it must hold one JSON object a line; {ADVICE}")
+    return rows
+
+
+def _run_of(rows: list[dict[str, Any]], meta: Mapping[str, Any]) -> RealRun:
+    rows = sorted(rows, key=lambda row: float(row["arrival_time"]))
     cache, engine = meta["kv_cache"], meta["engine_kwargs"]
     scheduler = meta["resolved_config"]["scheduler_config"]
 
     def column(name: str) -> Floats:
-        return np.array([row[name] for row in rows], dtype=np.float64)
+        found = np.array([row[name] for row in rows], dtype=np.float64)
+        if not np.isfinite(found).all():
+            raise ValueError(f"{name} is not a finite number")
+        return found
 
     arrival = column("arrival_time")
     start = arrival[0] + np.min(column("queued_ts") - arrival)
+    version = meta.get("vllm_version")
     return RealRun(
         arrival_s=arrival - arrival[0],
         first_token_s=column("first_token_ts") - start,
@@ -94,7 +138,46 @@ def read_run(folder: Path) -> RealRun:
             max_context_tokens=int(engine["max_model_len"]),
         ),
         kv_blocks=int(cache["num_gpu_blocks"]) - 1,  # vLLM keeps its first block as the null block
+        model=str(meta.get("model") or ""),
+        device=str(meta.get("hardware", {}).get("device_name") or ""),
+        engine=f"vLLM {version}" if version else "",
     )
+
+
+def check_calibration(run: RealRun, latency: LatencyModel) -> None:
+    """Check that a calibration is of the run's model and device, as far as the run states them.
+
+    Raises:
+        CalibrationError: if not.
+    """
+    for what, stated, ours in (
+        ("model", run.model.rpartition("/")[2], latency.model),
+        ("device", run.device, latency.device.split("_")[0]),
+    ):
+        if stated and _letters(ours) not in _letters(stated):
+            raise CalibrationError(
+                f"the run is of {what} {stated!r}, but calibration {latency.name!r} is of {ours!r}; set calibration= "
+                "to one of that model and device"
+            )
+
+
+def _letters(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def described(run: RealRun) -> dict[str, Any]:
+    """Return what the page states of the real run."""
+    return {
+        "requests": len(run.arrival_s),
+        "arrivals_s": float(run.arrival_s.max()),
+        "model": run.model.rpartition("/")[2],
+        "device": run.device,
+        "engine": run.engine,
+        "kv_blocks": run.kv_blocks + 1,
+        "kv_block_tokens": run.config.kv_block_tokens,
+        "batch_tokens": run.config.limits.max_batch_tokens,
+        "prefix_caching": run.config.reuse_preempted_kv,
+    }
 
 
 def simulate(run: RealRun, latency: LatencyModel) -> SimEngine:
@@ -145,12 +228,18 @@ def compare(run: RealRun, records: Records) -> dict[str, Any]:
         figures = {s: (_statistic(real, s), _statistic(simulated, s)) for s in STATISTICS}
         errors[name] = {
             **{s: {"real": r, "simulated": v, "error": v / r - 1} for s, (r, v) in figures.items()},
-            # Rounded: the last digits depend on the processor.
-            "correlation": round(float(np.corrcoef(real, simulated)[0, 1]), 6),
+            "correlation": _correlation(real, simulated),
         }
     real_s, simulated_s = float(run.finish_s.max()), float(records.finish_s.max())
     errors["makespan_s"] = {"real": real_s, "simulated": simulated_s, "error": simulated_s / real_s - 1}
     return errors
+
+
+def _correlation(real: Floats, simulated: Floats) -> float | None:
+    """Return the correlation over requests; None if one side is constant."""
+    if len(real) < 2 or np.ptp(real) < 1e-9 or np.ptp(simulated) < 1e-9:
+        return None
+    return round(float(np.corrcoef(real, simulated)[0, 1]), 6)  # rounded: the last digits depend on the processor
 
 
 def _statistic(values: Floats, name: str) -> float:

@@ -33,6 +33,7 @@ from hw.validate.suite_page import AT_SPEED
 from sim.config import CONF_DIR, build, compose_config
 from sim.cost.latency import CALIBRATIONS, LatencyModel, copy_speed, load_calibration
 from sim.errors import ConfigError, nearest
+from sim.json_file import read_json_object
 from sim.paths import REPOSITORY, RESULTS
 from sim.policies import Policy
 from sim.replay.run import RecordingEngine, build_engine, build_parts, build_trace, figures, replay_with, write_tables
@@ -296,8 +297,7 @@ def at_speed(cfg: DictConfig, real: Sequence[Run]) -> dict[str, Any]:
 def calibration_content(name: str) -> dict[str, Any]:
     """Return the content of a calibration file, by path or by its name in conf/calibration."""
     path = Path(name) if Path(name).suffix == ".json" else CALIBRATIONS / f"{name}.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return read_json_object(path, ConfigError, "measure it again")
 
 
 def _of(summary: Mapping[str, Any], name: str) -> float | None:

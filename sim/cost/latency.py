@@ -54,7 +54,6 @@ Other keys (stack, date) are for people; nothing reads them.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -67,20 +66,16 @@ from sim.compiled import compiled, constant
 from sim.cost.gpu import Gpu
 from sim.cost.plan import WEIGHT_BITS, Plan
 from sim.errors import CalibrationError, nearest
-from sim.json_file import read_json
+from sim.json_file import read_json_object
 from sim.paths import REPOSITORY
 from sim.types import Floats, Ints
 
 CALIBRATIONS = REPOSITORY / "conf" / "calibration"
 SCHEMA = 1
+MOST_COUNT = 100_000_000
+"""The largest number on an axis: curves are laid out at every count, so a limit protects the memory."""
 MHA, FFN = 0, 1
 MHA_BOTH, MHA_PREFILL_ONLY, FFN_BOTH, FFN_PREFILL_ONLY = range(4)
-MOST_US = 1e12
-"""Largest duration in a table, eleven days; products of larger ones would leave the range of a float."""
-MOST_ON_AXIS = 10**12
-"""Largest number on an axis of a table."""
-MOST_BY_COUNT = 2**22
-"""Last count of a curve, which is laid out for every count up to it."""
 TILE_TOKENS = 128
 """Query tokens per attention work item (FlashAttention's query block at head size 128)."""
 
@@ -600,49 +595,10 @@ def load_calibration(name_or_path: str | Path) -> LatencyModel:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = read_json(path, CalibrationError, "write it again with hw.calibrate")
-    if not isinstance(content, dict) or not isinstance(content.get("tables"), dict):
+    content = read_json_object(path, CalibrationError, "write it again with hw.calibrate")
+    if not isinstance(content.get("tables"), dict):
         raise CalibrationError(f"{path} is not a calibration: it has no tables; write one with hw.calibrate")
     return content
-
-
-def _number(content: Mapping[str, Any], key: str) -> float:
-    """Return a finite number.
-
-    Raises:
-        TypeError: for anything else.
-    """
-    value = content[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise TypeError(f"{key} is {value!r}; it must be a finite number")
-    return float(value)
-
-
-def _text(content: Mapping[str, Any], key: str) -> str:
-    """Return a text.
-
-    Raises:
-        TypeError: for anything else.
-    """
-    value = content[key]
-    if not isinstance(value, str):
-        raise TypeError(f"{key} is {value!r}; it must be a text")
-    return value
-
-
-def _term_error(error: Mapping[str, Any]) -> TermError:
-    """Read the held-out error of a term."""
-    numbers = {key: _number(error, key) for key in ("median", "p95", "points")}
-    return TermError(**{**error, **numbers, "points": int(numbers["points"])})
-
-
-def _numbers(values: Any) -> Floats:
-    """Return numbers as an array; an empty one for anything else, which no check of a table accepts."""
-    try:
-        found = np.asarray(values)
-    except (ValueError, OverflowError):  # rows of different lengths
-        return np.empty(0)
-    return found.astype(np.float64) if found.dtype.kind in "iuf" else np.empty(0)
 
 
 def _copying(content: Mapping[str, Any]) -> CopySpeed | None:
@@ -650,8 +606,8 @@ def _copying(content: Mapping[str, Any]) -> CopySpeed | None:
     if "copy_slowdown" not in run:
         return None
     return CopySpeed(
-        host_to_device_bytes_per_s=_number(run, "host_to_device_bytes_per_s"),
-        slowdown=_number(run, "copy_slowdown"),
+        host_to_device_bytes_per_s=float(run["host_to_device_bytes_per_s"]),
+        slowdown=float(run["copy_slowdown"]),
         source=f"measured, calibration {content['name']}",
     )
 
@@ -683,24 +639,32 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
             f"{origin}: schema is {content.get('schema')!r}, this version reads {SCHEMA}; "
             "write the file again with hw.calibrate"
         )
+    for key in ("name", "model", "device", "kind"):
+        if not isinstance(content.get(key), str):
+            raise CalibrationError(
+                f"{origin}: {key} is {content.get(key)!r:.80}; it must be text; write the file again with hw.calibrate"
+            )
     try:
         tables = _tables(content, origin)
         return LatencyModel(
-            name=_text(content, "name"),
-            model=_text(content, "model"),
-            device=_text(content, "device"),
-            kind=_text(content, "kind"),
+            name=content["name"],
+            model=content["model"],
+            device=content["device"],
+            kind=content["kind"],
             bits=tuple(b for b in WEIGHT_BITS if str(b) in content["tables"]["linear_us"]),
             tables=tables,
-            fixed_source=_text(content, "fixed_source"),
-            errors={term: _term_error(error) for term, error in content["errors"].items()},
-            validation=_text(content, "validation"),
+            fixed_source=content["fixed_source"],
+            errors={term: TermError(**error) for term, error in content["errors"].items()},
+            validation=content["validation"],
             sources=tuple(content["sources"]),
             notes=tuple(content["notes"]),
             copying=_copying(content),
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CalibrationError(f"{origin}: {error!r} ; write the file again with hw.calibrate") from error
+    except CalibrationError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        reason = " ".join(repr(error).split())[:300]
+        raise CalibrationError(f"{origin}: {reason}; write the file again with hw.calibrate") from error
 
 
 class _Packer:
@@ -719,35 +683,31 @@ class _Packer:
 
     def axis(self, values: Sequence[float], name: str) -> Floats:
         """Return a checked axis."""
-        grid = _numbers(values)
+        grid = np.asarray(values, dtype=np.float64)
         if (
             grid.ndim != 1
             or len(grid) < 2
             or not np.all(np.isfinite(grid))
             or np.any(np.diff(grid) <= 0)
             or grid[0] < 0
-            or grid[-1] > MOST_ON_AXIS
+            or grid[-1] > MOST_COUNT
         ):
             raise CalibrationError(
-                f"{self.origin}: axis {name} must hold two or more ascending numbers from 0 to {MOST_ON_AXIS:,}"
+                f"{self.origin}: axis {name} must hold two or more ascending numbers between 0 and {MOST_COUNT:,}"
             )
         return grid
 
     def seconds(self, microseconds: Any, name: str, shape: tuple[int, ...]) -> Floats:
         """Return a checked table, converted from microseconds to seconds."""
-        table = _numbers(microseconds)
-        if table.shape != shape or not np.all((table >= 0) & (table <= MOST_US)):
-            raise CalibrationError(
-                f"{self.origin}: {name} must hold {' x '.join(map(str, shape))} microseconds from 0 to {MOST_US:g}"
-            )
-        return table * 1e-6
+        table = np.asarray(microseconds, dtype=np.float64) * 1e-6
+        if table.shape != shape or not np.all(np.isfinite(table)) or np.any(table < 0):
+            raise CalibrationError(f"{self.origin}: {name} must hold {' x '.join(map(str, shape))} microseconds >= 0")
+        return table
 
     def curve(self, slot: int, grid: Floats, microseconds: Any, name: str) -> None:
         """Lay out a curve at every integer count up to the grid's last, and its slope above."""
         values = self.seconds(microseconds, name, grid.shape)
         last = int(grid[-1])
-        if last > MOST_BY_COUNT:
-            raise CalibrationError(f"{self.origin}: {name} reaches {last:,}; a curve may reach {MOST_BY_COUNT:,}")
         both = np.concatenate([grid, values])
         by_count = [0.0] + [interp1(both, 0, len(grid), len(grid), float(x)) for x in range(1, last + 1)]
         slope = (values[-1] - values[-2]) / (grid[-1] - grid[-2])
@@ -789,14 +749,12 @@ def _tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
         lengths = []
         for i, key in enumerate(("prefill_tokens", "prefix", "batch", "context")):
             grid = pack.axis(shared[key], f"shared_attention.{key}")
-            if key != "prefix" and grid[0] == 0:
-                raise CalibrationError(f"{origin}: axis shared_attention.{key} must start above 0")
             # The residual is linear in the logarithms of its axes; log1p, because a prefix may be 0.
             logs = np.log1p(grid) if key == "prefix" else np.log(grid)
             pack.layout[RESIDUAL + 2 * i : RESIDUAL + 2 * i + 2] = pack.put(logs), len(grid)
             lengths.append(len(grid))
-        residual = _numbers(shared["residual"])
-        if residual.shape != (int(np.prod(lengths)),) or not np.all((residual > 0) & np.isfinite(residual)):
+        residual = np.asarray(shared["residual"], dtype=np.float64)
+        if residual.shape != (int(np.prod(lengths)),) or not np.all(np.isfinite(residual) & (residual > 0)):
             raise CalibrationError(f"{origin}: shared_attention.residual must hold {np.prod(lengths)} positive ratios")
         pack.layout[RESIDUAL + 8] = pack.put(residual)
     return pack.tables()

@@ -181,8 +181,9 @@ def load_model(name: str) -> ModelSpec:
     path = MODEL_CONFIGS / f"{name}.yaml"
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ModelError(f"{path} cannot be read as YAML: {error}") from error
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{path} cannot be read as YAML: {reason}") from error
     if not isinstance(values, dict) or values.pop("_target_", None) != "sim.cost.model_spec.ModelSpec":
         raise ModelError(
             f"{path} must say `_target_: sim.cost.model_spec.ModelSpec` and then the fields of a ModelSpec"

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sim.cost.model_spec import MOST_LAYERS
 from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, is_whole, layer_list
 from sim.errors import CalibrationError
-
-MOST_LAYERS = 10_000
-"""Layers of the largest model whose plan is read."""
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
     try:
         layers = value["layers"]
         if not is_whole(layers) or not 1 <= layers <= MOST_LAYERS:
-            raise ValueError(f"layers is {layers!r}; it must be a whole number from 1 to {MOST_LAYERS}")
+            raise ValueError(f"layers is {layers!r:.80}; it must be a whole number from 1 to {MOST_LAYERS}")
         bits = [16] * layers
         for number, at in value["weight_bits"].items():
             for layer in _known(at, layers):
@@ -67,7 +65,7 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CalibrationError(
-            f"not a plan of a quality table: {value!r} ({type(error).__name__}: {error}); "
+            f"not a plan of a quality table: {value!r:.200} ({type(error).__name__}: {error}); "
             "write plans with plan_to_json, or measure the table again: python -m hw.score kind=table"
         ) from error
 
@@ -81,7 +79,7 @@ def _known(listed: Iterable[int], layers: int) -> list[int]:
     found = layer_list("layers", listed)
     for layer in found:
         if not 0 <= layer < layers:
-            raise ValueError(f"no layer {layer} in a model of {layers} layers")
+            raise ValueError(f"no layer {layer!r:.80} in a model of {layers} layers")
     return found
 
 

@@ -37,7 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sim.cost.model_spec import ModelSpec, load_model
-from sim.cost.plan import KV_KEEP_ALL, KeepMask, Plan, is_whole, keep_all
+from sim.cost.plan import KV_KEEP_ALL, KeepMask, Plan, keep_all
 from sim.errors import CalibrationError, PlanError, RapLabError, nearest
 from sim.json_file import read_json_object
 from sim.paths import REPOSITORY
@@ -52,10 +52,9 @@ FORMS = ("singles", "additive", "neighbours", "warped", "warped_neighbours")
 BEST_FORM = "warped"
 """The form with the least held-out error on the table of SmolLM2-135M."""
 
-MOST_NLL = 100.0
-MOST_PERPLEXITY = 1e9
-MOST_COEFFICIENT = 1e6
-"""Bounds on what a file may hold; measured values are far below."""
+PAIRS, OTHERS = 5, 5
+"""How many coefficients a fit has for pairs of blocks, and for precision and cut KV."""
+
 KV_ALONE_TOKENS = 36
 """Tokens kept in the plans that cut one layer's KV alone: the first 4 and the last 32."""
 
@@ -338,9 +337,12 @@ class FittedQuality:
         """Read what ``to_json`` wrote, for the model of this name."""
 
         def array(key: str) -> Floats:
-            return np.array(value[key], dtype=np.float64)
+            found = np.array(value[key], dtype=np.float64)
+            if found.ndim != 1:
+                raise ValueError(f"{key} must hold a list of numbers")
+            return found
 
-        quality = cls(
+        made = cls(
             name=name,
             form=str(value["form"]),
             dense_nll=float(value["dense_nll"]),
@@ -355,32 +357,20 @@ class FittedQuality:
             max_loss=float(value["max_loss"]),
             range=None if value["range"] is None else _range_from_json(value["range"]),
         )
-        _check_fit(quality)
-        return quality
+        made._check_shape()
+        return made
 
-
-def _check_fit(quality: FittedQuality) -> None:
-    """Check that the coefficients of a file belong together, and that no prediction leaves the range of a float.
-
-    Raises:
-        ValueError: if they do not.
-    """
-    blocks = quality.blocks.shape
-    if len(blocks) != 1 or blocks[0] < 2 or blocks[0] % 2:
-        raise ValueError(f"blocks has shape {blocks}; it must hold two numbers a layer")
-    if (quality.root.shape, quality.pairs.shape, quality.others.shape, 2 * len(quality.kv)) != (
-        blocks,
-        (5,),
-        (5,),
-        *blocks,
-    ):
-        raise ValueError("blocks, root, kv, pairs and others must be of one model")
-    for name in ("blocks", "root", "pairs", "others", "kv", "curve"):
-        if not np.all(np.abs(getattr(quality, name)) <= MOST_COEFFICIENT):
-            raise ValueError(f"{name} must hold numbers of at most {MOST_COEFFICIENT:g}")
-    for name, most in (("stage_share", 1.0), ("dense_nll", MOST_NLL), ("max_loss", MOST_NLL)):
-        if not 0.0 <= getattr(quality, name) <= most:
-            raise ValueError(f"{name} is {getattr(quality, name)}; it must be from 0 to {most:g}")
+    def _check_shape(self) -> None:
+        """Check that all coefficients are numbers and that their counts agree."""
+        layers = len(self.kv)
+        arrays = {"blocks": 2 * layers, "root": 2 * layers, "pairs": PAIRS, "others": OTHERS}
+        for key, count in arrays.items():
+            found = getattr(self, key)
+            if found.shape != (count,) or not np.isfinite(found).all():
+                raise ValueError(f"{key} must hold {count} finite numbers")
+        numbers = (self.dense_nll, self.curve, self.stage_share, self.max_loss, *self.kv)
+        if not layers or not np.isfinite(numbers).all() or not self.max_loss > 0:
+            raise ValueError("a coefficient is not a finite number")
 
 
 def _range_from_json(value: Mapping[str, Any]) -> FittedRange:
@@ -431,23 +421,8 @@ class PublishedQuality:
     def __post_init__(self) -> None:
         if len(self.w4_layers) != len(self.w4_perplexity) or list(self.w4_layers) != sorted(set(self.w4_layers)):
             raise CalibrationError(f"quality of {self.model.name}: w4 needs rising layer counts and one value each")
-        if not 1 < self.dense_perplexity <= MOST_PERPLEXITY:
-            raise CalibrationError(
-                f"quality of {self.model.name}: dense_perplexity is {self.dense_perplexity}; it must be above 1 and at "
-                f"most {MOST_PERPLEXITY:g}"
-            )
-        if self.w4_layers and not 0 <= self.w4_layers[0] <= self.w4_layers[-1] <= self.model.num_layers:
-            raise CalibrationError(
-                f"quality of {self.model.name}: w4 counts layers from {self.w4_layers[0]} to {self.w4_layers[-1]}; it "
-                f"has {self.model.num_layers}"
-            )
-        if not all(1 < value <= MOST_PERPLEXITY for value in self.w4_perplexity):
-            raise CalibrationError(
-                f"quality of {self.model.name}: w4 has perplexities {list(self.w4_perplexity)}; they must be above 1 "
-                f"and at most {MOST_PERPLEXITY:g}"
-            )
-        for point in self.points:
-            _check_point(self.model, self.dense_perplexity, point)
+        if not self.dense_perplexity > 1:
+            raise CalibrationError(f"quality of {self.model.name}: dense_perplexity is {self.dense_perplexity}")
 
     def power_law(self) -> tuple[float, float]:
         """Return a and p of the power law of pruning.
@@ -523,25 +498,6 @@ class PublishedQuality:
         )
 
 
-def _check_point(model: ModelSpec, dense_perplexity: float, point: PublishedPoint) -> None:
-    """Check that a point drops blocks that the model has, and loses by it: the power law takes logarithms of both.
-
-    Raises:
-        CalibrationError: if it does not.
-    """
-    layers = {*point.drop_mha, *point.drop_ffn}
-    if not layers or not 0 <= min(layers) <= max(layers) < model.num_layers:
-        raise CalibrationError(
-            f"quality of {model.name}: the point of {point.source!r} drops blocks of layers {sorted(layers)}; it must "
-            f"drop some of layers 0 to {model.num_layers - 1}"
-        )
-    if not dense_perplexity < point.perplexity <= MOST_PERPLEXITY:
-        raise CalibrationError(
-            f"quality of {model.name}: the point of {point.source!r} has perplexity {point.perplexity}; it must be "
-            f"above the dense one, {dense_perplexity}, and at most {MOST_PERPLEXITY:g}"
-        )
-
-
 def _drop_mask(model: ModelSpec, point: PublishedPoint) -> KeepMask:
     return KeepMask(
         mha=tuple(i not in point.drop_mha for i in range(model.num_layers)),
@@ -594,33 +550,21 @@ def read_fitted(table: Path, form: str = BEST_FORM, text: Text = "test") -> Fitt
         raise CalibrationError(f"there is no text {text!r}; {nearest(text, get_args(Text))}")
     path = fitted_path(table)
     again = f"fit it again: python -m hw.score kind=fit model.name={table.stem}"
+    value = read_json_object(path, CalibrationError, again)
     try:
-        value = read_json_object(path, CalibrationError, again)
         fitted_to, now = str(value["table_sha256"]), table_hash(table)
         fit = next(fit for fit in value["fits"] if (fit["text"], fit["form"]) == (text, form))
         quality = FittedQuality.from_json(str(value["model"]), fit)
-    except CalibrationError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, StopIteration) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CalibrationError(
-            f"{path} has no coefficients of form {form!r} on the {text} text ({type(error).__name__}: {error}); {again}"
+            f"{path} has no coefficients of form {form!r} on the {text} text ({reason}); {again}"
         ) from error
     if fitted_to != now:
         raise CalibrationError(
             f"{path} was fitted to a table with SHA-256 {fitted_to[:12]}..., but {table} has {now[:12]}...; {again}"
         )
     return quality
-
-
-def _whole(value: Any) -> int:
-    """Return a whole number.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if not is_whole(value):
-        raise ValueError(f"{value!r} is not a whole number")
-    return int(value)
 
 
 def read_published(path: Path) -> PublishedQuality:
@@ -630,28 +574,40 @@ def read_published(path: Path) -> PublishedQuality:
         CalibrationError: if it is malformed.
     """
     try:
-        # An OSError also stands for a file that holds a single value.
         value: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path} cannot be read as YAML: {error}; see the files of conf/quality") from error
-    try:
         points = tuple(
             PublishedPoint(
-                drop_mha=tuple(map(_whole, point["drop_mha"])),
-                drop_ffn=tuple(map(_whole, point["drop_ffn"])),
-                perplexity=float(point["perplexity"]),
+                drop_mha=_layers(point["drop_mha"]),
+                drop_ffn=_layers(point["drop_ffn"]),
+                perplexity=_perplexity(point["perplexity"]),
                 source=str(point["source"]),
             )
             for point in value["points"]
         )
         return PublishedQuality(
             model=load_model(str(value["model"])),
-            dense_perplexity=float(value["dense_perplexity"]),
+            dense_perplexity=_perplexity(value["dense_perplexity"]),
             points=points,
-            w4_layers=tuple(map(_whole, value["w4"]["layers"])),
-            w4_perplexity=tuple(map(float, value["w4"]["perplexity"])),
+            w4_layers=_layers(value["w4"]["layers"]),
+            w4_perplexity=tuple(map(_perplexity, value["w4"]["perplexity"])),
         )
-    except RapLabError as error:
-        raise CalibrationError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CalibrationError(f"{path} lacks or misstates a value ({type(error).__name__}: {error})") from error
+    except RapLabError:
+        raise
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(f"{path} cannot be read as YAML: {reason}; compare it with its neighbors") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CalibrationError(f"{path} lacks or misstates {' '.join(str(error).split())[:300]}") from error
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(layer) is int and layer >= 0 for layer in value):
+        raise ValueError(f"a list of layers: {value!r:.80}")
+    return tuple(value)
+
+
+def _perplexity(value: Any) -> float:
+    found = float(value)
+    if not (math.isfinite(found) and found > 1.0):
+        raise ValueError(f"a perplexity: {value!r:.80} is not a number above 1")
+    return found

@@ -5,7 +5,6 @@ Replays, policies that try plans out, environments and comparisons with real run
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +20,8 @@ from sim.cost.quality import QUALITIES, FittedQuality, PublishedQuality, load_qu
 from sim.engine.budget import Budget, BudgetContext
 from sim.engine.protocol import EngineConfig
 from sim.engine.sim_engine import SimEngine
-from sim.errors import ConfigError
+from sim.errors import CalibrationError, ConfigError
+from sim.json_file import read_json_object
 
 WORKSPACE_BYTES = 1_240_000_000
 """Default memory for activations, CUDA graphs and the like (sim.config.ReplayConfig says where it was measured)."""
@@ -51,8 +51,8 @@ def _calibrated_pairs(folder: Path) -> dict[str, tuple[str, str]]:
     """Return (model, device) of every calibration in a folder, by its name."""
     known = {}
     for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known[path.stem] = (content["model"], content["device"])
+        content = read_json_object(path, CalibrationError, "write it again with hw.calibrate, or remove it")
+        known[path.stem] = (str(content.get("model")), str(content.get("device")))
     return known
 
 

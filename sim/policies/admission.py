@@ -15,7 +15,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 
-from sim.cost.plan import Plan
+from sim.cost.plan import LARGEST, Plan, is_whole
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies.base import Policy, PolicyContext
@@ -77,10 +77,11 @@ def saber(
     Raises:
         ConfigError: for a target, margin or smoothing that is not above 0, or bounds that are not 0 <= least <= most.
     """
-    if min(ttft_s, margin, smoothing_s) <= 0 or not 0 <= least <= most:
+    positive = all(0 < number < math.inf for number in (ttft_s, margin, smoothing_s))
+    if not positive or not (is_whole(least) and is_whole(most) and 0 <= least <= most <= LARGEST):
         raise ConfigError(
-            f"policy.ttft_s is {ttft_s}, margin {margin}, smoothing_s {smoothing_s}, least {least}, most {most}; the "
-            "first three must be above 0, and 0 <= least <= most"
+            f"policy.ttft_s is {ttft_s}, margin {margin}, smoothing_s {smoothing_s}, least {least!r}, most {most!r}; "
+            f"the first three must be above 0, and the others whole numbers, 0 <= least <= most <= {LARGEST}"
         )
     return Saber(plan_of(served.model, plan or {}), ttft_s, margin, least, most, smoothing_s)
 
@@ -108,7 +109,10 @@ def limited(served: PolicyContext, *, policy: Any, max_waiting: int) -> Limited:
     Raises:
         ConfigError: for a limit below 0.
     """
-    if max_waiting < 0:
-        raise ConfigError(f"policy.max_waiting is {max_waiting}; it must be at least 0 waiting requests")
+    if not is_whole(max_waiting) or not 0 <= max_waiting <= LARGEST:
+        raise ConfigError(
+            f"policy.max_waiting is {max_waiting!r}; it must be at least 0 waiting requests, a whole number up to "
+            f"{LARGEST}"
+        )
     made = instantiate(policy) if isinstance(policy, Mapping) else policy
     return Limited(made(served), max_waiting)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sim.cost.memory import kv_block_layer_bytes
-from sim.cost.plan import Plan, check_plan, dense_plan
+from sim.cost.plan import Plan, check_plan, dense_plan, layer_list
 from sim.engine.protocol import EngineState
 from sim.engine.transition import peak_weight_bytes
 from sim.errors import ConfigError, PlanError, nearest
@@ -109,7 +109,7 @@ def morphserve(
     if not 0.0 < smoothing <= 1.0 or pressure_samples < 1 or recovery_samples < 1:
         raise ConfigError(f"policy.smoothing is {smoothing}; it must be in (0, 1], and sample counts at least 1")
     model = served.model
-    layers = list(range(model.num_layers)) if order is None else list(order)
+    layers = list(range(model.num_layers)) if order is None else layer_list("policy.order's layers", order)
     if len(set(layers)) != len(layers) or any(not 0 <= layer < model.num_layers for layer in layers):
         raise PlanError(f"policy.order must list layers 0 to {model.num_layers - 1} of {model.name}, each once")
     step, most = MODES[mode]

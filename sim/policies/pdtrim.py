@@ -16,7 +16,6 @@ that sends few enough bytes, so that kinds are compared at equal quality or at e
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan
 from sim.cost.quality import load_quality
 from sim.errors import ConfigError, nearest
+from sim.json_file import read_json_object
 from sim.policies.base import PolicyContext
 from sim.policies.fixed import Fixed, static_plan
 
@@ -133,5 +133,7 @@ def _score(name: str) -> dict[str, Any]:
     path = CONF_DIR / "score" / f"{name}.json"
     if not path.is_file():
         raise ConfigError(f"there is no score {name!r}; {nearest(name, [p.stem for p in path.parent.glob('*.json')])}")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json_object(path, ConfigError, "measure it again with hw.score")
+    if not isinstance(content.get("order", []), list) or not isinstance(content.get("searches", []), list):
+        raise ConfigError(f"{path} has no lists of order or searches; measure it again with hw.score")
     return content

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sim.cost.plan import Plan, check_plan, dense_plan
+from sim.cost.plan import LARGEST, Plan, check_plan, dense_plan, is_whole
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies.base import PolicyContext
@@ -71,10 +71,11 @@ def adaptive_precision(
     Raises:
         ConfigError: for numbers out of range. PlanError: for bits that are not supported.
     """
-    if levels < 1 or not 0.0 <= calm < 1.0 or wait_s <= 0 or not 0.0 < smoothing <= 1.0 or hysteresis < 0:
+    whole = is_whole(levels) and 1 <= levels <= LARGEST
+    if not (whole and 0.0 <= calm < 1.0 and wait_s > 0 and 0.0 < smoothing <= 1.0 and hysteresis >= 0):
         raise ConfigError(
-            f"policy.levels is {levels}, calm {calm}, wait_s {wait_s}, smoothing {smoothing}, hysteresis {hysteresis}; "
-            "they must be at least 1, in [0, 1), above 0, in (0, 1] and at least 0"
+            f"policy.levels is {levels!r}, calm {calm}, wait_s {wait_s}, smoothing {smoothing}, hysteresis "
+            f"{hysteresis}; they must be a whole number from 1, in [0, 1), above 0, in (0, 1] and at least 0"
         )
     layers = served.model.num_layers
     dense = dense_plan(served.model)
@@ -105,9 +106,9 @@ def adaptive_pruning(
         ConfigError: for steps out of range. PlanError: for an order that is not for this model.
     """
     stop = greedy_stop(served, order=order, made_for=made_for)
-    if not 1 <= step <= most <= len(stop.plans) - 1:
+    if not (is_whole(step) and is_whole(most) and 1 <= step <= most <= len(stop.plans) - 1):
         raise ConfigError(
-            f"policy.step is {step} and most {most}; step must be at least 1, and most from step to the length of "
+            f"policy.step is {step!r} and most {most!r}; step must be at least 1, and most from step to the length of "
             f"policy.order, {len(stop.plans) - 1}"
         )
     return MorphServe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,11 @@ def schedule(served: PolicyContext, *, steps: Sequence[Mapping[str, Any]]) -> Sc
     Raises:
         ConfigError: if the first step is not at 0 or times do not ascend. PlanError: for a plan that is not legal.
     """
-    at_s = tuple(float(step.get("at_s", -1.0)) for step in steps)
-    if not at_s or at_s[0] != 0.0 or any(b <= a for a, b in pairwise(at_s)):
+    given = [step.get("at_s") if isinstance(step, Mapping) else None for step in steps]
+    if not all(isinstance(time_s, int | float) and not isinstance(time_s, bool) for time_s in given):
+        raise ConfigError(f"policy.steps have at_s {given}; each step needs a number of seconds")
+    at_s = tuple(float(time_s) for time_s in given)  # type: ignore[arg-type]
+    if not at_s or at_s[0] != 0.0 or not all(a < b < math.inf for a, b in pairwise(at_s)):
         raise ConfigError(f"policy.steps have at_s {list(at_s)}; the first must be 0 and the times must ascend")
     plans = tuple(plan_of(served.model, {k: v for k, v in step.items() if k != "at_s"}) for step in steps)
     return Schedule(at_s, plans)

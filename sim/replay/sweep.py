@@ -32,7 +32,7 @@ from sim.replay.run import (
 from sim.replay.watch import Watched
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, Transitions
-from sim.results.report import print_rows
+from sim.results.report import print_notes, print_rows
 from sim.results.run_folder import provenance, write_json, write_text
 
 

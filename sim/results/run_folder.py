@@ -36,6 +36,11 @@ def write_parquet(path: Path, frame: pd.DataFrame) -> None:
     write_whole(path, lambda part: frame.to_parquet(part, index=False))
 
 
+def own_folder(command: str) -> Path:
+    """Return the path of a new folder under ``runs/`` for what a command writes."""
+    return Path("runs") / datetime.now().strftime(f"%Y-%m-%d/%H-%M-%S-%f_{command}")
+
+
 def commit() -> str:
     """Return the checked-out commit, with ``-dirty`` appended when the work tree differs, or ``unknown``."""
     try:

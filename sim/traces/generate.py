@@ -258,7 +258,7 @@ def generate(name: str, arrivals: Arrivals, lengths: Lengths, *, seed: int = 0) 
     arrivals_rng, lengths_rng = np.random.default_rng(seed).spawn(2)
     arrival_s = arrivals(arrivals_rng)
     if len(arrival_s) == 0:
-        raise WorkloadError(f"{name} with {_shown(arrivals)} makes no request; raise its rate or its duration_s")
+        raise WorkloadError(f"{name} with {_shown(arrivals)} makes no request; raise its rate or trace.duration_s")
     prompt_tokens, output_tokens = lengths(lengths_rng, len(arrival_s))
     return Trace(
         arrival_s=arrival_s,
@@ -406,13 +406,13 @@ def burst(
         (ISCA 2024).
     """
     if kind not in get_args(Kind):
-        raise WorkloadError(f"kind is {kind!r}; {nearest(str(kind), get_args(Kind))}")
+        raise WorkloadError(f"trace.kind is {kind!r}; {nearest(str(kind), get_args(Kind))}")
     tables = list(TABLE_OF_KIND.values()) if kind == "mix" else [TABLE_OF_KIND[kind]]
     _check_seed(seed)
     natural_rps = sum(load_table(table).rate_rps for table in tables)
     scale = 1.0 if rate_rps is None else rate_rps / natural_rps
     if not (math.isfinite(scale) and scale > 0):
-        raise WorkloadError(f"rate_rps is {rate_rps}; it must be more than 0, or null for the real rate")
+        raise WorkloadError(f"trace.rate_rps is {rate_rps}; it must be more than 0, or null for the real rate")
     parts: list[Trace] = []
     for table in tables:
         # Each table has its own random stream: in a mix, the two start at unrelated bins.
@@ -427,7 +427,7 @@ def burst(
         parts.extend(_generate_unless_idle(table, arrivals, partial(table_lengths, table=table), seed=part_seed))
     if not parts:
         raise WorkloadError(
-            f"no request in {duration_s:g} s at seed {seed}; raise duration_s or rate_rps, or change seed"
+            f"no request in {duration_s:g} s at seed {seed}; raise trace.duration_s or trace.rate_rps, or change seed"
         )
     merged = merge(parts)
     return Trace(
@@ -509,7 +509,7 @@ def _check_requests(expected: float, *, what: str = "requests") -> None:
     if expected > MAX_REQUESTS:
         raise WorkloadError(
             f"that is {expected:.3g} {what}, more than the limit of {MAX_REQUESTS:,} that fits in memory; "
-            "lower the rate or duration_s"
+            "lower its rate or duration_s (keys of trace)"
         )
 
 

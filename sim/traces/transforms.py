@@ -42,7 +42,10 @@ def apply_steps(trace: Trace, steps: Iterable[Step], *, seed: int = 0) -> Trace:
         keywords = step.keywords if isinstance(step, partial) else {}
         if "seed" in inspect.signature(step).parameters and "seed" not in keywords:
             step = partial(step, seed=int(np.random.SeedSequence([seed, place]).generate_state(1)[0]))
-        result = step(trace)
+        try:
+            result = step(trace)
+        except WorkloadError as error:
+            raise WorkloadError(f"workload.steps.{place}: {error}") from error
         if not isinstance(result, Trace):
             raise WorkloadError(f"step {place} ({step!r}) returned {type(result).__name__}; a step must return a Trace")
         trace = result

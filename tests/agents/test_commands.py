@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 
+from sim.config import help_text
 from tests.agents.helpers import composed, run_python
 
 REQUIRED = {"export": ("run=r", "name=n"), "offline": ("by=dense",)}
@@ -21,3 +22,9 @@ def test_every_command_imports_and_composes_its_configuration(name: str) -> None
 def test_importing_agents_loads_neither_torch_nor_ray() -> None:
     run = run_python("-c", "import sys, agents, agents.envs.registration; print({'torch', 'ray'} & set(sys.modules))")
     assert run.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", ["train", "clone", "tune", "offline", "export", "evaluate"])
+def test_the_help_of_a_command_is_its_own(name: str) -> None:
+    importlib.import_module(f"agents.{name}")
+    assert f"python -m agents.{name} " in help_text(name).split("== ")[0]

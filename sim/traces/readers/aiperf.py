@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sim.errors import TraceError
+from sim.traces.readers.arguments import check_number
 from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile, read_content, read_head
 from sim.traces.readers.json_table import parse_line, table_of_objects
 from sim.traces.readers.mooncake import COLUMNS, OPTIONAL, turns_trace
@@ -50,8 +48,7 @@ def read_aiperf(
     Source:
         ai-dynamo/aiperf, Apache-2.0.
     """
-    if not (np.isfinite(characters_per_token) and characters_per_token > 0):
-        raise TraceError(f"trace.characters_per_token is {characters_per_token}; it must be above 0")
+    check_number("characters_per_token", characters_per_token, above=0.0)
     file = TraceFile(path=path, on_bad_row=on_bad_row, max_rows=max_rows, max_bytes=max_bytes)
     head = read_head(file)
     if b'"metadata"' in head and b'"metrics"' in head:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sim.errors import TraceError
 from sim.traces.readers.aiperf import read_aiperf
+from sim.traces.readers.arguments import check_flag, check_number
 from sim.traces.readers.azure import read_azure
 from sim.traces.readers.burstgpt import read_burstgpt
 from sim.traces.readers.csv_table import DELIMITERS
@@ -20,7 +21,7 @@ from sim.traces.readers.guidellm import read_guidellm
 from sim.traces.readers.inference_sim import read_inference_sim
 from sim.traces.readers.llmservingsim import read_llmservingsim
 from sim.traces.readers.mooncake import read_mooncake
-from sim.traces.readers.native import COLUMNS, read_trace
+from sim.traces.readers.native import column_names, read_trace
 from sim.traces.readers.qwen_bailian import read_qwen_bailian
 from sim.traces.readers.rows import TimeUnit
 from sim.traces.readers.splitwise import read_splitwise
@@ -75,12 +76,12 @@ def read_any(
     """
     file = TraceFile(path=path, on_bad_row=on_bad_row, max_rows=max_rows, max_bytes=max_bytes)
     limits: dict[str, Any] = {"on_bad_row": on_bad_row, "sort": sort, "max_rows": max_rows, "max_bytes": max_bytes}
-    renamed = {key: value for key, value in (columns or {}).items() if value is not None and value != COLUMNS.get(key)}
+    renamed = any(own != name for own, name in column_names(columns).items())
     known = None if renamed else _recognized(file)
     if known is None or known.option not in READERS:
         return read_trace(
             path,
-            columns={key: value for key, value in (columns or {}).items() if value is not None},
+            columns=columns,
             time_unit=time_unit or "s",
             rebase=rebase,
             time_quantum_s=time_quantum_s,
@@ -90,6 +91,8 @@ def read_any(
     reader = READERS[known.option]
     takes = inspect.signature(reader).parameters
     chosen = {"time_unit": time_unit} if time_unit is not None else {}
+    check_flag("rebase", rebase)
+    check_number("time_quantum_s", time_quantum_s)
     if time_quantum_s:
         chosen["time_quantum_s"] = time_quantum_s  # type: ignore[assignment]
     for key in chosen:

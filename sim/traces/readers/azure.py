@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sim.traces.readers.arguments import check_choice
 from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile
-from sim.traces.readers.rows import Failed, Rows, check_choice, read_table
+from sim.traces.readers.rows import Failed, Rows, read_table
 from sim.traces.trace import Trace
 
 ORIGIN = "https://github.com/Azure/AzurePublicDataset (data/, commit b469a113cedca53ddc3bdea71a143dc4b7d8700c)"

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from sim.errors import TraceError, nearest
+from sim.traces.readers.arguments import check_choice
 from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile
-from sim.traces.readers.rows import Failed, Rows, check_choice, read_table
+from sim.traces.readers.rows import Failed, Rows, read_table
 from sim.traces.trace import Trace
 
 ORIGIN = "https://github.com/HPMLL/BurstGPT (data/, or its releases)"

@@ -75,10 +75,14 @@ def to_floats(column: pa.ChunkedArray | list[Any]) -> Floats:
         return np.array([_float_of_json(cell) for cell in column.to_pylist()], dtype=np.float64)
     try:
         return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
-    except pa.ArrowInvalid:
-        # Some cell is not a number; Arrow does not report which, so each is parsed.
-        texts = column.to_pylist()
-        return np.array([float(text) if NUMBER.fullmatch(text) else np.nan for text in texts], dtype=np.float64)
+    except pa.ArrowInvalid:  # some cell is not a number; Arrow does not report which
+        shaped = pc.match_substring_regex(column, f"^({NUMBER.pattern})$")
+        numbers = pc.if_else(shaped, pc.ascii_trim(column, " \t+"), "nan")
+    try:
+        return np.asarray(numbers.cast(pa.float64()).to_numpy(), dtype=np.float64)
+    except pa.ArrowInvalid:  # Arrow reads fewer numbers than Python
+        pass
+    return np.array([float(t) if NUMBER.fullmatch(t) else np.nan for t in column.to_pylist()], dtype=np.float64)
 
 
 def _float_of_json(cell: Any) -> float:

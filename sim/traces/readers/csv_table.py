@@ -16,6 +16,7 @@ from sim.traces.readers.table import ENOUGH_BAD_ROWS, BadRow, BadRows, RawTable,
 
 DELIMITERS = (",", ";", "\t", "|")
 MAX_LINE_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 2**20
 MAX_COLUMNS = 10_000
 
 
@@ -62,9 +63,9 @@ def read_csv(
 def _header(file: TraceFile, content: bytes, required: Sequence[str]) -> tuple[str, list[str]]:
     """Return the delimiter and the names of the header; the first delimiter with which it has the required names."""
     first_line = content.split(b"\n", 1)[0]
-    if len(first_line) > MAX_LINE_BYTES:
+    if len(first_line) > MAX_HEADER_BYTES:
         raise TraceError(
-            f"{file.path}, line 1: longer than {MAX_LINE_BYTES // 2**20} MiB; the first line must name the columns"
+            f"{file.path}, line 1: longer than {MAX_HEADER_BYTES // 2**20} MiB; the first line must name the columns"
         )
     text = first_line.decode(errors="replace").strip(" ")
     try:

@@ -14,12 +14,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal, cast, get_args
+from typing import BinaryIO, Literal, cast
 
 import pyarrow as pa
 
-from sim.errors import TraceError, nearest
+from sim.errors import TraceError
 from sim.paths import DATA_VARIABLE, data_dir, find_data
+from sim.traces.readers.arguments import check_choice, check_whole
 
 OnBadRow = Literal["error", "skip"]
 
@@ -73,14 +74,9 @@ class TraceFile:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | Path) or not str(self.path).strip():
             raise TraceError(f"trace.path is {self.path!r}; it must be the path of a file")
-        if self.on_bad_row not in get_args(OnBadRow):
-            raise TraceError(
-                f"trace.on_bad_row is {self.on_bad_row!r}; {nearest(str(self.on_bad_row), get_args(OnBadRow))}"
-            )
-        for name in ("max_rows", "max_bytes"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise TraceError(f"trace.{name} is {value!r}; it must be a whole number from 1")
+        check_choice("on_bad_row", self.on_bad_row, OnBadRow)
+        check_whole("max_rows", self.max_rows)
+        check_whole("max_bytes", self.max_bytes)
 
     def too_many_rows(self, rows: int) -> TraceError:
         """Return the error for a file with more rows than ``max_rows``."""

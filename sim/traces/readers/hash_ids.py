@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sim.traces.readers.arguments import check_whole
 from sim.traces.readers.rows import Rows
 from sim.types import Ints
 
@@ -48,6 +49,7 @@ def read_hash_ids(rows: Rows, history: list[str], *, name: str = "hash_ids") -> 
 
 def check_number_of_ids(rows: Rows, hash_ids: Sequence[Ints], prompt_tokens: Ints, block_tokens: int) -> None:
     """Mark rows as bad that do not have one id for each ``block_tokens`` tokens of the prompt."""
+    check_whole("block_tokens", block_tokens)
     counts = np.fromiter(map(len, hash_ids), dtype=np.int64, count=len(hash_ids))
     rows.reject(
         counts != -(-prompt_tokens // block_tokens),

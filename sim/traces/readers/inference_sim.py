@@ -10,8 +10,9 @@ import yaml
 
 from sim.errors import TraceError
 from sim.paths import find_data
+from sim.traces.readers.arguments import check_choice
 from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile, read_content
-from sim.traces.readers.rows import Failed, Rows, check_choice, read_table
+from sim.traces.readers.rows import Failed, Rows, read_table
 from sim.traces.trace import Trace
 
 ORIGIN = "https://github.com/inference-sim/inference-sim (blis observe, or blis run --trace-output)"
@@ -87,6 +88,8 @@ def _check_steps(rows: Rows) -> None:
 
 def _check_header(file: TraceFile, header: str | Path | None) -> str:
     """Check the version that the YAML header states; return what was found, for the history."""
+    if header is not None and not isinstance(header, str | Path):
+        raise TraceError(f"trace.header is {header!r}; it must be the path of a YAML file")
     csv = Path(file.path)
     if csv.suffix in (".yaml", ".yml"):
         raise TraceError(f"{csv} is the header of a TraceV2; trace.path names its CSV file, trace.header the header")

@@ -52,9 +52,11 @@ def read_json(
     return table_of_objects(file, lines, required, optional, unit="line")
 
 
-def load_document(file: TraceFile, content: bytes) -> Any:
+def load_document(file: TraceFile, content: bytes, *, hint: str = "write a list of objects, or one a line") -> Any:
     """Return the value of a file that is one JSON document.
 
+    Args:
+        hint: what to do about a file that is none.
     Raises:
         TraceError: if it is not JSON, or too large.
     """
@@ -73,9 +75,7 @@ def load_document(file: TraceFile, content: bytes) -> Any:
             where = f"line {error.lineno}, character {error.colno}: {error.msg}"
         else:
             where = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise TraceError(
-            f"{file.path} is not one JSON document ({where}); write one list of objects, or (JSONL) one object a line"
-        ) from error
+        raise TraceError(f"{file.path} is not one JSON document ({where}); {hint}") from error
 
 
 def parse_line(line: bytes) -> Any:

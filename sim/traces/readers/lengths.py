@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 
 from sim.errors import TraceError
+from sim.traces.readers.arguments import check_choice, check_name
 from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile
-from sim.traces.readers.rows import Rows, check_choice, read_table
+from sim.traces.readers.rows import Rows, read_table
 from sim.traces.trace import Trace
 from sim.types import Floats
 
@@ -53,6 +54,10 @@ def read_lengths(
         Agrawal et al., Vidur (MLSys 2024), whose repository publishes such files, MIT.
     """
     check_choice("order", order, Order)
+    check_name("prompt_column", prompt_column)
+    check_name("output_column", output_column)
+    if total_column is not None:
+        check_name("total_column", total_column)
     file = TraceFile(path=path, on_bad_row=on_bad_row, max_rows=max_rows, max_bytes=max_bytes, origin=ORIGIN)
     optional = () if total_column is None else (total_column,)
     rows = Rows(read_table(file, required=(prompt_column, output_column), optional=optional))

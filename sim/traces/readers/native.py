@@ -17,9 +17,10 @@ import pyarrow.parquet as pa_parquet
 
 from sim.atomic import write_whole
 from sim.errors import TraceError, nearest
+from sim.traces.readers.arguments import check_choice, check_name
 from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile
 from sim.traces.readers.hash_ids import read_hash_ids
-from sim.traces.readers.rows import Rows, TimeUnit, check_choice, read_table
+from sim.traces.readers.rows import Rows, TimeUnit, read_table
 from sim.traces.trace import HASH_BLOCK_TOKENS, Trace
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
@@ -32,7 +33,7 @@ BLOCK_COLUMN = "hash_block_tokens"
 def read_trace(
     path: str | Path,
     *,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str | None] | None = None,
     time_unit: TimeUnit = "s",
     on_bad_row: OnBadRow = "error",
     sort: bool = False,
@@ -50,7 +51,8 @@ def read_trace(
 
     Args:
         path: the file; plain, gzip, bz2, xz or zstd.
-        columns: how the file names ``arrival``, ``prompt``, ``output`` and ``hash_ids``, where it has other names.
+        columns: how the file names ``arrival``, ``prompt``, ``output`` and ``hash_ids``, where it has other names; None
+            takes the own name.
         time_unit: what the arrivals count: s, ms, us or ns; iso for dates, which are recognized without it and
             always count from the first.
         on_bad_row, sort, max_rows, max_bytes: as ``read_azure``.
@@ -63,9 +65,9 @@ def read_trace(
     """
     check_choice("time_unit", time_unit, TimeUnit)
     file = TraceFile(path=path, on_bad_row=on_bad_row, max_rows=max_rows, max_bytes=max_bytes)
-    named = _column_names(columns)
+    named = column_names(columns)
     required, optional = [named[own] for own in REQUIRED], [BLOCK_COLUMN]
-    (required if "hash_ids" in (columns or {}) else optional).append(named["hash_ids"])
+    (required if columns and columns.get("hash_ids") else optional).append(named["hash_ids"])
     rows = Rows(read_table(file, required=required, optional=optional))
     history: list[str] = []
     hash_ids = read_hash_ids(rows, history, name=named["hash_ids"]) if rows.has(named["hash_ids"]) else None
@@ -83,13 +85,13 @@ def read_trace(
     )
 
 
-def _column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
+def column_names(columns: Mapping[str, str | None] | None) -> dict[str, str]:
     """Return the name in the file of each column of the own format.
 
     Raises:
         TraceError: for an unknown key, or a name that is no text or stands for two columns.
     """
-    columns = columns or {}
+    columns = {} if columns is None else columns
     if not isinstance(columns, Mapping):
         raise TraceError(
             f"trace.columns is {columns!r}; write it as trace.columns={{arrival: NAME, prompt: NAME, output: NAME}}"
@@ -97,9 +99,9 @@ def _column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
     for key, value in columns.items():
         if key not in COLUMNS:
             raise TraceError(f"trace.columns has {key!r}; {nearest(str(key), COLUMNS)}")
-        if not isinstance(value, str) or not value.strip():
-            raise TraceError(f"trace.columns.{key} is {value!r}; it must be the name of a column")
-    named = {own: str(columns.get(key, own)).strip() for key, own in COLUMNS.items()}
+        if value is not None:
+            check_name(f"columns.{key}", value)
+    named = {own: str(columns.get(key) or own).strip() for key, own in COLUMNS.items()}
     doubled = [value for value in named.values() if list(named.values()).count(value) > 1]
     if doubled:
         raise TraceError(f"trace.columns takes {doubled[0]!r} for two columns; name each column once")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sim.errors import TraceError, nearest
+from sim.errors import TraceError
+from sim.traces.readers.arguments import check_choice, check_flag, check_number
 from sim.traces.readers.cells import (
     dates_ns,
     empty_cells,
@@ -38,12 +40,6 @@ PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 Failed = Literal["drop", "error"]
 """Requests that ended without an answer: "drop" leaves them out and counts them, "error" treats them as bad rows."""
-
-
-def check_choice(key: str, value: str, allowed: Any) -> None:
-    """Raise a TraceError if ``value`` is none of the choices of a ``Literal``."""
-    if value not in get_args(allowed):
-        raise TraceError(f"trace.{key} is {value!r}; {nearest(str(value), get_args(allowed))}")
 
 
 def read_table(file: TraceFile, *, required: Sequence[str], optional: Sequence[str] = ()) -> RawTable:
@@ -237,6 +233,9 @@ class Rows:
             TraceError: for the first bad row, unless bad rows are skipped; for a row out of order, unless ``sort``;
                 and if no row is left.
         """
+        check_flag("sort", sort)
+        check_flag("rebase", rebase)
+        check_number("time_quantum_s", time_quantum_s)
         steps = [f"read {len(self.table.line) + len(self.table.broken):,} rows of {self.table.path}"]
         keep = self.good_rows(steps)
         if leave_out is not None:
@@ -266,7 +265,7 @@ class Rows:
             prompt_tokens=prompt_tokens[index],
             output_tokens=output_tokens[index],
             hash_ids=None if hash_ids is None else tuple(hash_ids[i] for i in index.tolist()),
-            name=name,
+            name=str(name),
             source=self.table.path,
             history=tuple(steps),
             time_quantum_s=time_quantum_s,
@@ -326,10 +325,12 @@ class Rows:
             text = cell_text(column[new[0]])
             self.bad.add(BadRow(int(self.table.line[new[0]]), name, text[:80], kind(text), allowed), len(new))
             return
-        kind = cache(kind)
         cells = (
             [column[i] for i in new.tolist()] if isinstance(column, list) else column.take(pa.array(new)).to_pylist()
         )
-        for i, cell in zip(new.tolist(), cells, strict=True):
-            text = cell_text(cell)
-            self.bad.add(BadRow(int(self.table.line[i]), name, text[:80], kind(text), allowed))
+        texts = [cell_text(cell) for cell in cells]
+        kinds = list(map(cache(kind), texts))
+        for name_of_kind, count in Counter(kinds).items():
+            first = kinds.index(name_of_kind)
+            row = BadRow(int(self.table.line[new[first]]), name, texts[first][:80], name_of_kind, allowed)
+            self.bad.add(row, count)

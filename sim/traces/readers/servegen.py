@@ -7,7 +7,6 @@ where rounding decides whether it is dropped. Here n + 1 gaps put all n requests
 from __future__ import annotations
 
 import ast
-import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from sim.errors import TraceError
 from sim.paths import find_data
 from sim.traces.readers.csv_table import read_csv
 from sim.traces.readers.files import TraceFile, missing_data, read_content
+from sim.traces.readers.json_table import load_document
 from sim.traces.readers.rows import Rows
 from sim.traces.trace import Trace, sorted_trace
 from sim.types import Floats, Ints
@@ -30,6 +30,8 @@ WINDOW_S = 600.0
 LENGTHS_WINDOW_S = 21_600
 COLUMNS = ("window_start_s", "rate_rps", "cv", "pattern", "shape", "scale_s")
 PATTERNS = ("Gamma", "Weibull")
+LITERAL = re.compile(r"\s*\{[0-9eE+\-.:,\s]{0,10000000}\}\s*")
+"""A Python dict literal of numbers, as the dataset files hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +113,7 @@ def read_servegen(
     if requests == 0:
         raise TraceError(
             f"{path}: clients {chosen} send nothing from {start_s:g} s to {start_s + duration_s:g} s; choose "
-            "another part with start_s and duration_s, other clients, or a larger rate_scale"
+            "another part with trace.start_s and trace.duration_s, other trace.clients, or a larger trace.rate_scale"
         )
     scaled = f"rate_scale={rate_scale:g}" if rate_rps is None else f"rate_rps={rate_rps:g}"
     history.append(
@@ -176,7 +178,7 @@ def _client_requests(
         if histograms is None:
             raise TraceError(
                 f"{path}: client {client.client} sends requests at {window_start_s:g} s but has no lengths for "
-                "that 6 h; choose another part with start_s and duration_s, or other clients"
+                "that 6 h; choose another part with trace.start_s and trace.duration_s, or other trace.clients"
             )
         prompt, output = histograms
         yield _Requests(
@@ -223,14 +225,15 @@ def read_client_lengths(
         TraceError: if the file is missing or not in ServeGen's format.
     """
     file = _client_file(path, client, "dataset.json")
+    source = TraceFile(path=file, origin=ORIGIN)
+    windows = load_document(source, read_content(source), hint="it is not a ServeGen dataset file")
     try:
-        windows = json.loads(read_content(TraceFile(path=file, origin=ORIGIN)))
         described = {
             int(start_s): (window["input_tokens"], window["output_tokens"]) for start_s, window in windows.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TraceError(
-            f"{file} is not a ServeGen dataset file ({error!r}); it must be JSON: "
+            f"{file} is not a ServeGen dataset file ({_shown(error)}); it must be JSON: "
             '{window start in s: {"input_tokens": "{13: 0.5, ...}", "output_tokens": "{...}"}}'
         ) from error
     lengths = {}
@@ -249,12 +252,14 @@ def read_client_lengths(
 def _histogram(file: str, start_s: int, field: str, text: Any) -> Histogram | None:
     """Return the histogram in a Python dict literal, or None for an empty one."""
     try:
+        if not LITERAL.fullmatch(text):  # ast.literal_eval alone needs a hundred times the memory of a hostile text
+            raise ValueError("not a dict of numbers")
         shares = ast.literal_eval(text)
         tokens = np.array(list(shares.keys()), dtype=np.int64)
         probability = np.array(list(shares.values()), dtype=np.float64)
     except (ValueError, TypeError, SyntaxError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
         raise TraceError(
-            f"{file}, window {start_s}, {field}: not a histogram ({error}); allowed is a string such as "
+            f"{file}, window {start_s}, {field}: not a histogram ({_shown(error)}); allowed is a string such as "
             '"{13: 0.5, 14: 0.5}", token counts and their shares'
         ) from error
     if len(tokens) == 0:
@@ -267,6 +272,11 @@ def _histogram(file: str, start_s: int, field: str, text: Any) -> Histogram | No
         )
     order = np.argsort(tokens)
     return Histogram(tokens[order], np.cumsum(probability[order] / total))
+
+
+def _shown(error: Exception) -> str:
+    """Return what an error says, on one line of at most 80 characters: it may repeat the content of a file."""
+    return " ".join(repr(error).split())[:80]
 
 
 def _fill_window(rng: np.random.Generator, pattern: str, shape: float, requests: int, window_start_s: float) -> Floats:
@@ -292,13 +302,15 @@ def _lengths_window(time_s: float) -> int:
 
 def _check_part(start_s: float, duration_s: float, rate_scale: float, rate_rps: float | None) -> None:
     if not (math.isfinite(start_s) and start_s >= 0):
-        raise TraceError(f"start_s is {start_s}; it must be at least 0 s")
+        raise TraceError(f"trace.start_s is {start_s}; it must be at least 0 s")
     if not (math.isfinite(duration_s) and duration_s > 0):
-        raise TraceError(f"duration_s is {duration_s}; it must be more than 0 s")
+        raise TraceError(f"trace.duration_s is {duration_s}; it must be more than 0 s")
     if not (math.isfinite(rate_scale) and rate_scale > 0):
-        raise TraceError(f"rate_scale is {rate_scale}; it must be more than 0; 1 keeps the rates of the description")
+        raise TraceError(
+            f"trace.rate_scale is {rate_scale}; it must be more than 0; 1 keeps the rates of the description"
+        )
     if rate_rps is not None and not (math.isfinite(rate_rps) and rate_rps > 0):
-        raise TraceError(f"rate_rps is {rate_rps}; it must be more than 0, or null for the clients' own rates")
+        raise TraceError(f"trace.rate_rps is {rate_rps}; it must be more than 0, or null for the clients' own rates")
 
 
 def _choose_clients(path: str | Path, folder: Path, clients: Sequence[int] | None, history: list[str]) -> list[int]:
@@ -321,7 +333,8 @@ def _choose_clients(path: str | Path, folder: Path, clients: Sequence[int] | Non
     if unknown or not clients:
         what = f"client {unknown[0]} does not have both files in {path}" if unknown else f"clients of {path} is empty"
         raise TraceError(
-            f"{what}; choose from the clients with both files, {', '.join(map(str, complete))}, or set null for all"
+            f"{what}; choose from the clients with both files, {', '.join(map(str, complete))}, or set "
+            "trace.clients=null for all"
         )
     return sorted(set(clients))
 
@@ -354,6 +367,6 @@ def _rate_factors(
     if start_s + duration_s > end_s:
         raise TraceError(
             f"{path} describes 0 to {end_s:g} s, but start_s + duration_s is {start_s + duration_s:g} s; "
-            "lower one of them"
+            "lower trace.start_s or trace.duration_s"
         )
     return {start: rate_scale if rate_rps is None else rate_rps / total for start, total in totals.items()}

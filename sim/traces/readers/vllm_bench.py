@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from sim.errors import TraceError
+from sim.traces.readers.arguments import check_choice
 from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile, read_content
 from sim.traces.readers.json_table import load_document
-from sim.traces.readers.rows import Failed, Rows, check_choice
+from sim.traces.readers.rows import Failed, Rows
 from sim.traces.readers.table import RawTable
 from sim.traces.trace import Trace
 from sim.types import Floats

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,11 @@ pytest.importorskip("httpx", reason="hw.client needs httpx: pip install -e '.[hw
 from hw.client.run import main
 from tests.commands import exit_status
 from tests.hw.client.mock_server import MockServer, Step, event, head, plain, serving, text
+
+
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAP_LAB_PROGRESS", "0")  # on a busy machine there would be lines of it
 
 
 def arguments(folder: Path, mock: MockServer | None, *more: str, rows: str = "0,5,3\n0.01,6,2\n") -> list[str]:
@@ -115,6 +121,23 @@ def test_a_setting_that_cannot_be_is_one_line(
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_a_full_disk_loses_the_files_and_not_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with serving(plain) as mock:
+        given = arguments(tmp_path, mock)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            assert exit_status(main, *given) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    output, error = capsys.readouterr()
+    assert "finished 2" in output
+    assert error.startswith("error: ")
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_ctrl_c_keeps_the_records_so_far(tmp_path: Path) -> None:

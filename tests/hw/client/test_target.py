@@ -54,6 +54,8 @@ def test_an_address_is_taken_as_people_write_it(url: str, completions: str) -> N
         ("http://h:port", "no address"),
         ("http://[::1:8000", "no address"),
         ("8000", "a port without a host"),
+        ("http:/127.0.0.1:8000", "two slashes"),
+        ("https:host", "two slashes"),
         ("ftp://h", "must start with http"),
         ("http://a b", "client.url is"),
         ("http://h/?version=2", "leave out what follows"),

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 torch = pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 transformers = pytest.importorskip("transformers", reason="the real model needs transformers: pip install -e '.[hw]'")
 
-from hw.elastic.checkpoint import load_checkpoint, smollm2_package  # noqa: E402
+from hw.elastic.checkpoint import checkpoint_of, load_checkpoint, smollm2_package  # noqa: E402
 from hw.elastic.kv import RequestKV  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
+from hw.elastic.processor import cpu_name  # noqa: E402
 from hw.elastic.quantize import quantize  # noqa: E402
 from sim.cost.memory import kv_bytes_per_token, weight_bytes  # noqa: E402
 from sim.cost.model_spec import load_model  # noqa: E402
 from sim.cost.plan import KeepMask, KVKeep, Plan, dense_plan, drop, with_mask  # noqa: E402
 from sim.errors import ModelError, PlanError  # noqa: E402
+from tests.hw.serving import save_checkpoint  # noqa: E402
 
 LAYERS = 4
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "sliding")
@@ -451,3 +456,47 @@ def test_the_default_model_is_the_shape_of_conf_model_and_gives_every_byte_back(
 def test_a_model_that_cannot_be_loaded_is_refused_with_what_to_do(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load_checkpoint(**arguments)
+
+
+def test_a_quantized_checkpoint_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "tiny", tokenizer=False)
+    config = json.loads((folder / "config.json").read_text())
+    for method in ("gptq", "fp8", "an_unknown_one"):
+        stated = {"quant_method": method, "bits": 4, "group_size": 128}
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stated}))
+        with pytest.raises(ModelError) as caught:
+            load_checkpoint(str(folder))
+        assert "\n" not in str(caught.value)
+        assert "quantiz" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"model_type": "llama", "hidden_size": "big"}', "{}"])
+def test_a_checkpoint_with_a_hostile_config_is_one_line(tmp_path: Path, content: str) -> None:
+    folder = save_checkpoint(tmp_path / "tiny", tokenizer=False)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ModelError) as caught:
+        load_checkpoint(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_cut_off_weights_are_one_line(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "tiny", tokenizer=False)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="give a local folder"):
+        load_checkpoint(str(folder))
+
+
+def test_the_weights_of_a_model_from_its_config_are_in_the_same_folder(tmp_path: Path) -> None:
+    node = OmegaConf.create({"config": str(tmp_path)})
+    (tmp_path / "config.json").touch()
+    assert checkpoint_of(node, None, "a") == str(tmp_path)
+    assert checkpoint_of(OmegaConf.create({"config": str(tmp_path / "config.json")}), "", "a") == str(tmp_path)
+    assert checkpoint_of(node, "elsewhere", "a") == "elsewhere"
+    assert checkpoint_of(OmegaConf.create({"name": "smollm2_135m"}), None, "smollm2_135m") == "smollm2_135m"
+
+
+def test_the_processor_is_named_as_the_system_names_it(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name : Some CPU 9000\nmodel name : Another\n")
+    assert cpu_name(tmp_path / "cpuinfo") == "Some CPU 9000"
+    assert cpu_name(tmp_path / "missing")

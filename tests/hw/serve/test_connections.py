@@ -344,7 +344,8 @@ def test_a_signal_lets_the_answers_under_way_end_and_the_exit_status_is_zero(num
 
 def test_a_second_signal_ends_at_once() -> None:
     with program(60) as (running, url), httpx.stream("GET", f"{url}/slow?tenths=600", timeout=60) as response:
-        assert next(response.iter_text()) == "begin "
+        parts = response.iter_text()  # the connection closes with this generator
+        assert next(parts) == "begin "
         running.send_signal(signal.SIGTERM)
         assert running.stderr is not None
         running.stderr.readline()
@@ -354,7 +355,8 @@ def test_a_second_signal_ends_at_once() -> None:
 
 def test_an_answer_that_takes_too_long_does_not_hold_the_exit() -> None:
     with program(1) as (running, url), httpx.stream("GET", f"{url}/slow?tenths=600", timeout=60) as response:
-        assert next(response.iter_text()) == "begin "
+        parts = response.iter_text()  # the connection closes with this generator
+        assert next(parts) == "begin "
         running.send_signal(signal.SIGTERM)
         assert running.wait(timeout=50) == 0
 

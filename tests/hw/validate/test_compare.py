@@ -206,8 +206,9 @@ def test_a_run_of_the_client_says_nothing_of_preemptions_and_plan_changes(
     for name in ("iterations.parquet", "kept_share.parquet", "hardware.json"):
         (folders[1] / name).unlink()
     write_json(folders[1] / "client.json", {})
-    assert exit_status(hw.compare.main, *map(str, folders)) == 0
-    assert json.loads((folders[1] / "compare.json").read_text())["events"] == {}
+    (folders[0] / "hardware.json").unlink()
+    assert exit_status(hw.compare.main, *map(str, folders), f"out={tmp_path / 'out'}") == 0
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["events"] == {}
     assert "a client sees none" in capsys.readouterr().out
 
 
@@ -235,16 +236,119 @@ def test_runs_of_other_requests_are_refused(tmp_path: Path) -> None:
         result_of(tmp_path, {}, {"seed": 1})
 
 
-def test_the_command_ends_with_its_verdict_and_writes_json_and_a_plot(tmp_path: Path) -> None:
+def test_the_command_ends_with_its_verdict_and_writes_json_and_a_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     sim, good, bad = (run_folder(tmp_path / name, slower=s) for name, s in (("s", 1.0), ("g", 1.01), ("b", 2.0)))
+    before = {path: path.stat().st_mtime_ns for path in good.iterdir()}
     assert exit_status(hw.compare.main, str(sim), str(good)) == 0
+    assert {path: path.stat().st_mtime_ns for path in good.iterdir()} == before  # the run's folder stays as it was
     assert exit_status(hw.compare.main, str(sim), str(bad), f"out={tmp_path / 'out'}") == 1
     assert exit_status(hw.compare.main, str(sim), str(tmp_path / "nothing")) == 2
     written = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert written["figures"]["makespan_s"]["verdict"] in ("held", "missed")
     assert written["events"]["transitions"]["time_error_s"] is None  # none happened
     assert written["timelines"]["kept_share"]["simulated"] == 1.0
-    assert (good / "compare.png").stat().st_size > 10_000
+    (own,) = (tmp_path / "runs").glob("*/*_compare")
+    assert (own / "compare.png").stat().st_size > 10_000
+
+
+def as_side(folder: Path, side: str, **hardware: Any) -> Path:
+    """Turn a made-up run into one of the simulator or of the real model."""
+    write_json(folder / "provenance.json", {"command": f"python -m {side}.replay trace=small"})
+    (folder / "hardware.json").unlink()
+    if side == "hw":
+        content = {"peak_predicted_bytes": 1, "peak_allocated_bytes": 1, "largest_difference_bytes": 0}
+        write_json(folder / "hardware.json", content | hardware)
+    return folder
+
+
+def test_folders_in_the_wrong_order_or_twice_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sims = [as_side(run_folder(tmp_path / name), "sim") for name in ("sim_a", "sim_b")]
+    real = [as_side(run_folder(tmp_path / name), "hw", device="x86_64 CPU") for name in ("hw_a", "hw_b")]
+    for given, message in (
+        ([real[0], sims[0]], "the first must be simulated"),
+        ([real[0], real[1]], "the first must be simulated"),
+        ([sims[0], sims[1]], "all after the first must be real"),
+        ([sims[0], real[0], sims[1]], "all after the first must be real"),
+        ([sims[0], real[0], real[0]], "listed twice"),
+        ([sims[0]], "one simulated run and of one or more real ones"),
+    ):
+        assert exit_status(hw.compare.main, *map(str, given), f"out={tmp_path / 'out'}") == 2
+        assert message in capsys.readouterr().err
+    (sims[0] / "provenance.json").unlink()  # a folder without it is known by its other files
+    assert exit_status(hw.compare.main, str(sims[0]), str(real[0]), f"out={tmp_path / 'out'}") == 0
+    assert exit_status(hw.compare.main, str(real[0]), str(sims[0]), f"out={tmp_path / 'out'}") == 2
+
+
+def test_times_of_another_machine_are_named_as_such_and_its_speed_is_offered_as_a_calibration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sim = as_side(run_folder(tmp_path / "sim"), "sim")
+    real = as_side(run_folder(tmp_path / "hw", slower=1.6), "hw", device="x86_64 CPU", processor="Another CPU")
+    name = "smollm2_135m_cpu_epyc_1thread"
+    (sim / "config.yaml").write_text("model: {name: smollm2_135m}\ngpu: {name: cpu_epyc_1thread}\nlatency: null\n")
+    for folder, factor in ((sim, 1.0), (real, 1.6)):
+        frame = pd.read_parquet(folder / "iterations.parquet")
+        frame["decode_requests"] = [1 + i % 3 for i in range(len(frame))]
+        frame["end_s"] = frame["start_s"] + factor * 0.01 * frame["decode_requests"]
+        write_parquet(folder / "iterations.parquet", frame)
+    assert exit_status(hw.compare.main, str(sim), str(real), f"out={tmp_path / 'out'}") == 1
+    shown = capsys.readouterr().out
+    assert "1.60 times as long" in shown
+    assert "Another CPU" in shown
+    assert "hw.calibrate source=device" in shown
+    assert "{'" not in shown  # no raw dict
+    assert "median error of TTFT" in shown
+    plain, scaled = load_calibration(name), load_calibration(tmp_path / "out" / f"{name}_x1.60.json")
+    plan = dense_plan(load_model("smollm2_135m"))
+    ratio = scaled.iteration_s(plan, [(60, 0)], 3, 250, 4) / plain.iteration_s(plan, [(60, 0)], 3, 250, 4)
+    assert ratio == pytest.approx(1.6, rel=1e-3)
+    assert (
+        exit_status(
+            hw.compare.main, str(sim), str(as_side(run_folder(tmp_path / "good"), "hw")), f"out={tmp_path / 'good_out'}"
+        )
+        == 0
+    )
+    assert "another machine" not in capsys.readouterr().out
+
+
+def test_requests_that_differ_are_named(tmp_path: Path) -> None:
+    simulated = read_run(run_folder(tmp_path / "a"))
+    fewer = read_run(run_folder(tmp_path / "b", requests=39))
+    with pytest.raises(ConfigError, match=r"has 40, .*39; run both with the same trace"):
+        compare(simulated, [fewer])
+    frame = pd.read_parquet(tmp_path / "a" / "records.parquet")
+    frame.loc[3, "output_tokens"] += 1
+    write_parquet(run_folder(tmp_path / "c") / "records.parquet", frame)
+    with pytest.raises(ConfigError, match=r"output_tokens of request 3 is 10 .* and 11"):
+        compare(simulated, [read_run(tmp_path / "c")])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("records.parquet", b"no parquet", "is no Parquet file"),
+        ("summary.json", b"[" * 100_000, "nests too deep"),
+        ("summary.json", b"[]", "not a JSON object"),
+        ("summary.json", b"{}", "lacks ttft_s"),
+        ("hardware.json", b"\xff", "not valid JSON"),
+    ],
+)
+def test_a_folder_with_a_broken_file_is_one_line(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+    folder = run_folder(tmp_path / "run")
+    (folder / file).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_run(folder)
+
+
+def test_settings_that_differ_are_noted(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / name) for name in ("sim", "hw")]
+    for folder, bits in zip(folders, (16, 8), strict=True):
+        (folder / "config.yaml").write_text(f"policy: {{weight_bits: {bits}}}\nengine: {{a: 1}}\n")
+    simulated, real = map(read_run, folders)
+    assert compare(simulated, [real])["different_settings"] == ["policy differs"]
 
 
 def test_the_page_shows_preemptions_and_plan_changes_of_the_cells_that_have_any(tmp_path: Path) -> None:

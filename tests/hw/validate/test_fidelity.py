@@ -10,11 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hw.validate.fidelity import CALIBRATION, RUN, compare, counts, fit_fixed_s, missed, page, read_run, simulate
+import hw.fidelity
+from hw.validate.fidelity import (
+    CALIBRATION,
+    RUN,
+    check_calibration,
+    compare,
+    counts,
+    fit_fixed_s,
+    missed,
+    page,
+    read_run,
+    simulate,
+)
 from sim.cost.latency import load_calibration
 from sim.errors import CalibrationError
 from sim.paths import RESULTS, find_data
 from sim.results.records import Status
+from tests.commands import exit_status
 from tests.sim.pages.test_render import cells
 
 
@@ -69,12 +82,20 @@ def test_a_folder_without_a_run_is_an_error_that_says_where_to_get_one(tmp_path:
 
 
 def test_the_clocks_are_aligned_at_the_request_that_reached_the_queue_fastest(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    run = read_run(tmp_path)
+    assert run.ttft_s == pytest.approx([1.3, 1.0, 1.1]), "a second to compute, and what the client lost on the way"
+    assert run.kv_blocks == 8
+
+
+def write_run(folder: Path, **changed: object) -> Path:
+    """Write a run of three requests; ``changed`` replaces keys of its meta.json, None removes one."""
     rows = [
         {"arrival_time": 100.0 + i, "queued_ts": 5.0 + i + lag, "first_token_ts": 6.0 + i + lag}
         | {"last_token_ts": 8.0 + i + lag, "input_toks": 10, "output_toks": 3}
         for i, lag in enumerate((0.4, 0.1, 0.2))
     ]
-    with gzip.open(tmp_path / "requests.jsonl.gz", "wt") as file:
+    with gzip.open(folder / "requests.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     scheduler = {"long_prefill_token_threshold": 0, "scheduler_reserve_full_isl": True}
     meta = {
@@ -82,7 +103,61 @@ def test_the_clocks_are_aligned_at_the_request_that_reached_the_queue_fastest(tm
         "kv_cache": {"block_size": 16, "num_gpu_blocks": 9, "enable_prefix_caching": False},
         "resolved_config": {"scheduler_config": scheduler},
     }
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    run = read_run(tmp_path)
-    assert run.ttft_s == pytest.approx([1.3, 1.0, 1.1]), "a second to compute, and what the client lost on the way"
-    assert run.kv_blocks == 8
+    meta |= {"vllm_version": "0.19.0", **changed}
+    (folder / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kv_cache": None}, "lacks 'kv_cache'"),
+        ({"kv_cache": {}}, "lacks 'block_size'"),
+        ({"kv_cache": 3}, "wrong type"),
+        ({"engine_kwargs": {"max_num_seqs": "many"}}, "lacks 'max_num_batched_tokens'"),
+        ({"resolved_config": None}, "lacks 'resolved_config'"),
+        ({"hardware": [1]}, "wrong type"),
+    ],
+)
+def test_a_run_that_lacks_a_setting_names_it(tmp_path: Path, changed: dict[str, object], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        read_run(write_run(tmp_path, **changed))
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"[1]\n"), gzip.compress(b"[" * 100_000)])
+def test_requests_that_cannot_be_read_are_one_line(tmp_path: Path, content: bytes) -> None:
+    (write_run(tmp_path) / "requests.jsonl.gz").write_bytes(content)
+    with pytest.raises(CalibrationError, match=r"requests\.jsonl\.gz"):
+        read_run(tmp_path)
+
+
+def test_prices_of_another_model_or_device_than_the_run_are_refused(tmp_path: Path) -> None:
+    latency = load_calibration(CALIBRATION)
+    check_calibration(read_run(write_run(tmp_path)), latency)  # a run that states neither
+    stated = {"model": "meta-llama/Llama-3.1-8B", "hardware": {"device_name": "NVIDIA GeForce RTX 4090"}}
+    check_calibration(read_run(write_run(tmp_path, **stated)), latency)
+    for wrong in ({"hardware": {"device_name": "NVIDIA H100 80GB HBM3"}}, {"model": "Qwen/Qwen2-7B"}):
+        with pytest.raises(CalibrationError, match="set calibration="):
+            check_calibration(read_run(write_run(tmp_path, **stated | wrong)), latency)
+
+
+def test_the_command_describes_the_run_that_it_read_and_repeats_without_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hw.fidelity, "fit_fixed_s", lambda *_: 1e-4)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    given = [f"run={write_run(folder, model='meta-llama/Llama-3.1-8B')}"]
+    assert exit_status(hw.fidelity.main, *given) == 0  # writes to a folder of its own
+    (own,) = (tmp_path / "runs").glob("*/*_fidelity")
+    text = (own / "index.md").read_text()
+    assert "3 requests" in text
+    assert "Llama-3.1-8B" in text
+    assert "RTX 4090," not in text
+    assert "waves" not in text  # what explains the published run's errors is not said of another
+    assert exit_status(hw.fidelity.main, *given, "out=same") == 0
+    content = json.loads((tmp_path / "same" / "fidelity.json").read_text())
+    (tmp_path / "same" / "fidelity.json").write_text(json.dumps(content | {"commit": "an earlier one"}))
+    assert exit_status(hw.fidelity.main, *given, "out=same") == 0
+    assert json.loads((tmp_path / "same" / "fidelity.json").read_text())["commit"] == "an earlier one"

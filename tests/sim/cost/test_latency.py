@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -145,7 +144,7 @@ def test_an_unknown_calibration_offers_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="no calibration file"):
         load_calibration(tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"tables": ', encoding="utf-8")
-    with pytest.raises(CalibrationError, match="is not valid JSON"):
+    with pytest.raises(CalibrationError, match="cannot be read as JSON"):
         load_calibration(tmp_path / "half.json")
     (tmp_path / "old.json").write_text(json.dumps(TOY | {"schema": 0}), encoding="utf-8")
     with pytest.raises(CalibrationError, match="schema is 0"):
@@ -332,34 +331,3 @@ def test_compiled_and_plain_python_price_every_iteration_to_the_same_bit(name: s
 
 def test_two_loads_of_a_calibration_price_alike() -> None:
     assert prices_of_many_iterations("llama3.1_8b_a100") == prices_of_many_iterations("llama3.1_8b_a100")
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"name": 3}, "name is 3; it must be a text"),
-        ({"fixed_us": "30"}, "fixed_us must hold 1 microseconds from 0"),
-        ({"fixed_us": 1e308}, "fixed_us must hold 1 microseconds from 0"),
-        ({"errors": {"linear": {"median": "small", "p95": 0.1, "points": 3}}}, "median is 'small'"),
-        ({"device_run": {"host_to_device_bytes_per_s": float("inf"), "copy_slowdown": 0.1}}, "must be a finite number"),
-        ({"device_run": {"host_to_device_bytes_per_s": "fast", "copy_slowdown": 0.1}}, "is 'fast'"),
-        ({"tables.tokens": [1, 10**400]}, "axis tokens must hold two or more ascending numbers"),
-        ({"tables.tokens": ["1", "4096"]}, "axis tokens must hold two or more ascending numbers"),
-        ({"tables.tokens": [1, 16, 10**9]}, "reaches 1,000,000,000; a curve may reach"),
-        ({"tables.token_us": [[1.0], [1.0, 2.0]]}, "token_us must hold 3 microseconds"),
-    ],
-)
-def test_a_calibration_of_other_types_or_endless_numbers_is_refused(changed: dict[str, Any], message: str) -> None:
-    content = deepcopy(TOY)
-    for key, value in changed.items():
-        place, _, name = key.rpartition(".")
-        (content[place] if place else content)[name] = value
-    with pytest.raises(CalibrationError, match=re.escape(message)):
-        calibration_from_dict(content)
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, "\x00", '{"tables": ', "null", '{"a": ' + "1" * 5000 + "}"])
-def test_a_file_that_is_no_calibration_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / "broken.json").write_text(text)
-    with pytest.raises(CalibrationError, match=r"broken\.json"):
-        load_calibration(tmp_path / "broken.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,10 +16,12 @@ from sim.engine.budget import Budget
 from sim.engine.protocol import EngineState
 from sim.engine.transition import peak_weight_bytes
 from sim.errors import ConfigError, PlanError
+from sim.policies.admission import limited, saber
 from sim.policies.base import PolicyContext
 from sim.policies.fixed import fixed
 from sim.policies.greedy_stop import GreedyStop, greedy_stop, random_stop
 from sim.policies.morphserve import MODES, MorphServe, morphserve
+from sim.policies.pressure import adaptive_precision, adaptive_pruning
 from sim.policies.schedule import schedule
 from tests.sim.serving import TINY, requests, tiny_engine
 
@@ -255,3 +258,24 @@ def test_morphserve_swaps_to_precisions_that_exist() -> None:
 def test_an_order_measured_on_another_model_is_refused() -> None:
     with pytest.raises(PlanError, match="measured on llama2_7b, not on tiny"):
         greedy_stop(PolicyContext(model=TINY), order=["MHA1"], made_for="llama2_7b")
+
+
+@pytest.mark.parametrize("value", [1.0, True, "1", math.nan, 2**31], ids=repr)
+def test_counts_of_a_policy_are_whole_numbers(value: Any) -> None:
+    dense = {"_target_": "sim.policies.fixed.fixed", "_partial_": True}
+    for make in (
+        lambda: limited(SERVED, policy=dense, max_waiting=value),
+        lambda: saber(SERVED, least=value),
+        lambda: saber(SERVED, most=value),
+        lambda: adaptive_precision(SERVED, levels=value),
+        lambda: adaptive_pruning(SERVED, order=ORDER, step=value, most=3),
+        lambda: morphserve(SERVED, order=[value]),
+    ):
+        with pytest.raises((ConfigError, PlanError)):
+            make()
+
+
+@pytest.mark.parametrize("at_s", [math.nan, math.inf, True, "5", None], ids=repr)
+def test_the_times_of_a_schedule_are_numbers_that_ascend(at_s: Any) -> None:
+    with pytest.raises(ConfigError, match=r"policy\.steps have at_s"):
+        schedule(SERVED, steps=[{"at_s": 0}, {"at_s": at_s}])

@@ -382,3 +382,31 @@ def test_the_reader_of_another_format_names_the_right_one(tmp_path):
         TraceError, match=r"this is Splitwise CSV \(trace=splitwise\).*use trace=splitwise trace\.path="
     ):
         read("vidur", write(tmp_path, FILES["splitwise"][0]))
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        ("file", "sort", "abc"),
+        ("file", "rebase", 3),
+        ("file", "time_quantum_s", "abc"),
+        ("file", "time_quantum_s", -1),
+        ("file", "columns", "abc"),
+        ("file", "time_unit", 5),
+        ("file", "on_bad_row", None),
+        ("file", "max_rows", "abc"),
+        ("vidur", "max_bytes", 1e9),
+        ("vidur", "sort", "yes"),
+        ("qwen_bailian", "block_tokens", 0),
+        ("qwen_bailian", "block_tokens", "abc"),
+        ("mooncake", "time_quantum_s", "abc"),
+        ("aiperf", "characters_per_token", "abc"),
+        ("azure_2024", "failed", None),
+        ("inference_sim", "header", 5),
+        ("vidur", "path", 5),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_under_its_key(tmp_path, option, key, value):
+    path = write(tmp_path, FILES[option][0])
+    with pytest.raises(TraceError, match=rf"trace\.{key} is {value!r}|trace\.columns="):
+        build_option("trace", option, {"path": str(path), key: value})

@@ -1,0 +1,76 @@
+"""Turns of sessions with delays: where they arrive, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sim.errors import TraceError
+from sim.traces.readers.aiperf import read_aiperf
+from sim.traces.readers.mooncake import read_mooncake
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "turns.jsonl"
+    path.write_text("".join(json.dumps({"input_length": 9, "output_length": 4, **row}) + "\n" for row in rows))
+    return path
+
+
+def turn(session, **row):
+    return {"session_id": session, **row}
+
+
+@pytest.mark.parametrize("read", [read_mooncake, read_aiperf])
+def test_a_turn_arrives_its_delay_after_the_turn_before_it_and_a_warning_counts_such_turns(tmp_path, caplog, read):
+    path = write(
+        tmp_path,
+        turn("a", timestamp=1000, input_length=1),
+        turn("a", delay=500, input_length=2),
+        turn("a", delay=2500, input_length=5),
+        turn("b", timestamp=1200, input_length=3),
+        turn("b", input_length=4),  # no delay: at once
+        {"timestamp": 1600, "input_length": 6},
+    )
+    trace = read(path)
+    assert trace.arrival_s.tolist() == pytest.approx([0.0, 0.2, 0.2, 0.5, 0.6, 3.0])
+    assert trace.prompt_tokens.tolist() == [1, 3, 4, 2, 6, 5]
+    said = next(step for step in trace.history if "later turns" in step)
+    assert said.startswith("3 later turns of sessions arrive their delay after the arrival of the turn before")
+    assert "too early" in said
+    assert said in caplog.text
+
+
+def test_turns_with_times_of_their_own_keep_them_without_a_warning(tmp_path, caplog):
+    path = write(tmp_path, turn(1, timestamp=0), turn(1, timestamp=700, delay=100), turn(2, timestamp=800))
+    assert read_mooncake(path).arrival_s.tolist() == [0.0, 0.7, 0.8]
+    assert not caplog.text
+
+
+def test_unix_times_and_units_hold_for_sessions_too(tmp_path):
+    path = write(tmp_path, turn("a", timestamp=1_800_000_000), turn("a", delay=2))
+    assert read_mooncake(path, time_unit="s").arrival_s.tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([turn("a", delay=5)], "line 1, column 'timestamp': missing value.*an earlier turn of the same session"),
+        ([turn("a", timestamp=0), {"delay": 5}], "line 2, column 'timestamp': missing value"),
+        ([turn("a", timestamp=9), turn("a", timestamp=3)], "line 2, column 'timestamp': before the turn ahead"),
+        ([turn("a", timestamp=9), turn("a", delay=-3)], "line 2, column 'delay': negative"),
+        ([turn("a", timestamp=9), turn("a", delay="x")], "line 2, column 'delay': not a number"),
+    ],
+)
+def test_a_turn_without_a_place_in_time_is_a_bad_row(tmp_path, rows, message):
+    path = write(tmp_path, *rows, turn("z", timestamp=20))
+    with pytest.raises(TraceError, match=message):
+        read_mooncake(path)
+    assert any("skipped 1 bad row" in step for step in read_mooncake(path, on_bad_row="skip").history)
+
+
+def test_the_turns_after_a_bad_one_have_no_place_in_time_either(tmp_path):
+    path = write(tmp_path, turn("a", timestamp=0), turn("a", delay=1, output_length=0), turn("a", delay=1))
+    trace = read_mooncake(path, on_bad_row="skip")
+    assert len(trace) == 1
+    assert sum("skipped 1 bad row" in step for step in trace.history) == 2
