@@ -34,6 +34,7 @@ VALUES_PER_ROW = 4
 PARQUET_MAGIC = b"PAR1"
 NOT_TEXT = b"?"
 """What replaces a byte that is no text in a skipped row. It is no digit, and as short as what it replaces."""
+ASCII_ONLY = bytes(range(128)) + NOT_TEXT * 128
 
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins like that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -376,10 +377,19 @@ def _checked(file: TraceFile, content: bytes) -> bytes:
         except UnicodeDecodeError as error:
             if file.on_bad_row == "error":
                 raise _not_utf8(file, content, start + error.start) from error
-            piece = piece.decode(errors="replace").encode().replace(b"\xef\xbf\xbd", NOT_TEXT)
+            piece = b"\n".join(_as_text(line) for line in piece.split(b"\n"))
         pieces.append(piece)
         start = end
     return b"".join(pieces)
+
+
+def _as_text(line: bytes) -> bytes:
+    """Return a line, with ``?`` for every byte beyond ASCII if it is not UTF-8."""
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return line.translate(ASCII_ONLY)
+    return line
 
 
 def _not_utf8(file: TraceFile, content: bytes, at: int) -> TraceError:
