@@ -15,7 +15,8 @@ from sim.traces.readers.table import cell_text
 from sim.types import Floats, Ints
 
 # No digit may match in two ways, or a long cell of digits would take hours.
-NUMBER = re.compile(r"\s*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
+# ASCII: neither Arrow nor float() takes all the characters that count as blank in Unicode.
+NUMBER = re.compile(r"\s*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", re.ASCII)
 NOT_FINITE = frozenset({"nan", "inf", "infinity"})
 # Years are limited to what a nanosecond clock in 64 bits can hold.
 TIMESTAMP = r"^(19|20)\d\d-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:?\d\d)?$"

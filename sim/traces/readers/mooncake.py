@@ -92,8 +92,13 @@ def turns_trace(
     arrival_s = rows.times("timestamp", unit=unit, missing=in_sessions)
     if rows.has("text_input"):
         prompt_tokens = _tokens_of_text(rows, characters_per_token, history)
-    else:
+    elif rows.has("input_length"):
         prompt_tokens = rows.tokens("input_length")
+    else:  # the only rows with a text were broken
+        prompt_tokens = np.zeros(len(rows.table.line), dtype=np.int64)
+        rows.reject(
+            prompt_tokens < 1, "output_length", "neither input_length nor text_input", "one of them in each row"
+        )
     output_tokens = rows.tokens("output_length")
     hash_ids = read_hash_ids(rows, history)
     if hash_ids is not None:
@@ -147,6 +152,12 @@ def _tokens_of_text(rows: Rows, characters_per_token: float, history: list[str])
 
 
 def _characters(text: Any) -> int:
-    if isinstance(text, list):
-        return sum(_characters(part) for part in text)
-    return len(text) if isinstance(text, str) else 0
+    """Return the characters of a text or of all texts in a list, which may nest deeply."""
+    left, characters = [text], 0
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        elif isinstance(part, str):
+            characters += len(part)
+    return characters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile, r
 from sim.traces.readers.json_table import load_document
 from sim.traces.readers.rows import Failed, Rows
 from sim.traces.readers.table import RawTable
-from sim.traces.trace import Trace
+from sim.traces.trace import MAX_ARRIVAL_S, Trace
 from sim.types import Floats
 
 REQUIRED = ("start_times", "input_lens", "output_lens")
@@ -100,7 +101,10 @@ def _check_latencies(rows: Rows, arrival_s: Floats, duration_s: Any) -> None:
         gaps = [_total(cell) for cell in rows.table.columns["itls"]]
         rows.reject(np.isnan(gaps), "itls", "not a list of seconds", "a list of numbers from 0")
         end_s = end_s + np.nan_to_num(gaps)
-    if isinstance(duration_s, int | float) and np.isfinite(duration_s) and rows.has("ttfts"):
+    known = (
+        isinstance(duration_s, int | float) and not isinstance(duration_s, bool) and 0 <= duration_s <= MAX_ARRIVAL_S
+    )
+    if known and rows.has("ttfts"):
         # One percent and a second for the clock of the benchmark, which starts a little before the first request.
         rows.reject(
             end_s > 1.01 * duration_s + 1.0, "ttfts", "ends after the benchmark", f"an end within {duration_s:g} s"
@@ -110,5 +114,6 @@ def _check_latencies(rows: Rows, arrival_s: Floats, duration_s: Any) -> None:
 def _total(cell: Any) -> float:
     """Return the sum of a list of seconds, NaN for anything else."""
     if not isinstance(cell, list) or any(isinstance(gap, bool) or not isinstance(gap, int | float) for gap in cell):
-        return float("nan")
-    return sum(cell) if all(gap >= 0 for gap in cell) else float("nan")
+        return math.nan
+    total = sum(cell) if all(gap >= 0 for gap in cell) else math.nan
+    return float(total) if not total > MAX_ARRIVAL_S else math.inf
