@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def schedule(served: PolicyContext, *, steps: Sequence[Mapping[str, Any]]) -> Sc
         ConfigError: if the first step is not at 0 or times do not ascend. PlanError: for a plan that is not legal.
     """
     at_s = tuple(float(step.get("at_s", -1.0)) for step in steps)
-    if not at_s or at_s[0] != 0.0 or any(b <= a for a, b in pairwise(at_s)):
-        raise ConfigError(f"policy.steps have at_s {list(at_s)}; the first must be 0 and the times must ascend")
+    if not at_s or at_s[0] != 0.0 or any(not a < b < math.inf for a, b in pairwise(at_s)):
+        raise ConfigError(f"policy.steps have at_s {list(at_s)}; the first must be 0, all finite and ascending")
     plans = tuple(plan_of(served.model, {k: v for k, v in step.items() if k != "at_s"}) for step in steps)
     return Schedule(at_s, plans)
