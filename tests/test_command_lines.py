@@ -68,7 +68,10 @@ ELSEWHERE = {
     r"agents\.train(?! experiment=(ppo_prune|dqn_prune)$)": "needs a training before, or is one of several alike",
 }
 """Lines that are only composed here, and why."""
-SLOW = r"hw\.calibrate(?!.*target=)|hw\.replay|hw\.disaggregate(?!_)|agents\.train|experiment=(pdtrim_transfer|prefix_caching|cluster_scale)"
+SLOW = (
+    r"hw\.calibrate(?!.*target=)|hw\.replay|hw\.disaggregate(?!_)|agents\.train"
+    r"|experiment=(pdtrim_transfer|prefix_caching|cluster_scale)"
+)
 """Lines that take more than seconds: a real model, a training, a search."""
 CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true, start_s: 0, duration_s: 20}]"
 """The first seconds of a trace file."""
