@@ -163,7 +163,12 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
         sys.argv[1:] = [*arguments.options, *arguments.overrides]
         job.multirun = arguments.multirun
         with _environment("HYDRA_FULL_ERROR", "1"):  # Hydra raises its errors instead of printing them
-            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+            except ValueError as error:
+                if job.count:
+                    raise
+                raise ConfigError(str(error)) from error  # of an option of Hydra; the command has not started
     if job.failed:
         print(f"error: {job.failed} of {job.count} jobs failed", file=sys.stderr)
     if job.failed or job.status:

@@ -8,19 +8,30 @@ import os
 import re
 import signal
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from hydra.errors import HydraException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from sim.errors import RapLabError
+from sim.paths import REPOSITORY
 from sim.streams import forget_stdout
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
-FIXABLE = (RapLabError, HydraException, OmegaConfBaseException, OSError, MemoryError, ModuleNotFoundError)
+FIXABLE = (
+    RapLabError,
+    HydraException,
+    OmegaConfBaseException,
+    YAMLError,
+    OSError,
+    MemoryError,
+    ModuleNotFoundError,
+)
 """What a user can mend: a value, a file, a folder, a package."""
 SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -55,7 +66,9 @@ def explain(error: BaseException) -> str:
     """Return an error in one line: what is wrong and what to do."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        return f"this needs the package {package}, which is not installed: pip install 'rap-lab[{extra_of(package)}]'"
+        extra = extra_of(package)
+        install = f"'rap-lab[{extra}]'" if extra else package
+        return f"this needs the package {package}, which is not installed: pip install {install}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; set it: {error.full_key}=VALUE"
     if isinstance(error, MemoryError):
@@ -71,21 +84,31 @@ def explain(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def extra_of(package: str) -> str:
-    """Return the extra of this project that installs a package; ``hw`` or ``agents`` if several or none do."""
-    name = re.sub(r"[-_.]+", "-", package).lower()
-    try:
-        lines = importlib.metadata.requires("rap-lab") or []
-    except importlib.metadata.PackageNotFoundError:
-        lines = []
+def extra_of(package: str) -> str | None:
+    """Return the extra of this project that installs a package, the command's own if several do; None if none does."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
     found = [
-        extra[1]
-        for line in lines
-        if re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", line)[0]).lower() == name
-        and (extra := re.search(r"extra == .(\w+)", line))
+        extra
+        for extra, requirements in _extras().items()
+        if plain(package) in {plain(re.split(r"[^\w.-]", text)[0]) for text in requirements}
     ]
-    own = "agents" if _command_package() == "agents" else "hw"
-    return own if own in found or not found else found[0]
+    return _command_package() if _command_package() in found else next(iter(found), None)
+
+
+def _extras() -> dict[str, list[str]]:
+    """Return extra -> its requirements: of the checkout, or else of what is installed."""
+    if (project := REPOSITORY / "pyproject.toml").is_file():
+        content = tomllib.loads(project.read_text(encoding="utf-8"))
+        extras: dict[str, list[str]] = content.get("project", {}).get("optional-dependencies", {})
+        return extras
+    found: dict[str, list[str]] = {}
+    for line in importlib.metadata.requires("rap-lab") or []:
+        if extra := re.search(r"extra == .(\w+)", line):
+            found.setdefault(extra[1], []).append(line)
+    return found
 
 
 def _command_package() -> str:

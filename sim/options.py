@@ -209,6 +209,11 @@ def search_path(overrides: Sequence[Override], config_dir: Path | None) -> list[
         if override.get_key_element() == "hydra.searchpath":
             value = override.value()
             folders += [str(one) for one in value] if isinstance(value, list) else [str(value)]
+    for folder in folders:
+        package = folder.removeprefix("pkg://") if folder.startswith("pkg://") else None
+        found = Path(folder.removeprefix("file://")).is_dir() if package is None else importlib.util.find_spec(package)
+        if not found:
+            raise ConfigError(f"hydra.searchpath: no such folder {folder}; name one that holds GROUP/NAME.yaml")
     quoted = [QuotedString(text=folder, quote=Quote.single).with_quotes() for folder in folders]
     return [f"hydra.searchpath=[{','.join(quoted)}]"] if folders else []
 

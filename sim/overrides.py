@@ -131,8 +131,8 @@ def _check_kind(key: str, value: Any, before: Any) -> None:
     if isinstance(before, int | float) and not isinstance(before, bool) and isinstance(value, str | bool):
         raise ConfigError(f"{key} is {value!r}; it must be {NUMBER}, such as {before}")
     if OmegaConf.is_config(before) and isinstance(value, str | bool):
-        texts = OmegaConf.is_list(before) and any(isinstance(one, str) for one in before)
-        kind = "a mapping" if OmegaConf.is_dict(before) else "a list" if texts else f"{NUMBER} or a list"
+        numbers = len(before) and all(isinstance(one, int | float) or OmegaConf.is_list(one) for one in before)
+        kind = "a mapping" if OmegaConf.is_dict(before) else f"{NUMBER} or a list" if numbers else "a list"
         example = str(before).replace("'", "")
         raise ConfigError(f"{key} is {value!r}; it must be {kind}{f', such as {example}' if len(before) else ''}")
 

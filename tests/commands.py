@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from unittest.mock import patch
@@ -11,17 +12,19 @@ from hydra.core.global_hydra import GlobalHydra
 
 def exit_status(main: Callable[[], None], *arguments: str) -> int:
     """Run a command's main with these arguments; return the status with which the process would end."""
-    before, path = sys.argv, list(sys.path)
+    before, path, root = sys.argv, list(sys.path), logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     sys.argv = [main.__module__, *arguments]
     GlobalHydra.instance().clear()
-    # Hydra sets up logging, which closes the handlers that exist, and with them the stderr of a test: absl's handler,
-    # which Ray and RLlib make, closes the stream that it was made with.
-    kept = patch("logging.config._clearExistingHandlers")
     try:
-        with kept:
+        # Hydra sets up logging, which closes the handlers that exist, and with them the stderr of a test: absl's
+        # handler, which Ray and RLlib make, closes the stream that it was made with.
+        with patch("logging.config._clearExistingHandlers"):
             main()
     except SystemExit as end:
         return int(end.code or 0)
     finally:
         sys.argv, sys.path[:] = before, path
+        root.handlers[:] = handlers  # Hydra's write to the stdout of this call
+        root.setLevel(level)
     return 0

@@ -257,6 +257,29 @@ class EngineContract(ABC):
         engine.run_until(math.inf)
         assert engine.records().produced_tokens.tolist() == [10, 10]
 
+    @pytest.mark.parametrize(
+        ("row", "said"),
+        [
+            ((math.inf, 8, 2), "arrives at inf s"),
+            ((math.nan, 8, 2), "arrives at nan s"),
+            ((0.0, 0, 2), "prompt_tokens is 0"),
+            ((0.0, -5, 2), "prompt_tokens is -5"),
+            ((0.0, 8, 0), "output_tokens is 0"),
+            ((0.0, 8.5, 2), "prompt_tokens is 8.5"),
+            ((0.0, 8, math.nan), "output_tokens is nan"),
+        ],
+    )
+    def test_a_request_that_cannot_be_is_refused_and_none_of_its_call_is_accepted(
+        self, row: tuple[Any, Any, Any], said: str
+    ) -> None:
+        engine = self.engine()
+        with pytest.raises(ConfigError, match=said):
+            engine.submit(requests([(0.0, 8, 2), row]))
+        with pytest.raises(ConfigError, match=said):
+            engine.submit_arrays(*(np.array([part]) for part in row))
+        engine.run_until(math.inf)
+        assert len(engine.records()) == 0
+
     def test_looking_at_an_engine_changes_nothing(self) -> None:
         """Law 11."""
         for seed in self.seeds:

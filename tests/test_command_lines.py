@@ -68,7 +68,10 @@ ELSEWHERE = {
     r"agents\.train(?! experiment=(ppo_prune|dqn_prune)$)": "needs a training before, or is one of several alike",
 }
 """Lines that are only composed here, and why."""
-SLOW = r"hw\.replay|hw\.disaggregate(?!_)|agents\.train|experiment=(pdtrim_transfer|prefix_caching|cluster_scale)"
+SLOW = (
+    r"hw\.calibrate(?!.*target=)|hw\.replay|hw\.disaggregate(?!_)|agents\.train"
+    r"|experiment=(pdtrim_transfer|prefix_caching|cluster_scale)"
+)
 """Lines that take more than seconds: a real model, a training, a search."""
 CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true, start_s: 0, duration_s: 20}]"
 """The first seconds of a trace file."""
@@ -201,8 +204,8 @@ def _shorter(command: str, arguments: list[str]) -> list[str]:
 
 
 def _statuses(command: str) -> tuple[int, ...]:
-    """Return the exit statuses of a command that did its work: a comparison that misses a check ends with 1."""
-    return (0, 1) if command in ("hw.compare", "hw.validate") else (0,)
+    """Return the exit statuses of a command that did its work: 1 says that a check is missed."""
+    return (0, 1) if command in ("hw.compare", "hw.validate", "sim.reference") else (0,)
 
 
 def _with_folders(arguments: list[str], runs: Callable[[], Path]) -> list[str]:

@@ -22,7 +22,7 @@ from agents.envs.checks import RESET_MASK, for_each_row, reset_options, row_acti
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve_vector import UNKNOWN, settle_utility, slo_seconds
 from agents.envs.serve_windows import Window
-from agents.envs.vector import MaskedRows, final_infos, reseed
+from agents.envs.vector import MaskedRows, Replayed, final_infos, reseed
 from sim.cluster.cluster import Cluster
 from sim.engine.batch_step import ARRIVED, OLDEST_WAIT_S, SEEN_COLUMNS, WAITING
 from sim.engine.plan_graph import PlanGraph
@@ -31,12 +31,12 @@ from sim.errors import ConfigError
 from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_features
 from sim.policies.observation.serve import ServeObservers
-from sim.types import Bools, Floats, Floats32
+from sim.types import Bools, Floats, Floats32, Ints
 
 # Shapes: c clusters of k replicas, r = c * k rows; the rows of a cluster are adjacent.
 
 
-class ServeReplicas(MaskedRows, VectorEnv[Any, Any, Any]):
+class ServeReplicas(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
     """The replicas of many clusters; each row is an environment with one agent.
 
     The step after the end of an episode resets that cluster and ignores its actions (autoreset NEXT_STEP).
@@ -62,6 +62,9 @@ class ServeReplicas(MaskedRows, VectorEnv[Any, Any, Any]):
         self.render_mode = None
         self.clusters = clusters = rows // setting.replicas
         self._served: list[Cluster] = []
+        self._windows: list[Any] = [None] * clusters
+        self._played: list[Ints] = []
+        self._together = False
         self._observers = ServeObservers(setting.model, setting.actions, setting.kv_block_layer_bytes, rows)
         self._graph = PlanGraph(setting.model, setting.nll)
         self._rngs = [np.random.default_rng(s) for s in np.random.SeedSequence().spawn(clusters)]
@@ -95,6 +98,7 @@ class ServeReplicas(MaskedRows, VectorEnv[Any, Any, Any]):
         requested = for_each_row(options, "windows", self.clusters)
         windows = [self.setting.check_windows(one) for one in requested] if requested is not None else None
         reseed(self._rngs, seed, where.tolist())
+        self._note_begin(where)
         begun = {c: self._begin(c, None if windows is None else windows[c]) for c in np.flatnonzero(where).tolist()}
         self._served = [begun[c] if c in begun else self._served[c] for c in range(self.clusters)]
         self._over[where] = False
@@ -107,6 +111,7 @@ class ServeReplicas(MaskedRows, VectorEnv[Any, Any, Any]):
         """Return a new cluster for place c; the caller serves its first tick."""
         setting, rows = self.setting, self._rows(c)
         windows = setting.sample(self._rngs[c]) if windows is None else windows
+        self._windows[c] = windows
         if len(self._graph) > MEMORY_OF_PLANS // 2:
             self._graph = PlanGraph(setting.model, setting.nll)
         first = [Fixed(setting.actions.plans[0])] * setting.replicas
@@ -138,6 +143,9 @@ class ServeReplicas(MaskedRows, VectorEnv[Any, Any, Any]):
         setting, observers, k = self.setting, self._observers, self.setting.replicas
         chosen = row_actions(actions, self.num_envs, len(setting.actions.plans))
         restarting = self._over.copy()
+        self._note_begin(restarting)
+        if not restarting.any():
+            self._played.append(chosen.copy())
         running = ~np.repeat(restarting, k)
         legal = observers.legal(self._seen)[np.arange(self.num_envs), chosen]
         changed = legal & running & (chosen != observers.action)

@@ -7,6 +7,7 @@ Episodes equal those of ``agents.envs.prune.PruneToBudget`` for equal seeds and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,15 @@ class PruneToBudgetVector(MaskedRows, VectorEnv[Any, Any, Any]):
         self._over = ended
         observations = self._observe(self._peak())
         return observations, reward, ended & ~truncated, truncated, infos | self._mask_infos()
+
+    def episodes_state(self) -> dict[str, Any]:
+        """Return the running episodes and the generators, for ``restore_episodes`` of an equal environment."""
+        shared = ("setting", "single_observation_space", "single_action_space", "observation_space", "action_space")
+        return {name: deepcopy(value) for name, value in vars(self).items() if name not in shared}
+
+    def restore_episodes(self, state: dict[str, Any]) -> None:
+        """Go on with the episodes of ``episodes_state``."""
+        vars(self).update(deepcopy(state))
 
     def _act(self, action: Ints) -> Bools:
         """Apply the legal actions to ``removed`` and ``loss``; return which environments accept their plan, bool[n]."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from agents.envs.checks import RESET_MASK, for_each_row, reset_options, row_actions, rows_to_reset
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window, as_window
-from agents.envs.vector import MaskedRows, final_infos, reseed
+from agents.envs.vector import MaskedRows, Replayed, final_infos, reseed
 from sim.compiled import compiled
 from sim.engine import kernel
 from sim.engine.batch_step import OLDEST_WAIT_S, WAITING, VectorEngines
@@ -31,7 +31,7 @@ UNKNOWN = -1.0
 """Marks a request whose lost share is not final yet."""
 
 
-class ServeTraceVector(MaskedRows, VectorEnv[Any, Any, Any]):
+class ServeTraceVector(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
     """Many windows at once.
 
     The step after the end of an episode resets that environment and ignores its action (autoreset NEXT_STEP).
@@ -58,6 +58,9 @@ class ServeTraceVector(MaskedRows, VectorEnv[Any, Any, Any]):
         self._over = np.zeros(num_envs, dtype=np.bool_)
         self._seen = np.zeros((0, 0))
         self._begun = False
+        self._windows: list[Any] = [None] * num_envs
+        self._played: list[Ints] = []
+        self._together = False
         self._legal = np.ones((num_envs, len(setting.actions.plans)), dtype=np.bool_)
         self._slo = slo_seconds(setting.slo)
 
@@ -74,6 +77,7 @@ class ServeTraceVector(MaskedRows, VectorEnv[Any, Any, Any]):
         requested = for_each_row(options, "windows", self.num_envs)
         windows = [None if requested is None else as_window(one) for one in requested or [None] * self.num_envs]
         reseed(self._rngs, seed, where.tolist())
+        self._note_begin(where)
         for i in np.flatnonzero(where).tolist():
             self._begin(i, windows[i])
         self._over[where] = False
@@ -86,6 +90,7 @@ class ServeTraceVector(MaskedRows, VectorEnv[Any, Any, Any]):
         window = window or setting.windows.sample(self._rngs[i], setting.split, setting.sources)
         if len(self._graph) > MEMORY_OF_PLANS // 2:
             self._graph = PlanGraph(setting.model, setting.nll)
+        self._windows[i] = window
         engine = setting.build_engine(window, setting.actions.plans[0], graph=self._graph, external_clock=True)
         self._engines.place(i, engine)
         self._observers.begin(i)
@@ -119,6 +124,9 @@ class ServeTraceVector(MaskedRows, VectorEnv[Any, Any, Any]):
         legal = observers.legal(self._seen)[np.arange(self.num_envs), chosen]
         observers.choose(self._seen, chosen, legal & ~self._over)
         restarting = self._over.copy()
+        self._note_begin(restarting)
+        if not restarting.any():
+            self._played.append(chosen.copy())
         for i in np.flatnonzero(restarting).tolist():
             self._begin(i)
         observations = self._serve(np.where(restarting, -1, observers.action))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,39 @@ class MaskedRows:
     def _mask_infos(self) -> dict[str, Any]:
         """Return Gymnasium's vector infos that flag the legal actions, int8[n, actions]."""
         return mask_info(self._legal) | {"_action_mask": np.ones(self.num_envs, dtype=np.bool_)}
+
+
+class Replayed:
+    """Saves the running episodes of a serving environment as their windows and the actions so far.
+
+    An engine cannot be saved, but equal windows and actions give equal episodes. All rows must have begun together; an
+    environment of which some rows were reset alone saves nothing.
+    """
+
+    _rngs: list[np.random.Generator]
+    _windows: list[Any]
+    _played: list[NDArray[np.int64]]
+    _together: bool
+
+    def episodes_state(self) -> dict[str, Any] | None:
+        """Return the running episodes and the generators, for ``restore_episodes`` of an equal environment."""
+        if not self._together:
+            return None
+        return {"rngs": deepcopy(self._rngs), "windows": list(self._windows), "played": list(self._played)}
+
+    def restore_episodes(self, state: dict[str, Any]) -> None:
+        """Play the episodes of ``episodes_state`` again, up to where they were."""
+        self.reset(options={"windows": state["windows"]})  # type: ignore[attr-defined]
+        for actions in state["played"]:
+            self.step(actions)  # type: ignore[attr-defined]
+        self._rngs[:] = deepcopy(state["rngs"])
+
+    def _note_begin(self, where: Bools) -> None:
+        """Note which rows or clusters begin now: all of them, or some, or none."""
+        if where.all():
+            self._played, self._together = [], True
+        elif where.any():
+            self._together = False
 
 
 def reseed(

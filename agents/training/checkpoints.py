@@ -9,18 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
+
+from agents.training.runner_state import restore_runner, runner_state
 from sim.errors import ConfigError
 from sim.results.run_folder import write_json
 
 BUFFER = "replay_buffer.pickle"
+RUNNER = "runner.pickle"
 
 
 class Checkpoints:
     """The last complete checkpoint of a run folder.
 
     checkpoint.json names it and is written last, so a killed run leaves either the previous checkpoint or the new one.
-    RLlib's checkpoints are pickles: resume only runs that you trust. RLlib's new API stack (2.60) saves no replay
-    buffer whatever ``store_buffer_in_checkpoints`` says, so the buffer is saved here.
+    RLlib's checkpoints are pickles: resume only runs that you trust. RLlib's new API stack (2.60) saves neither the
+    replay buffer, whatever ``store_buffer_in_checkpoints`` says, nor the running episodes, so both are saved here.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,6 +58,8 @@ class Checkpoints:
         if algorithm.local_replay_buffer is not None:
             with (path / BUFFER).open("wb") as file:
                 pickle.dump(algorithm.local_replay_buffer.get_state(), file, protocol=pickle.HIGHEST_PROTOCOL)
+        with (path / RUNNER).open("wb") as file:
+            cloudpickle.dump(runner_state(algorithm), file)  # type: ignore[no-untyped-call]
         write_json(self.pointer, {**status, "checkpoint": name})
         if previous is not None and previous[0] != path:
             shutil.rmtree(previous[0], ignore_errors=True)
@@ -73,6 +79,9 @@ class Checkpoints:
             if algorithm.local_replay_buffer is not None:
                 with (path / BUFFER).open("rb") as file:
                     algorithm.local_replay_buffer.set_state(pickle.load(file))
+            if (path / RUNNER).exists():  # checkpoints of earlier versions have none: their episodes begin again
+                with (path / RUNNER).open("rb") as file:
+                    restore_runner(algorithm, pickle.load(file))
         except (OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             text = " ".join(str(error).split())[:200]
             raise ConfigError(

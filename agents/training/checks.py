@@ -40,10 +40,10 @@ def _count(low: int) -> Callable[[Any], bool]:
 
 
 def _schedule(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Return the check of [step, value] points: steps rise from 0."""
+    """Return the check of [step, value] points: two or more, with steps that rise from 0."""
 
     def points(value: Any) -> bool:
-        if not isinstance(value, list) or not value:
+        if not isinstance(value, list) or len(value) < 2:
             return False
         if not all(isinstance(point, list) and len(point) == 2 and check(point[1]) for point in value):
             return False

@@ -3,6 +3,9 @@
 The file is in RLlib's offline format (``agents.training.episodes``). ``algorithm=marwil`` learns from it alone;
 ``imitate=offline`` starts from it and then trains in the environment. If a policy of ``ServeTrace`` chooses a plan that
 is not in the environment's table, the nearest legal plan is recorded: nearest in bytes of weights, then in queue limit.
+
+Here a file of episodes is read without unpickling anything. RLlib's own reader unpickles arrays of Python objects, so
+give it no file from elsewhere.
 """
 
 from __future__ import annotations

@@ -98,7 +98,10 @@ def build_algorithm(cfg: DictConfig) -> Any:
         hidden=tuple(cfg.hidden),
         activation=cfg.activation,
     )
-    return build(cfg.algorithm)(setup).build_algo()
+    algorithm = build(cfg.algorithm)(setup).build_algo()
+    if algorithm.local_replay_buffer is not None:
+        algorithm.local_replay_buffer.rng = np.random.default_rng(cfg.seed)  # RLlib does not seed it
+    return algorithm
 
 
 def start_ray(cfg: DictConfig) -> None:

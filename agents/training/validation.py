@@ -30,7 +30,8 @@ def play(act: Act, env_kwargs: Mapping[str, Any], episodes: Sequence[Sequence[Pr
         The environment; its ``removed``, ``loss`` and ``utility`` are those at the end of each episode.
     """
     vector = PruneToBudgetVector(len(episodes), **env_kwargs)
-    observations, _ = vector.reset(options={"loads": episodes})
+    # The seed is for what a row plays after its end, which its network acts in too.
+    observations, _ = vector.reset(seed=0, options={"loads": episodes})
     features = vector.setting.table.features
     over = np.zeros(len(episodes), dtype=np.bool_)
     removed, loss, utility = vector.removed.copy(), vector.loss.copy(), vector.utility.copy()

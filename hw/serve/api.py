@@ -35,6 +35,9 @@ from sim.policies.fixed import plan_of
 COMPLETION_TOKENS = 16
 """Length of a completion without max_tokens, as at OpenAI; a chat takes what fits."""
 
+READ_ON = 16
+"""How many times the allowed size of a body is read, so that a client that still sends sees why it is refused."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
@@ -95,21 +98,21 @@ class Api:
         return guarded
 
     async def _raw_body(self, request: HttpRequest) -> bytes:
-        raw = bytearray()
+        raw, size, most = bytearray(), 0, self._config.max_body_bytes
         try:
             async with asyncio.timeout(self._config.read_timeout_s):
                 async for chunk in request.stream():
-                    raw += chunk
-                    if len(raw) > self._config.max_body_bytes:
-                        raise ApiError(
-                            413,
-                            f"the body is larger than {self._config.max_body_bytes} bytes; send less, or raise "
-                            "serve.max_body_bytes",
-                        )
+                    size += len(chunk)
+                    if size <= most:
+                        raw += chunk
+                    elif size > READ_ON * most:
+                        break
         except TimeoutError:
             raise ApiError(
                 408, f"the body did not come within {self._config.read_timeout_s:g} s; send it faster"
             ) from None
+        if size > most:
+            raise ApiError(413, f"the body is larger than {most} bytes; send less, or raise serve.max_body_bytes")
         return bytes(raw)
 
     # --- Completions and chats

@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -165,15 +164,21 @@ class OrderlyServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop; the second time at once."""
         if self.should_exit:
-            print("ended at once, without the answers under way", file=sys.stderr, flush=True)
+            _say("ended at once, without the answers under way")
             os._exit(128 + sig)
         self.should_exit = True
-        print("stopping when the answers under way are complete; a second signal ends at once", file=sys.stderr)
+        _say("stopping when the answers under way are complete; a second signal ends at once")
+
+
+def _say(message: str) -> None:
+    """Write a line to stderr from a signal handler, which may interrupt a write of ``print``."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode())
 
 
 @contextlib.contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Let SIGTERM or SIGINT end the process with status 0: before the server serves, nothing is under way."""
+    """Let SIGTERM or SIGINT end the process with status 0 before and after the server serves: nothing is under way."""
 
     def leave(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(0)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError, from_json
 
 from hw.engine.sampling import LEAST_TEMPERATURE, Sampling
-from sim.errors import nearest
+from sim.errors import nearest, one_line
 
 MESSAGE_VALUE = 80
 """Most characters of a wrong value that a message repeats."""
@@ -79,6 +79,7 @@ class ApiError(Exception):
         code: str | None = None,
     ) -> None:
         """Take the HTTP status, one sentence, the field that is wrong, and OpenAI's type and code of the error."""
+        message = one_line(message)
         super().__init__(message)
         self.status, self.message, self.param, self.kind, self.code = status, message, param, kind, code
 

@@ -84,15 +84,14 @@ def run_server(cfg: DictConfig) -> None:
     config = ServerConfig.of(OmegaConf.to_container(cfg.serve, resolve=True))  # type: ignore[arg-type]
     without_token = config.secret() is None
     # Before the model loads: a port in use is known at once.
-    with bind(config) as listener:
+    with exit_on_signal(), bind(config) as listener:
         if without_token and config.exposed:
             print(
                 f"warning: other machines can reach serve.host={config.host}, and there is no token: set serve.token "
                 f"or the environment variable {TOKEN_VARIABLE}",
                 file=sys.stderr,
             )
-        with exit_on_signal():
-            api, thread = build_api(cfg, config)
+        api, thread = build_api(cfg, config)
         try:
             listen(listener, config)
             greeting = f"serving {name_of(cfg.model)} at {url_of(listener)}"

@@ -276,6 +276,7 @@ class Cluster:
             horizon_s = min(self.env.peek(), shown_s)
             self._serve(horizon_s)
             if self.drained:
+                self._end()
                 return
             assert horizon_s < math.inf
             if on_progress is not None and horizon_s == shown_s:
@@ -283,6 +284,15 @@ class Cluster:
                 shown_s += progress_s
             while self.env.peek() == horizon_s:
                 self.env.step()
+
+    def _end(self) -> None:
+        """End at the last iteration, whatever the next event of SimPy would have been.
+
+        Copies under way are completed; seconds over budget of replicas that idled past the end are not counted.
+        """
+        self._serve(math.inf)
+        for served in self._engines:
+            served.engine.observe(min(served.ended_s, max(self.end_s, served.begun_s)))
 
     def run_until(self, time_s: float) -> None:
         """Serve until a time: all that ends or arrives by then is done; an iteration due then has not started."""
@@ -615,8 +625,8 @@ class Cluster:
 
     @property
     def end_s(self) -> float:
-        """The end of the last iteration, in seconds."""
-        return max((float(served.engine.now_s) for served in self._engines), default=0.0)
+        """The end of the last iteration, in seconds; an iteration that a failure cut off ends there."""
+        return max((min(served.engine.last_iteration_end_s, served.ended_s) for served in self._engines), default=0.0)
 
     def engines(self) -> tuple[ReplicaRun, ...]:
         """Return the run of every engine that has served, in order of their starts."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +26,7 @@ class Outage:
     notice_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.from_s < self.until_s and self.notice_s >= 0.0 and math.isfinite(self.from_s)):
+        if not (0.0 <= self.from_s < self.until_s and 0.0 <= self.notice_s < math.inf and math.isfinite(self.from_s)):
             raise ConfigError(
                 f"an outage from {self.from_s} s until {self.until_s} s with a notice of {self.notice_s} s; it must "
                 "begin at 0 s or later and end after that, and the notice must be at least 0 s"
@@ -35,24 +37,73 @@ Outages = Callable[[int], tuple[Outage, ...]]
 """Returns the outages of a replica for its number."""
 
 
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """The outages of a schedule, by the number of their replica."""
+
+    of: dict[int, tuple[Outage, ...]]
+
+    def __call__(self, replica: int) -> tuple[Outage, ...]:
+        """Return the outages of a replica."""
+        return self.of.get(replica, ())
+
+
+def check_replicas(outages: Outages, count: int) -> None:
+    """Check that a schedule names only replicas that a cluster has.
+
+    Raises:
+        ConfigError: if it names another.
+    """
+    unknown = sorted(set(outages.of) - set(range(count))) if isinstance(outages, Scheduled) else []
+    if unknown:
+        have = "only replica 0" if count == 1 else f"{count} replicas, 0 to {count - 1}"
+        if count == 2:
+            have = "2 replicas, 0 and 1"
+        raise ConfigError(
+            f"outages.rows names replica {', '.join(map(str, unknown))}; the cluster has {have}: correct the row, or "
+            "add replicas, e.g. replicas.main.count=8"
+        )
+
+
 def none() -> Outages:
     """Return no outages."""
     return lambda replica: ()
 
 
-def schedule(*, rows: Sequence[Sequence[float]], notice_s: float = 0.0) -> Outages:
+def schedule(*, rows: Sequence[Any], notice_s: float = 0.0) -> Outages:
     """Return outages from rows of ``[replica, from_s, until_s]``; ``until_s`` is null if the replica stays down.
 
     Raises:
-        ConfigError: for a row of another length, a replica below 0, or an outage that ends before it begins.
+        ConfigError: for a row of another length, a replica that is not a whole number from 0, an outage that ends
+            before it begins, or two outages of one replica that overlap.
     """
     of: dict[int, list[Outage]] = {}
     for row in rows:
-        if len(row) != 3 or row[0] < 0 or int(row[0]) != row[0]:
-            raise ConfigError(f"outages.rows: {list(row)} is not [replica, from_s, until_s] with a replica from 0 on")
-        until_s = math.inf if row[2] is None else float(row[2])
-        of.setdefault(int(row[0]), []).append(Outage(from_s=float(row[1]), until_s=until_s, notice_s=notice_s))
-    return lambda replica: tuple(sorted(of.get(replica, ()), key=lambda outage: outage.from_s))
+        if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 3:
+            raise ConfigError(f"outages.rows: {row} is not [replica, from_s, until_s]; e.g. [0, 120.0, 180.0]")
+        replica, from_s, until_s = row
+        if not _is_number(replica) or replica < 0 or not math.isfinite(replica) or int(replica) != replica:
+            raise ConfigError(f"outages.rows: {list(row)}: replica is {replica}; it must be a whole number from 0")
+        if not _is_number(from_s) or not (until_s is None or _is_number(until_s)):
+            raise ConfigError(
+                f"outages.rows: {list(row)}: from_s is {from_s} and until_s {until_s}; both must be seconds, and "
+                "until_s may be null for a replica that stays down"
+            )
+        until_s = math.inf if until_s is None else float(until_s)
+        of.setdefault(int(replica), []).append(Outage(from_s=float(from_s), until_s=until_s, notice_s=notice_s))
+    ordered = {replica: tuple(sorted(found, key=lambda outage: outage.from_s)) for replica, found in of.items()}
+    for replica, found in ordered.items():
+        for before, after in itertools.pairwise(found):
+            if after.from_s < before.until_s:
+                raise ConfigError(
+                    f"outages.rows: replica {replica} is down from {before.from_s} s until {before.until_s} s and "
+                    f"again from {after.from_s} s; the outages of one replica must not overlap: merge the two rows"
+                )
+    return Scheduled(ordered)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def markov(*, mean_up_s: float, mean_away_s: float, horizon_s: float, seed: int, notice_s: float = 0.0) -> Outages:
@@ -63,9 +114,10 @@ def markov(*, mean_up_s: float, mean_away_s: float, horizon_s: float, seed: int,
     Raises:
         ConfigError: for times that are not above 0 s.
     """
-    if min(mean_up_s, mean_away_s, horizon_s) <= 0:
+    if not all(0 < value < math.inf for value in (mean_up_s, mean_away_s, horizon_s)):
         raise ConfigError(
-            f"outages.mean_up_s is {mean_up_s}, mean_away_s {mean_away_s}, horizon_s {horizon_s}; all must be above 0 s"
+            f"outages.mean_up_s is {mean_up_s}, mean_away_s {mean_away_s}, horizon_s {horizon_s}; all must be "
+            "finite and above 0 s"
         )
 
     def of(replica: int) -> tuple[Outage, ...]:

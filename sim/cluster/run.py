@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from sim.cluster.cluster import Cluster, Replica
+from sim.cluster.outages import check_replicas
 from sim.compiled import cpu_clock
 from sim.config import build, one_thread, run_command, with_differences
 from sim.engine.sim_engine import SimEngine
@@ -82,14 +83,15 @@ def replicas_of(cfg: DictConfig) -> list[Replica]:
     Each has its own seed, so that random parts such as a budget differ; the first has that of the configuration.
 
     Raises:
-        ConfigError: for no replicas, a count below 0, or a difference that names no key or file.
+        ConfigError: for no replicas, a count below 0, a difference that names no key or file, or an outage of a replica
+            that is not there.
     """
     outages = build(cfg.outages)
     found: list[Replica] = []
     for name, node in cfg.replicas.items():
         differences = dict(OmegaConf.to_container(node) or {})  # type: ignore[arg-type]
         count = differences.pop("count", 1)
-        if not isinstance(count, int) or count < 0:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise ConfigError(f"replicas.{name}.count is {count}; it must be a whole number from 0")
         one = with_differences(cfg, differences, f"replicas.{name}")
         for k in range(count):
@@ -99,6 +101,7 @@ def replicas_of(cfg: DictConfig) -> list[Replica]:
             found.append(_replica(mine, f"{name}_{k}" if count > 1 else str(name), outages(i)))
     if not found:
         raise ConfigError("replicas has none; set at least one, e.g. replicas.main.count=2")
+    check_replicas(outages, len(found))
     return found
 
 
@@ -143,7 +146,7 @@ def replica_figures(cluster: Cluster, slo: Slo) -> list[dict[str, Any]]:
         mine = records.replica == i
         served = [one for one in cluster.engines() if one.replica == i]
         states = [one.engine.observe(min(one.ended_s, end_s)) for one in served]
-        up_s = sum(min(one.ended_s, end_s) - one.begun_s for one in served)
+        up_s = sum(max(0.0, min(one.ended_s, end_s) - one.begun_s) for one in served)
         rows.append(
             {
                 "replica": i,

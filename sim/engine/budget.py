@@ -68,7 +68,9 @@ class BudgetMeter:
         self.budget = budget
         self.violation_s = 0.0
         self._step = bisect_right(budget.change_s, start_s) - 1
-        self._since_s = start_s
+        self._followed_s = start_s
+        self._over_since_s = math.nan  # start of the present stretch over budget
+        self._violation_before_s = 0.0  # violation_s at that start
 
     @property
     def now_bytes(self) -> int:
@@ -91,12 +93,21 @@ class BudgetMeter:
         """Advance to ``now_s``; ``held_bytes`` were held since the last call and are compared with each step passed."""
         while True:
             until_s = min(self.next_s, now_s)
-            if held_bytes > self.now_bytes:
-                self.violation_s += until_s - self._since_s
-            self._since_s = until_s
+            if until_s > self._followed_s:
+                self._count(until_s, over=held_bytes > self.now_bytes)
             if self.next_s > now_s:
                 return
             self._step += 1
+
+    def _count(self, until_s: float, *, over: bool) -> None:
+        """Count the time up to ``until_s``, with one subtraction for each stretch over budget."""
+        if not over:
+            self._over_since_s = math.nan
+        else:
+            if math.isnan(self._over_since_s):
+                self._over_since_s, self._violation_before_s = self._followed_s, self.violation_s
+            self.violation_s = self._violation_before_s + (until_s - self._over_since_s)
+        self._followed_s = until_s
 
 
 def constant_budget(budget_bytes: int) -> Budget:
@@ -181,6 +192,15 @@ def steps(
     """
     if unit not in STEP_UNITS:
         raise BudgetError(f"budget.unit is {unit!r}; {nearest(unit, STEP_UNITS)}")
+    before_s = -math.inf
+    for row in rows:
+        if not isinstance(row, Sequence) or len(row) != 2 or not all(isinstance(cell, int | float) for cell in row):
+            raise BudgetError(f"budget.rows: {row} is not [time_s, value]; e.g. [60.0, 0.5]")
+        if not before_s < row[0] < math.inf:
+            raise BudgetError(
+                f"budget.rows: the row {list(row)} comes after {before_s} s; times must be finite and ascend from 0"
+            )
+        before_s = row[0]
     if unit == "share":
         return stepped(((float(t), _share_bytes(context, share, "rows")) for t, share in rows), notice_s)
     for _, value in rows:

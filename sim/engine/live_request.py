@@ -14,7 +14,7 @@ import numpy as np
 
 from sim.cost.model_spec import ModelSpec
 from sim.engine.block_table import BlockTable
-from sim.engine.protocol import Request, late_request, repeated_hash_id
+from sim.engine.protocol import SUBMITTED, Request, check_submitted, late_request, repeated_hash_id
 from sim.errors import ConfigError
 from sim.results.records import Records, Status
 from sim.types import Floats, Ints
@@ -100,8 +100,11 @@ class RequestQueues:
             requests: sorted by arrival. least_s: the earliest arrival allowed while ``arrivals`` is empty.
             check_hash_ids: whether to refuse prompts that contain a hash id twice.
         Raises:
-            ConfigError: for requests out of order or too early, or a repeated id; then none is added.
+            ConfigError: for requests out of order or too early, a repeated id, or a number that `check_submitted`
+                refuses; then none is added.
         """
+        columns = [np.array([getattr(r, name) for r in requests]) for name in SUBMITTED]
+        check_submitted([request.request_id for request in requests], *columns)
         last_s = self.arrivals[-1].arrival_s if self.arrivals else least_s
         pending = {request.request_id for request in self.arrivals}
         for request in requests:

@@ -53,6 +53,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+
 from sim.cost.plan import Plan
 from sim.engine.scheduler import SCHEDULERS, Limits, SchedulerName
 from sim.errors import ConfigError, nearest
@@ -85,6 +87,34 @@ def late_request(request_id: int, arrival_s: float, before_s: float) -> ConfigEr
         f"request {request_id} arrives at {arrival_s} s, before {before_s} s; "
         "submit requests in order of arrival and not in the past"
     )
+
+
+SUBMITTED = ("arrival_s", "prompt_tokens", "output_tokens")
+"""Fields of a ``Request`` that ``check_submitted`` checks, in its order."""
+
+
+def check_submitted(ids: Sequence[int], arrival_s: Floats, prompt_tokens: Ints, output_tokens: Ints) -> None:
+    """Check the numbers of requests that are handed to an engine; their order is checked by the engine.
+
+    Args:
+        ids: of the requests, for the error.
+    Raises:
+        ConfigError: for an arrival that is not finite, or a prompt or output that is not a whole number from 1.
+    """
+    if not len(arrival_s) == len(prompt_tokens) == len(output_tokens):
+        raise ConfigError(
+            f"{len(arrival_s)} arrivals, {len(prompt_tokens)} prompts and {len(output_tokens)} outputs; "
+            "submit one of each per request"
+        )
+    if not np.isfinite(arrival_s).all():
+        at = int(np.flatnonzero(~np.isfinite(arrival_s))[0])
+        raise ConfigError(f"request {ids[at]} arrives at {arrival_s[at]} s; give a finite time in seconds")
+    for name, tokens in (("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)):
+        wrong = np.flatnonzero(~((tokens >= 1) & (tokens < 2**53) & (tokens == np.floor(tokens))))
+        if len(wrong):
+            raise ConfigError(
+                f"request {ids[int(wrong[0])]}: {name} is {tokens[wrong[0]]}; it must be a whole number from 1"
+            )
 
 
 def check_decisions(time_s: Sequence[float], plans: Sequence[Plan], least_s: float) -> None:

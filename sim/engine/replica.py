@@ -594,6 +594,7 @@ class Replica(ReplicaState):
         self._time_s = time_s = max(time_s, self._time_s)
         self._follow_budget(time_s)
         self._take_arrivals(time_s)
-        if self._changes.take_due(time_s):
+        serving = self.queues.waiting or self.queues.running or self.queues.arrivals
+        if self._changes.take_due(time_s) and serving:
             self._wake_up()
         return self._state(time_s)

@@ -28,12 +28,14 @@ from sim.engine.kernel.first_start import prepare
 from sim.engine.kernel.state import BUDGET_STEP
 from sim.engine.plan_graph import PlanGraph, layers_of
 from sim.engine.protocol import (
+    SUBMITTED,
     EngineConfig,
     EngineState,
     Holder,
     Request,
     check_decisions,
     check_hash_blocks,
+    check_submitted,
     late_request,
     missing_hash_ids,
     repeated_hash_id,
@@ -128,7 +130,7 @@ class SimEngine:
         self._counters = n = kernel.fields_of(self._state.counters)
         n.workspace_bytes, n.quality_charged = int(workspace_bytes), quality_nll is not None
         n.copy_slowdown, n.copy_bytes_per_s = copy_slowdown, host_to_device_bytes_per_s
-        n.violation_since_s = n.now_s = self.env.now
+        n.followed_s = n.now_s = self.env.now
         n.budget_step = bisect_right(self.budget.change_s, self.env.now) - 1
         self._output_tokens: list[Ints] = []  # of each call of submit
         self._known_ids: dict[int, int] = {}  # hash id -> its number in the kernel
@@ -156,10 +158,15 @@ class SimEngine:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Hand over requests, sorted by arrival and not before the present."""
+        columns = [np.array([getattr(r, name) for r in requests]) for name in SUBMITTED]
+        check_submitted(
+            range(self._counters.request_count, self._counters.request_count + len(requests)), *columns
+        )  # before a fraction becomes a whole number
+        arrival_s, prompt_tokens, output_tokens = columns
         self.submit_arrays(
-            np.array([r.arrival_s for r in requests], dtype=np.float64),
-            np.array([r.prompt_tokens for r in requests], dtype=np.int64),
-            np.array([r.output_tokens for r in requests], dtype=np.int64),
+            arrival_s.astype(np.float64),
+            prompt_tokens.astype(np.int64),
+            output_tokens.astype(np.int64),
             [np.array(r.hash_ids, dtype=np.int64) for r in requests] if self.config.prefix_caching else None,
         )
 
@@ -180,10 +187,12 @@ class SimEngine:
         Args:
             hash_ids: the hash ids of each prompt; used only with ``prefix_caching``.
         Raises:
-            ConfigError: for arrivals out of order or in the past, or for ``prefix_caching`` without hash ids.
+            ConfigError: for arrivals out of order, in the past or not finite, for prompts or outputs below one token,
+                or for ``prefix_caching`` without hash ids; then none is accepted.
         """
         n = self._counters
         first = n.request_count
+        check_submitted(range(first, first + len(arrival_s)), arrival_s, prompt_tokens, output_tokens)
         pending = n.arrived < first
         last_s = float(self._state.requests["arrival_s"][first - 1]) if pending else self.env.now
         before_s = np.concatenate([[last_s], arrival_s[:-1]])
@@ -263,8 +272,7 @@ class SimEngine:
         kernel.follow_budget(self._table, now_s)
         if self._counters.next_arrival_s <= now_s:
             kernel.take_arrivals(self._table, now_s)
-        if kernel.take_decisions(self._table, now_s):
-            self._wake_up()
+        kernel.take_decisions(self._table, now_s)  # an engine that serves acts on them by itself, another does not
         return self._observe(now_s)
 
     @property
@@ -475,6 +483,12 @@ class SimEngine:
     def now_s(self) -> float:
         """The time to which the kernel has advanced."""
         return float(self._counters.now_s)
+
+    @property
+    def last_iteration_end_s(self) -> float:
+        """The end of the last iteration that has started; 0 before the first."""
+        end_s = float(self._counters.end_s)
+        return 0.0 if math.isnan(end_s) else end_s
 
     def rows(self, which: Ints) -> NDArray[Any]:
         """Return copies of the kernel's up-to-date records of some requests (``kernel.state.REQUEST``)."""
@@ -781,7 +795,7 @@ def _set_counters(n: Any, config: EngineConfig, block_bytes: int, log_enabled: b
     n.residency = n.decided_target = n.copy = n.open_change = -1
     n.next_due, n.group_count = kernel.NEVER, 1
     n.next_arrival_s = n.next_decision_s = n.copy_end_s = math.inf
-    n.start_s = n.end_s = math.nan
+    n.start_s = n.end_s = n.over_since_s = math.nan
 
 
 def prefix_block_ids(hash_ids: Sequence[Ints] | None, known: dict[int, int] | None = None) -> Ints:

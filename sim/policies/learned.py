@@ -131,7 +131,7 @@ def read_learned(path: str | Path, task: str) -> Learned:
         layers = read_weights(file.with_suffix(".safetensors"), about["layers"])
         network = network_of(layers, about["activation"])
     except (OSError, ValueError, MemoryError) as error:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split())[:500]
         raise ConfigError(
             f"{file} is not a learned policy for {task} ({type(error).__name__}: {text}); "
             "export one: python -m agents.export run=..."

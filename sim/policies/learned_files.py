@@ -30,7 +30,7 @@ MAX_LAYERS, MAX_SIZE = 32, 65_536
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 500 and value.isprintable()
+    return isinstance(value, str) and len(value) <= 200 and value.isprintable()
 
 
 def _whole(value: Any) -> bool:

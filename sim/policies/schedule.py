@@ -48,6 +48,6 @@ def schedule(served: PolicyContext, *, steps: Sequence[Mapping[str, Any]]) -> Sc
         raise ConfigError(f"policy.steps have at_s {given}; each step needs a number of seconds")
     at_s = tuple(float(time_s) for time_s in given)  # type: ignore[arg-type]
     if not at_s or at_s[0] != 0.0 or not all(a < b < math.inf for a, b in pairwise(at_s)):
-        raise ConfigError(f"policy.steps have at_s {list(at_s)}; the first must be 0 and the times must ascend")
+        raise ConfigError(f"policy.steps have at_s {list(at_s)}; the first must be 0, all finite and ascending")
     plans = tuple(plan_of(served.model, {k: v for k, v in step.items() if k != "at_s"}) for step in steps)
     return Schedule(at_s, plans)

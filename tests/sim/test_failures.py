@@ -93,7 +93,7 @@ def test_ctrl_c_ends_with_status_130_and_one_word(capsys: pytest.CaptureFixture[
 
 
 def run(*arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | changed
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "RAP_LAB_PROGRESS": "0"} | changed
     command = [sys.executable, "-m", "sim.replay", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 

@@ -56,6 +56,27 @@ def test_a_comparison_takes_an_own_policy_by_name(folder: Path, capsys: pytest.C
     assert "policies.mine: there is no policy=mine_of_test" in capsys.readouterr().err
 
 
+def test_a_folder_or_a_file_of_ones_own_that_cannot_be_used_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = sim.replay.__main__.main
+    (folder / "policy" / "broken.yaml").write_text("a: [1\n")
+    (folder / "policy" / "needs.yaml").write_text("_target_: needs_of_test.X\n_partial_: true\n")
+    (folder / "needs_of_test.py").write_text("import a_package_of_nobody\n")
+    for arguments, said in (
+        (["hydra.searchpath=[/not/there]"], "no such folder /not/there"),
+        (["hydra.searchpath=[pkg://not_there]"], "no such folder pkg://not_there"),
+        (["--config-dir", str(folder), "policy=broken"], "expected ',' or ']'"),
+        (["--config-dir", str(folder), "policy=needs"], "pip install a_package_of_nobody"),
+        (["--shell-completion"], "Expecting one subcommand"),
+    ):
+        assert exit_status(main, *arguments, *QUICK) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert said in error
+        assert error.count("\n") == 1
+
+
 def test_the_configuration_is_shown_without_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main, where = sim.replay.__main__.main, ("--config-dir", str(folder))
     assert exit_status(main, "policy=mine_of_test", "--cfg", "job", *where, "--package", "policy") == 0

@@ -45,9 +45,7 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_with_what_is_allowed(over
 
 @pytest.mark.parametrize("value", ["abc", "[a]", "{a: 1}", "1.5"])
 def test_a_keyword_that_a_policy_passes_on_is_checked_too(value: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"policy\.drop_mha is .*; it must be a (list, each a whole number|number or a list)"
-    ):
+    with pytest.raises(ConfigError, match=r"policy\.drop_mha is .*; it must be a list"):
         check_overrides(["policy=fixed", f"policy.drop_mha={value}"], "replay")
 
 

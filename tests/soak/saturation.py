@@ -35,7 +35,7 @@ NAMES = {
     "running": ("rap_lab_requests_running", "vllm:num_requests_running"),
     "waiting": ("rap_lab_requests_waiting", "vllm:num_requests_waiting"),
     "kv_used": ("rap_lab_kv_used_layer_blocks", "vllm:kv_cache_usage_perc"),
-    "arrived": ("rap_lab_requests_arrived_total",),
+    "arrived": ("rap_lab_requests_arrived_total", "rap:requests_arrived_total"),
     "tokens": ("rap_lab_produced_tokens_total", "vllm:generation_tokens_total"),
 }
 """What a sample takes from the server's metrics: the names under which it may stand there."""

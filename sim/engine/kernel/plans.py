@@ -61,23 +61,51 @@ from sim.engine.kernel.state import (
 
 @compiled()
 def follow_budget(s: Table, now_s: float) -> None:
-    """Advance the budget to ``now_s`` and count the seconds in which the held bytes exceeded it."""
+    """Advance the budget to ``now_s`` and count the seconds in which the held bytes exceeded it.
+
+    One subtraction for each stretch over budget, so that its length does not depend on the calls during it.
+    """
     n, budget = counters_of(s), budget_of(s)
     used = n.pool_blocks - n.free_blocks
     if not n.in_iteration and n.end_s == now_s:
         used = n.used_blocks_before  # an iteration ended just now: use the blocks held until its end
     held_bytes = n.weight_bytes + n.incoming_bytes + n.workspace_bytes + used * n.block_bytes
+    if now_s < n.followed_s:
+        _follow_back(s, now_s, held_bytes)
+        return
     while True:
         step = n.budget_step
         more = step + 1 < len(budget) and budget[step + 1].from_s <= now_s
         until_s = budget[step + 1].from_s if more else now_s
-        if held_bytes > budget[step].budget_bytes:
-            n.violation_s += until_s - n.violation_since_s
-        n.violation_since_s = until_s
+        if until_s > n.followed_s:
+            if held_bytes <= budget[step].budget_bytes:
+                n.over_since_s = np.nan
+            else:
+                if np.isnan(n.over_since_s):
+                    n.over_since_s, n.violation_before_s = n.followed_s, n.violation_s
+                n.violation_s = n.violation_before_s + (until_s - n.over_since_s)
+            n.followed_s = until_s
         if not more:
             return
         n.budget_step = step + 1
         n.budget_moved = 1
+
+
+@compiled(once=True)
+def _follow_back(s: Table, now_s: float, held_bytes: int) -> None:
+    """Take back the seconds over budget after ``now_s``: a replica of a cluster has idled past the cluster's end."""
+    n, budget, step = counters_of(s), budget_of(s), counters_of(s).budget_step
+    if not np.isnan(n.over_since_s):
+        n.followed_s = max(n.over_since_s, now_s)
+        n.violation_s = n.violation_before_s + (n.followed_s - n.over_since_s)
+    while n.followed_s > now_s:
+        while budget[step].from_s >= n.followed_s:
+            step -= 1
+        from_s = max(budget[step].from_s, now_s)
+        if held_bytes > budget[step].budget_bytes:
+            n.violation_s -= n.followed_s - from_s
+        n.followed_s = from_s
+    n.over_since_s = np.nan
 
 
 @compiled(inline=True)

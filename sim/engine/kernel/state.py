@@ -117,7 +117,9 @@ COUNTERS = np.dtype(
         ("resident_bytes_count", INT64),  # rows of resident_bytes_log
         ("change_preemptions", INT64),  # requests that plan changes preempted since the last iteration
         ("violation_s", FLOAT64),  # time so far in which the held bytes exceeded the budget, s
-        ("violation_since_s", FLOAT64),  # time up to which that is counted, s
+        ("followed_s", FLOAT64),  # time up to which that is counted, s
+        ("over_since_s", FLOAT64),  # start of the present stretch over budget, s; nan for none
+        ("violation_before_s", FLOAT64),  # violation_s at that start
         ("needed", INT64),  # what the plan graph lacks: NEED_DECISION, NEED_COPY_END or NEED_PRICE
         ("needed_residency", INT64),  # at this residency
         ("needed_index", INT64),  # for this target, copy or candidate set

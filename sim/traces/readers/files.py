@@ -29,8 +29,12 @@ MAX_BYTES = 256 * 2**20
 CHUNK_BYTES = 2**20
 XZ_MEMORY_BYTES = 256 * 2**20
 """What unpacking xz may use; ``xz -9`` needs 65 MiB."""
+VALUES_PER_ROW = 4
+"""A column of lists, such as hash ids, may hold this many values for each row that ``max_rows`` allows."""
 PARQUET_MAGIC = b"PAR1"
-NOT_UTF8 = "\N{REPLACEMENT CHARACTER}".encode()
+NOT_TEXT = b"?"
+"""What replaces a byte that is no text in a skipped row. It is no digit, and as short as what it replaces."""
+ASCII_ONLY = bytes(range(128)) + NOT_TEXT * 128
 
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins like that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -85,6 +89,14 @@ class TraceFile:
             f"cut the file, or raise trace.max_rows"
         )
 
+    def check_values(self, values: int) -> None:
+        """Raise a TraceError if the lists of a column hold too many values together."""
+        if values > VALUES_PER_ROW * self.max_rows:
+            raise TraceError(
+                f"{self.path} has lists of over {VALUES_PER_ROW * self.max_rows:,} values together, {VALUES_PER_ROW} "
+                f"times trace.max_rows={self.max_rows}; cut the file, or raise trace.max_rows"
+            )
+
     def too_large(self, what: str = "its content", limit: int | None = None, *, factor: int = 1) -> TraceError:
         """Return the error for content beyond ``max_bytes``, or beyond a limit that is ``max_bytes / factor``."""
         limit = self.max_bytes // factor if limit is None else limit
@@ -111,8 +123,8 @@ def missing_data(path: str | Path, origin: str | None) -> TraceError:
 def read_content(file: TraceFile) -> bytes:
     """Return the unpacked content of a file: Parquet as it is, text as UTF-8 with LF line ends and no byte order mark.
 
-    A byte that is not text (not UTF-8, or NUL) is an error; if bad rows are skipped, it becomes U+FFFD, which makes
-    only its own cell bad.
+    A byte that is not text (not UTF-8, or NUL) is an error; if bad rows are skipped, it becomes ``?``, which makes only
+    its own cell bad.
 
     Raises:
         TraceError: if the file is missing, no regular file, not readable, empty, damaged, packed in a way that is not
@@ -351,7 +363,7 @@ def _checked(file: TraceFile, content: bytes) -> bytes:
                 f"{file.path}, line {line}: a NUL byte, which text does not hold; it is a binary file, or UTF-16 "
                 "without a byte order mark: save it as UTF-8, or set trace.on_bad_row=skip to leave out such rows"
             )
-        content = content.replace(b"\0", NOT_UTF8)
+        content = content.replace(b"\0", NOT_TEXT)
     if content.isascii():
         return content
     start, pieces = 0, []
@@ -365,10 +377,19 @@ def _checked(file: TraceFile, content: bytes) -> bytes:
         except UnicodeDecodeError as error:
             if file.on_bad_row == "error":
                 raise _not_utf8(file, content, start + error.start) from error
-            piece = piece.decode(errors="replace").encode()
+            piece = b"\n".join(_as_text(line) for line in piece.split(b"\n"))
         pieces.append(piece)
         start = end
     return b"".join(pieces)
+
+
+def _as_text(line: bytes) -> bytes:
+    """Return a line, with ``?`` for every byte beyond ASCII if it is not UTF-8."""
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return line.translate(ASCII_ONLY)
+    return line
 
 
 def _not_utf8(file: TraceFile, content: bytes, at: int) -> TraceError:

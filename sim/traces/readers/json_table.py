@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -110,6 +111,7 @@ def table_of_objects(
     lines: list[int] = []
     broken = BadRows()
     keys: dict[str, str] = {}
+    values: Counter[str] = Counter()
     batch: list[dict[str, Any]] = []
 
     def flush() -> None:
@@ -117,7 +119,10 @@ def table_of_objects(
             keys.update(_spelling(file, list(dict.fromkeys(key for row in batch for key in row)), required, optional))
         for name, column in columns.items():
             key = keys[name]
-            column.extend([row.get(key) for row in batch])
+            cells = [row.get(key) for row in batch]
+            column.extend(cells)
+            values[name] += sum([len(cell) for cell in cells if type(cell) is list])
+            file.check_values(values[name])
         batch.clear()
 
     for line, row in objects:
@@ -129,7 +134,7 @@ def table_of_objects(
             continue
         lines.append(line)
         batch.append(row)
-        if len(batch) == BATCH_ROWS:
+        if len(batch) == BATCH_ROWS or any(type(cell) is list and len(cell) > BATCH_ROWS for cell in row.values()):
             flush()
             if len(lines) > file.max_rows:
                 raise file.too_many_rows(len(lines))

@@ -13,8 +13,6 @@ from sim.traces.readers.files import TraceFile
 from sim.traces.readers.table import RawTable, check_header, find_columns, table_from_arrow
 
 BATCH_ROWS = 2**16
-VALUES_PER_ROW = 8
-"""A column of lists, such as hash ids, may hold this many values for each row that ``max_rows`` allows."""
 
 
 def read_parquet(file: TraceFile, content: bytes, *, required: Sequence[str], optional: Sequence[str] = ()) -> RawTable:
@@ -67,7 +65,8 @@ def _check_size(file: TraceFile, footer: pa_parquet.FileMetaData, wanted: Sequen
             total_bytes += column.total_uncompressed_size
             if column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") and path not in texts:
                 texts.append(path)
-    if max(values.values(), default=0) > VALUES_PER_ROW * file.max_rows or total_bytes > file.max_bytes:
+    file.check_values(max(values.values(), default=0))
+    if total_bytes > file.max_bytes:
         raise file.too_large()
     return texts
 

@@ -232,3 +232,28 @@ def test_windows_for_another_number_of_environments_are_refused() -> None:
         vector("ServeTrace-v0").reset(options={"windows": [WINDOW]})
     observations, _ = vector("ServeTrace-v0").reset(options={"windows": [WINDOW] * 4})
     assert (observations == observations[0]).all()
+
+
+@pytest.mark.parametrize("steps", [0, 4, 119, 125])
+@pytest.mark.parametrize("name", NAMES)
+def test_episodes_that_were_saved_go_on_as_those_that_were_not(name: str, steps: int) -> None:
+    unbroken, other = vector(name).unwrapped, vector(name).unwrapped
+    unbroken.reset(seed=5)
+    for _ in range(steps):
+        unbroken.step(unbroken.action_masks().argmax(axis=1))
+    other.restore_episodes(unbroken.episodes_state())
+    for _ in range(8):
+        np.testing.assert_array_equal(unbroken.action_masks(), other.action_masks())
+        ours, theirs = (one.step(one.action_masks().argmax(axis=1)) for one in (unbroken, other))
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        # An engine that meets plans in another order adds equal losses in another order: 1e-33 of a reward.
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=0.0, atol=1e-15)
+        np.testing.assert_array_equal(ours[2], theirs[2])
+
+
+def test_serving_episodes_of_which_some_were_reset_alone_are_not_saved() -> None:
+    envs = vector("ServeTrace-v0")
+    envs.reset(seed=5)
+    assert envs.episodes_state() is not None
+    envs.reset(options={"reset_mask": np.array([True, False, False, False])})
+    assert envs.episodes_state() is None

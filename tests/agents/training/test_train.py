@@ -14,18 +14,20 @@ import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import DictConfig
+from rich.console import Console
 
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve import ServeCore, ServeSetting
 from agents.envs.serve_windows import Window
 from agents.evaluation.cluster import learned_cluster_policies, mean_cluster_utility
 from agents.training.checkpoints import BUFFER, Checkpoints
+from agents.training.progress import COLUMNS, Progress
 from agents.training.train import build_algorithm, current_network, environment_kwargs, train
-from agents.training.validation import validation_clusters
+from agents.training.validation import CountedActs, validation_clusters
 from sim.config import CONF_DIR, build
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
-from sim.policies.learned import read_learned
+from sim.policies.learned import Network, read_learned
 from tests.agents.helpers import composed, run_module, utilities_around_imitation
 
 SMALL = ["num_envs=8", "hidden=[16]", "validate_every=1", "minutes=10"]
@@ -108,6 +110,49 @@ def test_a_resumed_dqn_has_the_same_replay_buffer_and_network(local_ray: None, t
     restored = current_network(other, "relu")
     other.stop()
     assert all((a == b).all() for a, b in zip(network.weights, restored.weights, strict=True))
+
+
+SMALL_SERVE = ["experiment=ppo_serve", "imitate.windows=2", "imitate.epochs=1", *SMALL_PPO[1:]]
+
+
+@pytest.mark.parametrize("overrides", [SMALL_PPO, SMALL_DQN, SMALL_SERVE], ids=["ppo", "dqn", "serve"])
+def test_law_9_a_training_that_resumes_equals_the_unbroken_one(
+    local_ray: None, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agents.training.validation.VALIDATION_WINDOWS", 2)
+    results = []
+    for name, parts in (("unbroken", [3]), ("broken", [1, 2, 3])):
+        for part, iterations in enumerate(parts):
+            more = ["resume=true"] if part else []
+            train(small(*overrides, "num_envs=4", f"iterations={iterations}", *more), tmp_path / name)
+        rows = pd.read_csv(tmp_path / name / "progress.csv").drop(
+            columns=["seconds", "sample_seconds", "learn_seconds"]
+        )
+        results.append((rows, (tmp_path / name / "best" / "policy.safetensors").read_bytes()))
+    pd.testing.assert_frame_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_a_row_that_a_killed_run_cut_and_a_column_of_later_versions_do_not_stop_a_resume(tmp_path: Path) -> None:
+    progress = Progress(tmp_path / "progress.csv", Console())
+    progress.path.write_text("iteration,seconds,env_steps,episode_return\n1,2.0,3,4.0\n2,2.5,4,5.0\n3,2.")
+    progress.rewind(2)
+    rows = pd.read_csv(progress.path)
+    assert list(rows.columns) == list(COLUMNS)
+    assert rows["iteration"].tolist() == [1, 2]
+    assert rows["top_action_share"].isna().all()
+
+
+def test_a_network_that_always_chooses_one_action_is_reported_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    weights = np.zeros((3, 2), np.float32), np.array([0.0, 1.0, 0.0], np.float32)
+    acts = CountedActs(Network((weights[0],), (weights[1],)))
+    acts(np.zeros((5, 2), np.float32), np.ones((5, 3), np.bool_))
+    assert acts.top_share == 1.0
+    acts(np.zeros((5, 2), np.float32), np.array([[True, False, False]] * 5))
+    assert acts.top_share == 0.5
+    row = dict.fromkeys(COLUMNS, 1.0) | {"iteration": 1, "env_steps": 2}
+    Progress(Path("unused"), Console(width=200)).print(row)
+    assert "one action in every decision" in capsys.readouterr().out
 
 
 def test_imitating_the_knapsack_gives_a_useful_policy_before_any_training(local_ray: None) -> None:

@@ -121,6 +121,12 @@ def test_an_engine_that_has_stopped_is_reported_with_its_reason_everywhere() -> 
             assert "division by zero" in response.json()["error"]["message"]
 
 
+def test_a_client_that_still_sends_a_body_too_large_reads_why_it_is_refused(server: Server) -> None:
+    connection = send(server, "completions", {"prompt": "a" * 3_000_000})
+    connection.settimeout(60)
+    assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+
+
 DEEP = "[" * 50_000 + "]" * 50_000
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import simpy
 
 from sim.cluster import routers
-from sim.cluster.cluster import Cluster, ClusterRecords, Replica
+from sim.cluster.cluster import Autoscaler, Cluster, ClusterRecords, Replica
 from sim.cluster.outages import Outage
 from sim.cluster.routers import Candidate, KernelRouter, RoutingRequest
 from sim.cost.plan import Plan
@@ -120,8 +121,20 @@ def router_of(case: ClusterCase) -> KernelRouter:
     return getattr(routers, case.router)()  # type: ignore[no-any-return]
 
 
-def fast_cluster(case: ClusterCase, router: Any = None, stops_s: Sequence[float] = ()) -> Cluster:
-    """Serve a case with the compiled cluster and return it; it stops at ``stops_s`` and observes every replica."""
+def fast_cluster(
+    case: ClusterCase,
+    router: Any = None,
+    stops_s: Sequence[float] = (),
+    *,
+    timers_s: Sequence[float] = (),
+    progress_s: float = math.inf,
+    autoscaler: Autoscaler | None = None,
+) -> Cluster:
+    """Serve a case with the compiled cluster and return it.
+
+    It stops at ``stops_s`` and observes every replica; timers go off at ``timers_s``; progress is shown every
+    ``progress_s``.
+    """
 
     def replica(one: Case, outages: tuple[Outage, ...], name: str) -> Replica:
         return Replica(
@@ -139,13 +152,16 @@ def fast_cluster(case: ClusterCase, router: Any = None, stops_s: Sequence[float]
         seed=case.seed,
         load_bytes_per_s=case.load_bytes_per_s,
         start_s=case.start_s,
+        autoscaler=autoscaler,
     )
+    for timer_s in timers_s:
+        cluster.env.timeout(timer_s)
     for stop_s in stops_s:
         cluster.run_until(stop_s)
         assert cluster.env.now == stop_s
         for i in cluster.accepting():
             cluster.observe(i)
-    cluster.run()
+    cluster.run((lambda now_s, routed: None) if progress_s < math.inf else None, progress_s)
     return cluster
 
 

@@ -17,8 +17,10 @@ from sim.cluster import routers
 from sim.cluster.cluster import Cluster, ClusterState, Phase, Replica
 from sim.cluster.outages import Outage
 from sim.cluster.routers import Candidate, RoutingRequest
+from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import dense_plan
 from sim.engine import batch_step
+from sim.engine.budget import Budget
 from sim.engine.sim_engine import SimEngine
 from sim.errors import BudgetError, ConfigError
 from sim.policies import Fixed
@@ -101,6 +103,21 @@ def test_a_difference_between_the_clusters_is_found_and_shrunk(monkeypatch: pyte
     assert len(small.replicas) == 2
 
 
+def test_the_end_of_a_cluster_is_that_of_its_last_iteration_whatever_its_budget_does_later() -> None:
+    """The requests end at 6 s; the budget cannot hold the weights from 50 s until 60 s and from 70 s until 80 s."""
+    full = budget_for_kv_blocks(TINY, dense_plan(TINY), 100, 0, 4)
+    moving = Budget((0.0, 50.0, 60.0, 70.0, 80.0), (full, 1000, full, 1000, full))
+    trace = trace_of((0.0, 8, 5), (1.0, 8, 5))
+
+    def build(env: simpy.Environment) -> tuple[SimEngine, Fixed]:
+        return tiny_engine(env=env, external_clock=True, budget=moving), Fixed(dense_plan(TINY))
+
+    cluster = Cluster(trace, [Replica(name="0", build=build)], routers.round_robin())
+    cluster.run()
+    assert cluster.end_s == 6.0
+    assert cluster.engines()[0].engine.budget_violation_s == 0.0
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_a_cluster_of_one_leaves_the_very_records_of_the_engine_alone(seed: int) -> None:
     case = random_case(seed)
@@ -116,6 +133,7 @@ def test_a_cluster_of_one_leaves_the_very_records_of_the_engine_alone(seed: int)
         state = alone.run_until(next(times, math.inf))
         if not alone.drained:
             alone.apply(policy(state))
+    alone.run_until(math.inf)  # a cluster, too, completes the copies that are under way at its end
 
     def build(env: simpy.Environment) -> tuple[SimEngine, AtTimes]:
         return engine(SimEngine, case, env, external_clock=True), AtTimes(case)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -124,6 +126,34 @@ def test_every_option_of_a_group_builds_and_serves(group: str) -> None:
     for option in sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml")):
         cfg = config(f"{group}={option}", "replicas.main.count=4")
         assert run(cfg)[1]["finished"] > 0, option
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("[[7,10,15]]", "names replica 7; the cluster has 2 replicas, 0 and 1"),
+        ("[[0,1,2],[2,10,15],[9,1,2]]", "names replica 2, 9;"),
+        ("[[0,10,15],[0,12,20]]", "must not overlap"),
+        ("[[0,12,20],[0,10,15]]", "must not overlap"),
+        ("[[0,10,null],[0,12,20]]", "must not overlap"),
+        ("[[0,-1,5]]", "begin at 0 s or later"),
+        ("[[0,5,5]]", "end after that"),
+        ("[[0,.nan,5]]", "begin at 0 s or later"),
+        ("[[0,5,.nan]]", "end after that"),
+        ("[[0,.inf,.inf]]", "begin at 0 s or later"),
+        ("[[.nan,1,5]]", "replica is nan; it must be a whole number from 0"),
+        ("[[0.5,1,5]]", "replica is 0.5"),
+        ("[[true,1,5]]", "replica is True"),
+        ("[[0,early,5]]", "from_s is early"),
+        ("[[0,null,5]]", "from_s is None"),
+        ("[3]", "3 is not"),
+    ],
+)
+def test_an_outage_that_cannot_be_is_an_error_that_names_the_row_or_the_replicas(rows: str, said: str) -> None:
+    cfg = config("outages=schedule")
+    cfg.outages.rows = yaml.safe_load(rows)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        replicas_of(cfg)
 
 
 def test_outages_of_one_seed_are_the_same_and_differ_by_replica() -> None:

@@ -144,7 +144,7 @@ def test_an_unknown_calibration_offers_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="no calibration file"):
         load_calibration(tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"tables": ', encoding="utf-8")
-    with pytest.raises(CalibrationError, match="cannot be read as JSON"):
+    with pytest.raises(CalibrationError, match="is not valid JSON"):
         load_calibration(tmp_path / "half.json")
     (tmp_path / "old.json").write_text(json.dumps(TOY | {"schema": 0}), encoding="utf-8")
     with pytest.raises(CalibrationError, match="schema is 0"):

@@ -20,6 +20,7 @@ from sim.cost.model_spec import load_model
 from sim.cost.plan import Plan, dense_plan, drop
 from sim.disaggregate.disaggregate import Disaggregated, decode_side, kv_bytes_sent, transfer_reduction, with_prefill
 from sim.disaggregate.links import Link
+from sim.engine import kernel
 from sim.errors import ConfigError, PlanError
 from sim.policies.fixed import static_plan
 from sim.results.records import Status
@@ -391,3 +392,16 @@ def test_room_is_kept_for_no_more_than_may_run_and_fit() -> None:
     assert ck.free_share(side.table, 30, 0) == 1.0
     assert ck.free_share(side.table, 31, 0) == -1.0
     assert ck.free_share(side.table, 1, 3) == -1.0
+
+
+def test_a_request_that_joins_takes_over_nothing_from_the_last_request_in_its_slot() -> None:
+    """With kv_keep, requests that join are counted one by one; a stale entry would fill a prefix cache for them."""
+    plan = static_plan(TINY, kv_first_tokens=2, kv_last_tokens=3, kv_layers=[0, 2])
+    made = system(trace_of((0.0, 8, 5)), plan=plan)
+    (side,) = made.decode
+    slots = side.engine._state.slots
+    slots["fill_tokens"][:-1], slots["shared_blocks"][:-1] = 1, 7
+    made.run()
+    (slot,) = np.flatnonzero(slots["request"][:-1] == made._home[0, 3])[-1:]
+    assert (slots["fill_tokens"][slot], slots["shared_blocks"][slot]) == (kernel.NEVER, 0)
+    assert made.records().finish_s.tolist() == served(trace_of((0.0, 8, 5)), plan=plan).records().finish_s.tolist()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +75,10 @@ def test_steps_are_bytes_where_that_is_said_and_never_more_than_the_device_has()
             steps(CONTEXT, rows=wrong, unit=unit)
 
 
-@pytest.mark.parametrize("rows", [[[5, 0.9]], [[0, 0.9], [10, 1.5]], [[0, 0.9], [10, 0.5], [10, 0.9]], []])
+UNREADABLE: list[Any] = [[[0, 0.9], [5, 0.9], [3, 0.8]], [[0, 0.9], [math.nan, 0.9]], [[0, 0.9, 1]], [[0, None]], [3]]
+
+
+@pytest.mark.parametrize("rows", [[[5, 0.9]], [[0, 0.9], [10, 1.5]], [[0, 0.9], [10, 0.5], [10, 0.9]], [], *UNREADABLE])
 def test_steps_that_no_device_could_follow_are_refused(rows: list[list[float]]) -> None:
     with pytest.raises(BudgetError):
         steps(CONTEXT, rows=rows)

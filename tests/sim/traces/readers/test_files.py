@@ -5,12 +5,15 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import lzma
 import os
 import tarfile
 import zipfile
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,3 +195,33 @@ def test_a_file_without_permission_is_named(tmp_path):
 def test_a_file_without_content_is_empty(tmp_path, content):
     with pytest.raises(TraceError, match="is empty"):
         read_trace(file_of(tmp_path, content))
+
+
+def test_skipped_bytes_do_not_make_a_file_larger(tmp_path):
+    path = file_of(tmp_path, ROWS.encode() + b"\xff\x00" * 1000 + b"\n2.0,1,1\n")
+    content = read_content(TraceFile(path=path, on_bad_row="skip"))
+    assert len(content) == len(path.read_bytes())
+    assert read_trace(path, on_bad_row="skip").arrival_s.tolist() == [0.0, 1.5, 2.0]
+
+
+def test_lists_of_too_many_values_are_refused_in_json_and_parquet(tmp_path):
+    row = {"arrival_s": 0.0, "prompt_tokens": 1, "output_tokens": 1, "hash_ids": list(range(50))}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "t.parquet")
+    for path in (tmp_path / "t.parquet", file_of(tmp_path, json.dumps(row).encode(), "t.jsonl")):
+        with pytest.raises(TraceError, match=r"lists of over 40 values together.*raise trace\.max_rows"):
+            read_trace(path, max_rows=10)
+        assert len(read_trace(path, max_rows=13)) == 1
+
+
+def test_a_parquet_file_is_refused_by_its_footer_and_by_what_its_texts_expand_to(tmp_path):
+    ones = pa.array(np.ones(1000, dtype=np.int64))
+    long = pa.DictionaryArray.from_arrays(pa.array(np.zeros(1000, dtype=np.int32)), pa.array(["7" * 10_000]))
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"arrival_s": long, "prompt_tokens": ones, "output_tokens": ones}), path)
+    assert path.stat().st_size < 2**17
+    with pytest.raises(TraceError, match=r"1,000 rows, more than the limit of 999"):
+        read_trace(path, max_rows=999)
+    with pytest.raises(TraceError, match=r"'arrival_s' is larger than the limit of 1 MiB"):
+        read_trace(path, max_bytes=2**20)
+    with pytest.raises(TraceError, match="row 1, column 'arrival_s': "):
+        read_trace(path)
