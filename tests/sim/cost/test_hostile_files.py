@@ -106,11 +106,14 @@ def test_coefficients_with_any_wrong_value_are_read_or_refused(tmp_path: Path) -
         ("max_loss", -1.0),
         ("dense_nll", math.nan),
         ("pairs", 3),
+        ("blocks", [1e308] * 60),
+        ("stage_share", 3.0),
+        ("dense_nll", 1e5),
     ],
 )
 def test_coefficients_of_the_wrong_number_or_kind_are_refused(key: str, value: Any) -> None:
     content = json.loads(fitted_path(QUALITIES / "smollm2_135m.json").read_text(encoding="utf-8"))["fits"][0]
-    with pytest.raises(ValueError, match=r"must hold|not a finite number"):
+    with pytest.raises(ValueError, match=r"must hold|not a finite number|out of range"):
         FittedQuality.from_json("mine", content | {key: value})
 
 
@@ -122,11 +125,16 @@ PUBLISHED = (QUALITIES / "llama2_7b_published.yaml").read_text(encoding="utf-8")
     [
         "",
         "3",
+        '"0"',
         "a: [",
         "[" * 5000,
         "\udcff",
         PUBLISHED.replace("9.02", "nan"),
         PUBLISHED.replace("9.02", "0.5"),
+        PUBLISHED.replace("9.02", "5.0"),  # below dense
+        PUBLISHED.replace("9.02", "1e300"),
+        PUBLISHED.replace("[13, 22, 24, 27]", "[13, 99]"),
+        PUBLISHED.replace("layers: [0, 1, 2, 4, 8, 16, 32]", "layers: [0, 1, 2, 4, 8, 16, 33]"),
         PUBLISHED.replace("dense_perplexity: 5.472", "dense_perplexity: many"),
         PUBLISHED.replace("[13, 22, 24, 27]", "13"),
         PUBLISHED.replace("[13, 22, 24, 27]", "[x]"),
