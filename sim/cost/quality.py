@@ -625,7 +625,7 @@ def read_published(path: Path) -> PublishedQuality:
         # OmegaConf asserts that a file holds no quoted text alone.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CalibrationError(f"{path} cannot be read as YAML: {reason}; compare it with its neighbors") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CalibrationError(f"{path} lacks or misstates {' '.join(str(error).split())[:300]}") from error
 
 
