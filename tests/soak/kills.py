@@ -51,7 +51,7 @@ def scenarios(files: Path) -> list[Scenario]:
     text = files / "text.txt"
     files.mkdir(parents=True, exist_ok=True)
     text.write_text(WORDS * 2000)
-    trace = ("trace=poisson", "trace.rate_rps=60", "trace.duration_s=60", "iterations=true")
+    trace = ("trace=poisson", "trace.rate_rps=60", "trace.duration_s=30", "iterations=true")
     from tests.soak.tiny_checkpoint import write_checkpoint
 
     checkpoint = write_checkpoint(files / "checkpoint")
@@ -60,21 +60,21 @@ def scenarios(files: Path) -> list[Scenario]:
     train = ("algorithm=ppo", "algorithm.steps_an_iteration=256", "algorithm.minibatch=128", "algorithm.epochs=2")
     train += ("num_envs=8", "hidden=[16]", "validate_every=1", "minutes=10", "iterations=12", "checkpoint_minutes=0")
     return [
-        Scenario("sim.replay", "sim.replay.__main__", trace, 0.4),
-        Scenario("sim.replay seeds", "sim.replay.__main__", (*trace[:3], "seeds=[0,1,2]"), 0.15),
+        Scenario("sim.replay", "sim.replay.__main__", trace, 0.3),
+        Scenario("sim.replay seeds", "sim.replay.__main__", (*trace[:3], "seeds=[0,1,2]"), 0.2),
         Scenario(
             "sim.replay --multirun",
             "sim.replay.__main__",
             ("--multirun", *trace[:3], "seed=0,1,2"),
-            0.15,
+            0.2,
             folder_key="hydra.sweep.dir",
         ),
-        Scenario("hw.score gsi", "hw.score.run", ("kind=gsi", *score), 0.2, folder_key="out"),
+        Scenario("hw.score gsi", "hw.score.run", ("kind=gsi", *score), 0.24, folder_key="out"),
         Scenario(
             "agents.train",
             "agents.training.train",
             train,
-            0.1,
+            0.06,
             again=("resume=true",),
             ready=lambda folder: (folder / "checkpoint.json").exists(),
             ignore=lambda path: "checkpoint_" in str(path.parent),

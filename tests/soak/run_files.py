@@ -52,8 +52,9 @@ def half_written(folder: Path, *, ignore: Callable[[Path], bool] = lambda _: Fal
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Return the temporary files of writes that were interrupted."""
-    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file() and temporary(path)]
+    """Return the temporary files of writes that were interrupted; a lock ends with its process, so its file is none."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and temporary(path))
+    return [str(path.relative_to(folder)) for path in found if path.name != ".lock"]
 
 
 def results(folder: Path) -> dict[str, Any]:
