@@ -209,8 +209,8 @@ def plot_replicas(
         for rank, (name, one) in enumerate(replicas.items()):
             style, iterations = line_style(rank + 1), one.iterations
             here = iterations.running + iterations.waiting
-            axes[0].plot(*worst_per_bin(iterations.start_s, here, bin_s), label=name, **style)
-            axes[1].plot(*worst_per_bin(iterations.start_s, 100 * iterations.kv_used_share, bin_s), **style)
+            axes[0].plot(*most_per_bin(iterations.start_s, here, bin_s), label=name, **style)
+            axes[1].plot(*most_per_bin(iterations.start_s, 100 * iterations.kv_used_share, bin_s), **style)
             for start_s, until_s in one.away_s:
                 for axis in axes[:2]:
                     axis.axvspan(start_s, min(until_s, end_s), color=style["color"], alpha=0.15, linewidth=0)
@@ -220,8 +220,8 @@ def plot_replicas(
         _plot_ttft(axes[2], records, slo)
         if transfers_s is not None:
             for (spans_s, label), style in zip(transfers_s, (line_style(1), line_style(2)), strict=False):
-                axes[3].step(*under_way(spans_s), where="post", label=label, **style)
-            axes[3].set_ylabel("KV transfers")
+                axes[3].plot(*most_per_bin(*under_way(spans_s), bin_s), label=label, **style)
+            axes[3].set_ylabel("KV transfers, most")
             axes[3].set_ylim(bottom=0)
             legend_above(axes[3])
         if any(one.away_s for one in replicas.values()):
@@ -235,9 +235,9 @@ def under_way(spans_s: Floats) -> tuple[Floats, Floats]:
     """Return when the number of open spans changes, and the number from then on.
 
     Args:
-        spans_s: float64[n, 2], start and end of each; those that did not begin or end (NaN) are left out.
+        spans_s: float64[n, 2], start and end of each; those that did not begin or end (NaN), or took no time, are left out.
     """
-    spans_s = spans_s[np.isfinite(spans_s).all(axis=1)]
+    spans_s = spans_s[np.isfinite(spans_s).all(axis=1) & (spans_s[:, 1] > spans_s[:, 0])]
     times_s = np.concatenate([spans_s[:, 0], spans_s[:, 1]])
     steps = np.repeat([1.0, -1.0], len(spans_s))
     order = np.argsort(times_s, kind="stable")
@@ -251,3 +251,14 @@ def worst_per_bin(time_s: Floats, values: NDArray[Any], bin_s: float) -> tuple[F
     found, first = np.unique(bins[order], return_index=True)
     worst = np.maximum.reduceat(np.asarray(values, dtype=np.float64)[order], first) if len(first) else np.empty(0)
     return found * bin_s, worst
+
+
+def most_per_bin(time_s: Floats, values: NDArray[Any], bin_s: float) -> tuple[Floats, Floats]:
+    """Return the start of each bin of time up to the last value, and the largest value in it; 0 if it has none."""
+    starts_s, worst = worst_per_bin(time_s, values, bin_s)
+    if not len(starts_s):
+        return starts_s, worst
+    all_s = np.arange(0.0, starts_s[-1] + 1.5 * bin_s, bin_s)
+    most = np.zeros(len(all_s))
+    most[np.rint(starts_s / bin_s).astype(np.int64)] = worst
+    return all_s, most
