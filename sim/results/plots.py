@@ -235,7 +235,8 @@ def under_way(spans_s: Floats) -> tuple[Floats, Floats]:
     """Return when the number of open spans changes, and the number from then on.
 
     Args:
-        spans_s: float64[n, 2], start and end of each; those that did not begin or end (NaN), or took no time, are left out.
+        spans_s: float64[n, 2], start and end of each; those that did not begin or end (NaN), or took no time, count
+            nothing.
     """
     spans_s = spans_s[np.isfinite(spans_s).all(axis=1) & (spans_s[:, 1] > spans_s[:, 0])]
     times_s = np.concatenate([spans_s[:, 0], spans_s[:, 1]])
