@@ -5,6 +5,7 @@ Progress goes to stderr; results go to stdout. ``RAP_LAB_PROGRESS=0`` turns it o
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+_shown = False
 FIRST_LINE_S = 2.0
 LINE_EVERY_S = 10.0
 LATER_LINE_EVERY_S = 60.0
@@ -27,8 +29,8 @@ A task shorter than that prints none.
 
 
 def is_off() -> bool:
-    """Return whether the user wants no progress."""
-    return os.environ.get("RAP_LAB_PROGRESS") == "0"
+    """Return whether the user wants no progress, or this process is one of several that serve a larger task."""
+    return os.environ.get("RAP_LAB_PROGRESS") == "0" or multiprocessing.parent_process() is not None
 
 
 def say(message: str) -> None:
@@ -47,21 +49,23 @@ class Report(Protocol):
 
 @contextmanager
 def progress(what: str, total: float, unit: str, stream: TextIO | None = None) -> Iterator[Report]:
-    """Show progress of the task inside the ``with`` block.
+    """Show progress of the task inside the ``with`` block; inside another such block, and in its processes, nothing.
 
     Args:
         what: names the task, such as "replaying". total: its size, in units. unit: their name, such as "requests".
         stream: where to show it; stderr if None.
     """
+    global _shown
     stream = stream or sys.stderr
-    if is_off():
+    if is_off() or _shown:
         yield lambda done, note="": None
-    elif stream.isatty():
-        with _bar(what, total, unit, stream) as report:
+        return
+    _shown = True
+    try:
+        with (_bar if stream.isatty() else _lines)(what, total, unit, stream) as report:
             yield report
-    else:
-        with _lines(what, total, unit, stream) as report:
-            yield report
+    finally:
+        _shown = False
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,19 @@ import simpy
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from sim.cluster.cluster import Cluster, Replica
+from sim.cluster.cluster import Cluster, Phase, Replica
 from sim.cluster.outages import check_replicas
 from sim.compiled import cpu_clock
 from sim.config import build, one_thread, run_command, with_differences
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies import Fixed, Policy
+from sim.progress import progress
 from sim.replay.loop import decisions
-from sim.replay.run import about, build_engine, build_parts, build_trace
+from sim.replay.run import about, build_engine, build_parts, build_trace, simulated_progress_steps
 from sim.replay.variants import VariantsConfig, run_or_compare, variants
 from sim.results.metrics import Slo, merged_gaps, merged_iterations, met_slo, records_frame, summarise
+from sim.results.plots import ReplicaLine, plot_replicas
 from sim.results.records import Status
 from sim.results.report import Columns, print_summary
 from sim.results.run_folder import write_json, write_parquet, write_text
@@ -225,8 +228,10 @@ def events_frame(cluster: Cluster) -> pd.DataFrame:
 def run(cfg: DictConfig) -> tuple[Cluster, dict[str, Any]]:
     """Replay one configuration; return the cluster and its figures."""
     cluster = build_cluster(cfg)
-    with cpu_clock() as cpu_s:
-        cluster.run()
+    trace = cluster.trace
+    with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
+        steps = simulated_progress_steps(len(trace))
+        cluster.run(lambda _, routed: report(routed), trace.duration_s / steps if steps else math.inf)
         return cluster, cluster_figures(cluster, build(cfg.slo), cpu_s=cpu_s())
 
 
@@ -253,12 +258,32 @@ def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any
         write_parquet(folder / "records.parquet", cluster_frame(cluster, slo))
         write_parquet(folder / "events.parquet", events_frame(cluster))
         write_parquet(folder / "replicas.parquet", pd.DataFrame(summary["replicas"]))
+        if cfg.plot:
+            title = f"{label} on {len(cluster.replicas)} replicas"
+            plot_replicas(folder / "cluster.png", cluster.records(), replica_lines(cluster), slo, title)
         write_json(folder / "summary.json", summary)  # last: a folder with this file is complete
     finally:  # a full disk loses the files, not the figures
         print_summary(summary, f"{label}: {len(trace):,} requests on {len(cluster.replicas)} replicas")
         for row in summary["replicas"]:
             busy = "-" if row["busy_share"] is None else f"{100 * row['busy_share']:.1f} %"
             print(f"{row['name']}: {row['requests']} requests, busy {busy}, {row['moved_away']} moved away")
+
+
+def replica_lines(cluster: Cluster) -> dict[str, ReplicaLine]:
+    """Return what a figure shows of each replica: its iterations, and when it was down or loaded weights."""
+    names = [one.name for one in cluster.replicas]
+    served = [[one.engine.iterations() for one in cluster.engines() if one.replica == i] for i in range(len(names))]
+    away: dict[int, list[tuple[float, float]]] = {i: [] for i in range(len(names))}
+    since_s: dict[int, float] = {}
+    for event in cluster.events():
+        serves = event.phase in (Phase.SERVING, Phase.LEAVING)
+        if not serves:
+            since_s.setdefault(event.replica, event.time_s)
+        elif event.replica in since_s:
+            away[event.replica].append((since_s.pop(event.replica), event.time_s))
+    for i, from_s in since_s.items():
+        away[i].append((from_s, math.inf))
+    return {name: ReplicaLine(merged_iterations(served[i]), away[i]) for i, name in enumerate(names) if served[i]}
 
 
 def _quantile(values: Any, q: float) -> float | None:

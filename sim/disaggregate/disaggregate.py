@@ -198,8 +198,12 @@ class Disaggregated:
 
     # -- serving -------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Serve the full trace."""
+    def run(self, on_progress: Callable[[int], None] | None = None) -> None:
+        """Serve the full trace.
+
+        Args:
+            on_progress: called with the number of requests that have arrived.
+        """
         env, arrival_s = self.env, self.trace.arrival_s.tolist()
         while True:
             watched = self.prefill + [s for s in self.decode if s.arrived or self._ready]
@@ -221,6 +225,8 @@ class Disaggregated:
             while self._next < len(arrival_s) and arrival_s[self._next] <= now_s:
                 self._arrive(self._next, arrival_s[self._next])
                 self._next += 1
+                if on_progress is not None:
+                    on_progress(self._next)
             self._join_those_here(now_s)
             self._send_those_ready()
             self._step_to(now_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,19 @@ from sim.config import build, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, describe
 from sim.disaggregate.disaggregate import Disaggregated, StagedRecords, decode_side, transfer_reduction, with_prefill
+from sim.disaggregate.links import Link
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies import Fixed
-from sim.replay.run import build_engine, build_parts, build_trace, quality_of
+from sim.progress import progress
+from sim.replay.run import build_engine, build_parts, build_trace, quality_of, simulated_progress_steps
 from sim.replay.variants import VariantsConfig, run_or_compare
 from sim.results.metrics import Slo, distribution, merged_gaps, merged_iterations, records_frame, summarise
+from sim.results.plots import ReplicaLine, plot_replicas
 from sim.results.records import Records
 from sim.results.report import Columns, print_summary
 from sim.results.run_folder import write_json, write_parquet, write_text
+from sim.types import Floats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,16 +119,36 @@ def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disag
     )
 
 
-def _together(cfg: DictConfig) -> tuple[Records, Sequence[SimEngine]]:
-    """Serve with replicas that do both stages; return records and engines."""
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A system that has served its trace: records, engines by name, links, and CPU seconds without compilation."""
 
-    def make(env: simpy.Environment) -> tuple[SimEngine, Any]:
-        return build_engine(cfg, env=env, external_clock=True)
+    records: Records
+    engines: Mapping[str, SimEngine]
+    links: Sequence[Link]
+    cpu_s: float
 
-    replicas = [Replica(name=str(i), build=make) for i in range(int(cfg.decode_replicas))]
-    cluster = Cluster(build_trace(cfg), replicas, least_outstanding(), seed=cfg.seed)
-    cluster.run()
-    return cluster.records(), [served.engine for served in cluster.engines()]
+
+def serve(cfg: DictConfig) -> Served:
+    """Serve the trace of a configuration; with no prefill replicas, the decode replicas do both stages."""
+    trace = build_trace(cfg)
+    with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
+        if int(cfg.prefill_replicas) == 0:
+            replicas = [Replica(name=str(i), build=_both_stages(cfg)) for i in range(int(cfg.decode_replicas))]
+            cluster = Cluster(trace, replicas, least_outstanding(), seed=cfg.seed)
+            steps = simulated_progress_steps(len(trace))
+            cluster.run(lambda _, routed: report(routed), trace.duration_s / steps if steps else math.inf)
+            engines = {f"replica {i}": one.engine for i, one in enumerate(cluster.engines())}
+            return Served(cluster.records(), engines, (), cpu_s())
+        system = build_system(cfg)
+        system.run(report)
+        engines = {f"prefill {i}": one.engine for i, one in enumerate(system.prefill)}
+        engines |= {f"decode {i}": one.engine for i, one in enumerate(system.decode)}
+        return Served(system.records(), engines, system.links, cpu_s())
+
+
+def _both_stages(cfg: DictConfig) -> Callable[[simpy.Environment], tuple[SimEngine, Any]]:
+    return lambda env: build_engine(cfg, env=env, external_clock=True)
 
 
 NOTHING_SENT: dict[str, Any] = {
@@ -157,31 +182,29 @@ def perplexity_ratio(cfg: DictConfig, quality_nll: float | None) -> float | None
     return float(np.exp(quality_nll - quality.nll(dense_plan(build(cfg.model)))))
 
 
-def run(cfg: DictConfig) -> tuple[Records, dict[str, Any]]:
-    """Replay one configuration; return its records and figures."""
+def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
+    """Return the figures of a system that has served its trace, as in ``summary.json``."""
     plan, model = plan_of(cfg), build(cfg.model)
     extra = {"plan": describe(plan), **NOTHING_SENT}
-    with cpu_clock() as cpu_s:
-        if int(cfg.prefill_replicas) == 0:
-            records, engines = _together(cfg)
-        else:
-            system = build_system(cfg)
-            system.run()
-    if int(cfg.prefill_replicas) > 0:
-        engines = [side.engine for side in (*system.prefill, *system.decode)]
-        records = staged = system.records()
-        end_s = max(float(np.nanmax(staged.finish_s, initial=0.0)), 1e-9)
-        extra |= transfer_figures(staged, plan, model)
-        extra["link_busy_share"] = sum(link.busy_s for link in system.links) / (len(system.links) * end_s)
+    if isinstance(served.records, StagedRecords):
+        end_s = max(float(np.nanmax(served.records.finish_s, initial=0.0)), 1e-9)
+        extra |= transfer_figures(served.records, plan, model)
+        extra["link_busy_share"] = sum(link.busy_s for link in served.links) / (len(served.links) * end_s)
     summary = summarise(
-        records,
-        merged_iterations([engine.iterations() for engine in engines]),
-        merged_gaps([engine.token_gaps() for engine in engines]),
+        served.records,
+        merged_iterations([engine.iterations() for engine in served.engines.values()]),
+        merged_gaps([engine.token_gaps() for engine in served.engines.values()]),
         build(cfg.slo),
-        cpu_s=cpu_s(),
+        cpu_s=served.cpu_s,
     )
     summary["perplexity_ratio"] = perplexity_ratio(cfg, summary["quality_nll"])
-    return records, summary | extra
+    return summary | extra
+
+
+def run(cfg: DictConfig) -> tuple[Records, dict[str, Any]]:
+    """Replay one configuration; return its records and figures."""
+    served = serve(cfg)
+    return served.records, figures_of(cfg, served)
 
 
 def run_figures(cfg: DictConfig) -> dict[str, Any]:
@@ -195,14 +218,27 @@ def _disaggregate(cfg: DictConfig) -> None:
 
 def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any]) -> None:
     """Replay one configuration; write and print its results."""
-    records, summary = run(cfg)
+    served = serve(cfg)
+    records, summary, slo = served.records, figures_of(cfg, served), build(cfg.slo)
+    title = f"{label}: {cfg.prefill_replicas} prefill and {cfg.decode_replicas} decode replicas"
     try:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         write_json(folder / "provenance.json", made_by)
-        write_parquet(folder / "records.parquet", staged_frame(records, build(cfg.slo)))
+        write_parquet(folder / "records.parquet", staged_frame(records, slo))
+        if cfg.plot:
+            lines = {name: ReplicaLine(engine.iterations()) for name, engine in served.engines.items()}
+            plot_replicas(folder / "disaggregate.png", records, lines, slo, title, _transfers_s(records))
         write_json(folder / "summary.json", summary)  # last: a folder with this file is complete
     finally:  # a full disk loses the files, not the figures
-        print_staged(summary, f"{label}: {cfg.prefill_replicas} prefill and {cfg.decode_replicas} decode replicas")
+        print_staged(summary, title)
+
+
+def _transfers_s(records: Records) -> list[tuple[Floats, str]] | None:
+    """Return the waits for room and the transfers of KV, for a figure; None where nothing is sent."""
+    if not isinstance(records, StagedRecords):
+        return None
+    waits_s = np.column_stack([records.first_token_s, np.maximum(records.send_s, records.first_token_s)])
+    return [(np.column_stack([records.send_s, records.sent_s]), "under way"), (waits_s, "waiting for room")]
 
 
 def staged_frame(records: Records, slo: Slo) -> pd.DataFrame:

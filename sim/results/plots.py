@@ -113,21 +113,26 @@ def plot_replay(path: Path, records: Records, iterations: Iterations, slo: Slo, 
         axes[2].step(iterations.start_s, 100 * iterations.kv_used_share, where="post", color=COLORS[2], linewidth=0.8)
         axes[2].set_ylabel("KV blocks held [%]")
         axes[2].set_ylim(0, 105)
-        served, rejected = np.isfinite(records.first_token_s), records.status == Status.REJECTED
-        axes[3].scatter(records.arrival_s[served], records.ttft_s[served], s=3, label="a request, at its arrival")
-        if rejected.any():
-            zeros = np.zeros(rejected.sum())
-            axes[3].scatter(
-                records.arrival_s[rejected], zeros, s=12, marker="x", color=COLORS[1], label="rejected", clip_on=False
-            )
-        mark_slo(axes[3], slo.ttft_s)
-        axes[3].set_ylabel("TTFT [s]")
-        axes[3].set_ylim(bottom=0)
-        legend_above(axes[3])
+        _plot_ttft(axes[3], records, slo)
         if panels == 5:
             plot_budget(axes[4], budget, end_s)
         axes[-1].set_xlabel("time [s]")
         axes[-1].margins(x=0.01)
+
+
+def _plot_ttft(axis: Any, records: Records, slo: Slo) -> None:
+    """Draw the TTFT of each request at its arrival, the SLO, and rejected requests at 0."""
+    served, rejected = np.isfinite(records.first_token_s), records.status == Status.REJECTED
+    axis.scatter(records.arrival_s[served], records.ttft_s[served], s=3, label="a request, at its arrival")
+    if rejected.any():
+        zeros = np.zeros(rejected.sum())
+        axis.scatter(
+            records.arrival_s[rejected], zeros, s=12, marker="x", color=COLORS[1], label="rejected", clip_on=False
+        )
+    mark_slo(axis, slo.ttft_s)
+    axis.set_ylabel("TTFT [s]")
+    axis.set_ylim(bottom=0)
+    legend_above(axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +180,71 @@ def plot_comparison(path: Path, lines: Mapping[str, Line], slo: Slo, title: str,
         figure.legend(loc="outside lower center", ncols=4)
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaLine:
+    """One replica of a system: its iterations, and when it did not serve, as (start_s, end_s)."""
+
+    iterations: Iterations
+    away_s: Sequence[tuple[float, float]] = ()
+
+
+def plot_replicas(
+    path: Path,
+    records: Records,
+    replicas: Mapping[str, ReplicaLine],
+    slo: Slo,
+    title: str,
+    transfers_s: Sequence[tuple[Floats, str]] | None = None,
+) -> None:
+    """Write one PNG: requests and KV on every replica, when one was away, TTFT and, if any, KV transfers over time.
+
+    Args:
+        transfers_s: (start and end of each transfer as float64[n, 2] in seconds, label) of each kind of transfer.
+    """
+    ends_s = [float(one.iterations.end_s[-1]) for one in replicas.values() if len(one.iterations)]
+    end_s = max([1.0, *ends_s])
+    bin_s = max(1.0, math.ceil(end_s / 150))
+    panels = 3 if transfers_s is None else 4
+    with figure_file(path, panels, size=(10, 2.6 * panels), title=title, sharex=True) as (figure, axes):
+        for rank, (name, one) in enumerate(replicas.items()):
+            style, iterations = line_style(rank + 1), one.iterations
+            here = iterations.running + iterations.waiting
+            axes[0].plot(*most_per_bin(iterations.start_s, here, bin_s), label=name, **style)
+            axes[1].plot(*most_per_bin(iterations.start_s, 100 * iterations.kv_used_share, bin_s), **style)
+            for start_s, until_s in one.away_s:
+                for axis in axes[:2]:
+                    axis.axvspan(start_s, min(until_s, end_s), color=style["color"], alpha=0.15, linewidth=0)
+        axes[0].set_ylabel("requests, most")
+        axes[1].set_ylabel("KV blocks held,\nmost [%]")
+        axes[1].set_ylim(0, 105)
+        _plot_ttft(axes[2], records, slo)
+        if transfers_s is not None:
+            for (spans_s, label), style in zip(transfers_s, (line_style(1), line_style(2)), strict=False):
+                axes[3].plot(*most_per_bin(*under_way(spans_s), bin_s), label=label, **style)
+            axes[3].set_ylabel("KV transfers, most")
+            axes[3].set_ylim(bottom=0)
+            legend_above(axes[3])
+        if any(one.away_s for one in replicas.values()):
+            axes[0].fill_between([], [], color="0.6", alpha=0.4, label="shaded: does not serve")
+        axes[-1].set_xlabel("time [s]")
+        axes[-1].margins(x=0.01)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+
+
+def under_way(spans_s: Floats) -> tuple[Floats, Floats]:
+    """Return when the number of open spans changes, and the number from then on.
+
+    Args:
+        spans_s: float64[n, 2], start and end of each; those that did not begin or end (NaN), or took no time, count
+            nothing.
+    """
+    spans_s = spans_s[np.isfinite(spans_s).all(axis=1) & (spans_s[:, 1] > spans_s[:, 0])]
+    times_s = np.concatenate([spans_s[:, 0], spans_s[:, 1]])
+    steps = np.repeat([1.0, -1.0], len(spans_s))
+    order = np.argsort(times_s, kind="stable")
+    return times_s[order], np.cumsum(steps[order])
+
+
 def worst_per_bin(time_s: Floats, values: NDArray[Any], bin_s: float) -> tuple[Floats, Floats]:
     """Return the start of each bin of time that has values, and the largest value in it."""
     bins = np.floor(time_s / bin_s)
@@ -182,3 +252,14 @@ def worst_per_bin(time_s: Floats, values: NDArray[Any], bin_s: float) -> tuple[F
     found, first = np.unique(bins[order], return_index=True)
     worst = np.maximum.reduceat(np.asarray(values, dtype=np.float64)[order], first) if len(first) else np.empty(0)
     return found * bin_s, worst
+
+
+def most_per_bin(time_s: Floats, values: NDArray[Any], bin_s: float) -> tuple[Floats, Floats]:
+    """Return the start of each bin of time up to the last value, and the largest value in it; 0 if it has none."""
+    starts_s, worst = worst_per_bin(time_s, values, bin_s)
+    if not len(starts_s):
+        return starts_s, worst
+    all_s = np.arange(0.0, starts_s[-1] + 1.5 * bin_s, bin_s)
+    most = np.zeros(len(all_s))
+    most[np.rint(starts_s / bin_s).astype(np.int64)] = worst
+    return all_s, most

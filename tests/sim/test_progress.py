@@ -47,6 +47,16 @@ def test_a_long_task_without_a_terminal_prints_lines_also_while_nothing_ends(mon
     assert stream.getvalue() == printed  # nothing comes after the task
 
 
+def test_a_task_inside_another_prints_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.01)
+    stream = io.StringIO()
+    outer = progress.progress("sweeping", 4, "runs", stream)
+    with outer, progress.progress("replaying", 4, "requests", stream) as report:
+        report(1)
+        wait_for(stream, "sweeping: 0 of 4 runs")
+    assert "replaying" not in stream.getvalue()
+
+
 def test_a_short_task_prints_nothing() -> None:
     stream = io.StringIO()
     with progress.progress("scoring", 4, "plans", stream) as report:

@@ -9,7 +9,6 @@ always with Numba.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -49,8 +48,7 @@ def prepare() -> None:
     """Fill the compile cache if it is empty; called before the kernel first runs in a process."""
     if not is_cold():
         return
-    if multiprocessing.parent_process() is None:
-        say("compiling the engine, once on this machine: about 15 s")
+    say("compiling the engine, once on this machine: about 15 s")
     if cores() < 2:
         return
     with alone():

@@ -124,7 +124,9 @@ def test_a_run_that_lacks_a_setting_names_it(tmp_path: Path, changed: dict[str, 
         read_run(write_run(tmp_path, **changed))
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"[1]\n"), gzip.compress(b"[" * 100_000)])
+@pytest.mark.parametrize(
+    "content", [b"", b"no gzip", gzip.compress(b"[1]\n", mtime=0), gzip.compress(b"[" * 100_000, mtime=0)]
+)
 def test_requests_that_cannot_be_read_are_one_line(tmp_path: Path, content: bytes) -> None:
     (write_run(tmp_path) / "requests.jsonl.gz").write_bytes(content)
     with pytest.raises(CalibrationError, match=r"requests\.jsonl\.gz"):

@@ -13,7 +13,16 @@ from PIL import Image
 from sim.engine.sim_engine import SimEngine
 from sim.results import plots
 from sim.results.metrics import Slo
-from sim.results.plots import Line, plot_comparison, plot_replay, worst_per_bin
+from sim.results.plots import (
+    Line,
+    ReplicaLine,
+    most_per_bin,
+    plot_comparison,
+    plot_replay,
+    plot_replicas,
+    under_way,
+    worst_per_bin,
+)
 from tests.sim.serving import requests, tiny_engine
 
 MOVING = ((0.0, 2 * 10**9), (3.0, 10**9))
@@ -110,3 +119,32 @@ def test_the_figure_shows_the_worst_value_of_each_bin_and_none_where_there_is_no
     starts_s, worst = worst_per_bin(np.array([0.5, 3.0, 0.1, 9.9]), np.array([1, 5, 2, 4]), 2.0)
     assert (starts_s.tolist(), worst.tolist()) == ([0.0, 2.0, 8.0], [2.0, 5.0, 4.0])
     assert all(len(column) == 0 for column in worst_per_bin(np.empty(0), np.empty(0), 2.0))
+
+
+def test_a_replica_without_iterations_in_a_bin_has_no_requests_there() -> None:
+    starts_s, most = most_per_bin(np.array([0.5, 1.0, 7.0]), np.array([3, 5, 2]), 2.0)
+    assert (starts_s.tolist(), most.tolist()) == ([0.0, 2.0, 4.0, 6.0, 8.0], [5.0, 0.0, 0.0, 2.0, 0.0])
+    assert all(len(column) == 0 for column in most_per_bin(np.empty(0), np.empty(0), 2.0))
+
+
+def test_spans_under_way_are_counted_between_their_ends() -> None:
+    spans_s = np.array([[0.0, 2.0], [1.0, 3.0], [2.5, 2.5], [2.0, math.nan]])
+    times_s, number = under_way(spans_s)
+    assert (times_s.tolist(), number.tolist()) == ([0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 1.0, 0.0])
+
+
+def test_the_figure_of_replicas_shades_when_one_is_away_and_counts_transfers(
+    tmp_path: Path, figures: list[Any]
+) -> None:
+    engine = served((0.0, 8, 4), (1.0, 8, 4))
+    replicas = {
+        "a": ReplicaLine(engine.iterations(), [(2.0, math.inf)]),
+        "b": ReplicaLine(served().iterations()),
+    }
+    arguments = (engine.records(), replicas, Slo(ttft_s=2.0), "two replicas")
+    plot_replicas(tmp_path / "cluster.png", *arguments)
+    plot_replicas(tmp_path / "disaggregate.png", *arguments, [(np.array([[0.0, 3.0]]), "under way")])
+    assert [len(figure.axes) for figure in figures] == [3, 4]
+    assert len(figures[0].axes[0].patches) == 1
+    assert figures[1].axes[3].lines[0].get_ydata().max() == 1.0
+    assert [legends_over_data(figure) for figure in figures] == [[], []]
