@@ -225,3 +225,16 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_runs() -> None:
 
     with pytest.raises(ConfigError, match="token 500"):
         read_prompts(__file__, tokenizer, 97, seed=0)
+
+
+@pytest.mark.parametrize("rows", ["0,5,4", "0,5,4\n0,6,3", "0,5,4\n0.0001,6,3"])
+def test_a_trace_whose_requests_arrive_at_once_is_replayed_to_its_end(tmp_path: Path, rows: str) -> None:
+    import hw.replay.run
+    from tests.commands import exit_status
+    from tests.soak.tiny_checkpoint import overrides, write_checkpoint
+
+    (tmp_path / "trace.csv").write_text(f"arrival_s,prompt_tokens,output_tokens\n{rows}\n")
+    model = overrides(write_checkpoint(tmp_path / "checkpoint"))
+    arguments = ["trace=file", f"trace.path={tmp_path / 'trace.csv'}", "hw.text=null", "budget.blocks=96", *model]
+    assert exit_status(hw.replay.run.main, *arguments, f"hydra.run.dir={tmp_path / 'run'}") == 0
+    assert (pd.read_parquet(tmp_path / "run" / "records.parquet").status == "finished").all()
