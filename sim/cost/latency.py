@@ -76,6 +76,8 @@ MOST_COUNT = 100_000_000
 """The largest number on an axis: curves are laid out at every count, so a limit protects the memory."""
 MHA, FFN = 0, 1
 MHA_BOTH, MHA_PREFILL_ONLY, FFN_BOTH, FFN_PREFILL_ONLY = range(4)
+MOST_BY_COUNT = 2**20
+"""Last count of a curve, which is laid out for every count up to it."""
 MOST_S = 1e6
 """Largest entry of a table, eleven days; sums and products of larger ones could leave the range of a float."""
 TILE_TOKENS = 128
@@ -713,6 +715,8 @@ class _Packer:
         """Lay out a curve at every integer count up to the grid's last, and its slope above."""
         values = self.seconds(microseconds, name, grid.shape)
         last = int(grid[-1])
+        if last > MOST_BY_COUNT:
+            raise CalibrationError(f"{self.origin}: {name} reaches {last:,}; a curve may reach {MOST_BY_COUNT:,}")
         both = np.concatenate([grid, values])
         by_count = [0.0] + [interp1(both, 0, len(grid), len(grid), float(x)) for x in range(1, last + 1)]
         slope = (values[-1] - values[-2]) / (grid[-1] - grid[-2])

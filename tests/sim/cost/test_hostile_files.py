@@ -94,6 +94,13 @@ def test_a_speed_of_copies_that_is_not_finite_is_refused(rate: float, slowdown: 
         calibration_from_dict(content)
 
 
+def test_a_curve_over_more_counts_than_can_be_laid_out_is_refused() -> None:
+    content = json.loads((CALIBRATIONS / "llama2_7b_h100.json").read_text(encoding="utf-8"))
+    content["tables"]["sequences"][-1] = 10**8
+    with pytest.raises(CalibrationError, match="a curve may reach"):
+        calibration_from_dict(content)
+
+
 def test_an_endless_duration_is_refused() -> None:
     content = json.loads((CALIBRATIONS / "llama2_7b_h100.json").read_text(encoding="utf-8"))
     with pytest.raises(CalibrationError, match="fixed_us must hold 1 microseconds"):
