@@ -40,6 +40,7 @@ def page(folder: Path) -> str:
         total=sum(piece["inputs"] for piece in inputs["slices"].values()),
         input_faults=sum(len(piece["faults"]) for piece in inputs["slices"].values()),
         inputs_made=_made(inputs["slices"]),
+        note=inputs.get("note", ""),
         kills=kill_table(kills),
         kill_count=sum(one["kills"] for one in kills["scenarios"].values()),
         kills_made=_made(kills["scenarios"]),
@@ -95,7 +96,7 @@ def kill_table(kills: Mapping[str, Any]) -> str:
             "before any file": one["before_any_file"],
             "half-written": sum(fault["what"] == "half-written" for fault in one["faults"]),
             "equal afterwards": one["equal_to_the_end"],
-            "equal to the checkpoint": one["equal"] if name == "agents.train" else None,
+            "equal to the checkpoint": f"{one['equal']}" if name == "agents.train" else None,
             "temporary files left": one["leftovers"],
         }
         for name, one in kills["scenarios"].items()
