@@ -213,6 +213,11 @@ def simulated_progress_steps(requests: int) -> int:
     return min(200, requests // 20_000)
 
 
+def progress_period_s(trace: Trace, steps: int) -> float:
+    """Return the seconds of a trace between two reports of progress; at least 1, for a trace may arrive all at once."""
+    return max(trace.duration_s / steps, 1.0) if steps else math.inf
+
+
 def run_replay(
     cfg: DictConfig,
     build_engine: Callable[[DictConfig], tuple[RecordingEngine, Policy]] = build_engine,
@@ -237,7 +242,7 @@ def run_replay(
             def on_progress(time_s: float, done: int) -> None:
                 report(done, f"at {min(time_s, trace.duration_s):,.0f} s of the trace")
 
-            progress_s = trace.duration_s / steps if (steps := progress_steps(len(trace))) else math.inf
+            progress_s = progress_period_s(trace, progress_steps(len(trace)))
             replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen, on_progress, progress_s)
     except KeyboardInterrupt:
         interrupted = True
