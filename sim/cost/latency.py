@@ -76,6 +76,8 @@ MOST_COUNT = 100_000_000
 """The largest number on an axis: curves are laid out at every count, so a limit protects the memory."""
 MHA, FFN = 0, 1
 MHA_BOTH, MHA_PREFILL_ONLY, FFN_BOTH, FFN_PREFILL_ONLY = range(4)
+MOST_S = 1e6
+"""Largest entry of a table, eleven days; sums and products of larger ones could leave the range of a float."""
 TILE_TOKENS = 128
 """Query tokens per attention work item (FlashAttention's query block at head size 128)."""
 
@@ -428,10 +430,10 @@ class CopySpeed:
     source: str
 
     def __post_init__(self) -> None:
-        if not (self.host_to_device_bytes_per_s > 0 and self.slowdown >= 0):
+        if not (0 < self.host_to_device_bytes_per_s < math.inf and 0 <= self.slowdown < math.inf):
             raise CalibrationError(
                 f"{self.source}: host_to_device_bytes_per_s is {self.host_to_device_bytes_per_s} and copy_slowdown "
-                f"{self.slowdown}; the first must be above 0, the second at least 0"
+                f"{self.slowdown}; the first must be above 0, the second at least 0, both finite"
             )
 
 
@@ -700,8 +702,11 @@ class _Packer:
     def seconds(self, microseconds: Any, name: str, shape: tuple[int, ...]) -> Floats:
         """Return a checked table, converted from microseconds to seconds."""
         table = np.asarray(microseconds, dtype=np.float64) * 1e-6
-        if table.shape != shape or not np.all(np.isfinite(table)) or np.any(table < 0):
-            raise CalibrationError(f"{self.origin}: {name} must hold {' x '.join(map(str, shape))} microseconds >= 0")
+        if table.shape != shape or not np.all((table >= 0) & (table <= MOST_S)):
+            raise CalibrationError(
+                f"{self.origin}: {name} must hold {' x '.join(map(str, shape))} microseconds >= 0, at most "
+                f"{1e6 * MOST_S:g}"
+            )
         return table
 
     def curve(self, slot: int, grid: Floats, microseconds: Any, name: str) -> None:
@@ -749,12 +754,14 @@ def _tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
         lengths = []
         for i, key in enumerate(("prefill_tokens", "prefix", "batch", "context")):
             grid = pack.axis(shared[key], f"shared_attention.{key}")
+            if key != "prefix" and grid[0] == 0:
+                raise CalibrationError(f"{origin}: axis shared_attention.{key} must start above 0")
             # The residual is linear in the logarithms of its axes; log1p, because a prefix may be 0.
             logs = np.log1p(grid) if key == "prefix" else np.log(grid)
             pack.layout[RESIDUAL + 2 * i : RESIDUAL + 2 * i + 2] = pack.put(logs), len(grid)
             lengths.append(len(grid))
         residual = np.asarray(shared["residual"], dtype=np.float64)
-        if residual.shape != (int(np.prod(lengths)),) or not np.all(np.isfinite(residual) & (residual > 0)):
+        if residual.shape != (int(np.prod(lengths)),) or not np.all((residual > 0) & (residual <= MOST_S)):
             raise CalibrationError(f"{origin}: shared_attention.residual must hold {np.prod(lengths)} positive ratios")
         pack.layout[RESIDUAL + 8] = pack.put(residual)
     return pack.tables()

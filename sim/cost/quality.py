@@ -55,6 +55,11 @@ BEST_FORM = "warped"
 PAIRS, OTHERS = 5, 5
 """How many coefficients a fit has for pairs of blocks, and for precision and cut KV."""
 
+MOST_NLL = 100.0
+MOST_PERPLEXITY = 1e9
+MOST_COEFFICIENT = 1e6
+"""Bounds on what a file may hold, so that no prediction leaves the range of a float; measured values are far below."""
+
 KV_ALONE_TOKENS = 36
 """Tokens kept in the plans that cut one layer's KV alone: the first 4 and the last 32."""
 
@@ -366,11 +371,13 @@ class FittedQuality:
         arrays = {"blocks": 2 * layers, "root": 2 * layers, "pairs": PAIRS, "others": OTHERS}
         for key, count in arrays.items():
             found = getattr(self, key)
-            if found.shape != (count,) or not np.isfinite(found).all():
-                raise ValueError(f"{key} must hold {count} finite numbers")
+            if found.shape != (count,) or not (np.abs(found) <= MOST_COEFFICIENT).all():
+                raise ValueError(f"{key} must hold {count} finite numbers, none above {MOST_COEFFICIENT:g}")
         numbers = (self.dense_nll, self.curve, self.stage_share, self.max_loss, *self.kv)
-        if not layers or not np.isfinite(numbers).all() or not self.max_loss > 0:
-            raise ValueError("a coefficient is not a finite number")
+        if not layers or not (np.abs(numbers) <= MOST_COEFFICIENT).all() or not 0 < self.max_loss <= MOST_NLL:
+            raise ValueError("a coefficient is not a finite number, or too large")
+        if not 0 <= self.stage_share <= 1 or not 0 <= self.dense_nll <= MOST_NLL:
+            raise ValueError(f"stage_share {self.stage_share} or dense_nll {self.dense_nll} is out of range")
 
 
 def _range_from_json(value: Mapping[str, Any]) -> FittedRange:
@@ -423,6 +430,27 @@ class PublishedQuality:
             raise CalibrationError(f"quality of {self.model.name}: w4 needs rising layer counts and one value each")
         if not self.dense_perplexity > 1:
             raise CalibrationError(f"quality of {self.model.name}: dense_perplexity is {self.dense_perplexity}")
+        if self.w4_layers and self.w4_layers[-1] > self.model.num_layers:
+            raise CalibrationError(
+                f"quality of {self.model.name}: w4 counts {self.w4_layers[-1]} layers; the model has "
+                f"{self.model.num_layers}"
+            )
+        for point in self.points:
+            self._check_point(point)
+
+    def _check_point(self, point: PublishedPoint) -> None:
+        """Check that a point drops blocks of the model and loses by it: the power law takes logarithms of both."""
+        layers, most = sorted({*point.drop_mha, *point.drop_ffn}), self.model.num_layers - 1
+        if not layers or not 0 <= layers[0] <= layers[-1] <= most:
+            raise CalibrationError(
+                f"quality of {self.model.name}: the point of {point.source!r} drops blocks of layers {layers}; it must "
+                f"drop some of layers 0 to {most}"
+            )
+        if not point.perplexity > self.dense_perplexity:
+            raise CalibrationError(
+                f"quality of {self.model.name}: the point of {point.source!r} has perplexity {point.perplexity}; it "
+                f"must be above that of dense, {self.dense_perplexity}"
+            )
 
     def power_law(self) -> tuple[float, float]:
         """Return a and p of the power law of pruning.
@@ -593,10 +621,11 @@ def read_published(path: Path) -> PublishedQuality:
         )
     except RapLabError:
         raise
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError, AssertionError) as error:
+        # OmegaConf asserts that a file holds no quoted text alone.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CalibrationError(f"{path} cannot be read as YAML: {reason}; compare it with its neighbors") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CalibrationError(f"{path} lacks or misstates {' '.join(str(error).split())[:300]}") from error
 
 
@@ -608,6 +637,6 @@ def _layers(value: Any) -> tuple[int, ...]:
 
 def _perplexity(value: Any) -> float:
     found = float(value)
-    if not (math.isfinite(found) and found > 1.0):
-        raise ValueError(f"a perplexity: {value!r:.80} is not a number above 1")
+    if not 1.0 < found <= MOST_PERPLEXITY:
+        raise ValueError(f"a perplexity: {value!r:.80} is not a number above 1, at most {MOST_PERPLEXITY:g}")
     return found

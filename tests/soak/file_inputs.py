@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from sim.config import CONF_DIR
 from sim.cost.latency import load_calibration
 from sim.cost.model_spec import model_from_hf_config
-from sim.cost.plan import dense_plan
+from sim.cost.plan import dense_plan, drop, with_mask
 from sim.cost.quality import fitted_path, read_fitted, read_published, table_hash
 from tests.hw.serving import flat_latency_content
 from tests.sim.serving import TINY
@@ -157,7 +157,8 @@ class Files:
     def _read_fitted(self, path: Path) -> None:
         path.replace(fitted_path(self._table))
         quality = read_fitted(self._table)
-        _finite(quality.nll(dense_plan(TINY)))
+        _finite(quality.perplexity(dense_plan(TINY)))
+        _finite(quality.perplexity(with_mask(dense_plan(TINY), drop(TINY, mha=[1], ffn=[0]))))
 
     def close(self) -> None:
         """Nothing runs."""
@@ -179,7 +180,10 @@ def _read_calibration(path: Path) -> None:
 
 def _read_published(path: Path) -> None:
     quality = read_published(path)
-    _finite(quality.nll(dense_plan(quality.model)))
+    dense = dense_plan(quality.model)
+    _finite(quality.nll(dense))
+    if quality.model.num_layers > 1 and len(quality.points) > 1:
+        _finite(quality.nll(with_mask(dense, drop(quality.model, mha=[1], ffn=[0]))))
 
 
 def _finite(value: float) -> None:

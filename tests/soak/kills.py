@@ -18,6 +18,8 @@ from tests.warm_up import main as warm_up
 
 CLOCKS = ("cpu_seconds", "earlier_cpu_seconds", "seconds", "sample_seconds", "learn_seconds", "date", "command")
 """Keys of results that state how and how fast they were made; a run that was continued states another command."""
+REFUSED = "already holds"
+"""In the message of a command whose folder has a complete run."""
 WORDS = "the keeper counts the ships that pass in the night and writes each of them down "
 
 
@@ -192,12 +194,14 @@ def _one(
 
 
 def _again(scenario: Scenario, place: Path, printed: Path, found: Count) -> bool:
-    """Run the command again; return whether it ended well. A run that was complete when it was killed is refused."""
+    """Run the command again; return whether it ended well.
+
+    A run, or a job of a sweep, that was complete when it was killed is refused.
+    """
     child = start(scenario.module, scenario.command(place, *scenario.again), printed)
     if child.wait() == 0:
         return True
-    complete = (place / "summary.json").exists()
-    if complete and child.status == 2 and "Traceback" not in child.text():
+    if child.status in (1, 2) and REFUSED in child.text() and "Traceback" not in child.text():
         found.complete_already += 1
         return True
     found.faults.append({"what": "does not run again", "status": child.status, "printed": child.text()[-800:]})

@@ -115,5 +115,6 @@ def _total(cell: Any) -> float:
     """Return the sum of a list of seconds, NaN for anything else."""
     if not isinstance(cell, list) or any(isinstance(gap, bool) or not isinstance(gap, int | float) for gap in cell):
         return math.nan
-    total = sum(cell) if all(gap >= 0 for gap in cell) else math.nan
-    return float(total) if not total > MAX_ARRIVAL_S else math.inf
+    if not all(gap >= 0 for gap in cell):
+        return math.nan
+    return math.inf if any(gap > MAX_ARRIVAL_S for gap in cell) else float(sum(cell))

@@ -86,6 +86,20 @@ def test_an_axis_that_would_fill_the_memory_is_refused() -> None:
         calibration_from_dict(content)
 
 
+@pytest.mark.parametrize(("rate", "slowdown"), [(math.inf, 0.1), (1e10, math.inf), (math.nan, 0.1), (0.0, 0.1)])
+def test_a_speed_of_copies_that_is_not_finite_is_refused(rate: float, slowdown: float) -> None:
+    content = json.loads((CALIBRATIONS / "llama2_7b_h100.json").read_text(encoding="utf-8"))
+    content["device_run"] = {"host_to_device_bytes_per_s": rate, "copy_slowdown": slowdown}
+    with pytest.raises(CalibrationError, match="both finite"):
+        calibration_from_dict(content)
+
+
+def test_an_endless_duration_is_refused() -> None:
+    content = json.loads((CALIBRATIONS / "llama2_7b_h100.json").read_text(encoding="utf-8"))
+    with pytest.raises(CalibrationError, match="fixed_us must hold 1 microseconds"):
+        calibration_from_dict(content | {"fixed_us": 1e300})
+
+
 def test_coefficients_with_any_wrong_value_are_read_or_refused(tmp_path: Path) -> None:
     (tmp_path / "fitted").mkdir()
     table = tmp_path / "smollm2_135m.json"
@@ -106,11 +120,14 @@ def test_coefficients_with_any_wrong_value_are_read_or_refused(tmp_path: Path) -
         ("max_loss", -1.0),
         ("dense_nll", math.nan),
         ("pairs", 3),
+        ("blocks", [1e308] * 60),
+        ("stage_share", 3.0),
+        ("dense_nll", 1e5),
     ],
 )
 def test_coefficients_of_the_wrong_number_or_kind_are_refused(key: str, value: Any) -> None:
     content = json.loads(fitted_path(QUALITIES / "smollm2_135m.json").read_text(encoding="utf-8"))["fits"][0]
-    with pytest.raises(ValueError, match=r"must hold|not a finite number"):
+    with pytest.raises(ValueError, match=r"must hold|not a finite number|out of range"):
         FittedQuality.from_json("mine", content | {key: value})
 
 
@@ -122,11 +139,17 @@ PUBLISHED = (QUALITIES / "llama2_7b_published.yaml").read_text(encoding="utf-8")
     [
         "",
         "3",
+        '"0"',
         "a: [",
         "[" * 5000,
         "\udcff",
         PUBLISHED.replace("9.02", "nan"),
         PUBLISHED.replace("9.02", "0.5"),
+        PUBLISHED.replace("9.02", "5.0"),  # below dense
+        PUBLISHED.replace("9.02", "1e300"),
+        PUBLISHED.replace("9.02", "9" * 400),
+        PUBLISHED.replace("[13, 22, 24, 27]", "[13, 99]"),
+        PUBLISHED.replace("layers: [0, 1, 2, 4, 8, 16, 32]", "layers: [0, 1, 2, 4, 8, 16, 33]"),
         PUBLISHED.replace("dense_perplexity: 5.472", "dense_perplexity: many"),
         PUBLISHED.replace("[13, 22, 24, 27]", "13"),
         PUBLISHED.replace("[13, 22, 24, 27]", "[x]"),

@@ -73,6 +73,6 @@ def test_a_benchmark_with_a_duration_that_is_no_time_is_read_without_it(tmp_path
 
 
 def test_latencies_beyond_any_float_end_after_the_benchmark(tmp_path: Path) -> None:
-    (tmp_path / "bench.json").write_text(json.dumps({**BENCH, "itls": [[10**400], [0.02]]}))
+    (tmp_path / "bench.json").write_text(json.dumps({**BENCH, "itls": [[0.5, 10**400], [0.02]]}))
     with pytest.raises(TraceError, match="ends after the benchmark"):
         read_vllm_bench(tmp_path / "bench.json")
