@@ -17,7 +17,7 @@ CLOCK_MONOTONIC, which both processes read.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ from sim.cost.plan import Plan
 from sim.disaggregate.disaggregate import kv_bytes_sent
 from sim.engine.block_table import BlockTable
 from sim.engine.protocol import Request
-from sim.traces.trace import Trace
+from sim.traces.trace import MAX_ARRIVAL_S, Trace
 
 LOOK_S = 0.02
 """How long an idle side sleeps at most, if nothing wakes it."""
@@ -408,7 +408,11 @@ def _check_numbers(handover: Handover) -> None:
     if not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError("a count is not a whole number from 0")
     times_s = (request.arrival_s, handover.admitted_s, handover.first_token_s)
-    if not all(type(time_s) in (int, float) and math.isfinite(time_s) for time_s in times_s):
+    # Compared, not converted: JSON allows whole numbers beyond any float.
+    if not all(type(time_s) in (int, float) and abs(time_s) <= MAX_ARRIVAL_S for time_s in times_s):
         raise ValueError("a time is not a finite number")
-    if type(handover.nll_sum) not in (int, float):
+    if request.arrival_s < 0:
+        raise ValueError("an arrival is before 0")
+    loss = handover.nll_sum  # NaN where it is unknown
+    if type(loss) not in (int, float) or not (abs(loss) <= sys.float_info.max or loss != loss):
         raise ValueError("the loss is not a number")

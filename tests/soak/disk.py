@@ -156,5 +156,6 @@ def _judge(
     has_begun = (folder / "provenance.json").exists() and (folder / "config.yaml").exists()
     if command.figure and has_begun and command.figure not in printed:
         fault("figures are lost", printed[-600:])
-    found.after_figures += has_begun
-    found.at_once += not has_begun
+    figures = bool(command.figure) and command.figure in printed
+    found.after_figures += figures
+    found.at_once += not figures

@@ -88,7 +88,7 @@ def scenarios(files: Path) -> list[Scenario]:
 def rows_of_the_checkpoint(folder: Path) -> Callable[[str], bool]:
     """Return whether a result is a row of progress.csv up to the last checkpoint.
 
-    RLlib's checkpoints hold no state of environments, so a resumed training goes on with other episodes.
+    Whether all later rows are equal too is counted, not required.
     """
     reached = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["iteration"]
     rows = {str(number) for number in range(int(reached) + 1)}

@@ -94,7 +94,8 @@ def kill_table(kills: Mapping[str, Any]) -> str:
             "kills": one["kills"],
             "before any file": one["before_any_file"],
             "half-written": sum(fault["what"] == "half-written" for fault in one["faults"]),
-            "equal afterwards": one["equal"],
+            "equal afterwards": one["equal_to_the_end"],
+            "equal to the checkpoint": one["equal"] if name == "agents.train" else None,
             "temporary files left": one["leftovers"],
         }
         for name, one in kills["scenarios"].items()
@@ -138,8 +139,7 @@ def disk_table(disk: Mapping[str, Any]) -> str:
         {
             "command": f"`{name}`",
             "limits tried": one["runs"],
-            "failed at once": one["at_once"],
-            "failed after printing the figures": one["after_figures"],
+            "refused in one line": one["runs"] - one["complete"],
             "wrote everything": one["complete"],
             "half-written": one["half_written"],
             "faults": len(one["faults"]),

@@ -270,6 +270,8 @@ def test_an_offer_that_is_no_prompt_of_the_model_is_refused() -> None:
     numbers += [{"tokens": [1, 2, value]} for value in (True, 1.0, "1", nan)]
     numbers += [{name: value} for name in ("admitted_s", "first_token_s") for value in (nan, inf, "0", None, True)]
     numbers += [{"request": {**request, "request_id": value}} for value in ([], "0", -1, nan)]
+    numbers += [{"admitted_s": 10**400}, {"nll_sum": 10**400}, {"nll_sum": inf}]
+    numbers += [{"request": {**request, "arrival_s": value}} for value in (-0.5, 10**400)]
     numbers += [{"request": {**request, "arrival_s": nan}}, {"nll_sum": "0"}, {"tokens": 3}, {"unknown": 1}]
     for wrong in numbers:
         with pytest.raises(LinkError, match="cannot be read"):
