@@ -80,8 +80,8 @@ def data() -> Path:
 def handlers_stay_open() -> Iterator[None]:
     """Let a command that runs inside a test leave the logging handlers open.
 
-    Hydra sets up logging, which closes the handlers that exist, and with them the stderr of a test: absl's handler, which
-    Ray and RLlib make, closes the stream that it was made with.
+    Hydra sets up logging, which closes the handlers that exist, and with them the stderr of a test: absl's handler,
+    which Ray and RLlib make, closes the stream that it was made with.
     """
     with patch("logging.config._clearExistingHandlers"):
         yield
