@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from unittest.mock import patch
 
 from hydra.core.global_hydra import GlobalHydra
 
@@ -17,10 +16,7 @@ def exit_status(main: Callable[[], None], *arguments: str) -> int:
     sys.argv = [main.__module__, *arguments]
     GlobalHydra.instance().clear()
     try:
-        # Hydra sets up logging, which closes the handlers that exist, and with them the stderr of a test: absl's
-        # handler, which Ray and RLlib make, closes the stream that it was made with.
-        with patch("logging.config._clearExistingHandlers"):
-            main()
+        main()
     except SystemExit as end:
         return int(end.code or 0)
     finally:

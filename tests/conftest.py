@@ -9,7 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
@@ -72,3 +74,14 @@ def data() -> Path:
             f"no request traces at {folder}; set {DATA_VARIABLE} to a folder that holds traces/ and calibration/"
         )
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def handlers_stay_open() -> Iterator[None]:
+    """Let a command that runs inside a test leave the logging handlers open.
+
+    Hydra sets up logging, which closes the handlers that exist, and with them the stderr of a test: absl's handler,
+    which Ray and RLlib make, closes the stream that it was made with.
+    """
+    with patch("logging.config._clearExistingHandlers"):
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -47,7 +48,7 @@ MAINS = {
     "agents.train": "agents.training.train:main",
     "agents.tune": "agents.training.tune:main",
 }
-NOT_OURS = ("tests.frozen.runs",)
+NOT_OURS = ("tests.frozen.runs", "tests.soak")
 """Started by hand, not configured by Hydra."""
 OTHER_LINES = {"make demo", "pip install -c constraints.txt -e ."}
 """Not run here. ``make demo`` is ``python -m sim.compare workers=2``. Lines of curl: tests/hw/serve."""
@@ -60,6 +61,8 @@ ELSEWHERE = {
     r"ray\.address=|executor=ray": "needs a Ray cluster: tests/agents/training/test_ray_cluster.py",
     r"hw\.device=cuda|gpu=h100_80gb clock=wall|checkpoint=FOLDER": "needs a GPU or a checkpoint",
     r"hw\.client": "needs a server: tests/hw/client, tests/hw/serve",
+    r"hw\.compare": "needs a real run: tests/hw/validate/test_compare.py",
+    r"hw\.fidelity run=FOLDER": "needs the published run of another server: tests/hw/validate/test_fidelity.py",
     r"hw\.serve": "serves until it is stopped: tests/hw/serve",
     r"hw\.validate(?! page=only)": "runs the complete suite: tests/hw/validate",
     r"hw\.calibrate source=device": "measures for minutes: tests/hw/calibrate/test_device.py",
@@ -73,6 +76,8 @@ SLOW = (
     r"|experiment=(pdtrim_transfer|prefix_caching|cluster_scale)"
 )
 """Lines that take more than seconds: a real model, a training, a search."""
+LEARNED = {f"learned_serve_llama2.{end}": f"mine.{end}" for end in ("json", "safetensors")}
+"""Files of a shipped policy, and the names that the pages give to one's own."""
 CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true, start_s: 0, duration_s: 20}]"
 """The first seconds of a trace file."""
 
@@ -134,7 +139,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Enter a folder that holds what the lines name: a trace, and the policy that the README shows."""
     monkeypatch.chdir(tmp_path)
-    Path("my.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,100,20\n0.5,200,10\n")
+    Path("my.csv").write_text(
+        "arrival_s,prompt_tokens,output_tokens,ts,in_tokens,out_tokens\n0,100,20,0,100,20\n0.5,200,10,500,200,10\n"
+    )
+    shutil.copytree(REPOSITORY / "conf" / "policy", "policies", ignore=lambda _, names: set(names) - set(LEARNED))
+    for name, shipped in LEARNED.items():
+        Path("policies", name).rename(Path("policies", shipped))
+    result = {"completed": 2, "input_lens": [10, 20], "output_lens": [5, 6], "start_times": [100.0, 101.0]}
+    Path("result.json").write_text(
+        json.dumps(result | {"ttfts": [0.1, 0.2], "itls": [[0.01], [0.02]], "errors": ["", ""]})
+    )
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     Path("mine/policy").mkdir(parents=True)
     code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[1]

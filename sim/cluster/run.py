@@ -22,7 +22,7 @@ from sim.errors import ConfigError
 from sim.policies import Fixed, Policy
 from sim.progress import progress
 from sim.replay.loop import decisions
-from sim.replay.run import about, build_engine, build_parts, build_trace, simulated_progress_steps
+from sim.replay.run import about, build_engine, build_parts, build_trace, progress_period_s, simulated_progress_steps
 from sim.replay.variants import VariantsConfig, run_or_compare, variants
 from sim.results.metrics import Slo, merged_gaps, merged_iterations, met_slo, records_frame, summarise
 from sim.results.plots import ReplicaLine, plot_replicas
@@ -230,8 +230,8 @@ def run(cfg: DictConfig) -> tuple[Cluster, dict[str, Any]]:
     cluster = build_cluster(cfg)
     trace = cluster.trace
     with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
-        steps = simulated_progress_steps(len(trace))
-        cluster.run(lambda _, routed: report(routed), trace.duration_s / steps if steps else math.inf)
+        progress_s = progress_period_s(trace, simulated_progress_steps(len(trace)))
+        cluster.run(lambda _, routed: report(routed), progress_s)
         return cluster, cluster_figures(cluster, build(cfg.slo), cpu_s=cpu_s())
 
 

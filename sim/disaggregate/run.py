@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,14 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies import Fixed
 from sim.progress import progress
-from sim.replay.run import build_engine, build_parts, build_trace, quality_of, simulated_progress_steps
+from sim.replay.run import (
+    build_engine,
+    build_parts,
+    build_trace,
+    progress_period_s,
+    quality_of,
+    simulated_progress_steps,
+)
 from sim.replay.variants import VariantsConfig, run_or_compare
 from sim.results.metrics import Slo, distribution, merged_gaps, merged_iterations, records_frame, summarise
 from sim.results.plots import ReplicaLine, plot_replicas
@@ -136,8 +142,8 @@ def serve(cfg: DictConfig) -> Served:
         if int(cfg.prefill_replicas) == 0:
             replicas = [Replica(name=str(i), build=_both_stages(cfg)) for i in range(int(cfg.decode_replicas))]
             cluster = Cluster(trace, replicas, least_outstanding(), seed=cfg.seed)
-            steps = simulated_progress_steps(len(trace))
-            cluster.run(lambda _, routed: report(routed), trace.duration_s / steps if steps else math.inf)
+            progress_s = progress_period_s(trace, simulated_progress_steps(len(trace)))
+            cluster.run(lambda _, routed: report(routed), progress_s)
             engines = {f"replica {i}": one.engine for i, one in enumerate(cluster.engines())}
             return Served(cluster.records(), engines, (), cpu_s())
         system = build_system(cfg)

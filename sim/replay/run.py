@@ -208,14 +208,14 @@ def write_tables(
         write_parquet(folder / "iterations.parquet", iterations_frame(iterations))
 
 
-LEAST_PROGRESS_S = 1.0
-"""Seconds of the trace between two reports of progress, or more. Where all requests arrive at once, a share of the
-trace's duration is 0, and an engine on a real clock would stop for reports without end."""
-
-
 def simulated_progress_steps(requests: int) -> int:
     """Return how often a simulated replay stops to report: about 20,000 requests take 20 ms, a stop 10 us."""
     return min(200, requests // 20_000)
+
+
+def progress_period_s(trace: Trace, steps: int) -> float:
+    """Return the seconds of a trace between two reports of progress; at least 1, for a trace may arrive all at once."""
+    return max(trace.duration_s / steps, 1.0) if steps else math.inf
 
 
 def run_replay(
@@ -242,8 +242,7 @@ def run_replay(
             def on_progress(time_s: float, done: int) -> None:
                 report(done, f"at {min(time_s, trace.duration_s):,.0f} s of the trace")
 
-            steps = progress_steps(len(trace))
-            progress_s = max(trace.duration_s / steps, LEAST_PROGRESS_S) if steps else math.inf
+            progress_s = progress_period_s(trace, progress_steps(len(trace)))
             replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen, on_progress, progress_s)
     except KeyboardInterrupt:
         interrupted = True

@@ -46,6 +46,8 @@ def test_counts_are_equal_and_the_client_sees_no_token_before_the_server(
             return metrics(server.http.get("/metrics", headers=headers).text)
 
         eventually(lambda: seen()["vllm:request_success_totallength"] == 30, "not every request has ended")
+        produced = sum(row[2] for row in rows)
+        eventually(lambda: seen()["vllm:generation_tokens_total"] == produced, "the state of the last iteration is due")
         measured = seen()
     assert [a.error for a in answers] == [None] * 30
     records = records_of(answers)

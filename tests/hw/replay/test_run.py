@@ -197,11 +197,17 @@ def test_a_checkpoint_without_a_tokenizer_serves_random_ids_and_says_so_where_te
 ) -> None:
     folder = save_checkpoint(tmp_path / "bare", tokenizer=False)
     (tmp_path / "text.txt").write_text("any text", encoding="utf-8")
-    given = ["model=hf", f"model.config={folder}", f"hydra.run.dir={tmp_path / 'run'}", *CHECKPOINT_ONLY]
-    command(monkeypatch, hw.replay.run.main, *given, "hw.text=null")
+    given = ["model=hf", f"model.config={folder}", *CHECKPOINT_ONLY]
+    command(monkeypatch, hw.replay.run.main, *given, "hw.text=null", f"hydra.run.dir={tmp_path / 'run'}")
     assert (tmp_path / "run" / "summary.json").is_file()
     with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, hw.replay.run.main, *given, f"hw.text={tmp_path / 'text.txt'}")
+        command(
+            monkeypatch,
+            hw.replay.run.main,
+            *given,
+            f"hw.text={tmp_path / 'text.txt'}",
+            f"hydra.run.dir={tmp_path / 'other'}",
+        )
     assert ended.value.code == 2
     assert "has no tokenizer" in capsys.readouterr().err
 
