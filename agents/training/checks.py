@@ -270,7 +270,7 @@ def check_resumed(cfg: DictConfig, folder: Path) -> None:
     now = dict(_leaves(values))
     if "imitate" in began and (began["imitate"] is None) != (values["imitate"] is None):
         now["imitate"], stored["imitate"] = (_target(one["imitate"]) for one in (values, began))
-    # A key that only this version has, or that only the earlier one had, changed nothing by itself.
+    # A key that was added or removed between two versions is no change that the user made.
     changed = [
         key
         for key, value in now.items()

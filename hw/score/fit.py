@@ -56,7 +56,7 @@ NO_FACTOR = 1e9
 """The factor beyond a range of which no plan was measured: such plans are charged the largest loss."""
 RANGE_WINDOW = 20
 RANGE_ERROR = 0.10
-"""The range of a fit ends where the median error of so many held-out plans in a row exceeds this (perplexity)."""
+"""The range of a fit ends where the median error of perplexity, over a window of held-out plans, exceeds this share."""
 ALWAYS_KNOWN = ("dense", "single removal", "single layer of cut KV")
 """Kinds of plans that every fit sees; all forms start from them."""
 

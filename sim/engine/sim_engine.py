@@ -272,7 +272,7 @@ class SimEngine:
         kernel.follow_budget(self._table, now_s)
         if self._counters.next_arrival_s <= now_s:
             kernel.take_arrivals(self._table, now_s)
-        kernel.take_decisions(self._table, now_s)  # an engine that serves acts on them by itself, another does not
+        kernel.take_decisions(self._table, now_s)  # an engine with work left does this itself
         return self._observe(now_s)
 
     @property

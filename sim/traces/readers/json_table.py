@@ -25,7 +25,7 @@ MAX_LINE_BYTES = 16 * 2**20
 DOCUMENT_SHARE = 4
 """A JSON document is parsed in one go and then needs many times its size, so its limit is max_bytes over this."""
 BATCH_ROWS = 1000
-"""Rows that become columns together; the spelling of the fields is taken from the first so many."""
+"""Rows that become columns together. The first of these batches decides how the fields are spelled."""
 DECODER = json.JSONDecoder()
 
 

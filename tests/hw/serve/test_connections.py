@@ -225,33 +225,26 @@ def test_connections_that_send_no_complete_head_are_closed(sent: bytes) -> None:
         assert httpx.get(f"http://{address[0]}:{address[1]}/").text == "hello"
 
 
+def drip_closes(connection: socket.socket, byte: bytes) -> bool:
+    """Send one more byte; return whether the server has closed the connection."""
+    try:
+        connection.sendall(byte)
+    except OSError:
+        return True
+    return is_closed(connection)
+
+
 def test_a_connection_that_drips_its_head_is_closed_at_the_deadline() -> None:
     with orderly(ServerConfig(port=0, header_timeout_s=0.3)) as address:
         dripping = socket.create_connection(address)
-
-        def drip() -> bool:
-            try:
-                dripping.sendall(b"G")
-            except OSError:
-                return True
-            return is_closed(dripping)
-
-        eventually(drip, "a dripping connection stays open")
+        eventually(lambda: drip_closes(dripping, b"G"), "a dripping connection stays open")
 
 
 def test_a_connection_that_drips_a_body_after_its_answer_is_closed() -> None:
     with orderly(ServerConfig(port=0, header_timeout_s=0.3)) as address:
         dripping = socket.create_connection(address)
         dripping.sendall(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n")
-
-        def drip() -> bool:
-            try:
-                dripping.sendall(b"x")
-            except OSError:
-                return True
-            return is_closed(dripping)
-
-        eventually(drip, "a dripping connection stays open")
+        eventually(lambda: drip_closes(dripping, b"x"), "a dripping connection stays open")
 
 
 def test_a_connection_in_use_is_not_closed_by_the_deadline_of_its_head() -> None:

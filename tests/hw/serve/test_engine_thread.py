@@ -64,13 +64,13 @@ def serves(thread: EngineThread) -> bool:
 
 def test_a_command_that_fails_is_answered_to_its_sender_and_the_engine_serves_on(thread: EngineThread) -> None:
     heard: list[BaseException] = []
-    told = threading.Event()
+    answered = threading.Event()
 
     def fails() -> None:
         raise TypeError("no such thing")
 
-    thread._put(_Command(fails, lambda error: (heard.append(error), told.set())[0]))
-    assert told.wait(60)
+    thread._put(_Command(fails, lambda error: (heard.append(error), answered.set())[0]))
+    assert answered.wait(60)
     assert str(heard[0]) == "no such thing"
     assert serves(thread)
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,21 +37,8 @@ from sim.cost.plan import dense_plan  # noqa: E402
 from sim.policies import Fixed  # noqa: E402
 from sim.results.metrics import Slo  # noqa: E402
 from sim.results.records import Status  # noqa: E402
+from tests.hw.serve.loopback import EOS, Letters  # noqa: E402
 from tests.hw.serving import VOCABULARY, hw_engine, requests, tiny_spec  # noqa: E402
-
-EOS = 3
-
-
-class Letters:
-    """A tokenizer of letters."""
-
-    eos_token_id = EOS
-
-    def __call__(self, text: str, verbose: bool = True) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[ord(letter) % VOCABULARY for letter in text])
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return "".join(chr(192 + i) for i in ids)
 
 
 @dataclass
