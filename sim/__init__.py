@@ -4,6 +4,7 @@ A package imports only from packages above it in this table:
 
 | package | holds |
 |---|---|
+| config | command lines, configurations and their errors |
 | traces | arrivals and lengths of requests, read from files or generated |
 | cost | what a plan costs in bytes, seconds and quality |
 | results | records, metrics and reports |

@@ -22,8 +22,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from sim.annotations import KEYWORDS_OF
 from sim.config import CONF_DIR, run_command
+from sim.config.annotations import KEYWORDS_OF
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.results.run_folder import write_text

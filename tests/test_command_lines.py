@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 pytest.importorskip("ray", reason="the pages show the commands of all packages: pip install -e '.[dev]'")
 
-from sim.arguments import read_arguments
 from sim.config import check_overrides, compose_config
+from sim.config.arguments import read_arguments
 from sim.paths import REPOSITORY, data_dir
 from sim.reference import commands, page
 from tests.command_lines import command_lines, other_lines, split, unquoted

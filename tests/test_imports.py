@@ -23,6 +23,7 @@ FORBIDDEN = {
 LAYERS = {
     "sim": (
         (".",),
+        ("config",),
         ("traces",),
         ("cost",),
         ("results",),

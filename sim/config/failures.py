@@ -17,9 +17,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from sim.config.streams import forget_stdout
 from sim.errors import RapLabError
 from sim.paths import REPOSITORY
-from sim.streams import forget_stdout
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sim.arguments import parse_overrides, read_arguments
+from sim.config.arguments import parse_overrides, read_arguments
 from sim.errors import ConfigError
 
 

@@ -14,10 +14,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sim.annotations import NUMBER, describe, fits, types_of
-from sim.arguments import parse_overrides
+from sim.config.annotations import NUMBER, describe, fits, types_of
+from sim.config.arguments import parse_overrides
+from sim.config.options import (
+    CONF_DIR,
+    compose_config,
+    folders_of,
+    groups_of,
+    option_names,
+    option_path,
+    search_path,
+    target,
+)
 from sim.errors import ConfigError, nearest
-from sim.options import CONF_DIR, compose_config, folders_of, groups_of, option_names, option_path, search_path, target
 
 LIMITS: Mapping[str, tuple[float, bool, str]] = {
     "tick_s": (0.0, False, "above 0 seconds"),

@@ -21,7 +21,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import conf
-from sim.arguments import parse_overrides
+from sim.config.arguments import parse_overrides
 from sim.errors import ConfigError, RapLabError, nearest
 
 CONF_DIR = Path(conf.__file__).resolve().parent

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from sim.failures import errors_in_one_line, explain, extra_of
+from sim.config.failures import errors_in_one_line, explain, extra_of
 from sim.paths import REPOSITORY
 from sim.replay.__main__ import main
 from tests.commands import exit_status

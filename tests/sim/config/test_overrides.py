@@ -8,9 +8,9 @@ import pytest
 
 import sim.replay.__main__  # noqa: F401  registers the keys of sim.replay
 from sim.config import CONF_DIR, build_option, check_overrides
+from sim.config.options import load_option, option_names
+from sim.config.overrides import _check_target_of
 from sim.errors import ConfigError
-from sim.options import load_option, option_names
-from sim.overrides import _check_target_of
 
 
 @pytest.mark.parametrize(
