@@ -35,7 +35,7 @@ def replay_command(*arguments: str, folder_key: str = "hydra.run.dir") -> Comman
 
 def real_replay_command(files: Path) -> Command:
     """Return ``hw.replay`` of the tiny random model, which is written into ``files``."""
-    small = ("trace.duration_s=3", "hw.text=null", "budget.blocks=96")
+    small = ("trace.on_rate_rps=8", "plot=true", "hw.text=null", "hw.skip_idle=true", "budget.blocks=96")
     return Command("hw.replay.run", (*small, *overrides(write_checkpoint(files / "checkpoint"))))
 
 

@@ -18,6 +18,19 @@ from tests.soak.run_files import half_written, leftovers
 from tests.warm_up import main as warm_up
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One command.
+
+    shown: text that it prints with its figures; empty if it has none. before: text of the only error that may come up
+    before there are figures; empty if none may.
+    """
+
+    command: Command
+    shown: str
+    before: str = ""
+
+
 @dataclass(slots=True)
 class Found:
     """What happened under all limits."""
@@ -33,17 +46,17 @@ class Found:
     faults: list[dict[str, Any]] = field(default_factory=list)
 
 
-def commands(files: Path) -> dict[str, tuple[Command, str]]:
-    """Return name -> the command and a text of its figures; ``files`` is where what they read is written."""
+def cases(files: Path) -> dict[str, Case]:
+    """Return the commands by name; ``files`` is where what they read is written."""
     trace = ("trace=poisson", "trace.rate_rps=8", "trace.duration_s=60")
     return {
-        "sim.replay": (replay_command(*trace, "iterations=true", "plot=true"), "SLO_attainment"),
-        "sim.replay seeds": (replay_command(*trace, "seeds=[0,1]"), "| seed_0"),
-        "sim.compare": (Command("sim.compare:compare_command", (*trace, "workers=1")), "| dense"),
-        "sim.cluster": (Command("sim.cluster.run:cluster_command", trace), "SLO_attainment"),
-        "sim.disaggregate": (Command("sim.disaggregate.run:disaggregate_command", trace), "SLO_attainment"),
-        "hw.replay": (real_replay_command(files), "SLO_attainment"),
-        "hw.score gsi": (score_command(files, tokens=512, sentences=400), ""),
+        "sim.replay": Case(replay_command(*trace, "iterations=true", "plot=true"), "SLO_attainment"),
+        "sim.replay seeds": Case(replay_command(*trace, "seeds=[0,1]"), "| seed_0"),
+        "sim.compare": Case(Command("sim.compare:compare_command", (*trace, "workers=1")), "| dense"),
+        "sim.cluster": Case(Command("sim.cluster.run:cluster_command", trace), "SLO_attainment"),
+        "sim.disaggregate": Case(Command("sim.disaggregate.run:disaggregate_command", trace), "SLO_attainment"),
+        "hw.replay": Case(real_replay_command(files), "SLO_attainment", before="set TMPDIR"),
+        "hw.score gsi": Case(score_command(files, tokens=512, sentences=400), ""),
     }
 
 
@@ -52,40 +65,36 @@ def run(folder: Path, path: Path, *, only: str = "") -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "files").mkdir(parents=True)
     warm_up()  # the children find the kernels loaded
-    for name, (command, shown) in commands(folder / "files").items():
+    for name, case in cases(folder / "files").items():
         if only and only != name:
             continue
-        found = fill_disk(command, shown, folder / "run")
+        found = fill_disk(case, folder / "run")
         figures.add(path, "commands", name, asdict(found))
         print(f"{name}: {found.runs} limits, {found.complete} complete, {len(found.faults)} faults", flush=True)
     return figures.read(path)
 
 
-def limits(largest: int) -> Iterator[int]:
-    """Yield limits on the size of a file, from none of it to more than the largest file of a run."""
+def limits() -> Iterator[int]:
+    """Yield limits on the size of a file, from none of it to one that no run here needs."""
     yield from (0, 1)
-    limit = 64
-    while limit < 2 * largest:
-        yield from (limit, limit + limit // 3)
-        limit *= 2
-    yield limit
+    for power in range(6, 34):
+        yield from (2**power, 2**power + 2**power // 3)
 
 
-def fill_disk(command: Command, shown: str, folder: Path) -> Found:
-    """Run a command without a limit, then under each limit; ``shown``: text of its figures, empty if it has none."""
+def fill_disk(case: Case, folder: Path) -> Found:
+    """Run a command without a limit, then under rising limits until they are far above what it needs."""
     found, began_s = Found(), time.monotonic()
-    status, printed = _run(command, folder, lambda: None)
-    if status != 0:
-        raise RuntimeError(f"{command.module} does not run: {printed[-800:]}")
-    if shown not in printed:
-        raise RuntimeError(f"{command.module} does not print {shown!r}: {printed[-800:]}")
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    first = {path.name for path in folder.rglob("*") if path.is_file()}
-    for limit in limits(max(sizes)):
-        status, printed = _run(command, folder, partial(_limit, limit))
+    status, printed = _run(case.command, folder, lambda: None)
+    if status != 0 or case.shown not in printed:
+        raise RuntimeError(f"{case.command.module} does not run, or prints no {case.shown!r}: {printed[-800:]}")
+    files = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    for limit in limits():
+        if found.complete and limit > 2 * max(files.values()):
+            break
+        status, printed = _run(case.command, folder, partial(_limit, limit))
         found.runs += 1
         found.limits.append(limit)
-        _judge(shown, folder, limit, status, printed, found, first)
+        _judge(case, folder, limit, status, printed, found, set(files))
     if not found.complete:
         found.faults.append({"what": "never complete", "limits": found.limits[-1:]})
     found.seconds = time.monotonic() - began_s
@@ -103,7 +112,7 @@ def _run(command: Command, folder: Path, before: Callable[[], None]) -> tuple[in
     return child.wait(), child.text()
 
 
-def _judge(shown: str, folder: Path, limit: int, status: int, printed: str, found: Found, names: set[str]) -> None:
+def _judge(case: Case, folder: Path, limit: int, status: int, printed: str, found: Found, names: set[str]) -> None:
     def fault(what: str, detail: Any) -> None:
         for known in found.faults:
             if known["what"] == what:
@@ -129,8 +138,9 @@ def _judge(shown: str, folder: Path, limit: int, status: int, printed: str, foun
     errors = [line for line in printed.splitlines() if line.startswith("error:")]
     if len(errors) != 1 or status < 0:
         fault("no error of one line", {"status": status, "printed": printed[-600:]})
-    has_figures = bool(shown) and shown in printed
-    if shown and not has_figures:
+    has_figures = bool(case.shown) and case.shown in printed
+    begins = bool(case.before) and case.before in printed
+    if case.shown and not has_figures and not begins:
         fault("figures are lost", printed[-600:])
     found.after_figures += has_figures
     found.at_once += not has_figures
