@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
@@ -31,7 +30,6 @@ class Scenario:
     again: what the second run adds to the command. share: of all kills.
     ready: whether the run in a folder has come so far that it may be killed.
     ignore: files that may be incomplete, because nothing names them yet.
-    kept: which results must be those of the unbroken run, as the folder of a killed run says.
     """
 
     name: str
@@ -40,7 +38,6 @@ class Scenario:
     again: tuple[str, ...] = ()
     ready: Callable[[Path], bool] = lambda _: True
     ignore: Callable[[Path], bool] = lambda _: False
-    kept: Callable[[Path], Callable[[str], bool]] = lambda _: lambda _: True
 
 
 def scenarios(files: Path) -> list[Scenario]:
@@ -62,19 +59,8 @@ def scenarios(files: Path) -> list[Scenario]:
             again=("resume=true",),
             ready=lambda folder: (folder / "checkpoint.json").exists(),
             ignore=lambda path: "checkpoint_" in str(path.parent),
-            kept=rows_of_the_checkpoint,
         ),
     ]
-
-
-def rows_of_the_checkpoint(folder: Path) -> Callable[[str], bool]:
-    """Return whether a result is a row of progress.csv up to the last checkpoint.
-
-    Whether all later rows are equal too is counted, not required.
-    """
-    reached = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["iteration"]
-    rows = {str(number) for number in range(int(reached) + 1)}
-    return lambda name: name.startswith("progress.csv:") and name.split(":")[1] in rows
 
 
 @dataclass(slots=True)
@@ -87,7 +73,6 @@ class Count:
     complete_already: int = 0
     leftovers: int = 0
     equal: int = 0
-    equal_to_the_end: int = 0
     seconds: float = 0.0
     not_compared: list[str] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)
@@ -152,14 +137,11 @@ def _one(
     if broken := half_written(folder, ignore=scenario.ignore):
         found.faults.append({"what": "half-written", "files": broken})
     wanted, clock = reference
-    kept = scenario.kept(folder)
     if child.status == 0:
         found.complete_already += 1
     elif not _again(scenario, folder, printed, found):
         return
-    all_different = differences(results(folder), wanted) - clock
-    found.equal_to_the_end += not all_different
-    if different := sorted(filter(kept, all_different)):
+    if different := sorted(differences(results(folder), wanted) - clock):
         found.faults.append({"what": "other results", "names": different[:20]})
     else:
         found.equal += 1

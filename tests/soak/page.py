@@ -90,8 +90,7 @@ def kill_table(kills: Mapping[str, Any]) -> str:
             "kills": one["kills"],
             "before any file": one["before_any_file"],
             "half-written": sum(fault["what"] == "half-written" for fault in one["faults"]),
-            "equal afterwards": one["equal_to_the_end"],
-            "equal to the checkpoint": f"{one['equal']}" if name == "agents.train" else None,
+            "equal afterwards": one["equal"],
             "temporary files left": one["leftovers"],
         }
         for name, one in kills["scenarios"].items()

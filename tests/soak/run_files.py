@@ -64,7 +64,7 @@ def results(folder: Path) -> dict[str, Any]:
         name = str(path.relative_to(folder))
         if not path.is_file() or temporary(path):
             continue
-        if path.suffix in (".parquet", ".safetensors", ".pkl"):
+        if path.suffix in (".parquet", ".safetensors") or path.name == "module_state.pkl":  # that of RLlib's networks
             found[name] = path.read_bytes()
         elif path.suffix == ".json":
             flatten(json.loads(path.read_text(encoding="utf-8")), name, found)

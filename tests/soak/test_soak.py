@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="the real engine needs torch: pip install -e '.[hw]'")
 
-from tests.soak import figures, inputs
+from tests.soak import disk, figures, inputs
+from tests.soak.commands import replay_command
 from tests.soak.kinds import Case, judge
 from tests.soak.loopback import HOST, metrics
 from tests.soak.mutate import mutate_json, to_json
@@ -167,3 +168,48 @@ def test_figures_of_one_command_are_added_to_those_of_others(tmp_path: Path) -> 
     assert content["faults"] == 3
     assert content["commands"]["one"]["runs"] == 1
     assert content["commands"]["other"]["machine"]
+
+
+def test_runs_with_other_weights_or_other_files_are_not_equal(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        for file in ("best/policy.safetensors", "checkpoint_000002/module_state.pkl", "checkpoint_000002/state.pkl"):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(b"same")
+    one, other = tmp_path / "one", tmp_path / "other"
+    (other / "checkpoint_000002/state.pkl").write_bytes(b"times")
+    assert differences(results(one), results(other)) == set()
+    (other / "best/policy.safetensors").write_bytes(b"else")
+    (other / "checkpoint_000001").mkdir()
+    (other / "checkpoint_000001/metadata.json").write_text('{"class": "a"}')
+    expected = {"best/policy.safetensors", "checkpoint_000001/metadata.json:class"}
+    assert differences(results(one), results(other)) == expected
+
+
+def test_a_full_disk_must_leave_the_figures_unless_the_error_is_one_that_comes_before(tmp_path: Path) -> None:
+    case = disk.Case(replay_command("trace=small"), "SLO_attainment", before="set TMPDIR")
+    error = "error: a.json: File too large\n"
+    outcomes = {
+        "nothing": error,
+        "figures": "SLO_attainment 57 %\n" + error,
+        "earlier": "error: no room; set TMPDIR\n",
+        "two lines": "SLO_attainment 57 %\n" + 2 * error,
+        "traceback": "Traceback (most recent call last)\n" + error,
+    }
+    found = {name: disk.Found() for name in outcomes}
+    for name, printed in outcomes.items():
+        disk._judge(case, tmp_path, 64, 2, printed, found[name], set())
+    assert {name: [fault["what"] for fault in one.faults] for name, one in found.items()} == {
+        "nothing": ["figures are lost"],
+        "figures": [],
+        "earlier": [],
+        "two lines": ["no error of one line"],
+        "traceback": ["traceback"],
+    }
+    assert found["figures"].after_figures == found["earlier"].at_once == 1
+
+
+def test_limits_of_a_full_disk_rise_from_nothing() -> None:
+    limits = list(disk.limits())
+    assert limits[:2] == [0, 1]
+    assert limits == sorted(set(limits))
+    assert limits[-1] > 2**33
