@@ -15,7 +15,7 @@ import sim.compare  # noqa: F401, which registers its schema
 from sim.config import check_overrides
 from sim.errors import ConfigError
 from sim.pages import clusters, simulation
-from sim.pages.comparison import Comparison, ResultsConfig, wins, write_page
+from sim.pages.comparison import Comparison, ResultsConfig, means, wins, write_page
 from sim.results.report import SUMMARY_COLUMNS
 from tests.sim.pages.test_render import cells
 
@@ -87,6 +87,20 @@ def test_a_claim_within_two_percent_is_no_difference() -> None:
         "no difference",
         "no",
     ]
+
+
+def test_two_upper_bounds_of_quality_do_not_say_which_plan_loses_more() -> None:
+    content = json.loads((clusters.FOLDER / "pdtrim_transfer.json").read_text(encoding="utf-8"))
+    rows = means(content)
+    nested, single, kv = rows["PDTrim blocks, bytes"], rows["unified, bytes"], rows["PDTrim KV, bytes"]
+    nested |= {"perplexity_ratio": 14.0, "quality_outside_share": 1.0}
+    single |= {"perplexity_ratio": 20.0, "quality_outside_share": 1.0}
+    kv |= {"perplexity_ratio": 1.5, "quality_outside_share": 0.0}
+    claims = clusters.pdtrim_claims(rows)
+    assert claims["nested_costs_less"] == "unknown"
+    assert claims["kv_costs_less"] == "yes"
+    single["quality_outside_share"] = 0.0
+    assert clusters.pdtrim_claims(rows)["nested_costs_less"] == "yes"
 
 
 def test_a_page_command_replays_the_chosen_results_and_refuses_an_unknown_one(
