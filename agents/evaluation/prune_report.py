@@ -86,13 +86,14 @@ def prune_table_markdown(frame: pd.DataFrame) -> str:
                 "of knapsack": _mean(frame, name) / _mean(frame, "knapsack") if "knapsack" in names else None,
                 f"below {REFERENCE}": _worse(frame, name) if REFERENCE in names else None,
                 "fits": part["fits"].mean(),
+                "in range": part["in_range"].mean(),
                 "loss (nats)": part["loss_test"].mean(),
                 "utility, neighbor fit": part["utility_test_neighbours"].mean(),
                 "decision P50 (us)": 1e6 * part["decision_s"].median(),
                 "decision P99 (us)": 1e6 * part["decision_s"].quantile(0.99),
             }
         )
-    specs = {"utility": ".4f", "of knapsack": ".1%", "fits": ".0%", "loss (nats)": ".3f"}
+    specs = {"utility": ".4f", "of knapsack": ".1%", "fits": ".0%", "in range": ".0%", "loss (nats)": ".3f"}
     specs |= {"utility, neighbor fit": ".4f", "decision P50 (us)": ".0f", "decision P99 (us)": ".0f"}
     return table(rows, specs)
 

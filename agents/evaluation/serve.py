@@ -152,10 +152,18 @@ def tuned_rules(
     if score is None:
         score = partial(mean_utility, setting, train_windows(setting.sources))
     if names is not None and not set(names) & (set(RULES) - set(UNTUNED)):
-        rules = _rules(setting, {"queue": None, "saber_margin": 0.4, "greedy_stop": {}}, setting.actions.plans[0])
-        return chosen_rules(rules, names), {}
+        return chosen_rules(rules_tuned_to(setting, {}), names), {}
     tuned, static = _tune(setting, score)
     return chosen_rules(_rules(setting, tuned, static), names), {**tuned, "windows": windows}
+
+
+def rules_tuned_to(setting: ServeSetting, tuned: Mapping[str, Any]) -> dict[str, Build]:
+    """Return the rules with the parameters that ``tuned_rules`` found; those that need none if it found none."""
+    if not tuned:
+        rules = _rules(setting, {"queue": None, "saber_margin": 0.4, "greedy_stop": {}}, setting.actions.plans[0])
+        return chosen_rules(rules, UNTUNED)
+    static = setting.actions.plans[list(setting.actions.names).index(tuned["static"])]
+    return _rules(setting, tuned, static)
 
 
 def _rules(setting: ServeSetting, tuned: Mapping[str, Any], static: Plan) -> dict[str, Build]:

@@ -149,7 +149,7 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
     return {
         "made": made,
         "commit": commit_of(made),
-        "later": made.get("replayed"),
+        "later": made.get("replayed", []),
         "windows": frame["window"].nunique(),
         "sources": list(dict.fromkeys(frame["source"])),
         "table": serve_table_markdown(frame),
