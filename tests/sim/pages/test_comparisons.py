@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import subprocess
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -15,7 +17,7 @@ import sim.compare  # noqa: F401, which registers its schema
 from sim.config import check_overrides
 from sim.errors import ConfigError
 from sim.pages import clusters, simulation
-from sim.pages.comparison import Comparison, ResultsConfig, means, wins, write_page
+from sim.pages.comparison import Comparison, ResultsConfig, means, replay, wins, write_page
 from sim.results.report import SUMMARY_COLUMNS
 from tests.sim.pages.test_render import cells
 
@@ -122,3 +124,19 @@ def test_a_page_command_replays_the_chosen_results_and_refuses_an_unknown_one(
     cfg.only = ["kv_hall"]
     with pytest.raises(ConfigError, match="kv_hole"):
         write_page(cfg, simulation.COMPARISONS, tmp_path, lambda: "the page")
+
+
+def test_a_comparison_that_fails_is_one_line_with_the_error_of_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "compiling the engine\nwarning: prices are extrapolated\nerror: tick_s is -1\n"
+
+    def fails(*_: Any, env: dict[str, str], **__: Any) -> subprocess.CompletedProcess[str]:
+        assert env["RAP_LAB_PROGRESS"] == "0"
+        return subprocess.CompletedProcess([], 2, "", said)
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    with pytest.raises(ConfigError) as caught:
+        replay("kv_hole", Comparison(command="sim.compare"), 1, tmp_path)
+    assert str(caught.value) == "python -m sim.compare failed: error: tick_s is -1"
+    assert list(tmp_path.iterdir()) == []
