@@ -22,6 +22,9 @@ from torch import Tensor
 
 from hw.elastic.processor import processor_name
 
+SEGMENTS_BYTES = 64 << 20
+"""What CUDA's allocator may hold beyond tensors: it takes segments of 2 to 20 MiB, for small and large tensors of each
+of two streams."""
 _STATM = Path("/proc/self/statm")
 
 
@@ -188,7 +191,7 @@ class Cuda(Accelerator):
     def limit(self, most_bytes: int | None) -> None:
         """Limit the share of the device's memory that this process may take."""
         total = torch.cuda.get_device_properties(self.place).total_memory
-        share = 1.0 if most_bytes is None else min(1.0, max(0, most_bytes) / total)
+        share = 1.0 if most_bytes is None else min(1.0, (most_bytes + SEGMENTS_BYTES) / total)
         torch.cuda.set_per_process_memory_fraction(share, self.place)
 
 

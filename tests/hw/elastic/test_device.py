@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ torch = pytest.importorskip("torch", reason="the real model needs torch: pip ins
 
 from hw.elastic.blocks import PinnedStore  # noqa: E402
 from hw.elastic.checkpoint import pick_device  # noqa: E402
-from hw.elastic.device import Cpu, device_of  # noqa: E402
+from hw.elastic.device import SEGMENTS_BYTES, Cpu, Cuda, device_of  # noqa: E402
 from hw.elastic.device_memory import DeviceMemory, attempt, out_of_memory  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
 from hw.elastic.quantize import quantize  # noqa: E402
@@ -179,6 +180,17 @@ def test_a_gpu_chosen_by_number_becomes_the_current_one(two_gpus: list[Any]) -> 
     assert two_gpus == [torch.device("cuda:1")]
     assert pick_device("cpu") == torch.device("cpu")
     assert len(two_gpus) == 1
+
+
+def test_the_limit_of_a_gpu_is_a_share_of_its_memory_and_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda place: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace(total_memory=1 << 36))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *share: shares.append(share))
+    device = Cuda(torch.device("cuda:1"))
+    for most in ((1 << 35) - SEGMENTS_BYTES, 1 << 37, None):
+        device.limit(most)
+    assert shares == [(0.5, device.place), (1.0, device.place), (1.0, device.place)]
 
 
 @pytest.mark.parametrize("name", ["cuda:2", "cuda:-1", "cuda:one", "cuda:", "cuda:1:1", "cuda1", "gpu"])

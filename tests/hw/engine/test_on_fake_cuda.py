@@ -94,7 +94,7 @@ def serve_through(engine: HwEngine, plans: list[Plan], rng: random.Random, rows:
         assert_blocks_are_as_counted(engine)
         if rng.random() < 0.5:
             engine.apply(rng.choice(plans))
-    for step in range(200):  # what is under way comes, though no request is there
+    for step in range(60):  # what is under way comes, though no request is there
         engine.run_until(at_s + step)
     engine.check()
     assert engine._changes.copy is None
@@ -102,7 +102,7 @@ def serve_through(engine: HwEngine, plans: list[Plan], rng: random.Random, rows:
     assert (engine.records().status == Status.FINISHED).all()
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 def test_any_plans_and_budgets_give_the_tokens_of_a_plain_model_and_stay_within_memory(seed: int) -> None:
     rng = random.Random(seed)
     Audited.plain, kv_blocks, precision = tiny(), rng.choice([15, 24, 60]), seed % 3 == 2
@@ -152,7 +152,7 @@ def test_the_fake_shows_a_copy_that_is_read_too_early() -> None:
 class Refusals:
     """Runs one scenario again and again, each time with other allocations refused."""
 
-    def __init__(self, *, change: bool, seed: int = 3, count: int = 6) -> None:
+    def __init__(self, *, change: bool, seed: int = 3, count: int = 4) -> None:
         """Run it once without refusals; ``change``: whether plans change, with precisions and kept tokens."""
         self._seed, self._rows = seed, some_rows(seed, count, longest_prompt=24, longest_output=8)
         self._plans = list(plan_schedule(seed, 6, bits=True, kv=True).plans) if change else [dense_plan(tiny_spec())]
@@ -191,7 +191,7 @@ class Refusals:
 def test_no_request_is_lost_when_the_device_refuses_an_allocation(change: bool) -> None:
     """Between iterations (pool, copies, kept tokens) and in the middle of a pass."""
     case, rng = Refusals(change=change), random.Random(7)
-    for numbers, most in ((case.between, 5), (case.in_forward, 2)):
+    for numbers, most in ((case.between, 4), (case.in_forward, 2)):
         for number in rng.sample(sorted(numbers), most):
             engine = case.run(frozenset([number]))
             assert engine.out_of_memory == 1, number
@@ -202,13 +202,12 @@ def test_no_request_is_lost_when_the_device_refuses_an_allocation(change: bool) 
 @pytest.mark.parametrize("change", [False, True])
 def test_no_request_is_lost_whichever_allocation_the_device_refuses(change: bool) -> None:
     case = Refusals(change=change, count=3)
-    for number in sorted(case.between | set(sorted(case.in_forward)[::10])):
+    for number in sorted(case.between | set(sorted(case.in_forward)[::40])):
         assert case.run(frozenset([number])).out_of_memory == 1, number
 
 
-@pytest.mark.parametrize("change", [False, True])
-def test_no_request_is_lost_when_the_device_refuses_again_and_again(change: bool) -> None:
-    case = Refusals(change=change)
+def test_no_request_is_lost_when_the_device_refuses_again_and_again() -> None:
+    case = Refusals(change=True)
     last = max(case.in_forward | case.between)
     engine = case.run(frozenset(range(min(case.between), 2 * last, 1801)))  # never two in a row in one pass
     assert engine.out_of_memory > 4
@@ -234,3 +233,76 @@ def test_memory_that_never_comes_ends_the_run_with_advice_and_an_idle_engine_jus
             with pytest.raises(BudgetError, match="other programs"):
                 engine.run_until(60.0)
             assert engine._now_s() >= 6.0 + 0.5 * MOST_REFUSALS * RETRY_S
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+class Journal(FakeCuda):
+    """Remembers the order of copies and of returns of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def give_back(self) -> None:
+        super().give_back()
+        self.events.append("give back")
+
+    def copy_in(self, stored: Any) -> Any:
+        self.events.append("copy")
+        return super().copy_in(stored)
+
+
+def test_the_memory_of_kv_blocks_is_given_back_before_a_copy_takes_their_place() -> None:
+    spec = tiny_spec()
+    pruned = with_mask(dense_plan(spec), drop(spec, ffn=[1]))
+    with Journal() as device:
+        engine = engine_on(device, plan=pruned)
+        engine.submit(requests([(0.0, 8, 30)]))
+        engine.run_until(2.0)
+        blocks = engine.pool.layer_blocks
+        device.events.clear()
+        engine.apply(dense_plan(spec))
+        engine.run_until(4.0)
+    assert engine.pool.layer_blocks < blocks
+    assert device.events[:2] == ["give back", "copy"]
+
+
+def test_the_limit_follows_each_step_of_the_budget_even_where_the_blocks_stay() -> None:
+    spec = tiny_spec()
+    bytes_ = budget_for_kv_blocks(spec, dense_plan(spec), 60, 0, 4)
+    budget = Budget((0.0, 2.0, 4.0), (bytes_, bytes_ + 1, bytes_ - 50_000))
+    with FakeCuda() as device:
+        engine = engine_on(device, budget=budget)
+        engine.submit(requests([(0.0, 8, 30)]))
+        found, blocks = [], []
+        for time_s in (1.0, 3.0, 6.0):
+            engine.run_until(time_s)
+            found.append(device.limits[-1])
+            blocks.append(engine.pool.layer_blocks)
+        engine.close()
+    others = found[0] - bytes_ - WORKSPACE_BYTES
+    assert found == [b + WORKSPACE_BYTES + others for b in budget.budget_bytes]
+    assert blocks[0] == blocks[1] > blocks[2]
+    assert device.limits[-1] is None
+    peaks = [row.in_use_bytes for row in engine.memory_rows()]
+    assert max(peaks) <= max(found)
+    assert min(peaks) > engine.elastic.bytes()
+
+
+def test_a_plan_that_saves_memory_is_reached_from_weights_above_the_budget() -> None:
+    """The copies of a lower precision need room next to the weights that they replace, and the budget leaves none."""
+    spec, dense = tiny_spec(), dense_plan(tiny_spec())
+    high = budget_for_kv_blocks(spec, dense, 60, 0, 4)
+    with FakeCuda() as device:
+        engine = engine_on(device, budget=Budget((0.0, 2.0), (high, weight_bytes(spec, dense) - 20_000)))
+        engine.submit(requests([(0.0, 8, 30)]))
+        engine.run_until(3.0)
+        small = replace(dense, weight_bits=(4,) * spec.num_layers)
+        engine.apply(small)
+        engine.run_until(60.0)
+        assert engine.out_of_memory == 0
+        assert engine.elastic.bytes() == weight_bytes(spec, small)
+        assert engine.drained
+    assert (engine.records().status == Status.FINISHED).all()
