@@ -23,6 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from hw.disaggregate.kv_link import LinkError
 from hw.disaggregate.pair import Outcome, Pair
+from hw.elastic.checkpoint import pick_device
+from hw.elastic.processor import processor_name
 from hw.replay.run import HwReplayConfig
 from sim.config import build, name_of, one_thread, run_command
 from sim.cost.plan import describe
@@ -81,11 +83,9 @@ def _busy_s(send_s: Floats, sent_s: Floats) -> float:
 
 def hardware(cfg: DictConfig, outcome: Outcome) -> dict[str, Any]:
     """Return the content of ``hardware.json``: device, link, and the cost of each process."""
-    cuda = torch.cuda.is_available() and cfg.hw.device != "cpu"
+    place, on_cpu = pick_device(cfg.hw.device), f"{platform.machine()} CPU, {cfg.hw.threads} thread(s) each"
     return {
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"{platform.machine()} CPU, {cfg.hw.threads} thread(s) each",
+        "device": on_cpu if place.type == "cpu" else processor_name(place),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "clock": "wall",

@@ -178,7 +178,7 @@ class EngineConfig:
     kv_watermark_share: share of the KV pool that an admission must leave free (vLLM V0: 0.01).
     reuse_preempted_kv: whether a preempted request reuses its KV blocks that others have not overwritten, as with
         vLLM's prefix caching; if False, everything is computed again.
-    max_context_tokens: longest prompt plus output of one request; None takes the model's own limit.
+    max_context_tokens: longest prompt plus output of one request, at most the model's own limit; None takes that.
     restore: what a restored MHA block does to running requests: ``new_requests`` or ``recompute`` (rule 4 above).
     prefix_caching: whether requests reuse the KV that others computed for the same beginning of a prompt (rules above).
     hash_block_tokens: tokens of a prompt that one hash id of the trace stands for (Mooncake: 512).

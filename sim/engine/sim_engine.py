@@ -671,9 +671,12 @@ class SimEngine:
     # -- memory --------------------------------------------------------------------------------------------------
 
     def _find_context_limit(self) -> int:
-        """Return the longest context that fits the first pool alone, at most the configured limit, as vLLM requires."""
+        """Return the longest context that fits the first pool alone, as vLLM requires.
+
+        It is at most the configured limit, and the positions that the model has.
+        """
         n = self._counters
-        limit = self.config.max_context_tokens or self._model.max_context_tokens
+        limit = min(self.config.max_context_tokens or self._model.max_context_tokens, self._model.max_context_tokens)
         layers = int(self._state.kv_sets["layers"][0])  # those that prefill runs
         if layers:
             blocks = (n.pool_blocks - n.watermark_blocks) // layers
