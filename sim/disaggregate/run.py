@@ -16,6 +16,7 @@ from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import least_outstanding
 from sim.compiled import cpu_clock
 from sim.config import build, one_thread, run_command
+from sim.cost.front_end import NO_FRONT_END, FrontEnd
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, describe
 from sim.disaggregate.disaggregate import Disaggregated, StagedRecords, decode_side, transfer_reduction, with_prefill
@@ -28,6 +29,7 @@ from sim.replay.run import (
     build_engine,
     build_parts,
     build_trace,
+    front_end_of,
     progress_period_s,
     quality_of,
     simulated_progress_steps,
@@ -202,6 +204,7 @@ def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
         merged_gaps([engine.token_gaps() for engine in served.engines.values()]),
         build(cfg.slo),
         cpu_s=served.cpu_s,
+        front_end=front_end_of(cfg),
     )
     summary["perplexity_ratio"] = perplexity_ratio(cfg, summary["quality_nll"])
     return summary | extra
@@ -230,7 +233,7 @@ def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any
     try:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         write_json(folder / "provenance.json", made_by)
-        write_parquet(folder / "records.parquet", staged_frame(records, slo))
+        write_parquet(folder / "records.parquet", staged_frame(records, slo, front_end_of(cfg)))
         if cfg.plot:
             lines = {name: ReplicaLine(engine.iterations()) for name, engine in served.engines.items()}
             plot_replicas(folder / "disaggregate.png", records, lines, slo, title, _transfers_s(records))
@@ -247,9 +250,9 @@ def _transfers_s(records: Records) -> list[tuple[Floats, str]] | None:
     return [(np.column_stack([records.send_s, records.sent_s]), "under way"), (waits_s, "waiting for room")]
 
 
-def staged_frame(records: Records, slo: Slo) -> pd.DataFrame:
+def staged_frame(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> pd.DataFrame:
     """Return the table of ``records.parquet``."""
-    frame = records_frame(records, slo)
+    frame = records_frame(records, slo, front_end)
     for name in ("prefill_replica", "decode_replica", "sent_bytes", "send_s", "sent_s"):
         if hasattr(records, name):
             frame[name] = getattr(records, name)

@@ -22,6 +22,7 @@ COUNTS = (
     "iterations",
 )
 DISTRIBUTIONS = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+CLIENT_DISTRIBUTIONS = ("client_ttft_s", "client_e2e_s")
 COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
@@ -57,11 +58,12 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
         "extrapolated iterations": _percent(summary["extrapolated_share"]),
         "requests_per_cpu_s": _number(summary["requests_per_cpu_s"]),
     }
+    distributions = (*DISTRIBUTIONS, *(CLIENT_DISTRIBUTIONS if _has_front_end(summary) else ()))
     if not console.is_terminal:
         console.print(title, markup=False, highlight=False)
         for name in COUNTS:
             console.print(f"{name} {summary[name]}", highlight=False)
-        for name in DISTRIBUTIONS:
+        for name in distributions:
             values = " ".join(f"{c}={_number(summary[name][c])}" for c in COLUMNS)
             console.print(f"{name} {values}", highlight=False, soft_wrap=True)
         for name, value in rates.items():
@@ -72,8 +74,9 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
     latencies.add_column("seconds")
     for column in COLUMNS:
         latencies.add_column(column, justify="right")
-    for name in DISTRIBUTIONS:
-        latencies.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][c]) for c in COLUMNS))
+    for name in distributions:
+        heading = name.removesuffix("_s").upper().replace("CLIENT_", "client ")
+        latencies.add_row(heading, *(_number(summary[name][c]) for c in COLUMNS))
     console.print(latencies)
     counts = Table(show_header=False)
     for name, value in [*((n, str(summary[n])) for n in COUNTS), *rates.items()]:
@@ -114,12 +117,27 @@ averaged over time.
 """
 
 
+CLIENT_COLUMNS = {"client TTFT P95 (s)": ("client_ttft_s.p95", 1.0, 2, "")}
+"""Columns of runs with a front end, in addition."""
+
+
+def _has_front_end(summary: Mapping[str, Any]) -> bool:
+    """Return whether clients see other times than the engine."""
+    return any(summary.get(f"client_{name}", summary[name]) != summary[name] for name in ("ttft_s", "e2e_s"))
+
+
 def _is_unknown(summary: Mapping[str, Any]) -> bool:
     """Return whether the quality of a run is unknown although others of its model have one."""
     return str(summary.get("quality_note") or "").startswith("quality unknown")
 
 
 Columns = Mapping[str, tuple[str, float, int, str]]
+
+
+def columns_of(rows: Mapping[str, Sequence[Mapping[str, Any]]], columns: Columns = SUMMARY_COLUMNS) -> Columns:
+    """Return the columns of a table of these rows: ``columns``, and those of a front end if any row has one."""
+    summaries = [summary for row in rows.values() for summary in row]
+    return {**columns, **(CLIENT_COLUMNS if any(map(_has_front_end, summaries)) else {})}
 
 
 def cells(summaries: Sequence[Mapping[str, Any]], columns: Columns = SUMMARY_COLUMNS) -> list[str]:
