@@ -23,6 +23,7 @@ from sim.errors import ConfigError
 from sim.policies import Fixed, Policy
 from sim.progress import progress
 from sim.replay.loop import decisions
+from sim.replay.max_rate import all_at_once, is_measured, rate_figures
 from sim.replay.run import (
     about,
     build_engine,
@@ -38,6 +39,7 @@ from sim.results.plots import ReplicaLine, plot_replicas
 from sim.results.records import Status
 from sim.results.report import Columns, print_summary
 from sim.results.run_folder import write_json, write_parquet, write_text
+from sim.traces.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,10 +134,10 @@ def _replica(cfg: DictConfig, name: str, outages: Any) -> Replica:
     return Replica(name=name, build=make, decisions_s=decisions_s, outages=outages)
 
 
-def build_cluster(cfg: DictConfig) -> Cluster:
-    """Build the cluster of a configuration."""
+def build_cluster(cfg: DictConfig, trace: Trace | None = None) -> Cluster:
+    """Build the cluster of a configuration; ``trace`` takes the place of its own."""
     return Cluster(
-        build_trace(cfg),
+        build_trace(cfg) if trace is None else trace,
         replicas_of(cfg),
         build(cfg.router),
         seed=cfg.seed,
@@ -244,7 +246,12 @@ def run(cfg: DictConfig) -> tuple[Cluster, dict[str, Any]]:
     with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
         progress_s = progress_period_s(trace, simulated_progress_steps(len(trace)))
         cluster.run(lambda _, routed: report(routed), progress_s)
-        return cluster, cluster_figures(cluster, build(cfg.slo), cpu_s=cpu_s(), front_end=front_end_of(cfg))
+        summary = cluster_figures(cluster, build(cfg.slo), cpu_s=cpu_s(), front_end=front_end_of(cfg))
+    if is_measured(cfg):
+        rushed = build_cluster(cfg, all_at_once(trace))
+        rushed.run()
+        summary |= rate_figures(rushed.records(), summary)
+    return cluster, summary
 
 
 def run_figures(cfg: DictConfig) -> dict[str, Any]:

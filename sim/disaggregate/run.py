@@ -25,6 +25,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies import Fixed
 from sim.progress import progress
+from sim.replay.max_rate import all_at_once, is_measured, rate_figures
 from sim.replay.run import (
     build_engine,
     build_parts,
@@ -40,6 +41,7 @@ from sim.results.plots import ReplicaLine, plot_replicas
 from sim.results.records import Records
 from sim.results.report import Columns, print_summary
 from sim.results.run_folder import write_json, write_parquet, write_text
+from sim.traces.trace import Trace
 from sim.types import Floats
 
 if TYPE_CHECKING:
@@ -105,8 +107,11 @@ def plan_of(cfg: DictConfig) -> Plan:
     return policy.first_plan
 
 
-def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disaggregated:
-    """Build the prefill and decode replicas of a configuration; ``decode_cfg`` is that of decode if it differs."""
+def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None, *, trace: Trace | None = None) -> Disaggregated:
+    """Build the prefill and decode replicas of a configuration.
+
+    decode_cfg: that of decode if it differs. trace: takes the place of the configuration's.
+    """
     plan, quality = plan_of(cfg), quality_of(cfg)
     nll = quality.charge if quality is not None else None
 
@@ -116,7 +121,7 @@ def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disag
     decode, decode_nll = decode_cfg or cfg, with_prefill(nll, plan.prefill)
 
     return Disaggregated(
-        build_trace(cfg),
+        build_trace(cfg) if trace is None else trace,
         plan=plan,
         prefill=[side(cfg, plan, nll)] * int(cfg.prefill_replicas),
         decode=[side(decode, decode_side(plan), decode_nll)] * int(cfg.decode_replicas),
@@ -137,9 +142,9 @@ class Served:
     cpu_s: float
 
 
-def serve(cfg: DictConfig) -> Served:
-    """Serve the trace of a configuration; with no prefill replicas, the decode replicas do both stages."""
-    trace = build_trace(cfg)
+def serve(cfg: DictConfig, trace: Trace | None = None) -> Served:
+    """Serve ``trace``, or that of the configuration; with no prefill replicas, the decode replicas do both stages."""
+    trace = build_trace(cfg) if trace is None else trace
     with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
         if int(cfg.prefill_replicas) == 0:
             replicas = [Replica(name=str(i), build=_both_stages(cfg)) for i in range(int(cfg.decode_replicas))]
@@ -148,7 +153,7 @@ def serve(cfg: DictConfig) -> Served:
             cluster.run(lambda _, routed: report(routed), progress_s)
             engines = {f"replica {i}": one.engine for i, one in enumerate(cluster.engines())}
             return Served(cluster.records(), engines, (), cpu_s())
-        system = build_system(cfg)
+        system = build_system(cfg, trace=trace)
         system.run(report)
         engines = {f"prefill {i}": one.engine for i, one in enumerate(system.prefill)}
         engines |= {f"decode {i}": one.engine for i, one in enumerate(system.decode)}
@@ -207,6 +212,8 @@ def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
         front_end=front_end_of(cfg),
     )
     summary["perplexity_ratio"] = perplexity_ratio(cfg, summary["quality_nll"])
+    if is_measured(cfg):
+        summary |= rate_figures(serve(cfg, all_at_once(build_trace(cfg))).records, summary)
     return summary | extra
 
 

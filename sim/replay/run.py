@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.policies import Fixed, Policy, PolicyContext
 from sim.progress import progress
 from sim.replay.loop import replay
+from sim.replay.max_rate import all_at_once, is_measured, rate_figures, without_queue_limit
 from sim.replay.watch import Watched, outside_share, quality_note
 from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.results.plots import plot_replay
@@ -169,6 +171,23 @@ def replay_with(
     )
 
 
+def measured_rate(
+    cfg: DictConfig, trace: Trace, summary: Mapping[str, Any], policy: Policy | None = None
+) -> dict[str, float | None]:
+    """Return the maximum rate of a configuration and the utilization of its replay; nothing if it is not measured.
+
+    Args:
+        trace: of the replay. summary: its figures. policy: as in ``is_measured``.
+    """
+    if not is_measured(cfg, policy):
+        return {}
+    parts = build_parts(cfg)
+    tried = without_queue_limit(parts.policy)
+    engine = parts.server.build_engine(tried.first_plan, parts.budget, keep_iterations=False)
+    replay_with(cfg, all_at_once(trace), engine, tried)
+    return rate_figures(engine.records(), summary)
+
+
 def figures(
     engine: RecordingEngine,
     slo: Slo,
@@ -265,6 +284,8 @@ def run_replay(
     records, iterations = engine.records(), engine.iterations()
     summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s(), front_end=front_end)
     summary["interrupted"] = interrupted
+    with contextlib.suppress(KeyboardInterrupt):  # the replay itself is complete
+        summary |= {} if interrupted else measured_rate(cfg, trace, summary, policy)
     summary |= quality_figures(cfg, seen, iterations)
     try:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

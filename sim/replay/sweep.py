@@ -25,6 +25,7 @@ from sim.replay.run import (
     build_trace,
     figures,
     front_end_of,
+    measured_rate,
     quality_figures,
     quality_of,
     replay_with,
@@ -101,6 +102,7 @@ def replay_case(cfg: DictConfig) -> Outcome:
     with cpu_clock() as cpu_s:
         replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen)
         summary = figures(engine, build(cfg.slo), cpu_s=cpu_s(), front_end=front_end_of(cfg))
+    summary |= measured_rate(cfg, trace, summary)
     iterations = engine.iterations()
     end_s = float(iterations.end_s[-1]) if len(iterations) else 0.0
     summary["low_precision_share"] = time_mean(seen.low, end_s)

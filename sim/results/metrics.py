@@ -216,6 +216,7 @@ def summarise(
 
     ``ttft_s``, ``e2e_s``: engine-side, from the arrival in the engine's queue. ``client_ttft_s``, ``client_e2e_s``:
     client-side, from the sending to the arrival of the piece; without a front end they are the same.
+    ``max_rate_rps``, ``utilization``: None; who measures the maximum rate sets them (sim/replay/max_rate.py).
     ``recomputed_tokens``: prefill tokens beyond computing each answered request's uncached prompt once.
     ``cached_share``: tokens found in the prefix cache over all prompt tokens that were admitted.
     """
@@ -241,6 +242,8 @@ def summarise(
         "slo_attainment": float(met.mean()) if requests else None,
         "goodput_rps": _rate(float(met.sum()), makespan_s),
         "request_rate_rps": _rate(requests - 1, arrivals_s),
+        "max_rate_rps": None,
+        "utilization": None,
         "output_tokens_per_s": _rate(float(records.produced_tokens.sum()), makespan_s),
         "transitions": transitions,
         "budget_violation_s": budget_violation_s,

@@ -42,14 +42,32 @@ def warn_if_extrapolated(summaries: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
+NEAR_MAXIMUM = 0.9
+"""Utilization from which a run warns."""
+
+
+def warn_if_near_maximum(summaries: Iterable[Mapping[str, Any]]) -> None:
+    """Warn on stderr if the requests of a run come about as fast as its server can finish them."""
+    near = max(summaries, key=lambda summary: summary.get("utilization") or 0.0, default={})
+    if (share := near.get("utilization") or 0.0) >= NEAR_MAXIMUM:
+        print(
+            f"warning: {near['request_rate_rps']:.3g} requests/s are {100 * share:.0f} % of the maximum rate of this "
+            f"server, {near['max_rate_rps']:.3g} requests/s; near it TTFT depends on small errors of the prices: "
+            "compare max_rate_rps, not TTFT",
+            file=sys.stderr,
+        )
+
+
 def print_summary(summary: Mapping[str, Any], title: str, console: Console | None = None) -> None:
     """Print the figures of one replay: tables on a terminal, plain ``name value`` lines in a pipe or file."""
     warn_if_extrapolated([summary])
+    warn_if_near_maximum([summary])
     console = console or Console()
     rates = {
         "SLO attainment": _percent(summary["slo_attainment"]),
         "goodput_rps": _number(summary["goodput_rps"]),
         "request_rate_rps": _number(summary["request_rate_rps"]),
+        **_rates_shown(summary),
         "output_tokens_per_s": _number(summary["output_tokens_per_s"]),
         "makespan_s": _number(summary["makespan_s"]),
         "KV peak share": _percent(summary["kv_peak_share"]),
@@ -83,6 +101,13 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
         counts.add_row(name, value)
     console.print(counts)
     _print_note(summary, console)
+
+
+def _rates_shown(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the maximum rate and the utilization as text, if they were measured."""
+    if summary.get("max_rate_rps") is None:
+        return {}
+    return {"max_rate_rps": _number(summary["max_rate_rps"]), "utilization": _percent(summary["utilization"])}
 
 
 def _print_note(summary: Mapping[str, Any], console: Console) -> None:
@@ -121,6 +146,13 @@ CLIENT_COLUMNS = {"client TTFT P95 (s)": ("client_ttft_s.p95", 1.0, 2, "")}
 """Columns of runs with a front end, in addition."""
 
 
+RATE_COLUMNS = {
+    "maximum rate (req/s)": ("max_rate_rps", 1.0, 2, ""),
+    "utilization": ("utilization", 100.0, 1, " %"),
+}
+"""Columns of runs whose maximum rate was measured, in addition."""
+
+
 def _has_front_end(summary: Mapping[str, Any]) -> bool:
     """Return whether clients see other times than the engine."""
     return any(summary.get(f"client_{name}", summary[name]) != summary[name] for name in ("ttft_s", "e2e_s"))
@@ -135,9 +167,11 @@ Columns = Mapping[str, tuple[str, float, int, str]]
 
 
 def columns_of(rows: Mapping[str, Sequence[Mapping[str, Any]]], columns: Columns = SUMMARY_COLUMNS) -> Columns:
-    """Return the columns of a table of these rows: ``columns``, and those of a front end if any row has one."""
+    """Return the columns of a table of these rows: ``columns``, and others that some row needs."""
     summaries = [summary for row in rows.values() for summary in row]
-    return {**columns, **(CLIENT_COLUMNS if any(map(_has_front_end, summaries)) else {})}
+    seen = CLIENT_COLUMNS if any(map(_has_front_end, summaries)) else {}
+    rates = RATE_COLUMNS if any(summary.get("max_rate_rps") is not None for summary in summaries) else {}
+    return {**columns, **seen, **rates}
 
 
 def cells(summaries: Sequence[Mapping[str, Any]], columns: Columns = SUMMARY_COLUMNS) -> list[str]:
@@ -179,6 +213,7 @@ def print_rows(
 ) -> None:
     """Print the table of ``markdown``: with lines on a terminal, as Markdown in a pipe or file."""
     warn_if_extrapolated([summary for summaries in rows.values() for summary in summaries])
+    warn_if_near_maximum([summary for summaries in rows.values() for summary in summaries])
     console = Console()
     if not console.is_terminal:
         print(title, markdown(rows, first, columns), sep="\n\n", end="")
