@@ -25,6 +25,7 @@ from sim.policies.base import Policy
 from sim.policies.learned_cluster import learned_cluster
 from sim.policies.learned_files import read_about as read_policy
 from sim.policies.learned_serve import learned_serve
+from sim.progress import counted, progress
 
 Windows = Sequence[Window]
 
@@ -75,7 +76,8 @@ def test_clusters(setting: ClusterSetting, sources: Sequence[str], each: int) ->
 
 def mean_cluster_utility(setting: ClusterSetting, clusters: Sequence[Windows], build: Build) -> float:
     """Return the mean utility of a policy over clusters, in [0, 1]; it is built again for each replica."""
-    return float(np.mean([play_cluster(setting, windows, build)["utility"] for windows in clusters]))
+    with progress("playing", len(clusters), "clusters") as report:
+        return float(np.mean(counted((play_cluster(setting, one, build)["utility"] for one in clusters), report)))
 
 
 def tuned_cluster_rules(
@@ -117,17 +119,17 @@ def evaluate_cluster(
 ) -> pd.DataFrame:
     """Return one row for each policy, seed and cluster; ``oracle`` adds ``oracle_static``."""
     rows = []
-    for number, (load, windows) in enumerate(clusters):
-        pressed = sum(window.budget != "full" for window in windows)
-        scenario = {"window": number, "source": windows[0].source, "load": load, "pressed": pressed}
-        for name, seeds in policies.items():
-            for seed, build in enumerate(seeds):
-                rows.append({"policy": name, "seed": seed, **scenario, **play_cluster(setting, windows, build)})
-        if oracle:
-            best = best_in_hindsight(
-                [play_cluster(setting, windows, fixed_plan(plan)) for plan in setting.actions.plans]
-            )
-            rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
+    with progress("playing", len(clusters), "clusters") as report:
+        for number, (load, windows) in enumerate(clusters):
+            pressed = sum(window.budget != "full" for window in windows)
+            scenario = {"window": number, "source": windows[0].source, "load": load, "pressed": pressed}
+            for name, seeds in policies.items():
+                for seed, build in enumerate(seeds):
+                    rows.append({"policy": name, "seed": seed, **scenario, **play_cluster(setting, windows, build)})
+            if oracle:
+                plays = [play_cluster(setting, windows, fixed_plan(plan)) for plan in setting.actions.plans]
+                rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best_in_hindsight(plays)})
+            report(number + 1)
     return pd.DataFrame(rows)
 
 

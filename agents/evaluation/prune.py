@@ -19,6 +19,7 @@ from agents.envs.surrogate import mask_losses, quality_on
 from sim.cost.memory import peak_bytes
 from sim.cost.model_spec import load_model
 from sim.policies.observation.prune import block_names, mask_of
+from sim.progress import progress
 
 SCENARIO = ["batch", "sequence_tokens", "budget_share"]
 
@@ -35,8 +36,9 @@ def evaluate_prune(
     names = block_names(model.num_layers)
     rows: list[dict[str, Any]] = []
     masks = []
-    for policy, seeds in policies.items():
-        for seed, decide in enumerate(seeds):
+    players = [(policy, seed, decide) for policy, seeds in policies.items() for seed, decide in enumerate(seeds)]
+    with progress("pruning", len(players) * len(scenarios), "loads") as report:
+        for policy, seed, decide in players:
             decide(scenarios[0])  # the first call is slower: it compiles or fills caches
             for load in scenarios:
                 started_s = time.perf_counter()
@@ -58,6 +60,7 @@ def evaluate_prune(
                         "dropped": " ".join(name for name, gone in zip(names, removed.tolist(), strict=True) if gone),
                     }
                 )
+                report(len(rows))
     frame = pd.DataFrame(rows)
     removed = np.stack(masks)
     for column, text, form in (

@@ -7,9 +7,10 @@ hindsight, and ``oracle_search``, the best schedule of plans that a search finds
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ from sim.cost.quality import PublishedQuality, load_quality
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
+from sim.progress import progress
 
 TRAIN_WINDOWS, TRAIN_SEED = 45, 20250603
 
@@ -185,19 +187,30 @@ def _rules(setting: ServeSetting, tuned: Mapping[str, Any], static: Plan) -> dic
 def _tune(setting: ServeSetting, score: Callable[[Build], float]) -> tuple[dict[str, Any], Plan]:
     """Return the parameters of the rules with the highest scores, and the best static plan."""
     plans = setting.actions.plans
-    static = [score(fixed_plan(plan)) for plan in plans]
-    best = int(np.argmax(static))
     limits = sorted({plan.max_waiting for plan in plans if plan.max_waiting is not None})
     dense = conf_policy("dense")
-    max_waiting = max(limits, key=lambda limit: score(with_queue_limit(dense, limit)))
     grid = [
         {"headroom": headroom, "restore_headroom": headroom + 0.2, "waiting_share": share, "patience": patience}
         for headroom in (1.1, 1.4)
         for share in (0.0, 1.0)
         for patience in (2, 10)
     ]
-    greedy = max(grid, key=lambda values: score(with_queue_limit(conf_policy("greedy_stop", **values), max_waiting)))
-    margin = max((0.1, 0.2, 0.4, 0.8), key=lambda value: score(conf_policy("saber", margin=value)))
+    margins = (0.1, 0.2, 0.4, 0.8)
+    scored = itertools.count(1)
+    with progress("tuning rules", len(plans) + len(limits) + len(grid) + len(margins), "settings") as report:
+
+        def counted(build: Build) -> float:
+            found = score(build)
+            report(next(scored))
+            return found
+
+        static = [counted(fixed_plan(plan)) for plan in plans]
+        max_waiting = max(limits, key=lambda limit: counted(with_queue_limit(dense, limit)))
+        greedy = max(
+            grid, key=lambda values: counted(with_queue_limit(conf_policy("greedy_stop", **values), max_waiting))
+        )
+        margin = max(margins, key=lambda value: counted(conf_policy("saber", margin=value)))
+    best = int(np.argmax(static))
     tuned = {
         "static": setting.actions.names[best],
         "static_utility": static[best],
@@ -216,30 +229,38 @@ def evaluate_serve(
     oracles: Sequence[str] = ORACLES,
 ) -> pd.DataFrame:
     """Return one row for each policy, seed and window; ``oracles``: which of ``ORACLES`` to add."""
-    context = policy_context(setting)
-    rows = []
-    for number, window in enumerate(windows):
-        scenario = {
-            "window": number,
-            "source": window.source,
-            "start_s": window.start_s,
-            "rate": window.rate,
-            "load": load_of(window),
-            "budget": window.budget,
-            "budget_seed": window.budget_seed,
-        }
-        for name, seeds in policies.items():
-            for seed, build in enumerate(seeds):
-                figures = play_window(setting, window, build(context))
+    rows: list[dict[str, Any]] = []
+    with progress("playing", len(windows), "windows") as report:
+        for number, window in enumerate(windows):
+            scenario = {
+                "window": number,
+                "source": window.source,
+                "start_s": window.start_s,
+                "rate": window.rate,
+                "load": load_of(window),
+                "budget": window.budget,
+                "budget_seed": window.budget_seed,
+            }
+            for name, seed, figures in _played(setting, policies, window, oracles):
                 rows.append({"policy": name, "seed": seed, **scenario, **figures})
-        if "oracle_static" in oracles:
-            best = best_in_hindsight([play_window(setting, window, Fixed(plan)) for plan in setting.actions.plans])
-            rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
-        if "oracle_search" in oracles:
-            schedule, _ = best_schedule(setting, window)
-            searched = play_window(setting, window, schedule_policy(setting, schedule))
-            rows.append({"policy": "oracle_search", "seed": 0, **scenario, **searched})
+            report(number + 1)
     return pd.DataFrame(rows)
+
+
+def _played(
+    setting: ServeSetting, policies: Mapping[str, Sequence[Build]], window: Window, oracles: Sequence[str]
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield (policy, seed, figures) of each policy, seed and oracle in a window."""
+    context = policy_context(setting)
+    for name, seeds in policies.items():
+        for seed, build in enumerate(seeds):
+            yield name, seed, play_window(setting, window, build(context))
+    if "oracle_static" in oracles:
+        plays = [play_window(setting, window, Fixed(plan)) for plan in setting.actions.plans]
+        yield "oracle_static", 0, best_in_hindsight(plays)
+    if "oracle_search" in oracles:
+        schedule, _ = best_schedule(setting, window)
+        yield "oracle_search", 0, play_window(setting, window, schedule_policy(setting, schedule))
 
 
 def serve_grid(frame: pd.DataFrame, policy: str, column: str = "utility") -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 from sim.atomic import write_whole
 from sim.errors import ConfigError, nearest
 from sim.pages.render import commit_of, table
+from sim.progress import line, say
 from sim.results.report import SUMMARY_COLUMNS, Columns, cells
 from sim.results.run_folder import write_json, write_text
 
@@ -44,9 +46,10 @@ def replay(name: str, comparison: Comparison, workers: int, folder: Path) -> Non
     """
     run = folder / "run" / name
     command = [sys.executable, "-m", *comparison.command.split(), f"workers={workers}", f"hydra.run.dir={run}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # It shows its own progress, and what is wrong, on this stderr.
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
-        raise ConfigError(f"python -m {comparison.command} failed: {done.stderr.strip()}")
+        raise ConfigError(f"python -m {comparison.command} failed, status {done.returncode}; the lines above say why")
     write_json(folder / f"{name}.json", figures_of(comparison, run))
     if comparison.plot:
         _shrink(run / "compare.png", folder / f"{name}.png")
@@ -155,8 +158,10 @@ def write_page(cfg: DictConfig, comparisons: Mapping[str, Comparison], folder: P
 
 def measure(names: Sequence[str], comparisons: Mapping[str, Comparison], folder: Path, workers: int) -> None:
     """Repeat comparisons and keep their figures and plots."""
+    started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        for name in names:
+        for done, name in enumerate(names):
+            say(f"{line('measuring', len(names), 'comparisons', done, '', time.monotonic() - started_s)}; next: {name}")
             replay(name, comparisons[name], workers, Path(temporary))
             print(f"replayed {name}", flush=True)
         # Copied at the end: a changed file would mark the commit of the next replay as dirty.
