@@ -15,7 +15,7 @@ import sim.compare  # noqa: F401, which registers its schema
 from sim.config import check_overrides
 from sim.errors import ConfigError
 from sim.pages import clusters, simulation
-from sim.pages.comparison import Comparison, ResultsConfig, wins, write_page
+from sim.pages.comparison import Comparison, ResultsConfig, measure, wins, write_page
 from sim.results.report import SUMMARY_COLUMNS
 from tests.sim.pages.test_render import cells
 
@@ -108,3 +108,11 @@ def test_a_page_command_replays_the_chosen_results_and_refuses_an_unknown_one(
     cfg.only = ["kv_hall"]
     with pytest.raises(ConfigError, match="kv_hole"):
         write_page(cfg, simulation.COMPARISONS, tmp_path, lambda: "the page")
+
+
+def test_a_comparison_that_fails_says_so_after_its_own_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"python -m sim\.compare polcy=1 failed, status 2; the lines above say why"):
+        measure(["wrong"], {"wrong": Comparison(command="sim.compare polcy=1")}, tmp_path, 1)
+    said = capfd.readouterr().err
+    assert said.startswith("measuring: 0 of 1 comparisons, 0 s; next: wrong\n")
+    assert "error: there is no key 'polcy'" in said
