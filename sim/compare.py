@@ -104,11 +104,11 @@ def _plot(
     shown = hardest(rows)
     drawn = {label: outcomes[at * len(cases) + shown] for at, label in enumerate(rows)}
     lines = {label: Line(o.records, o.iterations, o.kept_share) for label, o in drawn.items()}
-    # Each policy may have a budget of its own (policies.LABEL.budget); the figure shows one only if all share it.
-    budgets = {outcome.budget for outcome in drawn.values()}
+    # Each policy may have a budget of its own (policies.LABEL.budget).
+    budgets = list(dict.fromkeys(outcome.budget for outcome in drawn.values()))
     if len(cases) > 1:
         title = f"{title.partition(': mean')[0]}: {cases[shown].name.replace('_', ' ')}"
-    plot_comparison(path, lines, slo, title, budgets.pop() if len(budgets) == 1 else ())
+    plot_comparison(path, lines, slo, title, budgets)
 
 
 def hardest(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from sim.results.run_folder import write_json
 
 BUFFER = "replay_buffer.pickle"
 RUNNER = "runner.pickle"
+NAME = re.compile(r"checkpoint_\d{6,}")
 
 
 class Checkpoints:
@@ -49,8 +51,10 @@ class Checkpoints:
             ) from error
 
     def save(self, algorithm: Any, status: Mapping[str, Any]) -> None:
-        """Save the algorithm with its replay buffer, then delete the previous checkpoint."""
-        previous = self.last()
+        """Save the algorithm with its replay buffer, then delete all earlier checkpoints.
+
+        A training that was killed while it saved or deleted one has left a part of it, which is deleted too.
+        """
         name = f"checkpoint_{status['iteration']:06d}"
         path = self.folder / name
         shutil.rmtree(path, ignore_errors=True)
@@ -61,8 +65,9 @@ class Checkpoints:
         with (path / RUNNER).open("wb") as file:
             cloudpickle.dump(runner_state(algorithm), file)  # type: ignore[no-untyped-call]
         write_json(self.pointer, {**status, "checkpoint": name})
-        if previous is not None and previous[0] != path:
-            shutil.rmtree(previous[0], ignore_errors=True)
+        for other in self.folder.iterdir():
+            if NAME.fullmatch(other.name) and other.name != name:
+                shutil.rmtree(other, ignore_errors=True)
 
     def restore(self, algorithm: Any) -> dict[str, Any]:
         """Restore an algorithm from the last checkpoint; return the status saved with it, empty if there is none.

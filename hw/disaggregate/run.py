@@ -28,7 +28,7 @@ from hw.elastic.processor import processor_name
 from hw.replay.run import HwReplayConfig
 from sim.config import build, name_of, one_thread, run_command
 from sim.cost.plan import describe
-from sim.disaggregate.run import perplexity_ratio, plan_of, print_staged, staged_frame, transfer_figures
+from sim.disaggregate.run import plan_of, plan_quality, print_staged, staged_frame, transfer_figures
 from sim.engine.iteration_log import IterationLog
 from sim.results.metrics import iterations_frame, merged_gaps, merged_iterations, summarise
 from sim.results.plots import plot_replay
@@ -56,15 +56,16 @@ def figures(cfg: DictConfig, outcome: Outcome) -> dict[str, Any]:
     records, plan = outcome.records, plan_of(cfg)
     logs = list(outcome.logs.values())
     end_s = max(float(np.nanmax(records.finish_s, initial=0.0)), 1e-9)
+    iterations = merged_iterations([log.iterations for log in logs] or [IterationLog().table()])
     summary = summarise(
         records,
-        merged_iterations([log.iterations for log in logs] or [IterationLog().table()]),
+        iterations,
         merged_gaps([log.gaps for log in logs] or [IterationLog().token_gaps()]),
         build(cfg.slo),
         not_arrived=outcome.not_arrived,
         cpu_s=sum(log.cpu_s for log in logs),
     )
-    summary["perplexity_ratio"] = perplexity_ratio(cfg, summary["quality_nll"])
+    summary |= plan_quality(cfg, summary["quality_nll"], iterations)
     summary |= {"plan": describe(plan), **transfer_figures(records, plan, build(cfg.model))}
     summary["link_busy_share"] = _busy_s(records.send_s, records.sent_s) / end_s
     return summary | {"interrupted": outcome.interrupted, "failure": outcome.failure}

@@ -64,13 +64,24 @@ class DiskStore:
         return key in self._index
 
     def put(self, key: object, tensors: Iterable[Tensor]) -> None:
-        """Store tensors under a key."""
+        """Store tensors under a key.
+
+        Raises:
+            ModelError: if the disk has no room for them.
+        """
         entries = []
-        for tensor in tensors:
-            offset = self._file.seek(0, 2)
-            self._file.write(_raw(tensor.detach().contiguous()))
-            entries.append((offset, tensor.dtype, tensor.shape))
-            self.nbytes += tensor.nbytes
+        try:
+            for tensor in tensors:
+                offset = self._file.seek(0, 2)
+                self._file.write(_raw(tensor.detach().contiguous()))
+                entries.append((offset, tensor.dtype, tensor.shape))
+                self.nbytes += tensor.nbytes
+            self._file.flush()
+        except OSError as error:
+            raise ModelError(
+                f"the weights do not fit into the temporary folder {tempfile.gettempdir()} ({error.strerror}); free "
+                "space there, or set TMPDIR to another folder"
+            ) from error
         self._index[key] = entries
 
     def get(self, key: object) -> tuple[list[Tensor], list[Event]]:

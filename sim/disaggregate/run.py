@@ -29,13 +29,14 @@ from sim.replay.run import (
     build_parts,
     build_trace,
     progress_period_s,
+    quality_figures,
     quality_of,
     simulated_progress_steps,
 )
 from sim.replay.variants import VariantsConfig, run_or_compare
 from sim.results.metrics import Slo, distribution, merged_gaps, merged_iterations, records_frame, summarise
 from sim.results.plots import ReplicaLine, plot_replicas
-from sim.results.records import Records
+from sim.results.records import Iterations, Records
 from sim.results.report import Columns, print_summary
 from sim.results.run_folder import write_json, write_parquet, write_text
 from sim.types import Floats
@@ -180,12 +181,15 @@ def transfer_figures(staged: StagedRecords, plan: Plan, model: ModelSpec) -> dic
     }
 
 
-def perplexity_ratio(cfg: DictConfig, quality_nll: float | None) -> float | None:
-    """Return the perplexity of the plans that requests ran, over dense; None without a quality table."""
-    quality = quality_of(cfg)
-    if quality is None or quality_nll is None:
-        return None
-    return float(np.exp(quality_nll - quality.nll(dense_plan(build(cfg.model)))))
+def plan_quality(cfg: DictConfig, quality_nll: float | None, iterations: Iterations) -> dict[str, Any]:
+    """Return what is known of the quality of the plan that requests ran (``quality_figures``).
+
+    ``perplexity_ratio`` is its perplexity over dense; None without a quality table.
+    """
+    quality, ratio = quality_of(cfg), None
+    if quality is not None and quality_nll is not None:
+        ratio = float(np.exp(quality_nll - quality.nll(dense_plan(build(cfg.model)))))
+    return {"perplexity_ratio": ratio, **quality_figures(cfg, [(0.0, plan_of(cfg))], iterations)}
 
 
 def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
@@ -196,15 +200,15 @@ def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
         end_s = max(float(np.nanmax(served.records.finish_s, initial=0.0)), 1e-9)
         extra |= transfer_figures(served.records, plan, model)
         extra["link_busy_share"] = sum(link.busy_s for link in served.links) / (len(served.links) * end_s)
+    iterations = merged_iterations([engine.iterations() for engine in served.engines.values()])
     summary = summarise(
         served.records,
-        merged_iterations([engine.iterations() for engine in served.engines.values()]),
+        iterations,
         merged_gaps([engine.token_gaps() for engine in served.engines.values()]),
         build(cfg.slo),
         cpu_s=served.cpu_s,
     )
-    summary["perplexity_ratio"] = perplexity_ratio(cfg, summary["quality_nll"])
-    return summary | extra
+    return summary | plan_quality(cfg, summary["quality_nll"], iterations) | extra
 
 
 def run(cfg: DictConfig) -> tuple[Records, dict[str, Any]]:

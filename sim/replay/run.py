@@ -17,6 +17,7 @@ from sim.compiled import cpu_clock
 from sim.config import build, name_of
 from sim.cost.gpu import Gpu
 from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan
 from sim.cost.quality import FittedQuality, PublishedQuality
 from sim.engine.budget import Budget
 from sim.engine.protocol import Engine, EngineConfig, check_hash_blocks
@@ -181,15 +182,15 @@ def about(trace: Trace) -> dict[str, Any]:
     return {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history}
 
 
-def quality_figures(cfg: DictConfig, seen: Watched, iterations: Iterations) -> dict[str, Any]:
-    """Return what is known of the quality of the plans of a run.
+def quality_figures(cfg: DictConfig, plans: list[tuple[float, Plan]], iterations: Iterations) -> dict[str, Any]:
+    """Return what is known of the quality of the plans of a run; ``plans`` as in ``outside_share``.
 
     ``quality_outside_share`` is the share of computed tokens under plans outside the range that the quality was fitted
     on, which are charged its upper bound; None without a quality. ``quality_note`` is a sentence for people, or None.
     """
     quality = quality_of(cfg)
-    outside = None if quality is None else outside_share(quality, seen.plans, iterations)
-    return {"quality_outside_share": outside, "quality_note": quality_note(quality, seen.plans, outside)}
+    outside = None if quality is None else outside_share(quality, plans, iterations)
+    return {"quality_outside_share": outside, "quality_note": quality_note(quality, plans, outside)}
 
 
 def write_tables(
@@ -249,7 +250,7 @@ def run_replay(
     records, iterations = engine.records(), engine.iterations()
     summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s())
     summary["interrupted"] = interrupted
-    summary |= quality_figures(cfg, seen, iterations)
+    summary |= quality_figures(cfg, seen.plans, iterations)
     try:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         write_json(folder / "provenance.json", made_by)

@@ -103,7 +103,7 @@ def replay_case(cfg: DictConfig) -> Outcome:
     iterations = engine.iterations()
     end_s = float(iterations.end_s[-1]) if len(iterations) else 0.0
     summary["low_precision_share"] = time_mean(seen.low, end_s)
-    summary |= quality_figures(cfg, seen, iterations)
+    summary |= quality_figures(cfg, seen.plans, iterations)
     summary["perplexity_ratio"] = None
     if summary["quality_nll"] is not None and (quality := quality_of(cfg)) is not None:
         dense_nll = quality.nll(dense_plan(build(cfg.model)))

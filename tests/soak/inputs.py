@@ -6,7 +6,6 @@ An input is made from its kind and its number alone, so ``python -m tests.soak o
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import multiprocessing
 import os
@@ -24,8 +23,8 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
+from tests.soak import figures
 from tests.soak.kinds import Case, Kind, Outcome, judge
-from tests.soak.provenance import made_now
 
 KINDS = {
     "traces": ("trace_inputs", "Traces"),
@@ -293,7 +292,7 @@ def run(
 
     A slice that the file holds without a fault is not played again; remove it there to repeat it.
     """
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"slices": {}}
+    content = {"slices": {}, **figures.read(path)}
     done: dict[str, Any] = content["slices"]
     for kind, count in divide(total, kinds).items():
         for first in range(0, count, slice_size):
@@ -303,11 +302,8 @@ def run(
                 continue
             start_s = time.monotonic()
             tally = feed(kind, first, size)
-            done[key] = {**_plain(tally), "inputs": size, "wall_s": time.monotonic() - start_s, **made_now()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(content, indent=1) + "\n")
-            part.replace(path)
+            done[key] = {**_plain(tally), "inputs": size, "wall_s": time.monotonic() - start_s, **figures.made_now()}
+            figures.save(path, content)
             say(f"{key}: {size} inputs, {dict(tally.verdicts)}, {len(tally.faults)} kinds of fault")
     return content
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sim.results.run_folder import commit
+from tests.soak import figures
+from tests.soak.commands import Command, replay_command, score_command
 from tests.soak.forked import Run, start
-from tests.soak.provenance import made_now
 from tests.soak.run_files import differences, half_written, leftovers, results
 from tests.warm_up import main as warm_up
 
@@ -20,79 +21,46 @@ CLOCKS = ("cpu_seconds", "earlier_cpu_seconds", "seconds", "sample_seconds", "le
 """Keys of results that state how and how fast they were made; a run that was continued states another command."""
 REFUSED = "already holds"
 """In the message of a command whose folder has a complete run."""
-WORDS = "the keeper counts the ships that pass in the night and writes each of them down "
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """One command that is killed.
 
-    module, arguments: the command without its run folder. again: what the second run adds to them.
-    share: of all kills. ready: whether the run in a folder has come so far that it may be killed.
+    again: what the second run adds to the command. share: of all kills.
+    ready: whether the run in a folder has come so far that it may be killed.
     ignore: files that may be incomplete, because nothing names them yet.
-    kept: which results must be those of the unbroken run, as the folder of a killed run says.
     """
 
     name: str
-    module: str
-    arguments: tuple[str, ...]
+    command: Command
     share: float
     again: tuple[str, ...] = ()
-    folder_key: str = "hydra.run.dir"
     ready: Callable[[Path], bool] = lambda _: True
     ignore: Callable[[Path], bool] = lambda _: False
-    kept: Callable[[Path], Callable[[str], bool]] = lambda _: lambda _: True
-
-    def command(self, folder: Path, *more: str) -> list[str]:
-        """Return the arguments of a run in a folder."""
-        return [*self.arguments, *more, f"{self.folder_key}={folder}"]
 
 
 def scenarios(files: Path) -> list[Scenario]:
     """Return all scenarios; ``files`` is where what they read is written."""
-    text = files / "text.txt"
     files.mkdir(parents=True, exist_ok=True)
-    text.write_text(WORDS * 2000)
-    trace = ("trace=poisson", "trace.rate_rps=60", "trace.duration_s=30", "iterations=true")
-    from tests.soak.tiny_checkpoint import write_checkpoint
-
-    checkpoint = write_checkpoint(files / "checkpoint")
-    score = (f"model.path={checkpoint}", "model.name=tiny", "model.dtype=float32", "model.device=cpu")
-    score += (f"calibration.path={text}", f"test.path={text}", "calibration.tokens=4096", "calibration.window=64")
+    trace = ("trace=poisson", "trace.rate_rps=60", "trace.duration_s=30")
+    sweep = replay_command("--multirun", *trace, "seed=0,1,2", folder_key="hydra.sweep.dir")
     train = ("algorithm=ppo", "algorithm.steps_an_iteration=256", "algorithm.minibatch=128", "algorithm.epochs=2")
     train += ("num_envs=8", "hidden=[16]", "validate_every=1", "minutes=10", "iterations=12", "checkpoint_minutes=0")
     return [
-        Scenario("sim.replay", "sim.replay.__main__", trace, 0.3),
-        Scenario("sim.replay seeds", "sim.replay.__main__", (*trace[:3], "seeds=[0,1,2]"), 0.2),
-        Scenario(
-            "sim.replay --multirun",
-            "sim.replay.__main__",
-            ("--multirun", *trace[:3], "seed=0,1,2"),
-            0.2,
-            folder_key="hydra.sweep.dir",
-        ),
-        Scenario("hw.score gsi", "hw.score.run", ("kind=gsi", *score), 0.24, folder_key="out"),
+        Scenario("sim.replay", replay_command(*trace, "iterations=true"), 0.3),
+        Scenario("sim.replay seeds", replay_command(*trace, "seeds=[0,1,2]"), 0.2),
+        Scenario("sim.replay --multirun", sweep, 0.2),
+        Scenario("hw.score gsi", score_command(files, tokens=4096, sentences=2000), 0.24),
         Scenario(
             "agents.train",
-            "agents.training.train",
-            train,
+            Command("agents.training.train", train),
             0.06,
             again=("resume=true",),
             ready=lambda folder: (folder / "checkpoint.json").exists(),
             ignore=lambda path: "checkpoint_" in str(path.parent),
-            kept=rows_of_the_checkpoint,
         ),
     ]
-
-
-def rows_of_the_checkpoint(folder: Path) -> Callable[[str], bool]:
-    """Return whether a result is a row of progress.csv up to the last checkpoint.
-
-    Whether all later rows are equal too is counted, not required.
-    """
-    reached = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["iteration"]
-    rows = {str(number) for number in range(int(reached) + 1)}
-    return lambda name: name.startswith("progress.csv:") and name.split(":")[1] in rows
 
 
 @dataclass(slots=True)
@@ -105,7 +73,6 @@ class Count:
     complete_already: int = 0
     leftovers: int = 0
     equal: int = 0
-    equal_to_the_end: int = 0
     seconds: float = 0.0
     not_compared: list[str] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)
@@ -113,38 +80,26 @@ class Count:
 
 def run(count: int, folder: Path, path: Path, *, only: str = "", seed: int = 0) -> dict[str, Any]:
     """Kill ``count`` runs; save the figures after every scenario, and return them."""
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"scenarios": {}}
     shutil.rmtree(folder, ignore_errors=True)
     warm_up()  # the children find the kernels loaded
     for scenario in scenarios(folder / "files"):
         if only and only != scenario.name:
             continue
         found = kill_often(scenario, max(1, round(count * scenario.share)), folder / "runs", random.Random(seed))
-        content["scenarios"][scenario.name] = {
-            **{name: getattr(found, name) for name in found.__dataclass_fields__},
-            **made_now(),
-        }
-        content["faults"] = sum(len(s["faults"]) for s in content["scenarios"].values())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        figures.add(path, "scenarios", scenario.name, asdict(found))
         print(f"{scenario.name}: {found.kills} kills, {found.equal} equal, {len(found.faults)} faults", flush=True)
-    return content
-
-
-def _place(scenario: Scenario, folder: Path) -> Path:
-    """Return what names the results on the command line: the folder, or the file of a score."""
-    return folder / "score.json" if scenario.folder_key == "out" else folder
+    return figures.read(path)
 
 
 def kill_often(scenario: Scenario, kills: int, folder: Path, rng: random.Random) -> Count:
     """Kill runs of one scenario and run each again."""
-    found, began_s = Count(), time.monotonic()
+    found, began_s, present = Count(), time.monotonic(), commit()
     place = folder / "run"  # always the same one: its name is part of some results
     references, times = [], []
     for number in range(3):  # the first one fills caches
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        child = start(scenario.module, scenario.command(_place(scenario, place)), folder / "printed")
+        child = start(scenario.command.module, scenario.command.line(place), folder / "printed")
         if child.wait() != 0:
             raise RuntimeError(f"{scenario.name} does not run: {child.text()[-800:]}")
         times.append(time.monotonic() - child.started_s)
@@ -157,6 +112,8 @@ def kill_often(scenario: Scenario, kills: int, folder: Path, rng: random.Random)
     for _ in range(kills):
         shutil.rmtree(place, ignore_errors=True)
         _one(scenario, place, times[-1], (references[-1], clock), found, rng)
+    if commit() != present:  # which is part of the results
+        raise RuntimeError(f"{present} was checked out at first, {commit()} is now; run this in a clone of its own")
     found.seconds = time.monotonic() - began_s
     return found
 
@@ -170,8 +127,8 @@ def _one(
     rng: random.Random,
 ) -> None:
     folder.mkdir(parents=True)
-    place, printed = _place(scenario, folder), folder.with_suffix(".txt")
-    child = start(scenario.module, scenario.command(place), printed)
+    printed = folder.with_suffix(".txt")
+    child = start(scenario.command.module, scenario.command.line(folder), printed)
     _kill_at_random(child, scenario, folder, usual_s, rng)
     found.kills += 1
     found.ended_before += child.status == 0
@@ -180,25 +137,22 @@ def _one(
     if broken := half_written(folder, ignore=scenario.ignore):
         found.faults.append({"what": "half-written", "files": broken})
     wanted, clock = reference
-    kept = scenario.kept(folder)
     if child.status == 0:
         found.complete_already += 1
-    elif not _again(scenario, place, printed, found):
+    elif not _again(scenario, folder, printed, found):
         return
-    all_different = differences(results(folder), wanted) - clock
-    found.equal_to_the_end += not all_different
-    if different := sorted(filter(kept, all_different)):
+    if different := sorted(differences(results(folder), wanted) - clock):
         found.faults.append({"what": "other results", "names": different[:20]})
     else:
         found.equal += 1
 
 
-def _again(scenario: Scenario, place: Path, printed: Path, found: Count) -> bool:
+def _again(scenario: Scenario, folder: Path, printed: Path, found: Count) -> bool:
     """Run the command again; return whether it ended well.
 
     A run, or a job of a sweep, that was complete when it was killed is refused.
     """
-    child = start(scenario.module, scenario.command(place, *scenario.again), printed)
+    child = start(scenario.command.module, scenario.command.line(folder, *scenario.again), printed)
     if child.wait() == 0:
         return True
     if child.status in (1, 2) and REFUSED in child.text() and "Traceback" not in child.text():

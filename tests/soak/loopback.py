@@ -56,7 +56,10 @@ def serve(folder: Path, *more: str) -> Iterator[Child]:
     command = [sys.executable, "-m", "hw.serve", *overrides(write_checkpoint(folder / "checkpoint"))]
     command += [f"serve.port={port}", f"hydra.run.dir={folder / 'run'}", *more]
     with log.open("wb") as printed:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=printed, stderr=subprocess.STDOUT, env=os.environ)
+        # A process group of its own: Ctrl-C ends the load, which then ends the server.
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=printed, stderr=subprocess.STDOUT, env=os.environ, process_group=0
+        )
     child = Child(process, port, log)
     try:
         deadline = time.monotonic() + START_S
@@ -119,11 +122,14 @@ def status_of(answer: bytes) -> int:
     return int(words[1]) if len(words) > 1 and words[0].startswith(b"HTTP/") and words[1].isdigit() else 0
 
 
-def metrics(text: str) -> dict[str, float]:
-    """Return the samples of Prometheus' text format by name; labels are left out, and equal names added."""
+def metrics(text: str, label: str = "") -> dict[str, float]:
+    """Return the samples of Prometheus' text format by name; labels are left out, and equal names added.
+
+    label: text of a label, such as ``reason="abort"``, that the samples must have.
+    """
     found: dict[str, float] = {}
     for line in text.splitlines():
-        if line and not line.startswith("#"):
+        if line and not line.startswith("#") and label in line:
             name, _, value = line.rpartition(" ")
             found[name.partition("{")[0]] = found.get(name.partition("{")[0], 0.0) + float(value)
     return found

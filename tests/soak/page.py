@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sim.pages.render import commit_of, render, table
+from tests.soak.figures import read
 
 TEMPLATE = Path(__file__).parent / "templates" / "robustness.md.j2"
 LABELS = {
@@ -32,7 +32,7 @@ def write_page(folder: Path) -> Path:
 def page(folder: Path) -> str:
     """Return the page, in Markdown."""
     inputs, kills, saturation, disk, faults = (
-        _read(folder / f"{name}.json") for name in ("inputs", "kills", "saturation", "disk", "faults")
+        read(folder / f"{name}.json") for name in ("inputs", "kills", "saturation", "disk", "faults")
     )
     return render(
         TEMPLATE,
@@ -52,11 +52,6 @@ def page(folder: Path) -> str:
         faults=fault_table(faults),
         fault_kinds=len(faults["faults"]),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def input_table(inputs: Mapping[str, Any]) -> str:
@@ -95,8 +90,7 @@ def kill_table(kills: Mapping[str, Any]) -> str:
             "kills": one["kills"],
             "before any file": one["before_any_file"],
             "half-written": sum(fault["what"] == "half-written" for fault in one["faults"]),
-            "equal afterwards": one["equal_to_the_end"],
-            "equal to the checkpoint": f"{one['equal']}" if name == "agents.train" else None,
+            "equal afterwards": one["equal"],
             "temporary files left": one["leftovers"],
         }
         for name, one in kills["scenarios"].items()
@@ -106,24 +100,26 @@ def kill_table(kills: Mapping[str, Any]) -> str:
 
 def saturation_table(found: Mapping[str, Any]) -> str:
     """Return the figures of the loaded server, one a row."""
-    growth, end, late = found["growth"], found["at_the_end"], found["streams_refused_by_the_plan"]
-    aborted = sum(found["aborted"].values())
+    growth, last, late = found["growth"], found["last"], found["streams_refused_by_the_plan"]
+    end = "at the end" if "exit_status" in found else "at the last sample, still under load"
+    sent, accepted, left = found["requests_sent"], found["accepted"], found["accepted_by_end"]["abort"]
     rows = {
         "hours under load": f"{found['load_s'] / 3600:.2f}",
         "clients; most requests at once": f"{found['clients']}; {found['max_waiting']}",
-        "requests sent": f"{found['requests_sent']:,}",
-        "answers by status": ", ".join(f"{k}: {v:,}" for k, v in found["answers_by_status"].items()),
-        "clients that left early": f"{aborted:,} ({aborted / found['requests_sent']:.0%})",
+        "running; waiting, on average": f"{found['mean_running']:.1f}; {found['mean_waiting']:.1f}",
+        "requests sent; accepted": f"{sent:,}; {accepted:,.0f}",
+        "accepted ones that a client left": f"{left:,.0f}: {left / accepted:.0%}; {left / sent:.0%} of all sent",
+        "complete answers by status": ", ".join(f"{k}: {v:,}" for k, v in found["answers_by_status"].items()),
         "streams refused by a plan; cut short": f"{late:,}; {found['streams_cut_short']:,}",
         "plan changes": f"{found['plan_changes']:,}",
         "answers of 500 and above; tracebacks": f"{found['server_errors']}; {found['tracebacks']}",
         "tokens": f"{found['tokens']:,.0f}",
-        "running, waiting, KV in use at the end": f"{end['running']:.0f}, {end['waiting']:.0f}, {end['kv_used']:.0f}",
+        f"running, waiting, KV blocks in use {end}": ", ".join(f"{last[name]:.0f}" for name in last),
         f"resident memory after {growth['fit_from_s'] / 60:.0f} min": f"{growth['first_mb']:.1f} MB",
-        "resident memory at the end": f"{growth['last_mb']:.1f} MB",
+        f"resident memory {end}": f"{growth['last_mb']:.1f} MB",
         "growth, straight line": f"{growth['mb_per_hour']:+.2f} MB/h, {growth['bytes_per_request']:+.0f} bytes/request",
-        "file descriptors under load; at the end": _range(found["file_descriptors"])
-        + f"; {found['file_descriptors_at_the_end']:.0f}",
+        f"file descriptors under load; {end}": _range(found["file_descriptors"])
+        + f"; {found['last_file_descriptors']:.0f}",
         "threads": _range(found["threads"]),
     }
     return table([{"figure": name, "value": value} for name, value in rows.items()])

@@ -58,13 +58,13 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Return what a run folder says: the bytes of tables, and every value of its JSON files by file and key."""
+    """Return what a run folder says: the bytes of tables and weights, and every value of its JSON and CSV files."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if not path.is_file() or temporary(path):
             continue
-        if path.suffix == ".parquet":
+        if path.suffix in (".parquet", ".safetensors") or path.name == "module_state.pkl":  # that of RLlib's networks
             found[name] = path.read_bytes()
         elif path.suffix == ".json":
             flatten(json.loads(path.read_text(encoding="utf-8")), name, found)

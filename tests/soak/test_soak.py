@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from pathlib import Path
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="the real engine needs torch: pip install -e '.[hw]'")
 
-from tests.soak import inputs
+from tests.soak import disk, figures, inputs
+from tests.soak.commands import replay_command
 from tests.soak.kinds import Case, judge
+from tests.soak.loopback import HOST, metrics
 from tests.soak.mutate import mutate_json, to_json
 from tests.soak.page import input_table
 from tests.soak.run_files import differences, half_written, results
-from tests.soak.saturation import growth
+from tests.soak.saturation import LEAVE_SHARE, Load, growth, seen_of_the_server
 
 IN_PROCESS = [kind for kind in inputs.SHARES if kind != "http"]
 FEW = 40
@@ -98,3 +101,115 @@ def test_growth_is_the_slope_after_the_first_minutes() -> None:
     found = growth(rows, 7200.0)
     assert found["mb_per_hour"] == pytest.approx(3.6)
     assert found["bytes_per_request"] == pytest.approx(100.0)
+
+
+def test_clients_leave_the_share_that_is_wanted_although_many_requests_are_refused() -> None:
+    answered = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal answered
+        answered += 1
+        length = (await reader.readuntil(b"\r\n\r\n")).rpartition(b"content-length: ")[2]
+        body = json.loads(await reader.readexactly(int(length)))
+        if answered % 4 == 0:
+            writer.write(b"HTTP/1.1 429 Too Many Requests\r\n\r\n")
+        elif "stream" in body:
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + b"data: 1\n\n" * 10 + b"data: [DONE]\n\n")
+        else:
+            await asyncio.sleep(0.3)
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n{}")
+        writer.close()
+
+    async def run() -> Load:
+        server = await asyncio.start_server(answer, HOST, 0)
+        load = Load(server.sockets[0].getsockname()[1], 1, duration_s=60.0)
+        tasks = [asyncio.create_task(load.client()) for _ in range(20)]
+        while load.sent < 400 and load.goes_on():
+            await asyncio.sleep(0.01)
+        load.end()
+        await asyncio.gather(*tasks)
+        server.close()
+        return load
+
+    load = asyncio.run(run())
+    assert load.left.total() / load.sent == pytest.approx(LEAVE_SHARE, abs=0.06)
+    assert load.left.keys() == {"streamed", "not streamed"}
+    assert load.statuses[429] > 50
+    assert load.left.total() + load.statuses.total() == load.sent
+    assert load.unanswered == load.cut == 0
+    assert load.until_s < load.start_s + 60.0
+
+
+def test_metrics_are_added_over_the_labels_that_are_wanted() -> None:
+    text = """# TYPE vllm:request_success counter
+vllm:request_success_total{finished_reason="abort",model_name="a"} 2.0
+vllm:request_success_total{finished_reason="stop",model_name="a"} 3.0
+"""
+    assert metrics(text) == {"vllm:request_success_total": 5.0}
+    assert metrics(text, 'finished_reason="abort"') == {"vllm:request_success_total": 2.0}
+
+
+def test_the_figures_of_a_server_count_what_it_accepted_by_how_it_ended() -> None:
+    counts = {"stop": 1.0, "length": 2.0, "abort": 3.0, "error": 4.0}
+    others = ("arrived", "tokens", "cpu_s", "running", "waiting", "kv_used", "file_descriptors", "threads")
+    rows = [{"time_s": float(t), "resident_mb": 5.0, **dict.fromkeys(others, float(t)), **counts} for t in range(9)]
+    found = seen_of_the_server(rows, 6.0)
+    assert found["accepted"] == 10.0
+    assert found["accepted_by_end"] == counts
+    assert found["load_s"] == 6.0
+    assert found["mean_running"] == 5.0  # of the samples from a third of the time on
+
+
+def test_figures_of_one_command_are_added_to_those_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "disk.json"
+    figures.add(path, "commands", "one", {"runs": 1, "faults": ["a", "b"]})
+    content = figures.add(path, "commands", "other", {"runs": 2, "faults": ["c"]})
+    assert content == figures.read(path)
+    assert content["faults"] == 3
+    assert content["commands"]["one"]["runs"] == 1
+    assert content["commands"]["other"]["machine"]
+
+
+def test_runs_with_other_weights_or_other_files_are_not_equal(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        for file in ("best/policy.safetensors", "checkpoint_000002/module_state.pkl", "checkpoint_000002/state.pkl"):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(b"same")
+    one, other = tmp_path / "one", tmp_path / "other"
+    (other / "checkpoint_000002/state.pkl").write_bytes(b"times")
+    assert differences(results(one), results(other)) == set()
+    (other / "best/policy.safetensors").write_bytes(b"else")
+    (other / "checkpoint_000001").mkdir()
+    (other / "checkpoint_000001/metadata.json").write_text('{"class": "a"}')
+    expected = {"best/policy.safetensors", "checkpoint_000001/metadata.json:class"}
+    assert differences(results(one), results(other)) == expected
+
+
+def test_a_full_disk_must_leave_the_figures_unless_the_error_is_one_that_comes_before(tmp_path: Path) -> None:
+    case = disk.Case(replay_command("trace=small"), "SLO_attainment", before="set TMPDIR")
+    error = "error: a.json: File too large\n"
+    outcomes = {
+        "nothing": error,
+        "figures": "SLO_attainment 57 %\n" + error,
+        "earlier": "error: no room; set TMPDIR\n",
+        "two lines": "SLO_attainment 57 %\n" + 2 * error,
+        "traceback": "Traceback (most recent call last)\n" + error,
+    }
+    found = {name: disk.Found() for name in outcomes}
+    for name, printed in outcomes.items():
+        disk._judge(case, tmp_path, 64, 2, printed, found[name], set())
+    assert {name: [fault["what"] for fault in one.faults] for name, one in found.items()} == {
+        "nothing": ["figures are lost"],
+        "figures": [],
+        "earlier": [],
+        "two lines": ["no error of one line"],
+        "traceback": ["traceback"],
+    }
+    assert found["figures"].after_figures == found["earlier"].at_once == 1
+
+
+def test_limits_of_a_full_disk_rise_from_nothing() -> None:
+    limits = list(disk.limits())
+    assert limits[:2] == [0, 1]
+    assert limits == sorted(set(limits))
+    assert limits[-1] > 2**33
