@@ -99,12 +99,17 @@ class HwEngine(Replica):
             plans: those that may run. What they need is stored now, so that no plan change has to quantize a block.
                 None: any, so all blocks are stored at 16, 8 and 4 bits.
         Raises:
-            ConfigError: for ``prefix_caching``, which only the simulated engine has.
+            ConfigError: for ``prefix_caching`` or ``schedules_ahead``, which only the simulated engine has.
             PlanError: for a plan that is not legal for the model.
             BudgetError: if the first budget cannot hold the weights and one request.
         """
         if config.prefix_caching:
             raise ConfigError("engine.prefix_caching is true; the real engine has no prefix cache: set it to false")
+        if config.schedules_ahead:
+            raise ConfigError(
+                "engine.schedules_ahead is true; the real engine forms a batch when the iteration before it has ended: "
+                "set it to false"
+            )
         budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
         clock = clock or RealClock()
         self.elastic = elastic

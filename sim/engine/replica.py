@@ -61,6 +61,7 @@ class _UnderWay:
     """An iteration that has been computed and takes effect at its end.
 
     running, waiting: requests at its start. preempted: requests preempted since the iteration before.
+    known: requests that are here at its start, if the engine schedules ahead; otherwise none.
     """
 
     iteration: Iteration
@@ -68,6 +69,20 @@ class _UnderWay:
     running: int
     waiting: int
     preempted: int
+    known: frozenset[LiveRequest]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Late:
+    """What comes too late for the next batch, which was formed when the iteration that has just ended began.
+
+    known: requests that were here then; others came too late. layer_blocks: KV blocks freed since. ended: requests that
+    have ended since.
+    """
+
+    known: frozenset[LiveRequest]
+    layer_blocks: int
+    ended: int
 
 
 class Replica(ReplicaState):
@@ -136,6 +151,7 @@ class Replica(ReplicaState):
 
         self._time_s = start_s
         self._under_way: _UnderWay | None = None
+        self._late: _Late | None = None
         self._idle = False  # the last look found nothing to do: wait for the next event
         self._held = False  # the last ``run_until`` ended between two iterations: a policy decides before the next
         self._interrupted = False
@@ -363,22 +379,37 @@ class Replica(ReplicaState):
         """Change the plan if due, form a batch and start it; return whether there was anything to do."""
         preempted = self._change_plan(now_s)
         self._kv.look_up_waiting()
-        batch = form_batch(
-            self.config.scheduler,
-            self.queues.waiting,
-            self.queues.running,
-            self.pool.free_layer_blocks,
-            self._kv.layer_blocks,
-            self._limits,
-            self._kv.prefix_cache.shared_layer_blocks,
-        )
+        late, self._late = self._late, None
+        batch = self._form_batch(late)
         self._carry_out(batch, now_s)
         if not batch.scheduled:
             if self._refusals >= MOST_REFUSALS and self.queues.waiting and not self.queues.running:
                 raise self._no_memory("KV blocks or weights")
-            return bool(batch.preempted)
+            return bool(batch.preempted) or late is not None
         self._start(batch, now_s, preempted + len(batch.preempted))
         return True
+
+    def _form_batch(self, late: _Late | None) -> Batch[LiveRequest]:
+        """Form the next batch, without what comes too late for it."""
+        waiting: Sequence[LiveRequest] = self.queues.waiting
+        free, limits = self.pool.free_layer_blocks, self._limits
+        if late is not None:
+            # Preempted requests were known; those that came since wait at the end of the queue.
+            waiting = [live for live in waiting if live in late.known]
+            free -= min(late.layer_blocks, max(free, 0))
+            if limits.max_running <= late.ended:
+                waiting = []
+            elif late.ended:
+                limits = replace(limits, max_running=limits.max_running - late.ended)
+        return form_batch(
+            self.config.scheduler,
+            waiting,
+            self.queues.running,
+            free,
+            self._kv.layer_blocks,
+            limits,
+            self._kv.prefix_cache.shared_layer_blocks,
+        )
 
     def _carry_out(self, batch: Batch[LiveRequest], now_s: float) -> None:
         """Preempt and admit requests and take KV blocks, in the order that ``Batch`` states."""
@@ -414,8 +445,14 @@ class Replica(ReplicaState):
             self._run_out_of_memory(batch)
         else:
             self._alone_failed = False
+            here = (*self.queues.waiting, *self.queues.running) if self.config.schedules_ahead else ()
             self._under_way = _UnderWay(
-                iteration=iteration, ran=ran, running=running, waiting=waiting, preempted=preempted
+                iteration=iteration,
+                ran=ran,
+                running=running,
+                waiting=waiting,
+                preempted=preempted,
+                known=frozenset(here),
             )
 
     def _run_out_of_memory(self, batch: Batch[LiveRequest]) -> None:
@@ -450,9 +487,13 @@ class Replica(ReplicaState):
         # A request that arrives at the very end of an iteration arrives before it ends.
         self._take_arrivals(now_s)
         used_share = self.pool.used_layer_blocks / max(self.pool.layer_blocks, 1)
+        free, finished = self.pool.free_layer_blocks, self._finished
         for live, tokens in iteration.batch.scheduled:
             if live.status is Status.RUNNING:  # not one that was canceled meanwhile
                 self._advance(live, tokens, ran, now_s)
+        if self.config.schedules_ahead:
+            freed, ended = self.pool.free_layer_blocks - free, self._finished - finished
+            self._late = _Late(known=under_way.known, layer_blocks=freed, ended=ended)
         self.queues.running = [live for live in self.queues.running if live.status is Status.RUNNING]
         self._log.add(
             IterationRow(

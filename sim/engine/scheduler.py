@@ -19,6 +19,9 @@ cases. There are two schedulers, each following a published engine:
 [1] V0 refuses such a prompt; here it is served. [2] vLLM's `scheduler_reserve_full_isl`, true by default, and
 `long_prefill_token_threshold` for `long_prefill_tokens`.
 
+With ``schedules_ahead``, the batch is formed without what came or was freed during the iteration before it
+(sim/engine/protocol.py).
+
 With prefix caching, KV that several requests hold is counted once. As in vLLM V1, admission needs room for new KV and
 for KV found in free blocks, but none for KV that running requests hold. Memory is counted in KV blocks of one layer
 ("layer blocks"): plans drop MHA blocks, so requests differ in how many layers they hold. For a dense model of L layers,
@@ -32,6 +35,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
 from sim.errors import ConfigError, nearest
+from sim.limits import MOST_RUNNING, check_count
 
 SCHEDULERS = ("chunked", "prefill_first")
 SchedulerName = Literal["chunked", "prefill_first"]
@@ -89,6 +93,7 @@ class Limits:
         for field in ("max_batch_tokens", "max_running"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        check_count(self.max_running, "requests at a time", MOST_RUNNING, "lower max_running")
         for field in ("long_prefill_tokens", "watermark_layer_blocks"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 0")

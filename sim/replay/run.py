@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from sim.compiled import cpu_clock
 from sim.config import build, name_of
+from sim.cost.front_end import NO_FRONT_END, FrontEnd, into_queue
 from sim.cost.gpu import Gpu
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
@@ -26,12 +28,13 @@ from sim.engine.sim_engine import SimEngine
 from sim.policies import Fixed, Policy, PolicyContext
 from sim.progress import progress
 from sim.replay.loop import replay
+from sim.replay.max_rate import all_at_once, is_measured, rate_figures, without_queue_limit
 from sim.replay.watch import Watched, outside_share, quality_note
 from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.results.report import print_summary
-from sim.results.run_folder import provenance, write_json, write_parquet, write_text
+from sim.results.run_folder import begin_run, provenance, write_begun, write_json, write_parquet
 from sim.traces.trace import Trace
 from sim.traces.transforms import apply_steps
 
@@ -88,11 +91,17 @@ class Parts:
         return self.server.config
 
 
+def front_end_of(cfg: DictConfig) -> FrontEnd:
+    """Build the front end of a configuration; a real engine's has none."""
+    node = cfg.frontend if "frontend" in cfg else None
+    return NO_FRONT_END if node is None else build(node)
+
+
 def build_trace(cfg: DictConfig) -> Trace:
-    """Build the trace of a configuration, its workload steps applied."""
+    """Build the trace of a configuration, its workload steps applied, as the engine's queue receives it."""
     trace = build(cfg.trace)
     steps = [build(step) for step in cfg.workload.steps]
-    return apply_steps(trace, steps, seed=cfg.seed)
+    return into_queue(apply_steps(trace, steps, seed=cfg.seed), front_end_of(cfg))
 
 
 def server_spec(cfg: DictConfig) -> ServerSpec:
@@ -163,7 +172,31 @@ def replay_with(
     )
 
 
-def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: float = 0.0) -> dict[str, Any]:
+def measured_rate(
+    cfg: DictConfig, trace: Trace, summary: Mapping[str, Any], policy: Policy | None = None
+) -> dict[str, float | None]:
+    """Return the maximum rate of a configuration and the utilization of its replay; nothing if it is not measured.
+
+    Args:
+        trace: of the replay. summary: its figures. policy: as in ``is_measured``.
+    """
+    if not is_measured(cfg, policy):
+        return {}
+    parts = build_parts(cfg)
+    tried = without_queue_limit(parts.policy)
+    engine = parts.server.build_engine(tried.first_plan, parts.budget, keep_iterations=False)
+    replay_with(cfg, all_at_once(trace), engine, tried)
+    return rate_figures(engine.records(), summary)
+
+
+def figures(
+    engine: RecordingEngine,
+    slo: Slo,
+    *,
+    not_arrived: int = 0,
+    cpu_s: float = 0.0,
+    front_end: FrontEnd = NO_FRONT_END,
+) -> dict[str, Any]:
     """Return the figures of what an engine has served so far (``summarise``)."""
     return summarise(
         engine.records(),
@@ -174,6 +207,7 @@ def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: f
         budget_violation_s=engine.budget_violation_s,
         not_arrived=not_arrived,
         cpu_s=cpu_s,
+        front_end=front_end,
     )
 
 
@@ -200,9 +234,10 @@ def write_tables(
     transitions: Transitions,
     kept_share: Sequence[tuple[float, float]],
     iterations: Iterations | None = None,
+    front_end: FrontEnd = NO_FRONT_END,
 ) -> None:
     """Write the tables of a run folder; the one of iterations, which is long, only if it is passed."""
-    write_parquet(folder / "records.parquet", records_frame(records, slo))
+    write_parquet(folder / "records.parquet", records_frame(records, slo, front_end))
     write_parquet(folder / "transitions.parquet", transitions_frame(transitions))
     write_parquet(folder / "kept_share.parquet", kept_share_frame(kept_share))
     if iterations is not None:
@@ -230,12 +265,13 @@ def run_replay(
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     console = Console()
-    slo = build(cfg.slo)
+    slo, front_end = build(cfg.slo), front_end_of(cfg)
     trace = build_trace(cfg)
     engine, policy = build_engine(cfg)
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     title = f"{label}: {len(trace):,} requests on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
     made_by = {**provenance(cfg.seed), "trace": about(trace)}
+    begin_run(folder, cfg, made_by)
     interrupted, seen = False, Watched(policy)
     try:
         with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
@@ -248,14 +284,21 @@ def run_replay(
     except KeyboardInterrupt:
         interrupted = True
     records, iterations = engine.records(), engine.iterations()
-    summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s())
+    summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s(), front_end=front_end)
     summary["interrupted"] = interrupted
+    with contextlib.suppress(KeyboardInterrupt):  # the replay itself is complete
+        summary |= {} if interrupted else measured_rate(cfg, trace, summary, policy)
     summary |= quality_figures(cfg, seen.plans, iterations)
     try:
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        write_json(folder / "provenance.json", made_by)
+        write_begun(folder, cfg, made_by)
         write_tables(
-            folder, slo, records, engine.transitions(), engine.kept_share(), iterations if cfg.iterations else None
+            folder,
+            slo,
+            records,
+            engine.transitions(),
+            engine.kept_share(),
+            iterations if cfg.iterations else None,
+            front_end,
         )
         if cfg.plot:
             plot_replay(folder / "replay.png", records, iterations, slo, title, engine.budget.steps)

@@ -93,6 +93,12 @@ def test_a_run_folder_says_what_was_sent(tmp_path: Path, monkeypatch: pytest.Mon
     assert summary["transfer_reduction"] == 1.0
 
 
+def test_clients_wait_for_the_front_end_as_well() -> None:
+    _, summary = run(config("frontend=vllm", "frontend.front_s=0.25", "frontend.back_s=0.125", "trace.duration_s=20"))
+    for name in ("ttft_s", "e2e_s"):
+        assert summary[f"client_{name}"]["p50"] == pytest.approx(summary[name]["p50"] + 0.375)
+
+
 def test_disaggregated_decode_is_not_held_up_by_prompts() -> None:
     together = run(config("prefill_replicas=0", "decode_replicas=4", "trace.rate_rps=16"))[1]
     disaggregated = run(config("trace.rate_rps=16"))[1]
