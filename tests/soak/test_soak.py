@@ -78,6 +78,8 @@ def test_a_slice_with_a_fault_is_played_again_and_others_are_not(
         content = inputs.run(30, 10, tmp_path / "inputs.json", kinds=["plans"], say=lambda _: None)
     assert played == [0, 10, 20, 10]
     assert "| plans" in input_table(content)
+    inputs.run(25, 10, tmp_path / "inputs.json", kinds=["plans"], first=30, say=lambda _: None)
+    assert played[4:] == [30, 40, 50]
 
 
 def test_cut_files_are_half_written_and_equal_runs_have_equal_results(tmp_path: Path) -> None:
