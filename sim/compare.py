@@ -13,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from sim.config import SweepConfig, build, name_of, one_thread, run_command, with_differences
 from sim.errors import ConfigError, nearest
+from sim.replay.run import front_end_of
 from sim.replay.sweep import Case, Executor, Outcome, cases_of, config_of, replay_case, without_equal_seeds
 from sim.results.metrics import Slo, records_frame
 from sim.results.plots import Line, plot_comparison
-from sim.results.report import markdown, print_notes, print_rows
+from sim.results.report import columns_of, markdown, print_notes, print_rows
 from sim.results.run_folder import provenance, write_json, write_parquet, write_text
 
 
@@ -72,22 +73,23 @@ def _compare(cfg: DictConfig) -> None:
     for (label, _, _), outcome in zip(jobs, outcomes, strict=True):
         rows.setdefault(label, []).append(outcome.summary)
     shown_cases, shown_rows = without_equal_seeds(cases, rows)
+    columns = columns_of(shown_rows)
     choices = HydraConfig.get().runtime.choices
     title = f"{cfg.label or choices['trace']} on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
     if len(shown_cases) > 1:
         title += f": mean ± standard deviation of {len(shown_cases)} replays"
     try:
-        for (label, case, _), outcome in zip(jobs, outcomes, strict=True):
+        for (label, case, one), outcome in zip(jobs, outcomes, strict=True):
             inner = folder / label / case.name if len(cases) > 1 else folder / label
-            write_parquet(inner / "records.parquet", records_frame(outcome.records, slo))
+            write_parquet(inner / "records.parquet", records_frame(outcome.records, slo, front_end_of(one)))
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        write_text(folder / "compare.md", markdown(shown_rows))
+        write_text(folder / "compare.md", markdown(shown_rows, columns=columns))
         _plot(folder / "compare.png", cases, rows, outcomes, slo, title)
         names = [case.name.replace("_", " ") for case in cases]
         content = {"provenance": made_by, "title": title, "cases": names, "summaries": rows}
         write_json(folder / "compare.json", content)  # last: a folder with it is complete
     finally:  # a full disk loses the files, not the figures
-        print_rows(shown_rows, title)
+        print_rows(shown_rows, title, columns=columns)
         print_notes(shown_rows)
     print(f"files: {folder}")
 
@@ -104,11 +106,11 @@ def _plot(
     shown = hardest(rows)
     drawn = {label: outcomes[at * len(cases) + shown] for at, label in enumerate(rows)}
     lines = {label: Line(o.records, o.iterations, o.kept_share) for label, o in drawn.items()}
-    # Each policy may have a budget of its own (policies.LABEL.budget); the figure shows one only if all share it.
-    budgets = {outcome.budget for outcome in drawn.values()}
+    # Each policy may have a budget of its own (policies.LABEL.budget).
+    budgets = list(dict.fromkeys(outcome.budget for outcome in drawn.values()))
     if len(cases) > 1:
         title = f"{title.partition(': mean')[0]}: {cases[shown].name.replace('_', ' ')}"
-    plot_comparison(path, lines, slo, title, budgets.pop() if len(budgets) == 1 else ())
+    plot_comparison(path, lines, slo, title, budgets)
 
 
 def hardest(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:

@@ -39,6 +39,7 @@ GROUPS = {
     "model": "The shape of the served model. `model=hf` reads any Hugging Face `config.json`.",
     "gpu": "The device: memory, bandwidth and peak speed from its data sheet.",
     "engine": "Scheduler and limits of the serving engine.",
+    "frontend": "What lies between clients and the queue of the engine: delays on the way in and back.",
     "budget": "Memory that weights, workspace and KV cache may use together, constant or over time.",
     "policy": "Which plan runs, and when it changes.",
     "slo": "The targets that each request must meet.",

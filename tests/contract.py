@@ -205,6 +205,12 @@ class EngineContract(ABC):
             expected = [min(output, limit - prompt) for _, prompt, output in rows]
             assert records.produced_tokens[done].tolist() == np.array(expected)[done].tolist()
 
+    def test_a_context_is_never_longer_than_the_positions_of_the_model(self) -> None:
+        most = self.spec.max_context_tokens
+        blocks = self.spec.num_layers * (2 * most // BLOCK_TOKENS)
+        assert self.engine(kv_blocks=blocks, max_context_tokens=2 * most).context_limit == most
+        assert self.engine(kv_blocks=blocks, max_context_tokens=most // 2).context_limit == most // 2
+
     def test_a_request_is_in_flight_until_it_ends(self) -> None:
         engine = self.engine()
         engine.submit(requests([(0.0, 8, 20), (0.0, 8, 20)]))

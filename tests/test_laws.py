@@ -29,10 +29,12 @@ def test_the_page_has_every_law_once() -> None:
     assert laws == [str(number) for number in range(1, 14)]
 
 
-def served(rows: list[Row], *, time_scale: float = 1.0, kv_blocks: int = 20) -> SimEngine:
+def served(rows: list[Row], *, time_scale: float = 1.0, kv_blocks: int = 20, ahead: bool = False) -> SimEngine:
     """Return an engine that has served all rows, every time in it multiplied by ``time_scale``."""
     engine = tiny_engine(
-        kv_blocks=kv_blocks, latency=linear_latency(0.25 * time_scale, 0.0078125 * time_scale, 0.001 * time_scale)
+        kv_blocks=kv_blocks,
+        schedules_ahead=ahead,
+        latency=linear_latency(0.25 * time_scale, 0.0078125 * time_scale, 0.001 * time_scale),
     )
     engine.submit(requests(*((arrival_s * time_scale, *tokens) for arrival_s, *tokens in rows)))
     engine.run_until(math.inf)
@@ -40,12 +42,12 @@ def served(rows: list[Row], *, time_scale: float = 1.0, kv_blocks: int = 20) -> 
 
 
 @settings(max_examples=60)
-@given(rows=ROWS, kv_blocks=st.integers(16, 40))
-def test_law_12_all_times_doubled_double_all_results_bit_for_bit(rows: list[Row], kv_blocks: int) -> None:
+@given(rows=ROWS, kv_blocks=st.integers(16, 40), ahead=st.booleans())
+def test_law_12_all_times_doubled_double_all_results_bit_for_bit(rows: list[Row], kv_blocks: int, ahead: bool) -> None:
     """A factor of two is exact in binary floating point, so any difference is a time that was not scaled."""
     rows = sorted(rows)
-    plain = served(rows, kv_blocks=kv_blocks)
-    doubled = served(rows, time_scale=2.0, kv_blocks=kv_blocks)
+    plain = served(rows, kv_blocks=kv_blocks, ahead=ahead)
+    doubled = served(rows, time_scale=2.0, kv_blocks=kv_blocks, ahead=ahead)
     for kind, one, two in (
         (Records, plain.records(), doubled.records()),
         (Iterations, plain.iterations(), doubled.iterations()),
@@ -57,12 +59,14 @@ def test_law_12_all_times_doubled_double_all_results_bit_for_bit(rows: list[Row]
 
 
 @settings(max_examples=60)
-@given(rows=ROWS, later=ROWS, kv_blocks=st.integers(16, 40))
-def test_law_12_what_arrives_later_changes_nothing_before(rows: list[Row], later: list[Row], kv_blocks: int) -> None:
+@given(rows=ROWS, later=ROWS, kv_blocks=st.integers(16, 40), ahead=st.booleans())
+def test_law_12_what_arrives_later_changes_nothing_before(
+    rows: list[Row], later: list[Row], kv_blocks: int, ahead: bool
+) -> None:
     rows = sorted(rows)
     from_s = rows[-1][0] + 1.0
     more = rows + sorted((from_s + arrival_s, *tokens) for arrival_s, *tokens in later)
-    alone, followed = served(rows, kv_blocks=kv_blocks), served(more, kv_blocks=kv_blocks)
+    alone, followed = (served(some, kv_blocks=kv_blocks, ahead=ahead) for some in (rows, more))
     for name in ("admitted_s", "first_token_s", "finish_s"):
         one, two = getattr(alone.records(), name), getattr(followed.records(), name)[: len(rows)]
         # A moment before the later arrivals is the same in both; one after them lies after them in both.

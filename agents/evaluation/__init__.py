@@ -1,6 +1,7 @@
 """Evaluates learned policies and baselines on the same held-out loads, windows and clusters.
 
     evaluate                                     the command
+    chosen                                       which policies and curves it reads
     measure                                      runs the policies and writes the result files
     prune, serve, cluster                        the evaluation of each environment
     oracle                                       the best schedule of plans for a known window

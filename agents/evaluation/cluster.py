@@ -25,6 +25,7 @@ from sim.policies.base import Policy
 from sim.policies.learned_cluster import learned_cluster
 from sim.policies.learned_files import read_about as read_policy
 from sim.policies.learned_serve import learned_serve
+from sim.progress import progress
 
 Windows = Sequence[Window]
 
@@ -117,17 +118,19 @@ def evaluate_cluster(
 ) -> pd.DataFrame:
     """Return one row for each policy, seed and cluster; ``oracle`` adds ``oracle_static``."""
     rows = []
-    for number, (load, windows) in enumerate(clusters):
-        pressed = sum(window.budget != "full" for window in windows)
-        scenario = {"window": number, "source": windows[0].source, "load": load, "pressed": pressed}
-        for name, seeds in policies.items():
-            for seed, build in enumerate(seeds):
-                rows.append({"policy": name, "seed": seed, **scenario, **play_cluster(setting, windows, build)})
-        if oracle:
-            best = best_in_hindsight(
-                [play_cluster(setting, windows, fixed_plan(plan)) for plan in setting.actions.plans]
-            )
-            rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
+    with progress("playing", len(clusters), "clusters") as report:
+        for number, (load, windows) in enumerate(clusters):
+            pressed = sum(window.budget != "full" for window in windows)
+            scenario = {"window": number, "source": windows[0].source, "load": load, "pressed": pressed}
+            for name, seeds in policies.items():
+                for seed, build in enumerate(seeds):
+                    rows.append({"policy": name, "seed": seed, **scenario, **play_cluster(setting, windows, build)})
+            if oracle:
+                best = best_in_hindsight(
+                    [play_cluster(setting, windows, fixed_plan(plan)) for plan in setting.actions.plans]
+                )
+                rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
+            report(number + 1)
     return pd.DataFrame(rows)
 
 

@@ -15,14 +15,13 @@ from agents.evaluation.tables import (
     plot_training,
     policies_of,
     read_if_there,
-    save,
     seconds_of,
     signed,
     standing,
     training_table,
-    two_panels,
 )
 from sim.pages.render import commit_of, table
+from sim.results.plots import figure_file
 
 REFERENCE = "precision+queue"
 ORACLES = ("oracle_static",)
@@ -70,12 +69,13 @@ def cluster_verdict(frame: pd.DataFrame) -> dict[str, Any]:
 
 def cluster_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> None:
     """Write cluster.png: how far every policy is from the reference, by trace, and training curves."""
-    plot, left, right = two_panels(5, width_ratios=(3, 2))
-    plot_by_source(left, frame, [name for name in policies_of(frame, ORACLES) if name != REFERENCE], minus=REFERENCE)
-    left.axvline(0.0, color="black", linewidth=0.8)
-    left.set(xlabel=f"utility minus that of {REFERENCE}, held-out clusters")
-    plot_training(right, curves, "replica ticks")
-    save(plot, folder / "cluster.png")
+    names = [name for name in policies_of(frame, ORACLES) if name != REFERENCE]
+    with figure_file(folder / "cluster.png", 1, 2, size=(11, 5.5), width_ratios=(3, 2)) as (figure, (left, right)):
+        left.axvline(0.0, color="black", linewidth=0.8)
+        plot_by_source(left, frame, names, minus=REFERENCE)
+        left.set(xlabel=f"utility minus that of {REFERENCE}, held-out clusters")
+        plot_training(right, curves, "replica ticks")
+        figure.legend(loc="outside lower center", ncols=6)
 
 
 def cluster_context(folder: Path) -> dict[str, Any] | None:

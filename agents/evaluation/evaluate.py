@@ -58,7 +58,8 @@ class EvaluateConfig:
     serve_ablation: glob of the policies whose entries are shuffled; empty for none.
     cluster_learned, cluster_curves: like serve_learned and serve_curves, for ServeCluster; policies of one replica too.
     cluster_each: clusters for each trace of serve_sources and each load.
-    only: names of serve_learned or cluster_learned to play again; the rows of all other policies stay.
+    only: policies to play again: rules or learned ones in prune and serve, learned ones in cluster. The rows of all
+        other policies stay; in prune, their plans get the losses of the present quality.
     out: folder of the result files. The published page is docs/results/agents.
     """
 

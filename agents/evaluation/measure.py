@@ -32,12 +32,13 @@ from agents.evaluation.cluster import (
     tuned_cluster_rules,
 )
 from agents.evaluation.cluster_report import COMPARED as CLUSTER_COMPARED
-from agents.evaluation.prune import evaluate_prune
+from agents.evaluation.prune import evaluate_prune, with_losses
 from agents.evaluation.prune_report import unseen_loads
 from agents.evaluation.serve import (
     ORACLES,
     evaluate_serve,
     evaluation_setting,
+    rules_tuned_to,
     test_windows,
     tuned_rules,
     with_low_bits_of,
@@ -103,6 +104,9 @@ def measure_prune(cfg: DictConfig, folder: Path) -> None:
     if oracle is not None:
         policies["oracle"] = oracle
     _check_any(policies, "prune")
+    if cfg.only:
+        _measure_prune_only(cfg, folder, policies)
+        return
     write_parquet(folder / "prune.parquet", evaluate_prune(cfg.model, policies, prune_loads().test))
     write_parquet(folder / "prune_unseen.parquet", evaluate_prune(cfg.model, policies, unseen_loads()))
     if cfg.curves:
@@ -128,6 +132,57 @@ def measure_prune(cfg: DictConfig, folder: Path) -> None:
     )
 
 
+def _measure_prune_only(cfg: DictConfig, folder: Path, policies: Mapping[str, Any]) -> None:
+    """Play the policies of ``cfg.only`` and replace their rows; give all rows the losses of the present quality."""
+    summary, selected = _read_summary(folder / "prune.json", cfg), _selected(cfg, policies)
+    for file, loads in (("prune.parquet", prune_loads().test), ("prune_unseen.parquet", unseen_loads())):
+        played = evaluate_prune(cfg.model, selected, loads)
+        write_parquet(folder / file, with_losses(cfg.model, _replaced_rows(folder / file, played)))
+    write_json(folder / "prune.json", summary | {"losses_commit": provenance(0)["commit"]})
+
+
+def _selected(cfg: DictConfig, policies: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the policies that ``cfg.only`` names.
+
+    Raises:
+        ConfigError: for a name that is none of these policies.
+    """
+    for name in cfg.only:
+        if name not in policies:
+            raise ConfigError(f"only: there is no policy {name!r} to play; {nearest(name, policies)}")
+    return {name: policies[name] for name in cfg.only}
+
+
+def _write_rows(cfg: DictConfig, path: Path, played: pd.DataFrame) -> None:
+    """Write a result file: what was played, or with ``cfg.only`` the file with the rows of these policies replaced."""
+    write_parquet(path, _replaced_rows(path, played) if cfg.only else played)
+
+
+def _replaced_rows(path: Path, played: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a result file in which those of the policies just played replace the old ones, in place."""
+    before = pd.read_parquet(path)
+    names = list(dict.fromkeys([*before["policy"], *played["policy"]]))
+    rows = pd.concat([before[~before["policy"].isin(played["policy"])], played])
+    return rows.sort_values("policy", key=lambda policy: policy.map(names.index), kind="stable", ignore_index=True)
+
+
+def _read_summary(path: Path, cfg: DictConfig) -> dict[str, Any]:
+    """Return the contents of a result file in JSON, with the policies of ``cfg.only`` under ``replayed``.
+
+    Raises:
+        ConfigError: if it is missing.
+    """
+    if not path.is_file():
+        raise ConfigError(f"only: {path} is missing, so there are no rows to replace; run without only= first")
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    earlier = [
+        {**replay, "policies": [name for name in replay["policies"] if name not in cfg.only]}
+        for replay in summary.get("replayed", [])
+    ]
+    latest = {"policies": list(cfg.only), "commit": provenance(0)["commit"]}
+    return summary | {"replayed": [replay for replay in [*earlier, latest] if replay["policies"]]}
+
+
 def measure_serve(cfg: DictConfig, folder: Path) -> None:
     """Evaluate the policies of ``ServeTrace``; write serve*.parquet and serve.json."""
     paths = {str(name): glob_files(str(glob)) for name, glob in cfg.serve_learned.items()}
@@ -143,12 +198,10 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
         summary = _measure_serve_all(cfg, folder, setting, windows, policies)
     if cfg.serve_curves:
         write_parquet(folder / "serve_training.parquet", training_curves(cfg.serve_curves))
-    abouts = {name: [read_learned(path, "ServeTrace").about for path in files] for name, files in paths.items()}
-    seconds = training_seconds(abouts)
-    write_json(
-        folder / "serve.json",
-        {**summary, "trained_on": sources, "seconds": seconds, "other_quality": OTHER_QUALITY},
-    )
+    played = {name: files for name, files in paths.items() if not cfg.only or name in cfg.only}
+    abouts = {name: [read_learned(path, "ServeTrace").about for path in files] for name, files in played.items()}
+    kept = {"trained_on": sources, "other_quality": OTHER_QUALITY, **summary}
+    write_json(folder / "serve.json", kept | {"seconds": summary.get("seconds", {}) | training_seconds(abouts)})
 
 
 def _measure_serve_all(
@@ -174,24 +227,19 @@ def _measure_serve_all(
 def _measure_serve_only(
     cfg: DictConfig, folder: Path, setting: ServeSetting, windows: list[Window], learned: dict[str, Any]
 ) -> dict[str, Any]:
-    """Play the policies of ``cfg.only`` and replace their rows; return the updated contents of serve.json."""
-    for name in cfg.only:
-        if name not in learned:
-            raise ConfigError(f"only: serve_learned has no {name!r}; {nearest(name, learned)}")
-    selected = {name: learned[name] for name in cfg.only}
+    """Play the policies of ``cfg.only`` and replace their rows; return the updated contents of serve.json.
+
+    Rules keep the parameters that they were tuned to.
+    """
+    summary = _read_summary(folder / "serve.json", cfg)
+    rules = {name: [build] for name, build in rules_tuned_to(setting, summary["tuned"]).items()}
+    selected = _selected(cfg, rules | learned)
+    compared = {name: builds for name, builds in selected.items() if name in learned or name in COMPARED}
     other = with_low_bits_of(setting, OTHER_QUALITY)
-    for file, served in (("serve.parquet", setting), ("serve_quality.parquet", other)):
-        rows = evaluate_serve(served, selected, windows, oracles=())
-        write_parquet(folder / file, pd.concat([_other_rows(folder / file, cfg), rows]))
-    summary: dict[str, Any] = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
-    summary["replayed"] = {"policies": list(cfg.only), "commit": provenance(0)["commit"]}
+    for file, served, played in (("serve.parquet", setting, selected), ("serve_quality.parquet", other, compared)):
+        if played:
+            _write_rows(cfg, folder / file, evaluate_serve(served, played, windows, oracles=()))
     return summary
-
-
-def _other_rows(path: Path, cfg: DictConfig) -> pd.DataFrame:
-    """Return the rows of a result file that do not belong to the policies of ``cfg.only``."""
-    frame = pd.read_parquet(path)
-    return frame[~frame["policy"].isin(cfg.only)]
 
 
 def measure_cluster(cfg: DictConfig, folder: Path) -> None:
@@ -202,43 +250,37 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
     setting = ClusterSetting(**env_kwargs)
     clusters = test_clusters(setting, list(cfg.serve_sources), int(cfg.cluster_each))
     learned: dict[str, Any] = {name: learned_cluster_policies(files) for name, files in paths.items()}
-    settings = {router: ClusterSetting(**{**env_kwargs, "router": router}) for router in ROUTERS}
     curves = training_curves(cfg.cluster_curves) if cfg.cluster_curves else None
-    summary = provenance(0)
-    files = ("cluster.parquet", "cluster_routers.parquet")
     if cfg.only:
-        policies = compared = {name: learned[name] for name in cfg.only if name in learned}
-        kept = [_other_rows(folder / file, cfg) for file in files]
-        before = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))
-        summary |= {"tuned": before["tuned"], "rules_commit": before.get("rules_commit", before["commit"])}
+        summary = _read_summary(folder / "cluster.json", cfg)
+        rules = {name: [build] for name, build in rules_tuned_to(setting, summary["tuned"]).items()}
+        policies = _selected(cfg, rules | learned)
+        oracle = False
     else:
-        kept = [pd.DataFrame(), pd.DataFrame()]
-        rules, summary["tuned"] = tuned_cluster_rules(setting, cfg.baselines)
-        policies = {name: [build] for name, build in rules.items()} | learned
-        compared = {name: builds for name, builds in policies.items() if name in learned or name in CLUSTER_COMPARED}
-    oracle = not cfg.only and (cfg.baselines is None or "oracle_static" in cfg.baselines)
+        summary = provenance(0)
+        tuned, summary["tuned"] = tuned_cluster_rules(setting, cfg.baselines)
+        policies = {name: [build] for name, build in tuned.items()} | learned
+        oracle = cfg.baselines is None or "oracle_static" in cfg.baselines
     _check_any({**policies, **({"oracle_static": None} if oracle else {})}, "cluster")
-    rows = evaluate_cluster(setting, policies, clusters, oracle=oracle)
-    write_parquet(folder / files[0], pd.concat([kept[0], rows], ignore_index=True))
-    by_router = [
-        evaluate_cluster(routed, compared, clusters, oracle=False).assign(router=name)
-        for name, routed in settings.items()
-    ]
+    compared = {name: builds for name, builds in policies.items() if name in learned or name in CLUSTER_COMPARED}
+    _write_rows(cfg, folder / "cluster.parquet", evaluate_cluster(setting, policies, clusters, oracle=oracle))
     if compared:
-        write_parquet(folder / files[1], pd.concat([kept[1], *by_router], ignore_index=True))
+        settings = {router: ClusterSetting(**{**env_kwargs, "router": router}) for router in ROUTERS}
+        by_router = [
+            evaluate_cluster(routed, compared, clusters, oracle=False).assign(router=name)
+            for name, routed in settings.items()
+        ]
+        _write_rows(cfg, folder / "cluster_routers.parquet", pd.concat(by_router, ignore_index=True))
     if curves is not None:
         write_parquet(folder / "cluster_training.parquet", curves)
-    about = {name: [read_about(path) for path in files] for name, files in paths.items()}
-    summary |= {
-        "replicas": setting.replicas,
-        "router": str(env_kwargs["router"]),
-        "sources": {name: sources_of(seeds[0]) for name, seeds in about.items()},
-        "seconds": training_seconds(about),
-        "learned_serve_validation": mean_cluster_utility(
-            setting, validation_clusters(setting), conf_policy("learned_serve")
-        ),
-    }
-    write_json(folder / "cluster.json", summary)
+    about = {name: [read_about(path) for path in paths[name]] for name in policies if name in learned}
+    kept = {"replicas": setting.replicas, "router": str(env_kwargs["router"]), **summary}
+    if not cfg.only:
+        validation = validation_clusters(setting)
+        kept["learned_serve_validation"] = mean_cluster_utility(setting, validation, conf_policy("learned_serve"))
+    kept["sources"] = summary.get("sources", {}) | {name: sources_of(seeds[0]) for name, seeds in about.items()}
+    kept["seconds"] = summary.get("seconds", {}) | training_seconds(about)
+    write_json(folder / "cluster.json", kept)
 
 
 def training_curves(globs: DictConfig) -> pd.DataFrame:

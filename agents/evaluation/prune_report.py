@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib import colormaps
 
 from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.evaluation.ablation import ablation_markdown
@@ -18,12 +17,11 @@ from agents.evaluation.tables import (
     plot_training,
     policies_of,
     read_if_there,
-    save,
     signed,
     standing,
-    two_panels,
 )
 from sim.pages.render import commit_of, table
+from sim.results.plots import figure_file, line_style
 
 REFERENCE = "greedy_stop"
 NOT_LEARNED = (
@@ -86,13 +84,14 @@ def prune_table_markdown(frame: pd.DataFrame) -> str:
                 "of knapsack": _mean(frame, name) / _mean(frame, "knapsack") if "knapsack" in names else None,
                 f"below {REFERENCE}": _worse(frame, name) if REFERENCE in names else None,
                 "fits": part["fits"].mean(),
+                "in range": part["in_range"].mean(),
                 "loss (nats)": part["loss_test"].mean(),
                 "utility, neighbor fit": part["utility_test_neighbours"].mean(),
                 "decision P50 (us)": 1e6 * part["decision_s"].median(),
                 "decision P99 (us)": 1e6 * part["decision_s"].quantile(0.99),
             }
         )
-    specs = {"utility": ".4f", "of knapsack": ".1%", "fits": ".0%", "loss (nats)": ".3f"}
+    specs = {"utility": ".4f", "of knapsack": ".1%", "fits": ".0%", "in range": ".0%", "loss (nats)": ".3f"}
     specs |= {"utility, neighbor fit": ".4f", "decision P50 (us)": ".0f", "decision P99 (us)": ".0f"}
     return table(rows, specs)
 
@@ -162,21 +161,21 @@ def verdict(frame: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> None:
+def prune_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> None:
     """Write prune.png: utility by budget, and training curves over seeds."""
-    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    plot, left, right = two_panels(4)
     means = frame.groupby(["policy", "budget_share"])["utility_test"].mean().unstack()
     shares = [100 * float(share) for share in means.columns]
-    for k, name in enumerate(policies_of(frame)):
-        if name == "dense":  # it fits no budget
-            continue
-        style: dict[str, Any] = {"linewidth": 2.2} if name in learned_of(frame) else {"linewidth": 1.0, "alpha": 0.8}
-        left.plot(shares, means.loc[name], label=name, marker="o", markersize=3, color=colors[k % 20], **style)
-    left.set(xlabel="budget, % of the dense peak", ylabel="utility on the test text", title="RAP's ten loads")
-    left.legend(fontsize=7)
-    plot_training(right, curves)
-    save(plot, folder / "prune.png")
+    # Learned policies have the first colors, as in the panel of their training; dense fits no budget.
+    names = [*learned_of(frame), *(name for name in policies_of(frame) if name in NOT_LEARNED and name != "dense")]
+    with figure_file(folder / "prune.png", 1, 2, size=(11, 5)) as (figure, (left, right)):
+        for rank, name in enumerate(names, start=1):
+            width = 2.2 if name in learned_of(frame) else 1.0
+            left.plot(
+                shares, means.loc[name], label=name, marker="o", markersize=3, **line_style(rank), linewidth=width
+            )
+        left.set(xlabel="budget, % of the dense peak", ylabel="utility on the test text, RAP's ten loads")
+        plot_training(right, curves)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7)
 
 
 def prune_context(folder: Path) -> dict[str, Any]:
@@ -184,7 +183,7 @@ def prune_context(folder: Path) -> dict[str, Any]:
     frame, unseen = pd.read_parquet(folder / "prune.parquet"), pd.read_parquet(folder / "prune_unseen.parquet")
     made: dict[str, Any] = json.loads((folder / "prune.json").read_text(encoding="utf-8"))
     curves, ablation = (read_if_there(folder / name) for name in ("training.parquet", "prune_ablation.parquet"))
-    figure(folder, frame, curves)
+    prune_figure(folder, frame, curves)
     best = verdict(frame)
     shares = frame.assign(share=[f"{share:.0%}".replace("%", " %") for share in frame["budget_share"]])
     return {

@@ -7,6 +7,7 @@ hindsight, and ``oracle_search``, the best schedule of plans that a search finds
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from sim.cost.quality import PublishedQuality, load_quality
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
+from sim.progress import Report, progress
 
 TRAIN_WINDOWS, TRAIN_SEED = 45, 20250603
 
@@ -152,10 +154,18 @@ def tuned_rules(
     if score is None:
         score = partial(mean_utility, setting, train_windows(setting.sources))
     if names is not None and not set(names) & (set(RULES) - set(UNTUNED)):
-        rules = _rules(setting, {"queue": None, "saber_margin": 0.4, "greedy_stop": {}}, setting.actions.plans[0])
-        return chosen_rules(rules, names), {}
+        return chosen_rules(rules_tuned_to(setting, {}), names), {}
     tuned, static = _tune(setting, score)
     return chosen_rules(_rules(setting, tuned, static), names), {**tuned, "windows": windows}
+
+
+def rules_tuned_to(setting: ServeSetting, tuned: Mapping[str, Any]) -> dict[str, Build]:
+    """Return the rules with the parameters that ``tuned_rules`` found; those that need none if it found none."""
+    if not tuned:
+        rules = _rules(setting, {"queue": None, "saber_margin": 0.4, "greedy_stop": {}}, setting.actions.plans[0])
+        return chosen_rules(rules, UNTUNED)
+    static = setting.actions.plans[list(setting.actions.names).index(tuned["static"])]
+    return _rules(setting, tuned, static)
 
 
 def _rules(setting: ServeSetting, tuned: Mapping[str, Any], static: Plan) -> dict[str, Build]:
@@ -184,20 +194,24 @@ def _rules(setting: ServeSetting, tuned: Mapping[str, Any], static: Plan) -> dic
 
 def _tune(setting: ServeSetting, score: Callable[[Build], float]) -> tuple[dict[str, Any], Plan]:
     """Return the parameters of the rules with the highest scores, and the best static plan."""
-    plans = setting.actions.plans
-    static = [score(fixed_plan(plan)) for plan in plans]
-    best = int(np.argmax(static))
+    plans, dense, margins = setting.actions.plans, conf_policy("dense"), (0.1, 0.2, 0.4, 0.8)
     limits = sorted({plan.max_waiting for plan in plans if plan.max_waiting is not None})
-    dense = conf_policy("dense")
-    max_waiting = max(limits, key=lambda limit: score(with_queue_limit(dense, limit)))
     grid = [
         {"headroom": headroom, "restore_headroom": headroom + 0.2, "waiting_share": share, "patience": patience}
         for headroom in (1.1, 1.4)
         for share in (0.0, 1.0)
         for patience in (2, 10)
     ]
-    greedy = max(grid, key=lambda values: score(with_queue_limit(conf_policy("greedy_stop", **values), max_waiting)))
-    margin = max((0.1, 0.2, 0.4, 0.8), key=lambda value: score(conf_policy("saber", margin=value)))
+    total = len(plans) + len(limits) + len(grid) + len(margins)
+    with progress("tuning rules", total, "settings") as report:
+        scored = _reporting(score, report)
+        static = [scored(fixed_plan(plan)) for plan in plans]
+        best = int(np.argmax(static))
+        max_waiting = max(limits, key=lambda limit: scored(with_queue_limit(dense, limit)))
+        greedy = max(
+            grid, key=lambda values: scored(with_queue_limit(conf_policy("greedy_stop", **values), max_waiting))
+        )
+        margin = max(margins, key=lambda value: scored(conf_policy("saber", margin=value)))
     tuned = {
         "static": setting.actions.names[best],
         "static_utility": static[best],
@@ -208,6 +222,18 @@ def _tune(setting: ServeSetting, score: Callable[[Build], float]) -> tuple[dict[
     return tuned, plans[best]
 
 
+def _reporting(score: Callable[[Build], float], report: Report) -> Callable[[Build], float]:
+    """Return the score, which reports after each call how many there have been."""
+    calls = itertools.count(1)
+
+    def scored(build: Build) -> float:
+        value = score(build)
+        report(next(calls))
+        return value
+
+    return scored
+
+
 def evaluate_serve(
     setting: ServeSetting,
     policies: Mapping[str, Sequence[Build]],
@@ -216,30 +242,45 @@ def evaluate_serve(
     oracles: Sequence[str] = ORACLES,
 ) -> pd.DataFrame:
     """Return one row for each policy, seed and window; ``oracles``: which of ``ORACLES`` to add."""
-    context = policy_context(setting)
-    rows = []
-    for number, window in enumerate(windows):
-        scenario = {
-            "window": number,
-            "source": window.source,
-            "start_s": window.start_s,
-            "rate": window.rate,
-            "load": load_of(window),
-            "budget": window.budget,
-            "budget_seed": window.budget_seed,
-        }
-        for name, seeds in policies.items():
-            for seed, build in enumerate(seeds):
-                figures = play_window(setting, window, build(context))
-                rows.append({"policy": name, "seed": seed, **scenario, **figures})
-        if "oracle_static" in oracles:
-            best = best_in_hindsight([play_window(setting, window, Fixed(plan)) for plan in setting.actions.plans])
-            rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
-        if "oracle_search" in oracles:
-            schedule, _ = best_schedule(setting, window)
-            searched = play_window(setting, window, schedule_policy(setting, schedule))
-            rows.append({"policy": "oracle_search", "seed": 0, **scenario, **searched})
+    rows: list[dict[str, Any]] = []
+    with progress("playing", len(windows), "windows") as report:
+        for number, window in enumerate(windows):
+            rows += _played(setting, policies, number, window, oracles)
+            report(number + 1)
     return pd.DataFrame(rows)
+
+
+def _played(
+    setting: ServeSetting,
+    policies: Mapping[str, Sequence[Build]],
+    number: int,
+    window: Window,
+    oracles: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Return the rows of one window."""
+    context = policy_context(setting)
+    scenario = {
+        "window": number,
+        "source": window.source,
+        "start_s": window.start_s,
+        "rate": window.rate,
+        "load": load_of(window),
+        "budget": window.budget,
+        "budget_seed": window.budget_seed,
+    }
+    rows = [
+        {"policy": name, "seed": seed, **scenario, **play_window(setting, window, build(context))}
+        for name, seeds in policies.items()
+        for seed, build in enumerate(seeds)
+    ]
+    if "oracle_static" in oracles:
+        best = best_in_hindsight([play_window(setting, window, Fixed(plan)) for plan in setting.actions.plans])
+        rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
+    if "oracle_search" in oracles:
+        schedule, _ = best_schedule(setting, window)
+        searched = play_window(setting, window, schedule_policy(setting, schedule))
+        rows.append({"policy": "oracle_search", "seed": 0, **scenario, **searched})
+    return rows
 
 
 def serve_grid(frame: pd.DataFrame, policy: str, column: str = "utility") -> np.ndarray[Any, np.dtype[np.float64]]:

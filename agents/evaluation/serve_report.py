@@ -18,14 +18,13 @@ from agents.evaluation.tables import (
     plot_training,
     policies_of,
     read_if_there,
-    save,
     seconds_of,
     signed,
     standing,
     training_table,
-    two_panels,
 )
 from sim.pages.render import commit_of, table
+from sim.results.plots import figure_file
 
 REFERENCE = "greedy_stop+queue"
 COMPARED = ("dense", "static", "greedy_stop+queue", "precision+queue", "lookahead")
@@ -115,11 +114,11 @@ def serve_verdict(frame: pd.DataFrame, trained_on: list[str]) -> dict[str, Any]:
 
 def serve_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> None:
     """Write serve.png: utility of every policy by trace, and training curves."""
-    plot, left, right = two_panels(5, width_ratios=(3, 2))
-    plot_by_source(left, frame, policies_of(frame, ORACLES))
-    left.set(xlabel="utility on held-out windows")
-    plot_training(right, curves)
-    save(plot, folder / "serve.png")
+    with figure_file(folder / "serve.png", 1, 2, size=(11, 5.5), width_ratios=(3, 2)) as (figure, (left, right)):
+        plot_by_source(left, frame, policies_of(frame, ORACLES))
+        left.set(xlabel="utility on held-out windows")
+        plot_training(right, curves)
+        figure.legend(loc="outside lower center", ncols=5)
 
 
 def elsewhere_context(folder: Path, frame: pd.DataFrame, made: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +148,7 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
     return {
         "made": made,
         "commit": commit_of(made),
-        "later": made.get("replayed"),
+        "later": made.get("replayed", []),
         "windows": frame["window"].nunique(),
         "sources": list(dict.fromkeys(frame["source"])),
         "table": serve_table_markdown(frame),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from agents.evaluation.statistics import Interval
-from sim.atomic import write_whole
 from sim.pages.render import table
+from sim.results.plots import line_style
 
 
 def policies_of(frame: pd.DataFrame, oracles: Sequence[str] = ("oracle",)) -> list[str]:
@@ -83,42 +82,27 @@ def seconds_of(made: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {min(each):.0f} to {max(each):.0f}" for name, each in taken)
 
 
-def two_panels(height: float, **ratios: Any) -> tuple[Figure, Any, Any]:
-    """Return a figure with two panels side by side."""
-    figure = Figure(figsize=(11, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, **ratios)
-    return figure, left, right
-
-
 def plot_by_source(axes: Any, frame: pd.DataFrame, names: Sequence[str], minus: str | None = None) -> None:
     """Plot the utility of every policy by trace, or its distance to that of another policy."""
     means = frame.groupby(["source", "policy"])["utility"].mean()
-    for k, source in enumerate(dict.fromkeys(frame["source"])):
+    for source, marker in zip(dict.fromkeys(frame["source"]), itertools.cycle("os^Dv")):
         base = 0.0 if minus is None else float(means[(source, minus)])
         values = [float(means[(source, name)]) - base for name in names]
-        axes.plot(values, range(len(names)), "o", color=f"C{k}", label=str(source), markersize=5)
+        axes.plot(values, range(len(names)), marker, label=str(source), markersize=5)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.4)
-    axes.legend(fontsize=8)
 
 
-def plot_training(axes: Any, curves: pd.DataFrame | None, xlabel: str = "environment steps") -> None:
+def plot_training(axes: Any, curves: pd.DataFrame | None, steps: str = "environment steps") -> None:
     """Plot validation utility over training, one line per seed; nothing without curves."""
     if curves is None:
+        axes.set_visible(False)
         return
-    for k, (label, part) in enumerate(curves.groupby("policy", sort=False)):
+    for rank, (label, part) in enumerate(curves.groupby("policy", sort=False), start=1):
         for line, (_, one) in enumerate(part.groupby("seed")):
-            shown = str(label) if line == 0 else None
-            axes.plot(one["env_steps"], one["validation_utility"], color=f"C{k}", alpha=0.7, linewidth=1, label=shown)
-    axes.set(xlabel=xlabel, ylabel="validation utility", title="training, one line per seed")
-    axes.legend(fontsize=8)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG."""
-    write_whole(path, lambda part: figure.savefig(part, format="png"))
+            style = {**line_style(rank), "linewidth": 1, "label": str(label) if line == 0 else None}
+            axes.plot(one["env_steps"] / 1e3, one["validation_utility"], alpha=0.8, **style)
+    axes.set(xlabel=f"thousand {steps}", ylabel="validation utility in training, a line per seed")
 
 
 def read_if_there(path: Path) -> pd.DataFrame | None:

@@ -27,7 +27,8 @@ class CalibrateConfig:
         conf/calibration of a checkout, where a file changes only with its numbers, else ./calibration.
     target: of source=measurements: names of targets, or all. data: their folder, a path or one under RAP_LAB_DATA.
     model, gpu: of source=device: what is measured on what.
-    checkpoint: weights, as in hw.replay; the model's own when empty. clock: cpu or wall. threads: of PyTorch.
+    checkpoint: weights, as in hw.replay; the model's own when empty. threads: of PyTorch.
+    clock: cpu or wall; null takes cpu on a CPU, which others may share, and wall on a GPU.
     seconds: to measure, at most. only: all, or changes (what plan changes cost).
     """
 
@@ -38,7 +39,7 @@ class CalibrateConfig:
     data: str = "calibration"
     out: str | None = None
     checkpoint: str = ""
-    clock: str = "cpu"
+    clock: str | None = None
     threads: int = 1
     seconds: float = 480.0
     seed: int = 0
@@ -75,19 +76,22 @@ def _from_device(cfg: DictConfig, out: Path) -> dict[str, Any]:
     from hw.calibrate import this_device  # imported late: source=measurements needs no torch
     from hw.calibrate.device import DeviceSettings
     from hw.elastic.checkpoint import checkpoint_of
-    from hw.engine.clock import CLOCKS
+    from hw.engine.clock import CLOCKS, check_clock
 
     model, gpu = build(cfg.model), build(cfg.gpu)
-    if cfg.clock not in CLOCKS:
-        raise ConfigError(f"unknown clock {cfg.clock!r}; {nearest(cfg.clock, CLOCKS)}")
+    place = this_device.place_of(gpu)
+    clock = cfg.clock or ("cpu" if place == "cpu" else "wall")
+    if clock not in CLOCKS:
+        raise ConfigError(f"unknown clock {clock!r}; {nearest(clock, CLOCKS)}")
+    check_clock(clock, place)
     path = out / f"{model.name}_{gpu.name}.json"
     if cfg.only == "changes" and not path.is_file():
         raise ConfigError(f"only=changes adds to {path}, which does not exist; measure all first")
     checkpoint = checkpoint_of(cfg.model, cfg.checkpoint, model.name)
     elastic = this_device.load(model, gpu, checkpoint, cfg.threads, cfg.seed)
     if cfg.only == "changes":
-        return this_device.measure_changes(elastic, cfg.clock, cfg.seed, path)
-    settings = DeviceSettings(model=model.name, device=gpu.name, clock=cfg.clock, seconds=cfg.seconds, seed=cfg.seed)
+        return this_device.measure_changes(elastic, clock, cfg.seed, path)
+    settings = DeviceSettings(model=model.name, device=gpu.name, clock=clock, seconds=cfg.seconds, seed=cfg.seed)
     return this_device.measure_all(elastic, settings, out)
 
 

@@ -26,6 +26,7 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 from hw.calibrate import measurements as m
+from hw.elastic.device import Device
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import ATTENTION, Packed, PagedBatch, forward
 from hw.elastic.paged_kv import ArenaStorage
@@ -109,7 +110,7 @@ class Bench:
         most = (max(BATCHES) + 1) * (-(-(max(CONTEXTS) + max(PREFILL_TOKENS) + 1) // BLOCK_TOKENS) + 1)
         blocks = most * self._spec.num_layers
         self.arena = arena_of(elastic, blocks, first_blocks=blocks, block_tokens=BLOCK_TOKENS)
-        self.pool = KVPool(blocks, ArenaStorage(self.arena))
+        self.pool = KVPool(blocks, ArenaStorage(self.arena, elastic.hardware))
 
     @torch.inference_mode()
     def time(self, cell: Cell) -> list[float]:
@@ -118,8 +119,7 @@ class Bench:
 
     def now_s(self) -> float:
         """Return the time on the clock of the bench, after all work of the device is done."""
-        if self.elastic.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.elastic.hardware.synchronize()
         return self.clock()
 
     def _hidden(self, tokens: int) -> Tensor:
@@ -443,16 +443,15 @@ def run_engine(elastic: ElasticModel, clock: str, seed: int, duration_s: float, 
     return Iterations(lasting, tuple(shapes))
 
 
-def memory_bandwidth_bytes_per_s(device: torch.device) -> float:
+def memory_bandwidth_bytes_per_s(device: Device) -> float:
     """Return the bytes per second of copying a large array, reads and writes counted; the median of five."""
-    source = torch.ones(64 << 20, dtype=torch.uint8, device=device)
+    source = torch.ones(64 << 20, dtype=torch.uint8, device=device.place)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(6):
         start_s = time.perf_counter()
         target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        device.synchronize()
         seconds.append(time.perf_counter() - start_s)
     return float(2 * source.nbytes / np.median(seconds[1:]))
 

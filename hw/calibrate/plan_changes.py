@@ -19,7 +19,6 @@ import torch
 from hw.calibrate.device import BLOCK_TOKENS, Bench, spread
 from hw.elastic.blocks import ABSENT, KINDS, Kind
 from hw.elastic.copies import LayerCopier
-from hw.elastic.device_memory import give_back
 from hw.elastic.paged_kv import ArenaStorage
 from hw.engine.hw_engine import arena_of
 from sim.cost.memory import layer_weight_bytes
@@ -47,7 +46,7 @@ class Changes:
         self._bench, self._elastic = bench, bench.elastic
         self._copier = LayerCopier(self._elastic, bench.clock)
         self._arena = arena_of(self._elastic, POOL_BLOCKS, first_blocks=POOL_BLOCKS, block_tokens=BLOCK_TOKENS)
-        self._pool = KVPool(POOL_BLOCKS, ArenaStorage(self._arena))
+        self._pool = KVPool(POOL_BLOCKS, ArenaStorage(self._arena, self._elastic.hardware))
         self._found: dict[str, list[float]] = {}
         self._longer: list[float] = []  # time of a pass with a copy over one without, per round
 
@@ -171,7 +170,7 @@ class Changes:
         return self._pool.settle()
 
     def _give_back(self) -> None:
-        give_back(self._elastic.device)
+        self._elastic.hardware.give_back()
 
     def _start(self, mha_bits: int, ffn_bits: int) -> None:
         self._copier.start(

@@ -18,7 +18,6 @@ from hw.calibrate.plan_changes import Changes
 from hw.calibrate.writing import write_calibration
 from hw.elastic.checkpoint import load_checkpoint
 from hw.elastic.model import ElasticModel
-from hw.elastic.processor import processor_name
 from sim.cost.gpu import Gpu
 from sim.cost.latency import CALIBRATIONS
 from sim.cost.model_spec import ModelSpec
@@ -36,12 +35,16 @@ def dtype_of(model: ModelSpec) -> str:
     return "float32" if model.weight_dtype_bytes == 4 else "bfloat16"
 
 
+def place_of(gpu: Gpu) -> str:
+    """Return where torch finds a device of conf/gpu: cpu or cuda."""
+    return "cpu" if gpu.name.startswith("cpu") else "cuda"
+
+
 def load(model: ModelSpec, gpu: Gpu, checkpoint: str, threads: int, seed: int) -> ElasticModel:
     """Load the model onto the device, with PyTorch's threads and seed set."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    place = "cpu" if gpu.name.startswith("cpu") else "cuda"
-    loaded, _ = load_checkpoint(checkpoint, dtype=dtype_of(model), device=place)
+    loaded, _ = load_checkpoint(checkpoint, dtype=dtype_of(model), device=place_of(gpu))
     return ElasticModel(loaded, name=model.name)
 
 
@@ -82,9 +85,9 @@ def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, out: Path) ->
     content["device_run"] = {
         "seconds": round(time.monotonic() - started_s),
         "clock": settings.clock,
-        "processor": processor_name(elastic.device),
+        "processor": elastic.hardware.name,
         **_sampling(samples),
-        "memory_bandwidth_bytes_per_s": float(f"{d.memory_bandwidth_bytes_per_s(elastic.device):.3g}"),
+        "memory_bandwidth_bytes_per_s": float(f"{d.memory_bandwidth_bytes_per_s(elastic.hardware):.3g}"),
         **Changes(bench).measure(settings.seed),
     }
     write_calibration(content, out / f"{name}.json")

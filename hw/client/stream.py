@@ -7,6 +7,8 @@ send (roles, empty pieces, ends, token counts, keep-alives), so tokens are count
 - If ``usage`` says how many tokens there were, they are divided among the pieces: by the counts of ``usage`` if every
   piece has one (vLLM's ``continuous_usage_stats``), otherwise by the length of what each piece brings. Empty pieces
   bring tokens (special tokens, parts of a character) only if their number is exactly that of the missing tokens.
+- Reasoning that ``usage`` counts and no piece brings (OpenAI's, which is hidden) never reaches the client, so it is not
+  counted.
 - Without ``usage`` a piece is one token. Gaps are then between pieces, *inter-chunk* latencies, and are named so.
 
 Figures, and how other clients define them (docs/tasks/gpu.md has a table):
@@ -36,6 +38,9 @@ from sim.errors import RapLabError
 
 CONTENT_KEYS = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal")
 """What a piece of a chat may bring."""
+OTHER_CONTENT_KEYS = ("reasoning_details", "thinking", "thinking_blocks", "audio")
+"""What counts only where a piece has none of ``CONTENT_KEYS``: some servers send the same text here again."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks")
 FAILED_ENDS = ("abort", "error")
 """Values of finish_reason with which servers end an answer that they could not complete."""
 MOST_TOKENS = 10**9
@@ -98,6 +103,8 @@ class AnswerStream:
         self._pieces: list[_Piece] = []
         self._prompt_tokens: int | None = None
         self._count: int | None = None
+        self._reasoning_tokens = 0  # by usage
+        self._shows_reasoning = False
         self._full_since_count = 0  # pieces since the last usage with a count
         self._counted_last = False  # an event with a count and without a choice came last
         self._finish_reason: Any = None
@@ -131,9 +138,10 @@ class AnswerStream:
             return
         if not isinstance(event, dict):
             raise StreamError(f"an event of the answer is not a JSON object: {_short(data)}")
-        if event.get("error"):
+        if event.get("error") or (not event.get("choices") and _is_error(event)):
             raise StreamError(f"the server ended the answer with an error: {message_of(event)}")
-        count = self._read_usage(event.get("usage"))
+        x_groq = event.get("x_groq")
+        count = self._read_usage(event.get("usage") or (x_groq.get("usage") if isinstance(x_groq, dict) else None))
         choices = event.get("choices") or ()
         if not isinstance(choices, Sequence) or not all(isinstance(c, dict) for c in choices if c is not None):
             raise StreamError(f"the choices of an event are not a list of objects: {_short(data)}")
@@ -148,8 +156,10 @@ class AnswerStream:
         Raises:
             StreamError: if there was no token, or nothing marks the end and fewer than the requested tokens came.
         """
-        total = self._total()
-        chosen = self._counted_pieces() or self._chosen_pieces(total)
+        total, hidden = self._total(), self._hidden_tokens()
+        if total is not None:
+            total -= hidden
+        chosen = (not hidden and self._counted_pieces()) or self._chosen_pieces(total)
         if not chosen:
             raise StreamError("the answer had no token")
         found = total if total is not None else len(chosen)
@@ -168,6 +178,9 @@ class AnswerStream:
             self._prompt_tokens = prompt
         if count is not None:
             self._count, self._full_since_count = count, 0
+        details = usage.get("completion_tokens_details")
+        reasoning = _whole(details.get("reasoning_tokens")) if isinstance(details, dict) else None
+        self._reasoning_tokens = reasoning or _whole(usage.get("reasoning_tokens")) or self._reasoning_tokens
         return count
 
     def _add_choice(self, time_s: float, choice: Mapping[str, Any], count: int | None) -> None:
@@ -178,6 +191,9 @@ class AnswerStream:
         delta = choice.get("delta")
         delta = delta if isinstance(delta, dict) else {}
         brought = [choice.get("text"), *(delta.get(key) for key in CONTENT_KEYS)]
+        if not any(brought):
+            brought += [delta.get(key) for key in OTHER_CONTENT_KEYS]
+        self._shows_reasoning |= any(delta.get(key) for key in REASONING_KEYS)
         # Some servers send a piece of reasoning under both names.
         length = sum(len(text) for text in {str(value) for value in brought if value})
         if length and count is None:
@@ -193,6 +209,13 @@ class AnswerStream:
         final = self._counted_last or any(piece.ends and piece.count is not None for piece in self._pieces)
         # A count below the number of pieces is that of one piece, unless it comes with the end.
         return total if final or total >= sum(piece.length > 0 for piece in self._pieces) else None
+
+    def _hidden_tokens(self) -> int:
+        """Return the tokens of reasoning that usage counts and that no piece brings."""
+        full = sum(piece.length > 0 for piece in self._pieces)
+        # A server may count reasoning that it sends as content: then there are as many pieces as tokens.
+        fits = full <= (self._total() or 0) - self._reasoning_tokens
+        return self._reasoning_tokens if full and fits and not self._shows_reasoning else 0
 
     def _counted_pieces(self) -> list[tuple[float, int]]:
         """Return the pieces with the tokens that the usage of each one says; nothing unless every piece has one."""
@@ -270,6 +293,12 @@ def _json(data: str) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise StreamError(f"an event of the answer is not JSON: {_short(data)}") from error
+
+
+def _is_error(event: Mapping[str, Any]) -> bool:
+    """Return whether an event without choices and without ``error`` is an error, as of older vLLM and FastChat."""
+    stated = event.get("object") == "error" or bool(event.get("error_code"))
+    return stated or (not event.get("usage") and any(isinstance(event.get(key), str) for key in ("message", "detail")))
 
 
 def message_of(body: Any) -> str:

@@ -23,10 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from hw.disaggregate.kv_link import LinkError
 from hw.disaggregate.pair import Outcome, Pair
+from hw.elastic.checkpoint import pick_device
+from hw.elastic.processor import processor_name
 from hw.replay.run import HwReplayConfig
 from sim.config import build, name_of, one_thread, run_command
 from sim.cost.plan import describe
-from sim.disaggregate.run import perplexity_ratio, plan_of, print_staged, staged_frame, transfer_figures
+from sim.disaggregate.run import plan_of, plan_quality, print_staged, staged_frame, transfer_figures
 from sim.engine.iteration_log import IterationLog
 from sim.results.metrics import iterations_frame, merged_gaps, merged_iterations, summarise
 from sim.results.plots import plot_replay
@@ -54,15 +56,16 @@ def figures(cfg: DictConfig, outcome: Outcome) -> dict[str, Any]:
     records, plan = outcome.records, plan_of(cfg)
     logs = list(outcome.logs.values())
     end_s = max(float(np.nanmax(records.finish_s, initial=0.0)), 1e-9)
+    iterations = merged_iterations([log.iterations for log in logs] or [IterationLog().table()])
     summary = summarise(
         records,
-        merged_iterations([log.iterations for log in logs] or [IterationLog().table()]),
+        iterations,
         merged_gaps([log.gaps for log in logs] or [IterationLog().token_gaps()]),
         build(cfg.slo),
         not_arrived=outcome.not_arrived,
         cpu_s=sum(log.cpu_s for log in logs),
     )
-    summary["perplexity_ratio"] = perplexity_ratio(cfg, summary["quality_nll"])
+    summary |= plan_quality(cfg, summary["quality_nll"], iterations)
     summary |= {"plan": describe(plan), **transfer_figures(records, plan, build(cfg.model))}
     summary["link_busy_share"] = _busy_s(records.send_s, records.sent_s) / end_s
     return summary | {"interrupted": outcome.interrupted, "failure": outcome.failure}
@@ -80,11 +83,9 @@ def _busy_s(send_s: Floats, sent_s: Floats) -> float:
 
 def hardware(cfg: DictConfig, outcome: Outcome) -> dict[str, Any]:
     """Return the content of ``hardware.json``: device, link, and the cost of each process."""
-    cuda = torch.cuda.is_available() and cfg.hw.device != "cpu"
+    place, on_cpu = pick_device(cfg.hw.device), f"{platform.machine()} CPU, {cfg.hw.threads} thread(s) each"
     return {
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"{platform.machine()} CPU, {cfg.hw.threads} thread(s) each",
+        "device": on_cpu if place.type == "cpu" else processor_name(place),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "clock": "wall",

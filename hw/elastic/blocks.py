@@ -2,19 +2,21 @@
 
 A block's weights are resident (on the device, in the parameters of the model's own modules) or only stored. On CUDA the
 store is pinned host memory, and a side stream copies from it. On a CPU, host and device memory are the same, so the
-store is an unlinked file on disk; otherwise dropping a block would free no memory.
+store is an unlinked file on disk; otherwise dropping a block would free no memory. A block is stored when it is first
+dropped or quantized, or ahead of that by ``prepare``.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hw.elastic.device import Accelerator, Event
 from hw.elastic.quantize import ElasticLinear, QuantWeight, quantize
 from sim.errors import ModelError
 
@@ -22,6 +24,31 @@ Kind = Literal["mha", "ffn"]
 KINDS: tuple[Kind, Kind] = ("mha", "ffn")
 ABSENT = 0
 """The ``bits`` of a block whose weights are not resident."""
+ALIGNMENT = 512
+"""Bytes to whose multiples tensors in pinned memory are aligned, as the allocator of the device aligns them."""
+LEAST_ARENA_BYTES, MOST_ARENA_BYTES = 1 << 20, 1 << 30
+
+
+class Store(Protocol):
+    """Tensors by key, off the device. nbytes: of the memory, or of the file, that holds them."""
+
+    nbytes: int
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether there are tensors under a key."""
+        ...
+
+    def put(self, key: object, tensors: Iterable[Tensor]) -> None:
+        """Store tensors under a key."""
+        ...
+
+    def get(self, key: object) -> tuple[list[Tensor], list[Event]]:
+        """Start to copy the tensors of a key to the device; return the copies and the events of their end."""
+        ...
+
+    def join(self, events: Iterable[Event], tensors: Sequence[Tensor]) -> None:
+        """Let what is computed from now on wait for a copy."""
+        ...
 
 
 class DiskStore:
@@ -29,6 +56,7 @@ class DiskStore:
 
     def __init__(self) -> None:
         """Open the file, in TMPDIR; it is gone when the process ends."""
+        self.nbytes = 0
         self._file = tempfile.TemporaryFile(prefix="rap-lab-weights-")  # noqa: SIM115 - lives as long as the store
         self._index: dict[object, list[tuple[int, torch.dtype, torch.Size]]] = {}
 
@@ -47,6 +75,7 @@ class DiskStore:
                 offset = self._file.seek(0, 2)
                 self._file.write(_raw(tensor.detach().contiguous()))
                 entries.append((offset, tensor.dtype, tensor.shape))
+                self.nbytes += tensor.nbytes
             self._file.flush()
         except OSError as error:
             raise ModelError(
@@ -55,8 +84,8 @@ class DiskStore:
             ) from error
         self._index[key] = entries
 
-    def get(self, key: object) -> tuple[list[Tensor], None]:
-        """Read the tensors of a key.
+    def get(self, key: object) -> tuple[list[Tensor], list[Event]]:
+        """Read the tensors of a key; they are complete at once.
 
         Raises:
             ModelError: if the file is shorter than what was written.
@@ -71,7 +100,10 @@ class DiskStore:
                     f"the file of stored weights ends within block {key}; free space in TMPDIR, or set another TMPDIR"
                 )
             tensors.append(tensor)
-        return tensors, None
+        return tensors, []
+
+    def join(self, events: Iterable[Event], tensors: Sequence[Tensor]) -> None:
+        """Do nothing: what ``get`` returned is complete."""
 
 
 def _raw(tensor: Tensor) -> memoryview:
@@ -80,12 +112,17 @@ def _raw(tensor: Tensor) -> memoryview:
 
 
 class PinnedStore:
-    """Tensors by key in pinned host memory; the store of a CUDA device."""
+    """Tensors by key in pinned host memory; the store of an accelerator.
 
-    def __init__(self, device: torch.device) -> None:
-        """Store tensors of this device; ``stream`` copies them back."""
+    Tensors lie one after another in arenas whose sizes are powers of two, because the allocator of pinned memory rounds
+    each allocation up to one: an FFN block of Llama-2-7B, 258 MiB, would take 512 MiB by itself.
+    """
+
+    def __init__(self, device: Accelerator) -> None:
+        """Store tensors of this device."""
+        self.nbytes = 0
         self._device = device
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._arenas: list[tuple[Tensor, int]] = []  # each with the bytes that are used
         self._tensors: dict[object, list[Tensor]] = {}
 
     def __contains__(self, key: object) -> bool:
@@ -93,15 +130,31 @@ class PinnedStore:
 
     def put(self, key: object, tensors: Iterable[Tensor]) -> None:
         """Store tensors under a key."""
-        self._tensors[key] = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t.detach()) for t in tensors]
+        self._tensors[key] = [self._place(tensor.detach()) for tensor in tensors]
 
-    def get(self, key: object) -> tuple[list[Tensor], torch.cuda.Event]:
-        """Start to copy the tensors of a key to the device on the side stream; return them and the event of its end."""
-        with torch.cuda.stream(self.stream):
-            tensors = [t.to(self._device, non_blocking=True) for t in self._tensors[key]]
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self.stream)
-        return tensors, event
+    def get(self, key: object) -> tuple[list[Tensor], list[Event]]:
+        """Start to copy the tensors of a key to the device."""
+        tensors, event = self._device.copy_in(self._tensors[key])
+        return tensors, [event]
+
+    def join(self, events: Iterable[Event], tensors: Sequence[Tensor]) -> None:
+        """Let what is computed from now on wait for a copy."""
+        for event in events:
+            self._device.join(event, tensors)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor in pinned memory."""
+        size = tensor.nbytes
+        at = next((i for i, (arena, used) in enumerate(self._arenas) if used + size <= len(arena)), None)
+        if at is None:
+            # As much again as there is so far: a small model takes little, and a large one has few arenas.
+            least = min(max(self.nbytes, LEAST_ARENA_BYTES), MOST_ARENA_BYTES)
+            self._arenas.append((self._device.pinned(1 << (max(size, least) - 1).bit_length()), 0))
+            at = len(self._arenas) - 1
+            self.nbytes += len(self._arenas[at][0])
+        arena, start = self._arenas[at]
+        self._arenas[at] = arena, -(-(start + size) // ALIGNMENT) * ALIGNMENT
+        return arena[start : start + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 @dataclass(slots=True)
@@ -109,13 +162,13 @@ class PendingCopy:
     """A copy to the device that is under way.
 
     bits: its precision. weights: of the linear layers. rest: norm and biases; None if they are resident already.
-    events: CUDA events that mark its completion; none on a CPU.
+    events: mark its completion; none on a CPU.
     """
 
     bits: int
     weights: list[Tensor]
     rest: list[Tensor] | None
-    events: list[torch.cuda.Event]
+    events: list[Event]
 
     @property
     def nbytes(self) -> int:
@@ -124,7 +177,7 @@ class PendingCopy:
 
     def complete(self) -> bool:
         """Return whether the copy is complete."""
-        return all(event.query() for event in self.events)  # type: ignore[no-untyped-call]
+        return all(event.query() for event in self.events)
 
 
 class Block:
@@ -133,7 +186,7 @@ class Block:
     bits: precision of the resident weights; ABSENT if there are none. pending: the copy under way, if any.
     """
 
-    def __init__(self, name: str, modules: Sequence[nn.Module], store: DiskStore | PinnedStore) -> None:
+    def __init__(self, name: str, modules: Sequence[nn.Module], store: Store) -> None:
         """Take over the parameters of some modules; ``store`` keeps what is not resident."""
         self.name = name
         self.bits = 16
@@ -155,16 +208,19 @@ class Block:
             # A parameter may be a view into the mapped checkpoint; one such view would keep all of it in memory.
             parameter.data = parameter.data.clone()
         self._shapes = [linear.weight.shape for linear in self.linears]
-        if isinstance(store, PinnedStore):
-            self._store_full()
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device, including those of a copy under way."""
+        return self.resident_bytes + (self.pending.nbytes if self.pending is not None else 0)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes on the device that run."""
         total = sum(parameter.nbytes for parameter in self._rest)
         for linear in self.linears:
             total += linear.weight.nbytes + (linear.quantized.nbytes if linear.quantized is not None else 0)
-        return total + (self.pending.nbytes if self.pending is not None else 0)
+        return total
 
     def _key(self, part: int | str) -> tuple[str, int | str]:
         return self.name, part
@@ -174,6 +230,17 @@ class Block:
             self._store.put(self._key("rest"), [parameter.data for parameter in self._rest])
             self._store.put(self._key(16), [linear.weight.data for linear in self.linears])
 
+    def prepare_for(self, wanted: Collection[int]) -> None:
+        """Store all copies that are needed to go from one of some states to any other of them.
+
+        wanted: precisions, and ABSENT. A block that stays as it is needs none.
+        """
+        if set(wanted) != {self.bits}:
+            self._store_full()
+            for bits in wanted:
+                if bits != ABSENT:
+                    self.prepare(bits)
+
     def prepare(self, bits: int) -> None:
         """Store the copy at ``bits``, unless it is stored already."""
         self._store_full()
@@ -182,9 +249,8 @@ class Block:
         if self.bits == 16:
             full = [linear.weight.data for linear in self.linears]
         else:
-            full, event = self._store.get(self._key(16))
-            if event is not None:
-                event.synchronize()
+            full, events = self._store.get(self._key(16))
+            self._store.join(events, full)
         copies = [quantize(weight, bits) for weight in full]
         self._store.put(self._key(bits), [tensor for copy in copies for tensor in copy.tensors])
 
@@ -205,21 +271,16 @@ class Block:
         if self.pending is not None and self.pending.bits == bits:
             return
         self.prepare(bits)
-        weights, event = self._store.get(self._key(bits))
-        rest, rest_event = (None, None) if self.bits != ABSENT else self._store.get(self._key("rest"))
-        self.pending = PendingCopy(bits, weights, rest, [e for e in (event, rest_event) if e is not None])
+        weights, events = self._store.get(self._key(bits))
+        rest, rest_events = (None, []) if self.bits != ABSENT else self._store.get(self._key("rest"))
+        self.pending = PendingCopy(bits, weights, rest, events + rest_events)
 
     def join(self, wait: bool) -> None:
         """Let a complete copy take effect; with ``wait``, also one that is still under way."""
         copy = self.pending
         if copy is None or not (wait or copy.complete()):
             return
-        for event in copy.events:
-            torch.cuda.current_stream().wait_event(event)
-        if copy.events:
-            for tensor in (*copy.weights, *(copy.rest or [])):
-                # Allocated on the side stream: its memory must not be reused before this stream has read it.
-                tensor.record_stream(torch.cuda.current_stream())
+        self._store.join(copy.events, (*copy.weights, *(copy.rest or ())))
         self._free_weights()
         if copy.rest is not None:
             for parameter, tensor in zip(self._rest, copy.rest, strict=True):

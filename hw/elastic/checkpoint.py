@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hw.elastic.device import make_current
 from sim.errors import ModelError, nearest
 
 CACHE_VARIABLE = "RAP_LAB_CACHE"
@@ -90,7 +91,7 @@ def load_checkpoint(path: str = SMOLLM2, *, dtype: str = "float32", device: str 
     Args:
         path: ``smollm2_135m`` for the default, a local folder in Hugging Face's format, or a hub id.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
-        device: ``cpu``, ``cuda`` or ``auto`` (cuda if there is one).
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto`` (cuda if there is one).
     Raises:
         ModelError: if the model cannot be found or read, for an unknown dtype, or for cuda if there is no CUDA device.
     """
@@ -177,18 +178,27 @@ def _load_tokenizer(source: str, path: str) -> Any:
 
 
 def pick_device(device: str) -> torch.device:
-    """Return the torch device for ``auto``, ``cpu`` or ``cuda``.
+    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; a CUDA device becomes the current one.
 
     Raises:
-        ModelError: for another name, or for cuda if torch finds no CUDA device.
+        ModelError: for another name, or for a CUDA device that torch does not find.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise ModelError(f"unknown device {device!r}; {nearest(device, ('auto', 'cpu', 'cuda'))}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device is {device!r}, but torch finds no CUDA device; set model.device=cpu")
-    return torch.device(device)
+    if device == "cpu":
+        return torch.device(device)
+    kind, colon, number = device.partition(":")
+    if kind != "cuda" or (colon and not (number.isascii() and number.isdigit())):
+        known = ("auto", "cpu", "cuda", "cuda:0")
+        raise ModelError(f"unknown device {device!r}; {nearest(device, known)}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise ModelError(f"device is {device!r}, but torch finds no CUDA device; set it to cpu")
+    if colon and int(number) >= count:
+        raise ModelError(f"device is {device!r}, but torch finds {count} CUDA devices: cuda:0 to cuda:{count - 1}")
+    place = torch.device("cuda", int(number) if colon else torch.cuda.current_device())
+    make_current(place)
+    return place
 
 
 @contextmanager

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 
-import torch
-
 from hw.elastic.blocks import ABSENT, Block
+from hw.elastic.device import Accelerator, Event
 from hw.elastic.model import ElasticModel
 from sim.engine.transition import LayerCopy
 
@@ -27,24 +26,24 @@ class LayerCopier:
         self._elastic, self._clock = elastic, clock
         self._blocks: list[tuple[Block, int]] = []
         self._future: Future[float] | None = None
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._events: tuple[Event, Event] | None = None
         self.copied_s = 0.0
         # CUDA copies run by themselves while the model computes; on a CPU a thread reads the file of stored weights.
-        self._thread = ThreadPoolExecutor(1, "layer-copy") if elastic.device.type == "cpu" else None
+        by_itself = isinstance(elastic.hardware, Accelerator)
+        self._thread = None if by_itself else ThreadPoolExecutor(1, "layer-copy")
 
     def start(self, copy: LayerCopy) -> None:
-        """Start a copy; the last one has joined or was abandoned."""
+        """Start a copy; the last one has joined or was abandoned. If it raises, abandon what it has started."""
         assert not self._blocks
         pairs = ((self._elastic.blocks["mha"], copy.mha_bits), (self._elastic.blocks["ffn"], copy.ffn_bits))
         self._blocks = [(blocks[copy.layer], bits) for blocks, bits in pairs if bits != ABSENT]
         if self._thread is not None:
             self._future = self._thread.submit(_want, self._blocks, self._clock)
             return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record(self._elastic.copy_stream)
+        assert isinstance(self._elastic.hardware, Accelerator)
+        begin = self._elastic.hardware.mark()
         _want(self._blocks, self._clock)
-        end.record(self._elastic.copy_stream)
-        self._events = (begin, end)
+        self._events = (begin, self._elastic.hardware.mark())
 
     def copies(self, block: Block) -> bool:
         """Return whether a block is part of the copy under way."""
@@ -62,7 +61,8 @@ class LayerCopier:
         if self._future is not None:
             wait_for([self._future], timeout=max(timeout_s, 0.0))
             waited_s = time.perf_counter() - start_s
-            return min(waited_s, self._future.result()) if self._future.done() else waited_s
+            succeeded = self._future.done() and self._future.exception() is None
+            return min(waited_s, self._future.result()) if succeeded else waited_s
         while not self.complete() and time.perf_counter() < start_s + timeout_s:
             time.sleep(POLL_S)
         return time.perf_counter() - start_s

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hw.elastic.blocks import ABSENT, KINDS, Block, DiskStore, Kind, PinnedStore
+from hw.elastic.blocks import ABSENT, KINDS, Block, DiskStore, Kind, PinnedStore, Store
+from hw.elastic.device import Accelerator, Device, device_of
 from hw.elastic.families import find_family, find_part, sliding_window
 from hw.elastic.kv import BatchKV, KVView, RequestKV
 from sim.cost.memory import Stage, resident_mask
@@ -31,13 +32,14 @@ from sim.errors import ModelError, PlanError, nearest
 class ElasticModel:
     """A Hugging Face causal language model that runs any legal Plan. It changes the model in place."""
 
-    def __init__(self, model: Any, *, name: str = "", stage: Stage = "both") -> None:
+    def __init__(self, model: Any, *, name: str = "", stage: Stage = "both", hardware: Device | None = None) -> None:
         """Take over a model.
 
         Args:
             model: a loaded causal language model of a family in ``hw.elastic.families``.
             name: name of the model description; empty takes the name of the model's own config.
             stage: whether this replica runs prefill, decode or both, which decides what must be resident.
+            hardware: the device that holds the model; None finds it.
         Raises:
             ModelError: for an unsupported family, or parameters that the model description does not count.
         """
@@ -48,11 +50,12 @@ class ElasticModel:
         self._final_norm: Any = find_part(self._stack, family.final_norm, model.config.model_type)
         parameter = next(model.parameters())
         self.device: torch.device = parameter.device
+        self.hardware: Device = hardware or device_of(self.device)
         self.dtype: torch.dtype = parameter.dtype
         described = {**model.config.to_dict(), "dtype": str(self.dtype)}
         self.spec: ModelSpec = model_from_hf_config(described, name, keep_all_kv=True)
         model.set_attn_implementation("sdpa")  # eager attention adds its mask, and ours is boolean
-        self._store = PinnedStore(self.device) if self.device.type == "cuda" else DiskStore()
+        self._store: Store = PinnedStore(self.hardware) if isinstance(self.hardware, Accelerator) else DiskStore()
         self._attention = self._parts(family.attention)
         self._norms = {"mha": self._parts(family.mha_norm), "ffn": self._parts(family.ffn_norm)}
         self._ffn = list(zip(*(self._parts(name) for name in family.ffn), strict=True))
@@ -118,6 +121,14 @@ class ElasticModel:
                 for block in self.blocks[kind]:
                     block.prepare(count)
 
+    def prepare_for(self, plans: Iterable[Plan]) -> None:
+        """Store what it takes to go from any of these plans to any other, so that no ``apply`` of them has to."""
+        masks = [(plan.weight_bits, resident_mask(plan, self._stage)) for plan in plans]
+        for kind in KINDS:
+            for layer, block in enumerate(self.blocks[kind]):
+                kept = ((bits[layer], (mask.mha if kind == "mha" else mask.ffn)[layer]) for bits, mask in masks)
+                block.prepare_for({bits if keeps else ABSENT for bits, keeps in kept})
+
     def ready(self) -> bool:
         """Let complete copies take effect; return whether the plan now runs without any copy under way."""
         blocks = [block for kind in KINDS for block in self.blocks[kind]]
@@ -126,15 +137,19 @@ class ElasticModel:
         return all(block.pending is None for block in blocks)
 
     @property
-    def copy_stream(self) -> torch.cuda.Stream | None:
-        """The stream that copies weights in; None on a CPU, where the calling thread copies them."""
-        return self._store.stream if isinstance(self._store, PinnedStore) else None
+    def stored_bytes(self) -> int:
+        """Bytes of weights off the device: of pinned host memory, or of a file on a CPU."""
+        return self._store.nbytes
 
     def bytes(self) -> int:
         """Bytes of weights on the device; ``sim.cost.memory.weight_bytes`` of the plan once no copy is under way."""
-        blocks = sum(block.nbytes for kind in KINDS for block in self.blocks[kind])
         fixed: int = sum(parameter.nbytes for parameter in self._fixed)
-        return fixed + blocks
+        return fixed + sum(block.nbytes for kind in KINDS for block in self.blocks[kind])
+
+    def resident_bytes(self) -> int:
+        """Bytes of weights on the device that run: without a copy under way."""
+        fixed: int = sum(parameter.nbytes for parameter in self._fixed)
+        return fixed + sum(block.resident_bytes for kind in KINDS for block in self.blocks[kind])
 
     def running(self, stage: Literal["prefill", "decode"]) -> KeepMask:
         """Return the blocks that a forward of this stage runs now: those in the plan that are resident."""

@@ -16,6 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hw.elastic.device import Accelerator, Device, device_of
+from hw.elastic.device_memory import attempt
+
 # Shapes: n slots (a slot is the place of one token in one layer), c KV blocks, p tokens of one, h KV heads, d head_dim.
 
 
@@ -27,8 +30,17 @@ class Arena(Protocol):
     block_bytes: int
     device: torch.device
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes that the arena takes."""
+        ...
+
     def resize(self, blocks: int) -> None:
-        """Hold KV blocks 0 to ``blocks - 1``; they keep their content, and the memory of all others is freed."""
+        """Hold KV blocks 0 to ``blocks - 1``; they keep their content, and the memory of all others is freed.
+
+        If memory runs out, an arena that grows stays as it is, and one that shrinks may keep some memory until it is
+        resized to the same number again.
+        """
         ...
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -62,6 +74,11 @@ class MappedArena:
         self._maps = [mmap.mmap(-1, self._capacity * self._half_bytes, flags=private) for _ in range(2)]
         shape = (self._capacity, block_tokens, heads, head_dim)
         self._keys, self._values = (torch.frombuffer(m, dtype=dtype).view(shape) for m in self._maps)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes that are backed by memory."""
+        return self.blocks * self.block_bytes
 
     def resize(self, blocks: int) -> None:
         """Back the first ``blocks`` blocks with memory, and no others."""
@@ -118,23 +135,35 @@ class SlabArena:
         self._dtype, self.device = dtype, device
         self._slabs: list[Tensor] = []  # [2, c, p, h, d] each: keys, then values
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all slabs."""
+        return sum(slab.nbytes for slab in self._slabs)
+
     def resize(self, blocks: int) -> None:
         """Allocate or free slabs, so that there are ``blocks`` blocks."""
         full, rest = divmod(blocks, self._slab_blocks)
         sizes = [self._slab_blocks] * full + ([rest] if rest else [])
-        del self._slabs[len(sizes) :]
-        for index, size in enumerate(sizes):
-            old = self._slabs[index] if index < len(self._slabs) else None
-            if old is not None and old.shape[1] == size:
-                continue
-            new = torch.zeros((2, size, *self._shape), dtype=self._dtype, device=self.device)
-            if old is None:
-                self._slabs.append(new)
-            else:
-                common = min(size, old.shape[1])
-                new[:, :common] = old[:, :common]
-                self._slabs[index] = new
-        self.blocks = blocks
+        if blocks <= self.blocks:
+            del self._slabs[len(sizes) :]  # first, because it needs no memory
+            self.blocks = blocks
+            if sizes and self._slabs[-1].shape[1] > sizes[-1]:
+                self._slabs[-1] = self._resized(self._slabs[-1], sizes[-1])
+            return
+        slabs = list(self._slabs)
+        if slabs and slabs[-1].shape[1] < sizes[len(slabs) - 1]:
+            slabs[-1] = self._resized(slabs[-1], sizes[len(slabs) - 1])
+        slabs += [self._slab(size) for size in sizes[len(slabs) :]]
+        self._slabs, self.blocks = slabs, blocks
+
+    def _slab(self, blocks: int) -> Tensor:
+        return torch.zeros((2, blocks, *self._shape), dtype=self._dtype, device=self.device)
+
+    def _resized(self, slab: Tensor, blocks: int) -> Tensor:
+        """Return a slab of this many blocks with the content of another."""
+        new, common = self._slab(blocks), min(blocks, slab.shape[1])
+        new[:, :common] = slab[:, :common]
+        return new
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values in slots."""
@@ -165,16 +194,28 @@ class SlabArena:
 class ArenaStorage:
     """An arena as the storage of a ``sim.engine.kv_pool.KVPool``."""
 
-    def __init__(self, arena: Arena) -> None:
-        """Keep the pool's blocks in this arena."""
-        self._arena = arena
+    def __init__(self, arena: Arena, hardware: Device | None = None) -> None:
+        """Keep the pool's blocks in this arena; ``hardware`` is the device that holds it, None to find it."""
+        self._arena, self._hardware = arena, hardware or device_of(arena.device)
 
     def resize(self, blocks: int) -> None:
         """Hold blocks 0 to ``blocks - 1``."""
-        self._arena.resize(blocks)
+        grows = blocks > self._arena.blocks
+        attempt(self._hardware, lambda: self._arena.resize(blocks))
+        if not grows and isinstance(self._hardware, Accelerator):
+            # A copy that takes the place of the blocks is allocated on another stream, which cannot use what the
+            # allocator keeps for this one.
+            self._hardware.give_back()
 
     def move(self, moved: dict[int, int]) -> None:
         """Copy the content of blocks to others: old number to new."""
+        attempt(self._hardware, lambda: self._move(moved))
+
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy the content of slots to others, all read before any is written."""
+        attempt(self._hardware, lambda: self._copy(torch.tensor(source), torch.tensor(target)))
+
+    def _move(self, moved: dict[int, int]) -> None:
         tokens = torch.arange(self._arena.block_tokens)
         source, target = (
             (torch.tensor(list(blocks))[:, None] * self._arena.block_tokens + tokens).view(-1)
@@ -183,10 +224,6 @@ class ArenaStorage:
         step = 64 * self._arena.block_tokens  # a few blocks at a time: what moves exists twice for that moment
         for at in range(0, source.numel(), step):
             self._copy(source[at : at + step], target[at : at + step])
-
-    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """Copy the content of slots to others, all read before any is written."""
-        self._copy(torch.tensor(source), torch.tensor(target))
 
     def _copy(self, source: Tensor, target: Tensor) -> None:
         device = self._arena.device

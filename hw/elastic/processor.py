@@ -10,9 +10,9 @@ import torch
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def processor_name(device: torch.device | str) -> str:
+def processor_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU with its architecture."""
-    if str(device).startswith("cuda"):
+    if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return cpu_name()
 

@@ -12,6 +12,21 @@ from sim.errors import ConfigError, nearest
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
+def check_clock(kind: str, place: str) -> None:
+    """Check that a clock can time a device.
+
+    Args:
+        kind: of the clock. place: type of the device, as torch names it.
+    Raises:
+        ConfigError: for processor seconds on a GPU: while it computes, the processor only waits.
+    """
+    if kind == "cpu" and place != "cpu":
+        raise ConfigError(
+            f"clock is cpu on {place}: processor seconds say nothing about a GPU, for which the processor only waits; "
+            "set the clock to wall"
+        )
+
+
 class Clock(Protocol):
     """The engine's time: seconds since the start of the trace.
 

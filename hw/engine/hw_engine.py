@@ -9,12 +9,13 @@ simulated and the real engine admit the same requests in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from hw.elastic.copies import LayerCopier
+from hw.elastic.device import Accelerator
 from hw.elastic.device_memory import DeviceMemory
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import ATTENTION
@@ -77,12 +78,12 @@ class HwEngine(Replica):
         holds: Callable[[int], bool] | None = None,
         quality_nll: Callable[[Plan], float] | None = None,
         during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+        plans: Iterable[Plan] | None = None,
     ) -> None:
         """Build an idle engine over a dense model and apply its first plan.
 
         Args:
-            elastic: the model; it belongs to the engine from now on. Copies of all its blocks at 16, 8 and 4 bits are
-                stored now, so that no plan change has to make one.
+            elastic: the model; it belongs to the engine from now on.
             config: how it serves. plan: what runs first.
             budget_bytes: limit of weights, workspace and KV cache together, constant or over time.
             workspace_bytes: part of the budget for activations and the like.
@@ -95,18 +96,25 @@ class HwEngine(Replica):
             holds: called with a request_id when it ends; returns whether its KV is held until ``release``. None: never.
             quality_nll: nats per token that a plan costs (``sim.cost.quality``), charged to requests; None for none.
             during_forward: a context that is entered while the model computes, for example to release a lock.
+            plans: those that may run. What they need is stored now, so that no plan change has to quantize a block.
+                None: any, so all blocks are stored at 16, 8 and 4 bits.
         Raises:
-            ConfigError: for ``prefix_caching``, which only the simulated engine has.
+            ConfigError: for ``prefix_caching`` or ``schedules_ahead``, which only the simulated engine has.
             PlanError: for a plan that is not legal for the model.
             BudgetError: if the first budget cannot hold the weights and one request.
         """
         if config.prefix_caching:
             raise ConfigError("engine.prefix_caching is true; the real engine has no prefix cache: set it to false")
+        if config.schedules_ahead:
+            raise ConfigError(
+                "engine.schedules_ahead is true; the real engine forms a batch when the iteration before it has ended: "
+                "set it to false"
+            )
         budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
         clock = clock or RealClock()
         self.elastic = elastic
-        _prepare(elastic, plan)
-        self.memory = DeviceMemory(elastic.device, max(budget.budget_bytes))
+        _prepare(elastic, plan, plans)
+        self.memory = DeviceMemory(elastic.hardware, elastic.bytes())
         self.arena = arena or _default_arena(elastic, budget, workspace_bytes, config.kv_block_tokens)
         self._copier = copier or LayerCopier(elastic, clock.source)
         weights = TorchWeights(elastic, self._copier, clock, self.memory)
@@ -129,7 +137,7 @@ class HwEngine(Replica):
             executor=self._torch,
             weights=weights,
             clock=clock,
-            storage=ArenaStorage(self.arena),
+            storage=ArenaStorage(self.arena, elastic.hardware),
             workspace_bytes=workspace_bytes,
             # Plans recur, and evaluating a fitted quality model may take longer than an iteration's share of a token.
             quality_nll=lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None,
@@ -208,15 +216,19 @@ class HwEngine(Replica):
         assert self._changes.copy is not None or self.elastic.bytes() == self._changes.weight_bytes
 
     def close(self) -> None:
-        """Abandon the copy under way and end its thread."""
+        """Abandon the copy under way, end its thread, and let the process use the memory of the device again."""
         self._copier.close()
+        self.memory.close()
 
 
-def _prepare(elastic: ElasticModel, plan: Plan) -> None:
+def _prepare(elastic: ElasticModel, plan: Plan, plans: Iterable[Plan] | None) -> None:
     """Bring a dense model to the plan, with every copy that a later plan may need in the store."""
     check_plan(elastic.spec, plan)
     elastic.use_attention(ATTENTION)
-    elastic.prepare(WEIGHT_BITS)
+    if plans is None:
+        elastic.prepare(WEIGHT_BITS)
+    else:
+        elastic.prepare_for([plan, *plans])
     elastic.apply(plan)
 
 
@@ -236,7 +248,7 @@ def arena_of(elastic: ElasticModel, capacity: int, *, first_blocks: int, block_t
         capacity: KV blocks of one layer that it must be able to hold. first_blocks: those of the first pool.
     """
     spec = elastic.spec
-    if elastic.device.type == "cpu":
+    if not isinstance(elastic.hardware, Accelerator):
         return MappedArena(
             capacity=max(1, capacity),
             block_tokens=block_tokens,

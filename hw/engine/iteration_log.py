@@ -32,7 +32,8 @@ class Shape:
 class MemoryRow:
     """Memory after an iteration, in bytes.
 
-    predicted: what the plan should hold. allocated: the tensors. in_use: the device's own figure.
+    predicted: what the plan should hold. allocated: the tensors of weights and KV blocks, without a copy under way.
+    in_use: the device's own figure; on CUDA the most since the iteration before, on a CPU what the process has now.
     """
 
     time_s: float

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hw.elastic.blocks import ABSENT, KINDS
 from hw.elastic.copies import LayerCopier
-from hw.elastic.device_memory import DeviceMemory, out_of_memory
+from hw.elastic.device_memory import DeviceMemory, attempt
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import NotANumberError, Packed, PagedBatch, forward
 from hw.elastic.paged_kv import Arena
@@ -42,13 +42,13 @@ class NumericsError(RapLabError):
 class TorchWeights:
     """The weights of an elastic model, as a replica changes them.
 
-    allocated_bytes: bytes of weights on the device after the last change.
+    allocated_bytes: bytes of weights on the device after the last change, without those of a copy under way.
     """
 
     def __init__(self, elastic: ElasticModel, copier: LayerCopier, clock: Clock, memory: DeviceMemory) -> None:
         """Change this model."""
         self._elastic, self._copier, self._clock, self._memory = elastic, copier, clock, memory
-        self.allocated_bytes = elastic.bytes()
+        self.allocated_bytes = elastic.resident_bytes()
 
     def drop(self, resident: Resident) -> None:
         """Free the blocks that are no longer resident; a copy under way continues."""
@@ -60,11 +60,11 @@ class TorchWeights:
                 if wanted == ABSENT and not self._copier.copies(block):
                     block.want(ABSENT)
         self._memory.give_back()
-        self.allocated_bytes = self._elastic.bytes()
+        self.allocated_bytes = self._elastic.resident_bytes()
 
     def start(self, copy: LayerCopy, now_s: float) -> None:
         """Start to copy a layer in."""
-        self._copier.start(copy)
+        self._carry_out(lambda: self._copier.start(copy))
 
     def arrived(self, now_s: float) -> bool:
         """Return whether the copy under way is complete."""
@@ -77,13 +77,21 @@ class TorchWeights:
 
     def join(self) -> None:
         """Replace the old layer with the one that arrived."""
-        self._copier.join()
-        self.allocated_bytes = self._elastic.bytes()
+        self._carry_out(self._copier.join)
+        self.allocated_bytes = self._elastic.resident_bytes()
+
+    def _carry_out(self, step: Callable[[], None]) -> None:
+        """Run a step of a copy; abandon the copy if memory ran out."""
+        try:
+            attempt(self._elastic.hardware, step)
+        except MemoryError:
+            self.abandon()
+            raise
 
     def abandon(self) -> None:
         """Abandon the copy under way."""
         self._copier.abandon()
-        self.allocated_bytes = self._elastic.bytes()
+        self.allocated_bytes = self._elastic.resident_bytes()
 
 
 class TorchExecutor:
@@ -146,7 +154,7 @@ class TorchExecutor:
             MemoryRow(
                 time_s=end_s,
                 predicted_bytes=iteration.memory_bytes,
-                allocated_bytes=self._weights.allocated_bytes + self.arena.blocks * self.arena.block_bytes,
+                allocated_bytes=self._weights.allocated_bytes + self.arena.allocated_bytes,
                 in_use_bytes=self._memory.sample(),
             )
         )
@@ -160,7 +168,7 @@ class TorchExecutor:
         )
 
     def follow_budget(self, budget_bytes: int) -> None:
-        """Limit memory to this many bytes from now on."""
+        """Let allocations beyond this many bytes fail from now on, where the device can."""
         self._memory.follow(budget_bytes)
 
     def tokens_of(self, live: LiveRequest) -> list[int]:
@@ -174,15 +182,15 @@ class TorchExecutor:
 
     def _guarded_forward(self, iteration: Iteration) -> dict[int, int] | None:
         """Return what ``forward`` does, None if memory ran out."""
-        try:
+
+        def step() -> dict[int, int]:
             with self._during_forward():
                 return self.forward(iteration)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        # Outside of ``except``: while the error lives, its traceback keeps the tensors of the failed pass alive.
-        self._memory.give_back()
-        return None
+
+        try:
+            return attempt(self._elastic.hardware, step)
+        except MemoryError:
+            return None
 
     def forward(self, iteration: Iteration) -> dict[int, int]:
         """Return the next token of every request that catches up with this iteration, by request.

@@ -21,16 +21,16 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hw.elastic.checkpoint import checkpoint_of, load_checkpoint
+from hw.elastic.checkpoint import checkpoint_of, load_checkpoint, pick_device
+from hw.elastic.device import Accelerator
 from hw.elastic.model import ElasticModel
-from hw.elastic.processor import processor_name
-from hw.engine.clock import RealClock
+from hw.engine.clock import RealClock, check_clock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
 from sim.config import ReplayConfig, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
 from sim.errors import ModelError
-from sim.policies import Policy
+from sim.policies import Policy, plans_of
 from sim.replay.run import build_parts, run_replay
 from sim.results.run_folder import write_json
 
@@ -42,8 +42,8 @@ class HardwareConfig:
     checkpoint: weights and tokenizer: a local folder in Hugging Face's format, a hub id, or smollm2_135m; null takes
         the folder of model.config for model=hf, and the model's name for all others. The model sets the type of the
         weights: bfloat16 for 2 bytes per weight, float32 for 4.
-    device: cpu, cuda or auto. threads: of PyTorch on a CPU.
-    clock: wall, or cpu for processor seconds on a shared machine (idle time is then always skipped).
+    device: cpu, cuda, cuda:N or auto. threads: of PyTorch on a CPU.
+    clock: wall, or cpu for processor seconds on a shared machine without a GPU (idle time is then always skipped).
     skip_idle: let the clock jump over time in which nothing runs.
     text: the file that prompts are cut from, a path or one under RAP_LAB_DATA; null samples random token ids.
     to_eos: end a request at the model's end of text instead of the trace's length.
@@ -75,9 +75,11 @@ def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticMo
         model: the description. hw: a HardwareConfig. node: the ``model`` of the configuration (``checkpoint_of``).
     Raises:
         ModelError: when the shape of the checkpoint differs from the description.
+        ConfigError: for a clock that cannot time the device.
     """
     dtype = "float32" if model.weight_dtype_bytes == 4 else "bfloat16"
     torch.set_num_threads(int(hw.threads))
+    check_clock(hw.clock, pick_device(hw.device).type)
     checkpoint = checkpoint_of(node, hw.checkpoint, model.name)
     loaded, tokenizer = load_checkpoint(checkpoint, dtype=dtype, device=hw.device)
     elastic = ElasticModel(loaded, name=model.name)
@@ -105,17 +107,18 @@ def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
         clock=RealClock(cfg.hw.clock, skip_idle=cfg.hw.skip_idle),
         ends=None if stop is None else lambda _, token: token == stop,
         quality_nll=parts.server.quality_nll,
+        plans=plans_of(parts.policy),
     )
     return engine, parts.policy
 
 
 def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:
     """Return the content of ``hardware.json``: device, clock, and memory as predicted, allocated and used."""
-    rows = engine.memory_rows()
-    cuda = torch.cuda.is_available() and cfg.hw.device != "cpu"
+    rows, device = engine.memory_rows(), engine.elastic.hardware
+    on_cpu = f"{platform.machine()} CPU, {cfg.hw.threads} thread(s)"
     return {
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {cfg.hw.threads} thread(s)",
-        "processor": processor_name("cuda" if cuda else "cpu"),
+        "device": device.name if isinstance(device, Accelerator) else on_cpu,
+        "processor": device.name,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "clock": cfg.hw.clock,
@@ -124,6 +127,7 @@ def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:
         "peak_predicted_bytes": max((row.predicted_bytes for row in rows), default=0),
         "peak_allocated_bytes": max((row.allocated_bytes for row in rows), default=0),
         "largest_difference_bytes": max((abs(row.allocated_bytes - row.predicted_bytes) for row in rows), default=0),
+        "stored_weight_bytes": engine.elastic.stored_bytes,
         "in_use_at_start_bytes": engine.memory.start_bytes,
         "peak_in_use_bytes": engine.memory.peak_bytes,
     }

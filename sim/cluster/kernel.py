@@ -382,8 +382,16 @@ def let_waiting_go(s: Table) -> None:
 
 @compiled()
 def hold(s: Table, blocks: int) -> None:
-    """Reserve free KV blocks, for KV that waits to be sent or is being sent here."""
+    """Reserve free KV blocks, for KV that is being sent here."""
     _take(s, blocks)
+
+
+@compiled()
+def keep(s: Table, blocks: int) -> None:
+    """Hold KV blocks that an iteration has just freed: those of a prompt that has ended here and is to be sent."""
+    _take(s, blocks)
+    n = counters_of(s)
+    n.late_blocks = max(n.late_blocks - blocks, 0)
 
 
 @compiled()

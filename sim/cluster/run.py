@@ -17,18 +17,29 @@ from sim.cluster.cluster import Cluster, Phase, Replica
 from sim.cluster.outages import check_replicas
 from sim.compiled import cpu_clock
 from sim.config import build, one_thread, run_command, with_differences
+from sim.cost.front_end import NO_FRONT_END, FrontEnd
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies import Fixed, Policy
 from sim.progress import progress
 from sim.replay.loop import decisions
-from sim.replay.run import about, build_engine, build_parts, build_trace, progress_period_s, simulated_progress_steps
+from sim.replay.max_rate import all_at_once, is_measured, rate_figures
+from sim.replay.run import (
+    about,
+    build_engine,
+    build_parts,
+    build_trace,
+    front_end_of,
+    progress_period_s,
+    simulated_progress_steps,
+)
 from sim.replay.variants import VariantsConfig, run_or_compare, variants
 from sim.results.metrics import Slo, merged_gaps, merged_iterations, met_slo, records_frame, summarise
 from sim.results.plots import ReplicaLine, plot_replicas
 from sim.results.records import Status
 from sim.results.report import Columns, print_summary
 from sim.results.run_folder import write_json, write_parquet, write_text
+from sim.traces.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,10 +134,10 @@ def _replica(cfg: DictConfig, name: str, outages: Any) -> Replica:
     return Replica(name=name, build=make, decisions_s=decisions_s, outages=outages)
 
 
-def build_cluster(cfg: DictConfig) -> Cluster:
-    """Build the cluster of a configuration."""
+def build_cluster(cfg: DictConfig, trace: Trace | None = None) -> Cluster:
+    """Build the cluster of a configuration; ``trace`` takes the place of its own."""
     return Cluster(
-        build_trace(cfg),
+        build_trace(cfg) if trace is None else trace,
         replicas_of(cfg),
         build(cfg.router),
         seed=cfg.seed,
@@ -136,14 +147,14 @@ def build_cluster(cfg: DictConfig) -> Cluster:
     )
 
 
-def replica_figures(cluster: Cluster, slo: Slo) -> list[dict[str, Any]]:
+def replica_figures(cluster: Cluster, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> list[dict[str, Any]]:
     """Return the figures of each replica, one row each, as in ``replicas.parquet``.
 
     A request counts at the replica that served it last. up_s: seconds from the start of loading to the end, summed over
     the replica's engines. busy_share: share of up_s in iterations.
     """
     records, end_s = cluster.records(), cluster.end_s
-    met = met_slo(records, slo)
+    met = met_slo(records, slo, front_end)
     rows = []
     for i, replica in enumerate(cluster.replicas):
         mine = records.replica == i
@@ -174,11 +185,13 @@ def replica_figures(cluster: Cluster, slo: Slo) -> list[dict[str, Any]]:
     return rows
 
 
-def cluster_figures(cluster: Cluster, slo: Slo, *, cpu_s: float = 0.0) -> dict[str, Any]:
+def cluster_figures(
+    cluster: Cluster, slo: Slo, *, cpu_s: float = 0.0, front_end: FrontEnd = NO_FRONT_END
+) -> dict[str, Any]:
     """Return the figures of a cluster, as in ``summary.json``: those of a replay, and more."""
     engines, records = cluster.engines(), cluster.records()
     iterations = merged_iterations([served.engine.iterations() for served in engines])
-    rows = replica_figures(cluster, slo)
+    rows = replica_figures(cluster, slo, front_end)
     summary = summarise(
         records,
         iterations,
@@ -189,6 +202,7 @@ def cluster_figures(cluster: Cluster, slo: Slo, *, cpu_s: float = 0.0) -> dict[s
         not_arrived=len(cluster.trace) - len(records),
         cpu_s=cpu_s,
         end_s=cluster.end_s,
+        front_end=front_end,
     )
     if not len(iterations):
         summary |= dict.fromkeys(("recomputed_tokens", "kv_peak_share", "extrapolated_share"))
@@ -202,10 +216,10 @@ def cluster_figures(cluster: Cluster, slo: Slo, *, cpu_s: float = 0.0) -> dict[s
     }
 
 
-def cluster_frame(cluster: Cluster, slo: Slo) -> pd.DataFrame:
+def cluster_frame(cluster: Cluster, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> pd.DataFrame:
     """Return the table of ``records.parquet``: that of a replay, with each request's replica and number of moves."""
     records = cluster.records()
-    frame = records_frame(records, slo)
+    frame = records_frame(records, slo, front_end)
     frame["replica"], frame["moves"] = records.replica, records.moves
     return frame
 
@@ -232,7 +246,12 @@ def run(cfg: DictConfig) -> tuple[Cluster, dict[str, Any]]:
     with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
         progress_s = progress_period_s(trace, simulated_progress_steps(len(trace)))
         cluster.run(lambda _, routed: report(routed), progress_s)
-        return cluster, cluster_figures(cluster, build(cfg.slo), cpu_s=cpu_s())
+        summary = cluster_figures(cluster, build(cfg.slo), cpu_s=cpu_s(), front_end=front_end_of(cfg))
+    if is_measured(cfg):
+        rushed = build_cluster(cfg, all_at_once(trace))
+        rushed.run()
+        summary |= rate_figures(rushed.records(), summary)
+    return cluster, summary
 
 
 def run_figures(cfg: DictConfig) -> dict[str, Any]:
@@ -255,7 +274,7 @@ def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any
     try:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         write_json(folder / "provenance.json", {**made_by, "trace": about(trace)})
-        write_parquet(folder / "records.parquet", cluster_frame(cluster, slo))
+        write_parquet(folder / "records.parquet", cluster_frame(cluster, slo, front_end_of(cfg)))
         write_parquet(folder / "events.parquet", events_frame(cluster))
         write_parquet(folder / "replicas.parquet", pd.DataFrame(summary["replicas"]))
         if cfg.plot:

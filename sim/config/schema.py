@@ -53,6 +53,9 @@ class SweepConfig(ReplayConfig):
         the workload; the full trace when empty.
     workers: processes; the records are the same for any number.
     executor: what runs the replays: processes of this machine, or a Ray cluster.
+    max_rate: whether to measure the maximum rate in addition, by one more replay with all requests at once; null does
+        so for a single replay of a fixed plan.
+    frontend: what lies between clients and the engine's queue, for client-side figures; none by default.
     """
 
     seeds: list[int] = field(default_factory=list)
@@ -60,6 +63,8 @@ class SweepConfig(ReplayConfig):
     window_s: float | None = None
     workers: int = 1
     executor: Any = None
+    frontend: Any = None
+    max_rate: bool | None = None
 
 
 ConfigStore.instance().store(name="replay_schema", node=SweepConfig)

@@ -7,6 +7,7 @@ all layers are quantized alike; embeddings, norms and the head keep their precis
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,10 @@ from sim.errors import ModelError, nearest
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2")
 PARENTS = ("self_attn", "mlp", "layers")
+NORM = re.compile(r"(norm|layernorm)$")
+"""How the name of a module ends that is a norm: no scheme quantizes it."""
+FORMATS = {"float-quantized": (8,), "int-quantized": (8,), "naive-quantized": (8,), "pack-quantized": (4, 8)}
+"""Formats of compressed-tensors -> bits of weights that they store as such; all but the last store at least 8."""
 ADVICE = "give the config of the unquantized model, and set weight_bits of the plan"
 
 
@@ -89,12 +94,14 @@ class _Scheme:
         }
         name = str(method).lower().replace("_", "-").replace("fbgemm-fp8", "fbgemm_fp8")
         if name not in known:
-            raise self._error(f"quant_method is {_short(method)}; {nearest(name[:40], known)}")
+            # No nearest name: to write it into the config would size another scheme.
+            raise self._error(f"quant_method is {_short(method)}, which is not sized; sized are {', '.join(known)}")
         return known[name]()
 
     def _gptq(self) -> Quantization:
-        self._refuse_true("lm_head")
+        self._refuse_true("lm_head", "so the head is quantized too")
         self._refuse_filled("dynamic", "quantizes modules differently")
+        self._refuse_filled("adapter", "adds weights to the quantized ones")
         inside = self._stated.get("modules_in_block_to_quantize")
         if inside is not None:
             flat = str(inside)
@@ -117,6 +124,7 @@ class _Scheme:
 
     def _bitsandbytes(self) -> Quantization | None:
         self._check_kept("llm_int8_skip_modules")
+        self._refuse_true("llm_int8_has_fp16_weight", "so the weights stay in 16 bits")
         if self._flag("load_in_4bit", self._flag("_load_in_4bit", False)):
             # FP32 scales of 64 weights each; double quantization stores them in 8 bits, with an FP32 scale of 256.
             scale = 8 + 32 / 256 if self._flag("bnb_4bit_use_double_quant", False) else 32
@@ -128,6 +136,7 @@ class _Scheme:
     def _fp8(self) -> Quantization:
         for key in ("modules_to_not_convert", "ignored_layers"):
             self._check_kept(key)
+        self._refuse_true("dequantize", "so the weights are loaded in 16 bits")
         block = self._stated.get("weight_block_size")
         if block is None:
             return Quantization(method="fp8", bits=8, group_outputs=None, group_bits=32)
@@ -145,6 +154,7 @@ class _Scheme:
         sparsity = self._stated.get("sparsity_config")
         if sparsity and not (isinstance(sparsity, Mapping) and sparsity.get("format", "dense") == "dense"):
             raise self._error("sparsity_config compresses the weights")
+        self._refuse_filled("transform_config", "adds weights that transform others")
         groups = self._stated.get("config_groups")
         if not isinstance(groups, Mapping) or len(groups) != 1:
             raise self._error(f"config_groups is {_short(groups)}; one group for all linear layers is sized")
@@ -154,15 +164,22 @@ class _Scheme:
         weights = group.get("weights")
         if not isinstance(weights, Mapping):
             raise self._error(f"weights of the config group is {_short(weights)}; it must be an object")
-        return _Scheme(self._model, {**weights, "of": "compressed-tensors"})._compressed_weights()
+        stored_as = group.get("format") or self._stated.get("format")
+        return _Scheme(self._model, weights)._compressed_weights(stored_as)
 
-    def _compressed_weights(self) -> Quantization:
+    def _compressed_weights(self, stored_as: Any) -> Quantization:
+        """Return how the weights of a config group are stored; the scheme is its ``weights``."""
         bits, kind = self._bits("num_bits"), self._stated.get("type", "int")
+        if stored_as is not None and bits not in FORMATS.get(str(stored_as), ()):
+            known = ", ".join(FORMATS)
+            raise self._error(f"format {_short(stored_as)} with {bits} bits is not sized; sized are {known}")
         if kind not in ("int", "float") or (kind == "float" and bits != 8):
             raise self._error(f"weights of type {_short(kind)} with {bits} bits are not sized")
         scale = (16 if kind == "int" else 32) + (0 if self._flag("symmetric", True) else bits)
         strategy = self._stated.get("strategy") or ("group" if self._stated.get("group_size") else "tensor")
-        stored = Quantization(method="compressed-tensors", bits=bits, group_bits=scale)
+        # Only weights reordered by activation store an index; "weight" and "static" do not.
+        index = 4 if self._stated.get("actorder") in (True, "group", "dynamic") else 0
+        stored = Quantization(method="compressed-tensors", bits=bits, group_bits=scale, index_bytes=index)
         if strategy == "tensor":
             return replace(stored, group_outputs=None)
         if strategy == "channel":
@@ -210,9 +227,9 @@ class _Scheme:
             raise self._error(f"{key} is {_short(value)}; it must be a list of names of modules")
         return value
 
-    def _refuse_true(self, key: str) -> None:
+    def _refuse_true(self, key: str, why: str) -> None:
         if self._flag(key, False):
-            raise self._error(f"{key} is true, so the head is quantized too")
+            raise self._error(f"{key} is true, {why}")
 
     def _refuse_filled(self, key: str, why: str) -> None:
         if self._stated.get(key):
@@ -226,6 +243,8 @@ class _Scheme:
         for name in self._list(key):
             plain = str(name).removeprefix("re:")
             if plain in ("lm_head", "model.lm_head", "re:.*lm_head") or plain.strip("^.*$\\") == "lm_head":
+                continue
+            if NORM.search(plain) and not plain.startswith(("^", ".")):
                 continue
             if any(part in plain or plain.strip("^.*$\\") in part for part in (*LINEARS, *PARENTS)):
                 raise self._error(f"{key} keeps {_short(name)} unquantized, and a layer has one precision in a plan")

@@ -15,6 +15,8 @@ A request passes four stages; in each, exactly one side counts its KV:
 4. At the decode replica, it joins between two iterations. If it is preempted there, that replica recomputes its KV with
    the decode mask, because it has no other weights.
 
+With ``engine.schedules_ahead``, a request whose KV has arrived still joins the next iteration.
+
 With ``overlap``, KV is sent during the iteration that ends the prompt, if a decode replica has room at its start: all
 layers but the last during the iteration, the last layer after it. (Layers are not modeled one by one: on a fast link,
 bytes may leave before their layer is computed, but never those of the last layer.)
@@ -304,7 +306,7 @@ class Disaggregated:
             if self._output_limit(request) == 1:
                 continue  # its first token was its last
             blocks = self._blocks(request)
-            ck.hold(side.table, blocks)
+            ck.keep(side.table, blocks)
             side.held_blocks += blocks
             self._bytes[request] = kv_bytes_sent(self.model, self.plan, int(self.trace.prompt_tokens[request]))
             if request in self._early:

@@ -16,6 +16,7 @@ from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import least_outstanding
 from sim.compiled import cpu_clock
 from sim.config import build, one_thread, run_command
+from sim.cost.front_end import NO_FRONT_END, FrontEnd
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, describe
 from sim.disaggregate.disaggregate import Disaggregated, StagedRecords, decode_side, transfer_reduction, with_prefill
@@ -24,20 +25,24 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies import Fixed
 from sim.progress import progress
+from sim.replay.max_rate import all_at_once, is_measured, rate_figures
 from sim.replay.run import (
     build_engine,
     build_parts,
     build_trace,
+    front_end_of,
     progress_period_s,
+    quality_figures,
     quality_of,
     simulated_progress_steps,
 )
 from sim.replay.variants import VariantsConfig, run_or_compare
 from sim.results.metrics import Slo, distribution, merged_gaps, merged_iterations, records_frame, summarise
 from sim.results.plots import ReplicaLine, plot_replicas
-from sim.results.records import Records
+from sim.results.records import Iterations, Records
 from sim.results.report import Columns, print_summary
 from sim.results.run_folder import write_json, write_parquet, write_text
+from sim.traces.trace import Trace
 from sim.types import Floats
 
 if TYPE_CHECKING:
@@ -103,8 +108,11 @@ def plan_of(cfg: DictConfig) -> Plan:
     return policy.first_plan
 
 
-def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disaggregated:
-    """Build the prefill and decode replicas of a configuration; ``decode_cfg`` is that of decode if it differs."""
+def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None, *, trace: Trace | None = None) -> Disaggregated:
+    """Build the prefill and decode replicas of a configuration.
+
+    decode_cfg: that of decode if it differs. trace: takes the place of the configuration's.
+    """
     plan, quality = plan_of(cfg), quality_of(cfg)
     nll = quality.charge if quality is not None else None
 
@@ -114,7 +122,7 @@ def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None) -> Disag
     decode, decode_nll = decode_cfg or cfg, with_prefill(nll, plan.prefill)
 
     return Disaggregated(
-        build_trace(cfg),
+        build_trace(cfg) if trace is None else trace,
         plan=plan,
         prefill=[side(cfg, plan, nll)] * int(cfg.prefill_replicas),
         decode=[side(decode, decode_side(plan), decode_nll)] * int(cfg.decode_replicas),
@@ -135,9 +143,9 @@ class Served:
     cpu_s: float
 
 
-def serve(cfg: DictConfig) -> Served:
-    """Serve the trace of a configuration; with no prefill replicas, the decode replicas do both stages."""
-    trace = build_trace(cfg)
+def serve(cfg: DictConfig, trace: Trace | None = None) -> Served:
+    """Serve ``trace``, or that of the configuration; with no prefill replicas, the decode replicas do both stages."""
+    trace = build_trace(cfg) if trace is None else trace
     with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
         if int(cfg.prefill_replicas) == 0:
             replicas = [Replica(name=str(i), build=_both_stages(cfg)) for i in range(int(cfg.decode_replicas))]
@@ -146,7 +154,7 @@ def serve(cfg: DictConfig) -> Served:
             cluster.run(lambda _, routed: report(routed), progress_s)
             engines = {f"replica {i}": one.engine for i, one in enumerate(cluster.engines())}
             return Served(cluster.records(), engines, (), cpu_s())
-        system = build_system(cfg)
+        system = build_system(cfg, trace=trace)
         system.run(report)
         engines = {f"prefill {i}": one.engine for i, one in enumerate(system.prefill)}
         engines |= {f"decode {i}": one.engine for i, one in enumerate(system.decode)}
@@ -180,12 +188,15 @@ def transfer_figures(staged: StagedRecords, plan: Plan, model: ModelSpec) -> dic
     }
 
 
-def perplexity_ratio(cfg: DictConfig, quality_nll: float | None) -> float | None:
-    """Return the perplexity of the plans that requests ran, over dense; None without a quality table."""
-    quality = quality_of(cfg)
-    if quality is None or quality_nll is None:
-        return None
-    return float(np.exp(quality_nll - quality.nll(dense_plan(build(cfg.model)))))
+def plan_quality(cfg: DictConfig, quality_nll: float | None, iterations: Iterations) -> dict[str, Any]:
+    """Return what is known of the quality of the plan that requests ran (``quality_figures``).
+
+    ``perplexity_ratio`` is its perplexity over dense; None without a quality table.
+    """
+    quality, ratio = quality_of(cfg), None
+    if quality is not None and quality_nll is not None:
+        ratio = float(np.exp(quality_nll - quality.nll(dense_plan(build(cfg.model)))))
+    return {"perplexity_ratio": ratio, **quality_figures(cfg, [(0.0, plan_of(cfg))], iterations)}
 
 
 def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
@@ -196,14 +207,18 @@ def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
         end_s = max(float(np.nanmax(served.records.finish_s, initial=0.0)), 1e-9)
         extra |= transfer_figures(served.records, plan, model)
         extra["link_busy_share"] = sum(link.busy_s for link in served.links) / (len(served.links) * end_s)
+    iterations = merged_iterations([engine.iterations() for engine in served.engines.values()])
     summary = summarise(
         served.records,
-        merged_iterations([engine.iterations() for engine in served.engines.values()]),
+        iterations,
         merged_gaps([engine.token_gaps() for engine in served.engines.values()]),
         build(cfg.slo),
         cpu_s=served.cpu_s,
+        front_end=front_end_of(cfg),
     )
-    summary["perplexity_ratio"] = perplexity_ratio(cfg, summary["quality_nll"])
+    summary |= plan_quality(cfg, summary["quality_nll"], iterations)
+    if is_measured(cfg):
+        summary |= rate_figures(serve(cfg, all_at_once(build_trace(cfg))).records, summary)
     return summary | extra
 
 
@@ -230,7 +245,7 @@ def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any
     try:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         write_json(folder / "provenance.json", made_by)
-        write_parquet(folder / "records.parquet", staged_frame(records, slo))
+        write_parquet(folder / "records.parquet", staged_frame(records, slo, front_end_of(cfg)))
         if cfg.plot:
             lines = {name: ReplicaLine(engine.iterations()) for name, engine in served.engines.items()}
             plot_replicas(folder / "disaggregate.png", records, lines, slo, title, _transfers_s(records))
@@ -247,9 +262,9 @@ def _transfers_s(records: Records) -> list[tuple[Floats, str]] | None:
     return [(np.column_stack([records.send_s, records.sent_s]), "under way"), (waits_s, "waiting for room")]
 
 
-def staged_frame(records: Records, slo: Slo) -> pd.DataFrame:
+def staged_frame(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> pd.DataFrame:
     """Return the table of ``records.parquet``."""
-    frame = records_frame(records, slo)
+    frame = records_frame(records, slo, front_end)
     for name in ("prefill_replica", "decode_replica", "sent_bytes", "send_s", "sent_s"):
         if hasattr(records, name):
             frame[name] = getattr(records, name)

@@ -65,7 +65,7 @@ class Executor(Protocol):
         ...
 
     def follow_budget(self, budget_bytes: int) -> None:
-        """Take no more memory than this from now on; called once the held bytes fit it, or no request runs."""
+        """Take no more memory than this from now on: the budget, or what the replica itself counts if that is more."""
         ...
 
 
@@ -89,7 +89,11 @@ class Weights(Protocol):
         ...
 
     def start(self, copy: LayerCopy, now_s: float) -> None:
-        """Start to copy a layer in; no other copy is under way."""
+        """Start to copy a layer in; no other copy is under way.
+
+        Raises:
+            MemoryError: if there is no memory for it; then nothing has changed.
+        """
         ...
 
     def arrived(self, now_s: float) -> bool:
@@ -101,7 +105,11 @@ class Weights(Protocol):
         ...
 
     def join(self) -> None:
-        """Replace the old blocks of the layer with those that were copied in."""
+        """Replace the old blocks of the layer with those that were copied in.
+
+        Raises:
+            MemoryError: if the copy ran out of memory; it is abandoned then.
+        """
         ...
 
     def abandon(self) -> None:

@@ -79,7 +79,11 @@ class KVManager:
         self.outside[request_id] = table
 
     def end_prefill(self, live: LiveRequest, plan: Plan) -> None:
-        """Free the KV that decode will not read: layers that it does not run, tokens that the plan does not keep."""
+        """Free the KV that decode will not read: layers that it does not run, tokens that the plan does not keep.
+
+        Raises:
+            MemoryError: if there is no memory to move the tokens that stay; the KV of the request is of no use then.
+        """
         table = live.table
         table.mha = table.mha & self.decode_mha
         kv_keep = kv_keep_of(plan)
@@ -101,11 +105,11 @@ class KVManager:
         self.prefix_cache.let_go(live)
         live.table = self.new_table(frozenset())
 
-    def preempt(self, live: LiveRequest) -> None:
-        """Free what a preempted request holds; with ``reuse_preempted_kv`` it may find it again later."""
+    def preempt(self, live: LiveRequest, *, usable: bool = True) -> None:
+        """Free what a preempted request holds; with ``reuse_preempted_kv`` it may find it again if it is usable."""
         table, cache = live.table, self.prefix_cache
         # It can resume only from complete KV: every token, every layer of prefill, every prefix block.
-        complete = table.kv_keep is None and table.mha == self.prefill_mha
+        complete = usable and table.kv_keep is None and table.mha == self.prefill_mha
         complete = complete and len(table.prefix) == cache.blocks_within(live, live.computed_tokens)
         complete = complete and all(block.known for block in table.prefix.values())
         self.let_go(live, live.request_id if self._config.reuse_preempted_kv and complete else NO_OWNER)
@@ -167,19 +171,29 @@ class KVManager:
         return self.decode_mha if live.decoding else self.prefill_mha
 
     def resize(self, layer_blocks: int) -> bool:
-        """Grow or shrink the pool; return whether its size changed."""
+        """Grow or shrink the pool; return whether its size changed.
+
+        Raises:
+            MemoryError: if there is no memory to grow; the size stays.
+        """
         if layer_blocks == self.pool.layer_blocks:
             return False
         self._overwritten(self.pool.resize(layer_blocks))
         return True
 
     def settle(self) -> None:
-        """Free the memory that the pool has lost, and rename the blocks that moved to make that possible."""
+        """Free the memory that the pool has lost, and rename the blocks that moved to make that possible.
+
+        Raises:
+            MemoryError: if there is no memory to move them, or to free all of it; the next call tries again.
+        """
         moved = self.pool.settle()
         if moved:
             for table in self._tables():
                 table.rename(moved)
             self.prefix_cache.rename(self._queues.running, moved)
+        if self._storage is not None and self.pool.free_layer_blocks >= 0 and not self.pool.settled:
+            raise MemoryError("a part of the KV pool could not be freed")
 
     def _tables(self) -> Sequence[BlockTable]:
         return [*(live.table for live in self._queues.running), *self.outside.values()]

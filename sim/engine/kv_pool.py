@@ -29,15 +29,28 @@ class KVStorage(Protocol):
     """The memory behind the blocks of a pool."""
 
     def resize(self, blocks: int) -> None:
-        """Provide memory for blocks 0 to ``blocks - 1``; their content stays, the memory of other blocks is freed."""
+        """Provide memory for blocks 0 to ``blocks - 1``; their content stays, the memory of other blocks is freed.
+
+        Raises:
+            MemoryError: for more blocks, if there is no memory for them; then nothing has changed. For fewer, if some
+                memory could not be freed; a call with the same number tries that again.
+        """
         ...
 
     def move(self, moved: dict[int, int]) -> None:
-        """Copy the content of blocks to unused ones; ``moved`` maps old block number to new."""
+        """Copy the content of blocks to unused ones; ``moved`` maps old block number to new.
+
+        Raises:
+            MemoryError: if memory ran out; the content of the old blocks stays.
+        """
         ...
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """Copy slots, all read before any is written; a slot is the place of one token."""
+        """Copy slots, all read before any is written; a slot is the place of one token.
+
+        Raises:
+            MemoryError: if memory ran out; the content of the target slots is undefined then.
+        """
         ...
 
 
@@ -61,7 +74,13 @@ class KVPool:
         self._runs: deque[_Run] = deque()
         self._kept: dict[int, _Run] = {}
         self._dead: list[int] = []  # blocks that the pool no longer counts, until ``settle``
+        self._keeps_memory = False  # of blocks that it has lost, because the storage could not free it
         self.resize(layer_blocks)
+
+    @property
+    def stored_layer_blocks(self) -> int:
+        """Blocks with memory behind them: those of the pool, and until ``settle`` those that it has lost."""
+        return self._blocks
 
     @property
     def used_layer_blocks(self) -> int:
@@ -114,23 +133,25 @@ class KVPool:
 
         The pool grows at once. It shrinks by the blocks that have been free longest. If too few are free, the pool is
         in debt: ``free_layer_blocks`` is below 0 until requests have been preempted. ``settle`` frees the memory.
+
+        Raises:
+            MemoryError: if there is no memory to grow; then nothing has changed.
         """
         lost: list[int] = []
         change = layer_blocks - self.layer_blocks
+        grown = max(0, min(change, layer_blocks - self._held))
+        missing = max(0, grown - len(self._dead))
+        if missing and self._storage is not None:
+            self._storage.resize(self._blocks + missing)
         if change < 0:
             ids, lost = self.take(min(-change, max(self.free_layer_blocks, 0)))
             self._held -= len(ids)
             self._dead.extend(ids)
-        grown = max(0, min(change, layer_blocks - self._held))
         self.layer_blocks = layer_blocks
         fresh = deque(self._dead[:grown])
         del self._dead[:grown]
-        missing = grown - len(fresh)
-        if missing:
-            fresh.extend(range(self._blocks, self._blocks + missing))
-            self._blocks += missing
-            if self._storage is not None:
-                self._storage.resize(self._blocks)
+        fresh.extend(range(self._blocks, self._blocks + missing))
+        self._blocks += missing
         self._enqueue(fresh)
         return lost
 
@@ -138,9 +159,13 @@ class KVPool:
         """Free the memory of blocks that the pool has lost; return the blocks that moved, old number to new.
 
         Remaining blocks move to the lowest numbers, because storage can shrink only from its end; the caller renames
-        them in its tables. Nothing happens while the pool is in debt, or without storage.
+        them in its tables. Nothing happens while the pool is in debt, or without storage. ``settled`` says whether all
+        memory is free.
+
+        Raises:
+            MemoryError: if there is no memory to move blocks; then nothing has changed.
         """
-        if self._storage is None or not self._dead or self.free_layer_blocks < 0:
+        if self._storage is None or self.settled or self.free_layer_blocks < 0:
             return {}
         keep = self._blocks - len(self._dead)
         assert keep == self.layer_blocks
@@ -154,8 +179,17 @@ class KVPool:
                 run.ids = deque(moved.get(block, block) for block in run.ids)
         self._dead.clear()
         self._blocks = keep
-        self._storage.resize(keep)
+        try:
+            self._storage.resize(keep)
+            self._keeps_memory = False
+        except MemoryError:
+            self._keeps_memory = True
         return moved
+
+    @property
+    def settled(self) -> bool:
+        """Whether the memory of all lost blocks is free."""
+        return not self._dead and not self._keeps_memory
 
     def forget(self) -> None:
         """Let no preempted request find its freed blocks again."""

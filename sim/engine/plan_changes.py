@@ -84,15 +84,25 @@ class PlanChanges:
 
     # -- between two iterations ----------------------------------------------------------------------------------
 
+    @property
+    def copying(self) -> bool:
+        """Whether a copy is under way; ``copy`` may also be one that waits for memory."""
+        return self._copy_started
+
     def join(self, now_s: float) -> LayerCopy | None:
-        """Start to run the layer whose copy is complete; return that copy, or None if no copy is complete."""
+        """Start to run the layer whose copy is complete; return that copy, or None if no copy is complete.
+
+        Raises:
+            MemoryError: if the copy ran out of memory; it has to start again.
+        """
         copy = self.copy
-        if copy is None or not self._weights.arrived(now_s):
+        if copy is None or not self._copy_started or not self._weights.arrived(now_s):
             return None
+        self._copy_started = False
         self._weights.join()
         self.log.charge(bytes_in=copy.copied_bytes)
         self._set_resident(joined(self.resident, copy), copied_bytes=copy.copied_bytes)
-        self.copy, self._copy_started = None, False
+        self.copy = None
         return copy
 
     def begin(self, pool_layer_blocks: int) -> bool:
@@ -123,7 +133,11 @@ class PlanChanges:
             self.copy = self._queued.popleft()
 
     def start_copy(self, now_s: float) -> None:
-        """Start the chosen copy; the KV pool has made room for it by now."""
+        """Start the chosen copy; the KV pool has made room for it by now.
+
+        Raises:
+            MemoryError: if there is no memory for it; the next call tries again.
+        """
         if self.copy is not None and not self._copy_started:
             self._weights.start(self.copy, now_s)
             self._copy_started = True

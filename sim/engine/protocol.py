@@ -45,6 +45,24 @@ these tokens and all tokens before them are the same.
 5. While prefill and decode run different MHA blocks, or a plan does not keep all tokens (``kv_keep``), nothing is
    cached or found; the cache is cleared when such a plan starts and when it ends. A request that holds cached prefix
    blocks keeps every token and, for those blocks, every layer that prefill runs.
+
+**Rules of scheduling ahead** (``schedules_ahead``). They are those of vLLM V1's asynchronous scheduling: the batch of
+an iteration is formed when the iteration before it starts, so that the device never waits for the scheduler.
+
+1. A request that comes while iteration i runs is not in the batch of i + 1, which is formed already. It can be in that
+   of i + 2: it waits one more iteration for its first token.
+2. What iteration i frees at its end (KV blocks, the places of requests that end) can be used from i + 2 on. The batch
+   of i + 1 preempts requests if it does not fit without. A token that an iteration under way computes for a preempted
+   request counts.
+3. The scheduler knows when a request reaches its last token, as vLLM does for ``max_tokens``: the request is in no
+   further batch.
+4. If the batch formed ahead is empty, the next one is formed when the iteration ends, with all that is known then. An
+   idle engine starts a request at once.
+5. Plan and memory changes happen between two iterations as always; the batch that was formed ahead follows them.
+
+Source: ``step_with_batch_queue`` in vllm/v1/engine/core.py and vllm/v1/core/sched/async_scheduler.py, added by
+https://github.com/vllm-project/vllm/pull/19970. There a request that ends by its stop token is computed once more in
+iteration i + 1, and that token is dropped; here it is not, which changes the duration of one iteration by one decode.
 """
 
 from __future__ import annotations
@@ -178,10 +196,12 @@ class EngineConfig:
     kv_watermark_share: share of the KV pool that an admission must leave free (vLLM V0: 0.01).
     reuse_preempted_kv: whether a preempted request reuses its KV blocks that others have not overwritten, as with
         vLLM's prefix caching; if False, everything is computed again.
-    max_context_tokens: longest prompt plus output of one request; None takes the model's own limit.
+    max_context_tokens: longest prompt plus output of one request, at most the model's own limit; None takes that.
     restore: what a restored MHA block does to running requests: ``new_requests`` or ``recompute`` (rule 4 above).
     prefix_caching: whether requests reuse the KV that others computed for the same beginning of a prompt (rules above).
     hash_block_tokens: tokens of a prompt that one hash id of the trace stands for (Mooncake: 512).
+    schedules_ahead: whether a batch is formed when the iteration before it starts, as with vLLM's asynchronous
+        scheduling (rules above). A request then waits one iteration more for its first token.
     """
 
     scheduler: SchedulerName = "chunked"
@@ -193,6 +213,7 @@ class EngineConfig:
     restore: Restore = "new_requests"
     prefix_caching: bool = False
     hash_block_tokens: int = HASH_BLOCK_TOKENS
+    schedules_ahead: bool = False
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:

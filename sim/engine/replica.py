@@ -50,12 +50,18 @@ from sim.errors import BudgetError
 from sim.results.records import Status
 from sim.types import GIB, Floats, Ints
 
+RETRY_S = 0.05
+"""How long an idle replica waits before it tries a step again for which the device had no memory."""
+MOST_REFUSALS = 200
+"""How often in a row it tries until it gives up on the requests that wait for that memory."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _UnderWay:
     """An iteration that has been computed and takes effect at its end.
 
     running, waiting: requests at its start. preempted: requests preempted since the iteration before.
+    known: requests that are here at its start, if the engine schedules ahead; otherwise none.
     """
 
     iteration: Iteration
@@ -63,6 +69,20 @@ class _UnderWay:
     running: int
     waiting: int
     preempted: int
+    known: frozenset[LiveRequest]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Late:
+    """What comes too late for the next batch, which was formed when the iteration that has just ended began.
+
+    known: requests that were here then; others came too late. layer_blocks: KV blocks freed since. ended: requests that
+    have ended since.
+    """
+
+    known: frozenset[LiveRequest]
+    layer_blocks: int
+    ended: int
 
 
 class Replica(ReplicaState):
@@ -131,15 +151,20 @@ class Replica(ReplicaState):
 
         self._time_s = start_s
         self._under_way: _UnderWay | None = None
+        self._late: _Late | None = None
         self._idle = False  # the last look found nothing to do: wait for the next event
         self._held = False  # the last ``run_until`` ended between two iterations: a policy decides before the next
         self._interrupted = False
         self._most_running = math.inf  # fewer after memory ran out, until a request has finished
+        self._alone_failed = False  # the last iteration was of one request and ran out of memory
+        self._refusals = 0  # looks in a row in which the device had no memory for a step between two iterations
+        self._retry_s = math.inf
 
         self._follow_running_plan(self._time_s)
-        self._resize_pool()
-        self._kv.settle()
-        executor.follow_budget(self._meter.now_bytes)
+        self._follow_memory()
+        self._resize_pool(self._time_s)
+        if self._refusals:
+            raise self._no_memory("the KV blocks of the first budget")
         self._context_limit = self._find_context_limit()
 
     # -- the Engine protocol -------------------------------------------------------------------------------------
@@ -305,7 +330,7 @@ class Replica(ReplicaState):
         now_s = self._now_s()
         event_s = self._next_event_s()
         until_s = min(event_s, time_s)
-        copying = self._changes.copy is not None
+        copying = self._changes.copying
         if copying:
             self._weights.wait(now_s, until_s)
         elif math.isinf(until_s):
@@ -318,9 +343,9 @@ class Replica(ReplicaState):
         return happened or now_s < time_s
 
     def _next_event_s(self) -> float:
-        """Return the time of the next arrival, budget step or scheduled decision; copies under way do not count."""
+        """Return the time of the next arrival, budget step, scheduled decision or retry; copies do not count."""
         coming = self.queues.waiting or self.queues.arrivals
-        times_s = [math.inf]
+        times_s = [self._retry_s]
         if self.queues.arrivals:
             times_s.append(self.queues.arrivals[0].arrival_s)
         if coming or self.expects_more:
@@ -354,20 +379,37 @@ class Replica(ReplicaState):
         """Change the plan if due, form a batch and start it; return whether there was anything to do."""
         preempted = self._change_plan(now_s)
         self._kv.look_up_waiting()
-        batch = form_batch(
-            self.config.scheduler,
-            self.queues.waiting,
-            self.queues.running,
-            self.pool.free_layer_blocks,
-            self._kv.layer_blocks,
-            self._limits,
-            self._kv.prefix_cache.shared_layer_blocks,
-        )
+        late, self._late = self._late, None
+        batch = self._form_batch(late)
         self._carry_out(batch, now_s)
         if not batch.scheduled:
-            return bool(batch.preempted)
+            if self._refusals >= MOST_REFUSALS and self.queues.waiting and not self.queues.running:
+                raise self._no_memory("KV blocks or weights")
+            return bool(batch.preempted) or late is not None
         self._start(batch, now_s, preempted + len(batch.preempted))
         return True
+
+    def _form_batch(self, late: _Late | None) -> Batch[LiveRequest]:
+        """Form the next batch, without what comes too late for it."""
+        waiting: Sequence[LiveRequest] = self.queues.waiting
+        free, limits = self.pool.free_layer_blocks, self._limits
+        if late is not None:
+            # Preempted requests were known; those that came since wait at the end of the queue.
+            waiting = [live for live in waiting if live in late.known]
+            free -= min(late.layer_blocks, max(free, 0))
+            if limits.max_running <= late.ended:
+                waiting = []
+            elif late.ended:
+                limits = replace(limits, max_running=limits.max_running - late.ended)
+        return form_batch(
+            self.config.scheduler,
+            waiting,
+            self.queues.running,
+            free,
+            self._kv.layer_blocks,
+            limits,
+            self._kv.prefix_cache.shared_layer_blocks,
+        )
 
     def _carry_out(self, batch: Batch[LiveRequest], now_s: float) -> None:
         """Preempt and admit requests and take KV blocks, in the order that ``Batch`` states."""
@@ -395,22 +437,35 @@ class Replica(ReplicaState):
             start_s=now_s,
             batch=batch,
             plan=self._changes.plan,
-            copying=self._changes.copy is not None,
+            copying=self._changes.copying,
             memory_bytes=self._changes.weight_bytes + self.pool.layer_blocks * self._block_bytes,
         )
         ran = self._executor.run(iteration)
         if ran is None:
             self._run_out_of_memory(batch)
         else:
+            self._alone_failed = False
+            here = (*self.queues.waiting, *self.queues.running) if self.config.schedules_ahead else ()
             self._under_way = _UnderWay(
-                iteration=iteration, ran=ran, running=running, waiting=waiting, preempted=preempted
+                iteration=iteration,
+                ran=ran,
+                running=running,
+                waiting=waiting,
+                preempted=preempted,
+                known=frozenset(here),
             )
 
     def _run_out_of_memory(self, batch: Batch[LiveRequest]) -> None:
-        """Preempt the newer half of the running requests: the device had less memory than the budget promised."""
+        """Preempt the newer half of the running requests: the device had less memory than the budget promised.
+
+        A request that runs alone is tried once more, with the memory that the failed iteration has returned.
+        """
         self.out_of_memory += 1
         running = self.queues.running
         if len(running) == 1:
+            if not self._alone_failed:
+                self._alone_failed = True
+                return
             raise BudgetError(
                 f"an iteration of {sum(tokens for _, tokens in batch.scheduled)} tokens of one request ran out of "
                 f"memory next to {self._changes.weight_bytes / GIB:.2f} GiB of weights; raise workspace_bytes "
@@ -432,9 +487,13 @@ class Replica(ReplicaState):
         # A request that arrives at the very end of an iteration arrives before it ends.
         self._take_arrivals(now_s)
         used_share = self.pool.used_layer_blocks / max(self.pool.layer_blocks, 1)
+        free, finished = self.pool.free_layer_blocks, self._finished
         for live, tokens in iteration.batch.scheduled:
             if live.status is Status.RUNNING:  # not one that was canceled meanwhile
                 self._advance(live, tokens, ran, now_s)
+        if self.config.schedules_ahead:
+            freed, ended = self.pool.free_layer_blocks - free, self._finished - finished
+            self._late = _Late(known=under_way.known, layer_blocks=freed, ended=ended)
         self.queues.running = [live for live in self.queues.running if live.status is Status.RUNNING]
         self._log.add(
             IterationRow(
@@ -457,7 +516,7 @@ class Replica(ReplicaState):
         self._kv.prefix_cache.fill(live)
         if live.computed_tokens < live.target_tokens:
             return
-        plan = self._changes.plan
+        plan, usable = self._changes.plan, True
         # A request runs only the MHA blocks whose KV it holds, so both the parameters and the loss depend on them.
         ffn = plan.prefill.ffn if prefilled else plan.decode.ffn
         model = self.model
@@ -465,8 +524,21 @@ class Replica(ReplicaState):
         if self._quality_nll is not None:
             live.nll_sum += self._quality_nll(plan_for_holder(plan, live.mha, decoding=not prefilled))
         if prefilled:
-            self._kv.end_prefill(live, plan)
+            usable = self._attempt(lambda: self._kv.end_prefill(live, plan), now_s)
         self._add_token(live, ran, now_s)
+        if not usable:
+            self._compute_again(live)
+
+    def _compute_again(self, live: LiveRequest) -> None:
+        """Preempt a request whose KV is of no use any more, unless it has ended.
+
+        Raises:
+            BudgetError: if its KV is needed although it has ended here.
+        """
+        if live.status is Status.RUNNING:
+            self._preempt(live, usable=False)
+        elif live.request_id in self.outside:
+            raise self._no_memory("the KV that a request keeps after its prefill")
 
     def _add_token(self, live: LiveRequest, ran: Ran, now_s: float) -> None:
         """Give a request its next token; with the last one it ends and frees its KV."""
@@ -495,10 +567,10 @@ class Replica(ReplicaState):
         else:
             self._kv.let_go(live)
 
-    def _preempt(self, live: LiveRequest) -> None:
-        """Free a running request's KV and put the request back at the head of the queue."""
+    def _preempt(self, live: LiveRequest, *, usable: bool = True) -> None:
+        """Free a running request's KV, usable for it later or not; put the request back at the head of the queue."""
         self.queues.running.remove(live)
-        self._kv.preempt(live)
+        self._kv.preempt(live, usable=usable)
         live.preemptions += 1
         live.status = Status.WAITING
         self._preemptions += 1
@@ -515,12 +587,14 @@ class Replica(ReplicaState):
         """Carry out due plan and memory changes between two iterations; return how many requests they preempted.
 
         The order matters: a complete copy joins first, then the newest decision drops blocks, then the pool takes the
-        memory that is free, and only then may the next copy start.
+        memory that is free, and only then may the next copy start. A step for which the device has no memory leaves
+        everything as it was, and is tried again before the next iteration.
         """
         before, changes = self._preemptions, self._changes
-        was_resident = changes.resident
-        copy = changes.join(now_s)
-        if copy is not None:
+        was_resident, refused = changes.resident, self.out_of_memory
+        self._retry_s = math.inf
+        copy = changes.copy
+        if self._attempt(lambda: changes.join(now_s), now_s) and copy is not None and changes.copy is None:
             self._follow_running_plan(now_s)
             restored = copy.mha_bits != ABSENT and was_resident.mha_bits[copy.layer] == ABSENT
             if restored and self.config.restore == "recompute":
@@ -529,14 +603,16 @@ class Replica(ReplicaState):
         if changes.begin(self.pool.layer_blocks):
             self._follow_running_plan(now_s)
         changes.line_up_copy()
-        resized = self._resize_pool()
+        self._follow_memory()
+        self._resize_pool(now_s)
         # Victims go from the newest: an early request has more KV to compute again.
         while self.pool.free_layer_blocks < 0 and self.queues.running:
             self._preempt_for_change(self.queues.running[-1])
-        if resized:
-            self._kv.settle()
-            self._executor.follow_budget(self._meter.now_bytes)
-        changes.start_copy(now_s)
+        self._attempt(self._kv.settle, now_s)
+        self._follow_memory()
+        self._attempt(lambda: changes.start_copy(now_s), now_s)
+        if self.out_of_memory == refused:
+            self._refusals = 0
         changes.log.look(now_s, self.pool.layer_blocks, ready=changes.copy is None)
         return self._preemptions - before
 
@@ -558,12 +634,13 @@ class Replica(ReplicaState):
         self._changes.log.charge(preempted=1, recomputed_tokens=live.computed_tokens)
         self._preempt(live)
 
-    def _resize_pool(self) -> bool:
-        """Give the KV pool the memory that the budget leaves; return whether its size changed."""
+    def _resize_pool(self, now_s: float) -> None:
+        """Give the KV pool the memory that the budget leaves."""
         changes = self._changes
         left = self._meter.now_bytes - changes.weight_bytes - changes.incoming_bytes - self._workspace_bytes
         layer_blocks = max(0, left // self._block_bytes)
-        resized = self._kv.resize(layer_blocks)
+        if not self._attempt(lambda: self._kv.resize(layer_blocks), now_s):
+            layer_blocks = self.pool.layer_blocks
         limits = self.config.limits
         most = min(limits.max_running, changes.plan.max_running or limits.max_running, self._most_running)
         watermark = math.ceil(self.config.kv_watermark_share * layer_blocks)
@@ -572,11 +649,35 @@ class Replica(ReplicaState):
             max_running=int(most),
             watermark_layer_blocks=limits.watermark_layer_blocks + watermark,
         )
-        return resized
+
+    def _attempt(self, step: Callable[[], object], now_s: float) -> bool:
+        """Run a step that needs memory; if the device has none, count that and return False: it is tried again."""
+        try:
+            step()
+        except MemoryError:
+            self.out_of_memory += 1
+            self._refusals += 1
+            self._retry_s = now_s + RETRY_S if self._refusals < MOST_REFUSALS else math.inf
+            return False
+        return True
+
+    def _follow_memory(self) -> None:
+        """Let the executor take what the budget allows. Weights alone may exceed it; their change must still work."""
+        self._executor.follow_budget(max(self._meter.now_bytes, self.counted_bytes))
+
+    def _no_memory(self, what: str) -> BudgetError:
+        return BudgetError(
+            f"the device has no memory for {what} next to {self._changes.weight_bytes / GIB:.2f} GiB of weights, "
+            f"though the budget is {self._meter.now_bytes / GIB:.2f} GiB; lower the budget, or end other programs that "
+            "use the device"
+        )
 
     def _find_context_limit(self) -> int:
-        """Return the longest context that fits the first pool alone, at most the configured limit, as vLLM requires."""
-        limit = self.config.max_context_tokens or self.model.max_context_tokens
+        """Return the longest context that fits the first pool alone, as vLLM requires.
+
+        It is at most the configured limit, and the positions that the model has.
+        """
+        limit = min(self.config.max_context_tokens or self.model.max_context_tokens, self.model.max_context_tokens)
         if self._kv.prefill_mha:
             blocks = (self.pool.layer_blocks - self._limits.watermark_layer_blocks) // len(self._kv.prefill_mha)
             limit = min(limit, blocks * self.config.kv_block_tokens)

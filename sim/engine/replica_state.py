@@ -27,7 +27,7 @@ class ReplicaState:
     """Everything that one replica remembers.
 
     model, config, budget: as passed to the constructor. queues: its requests.
-    out_of_memory: iterations in which the device ran out of memory.
+    out_of_memory: how often the device had no memory for an iteration, or for a step between two.
     """
 
     def __init__(
@@ -148,6 +148,12 @@ class ReplicaState:
         """Bytes of weights, workspace, KV, and the layer that is being copied in."""
         weights = self._changes.weight_bytes + self._changes.incoming_bytes
         return weights + self._workspace_bytes + self.pool.used_layer_blocks * self._block_bytes
+
+    @property
+    def counted_bytes(self) -> int:
+        """Bytes that may be taken now: those of weights, workspace, the layer to be copied in, and the entire pool."""
+        weights = self._changes.weight_bytes + self._changes.incoming_bytes
+        return weights + self._workspace_bytes + self.pool.stored_layer_blocks * self._block_bytes
 
     def _state(self, time_s: float) -> EngineState:
         """Return the state at ``time_s``, to which everything has been advanced."""

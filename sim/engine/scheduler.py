@@ -19,6 +19,9 @@ cases. There are two schedulers, each following a published engine:
 [1] V0 refuses such a prompt; here it is served. [2] vLLM's `scheduler_reserve_full_isl`, true by default, and
 `long_prefill_token_threshold` for `long_prefill_tokens`.
 
+With ``schedules_ahead``, the batch is formed without what came or was freed during the iteration before it
+(sim/engine/protocol.py).
+
 With prefix caching, KV that several requests hold is counted once. As in vLLM V1, admission needs room for new KV and
 for KV found in free blocks, but none for KV that running requests hold. Memory is counted in KV blocks of one layer
 ("layer blocks"): plans drop MHA blocks, so requests differ in how many layers they hold. For a dense model of L layers,

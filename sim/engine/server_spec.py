@@ -5,6 +5,7 @@ Replays, policies that try plans out, environments and comparisons with real run
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +29,10 @@ WORKSPACE_BYTES = 1_240_000_000
 
 
 def find_calibration(model: str, gpu: str) -> str:
-    """Return the name of the calibration of ``model`` on ``gpu``; of several, the one with the shortest name.
+    """Return the name of the calibration of ``model`` on ``gpu``.
+
+    Of several, one that ``hw.calibrate source=device`` measured comes first, then one from published measurements of
+    this pair, then others; of equal ones that with the shortest name. A choice of the first kind is said on stderr.
 
     Raises:
         ConfigError: if there is none, naming those of this model and of others.
@@ -43,7 +47,26 @@ def find_calibration(model: str, gpu: str) -> str:
             + (f"there are {', '.join(devices)}" if devices else f"calibrated models are {', '.join(models)}")
             + "; set gpu= or model= to such a pair, latency= to a file of your own, or make one with hw.calibrate"
         )
-    return min(found, key=lambda name: (len(name), name))
+    ranks = _calibration_ranks(CALIBRATIONS)
+    first, *others = sorted(found, key=lambda name: (ranks[name], len(name), name))
+    if others and not ranks[first]:
+        _say_chosen(first, ", ".join(others))
+    return first
+
+
+@cache
+def _say_chosen(name: str, others: str) -> None:
+    print(f"latency: {name}, measured by hw.calibrate, not {others}; latency=NAME chooses another", file=sys.stderr)
+
+
+@cache
+def _calibration_ranks(folder: Path) -> dict[str, int]:
+    """Return how good each calibration in a folder is: 0 measured by ``hw.calibrate``, 1 published, 2 composed."""
+    ranks = {}
+    for path in folder.glob("*.json"):
+        content = read_json_object(path, CalibrationError, "write it again with hw.calibrate, or remove it")
+        ranks[path.stem] = 2 if content.get("kind") != "measured" else 0 if "device_run" in content else 1
+    return ranks
 
 
 @cache

@@ -671,9 +671,12 @@ class SimEngine:
     # -- memory --------------------------------------------------------------------------------------------------
 
     def _find_context_limit(self) -> int:
-        """Return the longest context that fits the first pool alone, at most the configured limit, as vLLM requires."""
+        """Return the longest context that fits the first pool alone, as vLLM requires.
+
+        It is at most the configured limit, and the positions that the model has.
+        """
         n = self._counters
-        limit = self.config.max_context_tokens or self._model.max_context_tokens
+        limit = min(self.config.max_context_tokens or self._model.max_context_tokens, self._model.max_context_tokens)
         layers = int(self._state.kv_sets["layers"][0])  # those that prefill runs
         if layers:
             blocks = (n.pool_blocks - n.watermark_blocks) // layers
@@ -789,6 +792,7 @@ def _set_counters(n: Any, config: EngineConfig, block_bytes: int, log_enabled: b
     n.least_free_blocks, n.watermark_share = limits.watermark_layer_blocks, config.kv_watermark_share
     n.reuse_preempted_kv, n.recompute_on_restore = config.reuse_preempted_kv, config.restore == "recompute"
     n.log_enabled, n.prefix_caching = log_enabled, config.prefix_caching
+    n.schedules_ahead, n.late_from = config.schedules_ahead, kernel.NEVER
     n.free_runs_kept = config.reuse_preempted_kv or config.prefix_caching
     n.prefix_block_tokens = config.hash_block_tokens
     n.prefix_block_kv_blocks = config.hash_block_tokens // config.kv_block_tokens

@@ -14,13 +14,13 @@ from sim.cluster.run import CACHE_COLUMNS, CLUSTER_COLUMNS
 from sim.config import run_command
 from sim.disaggregate.run import STAGED_COLUMNS
 from sim.pages.comparison import COUNTS, Comparison, means, read, shown, write_page
-from sim.pages.render import render, table
+from sim.pages.render import render, show, table
 from sim.paths import RESULTS
 from sim.results.report import Columns
 
 FOLDER = RESULTS / "clusters"
 TEMPLATE = Path(__file__).parent / "templates" / "clusters.md.j2"
-KEEP = (*COUNTS, "moves", "plan", "reduction_at_mean_prompt")
+KEEP = (*COUNTS, "moves", "plan", "reduction_at_mean_prompt", "quality_outside_share")
 
 
 def _experiment(program: str, name: str, columns: Columns) -> Comparison:
@@ -69,6 +69,7 @@ def page(folder: Path = FOLDER) -> str:
         best_ratio=_best({label: row for label, row in staged.items() if label.endswith("100 Gbit/s")}),
         targets={target: _by_latency(pdtrim, target) for target in ("quality", "bytes")},
         claims=pdtrim_claims(pdtrim),
+        bounds=[label for label, row in pdtrim.items() if is_bound(row)],
         formula_error=max(abs(r["transfer_reduction"] / r["reduction_at_mean_prompt"] - 1.0) for r in pdtrim.values()),
         plans=table(
             [{"variant": k, "plan": row[0]["plan"]} for k, row in found["pdtrim_transfer"]["summaries"].items()], left=2
@@ -91,11 +92,16 @@ def _by_latency(rows: Means, target: str) -> str:
             "variant": label,
             "E2E mean (s)": row["e2e_s.mean"],
             "KV reduction": f"{row['transfer_reduction']:.2f}x",
-            "perplexity / dense": row["perplexity_ratio"],
+            "perplexity / dense": ("≤ " if is_bound(row) else "") + show(row["perplexity_ratio"], ".2f"),
         }
         for label, row in sorted(mine.items(), key=lambda item: item[1]["e2e_s.mean"])
     ]
-    return table(lines, {"E2E mean (s)": ".2f", "perplexity / dense": ".2f"})
+    return table(lines, {"E2E mean (s)": ".2f"})
+
+
+def is_bound(row: Mapping[str, float]) -> bool:
+    """Return whether the perplexity of a row is an upper bound: its plan lies beyond what the quality was fitted on."""
+    return row.get("quality_outside_share", 0.0) > 0.0
 
 
 def verdict(ours: float, theirs: float) -> str:
@@ -106,10 +112,14 @@ def verdict(ours: float, theirs: float) -> str:
 def pdtrim_claims(rows: Means) -> dict[str, str]:
     """Return the verdict on each claim about PDTrim; the template words the claims."""
 
-    def smaller(key: str, ours: str, *theirs: str) -> str:
-        return verdict(rows[ours][key], min(rows[label][key] for label in theirs))
-
     e2e, cost = "e2e_s.mean", "perplexity_ratio"
+
+    def smaller(key: str, ours: str, *theirs: str) -> str:
+        least = min(theirs, key=lambda label: rows[label][key])
+        if key == cost and is_bound(rows[ours]) and is_bound(rows[least]):
+            return "unknown"  # two upper bounds say nothing on which plan loses more
+        return verdict(rows[ours][key], rows[least][key])
+
     sent = {label: 1.0 / row["transfer_reduction"] for label, row in rows.items()}
     return {
         "kv_sends_less": verdict(sent["PDTrim KV, quality"], sent["PDTrim blocks, quality"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 from sim.atomic import write_whole
 from sim.errors import ConfigError, nearest
 from sim.pages.render import commit_of, table
+from sim.progress import progress
 from sim.results.report import SUMMARY_COLUMNS, Columns, cells
 from sim.results.run_folder import write_json, write_text
 
@@ -44,9 +46,11 @@ def replay(name: str, comparison: Comparison, workers: int, folder: Path) -> Non
     """
     run = folder / "run" / name
     command = [sys.executable, "-m", *comparison.command.split(), f"workers={workers}", f"hydra.run.dir={run}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    quiet = {**os.environ, "RAP_LAB_PROGRESS": "0"}  # stderr then holds warnings, and last the error
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
     if done.returncode:
-        raise ConfigError(f"python -m {comparison.command} failed: {done.stderr.strip()}")
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise ConfigError(f"python -m {comparison.command} failed: {reason}")
     write_json(folder / f"{name}.json", figures_of(comparison, run))
     if comparison.plot:
         _shrink(run / "compare.png", folder / f"{name}.png")
@@ -156,9 +160,11 @@ def write_page(cfg: DictConfig, comparisons: Mapping[str, Comparison], folder: P
 def measure(names: Sequence[str], comparisons: Mapping[str, Comparison], folder: Path, workers: int) -> None:
     """Repeat comparisons and keep their figures and plots."""
     with tempfile.TemporaryDirectory() as temporary:
-        for name in names:
-            replay(name, comparisons[name], workers, Path(temporary))
-            print(f"replayed {name}", flush=True)
+        with progress("replaying", len(names), "comparisons") as report:
+            for done, name in enumerate(names):
+                report(done, name)
+                replay(name, comparisons[name], workers, Path(temporary))
+                print(f"replayed {name}", flush=True)
         # Copied at the end: a changed file would mark the commit of the next replay as dirty.
         for path in sorted(Path(temporary).glob("*.*")):
             write_whole(folder / path.name, partial(shutil.copyfile, path))

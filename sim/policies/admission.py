@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from sim.cost.plan import LARGEST, Plan, is_whole
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.policies.base import Policy, PolicyContext
+from sim.policies.base import Policy, PolicyContext, plans_of
 from sim.policies.fixed import plan_of
 
 
@@ -43,6 +43,11 @@ class Saber:
     def first_plan(self) -> Plan:
         """The plan with the longest allowed queue."""
         return replace(self.plan, max_waiting=self.most)
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plan."""
+        return (self.plan,)
 
     def __call__(self, state: EngineState) -> Plan:
         """Measure the rate of first tokens and set the queue limit."""
@@ -97,6 +102,11 @@ class Limited:
     def first_plan(self) -> Plan:
         """The other policy's first plan, limited."""
         return replace(self.policy.first_plan, max_waiting=self.max_waiting)
+
+    @property
+    def plans(self) -> tuple[Plan, ...] | None:
+        """Those of the other policy."""
+        return plans_of(self.policy)
 
     def __call__(self, state: EngineState) -> Plan:
         """Return the other policy's plan, limited."""

@@ -52,6 +52,15 @@ class Policy(Protocol):
         ...
 
 
+def plans_of(policy: Policy) -> tuple[Plan, ...] | None:
+    """Return all plans that a policy can choose, up to admission limits; None if it does not list them as ``plans``.
+
+    The real engine keeps only those copies of the weights ready that these plans need.
+    """
+    plans: Sequence[Plan] | None = getattr(policy, "plans", None)
+    return None if plans is None else tuple(plans)
+
+
 @runtime_checkable
 class ClusterPolicy(Policy, Protocol):
     """A policy of one replica that also looks at the other replicas of its cluster; alone it is a plain ``Policy``."""

@@ -20,6 +20,11 @@ class Fixed:
 
     first_plan: Plan
 
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The one plan."""
+        return (self.first_plan,)
+
     def __call__(self, state: EngineState) -> Plan:
         """Return the plan; the state does not matter."""
         return self.first_plan

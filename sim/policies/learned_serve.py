@@ -29,6 +29,11 @@ class LearnedServe:
         """The first plan of the table."""
         return self.actions.plans[0]
 
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The table."""
+        return self.actions.plans
+
     def __call__(self, state: EngineState) -> Plan:
         """Observe and choose."""
         features = self.observer(state, self.choice)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +16,10 @@ from rich.console import Console
 
 from sim.compiled import cpu_clock
 from sim.config import build, name_of
+from sim.cost.front_end import NO_FRONT_END, FrontEnd, into_queue
 from sim.cost.gpu import Gpu
 from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan
 from sim.cost.quality import FittedQuality, PublishedQuality
 from sim.engine.budget import Budget
 from sim.engine.protocol import Engine, EngineConfig, check_hash_blocks
@@ -25,6 +28,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.policies import Fixed, Policy, PolicyContext
 from sim.progress import progress
 from sim.replay.loop import replay
+from sim.replay.max_rate import all_at_once, is_measured, rate_figures, without_queue_limit
 from sim.replay.watch import Watched, outside_share, quality_note
 from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
 from sim.results.plots import plot_replay
@@ -87,11 +91,17 @@ class Parts:
         return self.server.config
 
 
+def front_end_of(cfg: DictConfig) -> FrontEnd:
+    """Build the front end of a configuration; a real engine's has none."""
+    node = cfg.frontend if "frontend" in cfg else None
+    return NO_FRONT_END if node is None else build(node)
+
+
 def build_trace(cfg: DictConfig) -> Trace:
-    """Build the trace of a configuration, its workload steps applied."""
+    """Build the trace of a configuration, its workload steps applied, as the engine's queue receives it."""
     trace = build(cfg.trace)
     steps = [build(step) for step in cfg.workload.steps]
-    return apply_steps(trace, steps, seed=cfg.seed)
+    return into_queue(apply_steps(trace, steps, seed=cfg.seed), front_end_of(cfg))
 
 
 def server_spec(cfg: DictConfig) -> ServerSpec:
@@ -162,7 +172,31 @@ def replay_with(
     )
 
 
-def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: float = 0.0) -> dict[str, Any]:
+def measured_rate(
+    cfg: DictConfig, trace: Trace, summary: Mapping[str, Any], policy: Policy | None = None
+) -> dict[str, float | None]:
+    """Return the maximum rate of a configuration and the utilization of its replay; nothing if it is not measured.
+
+    Args:
+        trace: of the replay. summary: its figures. policy: as in ``is_measured``.
+    """
+    if not is_measured(cfg, policy):
+        return {}
+    parts = build_parts(cfg)
+    tried = without_queue_limit(parts.policy)
+    engine = parts.server.build_engine(tried.first_plan, parts.budget, keep_iterations=False)
+    replay_with(cfg, all_at_once(trace), engine, tried)
+    return rate_figures(engine.records(), summary)
+
+
+def figures(
+    engine: RecordingEngine,
+    slo: Slo,
+    *,
+    not_arrived: int = 0,
+    cpu_s: float = 0.0,
+    front_end: FrontEnd = NO_FRONT_END,
+) -> dict[str, Any]:
     """Return the figures of what an engine has served so far (``summarise``)."""
     return summarise(
         engine.records(),
@@ -173,6 +207,7 @@ def figures(engine: RecordingEngine, slo: Slo, *, not_arrived: int = 0, cpu_s: f
         budget_violation_s=engine.budget_violation_s,
         not_arrived=not_arrived,
         cpu_s=cpu_s,
+        front_end=front_end,
     )
 
 
@@ -181,15 +216,15 @@ def about(trace: Trace) -> dict[str, Any]:
     return {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history}
 
 
-def quality_figures(cfg: DictConfig, seen: Watched, iterations: Iterations) -> dict[str, Any]:
-    """Return what is known of the quality of the plans of a run.
+def quality_figures(cfg: DictConfig, plans: list[tuple[float, Plan]], iterations: Iterations) -> dict[str, Any]:
+    """Return what is known of the quality of the plans of a run; ``plans`` as in ``outside_share``.
 
     ``quality_outside_share`` is the share of computed tokens under plans outside the range that the quality was fitted
     on, which are charged its upper bound; None without a quality. ``quality_note`` is a sentence for people, or None.
     """
     quality = quality_of(cfg)
-    outside = None if quality is None else outside_share(quality, seen.plans, iterations)
-    return {"quality_outside_share": outside, "quality_note": quality_note(quality, seen.plans, outside)}
+    outside = None if quality is None else outside_share(quality, plans, iterations)
+    return {"quality_outside_share": outside, "quality_note": quality_note(quality, plans, outside)}
 
 
 def write_tables(
@@ -199,9 +234,10 @@ def write_tables(
     transitions: Transitions,
     kept_share: Sequence[tuple[float, float]],
     iterations: Iterations | None = None,
+    front_end: FrontEnd = NO_FRONT_END,
 ) -> None:
     """Write the tables of a run folder; the one of iterations, which is long, only if it is passed."""
-    write_parquet(folder / "records.parquet", records_frame(records, slo))
+    write_parquet(folder / "records.parquet", records_frame(records, slo, front_end))
     write_parquet(folder / "transitions.parquet", transitions_frame(transitions))
     write_parquet(folder / "kept_share.parquet", kept_share_frame(kept_share))
     if iterations is not None:
@@ -229,7 +265,7 @@ def run_replay(
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     console = Console()
-    slo = build(cfg.slo)
+    slo, front_end = build(cfg.slo), front_end_of(cfg)
     trace = build_trace(cfg)
     engine, policy = build_engine(cfg)
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
@@ -247,14 +283,22 @@ def run_replay(
     except KeyboardInterrupt:
         interrupted = True
     records, iterations = engine.records(), engine.iterations()
-    summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s())
+    summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s(), front_end=front_end)
     summary["interrupted"] = interrupted
-    summary |= quality_figures(cfg, seen, iterations)
+    with contextlib.suppress(KeyboardInterrupt):  # the replay itself is complete
+        summary |= {} if interrupted else measured_rate(cfg, trace, summary, policy)
+    summary |= quality_figures(cfg, seen.plans, iterations)
     try:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         write_json(folder / "provenance.json", made_by)
         write_tables(
-            folder, slo, records, engine.transitions(), engine.kept_share(), iterations if cfg.iterations else None
+            folder,
+            slo,
+            records,
+            engine.transitions(),
+            engine.kept_share(),
+            iterations if cfg.iterations else None,
+            front_end,
         )
         if cfg.plot:
             plot_replay(folder / "replay.png", records, iterations, slo, title, engine.budget.steps)

@@ -24,6 +24,8 @@ from sim.replay.run import (
     build_engine,
     build_trace,
     figures,
+    front_end_of,
+    measured_rate,
     quality_figures,
     quality_of,
     replay_with,
@@ -32,7 +34,7 @@ from sim.replay.run import (
 from sim.replay.watch import Watched
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, Transitions
-from sim.results.report import print_notes, print_rows
+from sim.results.report import columns_of, print_notes, print_rows
 from sim.results.run_folder import provenance, write_json, write_text
 
 
@@ -99,11 +101,12 @@ def replay_case(cfg: DictConfig) -> Outcome:
     seen = Watched(policy)
     with cpu_clock() as cpu_s:
         replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen)
-        summary = figures(engine, build(cfg.slo), cpu_s=cpu_s())
+        summary = figures(engine, build(cfg.slo), cpu_s=cpu_s(), front_end=front_end_of(cfg))
+    summary |= measured_rate(cfg, trace, summary)
     iterations = engine.iterations()
     end_s = float(iterations.end_s[-1]) if len(iterations) else 0.0
     summary["low_precision_share"] = time_mean(seen.low, end_s)
-    summary |= quality_figures(cfg, seen, iterations)
+    summary |= quality_figures(cfg, seen.plans, iterations)
     summary["perplexity_ratio"] = None
     if summary["quality_nll"] is not None and (quality := quality_of(cfg)) is not None:
         dense_nll = quality.nll(dense_plan(build(cfg.model)))
@@ -161,7 +164,8 @@ def replay_sweep(cfg: DictConfig) -> None:
             write_text(inner / "config.yaml", OmegaConf.to_yaml(one, resolve=True))
             write_json(inner / "provenance.json", {**made_by, "seed": case.seed})
             iterations = outcome.iterations if cfg.iterations else None
-            write_tables(inner, slo, outcome.records, outcome.transitions, outcome.kept_share, iterations)
+            tables = outcome.records, outcome.transitions, outcome.kept_share, iterations
+            write_tables(inner, slo, *tables, front_end_of(cfg))
             if cfg.plot:
                 title = case.name.replace("_", " ")
                 plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, title, outcome.budget)
@@ -181,7 +185,7 @@ def _print_sweep(cfg: DictConfig, cases: Sequence[Case], summaries: Sequence[Map
     rows = {case.name: [summary] for case, summary in zip(cases, shown[""], strict=True)}
     if len(cases) > 1:
         rows["mean ± sd"] = shown[""]
-    print_rows(rows, title, first="replay")
+    print_rows(rows, title, first="replay", columns=columns_of(rows))
     print_notes(rows)
 
 

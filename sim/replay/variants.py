@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from sim.config import SweepConfig, build, with_differences
 from sim.errors import ConfigError, nearest
 from sim.replay.sweep import Executor, cases_of, config_of, without_equal_seeds
-from sim.results.report import Columns, markdown, print_rows
+from sim.results.report import Columns, columns_of, markdown, print_notes, print_rows
 from sim.results.run_folder import provenance, write_json, write_text
 
 
@@ -92,7 +92,7 @@ def compare_variants(
     for (name, _), summary in zip(jobs, summaries, strict=True):
         rows.setdefault(name, []).append(summary)
     shown_cases, shown_rows = without_equal_seeds(cases, rows)
-    title = label
+    title, columns = label, columns_of(shown_rows, columns)
     if len(shown_cases) > 1:
         title += f": mean ± standard deviation of {len(shown_cases)} replays"
     try:
@@ -103,3 +103,4 @@ def compare_variants(
         write_json(folder / "compare.json", content)  # last: a folder with this file is complete
     finally:  # a full disk loses the files, not the figures
         print_rows(shown_rows, title, "variant", columns)
+        print_notes(shown_rows)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.errors import ConfigError
+from sim.cost.front_end import NO_FRONT_END, FrontEnd
+from sim.errors import ConfigError, nearest
 from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
 from sim.types import Floats
 
 if TYPE_CHECKING:
     import pandas as pd  # imported where a table is made: it takes half of a short command's start
+
+Side = Literal["engine", "client"]
+R = TypeVar("R", bound=Records)
 
 QUANTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 
@@ -25,21 +29,40 @@ class Slo:
 
     ttft_s: most seconds to the first token. tpot_s: most seconds per output token.
     e2e_s: most seconds to the last token.
+    side: whose TTFT and E2E are judged: those of the ``engine``, from its queue on, or those of the ``client``, with
+        the front end (group ``frontend``). Without a front end both are equal.
     """
 
     ttft_s: float | None = 2.0
     tpot_s: float | None = None
     e2e_s: float | None = None
+    side: Side = "engine"
 
     def __post_init__(self) -> None:
+        if self.side not in get_args(Side):
+            raise ConfigError(f"slo.side is {self.side!r}; {nearest(self.side, get_args(Side))}")
         for name in ("ttft_s", "tpot_s", "e2e_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"slo.{name} is {value}; it must be above 0 seconds, or null for no target")
 
 
-def met_slo(records: Records, slo: Slo) -> NDArray[np.bool_]:
+def as_clients_see(records: R, front_end: FrontEnd) -> R:
+    """Return the records of an engine with the times that clients see: from the sending, to the arrival of pieces."""
+    if front_end.absent:
+        return records
+    return replace(
+        records,
+        arrival_s=records.arrival_s - front_end.way_in_s(records.prompt_tokens),
+        first_token_s=records.first_token_s + front_end.back_s,
+        finish_s=records.finish_s + front_end.back_s,
+    )
+
+
+def met_slo(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> NDArray[np.bool_]:
     """Return bool[n]: which requests finished and met every target. A rejected or unfinished request misses."""
+    if slo.side == "client":
+        records = as_clients_see(records, front_end)
     met = np.asarray(records.status == Status.FINISHED, dtype=np.bool_)
     for values, target in ((records.ttft_s, slo.ttft_s), (records.tpot_s, slo.tpot_s), (records.e2e_s, slo.e2e_s)):
         if target is not None:
@@ -48,12 +71,15 @@ def met_slo(records: Records, slo: Slo) -> NDArray[np.bool_]:
     return met
 
 
-def records_frame(records: Records, slo: Slo) -> pd.DataFrame:
-    """Return the table of ``records.parquet``: one row per request, in order of arrival."""
+def records_frame(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> pd.DataFrame:
+    """Return the table of ``records.parquet``: one row per request, in order of arrival in the engine's queue.
+
+    With a front end it has ``client_ttft_s`` and ``client_e2e_s`` in addition.
+    """
     import pandas as pd
 
     names = {int(status): status.name.lower() for status in Status}
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "request_id": np.arange(len(records), dtype=np.int64),
             "arrival_s": records.arrival_s,
@@ -68,12 +94,16 @@ def records_frame(records: Records, slo: Slo) -> pd.DataFrame:
             "e2e_s": records.e2e_s,
             "preemptions": records.preemptions,
             "status": pd.Categorical([names[int(s)] for s in records.status], categories=list(names.values())),
-            "met_slo": met_slo(records, slo),
+            "met_slo": met_slo(records, slo, front_end),
             "kept_params_share": records.kept_params_share,
             "quality_nll": records.quality_nll,
             "cached_tokens": records.cached_tokens,
         }
     )
+    if not front_end.absent:
+        seen = as_clients_see(records, front_end)
+        frame["client_ttft_s"], frame["client_e2e_s"] = seen.ttft_s, seen.e2e_s
+    return frame
 
 
 def iterations_frame(iterations: Iterations) -> pd.DataFrame:
@@ -171,6 +201,7 @@ def summarise(
     not_arrived: int = 0,
     cpu_s: float = 0.0,
     end_s: float | None = None,
+    front_end: FrontEnd = NO_FRONT_END,
 ) -> dict[str, Any]:
     """Return the figures of one replay, the content of ``summary.json``.
 
@@ -181,28 +212,38 @@ def summarise(
         not_arrived: requests of the trace that had not arrived when the replay stopped.
         cpu_s: process CPU seconds of the replay; 0 if not measured.
         end_s: when the replay ended; None takes the end of the last iteration.
+        front_end: what lies between clients and the engine.
 
+    ``ttft_s``, ``e2e_s``: engine-side, from the arrival in the engine's queue. ``client_ttft_s``, ``client_e2e_s``:
+    client-side, from the sending to the arrival of the piece; without a front end they are the same.
+    ``max_rate_rps``, ``utilization``: None; who measures the maximum rate sets them (sim/replay/max_rate.py).
     ``recomputed_tokens``: prefill tokens beyond computing each answered request's uncached prompt once.
     ``cached_share``: tokens found in the prefix cache over all prompt tokens that were admitted.
     """
     requests = len(records)
-    met = met_slo(records, slo)
+    met = met_slo(records, slo, front_end)
     last_s = end_s if end_s is not None else float(iterations.end_s[-1]) if len(iterations) else 0.0
     first_s = float(records.arrival_s[0]) if requests else 0.0
     makespan_s = max(last_s - first_s, 0.0)
     arrivals_s = float(records.arrival_s[-1] - records.arrival_s[0]) if requests else 0.0
     admitted = np.isfinite(records.admitted_s)
+    ttft_s, e2e_s = distribution(records.ttft_s), distribution(records.e2e_s)
+    seen = as_clients_see(records, front_end)
     return {
         **_counts(records),
         "not_arrived": not_arrived,
         "makespan_s": makespan_s,
-        "ttft_s": distribution(records.ttft_s),
+        "ttft_s": ttft_s,
         "tpot_s": distribution(records.tpot_s),
         "itl_s": gap_distribution(gaps),
-        "e2e_s": distribution(records.e2e_s),
+        "e2e_s": e2e_s,
+        "client_ttft_s": ttft_s if front_end.absent else distribution(seen.ttft_s),
+        "client_e2e_s": e2e_s if front_end.absent else distribution(seen.e2e_s),
         "slo_attainment": float(met.mean()) if requests else None,
         "goodput_rps": _rate(float(met.sum()), makespan_s),
         "request_rate_rps": _rate(requests - 1, arrivals_s),
+        "max_rate_rps": None,
+        "utilization": None,
         "output_tokens_per_s": _rate(float(records.produced_tokens.sum()), makespan_s),
         "transitions": transitions,
         "budget_violation_s": budget_violation_s,

@@ -85,12 +85,17 @@ def mark_slo(axis: Any, target_s: float | None) -> None:
         axis.axhline(target_s, color="black", linestyle="--", linewidth=1.0, label=f"SLO: {target_s:g} s")
 
 
-def plot_budget(axis: Any, budget: Steps, end_s: float) -> None:
-    """Draw a moving memory budget in GB."""
-    start_s, steps_gb = zip(*((at_s, size / 1e9) for at_s, size in budget if at_s < end_s), strict=True)
-    axis.step([*start_s, end_s], [*steps_gb, steps_gb[-1]], where="post", color="black")
+def plot_budgets(axis: Any, budgets: Sequence[Steps], end_s: float) -> None:
+    """Draw moving memory budgets in GB; of several, the legend says how low each gets."""
+    highest_gb = 0.0
+    for rank, budget in enumerate(budgets):
+        start_s, steps_gb = zip(*((at_s, size / 1e9) for at_s, size in budget if at_s < end_s), strict=True)
+        style = {"color": "black", "linestyle": DASHES[rank % len(DASHES)]}
+        label = f"budget, lowest {min(steps_gb):.1f} GB" if len(budgets) > 1 else None
+        axis.step([*start_s, end_s], [*steps_gb, steps_gb[-1]], where="post", label=label, **style)
+        highest_gb = max(highest_gb, *steps_gb)
     axis.set_ylabel("budget [GB]")
-    axis.set_ylim(0, 1.05 * max(steps_gb))
+    axis.set_ylim(0, 1.05 * highest_gb)
 
 
 def moves(budget: Steps, end_s: float) -> bool:
@@ -115,7 +120,7 @@ def plot_replay(path: Path, records: Records, iterations: Iterations, slo: Slo, 
         axes[2].set_ylim(0, 105)
         _plot_ttft(axes[3], records, slo)
         if panels == 5:
-            plot_budget(axes[4], budget, end_s)
+            plot_budgets(axes[4], [budget], end_s)
         axes[-1].set_xlabel("time [s]")
         axes[-1].margins(x=0.01)
 
@@ -147,14 +152,15 @@ class Line:
     kept_share: Sequence[tuple[float, float]]
 
 
-def plot_comparison(path: Path, lines: Mapping[str, Line], slo: Slo, title: str, budget: Steps = ()) -> None:
+def plot_comparison(path: Path, lines: Mapping[str, Line], slo: Slo, title: str, budgets: Sequence[Steps] = ()) -> None:
     """Write one PNG with a line per label: worst TTFT and longest queue in each of about 150 bins of time, weights.
 
-    The first label is the reference: gray. Later ones lie on top. A budget that moves gets a panel.
+    The first label is the reference: gray. Later ones lie on top. Budgets that move get a panel.
     """
     last_s = max([1.0, *(float(line.iterations.end_s[-1]) for line in lines.values() if len(line.iterations))])
     bin_s = max(1.0, math.ceil(last_s / 150))
-    panels = 4 if moves(budget, last_s) else 3
+    moving = [budget for budget in budgets if moves(budget, last_s)]
+    panels = 4 if moving else 3
     ratios: dict[str, Any] = {"height_ratios": [3, 3, 3, 1.5][:panels]}
     with figure_file(path, panels, size=(9, 7.5 + 1.3 * (panels - 3)), title=title, sharex=True, **ratios) as made:
         figure, axes = made
@@ -174,7 +180,7 @@ def plot_comparison(path: Path, lines: Mapping[str, Line], slo: Slo, title: str,
         axes[2].set_ylabel("weights in\nmemory [%]")
         axes[2].set_ylim(0, 105)
         if panels == 4:
-            plot_budget(axes[3], budget, last_s)
+            plot_budgets(axes[3], moving, last_s)
         axes[-1].set_xlabel("time [s]")
         axes[-1].margins(x=0.01)
         figure.legend(loc="outside lower center", ncols=4)

@@ -22,6 +22,7 @@ COUNTS = (
     "iterations",
 )
 DISTRIBUTIONS = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+CLIENT_DISTRIBUTIONS = ("client_ttft_s", "client_e2e_s")
 COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
@@ -41,14 +42,32 @@ def warn_if_extrapolated(summaries: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
+NEAR_MAXIMUM = 0.9
+"""Utilization from which a run warns."""
+
+
+def warn_if_near_maximum(summaries: Iterable[Mapping[str, Any]]) -> None:
+    """Warn on stderr if the requests of a run come about as fast as its server can finish them."""
+    near = max(summaries, key=lambda summary: summary.get("utilization") or 0.0, default={})
+    if (share := near.get("utilization") or 0.0) >= NEAR_MAXIMUM:
+        print(
+            f"warning: {near['request_rate_rps']:.3g} requests/s are {100 * share:.0f} % of the maximum rate of this "
+            f"server, {near['max_rate_rps']:.3g} requests/s; near it TTFT depends on small errors of the prices: "
+            "compare max_rate_rps, not TTFT",
+            file=sys.stderr,
+        )
+
+
 def print_summary(summary: Mapping[str, Any], title: str, console: Console | None = None) -> None:
     """Print the figures of one replay: tables on a terminal, plain ``name value`` lines in a pipe or file."""
     warn_if_extrapolated([summary])
+    warn_if_near_maximum([summary])
     console = console or Console()
     rates = {
         "SLO attainment": _percent(summary["slo_attainment"]),
         "goodput_rps": _number(summary["goodput_rps"]),
         "request_rate_rps": _number(summary["request_rate_rps"]),
+        **_rates_shown(summary),
         "output_tokens_per_s": _number(summary["output_tokens_per_s"]),
         "makespan_s": _number(summary["makespan_s"]),
         "KV peak share": _percent(summary["kv_peak_share"]),
@@ -57,11 +76,12 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
         "extrapolated iterations": _percent(summary["extrapolated_share"]),
         "requests_per_cpu_s": _number(summary["requests_per_cpu_s"]),
     }
+    distributions = (*DISTRIBUTIONS, *(CLIENT_DISTRIBUTIONS if _has_front_end(summary) else ()))
     if not console.is_terminal:
         console.print(title, markup=False, highlight=False)
         for name in COUNTS:
             console.print(f"{name} {summary[name]}", highlight=False)
-        for name in DISTRIBUTIONS:
+        for name in distributions:
             values = " ".join(f"{c}={_number(summary[name][c])}" for c in COLUMNS)
             console.print(f"{name} {values}", highlight=False, soft_wrap=True)
         for name, value in rates.items():
@@ -72,14 +92,22 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
     latencies.add_column("seconds")
     for column in COLUMNS:
         latencies.add_column(column, justify="right")
-    for name in DISTRIBUTIONS:
-        latencies.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][c]) for c in COLUMNS))
+    for name in distributions:
+        heading = name.removesuffix("_s").upper().replace("CLIENT_", "client ")
+        latencies.add_row(heading, *(_number(summary[name][c]) for c in COLUMNS))
     console.print(latencies)
     counts = Table(show_header=False)
     for name, value in [*((n, str(summary[n])) for n in COUNTS), *rates.items()]:
         counts.add_row(name, value)
     console.print(counts)
     _print_note(summary, console)
+
+
+def _rates_shown(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the maximum rate and the utilization as text, if they were measured."""
+    if summary.get("max_rate_rps") is None:
+        return {}
+    return {"max_rate_rps": _number(summary["max_rate_rps"]), "utilization": _percent(summary["utilization"])}
 
 
 def _print_note(summary: Mapping[str, Any], console: Console) -> None:
@@ -114,12 +142,36 @@ averaged over time.
 """
 
 
+CLIENT_COLUMNS = {"client TTFT P95 (s)": ("client_ttft_s.p95", 1.0, 2, "")}
+"""Columns of runs with a front end, in addition."""
+
+
+RATE_COLUMNS = {
+    "maximum rate (req/s)": ("max_rate_rps", 1.0, 2, ""),
+    "utilization": ("utilization", 100.0, 1, " %"),
+}
+"""Columns of runs whose maximum rate was measured, in addition."""
+
+
+def _has_front_end(summary: Mapping[str, Any]) -> bool:
+    """Return whether clients see other times than the engine."""
+    return any(summary.get(f"client_{name}", summary[name]) != summary[name] for name in ("ttft_s", "e2e_s"))
+
+
 def _is_unknown(summary: Mapping[str, Any]) -> bool:
     """Return whether the quality of a run is unknown although others of its model have one."""
     return str(summary.get("quality_note") or "").startswith("quality unknown")
 
 
 Columns = Mapping[str, tuple[str, float, int, str]]
+
+
+def columns_of(rows: Mapping[str, Sequence[Mapping[str, Any]]], columns: Columns = SUMMARY_COLUMNS) -> Columns:
+    """Return the columns of a table of these rows: ``columns``, and others that some row needs."""
+    summaries = [summary for row in rows.values() for summary in row]
+    seen = CLIENT_COLUMNS if any(map(_has_front_end, summaries)) else {}
+    rates = RATE_COLUMNS if any(summary.get("max_rate_rps") is not None for summary in summaries) else {}
+    return {**columns, **seen, **rates}
 
 
 def cells(summaries: Sequence[Mapping[str, Any]], columns: Columns = SUMMARY_COLUMNS) -> list[str]:
@@ -161,6 +213,7 @@ def print_rows(
 ) -> None:
     """Print the table of ``markdown``: with lines on a terminal, as Markdown in a pipe or file."""
     warn_if_extrapolated([summary for summaries in rows.values() for summary in summaries])
+    warn_if_near_maximum([summary for summaries in rows.values() for summary in summaries])
     console = Console()
     if not console.is_terminal:
         print(title, markdown(rows, first, columns), sep="\n\n", end="")

@@ -25,6 +25,7 @@ from sim.engine.kernel.state import (
     RUNNING,
     WAITING,
     ZERO,
+    admissible,
     batch_of,
     blocks_due_by_phase_of,
     counters_of,
@@ -146,7 +147,7 @@ def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int) -> int
     n, requests, batch = counters_of(s), requests_of(s), batch_of(s)
     in_chunks, layers = _cuts_prompts(s), kv_sets_of(s)[n.prefill_set].layers
     admitted = 0
-    while waiting(s) > 0 and n.running < n.max_running:
+    while admissible(s) > 0 and n.running + n.late_ended < n.max_running:
         r = head(s)
         found, held_by_others = requests[r].computed_tokens, 0
         if n.caching:
@@ -184,6 +185,13 @@ def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int) -> int
 
 
 @compiled(inline=True)
+def _free(s: Table) -> int:
+    """Return the KV blocks that the next batch can use: the free ones, without those freed too late."""
+    n = counters_of(s)
+    return int(n.free_blocks - n.late_blocks)
+
+
+@compiled(inline=True)
 def _blocks_for_chunks(s: Table, first: int) -> int:
     """Return the KV blocks that the chunks of the batch from ``first`` on need beyond those already held."""
     n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
@@ -205,13 +213,13 @@ def _form(s: Table, now_s: float) -> int:
     n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
     end = len(slots) - 1
     n.batch_chunks, n.decodes_in_batch = 0, 0
-    if _admits_first(s) and _admit_those_that_fit(s, now_s, n.max_batch_tokens, n.free_blocks) > 0:
+    if _admits_first(s) and _admit_those_that_fit(s, now_s, n.max_batch_tokens, _free(s)) > 0:
         _take(s, _blocks_for_chunks(s, ZERO))
         return 0
     # At this clock, every decoding request whose context is a multiple of the block size takes one block per layer.
     phase = -n.clock % n.block_tokens
     victims = 0
-    while blocks_due_by_phase_of(s)[phase] > n.free_blocks and n.running > 0:
+    while blocks_due_by_phase_of(s)[phase] > _free(s) and n.running > 0:
         _preempt(s, slots[end].previous)
         victims += 1
     need = blocks_due_by_phase_of(s)[phase]
@@ -223,7 +231,7 @@ def _form(s: Table, now_s: float) -> int:
         computed = requests[r].computed_tokens
         chunk = _chunk(s, r, computed, budget, n.long_prefill_tokens)
         more = blocks_of(s, newest, computed + chunk) - blocks_of(s, newest, computed)
-        if need + more > n.free_blocks:
+        if need + more > _free(s):
             _preempt(s, newest)
             victims += 1
         else:
@@ -235,7 +243,7 @@ def _form(s: Table, now_s: float) -> int:
     # After a preemption no request is admitted: its blocks would go to a newer request.
     if not _admits_first(s) and victims == 0:
         before = n.batch_chunks
-        _admit_those_that_fit(s, now_s, budget, n.free_blocks - need)
+        _admit_those_that_fit(s, now_s, budget, _free(s) - need)
         need += _blocks_for_chunks(s, before)
     _take(s, need)
     return victims
@@ -253,7 +261,7 @@ def _form_eagerly(s: Table, now_s: float) -> int:
         i = slots[i].next
     n.batch_chunks, n.decodes_in_batch = 0, 0
     victims = 0
-    if not _admits_first(s) or _admit_those_that_fit(s, now_s, n.max_batch_tokens, n.free_blocks) == 0:
+    if not _admits_first(s) or _admit_those_that_fit(s, now_s, n.max_batch_tokens, _free(s)) == 0:
         victims = _form_running(s, now_s)
     _take(s, _blocks_for_chunks(s, ZERO))
     return int(victims)
@@ -279,7 +287,7 @@ def _form_running(s: Table, now_s: float) -> int:
         computed = requests[r].computed_tokens
         chunk = _chunk(s, r, computed, budget, longest)
         need = blocks_of(s, i, computed + chunk) - blocks_of(s, i, computed)
-        while taken + need > n.free_blocks and kept > index:
+        while taken + need > _free(s) and kept > index:
             kept -= 1
             _preempt(s, slots[end].previous)
         if kept == index:  # it was itself the newest: it has been preempted
@@ -292,7 +300,7 @@ def _form_running(s: Table, now_s: float) -> int:
     n.batch_chunks = index
     victims = running - kept
     if not _admits_first(s) and victims == 0:
-        _admit_those_that_fit(s, now_s, budget, n.free_blocks - taken)
+        _admit_those_that_fit(s, now_s, budget, _free(s) - taken)
     return int(victims)
 
 
@@ -314,6 +322,8 @@ def _needs_eager(s: Table) -> bool:
 def _form_batch(s: Table, now_s: float) -> int:
     """Form the next batch, by `_form` if possible; return how many requests were preempted."""
     n = counters_of(s)
+    if n.late_blocks > 0:  # a change of plan or memory may have taken them
+        n.late_blocks = min(n.late_blocks, max(n.free_blocks, 0))
     if _needs_eager(s):
         n.eager = 1
         victims = _form_eagerly(s, now_s)
@@ -322,4 +332,5 @@ def _form_batch(s: Table, now_s: float) -> int:
         victims = _form(s, now_s)
     n.batch_preemptions = n.change_preemptions + victims
     n.change_preemptions = 0
+    n.late_from, n.late_blocks, n.late_ended = NEVER, 0, 0
     return victims

@@ -151,6 +151,7 @@ def _start(s: Table, now_s: float) -> None:
     inside = iteration_in_range(tables, prefill, prefill_contexts, decodes, contexts, sequences)
     n.batch_extrapolated = 0 if inside else 1
     n.batch_running, n.batch_waiting = n.running, waiting(s)
+    n.known_tail = n.queue_tail
     n.in_iteration = 1
     n.duration_s, n.start_s, n.end_s = duration_s, now_s, now_s + duration_s
 
@@ -273,6 +274,7 @@ def _end(s: Table) -> None:
     n.in_iteration = 0
     n.iterations += 1
     n.used_blocks_before = n.pool_blocks - n.free_blocks
+    free, finished = n.free_blocks, n.finished
     if n.log_enabled:
         _log_iteration(s, n.used_blocks_before / max(n.pool_blocks, 1))
     if n.decodes_in_batch:
@@ -292,6 +294,8 @@ def _end(s: Table) -> None:
         _end_chunk(s, batch[j].slot, batch[j].tokens, now_s)
     if n.eager:
         _count_decodes(s)
+    if n.schedules_ahead:
+        n.late_from, n.late_blocks, n.late_ended = n.known_tail, n.free_blocks - free, n.finished - finished
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -334,14 +338,16 @@ def advance(s: Table, horizon_s: float) -> int:
             change_s = change_due_s(s)
         if n.itl_count + room > len(itl_counts) or n.log_count == len(log):
             return GROW
+        ahead = n.late_from != NEVER
         victims = _form_batch(s, now_s)
         if n.batch_chunks > 0 or n.decodes_in_batch:
             _start(s, now_s)
             continue
-        # The batch is empty. If requests were preempted, there is room now; otherwise wait for the next event.
+        # The batch is empty. If requests were preempted, there is room now. If it was formed ahead, more is known now.
+        # Otherwise wait for the next event.
         if n.eager:
             _count_decodes(s)
-        if victims > 0:
+        if victims > 0 or ahead:
             continue
         if n.next_arrival_s == np.inf and (change_s == np.inf or idle(s)):
             return STALLED

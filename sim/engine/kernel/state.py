@@ -84,6 +84,7 @@ COUNTERS = np.dtype(
         ("recompute_on_restore", INT64),  # whether a restored MHA block preempts requests that lack its KV
         ("quality_charged", INT64),  # whether requests are charged nats per token
         ("log_enabled", INT64),  # whether iterations are logged
+        ("schedules_ahead", INT64),  # whether a batch is formed when the iteration before it starts
         ("prefix_caching", INT64),  # whether there is a prefix cache
         ("prefix_block_tokens", INT64),  # tokens of a prefix block
         ("prefix_block_kv_blocks", INT64),  # KV blocks of one layer that a prefix block fills
@@ -146,6 +147,14 @@ COUNTERS = np.dtype(
         ("prefix_block_count", INT64),  # prefix blocks numbered so far
         ("free_prefix_block", INT64),  # first number that can be used again; 0 for none
         ("found_held_blocks", INT64),  # prefix blocks of the last `_find_prefix` that others hold already
+        # What comes too late for the next batch, if the engine schedules ahead; between two iterations only.
+        ("known_tail", INT64),  # queue_tail at the start of the iteration under way, or the last one
+        (
+            "late_from",
+            INT64,
+        ),  # requests from here on in the queue came too late; NEVER if the batch is not formed ahead
+        ("late_blocks", INT64),  # KV blocks freed too late
+        ("late_ended", INT64),  # requests that ended too late for another to take their place
         # The iteration under way, or the last one.
         ("in_iteration", INT64),  # whether one is under way
         ("eager", INT64),  # whether its batch was formed request by request (`_form_eagerly`)
@@ -409,6 +418,13 @@ def waiting(s: Table) -> int:
     """Return how many requests have arrived and wait."""
     n = counters_of(s)
     return int(n.preempted_waiting + n.queue_tail - n.queue_head)
+
+
+@compiled(inline=True)
+def admissible(s: Table) -> int:
+    """Return how many of the waiting requests can be in the next batch."""
+    n = counters_of(s)
+    return int(n.preempted_waiting + max(min(n.queue_tail, n.late_from) - n.queue_head, 0))
 
 
 @compiled(inline=True)

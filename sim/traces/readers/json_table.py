@@ -26,6 +26,12 @@ DOCUMENT_SHARE = 4
 """A JSON document is parsed in one go and then needs many times its size, so its limit is max_bytes over this."""
 BATCH_ROWS = 1000
 """Rows that become columns together. The first of these batches decides how the fields are spelled."""
+BATCH_FIELDS = 100_000
+"""Fields of rows that become columns together."""
+MAX_FIELDS = 10_000
+"""Of one object; each costs as much as a value."""
+VALUES_PER_LINE = 16
+"""Lines may hold this many values for each row that max_rows allows; parsing them takes seconds."""
 DECODER = json.JSONDecoder()
 
 
@@ -48,6 +54,11 @@ def read_json(
         return table_of_objects(file, enumerate(entries, start=1), required, optional, unit="entry")
     if (rows := content.count(b"\n") + 1) > file.max_rows:
         raise file.too_many_rows(rows)
+    if (values := content.count(b",")) > VALUES_PER_LINE * file.max_rows:
+        raise TraceError(
+            f"{file.path} has about {values:,} values, more than {VALUES_PER_LINE} times trace.max_rows="
+            f"{file.max_rows}; cut the file, or raise trace.max_rows"
+        )
     # Not with Arrow, whose JSON reader ends the process on some lines that are no objects (pyarrow 26: null).
     lines = ((line, parse_line(text)) for line, text in enumerate(io.BytesIO(content), start=1))
     return table_of_objects(file, lines, required, optional, unit="line")
@@ -113,6 +124,7 @@ def table_of_objects(
     keys: dict[str, str] = {}
     values: Counter[str] = Counter()
     batch: list[dict[str, Any]] = []
+    fields = 0
 
     def flush() -> None:
         if not keys:
@@ -132,10 +144,17 @@ def table_of_objects(
             if file.on_bad_row == "error" and len(broken) >= ENOUGH_BAD_ROWS:
                 break
             continue
+        if len(row) > MAX_FIELDS:
+            allowed = f"at most {MAX_FIELDS:,} fields"
+            broken.add(BadRow(line=line, column="all", value=f"{len(row):,} fields", kind="too many", allowed=allowed))
+            continue
         lines.append(line)
         batch.append(row)
-        if len(batch) == BATCH_ROWS or any(type(cell) is list and len(cell) > BATCH_ROWS for cell in row.values()):
+        fields += len(row)
+        is_long = any(type(cell) is list and len(cell) > BATCH_ROWS for cell in row.values())
+        if is_long or len(batch) == BATCH_ROWS or fields > BATCH_FIELDS:
             flush()
+            fields = 0
             if len(lines) > file.max_rows:
                 raise file.too_many_rows(len(lines))
     if batch:

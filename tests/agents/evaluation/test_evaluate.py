@@ -114,14 +114,17 @@ def test_the_verdict_on_serving_names_who_won_and_where(played: pd.DataFrame, tm
     assert sum(row[0] == "learned_x" for row in cells(page(tmp_path))) == 2
     write_parquet(tmp_path / "serve_elsewhere.parquet", frame[frame["policy"] == "learned_x"].assign(policy="on_moon"))
     write_parquet(tmp_path / "serve_quality.parquet", frame[frame["policy"].isin(["learned_x", "dense"])])
-    replayed = {"policies": ["learned_x"], "commit": "2" * 40}
-    write_json(tmp_path / "serve.json", {**made, "other_quality": "some_quality", "replayed": replayed})
+    replayed = [{"policies": ["learned_x"], "commit": "2" * 40}]
+    write_json(
+        tmp_path / "serve.json", {**made, "other_quality": "some_quality", "replayed": replayed, "notes": ["Note A."]}
+    )
     write_parquet(tmp_path / "serve_training.parquet", pd.DataFrame({"policy": "learned_x", "seed": 0, **STEPS}))
     text = page(tmp_path)
     assert ["learned_x", "1", "0.7000", "0.7000 to 0.7000", "10", "2,000"] in cells(text)
     assert len(row_of(text, "on_moon")) == 1 + 2 + 2  # two traces, two loads
     assert ["policy", "published", "some_quality"] in cells(text)
     assert "222222222222" in text
+    assert "\n- Note A.\n" in text
     assert (tmp_path / "serve.png").stat().st_size > 10_000
 
 
@@ -149,7 +152,8 @@ def test_the_verdict_on_clusters_names_who_won_where_and_what_training_in_them_a
 
     write_prune(tmp_path, played)
     write_parquet(tmp_path / "cluster.parquet", frame)
-    made = {**PROVENANCE, "tuned": TUNED, "rules_commit": "3" * 40, "replicas": 4, "router": "least_kv", "seconds": {}}
+    replayed = [{"policies": ["dense"], "commit": "3" * 40}]
+    made = {**PROVENANCE, "tuned": TUNED, "replayed": replayed, "replicas": 4, "router": "least_kv", "seconds": {}}
     made |= {"learned_serve_validation": 0.9, "sources": {"learned_cluster": ["burst", "azure_conv"]}}
     write_json(tmp_path / "cluster.json", made)
     assert "333333333333" in page(tmp_path)

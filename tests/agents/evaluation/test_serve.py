@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from agents.evaluation.ablation import SERVE_GROUPS, ablation_markdown, shuffled_windows
+from agents.evaluation.evaluate import EvaluateConfig
+from agents.evaluation.measure import measure_cluster, measure_serve
 from agents.training.validation import serve, validation_windows
 from sim.policies.learned import SHIPPED, read_learned
+from sim.results.run_folder import write_parquet
 from tests.sim.pages.test_render import cells
 
 
@@ -25,3 +34,21 @@ def test_a_policy_loses_utility_if_its_kv_entries_come_from_another_window() -> 
     assert set(utility.index) == {"nothing", *SERVE_GROUPS} | {n for n in names if not n.startswith("legal.")}
     shown = ablation_markdown(table, "windows")
     assert ["nothing", f"{unchanged:.4f}", "0.0 %", "0.0 %", "0.0 %"] in cells(shown)
+
+
+@pytest.mark.parametrize(("measure", "name"), [(measure_serve, "serve"), (measure_cluster, "cluster")])
+def test_a_rule_played_again_replaces_its_own_rows_alone(measure: Any, name: str, tmp_path: Path) -> None:
+    cfg = OmegaConf.structured(EvaluateConfig(baselines=["dense", "int4"], serve_windows=1, cluster_each=1))
+    measure(cfg, tmp_path)
+    path = tmp_path / f"{name}.parquet"
+    first = pd.read_parquet(path)
+    write_parquet(path, first.assign(utility=-1.0))
+    cfg.only = ["dense"]
+    measure(cfg, tmp_path)
+    again = pd.read_parquet(path)
+    assert list(dict.fromkeys(again["policy"])) == ["dense", "int4"]
+    assert (again[again["policy"] == "int4"]["utility"] == -1.0).all()
+    played = [frame[frame["policy"] == "dense"]["utility"].tolist() for frame in (first, again)]
+    assert played[0] == played[1]
+    made = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    assert [replay["policies"] for replay in made["replayed"]] == [["dense"]]

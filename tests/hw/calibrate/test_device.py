@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,6 +143,21 @@ def test_only_changes_needs_an_existing_calibration(tmp_path: Path, capsys: pyte
     assert "measure all first" in capsys.readouterr().err
     assert exit_status(command, "source=device", "only=change") == 2
     assert "changes" in capsys.readouterr().err
+
+
+def test_processor_seconds_on_a_gpu_are_refused_and_wall_is_its_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert exit_status(command, "source=device", "gpu=h100_80gb", "clock=cpu") == 2
+    assert "set the clock to wall" in capsys.readouterr().err
+    clocks: list[str] = []
+    monkeypatch.setattr(hw.calibrate.this_device, "load", lambda *_: None)
+    monkeypatch.setattr(
+        hw.calibrate.this_device, "measure_all", lambda _, settings, out: clocks.append(settings.clock) or sys.exit(0)
+    )
+    for gpu in ("h100_80gb", "cpu_epyc_1thread"):
+        assert exit_status(command, "source=device", f"gpu={gpu}") == 0
+    assert clocks == ["wall", "cpu"]
 
 
 def test_an_unknown_clock_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

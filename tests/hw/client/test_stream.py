@@ -46,6 +46,10 @@ def test_every_piece_of_one_token_counts_and_the_counts_of_usage_are_kept() -> N
         ("function_call",),
         ("refusal",),
         ("reasoning", "reasoning_content"),
+        ("reasoning_details",),
+        ("reasoning", "reasoning_details"),
+        ("thinking",),
+        ("audio",),
     ],
 )
 def test_reasoning_and_tool_calls_are_tokens_too(keys: tuple[str, ...]) -> None:
@@ -56,6 +60,31 @@ def test_reasoning_and_tool_calls_are_tokens_too(keys: tuple[str, ...]) -> None:
     line = read(role, *pieces, (0.7, chat({}, "length")), *END)
     assert line.piece_s == pytest.approx(times())
     assert line.piece_tokens == ONES
+
+
+def with_reasoning(tokens: int, reasoning: int) -> dict[str, Any]:
+    counted = usage(5, tokens)
+    return counted | {"usage": counted["usage"] | {"completion_tokens_details": {"reasoning_tokens": reasoning}}}
+
+
+def test_reasoning_that_is_counted_and_hidden_is_no_token_between_those_that_come() -> None:
+    hidden = read(*tokens(), (0.7, text("", finish_reason="stop")), (0.7, with_reasoning(212, 200)), (0.7, DONE))
+    assert hidden == Timeline(times(), ONES, 5, 12, True)
+    grouped = read((0.1, text("abcd")), (0.3, text("abcd")), (0.7, with_reasoning(208, 200)), (0.7, DONE))
+    assert grouped.piece_tokens == (4, 4)
+
+
+def test_reasoning_that_is_shown_counts_once() -> None:
+    pieces = [(0.1 + 0.05 * i, chat({"reasoning": "a"} if i < 5 else {"content": "a"})) for i in range(12)]
+    shown = read(*pieces, (0.7, chat({}, "stop")), (0.7, with_reasoning(12, 5)), (0.7, DONE))
+    assert (shown.tokens, shown.piece_tokens) == (12, ONES)
+    as_content = read(*tokens(), (0.7, with_reasoning(12, 5)), (0.7, DONE))
+    assert (as_content.tokens, as_content.piece_tokens) == (12, ONES)
+
+
+def test_the_count_of_groq_is_a_count() -> None:
+    line = read(*tokens(), (0.7, {**text("", finish_reason="stop"), "x_groq": usage(5, 12)}), (0.7, DONE))
+    assert line == Timeline(times(), ONES, 5, 12, True)
 
 
 def test_the_tokens_of_a_piece_share_the_gap_before_it() -> None:
@@ -214,6 +243,10 @@ def test_an_answer_is_complete_with_the_requested_tokens_and_otherwise_cut() -> 
         ('{"error": {"message": "\\ud83d"}}', "ended the answer with an error"),
         ('{"error": {"code": 3}, "choices": []}', '{"code": 3}'),
         ('{"choices": [{"text": "", "finish_reason": "abort"}]}', "finish_reason 'abort'"),
+        ('{"object": "error", "message": "EngineCore died", "code": 500}', "EngineCore died"),
+        ('{"text": "NETWORK ERROR", "error_code": 50001}', "NETWORK ERROR"),
+        ('{"detail": "overloaded"}', "overloaded"),
+        ('{"message": "overloaded", "choices": []}', "overloaded"),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('{"a": 1' + "0" * 5000 + "}", "not JSON"),

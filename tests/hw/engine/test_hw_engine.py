@@ -103,6 +103,11 @@ def test_a_prefix_cache_which_only_the_simulator_has_is_refused() -> None:
         hw_engine(config=replace(engine_config(), prefix_caching=True))
 
 
+def test_scheduling_ahead_which_only_the_simulator_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the real engine forms a batch when the iteration before it has ended"):
+        hw_engine(config=replace(engine_config(), schedules_ahead=True))
+
+
 @pytest.mark.parametrize("reuse", [False, True])
 def test_preempted_requests_still_give_the_tokens_of_plain_generate(reuse: bool) -> None:
     rows = some_rows(2, 12, longest_output=24)

@@ -153,6 +153,23 @@ def test_memory_that_runs_out_is_caught_and_counted_in_hardware_json(
     assert json.loads((folder / "summary.json").read_text())["preemptions"] >= 3
 
 
+def test_processor_seconds_on_a_gpu_are_refused_before_the_model_loads(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hw.replay.run, "pick_device", lambda _: torch.device("cuda:0"))
+    monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as ended:
+        run("hw", "hw.clock=cpu")
+    assert ended.value.code == 2
+    assert "set the clock to wall" in capsys.readouterr().err
+
+
+def test_a_policy_that_never_changes_its_plan_stores_no_weights(run: Callable[..., Path]) -> None:
+    assert json.loads((run("hw", name="dense") / "hardware.json").read_text())["stored_weight_bytes"] == 0
+    swaps = run("hw", "policy=morphserve", name="swaps")
+    assert json.loads((swaps / "hardware.json").read_text())["stored_weight_bytes"] > 0
+
+
 def test_a_checkpoint_that_is_not_the_described_model_is_refused(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,14 @@ def test_one_replica_leaves_the_records_of_a_replay_with_the_same_configuration(
     assert summary["transitions"] == len(engine.transitions())
 
 
+def test_clients_of_a_cluster_wait_for_its_front_end_as_well() -> None:
+    plain, (_, summary) = build_trace(config()), run(config("frontend=vllm", "frontend.front_s=0.25"))
+    cluster, _ = run(config("frontend=vllm", "frontend.front_s=0.25"))
+    assert cluster.records().arrival_s.tolist() == (plain.arrival_s + 0.25).tolist()
+    for name in ("ttft_s", "e2e_s"):
+        assert summary[f"client_{name}"]["p50"] == pytest.approx(summary[name]["p50"] + 0.25)
+
+
 def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> None:
     monkeypatch.setattr(sys, "argv", ["sim.cluster", *SHORT, *overrides, f"hydra.run.dir={folder}"])
     cluster_command()

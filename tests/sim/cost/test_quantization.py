@@ -74,6 +74,18 @@ SIZED = {
         compressed({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}),
         WEIGHTS / 2 + GROUPS[32] * 2.5,
     ),
+    "w4a16 ordered by activation": (
+        compressed({"num_bits": 4, "group_size": 32, "actorder": "group"}, format="pack-quantized"),
+        WEIGHTS / 2 + GROUPS[32] * 2 + 4 * sum(i for i, _ in LINEARS),
+    ),
+    "w4a16 ordered by weight": (
+        compressed({"num_bits": 4, "strategy": "group", "group_size": 32, "actorder": "weight"}, transform_config={}),
+        WEIGHTS / 2 + GROUPS[32] * 2,
+    ),
+    "fp8 with norms kept": (
+        {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.0.input_layernorm", "model.norm", "q_norm"]},
+        WEIGHTS + 7 * 4,
+    ),
     "w8a8 fp8": (compressed({"num_bits": 8, "type": "float", "strategy": "channel"}), WEIGHTS + ROWS * 4),
 }
 
@@ -108,6 +120,21 @@ REFUSED = {
     "head of compressed-tensors": (compressed({"num_bits": 8}, ignore=[]), "ignore lacks lm_head"),
     "two groups": (compressed({}, config_groups={"a": {}, "b": {}}), "one group"),
     "sparse": (compressed({"num_bits": 8}, sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),
+    "weights that transform others": (
+        compressed({"num_bits": 8}, transform_config={"config_groups": {"R1": {}}}),
+        "transform",
+    ),
+    **{  # stored in half the bits, in 16 bits, in 8 bits, and in a way that is stated for a group
+        form: (compressed({"num_bits": 4, "strategy": "channel"}, format=form), f"format '{form}' with 4 bits")
+        for form in ("marlin-24", "dense", "int-quantized", "naive-quantized", "x" * 60)
+    },
+    "format of a group": (
+        compressed({}, config_groups={"a": {"targets": ["Linear"], "weights": {"num_bits": 4}, "format": "dense"}}),
+        "format 'dense'",
+    ),
+    "weights of LoRA": (GPTQ | {"adapter": {"name": "lora", "rank": 64}}, "adapter"),
+    "int8 in 16 bits": ({"load_in_8bit": True, "llm_int8_has_fp16_weight": True}, "stay in 16 bits"),
+    "fp8 loaded in 16 bits": ({"quant_method": "fp8", "dequantize": True}, "loaded in 16 bits"),
     "fp4": (compressed({"num_bits": 4, "type": "float"}), "'float' with 4 bits"),
     "fp8 cache of 4 bits": (GPTQ | {"kv_cache_scheme": {"num_bits": 4}}, "kv_cache_scheme"),
     "no method": ({"bits": 4}, "quant_method is None"),
@@ -126,6 +153,7 @@ def test_what_is_not_sized_is_refused_in_one_sentence(stated: Any, message: str)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "unquantized model" in str(caught.value) or "object" in str(caught.value)
+    assert "did you mean" not in str(caught.value)  # a scheme is not sized as the one with the nearest name
 
 
 @pytest.mark.parametrize("stated", [None, {}, {"quant_method": "bitsandbytes", "load_in_8bit": False}])

@@ -19,6 +19,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.policies.fixed import static_plan
 from sim.traces.trace import Trace
 from tests.sim.disaggregate.plain_disaggregated import PlainDisaggregated, build
+from tests.sim.engine.kernel_cases import schedules_ahead
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency
 from tests.sim.shrink import shrunk_case, without_some
@@ -52,8 +53,11 @@ class DisaggregatedCase:
         return {**shared, "plan": plan, "budget_bytes": budget_bytes}
 
 
-def random_disaggregated(seed: int) -> DisaggregatedCase:
-    """Return the case of a seed; its times are irregular, so that rounding does not decide any order."""
+def random_disaggregated(seed: int, *, ahead: bool | None = None) -> DisaggregatedCase:
+    """Return the case of a seed; its times are irregular, so that rounding does not decide any order.
+
+    ``ahead`` sets whether its engines schedule ahead, None lets the seed decide.
+    """
     rng = np.random.default_rng([seed, 9])
     count = int(rng.integers(1, 50))
     gap_s = float(rng.choice([0.0, 0.3, 2.0]))
@@ -83,6 +87,7 @@ def random_disaggregated(seed: int) -> DisaggregatedCase:
             ),
             kv_block_tokens=4,
             kv_watermark_share=float(rng.choice([0.0, 0.1])),
+            schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
         ),
         latency=linear_latency(
             base_s=0.3 + float(rng.random()) / 7, token_s=float(rng.random()) / 90, context_s=float(rng.random()) / 900

@@ -93,6 +93,12 @@ def test_a_run_folder_says_what_was_sent(tmp_path: Path, monkeypatch: pytest.Mon
     assert summary["transfer_reduction"] == 1.0
 
 
+def test_clients_wait_for_the_front_end_as_well() -> None:
+    _, summary = run(config("frontend=vllm", "frontend.front_s=0.25", "frontend.back_s=0.125", "trace.duration_s=20"))
+    for name in ("ttft_s", "e2e_s"):
+        assert summary[f"client_{name}"]["p50"] == pytest.approx(summary[name]["p50"] + 0.375)
+
+
 def test_disaggregated_decode_is_not_held_up_by_prompts() -> None:
     together = run(config("prefill_replicas=0", "decode_replicas=4", "trace.rate_rps=16"))[1]
     disaggregated = run(config("trace.rate_rps=16"))[1]
@@ -111,3 +117,18 @@ def test_a_pruned_plan_is_charged_for_both_stages() -> None:
     assert np.isfinite(records.quality_nll).all()
     assert "decode" in summary["plan"]
     assert plan.prefill != plan.decode
+    assert summary["quality_outside_share"] == 0.0
+    assert summary["quality_note"] is None
+
+
+def test_a_plan_beyond_the_fitted_range_is_reported_as_an_upper_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["model=smollm2_135m", "gpu=cpu_epyc_1thread", "engine=small", "trace=small", "budget.share=0.3",
+             "workspace_bytes=1e8", "policy=fixed", "policy.drop_mha=[0,1,2,3,4,5,6,7,8,9]", "link_bytes_per_s=1e7",
+             "seeds=[1,2]", "trace.duration_s=20", f"hydra.run.dir={tmp_path}"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["sim.disaggregate", *overrides])
+    disaggregate_command()
+    for summary in json.loads((tmp_path / "compare.json").read_text())["summaries"]["cluster"]:
+        assert summary["quality_outside_share"] == 1.0
+    assert "note: cluster: 100.0 % of tokens ran under plans outside the range" in capsys.readouterr().out

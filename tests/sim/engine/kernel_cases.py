@@ -146,8 +146,13 @@ def linear_description(fixed_us: float) -> dict[str, Any]:
     }
 
 
-def random_case(seed: int) -> Case:
-    """Return the case of a seed."""
+def schedules_ahead(seed: int) -> bool:
+    """Return whether the engine of a seed schedules ahead; its own stream, so that all else of a seed stays."""
+    return bool(np.random.default_rng([seed, 10]).random() < 0.4)
+
+
+def random_case(seed: int, *, ahead: bool | None = None) -> Case:
+    """Return the case of a seed; ``ahead`` sets whether its engine schedules ahead, None lets the seed decide."""
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
     count = int(rng.integers(1, 60))
@@ -199,6 +204,7 @@ def random_case(seed: int) -> Case:
             restore=restore,
             prefix_caching=bool(rng.random() < 0.4),
             hash_block_tokens=kv_block_tokens * int(rng.choice([1, 1, 2, 4])),
+            schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
         ),
         latency=random_latency(rng),
         host_to_device_bytes_per_s=float(rng.choice([2e3, 2e4, 1e6])),

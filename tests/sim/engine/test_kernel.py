@@ -161,7 +161,8 @@ def test_the_engines_agree_on_a_real_model_under_a_policy_and_memory_that_moves(
 def test_the_random_cases_meet_everything_that_has_rules() -> None:
     """The comparison above covers only what some random case reaches."""
     met = dict.fromkeys(
-        ("preempted", "recomputed", "copied", "over budget", "rejected", "windowed KV", "a KV hole", "known"), 0
+        ("preempted", "recomputed", "copied", "over budget", "rejected", "windowed KV", "a KV hole", "known", "ahead"),
+        0,
     )
     for seed in range(120):
         case = random_case(seed)
@@ -176,6 +177,7 @@ def test_the_random_cases_meet_everything_that_has_rules() -> None:
         met["over budget"] += engine.budget_violation_s > 0
         met["rejected"] += bool((records.status == 3).any())
         met["windowed KV"] += any("KV" in plan for plan in transitions.to_plan)
+        met["ahead"] += case.config.schedules_ahead
         met["known"] += bool(case.scheduled) and len(transitions) > 0
         met["a KV hole"] += len(set(np.round(records.kept_params_share, 9))) > 2
     assert min(met.values()) >= 5, met

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import sim.engine.server_spec
 from sim.config import build_option, compose_config, load_option
 from sim.cost.plan import dense_plan
-from sim.engine.server_spec import ServerSpec
+from sim.engine.server_spec import ServerSpec, find_calibration
 from sim.errors import ConfigError
 from sim.policies import PolicyContext
 from sim.replay.loop import replay
@@ -52,6 +55,30 @@ def test_without_a_calibration_only_building_the_simulated_engine_fails() -> Non
 def test_a_calibration_of_another_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="was made for model 'llama2_7b', not 'llama3_8b'"):
         ServerSpec.from_names(model="llama3_8b", gpu="l4_24gb", latency="llama2_7b_l4")
+
+
+def test_a_calibration_measured_here_is_chosen_before_a_shipped_one_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(name: str, **more: object) -> None:
+        (tmp_path / f"{name}.json").write_text(json.dumps({"model": "m", "device": "d", **more}))
+
+    monkeypatch.setattr(sim.engine.server_spec, "CALIBRATIONS", tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    tmp_path = tmp_path / "a"
+    write("m", kind="composed")
+    write("m_d_published", kind="measured")
+    assert find_calibration("m", "d") == "m_d_published"
+    assert capsys.readouterr().err == ""
+    write("m_d_at_another_speed", kind="derived", device_run={})
+    write("m_device_full_name", kind="measured", device_run={})
+    sim.engine.server_spec._calibrated_pairs.cache_clear()
+    sim.engine.server_spec._calibration_ranks.cache_clear()
+    assert find_calibration("m", "d") == "m_device_full_name"
+    assert find_calibration("m", "d") == "m_device_full_name"
+    said = capsys.readouterr().err
+    assert said.count("m_device_full_name") == 1
+    assert "m_d_published" in said
 
 
 def test_overrides_take_precedence_over_the_servers_own_arguments() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import subprocess
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -15,7 +17,7 @@ import sim.compare  # noqa: F401, which registers its schema
 from sim.config import check_overrides
 from sim.errors import ConfigError
 from sim.pages import clusters, simulation
-from sim.pages.comparison import Comparison, ResultsConfig, wins, write_page
+from sim.pages.comparison import Comparison, ResultsConfig, means, replay, wins, write_page
 from sim.results.report import SUMMARY_COLUMNS
 from tests.sim.pages.test_render import cells
 
@@ -89,6 +91,20 @@ def test_a_claim_within_two_percent_is_no_difference() -> None:
     ]
 
 
+def test_two_upper_bounds_of_quality_do_not_say_which_plan_loses_more() -> None:
+    content = json.loads((clusters.FOLDER / "pdtrim_transfer.json").read_text(encoding="utf-8"))
+    rows = means(content)
+    nested, single, kv = rows["PDTrim blocks, bytes"], rows["unified, bytes"], rows["PDTrim KV, bytes"]
+    nested |= {"perplexity_ratio": 14.0, "quality_outside_share": 1.0}
+    single |= {"perplexity_ratio": 20.0, "quality_outside_share": 1.0}
+    kv |= {"perplexity_ratio": 1.5, "quality_outside_share": 0.0}
+    claims = clusters.pdtrim_claims(rows)
+    assert claims["nested_costs_less"] == "unknown"
+    assert claims["kv_costs_less"] == "yes"
+    single["quality_outside_share"] = 0.0
+    assert clusters.pdtrim_claims(rows)["nested_costs_less"] == "yes"
+
+
 def test_a_page_command_replays_the_chosen_results_and_refuses_an_unknown_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,3 +124,19 @@ def test_a_page_command_replays_the_chosen_results_and_refuses_an_unknown_one(
     cfg.only = ["kv_hall"]
     with pytest.raises(ConfigError, match="kv_hole"):
         write_page(cfg, simulation.COMPARISONS, tmp_path, lambda: "the page")
+
+
+def test_a_comparison_that_fails_is_one_line_with_the_error_of_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "compiling the engine\nwarning: prices are extrapolated\nerror: tick_s is -1\n"
+
+    def fails(*_: Any, env: dict[str, str], **__: Any) -> subprocess.CompletedProcess[str]:
+        assert env["RAP_LAB_PROGRESS"] == "0"
+        return subprocess.CompletedProcess([], 2, "", said)
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    with pytest.raises(ConfigError) as caught:
+        replay("kv_hole", Comparison(command="sim.compare"), 1, tmp_path)
+    assert str(caught.value) == "python -m sim.compare failed: error: tick_s is -1"
+    assert list(tmp_path.iterdir()) == []

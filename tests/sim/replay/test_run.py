@@ -60,6 +60,17 @@ def test_a_run_leaves_a_complete_folder_and_equal_runs_leave_equal_records(tmp_p
     assert OmegaConf.load(a / "config.yaml").seed == 7
 
 
+def test_a_run_with_a_front_end_shows_both_sides(tmp_path: Path) -> None:
+    done = run(*QUICK, "frontend=vllm", "frontend.front_s=0.25", "slo.side=client", "hydra.run.dir=a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\nclient_ttft_s mean=" in done.stdout
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    frame = pd.read_parquet(tmp_path / "a" / "records.parquet")
+    assert np.allclose(frame.client_ttft_s, frame.ttft_s + 0.25, equal_nan=True)
+    assert summary["client_ttft_s"]["max"] == frame.client_ttft_s.max()
+    assert summary["slo_attainment"] == (frame.client_ttft_s <= 2.0).mean()
+
+
 def test_runs_do_not_appear_in_the_current_folder_itself(tmp_path: Path) -> None:
     assert run(*QUICK, cwd=tmp_path).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -93,11 +93,24 @@ def test_a_comparison_has_a_color_and_dash_of_its_own_for_each_of_many_policies(
 ) -> None:
     engine = served((0.0, 8, 4), (1.0, 8, 4))
     line = Line(engine.records(), engine.iterations(), [(0.0, 1.0), (2.0, 0.5)])
-    plot_comparison(tmp_path / "many.png", {f"policy_{n}": line for n in range(15)}, Slo(ttft_s=2.0), "many", MOVING)
+    plot_comparison(tmp_path / "many.png", {f"policy_{n}": line for n in range(15)}, Slo(ttft_s=2.0), "many", [MOVING])
     (figure,) = figures
     styles = {(line.get_color(), line.get_linestyle()) for line in figure.axes[1].lines}
     assert len(styles) == 15
     assert len(figure.axes) == 4
+    assert legends_over_data(figure) == []
+
+
+def test_a_comparison_shows_every_budget_that_moves_and_how_low_each_gets(tmp_path: Path, figures: list[Any]) -> None:
+    engine = served((0.0, 8, 4), (1.0, 8, 4), (9.0, 8, 4))
+    line = Line(engine.records(), engine.iterations(), [(0.0, 1.0)])
+    tighter = ((0.0, 2 * 10**9), (3.0, 5 * 10**8))
+    budgets = [MOVING, ((0.0, 10**9),), tighter]
+    plot_comparison(tmp_path / "two.png", {"a": line, "b": line, "c": line}, Slo(ttft_s=2.0), "two", budgets)
+    (figure,) = figures
+    assert [drawn.get_ydata()[1] for drawn in figure.axes[3].lines] == [1.0, 0.5]
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"budget, lowest 1.0 GB", "budget, lowest 0.5 GB"} <= set(shown)
     assert legends_over_data(figure) == []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sim.errors import TraceError
+from sim.traces.readers import table
 from sim.traces.readers.aiperf import read_aiperf
 from sim.traces.readers.azure import read_azure
 from sim.traces.readers.mooncake import read_mooncake
@@ -76,3 +77,37 @@ def test_latencies_beyond_any_float_end_after_the_benchmark(tmp_path: Path) -> N
     (tmp_path / "bench.json").write_text(json.dumps({**BENCH, "itls": [[0.5, 10**400], [0.02]]}))
     with pytest.raises(TraceError, match="ends after the benchmark"):
         read_vllm_bench(tmp_path / "bench.json")
+
+
+def test_one_object_of_many_fields_is_a_bad_row(tmp_path: Path) -> None:
+    good = {"arrival_s": 0, "prompt_tokens": 1, "output_tokens": 1}
+    wide = json.dumps(good | {f"field {i}": i for i in range(10_000)})
+    (tmp_path / "wide.jsonl").write_text(f"{json.dumps(good)}\n{wide}\n")
+    with pytest.raises(TraceError, match=r"line 2.*'10,003 fields'; allowed: at most 10,000 fields"):
+        read_trace(tmp_path / "wide.jsonl")
+    assert len(read_trace(tmp_path / "wide.jsonl", on_bad_row="skip")) == 1
+
+
+def test_rows_of_many_different_fields_are_not_kept_together(tmp_path: Path) -> None:
+    good = {"arrival_s": 0, "prompt_tokens": 1, "output_tokens": 1}
+    rows = [good | {f"{row} {i}": 0 for i in range(5_000)} for row in range(45)]
+    (tmp_path / "fields.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(read_trace(tmp_path / "fields.jsonl")) == 45
+
+
+def test_lines_of_more_values_than_can_be_parsed_soon_are_refused_before_parsing(tmp_path: Path) -> None:
+    row = {"arrival_s": 0, "prompt_tokens": 1, "output_tokens": 1, "unused": [[]] * 200}
+    (tmp_path / "values.jsonl").write_text(json.dumps(row))
+    with pytest.raises(TraceError, match=r"about 202 values, more than 16 times trace\.max_rows=10"):
+        read_trace(tmp_path / "values.jsonl", max_rows=10)
+    assert len(read_trace(tmp_path / "values.jsonl", max_rows=20)) == 1
+
+
+def test_few_of_many_names_are_compared_with_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    nearest = table.nearest
+    monkeypatch.setattr(table, "nearest", lambda name, known: compared.append(name) or nearest(name, known))
+    (tmp_path / "names.jsonl").write_text(json.dumps({f"name {i}": i for i in range(9_000)}))
+    with pytest.raises(TraceError, match="no column 'arrival_s'"):
+        read_trace(tmp_path / "names.jsonl")
+    assert len(compared) < 200

@@ -346,7 +346,10 @@ def test_an_incomplete_result_of_vllm_says_what_is_missing(tmp_path, changes, me
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("trace_version: 1", "trace_version is 1; allowed: 2"),
+        ("trace_version: 1", "trace_version is 1; allowed: 2, 3"),
+        ("trace_version: [3]", "trace_version is .3.; allowed"),
+        ("trace_version: 3\nsession_context_growth: Accumulate", "session_context_growth is 'Accumulate'"),
+        ("trace_version: 3\nsession_context_growth: accumulate", "no column 'session_id'"),
         ("[", "is not YAML"),
         ("trace_version: 2\ntime_unit: seconds", "time_unit is 'seconds'"),
     ],
@@ -360,6 +363,46 @@ def test_the_header_of_a_tracev2_is_checked(tmp_path, header, message):
     assert any("version 2 by" in step for step in read("inference_sim", path, header=str(other)).history)
     with pytest.raises(TraceError, match=r"trace\.header"):
         read("inference_sim", other)
+
+
+def tracev2(*rows: dict[str, object]) -> str:
+    """Return rows of a TraceV2; what a row does not state is as inference-sim writes it where there is nothing."""
+    names = "session_id,round_index,prefix_group,prefix_length,input_tokens,output_tokens,server_input_tokens"
+    empty = dict.fromkeys((*names.split(","), "input_tokens_reset"), 0) | {"session_id": "", "prefix_group": ""}
+    cells = [{"arrival_time_us": i, **empty, "output_tokens": 5, **row} for i, row in enumerate(rows)]
+    return "\n".join(",".join(map(str, line)) for line in (cells[0], *(row.values() for row in cells))) + "\n"
+
+
+def test_the_prompt_of_a_tracev2_has_its_prefix_or_the_tokens_that_the_server_counted(tmp_path):
+    rows = tracev2(
+        {"prefix_group": "system", "prefix_length": 50, "input_tokens": 100},
+        {"prefix_length": 50, "input_tokens": 100},  # of no group
+        {"input_tokens": 30, "server_input_tokens": 37},  # with the template of the chat
+        {"prefix_group": "system", "prefix_length": 50, "input_tokens": 0},
+    )
+    trace = read("inference_sim", write(tmp_path, rows, "t.csv"))
+    assert trace.prompt_tokens.tolist() == [150, 100, 37, 50]
+    huge = tracev2({"prefix_group": "system", "prefix_length": 10**9, "input_tokens": 10**9})
+    with pytest.raises(TraceError, match=r"line 2, column 'input_tokens': too large with its prefix"):
+        read("inference_sim", write(tmp_path, huge, "huge.csv"))
+
+
+def test_later_rounds_of_a_tracev2_that_accumulates_begin_with_the_rounds_before(tmp_path):
+    rows = tracev2(
+        {"session_id": "a", "input_tokens": 100, "output_tokens": 50},
+        {"session_id": "b", "input_tokens": 60, "prefix_group": "system", "prefix_length": 7},
+        {"session_id": "a", "round_index": 1, "input_tokens": 30, "output_tokens": 40},
+        {"session_id": "b", "round_index": 1, "input_tokens": 0},
+        {"session_id": "a", "round_index": 2, "input_tokens": 0, "input_tokens_reset": 25},
+        {"session_id": "a", "round_index": 3, "input_tokens": 1},
+        {"input_tokens": 9},  # of no session
+    )
+    path = write(tmp_path, rows, "t.csv")
+    write(tmp_path, "trace_version: 3\nsession_context_growth: accumulate", "t.yaml")
+    assert read("inference_sim", path).prompt_tokens.tolist() == [100, 67, 180, 72, 25, 31, 9]
+    gap = tracev2({"session_id": "a", "input_tokens": 1}, {"session_id": "a", "round_index": 2, "input_tokens": 1})
+    with pytest.raises(TraceError, match=r"line 3, column 'round_index': the round before is missing"):
+        read("inference_sim", write(tmp_path, gap, "t.csv"))
 
 
 def test_seconds_in_a_file_of_milliseconds_are_not_read_as_milliseconds(tmp_path):

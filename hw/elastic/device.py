@@ -1,0 +1,214 @@
+"""The device behind the model: its copies, its allocator and its clockwork, in one place.
+
+    device = device_of(torch.device("cuda:1"))
+    tensors, event = device.copy_in(stored)     # starts to copy from pinned memory, next to what is being computed
+    device.join(event, tensors)                 # what is computed from now on waits for the copy
+
+Nothing else calls ``torch.cuda``'s streams, events and memory functions. Tests replace the device with one that fails
+loudly (tests/hw/fake_cuda.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hw.elastic.processor import processor_name
+
+SEGMENTS_BYTES = 64 << 20
+"""What CUDA's allocator may hold beyond tensors: it takes segments of 2 to 20 MiB, for small and large tensors of each
+of two streams."""
+_STATM = Path("/proc/self/statm")
+
+
+class Event(Protocol):
+    """A point in the work of a device."""
+
+    def query(self) -> bool:
+        """Return whether the device has reached it."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has reached it."""
+        ...
+
+    def elapsed_time(self, end: Any, /) -> float:
+        """Return the milliseconds from this timed event to a later one; the device has reached both."""
+        ...
+
+
+class Device(ABC):
+    """Where tensors are. place: its name in torch."""
+
+    place: torch.device
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name of the processor."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all work of the device is done."""
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Return the memory that this process has freed to the system."""
+
+    @abstractmethod
+    def in_use_bytes(self) -> int:
+        """Return the bytes in use now: of tensors, or of the process where the two cannot be told from each other."""
+
+    @abstractmethod
+    def take_peak_bytes(self) -> int:
+        """Return the most bytes in use since the last call, as far as the device counts them."""
+
+
+class Accelerator(Device):
+    """A device with memory of its own, which copies while it computes."""
+
+    @abstractmethod
+    def pinned(self, size: int) -> Tensor:
+        """Return new host memory that the device copies from by itself, uint8[size]."""
+
+    @abstractmethod
+    def copy_in(self, stored: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
+        """Start to copy pinned tensors to the device; return the copies and the event of their end.
+
+        The copies must not be read before ``join``.
+        """
+
+    @abstractmethod
+    def join(self, event: Event, tensors: Sequence[Tensor]) -> None:
+        """Let all later work of the device wait for a copy, and keep its tensors until that work has read them."""
+
+    @abstractmethod
+    def mark(self) -> Event:
+        """Return a timed event after the copies started so far."""
+
+    @abstractmethod
+    def limit(self, most_bytes: int | None) -> None:
+        """Let allocations beyond this many bytes of tensors fail; None takes the limit away."""
+
+
+class Cpu(Device):
+    """The processor of the host: tensors and stored weights share its memory."""
+
+    place = torch.device("cpu")
+
+    @property
+    def name(self) -> str:
+        """The name of the CPU."""
+        return processor_name(self.place)
+
+    def synchronize(self) -> None:
+        """Do nothing: work is done when a call returns."""
+
+    def give_back(self) -> None:
+        """Let the C library return what it keeps."""
+        trim = getattr(_libc(), "malloc_trim", None)  # glibc keeps freed memory; other systems return it by themselves
+        if trim is not None:
+            trim(0)
+
+    def in_use_bytes(self) -> int:
+        """Return the resident bytes of the process; 0 where the system does not tell."""
+        if _STATM.is_file():
+            return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return 0
+
+    def take_peak_bytes(self) -> int:
+        """Return the bytes in use now: the system keeps no peak that can be reset."""
+        return self.in_use_bytes()
+
+
+class Cuda(Accelerator):
+    """One CUDA device. Its copies run on a stream of their own."""
+
+    def __init__(self, place: torch.device) -> None:
+        """Use this device, or the current one if it has no number."""
+        index = torch.cuda.current_device() if place.index is None else place.index
+        self.place = torch.device("cuda", index)
+        self._side = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
+
+    @property
+    def name(self) -> str:
+        """The name of the GPU."""
+        return processor_name(self.place)
+
+    def synchronize(self) -> None:
+        """Wait for all streams."""
+        torch.cuda.synchronize(self.place)
+
+    def give_back(self) -> None:
+        """Return the segments that the allocator keeps for later."""
+        torch.cuda.empty_cache()
+
+    def in_use_bytes(self) -> int:
+        """Return the bytes of allocated tensors."""
+        return torch.cuda.memory_allocated(self.place)
+
+    def take_peak_bytes(self) -> int:
+        """Return the most bytes of allocated tensors since the last call."""
+        peak = torch.cuda.max_memory_allocated(self.place)
+        torch.cuda.reset_peak_memory_stats(self.place)
+        return peak
+
+    def pinned(self, size: int) -> Tensor:
+        """Return page-locked memory; the allocator rounds its size up to a power of two."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def copy_in(self, stored: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
+        """Copy on the side stream."""
+        with torch.cuda.stream(self._side):
+            tensors = [tensor.to(self.place, non_blocking=True) for tensor in stored]
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._side)
+        return tensors, event
+
+    def join(self, event: Event, tensors: Sequence[Tensor]) -> None:
+        """Let the current stream of this device wait."""
+        current = torch.cuda.current_stream(self.place)
+        assert isinstance(event, torch.cuda.Event)
+        current.wait_event(event)
+        for tensor in tensors:
+            # Allocated on the side stream: its memory must not be reused before this stream has read it.
+            tensor.record_stream(current)
+
+    def mark(self) -> Event:
+        """Record an event on the side stream."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._side)
+        marked: Event = event
+        return marked
+
+    def limit(self, most_bytes: int | None) -> None:
+        """Limit the share of the device's memory that this process may take."""
+        total = torch.cuda.get_device_properties(self.place).total_memory
+        share = 1.0 if most_bytes is None else min(1.0, (most_bytes + SEGMENTS_BYTES) / total)
+        torch.cuda.set_per_process_memory_fraction(share, self.place)
+
+
+def device_of(place: torch.device) -> Device:
+    """Return the device with this name in torch."""
+    return Cuda(place) if place.type == "cuda" else Cpu()
+
+
+def make_current(place: torch.device) -> None:
+    """Let this process compute on a CUDA device; call it before anything else touches one."""
+    # With segments that grow and shrink, what one stream freed is found by the other, and nothing stays in fragments.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    torch.cuda.set_device(place)
+
+
+def _libc() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None

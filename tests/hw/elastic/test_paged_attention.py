@@ -1,0 +1,94 @@
+"""Attention over the paged pool, in parts: what one call takes for a moment is bounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
+
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+import hw.elastic.paged_attention as paged  # noqa: E402
+from hw.elastic.paged_attention import Packed, PagedBatch, masked_attention  # noqa: E402
+from hw.elastic.paged_kv import ArenaStorage, SlabArena  # noqa: E402
+from sim.cost.plan import KVKeep  # noqa: E402
+from sim.engine.block_table import BlockTable  # noqa: E402
+from sim.engine.kv_pool import KVPool  # noqa: E402
+
+HEADS, KV_HEADS, DIM, TOKENS = 6, 2, 8, 4
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most bytes of a tensor that an operation returned."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and not leaf._is_view():
+                self.nbytes = max(self.nbytes, leaf.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_attention_in_parts_is_that_of_one_call_and_takes_less_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    torch.manual_seed(3)
+    arena = SlabArena(
+        slab_blocks=50,
+        block_tokens=TOKENS,
+        heads=KV_HEADS,
+        head_dim=DIM,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    pool = KVPool(400, ArenaStorage(arena))
+    for half in arena._slabs:
+        half.normal_()
+    decodes, chunks = [], []
+    for tokens in (60, 61, 62, 17, 3, 59, 64, 33):
+        table = BlockTable(mha=frozenset([0]), block_tokens=TOKENS)
+        table.hold(pool, tokens)
+        decodes.append(Packed(table, [0], tokens - 1))
+    short = BlockTable(mha=frozenset([0]), block_tokens=TOKENS, kv_keep=(KVKeep(first_tokens=2, last_tokens=9),))
+    short.hold(pool, 40)
+    decodes.append(Packed(short, [0], 39))
+    for prefix, new in ((0, 20), (37, 30)):
+        table = BlockTable(mha=frozenset([0]), block_tokens=TOKENS)
+        table.hold(pool, prefix + new)
+        chunks.append(Packed(table, [0] * new, prefix))
+    count = len(decodes) + 50
+    query = torch.randn(1, HEADS, count, DIM)
+    key, value = torch.randn(2, 1, KV_HEADS, count, DIM)
+
+    def attend() -> tuple[Any, int]:
+        batch = PagedBatch(arena, decodes, chunks, [window])
+        batch.enter(0)
+        batch.update(key, value, 0)
+        with Largest() as seen:
+            found = batch.attend(0, query, key, value, None)
+        return found, seen.nbytes
+
+    at_once, large = attend()
+    monkeypatch.setattr(paged, "PART_BYTES", 2 * 16 * arena.block_bytes)
+    in_parts, small = attend()
+    torch.testing.assert_close(in_parts, at_once)
+    assert small < large
+    assert small <= max(paged.PART_BYTES, at_once.nbytes)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_heads_that_share_a_kv_head_can_be_folded_into_its_queries(kv_heads: int, fold: bool) -> None:
+    torch.manual_seed(4)
+    query = torch.randn(1, 7, HEADS, DIM).transpose(1, 2)
+    key, value = torch.randn(2, 1, kv_heads, 19, DIM)
+    seen = torch.arange(19)[None] <= torch.arange(12, 19)[:, None]
+    shared = [half.repeat_interleave(HEADS // kv_heads, dim=1) for half in (key, value)]
+    scores = (query @ shared[0].transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(masked_attention(query, key, value, seen, 0.3, fold), scores.softmax(-1) @ shared[1])

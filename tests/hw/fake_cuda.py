@@ -1,0 +1,175 @@
+"""CUDA on a CPU, for tests: what a GPU would silently get wrong fails loudly here.
+
+    device = FakeCuda(polls=3)
+    with device:                                    # every tensor made from now on is counted
+        elastic = ElasticModel(tiny(), hardware=device)
+
+* A copy holds NaN until the computing stream waits for it or ``query`` was called ``polls`` times. Whoever reads it
+  earlier gets a NumericsError; whoever loses a copy gets an error about shapes.
+* The allocator counts tensors, refuses those beyond its limit, and on request the one with a certain number.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hw.elastic.device import Accelerator, Event
+
+
+class _Counted(TorchDispatchMode):
+    """Passes every new storage to the device."""
+
+    def __init__(self, device: FakeCuda) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
+                self._device.allocated(tensor)
+        return out
+
+
+class FakeEvent:
+    """The end of the copies that were started before it."""
+
+    def __init__(self, device: FakeCuda, copies: list[tuple[Tensor, weakref.ref[Tensor]]]) -> None:
+        self._device, self._copies, self._asked = device, copies, 0
+
+    def query(self) -> bool:
+        self._asked += 1
+        if self._asked >= self._device.polls:
+            self.synchronize()
+        return not self._copies
+
+    def synchronize(self) -> None:
+        self._device.finish(self)
+
+    def elapsed_time(self, end: Any, /) -> float:
+        return 1.0
+
+    def arrive(self) -> None:
+        """Give the copies their content."""
+        for source, target in self._copies:
+            tensor = target()
+            if tensor is not None:  # an abandoned copy has no tensor any more
+                tensor.copy_(source)
+        self._copies = []
+
+
+class FakeCuda(Accelerator):
+    """A device with memory of its own, in the memory of the host.
+
+    in_use, peak: bytes of tensors. pinned_bytes: as the allocator of pinned memory rounds them. limits: all that were
+    set. allocations: tensors so far. refuse: the numbers of those that fail. given_back: bytes in use at each call.
+    """
+
+    place = torch.device("cpu")
+
+    def __init__(self, polls: int = 3) -> None:
+        self.polls = polls
+        self.in_use = self.peak = self.allocations = self.pinned_bytes = 0
+        self.limits: list[int | None] = []
+        self.refuse: frozenset[int] = frozenset()
+        self.given_back: list[int] = []
+        self._live: dict[int, int] = {}
+        self._pinned: set[int] = set()
+        self._under_way: list[FakeEvent] = []
+        self._mode: _Counted | None = None
+
+    def __enter__(self) -> FakeCuda:
+        self._mode = _Counted(self)
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._mode is not None
+        self._mode.__exit__(kind, error, at)
+
+    # --- the allocator
+
+    def allocated(self, tensor: Tensor) -> None:
+        """Count a new tensor, or refuse it."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if not size or key in self._live or key in self._pinned:
+            return
+        number, self.allocations = self.allocations, self.allocations + 1
+        limit = self.limits[-1] if self.limits else None
+        if number in self.refuse or (limit is not None and self.in_use + size > limit):
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")
+        self._live[key] = size
+        self.in_use += size
+        self.peak = max(self.peak, self.in_use)
+        weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self.in_use -= self._live.pop(key, 0)
+
+    def limit(self, most_bytes: int | None) -> None:
+        self.limits.append(most_bytes)
+
+    def give_back(self) -> None:
+        self.given_back.append(self.in_use)
+
+    def in_use_bytes(self) -> int:
+        return self.in_use
+
+    def take_peak_bytes(self) -> int:
+        peak, self.peak = self.peak, self.in_use
+        return peak
+
+    # --- copies
+
+    @property
+    def name(self) -> str:
+        return "a fake GPU"
+
+    def synchronize(self) -> None:
+        for event in list(self._under_way):
+            event.arrive()
+        self._under_way = []
+
+    def pinned(self, size: int) -> Tensor:
+        storage = torch.UntypedStorage(size)  # no operation of torch, so not counted as memory of the device
+        self._pinned.add(storage._cdata)
+        self.pinned_bytes += 1 << (size - 1).bit_length()
+        return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+    def copy_in(self, stored: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
+        tensors, copies = [], []
+        for source in stored:
+            assert source.untyped_storage()._cdata in self._pinned, "a copy from pageable memory stops the host"
+            target = torch.empty_like(source)
+            target.view(-1).view(torch.uint8).fill_(255)  # NaN in every floating type
+            tensors.append(target)
+            copies.append((source, weakref.ref(target)))
+        event = FakeEvent(self, copies)
+        self._under_way.append(event)
+        return tensors, event
+
+    def finish(self, event: FakeEvent) -> None:
+        """Complete the copies up to an event: they are done in order."""
+        if event in self._under_way:
+            at = self._under_way.index(event) + 1
+            for earlier in self._under_way[:at]:
+                earlier.arrive()
+            del self._under_way[:at]
+
+    def join(self, event: Event, tensors: Sequence[Tensor]) -> None:
+        event.synchronize()
+
+    def mark(self) -> Event:
+        event = FakeEvent(self, [])
+        self._under_way.append(event)
+        return event
