@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sim.config import SweepConfig, build, name_of, one_thread, run_command, with_differences
 from sim.errors import ConfigError, nearest
@@ -18,7 +18,7 @@ from sim.replay.sweep import Case, Executor, Outcome, cases_of, config_of, repla
 from sim.results.metrics import Slo, records_frame
 from sim.results.plots import Line, plot_comparison
 from sim.results.report import columns_of, markdown, print_notes, print_rows
-from sim.results.run_folder import provenance, write_json, write_parquet, write_text
+from sim.results.run_folder import begin_run, provenance, write_begun, write_json, write_parquet, write_text
 
 
 @dataclass(kw_only=True)
@@ -68,6 +68,7 @@ def _compare(cfg: DictConfig) -> None:
     jobs = [(label, case, config_of(one, case)) for label, one in variants(cfg).items() for case in cases]
     made_by = provenance(cfg.seed)
     executor: Executor = build(cfg.executor)
+    begin_run(folder, cfg, made_by)
     outcomes = executor(replay_case, [one for _, _, one in jobs])
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for (label, _, _), outcome in zip(jobs, outcomes, strict=True):
@@ -82,7 +83,7 @@ def _compare(cfg: DictConfig) -> None:
         for (label, case, one), outcome in zip(jobs, outcomes, strict=True):
             inner = folder / label / case.name if len(cases) > 1 else folder / label
             write_parquet(inner / "records.parquet", records_frame(outcome.records, slo, front_end_of(one)))
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_begun(folder, cfg, made_by)
         write_text(folder / "compare.md", markdown(shown_rows, columns=columns))
         _plot(folder / "compare.png", cases, rows, outcomes, slo, title)
         names = [case.name.replace("_", " ") for case in cases]

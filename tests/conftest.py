@@ -9,7 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -85,3 +87,30 @@ def handlers_stay_open() -> Iterator[None]:
     """
     with patch("logging.config._clearExistingHandlers"):
         yield
+
+
+@dataclass
+class Shown:
+    """A task whose progress was shown: its name, its size, and the last amount that it reported."""
+
+    what: str
+    total: float
+    done: float = 0.0
+
+
+@pytest.fixture
+def shown_progress(monkeypatch: pytest.MonkeyPatch) -> list[Shown]:
+    """Return a list that gets every task whose progress is shown during the test."""
+    tasks: list[Shown] = []
+
+    @contextmanager
+    def record(what: str, total: float, unit: str, stream: object) -> Iterator[Callable[..., None]]:
+        tasks.append(task := Shown(what, total))
+
+        def report(done: float, note: str = "") -> None:
+            task.done = done
+
+        yield report
+
+    monkeypatch.setattr("sim.progress._lines", record)
+    return tasks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from agents.envs.prune_vector import PruneToBudgetVector
 from agents.training.validation import Act, play, serve, validation_episodes, validation_windows
 from sim.pages.render import table
 from sim.policies.learned import Network, read_learned
+from sim.progress import progress
 from sim.types import Bools, Floats32
 
 WINDOWS = 96
@@ -63,29 +65,35 @@ def shuffled_loads(paths: Sequence[Path], seed: int = 0) -> pd.DataFrame:
     Returns:
         One row for each policy and ablation: hidden, seed (number of the policy), utility.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, path in enumerate(paths):
         learned = read_learned(path, "PruneToBudget")
         env_kwargs = {**learned.about["environment"], "split": "validation"}
         kinds = [entry.name.split(".")[0] for entry in PruneToBudgetVector(1, **env_kwargs).setting.table.entries]
-        for name, columns in _hidden(kinds, PRUNE_GROUPS).items():
-            ended = play(shuffled(learned.network, columns, seed), env_kwargs, validation_episodes(1))
-            rows.append({"hidden": name, "seed": number, "utility": float(ended.utility.mean())})
+        hidden = _hidden(kinds, PRUNE_GROUPS)
+        with progress(f"shuffling, policy {number + 1} of {len(paths)}", len(hidden), "entries") as report:
+            for at, (name, columns) in enumerate(hidden.items(), start=1):
+                ended = play(shuffled(learned.network, columns, seed), env_kwargs, validation_episodes(1))
+                rows.append({"hidden": name, "seed": number, "utility": float(ended.utility.mean())})
+                report(at)
     return pd.DataFrame(rows)
 
 
 def shuffled_windows(paths: Sequence[Path], *, windows: int = WINDOWS, seed: int = 0) -> pd.DataFrame:
     """Return the same for policies of ``ServeTrace``; entries come from another window at the same tick."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, path in enumerate(paths):
         learned = read_learned(path, "ServeTrace")
         env_kwargs = {**learned.about["environment"], "split": "validation"}
         # The network does not read the flags of legal actions.
         names = [entry["name"] for entry in learned.about["observation"] if not entry["name"].startswith("legal.")]
         drawn = validation_windows(tuple(env_kwargs["sources"]), windows)
-        for name, columns in _hidden(names, SERVE_GROUPS).items():
-            utility = serve(shuffled(learned.network, columns, seed), env_kwargs, drawn)
-            rows.append({"hidden": name, "seed": number, "utility": float(utility.mean())})
+        hidden = _hidden(names, SERVE_GROUPS)
+        with progress(f"shuffling, policy {number + 1} of {len(paths)}", len(hidden), "entries") as report:
+            for at, (name, columns) in enumerate(hidden.items(), start=1):
+                utility = serve(shuffled(learned.network, columns, seed), env_kwargs, drawn)
+                rows.append({"hidden": name, "seed": number, "utility": float(utility.mean())})
+                report(at)
     return pd.DataFrame(rows)
 
 

@@ -25,7 +25,7 @@ from sim.policies.base import Policy
 from sim.policies.learned_cluster import learned_cluster
 from sim.policies.learned_files import read_about as read_policy
 from sim.policies.learned_serve import learned_serve
-from sim.progress import progress
+from sim.progress import counted, progress
 
 Windows = Sequence[Window]
 
@@ -76,7 +76,8 @@ def test_clusters(setting: ClusterSetting, sources: Sequence[str], each: int) ->
 
 def mean_cluster_utility(setting: ClusterSetting, clusters: Sequence[Windows], build: Build) -> float:
     """Return the mean utility of a policy over clusters, in [0, 1]; it is built again for each replica."""
-    return float(np.mean([play_cluster(setting, windows, build)["utility"] for windows in clusters]))
+    with progress("playing", len(clusters), "clusters") as report:
+        return float(np.mean(counted((play_cluster(setting, one, build)["utility"] for one in clusters), report)))
 
 
 def tuned_cluster_rules(

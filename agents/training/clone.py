@@ -33,6 +33,7 @@ from agents.training.validation import validation_utilities
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.policies.learned import Network, network_of
+from sim.progress import progress
 from sim.results.run_folder import provenance, write_json, write_text
 from sim.types import Floats32
 
@@ -84,21 +85,23 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
     rng = np.random.default_rng(seed)
     core = ServeCore(setting)
     features, losses = [], []
-    for _ in range(config.windows):
-        core.begin(setting.windows.sample(rng, setting.split, setting.sources))
-        offset = int(rng.integers(config.every))
-        action = 0
-        for tick in range(1, setting.ticks - 1):
-            legal = setting.actions.legal(core.state, core.choice)
-            observed = core.observe()[: setting.table.features]
-            if tick % config.every == offset:
-                lost = look_ahead(core, config.horizon_s, config.grace_s)
-                features.append(observed)
-                losses.append(lost)
-                action = int(np.nanargmin(lost))
-                if rng.random() < config.stray:
-                    action = int(rng.choice(np.flatnonzero(legal)))
-            core.step(action if legal[action] else core.choice.action)
+    with progress("looking ahead", config.windows, "windows") as report:
+        for number in range(config.windows):
+            core.begin(setting.windows.sample(rng, setting.split, setting.sources))
+            offset = int(rng.integers(config.every))
+            action = 0
+            for tick in range(1, setting.ticks - 1):
+                legal = setting.actions.legal(core.state, core.choice)
+                observed = core.observe()[: setting.table.features]
+                if tick % config.every == offset:
+                    lost = look_ahead(core, config.horizon_s, config.grace_s)
+                    features.append(observed)
+                    losses.append(lost)
+                    action = int(np.nanargmin(lost))
+                    if rng.random() < config.stray:
+                        action = int(rng.choice(np.flatnonzero(legal)))
+                core.step(action if legal[action] else core.choice.action)
+            report(number + 1)
     return np.stack(features), np.stack(losses)
 
 
@@ -128,22 +131,24 @@ def fit(
     rng = np.random.default_rng(int(cfg.seed))
     best: tuple[float, Network] | None = None
     history = []
-    for epoch in range(1, config.epochs + 1):
-        error = 0.0
-        for rows in np.array_split(rng.permutation(len(features)), max(1, len(features) // config.batch)):
-            # Huber, because losses have long tails: in a burst every plan can lose forty requests.
-            errors = torch.nn.functional.huber_loss(model(inputs[rows]), target[rows], reduction="none", delta=3.0)
-            loss = (errors * mask[rows]).sum() / mask[rows].sum()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            error += float(loss.detach()) * len(rows) / len(features)
-        if epoch % 10 == 0 or epoch == config.epochs:
-            network = _network(model)
-            utility = float(validation_utilities(cfg.env.id, env_kwargs, network).mean())
-            history.append((epoch, error, utility))
-            if best is None or utility > best[0]:
-                best = utility, network
+    with progress("fitting", config.epochs, "epochs") as report:
+        for epoch in range(1, config.epochs + 1):
+            error = 0.0
+            for rows in np.array_split(rng.permutation(len(features)), max(1, len(features) // config.batch)):
+                # Huber, because losses have long tails: in a burst every plan can lose forty requests.
+                errors = torch.nn.functional.huber_loss(model(inputs[rows]), target[rows], reduction="none", delta=3.0)
+                loss = (errors * mask[rows]).sum() / mask[rows].sum()
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                error += float(loss.detach()) * len(rows) / len(features)
+            if epoch % 10 == 0 or epoch == config.epochs:
+                network = _network(model)
+                utility = float(validation_utilities(cfg.env.id, env_kwargs, network).mean())
+                history.append((epoch, error, utility))
+                if best is None or utility > best[0]:
+                    best = utility, network
+            report(epoch)
     assert best is not None
     return best[1], best[0], history
 

@@ -35,6 +35,7 @@ from sim.paths import REPOSITORY
 from sim.policies.base import Policy
 from sim.policies.observation.prune import removed_blocks
 from sim.policies.observation.serve import ServeActions
+from sim.progress import counted, progress
 from sim.types import Bools
 
 Choose = Callable[[], int]
@@ -160,7 +161,8 @@ def episodes(cfg: DictConfig) -> Iterator[Any]:
 def _run(cfg: DictConfig) -> None:
     name = Path(cfg.by).parent.parent.name if cfg.by.endswith(".json") else cfg.by
     folder = Path(cfg.out) if cfg.out else REPOSITORY / "runs" / "offline" / name
-    played = list(episodes(cfg))
+    with progress("playing", cfg.episodes, "episodes") as report:
+        played = counted(episodes(cfg), report)
     write_episodes(folder / FILE, [episode.get_state() for episode in played])
     mean = float(np.mean([episode.get_return() for episode in played]))
     print(f"{folder / FILE}: {len(played)} episodes by {cfg.by}, mean return {mean:.3f}")

@@ -21,6 +21,7 @@ from agents.training.checks import check_training
 from agents.training.train import TrainConfig, start_ray, train
 from sim.config import one_thread, run_command
 from sim.errors import ConfigError, nearest
+from sim.progress import progress
 from sim.results.run_folder import provenance, write_json, write_text
 
 
@@ -98,6 +99,18 @@ def search(cfg: DictConfig, folder: Path) -> tuple[dict[str, Any], float]:
             on_validation=lambda row: tune.report({"utility": row["best_utility"], "folder": name}),
         )
 
+    class Ended(tune.Callback):
+        """Counts the trials that have ended."""
+
+        def __init__(self) -> None:
+            self.count = 0
+
+        def on_trial_complete(self, *_: Any, **__: Any) -> None:
+            self.count += 1
+            report(self.count)
+
+        on_trial_error = on_trial_complete
+
     start_ray(cfg)
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 1}),
@@ -110,9 +123,10 @@ def search(cfg: DictConfig, folder: Path) -> tuple[dict[str, Any], float]:
             scheduler=ASHAScheduler(max_t=10_000, grace_period=int(cfg.grace)),
             search_alg=tune.search.BasicVariantGenerator(random_state=int(cfg.seed)),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(folder.absolute()), verbose=0),
+        run_config=tune.RunConfig(name="tune", storage_path=str(folder.absolute()), verbose=0, callbacks=[Ended()]),
     )
-    results = tuner.fit()
+    with progress("searching", int(cfg.samples), "trials") as report:
+        results = tuner.fit()
     rows: list[dict[str, Any]] = []
     for number in range(len(results)):
         metrics: dict[str, Any] = results[number].metrics or {}

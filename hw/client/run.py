@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from hw.client.payload import Payloads
@@ -26,7 +26,7 @@ from sim.replay.run import about, build_trace
 from sim.results.metrics import Slo, records_frame, summarise, transitions_frame
 from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
 from sim.results.report import print_summary
-from sim.results.run_folder import provenance, write_json, write_parquet, write_text
+from sim.results.run_folder import begin_run, provenance, write_begun, write_json, write_parquet
 
 MOST_DIFFERENCE = 0.10
 """Warn if the server counts more or fewer prompt tokens than the trace by more than this share."""
@@ -163,6 +163,7 @@ def run_client(cfg: DictConfig) -> int:
     replayer = Replayer(settings, target, payloads)
     folder, trace = Path(HydraConfig.get().runtime.output_dir), build_trace(cfg)
     made_by = {**provenance(cfg.seed), "trace": about(trace)}
+    begin_run(folder, cfg, made_by)
     interrupted = False
     try:
         with progress("sending", len(trace), "requests") as report:
@@ -174,8 +175,7 @@ def run_client(cfg: DictConfig) -> int:
     figures = {"url": target.url, "loop": settings.loop, **client_figures(answers)}
     console = Console()
     try:
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        write_json(folder / "provenance.json", made_by)
+        write_begun(folder, cfg, made_by)
         write_parquet(folder / "records.parquet", records_frame(records_of(answers), slo))
         write_parquet(folder / "transitions.parquet", transitions_frame(no_transitions()))
         write_json(folder / "client.json", figures)

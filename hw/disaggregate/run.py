@@ -19,7 +19,7 @@ import torch
 import transformers
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from hw.disaggregate.kv_link import LinkError
 from hw.disaggregate.pair import Outcome, Pair
@@ -32,7 +32,7 @@ from sim.disaggregate.run import plan_of, plan_quality, print_staged, staged_fra
 from sim.engine.iteration_log import IterationLog
 from sim.results.metrics import iterations_frame, merged_gaps, merged_iterations, summarise
 from sim.results.plots import plot_replay
-from sim.results.run_folder import provenance, write_json, write_parquet, write_text
+from sim.results.run_folder import begin_run, provenance, write_begun, write_json, write_parquet
 from sim.types import Floats
 
 
@@ -101,8 +101,7 @@ def hardware(cfg: DictConfig, outcome: Outcome) -> dict[str, Any]:
 def write_run(folder: Path, cfg: DictConfig, outcome: Outcome, summary: Mapping[str, Any]) -> None:
     """Write the run folder."""
     slo = build(cfg.slo)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_json(folder / "provenance.json", provenance(cfg.seed))
+    write_begun(folder, cfg, provenance(cfg.seed))
     write_parquet(folder / "records.parquet", staged_frame(outcome.records, slo))
     write_parquet(folder / "transfers.parquet", outcome.transfers)
     if outcome.logs:
@@ -124,6 +123,7 @@ def run_disaggregate(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     with Pair() as pair:
+        begin_run(folder, cfg, provenance(cfg.seed))
         outcome = pair.serve(cfg)
     summary = figures(cfg, outcome)
     try:

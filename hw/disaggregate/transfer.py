@@ -9,6 +9,7 @@ records how much other programs used them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from sim.cost.plan import describe
 from sim.disaggregate.disaggregate import StagedRecords, kv_bytes_sent
 from sim.disaggregate.run import build_system, plan_of
 from sim.errors import ConfigError
+from sim.progress import progress
 from sim.results.metrics import distribution, merged_iterations
 from sim.results.records import Status
 from sim.results.run_folder import provenance
@@ -241,10 +243,12 @@ def simulate(
 def measure(repeats: int) -> dict[str, Any]:
     """Calibrate the links, run and simulate every variant; return the content of transfer.json."""
     load = os.getloadavg()[0]
-    with Pair() as pair:
+    served, runs = itertools.count(1), len(LINKS) + repeats * len(VARIANTS) + repeats + 1
+    with Pair() as pair, progress("serving", runs, "runs") as report:
         links = {}
         for link in LINKS:
             outcome, _ = run(pair, [*policy_overrides("dense"), *LONE], link)
+            report(next(served))
             links[link] = fit_link(outcome.records)
             print(f"link {link}: {links[link]}", flush=True)
         busy, speeds, difference_bytes = [], [], 0
@@ -253,6 +257,7 @@ def measure(repeats: int) -> dict[str, Any]:
         for repeat in range(repeats + 1):
             # The machine's speed drifts, so it is measured before, between and after the reported runs.
             speeds.append(slowdown(run(pair, [*policy_overrides("dense"), *BUSY], "10 MB/s")[0]))
+            report(next(served))
             print(f"iteration time over its prediction, both processes busy: {speeds[-1]}", flush=True)
             labels = list(VARIANTS) if repeat < repeats else []
             random.Random(repeat).shuffle(labels)  # spreads busy spells of the machine over the plans
@@ -260,6 +265,7 @@ def measure(repeats: int) -> dict[str, Any]:
                 link, kind = VARIANTS[label]
                 with others(pair) as cores:
                     outcome, cfg = run(pair, policy_overrides(kind), link)
+                report(next(served))
                 busy += cores
                 row = read_figures(outcome.records, figures(cfg, outcome)["makespan_s"])
                 real[label].append({**row, "as_planned": as_planned(outcome.records, cfg)})

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from hw.elastic.model import ElasticModel
 from hw.score.candidate_states import block_output
+from sim.progress import progress
 
 # Shapes: n windows, t tokens of each.
 
@@ -31,13 +32,15 @@ def block_cosines(elastic: ElasticModel, windows: Tensor, removed: Collection[in
     """
     kept = [block for block in range(2 * elastic.spec.num_layers) if block not in removed]
     sums = dict.fromkeys(kept, 0.0)
-    for window in windows.to(elastic.device):
-        positions = torch.arange(window.shape[0], device=window.device)[None]
-        hidden = elastic.embed(window[None], positions)
-        rope = elastic.rope(hidden, positions)
-        for block in kept:
-            after = hidden + block_output(elastic, block, hidden, rope)
-            cosine = functional.cosine_similarity(hidden.float(), after.float(), dim=-1)
-            sums[block] += float(cosine.sum())
-            hidden = after
+    with progress("comparing", len(windows), "windows") as report:
+        for number, window in enumerate(windows.to(elastic.device), start=1):
+            positions = torch.arange(window.shape[0], device=window.device)[None]
+            hidden = elastic.embed(window[None], positions)
+            rope = elastic.rope(hidden, positions)
+            for block in kept:
+                after = hidden + block_output(elastic, block, hidden, rope)
+                cosine = functional.cosine_similarity(hidden.float(), after.float(), dim=-1)
+                sums[block] += float(cosine.sum())
+                hidden = after
+            report(number)
     return {block: total / windows.numel() for block, total in sums.items()}

@@ -17,6 +17,7 @@ from hw.score.nll import measure, rounded
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan
 from sim.cost.plan_json import plan_to_json
+from sim.progress import progress
 
 Rows = list[dict[str, Any]]
 
@@ -85,26 +86,30 @@ def measure_chosen(
         done: rows of an earlier run.
         on_plan: called with all rows so far after every measured plan.
     """
-    known = {row["name"]: row for row in done}
+    earlier = {row["name"]: row for row in done}
+    known = {name: earlier[name] for name, plan in plans if earlier.get(name, {}).get("plan") == plan_to_json(plan)}
     rows: Rows = []
-    for name, plan in plans:
-        old = known.get(name)
-        if old is not None and old["plan"] == plan_to_json(plan):
-            rows.append(dict(old))
-            continue
-        started = time.process_time()
-        found = measure(elastic, plan, windows)
-        rows.append(
-            {
-                "name": name,
-                "plan": plan_to_json(plan),
-                "nll": found.mean,
-                "nll_decode": found.decode_mean,
-                "tokens": found.tokens,
-                "cpu_s": round(time.process_time() - started, 1),
-            }
-        )
-        on_plan(rows)
+    measured = 0
+    with progress("measuring", len(plans) - len(known), "plans") as report:
+        for name, plan in plans:
+            if name in known:
+                rows.append(dict(known[name]))
+                continue
+            started = time.process_time()
+            found = measure(elastic, plan, windows)
+            rows.append(
+                {
+                    "name": name,
+                    "plan": plan_to_json(plan),
+                    "nll": found.mean,
+                    "nll_decode": found.decode_mean,
+                    "tokens": found.tokens,
+                    "cpu_s": round(time.process_time() - started, 1),
+                }
+            )
+            on_plan(rows)
+            measured += 1
+            report(measured)
     return rows
 
 

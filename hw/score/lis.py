@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from hw.elastic.model import ElasticModel
 from hw.score.nll import rounded
+from sim.progress import progress
 
 # Shapes: n windows, t tokens of each, e hidden size.
 
@@ -31,9 +32,7 @@ class LayerImportance:
 
 
 @torch.inference_mode()
-def layer_importance(
-    elastic: ElasticModel, windows: Tensor, bits: int, on_step: Callable[[int, int], None] | None = None
-) -> LayerImportance:
+def layer_importance(elastic: ElasticModel, windows: Tensor, bits: int) -> LayerImportance:
     """Return the scores and the order in which layers are swapped for their W8 or W4 copies.
 
         LTS_p = cos(h_p(x), x_p)    LRS_p = cos(h_p(x), h_p^Q(x))    MDS_p = cos(f^Q(x), f^(Q+p)(x))
@@ -47,7 +46,6 @@ def layer_importance(
         elastic: with all blocks at full precision.
         windows: token ids [n, t] of calibration text.
         bits: of the swapped copies, 8 or 4.
-        on_step: called with the number of layers chosen so far and the number of layers.
     Source:
         MorphServe (arXiv 2506.02006), Layer Importance Score.
     """
@@ -56,14 +54,16 @@ def layer_importance(
     lts, lrs = _scores_of_layers(elastic, windows, bits)
     swapped: list[int] = []
     mds, lis = [0.0] * layers, [0.0] * layers
-    while len(swapped) < layers:
-        scores = _model_scores(elastic, windows, bits, swapped)
-        total = {p: 0.25 * lts[p] + 0.25 * lrs[p] + 0.5 * scores[p] for p in scores}
-        chosen = max(total, key=lambda p: (total[p], -p))
-        mds[chosen], lis[chosen] = scores[chosen], total[chosen]
-        swapped.append(chosen)
-        if on_step is not None:
-            on_step(len(swapped), layers)
+    tried = 0
+    with progress("choosing layers", layers * (layers + 1) // 2, "trials") as report:
+        while len(swapped) < layers:
+            scores = _model_scores(elastic, windows, bits, swapped)
+            total = {p: 0.25 * lts[p] + 0.25 * lrs[p] + 0.5 * scores[p] for p in scores}
+            chosen = max(total, key=lambda p: (total[p], -p))
+            mds[chosen], lis[chosen] = scores[chosen], total[chosen]
+            swapped.append(chosen)
+            tried += len(scores)
+            report(tried, f"({len(swapped)} of {layers} layers chosen)")
     return LayerImportance(order=tuple(swapped), lts=tuple(lts), lrs=tuple(lrs), mds=tuple(mds), lis=tuple(lis))
 
 

@@ -21,6 +21,7 @@ from sim.cost.plan_json import plan_to_json
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
+from sim.progress import progress
 
 
 def score_table(job: Job) -> None:
@@ -67,9 +68,11 @@ def score_samples(job: Job) -> None:
             f"no orders of other calibration samples of {job.name} in conf/score; make some: "
             "python -m hw.score kind=gsi,one_shot calibration.tokens=256 calibration.seed=0,1,2 --multirun"
         )
-    for file in files:
-        score = read_json_object(file, ConfigError, "measure it again")
-        for size in (size for size in SIZES if size <= len(score["order"])):
+    scores = {file: read_json_object(file, ConfigError, "measure it again") for file in files}
+    wanted = [(file, size) for file in files for size in SIZES if size <= len(scores[file]["order"])]
+    with progress("measuring", len(wanted), "sets of blocks") as report:
+        for file, size in wanted:
+            score = scores[file]
             drop = score["order"][:size]
             row = known.get(json.dumps(sorted(drop)))
             if row is None:
@@ -81,6 +84,7 @@ def score_samples(job: Job) -> None:
             rows.append({"order": kind, "sample": sample, "removals": size, "drop": drop, "nll": row["nll"]})
             job.say(f"{file.stem}, {size} removals: perplexity {np.exp(row['nll']):.2f}")
             job.write(path, windows, "the same sizes of orders from several calibration samples", {"rows": rows})
+            report(len(rows))
 
 
 def score_generation(job: Job) -> None:
@@ -91,19 +95,22 @@ def score_generation(job: Job) -> None:
     prompts = windows.tokens[:, : cfg.prompt_tokens]
     dense = greedy_tokens(job.elastic, dense_plan(job.elastic.spec), prompts, cfg.tokens)
     rows: list[dict[str, Any]] = []
-    for index in spread(table.loss.tolist(), cfg.plans, float(np.log(cfg.times_dense))):
-        plan = table.plans[index]
-        found = agreement(dense, greedy_tokens(job.elastic, plan, prompts, cfg.tokens))
-        rows.append(
-            {
-                "plan": plan_to_json(plan),
-                "chosen_as": list(table.kinds[index]),
-                "loss": float(table.loss[index]),
-                "share_equal": found.share,
-                "tokens_before_parting": found.first,
-            }
-        )
-        job.say(f"{len(rows)} of {cfg.plans}: loss {rows[-1]['loss']:.3f}, {found.share:.2f} of tokens equal")
+    chosen = spread(table.loss.tolist(), cfg.plans, float(np.log(cfg.times_dense)))
+    with progress("decoding", len(chosen), "plans") as report:
+        for index in chosen:
+            plan = table.plans[index]
+            found = agreement(dense, greedy_tokens(job.elastic, plan, prompts, cfg.tokens))
+            rows.append(
+                {
+                    "plan": plan_to_json(plan),
+                    "chosen_as": list(table.kinds[index]),
+                    "loss": float(table.loss[index]),
+                    "share_equal": found.share,
+                    "tokens_before_parting": found.first,
+                }
+            )
+            job.say(f"{len(rows)} of {len(chosen)}: loss {rows[-1]['loss']:.3f}, {found.share:.2f} of tokens equal")
+            report(len(rows))
     result = {"prompt_tokens": cfg.prompt_tokens, "decoded_tokens": cfg.tokens, "prompts": len(prompts), "plans": rows}
     job.write(job.path("generation"), windows, "greedy decoding compared with dense, position by position", result)
 

@@ -15,6 +15,7 @@ from hw.elastic.blocks import KINDS, Block
 from hw.elastic.model import ElasticModel
 from hw.elastic.quantize import quantize
 from sim.cost.plan import KV_KEEP_ALL, KVKeep, Plan, dense_plan
+from sim.progress import progress
 
 # Shapes: n windows, t tokens of each, e hidden size, v vocabulary.
 
@@ -68,13 +69,16 @@ def measure_many(
     assert elastic.plan == dense_plan(elastic.spec)
     prompt = windows.shape[1] // 2 if prompt_tokens is None else prompt_tokens
     total, after = [0.0] * len(plans), [0.0] * len(plans)
-    for window in windows.to(elastic.device):
-        for members, hidden in _run(elastic, plans, window[None], prompt):
-            losses = token_nll(elastic, hidden, window[None])[0]
-            every, after_prompt = float(losses.sum()), float(losses[prompt - 1 :].sum())  # entry i predicts token i + 1
-            for index in members:
-                total[index] += every
-                after[index] += after_prompt
+    with progress("measuring", len(windows), "windows") as report:
+        for number, window in enumerate(windows.to(elastic.device), start=1):
+            for members, hidden in _run(elastic, plans, window[None], prompt):
+                losses = token_nll(elastic, hidden, window[None])[0]
+                # Entry i predicts token i + 1.
+                every, after_prompt = float(losses.sum()), float(losses[prompt - 1 :].sum())
+                for index in members:
+                    total[index] += every
+                    after[index] += after_prompt
+            report(number)
     rows, length = windows.shape
     return [
         Nll(every, rows * (length - 1), after_prompt, rows * (length - prompt))

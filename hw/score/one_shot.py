@@ -10,6 +10,7 @@ from torch import Tensor
 from hw.elastic.model import ElasticModel
 from hw.score.candidate_states import CandidateStates
 from hw.score.nll import token_nll
+from sim.progress import progress
 
 
 @torch.inference_mode()
@@ -22,11 +23,13 @@ def single_removals(elastic: ElasticModel, windows: Tensor) -> dict[int, float]:
     states = CandidateStates(elastic, windows, (), cache_bytes=0)
     states.fill_base()
     sums = dict.fromkeys(states.kept, 0.0)
-    for index, window in enumerate(windows):
-        states.fill(index, states.kept)
-        for block in states.kept:
-            sums[block] += float(token_nll(elastic, states.last(index, block), window[None]).double().sum())
-        states.without[index].clear()
+    with progress("removing each block", len(windows), "windows") as report:
+        for index, window in enumerate(windows):
+            states.fill(index, states.kept)
+            for block in states.kept:
+                sums[block] += float(token_nll(elastic, states.last(index, block), window[None]).double().sum())
+            states.without[index].clear()
+            report(index + 1)
     return {block: total / (windows.shape[0] * (windows.shape[1] - 1)) for block, total in sums.items()}
 
 

@@ -17,6 +17,7 @@ from hw.score.nll import measure
 from hw.score.one_shot import one_shot, single_removals
 from hw.score.pdtrim import attention_mass, redundancy_order, redundancy_sets, two_stage_search
 from sim.cost.plan import dense_plan
+from sim.progress import progress
 
 
 def score_gsi(job: Job) -> None:
@@ -31,18 +32,14 @@ def score_gsi(job: Job) -> None:
     blocks = 2 * job.elastic.spec.num_layers
     wanted = min(blocks, job.cfg.gsi.removals or blocks)
     dense = measure(job.elastic, dense_plan(job.elastic.spec), windows.tokens).mean
-    started = time.perf_counter()
+    # A round with k candidates runs about k / 2 blocks for each, so its cost grows with k squared.
+    work = [(blocks - index) ** 2 / 2 for index in range(wanted)]
 
     def save(rounds: list[Round]) -> None:
-        spent = time.perf_counter() - started
         last = rounds[-1]
-        # A round with k candidates runs about k / 2 blocks for each, so its cost grows with k squared.
-        work = [(blocks - index) ** 2 for index in range(wanted)]
-        left_s = spent * sum(work[len(rounds) :]) / max(sum(work[len(done) : len(rounds)]), 1)
         job.say(
             f"round {len(rounds)}/{wanted}: {block_name(last.removed)} leaves {last.nll:.4f} nats per token; "
-            f"{len(last.abandoned)} of {len(last.candidates)} abandoned; {last.cpu_s:.1f} CPU s, about "
-            f"{left_s / 60:.1f} min left"
+            f"{len(last.abandoned)} of {len(last.candidates)} abandoned; {last.cpu_s:.1f} CPU s"
         )
         if job.cfg.gsi.compare_every and (len(rounds) - 1) % job.cfg.gsi.compare_every == 0:
             naive.append(_naive_round(job, windows.tokens, rounds))
@@ -56,8 +53,10 @@ def score_gsi(job: Job) -> None:
             "earlier_cpu_seconds": earlier_s,
         }
         job.write(path, windows, "RAP (arXiv 2505.17138), Greedy Sequential Importance", result)
+        report(sum(work[len(done) : len(rounds)]))
 
-    gsi(job.elastic, windows.tokens, done=done, removals=wanted, on_round=save)
+    with progress("removing", sum(work[len(done) :]), "block runs") as report:
+        gsi(job.elastic, windows.tokens, done=done, removals=wanted, on_round=save)
 
 
 def _naive_round(job: Job, windows: Tensor, rounds: list[Round]) -> dict[str, Any]:
@@ -108,9 +107,7 @@ def score_lis(job: Job) -> None:
     """Write MorphServe's order of layers."""
     windows = job.text("calibration", job.cfg.lis.tokens)
     bits = job.cfg.lis.bits
-    found = layer_importance(
-        job.elastic, windows.tokens, bits, lambda step, steps: job.say(f"layer {step} of {steps} chosen")
-    )
+    found = layer_importance(job.elastic, windows.tokens, bits)
     result = {"bits": bits, "order": found.order, "lts": found.lts, "lrs": found.lrs, "mds": found.mds}
     result["lis"] = found.lis
     source = "MorphServe (arXiv 2506.02006), LIS = 0.25 LTS + 0.25 LRS + 0.5 MDS"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from hw.score.block_numbers import staged_plan
 from hw.score.cosine import block_cosines
 from hw.score.nll import measure
 from sim.errors import ConfigError
+from sim.progress import progress
 
 # Shapes: n windows, t tokens of each.
 
@@ -31,9 +32,7 @@ def redundancy_sets(cosines: Mapping[int, float], threshold: float = 0.95) -> tu
     return [b for b in ordered if cosines[b] >= threshold], [b for b in ordered if cosines[b] < threshold]
 
 
-def redundancy_order(
-    elastic: ElasticModel, windows: Tensor, removals: int, on_step: Callable[[list[int]], None] | None = None
-) -> list[int]:
+def redundancy_order(elastic: ElasticModel, windows: Tensor, removals: int) -> list[int]:
     """Return blocks in order of removal: the most redundant one goes, and the others are measured again without it.
 
     ``block_cosines`` of the dense model judges all blocks at once; here a block is judged by its input after all blocks
@@ -43,16 +42,15 @@ def redundancy_order(
         elastic: with all blocks at full precision.
         windows: token ids [n, t] of calibration text.
         removals: how many blocks to remove.
-        on_step: called after every removal with the order so far.
     Source:
         PDTrim (arXiv 2509.04467): iterative removal by block redundancy. To measure again after each one is our choice.
     """
     order: list[int] = []
-    while len(order) < removals:
-        cosines = block_cosines(elastic, windows, removed=order)
-        order.append(max(cosines, key=lambda block: (cosines[block], -block)))
-        if on_step is not None:
-            on_step(order)
+    with progress("removing the most redundant block", removals, "removals") as report:
+        while len(order) < removals:
+            cosines = block_cosines(elastic, windows, removed=order)
+            order.append(max(cosines, key=lambda block: (cosines[block], -block)))
+            report(len(order))
     return order
 
 
@@ -113,18 +111,20 @@ def two_stage_search(
     decode, prefill = set(pool[:decode_removals]), set(pool[:prefill_removals])
     now = start = cost(prefill, decode)
     best = (now, sorted(prefill), sorted(decode))
-    for step in range(steps):
-        moves = _moves(prefill, decode, pool)
-        if not moves:
-            break
-        stage, out, new = moves[int(rng.integers(len(moves)))]
-        next_prefill = prefill - {out} | {new} if stage != "decode" else prefill
-        next_decode = decode - {out} | {new} if stage != "prefill" else decode
-        found = cost(next_prefill, next_decode)
-        temperature = first_temperature * (1 - step / steps)
-        if found <= now or rng.random() < math.exp(-(found - now) / max(temperature, 1e-12)):
-            prefill, decode, now = next_prefill, next_decode, found
-            best = min(best, (now, sorted(prefill), sorted(decode)))
+    with progress(f"searching {prefill_removals} in prefill, {decode_removals} in decode", steps, "steps") as report:
+        for step in range(steps):
+            moves = _moves(prefill, decode, pool)
+            if not moves:
+                break
+            stage, out, new = moves[int(rng.integers(len(moves)))]
+            next_prefill = prefill - {out} | {new} if stage != "decode" else prefill
+            next_decode = decode - {out} | {new} if stage != "prefill" else decode
+            found = cost(next_prefill, next_decode)
+            temperature = first_temperature * (1 - step / steps)
+            if found <= now or rng.random() < math.exp(-(found - now) / max(temperature, 1e-12)):
+                prefill, decode, now = next_prefill, next_decode, found
+                best = min(best, (now, sorted(prefill), sorted(decode)))
+            report(step + 1)
     return TwoStage(prefill=tuple(best[1]), decode=tuple(best[2]), nll=best[0], start_nll=start, evaluations=steps + 1)
 
 
@@ -157,8 +157,10 @@ def attention_mass(elastic: ElasticModel, windows: Tensor, *, first_tokens: int,
     query, key = torch.arange(length)[length // 2 :, None], torch.arange(length)[None]
     edge = ((key < first_tokens) | (key > query - last_tokens)) & (key <= query)
     shares = [0.0] * elastic.spec.num_layers
-    for window in windows.to(elastic.device):
-        for layer, weights in enumerate(elastic.attention_weights(window[None])):
-            rows = weights[0, :, length // 2 :].float().cpu()
-            shares[layer] += float((rows * edge).sum(-1).mean()) / len(windows)
+    with progress("reading attention", len(windows), "windows") as report:
+        for number, window in enumerate(windows.to(elastic.device), start=1):
+            for layer, weights in enumerate(elastic.attention_weights(window[None])):
+                rows = weights[0, :, length // 2 :].float().cpu()
+                shares[layer] += float((rows * edge).sum(-1).mean()) / len(windows)
+            report(number)
     return shares

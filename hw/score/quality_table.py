@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from sim.cost.plan import KVKeep, Plan, dense_plan
 from sim.cost.plan_json import plan_to_json
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
+from sim.progress import progress
 from sim.results.run_folder import commit, write_json
 
 DEEPEST_PREFIX = 40
@@ -246,7 +246,6 @@ def measure_table(
     for key, row in known.items():
         # Orders change when scores are measured again. Losses measured for an old order are still valid.
         row["chosen_as"] = chosen.get(key, ["earlier choice"])
-    started = time.perf_counter()
 
     def save() -> None:
         write_json(path, {**described, "commit": commit(), "orders": sorted([*orders, *layer_orders]), "plans": rows})
@@ -254,13 +253,12 @@ def measure_table(
     missing = {key: plan for _, plan in wanted if (key := _key(plan_to_json(plan))) not in known}
     # Neighbors in this order share their first layers, which then run once.
     order = sorted(missing, key=lambda key: _signature(missing[key]))
-    for first in range(0, len(order), save_every):
-        keys = order[first : first + save_every]
-        rows += _measured_rows(elastic, {key: missing[key] for key in keys}, chosen, calibration, test)
-        save()
-        measured = first + len(keys)
-        left = (time.perf_counter() - started) / measured * (len(missing) - measured)
-        say(f"{len(rows)} plans measured, about {left / 60:.1f} min left")
+    with progress("measuring", len(order), "plans") as report:
+        for first in range(0, len(order), save_every):
+            keys = order[first : first + save_every]
+            rows += _measured_rows(elastic, {key: missing[key] for key in keys}, chosen, calibration, test)
+            save()
+            report(first + len(keys))
     save()
     say(f"{len(rows)} plans in {path}")
 

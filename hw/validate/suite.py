@@ -36,6 +36,7 @@ from sim.errors import ConfigError, nearest
 from sim.json_file import read_json_object
 from sim.paths import REPOSITORY, RESULTS
 from sim.policies import Policy
+from sim.progress import progress
 from sim.replay.run import RecordingEngine, build_engine, build_parts, build_trace, figures, replay_with, write_tables
 from sim.results.run_folder import provenance, write_json, write_text
 
@@ -215,13 +216,15 @@ def run_missing(
         random.Random(repeat).shuffle(jobs)  # so that a busy spell of the machine does not hit one workload only
         todo += [job for job in jobs if not (base / job[0] / job[1] / f"hw{job[2]}" / "summary.json").is_file()]
     loaded: Hardware | None = None
-    for number, (workload, policy, repeat) in enumerate(todo, start=1):
-        cfg = configuration(workload, policy, settings)
-        loaded = loaded or Hardware(cfg)
-        if number % RUNS_BETWEEN == 1:
-            speed.measure(loaded.elastic, settings.clock, latency)
-        serve(base / workload / policy / f"hw{repeat}", cfg, *loaded.engine(cfg))
-        console.print(f"{number} of {len(todo)}: {workload}, {policy}, repeat {repeat}", highlight=False)
+    with progress("serving", len(todo), "runs") as report:
+        for number, (workload, policy, repeat) in enumerate(todo, start=1):
+            cfg = configuration(workload, policy, settings)
+            loaded = loaded or Hardware(cfg)
+            if number % RUNS_BETWEEN == 1:
+                speed.measure(loaded.elastic, settings.clock, latency)
+            serve(base / workload / policy / f"hw{repeat}", cfg, *loaded.engine(cfg))
+            console.print(f"{number} of {len(todo)}: {workload}, {policy}, repeat {repeat}", highlight=False)
+            report(number)
 
 
 def judge_cells(

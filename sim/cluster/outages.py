@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sim.errors import ConfigError
+from sim.limits import MOST_CHANGES, check_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,13 +113,15 @@ def markov(*, mean_up_s: float, mean_away_s: float, horizon_s: float, seed: int,
     A spot machine is one with notice: SpotServe (arXiv 2311.15566) uses the 30 s that cloud providers give.
 
     Raises:
-        ConfigError: for times that are not above 0 s.
+        ConfigError: for times that are not above 0 s, or too many outages.
     """
     if not all(0 < value < math.inf for value in (mean_up_s, mean_away_s, horizon_s)):
         raise ConfigError(
             f"outages.mean_up_s is {mean_up_s}, mean_away_s {mean_away_s}, horizon_s {horizon_s}; all must be "
             "finite and above 0 s"
         )
+    advice = "lower outages.horizon_s, or raise outages.mean_up_s or mean_away_s"
+    check_count(horizon_s / (mean_up_s + mean_away_s), "outages of each replica", MOST_CHANGES, advice)
 
     def of(replica: int) -> tuple[Outage, ...]:
         rng, time_s = np.random.default_rng([seed, replica]), 0.0

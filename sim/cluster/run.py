@@ -20,6 +20,7 @@ from sim.config import build, one_thread, run_command, with_differences
 from sim.cost.front_end import NO_FRONT_END, FrontEnd
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
+from sim.limits import MOST_REPLICAS, check_count, check_ticks
 from sim.policies import Fixed, Policy
 from sim.progress import progress
 from sim.replay.loop import decisions
@@ -38,7 +39,7 @@ from sim.results.metrics import Slo, merged_gaps, merged_iterations, met_slo, re
 from sim.results.plots import ReplicaLine, plot_replicas
 from sim.results.records import Status
 from sim.results.report import Columns, print_summary
-from sim.results.run_folder import write_json, write_parquet, write_text
+from sim.results.run_folder import begin_run, write_begun, write_json, write_parquet
 from sim.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def replicas_of(cfg: DictConfig) -> list[Replica]:
         count = differences.pop("count", 1)
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise ConfigError(f"replicas.{name}.count is {count}; it must be a whole number from 0")
+        check_count(len(found) + count, "replicas", MOST_REPLICAS, f"lower replicas.{name}.count")
         one = with_differences(cfg, differences, f"replicas.{name}")
         for k in range(count):
             i = len(found)
@@ -128,22 +130,31 @@ def _replica(cfg: DictConfig, name: str, outages: Any) -> Replica:
     def moments() -> Iterator[float]:
         return decisions(float(cfg.tick_s), parts.budget.change_s[1:])
 
-    if not isinstance(parts.policy, Fixed) and not cfg.tick_s > 0:
-        raise ConfigError(f"tick_s is {cfg.tick_s}; it must be above 0 seconds")
     decisions_s = None if isinstance(parts.policy, Fixed) else moments
     return Replica(name=name, build=make, decisions_s=decisions_s, outages=outages)
 
 
 def build_cluster(cfg: DictConfig, trace: Trace | None = None) -> Cluster:
-    """Build the cluster of a configuration; ``trace`` takes the place of its own."""
+    """Build the cluster of a configuration; ``trace`` takes the place of its own.
+
+    Raises:
+        ConfigError: as in ``replicas_of`` and ``Cluster``, and for too many decisions.
+    """
+    trace = build_trace(cfg) if trace is None else trace
+    replicas, autoscaler = replicas_of(cfg), build(cfg.autoscaler)
+    last_s = float(trace.arrival_s[-1])
+    if any(replica.decisions_s is not None for replica in replicas):
+        check_ticks(float(cfg.tick_s), last_s)
+    if autoscaler is not None:
+        check_ticks(float(autoscaler.period_s), last_s, "autoscaler.period_s")
     return Cluster(
-        build_trace(cfg) if trace is None else trace,
-        replicas_of(cfg),
+        trace,
+        replicas,
         build(cfg.router),
         seed=cfg.seed,
         load_bytes_per_s=float(cfg.load_bytes_per_s),
         start_s=float(cfg.start_s),
-        autoscaler=build(cfg.autoscaler),
+        autoscaler=autoscaler,
     )
 
 
@@ -242,6 +253,11 @@ def events_frame(cluster: Cluster) -> pd.DataFrame:
 def run(cfg: DictConfig) -> tuple[Cluster, dict[str, Any]]:
     """Replay one configuration; return the cluster and its figures."""
     cluster = build_cluster(cfg)
+    return cluster, _serve(cfg, cluster)
+
+
+def _serve(cfg: DictConfig, cluster: Cluster) -> dict[str, Any]:
+    """Serve the trace of a cluster; return its figures."""
     trace = cluster.trace
     with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
         progress_s = progress_period_s(trace, simulated_progress_steps(len(trace)))
@@ -251,7 +267,7 @@ def run(cfg: DictConfig) -> tuple[Cluster, dict[str, Any]]:
         rushed = build_cluster(cfg, all_at_once(trace))
         rushed.run()
         summary |= rate_figures(rushed.records(), summary)
-    return cluster, summary
+    return summary
 
 
 def run_figures(cfg: DictConfig) -> dict[str, Any]:
@@ -269,11 +285,13 @@ def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any
     """Replay one configuration; write and print its results."""
     import pandas as pd
 
-    cluster, summary = run(cfg)
-    slo, trace = build(cfg.slo), cluster.trace
+    slo, cluster = build(cfg.slo), build_cluster(cfg)
+    trace = cluster.trace
+    made_by |= {"trace": about(trace)}
+    begin_run(folder, cfg, made_by)
+    summary = _serve(cfg, cluster)
     try:
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        write_json(folder / "provenance.json", {**made_by, "trace": about(trace)})
+        write_begun(folder, cfg, made_by)
         write_parquet(folder / "records.parquet", cluster_frame(cluster, slo, front_end_of(cfg)))
         write_parquet(folder / "events.parquet", events_frame(cluster))
         write_parquet(folder / "replicas.parquet", pd.DataFrame(summary["replicas"]))

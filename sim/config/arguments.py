@@ -45,15 +45,12 @@ def read_arguments(typed: Sequence[str], *, positional: str | None = None) -> Ar
     """
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
+    for text in typed:  # the parser takes -policy as -p olicy
+        if re.match(r"-[a-z]{2}", text, re.IGNORECASE) and text.partition("=")[0] not in parser._option_string_actions:
+            _no_option(text, typed)
     known, unknown = parser.parse_known_intermixed_args(list(typed))
     if unknown:
-        key, _, value = unknown[0].lstrip("-").replace("-", "_").partition("=")
-        after = [text for text in typed[list(typed).index(unknown[0]) + 1 :][:1] if text[0] != "-" and "=" not in text]
-        value = value or "".join(after) or "VALUE"
-        raise ConfigError(
-            f"there is no option {unknown[0]}; a key of the configuration is written {key or 'KEY'}={value}: "
-            "--help lists the keys, --hydra-help the options"
-        )
+        _no_option(unknown[0], typed)
     if known.run:  # Hydra would take it as a flag of its own and do nothing
         raise ConfigError("--run is not an option; set measure=true where a command has that key (see --help)")
     shown = (known.cfg, known.info, known.shell_completion, known.multirun)
@@ -78,6 +75,16 @@ def read_arguments(typed: Sequence[str], *, positional: str | None = None) -> Ar
         shows=bool(known.hydra_help or known.cfg or known.info or known.shell_completion or known.experimental_rerun),
         config_dir=folder,
         config_name=known.config_name,
+    )
+
+
+def _no_option(text: str, typed: Sequence[str]) -> NoReturn:
+    key, _, value = text.lstrip("-").replace("-", "_").partition("=")
+    after = [one for one in typed[list(typed).index(text) + 1 :][:1] if not one.startswith("-") and "=" not in one]
+    value = value or "".join(after) or "VALUE"
+    raise ConfigError(
+        f"there is no option {text}; a key of the configuration is written {key or 'KEY'}={value}: --help lists the "
+        "keys, --hydra-help the options"
     )
 
 
@@ -114,9 +121,12 @@ def parse_overrides(overrides: Sequence[str], *, multirun: bool = True) -> list[
             raise ConfigError(_advice(text)) from error
         if override.is_sweep_override() and not multirun:
             key, _, value = text.partition("=")
+            several = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+            listed = shlex.quote(f"{key}=[{','.join(several)}]")
+            as_list = f"write a list: {listed}, " if 0 < len(several) < 20 else ""
             raise ConfigError(
-                f"{key} has several values, {value}; add --multirun to run each of them, or quote them as one value: "
-                f"{shlex.quote(f'{key}={_quoted(value)}')}"
+                f"{key} has several values, {value}; add --multirun to run each of them, {as_list}or quote them as one "
+                f"value: {shlex.quote(f'{key}={_quoted(value)}')}"
             )
         found.append(override)
     return found

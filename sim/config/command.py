@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sim.atomic import sole_writer
 from sim.config.arguments import parse_overrides, read_arguments
-from sim.config.failures import INTERRUPTED, errors_in_one_line, full_error
+from sim.config.failures import FAILED, INTERRUPTED, errors_in_one_line, full_error
 from sim.config.options import (
     CONF_DIR,
     added_folders,
@@ -35,9 +36,14 @@ from sim.config.options import (
 from sim.config.overrides import check_overrides
 from sim.config.streams import print_any_text
 from sim.errors import ConfigError
+from sim.json_file import read_json_object
 
 RUN_FILES = ("summary.json", "summaries.json", "compare.json")
 """What a run folder gets last: a folder with one of them is complete, and no other run writes into it."""
+BEGUN_FILES = ("config.yaml", "provenance.json")
+"""What it gets first: a run that fails removes them if it wrote nothing else, and a killed one leaves them."""
+NO_DIFFERENCE = ("workers", "executor")
+"""Keys that change no record: a job is the same with others."""
 
 
 def start(main: str) -> None:
@@ -105,10 +111,10 @@ class _Job:
         with _environment("HYDRA_FULL_ERROR", "1" if self.full_error else None):
             try:
                 with errors_in_one_line(f"{name}: " if name else ""):
-                    result = self._run(cfg, folder)
+                    result = self._run(cfg, folder, name)
             except SystemExit as end:
                 with suppress(OSError):
-                    folder.rmdir()  # nothing was written into it
+                    _remove_if_only_begun(folder, failed=end.code == FAILED)
                 if not self.multirun or end.code == INTERRUPTED:
                     raise
             except Exception:
@@ -122,11 +128,58 @@ class _Job:
         if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
             raise ConfigError(f"{name} failed")  # a process of its own does not count here
 
-    def _run(self, cfg: DictConfig, folder: Path) -> object:
+    def _run(self, cfg: DictConfig, folder: Path, name: str) -> object:
         if folder == Path.cwd():  # the command has no run folder
             return self.task(cfg)
-        with sole_writer(folder, RUN_FILES):
+        if not self.multirun or not (earlier := _earlier_summary(folder, cfg)):
+            with sole_writer(folder, RUN_FILES):
+                return self.task(cfg)
+        if not earlier.get("interrupted"):
+            print(f"{name}: skipped, {folder} holds this run already", file=sys.stderr)
+            return None
+        with sole_writer(folder):
+            print(f"{name}: was interrupted in {folder}, runs again", file=sys.stderr)
+            (folder / RUN_FILES[0]).unlink(missing_ok=True)
             return self.task(cfg)
+
+
+def _earlier_summary(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
+    """Return the summary of the run of this configuration that a folder holds; None if it holds no run.
+
+    Raises:
+        ConfigError: if it holds the run of another configuration.
+    """
+    found = next((path for name in RUN_FILES if (path := folder / name).exists()), None)
+    if found is None or not (folder / BEGUN_FILES[0]).exists():
+        return None
+    earlier, present = (
+        dict(_leaves(OmegaConf.to_container(one)))
+        for one in (OmegaConf.load(folder / BEGUN_FILES[0]), OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True)))
+    )
+    for key in sorted(earlier.keys() | present.keys()):
+        if earlier.get(key) != present.get(key) and key.split(".")[0] not in NO_DIFFERENCE:
+            raise ConfigError(
+                f"{folder} holds a run with {key}={earlier.get(key)}, and this job has {key}={present.get(key)}; "
+                "delete the folder, or choose another for all jobs: hydra.sweep.dir=FOLDER"
+            )
+    return read_json_object(found, ConfigError, f"delete {folder}")
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of everything in a configuration."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _remove_if_only_begun(folder: Path, *, failed: bool) -> None:
+    """Remove the folder of a run that wrote nothing, or failed before it wrote a result."""
+    if failed and {path.name for path in folder.iterdir()} <= set(BEGUN_FILES):
+        for name in BEGUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from sim.config.streams import forget_stdout
 from sim.errors import RapLabError
 from sim.paths import REPOSITORY
 
+FAILED = 2
+"""Exit status of a command that ends with an error."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 FIXABLE = (
@@ -122,4 +124,4 @@ def fail(message: str) -> NoReturn:
         sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr)
     sys.stderr.flush()
-    raise SystemExit(2)
+    raise SystemExit(FAILED)

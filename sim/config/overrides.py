@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from sim.config.options import (
     target,
 )
 from sim.errors import ConfigError, nearest
+from sim.limits import LEAST_TICK_S
 
 LIMITS: Mapping[str, tuple[float, bool, str]] = {
-    "tick_s": (0.0, False, "above 0 seconds"),
+    "tick_s": (LEAST_TICK_S, True, f"at least {LEAST_TICK_S:g} seconds"),
     "window_s": (0.0, False, "above 0 seconds"),
     "fixed_s": (0.0, True, "at least 0 seconds"),
     "workspace_bytes": (0.0, True, "at least 0 bytes"),
@@ -144,6 +146,13 @@ def _check_kind(key: str, value: Any, before: Any) -> None:
         kind = "a mapping" if OmegaConf.is_dict(before) else f"{NUMBER} or a list" if numbers else "a list"
         example = str(before).replace("'", "")
         raise ConfigError(f"{key} is {value!r}; it must be {kind}{f', such as {example}' if len(before) else ''}")
+    if OmegaConf.is_dict(before) and isinstance(value, Mapping) and OmegaConf.is_struct(before):
+        for name in value:
+            if name not in before:
+                raise ConfigError(
+                    f"{key} has no {str(name)!r}; {nearest(str(name), map(str, before))}; to add it: "
+                    f"{shlex.quote(f'+{key}.{name}=VALUE')}"
+                )
 
 
 def _type_error(key: str, value: Any, error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import simpy
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import least_outstanding
@@ -23,10 +23,12 @@ from sim.disaggregate.disaggregate import Disaggregated, StagedRecords, decode_s
 from sim.disaggregate.links import Link
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
+from sim.limits import MOST_REPLICAS, check_count
 from sim.policies import Fixed
 from sim.progress import progress
 from sim.replay.max_rate import all_at_once, is_measured, rate_figures
 from sim.replay.run import (
+    about,
     build_engine,
     build_parts,
     build_trace,
@@ -41,7 +43,7 @@ from sim.results.metrics import Slo, distribution, merged_gaps, merged_iteration
 from sim.results.plots import ReplicaLine, plot_replicas
 from sim.results.records import Iterations, Records
 from sim.results.report import Columns, print_summary
-from sim.results.run_folder import write_json, write_parquet, write_text
+from sim.results.run_folder import begin_run, write_begun, write_json, write_parquet
 from sim.traces.trace import Trace
 from sim.types import Floats
 
@@ -137,28 +139,43 @@ def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None, *, trace
 class Served:
     """A system that has served its trace: records, engines by name, links, and CPU seconds without compilation."""
 
+    trace: Trace
     records: Records
     engines: Mapping[str, SimEngine]
     links: Sequence[Link]
     cpu_s: float
 
 
-def serve(cfg: DictConfig, trace: Trace | None = None) -> Served:
-    """Serve ``trace``, or that of the configuration; with no prefill replicas, the decode replicas do both stages."""
+def serve(
+    cfg: DictConfig, trace: Trace | None = None, on_built: Callable[[Trace], None] = lambda trace: None
+) -> Served:
+    """Serve the trace of a configuration; with no prefill replicas, the decode replicas do both stages.
+
+    trace: takes the place of the configuration's. on_built: called with the trace once the system is built, before it
+    serves.
+    """
+    check_count(
+        cfg.prefill_replicas + cfg.decode_replicas,
+        "replicas",
+        MOST_REPLICAS,
+        "lower prefill_replicas or decode_replicas",
+    )
     trace = build_trace(cfg) if trace is None else trace
     with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
         if int(cfg.prefill_replicas) == 0:
             replicas = [Replica(name=str(i), build=_both_stages(cfg)) for i in range(int(cfg.decode_replicas))]
             cluster = Cluster(trace, replicas, least_outstanding(), seed=cfg.seed)
+            on_built(trace)
             progress_s = progress_period_s(trace, simulated_progress_steps(len(trace)))
             cluster.run(lambda _, routed: report(routed), progress_s)
             engines = {f"replica {i}": one.engine for i, one in enumerate(cluster.engines())}
-            return Served(cluster.records(), engines, (), cpu_s())
+            return Served(trace, cluster.records(), engines, (), cpu_s())
         system = build_system(cfg, trace=trace)
+        on_built(trace)
         system.run(report)
         engines = {f"prefill {i}": one.engine for i, one in enumerate(system.prefill)}
         engines |= {f"decode {i}": one.engine for i, one in enumerate(system.decode)}
-        return Served(system.records(), engines, system.links, cpu_s())
+        return Served(trace, system.records(), engines, system.links, cpu_s())
 
 
 def _both_stages(cfg: DictConfig) -> Callable[[simpy.Environment], tuple[SimEngine, Any]]:
@@ -218,7 +235,7 @@ def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
     )
     summary |= plan_quality(cfg, summary["quality_nll"], iterations)
     if is_measured(cfg):
-        summary |= rate_figures(serve(cfg, all_at_once(build_trace(cfg))).records, summary)
+        summary |= rate_figures(serve(cfg, all_at_once(served.trace)).records, summary)
     return summary | extra
 
 
@@ -239,12 +256,13 @@ def _disaggregate(cfg: DictConfig) -> None:
 
 def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any]) -> None:
     """Replay one configuration; write and print its results."""
-    served = serve(cfg)
-    records, summary, slo = served.records, figures_of(cfg, served), build(cfg.slo)
+    slo = build(cfg.slo)
+    served = serve(cfg, on_built=lambda trace: begin_run(folder, cfg, {**made_by, "trace": about(trace)}))
+    made_by |= {"trace": about(served.trace)}
+    records, summary = served.records, figures_of(cfg, served)
     title = f"{label}: {cfg.prefill_replicas} prefill and {cfg.decode_replicas} decode replicas"
     try:
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        write_json(folder / "provenance.json", made_by)
+        write_begun(folder, cfg, made_by)
         write_parquet(folder / "records.parquet", staged_frame(records, slo, front_end_of(cfg)))
         if cfg.plot:
             lines = {name: ReplicaLine(engine.iterations()) for name, engine in served.engines.items()}

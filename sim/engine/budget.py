@@ -18,10 +18,12 @@ from sim.cost.memory import budget_for_kv_blocks, relative_budget_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
 from sim.errors import BudgetError, nearest
+from sim.limits import MOST_CHANGES, check_count
 from sim.paths import find_data
 from sim.types import GIB
 
 STEP_UNITS = ("share", "bytes")
+_LONGER = "lower budget.horizon_s, or raise budget."
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +265,7 @@ def cotenant(
     It comes and goes as a two-state Markov process with exponential times; it is away at the start.
 
     Raises:
-        BudgetError: for times that are not above 0, or a co-tenant that takes everything.
+        BudgetError: for times that are not above 0, too many changes, or a co-tenant that takes everything.
     """
     full_bytes = _share_bytes(context, share, "share")
     if min(mean_away_s, mean_stay_s, horizon_s) <= 0 or not 0 < cotenant_bytes < full_bytes:
@@ -271,6 +273,8 @@ def cotenant(
             f"budget.mean_away_s, mean_stay_s and horizon_s must be above 0 seconds, and cotenant_bytes "
             f"({cotenant_bytes:.3g}) above 0 and below the {full_bytes:.3g} bytes there are"
         )
+    changes = 2 * horizon_s / (mean_away_s + mean_stay_s)
+    check_count(changes, "changes of the budget", MOST_CHANGES, f"{_LONGER}mean_away_s or mean_stay_s", BudgetError)
     rng = np.random.default_rng(seed)
     rows, time_s, there = [(0.0, full_bytes)], 0.0, False
     while True:
@@ -300,7 +304,8 @@ def random_walk(
     It starts at the upper bound, and returns there at the horizon.
 
     Raises:
-        BudgetError: for bounds that are not 0 < low < high <= 1, or a step or times that are not above 0.
+        BudgetError: for bounds that are not 0 < low < high <= 1, a step or times that are not above 0, or too many
+            changes.
     """
     high, low = _share_bytes(context, high_share, "high_share"), _share_bytes(context, low_share, "low_share")
     if low >= high or min(step_share, period_s, horizon_s) <= 0:
@@ -308,6 +313,7 @@ def random_walk(
             f"budget.low_share {low_share} must be below high_share {high_share}, and step_share, period_s and "
             "horizon_s above 0"
         )
+    check_count(horizon_s / period_s, "changes of the budget", MOST_CHANGES, f"{_LONGER}period_s", BudgetError)
     rng = np.random.default_rng(seed)
     step_bytes = int(step_share * context.gpu.memory_bytes)
     rows, value = [(0.0, high)], high

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
 from sim.errors import ConfigError, nearest
+from sim.limits import MOST_RUNNING, check_count
 
 SCHEDULERS = ("chunked", "prefill_first")
 SchedulerName = Literal["chunked", "prefill_first"]
@@ -92,6 +93,7 @@ class Limits:
         for field in ("max_batch_tokens", "max_running"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        check_count(self.max_running, "requests at a time", MOST_RUNNING, "lower max_running")
         for field in ("long_prefill_tokens", "watermark_layer_blocks"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 0")

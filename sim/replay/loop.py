@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from sim.engine.protocol import Engine, Request, requests_from_arrays
-from sim.errors import ConfigError
+from sim.limits import check_ticks
 from sim.policies.base import Policy
 from sim.policies.schedule import Schedule
 from sim.traces.trace import Trace
@@ -38,9 +38,9 @@ def replay(
         on_progress: called with the engine's time and the number of requests that have ended, after each decision.
         progress_s: seconds of the trace between two calls of ``on_progress`` where there are no decisions.
     """
+    if tick_s is not None:
+        check_ticks(tick_s, float(trace.arrival_s[-1]))
     engine.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
-    if tick_s is not None and not tick_s > 0:
-        raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, or null for no decisions")
     moments_s = decisions(tick_s, also_at_s) if tick_s is not None else _looks(progress_s)
     # A schedule does not depend on the state, so the engine gets its decisions in advance and does not stop for them.
     if tick_s is not None and isinstance(policy, Schedule):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from sim.compiled import cpu_clock
@@ -34,7 +34,7 @@ from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.results.report import print_summary
-from sim.results.run_folder import provenance, write_json, write_parquet, write_text
+from sim.results.run_folder import begin_run, provenance, write_begun, write_json, write_parquet
 from sim.traces.trace import Trace
 from sim.traces.transforms import apply_steps
 
@@ -271,6 +271,7 @@ def run_replay(
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     title = f"{label}: {len(trace):,} requests on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
     made_by = {**provenance(cfg.seed), "trace": about(trace)}
+    begin_run(folder, cfg, made_by)
     interrupted, seen = False, Watched(policy)
     try:
         with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
@@ -289,8 +290,7 @@ def run_replay(
         summary |= {} if interrupted else measured_rate(cfg, trace, summary, policy)
     summary |= quality_figures(cfg, seen.plans, iterations)
     try:
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        write_json(folder / "provenance.json", made_by)
+        write_begun(folder, cfg, made_by)
         write_tables(
             folder,
             slo,

@@ -18,6 +18,7 @@ from sim.compiled import cpu_clock
 from sim.config import build, name_of
 from sim.cost.plan import dense_plan
 from sim.errors import ConfigError
+from sim.limits import MOST_PROCESSES, check_count
 from sim.policies import Fixed
 from sim.progress import counted, progress
 from sim.replay.run import (
@@ -35,7 +36,7 @@ from sim.replay.watch import Watched
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, Transitions
 from sim.results.report import columns_of, print_notes, print_rows
-from sim.results.run_folder import provenance, write_json, write_text
+from sim.results.run_folder import begin_run, provenance, write_begun, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +135,11 @@ class Processes:
         """Set the number of processes; with 1, tasks run in this process.
 
         Raises:
-            ConfigError: for less than 1.
+            ConfigError: for less than 1, or more than any machine runs.
         """
         if workers < 1:
             raise ConfigError(f"workers is {workers}; it must be at least 1")
+        check_count(workers, "processes", MOST_PROCESSES, "lower workers to the number of cores")
         self.workers = workers
 
     def __call__(self, task: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
@@ -157,12 +159,13 @@ def replay_sweep(cfg: DictConfig) -> None:
     configs = [config_of(cfg, case) for case in cases]
     slo, made_by = build(cfg.slo), provenance(cfg.seed)
     executor: Executor = build(cfg.executor)
+    begin_run(folder, cfg, made_by)
     outcomes = executor(replay_case, configs)
     try:
+        write_begun(folder, cfg, made_by)
         for case, one, outcome in zip(cases, configs, outcomes, strict=True):
             inner = folder / case.name
-            write_text(inner / "config.yaml", OmegaConf.to_yaml(one, resolve=True))
-            write_json(inner / "provenance.json", {**made_by, "seed": case.seed})
+            write_begun(inner, one, {**made_by, "seed": case.seed})
             iterations = outcome.iterations if cfg.iterations else None
             tables = outcome.records, outcome.transitions, outcome.kept_share, iterations
             write_tables(inner, slo, *tables, front_end_of(cfg))

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sim.config import SweepConfig, build, with_differences
 from sim.errors import ConfigError, nearest
 from sim.replay.sweep import Executor, cases_of, config_of, without_equal_seeds
 from sim.results.report import Columns, columns_of, markdown, print_notes, print_rows
-from sim.results.run_folder import provenance, write_json, write_text
+from sim.results.run_folder import begin_run, provenance, write_begun, write_json, write_text
 
 
 @dataclass(kw_only=True)
@@ -87,6 +87,7 @@ def compare_variants(
     cases = cases_of(cfg)
     jobs = [(name, config_of(one, case)) for name, one in (variants(cfg) or {"cluster": cfg}).items() for case in cases]
     executor: Executor = build(cfg.executor)
+    begin_run(folder, cfg, made_by)
     summaries = executor(run_figures, [one for _, one in jobs])
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for (name, _), summary in zip(jobs, summaries, strict=True):
@@ -96,7 +97,7 @@ def compare_variants(
     if len(shown_cases) > 1:
         title += f": mean ± standard deviation of {len(shown_cases)} replays"
     try:
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_begun(folder, cfg, made_by)
         write_text(folder / "compare.md", markdown(shown_rows, "variant", columns))
         names = [case.name.replace("_", " ") for case in cases]
         content = {"provenance": made_by, "title": title, "cases": names, "summaries": rows}

@@ -8,11 +8,15 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from sim.atomic import write_whole
+from sim.config.failures import SPACE
 from sim.paths import REPOSITORY
 
 if TYPE_CHECKING:
@@ -34,6 +38,25 @@ def write_json(path: Path, value: Any) -> None:
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:
     """Write a Parquet file; equal frames give equal bytes."""
     write_whole(path, lambda part: frame.to_parquet(part, index=False))
+
+
+def begin_run(folder: Path, cfg: DictConfig, made_by: Mapping[str, Any]) -> None:
+    """Write configuration and provenance before a run, so that a killed one leaves what it was.
+
+    Such a folder is not complete: a run writes its summary last. A full disk does not stop the run, whose figures can
+    still be printed: ``write_begun`` after it says what is wrong.
+    """
+    try:
+        write_begun(folder, cfg, made_by)
+    except OSError as error:
+        if error.errno not in SPACE:
+            raise
+
+
+def write_begun(folder: Path, cfg: DictConfig, made_by: Mapping[str, Any]) -> None:
+    """Write config.yaml and provenance.json."""
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(folder / "provenance.json", made_by)
 
 
 def own_folder(command: str) -> Path:

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from sim.errors import TraceError, WorkloadError, nearest
+from sim.limits import MOST_REQUESTS, check_count
 from sim.paths import REPOSITORY
 from sim.traces.trace import Trace
 from sim.traces.transforms import merge
@@ -29,7 +30,6 @@ Kind = Literal["conv", "code", "mix"]
 
 TABLES = REPOSITORY / "conf" / "trace" / "tables"
 TABLE_OF_KIND = {"code": "azure_code", "conv": "azure_conv"}
-MAX_REQUESTS = 50_000_000
 
 
 # Arrival processes
@@ -506,11 +506,7 @@ def _check_seed(seed: int) -> None:
 
 
 def _check_requests(expected: float, *, what: str = "requests") -> None:
-    if expected > MAX_REQUESTS:
-        raise WorkloadError(
-            f"that is {expected:.3g} {what}, more than the limit of {MAX_REQUESTS:,} that fits in memory; "
-            "lower its rate or duration_s (keys of trace)"
-        )
+    check_count(expected, what, MOST_REQUESTS, "lower its rate or duration_s (keys of trace)", WorkloadError)
 
 
 def _shown(function: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from sim.errors import WorkloadError, nearest
+from sim.limits import MOST_REQUESTS, check_count
 from sim.traces.trace import Trace, sorted_trace
 from sim.types import Ints
 
@@ -250,6 +251,7 @@ def inject_burst(
             f"{trace.arrival_s[-1]:g} s; lower start_s"
         )
     _check_limits(prompt_tokens, output_tokens, None, needed=False)
+    check_count(rate_rps * duration_s, "requests", MOST_REQUESTS, "lower rate_rps or duration_s", WorkloadError)
     rng = np.random.default_rng(seed)
     requests = int(rng.poisson(rate_rps * duration_s))
     arrival_s = start_s + rng.random(requests) * duration_s
@@ -335,6 +337,7 @@ def repeat(trace: Trace, *, times: int, period_s: float | None = None, share_pre
     """
     if times < 1:
         raise WorkloadError(f"times is {times}; it must be at least 1")
+    check_count(times * len(trace), "requests", MOST_REQUESTS, "lower times", WorkloadError)
     last_s = float(trace.arrival_s[-1])
     period = last_s + trace.duration_s / max(len(trace) - 1, 1) if period_s is None else period_s
     if not (math.isfinite(period) and period >= last_s):

@@ -67,6 +67,7 @@ class TraceFile:
     on_bad_row: "error" reports the first bad row; "skip" leaves out bad rows and counts each kind.
     max_rows, max_bytes: limits on the rows and on the unpacked size, so that a small packed file cannot fill memory.
     origin: the public repository of the file, for the message when it is missing.
+    naming: how to state other names of its columns, for the message when one is missing.
     """
 
     path: str | Path
@@ -74,6 +75,7 @@ class TraceFile:
     max_rows: int = MAX_ROWS
     max_bytes: int = MAX_BYTES
     origin: str | None = None
+    naming: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | Path) or not str(self.path).strip():

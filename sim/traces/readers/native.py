@@ -26,6 +26,7 @@ from sim.traces.trace import HASH_BLOCK_TOKENS, Trace
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 COLUMNS = {"arrival": "arrival_s", "prompt": "prompt_tokens", "output": "output_tokens", "hash_ids": "hash_ids"}
 """What ``columns`` of ``read_trace`` may rename, with the names of the own format."""
+NAMING = "other names: 'trace.columns={arrival: NAME, prompt: NAME, output: NAME}'"
 BLOCK_COLUMN = "hash_block_tokens"
 """Written only for ids of another number of tokens than 512; every row has the same value."""
 
@@ -64,7 +65,7 @@ def read_trace(
         TraceError: if the file or a row of it cannot be used.
     """
     check_choice("time_unit", time_unit, TimeUnit)
-    file = TraceFile(path=path, on_bad_row=on_bad_row, max_rows=max_rows, max_bytes=max_bytes)
+    file = TraceFile(path=path, on_bad_row=on_bad_row, max_rows=max_rows, max_bytes=max_bytes, naming=NAMING)
     named = column_names(columns)
     required, optional = [named[own] for own in REQUIRED], [BLOCK_COLUMN]
     (required if columns and columns.get("hash_ids") else optional).append(named["hash_ids"])

@@ -151,4 +151,5 @@ def check_header(file: TraceFile, names: Sequence[str], required: Sequence[str],
         if "did you mean" in (better := nearest(name, missing)):
             hint = f"for {name!r}: {better}"
             break
+    hint += f"; {file.naming}" if file.naming else ""
     raise TraceError(f"{file.path}{where}: no column {missing[0]!r} in the header {shown!r}; {hint}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -630,3 +631,28 @@ def test_an_old_table_is_continued_only_on_the_tokens_that_give_its_dense_loss(t
         measure_table(elastic, calibration, test, *given, seed=0, say=said.append)
     assert "states no hash of its token ids" in said[0]
     assert json.loads(path.read_text())["plans"][0]["nll_test"] == losses[1] + 0.06  # the file is as it was
+
+
+def search_one_step(elastic, windows) -> None:
+    rng = np.random.default_rng(0)
+    two_stage_search(elastic, windows, [0, 2, 3], prefill_removals=1, decode_removals=2, steps=2, rng=rng)
+
+
+SCORED = {
+    "nll": lambda elastic, windows: measure(elastic, dense_plan(elastic.spec), windows),
+    "one_shot": single_removals,
+    "cosine": block_cosines,
+    "lis": lambda elastic, windows: layer_importance(elastic, windows, 8),
+    "pdtrim order": lambda elastic, windows: redundancy_order(elastic, windows, 2),
+    "pdtrim search": search_one_step,
+    "attention": lambda elastic, windows: attention_mass(elastic, windows, first_tokens=1, last_tokens=2),
+    "full_test": lambda elastic, windows: measure_chosen(
+        elastic, windows, [("a", dense_plan(elastic.spec)), ("b", plan_without(elastic.spec, [1]))], [], lambda _: None
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCORED)
+def test_every_score_shows_how_much_is_done_until_all_is(kind: str, shown_progress: list[Any]) -> None:
+    SCORED[kind](ElasticModel(tiny()), text(2))
+    assert shown_progress[-1].done == shown_progress[-1].total > 0, shown_progress

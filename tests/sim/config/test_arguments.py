@@ -70,3 +70,11 @@ def test_an_argument_that_cannot_be_read_is_shown_and_explained(text: str, said:
         parse_overrides([text])
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_key_typed_like_an_option_with_one_dash_is_refused_with_the_way_to_write_it() -> None:
+    with pytest.raises(
+        ConfigError, match="there is no option -policy; a key of the configuration is written policy=de"
+    ):
+        read_arguments(["-policy", "dense"])
+    assert read_arguments(["-cn", "replay", "-m", "seed=0,1"]).multirun

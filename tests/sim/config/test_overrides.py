@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -17,9 +18,9 @@ from sim.errors import ConfigError
     ("override", "said"),
     [
         ("tick_s=abc", "tick_s is 'abc'; it must be a number"),
-        ("tick_s=-1", "tick_s is -1; it must be above 0 seconds"),
-        ("tick_s=nan", "tick_s is nan; it must be above 0 seconds"),
-        ("tick_s=0", "tick_s is 0; it must be above 0 seconds"),
+        ("tick_s=-1", "tick_s is -1; it must be at least 0.0001 seconds"),
+        ("tick_s=nan", "tick_s is nan; it must be at least 0.0001 seconds"),
+        ("tick_s=0", "tick_s is 0; it must be at least 0.0001 seconds"),
         ("seed=1.5", "seed is 1.5; it must be a whole number"),
         ("seed=true", "seed is True; it must be a number"),
         ("seed=-1", "seed is -1; it must be at least 0"),
@@ -100,3 +101,14 @@ def test_the_values_of_every_option_fit_the_types_that_its_target_states(group: 
 def test_build_names_a_target_that_cannot_be_imported() -> None:
     with pytest.raises(ConfigError, match=r"_target_: nowhere\.Thing cannot be imported .*; name MODULE\.FUNCTION"):
         build_option("slo", "ttft_2s", {"_target_": "nowhere.Thing"})
+
+
+def test_several_values_of_a_list_are_refused_with_the_list() -> None:
+    for typed, listed in (("seeds=0,1", "'seeds=[0,1]'"), ("seeds=range(0,3)", "'seeds=[0,1,2]'")):
+        with pytest.raises(ConfigError, match=re.escape(f"write a list: {listed}, ")):
+            check_overrides([typed], "replay", multirun=False)
+
+
+def test_a_mapping_with_a_key_that_its_group_lacks_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"trace\.columns has no 'arival'; did you mean 'arrival'"):
+        check_overrides(["trace=file", "trace.columns={arival: ts}"], "replay")

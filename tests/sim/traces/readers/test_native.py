@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -199,3 +200,9 @@ def test_any_file_is_read_or_gives_one_short_line_of_error(tmp_path_factory, con
             text = str(error)
             assert len(text.splitlines()) == 1, text
             assert len(text) < 1500, text
+
+
+def test_a_missing_column_names_the_key_that_states_other_names(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("ts,in_tokens,out_tokens\n0,10,5\n")
+    with pytest.raises(TraceError, match=r"no column 'arrival_s' in .*'trace\.columns=\{arrival: NAME, "):
+        read_trace(tmp_path / "a.csv")

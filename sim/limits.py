@@ -1,0 +1,43 @@
+"""Settings that would make a run endless or exhaust its memory, such as decisions every picosecond.
+
+They are refused before the run starts, wherever they come from: a command line, a file of conf/, or Python.
+"""
+
+from __future__ import annotations
+
+from sim.errors import ConfigError, RapLabError
+
+MOST_REQUESTS = 50_000_000
+MOST_DECISIONS = 10_000_000
+"""Of a policy or an autoscaler while requests arrive: a run of many minutes."""
+MOST_CHANGES = 1_000_000
+"""Of a budget, and outages of one replica."""
+MOST_REPLICAS = 10_000
+MOST_RUNNING = 1_000_000
+"""Requests that hold KV at the same time; the engine reserves room for as many."""
+MOST_PROCESSES = 1_024
+LEAST_TICK_S = 1e-4
+"""Seconds between two decisions; an iteration of any model takes longer."""
+
+
+def check_count(count: float, what: str, most: int, advice: str, error: type[RapLabError] = ConfigError) -> None:
+    """Check that there are at most ``most`` of something.
+
+    Args:
+        count: how many there would be. what: names them, such as "requests". advice: what to change.
+        error: what to raise.
+    """
+    if not count <= most:
+        raise error(f"that is {count:,.4g} {what}, more than the limit of {most:,}; {advice}")
+
+
+def check_ticks(tick_s: float, last_arrival_s: float, key: str = "tick_s") -> None:
+    """Check the seconds between two decisions; ``key`` states them.
+
+    Raises:
+        ConfigError: if decisions follow each other too fast, or there are too many until the last arrival.
+    """
+    if not tick_s >= LEAST_TICK_S:
+        raise ConfigError(f"{key} is {tick_s}; it must be at least {LEAST_TICK_S:g} seconds")
+    advice = f"raise {key}, or cut the trace, e.g. workload=first_10min (trace.rebase=true counts times from the first)"
+    check_count(last_arrival_s / tick_s, f"decisions until the last arrival, one per {key}", MOST_DECISIONS, advice)
