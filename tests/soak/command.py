@@ -26,6 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     inputs = parts.add_parser("inputs")
     inputs.add_argument("--total", type=int, default=1_000_000)
     inputs.add_argument("--slice", type=int, default=100_000)
+    inputs.add_argument("--first", type=int, default=0, help="number of the first input of each kind")
     inputs.add_argument("--kinds", default="", help="some kinds only, separated by commas")
     one = parts.add_parser("one")
     one.add_argument("kind")
@@ -62,7 +63,7 @@ def _inputs(chosen: argparse.Namespace) -> int:
     from tests.soak.inputs import SHARES, run
 
     kinds = chosen.kinds.split(",") if chosen.kinds else list(SHARES)
-    content = run(chosen.total, chosen.slice, chosen.out / "inputs.json", kinds=kinds)
+    content = run(chosen.total, chosen.slice, chosen.out / "inputs.json", kinds=kinds, first=chosen.first)
     return int(any(piece["faults"] for piece in content["slices"].values()))
 
 

@@ -286,22 +286,29 @@ def divide(total: int, kinds: Sequence[str] = tuple(SHARES)) -> dict[str, int]:
 
 
 def run(
-    total: int, slice_size: int, path: Path, *, kinds: Sequence[str] = tuple(SHARES), say: Callable[[str], None] = print
+    total: int,
+    slice_size: int,
+    path: Path,
+    *,
+    kinds: Sequence[str] = tuple(SHARES),
+    first: int = 0,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Feed ``total`` inputs slice by slice and save the figures of every slice in ``path``.
 
-    A slice that the file holds without a fault is not played again; remove it there to repeat it.
+    The inputs of each kind have numbers from ``first`` on. A slice that the file holds without a fault is not played
+    again; remove it there to repeat it.
     """
     content = {"slices": {}, **figures.read(path)}
     done: dict[str, Any] = content["slices"]
     for kind, count in divide(total, kinds).items():
-        for first in range(0, count, slice_size):
-            size = min(slice_size, count - first)
-            key = f"{kind} {first}"
+        for start in range(first, first + count, slice_size):
+            size = min(slice_size, first + count - start)
+            key = f"{kind} {start}"
             if key in done and done[key]["inputs"] == size and not done[key]["faults"]:
                 continue
             start_s = time.monotonic()
-            tally = feed(kind, first, size)
+            tally = feed(kind, start, size)
             done[key] = {**_plain(tally), "inputs": size, "wall_s": time.monotonic() - start_s, **figures.made_now()}
             figures.save(path, content)
             say(f"{key}: {size} inputs, {dict(tally.verdicts)}, {len(tally.faults)} kinds of fault")

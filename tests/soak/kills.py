@@ -65,7 +65,7 @@ def scenarios(files: Path) -> list[Scenario]:
 
 @dataclass(slots=True)
 class Count:
-    """What happened to one scenario."""
+    """What happened to one scenario. kills: runs that were killed; ended_before: further runs that were too quick."""
 
     kills: int = 0
     ended_before: int = 0
@@ -109,9 +109,11 @@ def kill_often(scenario: Scenario, kills: int, folder: Path, rng: random.Random)
     clock = differences(references[-1], references[-2])  # times and dates, which differ between equal runs
     found.not_compared = sorted({name.rpartition("/")[2] for name in clock})[:40]
     clock |= {name for name in references[-1] if name.rpartition(":")[2] in CLOCKS}
-    for _ in range(kills):
+    while found.kills < kills:
+        if found.ended_before > 2 * kills:
+            raise RuntimeError(f"{scenario.name}: {found.ended_before} runs ended before they could be killed")
         shutil.rmtree(place, ignore_errors=True)
-        _one(scenario, place, times[-1], (references[-1], clock), found, rng)
+        _one(scenario, place, min(times), (references[-1], clock), found, rng)
     if commit() != present:  # which is part of the results
         raise RuntimeError(f"{present} was checked out at first, {commit()} is now; run this in a clone of its own")
     found.seconds = time.monotonic() - began_s
@@ -130,16 +132,16 @@ def _one(
     printed = folder.with_suffix(".txt")
     child = start(scenario.command.module, scenario.command.line(folder), printed)
     _kill_at_random(child, scenario, folder, usual_s, rng)
+    if child.status == 0:
+        found.ended_before += 1
+        return
     found.kills += 1
-    found.ended_before += child.status == 0
     found.before_any_file += not any(folder.iterdir())
     found.leftovers += bool(leftovers(folder))
     if broken := half_written(folder, ignore=scenario.ignore):
         found.faults.append({"what": "half-written", "files": broken})
     wanted, clock = reference
-    if child.status == 0:
-        found.complete_already += 1
-    elif not _again(scenario, folder, printed, found):
+    if not _again(scenario, folder, printed, found):
         return
     if different := sorted(differences(results(folder), wanted) - clock):
         found.faults.append({"what": "other results", "names": different[:20]})
