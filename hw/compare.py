@@ -12,9 +12,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from rich.console import Console
 
+from hw.calibrate.calibration import slower
 from hw.calibrate.writing import write_calibration
 from hw.validate.compare import Run, check_sides, compare, plot, print_comparison, read_run
-from hw.validate.machine_speed import slower
 from hw.validate.machines import SAME_SPEED, calibration_name, machine_note
 from sim.config import run_command
 from sim.cost.latency import CALIBRATIONS

@@ -13,7 +13,7 @@ import torch
 
 from hw.calibrate import device as d
 from hw.calibrate import measurements as m
-from hw.calibrate.calibration import Fixed, Target, calibrate, error_summary
+from hw.calibrate.calibration import Fixed, Target, calibrate, error_summary, times
 from hw.calibrate.plan_changes import Changes
 from hw.calibrate.writing import write_calibration
 from hw.elastic.checkpoint import load_checkpoint
@@ -122,7 +122,7 @@ def _target(name: str, settings: d.DeviceSettings, terms: m.Terms, dtype: str, t
 def scaled_to_runs(content: dict[str, Any], runs: list[d.Iterations]) -> dict[str, Any]:
     """Return a calibration scaled to engine runs: a factor on all terms, and a constant per iteration."""
     line = d.line_over_terms(runs, content)
-    scaled = d.times(content, line.factor, line.prefill_attention_factor)
+    scaled = times(content, line.factor, line.prefill_attention_factor)
     scaled["fixed_us"] = round(line.fixed_s * 1e6, 1)
     scaled["fixed_source"] = (
         f"{sum(len(run.shapes) for run in runs)} iterations of {len(runs)} runs of hw.engine between the measurements "
