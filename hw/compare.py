@@ -53,7 +53,7 @@ def _compare(cfg: DictConfig) -> int:
     out = Path(cfg.out) if cfg.out is not None else own_folder("compare")
     if not result["held"]:
         result["machine_note"] = _machine_note(simulated, real, result["speed_factor"], out)
-    notes = sorted({str(run.hardware["weights_note"]) for run in real if (run.hardware or {}).get("weights_note")})
+    notes = sorted({str(note) for run in real if (note := (run.hardware or {}).get("weights_note"))})
     if notes:
         result["weights_notes"] = notes
     write_json(out / "compare.json", {"provenance": provenance(0), **result})

@@ -16,9 +16,8 @@ from hw.calibrate import measurements as m
 from hw.calibrate.calibration import Fixed, Target, calibrate, error_summary, times
 from hw.calibrate.plan_changes import Changes
 from hw.calibrate.writing import write_calibration
-from hw.elastic.checkpoint import load_checkpoint, make_random
+from hw.elastic.checkpoint import load_weights
 from hw.elastic.model import ElasticModel
-from hw.elastic.random_weights import note_of, seed_of
 from sim.cost.gpu import Gpu
 from sim.cost.latency import CALIBRATIONS
 from sim.cost.model_spec import ModelSpec
@@ -45,13 +44,7 @@ def load(model: ModelSpec, gpu: Gpu, checkpoint: str, threads: int, seed: int) -
     """Load the model onto the device, with PyTorch's threads and seed set."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    place, seed_of_weights = place_of(gpu), seed_of(checkpoint)
-    if seed_of_weights is None:
-        loaded, _ = load_checkpoint(checkpoint, dtype=dtype_of(model), device=place)
-    else:
-        loaded, _ = make_random(model, seed_of_weights, dtype=dtype_of(model), device=place)
-    elastic = ElasticModel(loaded, name=model.name)
-    elastic.note = "" if seed_of_weights is None else note_of(seed_of_weights)
+    elastic, _ = load_weights(checkpoint, model, dtype=dtype_of(model), device=place_of(gpu))
     return elastic
 
 

@@ -98,7 +98,7 @@ def _prefill(cfg: DictConfig, key: str, elastic: ElasticModel, tokenizer: Any, p
     connection = Connection(channel, bytes_per_s=cfg.link_bytes_per_s, latency_s=float(cfg.link_latency_s))
     with _closed(connection):
         limit = _context_limit(channel.receive())
-        parts, clock, quality = build_parts(cfg), RealClock(), quality_of(cfg)
+        parts, clock, quality = build_parts(cfg), RealClock(), None if elastic.note else quality_of(cfg)
         config = replace(parts.config, max_context_tokens=min(limit, parts.config.max_context_tokens or limit))
         parts = replace(parts, server=replace(parts.server, config=config))
         prompts = read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed)
@@ -124,7 +124,7 @@ def _decode(cfg: DictConfig, key: str, elastic: ElasticModel, _tokenizer: Any, p
     connection = Connection(channel)
     with _closed(connection):
         welcome(channel, key)
-        parts, clock, quality = build_parts(cfg), RealClock(), quality_of(cfg)
+        parts, clock, quality = build_parts(cfg), RealClock(), None if elastic.note else quality_of(cfg)
         plan = parts.policy.first_plan
         nll = with_prefill(quality.charge if quality is not None else None, plan.prefill)
         side = DecodeSide(

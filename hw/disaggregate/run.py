@@ -25,6 +25,7 @@ from hw.disaggregate.kv_link import LinkError
 from hw.disaggregate.pair import Outcome, Pair
 from hw.elastic.checkpoint import pick_device
 from hw.elastic.processor import processor_name
+from hw.elastic.random_weights import note_of, seed_of
 from hw.replay.run import HwReplayConfig
 from sim.config import build, name_of, one_thread, run_command
 from sim.cost.plan import describe
@@ -66,6 +67,9 @@ def figures(cfg: DictConfig, outcome: Outcome) -> dict[str, Any]:
         cpu_s=sum(log.cpu_s for log in logs),
     )
     summary |= plan_quality(cfg, summary["quality_nll"], iterations)
+    seed = seed_of(str(cfg.hw.checkpoint))
+    if seed is not None:
+        summary |= {"quality_outside_share": None, "quality_note": note_of(seed)}
     summary |= {"plan": describe(plan), **transfer_figures(records, plan, build(cfg.model))}
     summary["link_busy_share"] = _busy_s(records.send_s, records.sent_s) / end_s
     return summary | {"interrupted": outcome.interrupted, "failure": outcome.failure}

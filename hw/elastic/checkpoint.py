@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from hw.elastic.device import make_current
-from hw.elastic.random_weights import NumberTokenizer, random_model
+from hw.elastic.model import ElasticModel
+from hw.elastic.random_weights import NumberTokenizer, note_of, random_model, seed_of
 from sim.cost.model_spec import ModelSpec
 from sim.errors import ModelError, nearest
 
@@ -118,14 +119,21 @@ def load_checkpoint(path: str = SMOLLM2, *, dtype: str = "float32", device: str 
     return model.to(place).eval(), _load_tokenizer(source, path)
 
 
-def make_random(model: ModelSpec, seed: int, *, dtype: str, device: str) -> tuple[Any, Any]:
-    """Make random weights for a model description; return the model and what stands for its tokenizer.
+def load_weights(checkpoint: str, model: ModelSpec, *, dtype: str, device: str) -> tuple[ElasticModel, Any]:
+    """Return the elastic model of a checkpoint, or one with random weights, and its tokenizer.
 
     Args:
-        model, seed: of what shape, and from which random numbers. dtype, device: as ``load_checkpoint``.
+        checkpoint: as ``load_checkpoint``, or ``random:SEED``.
+        model: gives the name and, to random weights, the shape. dtype, device: as ``load_checkpoint``.
+    Raises:
+        ModelError: as ``load_checkpoint``, and for a seed that is no number.
     """
+    seed = seed_of(checkpoint)
+    if seed is None:
+        loaded, tokenizer = load_checkpoint(checkpoint, dtype=dtype, device=device)
+        return ElasticModel(loaded, name=model.name), tokenizer
     made = random_model(model, seed=seed, dtype=DTYPES[dtype], place=pick_device(device))
-    return made, NumberTokenizer(model.vocab_size)
+    return ElasticModel(made, name=model.name, note=note_of(seed)), NumberTokenizer(model.vocab_size)
 
 
 def checkpoint_of(node: Any, chosen: str | None, name: str) -> str:

@@ -32,7 +32,9 @@ from sim.errors import ModelError, PlanError, nearest
 class ElasticModel:
     """A Hugging Face causal language model that runs any legal Plan. It changes the model in place."""
 
-    def __init__(self, model: Any, *, name: str = "", stage: Stage = "both", hardware: Device | None = None) -> None:
+    def __init__(
+        self, model: Any, *, name: str = "", stage: Stage = "both", hardware: Device | None = None, note: str = ""
+    ) -> None:
         """Take over a model.
 
         Args:
@@ -40,6 +42,7 @@ class ElasticModel:
             name: name of the model description; empty takes the name of the model's own config.
             stage: whether this replica runs prefill, decode or both, which decides what must be resident.
             hardware: the device that holds the model; None finds it.
+            note: what every output of a run has to say about the weights.
         Raises:
             ModelError: for an unsupported family, or parameters that the model description does not count.
         """
@@ -73,7 +76,7 @@ class ElasticModel:
         inside = {id(p) for layer in self._layers for p in layer.parameters()}
         self._fixed = [p for p in model.parameters() if id(p) not in inside]  # parameters() lists tied ones once
         self._stage: Stage = stage
-        self.note = ""  # what every output of a run has to say about the weights
+        self.note = note
         self.plan: Plan = dense_plan(self.spec)
         if self.bytes() != self._expected_dense_bytes():
             raise ModelError(

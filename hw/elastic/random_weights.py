@@ -50,7 +50,8 @@ def random_model(spec: ModelSpec, *, seed: int, dtype: torch.dtype, place: torch
     devices = [place] if place.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(place):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        made: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        return made.eval()
 
 
 def _config(spec: ModelSpec) -> Any:

@@ -21,10 +21,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hw.elastic.checkpoint import checkpoint_of, load_checkpoint, make_random, pick_device
+from hw.elastic.checkpoint import checkpoint_of, load_weights, pick_device
 from hw.elastic.device import Accelerator
 from hw.elastic.model import ElasticModel
-from hw.elastic.random_weights import note_of, seed_of
 from hw.engine.clock import RealClock, check_clock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
@@ -83,13 +82,7 @@ def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticMo
     torch.set_num_threads(int(hw.threads))
     check_clock(hw.clock, pick_device(hw.device).type)
     checkpoint = checkpoint_of(node, hw.checkpoint, model.name)
-    seed = seed_of(checkpoint)
-    if seed is None:
-        loaded, tokenizer = load_checkpoint(checkpoint, dtype=dtype, device=hw.device)
-    else:
-        loaded, tokenizer = make_random(model, seed, dtype=dtype, device=hw.device)
-    elastic = ElasticModel(loaded, name=model.name)
-    elastic.note = "" if seed is None else note_of(seed)
+    elastic, tokenizer = load_weights(checkpoint, model, dtype=dtype, device=hw.device)
     found = replace(elastic.spec, max_context_tokens=model.max_context_tokens)
     if found != model:
         raise ModelError(

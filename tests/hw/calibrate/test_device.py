@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,11 +92,10 @@ def test_the_command_writes_a_calibration_that_the_simulator_loads_and_prices_an
 ) -> None:
     spec, serve = tiny_spec(), d.run_engine
     monkeypatch.setattr(d, "run_engine", lambda elastic, clock, seed, *_: serve(elastic, clock, seed, 4.0, 1.5))
-    monkeypatch.setattr(hw.calibrate.this_device, "load_checkpoint", lambda *_, **__: (tiny(), SimpleNamespace()))
     monkeypatch.setattr(hw.calibrate.this_device, "REPOSITORY", tmp_path)
     tiny().config.save_pretrained(tmp_path)
     model = ["model=hf", f"model.config={tmp_path / 'config.json'}", "+model.name=tiny"]
-    assert exit_status(command, "source=device", *model, "seconds=0", f"out={tmp_path}") == 0
+    assert exit_status(command, "source=device", *model, "checkpoint=random:5", "seconds=0", f"out={tmp_path}") == 0
     latency = load_calibration(tmp_path / "tiny_cpu_epyc_1thread.json")
     assert latency.bits == (16, 8, 4)
     assert (tmp_path / "tiny_cpu_epyc_1thread.png").stat().st_size > 10_000
@@ -107,13 +105,14 @@ def test_the_command_writes_a_calibration_that_the_simulator_loads_and_prices_an
     content = json.loads((tmp_path / "tiny_cpu_epyc_1thread.json").read_text())
     assert set(content["errors"]) >= {"mha_linear_16", "ffn_linear_4", "decode_attention", "iteration"}
     assert content["fixed_us"] >= 0
+    assert any("weights are random (random:5)" in note for note in content["notes"])
     assert content["device_run"]["samples"] >= content["device_run"]["cells"] * 2
     changes = content["device_run"]["plan_changes"]
     assert set(changes["layer_copies"]) == {"16", "8", "4"}
     assert latency.copying is not None
     assert latency.copying.host_to_device_bytes_per_s == content["device_run"]["host_to_device_bytes_per_s"]
     before = content["tables"]
-    assert exit_status(command, "source=device", *model, "only=changes", f"out={tmp_path}") == 0
+    assert exit_status(command, "source=device", *model, "checkpoint=random:5", "only=changes", f"out={tmp_path}") == 0
     again = json.loads((tmp_path / "tiny_cpu_epyc_1thread.json").read_text())
     assert again["tables"] == before
     assert again["device_run"]["plan_changes"] != changes  # measured again

@@ -170,6 +170,11 @@ def once_joined(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]
     return arrange
 
 
+def test_random_weights_are_named_in_the_summary(run: Callable[..., Path]) -> None:
+    folder = run("hw", "hw.checkpoint=random:2")
+    assert "weights are random (random:2)" in json.loads((folder / "summary.json").read_text())["quality_note"]
+
+
 def test_ctrl_c_keeps_what_is_known_and_the_processes_serve_on(
     pair: Pair,
     shared: list[str],

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+httpx = pytest.importorskip("httpx", reason="the server needs it: pip install -e '.[hw]'")
 torch = pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 
 import hw.compare  # noqa: E402
@@ -103,3 +109,32 @@ def test_a_replay_on_random_weights_says_so_in_every_output(tmp_path: Path, caps
     exit_status(hw.compare.main, str(tmp_path / "sim"), str(tmp_path / "real"), f"out={tmp_path / 'compared'}")
     assert "weights are random" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "compared" / "compare.json").read_text())["weights_notes"]
+
+
+def test_the_server_serves_random_weights_and_says_so(tmp_path: Path) -> None:
+    tiny().config.save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model = ["model=hf", f"model.config={tmp_path}", "+model.name=tiny", "hw.checkpoint=random:4", "hw.device=cpu"]
+    command = [sys.executable, "-m", "hw.serve", *model, "gpu=cpu_epyc_1thread", "budget=kv_blocks", "budget.blocks=40"]
+    command += ["workspace_bytes=0", f"latency={tmp_path / 'flat.json'}", f"serve.port={port}"]
+    (tmp_path / "flat.json").write_text(json.dumps(flat_latency_content(fixed_us=1e4, token_us=10.0)))
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=os.environ
+    )
+    try:
+        assert running.stdout is not None
+        said = []
+        for line in running.stdout:
+            said.append(line)
+            if "serving" in line:
+                break
+        assert "weights are random (random:4)" in "".join(said), said
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=60) as client:
+            assert "random" in client.get("/models").json()["data"][0]["note"]
+            answer = client.post("/completions", json={"model": "tiny", "prompt": "A lighthouse", "max_tokens": 3})
+        assert answer.json()["usage"] == {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}
+    finally:
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 0

@@ -14,6 +14,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+import hw.elastic.checkpoint
 import hw.engine.hw_engine
 import hw.replay.run
 import sim.replay.__main__
@@ -32,7 +33,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Return a function that runs a command in this process, with the overrides that both commands share."""
     tiny().config.save_pretrained(tmp_path)
     (tmp_path / "flat.json").write_text(json.dumps(flat_latency_content(fixed_us=1e4, token_us=10.0)))
-    monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: (tiny(), Tokenizer()))
+    monkeypatch.setattr(hw.elastic.checkpoint, "load_checkpoint", lambda *_, **__: (tiny(), Tokenizer()))
     overrides = [
         "trace=small",
         "trace.duration_s=6",
@@ -125,7 +126,7 @@ def test_a_nan_in_a_layer_ends_the_command_with_block_and_plan_named(
 ) -> None:
     broken = tiny()
     broken.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
-    monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: (broken, Tokenizer()))
+    monkeypatch.setattr(hw.elastic.checkpoint, "load_checkpoint", lambda *_, **__: (broken, Tokenizer()))
     with pytest.raises(SystemExit) as ended:
         run("hw", "policy=fixed", "policy.drop_mha=[1]")
     assert ended.value.code == 2
@@ -157,7 +158,7 @@ def test_processor_seconds_on_a_gpu_are_refused_before_the_model_loads(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hw.replay.run, "pick_device", lambda _: torch.device("cuda:0"))
-    monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(hw.elastic.checkpoint, "load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as ended:
         run("hw", "hw.clock=cpu")
     assert ended.value.code == 2
@@ -173,7 +174,7 @@ def test_a_policy_that_never_changes_its_plan_stores_no_weights(run: Callable[..
 def test_a_checkpoint_that_is_not_the_described_model_is_refused(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hw.replay.run, "load_checkpoint", lambda *_, **__: (tiny("qwen3"), Tokenizer()))
+    monkeypatch.setattr(hw.elastic.checkpoint, "load_checkpoint", lambda *_, **__: (tiny("qwen3"), Tokenizer()))
     with pytest.raises(SystemExit):
         run("hw")
     assert "describes" in capsys.readouterr().err
