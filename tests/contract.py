@@ -273,6 +273,10 @@ class EngineContract(ABC):
             ((0.0, 8, 0), "output_tokens is 0"),
             ((0.0, 8.5, 2), "prompt_tokens is 8.5"),
             ((0.0, 8, math.nan), "output_tokens is nan"),
+            ((None, 8, 2), "arrival_s of the requests is"),
+            ((0.0, "8", 2), "prompt_tokens of the requests is"),
+            ((0.0, 8, 1j), "output_tokens of the requests is"),
+            ((0.0, 10**30, 2), "prompt_tokens of the requests is"),
         ],
     )
     def test_a_request_that_cannot_be_is_refused_and_none_of_its_call_is_accepted(

@@ -133,15 +133,3 @@ def evaluate_cluster(
                 rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
             report(number + 1)
     return pd.DataFrame(rows)
-
-
-__all__ = [
-    "evaluate_cluster",
-    "learned_cluster_policies",
-    "mean_cluster_utility",
-    "play_cluster",
-    "read_about",
-    "test_clusters",
-    "train_clusters",
-    "tuned_cluster_rules",
-]

@@ -299,13 +299,3 @@ def evaluation_setting(env_kwargs: Mapping[str, Any]) -> ServeSetting:
         return ServeSetting(**{**env_kwargs, "split": "test"})
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"the policy's file states no environment of ServeTrace ({error})") from error
-
-
-__all__ = [
-    "evaluate_serve",
-    "evaluation_setting",
-    "play_window",
-    "serve_grid",
-    "test_windows",
-    "tuned_rules",
-]

@@ -12,6 +12,7 @@ from typing import Any
 
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
@@ -349,7 +350,7 @@ async def _http_error(request: HttpRequest, error: Exception) -> Response:
     if error.status_code == 404:
         message = f"there is no {request.url.path}; see GET /v1/models, POST /v1/completions, POST /v1/chat/completions"
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("allow", "")
+        allowed = Headers(error.headers).get("allow", "another method")
         message = f"{request.url.path} does not take {request.method}; use {allowed}"
     else:
         message = str(error.detail)

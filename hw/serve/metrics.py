@@ -24,7 +24,6 @@ GAUGES: Mapping[str, tuple[str, str]] = {
     "rap:incoming_bytes": ("incoming_bytes", "Bytes of weights that are being copied in."),
 }
 COUNTERS: Mapping[str, tuple[str, str]] = {
-    "vllm:prompt_tokens": ("arrived_prompt_tokens", "Prompt tokens of the requests that arrived."),
     "vllm:generation_tokens": ("produced_tokens", "Tokens produced."),
     "vllm:num_preemptions": ("preemptions", "Times that a running request gave up its KV and waited again."),
     "rap:requests_arrived": ("arrived", "Requests that arrived."),
@@ -67,6 +66,10 @@ class EngineMetrics(Collector):
             "vllm:request_success", "Requests that ended, by reason.", ["model_name", "finished_reason"],
             registry=self.registry,
         )  # fmt: skip
+        self._prompt_tokens = Counter(
+            "vllm:prompt_tokens", "Prompt tokens whose prefill ended; a second prefill does not count.",
+            ["model_name"], registry=self.registry,
+        ).labels(model)  # fmt: skip
         reasons: tuple[Reason, ...] = ("stop", "length", "abort", "error")
         self._ended = {reason: ended.labels(model, reason) for reason in reasons}
         thread.observer = self
@@ -74,6 +77,7 @@ class EngineMetrics(Collector):
     def saw_token(self, live: LiveRequest, gap_s: float | None) -> None:
         """Take note of a token; ``gap_s``: seconds since the token before, None for the first."""
         if gap_s is None:
+            self._prompt_tokens.inc(live.request.prompt_tokens)
             self._histograms["time_to_first_token"].observe(live.first_token_s - live.request.arrival_s)
             self._histograms["request_queue_time"].observe(live.admitted_s - live.request.arrival_s)
         else:

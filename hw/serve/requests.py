@@ -310,7 +310,7 @@ def _supported(kind: type[RequestBody], value: Mapping[str, Any], limits: Limits
             del given[name]
         elif name not in kind.model_fields:
             known = [*kind.model_fields, *NEUTRAL, *WITHOUT_EFFECT]
-            hint = nearest(name, known).partition("allowed: ")[0].replace("? ", "? Otherwise ") or "Please "
+            hint = nearest(name, known).partition("allowed: ")[0].replace("? ", "? Otherwise ") or ""
             raise ApiError(400, f"there is no field {short(name)}; {hint}leave it out", short_name(name))
     if given.get("model", limits.model) != limits.model:
         raise ApiError(

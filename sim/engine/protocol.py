@@ -117,13 +117,18 @@ def check_submitted(ids: Sequence[int], arrival_s: Floats, prompt_tokens: Ints, 
     Args:
         ids: of the requests, for the error.
     Raises:
-        ConfigError: for an arrival that is not finite, or a prompt or output that is not a whole number from 1.
+        ConfigError: for a value that is no number of 64 bits, an arrival that is not finite, or a prompt or output that
+            is not a whole number from 1.
     """
     if not len(arrival_s) == len(prompt_tokens) == len(output_tokens):
         raise ConfigError(
             f"{len(arrival_s)} arrivals, {len(prompt_tokens)} prompts and {len(output_tokens)} outputs; "
             "submit one of each per request"
         )
+    for name, column in zip(SUBMITTED, (arrival_s, prompt_tokens, output_tokens), strict=True):
+        if np.asarray(column).dtype.kind not in "iuf":
+            texts = [repr(value)[:40] for value in np.asarray(column).tolist()]
+            raise ConfigError(f"{name} of the requests is {', '.join(texts[:5])}; each must be a number of 64 bits")
     if not np.isfinite(arrival_s).all():
         at = int(np.flatnonzero(~np.isfinite(arrival_s))[0])
         raise ConfigError(f"request {ids[at]} arrives at {arrival_s[at]} s; give a finite time in seconds")

@@ -69,7 +69,7 @@ def to_floats(column: pa.ChunkedArray | list[Any]) -> Floats:
         if set(map(type, column)) == {float}:
             return np.array(column, dtype=np.float64)
         return np.array([_float_of_json(cell) for cell in column], dtype=np.float64)
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+    if any(kind(column.type) for kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)):
         # safe=False: an integer beyond 2**53 loses digits, but it is out of range anyway.
         return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
     if not pa.types.is_string(column.type):

@@ -19,6 +19,7 @@ from sim.types import Floats
 
 REQUIRED = ("start_times", "input_lens", "output_lens")
 OPTIONAL = ("errors", "ttfts", "itls")
+ONE_RESULT = "name a file with one result; of those that --append-result wrote, keep one"
 
 
 def read_vllm_bench(
@@ -44,7 +45,7 @@ def read_vllm_bench(
     """
     check_choice("failed", failed, Failed)
     file = TraceFile(path=path, on_bad_row=on_bad_row, max_rows=max_rows, max_bytes=max_bytes)
-    result = load_document(file, read_content(file))
+    result = load_document(file, read_content(file), hint=ONE_RESULT)
     rows = Rows(_table(file, result))
     arrival_s = rows.times("start_times")
     prompt_tokens = rows.tokens("input_lens")

@@ -241,6 +241,7 @@ def test_what_cannot_be_done_is_refused_in_openais_shape(
             {"prompt": "a", "temprature": 1},
             "there is no field 'temprature'; did you mean 'temperature'? Otherwise leave it out",
         ),
+        ({"prompt": "a", "guided_json": {}}, "there is no field 'guided_json'; leave it out"),
         ({"prompt": "a", "model": "gpt"}, "model 'gpt' is not served; set model to 'tiny', or leave it out"),
         (
             {"prompt": "a", "max_tokens": "3"},

@@ -343,6 +343,11 @@ def test_an_incomplete_result_of_vllm_says_what_is_missing(tmp_path, changes, me
         read("vllm_bench", write(tmp_path, json.dumps(result)))
 
 
+def test_several_results_of_vllm_in_one_file_ask_for_one(tmp_path):
+    with pytest.raises(TraceError, match=r"line 2.*--append-result wrote, keep one"):
+        read("vllm_bench", write(tmp_path, f"{json.dumps(VLLM)}\n{json.dumps(VLLM)}\n"))
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,16 @@ def test_dates_are_recognized_and_count_from_the_first(tmp_path_factory, start, 
     rows = [f"{(start + timedelta(microseconds=gap)).isoformat(separator)}{mark},1,1\n" for gap in ends]
     path = write(tmp_path_factory.getbasetemp(), "arrival_s,prompt_tokens,output_tokens\n" + "".join(rows))
     assert read_trace(path, time_unit=name or "s").arrival_s.tolist() == [gap / 10**6 for gap in ends]
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path):
+    times = pa.array([Decimal("0.5"), Decimal("1.25")], type=pa.decimal128(18, 6))
+    counts = pa.array([Decimal(7), Decimal(8)], type=pa.decimal128(18, 0))
+    table = pa.table({"arrival_s": times, "prompt_tokens": counts, "output_tokens": counts})
+    pq.write_table(table, tmp_path / "decimals.parquet")
+    trace = read_trace(tmp_path / "decimals.parquet")
+    assert trace.arrival_s.tolist() == [0.5, 1.25]
+    assert trace.prompt_tokens.tolist() == [7, 8]
 
 
 def test_dates_of_parquet_and_with_different_zones_are_one_clock(tmp_path):
