@@ -158,7 +158,7 @@ def _again(scenario: Scenario, folder: Path, path: Path, found: Count) -> bool:
     """
     child = start(scenario.command.module, scenario.command.line(folder, *scenario.again), path)
     status, printed = child.wait(), child.text()
-    complete = status == 0 and SKIPPED in printed or status == 2 and REFUSED in printed
+    complete = (status == 0 and SKIPPED in printed) or (status == 2 and REFUSED in printed)
     if "Traceback" not in printed and (status == 0 or complete):
         found.complete_already += complete
         return True
