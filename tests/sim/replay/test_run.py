@@ -270,6 +270,21 @@ def test_compilation_does_not_count_as_the_time_of_a_replay() -> None:
         assert cpu_s() < 0.5 * compiled_s
 
 
+def test_loading_compiled_code_does_not_count_as_the_time_of_a_replay() -> None:
+    from sim.compiled import _as_compilation, cpu_clock
+    from sim.engine.kernel import loop
+
+    def busy() -> None:
+        while time.process_time() < until_s:
+            pass
+
+    with cpu_clock() as cpu_s:
+        until_s = time.process_time() + 0.05
+        _as_compilation(busy)()
+        assert cpu_s() < 0.025
+    assert loop.advance._cache.load_overload.__qualname__.startswith("_as_compilation")  # type: ignore[attr-defined]
+
+
 EIGHT = ("latency=llama2_7b_a100_trtllm", "trace=poisson", "trace.duration_s=10", "trace.rate_rps=2")
 
 
