@@ -12,9 +12,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from rich.console import Console
 
+from hw.calibrate.calibration import slower
 from hw.calibrate.writing import write_calibration
 from hw.validate.compare import Run, check_sides, compare, plot, print_comparison, read_run
-from hw.validate.machine_speed import slower
 from hw.validate.machines import SAME_SPEED, calibration_name, machine_note
 from sim.config import run_command
 from sim.cost.latency import CALIBRATIONS
@@ -53,10 +53,15 @@ def _compare(cfg: DictConfig) -> int:
     out = Path(cfg.out) if cfg.out is not None else own_folder("compare")
     if not result["held"]:
         result["machine_note"] = _machine_note(simulated, real, result["speed_factor"], out)
+    notes = sorted({str(run.hardware["weights_note"]) for run in real if (run.hardware or {}).get("weights_note")})
+    if notes:
+        result["weights_notes"] = notes
     write_json(out / "compare.json", {"provenance": provenance(0), **result})
     plot(out / "compare.png", simulated, real)
     console = Console(width=None if sys.stdout.isatty() else 130)
     print_comparison(result, console)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     console.print(f"files: {out / 'compare.json'}, {out / 'compare.png'}", highlight=False, soft_wrap=True)
     return 0 if result["held"] else 1
 

@@ -1,9 +1,12 @@
-"""Settings that would make a run endless or exhaust its memory, such as decisions every picosecond.
+"""Which numbers a setting may have: whole ones where it counts, and none that would make a run endless.
 
-They are refused before the run starts, wherever they come from: a command line, a file of conf/, or Python.
+Decisions every picosecond would never end, and a hundred million replicas would fill the memory. Such settings are
+refused before the run starts, wherever they come from: a command line, a file of conf/, or Python.
 """
 
 from __future__ import annotations
+
+from numbers import Integral
 
 from sim.errors import ConfigError, RapLabError
 
@@ -18,6 +21,21 @@ MOST_RUNNING = 1_000_000
 MOST_PROCESSES = 1_024
 LEAST_TICK_S = 1e-4
 """Seconds between two decisions; an iteration of any model takes longer."""
+
+
+def is_whole(value: object) -> bool:
+    """Return whether a value is a whole number. True, 2.0 and "2" are not."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def check_whole(value: object, key: str, least: int) -> None:
+    """Check that a setting is a whole number from ``least`` on.
+
+    Raises:
+        ConfigError: if it is not, with its key.
+    """
+    if not is_whole(value) or value < least:  # type: ignore[operator]
+        raise ConfigError(f"{key} is {value!r}; it must be a whole number from {least}")
 
 
 def check_count(count: float, what: str, most: int, advice: str, error: type[RapLabError] = ConfigError) -> None:

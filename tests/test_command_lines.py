@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 pytest.importorskip("ray", reason="the pages show the commands of all packages: pip install -e '.[dev]'")
 
+from agents.evaluation.chosen import named
 from sim.config import check_overrides, compose_config
 from sim.config.arguments import read_arguments
 from sim.paths import REPOSITORY, data_dir
@@ -184,8 +185,9 @@ def test_the_groups_options_keys_and_values_of_a_line_that_is_long_exist(
     line: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, typed = split(line)
-    named = {"hw.compare": "runs"}.get(command)
-    arguments = read_arguments(typed, positional=named)
+    if command == "agents.evaluate":
+        typed = [named(text) for text in typed]
+    arguments = read_arguments(typed, positional={"hw.compare": "runs"}.get(command))
     if arguments.config_dir is not None:
         monkeypatch.syspath_prepend(arguments.config_dir)
     placeholders = [text for text in arguments.overrides if re.search(r"=(MODEL|GPU)$", text)]

@@ -216,3 +216,28 @@ def rounded(values: Floats) -> list[Any]:
 
 def plain(values: Floats) -> list[float]:
     return [int(value) if float(value).is_integer() else float(value) for value in values]
+
+
+def times(content: Mapping[str, Any], factor: float, prefill_attention_factor: float | None = None) -> dict[str, Any]:
+    """Return a calibration with the times of all terms multiplied by ``factor``; ``fixed_us`` stays.
+
+    prefill_attention_factor: for that term, in place of ``factor``.
+    """
+
+    def scaled(value: Any, factor: float) -> Any:
+        if isinstance(value, Mapping):
+            return {key: scaled(item, factor) for key, item in value.items()}
+        return [scaled(item, factor) for item in value] if isinstance(value, list) else float(f"{value * factor:.5g}")
+
+    factors = {"prefill_attention": factor if prefill_attention_factor is None else prefill_attention_factor}
+    tables = dict(content["tables"])
+    for name in ("linear_us", "token_us", "head_us"):
+        tables[name] = scaled(tables[name], factor)
+    for name in ("prefill_attention", "decode_attention"):
+        tables[name] = tables[name] | {"us": scaled(tables[name]["us"], factors.get(name, factor))}
+    return {**content, "tables": tables}
+
+
+def slower(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """Return a calibration whose times are all multiplied by ``factor``."""
+    return {**times(content, factor), "fixed_us": content["fixed_us"] * factor}

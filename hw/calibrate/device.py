@@ -26,6 +26,7 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 from hw.calibrate import measurements as m
+from hw.calibrate.calibration import times
 from hw.elastic.device import Device
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import ATTENTION, Packed, PagedBatch, forward
@@ -333,26 +334,6 @@ def terms_of(samples: Samples) -> m.Terms:
         prefill=m.Surface(chunk, m.mean_context(chunk, prefix), prefill_us),
         decode=m.Surface(batch, context, decode_us),
     )
-
-
-def times(content: Mapping[str, Any], factor: float, prefill_attention_factor: float | None = None) -> dict[str, Any]:
-    """Return a calibration with the times of all terms multiplied by ``factor``; ``fixed_us`` stays.
-
-    prefill_attention_factor: for that term, in place of ``factor``.
-    """
-
-    def scaled(value: Any, factor: float) -> Any:
-        if isinstance(value, Mapping):
-            return {key: scaled(item, factor) for key, item in value.items()}
-        return [scaled(item, factor) for item in value] if isinstance(value, list) else float(f"{value * factor:.5g}")
-
-    factors = {"prefill_attention": factor if prefill_attention_factor is None else prefill_attention_factor}
-    tables = dict(content["tables"])
-    for name in ("linear_us", "token_us", "head_us"):
-        tables[name] = scaled(tables[name], factor)
-    for name in ("prefill_attention", "decode_attention"):
-        tables[name] = tables[name] | {"us": scaled(tables[name]["us"], factors.get(name, factor))}
-    return {**content, "tables": tables}
 
 
 @dataclass(frozen=True, slots=True)

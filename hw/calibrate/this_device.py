@@ -13,11 +13,12 @@ import torch
 
 from hw.calibrate import device as d
 from hw.calibrate import measurements as m
-from hw.calibrate.calibration import Fixed, Target, calibrate, error_summary
+from hw.calibrate.calibration import Fixed, Target, calibrate, error_summary, times
 from hw.calibrate.plan_changes import Changes
 from hw.calibrate.writing import write_calibration
-from hw.elastic.checkpoint import load_checkpoint
+from hw.elastic.checkpoint import load_checkpoint, make_random
 from hw.elastic.model import ElasticModel
+from hw.elastic.random_weights import note_of, seed_of
 from sim.cost.gpu import Gpu
 from sim.cost.latency import CALIBRATIONS
 from sim.cost.model_spec import ModelSpec
@@ -44,8 +45,14 @@ def load(model: ModelSpec, gpu: Gpu, checkpoint: str, threads: int, seed: int) -
     """Load the model onto the device, with PyTorch's threads and seed set."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    loaded, _ = load_checkpoint(checkpoint, dtype=dtype_of(model), device=place_of(gpu))
-    return ElasticModel(loaded, name=model.name)
+    place, seed_of_weights = place_of(gpu), seed_of(checkpoint)
+    if seed_of_weights is None:
+        loaded, _ = load_checkpoint(checkpoint, dtype=dtype_of(model), device=place)
+    else:
+        loaded, _ = make_random(model, seed_of_weights, dtype=dtype_of(model), device=place)
+    elastic = ElasticModel(loaded, name=model.name)
+    elastic.note = "" if seed_of_weights is None else note_of(seed_of_weights)
+    return elastic
 
 
 def measure_changes(elastic: ElasticModel, clock: str, seed: int, path: Path) -> dict[str, Any]:
@@ -82,6 +89,7 @@ def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, out: Path) ->
         "note": f"iterations of a run of the engine, of which nothing was fitted; their sum is off by "
         f"{priced_s.sum() / held_out.measured_s.sum() - 1:+.1%}, the machine's changes of speed included"
     }
+    content["notes"] = [*content["notes"], *([elastic.note] if elastic.note else [])]
     content["device_run"] = {
         "seconds": round(time.monotonic() - started_s),
         "clock": settings.clock,
@@ -122,7 +130,7 @@ def _target(name: str, settings: d.DeviceSettings, terms: m.Terms, dtype: str, t
 def scaled_to_runs(content: dict[str, Any], runs: list[d.Iterations]) -> dict[str, Any]:
     """Return a calibration scaled to engine runs: a factor on all terms, and a constant per iteration."""
     line = d.line_over_terms(runs, content)
-    scaled = d.times(content, line.factor, line.prefill_attention_factor)
+    scaled = times(content, line.factor, line.prefill_attention_factor)
     scaled["fixed_us"] = round(line.fixed_s * 1e6, 1)
     scaled["fixed_source"] = (
         f"{sum(len(run.shapes) for run in runs)} iterations of {len(runs)} runs of hw.engine between the measurements "

@@ -26,10 +26,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from scipy.optimize import nnls
 
+from hw.calibrate.calibration import slower
 from hw.disaggregate.pair import Outcome, Pair
 from hw.disaggregate.processes import STAGES
 from hw.disaggregate.run import figures
-from hw.validate.machine_speed import slower
 from sim.config import CONF_DIR, build
 from sim.cost.latency import CALIBRATIONS, load_calibration
 from sim.cost.plan import describe

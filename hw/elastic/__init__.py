@@ -9,5 +9,6 @@ paged_kv          the memory behind the paged KV pool
 paged_attention   one iteration over the paged pool
 device_memory     what a run allocates on the device
 families          the module names of each supported model class
+random_weights    weights for any model description, without a download
 checkpoint        ``load_checkpoint``: from a folder, a hub id or a package
 """

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from hw.elastic.device import make_current
+from hw.elastic.random_weights import NumberTokenizer, random_model
+from sim.cost.model_spec import ModelSpec
 from sim.errors import ModelError, nearest
 
 CACHE_VARIABLE = "RAP_LAB_CACHE"
@@ -114,6 +116,16 @@ def load_checkpoint(path: str = SMOLLM2, *, dtype: str = "float32", device: str 
             f"no model at {path!r}: {reason}; give a local folder with config.json and weights, a hub id, or {SMOLLM2}"
         ) from error
     return model.to(place).eval(), _load_tokenizer(source, path)
+
+
+def make_random(model: ModelSpec, seed: int, *, dtype: str, device: str) -> tuple[Any, Any]:
+    """Make random weights for a model description; return the model and what stands for its tokenizer.
+
+    Args:
+        model, seed: of what shape, and from which random numbers. dtype, device: as ``load_checkpoint``.
+    """
+    made = random_model(model, seed=seed, dtype=DTYPES[dtype], place=pick_device(device))
+    return made, NumberTokenizer(model.vocab_size)
 
 
 def checkpoint_of(node: Any, chosen: str | None, name: str) -> str:

@@ -73,6 +73,7 @@ class ElasticModel:
         inside = {id(p) for layer in self._layers for p in layer.parameters()}
         self._fixed = [p for p in model.parameters() if id(p) not in inside]  # parameters() lists tied ones once
         self._stage: Stage = stage
+        self.note = ""  # what every output of a run has to say about the weights
         self.plan: Plan = dense_plan(self.spec)
         if self.bytes() != self._expected_dense_bytes():
             raise ModelError(

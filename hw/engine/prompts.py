@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hw.elastic.random_weights import NumberTokenizer
 from sim.errors import ConfigError
 from sim.paths import find_data
 
@@ -53,12 +54,12 @@ class RandomPrompts:
 
 
 def read_prompts(path: str | Path | None, tokenizer: Any, vocabulary: int, seed: int) -> Prompts:
-    """Build prompts from a text file at ``path`` or below ``data_dir()``; None makes random token ids.
+    """Build prompts from a text file at ``path`` or below ``data_dir()``; None and random weights: random ids.
 
     Raises:
         ConfigError: for a file that is not there.
     """
-    if path is None:
+    if path is None or isinstance(tokenizer, NumberTokenizer):
         return RandomPrompts(vocabulary, seed)
     file = find_data(path)
     if not file.is_file():

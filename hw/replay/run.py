@@ -21,9 +21,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hw.elastic.checkpoint import checkpoint_of, load_checkpoint, pick_device
+from hw.elastic.checkpoint import checkpoint_of, load_checkpoint, make_random, pick_device
 from hw.elastic.device import Accelerator
 from hw.elastic.model import ElasticModel
+from hw.elastic.random_weights import note_of, seed_of
 from hw.engine.clock import RealClock, check_clock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
@@ -40,7 +41,8 @@ class HardwareConfig:
     """Keys that only a real run needs.
 
     checkpoint: weights and tokenizer: a local folder in Hugging Face's format, a hub id, or smollm2_135m; null takes
-        the folder of model.config for model=hf, and the model's name for all others. The model sets the type of the
+        the folder of model.config for model=hf, and the model's name for all others. random:SEED makes random weights
+        for any model: times and memory are real, tokens and quality mean nothing. The model sets the type of the
         weights: bfloat16 for 2 bytes per weight, float32 for 4.
     device: cpu, cuda, cuda:N or auto. threads: of PyTorch on a CPU.
     clock: wall, or cpu for processor seconds on a shared machine without a GPU (idle time is then always skipped).
@@ -81,8 +83,13 @@ def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticMo
     torch.set_num_threads(int(hw.threads))
     check_clock(hw.clock, pick_device(hw.device).type)
     checkpoint = checkpoint_of(node, hw.checkpoint, model.name)
-    loaded, tokenizer = load_checkpoint(checkpoint, dtype=dtype, device=hw.device)
+    seed = seed_of(checkpoint)
+    if seed is None:
+        loaded, tokenizer = load_checkpoint(checkpoint, dtype=dtype, device=hw.device)
+    else:
+        loaded, tokenizer = make_random(model, seed, dtype=dtype, device=hw.device)
     elastic = ElasticModel(loaded, name=model.name)
+    elastic.note = "" if seed is None else note_of(seed)
     found = replace(elastic.spec, max_context_tokens=model.max_context_tokens)
     if found != model:
         raise ModelError(
@@ -106,7 +113,7 @@ def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
         prompts=read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed),
         clock=RealClock(cfg.hw.clock, skip_idle=cfg.hw.skip_idle),
         ends=None if stop is None else lambda _, token: token == stop,
-        quality_nll=parts.server.quality_nll,
+        quality_nll=None if elastic.note else parts.server.quality_nll,
         plans=plans_of(parts.policy),
     )
     return engine, parts.policy
@@ -127,6 +134,7 @@ def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:
         "peak_predicted_bytes": max((row.predicted_bytes for row in rows), default=0),
         "peak_allocated_bytes": max((row.allocated_bytes for row in rows), default=0),
         "largest_difference_bytes": max((abs(row.allocated_bytes - row.predicted_bytes) for row in rows), default=0),
+        "weights_note": engine.elastic.note or None,
         "stored_weight_bytes": engine.elastic.stored_bytes,
         "in_use_at_start_bytes": engine.memory.start_bytes,
         "peak_in_use_bytes": engine.memory.peak_bytes,
@@ -153,7 +161,12 @@ def run_hw_replay(cfg: DictConfig) -> dict[str, Any]:
     engine, policy = build_hw_engine(cfg)
     try:
         with interrupt_between_iterations(engine):
-            return run_replay(cfg, lambda _: (engine, policy), progress_steps=lambda requests: min(requests, 200))
+            return run_replay(
+                cfg,
+                lambda _: (engine, policy),
+                progress_steps=lambda requests: min(requests, 200),
+                note=engine.elastic.note,
+            )
     finally:
         try:
             write_json(Path(HydraConfig.get().runtime.output_dir) / "hardware.json", hardware(engine, cfg))

@@ -29,6 +29,16 @@ def block_number(name: str) -> int:
     return 2 * int(layer) + (kind == "FFN")
 
 
+def check_removals(key: str, removals: int, spec: ModelSpec) -> None:
+    """Check that a model has as many blocks as are to be removed.
+
+    Raises:
+        ConfigError: if not; ``key`` states the number.
+    """
+    if not 0 <= removals <= 2 * spec.num_layers:
+        raise ConfigError(f"{key} is {removals}; {spec.name} has {2 * spec.num_layers} blocks to remove")
+
+
 def mask_without(num_layers: int, removed: Collection[int]) -> KeepMask:
     """Return the mask that keeps all but the removed blocks."""
     return KeepMask(

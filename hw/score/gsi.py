@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hw.elastic.model import ElasticModel
-from hw.score.block_numbers import block_name, block_number
+from hw.score.block_numbers import block_name, block_number, check_removals
 from hw.score.candidate_states import BATCH_TOKENS, CandidateStates, block_output
 from hw.score.loss_bound import LossBound
 from hw.score.nll import token_nll
@@ -97,6 +97,7 @@ def gsi(
         RAP (arXiv 2505.17138), Greedy Sequential Importance; BlockPruner (arXiv 2406.10594) removes the same units.
     """
     blocks = 2 * elastic.spec.num_layers
+    check_removals("gsi.removals", blocks if removals is None else removals, elastic.spec)
     rounds = list(done)
     states = CandidateStates(elastic, windows.to(elastic.device), [r.removed for r in rounds], cache_bytes)
     search = _Search(states)

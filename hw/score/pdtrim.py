@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hw.elastic.model import ElasticModel
-from hw.score.block_numbers import staged_plan
+from hw.score.block_numbers import check_removals, staged_plan
 from hw.score.cosine import block_cosines
 from hw.score.nll import measure
 from sim.errors import ConfigError
@@ -45,6 +45,7 @@ def redundancy_order(elastic: ElasticModel, windows: Tensor, removals: int) -> l
     Source:
         PDTrim (arXiv 2509.04467): iterative removal by block redundancy. To measure again after each one is our choice.
     """
+    check_removals("pdtrim.removals", removals, elastic.spec)
     order: list[int] = []
     with progress("removing the most redundant block", removals, "removals") as report:
         while len(order) < removals:

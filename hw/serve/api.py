@@ -58,8 +58,11 @@ class _Answer:
 class Api:
     """The HTTP side: reads requests, passes them to the engine thread, and writes answers."""
 
-    def __init__(self, thread: EngineThread, model: ModelSpec, tokenizer: Any, config: ServerConfig) -> None:
-        """Serve the engine of a thread."""
+    def __init__(
+        self, thread: EngineThread, model: ModelSpec, tokenizer: Any, config: ServerConfig, *, note: str = ""
+    ) -> None:
+        """Serve the engine of a thread; ``note`` is what clients have to know of the weights."""
+        self.note = note
         self._thread, self._model, self._tokenizer, self._config = thread, model, tokenizer, config
         self._limits = Limits(model.name, model.vocab_size, config.max_tokens, config.max_choices)
         self._metrics = EngineMetrics(thread, model.name)
@@ -297,6 +300,7 @@ class Api:
             "owned_by": "rap-lab",
             "max_model_len": self._thread.engine.context_limit,
             "chat": "template of the tokenizer" if has_chat_template(self._tokenizer) else "plain join of roles",
+            **({"note": self.note} if self.note else {}),
         }
 
     async def models(self, request: HttpRequest) -> Response:

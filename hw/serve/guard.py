@@ -16,7 +16,7 @@ from hw.serve.requests import ApiError, short
 HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::[0-9]+)?")
 """A Host header: an IPv6 address in brackets or another name, and a port."""
 OPEN_PATHS = ("/health",)
-"""Paths that need no token: a load balancer has none."""
+"""Paths that need no token and no Host header: a load balancer may have neither."""
 
 
 class Guard:
@@ -50,6 +50,8 @@ class Guard:
     def _refusal(self, headers: Headers, path: str) -> ApiError | None:
         """Return why a request is refused, None if it is allowed."""
         host = headers.get("host", "")
+        if not headers.getlist("host") and path in OPEN_PATHS:
+            return None  # probes of HTTP/1.0 name no host
         if len(headers.getlist("host")) != 1 or not self._serves(host):
             return ApiError(400, f"the host {short(host)} is not served here; add its name to serve.hosts")
         if self._expected is None or path in OPEN_PATHS:

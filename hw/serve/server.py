@@ -70,7 +70,7 @@ def build_api(cfg: DictConfig, config: ServerConfig) -> tuple[Api, EngineThread]
     own = tokenizer.eos_token_id
     ends = elastic.end_tokens | ({own} if own is not None else set())
     thread = EngineThread(build, parts.policy, clock, eos=ends, tick_s=float(cfg.tick_s))
-    return Api(thread, parts.model, tokenizer, config), thread
+    return Api(thread, parts.model, tokenizer, config, note=elastic.note), thread
 
 
 def run_server(cfg: DictConfig) -> None:
@@ -94,7 +94,8 @@ def run_server(cfg: DictConfig) -> None:
         api, thread = build_api(cfg, config)
         try:
             listen(listener, config)
-            greeting = f"serving {name_of(cfg.model)} at {url_of(listener)}"
+            note = f"; {api.note}" if api.note else ""
+            greeting = f"serving {name_of(cfg.model)} at {url_of(listener)}{note}"
             OrderlyServer(api.app, listener, config, greeting).serve_until_stopped()
         finally:
             thread.stop()

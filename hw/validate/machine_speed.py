@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from hw.calibrate.device import RATES_RPS, run_engine, times
+from hw.calibrate.device import RATES_RPS, run_engine
 from hw.elastic.model import ElasticModel
 from sim.cost.latency import LatencyModel
 from sim.results.run_folder import write_json
@@ -49,8 +48,3 @@ def factor_of(references: Sequence[Mapping[str, float]]) -> float:
     if not references:
         return 1.0
     return sum(one["measured_s"] for one in references) / sum(one["priced_s"] for one in references)
-
-
-def slower(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """Return a calibration whose times are all multiplied by ``factor``."""
-    return {**times(content, factor), "fixed_us": content["fixed_us"] * factor}

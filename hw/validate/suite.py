@@ -22,13 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from scipy.stats import kendalltau
 
+from hw.calibrate.calibration import slower
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import read_prompts
 from hw.replay.run import hardware, load_elastic
 from hw.validate.compare import Run, compare, read_run
-from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of, slower
+from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of
 from hw.validate.suite_page import AT_SPEED
 from sim.config import CONF_DIR, build, compose_config
 from sim.cost.latency import CALIBRATIONS, LatencyModel, copy_speed, load_calibration

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral
 
 import numpy as np
 
 from sim.cost.model_spec import ModelSpec
 from sim.errors import PlanError
+from sim.limits import is_whole
 
 WEIGHT_BITS = (16, 8, 4)
 LARGEST = 2**31 - 1
 """Largest count in a plan."""
-
-
-def is_whole(value: object) -> bool:
-    """Return whether a value is a whole number. True, 2.0 and "2" are not."""
-    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def _is_count(value: object, least: int) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sim.cost.model_spec import MOST_LAYERS
-from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, is_whole, layer_list
+from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, layer_list
 from sim.errors import CalibrationError
+from sim.limits import is_whole
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

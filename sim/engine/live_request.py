@@ -14,7 +14,7 @@ import numpy as np
 
 from sim.cost.model_spec import ModelSpec
 from sim.engine.block_table import BlockTable
-from sim.engine.protocol import SUBMITTED, Request, check_submitted, late_request, repeated_hash_id
+from sim.engine.protocol import SUBMITTED, Request, check_hash_ids, check_submitted, late_request, repeated_hash_id
 from sim.errors import ConfigError
 from sim.results.records import Records, Status
 from sim.types import Floats, Ints
@@ -93,12 +93,12 @@ class RequestQueues:
     waiting: deque[LiveRequest] = field(default_factory=deque)
     running: list[LiveRequest] = field(default_factory=list)
 
-    def submit(self, requests: Sequence[Request], least_s: float, *, check_hash_ids: bool) -> None:
+    def submit(self, requests: Sequence[Request], least_s: float, *, with_hash_ids: bool) -> None:
         """Add requests to ``arrivals``.
 
         Args:
             requests: sorted by arrival. least_s: the earliest arrival allowed while ``arrivals`` is empty.
-            check_hash_ids: whether to refuse prompts that contain a hash id twice.
+            with_hash_ids: whether to refuse prompts that contain a hash id twice, or one that is no whole number.
         Raises:
             ConfigError: for requests out of order or too early, a repeated id, or a number that `check_submitted`
                 refuses; then none is added.
@@ -112,7 +112,9 @@ class RequestQueues:
                 raise late_request(request.request_id, request.arrival_s, last_s)
             if request.request_id in self.all or request.request_id in pending:
                 raise ConfigError(f"request {request.request_id} was submitted before; give each its own request_id")
-            if check_hash_ids and len(set(request.hash_ids)) < len(request.hash_ids):
+            if with_hash_ids:
+                check_hash_ids(request.hash_ids)
+            if with_hash_ids and len(set(request.hash_ids)) < len(request.hash_ids):
                 repeated = next(i for i in request.hash_ids if request.hash_ids.count(i) > 1)
                 raise repeated_hash_id(request.request_id, repeated)
             last_s = request.arrival_s

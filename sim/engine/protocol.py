@@ -76,6 +76,7 @@ import numpy as np
 from sim.cost.plan import Plan
 from sim.engine.scheduler import SCHEDULERS, Limits, SchedulerName
 from sim.errors import ConfigError, nearest
+from sim.limits import check_whole
 from sim.results.records import Records
 from sim.traces.trace import HASH_BLOCK_TOKENS, Trace
 from sim.types import Floats, Ints
@@ -166,6 +167,18 @@ def missing_hash_ids() -> ConfigError:
     )
 
 
+def check_hash_ids(hash_ids: Sequence[int] | Ints) -> None:
+    """Check that the hash ids of a prompt are whole numbers of 64 bits.
+
+    Raises:
+        ConfigError: if they are not; texts and larger numbers must be numbered first, as the readers of traces do.
+    """
+    if len(hash_ids) and np.asarray(hash_ids).dtype.kind != "i":
+        raise ConfigError(
+            f"hash ids of a prompt are {str(list(hash_ids[:3]))[:60]}; each must be a whole number of 64 bits with sign"
+        )
+
+
 def repeated_hash_id(request_id: int, hash_id: int) -> ConfigError:
     """Return the error for a prompt that contains a hash id twice."""
     return ConfigError(
@@ -225,14 +238,12 @@ class EngineConfig:
             raise ConfigError(f"unknown engine.scheduler {self.scheduler!r}; {nearest(self.scheduler, SCHEDULERS)}")
         if self.restore not in RESTORE_MODES:
             raise ConfigError(f"unknown engine.restore {self.restore!r}; {nearest(self.restore, RESTORE_MODES)}")
-        if self.kv_block_tokens < 1:
-            raise ConfigError(f"engine.kv_block_tokens is {self.kv_block_tokens}; it must be at least 1")
+        check_whole(self.kv_block_tokens, "engine.kv_block_tokens", 1)
+        check_whole(self.hash_block_tokens, "engine.hash_block_tokens", 1)
+        if self.max_context_tokens is not None:
+            check_whole(self.max_context_tokens, "engine.max_context_tokens", 2)
         if not 0.0 <= self.kv_watermark_share < 1.0:
             raise ConfigError(f"engine.kv_watermark_share is {self.kv_watermark_share}; it must be in [0, 1)")
-        if self.max_context_tokens is not None and self.max_context_tokens < 2:
-            raise ConfigError(f"engine.max_context_tokens is {self.max_context_tokens}; it must be at least 2, or null")
-        if self.hash_block_tokens < 1:
-            raise ConfigError(f"engine.hash_block_tokens is {self.hash_block_tokens}; it must be at least 1")
         if self.prefix_caching and self.hash_block_tokens % self.kv_block_tokens:
             raise ConfigError(
                 f"engine.prefix_caching shares complete KV blocks: engine.kv_block_tokens, {self.kv_block_tokens}, "

@@ -178,7 +178,7 @@ class Replica(ReplicaState):
             ConfigError: for requests out of order or in the past, or a repeated id; then none is accepted.
         """
         least_s = -math.inf if self._late_arrivals else self._time_s
-        self.queues.submit(requests, least_s, check_hash_ids=self.config.prefix_caching)
+        self.queues.submit(requests, least_s, with_hash_ids=self.config.prefix_caching)
         self._wake_up()
 
     def submit_arrays(

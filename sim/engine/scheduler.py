@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
 from sim.errors import ConfigError, nearest
-from sim.limits import MOST_RUNNING, check_count
+from sim.limits import MOST_RUNNING, check_count, check_whole
 
 SCHEDULERS = ("chunked", "prefill_first")
 SchedulerName = Literal["chunked", "prefill_first"]
@@ -90,13 +90,14 @@ class Limits:
     watermark_layer_blocks: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("max_batch_tokens", "max_running"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        for field, least in (
+            ("max_batch_tokens", 1),
+            ("max_running", 1),
+            ("long_prefill_tokens", 0),
+            ("watermark_layer_blocks", 0),
+        ):
+            check_whole(getattr(self, field), field, least)
         check_count(self.max_running, "requests at a time", MOST_RUNNING, "lower max_running")
-        for field in ("long_prefill_tokens", "watermark_layer_blocks"):
-            if getattr(self, field) < 0:
-                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from sim.engine.protocol import (
     Request,
     check_decisions,
     check_hash_blocks,
+    check_hash_ids,
     check_submitted,
     late_request,
     missing_hash_ids,
@@ -47,6 +48,8 @@ from sim.types import Floats, Ints
 
 MEMORY_OF_PLANS = 16384
 """Residencies (sim/engine/plan_graph.py) that a plan graph may hold before the engine starts a new one."""
+
+NO_IDS: Ints = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,7 +170,7 @@ class SimEngine:
             arrival_s.astype(np.float64),
             prompt_tokens.astype(np.int64),
             output_tokens.astype(np.int64),
-            [np.array(r.hash_ids, dtype=np.int64) for r in requests] if self.config.prefix_caching else None,
+            [np.array(r.hash_ids) if r.hash_ids else NO_IDS for r in requests] if self.config.prefix_caching else None,
         )
 
     def submit_trace(self, trace: Trace) -> None:
@@ -812,7 +815,9 @@ def prefix_block_ids(hash_ids: Sequence[Ints] | None, known: dict[int, int] | No
     """
     if hash_ids is None:
         raise missing_hash_ids()
-    flat = np.concatenate([*hash_ids, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+    flat = np.concatenate([*hash_ids, NO_IDS])
+    check_hash_ids(flat)
+    flat = flat.astype(np.int64)
     ids, numbers = np.unique(flat, return_inverse=True)
     whose = np.repeat(np.arange(len(hash_ids)), [len(row) for row in hash_ids])
     # (request, id) as one integer: one that occurs twice is an id repeated within a prompt.

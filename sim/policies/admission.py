@@ -15,9 +15,10 @@ from typing import Any
 
 from hydra.utils import instantiate
 
-from sim.cost.plan import LARGEST, Plan, is_whole
+from sim.cost.plan import LARGEST, Plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
+from sim.limits import is_whole
 from sim.policies.base import Policy, PolicyContext, plans_of
 from sim.policies.fixed import plan_of
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import KVKeep, Plan, check_plan, drop, is_whole, layer_list
+from sim.cost.plan import KVKeep, Plan, check_plan, drop, layer_list
 from sim.engine.protocol import EngineState
 from sim.errors import PlanError, nearest
+from sim.limits import is_whole
 from sim.policies.base import PolicyContext
 
 
@@ -59,6 +60,8 @@ def static_plan(
     """
     layers = model.num_layers
     keep = KVKeep(first_tokens=kv_first_tokens, last_tokens=kv_last_tokens)
+    if kv_layers and keep == KVKeep():
+        raise PlanError("kv_layers shortens nothing alone; add kv_first_tokens and kv_last_tokens, or leave it out")
     shortened = set(range(layers) if kv_layers is None else layer_list("kv_layers", kv_layers))
     if unknown := sorted(layer for layer in shortened if not 0 <= layer < layers):
         raise PlanError(f"kv_layers: layer {unknown[0]} does not exist; {model.name} has layers 0 to {layers - 1}")

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sim.cost.plan import LARGEST, Plan, check_plan, dense_plan, is_whole
+from sim.cost.plan import LARGEST, Plan, check_plan, dense_plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
+from sim.limits import is_whole
 from sim.policies.base import PolicyContext
 from sim.policies.greedy_stop import greedy_stop
 from sim.policies.morphserve import MorphServe

@@ -258,10 +258,12 @@ def run_replay(
     cfg: DictConfig,
     build_engine: Callable[[DictConfig], tuple[RecordingEngine, Policy]] = build_engine,
     progress_steps: Callable[[int], int] = simulated_progress_steps,
+    note: str = "",
 ) -> dict[str, Any]:
     """Replay on the engine that ``build_engine`` makes, write the run folder, print the figures; return the summary.
 
     progress_steps: number of requests -> how often to report progress where the policy decides nothing.
+    note: what readers have to know of the quality, in place of what the quality table says of it; empty for that.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     console = Console()
@@ -289,6 +291,8 @@ def run_replay(
     with contextlib.suppress(KeyboardInterrupt):  # the replay itself is complete
         summary |= {} if interrupted else measured_rate(cfg, trace, summary, policy)
     summary |= quality_figures(cfg, seen.plans, iterations)
+    if note:
+        summary |= {"quality_outside_share": None, "quality_note": note}
     try:
         write_begun(folder, cfg, made_by)
         write_tables(

@@ -15,6 +15,7 @@ import hw.calibrate.device as d
 import hw.calibrate.plan_changes
 import hw.calibrate.this_device
 from hw.calibrate.__main__ import main as command
+from hw.calibrate.calibration import times
 from hw.calibrate.plan_changes import POOL_BLOCKS, Changes
 from hw.elastic.model import ElasticModel
 from hw.engine.iteration_log import Shape
@@ -78,7 +79,7 @@ def test_iterations_are_a_line_over_their_terms_despite_a_few_outliers() -> None
         for batch in range(1, 60)
     ]
     run = d.Iterations(np.zeros(len(shapes)), tuple(shapes))
-    took_s = run.priced_s(d.latency_of(d.times(content, 1.07, 1.4))) + 0.05
+    took_s = run.priced_s(d.latency_of(times(content, 1.07, 1.4))) + 0.05
     took_s[::10] *= 2.0  # a busy spell
     found = d.line_over_terms([d.Iterations(took_s, run.shapes)], content)
     assert found.factor == pytest.approx(1.07, rel=0.01)

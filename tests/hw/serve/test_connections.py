@@ -19,6 +19,7 @@ httpx = pytest.importorskip("httpx", reason="the server's tests need httpx and u
 pytest.importorskip("uvicorn", reason="the server needs starlette and uvicorn: pip install -e '.[hw]'")
 
 from starlette.applications import Starlette  # noqa: E402
+from starlette.datastructures import Headers  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
@@ -136,6 +137,14 @@ def test_another_name_is_refused_before_it_reaches_the_plan(host: str) -> None:
     answer = asks(guarded(["mine"]), host=host)
     assert answer.status_code == 400
     assert "serve.hosts" in answer.json()["error"]["message"]
+
+
+def test_a_probe_of_http_1_0_without_a_host_reaches_health_alone() -> None:
+    guard = Guard(guarded([]), hosts=[], token="secret")
+    assert guard._refusal(Headers({}), "/health") is None
+    refused = guard._refusal(Headers({}), "/plan")
+    assert refused is not None
+    assert refused.status == 400
 
 
 def test_all_names_can_be_allowed() -> None:

@@ -13,9 +13,10 @@ import pytest
 pytest.importorskip("torch", reason="the suite needs the real engine: pip install -e '.[hw]'")
 
 import hw.compare
+from hw.calibrate.calibration import slower
 from hw.elastic.model import ElasticModel
 from hw.validate.compare import compare, read_run, verdicts
-from hw.validate.machine_speed import MachineSpeed, factor_of, slower
+from hw.validate.machine_speed import MachineSpeed, factor_of
 from hw.validate.suite import PAGE, RESULT, WORKLOADS, ValidateConfig, configuration, policies, ranking
 from hw.validate.suite_page import events_table, heading, not_held_table, page
 from hw.validate.timeline import timeline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from sim.results.records import Records, Status
 from sim.traces.trace import Trace
 from tests.sim.cluster.cluster_cases import engine as engine_of
 from tests.sim.engine.kernel_cases import LATE_S, Case, random_case, serve
+from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency, tiny_engine
 
 DENSE = dense_plan(TINY)
@@ -270,6 +272,20 @@ def test_what_cannot_be_is_an_error_that_says_what_can() -> None:
 
     with pytest.raises(ConfigError, match="disaggregated serving does not simulate it"):
         Disaggregated(bare, plan=DENSE, prefill=[build], decode=[build], link_bytes_per_s=1e9)
+
+
+@pytest.mark.parametrize("ids", [("a", "b"), (1.5, 2.0), (float("nan"), 1.0), (2**64, 1), (None, 1)])
+def test_hash_ids_that_are_no_whole_numbers_of_64_bits_are_refused(ids: tuple[Any, ...]) -> None:
+    compiled = tiny_engine(prefix_caching=True)
+    plain = PlainEngine(
+        model=TINY, latency=linear_latency(), config=compiled.config, plan=DENSE, budget_bytes=1_000_000_000
+    )
+    for engine in (compiled, plain):
+        with pytest.raises(ConfigError, match=r"hash ids of a prompt are .* 64 bits"):
+            engine.submit(requests_of((0.0, 17, 1, ids)))
+        engine.submit(requests_of((0.0, 17, 1, (7, 8)), (1.0, 17, 1, ())))
+        engine.run_until(math.inf)
+        assert len(engine.records()) == 2
 
 
 def test_the_random_cases_share_prompts_under_all_that_has_rules() -> None:

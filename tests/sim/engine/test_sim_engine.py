@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,21 @@ from hypothesis import strategies as st
 
 from sim.cost.plan import dense_plan, drop, with_mask
 from sim.engine.protocol import EngineConfig, EngineState
+from sim.engine.scheduler import Limits
 from sim.engine.sim_engine import SimEngine
 from sim.errors import BudgetError, ConfigError, PlanError
 from sim.results.records import Records, Status
 from tests.sim.serving import TINY, linear_latency, requests, tiny_engine
+
+
+@pytest.mark.parametrize("wrong", [1.5, math.nan, True, "8", -1])
+def test_a_setting_that_counts_is_a_whole_number(wrong: Any) -> None:
+    for name in ("kv_block_tokens", "hash_block_tokens", "max_context_tokens"):
+        with pytest.raises(ConfigError, match=rf"engine\.{name} is .* whole number from"):
+            EngineConfig(**{name: wrong})
+    for name in ("max_batch_tokens", "max_running", "long_prefill_tokens", "watermark_layer_blocks"):
+        with pytest.raises(ConfigError, match=rf"{name} is .* whole number from"):
+            Limits(**{name: wrong})
 
 
 def serve(engine: SimEngine, *rows: tuple[float, int, int]) -> Records:

@@ -230,6 +230,8 @@ def test_a_fixed_plan_takes_options_and_an_unknown_one_names_the_nearest() -> No
         fixed(PolicyContext(model=TINY), drop_mah=[1])
     with pytest.raises(PlanError, match="layer 7 does not exist"):
         fixed(PolicyContext(model=TINY), kv_first_tokens=4, kv_last_tokens=8, kv_layers=[7])
+    with pytest.raises(PlanError, match="kv_layers shortens nothing alone; add kv_first_tokens"):
+        fixed(PolicyContext(model=TINY), kv_layers=[0])
 
 
 def test_greedy_stop_serves_under_a_budget_that_dense_cannot_meet() -> None:
