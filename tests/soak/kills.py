@@ -21,6 +21,8 @@ CLOCKS = ("cpu_seconds", "earlier_cpu_seconds", "seconds", "sample_seconds", "le
 """Keys of results that state how and how fast they were made; a run that was continued states another command."""
 REFUSED = "already holds"
 """In the message of a command whose folder has a complete run."""
+SKIPPED = "holds this run already"
+"""In what a sweep prints of a job whose folder has the complete run of that job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,18 +151,18 @@ def _one(
         found.equal += 1
 
 
-def _again(scenario: Scenario, folder: Path, printed: Path, found: Count) -> bool:
+def _again(scenario: Scenario, folder: Path, path: Path, found: Count) -> bool:
     """Run the command again; return whether it ended well.
 
-    A run, or a job of a sweep, that was complete when it was killed is refused.
+    A run that was complete when it was killed is refused, and complete jobs of a sweep are skipped.
     """
-    child = start(scenario.command.module, scenario.command.line(folder, *scenario.again), printed)
-    if child.wait() == 0:
+    child = start(scenario.command.module, scenario.command.line(folder, *scenario.again), path)
+    status, printed = child.wait(), child.text()
+    complete = (status == 0 and SKIPPED in printed) or (status == 2 and REFUSED in printed)
+    if "Traceback" not in printed and (status == 0 or complete):
+        found.complete_already += complete
         return True
-    if child.status in (1, 2) and REFUSED in child.text() and "Traceback" not in child.text():
-        found.complete_already += 1
-        return True
-    found.faults.append({"what": "does not run again", "status": child.status, "printed": child.text()[-800:]})
+    found.faults.append({"what": "does not run again", "status": status, "printed": printed[-800:]})
     return False
 
 

@@ -89,7 +89,7 @@ def kill_table(kills: Mapping[str, Any]) -> str:
             "command": f"`{name}`",
             "kills": one["kills"],
             "before any file": one["before_any_file"],
-            "when complete": one["complete_already"],
+            "some of it complete": one["complete_already"],
             "half-written": sum(fault["what"] == "half-written" for fault in one["faults"]),
             "equal afterwards": one["equal"],
             "temporary files left": one["leftovers"],

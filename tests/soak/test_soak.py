@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="the real engine needs torch: pip install -e '.[hw]'")
 
-from tests.soak import disk, figures, inputs
+from tests.soak import disk, figures, inputs, kills
 from tests.soak.commands import replay_command
 from tests.soak.kinds import Case, judge
 from tests.soak.loopback import HOST, metrics
@@ -215,3 +216,26 @@ def test_limits_of_a_full_disk_rise_from_nothing() -> None:
     assert limits[:2] == [0, 1]
     assert limits == sorted(set(limits))
     assert limits[-1] > 2**33
+
+
+@pytest.mark.parametrize(
+    ("status", "printed", "taken", "complete"),
+    [
+        (0, "files: a\n", True, 0),
+        (0, "job 0 (seed=0): skipped, a holds this run already\nfiles: b\n", True, 1),
+        (2, "error: a already holds a run (summary.json); delete it\n", True, 1),
+        (1, "error: job 0 (seed=0): a already holds a run (summary.json)\nerror: 1 of 3 jobs failed\n", False, 0),
+        (2, "error: a is damaged\n", False, 0),
+        (0, "Traceback (most recent call last):\n", False, 0),
+    ],
+    ids=["runs", "skips complete jobs", "refuses a complete run", "fails at complete jobs", "fails", "traceback"],
+)
+def test_a_killed_command_must_run_again_unless_it_was_complete(
+    status: int, printed: str, taken: bool, complete: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = SimpleNamespace(wait=lambda: status, text=lambda: printed)
+    monkeypatch.setattr(kills, "start", lambda *_: child)
+    scenario, found = kills.Scenario("replay", replay_command("trace=small"), 1.0), kills.Count()
+    assert kills._again(scenario, tmp_path, tmp_path / "printed", found) is taken
+    assert found.complete_already == complete
+    assert len(found.faults) == (not taken)

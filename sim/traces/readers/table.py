@@ -93,12 +93,15 @@ class RawTable:
 
 
 def cell_text(cell: Any) -> str:
-    """Return a cell as text for a message; a cell without a value is empty."""
+    """Return a cell as text; a cell without a value is empty.
+
+    Half a pair of surrogates, which JSON can escape but no UTF-8 text holds, becomes a question mark.
+    """
     value = cell.as_py() if isinstance(cell, pa.Scalar) else cell
     if value is None:
         return ""
     try:
-        return value if isinstance(value, str) else str(value)
+        return str(value).encode("utf-8", "replace").decode("utf-8")
     except RecursionError:
         return "nested too deeply"
 

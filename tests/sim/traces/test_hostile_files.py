@@ -52,6 +52,17 @@ def test_a_hostile_file_is_a_trace_error_of_one_line(
     assert "\n" not in str(refused.value)
 
 
+def test_half_a_pair_of_surrogates_that_json_escapes_is_text_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({**BENCH, "errors": ["\ud83d", ""]}))
+    assert len(read_vllm_bench(path)) == 1  # the request with an error is left out
+    assert table.cell_text({"\ud83d": 1}) == "{'\\ud83d': 1}"
+    assert table.cell_text("a\ud83db \U0001f600") == "a?b \U0001f600"
+    path.write_text(json.dumps({**BENCH, "input_lens": ["\ud83d", 20]}))
+    with pytest.raises(TraceError, match="input_lens"):
+        read_vllm_bench(path)
+
+
 def test_a_row_with_neither_text_nor_length_is_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"timestamp": 0, "output_length": 5}\n{"timestamp": 0, "text_input": }\n')
