@@ -136,6 +136,7 @@ def _run_of(rows: list[dict[str, Any]], meta: Mapping[str, Any]) -> RealRun:
             kv_block_tokens=int(cache["block_size"]),
             reuse_preempted_kv=bool(cache["enable_prefix_caching"]),
             max_context_tokens=int(engine["max_model_len"]),
+            schedules_ahead=bool(scheduler.get("async_scheduling", False)),
         ),
         kv_blocks=int(cache["num_gpu_blocks"]) - 1,  # vLLM keeps its first block as the null block
         model=str(meta.get("model") or ""),
@@ -177,6 +178,7 @@ def described(run: RealRun) -> dict[str, Any]:
         "kv_block_tokens": run.config.kv_block_tokens,
         "batch_tokens": run.config.limits.max_batch_tokens,
         "prefix_caching": run.config.reuse_preempted_kv,
+        "schedules_ahead": run.config.schedules_ahead,
     }
 
 

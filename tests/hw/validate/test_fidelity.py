@@ -17,6 +17,7 @@ from hw.validate.fidelity import (
     check_calibration,
     compare,
     counts,
+    described,
     fit_fixed_s,
     missed,
     page,
@@ -86,6 +87,14 @@ def test_the_clocks_are_aligned_at_the_request_that_reached_the_queue_fastest(tm
     run = read_run(tmp_path)
     assert run.ttft_s == pytest.approx([1.3, 1.0, 1.1]), "a second to compute, and what the client lost on the way"
     assert run.kv_blocks == 8
+    assert not run.config.schedules_ahead
+
+
+def test_a_run_with_asynchronous_scheduling_is_simulated_with_it(tmp_path: Path) -> None:
+    scheduler = {"long_prefill_token_threshold": 0, "scheduler_reserve_full_isl": True, "async_scheduling": True}
+    run = read_run(write_run(tmp_path, resolved_config={"scheduler_config": scheduler}))
+    assert run.config.schedules_ahead
+    assert described(run)["schedules_ahead"]
 
 
 def write_run(folder: Path, **changed: object) -> Path:
