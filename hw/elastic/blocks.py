@@ -114,8 +114,8 @@ def _raw(tensor: Tensor) -> memoryview:
 class PinnedStore:
     """Tensors by key in pinned host memory; the store of an accelerator.
 
-    Tensors lie one after another in arenas whose sizes are powers of two, because the allocator of pinned memory rounds
-    each allocation up to one: an FFN block of Llama-2-7B, 258 MiB, would take 512 MiB by itself.
+    The allocator of pinned memory rounds each size up to a power of two. An FFN block of Llama-2-7B has 258 MiB, so
+    alone it would take 512 MiB. Tensors therefore lie one after another in large arenas, whose sizes are such powers.
     """
 
     def __init__(self, device: Accelerator) -> None:

@@ -1,4 +1,4 @@
-"""The device behind the model: its copies, its allocator and its clockwork, in one place.
+"""The device behind the model: its copies, its memory and its events, in one place.
 
     device = device_of(torch.device("cuda:1"))
     tensors, event = device.copy_in(stored)     # starts to copy from pinned memory, next to what is being computed
@@ -64,7 +64,7 @@ class Device(ABC):
 
     @abstractmethod
     def in_use_bytes(self) -> int:
-        """Return the bytes in use now: of tensors, or of the process where the two cannot be told from each other."""
+        """Return the bytes in use now: of tensors on an accelerator, of the full process on a CPU."""
 
     @abstractmethod
     def take_peak_bytes(self) -> int:
@@ -76,7 +76,7 @@ class Accelerator(Device):
 
     @abstractmethod
     def pinned(self, size: int) -> Tensor:
-        """Return new host memory that the device copies from by itself, uint8[size]."""
+        """Return new host memory, uint8[size]. The device can copy from it while the host goes on."""
 
     @abstractmethod
     def copy_in(self, stored: Sequence[Tensor]) -> tuple[list[Tensor], Event]:

@@ -54,7 +54,7 @@ class RandomPrompts:
 
 
 def read_prompts(path: str | Path | None, tokenizer: Any, vocabulary: int, seed: int) -> Prompts:
-    """Build prompts from a text file at ``path`` or below ``data_dir()``; None and random weights: random ids.
+    """Build prompts from a text file at ``path`` or below ``data_dir()``; random ids for None or random weights.
 
     Raises:
         ConfigError: for a file that is not there.

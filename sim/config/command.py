@@ -41,9 +41,9 @@ from sim.json_file import read_json_object
 RUN_FILES = ("summary.json", "summaries.json", "compare.json")
 """What a run folder gets last: a folder with one of them is complete, and no other run writes into it."""
 BEGUN_FILES = ("config.yaml", "provenance.json")
-"""What it gets first: a run that fails removes them if it wrote nothing else, and a killed one leaves them."""
+"""What a run folder gets first. A run that fails removes them if it wrote nothing else; a killed run leaves them."""
 NO_DIFFERENCE = ("workers", "executor")
-"""Keys that change no record: a job is the same with others."""
+"""Keys that change no record. Two jobs that differ only in them are the same run."""
 
 
 def start(main: str) -> None:

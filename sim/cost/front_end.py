@@ -20,7 +20,7 @@ from sim.types import Floats, Ints
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontEnd:
-    """The delays of a server's front end; all 0 is none.
+    """The delays of a server's front end; with all of them 0 there is no front end.
 
     front_s: seconds from a client's sending to the engine's queue. front_token_s: seconds more per token of the prompt.
     back_s: seconds from the engine to the client, the same for each piece of the answer.
@@ -38,7 +38,7 @@ class FrontEnd:
 
     @property
     def absent(self) -> bool:
-        """Whether it delays nothing."""
+        """Whether all delays are 0."""
         return self.front_s == self.front_token_s == self.back_s == 0.0
 
     def way_in_s(self, prompt_tokens: Ints) -> Floats:
