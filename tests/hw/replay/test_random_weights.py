@@ -23,6 +23,7 @@ from hw.elastic.random_weights import NumberTokenizer, random_model, seed_of  # 
 from hw.serve.prompts import prompt_tokens  # noqa: E402
 from sim.cost.model_spec import ModelSpec, load_model, model_names  # noqa: E402
 from sim.errors import ModelError  # noqa: E402
+from sim.paths import REPOSITORY  # noqa: E402
 from tests.commands import exit_status  # noqa: E402
 from tests.hw.serving import flat_latency_content, tiny  # noqa: E402
 
@@ -120,8 +121,9 @@ def test_the_server_serves_random_weights_and_says_so(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hw.serve", *model, "gpu=cpu_epyc_1thread", "budget=kv_blocks", "budget.blocks=40"]
     command += ["workspace_bytes=0", f"latency={tmp_path / 'flat.json'}", f"serve.port={port}"]
     (tmp_path / "flat.json").write_text(json.dumps(flat_latency_content(fixed_us=1e4, token_us=10.0)))
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=os.environ
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=environment
     )
     try:
         assert running.stdout is not None
