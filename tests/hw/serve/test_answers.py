@@ -261,7 +261,8 @@ def test_metrics_count_every_token_and_every_end_once() -> None:
         text = greedy(PROMPT)
         server.ask(prompt=PROMPT, max_tokens=12, ignore_eos=True)
         server.ask(prompt=PROMPT, max_tokens=12, ignore_eos=True, stop=text[3])
-        server.http.put("/plan", json={"max_waiting": 0})
+        server.http.put("/plan", json={"max_waiting": 0})  # accepted, and in force with the next iteration
+        eventually(lambda: server.thread.state.plan.max_waiting == 0, "the plan is not in force")
         server.ask(prompt=PROMPT, max_tokens=12)
         eventually(lambda: server.thread.state.arrived == 3, "the state is behind")
         found = counted(server)
