@@ -78,6 +78,7 @@ def engine(kind: type[Any], case: Case, env: simpy.Environment | None, **more: A
         budget_bytes=case.budget(),
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
         copy_slowdown=case.copy_slowdown,
+        copy_layer_s=case.copy_layer_s,
         quality_nll=quality_nll,
         env=env,
         **more,
