@@ -26,6 +26,7 @@ from tests.commands import exit_status
 MAINS = {
     "sim.replay": "sim.replay.__main__:main",
     "sim.compare": "sim.compare:compare_command",
+    "sim.capacity": "sim.capacity.run:main",
     "sim.cluster": "sim.cluster.run:cluster_command",
     "sim.disaggregate": "sim.disaggregate.run:disaggregate_command",
     "sim.fit_trace": "sim.fit_trace:main",

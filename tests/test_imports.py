@@ -33,6 +33,7 @@ LAYERS = {
         ("disaggregate",),  # its columns of tables are those of clusters
         ("replay",),
         ("pages",),
+        ("capacity",),
     ),
     "hw": (
         (".",),
@@ -49,6 +50,7 @@ LAYERS = {
 COMMANDS = {
     "sim.cluster.run",
     "sim.disaggregate.run",
+    "sim.capacity.run",
     "sim.compare",
     "sim.reference",
     "sim.fit_trace",
