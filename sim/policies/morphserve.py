@@ -7,6 +7,10 @@ reproduction: EMA 0.25; pressure after 3 samples of KV >= 0.85 or delay >= 0.1 s
 delay <= 0.025 s; layers per action and in total 1/4 (accuracy), 2/8 (default), 4/16 (performance). Layers are swapped
 front to back, the paper's default. A layer is restored only if its bytes fit next to the KV in use: the pool shrinks by
 free KV blocks, and no request is preempted for it.
+
+That reproduction's runs on an RTX 3090 switch 16 layers in one action and back: ``layers_per_action`` and ``layers``
+replace the numbers of a mode, and with ``restore_partly`` false an action restores all of its layers or none
+(conf/policy/morphserve_rtx3090.yaml).
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ class MorphServe:
     recovery_kv_share: float
     recovery_delay_s: float
     recovery_samples: int
+    restore_partly: bool = True
     swapped: int = 0
     kv_share: float = 0.0
     delay_s: float = 0.0
@@ -78,7 +83,8 @@ class MorphServe:
         held_bytes = state.kv_used_layer_blocks * kv_block_layer_bytes(served.model, served.kv_block_tokens)
         # An announced decrease of the budget counts now; an announced increase does not count yet.
         left_bytes = min(state.budget_bytes, state.next_budget_bytes) - served.workspace_bytes - held_bytes
-        for fewer in range(max(self.swapped - self.step, 0), self.swapped):
+        least = max(self.swapped - self.step, 0)
+        for fewer in range(least, self.swapped if self.restore_partly else least + 1):
             if peak_weight_bytes(served.model, self.plans[self.swapped], self.plans[fewer]) <= left_bytes:
                 return fewer
         return self.swapped
@@ -88,6 +94,9 @@ def morphserve(
     served: PolicyContext,
     *,
     mode: str = "default",
+    layers_per_action: int | None = None,
+    layers: int | None = None,
+    restore_partly: bool = True,
     bits: int = 4,
     order: Sequence[int] | None = None,
     smoothing: float = 0.25,
@@ -100,6 +109,9 @@ def morphserve(
 ) -> MorphServe:
     """Build the controller; ``order`` lists the layers in the order of swapping, front to back if None.
 
+    Args:
+        layers_per_action, layers: in place of those of the mode; None keeps them.
+        restore_partly: whether an action may restore fewer layers than it may, where not all of them fit.
     Raises:
         ConfigError: for an unknown mode or a smoothing outside (0, 1]. PlanError: for layers the model does not have,
             or bits that are not supported.
@@ -109,14 +121,19 @@ def morphserve(
     if not 0.0 < smoothing <= 1.0 or pressure_samples < 1 or recovery_samples < 1:
         raise ConfigError(f"policy.smoothing is {smoothing}; it must be in (0, 1], and sample counts at least 1")
     model = served.model
-    layers = list(range(model.num_layers)) if order is None else layer_list("policy.order's layers", order)
-    if len(set(layers)) != len(layers) or any(not 0 <= layer < model.num_layers for layer in layers):
+    step, most = layers_per_action or MODES[mode][0], layers or MODES[mode][1]
+    if step < 1 or most < 1:
+        raise ConfigError(
+            f"policy.layers_per_action is {step} and policy.layers {most}; each must be at least 1, or null to "
+            "take the mode's"
+        )
+    sequence = list(range(model.num_layers)) if order is None else layer_list("policy.order's layers", order)
+    if len(set(sequence)) != len(sequence) or any(not 0 <= layer < model.num_layers for layer in sequence):
         raise PlanError(f"policy.order must list layers 0 to {model.num_layers - 1} of {model.name}, each once")
-    step, most = MODES[mode]
     dense = dense_plan(model)
     plans = [dense]
-    for count in range(1, min(most, len(layers)) + 1):
-        low = set(layers[:count])
+    for count in range(1, min(most, len(sequence)) + 1):
+        low = set(sequence[:count])
         plans.append(
             replace(dense, weight_bits=tuple(bits if i in low else model.weight_bits for i in range(model.num_layers)))
         )
@@ -132,4 +149,5 @@ def morphserve(
         recovery_kv_share=recovery_kv_share,
         recovery_delay_s=recovery_delay_s,
         recovery_samples=recovery_samples,
+        restore_partly=restore_partly,
     )
