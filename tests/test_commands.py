@@ -31,6 +31,7 @@ COMMANDS = {
     "hw.disaggregate.results": "disaggregate_results",
     "hw.compare": "hw_compare",
     "hw.fidelity": "hw_fidelity",
+    "hw.reproduction.run": "reproduction",
     "hw.validate.suite": "hw_validate",
     "agents.training.train": "train",
     "agents.training.clone": "clone",

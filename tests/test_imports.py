@@ -42,6 +42,7 @@ LAYERS = {
         ("replay",),  # serve and disaggregate start a real engine as hw.replay does
         ("calibrate", "score", "serve", "client", "disaggregate"),
         ("validate",),
+        ("reproduction",),
     ),
     "agents": ((".",), ("envs",), ("baselines",), ("training",), ("evaluation",)),
 }
@@ -51,6 +52,7 @@ COMMANDS = {
     "sim.cluster.run",
     "sim.disaggregate.run",
     "sim.capacity.run",
+    "hw.reproduction.run",
     "sim.compare",
     "sim.reference",
     "sim.fit_trace",
