@@ -92,10 +92,7 @@ class Runs:
             path = folder / f"{name}.csv"
             if not path.is_file():
                 raise CalibrationError(f"no {path}; set RAP_LAB_DATA to the folder that holds calibration/")
-            table = pd.read_csv(path)
-            if missing := [column for column in columns if column not in table]:
-                raise CalibrationError(f"{path} has no column {missing[0]}; it has {', '.join(table.columns)}")
-            tables.append(table)
+            tables.append(_read_table(path, columns))
         return cls(*tables)
 
     def trace(self, workload: str) -> Trace:
@@ -109,6 +106,23 @@ class Runs:
         """Return the 64 requests of ``low`` with their arrivals at another scale."""
         rows = self.arrivals[self.arrivals["workload"] == "low"]
         return _trace(rows["arrival_s"].to_numpy(np.float64) * (scale / LOW_SCALE), f"scale {scale:g}")
+
+
+TEXT_COLUMNS = ("workload", "mode", "direction")
+
+
+def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Read a CSV file that must have these columns, all of numbers but the ``TEXT_COLUMNS``."""
+    try:
+        table = pd.read_csv(path)
+    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
+        raise CalibrationError(f"{path} cannot be read ({error}); give the CSV file as it was brought") from error
+    if missing := [column for column in columns if column not in table]:
+        raise CalibrationError(f"{path} has no column {missing[0]}; it has {', '.join(table.columns)}")
+    for column in columns:
+        if column not in TEXT_COLUMNS and not np.isfinite(pd.to_numeric(table[column], errors="coerce")).all():
+            raise CalibrationError(f"{path}: a value of {column} is not a number; give the CSV file as it was brought")
+    return table
 
 
 LOW_SCALE = 5.75

@@ -103,6 +103,27 @@ def _span(values: Sequence[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
+def _watermark(content: Mapping[str, Any]) -> dict[str, str]:
+    specs = {
+        "watermark": ".2f",
+        "simulated": ".0f",
+        "tokens/s, published": ",.0f",
+        "tokens/s, simulated": ",.0f",
+        "error": "+.1%",
+    }
+    outside = []
+    for row in content["rows"]:
+        low, high = map(int, row["over seeds"].split(" to "))
+        published = row["preemptions, published"]
+        if not low <= published <= high:
+            nearer = low if published < low else high
+            outside.append(f"{row['watermark']:.2f} ({published:,} against {nearer:,})")
+    sentence = "All published counts of preemptions lie in it."
+    if outside:
+        sentence = f"Published counts of preemptions outside it: at {', '.join(outside)}."
+    return {"rows": _plain(content, specs, 0), "outside": sentence}
+
+
 def _llmservingsim(content: Mapping[str, Any]) -> str:
     errors = content["errors"]
     rows = []
@@ -127,10 +148,7 @@ TABLES: dict[str, Any] = {
         content, {"here": ".1f", "fewer misses here": ".0%", "perplexity here": "+.2%"}
     ),
     "morphserve_rtx3090": _rtx3090,
-    "vllm_watermark": lambda content: _plain(
-        content,
-        {"simulated": ".0f", "tokens/s, published": ",.0f", "tokens/s, simulated": ",.0f", "error": "+.1%"},
-    ),
+    "vllm_watermark": _watermark,
     "distserve": lambda content: _plain(content, {"largest error": ".4%", "tokens, published": ",.0f", "here": ",.0f"}),
     "splitwise": lambda content: _plain(
         content,

@@ -8,7 +8,7 @@ predictions. No source states at which period the rule samples, so three are sho
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hw.calibrate.rtx3090 import (
@@ -122,6 +122,7 @@ def row(runs: Runs, latency: LatencyModel) -> dict[str, Any]:
         "crossover": rows,
         "crossing_rps": crossing,
         "crossing_real_rps": sorted(value for value in measured if value is not None),
+        "furthest": {mode: _furthest(rows, mode) for mode in KV_BLOCKS},
         "target_rps": list(TARGET_RPS),
         "met": crossing is not None and TARGET_RPS[0] <= crossing <= TARGET_RPS[1],
         "dynamic": predictions(runs, latency),
@@ -130,6 +131,16 @@ def row(runs: Runs, latency: LatencyModel) -> dict[str, Any]:
         "w4_blocks": {"published": KV_BLOCKS["w4"], "here": freed},
         "host_kv_blocks": engine_config().host_kv_blocks,
     }
+
+
+def _furthest(rows: Sequence[Mapping[str, Any]], mode: str) -> float:
+    """Return how far a simulated P95 lies outside its repeats, relative to the nearer one, at rates not fitted."""
+    off = [0.0]
+    for row in rows:
+        low, high = row[f"{mode}_real"][0], row[f"{mode}_real"][-1]
+        if not row["seen"]:
+            off.append(max(low / row[mode] - 1, row[mode] / high - 1))
+    return max(off)
 
 
 def _w4_blocks() -> int:

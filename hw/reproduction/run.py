@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from sim.results.run_folder import commit, own_folder, write_json, write_text
 class ReproductionConfig:
     """What to reproduce.
 
-    row: names of rows; all when empty. out: the folder to write to; a new folder under runs/ when null.
+    row: names of rows, or all. out: the folder to write to; a new folder under runs/ when null.
     data: the folder of measurements, a path or one under RAP_LAB_DATA. workers: processes for the rows of replays.
     """
 
-    row: Any = field(default_factory=list)
+    row: Any = "all"
     out: str | None = None
     data: str = "calibration"
     workers: int = 1
@@ -74,15 +74,17 @@ def main() -> None:
 
 def _reproduce(cfg: DictConfig) -> None:
     names = [cfg.row] if isinstance(cfg.row, str) else [str(name) for name in cfg.row]
+    names = list(ROWS) if names == ["all"] else names
     for name in names:
         if name not in ROWS:
-            raise ConfigError(f"row: there is no row {name!r}; {nearest(name, ROWS)}")
+            raise ConfigError(f"row: there is no row {name!r}; {nearest(name, [*ROWS, 'all'])}")
+    if not names:
+        raise ConfigError(f"row is empty; name some of {', '.join(ROWS)}, or all")
     if cfg.workers < 1:
         raise ConfigError(f"workers is {cfg.workers}; it must be at least 1")
     out = Path(cfg.out) if cfg.out is not None else own_folder("reproduction")
-    wanted = names or list(ROWS)
-    with progress("reproducing", len(wanted), "rows") as report:
-        contents = dict(zip(wanted, counted((ROWS[name](cfg) for name in wanted), report), strict=True))
+    with progress("reproducing", len(names), "rows") as report:
+        contents = dict(zip(names, counted((ROWS[name](cfg) for name in names), report), strict=True))
     for name, content in contents.items():
         _write(
             out / f"{name}.json", {"commit": commit(), "command": f"python -m hw.reproduction row={name}", **content}
@@ -94,8 +96,8 @@ def _reproduce(cfg: DictConfig) -> None:
     }
     text = page(found)
     write_text(out / "index.md", text)
-    if len(wanted) < len(ROWS):
-        text = page({name: found[name] for name in wanted})
+    if len(names) < len(ROWS):
+        text = page({name: found[name] for name in names})
     print(text, end="")
     print(f"files: {out}")
 
