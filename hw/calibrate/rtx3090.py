@@ -223,8 +223,8 @@ def content_of(runs: Runs, decode: Decode) -> dict[str, Any]:
 SMALL: Floats = np.array([1.0, 32.0, 64.0, 128.0, 256.0, 512.0])
 """Token counts below the smallest measured prefill."""
 NOTES = (
-    "Prefill times are measured for prompts of 1,024 tokens, whole prompts in a batch. Attention of prompts cannot be "
-    "told from the linear part there: it is priced at half of the data-sheet speed",
+    "Prefill times are measured for prompts of 1,024 tokens, complete ones in a batch. Attention of prompts cannot be "
+    "separated from the linear part there: it is priced at half of the data-sheet speed",
     "Decode was not measured by batch size. Weights at 16 bits are priced at 85 % of the data-sheet bandwidth; the "
     "overhead of an iteration, a layer at 4 bits and the speed of reading KV are fitted on four pairs of runs",
     "Repeats of one run differ by up to 20 % in decode and by more in TTFT, so nothing here is better than that",

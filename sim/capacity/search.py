@@ -1,9 +1,9 @@
 """Search for a capacity: the rate up to which a curve, SLO attainment against rate, stays at or above a target.
 
 The curve need not fall monotonously: a higher rate fills batches better, or moves a burst away from a shortage. So the
-search first scans rates a factor `SCAN` apart, from some below the first miss to the first at which every replay
-misses, and then halves the gap below the first miss. What it reports is a bracket: the target was met at its lower end
-and at every scanned rate below, and missed at its upper end.
+search first scans rates in steps of a factor `SCAN`, from some below the first miss to some above the first at which
+every replay misses, and then halves the gap below the first miss. What it reports is a bracket: the target was met at
+its lower end and at every scanned rate below, and missed at its upper end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from scipy import stats
 
 SCAN = math.sqrt(2.0)
 """Factor between two scanned rates."""
+STEPS_DOWN = 6
+"""Steps below the start, a factor of 8, after which the lowest rate is tried: if it misses, so do those between."""
 STEPS_UP = 16
 """How far above the start the scan goes: a factor of 256."""
 STEPS_BEYOND = 2
@@ -68,6 +70,9 @@ def scan_rates(curves: Sequence[Curve], target: float, start_rps: float, least_r
         if all(met) or low <= least_rps:
             break
         low = max(low / SCAN, least_rps)
+        if len(rates) == STEPS_DOWN:
+            met = [curve(least_rps) >= target for curve in curves]
+            low = low if all(met) else least_rps
     for _ in range(STEPS_BEYOND):
         if low <= least_rps:
             break
@@ -113,7 +118,7 @@ def _met_above(curve: Curve, target: float, rate_rps: float) -> tuple[float, ...
 def interval(capacities: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95 % t-interval of the geometric mean of the capacities of several replays; None for fewer than two.
 
-    Replays are taken as independent draws: seeds of a generator are, windows of one trace nearly.
+    Replays count as independent samples: seeds of a generator are, windows of one trace nearly.
     """
     if len(capacities) < 2:
         return None

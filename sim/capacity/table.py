@@ -14,6 +14,9 @@ from sim.capacity.search import Bracket, geometric_mean, interval
 from sim.pages.render import table
 from sim.results.plots import figure_file, line_style
 
+MOST_SHARE = 1.1
+"""Capacity over maximum rate above which a trace is too short; the end of a trace lowers that rate by some percent."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -58,6 +61,12 @@ class Row:
         return any(math.isinf(bracket.missed_rps) for bracket in self.brackets)
 
     @property
+    def too_short(self) -> bool:
+        """Whether the trace ends before a queue has grown: the target is met well above what the server sustains."""
+        most = self.max_rate_rps
+        return self.unbounded or (most is not None and self.capacity_rps > MOST_SHARE * most)
+
+    @property
     def uncertainty(self) -> tuple[float, float]:
         """Return the 95 % interval over replays; of one replay, the bracket of the search."""
         first = self.brackets[0]
@@ -74,6 +83,7 @@ class Row:
             "capacity_rps": self.capacity_rps,
             "interval_rps": [low, _finite(high)],
             "interval": "95 % over replays" if len(self.capacities) > 1 else "bracket of the search",
+            "too_short": self.too_short,
             "max_rate_rps": self.max_rate_rps,
             "limited_by": self.limited_by,
             "replays": [
@@ -99,18 +109,24 @@ def table_of(rows: Sequence[Row]) -> str:
     return table([_cells(row) for row in rows], left=2)
 
 
+COLUMNS = ("capacity, req/s", "uncertainty", "over replays", "limited by", "maximum rate, req/s", "share of it")
+
+
 def _cells(row: Row) -> dict[str, Any]:
     several = len(row.capacities) > 1
     cells: dict[str, Any] = {"policy": row.policy, "GPU": row.gpu}
     if row.error:
-        empty = ("capacity, req/s", "uncertainty", "over replays", "limited by", "maximum rate, req/s", "share of it")
-        return {**cells, **dict.fromkeys(empty)}
+        return {**cells, **dict.fromkeys(COLUMNS)}
+    if row.too_short:
+        most = row.max_rate_rps or min(row.capacities)
+        shown = {"capacity, req/s": f"above {most:.3g}", "uncertainty": "the trace is too short"}
+        return {**cells, **dict.fromkeys(COLUMNS), **shown, "maximum rate, req/s": f"{most:.3g}"}
     low, high = row.uncertainty
     end = f"{high:.3g}" if math.isfinite(high) else "?"
     share = None if row.max_rate_rps is None else row.capacity_rps / row.max_rate_rps
     return {
         **cells,
-        "capacity, req/s": f"{'above ' if row.unbounded else ''}{row.capacity_rps:.3g}",
+        "capacity, req/s": f"{row.capacity_rps:.3g}",
         "uncertainty": f"{low:.3g} to {end}" + (" (95 %)" if several else " (bracket)"),
         "over replays": f"{min(row.capacities):.3g} to {max(row.capacities):.3g}, n={len(row.capacities)}"
         if several
@@ -143,13 +159,10 @@ def _notes_of(row: Row) -> list[str]:
             f"attainment does not fall monotonously, the target is met again at {again[0]:.3g} to {again[-1]:.3g} "
             "req/s; the capacity is where it is first missed"
         )
-    longer = "take a longer one (trace.duration_s=, workload=repeat_3)"
-    if row.unbounded:
-        found.append(f"some replay met the target at every rate: the trace is too short to find its limit; {longer}")
-    elif row.max_rate_rps is not None and row.capacity_rps > row.max_rate_rps:
+    if row.too_short:
         found.append(
-            "the capacity lies above the maximum rate, which the server cannot sustain: the trace ends before the "
-            f"queue has grown; {longer}"
+            "the target is met well above the maximum rate, which the server cannot sustain: the trace ends before the "
+            "queue has grown; take a longer one (trace.duration_s=, workload=repeat_3)"
         )
     return found
 

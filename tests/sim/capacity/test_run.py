@@ -107,3 +107,13 @@ def test_missed_targets_name_what_each_request_missed() -> None:
     assert set(missed) == {"finished", "ttft_s", "tpot_s"}
     assert (missed["ttft_s"] == (records.ttft_s > 0.5)).all()
     assert (met_slo(records, slo) == ~(missed["finished"] | missed["ttft_s"] | missed["tpot_s"])).all()
+
+
+def test_a_trace_that_ends_before_a_queue_grows_gives_no_number_above_what_the_server_sustains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = run(tmp_path, "slo.ttft_s=60", "target=0.5")["rows"][0]
+    assert row["too_short"]
+    said = capsys.readouterr().out
+    assert f"above {row['max_rate_rps']:.3g} " in said
+    assert "take a longer one" in said

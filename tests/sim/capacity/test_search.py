@@ -59,3 +59,9 @@ def test_the_interval_is_that_of_students_t_on_the_logarithms() -> None:
     low, high = interval([1.0, 2.0, 4.0])  # type: ignore[misc]
     assert math.sqrt(low * high) == pytest.approx(geometric_mean([1.0, 2.0, 4.0])) == pytest.approx(2.0)
     assert math.log(high / 2.0) == pytest.approx(4.302653 * math.log(2) / math.sqrt(3), rel=1e-6)
+
+
+def test_a_target_that_no_rate_meets_is_found_without_trying_all_of_them() -> None:
+    curve = Curve(lambda rate: 0.5)
+    assert found(curve, start=10.0).met_rps == 0.0
+    assert len(curve.points) < 12
