@@ -24,7 +24,6 @@ from sim.cost.memory import budget_for_kv_blocks, layer_weight_bytes, mha_weight
 from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.protocol import EngineConfig
-from sim.engine.scheduler import Limits
 from sim.engine.server_spec import ServerSpec
 from sim.engine.sim_engine import SimEngine
 from sim.errors import CalibrationError
@@ -35,7 +34,6 @@ NAME, MODEL, GPU = "llama3.1_8b_rtx3090", "llama3.1_8b", "rtx3090_24gb"
 LOW_LAYERS = 16
 """Layers at 4 bits, from the first: "w4" of the runs."""
 KV_BLOCKS = {"fp16": 1759, "w4": 4170}
-HOST_KV_BLOCKS = 4096
 PROMPT_TOKENS, OUTPUT_TOKENS = 1024, 512
 TIME_SCALE = 1.75
 """Seconds per second of BurstGPT's clock, before a run's own scale."""
@@ -53,14 +51,9 @@ PREFILL_COLUMNS = {16: "fp16_ms", 4: "w4_ms"}
 
 
 def engine_config() -> EngineConfig:
-    """Return the settings of the runs: SwiftLLM with 32 requests, prompts batched up to 49,152 tokens, swapping."""
-    return EngineConfig(
-        scheduler="prefill_first",
-        limits=Limits(max_batch_tokens=49_152, max_running=32),
-        preemption="swap",
-        host_kv_blocks=HOST_KV_BLOCKS,
-        copying="blocking",
-    )
+    """Return the settings of the runs: 32 requests, prompts batched up to 49,152 tokens, swapping, blocking switches."""
+    config: EngineConfig = build_option("engine", "swiftllm", {"copying": "blocking"})
+    return config
 
 
 @dataclass(frozen=True, slots=True)
