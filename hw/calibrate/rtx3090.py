@@ -51,7 +51,7 @@ PREFILL_COLUMNS = {16: "fp16_ms", 4: "w4_ms"}
 
 
 def engine_config() -> EngineConfig:
-    """Return the settings of the runs: 32 requests, prompts batched up to 49,152 tokens, swapping, blocking switches."""
+    """Return the settings of the runs: SwiftLLM's, and the engine stops for a switch."""
     config: EngineConfig = build_option("engine", "swiftllm", {"copying": "blocking"})
     return config
 
