@@ -29,11 +29,16 @@ def test_the_page_has_every_law_once() -> None:
     assert laws == [str(number) for number in range(1, 14)]
 
 
-def served(rows: list[Row], *, time_scale: float = 1.0, kv_blocks: int = 20, ahead: bool = False) -> SimEngine:
+def served(
+    rows: list[Row], *, time_scale: float = 1.0, kv_blocks: int = 20, ahead: bool = False, swaps: bool = False
+) -> SimEngine:
     """Return an engine that has served all rows, every time in it multiplied by ``time_scale``."""
     engine = tiny_engine(
         kv_blocks=kv_blocks,
         schedules_ahead=ahead,
+        preemption="swap" if swaps else "recompute",
+        host_kv_blocks=10 if swaps else 0,
+        host_to_device_bytes_per_s=2**18 / time_scale,
         latency=linear_latency(0.25 * time_scale, 0.0078125 * time_scale, 0.001 * time_scale),
     )
     engine.submit(requests(*((arrival_s * time_scale, *tokens) for arrival_s, *tokens in rows)))
@@ -42,12 +47,14 @@ def served(rows: list[Row], *, time_scale: float = 1.0, kv_blocks: int = 20, ahe
 
 
 @settings(max_examples=60)
-@given(rows=ROWS, kv_blocks=st.integers(16, 40), ahead=st.booleans())
-def test_law_12_all_times_doubled_double_all_results_bit_for_bit(rows: list[Row], kv_blocks: int, ahead: bool) -> None:
+@given(rows=ROWS, kv_blocks=st.integers(16, 40), ahead=st.booleans(), swaps=st.booleans())
+def test_law_12_all_times_doubled_double_all_results_bit_for_bit(
+    rows: list[Row], kv_blocks: int, ahead: bool, swaps: bool
+) -> None:
     """A factor of two is exact in binary floating point, so any difference is a time that was not scaled."""
     rows = sorted(rows)
-    plain = served(rows, kv_blocks=kv_blocks, ahead=ahead)
-    doubled = served(rows, time_scale=2.0, kv_blocks=kv_blocks, ahead=ahead)
+    plain = served(rows, kv_blocks=kv_blocks, ahead=ahead, swaps=swaps)
+    doubled = served(rows, time_scale=2.0, kv_blocks=kv_blocks, ahead=ahead, swaps=swaps)
     for kind, one, two in (
         (Records, plain.records(), doubled.records()),
         (Iterations, plain.iterations(), doubled.iterations()),

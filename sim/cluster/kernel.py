@@ -326,7 +326,7 @@ def give_moved(
     n, r = counters_of(s), _new_request(s, words)
     request = requests_of(s)[r]
     request.output_limit_tokens, request.computed_tokens, request.prefill_tokens = limit_tokens, 0, 0
-    request.free_run = -1
+    request.free_run, request.host_blocks = -1, 0
     _set_prompt(s, r, hash_at, ids)
     if limit_tokens <= request.produced_tokens:
         request.status = REJECTED
@@ -374,6 +374,7 @@ def let_waiting_go(s: Table) -> None:
     """Forget the waiting requests; running ones continue."""
     n = counters_of(s)
     kernel.forget_kept_kv(s)
+    kernel.forget_host_kv(s)
     n.preempted_waiting, n.queue_head, n.waiting_tokens = 0, n.queue_tail, 0
 
 
@@ -450,7 +451,8 @@ def join(s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_toke
     """
     n, r = counters_of(s), _new_request(s, words)
     request = requests_of(s)[r]
-    request.output_limit_tokens, request.status, request.free_run = limit_tokens, RUNNING, -1
+    request.output_limit_tokens, request.status = limit_tokens, RUNNING
+    request.free_run, request.host_blocks = -1, 0
     request.computed_tokens = request.prefill_tokens = request.prompt_tokens
     request.finish_s = np.nan
     n.running_tokens += request.prompt_tokens

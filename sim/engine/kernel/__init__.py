@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from sim.engine.kernel.admission import head, take_arrivals
 from sim.engine.kernel.decodes import settle
-from sim.engine.kernel.kv import blocks_of, forget_kept_kv
+from sim.engine.kernel.kv import blocks_of, forget_host_kv, forget_kept_kv
 from sim.engine.kernel.layout import Layout, State, Table, fields_of, longer
 from sim.engine.kernel.loop import advance
 from sim.engine.kernel.plans import (
@@ -88,6 +88,7 @@ __all__ = [
     "enter_residency",
     "fields_of",
     "follow_budget",
+    "forget_host_kv",
     "forget_kept_kv",
     "head",
     "idle",

@@ -14,7 +14,7 @@ import numpy as np
 from sim.compiled import compiled
 from sim.engine.kernel.admission import take_arrivals
 from sim.engine.kernel.decodes import _preempt, settle
-from sim.engine.kernel.kv import _blocks, _release, blocks_of, forget_kept_kv, resize_pool
+from sim.engine.kernel.kv import _blocks, _release, blocks_of, forget_host_kv, forget_kept_kv, resize_pool
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.prefix_cache import _forget_prefix_blocks
 from sim.engine.kernel.state import (
@@ -396,6 +396,7 @@ def enter_residency(s: Table, residency: int, now_s: float) -> bool:
         _forget_prefix_blocks(s)
     n.caching = caching
     if new_sets:
+        forget_host_kv(s)
         _change_sets(s, count, words[residency, half:])
         n.prefill_set, n.decode_set = 0, 0 if one_set else 1
     _copy_residency(s, residency, count)
@@ -486,7 +487,7 @@ def _carry_out(s: Table, now_s: float) -> bool:
     if n.copy < 0 and here.copies > 0:
         n.copy = here.copies_at
         n.incoming_bytes = copies_of(s)[n.copy].bytes
-        n.copy_end_s = now_s + n.incoming_bytes / n.copy_bytes_per_s
+        n.copy_end_s = now_s + (n.incoming_bytes / n.copy_bytes_per_s + n.copy_layer_s)
     if n.open_change >= 0 and n.copy < 0:
         changes[n.open_change].ready_s = now_s
     resize_to_budget(s)

@@ -42,6 +42,7 @@ class Case:
     latency: LatencyModel
     host_to_device_bytes_per_s: float
     copy_slowdown: float
+    copy_layer_s: float = 0.0
 
     def hash_ids(self, prompt: int, output: int) -> tuple[int, ...]:
         """Return the hash ids of a prompt: the first are shared with other prompts, the others are its own."""
@@ -151,8 +152,27 @@ def schedules_ahead(seed: int) -> bool:
     return bool(np.random.default_rng([seed, 10]).random() < 0.4)
 
 
-def random_case(seed: int, *, ahead: bool | None = None) -> Case:
-    """Return the case of a seed; ``ahead`` sets whether its engine schedules ahead, None lets the seed decide."""
+def with_swaps(seed: int, config: EngineConfig, allowed: bool = True) -> EngineConfig:
+    """Return the config of a seed with its way to preempt and to copy weights; its own stream, as above."""
+    if not allowed:
+        return config
+    rng = np.random.default_rng([seed, 11])
+    swaps = not config.prefix_caching and rng.random() < 0.75
+    return replace(
+        config,
+        preemption="swap" if swaps else "recompute",
+        host_kv_blocks=int(rng.choice([1, 5, 20, 400])) if swaps else 0,
+        copying="blocking" if rng.random() < 0.25 else "overlapped",
+    )
+
+
+def random_case(seed: int, *, ahead: bool | None = None, swaps: bool = True) -> Case:
+    """Return the case of a seed.
+
+    Args:
+        ahead: whether its engine schedules ahead; None lets the seed decide.
+        swaps: whether the seed may choose swapping, and weight copies that hold the engine up.
+    """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
     count = int(rng.integers(1, 60))
@@ -189,26 +209,31 @@ def random_case(seed: int, *, ahead: bool | None = None) -> Case:
         first_plan=DENSE if rng.random() < 0.6 else random_plan(rng),
         kv_blocks=int(rng.choice([12, 30, 60, 400])),
         budget_steps=tuple(steps),
-        config=EngineConfig(
-            scheduler=scheduler,
-            limits=Limits(
-                max_batch_tokens=int(rng.choice([3, 8, 64, 512])),
-                max_running=int(rng.choice([1, 3, 8, 40])),
-                long_prefill_tokens=int(rng.choice([0, 0, 0, 5])),
-                reserve_full_prompt=bool(rng.random() < 0.6),
+        config=with_swaps(
+            seed,
+            EngineConfig(
+                scheduler=scheduler,
+                limits=Limits(
+                    max_batch_tokens=int(rng.choice([3, 8, 64, 512])),
+                    max_running=int(rng.choice([1, 3, 8, 40])),
+                    long_prefill_tokens=int(rng.choice([0, 0, 0, 5])),
+                    reserve_full_prompt=bool(rng.random() < 0.6),
+                ),
+                kv_block_tokens=kv_block_tokens,
+                kv_watermark_share=float(rng.choice([0.0, 0.0, 0.1])),
+                reuse_preempted_kv=bool(rng.random() < 0.5),
+                max_context_tokens=int(rng.choice([60, 4096])),
+                restore=restore,
+                prefix_caching=bool(rng.random() < 0.4),
+                hash_block_tokens=kv_block_tokens * int(rng.choice([1, 1, 2, 4])),
+                schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
             ),
-            kv_block_tokens=kv_block_tokens,
-            kv_watermark_share=float(rng.choice([0.0, 0.0, 0.1])),
-            reuse_preempted_kv=bool(rng.random() < 0.5),
-            max_context_tokens=int(rng.choice([60, 4096])),
-            restore=restore,
-            prefix_caching=bool(rng.random() < 0.4),
-            hash_block_tokens=kv_block_tokens * int(rng.choice([1, 1, 2, 4])),
-            schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
+            swaps,
         ),
         latency=random_latency(rng),
         host_to_device_bytes_per_s=float(rng.choice([2e3, 2e4, 1e6])),
         copy_slowdown=float(rng.choice([0.0, 0.3])),
+        copy_layer_s=0.5 * (swaps and seed % 4 == 0),
     )
 
 
@@ -222,6 +247,7 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
         budget_bytes=case.budget(),
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
         copy_slowdown=case.copy_slowdown,
+        copy_layer_s=case.copy_layer_s,
         quality_nll=quality_nll,
     )
     engine.submit(case.submitted())
@@ -256,6 +282,10 @@ def differences(case: Case) -> list[str]:
         if name == "token_gaps":
             ours, theirs = merged(ours), merged(theirs)
         found += [f"{name}.{what}" for what in unequal(ours, theirs)]
+    ours, theirs = plain[0].host_layer_blocks, fast[0].host_layer_blocks
+    if ours != theirs or sum(ours) != TINY.num_layers * case.config.host_kv_blocks or min(ours) < 0:
+        found.append(f"KV blocks of the host, held and free: {ours} and {theirs}")
+    plain[0].check()
     found += [
         f"state {i}: {what}" for i, (a, b) in enumerate(zip(plain[1], fast[1], strict=True)) for what in unequal(a, b)
     ]
