@@ -493,6 +493,9 @@ def serve(tables: Tables, c: Table, now_s: float, horizon_s: float) -> int:
             return REACHED
         if cluster.router == ASK:
             return CHOOSE
+        for k in range(len(tables)):
+            if replicas[k].accepts:  # routers look at no other queue; a replica that has not started has none
+                kernel.reject_late(tables[k], arrives_s)
         next_in_turn = cluster.next_in_turn
         k = choose(tables, c, at, prompt_tokens[at])
         if k < 0:
