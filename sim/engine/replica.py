@@ -346,7 +346,8 @@ class Replica(ReplicaState):
 
     def _next_event_s(self) -> float:
         """Return the time of the next arrival, budget step, scheduled decision or retry; copies do not count."""
-        coming = self.queues.waiting or self.queues.arrivals
+        # A replica with running requests is idle only while a blocking copy holds it up.
+        coming = self.queues.waiting or self.queues.arrivals or self.queues.running
         times_s = [self._retry_s]
         if self.queues.arrivals:
             times_s.append(self.queues.arrivals[0].arrival_s)

@@ -53,10 +53,10 @@ class DisaggregatedCase:
         return {**shared, "plan": plan, "budget_bytes": budget_bytes}
 
 
-def random_disaggregated(seed: int, *, ahead: bool | None = None) -> DisaggregatedCase:
+def random_disaggregated(seed: int, *, ahead: bool | None = None, swaps: bool = True) -> DisaggregatedCase:
     """Return the case of a seed; its times are irregular, so that rounding does not decide any order.
 
-    ``ahead`` sets whether its engines schedule ahead, None lets the seed decide.
+    ``ahead`` sets whether its engines schedule ahead, None lets the seed decide; ``swaps`` as in ``random_case``.
     """
     rng = np.random.default_rng([seed, 9])
     count = int(rng.integers(1, 50))
@@ -91,6 +91,7 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None) -> Disaggregat
                 kv_watermark_share=float(rng.choice([0.0, 0.1])),
                 schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
             ),
+            swaps,
         ),
         latency=linear_latency(
             base_s=0.3 + float(rng.random()) / 7, token_s=float(rng.random()) / 90, context_s=float(rng.random()) / 900

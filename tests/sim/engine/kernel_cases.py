@@ -152,8 +152,10 @@ def schedules_ahead(seed: int) -> bool:
     return bool(np.random.default_rng([seed, 10]).random() < 0.4)
 
 
-def with_swaps(seed: int, config: EngineConfig) -> EngineConfig:
+def with_swaps(seed: int, config: EngineConfig, allowed: bool = True) -> EngineConfig:
     """Return the config of a seed with its way to preempt and to copy weights; its own stream, as above."""
+    if not allowed:
+        return config
     rng = np.random.default_rng([seed, 11])
     swaps = not config.prefix_caching and rng.random() < 0.75
     return replace(
@@ -164,8 +166,13 @@ def with_swaps(seed: int, config: EngineConfig) -> EngineConfig:
     )
 
 
-def random_case(seed: int, *, ahead: bool | None = None) -> Case:
-    """Return the case of a seed; ``ahead`` sets whether its engine schedules ahead, None lets the seed decide."""
+def random_case(seed: int, *, ahead: bool | None = None, swaps: bool = True) -> Case:
+    """Return the case of a seed.
+
+    Args:
+        ahead: whether its engine schedules ahead; None lets the seed decide.
+        swaps: whether the seed may choose swapping, and weight copies that hold the engine up.
+    """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
     count = int(rng.integers(1, 60))
@@ -221,11 +228,12 @@ def random_case(seed: int, *, ahead: bool | None = None) -> Case:
                 hash_block_tokens=kv_block_tokens * int(rng.choice([1, 1, 2, 4])),
                 schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
             ),
+            swaps,
         ),
         latency=random_latency(rng),
         host_to_device_bytes_per_s=float(rng.choice([2e3, 2e4, 1e6])),
         copy_slowdown=float(rng.choice([0.0, 0.3])),
-        copy_layer_s=0.5 * (seed % 4 == 0),
+        copy_layer_s=0.5 * (swaps and seed % 4 == 0),
     )
 
 
