@@ -437,7 +437,10 @@ def in_iteration(s: Table) -> bool:
 @compiled()
 def begin(s: Table, next_s: Floats, k: int, now_s: float) -> int:
     """Start the iteration that is due at ``now_s``, if any; return as `bring` does."""
-    return bring(s, next_s, k, now_s, np.nextafter(now_s, np.inf))
+    why = bring(s, next_s, k, now_s, np.nextafter(now_s, np.inf))
+    if why == HORIZON and not in_iteration(s):
+        next_s[k] = next_event_s(s)  # nothing could start, so nothing will before that
+    return why
 
 
 @compiled()
