@@ -437,7 +437,10 @@ def in_iteration(s: Table) -> bool:
 @compiled()
 def begin(s: Table, next_s: Floats, k: int, now_s: float) -> int:
     """Start the iteration that is due at ``now_s``, if any; return as `bring` does."""
-    return bring(s, next_s, k, now_s, np.nextafter(now_s, np.inf))
+    why = bring(s, next_s, k, now_s, np.nextafter(now_s, np.inf))
+    if why == HORIZON and not in_iteration(s):
+        next_s[k] = next_event_s(s)  # nothing could start, so nothing will before that
+    return why
 
 
 @compiled()
@@ -493,6 +496,9 @@ def serve(tables: Tables, c: Table, now_s: float, horizon_s: float) -> int:
             return REACHED
         if cluster.router == ASK:
             return CHOOSE
+        for k in range(len(tables)):
+            if replicas[k].accepts:  # routers look at no other queue; a replica that has not started has none
+                kernel.reject_late(tables[k], arrives_s)
         next_in_turn = cluster.next_in_turn
         k = choose(tables, c, at, prompt_tokens[at])
         if k < 0:

@@ -355,6 +355,8 @@ class Replica(ReplicaState):
             times_s.append(self._meter.next_s)
         if coming:
             times_s.append(self._changes.next_scheduled_s)
+        if (first := self._first_that_never_ran()) is not None:
+            times_s.append(self._wait_ends_s(first))
         return min(times_s)
 
     # -- serving -------------------------------------------------------------------------------------------------
@@ -366,11 +368,27 @@ class Replica(ReplicaState):
             limit = min(request.output_tokens, self._context_limit - request.prompt_tokens)
             queues.all[request.request_id] = live = LiveRequest(request, output_limit=limit)
             self._arrived_prompt_tokens += request.prompt_tokens
+            self._reject_late(request.arrival_s)
             full = plan.max_waiting is not None and len(queues.waiting) >= plan.max_waiting
             if full or limit < 1:
                 self._reject(live)
             else:
                 queues.waiting.append(live)
+        self._reject_late(now_s)
+
+    def _reject_late(self, now_s: float) -> None:
+        """Reject the requests that have waited for their first admission as long as the plan lets them."""
+        while (first := self._first_that_never_ran()) is not None and self._wait_ends_s(first) <= now_s:
+            self.queues.waiting.remove(first)
+            self._reject(first)
+
+    def _first_that_never_ran(self) -> LiveRequest | None:
+        """Return the waiting request that came first among those that were never admitted; preempted ones may wait."""
+        return next((live for live in self.queues.waiting if math.isnan(live.admitted_s)), None)
+
+    def _wait_ends_s(self, live: LiveRequest) -> float:
+        most_s = self._changes.plan.max_wait_s
+        return math.inf if most_s is None else live.request.arrival_s + most_s
 
     def _reject(self, live: LiveRequest) -> None:
         live.status = Status.REJECTED
@@ -381,6 +399,7 @@ class Replica(ReplicaState):
     def _iterate(self, now_s: float) -> bool:
         """Change the plan if due, form a batch and start it; return whether there was anything to do."""
         preempted = self._change_plan(now_s)
+        self._reject_late(now_s)
         self._preempted_for_change += preempted
         if self._changes.copying and self.config.copying == "blocking":
             return False

@@ -277,7 +277,7 @@ class SimEngine:
                 break
         now_s = float(env.now if math.isinf(time_s) else time_s)
         kernel.follow_budget(self._table, now_s)
-        if self._counters.next_arrival_s <= now_s:
+        if kernel.queue_due_s(self._table) <= now_s:
             kernel.take_arrivals(self._table, now_s)
         kernel.take_decisions(self._table, now_s)  # an engine with work left does this itself
         return self._observe(now_s)
@@ -545,6 +545,7 @@ class SimEngine:
     def observe(self, now_s: float) -> EngineState:
         """Return the state at ``now_s``, to which the kernel has advanced; the budget is advanced to it here."""
         kernel.follow_budget(self._table, now_s)
+        kernel.reject_late(self._table, now_s)
         return self._observe(now_s)
 
     # -- serving -------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def engine_tables(engine: SimEngine, states: Sequence[EngineState]) -> Tables:
 
 def engine_case(seed: int) -> Tables:
     """Serve a random case of one engine."""
-    engine, states = kernel_cases.serve(SimEngine, kernel_cases.random_case(seed, ahead=False, swaps=False))
+    engine, states = kernel_cases.serve(SimEngine, kernel_cases.random_case(seed, ahead=False, later=False))
     return {"records": columns_of(engine.records(), RECORDS), **engine_tables(engine, states)}
 
 
@@ -220,7 +220,7 @@ def cluster_case(seed: int, *, in_python: bool = False, stops_s: Sequence[float]
     """Serve a random cluster; ``in_python``: with a router that is called for each request."""
     router = cluster_cases.FewestRequests() if in_python else None
     return cluster_tables(
-        cluster_cases.fast_cluster(cluster_cases.random_cluster(seed, ahead=False, swaps=False), router, stops_s)
+        cluster_cases.fast_cluster(cluster_cases.random_cluster(seed, ahead=False, later=False), router, stops_s)
     )
 
 
@@ -247,7 +247,7 @@ def disaggregated_case(seed: int, *, overlap: bool) -> Tables:
     """Serve a random disaggregated case; ``overlap``: KV is sent while its prompt is computed."""
     return disaggregated_tables(
         disaggregated_cases.fast_disaggregated(
-            disaggregated_cases.random_disaggregated(seed, ahead=False, swaps=False), overlap
+            disaggregated_cases.random_disaggregated(seed, ahead=False, later=False), overlap
         )
     )
 

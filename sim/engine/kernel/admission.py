@@ -68,11 +68,62 @@ def _running_budget(s: Table) -> int:
 
 
 @compiled()
+def _first_that_never_ran(s: Table) -> int:
+    """Return the place in the queue of the first request that was never admitted; its end if there is none.
+
+    Requests that another replica admitted wait in the queue too.
+    """
+    n, requests, queue = counters_of(s), requests_of(s), queue_of(s)
+    place = n.queue_head
+    while place < n.queue_tail and not np.isnan(requests[queue[place]].admitted_s):
+        place += 1
+    return int(place)
+
+
+@compiled()
+def wait_ends_s(s: Table) -> float:
+    """Return when the first request that was never admitted has waited too long; ``inf`` for never."""
+    n, ends_s = counters_of(s), np.inf
+    if n.max_wait_s < np.inf:
+        place = _first_that_never_ran(s)
+        if place < n.queue_tail:
+            ends_s = requests_of(s)[queue_of(s)[place]].arrival_s + n.max_wait_s
+    return float(ends_s)
+
+
+@compiled()
+def reject_late(s: Table, now_s: float) -> None:
+    """Reject the requests that have waited too long for their first admission by now.
+
+    Calling it more often changes nothing. Whatever reads the queue calls it first.
+    """
+    n, queue = counters_of(s), queue_of(s)
+    while wait_ends_s(s) <= now_s:
+        place = _first_that_never_ran(s)
+        late = requests_of(s)[queue[place]]
+        late.status = REJECTED
+        n.rejected += 1
+        n.waiting_tokens -= late.prompt_tokens
+        for at in range(place, n.queue_head, -1):  # those before it move up
+            queue[at] = queue[at - 1]
+        n.queue_head += 1
+        n.known_tail += place >= n.known_tail
+        n.late_from += n.late_from != NEVER and place >= n.late_from
+
+
+@compiled(inline=True)
+def queue_due_s(s: Table) -> float:
+    """Return when the next request arrives or one has waited too long, whichever is first."""
+    return float(min(counters_of(s).next_arrival_s, wait_ends_s(s)))
+
+
+@compiled()
 def take_arrivals(s: Table, now_s: float) -> None:
-    """Queue the requests that have arrived by now, or reject them."""
+    """Queue the requests that have arrived by now, or reject them; reject those that have waited too long."""
     n, requests = counters_of(s), requests_of(s)
     while n.next_arrival_s <= now_s:
         r = n.arrived
+        reject_late(s, n.next_arrival_s)
         n.arrived = r + 1
         n.next_arrival_s = requests[r + 1].arrival_s if r + 1 < n.request_count else np.inf
         request = requests[r]
@@ -89,6 +140,7 @@ def take_arrivals(s: Table, now_s: float) -> None:
             queue_of(s)[n.queue_tail] = r
             n.queue_tail += 1
             n.waiting_tokens += request.prompt_tokens
+    reject_late(s, now_s)
 
 
 @compiled()

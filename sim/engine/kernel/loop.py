@@ -10,7 +10,7 @@ import numpy as np
 
 from sim.compiled import compiled
 from sim.cost.latency import LatencyTables, iteration_in_range, iteration_seconds, layered_iteration_seconds
-from sim.engine.kernel.admission import _form_batch, take_arrivals
+from sim.engine.kernel.admission import _form_batch, queue_due_s, take_arrivals
 from sim.engine.kernel.decodes import _count_decodes, _join_decodes, _leave_decodes, _unlink_slot
 from sim.engine.kernel.kv import _release, blocks_of
 from sim.engine.kernel.layout import Table
@@ -329,7 +329,7 @@ def advance(s: Table, horizon_s: float) -> int:
                 return HORIZON
             _end(s)
         now_s = n.now_s
-        if n.next_arrival_s <= now_s:
+        if queue_due_s(s) <= now_s:
             take_arrivals(s, now_s)
         if now_s >= horizon_s:
             return HORIZON

@@ -102,6 +102,7 @@ COUNTERS = np.dtype(
         ("decided_s", FLOAT64),  # when it was decided on, s
         ("max_running", INT64),  # requests that may run at once
         ("max_waiting", INT64),  # requests that may wait; -1 for no limit
+        ("max_wait_s", FLOAT64),  # how long a request may wait for its admission, s; inf for no limit
         ("kv_keep_id", INT64),  # row of kv_keep_tokens; -1 when all tokens stay
         ("prefill_set", INT64),  # KV set that the plan runs in prefill; new requests get it
         ("decode_set", INT64),  # KV set that the plan runs in decode
@@ -381,6 +382,7 @@ RESIDENCY = np.dtype(
         ("weight_bytes", INT64),  # bytes of resident weights
         ("kv_keep_id", INT64),  # row of kv_keep_tokens; -1 when all tokens stay
         ("max_waiting", INT64),  # -1 for no limit
+        ("max_wait_s", FLOAT64),  # inf for no limit
         ("max_running", INT64),  # -1 for no limit
         ("prefill_params", INT64),  # parameters outside MHA blocks that run for a prompt token
         ("decode_params", INT64),  # parameters outside MHA blocks that run for a decoded token

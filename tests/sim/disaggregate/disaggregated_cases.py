@@ -53,10 +53,10 @@ class DisaggregatedCase:
         return {**shared, "plan": plan, "budget_bytes": budget_bytes}
 
 
-def random_disaggregated(seed: int, *, ahead: bool | None = None, swaps: bool = True) -> DisaggregatedCase:
+def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = True) -> DisaggregatedCase:
     """Return the case of a seed; its times are irregular, so that rounding does not decide any order.
 
-    ``ahead`` sets whether its engines schedule ahead, None lets the seed decide; ``swaps`` as in ``random_case``.
+    ``ahead`` sets whether its engines schedule ahead, None lets the seed decide; ``later`` as in ``random_case``.
     """
     rng = np.random.default_rng([seed, 9])
     count = int(rng.integers(1, 50))
@@ -70,9 +70,19 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, swaps: bool = 
     mha = [layer for layer in range(3) if rng.random() < 0.3]
     kv = {"kv_first_tokens": 2, "kv_last_tokens": 3, "kv_layers": [0, 2]} if rng.random() < 0.4 else {}
     scheduler: SchedulerName = "chunked" if rng.random() < 0.6 else "prefill_first"
+    waits = np.random.default_rng([seed, 12])
+    limited = later and waits.random() < 0.4
     return DisaggregatedCase(
         requests=tuple(rows),
-        plan=static_plan(TINY, drop_mha=mha, drop_ffn=mha[:1], prefill_drop_mha=mha[:1], prefill_drop_ffn=[], **kv),
+        plan=static_plan(
+            TINY,
+            drop_mha=mha,
+            drop_ffn=mha[:1],
+            prefill_drop_mha=mha[:1],
+            prefill_drop_ffn=[],
+            max_wait_s=float(waits.random()) * 10 + 0.1 if limited else None,
+            **kv,
+        ),
         prefill=int(rng.integers(1, 4)),
         decode=int(rng.integers(1, 4)),
         prefill_blocks=int(rng.choice([20, 60, 300])),
@@ -91,7 +101,7 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, swaps: bool = 
                 kv_watermark_share=float(rng.choice([0.0, 0.1])),
                 schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
             ),
-            swaps,
+            later,
         ),
         latency=linear_latency(
             base_s=0.3 + float(rng.random()) / 7, token_s=float(rng.random()) / 90, context_s=float(rng.random()) / 900

@@ -166,12 +166,34 @@ def with_swaps(seed: int, config: EngineConfig, allowed: bool = True) -> EngineC
     )
 
 
-def random_case(seed: int, *, ahead: bool | None = None, swaps: bool = True) -> Case:
+def with_waits(seed: int, case: Case) -> Case:
+    """Return the case of a seed with plans that limit how long a request may wait; its own stream, as above."""
+    rng = np.random.default_rng([seed, 12])
+    if rng.random() < 0.6:
+        return case
+    limits: dict[Plan, float | None] = {}
+
+    def limited(plan: Plan) -> Plan:
+        if plan not in limits:
+            some = float(rng.choice([0.5, 2.0, 10.0, float(rng.random() * 30) + 0.01]))
+            limits[plan] = some if rng.random() < 0.6 else None
+        return replace(plan, max_wait_s=limits[plan])
+
+    return replace(
+        case,
+        first_plan=limited(case.first_plan),
+        plans=tuple((time_s, limited(plan)) for time_s, plan in case.plans),
+        scheduled=tuple((time_s, limited(plan)) for time_s, plan in case.scheduled),
+    )
+
+
+def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> Case:
     """Return the case of a seed.
 
     Args:
         ahead: whether its engine schedules ahead; None lets the seed decide.
-        swaps: whether the seed may choose swapping, and weight copies that hold the engine up.
+        later: whether the seed may choose what came later than the frozen records: swapping, weight copies that hold
+            the engine up, and plans that limit how long a request may wait.
     """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
@@ -201,7 +223,7 @@ def random_case(seed: int, *, ahead: bool | None = None, swaps: bool = True) -> 
     beforehand = plans and rng.random() < 0.4
     at = int(rng.integers(0, len(plans) + 1)) if beforehand else 0
     kv_block_tokens = int(rng.choice([1, 2, 4, 16]))
-    return Case(
+    case = Case(
         requests=tuple((float(a), int(p), int(o)) for a, p, o in zip(arrivals, prompts, outputs, strict=True)),
         plans=tuple(plans[at:]),
         scheduled=tuple(plans[:at] if rng.random() < 0.5 else plans[::2][:at]),
@@ -228,13 +250,14 @@ def random_case(seed: int, *, ahead: bool | None = None, swaps: bool = True) -> 
                 hash_block_tokens=kv_block_tokens * int(rng.choice([1, 1, 2, 4])),
                 schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
             ),
-            swaps,
+            later,
         ),
         latency=random_latency(rng),
         host_to_device_bytes_per_s=float(rng.choice([2e3, 2e4, 1e6])),
         copy_slowdown=float(rng.choice([0.0, 0.3])),
-        copy_layer_s=0.5 * (swaps and seed % 4 == 0),
+        copy_layer_s=0.5 * (later and seed % 4 == 0),
     )
+    return with_waits(seed, case) if later else case
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:
