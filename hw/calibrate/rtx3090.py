@@ -169,7 +169,9 @@ def content_of(runs: Runs, decode: Decode) -> dict[str, Any]:
     attention_us = 4 * model.hidden_size / (gpu.dense_fp16_flop_per_s * ATTENTION_FLOP_SHARE) * 1e6
     kv_us = model.kv_bytes_per_token_layer / (gpu.memory_bandwidth_bytes_per_s * decode.kv_share) * 1e6
     tokens = runs.prefill["tokens"].to_numpy(np.float64)
-    once_us = decode.fixed_us + head_us
+    # Embedding and final norm read and write each token's state a few times.
+    token_us = 8 * model.hidden_size / gpu.memory_bandwidth_bytes_per_s * 1e6
+    once_us = decode.fixed_us + head_us + token_us * tokens
     attention = attention_us * tokens * (PROMPT_TOKENS + 1) / 2
     layer = {
         16: (runs.prefill["fp16_ms"].to_numpy() * 1e3 - once_us) / model.num_layers - attention,
@@ -204,7 +206,7 @@ def content_of(runs: Runs, decode: Decode) -> dict[str, Any]:
         "tables": {
             "tokens": [int(count) for count in axis],
             "linear_us": linear,
-            "token_us": [0.0] * len(axis),
+            "token_us": _short(token_us * axis),
             "sequences": [1, 256],
             "head_us": [float(f"{head_us:.5g}")] * 2,
             "prefill_attention": product_table(["tokens", "context"], (1, 32_768), (1, 8_192), attention_us),
