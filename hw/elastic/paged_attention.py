@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_kv import Arena
+from hw.elastic.paged_kv import KVArena
 from sim.cost.memory import kv_blocks
 from sim.cost.plan import KeepMask
 from sim.engine.block_table import BlockTable, ring_positions
@@ -86,7 +86,7 @@ class PagedBatch:
 
     def __init__(
         self,
-        arena: Arena,
+        arena: KVArena,
         decodes: Sequence[Packed],
         prefills: Sequence[Packed],
         windows: Sequence[int | None],

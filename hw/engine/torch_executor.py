@@ -20,7 +20,7 @@ from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import DeviceMemory, attempt
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import NotANumberError, Packed, PagedBatch, forward
-from hw.elastic.paged_kv import Arena
+from hw.elastic.paged_kv import KVArena
 from hw.engine.clock import Clock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts
@@ -105,7 +105,7 @@ class TorchExecutor:
         self,
         *,
         elastic: ElasticModel,
-        arena: Arena,
+        arena: KVArena,
         weights: TorchWeights,
         memory: DeviceMemory,
         clock: Clock,
