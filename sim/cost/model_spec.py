@@ -226,9 +226,9 @@ def file_name(name: str) -> str:
 class _Family:
     """What the configs of a ``model_type`` state.
 
-    flags: fields that are true for every model of the family. biased: keys that add a bias to all linear layers of the attention
-    (``attention_bias``) or of the FFN (``mlp_bias``). tied: the default of ``tie_word_embeddings``.
-    required: keys whose default differs between families.
+    flags: fields that are true for every model of the family.
+    biased: keys that add a bias to all linear layers of the attention (``attention_bias``) or the FFN (``mlp_bias``).
+    tied: the default of ``tie_word_embeddings``. required: keys whose default differs between families.
     """
 
     flags: tuple[str, ...] = ()
