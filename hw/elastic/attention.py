@@ -192,19 +192,18 @@ class PreparedSdpa(Prepared):
         """Call PyTorch's attention for every group and every chunk."""
         rows = self._rows
         count = rows.decodes
-        out: Tensor | None = None
         if count:
             groups = self._groups_of(at)
             if len(groups) == 1 and count == rows.count and groups[0].rows is None:
                 return self._decode(groups[0], tensors[0][at], query, scale)
-            out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if count:
             for group in groups:
                 if group.rows is None:
                     out[:count] = self._decode(group, tensors[0][at], query[:count], scale)
                 else:
                     table = tensors[0][at].index_select(0, group.rows)
                     out[group.rows] = self._decode(group, table, query[group.rows], scale)
-        out = out if out is not None else torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for index, prefix in enumerate(rows.prefix.tolist()):
             new = slice(*rows.chunk_starts[index : index + 2].tolist())
             table = tensors[1][at, index] if prefix else None
@@ -254,7 +253,9 @@ class PreparedSdpa(Prepared):
             most = max(1, PART_BYTES // (width * self._arena.block_bytes))
             for start in range(0, len(members), most):
                 part = members[start : start + most]
-                seen = _seen(kept[part], context[part], first[part], last[part], width * rows.block_tokens, rows.windows[at])
+                seen = _seen(
+                    kept[part], context[part], first[part], last[part], width * rows.block_tokens, rows.windows[at]
+                )
                 everyone = len(part) == rows.decodes
                 groups.append(
                     _Decodes(
@@ -304,7 +305,10 @@ class PreparedSdpa(Prepared):
         key = prefix, total, window
         if key not in self._causal:
             device = self._arena.device
-            queries, keys = torch.arange(prefix, total, device=device)[:, None], torch.arange(total, device=device)[None]
+            queries, keys = (
+                torch.arange(prefix, total, device=device)[:, None],
+                torch.arange(total, device=device)[None],
+            )
             seen = keys <= queries
             self._causal[key] = seen & (keys > queries - window) if window else seen
         return self._causal[key]

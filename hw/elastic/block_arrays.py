@@ -28,7 +28,8 @@ class HeldBlocks:
     """What was read of one table.
 
     blocks: [l, at least w], the KV blocks of each layer; undefined for layers that the request does not run.
-    runs: bool [l]. first, last: [l], how many of the first and last tokens a layer keeps; last is 0 where it keeps all.
+    needed: blocks of the layer that has most. runs: bool [l]. first, last: [l], how many of the first and last tokens a
+        layer keeps; last is 0 where it keeps all.
     """
 
     def __init__(self, layers: int) -> None:
@@ -37,6 +38,7 @@ class HeldBlocks:
         self.runs = np.zeros(layers, np.bool_)
         self.first, self.last = np.zeros(layers, np.int32), np.zeros(layers, np.int32)
         self.keeps_all = True
+        self.needed = 0
         self._mha: frozenset[int] = frozenset()
         self._kv_keep: tuple[KVKeep, ...] | None = None
         self._layers: list[int] = []
@@ -51,15 +53,18 @@ class HeldBlocks:
             self._kv_keep = table.kv_keep
             keeps = [table.keep_of(layer) for layer in range(len(self.runs))]
             self.keeps_all = all(keep.last_tokens is None for keep in keeps)
-            for into, tokens_kept in ((self.first, [k.first_tokens for k in keeps]), (self.last, [k.last_tokens for k in keeps])):
+            for into, tokens_kept in (
+                (self.first, [k.first_tokens for k in keeps]),
+                (self.last, [k.last_tokens for k in keeps]),
+            ):
                 into[:] = [0 if kept is None else kept for kept in tokens_kept]
         if self._kv_keep is not None:
-            needed = max((len(table.blocks[layer]) for layer in self._layers), default=0)
+            self.needed = max((len(table.blocks[layer]) for layer in self._layers), default=0)
         else:
-            needed = kv_blocks(tokens, table.block_tokens)
-        if table.unchanged < needed and self._layers:
-            self._read(table, table.unchanged, needed)
-            table.unchanged = needed
+            self.needed = kv_blocks(tokens, table.block_tokens)
+        if table.unchanged < self.needed and self._layers:
+            self._read(table, table.unchanged, self.needed)
+            table.unchanged = self.needed
 
     def _read(self, table: BlockTable, start: int, stop: int) -> None:
         """Read the blocks of every layer from one place to another."""

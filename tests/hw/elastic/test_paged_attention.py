@@ -11,9 +11,10 @@ torch = pytest.importorskip("torch", reason="the real model needs torch: pip ins
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-import hw.elastic.paged_attention as paged  # noqa: E402
+import hw.elastic.attention as paged  # noqa: E402
+from hw.elastic.attention import masked_attention  # noqa: E402
 from hw.elastic.device import Cpu  # noqa: E402
-from hw.elastic.paged_attention import Packed, PagedBatch, masked_attention  # noqa: E402
+from hw.elastic.paged_attention import Packed, PagedBatch  # noqa: E402
 from hw.elastic.paged_kv import ArenaStorage, KVArena  # noqa: E402
 from sim.cost.plan import KVKeep  # noqa: E402
 from sim.engine.block_table import BlockTable  # noqa: E402
@@ -60,15 +61,14 @@ def test_attention_in_parts_is_that_of_one_call_and_takes_less_for_a_moment(
         table.hold(pool, prefix + new)
         chunks.append(Packed(table, [0] * new, prefix))
     count = len(decodes) + 50
-    query = torch.randn(1, HEADS, count, DIM)
-    key, value = torch.randn(2, 1, KV_HEADS, count, DIM)
+    qkv = torch.randn(count, (HEADS + 2 * KV_HEADS) * DIM)
 
     def attend() -> tuple[Any, int]:
         batch = PagedBatch(arena, decodes, chunks, [window])
-        batch.enter(0)
-        batch.update(key, value, 0)
+        batch.rows(0)
+        shape = {"heads": HEADS, "kv_heads": KV_HEADS, "scale": DIM**-0.5}
         with Largest(arena) as seen:
-            found = batch.attend(0, query, key, value, None)
+            found = batch.attend(0, qkv, None, **shape, q_norm=None, k_norm=None, eps=0.0, offset=0.0)
         return found, seen.nbytes
 
     at_once, large = attend()
@@ -76,7 +76,7 @@ def test_attention_in_parts_is_that_of_one_call_and_takes_less_for_a_moment(
     in_parts, small = attend()
     torch.testing.assert_close(in_parts, at_once)
     assert small < large
-    assert small <= max(paged.PART_BYTES, at_once.nbytes)
+    assert small <= max(paged.PART_BYTES, qkv.nbytes)
 
 
 @pytest.mark.parametrize("fold", [False, True])
