@@ -78,7 +78,7 @@ def test_attention_in_parts_is_that_of_one_call_and_takes_less_for_a_moment(
     in_parts, small = attend()
     torch.testing.assert_close(in_parts, at_once)
     assert small < large
-    assert small <= max(paged.PART_BYTES, at_once.nbytes)
+    assert small <= max(paged.PART_BYTES, qkv.nbytes)
 
 
 @pytest.mark.parametrize("fold", [False, True])
