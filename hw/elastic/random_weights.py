@@ -47,8 +47,8 @@ def random_model(
 
     Args:
         spec: its shape. seed: of the weights. dtype, place: of the weights.
-        config_path: the model's own config.json, or its folder. None: the model is of the family of transformers that is
-            closest; ``ElasticModel`` tells where its shape differs.
+        config_path: the model's own config.json, or its folder. None: the model is of the nearest family of
+            transformers; ``ElasticModel`` tells where its shape differs.
     Raises:
         ModelError: for a config that transformers cannot read.
     """
