@@ -42,15 +42,8 @@ def quantized_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None) -> Ten
     arguments = rows, weight.packed, weight.scales, zeros, out if bias is None else bias, out
     constants = {"O": o, "I": i, "BITS": weight.bits, "BIAS": bias is not None}
     if n == 1:
-        launch(
-            _row_kernel,
-            (ceil_div(o, 8),),
-            *arguments,
-            **constants,
-            O_BLOCK=8,
-            GROUPS=8 if weight.bits == 4 else 4,
-            num_stages=3,
-        )
+        groups = 8 if weight.bits == 4 else 4  # of a step: 4 KiB of values
+        launch(_row_kernel, (ceil_div(o, 8),), *arguments, **constants, O_BLOCK=8, GROUPS=groups)
     elif n > 1:
         n_block, o_block, unroll, warps, stages = tiles(n, weight.bits, x.element_size())
         n_tiles = ceil_div(n, n_block)

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -312,18 +313,19 @@ def test_meta_tensors_are_counted_and_start_nothing() -> None:
     assert LAUNCHES - before == {"_gated_kernel": 1}
 
 
-def compile_for(*arguments: str) -> None:
+def compile_for(cache: Path, *arguments: str) -> None:
     """Compile kernels in another process, because the interpreter cannot be switched off in this one."""
     command = [sys.executable, "-m", "tests.hw.elastic.compile_kernels", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_kernel_compiles_for_a_gpu_and_fits_its_shared_memory() -> None:
-    compile_for("few", "90")
+def test_every_kernel_compiles_for_a_gpu_and_fits_its_shared_memory(tmp_path: Path) -> None:
+    compile_for(tmp_path, "few", "90")
 
 
 @pytest.mark.slow
-def test_all_shapes_compile_for_four_generations_of_gpus() -> None:
-    compile_for("80", "86", "90", "120")
+def test_all_shapes_compile_for_four_generations_of_gpus(tmp_path: Path) -> None:
+    compile_for(tmp_path, "80", "86", "90", "120")
