@@ -137,18 +137,22 @@ def seconds(run: Callable[[], Any]) -> float:
     return float(do_bench(run, return_mode="median")) / 1e3
 
 
+def ceilings() -> tuple[float, float]:
+    """Return the bytes per second of a large copy, read and written, and the rate of a large BF16 product."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    square = normal(8192, 8192)
+    copy, product = seconds(lambda: target.copy_(source)), seconds(lambda: square @ square)
+    return 2 * source.nbytes / copy, 2 * 8192**3 / product
+
+
 def main(names: list[str]) -> int:
     """Print one table a model."""
     if not torch.cuda.is_available() or not ops.have_triton():
         print("nothing measured: the kernels need a CUDA device and triton, and this machine lacks one of them")
         return 0
     torch.manual_seed(0)
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
-    del source, target
-    square = normal(8192, 8192)
-    rate = 2 * 8192**3 / seconds(lambda: square @ square)
+    bandwidth, rate = ceilings()
     print(f"{processor_name(torch.device('cuda'))}: a copy moves {bandwidth / 1e9:,.0f} GB/s, ", end="")
     print(f"a BF16 product runs at {rate / 1e12:,.0f} TFLOP/s")
     for name in names:
