@@ -1,6 +1,9 @@
 """Which code computes attention over the paged pool, and what it needs of an iteration.
 
-    attention = find_attention("auto", device, spec, block_tokens)
+    prepared = attention.prepare(rows, arena)       # once an iteration
+    prepared.attend(at, tensors, query, key, value, scale)      # for every layer
+
+hw/elastic/attention_choice.py finds one of these:
 
 * ``sdpa``: PyTorch's attention over keys and values that are gathered from the pool; the reference, and the choice on a
   CPU.
@@ -202,8 +205,8 @@ class PreparedSdpa(Prepared):
                 if group.rows is None:
                     out[:count] = self._decode(group, tensors[0][at], query[:count], scale)
                 else:
-                    table = tensors[0][at].index_select(0, group.rows)
-                    out[group.rows] = self._decode(group, table, query[group.rows], scale)
+                    some = tensors[0][at].index_select(0, group.rows)
+                    out[group.rows] = self._decode(group, some, query[group.rows], scale)
         for index, prefix in enumerate(rows.prefix.tolist()):
             new = slice(*rows.chunk_starts[index : index + 2].tolist())
             table = tensors[1][at, index] if prefix else None

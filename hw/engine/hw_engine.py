@@ -14,8 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from hw.elastic.attention import Attention
+from hw.elastic.attention_choice import find_attention
 from hw.elastic.copies import LayerCopier
+from hw.elastic.device import Accelerator
 from hw.elastic.device_memory import DeviceMemory
+from hw.elastic.graphs import DecodeGraphs
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_kv import ArenaStorage, KVArena
 from hw.engine.clock import Clock, RealClock
@@ -74,6 +78,8 @@ class HwEngine(Replica):
         quality_nll: Callable[[Plan], float] | None = None,
         during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
         plans: Iterable[Plan] | None = None,
+        attention: str = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         """Build an idle engine over a dense model and apply its first plan.
 
@@ -93,6 +99,8 @@ class HwEngine(Replica):
             during_forward: a context that is entered while the model computes, for example to release a lock.
             plans: those that may run. What they need is stored now, so that no plan change has to quantize a block.
                 None: any, so all blocks are stored at 16, 8 and 4 bits.
+            attention: which code computes it, a value of hw.attention.
+            cuda_graphs: whether decode passes that recur are recorded; only where the device and that code can.
         Raises:
             ConfigError: for ``prefix_caching`` or ``schedules_ahead``, which only the simulated engine has.
             PlanError: for a plan that is not legal for the model.
@@ -114,6 +122,13 @@ class HwEngine(Replica):
         _prepare(elastic, plan, plans)
         self.memory = DeviceMemory(elastic.hardware, elastic.bytes())
         self.arena = arena or _default_arena(elastic, budget, workspace_bytes, config.kv_block_tokens)
+        found = find_attention(
+            attention,
+            self.arena.device,
+            head_dim=elastic.spec.head_dim,
+            dtype=elastic.dtype,
+            block_tokens=config.kv_block_tokens,
+        )
         self._copier = copier or LayerCopier(elastic, clock.source)
         weights = TorchWeights(elastic, self._copier, clock, self.memory)
         self._torch = self.executor_type(
@@ -126,6 +141,8 @@ class HwEngine(Replica):
             ends=ends,
             sampling=sampling,
             during_forward=during_forward,
+            attention=found,
+            graphs=_graphs_of(elastic, found, workspace_bytes) if cuda_graphs else None,
         )
         super().__init__(
             model=elastic.spec,
@@ -235,6 +252,13 @@ def _default_arena(elastic: ElasticModel, budget: Budget, workspace_bytes: int, 
     block_bytes = kv_block_layer_bytes(spec, block_tokens)
     most = (max(budget.budget_bytes) - workspace_bytes - fixed_weight_bytes(spec)) // block_bytes
     return arena_of(elastic, most, block_tokens=block_tokens)
+
+
+def _graphs_of(elastic: ElasticModel, attention: Attention, workspace_bytes: int) -> DecodeGraphs | None:
+    """Return CUDA graphs, which may take half of the workspace, if the device has them."""
+    if not attention.in_graphs or not isinstance(elastic.hardware, Accelerator):
+        return None
+    return DecodeGraphs(elastic.hardware, workspace_bytes // 2)
 
 
 def arena_of(elastic: ElasticModel, capacity: int, *, block_tokens: int) -> KVArena:

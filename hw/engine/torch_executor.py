@@ -15,11 +15,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from hw.elastic.attention import Attention, Sdpa
+from hw.elastic.attention import Attention
+from hw.elastic.attention_choice import default_attention
 from hw.elastic.blocks import ABSENT, KINDS
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import DeviceMemory, attempt
 from hw.elastic.forward import NotANumberError, forward
+from hw.elastic.graphs import DecodeGraphs
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import Packed, PagedBatch
 from hw.elastic.paged_kv import KVArena
@@ -117,6 +119,7 @@ class TorchExecutor:
         sampling: Callable[[int], Sampling | None] | None = None,
         during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
         attention: Attention | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         """Run ``elastic`` over the KV in ``arena``.
 
@@ -126,7 +129,8 @@ class TorchExecutor:
             ends: called with (request_id, token); returns whether that token ends the request early. None: never.
             sampling: called with a request_id; returns how its tokens are sampled, None for greedy. None: all greedy.
             during_forward: a context that is entered while the model computes.
-            attention: how attention is computed. None: by PyTorch.
+            attention: how attention is computed. None: as hw.attention=auto.
+            graphs: of decode passes. None: every pass is started operation by operation.
         """
         self.arena = arena
         self.tokens: dict[int, list[int]] = {}
@@ -136,7 +140,7 @@ class TorchExecutor:
         self._prompts, self._ends, self._during_forward = prompts, ends, during_forward
         self._sampling = sampling
         self._staging = Staging(elastic.hardware)
-        self._attention = attention or Sdpa()
+        self._attention, self._graphs = attention or default_attention(arena), graphs
 
     def run(self, iteration: Iteration) -> Ran | None:
         """Run one iteration; return None if memory ran out and nothing was computed."""
@@ -215,8 +219,9 @@ class TorchExecutor:
                 caught_up.append(live)
                 rows.append(row - 1)
         drawn = Drawn(self._draws(caught_up))
-        batch = self._batch(single, chunks, rows, drawn)
-        logits = self._pass(iteration, batch)
+        fill_to = (self._graphs.rows_of(len(single)) or 0) if self._graphs is not None and not chunks else 0
+        batch = self._batch(single, chunks, rows, drawn, fill_to)
+        logits = self._run(iteration, batch, recurs=fill_to > 0)[: len(rows)]
         chosen = choose(logits, drawn, batch.extra)
         finite = torch.isfinite(logits).all()
         # The only time that the host waits for the device.
@@ -237,7 +242,12 @@ class TorchExecutor:
         return Packed(live.table, self.tokens_of(live)[start : start + tokens], start)
 
     def _batch(
-        self, single: Sequence[Packed], chunks: Sequence[Packed], rows: Sequence[int], drawn: Drawn
+        self,
+        single: Sequence[Packed],
+        chunks: Sequence[Packed],
+        rows: Sequence[int],
+        drawn: Drawn,
+        fill_to: int = 0,
     ) -> PagedBatch:
         return PagedBatch(
             self.arena,
@@ -248,7 +258,16 @@ class TorchExecutor:
             staging=self._staging,
             attention=self._attention,
             extra=drawn.arrays,
+            fill_to=fill_to,
         )
+
+    def _run(self, iteration: Iteration, batch: PagedBatch, *, recurs: bool) -> Tensor:
+        """Return the logits of the rows that the batch wants, from a CUDA graph if the pass recurs and can have one."""
+        if self._graphs is None or not recurs or not batch.uniform:
+            return self._pass(iteration, batch)
+        state = self.arena.version, self._staging.version, self._elastic.weights_version
+        key = batch.layout, iteration.plan
+        return self._graphs.run(key, state, lambda: self._pass(iteration, batch))
 
     def _pass(self, iteration: Iteration, batch: PagedBatch, *, check: bool = False) -> Tensor:
         """Return the logits of the rows that the batch wants."""
