@@ -100,8 +100,8 @@ class Bench:
         self.clock = CLOCKS[clock]
         most = (max(BATCHES) + 1) * (-(-(max(CONTEXTS) + max(PREFILL_TOKENS) + 1) // BLOCK_TOKENS) + 1)
         blocks = most * self._spec.num_layers
-        self.arena = arena_of(elastic, blocks, first_blocks=blocks, block_tokens=BLOCK_TOKENS)
-        self.pool = KVPool(blocks, ArenaStorage(self.arena, elastic.hardware))
+        self.arena = arena_of(elastic, blocks, block_tokens=BLOCK_TOKENS)
+        self.pool = KVPool(blocks, ArenaStorage(self.arena))
 
     @torch.inference_mode()
     def time(self, cell: Cell) -> list[float]:
