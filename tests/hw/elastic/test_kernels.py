@@ -6,8 +6,12 @@ a key too many shows in the result.
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +24,7 @@ from hw.elastic import ops  # noqa: E402
 from hw.elastic.kernels import attention  # noqa: E402
 from hw.elastic.kernels.launch import INTERPRETED, LAUNCHES  # noqa: E402
 from hw.elastic.quantize import quantize  # noqa: E402
+from sim.paths import REPOSITORY  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -308,9 +313,19 @@ def test_meta_tensors_are_counted_and_start_nothing() -> None:
     assert LAUNCHES - before == {"_gated_kernel": 1}
 
 
-def test_tiles_fit_the_shared_memory_of_every_supported_gpu() -> None:
-    for head_dim in (64, 80, 96, 128, 256):
-        for element_bytes in (2, 4):
-            tile = attention.tile_tokens(head_dim, element_bytes)
-            assert 16 <= tile <= 128
-            assert tile * max(head_dim, 16) * element_bytes <= 32 << 10
+def compile_for(cache: Path, *arguments: str) -> None:
+    """Compile kernels in another process, because the interpreter cannot be switched off in this one."""
+    command = [sys.executable, "-m", "tests.hw.elastic.compile_kernels", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_kernel_compiles_for_a_gpu_and_fits_its_shared_memory(tmp_path: Path) -> None:
+    compile_for(tmp_path, "few", "90")
+
+
+@pytest.mark.slow
+def test_all_shapes_compile_for_four_generations_of_gpus(tmp_path: Path) -> None:
+    compile_for(tmp_path, "80", "86", "90", "120")
