@@ -154,7 +154,10 @@ def _run_ours(elastic: ElasticModel, prompts: list[list[int]], output_tokens: in
     try:
         start_s = time.perf_counter()
         engine.submit(
-            [Request(request_id=i, arrival_s=0.0, prompt_tokens=length, output_tokens=output_tokens) for i in range(count)]
+            [
+                Request(request_id=i, arrival_s=0.0, prompt_tokens=length, output_tokens=output_tokens)
+                for i in range(count)
+            ]
         )
         until_s = 0.0
         while not engine.drained:
