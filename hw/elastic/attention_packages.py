@@ -18,9 +18,12 @@ from torch import Tensor
 from hw.elastic.attention import Attention, Kernels, Prepared, Rows
 from hw.elastic.block_arrays import Int32s
 from hw.elastic.paged_kv import KVArena
+from sim.cost.model_spec import ModelSpec
 
 WORKSPACE_BYTES = 128 << 20
 """What FlashInfer advises for its intermediate results."""
+INTEGER_WORKSPACE_BYTES = 8 << 20
+"""What each of its wrappers takes for plans."""
 FLASH_ATTN_BLOCK_TOKENS = 256
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 FLASH_ATTN_MOST_HEAD_DIM = 256
@@ -99,6 +102,10 @@ class FlashAttn(Attention):
         if rings_with_windows(rows):
             return Kernels().prepare(rows, arena)
         return _PreparedFlashAttn(self._module, rows, arena)
+
+    def scratch_bytes(self, model: ModelSpec, sequences: int, context: int) -> int:
+        """Return the bytes of the parts of long contexts, about those of the kernels of this package."""
+        return Kernels().scratch_bytes(model, sequences, context)
 
 
 # --- FlashInfer ------------------------------------------------------------------------------------------------------
@@ -232,3 +239,7 @@ class FlashInfer(Attention):
         if rings_with_windows(rows):
             return Kernels().prepare(rows, arena)
         return _PreparedFlashInfer(self, rows, arena)
+
+    def scratch_bytes(self, model: ModelSpec, sequences: int, context: int) -> int:
+        """Return the bytes of the buffers that FlashInfer keeps, for decodes and chunks."""
+        return WORKSPACE_BYTES + 2 * INTEGER_WORKSPACE_BYTES

@@ -9,6 +9,7 @@ simulated and the real engine admit the same requests in the same order.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts, RandomPrompts
 from hw.engine.sampling import Sampling
 from hw.engine.torch_executor import TorchExecutor, TorchWeights
+from hw.engine.workspace import fit_batches, needed_bytes
 from sim.cost.memory import fixed_weight_bytes, kv_block_layer_bytes
 from sim.cost.plan import WEIGHT_BITS, Plan, check_plan
 from sim.engine.budget import Budget, constant_budget
@@ -55,7 +57,7 @@ class Handover:
 
 
 class HwEngine(Replica):
-    """A replica that computes with a real model."""
+    """A replica that computes with a real model. notes: what it changed about its settings."""
 
     executor_type: type[TorchExecutor] = TorchExecutor
 
@@ -129,6 +131,15 @@ class HwEngine(Replica):
             dtype=elastic.dtype,
             block_tokens=config.kv_block_tokens,
         )
+        self.notes: list[str] = []
+        graph_bytes = 0
+        if isinstance(elastic.hardware, Accelerator):
+            config, problem = fit_batches(elastic.spec, config, found, workspace_bytes, sampled=sampling is not None)
+            if problem is not None:
+                self.notes.append(problem)
+                print(f"warning: {problem}", file=sys.stderr)
+            tokens = max(config.limits.max_batch_tokens, config.limits.max_running)
+            graph_bytes = workspace_bytes - needed_bytes(elastic.spec, config, found, tokens)
         self._copier = copier or LayerCopier(elastic, clock.source)
         weights = TorchWeights(elastic, self._copier, clock, self.memory)
         self._torch = self.executor_type(
@@ -142,7 +153,7 @@ class HwEngine(Replica):
             sampling=sampling,
             during_forward=during_forward,
             attention=found,
-            graphs=_graphs_of(elastic, found, workspace_bytes) if cuda_graphs else None,
+            graphs=_graphs_of(elastic, found, graph_bytes) if cuda_graphs else None,
         )
         super().__init__(
             model=elastic.spec,
@@ -254,11 +265,11 @@ def _default_arena(elastic: ElasticModel, budget: Budget, workspace_bytes: int, 
     return arena_of(elastic, most, block_tokens=block_tokens)
 
 
-def _graphs_of(elastic: ElasticModel, attention: Attention, workspace_bytes: int) -> DecodeGraphs | None:
-    """Return CUDA graphs, which may take half of the workspace, if the device has them."""
-    if not attention.in_graphs or not isinstance(elastic.hardware, Accelerator):
+def _graphs_of(elastic: ElasticModel, attention: Attention, most_bytes: int) -> DecodeGraphs | None:
+    """Return CUDA graphs, which may take what a pass leaves of the workspace, if the device has them."""
+    if not attention.in_graphs or not isinstance(elastic.hardware, Accelerator) or most_bytes <= 0:
         return None
-    return DecodeGraphs(elastic.hardware, workspace_bytes // 2)
+    return DecodeGraphs(elastic.hardware, most_bytes)
 
 
 def arena_of(elastic: ElasticModel, capacity: int, *, block_tokens: int) -> KVArena:

@@ -30,6 +30,7 @@ from hw.engine.clock import Clock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts
 from hw.engine.sampling import Draw, Drawn, Sampling, choose
+from sim.cost.memory import logit_rows
 from sim.cost.plan import describe
 from sim.engine.executor import Iteration, Ran
 from sim.engine.live_request import LiveRequest
@@ -221,11 +222,9 @@ class TorchExecutor:
         drawn = Drawn(self._draws(caught_up))
         fill_to = (self._graphs.rows_of(len(single)) or 0) if self._graphs is not None and not chunks else 0
         batch = self._batch(single, chunks, rows, drawn, fill_to)
-        logits = self._run(iteration, batch, recurs=fill_to > 0)[: len(rows)]
-        chosen = choose(logits, drawn, batch.extra)
-        finite = torch.isfinite(logits).all()
+        chosen, finite = self._next_tokens(iteration, batch, drawn, recurs=fill_to > 0)
         # The only time that the host waits for the device.
-        *read, is_finite = self._staging.read(torch.cat((chosen, finite[None].to(chosen.dtype)))).tolist()
+        *read, is_finite = self._staging.read(torch.cat((chosen[: len(rows)], finite))).tolist()
         if not is_finite:
             raise self._not_finite(iteration, self._batch(single, chunks, rows, drawn))
         return {live.request_id: token for live, token in zip(caught_up, read, strict=True)}
@@ -261,18 +260,36 @@ class TorchExecutor:
             fill_to=fill_to,
         )
 
-    def _run(self, iteration: Iteration, batch: PagedBatch, *, recurs: bool) -> Tensor:
-        """Return the logits of the rows that the batch wants, from a CUDA graph if the pass recurs and can have one."""
+    def _next_tokens(
+        self, iteration: Iteration, batch: PagedBatch, drawn: Drawn, *, recurs: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the next token of the rows that the batch wants, and [1] whether all logits are finite."""
+        count, at_once = len(batch.wanted), logit_rows(self._elastic.spec)
+        if count <= at_once:
+            logits = self._run(iteration, batch, recurs=recurs)
+            chosen = choose(logits, drawn, batch.extra)
+            return chosen, torch.isfinite(logits).all()[None].to(chosen.dtype)
+        hidden = self._run(iteration, batch, recurs=recurs, head=False)
+        tokens: list[Tensor] = []
+        finite: list[Tensor] = []
+        for first in range(0, count, at_once):
+            logits = self._elastic.ends.logits(hidden[first : first + at_once])
+            tokens.append(choose(logits, drawn, batch.extra, first))
+            finite.append(torch.isfinite(logits).all())
+        return torch.cat(tokens), torch.stack(finite).all()[None].to(tokens[0].dtype)
+
+    def _run(self, iteration: Iteration, batch: PagedBatch, *, recurs: bool, head: bool = True) -> Tensor:
+        """Return what ``_pass`` returns, from a CUDA graph if the pass recurs and can have one."""
         if self._graphs is None or not recurs or not batch.uniform:
-            return self._pass(iteration, batch)
+            return self._pass(iteration, batch, head=head)
         state = self.arena.version, self._staging.version, self._elastic.weights_version
         key = batch.layout, iteration.plan
-        return self._graphs.run(key, state, lambda: self._pass(iteration, batch))
+        return self._graphs.run(key, state, lambda: self._pass(iteration, batch, head=head))
 
-    def _pass(self, iteration: Iteration, batch: PagedBatch, *, check: bool = False) -> Tensor:
-        """Return the logits of the rows that the batch wants."""
+    def _pass(self, iteration: Iteration, batch: PagedBatch, *, check: bool = False, head: bool = True) -> Tensor:
+        """Return the logits of the rows that the batch wants; without ``head``, the input of the head."""
         plan = iteration.plan
-        return forward(self._elastic, batch, prefill=plan.prefill, decode=plan.decode, check=check)
+        return forward(self._elastic, batch, prefill=plan.prefill, decode=plan.decode, check=check, head=head)
 
     def _not_finite(self, iteration: Iteration, batch: PagedBatch) -> NumericsError:
         """Run again to find the block that gave a value that is no finite number."""
