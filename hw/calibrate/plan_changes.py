@@ -45,8 +45,8 @@ class Changes:
         """Use the model and the clock of a bench."""
         self._bench, self._elastic = bench, bench.elastic
         self._copier = LayerCopier(self._elastic, bench.clock)
-        self._arena = arena_of(self._elastic, POOL_BLOCKS, first_blocks=POOL_BLOCKS, block_tokens=BLOCK_TOKENS)
-        self._pool = KVPool(POOL_BLOCKS, ArenaStorage(self._arena, self._elastic.hardware))
+        self._arena = arena_of(self._elastic, POOL_BLOCKS, block_tokens=BLOCK_TOKENS)
+        self._pool = KVPool(POOL_BLOCKS, ArenaStorage(self._arena))
         self._found: dict[str, list[float]] = {}
         self._longer: list[float] = []  # time of a pass with a copy over one without, per round
 

@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hw.elastic.checkpoint import checkpoint_of, load_weights, pick_device
+from hw.elastic.checkpoint import checkpoint_of, config_of, load_weights, pick_device
 from hw.elastic.device import Accelerator
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock, check_clock
@@ -44,6 +44,8 @@ class HardwareConfig:
         for any model: times and memory are real, tokens and quality mean nothing. The model sets the type of the
         weights: bfloat16 for 2 bytes per weight, float32 for 4.
     device: cpu, cuda, cuda:N or auto. threads: of PyTorch on a CPU.
+    attention: which code computes attention: auto, flashinfer, flash_attn, triton or sdpa (PyTorch's own).
+    cuda_graphs: record decode passes that recur on a GPU, and replay them.
     clock: wall, or cpu for processor seconds on a shared machine without a GPU (idle time is then always skipped).
     skip_idle: let the clock jump over time in which nothing runs.
     text: the file that prompts are cut from, a path or one under RAP_LAB_DATA; null samples random token ids.
@@ -53,6 +55,8 @@ class HardwareConfig:
     checkpoint: str | None = None
     device: str = "auto"
     threads: int = 1
+    attention: str = "auto"
+    cuda_graphs: bool = True
     clock: str = "wall"
     skip_idle: bool = False
     text: str | None = DEFAULT_TEXT
@@ -82,7 +86,7 @@ def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticMo
     torch.set_num_threads(int(hw.threads))
     check_clock(hw.clock, pick_device(hw.device).type)
     checkpoint = checkpoint_of(node, hw.checkpoint, model.name)
-    elastic, tokenizer = load_weights(checkpoint, model, dtype=dtype, device=hw.device)
+    elastic, tokenizer = load_weights(checkpoint, model, dtype=dtype, device=hw.device, config=config_of(node))
     found = replace(elastic.spec, max_context_tokens=model.max_context_tokens)
     if found != model:
         raise ModelError(
@@ -108,6 +112,8 @@ def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
         ends=None if stop is None else lambda _, token: token == stop,
         quality_nll=None if elastic.note else parts.server.quality_nll,
         plans=plans_of(parts.policy),
+        attention=cfg.hw.attention,
+        cuda_graphs=bool(cfg.hw.cuda_graphs),
     )
     return engine, parts.policy
 
