@@ -145,6 +145,7 @@ class TorchExecutor:
 
     def run(self, iteration: Iteration) -> Ran | None:
         """Run one iteration; return None if memory ran out and nothing was computed."""
+        self._elastic.hardware.use()
         forward_start_s = self._clock.now_s()
         next_tokens = self._guarded_forward(iteration)
         if next_tokens is None:
