@@ -34,6 +34,7 @@ MAINS = {
     "sim.cluster_results": "sim.pages.clusters:main",
     "hw.calibrate": "hw.calibrate.__main__:main",
     "hw.checkup": "hw.checkup.run:main",
+    "hw.checkup.wheels": "hw.checkup.wheels:main",
     "hw.client": "hw.client.client:main",
     "hw.compare": "hw.compare:main",
     "hw.disaggregate": "hw.disaggregate.run:disaggregate_command",

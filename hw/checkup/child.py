@@ -1,7 +1,6 @@
 """Runs one step in a process of its own: its output goes to a file, and it is ended at its limit.
 
-    python -m hw.checkup.child STEP WORK SECONDS        what ``run_child`` starts
-
+``run_child`` starts ``python -m hw.checkup.child``, which reads from stdin which step to run.
 A step that reaches its limit first writes the Python stack of every thread to its output; then it and every process
 that it started are ended.
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import json
 import os
 import signal
 import subprocess
@@ -47,8 +47,8 @@ def run_child(name: str, work: Path, limit_s: float, watch: Callable[[float, str
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hw.checkup.child", name, str(work), f"{limit_s:.1f}"],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "hw.checkup.child"],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -56,6 +56,9 @@ def run_child(name: str, work: Path, limit_s: float, watch: Callable[[float, str
         )
         start_s = time.monotonic()
         try:
+            assert process.stdin is not None
+            with process.stdin as pipe:
+                pipe.write(json.dumps([name, str(work), limit_s]).encode())
             while process.poll() is None:
                 seconds = time.monotonic() - start_s
                 if seconds > limit_s:
@@ -144,4 +147,5 @@ def described(error: BaseException) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])))
+    step_name, folder, seconds = json.load(sys.stdin)
+    sys.exit(main(step_name, Path(folder), seconds))

@@ -119,5 +119,5 @@ def best_device() -> str:
 
 
 if __name__ == "__main__":  # in a process of its own: the check-up itself runs without torch
-    wanted = sys.argv[1]
+    wanted = json.load(sys.stdin)
     print(json.dumps(device(best_device() if wanted == "auto" else wanted)))

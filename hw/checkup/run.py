@@ -35,7 +35,7 @@ from sim.errors import ConfigError, nearest
 from sim.json_file import read_json_object
 from sim.paths import CHECKOUT, REPOSITORY, RESULTS
 from sim.progress import say
-from sim.results.run_folder import commit, own_folder, write_json
+from sim.results.run_folder import commit, own_folder, provenance, write_json
 
 SCHEMA = 1
 LEAST_STEP_S = 3.0
@@ -137,11 +137,19 @@ def probe(device: str) -> dict[str, Any]:
     Raises:
         ConfigError: if torch cannot use it, with the last line of the error.
     """
-    command = [sys.executable, "-m", "hw.checkup.machine", device]
+    command = [sys.executable, "-m", "hw.checkup.machine"]
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=False, env=environment)
+        done = subprocess.run(
+            command,
+            input=json.dumps(device),
+            capture_output=True,
+            text=True,
+            timeout=PROBE_S,
+            check=False,
+            env=environment,
+        )
     except subprocess.TimeoutExpired as error:
         raise ConfigError(
             f"torch did not find device={device} within {PROBE_S:.0f} s; is the driver in order?"
@@ -216,7 +224,7 @@ def begun(cfg: DictConfig, setup: Setup, found: Mapping[str, Any], steps: Sequen
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": cfg.commit or commit(),
-        "command": without_paths(" ".join(["python", "-m", "hw.checkup", *sys.argv[1:]])),
+        "command": without_paths(provenance(int(cfg.seed))["command"].replace(".__main__", "")),
         "passed": False,
         "seconds": 0.0,
         "device": dict(found),

@@ -1,21 +1,23 @@
-"""Fetches what a machine with torch and transformers alone still needs: ``python -m hw.checkup.wheels FOLDER``.
+"""``python -m hw.checkup.wheels``: fetches what a machine with torch and transformers alone still needs.
 
-The packages are downloaded as wheels for Linux on x86-64, at the versions of constraints.txt, under 10 MiB in all. Take
-the folder along with the code; no network is needed there:
-
-    python3 -m pip install --no-index --no-deps --target SITE FOLDER/*.whl
-    PYTHONPATH=SITE python3 -m hw.checkup
+The packages are downloaded as wheels for Linux on x86-64, at the versions of constraints.txt. Take the folder along
+with the code; no network is needed there (docs/tasks/gpu.md, "On a bare machine").
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from sim.config import run_command
+from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 
 NEEDED = (
@@ -39,27 +41,45 @@ PLATFORMS = ("manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux_2_28_x8
 MOST_BYTES = 10 << 20
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Download the wheels; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m hw.checkup.wheels", description="Fetch the missing packages.")
-    parser.add_argument("folder", type=Path, help="where the wheels go")
-    parser.add_argument("--python", default="3.12", help="Python of the other machine (3.12)")
-    chosen = parser.parse_args(arguments)
-    chosen.folder.mkdir(parents=True, exist_ok=True)
-    for old in chosen.folder.glob("*.whl"):
+@dataclass(kw_only=True)
+class WheelsConfig:
+    """What to fetch. folder: where the wheels go; those that it holds are removed. python: of the other machine."""
+
+    folder: str = "wheels"
+    python: str = "3.12"
+
+
+ConfigStore.instance().store(name="wheels_schema", node=WheelsConfig)
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(wheels, "wheels")
+
+
+def wheels(cfg: DictConfig) -> None:
+    """Fetch the wheels into the folder.
+
+    Raises:
+        ConfigError: for a version of Python that is none, if pip fails, or if the wheels take too much.
+    """
+    if not re.fullmatch(r"3\.\d+", cfg.python):
+        raise ConfigError(f"python is {cfg.python!r}; it must be a version such as 3.12")
+    folder = Path(cfg.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.whl"):
         old.unlink()  # two versions of one package would stop the installation there
     pins = constraints(REPOSITORY / "constraints.txt") | BUILT
     for name in NEEDED:
-        if (status := fetch(name, pins, chosen.folder, chosen.python)) != 0:
-            print(f"error: no wheel of {name}; see pip's message above", file=sys.stderr)
-            return status
-    wheels = sorted(chosen.folder.glob("*.whl"))
-    size = sum(path.stat().st_size for path in wheels)
-    print(f"{len(wheels)} wheels, {size / (1 << 20):.1f} MiB in {chosen.folder}")
+        done = subprocess.run(command_for(name, pins, folder, cfg.python), capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise ConfigError(f"pip found no wheel of {name} for Python {cfg.python}: {reason}")
+    found = sorted(folder.glob("*.whl"))
+    size = sum(path.stat().st_size for path in found)
+    print(f"{len(found)} wheels, {size / (1 << 20):.1f} MiB: {folder}")
     if size > MOST_BYTES:
-        print(f"error: more than {MOST_BYTES >> 20} MiB", file=sys.stderr)
-        return 1
-    return 0
+        raise ConfigError(f"the wheels take {size:,} bytes, more than {MOST_BYTES:,}; look for what has grown")
 
 
 def constraints(path: Path) -> dict[str, str]:
@@ -71,19 +91,16 @@ def constraints(path: Path) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", pair[1]).lower(): pair[2] for pair in pairs if pair}
 
 
-def fetch(name: str, pins: Mapping[str, str], folder: Path, python: str) -> int:
-    """Download or build the wheel of one package; return pip's exit status."""
+def command_for(name: str, pins: Mapping[str, str], folder: Path, python: str) -> list[str]:
+    """Return the command of pip that downloads or builds the wheel of one package."""
     wanted = f"{name}=={pins[name]}" if name in pins else name
-    common = [sys.executable, "-m", "pip"]
     options = ["--quiet", "--disable-pip-version-check", *([] if name in WITH_NEEDS else ["--no-deps"])]
     if name in BUILT:
-        command = [*common, "wheel", *options, "--wheel-dir", str(folder), wanted]
-    else:
-        target = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
-        target += [f"--platform={platform}" for platform in PLATFORMS]
-        command = [*common, "download", *options, *target, "--dest", str(folder), wanted]
-    return subprocess.run(command, check=False).returncode
+        return [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(folder), wanted]
+    target = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
+    target += [f"--platform={platform}" for platform in PLATFORMS]
+    return [sys.executable, "-m", "pip", "download", *options, *target, "--dest", str(folder), wanted]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()
