@@ -28,8 +28,9 @@ from torch import Tensor
 from hw.calibrate import measurements as m
 from hw.calibrate.calibration import times
 from hw.elastic.device import Device
+from hw.elastic.forward import attend, forward
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_attention import ATTENTION, Packed, PagedBatch, forward
+from hw.elastic.paged_attention import Packed, PagedBatch
 from hw.elastic.paged_kv import ArenaStorage
 from hw.engine.clock import CLOCKS, RealClock
 from hw.engine.hw_engine import HwEngine, arena_of
@@ -90,16 +91,6 @@ class Cell:
     count: int
 
 
-class _NoAttention:
-    """KV pages that skip attention; only norm, projections and rotary embedding of an MHA block remain."""
-
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        return key, value
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        return query.transpose(1, 2)
-
-
 class Bench:
     """Builds the cells of one model and times them."""
 
@@ -107,7 +98,6 @@ class Bench:
         """Use a dense model and a clock by name."""
         self.elastic, self._spec = elastic, elastic.spec
         self.clock = CLOCKS[clock]
-        elastic.use_attention(ATTENTION)
         most = (max(BATCHES) + 1) * (-(-(max(CONTEXTS) + max(PREFILL_TOKENS) + 1) // BLOCK_TOKENS) + 1)
         blocks = most * self._spec.num_layers
         self.arena = arena_of(elastic, blocks, first_blocks=blocks, block_tokens=BLOCK_TOKENS)
@@ -124,7 +114,7 @@ class Bench:
         return self.clock()
 
     def _hidden(self, tokens: int) -> Tensor:
-        return torch.randn(1, tokens, self._spec.hidden_size, device=self.elastic.device).to(self.elastic.dtype)
+        return torch.randn(tokens, self._spec.hidden_size, device=self.elastic.device).to(self.elastic.dtype)
 
     @torch.inference_mode()
     def linear(self, bits: int) -> list[Cell]:
@@ -134,15 +124,17 @@ class Bench:
         self.elastic.apply(
             replace(dense, weight_bits=tuple(bits if i < layers else 16 for i in range(self._spec.num_layers)))
         )
-        pages = _NoAttention()
+        query = self._spec.num_heads * self._spec.head_dim
 
-        def run(hidden: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[float, float]:
+        def run(hidden: Tensor) -> tuple[float, float]:
             mha_s = ffn_s = 0.0
-            for layer in range(layers):
+            for layer in self.elastic.layers[:layers]:
                 start_s = self.now_s()
-                hidden + self.elastic.attend_paged(layer, hidden, rope, pages)
+                normed, _ = layer.mha_norm.add(hidden, hidden)
+                layer.attend(normed, lambda qkv: qkv[:, :query])  # without attention itself
                 middle_s = self.now_s()
-                hidden + self.elastic.feed(layer, hidden)
+                normed, _ = layer.ffn_norm.add(hidden, hidden)
+                layer.feed(normed)
                 ffn_s += self.now_s() - middle_s
                 mha_s += middle_s - start_s
             return mha_s, ffn_s
@@ -150,9 +142,8 @@ class Bench:
         cells = []
         for tokens in TOKENS:
             hidden = self._hidden(tokens)
-            rope = self.elastic.rope(hidden, torch.arange(tokens, device=hidden.device)[None])
             names = (f"mha_{bits}/{tokens}", f"ffn_{bits}/{tokens}")
-            cells.append(Cell(names, partial(run, hidden, rope), layers))
+            cells.append(Cell(names, partial(run, hidden), layers))
         return cells
 
     @torch.inference_mode()
@@ -161,22 +152,24 @@ class Bench:
 
         def token(ids: Tensor) -> tuple[float]:
             start_s = self.now_s()
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
-            self.elastic.rope(self.elastic.embed(ids, positions), positions)
+            positions = torch.arange(len(ids), device=ids.device)
+            self.elastic.embed(ids, positions)
+            self.elastic.rotate(positions)
             return (self.now_s() - start_s,)
 
         def head(hidden: Tensor) -> tuple[float]:
             start_s = self.now_s()
-            logits = self.elastic.head(hidden)
+            ends = self.elastic.ends
+            logits = ends.logits(ends.norm.add(hidden, hidden)[0])
             bool(torch.isfinite(logits).all())
             logits.argmax(-1).tolist()
             return (self.now_s() - start_s,)
 
         cells = []
         for tokens in TOKENS:
-            ids = torch.zeros(1, tokens, dtype=torch.long, device=self.elastic.device)
+            ids = torch.zeros(tokens, dtype=torch.long, device=self.elastic.device)
             cells.append(Cell((f"token/{tokens}",), partial(token, ids), 1))
-        cells += [Cell((f"head/{count}",), partial(head, self._hidden(count)[0]), 1) for count in SEQUENCES]
+        cells += [Cell((f"head/{count}",), partial(head, self._hidden(count)), 1) for count in SEQUENCES]
         return cells
 
     def attention(self) -> list[Cell]:
@@ -194,14 +187,14 @@ class Bench:
             spec, device = self._spec, self.elastic.device
             made = self._requests(decodes + prefills, frozenset(range(spec.num_layers)))
             count = sum(len(packed.tokens) for packed in made)
-            query = torch.zeros(1, spec.num_heads, count, spec.head_dim, dtype=self.elastic.dtype, device=device)
-            key = torch.zeros(1, spec.num_kv_heads, count, spec.head_dim, dtype=self.elastic.dtype, device=device)
+            width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+            qkv = torch.zeros(count, width, dtype=self.elastic.dtype, device=device)
+            rope = self.elastic.rotate(torch.zeros(count, dtype=torch.long, device=device))
             start_s = self.now_s()
             batch = PagedBatch(self.arena, made[: len(decodes)], made[len(decodes) :], self.elastic.windows)
-            for layer in range(spec.num_layers):
-                batch.enter(layer)
-                batch.update(key, key, layer)
-                batch.attend(layer, query, key, key, None)
+            for index, layer in enumerate(self.elastic.layers):
+                batch.rows(index)
+                attend(self.elastic, batch, index, layer, qkv, rope)
             seconds = self.now_s() - start_s
             for packed in made:
                 self.pool.release(packed.table.own_blocks())
@@ -221,8 +214,8 @@ class Bench:
             single, chunks = made[: len(decodes)], made[len(decodes) :]
             ends = np.cumsum([len(packed.tokens) for packed in made]) - 1
             start_s = self.now_s()
-            batch = PagedBatch(self.arena, single, chunks, self.elastic.windows)
-            logits = forward(self.elastic, batch, single, chunks, ends.tolist(), prefill=keep, decode=keep)
+            batch = PagedBatch(self.arena, single, chunks, self.elastic.windows, ends.tolist())
+            logits = forward(self.elastic, batch, prefill=keep, decode=keep)
             bool(torch.isfinite(logits).all())
             logits.argmax(-1).tolist()
             seconds = self.now_s() - start_s

@@ -15,20 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hw.elastic.model import ElasticModel
+from hw.elastic.ops import _rotate, rms_norm_reference
 from hw.elastic.paged_kv import Arena
 from sim.cost.memory import kv_blocks
-from sim.cost.plan import KeepMask
 from sim.engine.block_table import BlockTable, ring_positions
-from sim.errors import RapLabError
 
 # Shapes: t tokens of the iteration, n tokens that run a layer's MHA block, H heads, h KV heads, g = H / h, d head_dim.
-
-ATTENTION = "rap_lab_paged"
-
 
 PART_BYTES = 1 << 28
 """What one call of attention may take for a moment: for keys and values that it gathers, or scores in FP32.
@@ -36,10 +29,6 @@ PART_BYTES = 1 << 28
 More is computed in several calls, because no budget counts these bytes: 64 contexts of 1,024 tokens of Llama-2-7B are
 1 GiB in every layer.
 """
-
-
-class NotANumberError(RapLabError):
-    """A block of the model gave values that are not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +79,21 @@ class PagedBatch:
         decodes: Sequence[Packed],
         prefills: Sequence[Packed],
         windows: Sequence[int | None],
+        wanted: Sequence[int] = (),
     ) -> None:
         """Look up the slots of the batch's keys and values; ``windows``: sliding window of each layer, None: none."""
         self._arena = arena
+        packed, device = [*decodes, *prefills], arena.device
+        self.decodes = len(decodes)
+        self.tokens = torch.tensor([token for one in packed for token in one.tokens], device=device)
+        self.positions = torch.tensor([one.start + i for one in packed for i in range(len(one.tokens))], device=device)
+        self.wanted = torch.tensor(wanted, dtype=torch.long, device=device)
         self._decodes, self._prefills = decodes, prefills
         self._windows = windows
         self._layer: _Layer | None = None
         self._shapes: dict[Any, Any] = {}
 
-    def enter(self, layer: int) -> Tensor | None:
+    def rows(self, layer: int) -> Tensor | None:
         """Prepare a layer; return the rows of the iteration that run its MHA block: None for all, empty for none."""
         self._layer = found = self._look_up(layer)
         return found.rows
@@ -167,15 +162,36 @@ class PagedBatch:
                 seen[index, : len(positions)] &= positions > tokens - 1 - window
         return None if bool(seen.all()) else seen.to(self._arena.device)
 
-    # What transformers calls.
-
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Store the keys and values [1, h, n, d] of the new tokens."""
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        *,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        offset: float,
+    ) -> Tensor:
+        """Return the attention [n, H d] of the rows of a layer, from their product with q, k and v."""
         assert self._layer is not None
-        self._arena.write(self._layer.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return key, value
+        n = len(qkv)
+        queries, keys, values = torch.split(qkv.view(n, heads + 2 * kv_heads, -1), (heads, kv_heads, kv_heads), dim=1)
+        if q_norm is not None and k_norm is not None:
+            queries, keys = (
+                rms_norm_reference(queries, q_norm, eps, offset),
+                rms_norm_reference(keys, k_norm, eps, offset),
+            )
+        if rope is not None:
+            queries, keys = _rotate(queries, *rope), _rotate(keys, *rope)
+        self._arena.write(self._layer.slots, keys, values)
+        query, key, value = (part.transpose(0, 1)[None] for part in (queries, keys, values))
+        return self._attend(layer, query, key, value, scale).reshape(n, -1)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Return the attention [1, n, H, d] of queries [1, H, n, d]; key and value are those of the new tokens."""
         found = self._layer
         assert found is not None
@@ -189,7 +205,7 @@ class PagedBatch:
             shape = (batch, -1, kv_heads, head_dim)
             # Heads that share a KV head take the place of queries of one head: no key is copied for them.
             attended = functional.scaled_dot_product_attention(
-                queries[group.rows].view(batch, kv_heads, heads // kv_heads, head_dim),
+                queries[group.rows].reshape(batch, kv_heads, heads // kv_heads, head_dim),
                 keys.view(shape).transpose(1, 2),
                 values.view(shape).transpose(1, 2),
                 attn_mask=None if group.seen is None else group.seen[:, None, None],
@@ -250,82 +266,3 @@ def masked_attention(
     mask = seen.repeat(group, 1)
     attended = functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return attended.reshape(1, heads, count, -1)
-
-
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    past_key_values: object = None,
-    pages: PagedBatch | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    if pages is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-        return output, None
-    return pages.attend(module.layer_idx, query, key, value, scaling), None
-
-
-AttentionInterface.register(ATTENTION, _attention)
-
-
-@torch.inference_mode()
-def forward(
-    elastic: ElasticModel,
-    batch: PagedBatch,
-    decodes: Sequence[Packed],
-    prefills: Sequence[Packed],
-    wanted: Sequence[int],
-    *,
-    prefill: KeepMask,
-    decode: KeepMask,
-    check: bool = False,
-) -> Tensor:
-    """Run one iteration; return logits, one row for each of ``wanted``.
-
-    Args:
-        elastic: the model, its attention set to ``ATTENTION``.
-        batch: the slots of the KV of the same decodes and prefills.
-        decodes, prefills: requests in the order of the row: one token each, then the prompt chunks.
-        wanted: rows of the iteration that need a next token.
-        prefill, decode: the blocks that run at each stage; a request's table says which MHA blocks it runs.
-        check: test after every block whether all values are finite.
-    Raises:
-        NotANumberError: with ``check``, naming the first block whose output is not finite.
-    """
-    packed = [*decodes, *prefills]
-    device = elastic.device
-    tokens = torch.tensor([[token for one in packed for token in one.tokens]], device=device)
-    positions = torch.tensor([[one.start + i for one in packed for i in range(len(one.tokens))]], device=device)
-    hidden = elastic.embed(tokens, positions)
-    rope = elastic.rope(hidden, positions)
-    split, count = len(decodes), tokens.shape[1]
-    for layer in range(elastic.spec.num_layers):
-        if prefill.mha[layer] or decode.mha[layer]:
-            rows = batch.enter(layer)
-            if rows is None:
-                hidden = hidden + elastic.attend_paged(layer, hidden, rope, batch)
-            elif rows.numel():
-                some = (rope[0][:, rows], rope[1][:, rows]) if rope is not None else None
-                hidden = hidden.index_add(1, rows, elastic.attend_paged(layer, hidden[:, rows], some, batch))
-            if check:
-                _check_finite(hidden, f"MHA{layer}")
-        start = 0 if decode.ffn[layer] else split
-        stop = count if prefill.ffn[layer] else split
-        if stop - start == count:
-            hidden = hidden + elastic.feed(layer, hidden)
-        elif stop > start:
-            part = hidden[:, start:stop]
-            hidden = torch.cat((hidden[:, :start], part + elastic.feed(layer, part), hidden[:, stop:]), dim=1)
-        if check:
-            _check_finite(hidden, f"FFN{layer}")
-    return elastic.head(hidden[0, torch.tensor(wanted, dtype=torch.long, device=device)])
-
-
-def _check_finite(hidden: Tensor, block: str) -> None:
-    if not bool(torch.isfinite(hidden).all()):
-        raise NotANumberError(block)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hw.elastic.ops import quantized_linear
 from sim.cost.model_spec import QUANT_GROUP_ELEMENTS
 from sim.errors import PlanError
 
@@ -44,6 +45,21 @@ class QuantWeight:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """The tensors to store and copy."""
         return self.packed, self.scales, self.zeros
+
+    def rows(self, first: int, last: int) -> QuantWeight:
+        """Return rows ``first`` to ``last - 1`` as views; in 4 bits, values and zero points begin at a full byte."""
+        o, i, groups = last - first, self.in_features, self.scales.shape[1]
+        if self.bits == 8:
+            return QuantWeight(8, o, i, self.packed[first * i : last * i], self.scales[first:last], self.zeros)
+        assert first * i % 2 == 0
+        assert first * groups % 2 == 0
+        packed, zeros = self.packed[first * i // 2 :], self.zeros[first * groups // 2 :]
+        packed, zeros = packed[: -(-o * i // 2)], zeros[: -(-o * groups // 2)]
+        return QuantWeight(4, o, i, packed, self.scales[first:last], zeros)
+
+    def scratch(self, dtype: torch.dtype) -> Tensor:
+        """Return memory for the dequantized weight, which the next weight of this dtype overwrites."""
+        return _scratch("weight", dtype, self.out_features * self.in_features, self.packed.device)
 
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the weight matrix [o, i] that the stored values represent.
@@ -172,6 +188,4 @@ class ElasticLinear(nn.Linear):
         """Multiply with the resident copy of the weight."""
         if self.quantized is None:
             return functional.linear(input, self.weight, self.bias)
-        copy = self.quantized
-        out = _scratch("weight", input.dtype, copy.out_features * copy.in_features, input.device)
-        return functional.linear(input, copy.dequantize(input.dtype, out), self.bias)
+        return quantized_linear(input, self.quantized, self.bias)

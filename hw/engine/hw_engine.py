@@ -18,7 +18,6 @@ from hw.elastic.copies import LayerCopier
 from hw.elastic.device import Accelerator
 from hw.elastic.device_memory import DeviceMemory
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_attention import ATTENTION
 from hw.elastic.paged_kv import Arena, ArenaStorage, MappedArena, SlabArena
 from hw.engine.clock import Clock, RealClock
 from hw.engine.iteration_log import MemoryRow, Shape
@@ -113,6 +112,9 @@ class HwEngine(Replica):
         budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
         clock = clock or RealClock()
         self.elastic = elastic
+        elastic.most_context_tokens = min(
+            config.max_context_tokens or elastic.spec.max_context_tokens, elastic.spec.max_context_tokens
+        )
         _prepare(elastic, plan, plans)
         self.memory = DeviceMemory(elastic.hardware, elastic.bytes())
         self.arena = arena or _default_arena(elastic, budget, workspace_bytes, config.kv_block_tokens)
@@ -224,7 +226,6 @@ class HwEngine(Replica):
 def _prepare(elastic: ElasticModel, plan: Plan, plans: Iterable[Plan] | None) -> None:
     """Bring a dense model to the plan, with every copy that a later plan may need in the store."""
     check_plan(elastic.spec, plan)
-    elastic.use_attention(ATTENTION)
     if plans is None:
         elastic.prepare(WEIGHT_BITS)
     else:

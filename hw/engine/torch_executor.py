@@ -18,8 +18,9 @@ from torch import Tensor
 from hw.elastic.blocks import ABSENT, KINDS
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import DeviceMemory, attempt
+from hw.elastic.forward import NotANumberError, forward
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_attention import NotANumberError, Packed, PagedBatch, forward
+from hw.elastic.paged_attention import Packed, PagedBatch
 from hw.elastic.paged_kv import Arena
 from hw.engine.clock import Clock
 from hw.engine.iteration_log import MemoryRow, Shape
@@ -229,10 +230,8 @@ class TorchExecutor:
         plan = iteration.plan
 
         def run(check: bool) -> Tensor:
-            batch = PagedBatch(self.arena, single, chunks, self._elastic.windows)
-            return forward(
-                self._elastic, batch, single, chunks, rows, prefill=plan.prefill, decode=plan.decode, check=check
-            )
+            batch = PagedBatch(self.arena, single, chunks, self._elastic.windows, rows)
+            return forward(self._elastic, batch, prefill=plan.prefill, decode=plan.decode, check=check)
 
         logits = run(False)
         if bool(torch.isfinite(logits).all()):

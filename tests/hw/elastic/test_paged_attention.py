@@ -63,15 +63,14 @@ def test_attention_in_parts_is_that_of_one_call_and_takes_less_for_a_moment(
         table.hold(pool, prefix + new)
         chunks.append(Packed(table, [0] * new, prefix))
     count = len(decodes) + 50
-    query = torch.randn(1, HEADS, count, DIM)
-    key, value = torch.randn(2, 1, KV_HEADS, count, DIM)
+    qkv = torch.randn(count, (HEADS + 2 * KV_HEADS) * DIM)
 
     def attend() -> tuple[Any, int]:
         batch = PagedBatch(arena, decodes, chunks, [window])
-        batch.enter(0)
-        batch.update(key, value, 0)
+        batch.rows(0)
+        shape = {"heads": HEADS, "kv_heads": KV_HEADS, "scale": DIM**-0.5}
         with Largest() as seen:
-            found = batch.attend(0, query, key, value, None)
+            found = batch.attend(0, qkv, None, **shape, q_norm=None, k_norm=None, eps=0.0, offset=0.0)
         return found, seen.nbytes
 
     at_once, large = attend()

@@ -47,6 +47,7 @@ from tests.hw.serving import (
     torch,
     transformers,
 )
+from tests.hw.tiny_models import FAMILIES, SHORT_TOKENS
 
 Rows = list[tuple[float, int, int]]
 
@@ -91,11 +92,18 @@ def plain_tokens(family: str, rows: Rows) -> list[list[int]]:
 # --- Tokens ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "sliding"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scheduler", ["chunked", "prefill_first"])
 def test_batched_paged_chunked_serving_gives_the_tokens_of_plain_generate(family: str, scheduler: str) -> None:
     rows = some_rows(1, 9)
-    assert serve(hw_engine(family=family, config=engine_config(scheduler)), rows) == plain_tokens(family, rows)
+    config = engine_config(scheduler, max_context_tokens=SHORT_TOKENS)
+    assert serve(hw_engine(family=family, config=config), rows) == plain_tokens(family, rows)
+
+
+def test_an_engine_for_long_contexts_uses_the_long_factors_of_longrope() -> None:
+    rows = [(0.0, SHORT_TOKENS + 1, 9), (0.4, SHORT_TOKENS + 40, 5)]
+    engine = hw_engine(family="phi3_longrope", kv_blocks=600)
+    assert serve(engine, rows) == plain_tokens("phi3_longrope", rows)
 
 
 def test_a_prefix_cache_which_only_the_simulator_has_is_refused() -> None:
