@@ -11,8 +11,9 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -71,7 +72,8 @@ class FakeCuda(Accelerator):
     """A device with memory of its own, in the memory of the host.
 
     in_use, peak: bytes of tensors. pinned_bytes: as the allocator of pinned memory rounds them. limits: all that were
-    set. allocations: tensors so far. refuse: the numbers of those that fail. given_back: bytes in use at each call.
+    set. timings: how long each timed piece of work was held back. allocations: tensors so far. refuse: the numbers of
+    those that fail. given_back: bytes in use at each call.
     """
 
     place = torch.device("cpu")
@@ -82,6 +84,7 @@ class FakeCuda(Accelerator):
         self.limits: list[int | None] = []
         self.refuse: frozenset[int] = frozenset()
         self.given_back: list[int] = []
+        self.timings: list[float] = []
         self._live: dict[int, int] = {}
         self._pinned: set[int] = set()
         self._under_way: list[FakeEvent] = []
@@ -168,6 +171,12 @@ class FakeCuda(Accelerator):
 
     def join(self, event: Event, tensors: Sequence[Tensor]) -> None:
         event.synchronize()
+
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        self.timings.append(ahead_s)
+        start_s = time.perf_counter()
+        work()
+        return time.perf_counter() - start_s, 0.001
 
     def mark(self) -> Event:
         event = FakeEvent(self, [])
