@@ -40,7 +40,7 @@ from hw.elastic.paged_attention import Packed, PagedBatch
 from hw.elastic.paged_kv import ArenaStorage
 from hw.engine.clock import CLOCKS
 from hw.engine.hw_engine import arena_of
-from sim.cost.memory import kv_block_layer_bytes
+from sim.cost.memory import kv_block_layer_bytes, kv_blocks
 from sim.cost.plan import KeepMask, dense_plan
 from sim.engine.block_table import BlockTable
 from sim.engine.kv_pool import KVPool
@@ -292,7 +292,7 @@ class Bench:
         Where the pool is too small for the KV of all layers, several layers read the same blocks. Those of one layer
         are then more than any cache holds.
         """
-        needed = sum(_blocks((1, before + new)) for before, new in shapes)
+        needed = sum(kv_blocks(before + new, BLOCK_TOKENS) for before, new in shapes)
         layers = sorted(held)
         own = layers[: max(1, min(len(layers), self.pool.free_layer_blocks // needed))]
         made, taken = [], []
@@ -310,7 +310,7 @@ class Bench:
 def _blocks(point: Point) -> int:
     """Return the KV blocks of one layer that (batch, context) takes, with the new token."""
     batch, context = point
-    return batch * (context // BLOCK_TOKENS + 1)
+    return batch * kv_blocks(context + 1, BLOCK_TOKENS)
 
 
 class Samples:

@@ -135,8 +135,10 @@ def coarse(points: Sequence[Point]) -> list[Point]:
     axes = [sorted({point[axis] for point in points}) for axis in range(len(points[0]))]
     kept = [{*values[::COARSE_STEP], values[-1]} for values in axes]
     chosen = [point for point in points if all(value in keep for value, keep in zip(point, kept, strict=True))]
-    # Of a grid with a corner cut off, its longest columns too.
-    ends = {max(p for p in points if p[0] == first) for first in kept[0]}
+    # Of a grid with a corner cut off, the last point of each row and column too.
+    ends = {
+        max(point for point in points if point[axis] == value) for axis, values in enumerate(kept) for value in values
+    }
     return sorted({*chosen, *ends})
 
 
