@@ -25,7 +25,7 @@ from typing import Any
 
 from hw.checkup.findings import Findings, Skip, without_paths
 from hw.checkup.machine import nvidia_smi
-from hw.checkup.schedule import STEPS
+from hw.checkup.schedule import Step
 from hw.checkup.setup import Setup
 from sim.paths import REPOSITORY
 
@@ -37,12 +37,12 @@ _DIE_WITH_PARENT = 1
 """Linux's PR_SET_PDEATHSIG."""
 
 
-def run_child(name: str, work: Path, limit_s: float, watch: Callable[[float, str], None]) -> str | None:
+def run_child(step: Step, work: Path, limit_s: float, watch: Callable[[float, str], None]) -> str | None:
     """Run a step; return why it ended early, None if it came to its end.
 
     watch: called now and then with the seconds so far and the last line of the output.
     """
-    log = work / f"{name}.txt"
+    log = work / f"{step.name}.txt"
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output:
@@ -58,7 +58,7 @@ def run_child(name: str, work: Path, limit_s: float, watch: Callable[[float, str
         try:
             assert process.stdin is not None
             with process.stdin as pipe:
-                pipe.write(json.dumps([name, str(work), limit_s]).encode())
+                pipe.write(json.dumps([step.name, step.run, str(work), limit_s]).encode())
             while process.poll() is None:
                 seconds = time.monotonic() - start_s
                 if seconds > limit_s:
@@ -107,17 +107,16 @@ def tail(log: Path, most: int) -> str:
         return ""
 
 
-def main(name: str, work: Path, limit_s: float) -> int:
-    """Run a step here; return the exit status."""
+def main(name: str, run: str, work: Path, limit_s: float) -> int:
+    """Run a step here, by its function ``MODULE:FUNCTION``; return the exit status."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     with contextlib.suppress(OSError, AttributeError):  # only Linux has it
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     findings = Findings(work / f"{name}.json")
-    step = next(one for one in STEPS if one.name == name)
     try:
         setup = replace(Setup.read(work / SETUP), limit_s=limit_s)
-        resolve_name(step.run)(setup, findings)
+        resolve_name(run)(setup, findings)
     except Skip as reason:
         findings.skip(str(reason))
     except BaseException as error:
@@ -147,5 +146,5 @@ def described(error: BaseException) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    step_name, folder, seconds = json.load(sys.stdin)
-    sys.exit(main(step_name, Path(folder), seconds))
+    step_name, function, folder, seconds = json.load(sys.stdin)
+    sys.exit(main(step_name, function, Path(folder), seconds))

@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hw.elastic.processor import cpu_name
-
 PACKAGES = (
     "torch",
     "triton",
@@ -71,7 +69,6 @@ def host() -> dict[str, Any]:
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
         "memory_bytes": _memory_bytes("MemTotal"),
@@ -92,9 +89,11 @@ def device(name: str) -> dict[str, Any]:
     """Return what torch says of a device."""
     import torch
 
-    found: dict[str, Any] = {"place": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    if not name.startswith("cuda"):
-        return found | {"name": cpu_name()}
+    from hw.elastic.processor import cpu_name
+
+    found: dict[str, Any] = {"place": name, "torch": torch.__version__, "processor": cpu_name()}
+    if name == "cpu":
+        return found | {"name": found["processor"]}
     shown = torch.cuda.get_device_properties(torch.device(name))
     free, total = torch.cuda.mem_get_info(torch.device(name))
     return found | {

@@ -137,6 +137,8 @@ def probe(device: str) -> dict[str, Any]:
     Raises:
         ConfigError: if torch cannot use it, with the last line of the error.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"unknown device {device!r}; {nearest(device, ('auto', 'cpu', 'cuda', 'cuda:0'))}")
     command = [sys.executable, "-m", "hw.checkup.machine"]
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -237,8 +239,13 @@ def begun(cfg: DictConfig, setup: Setup, found: Mapping[str, Any], steps: Sequen
             "seconds": float(cfg.seconds),
             "seed": setup.seed,
         },
-        "steps": [{"name": step.name, "about": step.about, "status": "not run"} for step in steps],
+        "steps": begun_rows(steps),
     }
+
+
+def begun_rows(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """Return the rows of steps that have not run."""
+    return [{"name": step.name, "about": step.about, "status": "not run"} for step in steps]
 
 
 def run_steps(
@@ -270,7 +277,7 @@ def run_steps(
 
         row |= {"status": "failed", "reason": "the check-up was stopped"}
         try:
-            ended = run_child(step.name, work, most_s, watch)
+            ended = run_child(step, work, most_s, watch)
             row |= outcome(work, step.name, ended)
         finally:
             row["seconds"] = round(time.monotonic() - begin_s, 1)

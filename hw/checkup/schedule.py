@@ -12,16 +12,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step. share_s: of ``TOTAL_S`` seconds. run: the function, in a module of this folder. about: one line."""
+    """One step. share_s: of ``TOTAL_S`` seconds. about: one line. module: has its function, ``run``."""
 
     name: str
     share_s: float
     about: str
+    module: str = "hw.checkup"
 
     @property
     def run(self) -> str:
         """Where the function of the step is."""
-        return f"hw.checkup.{self.name}:run"
+        return f"{self.module}.{self.name}:run"
 
 
 STEPS = (

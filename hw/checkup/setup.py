@@ -83,7 +83,7 @@ SHORT = Size(
     prompt_tokens=24,
     output_tokens=8,
     streams=10,
-    calibration=(),
+    calibration=("grid.tokens=32", "grid.batch=4", "grid.context=64"),
     tests=("-m", "not gpu and not slow", "tests/hw/engine/test_on_devices.py", "-k", "bf16"),
 )
 SIZES = {"gpu": GPU, "cpu": CPU, "short": SHORT}
