@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import hw.calibrate.__main__  # registers the keys of hw.calibrate
 import hw.checkup.own_tests
 from hw.checkup.findings import Findings
 from hw.checkup.policies import policies_for
