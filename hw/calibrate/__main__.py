@@ -89,7 +89,7 @@ def _from_device(cfg: DictConfig, out: Path) -> dict[str, Any]:
     from hw.calibrate import this_device  # imported late: source=measurements needs no torch
     from hw.calibrate.device import DeviceSettings
     from hw.calibrate.grid import ON_CPU, ON_GPU, Limits
-    from hw.elastic.checkpoint import checkpoint_of
+    from hw.elastic.checkpoint import checkpoint_of, config_of
     from hw.engine.clock import CLOCKS, check_clock
 
     model, gpu = build(cfg.model), build(cfg.gpu)
@@ -104,7 +104,7 @@ def _from_device(cfg: DictConfig, out: Path) -> dict[str, Any]:
     if cfg.only == "changes" and not path.is_file():
         raise ConfigError(f"only=changes adds to {path}, which does not exist; measure all first")
     checkpoint = checkpoint_of(cfg.model, cfg.checkpoint, model.name)
-    elastic = this_device.load(model, gpu, checkpoint, cfg.threads, cfg.seed)
+    elastic = this_device.load(model, gpu, checkpoint, cfg.threads, cfg.seed, config_of(cfg.model))
     settings = DeviceSettings(
         model=model.name,
         device=gpu.name,

@@ -109,8 +109,8 @@ class Bench:
         self.grid, self.fitting = grid_of(settings.limits, longest, lambda point: _blocks(point) <= most_blocks)
         wanted = max(map(_blocks, self.fitting)) + _blocks((1, self.grid.longest))
         self.most_blocks = min(wanted * self._spec.num_layers, most_blocks)
-        self.arena = arena_of(elastic, self.most_blocks, first_blocks=self.most_blocks, block_tokens=BLOCK_TOKENS)
-        self.pool = KVPool(0, ArenaStorage(self.arena, elastic.hardware))
+        self.arena = arena_of(elastic, self.most_blocks, block_tokens=BLOCK_TOKENS)
+        self.pool = KVPool(0, ArenaStorage(self.arena))
         self._host_s: dict[str, float] = {}
 
     @torch.inference_mode()

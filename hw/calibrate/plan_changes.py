@@ -50,8 +50,8 @@ class Changes:
         # The pool makes room for a layer that is copied in, as it does when the engine has no other memory.
         layer_blocks = layer_weight_bytes(spec, 16) // kv_block_layer_bytes(spec, BLOCK_TOKENS)
         self._blocks = max(POOL_BLOCKS, 2 * layer_blocks)
-        self._arena = arena_of(self._elastic, self._blocks, first_blocks=self._blocks, block_tokens=BLOCK_TOKENS)
-        self._pool = KVPool(self._blocks, ArenaStorage(self._arena, self._elastic.hardware))
+        self._arena = arena_of(self._elastic, self._blocks, block_tokens=BLOCK_TOKENS)
+        self._pool = KVPool(self._blocks, ArenaStorage(self._arena))
         self._found: dict[str, list[float]] = {}
         self._longer: list[float] = []  # time of a pass with a copy over one without, per round
 

@@ -39,11 +39,13 @@ def place_of(gpu: Gpu) -> str:
     return "cpu" if gpu.name.startswith("cpu") else "cuda"
 
 
-def load(model: ModelSpec, gpu: Gpu, checkpoint: str, threads: int, seed: int) -> ElasticModel:
+def load(
+    model: ModelSpec, gpu: Gpu, checkpoint: str, threads: int, seed: int, config: Path | None = None
+) -> ElasticModel:
     """Load the model onto the device, with PyTorch's threads and seed set."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    elastic, _ = load_weights(checkpoint, model, dtype=dtype_of(model), device=place_of(gpu))
+    elastic, _ = load_weights(checkpoint, model, dtype=dtype_of(model), device=place_of(gpu), config=config)
     return elastic
 
 

@@ -30,7 +30,7 @@ import torch
 
 from hw.disaggregate.kv_link import Channel, Header, LinkError, Sender
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_kv import Arena
+from hw.elastic.paged_kv import KVArena
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import Handover, HwEngine
 from sim.cost.model_spec import ModelSpec
@@ -74,7 +74,7 @@ Build = Callable[..., GuardedEngine]
 # --- KV as bytes -----------------------------------------------------------------------------------------------------
 
 
-def gather(arena: Arena, table: BlockTable, tokens: int) -> memoryview:
+def gather(arena: KVArena, table: BlockTable, tokens: int) -> memoryview:
     """Return the KV that a request holds for ``tokens`` computed tokens: all keys, then all values, layer by layer."""
     slots = torch.tensor(table.kept_slots(tokens), dtype=torch.long, device=arena.device)
     halves = torch.stack(arena.read_slots(slots)).cpu()
@@ -82,7 +82,7 @@ def gather(arena: Arena, table: BlockTable, tokens: int) -> memoryview:
     return content
 
 
-def scatter(arena: Arena, table: BlockTable, tokens: int, content: bytearray, elastic: ElasticModel) -> None:
+def scatter(arena: KVArena, table: BlockTable, tokens: int, content: bytearray, elastic: ElasticModel) -> None:
     """Write what ``gather`` returned to the slots of another table that holds the same tokens of the same layers."""
     if not content:
         return

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hw.elastic.processor import processor_name
+from hw.elastic.virtual_memory import AddressRange, CudaDriver, CudaRange, HostRange, Pieces
 
 SEGMENTS_BYTES = 64 << 20
 """What CUDA's allocator may hold beyond tensors: it takes segments of 2 to 20 MiB, for small and large tensors of each
@@ -74,6 +75,10 @@ class Device(ABC):
     def take_peak_bytes(self) -> int:
         """Return the most bytes in use since the last call, as far as the device counts them."""
 
+    @abstractmethod
+    def reserve(self, size: int) -> AddressRange:
+        """Return new addresses for ``size`` bytes of this device; what backs them counts as in use."""
+
 
 class Accelerator(Device):
     """A device with memory of its own, which copies while it computes."""
@@ -107,7 +112,18 @@ class Accelerator(Device):
 
     @abstractmethod
     def limit(self, most_bytes: int | None) -> None:
-        """Let allocations beyond this many bytes of tensors fail; None takes the limit away."""
+        """Let allocations beyond this many bytes of tensors and backed addresses fail; None takes the limit away."""
+
+    @abstractmethod
+    def upload(self, source: Tensor, target: Tensor) -> None:
+        """Start to copy pinned memory to a tensor of the device, before all later work; the host goes on.
+
+        ``source`` must not change before the next ``read``.
+        """
+
+    @abstractmethod
+    def read(self, tensor: Tensor) -> Tensor:
+        """Wait for all work so far and return a copy of a tensor in host memory."""
 
 
 class Cpu(Device):
@@ -139,15 +155,25 @@ class Cpu(Device):
         """Return the bytes in use now: the system keeps no peak that can be reset."""
         return self.in_use_bytes()
 
+    def reserve(self, size: int) -> AddressRange:
+        """Return addresses of main memory."""
+        return HostRange(size)
+
 
 class Cuda(Accelerator):
-    """One CUDA device. Its copies run on a stream of their own."""
+    """One CUDA device. Its copies run on a stream of their own.
+
+    Memory behind ``reserve`` is no part of torch's allocator: this class counts it, and makes the allocator's limit
+    smaller by as much.
+    """
 
     def __init__(self, place: torch.device) -> None:
         """Use this device, or the current one if it has no number."""
         index = torch.cuda.current_device() if place.index is None else place.index
         self.place = torch.device("cuda", index)
         self._side = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
+        self._mapped_bytes = self._peak_bytes = 0
+        self._most_bytes: int | None = None
 
     @property
     def name(self) -> str:
@@ -163,14 +189,46 @@ class Cuda(Accelerator):
         torch.cuda.empty_cache()
 
     def in_use_bytes(self) -> int:
-        """Return the bytes of allocated tensors."""
-        return torch.cuda.memory_allocated(self.place)
+        """Return the bytes of allocated tensors and of backed addresses."""
+        return torch.cuda.memory_allocated(self.place) + self._mapped_bytes
 
     def take_peak_bytes(self) -> int:
-        """Return the most bytes of allocated tensors since the last call."""
-        peak = torch.cuda.max_memory_allocated(self.place)
-        torch.cuda.reset_peak_memory_stats(self.place)
+        """Return the most bytes of allocated tensors and backed addresses since the last call."""
+        self._note_peak()
+        peak, self._peak_bytes = self._peak_bytes, 0
         return peak
+
+    def _note_peak(self) -> None:
+        self._peak_bytes = max(self._peak_bytes, torch.cuda.max_memory_allocated(self.place) + self._mapped_bytes)
+        torch.cuda.reset_peak_memory_stats(self.place)
+
+    def reserve(self, size: int) -> AddressRange:
+        """Return addresses that the driver maps."""
+        assert self.place.index is not None
+        driver = CudaDriver(self.place.index)
+        return CudaRange(Pieces(size, driver, wait=self._wait, resized=self._mapped))
+
+    def _wait(self) -> None:
+        """Wait for what computes, not for copies: only passes use mapped memory."""
+        torch.cuda.current_stream(self.place).synchronize()
+
+    def _mapped(self, added: int) -> None:
+        """Count mapped memory, and take it out of the allocator's limit.
+
+        Raises:
+            torch.OutOfMemoryError: if the limit leaves no room for it.
+        """
+        if added > 0 and self._most_bytes is not None:
+            most = self._most_bytes + SEGMENTS_BYTES - self._mapped_bytes
+            if torch.cuda.memory_reserved(self.place) + added > most:
+                self.give_back()
+            if torch.cuda.memory_reserved(self.place) + added > most:
+                raise torch.OutOfMemoryError(
+                    f"CUDA out of memory: {added:,} bytes of KV blocks do not fit under the limit of this process"
+                )
+        self._note_peak()
+        self._mapped_bytes += added
+        self.limit(self._most_bytes)
 
     def pinned(self, size: int) -> Tensor:
         """Return page-locked memory; the allocator rounds its size up to a power of two."""
@@ -216,10 +274,19 @@ class Cuda(Accelerator):
         return begin.elapsed_time(end) / 1e3, host_s
 
     def limit(self, most_bytes: int | None) -> None:
-        """Limit the share of the device's memory that this process may take."""
+        """Limit the share of the device's memory that torch's allocator may take: what mapped memory leaves of it."""
+        self._most_bytes = most_bytes
         total = torch.cuda.get_device_properties(self.place).total_memory
-        share = 1.0 if most_bytes is None else min(1.0, (most_bytes + SEGMENTS_BYTES) / total)
-        torch.cuda.set_per_process_memory_fraction(share, self.place)
+        left = total if most_bytes is None else most_bytes + SEGMENTS_BYTES - self._mapped_bytes
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, left / total)), self.place)
+
+    def upload(self, source: Tensor, target: Tensor) -> None:
+        """Copy on the stream that computes."""
+        target.copy_(source, non_blocking=True)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Copy and wait."""
+        return tensor.cpu()
 
 
 def device_of(place: torch.device) -> Device:

@@ -174,7 +174,8 @@ def rope_and_store_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what ``rope_and_store`` returns, and store the same."""
     n, d = qkv.shape[0], kv.shape[4]
-    both, value = qkv.view(n, heads + 2 * kv_heads, d).split((heads + kv_heads, kv_heads), dim=1)
+    each = qkv.view(n, heads + 2 * kv_heads, d)
+    both, value = each[:, : heads + kv_heads], each[:, heads + kv_heads :]
     if q_norm is not None and k_norm is not None:
         query, key = both[:, :heads], both[:, heads:]
         query = rms_norm_reference(query, q_norm, eps, offset)
@@ -218,6 +219,7 @@ def paged_decode(
     *,
     scale: float,
     window: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return the attention [r, H, d] of one new token of each request to the tokens that its KV blocks hold.
 
@@ -230,12 +232,13 @@ def paged_decode(
             (``sim.engine.block_table.ring_place``); last = 0: it keeps all.
         scale: of the scores.
         window: how many tokens back the attention looks, the new one included; 0: to the first.
+        out: [r, H, d] to write the result to; None: new memory.
     """
     if runs_kernel(query):
         from hw.elastic.kernels import attention
 
-        return attention.paged_decode(query, kv, table, tokens, first, last, scale, window)
-    return paged_decode_reference(query, kv, table, tokens, first, last, scale=scale, window=window)
+        return attention.paged_decode(query, kv, table, tokens, first, last, scale, window, out)
+    return paged_decode_reference(query, kv, table, tokens, first, last, scale=scale, window=window, out=out)
 
 
 def paged_decode_reference(
@@ -248,6 +251,7 @@ def paged_decode_reference(
     *,
     scale: float,
     window: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return what ``paged_decode`` returns."""
     r, heads, d = query.shape
@@ -273,7 +277,8 @@ def paged_decode_reference(
         attn_mask=seen[:, None, None],
         scale=scale,
     )
-    return output.reshape(r, heads, d).masked_fill(tokens[:, :, None] <= 0, 0)
+    output = output.reshape(r, heads, d).masked_fill(tokens[:, :, None] <= 0, 0)
+    return output if out is None else out.copy_(output)
 
 
 def paged_prefill(
@@ -285,6 +290,7 @@ def paged_prefill(
     *,
     scale: float,
     window: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return the causal attention [n, H, d] of the tokens of prompt chunks, whose own keys are already stored.
 
@@ -292,16 +298,17 @@ def paged_prefill(
         query: [n, H, d].
         kv: the pool.
         table: int32 [c, w], the KV blocks of each chunk's request in order; numbers behind those needed are not read.
-        starts: int32 [c + 1]; chunk j is rows starts[j] to starts[j + 1] - 1. Rows behind the last stay undefined.
+        starts: int32 [c + 1]; chunk j is rows starts[j] to starts[j + 1] - 1. Other rows stay as they are.
         prefix: int32 [c], how many tokens come before each chunk. All tokens are kept.
         scale: of the scores.
         window: how many tokens back the attention looks, a token itself included; 0: to the first.
+        out: [n, H, d] to write the result to; None: new memory.
     """
     if runs_kernel(query):
         from hw.elastic.kernels import attention
 
-        return attention.paged_prefill(query, kv, table, starts, prefix, scale, window)
-    return paged_prefill_reference(query, kv, table, starts, prefix, scale=scale, window=window)
+        return attention.paged_prefill(query, kv, table, starts, prefix, scale, window, out)
+    return paged_prefill_reference(query, kv, table, starts, prefix, scale=scale, window=window, out=out)
 
 
 def paged_prefill_reference(
@@ -313,9 +320,10 @@ def paged_prefill_reference(
     *,
     scale: float,
     window: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return what ``paged_prefill`` returns."""
-    output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    output = torch.zeros_like(query, memory_format=torch.contiguous_format) if out is None else out
     p, kv_heads, d = kv.shape[2:]
     bounds = starts.tolist()
     for chunk, before in enumerate(prefix.tolist()):

@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from hw.elastic.copies import LayerCopier
-from hw.elastic.device import Accelerator
 from hw.elastic.device_memory import DeviceMemory
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_kv import Arena, ArenaStorage, MappedArena, SlabArena
+from hw.elastic.paged_kv import ArenaStorage, KVArena
 from hw.engine.clock import Clock, RealClock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts, RandomPrompts
@@ -31,9 +30,6 @@ from sim.engine.live_request import LiveRequest
 from sim.engine.protocol import EngineConfig, Request
 from sim.engine.replica import Replica
 from sim.errors import ConfigError
-
-SLABS = 16
-"""Slabs of the first pool on CUDA: a resize copies at most one, which the workspace has to hold for that moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +66,7 @@ class HwEngine(Replica):
         prompts: Prompts | None = None,
         clock: Clock | None = None,
         copier: LayerCopier | None = None,
-        arena: Arena | None = None,
+        arena: KVArena | None = None,
         ends: Callable[[int, int], bool] | None = None,
         sampling: Callable[[int], Sampling | None] | None = None,
         on_token: Callable[[int, int | None, bool], None] | None = None,
@@ -139,7 +135,7 @@ class HwEngine(Replica):
             executor=self._torch,
             weights=weights,
             clock=clock,
-            storage=ArenaStorage(self.arena, elastic.hardware),
+            storage=ArenaStorage(self.arena),
             workspace_bytes=workspace_bytes,
             # Plans recur, and evaluating a fitted quality model may take longer than an iteration's share of a token.
             quality_nll=lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None,
@@ -233,35 +229,22 @@ def _prepare(elastic: ElasticModel, plan: Plan, plans: Iterable[Plan] | None) ->
     elastic.apply(plan)
 
 
-def _default_arena(elastic: ElasticModel, budget: Budget, workspace_bytes: int, block_tokens: int) -> Arena:
+def _default_arena(elastic: ElasticModel, budget: Budget, workspace_bytes: int, block_tokens: int) -> KVArena:
     """Return an arena that can hold all that the largest budget leaves for KV."""
     spec = elastic.spec
     block_bytes = kv_block_layer_bytes(spec, block_tokens)
     most = (max(budget.budget_bytes) - workspace_bytes - fixed_weight_bytes(spec)) // block_bytes
-    first = (budget.budget_bytes[0] - elastic.bytes() - workspace_bytes) // block_bytes
-    return arena_of(elastic, most, first_blocks=first, block_tokens=block_tokens)
+    return arena_of(elastic, most, block_tokens=block_tokens)
 
 
-def arena_of(elastic: ElasticModel, capacity: int, *, first_blocks: int, block_tokens: int) -> Arena:
-    """Return an empty arena on the model's device.
-
-    Args:
-        capacity: KV blocks of one layer that it must be able to hold. first_blocks: those of the first pool.
-    """
+def arena_of(elastic: ElasticModel, capacity: int, *, block_tokens: int) -> KVArena:
+    """Return an arena on the model's device, which can hold ``capacity`` KV blocks of one layer and has none yet."""
     spec = elastic.spec
-    if not isinstance(elastic.hardware, Accelerator):
-        return MappedArena(
-            capacity=max(1, capacity),
-            block_tokens=block_tokens,
-            heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=elastic.dtype,
-        )
-    return SlabArena(
-        slab_blocks=-(-max(first_blocks, SLABS) // SLABS),
+    return KVArena(
+        elastic.hardware,
+        capacity=capacity,
         block_tokens=block_tokens,
         heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         dtype=elastic.dtype,
-        device=elastic.device,
     )

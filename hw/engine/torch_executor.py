@@ -15,17 +15,19 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from hw.elastic.attention import Attention, Sdpa
 from hw.elastic.blocks import ABSENT, KINDS
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import DeviceMemory, attempt
 from hw.elastic.forward import NotANumberError, forward
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import Packed, PagedBatch
-from hw.elastic.paged_kv import Arena
+from hw.elastic.paged_kv import KVArena
+from hw.elastic.staging import Staging
 from hw.engine.clock import Clock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts
-from hw.engine.sampling import Draw, Sampling, choose
+from hw.engine.sampling import Draw, Drawn, Sampling, choose
 from sim.cost.plan import describe
 from sim.engine.executor import Iteration, Ran
 from sim.engine.live_request import LiveRequest
@@ -106,7 +108,7 @@ class TorchExecutor:
         self,
         *,
         elastic: ElasticModel,
-        arena: Arena,
+        arena: KVArena,
         weights: TorchWeights,
         memory: DeviceMemory,
         clock: Clock,
@@ -114,6 +116,7 @@ class TorchExecutor:
         ends: Callable[[int, int], bool] | None = None,
         sampling: Callable[[int], Sampling | None] | None = None,
         during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+        attention: Attention | None = None,
     ) -> None:
         """Run ``elastic`` over the KV in ``arena``.
 
@@ -123,6 +126,7 @@ class TorchExecutor:
             ends: called with (request_id, token); returns whether that token ends the request early. None: never.
             sampling: called with a request_id; returns how its tokens are sampled, None for greedy. None: all greedy.
             during_forward: a context that is entered while the model computes.
+            attention: how attention is computed. None: by PyTorch.
         """
         self.arena = arena
         self.tokens: dict[int, list[int]] = {}
@@ -131,6 +135,8 @@ class TorchExecutor:
         self._elastic, self._weights, self._memory, self._clock = elastic, weights, memory, clock
         self._prompts, self._ends, self._during_forward = prompts, ends, during_forward
         self._sampling = sampling
+        self._staging = Staging(elastic.hardware)
+        self._attention = attention or Sdpa()
 
     def run(self, iteration: Iteration) -> Ran | None:
         """Run one iteration; return None if memory ran out and nothing was computed."""
@@ -208,9 +214,16 @@ class TorchExecutor:
             if live.computed_tokens + tokens == live.target_tokens:
                 caught_up.append(live)
                 rows.append(row - 1)
-        logits = self._logits(iteration, single, chunks, rows)
-        chosen: list[int] = choose(logits, self._draws(caught_up)).tolist()
-        return {live.request_id: token for live, token in zip(caught_up, chosen, strict=True)}
+        drawn = Drawn(self._draws(caught_up))
+        batch = self._batch(single, chunks, rows, drawn)
+        logits = self._pass(iteration, batch)
+        chosen = choose(logits, drawn, batch.extra)
+        finite = torch.isfinite(logits).all()
+        # The only time that the host waits for the device.
+        *read, is_finite = self._staging.read(torch.cat((chosen, finite[None].to(chosen.dtype)))).tolist()
+        if not is_finite:
+            raise self._not_finite(iteration, self._batch(single, chunks, rows, drawn))
+        return {live.request_id: token for live, token in zip(caught_up, read, strict=True)}
 
     def _draws(self, caught_up: Sequence[LiveRequest]) -> list[Draw]:
         """Return which of some requests, one for each row of logits, sample their next token."""
@@ -223,26 +236,34 @@ class TorchExecutor:
         start = live.computed_tokens
         return Packed(live.table, self.tokens_of(live)[start : start + tokens], start)
 
-    def _logits(
-        self, iteration: Iteration, single: Sequence[Packed], chunks: Sequence[Packed], rows: Sequence[int]
-    ) -> Tensor:
-        """Return the logits of some rows; if one is not finite, run again to find the block that made it."""
+    def _batch(
+        self, single: Sequence[Packed], chunks: Sequence[Packed], rows: Sequence[int], drawn: Drawn
+    ) -> PagedBatch:
+        return PagedBatch(
+            self.arena,
+            single,
+            chunks,
+            self._elastic.windows,
+            rows,
+            staging=self._staging,
+            attention=self._attention,
+            extra=drawn.arrays,
+        )
+
+    def _pass(self, iteration: Iteration, batch: PagedBatch, *, check: bool = False) -> Tensor:
+        """Return the logits of the rows that the batch wants."""
         plan = iteration.plan
+        return forward(self._elastic, batch, prefill=plan.prefill, decode=plan.decode, check=check)
 
-        def run(check: bool) -> Tensor:
-            batch = PagedBatch(self.arena, single, chunks, self._elastic.windows, rows)
-            return forward(self._elastic, batch, prefill=plan.prefill, decode=plan.decode, check=check)
-
-        logits = run(False)
-        if bool(torch.isfinite(logits).all()):
-            return logits
+    def _not_finite(self, iteration: Iteration, batch: PagedBatch) -> NumericsError:
+        """Run again to find the block that gave a value that is no finite number."""
         where = "the head"
         try:
-            run(True)
+            self._pass(iteration, batch, check=True)
         except NotANumberError as error:
             where = str(error)
-        raise NumericsError(
+        return NumericsError(
             f"{where} of {self._elastic.spec.name} gave a value that is no finite number in iteration "
-            f"{iteration.number}, under the plan {describe(plan)!r}; take float32 or bfloat16 instead "
+            f"{iteration.number}, under the plan {describe(iteration.plan)!r}; take float32 or bfloat16 instead "
             "of float16, or leave that block at 16 bits"
         )

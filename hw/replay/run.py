@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hw.elastic.checkpoint import checkpoint_of, load_weights, pick_device
+from hw.elastic.checkpoint import checkpoint_of, config_of, load_weights, pick_device
 from hw.elastic.device import Accelerator
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock, check_clock
@@ -82,7 +82,7 @@ def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticMo
     torch.set_num_threads(int(hw.threads))
     check_clock(hw.clock, pick_device(hw.device).type)
     checkpoint = checkpoint_of(node, hw.checkpoint, model.name)
-    elastic, tokenizer = load_weights(checkpoint, model, dtype=dtype, device=hw.device)
+    elastic, tokenizer = load_weights(checkpoint, model, dtype=dtype, device=hw.device, config=config_of(node))
     found = replace(elastic.spec, max_context_tokens=model.max_context_tokens)
     if found != model:
         raise ModelError(

@@ -7,6 +7,9 @@
 * A copy holds NaN until the computing stream waits for it or ``query`` was called ``polls`` times. Whoever reads it
   earlier gets a NumericsError; whoever loses a copy gets an error about shapes.
 * The allocator counts tensors, refuses those beyond its limit, and on request the one with a certain number.
+* Addresses without memory behind them hold NaN, and so does new memory. Memory that is unmapped while a pass may still
+  read it is an error.
+* Pinned memory that changes before the device has read it is an error.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hw.elastic.device import Accelerator, Event
+from hw.elastic.virtual_memory import AddressRange, CudaRange, Pieces
 
 
 class _Counted(TorchDispatchMode):
@@ -34,6 +38,7 @@ class _Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        self._device.busy |= not known.isdisjoint(self._device.mapped)
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
@@ -68,19 +73,69 @@ class FakeEvent:
         self._copies = []
 
 
+class FakeDriver:
+    """What ``hw.elastic.virtual_memory.CudaDriver`` does, for one range of a fake device."""
+
+    def __init__(self, device: FakeCuda) -> None:
+        self._device = device
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        self.mapped: set[tuple[int, int]] = set()  # (address, size)
+        self.readable: set[int] = set()
+
+    def granularity(self) -> int:
+        return self._device.piece_bytes
+
+    def reserve(self, size: int) -> int:
+        self.tensor = self._device.uncounted(size)
+        self._device.mapped.add(self.tensor.untyped_storage()._cdata)
+        self._bytes = self.tensor.numpy()  # kept, because torch sees every call of numpy()
+        self._bytes.fill(255)
+        return 1 << 40
+
+    def free(self, address: int, size: int) -> None:
+        assert not self.mapped
+        assert size == len(self.tensor)
+
+    def map(self, address: int, size: int) -> None:
+        assert (address, size) not in self.mapped
+        self._device.count(size, "cuMemCreate")
+        self.mapped.add((address, size))
+
+    def allow(self, address: int, size: int) -> None:
+        inside = [at for at, _ in self.mapped if address <= at < address + size]
+        assert len(inside) * self.granularity() == size
+        self.readable.update(inside)
+
+    def unmap(self, address: int, size: int) -> None:
+        used = self._device.busy and address in self.readable
+        assert not used, "a pass may still read the memory that is unmapped"
+        self.readable.discard(address)
+        self.mapped.remove((address, size))
+        self._device.in_use -= size
+        start = address - (1 << 40)
+        self._bytes[start : start + size].fill(255)
+
+
 class FakeCuda(Accelerator):
     """A device with memory of its own, in the memory of the host.
 
-    in_use, peak: bytes of tensors. pinned_bytes: as the allocator of pinned memory rounds them. limits: all that were
-    set. timings: how long each timed piece of work was held back. allocations: tensors so far. refuse: the numbers of
-    those that fail. given_back: bytes in use at each call.
+    in_use, peak: bytes of tensors and mapped memory. pinned_bytes: as the allocator of pinned memory rounds them.
+    limits: all that were set. allocations: tensors and mapped pieces so far. refuse: the numbers of those that fail.
+    given_back: bytes in use at each call. piece_bytes: granularity of mapped memory. mapped: storages of it. busy:
+    whether it was used since the host last waited. uploads, reads: copies to the device, and back with a wait.
+    timings: how long each timed piece of work was held back.
     """
 
     place = torch.device("cpu")
+    piece_bytes = 4096
 
     def __init__(self, polls: int = 3) -> None:
         self.polls = polls
         self.in_use = self.peak = self.allocations = self.pinned_bytes = 0
+        self.uploads = self.reads = 0
+        self.mapped: set[int] = set()
+        self.busy = False
+        self._uploading: list[tuple[Tensor, Tensor]] = []  # pinned memory, and its content when the copy began
         self.limits: list[int | None] = []
         self.refuse: frozenset[int] = frozenset()
         self.given_back: list[int] = []
@@ -105,16 +160,20 @@ class FakeCuda(Accelerator):
         """Count a new tensor, or refuse it."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if not size or key in self._live or key in self._pinned:
+        if not size or key in self._live or key in self._pinned or key in self.mapped:
             return
+        self.count(size, "the allocator")
+        self._live[key] = size
+        weakref.finalize(storage, self._freed, key)
+
+    def count(self, size: int, by: str) -> None:
+        """Count new memory, or refuse it."""
         number, self.allocations = self.allocations, self.allocations + 1
         limit = self.limits[-1] if self.limits else None
         if number in self.refuse or (limit is not None and self.in_use + size > limit):
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")
-        self._live[key] = size
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes by {by}")
         self.in_use += size
         self.peak = max(self.peak, self.in_use)
-        weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
         self.in_use -= self._live.pop(key, 0)
@@ -142,12 +201,40 @@ class FakeCuda(Accelerator):
         for event in list(self._under_way):
             event.arrive()
         self._under_way = []
+        self.computed()
 
-    def pinned(self, size: int) -> Tensor:
+    def computed(self) -> None:
+        """The host has waited for all that was computed so far."""
+        self.busy = False
+        for source, content in self._uploading:
+            assert torch.equal(source, content), "pinned memory changed while the device copied from it"
+        self._uploading = []
+
+    def reserve(self, size: int) -> AddressRange:
+        driver = FakeDriver(self)
+        pieces = Pieces(size, driver, wait=self.computed, resized=lambda added: None)  # type: ignore[arg-type]
+        return CudaRange(pieces, lambda _: driver.tensor)
+
+    def upload(self, source: Tensor, target: Tensor) -> None:
+        assert source.untyped_storage()._cdata in self._pinned, "a copy from pageable memory stops the host"
+        self.uploads += 1
+        self._uploading.append((source, source.clone()))
+        target.copy_(source)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        self.reads += 1
+        self.computed()
+        return tensor.clone()
+
+    def uncounted(self, size: int) -> Tensor:
+        """Return memory that is not the device's."""
         storage = torch.UntypedStorage(size)  # no operation of torch, so not counted as memory of the device
         self._pinned.add(storage._cdata)
-        self.pinned_bytes += 1 << (size - 1).bit_length()
         return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+    def pinned(self, size: int) -> Tensor:
+        self.pinned_bytes += 1 << (size - 1).bit_length()
+        return self.uncounted(size)
 
     def copy_in(self, stored: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
         tensors, copies = [], []

@@ -9,12 +9,19 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the real engine needs torch: pip install -e '.[hw]'")
 
-from hw.engine.sampling import MOST_ELEMENTS, Draw, Sampling, choose  # noqa: E402
+from hw.engine.sampling import MOST_ELEMENTS, Draw, Drawn, Sampling  # noqa: E402
+from hw.engine.sampling import choose as choose_drawn  # noqa: E402
 from tests.hw.serving import VOCABULARY, hw_engine, requests  # noqa: E402
 
 
 def sampling(temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> Sampling:
     return Sampling(temperature=temperature, top_p=top_p, seed=(seed, 0))
+
+
+def choose(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    """Return the next token of each row; ``draws`` are the rows to sample."""
+    drawn = Drawn(draws)
+    return choose_drawn(logits, drawn, [torch.from_numpy(array) for array in drawn.arrays])
 
 
 def test_without_a_draw_the_likeliest_token_is_taken() -> None:
