@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -69,12 +68,18 @@ def test_a_step_that_hangs_is_ended_shows_where_it_was_and_takes_no_time_from_th
     assert hung["reason"].startswith("it did not end within 1")
     assert hung["figures"] == {"before": 1}
     assert "in wait_for_ever" in hung["output"]
-    child = int((work / "grandchild").read_text())
-    with pytest.raises(ProcessLookupError):  # what the step had started has ended too
-        os.kill(child, 0)
+    assert not runs(int((work / "grandchild").read_text()))  # what the step had started has ended too
     assert skipped["limit_s"] > 250
     assert skipped["reason"] == "it does not apply here"
     assert ["failed", "running"] in saved
+
+
+def runs(pid: int) -> bool:
+    """Return whether a process runs; one that has ended may wait for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _states(content: dict[str, list[dict[str, str]]]) -> list[str]:
