@@ -15,6 +15,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,24 @@ class Event(Protocol):
 
     def elapsed_time(self, end: Any, /) -> float:
         """Return the milliseconds from this timed event to a later one; the device has reached both."""
+        ...
+
+
+class Graph(Protocol):
+    """Work of a device that was recorded once."""
+
+    @property
+    def output(self) -> Tensor:
+        """Its result, which every ``replay`` writes again."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds."""
+        ...
+
+    def replay(self) -> None:
+        """Start the work again, on the same addresses."""
         ...
 
 
@@ -125,6 +144,10 @@ class Accelerator(Device):
     def read(self, tensor: Tensor) -> Tensor:
         """Wait for all work so far and return a copy of a tensor in host memory."""
 
+    @abstractmethod
+    def record(self, step: Callable[[], Tensor]) -> Graph:
+        """Record the work that ``step`` starts; it may neither wait for the device nor use memory of the host."""
+
 
 class Cpu(Device):
     """The processor of the host: tensors and stored weights share its memory."""
@@ -174,6 +197,7 @@ class Cuda(Accelerator):
         self._side = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
         self._mapped_bytes = self._peak_bytes = 0
         self._most_bytes: int | None = None
+        self._graph_memory: Any = None
 
     @property
     def name(self) -> str:
@@ -287,6 +311,36 @@ class Cuda(Accelerator):
     def read(self, tensor: Tensor) -> Tensor:
         """Copy and wait."""
         return tensor.cpu()
+
+    def record(self, step: Callable[[], Tensor]) -> Graph:
+        """Record a CUDA graph. All graphs share their memory: they run one after another."""
+        side, current = torch.cuda.Stream(self.place), torch.cuda.current_stream(self.place)  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            step()  # kernels are compiled and libraries allocate what they keep
+        current.wait_stream(side)
+        if self._graph_memory is None:
+            self._graph_memory = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self.place)
+        self.give_back()
+        before = torch.cuda.memory_reserved(self.place)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graph_memory):
+            output = step()
+        return CudaGraph(graph, output, max(0, torch.cuda.memory_reserved(self.place) - before))
+
+
+@dataclass(frozen=True, slots=True)
+class CudaGraph:
+    """A recorded CUDA graph."""
+
+    graph: Any
+    output: Tensor
+    nbytes: int
+
+    def replay(self) -> None:
+        """Start it on the stream that computes."""
+        self.graph.replay()
 
 
 def device_of(place: torch.device) -> Device:

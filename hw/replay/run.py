@@ -44,6 +44,8 @@ class HardwareConfig:
         for any model: times and memory are real, tokens and quality mean nothing. The model sets the type of the
         weights: bfloat16 for 2 bytes per weight, float32 for 4.
     device: cpu, cuda, cuda:N or auto. threads: of PyTorch on a CPU.
+    attention: which code computes attention: auto, flashinfer, flash_attn, triton or sdpa (PyTorch's own).
+    cuda_graphs: record decode passes that recur on a GPU, and replay them.
     clock: wall, or cpu for processor seconds on a shared machine without a GPU (idle time is then always skipped).
     skip_idle: let the clock jump over time in which nothing runs.
     text: the file that prompts are cut from, a path or one under RAP_LAB_DATA; null samples random token ids.
@@ -53,6 +55,8 @@ class HardwareConfig:
     checkpoint: str | None = None
     device: str = "auto"
     threads: int = 1
+    attention: str = "auto"
+    cuda_graphs: bool = True
     clock: str = "wall"
     skip_idle: bool = False
     text: str | None = DEFAULT_TEXT
@@ -112,6 +116,8 @@ def engine_over(cfg: DictConfig, elastic: ElasticModel, tokenizer: Any) -> tuple
         ends=None if stop is None else lambda _, token: token == stop,
         quality_nll=None if elastic.note else parts.server.quality_nll,
         plans=plans_of(parts.policy),
+        attention=cfg.hw.attention,
+        cuda_graphs=bool(cfg.hw.cuda_graphs),
     )
     return engine, parts.policy
 

@@ -24,7 +24,7 @@ from hw.elastic.kernels.launch import ceil_div, dot, launch, multiprocessors, po
 TILE_BYTES = 16 << 10
 """Bytes of the keys of a tile that goes to the matrix units; without them, registers allow half of it."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
-SPLIT_TOKENS = 1024
+SPLIT_TOKENS = 2048
 """A program of decode reads about this many tokens at most: one long context must not outlast the rest of a batch."""
 LEAST_SPLIT_TOKENS = 128
 MOST_SPLITS = 64
@@ -237,16 +237,13 @@ def _decode_kernel(
         else:
             gathered += dot(share.to(v.dtype), v)
 
-    result = gathered / tl.where(total > 0, total, 1.0)[:, None]
+    known = total > 0  # else no key was seen
+    result = gathered / tl.where(known, total, 1.0)[:, None]
     if SPLIT:
         at_part = (request * HEADS + head) * splits + split
-        tl.store(part + at_part[:, None] * DIM + column[None, :], result, mask=here)
-        known = total > 0  # else a part without keys
-        tl.store(
-            sums + at_part,
-            tl.where(known, most + tl.log2(tl.where(known, total, 1.0)), float("-inf")),
-            mask=member < GROUP,
-        )
+        tl.store(part + at_part[:, None] * DIM + column[None, :], result, mask=here & known[:, None])
+        weight = tl.where(known, most + tl.log2(tl.where(known, total, 1.0)), float("-inf"))
+        tl.store(sums + at_part, weight, mask=member < GROUP)
     else:
         target = part + request * out_row + head[:, None] * out_head + column[None, :]
         tl.store(target, result.to(part.dtype.element_ty), mask=here)
@@ -271,9 +268,9 @@ def _combine_kernel(
     split = tl.arange(0, SPLITS_BLOCK)
     at = (request * HEADS + head) * splits + split
     weight = tl.load(sums + at, mask=split < splits, other=float("-inf"))
+    inside = (weight > float("-inf"))[:, None] & (column < DIM)[None, :]  # a part without keys was not stored
     most = tl.max(weight, axis=0)
     weight = tl.exp2(weight - tl.where(most == float("-inf"), 0.0, most))
-    inside = (split < splits)[:, None] & (column < DIM)[None, :]
     values = tl.load(part + at[:, None] * DIM + column[None, :], mask=inside, other=0.0)
     total = tl.sum(weight, axis=0)
     result = tl.sum(values * weight[:, None], axis=0) / tl.where(total > 0, total, 1.0)
