@@ -256,10 +256,12 @@ def run_steps(
     total_s: float,
     save: Callable[[], None],
 ) -> None:
-    """Run steps one after another, and save after each."""
+    """Run steps one after another, and save after each; they share the time that is left when the first begins."""
+    end_s = started_s + total_s
+    total_s = end_s - time.monotonic()
     for index, step in enumerate(steps):
         row = content["steps"][index]
-        left_s = started_s + total_s - time.monotonic()
+        left_s = end_s - time.monotonic()
         most_s = limit_s(step, steps[index + 1 :], left_s, total_s)
         if most_s < LEAST_STEP_S:
             row |= {"status": "failed", "reason": f"no time was left: {most_s:.0f} s of {total_s:.0f} s"}

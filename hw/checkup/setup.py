@@ -52,7 +52,7 @@ GPU = Size(
     output_tokens=96,
     streams=200,
     calibration=(),
-    tests=("-m", "gpu", "tests/hw"),
+    tests=("-m", "gpu", "tests/hw/engine", "tests/hw"),
 )
 CPU = Size(
     copied_bytes=64 << 20,

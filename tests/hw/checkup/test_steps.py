@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import hw.calibrate.__main__  # registers the keys of hw.calibrate
+import hw.checkup.kernels
 import hw.checkup.own_tests
-from hw.checkup.findings import Findings
+from hw.checkup.findings import Findings, Skip
 from hw.checkup.policies import policies_for
 from hw.checkup.schedule import STEPS
 from hw.checkup.setup import SIZES, Setup
@@ -99,3 +100,39 @@ def test_the_calibration_of_a_tiny_model_is_written_next_to_the_results(setup: S
     found_by("calibration", setup)
     assert setup.calibration.is_file()
     shutil.rmtree(setup.work)
+
+
+@pytest.mark.parametrize(
+    ("line", "outcome"),
+    [
+        ("tests/hw/a.py::test_b[c-d] PASSED     [  3%]", ("tests/hw/a.py::test_b[c-d]", "passed")),
+        ("[gw1] [ 12%] FAILED tests/hw/a.py::test_b ", ("tests/hw/a.py::test_b", "failed")),
+        ("tests/hw/a.py::test_b SKIPPED (no CUDA)   [ 50%]", ("tests/hw/a.py::test_b", "skipped")),
+        ("FAILED tests/hw/a.py::test_b - assert 1 == 2", None),
+        ("tests/hw/a.py::test_b ", None),
+        ("1 passed, 2 deselected in 3.00s", None),
+    ],
+)
+def test_each_line_of_pytest_counts_as_it_comes(line: str, outcome: tuple[str, str] | None) -> None:
+    assert hw.checkup.own_tests.outcome_of(line) == outcome
+
+
+def test_every_row_of_the_benchmark_of_kernels_is_read(tmp_path: Path) -> None:
+    lines = [
+        "NVIDIA H100: a copy moves 2,900 GB/s, a BF16 product runs at 700 TFLOP/s\n",
+        "\nllama2_7b                                 us  GB/s, TFLOP/s  of bound  PyTorch us\n",
+        "decode of 64 x 1,024 tokens             412.5          2,610     90.0%      5210.0\n",
+    ]
+    rows = hw.checkup.kernels.follow(lines, Findings(tmp_path / "found.json"))
+    wanted = {
+        "kernel": "decode of 64 x 1,024 tokens",
+        "us": 412.5,
+        "speed": 2610.0,
+        "of_bound": 90.0,
+        "pytorch_us": 5210.0,
+    }
+    assert rows == [wanted]
+    with pytest.raises(Skip, match="need a CUDA device"):
+        hw.checkup.kernels.follow(
+            ["nothing measured: the kernels need a CUDA device and triton\n"], Findings(tmp_path / "f")
+        )
