@@ -270,7 +270,7 @@ class PreparedSdpa(Prepared):
         groups = []
         for width in np.unique(widths).tolist():
             members = np.flatnonzero(widths == width)
-            width = min(width, rows.table.shape[2])
+            width = int(needed[members].max())  # no more blocks than the longest of them fills
             most = max(1, PART_BYTES // (width * self._arena.block_bytes))
             for start in range(0, len(members), most):
                 part = members[start : start + most]

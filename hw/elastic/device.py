@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from hw.elastic.virtual_memory import AddressRange, CudaDriver, CudaRange, HostR
 SEGMENTS_BYTES = 64 << 20
 """What CUDA's allocator may hold beyond tensors: it takes segments of 2 to 20 MiB, for small and large tensors of each
 of two streams."""
+MOST_AHEAD_S = 0.5
+CYCLES_PER_S = 2e9
+"""Clock of a GPU at its fastest, about: it spins too long at a lower one, which does no harm."""
 _STATM = Path("/proc/self/statm")
 
 
@@ -119,6 +123,14 @@ class Accelerator(Device):
     @abstractmethod
     def mark(self) -> Event:
         """Return a timed event after the copies started so far."""
+
+    @abstractmethod
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        """Return the seconds of the device's work that ``work`` starts, and those that the host took to start it.
+
+        ahead_s: how long the device waits before it begins, so that the host has started all of it by then. The first
+            figure is then that of the device alone.
+        """
 
     @abstractmethod
     def limit(self, most_bytes: int | None) -> None:
@@ -279,6 +291,21 @@ class Cuda(Accelerator):
         event.record(self._side)
         marked: Event = event
         return marked
+
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        """Record an event before and after, on the current stream."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self.synchronize()
+        if ahead_s > 0:
+            # A kernel that spins: the queue fills up behind it.
+            torch.cuda._sleep(int(min(1.2 * ahead_s, MOST_AHEAD_S) * CYCLES_PER_S))  # type: ignore[no-untyped-call]
+        begin.record()
+        start_s = time.perf_counter()
+        work()
+        host_s = time.perf_counter() - start_s
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3, host_s
 
     def limit(self, most_bytes: int | None) -> None:
         """Limit the share of the device's memory that torch's allocator may take: what mapped memory leaves of it."""

@@ -28,7 +28,7 @@ from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock, check_clock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
-from sim.config import ReplayConfig, one_thread, run_command
+from sim.config import ReplayConfig, build, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
 from sim.errors import ModelError
 from sim.policies import Policy, plans_of
@@ -99,9 +99,13 @@ def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticMo
 
 
 def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
-    """Build the real engine and the policy of a configuration."""
+    """Load the model of a configuration; build the real engine and the policy."""
+    return engine_over(cfg, *load_elastic(build(cfg.model), cfg.hw, cfg.model))
+
+
+def engine_over(cfg: DictConfig, elastic: ElasticModel, tokenizer: Any) -> tuple[HwEngine, Policy]:
+    """Build the real engine of a configuration over a model that ``load_elastic`` loaded, and the policy."""
     parts = build_parts(cfg)
-    elastic, tokenizer = load_elastic(parts.model, cfg.hw, cfg.model)
     stop = tokenizer.eos_token_id if cfg.hw.to_eos else None
     engine = HwEngine(
         elastic=elastic,

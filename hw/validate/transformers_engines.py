@@ -24,6 +24,7 @@ from sim.cost.memory import budget_for_kv_blocks, kv_blocks
 from sim.cost.plan import dense_plan
 from sim.engine.protocol import EngineConfig, Request
 from sim.engine.scheduler import Limits
+from sim.errors import ModelError
 from sim.progress import progress
 
 OURS, GENERATE, CONTINUOUS = "hw.engine", "generate", "generate_batch"
@@ -203,15 +204,32 @@ def _run_generate(model: Any, prompts: list[list[int]], output_tokens: int) -> S
 def _run_continuous(model: Any, prompts: list[list[int]], output_tokens: int) -> Served:
     implementation = model.config._attn_implementation
     try:
-        with torch.inference_mode():
-            made = model.generate_batch(
-                prompts, generation_config=_generation(output_tokens), record_timestamps=True, progress_bar=False
-            )
+        made = model.generate_batch(
+            prompts,
+            generation_config=_generation(output_tokens),
+            continuous_batching_config=_continuous_batching(model, prompts, output_tokens),
+            record_timestamps=True,
+        )
     finally:
         model.set_attn_implementation(implementation)
     results = sorted(made.values(), key=lambda one: int("".join(filter(str.isdigit, one.request_id))))
-    first_s = min(one.created_time for one in results)
+    if failed := [str(one.error) for one in results if len(one.generated_tokens) != output_tokens]:
+        raise ModelError(f"generate_batch of transformers failed: {' '.join(failed[0].split())[:300]}")
+    start_s = min(one.created_time for one in results)
     return Served(
         [list(one.generated_tokens) for one in results],
-        [[at_s - first_s for at_s in one.timestamps] for one in results],
+        [[at_s - start_s for at_s in one.timestamps] for one in results],
     )
+
+
+def _continuous_batching(model: Any, prompts: list[list[int]], output_tokens: int) -> Any:
+    """Return its settings: its own on a GPU; on a CPU, where it would take all memory for its cache, what it needs."""
+    if model.device.type != "cpu":
+        return None
+    from transformers import ContinuousBatchingConfig
+
+    settings = ContinuousBatchingConfig()
+    count, length = len(prompts), len(prompts[0])
+    settings.num_blocks = count * (kv_blocks(length + output_tokens, settings.page_size) + 1)
+    settings.max_batch_tokens = max(count * length, 256)
+    return settings
