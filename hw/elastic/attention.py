@@ -1,6 +1,9 @@
 """Which code computes attention over the paged pool, and what it needs of an iteration.
 
-    attention = find_attention("auto", device, spec, block_tokens)
+    prepared = attention.prepare(rows, arena)       # once an iteration
+    prepared.attend(at, tensors, query, key, value, scale)      # for every layer
+
+hw/elastic/attention_choice.py finds one of these:
 
 * ``sdpa``: PyTorch's attention over keys and values that are gathered from the pool; the reference, and the choice on a
   CPU.
@@ -26,6 +29,7 @@ from torch.nn import functional
 from hw.elastic import ops
 from hw.elastic.block_arrays import Int32s, Int64s
 from hw.elastic.paged_kv import KVArena
+from sim.cost.model_spec import ModelSpec
 
 # Shapes: l layers, r decodes, c prompt chunks, n rows, w KV blocks, p tokens of one, H heads, h KV heads, d head_dim.
 
@@ -34,6 +38,10 @@ PART_BYTES = 1 << 28
 
 More is computed in several calls: 64 contexts of 1,024 tokens of Llama-2-7B are 1 GiB in every layer.
 """
+
+
+MOST_PROGRAMS, SPLIT_TOKENS = 4 * 160, 1024
+"""Programs that the decode kernel starts to use all multiprocessors, and tokens of one of a long context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,14 @@ class Attention(ABC):
     def prepare(self, rows: Rows, arena: KVArena) -> Prepared:
         """Arrange the attention of an iteration."""
 
+    @abstractmethod
+    def scratch_bytes(self, model: ModelSpec, sequences: int, context: int) -> int:
+        """Return the most bytes that it takes besides its input and output.
+
+        Args:
+            sequences: requests of a pass. context: tokens of the longest one.
+        """
+
 
 # --- Kernels of this package -----------------------------------------------------------------------------------------
 
@@ -161,6 +177,11 @@ class Kernels(Attention):
         """Take the arrays of the rows."""
         return PreparedKernels(rows, arena)
 
+    def scratch_bytes(self, model: ModelSpec, sequences: int, context: int) -> int:
+        """Return the bytes of the parts of long contexts, which several programs share (hw.elastic.kernels)."""
+        programs = MOST_PROGRAMS + sequences * model.num_kv_heads * -(-context // SPLIT_TOKENS)
+        return programs * (model.num_heads // model.num_kv_heads) * (model.head_dim + 1) * 4
+
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
@@ -202,8 +223,8 @@ class PreparedSdpa(Prepared):
                 if group.rows is None:
                     out[:count] = self._decode(group, tensors[0][at], query[:count], scale)
                 else:
-                    table = tensors[0][at].index_select(0, group.rows)
-                    out[group.rows] = self._decode(group, table, query[group.rows], scale)
+                    some = tensors[0][at].index_select(0, group.rows)
+                    out[group.rows] = self._decode(group, some, query[group.rows], scale)
         for index, prefix in enumerate(rows.prefix.tolist()):
             new = slice(*rows.chunk_starts[index : index + 2].tolist())
             table = tensors[1][at, index] if prefix else None
@@ -362,3 +383,8 @@ class Sdpa(Attention):
     def prepare(self, rows: Rows, arena: KVArena) -> Prepared:
         """Take the block tables."""
         return PreparedSdpa(rows, arena)
+
+    def scratch_bytes(self, model: ModelSpec, sequences: int, context: int) -> int:
+        """Return the bytes of gathered keys and values, and of a mask or scores."""
+        gathered = min(PART_BYTES, sequences * context * model.kv_bytes_per_token_layer)
+        return max(gathered, context * model.kv_bytes_per_token_layer) + PART_BYTES

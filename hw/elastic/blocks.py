@@ -184,13 +184,15 @@ class PendingCopy:
 class Block:
     """One MHA or FFN block: its matrices, biases and norms, resident or stored.
 
-    bits: precision of the resident weights; ABSENT if there are none. pending: the copy under way, if any.
+    bits: precision of the resident weights; ABSENT if there are none. pending: the copy under way, if any. version: how
+    often the resident weights have moved to other addresses.
     """
 
     def __init__(self, name: str, matrices: Sequence[Matrix], rest: Sequence[Rows], store: Store) -> None:
         """Take over the matrices of a block, and its biases and norms; ``store`` keeps what is not resident."""
         self.name = name
         self.bits = 16
+        self.version = 0
         self.pending: PendingCopy | None = None
         self._store = store
         self.matrices = tuple(matrices)
@@ -283,5 +285,6 @@ class Block:
         self.pending = None
 
     def _free_weights(self) -> None:
+        self.version += 1
         for matrix in self.matrices:
             matrix.free()

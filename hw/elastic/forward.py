@@ -107,7 +107,15 @@ class _Hidden:
 
 
 @torch.inference_mode()
-def forward(elastic: ElasticModel, batch: Batch, *, prefill: KeepMask, decode: KeepMask, check: bool = False) -> Tensor:
+def forward(
+    elastic: ElasticModel,
+    batch: Batch,
+    *,
+    prefill: KeepMask,
+    decode: KeepMask,
+    check: bool = False,
+    head: bool = True,
+) -> Tensor:
     """Run one iteration; return logits [rows wanted, vocabulary].
 
     Args:
@@ -115,6 +123,7 @@ def forward(elastic: ElasticModel, batch: Batch, *, prefill: KeepMask, decode: K
         batch: its rows, and their attention.
         prefill, decode: the blocks that run at each stage; the batch says which rows run which MHA block.
         check: test after every block whether all values are finite, which waits for the device each time.
+        head: whether to compute logits; else the input of the head [rows wanted, e] is returned.
     Raises:
         NotANumberError: with ``check``, naming the first block whose output is not finite.
     """
@@ -135,7 +144,8 @@ def forward(elastic: ElasticModel, batch: Batch, *, prefill: KeepMask, decode: K
             part += layer.feed(layer.ffn_norm(part))
         if check:
             _check_finite(hidden, f"FFN{index}")
-    return elastic.ends.logits(hidden.normed_rows(elastic.ends.norm, batch.wanted))
+    normed = hidden.normed_rows(elastic.ends.norm, batch.wanted)
+    return elastic.ends.logits(normed) if head else normed
 
 
 def _run_mha(elastic: ElasticModel, batch: Batch, index: int, layer: Layer, hidden: _Hidden, rope: Rope) -> None:

@@ -155,6 +155,11 @@ class ElasticModel:
         return all(block.pending is None for block in blocks)
 
     @property
+    def weights_version(self) -> int:
+        """How often weights have moved to other addresses."""
+        return sum(block.version for kind in KINDS for block in self.blocks[kind])
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of weights off the device: of pinned host memory, or of a file on a CPU."""
         return self._store.nbytes

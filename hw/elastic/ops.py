@@ -183,12 +183,17 @@ def rope_and_store_reference(
     if cos is not None and sin is not None:
         both = _rotate(both, cos, sin)
     query, key = both[:, :heads], both[:, heads:]
-    if slots.numel() and bool((slots < 0).any()):
+    if lacks_slots(slots):
         stored = slots >= 0
         store(kv, slots[stored], key[stored], value[stored])
     else:
         store(kv, slots, key, value)
     return query, key, value
+
+
+def lacks_slots(slots: Tensor) -> bool:
+    """Return whether a row is not stored. Only the plain form waits for the device to know it."""
+    return bool(slots.numel()) and bool((slots < 0).any())
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from hw.elastic import ops
-from hw.elastic.attention import Attention, Prepared, Rows, Sdpa
+from hw.elastic.attention import Attention, Prepared, Rows
+from hw.elastic.attention_choice import default_attention
 from hw.elastic.block_arrays import HeldBlocks, Int32s, Int64s, read_table, stack_blocks
 from hw.elastic.paged_kv import KVArena
 from hw.elastic.staging import Staging
@@ -60,7 +61,7 @@ class PagedBatch:
     """The tokens of one iteration on the device, and the attention over their KV.
 
     tokens, positions: [n]. wanted: rows whose logits count. decodes: how many rows come first that are decodes. extra:
-    tensors of the arrays that were passed as ``extra``.
+    tensors of the arrays that were passed as ``extra``. layout: where all others lie in the memory of the staging.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class PagedBatch:
         staging: Staging | None = None,
         attention: Attention | None = None,
         extra: Sequence[npt.NDArray[Any]] = (),
-        least_width: int = 1,
+        fill_to: int = 0,
     ) -> None:
         """Look up the KV blocks of the batch and send all of it to the device.
 
@@ -82,11 +83,17 @@ class PagedBatch:
             arena: memory of the KV. windows: how far each layer looks back; None: to the first token.
             decodes, prefills: requests in the order of the rows: one token each, then the prompt chunks.
             wanted: rows that need a next token.
-            staging: memory for the copy; None makes new one. attention: how it is computed; None: by PyTorch.
-            extra: other arrays to send. least_width: KV blocks of a decode that the tables have room for.
+            staging: memory for the copy; None makes new one. attention: how it is computed; None: as
+                hw.attention=auto.
+            extra: other arrays to send.
+            fill_to: rows of a batch of decodes alone that has to have the shape of others; 0: it need not. The last
+                decode is repeated up to this number: it stores the same keys in the same place. Tables are then as wide
+                as a power of two, and ``wanted`` covers every row.
         """
         self._arena, self._block_tokens = arena, arena.block_tokens
-        attention, staging = attention or Sdpa(), staging or Staging(arena.hardware)
+        attention, staging = attention or default_attention(arena), staging or Staging(arena.hardware)
+        if fill_to:
+            decodes, wanted = [*decodes, *[decodes[-1]] * (fill_to - len(decodes))], range(fill_to)
         packed = [*decodes, *prefills]
         self.decodes, self._windows = len(decodes), [window or 0 for window in windows]
         counts = np.array([len(one.tokens) for one in packed], np.int64)
@@ -97,7 +104,7 @@ class PagedBatch:
         arrays: list[npt.NDArray[Any]] = [tokens, positions, np.array(wanted, np.int64)]
         held = [read_table(one.table, len(windows), one.start + len(one.tokens)) for one in packed]
         request = _Requests(held, counts, starts, first_rows, len(decodes))
-        tables = request.tables(least_width)
+        tables = request.tables(bool(fill_to))
         laid_out: list[tuple[Prepared, int, int, bool, int]] = []
         self._group_of: list[int] = [0] * len(windows)
         self._place: list[int] = [0] * len(windows)
@@ -111,6 +118,7 @@ class PagedBatch:
             laid_out.append((prepared, rows.count, first, all_rows is not None, len(arrays)))
         sent = len(arrays)
         tensors = staging.send([*arrays, *extra])
+        self.layout = staging.layout[:sent]
         self.tokens, self.positions, self.wanted = tensors[:3]
         self.extra = tensors[sent:]
         self._groups = [
@@ -179,6 +187,11 @@ class PagedBatch:
             at += count
         return slots
 
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer runs for all requests or for none."""
+        return all(group.rows is None or not group.rows.numel() for group in self._groups)
+
     def rows(self, layer: int) -> Tensor | None:
         """Return the rows of the iteration that run a layer's MHA block: None for all, empty for none."""
         return self._groups[self._group_of[layer]].rows
@@ -227,14 +240,17 @@ class _Requests:
     def __init__(self, held: list[HeldBlocks], counts: Int64s, starts: Int64s, rows: Int64s, decodes: int) -> None:
         self.held, self.counts, self.starts, self.rows, self.decodes = held, counts, starts, rows, decodes
 
-    def tables(self, least_width: int) -> tuple[Int32s, Int32s]:
-        """Return the KV blocks [layers, requests, w] of the decodes, and those of the prompt chunks."""
+    def tables(self, power_of_two: bool) -> tuple[Int32s, Int32s]:
+        """Return the KV blocks [layers, requests, w] of the decodes, and those of the prompt chunks.
+
+        power_of_two: whether w is one.
+        """
         layers = len(self.held[0].runs)
         made = []
-        for part, least in ((slice(0, self.decodes), least_width), (slice(self.decodes, None), 1)):
-            held = self.held[part]
-            width = max((one.needed for one in held), default=least)
-            width = max(width, least)
+        for held in (self.held[: self.decodes], self.held[self.decodes :]):
+            width = max((one.needed for one in held), default=1)
+            if power_of_two:
+                width = 1 << max(width - 1, 0).bit_length()
             width = -(-width // WIDTH_STEP) * WIDTH_STEP
             made.append(stack_blocks(held, width) if held else np.zeros((layers, 0, width), np.int32))
         return made[0], made[1]

@@ -28,14 +28,15 @@ _TYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64, np.d
 class Staging:
     """Pinned memory and as much on the device, used again in every iteration.
 
-    The tensors of one ``send`` are valid until the next one. version: changes when their memory moves to other
-    addresses.
+    The tensors of one ``send`` are valid until the next one. layout: where each of them lies and how large it is.
+    version: changes when their memory moves to other addresses.
     """
 
     def __init__(self, hardware: Device) -> None:
         """Allocate nothing yet."""
         self._hardware = hardware
         self.version = 0
+        self.layout: tuple[object, ...] = ()
         self._sent = False
         self._host = self._device = torch.empty(0, dtype=torch.uint8)
         self._array: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
@@ -49,6 +50,7 @@ class Staging:
         for array in arrays:
             places.append(size)
             size += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        self.layout = tuple((at, array.shape, array.strides) for at, array in zip(places, arrays, strict=True))
         if self._sent:  # by a pass that failed: the device may still copy
             self._hardware.synchronize()
         if size > len(self._array):

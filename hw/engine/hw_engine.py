@@ -9,13 +9,18 @@ simulated and the real engine admit the same requests in the same order.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from hw.elastic.attention import Attention
+from hw.elastic.attention_choice import find_attention
 from hw.elastic.copies import LayerCopier
+from hw.elastic.device import Accelerator
 from hw.elastic.device_memory import DeviceMemory
+from hw.elastic.graphs import DecodeGraphs
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_kv import ArenaStorage, KVArena
 from hw.engine.clock import Clock, RealClock
@@ -23,6 +28,7 @@ from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts, RandomPrompts
 from hw.engine.sampling import Sampling
 from hw.engine.torch_executor import TorchExecutor, TorchWeights
+from hw.engine.workspace import fit_batches, needed_bytes
 from sim.cost.memory import fixed_weight_bytes, kv_block_layer_bytes
 from sim.cost.plan import WEIGHT_BITS, Plan, check_plan
 from sim.engine.budget import Budget, constant_budget
@@ -51,7 +57,10 @@ class Handover:
 
 
 class HwEngine(Replica):
-    """A replica that computes with a real model."""
+    """A replica that computes with a real model.
+
+    attention: how it is computed. notes: what the engine changed about its settings.
+    """
 
     executor_type: type[TorchExecutor] = TorchExecutor
 
@@ -74,6 +83,8 @@ class HwEngine(Replica):
         quality_nll: Callable[[Plan], float] | None = None,
         during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
         plans: Iterable[Plan] | None = None,
+        attention: str = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         """Build an idle engine over a dense model and apply its first plan.
 
@@ -93,8 +104,11 @@ class HwEngine(Replica):
             during_forward: a context that is entered while the model computes, for example to release a lock.
             plans: those that may run. What they need is stored now, so that no plan change has to quantize a block.
                 None: any, so all blocks are stored at 16, 8 and 4 bits.
+            attention: which code computes it, a value of hw.attention.
+            cuda_graphs: whether decode passes that recur are recorded; only where the device and that code can.
         Raises:
-            ConfigError: for ``prefix_caching`` or ``schedules_ahead``, which only the simulated engine has.
+            ConfigError: for ``prefix_caching``, ``schedules_ahead``, ``preemption=swap`` or ``copying=blocking``, which
+                only the simulated engine has.
             PlanError: for a plan that is not legal for the model.
             BudgetError: if the first budget cannot hold the weights and one request.
         """
@@ -105,6 +119,15 @@ class HwEngine(Replica):
                 "engine.schedules_ahead is true; the real engine forms a batch when the iteration before it has ended: "
                 "set it to false"
             )
+        if config.preemption == "swap":
+            raise ConfigError(
+                "engine.preemption is swap; the real engine does not copy KV to host memory: set it to recompute, and "
+                "engine.host_kv_blocks to 0"
+            )
+        if config.copying == "blocking":
+            raise ConfigError(
+                "engine.copying is blocking; the real engine serves while it copies weights in: set it to overlapped"
+            )
         budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
         clock = clock or RealClock()
         self.elastic = elastic
@@ -114,6 +137,22 @@ class HwEngine(Replica):
         _prepare(elastic, plan, plans)
         self.memory = DeviceMemory(elastic.hardware, elastic.bytes())
         self.arena = arena or _default_arena(elastic, budget, workspace_bytes, config.kv_block_tokens)
+        self.attention = found = find_attention(
+            attention,
+            self.arena.device,
+            head_dim=elastic.spec.head_dim,
+            dtype=elastic.dtype,
+            block_tokens=config.kv_block_tokens,
+        )
+        self.notes: list[str] = []
+        graph_bytes = 0
+        if isinstance(elastic.hardware, Accelerator):
+            config, problem = fit_batches(elastic.spec, config, found, workspace_bytes, sampled=sampling is not None)
+            if problem is not None:
+                self.notes.append(problem)
+                print(f"warning: {problem}", file=sys.stderr)
+            tokens = max(config.limits.max_batch_tokens, config.limits.max_running)
+            graph_bytes = workspace_bytes - needed_bytes(elastic.spec, config, found, tokens)
         self._copier = copier or LayerCopier(elastic, clock.source)
         weights = TorchWeights(elastic, self._copier, clock, self.memory)
         self._torch = self.executor_type(
@@ -126,6 +165,8 @@ class HwEngine(Replica):
             ends=ends,
             sampling=sampling,
             during_forward=during_forward,
+            attention=found,
+            graphs=_graphs_of(elastic, found, graph_bytes) if cuda_graphs else None,
         )
         super().__init__(
             model=elastic.spec,
@@ -235,6 +276,13 @@ def _default_arena(elastic: ElasticModel, budget: Budget, workspace_bytes: int, 
     block_bytes = kv_block_layer_bytes(spec, block_tokens)
     most = (max(budget.budget_bytes) - workspace_bytes - fixed_weight_bytes(spec)) // block_bytes
     return arena_of(elastic, most, block_tokens=block_tokens)
+
+
+def _graphs_of(elastic: ElasticModel, attention: Attention, most_bytes: int) -> DecodeGraphs | None:
+    """Return CUDA graphs, which may take what a pass leaves of the workspace, if the device has them."""
+    if not attention.in_graphs or not isinstance(elastic.hardware, Accelerator) or most_bytes <= 0:
+        return None
+    return DecodeGraphs(elastic.hardware, most_bytes)
 
 
 def arena_of(elastic: ElasticModel, capacity: int, *, block_tokens: int) -> KVArena:

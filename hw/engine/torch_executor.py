@@ -15,11 +15,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from hw.elastic.attention import Attention, Sdpa
+from hw.elastic.attention import Attention
+from hw.elastic.attention_choice import default_attention
 from hw.elastic.blocks import ABSENT, KINDS
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import DeviceMemory, attempt
 from hw.elastic.forward import NotANumberError, forward
+from hw.elastic.graphs import DecodeGraphs
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import Packed, PagedBatch
 from hw.elastic.paged_kv import KVArena
@@ -28,6 +30,7 @@ from hw.engine.clock import Clock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts
 from hw.engine.sampling import Draw, Drawn, Sampling, choose
+from sim.cost.memory import logit_rows
 from sim.cost.plan import describe
 from sim.engine.executor import Iteration, Ran
 from sim.engine.live_request import LiveRequest
@@ -117,6 +120,7 @@ class TorchExecutor:
         sampling: Callable[[int], Sampling | None] | None = None,
         during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
         attention: Attention | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         """Run ``elastic`` over the KV in ``arena``.
 
@@ -126,7 +130,8 @@ class TorchExecutor:
             ends: called with (request_id, token); returns whether that token ends the request early. None: never.
             sampling: called with a request_id; returns how its tokens are sampled, None for greedy. None: all greedy.
             during_forward: a context that is entered while the model computes.
-            attention: how attention is computed. None: by PyTorch.
+            attention: how attention is computed. None: as hw.attention=auto.
+            graphs: of decode passes. None: every pass is started operation by operation.
         """
         self.arena = arena
         self.tokens: dict[int, list[int]] = {}
@@ -136,10 +141,11 @@ class TorchExecutor:
         self._prompts, self._ends, self._during_forward = prompts, ends, during_forward
         self._sampling = sampling
         self._staging = Staging(elastic.hardware)
-        self._attention = attention or Sdpa()
+        self._attention, self._graphs = attention or default_attention(arena), graphs
 
     def run(self, iteration: Iteration) -> Ran | None:
         """Run one iteration; return None if memory ran out and nothing was computed."""
+        self._elastic.hardware.use()
         forward_start_s = self._clock.now_s()
         next_tokens = self._guarded_forward(iteration)
         if next_tokens is None:
@@ -215,12 +221,11 @@ class TorchExecutor:
                 caught_up.append(live)
                 rows.append(row - 1)
         drawn = Drawn(self._draws(caught_up))
-        batch = self._batch(single, chunks, rows, drawn)
-        logits = self._pass(iteration, batch)
-        chosen = choose(logits, drawn, batch.extra)
-        finite = torch.isfinite(logits).all()
+        fill_to = (self._graphs.rows_of(len(single)) or 0) if self._graphs is not None and not chunks else 0
+        batch = self._batch(single, chunks, rows, drawn, fill_to)
+        chosen, finite = self._next_tokens(iteration, batch, drawn, recurs=fill_to > 0)
         # The only time that the host waits for the device.
-        *read, is_finite = self._staging.read(torch.cat((chosen, finite[None].to(chosen.dtype)))).tolist()
+        *read, is_finite = self._staging.read(torch.cat((chosen[: len(rows)], finite))).tolist()
         if not is_finite:
             raise self._not_finite(iteration, self._batch(single, chunks, rows, drawn))
         return {live.request_id: token for live, token in zip(caught_up, read, strict=True)}
@@ -237,7 +242,12 @@ class TorchExecutor:
         return Packed(live.table, self.tokens_of(live)[start : start + tokens], start)
 
     def _batch(
-        self, single: Sequence[Packed], chunks: Sequence[Packed], rows: Sequence[int], drawn: Drawn
+        self,
+        single: Sequence[Packed],
+        chunks: Sequence[Packed],
+        rows: Sequence[int],
+        drawn: Drawn,
+        fill_to: int = 0,
     ) -> PagedBatch:
         return PagedBatch(
             self.arena,
@@ -248,12 +258,39 @@ class TorchExecutor:
             staging=self._staging,
             attention=self._attention,
             extra=drawn.arrays,
+            fill_to=fill_to,
         )
 
-    def _pass(self, iteration: Iteration, batch: PagedBatch, *, check: bool = False) -> Tensor:
-        """Return the logits of the rows that the batch wants."""
+    def _next_tokens(
+        self, iteration: Iteration, batch: PagedBatch, drawn: Drawn, *, recurs: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the next token of the rows that the batch wants, and [1] whether all logits are finite."""
+        count, at_once = len(batch.wanted), logit_rows(self._elastic.spec)
+        if count <= at_once:
+            logits = self._run(iteration, batch, recurs=recurs)
+            chosen = choose(logits, drawn, batch.extra)
+            return chosen, torch.isfinite(logits).all()[None].to(chosen.dtype)
+        hidden = self._run(iteration, batch, recurs=recurs, head=False)
+        tokens: list[Tensor] = []
+        finite: list[Tensor] = []
+        for first in range(0, count, at_once):
+            logits = self._elastic.ends.logits(hidden[first : first + at_once])
+            tokens.append(choose(logits, drawn, batch.extra, first))
+            finite.append(torch.isfinite(logits).all())
+        return torch.cat(tokens), torch.stack(finite).all()[None].to(tokens[0].dtype)
+
+    def _run(self, iteration: Iteration, batch: PagedBatch, *, recurs: bool, head: bool = True) -> Tensor:
+        """Return what ``_pass`` returns, from a CUDA graph if the pass recurs and can have one."""
+        if self._graphs is None or not recurs or not batch.uniform:
+            return self._pass(iteration, batch, head=head)
+        state = self.arena.version, self._staging.version, self._elastic.weights_version
+        key = batch.layout, iteration.plan
+        return self._graphs.run(key, state, lambda: self._pass(iteration, batch, head=head))
+
+    def _pass(self, iteration: Iteration, batch: PagedBatch, *, check: bool = False, head: bool = True) -> Tensor:
+        """Return the logits of the rows that the batch wants; without ``head``, the input of the head."""
         plan = iteration.plan
-        return forward(self._elastic, batch, prefill=plan.prefill, decode=plan.decode, check=check)
+        return forward(self._elastic, batch, prefill=plan.prefill, decode=plan.decode, check=check, head=head)
 
     def _not_finite(self, iteration: Iteration, batch: PagedBatch) -> NumericsError:
         """Run again to find the block that gave a value that is no finite number."""

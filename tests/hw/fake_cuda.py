@@ -14,8 +14,9 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 from hw.elastic.device import Accelerator, Event
 from hw.elastic.virtual_memory import AddressRange, CudaRange, Pieces
+
+try:
+    from hw.elastic.kernels.launch import WATCHERS
+except ImportError:  # without triton there are no kernels
+    WATCHERS = []
 
 
 class _Counted(TorchDispatchMode):
@@ -115,6 +121,76 @@ class FakeDriver:
         self._bytes[start : start + size].fill(255)
 
 
+class _Recording(TorchDispatchMode):
+    """Remembers the operations and kernels of a pass, and which memory they use that existed before it.
+
+    calls: names, shapes and numbers, in order. outside: addresses of that memory, each with a reference to it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[object] = []
+        self.outside: dict[int, weakref.ref[Any]] = {}
+        self._inside: set[int] = set()
+        self._kept: list[Tensor] = []  # so that no address is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        assert "_local_scalar_dense" not in name, "a recorded pass waits for the device"
+        assert "lift_fresh" not in name, "a recorded pass uses memory of the host"
+        self._note(name, (args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.outside:
+                self._inside.add(tensor.untyped_storage()._cdata)
+                self._kept.append(tensor)
+        return out
+
+    def kernel(self, name: str, values: Sequence[Any]) -> None:
+        """Remember a kernel of this package."""
+        self._note(name, values)
+
+    def _note(self, name: str, values: Any) -> None:
+        leaves = tree_leaves(values)
+        self.calls.append((name, *(tuple(v.shape) if isinstance(v, Tensor) else repr(v) for v in leaves)))
+        for tensor in leaves:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._inside:
+                    self.outside.setdefault(storage._cdata, weakref.ref(storage))
+
+
+class FakeGraph:
+    """A recorded pass: its replay runs the pass again, and fails if a GPU would have used other memory or values."""
+
+    def __init__(self, device: FakeCuda, step: Callable[[], Tensor]) -> None:
+        before = device.in_use
+        self._device, self._recorded = device, _Recording()
+        self._step = step
+        self.output = self._watched(self._recorded)
+        self.nbytes = max(0, device.in_use - before)
+        self.replays = 0
+
+    def _watched(self, recording: _Recording) -> Tensor:
+        WATCHERS.append(recording.kernel)
+        try:
+            with recording:
+                return self._step()
+        finally:
+            WATCHERS.remove(recording.kernel)
+
+    def replay(self) -> None:
+        self.replays += 1
+        self._device.replays += 1
+        assert all(ref() is not None for ref in self._recorded.outside.values()), "a graph uses memory that was freed"
+        now = _Recording()
+        output = self._watched(now)
+        assert now.outside.keys() == self._recorded.outside.keys(), "a graph uses other memory than this pass"
+        assert now.calls == self._recorded.calls, "a graph runs other operations than this pass"
+        with torch.inference_mode():
+            self.output.copy_(output)
+
+
 class FakeCuda(Accelerator):
     """A device with memory of its own, in the memory of the host.
 
@@ -122,6 +198,7 @@ class FakeCuda(Accelerator):
     limits: all that were set. allocations: tensors and mapped pieces so far. refuse: the numbers of those that fail.
     given_back: bytes in use at each call. piece_bytes: granularity of mapped memory. mapped: storages of it. busy:
     whether it was used since the host last waited. uploads, reads: copies to the device, and back with a wait.
+    timings: how long each timed piece of work was held back. replays: of graphs.
     """
 
     place = torch.device("cpu")
@@ -130,13 +207,14 @@ class FakeCuda(Accelerator):
     def __init__(self, polls: int = 3) -> None:
         self.polls = polls
         self.in_use = self.peak = self.allocations = self.pinned_bytes = 0
-        self.uploads = self.reads = 0
+        self.uploads = self.reads = self.replays = 0
         self.mapped: set[int] = set()
         self.busy = False
         self._uploading: list[tuple[Tensor, Tensor]] = []  # pinned memory, and its content when the copy began
         self.limits: list[int | None] = []
         self.refuse: frozenset[int] = frozenset()
         self.given_back: list[int] = []
+        self.timings: list[float] = []
         self._live: dict[int, int] = {}
         self._pinned: set[int] = set()
         self._under_way: list[FakeEvent] = []
@@ -223,6 +301,10 @@ class FakeCuda(Accelerator):
         self.computed()
         return tensor.clone()
 
+    def record(self, step: Callable[[], Tensor]) -> FakeGraph:
+        step()
+        return FakeGraph(self, step)
+
     def uncounted(self, size: int) -> Tensor:
         """Return memory that is not the device's."""
         storage = torch.UntypedStorage(size)  # no operation of torch, so not counted as memory of the device
@@ -255,6 +337,12 @@ class FakeCuda(Accelerator):
 
     def join(self, event: Event, tensors: Sequence[Tensor]) -> None:
         event.synchronize()
+
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        self.timings.append(ahead_s)
+        start_s = time.perf_counter()
+        work()
+        return time.perf_counter() - start_s, 0.001
 
     def mark(self) -> Event:
         event = FakeEvent(self, [])

@@ -22,9 +22,9 @@ from hw.elastic.kernels.launch import ceil_div, dot, launch, multiprocessors, po
 # Shapes as in hw.elastic.ops; g = H / h query heads share a KV head.
 
 TILE_BYTES = 16 << 10
-"""Bytes of the keys of a tile. Keys and values of two tiles are then 64 KiB, which fits every GPU since Volta."""
+"""Bytes of the keys of a tile that goes to the matrix units; without them, registers allow half of it."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
-SPLIT_TOKENS = 1024
+SPLIT_TOKENS = 2048
 """A program of decode reads about this many tokens at most: one long context must not outlast the rest of a batch."""
 LEAST_SPLIT_TOKENS = 128
 MOST_SPLITS = 64
@@ -53,7 +53,8 @@ def paged_decode(
         part = torch.empty((requests, heads, splits, d), dtype=torch.float32, device=query.device)
         sums = torch.empty((requests, heads, splits), dtype=torch.float32, device=query.device)
     group = heads // kv_heads
-    tile = tile_tokens(d, kv.element_size())
+    matrix = group > 1 and kv.element_size() == 2
+    tile = tile_tokens(d, kv.element_size(), TILE_BYTES if matrix else TILE_BYTES // 2)
     launch(
         _decode_kernel,
         (kv_heads, splits, requests),
@@ -84,6 +85,7 @@ def paged_decode(
         KV_BLOCK_TOKENS=p,
         WINDOW=window > 0,
         SPLIT=splits > 1,
+        STAGES=5 if matrix else 4,  # 48 to 64 KiB under way; the table, loaded first, takes stages too
     )
     if splits > 1:
         launch(
@@ -110,9 +112,9 @@ def decode_splits(requests: int, kv_heads: int, most_tokens: int, processors: in
     return max(min(wanted, ceil_div(most_tokens, LEAST_SPLIT_TOKENS), MOST_SPLITS), 1)
 
 
-def tile_tokens(head_dim: int, element_bytes: int) -> int:
+def tile_tokens(head_dim: int, element_bytes: int, tile_bytes: int = TILE_BYTES) -> int:
     """Return the keys of a tile: a power of two from 16 to 128."""
-    return min(max(TILE_BYTES // (power_of_two(head_dim, 16) * element_bytes), 16), 128)
+    return min(max(tile_bytes // (power_of_two(head_dim, 16) * element_bytes), 16), 128)
 
 
 def _check(query: Tensor, kv: Tensor, table: Tensor) -> None:
@@ -182,6 +184,7 @@ def _decode_kernel(
     KV_BLOCK_TOKENS: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     shared = tl.program_id(0)  # the KV head: programs that run at the same time read keys that lie side by side
     split = tl.program_id(1)
@@ -210,7 +213,7 @@ def _decode_kernel(
     total = tl.zeros((GROUP_BLOCK,), tl.float32)
     gathered = tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32)
     keys = kv + shared * kv_head + column[None, :]
-    for at in tl.range(begin, end, TILE, num_stages=2):
+    for at in tl.range(begin, end, TILE, num_stages=STAGES):
         place = at + tl.arange(0, TILE)
         valid = place < end
         offset = _place_offset(table + request * table_row, place, valid, kv_block, kv_place, KV_BLOCK_TOKENS)
@@ -234,16 +237,13 @@ def _decode_kernel(
         else:
             gathered += dot(share.to(v.dtype), v)
 
-    result = gathered / tl.where(total > 0, total, 1.0)[:, None]
+    known = total > 0  # else no key was seen
+    result = gathered / tl.where(known, total, 1.0)[:, None]
     if SPLIT:
         at_part = (request * HEADS + head) * splits + split
-        tl.store(part + at_part[:, None] * DIM + column[None, :], result, mask=here)
-        known = total > 0  # else a part without keys
-        tl.store(
-            sums + at_part,
-            tl.where(known, most + tl.log2(tl.where(known, total, 1.0)), float("-inf")),
-            mask=member < GROUP,
-        )
+        tl.store(part + at_part[:, None] * DIM + column[None, :], result, mask=here & known[:, None])
+        weight = tl.where(known, most + tl.log2(tl.where(known, total, 1.0)), float("-inf"))
+        tl.store(sums + at_part, weight, mask=member < GROUP)
     else:
         target = part + request * out_row + head[:, None] * out_head + column[None, :]
         tl.store(target, result.to(part.dtype.element_ty), mask=here)
@@ -268,9 +268,9 @@ def _combine_kernel(
     split = tl.arange(0, SPLITS_BLOCK)
     at = (request * HEADS + head) * splits + split
     weight = tl.load(sums + at, mask=split < splits, other=float("-inf"))
+    inside = (weight > float("-inf"))[:, None] & (column < DIM)[None, :]  # a part without keys was not stored
     most = tl.max(weight, axis=0)
     weight = tl.exp2(weight - tl.where(most == float("-inf"), 0.0, most))
-    inside = (split < splits)[:, None] & (column < DIM)[None, :]
     values = tl.load(part + at[:, None] * DIM + column[None, :], mask=inside, other=0.0)
     total = tl.sum(weight, axis=0)
     result = tl.sum(values * weight[:, None], axis=0) / tl.where(total > 0, total, 1.0)
@@ -294,7 +294,7 @@ def paged_prefill(
     _check(query, kv, table)
     out = _output(query, out)
     group = heads // kv_heads
-    most_rows = 128 if kv.element_size() == 2 and d <= 128 else 64
+    most_rows = 16 if kv.element_size() > 2 else 128 if d <= 128 else 64
     block = power_of_two(max(min(rows * group, most_rows), group), 16)
     tile_rows = block // group  # tokens of a tile
     launch(
@@ -396,7 +396,7 @@ def _prefill_kernel(
     gathered = tl.zeros((ROWS_BLOCK, DIM_BLOCK), tl.float32)
     keys = kv + shared * kv_head + column[None, :]
     blocks = table + chunk.to(tl.int64) * table_row
-    for at in tl.range(low, high, TILE, num_stages=2):
+    for at in tl.range(low, high, TILE):
         place = at + tl.arange(0, TILE)
         valid = place < high
         offset = _place_offset(blocks, place, valid, kv_block, kv_place, KV_BLOCK_TOKENS)

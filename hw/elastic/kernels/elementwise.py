@@ -230,7 +230,7 @@ def _rope_and_store_kernel(
     turns = (head < HEADS + KV_HEADS) & inside  # values keep theirs
     if NORM:
         square = (tl.sum(x * x, axis=1) / DIM)[:, None]
-        weight = _weight_of(q_norm, k_norm, column, head < HEADS, turns)
+        weight = _weight_of(q_norm, k_norm, column, column < DIM, head < HEADS)
         x = tl.where(turns, _normed(x, square, weight, eps, offset, kind, OFFSET).to(kind).to(tl.float32), x)
     if ROTATED > 0:
         # Half turns against half: column c of the first half with c + ROTATED / 2, whose sign is negative.
@@ -238,7 +238,7 @@ def _rope_and_store_kernel(
         other = tl.where(column < ROTATED // 2, column + ROTATED // 2, column - ROTATED // 2)
         partner = tl.load(source + other, mask=turns & rotates, other=0.0).to(tl.float32)
         if NORM:
-            weight = _weight_of(q_norm, k_norm, other, head < HEADS, turns & rotates)
+            weight = _weight_of(q_norm, k_norm, other, rotates, head < HEADS)
             partner = _normed(partner, square, weight, eps, offset, kind, OFFSET).to(kind).to(tl.float32)
         partner = tl.where(column < ROTATED // 2, -partner, partner)
         cosine = tl.load(cos + row * cos_row + column, mask=rotates, other=1.0).to(tl.float32)
@@ -256,8 +256,8 @@ def _rope_and_store_kernel(
 
 
 @triton.jit
-def _weight_of(q_norm, k_norm, column, is_query, mask):
+def _weight_of(q_norm, k_norm, column, mask, is_query):
     """Return the norm's weight of each column, of queries or of keys."""
-    of_query = tl.load(q_norm + column, mask=mask & is_query, other=0.0).to(tl.float32)
-    of_key = tl.load(k_norm + column, mask=mask & (is_query == 0), other=0.0).to(tl.float32)
-    return of_query + of_key
+    of_query = tl.load(q_norm + column, mask=mask, other=0.0).to(tl.float32)
+    of_key = tl.load(k_norm + column, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(is_query, of_query, of_key)

@@ -12,6 +12,7 @@ Rules that all kernels here keep:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,8 @@ from triton.runtime import JITFunction
 
 LAUNCHES: Counter[str] = Counter()
 """How often each kernel was started in this process, by name."""
+WATCHERS: list[Callable[[str, Sequence[Any]], None]] = []
+"""Called with the name and the arguments of every kernel that is started; for tests."""
 
 
 def launch(
@@ -39,6 +42,8 @@ def launch(
     if 0 in grid:
         return
     LAUNCHES[kernel.__name__] += 1
+    for watcher in WATCHERS:
+        watcher(kernel.__name__, [*arguments, *constants.values()])
     if any(isinstance(one, Tensor) and one.is_meta for one in arguments):
         return
     kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)

@@ -42,7 +42,8 @@ def quantized_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None) -> Ten
     arguments = rows, weight.packed, weight.scales, zeros, out if bias is None else bias, out
     constants = {"O": o, "I": i, "BITS": weight.bits, "BIAS": bias is not None}
     if n == 1:
-        launch(_row_kernel, (ceil_div(o, 8),), *arguments, **constants, O_BLOCK=8, GROUPS=8 if weight.bits == 4 else 4)
+        groups = 8 if weight.bits == 4 else 4  # of a step: 4 KiB of values
+        launch(_row_kernel, (ceil_div(o, 8),), *arguments, **constants, O_BLOCK=8, GROUPS=groups)
     elif n > 1:
         n_block, o_block, unroll, warps, stages = tiles(n, weight.bits, x.element_size())
         n_tiles = ceil_div(n, n_block)
@@ -76,7 +77,7 @@ def tiles(n: int, bits: int, element_bytes: int) -> tuple[int, int, int, int, in
         return 32, 32, 2, 4, 3
     if n <= 64:
         return 64, 64, 1, 4, 3
-    return 128, 64, 1, 4, 2
+    return 64, 128, 1, 8, 3
 
 
 @triton.jit
@@ -116,17 +117,17 @@ def _row_kernel(
             total += value * scale * factor
         else:
             zero = _zero_point(zeros, output * ALL + group, known)
-            at = group * GROUP + 2 * tl.arange(0, HALF)[None, None, :]
-            pairs = (step + tl.arange(0, GROUPS))[:, None, None] * GROUP + 2 * tl.arange(0, HALF)[None, :, None]
-            pairs += tl.arange(0, 2)[None, None, :]
-            even, odd = tl.split(tl.load(x + pairs, mask=pairs < I, other=0.0).to(tl.float32))  # [GROUPS, HALF] each
+            whole = (step + tl.arange(0, GROUPS))[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            factor = tl.load(x + whole, mask=whole < I, other=0.0).to(tl.float32)
+            even, odd = tl.split(tl.reshape(factor, (GROUPS, HALF, 2)))  # [GROUPS, HALF] each
+            at = group * HALF + tl.arange(0, HALF)[None, None, :]
             if I % 2 == 0:  # a byte holds two inputs of one output
-                pair = tl.load(packed + ((output * I + at) >> 1), mask=known & (at < I), other=0)
+                pair = tl.load(packed + output * (I // 2) + at, mask=known & (at < I // 2), other=0)
                 low = pair & 15
                 high = pair >> 4
             else:
-                low = _nibble(packed, output * I + at, known & (at < I))
-                high = _nibble(packed, output * I + at + 1, known & (at + 1 < I))
+                low = _nibble(packed, output * I + 2 * at, known & (2 * at < I))
+                high = _nibble(packed, output * I + 2 * at + 1, known & (2 * at + 1 < I))
             low = (low.to(tl.int32) - zero).to(tl.float32)
             high = (high.to(tl.int32) - zero).to(tl.float32)
             total += (low * even[None] + high * odd[None]) * scale
