@@ -71,6 +71,21 @@ def test_streams_are_served_some_are_aborted_and_the_server_stops(setup: Setup) 
     assert figures["answers"]["complete"] == SIZES["short"].streams - 3
 
 
+def test_throughput_is_compared_with_transformers_and_a_peer_that_fails_is_left_out(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no continuous batching here")
+
+    monkeypatch.setattr("hw.validate.transformers_engines._run_continuous", fails)
+    figures = found_by("peers", setup)["figures"]
+    assert set(figures["tokens_per_s"]) == {
+        f"{name}, {batch}" for name in ("hw.engine", "generate") for batch in (1, 2)
+    }
+    assert figures["left out"]["engine"] == "generate_batch"
+    assert "no continuous batching here" in figures["left out"]["traceback"]
+
+
 def test_the_report_of_the_tests_names_each_that_failed(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     report.write_text(
