@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -19,6 +20,7 @@ from hw.checkup.schedule import STEPS
 from hw.checkup.setup import SIZES, Setup
 from sim.config import check_overrides
 from sim.cost.model_spec import load_model
+from tests.hw.fake_cuda import FakeCuda
 from tests.hw.serving import flat_latency_content
 
 
@@ -48,6 +50,27 @@ def test_a_budget_that_falls_and_an_allocation_beyond_it_lose_no_request(setup: 
     figures = found_by("budgets", setup)["figures"]
     assert figures["out_of_memory"] >= 1
     assert figures["kv_bytes"][1] < figures["kv_bytes"][0] == figures["kv_bytes"][2]
+
+
+@pytest.fixture
+def on_fake_gpu(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """Let the model be on a fake GPU, which counts every tensor and refuses those beyond its limit."""
+    hardware = FakeCuda()
+    monkeypatch.setattr("hw.elastic.model.device_of", lambda _: hardware)
+    with hardware:
+        yield hardware
+
+
+def test_on_a_gpu_the_allocator_holds_the_weights_and_little_else(setup: Setup, on_fake_gpu: FakeCuda) -> None:
+    figures = found_by("weights", setup)["figures"]
+    assert figures["allocated_bytes"] >= 600_000
+    assert figures["stored_bytes"] > 0
+
+
+def test_on_a_gpu_an_allocation_beyond_the_limit_fails_and_the_limit_ends(setup: Setup, on_fake_gpu: FakeCuda) -> None:
+    found_by("budgets", setup)
+    assert on_fake_gpu.limits[-1] is None
+    assert len({limit for limit in on_fake_gpu.limits if limit is not None}) >= 2
 
 
 def test_policies_are_replayed_and_simulated_and_compared(setup: Setup) -> None:
