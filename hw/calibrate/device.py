@@ -38,6 +38,7 @@ from hw.elastic.layers import Layer
 from hw.elastic.model import ElasticModel, Rope
 from hw.elastic.paged_attention import Packed, PagedBatch
 from hw.elastic.paged_kv import ArenaStorage
+from hw.elastic.staging import Staging
 from hw.engine.clock import CLOCKS
 from hw.engine.hw_engine import arena_of
 from sim.cost.memory import kv_block_layer_bytes, kv_blocks
@@ -111,6 +112,7 @@ class Bench:
         self.most_blocks = min(wanted * self._spec.num_layers, most_blocks)
         self.arena = arena_of(elastic, self.most_blocks, block_tokens=BLOCK_TOKENS)
         self.pool = KVPool(0, ArenaStorage(self.arena))
+        self._staging = Staging(elastic.hardware)
         self._host_s: dict[str, float] = {}
 
     @torch.inference_mode()
@@ -239,7 +241,9 @@ class Bench:
         spec = self._spec
 
         def batch_of(made: list[Packed]) -> PagedBatch:
-            return PagedBatch(self.arena, made[: len(decodes)], made[len(decodes) :], self.elastic.windows)
+            return PagedBatch(
+                self.arena, made[: len(decodes)], made[len(decodes) :], self.elastic.windows, staging=self._staging
+            )
 
         def attend_all(batch: PagedBatch, qkv: Tensor, rope: Rope) -> None:
             for index, layer in enumerate(self.elastic.layers):
