@@ -43,6 +43,7 @@ LAYERS = {
         ("calibrate", "score", "serve", "client", "disaggregate"),
         ("validate",),
         ("reproduction",),
+        ("checkup",),
     ),
     "agents": ((".",), ("envs",), ("baselines",), ("training",), ("evaluation",)),
 }
