@@ -41,6 +41,8 @@ from sim.paths import CHECKOUT
 from sim.results.run_folder import own_folder, provenance, write_json
 from sim.types import Ints
 
+WRITTEN = CALIBRATIONS
+"""Where a fit is written so that every command finds it by its name."""
 HELD_OUT = "the held-out third"
 
 
@@ -128,7 +130,7 @@ def _folders(cfg: DictConfig) -> tuple[Path, Path]:
     """Return the folder of the calibration and that of the report."""
     if cfg.out is not None:
         return Path(cfg.out), Path(cfg.out)
-    return CALIBRATIONS if CHECKOUT else Path("calibration"), own_folder("fit")
+    return WRITTEN if CHECKOUT else Path("calibration"), own_folder("fit")
 
 
 def _case(cfg: DictConfig, server: Server, run: MeasuredRun) -> Case:
@@ -220,12 +222,12 @@ def _write(content: dict[str, Any], front: FrontEnd, folder: Path, side: str, co
     """Write the calibration and, if clients measured, its front end; print how to use them."""
     name = content["name"]
     path = folder / f"{name}.json"
-    if folder == CALIBRATIONS and path.is_file():
+    if folder == WRITTEN and path.is_file():
         before = read_json_object(path, CalibrationError, "remove it, or set name=")
         if "fit" not in before:
             raise ConfigError(f"{path} is no calibration of hw.fit and is not replaced; set name= to another name")
     write_calibration(content, path)
-    by_name = folder == CALIBRATIONS
+    by_name = folder == WRITTEN
     use = f"latency={name if by_name else path}"
     if side == "client" and by_name:
         write_front_end(CONF_DIR / "frontend" / f"{name}.yaml", front, name)

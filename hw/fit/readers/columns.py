@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hw.fit.measured import Bools, Columns, MeasuredRun, Side, measured_run
-from hw.fit.readers.fields import PER_SECOND
+from hw.fit.readers.fields import LARGEST, PER_SECOND
 from sim.errors import ConfigError, nearest
 from sim.traces.readers.cells import dates_ns, holds_dates, to_floats
 from sim.traces.readers.files import TraceFile
@@ -120,9 +120,12 @@ def _values(table: RawTable, role: str, name: str, unit: str) -> Floats:
         times_ns, good, _ = dates_ns(table.text_column(name))
         # Dates lose their first digits before they become floats, which hold 16.
         return np.where(good, (times_ns - np.int64(EPOCH_NS)) / 1e9, np.nan)
+    values = to_floats(column)
+    with np.errstate(invalid="ignore"):
+        values = np.where(np.abs(values) <= LARGEST, values, np.nan)
     if role in ("prompt", "output"):
-        return to_floats(column)
-    return to_floats(column) / PER_SECOND.get(name.rpartition("_")[2], PER_SECOND[unit])
+        return values
+    return values / PER_SECOND.get(name.rpartition("_")[2], PER_SECOND[unit])
 
 
 def _failed(table: RawTable, named: str | None) -> Bools:

@@ -14,6 +14,8 @@ from sim.errors import ConfigError, TraceError
 from sim.types import Floats
 
 PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+LARGEST = 1e30
+"""No time or count is larger, in any unit; sums of such numbers stay finite."""
 TRACE_ADVICE = re.compile(r",? (or|and) (raise|set|lower) trace\.\w+(=\w+)?( \(bytes\))?")
 
 
@@ -27,9 +29,10 @@ def number(value: Any) -> float:
             return np.nan
         value = text.strip().replace(" ", "x")
     try:
-        return float(value)
+        found = float(value)
     except (TypeError, ValueError, OverflowError):
         return np.nan
+    return found if abs(found) <= LARGEST else np.nan
 
 
 def numbers(values: Sequence[Any], per_second: float = 1.0) -> Floats:
