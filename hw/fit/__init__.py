@@ -8,5 +8,5 @@ diagnosis       what the run shows before anything is fitted
 settings_tried  the same run under other settings
 parameters      the numbers that may be fitted, and their priors
 fitting         the fit, its held-out errors and their ranges
-report          what is printed, written and drawn
+report          what is printed, written and plotted
 """

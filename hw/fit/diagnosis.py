@@ -38,7 +38,7 @@ LIKE_ITSELF = 1.25
 class Diagnosis:
     """The figures of a run and what they say.
 
-    real, simulated: costs of a token; None for several servers, of which nobody knows which one served a request.
+    real, simulated: costs of a token; None for several servers, since a client does not know which one served it.
     period: prompts repeat after so many; distinct: how many texts there are, where the file has texts.
     steps_s: values at which TTFT gathers, (real, simulated). warm_up: requests before the server ran at full speed.
     warm_ratio: of those over the others, real over simulated. most_rps, utilization: by simulation.
@@ -110,7 +110,7 @@ def find_period(lengths: Any) -> int | None:
 
 
 def find_steps(ttft_s: Floats) -> list[float]:
-    """Return the values at which TTFT gathers: bars of 3 % of its range with many requests, apart from the others.
+    """Return the values at which TTFT gathers: narrow bars of its histogram with many requests.
 
     A prompt that is cut into chunks adds full iterations, so chunk sizes show as steps.
     """
@@ -346,7 +346,7 @@ def _of_prompt_cost(found: Diagnosis, server: Server, *, cheap: bool) -> str:
 def _differs(real: float, ours: float, *errors: float) -> bool:
     """Return whether two costs differ by more than prices and their errors explain."""
     if min(real, ours) < 1e-3 * max(real, ours) and max(errors) > 0.1 * max(real, ours):
-        return False  # at its bound, because it cannot be told from the others
+        return False  # at its bound, because the others stand in for it
     far = max(real, ours) > LIKE_ITSELF * LIKE_ITSELF * max(min(real, ours), 1e-12)
     return far and abs(real - ours) > 3 * math.hypot(*errors) + 2e-4 * max(real, ours)
 

@@ -38,7 +38,7 @@ ORIGIN = 10.0
 POLISH_STEP, POLISH_SIMULATIONS = 0.3, 25
 """Of the search without derivatives at the end: its first steps, in deviations, and its simulations for each number."""
 BLOCKS, REPEATS = 20, 200
-"""Of the bootstrap. Requests that follow each other depend on each other, so blocks of them are drawn."""
+"""Of the bootstrap. Requests that follow each other depend on each other, so blocks are sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,12 +79,12 @@ class Case:
 class Fitted:
     """A fit. nothing, fitted: mean loss of the held-out requests, of the description as it is and of the point.
 
-    ranges: name -> P5 and P95 of the bootstrap. draws: some of its points.
+    ranges: name -> P5 and P95 of the bootstrap. samples: some of its points.
     """
 
     point: Point
     ranges: dict[str, tuple[float, float]]
-    draws: tuple[Point, ...]
+    samples: tuple[Point, ...]
     nothing: float
     fitted: float
     simulations: int
@@ -253,11 +253,11 @@ def fit_and_judge(cases: Sequence[Case], free: Sequence[str], *, seed: int = 0) 
     held = [case.held_out for case in cases]
     nothing = problem.of_data([expected(case.server, case.run, case.copies) for case in cases], held)
     fitted = problem.of_data(problem.simulated(deviations), held)
-    ranges, draws = _bootstrap(problem, deviations, seed)
+    ranges, samples = _bootstrap(problem, deviations, seed)
     return Fitted(
         point=point,
         ranges=ranges,
-        draws=draws,
+        samples=samples,
         nothing=float(sum(np.sum(part**2) for part in nothing)),
         fitted=float(sum(np.sum(part**2) for part in fitted)),
         simulations=problem.simulations,
@@ -267,11 +267,11 @@ def fit_and_judge(cases: Sequence[Case], free: Sequence[str], *, seed: int = 0) 
 def _bootstrap(
     problem: _Problem, deviations: Floats, seed: int
 ) -> tuple[dict[str, tuple[float, float]], tuple[Point, ...]]:
-    """Return the range of each number over draws of blocks of requests, and some of the points.
+    """Return the range of each number over samples of blocks of requests, and some of the points.
 
-    Each draw takes one step of Gauss and Newton from the best point, with the requests weighted by how often they were
-    drawn: no further simulation is needed. The middles of the priors are drawn too, each from its prior, so that a
-    number that the run hardly tells has the range of its prior.
+    Each sample takes one step of Gauss and Newton from the best point, with the requests weighted by how often they
+    come in it: no further simulation is needed. The middles of the priors are sampled too, each from its prior, so that
+    a number that the run hardly tells has the range of its prior.
     """
     random = np.random.default_rng(seed)
     rest, jacobian = problem.residuals(deviations), problem.jacobian(deviations)
@@ -279,9 +279,9 @@ def _bootstrap(
     found = []
     for _ in range(REPEATS):
         weight = np.concatenate([*weigh(), np.ones(len(deviations))])
-        scaled, drawn = jacobian * weight[:, None], rest.copy()
-        drawn[-len(deviations) :] += PRIOR_WEIGHT * random.standard_normal(len(deviations))
-        step = np.linalg.lstsq(scaled.T @ jacobian, -scaled.T @ drawn, rcond=None)[0]
+        scaled, sampled = jacobian * weight[:, None], rest.copy()
+        sampled[-len(deviations) :] += PRIOR_WEIGHT * random.standard_normal(len(deviations))
+        step = np.linalg.lstsq(scaled.T @ jacobian, -scaled.T @ sampled, rcond=None)[0]
         found.append(deviations + np.clip(step, -3.0, 3.0))
     points = [point_of(problem.free, one) for one in found]
     ranges = {}
@@ -293,13 +293,13 @@ def _bootstrap(
 
 
 def _weights(cases: Sequence[Case], random: np.random.Generator) -> Callable[[], list[Floats]]:
-    """Return a function that draws the weights of all residuals: how often each request's block was drawn."""
+    """Return a function that samples the weights of all residuals: how often each request's block comes."""
 
-    def draw() -> list[Floats]:
+    def sample() -> list[Floats]:
         found = []
         for case in cases:
             count = len(case.fitted)
-            if not case.matched:  # its quartiles: the spread of a median over draws is a part of the deviation of one
+            if not case.matched:  # its quartiles: the spread of a median over samples is a part of the deviation of one
                 found.append(random.exponential(size=2 * len(QUARTILES)))
                 continue
             blocks = min(BLOCKS, count)
@@ -308,4 +308,4 @@ def _weights(cases: Sequence[Case], random: np.random.Generator) -> Callable[[],
             found.append(np.concatenate([rows, rows]))
         return found
 
-    return draw
+    return sample

@@ -10,7 +10,7 @@
 
 Each number is counted in deviations from its prior; factors by their logarithm. Two numbers that were fitted on a short
 run at a low load left 2 % of ITL and E2E and 6 % of TTFT on other loads; five fit better and predict worse, because
-linear layers and attention, or overhead and memory, cannot be told apart at one load.
+one load cannot separate linear layers from attention, nor overhead from memory.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def check_free(free: Sequence[str], rates_rps: Sequence[float], engine_side: boo
         raise ConfigError(f"free has a name twice: {', '.join(free)}; name each number once")
     if "fixed_s" in free and max(rates_rps) < MOST_ALIKE * min(rates_rps):
         raise ConfigError(
-            "free has fixed_s, but an overhead and memory-bound time cannot be told apart at one load; give runs at "
+            "free has fixed_s, but one load cannot separate an overhead from memory-bound time; give runs at "
             f"two rates, one {MOST_ALIKE:g} times the other, or leave fixed_s out"
         )
     if engine_side and {"front_s", "front_token_s"} & set(free):

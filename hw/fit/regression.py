@@ -63,7 +63,7 @@ def prompts_in(moments: Moments) -> Floats:
 
 
 def costs(moments: Moments) -> Costs | None:
-    """Return the three costs, each at least 0, by least squares; None without enough requests to tell them apart."""
+    """Return the three costs, each at least 0, by least squares; None without enough requests."""
     gaps = (moments.produced_tokens - 1).astype(np.float64)
     gap_s = moments.tpot_s
     use = np.isfinite(gap_s) & (gap_s > 0) & (gaps >= LEAST_GAPS)

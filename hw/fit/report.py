@@ -1,4 +1,4 @@
-"""What hw.fit prints, writes and draws."""
+"""What hw.fit prints, writes and plots."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _finite(value: float) -> float | None:
 def print_fit(fitted: Fitted, console: Console) -> None:
     """Print the fitted numbers and their ranges."""
     table = Table(title="fitted on the first two thirds, after the warm-up")
-    for heading in ("number", "value", "P5 to P95 of draws"):
+    for heading in ("number", "value", "P5 to P95"):
         table.add_column(heading, justify="left" if heading == "number" else "right")
     for name, value in fitted.point.values.items():
         low, high = fitted.ranges[name]

@@ -195,13 +195,13 @@ def _judge(case: Case, fitted: Fitted | None, what: str, which: Ints, console: C
     rates = {name: most_rate_rps(server, case.run)[0] for name, server in ways.items()}
     content: dict[str, Any] = {"run": case.run.source, "requests": what, "errors": found, "max_rate_rps": rates}
     if fitted is not None:
-        draws = [most_rate_rps(server_at(case.server, point), case.run)[0] for point in fitted.draws]
-        known = [rate for rate in draws if rate is not None]
+        rates_of = [most_rate_rps(server_at(case.server, point), case.run)[0] for point in fitted.samples]
+        known = [rate for rate in rates_of if rate is not None]
         content["max_rate_range_rps"] = [min(known), max(known)] if known else None
         if known and rates["fitted"] is not None:
             low, high = min(known), max(known)
             console.print(
-                f"maximum rate {rates['fitted']:.3g} req/s, {low:.3g} to {high:.3g} over draws of the fit",
+                f"maximum rate {rates['fitted']:.3g} req/s, {low:.3g} to {high:.3g} over samples of the fit",
                 highlight=False,
             )
     return content

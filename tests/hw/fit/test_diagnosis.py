@@ -86,7 +86,7 @@ def test_the_period_of_prompt_lengths_is_found_and_chance_is_not_taken_for_one()
     assert find_period(np.tile(lengths, 5)) == 60
     assert find_period(random.integers(100, 2000, size=300)) is None
     assert find_period(np.full(300, 512)) is None
-    assert find_period(np.tile([500, 500, 500, 501], 50)) is None  # hardly different: it cannot be told
+    assert find_period(np.tile([500, 500, 500, 501], 50)) is None  # hardly different from chance
 
 
 def test_chunks_show_as_steps_of_ttft() -> None:
