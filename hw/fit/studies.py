@@ -218,7 +218,9 @@ def fit_means(server: Server, load: MeasuredRun, means: PublishedMeans, free: Se
         np.array([PRIORS[name].deviations(getattr(PRIORS[name], end)) for name in free]) for end in ("least", "most")
     )
     start = np.full(len(free), ORIGIN)
-    found = least_squares(rest, start, bounds=(low + ORIGIN, high + ORIGIN), diff_step=0.02, max_nfev=8)
+    found = least_squares(
+        rest, start, bounds=(low + ORIGIN, high + ORIGIN), diff_step=np.full(len(free), 0.02), max_nfev=8
+    )
     return point_of(free, found.x - ORIGIN)
 
 
@@ -270,7 +272,7 @@ def every_study() -> dict[str, Any]:
 
 NEAR = 0.9
 """Fitted targets hold up to this share of the maximum rate."""
-TARGETS = {
+TARGETS: Mapping[str, Mapping[str, tuple[float | None, float]]] = {
     # latency: statistic -> (nothing fitted, fitted)
     "ttft_s": {"mean": (0.20, 0.10), "p50": (0.20, 0.10), "p95": (0.20, 0.10), "p99": (None, 0.30)},
     "itl_s": {"mean": (0.10, 0.05), "p50": (0.10, 0.05), "p95": (0.10, 0.05), "p99": (None, 0.10)},
@@ -278,7 +280,10 @@ TARGETS = {
     "max_rate_rps": {"mean": (0.15, 0.05)},
 }
 SEVERAL = "8 x A100"
-SEVERAL_TARGETS = {"ttft_s": {"p50": (0.35, 0.05)}, "itl_s": {"p50": (0.35, 0.05)}}
+SEVERAL_TARGETS: Mapping[str, Mapping[str, tuple[float | None, float]]] = {
+    "ttft_s": {"p50": (0.35, 0.05)},
+    "itl_s": {"p50": (0.35, 0.05)},
+}
 SEVERAL_PARTS = ("1.3/s",)
 """Of several servers, of which no router fits the tails, only medians at 1.3/s have targets."""
 

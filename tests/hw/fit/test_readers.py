@@ -239,7 +239,9 @@ def hostile(real: MeasuredRun) -> dict[str, Any]:
         "deep": b"[" * 100_000,
         "half": b'{"input_lens": [1, 2',
         "vllm without lists": b'{"input_lens": 3, "output_lens": 4, "ttfts": 5, "itls": 6, "start_times": 7}',
-        "vllm of different lengths": b'{"input_lens": [3], "output_lens": [], "ttfts": [1], "itls": [], "start_times": []}',
+        "vllm of different lengths": json.dumps(
+            {"input_lens": [3], "output_lens": [], "ttfts": [], "itls": [], "start_times": []}
+        ).encode(),
         "vllm of texts": json.dumps(
             {name: ["x"] * 20 for name in ("input_lens", "output_lens", "ttfts", "itls", "start_times")}
         ).encode(),
