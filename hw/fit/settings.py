@@ -23,14 +23,34 @@ SIDES = ("client", "engine")
 
 
 @dataclass(kw_only=True)
+class ColumnNames:
+    """The names of a table's columns; null takes known ones.
+
+    sent, first_token, finish: times on one clock. ttft, e2e: seconds from the sending. decode: from the first token to
+        the last. gap: mean seconds between two tokens. failed: true where not empty, 0 or ok.
+    """
+
+    sent: str | None = None
+    prompt: str | None = None
+    output: str | None = None
+    ttft: str | None = None
+    first_token: str | None = None
+    finish: str | None = None
+    e2e: str | None = None
+    decode: str | None = None
+    gap: str | None = None
+    failed: str | None = None
+
+
+@dataclass(kw_only=True)
 class FitConfig:
     """Which runs to fit, and the server that they ran on.
 
     run: a folder or file, or several: a folder of hw.client or LLMServingSim; the JSON of vllm bench serve
         --save-detailed, guidellm, inference-perf or aiperf; or a table (CSV, Parquet, JSON lines), one row per request.
     judge: further runs that no fit sees, to state its errors on.
-    columns: of a table: role -> name of its column. Roles: sent, prompt, output; ttft or first_token; and finish, e2e,
-        decode or gap; failed. unit: of its times, s, ms, us or ns, where a column's name does not end in one.
+    columns: of a table, the names of the columns sent, prompt, output; ttft or first_token; and finish, e2e, decode or
+        gap; failed. unit: of its times, s, ms, us or ns, where a column's name does not end in one.
     benchmark: which one of a file with several, from 0.
     side: who measured a table: client, or engine (then no front end is fitted).
     model, gpu, engine, frontend, budget, latency, workspace_bytes: the server, as in sim.replay.
@@ -58,7 +78,7 @@ class FitConfig:
     latency: str | None = None
     workspace_bytes: float = 1.24e9
     replicas: int = 1
-    columns: dict[str, Any] = field(default_factory=dict)
+    columns: ColumnNames = field(default_factory=ColumnNames)
     unit: str = "s"
     benchmark: int | None = None
     side: str = "client"
@@ -96,7 +116,7 @@ def runs_of(cfg: DictConfig, key: str = "run") -> list[MeasuredRun]:
     """
     if cfg.side not in SIDES:
         raise ConfigError(f"side is {cfg.side!r}; {nearest(str(cfg.side), SIDES)}")
-    naming = Naming(columns={str(k): v for k, v in cfg.columns.items()}, unit=cfg.unit)
+    naming = Naming(columns={str(k): v for k, v in cfg.columns.items() if v is not None}, unit=cfg.unit)
     paths = names_of(cfg[key], key)
     if key == "run" and not paths:
         raise ConfigError("no run to fit; set run= to a folder or file of a measured run, see --help")

@@ -94,7 +94,7 @@ def test_by_name_it_writes_the_calibration_and_the_front_end(result: Path, capsy
         (("run=result.json", "name=a/b"), "name is 'a/b'"),
         (("run=result.json", "unit=min"), "unit is 'min'"),
         (("run=result.json", "side=server"), "side is 'server'"),
-        (("run=result.json", "columns={when: t}"), "columns.when"),
+        (("run=result.json", "columns={when: t}"), "columns has no 'when'"),
         (("run=result.json", "gpu=l4_24gb", "model=opt_13b"), "no calibration of opt_13b"),
     ],
 )
