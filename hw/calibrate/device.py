@@ -27,10 +27,12 @@ from torch import Tensor
 
 from hw.calibrate import measurements as m
 from hw.calibrate.calibration import times
+from hw.elastic.attention_choice import find_attention
 from hw.elastic.device import Device
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import ATTENTION, Packed, PagedBatch, forward
 from hw.elastic.paged_kv import ArenaStorage
+from hw.elastic.staging import Staging
 from hw.engine.clock import CLOCKS, RealClock
 from hw.engine.hw_engine import HwEngine, arena_of
 from hw.engine.iteration_log import Shape
@@ -208,6 +210,17 @@ class Bench:
             return (seconds,)
 
         return run
+
+    def _batch(self, decodes: list[Packed], prefills: list[Packed], wanted: Sequence[int] = ()) -> PagedBatch:
+        return PagedBatch(
+            self.arena,
+            decodes,
+            prefills,
+            self.elastic.windows,
+            wanted,
+            staging=self.staging,
+            attention=self.attention,
+        )
 
     def full_pass(
         self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]], keep: KeepMask | None = None

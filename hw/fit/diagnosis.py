@@ -313,6 +313,8 @@ def _of_costs(found: Diagnosis, server: Server) -> list[str]:
             f"a prompt that comes in costs the others {1e3 * real.prompt_s:.2g} ms, simulated "
             f"{1e3 * ours.prompt_s:.2g}: " + _of_prompt_cost(found, server, cheap=real.prompt_s < ours.prompt_s)
         )
+    if _near(found.run.tpot_s, found.simulated_run.tpot_s):
+        return said  # base and sequence stand in for each other where the number of requests hardly changes
     if _differs(real.base_s, ours.base_s, real.error[0], ours.error[0]):
         said.append(
             f"a token alone takes {1e3 * real.base_s:.2g} ms, simulated {1e3 * ours.base_s:.2g}: check model=, gpu= "
@@ -341,6 +343,15 @@ def _of_prompt_cost(found: Diagnosis, server: Server, *, cheap: bool) -> str:
             "engine.prefix_caching=false"
         )
     return "check model=, gpu=, engine.scheduler and engine.limits.max_batch_tokens, or let compute_bound be fitted"
+
+
+def _near(real_s: Floats, ours_s: Floats) -> bool:
+    """Return whether the medians of two sides differ by no more than prices do."""
+    known = [values[np.isfinite(values) & (values > 0)] for values in (real_s, ours_s)]
+    if not all(len(values) for values in known):
+        return True
+    ratio = float(np.median(known[0]) / np.median(known[1]))
+    return 1 / LIKE_ITSELF < ratio < LIKE_ITSELF
 
 
 def _differs(real: float, ours: float, *errors: float) -> bool:

@@ -30,9 +30,9 @@ COPIES, COPIES_OF_SEVERAL = 4, 2
 """Simulations for each point, with one server and with several."""
 WORST_RATIO = 10.0
 """Stands for a request that the simulated server did not answer."""
-STEP = 0.1
-"""Of the differences that approximate derivatives, in deviations: 1 % of memory_bound, 0.5 ms of front_s. Smaller steps
-would see how single requests jump to another iteration."""
+STEP, WIDE_STEP = 0.3, 0.5
+"""Of the differences that approximate derivatives, in deviations (1 is 10 % of memory_bound): for the fit and for its
+ranges. Smaller steps would see how single requests jump to another iteration, as if a run told more than it does."""
 ORIGIN = 10.0
 """Added to deviations for the optimizer, whose first steps are as long as its starting point is far from 0."""
 POLISH_STEP, POLISH_SIMULATIONS = 0.3, 25
@@ -237,13 +237,13 @@ class _Problem:
         best: Floats = np.clip(found.x, low, high)
         return best
 
-    def jacobian(self, deviations: Floats) -> Floats:
-        """Return central differences over STEP."""
+    def jacobian(self, deviations: Floats, size: float = STEP) -> Floats:
+        """Return central differences over a step of this size."""
         columns = []
         for i in range(len(deviations)):
             step = np.zeros(len(deviations))
-            step[i] = STEP
-            columns.append((self.residuals(deviations + step) - self.residuals(deviations - step)) / (2 * STEP))
+            step[i] = size
+            columns.append((self.residuals(deviations + step) - self.residuals(deviations - step)) / (2 * size))
         return np.stack(columns, axis=1)
 
 
@@ -274,7 +274,7 @@ def _bootstrap(
     a number that the run hardly tells has the range of its prior.
     """
     random = np.random.default_rng(seed)
-    rest, jacobian = problem.residuals(deviations), problem.jacobian(deviations)
+    rest, jacobian = problem.residuals(deviations), problem.jacobian(deviations, WIDE_STEP)
     weigh = _weights(problem.cases, random)
     found = []
     for _ in range(REPEATS):

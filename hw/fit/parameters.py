@@ -51,7 +51,7 @@ class Prior:
 
 
 PRIORS: Mapping[str, Prior] = {
-    "front_s": Prior(middle=0.005, deviation=0.005, least=0.0, most=1.0, far=0.025),
+    "front_s": Prior(middle=0.005, deviation=0.005, least=0.0, most=1.0, far=0.015),
     "memory_bound": Prior(middle=1.0, deviation=0.10, least=0.2, most=5.0, factor=True, far=0.22),
     "compute_bound": Prior(middle=1.0, deviation=0.25, least=0.2, most=5.0, factor=True, far=0.47),
     "fixed_s": Prior(middle=0.0, deviation=0.0005, least=0.0, most=0.1, far=0.003),

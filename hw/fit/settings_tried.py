@@ -22,6 +22,7 @@ from sim.errors import RapLabError
 
 BATCH_TOKENS = (512, 2048, 8192, 16384)
 USUAL_RUNNING = (8, 16, 32, 64, 128, 256, 512, 1024)
+USUAL_PROMPTS = (1, 10, 20, 50, 100, 200, 500)
 BETTER = 0.6
 """Another setting is named if it leaves at most this share of the loss."""
 SMALL_LOSS = 0.08
@@ -91,7 +92,9 @@ def _matters(found: Diagnosis, before: int, after: int) -> bool:
 
 def _with_caches(found: Diagnosis, server: Server) -> Iterator[tuple[str, Server]]:
     config = replace(server.config, prefix_caching=True, hash_block_tokens=server.config.kv_block_tokens)
-    counts = [found.period] if found.period is not None else [100] if np.ptp(found.run.prompt_tokens) == 0 else []
+    counts = [found.period] if found.period is not None else []
+    if not counts and np.ptp(found.run.prompt_tokens) == 0:  # no length shows which prompt it is
+        counts = [count for count in USUAL_PROMPTS if 2 * count <= len(found.run)]
     for count in counts:
         prompts = Prompts(distinct=count, shared_tokens=server.prompts.shared_tokens)
         yield (

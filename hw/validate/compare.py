@@ -200,9 +200,7 @@ def _front_end(run: Run) -> FrontEnd:
     try:
         return FrontEnd(**{name: float(value) for name, value in values.items()})
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{run.folder / 'config.yaml'}: frontend is {stated!r:.80}; it must hold seconds"
-        ) from error
+        raise ConfigError(f"{run.folder / 'config.yaml'}: frontend is {stated!r:.80}; it must hold seconds") from error
 
 
 def differing_settings(simulated: Run, real: Sequence[Run]) -> list[str]:

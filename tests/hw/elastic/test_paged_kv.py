@@ -91,3 +91,28 @@ def test_a_pool_that_shrinks_gives_its_memory_back_to_the_system() -> None:
     assert grown == pytest.approx(1000 * memory.block_bytes, rel=0.05)
     memory.resize(100)
     assert resident() - before == pytest.approx(100 * memory.block_bytes, rel=0.2)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_memory_is_mapped_counted_and_given_back() -> None:
+    from hw.elastic.device import device_of, make_current
+
+    place = torch.device("cuda", 0)
+    make_current(place)
+    device = device_of(place)
+    before, free = device.in_use_bytes(), torch.cuda.mem_get_info(place)[0]
+    memory = KVArena(device, capacity=4000, block_tokens=16, heads=8, head_dim=128, dtype=torch.bfloat16)
+    assert memory.kv.device == place
+    memory.resize(2000)
+    taken = memory.backed_bytes
+    assert device.in_use_bytes() - before == taken >= memory.allocated_bytes
+    assert free - torch.cuda.mem_get_info(place)[0] >= taken
+    memory.kv[:2000].fill_(3)
+    memory.resize(100)
+    memory.resize(2000)
+    assert bool((memory.kv[:100] == 3).all())
+    assert not bool(memory.kv[100:2000].any())
+    assert memory.read(torch.tensor([99, 100], device=place))[0].float().amax((1, 2, 3)).tolist() == [3, 0]
+    memory.close()
+    assert device.in_use_bytes() == before
+    assert free - torch.cuda.mem_get_info(place)[0] < 8 << 20
