@@ -26,6 +26,7 @@ from tests.commands import exit_status
 MAINS = {
     "sim.replay": "sim.replay.__main__:main",
     "sim.compare": "sim.compare:compare_command",
+    "sim.capacity": "sim.capacity.run:main",
     "sim.cluster": "sim.cluster.run:cluster_command",
     "sim.disaggregate": "sim.disaggregate.run:disaggregate_command",
     "sim.fit_trace": "sim.fit_trace:main",
@@ -40,6 +41,7 @@ MAINS = {
     "hw.fidelity": "hw.fidelity:main",
     "hw.fit": "hw.fit.run:main",
     "hw.replay": "hw.replay.run:main",
+    "hw.reproduction": "hw.reproduction.run:main",
     "hw.score": "hw.score.run:main",
     "hw.serve": "hw.serve.server:main",
     "hw.validate": "hw.validate.run:main",
@@ -69,6 +71,7 @@ ELSEWHERE = {
     r"hw\.serve": "serves until it is stopped: tests/hw/serve",
     r"hw\.validate(?! page=only)": "runs the complete suite: tests/hw/validate",
     r"hw\.calibrate source=device": "measures for minutes: tests/hw/calibrate/test_device.py",
+    r"hw\.reproduction": "minutes: tests/hw/reproduction",
     r"hw\.score": "measures for hours: tests/hw/score",
     r"agents\.(evaluate|tune|offline|export|clone)": "minutes, or needs a training: tests/agents",
     r"agents\.train(?! experiment=(ppo_prune|dqn_prune)$)": "needs a training before, or is one of several alike",

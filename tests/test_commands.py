@@ -15,6 +15,7 @@ from tests.commands import exit_status
 COMMANDS = {
     "sim.replay.__main__": "replay",
     "sim.compare": "compare",
+    "sim.capacity.run": "capacity",
     "sim.cluster.run": "cluster",
     "sim.disaggregate.run": "disaggregate",
     "sim.fit_trace": "fit_trace",
@@ -31,6 +32,7 @@ COMMANDS = {
     "hw.compare": "hw_compare",
     "hw.fidelity": "hw_fidelity",
     "hw.fit.run": "fit",
+    "hw.reproduction.run": "reproduction",
     "hw.validate.suite": "hw_validate",
     "agents.training.train": "train",
     "agents.training.clone": "clone",
@@ -40,7 +42,9 @@ COMMANDS = {
     "agents.evaluation.evaluate": "evaluate",
 }
 """Module that registers the command's keys -> its file of conf/."""
-REPLAYS = {"replay", "compare", "cluster", "disaggregate", "hw_replay", "client", "serve", "hw_disaggregate"}
+REPLAYS = {"replay", "compare", "capacity", "cluster", "disaggregate", "hw_replay", "client", "serve"} | {
+    "hw_disaggregate"
+}
 
 
 def test_every_configuration_of_a_command_is_listed_here() -> None:

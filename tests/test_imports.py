@@ -33,6 +33,7 @@ LAYERS = {
         ("disaggregate",),  # its columns of tables are those of clusters
         ("replay",),
         ("pages",),
+        ("capacity",),
     ),
     "hw": (
         (".",),
@@ -42,6 +43,7 @@ LAYERS = {
         ("calibrate", "score", "serve", "client", "disaggregate"),
         ("validate",),
         ("fit",),
+        ("reproduction",),
     ),
     "agents": ((".",), ("envs",), ("baselines",), ("training",), ("evaluation",)),
 }
@@ -50,6 +52,8 @@ LAYERS = {
 COMMANDS = {
     "sim.cluster.run",
     "sim.disaggregate.run",
+    "sim.capacity.run",
+    "hw.reproduction.run",
     "sim.compare",
     "sim.reference",
     "sim.fit_trace",

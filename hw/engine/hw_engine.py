@@ -99,7 +99,8 @@ class HwEngine(Replica):
             plans: those that may run. What they need is stored now, so that no plan change has to quantize a block.
                 None: any, so all blocks are stored at 16, 8 and 4 bits.
         Raises:
-            ConfigError: for ``prefix_caching`` or ``schedules_ahead``, which only the simulated engine has.
+            ConfigError: for ``prefix_caching``, ``schedules_ahead``, ``preemption=swap`` or ``copying=blocking``, which
+                only the simulated engine has.
             PlanError: for a plan that is not legal for the model.
             BudgetError: if the first budget cannot hold the weights and one request.
         """
@@ -109,6 +110,15 @@ class HwEngine(Replica):
             raise ConfigError(
                 "engine.schedules_ahead is true; the real engine forms a batch when the iteration before it has ended: "
                 "set it to false"
+            )
+        if config.preemption == "swap":
+            raise ConfigError(
+                "engine.preemption is swap; the real engine does not copy KV to host memory: set it to recompute, and "
+                "engine.host_kv_blocks to 0"
+            )
+        if config.copying == "blocking":
+            raise ConfigError(
+                "engine.copying is blocking; the real engine serves while it copies weights in: set it to overlapped"
             )
         budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
         clock = clock or RealClock()

@@ -48,7 +48,8 @@ axes in length:
       shared_attention    only if one kernel takes prompts and decodes: {batch, context, us: decodes next to a tiny
                           prefill; fit_us: [a, h, b, d, f] of the formula above; prefill_tokens, prefix: two more axes;
                           residual: positive ratios[prefill_tokens][prefix][batch][context] in one flat list}
-    device_run      optional, from a run on the device: {host_to_device_bytes_per_s, copy_slowdown, ...}
+    device_run      optional, from a run on the device: {host_to_device_bytes_per_s, copy_slowdown,
+                    copy_layer_s: seconds of each layer's copy in addition, 0 by default, ...}
 
 Other keys (stack, date, fit) are for people; nothing reads them.
 """
@@ -427,18 +428,21 @@ class CopySpeed:
     """The speed of weight copies from host memory while iterations run.
 
     slowdown: relative increase of the duration of an iteration that starts during a copy.
-    source: where both numbers come from.
+    source: where the numbers come from. layer_s: seconds that the copy of each layer takes in addition to its bytes.
     """
 
     host_to_device_bytes_per_s: float
     slowdown: float
     source: str
+    layer_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.host_to_device_bytes_per_s < math.inf and 0 <= self.slowdown < math.inf):
+        least = min(self.slowdown, self.layer_s)
+        if not (0 < self.host_to_device_bytes_per_s < math.inf and 0 <= least < math.inf and self.layer_s < math.inf):
             raise CalibrationError(
-                f"{self.source}: host_to_device_bytes_per_s is {self.host_to_device_bytes_per_s} and copy_slowdown "
-                f"{self.slowdown}; the first must be above 0, the second at least 0, both finite"
+                f"{self.source}: host_to_device_bytes_per_s is {self.host_to_device_bytes_per_s}, copy_slowdown "
+                f"{self.slowdown} and copy_layer_s {self.layer_s}; the first must be above 0, the others at least 0, "
+                "all finite"
             )
 
 
@@ -654,6 +658,7 @@ def _copying(content: Mapping[str, Any]) -> CopySpeed | None:
     return CopySpeed(
         host_to_device_bytes_per_s=float(run["host_to_device_bytes_per_s"]),
         slowdown=float(run["copy_slowdown"]),
+        layer_s=float(run.get("copy_layer_s", 0.0)),
         source=f"measured, calibration {content['name']}",
     )
 

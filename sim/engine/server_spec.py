@@ -234,6 +234,7 @@ class ServerSpec:
             "workspace_bytes": self.workspace_bytes,
             "host_to_device_bytes_per_s": copying.host_to_device_bytes_per_s,
             "copy_slowdown": copying.slowdown,
+            "copy_layer_s": copying.layer_s,
             "quality_nll": self.quality_nll,
         }
         return SimEngine(plan=plan, budget_bytes=budget, **{**arguments, **overrides})

@@ -18,7 +18,7 @@ FREE = ("front_s", "memory_bound", "compute_bound")
 
 def said(described: Server, real: Server, *, rate_rps: float = 8.0, prompt: float = 1500.0, **values: float) -> str:
     """Return what is said of the run of a server that another one was described as; prices are 10 to 30 % off too."""
-    wanted = requests(rate_rps=rate_rps, prompt=prompt, distinct=real.prompts.distinct)
+    wanted = requests(count=200, rate_rps=rate_rps, prompt=prompt, distinct=real.prompts.distinct)
     run = served(real, wanted, **({"front_s": 0.008, "memory_bound": 1.1, "compute_bound": 1.2} | values))
     found = diagnose(run, described)
     present, tried = try_settings(Case(run=run, server=described, first=found.warm_up), found, FREE)
