@@ -26,8 +26,8 @@ TTFT_SCALE, GAP_SCALE = 0.2, 0.05
 PRIOR_WEIGHT = 0.3
 FIT_SHARE = 2 / 3
 QUARTILES = (0.25, 0.50)
-COPIES, COPIES_OF_SEVERAL = 4, 2
-"""Simulations for each point, with one server and with several."""
+COPIES, FEW_COPIES = 4, 2
+"""Simulations for each point; few with several servers, whose simulation takes longer, and for a quick fit."""
 WORST_RATIO = 10.0
 """Stands for a request that the simulated server did not answer."""
 STEP, WIDE_STEP = 0.3, 0.5
@@ -43,16 +43,17 @@ BLOCKS, REPEATS = 20, 200
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Case:
-    """A run to fit, on its server. first: requests before it are warm-up."""
+    """A run to fit, on its server. first: requests before it are warm-up. quick: for a rough fit."""
 
     run: MeasuredRun
     server: Server
     first: int = 0
+    quick: bool = False
 
     @property
     def copies(self) -> int:
         """Simulations for each point."""
-        return COPIES if self.matched else COPIES_OF_SEVERAL
+        return FEW_COPIES if self.quick or not self.matched else COPIES
 
     @property
     def matched(self) -> bool:

@@ -114,6 +114,7 @@ def best_loss(case: Case, free: Sequence[str]) -> float:
 
 def try_settings(case: Case, found: Diagnosis, free: Sequence[str]) -> tuple[float, list[Tried]]:
     """Return the loss of the description at its best prices, and other descriptions, the best first, if it is large."""
+    case = replace(case, quick=True)
     present = best_loss(case, free)
     if present <= SMALL_LOSS:
         return present, []
