@@ -42,7 +42,9 @@ LAYERS = {
         ("replay",),  # serve and disaggregate start a real engine as hw.replay does
         ("calibrate", "score", "serve", "client", "disaggregate"),
         ("validate",),
+        ("fit",),
         ("reproduction",),
+        ("checkup",),
     ),
     "agents": ((".",), ("envs",), ("baselines",), ("training",), ("evaluation",)),
 }
