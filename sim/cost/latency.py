@@ -437,8 +437,8 @@ class CopySpeed:
     layer_s: float = 0.0
 
     def __post_init__(self) -> None:
-        least = min(self.slowdown, self.layer_s)
-        if not (0 < self.host_to_device_bytes_per_s < math.inf and 0 <= least < math.inf and self.layer_s < math.inf):
+        others = all(0 <= value < math.inf for value in (self.slowdown, self.layer_s))
+        if not (0 < self.host_to_device_bytes_per_s < math.inf and others):
             raise CalibrationError(
                 f"{self.source}: host_to_device_bytes_per_s is {self.host_to_device_bytes_per_s}, copy_slowdown "
                 f"{self.slowdown} and copy_layer_s {self.layer_s}; the first must be above 0, the others at least 0, "

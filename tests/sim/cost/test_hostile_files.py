@@ -92,6 +92,9 @@ def test_a_speed_of_copies_that_is_not_finite_is_refused(rate: float, slowdown: 
     content["device_run"] = {"host_to_device_bytes_per_s": rate, "copy_slowdown": slowdown}
     with pytest.raises(CalibrationError, match="all finite"):
         calibration_from_dict(content)
+    content["device_run"] = {"host_to_device_bytes_per_s": 1e10, "copy_slowdown": 0.1, "copy_layer_s": slowdown - 1.0}
+    with pytest.raises(CalibrationError, match="all finite"):
+        calibration_from_dict(content)
 
 
 def test_a_curve_over_more_counts_than_can_be_laid_out_is_refused() -> None:

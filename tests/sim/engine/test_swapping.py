@@ -19,7 +19,8 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies.fixed import static_plan
 from sim.results.records import Status
-from tests.sim.serving import TINY, requests, tiny_engine
+from tests.sim.engine.plain_engine import PlainEngine
+from tests.sim.serving import TINY, linear_latency, requests, tiny_engine
 
 DENSE = dense_plan(TINY)
 BLOCK_BYTES = TINY.num_layers * kv_block_layer_bytes(TINY, 4)
@@ -152,3 +153,19 @@ def test_no_iteration_starts_during_a_blocking_copy_and_each_layer_takes_its_sec
 def test_settings_that_do_not_fit_together_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_swapped_request_whose_client_leaves_frees_its_host_memory() -> None:
+    arguments = {"kv_blocks": 8, "preemption": "swap", "host_kv_blocks": 100}
+    model = tiny_engine(**arguments)  # type: ignore[arg-type]
+    engine = PlainEngine(
+        model=TINY, latency=linear_latency(), config=model.config, plan=DENSE, budget_bytes=model.budget
+    )
+    engine.submit(requests(*ROWS))
+    engine.run_until(7.5)
+    assert engine.host_layer_blocks == (12, 288)
+    engine.cancel(1)
+    assert engine.host_layer_blocks == (0, 300)
+    engine.run_until(math.inf)
+    engine.check()
+    assert engine.records().status.tolist() == [Status.FINISHED, Status.REJECTED]
