@@ -6,6 +6,9 @@ import os
 
 # Before NumPy and torch are imported: they read it once. Two workers with two threads each stall on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is imported, for the same reason: without a GPU, kernels run in its interpreter.
+if not any(os.path.exists(gpu) for gpu in ("/dev/nvidiactl", "/dev/dxg")):  # noqa: PTH110
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import subprocess
 import sys

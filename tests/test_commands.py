@@ -24,6 +24,8 @@ COMMANDS = {
     "sim.cluster_results": "cluster_results",
     "hw.replay.run": "hw_replay",
     "hw.calibrate.__main__": "calibrate",
+    "hw.checkup.run": "checkup",
+    "hw.checkup.wheels": "wheels",
     "hw.score.run": "score",
     "hw.serve.server": "serve",
     "hw.client.run": "client",

@@ -44,6 +44,7 @@ LAYERS = {
         ("validate",),
         ("fit",),
         ("reproduction",),
+        ("checkup",),
     ),
     "agents": ((".",), ("envs",), ("baselines",), ("training",), ("evaluation",)),
 }

@@ -179,6 +179,8 @@ def _engine_builder(
         budget_bytes=parts.budget,
         workspace_bytes=int(cfg.workspace_bytes),
         clock=clock,
+        attention=cfg.hw.attention,
+        cuda_graphs=bool(cfg.hw.cuda_graphs),
         **options,
     )
 

@@ -19,18 +19,21 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from hw.disaggregate.kv_link import Channel, Header, LinkError, Sender
+from hw.elastic.device_memory import attempt
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_kv import Arena
+from hw.elastic.paged_kv import KVArena
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import Handover, HwEngine
 from sim.cost.model_spec import ModelSpec
@@ -45,6 +48,12 @@ LOOK_S = 0.02
 STEP_S = 1e-3
 """How far ahead the engine serves in one call: one iteration takes longer, and the next call comes after it."""
 
+SENT_BLOCKS = 256
+"""KV blocks of one layer that are copied between device and host at a time."""
+PATIENCE_S = 30.0
+"""How long a copy waits for memory of the device, which a pass or a copy of weights may hold."""
+
+T = TypeVar("T")
 Report = Callable[[str, Any], None]
 """Receives what a side reports during a run: ("records", (ids, Records)) of requests that end there,
 ("transfer", {...}) of KV that has joined, and ("released", (request_id, time_s)) of KV that prefill has freed."""
@@ -74,22 +83,54 @@ Build = Callable[..., GuardedEngine]
 # --- KV as bytes -----------------------------------------------------------------------------------------------------
 
 
-def gather(arena: Arena, table: BlockTable, tokens: int) -> memoryview:
+def gather(arena: KVArena, table: BlockTable, tokens: int) -> memoryview:
     """Return the KV that a request holds for ``tokens`` computed tokens: all keys, then all values, layer by layer."""
-    slots = torch.tensor(table.kept_slots(tokens), dtype=torch.long, device=arena.device)
-    halves = torch.stack(arena.read_slots(slots)).cpu()
+    slots = torch.tensor(table.kept_slots(tokens), dtype=torch.long)
+
+    def read(part: slice) -> Tensor:
+        return torch.stack(arena.read_slots(slots[part].to(arena.device))).cpu()
+
+    parts = [_patiently(arena, partial(read, part)) for part in _parts(arena, len(slots))]
+    halves = torch.cat(parts, dim=1) if parts else torch.empty(0, dtype=arena.kv.dtype)
     content: memoryview = halves.view(torch.uint8).numpy().reshape(-1).data
     return content
 
 
-def scatter(arena: Arena, table: BlockTable, tokens: int, content: bytearray, elastic: ElasticModel) -> None:
+def scatter(arena: KVArena, table: BlockTable, tokens: int, content: bytearray, elastic: ElasticModel) -> None:
     """Write what ``gather`` returned to the slots of another table that holds the same tokens of the same layers."""
     if not content:
         return
-    slots = torch.tensor(table.kept_slots(tokens), dtype=torch.long, device=arena.device)
+    slots = torch.tensor(table.kept_slots(tokens), dtype=torch.long)
     shape = (2, len(slots), elastic.spec.num_kv_heads, elastic.spec.head_dim)
-    keys, values = torch.frombuffer(content, dtype=elastic.dtype).view(shape).to(arena.device)
-    arena.write(slots, keys, values)
+    halves = torch.frombuffer(content, dtype=elastic.dtype).view(shape)
+
+    def write(part: slice) -> None:
+        arena.write(slots[part].to(arena.device), *halves[:, part].to(arena.device))
+
+    for part in _parts(arena, len(slots)):
+        _patiently(arena, partial(write, part))
+
+
+def _parts(arena: KVArena, slots: int) -> list[slice]:
+    """Return parts of some slots: what is sent exists twice on the device for a moment."""
+    step = SENT_BLOCKS * arena.block_tokens
+    return [slice(start, start + step) for start in range(0, slots, step)]
+
+
+def _patiently(arena: KVArena, step: Callable[[], T]) -> T:
+    """Run a step that needs a little memory of the device; if there is none, wait until a pass has ended.
+
+    Raises:
+        MemoryError: if there was none for ``PATIENCE_S`` seconds.
+    """
+    until_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return attempt(arena.hardware, step)
+        except MemoryError:
+            if time.monotonic() > until_s:
+                raise
+        time.sleep(LOOK_S)
 
 
 # --- What both sides share -------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """MHA and FFN blocks of a real model whose weights can be freed, restored, or swapped for quantized copies.
 
-A block's weights are resident (on the device, in the parameters of the model's own modules) or only stored. On CUDA the
+A block's weights are resident (on the device, in the matrices of ``hw.elastic.layers``) or only stored. On CUDA the
 store is pinned host memory, and a side stream copies from it. On a CPU, host and device memory are the same, so the
 store is an unlinked file on disk; otherwise dropping a block would free no memory. A block is stored when it is first
 dropped or quantized, or ahead of that by ``prepare``.
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hw.elastic.device import Accelerator, Event
+from hw.elastic.layers import Matrix, Rows
 from hw.elastic.quantize import ElasticLinear, QuantWeight, quantize
 from sim.errors import ModelError
 
@@ -161,7 +162,7 @@ class PinnedStore:
 class PendingCopy:
     """A copy to the device that is under way.
 
-    bits: its precision. weights: of the linear layers. rest: norm and biases; None if they are resident already.
+    bits: its precision. weights: of the matrices. rest: norms and biases; None if they are resident already.
     events: mark its completion; none on a CPU.
     """
 
@@ -181,33 +182,26 @@ class PendingCopy:
 
 
 class Block:
-    """One MHA or FFN block: the parameters of its norm, biases and linear layers, resident or stored.
+    """One MHA or FFN block: its matrices, biases and norms, resident or stored.
 
-    bits: precision of the resident weights; ABSENT if there are none. pending: the copy under way, if any.
+    bits: precision of the resident weights; ABSENT if there are none. pending: the copy under way, if any. version: how
+    often the resident weights have moved to other addresses.
     """
 
-    def __init__(self, name: str, modules: Sequence[nn.Module], store: Store) -> None:
-        """Take over the parameters of some modules; ``store`` keeps what is not resident."""
+    def __init__(self, name: str, matrices: Sequence[Matrix], rest: Sequence[Rows], store: Store) -> None:
+        """Take over the matrices of a block, and its biases and norms; ``store`` keeps what is not resident."""
         self.name = name
         self.bits = 16
+        self.version = 0
         self.pending: PendingCopy | None = None
         self._store = store
-        self.linears: list[ElasticLinear] = []
-        self._rest: list[nn.Parameter] = []
-        for module in (inner for outer in modules for inner in outer.modules()):
-            if isinstance(module, nn.Linear):
-                module.__class__ = ElasticLinear  # in place, so that the model keeps its module tree
-                assert isinstance(module, ElasticLinear)
-                self.linears.append(module)
-                if module.bias is not None:
-                    self._rest.append(module.bias)
-            else:
-                self._rest.extend(parameter for parameter in module.parameters(recurse=False))
-        for parameter in (*self._rest, *(linear.weight for linear in self.linears)):
-            parameter.requires_grad_(False)
-            # A parameter may be a view into the mapped checkpoint; one such view would keep all of it in memory.
-            parameter.data = parameter.data.clone()
-        self._shapes = [linear.weight.shape for linear in self.linears]
+        self.matrices = tuple(matrices)
+        self._rest = tuple(rest)
+
+    @property
+    def linears(self) -> list[ElasticLinear]:
+        """The linear layers of the Hugging Face model, whose weights are rows of the matrices."""
+        return [linear for matrix in self.matrices for linear in matrix.linears]
 
     @property
     def nbytes(self) -> int:
@@ -217,18 +211,15 @@ class Block:
     @property
     def resident_bytes(self) -> int:
         """Bytes on the device that run."""
-        total = sum(parameter.nbytes for parameter in self._rest)
-        for linear in self.linears:
-            total += linear.weight.nbytes + (linear.quantized.nbytes if linear.quantized is not None else 0)
-        return total
+        return sum(rows.nbytes for rows in self._rest) + sum(matrix.nbytes for matrix in self.matrices)
 
     def _key(self, part: int | str) -> tuple[str, int | str]:
         return self.name, part
 
     def _store_full(self) -> None:
         if self._key("rest") not in self._store:
-            self._store.put(self._key("rest"), [parameter.data for parameter in self._rest])
-            self._store.put(self._key(16), [linear.weight.data for linear in self.linears])
+            self._store.put(self._key("rest"), [rows.value for rows in self._rest])
+            self._store.put(self._key(16), [matrix.weight.value for matrix in self.matrices])
 
     def prepare_for(self, wanted: Collection[int]) -> None:
         """Store all copies that are needed to go from one of some states to any other of them.
@@ -247,7 +238,7 @@ class Block:
         if self._key(bits) in self._store:
             return
         if self.bits == 16:
-            full = [linear.weight.data for linear in self.linears]
+            full = [matrix.weight.value for matrix in self.matrices]
         else:
             full, events = self._store.get(self._key(16))
             self._store.join(events, full)
@@ -261,8 +252,8 @@ class Block:
             if self.bits != ABSENT:
                 self._store_full()
                 self._free_weights()
-                for parameter in self._rest:
-                    parameter.data = parameter.data.new_empty(0)
+                for rows in self._rest:
+                    rows.free()
                 self.bits = ABSENT
             return
         if bits == self.bits:
@@ -283,19 +274,17 @@ class Block:
         self._store.join(copy.events, (*copy.weights, *(copy.rest or ())))
         self._free_weights()
         if copy.rest is not None:
-            for parameter, tensor in zip(self._rest, copy.rest, strict=True):
-                parameter.data = tensor
-        if copy.bits == 16:
-            for linear, tensor in zip(self.linears, copy.weights, strict=True):
-                linear.weight.data = tensor
-        else:
-            for index, (linear, shape) in enumerate(zip(self.linears, self._shapes, strict=True)):
-                packed, scales, zeros = copy.weights[3 * index : 3 * index + 3]
-                linear.quantized = QuantWeight(copy.bits, shape[0], shape[1], packed, scales, zeros)
+            for rows, tensor in zip(self._rest, copy.rest, strict=True):
+                rows.set(tensor)
+        for index, matrix in enumerate(self.matrices):
+            if copy.bits == 16:
+                matrix.weight.set(copy.weights[index])
+            else:
+                matrix.quantize(QuantWeight(copy.bits, *matrix.shape, *copy.weights[3 * index : 3 * index + 3]))
         self.bits = copy.bits
         self.pending = None
 
     def _free_weights(self) -> None:
-        for linear in self.linears:
-            linear.weight.data = linear.weight.data.new_empty(0)
-            linear.quantized = None
+        self.version += 1
+        for matrix in self.matrices:
+            matrix.free()

@@ -119,12 +119,15 @@ def load_checkpoint(path: str = SMOLLM2, *, dtype: str = "float32", device: str 
     return model.to(place).eval(), _load_tokenizer(source, path)
 
 
-def load_weights(checkpoint: str, model: ModelSpec, *, dtype: str, device: str) -> tuple[ElasticModel, Any]:
+def load_weights(
+    checkpoint: str, model: ModelSpec, *, dtype: str, device: str, config: Path | None = None
+) -> tuple[ElasticModel, Any]:
     """Return the elastic model of a checkpoint, or one with random weights, and its tokenizer.
 
     Args:
         checkpoint: as ``load_checkpoint``, or ``random:SEED``.
         model: gives the name and, to random weights, the shape. dtype, device: as ``load_checkpoint``.
+        config: the model's own config for random weights (``config_of``); None makes a model of the shape.
     Raises:
         ModelError: as ``load_checkpoint``, and for a seed that is no number.
     """
@@ -132,7 +135,7 @@ def load_weights(checkpoint: str, model: ModelSpec, *, dtype: str, device: str) 
     if seed is None:
         loaded, tokenizer = load_checkpoint(checkpoint, dtype=dtype, device=device)
         return ElasticModel(loaded, name=model.name), tokenizer
-    made = random_model(model, seed=seed, dtype=DTYPES[dtype], place=pick_device(device))
+    made = random_model(model, seed=seed, dtype=DTYPES[dtype], place=pick_device(device), config_path=config)
     return ElasticModel(made, name=model.name, note=note_of(seed)), NumberTokenizer(model.vocab_size)
 
 
@@ -145,11 +148,16 @@ def checkpoint_of(node: Any, chosen: str | None, name: str) -> str:
             and the model's name for all others.
         name: the name of the model.
     """
-    config = node.get("config") if node is not None else None
-    if chosen or not isinstance(config, str):
+    config = config_of(node)
+    if chosen or config is None:
         return chosen or name
-    path = Path(config).expanduser()
-    return str(path if path.is_dir() else path.parent)
+    return str(config if config.is_dir() else config.parent)
+
+
+def config_of(node: Any) -> Path | None:
+    """Return the Hugging Face config, or its folder, of the ``model`` of a configuration; None if it names none."""
+    config = node.get("config") if node is not None else None
+    return Path(config).expanduser() if isinstance(config, str) else None
 
 
 def _check_unquantized(path: str, config: Any) -> None:

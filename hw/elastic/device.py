@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +23,14 @@ import torch
 from torch import Tensor
 
 from hw.elastic.processor import processor_name
+from hw.elastic.virtual_memory import AddressRange, CudaDriver, CudaRange, HostRange, Pieces
 
 SEGMENTS_BYTES = 64 << 20
 """What CUDA's allocator may hold beyond tensors: it takes segments of 2 to 20 MiB, for small and large tensors of each
 of two streams."""
+MOST_AHEAD_S = 0.5
+CYCLES_PER_S = 2e9
+"""Clock of a GPU at its fastest, about: it spins too long at a lower one, which does no harm."""
 _STATM = Path("/proc/self/statm")
 
 
@@ -44,6 +50,24 @@ class Event(Protocol):
         ...
 
 
+class Graph(Protocol):
+    """Work of a device that was recorded once."""
+
+    @property
+    def output(self) -> Tensor:
+        """Its result, which every ``replay`` writes again."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds."""
+        ...
+
+    def replay(self) -> None:
+        """Start the work again, on the same addresses."""
+        ...
+
+
 class Device(ABC):
     """Where tensors are. place: its name in torch."""
 
@@ -53,6 +77,9 @@ class Device(ABC):
     @abstractmethod
     def name(self) -> str:
         """The name of the processor."""
+
+    def use(self) -> None:  # noqa: B027 - most devices need nothing
+        """Let this thread compute on the device; each thread has to call it before it starts kernels."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -69,6 +96,10 @@ class Device(ABC):
     @abstractmethod
     def take_peak_bytes(self) -> int:
         """Return the most bytes in use since the last call, as far as the device counts them."""
+
+    @abstractmethod
+    def reserve(self, size: int) -> AddressRange:
+        """Return new addresses for ``size`` bytes of this device; what backs them counts as in use."""
 
 
 class Accelerator(Device):
@@ -94,8 +125,31 @@ class Accelerator(Device):
         """Return a timed event after the copies started so far."""
 
     @abstractmethod
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        """Return the seconds of the device's work that ``work`` starts, and those that the host took to start it.
+
+        ahead_s: how long the device waits before it begins, so that the host has started all of it by then. The first
+            figure is then that of the device alone.
+        """
+
+    @abstractmethod
     def limit(self, most_bytes: int | None) -> None:
-        """Let allocations beyond this many bytes of tensors fail; None takes the limit away."""
+        """Let allocations beyond this many bytes of tensors and backed addresses fail; None takes the limit away."""
+
+    @abstractmethod
+    def upload(self, source: Tensor, target: Tensor) -> None:
+        """Start to copy pinned memory to a tensor of the device, before all later work; the host goes on.
+
+        ``source`` must not change before the next ``read``.
+        """
+
+    @abstractmethod
+    def read(self, tensor: Tensor) -> Tensor:
+        """Wait for all work so far and return a copy of a tensor in host memory."""
+
+    @abstractmethod
+    def record(self, step: Callable[[], Tensor]) -> Graph:
+        """Record the work that ``step`` starts; it may neither wait for the device nor use memory of the host."""
 
 
 class Cpu(Device):
@@ -127,20 +181,35 @@ class Cpu(Device):
         """Return the bytes in use now: the system keeps no peak that can be reset."""
         return self.in_use_bytes()
 
+    def reserve(self, size: int) -> AddressRange:
+        """Return addresses of main memory."""
+        return HostRange(size)
+
 
 class Cuda(Accelerator):
-    """One CUDA device. Its copies run on a stream of their own."""
+    """One CUDA device. Its copies run on a stream of their own.
+
+    Memory behind ``reserve`` is no part of torch's allocator: this class counts it, and makes the allocator's limit
+    smaller by as much.
+    """
 
     def __init__(self, place: torch.device) -> None:
         """Use this device, or the current one if it has no number."""
         index = torch.cuda.current_device() if place.index is None else place.index
         self.place = torch.device("cuda", index)
         self._side = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
+        self._mapped_bytes = self._peak_bytes = 0
+        self._most_bytes: int | None = None
+        self._graph_memory: Any = None
 
     @property
     def name(self) -> str:
         """The name of the GPU."""
         return processor_name(self.place)
+
+    def use(self) -> None:
+        """Make it the current device of this thread: the driver and Triton take no other."""
+        torch.cuda.set_device(self.place)
 
     def synchronize(self) -> None:
         """Wait for all streams."""
@@ -151,14 +220,49 @@ class Cuda(Accelerator):
         torch.cuda.empty_cache()
 
     def in_use_bytes(self) -> int:
-        """Return the bytes of allocated tensors."""
-        return torch.cuda.memory_allocated(self.place)
+        """Return the bytes of allocated tensors and of backed addresses."""
+        return torch.cuda.memory_allocated(self.place) + self._mapped_bytes
 
     def take_peak_bytes(self) -> int:
-        """Return the most bytes of allocated tensors since the last call."""
-        peak = torch.cuda.max_memory_allocated(self.place)
-        torch.cuda.reset_peak_memory_stats(self.place)
+        """Return the most bytes of allocated tensors and backed addresses since the last call."""
+        self._note_peak()
+        peak, self._peak_bytes = self._peak_bytes, 0
         return peak
+
+    def _note_peak(self) -> None:
+        self._peak_bytes = max(self._peak_bytes, torch.cuda.max_memory_allocated(self.place) + self._mapped_bytes)
+        torch.cuda.reset_peak_memory_stats(self.place)
+
+    def reserve(self, size: int) -> AddressRange:
+        """Return addresses that the driver maps."""
+        assert self.place.index is not None
+        self.use()
+        driver = CudaDriver(self.place.index)
+        return CudaRange(Pieces(size, driver, wait=self._wait, resized=self._mapped))
+
+    def _wait(self) -> None:
+        """Wait for what computes, not for copies: only passes use mapped memory."""
+        self.use()
+        torch.cuda.current_stream(self.place).synchronize()
+
+    def _mapped(self, added: int) -> None:
+        """Count mapped memory, and take it out of the allocator's limit.
+
+        Raises:
+            torch.OutOfMemoryError: if the limit leaves no room for it.
+        """
+        self.use()
+        if added > 0 and self._most_bytes is not None:
+            most = self._most_bytes + SEGMENTS_BYTES - self._mapped_bytes
+            if torch.cuda.memory_reserved(self.place) + added > most:
+                self.give_back()
+            if torch.cuda.memory_reserved(self.place) + added > most:
+                raise torch.OutOfMemoryError(
+                    f"CUDA out of memory: {added:,} bytes of KV blocks do not fit under the limit of this process"
+                )
+        self._note_peak()
+        self._mapped_bytes += added
+        self.limit(self._most_bytes)
 
     def pinned(self, size: int) -> Tensor:
         """Return page-locked memory; the allocator rounds its size up to a power of two."""
@@ -188,11 +292,65 @@ class Cuda(Accelerator):
         marked: Event = event
         return marked
 
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        """Record an event before and after, on the current stream."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self.synchronize()
+        if ahead_s > 0:
+            # A kernel that spins: the queue fills up behind it.
+            torch.cuda._sleep(int(min(1.2 * ahead_s, MOST_AHEAD_S) * CYCLES_PER_S))  # type: ignore[no-untyped-call]
+        begin.record()
+        start_s = time.perf_counter()
+        work()
+        host_s = time.perf_counter() - start_s
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3, host_s
+
     def limit(self, most_bytes: int | None) -> None:
-        """Limit the share of the device's memory that this process may take."""
+        """Limit the share of the device's memory that torch's allocator may take: what mapped memory leaves of it."""
+        self._most_bytes = most_bytes
         total = torch.cuda.get_device_properties(self.place).total_memory
-        share = 1.0 if most_bytes is None else min(1.0, (most_bytes + SEGMENTS_BYTES) / total)
-        torch.cuda.set_per_process_memory_fraction(share, self.place)
+        left = total if most_bytes is None else most_bytes + SEGMENTS_BYTES - self._mapped_bytes
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, left / total)), self.place)
+
+    def upload(self, source: Tensor, target: Tensor) -> None:
+        """Copy on the stream that computes."""
+        target.copy_(source, non_blocking=True)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Copy and wait."""
+        return tensor.cpu()
+
+    def record(self, step: Callable[[], Tensor]) -> Graph:
+        """Record a CUDA graph. All graphs share their memory: they run one after another."""
+        side, current = torch.cuda.Stream(self.place), torch.cuda.current_stream(self.place)  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            step()  # kernels are compiled and libraries allocate what they keep
+        current.wait_stream(side)
+        if self._graph_memory is None:
+            self._graph_memory = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self.place)
+        self.give_back()
+        before = torch.cuda.memory_reserved(self.place)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+            output = step()
+        return CudaGraph(graph, output, max(0, torch.cuda.memory_reserved(self.place) - before))
+
+
+@dataclass(frozen=True, slots=True)
+class CudaGraph:
+    """A recorded CUDA graph."""
+
+    graph: Any
+    output: Tensor
+    nbytes: int
+
+    def replay(self) -> None:
+        """Start it on the stream that computes."""
+        self.graph.replay()
 
 
 def device_of(place: torch.device) -> Device:

@@ -19,8 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hw.elastic.blocks import ABSENT, KINDS, Block, DiskStore, Kind, PinnedStore, Store
 from hw.elastic.device import Accelerator, Device, device_of
-from hw.elastic.families import find_family, find_part, sliding_window
+from hw.elastic.families import FAMILIES, find_part
 from hw.elastic.kv import BatchKV, KVView, RequestKV
+from hw.elastic.layers import Layer, read_ends, read_layer
+from hw.elastic.rotation import find_rotations
 from sim.cost.memory import Stage, resident_mask
 from sim.cost.model_spec import ModelSpec, model_from_hf_config
 from sim.cost.plan import KeepMask, Plan, check_plan, dense_plan
@@ -28,9 +30,19 @@ from sim.errors import ModelError, PlanError, nearest
 
 # Shapes: b rows of a batch, t new tokens, k keys, h KV heads, d head_dim, e hidden size.
 
+Rope = tuple[tuple[Tensor, Tensor], ...]
+"""Cosines and sines of a batch's positions: one pair for each rotation of the model, none for learned positions."""
+
 
 class ElasticModel:
-    """A Hugging Face causal language model that runs any legal Plan. It changes the model in place."""
+    """A Hugging Face causal language model that runs any legal Plan. It changes the model in place.
+
+    The engine computes ``layers`` with the code of this package (``hw.elastic.forward``). Scoring, and tests of that
+    code, compute with the modules of transformers over the same weights: ``forward``, ``attend``, ``feed``.
+
+    most_context_tokens: of the requests that the engine serves. More than the original ones of a model with longrope
+    select its frequencies for long contexts, for all requests.
+    """
 
     def __init__(
         self, model: Any, *, name: str = "", stage: Stage = "both", hardware: Device | None = None, note: str = ""
@@ -46,32 +58,34 @@ class ElasticModel:
         Raises:
             ModelError: for an unsupported family, or parameters that the model description does not count.
         """
-        family = find_family(model.config.model_type)
-        self._model = model.eval()
-        self._stack: Any = find_part(model, family.stack, model.config.model_type)
-        self._layers: Any = find_part(self._stack, "layers", model.config.model_type)
-        self._final_norm: Any = find_part(self._stack, family.final_norm, model.config.model_type)
         parameter = next(model.parameters())
         self.device: torch.device = parameter.device
         self.hardware: Device = hardware or device_of(self.device)
         self.dtype: torch.dtype = parameter.dtype
         described = {**model.config.to_dict(), "dtype": str(self.dtype)}
         self.spec: ModelSpec = model_from_hf_config(described, name, keep_all_kv=True)
+        self.most_context_tokens = self.spec.max_context_tokens
+        config = model.config
+        self._family = family = FAMILIES[config.model_type]
+        self._model = model.eval()
+        self._stack: Any = find_part(model, family.stack, config.model_type)
+        self._layers: Any = find_part(self._stack, "layers", config.model_type)
+        self._final_norm: Any = find_part(self._stack, family.final_norm, config.model_type)
         model.set_attn_implementation("sdpa")  # eager attention adds its mask, and ours is boolean
         self._store: Store = PinnedStore(self.hardware) if isinstance(self.hardware, Accelerator) else DiskStore()
         self._attention = self._parts(family.attention)
         self._norms = {"mha": self._parts(family.mha_norm), "ffn": self._parts(family.ffn_norm)}
         self._ffn = list(zip(*(self._parts(name) for name in family.ffn), strict=True))
-        self._windows = [sliding_window(model.config, layer) for layer in range(self.spec.num_layers)]
+        self._post_norms = {
+            "mha": self._parts(family.mha_post_norm) if family.mha_post_norm is not None else None,
+            "ffn": self._parts(family.ffn_post_norm) if family.ffn_post_norm is not None else None,
+        }
+        self.layers: list[Layer] = [read_layer(layer, family, config, i) for i, layer in enumerate(self._layers)]
+        self.ends = read_ends(model, self._stack, self._final_norm, family)
+        self._rotations = find_rotations(self._stack.rotary_emb, config) if not self.spec.learned_positions else []
         self.blocks: dict[Kind, list[Block]] = {
-            "mha": [
-                Block(f"MHA{i}", (norm, attention), self._store)
-                for i, (norm, attention) in enumerate(zip(self._norms["mha"], self._attention, strict=True))
-            ],
-            "ffn": [
-                Block(f"FFN{i}", (norm, *ffn), self._store)
-                for i, (norm, ffn) in enumerate(zip(self._norms["ffn"], self._ffn, strict=True))
-            ],
+            "mha": [Block(f"MHA{i}", *layer.mha_parts, self._store) for i, layer in enumerate(self.layers)],
+            "ffn": [Block(f"FFN{i}", *layer.ffn_parts, self._store) for i, layer in enumerate(self.layers)],
         }
         inside = {id(p) for layer in self._layers for p in layer.parameters()}
         self._fixed = [p for p in model.parameters() if id(p) not in inside]  # parameters() lists tied ones once
@@ -141,6 +155,11 @@ class ElasticModel:
         return all(block.pending is None for block in blocks)
 
     @property
+    def weights_version(self) -> int:
+        """How often weights have moved to other addresses."""
+        return sum(block.version for kind in KINDS for block in self.blocks[kind])
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of weights off the device: of pinned host memory, or of a file on a CPU."""
         return self._store.nbytes
@@ -204,7 +223,7 @@ class ElasticModel:
             for request in requests:
                 request.restrict(held)
             view = BatchKV(requests, lengths, self.device)
-        hidden = self.run(padded, positions, running, view)
+        hidden = self._run(padded, positions, running, view)
         if requests is not None:
             for request, length in zip(requests, lengths, strict=True):
                 request.tokens += length
@@ -218,7 +237,7 @@ class ElasticModel:
         request.restrict(frozenset(i for i, keep in enumerate(self.plan.decode.mha) if keep))
         request.end_prefill(self.plan.kv_keep)
 
-    def run(self, tokens: Tensor, positions: Tensor, running: KeepMask, view: KVView | None) -> Tensor:
+    def _run(self, tokens: Tensor, positions: Tensor, running: KeepMask, view: KVView | None) -> Tensor:
         """Return the hidden states [b, t, e] after the last layer, for tokens and positions [b, t]."""
         hidden = self.embed(tokens, positions)
         rope = self.rope(hidden, positions)
@@ -229,75 +248,63 @@ class ElasticModel:
                 hidden = hidden + self.feed(layer, hidden)
         return hidden
 
-    def _attend_rows(
-        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor] | None, view: KVView | None
-    ) -> Tensor:
+    def _attend_rows(self, layer: int, hidden: Tensor, rope: Rope, view: KVView | None) -> Tensor:
         """Return ``hidden`` after the MHA block of a layer; rows without that layer's KV skip the block."""
         rows = view.rows(layer) if view is not None else None
         if rows is None:
             return hidden + self.attend(layer, hidden, rope, view)
         if not rows.numel():
             return hidden
-        rope_of_rows = (rope[0][rows], rope[1][rows]) if rope is not None else None
+        rope_of_rows = tuple((cos[rows], sin[rows]) for cos, sin in rope)
         return hidden.index_add(0, rows, self.attend(layer, hidden[rows], rope_of_rows, view))
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the hidden states [b, t, e] before the first layer."""
-        hidden: Tensor = self._stack.embed_tokens(tokens)
-        if self.spec.learned_positions:
-            mask = torch.ones_like(tokens)
-            hidden = hidden + self._stack.embed_positions(mask, position_ids=positions)
-        return hidden
+        """Return the hidden states [..., e] before the first layer, of tokens and positions [...]."""
+        return self.ends.embed(tokens, positions)
 
-    def rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the rotary embeddings of positions [b, t]; None where positions are learned."""
-        if self.spec.learned_positions:
-            return None
-        cos, sin = self._stack.rotary_emb(hidden, position_ids=positions)
-        return cos, sin
+    def rope(self, hidden: Tensor, positions: Tensor) -> Rope:
+        """Return the rotary embeddings of positions [b, t], for contexts as long as the last of them."""
+        context = int(positions.max()) + 1 if any(rotation.long is not None for rotation in self._rotations) else 0
+        return tuple(rotation(positions, hidden.dtype, context) for rotation in self._rotations)
 
-    def attend(
-        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor] | None, view: KVView | None = None
-    ) -> Tensor:
+    def rotate(self, positions: Tensor) -> Rope:
+        """Return the rotary embeddings of positions [n] in the engine; nothing waits for the device."""
+        return tuple(rotation(positions, self.dtype, self.most_context_tokens) for rotation in self._rotations)
+
+    def _rope_of(self, layer: int, rope: Rope) -> tuple[Tensor, Tensor] | None:
+        """Return the pair that the attention module of a layer takes; it ignores that in a layer without rotation."""
+        return rope[self.layers[layer].rotation or 0] if rope else None
+
+    def attend(self, layer: int, hidden: Tensor, rope: Rope, view: KVView | None = None) -> Tensor:
         """Return what the MHA block of a layer adds to ``hidden`` [b, t, e].
 
         Without a view, attention is causal over these tokens alone.
         """
-        window = self._windows[layer]
+        window = self.layers[layer].window
         mask = None
         if view is not None:
             mask = view.mask(layer, window)
         elif window is not None and window < hidden.shape[1]:
             mask = _causal(hidden.shape[1], window, hidden.device)
-        arguments = {"position_embeddings": rope} if rope is not None else {}
+        pair = self._rope_of(layer, rope)
+        arguments = {"position_embeddings": pair} if pair is not None else {}
         output: Tensor = self._attention[layer](
             hidden_states=self._norms["mha"][layer](hidden), attention_mask=mask, past_key_values=view, **arguments
         )[0]
-        return output
+        return self._added("mha", layer, output)
 
-    def attend_paged(self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor] | None, pages: Any) -> Tensor:
-        """Return what the MHA block of a layer adds to ``hidden``, its KV in ``pages`` (hw.elastic.paged_attention).
-
-        Call ``use_attention`` first, with the name under which the paged attention is registered.
-        """
-        arguments = {"position_embeddings": rope} if rope is not None else {}
-        output: Tensor = self._attention[layer](
-            hidden_states=self._norms["mha"][layer](hidden),
-            attention_mask=None,
-            past_key_values=pages,
-            pages=pages,
-            **arguments,
-        )[0]
-        return output
-
-    def use_attention(self, name: str) -> None:
-        """Make the model's modules call the attention registered under this name; ``sdpa`` is the default."""
-        self._model.set_attn_implementation(name)
+    def _added(self, kind: Kind, layer: int, output: Tensor) -> Tensor:
+        """Return what a block adds, from the output of its last module."""
+        norms = self._post_norms[kind]
+        if norms is not None:
+            output = norms[layer](output)
+        multiplier = self.layers[layer].multiplier
+        return output if multiplier == 1.0 else output * multiplier
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """How many tokens the attention of each layer looks back; None for all of them."""
-        return tuple(self._windows)
+        return tuple(layer.window for layer in self.layers)
 
     def feed(self, layer: int, hidden: Tensor) -> Tensor:
         """Return what the FFN block of a layer adds to ``hidden``."""
@@ -306,12 +313,12 @@ class ElasticModel:
         if len(parts) == 2:  # OPT: fc1 and fc2, with the activation between them held by the layer
             normed = self._layers[layer].activation_fn(parts[0](normed))
         output: Tensor = parts[-1](normed)
-        return output
+        return self._added("ffn", layer, output)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocabulary] of hidden states [..., e], which the final norm has not seen yet."""
         logits: Tensor = self._model.lm_head(self.normed(hidden))
-        return logits
+        return logits if self.ends.divisor == 1.0 else logits / self.ends.divisor
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Return hidden states after the final norm: the input of the head."""
@@ -319,9 +326,9 @@ class ElasticModel:
         return output
 
     def head_weight(self) -> Tensor:
-        """Return the weights of the head, [vocabulary, e]."""
+        """Return the matrix [vocabulary, e] whose product with what ``normed`` returns is the logits."""
         weight: Tensor = self._model.lm_head.weight
-        return weight
+        return weight if self.ends.divisor == 1.0 else weight / self.ends.divisor
 
     @torch.inference_mode()
     def attention_weights(self, tokens: Tensor) -> list[Tensor]:
@@ -329,18 +336,19 @@ class ElasticModel:
         positions = torch.arange(tokens.shape[1], device=self.device)[None]
         hidden = self.embed(tokens, positions)
         rope = self.rope(hidden, positions)
-        arguments = {"position_embeddings": rope} if rope is not None else {}
         weights = []
         try:
             for layer in range(self.spec.num_layers):
-                seen = _causal(tokens.shape[1], self._windows[layer], self.device)
+                seen = _causal(tokens.shape[1], self.layers[layer].window, self.device)
                 additive = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
                 additive.masked_fill_(~seen, torch.finfo(self.dtype).min)
                 self._model.set_attn_implementation("eager")  # the only implementation that returns its weights
+                pair = self._rope_of(layer, rope)
+                arguments = {"position_embeddings": pair} if pair is not None else {}
                 normed = self._norms["mha"][layer](hidden)
-                added, shares = self._attention[layer](hidden_states=normed, attention_mask=additive, **arguments)
+                output, shares = self._attention[layer](hidden_states=normed, attention_mask=additive, **arguments)
                 weights.append(shares)
-                hidden = hidden + added
+                hidden = hidden + self._added("mha", layer, output)
                 hidden = hidden + self.feed(layer, hidden)
         finally:
             self._model.set_attn_implementation("sdpa")

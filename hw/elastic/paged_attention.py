@@ -1,45 +1,37 @@
 """One iteration of a batch whose keys and values are in a paged pool: decodes and prompt chunks in one forward pass.
 
-The tokens of all requests form one row, decodes first, so that every linear layer is one product over the full batch.
-Attention is computed by request: decodes with about the same context share one call of PyTorch's attention, and each
-prompt chunk has its own. A token may skip a block that other tokens run (stage-wise masks, KV holes): MHA blocks select
-tokens by request, FFN blocks by stage.
+    batch = PagedBatch(arena, decodes, prefills, windows, wanted, staging=staging, attention=attention)
+    logits = forward(elastic, batch, prefill=plan.prefill, decode=plan.decode)
+
+The tokens of all requests form one row, decodes first, so that every linear layer is one product over the full batch. A
+request may skip a block that others run (stage-wise masks, KV holes). Layers that run for the same requests are
+arranged together, once an iteration, and everything reaches the device in one copy (hw/elastic/staging.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
-from torch.nn import functional
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hw.elastic.model import ElasticModel
-from hw.elastic.paged_kv import Arena
-from sim.cost.memory import kv_blocks
-from sim.cost.plan import KeepMask
-from sim.engine.block_table import BlockTable, ring_positions
-from sim.errors import RapLabError
+from hw.elastic import ops
+from hw.elastic.attention import Attention, Prepared, Rows
+from hw.elastic.attention_choice import default_attention
+from hw.elastic.block_arrays import HeldBlocks, Int32s, Int64s, read_table, stack_blocks
+from hw.elastic.paged_kv import KVArena
+from hw.elastic.staging import Staging
+from sim.engine.block_table import BlockTable
 
-# Shapes: t tokens of the iteration, n tokens that run a layer's MHA block, H heads, h KV heads, g = H / h, d head_dim.
+# Shapes: l layers, r decodes, c prompt chunks, n rows (tokens), w KV blocks, p tokens of one, H heads, h KV heads,
+# d head_dim.
 
-ATTENTION = "rap_lab_paged"
-
-
-PART_BYTES = 1 << 28
-"""What one call of attention may take for a moment: for keys and values that it gathers, or scores in FP32.
-
-More is computed in several calls, because no budget counts these bytes: 64 contexts of 1,024 tokens of Llama-2-7B are
-1 GiB in every layer.
-"""
-
-
-class NotANumberError(RapLabError):
-    """A block of the model gave values that are not finite."""
+WIDTH_STEP = 4
+"""Tables have a multiple of this many blocks: kernels read rows of 16 bytes faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,280 +44,235 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Decodes:
-    """Decodes of one call of attention: rows [b] of the layer, blocks [b * width], which keys count [b, k]."""
+class _Group:
+    """Layers that run for the same requests.
 
-    rows: Tensor
-    blocks: Tensor
-    width: int
-    seen: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A prompt chunk: its rows of the layer, the number of tokens before it, and the blocks that hold all of them."""
-
-    start: int
-    stop: int
-    prefix: int
-    blocks: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """What the MHA block of one layer sees: rows of the iteration (None: all), their slots, the calls of attention."""
+    rows: of the iteration (None: all). slots: [layers, n], where the new keys and values are stored. tensors: what
+    ``prepared`` needs on the device.
+    """
 
     rows: Tensor | None
     slots: Tensor
-    decodes: list[_Decodes]
-    chunks: list[_Chunk]
+    prepared: Prepared
+    tensors: list[Tensor]
 
 
 class PagedBatch:
-    """The slots of one iteration's KV, arranged for the attention of each layer."""
+    """The tokens of one iteration on the device, and the attention over their KV.
+
+    tokens, positions: [n]. wanted: rows whose logits count. decodes: how many rows come first that are decodes. extra:
+    tensors of the arrays that were passed as ``extra``. layout: where all others lie in the memory of the staging.
+    """
 
     def __init__(
         self,
-        arena: Arena,
+        arena: KVArena,
         decodes: Sequence[Packed],
         prefills: Sequence[Packed],
         windows: Sequence[int | None],
+        wanted: Sequence[int] = (),
+        *,
+        staging: Staging | None = None,
+        attention: Attention | None = None,
+        extra: Sequence[npt.NDArray[Any]] = (),
+        fill_to: int = 0,
     ) -> None:
-        """Look up the slots of the batch's keys and values; ``windows``: sliding window of each layer, None: none."""
-        self._arena = arena
-        self._decodes, self._prefills = decodes, prefills
-        self._windows = windows
-        self._layer: _Layer | None = None
-        self._shapes: dict[Any, Any] = {}
+        """Look up the KV blocks of the batch and send all of it to the device.
 
-    def enter(self, layer: int) -> Tensor | None:
-        """Prepare a layer; return the rows of the iteration that run its MHA block: None for all, empty for none."""
-        self._layer = found = self._look_up(layer)
-        return found.rows
-
-    def _look_up(self, layer: int) -> _Layer:
-        device, block_tokens = self._arena.device, self._arena.block_tokens
-        decodes = [(row, packed) for row, packed in enumerate(self._decodes) if layer in packed.table.mha]
-        rows = [row for row, _ in decodes]
-        slots = [packed.table.slots(layer, packed.start, 1)[0] for _, packed in decodes]
-        chunks: list[_Chunk] = []
-        at = len(self._decodes)
-        for packed in self._prefills:
-            count = len(packed.tokens)
-            if layer in packed.table.mha:
-                start = len(rows)
-                rows.extend(range(at, at + count))
-                slots.extend(packed.table.slots(layer, packed.start, count))
-                ids = None
-                if packed.start:
-                    needed = kv_blocks(packed.start + count, block_tokens)
-                    ids = torch.tensor(packed.table.blocks[layer][:needed], device=device)
-                chunks.append(_Chunk(start, start + count, packed.start, ids))
-            at += count
-        return _Layer(
-            rows=None if len(rows) == at else torch.tensor(rows, dtype=torch.long, device=device),
-            slots=torch.tensor(slots, dtype=torch.long, device=device),
-            decodes=self._group([packed for _, packed in decodes], layer),
-            chunks=chunks,
-        )
-
-    def _group(self, decodes: Sequence[Packed], layer: int) -> list[_Decodes]:
-        """Group decodes whose contexts fill the same number of blocks, rounded up to a power of two."""
-        device, block_tokens = self._arena.device, self._arena.block_tokens
-        groups: dict[int, list[tuple[int, BlockTable, int]]] = {}
-        for row, packed in enumerate(decodes):
-            table, tokens = packed.table, packed.start + 1
-            kept = table.keep_of(layer).tokens(tokens)
-            width = 1 << (kv_blocks(kept, block_tokens) - 1).bit_length()
-            groups.setdefault(width, []).append((row, table, tokens))
-        parts = []
-        for width, rows in groups.items():
-            most = max(1, PART_BYTES // (width * self._arena.block_bytes))
-            parts += [(width, rows[first : first + most]) for first in range(0, len(rows), most)]
-        made = []
-        for width, members in parts:
-            ids: list[int] = []
-            for _, table, _ in members:
-                own = table.blocks[layer]
-                ids += own[:width] + own[:1] * (width - len(own))  # padding is masked; any block does
-            shape = (layer if self._windows[layer] is not None else -1, width)
-            key = (*shape, *((row, table.keep_of(layer).tokens(tokens)) for row, table, tokens in members))
-            if key not in self._shapes:
-                at = torch.tensor([row for row, _, _ in members], device=device)
-                self._shapes[key] = at, self._seen(layer, width * block_tokens, members)
-            at, seen = self._shapes[key]
-            made.append(_Decodes(at, torch.tensor(ids, device=device), width, seen))
-        return made
-
-    def _seen(self, layer: int, keys: int, members: Sequence[tuple[int, BlockTable, int]]) -> Tensor | None:
-        window = self._windows[layer]
-        kept = torch.tensor([table.keep_of(layer).tokens(tokens) for _, table, tokens in members])
-        seen = torch.arange(keys)[None] < kept[:, None]
-        if window is not None:
-            for index, (_, table, tokens) in enumerate(members):
-                positions = torch.tensor(ring_positions(table.keep_of(layer), tokens))
-                seen[index, : len(positions)] &= positions > tokens - 1 - window
-        return None if bool(seen.all()) else seen.to(self._arena.device)
-
-    # What transformers calls.
-
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Store the keys and values [1, h, n, d] of the new tokens."""
-        assert self._layer is not None
-        self._arena.write(self._layer.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return key, value
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        """Return the attention [1, n, H, d] of queries [1, H, n, d]; key and value are those of the new tokens."""
-        found = self._layer
-        assert found is not None
-        queries = query[0].transpose(0, 1)  # [n, H, d]
-        count, heads, head_dim = queries.shape
-        kv_heads = key.shape[1]
-        output = torch.empty_like(queries, memory_format=torch.contiguous_format)
-        for group in found.decodes:
-            batch = group.rows.numel()
-            keys, values = self._arena.read(group.blocks)
-            shape = (batch, -1, kv_heads, head_dim)
-            # Heads that share a KV head take the place of queries of one head: no key is copied for them.
-            attended = functional.scaled_dot_product_attention(
-                queries[group.rows].view(batch, kv_heads, heads // kv_heads, head_dim),
-                keys.view(shape).transpose(1, 2),
-                values.view(shape).transpose(1, 2),
-                attn_mask=None if group.seen is None else group.seen[:, None, None],
-                scale=scaling,
+        Args:
+            arena: memory of the KV. windows: how far each layer looks back; None: to the first token.
+            decodes, prefills: requests in the order of the rows: one token each, then the prompt chunks.
+            wanted: rows that need a next token.
+            staging: memory for the copy; None makes new one. attention: how it is computed; None: as
+                hw.attention=auto.
+            extra: other arrays to send.
+            fill_to: rows of a batch of decodes alone that has to have the shape of others; 0: it need not. The last
+                decode is repeated up to this number: it stores the same keys in the same place. Tables are then as wide
+                as a power of two, and ``wanted`` covers every row.
+        """
+        self._arena, self._block_tokens = arena, arena.block_tokens
+        attention, staging = attention or default_attention(arena), staging or Staging(arena.hardware)
+        if fill_to:
+            decodes, wanted = [*decodes, *[decodes[-1]] * (fill_to - len(decodes))], range(fill_to)
+        packed = [*decodes, *prefills]
+        self.decodes, self._windows = len(decodes), [window or 0 for window in windows]
+        counts = np.array([len(one.tokens) for one in packed], np.int64)
+        starts = np.array([one.start for one in packed], np.int64)
+        first_rows = np.concatenate(([0], np.cumsum(counts)))  # of each request
+        tokens = np.fromiter(chain.from_iterable(one.tokens for one in packed), np.int64, int(first_rows[-1]))
+        positions = np.arange(len(tokens)) - np.repeat(first_rows[:-1] - starts, counts)
+        arrays: list[npt.NDArray[Any]] = [tokens, positions, np.array(wanted, np.int64)]
+        held = [read_table(one.table, len(windows), one.start + len(one.tokens)) for one in packed]
+        request = _Requests(held, counts, starts, first_rows, len(decodes))
+        tables = request.tables(bool(fill_to))
+        laid_out: list[tuple[Prepared, int, int, bool, int]] = []
+        self._group_of: list[int] = [0] * len(windows)
+        self._place: list[int] = [0] * len(windows)
+        for layers, who in request.groups():
+            for place, layer in enumerate(layers):
+                self._group_of[layer], self._place[layer] = len(laid_out), place
+            rows, slots, all_rows = self._rows_of(request, tables, layers, who)
+            prepared = attention.prepare(rows, arena)
+            first = len(arrays)
+            arrays += [slots, *([] if all_rows is None else [all_rows]), *prepared.arrays]
+            laid_out.append((prepared, rows.count, first, all_rows is not None, len(arrays)))
+        sent = len(arrays)
+        tensors = staging.send([*arrays, *extra])
+        self.layout = staging.layout[:sent]
+        self.tokens, self.positions, self.wanted = tensors[:3]
+        self.extra = tensors[sent:]
+        self._groups = [
+            _Group(
+                tensors[first + 1] if some else None, tensors[first][:, :n], prepared, tensors[first + 1 + some : stop]
             )
-            output[group.rows] = attended.reshape(batch, heads, head_dim)
-        window = self._windows[layer]
-        for chunk in found.chunks:
-            new = slice(chunk.start, chunk.stop)
-            keys, values = key[:, :, new], value[:, :, new]
-            total = chunk.prefix + chunk.stop - chunk.start
-            if chunk.blocks is not None:
-                keys, values = (
-                    half.view(-1, kv_heads, head_dim)[:total].transpose(0, 1)[None]
-                    for half in self._arena.read(chunk.blocks)
-                )
-            if chunk.blocks is None and (window is None or window >= total):
-                attended = functional.scaled_dot_product_attention(
-                    query[:, :, new], keys, values, is_causal=True, scale=scaling, enable_gqa=kv_heads != heads
-                )
-                output[new] = attended[0].transpose(0, 1)
-                continue
-            seen = self._causal(chunk.prefix, total, window)
-            most = max(1, PART_BYTES // (4 * heads * total))
-            for first in range(0, len(seen), most):
-                part = slice(chunk.start + first, min(chunk.start + first + most, chunk.stop))
-                fold = self._arena.device.type != "cpu"
-                attended = masked_attention(query[:, :, part], keys, values, seen[first : first + most], scaling, fold)
-                output[part] = attended[0].transpose(0, 1)
-        return output.view(1, count, heads, head_dim)
+            for prepared, n, first, some, stop in laid_out
+        ]
 
-    def _causal(self, prefix: int, total: int, window: int | None) -> Tensor:
-        key = prefix, total, window
-        if key not in self._shapes:
-            queries = torch.arange(prefix, total, device=self._arena.device)[:, None]
-            keys = torch.arange(total, device=self._arena.device)[None]
-            seen = keys <= queries
-            self._shapes[key] = seen if window is None else seen & (keys > queries - window)
-        found: Tensor = self._shapes[key]
-        return found
-
-
-def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float | None, fold: bool
-) -> Tensor:
-    """Return the attention [1, H, t, d] of queries [1, H, t, d] to keys and values [1, h, k, d], seen bool [t, k].
-
-    fold: let heads that share a KV head take the place of queries of one head. On CUDA no fused kernel takes a mask
-    and shared heads together; scores of all heads would be made in FP32. On a CPU the kernel takes both and is faster.
-    """
-    heads, kv_heads, count = query.shape[1], key.shape[1], query.shape[2]
-    if not fold or heads == kv_heads:
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, scale=scaling, enable_gqa=heads != kv_heads
+    def _rows_of(
+        self, request: _Requests, tables: tuple[Int32s, Int32s], layers: list[int], who: npt.NDArray[np.intp]
+    ) -> tuple[Rows, Int64s, Int64s | None]:
+        """Return the rows of layers that run for the same requests, their slots, and which these are (None: all)."""
+        everyone = len(who) == len(request.held)
+        every_layer = len(layers) == len(self._windows)
+        single, chunks = who[who < request.decodes], who[who >= request.decodes]
+        if everyone and every_layer:
+            table, chunk_table = tables
+        else:
+            at = np.array(layers)
+            table = tables[0][np.ix_(at, single)]
+            chunk_table = tables[1][np.ix_(at, chunks - request.decodes)]
+        first, last, keeps_all = request.keeps(layers, single)
+        lengths = request.counts[chunks]
+        rows = Rows(
+            table=table,
+            context=(request.starts[single] + 1).astype(np.int32),
+            first=first,
+            last=last,
+            keeps_all=keeps_all,
+            chunk_table=chunk_table,
+            chunk_starts=(len(single) + np.concatenate(([0], np.cumsum(lengths)))).astype(np.int32),
+            prefix=request.starts[chunks].astype(np.int32),
+            windows=[self._windows[layer] for layer in layers],
+            block_tokens=self._block_tokens,
         )
-    group = heads // kv_heads
-    folded = query.reshape(1, kv_heads, group * count, -1)
-    mask = seen.repeat(group, 1)
-    attended = functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return attended.reshape(1, heads, count, -1)
+        all_rows = None
+        if not everyone:
+            all_rows = np.concatenate(
+                [single, *(np.arange(request.rows[i], request.rows[i + 1]) for i in chunks)], dtype=np.int64
+            )
+        return rows, self._slots(rows, lengths), all_rows
+
+    def _slots(self, rows: Rows, lengths: Int64s) -> Int64s:
+        """Return where the new keys and values are stored, [layers, n], and one more place where n is odd."""
+        size, single = self._block_tokens, rows.decodes
+        slots = np.zeros(
+            (len(rows.windows), rows.count + rows.count % 2), np.int64
+        )  # even, so that every row is aligned
+        token = rows.context.astype(np.int64) - 1
+        if rows.keeps_all:
+            blocks = rows.table[:, np.arange(single), token // size]
+            slots[:, :single] = blocks.astype(np.int64) * size + token % size
+        else:
+            # Token t >= f lies at place f + (t - f) % w of a ring (sim.engine.block_table.ring_place).
+            first, last = rows.first.astype(np.int64), rows.last.astype(np.int64)
+            ring = (last > 0) & (token >= first)
+            place = np.where(ring, first + (token - first) % np.maximum(last, 1), token)
+            blocks = np.take_along_axis(rows.table, (place // size)[:, :, None], axis=2)[:, :, 0]
+            slots[:, :single] = blocks.astype(np.int64) * size + place % size
+        at = single
+        for index, (start, count) in enumerate(zip(rows.prefix.tolist(), lengths.tolist(), strict=True)):
+            place = np.arange(start, start + count)
+            blocks = rows.chunk_table[:, index, place // size]
+            slots[:, at : at + count] = blocks.astype(np.int64) * size + place % size
+            at += count
+        return slots
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer runs for all requests or for none."""
+        return all(group.rows is None or not group.rows.numel() for group in self._groups)
+
+    def rows(self, layer: int) -> Tensor | None:
+        """Return the rows of the iteration that run a layer's MHA block: None for all, empty for none."""
+        return self._groups[self._group_of[layer]].rows
+
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        *,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        offset: float,
+    ) -> Tensor:
+        """Return the attention [n, H d] of the rows of a layer, from their product with q, k and v."""
+        group, place = self._groups[self._group_of[layer]], self._place[layer]
+        cos, sin = rope if rope is not None else (None, None)
+        query, key, value = ops.rope_and_store(
+            qkv,
+            cos,
+            sin,
+            self._arena.kv,
+            group.slots[place],
+            heads=heads,
+            kv_heads=kv_heads,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+            offset=offset,
+        )
+        attended = group.prepared.attend(place, group.tensors, query, key, value, scale)
+        return attended.reshape(len(qkv), -1)
 
 
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    past_key_values: object = None,
-    pages: PagedBatch | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    if pages is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-        return output, None
-    return pages.attend(module.layer_idx, query, key, value, scaling), None
+class _Requests:
+    """The requests of an iteration, on the host: decodes, then prompt chunks.
 
-
-AttentionInterface.register(ATTENTION, _attention)
-
-
-@torch.inference_mode()
-def forward(
-    elastic: ElasticModel,
-    batch: PagedBatch,
-    decodes: Sequence[Packed],
-    prefills: Sequence[Packed],
-    wanted: Sequence[int],
-    *,
-    prefill: KeepMask,
-    decode: KeepMask,
-    check: bool = False,
-) -> Tensor:
-    """Run one iteration; return logits, one row for each of ``wanted``.
-
-    Args:
-        elastic: the model, its attention set to ``ATTENTION``.
-        batch: the slots of the KV of the same decodes and prefills.
-        decodes, prefills: requests in the order of the row: one token each, then the prompt chunks.
-        wanted: rows of the iteration that need a next token.
-        prefill, decode: the blocks that run at each stage; a request's table says which MHA blocks it runs.
-        check: test after every block whether all values are finite.
-    Raises:
-        NotANumberError: with ``check``, naming the first block whose output is not finite.
+    held: their KV blocks. counts, starts: new tokens of each, and tokens before. rows: the first row of each, and the
+    number of rows. decodes: how many are decodes.
     """
-    packed = [*decodes, *prefills]
-    device = elastic.device
-    tokens = torch.tensor([[token for one in packed for token in one.tokens]], device=device)
-    positions = torch.tensor([[one.start + i for one in packed for i in range(len(one.tokens))]], device=device)
-    hidden = elastic.embed(tokens, positions)
-    rope = elastic.rope(hidden, positions)
-    split, count = len(decodes), tokens.shape[1]
-    for layer in range(elastic.spec.num_layers):
-        if prefill.mha[layer] or decode.mha[layer]:
-            rows = batch.enter(layer)
-            if rows is None:
-                hidden = hidden + elastic.attend_paged(layer, hidden, rope, batch)
-            elif rows.numel():
-                some = (rope[0][:, rows], rope[1][:, rows]) if rope is not None else None
-                hidden = hidden.index_add(1, rows, elastic.attend_paged(layer, hidden[:, rows], some, batch))
-            if check:
-                _check_finite(hidden, f"MHA{layer}")
-        start = 0 if decode.ffn[layer] else split
-        stop = count if prefill.ffn[layer] else split
-        if stop - start == count:
-            hidden = hidden + elastic.feed(layer, hidden)
-        elif stop > start:
-            part = hidden[:, start:stop]
-            hidden = torch.cat((hidden[:, :start], part + elastic.feed(layer, part), hidden[:, stop:]), dim=1)
-        if check:
-            _check_finite(hidden, f"FFN{layer}")
-    return elastic.head(hidden[0, torch.tensor(wanted, dtype=torch.long, device=device)])
 
+    def __init__(self, held: list[HeldBlocks], counts: Int64s, starts: Int64s, rows: Int64s, decodes: int) -> None:
+        self.held, self.counts, self.starts, self.rows, self.decodes = held, counts, starts, rows, decodes
 
-def _check_finite(hidden: Tensor, block: str) -> None:
-    if not bool(torch.isfinite(hidden).all()):
-        raise NotANumberError(block)
+    def tables(self, power_of_two: bool) -> tuple[Int32s, Int32s]:
+        """Return the KV blocks [layers, requests, w] of the decodes, and those of the prompt chunks.
+
+        power_of_two: whether w is one.
+        """
+        layers = len(self.held[0].runs)
+        made = []
+        for held in (self.held[: self.decodes], self.held[self.decodes :]):
+            width = max((one.needed for one in held), default=1)
+            if power_of_two:
+                width = 1 << max(width - 1, 0).bit_length()
+            width = -(-width // WIDTH_STEP) * WIDTH_STEP
+            made.append(stack_blocks(held, width) if held else np.zeros((layers, 0, width), np.int32))
+        return made[0], made[1]
+
+    def groups(self) -> list[tuple[list[int], npt.NDArray[np.intp]]]:
+        """Return layers that run for the same requests, and these requests."""
+        runs = np.stack([one.runs for one in self.held], axis=1)  # [layers, requests]
+        if runs.all():
+            return [(list(range(len(runs))), np.arange(len(self.held)))]
+        raw, size = runs.tobytes(), len(self.held)
+        found: dict[bytes, list[int]] = {}
+        for layer in range(len(runs)):
+            found.setdefault(raw[layer * size : (layer + 1) * size], []).append(layer)
+        return [(layers, np.flatnonzero(runs[layers[0]])) for layers in found.values()]
+
+    def keeps(self, layers: list[int], who: npt.NDArray[np.intp]) -> tuple[Int32s, Int32s, bool]:
+        """Return how many of the first and last tokens some layers of some requests keep, [layers, requests] each."""
+        if all(self.held[i].keeps_all for i in who):
+            none = np.zeros((len(layers), len(who)), np.int32)
+            return none, none, True
+        first, last = (
+            np.stack([part[layers] for part in parts], axis=1)
+            for parts in ([self.held[i].first for i in who], [self.held[i].last for i in who])
+        )
+        return first, last, False

@@ -1,8 +1,9 @@
 """Weights quantized to 8 and 4 bits in groups, on CPU and CUDA, in the layout that ``sim.cost.memory`` counts.
 
-A product unpacks the weight first, so this saves memory but no time. No maintained library fits: torchao's int4 needs a
-GPU, bitsandbytes has neither groups of 128 inputs with FP16 scales nor packed zero points, and torch's own int8 product
-supports only one scale per row.
+On CUDA a kernel multiplies with the packed values (hw/elastic/kernels/quantized.py). On a CPU a product unpacks the
+weight first, so this saves memory but no time. No maintained library fits there: bitsandbytes has neither groups of
+128 inputs with FP16 scales nor packed zero points, PyTorch's int8 product has one scale a row, and its int4 product for
+CPUs takes no group that ends short, which most layers of SmolLM2 have, and is slower than this with FP32 inputs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hw.elastic.ops import quantized_linear
 from sim.cost.model_spec import QUANT_GROUP_ELEMENTS
 from sim.errors import PlanError
 
@@ -45,6 +47,21 @@ class QuantWeight:
         """The tensors to store and copy."""
         return self.packed, self.scales, self.zeros
 
+    def rows(self, first: int, last: int) -> QuantWeight:
+        """Return rows ``first`` to ``last - 1`` as views; in 4 bits, values and zero points begin at a full byte."""
+        o, i, groups = last - first, self.in_features, self.scales.shape[1]
+        if self.bits == 8:
+            return QuantWeight(8, o, i, self.packed[first * i : last * i], self.scales[first:last], self.zeros)
+        assert first * i % 2 == 0
+        assert first * groups % 2 == 0
+        packed, zeros = self.packed[first * i // 2 :], self.zeros[first * groups // 2 :]
+        packed, zeros = packed[: -(-o * i // 2)], zeros[: -(-o * groups // 2)]
+        return QuantWeight(4, o, i, packed, self.scales[first:last], zeros)
+
+    def scratch(self, dtype: torch.dtype) -> Tensor:
+        """Return memory for the dequantized weight, which the next weight of this dtype overwrites."""
+        return _scratch("weight", dtype, self.out_features * self.in_features, self.packed.device)
+
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the weight matrix [o, i] that the stored values represent.
 
@@ -60,26 +77,28 @@ class QuantWeight:
         zeros = unpack_4bit(self.zeros, o * groups).view(o, groups).to(torch.float32) if self.bits == 4 else None
         rows = min(max(_SLICE_VALUES[device.type] // i, 1), o)
         rows += rows % 2  # an even count of values ends at a byte boundary
-        values = _scratch("values", torch.float32, rows * i, device)
+        values = weight.view(-1) if dtype == torch.float32 else _scratch("values", torch.float32, rows * i, device)
         for first in range(0, o, rows):
             last = min(first + rows, o)
-            part = values[: (last - first) * i].view(last - first, i)
+            at = first * i if dtype == torch.float32 else 0
+            part = values[at : at + (last - first) * i].view(last - first, i)
             if self.bits == 8:
                 part.copy_(self.packed[first * i : last * i].view_as(part))
             else:
                 pairs = self.packed[first * i // 2 : -(-last * i // 2)]
-                both = values[: 2 * len(pairs)].view(-1, 2)
-                both[:, 0].copy_(pairs & 15)
-                both[:, 1].copy_(pairs >> 4)
+                both = _scratch("pairs", torch.int16, len(pairs), device)[: len(pairs)].copy_(pairs)
+                both.bitwise_or_(both << 4).bitwise_and_(0x0F0F)  # as bytes: the low half, then the high half
+                part.copy_(both.view(torch.uint8)[: part.numel()].view_as(part))
             for columns, group in _by_group(part):
                 if zeros is not None:
                     columns.sub_(zeros[first:last, group, None])
                 columns.mul_(scales[first:last, group, None])
-            weight[first:last].copy_(part)
+            if dtype != torch.float32:
+                weight[first:last].copy_(part)
         return weight
 
 
-_SLICE_VALUES = {"cpu": 1 << 17, "cuda": 1 << 24}
+_SLICE_VALUES = {"cpu": 1 << 19, "cuda": 1 << 24}
 """How many values to unpack at a time: what fits the caches of a CPU core, or enough work for a GPU."""
 _scratches: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
@@ -172,6 +191,4 @@ class ElasticLinear(nn.Linear):
         """Multiply with the resident copy of the weight."""
         if self.quantized is None:
             return functional.linear(input, self.weight, self.bias)
-        copy = self.quantized
-        out = _scratch("weight", input.dtype, copy.out_features * copy.in_features, input.device)
-        return functional.linear(input, copy.dequantize(input.dtype, out), self.bias)
+        return quantized_linear(input, self.quantized, self.bias)

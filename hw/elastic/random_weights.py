@@ -6,6 +6,7 @@ model = random_model(spec, seed=0, dtype=torch.bfloat16, place=torch.device("cud
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,14 +40,21 @@ def note_of(seed: int) -> str:
     return f"weights are random ({PREFIX}{seed}): tokens and quality mean nothing; times and memory do"
 
 
-def random_model(spec: ModelSpec, *, seed: int, dtype: torch.dtype, place: torch.device) -> Any:
+def random_model(
+    spec: ModelSpec, *, seed: int, dtype: torch.dtype, place: torch.device, config_path: Path | None = None
+) -> Any:
     """Return a model of this shape with random weights.
 
-    It is of the family of transformers that is closest; ``ElasticModel`` tells where its shape differs.
+    Args:
+        spec: its shape. seed: of the weights. dtype, place: of the weights.
+        config_path: the model's own config.json, or its folder. None: the model is of the nearest family of
+            transformers; ``ElasticModel`` tells where its shape differs.
+    Raises:
+        ModelError: for a config that transformers cannot read.
     """
     from transformers import AutoModelForCausalLM
 
-    config = _config(spec)
+    config = _config(spec) if config_path is None else _read_config(config_path)
     devices = [place] if place.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(place):
         torch.manual_seed(seed)
@@ -54,9 +62,22 @@ def random_model(spec: ModelSpec, *, seed: int, dtype: torch.dtype, place: torch
         return made.eval()
 
 
+def _read_config(path: Path) -> Any:
+    """Return the configuration in a file or folder, without a token that ends a text: random weights have none."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # transformers raises errors of many types for a file that it cannot read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"no model config at {path}: {reason}; give a config.json, or its folder") from error
+    config.bos_token_id = config.eos_token_id = None
+    return config
+
+
 def _config(spec: ModelSpec) -> Any:
-    """Return the configuration of the family that has the shape: OPT, Qwen3, Qwen2 or Llama."""
-    from transformers import LlamaConfig, OPTConfig, Qwen2Config, Qwen3Config
+    """Return the configuration of the family that has the shape."""
+    from transformers import Gemma3TextConfig, LlamaConfig, OPTConfig, Phi3Config, Qwen2Config, Qwen3Config
 
     shape: dict[str, Any] = {
         "vocab_size": spec.vocab_size,
@@ -77,6 +98,12 @@ def _config(spec: ModelSpec) -> Any:
         "num_key_value_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
     }
+    if spec.post_norms:
+        # Without windows: the description charges the KV of all tokens.
+        types = ["full_attention"] * spec.num_layers
+        return Gemma3TextConfig(**shape, attention_bias=spec.out_bias, layer_types=types)
+    if spec.fused_projections:
+        return Phi3Config(**shape)
     if spec.qk_norm:
         return Qwen3Config(**shape, attention_bias=spec.out_bias)
     if spec.qkv_bias and not spec.out_bias:

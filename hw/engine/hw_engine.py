@@ -9,22 +9,26 @@ simulated and the real engine admit the same requests in the same order.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from hw.elastic.attention import Attention
+from hw.elastic.attention_choice import find_attention
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device import Accelerator
 from hw.elastic.device_memory import DeviceMemory
+from hw.elastic.graphs import DecodeGraphs
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_attention import ATTENTION
-from hw.elastic.paged_kv import Arena, ArenaStorage, MappedArena, SlabArena
+from hw.elastic.paged_kv import ArenaStorage, KVArena
 from hw.engine.clock import Clock, RealClock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts, RandomPrompts
 from hw.engine.sampling import Sampling
 from hw.engine.torch_executor import TorchExecutor, TorchWeights
+from hw.engine.workspace import fit_batches, needed_bytes
 from sim.cost.memory import fixed_weight_bytes, kv_block_layer_bytes
 from sim.cost.plan import WEIGHT_BITS, Plan, check_plan
 from sim.engine.budget import Budget, constant_budget
@@ -32,9 +36,6 @@ from sim.engine.live_request import LiveRequest
 from sim.engine.protocol import EngineConfig, Request
 from sim.engine.replica import Replica
 from sim.errors import ConfigError
-
-SLABS = 16
-"""Slabs of the first pool on CUDA: a resize copies at most one, which the workspace has to hold for that moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,10 @@ class Handover:
 
 
 class HwEngine(Replica):
-    """A replica that computes with a real model."""
+    """A replica that computes with a real model.
+
+    attention: how it is computed. notes: what the engine changed about its settings.
+    """
 
     executor_type: type[TorchExecutor] = TorchExecutor
 
@@ -71,7 +75,7 @@ class HwEngine(Replica):
         prompts: Prompts | None = None,
         clock: Clock | None = None,
         copier: LayerCopier | None = None,
-        arena: Arena | None = None,
+        arena: KVArena | None = None,
         ends: Callable[[int, int], bool] | None = None,
         sampling: Callable[[int], Sampling | None] | None = None,
         on_token: Callable[[int, int | None, bool], None] | None = None,
@@ -79,6 +83,8 @@ class HwEngine(Replica):
         quality_nll: Callable[[Plan], float] | None = None,
         during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
         plans: Iterable[Plan] | None = None,
+        attention: str = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         """Build an idle engine over a dense model and apply its first plan.
 
@@ -98,6 +104,8 @@ class HwEngine(Replica):
             during_forward: a context that is entered while the model computes, for example to release a lock.
             plans: those that may run. What they need is stored now, so that no plan change has to quantize a block.
                 None: any, so all blocks are stored at 16, 8 and 4 bits.
+            attention: which code computes it, a value of hw.attention.
+            cuda_graphs: whether decode passes that recur are recorded; only where the device and that code can.
         Raises:
             ConfigError: for ``prefix_caching``, ``schedules_ahead``, ``preemption=swap`` or ``copying=blocking``, which
                 only the simulated engine has.
@@ -123,9 +131,28 @@ class HwEngine(Replica):
         budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
         clock = clock or RealClock()
         self.elastic = elastic
+        elastic.most_context_tokens = min(
+            config.max_context_tokens or elastic.spec.max_context_tokens, elastic.spec.max_context_tokens
+        )
         _prepare(elastic, plan, plans)
         self.memory = DeviceMemory(elastic.hardware, elastic.bytes())
         self.arena = arena or _default_arena(elastic, budget, workspace_bytes, config.kv_block_tokens)
+        self.attention = found = find_attention(
+            attention,
+            self.arena.device,
+            head_dim=elastic.spec.head_dim,
+            dtype=elastic.dtype,
+            block_tokens=config.kv_block_tokens,
+        )
+        self.notes: list[str] = []
+        graph_bytes = 0
+        if isinstance(elastic.hardware, Accelerator):
+            config, problem = fit_batches(elastic.spec, config, found, workspace_bytes, sampled=sampling is not None)
+            if problem is not None:
+                self.notes.append(problem)
+                print(f"warning: {problem}", file=sys.stderr)
+            tokens = max(config.limits.max_batch_tokens, config.limits.max_running)
+            graph_bytes = workspace_bytes - needed_bytes(elastic.spec, config, found, tokens)
         self._copier = copier or LayerCopier(elastic, clock.source)
         weights = TorchWeights(elastic, self._copier, clock, self.memory)
         self._torch = self.executor_type(
@@ -138,6 +165,8 @@ class HwEngine(Replica):
             ends=ends,
             sampling=sampling,
             during_forward=during_forward,
+            attention=found,
+            graphs=_graphs_of(elastic, found, graph_bytes) if cuda_graphs else None,
         )
         super().__init__(
             model=elastic.spec,
@@ -147,7 +176,7 @@ class HwEngine(Replica):
             executor=self._torch,
             weights=weights,
             clock=clock,
-            storage=ArenaStorage(self.arena, elastic.hardware),
+            storage=ArenaStorage(self.arena),
             workspace_bytes=workspace_bytes,
             # Plans recur, and evaluating a fitted quality model may take longer than an iteration's share of a token.
             quality_nll=lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None,
@@ -228,13 +257,15 @@ class HwEngine(Replica):
     def close(self) -> None:
         """Abandon the copy under way, end its thread, and let the process use the memory of the device again."""
         self._copier.close()
+        self._torch.close()
+        if isinstance(self.elastic.hardware, Accelerator):
+            self.arena.close()
         self.memory.close()
 
 
 def _prepare(elastic: ElasticModel, plan: Plan, plans: Iterable[Plan] | None) -> None:
     """Bring a dense model to the plan, with every copy that a later plan may need in the store."""
     check_plan(elastic.spec, plan)
-    elastic.use_attention(ATTENTION)
     if plans is None:
         elastic.prepare(WEIGHT_BITS)
     else:
@@ -242,35 +273,29 @@ def _prepare(elastic: ElasticModel, plan: Plan, plans: Iterable[Plan] | None) ->
     elastic.apply(plan)
 
 
-def _default_arena(elastic: ElasticModel, budget: Budget, workspace_bytes: int, block_tokens: int) -> Arena:
+def _default_arena(elastic: ElasticModel, budget: Budget, workspace_bytes: int, block_tokens: int) -> KVArena:
     """Return an arena that can hold all that the largest budget leaves for KV."""
     spec = elastic.spec
     block_bytes = kv_block_layer_bytes(spec, block_tokens)
     most = (max(budget.budget_bytes) - workspace_bytes - fixed_weight_bytes(spec)) // block_bytes
-    first = (budget.budget_bytes[0] - elastic.bytes() - workspace_bytes) // block_bytes
-    return arena_of(elastic, most, first_blocks=first, block_tokens=block_tokens)
+    return arena_of(elastic, most, block_tokens=block_tokens)
 
 
-def arena_of(elastic: ElasticModel, capacity: int, *, first_blocks: int, block_tokens: int) -> Arena:
-    """Return an empty arena on the model's device.
+def _graphs_of(elastic: ElasticModel, attention: Attention, most_bytes: int) -> DecodeGraphs | None:
+    """Return CUDA graphs, which may take what a pass leaves of the workspace, if the device has them."""
+    if not attention.in_graphs or not isinstance(elastic.hardware, Accelerator) or most_bytes <= 0:
+        return None
+    return DecodeGraphs(elastic.hardware, most_bytes)
 
-    Args:
-        capacity: KV blocks of one layer that it must be able to hold. first_blocks: those of the first pool.
-    """
+
+def arena_of(elastic: ElasticModel, capacity: int, *, block_tokens: int) -> KVArena:
+    """Return an arena on the model's device, which can hold ``capacity`` KV blocks of one layer and has none yet."""
     spec = elastic.spec
-    if not isinstance(elastic.hardware, Accelerator):
-        return MappedArena(
-            capacity=max(1, capacity),
-            block_tokens=block_tokens,
-            heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=elastic.dtype,
-        )
-    return SlabArena(
-        slab_blocks=-(-max(first_blocks, SLABS) // SLABS),
+    return KVArena(
+        elastic.hardware,
+        capacity=capacity,
         block_tokens=block_tokens,
         heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         dtype=elastic.dtype,
-        device=elastic.device,
     )

@@ -7,16 +7,20 @@ other requests of the batch, nor on preemptions. All rows of a batch are sampled
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sim.cost.memory import SAMPLED_LOGITS
+
 LEAST_TEMPERATURE = 1e-5
 """Below this, sampling is greedy, as in vLLM: the division by it would overflow."""
-MOST_ELEMENTS = 1 << 21
-"""Logits that are sampled in one pass, which takes about 40 bytes for each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,28 +51,46 @@ class Draw:
     index: int
 
 
-def choose(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+class Drawn:
+    """The rows of an iteration to sample, as arrays for its one copy to the device.
+
+    arrays: their numbers, int64 [draws]; and for each temperature, top_p and random number, float64 [3, draws].
+    """
+
+    def __init__(self, draws: Sequence[Draw]) -> None:
+        """Draw the random numbers. ``draws``: the rows to sample; the others take the likeliest token."""
+        self.rows = [draw.row for draw in draws]
+        self.cuts = any(draw.sampling.top_p < 1 for draw in draws)
+        numbers = [(d.sampling.temperature, d.sampling.top_p, d.sampling.uniform(d.index)) for d in draws]
+        self.arrays: list[npt.NDArray[Any]] = []
+        if draws:
+            self.arrays = [np.array(self.rows, np.int64), np.array(numbers, np.float64).T.copy()]
+
+
+def choose(logits: Tensor, drawn: Drawn, tensors: Sequence[Tensor], first: int = 0) -> Tensor:
     """Return the next token of each row.
 
     Args:
-        logits: [rows, vocabulary]. draws: the rows to sample; the others take the likeliest token.
+        logits: [rows, vocabulary].
+        drawn: the rows to sample, in order. tensors: its arrays, on the device of the logits.
+        first: number of the first row, if these are not all rows.
     """
     chosen = logits.argmax(-1)
-    step = max(1, MOST_ELEMENTS // logits.shape[-1])
-    for first in range(0, len(draws), step):
-        part = draws[first : first + step]
-        rows = torch.tensor([draw.row for draw in part], device=logits.device)
-        chosen[rows] = _sample(logits[rows], part)
+    begin, end = bisect_left(drawn.rows, first), bisect_left(drawn.rows, first + len(logits))
+    step = max(1, SAMPLED_LOGITS // logits.shape[-1])
+    for at in range(begin, end, step):
+        rows, numbers = (tensor[..., at : min(at + step, end)] for tensor in tensors)
+        if first:
+            rows = rows - first
+        chosen[rows] = _sample(logits[rows], numbers, drawn.cuts)
     return chosen
 
 
-def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Return one sampled token for each row of ``logits`` [draws, vocabulary]."""
-    device = logits.device
-    numbers = [(d.sampling.temperature, d.sampling.top_p, d.sampling.uniform(d.index)) for d in draws]
-    temperature, top_p, uniform = torch.tensor(numbers, dtype=torch.float64, device=device).T[:, :, None]
+def _sample(logits: Tensor, numbers: Tensor, cuts: bool) -> Tensor:
+    """Return one sampled token for each row of ``logits`` [draws, vocabulary]; ``cuts``: whether a top_p is below 1."""
+    temperature, top_p, uniform = numbers[:, :, None]
     probabilities = torch.softmax(logits.float() / temperature.float(), dim=-1)
-    if any(draw.sampling.top_p < 1 for draw in draws):
+    if cuts:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         likelier = ordered.cumsum(-1, dtype=torch.float64) - ordered
         likelier[:, 0] = -1.0  # the likeliest token stays

@@ -15,16 +15,22 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from hw.elastic.attention import Attention
+from hw.elastic.attention_choice import default_attention
 from hw.elastic.blocks import ABSENT, KINDS
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import DeviceMemory, attempt
+from hw.elastic.forward import NotANumberError, all_finite, forward
+from hw.elastic.graphs import DecodeGraphs
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_attention import NotANumberError, Packed, PagedBatch, forward
-from hw.elastic.paged_kv import Arena
+from hw.elastic.paged_attention import Packed, PagedBatch
+from hw.elastic.paged_kv import KVArena
+from hw.elastic.staging import Staging
 from hw.engine.clock import Clock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts
-from hw.engine.sampling import Draw, Sampling, choose
+from hw.engine.sampling import Draw, Drawn, Sampling, choose
+from sim.cost.memory import logit_rows
 from sim.cost.plan import describe
 from sim.engine.executor import Iteration, Ran
 from sim.engine.live_request import LiveRequest
@@ -105,7 +111,7 @@ class TorchExecutor:
         self,
         *,
         elastic: ElasticModel,
-        arena: Arena,
+        arena: KVArena,
         weights: TorchWeights,
         memory: DeviceMemory,
         clock: Clock,
@@ -113,6 +119,8 @@ class TorchExecutor:
         ends: Callable[[int, int], bool] | None = None,
         sampling: Callable[[int], Sampling | None] | None = None,
         during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+        attention: Attention | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         """Run ``elastic`` over the KV in ``arena``.
 
@@ -122,6 +130,8 @@ class TorchExecutor:
             ends: called with (request_id, token); returns whether that token ends the request early. None: never.
             sampling: called with a request_id; returns how its tokens are sampled, None for greedy. None: all greedy.
             during_forward: a context that is entered while the model computes.
+            attention: how attention is computed. None: as hw.attention=auto.
+            graphs: of decode passes. None: every pass is started operation by operation.
         """
         self.arena = arena
         self.tokens: dict[int, list[int]] = {}
@@ -130,9 +140,12 @@ class TorchExecutor:
         self._elastic, self._weights, self._memory, self._clock = elastic, weights, memory, clock
         self._prompts, self._ends, self._during_forward = prompts, ends, during_forward
         self._sampling = sampling
+        self._staging = Staging(elastic.hardware)
+        self._attention, self._graphs = attention or default_attention(arena), graphs
 
     def run(self, iteration: Iteration) -> Ran | None:
         """Run one iteration; return None if memory ran out and nothing was computed."""
+        self._elastic.hardware.use()
         forward_start_s = self._clock.now_s()
         next_tokens = self._guarded_forward(iteration)
         if next_tokens is None:
@@ -166,6 +179,11 @@ class TorchExecutor:
             next_tokens=next_tokens,
             stopped=frozenset(request_id for request_id, token in next_tokens.items() if ended(request_id, token)),
         )
+
+    def close(self) -> None:
+        """Free the memory of recorded passes."""
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def follow_budget(self, budget_bytes: int) -> None:
         """Let allocations beyond this many bytes fail from now on, where the device can."""
@@ -207,9 +225,15 @@ class TorchExecutor:
             if live.computed_tokens + tokens == live.target_tokens:
                 caught_up.append(live)
                 rows.append(row - 1)
-        logits = self._logits(iteration, single, chunks, rows)
-        chosen: list[int] = choose(logits, self._draws(caught_up)).tolist()
-        return {live.request_id: token for live, token in zip(caught_up, chosen, strict=True)}
+        drawn = Drawn(self._draws(caught_up))
+        fill_to = (self._graphs.rows_of(len(single)) or 0) if self._graphs is not None and not chunks else 0
+        batch = self._batch(single, chunks, rows, drawn, fill_to)
+        chosen, finite = self._next_tokens(iteration, batch, drawn, recurs=fill_to > 0)
+        # The only time that the host waits for the device.
+        *read, is_finite = self._staging.read(torch.cat((chosen[: len(rows)], finite))).tolist()
+        if not is_finite:
+            raise self._not_finite(iteration, self._batch(single, chunks, rows, drawn))
+        return {live.request_id: token for live, token in zip(caught_up, read, strict=True)}
 
     def _draws(self, caught_up: Sequence[LiveRequest]) -> list[Draw]:
         """Return which of some requests, one for each row of logits, sample their next token."""
@@ -222,28 +246,66 @@ class TorchExecutor:
         start = live.computed_tokens
         return Packed(live.table, self.tokens_of(live)[start : start + tokens], start)
 
-    def _logits(
-        self, iteration: Iteration, single: Sequence[Packed], chunks: Sequence[Packed], rows: Sequence[int]
-    ) -> Tensor:
-        """Return the logits of some rows; if one is not finite, run again to find the block that made it."""
+    def _batch(
+        self,
+        single: Sequence[Packed],
+        chunks: Sequence[Packed],
+        rows: Sequence[int],
+        drawn: Drawn,
+        fill_to: int = 0,
+    ) -> PagedBatch:
+        return PagedBatch(
+            self.arena,
+            single,
+            chunks,
+            self._elastic.windows,
+            rows,
+            staging=self._staging,
+            attention=self._attention,
+            extra=drawn.arrays,
+            fill_to=fill_to,
+        )
+
+    def _next_tokens(
+        self, iteration: Iteration, batch: PagedBatch, drawn: Drawn, *, recurs: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the next token of the rows that the batch wants, and [1] whether all logits are finite."""
+        count, at_once = len(batch.wanted), logit_rows(self._elastic.spec)
+        if count <= at_once:
+            logits = self._run(iteration, batch, recurs=recurs)
+            chosen = choose(logits, drawn, batch.extra)
+            return chosen, all_finite(logits)[None].to(chosen.dtype)
+        hidden = self._run(iteration, batch, recurs=recurs, head=False)
+        tokens: list[Tensor] = []
+        finite: list[Tensor] = []
+        for first in range(0, count, at_once):
+            logits = self._elastic.ends.logits(hidden[first : first + at_once])
+            tokens.append(choose(logits, drawn, batch.extra, first))
+            finite.append(all_finite(logits))
+        return torch.cat(tokens), torch.stack(finite).all()[None].to(tokens[0].dtype)
+
+    def _run(self, iteration: Iteration, batch: PagedBatch, *, recurs: bool, head: bool = True) -> Tensor:
+        """Return what ``_pass`` returns, from a CUDA graph if the pass recurs and can have one."""
+        if self._graphs is None or not recurs or not batch.uniform:
+            return self._pass(iteration, batch, head=head)
+        state = self.arena.version, self._staging.version, self._elastic.weights_version
+        key = batch.layout, iteration.plan
+        return self._graphs.run(key, state, lambda: self._pass(iteration, batch, head=head))
+
+    def _pass(self, iteration: Iteration, batch: PagedBatch, *, check: bool = False, head: bool = True) -> Tensor:
+        """Return the logits of the rows that the batch wants; without ``head``, the input of the head."""
         plan = iteration.plan
+        return forward(self._elastic, batch, prefill=plan.prefill, decode=plan.decode, check=check, head=head)
 
-        def run(check: bool) -> Tensor:
-            batch = PagedBatch(self.arena, single, chunks, self._elastic.windows)
-            return forward(
-                self._elastic, batch, single, chunks, rows, prefill=plan.prefill, decode=plan.decode, check=check
-            )
-
-        logits = run(False)
-        if bool(torch.isfinite(logits).all()):
-            return logits
+    def _not_finite(self, iteration: Iteration, batch: PagedBatch) -> NumericsError:
+        """Run again to find the block that gave a value that is no finite number."""
         where = "the head"
         try:
-            run(True)
+            self._pass(iteration, batch, check=True)
         except NotANumberError as error:
             where = str(error)
-        raise NumericsError(
+        return NumericsError(
             f"{where} of {self._elastic.spec.name} gave a value that is no finite number in iteration "
-            f"{iteration.number}, under the plan {describe(plan)!r}; take float32 or bfloat16 instead "
+            f"{iteration.number}, under the plan {describe(iteration.plan)!r}; take float32 or bfloat16 instead "
             "of float16, or leave that block at 16 bits"
         )

@@ -21,13 +21,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hw.elastic.checkpoint import checkpoint_of, load_weights, pick_device
+from hw.elastic.attention_choice import check_attention
+from hw.elastic.checkpoint import checkpoint_of, config_of, load_weights, pick_device
 from hw.elastic.device import Accelerator
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock, check_clock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
-from sim.config import ReplayConfig, one_thread, run_command
+from sim.config import ReplayConfig, build, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
 from sim.errors import ModelError
 from sim.policies import Policy, plans_of
@@ -44,6 +45,8 @@ class HardwareConfig:
         for any model: times and memory are real, tokens and quality mean nothing. The model sets the type of the
         weights: bfloat16 for 2 bytes per weight, float32 for 4.
     device: cpu, cuda, cuda:N or auto. threads: of PyTorch on a CPU.
+    attention: which code computes attention: auto, flashinfer, flash_attn, triton or sdpa (PyTorch's own).
+    cuda_graphs: record decode passes that recur on a GPU, and replay them.
     clock: wall, or cpu for processor seconds on a shared machine without a GPU (idle time is then always skipped).
     skip_idle: let the clock jump over time in which nothing runs.
     text: the file that prompts are cut from, a path or one under RAP_LAB_DATA; null samples random token ids.
@@ -53,6 +56,8 @@ class HardwareConfig:
     checkpoint: str | None = None
     device: str = "auto"
     threads: int = 1
+    attention: str = "auto"
+    cuda_graphs: bool = True
     clock: str = "wall"
     skip_idle: bool = False
     text: str | None = DEFAULT_TEXT
@@ -76,13 +81,14 @@ def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticMo
         model: the description. hw: a HardwareConfig. node: the ``model`` of the configuration (``checkpoint_of``).
     Raises:
         ModelError: when the shape of the checkpoint differs from the description.
-        ConfigError: for a clock that cannot time the device.
+        ConfigError: for a clock that cannot time the device, or an unknown way to compute attention.
     """
     dtype = "float32" if model.weight_dtype_bytes == 4 else "bfloat16"
     torch.set_num_threads(int(hw.threads))
     check_clock(hw.clock, pick_device(hw.device).type)
+    check_attention(hw.attention)
     checkpoint = checkpoint_of(node, hw.checkpoint, model.name)
-    elastic, tokenizer = load_weights(checkpoint, model, dtype=dtype, device=hw.device)
+    elastic, tokenizer = load_weights(checkpoint, model, dtype=dtype, device=hw.device, config=config_of(node))
     found = replace(elastic.spec, max_context_tokens=model.max_context_tokens)
     if found != model:
         raise ModelError(
@@ -93,9 +99,13 @@ def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticMo
 
 
 def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
-    """Build the real engine and the policy of a configuration."""
+    """Load the model of a configuration; build the real engine and the policy."""
+    return engine_over(cfg, *load_elastic(build(cfg.model), cfg.hw, cfg.model))
+
+
+def engine_over(cfg: DictConfig, elastic: ElasticModel, tokenizer: Any) -> tuple[HwEngine, Policy]:
+    """Build the real engine of a configuration over a model that ``load_elastic`` loaded, and the policy."""
     parts = build_parts(cfg)
-    elastic, tokenizer = load_elastic(parts.model, cfg.hw, cfg.model)
     stop = tokenizer.eos_token_id if cfg.hw.to_eos else None
     engine = HwEngine(
         elastic=elastic,
@@ -108,6 +118,8 @@ def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
         ends=None if stop is None else lambda _, token: token == stop,
         quality_nll=None if elastic.note else parts.server.quality_nll,
         plans=plans_of(parts.policy),
+        attention=cfg.hw.attention,
+        cuda_graphs=bool(cfg.hw.cuda_graphs),
     )
     return engine, parts.policy
 
@@ -123,6 +135,8 @@ def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "clock": cfg.hw.clock,
         "skip_idle": bool(cfg.hw.skip_idle or cfg.hw.clock == "cpu"),
+        "attention": engine.attention.name,
+        "notes": engine.notes,
         "out_of_memory": engine.out_of_memory,
         "peak_predicted_bytes": max((row.predicted_bytes for row in rows), default=0),
         "peak_allocated_bytes": max((row.allocated_bytes for row in rows), default=0),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hw.elastic.model import ElasticModel
+from hw.elastic.model import ElasticModel, Rope
 
 # Shapes: n windows, t tokens of each, e hidden size.
 
@@ -121,7 +121,7 @@ class CandidateStates:
                     del without[candidate]
 
 
-def block_output(elastic: ElasticModel, block: int, hidden: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+def block_output(elastic: ElasticModel, block: int, hidden: Tensor, rope: Rope) -> Tensor:
     """Return what a block adds to hidden states [n, t, e]."""
     layer = block // 2
     return elastic.feed(layer, hidden) if block % 2 else elastic.attend(layer, hidden, rope)

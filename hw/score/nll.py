@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hw.elastic.blocks import KINDS, Block
-from hw.elastic.model import ElasticModel
+from hw.elastic.model import ElasticModel, Rope
 from hw.elastic.quantize import quantize
 from sim.cost.plan import KV_KEEP_ALL, KVKeep, Plan, dense_plan
 from sim.progress import progress
@@ -126,7 +126,7 @@ def _run_layer(
     plan: Plan,
     layer: int,
     hidden: Tensor,
-    rope: tuple[Tensor, Tensor] | None,
+    rope: Rope,
     tokens: Tensor,
     prompt: int,
 ) -> Tensor:

@@ -65,6 +65,8 @@ def build_api(cfg: DictConfig, config: ServerConfig) -> tuple[Api, EngineThread]
             ends=thread.ends,
             sampling=thread.sampling,
             on_token=thread.on_token,
+            attention=cfg.hw.attention,
+            cuda_graphs=bool(cfg.hw.cuda_graphs),
         )
 
     own = tokenizer.eos_token_id

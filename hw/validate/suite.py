@@ -150,6 +150,8 @@ class Hardware:
             workspace_bytes=int(cfg.workspace_bytes),
             prompts=self._prompts,
             clock=RealClock(cfg.hw.clock, skip_idle=cfg.hw.skip_idle),
+            attention=cfg.hw.attention,
+            cuda_graphs=bool(cfg.hw.cuda_graphs),
         )
         return engine, parts.policy
 

@@ -1,4 +1,4 @@
-"""Bytes that a plan needs: weights at each precision, the KV cache, and the number of KV blocks that a budget holds.
+"""Bytes that a plan needs: weights at each precision, KV cache, workspace, and the KV blocks that a budget holds.
 
 Pure functions; bytes are exact integers. The memory of a replica has four parts:
 
@@ -212,6 +212,46 @@ def budget_for_kv_blocks(
     layer_blocks = num_kv_blocks * sum(resident_mask(plan, stage).mha)
     kv_bytes = layer_blocks * kv_block_layer_bytes(model, kv_block_tokens)
     return weight_bytes(model, plan, stage) + workspace_bytes + kv_bytes
+
+
+# --- The workspace of a pass ------------------------------------------------------------------------------------------
+
+LOGIT_BYTES = 64 << 20
+"""Logits of one part: an engine computes those of more sequences in several parts."""
+SAMPLED_LOGITS, SAMPLED_LOGIT_BYTES = 1 << 21, 40
+"""Logits that are sampled together, and what each takes for that."""
+
+
+def logit_rows(model: ModelSpec) -> int:
+    """Return how many sequences have their logits computed together."""
+    return max(1, LOGIT_BYTES // (model.vocab_size * model.weight_dtype_bytes))
+
+
+def pass_bytes(model: ModelSpec, tokens: int, sequences: int, *, sampled: bool = False) -> int:
+    """Return the most bytes that a pass takes for a moment: hidden states and what one block adds, or logits.
+
+    In an FFN block these are the residual, its norm, gate and up projection, and the input of the down projection. In
+    an MHA block they are the residual, its norm, q, k and v before and after their rotation, and the attention.
+    Attention itself may need more (``hw.elastic.attention``). Quantized weights are not unpacked.
+
+    Args:
+        model: the unpruned architecture. tokens: of the pass. sequences: those that need a next token.
+        sampled: whether tokens are sampled rather than the likeliest ones.
+    Raises:
+        BudgetError: for a negative number of tokens or sequences.
+    """
+    _at_least(0, tokens=tokens, sequences=sequences)
+    size = model.weight_dtype_bytes
+    ffn = sum(linear.out_features for linear in model.ffn_linears[:-1]) + model.ffn_linears[-1].in_features
+    mha = 2 * sum(linear.out_features for linear in model.mha_linears[:-1]) + model.mha_linears[-1].in_features
+    hidden = 2 * model.hidden_size * tokens * size
+    blocks = hidden + max(ffn, mha) * tokens * size
+    rotation = 6 * 4 * model.head_dim * tokens  # angles, cosines and sines, in FP32 and in the model's type
+    rows = min(sequences, logit_rows(model))
+    logits = rows * model.vocab_size * (size + 1)  # and whether each is finite
+    if sampled:
+        logits += min(rows * model.vocab_size, SAMPLED_LOGITS) * SAMPLED_LOGIT_BYTES
+    return max(blocks, hidden + logits) + rotation
 
 
 # --- RAP's memory model ----------------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ class ModelSpec:
     gated_ffn: the FFN has a gate projection in addition to up and down (SwiGLU); OPT has none.
     qkv_bias, out_bias, ffn_bias: which linear layers have a bias.
     norm_bias: True for LayerNorm with a shift, False for RMSNorm.
-    qk_norm: queries and keys pass a norm over head_dim, shared by all heads of a layer (Qwen3).
+    qk_norm: queries and keys pass a norm over head_dim, shared by all heads of a layer (Qwen3, Gemma 3).
+    post_norms: a block has a second norm, of what it adds to the hidden states (Gemma 3).
+    fused_projections: q, k and v are one matrix in the checkpoint, and so are gate and up (Phi-3).
     learned_positions: rows of a learned position table; 0 for rotary positions.
     weight_dtype_bytes: bytes of one unquantized weight, 2 (FP16, BF16) or 4 (FP32).
     kv_dtype_bytes: bytes of one key or value entry; 1 is an FP8 cache.
@@ -74,6 +76,8 @@ class ModelSpec:
     ffn_bias: bool = False
     norm_bias: bool = False
     qk_norm: bool = False
+    post_norms: bool = False
+    fused_projections: bool = False
     learned_positions: int = 0
     weight_dtype_bytes: int = 2
     kv_dtype_bytes: int = 2
@@ -118,11 +122,14 @@ class ModelSpec:
     def mha_linears(self) -> tuple[Linear, ...]:
         """The weight matrices of one MHA block: q, k, v and output projection."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        out = Linear("o_proj", q_size, self.hidden_size, self.out_bias)
+        if self.fused_projections:
+            return Linear("qkv_proj", self.hidden_size, q_size + 2 * kv_size, self.qkv_bias), out
         return (
             Linear("q_proj", self.hidden_size, q_size, self.qkv_bias),
             Linear("k_proj", self.hidden_size, kv_size, self.qkv_bias),
             Linear("v_proj", self.hidden_size, kv_size, self.qkv_bias),
-            Linear("o_proj", q_size, self.hidden_size, self.out_bias),
+            out,
         )
 
     @property
@@ -130,6 +137,8 @@ class ModelSpec:
         """The weight matrices of one FFN block: gate (if gated), up and down projection."""
         up = Linear("up_proj", self.hidden_size, self.intermediate_size, self.ffn_bias)
         down = Linear("down_proj", self.intermediate_size, self.hidden_size, self.ffn_bias)
+        if self.gated_ffn and self.fused_projections:
+            return Linear("gate_up_proj", self.hidden_size, 2 * self.intermediate_size, self.ffn_bias), down
         gate = Linear("gate_proj", self.hidden_size, self.intermediate_size, self.ffn_bias)
         return (gate, up, down) if self.gated_ffn else (up, down)
 
@@ -139,15 +148,20 @@ class ModelSpec:
         return self.hidden_size * (2 if self.norm_bias else 1)
 
     @property
+    def block_norm_params(self) -> int:
+        """Parameters of the norms of one block: before it, and after it where a family has one."""
+        return self.norm_params * (2 if self.post_norms else 1)
+
+    @property
     def mha_params(self) -> int:
-        """Parameters of one MHA block, its norm included."""
+        """Parameters of one MHA block, its norms included."""
         qk_norm = 2 * self.head_dim if self.qk_norm else 0
-        return sum(linear.params for linear in self.mha_linears) + self.norm_params + qk_norm
+        return sum(linear.params for linear in self.mha_linears) + self.block_norm_params + qk_norm
 
     @property
     def ffn_params(self) -> int:
-        """Parameters of one FFN block, its norm included."""
-        return sum(linear.params for linear in self.ffn_linears) + self.norm_params
+        """Parameters of one FFN block, its norms included."""
+        return sum(linear.params for linear in self.ffn_linears) + self.block_norm_params
 
     @property
     def fixed_params(self) -> int:
@@ -208,12 +222,39 @@ def file_name(name: str) -> str:
     return name.lower().replace(".", "_").replace("-", "_")
 
 
-_FAMILIES: dict[str, dict[str, bool]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Family:
+    """What the configs of a ``model_type`` state.
+
+    flags: fields that are true for every model of the family.
+    biased: keys that add a bias to all linear layers of the attention (``attention_bias``) or the FFN (``mlp_bias``).
+    tied: the default of ``tie_word_embeddings``. required: keys whose default differs between families.
+    """
+
+    flags: tuple[str, ...] = ()
+    biased: tuple[str, ...] = ()
+    tied: bool = False
+    required: tuple[str, ...] = ()
+
+
+_FAMILIES = {
+    "llama": _Family(biased=("attention_bias", "mlp_bias")),
+    "mistral": _Family(required=("num_key_value_heads",)),
+    "qwen2": _Family(flags=("qkv_bias",), required=("num_key_value_heads",)),
+    "qwen3": _Family(flags=("qk_norm",), biased=("attention_bias",), required=("num_key_value_heads", "head_dim")),
+    "smollm3": _Family(biased=("attention_bias", "mlp_bias"), tied=True, required=("num_key_value_heads",)),
+    "granite": _Family(biased=("attention_bias", "mlp_bias")),
+    "phi3": _Family(flags=("fused_projections",)),
+    "gemma3_text": _Family(
+        flags=("qk_norm", "post_norms"),
+        biased=("attention_bias",),
+        tied=True,
+        required=("num_key_value_heads", "head_dim"),
+    ),
 }
+SUPPORTED_FAMILIES = (*_FAMILIES, "opt")
+"""The ``model_type`` of every supported Hugging Face config."""
+_NULL_ADVICE = {"num_key_value_heads": "; state it, null for num_attention_heads"}
 _OTHER_PARTS = {
     "a mixture of experts": (
         "num_local_experts",
@@ -233,7 +274,13 @@ _OTHER_PARTS = {
         "attn_layer_period",
         "linear_num_value_heads",
         "hybrid_override_pattern",
+        "mamba_n_heads",
+        "conv_L_cache",
     ),
+    "cross attention": ("cross_attention_layers", "cross_attention_hidden_size", "cross_attention_freq"),
+    "a cap on the logits": ("attn_logit_softcapping", "final_logit_softcapping", "attn_logit_soft_cap"),
+    "attention that is not causal": ("use_bidirectional_attention",),
+    "attention within chunks": ("attention_chunk_size",),
     "a layer unlike the others": ("block_configs", "pruned_heads", "num_kv_shared_layers", "num_nextn_predict_layers"),
 }
 """Keys of a config that, when set, state parts that a ModelSpec does not have."""
@@ -258,8 +305,9 @@ def model_from_hf_config(
         ModelError: for a missing file, a missing or malformed key, or a model whose bytes would be counted wrong: a
             family, a part or a quantization that is not supported, or a sliding window shorter than the context.
     Source:
-        The classes of transformers 5 (models/llama, mistral, qwen2, qwen3, opt): which linear layers have a bias, and
-        the default of a missing key. A key whose default differs between families is required.
+        The classes of transformers 5 (models/llama, mistral, qwen2, qwen3, smollm3, granite, phi3, gemma3 and opt):
+        which linear layers have a bias, and the default of a missing key. A key whose default differs between families
+        is required.
     """
     if not isinstance(config, Mapping):
         path = Path(config).expanduser()
@@ -352,9 +400,13 @@ class _Reader:
     def sliding_window(self) -> int | None:
         """Return how many tokens back the layers attend that attend to a window; None if all attend to all tokens."""
         family, types = self.config.get("model_type"), self.config.get("layer_types")
-        if family == "mistral":
+        if family in ("mistral", "gemma3_text"):
             window = self.integer("sliding_window", 4096) if self.config.get("sliding_window", 0) is not None else None
-            slides = True
+            slides = family == "mistral" or self.integer("sliding_window_pattern", 6) > 1
+        elif family == "phi3":
+            return self.integer("sliding_window") if self.config.get("sliding_window") is not None else None
+        elif family == "smollm3" and self.flag("use_sliding_window", False) and self.config.get("sliding_window"):
+            window, slides = self.integer("sliding_window"), True  # of the layers without rotary positions
         elif family in ("qwen2", "qwen3") and self.flag("use_sliding_window", False):
             window = self.integer("sliding_window", 4096)
             slides = self.integer("max_window_layers", 28) < self.integer("num_hidden_layers")
@@ -369,8 +421,8 @@ class _Reader:
         for what, keys in _OTHER_PARTS.items():
             if found := next((key for key in keys if self.config.get(key)), None):
                 raise ModelError(
-                    f"model config {self.name!r} states {found}: {what} would be counted wrong and is not supported; "
-                    "use a decoder whose layers are one MHA and one FFN block each"
+                    f"model config {self.name!r} states {found}: a model with {what} is not supported, because its "
+                    f"memory would be counted wrong; supported are the families {', '.join(SUPPORTED_FAMILIES)}"
                 )
         types = self.config.get("layer_types") or []
         known = ("full_attention", "sliding_attention")
@@ -384,32 +436,33 @@ class _Reader:
     def model(self) -> ModelSpec:
         """Return the shape in the config."""
         self._refuse_other_parts()
-        family = self.config.get("model_type")
-        if not isinstance(family, str):
-            known = ", ".join([*_FAMILIES, "opt"])
-            raise ModelError(f"model config {self.name!r}: model_type is {str(family)[:40]!r}; known are {known}")
-        if family == "opt":
+        name = self.config.get("model_type")
+        if not isinstance(name, str):
+            known = ", ".join(SUPPORTED_FAMILIES)
+            raise ModelError(f"model config {self.name!r}: model_type is {str(name)[:40]!r}; known are {known}")
+        if name == "opt":
             return self._opt()
-        if family not in _FAMILIES:
+        if name not in _FAMILIES:
             raise ModelError(
-                f"model config {self.name!r} is of family {family[:40]!r}; known are {', '.join([*_FAMILIES, 'opt'])}. "
-                "For another decoder of MHA and FFN blocks, write a conf/model/NAME.yaml with its shape"
+                f"model config {self.name!r} is of family {name[:40]!r}, which is not supported; supported are "
+                f"{', '.join(SUPPORTED_FAMILIES)}. To simulate another model whose layers are one MHA block and one "
+                "dense FFN block each, describe its shape in a conf/model/NAME.yaml"
             )
+        family = _FAMILIES[name]
+        for key in family.required:
+            if key not in self.config:
+                advice = _NULL_ADVICE.get(key, "; state it")
+                raise ModelError(f"model config {self.name!r} lacks {key}{advice}")
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
-        flags = dict(_FAMILIES[family])
-        if family in ("llama", "qwen3") and self.flag("attention_bias", False):
+        flags = dict.fromkeys(family.flags, True)
+        if "attention_bias" in family.biased and self.flag("attention_bias", False):
             flags.update(qkv_bias=True, out_bias=True)
-        if family == "llama":
+        if "mlp_bias" in family.biased:
             flags["ffn_bias"] = self.flag("mlp_bias", False)
-        if family != "llama" and "num_key_value_heads" not in self.config:
-            # Null means one KV head per query head in every family; a missing key means 8 for Mistral and 32 for Qwen.
-            raise ModelError(
-                f"model config {self.name!r} lacks num_key_value_heads; state it, null for num_attention_heads"
-            )
-        # Qwen3's heads are 128 wide for any hidden_size, so a missing head_dim does not mean hidden_size / heads there.
+        # Heads of Qwen3 and Gemma 3 have the same width for any hidden_size, so a null head_dim is not hidden / heads.
         head_dim = (
             self.integer("head_dim")
-            if family == "qwen3" or self.config.get("head_dim") is not None
+            if "head_dim" in family.required or self.config.get("head_dim") is not None
             else self._head_dim(hidden, heads)
         )
         return ModelSpec(
@@ -421,7 +474,7 @@ class _Reader:
             num_kv_heads=self.integer("num_key_value_heads", heads),
             head_dim=head_dim,
             vocab_size=self.integer("vocab_size"),
-            tied_embeddings=self.flag("tie_word_embeddings", False),
+            tied_embeddings=self.flag("tie_word_embeddings", family.tied),
             weight_dtype_bytes=self.dtype_bytes(),
             kv_dtype_bytes=self.kv_bytes(),
             quantization=read_quantization(self.name, self.config),

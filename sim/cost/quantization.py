@@ -15,6 +15,8 @@ from typing import Any
 from sim.errors import ModelError, nearest
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2")
+FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"), **dict.fromkeys(LINEARS[4:6], "gate_up_proj")}
+"""Names of matrices that some families store as one -> the name of that one (Phi-3)."""
 PARENTS = ("self_attn", "mlp", "layers")
 NORM = re.compile(r"(norm|layernorm)$")
 """How the name of a module ends that is a norm: no scheme quantizes it."""
@@ -105,7 +107,7 @@ class _Scheme:
         inside = self._stated.get("modules_in_block_to_quantize")
         if inside is not None:
             flat = str(inside)
-            if missing := [name for name in LINEARS[:7] if name not in flat]:
+            if missing := [name for name in LINEARS[:7] if name not in flat and FUSED.get(name, name) not in flat]:
                 raise self._error(f"modules_in_block_to_quantize leaves {missing[0]} unquantized")
         return Quantization(
             method="gptq",
@@ -246,7 +248,7 @@ class _Scheme:
                 continue
             if NORM.search(plain) and not plain.startswith(("^", ".")):
                 continue
-            if any(part in plain or plain.strip("^.*$\\") in part for part in (*LINEARS, *PARENTS)):
+            if any(part in plain or plain.strip("^.*$\\") in part for part in (*LINEARS, *FUSED.values(), *PARENTS)):
                 raise self._error(f"{key} keeps {_short(name)} unquantized, and a layer has one precision in a plan")
             if set(plain) & set("|()[]?+{}"):
                 raise self._error(f"{key} has the pattern {_short(name)}, which is not read")

@@ -50,6 +50,8 @@ class BlockTable:
     blocks: layer -> its own KV blocks, in the order of their slots.
     prefix: index in the prompt, in prefix blocks -> the prefix block that the request holds there.
     prefix_layer_blocks: KV blocks of one layer in each prefix block.
+    read: what a device keeps of ``blocks`` between iterations (hw/elastic/block_arrays.py). unchanged: how many leading
+        blocks of every layer are as they were read.
     """
 
     mha: frozenset[int] = frozenset()
@@ -58,6 +60,8 @@ class BlockTable:
     blocks: dict[int, list[int]] = field(default_factory=dict)
     prefix: dict[int, PrefixBlock] = field(default_factory=dict)
     prefix_layer_blocks: int = 0
+    read: object = None
+    unchanged: int = 0
 
     @property
     def own_layer_blocks(self) -> int:
@@ -98,11 +102,16 @@ class BlockTable:
             ids, keep = self.blocks[layer], wanted.get(layer, 0)
             freed.extend(ids[keep:][::-1])
             del ids[keep:]
+            if keep < self.unchanged:
+                self.unchanged = keep
             if layer not in wanted:
                 del self.blocks[layer]
         if freed:
             pool.release(freed)
+        known = len(self.blocks)
         missing = {layer: count - len(self.blocks.setdefault(layer, [])) for layer, count in wanted.items()}
+        if len(self.blocks) > known:
+            self.unchanged = 0
         ids, overwritten = pool.take(sum(missing.values()))
         at = 0
         for layer, count in missing.items():
@@ -130,7 +139,7 @@ class BlockTable:
     def found(self, ids: Sequence[int]) -> None:
         """Hold blocks that were found again; ``ids`` has the order of ``own_blocks``."""
         layers = sorted(self.mha)
-        self.blocks = {layer: [] for layer in layers}
+        self.blocks, self.unchanged = {layer: [] for layer in layers}, 0
         for index, block in enumerate(reversed(ids)):
             self.blocks[layers[-1 - index % len(layers)]].append(block)
 
@@ -143,10 +152,12 @@ class BlockTable:
         moved = {layer: ids[start:stop] for layer, ids in self.blocks.items()}
         for ids in self.blocks.values():
             del ids[start:stop]
+        self.unchanged = 0
         return moved
 
     def rename(self, moved: dict[int, int]) -> None:
         """Update the numbers of its own blocks that moved in the pool."""
+        self.unchanged = 0
         for layer, ids in self.blocks.items():
             self.blocks[layer] = [moved.get(block, block) for block in ids]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,40 +24,11 @@ from sim.engine.budget import Budget  # noqa: E402
 from sim.engine.protocol import EngineConfig, Request  # noqa: E402
 from sim.engine.scheduler import Limits  # noqa: E402
 from sim.engine.transition import LayerCopy  # noqa: E402
+from tests.hw.tiny_models import LAYERS, VOCABULARY, tiny  # noqa: E402, F401 - tests import them from here too
 
 torch.set_num_threads(1)
 
-LAYERS = 4
-VOCABULARY = 97
 HOST_TO_DEVICE_BYTES_PER_S = 1e5
-
-
-@lru_cache
-def _tiny(family: str) -> Any:
-    torch.manual_seed(7)
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 6,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-        "bos_token_id": None,
-    }
-    gated = {**shape, "intermediate_size": 72, "num_key_value_heads": 2, "initializer_range": 0.2}
-    config = {
-        "llama": lambda: transformers.LlamaConfig(**gated, attention_bias=True, mlp_bias=True),
-        "sliding": lambda: transformers.MistralConfig(**gated, sliding_window=9),
-        "qwen3": lambda: transformers.Qwen3Config(**gated, head_dim=16),
-        "opt": lambda: transformers.OPTConfig(**shape, ffn_dim=80, word_embed_proj_dim=48, init_std=0.2),
-    }[family]()
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-def tiny(family: str = "llama") -> Any:
-    """Return a new tiny random model, which the caller may change."""
-    return copy.deepcopy(_tiny(family))
 
 
 def save_checkpoint(folder: Path, family: str = "llama", *, tokenizer: bool = True) -> Path:

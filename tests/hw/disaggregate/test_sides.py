@@ -15,18 +15,33 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hw.disaggregate import sides
 from hw.disaggregate.kv_link import Channel, Header, LinkError
-from hw.disaggregate.sides import Connection, DecodeSide, GuardedEngine, PrefillSide, Side, gather, handover_from, serve
+from hw.disaggregate.sides import (
+    Connection,
+    DecodeSide,
+    GuardedEngine,
+    PrefillSide,
+    Side,
+    gather,
+    handover_from,
+    scatter,
+    serve,
+)
 from hw.elastic.model import ElasticModel
+from hw.elastic.paged_kv import ArenaStorage, KVArena
 from hw.engine.clock import RealClock
 from hw.engine.prompts import RandomPrompts
 from hw.score.full_test import greedy_tokens
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import KVKeep, Plan, dense_plan, drop, with_mask
 from sim.disaggregate.disaggregate import decode_side, kv_bytes_sent
+from sim.engine.block_table import BlockTable
+from sim.engine.kv_pool import KVPool
 from sim.engine.protocol import EngineConfig
 from sim.results.records import Records, Status
 from sim.traces.trace import Trace
+from tests.hw.fake_cuda import FakeCuda
 from tests.hw.serving import VOCABULARY, engine_config, hw_engine, requests, tiny, tiny_spec, torch
 
 Rows = Sequence[tuple[float, int, int]]
@@ -347,3 +362,36 @@ def test_room_is_held_above_the_watermark_for_as_many_as_may_run_and_for_none_wh
     assert engine.run_until(0.01).waiting > 0
     assert engine.pool.free_layer_blocks >= 3 * layers
     assert engine.reserve(9, 4) is None
+
+
+def test_kv_is_read_and_written_in_parts_and_waits_for_memory_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "SENT_BLOCKS", 2)
+    monkeypatch.setattr(sides, "LOOK_S", 0.0)
+    shape = {"block_tokens": 4, "heads": 2, "head_dim": 8, "dtype": torch.float32}
+    elastic = ElasticModel(tiny(), name="tiny")
+    tables, arenas, device = [], [], FakeCuda()
+    for _ in range(2):
+        arena = KVArena(device, capacity=200, **shape)
+        pool = KVPool(100, ArenaStorage(arena))
+        pool.take(7 * len(tables))
+        table = BlockTable(mha=frozenset(range(elastic.spec.num_layers)), block_tokens=4)
+        table.hold(pool, 21)
+        tables.append(table)
+        arenas.append(arena)
+    arenas[0].kv[:100].normal_()
+    with device:
+        first = device.allocations
+        content = gather(arenas[0], tables[0], 21)
+        taken = device.allocations - first
+        for refused in (1, taken // 2, taken - 2):  # the last one joins the parts in memory of the host
+            device.refuse = frozenset([device.allocations + refused])
+            assert gather(arenas[0], tables[0], 21) == content
+        for refused in (0, 3, 9):
+            arenas[1].kv[:100].zero_()
+            device.refuse = frozenset([device.allocations + refused])
+            scatter(arenas[1], tables[1], 21, bytearray(content), elastic)
+            assert gather(arenas[1], tables[1], 21) == content
+        monkeypatch.setattr(sides, "PATIENCE_S", 0.0)
+        device.refuse = frozenset(range(device.allocations, device.allocations + 10_000))
+        with pytest.raises(MemoryError):
+            gather(arenas[0], tables[0], 21)

@@ -14,43 +14,18 @@ from omegaconf import OmegaConf
 torch = pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 transformers = pytest.importorskip("transformers", reason="the real model needs transformers: pip install -e '.[hw]'")
 
+from hw.elastic import families  # noqa: E402
 from hw.elastic.checkpoint import checkpoint_of, load_checkpoint, smollm2_package  # noqa: E402
 from hw.elastic.kv import RequestKV  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
 from hw.elastic.processor import cpu_name  # noqa: E402
 from hw.elastic.quantize import quantize  # noqa: E402
 from sim.cost.memory import kv_bytes_per_token, weight_bytes  # noqa: E402
-from sim.cost.model_spec import load_model  # noqa: E402
+from sim.cost.model_spec import SUPPORTED_FAMILIES, load_model  # noqa: E402
 from sim.cost.plan import KeepMask, KVKeep, Plan, dense_plan, drop, with_mask  # noqa: E402
 from sim.errors import ModelError, PlanError  # noqa: E402
 from tests.hw.serving import save_checkpoint  # noqa: E402
-
-LAYERS = 4
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "sliding")
-VOCABULARY = 97
-
-
-def tiny(family: str, dtype: torch.dtype = torch.float32):
-    """Return a tiny random model of a family."""
-    torch.manual_seed(7)
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 6,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-    }
-    gated = {**shape, "intermediate_size": 72, "num_key_value_heads": 2, "initializer_range": 0.2}
-    config = {
-        "llama": lambda: transformers.LlamaConfig(**gated, attention_bias=True, mlp_bias=True),
-        "mistral": lambda: transformers.MistralConfig(**gated),
-        "sliding": lambda: transformers.MistralConfig(**gated, sliding_window=5),
-        "qwen2": lambda: transformers.Qwen2Config(**gated, tie_word_embeddings=True),
-        "qwen3": lambda: transformers.Qwen3Config(**gated, head_dim=16),
-        "opt": lambda: transformers.OPTConfig(**shape, ffn_dim=80, word_embed_proj_dim=48, init_std=0.2),
-    }[family]()
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+from tests.hw.tiny_models import FAMILIES, LAYERS, VOCABULARY, tiny  # noqa: E402
 
 
 class Gated(torch.nn.Module):
@@ -312,7 +287,7 @@ def test_kv_bytes_of_a_request_are_those_of_the_memory_model() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_agree_with_the_memory_model_for_random_plans(family: str, dtype: torch.dtype) -> None:
-    elastic, rng = ElasticModel(tiny(family, dtype)), random.Random(11)
+    elastic, rng = ElasticModel(tiny(family, dtype=dtype)), random.Random(11)
     assert elastic.spec.weight_dtype_bytes == dtype.itemsize
     for _ in range(25):
         plan = random_plan(rng, elastic.spec)
@@ -396,10 +371,21 @@ def test_on_cuda_copies_run_on_a_side_stream_and_blocks_join_when_they_are_compl
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_family_is_refused_with_the_attributes_that_are_expected() -> None:
+def test_an_unknown_family_is_refused_with_those_that_are_supported() -> None:
     config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ModelError, match=r"'gpt2' is not supported.*llama.*Looked for .*model\.layers.*self_attn"):
+    with pytest.raises(ModelError, match=r"family 'gpt2', which is not supported; supported are llama, .*gemma3_text"):
+        ElasticModel(model)
+
+
+def test_the_engine_computes_the_families_that_are_sized() -> None:
+    assert set(families.FAMILIES) == set(SUPPORTED_FAMILIES)
+
+
+def test_a_layer_with_a_part_that_the_family_does_not_have_is_refused() -> None:
+    model = tiny("llama")
+    model.model.layers[2].mlp.extra = torch.nn.Linear(4, 4)
+    with pytest.raises(ModelError, match=r"layer 2 of this llama model has 'mlp.extra.weight', which is not supported"):
         ElasticModel(model)
 
 

@@ -9,19 +9,19 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the paged pool needs torch: pip install -e '.[hw]'")
 
-from hw.elastic.paged_kv import Arena, ArenaStorage, MappedArena, SlabArena  # noqa: E402
+from hw.elastic.device import Cpu  # noqa: E402
+from hw.elastic.paged_kv import ArenaStorage, KVArena  # noqa: E402
 from sim.engine.kv_pool import KVPool  # noqa: E402
+from tests.hw.fake_cuda import FakeCuda  # noqa: E402
 
 SHAPE = {"block_tokens": 4, "heads": 2, "head_dim": 8, "dtype": torch.float32}
 
 
-def arena(kind: str) -> Arena:
-    if kind == "mapped":
-        return MappedArena(capacity=500, **SHAPE)
-    return SlabArena(slab_blocks=7, device=torch.device("cpu"), **SHAPE)
+def arena(kind: str) -> KVArena:
+    return KVArena(Cpu() if kind == "cpu" else FakeCuda(), capacity=500, **SHAPE)
 
 
-def fill(memory: Arena, ids: list[int]) -> None:
+def fill(memory: KVArena, ids: list[int]) -> None:
     """Write each block's own number into its keys, and the negative into its values."""
     for block in ids:
         slots = torch.arange(4) + 4 * block
@@ -29,8 +29,8 @@ def fill(memory: Arena, ids: list[int]) -> None:
         memory.write(slots, content, -content)
 
 
-@pytest.mark.parametrize("kind", ["mapped", "slabs"])
-def test_what_is_written_is_read_whatever_slab_it_lies_in(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_is_written_is_read_whatever_block_it_lies_in(kind: str) -> None:
     memory = arena(kind)
     memory.resize(20)
     slots = torch.tensor([79, 0, 30, 27, 28])
@@ -45,7 +45,7 @@ def test_what_is_written_is_read_whatever_slab_it_lies_in(kind: str) -> None:
     assert torch.equal(blocks[2, 0], keys[1])
 
 
-@pytest.mark.parametrize("kind", ["mapped", "slabs"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_shrinking_moves_held_blocks_together_with_their_content(kind: str) -> None:
     memory = arena(kind)
     pool = KVPool(30, ArenaStorage(memory))
@@ -67,7 +67,7 @@ def test_shrinking_moves_held_blocks_together_with_their_content(kind: str) -> N
 
 
 def test_growth_gives_blocks_of_zeros_and_leaves_what_is_held_where_it_is() -> None:
-    memory = arena("slabs")
+    memory = arena("cuda")
     pool = KVPool(5, ArenaStorage(memory))
     held, _ = pool.take(5)
     fill(memory, held)
@@ -84,13 +84,55 @@ def test_a_pool_that_shrinks_gives_its_memory_back_to_the_system() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    memory = MappedArena(capacity=2000, block_tokens=16, heads=8, head_dim=64, dtype=torch.float32)
+    memory = KVArena(Cpu(), capacity=2000, block_tokens=16, heads=8, head_dim=64, dtype=torch.float32)
     before = resident()
     memory.resize(1000)
     grown = resident() - before
     assert grown == pytest.approx(1000 * memory.block_bytes, rel=0.05)
     memory.resize(100)
     assert resident() - before == pytest.approx(100 * memory.block_bytes, rel=0.2)
+
+
+def test_an_arena_that_cannot_grow_stays_as_it_is() -> None:
+    device = FakeCuda()
+    memory = KVArena(device, capacity=500, **SHAPE)
+    memory.resize(20)
+    fill(memory, [19])
+    in_use, refused = device.in_use, device.allocations + 1
+    device.refuse = frozenset({refused})
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.resize(400)
+    assert device.allocations == refused + 1
+    assert (memory.blocks, device.in_use) == (20, in_use)
+    assert memory.read(torch.tensor([19]))[0].eq(19).all()
+    memory.resize(400)
+    assert device.in_use == memory.backed_bytes >= memory.allocated_bytes
+
+
+def test_memory_beyond_the_arena_is_not_a_number() -> None:
+    memory = KVArena(FakeCuda(), capacity=500, **SHAPE)
+    memory.resize(100)
+    memory.resize(16)
+    memory.resize(20)
+    assert not memory.kv[:20].any()
+    assert memory.kv[40:].isnan().all()
+
+
+def test_memory_is_unmapped_only_after_the_work_that_may_read_it() -> None:
+    class Hasty(FakeCuda):
+        def computed(self) -> None:
+            """Wait for nothing."""
+
+    for device in (FakeCuda(), Hasty()):
+        with device:
+            memory = KVArena(device, capacity=500, **SHAPE)
+            memory.resize(300)
+            memory.read(torch.tensor([299]))
+            if isinstance(device, Hasty):
+                with pytest.raises(AssertionError, match="may still read"):
+                    memory.resize(10)
+            else:
+                memory.resize(10)
 
 
 @pytest.mark.gpu

@@ -47,6 +47,7 @@ from tests.hw.serving import (
     torch,
     transformers,
 )
+from tests.hw.tiny_models import FAMILIES, SHORT_TOKENS
 
 Rows = list[tuple[float, int, int]]
 
@@ -91,11 +92,18 @@ def plain_tokens(family: str, rows: Rows) -> list[list[int]]:
 # --- Tokens ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "sliding"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scheduler", ["chunked", "prefill_first"])
 def test_batched_paged_chunked_serving_gives_the_tokens_of_plain_generate(family: str, scheduler: str) -> None:
     rows = some_rows(1, 9)
-    assert serve(hw_engine(family=family, config=engine_config(scheduler)), rows) == plain_tokens(family, rows)
+    config = engine_config(scheduler, max_context_tokens=SHORT_TOKENS)
+    assert serve(hw_engine(family=family, config=config), rows) == plain_tokens(family, rows)
+
+
+def test_an_engine_for_long_contexts_uses_the_long_factors_of_longrope() -> None:
+    rows = [(0.0, SHORT_TOKENS + 1, 9), (0.4, SHORT_TOKENS + 40, 5)]
+    engine = hw_engine(family="phi3_longrope", kv_blocks=600)
+    assert serve(engine, rows) == plain_tokens("phi3_longrope", rows)
 
 
 def test_a_prefix_cache_which_only_the_simulator_has_is_refused() -> None:
@@ -195,21 +203,28 @@ def plan_schedule(seed: int, steps: int, *, period_s: float = 2.0, bits: bool = 
     return Schedule(tuple(period_s * i for i in range(steps)), tuple(plans))
 
 
-@pytest.mark.parametrize("restore", ["new_requests", "recompute"])
-@pytest.mark.parametrize("kv_blocks", [10, 200])
+@pytest.mark.parametrize(
+    ("family", "restore", "kv_blocks"),
+    [
+        *((family, "new_requests", 200) for family in FAMILIES),
+        *(("llama", restore, blocks) for restore in ("new_requests", "recompute") for blocks in (10, 200)),
+    ],
+)
 def test_tokens_stay_those_of_a_plain_model_gated_alike_through_changes_of_the_plan(
-    restore: str, kv_blocks: int
+    family: str, restore: str, kv_blocks: int
 ) -> None:
     policy, rows = plan_schedule(5, 12, period_s=1.0), some_rows(3, 16, longest_prompt=24, longest_output=14)
-    Audited.plain = tiny()
-    engine = hw_engine(kind=Audited, kv_blocks=kv_blocks, config=engine_config(restore=restore))
+    Audited.plain = tiny(family)
+    config = engine_config(restore=restore, max_context_tokens=SHORT_TOKENS)
+    engine = hw_engine(family=family, kind=Audited, kv_blocks=kv_blocks, config=config)
     replay(trace_of(rows), engine, policy, tick_s=0.9)
     assert engine._torch.audited >= sum(output // 2 for _, _, output in rows)
     assert len(engine.transitions()) >= 5
     assert engine.records().preemptions.sum() > 0 or (restore, kv_blocks) != ("recompute", 10)
 
 
-def test_precision_and_kept_kv_tokens_change_tokens_as_the_plain_cache_of_the_model_does() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_precision_and_kept_kv_tokens_change_tokens_as_the_plain_cache_of_the_model_does(family: str) -> None:
     from hw.elastic.kv import RequestKV
 
     spec = tiny_spec()
@@ -221,8 +236,9 @@ def test_precision_and_kept_kv_tokens_change_tokens_as_the_plain_cache_of_the_mo
         decode=drop(spec, mha=[2], ffn=[1, 3]),
     )
     rows = some_rows(4, 8, longest_output=20)
-    tokens = serve(hw_engine(plan=plan), rows)
-    elastic = ElasticModel(tiny(), name="tiny")
+    config = engine_config(max_context_tokens=SHORT_TOKENS)
+    tokens = serve(hw_engine(family=family, plan=plan, config=config), rows)
+    elastic = ElasticModel(tiny(family), name="tiny")
     elastic.apply(plan)
     for i, (_, prompt, output) in enumerate(rows):
         kv = RequestKV()

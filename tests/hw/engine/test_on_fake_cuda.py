@@ -13,7 +13,6 @@ import pytest
 
 from hw.elastic.device import Event
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_kv import SlabArena
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import RandomPrompts
 from hw.engine.torch_executor import NumericsError
@@ -52,7 +51,7 @@ def engine_on(
     plan: Plan | None = None,
     kv_blocks: int = 60,
     budget: Budget | None = None,
-    slab_blocks: int = 7,
+    piece_bytes: int = 4096,
     kind: type[HwEngine] = HwEngine,
     **more: Any,
 ) -> HwEngine:
@@ -60,14 +59,7 @@ def engine_on(
     elastic = ElasticModel(tiny(), name="tiny", hardware=device)
     spec, config = elastic.spec, more.pop("config", engine_config())
     plan = plan or dense_plan(spec)
-    arena = SlabArena(
-        slab_blocks=slab_blocks,
-        block_tokens=config.kv_block_tokens,
-        heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=elastic.dtype,
-        device=elastic.device,
-    )
+    device.piece_bytes = piece_bytes
     bytes_ = budget_for_kv_blocks(spec, dense_plan(spec), kv_blocks, 0, config.kv_block_tokens)
     budget = budget or Budget((0.0,), (bytes_,))
     return kind(
@@ -78,7 +70,6 @@ def engine_on(
         workspace_bytes=WORKSPACE_BYTES,
         prompts=RandomPrompts(VOCABULARY),
         clock=PricedClock(flat_latency(), plan),
-        arena=arena,
         **more,
     )
 
@@ -111,7 +102,7 @@ def test_any_plans_and_budgets_give_the_tokens_of_a_plain_model_and_stay_within_
         engine = engine_on(
             device,
             kind=HwEngine if precision else Audited,  # plain passes have neither precisions nor kept tokens
-            slab_blocks=rng.randint(1, 64),
+            piece_bytes=rng.choice([512, 4096, 65536]),
             kv_blocks=kv_blocks,
             budget=moving_budget(seed, kv_blocks) if rng.random() < 0.6 else None,
             config=engine_config(
@@ -173,7 +164,7 @@ class Refusals:
                     self.in_forward.update(range(first, device.allocations))
 
             budget = moving_budget(self._seed, 24)
-            engine = engine_on(device, kv_blocks=24, slab_blocks=5, budget=budget, during_forward=watched)
+            engine = engine_on(device, kv_blocks=24, piece_bytes=1024, budget=budget, during_forward=watched)
             first = device.allocations
             device.refuse = refuse
             serve_through(engine, self._plans, random.Random(self._seed), self._rows)
@@ -211,7 +202,7 @@ def test_no_request_is_lost_whichever_allocation_the_device_refuses(change: bool
 def test_no_request_is_lost_when_the_device_refuses_again_and_again() -> None:
     case = Refusals(change=True)
     last = max(case.in_forward | case.between)
-    engine = case.run(frozenset(range(min(case.between), 2 * last, 1801)))  # never two in a row in one pass
+    engine = case.run(frozenset(range(min(case.between), 2 * last, last // 9)))  # never two in a row in one pass
     assert engine.out_of_memory > 4
 
 

@@ -9,12 +9,20 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the real engine needs torch: pip install -e '.[hw]'")
 
-from hw.engine.sampling import MOST_ELEMENTS, Draw, Sampling, choose  # noqa: E402
+from hw.engine.sampling import Draw, Drawn, Sampling  # noqa: E402
+from hw.engine.sampling import choose as choose_drawn  # noqa: E402
+from sim.cost.memory import SAMPLED_LOGITS  # noqa: E402
 from tests.hw.serving import VOCABULARY, hw_engine, requests  # noqa: E402
 
 
 def sampling(temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> Sampling:
     return Sampling(temperature=temperature, top_p=top_p, seed=(seed, 0))
+
+
+def choose(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    """Return the next token of each row; ``draws`` are the rows to sample."""
+    drawn = Drawn(draws)
+    return choose_drawn(logits, drawn, [torch.from_numpy(array) for array in drawn.arrays])
 
 
 def test_without_a_draw_the_likeliest_token_is_taken() -> None:
@@ -57,6 +65,15 @@ def test_only_the_likeliest_tokens_up_to_top_p_are_chosen(top_p: float, allowed:
     assert set(chosen.tolist()) == allowed
 
 
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_rows_in_parts_get_the_tokens_of_all_rows_together(size: int) -> None:
+    logits = torch.randn(11, 50, generator=torch.Generator().manual_seed(1))
+    drawn = Drawn([Draw(row, sampling(1.5, 0.9, seed=row), row) for row in (0, 2, 3, 7, 10)])
+    tensors = [torch.from_numpy(array) for array in drawn.arrays]
+    parts = [choose_drawn(logits[at : at + size], drawn, tensors, at) for at in range(0, 11, size)]
+    assert torch.equal(torch.cat(parts), choose_drawn(logits, drawn, tensors))
+
+
 def test_a_token_depends_on_its_own_row_seed_and_index_alone() -> None:
     logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(2))
     draws = [Draw(i, sampling(1.3, 0.5 + i / 128, seed=i), 3 * i) for i in range(64)]
@@ -68,7 +85,7 @@ def test_a_token_depends_on_its_own_row_seed_and_index_alone() -> None:
 
 
 def test_a_batch_that_is_too_large_for_one_pass_is_sampled_in_several() -> None:
-    vocabulary = MOST_ELEMENTS // 3
+    vocabulary = SAMPLED_LOGITS // 3
     logits = torch.full((8, vocabulary), -50.0)
     for row in range(8):
         logits[row, 1000 * row] = 50.0

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,22 +19,22 @@ torch = pytest.importorskip("torch", reason="the real model needs torch: pip ins
 import hw.compare  # noqa: E402
 import hw.replay.run  # noqa: E402
 import sim.replay.__main__  # noqa: E402
+from hw.elastic.checkpoint import load_weights  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
 from hw.elastic.random_weights import NumberTokenizer, random_model, seed_of  # noqa: E402
 from hw.serve.prompts import prompt_tokens  # noqa: E402
-from sim.cost.model_spec import ModelSpec, load_model, model_names  # noqa: E402
+from sim.cost.model_spec import ModelSpec, load_model, model_from_hf_config, model_names  # noqa: E402
 from sim.errors import ModelError  # noqa: E402
 from sim.paths import REPOSITORY  # noqa: E402
 from tests.commands import exit_status  # noqa: E402
 from tests.hw.serving import flat_latency_content, tiny  # noqa: E402
+from tests.hw.tiny_models import FAMILIES, tiny_config  # noqa: E402
 
 CPU = torch.device("cpu")
 
 
 def small(name: str) -> ModelSpec:
     """Return a model of conf/model with its family's parts, but tiny."""
-    from dataclasses import replace
-
     spec = load_model(name)
     heads = 1 if spec.num_kv_heads == spec.num_heads else 2
     return replace(
@@ -62,6 +63,29 @@ def test_every_model_of_the_configuration_can_have_random_weights(name: str) -> 
     assert elastic.forward([[1, 2, 3]]).isfinite().all()
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_with_random_weights_is_a_model_of_its_own_class(tmp_path: Path, family: str) -> None:
+    config = tiny_config(family)
+    config.eos_token_id = 5
+    config.save_pretrained(tmp_path)
+    spec = model_from_hf_config(tmp_path, "tiny", keep_all_kv=True)
+    for path in (tmp_path, tmp_path / "config.json"):
+        elastic, _ = load_weights("random:3", spec, dtype="bfloat16", device="cpu", config=path)
+        assert replace(elastic.spec, weight_dtype_bytes=spec.weight_dtype_bytes, kv_dtype_bytes=2) == replace(
+            spec, kv_dtype_bytes=2
+        )
+        assert type(elastic._model).__name__ == type(tiny(family)).__name__
+        assert elastic.end_tokens == frozenset()
+        assert elastic.forward([[1, 2, 3]]).isfinite().all()
+
+
+def test_a_config_that_transformers_cannot_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"no model config at .*; give a config.json, or its folder") as caught:
+        load_weights("random:3", load_model("smollm2_135m"), dtype="float32", device="cpu", config=tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_seed_is_a_whole_number() -> None:

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from sim.cost.model_spec import MODEL_CONFIGS, ModelSpec, load_model, model_from_hf_config, model_names
+from sim.cost.model_spec import (
+    MODEL_CONFIGS,
+    SUPPORTED_FAMILIES,
+    ModelSpec,
+    load_model,
+    model_from_hf_config,
+    model_names,
+)
 from sim.errors import ModelError
 
 PUBLISHED_PARAMS = {
@@ -24,6 +31,10 @@ PUBLISHED_PARAMS = {
     "codellama_34b": 33_743_970_304,
     "opt_13b": 12_853_473_280,
     "smollm2_135m": 134_515_008,
+    "smollm3_3b": 3_075_098_624,
+    "granite3.3_8b": 8_170_864_640,
+    "phi3_mini": 3_821_079_552,
+    "gemma3_1b": 999_885_952,
 }
 
 _COMMON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -43,6 +54,29 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": _LLAMA | {"model_type": "qwen3", "head_dim": 16},
     "qwen3_tied_biased": _LLAMA
     | {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True, "attention_bias": True},
+    "smollm3": _LLAMA | {"model_type": "smollm3", "pad_token_id": 0},
+    "smollm3_untied_biased": _LLAMA
+    | {
+        "model_type": "smollm3",
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "granite": _LLAMA | {"model_type": "granite"},
+    "granite_tied_biased": _LLAMA
+    | {"model_type": "granite", "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "phi3": _LLAMA | {"model_type": "phi3", "pad_token_id": 0},
+    "phi3_without_gqa": _LLAMA | {"model_type": "phi3", "pad_token_id": 0, "num_key_value_heads": None},
+    "gemma3_text": _LLAMA | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 64},
+    "gemma3_text_untied_biased": _LLAMA
+    | {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "sliding_window": 64,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+    },
     "opt": _OPT,
     "opt_untied": _OPT | {"tie_word_embeddings": False},
     "opt_without_bias": _OPT | {"enable_bias": False},
@@ -85,6 +119,8 @@ def test_counts_equal_the_parameters_of_the_model_that_transformers_builds(confi
         )
     spec = model_from_hf_config(config)
     attention_names = (".self_attn.", ".self_attn_layer_norm.", ".input_layernorm.")
+    if spec.post_norms:  # under the name that is the FFN's first norm elsewhere
+        attention_names += (".post_attention_layernorm.",)
     total = layers = mha = 0
     for name, parameter in real.named_parameters():  # a tied head is listed once
         total += parameter.numel()
@@ -139,7 +175,7 @@ def test_dtype_is_read_under_its_old_and_its_new_key(key: str, dtype: str | None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "family 'gpt2'; known are llama, mistral, qwen2, qwen3, opt"),
+        ({"model_type": "gpt2"}, "family 'gpt2', which is not supported; supported are llama, mistral, qwen2, qwen3"),
         ({"model_type": ["llama"]}, "known are llama"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": "big"}, "hidden_size is 'big'; it must be a whole number"),
@@ -159,8 +195,48 @@ def test_a_hugging_face_config_that_cannot_be_used_says_which_key_and_what_is_al
     assert message in str(caught.value)
 
 
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
+    "mixtral": ({"num_local_experts": 8}, "a mixture of experts"),
+    "t5": ({"is_encoder_decoder": True}, "an encoder"),
+    "gemma2": ({"attn_logit_softcapping": 50.0}, "a cap on the logits"),
+    "gemma3": ({"text_config": {"hidden_size": 8}}, "a vision, audio or nested text part"),
+    "gemma3_text": ({"use_bidirectional_attention": True}, "attention that is not causal"),
+    "granitemoehybrid": ({"mamba_n_heads": 4}, "a state-space or linear-attention layer"),
+    "lfm2": ({"conv_L_cache": 3}, "a state-space or linear-attention layer"),
+    "mllama_text_model": ({"cross_attention_layers": [3]}, "cross attention"),
+    "deepseek_v3": ({"kv_lora_rank": 512}, "multi-head latent attention"),
+}
+
+
+@pytest.mark.parametrize("family", UNSUPPORTED)
+def test_a_model_with_other_parts_is_refused_with_the_part_and_the_families_that_are_supported(family: str):
+    change, part = UNSUPPORTED[family]
+    with pytest.raises(ModelError) as caught:
+        model_from_hf_config(HF_CONFIGS["gemma3_text"] | change | {"model_type": family})
+    said = str(caught.value)
+    assert f"states {next(iter(change))}: a model with {part} is not supported" in said
+    assert said.endswith(f"supported are the families {', '.join(SUPPORTED_FAMILIES)}")
+    assert "did you mean" not in said
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "phi3", "smollm3"])
+def test_a_window_of_the_new_families_must_hold_the_context_or_be_charged_in_full(family: str):
+    config = HF_CONFIGS[family] | {"sliding_window": 16, "use_sliding_window": True}
+    with pytest.raises(ModelError, match="sliding_window is 16"):
+        model_from_hf_config(config)
+    assert model_from_hf_config(config, keep_all_kv=True).max_context_tokens == 64
+    assert model_from_hf_config(config, max_context_tokens=16).max_context_tokens == 16
+
+
 @pytest.mark.parametrize(
-    ("family", "key"), [("mistral", "num_key_value_heads"), ("qwen2", "num_key_value_heads"), ("qwen3", "head_dim")]
+    ("family", "key"),
+    [
+        ("gemma3_text", "head_dim"),
+        ("smollm3", "num_key_value_heads"),
+        ("mistral", "num_key_value_heads"),
+        ("qwen2", "num_key_value_heads"),
+        ("qwen3", "head_dim"),
+    ],
 )
 def test_a_key_whose_default_differs_between_families_is_never_guessed(family: str, key: str):
     config = {name: value for name, value in HF_CONFIGS[family].items() if name != key}

@@ -1,0 +1,192 @@
+"""One forward pass over a batch, in this package's own code: no module of transformers runs.
+
+What a block adds to the hidden states waits until the next norm, which adds it in the same operation. So a decode layer
+of Llama is nine operations: two norms, four products, rotation, attention and activation.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hw.elastic.layers import Layer, Norm
+from hw.elastic.model import ElasticModel, Rope
+from sim.cost.plan import KeepMask
+from sim.errors import RapLabError
+
+# Shapes: n rows (tokens) of the batch, decodes first; e hidden size, H heads, h KV heads, d head_dim.
+
+
+class NotANumberError(RapLabError):
+    """A block of the model gave values that are not finite."""
+
+
+class Batch(Protocol):
+    """What a pass computes: the tokens of one iteration, and the attention over their KV.
+
+    tokens, positions: of each row, on the device. wanted: rows whose logits count. decodes: how many rows come first
+    that are decodes.
+    """
+
+    @property
+    def tokens(self) -> Tensor:
+        """Token ids [n]."""
+        ...
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions [n]."""
+        ...
+
+    @property
+    def wanted(self) -> Tensor:
+        """Rows whose logits count."""
+        ...
+
+    @property
+    def decodes(self) -> int:
+        """How many of the rows are decodes; they come first."""
+        ...
+
+    def rows(self, layer: int) -> Tensor | None:
+        """Return the rows that run a layer's MHA block: None for all, empty for none."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        *,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        offset: float,
+    ) -> Tensor:
+        """Return the attention [n, H d] of the rows of a layer, from their product with q, k and v."""
+        ...
+
+
+class _Hidden:
+    """Hidden states [n, e] in two parts: ``total``, and what the last block adds, which the next norm adds to it."""
+
+    def __init__(self, total: Tensor) -> None:
+        self._total = total
+        self._added: Tensor | None = None
+
+    def normed(self, norm: Norm) -> Tensor:
+        """Return the norm of all rows."""
+        if self._added is None:
+            return norm(self._total)
+        normed, self._total = norm.add(self._added, self._total)
+        self._added = None
+        return normed
+
+    def add(self, added: Tensor) -> None:
+        """Add to all rows."""
+        self.settle()
+        self._added = added
+
+    def settle(self) -> Tensor:
+        """Return the hidden states."""
+        if self._added is not None:
+            self._total = self._total + self._added
+            self._added = None
+        return self._total
+
+    def normed_rows(self, norm: Norm, rows: Tensor) -> Tensor:
+        """Return the norm of some rows alone."""
+        if self._added is None:
+            return norm(self._total[rows])
+        return norm.add(self._added[rows], self._total[rows])[0]
+
+
+@torch.inference_mode()
+def forward(
+    elastic: ElasticModel,
+    batch: Batch,
+    *,
+    prefill: KeepMask,
+    decode: KeepMask,
+    check: bool = False,
+    head: bool = True,
+) -> Tensor:
+    """Run one iteration; return logits [rows wanted, vocabulary].
+
+    Args:
+        elastic: the model.
+        batch: its rows, and their attention.
+        prefill, decode: the blocks that run at each stage; the batch says which rows run which MHA block.
+        check: test after every block whether all values are finite, which waits for the device each time.
+        head: whether to compute logits; else the input of the head [rows wanted, e] is returned.
+    Raises:
+        NotANumberError: with ``check``, naming the first block whose output is not finite.
+    """
+    hidden = _Hidden(elastic.embed(batch.tokens, batch.positions))
+    rope = elastic.rotate(batch.positions)
+    split, count = batch.decodes, len(batch.tokens)
+    for index, layer in enumerate(elastic.layers):
+        if prefill.mha[index] or decode.mha[index]:
+            _run_mha(elastic, batch, index, layer, hidden, rope)
+            if check:
+                _check_finite(hidden, f"MHA{index}")
+        start = 0 if decode.ffn[index] else split
+        stop = count if prefill.ffn[index] else split
+        if stop - start == count:
+            hidden.add(layer.feed(hidden.normed(layer.ffn_norm)))
+        elif stop > start:
+            part = hidden.settle()[start:stop]
+            part += layer.feed(layer.ffn_norm(part))
+        if check:
+            _check_finite(hidden, f"FFN{index}")
+    normed = hidden.normed_rows(elastic.ends.norm, batch.wanted)
+    return elastic.ends.logits(normed) if head else normed
+
+
+def _run_mha(elastic: ElasticModel, batch: Batch, index: int, layer: Layer, hidden: _Hidden, rope: Rope) -> None:
+    """Run the MHA block of a layer on the rows that have its KV."""
+    rows = batch.rows(index)
+    if rows is None:
+        normed = hidden.normed(layer.mha_norm)
+        hidden.add(layer.attend(normed, lambda qkv: attend(elastic, batch, index, layer, qkv, rope)))
+    elif rows.numel():
+        total = hidden.settle()
+        some = tuple((cos[rows], sin[rows]) for cos, sin in rope)
+        normed = layer.mha_norm(total[rows])
+        added = layer.attend(normed, lambda qkv: attend(elastic, batch, index, layer, qkv, some))
+        total.index_add_(0, rows, added)
+
+
+def attend(elastic: ElasticModel, batch: Batch, index: int, layer: Layer, qkv: Tensor, rope: Rope) -> Tensor:
+    """Return the attention [n, H d] of the rows of a layer, from their product with q, k and v."""
+    norm = layer.q_norm
+    return batch.attend(
+        index,
+        qkv,
+        None if layer.rotation is None else rope[layer.rotation],
+        heads=elastic.spec.num_heads,
+        kv_heads=elastic.spec.num_kv_heads,
+        scale=layer.scale,
+        q_norm=None if norm is None else norm.weight.value,
+        k_norm=None if layer.k_norm is None else layer.k_norm.weight.value,
+        eps=0.0 if norm is None else norm.eps,
+        offset=0.0 if norm is None else norm.offset,
+    )
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """Return whether all values are finite, as a tensor: their sum is not if one of them is not.
+
+    One pass over the values instead of four; a sum of finite logits is far from the largest number of FP32.
+    """
+    return torch.isfinite(values.sum(dtype=torch.float32))
+
+
+def _check_finite(hidden: _Hidden, block: str) -> None:
+    if not bool(torch.isfinite(hidden.settle()).all()):
+        raise NotANumberError(block)
