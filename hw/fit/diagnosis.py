@@ -86,8 +86,10 @@ def diagnose(run: MeasuredRun, server: Server) -> Diagnosis:
         kv_peak_tokens=kv_peak(run),
         sentences=[],
     )
-    if found.warm_up and found.period is not None and not server.config.prefix_caching:
-        # The first round of prompts that come again is slower because it is computed.
+    first_round = found.period is not None and not server.config.prefix_caching
+    if found.warm_up and (first_round or (found.utilization or 0.0) >= NEAR_MOST):
+        # The first round of prompts that come again is slower because it is computed; and the first requests of a full
+        # server find it empty, so that a wrong limit looks like a slow start.
         found = replace(found, warm_up=0, warm_ratio=None)
     found.sentences.extend(sentences(found, server))
     return found

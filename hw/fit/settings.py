@@ -26,8 +26,9 @@ SIDES = ("client", "engine")
 class ColumnNames:
     """The names of a table's columns; null takes known ones.
 
-    sent, first_token, finish: times on one clock. ttft, e2e: seconds from the sending. decode: from the first token to
-        the last. gap: mean seconds between two tokens. failed: true where not empty, 0 or ok.
+    sent, first_token, finish: times on one clock. prompt, output: tokens. ttft, e2e: time from the sending.
+    decode: time from the first token to the last. gap: mean time between two tokens.
+    failed: true where not empty, 0, false or ok.
     """
 
     sent: str | None = None

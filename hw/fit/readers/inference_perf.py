@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def read_inference_perf(entries: Sequence[Mapping[str, Any]], source: Path) -> M
         kubernetes-sigs/inference-perf, docs/reports.md, Apache-2.0.
     """
     sent_s = numbers(field(entries, "start_time"))
-    tokens = field(entries, "info.output_token_times", "info.response_chunk_times", "info.chunk_times")
+    tokens = field(entries, "info.output_token_times", "info.response_metrics.output_token_times")
     times = [numbers(cell) if isinstance(cell, list) else np.zeros(0) for cell in tokens]
     first_s = np.array([row[0] if len(row) else np.nan for row in times], dtype=np.float64)
     last_s = np.array([row[-1] if len(row) else np.nan for row in times], dtype=np.float64)
@@ -49,8 +50,21 @@ def read_inference_perf(entries: Sequence[Mapping[str, Any]], source: Path) -> M
 
 
 def _prompts(requests: Sequence[Any]) -> Ints | None:
-    """Return a number for each text, equal for equal texts; None if a request has none."""
-    if not all(isinstance(text, str) and text for text in requests):
+    """Return a number for each prompt, equal for equal ones; None if a request does not state its prompt."""
+    texts = [_prompt(request) for request in requests]
+    if not all(texts):
         return None
-    digests = [hashlib.sha256(text.encode(errors="replace")).hexdigest() for text in requests]
+    digests = [hashlib.sha256(text.encode(errors="replace")).hexdigest() for text in texts]
     return np.unique(digests, return_inverse=True)[1].astype(np.int64)
+
+
+def _prompt(request: Any) -> str:
+    """Return the prompt or the messages of a request body, JSON as the client sent it; empty if it has none."""
+    try:
+        body = json.loads(request) if isinstance(request, str) else request
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(body, Mapping):
+        return ""
+    stated = body.get("prompt") or body.get("messages")
+    return json.dumps(stated) if stated else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -113,3 +115,13 @@ def test_the_regression_finds_the_three_costs_of_a_server_that_has_them() -> Non
     alone_s = a_server().spec.priced().iteration_s(a_server().plan, [], 1, 700, 1)
     assert found.base_s == pytest.approx(alone_s, rel=0.10)
     assert found.prompt_s > 3 * found.error[2]
+
+
+def test_prompts_with_equal_texts_are_found_in_the_cache_without_a_key() -> None:
+    server = a_server(schedules_ahead=True, prefix_caching=True)
+    wanted = replace(requests(count=60, distinct=6), prompts=np.arange(60) % 6)
+    done = simulate(server, wanted)
+    later = done.cached_tokens[30:]
+    assert np.all(later >= wanted.prompt_tokens[30:] - 16)
+    text = " ".join(diagnose(replace(served(server, wanted), prompts=wanted.prompts), a_server()).sentences)
+    assert "only 6 of 60 prompts differ in their text" in text

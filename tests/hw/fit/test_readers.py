@@ -180,6 +180,25 @@ def test_texts_of_prompts_show_which_ones_repeat(tmp_path: Path, real: MeasuredR
     assert len(run.itl_s) == int((real.produced_tokens - 1).sum())
 
 
+def test_newer_results_of_inference_perf_and_requests_without_a_prompt_are_read(
+    tmp_path: Path, real: MeasuredRun
+) -> None:
+    path = write_inference_perf(tmp_path / "metrics.json", real)
+    rows = json.loads(path.read_text())
+    for row in rows:
+        old = row["info"]
+        row["request"] = json.dumps({"model": "m", "max_tokens": 247})
+        row["info"] = {
+            "request_metrics": {"text": {"input_tokens": old["input_tokens"]}},
+            "response_metrics": {name: old[name] for name in ("output_tokens", "output_token_times")},
+        }
+    path.write_text(json.dumps(rows))
+    run = read_run(path, PLAIN)
+    assert run.prompts is None
+    assert run.ttft_s == pytest.approx(real.ttft_s, abs=1e-6)
+    assert run.prompt_tokens.tolist() == real.prompt_tokens.tolist()
+
+
 def test_llmservingsim_states_its_settings(data: Path) -> None:
     run = read_run("calibration/llmservingsim_e2e/RTX4090/Llama-3.1-8B", PLAIN)
     assert run.side == "engine"
