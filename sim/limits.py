@@ -18,6 +18,8 @@ MOST_CHANGES = 1_000_000
 MOST_REPLICAS = 10_000
 MOST_RUNNING = 1_000_000
 """Requests that hold KV at the same time; the engine reserves room for as many."""
+MOST_HOST_BLOCKS = 1_000_000_000
+"""KV blocks of a host, over all layers."""
 MOST_PROCESSES = 1_024
 LEAST_TICK_S = 1e-4
 """Seconds between two decisions; an iteration of any model takes longer."""

@@ -399,6 +399,31 @@ class EngineContract(ABC):
         records = self.serve(self.engine(plan=plan), [(0.0, 4, 3), (0.1, 4, 1), (0.2, 4, 1)])
         assert records.status.tolist() == [Status.FINISHED, Status.FINISHED, Status.REJECTED]
 
+    def test_a_request_that_waits_too_long_for_its_admission_is_rejected_at_that_moment(self) -> None:
+        plan = replace(dense_plan(self.spec), max_running=1, max_wait_s=float(1.5 * BASE_S))
+        engine = self.engine(plan=plan)
+        engine.submit(requests([(0.0, 4, 3), (0.25, 4, 1), (float(2.5 * BASE_S), 4, 1)]))
+        states = [engine.run_until(float(0.25 + 1.5 * BASE_S) + moved_s) for moved_s in (-0.01, 0.01)]
+        assert [(state.waiting, state.rejected) for state in states] == [(1, 0), (0, 1)]
+        engine.run_until(math.inf)
+        records = engine.records()
+        assert records.status.tolist() == [Status.FINISHED, Status.REJECTED, Status.FINISHED]
+        assert math.isnan(records.admitted_s[1])
+
+    def test_a_preempted_request_waits_as_long_as_it_takes(self) -> None:
+        engine = self.engine(kv_blocks=9, plan=replace(dense_plan(self.spec), max_wait_s=0.01))
+        records = self.serve(engine, [(0.0, 6, 12), (0.0, 6, 12)])
+        assert records.preemptions.sum() > 0
+        assert records.status.tolist() == [Status.FINISHED, Status.FINISHED]
+
+    def test_a_plan_that_allows_less_waiting_rejects_those_that_waited_longer(self) -> None:
+        plan = replace(dense_plan(self.spec), max_running=1)
+        engine = self.engine(plan=plan)
+        engine.submit(requests([(0.0, 4, 8), (0.1, 4, 1), (0.2, 4, 1)]))
+        assert engine.run_until(float(2 * BASE_S)).waiting == 2
+        engine.apply(replace(plan, max_wait_s=0.5))
+        assert engine.run_until(float(4 * BASE_S)).rejected == 2
+
     # -- plans ---------------------------------------------------------------------------------------------------
 
     def test_a_plan_takes_effect_between_two_iterations(self) -> None:

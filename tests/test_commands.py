@@ -15,6 +15,7 @@ from tests.commands import exit_status
 COMMANDS = {
     "sim.replay.__main__": "replay",
     "sim.compare": "compare",
+    "sim.capacity.run": "capacity",
     "sim.cluster.run": "cluster",
     "sim.disaggregate.run": "disaggregate",
     "sim.fit_trace": "fit_trace",
@@ -23,6 +24,8 @@ COMMANDS = {
     "sim.cluster_results": "cluster_results",
     "hw.replay.run": "hw_replay",
     "hw.calibrate.__main__": "calibrate",
+    "hw.checkup.run": "checkup",
+    "hw.checkup.wheels": "wheels",
     "hw.score.run": "score",
     "hw.serve.server": "serve",
     "hw.client.run": "client",
@@ -30,6 +33,8 @@ COMMANDS = {
     "hw.disaggregate.results": "disaggregate_results",
     "hw.compare": "hw_compare",
     "hw.fidelity": "hw_fidelity",
+    "hw.fit.run": "fit",
+    "hw.reproduction.run": "reproduction",
     "hw.validate.suite": "hw_validate",
     "agents.training.train": "train",
     "agents.training.clone": "clone",
@@ -39,7 +44,9 @@ COMMANDS = {
     "agents.evaluation.evaluate": "evaluate",
 }
 """Module that registers the command's keys -> its file of conf/."""
-REPLAYS = {"replay", "compare", "cluster", "disaggregate", "hw_replay", "client", "serve", "hw_disaggregate"}
+REPLAYS = {"replay", "compare", "capacity", "cluster", "disaggregate", "hw_replay", "client", "serve"} | {
+    "hw_disaggregate"
+}
 
 
 def test_every_configuration_of_a_command_is_listed_here() -> None:
@@ -55,7 +62,7 @@ def test_help_shows_how_to_call_the_command_and_lists_the_groups_that_it_uses(mo
     assert "$" not in text.replace("${", "")
     groups = text.partition("== Groups")[2].partition("\n\n==")[0]
     assert ("trace:" in groups) == (COMMANDS[module] in REPLAYS)
-    assert "router:" not in groups or COMMANDS[module] == "cluster"
+    assert "router:" not in groups or COMMANDS[module] in ("cluster", "fit")
 
 
 def test_no_file_parses_arguments_of_its_own() -> None:

@@ -33,6 +33,7 @@ LAYERS = {
         ("disaggregate",),  # its columns of tables are those of clusters
         ("replay",),
         ("pages",),
+        ("capacity",),
     ),
     "hw": (
         (".",),
@@ -41,6 +42,9 @@ LAYERS = {
         ("replay",),  # serve and disaggregate start a real engine as hw.replay does
         ("calibrate", "score", "serve", "client", "disaggregate"),
         ("validate",),
+        ("fit",),
+        ("reproduction",),
+        ("checkup",),
     ),
     "agents": ((".",), ("envs",), ("baselines",), ("training",), ("evaluation",)),
 }
@@ -49,6 +53,8 @@ LAYERS = {
 COMMANDS = {
     "sim.cluster.run",
     "sim.disaggregate.run",
+    "sim.capacity.run",
+    "hw.reproduction.run",
     "sim.compare",
     "sim.reference",
     "sim.fit_trace",

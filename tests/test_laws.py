@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sim.cost.plan import dense_plan
 from sim.engine.sim_engine import SimEngine
 from sim.paths import REPOSITORY
 from sim.results.records import Iterations, Records
@@ -21,6 +22,7 @@ PAGE = REPOSITORY / "docs" / "laws.md"
 ROWS = st.lists(
     st.tuples(st.floats(0, 30, allow_nan=False), st.integers(1, 60), st.integers(1, 25)), min_size=1, max_size=20
 )
+WAITS = st.one_of(st.none(), st.floats(0.01, 20, allow_nan=False))
 Row = tuple[float, int, int]
 
 
@@ -29,25 +31,40 @@ def test_the_page_has_every_law_once() -> None:
     assert laws == [str(number) for number in range(1, 14)]
 
 
-def served(rows: list[Row], *, time_scale: float = 1.0, kv_blocks: int = 20, ahead: bool = False) -> SimEngine:
+def served(
+    rows: list[Row],
+    *,
+    time_scale: float = 1.0,
+    kv_blocks: int = 20,
+    ahead: bool = False,
+    swaps: bool = False,
+    max_wait_s: float | None = None,
+) -> SimEngine:
     """Return an engine that has served all rows, every time in it multiplied by ``time_scale``."""
     engine = tiny_engine(
         kv_blocks=kv_blocks,
         schedules_ahead=ahead,
+        preemption="swap" if swaps else "recompute",
+        host_kv_blocks=10 if swaps else 0,
+        host_to_device_bytes_per_s=2**18 / time_scale,
         latency=linear_latency(0.25 * time_scale, 0.0078125 * time_scale, 0.001 * time_scale),
     )
+    if max_wait_s is not None:
+        engine.apply(dataclasses.replace(dense_plan(engine.model), max_wait_s=max_wait_s * time_scale))
     engine.submit(requests(*((arrival_s * time_scale, *tokens) for arrival_s, *tokens in rows)))
     engine.run_until(math.inf)
     return engine
 
 
 @settings(max_examples=60)
-@given(rows=ROWS, kv_blocks=st.integers(16, 40), ahead=st.booleans())
-def test_law_12_all_times_doubled_double_all_results_bit_for_bit(rows: list[Row], kv_blocks: int, ahead: bool) -> None:
+@given(rows=ROWS, kv_blocks=st.integers(16, 40), ahead=st.booleans(), swaps=st.booleans(), wait=WAITS)
+def test_law_12_all_times_doubled_double_all_results_bit_for_bit(
+    rows: list[Row], kv_blocks: int, ahead: bool, swaps: bool, wait: float | None
+) -> None:
     """A factor of two is exact in binary floating point, so any difference is a time that was not scaled."""
     rows = sorted(rows)
-    plain = served(rows, kv_blocks=kv_blocks, ahead=ahead)
-    doubled = served(rows, time_scale=2.0, kv_blocks=kv_blocks, ahead=ahead)
+    plain = served(rows, kv_blocks=kv_blocks, ahead=ahead, swaps=swaps, max_wait_s=wait)
+    doubled = served(rows, time_scale=2.0, kv_blocks=kv_blocks, ahead=ahead, swaps=swaps, max_wait_s=wait)
     for kind, one, two in (
         (Records, plain.records(), doubled.records()),
         (Iterations, plain.iterations(), doubled.iterations()),
@@ -59,14 +76,14 @@ def test_law_12_all_times_doubled_double_all_results_bit_for_bit(rows: list[Row]
 
 
 @settings(max_examples=60)
-@given(rows=ROWS, later=ROWS, kv_blocks=st.integers(16, 40), ahead=st.booleans())
+@given(rows=ROWS, later=ROWS, kv_blocks=st.integers(16, 40), ahead=st.booleans(), wait=WAITS)
 def test_law_12_what_arrives_later_changes_nothing_before(
-    rows: list[Row], later: list[Row], kv_blocks: int, ahead: bool
+    rows: list[Row], later: list[Row], kv_blocks: int, ahead: bool, wait: float | None
 ) -> None:
     rows = sorted(rows)
     from_s = rows[-1][0] + 1.0
     more = rows + sorted((from_s + arrival_s, *tokens) for arrival_s, *tokens in later)
-    alone, followed = (served(some, kv_blocks=kv_blocks, ahead=ahead) for some in (rows, more))
+    alone, followed = (served(some, kv_blocks=kv_blocks, ahead=ahead, max_wait_s=wait) for some in (rows, more))
     for name in ("admitted_s", "first_token_s", "finish_s"):
         one, two = getattr(alone.records(), name), getattr(followed.records(), name)[: len(rows)]
         # A moment before the later arrivals is the same in both; one after them lies after them in both.

@@ -1,9 +1,13 @@
 """Measures the terms of ``sim.cost.latency`` on this device: ``python -m hw.calibrate source=device``.
 
-Each term is timed in the code that serves: the modules of the elastic model, and paged attention over a paged pool.
-Linear blocks run in the order of a forward pass (MHA and FFN of all layers in turn), so that their weights come from
-memory and not from a cache. Cells are measured in rounds of random order until the median of each is precise enough.
-Samples are saved after every round, and a run that was stopped continues from there.
+Each term is timed in the code that serves: the layers of the elastic model, and paged attention over a paged pool.
+Weights come from memory and not from a cache. On a CPU the blocks run in the order of a forward pass, MHA and FFN of
+all layers in turn. On a GPU the same block of all layers runs in a row between two events, while the host is ahead
+with its launches: what is timed is the device, and what the host adds is fitted to runs of the engine.
+
+First a coarse complete grid is measured, then the points that say most (``hw.calibrate.grid``), as many as the time
+allows. Then all of them are timed again, in rounds of random order, until the median of each is precise enough. Samples
+are saved after every round, and a run that was stopped continues from there.
 
 Before, between and after the rounds, the engine serves random requests, so that a busy machine slows down both. The
 time of an iteration is then fitted as a constant plus a factor times the sum of its terms. A final run, on other
@@ -12,6 +16,7 @@ requests, measures the error of the result.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,64 +27,62 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import least_squares
 from torch import Tensor
 
 from hw.calibrate import measurements as m
-from hw.calibrate.calibration import times
-from hw.elastic.device import Device
+from hw.calibrate.engine_runs import BLOCK_TOKENS, USED_SHARE, WORKSPACE_BYTES, Iterations, Load, run_engine
+from hw.calibrate.grid import ON_CPU, Limits, Point, Term, coarse, grid_of, most_informative
+from hw.elastic.attention_choice import find_attention
+from hw.elastic.device import Accelerator, Device
 from hw.elastic.forward import attend, forward
-from hw.elastic.model import ElasticModel
+from hw.elastic.layers import Layer
+from hw.elastic.model import ElasticModel, Rope
 from hw.elastic.paged_attention import Packed, PagedBatch
 from hw.elastic.paged_kv import ArenaStorage
-from hw.engine.clock import CLOCKS, RealClock
-from hw.engine.hw_engine import HwEngine, arena_of
-from hw.engine.iteration_log import Shape
-from hw.engine.prompts import RandomPrompts
-from sim.cost.latency import LatencyModel, calibration_from_dict
-from sim.cost.memory import budget_for_kv_blocks
+from hw.elastic.staging import Staging
+from hw.engine.clock import CLOCKS
+from hw.engine.hw_engine import arena_of
+from sim.cost.memory import kv_block_layer_bytes, kv_blocks
 from sim.cost.plan import KeepMask, dense_plan
 from sim.engine.block_table import BlockTable
 from sim.engine.kv_pool import KVPool
-from sim.engine.protocol import EngineConfig
-from sim.engine.scheduler import Limits
 from sim.errors import CalibrationError
 from sim.json_file import read_json_object
-from sim.policies import Fixed
-from sim.progress import progress
-from sim.replay.loop import replay
-from sim.results.plots import figure_file
+from sim.progress import Report, progress, say
 from sim.results.run_folder import write_json
-from sim.traces.generate import lognormal_lengths, poisson
 from sim.types import Floats
 
 Timed = Callable[[], tuple[float, ...]]
 
-TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-PREFILL_TOKENS, PREFIXES = (1, 4, 16, 32, 64, 128, 256), (0, 32, 128, 256, 512)
-BATCHES, CONTEXTS = (1, 2, 3, 4, 6, 8, 12, 16, 24), (8, 32, 64, 128, 256, 512)
-QUANTISED_LAYERS = 4
-"""Layers over which a linear block is timed at 8 and 4 bits: unpacking takes longer than a cache could save."""
-BLOCK_TOKENS = 16
-LEAST_REPEATS, MOST_REPEATS = 12, 40
-RUN_S = 10.0
-"""Seconds of arrivals in a run of the engine."""
-RATES_RPS = (1.5, 6.0, 0.7, 3.0)
-"""Arrival rates of the engine's runs in turn: from single requests to full batches with prompts."""
+QUANTISED_LAYERS = {"cpu": 4, "cuda": 8}
+"""Layers over which a block is timed at 8 and 4 bits: on a CPU unpacking takes longer than a cache could save, and on a
+GPU 8 layers are more than its cache holds."""
+LEAST_REPEATS = {"cpu": 12, "cuda": 4}
+MOST_REPEATS = {"cpu": 40, "cuda": 16}
+"""Timings of a cell. A GPU that one process has for itself repeats itself."""
+VERY_LATE = 1.25
+"""At this multiple of its time a group ends with the cells that have been timed once."""
+WARMING_S = 30.0
+"""What a cell may take to warm up, at most: a kernel is compiled for its shape."""
 WANTED_SPREAD = 0.02
 """A cell is done when the standard error of its median is below this share of the median."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSettings:
-    """What is measured, and how. device: an option of conf/gpu. clock: cpu or wall. seconds: at most."""
+    """What is measured, and how. device: an option of conf/gpu. clock: cpu or wall. seconds: at most.
+
+    limits: where the grids end. memory_bytes: of the device.
+    """
 
     model: str
     device: str
     clock: str
     seconds: float
     seed: int
+    limits: Limits = ON_CPU
+    memory_bytes: float = math.inf
+    attention: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +95,34 @@ class Cell:
 
 
 class Bench:
-    """Builds the cells of one model and times them."""
+    """Builds the cells of one model and times them.
 
-    def __init__(self, elastic: ElasticModel, clock: str) -> None:
-        """Use a dense model and a clock by name."""
+    grid: the points of every term. fitting: those of decodes that the memory allows.
+    """
+
+    def __init__(self, elastic: ElasticModel, settings: DeviceSettings) -> None:
+        """Use a dense model."""
         self.elastic, self._spec = elastic, elastic.spec
-        self.clock = CLOCKS[clock]
-        most = (max(BATCHES) + 1) * (-(-(max(CONTEXTS) + max(PREFILL_TOKENS) + 1) // BLOCK_TOKENS) + 1)
-        blocks = most * self._spec.num_layers
-        self.arena = arena_of(elastic, blocks, block_tokens=BLOCK_TOKENS)
-        self.pool = KVPool(blocks, ArenaStorage(self.arena))
+        self.clock = CLOCKS[settings.clock]
+        self.place = "cuda" if isinstance(elastic.hardware, Accelerator) else "cpu"
+        block_bytes = kv_block_layer_bytes(self._spec, BLOCK_TOKENS)
+        free_bytes = settings.memory_bytes * USED_SHARE - elastic.hardware.in_use_bytes() - WORKSPACE_BYTES[self.place]
+        longest = self._spec.max_context_tokens
+        most_blocks = max(0, int(min(free_bytes / block_bytes, 2.0**31 - 1)))
+        self.grid, self.fitting = grid_of(settings.limits, longest, lambda point: _blocks(point) <= most_blocks)
+        wanted = max(map(_blocks, self.fitting)) + _blocks((1, self.grid.longest))
+        self.most_blocks = min(wanted * self._spec.num_layers, most_blocks)
+        self.arena = arena_of(elastic, self.most_blocks, block_tokens=BLOCK_TOKENS)
+        self.pool = KVPool(0, ArenaStorage(self.arena))
+        self.staging = Staging(elastic.hardware)
+        self.attention = find_attention(
+            settings.attention,
+            self.arena.device,
+            head_dim=self._spec.head_dim,
+            dtype=elastic.dtype,
+            block_tokens=BLOCK_TOKENS,
+        )
+        self._host_s: dict[str, float] = {}
 
     @torch.inference_mode()
     def time(self, cell: Cell) -> list[float]:
@@ -113,94 +134,156 @@ class Bench:
         self.elastic.hardware.synchronize()
         return self.clock()
 
+    def seconds(self, name: str, work: Callable[[], object]) -> float:
+        """Return the seconds of some work: on a GPU those of the device, without its waits for the host.
+
+        name: of the work, whose last run says how long the host takes to start all of it.
+        """
+        hardware = self.elastic.hardware
+        if not isinstance(hardware, Accelerator):
+            start_s = self.clock()
+            work()
+            return self.clock() - start_s
+        seconds, self._host_s[name] = hardware.timed(work, ahead_s=self._host_s.get(name, 0.0))
+        return seconds
+
+    def host_us(self) -> dict[str, float]:
+        """Return the microseconds that the host needed to start what was timed on a GPU, by name."""
+        return {name: _us(seconds) for name, seconds in self._host_s.items()}
+
+    def hold(self, blocks: int) -> None:
+        """Give the pool memory for this many KV blocks of one layer; 0 gives all of it back."""
+        if self.pool.layer_blocks != blocks:
+            self.pool.resize(blocks)
+            self.pool.settle()
+            self.elastic.hardware.give_back()
+
     def _hidden(self, tokens: int) -> Tensor:
         return torch.randn(tokens, self._spec.hidden_size, device=self.elastic.device).to(self.elastic.dtype)
 
     @torch.inference_mode()
-    def linear(self, bits: int) -> list[Cell]:
+    def linear(self, bits: int, tokens: Sequence[int]) -> dict[Point, Cell]:
         """Return the cells of MHA and FFN blocks at a precision, to which the model is changed."""
-        layers = self._spec.num_layers if bits == 16 else min(QUANTISED_LAYERS, self._spec.num_layers)
+        some = min(QUANTISED_LAYERS[self.place], self._spec.num_layers)
+        count = self._spec.num_layers if bits == 16 else some
         dense = dense_plan(self._spec)
         self.elastic.apply(
-            replace(dense, weight_bits=tuple(bits if i < layers else 16 for i in range(self._spec.num_layers)))
+            replace(dense, weight_bits=tuple(bits if i < count else 16 for i in range(self._spec.num_layers)))
         )
-        query = self._spec.num_heads * self._spec.head_dim
+        layers, query = self.elastic.layers[:count], self._spec.num_heads * self._spec.head_dim
 
-        def run(hidden: Tensor) -> tuple[float, float]:
-            mha_s = ffn_s = 0.0
-            for layer in self.elastic.layers[:layers]:
-                start_s = self.now_s()
-                normed, _ = layer.mha_norm.add(hidden, hidden)
-                layer.attend(normed, lambda qkv: qkv[:, :query])  # without attention itself
-                middle_s = self.now_s()
-                normed, _ = layer.ffn_norm.add(hidden, hidden)
-                layer.feed(normed)
-                ffn_s += self.now_s() - middle_s
-                mha_s += middle_s - start_s
+        def mha(layer: Layer, hidden: Tensor) -> None:
+            normed, _ = layer.mha_norm.add(hidden, hidden)
+            layer.attend(normed, lambda qkv: qkv[:, :query])  # without attention itself
+
+        def ffn(layer: Layer, hidden: Tensor) -> None:
+            normed, _ = layer.ffn_norm.add(hidden, hidden)
+            layer.feed(normed)
+
+        def in_turn(hidden: Tensor) -> tuple[float, float]:
+            both = [0.0, 0.0]
+            for layer in layers:
+                for at, block in enumerate((mha, ffn)):
+                    both[at] += self.seconds("", partial(block, layer, hidden))
+            return both[0], both[1]
+
+        def in_a_row(name: str, hidden: Tensor) -> tuple[float, float]:
+            def all_of(block: Callable[[Layer, Tensor], None]) -> None:
+                for layer in layers:
+                    block(layer, hidden)
+
+            mha_s, ffn_s = (
+                self.seconds(f"{kind}_{name}", partial(all_of, block)) for kind, block in (("mha", mha), ("ffn", ffn))
+            )
             return mha_s, ffn_s
 
-        cells = []
-        for tokens in TOKENS:
-            hidden = self._hidden(tokens)
-            names = (f"mha_{bits}/{tokens}", f"ffn_{bits}/{tokens}")
-            cells.append(Cell(names, partial(run, hidden), layers))
-        return cells
+        def run(name: str, amount: int) -> tuple[float, float]:
+            hidden = self._hidden(amount)
+            return in_turn(hidden) if self.place == "cpu" else in_a_row(name, hidden)
 
-    @torch.inference_mode()
-    def ends(self) -> list[Cell]:
-        """Return the cells of the embedding, and of the head with the choice of a token."""
+        return {
+            (amount,): Cell(
+                (f"mha_{bits}/{amount}", f"ffn_{bits}/{amount}"), partial(run, f"{bits}/{amount}", amount), count
+            )
+            for amount in tokens
+        }
 
-        def token(ids: Tensor) -> tuple[float]:
+    def embedding(self) -> dict[Point, Cell]:
+        """Return the cells of the embedding and the rotation."""
+
+        def run(name: str, count: int) -> tuple[float]:
+            ids = torch.zeros(count, dtype=torch.long, device=self.elastic.device)
+
+            def work() -> None:
+                positions = torch.arange(count, device=ids.device)
+                self.elastic.embed(ids, positions)
+                self.elastic.rotate(positions)
+
+            return (self.seconds(name, work),)
+
+        return {
+            (count,): Cell((f"token/{count}",), partial(run, f"token/{count}", count), 1) for count in self.grid.tokens
+        }
+
+    def head(self) -> dict[Point, Cell]:
+        """Return the cells of the head with the choice of a token, which the host waits for."""
+
+        def run(count: int) -> tuple[float]:
+            hidden, ends = self._hidden(count), self.elastic.ends
             start_s = self.now_s()
-            positions = torch.arange(len(ids), device=ids.device)
-            self.elastic.embed(ids, positions)
-            self.elastic.rotate(positions)
-            return (self.now_s() - start_s,)
-
-        def head(hidden: Tensor) -> tuple[float]:
-            start_s = self.now_s()
-            ends = self.elastic.ends
             logits = ends.logits(ends.norm.add(hidden, hidden)[0])
             bool(torch.isfinite(logits).all())
             logits.argmax(-1).tolist()
             return (self.now_s() - start_s,)
 
-        cells = []
-        for tokens in TOKENS:
-            ids = torch.zeros(tokens, dtype=torch.long, device=self.elastic.device)
-            cells.append(Cell((f"token/{tokens}",), partial(token, ids), 1))
-        cells += [Cell((f"head/{count}",), partial(head, self._hidden(count)), 1) for count in SEQUENCES]
-        return cells
+        return {(count,): Cell((f"head/{count}",), partial(run, count), 1) for count in self.grid.sequences}
 
-    def attention(self) -> list[Cell]:
-        """Return the cells of attention: a batch of decodes with equal context, and a prompt chunk after a prefix."""
-        layers = self._spec.num_layers
-        decodes = [(batch, context) for batch in BATCHES for context in CONTEXTS]
-        chunks = [(tokens, before) for tokens in PREFILL_TOKENS for before in PREFIXES]
-        return [
-            *(Cell((f"decode/{b}/{c}",), self._attention([(c, 1)] * b, []), layers) for b, c in decodes),
-            *(Cell((f"prefill/{t}/{c}",), self._attention([], [(c, t)]), layers) for t, c in chunks),
-        ]
+    def decodes(self) -> dict[Point, Cell]:
+        """Return the cells of attention of a batch of decodes with equal context."""
+        return {(b, c): self._attention(f"decode/{b}/{c}", [(c, 1)] * b, []) for b, c in self.fitting}
 
-    def _attention(self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]]) -> Timed:
-        def run() -> tuple[float, ...]:
-            spec, device = self._spec, self.elastic.device
-            made = self._requests(decodes + prefills, frozenset(range(spec.num_layers)))
-            count = sum(len(packed.tokens) for packed in made)
-            width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-            qkv = torch.zeros(count, width, dtype=self.elastic.dtype, device=device)
-            rope = self.elastic.rotate(torch.zeros(count, dtype=torch.long, device=device))
-            start_s = self.now_s()
-            batch = PagedBatch(self.arena, made[: len(decodes)], made[len(decodes) :], self.elastic.windows)
+    def prefills(self) -> dict[Point, Cell]:
+        """Return the cells of attention of a prompt chunk after a prefix."""
+        return {(t, c): self._attention(f"prefill/{t}/{c}", [], [(c, t)]) for t, c in self.grid.prefills}
+
+    def _attention(self, name: str, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]]) -> Cell:
+        spec = self._spec
+
+        def batch_of(made: list[Packed]) -> PagedBatch:
+            return self._batch(made[: len(decodes)], made[len(decodes) :])
+
+        def attend_all(batch: PagedBatch, qkv: Tensor, rope: Rope) -> None:
             for index, layer in enumerate(self.elastic.layers):
                 batch.rows(index)
                 attend(self.elastic, batch, index, layer, qkv, rope)
-            seconds = self.now_s() - start_s
-            for packed in made:
-                self.pool.release(packed.table.own_blocks())
+
+        def run() -> tuple[float, ...]:
+            self.hold(self.most_blocks)
+            made, held = self._requests(decodes + prefills, frozenset(range(spec.num_layers)))
+            count = sum(len(packed.tokens) for packed in made)
+            width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+            qkv = torch.zeros(count, width, dtype=self.elastic.dtype, device=self.elastic.device)
+            rope = self.elastic.rotate(torch.zeros(count, dtype=torch.long, device=self.elastic.device))
+            if self.place == "cpu":
+                seconds = self.seconds(name, lambda: attend_all(batch_of(made), qkv, rope))
+            else:  # the host prepares a batch while the device computes the last
+                batch = batch_of(made)
+                seconds = self.seconds(name, lambda: attend_all(batch, qkv, rope))
+            self.pool.release(held)
             return (seconds,)
 
-        return run
+        return Cell((name,), run, spec.num_layers)
+
+    def _batch(self, decodes: list[Packed], prefills: list[Packed], wanted: Sequence[int] = ()) -> PagedBatch:
+        return PagedBatch(
+            self.arena,
+            decodes,
+            prefills,
+            self.elastic.windows,
+            wanted,
+            staging=self.staging,
+            attention=self.attention,
+        )
 
     def full_pass(
         self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]], keep: KeepMask | None = None
@@ -210,28 +293,46 @@ class Bench:
         held = frozenset(layer for layer, kept in enumerate(keep.mha) if kept)
 
         def run() -> tuple[float, ...]:
-            made = self._requests(decodes + prefills, held)
+            self.hold(max(self.pool.layer_blocks, min(self.most_blocks, 4096)))
+            made, taken = self._requests(decodes + prefills, held)
             single, chunks = made[: len(decodes)], made[len(decodes) :]
             ends = np.cumsum([len(packed.tokens) for packed in made]) - 1
             start_s = self.now_s()
-            batch = PagedBatch(self.arena, single, chunks, self.elastic.windows, ends.tolist())
+            batch = self._batch(single, chunks, ends.tolist())
             logits = forward(self.elastic, batch, prefill=keep, decode=keep)
             bool(torch.isfinite(logits).all())
             logits.argmax(-1).tolist()
             seconds = self.now_s() - start_s
-            for packed in made:
-                self.pool.release(packed.table.own_blocks())
+            self.pool.release(taken)
             return (seconds,)
 
         return run
 
-    def _requests(self, shapes: list[tuple[int, int]], held: frozenset[int]) -> list[Packed]:
-        made = []
+    def _requests(self, shapes: list[tuple[int, int]], held: frozenset[int]) -> tuple[list[Packed], list[int]]:
+        """Return requests that hold KV, each (tokens before, new tokens), and the blocks to release afterwards.
+
+        Where the pool is too small for the KV of all layers, several layers read the same blocks. Those of one layer
+        are then more than any cache holds.
+        """
+        needed = sum(kv_blocks(before + new, BLOCK_TOKENS) for before, new in shapes)
+        layers = sorted(held)
+        own = layers[: max(1, min(len(layers), self.pool.free_layer_blocks // needed))]
+        made, taken = [], []
         for before, new in shapes:
-            table = BlockTable(mha=held, block_tokens=BLOCK_TOKENS)
+            table = BlockTable(mha=frozenset(own), block_tokens=BLOCK_TOKENS)
             table.hold(self.pool, before + new)
+            taken += table.own_blocks()
+            for at, layer in enumerate(layers[len(own) :]):
+                table.blocks[layer] = table.blocks[own[at % len(own)]]
+            table.mha = held
             made.append(Packed(table, [0] * new, before))
-        return made
+        return made, taken
+
+
+def _blocks(point: Point) -> int:
+    """Return the KV blocks of one layer that (batch, context) takes, with the new token."""
+    batch, context = point
+    return batch * kv_blocks(context + 1, BLOCK_TOKENS)
 
 
 class Samples:
@@ -254,12 +355,16 @@ class Samples:
         """Write all samples."""
         write_json(self._path, {"settings": self._settings, "samples": self.of})
 
-    def done(self, name: str) -> bool:
-        """Return whether a cell's median is precise enough, or the cell has enough samples."""
-        values = self.of.get(name, [])
-        if len(values) < LEAST_REPEATS:
+    def count(self, cell: Cell) -> int:
+        """Return how many samples a cell has."""
+        return len(self.of.get(cell.names[0], []))
+
+    def done(self, cell: Cell, least: int, most: int) -> bool:
+        """Return whether every median of a cell is precise enough, or the cell has enough samples."""
+        count = self.count(cell)
+        if count < least:
             return False
-        return len(values) >= MOST_REPEATS or spread(values) < WANTED_SPREAD
+        return count >= most or all(spread(self.of[name]) < WANTED_SPREAD for name in cell.names)
 
 
 def spread(values: list[float]) -> float:
@@ -272,36 +377,113 @@ def spread(values: list[float]) -> float:
     return float(1.2533 * deviation / np.sqrt(len(values)) / middle)
 
 
-def measure(bench: Bench, samples: Samples, settings: DeviceSettings) -> list[Iterations]:
-    """Measure every cell of every term; return the runs of the engine made before, between and after."""
-    deadline_s = time.monotonic() + settings.seconds
-    rng = random.Random(settings.seed)
-    groups: list[tuple[Callable[[], list[Cell]], float]] = [  # and their share of the remaining time
-        (lambda: bench.linear(16) + bench.ends() + bench.attention(), 0.7),
-        (lambda: bench.linear(8), 0.5),
-        (lambda: bench.linear(4), 1.0),
-    ]
-    runs = [run_engine(bench.elastic, settings.clock, settings.seed + 1, RUN_S, RATES_RPS[0])]
-    for index, (build, share) in enumerate(groups):
-        cells = build()
-        until_s = time.monotonic() + share * (deadline_s - time.monotonic())
-        with progress(f"measuring group {index + 1} of {len(groups)}", len(cells), "timings") as report:
-            for cell in cells:
-                if cell.names[0] not in samples.of:
-                    bench.time(cell)  # the first run also warms up caches
-            while todo := [cell for cell in cells if not all(map(samples.done, cell.names))]:
-                late = time.monotonic() > until_s
-                if late and all(len(samples.of.get(cell.names[0], [])) >= LEAST_REPEATS for cell in todo):
+class Survey:
+    """Measures cells within a time: first which points there are to be, then all of them until they are precise."""
+
+    def __init__(self, bench: Bench, samples: Samples, rng: random.Random) -> None:
+        """Add to these samples."""
+        self._bench, self._samples, self._rng = bench, samples, rng
+        self._least, self._most = LEAST_REPEATS[bench.place], MOST_REPEATS[bench.place]
+        self._cost_s: dict[str, float] = {}
+        self.terms: dict[str, Term] = {}
+
+    def points(self, cells: Mapping[str, Mapping[Point, Cell]], until_s: float) -> list[Cell]:
+        """Measure a coarse grid of every term once, then what says most, as far as the time allows; return the cells.
+
+        The time has to suffice for timing each of them as often as a median needs.
+        """
+        self.terms = {name: Term(name, list(found)) for name, found in cells.items()}
+        chosen: list[Cell] = []
+        planned_s = 0.0
+
+        def visit(name: str, point: Point) -> None:
+            nonlocal planned_s
+            cell = cells[name][point]
+            self.terms[name].add(point, self.once(cell))
+            planned_s += self._least * self._cost_s[cell.names[0]]
+            chosen.append(cell)
+
+        for name, found in cells.items():
+            seen = [point for point, cell in found.items() if self._samples.count(cell)]
+            for point in dict.fromkeys([*coarse(list(found)), *seen]):
+                visit(name, point)
+        started_s = time.monotonic()
+        while (best := most_informative(self.terms)) is not None:
+            if time.monotonic() + planned_s > until_s:
+                break
+            visit(*best)
+        if (taken_s := time.monotonic() - started_s) > WARMING_S:
+            say(f"choosing points took {taken_s:.0f} s")
+        return chosen
+
+    def once(self, cell: Cell) -> float:
+        """Time a cell that has no sample yet, after warming it up; return the microseconds of its first name."""
+        if not self._samples.count(cell):
+            self._bench.time(cell)  # fills caches, compiles kernels, and shows how long the host takes
+            self._sample(cell)
+        else:
+            self._cost_s.setdefault(cell.names[0], 0.0)
+        return float(np.median(self._samples.of[cell.names[0]]))
+
+    def _sample(self, cell: Cell) -> None:
+        start_s = time.monotonic()
+        for name, us in zip(cell.names, self._bench.time(cell), strict=True):
+            self._samples.add(name, us)
+        self._cost_s[cell.names[0]] = time.monotonic() - start_s
+
+    def rounds(self, cells: Sequence[Cell], until_s: float, report: Report) -> None:
+        """Time cells in rounds of random order until all are precise, or the time is over."""
+        begin_s = time.monotonic()
+        very_late_s = begin_s + VERY_LATE * max(until_s - begin_s, 0.0)
+        while todo := [cell for cell in cells if not self._samples.done(cell, self._least, self._most)]:
+            self._rng.shuffle(todo)
+            enough = all(self._samples.count(cell) >= self._least for cell in todo)
+            for cell in todo:
+                if time.monotonic() > (until_s if enough else very_late_s):
                     break
-                rng.shuffle(todo)
-                for cell in todo:
-                    for name, us in zip(cell.names, bench.time(cell), strict=True):
-                        samples.add(name, us)
-                samples.save()
+                self._sample(cell)
+            else:
+                self._samples.save()
                 report(len(cells) - len(todo))
-        rate_rps = RATES_RPS[(1 + index) % len(RATES_RPS)]
-        runs.append(run_engine(bench.elastic, settings.clock, settings.seed + 2 + index, RUN_S, rate_rps))
-    return runs
+                continue
+            break
+        self._samples.save()
+
+
+def measure(bench: Bench, samples: Samples, settings: DeviceSettings, load: Load) -> tuple[list[Iterations], Survey]:
+    """Measure the cells of every term; return the runs of the engine made before, between and after, and the survey."""
+    deadline_s = time.monotonic() + settings.seconds
+    survey = Survey(bench, samples, random.Random(settings.seed))
+
+    def run(number: int) -> Iterations:
+        bench.hold(0)
+        return run_engine(bench.elastic, settings.clock, settings.seed + 1 + number, load, load.rates_rps[number])
+
+    def until_s(share: float) -> float:
+        return time.monotonic() + share * (deadline_s - time.monotonic())
+
+    runs = [run(0)]
+    cells = {
+        "linear": bench.linear(16, bench.grid.tokens),
+        "token": bench.embedding(),
+        "head": bench.head(),
+        "decode": bench.decodes(),
+        "prefill": bench.prefills(),
+    }
+    end_s = until_s(0.7)
+    with progress("measuring 16 bits and attention", sum(map(len, cells.values())), "points") as report:
+        survey.rounds(survey.points(cells, end_s), end_s, report)
+    runs.append(run(1))
+    tokens = sorted(tokens for (tokens,) in survey.terms["linear"].measured)
+    for number, (bits, share) in enumerate(((8, 0.5), (4, 1.0)), start=2):
+        quantized, end_s = list(bench.linear(bits, tokens).values()), until_s(share)
+        with progress(f"measuring {bits} bits", len(quantized), "points") as report:
+            for cell in quantized:
+                survey.once(cell)
+            survey.rounds(quantized, end_s, report)
+        runs.append(run(number))
+    bench.hold(0)
+    return runs, survey
 
 
 def terms_of(samples: Samples) -> m.Terms:
@@ -329,97 +511,10 @@ def terms_of(samples: Samples) -> m.Terms:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Iterations:
-    """Iterations of a run of the engine: the seconds and the batch of each."""
-
-    measured_s: Floats
-    shapes: tuple[Shape, ...]
-
-    def priced_s(self, latency: LatencyModel) -> Floats:
-        """Return the seconds that a latency model predicts for each."""
-        prices = [
-            latency.iteration_s(s.plan, s.chunks, s.decode_batch, s.decode_context_sum, s.sequences)
-            for s in self.shapes
-        ]
-        return np.array(prices)
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """The seconds of an iteration: ``factor * terms + prefill_attention_factor * prefill attention + fixed_s``.
-
-    The factors are not 1 because a term finds other data in the caches during a run than when it is timed in a loop,
-    and because the attention of prompts touches KV blocks and masks that were never used before.
-    off: median absolute relative error over the iterations.
-    """
-
-    factor: float
-    prefill_attention_factor: float
-    fixed_s: float
-    off: float
-
-
-def line_over_terms(runs: Sequence[Iterations], content: Mapping[str, Any]) -> Line:
-    """Fit the line to the iterations of runs: relative errors with a soft L1 loss, so that those above 5 % count less.
-
-    content: the calibration with the terms; its ``fixed_us`` is 0.
-    """
-    measured_s = np.concatenate([run.measured_s for run in runs])
-    once, twice = (latency_of(times(content, 1.0, factor)) for factor in (1.0, 2.0))
-    all_s, more_s = (np.concatenate([run.priced_s(latency) for run in runs]) for latency in (once, twice))
-    terms_s = np.column_stack((2 * all_s - more_s, more_s - all_s, np.full(len(all_s), 1e-3)))
-
-    def off(at: Floats) -> Floats:
-        errors: Floats = terms_s @ at / measured_s - 1
-        return errors
-
-    bounds = ([0.1, 0.1, 0.0], np.inf)
-    found = least_squares(off, (1.0, 1.0, 1.0), bounds=bounds, loss="soft_l1", f_scale=0.05).x
-    return Line(float(found[0]), float(found[1]), float(found[2]) * 1e-3, float(np.median(np.abs(off(found)))))
-
-
-def run_engine(elastic: ElasticModel, clock: str, seed: int, duration_s: float, rate_rps: float) -> Iterations:
-    """Serve random requests on the dense model."""
-    spec = elastic.spec
-    elastic.apply(dense_plan(spec))
-    config = EngineConfig(limits=Limits(max_batch_tokens=128, max_running=16), kv_block_tokens=BLOCK_TOKENS)
-    trace = poisson(
-        rate_rps=rate_rps,
-        duration_s=duration_s,
-        lengths=lambda rng, requests: lognormal_lengths(
-            rng,
-            requests,
-            prompt_tokens_p50=70,
-            prompt_sigma=0.7,
-            output_tokens_p50=14,
-            output_sigma=0.6,
-            max_prompt_tokens=300,
-            max_output_tokens=60,
-        ),
-        seed=seed,
-    )
-    plan = dense_plan(spec)
-    engine = HwEngine(
-        elastic=elastic,
-        config=config,
-        plan=plan,
-        budget_bytes=budget_for_kv_blocks(spec, plan, 200, 0, BLOCK_TOKENS),
-        prompts=RandomPrompts(spec.vocab_size, seed),
-        clock=RealClock(clock, skip_idle=True),
-    )
-    replay(trace, engine, Fixed(plan))
-    rows, shapes = engine.iterations(), engine.shapes()
-    engine.close()
-    # An iteration lasts until the next one starts, if that follows at once.
-    following = np.append(rows.start_s[1:], np.inf)
-    lasting = np.where(following - rows.end_s < 0.005, following, rows.end_s) - rows.start_s
-    return Iterations(lasting, tuple(shapes))
-
-
 def memory_bandwidth_bytes_per_s(device: Device) -> float:
     """Return the bytes per second of copying a large array, reads and writes counted; the median of five."""
-    source = torch.ones(64 << 20, dtype=torch.uint8, device=device.place)
+    size = 1 << 30 if isinstance(device, Accelerator) else 64 << 20
+    source = torch.ones(size, dtype=torch.uint8, device=device.place)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(6):
@@ -430,53 +525,5 @@ def memory_bandwidth_bytes_per_s(device: Device) -> float:
     return float(2 * source.nbytes / np.median(seconds[1:]))
 
 
-def plot(path: Path, terms: m.Terms, latency: LatencyModel, held_out: Iterations, title: str) -> None:
-    """Write one PNG: measured points and fit of every term, and measured against predicted iterations."""
-    with figure_file(path, 2, 3, size=(14, 8), title=title) as (_, axes):
-        for axis, kind in zip(axes[0], ("mha", "ffn"), strict=False):
-            for bits, kinds in terms.linear.items():
-                measured = kinds[kind]
-                points = axis.plot(measured.x, measured.us / 1e3, "o", markersize=4, label=f"{bits} bits, measured")
-                x = np.arange(1, int(measured.x[-1]) + 1)
-                fitted = [latency.linear_s(kind, bits, int(t)) * 1e3 for t in x]
-                axis.plot(x, fitted, color=points[0].get_color(), linewidth=0.8)
-            axis.set(
-                xscale="log",
-                yscale="log",
-                xlabel="tokens",
-                ylabel="time [ms]",
-                title=f"{kind.upper()} block without attention",
-            )
-            axis.legend()
-        head = axes[0][2].plot(terms.head.x, terms.head.us / 1e3, "o", markersize=4, label="head, measured")
-        x = np.arange(1, int(terms.head.x[-1]) + 1)
-        axes[0][2].plot(x, [latency.head_s(int(s)) * 1e3 for s in x], color=head[0].get_color(), linewidth=0.8)
-        axes[0][2].set(xlabel="sequences", ylabel="time [ms]", title="LM head and choice of a token")
-        for batch in (1, 4, 8, 16):
-            here = terms.decode.x == batch
-            line = axes[1][0].plot(
-                terms.decode.y[here], terms.decode.us[here] / 1e3, "o", markersize=4, label=f"batch {batch}"
-            )
-            x = np.arange(8, int(terms.decode.y.max()) + 1, 8)
-            fitted = [latency.decode_attention_s(batch, int(batch * c)) * 1e3 for c in x]
-            axes[1][0].plot(x, fitted, color=line[0].get_color(), linewidth=0.8)
-        axes[1][0].set(xlabel="context [tokens]", ylabel="time [ms]", title="decode attention, one layer")
-        axes[1][0].legend()
-        for tokens in (16, 64, 128):
-            here = terms.prefill.x == tokens
-            prefix = terms.prefill.y[here] - (tokens + 1) / 2
-            line = axes[1][1].plot(prefix, terms.prefill.us[here] / 1e3, "o", markersize=4, label=f"{tokens} tokens")
-            fitted = [latency.prefill_attention_s(tokens, int(p)) * 1e3 for p in prefix]
-            axes[1][1].plot(prefix, fitted, color=line[0].get_color(), linewidth=0.8)
-        axes[1][1].set(xlabel="tokens before the chunk", ylabel="time [ms]", title="prefill attention, one layer")
-        axes[1][1].legend()
-        both = (held_out.priced_s(latency) * 1e3, held_out.measured_s * 1e3)
-        axes[1][2].plot(*both, ".", markersize=4)
-        most = float(max(map(np.max, both)))
-        axes[1][2].plot([0, most], [0, most], color="black", linewidth=0.8)
-        axes[1][2].set(xlabel="priced [ms]", ylabel="measured [ms]", title="iterations, held out")
-
-
-def latency_of(content: Mapping[str, Any]) -> LatencyModel:
-    """Return the latency model of a calibration's content."""
-    return calibration_from_dict(content, str(content["name"]))
+def _us(seconds: float) -> float:
+    return float(f"{seconds * 1e6:.4g}")

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hw.calibrate.device import BLOCK_TOKENS, Bench, spread
+from hw.calibrate.device import Bench, spread
+from hw.calibrate.engine_runs import BLOCK_TOKENS
 from hw.elastic.blocks import ABSENT, KINDS, Kind
 from hw.elastic.copies import LayerCopier
 from hw.elastic.paged_kv import ArenaStorage
 from hw.engine.hw_engine import arena_of
-from sim.cost.memory import layer_weight_bytes
+from sim.cost.memory import kv_block_layer_bytes, layer_weight_bytes
 from sim.cost.plan import WEIGHT_BITS, dense_plan, drop, with_mask
 from sim.engine.block_table import BlockTable
 from sim.engine.kv_pool import KVPool
@@ -45,8 +46,12 @@ class Changes:
         """Use the model and the clock of a bench."""
         self._bench, self._elastic = bench, bench.elastic
         self._copier = LayerCopier(self._elastic, bench.clock)
-        self._arena = arena_of(self._elastic, POOL_BLOCKS, block_tokens=BLOCK_TOKENS)
-        self._pool = KVPool(POOL_BLOCKS, ArenaStorage(self._arena))
+        spec = self._elastic.spec
+        # The pool makes room for a layer that is copied in, as it does when the engine has no other memory.
+        layer_blocks = layer_weight_bytes(spec, 16) // kv_block_layer_bytes(spec, BLOCK_TOKENS)
+        self._blocks = max(POOL_BLOCKS, 2 * layer_blocks)
+        self._arena = arena_of(self._elastic, self._blocks, block_tokens=BLOCK_TOKENS)
+        self._pool = KVPool(self._blocks, ArenaStorage(self._arena))
         self._found: dict[str, list[float]] = {}
         self._longer: list[float] = []  # time of a pass with a copy over one without, per round
 
@@ -58,8 +63,9 @@ class Changes:
         share a pass that begins with a copy takes longer, including shrinking the pool for it and joining it, with its
         standard error. ``plan_changes``: the parts.
         """
-        for bits in WEIGHT_BITS:
-            self._elastic.prepare((bits,))
+        for kind in KINDS:
+            for bits in WEIGHT_BITS:
+                self._elastic.blocks[kind][LAYER].prepare(bits)
         layers = {str(bits): self._layer(bits, random.Random(seed + bits)) for bits in WEIGHT_BITS}
         parts = {
             "repeats": REPEATS,
@@ -143,7 +149,14 @@ class Changes:
 
     def _resizes(self) -> dict[str, Any]:
         """Time growing and shrinking the pool, per KV block of one layer, also when held blocks must move."""
-        pool = self._pool
+        pool, hardware = self._pool, self._elastic.hardware
+        before = self._arena.allocated_bytes, hardware.in_use_bytes()
+        self._resize(-RESIZED_BLOCKS)
+        freed = {
+            "by the pool": before[0] - self._arena.allocated_bytes,
+            "on the device": before[1] - hardware.in_use_bytes(),
+        }
+        self._resize(RESIZED_BLOCKS)
         for _ in range(REPEATS):
             self._time("shrink", lambda: self._resize(-RESIZED_BLOCKS))
             self._time("grow", lambda: self._resize(RESIZED_BLOCKS))
@@ -160,7 +173,8 @@ class Changes:
         per_block = {f"{name}_us_per_block": _us(s / RESIZED_BLOCKS) for name, s in self._taken().items()}
         return {
             "block_bytes": self._arena.block_bytes,
-            "blocks": POOL_BLOCKS,
+            "blocks": self._blocks,
+            "freed_bytes": freed,
             "resized_by": RESIZED_BLOCKS,
             **per_block,
         }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hw.calibrate import measurements as m
+from hw.calibrate import rtx3090
 from hw.calibrate.calibration import Fixed, Target, calibrate, error_summary, knots_of, rounded
 from hw.calibrate.writing import write_calibration
 from sim.config import build_option
@@ -362,6 +363,10 @@ DERIVED = {
 }
 
 
+SIMULATED = {rtx3090.NAME: rtx3090.calibrated}
+"""Fitted by simulating measured runs: name -> what returns the calibration, from the folder of measurements."""
+
+
 def fixed_overhead(folder: Path) -> Fixed:
     """Return the host overhead of an iteration: the time of a real run's decode iterations minus their kernels.
 
@@ -402,12 +407,12 @@ def from_measurements(names: Sequence[str], folder: Path, out: Path) -> list[dic
     """Fit and write calibrations; return their contents.
 
     Args:
-        names: of TARGETS and DERIVED; all when empty.
+        names: of TARGETS, DERIVED and SIMULATED; all when empty.
         folder: measurements. out: where to write one JSON file each.
     Raises:
         ConfigError: for an unknown target, with the nearest name. CalibrationError: without measurements.
     """
-    known = [*TARGETS, *DERIVED]
+    known = [*TARGETS, *DERIVED, *SIMULATED]
     for name in names:
         if name not in known:
             raise ConfigError(f"no target {name!r}; {nearest(name, [*known, 'all'])}")
@@ -416,8 +421,13 @@ def from_measurements(names: Sequence[str], folder: Path, out: Path) -> list[dic
             f"no folder of measurements at {folder}; set RAP_LAB_DATA to the folder that holds calibration/, "
             "or give data=FOLDER"
         )
-    contents, fixed = [], fixed_overhead(folder)
+    contents = []
+    fixed = fixed_overhead(folder) if set(names or known) - set(SIMULATED) else Fixed(us=0.0, source="")
     for name in names or known:
+        if name in SIMULATED:
+            contents.append(SIMULATED[name](folder))
+            write_calibration(contents[-1], out / f"{name}.json")
+            continue
         if name in DERIVED:
             base, device = DERIVED[name]
             content = derive(name, calibrate(TARGETS[base], folder, fixed), device)

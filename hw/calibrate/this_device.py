@@ -14,6 +14,8 @@ import torch
 from hw.calibrate import device as d
 from hw.calibrate import measurements as m
 from hw.calibrate.calibration import Fixed, Target, calibrate, error_summary, times
+from hw.calibrate.engine_runs import Iterations, latency_of, line_over_terms, load_of, run_engine
+from hw.calibrate.figure import plot
 from hw.calibrate.plan_changes import Changes
 from hw.calibrate.writing import write_calibration
 from hw.elastic.checkpoint import load_weights
@@ -25,9 +27,6 @@ from sim.errors import CalibrationError
 from sim.json_file import read_json_object
 from sim.paths import REPOSITORY, RESULTS
 from sim.results.run_folder import commit
-
-HELD_OUT_S, HELD_OUT_RPS = 25.0, 2.0
-"""Arrivals of the run of the engine on which nothing is fitted."""
 
 
 def dtype_of(model: ModelSpec) -> str:
@@ -50,15 +49,15 @@ def load(
     return elastic
 
 
-def measure_changes(elastic: ElasticModel, clock: str, seed: int, path: Path) -> dict[str, Any]:
+def measure_changes(elastic: ElasticModel, settings: d.DeviceSettings, path: Path) -> dict[str, Any]:
     """Measure only what plan changes cost, and put it into the calibration at ``path``; return its content."""
     content: dict[str, Any] = read_json_object(path, CalibrationError, "measure all again")
-    content["device_run"] |= Changes(d.Bench(elastic, clock)).measure(seed)
+    content["device_run"] |= Changes(d.Bench(elastic, settings)).measure(settings.seed)
     write_calibration(content, path)
     return content
 
 
-def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, out: Path) -> dict[str, Any]:
+def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, gpu: Gpu, out: Path) -> dict[str, Any]:
     """Measure every term, fit and write the calibration and its plot; return the content.
 
     Samples are kept under runs/calibrate, so that a run that was stopped continues.
@@ -70,35 +69,39 @@ def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, out: Path) ->
         REPOSITORY / "runs" / "calibrate" / f"{name}.json", {**asdict(settings), "dtype": dtype, "threads": threads}
     )
     started_s = time.monotonic()
-    bench = d.Bench(elastic, settings.clock)
-    runs = d.measure(bench, samples, settings)
+    load = load_of(elastic, settings.seconds, gpu.memory_bytes, gpu.memory_bandwidth_bytes_per_s)
+    bench = d.Bench(elastic, settings)
+    runs, survey = d.measure(bench, samples, settings, load)
     terms = d.terms_of(samples)
     content = calibrate(_target(name, settings, terms, dtype, threads), out, Fixed(us=0.0, source=""))
     for term in content["errors"].values():
         if term.get("note") == "no reason known":
             term["note"] = "single cells of a coarse grid: products switch kernels between few and many tokens"
     content = scaled_to_runs(content, runs)
-    held_out = d.run_engine(elastic, settings.clock, settings.seed + 100, HELD_OUT_S, HELD_OUT_RPS)
-    priced_s = held_out.priced_s(d.latency_of(content))
+    held_out = run_engine(elastic, settings.clock, settings.seed + 100, load, load.held_out_rps, load.held_out_s)
+    priced_s = held_out.priced_s(latency_of(content))
     content["errors"]["iteration"] = error_summary(priced_s, held_out.measured_s) | {
         "note": f"iterations of a run of the engine, of which nothing was fitted; their sum is off by "
         f"{priced_s.sum() / held_out.measured_s.sum() - 1:+.1%}, the machine's changes of speed included"
     }
-    content["notes"] = [*content["notes"], *([elastic.note] if elastic.note else [])]
+    content["notes"] = [*content["notes"], *bench.grid.notes, *([elastic.note] if elastic.note else [])]
     content["device_run"] = {
         "seconds": round(time.monotonic() - started_s),
         "clock": settings.clock,
         "processor": elastic.hardware.name,
         **_sampling(samples),
+        "limits": asdict(settings.limits),
+        "points": {term.name: term.summary() for term in survey.terms.values()},
+        **_host(bench),
         "memory_bandwidth_bytes_per_s": float(f"{d.memory_bandwidth_bytes_per_s(elastic.hardware):.3g}"),
         **Changes(bench).measure(settings.seed),
     }
     write_calibration(content, out / f"{name}.json")
     title = f"{settings.model} on {settings.device}, {content['date']}"
-    d.plot(
+    plot(
         (RESULTS / "calibration" if out == CALIBRATIONS else out) / f"{name}.png",
         terms,
-        d.latency_of(content),
+        latency_of(content),
         held_out,
         title,
     )
@@ -111,8 +114,7 @@ def _target(name: str, settings: d.DeviceSettings, terms: m.Terms, dtype: str, t
         model=settings.model,
         device=settings.device,
         kind="measured",
-        stack=f"hw.engine.hw_engine: PyTorch {torch.__version__}, {dtype}, paged attention by "
-        f"scaled_dot_product_attention, {threads} thread(s), {settings.clock} seconds",
+        stack=f"hw.engine: PyTorch {torch.__version__}, {dtype}, {threads} thread(s), {settings.clock} seconds",
         sources=({"path": "python -m hw.calibrate source=device", "commit": commit()},),
         read=lambda _: terms,
         notes=(
@@ -122,9 +124,9 @@ def _target(name: str, settings: d.DeviceSettings, terms: m.Terms, dtype: str, t
     )
 
 
-def scaled_to_runs(content: dict[str, Any], runs: list[d.Iterations]) -> dict[str, Any]:
+def scaled_to_runs(content: dict[str, Any], runs: list[Iterations]) -> dict[str, Any]:
     """Return a calibration scaled to engine runs: a factor on all terms, and a constant per iteration."""
-    line = d.line_over_terms(runs, content)
+    line = line_over_terms(runs, content)
     scaled = times(content, line.factor, line.prefill_attention_factor)
     scaled["fixed_us"] = round(line.fixed_s * 1e6, 1)
     scaled["fixed_source"] = (
@@ -134,6 +136,16 @@ def scaled_to_runs(content: dict[str, Any], runs: list[d.Iterations]) -> dict[st
         "the terms times that"
     )
     return scaled
+
+
+def _host(bench: d.Bench) -> dict[str, Any]:
+    """Return what the host needed to start one layer's work, where the device was timed alone; nothing on a CPU."""
+    found = bench.host_us()
+    if not found:
+        return {}
+    layers = bench.elastic.spec.num_layers
+    kinds = {name: [us / layers for key, us in found.items() if key.startswith(name)] for name in ("mha_16", "ffn_16")}
+    return {"host_us_per_layer": {name: float(f"{np.median(values):.3g}") for name, values in kinds.items() if values}}
 
 
 def _sampling(samples: d.Samples) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from hw.elastic.virtual_memory import AddressRange, CudaDriver, CudaRange, HostR
 SEGMENTS_BYTES = 64 << 20
 """What CUDA's allocator may hold beyond tensors: it takes segments of 2 to 20 MiB, for small and large tensors of each
 of two streams."""
+MOST_AHEAD_S = 0.5
+CYCLES_PER_S = 2e9
+"""Clock of a GPU at its fastest, about: it spins too long at a lower one, which does no harm."""
 _STATM = Path("/proc/self/statm")
 
 
@@ -74,6 +78,9 @@ class Device(ABC):
     def name(self) -> str:
         """The name of the processor."""
 
+    def use(self) -> None:  # noqa: B027 - most devices need nothing
+        """Let this thread compute on the device; each thread has to call it before it starts kernels."""
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all work of the device is done."""
@@ -116,6 +123,14 @@ class Accelerator(Device):
     @abstractmethod
     def mark(self) -> Event:
         """Return a timed event after the copies started so far."""
+
+    @abstractmethod
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        """Return the seconds of the device's work that ``work`` starts, and those that the host took to start it.
+
+        ahead_s: how long the device waits before it begins, so that the host has started all of it by then. The first
+            figure is then that of the device alone.
+        """
 
     @abstractmethod
     def limit(self, most_bytes: int | None) -> None:
@@ -192,6 +207,10 @@ class Cuda(Accelerator):
         """The name of the GPU."""
         return processor_name(self.place)
 
+    def use(self) -> None:
+        """Make it the current device of this thread: the driver and Triton take no other."""
+        torch.cuda.set_device(self.place)
+
     def synchronize(self) -> None:
         """Wait for all streams."""
         torch.cuda.synchronize(self.place)
@@ -217,11 +236,13 @@ class Cuda(Accelerator):
     def reserve(self, size: int) -> AddressRange:
         """Return addresses that the driver maps."""
         assert self.place.index is not None
+        self.use()
         driver = CudaDriver(self.place.index)
         return CudaRange(Pieces(size, driver, wait=self._wait, resized=self._mapped))
 
     def _wait(self) -> None:
         """Wait for what computes, not for copies: only passes use mapped memory."""
+        self.use()
         torch.cuda.current_stream(self.place).synchronize()
 
     def _mapped(self, added: int) -> None:
@@ -230,6 +251,7 @@ class Cuda(Accelerator):
         Raises:
             torch.OutOfMemoryError: if the limit leaves no room for it.
         """
+        self.use()
         if added > 0 and self._most_bytes is not None:
             most = self._most_bytes + SEGMENTS_BYTES - self._mapped_bytes
             if torch.cuda.memory_reserved(self.place) + added > most:
@@ -270,6 +292,21 @@ class Cuda(Accelerator):
         marked: Event = event
         return marked
 
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        """Record an event before and after, on the current stream."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self.synchronize()
+        if ahead_s > 0:
+            # A kernel that spins: the queue fills up behind it.
+            torch.cuda._sleep(int(min(1.2 * ahead_s, MOST_AHEAD_S) * CYCLES_PER_S))  # type: ignore[no-untyped-call]
+        begin.record()
+        start_s = time.perf_counter()
+        work()
+        host_s = time.perf_counter() - start_s
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3, host_s
+
     def limit(self, most_bytes: int | None) -> None:
         """Limit the share of the device's memory that torch's allocator may take: what mapped memory leaves of it."""
         self._most_bytes = most_bytes
@@ -298,7 +335,7 @@ class Cuda(Accelerator):
         self.give_back()
         before = torch.cuda.memory_reserved(self.place)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory):
+        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
             output = step()
         return CudaGraph(graph, output, max(0, torch.cuda.memory_reserved(self.place) - before))
 

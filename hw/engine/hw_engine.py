@@ -57,7 +57,10 @@ class Handover:
 
 
 class HwEngine(Replica):
-    """A replica that computes with a real model. notes: what it changed about its settings."""
+    """A replica that computes with a real model.
+
+    attention: how it is computed. notes: what the engine changed about its settings.
+    """
 
     executor_type: type[TorchExecutor] = TorchExecutor
 
@@ -104,7 +107,8 @@ class HwEngine(Replica):
             attention: which code computes it, a value of hw.attention.
             cuda_graphs: whether decode passes that recur are recorded; only where the device and that code can.
         Raises:
-            ConfigError: for ``prefix_caching`` or ``schedules_ahead``, which only the simulated engine has.
+            ConfigError: for ``prefix_caching``, ``schedules_ahead``, ``preemption=swap`` or ``copying=blocking``, which
+                only the simulated engine has.
             PlanError: for a plan that is not legal for the model.
             BudgetError: if the first budget cannot hold the weights and one request.
         """
@@ -115,6 +119,15 @@ class HwEngine(Replica):
                 "engine.schedules_ahead is true; the real engine forms a batch when the iteration before it has ended: "
                 "set it to false"
             )
+        if config.preemption == "swap":
+            raise ConfigError(
+                "engine.preemption is swap; the real engine does not copy KV to host memory: set it to recompute, and "
+                "engine.host_kv_blocks to 0"
+            )
+        if config.copying == "blocking":
+            raise ConfigError(
+                "engine.copying is blocking; the real engine serves while it copies weights in: set it to overlapped"
+            )
         budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
         clock = clock or RealClock()
         self.elastic = elastic
@@ -124,7 +137,7 @@ class HwEngine(Replica):
         _prepare(elastic, plan, plans)
         self.memory = DeviceMemory(elastic.hardware, elastic.bytes())
         self.arena = arena or _default_arena(elastic, budget, workspace_bytes, config.kv_block_tokens)
-        found = find_attention(
+        self.attention = found = find_attention(
             attention,
             self.arena.device,
             head_dim=elastic.spec.head_dim,
@@ -244,6 +257,9 @@ class HwEngine(Replica):
     def close(self) -> None:
         """Abandon the copy under way, end its thread, and let the process use the memory of the device again."""
         self._copier.close()
+        self._torch.close()
+        if isinstance(self.elastic.hardware, Accelerator):
+            self.arena.close()
         self.memory.close()
 
 

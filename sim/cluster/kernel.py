@@ -326,7 +326,7 @@ def give_moved(
     n, r = counters_of(s), _new_request(s, words)
     request = requests_of(s)[r]
     request.output_limit_tokens, request.computed_tokens, request.prefill_tokens = limit_tokens, 0, 0
-    request.free_run = -1
+    request.free_run, request.host_blocks = -1, 0
     _set_prompt(s, r, hash_at, ids)
     if limit_tokens <= request.produced_tokens:
         request.status = REJECTED
@@ -374,6 +374,7 @@ def let_waiting_go(s: Table) -> None:
     """Forget the waiting requests; running ones continue."""
     n = counters_of(s)
     kernel.forget_kept_kv(s)
+    kernel.forget_host_kv(s)
     n.preempted_waiting, n.queue_head, n.waiting_tokens = 0, n.queue_tail, 0
 
 
@@ -436,7 +437,10 @@ def in_iteration(s: Table) -> bool:
 @compiled()
 def begin(s: Table, next_s: Floats, k: int, now_s: float) -> int:
     """Start the iteration that is due at ``now_s``, if any; return as `bring` does."""
-    return bring(s, next_s, k, now_s, np.nextafter(now_s, np.inf))
+    why = bring(s, next_s, k, now_s, np.nextafter(now_s, np.inf))
+    if why == HORIZON and not in_iteration(s):
+        next_s[k] = next_event_s(s)  # nothing could start, so nothing will before that
+    return why
 
 
 @compiled()
@@ -450,7 +454,8 @@ def join(s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_toke
     """
     n, r = counters_of(s), _new_request(s, words)
     request = requests_of(s)[r]
-    request.output_limit_tokens, request.status, request.free_run = limit_tokens, RUNNING, -1
+    request.output_limit_tokens, request.status = limit_tokens, RUNNING
+    request.free_run, request.host_blocks = -1, 0
     request.computed_tokens = request.prefill_tokens = request.prompt_tokens
     request.finish_s = np.nan
     n.running_tokens += request.prompt_tokens
@@ -491,6 +496,9 @@ def serve(tables: Tables, c: Table, now_s: float, horizon_s: float) -> int:
             return REACHED
         if cluster.router == ASK:
             return CHOOSE
+        for k in range(len(tables)):
+            if replicas[k].accepts:  # routers look at no other queue; a replica that has not started has none
+                kernel.reject_late(tables[k], arrives_s)
         next_in_turn = cluster.next_in_turn
         k = choose(tables, c, at, prompt_tokens[at])
         if k < 0:

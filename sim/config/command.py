@@ -38,7 +38,7 @@ from sim.config.streams import print_any_text
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
 
-RUN_FILES = ("summary.json", "summaries.json", "compare.json")
+RUN_FILES = ("summary.json", "summaries.json", "compare.json", "capacity.json")
 """What a run folder gets last: a folder with one of them is complete, and no other run writes into it."""
 BEGUN_FILES = ("config.yaml", "provenance.json")
 """What a run folder gets first. A run that fails removes them if it wrote nothing else; a killed run leaves them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,11 @@ LARGEST = 2**31 - 1
 def _is_count(value: object, least: int) -> bool:
     """Return whether a value is a whole number from ``least`` to ``LARGEST``."""
     return is_whole(value) and least <= value <= LARGEST  # type: ignore[operator]
+
+
+def is_positive(value: object) -> bool:
+    """Return whether a value is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +92,7 @@ class Plan:
     kv_keep: which tokens of each layer's KV stay after prefill (PDTrim).
     max_running: requests that may run at once; None keeps the engine's own limit (SABER).
     max_waiting: an arriving request is rejected when this many already wait; None rejects none.
+    max_wait_s: a request that has waited this long without being admitted is rejected; None lets all wait.
     """
 
     decode: KeepMask
@@ -94,6 +101,7 @@ class Plan:
     kv_keep: tuple[KVKeep, ...]
     max_running: int | None = None
     max_waiting: int | None = None
+    max_wait_s: float | None = None
 
 
 def dense_plan(model: ModelSpec) -> Plan:
@@ -217,6 +225,10 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
                 f"plan.{field} is {_short(limit)}; it must be at least {least}, a whole number of requests up to "
                 f"{LARGEST}, or null for no limit"
             )
+    if plan.max_wait_s is not None and not is_positive(plan.max_wait_s):
+        raise PlanError(
+            f"plan.max_wait_s is {_short(plan.max_wait_s)}; it must be seconds above 0, or null for no limit"
+        )
 
 
 def describe(plan: Plan) -> str:
@@ -241,7 +253,11 @@ def describe(plan: Plan) -> str:
         parts.append(f"KV {keep.first_tokens}+{keep.last_tokens} {_ranges(layers)}")
     parts += [
         f"{name} {value}"
-        for name, value in (("max_running", plan.max_running), ("max_waiting", plan.max_waiting))
+        for name, value in (
+            ("max_running", plan.max_running),
+            ("max_waiting", plan.max_waiting),
+            ("max_wait_s", plan.max_wait_s),
+        )
         if value is not None
     ]
     return "; ".join(parts) or "dense"

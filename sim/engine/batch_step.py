@@ -158,7 +158,7 @@ def _observe(s: Table, now_s: float, seen: Floats) -> None:
     """Write the observed state of one engine to ``seen`` (float64[SEEN_COLUMNS]), as ``SimEngine.run_until`` does."""
     n, budget = kernel.counters_of(s), kernel.budget_of(s)
     kernel.follow_budget(s, now_s)
-    if n.next_arrival_s <= now_s:
+    if kernel.queue_due_s(s) <= now_s:
         kernel.take_arrivals(s, now_s)
     kernel.take_decisions(s, now_s)
     waiting, here = kernel.waiting(s), budget[n.budget_step]

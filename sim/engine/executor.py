@@ -22,6 +22,7 @@ class Iteration:
 
     number: how many iterations ended before it. batch: how many tokens each request computes. plan: what runs.
     copying: whether a layer is being copied in at the same time. memory_bytes: resident weights plus the KV pool.
+    moved_bytes: KV that was copied to the host, or is copied back, since the iteration before.
     """
 
     number: int
@@ -30,6 +31,7 @@ class Iteration:
     plan: Plan
     copying: bool
     memory_bytes: int
+    moved_bytes: int = 0
 
     @property
     def decodes(self) -> list[LiveRequest]:

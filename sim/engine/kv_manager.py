@@ -30,10 +30,15 @@ class KVManager:
     prefill_mha, decode_mha: layers whose MHA block the running plan runs in prefill and in decode.
     outside: block tables, by request id, of requests that hold KV here without running here (prefill and decode on
         different replicas).
+    host_layer_blocks, host_free_layer_blocks: KV blocks of one layer in host memory, all and free ones.
+    moved_layer_blocks: KV blocks copied to the host and back that no iteration has taken the time for yet.
     """
 
-    def __init__(self, config: EngineConfig, queues: RequestQueues, storage: KVStorage | None) -> None:
-        """Begin with an empty pool; call ``follow_plan`` and ``resize`` next."""
+    def __init__(self, config: EngineConfig, queues: RequestQueues, storage: KVStorage | None, layers: int) -> None:
+        """Begin with an empty pool; call ``follow_plan`` and ``resize`` next. ``layers``: of the model."""
+        assert storage is None or not config.host_kv_blocks, "no memory copies its KV blocks to a host"
+        self.host_layer_blocks = self.host_free_layer_blocks = layers * config.host_kv_blocks
+        self.moved_layer_blocks = 0
         self._config, self._queues, self._storage = config, queues, storage
         self.pool = KVPool(0, storage)
         self.prefix_cache = PrefixCache(config, self.pool)
@@ -51,7 +56,8 @@ class KVManager:
     def layer_blocks(self, live: LiveRequest, tokens: int) -> int:
         """Return the KV blocks, over all layers, that a request needs for ``tokens`` computed tokens."""
         if live.status is not Status.RUNNING:
-            return len(self.prefill_mha) * kv_blocks(tokens, self._config.kv_block_tokens)
+            mha = self.mha_of(live) if live.swapped else self.prefill_mha
+            return len(mha) * kv_blocks(tokens, self._config.kv_block_tokens)
         return live.table.own_blocks_needed(tokens) + live.table.cached_layer_blocks
 
     def new_table(self, mha: frozenset[int]) -> BlockTable:
@@ -63,6 +69,9 @@ class KVManager:
 
     def admit(self, live: LiveRequest) -> None:
         """Let an admitted request hold the KV that it finds: prefix blocks, and what it left when it was preempted."""
+        if live.swapped:
+            self._swap_in(live)
+            return
         live.table = self.new_table(self.prefill_mha)
         self.prefix_cache.hold(live)
         own = live.table.own_blocks_needed(live.computed_tokens)
@@ -105,9 +114,36 @@ class KVManager:
         self.prefix_cache.let_go(live)
         live.table = self.new_table(frozenset())
 
+    def can_swap(self, live: LiveRequest) -> bool:
+        """Return whether the KV of a running request is complete and fits into host memory."""
+        table = live.table
+        complete = table.kv_keep is None and table.mha == self.mha_of(live)
+        return complete and 0 < table.held_layer_blocks <= self.host_free_layer_blocks
+
+    def _swap_in(self, live: LiveRequest) -> None:
+        """Bring a swapped request back: its table is filled when it takes the KV blocks of its next tokens."""
+        live.table = self.new_table(self.mha_of(live))
+        self.moved_layer_blocks += live.host_layer_blocks
+        self.drop_host_kv(live)
+
+    def drop_host_kv(self, live: LiveRequest) -> None:
+        """Free the KV that a request holds in host memory, if any."""
+        self.host_free_layer_blocks += live.host_layer_blocks
+        live.host_layer_blocks = 0
+
     def preempt(self, live: LiveRequest, *, usable: bool = True) -> None:
-        """Free what a preempted request holds; with ``reuse_preempted_kv`` it may find it again if it is usable."""
+        """Copy the KV of a preempted request to the host or free it.
+
+        With ``reuse_preempted_kv`` a request whose KV is freed may find it again if it is usable.
+        """
         table, cache = live.table, self.prefix_cache
+        if usable and self.can_swap(live):
+            live.host_layer_blocks = table.held_layer_blocks
+            self.host_free_layer_blocks -= live.host_layer_blocks
+            self.moved_layer_blocks += live.host_layer_blocks
+            self.let_go(live)
+            live.left_tokens = live.computed_tokens
+            return
         # It can resume only from complete KV: every token, every layer of prefill, every prefix block.
         complete = usable and table.kv_keep is None and table.mha == self.prefill_mha
         complete = complete and len(table.prefix) == cache.blocks_within(live, live.computed_tokens)
@@ -145,7 +181,15 @@ class KVManager:
         """Let no preempted request find again what it left behind."""
         self.pool.forget()
         for live in self._queues.waiting:
-            live.left_tokens = 0
+            if not live.swapped:
+                live.left_tokens = 0
+
+    def _forget_host_kv(self) -> None:
+        """Let every swapped request be computed again."""
+        for live in self._queues.waiting:
+            if live.swapped:
+                self.drop_host_kv(live)
+                live.left_tokens = 0
 
     # -- when the plan or the budget changes ---------------------------------------------------------------------
 
@@ -157,8 +201,10 @@ class KVManager:
         if prefill_mha != self.prefill_mha or caching != self.prefix_cache.active:
             self.forget_left_behind()  # that KV lacks a layer, or has one too many
             self.prefix_cache.forget(self._queues.running)
-        self.prefill_mha, self.prefix_cache.active = prefill_mha, caching
-        self.decode_mha = frozenset(layer for layer, keep in enumerate(plan.decode.mha) if keep)
+        decode_mha = frozenset(layer for layer, keep in enumerate(plan.decode.mha) if keep)
+        if (prefill_mha, decode_mha) != (self.prefill_mha, self.decode_mha):
+            self._forget_host_kv()
+        self.prefill_mha, self.prefix_cache.active, self.decode_mha = prefill_mha, caching, decode_mha
         for live in self._queues.running:  # free the KV of MHA blocks that no longer run
             kept = live.mha & self.mha_of(live)
             if kept != live.mha:
@@ -205,3 +251,7 @@ class KVManager:
         self.pool.check(held)
         assert len(held) == self.pool.used_layer_blocks
         assert not any(live.table.blocks or live.table.prefix for live in self._queues.waiting)
+        on_host = sum(live.host_layer_blocks for live in self._queues.waiting)
+        assert on_host + self.host_free_layer_blocks == self.host_layer_blocks
+        assert self.host_free_layer_blocks >= 0
+        assert not any(live.swapped for live in self._queues.running)

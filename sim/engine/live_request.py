@@ -29,6 +29,7 @@ class LiveRequest:
     computed_tokens: tokens whose KV exists. While it waits: the tokens it would find if it were admitted now.
     prefill_tokens: tokens to compute before it decodes: its prompt, and after a preemption also those it had produced.
     left_tokens: tokens, including cached prefix blocks, whose KV a preempted request would still find.
+    host_layer_blocks: KV blocks of one layer, over all layers, that it holds in host memory; 0 unless it is swapped.
     cached_tokens: prompt tokens found in the prefix cache at its first admission; -1 before that.
     next_prefix_block: index of the first prefix block of its prompt whose end its prefill has not passed.
     fills_cache: whether it adds prefix blocks to the cache.
@@ -42,6 +43,7 @@ class LiveRequest:
     produced_tokens: int = 0
     prefill_tokens: int = 0
     left_tokens: int = 0
+    host_layer_blocks: int = 0
     cached_tokens: int = -1
     next_prefix_block: int = 0
     fills_cache: bool = False
@@ -68,6 +70,11 @@ class LiveRequest:
     def decoding(self) -> bool:
         """Whether its prefill has ended."""
         return self.computed_tokens >= self.prefill_tokens
+
+    @property
+    def swapped(self) -> bool:
+        """Whether its KV is in host memory."""
+        return self.host_layer_blocks > 0
 
     @property
     def mha(self) -> frozenset[int]:

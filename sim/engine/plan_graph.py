@@ -11,6 +11,7 @@ l // 60. Arrays have spare rows and are replaced by longer ones when full (sim/e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -160,6 +161,7 @@ class PlanGraph:
             "weight_bytes": self._fixed_weight_bytes + resident.weight_bytes(model),
             "kv_keep_id": self._keep_id(plan.kv_keep),
             "max_waiting": -1 if plan.max_waiting is None else plan.max_waiting,
+            "max_wait_s": math.inf if plan.max_wait_s is None else plan.max_wait_s,
             "max_running": -1 if plan.max_running is None else plan.max_running,
             "prefill_params": model.fixed_params + model.ffn_params * sum(plan.prefill.ffn),
             "decode_params": model.fixed_params + model.ffn_params * sum(plan.decode.ffn),

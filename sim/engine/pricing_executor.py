@@ -38,11 +38,17 @@ class SimulatedClock:
 class PricingExecutor:
     """Computes no tokens: an iteration takes as long as the latency model predicts."""
 
-    def __init__(self, latency: LatencyModel, copy_slowdown: float = 0.0) -> None:
-        """Use ``latency``; an iteration that starts during a copy takes 1 + ``copy_slowdown`` times as long."""
+    def __init__(
+        self, latency: LatencyModel, copy_slowdown: float = 0.0, host_to_device_bytes_per_s: float = 25e9
+    ) -> None:
+        """Use ``latency``; an iteration that starts during a copy takes 1 + ``copy_slowdown`` times as long.
+
+        ``host_to_device_bytes_per_s``: how fast KV is copied to the host and back.
+        """
         if not copy_slowdown >= 0:
             raise ConfigError(f"copy_slowdown is {copy_slowdown}; it must be at least 0")
         self._latency, self._copy_slowdown = latency, copy_slowdown
+        self._bytes_per_s = host_to_device_bytes_per_s
 
     def run(self, iteration: Iteration) -> Ran:
         """Return when the iteration ends."""
@@ -69,6 +75,8 @@ class PricingExecutor:
             seconds = self._latency.layered_iteration_s(_layers_seen(iteration), tokens, sequences)
         if iteration.copying:
             seconds *= 1.0 + self._copy_slowdown
+        if iteration.moved_bytes:
+            seconds += iteration.moved_bytes / self._bytes_per_s
         return seconds, not self._latency.in_range(*shape)
 
 
@@ -106,11 +114,11 @@ class PricedWeights:
     end_s: when the copy under way is complete; ``inf`` for none.
     """
 
-    def __init__(self, host_to_device_bytes_per_s: float, clock: SimulatedClock) -> None:
-        """Copy at this speed, on this clock."""
+    def __init__(self, host_to_device_bytes_per_s: float, clock: SimulatedClock, copy_layer_s: float = 0.0) -> None:
+        """Copy at this speed, on this clock; each layer takes ``copy_layer_s`` in addition."""
         if not host_to_device_bytes_per_s > 0:
             raise ConfigError(f"host_to_device_bytes_per_s is {host_to_device_bytes_per_s}; it must be above 0")
-        self._bytes_per_s, self._clock = host_to_device_bytes_per_s, clock
+        self._bytes_per_s, self._clock, self._layer_s = host_to_device_bytes_per_s, clock, copy_layer_s
         self.end_s = math.inf
 
     def drop(self, resident: Resident) -> None:
@@ -118,7 +126,7 @@ class PricedWeights:
 
     def start(self, copy: LayerCopy, now_s: float) -> None:
         """Start to copy a layer in."""
-        self.end_s = now_s + copy.copied_bytes / self._bytes_per_s
+        self.end_s = now_s + (copy.copied_bytes / self._bytes_per_s + self._layer_s)
 
     def arrived(self, now_s: float) -> bool:
         """Return whether the copy under way is complete."""

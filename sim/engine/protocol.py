@@ -63,6 +63,25 @@ an iteration is formed when the iteration before it starts, so that the device n
 Source: ``step_with_batch_queue`` in vllm/v1/engine/core.py and vllm/v1/core/sched/async_scheduler.py, added by
 https://github.com/vllm-project/vllm/pull/19970. There a request that ends by its stop token is computed once more in
 iteration i + 1, and that token is dropped; here it is not, which changes the duration of one iteration by one decode.
+
+**Rules of swapping** (``preemption=swap``). They are those of vLLM V0 and SwiftLLM.
+
+1. A preempted request keeps its computed KV: its KV blocks are copied to host memory, and its blocks in the pool are
+   free at once. If the host has too few free blocks, its KV is freed and computed again as without swapping.
+2. A swapped request waits at the head of the queue, where preempted requests wait, and comes back before any new
+   request is admitted. It needs KV blocks for the tokens that it has and those that it computes next, above the
+   watermark as any admission does. It goes on where it stopped, in the batch for which it came back. With
+   ``prefill_first``, no prompt is computed while the head of the queue is a swapped request, and it comes back only
+   into a batch of decodes from which no request was preempted.
+3. The copies out and back are made on the stream that computes, so they take time: the next iteration takes longer by
+   the copied bytes, out and in together, over the speed of the host link.
+4. KV that lacks an MHA block that runs, or that keeps only some tokens (``kv_keep``), is not swapped but computed
+   again. When the MHA blocks that run change, KV on the host is of no use and is dropped; its requests are computed
+   again. A change of precision or of FFN blocks leaves it.
+
+Source: ``get_next_batch`` in swiftllm/server/scheduler.py and csrc/src/block_swapping.cpp (interestingLSY/swiftLLM);
+``_schedule_swapped`` in vllm/core/scheduler.py and vllm/worker/cache_engine.py of vLLM 0.6. Both copy on the current
+stream. SwiftLLM lets prompts in beyond ``max_batch_size`` and then swaps the surplus; here ``max_running`` is kept.
 """
 
 from __future__ import annotations
@@ -76,13 +95,17 @@ import numpy as np
 from sim.cost.plan import Plan
 from sim.engine.scheduler import SCHEDULERS, Limits, SchedulerName
 from sim.errors import ConfigError, nearest
-from sim.limits import check_whole
+from sim.limits import MOST_HOST_BLOCKS, check_count, check_whole
 from sim.results.records import Records
 from sim.traces.trace import HASH_BLOCK_TOKENS, Trace
 from sim.types import Floats, Ints
 
 RESTORE_MODES = ("new_requests", "recompute")
 Restore = Literal["new_requests", "recompute"]
+PREEMPTION_MODES = ("recompute", "swap")
+Preemption = Literal["recompute", "swap"]
+COPY_MODES = ("overlapped", "blocking")
+Copying = Literal["overlapped", "blocking"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +243,11 @@ class EngineConfig:
     hash_block_tokens: tokens of a prompt that one hash id of the trace stands for (Mooncake: 512).
     schedules_ahead: whether a batch is formed when the iteration before it starts, as with vLLM's asynchronous
         scheduling (rules above). A request then waits one iteration more for its first token.
+    preemption: what becomes of the KV of a preempted request: ``recompute`` frees it, ``swap`` copies it to host memory
+        and back (rules above; vLLM V0's ``preemption_mode``, SwiftLLM).
+    host_kv_blocks: KV blocks over all layers that the host holds for ``swap`` (vLLM V0's ``swap_space``, SwiftLLM's
+        ``num_cpu_blocks``).
+    copying: whether the engine serves while weights are copied in (``overlapped``) or waits for them (``blocking``).
     """
 
     scheduler: SchedulerName = "chunked"
@@ -232,12 +260,18 @@ class EngineConfig:
     prefix_caching: bool = False
     hash_block_tokens: int = HASH_BLOCK_TOKENS
     schedules_ahead: bool = False
+    preemption: Preemption = "recompute"
+    host_kv_blocks: int = 0
+    copying: Copying = "overlapped"
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
             raise ConfigError(f"unknown engine.scheduler {self.scheduler!r}; {nearest(self.scheduler, SCHEDULERS)}")
         if self.restore not in RESTORE_MODES:
             raise ConfigError(f"unknown engine.restore {self.restore!r}; {nearest(self.restore, RESTORE_MODES)}")
+        if self.copying not in COPY_MODES:
+            raise ConfigError(f"unknown engine.copying {self.copying!r}; {nearest(self.copying, COPY_MODES)}")
+        self._check_preemption()
         check_whole(self.kv_block_tokens, "engine.kv_block_tokens", 1)
         check_whole(self.hash_block_tokens, "engine.hash_block_tokens", 1)
         if self.max_context_tokens is not None:
@@ -248,6 +282,30 @@ class EngineConfig:
             raise ConfigError(
                 f"engine.prefix_caching shares complete KV blocks: engine.kv_block_tokens, {self.kv_block_tokens}, "
                 f"must divide engine.hash_block_tokens, {self.hash_block_tokens}"
+            )
+
+    def _check_preemption(self) -> None:
+        """Check ``preemption`` and ``host_kv_blocks`` together."""
+        if self.preemption not in PREEMPTION_MODES:
+            raise ConfigError(
+                f"unknown engine.preemption {self.preemption!r}; {nearest(self.preemption, PREEMPTION_MODES)}"
+            )
+        check_whole(self.host_kv_blocks, "engine.host_kv_blocks", 0)
+        check_count(self.host_kv_blocks, "KV blocks in host memory", MOST_HOST_BLOCKS, "lower engine.host_kv_blocks")
+        if self.preemption == "swap" and not self.host_kv_blocks:
+            raise ConfigError(
+                "engine.preemption is swap, but engine.host_kv_blocks is 0, so the host has no room; set it to the KV "
+                "blocks that fit its memory, e.g. engine.host_kv_blocks=4096, or engine.preemption=recompute"
+            )
+        if self.preemption == "recompute" and self.host_kv_blocks:
+            raise ConfigError(
+                f"engine.host_kv_blocks is {self.host_kv_blocks}, but engine.preemption is recompute, which uses none; "
+                "set engine.preemption=swap, or engine.host_kv_blocks=0"
+            )
+        if self.preemption == "swap" and self.prefix_caching:
+            raise ConfigError(
+                "engine.preemption=swap with engine.prefix_caching=true is not simulated: KV that several requests "
+                "hold would be copied out once for each; set one of them otherwise"
             )
 
 

@@ -157,6 +157,7 @@ class Replica(ReplicaState):
         self._interrupted = False
         self._most_running = math.inf  # fewer after memory ran out, until a request has finished
         self._alone_failed = False  # the last iteration was of one request and ran out of memory
+        self._preempted_for_change = 0  # since the last iteration, while a blocking copy holds the next one up
         self._refusals = 0  # looks in a row in which the device had no memory for a step between two iterations
         self._retry_s = math.inf
 
@@ -284,6 +285,7 @@ class Replica(ReplicaState):
         elif live.status is Status.WAITING:
             self.queues.waiting.remove(live)
             self.pool.claim(request_id, 0)  # KV that it left when it was preempted is no one's now
+            self._kv.drop_host_kv(live)
             self._reject(live)
         self._wake_up()
 
@@ -344,7 +346,8 @@ class Replica(ReplicaState):
 
     def _next_event_s(self) -> float:
         """Return the time of the next arrival, budget step, scheduled decision or retry; copies do not count."""
-        coming = self.queues.waiting or self.queues.arrivals
+        # A replica with running requests is idle only while a blocking copy holds it up.
+        coming = self.queues.waiting or self.queues.arrivals or self.queues.running
         times_s = [self._retry_s]
         if self.queues.arrivals:
             times_s.append(self.queues.arrivals[0].arrival_s)
@@ -352,6 +355,8 @@ class Replica(ReplicaState):
             times_s.append(self._meter.next_s)
         if coming:
             times_s.append(self._changes.next_scheduled_s)
+        if (first := self._first_that_never_ran()) is not None:
+            times_s.append(self._wait_ends_s(first))
         return min(times_s)
 
     # -- serving -------------------------------------------------------------------------------------------------
@@ -363,11 +368,27 @@ class Replica(ReplicaState):
             limit = min(request.output_tokens, self._context_limit - request.prompt_tokens)
             queues.all[request.request_id] = live = LiveRequest(request, output_limit=limit)
             self._arrived_prompt_tokens += request.prompt_tokens
+            self._reject_late(request.arrival_s)
             full = plan.max_waiting is not None and len(queues.waiting) >= plan.max_waiting
             if full or limit < 1:
                 self._reject(live)
             else:
                 queues.waiting.append(live)
+        self._reject_late(now_s)
+
+    def _reject_late(self, now_s: float) -> None:
+        """Reject the requests that have waited for their first admission as long as the plan lets them."""
+        while (first := self._first_that_never_ran()) is not None and self._wait_ends_s(first) <= now_s:
+            self.queues.waiting.remove(first)
+            self._reject(first)
+
+    def _first_that_never_ran(self) -> LiveRequest | None:
+        """Return the waiting request that came first among those that were never admitted; preempted ones may wait."""
+        return next((live for live in self.queues.waiting if math.isnan(live.admitted_s)), None)
+
+    def _wait_ends_s(self, live: LiveRequest) -> float:
+        most_s = self._changes.plan.max_wait_s
+        return math.inf if most_s is None else live.request.arrival_s + most_s
 
     def _reject(self, live: LiveRequest) -> None:
         live.status = Status.REJECTED
@@ -378,6 +399,11 @@ class Replica(ReplicaState):
     def _iterate(self, now_s: float) -> bool:
         """Change the plan if due, form a batch and start it; return whether there was anything to do."""
         preempted = self._change_plan(now_s)
+        self._reject_late(now_s)
+        self._preempted_for_change += preempted
+        if self._changes.copying and self.config.copying == "blocking":
+            return False
+        preempted, self._preempted_for_change = self._preempted_for_change, 0
         self._kv.look_up_waiting()
         late, self._late = self._late, None
         batch = self._form_batch(late)
@@ -417,8 +443,10 @@ class Replica(ReplicaState):
             self._preempt(live)
         for live in batch.admitted:
             assert self.queues.waiting.popleft() is live
+            swapped = live.swapped
             self._kv.admit(live)
-            live.prefill_tokens = live.target_tokens
+            if not swapped:  # a swapped request goes on where it stopped
+                live.prefill_tokens = live.target_tokens
             live.status = Status.RUNNING
             if math.isnan(live.admitted_s):
                 live.admitted_s = now_s
@@ -439,7 +467,9 @@ class Replica(ReplicaState):
             plan=self._changes.plan,
             copying=self._changes.copying,
             memory_bytes=self._changes.weight_bytes + self.pool.layer_blocks * self._block_bytes,
+            moved_bytes=self._kv.moved_layer_blocks * self._block_bytes,
         )
+        self._kv.moved_layer_blocks = 0
         ran = self._executor.run(iteration)
         if ran is None:
             self._run_out_of_memory(batch)
@@ -568,7 +598,7 @@ class Replica(ReplicaState):
             self._kv.let_go(live)
 
     def _preempt(self, live: LiveRequest, *, usable: bool = True) -> None:
-        """Free a running request's KV, usable for it later or not; put the request back at the head of the queue."""
+        """Free or swap out a running request's KV, usable for it later or not; put the request back at the head."""
         self.queues.running.remove(live)
         self._kv.preempt(live, usable=usable)
         live.preemptions += 1
@@ -631,7 +661,8 @@ class Replica(ReplicaState):
                 self._preempt_for_change(live)
 
     def _preempt_for_change(self, live: LiveRequest) -> None:
-        self._changes.log.charge(preempted=1, recomputed_tokens=live.computed_tokens)
+        recomputed = 0 if self._kv.can_swap(live) else live.computed_tokens
+        self._changes.log.charge(preempted=1, recomputed_tokens=recomputed)
         self._preempt(live)
 
     def _resize_pool(self, now_s: float) -> None:

@@ -47,7 +47,7 @@ class ReplicaState:
         self.model, self.config, self.budget = model, config, budget
         self.queues = RequestQueues()
         self._changes = PlanChanges(model, plan, weights)
-        self._kv = KVManager(config, self.queues, storage)
+        self._kv = KVManager(config, self.queues, storage, model.num_layers)
         self._meter = BudgetMeter(budget, start_s)
         self._log = IterationLog()
         self._kept_share: list[tuple[float, float]] = []
@@ -120,6 +120,12 @@ class ReplicaState:
     def outside(self) -> dict[int, BlockTable]:
         """Block tables, by request id, of requests that hold KV here without running here."""
         return self._kv.outside
+
+    @property
+    def host_layer_blocks(self) -> tuple[int, int]:
+        """KV blocks of one layer in host memory: those that swapped requests hold, and the free ones."""
+        free = self._kv.host_free_layer_blocks
+        return self._kv.host_layer_blocks - free, free
 
     def holders(self) -> list[Holder]:
         """Return the running requests, in order of admission, and the KV that each holds."""

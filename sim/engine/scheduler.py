@@ -15,6 +15,7 @@ cases. There are two schedulers, each following a published engine:
 | preempted | the newest running requests, until the one that lacks a KV block gets it; that one last | the same |
 | after a preemption | no request is admitted; the victim waits at the head of the queue | the same |
 | a preempted request | computes prompt and produced tokens again, except those whose KV it finds | all of them |
+| a swapped request | is admitted in its turn | comes back into a batch of decodes, before any prefill |
 
 [1] V0 refuses such a prompt; here it is served. [2] vLLM's `scheduler_reserve_full_isl`, true by default, and
 `long_prefill_token_threshold` for `long_prefill_tokens`.
@@ -57,6 +58,11 @@ class Schedulable(Protocol):
     @property
     def held_layer_blocks(self) -> int:
         """KV blocks of one layer that the request holds now, over all layers."""
+        ...
+
+    @property
+    def swapped(self) -> bool:
+        """Whether its KV is in host memory: it waits, and ``computed_tokens`` need KV blocks when it comes back."""
         ...
 
 
@@ -188,7 +194,7 @@ def _prefill_first(
     budget_tokens, free = limits.max_batch_tokens, free_layer_blocks
     admitted: list[R] = []
     for request in waiting:
-        if len(running) + len(admitted) >= limits.max_running:
+        if request.swapped or len(running) + len(admitted) >= limits.max_running:
             break
         tokens = request.target_tokens - request.computed_tokens
         if tokens > budget_tokens and admitted:
@@ -203,8 +209,26 @@ def _prefill_first(
             break
     if admitted:
         return Batch((), tuple(admitted), tuple((r, r.target_tokens - r.computed_tokens) for r in admitted))
-    scheduled, preempted, _, _ = _extend_running(running, free_layer_blocks, layer_blocks, len(running), 0, shared)
-    return Batch(tuple(preempted), (), tuple(scheduled))
+    scheduled, preempted, kept, free = _extend_running(
+        running, free_layer_blocks, layer_blocks, len(running), 0, shared
+    )
+    back = [] if preempted else _swapped_back(waiting, kept, free, layer_blocks, limits)
+    return Batch(tuple(preempted), tuple(back), (*scheduled, *((r, r.target_tokens - r.computed_tokens) for r in back)))
+
+
+def _swapped_back(
+    waiting: Sequence[R], running: int, free: int, layer_blocks: LayerBlocks[R], limits: Limits
+) -> list[R]:
+    """Return the swapped requests at the head of the queue that fit next to ``running`` others."""
+    back: list[R] = []
+    for request in waiting:
+        need = layer_blocks(request, request.target_tokens)
+        full = running + len(back) >= limits.max_running or need + limits.watermark_layer_blocks > free
+        if full or not request.swapped:
+            break
+        free -= need
+        back.append(request)
+    return back
 
 
 def _extend_running(

@@ -85,6 +85,7 @@ class SimEngine:
         workspace_bytes: memory for activations and the like, which neither weights nor KV can use.
         host_to_device_bytes_per_s: how fast weights are copied in.
         copy_slowdown: an iteration that starts while weights are copied in takes 1 + copy_slowdown times as long.
+        copy_layer_s: seconds that the copy of each layer takes in addition to its bytes.
         quality_nll: nats per token that a plan costs (``sim.cost.quality``), charged to requests; None charges nothing.
         keep_iterations: whether to log iterations; if False, ``iterations()`` stays empty and memory is saved.
         graph: the plan graph of this model and ``quality_nll``, shared with other engines; None makes a new one.
@@ -108,6 +109,7 @@ class SimEngine:
         workspace_bytes: int = 0,
         host_to_device_bytes_per_s: float = 25e9,
         copy_slowdown: float = 0.0,
+        copy_layer_s: float = 0.0,
         quality_nll: Callable[[Plan], float] | None = None,
         keep_iterations: bool = True,
         graph: PlanGraph | None = None,
@@ -119,7 +121,7 @@ class SimEngine:
             raise ConfigError("the plan graph was made for another model or quality_nll; pass one made with the same")
         check_plan(model, plan)
         latency.check_bits(plan)
-        _check_copying(host_to_device_bytes_per_s, copy_slowdown)
+        _check_copying(host_to_device_bytes_per_s, copy_slowdown, copy_layer_s)
         self._own_env = env is None
         self.env = env or simpy.Environment()
         self._model, self._latency, self.config = model, latency, config
@@ -133,6 +135,8 @@ class SimEngine:
         self._counters = n = kernel.fields_of(self._state.counters)
         n.workspace_bytes, n.quality_charged = int(workspace_bytes), quality_nll is not None
         n.copy_slowdown, n.copy_bytes_per_s = copy_slowdown, host_to_device_bytes_per_s
+        n.copy_layer_s = copy_layer_s
+        n.host_blocks = n.host_free_blocks = model.num_layers * config.host_kv_blocks
         n.followed_s = n.now_s = self.env.now
         n.budget_step = bisect_right(self.budget.change_s, self.env.now) - 1
         self._output_tokens: list[Ints] = []  # of each call of submit
@@ -273,7 +277,7 @@ class SimEngine:
                 break
         now_s = float(env.now if math.isinf(time_s) else time_s)
         kernel.follow_budget(self._table, now_s)
-        if self._counters.next_arrival_s <= now_s:
+        if kernel.queue_due_s(self._table) <= now_s:
             kernel.take_arrivals(self._table, now_s)
         kernel.take_decisions(self._table, now_s)  # an engine with work left does this itself
         return self._observe(now_s)
@@ -367,6 +371,13 @@ class SimEngine:
     def request_room(self) -> int:
         """Requests that the arrays can hold before ``reserve`` has to make them longer."""
         return len(self._state.requests)
+
+    @property
+    def host_layer_blocks(self) -> tuple[int, int]:
+        """KV blocks of one layer in host memory: those that swapped requests hold, and the free ones."""
+        n = self._counters
+        held = self._state.requests["host_blocks"][self._state.preempted_stack[: n.preempted_waiting]]
+        return int(held.sum()), int(n.host_free_blocks)
 
     def holders(self) -> list[Holder]:
         """Return the running requests, in order of admission, and the KV that each holds."""
@@ -534,6 +545,7 @@ class SimEngine:
     def observe(self, now_s: float) -> EngineState:
         """Return the state at ``now_s``, to which the kernel has advanced; the budget is advanced to it here."""
         kernel.follow_budget(self._table, now_s)
+        kernel.reject_late(self._table, now_s)
         return self._observe(now_s)
 
     # -- serving -------------------------------------------------------------------------------------------------
@@ -733,11 +745,11 @@ _RECORDED = ("arrival_s", "prompt_tokens", "admitted_s", "first_token_s", "finis
 """Fields of the kernel's record of a request that have the same name in ``Records``."""
 
 
-def _check_copying(host_to_device_bytes_per_s: float, copy_slowdown: float) -> None:
-    if not host_to_device_bytes_per_s > 0 or not copy_slowdown >= 0:
+def _check_copying(host_to_device_bytes_per_s: float, copy_slowdown: float, copy_layer_s: float) -> None:
+    if not host_to_device_bytes_per_s > 0 or not copy_slowdown >= 0 or not 0 <= copy_layer_s < math.inf:
         raise ConfigError(
-            f"host_to_device_bytes_per_s is {host_to_device_bytes_per_s} and copy_slowdown {copy_slowdown}; "
-            "the first must be above 0, the second at least 0"
+            f"host_to_device_bytes_per_s is {host_to_device_bytes_per_s}, copy_slowdown {copy_slowdown} and "
+            f"copy_layer_s {copy_layer_s}; the first must be above 0, the others at least 0"
         )
 
 
@@ -796,6 +808,7 @@ def _set_counters(n: Any, config: EngineConfig, block_bytes: int, log_enabled: b
     n.reuse_preempted_kv, n.recompute_on_restore = config.reuse_preempted_kv, config.restore == "recompute"
     n.log_enabled, n.prefix_caching = log_enabled, config.prefix_caching
     n.schedules_ahead, n.late_from = config.schedules_ahead, kernel.NEVER
+    n.copies_block = config.copying == "blocking"
     n.free_runs_kept = config.reuse_preempted_kv or config.prefix_caching
     n.prefix_block_tokens = config.hash_block_tokens
     n.prefix_block_kv_blocks = config.hash_block_tokens // config.kv_block_tokens

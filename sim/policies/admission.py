@@ -3,7 +3,8 @@
 ``Saber`` follows SABER (arXiv 2506.19677), which admits a request only if a fitted speed curve predicts that its target
 will be met. This version needs no fitted curve: it measures the rate of first tokens while requests wait, and limits
 the queue to what the server can start within the target at that rate. Margin and bounds are our choice.
-``Limited`` adds one fixed limit to any other policy, so that policies can be compared with and without a limit.
+``Limited`` adds fixed limits, in requests or in seconds, to any other policy, so that policies can be compared with and
+without a limit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 
-from sim.cost.plan import LARGEST, Plan
+from sim.cost.plan import LARGEST, Plan, is_positive
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.limits import is_whole
@@ -94,15 +95,26 @@ def saber(
 
 @dataclass(slots=True)
 class Limited:
-    """Follows another policy, with at most ``max_waiting`` requests in the queue."""
+    """Follows another policy, with limits on the queue.
+
+    max_waiting, max_wait_s: as in ``Plan``; None leaves what the other policy says.
+    """
 
     policy: Policy
-    max_waiting: int
+    max_waiting: int | None
+    max_wait_s: float | None = None
+
+    def _limited(self, plan: Plan) -> Plan:
+        return replace(
+            plan,
+            max_waiting=plan.max_waiting if self.max_waiting is None else self.max_waiting,
+            max_wait_s=plan.max_wait_s if self.max_wait_s is None else self.max_wait_s,
+        )
 
     @property
     def first_plan(self) -> Plan:
         """The other policy's first plan, limited."""
-        return replace(self.policy.first_plan, max_waiting=self.max_waiting)
+        return self._limited(self.policy.first_plan)
 
     @property
     def plans(self) -> tuple[Plan, ...] | None:
@@ -111,19 +123,26 @@ class Limited:
 
     def __call__(self, state: EngineState) -> Plan:
         """Return the other policy's plan, limited."""
-        return replace(self.policy(state), max_waiting=self.max_waiting)
+        return self._limited(self.policy(state))
 
 
-def limited(served: PolicyContext, *, policy: Any, max_waiting: int) -> Limited:
+def limited(
+    served: PolicyContext, *, policy: Any, max_waiting: int | None = None, max_wait_s: float | None = None
+) -> Limited:
     """Build the policy around another one, which has the form of a file of conf/policy.
 
+    A limit in seconds suits every load: a request that waits longer than its TTFT target allows is lost, and its place
+    goes to one that can still meet the target. A limit in requests suits one arrival rate and one length of prompts.
+
     Raises:
-        ConfigError: for a limit below 0.
+        ConfigError: for a limit below 0, or none at all.
     """
-    if not is_whole(max_waiting) or not 0 <= max_waiting <= LARGEST:
+    legal = max_waiting is None or (is_whole(max_waiting) and 0 <= max_waiting <= LARGEST)
+    legal = legal and (max_wait_s is None or is_positive(max_wait_s))
+    if not legal or (max_waiting is None and max_wait_s is None):
         raise ConfigError(
-            f"policy.max_waiting is {max_waiting!r}; it must be at least 0 waiting requests, a whole number up to "
-            f"{LARGEST}"
+            f"policy.max_waiting is {max_waiting!r} and policy.max_wait_s {max_wait_s!r}; the first must be at least 0 "
+            f"waiting requests, a whole number up to {LARGEST}, the second seconds above 0; set one of them or both"
         )
     made = instantiate(policy) if isinstance(policy, Mapping) else policy
-    return Limited(made(served), max_waiting)
+    return Limited(made(served), max_waiting, max_wait_s)

@@ -44,6 +44,7 @@ def static_plan(
     kv_layers: Sequence[int] | None = None,
     max_running: int | None = None,
     max_waiting: int | None = None,
+    max_wait_s: float | None = None,
 ) -> Plan:
     """Return the plan for the options of a configuration.
 
@@ -54,7 +55,7 @@ def static_plan(
         weight_bits: 16, 8 or 4 for all layers, or one entry per layer; None takes those of the checkpoint.
         kv_first_tokens, kv_last_tokens: tokens whose KV stays after prefill; None keeps all tokens.
         kv_layers: layers in which they apply; None is all layers.
-        max_running, max_waiting: as in ``Plan``.
+        max_running, max_waiting, max_wait_s: as in ``Plan``.
     Raises:
         PlanError: if the plan is not legal for the model; the message names the block.
     """
@@ -77,6 +78,7 @@ def static_plan(
         kv_keep=tuple(keep if layer in shortened else KVKeep() for layer in range(layers)),
         max_running=max_running,
         max_waiting=max_waiting,
+        max_wait_s=max_wait_s,
     )
     check_plan(model, plan)
     return plan

@@ -150,7 +150,7 @@ class Lookahead:
 
     def _warm(self, state: EngineState, budget: Budget, until_s: float) -> SimEngine:
         """Return a server that has prefilled the running requests, as far as it could until ``until_s``."""
-        plan = replace(self.actions.plans[self.choice.action], max_waiting=None)
+        plan = replace(self.actions.plans[self.choice.action], max_waiting=None, max_wait_s=None)
         config = replace(self.server.config, prefix_caching=False)  # which prompts share a prefix is not observable
         engine = self.server.build_engine(plan, budget, config=config, graph=self.graph, keep_iterations=False)
         running = state.running

@@ -38,8 +38,8 @@ def all_at_once(trace: Trace) -> Trace:
 
 
 def without_queue_limit(policy: Policy) -> Policy:
-    """Return a fixed policy without ``max_waiting``, which would reject requests that come at once; others as is."""
-    return Fixed(replace(policy.first_plan, max_waiting=None)) if isinstance(policy, Fixed) else policy
+    """Return a fixed policy without limits of the queue, which reject requests that come at once; others as is."""
+    return Fixed(replace(policy.first_plan, max_waiting=None, max_wait_s=None)) if isinstance(policy, Fixed) else policy
 
 
 def rate_figures(records: Records, summary: Mapping[str, Any]) -> dict[str, float | None]:

@@ -97,11 +97,16 @@ def front_end_of(cfg: DictConfig) -> FrontEnd:
     return NO_FRONT_END if node is None else build(node)
 
 
-def build_trace(cfg: DictConfig) -> Trace:
-    """Build the trace of a configuration, its workload steps applied, as the engine's queue receives it."""
+def sent_trace(cfg: DictConfig) -> Trace:
+    """Build the trace of a configuration, its workload steps applied, as clients send it."""
     trace = build(cfg.trace)
     steps = [build(step) for step in cfg.workload.steps]
-    return into_queue(apply_steps(trace, steps, seed=cfg.seed), front_end_of(cfg))
+    return apply_steps(trace, steps, seed=cfg.seed)
+
+
+def build_trace(cfg: DictConfig) -> Trace:
+    """Build the trace of a configuration, its workload steps applied, as the engine's queue receives it."""
+    return into_queue(sent_trace(cfg), front_end_of(cfg))
 
 
 def server_spec(cfg: DictConfig) -> ServerSpec:

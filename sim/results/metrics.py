@@ -61,14 +61,22 @@ def as_clients_see(records: R, front_end: FrontEnd) -> R:
 
 def met_slo(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> NDArray[np.bool_]:
     """Return bool[n]: which requests finished and met every target. A rejected or unfinished request misses."""
+    met = np.ones(len(records), dtype=np.bool_)
+    for missed in missed_targets(records, slo, front_end).values():
+        met &= ~missed
+    return met
+
+
+def missed_targets(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> dict[str, NDArray[np.bool_]]:
+    """Return target -> bool[n]: which requests missed it; ``finished`` for those rejected or unfinished."""
     if slo.side == "client":
         records = as_clients_see(records, front_end)
-    met = np.asarray(records.status == Status.FINISHED, dtype=np.bool_)
-    for values, target in ((records.ttft_s, slo.ttft_s), (records.tpot_s, slo.tpot_s), (records.e2e_s, slo.e2e_s)):
-        if target is not None:
+    found = {"finished": np.asarray(records.status != Status.FINISHED, dtype=np.bool_)}
+    for name in ("ttft_s", "tpot_s", "e2e_s"):
+        if (target := getattr(slo, name)) is not None:
             # A request of one token has no TPOT and cannot miss it: NaN compares as met.
-            met &= ~(values > target)
-    return met
+            found[name] = np.asarray(getattr(records, name) > target, dtype=np.bool_)
+    return found
 
 
 def records_frame(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> pd.DataFrame:

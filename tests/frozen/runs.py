@@ -189,7 +189,7 @@ def engine_tables(engine: SimEngine, states: Sequence[EngineState]) -> Tables:
 
 def engine_case(seed: int) -> Tables:
     """Serve a random case of one engine."""
-    engine, states = kernel_cases.serve(SimEngine, kernel_cases.random_case(seed, ahead=False))
+    engine, states = kernel_cases.serve(SimEngine, kernel_cases.random_case(seed, ahead=False, later=False))
     return {"records": columns_of(engine.records(), RECORDS), **engine_tables(engine, states)}
 
 
@@ -219,7 +219,9 @@ def cluster_tables(cluster: Cluster) -> Tables:
 def cluster_case(seed: int, *, in_python: bool = False, stops_s: Sequence[float] = ()) -> Tables:
     """Serve a random cluster; ``in_python``: with a router that is called for each request."""
     router = cluster_cases.FewestRequests() if in_python else None
-    return cluster_tables(cluster_cases.fast_cluster(cluster_cases.random_cluster(seed, ahead=False), router, stops_s))
+    return cluster_tables(
+        cluster_cases.fast_cluster(cluster_cases.random_cluster(seed, ahead=False, later=False), router, stops_s)
+    )
 
 
 def configured_cluster(*overrides: str) -> Tables:
@@ -244,7 +246,9 @@ def disaggregated_tables(system: Disaggregated) -> Tables:
 def disaggregated_case(seed: int, *, overlap: bool) -> Tables:
     """Serve a random disaggregated case; ``overlap``: KV is sent while its prompt is computed."""
     return disaggregated_tables(
-        disaggregated_cases.fast_disaggregated(disaggregated_cases.random_disaggregated(seed, ahead=False), overlap)
+        disaggregated_cases.fast_disaggregated(
+            disaggregated_cases.random_disaggregated(seed, ahead=False, later=False), overlap
+        )
     )
 
 

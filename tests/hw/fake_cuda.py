@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -94,6 +95,7 @@ class FakeDriver:
         self._device.mapped.add(self.tensor.untyped_storage()._cdata)
         self._bytes = self.tensor.numpy()  # kept, because torch sees every call of numpy()
         self._bytes.fill(255)
+        self._device.busy = False  # numpy() counts as use
         return 1 << 40
 
     def free(self, address: int, size: int) -> None:
@@ -197,7 +199,7 @@ class FakeCuda(Accelerator):
     limits: all that were set. allocations: tensors and mapped pieces so far. refuse: the numbers of those that fail.
     given_back: bytes in use at each call. piece_bytes: granularity of mapped memory. mapped: storages of it. busy:
     whether it was used since the host last waited. uploads, reads: copies to the device, and back with a wait.
-    replays: of graphs.
+    timings: how long each timed piece of work was held back. replays: of graphs.
     """
 
     place = torch.device("cpu")
@@ -213,6 +215,7 @@ class FakeCuda(Accelerator):
         self.limits: list[int | None] = []
         self.refuse: frozenset[int] = frozenset()
         self.given_back: list[int] = []
+        self.timings: list[float] = []
         self._live: dict[int, int] = {}
         self._pinned: set[int] = set()
         self._under_way: list[FakeEvent] = []
@@ -335,6 +338,12 @@ class FakeCuda(Accelerator):
 
     def join(self, event: Event, tensors: Sequence[Tensor]) -> None:
         event.synchronize()
+
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        self.timings.append(ahead_s)
+        start_s = time.perf_counter()
+        work()
+        return time.perf_counter() - start_s, 0.001
 
     def mark(self) -> Event:
         event = FakeEvent(self, [])

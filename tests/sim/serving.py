@@ -9,7 +9,7 @@ from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.budget import Budget
-from sim.engine.protocol import EngineConfig, Request, Restore
+from sim.engine.protocol import Copying, EngineConfig, Preemption, Request, Restore
 from sim.engine.scheduler import Limits, SchedulerName
 from sim.engine.sim_engine import SimEngine
 
@@ -79,9 +79,13 @@ def tiny_engine(
     prefix_caching: bool = False,
     hash_block_tokens: int = 8,
     schedules_ahead: bool = False,
+    preemption: Preemption = "recompute",
+    host_kv_blocks: int = 0,
+    copying: Copying = "overlapped",
     budget: Budget | None = None,
     host_to_device_bytes_per_s: float = 1e6,
     copy_slowdown: float = 0.0,
+    copy_layer_s: float = 0.0,
     env: simpy.Environment | None = None,
     external_clock: bool = False,
 ) -> SimEngine:
@@ -105,11 +109,15 @@ def tiny_engine(
             prefix_caching=prefix_caching,
             hash_block_tokens=hash_block_tokens,
             schedules_ahead=schedules_ahead,
+            preemption=preemption,
+            host_kv_blocks=host_kv_blocks,
+            copying=copying,
         ),
         plan=plan,
         budget_bytes=budget or budget_for_kv_blocks(TINY, plan, kv_blocks, 0, kv_block_tokens),
         host_to_device_bytes_per_s=host_to_device_bytes_per_s,
         copy_slowdown=copy_slowdown,
+        copy_layer_s=copy_layer_s,
         env=env,
         external_clock=external_clock,
     )

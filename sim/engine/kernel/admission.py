@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sim.compiled import compiled
+from sim.compiled import compiled, constant
 from sim.engine.kernel.decodes import _link_slot, _preempt, settle
 from sim.engine.kernel.kv import _blocks, _prefix_blocks_in, _take, blocks_of
 from sim.engine.kernel.layout import Table
@@ -40,6 +40,8 @@ from sim.engine.kernel.state import (
     waiting,
 )
 
+NO_SWAPPED, ONLY_SWAPPED, ANY = constant(0), constant(1), constant(2)
+
 # -- scheduling rules: another one needs a branch in these three functions, and a value of `SchedulingRule` ------------
 
 
@@ -66,17 +68,68 @@ def _running_budget(s: Table) -> int:
 
 
 @compiled()
+def _first_that_never_ran(s: Table) -> int:
+    """Return the place in the queue of the first request that was never admitted; its end if there is none.
+
+    Requests that another replica admitted wait in the queue too.
+    """
+    n, requests, queue = counters_of(s), requests_of(s), queue_of(s)
+    place = n.queue_head
+    while place < n.queue_tail and not np.isnan(requests[queue[place]].admitted_s):
+        place += 1
+    return int(place)
+
+
+@compiled()
+def wait_ends_s(s: Table) -> float:
+    """Return when the first request that was never admitted has waited too long; ``inf`` for never."""
+    n, ends_s = counters_of(s), np.inf
+    if n.max_wait_s < np.inf:
+        place = _first_that_never_ran(s)
+        if place < n.queue_tail:
+            ends_s = requests_of(s)[queue_of(s)[place]].arrival_s + n.max_wait_s
+    return float(ends_s)
+
+
+@compiled()
+def reject_late(s: Table, now_s: float) -> None:
+    """Reject the requests that have waited too long for their first admission by now.
+
+    Calling it more often changes nothing. Whatever reads the queue calls it first.
+    """
+    n, queue = counters_of(s), queue_of(s)
+    while wait_ends_s(s) <= now_s:
+        place = _first_that_never_ran(s)
+        late = requests_of(s)[queue[place]]
+        late.status = REJECTED
+        n.rejected += 1
+        n.waiting_tokens -= late.prompt_tokens
+        for at in range(place, n.queue_head, -1):  # those before it move up
+            queue[at] = queue[at - 1]
+        n.queue_head += 1
+        n.known_tail += place >= n.known_tail
+        n.late_from += n.late_from != NEVER and place >= n.late_from
+
+
+@compiled(inline=True)
+def queue_due_s(s: Table) -> float:
+    """Return when the next request arrives or one has waited too long, whichever is first."""
+    return float(min(counters_of(s).next_arrival_s, wait_ends_s(s)))
+
+
+@compiled()
 def take_arrivals(s: Table, now_s: float) -> None:
-    """Queue the requests that have arrived by now, or reject them."""
+    """Queue the requests that have arrived by now, or reject them; reject those that have waited too long."""
     n, requests = counters_of(s), requests_of(s)
     while n.next_arrival_s <= now_s:
         r = n.arrived
+        reject_late(s, n.next_arrival_s)
         n.arrived = r + 1
         n.next_arrival_s = requests[r + 1].arrival_s if r + 1 < n.request_count else np.inf
         request = requests[r]
         request.computed_tokens = request.produced_tokens = request.prefill_tokens = 0
         request.preemptions = request.kept_params = 0
-        request.free_run, request.status = -1, WAITING
+        request.free_run, request.host_blocks, request.status = -1, 0, WAITING
         request.admitted_s = request.first_token_s = request.last_token_s = request.finish_s = np.nan
         request.nll_sum = 0.0
         n.arrived_prompt_tokens += request.prompt_tokens
@@ -87,6 +140,7 @@ def take_arrivals(s: Table, now_s: float) -> None:
             queue_of(s)[n.queue_tail] = r
             n.queue_tail += 1
             n.waiting_tokens += request.prompt_tokens
+    reject_late(s, now_s)
 
 
 @compiled()
@@ -121,10 +175,15 @@ def _admit(s: Table, r: int, now_s: float, found: int) -> int:
     target = request.prompt_tokens + request.produced_tokens
     n.waiting_tokens -= target
     n.running_tokens += found
-    request.computed_tokens, request.prefill_tokens, request.status = found, target, RUNNING
+    held_set = n.prefill_set
+    if request.host_blocks == 0:
+        request.prefill_tokens = target
+    elif found >= request.prefill_tokens:  # a swapped request goes on where it stopped
+        held_set = n.decode_set
+    request.computed_tokens, request.status = found, RUNNING
     if np.isnan(request.admitted_s):
         request.admitted_s = now_s
-    i = _link_slot(s, r, n.prefill_set, ALL_TOKENS)
+    i = _link_slot(s, r, held_set, ALL_TOKENS)
     if n.caching:
         _hold_prefix_blocks(s, i, _prefix_blocks_in(s, r, found))
     if n.prefix_caching and prompts_of(s)[r].cached_tokens < 0:
@@ -139,17 +198,24 @@ def _admit(s: Table, r: int, now_s: float, found: int) -> int:
 
 
 @compiled()
-def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int) -> int:
+def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int, back: int) -> int:
     """Admit from the head of the queue while token budget, KV blocks and slots last; return how many.
 
     budget: tokens that may still be computed. free: KV blocks that the batch so far leaves free; nothing is taken here.
+    back: whether swapped requests may come back: `NO_SWAPPED`, `ONLY_SWAPPED` or `ANY`.
     """
     n, requests, batch = counters_of(s), requests_of(s), batch_of(s)
-    in_chunks, layers = _cuts_prompts(s), kv_sets_of(s)[n.prefill_set].layers
+    in_chunks, prefill_layers = _cuts_prompts(s), kv_sets_of(s)[n.prefill_set].layers
     admitted = 0
     while admissible(s) > 0 and n.running + n.late_ended < n.max_running:
         r = head(s)
-        found, held_by_others = requests[r].computed_tokens, 0
+        found, held_by_others, layers = requests[r].computed_tokens, 0, prefill_layers
+        if n.host_blocks > 0:
+            swapped = requests[r].host_blocks > 0
+            if back != ANY and swapped != (back == ONLY_SWAPPED):
+                break
+            if swapped and found >= requests[r].prefill_tokens:
+                layers = kv_sets_of(s)[n.decode_set].layers
         if n.caching:
             found = _find_prefix(s, r)
             held_by_others = n.found_held_blocks * n.prefix_block_kv_blocks
@@ -198,9 +264,23 @@ def _blocks_for_chunks(s: Table, first: int) -> int:
     need = 0
     for j in range(first, n.batch_chunks):
         i = batch[j].slot
-        computed = requests[slots[i].request].computed_tokens
-        need += blocks_of(s, i, computed + batch[j].tokens) - blocks_of(s, i, computed)
+        request = requests[slots[i].request]
+        computed = request.computed_tokens
+        need += blocks_of(s, i, computed + batch[j].tokens)
+        if request.host_blocks == 0:  # one that comes back from the host holds none yet
+            need -= blocks_of(s, i, computed)
     return need
+
+
+@compiled(inline=True)
+def _leave_host(s: Table, first: int) -> None:
+    """Let the requests of the batch from chunk ``first`` on that come back free their host memory."""
+    n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
+    for j in range(first, n.batch_chunks):
+        request = requests[slots[batch[j].slot].request]
+        n.host_free_blocks += request.host_blocks
+        n.moved_blocks += request.host_blocks
+        request.host_blocks = 0
 
 
 @compiled()
@@ -213,7 +293,7 @@ def _form(s: Table, now_s: float) -> int:
     n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
     end = len(slots) - 1
     n.batch_chunks, n.decodes_in_batch = 0, 0
-    if _admits_first(s) and _admit_those_that_fit(s, now_s, n.max_batch_tokens, _free(s)) > 0:
+    if _admits_first(s) and _admit_those_that_fit(s, now_s, n.max_batch_tokens, _free(s), NO_SWAPPED) > 0:
         _take(s, _blocks_for_chunks(s, ZERO))
         return 0
     # At this clock, every decoding request whose context is a multiple of the block size takes one block per layer.
@@ -241,10 +321,15 @@ def _form(s: Table, now_s: float) -> int:
             n.batch_chunks = 1
     n.decodes_in_batch = n.decoding > 0
     # After a preemption no request is admitted: its blocks would go to a newer request.
-    if not _admits_first(s) and victims == 0:
+    if victims == 0 and (not _admits_first(s) or n.host_blocks > 0):
         before = n.batch_chunks
-        _admit_those_that_fit(s, now_s, budget, _free(s) - need)
+        back = ONLY_SWAPPED if _admits_first(s) else ANY
+        if _admits_first(s):
+            budget = NEVER  # decodes do not count
+        _admit_those_that_fit(s, now_s, budget, _free(s) - need, back)
         need += _blocks_for_chunks(s, before)
+        if n.host_blocks > 0:
+            _leave_host(s, before)
     _take(s, need)
     return victims
 
@@ -261,9 +346,11 @@ def _form_eagerly(s: Table, now_s: float) -> int:
         i = slots[i].next
     n.batch_chunks, n.decodes_in_batch = 0, 0
     victims = 0
-    if not _admits_first(s) or _admit_those_that_fit(s, now_s, n.max_batch_tokens, _free(s)) == 0:
+    if not _admits_first(s) or _admit_those_that_fit(s, now_s, n.max_batch_tokens, _free(s), NO_SWAPPED) == 0:
         victims = _form_running(s, now_s)
     _take(s, _blocks_for_chunks(s, ZERO))
+    if n.host_blocks > 0:
+        _leave_host(s, ZERO)
     return int(victims)
 
 
@@ -299,8 +386,11 @@ def _form_running(s: Table, now_s: float) -> int:
         i = slots[i].next
     n.batch_chunks = index
     victims = running - kept
-    if not _admits_first(s) and victims == 0:
-        _admit_those_that_fit(s, now_s, budget, _free(s) - taken)
+    if victims == 0 and (not _admits_first(s) or n.host_blocks > 0):
+        back = ONLY_SWAPPED if _admits_first(s) else ANY
+        if _admits_first(s):
+            budget = NEVER  # decodes do not count
+        _admit_those_that_fit(s, now_s, budget, _free(s) - taken, back)
     return int(victims)
 
 

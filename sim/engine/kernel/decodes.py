@@ -159,7 +159,11 @@ def _unlink_slot(s: Table, i: int) -> None:
 
 @compiled()
 def _preempt(s: Table, i: int) -> int:
-    """Free the KV of slot i and put its request at the head of the queue; return the tokens it had computed."""
+    """Free or swap out the KV of slot i and put its request at the head of the queue.
+
+    Returns:
+        The tokens it had computed, 0 if it keeps them in host memory.
+    """
     n, slot = counters_of(s), slots_of(s)[i]
     if due_clocks_of(s)[i] != NEVER:
         _leave_decodes(s, i)
@@ -167,6 +171,8 @@ def _preempt(s: Table, i: int) -> int:
     request = requests_of(s)[r]
     computed = request.computed_tokens
     held = blocks_of(s, i, computed)
+    runs = n.decode_set if computed >= request.prefill_tokens else n.prefill_set
+    swaps = 0 < held <= n.host_free_blocks and slot.kv_keep_id < 0 and slot.kv_set == runs
     # It can resume only from complete KV: every token, exactly the layers that prefill runs, every prefix block.
     complete = slot.kv_keep_id < 0 and slot.kv_set == n.prefill_set
     complete = complete and slot.shared_blocks == _prefix_blocks_in(s, r, computed) * n.prefix_block_kv_blocks
@@ -174,14 +180,19 @@ def _preempt(s: Table, i: int) -> int:
         complete = prefix_blocks_of(s)[held_prefix_blocks_of(s)[prompts_of(s)[r].hash_at]].hash_id >= 0
     _unlink_slot(s, i)
     n.running_tokens -= computed
-    _release(s, held, r if n.reuse_preempted_kv and complete else NO_OWNER)
+    _release(s, held, r if n.reuse_preempted_kv and complete and not swaps else NO_OWNER)
     if slot.shared_blocks > 0:
         _release_prefix_blocks(s, i)
-    request.computed_tokens = _found_again(s, r)
+    if swaps:
+        request.host_blocks = held
+        n.host_free_blocks -= held
+        n.moved_blocks += held
+    else:
+        request.computed_tokens = _found_again(s, r)
     request.preemptions += 1
     request.status = WAITING
     preempted_stack_of(s)[n.preempted_waiting] = r
     n.preempted_waiting += 1
     n.waiting_tokens += request.prompt_tokens + request.produced_tokens
     n.preemptions += 1
-    return int(computed)
+    return 0 if swaps else int(computed)

@@ -178,4 +178,17 @@ def forget_kept_kv(s: Table) -> None:
             requests[free_runs[at].owner].free_run = -1
             free_runs[at].owner = NO_OWNER
     for place in range(n.preempted_waiting):
-        requests[preempted_stack_of(s)[place]].computed_tokens = 0
+        request = requests[preempted_stack_of(s)[place]]
+        if request.host_blocks == 0:
+            request.computed_tokens = 0
+
+
+@compiled(once=True)
+def forget_host_kv(s: Table) -> None:
+    """Let every swapped request be computed again."""
+    n, requests = counters_of(s), requests_of(s)
+    for place in range(n.preempted_waiting):
+        request = requests[preempted_stack_of(s)[place]]
+        if request.host_blocks > 0:
+            n.host_free_blocks += request.host_blocks
+            request.host_blocks = request.computed_tokens = 0

@@ -10,7 +10,7 @@ import numpy as np
 
 from sim.compiled import compiled
 from sim.cost.latency import LatencyTables, iteration_in_range, iteration_seconds, layered_iteration_seconds
-from sim.engine.kernel.admission import _form_batch, take_arrivals
+from sim.engine.kernel.admission import _form_batch, queue_due_s, take_arrivals
 from sim.engine.kernel.decodes import _count_decodes, _join_decodes, _leave_decodes, _unlink_slot
 from sim.engine.kernel.kv import _release, blocks_of
 from sim.engine.kernel.layout import Table
@@ -148,6 +148,9 @@ def _start(s: Table, now_s: float) -> None:
         duration_s = layered_iteration_seconds(tables, loads, prefill + decodes, sequences)
     if n.copy >= 0:
         duration_s *= 1.0 + n.copy_slowdown
+    if n.moved_blocks > 0:
+        duration_s += n.moved_blocks * n.block_bytes / n.copy_bytes_per_s
+        n.moved_blocks = 0
     inside = iteration_in_range(tables, prefill, prefill_contexts, decodes, contexts, sequences)
     n.batch_extrapolated = 0 if inside else 1
     n.batch_running, n.batch_waiting = n.running, waiting(s)
@@ -326,7 +329,7 @@ def advance(s: Table, horizon_s: float) -> int:
                 return HORIZON
             _end(s)
         now_s = n.now_s
-        if n.next_arrival_s <= now_s:
+        if queue_due_s(s) <= now_s:
             take_arrivals(s, now_s)
         if now_s >= horizon_s:
             return HORIZON
@@ -338,6 +341,9 @@ def advance(s: Table, horizon_s: float) -> int:
             change_s = change_due_s(s)
         if n.itl_count + room > len(itl_counts) or n.log_count == len(log):
             return GROW
+        if n.copies_block and n.copy >= 0 and n.running + waiting(s) > 0:  # the next iteration waits for the copy
+            n.now_s = min(n.next_arrival_s, horizon_s, change_s)
+            continue
         ahead = n.late_from != NEVER
         victims = _form_batch(s, now_s)
         if n.batch_chunks > 0 or n.decodes_in_batch:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 
 from sim.compiled import compiled
-from sim.engine.kernel.admission import take_arrivals
+from sim.engine.kernel.admission import queue_due_s, take_arrivals, wait_ends_s
 from sim.engine.kernel.decodes import _preempt, settle
-from sim.engine.kernel.kv import _blocks, _release, blocks_of, forget_kept_kv, resize_pool
+from sim.engine.kernel.kv import _blocks, _release, blocks_of, forget_host_kv, forget_kept_kv, resize_pool
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.prefix_cache import _forget_prefix_blocks
 from sim.engine.kernel.state import (
@@ -352,7 +352,7 @@ def _copy_residency(s: Table, residency: int, count: int) -> None:
     """Copy a residency to where iterations read it: limits, blocks of each layer, parameters and prices of KV sets."""
     n, row, sets, remap = counters_of(s), residencies_of(s)[residency], kv_sets_of(s), set_remap_of(s)
     n.residency, n.target, n.weight_bytes = residency, row.target, row.weight_bytes
-    n.kv_keep_id, n.max_waiting = row.kv_keep_id, row.max_waiting
+    n.kv_keep_id, n.max_waiting, n.max_wait_s = row.kv_keep_id, row.max_waiting, row.max_wait_s
     n.max_running = min(n.slots, row.max_running) if row.max_running >= 0 else n.slots
     block_counts, layers = block_counts_of(s), layers_of(s)
     columns = block_counts.shape[1]
@@ -396,6 +396,7 @@ def enter_residency(s: Table, residency: int, now_s: float) -> bool:
         _forget_prefix_blocks(s)
     n.caching = caching
     if new_sets:
+        forget_host_kv(s)
         _change_sets(s, count, words[residency, half:])
         n.prefill_set, n.decode_set = 0, 0 if one_set else 1
     _copy_residency(s, residency, count)
@@ -486,7 +487,7 @@ def _carry_out(s: Table, now_s: float) -> bool:
     if n.copy < 0 and here.copies > 0:
         n.copy = here.copies_at
         n.incoming_bytes = copies_of(s)[n.copy].bytes
-        n.copy_end_s = now_s + n.incoming_bytes / n.copy_bytes_per_s
+        n.copy_end_s = now_s + (n.incoming_bytes / n.copy_bytes_per_s + n.copy_layer_s)
     if n.open_change >= 0 and n.copy < 0:
         changes[n.open_change].ready_s = now_s
     resize_to_budget(s)
@@ -515,11 +516,14 @@ def change_plan(s: Table, now_s: float) -> bool:
 
 @compiled()
 def change_due_s(s: Table) -> float:
-    """Return the time from which a plan or memory change is due before the next iteration; ``-inf`` for now."""
+    """Return the time from which something is due before the next iteration, ``-inf`` for now.
+
+    That is a change of plan or memory, or the end of the time that the first request of the queue may wait.
+    """
     n, budget = counters_of(s), budget_of(s)
     if n.decided_target >= 0 or n.budget_moved:
         return -np.inf
-    due_s = min(n.copy_end_s, n.next_decision_s)
+    due_s = min(min(n.copy_end_s, n.next_decision_s), wait_ends_s(s))
     if n.budget_step + 1 < len(budget):
         due_s = min(due_s, budget[n.budget_step + 1].from_s)
     return float(due_s)
@@ -532,7 +536,7 @@ def _change_if_due(s: Table, now_s: float) -> int:
     while now_s >= change_due_s(s):
         if n.change_count == len(plan_changes_of(s)) or n.resident_bytes_count + 2 > len(resident_bytes_log_of(s)):
             return GROW
-        if n.next_arrival_s <= now_s:
+        if queue_due_s(s) <= now_s:
             take_arrivals(s, now_s)
         if not change_plan(s, now_s):
             return NEEDS

@@ -92,6 +92,9 @@ COUNTERS = np.dtype(
         ("notice_s", FLOAT64),  # how long before a budget step it is announced, s
         ("copy_slowdown", FLOAT64),  # iterations during a copy take 1 + this times as long
         ("copy_bytes_per_s", FLOAT64),  # from host to device, bytes/s
+        ("copy_layer_s", FLOAT64),  # seconds of each layer's copy in addition
+        ("copies_block", INT64),  # whether no iteration starts while a layer is copied in
+        ("host_blocks", INT64),  # KV blocks of one layer that host memory holds for swapped requests; 0: no swapping
         # The running plan.
         ("residency", INT64),  # present node of the plan graph; -1 before the first plan
         ("target", INT64),  # number of the plan that the last change leads to
@@ -99,6 +102,7 @@ COUNTERS = np.dtype(
         ("decided_s", FLOAT64),  # when it was decided on, s
         ("max_running", INT64),  # requests that may run at once
         ("max_waiting", INT64),  # requests that may wait; -1 for no limit
+        ("max_wait_s", FLOAT64),  # how long a request may wait for its admission, s; inf for no limit
         ("kv_keep_id", INT64),  # row of kv_keep_tokens; -1 when all tokens stay
         ("prefill_set", INT64),  # KV set that the plan runs in prefill; new requests get it
         ("decode_set", INT64),  # KV set that the plan runs in decode
@@ -146,6 +150,8 @@ COUNTERS = np.dtype(
         ("free_run_tail", INT64),
         ("prefix_block_count", INT64),  # prefix blocks numbered so far
         ("free_prefix_block", INT64),  # first number that can be used again; 0 for none
+        ("host_free_blocks", INT64),  # those of host memory that are free
+        ("moved_blocks", INT64),  # copied to the host and back; no iteration has taken the time for them yet
         ("found_held_blocks", INT64),  # prefix blocks of the last `_find_prefix` that others hold already
         # What comes too late for the next batch, if the engine schedules ahead; between two iterations only.
         ("known_tail", INT64),  # queue_tail at the start of the iteration under way, or the last one
@@ -203,6 +209,7 @@ REQUEST = np.dtype(
         ("preemptions", INT64),
         ("status", INT64),  # WAITING, ...
         ("free_run", INT64),  # run of free KV blocks that still holds its KV; -1 for none
+        ("host_blocks", INT64),  # KV blocks that it holds in host memory; 0 unless it is swapped
         ("kept_params", INT64),  # parameters that ran, summed over its tokens
         ("arrival_s", FLOAT64),  # s
         ("admitted_s", FLOAT64),  # first admission, s; nan before
@@ -375,6 +382,7 @@ RESIDENCY = np.dtype(
         ("weight_bytes", INT64),  # bytes of resident weights
         ("kv_keep_id", INT64),  # row of kv_keep_tokens; -1 when all tokens stay
         ("max_waiting", INT64),  # -1 for no limit
+        ("max_wait_s", FLOAT64),  # inf for no limit
         ("max_running", INT64),  # -1 for no limit
         ("prefill_params", INT64),  # parameters outside MHA blocks that run for a prompt token
         ("decode_params", INT64),  # parameters outside MHA blocks that run for a decoded token

@@ -116,6 +116,13 @@ def test_scheduling_ahead_which_only_the_simulator_has_is_refused() -> None:
         hw_engine(config=replace(engine_config(), schedules_ahead=True))
 
 
+def test_swapping_and_blocking_copies_which_only_the_simulator_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match="the real engine does not copy KV to host memory: set it to recompute"):
+        hw_engine(config=replace(engine_config(), preemption="swap", host_kv_blocks=64))
+    with pytest.raises(ConfigError, match="the real engine serves while it copies weights in: set it to overlapped"):
+        hw_engine(config=replace(engine_config(), copying="blocking"))
+
+
 @pytest.mark.parametrize("reuse", [False, True])
 def test_preempted_requests_still_give_the_tokens_of_plain_generate(reuse: bool) -> None:
     rows = some_rows(2, 12, longest_output=24)

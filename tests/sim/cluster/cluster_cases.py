@@ -78,17 +78,18 @@ def engine(kind: type[Any], case: Case, env: simpy.Environment | None, **more: A
         budget_bytes=case.budget(),
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
         copy_slowdown=case.copy_slowdown,
+        copy_layer_s=case.copy_layer_s,
         quality_nll=quality_nll,
         env=env,
         **more,
     )
 
 
-def random_cluster(seed: int, *, ahead: bool | None = None) -> ClusterCase:
-    """Return the case of a seed; ``ahead`` as in ``random_case``."""
+def random_cluster(seed: int, *, ahead: bool | None = None, later: bool = True) -> ClusterCase:
+    """Return the case of a seed; ``ahead`` and ``later`` as in ``random_case``."""
     rng = np.random.default_rng([seed, 8])
     count = int(rng.choice([1, 2, 2, 3, 4]))
-    cases = [random_case(int(rng.integers(1 << 30)), ahead=ahead) for _ in range(count)]
+    cases = [random_case(int(rng.integers(1 << 30)), ahead=ahead, later=later) for _ in range(count)]
     if rng.random() < 0.3:
         cases = [cases[0]] * count  # ties everywhere
     requests = sorted(row for case in cases for row in case.requests)

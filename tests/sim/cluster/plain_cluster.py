@@ -165,6 +165,7 @@ class PlainCluster:
             computed_tokens=0,
             prefill_tokens=0,
             left_tokens=0,
+            host_layer_blocks=0,
             cached_tokens=-1,
         )
         engine.queues.all[request.request_id] = row.live
@@ -231,6 +232,8 @@ class PlainCluster:
             replica.engine = None
         else:
             engine._kv.forget_left_behind()
+            for live in engine.queues.waiting:
+                engine._kv.drop_host_kv(live)
             engine.queues.waiting.clear()
         rows = {id(row.live): row for row in self.rows if row.live is not None}
         for live in gone:

@@ -19,7 +19,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.policies.fixed import static_plan
 from sim.traces.trace import Trace
 from tests.sim.disaggregate.plain_disaggregated import PlainDisaggregated, build
-from tests.sim.engine.kernel_cases import schedules_ahead
+from tests.sim.engine.kernel_cases import schedules_ahead, with_swaps
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency
 from tests.sim.shrink import shrunk_case, without_some
@@ -53,10 +53,10 @@ class DisaggregatedCase:
         return {**shared, "plan": plan, "budget_bytes": budget_bytes}
 
 
-def random_disaggregated(seed: int, *, ahead: bool | None = None) -> DisaggregatedCase:
+def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = True) -> DisaggregatedCase:
     """Return the case of a seed; its times are irregular, so that rounding does not decide any order.
 
-    ``ahead`` sets whether its engines schedule ahead, None lets the seed decide.
+    ``ahead`` sets whether its engines schedule ahead, None lets the seed decide; ``later`` as in ``random_case``.
     """
     rng = np.random.default_rng([seed, 9])
     count = int(rng.integers(1, 50))
@@ -70,24 +70,38 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None) -> Disaggregat
     mha = [layer for layer in range(3) if rng.random() < 0.3]
     kv = {"kv_first_tokens": 2, "kv_last_tokens": 3, "kv_layers": [0, 2]} if rng.random() < 0.4 else {}
     scheduler: SchedulerName = "chunked" if rng.random() < 0.6 else "prefill_first"
+    waits = np.random.default_rng([seed, 12])
+    limited = later and waits.random() < 0.4
     return DisaggregatedCase(
         requests=tuple(rows),
-        plan=static_plan(TINY, drop_mha=mha, drop_ffn=mha[:1], prefill_drop_mha=mha[:1], prefill_drop_ffn=[], **kv),
+        plan=static_plan(
+            TINY,
+            drop_mha=mha,
+            drop_ffn=mha[:1],
+            prefill_drop_mha=mha[:1],
+            prefill_drop_ffn=[],
+            max_wait_s=float(waits.random()) * 10 + 0.1 if limited else None,
+            **kv,
+        ),
         prefill=int(rng.integers(1, 4)),
         decode=int(rng.integers(1, 4)),
         prefill_blocks=int(rng.choice([20, 60, 300])),
         decode_blocks=int(rng.choice([8, 20, 60, 300])),
-        config=EngineConfig(
-            scheduler=scheduler,
-            limits=Limits(
-                max_batch_tokens=int(rng.choice([4, 16, 64])),
-                max_running=int(rng.choice([1, 3, 8])),
-                long_prefill_tokens=int(rng.choice([0, 0, 5])),
-                reserve_full_prompt=bool(rng.random() < 0.6),
+        config=with_swaps(
+            seed,
+            EngineConfig(
+                scheduler=scheduler,
+                limits=Limits(
+                    max_batch_tokens=int(rng.choice([4, 16, 64])),
+                    max_running=int(rng.choice([1, 3, 8])),
+                    long_prefill_tokens=int(rng.choice([0, 0, 5])),
+                    reserve_full_prompt=bool(rng.random() < 0.6),
+                ),
+                kv_block_tokens=4,
+                kv_watermark_share=float(rng.choice([0.0, 0.1])),
+                schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
             ),
-            kv_block_tokens=4,
-            kv_watermark_share=float(rng.choice([0.0, 0.1])),
-            schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
+            later,
         ),
         latency=linear_latency(
             base_s=0.3 + float(rng.random()) / 7, token_s=float(rng.random()) / 90, context_s=float(rng.random()) / 900

@@ -42,6 +42,7 @@ class Case:
     latency: LatencyModel
     host_to_device_bytes_per_s: float
     copy_slowdown: float
+    copy_layer_s: float = 0.0
 
     def hash_ids(self, prompt: int, output: int) -> tuple[int, ...]:
         """Return the hash ids of a prompt: the first are shared with other prompts, the others are its own."""
@@ -151,8 +152,49 @@ def schedules_ahead(seed: int) -> bool:
     return bool(np.random.default_rng([seed, 10]).random() < 0.4)
 
 
-def random_case(seed: int, *, ahead: bool | None = None) -> Case:
-    """Return the case of a seed; ``ahead`` sets whether its engine schedules ahead, None lets the seed decide."""
+def with_swaps(seed: int, config: EngineConfig, allowed: bool = True) -> EngineConfig:
+    """Return the config of a seed with its way to preempt and to copy weights; its own stream, as above."""
+    if not allowed:
+        return config
+    rng = np.random.default_rng([seed, 11])
+    swaps = not config.prefix_caching and rng.random() < 0.75
+    return replace(
+        config,
+        preemption="swap" if swaps else "recompute",
+        host_kv_blocks=int(rng.choice([1, 5, 20, 400])) if swaps else 0,
+        copying="blocking" if rng.random() < 0.25 else "overlapped",
+    )
+
+
+def with_waits(seed: int, case: Case) -> Case:
+    """Return the case of a seed with plans that limit how long a request may wait; its own stream, as above."""
+    rng = np.random.default_rng([seed, 12])
+    if rng.random() < 0.6:
+        return case
+    limits: dict[Plan, float | None] = {}
+
+    def limited(plan: Plan) -> Plan:
+        if plan not in limits:
+            some = float(rng.choice([0.5, 2.0, 10.0, float(rng.random() * 30) + 0.01]))
+            limits[plan] = some if rng.random() < 0.6 else None
+        return replace(plan, max_wait_s=limits[plan])
+
+    return replace(
+        case,
+        first_plan=limited(case.first_plan),
+        plans=tuple((time_s, limited(plan)) for time_s, plan in case.plans),
+        scheduled=tuple((time_s, limited(plan)) for time_s, plan in case.scheduled),
+    )
+
+
+def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> Case:
+    """Return the case of a seed.
+
+    Args:
+        ahead: whether its engine schedules ahead; None lets the seed decide.
+        later: whether the seed may choose what came later than the frozen records: swapping, weight copies that hold
+            the engine up, and plans that limit how long a request may wait.
+    """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
     count = int(rng.integers(1, 60))
@@ -181,7 +223,7 @@ def random_case(seed: int, *, ahead: bool | None = None) -> Case:
     beforehand = plans and rng.random() < 0.4
     at = int(rng.integers(0, len(plans) + 1)) if beforehand else 0
     kv_block_tokens = int(rng.choice([1, 2, 4, 16]))
-    return Case(
+    case = Case(
         requests=tuple((float(a), int(p), int(o)) for a, p, o in zip(arrivals, prompts, outputs, strict=True)),
         plans=tuple(plans[at:]),
         scheduled=tuple(plans[:at] if rng.random() < 0.5 else plans[::2][:at]),
@@ -189,27 +231,33 @@ def random_case(seed: int, *, ahead: bool | None = None) -> Case:
         first_plan=DENSE if rng.random() < 0.6 else random_plan(rng),
         kv_blocks=int(rng.choice([12, 30, 60, 400])),
         budget_steps=tuple(steps),
-        config=EngineConfig(
-            scheduler=scheduler,
-            limits=Limits(
-                max_batch_tokens=int(rng.choice([3, 8, 64, 512])),
-                max_running=int(rng.choice([1, 3, 8, 40])),
-                long_prefill_tokens=int(rng.choice([0, 0, 0, 5])),
-                reserve_full_prompt=bool(rng.random() < 0.6),
+        config=with_swaps(
+            seed,
+            EngineConfig(
+                scheduler=scheduler,
+                limits=Limits(
+                    max_batch_tokens=int(rng.choice([3, 8, 64, 512])),
+                    max_running=int(rng.choice([1, 3, 8, 40])),
+                    long_prefill_tokens=int(rng.choice([0, 0, 0, 5])),
+                    reserve_full_prompt=bool(rng.random() < 0.6),
+                ),
+                kv_block_tokens=kv_block_tokens,
+                kv_watermark_share=float(rng.choice([0.0, 0.0, 0.1])),
+                reuse_preempted_kv=bool(rng.random() < 0.5),
+                max_context_tokens=int(rng.choice([60, 4096])),
+                restore=restore,
+                prefix_caching=bool(rng.random() < 0.4),
+                hash_block_tokens=kv_block_tokens * int(rng.choice([1, 1, 2, 4])),
+                schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
             ),
-            kv_block_tokens=kv_block_tokens,
-            kv_watermark_share=float(rng.choice([0.0, 0.0, 0.1])),
-            reuse_preempted_kv=bool(rng.random() < 0.5),
-            max_context_tokens=int(rng.choice([60, 4096])),
-            restore=restore,
-            prefix_caching=bool(rng.random() < 0.4),
-            hash_block_tokens=kv_block_tokens * int(rng.choice([1, 1, 2, 4])),
-            schedules_ahead=schedules_ahead(seed) if ahead is None else ahead,
+            later,
         ),
         latency=random_latency(rng),
         host_to_device_bytes_per_s=float(rng.choice([2e3, 2e4, 1e6])),
         copy_slowdown=float(rng.choice([0.0, 0.3])),
+        copy_layer_s=0.5 * (later and seed % 4 == 0),
     )
+    return with_waits(seed, case) if later else case
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:
@@ -222,6 +270,7 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
         budget_bytes=case.budget(),
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
         copy_slowdown=case.copy_slowdown,
+        copy_layer_s=case.copy_layer_s,
         quality_nll=quality_nll,
     )
     engine.submit(case.submitted())
@@ -256,6 +305,10 @@ def differences(case: Case) -> list[str]:
         if name == "token_gaps":
             ours, theirs = merged(ours), merged(theirs)
         found += [f"{name}.{what}" for what in unequal(ours, theirs)]
+    ours, theirs = plain[0].host_layer_blocks, fast[0].host_layer_blocks
+    if ours != theirs or sum(ours) != TINY.num_layers * case.config.host_kv_blocks or min(ours) < 0:
+        found.append(f"KV blocks of the host, held and free: {ours} and {theirs}")
+    plain[0].check()
     found += [
         f"state {i}: {what}" for i, (a, b) in enumerate(zip(plain[1], fast[1], strict=True)) for what in unequal(a, b)
     ]

@@ -34,20 +34,21 @@ class PlainEngine(Replica):
         workspace_bytes: int = 0,
         host_to_device_bytes_per_s: float = 25e9,
         copy_slowdown: float = 0.0,
+        copy_layer_s: float = 0.0,
         quality_nll: Callable[[Plan], float] | None = None,
         env: simpy.Environment | None = None,
     ) -> None:
         """Build an idle engine; it starts at the present time of ``env`` and then keeps its own clock."""
         start_s = float(env.now) if env is not None else 0.0
         clock = SimulatedClock(start_s)
-        self.copies = PricedWeights(host_to_device_bytes_per_s, clock)
+        self.copies = PricedWeights(host_to_device_bytes_per_s, clock, copy_layer_s)
         self.latency = latency
         super().__init__(
             model=model,
             config=config,
             plan=plan,
             budget=budget_bytes,
-            executor=PricingExecutor(latency, copy_slowdown),
+            executor=PricingExecutor(latency, copy_slowdown, host_to_device_bytes_per_s),
             weights=self.copies,
             clock=clock,
             workspace_bytes=workspace_bytes,

@@ -161,7 +161,10 @@ def test_the_engines_agree_on_a_real_model_under_a_policy_and_memory_that_moves(
 def test_the_random_cases_meet_everything_that_has_rules() -> None:
     """The comparison above covers only what some random case reaches."""
     met = dict.fromkeys(
-        ("preempted", "recomputed", "copied", "over budget", "rejected", "windowed KV", "a KV hole", "known", "ahead"),
+        [
+            *("preempted", "recomputed", "copied", "over budget", "rejected", "windowed KV", "a KV hole", "known"),
+            *("ahead", "swapped", "swapped, prompts first", "waited for a copy"),
+        ],
         0,
     )
     for seed in range(120):
@@ -177,6 +180,10 @@ def test_the_random_cases_meet_everything_that_has_rules() -> None:
         met["over budget"] += engine.budget_violation_s > 0
         met["rejected"] += bool((records.status == 3).any())
         met["windowed KV"] += any("KV" in plan for plan in transitions.to_plan)
+        swapped = case.config.preemption == "swap" and bool(records.preemptions.any())
+        met["swapped"] += swapped
+        met["swapped, prompts first"] += swapped and case.config.scheduler == "prefill_first"
+        met["waited for a copy"] += case.config.copying == "blocking" and bool(transitions.bytes_in.any())
         met["ahead"] += case.config.schedules_ahead
         met["known"] += bool(case.scheduled) and len(transitions) > 0
         met["a KV hole"] += len(set(np.round(records.kept_params_share, 9))) > 2
@@ -236,6 +243,7 @@ def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int, m
         budget_bytes=case.budget(),
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
         copy_slowdown=case.copy_slowdown,
+        copy_layer_s=case.copy_layer_s,
     )
     engine.submit(case.submitted())
     engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])

@@ -21,6 +21,7 @@ class Row:
     target_tokens: int
     computed_tokens: int = 0
     held_layer_blocks: int = 0
+    swapped: bool = False
 
 
 def layer_blocks(_: Row, tokens: int) -> int:

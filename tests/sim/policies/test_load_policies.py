@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from omegaconf import OmegaConf
 
 from sim.config import CONF_DIR
 from sim.cost.model_spec import load_model
-from sim.cost.plan import dense_plan
+from sim.cost.plan import check_plan, dense_plan
 from sim.engine.protocol import EngineState
-from sim.errors import ConfigError
+from sim.errors import ConfigError, PlanError
 from sim.policies.admission import Limited, limited, saber
 from sim.policies.base import PolicyContext
 from sim.policies.fixed import Fixed
@@ -44,6 +45,20 @@ def test_a_limit_changes_nothing_else_of_another_policys_plan() -> None:
     policy = limited(SERVED, policy=lambda served: inner, max_waiting=3)
     assert isinstance(policy, Limited)
     assert policy(seen()) == policy.first_plan == dataclasses.replace(inner.first_plan, max_waiting=3)
+
+
+def test_a_limit_in_seconds_leaves_the_count_of_the_other_policy() -> None:
+    inner = Fixed(dataclasses.replace(dense_plan(TINY), max_waiting=7))
+    policy = limited(SERVED, policy=lambda served: inner, max_wait_s=1.5)
+    assert policy(seen()) == policy.first_plan == dataclasses.replace(inner.first_plan, max_wait_s=1.5)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "1"], ids=repr)
+def test_a_limit_in_seconds_is_above_zero(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"policy\.max_wait_s .* seconds above 0"):
+        limited(SERVED, policy=lambda served: Fixed(dense_plan(TINY)), max_wait_s=value)
+    with pytest.raises(PlanError, match=r"plan\.max_wait_s is .* seconds above 0"):
+        check_plan(TINY, dataclasses.replace(dense_plan(TINY), max_wait_s=value))
 
 
 def test_precision_falls_with_pressure_and_returns_with_calm() -> None:

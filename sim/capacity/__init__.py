@@ -1,0 +1,1 @@
+"""How many requests per second a server can take: the highest rate at which SLO attainment stays above a target."""
