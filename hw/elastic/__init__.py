@@ -3,6 +3,8 @@
 model             ``ElasticModel``, which most others import: applies plans and runs forward passes
 blocks            MHA and FFN blocks whose weights can be freed, restored or quantized
 quantize          weights in 8 and 4 bits
+ops               the operations of a pass: a Triton kernel on CUDA, plain PyTorch elsewhere
+kernels           these kernels
 copies            ``LayerCopier``: copies weights while iterations run
 kv                ``RequestKV``: one growing KV cache per request, simple and exact
 forward           one forward pass over a batch, in this package's own code

@@ -98,6 +98,10 @@ class MetaDevice(Accelerator):
     def join(self, event: Event, tensors: Sequence[Tensor]) -> None:
         """Do nothing."""
 
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        work()
+        return 1.0, 1.0
+
     def mark(self) -> Event:
         return _Done()
 

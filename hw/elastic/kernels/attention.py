@@ -3,7 +3,8 @@
 Both read keys and values where they lie, by block number (Kwon et al., PagedAttention, SOSP 2023, section 4.3). They
 keep a running maximum and sum of the softmax in FP32, so that no score is ever written to memory (Dao,
 FlashAttention-2, arXiv 2307.08691, section 3.1). All query heads that share a KV head are rows of one tile, so each key
-is loaded once.
+is loaded once. A tile has at least 16 rows, the least that the matrix units take, even where one head has its own keys:
+sums in place of products take almost five times as many instructions then (compute capability 9.0, head_dim 128).
 
 Decode splits each context over several programs and then combines their parts (Dao et al., Flash-Decoding, Stanford
 CRFM blog, 2023): a small batch would leave most multiprocessors without work. How many programs there are depends on
@@ -22,7 +23,7 @@ from hw.elastic.kernels.launch import ceil_div, dot, launch, multiprocessors, po
 # Shapes as in hw.elastic.ops; g = H / h query heads share a KV head.
 
 TILE_BYTES = 16 << 10
-"""Bytes of the keys of a tile that goes to the matrix units; without them, registers allow half of it."""
+"""Bytes of the keys of a tile, half as many in FP32, which takes more registers."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
 SPLIT_TOKENS = 2048
 """A program of decode reads about this many tokens at most: one long context must not outlast the rest of a batch."""
@@ -53,8 +54,7 @@ def paged_decode(
         part = torch.empty((requests, heads, splits, d), dtype=torch.float32, device=query.device)
         sums = torch.empty((requests, heads, splits), dtype=torch.float32, device=query.device)
     group = heads // kv_heads
-    matrix = group > 1 and kv.element_size() == 2
-    tile = tile_tokens(d, kv.element_size(), TILE_BYTES if matrix else TILE_BYTES // 2)
+    tile = tile_tokens(d, kv.element_size())
     launch(
         _decode_kernel,
         (kv_heads, splits, requests),
@@ -77,7 +77,7 @@ def paged_decode(
         splits,
         HEADS=heads,
         GROUP=group,
-        GROUP_BLOCK=power_of_two(group, 16) if group > 1 else 1,
+        GROUP_BLOCK=power_of_two(group, 16),
         DIM=d,
         DIM_BLOCK=power_of_two(d, 16),
         TILE=tile,
@@ -85,7 +85,7 @@ def paged_decode(
         KV_BLOCK_TOKENS=p,
         WINDOW=window > 0,
         SPLIT=splits > 1,
-        STAGES=5 if matrix else 4,  # 48 to 64 KiB under way; the table, loaded first, takes stages too
+        num_stages=5,  # two tiles under way, 64 KiB; the table, which is read before the keys, takes stages too
     )
     if splits > 1:
         launch(
@@ -112,9 +112,10 @@ def decode_splits(requests: int, kv_heads: int, most_tokens: int, processors: in
     return max(min(wanted, ceil_div(most_tokens, LEAST_SPLIT_TOKENS), MOST_SPLITS), 1)
 
 
-def tile_tokens(head_dim: int, element_bytes: int, tile_bytes: int = TILE_BYTES) -> int:
+def tile_tokens(head_dim: int, element_bytes: int) -> int:
     """Return the keys of a tile: a power of two from 16 to 128."""
-    return min(max(tile_bytes // (power_of_two(head_dim, 16) * element_bytes), 16), 128)
+    elements = TILE_BYTES // 2 if element_bytes == 2 else TILE_BYTES // 8
+    return min(max(elements // power_of_two(head_dim, 16), 16), 128)
 
 
 def _check(query: Tensor, kv: Tensor, table: Tensor) -> None:
@@ -184,7 +185,6 @@ def _decode_kernel(
     KV_BLOCK_TOKENS: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     shared = tl.program_id(0)  # the KV head: programs that run at the same time read keys that lie side by side
     split = tl.program_id(1)
@@ -213,7 +213,7 @@ def _decode_kernel(
     total = tl.zeros((GROUP_BLOCK,), tl.float32)
     gathered = tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32)
     keys = kv + shared * kv_head + column[None, :]
-    for at in tl.range(begin, end, TILE, num_stages=STAGES):
+    for at in tl.range(begin, end, TILE):
         place = at + tl.arange(0, TILE)
         valid = place < end
         offset = _place_offset(table + request * table_row, place, valid, kv_block, kv_place, KV_BLOCK_TOKENS)
@@ -226,16 +226,8 @@ def _decode_kernel(
             in_ring = count - 1 - (count - 1 - place) % tl.maximum(keep_last, 1)
             position = tl.where(ring & (place >= keep_first), in_ring, place)
             seen = valid & (position > count - 1 - window)
-        if GROUP_BLOCK == 1:
-            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)[None, :]
-        else:
-            scores = dot(q, tl.trans(k))
-        share, most, total, shrink = _softmax_step(scores, seen[None, :], scale, most, total)
-        gathered *= shrink[:, None]
-        if GROUP_BLOCK == 1:
-            gathered += tl.sum(tl.trans(share) * v.to(tl.float32), axis=0)[None, :]
-        else:
-            gathered += dot(share.to(v.dtype), v)
+        share, most, total, shrink = _softmax_step(dot(q, tl.trans(k)), seen[None, :], scale, most, total)
+        gathered = gathered * shrink[:, None] + dot(share.to(v.dtype), v)
 
     known = total > 0  # else no key was seen
     result = gathered / tl.where(known, total, 1.0)[:, None]

@@ -72,7 +72,7 @@ def tiles(n: int, bits: int, element_bytes: int) -> tuple[int, int, int, int, in
     if element_bytes > 2:  # FP32 is for tests
         return 16, 32, 1, 4, 2
     if n <= 16:
-        return 16, 32, 4 if bits == 4 else 2, 4, 3
+        return 16, 32, 4 if bits == 4 else 2, 4, 4
     if n <= 32:
         return 32, 32, 2, 4, 3
     if n <= 64:
@@ -190,10 +190,10 @@ def _tile_kernel(
                         mask=known[:, None] & (half < I // 2)[None, :],
                         other=0,
                     )
-                    value = tl.interleave(pair & 15, pair >> 4).to(tl.int32)
+                    value = tl.interleave(pair & 15, pair >> 4).to(tl.float32)
                 else:
-                    value = _nibble(packed, index, wanted)
-                value = (value - zero).to(tl.float32)
+                    value = _nibble(packed, index, wanted).to(tl.float32)
+                value -= zero.to(tl.float32)
             total += dot(value.to(column.dtype), column) * scale[:, None]
     if BIAS:
         total += tl.load(bias + output, mask=output < O, other=0.0).to(tl.float32)[:, None]

@@ -5,8 +5,9 @@
     python -m tests.hw.elastic.compile_kernels few 90     # only one variant of each kernel
 
 It prints the shared memory, registers and stack (where spilled registers go) of each variant, and how many instructions
-of its PTX go to the matrix units or load 16 bytes at once. Triton brings NVIDIA's assembler, so neither a GPU nor a
-driver is needed. This finds code that only the interpreter accepts, and tiles that do not fit the memory of a GPU.
+of its PTX go to the matrix units or load 16 bytes at once; then how many variants batches of all sizes need. Triton
+brings NVIDIA's assembler, so neither a GPU nor a driver is needed. This finds code that only the interpreter accepts,
+tiles that do not fit the memory of a GPU, and kernels that a growing context compiles again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +96,54 @@ def compiled(case: str, run: Callable[[], Any], capability: int) -> list[Compile
             )
         )
 
-    triton.runtime.driver.set_active(Driver(capability))
-    with patch.object(attention, "launch", build), patch.object(elementwise, "launch", build):  # noqa: SIM117
-        with patch.object(quantized, "launch", build):
-            run()
+    with launching(build, capability):
+        run()
     return found
+
+
+@contextmanager
+def launching(start: Callable[..., None], capability: int) -> Iterator[None]:
+    """Call ``start`` in place of starting a kernel on a GPU of this capability."""
+    triton.runtime.driver.set_active(Driver(capability))
+    with ExitStack() as patches:
+        for module in (attention, elementwise, quantized):
+            patches.enter_context(patch.object(module, "launch", start))
+        yield
+
+
+MOST_VARIANTS = 8
+"""How many variants of a kernel the batches of one model may compile."""
+
+
+def variants(capability: int) -> dict[str, int]:
+    """Return how many variants of each kernel batches of all sizes and contexts of Llama-3.1-8B compile."""
+    found: dict[str, set[str]] = {}
+
+    def note(
+        kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+    ) -> None:
+        bind = kernel.device_caches[capability][-1]
+        _, *key = bind(*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        found.setdefault(kernel.__name__, set()).add(str(key))
+
+    heads, kv_heads, d, e = 32, 8, 128, 4096
+    kv = meta(1000, 2, 16, kv_heads, d)
+    with launching(note, capability):
+        for n in (1, 2, 3, 8, 17, 64, 256):
+            counts, starts = meta(n, dtype=torch.int32), meta(n + 1, dtype=torch.int32)
+            for width in (1, 2, 4, 7, 16, 64, 100, 512):
+                table = meta(n, width, dtype=torch.int32)
+                ops.paged_decode(meta(n, heads, d), kv, table, counts, counts, counts, scale=0.1)
+                for rows in (1, 3, 17, 64, 300, 2048):
+                    ops.paged_prefill(meta(rows, heads, d), kv, table, starts, counts, scale=0.1)
+            product, turn = meta(n, (heads + 2 * kv_heads) * d), meta(n, d)
+            slots = meta(n, dtype=torch.int64)
+            ops.rope_and_store(product, turn, turn, kv, slots, heads=heads, kv_heads=kv_heads)
+            x = meta(n, e)
+            ops.add_rms_norm(x, x, x[0], 1e-5)
+            ops.gated(x, "silu")
+            ops.quantized_linear(x, meta_weight(e, e, 4))
+    return {name: len(keys) for name, keys in found.items()}
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -149,18 +194,18 @@ def attention_cases(heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> It
         )
 
 
+def meta_weight(o: int, i: int, bits: int) -> QuantWeight:
+    """Return a quantized weight without values."""
+    groups = -(-i // 128)
+    packed = meta(-(-o * i * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8)
+    zeros = meta(0 if bits == 8 else -(-o * groups // 2), dtype=torch.uint8)
+    return QuantWeight(bits, o, i, packed, meta(o, groups, dtype=torch.float16), zeros)
+
+
 def linear_cases(o: int, i: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Products at both precisions and all sizes of tiles."""
-    groups = -(-i // 128)
     for bits in (8, 4):
-        weight = QuantWeight(
-            bits,
-            o,
-            i,
-            meta(o * i if bits == 8 else -(-o * i // 2), dtype=torch.int8 if bits == 8 else torch.uint8),
-            meta(o, groups, dtype=torch.float16),
-            meta(0 if bits == 8 else -(-o * groups // 2), dtype=torch.uint8),
-        )
+        weight = meta_weight(o, i, bits)
         for n in (1, 8, 32, 64, 300):
             yield (
                 f"W{bits} {o} x {i} of {n} rows {str(dtype)[6:]}",
@@ -227,6 +272,11 @@ def main(arguments: list[str]) -> int:
                     f"{one.matrix_instructions:4} {one.wide_loads:4} {one.seconds:5.1f}{'' if fits else '  TOO MUCH'}",
                     flush=True,
                 )
+        for name, number in variants(capability).items():
+            print(
+                f"{name}: {number} variants for batches of all sizes{'' if number <= MOST_VARIANTS else '  TOO MANY'}"
+            )
+            bad += number > MOST_VARIANTS
     return int(bad > 0)
 
 
