@@ -75,7 +75,7 @@ def _calibrate(cfg: DictConfig) -> None:
     for key, allowed in (("source", SOURCES), ("only", ONLY)):
         if cfg[key] not in allowed:
             raise ConfigError(f"unknown {key}={cfg[key]}; {nearest(cfg[key], allowed)}")
-    check_attention(cfg.attention)
+    check_attention(cfg.attention, "attention")
     out = Path(cfg.out) if cfg.out is not None else CALIBRATIONS if CHECKOUT else Path("calibration")
     if cfg.source == "device":
         contents = [_from_device(cfg, out)]

@@ -26,14 +26,14 @@ ATTENTIONS = ("auto", "flashinfer", "flash_attn", "triton", "sdpa")
 """Values of hw.attention; ``auto`` takes the first of the others that is available."""
 
 
-def check_attention(name: str) -> None:
-    """Check a value of hw.attention before anything is loaded.
+def check_attention(name: str, key: str = "hw.attention") -> None:
+    """Check the value of a key that names a way to compute attention, before anything is loaded.
 
     Raises:
         ConfigError: for a name that is none.
     """
     if name not in ATTENTIONS:
-        raise ConfigError(f"hw.attention is {name!r}; {nearest(name, ATTENTIONS)}")
+        raise ConfigError(f"{key} is {name!r}; {nearest(name, ATTENTIONS)}")
 
 
 def find_attention(

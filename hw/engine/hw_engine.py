@@ -257,6 +257,9 @@ class HwEngine(Replica):
     def close(self) -> None:
         """Abandon the copy under way, end its thread, and let the process use the memory of the device again."""
         self._copier.close()
+        self._torch.close()
+        if isinstance(self.elastic.hardware, Accelerator):
+            self.arena.close()
         self.memory.close()
 
 

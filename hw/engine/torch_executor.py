@@ -180,6 +180,11 @@ class TorchExecutor:
             stopped=frozenset(request_id for request_id, token in next_tokens.items() if ended(request_id, token)),
         )
 
+    def close(self) -> None:
+        """Free the memory of recorded passes."""
+        if self._graphs is not None:
+            self._graphs.clear()
+
     def follow_budget(self, budget_bytes: int) -> None:
         """Let allocations beyond this many bytes fail from now on, where the device can."""
         self._memory.follow(budget_bytes)

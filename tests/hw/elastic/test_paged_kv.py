@@ -118,6 +118,23 @@ def test_memory_beyond_the_arena_is_not_a_number() -> None:
     assert memory.kv[40:].isnan().all()
 
 
+def test_memory_is_unmapped_only_after_the_work_that_may_read_it() -> None:
+    class Hasty(FakeCuda):
+        def computed(self) -> None:
+            """Wait for nothing."""
+
+    for device in (FakeCuda(), Hasty()):
+        with device:
+            memory = KVArena(device, capacity=500, **SHAPE)
+            memory.resize(300)
+            memory.read(torch.tensor([299]))
+            if isinstance(device, Hasty):
+                with pytest.raises(AssertionError, match="may still read"):
+                    memory.resize(10)
+            else:
+                memory.resize(10)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_memory_is_mapped_counted_and_given_back() -> None:
     from hw.elastic.device import device_of, make_current
