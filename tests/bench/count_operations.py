@@ -37,7 +37,8 @@ def count(
 ) -> tuple[Operations, Operations]:
     """Return what the first iteration does, which computes all prompts, and what the next one does, which decodes.
 
-    name: of a model of conf/model, or of a tiny family (tests/hw/tiny_models.py). bits: of the linear layers. sampled: whether tokens are sampled, with temperature and top_p.
+    name: of a model of conf/model, or of a tiny family (tests/hw/tiny_models.py). bits: of the linear layers.
+    sampled: whether tokens are sampled, with temperature and top_p.
     """
     device, elastic = _model(name, bits)
     model = elastic.spec  # type: ignore[attr-defined]

@@ -115,6 +115,9 @@ class MetaDevice(Accelerator):
     def record(self, step: Callable[[], Tensor]) -> Any:
         raise NotImplementedError
 
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        raise NotImplementedError
+
 
 def meta_model(name: str, device: MetaDevice, *, bits: int = 16, layers: int | None = None) -> ElasticModel:
     """Return a model of conf/model without weights, its linear layers at some precision."""

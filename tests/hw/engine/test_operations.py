@@ -34,12 +34,10 @@ def test_a_decode_iteration_stays_within_its_budget_at_any_number_of_kv_blocks(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decode_layer_of_every_family_stays_within_the_budget(family: str, bits: int) -> None:
     _, decode = count(family, bits)
-    rest = 40  # embedding, rotations, head and the choice of tokens, which few layers do not make up for
-    assert decode.total <= OPERATIONS_OF_A_LAYER * tiny_models.LAYERS + rest, decode.launches
-    layers = sum(n for name, n in decode.launches.items() if "kernel" in name or "mm" in name)
+    outside = 20  # embedding, rotations, head and the choice of tokens
+    assert decode.total <= OPERATIONS_OF_A_LAYER * tiny_models.LAYERS + outside, decode.launches
     assert decode.waits <= WAITS
     assert decode.host_copies == 0
-    assert layers
 
 
 def test_sampled_tokens_cost_no_further_wait_and_no_copy() -> None:
