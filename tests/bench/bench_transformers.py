@@ -2,8 +2,8 @@
 
 python tests/bench/bench_transformers.py [--device cuda] [--checkpoint FOLDER] [--batches 1,8,32] [--out FOLDER]
 
-The same model, prompts and machine, in one run. Prints a section of a page. With ``--out`` it also puts the section into
-the folder's index.md, and the figures into transformers.json beside it.
+The same model, prompts and machine, in one run. Prints a section of a page. With ``--out`` it also puts the section
+into the folder's index.md, and the figures into transformers.json beside it.
 """
 
 from __future__ import annotations
