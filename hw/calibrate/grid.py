@@ -53,9 +53,10 @@ ON_GPU = Limits(tokens=8192, batch=256, context=8192)
 
 @dataclass(frozen=True)
 class Grid:
-    """All points that may be measured. notes: where it ends before its limits, and why."""
+    """All points that may be measured. positions: of the model. notes: where it ends before its limits, and why."""
 
     limits: Limits
+    positions: int = 1 << 30
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -83,7 +84,7 @@ class Grid:
     @property
     def longest(self) -> int:
         """Tokens of the longest context, with the chunk at its end."""
-        return self.limits.context + self.limits.tokens
+        return min(self.limits.context + self.limits.tokens, self.positions)
 
 
 def counts(most: int) -> tuple[int, ...]:
@@ -105,11 +106,11 @@ def doublings(first: int, most: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def grid_of(limits: Limits, longest: int, most_blocks: Callable[[Point], bool]) -> tuple[Grid, list[Point]]:
+def grid_of(limits: Limits, longest: int, fits: Callable[[Point], bool]) -> tuple[Grid, list[Point]]:
     """Return a grid within a model's positions, and those of its decodes that the device has memory for.
 
     Args:
-        longest: positions of the model. most_blocks: whether the KV of (batch, context) fits.
+        longest: positions of the model. fits: whether the KV of (batch, context) does.
     """
     notes = []
     if limits.context > longest - 1:
@@ -118,8 +119,10 @@ def grid_of(limits: Limits, longest: int, most_blocks: Callable[[Point], bool]) 
     if limits.tokens > longest:
         limits = Limits(tokens=longest, batch=limits.batch, context=limits.context)
         notes.append(f"the grid ends at {longest:,} tokens of a prompt, the positions of the model")
-    grid = Grid(limits)
-    fitting = [point for point in grid.decodes if most_blocks(point)]
+    grid = Grid(limits, longest)
+    fitting = [point for point in grid.decodes if fits(point)]
+    if not fitting:
+        raise ConfigError("the device has no memory left for the KV of one context; free some, or take a smaller model")
     if len(fitting) < len(grid.decodes):
         most = max(batch * context for batch, context in fitting)
         notes.append(
@@ -127,7 +130,7 @@ def grid_of(limits: Limits, longest: int, most_blocks: Callable[[Point], bool]) 
             f"{limits.batch * limits.context:,} of {limits.batch} sequences of {limits.context:,}; beyond, it is "
             "continued"
         )
-    return Grid(limits, tuple(notes)), fitting
+    return Grid(limits, longest, tuple(notes)), fitting
 
 
 def coarse(points: Sequence[Point]) -> list[Point]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import asdict
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
-from hw.checkup.findings import Findings, Skip
+from hw.checkup.findings import Findings
 from hw.checkup.setup import Setup
 from hw.elastic.checkpoint import DTYPES, checkpoint_of, config_of, load_checkpoint, pick_device
 from hw.elastic.random_weights import random_model, seed_of
+from hw.validate.transformers_engines import ENGINES, OURS, compare
 
 AMOUNTS = {"gpu": ((1, 8, 32), 512, 128), "cpu": ((1, 8, 32), 64, 24), "short": ((1, 2), 8, 4)}
 """Batches, and tokens of each prompt and of each answer."""
@@ -22,17 +21,14 @@ LEAST_RATIO = {"gpu": 0.9, "cpu": 0.9, "short": 0.0}
 
 def run(setup: Setup, findings: Findings) -> None:
     """Compare with ``generate`` and with continuous batching, batch by batch."""
-    if find_spec("hw.validate.transformers_engines") is None:
-        raise Skip("this version has no comparison with Transformers")
-    peers = import_module("hw.validate.transformers_engines")
     model = _model(setup)
     batches, prompt_tokens, output_tokens = AMOUNTS[setup.size]
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        engines = list(peers.ENGINES)
+        engines = list(ENGINES)
         while engines:
             try:
-                found = peers.compare(
+                found = compare(
                     model,
                     setup.device,
                     batches=(batch,),
@@ -44,7 +40,7 @@ def run(setup: Setup, findings: Findings) -> None:
                 )
                 break
             except Exception:  # a peer that fails here is left out, and the step says so
-                if len(engines) < len(peers.ENGINES):
+                if len(engines) < len(ENGINES):
                     raise
                 traceback.print_exc()
                 findings.figure("left out", {"engine": engines.pop(), "traceback": traceback.format_exc()})
@@ -52,7 +48,7 @@ def run(setup: Setup, findings: Findings) -> None:
         findings.figure("rows", rows)
         findings.figure("tokens_per_s", {f"{row['engine']}, {row['batch']}": row["tokens_per_s"] for row in rows})
         speed = {row.engine: row.tokens_per_s for row in found}
-        ratio = speed[peers.OURS] / max(value for name, value in speed.items() if name != peers.OURS)
+        ratio = speed[OURS] / max(value for name, value in speed.items() if name != OURS)
         least = LEAST_RATIO[setup.size]
         findings.check(f"throughput over the better peer's, batch {batch}", ratio >= least, ratio, f"at least {least}")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hw.elastic.device import device_of
+from hw.elastic.device import Accelerator, device_of
 from hw.elastic.model import ElasticModel
 from hw.engine.hw_engine import HwEngine
 from sim.cost.memory import budget_for_kv_blocks, kv_blocks
@@ -33,6 +33,8 @@ OURS, GENERATE, CONTINUOUS = "hw.engine", "generate", "generate_batch"
 ENGINES = (OURS, GENERATE, CONTINUOUS)
 KV_BLOCK_TOKENS = 16
 TICK_S = 0.1
+GPU_WORKSPACE_BYTES = 4_000_000_000
+"""What a pass over all prompts takes besides weights and KV; on a CPU nothing counts it."""
 
 Run = Callable[[list[list[int]]], "Served"]
 """Serves prompts, all submitted at once."""
@@ -137,7 +139,8 @@ def _run_ours(elastic: ElasticModel, prompts: list[list[int]], output_tokens: in
     # As many tokens at once as the others take: all prompts.
     limits = Limits(max_batch_tokens=max(count * length, 2048), max_running=count)
     config = EngineConfig(scheduler="chunked", limits=limits, kv_block_tokens=KV_BLOCK_TOKENS)
-    blocks = (count + 1) * kv_blocks(length + output_tokens + 1, KV_BLOCK_TOKENS) * spec.num_layers
+    blocks = (count + 1) * kv_blocks(length + output_tokens + 1, KV_BLOCK_TOKENS)
+    workspace_bytes = GPU_WORKSPACE_BYTES if isinstance(elastic.hardware, Accelerator) else 0
     token_s: list[list[float]] = [[] for _ in prompts]
     tokens: list[list[int]] = [[] for _ in prompts]
     start_s = 0.0
@@ -151,7 +154,8 @@ def _run_ours(elastic: ElasticModel, prompts: list[list[int]], output_tokens: in
         elastic=elastic,
         config=config,
         plan=plan,
-        budget_bytes=budget_for_kv_blocks(spec, plan, blocks, 0, KV_BLOCK_TOKENS),
+        budget_bytes=budget_for_kv_blocks(spec, plan, blocks, workspace_bytes, KV_BLOCK_TOKENS),
+        workspace_bytes=workspace_bytes,
         prompts=lambda request_id, _: prompts[request_id],
         on_token=on_token,
         plans=[plan],

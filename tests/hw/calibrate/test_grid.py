@@ -79,6 +79,7 @@ def test_the_positions_of_a_model_end_its_grid_and_a_note_says_so() -> None:
     grid, fitting = grid_of(ON_GPU, 4096, lambda point: math.prod(point) <= 100_000)
     assert max(context for _, context in fitting) == 4095
     assert grid.tokens[-1] == 4096
+    assert max(map(sum, grid.prefills)) <= 4096
     assert [word in " ".join(grid.notes) for word in ("4,096 positions", "memory of this device")] == [True, True]
     assert not grid_of(ON_CPU, 8192, lambda _: True)[0].notes
 
@@ -86,3 +87,8 @@ def test_the_positions_of_a_model_end_its_grid_and_a_note_says_so() -> None:
 def test_limits_that_leave_no_grid_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"grid.batch is 1; it must be at least 4"):
         Limits(tokens=64, batch=1, context=64)
+
+
+def test_a_device_without_memory_for_one_context_is_an_error_and_no_empty_table() -> None:
+    with pytest.raises(ConfigError, match="no memory left"):
+        grid_of(ON_GPU, 4096, lambda _: False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -19,6 +20,7 @@ from hw.checkup.schedule import STEPS
 from hw.checkup.setup import SIZES, Setup
 from sim.config import check_overrides
 from sim.cost.model_spec import load_model
+from tests.hw.fake_cuda import FakeCuda
 from tests.hw.serving import flat_latency_content
 
 
@@ -50,6 +52,27 @@ def test_a_budget_that_falls_and_an_allocation_beyond_it_lose_no_request(setup: 
     assert figures["kv_bytes"][1] < figures["kv_bytes"][0] == figures["kv_bytes"][2]
 
 
+@pytest.fixture
+def on_fake_gpu(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """Let the model be on a fake GPU, which counts every tensor and refuses those beyond its limit."""
+    hardware = FakeCuda()
+    monkeypatch.setattr("hw.elastic.model.device_of", lambda _: hardware)
+    with hardware:
+        yield hardware
+
+
+def test_on_a_gpu_the_allocator_holds_the_weights_and_little_else(setup: Setup, on_fake_gpu: FakeCuda) -> None:
+    figures = found_by("weights", setup)["figures"]
+    assert figures["allocated_bytes"] >= 600_000
+    assert figures["stored_bytes"] > 0
+
+
+def test_on_a_gpu_an_allocation_beyond_the_limit_fails_and_the_limit_ends(setup: Setup, on_fake_gpu: FakeCuda) -> None:
+    found_by("budgets", setup)
+    assert on_fake_gpu.limits[-1] is None
+    assert len({limit for limit in on_fake_gpu.limits if limit is not None}) >= 2
+
+
 def test_policies_are_replayed_and_simulated_and_compared(setup: Setup) -> None:
     setup.calibration.write_text(json.dumps(flat_latency_content(1e3, 10.0) | {"name": "tiny_cpu_epyc_1thread"}))
     figures = found_by("policies", setup)["figures"]["policies"]
@@ -69,6 +92,21 @@ def test_streams_are_served_some_are_aborted_and_the_server_stops(setup: Setup) 
     figures = found_by("serving", setup)["figures"]
     assert figures["answers"]["aborted"] == 3
     assert figures["answers"]["complete"] == SIZES["short"].streams - 3
+
+
+def test_throughput_is_compared_with_transformers_and_a_peer_that_fails_is_left_out(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no continuous batching here")
+
+    monkeypatch.setattr("hw.validate.transformers_engines._run_continuous", fails)
+    figures = found_by("peers", setup)["figures"]
+    assert set(figures["tokens_per_s"]) == {
+        f"{name}, {batch}" for name in ("hw.engine", "generate") for batch in (1, 2)
+    }
+    assert figures["left out"]["engine"] == "generate_batch"
+    assert "no continuous batching here" in figures["left out"]["traceback"]
 
 
 def test_the_report_of_the_tests_names_each_that_failed(tmp_path: Path) -> None:
