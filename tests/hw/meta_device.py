@@ -98,10 +98,6 @@ class MetaDevice(Accelerator):
     def join(self, event: Event, tensors: Sequence[Tensor]) -> None:
         """Do nothing."""
 
-    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
-        work()
-        return 1.0, 1.0
-
     def mark(self) -> Event:
         return _Done()
 
@@ -121,9 +117,6 @@ class MetaDevice(Accelerator):
         return torch.ones(tensor.shape, dtype=tensor.dtype)
 
     def record(self, step: Callable[[], Tensor]) -> Any:
-        raise NotImplementedError
-
-    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
         raise NotImplementedError
 
 
