@@ -47,13 +47,16 @@ PROBE_S = 120.0
 
 @dataclass(kw_only=True)
 class CheckupHardware:
-    """Which weights. checkpoint: as in hw.replay; null takes random:0 on a GPU, and the model's own on a CPU.
+    """Keys of ``hw.replay`` that every step takes.
 
-    threads: of PyTorch on a CPU.
+    checkpoint: as there; null takes random:0 on a GPU, and the model's own on a CPU. threads: of PyTorch on a CPU.
+    attention: auto, flashinfer, flash_attn, triton or sdpa. cuda_graphs: record decode passes that recur on a GPU.
     """
 
     checkpoint: str | None = None
     threads: int = 1
+    attention: str = "auto"
+    cuda_graphs: bool = True
 
 
 @dataclass(kw_only=True)
