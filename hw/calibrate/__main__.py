@@ -13,6 +13,7 @@ from rich.console import Console
 
 from hw.calibrate.published import from_measurements
 from hw.calibrate.writing import error_table
+from hw.elastic.attention_choice import check_attention
 from sim.config import build, run_command
 from sim.cost.latency import CALIBRATIONS
 from sim.errors import ConfigError, nearest
@@ -37,6 +38,7 @@ class CalibrateConfig:
     target: of source=measurements: names of targets, or all. data: their folder, a path or one under RAP_LAB_DATA.
     model, gpu: of source=device: what is measured on what.
     checkpoint: weights, as in hw.replay; the model's own when empty. threads: of PyTorch.
+    attention: which code computes it, as in hw.replay.
     clock: cpu or wall; null takes cpu on a CPU, which others may share, and wall on a GPU.
     seconds: to measure, at most. only: all, or changes (what plan changes cost).
     grid: where the tables end: tokens of an iteration, batch of decodes, context of each; null takes 256, 24 and 512 on
@@ -53,6 +55,7 @@ class CalibrateConfig:
     checkpoint: str = ""
     clock: str | None = None
     threads: int = 1
+    attention: str = "auto"
     seconds: float = 480.0
     seed: int = 0
     only: str = "all"
@@ -72,6 +75,7 @@ def _calibrate(cfg: DictConfig) -> None:
     for key, allowed in (("source", SOURCES), ("only", ONLY)):
         if cfg[key] not in allowed:
             raise ConfigError(f"unknown {key}={cfg[key]}; {nearest(cfg[key], allowed)}")
+    check_attention(cfg.attention, "attention")
     out = Path(cfg.out) if cfg.out is not None else CALIBRATIONS if CHECKOUT else Path("calibration")
     if cfg.source == "device":
         contents = [_from_device(cfg, out)]
@@ -113,6 +117,7 @@ def _from_device(cfg: DictConfig, out: Path) -> dict[str, Any]:
         seed=cfg.seed,
         limits=limits,
         memory_bytes=gpu.memory_bytes,
+        attention=cfg.attention,
     )
     if cfg.only == "changes":
         return this_device.measure_changes(elastic, settings, path)

@@ -32,6 +32,7 @@ from torch import Tensor
 from hw.calibrate import measurements as m
 from hw.calibrate.engine_runs import BLOCK_TOKENS, USED_SHARE, WORKSPACE_BYTES, Iterations, Load, run_engine
 from hw.calibrate.grid import ON_CPU, Limits, Point, Term, coarse, grid_of, most_informative
+from hw.elastic.attention_choice import find_attention
 from hw.elastic.device import Accelerator, Device
 from hw.elastic.forward import attend, forward
 from hw.elastic.layers import Layer
@@ -79,6 +80,7 @@ class DeviceSettings:
     seed: int
     limits: Limits = ON_CPU
     memory_bytes: float = math.inf
+    attention: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,14 @@ class Bench:
         self.most_blocks = min(wanted * self._spec.num_layers, most_blocks)
         self.arena = arena_of(elastic, self.most_blocks, block_tokens=BLOCK_TOKENS)
         self.pool = KVPool(0, ArenaStorage(self.arena))
-        self._staging = Staging(elastic.hardware)
+        self.staging = Staging(elastic.hardware)
+        self.attention = find_attention(
+            settings.attention,
+            self.arena.device,
+            head_dim=self._spec.head_dim,
+            dtype=elastic.dtype,
+            block_tokens=BLOCK_TOKENS,
+        )
         self._host_s: dict[str, float] = {}
 
     @torch.inference_mode()
@@ -239,9 +248,7 @@ class Bench:
         spec = self._spec
 
         def batch_of(made: list[Packed]) -> PagedBatch:
-            return PagedBatch(
-                self.arena, made[: len(decodes)], made[len(decodes) :], self.elastic.windows, staging=self._staging
-            )
+            return self._batch(made[: len(decodes)], made[len(decodes) :])
 
         def attend_all(batch: PagedBatch, qkv: Tensor, rope: Rope) -> None:
             for index, layer in enumerate(self.elastic.layers):
@@ -265,6 +272,17 @@ class Bench:
 
         return Cell((name,), run, spec.num_layers)
 
+    def _batch(self, decodes: list[Packed], prefills: list[Packed], wanted: Sequence[int] = ()) -> PagedBatch:
+        return PagedBatch(
+            self.arena,
+            decodes,
+            prefills,
+            self.elastic.windows,
+            wanted,
+            staging=self.staging,
+            attention=self.attention,
+        )
+
     def full_pass(
         self, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]], keep: KeepMask | None = None
     ) -> Timed:
@@ -278,7 +296,7 @@ class Bench:
             single, chunks = made[: len(decodes)], made[len(decodes) :]
             ends = np.cumsum([len(packed.tokens) for packed in made]) - 1
             start_s = self.now_s()
-            batch = PagedBatch(self.arena, single, chunks, self.elastic.windows, ends.tolist())
+            batch = self._batch(single, chunks, ends.tolist())
             logits = forward(self.elastic, batch, prefill=keep, decode=keep)
             bool(torch.isfinite(logits).all())
             logits.argmax(-1).tolist()

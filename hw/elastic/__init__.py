@@ -5,8 +5,15 @@ blocks            MHA and FFN blocks whose weights can be freed, restored or qua
 quantize          weights in 8 and 4 bits
 copies            ``LayerCopier``: copies weights while iterations run
 kv                ``RequestKV``: one growing KV cache per request, simple and exact
-paged_kv          the memory behind the paged KV pool
-paged_attention   one iteration over the paged pool
+forward           one forward pass over a batch, in this package's own code
+paged_attention   ``PagedBatch``: one iteration over the paged pool, with one copy to the device
+block_arrays      the block tables of an iteration as arrays
+staging           pinned memory for that copy, and the one wait for the result
+paged_kv          the memory behind the paged KV pool: one range of addresses
+virtual_memory    ranges of addresses that are mapped and unmapped in pieces
+attention         ways to compute attention; attention_choice picks one, attention_packages has those of others
+graphs            CUDA graphs of decode passes that recur
+device            streams, copies, memory and graphs of a device: the seam that tests replace
 device_memory     what a run allocates on the device
 families          the module names of each supported model class
 random_weights    weights for any model description, without a download

@@ -188,11 +188,11 @@ class Kernels(Attention):
 
 @dataclass(frozen=True, slots=True)
 class _Decodes:
-    """Decodes of one call: their rows (None: all), the width of their tables, which keys count [b, 1, 1, k]."""
+    """Decodes of one call: their rows (None: all), the width of their tables, what scores get added [b, 1, 1, k]."""
 
     rows: Tensor | None
     width: int
-    seen: Tensor | None
+    mask: Tensor | None
 
 
 class PreparedSdpa(Prepared):
@@ -242,7 +242,7 @@ class PreparedSdpa(Prepared):
             query.reshape(batch, kv_heads, heads // kv_heads, head_dim),
             keys.index_select(0, at).view(shape).transpose(1, 2),
             values.index_select(0, at).view(shape).transpose(1, 2),
-            attn_mask=group.seen,
+            attn_mask=group.mask,
             scale=scale,
         )
         return attended.reshape(batch, heads, head_dim)
@@ -282,10 +282,15 @@ class PreparedSdpa(Prepared):
                     _Decodes(
                         None if everyone else torch.from_numpy(part).to(device),
                         width,
-                        None if seen.all() else torch.from_numpy(seen).to(device)[:, None, None],
+                        None if seen.all() else self._mask(torch.from_numpy(seen).to(device)),
                     )
                 )
         return groups
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """Return what is added to scores, [b, 1, 1, k]; PyTorch would make it of booleans in every layer."""
+        added = torch.zeros(seen.shape, dtype=self._arena.kv.dtype, device=seen.device)
+        return added.masked_fill_(~seen, -torch.inf)[:, None, None]
 
     def _chunk(
         self,

@@ -26,6 +26,16 @@ ATTENTIONS = ("auto", "flashinfer", "flash_attn", "triton", "sdpa")
 """Values of hw.attention; ``auto`` takes the first of the others that is available."""
 
 
+def check_attention(name: str, key: str = "hw.attention") -> None:
+    """Check the value of a key that names a way to compute attention, before anything is loaded.
+
+    Raises:
+        ConfigError: for a name that is none.
+    """
+    if name not in ATTENTIONS:
+        raise ConfigError(f"{key} is {name!r}; {nearest(name, ATTENTIONS)}")
+
+
 def find_attention(
     name: str, device: torch.device, *, head_dim: int, dtype: torch.dtype, block_tokens: int
 ) -> Attention:
@@ -36,8 +46,7 @@ def find_attention(
     Raises:
         ConfigError: for another name, or one that is not available here.
     """
-    if name not in ATTENTIONS:
-        raise ConfigError(f"hw.attention is {name!r}; {nearest(name, ATTENTIONS)}")
+    check_attention(name)
     lacks = {each: _lack(each, device, head_dim, dtype, block_tokens) for each in ATTENTIONS[1:]}
     if name == "auto":
         name = next(each for each, lack in lacks.items() if lack is None)

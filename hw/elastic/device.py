@@ -78,6 +78,9 @@ class Device(ABC):
     def name(self) -> str:
         """The name of the processor."""
 
+    def use(self) -> None:  # noqa: B027 - most devices need nothing
+        """Let this thread compute on the device; each thread has to call it before it starts kernels."""
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all work of the device is done."""
@@ -204,6 +207,10 @@ class Cuda(Accelerator):
         """The name of the GPU."""
         return processor_name(self.place)
 
+    def use(self) -> None:
+        """Make it the current device of this thread: the driver and Triton take no other."""
+        torch.cuda.set_device(self.place)
+
     def synchronize(self) -> None:
         """Wait for all streams."""
         torch.cuda.synchronize(self.place)
@@ -229,11 +236,13 @@ class Cuda(Accelerator):
     def reserve(self, size: int) -> AddressRange:
         """Return addresses that the driver maps."""
         assert self.place.index is not None
+        self.use()
         driver = CudaDriver(self.place.index)
         return CudaRange(Pieces(size, driver, wait=self._wait, resized=self._mapped))
 
     def _wait(self) -> None:
         """Wait for what computes, not for copies: only passes use mapped memory."""
+        self.use()
         torch.cuda.current_stream(self.place).synchronize()
 
     def _mapped(self, added: int) -> None:
@@ -242,6 +251,7 @@ class Cuda(Accelerator):
         Raises:
             torch.OutOfMemoryError: if the limit leaves no room for it.
         """
+        self.use()
         if added > 0 and self._most_bytes is not None:
             most = self._most_bytes + SEGMENTS_BYTES - self._mapped_bytes
             if torch.cuda.memory_reserved(self.place) + added > most:
@@ -325,7 +335,7 @@ class Cuda(Accelerator):
         self.give_back()
         before = torch.cuda.memory_reserved(self.place)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory):
+        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
             output = step()
         return CudaGraph(graph, output, max(0, torch.cuda.memory_reserved(self.place) - before))
 

@@ -57,7 +57,10 @@ class Handover:
 
 
 class HwEngine(Replica):
-    """A replica that computes with a real model. notes: what it changed about its settings."""
+    """A replica that computes with a real model.
+
+    attention: how it is computed. notes: what the engine changed about its settings.
+    """
 
     executor_type: type[TorchExecutor] = TorchExecutor
 
@@ -134,7 +137,7 @@ class HwEngine(Replica):
         _prepare(elastic, plan, plans)
         self.memory = DeviceMemory(elastic.hardware, elastic.bytes())
         self.arena = arena or _default_arena(elastic, budget, workspace_bytes, config.kv_block_tokens)
-        found = find_attention(
+        self.attention = found = find_attention(
             attention,
             self.arena.device,
             head_dim=elastic.spec.head_dim,
@@ -254,6 +257,9 @@ class HwEngine(Replica):
     def close(self) -> None:
         """Abandon the copy under way, end its thread, and let the process use the memory of the device again."""
         self._copier.close()
+        self._torch.close()
+        if isinstance(self.elastic.hardware, Accelerator):
+            self.arena.close()
         self.memory.close()
 
 

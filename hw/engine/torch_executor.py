@@ -20,7 +20,7 @@ from hw.elastic.attention_choice import default_attention
 from hw.elastic.blocks import ABSENT, KINDS
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import DeviceMemory, attempt
-from hw.elastic.forward import NotANumberError, forward
+from hw.elastic.forward import NotANumberError, all_finite, forward
 from hw.elastic.graphs import DecodeGraphs
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import Packed, PagedBatch
@@ -145,6 +145,7 @@ class TorchExecutor:
 
     def run(self, iteration: Iteration) -> Ran | None:
         """Run one iteration; return None if memory ran out and nothing was computed."""
+        self._elastic.hardware.use()
         forward_start_s = self._clock.now_s()
         next_tokens = self._guarded_forward(iteration)
         if next_tokens is None:
@@ -178,6 +179,11 @@ class TorchExecutor:
             next_tokens=next_tokens,
             stopped=frozenset(request_id for request_id, token in next_tokens.items() if ended(request_id, token)),
         )
+
+    def close(self) -> None:
+        """Free the memory of recorded passes."""
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def follow_budget(self, budget_bytes: int) -> None:
         """Let allocations beyond this many bytes fail from now on, where the device can."""
@@ -268,14 +274,14 @@ class TorchExecutor:
         if count <= at_once:
             logits = self._run(iteration, batch, recurs=recurs)
             chosen = choose(logits, drawn, batch.extra)
-            return chosen, torch.isfinite(logits).all()[None].to(chosen.dtype)
+            return chosen, all_finite(logits)[None].to(chosen.dtype)
         hidden = self._run(iteration, batch, recurs=recurs, head=False)
         tokens: list[Tensor] = []
         finite: list[Tensor] = []
         for first in range(0, count, at_once):
             logits = self._elastic.ends.logits(hidden[first : first + at_once])
             tokens.append(choose(logits, drawn, batch.extra, first))
-            finite.append(torch.isfinite(logits).all())
+            finite.append(all_finite(logits))
         return torch.cat(tokens), torch.stack(finite).all()[None].to(tokens[0].dtype)
 
     def _run(self, iteration: Iteration, batch: PagedBatch, *, recurs: bool, head: bool = True) -> Tensor:

@@ -21,6 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from hw.elastic.attention_choice import check_attention
 from hw.elastic.checkpoint import checkpoint_of, config_of, load_weights, pick_device
 from hw.elastic.device import Accelerator
 from hw.elastic.model import ElasticModel
@@ -80,11 +81,12 @@ def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticMo
         model: the description. hw: a HardwareConfig. node: the ``model`` of the configuration (``checkpoint_of``).
     Raises:
         ModelError: when the shape of the checkpoint differs from the description.
-        ConfigError: for a clock that cannot time the device.
+        ConfigError: for a clock that cannot time the device, or an unknown way to compute attention.
     """
     dtype = "float32" if model.weight_dtype_bytes == 4 else "bfloat16"
     torch.set_num_threads(int(hw.threads))
     check_clock(hw.clock, pick_device(hw.device).type)
+    check_attention(hw.attention)
     checkpoint = checkpoint_of(node, hw.checkpoint, model.name)
     elastic, tokenizer = load_weights(checkpoint, model, dtype=dtype, device=hw.device, config=config_of(node))
     found = replace(elastic.spec, max_context_tokens=model.max_context_tokens)
@@ -133,6 +135,8 @@ def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "clock": cfg.hw.clock,
         "skip_idle": bool(cfg.hw.skip_idle or cfg.hw.clock == "cpu"),
+        "attention": engine.attention.name,
+        "notes": engine.notes,
         "out_of_memory": engine.out_of_memory,
         "peak_predicted_bytes": max((row.predicted_bytes for row in rows), default=0),
         "peak_allocated_bytes": max((row.allocated_bytes for row in rows), default=0),

@@ -3,8 +3,8 @@
     rows = compare(model, "cpu", batches=(1, 8, 32))
 
 All serve the same prompts with the same model, one after another in each round, and each keeps the best of its rounds:
-what else the machine does only makes a round slower. All prompts are equally long, which is the best case of
-``generate``: it pads no row.
+what else the machine does only makes a round slower. On a CPU, seconds are those of the process: others share the
+machine. All prompts are equally long, which is the best case of ``generate``: it pads no row.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ GPU_WORKSPACE_BYTES = 4_000_000_000
 
 Run = Callable[[list[list[int]]], "Served"]
 """Serves prompts, all submitted at once."""
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,15 @@ def compare(
     place = torch.device(device)
     model = model.to(place).eval()
     generator = torch.Generator().manual_seed(seed)
+    clock: Clock = time.process_time if place.type == "cpu" else time.perf_counter
     made: dict[str, Run] = {}
     if OURS in engines:
         elastic = ElasticModel(copy.deepcopy(model))
-        made[OURS] = lambda prompts: _run_ours(elastic, prompts, output_tokens)
+        made[OURS] = lambda prompts: _run_ours(elastic, prompts, output_tokens, clock)
     if GENERATE in engines:
-        made[GENERATE] = lambda prompts: _run_generate(model, prompts, output_tokens)
+        made[GENERATE] = lambda prompts: _run_generate(model, prompts, output_tokens, clock)
     if CONTINUOUS in engines:
-        made[CONTINUOUS] = lambda prompts: _run_continuous(model, prompts, output_tokens)
+        made[CONTINUOUS] = lambda prompts: _run_continuous(model, prompts, output_tokens, clock)
     rows = []
     with progress("comparing engines", len(batches) * rounds, "rounds") as report:
         for number, batch in enumerate(batches):
@@ -129,7 +132,7 @@ def _mean(values: Any) -> float:
     return float(sum(found) / len(found))
 
 
-def _run_ours(elastic: ElasticModel, prompts: list[list[int]], output_tokens: int) -> Served:
+def _run_ours(elastic: ElasticModel, prompts: list[list[int]], output_tokens: int, clock: Clock) -> Served:
     count, length = len(prompts), len(prompts[0])
     spec, plan = elastic.spec, dense_plan(elastic.spec)
     # As many tokens at once as the others take: all prompts.
@@ -144,7 +147,7 @@ def _run_ours(elastic: ElasticModel, prompts: list[list[int]], output_tokens: in
     def on_token(request_id: int, token: int | None, last: bool) -> None:
         assert token is not None
         tokens[request_id].append(token)
-        token_s[request_id].append(time.perf_counter() - start_s)
+        token_s[request_id].append(clock() - start_s)
 
     engine = HwEngine(
         elastic=elastic,
@@ -157,7 +160,7 @@ def _run_ours(elastic: ElasticModel, prompts: list[list[int]], output_tokens: in
         plans=[plan],
     )
     try:
-        start_s = time.perf_counter()
+        start_s = clock()
         engine.submit(
             [
                 Request(request_id=i, arrival_s=0.0, prompt_tokens=length, output_tokens=output_tokens)
@@ -182,7 +185,7 @@ def _generation(output_tokens: int) -> Any:
     )
 
 
-def _run_generate(model: Any, prompts: list[list[int]], output_tokens: int) -> Served:
+def _run_generate(model: Any, prompts: list[list[int]], output_tokens: int, clock: Clock) -> Served:
     from transformers import StoppingCriteriaList
 
     device = device_of(model.device)
@@ -191,10 +194,10 @@ def _run_generate(model: Any, prompts: list[list[int]], output_tokens: int) -> S
 
     def after_a_token(ids: Any, scores: Any, **_: Any) -> Any:
         device.synchronize()
-        step_s.append(time.perf_counter() - start_s)
+        step_s.append(clock() - start_s)
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    start_s = time.perf_counter()
+    start_s = clock()
     with torch.inference_mode():
         made = model.generate(
             ids,
@@ -205,8 +208,12 @@ def _run_generate(model: Any, prompts: list[list[int]], output_tokens: int) -> S
     return Served(made[:, ids.shape[1] :].tolist(), [step_s] * len(prompts))
 
 
-def _run_continuous(model: Any, prompts: list[list[int]], output_tokens: int) -> Served:
+def _run_continuous(model: Any, prompts: list[list[int]], output_tokens: int, clock: Clock) -> Served:
+    from transformers.generation.continuous_batching import requests
+
     implementation = model.config._attn_implementation
+    theirs = requests.time  # the module from which it takes the times of tokens
+    requests.time = SimpleNamespace(perf_counter=clock, time=time.time, sleep=time.sleep)  # type: ignore[attr-defined]
     try:
         made = model.generate_batch(
             prompts,
@@ -215,11 +222,12 @@ def _run_continuous(model: Any, prompts: list[list[int]], output_tokens: int) ->
             record_timestamps=True,
         )
     finally:
+        requests.time = theirs  # type: ignore[attr-defined]
         model.set_attn_implementation(implementation)
     results = sorted(made.values(), key=lambda one: int("".join(filter(str.isdigit, one.request_id))))
     if failed := [str(one.error) for one in results if len(one.generated_tokens) != output_tokens]:
         raise ModelError(f"generate_batch of transformers failed: {' '.join(failed[0].split())[:300]}")
-    start_s = min(one.created_time for one in results)
+    start_s = min(one.lifespan[0] for one in results)  # when the first request is scheduled: without its warm-up
     return Served(
         [list(one.generated_tokens) for one in results],
         [[at_s - start_s for at_s in one.timestamps] for one in results],

@@ -95,6 +95,7 @@ class FakeDriver:
         self._device.mapped.add(self.tensor.untyped_storage()._cdata)
         self._bytes = self.tensor.numpy()  # kept, because torch sees every call of numpy()
         self._bytes.fill(255)
+        self._device.busy = False  # numpy() counts as use
         return 1 << 40
 
     def free(self, address: int, size: int) -> None:

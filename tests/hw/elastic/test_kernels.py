@@ -270,6 +270,29 @@ def test_a_product_keeps_leading_dimensions_and_takes_strided_rows(device: str) 
     torch.testing.assert_close(found, x @ weight.dequantize(torch.float32).T, rtol=1e-4, atol=1e-4)
 
 
+def test_a_pool_of_more_than_two_to_the_31_elements(device: str) -> None:
+    """Offsets in 32 bits would wrap around. The pool is not written, so a CPU backs only the blocks that are used."""
+    torch.manual_seed(0)
+    heads, kv_heads, d, p = 2, 2, 64, 64
+    block = 2 * p * kv_heads * d
+    blocks = (1 << 31) // block + 5
+    kv = torch.empty((blocks, 2, p, kv_heads, d), dtype=torch.float16, device=device)
+    table = torch.tensor([[blocks - 1, 3], [blocks - 2, blocks - 4]], dtype=torch.int32, device=device)
+    kv[table.to(torch.int64)] = normal(2, 2, 2, p, kv_heads, d, device=device, dtype=torch.float16)
+    slots = torch.tensor([3 * p + 35, (blocks - 4) * p + 6], device=device)
+    qkv = normal(2, (heads + 2 * kv_heads) * d, device=device, dtype=torch.float16)
+    tokens, none = ints([100, 71], device), ints([0, 0], device)
+    with ops.use_kernels():
+        query, key, value = ops.rope_and_store(qkv, None, None, kv, slots, heads=heads, kv_heads=kv_heads)
+        decoded = ops.paged_decode(query, kv, table, tokens, none, none, scale=0.1)
+        filled = ops.paged_prefill(query, kv, table, ints([0, 1, 2], device), tokens - 1, scale=0.1)
+    stored = kv[slots // p, :, slots % p]
+    assert torch.equal(stored, torch.stack((key, value), dim=1))
+    expected = ops.paged_decode_reference(query, kv, table, tokens, none, none, scale=0.1)
+    close(decoded, expected)
+    close(filled, expected)
+
+
 def test_each_operation_is_one_launch_and_decode_at_most_two(device: str) -> None:
     case = paged(random.Random(0), [300, 20], 2, group=4, d=64, p=16, dtype=torch.float32, device=device)
     none = ints([0, 0], device)

@@ -116,3 +116,45 @@ def test_memory_beyond_the_arena_is_not_a_number() -> None:
     memory.resize(20)
     assert not memory.kv[:20].any()
     assert memory.kv[40:].isnan().all()
+
+
+def test_memory_is_unmapped_only_after_the_work_that_may_read_it() -> None:
+    class Hasty(FakeCuda):
+        def computed(self) -> None:
+            """Wait for nothing."""
+
+    for device in (FakeCuda(), Hasty()):
+        with device:
+            memory = KVArena(device, capacity=500, **SHAPE)
+            memory.resize(300)
+            memory.read(torch.tensor([299]))
+            if isinstance(device, Hasty):
+                with pytest.raises(AssertionError, match="may still read"):
+                    memory.resize(10)
+            else:
+                memory.resize(10)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_memory_is_mapped_counted_and_given_back() -> None:
+    from hw.elastic.device import device_of, make_current
+
+    place = torch.device("cuda", 0)
+    make_current(place)
+    device = device_of(place)
+    before, free = device.in_use_bytes(), torch.cuda.mem_get_info(place)[0]
+    memory = KVArena(device, capacity=4000, block_tokens=16, heads=8, head_dim=128, dtype=torch.bfloat16)
+    assert memory.kv.device == place
+    memory.resize(2000)
+    taken = memory.backed_bytes
+    assert device.in_use_bytes() - before == taken >= memory.allocated_bytes
+    assert free - torch.cuda.mem_get_info(place)[0] >= taken
+    memory.kv[:2000].fill_(3)
+    memory.resize(100)
+    memory.resize(2000)
+    assert bool((memory.kv[:100] == 3).all())
+    assert not bool(memory.kv[100:2000].any())
+    assert memory.read(torch.tensor([99, 100], device=place))[0].float().amax((1, 2, 3)).tolist() == [3, 0]
+    memory.close()
+    assert device.in_use_bytes() == before
+    assert free - torch.cuda.mem_get_info(place)[0] < 8 << 20

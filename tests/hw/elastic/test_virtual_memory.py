@@ -189,11 +189,13 @@ class Allocator:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shares: list[float] = []
+        self.current: list[torch.device] = []
         self.allocated = self.reserved = self.peak = 0
         self.cached = 0  # bytes that ``empty_cache`` returns
         properties = SimpleNamespace(total_memory=1 << 36)
         for name, value in {
             "Stream": lambda place: None,
+            "set_device": self.current.append,
             "get_device_properties": lambda place: properties,
             "set_per_process_memory_fraction": lambda share, place: self.shares.append(share),
             "memory_allocated": lambda place: self.allocated,
@@ -221,6 +223,7 @@ def test_mapped_memory_is_in_use_and_makes_the_limit_of_the_allocator_smaller(mo
     assert device.take_peak_bytes() == (1 << 29) + 1000
     room = (1 << 35) + SEGMENTS_BYTES
     assert allocator.shares == [room / total, (room - (1 << 30)) / total, (room - (1 << 29)) / total]
+    assert set(allocator.current) == {device.place}
     device.limit(None)
     assert allocator.shares[-1] == 1.0
     device._mapped(1 << 36)  # without a limit the driver alone refuses

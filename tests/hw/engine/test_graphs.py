@@ -75,6 +75,8 @@ def test_replayed_passes_give_the_tokens_of_a_plain_model() -> None:
         assert 0 < found.count <= 4
         assert device.uploads == device.reads == len(engine.shapes())
         assert tokens_of(engine) == plain_tokens("llama", ROWS)
+        engine.close()
+        assert found.count == engine.arena.backed_bytes == 0
         plain = engine_on(FakeCuda(), cuda_graphs=False)
         assert plain._torch._graphs is None
 

@@ -154,6 +154,23 @@ def test_memory_that_runs_out_is_caught_and_counted_in_hardware_json(
     assert json.loads((folder / "summary.json").read_text())["preemptions"] >= 3
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [("flash_atn", "did you mean 'flash_attn'?"), ("triton", "do not run on cpu; available here: auto, sdpa")],
+)
+def test_a_way_of_attention_that_is_not_there_is_one_line(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: str, says: str
+) -> None:
+    monkeypatch.setattr("hw.elastic.ops.have_triton", lambda: True)
+    with pytest.raises(SystemExit) as ended:
+        run("hw", f"hw.attention={value}", "hw.device=cpu")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "hw.attention is" in error
+    assert says in error
+    assert "Traceback" not in error
+
+
 def test_processor_seconds_on_a_gpu_are_refused_before_the_model_loads(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

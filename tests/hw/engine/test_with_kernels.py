@@ -1,0 +1,50 @@
+"""Tokens of the real engine when every operation is a Triton kernel, in triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
+pytest.importorskip("triton", reason="triton has wheels for Linux on x86_64 alone: pip install -e '.[dev]' there")
+
+from hw.elastic import ops
+from hw.elastic.kernels.launch import INTERPRETED, LAUNCHES
+from sim.cost.plan import KVKeep, dense_plan, drop
+from tests.hw.engine.test_hw_engine import plain_tokens, serve
+from tests.hw.serving import engine_config, hw_engine, tiny_spec
+from tests.hw.tiny_models import FAMILIES, SHORT_TOKENS
+
+ROWS = [(0.0, 11, 3), (0.4, 26, 5)]
+"""Arrival, prompt and output tokens: a chunk with a prefix, full windows and rings, a decode with a chunk."""
+QUICK = ("llama", "gemma3")
+
+pytestmark = pytest.mark.skipif(not INTERPRETED.value, reason="needs triton's interpreter: set TRITON_INTERPRET=1")
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+)
+def test_in_fp32_tokens_are_those_of_generate(family: str) -> None:
+    before, config = LAUNCHES.copy(), engine_config(max_context_tokens=SHORT_TOKENS)
+    with ops.use_kernels():
+        assert serve(hw_engine(family=family, config=config), ROWS) == plain_tokens(family, ROWS)
+    assert {"_decode_kernel", "_prefill_kernel", "_rope_and_store_kernel"} <= set(LAUNCHES - before)
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_precision_kept_tokens_and_dropped_blocks_give_the_tokens_of_the_plain_operations(family: str) -> None:
+    spec = tiny_spec()
+    plan = replace(
+        dense_plan(spec),
+        weight_bits=(8, 16, 4, 4),
+        kv_keep=(KVKeep(first_tokens=2, last_tokens=6), KVKeep(), KVKeep(first_tokens=0, last_tokens=3), KVKeep()),
+        prefill=drop(spec, ffn=[3]),
+        decode=drop(spec, mha=[2], ffn=[1, 3]),
+    )
+    expected = serve(hw_engine(family=family, plan=plan), ROWS)
+    before = LAUNCHES.copy()
+    with ops.use_kernels():
+        assert serve(hw_engine(family=family, plan=plan), ROWS) == expected
+    assert {"_row_kernel", "_tile_kernel"} <= set(LAUNCHES - before)
