@@ -27,13 +27,13 @@ from rich.table import Table
 from hw.checkup import machine
 from hw.checkup.child import SETUP, run_child, tail
 from hw.checkup.figure import plot
-from hw.checkup.findings import without_paths
+from hw.checkup.findings import hide, without_paths
 from hw.checkup.schedule import STEPS, TOTAL_S, Step, limit_s
 from hw.checkup.setup import SIZES, Setup
 from sim.config import option_names, run_command
 from sim.errors import ConfigError, nearest
 from sim.json_file import read_json_object
-from sim.paths import CHECKOUT, REPOSITORY, RESULTS
+from sim.paths import CHECKOUT, REPOSITORY, RESULTS, data_dir
 from sim.progress import say
 from sim.results.run_folder import commit, own_folder, provenance, write_json
 
@@ -104,6 +104,7 @@ def checkup(cfg: DictConfig) -> int:
     found = probe(str(cfg.device))
     setup = setup_of(cfg, found)
     work, out = Path(setup.work), Path(setup.out)
+    hide(OUT=setup.out, WORK=setup.work, DATA=str(data_dir()))
     setup.write(work / SETUP)
     content = begun(cfg, setup, found, steps)
     path = out / "checkup.json"
