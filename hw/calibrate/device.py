@@ -62,6 +62,8 @@ MOST_REPEATS = {"cpu": 40, "cuda": 16}
 """Timings of a cell. A GPU that one process has for itself repeats itself."""
 VERY_LATE = 1.25
 """At this multiple of its time a group ends with the cells that have been timed once."""
+WEIGHTS = {"linear": 4.0, "token": 0.5}
+"""How much an error of a term matters, others 1: most of an iteration is linear layers, the least its embedding."""
 WANTED_SPREAD = 0.02
 """A cell is done when the standard error of its median is below this share of the median."""
 
@@ -390,7 +392,7 @@ class Survey:
 
         The time has to suffice for timing each of them as often as a median needs.
         """
-        self.terms = {name: Term(name, list(found)) for name, found in cells.items()}
+        self.terms = {name: Term(name, list(found), WEIGHTS.get(name, 1.0)) for name, found in cells.items()}
         chosen: list[Cell] = []
         planned_s = 0.0
 
