@@ -14,7 +14,7 @@ from rich.console import Console
 
 from hw.calibrate.calibration import slower
 from hw.calibrate.writing import write_calibration
-from hw.validate.compare import Run, check_sides, compare, plot, print_comparison, read_run
+from hw.validate.compare import Run, as_seen, check_sides, compare, plot, print_comparison, read_run
 from hw.validate.machines import SAME_SPEED, calibration_name, machine_note
 from sim.config import run_command
 from sim.cost.latency import CALIBRATIONS
@@ -49,6 +49,7 @@ def _compare(cfg: DictConfig) -> int:
         raise ConfigError("give the folder of one simulated run and of one or more real ones; --help shows how")
     simulated, *real = (read_run(folder) for folder in folders)
     check_sides(simulated, real)
+    simulated = as_seen(simulated, real)
     result = compare(simulated, real)
     out = Path(cfg.out) if cfg.out is not None else own_folder("compare")
     if not result["held"]:

@@ -1,4 +1,4 @@
-"""Command ``python -m hw.fidelity``: the simulator against a published run of vLLM."""
+"""Command ``python -m hw.fidelity``: the simulator against published runs of vLLM."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from hw.fit.error_page import error_graph, error_page
+from hw.fit.studies import every_study
 from hw.validate.fidelity import (
     CALIBRATION,
     FIT_UNTIL_S,
@@ -42,11 +44,13 @@ class FidelityConfig:
     """Which run to compare with.
 
     run: its folder, a path or one under RAP_LAB_DATA. calibration: of its model on its device: a name or a path.
+    studies: with the published run, also simulate every other run at hand, with nothing fitted and fitted.
     out: the folder to write to; a new folder under runs/ when null.
     """
 
     run: str = RUN
     calibration: str = CALIBRATION
+    studies: bool = True
     out: str | None = None
 
 
@@ -80,9 +84,25 @@ def _fidelity(cfg: DictConfig) -> None:
     }
     if not _same_figures(out / "fidelity.json", content):
         write_json(out / "fidelity.json", content)
-        write_text(out / "index.md", page(content))
+    else:
+        content = read_json_object(out / "fidelity.json", CalibrationError, "remove it, or set out=")
+    text = page(content)
+    if cfg.studies and cfg.run == RUN:
+        figures = _studies(out)
+        text = error_page(figures, text)
+    write_text(out / "index.md", text)
     Console().print(error_table(errors, fixed_s))
     print(f"files: {out / 'index.md'}, {out / 'fidelity.json'}")
+
+
+def _studies(out: Path) -> dict[str, Any]:
+    """Simulate every run at hand; write the figures and the graph, unless they are there; return the figures."""
+    figures = {"commit": commit(), **every_study()}
+    path = out / "errors.json"
+    if not _same_figures(path, figures):
+        write_json(path, figures)
+        error_graph(out / "errors.png", figures)
+    return read_json_object(path, CalibrationError, "remove it, or set out=")
 
 
 def _command(cfg: DictConfig) -> str:

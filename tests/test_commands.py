@@ -33,6 +33,7 @@ COMMANDS = {
     "hw.disaggregate.results": "disaggregate_results",
     "hw.compare": "hw_compare",
     "hw.fidelity": "hw_fidelity",
+    "hw.fit.run": "fit",
     "hw.reproduction.run": "reproduction",
     "hw.validate.suite": "hw_validate",
     "agents.training.train": "train",
@@ -61,7 +62,7 @@ def test_help_shows_how_to_call_the_command_and_lists_the_groups_that_it_uses(mo
     assert "$" not in text.replace("${", "")
     groups = text.partition("== Groups")[2].partition("\n\n==")[0]
     assert ("trace:" in groups) == (COMMANDS[module] in REPLAYS)
-    assert "router:" not in groups or COMMANDS[module] == "cluster"
+    assert "router:" not in groups or COMMANDS[module] in ("cluster", "fit")
 
 
 def test_no_file_parses_arguments_of_its_own() -> None:

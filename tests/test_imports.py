@@ -42,6 +42,7 @@ LAYERS = {
         ("replay",),  # serve and disaggregate start a real engine as hw.replay does
         ("calibrate", "score", "serve", "client", "disaggregate"),
         ("validate",),
+        ("fit",),
         ("reproduction",),
         ("checkup",),
     ),

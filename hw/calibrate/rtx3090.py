@@ -24,7 +24,6 @@ from sim.cost.memory import budget_for_kv_blocks, layer_weight_bytes, mha_weight
 from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.protocol import EngineConfig
-from sim.engine.scheduler import Limits
 from sim.engine.server_spec import ServerSpec
 from sim.engine.sim_engine import SimEngine
 from sim.errors import CalibrationError
@@ -35,7 +34,6 @@ NAME, MODEL, GPU = "llama3.1_8b_rtx3090", "llama3.1_8b", "rtx3090_24gb"
 LOW_LAYERS = 16
 """Layers at 4 bits, from the first: "w4" of the runs."""
 KV_BLOCKS = {"fp16": 1759, "w4": 4170}
-HOST_KV_BLOCKS = 4096
 PROMPT_TOKENS, OUTPUT_TOKENS = 1024, 512
 TIME_SCALE = 1.75
 """Seconds per second of BurstGPT's clock, before a run's own scale."""
@@ -53,14 +51,9 @@ PREFILL_COLUMNS = {16: "fp16_ms", 4: "w4_ms"}
 
 
 def engine_config() -> EngineConfig:
-    """Return the settings of the runs: SwiftLLM with 32 requests, prompts batched up to 49,152 tokens, swapping."""
-    return EngineConfig(
-        scheduler="prefill_first",
-        limits=Limits(max_batch_tokens=49_152, max_running=32),
-        preemption="swap",
-        host_kv_blocks=HOST_KV_BLOCKS,
-        copying="blocking",
-    )
+    """Return the settings of the runs: SwiftLLM's, and the engine stops for a switch."""
+    config: EngineConfig = build_option("engine", "swiftllm", {"copying": "blocking"})
+    return config
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +169,9 @@ def content_of(runs: Runs, decode: Decode) -> dict[str, Any]:
     attention_us = 4 * model.hidden_size / (gpu.dense_fp16_flop_per_s * ATTENTION_FLOP_SHARE) * 1e6
     kv_us = model.kv_bytes_per_token_layer / (gpu.memory_bandwidth_bytes_per_s * decode.kv_share) * 1e6
     tokens = runs.prefill["tokens"].to_numpy(np.float64)
-    once_us = decode.fixed_us + head_us
+    # Embedding and final norm read and write each token's state a few times.
+    token_us = 8 * model.hidden_size / gpu.memory_bandwidth_bytes_per_s * 1e6
+    once_us = decode.fixed_us + head_us + token_us * tokens
     attention = attention_us * tokens * (PROMPT_TOKENS + 1) / 2
     layer = {
         16: (runs.prefill["fp16_ms"].to_numpy() * 1e3 - once_us) / model.num_layers - attention,
@@ -211,7 +206,7 @@ def content_of(runs: Runs, decode: Decode) -> dict[str, Any]:
         "tables": {
             "tokens": [int(count) for count in axis],
             "linear_us": linear,
-            "token_us": [0.0] * len(axis),
+            "token_us": _short(token_us * axis),
             "sequences": [1, 256],
             "head_us": [float(f"{head_us:.5g}")] * 2,
             "prefill_attention": product_table(["tokens", "context"], (1, 32_768), (1, 8_192), attention_us),

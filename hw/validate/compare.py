@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from hw.validate.timeline import (
     preemption_times_s,
     timeline,
 )
+from sim.cost.front_end import FrontEnd
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
 from sim.results.plots import COLORS, figure_file
@@ -156,6 +157,50 @@ def check_sides(simulated: Run, real: Sequence[Run]) -> None:
     for run in real:
         if run.side == "simulated":
             raise ConfigError(f"{run.folder} is a simulated run, but all after the first must be real; {advice}")
+
+
+def as_seen(simulated: Run, real: Sequence[Run]) -> Run:
+    """Return a simulated run with the latencies that the real side measured: those of clients, if hw.client did.
+
+    Clients also wait for the front end. The arrivals of its records are then those at the client, as hw.client records
+    them, in their order.
+
+    Raises:
+        ConfigError: if a run with a front end is compared with clients and engines at once.
+    """
+    front = _front_end(simulated)
+    by_client = [not run.logs.sees_engine for run in real]
+    if front.absent or not any(by_client):
+        return simulated
+    if not all(by_client):
+        raise ConfigError(
+            f"{simulated.folder} has a front end, and only some of the real runs are of hw.client, which measures it "
+            "too; compare runs of hw.client and of hw.replay one after the other"
+        )
+    summary, records = dict(simulated.summary), simulated.records.copy()
+    for name in ("ttft_s", "e2e_s"):
+        if f"client_{name}" not in summary or f"client_{name}" not in records:
+            raise ConfigError(f"{simulated.folder} has no client_{name}; run sim.replay again, with its frontend=")
+        summary[name], records[name] = summary[f"client_{name}"], records[f"client_{name}"]
+    records["arrival_s"] -= front.way_in_s(records["prompt_tokens"].to_numpy(dtype=np.int64))
+    records["finish_s"] += front.back_s
+    records = records.sort_values("arrival_s", kind="stable", ignore_index=True)
+    return replace(simulated, summary=summary, logs=replace(simulated.logs, records=records))
+
+
+def _front_end(run: Run) -> FrontEnd:
+    """Return the front end of a run's configuration; none if it states none.
+
+    Raises:
+        ConfigError: if it states something else than seconds.
+    """
+    stated = run.config.get("frontend")
+    names = [one.name for one in fields(FrontEnd)]
+    values = {name: stated.get(name, 0.0) for name in names} if isinstance(stated, dict) else {}
+    try:
+        return FrontEnd(**{name: float(value) for name, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{run.folder / 'config.yaml'}: frontend is {stated!r:.80}; it must hold seconds") from error
 
 
 def differing_settings(simulated: Run, real: Sequence[Run]) -> list[str]:

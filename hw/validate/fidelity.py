@@ -155,14 +155,15 @@ def check_calibration(run: RealRun, latency: LatencyModel) -> None:
         ("model", run.model.rpartition("/")[2], latency.model),
         ("device", run.device, latency.device.split("_")[0]),
     ):
-        if stated and _letters(ours) not in _letters(stated):
+        if stated and letters(ours) not in letters(stated):
             raise CalibrationError(
                 f"the run is of {what} {stated!r}, but calibration {latency.name!r} is of {ours!r}; set calibration= "
                 "to one of that model and device"
             )
 
 
-def _letters(name: str) -> str:
+def letters(name: str) -> str:
+    """Return the letters and digits of a name in lower case, to compare spellings of it."""
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 

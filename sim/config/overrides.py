@@ -122,7 +122,8 @@ def _check_values(cfg: DictConfig, changed: Sequence[tuple[str, Sequence[Any]]])
         for value in values:
             _check_kind(key, value, before)
             try:
-                OmegaConf.update(cfg, key, value, merge=False)
+                # As Hydra does: a mapping of some keys keeps the others.
+                OmegaConf.update(cfg, key, value, merge=isinstance(value, Mapping))
             except OmegaConfBaseException as error:
                 raise ConfigError(_type_error(key, value, error)) from error
             if key in LIMITS:

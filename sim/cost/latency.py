@@ -28,9 +28,11 @@ axes in length:
     schema          1
     name            the file's name without .json
     model, device   names of conf/model and conf/gpu; a run finds its calibration by these two
-    kind            measured, composed or derived; see `LatencyModel`
+    kind            measured, composed, derived or fitted; see `LatencyModel`
     fixed_us        host overhead of one iteration
     fixed_source    where fixed_us comes from
+    factors         optional {memory_bound, compute_bound}: of a server over these tables (sim/cost/bounds.py); hw.fit
+                    writes them
     validation      how the held-out errors were computed
     errors          term -> {median, p95: relative errors, points: how many, note: optional}
     sources         list of {repository, commit, licence, ...}: where the measurements come from
@@ -49,7 +51,7 @@ axes in length:
     device_run      optional, from a run on the device: {host_to_device_bytes_per_s, copy_slowdown,
                     copy_layer_s: seconds of each layer's copy in addition, 0 by default, ...}
 
-Other keys (stack, date) are for people; nothing reads them.
+Other keys (stack, date, fit) are for people; nothing reads them.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sim.compiled import compiled, constant
+from sim.cost.bounds import Factors, knee_of, ratio_at
 from sim.cost.gpu import Gpu
 from sim.cost.plan import WEIGHT_BITS, Plan
 from sim.errors import CalibrationError, nearest
@@ -447,8 +450,8 @@ class CopySpeed:
 class LatencyModel:
     """A calibrated latency model of one model on one device. Build it with `load_calibration`.
 
-    kind: `measured` (the model's own operations on one serving stack), `composed` (from kernels of other shapes) or
-    `derived` (scaled from another device, not measured).
+    kind: `measured` (the model's own operations on one serving stack), `composed` (from kernels of other shapes),
+    `derived` (scaled from another device, not measured) or `fitted` (to the run of a server, by hw.fit).
     errors: held-out error of each term. fixed_source: where the overhead of an iteration comes from.
     copying: the speed of weight copies, if it was measured too.
     """
@@ -478,6 +481,10 @@ class LatencyModel:
         data = self.tables.data.copy()
         data[DATA_FIXED] = fixed_s
         return replace(self, tables=LatencyTables(data, self.tables.layout), fixed_source=source)
+
+    def with_factors(self, factors: Factors) -> LatencyModel:
+        """Return the model with its memory-bound and its compute-bound times multiplied by two factors."""
+        return self if factors.absent else replace(self, tables=scaled_tables(self.tables, factors))
 
     def check_bits(self, plan: Plan) -> None:
         """Check that the calibration covers every precision of a plan.
@@ -567,6 +574,41 @@ class LatencyModel:
             )
 
 
+def scaled_tables(tables: LatencyTables, factors: Factors) -> LatencyTables:
+    """Return tables whose memory-bound and compute-bound times are multiplied by two factors (sim/cost/bounds.py).
+
+    Products with weights, the head's too, are split by their own knee. Embedding, norms and the attention of decodes
+    are memory-bound, the attention of prompts is compute-bound; a kernel that takes both has parts of each.
+    """
+    data, layout = tables.data.copy(), tables.layout
+    head_knee = math.inf
+    for slot in range(CURVE_LINEAR, CURVE_LINEAR + 4 * len(WEIGHT_BITS), 2):
+        at, last = int(layout[slot]), int(layout[slot + 1])
+        if last == 0:
+            continue  # a precision that was not measured
+        knee = knee_of(data[at + 1 : at + last + 1])
+        _scale_product(data, at, last, knee, factors)
+        head_knee = knee if math.isinf(head_knee) else head_knee  # of the highest precision, as the head's
+    at, last = int(layout[int(CURVE_TOKEN)]), int(layout[int(CURVE_TOKEN) + 1])
+    data[at : at + last + 2] *= factors.memory_bound
+    _scale_product(data, int(layout[int(CURVE_HEAD)]), int(layout[int(CURVE_HEAD) + 1]), head_knee, factors)
+    surfaces = [(SURFACE_PREFILL, factors.compute_bound), (SURFACE_DECODE, factors.memory_bound)]
+    if layout[SHARED_KERNEL]:
+        surfaces.append((SURFACE_SHARED_DECODE, factors.memory_bound))
+        data[DATA_SHARED_FIT : DATA_SHARED_FIT + 2] *= factors.compute_bound
+        data[DATA_SHARED_FIT + 2 : DATA_SHARED_FIT + 5] *= factors.memory_bound
+    for surface, factor in surfaces:
+        _, rows, _, columns, at = (int(x) for x in layout[int(surface) : int(surface) + 5])
+        data[at : at + rows * columns] *= factor
+    return LatencyTables(data, layout)
+
+
+def _scale_product(data: Floats, at: int, last: int, knee: float, factors: Factors) -> None:
+    """Scale the curve of a product in place: its values at the counts 1 to ``last``, and the slope above."""
+    data[at + 1 : at + last + 1] *= ratio_at(np.arange(1, last + 1, dtype=np.float64), knee, factors)
+    data[at + last + 1] *= factors.compute_bound if last > knee else factors.memory_bound
+
+
 def calibration_names() -> list[str]:
     """Return the names of the committed calibrations."""
     return sorted(path.stem for path in CALIBRATIONS.glob("*.json"))
@@ -654,7 +696,9 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
                 f"{origin}: {key} is {content.get(key)!r:.80}; it must be text; write the file again with hw.calibrate"
             )
     try:
+        factors = Factors(**content.get("factors", {}))
         tables = _tables(content, origin)
+        tables = tables if factors.absent else scaled_tables(tables, factors)
         return LatencyModel(
             name=content["name"],
             model=content["model"],

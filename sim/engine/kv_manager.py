@@ -36,6 +36,7 @@ class KVManager:
 
     def __init__(self, config: EngineConfig, queues: RequestQueues, storage: KVStorage | None, layers: int) -> None:
         """Begin with an empty pool; call ``follow_plan`` and ``resize`` next. ``layers``: of the model."""
+        assert storage is None or not config.host_kv_blocks, "no memory copies its KV blocks to a host"
         self.host_layer_blocks = self.host_free_layer_blocks = layers * config.host_kv_blocks
         self.moved_layer_blocks = 0
         self._config, self._queues, self._storage = config, queues, storage

@@ -32,7 +32,8 @@ def find_calibration(model: str, gpu: str) -> str:
     """Return the name of the calibration of ``model`` on ``gpu``.
 
     Of several, one that ``hw.calibrate source=device`` measured comes first, then one from published measurements of
-    this pair, then others; of equal ones that with the shortest name. A choice of the first kind is said on stderr.
+    this pair, then others, those that ``hw.fit`` fitted to one server last; of equal ones that with the shortest name.
+    A choice of the first kind is said on stderr.
 
     Raises:
         ConfigError: if there is none, naming those of this model and of others.
@@ -61,11 +62,15 @@ def _say_chosen(name: str, others: str) -> None:
 
 @cache
 def _calibration_ranks(folder: Path) -> dict[str, int]:
-    """Return how good each calibration in a folder is: 0 measured by ``hw.calibrate``, 1 published, 2 composed."""
+    """Return how good each calibration is: 0 measured by ``hw.calibrate``, 1 published, 2 composed, 3 fitted.
+
+    One that was fitted to the run of one server is the last choice: another server of that model may differ.
+    """
     ranks = {}
     for path in folder.glob("*.json"):
         content = read_json_object(path, CalibrationError, "write it again with hw.calibrate, or remove it")
-        ranks[path.stem] = 2 if content.get("kind") != "measured" else 0 if "device_run" in content else 1
+        kind = content.get("kind")
+        ranks[path.stem] = (0 if "device_run" in content else 1) if kind == "measured" else 3 if kind == "fitted" else 2
     return ranks
 
 

@@ -22,6 +22,8 @@ from sim.types import Ints
 
 Step = Callable[..., Trace]
 HashIds = tuple[Ints, ...]
+MOST_HASH_IDS = 20_000_000
+"""Of ``repeat_prompts``; they take 160 MB."""
 LARGEST_ID = 2**53
 """Ids above this are numbered before anything is added to them."""
 
@@ -101,6 +103,40 @@ def burstiest(trace: Trace, *, duration_s: float, by: Literal["requests", "token
     return shifted.with_history(
         f"burstiest {duration_s:g} s by {by}, from {start_s:.9g} s on: {len(part):,} of {len(trace):,} requests"
     )
+
+
+def repeat_prompts(
+    trace: Trace, *, distinct: int | None = None, shared_tokens: int = 0, block_tokens: int = 16
+) -> Trace:
+    """Return the trace with hash ids of prompts that come again, for ``engine.prefix_caching``.
+
+    Benchmark clients often have a fixed number of prompts and send them in turn. Request i then has the prompt of
+    request i - ``distinct``, as far as both reach.
+
+    Args:
+        distinct: how many prompts come in turn; None makes every prompt a new one.
+        shared_tokens: how many tokens all prompts begin with, such as a system prompt.
+        block_tokens: prompt tokens per hash id; set ``engine.hash_block_tokens`` to the same.
+    Raises:
+        WorkloadError: for numbers out of range.
+    """
+    for name, value, least in (("distinct", distinct, 1), ("shared_tokens", shared_tokens, 0)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise WorkloadError(f"{name} is {value!r}; it must be a whole number from {least}")
+    if isinstance(block_tokens, bool) or not isinstance(block_tokens, int) or block_tokens < 1:
+        raise WorkloadError(f"block_tokens is {block_tokens!r}; it must be a whole number from 1")
+    blocks = -(-trace.prompt_tokens // block_tokens)
+    check_count(int(blocks.sum()), "hash ids", MOST_HASH_IDS, "raise block_tokens, or take fewer requests")
+    common = shared_tokens // block_tokens
+    most = int(blocks.max())
+    prompts = np.arange(len(trace)) % (len(trace) if distinct is None else distinct)
+    ids = []
+    for prompt, count in zip(prompts.tolist(), blocks.tolist(), strict=True):
+        block = np.arange(count, dtype=np.int64)
+        ids.append(np.where(block < common, block, block + most * (prompt + 1)))
+    repeated = replace(trace, hash_ids=tuple(ids), hash_block_tokens=block_tokens)
+    kinds = "every prompt is new" if distinct is None else f"{distinct:,} prompts come in turn"
+    return repeated.with_history(f"{kinds}, {shared_tokens:,} tokens begin all prompts")
 
 
 def scale_rate(trace: Trace, *, factor: float) -> Trace:

@@ -61,7 +61,10 @@ def read_csv(
 
 
 def _header(file: TraceFile, content: bytes, required: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the delimiter and the names of the header; the first delimiter with which it has the required names."""
+    """Return the delimiter and the names of the header: the first delimiter with which it has the required names.
+
+    If none is required, the delimiter that gives the most names.
+    """
     first_line = content.split(b"\n", 1)[0]
     if len(first_line) > MAX_HEADER_BYTES:
         raise TraceError(
@@ -74,7 +77,8 @@ def _header(file: TraceFile, content: bytes, required: Sequence[str]) -> tuple[s
         raise TraceError(
             f"{file.path}, line 1: not a CSV header ({error}); the first line must name the columns"
         ) from error
-    for delimiter, names in headers.items():
+    tried = headers.items() if required else sorted(headers.items(), key=lambda item: -len(item[1]))
+    for delimiter, names in tried:
         if len(find_columns(names, required)) == len(required) and len(names) <= MAX_COLUMNS:
             return delimiter, names
     delimiter = max(DELIMITERS, key=lambda d: len(headers[d]))

@@ -20,6 +20,7 @@ from hw.validate.machine_speed import MachineSpeed, factor_of
 from hw.validate.suite import PAGE, RESULT, WORKLOADS, ValidateConfig, configuration, policies, ranking
 from hw.validate.suite_page import events_table, heading, not_held_table, page
 from hw.validate.timeline import timeline
+from sim.cost.front_end import NO_FRONT_END, FrontEnd
 from sim.cost.latency import CALIBRATIONS, calibration_from_dict, load_calibration
 from sim.cost.model_spec import load_model
 from sim.cost.plan import dense_plan
@@ -44,8 +45,9 @@ def run_folder(
     exact: bool = True,
     requests: int = 40,
     seed: int = 0,
+    front: FrontEnd = NO_FRONT_END,
 ) -> Path:
-    """Write a run whose latencies are ``slower`` times those of a plain one.
+    """Write a run whose latencies are ``slower`` times those of a plain one, as clients see it through a front end.
 
     Its plan changes at 0, 1, 2 ... and its preemptions at 4, 5, 6 ... come ``late_s`` later.
     """
@@ -54,8 +56,9 @@ def run_folder(
     first_s = arrival_s + slower * (0.2 + 0.1 * np.arange(requests) / requests)
     finish_s = first_s + slower * 1.5
     counts = np.full(requests, 10, dtype=np.int64)
+    first_s, finish_s = first_s - front.back_s, finish_s - front.back_s
     records = Records(
-        arrival_s=arrival_s,
+        arrival_s=arrival_s + front.way_in_s(counts * 3),
         prompt_tokens=counts * 3,
         output_tokens=counts,
         produced_tokens=counts,
@@ -96,11 +99,13 @@ def run_folder(
     )
     gaps = TokenGaps(itl_s=np.array([0.1]), count=np.array([9 * requests]))
     folder.mkdir(parents=True)
-    write_parquet(folder / "records.parquet", records_frame(records, Slo()))
+    write_parquet(folder / "records.parquet", records_frame(records, Slo(), front))
     write_parquet(folder / "transitions.parquet", transitions_frame(transitions))
     write_parquet(folder / "iterations.parquet", iterations_frame(iterations))
     write_parquet(folder / "kept_share.parquet", kept_share_frame([(0.0, 1.0), (1.0, kept)]))
-    write_json(folder / "summary.json", summarise(records, iterations, gaps, Slo(), transitions=changes))
+    write_json(
+        folder / "summary.json", summarise(records, iterations, gaps, Slo(), transitions=changes, front_end=front)
+    )
     write_json(
         folder / "hardware.json",
         {"peak_predicted_bytes": 100, "peak_allocated_bytes": 100, "largest_difference_bytes": 0 if exact else 1},
@@ -226,6 +231,43 @@ def test_a_run_of_the_client_may_have_counted_a_few_more_prompt_tokens(
     records.to_parquet(folders[1] / "records.parquet", index=False)
     assert exit_status(hw.compare.main, *map(str, folders)) == status
     assert ("counted 1,440 prompt tokens" in capsys.readouterr().err) == (status == 2)
+
+
+def as_client(folder: Path) -> Path:
+    """Leave of a run what hw.client writes."""
+    for name in ("iterations.parquet", "kept_share.parquet", "hardware.json"):
+        (folder / name).unlink()
+    write_json(folder / "client.json", {})
+    return folder
+
+
+FRONT = FrontEnd(front_s=0.05, front_token_s=1e-4, back_s=0.01)
+
+
+def test_a_run_of_the_client_is_compared_with_what_simulated_clients_see(tmp_path: Path) -> None:
+    simulated, client = run_folder(tmp_path / "sim", front=FRONT), as_client(run_folder(tmp_path / "client"))
+    (simulated / "config.yaml").write_text(
+        "frontend: {_target_: x, front_s: 0.05, front_token_s: 0.0001, back_s: 0.01}\n"
+    )
+    (simulated / "hardware.json").unlink()
+    assert exit_status(hw.compare.main, str(simulated), str(client), f"out={tmp_path / 'out'}") == 0
+    figures = json.loads((tmp_path / "out" / "compare.json").read_text())["figures"]
+    for name in ("ttft_s.mean", "ttft_s.p99", "e2e_s.mean", "tpot_s.mean"):
+        assert figures[name]["error"] == pytest.approx(0.0, abs=1e-9), name
+    # In the engine the first token comes after 63 ms less, of about 250.
+    assert read_run(simulated).summary["ttft_s"]["mean"] < 0.8 * figures["ttft_s.mean"]["real"]
+
+
+def test_clients_and_engines_are_not_compared_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    simulated, client = run_folder(tmp_path / "sim", front=FRONT), as_client(run_folder(tmp_path / "client"))
+    (simulated / "config.yaml").write_text("frontend: {front_s: 0.05, front_token_s: 0.0001, back_s: 0.01}\n")
+    (simulated / "hardware.json").unlink()
+    engine = run_folder(tmp_path / "engine")
+    assert exit_status(hw.compare.main, str(simulated), str(client), str(engine)) == 2
+    assert "one after the other" in capsys.readouterr().err
+    (simulated / "config.yaml").write_text("frontend: {front_s: soon}\n")
+    assert exit_status(hw.compare.main, str(simulated), str(client)) == 2
+    assert "must hold seconds" in capsys.readouterr().err
 
 
 def test_bytes_that_are_not_exact_fail_whatever_the_latencies(tmp_path: Path) -> None:

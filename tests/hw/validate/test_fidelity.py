@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import hw.fidelity
+from hw.fit.error_page import error_page
+from hw.fit.studies import every_study, judged
 from hw.validate.fidelity import (
     CALIBRATION,
     RUN,
@@ -55,14 +57,35 @@ def test_the_committed_comparison_meets_its_targets_and_the_code_reproduces_it(d
 def test_the_committed_page_is_what_the_committed_figures_give() -> None:
     content = json.loads((RESULTS / "fidelity" / "fidelity.json").read_text(encoding="utf-8"))
     text = (RESULTS / "fidelity" / "index.md").read_text(encoding="utf-8")
-    assert page(content) == text
-    row = next(row for row in cells(text) if row[0] == "TTFT")
+    figures = json.loads((RESULTS / "fidelity" / "errors.json").read_text(encoding="utf-8"))
+    assert error_page(figures, page(content)) == text
+    detail = text[text.index("## The simulator against a published run") :]
+    row = next(row for row in cells(detail) if row[0] == "TTFT")
     assert row[2:6] == [
         f"{100 * content['errors']['ttft_s'][s]['error']:+.1f} %" for s in ("mean", "p50", "p95", "p99")
     ]
     content["errors"]["tpot_s"]["p95"]["error"] = 0.2
     assert missed(content["errors"]) != []
-    assert page(content) != text
+    assert page(content) not in text
+
+
+def test_every_run_at_hand_gives_the_committed_errors_again(data: Path) -> None:
+    committed = json.loads((RESULTS / "fidelity" / "errors.json").read_text(encoding="utf-8"))
+    again = every_study()
+    assert len(again["rows"]) == len(committed["rows"])
+    for one, other in zip(again["rows"], committed["rows"], strict=True):
+        assert (one["study"], one["part"], one["fitted_on"]) == (other["study"], other["part"], other["fitted_on"])
+        for name, figures in one["errors"].items():
+            for statistic, found in figures.items():
+                near = pytest.approx(other["errors"][name][statistic]["error"], abs=0.02)
+                assert found["error"] == near, (one["study"], one["part"], name, statistic)
+
+
+def test_no_figure_of_a_fitted_part_is_judged() -> None:
+    rows = json.loads((RESULTS / "fidelity" / "errors.json").read_text(encoding="utf-8"))["rows"]
+    for one in judged(rows):
+        assert one["part"] != one["fitted_on"]
+        assert (one["study"], one["part"]) != ("RTX 4090", "all requests") or one["fitted_on"] == "nothing"
 
 
 def test_the_overhead_is_fitted_on_requests_that_finished_in_the_first_minute_only(data: Path) -> None:

@@ -28,6 +28,7 @@ from sim.traces.transforms import (
     keep_share,
     merge,
     repeat,
+    repeat_prompts,
     scale_rate,
     shuffle_lengths,
     spread_ties,
@@ -214,6 +215,7 @@ EVERY_STEP = [
     partial(clip_lengths, max_total_tokens=100),
     partial(drop_long, max_prompt_tokens=100),
     partial(repeat, times=2),
+    partial(repeat_prompts, distinct=2, block_tokens=4),
     partial(add, other=a_trace(ids=True)),
 ]
 
@@ -245,6 +247,29 @@ def test_merging_with_a_trace_without_prefixes_says_that_they_are_left_out():
     assert merged.hash_ids is None
     assert "left out the prefix ids, because b has none" in merged.history
     assert merged.time_quantum_s == 3.0
+
+
+def test_prompts_in_turn_share_their_ids_and_all_share_the_first_tokens():
+    trace = a_trace((0.0, 1.0, 2.0, 3.0), (10, 20, 10, 12))
+    repeated = repeat_prompts(trace, distinct=2, shared_tokens=9, block_tokens=4)
+    ids = [row.tolist() for row in repeated.hash_ids]
+    assert [len(row) for row in ids] == [3, 5, 3, 3]
+    assert ids[0] == ids[2]
+    assert ids[3] == ids[1][:3]  # as far as both reach
+    assert ids[0][:2] == ids[1][:2] == [0, 1]
+    assert ids[0][2] != ids[1][2]
+    assert len({i for row in ids for i in row}) == 2 + 1 + 3
+    assert repeated.hash_block_tokens == 4
+    new = repeat_prompts(trace, block_tokens=4)
+    assert len({i for row in new.hash_ids for i in row.tolist()}) == 3 + 5 + 3 + 3
+
+
+@pytest.mark.parametrize(
+    "keys", [{"distinct": 0}, {"distinct": True}, {"distinct": 1.5}, {"shared_tokens": -1}, {"block_tokens": 0}]
+)
+def test_prompts_in_turn_need_whole_numbers(keys):
+    with pytest.raises(WorkloadError, match=next(iter(keys))):
+        repeat_prompts(a_trace(), **keys)
 
 
 def test_a_repeated_trace_goes_on_at_its_mean_rate():

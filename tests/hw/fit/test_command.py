@@ -1,0 +1,129 @@
+"""``python -m hw.fit`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import hw.fit.run as command
+import hw.fit.settings as settings
+from hw.fit.measured import MeasuredRun
+from hw.fit.run import main
+from sim.cost.latency import load_calibration
+from tests.commands import exit_status
+from tests.hw.fit.truth import a_server, requests, served, write_vllm_bench
+
+SERVER = ("model=llama3.1_8b", "gpu=h100_80gb", "engine.schedules_ahead=true")
+TRUE = {"front_s": 0.009, "memory_bound": 1.1}
+
+
+@pytest.fixture
+def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a result of vllm bench serve, in the current folder; calibrations go to a folder next to it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "WRITTEN", tmp_path / "calibration")
+    monkeypatch.setattr(command, "CONF_DIR", tmp_path / "conf")
+    for folder in ("calibration", "conf/frontend"):
+        (tmp_path / folder).mkdir(parents=True)
+    return write_vllm_bench(tmp_path / "result.json", real_run())
+
+
+def real_run(seed: int = 0, rate_rps: float = 8.0) -> MeasuredRun:
+    return served(a_server(schedules_ahead=True), requests(count=150, seed=seed, rate_rps=rate_rps), **TRUE)
+
+
+def test_a_fit_writes_a_calibration_that_replays_with_its_front_end(
+    result: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_vllm_bench(result.parent / "other.json", real_run(seed=5, rate_rps=14.0))
+    path = "llama3.1_8b_h100"
+    assert exit_status(main, f"run={result}", f"judge={other}", f"latency={path}", "out=mine", *SERVER) == 0
+    said = capsys.readouterr().out
+    assert "memory_bound" in said
+    assert "latency=mine/llama3.1_8b_h100_fitted.json frontend.front_s=" in said
+    written = json.loads(Path("mine/llama3.1_8b_h100_fitted.json").read_text())
+    assert written["kind"] == "fitted"
+    assert written["fit"]["calibration"] == path
+    assert written["factors"]["memory_bound"] == pytest.approx(1.1, abs=0.02)
+    latency = load_calibration("mine/llama3.1_8b_h100_fitted.json")
+    assert latency.linear_s("ffn", 16, 1) == pytest.approx(
+        1.1 * load_calibration(path).linear_s("ffn", 16, 1), rel=0.02
+    )
+    report = json.loads(Path("mine/fit.json").read_text())
+    assert report["judged"][0]["run"] == str(other)
+    fitted = report["judged"][0]["errors"]["fitted"]
+    assert abs(fitted["itl_s"]["mean"]["error"]) < 0.03
+    assert abs(fitted["ttft_s"]["mean"]["error"]) < 0.10
+    assert Path("mine/fit.png").is_file()
+    # A second fit on top of the first is refused; judging it is not.
+    again = (f"run={result}", "latency=mine/llama3.1_8b_h100_fitted.json", "out=again", *SERVER)
+    assert exit_status(main, *again) == 2
+    assert "was fitted already" in capsys.readouterr().err
+    assert exit_status(main, *again, "free=[]") == 0
+
+
+def test_by_name_it_writes_the_calibration_and_the_front_end(result: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = (f"run={result}", "latency=llama3.1_8b_h100", "name=my_server", "settings=false", *SERVER)
+    assert exit_status(main, *keys) == 0
+    assert "latency=my_server frontend=my_server" in capsys.readouterr().out
+    folder = result.parent
+    assert json.loads((folder / "calibration" / "my_server.json").read_text())["name"] == "my_server"
+    assert "front_s: 0.00" in (folder / "conf" / "frontend" / "my_server.yaml").read_text()
+    # A file that hw.fit did not write is not replaced.
+    (folder / "calibration" / "my_server.json").write_text("{}")
+    assert exit_status(main, *keys) == 2
+    assert "is not replaced" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (("run=missing.json",), "missing.json does not exist"),
+        ((), "no run to fit"),
+        (("run=3",), "run is 3"),
+        (("run=result.json", "judge=[3]"), "judge is"),
+        (("run=result.json", "free=[speed]"), "free has 'speed'"),
+        (("run=result.json", "free=[fixed_s]"), "two rates"),
+        (("run=result.json", "replicas=0"), "replicas is 0"),
+        (("run=result.json", "distinct_prompts=0"), "distinct_prompts is 0"),
+        (("run=result.json", "engine.prefix_caching=true"), "which prompts repeat"),
+        (("run=result.json", "warm_up=140"), "warm_up is 140"),
+        (("run=result.json", "name=a/b"), "name is 'a/b'"),
+        (("run=result.json", "unit=min"), "unit is 'min'"),
+        (("run=result.json", "side=server"), "side is 'server'"),
+        (("run=result.json", "columns={when: t}"), "columns has no 'when'"),
+        (("run=result.json", "gpu=l4_24gb", "model=opt_13b"), "no calibration of opt_13b"),
+    ],
+)
+def test_a_wrong_key_is_one_line_and_status_2(
+    result: Path, capsys: pytest.CaptureFixture[str], keys: tuple[str, ...], says: str
+) -> None:
+    assert exit_status(main, *SERVER, *keys) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_refused_fit_writes_no_calibration_and_ends_with_1(
+    result: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = command.fit_and_judge
+
+    def worse(*arguments: object, **keywords: object) -> object:
+        return replace(judge(*arguments, **keywords), nothing=0.0)  # type: ignore[arg-type, type-var]
+
+    monkeypatch.setattr(command, "fit_and_judge", worse)
+    keys = (f"run={result}", "latency=llama3.1_8b_h100", "out=mine", "settings=false", *SERVER)
+    assert exit_status(main, *keys) == 1
+    assert "refused: " in capsys.readouterr().err
+    assert [path.name for path in Path("mine").glob("*.json")] == ["fit.json"]
+
+
+def test_the_keys_are_those_of_the_schema() -> None:
+    assert settings.FitConfig.__doc__ is not None
+    for name in settings.FitConfig.__dataclass_fields__:
+        if name != "seed":
+            assert name in settings.FitConfig.__doc__, name

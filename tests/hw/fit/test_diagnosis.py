@@ -1,0 +1,115 @@
+"""A wrong description is named, with the key to change, before anything is fitted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hw.fit.diagnosis import diagnose, find_period, find_steps, find_warm_up
+from hw.fit.fitting import Case
+from hw.fit.regression import costs, decoding, prompts_in
+from hw.fit.server import Server, simulate
+from hw.fit.settings_tried import sentences_of, try_settings
+from sim.results.records import Moments
+from tests.hw.fit.truth import a_server, requests, served
+
+FREE = ("front_s", "memory_bound", "compute_bound")
+
+
+def said(described: Server, real: Server, *, rate_rps: float = 8.0, prompt: float = 1500.0, **values: float) -> str:
+    """Return what is said of the run of a server that another one was described as; prices are 10 to 30 % off too."""
+    wanted = requests(count=200, rate_rps=rate_rps, prompt=prompt, distinct=real.prompts.distinct)
+    run = served(real, wanted, **({"front_s": 0.008, "memory_bound": 1.1, "compute_bound": 1.2} | values))
+    found = diagnose(run, described)
+    present, tried = try_settings(Case(run=run, server=described, first=found.warm_up), found, FREE)
+    return " ".join([*found.sentences, *sentences_of(present, tried)])
+
+
+def test_sharing_that_is_not_described_is_named_with_its_period() -> None:
+    real = a_server(schedules_ahead=True, prefix_caching=True, distinct=50)
+    text = said(a_server(schedules_ahead=True), real)
+    assert "engine.prefix_caching=true distinct_prompts=50" in text
+    assert "another setting explains the run better" in text
+
+
+def test_sharing_that_the_server_does_not_have_is_named() -> None:
+    described = a_server(schedules_ahead=True, prefix_caching=True, distinct=50)
+    assert "engine.prefix_caching=false" in said(described, a_server(schedules_ahead=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate", "says"),
+    [
+        ({"schedules_ahead": True, "max_running": 32}, 20.0, "engine.limits.max_running=32"),
+        ({"schedules_ahead": True, "max_batch_tokens": 512}, 12.0, "engine.limits.max_batch_tokens=512"),
+        ({"scheduler": "prefill_first"}, 12.0, "engine.scheduler=prefill_first"),
+    ],
+)
+def test_another_limit_or_scheduler_is_named(changes: dict[str, object], rate: float, says: str) -> None:
+    assert says in said(a_server(schedules_ahead=True), a_server(**changes), rate_rps=rate)
+
+
+def test_a_right_description_is_not_blamed() -> None:
+    server = a_server(schedules_ahead=True)
+    assert said(server, server) == ""
+
+
+def test_more_requests_at_once_than_the_described_limit_allows_are_named() -> None:
+    described = a_server(schedules_ahead=True, max_running=8)
+    assert "engine.limits.max_running allows 8" in said(described, a_server(schedules_ahead=True))
+
+
+def test_a_warm_up_is_found_and_named() -> None:
+    server = a_server(schedules_ahead=True)
+    run = served(server, requests(), slow_first=6)
+    found = diagnose(run, server)
+    assert 5 <= found.warm_up <= 8
+    assert "warming up" in " ".join(found.sentences)
+    steady = served(server, requests())
+    assert find_warm_up(steady, simulate(server, steady)) == (0, None)
+
+
+def test_times_in_another_unit_are_named() -> None:
+    server = a_server()
+    run = served(server, requests(count=50))
+    slow = type(run)(
+        **{n: getattr(run, n) for n in ("arrival_s", "prompt_tokens", "produced_tokens", "name", "source", "kind")},
+        first_token_s=run.arrival_s + 1000 * run.ttft_s,
+        finish_s=run.arrival_s + 1000 * run.e2e_s,
+    )
+    assert "unit=ms" in " ".join(diagnose(slow, server).sentences)
+
+
+def test_the_period_of_prompt_lengths_is_found_and_chance_is_not_taken_for_one() -> None:
+    random = np.random.default_rng(0)
+    lengths = random.integers(100, 2000, size=60)
+    assert find_period(np.tile(lengths, 5)) == 60
+    assert find_period(random.integers(100, 2000, size=300)) is None
+    assert find_period(np.full(300, 512)) is None
+    assert find_period(np.tile([500, 500, 500, 501], 50)) is None  # hardly different from chance
+
+
+def test_chunks_show_as_steps_of_ttft() -> None:
+    random = np.random.default_rng(0)
+    values = np.concatenate([random.normal(at, 0.01, size=100) for at in (1.0, 2.0, 3.0)])
+    assert find_steps(values) == pytest.approx([1.0, 2.0, 3.0], rel=0.05)
+    assert find_steps(values[:5]) == []
+
+
+def test_the_regression_finds_the_three_costs_of_a_server_that_has_them() -> None:
+    """Two requests overlap by hand: sequences that decode, and prompts that come in."""
+    two = Moments(
+        arrival_s=np.array([0.0, 1.0]),
+        first_token_s=np.array([1.0, 2.0]),
+        finish_s=np.array([5.0, 4.0]),
+        prompt_tokens=np.array([10, 10]),
+        produced_tokens=np.array([5, 3]),
+    )
+    assert decoding(two) == pytest.approx([1.5, 2.0])
+    assert prompts_in(two).tolist() == [1.0, 0.0]
+    run = served(a_server(), requests(rate_rps=10.0), noise=0.0)
+    found = costs(run)
+    assert found is not None
+    alone_s = a_server().spec.priced().iteration_s(a_server().plan, [], 1, 700, 1)
+    assert found.base_s == pytest.approx(alone_s, rel=0.10)
+    assert found.prompt_s > 3 * found.error[2]
