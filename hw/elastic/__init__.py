@@ -16,6 +16,8 @@ graphs            CUDA graphs of decode passes that recur
 device            streams, copies, memory and graphs of a device: the seam that tests replace
 device_memory     what a run allocates on the device
 families          the module names of each supported model class
+layers            the layers of a model: norms, and matrices that are one product each
+rotation          rotary positions
 random_weights    weights for any model description, without a download
 checkpoint        ``load_checkpoint``: from a folder, a hub id or a package
 """

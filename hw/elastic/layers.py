@@ -83,8 +83,9 @@ class Matrix:
             raise ModelError(
                 f"matrices of {outputs} x {inputs} values are not supported; each must have an even number of rows"
             )
-        self.weight = Rows([linear.weight for linear in self.linears])
-        biases: list[nn.Parameter] = [linear.bias for linear in self.linears if linear.bias is not None]
+        weights: list[Any] = [linear.weight for linear in self.linears]
+        self.weight = Rows(weights)
+        biases: list[Any] = [linear.bias for linear in self.linears if linear.bias is not None]
         assert len(biases) in (0, len(linears))
         self.bias = Rows(biases) if biases else None
         self.quantized: QuantWeight | None = None

@@ -13,6 +13,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,7 +181,7 @@ def _generation(output_tokens: int) -> Any:
     from transformers import GenerationConfig
 
     # No end of text: every request produces as many tokens.
-    return GenerationConfig(
+    return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=output_tokens, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
     )
 
@@ -209,11 +210,10 @@ def _run_generate(model: Any, prompts: list[list[int]], output_tokens: int, cloc
 
 
 def _run_continuous(model: Any, prompts: list[list[int]], output_tokens: int, clock: Clock) -> Served:
-    from transformers.generation.continuous_batching import requests
-
+    requests: Any = import_module("transformers.generation.continuous_batching.requests")
     implementation = model.config._attn_implementation
     theirs = requests.time  # the module from which it takes the times of tokens
-    requests.time = SimpleNamespace(perf_counter=clock, time=time.time, sleep=time.sleep)  # type: ignore[attr-defined]
+    requests.time = SimpleNamespace(perf_counter=clock, time=time.time, sleep=time.sleep)
     try:
         made = model.generate_batch(
             prompts,
@@ -222,7 +222,7 @@ def _run_continuous(model: Any, prompts: list[list[int]], output_tokens: int, cl
             record_timestamps=True,
         )
     finally:
-        requests.time = theirs  # type: ignore[attr-defined]
+        requests.time = theirs
         model.set_attn_implementation(implementation)
     results = sorted(made.values(), key=lambda one: int("".join(filter(str.isdigit, one.request_id))))
     if failed := [str(one.error) for one in results if len(one.generated_tokens) != output_tokens]:

@@ -2,8 +2,8 @@
 
 python tests/bench/bench_transformers.py [--device cuda] [--checkpoint FOLDER] [--batches 1,8,32] [--out FOLDER]
 
-The same model, prompts and machine, in one run. Prints a section of a page; with ``--out`` also puts it into the folder's
-index.md, and the figures into transformers.json beside it.
+The same model, prompts and machine, in one run. Prints a section of a page. With ``--out`` it also puts the section
+into the folder's index.md, and the figures into transformers.json beside it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    code = commit()  # of the code that runs, whatever changes meanwhile
     model, _ = load_checkpoint(args.checkpoint, dtype=args.dtype, device=args.device)
     rows = compare(
         model,
@@ -64,7 +65,7 @@ def main() -> None:
             "prompt_tokens": args.prompt_tokens,
             "output_tokens": args.output_tokens,
             "rounds": args.rounds,
-            "commit": commit(),
+            "commit": code,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "rows": [asdict(row) for row in rows],
         }
@@ -93,7 +94,8 @@ def section(rows: list[Row], args: argparse.Namespace, device: str) -> str:
         "prompts are equally long, the best case of `generate`, which pads shorter ones. The ratio is to the better of",
         "Transformers' two: above 1, `hw.engine` is faster.",
         "",
-        "    python tests/bench/bench_transformers.py --out docs/results/gpu",
+        f"    python tests/bench/bench_transformers.py --output-tokens {args.output_tokens} --rounds {args.rounds} "
+        "--out docs/results/gpu",
         "",
         "| requests | engine | tokens/s | ratio | TPOT, ms | ratio | TTFT, ms | tokens as `generate` |",
         "|---:|---|---:|---:|---:|---:|---:|---:|",

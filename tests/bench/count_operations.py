@@ -16,8 +16,9 @@ from sim.cost.memory import budget_for_kv_blocks, kv_blocks
 from sim.cost.plan import dense_plan
 from sim.engine.protocol import EngineConfig, Request
 from sim.engine.scheduler import Limits
-from tests.hw.meta_device import MetaDevice, Operations, meta_model
+from tests.hw.meta_device import MetaDevice, Operations, meta_model, meta_model_of
 from tests.hw.serving import PricedClock, flat_latency
+from tests.hw.tiny_models import FAMILIES, tiny_config
 
 WORKSPACE_BYTES = 8 << 30
 BLOCK_TOKENS = 16
@@ -26,6 +27,8 @@ BLOCK_TOKENS = 16
 @cache
 def _model(name: str, bits: int) -> tuple[MetaDevice, object]:
     device = MetaDevice()
+    if name in FAMILIES:
+        return device, meta_model_of(tiny_config(name), device, bits=bits)
     return device, meta_model(name, device, bits=bits)
 
 
@@ -34,7 +37,8 @@ def count(
 ) -> tuple[Operations, Operations]:
     """Return what the first iteration does, which computes all prompts, and what the next one does, which decodes.
 
-    bits: of the linear layers. sampled: whether tokens are sampled, with temperature and top_p.
+    name: of a model of conf/model, or of a tiny family (tests/hw/tiny_models.py). bits: of the linear layers.
+    sampled: whether tokens are sampled, with temperature and top_p.
     """
     device, elastic = _model(name, bits)
     model = elastic.spec  # type: ignore[attr-defined]

@@ -115,12 +115,19 @@ class MetaDevice(Accelerator):
     def record(self, step: Callable[[], Tensor]) -> Any:
         raise NotImplementedError
 
+    def timed(self, work: Callable[[], object], ahead_s: float = 0.0) -> tuple[float, float]:
+        raise NotImplementedError
+
 
 def meta_model(name: str, device: MetaDevice, *, bits: int = 16, layers: int | None = None) -> ElasticModel:
     """Return a model of conf/model without weights, its linear layers at some precision."""
-    spec = load_model(name)
+    return meta_model_of(_config(load_model(name), layers), device, bits=bits, name=name)
+
+
+def meta_model_of(config: Any, device: MetaDevice, *, bits: int = 16, name: str = "") -> ElasticModel:
+    """Return a model of a configuration of transformers without weights, its linear layers at some precision."""
     with META:
-        model = transformers.AutoModelForCausalLM.from_config(_config(spec, layers), dtype=torch.bfloat16).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     elastic = ElasticModel(model, name=name, hardware=device)
     if bits != 16:
         for block in (*elastic.blocks["mha"], *elastic.blocks["ffn"]):

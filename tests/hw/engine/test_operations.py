@@ -11,6 +11,8 @@ pytest.importorskip("torch", reason="the real model needs torch: pip install -e 
 pytest.importorskip("triton", reason="triton has wheels for Linux on x86_64 alone: pip install -e '.[dev]' there")
 
 from tests.bench.count_operations import count
+from tests.hw import tiny_models
+from tests.hw.tiny_models import FAMILIES
 
 LAYERS, OPERATIONS_OF_A_LAYER, WAITS = 32, 14, 2
 
@@ -26,6 +28,16 @@ def test_a_decode_iteration_stays_within_its_budget_at_any_number_of_kv_blocks(
         assert seen.waits <= WAITS
         assert seen.host_copies == 0
         assert seen.uploads == 1
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decode_layer_of_every_family_stays_within_the_budget(family: str, bits: int) -> None:
+    _, decode = count(family, bits)
+    outside = 20  # embedding, rotations, head and the choice of tokens
+    assert decode.total <= OPERATIONS_OF_A_LAYER * tiny_models.LAYERS + outside, decode.launches
+    assert decode.waits <= WAITS
+    assert decode.host_copies == 0
 
 
 def test_sampled_tokens_cost_no_further_wait_and_no_copy() -> None:
