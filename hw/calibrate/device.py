@@ -48,7 +48,7 @@ from sim.engine.block_table import BlockTable
 from sim.engine.kv_pool import KVPool
 from sim.errors import CalibrationError
 from sim.json_file import read_json_object
-from sim.progress import Report, progress, say
+from sim.progress import Report, progress
 from sim.results.run_folder import write_json
 from sim.types import Floats
 
@@ -62,8 +62,8 @@ MOST_REPEATS = {"cpu": 40, "cuda": 16}
 """Timings of a cell. A GPU that one process has for itself repeats itself."""
 VERY_LATE = 1.25
 """At this multiple of its time a group ends with the cells that have been timed once."""
-WARMING_S = 30.0
-"""What a cell may take to warm up, at most: a kernel is compiled for its shape."""
+WEIGHTS = {"linear": 4.0, "token": 0.5}
+"""How much an error of a term matters, others 1: most of an iteration is linear layers, the least its embedding."""
 WANTED_SPREAD = 0.02
 """A cell is done when the standard error of its median is below this share of the median."""
 
@@ -387,12 +387,12 @@ class Survey:
         self._cost_s: dict[str, float] = {}
         self.terms: dict[str, Term] = {}
 
-    def points(self, cells: Mapping[str, Mapping[Point, Cell]], until_s: float) -> list[Cell]:
+    def points(self, cells: Mapping[str, Mapping[Point, Cell]], until_s: float, report: Report) -> list[Cell]:
         """Measure a coarse grid of every term once, then what says most, as far as the time allows; return the cells.
 
         The time has to suffice for timing each of them as often as a median needs.
         """
-        self.terms = {name: Term(name, list(found)) for name, found in cells.items()}
+        self.terms = {name: Term(name, list(found), WEIGHTS.get(name, 1.0)) for name, found in cells.items()}
         chosen: list[Cell] = []
         planned_s = 0.0
 
@@ -402,18 +402,16 @@ class Survey:
             self.terms[name].add(point, self.once(cell))
             planned_s += self._least * self._cost_s[cell.names[0]]
             chosen.append(cell)
+            report(len(chosen))
 
         for name, found in cells.items():
             seen = [point for point, cell in found.items() if self._samples.count(cell)]
             for point in dict.fromkeys([*coarse(list(found)), *seen]):
                 visit(name, point)
-        started_s = time.monotonic()
         while (best := most_informative(self.terms)) is not None:
             if time.monotonic() + planned_s > until_s:
                 break
             visit(*best)
-        if (taken_s := time.monotonic() - started_s) > WARMING_S:
-            say(f"choosing points took {taken_s:.0f} s")
         return chosen
 
     def once(self, cell: Cell) -> float:
@@ -471,8 +469,10 @@ def measure(bench: Bench, samples: Samples, settings: DeviceSettings, load: Load
         "prefill": bench.prefills(),
     }
     end_s = until_s(0.7)
-    with progress("measuring 16 bits and attention", sum(map(len, cells.values())), "points") as report:
-        survey.rounds(survey.points(cells, end_s), end_s, report)
+    with progress("choosing points, 16 bits and attention", sum(map(len, cells.values())), "points") as report:
+        chosen = survey.points(cells, end_s, report)
+    with progress("timing them until they are precise", len(chosen), "points") as report:
+        survey.rounds(chosen, end_s, report)
     runs.append(run(1))
     tokens = sorted(tokens for (tokens,) in survey.terms["linear"].measured)
     for number, (bits, share) in enumerate(((8, 0.5), (4, 1.0)), start=2):

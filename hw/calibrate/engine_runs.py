@@ -31,6 +31,10 @@ USED_SHARE = 0.9
 """Of the device's memory: the rest is the driver's, and of libraries that nobody counts."""
 WORKSPACE_BYTES = {"cpu": 0, "cuda": 3_000_000_000}
 """What the largest pass takes besides weights and KV."""
+LEAST_REQUESTS = 8
+"""Of a run, on average: in a second and a half at a low rate there might be none."""
+MOST_PASSES_PER_S = 250.0
+"""Of a small model, which the host cannot start as fast as a GPU could run it."""
 FULL_S = 480.0
 """Seconds of a calibration whose runs are at their longest."""
 
@@ -120,7 +124,7 @@ def load_of(elastic: ElasticModel, seconds: float, memory_bytes: float, bandwidt
     if not isinstance(elastic.hardware, Accelerator):
         return load
     spec = elastic.spec
-    passes_per_s = bandwidth_bytes_per_s / elastic.bytes()  # of a decode that reads all weights
+    passes_per_s = min(bandwidth_bytes_per_s / elastic.bytes(), MOST_PASSES_PER_S)  # of decodes that read all weights
     most_prompt = min(3000, spec.max_context_tokens // 2)
     free_bytes = memory_bytes * USED_SHARE - elastic.hardware.in_use_bytes() - 2 * WORKSPACE_BYTES["cuda"]
     per_token = spec.num_layers * spec.kv_bytes_per_token_layer
@@ -145,7 +149,7 @@ def run_engine(
     config = EngineConfig(limits=load.limits, kv_block_tokens=BLOCK_TOKENS)
     trace = poisson(
         rate_rps=rate_rps,
-        duration_s=load.run_s if seconds is None else seconds,
+        duration_s=max(load.run_s if seconds is None else seconds, LEAST_REQUESTS / rate_rps),
         lengths=lambda rng, requests: lognormal_lengths(
             rng,
             requests,

@@ -149,11 +149,12 @@ def coarse(points: Sequence[Point]) -> list[Point]:
 class Term:
     """The points of one term: which are measured, and how well each was predicted before it was.
 
-    surprises: point -> its time over the prediction, minus 1.
+    weight: how much an error of this term matters. surprises: point -> its time over the prediction, minus 1.
     """
 
     name: str
     points: Sequence[Point]
+    weight: float = 1.0
     measured: dict[Point, float] = field(default_factory=dict)
     surprises: dict[Point, float] = field(default_factory=dict)
 
@@ -206,7 +207,7 @@ class Term:
 
 def most_informative(terms: Mapping[str, Term]) -> tuple[str, Point] | None:
     """Return the term and the point to measure next; None if all are measured."""
-    ranked = [(score, name, point) for name, term in terms.items() for score, point in term.ranked()]
+    ranked = [(term.weight * score, name, point) for name, term in terms.items() for score, point in term.ranked()]
     if not ranked:
         return None
     _, name, point = max(ranked)

@@ -66,7 +66,14 @@ def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, gpu: Gpu, out
     dtype, threads = dtype_of(elastic.spec), torch.get_num_threads()
     # Not in conf/calibration: every JSON file there is a calibration.
     samples = d.Samples(
-        REPOSITORY / "runs" / "calibrate" / f"{name}.json", {**asdict(settings), "dtype": dtype, "threads": threads}
+        REPOSITORY / "runs" / "calibrate" / f"{name}.json",
+        {
+            **asdict(settings),
+            "dtype": dtype,
+            "threads": threads,
+            "processor": elastic.hardware.name,
+            "commit": commit(),  # samples of other code say nothing about this one
+        },
     )
     started_s = time.monotonic()
     load = load_of(elastic, settings.seconds, gpu.memory_bytes, gpu.memory_bandwidth_bytes_per_s)

@@ -13,14 +13,17 @@ from sim.json_file import read_json_object
 
 MOST_ERROR = {"gpu": 0.05, "cpu": 0.10, "short": 1.0}
 """Median relative error of an iteration's price, in a run that was not fitted; a shared CPU changes its speed."""
-OUTSIDE_S = {"gpu": 45.0, "cpu": 40.0, "short": 30.0}
-"""What loading, plan changes, the run that is held out and the figure take, beyond the measurements themselves."""
+MOST_S = {"gpu": 150.0, "cpu": 150.0, "short": 10.0}
+"""Seconds of measurements, at most."""
+MEASURED_SHARE, LOADING_S = 0.6, 15.0
+"""What measurements get of the step's limit, and what loading takes. The rest is for the run that is held out, for plan
+changes and the figure, which a busy machine slows down as well."""
 LEAST_S = 10.0
 
 
 def run(setup: Setup, findings: Findings) -> None:
     """Calibrate, and read the errors from the file."""
-    seconds = max(setup.limit_s * 0.9 - OUTSIDE_S[setup.size], LEAST_S)
+    seconds = max(min(setup.limit_s * MEASURED_SHARE - LOADING_S, MOST_S[setup.size]), LEAST_S)
     passed_on = [text for text in setup.overrides if not text.startswith("hw.")]
     command = [sys.executable, "-m", "hw.calibrate", "source=device", *passed_on, f"out={setup.out}"]
     command += [f"seconds={seconds:.0f}", f"seed={setup.seed}", *setup.amounts.calibration]

@@ -23,11 +23,11 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from hw.checkup.findings import Findings, Skip, without_paths
+from hw.checkup.findings import Findings, Skip, hide, without_paths
 from hw.checkup.machine import nvidia_smi
 from hw.checkup.schedule import Step
 from hw.checkup.setup import Setup
-from sim.paths import REPOSITORY
+from sim.paths import REPOSITORY, data_dir
 
 POLL_S = 0.05
 GRACE_S = 2.0
@@ -116,6 +116,7 @@ def main(name: str, run: str, work: Path, limit_s: float) -> int:
     findings = Findings(work / f"{name}.json")
     try:
         setup = replace(Setup.read(work / SETUP), limit_s=limit_s)
+        hide(OUT=setup.out, WORK=setup.work, DATA=str(data_dir()))
         resolve_name(run)(setup, findings)
     except Skip as reason:
         findings.skip(str(reason))

@@ -70,10 +70,18 @@ def plain(value: Any) -> Any:
     return without_paths(str(value))
 
 
+_names = {str(REPOSITORY): ".", sys.prefix: "PYTHON", sys.base_prefix: "PYTHON", str(Path.home()): "~"}
+"""Folders of this machine, and what stands for them in the results."""
+
+
+def hide(**folders: str) -> None:
+    """Let names stand for further folders in the results."""
+    _names.update({folder: name for name, folder in folders.items()})
+
+
 def without_paths(text: str) -> str:
     """Return a text with names in place of this machine's folders."""
-    names = {str(REPOSITORY): ".", sys.prefix: "PYTHON", sys.base_prefix: "PYTHON", str(Path.home()): "~"}
-    for folder, name in names.items():
+    for folder, name in sorted(_names.items(), key=lambda pair: -len(pair[0])):  # a folder before those around it
         if len(folder) > 1:
             text = re.sub(rf"{re.escape(folder)}(?=[/\"'\s:,)]|$)", name, text)
     return text

@@ -27,13 +27,13 @@ from rich.table import Table
 from hw.checkup import machine
 from hw.checkup.child import SETUP, run_child, tail
 from hw.checkup.figure import plot
-from hw.checkup.findings import without_paths
+from hw.checkup.findings import hide, without_paths
 from hw.checkup.schedule import STEPS, TOTAL_S, Step, limit_s
 from hw.checkup.setup import SIZES, Setup
 from sim.config import option_names, run_command
 from sim.errors import ConfigError, nearest
 from sim.json_file import read_json_object
-from sim.paths import CHECKOUT, REPOSITORY, RESULTS
+from sim.paths import CHECKOUT, REPOSITORY, RESULTS, data_dir
 from sim.progress import say
 from sim.results.run_folder import commit, own_folder, provenance, write_json
 
@@ -47,13 +47,16 @@ PROBE_S = 120.0
 
 @dataclass(kw_only=True)
 class CheckupHardware:
-    """Which weights. checkpoint: as in hw.replay; null takes random:0 on a GPU, and the model's own on a CPU.
+    """Keys of ``hw.replay`` that every step takes.
 
-    threads: of PyTorch on a CPU.
+    checkpoint: as there; null takes random:0 on a GPU, and the model's own on a CPU. threads: of PyTorch on a CPU.
+    attention: auto, flashinfer, flash_attn, triton or sdpa. cuda_graphs: record decode passes that recur on a GPU.
     """
 
     checkpoint: str | None = None
     threads: int = 1
+    attention: str = "auto"
+    cuda_graphs: bool = True
 
 
 @dataclass(kw_only=True)
@@ -101,6 +104,7 @@ def checkup(cfg: DictConfig) -> int:
     found = probe(str(cfg.device))
     setup = setup_of(cfg, found)
     work, out = Path(setup.work), Path(setup.out)
+    hide(OUT=setup.out, WORK=setup.work, DATA=str(data_dir()))
     setup.write(work / SETUP)
     content = begun(cfg, setup, found, steps)
     path = out / "checkup.json"

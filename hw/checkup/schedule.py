@@ -27,15 +27,15 @@ class Step:
 
 STEPS = (
     Step("environment", 20, "device, driver, versions; copies and bandwidth; attention kernels"),
-    Step("own_tests", 80, "the tests that need this device: tokens equal to generate, drops, restores, 8 and 4 bits"),
+    Step("own_tests", 75, "the tests that need this device: tokens equal to generate, drops, restores, 8 and 4 bits"),
     Step("weights", 45, "random weights made on the device; copies at 16, 8 and 4 bits have the predicted bytes"),
     Step("budgets", 30, "the budget shrinks to 60 %, an allocation beyond it fails, no request is lost"),
     Step("calibration", 110, "prices of this device, and their error on iterations that were not fitted"),
-    Step("policies", 95, "a replay under each policy while memory comes and goes; memory and time per token"),
+    Step("policies", 90, "a replay under each policy while memory comes and goes; memory and time per token"),
     Step("simulation", 45, "the same replays in simulation at the measured prices, compared"),
     Step("peers", 50, "throughput next to Transformers' generate and continuous batching"),
-    Step("kernels", 35, "the speed of each kernel"),
-    Step("serving", 30, "streamed requests over HTTP, some aborted, then SIGTERM"),
+    Step("kernels", 30, "the speed of each kernel"),
+    Step("serving", 45, "streamed requests over HTTP, some aborted, then SIGTERM"),
 )
 TOTAL_S = sum(step.share_s for step in STEPS)
 

@@ -108,8 +108,8 @@ class FakeDriver:
         self.mapped.add((address, size))
 
     def allow(self, address: int, size: int) -> None:
-        inside = [at for at, _ in self.mapped if address <= at < address + size]
-        assert len(inside) * self.granularity() == size
+        inside = {at: piece for at, piece in self.mapped if address <= at < address + size}
+        assert sum(inside.values()) == size
         self.readable.update(inside)
 
     def unmap(self, address: int, size: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import hw.calibrate.device as d
+import hw.calibrate.engine_runs
 import hw.calibrate.plan_changes
 import hw.calibrate.this_device
 from hw.calibrate.__main__ import main as command
@@ -21,6 +22,7 @@ from hw.calibrate.grid import Limits
 from hw.calibrate.plan_changes import POOL_BLOCKS, Changes
 from hw.elastic.model import ElasticModel
 from hw.engine.iteration_log import Shape
+from sim.config import build_option
 from sim.cost.latency import CALIBRATIONS, load_calibration
 from sim.cost.memory import layer_weight_bytes
 from sim.cost.model_spec import load_model
@@ -220,7 +222,25 @@ def test_layers_share_blocks_where_the_pool_is_too_small_for_the_kv_of_all() -> 
 
 def test_the_load_of_a_gpu_follows_its_bandwidth_and_its_memory() -> None:
     elastic = ElasticModel(tiny(), name="tiny", hardware=FakeCuda())
-    slow, fast = (load_of(elastic, 480.0, 80e9, bandwidth) for bandwidth in (1e12, 2e12))
+    bytes_per_s = 10.0 * elastic.bytes()
+    slow, fast = (load_of(elastic, 480.0, 80e9, bandwidth) for bandwidth in (bytes_per_s, 2 * bytes_per_s))
     assert fast.rates_rps[0] == pytest.approx(2 * slow.rates_rps[0])
+    assert load_of(elastic, 480.0, 80e9, 1e15).rates_rps[0] == pytest.approx(5.0)  # a small model: the host's limit
     assert load_of(elastic, 48.0, 80e9, 1e12).run_s < slow.run_s == CPU_LOAD.run_s
     assert load_of(ElasticModel(tiny(), name="tiny"), 480.0, 8e9, 1e10) == CPU_LOAD
+
+
+def test_a_complete_calibration_runs_on_a_gpu_with_its_grids_its_load_and_its_notes(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hw.calibrate.this_device, "REPOSITORY", tmp_path)
+    gpu = replace(build_option("gpu", "h100_80gb"), memory_bandwidth_bytes_per_s=5e7)
+    monkeypatch.setattr(hw.calibrate.engine_runs, "LEAST_REQUESTS", 3)
+    elastic = ElasticModel(tiny(), name="tiny", hardware=FakeCuda())
+    settings = replace(SETTINGS, device=gpu.name, clock="wall", seconds=8.0, memory_bytes=gpu.memory_bytes)
+    content = hw.calibrate.this_device.measure_all(elastic, settings, gpu, tmp_path)
+    run = content["device_run"]
+    assert set(run["host_us_per_layer"]) == {"mha_16", "ffn_16"}
+    assert run["points"]["decode"]["measured"] > 0
+    assert run["processor"] == "a fake GPU"
+    assert load_calibration(tmp_path / "tiny_h100_80gb.json").bits == (16, 8, 4)

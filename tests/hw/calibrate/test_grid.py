@@ -75,6 +75,21 @@ def test_all_points_are_measured_if_the_time_allows_and_each_once() -> None:
     assert terms["a"].summary()["measured"] == 15
 
 
+def test_of_two_equal_terms_the_one_that_matters_more_gets_its_points_first() -> None:
+    points = [(count,) for count in counts(256)]
+    terms = {"much": Term("much", points, 4.0), "little": Term("little", points)}
+    for term in terms.values():
+        for point in coarse(points):
+            term.add(point, float(point[0]))
+    asked = []
+    for _ in range(4):
+        best = most_informative(terms)
+        assert best is not None
+        asked.append(best[0])
+        terms[best[0]].measured[best[1]] = float(best[1][0])
+    assert asked.count("much") >= 3
+
+
 def test_the_positions_of_a_model_end_its_grid_and_a_note_says_so() -> None:
     grid, fitting = grid_of(ON_GPU, 4096, lambda point: math.prod(point) <= 100_000)
     assert max(context for _, context in fitting) == 4095

@@ -153,6 +153,7 @@ def test_the_command_writes_its_files_and_its_status_says_whether_a_step_failed(
     assert content["passed"]
     assert content["commit"] == "abc"
     assert [row["name"] for row in content["steps"]] == ["environment", "kernels"]
+    assert str(tmp_path) not in json.dumps(content)
     assert content["steps"][0]["figures"]["memory_bandwidth_bytes_per_s"] > 0
     assert content["versions"]["torch"] != "not installed"
     assert (tmp_path / "out" / "checkup.png").stat().st_size > 10_000
