@@ -60,7 +60,7 @@ CPU = Size(
     trace=(
         "trace=small",
         "trace.duration_s=8",
-        "trace.on_rate_rps=6",
+        "trace.on_rate_rps=15",
         "trace.lengths.prompt_tokens_p50=64",
         "trace.lengths.output_tokens_p50=10",
     ),
