@@ -433,7 +433,10 @@ class Cluster:
         kernel.reject_late(table, float(self.env.now))
         rows = np.zeros(ck.outstanding(table), dtype=np.int64)
         rows = rows[: ck.held_rows(table, rows, running_too)]
-        ck.let_waiting_go(table)
+        if running_too:
+            ck.stop(table)
+        else:
+            ck.let_waiting_go(table)
         mine = np.flatnonzero(self._homes["engine"] == number)
         request_of = np.full(engine.requests, -1, dtype=np.int64)
         request_of[self._homes["row"][mine]] = mine

@@ -378,6 +378,12 @@ def held_rows(s: Table, rows: Ints, running_too: bool) -> int:
 
 
 @compiled()
+def stop(s: Table) -> None:
+    """Let a replica that serves no longer reject none of the requests that others serve now."""
+    counters_of(s).max_wait_s = np.inf
+
+
+@compiled()
 def let_waiting_go(s: Table) -> None:
     """Forget the waiting requests; running ones continue."""
     n = counters_of(s)
