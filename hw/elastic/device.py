@@ -387,8 +387,7 @@ def make_current(place: torch.device) -> torch.device:
     # With segments that grow and shrink, what one stream freed is found by the other, and nothing stays in fragments.
     if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
         os.environ.update(dict.fromkeys(ALLOCATOR_SETTINGS, "expandable_segments:True"))
-    if place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
+    place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
     torch.cuda.set_device(place)
     return place
 

@@ -143,14 +143,6 @@ def test_pinned_memory_of_llama_2_7b_at_three_precisions_is_hardly_more_than_its
     assert store.nbytes < 1.05 * needed
 
 
-def test_weights_are_stored_behind_those_that_were_stored_in_inference_mode() -> None:
-    store = PinnedStore(FakeCuda())
-    with torch.inference_mode():
-        store.put("first", [torch.ones(4)])
-    store.put("second", [torch.full((4,), 2.0)])
-    assert [store._tensors[key][0].tolist() for key in ("first", "second")] == [[1.0] * 4, [2.0] * 4]
-
-
 def test_a_policy_gets_only_the_copies_that_its_plans_can_need() -> None:
     elastic = ElasticModel(tiny(), name="tiny")
     served = PolicyContext(model=elastic.spec, kv_block_tokens=4)
