@@ -26,6 +26,8 @@ def run(setup: Setup, findings: Findings) -> None:
     seconds = max(min(setup.limit_s * MEASURED_SHARE - LOADING_S, MOST_S[setup.size]), LEAST_S)
     passed_on = [text for text in setup.overrides if not text.startswith("hw.")]
     command = [sys.executable, "-m", "hw.calibrate", "source=device", *passed_on, f"out={setup.out}"]
+    hardware = setup.config().hw
+    command += [f"attention={hardware.attention}", f"threads={hardware.threads}"]
     command += [f"seconds={seconds:.0f}", f"seed={setup.seed}", *setup.amounts.calibration]
     if setup.checkpoint:
         command.append(f"checkpoint={setup.checkpoint}")
