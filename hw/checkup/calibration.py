@@ -29,6 +29,8 @@ def run(setup: Setup, findings: Findings) -> None:
         text.removeprefix("hw.") for text in setup.overrides if text.startswith(("hw.attention", "hw.threads"))
     ]
     command = [sys.executable, "-m", "hw.calibrate", "source=device", *passed_on, f"out={setup.out}"]
+    hardware = setup.config().hw
+    command += [f"attention={hardware.attention}", f"threads={hardware.threads}"]
     command += [f"seconds={seconds:.0f}", f"seed={setup.seed}", *setup.amounts.calibration]
     if setup.checkpoint:
         command.append(f"checkpoint={setup.checkpoint}")

@@ -30,7 +30,7 @@ from hw.checkup.figure import plot
 from hw.checkup.findings import hide, without_paths
 from hw.checkup.schedule import STEPS, TOTAL_S, Step, limit_s
 from hw.checkup.setup import SIZES, Setup
-from sim.config import option_names, run_command
+from sim.config import build, option_names, run_command
 from sim.errors import ConfigError, nearest
 from sim.json_file import read_json_object
 from sim.paths import CHECKOUT, REPOSITORY, RESULTS, data_dir
@@ -101,6 +101,9 @@ def checkup(cfg: DictConfig) -> int:
         raise ConfigError(f"seconds is {cfg.seconds}; it must be above 0")
     if cfg.size is not None and cfg.size not in SIZES:
         raise ConfigError(f"unknown size {cfg.size!r}; {nearest(cfg.size, SIZES)}")
+    for described in (cfg.model, cfg.gpu):
+        if described is not None:
+            build(described)  # a mistake is an error now, and not in every step
     found = probe(str(cfg.device))
     setup = setup_of(cfg, found)
     work, out = Path(setup.work), Path(setup.out)

@@ -224,9 +224,7 @@ def pick_device(device: str) -> torch.device:
         raise ModelError(f"device is {device!r}, but torch finds no CUDA device; set it to cpu")
     if colon and int(number) >= count:
         raise ModelError(f"device is {device!r}, but torch finds {count} CUDA devices: cuda:0 to cuda:{count - 1}")
-    place = torch.device("cuda", int(number) if colon else torch.cuda.current_device())
-    make_current(place)
-    return place
+    return make_current(torch.device("cuda", int(number)) if colon else torch.device("cuda"))
 
 
 @contextmanager

@@ -13,9 +13,11 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +30,9 @@ from hw.elastic.virtual_memory import AddressRange, CudaDriver, CudaRange, HostR
 SEGMENTS_BYTES = 64 << 20
 """What CUDA's allocator may hold beyond tensors: it takes segments of 2 to 20 MiB, for small and large tensors of each
 of two streams."""
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables with the settings of CUDA's allocator: of torch 2.9 and later, which warn of the second, and of
+earlier versions."""
 MOST_AHEAD_S = 0.5
 CYCLES_PER_S = 2e9
 """Clock of a GPU at its fastest, about: it spins too long at a lower one, which does no harm."""
@@ -200,7 +205,9 @@ class Cuda(Accelerator):
         self._side = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
         self._mapped_bytes = self._peak_bytes = 0
         self._most_bytes: int | None = None
+        self._recorder: Any = None  # the stream on which graphs are recorded
         self._graph_memory: Any = None
+        self._recorded: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
     def name(self) -> str:
@@ -238,7 +245,9 @@ class Cuda(Accelerator):
         assert self.place.index is not None
         self.use()
         driver = CudaDriver(self.place.index)
-        return CudaRange(Pieces(size, driver, wait=self._wait, resized=self._mapped))
+        pieces = Pieces(size, driver, wait=self._wait, resized=self._mapped)
+        # Earlier versions of torch copy the memory to the host unless the device is stated.
+        return CudaRange(pieces, partial(torch.as_tensor, device=self.place))
 
     def _wait(self) -> None:
         """Wait for what computes, not for copies: only passes use mapped memory."""
@@ -323,20 +332,32 @@ class Cuda(Accelerator):
         return tensor.cpu()
 
     def record(self, step: Callable[[], Tensor]) -> Graph:
-        """Record a CUDA graph. All graphs share their memory: they run one after another."""
-        side, current = torch.cuda.Stream(self.place), torch.cuda.current_stream(self.place)  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+        """Record a CUDA graph. All graphs share their memory: they run one after another.
+
+        The step runs once before, on the same stream: cuBLAS keeps a workspace of 32 MiB for each stream that it meets.
+        It must not take that from the memory of the graphs, which would then never be free.
+        """
+        current = torch.cuda.current_stream(self.place)
+        if self._recorder is None:
+            self._recorder = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
+        stream = self._recorder
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             step()  # kernels are compiled and libraries allocate what they keep
-        current.wait_stream(side)
-        if self._graph_memory is None:
+        current.wait_stream(stream)
+        if not self._recorded:  # torch refuses the memory of graphs that are all gone
             self._graph_memory = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self.place)
         self.give_back()
         before = torch.cuda.memory_reserved(self.place)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-            output = step()
+        recording = torch.cuda.graph(graph, pool=self._graph_memory, stream=stream, capture_error_mode="thread_local")
+        try:
+            with recording:
+                output = step()
+        finally:
+            torch.cuda.set_stream(current)  # a recording that fails does not leave its stream
+        self._recorded.add(graph)
         return CudaGraph(graph, output, max(0, torch.cuda.memory_reserved(self.place) - before))
 
 
@@ -358,11 +379,17 @@ def device_of(place: torch.device) -> Device:
     return Cuda(place) if place.type == "cuda" else Cpu()
 
 
-def make_current(place: torch.device) -> None:
-    """Let this process compute on a CUDA device; call it before anything else touches one."""
+def make_current(place: torch.device) -> torch.device:
+    """Let this process compute on a CUDA device, without a number on the current one; return it with its number.
+
+    Call it before anything else touches a device: torch reads the settings of its allocator when it first does.
+    """
     # With segments that grow and shrink, what one stream freed is found by the other, and nothing stays in fragments.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ.update(dict.fromkeys(ALLOCATOR_SETTINGS, "expandable_segments:True"))
+    place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
     torch.cuda.set_device(place)
+    return place
 
 
 def _libc() -> ctypes.CDLL | None:

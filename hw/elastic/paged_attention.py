@@ -62,6 +62,7 @@ class PagedBatch:
 
     tokens, positions: [n]. wanted: rows whose logits count. decodes: how many rows come first that are decodes. extra:
     tensors of the arrays that were passed as ``extra``. layout: where all others lie in the memory of the staging.
+    layers: which group of arrays each layer reads, in the order of the layers.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class PagedBatch:
             first = len(arrays)
             arrays += [slots, *([] if all_rows is None else [all_rows]), *prepared.arrays]
             laid_out.append((prepared, rows.count, first, all_rows is not None, len(arrays)))
+        self.layers = tuple(self._group_of)
         sent = len(arrays)
         tensors = staging.send([*arrays, *extra])
         self.layout = staging.layout[:sent]

@@ -63,7 +63,8 @@ class Staging:
 
     def _grow(self, hardware: Accelerator, size: int) -> None:
         size = 1 << (max(size, LEAST_BYTES) - 1).bit_length()
-        self._device = torch.empty(size, dtype=torch.uint8, device=hardware.place)
+        with torch.inference_mode(False):  # an inference tensor cannot be written outside of that mode
+            self._device = torch.empty(size, dtype=torch.uint8, device=hardware.place)
         self._host = hardware.pinned(size)
         self._array = self._host.numpy()
         self._typed = {dtype: self._device.view(dtype) for dtype in _TYPES.values()}

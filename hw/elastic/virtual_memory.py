@@ -235,7 +235,7 @@ class Pieces:
 class CudaRange(AddressRange):
     """Memory of a CUDA device. Its tensor keeps the pieces, which are freed with the last tensor that views them."""
 
-    def __init__(self, pieces: Pieces, view: Callable[[Pieces], Tensor] = torch.as_tensor) -> None:
+    def __init__(self, pieces: Pieces, view: Callable[[Pieces], Tensor]) -> None:
         """View pieces, none of which is mapped yet, as a tensor."""
         self._pieces = pieces
         pieces.map(1)  # torch looks up the device of an address, which only a mapped one has

@@ -289,7 +289,7 @@ class TorchExecutor:
         if self._graphs is None or not recurs or not batch.uniform:
             return self._pass(iteration, batch, head=head)
         state = self.arena.version, self._staging.version, self._elastic.weights_version
-        key = batch.layout, iteration.plan
+        key = batch.layout, batch.layers, iteration.plan
         return self._graphs.run(key, state, lambda: self._pass(iteration, batch, head=head))
 
     def _pass(self, iteration: Iteration, batch: PagedBatch, *, check: bool = False, head: bool = True) -> Tensor:

@@ -17,7 +17,7 @@ import hw.calibrate.plan_changes
 import hw.calibrate.this_device
 from hw.calibrate.__main__ import main as command
 from hw.calibrate.calibration import times
-from hw.calibrate.engine_runs import CPU_LOAD, Iterations, latency_of, line_over_terms, load_of
+from hw.calibrate.engine_runs import CPU_LOAD, Iterations, latency_of, line_over_terms, load_of, run_engine
 from hw.calibrate.grid import Limits
 from hw.calibrate.plan_changes import POOL_BLOCKS, Changes
 from hw.elastic.model import ElasticModel
@@ -27,6 +27,7 @@ from sim.cost.latency import CALIBRATIONS, load_calibration
 from sim.cost.memory import layer_weight_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import dense_plan, drop, with_mask
+from sim.errors import ConfigError
 from tests.commands import exit_status
 from tests.hw.fake_cuda import FakeCuda
 from tests.hw.serving import tiny, tiny_spec
@@ -218,6 +219,11 @@ def test_layers_share_blocks_where_the_pool_is_too_small_for_the_kv_of_all() -> 
     assert made[0].table.mha == layers
     bench.pool.release(taken)
     assert bench.pool.used_layer_blocks == 0
+
+
+def test_the_engine_between_the_measurements_computes_attention_as_it_is_timed() -> None:
+    with pytest.raises(ConfigError, match="none_such"):
+        run_engine(ElasticModel(tiny(), name="tiny"), "cpu", 0, replace(LOAD, attention="none_such"), 4.0)
 
 
 def test_the_load_of_a_gpu_follows_its_bandwidth_and_its_memory() -> None:

@@ -170,6 +170,15 @@ def test_an_unknown_step_size_or_device_is_one_line(tmp_path: Path, capsys: pyte
     assert "did you mean 'cpu'" in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_there_is_one_line_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["device=cpu", "model=hf", f"model.config={tmp_path / 'none'}", f"out={tmp_path / 'out'}"]
+    assert exit_status(main, *keys, "steps=[environment]") == 2
+    assert "no model config at" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(machine.nvidia_smi() is not None, reason="has a GPU")
 def test_a_gpu_that_torch_does_not_find_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(main, "device=cuda", f"out={tmp_path}") == 2

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 import hw.calibrate.__main__  # registers the keys of hw.calibrate
+import hw.checkup.calibration
 import hw.checkup.kernels
 import hw.checkup.own_tests
 from hw.checkup.findings import Findings, Skip
@@ -174,3 +177,18 @@ def test_every_row_of_the_benchmark_of_kernels_is_read(tmp_path: Path) -> None:
         hw.checkup.kernels.follow(
             ["nothing measured: the kernels need a CUDA device and triton\n"], Findings(tmp_path / "f")
         )
+
+
+def test_the_calibration_computes_attention_as_the_other_steps_do(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(hw.checkup.calibration.subprocess, "run", run)
+    chosen = replace(setup, overrides=(*setup.overrides, "hw.attention=sdpa", "hw.threads=2"), out=str(tmp_path))
+    hw.checkup.calibration.run(chosen, Findings(tmp_path / "calibration.json"))
+    assert {"attention=sdpa", "threads=2"} <= set(ran[0])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +15,7 @@ torch = pytest.importorskip("torch", reason="the real model needs torch: pip ins
 
 from hw.elastic.blocks import PinnedStore  # noqa: E402
 from hw.elastic.checkpoint import pick_device  # noqa: E402
-from hw.elastic.device import SEGMENTS_BYTES, Cpu, Cuda, device_of  # noqa: E402
+from hw.elastic.device import ALLOCATOR_SETTINGS, SEGMENTS_BYTES, Cpu, Cuda, device_of, make_current  # noqa: E402
 from hw.elastic.device_memory import DeviceMemory, attempt, out_of_memory  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
 from hw.elastic.quantize import quantize  # noqa: E402
@@ -200,3 +203,134 @@ def test_a_gpu_that_is_not_there_is_one_line(two_gpus: list[Any], name: str) -> 
     assert "\n" not in str(caught.value)
     assert "cuda" in str(caught.value)
     assert two_gpus == []
+
+
+@pytest.mark.parametrize("stated", [None, *ALLOCATOR_SETTINGS])
+def test_settings_of_the_allocator_that_a_user_has_made_stay(
+    two_gpus: list[Any], monkeypatch: pytest.MonkeyPatch, stated: str | None
+) -> None:
+    for name in ALLOCATOR_SETTINGS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    if stated is not None:
+        monkeypatch.setenv(stated, "max_split_size_mb:64")
+    make_current(torch.device("cuda:1"))
+    wanted = dict.fromkeys(ALLOCATOR_SETTINGS, "expandable_segments:True")
+    if stated is not None:
+        wanted = {stated: "max_split_size_mb:64"}
+    assert {name: os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ} == wanted
+
+
+def test_the_allocator_has_its_settings_before_torch_touches_a_gpu(
+    two_gpus: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+    for name in ALLOCATOR_SETTINGS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def current() -> int:
+        seen.append(os.environ.get(ALLOCATOR_SETTINGS[0]))
+        return 1
+
+    monkeypatch.setattr(torch.cuda, "current_device", current)
+    assert pick_device("cuda") == torch.device("cuda:1")
+    assert seen == ["expandable_segments:True"]
+    assert two_gpus == [torch.device("cuda:1")]
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """torch.cuda as far as a graph is recorded; it refuses what CUDA's allocator refuses.
+
+    streams: that were made. warm: those that something ran on. current: the stream of the thread.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.streams: list[Any] = []
+        self.warm: set[int] = set()
+        self.current: Any = SimpleNamespace(wait_stream=lambda other: None)
+        self.pools: dict[int, int] = {}  # handle -> graphs
+        self.handles = 0
+        for name, value in {
+            "Stream": self.stream,
+            "stream": self.on,
+            "current_stream": lambda place: self.current,
+            "set_stream": lambda stream: setattr(self, "current", stream),
+            "graph_pool_handle": self.handle,
+            "synchronize": lambda place: None,
+            "empty_cache": lambda: None,
+            "memory_reserved": lambda place: 0,
+            "CUDAGraph": self.graph_of(),
+            "graph": self.recording,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def stream(self, place: Any) -> Any:
+        self.streams.append(SimpleNamespace(wait_stream=lambda other: None))
+        return self.streams[-1]
+
+    @contextlib.contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        self.warm.add(id(stream))
+        yield
+        self.current = before
+
+    def handle(self) -> int:
+        self.handles += 1
+        return self.handles
+
+    def graph_of(self) -> type:
+        recorder = self
+
+        class CUDAGraph:
+            pool = 0
+
+            def __del__(self) -> None:
+                if self.pool:
+                    recorder.pools[self.pool] -= 1
+
+        return CUDAGraph
+
+    @contextlib.contextmanager
+    def recording(self, graph: Any, pool: int, stream: Any = None, **_: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        assert id(stream) in self.warm, "cuBLAS takes its workspace from the memory of the graphs"
+        assert self.pools.get(pool, 1) > 0, "it->second->use_count > 0 INTERNAL ASSERT FAILED"
+        yield  # an error leaves the stream as it is, as torch's context does if the end of a recording fails
+        self.pools[pool] = self.pools.get(pool, 0) + 1
+        graph.pool = pool
+        self.current = before
+
+
+def test_graphs_are_recorded_again_after_all_of_them_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    device, computing = Cuda(torch.device("cuda:0")), recorder.current
+    streams = len(recorder.streams)
+    for _ in range(3):
+        graphs = [device.record(lambda: torch.zeros(1)) for _ in range(3)]
+        assert list(recorder.pools.values())[-1] == 3  # they share their memory
+        del graphs
+        gc.collect()
+    assert recorder.handles == 3
+    assert len(recorder.streams) == streams + 1  # each stream costs a workspace
+    assert recorder.current is computing
+
+
+def test_a_recording_that_fails_leaves_the_stream_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    device, computing, runs = Cuda(torch.device("cuda:0")), recorder.current, list[int]()
+
+    def step() -> torch.Tensor:
+        runs.append(1)
+        if len(runs) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="capturing"):
+        device.record(step)
+    assert recorder.current is computing
+    device.record(step)

@@ -148,7 +148,8 @@ def test_on_a_gpu_memory_is_mapped_counted_and_given_back() -> None:
     memory.resize(2000)
     taken = memory.backed_bytes
     assert device.in_use_bytes() - before == taken >= memory.allocated_bytes
-    assert free - torch.cuda.mem_get_info(place)[0] >= taken
+    alone = "PYTEST_XDIST_WORKER" not in os.environ  # else other tests take memory of this GPU, and free it
+    assert not alone or free - torch.cuda.mem_get_info(place)[0] >= taken
     memory.kv[:2000].fill_(3)
     memory.resize(100)
     memory.resize(2000)
@@ -157,4 +158,4 @@ def test_on_a_gpu_memory_is_mapped_counted_and_given_back() -> None:
     assert memory.read(torch.tensor([99, 100], device=place))[0].float().amax((1, 2, 3)).tolist() == [3, 0]
     memory.close()
     assert device.in_use_bytes() == before
-    assert free - torch.cuda.mem_get_info(place)[0] < 8 << 20
+    assert not alone or free - torch.cuda.mem_get_info(place)[0] < 8 << 20

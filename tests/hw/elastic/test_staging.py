@@ -59,3 +59,12 @@ def test_pinned_memory_is_not_written_while_the_device_may_still_copy_from_it() 
     staging.send([np.arange(4) + 2])
     with pytest.raises(AssertionError, match="pinned memory changed"):
         staging.read(torch.zeros(1))
+
+
+def test_memory_that_was_made_in_inference_mode_is_written_outside_of_it() -> None:
+    staging = Staging(FakeCuda())
+    with torch.inference_mode():
+        staging.send([np.arange(4)])
+    staging.read(torch.zeros(1))
+    (sent,) = staging.send([np.arange(4) + 1])
+    assert sent.tolist() == [1, 2, 3, 4]

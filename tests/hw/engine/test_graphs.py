@@ -5,6 +5,7 @@ The plain operations take the place of kernels, which triton's interpreter runs 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from hw.engine.prompts import RandomPrompts  # noqa: E402
 from sim.cost.memory import budget_for_kv_blocks  # noqa: E402
 from sim.cost.plan import Plan, dense_plan, drop, with_mask  # noqa: E402
 from sim.engine.budget import Budget  # noqa: E402
+from sim.engine.protocol import Request  # noqa: E402
 from tests.hw.engine.test_hw_engine import plain_tokens  # noqa: E402
 from tests.hw.fake_cuda import FakeCuda  # noqa: E402
 from tests.hw.serving import (  # noqa: E402
@@ -182,3 +184,27 @@ def test_a_pass_that_cannot_be_recorded_runs_as_before(
 def test_sizes_of_batches_that_have_a_graph() -> None:
     found = DecodeGraphs(FakeCuda(), 0)
     assert [found.rows_of(n) for n in (0, 1, 3, 4, 5, 9, 65, 256, 257)] == [None, 1, 4, 4, 8, 16, 96, 256, None]
+
+
+def tokens_without_kv_of(*layers: int, cuda_graphs: bool) -> list[list[int]]:
+    """Return the tokens of requests one after another, each without the KV of a layer that the plan runs."""
+    dense, now_s = dense_plan(tiny_spec()), 0.0
+    found: list[list[int]] = []
+    with FakeCuda() as device:
+        engine = engine_on(device, cuda_graphs=cuda_graphs, on_token=lambda _, token, __: found[-1].append(token))
+        for request_id, layer in enumerate(layers):
+            found.append([])
+            # The weights stay where they are: prompts need the block, and only decodes drop its KV.
+            engine.apply(replace(dense, decode=drop(tiny_spec(), mha=[layer])))
+            engine.submit([Request(request_id=request_id, arrival_s=now_s, prompt_tokens=9, output_tokens=24)])
+            while not engine.drained:
+                now_s += 0.5
+                engine.run_until(now_s)
+                if found[-1]:
+                    engine.apply(dense)
+        assert cuda_graphs == (device.replays > 8)
+    return found
+
+
+def test_requests_that_lack_the_kv_of_other_layers_get_another_graph() -> None:
+    assert tokens_without_kv_of(1, 2, cuda_graphs=True) == tokens_without_kv_of(1, 2, cuda_graphs=False)
