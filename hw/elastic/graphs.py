@@ -24,6 +24,8 @@ SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
 RECURS = 4
 """A pass is recorded when it was needed this often: recording takes as long as several passes."""
 MOST_GRAPHS = 32
+MOST_FAILURES = 3
+"""After so many passes that could not be recorded, none is recorded any more. One may be a moment without memory."""
 
 
 class DecodeGraphs:
@@ -35,7 +37,7 @@ class DecodeGraphs:
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._needed: Counter[Hashable] = Counter()
         self._state: Hashable = None
-        self._fails = False
+        self._failures = 0
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +65,7 @@ class DecodeGraphs:
         graph = self._graphs.get(key)
         if graph is None:
             self._needed[key] += 1
-            if self._fails or self._needed[key] < RECURS:
+            if self._failures == MOST_FAILURES or self._needed[key] < RECURS:
                 return step()
             graph = self._record(key, step)
             if graph is None:
@@ -81,7 +83,7 @@ class DecodeGraphs:
             self._hardware.give_back()
 
     def _record(self, key: Hashable, step: Callable[[], Tensor]) -> Graph | None:
-        """Record a pass; return None if that is not possible, and try it no more."""
+        """Record a pass; return None if that is not possible."""
         if len(self._graphs) == MOST_GRAPHS:
             self._graphs.popitem(last=False)
         try:
@@ -99,6 +101,7 @@ class DecodeGraphs:
 
     def _give_up(self, reason: str) -> Graph | None:
         self.clear()
-        self._fails = True
-        print(f"no CUDA graph of a decode pass, which is slower: {reason}", file=sys.stderr)
+        self._failures += 1
+        if self._failures == MOST_FAILURES:
+            print(f"no CUDA graphs of decode passes, which is slower: {reason}", file=sys.stderr)
         return None

@@ -181,6 +181,25 @@ def test_a_pass_that_cannot_be_recorded_runs_as_before(
     assert str(error) in said
 
 
+def test_a_moment_without_memory_does_not_end_the_recording_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "RECURS", 1)
+
+    class RefusesOnce(FakeCuda):
+        refused = False
+
+        def record(self, step: Any) -> Any:
+            if not self.refused:
+                self.refused = True
+                raise torch.OutOfMemoryError("no memory")
+            return super().record(step)
+
+    with RefusesOnce() as device:
+        found, step = DecodeGraphs(device, 1 << 20), Step()
+        for _ in range(2):
+            found.run("a", 0, step)
+        assert found.count == 1
+
+
 def test_sizes_of_batches_that_have_a_graph() -> None:
     found = DecodeGraphs(FakeCuda(), 0)
     assert [found.rows_of(n) for n in (0, 1, 3, 4, 5, 9, 65, 256, 257)] == [None, 1, 4, 4, 8, 16, 96, 256, None]
