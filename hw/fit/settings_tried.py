@@ -25,6 +25,8 @@ USUAL_RUNNING = (8, 16, 32, 64, 128, 256, 512, 1024)
 USUAL_PROMPTS = (1, 10, 20, 50, 100, 200, 500)
 BETTER = 0.6
 """Another setting is named if it leaves at most this share of the loss."""
+NEAR = 1.25
+"""Settings whose losses differ by no more stand in for each other, as a limit on requests and one on memory."""
 SMALL_LOSS = 0.08
 """A loss that needs no other setting: TTFT is off by 6 % or gaps by 1.5 %."""
 QUICK_STEPS, QUICK_STEPS_OF_SEVERAL = 4, 2
@@ -131,7 +133,7 @@ def sentences_of(present: float, tried: Sequence[Tried]) -> list[str]:
     """Return a sentence that names the settings that explain a run much better."""
     if present <= SMALL_LOSS or not tried or tried[0].loss > BETTER * present:
         return []
-    near = [one for one in tried if one.loss <= 1.1 * tried[0].loss]
+    near = [one for one in tried if one.loss <= NEAR * tried[0].loss]
     keys = " or ".join(one.keys for one in near[:3])
     return [
         f"another setting explains the run better, each at its own best prices: {keys} leaves a loss of "

@@ -12,6 +12,9 @@ from hw.fit.fitting import Case
 from hw.fit.regression import costs, decoding, prompts_in
 from hw.fit.server import Server, simulate
 from hw.fit.settings_tried import sentences_of, try_settings
+from sim.cost.memory import budget_for_kv_blocks
+from sim.engine.budget import constant_budget
+from sim.errors import ConfigError
 from sim.results.records import Moments
 from tests.hw.fit.truth import a_server, requests, served
 
@@ -49,6 +52,30 @@ def test_sharing_that_the_server_does_not_have_is_named() -> None:
 )
 def test_another_limit_or_scheduler_is_named(changes: dict[str, object], rate: float, says: str) -> None:
     assert says in said(a_server(schedules_ahead=True), a_server(**changes), rate_rps=rate)
+
+
+def test_prompts_in_smaller_pieces_are_not_taken_for_cached_ones() -> None:
+    real, described = (a_server(schedules_ahead=True, max_batch_tokens=tokens) for tokens in (256, 8192))
+    text = said(described, real, compute_bound=1.0, memory_bound=1.0)
+    assert "a prompt that comes in costs the others" in text
+    assert "engine.limits.max_batch_tokens" in text
+    assert "prefix_caching" not in text
+
+
+def test_requests_that_wait_for_kv_blocks_are_not_taken_for_cached_or_cut_ones() -> None:
+    described = a_server(schedules_ahead=True)
+    bytes_ = budget_for_kv_blocks(described.spec.model, described.plan, 600, described.spec.workspace_bytes, 16)
+    text = said(described, replace(described, budget=constant_budget(bytes_)), rate_rps=12.0, noise=0.1)
+    assert "unit" not in text
+    assert "budget=kv_blocks" in text
+    assert "prefix_caching" not in text
+    assert "max_batch_tokens" not in text
+
+
+def test_a_server_that_can_take_no_request_is_one_line() -> None:
+    run = served(a_server(), requests(count=20))
+    with pytest.raises(ConfigError, match="no request of truth fits"):
+        diagnose(replace(run, prompt_tokens=run.prompt_tokens + 10**7), a_server())
 
 
 def test_a_right_description_is_not_blamed() -> None:
