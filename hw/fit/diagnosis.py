@@ -341,8 +341,8 @@ def _of_costs(found: Diagnosis, server: Server) -> list[str]:
     if _differs(real.sequence_s, ours.sequence_s, real.error[1], ours.error[1]):
         said.append(
             f"each running sequence adds {1e6 * real.sequence_s:.2g} us to a token, simulated "
-            f"{1e6 * ours.sequence_s:.2g}: check the lengths of prompts, the precision of the KV cache, and the number "
-            "of servers (replicas=)"
+            f"{1e6 * ours.sequence_s:.2g}: check model=, gpu=, the lengths of prompts, the precision of the KV "
+            "cache, and the number of servers (replicas=)"
         )
     return said
 

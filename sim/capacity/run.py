@@ -79,6 +79,10 @@ class Server:
     def trace_rps(self) -> float:
         """The rate of the trace as it is."""
         span_s = float(self.trace.arrival_s[-1] - self.trace.arrival_s[0])
+        if len(self.trace) < 2:
+            raise ConfigError(
+                f"{self.trace.name} has one request, so there is no rate to change; choose a longer trace"
+            )
         if not span_s > 0:
             raise ConfigError(
                 f"the {len(self.trace)} requests of {self.trace.name} arrive all at once, so there is no rate to "

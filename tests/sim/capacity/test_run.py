@@ -81,6 +81,7 @@ def test_a_row_without_a_capacity_says_why_next_to_the_others(
     ("words", "message"),
     [
         ("slo.tpot_s=0.00001", "even at 0.166 req/s only .* of the requests meet the SLO.*TPOT above 1e-05 s in"),
+        ("workload.steps=[] trace.duration_s=0.1 trace.rate_rps=4", "has one request"),
         ("target=1.5", "target is 1.5; it must be a share"),
         ("precision=0", "precision is 0.0; it must be in"),
         ("least_rps=0", "least_rps is 0.0; it must be a rate above 0"),
