@@ -99,7 +99,9 @@ def diagnose(run: MeasuredRun, server: Server) -> Diagnosis:
         kv_peak_tokens=kv_peak(run),
         sentences=[],
     )
-    first_round = found.period is not None and not server.config.prefix_caching
+    first_round = not server.config.prefix_caching and (
+        found.period is not None or (real is not None and ours is not None and _hardly_computed(real, ours))
+    )
     if found.warm_up and (first_round or (found.utilization or 0.0) >= NEAR_MOST):
         # The first round of prompts that come again is slower because it is computed; and the first requests of a full
         # server find it empty, so that a wrong limit looks like a slow start.
@@ -345,6 +347,11 @@ def _of_costs(found: Diagnosis, server: Server) -> list[str]:
             "cache, and the number of servers (replicas=)"
         )
     return said
+
+
+def _hardly_computed(real: Costs, ours: Costs) -> bool:
+    """Return whether a prompt costs so much less than simulated that a prefix cache may hold it."""
+    return real.prompt_s < ours.prompt_s and _differs(real.prompt_s, ours.prompt_s, real.error[2], ours.error[2])
 
 
 def _of_prompt_cost(found: Diagnosis, server: Server, *, cheap: bool) -> str:

@@ -11,7 +11,7 @@ from hw.fit.diagnosis import diagnose, find_period, find_steps, find_warm_up
 from hw.fit.fitting import Case
 from hw.fit.regression import costs, decoding, prompts_in
 from hw.fit.server import Server, simulate
-from hw.fit.settings_tried import sentences_of, try_settings
+from hw.fit.settings_tried import other_settings, sentences_of, try_settings
 from sim.cost.memory import budget_for_kv_blocks
 from sim.engine.budget import constant_budget
 from sim.errors import ConfigError
@@ -76,6 +76,26 @@ def test_a_server_that_can_take_no_request_is_one_line() -> None:
     run = served(a_server(), requests(count=20))
     with pytest.raises(ConfigError, match="no request of truth fits"):
         diagnose(replace(run, prompt_tokens=run.prompt_tokens + 10**7), a_server())
+
+
+def test_a_right_description_that_swaps_is_not_tried_with_what_swapping_excludes() -> None:
+    server = a_server(scheduler="prefill_first", preemption="swap", host_kv_blocks=512)
+    bytes_ = budget_for_kv_blocks(server.spec.model, server.plan, 900, server.spec.workspace_bytes, 16)
+    server = replace(server, budget=constant_budget(bytes_))
+    run = served(server, requests(count=60))
+    tried = dict(other_settings(diagnose(run, server), server))
+    assert "engine.scheduler=chunked" in tried
+    assert not any("prefix_caching" in keys for keys in tried)
+
+
+def test_the_first_round_of_prompts_that_a_cache_holds_is_no_warm_up() -> None:
+    """Prompts that share only their beginnings show no period of lengths."""
+    real, described = a_server(prefix_caching=True, distinct=40), a_server()
+    run = served(real, requests(count=300, prompt=3000.0))
+    found = diagnose(run, described)
+    assert found.period is None
+    assert "engine.prefix_caching=true" in " ".join(found.sentences)
+    assert found.warm_up == 0
 
 
 def test_a_right_description_is_not_blamed() -> None:
