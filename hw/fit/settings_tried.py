@@ -70,7 +70,7 @@ def _changed(server: Server, **changes: Any) -> Server | None:
         return None
 
 
-def _limited(server: Server, **changes: int) -> Server | None:
+def _limited(server: Server, **changes: Any) -> Server | None:
     try:
         return _changed(server, limits=replace(server.config.limits, **changes))
     except RapLabError:
