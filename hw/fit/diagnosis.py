@@ -245,8 +245,10 @@ def kv_peak(run: MeasuredRun) -> int:
 
 
 def sentences(found: Diagnosis, server: Server) -> list[str]:
-    """Return what the figures say, the most certain first."""
-    said = [*_units(found), *_of_limits(found, server), *_of_prompts(found, server), *_of_costs(found, server)]
+    """Return what the figures say, the most certain first; a wrong unit alone, for it falsifies all others."""
+    if unit := _units(found):
+        return unit
+    said = [*_of_limits(found, server), *_of_prompts(found, server), *_of_costs(found, server)]
     if found.warm_up and found.warm_ratio is not None:
         said.append(
             f"the first {found.warm_up} request{'s' * (found.warm_up > 1)} took {found.warm_ratio:.1f} times as long "

@@ -260,11 +260,13 @@ def still_off(judged: Mapping[str, Any], way: str = "fitted", most_off: Mapping[
 
 
 def check_written(folder: Path, report: Path, name: str) -> None:
-    """Check that a fit of this name replaces nothing but an earlier fit.
+    """Check that a fit of this name can be written and replaces nothing but an earlier fit.
 
     Raises:
-        ConfigError: if it would.
+        ConfigError: if not.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out is {folder}, which is a file; name a folder, or leave out= away")
     front_end = CONF_DIR / "frontend" / f"{name}.yaml"
     if folder == report and name == REPORT.removesuffix(".json"):
         raise ConfigError(f"name is {name!r}, the name of the report in the same folder; set name= to another name")

@@ -94,6 +94,7 @@ def test_by_name_it_writes_the_calibration_and_the_front_end(result: Path, capsy
         (("run=result.json", "distinct_prompts=0"), "distinct_prompts is 0"),
         (("run=result.json", "engine.prefix_caching=true"), "which prompts repeat"),
         (("run=result.json", "warm_up=140"), "warm_up is 140"),
+        (("run=result.json", "out=result.json"), "out is result.json, which is a file"),
         (("run=result.json", "name=a/b"), "name is 'a/b'"),
         (("run=result.json", "unit=min"), "unit is 'min'"),
         (("run=result.json", "side=server"), "side is 'server'"),
