@@ -13,7 +13,6 @@ from rich.console import Console
 
 from hw.calibrate.published import from_measurements
 from hw.calibrate.writing import error_table
-from hw.elastic.attention_choice import check_attention
 from sim.config import build, run_command
 from sim.cost.latency import CALIBRATIONS
 from sim.errors import ConfigError, nearest
@@ -75,7 +74,10 @@ def _calibrate(cfg: DictConfig) -> None:
     for key, allowed in (("source", SOURCES), ("only", ONLY)):
         if cfg[key] not in allowed:
             raise ConfigError(f"unknown {key}={cfg[key]}; {nearest(cfg[key], allowed)}")
-    check_attention(cfg.attention, "attention")
+    if cfg.attention != "auto":
+        from hw.elastic.attention_choice import check_attention  # imported late: source=measurements needs no torch
+
+        check_attention(cfg.attention, "attention")
     out = Path(cfg.out) if cfg.out is not None else CALIBRATIONS if CHECKOUT else Path("calibration")
     if cfg.source == "device":
         contents = [_from_device(cfg, out)]

@@ -96,7 +96,7 @@ class Load:
     limits: of the scheduler. prompt_tokens, output_tokens: median and most of each. kv_tokens: that the pool holds.
     rates_rps: arrival rates of the runs in turn, from single requests to full batches with prompts.
     run_s, held_out_s: seconds of arrivals in each of them, and in the run of which nothing is fitted.
-    held_out_rps: its arrival rate. workspace_bytes: that the passes may take.
+    held_out_rps: its arrival rate. workspace_bytes: that the passes may take. attention: as in hw.replay.
     """
 
     limits: Limits
@@ -108,6 +108,7 @@ class Load:
     held_out_s: float = 25.0
     held_out_rps: float = 2.0
     workspace_bytes: int = 0
+    attention: str = "auto"
 
 
 CPU_LOAD = Load(limits=Limits(max_batch_tokens=128, max_running=16))
@@ -170,6 +171,7 @@ def run_engine(
         plan=plan,
         budget_bytes=budget_for_kv_blocks(spec, plan, blocks, load.workspace_bytes, BLOCK_TOKENS),
         workspace_bytes=load.workspace_bytes,
+        attention=load.attention,
         prompts=RandomPrompts(spec.vocab_size, seed),
         clock=RealClock(clock, skip_idle=True),
         plans=[plan],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def measure_all(elastic: ElasticModel, settings: d.DeviceSettings, gpu: Gpu, out
     )
     started_s = time.monotonic()
     load = load_of(elastic, settings.seconds, gpu.memory_bytes, gpu.memory_bandwidth_bytes_per_s)
+    load = replace(load, attention=settings.attention)
     bench = d.Bench(elastic, settings)
     runs, survey = d.measure(bench, samples, settings, load)
     terms = d.terms_of(samples)

@@ -25,6 +25,9 @@ def run(setup: Setup, findings: Findings) -> None:
     """Calibrate, and read the errors from the file."""
     seconds = max(min(setup.limit_s * MEASURED_SHARE - LOADING_S, MOST_S[setup.size]), LEAST_S)
     passed_on = [text for text in setup.overrides if not text.startswith("hw.")]
+    passed_on += [
+        text.removeprefix("hw.") for text in setup.overrides if text.startswith(("hw.attention", "hw.threads"))
+    ]
     command = [sys.executable, "-m", "hw.calibrate", "source=device", *passed_on, f"out={setup.out}"]
     command += [f"seconds={seconds:.0f}", f"seed={setup.seed}", *setup.amounts.calibration]
     if setup.checkpoint:

@@ -66,6 +66,7 @@ def _bandwidths(axis: Any, rows: Mapping[str, Any]) -> None:
     _bars(axis, known, "copies", "GB/s")
     if known:
         axis.set_xscale("log")
+        axis.tick_params(which="minor", labelbottom=False)
 
 
 def _errors(axis: Any, rows: Mapping[str, Any]) -> None:

@@ -407,6 +407,7 @@ class Cluster:
     def _choose(self, request: int, prompt: int, produced: int, now_s: float) -> int:
         """Return the replica for a request; -1 if none accepts."""
         if isinstance(self._router, KernelRouter):
+            ck.reject_late(self._tables, self._state.table, now_s)
             return int(ck.choose(self._tables, self._state.table, request, prompt + produced))
         accepting = self.accepting()
         fit = [i for i in accepting if prompt + produced < self._context_limits[i]]
@@ -429,9 +430,12 @@ class Cluster:
     def _route_again(self, i: int, running_too: bool) -> int:
         """Take the waiting (and running) requests of a replica and route them again now; return their number."""
         number, engine, table = self._current[i], self._engine(i), self._tables[i]
+        kernel.reject_late(table, float(self.env.now))
         rows = np.zeros(ck.outstanding(table), dtype=np.int64)
         rows = rows[: ck.held_rows(table, rows, running_too)]
-        if not running_too:
+        if running_too:
+            ck.stop(table)
+        else:
             ck.let_waiting_go(table)
         mine = np.flatnonzero(self._homes["engine"] == number)
         request_of = np.full(engine.requests, -1, dtype=np.int64)

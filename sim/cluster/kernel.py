@@ -181,6 +181,14 @@ def _fitting(c: Table, tokens: int, place: int) -> int:
 
 
 @compiled()
+def reject_late(tables: Tables, c: Table, now_s: float) -> None:
+    """Reject the requests that have waited too long by now, wherever a router looks at the queue."""
+    for k in range(len(tables)):
+        if replicas_of(c)[k].accepts:  # a replica that has not started has no queue
+            kernel.reject_late(tables[k], now_s)
+
+
+@compiled()
 def choose(tables: Tables, c: Table, request: int, tokens: int) -> int:
     """Return the replica for a request of this many tokens, prompt and produced; -1 if none accepts requests.
 
@@ -370,6 +378,12 @@ def held_rows(s: Table, rows: Ints, running_too: bool) -> int:
 
 
 @compiled()
+def stop(s: Table) -> None:
+    """Let a replica that serves no longer reject none of the requests that others serve now."""
+    counters_of(s).max_wait_s = np.inf
+
+
+@compiled()
 def let_waiting_go(s: Table) -> None:
     """Forget the waiting requests; running ones continue."""
     n = counters_of(s)
@@ -496,9 +510,7 @@ def serve(tables: Tables, c: Table, now_s: float, horizon_s: float) -> int:
             return REACHED
         if cluster.router == ASK:
             return CHOOSE
-        for k in range(len(tables)):
-            if replicas[k].accepts:  # routers look at no other queue; a replica that has not started has none
-                kernel.reject_late(tables[k], arrives_s)
+        reject_late(tables, c, arrives_s)
         next_in_turn = cluster.next_in_turn
         k = choose(tables, c, at, prompt_tokens[at])
         if k < 0:

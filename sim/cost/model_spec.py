@@ -421,8 +421,8 @@ class _Reader:
         for what, keys in _OTHER_PARTS.items():
             if found := next((key for key in keys if self.config.get(key)), None):
                 raise ModelError(
-                    f"model config {self.name!r} states {found}: a model with {what} is not supported, because its "
-                    f"memory would be counted wrong; supported are the families {', '.join(SUPPORTED_FAMILIES)}"
+                    f"model config {self.name!r} states {found}: a model with {what} is not supported: its "
+                    f"bytes or its output would be wrong; supported are the families {', '.join(SUPPORTED_FAMILIES)}"
                 )
         types = self.config.get("layer_types") or []
         known = ("full_attention", "sliding_attention")

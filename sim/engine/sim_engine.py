@@ -61,7 +61,8 @@ class Snapshot:
 
     arrays: copies of the saved arrays of the kernel's state, by name. live: int64[n], the running and waiting requests.
     live_requests: their n rows. open_change: the row of the plan change under way. submits: calls of submit so far.
-    graph: the plan graph then in use. described: plan changes described by earlier graphs.
+    graph: the plan graph then in use. described: plan changes described by earlier graphs. asleep: whether it waited,
+    with nothing to serve; it then goes on to wait.
     """
 
     engine: SimEngine
@@ -73,6 +74,7 @@ class Snapshot:
     submits: int
     graph: PlanGraph
     described: int
+    asleep: bool
 
 
 class SimEngine:
@@ -436,6 +438,7 @@ class SimEngine:
             submits=len(self._output_tokens),
             graph=self._graph,
             described=len(self._described),
+            asleep=self._wake is not None,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -467,9 +470,10 @@ class SimEngine:
             self._graph, self._graph_version = snapshot.graph, -1
         del self._described[snapshot.described :]
         self.env = simpy.Environment(initial_time=snapshot.time_s)
-        self._wake = self._resume = None
+        self._wake = self.env.event() if snapshot.asleep else None
+        self._resume = None
         self._hold_at_s = math.nan
-        self.env.process(self._serve())
+        self.env.process(self._serve(self._wake))
 
     def kept_share(self) -> tuple[tuple[float, float], ...]:
         """Return (time_s, resident bytes as a share of the dense weights' bytes), one entry per change."""
@@ -550,8 +554,12 @@ class SimEngine:
 
     # -- serving -------------------------------------------------------------------------------------------------
 
-    def _serve(self) -> Generator[simpy.Event, Any, None]:
+    def _serve(self, wake: simpy.Event | None = None) -> Generator[simpy.Event, Any, None]:
+        """Serve; with ``wake``, an event that ends a wait, wait for it first."""
         env, n = self.env, self._counters
+        if wake is not None:
+            yield from self._wait(wake)
+            self._wake = None
         while True:
             while env.now == self._hold_at_s:  # a policy decides now, before the next iteration starts
                 self._resume = env.event()
@@ -572,11 +580,12 @@ class SimEngine:
             while now_s > env.now:
                 yield env.timeout(exact_delay(env.now, now_s))
             if why == kernel.STALLED and env.now != self._hold_at_s:
-                yield from self._wait()
+                self._wake = self.env.event()
+                yield from self._wait(self._wake)
+                self._wake = None
 
-    def _wait(self) -> Generator[simpy.Event, Any, None]:
-        """Wait, with nothing to serve, for a call from outside or the end of a copy."""
-        self._wake = wake = self.env.event()
+    def _wait(self, wake: simpy.Event) -> Generator[simpy.Event, Any, None]:
+        """Wait, with nothing to serve, for a call from outside (``wake``) or the end of a copy."""
         copy_end_s = self._counters.copy_end_s
         if math.isinf(copy_end_s):
             yield wake

@@ -114,7 +114,11 @@ def reject_late(s: Table, now_s: float) -> None:
 @compiled(inline=True)
 def queue_due_s(s: Table) -> float:
     """Return when the next request arrives or one has waited too long, whichever is first."""
-    return float(min(counters_of(s).next_arrival_s, wait_ends_s(s)))
+    n = counters_of(s)
+    due_s = n.next_arrival_s
+    if n.max_wait_s < np.inf:  # looked up only then: this runs before every iteration
+        due_s = min(due_s, wait_ends_s(s))
+    return float(due_s)
 
 
 @compiled()
@@ -123,7 +127,8 @@ def take_arrivals(s: Table, now_s: float) -> None:
     n, requests = counters_of(s), requests_of(s)
     while n.next_arrival_s <= now_s:
         r = n.arrived
-        reject_late(s, n.next_arrival_s)
+        if n.max_wait_s < np.inf:
+            reject_late(s, n.next_arrival_s)
         n.arrived = r + 1
         n.next_arrival_s = requests[r + 1].arrival_s if r + 1 < n.request_count else np.inf
         request = requests[r]
@@ -140,7 +145,8 @@ def take_arrivals(s: Table, now_s: float) -> None:
             queue_of(s)[n.queue_tail] = r
             n.queue_tail += 1
             n.waiting_tokens += request.prompt_tokens
-    reject_late(s, now_s)
+    if n.max_wait_s < np.inf:
+        reject_late(s, now_s)
 
 
 @compiled()

@@ -523,7 +523,9 @@ def change_due_s(s: Table) -> float:
     n, budget = counters_of(s), budget_of(s)
     if n.decided_target >= 0 or n.budget_moved:
         return -np.inf
-    due_s = min(min(n.copy_end_s, n.next_decision_s), wait_ends_s(s))
+    due_s = min(n.copy_end_s, n.next_decision_s)
+    if n.max_wait_s < np.inf:
+        due_s = min(due_s, wait_ends_s(s))
     if n.budget_step + 1 < len(budget):
         due_s = min(due_s, budget[n.budget_step + 1].from_s)
     return float(due_s)

@@ -140,6 +140,9 @@ class PlainCluster:
 
     def _place(self, row: Row, now_s: float) -> None:
         produced = row.live.produced_tokens if row.live is not None else 0
+        for replica in self.replicas:
+            if replica.accepts and replica.engine is not None:
+                replica.engine._reject_late(now_s)  # a moved request may have waited too long already
         k = self._choose(row, row.request.prompt_tokens + produced)
         if k is None:
             self.held.append(row)

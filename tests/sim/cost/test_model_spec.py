@@ -84,7 +84,7 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def test_every_model_of_conf_has_a_published_total():
-    assert set(model_names()) == set(PUBLISHED_PARAMS)
+    assert set(model_names()) - {"tiny"} == set(PUBLISHED_PARAMS)  # tiny is for quick checks with random weights
 
 
 @pytest.mark.parametrize(("name", "params"), PUBLISHED_PARAMS.items())

@@ -191,7 +191,7 @@ def test_without_the_option_hash_ids_change_nothing() -> None:
 @given(seed=st.integers(0, 1 << 32))
 def test_held_and_free_kv_blocks_add_up_with_a_cache(seed: int) -> None:
     """Laws 1 and 2, under plans and budgets that change: each shared block counts once, and all is free at the end."""
-    case = random_case(seed, swaps=False)  # swapping excludes a cache
+    case = random_case(seed, later=False)  # swapping excludes a cache
     case = dataclasses.replace(case, config=dataclasses.replace(case.config, prefix_caching=True))
     try:
         engine, _ = serve(SimEngine, dataclasses.replace(case, plans=(), ticks_s=()))
