@@ -43,13 +43,13 @@ from sim.results.run_folder import commit, own_folder, write_json, write_text
 class FidelityConfig:
     """Which run to compare with.
 
-    run: its folder, a path or one under RAP_LAB_DATA. calibration: of its model on its device: a name or a path.
+    run: its folder, a path or one under RAP_LAB_DATA. latency: of its model on its device, the name or path of a file.
     studies: with the published run, also simulate every other run at hand, with nothing fitted and fitted.
     out: the folder to write to; a new folder under runs/ when null.
     """
 
     run: str = RUN
-    calibration: str = CALIBRATION
+    latency: str = CALIBRATION
     studies: bool = True
     out: str | None = None
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 def _fidelity(cfg: DictConfig) -> None:
     run, out = read_run(find_data(cfg.run)), Path(cfg.out) if cfg.out is not None else own_folder("fidelity")
-    latency = load_calibration(cfg.calibration)
+    latency = load_calibration(cfg.latency)
     check_calibration(run, latency)
     fixed_s = fit_fixed_s(run, latency)
     engine = simulate(run, latency.with_fixed(fixed_s, f"hw.fidelity, first {FIT_UNTIL_S:.0f} s"))
@@ -108,7 +108,7 @@ def _studies(out: Path) -> dict[str, Any]:
 def _command(cfg: DictConfig) -> str:
     """Return the command line that repeats the comparison."""
     plain = FidelityConfig()
-    changed = [f" {key}={cfg[key]}" for key in ("run", "calibration", "out") if cfg[key] != getattr(plain, key)]
+    changed = [f" {key}={cfg[key]}" for key in ("run", "latency", "out") if cfg[key] != getattr(plain, key)]
     return "python -m hw.fidelity" + "".join(changed)
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from sim.config import CONF_DIR, help_text
 from sim.paths import REPOSITORY
@@ -63,6 +65,18 @@ def test_help_shows_how_to_call_the_command_and_lists_the_groups_that_it_uses(mo
     groups = text.partition("== Groups")[2].partition("\n\n==")[0]
     assert ("trace:" in groups) == (COMMANDS[module] in REPLAYS)
     assert "router:" not in groups or COMMANDS[module] in ("cluster", "fit")
+
+
+@pytest.mark.parametrize("module", [module for module in COMMANDS if not module.startswith("agents")])
+def test_no_key_of_a_command_has_the_name_of_a_folder_of_conf(module: str) -> None:
+    """Hydra takes such a key for a group that the command does not have, so nobody can set it."""
+    importlib.import_module(module)
+    schema = OmegaConf.to_container(ConfigStore.instance().load(f"{COMMANDS[module]}_schema.yaml").node)
+    assert isinstance(schema, dict)
+    single = [str(key) for key, value in schema.items() if not isinstance(value, dict)]  # key.part=VALUE is no group
+    folders = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+    groups = help_text(COMMANDS[module]).partition("== Groups")[2].partition("\n\n==")[0]
+    assert [key for key in single if key in folders and f"{key}:" not in groups] == []
 
 
 def test_no_file_parses_arguments_of_its_own() -> None:

@@ -56,6 +56,31 @@ class Handover:
     preemptions: int
 
 
+def check_config(config: EngineConfig) -> None:
+    """Check that the real engine has what a configuration wants; callers do it before they load a model.
+
+    Raises:
+        ConfigError: for ``prefix_caching``, ``schedules_ahead``, ``preemption=swap`` or ``copying=blocking``, which
+            only the simulated engine has.
+    """
+    if config.prefix_caching:
+        raise ConfigError("engine.prefix_caching is true; the real engine has no prefix cache: set it to false")
+    if config.schedules_ahead:
+        raise ConfigError(
+            "engine.schedules_ahead is true; the real engine forms a batch when the iteration before it has ended: "
+            "set it to false"
+        )
+    if config.preemption == "swap":
+        raise ConfigError(
+            "engine.preemption is swap; the real engine does not copy KV to host memory: set it to recompute, and "
+            "engine.host_kv_blocks to 0"
+        )
+    if config.copying == "blocking":
+        raise ConfigError(
+            "engine.copying is blocking; the real engine serves while it copies weights in: set it to overlapped"
+        )
+
+
 class HwEngine(Replica):
     """A replica that computes with a real model.
 
@@ -107,27 +132,11 @@ class HwEngine(Replica):
             attention: which code computes it, a value of hw.attention.
             cuda_graphs: whether decode passes that recur are recorded; only where the device and that code can.
         Raises:
-            ConfigError: for ``prefix_caching``, ``schedules_ahead``, ``preemption=swap`` or ``copying=blocking``, which
-                only the simulated engine has.
+            ConfigError: as ``check_config``.
             PlanError: for a plan that is not legal for the model.
             BudgetError: if the first budget cannot hold the weights and one request.
         """
-        if config.prefix_caching:
-            raise ConfigError("engine.prefix_caching is true; the real engine has no prefix cache: set it to false")
-        if config.schedules_ahead:
-            raise ConfigError(
-                "engine.schedules_ahead is true; the real engine forms a batch when the iteration before it has ended: "
-                "set it to false"
-            )
-        if config.preemption == "swap":
-            raise ConfigError(
-                "engine.preemption is swap; the real engine does not copy KV to host memory: set it to recompute, and "
-                "engine.host_kv_blocks to 0"
-            )
-        if config.copying == "blocking":
-            raise ConfigError(
-                "engine.copying is blocking; the real engine serves while it copies weights in: set it to overlapped"
-            )
+        check_config(config)
         budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
         clock = clock or RealClock()
         self.elastic = elastic

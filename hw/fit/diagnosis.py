@@ -15,6 +15,7 @@ import numpy as np
 from hw.fit.measured import MeasuredRun
 from hw.fit.regression import Costs, costs
 from hw.fit.server import Server, Simulated, most_rate_rps, simulate
+from sim.errors import ConfigError
 from sim.results.records import Iterations, Moments
 from sim.types import Floats
 
@@ -32,6 +33,9 @@ NEAR_MOST = 0.9
 PLATEAU_SHARE = 0.2
 LIKE_ITSELF = 1.25
 """A ratio of real to simulated within this factor of 1 is a matter of prices, not of a setting."""
+
+WAITING = 3.0
+"""A TTFT this many times as long as simulated is waiting for a place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,9 +67,18 @@ class Diagnosis:
 
 
 def diagnose(run: MeasuredRun, server: Server) -> Diagnosis:
-    """Compare a run with its simulation on the described server, nothing fitted."""
+    """Compare a run with its simulation on the described server, nothing fitted.
+
+    Raises:
+        ConfigError: if that server can take no request of the run.
+    """
     single = server.replicas == 1
     done = simulate(server, run, keep_iterations=single)
+    if done.rejected == len(run):
+        raise ConfigError(
+            f"no request of {run.source} fits into the KV cache or the context of the described server; check model=, "
+            "gpu=, the budget and engine.max_context_tokens, and the tokens of the prompts"
+        )
     real, ours = (costs(run), costs(done)) if single else (None, None)
     most, full = most_rate_rps(server, run)
     warm_up, warm_ratio = find_warm_up(run, done) if single else (0, None)
@@ -86,7 +99,9 @@ def diagnose(run: MeasuredRun, server: Server) -> Diagnosis:
         kv_peak_tokens=kv_peak(run),
         sentences=[],
     )
-    first_round = found.period is not None and not server.config.prefix_caching
+    first_round = not server.config.prefix_caching and (
+        found.period is not None or (real is not None and ours is not None and _hardly_computed(real, ours))
+    )
     if found.warm_up and (first_round or (found.utilization or 0.0) >= NEAR_MOST):
         # The first round of prompts that come again is slower because it is computed; and the first requests of a full
         # server find it empty, so that a wrong limit looks like a slow start.
@@ -230,8 +245,10 @@ def kv_peak(run: MeasuredRun) -> int:
 
 
 def sentences(found: Diagnosis, server: Server) -> list[str]:
-    """Return what the figures say, the most certain first."""
-    said = [*_units(found), *_of_limits(found, server), *_of_prompts(found, server), *_of_costs(found, server)]
+    """Return what the figures say, the most certain first; a wrong unit alone, for it falsifies all others."""
+    if unit := _units(found):
+        return unit
+    said = [*_of_limits(found, server), *_of_prompts(found, server), *_of_costs(found, server)]
     if found.warm_up and found.warm_ratio is not None:
         said.append(
             f"the first {found.warm_up} request{'s' * (found.warm_up > 1)} took {found.warm_ratio:.1f} times as long "
@@ -253,9 +270,12 @@ def sentences(found: Diagnosis, server: Server) -> list[str]:
 
 def _units(found: Diagnosis) -> list[str]:
     """Return a sentence if times seem to be in another unit."""
+    # A unit changes all requests; where requests wait long, the first ones do not.
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = float(np.nanmedian(found.run.ttft_s) / np.nanmedian(found.simulated_run.ttft_s))
-    if not (300 < ratio < 3000 or 1 / 3000 < ratio < 1 / 300):
+        few, ratio = (
+            np.nanquantile(found.run.ttft_s, (0.05, 0.5)) / np.nanquantile(found.simulated_run.ttft_s, (0.05, 0.5))
+        ).tolist()
+    if not ((min(few, ratio) > 300 and ratio < 3000) or 1 / 3000 < ratio < 1 / 300):
         return []
     unit = "ms" if ratio > 1 else "s"
     return [
@@ -325,15 +345,31 @@ def _of_costs(found: Diagnosis, server: Server) -> list[str]:
     if _differs(real.sequence_s, ours.sequence_s, real.error[1], ours.error[1]):
         said.append(
             f"each running sequence adds {1e6 * real.sequence_s:.2g} us to a token, simulated "
-            f"{1e6 * ours.sequence_s:.2g}: check the lengths of prompts, the precision of the KV cache, and the number "
-            "of servers (replicas=)"
+            f"{1e6 * ours.sequence_s:.2g}: check model=, gpu=, the lengths of prompts, the precision of the KV "
+            "cache, and the number of servers (replicas=)"
         )
     return said
+
+
+def _hardly_computed(real: Costs, ours: Costs) -> bool:
+    """Return whether a prompt costs so much less than simulated that a prefix cache may hold it."""
+    return real.prompt_s < ours.prompt_s and _differs(real.prompt_s, ours.prompt_s, real.error[2], ours.error[2])
 
 
 def _of_prompt_cost(found: Diagnosis, server: Server, *, cheap: bool) -> str:
     """Return what to check if a prompt costs something else than simulated."""
     caching = server.config.prefix_caching
+    real_s, ours_s = (float(np.nanmedian(one.ttft_s)) for one in (found.run, found.simulated_run))
+    if cheap and not caching and real_s > WAITING * ours_s:
+        return (
+            "requests wait before they come in, so fewer come together; check the limits of the server first "
+            "(engine.limits.max_running, budget=kv_blocks budget.blocks=N)"
+        )
+    if cheap and not caching and found.period is None and real_s > ours_s:
+        return (
+            "but TTFT is no shorter than simulated, so prompts are computed, perhaps in smaller pieces; check "
+            "engine.limits.max_batch_tokens, model= and gpu="
+        )
     if cheap and not caching:
         return (
             "prompts are hardly computed, so a prefix cache may hold them; set engine.prefix_caching=true with "

@@ -25,6 +25,9 @@ from sim.results.plots import COLORS, figure_file
 from sim.results.run_folder import write_text
 from sim.types import Floats
 
+FRONT_END_HEAD = "# The front end of the server that calibration"
+"""How the files of fitted front ends begin."""
+
 
 def print_diagnosis(found: Diagnosis, console: Console) -> None:
     """Print what a run shows with nothing fitted."""
@@ -181,11 +184,11 @@ def write_front_end(path: Path, front_end: FrontEnd, calibration: str) -> None:
     """Write an option of the group ``frontend``."""
     write_text(
         path,
-        f"# The front end of the server that calibration {calibration} was fitted to, by hw.fit.\n"
+        f"{FRONT_END_HEAD} {calibration} was fitted to, by hw.fit.\n"
         "_target_: sim.cost.front_end.FrontEnd\n"
         f"front_s: {front_end.front_s:.6g}\n"
         f"front_token_s: {front_end.front_token_s:.6g}\n"
-        f"back_s: {front_end.back_s:.6g}\n".replace("e-0", "e-0"),
+        f"back_s: {front_end.back_s:.6g}\n",
     )
 
 

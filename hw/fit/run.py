@@ -13,12 +13,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from hw.calibrate.writing import write_calibration
-from hw.fit.diagnosis import PREFILL_SHARE, Diagnosis, diagnose
+from hw.fit.diagnosis import NEAR_MOST, PREFILL_SHARE, Diagnosis, diagnose
 from hw.fit.errors import errors
 from hw.fit.fitting import Case, Fitted, fit_and_judge
 from hw.fit.measured import MeasuredRun
 from hw.fit.parameters import check_free, far_values, server_at
 from hw.fit.report import (
+    FRONT_END_HEAD,
     calibration_content,
     diagnosis_content,
     plot,
@@ -41,10 +42,18 @@ from sim.paths import CHECKOUT
 from sim.results.run_folder import own_folder, provenance, write_json
 from sim.types import Ints
 
+REPORT = "fit.json"
 WRITTEN = CALIBRATIONS
 """Where a fit is written so that every command finds it by its name."""
+# By how many times the smaller one two medians may differ, beyond once.
 MOST_OFF = {"ttft_s": 0.20, "tpot_s": 0.10}
 """A fit that misses a median by more is reported to miss it."""
+GOOD_ENOUGH = {"ttft_s": 0.10, "tpot_s": 0.05}
+"""A description that misses no median by more with nothing fitted needs no fit."""
+USELESS = {"ttft_s": 1.0, "tpot_s": 0.5}
+"""A fit that misses a median by more is refused: such a description misses a setting."""
+USELESS_IF_FULL = USELESS | {"ttft_s": 4.0}
+"""Near the maximum rate TTFT is waiting, which depends on small errors."""
 HELD_OUT = "the held-out third"
 
 
@@ -59,6 +68,7 @@ def run_fit(cfg: DictConfig) -> int:
     server, runs, judged = server_of(cfg), runs_of(cfg), runs_of(cfg, "judge")
     base = base_content(cfg, server)
     name, (folder, report) = name_of_fit(cfg, base["name"]), _folders(cfg)
+    check_written(folder, report, name)
     cases = [_case(cfg, server, run) for run in runs]
     found = [diagnose(case.run, case.server) for case in cases]
     cases = [replace(case, first=_first(cfg, one)) for case, one in zip(cases, found, strict=True)]
@@ -79,28 +89,45 @@ def run_fit(cfg: DictConfig) -> int:
         _judge(_case(cfg, server, run), fitted, "all requests, in no fit", np.arange(len(run)), console)
         for run in judged
     ]
-    status = 0
+    status, why = 0, None
     if fitted is not None:
         print_fit(fitted, console)
         content["fit"] = _fit_content(fitted, content["held_out"])
         for sentence in content["fit"]["sentences"]:
             console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
-        status = 0 if fitted.accepted else 1
+        why = refusal(fitted, content["held_out"], found, base["name"])
+        content["fit"]["accepted"] = why is None
+        status = 0 if why is None else 1
     _write_report(report, cases[0], fitted, content)
-    if fitted is not None and fitted.accepted:
+    if fitted is not None and why is None:
         front = server_at(cases[0].server, fitted.point).front_end
         about = {"calibration": base["name"], "runs": content["diagnosis"], "held_out": content["held_out"]}
         made = {key: content["provenance"][key] for key in ("command", "commit", "written_at")}
         calibration = calibration_content(base, name, fitted, front, about | made)
         _write(calibration, front, folder, cases[0].run.side, console)
-    elif fitted is not None:
-        print(
-            "refused: the fit does not predict the held-out third better than nothing fitted, so no calibration is "
-            "written; mend the description (see above), or measure longer",
-            file=sys.stderr,
-        )
-    console.print(f"files: {report / 'fit.json'}, {report / 'fit.png'}", highlight=False, soft_wrap=True)
+    elif why is not None:
+        print(f"refused: {why}", file=sys.stderr)
+    console.print(f"files: {report / REPORT}, {report / 'fit.png'}", highlight=False, soft_wrap=True)
     return status
+
+
+def refusal(
+    fitted: Fitted, held_out: Sequence[Mapping[str, Any]], found: Sequence[Diagnosis], calibration: str
+) -> str | None:
+    """Return why no calibration is written, and what to do; None if one is."""
+    if not fitted.accepted:
+        said = "the fit does not predict the held-out third better than nothing fitted, so no calibration is written; "
+        if any(still_off(one, "nothing fitted", GOOD_ENOUGH) for one in held_out):
+            return said + "mend the description (see above), or measure longer"
+        return said + f"nothing needs a fit: the description as it is predicts that third, so use latency={calibration}"
+    for one, diagnosis in zip(held_out, found, strict=True):
+        full = diagnosis.utilization is not None and diagnosis.utilization >= NEAR_MOST
+        if still_off(one, most_off=USELESS_IF_FULL if full else USELESS):
+            return (
+                "the fit is far off where it was held out, so no calibration is written; mend the description (see "
+                "above)"
+            )
+    return None
 
 
 def _write_report(folder: Path, case: Case, fitted: Fitted | None, content: dict[str, Any]) -> None:
@@ -108,7 +135,7 @@ def _write_report(folder: Path, case: Case, fitted: Fitted | None, content: dict
     if fitted is not None:
         ways["fitted"] = simulate(server_at(case.server, fitted.point), case.run)
     plot(folder / "fit.png", case.run, ways)
-    write_json(folder / "fit.json", content)
+    write_json(folder / REPORT, content)
 
 
 def base_content(cfg: DictConfig, server: Server) -> dict[str, Any]:
@@ -214,18 +241,17 @@ def _fit_content(fitted: Fitted, held_out: Sequence[Mapping[str, Any]]) -> dict[
         "values": dict(fitted.point.values),
         "ranges_p5_p95": {name: list(value) for name, value in fitted.ranges.items()},
         "held_out_loss": {"nothing_fitted": fitted.nothing, "fitted": fitted.fitted},
-        "accepted": fitted.accepted,
         "simulations": fitted.simulations,
         "sentences": [*far_values(fitted.point), *[said for one in held_out for said in still_off(one)]],
     }
 
 
-def still_off(judged: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each latency of which a fit still misses the median by much."""
+def still_off(judged: Mapping[str, Any], way: str = "fitted", most_off: Mapping[str, float] = MOST_OFF) -> list[str]:
+    """Return a sentence for each latency of which a fit (or another way) still misses the median by much."""
     found = []
-    for name, most in MOST_OFF.items():
-        error = judged["errors"]["fitted"][name]["p50"]["error"]
-        if error is not None and abs(error) > most:
+    for name, most in most_off.items():
+        error = judged["errors"][way][name]["p50"]["error"]
+        if error is not None and max(1.0 + error, 1.0 / max(1.0 + error, 1e-9)) > 1.0 + most:
             found.append(
                 f"{name.removesuffix('_s').upper()} P50 of {judged['run']} is still off by {100 * error:+.0f} % where "
                 "it was held out: the description misses something (see above), so trust no prediction of it"
@@ -233,14 +259,37 @@ def still_off(judged: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def check_written(folder: Path, report: Path, name: str) -> None:
+    """Check that a fit of this name can be written and replaces nothing but an earlier fit.
+
+    Raises:
+        ConfigError: if not.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out is {folder}, which is a file; name a folder, or leave out= away")
+    front_end = CONF_DIR / "frontend" / f"{name}.yaml"
+    if folder == report and name == REPORT.removesuffix(".json"):
+        raise ConfigError(f"name is {name!r}, the name of the report in the same folder; set name= to another name")
+    for path, ours in ((folder / f"{name}.json", _is_fit), (front_end, _is_fitted_front_end)):
+        if (path != front_end or folder == WRITTEN) and path.exists() and not ours(path):
+            raise ConfigError(f"{path} was not written by hw.fit and is not replaced; set name= to another name")
+
+
+def _is_fit(path: Path) -> bool:
+    try:
+        return "fit" in read_json_object(path, CalibrationError, "set name=")
+    except (CalibrationError, OSError):
+        return False
+
+
+def _is_fitted_front_end(path: Path) -> bool:
+    return path.is_file() and path.read_text(errors="replace").startswith(FRONT_END_HEAD)
+
+
 def _write(content: dict[str, Any], front: FrontEnd, folder: Path, side: str, console: Console) -> None:
     """Write the calibration and, if clients measured, its front end; print how to use them."""
     name = content["name"]
     path = folder / f"{name}.json"
-    if folder == WRITTEN and path.is_file():
-        before = read_json_object(path, CalibrationError, "remove it, or set name=")
-        if "fit" not in before:
-            raise ConfigError(f"{path} is no calibration of hw.fit and is not replaced; set name= to another name")
     write_calibration(content, path)
     by_name = folder == WRITTEN
     use = f"latency={name if by_name else path}"

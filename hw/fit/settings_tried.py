@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,8 @@ USUAL_RUNNING = (8, 16, 32, 64, 128, 256, 512, 1024)
 USUAL_PROMPTS = (1, 10, 20, 50, 100, 200, 500)
 BETTER = 0.6
 """Another setting is named if it leaves at most this share of the loss."""
+NEAR = 1.25
+"""Settings whose losses differ by no more stand in for each other, as a limit on requests and one on memory."""
 SMALL_LOSS = 0.08
 """A loss that needs no other setting: TTFT is off by 6 % or gaps by 1.5 %."""
 QUICK_STEPS, QUICK_STEPS_OF_SEVERAL = 4, 2
@@ -38,28 +41,40 @@ class Tried:
     loss: float
 
 
-def other_settings(found: Diagnosis, server: Server) -> Iterator[tuple[str, Server]]:
-    """Yield other descriptions of a server, each with the keys that make it."""
+def other_settings(found: Diagnosis, server: Server) -> Iterator[tuple[str, Server | None]]:
+    """Yield other descriptions of a server, each with the keys that make it; None where they exclude each other."""
     config = server.config
     for tokens in BATCH_TOKENS:
         if tokens != config.limits.max_batch_tokens and _matters(found, config.limits.max_batch_tokens, tokens):
-            limits = replace(config.limits, max_batch_tokens=tokens)
-            yield f"engine.limits.max_batch_tokens={tokens}", server.with_config(replace(config, limits=limits))
+            yield f"engine.limits.max_batch_tokens={tokens}", _limited(server, max_batch_tokens=tokens)
     other: SchedulerName = "prefill_first" if config.scheduler == "chunked" else "chunked"
     ahead = config.schedules_ahead and other == "chunked"
-    yield f"engine.scheduler={other}", server.with_config(replace(config, scheduler=other, schedules_ahead=ahead))
+    yield f"engine.scheduler={other}", _changed(server, scheduler=other, schedules_ahead=ahead)
     if config.scheduler == "chunked":
         value = not config.schedules_ahead
-        changed = server.with_config(replace(config, schedules_ahead=value))
-        yield f"engine.schedules_ahead={str(value).lower()}", changed
+        yield f"engine.schedules_ahead={str(value).lower()}", _changed(server, schedules_ahead=value)
     for most in _other_limits(found, server):
-        limits = replace(config.limits, max_running=most)
-        yield f"engine.limits.max_running={most}", server.with_config(replace(config, limits=limits))
+        yield f"engine.limits.max_running={most}", _limited(server, max_running=most)
     yield from _other_memory(found, server)
     if config.prefix_caching:
-        yield "engine.prefix_caching=false", server.with_config(replace(config, prefix_caching=False))
+        yield "engine.prefix_caching=false", _changed(server, prefix_caching=False)
     else:
         yield from _with_caches(found, server)
+
+
+def _changed(server: Server, **changes: Any) -> Server | None:
+    """Return a server with other engine settings; None where they exclude each other."""
+    try:
+        return server.with_config(replace(server.config, **changes))
+    except RapLabError:
+        return None
+
+
+def _limited(server: Server, **changes: Any) -> Server | None:
+    try:
+        return _changed(server, limits=replace(server.config.limits, **changes))
+    except RapLabError:
+        return None
 
 
 def _other_limits(found: Diagnosis, server: Server) -> list[int]:
@@ -91,7 +106,9 @@ def _matters(found: Diagnosis, before: int, after: int) -> bool:
 
 
 def _with_caches(found: Diagnosis, server: Server) -> Iterator[tuple[str, Server]]:
-    config = replace(server.config, prefix_caching=True, hash_block_tokens=server.config.kv_block_tokens)
+    cached = _changed(server, prefix_caching=True, hash_block_tokens=server.config.kv_block_tokens)
+    if cached is None:
+        return
     counts = [found.period] if found.period is not None else []
     if not counts and np.ptp(found.run.prompt_tokens) == 0:  # no length shows which prompt it is
         counts = [count for count in USUAL_PROMPTS if 2 * count <= len(found.run)]
@@ -99,10 +116,10 @@ def _with_caches(found: Diagnosis, server: Server) -> Iterator[tuple[str, Server
         prompts = Prompts(distinct=count, shared_tokens=server.prompts.shared_tokens)
         yield (
             f"engine.prefix_caching=true distinct_prompts={count}",
-            replace(server.with_config(config), prompts=prompts),
+            replace(cached, prompts=prompts),
         )
     if found.distinct is not None and found.distinct < 0.9 * len(found.run):
-        yield "engine.prefix_caching=true", server.with_config(config)
+        yield "engine.prefix_caching=true", cached
 
 
 def best_loss(case: Case, free: Sequence[str]) -> float:
@@ -120,6 +137,8 @@ def try_settings(case: Case, found: Diagnosis, free: Sequence[str]) -> tuple[flo
         return present, []
     tried = []
     for keys, server in other_settings(found, case.server):
+        if server is None:
+            continue
         try:
             tried.append(Tried(keys=keys, loss=best_loss(replace(case, server=server), free)))
         except RapLabError:
@@ -131,7 +150,7 @@ def sentences_of(present: float, tried: Sequence[Tried]) -> list[str]:
     """Return a sentence that names the settings that explain a run much better."""
     if present <= SMALL_LOSS or not tried or tried[0].loss > BETTER * present:
         return []
-    near = [one for one in tried if one.loss <= 1.1 * tried[0].loss]
+    near = [one for one in tried if one.loss <= NEAR * tried[0].loss]
     keys = " or ".join(one.keys for one in near[:3])
     return [
         f"another setting explains the run better, each at its own best prices: {keys} leaves a loss of "

@@ -26,7 +26,7 @@ from hw.elastic.checkpoint import checkpoint_of, config_of, load_weights, pick_d
 from hw.elastic.device import Accelerator
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock, check_clock
-from hw.engine.hw_engine import HwEngine
+from hw.engine.hw_engine import HwEngine, check_config
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
 from sim.config import ReplayConfig, build, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
@@ -100,6 +100,7 @@ def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticMo
 
 def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
     """Load the model of a configuration; build the real engine and the policy."""
+    check_config(build(cfg.engine))
     return engine_over(cfg, *load_elastic(build(cfg.model), cfg.hw, cfg.model))
 
 

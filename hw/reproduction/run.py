@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from hw.calibrate.rtx3090 import NAME, Runs
+from hw.fit.settings import names_of
 from hw.reproduction import memory, morphserve, rtx3090, splitwise, watermark
 from hw.reproduction.page import page
 from hw.validate import fidelity
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def _reproduce(cfg: DictConfig) -> None:
-    names = [cfg.row] if isinstance(cfg.row, str) else [str(name) for name in cfg.row]
+    names = names_of(cfg.row, "row")
     names = list(ROWS) if names == ["all"] else names
     for name in names:
         if name not in ROWS:

@@ -24,7 +24,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from hw.engine.clock import RealClock
-from hw.engine.hw_engine import HwEngine
+from hw.engine.hw_engine import HwEngine, check_config
 from hw.replay.run import HwReplayConfig, load_elastic
 from hw.serve.api import Api
 from hw.serve.connections import OrderlyServer, bind, exit_on_signal, listen, url_of
@@ -50,6 +50,7 @@ ConfigStore.instance().store(name="serve_schema", node=ServeConfig)
 def build_api(cfg: DictConfig, config: ServerConfig) -> tuple[Api, EngineThread]:
     """Build model, engine and HTTP side of a configuration."""
     parts = build_parts(cfg)
+    check_config(parts.config)
     elastic, tokenizer = load_elastic(parts.model, cfg.hw, cfg.model)
     clock = RealClock("wall")
 

@@ -157,7 +157,7 @@ def check_calibration(run: RealRun, latency: LatencyModel) -> None:
     ):
         if stated and letters(ours) not in letters(stated):
             raise CalibrationError(
-                f"the run is of {what} {stated!r}, but calibration {latency.name!r} is of {ours!r}; set calibration= "
+                f"the run is of {what} {stated!r}, but calibration {latency.name!r} is of {ours!r}; set latency= "
                 "to one of that model and device"
             )
 

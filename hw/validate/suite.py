@@ -103,14 +103,14 @@ class ValidateConfig:
     """What to run and to judge.
 
     runs: the folder of run folders. repeats: real runs of each cell. clock: cpu or wall, as in hw.replay.
-    calibration: a file of conf/calibration by name, or a path. only: workloads to run; all when empty.
+    latency: a file of conf/calibration by name, or a path. only: workloads to run; all when empty.
     page: also (run what is missing, judge, write the page), judge (run nothing), or only (write the page again).
     """
 
     runs: str = str(REPOSITORY / "runs" / "validation")
     repeats: int = 3
     clock: str = "cpu"
-    calibration: str = CALIBRATION
+    latency: str = CALIBRATION
     only: list[str] = field(default_factory=list)
     page: str = "also"
 
@@ -121,7 +121,7 @@ PAGES = ("also", "judge", "only")
 
 def configuration(workload: str, policy: str, settings: ValidateConfig) -> DictConfig:
     """Return the configuration of one run, which sim.replay and hw.replay share."""
-    overrides = [*COMMON, *WORKLOADS[workload], *policies()[policy], f"latency={settings.calibration}"]
+    overrides = [*COMMON, *WORKLOADS[workload], *policies()[policy], f"latency={settings.latency}"]
     overrides += [f"hw.clock={settings.clock}", "hw.skip_idle=true", "hw.device=cpu"]
     return compose_config("hw_replay", overrides)
 
@@ -180,7 +180,7 @@ def run_suite(settings: ValidateConfig, console: Console) -> dict[str, Any]:
             raise ConfigError(f"there is no workload {name!r}; {nearest(name, WORKLOADS)}")
     if settings.repeats < 1:
         raise ConfigError(f"repeats is {settings.repeats}; it must be at least 1")
-    base, latency = Path(settings.runs), load_calibration(settings.calibration)
+    base, latency = Path(settings.runs), load_calibration(settings.latency)
     cells = [(workload, policy) for workload in workloads for policy in policies()]
     speed = MachineSpeed(base)
     if settings.page != "judge":
@@ -190,7 +190,7 @@ def run_suite(settings: ValidateConfig, console: Console) -> dict[str, Any]:
         "provenance": provenance(12),
         "device": latency.device,
         "copying": asdict(copy_speed(latency, build(configuration(*cells[0], settings).gpu))),
-        "calibration": settings.calibration,
+        "calibration": settings.latency,
         "machine_speed": {"factor": factor_of(speed.references), "references": speed.references},
         "clock": settings.clock,
         "repeats": sorted({len(result["real"]) for by in results.values() for result in by.values()}),
@@ -239,9 +239,9 @@ def judge_cells(
         ConfigError: for a cell without a real run.
     """
     base = Path(settings.runs)
-    at_its_speed = replace(settings, calibration=str(base / "calibration.json"))
-    scaled = slower(calibration_content(settings.calibration), factor_of(speed.references))
-    write_json(Path(at_its_speed.calibration), scaled)
+    at_its_speed = replace(settings, latency=str(base / "calibration.json"))
+    scaled = slower(calibration_content(settings.latency), factor_of(speed.references))
+    write_json(Path(at_its_speed.latency), scaled)
     results: dict[str, dict[str, Any]] = {}
     for workload, policy in cells:
         folder = base / workload / policy

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from numpy.typing import NDArray
 from omegaconf import DictConfig
 
 from sim.capacity.search import Bracket, Curve, bracket_of, scan_rates
@@ -27,6 +29,7 @@ from sim.replay.max_rate import all_at_once, rate_figures, without_queue_limit
 from sim.replay.run import front_end_of, replay_with, sent_trace, server_spec
 from sim.replay.sweep import Case, Executor, cases_of, config_of
 from sim.results.metrics import Slo, missed_targets
+from sim.results.records import Records, Status
 from sim.results.run_folder import begin_run, provenance, write_begun, write_json, write_text
 from sim.traces.trace import Trace
 from sim.traces.transforms import scale_rate
@@ -63,16 +66,23 @@ class Server:
     """One server that replays one trace at any rate.
 
     misses: rate -> target -> share of the requests that missed it.
+    alone_misses: rate -> share of the requests that missed one though they had the server to themselves. At lower rates
+        they have so too, so they miss it again.
     """
 
     cfg: DictConfig
     trace: Trace
     misses: dict[float, dict[str, float]] = field(default_factory=dict)
+    alone_misses: dict[float, float] = field(default_factory=dict)
 
     @property
     def trace_rps(self) -> float:
         """The rate of the trace as it is."""
         span_s = float(self.trace.arrival_s[-1] - self.trace.arrival_s[0])
+        if len(self.trace) < 2:
+            raise ConfigError(
+                f"{self.trace.name} has one request, so there is no rate to change; choose a longer trace"
+            )
         if not span_s > 0:
             raise ConfigError(
                 f"the {len(self.trace)} requests of {self.trace.name} arrive all at once, so there is no rate to "
@@ -84,13 +94,20 @@ class Server:
         """Replay the trace at a rate; return the share of its requests that meet the SLO."""
         front_end, slo = front_end_of(self.cfg), build(self.cfg.slo)
         stretched = scale_rate(self.trace, factor=rate_rps / self.trace_rps)
-        records = self._replay(into_queue(stretched, front_end), lambda policy: policy).records()
+        engine = self._replay(into_queue(stretched, front_end), lambda policy: policy)
+        records = engine.records()
         missed = missed_targets(records, slo, front_end)
         self.misses[rate_rps] = {name: float(which.mean()) for name, which in missed.items()}
         met = ~missed.pop("finished")
         for which in missed.values():
             met &= ~which
+        alone = were_alone(records) & (records.arrival_s >= engine.budget.change_s[-1])
+        self.alone_misses[rate_rps] = float((~met & alone).mean())
         return float(met.mean())
+
+    def most_below(self, rate_rps: float) -> float:
+        """Return the most that the attainment can be at rates below a measured one."""
+        return 1.0 - self.alone_misses[rate_rps]
 
     def max_rate_rps(self) -> float | None:
         """Return the maximum rate: what the server finishes per second when all requests come at once."""
@@ -107,6 +124,16 @@ class Server:
         return engine
 
 
+def were_alone(records: Records) -> NDArray[np.bool_]:
+    """Return which requests had no other one in the engine from their arrival to their end."""
+    end_s = np.where(records.status == Status.REJECTED, records.arrival_s, records.finish_s)
+    end_s = np.where(np.isfinite(end_s), end_s, np.inf)
+    latest_s = np.maximum.accumulate(end_s)
+    after_others = np.concatenate(([True], records.arrival_s[1:] >= latest_s[:-1]))
+    before_others = np.concatenate((end_s[:-1] <= records.arrival_s[1:], [True]))
+    return np.asarray(after_others & before_others, dtype=np.bool_)
+
+
 def measured_row(job: tuple[str, str, Sequence[DictConfig]]) -> Row:
     """Return the capacity of one policy on one device, over all replays; the error instead if it cannot be served."""
     policy, gpu, configs = job
@@ -119,13 +146,15 @@ def measured_row(job: tuple[str, str, Sequence[DictConfig]]) -> Row:
 def _row(policy: str, gpu: str, configs: Sequence[DictConfig]) -> Row:
     first = configs[0]
     servers = [Server(one, sent_trace(one)) for one in configs]
-    curves = [Curve(server.attainment) for server in servers]
+    curves = [Curve(server.attainment, most_below=server.most_below) for server in servers]
     max_rps = servers[0].max_rate_rps()
     rates = scan_rates(curves, first.target, max_rps or servers[0].trace_rps, first.least_rps)
-    brackets = [bracket_of(curve, first.target, first.precision) for curve in curves]
-    for server, curve, bracket in zip(servers, curves, brackets, strict=True):
+    brackets = []
+    for server, curve in zip(servers, curves, strict=True):
+        bracket = bracket_of(curve, first.target, first.precision)
         if not bracket.met_rps:
             raise ConfigError(_unreachable(first.target, build(first.slo), server, curve, bracket))
+        brackets.append(bracket)
     if len(curves) > 1 and all(curve.points == curves[0].points for curve in curves):
         curves, brackets, servers = curves[:1], brackets[:1], servers[:1]
     limits = [_most_missed(server, bracket) for server, bracket in zip(servers, brackets, strict=True)]
@@ -165,9 +194,12 @@ def _unreachable(target: float, slo: Slo, server: Server, curve: Curve, bracket:
             limit = getattr(slo, name, None)
             above = f"{NAMES[name]} above {limit:g} s" if limit is not None else NAMES[name]
             parts.append(f"{above} in {100 * share:.1f} %")
+    alone = server.alone_misses[rate_rps]
     higher = ""
+    if alone > 1.0 - target:
+        higher = f"; {100 * alone:.1f} % have the server to themselves and miss it, so no lower rate meets it"
     if bracket.met_again_rps:
-        higher = f"; higher rates meet it, {bracket.met_again_rps[0]:.3g} to {bracket.met_again_rps[-1]:.3g} req/s"
+        higher += f"; higher rates meet it, {bracket.met_again_rps[0]:.3g} to {bracket.met_again_rps[-1]:.3g} req/s"
     return (
         f"even at {rate_rps:.3g} req/s only {100 * curve(rate_rps):.1f} % of the requests meet the SLO, and the target "
         f"is {100 * target:g} %: {', '.join(parts)}{higher}; loosen what fails (slo.KEY=SECONDS) or target=, or choose "

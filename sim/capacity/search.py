@@ -18,7 +18,9 @@ from scipy import stats
 SCAN = math.sqrt(2.0)
 """Factor between two scanned rates."""
 STEPS_DOWN = 6
-"""Steps below the start, a factor of 8, after which the lowest rate is tried: if it misses, so do those between."""
+"""Steps below the start, a factor of 8, after which much lower rates are tried: if they miss, so do those between."""
+LEAP = 8.0
+"""Factor between the lower rates that are tried there before the lowest."""
 STEPS_UP = 16
 """How far above the start the scan goes: a factor of 256."""
 STEPS_BEYOND = 2
@@ -31,10 +33,12 @@ class Curve:
     """SLO attainment of one replay against its rate; each rate is measured once.
 
     measure: rate in requests per second -> attainment. points: what was measured so far.
+    most_below: a measured rate -> the most that the attainment can be at any lower rate.
     """
 
     measure: Callable[[float], float]
     points: dict[float, float] = field(default_factory=dict)
+    most_below: Callable[[float], float] = lambda _rate_rps: 1.0
 
     def __call__(self, rate_rps: float) -> float:
         """Return the attainment at a rate."""
@@ -61,36 +65,67 @@ def scan_rates(curves: Sequence[Curve], target: float, start_rps: float, least_r
     """Measure every curve at common rates around the place where it falls below the target; return these rates.
 
     They reach down until every curve meets the target, but not below ``least_rps``, and up until every curve misses it,
-    at most ``STEPS_UP`` steps above ``start_rps``; ``STEPS_BEYOND`` more rates follow on either side.
+    at most ``STEPS_UP`` steps above ``start_rps``; ``STEPS_BEYOND`` more rates follow on either side. They stop where
+    no lower rate can meet the target: a replay at a low rate is long, and a policy may decide at every second of it.
     """
-    rates, low, high = [], max(start_rps, least_rps), max(start_rps, least_rps)
-    while True:
-        rates.append(low)
-        met = [curve(low) >= target for curve in curves]
-        if all(met) or low <= least_rps:
-            break
-        low = max(low / SCAN, least_rps)
+    start_rps = max(start_rps, least_rps)
+    down, up = _scan_down(curves, target, start_rps, least_rps), _scan_up(curves, target, start_rps)
+    return sorted({*down, *up})
+
+
+def _scan_down(curves: Sequence[Curve], target: float, low: float, least_rps: float) -> list[float]:
+    rates = [low]
+    while not _all_meet(curves, low, target):
+        if low <= least_rps or _no_lower_rate_meets(curves, low, target):
+            return rates
         if len(rates) == STEPS_DOWN:
-            met = [curve(least_rps) >= target for curve in curves]
-            low = low if all(met) else least_rps
-    for _ in range(STEPS_BEYOND):
-        if low <= least_rps:
-            break
+            leaps = _leaps(curves, target, low, least_rps)
+            rates += leaps
+            if not _all_meet(curves, leaps[-1], target):
+                return rates
         low = max(low / SCAN, least_rps)
         rates.append(low)
-        for curve in curves:
-            curve(low)
-    missed = 0
+    for _ in range(STEPS_BEYOND):
+        if low > least_rps:
+            low = max(low / SCAN, least_rps)
+            _measured(curves, low)
+            rates.append(low)
+    return rates
+
+
+def _leaps(curves: Sequence[Curve], target: float, low: float, least_rps: float) -> list[float]:
+    """Return much lower rates, down to the first at which every curve meets the target, or below which none can."""
+    rates: list[float] = []
+    while low > least_rps:
+        low = max(low / LEAP, least_rps)
+        rates.append(low)
+        if _all_meet(curves, low, target) or _no_lower_rate_meets(curves, low, target):
+            break
+    return rates
+
+
+def _scan_up(curves: Sequence[Curve], target: float, high: float) -> list[float]:
+    rates, missed = [], 0
     for _ in range(STEPS_UP):
-        met = [curve(high) >= target for curve in curves]
-        missed = 0 if any(met) else missed + 1
+        missed = 0 if max(_measured(curves, high)) >= target else missed + 1
         if missed > STEPS_BEYOND:
             break
         high *= SCAN
         rates.append(high)
-        for curve in curves:
-            curve(high)
-    return sorted(set(rates))
+        _measured(curves, high)
+    return rates
+
+
+def _measured(curves: Sequence[Curve], rate_rps: float) -> list[float]:
+    return [curve(rate_rps) for curve in curves]
+
+
+def _all_meet(curves: Sequence[Curve], rate_rps: float, target: float) -> bool:
+    return min(_measured(curves, rate_rps)) >= target
+
+
+def _no_lower_rate_meets(curves: Sequence[Curve], rate_rps: float, target: float) -> bool:
+    return any(curve.most_below(rate_rps) < target for curve in curves)
 
 
 def bracket_of(curve: Curve, target: float, precision: float) -> Bracket:

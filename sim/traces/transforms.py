@@ -106,7 +106,12 @@ def burstiest(trace: Trace, *, duration_s: float, by: Literal["requests", "token
 
 
 def repeat_prompts(
-    trace: Trace, *, distinct: int | None = None, shared_tokens: int = 0, block_tokens: int = 16
+    trace: Trace,
+    *,
+    distinct: int | None = None,
+    shared_tokens: int = 0,
+    block_tokens: int = 16,
+    same_lengths: bool = False,
 ) -> Trace:
     """Return the trace with hash ids of prompts that come again, for ``engine.prefix_caching``.
 
@@ -117,6 +122,7 @@ def repeat_prompts(
         distinct: how many prompts come in turn; None makes every prompt a new one.
         shared_tokens: how many tokens all prompts begin with, such as a system prompt.
         block_tokens: prompt tokens per hash id; set ``engine.hash_block_tokens`` to the same.
+        same_lengths: give each prompt the length that it has the first time, as a client does; else lengths stay.
     Raises:
         WorkloadError: for numbers out of range.
     """
@@ -125,11 +131,13 @@ def repeat_prompts(
             raise WorkloadError(f"{name} is {value!r}; it must be a whole number from {least}")
     if isinstance(block_tokens, bool) or not isinstance(block_tokens, int) or block_tokens < 1:
         raise WorkloadError(f"block_tokens is {block_tokens!r}; it must be a whole number from 1")
+    prompts = np.arange(len(trace)) % (len(trace) if distinct is None else distinct)
+    if same_lengths:
+        trace = replace(trace, prompt_tokens=trace.prompt_tokens[prompts], hash_ids=None)
     blocks = -(-trace.prompt_tokens // block_tokens)
     check_count(int(blocks.sum()), "hash ids", MOST_HASH_IDS, "raise block_tokens, or take fewer requests")
     common = shared_tokens // block_tokens
     most = int(blocks.max())
-    prompts = np.arange(len(trace)) % (len(trace) if distinct is None else distinct)
     ids = []
     for prompt, count in zip(prompts.tolist(), blocks.tolist(), strict=True):
         block = np.arange(count, dtype=np.int64)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import hw.fit.run as command
 import hw.fit.settings as settings
+from hw.fit.fitting import Fitted
 from hw.fit.measured import MeasuredRun
+from hw.fit.parameters import Point
 from hw.fit.run import main
 from sim.cost.latency import load_calibration
 from tests.commands import exit_status
@@ -91,6 +94,7 @@ def test_by_name_it_writes_the_calibration_and_the_front_end(result: Path, capsy
         (("run=result.json", "distinct_prompts=0"), "distinct_prompts is 0"),
         (("run=result.json", "engine.prefix_caching=true"), "which prompts repeat"),
         (("run=result.json", "warm_up=140"), "warm_up is 140"),
+        (("run=result.json", "out=result.json"), "out is result.json, which is a file"),
         (("run=result.json", "name=a/b"), "name is 'a/b'"),
         (("run=result.json", "unit=min"), "unit is 'min'"),
         (("run=result.json", "side=server"), "side is 'server'"),
@@ -120,6 +124,59 @@ def test_a_refused_fit_writes_no_calibration_and_ends_with_1(
     assert exit_status(main, *keys) == 1
     assert "refused: " in capsys.readouterr().err
     assert [path.name for path in Path("mine").glob("*.json")] == ["fit.json"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "kept"),
+    [
+        (("name=mine", "out=other"), "other/mine.json"),  # someone's file
+        (("name=vllm",), "conf/frontend/vllm.yaml"),  # an option that ships
+        (("name=fit", "out=other"), "other/fit.json"),  # the report
+    ],
+)
+def test_a_fit_replaces_no_file_of_others(
+    result: Path, capsys: pytest.CaptureFixture[str], keys: tuple[str, ...], kept: str
+) -> None:
+    path = result.parent / kept
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"kind": "measured"}')
+    assert exit_status(main, f"run={result}", "latency=llama3.1_8b_h100", "settings=false", *keys, *SERVER) == 2
+    assert "set name= to another name" in capsys.readouterr().err
+    assert path.read_text() == '{"kind": "measured"}'
+
+
+def test_a_fit_is_refused_with_what_to_do() -> None:
+    """A right description needs no fit; one that is far off needs mending, though its fit beats nothing."""
+    fit = Fitted(point=Point(values={}), ranges={}, samples=(), nothing=2.0, fitted=3.0, simulations=1)
+    better = replace(fit, fitted=1.0)
+
+    def said(fit: Fitted, ttft: float, gap: float = 0.01, utilization: float | None = 0.5) -> str | None:
+        way = {"ttft_s": {"p50": {"error": ttft}}, "tpot_s": {"p50": {"error": gap}}}
+        judged = {"run": "result.json", "errors": {"nothing fitted": way, "fitted": way}}
+        found = SimpleNamespace(utilization=utilization)
+        return command.refusal(fit, [judged], [found], "llama")  # type: ignore[list-item]
+
+    assert "use latency=llama" in str(said(fit, 0.02))
+    assert "mend the description" in str(said(fit, -0.3))
+    assert said(better, 0.3) is None
+    assert said(better, -0.7, utilization=0.95) is None  # TTFT of a full server is waiting
+    assert "far off" in str(said(better, 80.0, utilization=1.2))
+    for far in (said(better, -0.6), said(better, 160.0, utilization=None), said(better, 0.0, gap=-0.4)):
+        assert "far off" in str(far)
+
+
+def test_the_fit_of_a_server_with_a_limit_that_is_not_described_is_refused(
+    result: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limited = a_server(schedules_ahead=True, max_running=8)
+    write_vllm_bench(result, served(limited, requests(count=150, rate_rps=8.0), noise=0.0, **TRUE))
+    keys = (f"run={result}", "latency=llama3.1_8b_h100", "out=mine", "settings=false", *SERVER)
+    assert exit_status(main, *keys) == 1
+    said = capsys.readouterr()
+    assert "mend the description" in said.err
+    assert "max_num_seqs" in said.out
+    assert [path.name for path in Path("mine").glob("*.json")] == ["fit.json"]
+    assert json.loads(Path("mine/fit.json").read_text())["fit"]["accepted"] is False
 
 
 def test_the_keys_are_those_of_the_schema() -> None:

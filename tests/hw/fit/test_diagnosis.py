@@ -11,7 +11,10 @@ from hw.fit.diagnosis import diagnose, find_period, find_steps, find_warm_up
 from hw.fit.fitting import Case
 from hw.fit.regression import costs, decoding, prompts_in
 from hw.fit.server import Server, simulate
-from hw.fit.settings_tried import sentences_of, try_settings
+from hw.fit.settings_tried import other_settings, sentences_of, try_settings
+from sim.cost.memory import budget_for_kv_blocks
+from sim.engine.budget import constant_budget
+from sim.errors import ConfigError
 from sim.results.records import Moments
 from tests.hw.fit.truth import a_server, requests, served
 
@@ -51,6 +54,50 @@ def test_another_limit_or_scheduler_is_named(changes: dict[str, object], rate: f
     assert says in said(a_server(schedules_ahead=True), a_server(**changes), rate_rps=rate)
 
 
+def test_prompts_in_smaller_pieces_are_not_taken_for_cached_ones() -> None:
+    real, described = (a_server(schedules_ahead=True, max_batch_tokens=tokens) for tokens in (256, 8192))
+    text = said(described, real, compute_bound=1.0, memory_bound=1.0)
+    assert "a prompt that comes in costs the others" in text
+    assert "engine.limits.max_batch_tokens" in text
+    assert "prefix_caching" not in text
+
+
+def test_requests_that_wait_for_kv_blocks_are_not_taken_for_cached_or_cut_ones() -> None:
+    described = a_server(schedules_ahead=True)
+    bytes_ = budget_for_kv_blocks(described.spec.model, described.plan, 600, described.spec.workspace_bytes, 16)
+    text = said(described, replace(described, budget=constant_budget(bytes_)), rate_rps=12.0, noise=0.1)
+    assert "unit" not in text
+    assert "budget=kv_blocks" in text
+    assert "prefix_caching" not in text
+    assert "max_batch_tokens" not in text
+
+
+def test_a_server_that_can_take_no_request_is_one_line() -> None:
+    run = served(a_server(), requests(count=20))
+    with pytest.raises(ConfigError, match="no request of truth fits"):
+        diagnose(replace(run, prompt_tokens=run.prompt_tokens + 10**7), a_server())
+
+
+def test_a_right_description_that_swaps_is_not_tried_with_what_swapping_excludes() -> None:
+    server = a_server(scheduler="prefill_first", preemption="swap", host_kv_blocks=512)
+    bytes_ = budget_for_kv_blocks(server.spec.model, server.plan, 900, server.spec.workspace_bytes, 16)
+    server = replace(server, budget=constant_budget(bytes_))
+    run = served(server, requests(count=60))
+    tried = dict(other_settings(diagnose(run, server), server))
+    assert "engine.scheduler=chunked" in tried
+    assert not any("prefix_caching" in keys for keys in tried)
+
+
+def test_the_first_round_of_prompts_that_a_cache_holds_is_no_warm_up() -> None:
+    """Prompts that share only their beginnings show no period of lengths."""
+    real, described = a_server(prefix_caching=True, distinct=40), a_server()
+    run = served(real, requests(count=300, prompt=3000.0))
+    found = diagnose(run, described)
+    assert found.period is None
+    assert "engine.prefix_caching=true" in " ".join(found.sentences)
+    assert found.warm_up == 0
+
+
 def test_a_right_description_is_not_blamed() -> None:
     server = a_server(schedules_ahead=True)
     assert said(server, server) == ""
@@ -79,7 +126,9 @@ def test_times_in_another_unit_are_named() -> None:
         first_token_s=run.arrival_s + 1000 * run.ttft_s,
         finish_s=run.arrival_s + 1000 * run.e2e_s,
     )
-    assert "unit=ms" in " ".join(diagnose(slow, server).sentences)
+    said = diagnose(slow, server).sentences
+    assert "unit=ms" in said[0]
+    assert len(said) == 1  # all others would follow from it
 
 
 def test_the_period_of_prompt_lengths_is_found_and_chance_is_not_taken_for_one() -> None:

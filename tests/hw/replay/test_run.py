@@ -279,3 +279,13 @@ def test_a_trace_whose_requests_arrive_at_once_is_replayed_to_its_end(tmp_path: 
     arguments = ["trace=file", f"trace.path={tmp_path / 'trace.csv'}", "hw.text=null", "budget.blocks=96", *model]
     assert exit_status(hw.replay.run.main, *arguments, f"hydra.run.dir={tmp_path / 'run'}") == 0
     assert (pd.read_parquet(tmp_path / "run" / "records.parquet").status == "finished").all()
+
+
+def test_what_only_the_simulator_has_is_refused_before_a_model_is_loaded(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hw.replay.run, "load_elastic", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as ended:
+        run("hw", "engine.preemption=swap", "engine.host_kv_blocks=64")
+    assert ended.value.code == 2
+    assert "the real engine does not copy KV" in capsys.readouterr().err

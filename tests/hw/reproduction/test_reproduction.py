@@ -48,6 +48,8 @@ def test_one_row_is_written_and_printed_and_the_page_keeps_the_others(
     ("words", "message"),
     [
         ("row=rap", "there is no row 'rap'"),
+        ("row=5", "row is 5; it must be a text"),
+        ("row=null", "row is empty"),
         ("row=[rap_memory,distsrve]", "did you mean 'distserve'"),
         ("workers=0 row=rap_memory", "workers is 0; it must be at least 1"),
         ("row=distserve data=/nowhere", "RAP_LAB_DATA"),

@@ -171,7 +171,7 @@ def test_prices_of_another_model_or_device_than_the_run_are_refused(tmp_path: Pa
     stated = {"model": "meta-llama/Llama-3.1-8B", "hardware": {"device_name": "NVIDIA GeForce RTX 4090"}}
     check_calibration(read_run(write_run(tmp_path, **stated)), latency)
     for wrong in ({"hardware": {"device_name": "NVIDIA H100 80GB HBM3"}}, {"model": "Qwen/Qwen2-7B"}):
-        with pytest.raises(CalibrationError, match="set calibration="):
+        with pytest.raises(CalibrationError, match="set latency="):
             check_calibration(read_run(write_run(tmp_path, **stated | wrong)), latency)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from sim.capacity.run import main
+from sim.capacity.run import main, were_alone
 from sim.config import compose_config
 from sim.replay.run import build_engine, build_trace, replay_with
 from sim.results.metrics import Slo, met_slo, missed_targets
@@ -78,7 +80,8 @@ def test_a_row_without_a_capacity_says_why_next_to_the_others(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("slo.tpot_s=0.00001", "even at 0.01 req/s only .* of the requests meet the SLO.*TPOT above 1e-05 s in"),
+        ("slo.tpot_s=0.00001", "even at 0.166 req/s only .* of the requests meet the SLO.*TPOT above 1e-05 s in"),
+        ("workload.steps=[] trace.duration_s=0.1 trace.rate_rps=4", "has one request"),
         ("target=1.5", "target is 1.5; it must be a share"),
         ("precision=0", "precision is 0.0; it must be in"),
         ("least_rps=0", "least_rps is 0.0; it must be a rate above 0"),
@@ -117,3 +120,24 @@ def test_a_trace_that_ends_before_a_queue_grows_gives_no_number_above_what_the_s
     said = capsys.readouterr().out
     assert f"above {row['max_rate_rps']:.3g} " in said
     assert "take a longer one" in said
+
+
+def test_an_unreachable_target_of_a_deciding_policy_stops_once_requests_alone_miss_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SMALL, "policy=adaptive_precision", "slo.ttft_s=0.0001", "least_rps=0.000001"]
+    assert exit_status(main, *words, f"hydra.run.dir={tmp_path / 'run'}") == 2
+    message = capsys.readouterr().err
+    assert "have the server to themselves and miss it, so no lower rate meets it" in message
+    assert float(re.search(r"even at (\S+) req/s", message)[1]) > 0.001  # type: ignore[index]
+
+
+def test_a_request_was_alone_if_no_other_was_in_the_engine() -> None:
+    cfg = compose_config("replay", [word for word in SMALL if not word.startswith("precision")])
+    trace = build_trace(cfg).take([0, 1, 2, 3])
+    served = []
+    for arrival_s in ([0.0, 1000.0, 1000.1, 5000.0], [0.0, 0.0, 0.0, 0.0]):
+        engine, policy = build_engine(cfg)
+        replay_with(cfg, replace(trace, arrival_s=np.array(arrival_s)), engine, policy)
+        served.append(were_alone(engine.records()).tolist())
+    assert served == [[True, False, False, True], [False] * 4]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.capacity.search import SCAN, Bracket, Curve, bracket_of, geometric_mean, interval, scan_rates
+from sim.capacity.search import LEAP, SCAN, Bracket, Curve, bracket_of, geometric_mean, interval, scan_rates
 
 
 def step(at_rps: float) -> Curve:
@@ -65,3 +65,21 @@ def test_a_target_that_no_rate_meets_is_found_without_trying_all_of_them() -> No
     curve = Curve(lambda rate: 0.5)
     assert found(curve, start=10.0).met_rps == 0.0
     assert len(curve.points) < 12
+
+
+def test_the_search_stops_where_no_lower_rate_can_meet_the_target() -> None:
+    curve = Curve(lambda rate: 0.5, most_below=lambda rate: 0.6 if rate < 0.5 else 1.0)
+    bracket = found(curve, start=8.0, least=1e-6)
+    assert bracket.met_rps == 0.0
+    assert 0.5 / LEAP <= bracket.missed_rps < 0.5
+
+
+@given(at=st.floats(1e-5, 1e-1))
+def test_a_target_that_only_very_low_rates_meet_is_found_by_leaps(at: float) -> None:
+    bracket = found(step(at), start=100.0, least=1e-6)
+    assert bracket.met_rps <= at < bracket.missed_rps
+
+
+def test_a_target_that_only_higher_rates_meet_is_seen_although_the_search_down_gave_up() -> None:
+    curve = Curve(lambda rate: float(2.0 < rate < 4.0), most_below=lambda rate: 0.0)
+    assert found(curve).met_again_rps

@@ -260,6 +260,10 @@ def test_prompts_in_turn_share_their_ids_and_all_share_the_first_tokens():
     assert ids[0][2] != ids[1][2]
     assert len({i for row in ids for i in row}) == 2 + 1 + 3
     assert repeated.hash_block_tokens == 4
+    assert repeated.prompt_tokens.tolist() == [10, 20, 10, 12]
+    alike = repeat_prompts(trace, distinct=2, block_tokens=4, same_lengths=True)
+    assert alike.prompt_tokens.tolist() == [10, 20, 10, 20]
+    assert [row.tolist() for row in alike.hash_ids[:2]] == [row.tolist() for row in alike.hash_ids[2:]]
     new = repeat_prompts(trace, block_tokens=4)
     assert len({i for row in new.hash_ids for i in row.tolist()}) == 3 + 5 + 3 + 3
 
