@@ -44,6 +44,16 @@ def test_one_row_is_written_and_printed_and_the_page_keeps_the_others(
     assert (tmp_path / "rap_memory.json").stat().st_mtime_ns == before  # the same figures: the file stays
 
 
+def test_a_row_whose_data_is_not_here_is_left_out_and_the_others_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_status(main, "row=[distserve,rap_memory]", "data=/nowhere", f"out={tmp_path}") == 1
+    said = capsys.readouterr()
+    assert "row distserve is left out: " in said.err
+    assert "22.07" in said.out
+    assert [path.name for path in sorted(tmp_path.glob("*.json"))] == ["rap_memory.json"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
