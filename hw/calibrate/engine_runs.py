@@ -28,7 +28,7 @@ from sim.types import Floats
 
 BLOCK_TOKENS = 16
 USED_SHARE = 0.9
-"""Of the device's memory: the rest is the driver's, and of libraries that nobody counts."""
+"""Share of the device memory that a run uses; the driver and libraries need some of the rest."""
 WORKSPACE_BYTES = {"cpu": 0, "cuda": 3_000_000_000}
 """What the largest pass takes besides weights and KV."""
 LEAST_REQUESTS = 8

@@ -1,4 +1,4 @@
-"""Step: the budget shrinks while requests run, and an allocation goes beyond it; nobody is lost, and the limit ends."""
+"""Step: the budget shrinks while requests run, and an allocation exceeds it. Every request must still finish."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def run(setup: Setup, findings: Findings) -> None:
     findings.check("allocations beyond the budget that failed", overrun.refused > 0, overrun.refused, "one at least")
     findings.check("allocations beyond the budget that did not", not overrun.granted, overrun.granted, "none")
     differences = [abs(row.allocated_bytes - row.predicted_bytes) for row in engine.memory_rows()]
-    findings.check("bytes allocated beside those predicted", max(differences) == 0, max(differences), "0")
+    findings.check("difference between allocated and predicted bytes", max(differences) == 0, max(differences), "0")
     most = max(row.in_use_bytes for row in engine.memory_rows())
     findings.figure("peak_in_use_bytes", most)
     engine.check()

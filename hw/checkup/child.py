@@ -31,7 +31,7 @@ from sim.paths import REPOSITORY, data_dir
 
 POLL_S = 0.05
 GRACE_S = 2.0
-"""What a step at its limit has to write its stacks, and then to end by itself."""
+"""Seconds that a step has at its limit to write its stacks, and again to exit before it is killed."""
 SETUP = "setup.json"
 _DIE_WITH_PARENT = 1
 """Linux's PR_SET_PDEATHSIG."""

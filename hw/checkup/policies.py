@@ -78,7 +78,7 @@ def run(setup: Setup, findings: Findings) -> None:
             f"{name}: requests without an end", not results[name]["unfinished"], results[name]["unfinished"], "0"
         )
         found = results[name]["largest_difference_bytes"]
-        findings.check(f"{name}: bytes allocated beside those predicted", found == 0, found, "0")
+        findings.check(f"{name}: difference between allocated and predicted bytes", found == 0, found, "0")
         del engine
         gc.collect()
         loaded[0].hardware.give_back()

@@ -151,7 +151,7 @@ class Setup:
         return build(self.config().gpu)
 
     def budget_bytes(self, kv_tokens: int) -> int:
-        """Return the bytes of dense weights, the workspace and the KV of so many tokens."""
+        """Return the bytes of dense weights, the workspace, and the KV of ``kv_tokens`` tokens."""
         spec, block_tokens = self.model, build(self.config().engine).kv_block_tokens
         blocks = kv_blocks(kv_tokens, block_tokens)
         return budget_for_kv_blocks(spec, dense_plan(spec), blocks, self.amounts.workspace_bytes, block_tokens)

@@ -32,7 +32,7 @@ NEEDED = (
     "httpx-sse",
     "tabulate",
 )
-"""What the core, the engine and the server import beside torch, transformers, numpy, pandas and their like."""
+"""Packages that the core, the engine and the server import, other than torch, transformers, numpy and pandas."""
 WITH_NEEDS = ("pydantic",)
 """Packages whose own needs are fetched too: each pydantic takes exactly one pydantic-core."""
 BUILT = {"antlr4-python3-runtime": "4.9.3"}

@@ -25,7 +25,7 @@ RECURS = 4
 """A pass is recorded when it was needed this often: recording takes as long as several passes."""
 MOST_GRAPHS = 32
 MOST_FAILURES = 3
-"""After so many passes that could not be recorded, none is recorded any more. One may be a moment without memory."""
+"""Recording stops after this many failures. A single failure may be a short lack of memory."""
 
 
 class DecodeGraphs:
@@ -50,7 +50,7 @@ class DecodeGraphs:
         return len(self._graphs)
 
     def rows_of(self, decodes: int) -> int | None:
-        """Return the size of batch that a graph for so many decodes has; None: there is none."""
+        """Return the batch size of the graph for a number of decodes; None if there is no such graph."""
         return next((size for size in SIZES if size >= decodes), None) if decodes else None
 
     def run(self, key: Hashable, state: Hashable, step: Callable[[], Tensor]) -> Tensor:

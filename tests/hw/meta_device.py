@@ -117,7 +117,7 @@ class MetaDevice(Accelerator):
         return torch.ones(tensor.shape, dtype=tensor.dtype)
 
     def record(self, step: Callable[[], Tensor]) -> Any:
-        raise NotImplementedError
+        raise AssertionError("tensors without memory have no addresses for a graph; set cuda_graphs=False")
 
 
 def meta_model(name: str, device: MetaDevice, *, bits: int = 16, layers: int | None = None) -> ElasticModel:
