@@ -15,7 +15,7 @@ from sim.cost.model_spec import load_model
 from sim.cost.plan import check_plan, dense_plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
-from sim.policies.admission import Limited, limited, saber
+from sim.policies.admission import LEAST_WAIT_S, Limited, limited, saber
 from sim.policies.base import PolicyContext
 from sim.policies.fixed import Fixed
 from sim.policies.pressure import adaptive_precision, adaptive_pruning
@@ -30,14 +30,62 @@ def seen(**changed: Any) -> EngineState:
     return dataclasses.replace(STATE, **{"kv_layer_blocks": 100, "kv_used_layer_blocks": 0, **changed})
 
 
-def test_saber_lets_as_many_wait_as_get_their_first_token_in_time() -> None:
-    policy = saber(SERVED, ttft_s=2.0, margin=0.5, most=50, smoothing_s=1e-6)
+def always_dense(served: PolicyContext) -> Fixed:
+    return Fixed(dense_plan(served.model))
+
+
+def test_saber_rejects_a_request_when_its_first_token_can_no_longer_come_in_time() -> None:
+    policy = saber(SERVED, policy=always_dense, ttft_s=2.0, margin=0.75, smoothing_s=1e-6)
+    assert policy.first_plan.max_wait_s == 1.5  # nothing is known yet
+    assert policy(seen(time_s=0.0)).max_wait_s == 1.5
+    # Ten first tokens after 0.4 s each, without a queue: 1.6 s are left, and three quarters of them used.
+    plan = policy(seen(time_s=1.0, first_tokens=10, ttft_sum_s=4.0))
+    assert plan.max_wait_s == pytest.approx(0.75 * 1.6)
+    assert dataclasses.replace(plan, max_wait_s=None) == dense_plan(TINY)
+    # The next ten took 1.3 s, of which 1 s in the queue: 0.8 and 1.2 s at its head before and after.
+    policy(seen(time_s=2.0, first_tokens=10, ttft_sum_s=4.0, waiting=5, oldest_wait_s=0.8))
+    late = seen(time_s=3.0, first_tokens=20, ttft_sum_s=17.0, waiting=5, oldest_wait_s=1.2)
+    assert policy(late).max_wait_s == pytest.approx(0.75 * 1.7)
+    # No first token in an interval says nothing; one that took longer than the target leaves the least wait.
+    assert policy(dataclasses.replace(late, time_s=4.0)).max_wait_s == pytest.approx(0.75 * 1.7)
+    slow = dataclasses.replace(late, time_s=5.0, first_tokens=21, ttft_sum_s=30.0)
+    assert policy(slow).max_wait_s == LEAST_WAIT_S
+
+
+def test_saber_never_lets_a_request_wait_longer_than_the_policy_that_it_follows() -> None:
+    inner = Fixed(dataclasses.replace(dense_plan(TINY), max_wait_s=0.5, max_waiting=3))
+    policy = saber(SERVED, policy=lambda served: inner, margin=0.75)
+    assert policy(seen(time_s=0.0)) == inner.first_plan
+
+
+def test_saber_limits_how_many_run_by_the_line_through_what_iterations_took() -> None:
+    policy = saber(SERVED, policy=always_dense, tpot_s=0.1, margin=0.5)
+    assert policy(seen(time_s=0.0, running=10)).max_running is None
+    first = seen(time_s=1.0, running=10, iterations=50, busy_s=1.0)  # 20 ms per iteration at 10 running requests
+    assert policy(first).max_running is None  # one point is no line
+    # 30 ms at 20, on average between the two states: 10 ms and 1 ms for each request, so 40 keep half of 100 ms.
+    assert policy(seen(time_s=2.0, running=30, iterations=80, busy_s=1.9)).max_running == 40
+
+
+def test_the_earlier_form_lets_as_many_wait_as_get_their_first_token_in_time() -> None:
+    policy = saber(SERVED, policy=always_dense, limit="requests", ttft_s=2.0, margin=0.5, most=50, smoothing_s=1e-6)
     assert policy(seen(time_s=0.0, waiting=5)).max_waiting == 50  # nothing is known yet
     assert policy(seen(time_s=1.0, waiting=5, first_tokens=10)).max_waiting == 10  # 10 a second, half of two seconds
     assert policy(seen(time_s=2.0, waiting=5, first_tokens=14)).max_waiting == 4
     assert policy(seen(time_s=3.0, waiting=0, first_tokens=15)).max_waiting == 4  # without a queue speed says nothing
     assert policy(seen(time_s=4.0, waiting=9, first_tokens=15)).max_waiting == 4
     assert policy(seen(time_s=5.0, waiting=9, first_tokens=15)).max_waiting == 1  # at a standstill, the least
+
+
+def test_a_wrapped_policy_can_be_named() -> None:
+    served = PolicyContext(model=load_model("llama2_7b"))
+    named = saber(served, policy="int4")
+    assert named.first_plan.weight_bits == (4,) * 32
+    assert limited(served, policy="greedy_stop", max_wait_s=1.0).first_plan.max_wait_s == 1.0
+    with pytest.raises(ConfigError, match="there is no policy=int5; did you mean 'int8'"):
+        saber(served, policy="int5")
+    with pytest.raises(ConfigError, match=r"policy\.policy is 3; name a file of conf/policy"):
+        saber(served, policy=3)
 
 
 def test_a_limit_changes_nothing_else_of_another_policys_plan() -> None:
@@ -86,13 +134,20 @@ def test_every_file_builds_its_policy_and_starts_dense_but_for_the_queue(name: s
     node = OmegaConf.load(CONF_DIR / "policy" / f"{name}.yaml")
     model = load_model("llama2_7b")
     policy = instantiate(node, _convert_="all")(PolicyContext(model=model))
-    assert dataclasses.replace(policy.first_plan, max_waiting=None) == dense_plan(model)
+    assert dataclasses.replace(policy.first_plan, max_waiting=None, max_wait_s=None) == dense_plan(model)
 
 
 def test_numbers_out_of_range_are_refused() -> None:
-    for wrong in ({"margin": 0.0}, {"least": 5, "most": 4}, {"smoothing_s": 0.0}):
-        with pytest.raises(ConfigError):
-            saber(SERVED, **wrong)  # type: ignore[arg-type]
+    for wrong, named in (
+        ({"margin": 0.0}, "margin 0.0"),
+        ({"least": 5, "most": 4}, "least 5, most 4"),
+        ({"smoothing_s": 0.0}, "smoothing_s 0.0"),
+        ({"tpot_s": 0.0}, "policy.tpot_s is 0.0"),
+        ({"tpot_s": 0.1, "limit": "requests"}, "policy.limit=requests"),
+        ({"limit": "second"}, "did you mean 'seconds'"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            saber(SERVED, policy=always_dense, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError):
         limited(SERVED, policy=lambda served: Fixed(dense_plan(TINY)), max_waiting=-1)
     with pytest.raises(ConfigError):
