@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sim.config import CONF_DIR
+from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import check_plan, dense_plan
 from sim.engine.protocol import EngineState
@@ -18,6 +19,8 @@ from sim.errors import ConfigError, PlanError
 from sim.policies.admission import LEAST_WAIT_S, Limited, limited, saber
 from sim.policies.base import PolicyContext
 from sim.policies.fixed import Fixed
+from sim.policies.ladder import load_ladder, memory_ladder
+from sim.policies.load_table import load_table
 from sim.policies.pressure import adaptive_precision, adaptive_pruning
 from tests.sim.serving import TINY, tiny_engine
 
@@ -127,8 +130,109 @@ def test_pressure_drops_blocks_of_the_order_step_by_step_and_only_after_it_persi
     assert relaxed[-1].decode.mha.count(False) + relaxed[-1].decode.ffn.count(False) == 2
 
 
+def test_a_memory_ladder_lowers_precision_before_it_drops_a_block() -> None:
+    policy = memory_ladder(SERVED, order=ORDER, low_layers=[1, 3], drops=[2], headroom=1.0, restore_headroom=1.0)
+    sizes = policy.weights_bytes
+    assert list(sizes) == sorted(sizes, reverse=True)
+    chosen = [policy(seen(budget_bytes=size, next_budget_bytes=size)) for size in sizes]
+    assert [plan.weight_bits.count(4) for plan in chosen] == [0, 1, 3, 3]
+    assert [plan.decode.mha.count(False) + plan.decode.ffn.count(False) for plan in chosen] == [0, 0, 0, 2]
+    assert policy(seen(budget_bytes=1, next_budget_bytes=1)) == chosen[-1]
+
+
+def test_a_load_ladder_passes_over_plans_that_do_not_fit_the_budget() -> None:
+    policy = load_ladder(SERVED, order=ORDER, low_layers=[1, 3], drops=[2], smoothing=1.0)
+    sizes = policy.weights_bytes
+    for level, size in enumerate(sizes):
+        assert policy(seen(budget_bytes=size, next_budget_bytes=size)) == policy.plans[level]
+    assert policy(seen(budget_bytes=1, next_budget_bytes=1)) == policy.plans[-1]
+    roomy = seen(budget_bytes=sizes[0], next_budget_bytes=sizes[2])  # the announced decrease counts
+    assert policy(roomy) == policy.plans[2]
+    assert policy(dataclasses.replace(roomy, next_budget_bytes=sizes[0])) in policy.plans[:2]
+
+
+def test_waits_do_not_count_while_prefill_is_the_bottleneck() -> None:
+    waits = {"oldest_wait_s": 5.0, "waiting": 3, "budget_bytes": 10**12, "next_budget_bytes": 10**12}
+    for prefill_tokens, low in ((None, 3), (200, 0), (300, 3)):
+        policy = load_ladder(SERVED, low_layers=[3], smoothing=1.0, prefill_tokens=prefill_tokens)
+        policy(seen(time_s=0.0, **{**waits, "oldest_wait_s": 0.0}))
+        # 10 iterations compute 2,300 tokens of admitted prompts and produce 100: 240 for each.
+        later = {"arrived_prompt_tokens": 3000, "waiting_tokens": 700, "produced_tokens": 100, "iterations": 10}
+        assert policy(seen(time_s=1.0, **waits, **later)).weight_bits.count(4) == low
+    full = {**waits, "kv_used_layer_blocks": 100}
+    policy = load_ladder(SERVED, low_layers=[3], smoothing=1.0, prefill_tokens=200)
+    policy(seen(time_s=0.0, **waits))
+    assert policy(seen(time_s=1.0, **full, **later)).weight_bits.count(4) == 3  # memory counts all the same
+
+
+def test_a_load_table_is_read_by_budget_and_arrival_rate() -> None:
+    dense_bytes = weight_bytes(TINY, dense_plan(TINY))
+    policy = load_table(
+        SERVED,
+        order=ORDER,
+        table=[[[2, 3], [2, 3]], [[0, 0], [0, 3]]],
+        rates=[100.0],
+        budgets=[2.0],
+        margin=0.2,
+        smoothing_s=1e-6,
+    )
+    assert policy.first_plan == dense_plan(TINY)
+    found, tokens = [], 0
+    # A rate that is 20 % above the edge changes the column, and one 20 % below it changes it back.
+    for time_s, rate in enumerate((50, 119, 121, 81, 79), start=1):
+        tokens += rate
+        large = {"budget_bytes": 2 * dense_bytes, "next_budget_bytes": 2 * dense_bytes}
+        found.append(policy(seen(time_s=float(time_s), arrived_prompt_tokens=tokens, **large)).weight_bits.count(4))
+    assert found == [0, 0, 3, 3, 0]
+    small = seen(time_s=5.0, arrived_prompt_tokens=tokens, budget_bytes=2 * dense_bytes, next_budget_bytes=1)
+    assert policy(small) == policy.plans[0][0] != policy.first_plan
+
+
 @pytest.mark.parametrize(
-    "name", ["saber", "adaptive_precision", "adaptive_pruning", "limited", "greedy_stop", "morphserve"]
+    ("wrong", "named"),
+    [
+        ({"rates": [2.0, 1.0]}, r"policy\.rates is \[2\.0, 1\.0\]; the edges must"),
+        ({"budgets": [True]}, r"policy\.budgets is \[True\]"),
+        ({"table": [[[0, 0]]]}, "1 rows of \\[1\\] entries; 1 budgets and 1 rates need 2 rows of 2"),
+        ({"table": [[[0, 0], [0, 9]], [[0, 0], [0, 0]]]}, "tiny has 3 layers"),
+        ({"table": [[[0, 0], [9, 0]], [[0, 0], [0, 0]]]}, "at most 4 blocks"),
+        ({"margin": 1.0}, r"policy\.margin is 1\.0"),
+    ],
+)
+def test_a_load_table_that_does_not_fit_its_edges_is_refused(wrong: dict[str, Any], named: str) -> None:
+    right: dict[str, Any] = {"rates": [1.0], "budgets": [1.0], "table": [[[0, 0], [0, 3]], [[0, 0], [0, 0]]]}
+    with pytest.raises((ConfigError, PlanError), match=named):
+        load_table(SERVED, order=ORDER, **{**right, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"low_layers": [2, 1]}, r"policy\.low_layers is \[2, 1\]; the numbers must ascend"),
+        ({"low_layers": [4]}, "between 1 and 3"),
+        ({"drops": [5]}, "between 1 and 4"),
+        ({}, "policy.low_layers and policy.drops are empty"),
+        ({"drops": [1], "prefill_tokens": 0}, "policy.prefill_tokens is 0"),
+    ],
+)
+def test_a_ladder_that_does_not_go_down_is_refused(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_ladder(SERVED, order=ORDER, **wrong)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "saber",
+        "adaptive_precision",
+        "adaptive_pruning",
+        "limited",
+        "greedy_stop",
+        "morphserve",
+        "memory_ladder",
+        "load_ladder",
+        "load_table",
+    ],
 )
 def test_every_file_builds_its_policy_and_starts_dense_but_for_the_queue(name: str) -> None:
     node = OmegaConf.load(CONF_DIR / "policy" / f"{name}.yaml")
