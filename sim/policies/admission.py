@@ -27,8 +27,9 @@ from sim.limits import is_whole
 from sim.policies.base import Policy, PolicyContext, plans_of
 
 LIMITS = ("seconds", "requests")
-LEAST_WAIT_S = 0.05
-"""Shortest limit on the wait: with none at all a server that was slow for a moment would reject all later requests."""
+WAIT_STEP_S = 0.05
+"""Limits on the wait are multiples of this, so that a plan does not change with every decision, and at least this: with
+none at all a server that was slow for a moment would reject all later requests."""
 
 
 @dataclass(slots=True)
@@ -119,7 +120,8 @@ class Saber:
 
     def _limited(self, plan: Plan) -> Plan:
         start_s = 0.0 if math.isnan(self.start_s.value) else self.start_s.value
-        wait_s = max(LEAST_WAIT_S, self.margin * (self.ttft_s - start_s))
+        steps = max(1, math.floor(self.margin * (self.ttft_s - start_s) / WAIT_STEP_S + 1e-9))
+        wait_s = steps * WAIT_STEP_S
         if plan.max_wait_s is not None:
             wait_s = min(wait_s, plan.max_wait_s)
         most = None if self.tpot_s is None else self.curve.most_running(self.margin * self.tpot_s)
@@ -178,7 +180,7 @@ def saber(
     most: int = 64,
     smoothing_s: float = 10.0,
 ) -> Saber | SaberQueue:
-    """Build the policy around another one: the name of a file of conf/policy, or its content.
+    """Build the policy around another one: a file of conf/policy by name or by content (``built``).
 
     Args:
         limit: ``seconds`` a request may wait (``Saber``), or ``requests`` that may wait (``SaberQueue``).
@@ -209,18 +211,24 @@ def saber(
 
 
 def built(policy: Any, served: PolicyContext) -> Policy:
-    """Return the policy that a wrapper follows: a file of conf/policy by name or content, or a function that makes it.
+    """Return the policy that a wrapper follows.
 
+    Args:
+        policy: the name of a file of conf/policy; its name and other values of its keys (``{name: NAME, KEY: VALUE}``);
+            its content; or a function that makes the policy.
     Raises:
-        ConfigError: for an unknown name, or a value that is none of these.
+        ConfigError: for an unknown name or key, or a value that is none of these.
     """
     if isinstance(policy, str):
-        policy = build_option("policy", policy)
-    made = instantiate(policy) if isinstance(policy, Mapping) else policy
+        policy = {"name": policy}
+    if isinstance(policy, Mapping) and "name" in policy and "_target_" not in policy:
+        made = build_option("policy", str(policy["name"]), {key: policy[key] for key in policy if key != "name"})
+    else:
+        made = instantiate(policy) if isinstance(policy, Mapping) and "_target_" in policy else policy
     if not callable(made):
         raise ConfigError(
-            f"policy.policy is {policy!r}; name a file of conf/policy, such as policy.policy=greedy_stop, or write its "
-            "content"
+            f"policy.policy is {policy!r}; name a file of conf/policy, such as policy.policy=greedy_stop, with other "
+            "values as policy.policy='{name: greedy_stop, headroom: 1.4}', or write its content"
         )
     inner: Policy = made(served)
     return inner
@@ -262,7 +270,7 @@ class Limited:
 def limited(
     served: PolicyContext, *, policy: Any, max_waiting: int | None = None, max_wait_s: float | None = None
 ) -> Limited:
-    """Build the policy around another one: the name of a file of conf/policy, or its content.
+    """Build the policy around another one: a file of conf/policy by name or by content (``built``).
 
     A limit in seconds suits every load: a request that waits longer than its TTFT target allows is lost, and its place
     goes to one that can still meet the target. A limit in requests suits one arrival rate and one length of prompts.

@@ -16,7 +16,7 @@ from sim.cost.model_spec import load_model
 from sim.cost.plan import check_plan, dense_plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
-from sim.policies.admission import LEAST_WAIT_S, Limited, limited, saber
+from sim.policies.admission import WAIT_STEP_S, Limited, limited, saber
 from sim.policies.base import PolicyContext
 from sim.policies.fixed import Fixed
 from sim.policies.ladder import load_ladder, memory_ladder
@@ -43,16 +43,16 @@ def test_saber_rejects_a_request_when_its_first_token_can_no_longer_come_in_time
     assert policy(seen(time_s=0.0)).max_wait_s == 1.5
     # Ten first tokens after 0.4 s each, without a queue: 1.6 s are left, and three quarters of them used.
     plan = policy(seen(time_s=1.0, first_tokens=10, ttft_sum_s=4.0))
-    assert plan.max_wait_s == pytest.approx(0.75 * 1.6)
+    assert plan.max_wait_s == pytest.approx(0.75 * 1.6)  # 1.2 s
     assert dataclasses.replace(plan, max_wait_s=None) == dense_plan(TINY)
     # The next ten took 1.3 s, of which 1 s in the queue: 0.8 and 1.2 s at its head before and after.
     policy(seen(time_s=2.0, first_tokens=10, ttft_sum_s=4.0, waiting=5, oldest_wait_s=0.8))
     late = seen(time_s=3.0, first_tokens=20, ttft_sum_s=17.0, waiting=5, oldest_wait_s=1.2)
-    assert policy(late).max_wait_s == pytest.approx(0.75 * 1.7)
+    assert policy(late).max_wait_s == pytest.approx(1.25)  # three quarters of 1.7 s, down to a multiple of 0.05 s
     # No first token in an interval says nothing; one that took longer than the target leaves the least wait.
-    assert policy(dataclasses.replace(late, time_s=4.0)).max_wait_s == pytest.approx(0.75 * 1.7)
+    assert policy(dataclasses.replace(late, time_s=4.0)).max_wait_s == pytest.approx(1.25)
     slow = dataclasses.replace(late, time_s=5.0, first_tokens=21, ttft_sum_s=30.0)
-    assert policy(slow).max_wait_s == LEAST_WAIT_S
+    assert policy(slow).max_wait_s == WAIT_STEP_S
 
 
 def test_saber_never_lets_a_request_wait_longer_than_the_policy_that_it_follows() -> None:
@@ -84,7 +84,12 @@ def test_a_wrapped_policy_can_be_named() -> None:
     served = PolicyContext(model=load_model("llama2_7b"))
     named = saber(served, policy="int4")
     assert named.first_plan.weight_bits == (4,) * 32
-    assert limited(served, policy="greedy_stop", max_wait_s=1.0).first_plan.max_wait_s == 1.0
+    stop = limited(served, policy={"name": "greedy_stop", "headroom": 1.2, "patience": 7}, max_wait_s=1.0)
+    assert (stop.first_plan.max_wait_s, stop.policy.headroom, stop.policy.patience) == (1.0, 1.2, 7)  # type: ignore[attr-defined]
+    both = saber(served, policy={"name": "limited", "max_wait_s": 0.5, "policy": {"name": "int4"}})
+    assert (both.first_plan.max_wait_s, both.first_plan.weight_bits) == (0.5, (4,) * 32)
+    with pytest.raises(ConfigError, match="takes no 'headrom'; did you mean 'headroom'"):
+        saber(served, policy={"name": "greedy_stop", "headrom": 1.2})
     with pytest.raises(ConfigError, match="there is no policy=int5; did you mean 'int8'"):
         saber(served, policy="int5")
     with pytest.raises(ConfigError, match=r"policy\.policy is 3; name a file of conf/policy"):
