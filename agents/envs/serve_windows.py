@@ -1,4 +1,4 @@
-"""The windows and budgets of ``ServeTrace``, and which of them each split may use (conf/split/serve.yaml)."""
+"""The windows of ``ServeTrace``, and which of them each split may use (conf/split/serve.yaml)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import Split, check_split
+from agents.envs.serve_budgets import BUDGETS
 from sim.config import build_option, load_option, option_path
-from sim.engine.budget import Budget, BudgetContext, cotenant, gpu_share, random_walk
 from sim.engine.protocol import Request
 from sim.errors import ConfigError, TraceError, nearest
 from sim.traces.trace import Trace
 from sim.traces.transforms import drop_long
 from sim.types import Floats, Ints
-
-SHARE = 0.9
-"""Share of device memory that serving may use, like vLLM's gpu_memory_utilization."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +27,7 @@ class Window:
     """What one episode serves: a window of a trace, sped up or slowed down, under one budget.
 
     source: name of the trace. start_s: start of the window in the trace, in seconds. rate: speed-up of arrivals.
-    budget: kind of budget (``window_budget``). budget_seed: its seed.
+    budget: kind of budget (``agents.envs.serve_budgets``). budget_seed: its seed.
     slowdown: real seconds of an iteration over the calibrated ones.
     low_bit_cost: factor on the loss, in nats, of layers at low precision.
     prompt_scale, output_scale: factors on the lengths of the requests (``Windows.arrays``).
@@ -247,40 +244,6 @@ def source_trace(name: str) -> Trace:
     return replace(kept, arrival_s=kept.arrival_s - kept.arrival_s[0])
 
 
-def window_budget(context: BudgetContext, window: Window, horizon_s: float) -> Budget:
-    """Return the budget of a window.
-
-    full: 90 % of device memory. cotenant: the same, minus 60 % of device memory while a co-tenant is present.
-    random_walk: between 25 % and 90 % of device memory, in steps of 10 % every 10 s.
-
-    Raises:
-        ConfigError: for an unknown kind.
-    """
-    if window.budget == "full":
-        return gpu_share(context, share=SHARE)
-    if window.budget == "cotenant":
-        return cotenant(
-            context,
-            share=SHARE,
-            cotenant_bytes=0.6 * context.gpu.memory_bytes,
-            mean_away_s=40.0,
-            mean_stay_s=30.0,
-            horizon_s=horizon_s,
-            seed=window.budget_seed,
-        )
-    if window.budget == "random_walk":
-        return random_walk(
-            context,
-            low_share=0.25,
-            high_share=SHARE,
-            step_share=0.1,
-            period_s=10.0,
-            horizon_s=horizon_s,
-            seed=window.budget_seed,
-        )
-    raise ConfigError(f"there is no budget {window.budget!r}; {nearest(window.budget, serve_windows().budgets)}")
-
-
 def as_window(value: Window | Mapping[str, Any]) -> Window:
     """Return a window, or one made of its fields.
 
@@ -290,8 +253,8 @@ def as_window(value: Window | Mapping[str, Any]) -> Window:
     try:
         window = value if isinstance(value, Window) else Window(**value)
         check_sources([window.source])
-        if window.budget not in serve_windows().budgets:
-            raise ValueError(f"there is no budget {window.budget!r}; {nearest(window.budget, serve_windows().budgets)}")
+        if window.budget not in BUDGETS:
+            raise ValueError(f"there is no budget {window.budget!r}; {nearest(window.budget, BUDGETS)}")
         if not (0 <= window.start_s < math.inf and 0 < window.rate < math.inf):
             raise ValueError(f"start_s must be at least 0 and rate above, but are {window.start_s} and {window.rate}")
         if isinstance(window.budget_seed, bool) or not isinstance(window.budget_seed, int) or window.budget_seed < 0:
@@ -328,5 +291,4 @@ __all__ = [
     "check_split",
     "serve_windows",
     "source_trace",
-    "window_budget",
 ]
