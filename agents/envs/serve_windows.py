@@ -31,6 +31,9 @@ class Window:
     slowdown: real seconds of an iteration over the calibrated ones.
     low_bit_cost: factor on the loss, in nats, of layers at low precision.
     prompt_scale, output_scale: factors on the lengths of the requests (``Windows.arrays``).
+    high_share, low_share: memory of this window, in place of the scenario's (``agents.envs.serve_budgets``); None
+        keeps that.
+    low_bits: whether the server has low-precision copies of the weights.
     """
 
     source: str
@@ -42,6 +45,9 @@ class Window:
     low_bit_cost: float = 1.0
     prompt_scale: float = 1.0
     output_scale: float = 1.0
+    high_share: float | None = None
+    low_share: float | None = None
+    low_bits: bool = True
 
 
 FACTORS = ("slowdown", "low_bit_cost", "prompt_scale", "output_scale")
@@ -127,14 +133,15 @@ class Windows:
             )
         kind = self.budgets[int(rng.integers(len(self.budgets)))] if budget is None else budget
         first, last = self.budget_seeds[split]
-        return Window(
+        window = Window(
             source=source,
             start_s=float(rng.uniform(begin_s, end_s - length_s)),
             rate=factor,
             budget=kind,
             budget_seed=int(rng.integers(first, last)),
-            **{name: _log_uniform(rng, ranges[name]) for name in FACTORS if name in ranges},
         )
+        factors: dict[str, Any] = {name: _log_uniform(rng, ranges[name]) for name in FACTORS if name in ranges}
+        return replace(window, **factors)
 
     def arrays(self, window: Window) -> tuple[Floats, Ints, Ints]:
         """Return arrival_s (0 is the start of the window), prompt_tokens and output_tokens of a window's requests.
