@@ -201,8 +201,12 @@ SERVER_ENTRIES = (
 """What a server observes of itself; the policies of ``ServeCluster`` read these too."""
 SERVE_ENTRIES = (
     *SERVER_ENTRIES,
-    Entry("slowdown", "log2(measured / calibrated) / 2", -1.0, 1.0, "time of iterations, over sixty seconds; 0 at first"),
-    Entry("tpot_headroom", "share", -1.0, 1.0, "1 - mean iteration / TPOT target, over ten seconds; 1 without a target"),
+    Entry(
+        "slowdown", "log2(measured / calibrated) / 2", -1.0, 1.0, "time of iterations, over sixty seconds; 0 at first"
+    ),
+    Entry(
+        "tpot_headroom", "share", -1.0, 1.0, "1 - mean iteration / TPOT target, over ten seconds; 1 without a target"
+    ),
     Entry("low_bits", "flag", 0.0, 1.0, "whether there are low-precision copies of the weights"),
     Entry("low_loss", "nats / 0.2", 0.0, 1.0, "loss per token with every layer at low precision; 0 without copies"),
 )
