@@ -79,6 +79,11 @@ class Network:
         """The number of learned parameters."""
         return sum(w.size for w in self.weights) + sum(b.size for b in self.biases)
 
+    @property
+    def inputs(self) -> int:
+        """The number of entries that it reads."""
+        return int(self.weights[0].shape[-1])
+
     def __call__(self, features: Floats32) -> Floats32:
         """Return one value per action, [a] or [n, a], for features [o] or [n, o]."""
         apply = ACTIVATIONS[self.activation]
