@@ -34,10 +34,10 @@ from agents.envs.render import RenderMixin
 from agents.envs.reward import ServeReward, kept_quality, utility_lost
 from agents.envs.serve_budgets import BudgetRange, budget_range, window_budget
 from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows
-from sim.config import build_option, load_option
+from sim.config import build_option
 from sim.cost.gpu import Gpu
 from sim.cost.memory import kv_block_layer_bytes
-from sim.cost.model_spec import load_model
+from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineConfig, EngineState
@@ -45,6 +45,7 @@ from sim.engine.server_spec import ServerSpec, named_calibration, named_quality
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies.observation.serve import Choice, ServeObserver, actions_from, serve_table
+from sim.policies.orders import own_order
 from sim.results.metrics import Slo, met_slo
 from sim.types import GIB, Bools, Floats32
 
@@ -52,13 +53,23 @@ if TYPE_CHECKING:
     from sim.cluster.cluster import Cluster
 
 
-def published_order() -> list[str]:
-    """Return the block order of conf/policy/greedy_stop.yaml."""
-    return [str(name) for name in load_option("policy", "greedy_stop")["order"]]
+def with_order(model: ModelSpec, actions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of ``serve_actions`` with the model's own order, or with one that names the same model.
 
-
-def _with_order(actions: Mapping[str, Any]) -> dict[str, Any]:
-    return {**actions, "order": actions.get("order") or published_order()}
+    Raises:
+        ConfigError: for an order that names no model, or if the model has none and blocks are to be dropped.
+    """
+    order = actions.get("order")
+    if not order and not any(actions.get("drops", ())):
+        return {**actions, "order": [], "made_for": model.name}
+    if not order:
+        return {**actions, "order": list(own_order(model)), "made_for": model.name}
+    if actions.get("made_for") is None:
+        raise ConfigError(
+            f"actions.order does not say for which model it was made; add actions.made_for, such as {model.name}, or "
+            "leave out both for the model's own order"
+        )
+    return dict(actions)
 
 
 class ServeSetting:
@@ -90,7 +101,8 @@ class ServeSetting:
             workspace_bytes: memory that neither weights nor KV can use.
             budget: fields of ``agents.envs.serve_budgets.BudgetRange``, or None for its defaults.
             tick_s: seconds between two decisions.
-            actions: arguments of ``sim.policies.observation.serve.serve_actions``; the default order is greedy_stop's.
+            actions: arguments of ``sim.policies.observation.serve.serve_actions``. Without ``order`` it is the model's
+                own (``sim.policies.orders``); with it, ``made_for`` names the model.
             split: "train", "validation" or "test" of conf/split/serve.yaml.
             sources: names of its traces.
             load: lowest and highest position in each source's range of rates, on a logarithmic scale in [0, 1].
@@ -105,7 +117,7 @@ class ServeSetting:
         self.slo: Slo = build_option("slo", slo)
         self.workspace_bytes, self.tick_s = int(workspace_bytes), tick_s
         self.budget = budget_range(budget)
-        self.action_options = _with_order(DEFAULT_ACTIONS if actions is None else actions)
+        self.action_options = with_order(self.model, DEFAULT_ACTIONS if actions is None else actions)
         self.actions = actions_from(self.model, self.action_options, self.workspace_bytes)
         self.table = serve_table(self.actions)
         self.split, self.windows = check_split(split), serve_windows().at_load(*load)

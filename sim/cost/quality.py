@@ -513,7 +513,7 @@ class PublishedQuality:
     def _pruning_loss(self, mask: KeepMask) -> float:
         """Return what a mask loses over dense, in nats per token."""
         a, p = self.power_law()
-        return a * self._share(mask) ** p
+        return float(a * self._share(mask) ** p)
 
     def _w4_loss(self, layers: int) -> float:
         """Return what W4 in this many layers loses over dense, in nats per token."""
