@@ -19,6 +19,7 @@ from sim.cost.plan import Plan, dense_plan, drop, with_mask
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.policies.base import PolicyContext
+from sim.policies.orders import check_made_for
 
 
 @dataclass(slots=True)
@@ -110,11 +111,7 @@ def greedy_stop(
             "be at least 1, at least 0, and from 0 to 1"
         )
     model = served.model
-    if made_for is not None and made_for != model.name:
-        raise PlanError(
-            f"policy.order was measured on {made_for}, not on {model.name}; set an order of this model "
-            "(policy.order='[MHA20,FFN3,...]' policy.made_for=null; python -m hw.score kind=gsi measures one)"
-        )
+    check_made_for(model, made_for, "policy")
     dense = dense_plan(model)
     plans = [dense]
     mha: list[int] = []

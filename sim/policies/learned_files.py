@@ -106,6 +106,7 @@ ENVIRONMENT: Mapping[str, Check] = {
 """The keys of ``environment`` that a policy reads; others describe the training."""
 PLANS: Mapping[str, Check] = {
     "order": NAMES,
+    "made_for": NAME,
     "drops": (_all(_whole), "a list of whole numbers"),
     "low_layers": (_all(_whole), "a list of whole numbers"),
     "low_bits": (_whole, "a whole number"),

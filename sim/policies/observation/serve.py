@@ -24,6 +24,7 @@ from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.policies.greedy_stop import block_of
 from sim.policies.observation.prune import Entry, ObservationSpec
+from sim.policies.orders import check_made_for
 from sim.types import Bools, Floats, Floats32, Ints
 
 # --- Actions ---------------------------------------------------------------------------------------------------------
@@ -100,6 +101,7 @@ def serve_actions(
     model: ModelSpec,
     *,
     order: Sequence[str] = (),
+    made_for: str | None = None,
     drops: Sequence[int] = (0,),
     low_layers: Sequence[int] = (0,),
     low_bits: int = 4,
@@ -112,13 +114,16 @@ def serve_actions(
 
     Args:
         order: blocks in the order of dropping. drops: how many of its first blocks to drop.
+        made_for: the model on which the order was measured; None accepts any model.
         low_layers: how many of the first layers run at ``low_bits``.
         admits: limits of waiting requests, None for no limit.
         waits: how long a request may wait for its admission, in seconds; None for no limit.
         dwell_s, workspace_bytes: as in ``ServeActions``.
     Raises:
-        PlanError: for a plan that is not legal. ConfigError: if a list is empty or the order is too short.
+        PlanError: for a plan that is not legal, or an order made for another model.
+        ConfigError: if a list is empty or the order is too short.
     """
+    check_made_for(model, made_for, "actions")
     if not dwell_s >= 0.0:
         raise ConfigError(f"actions.dwell_s is {dwell_s}; it must be at least 0 seconds")
     empty = not (drops and low_layers and admits and waits)
