@@ -32,7 +32,8 @@ from agents.envs.checks import mask_info, one_action, reset_options
 from agents.envs.prune_loads import check_split
 from agents.envs.render import RenderMixin
 from agents.envs.reward import ServeReward, kept_quality, utility_lost
-from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows, window_budget
+from agents.envs.serve_budgets import BudgetRange, budget_range, window_budget
+from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows
 from sim.config import build_option, load_option
 from sim.cost.gpu import Gpu
 from sim.cost.memory import kv_block_layer_bytes
@@ -73,6 +74,7 @@ class ServeSetting:
         engine: str = "vllm_v1",
         slo: str = "ttft_2s",
         workspace_bytes: float = 1.24e9,
+        budget: BudgetRange | Mapping[str, Any] | None = None,
         tick_s: float = 1.0,
         actions: Mapping[str, Any] | None = None,
         split: str = "train",
@@ -86,6 +88,7 @@ class ServeSetting:
             model, gpu, quality, engine, slo: names of files in the folders of conf with these names.
             latency: name of a file of conf/calibration.
             workspace_bytes: memory that neither weights nor KV can use.
+            budget: fields of ``agents.envs.serve_budgets.BudgetRange``, or None for its defaults.
             tick_s: seconds between two decisions.
             actions: arguments of ``sim.policies.observation.serve.serve_actions``; the default order is greedy_stop's.
             split: "train", "validation" or "test" of conf/split/serve.yaml.
@@ -101,6 +104,7 @@ class ServeSetting:
         self.engine: EngineConfig = build_option("engine", engine)
         self.slo: Slo = build_option("slo", slo)
         self.workspace_bytes, self.tick_s = int(workspace_bytes), tick_s
+        self.budget = budget_range(budget)
         self.action_options = _with_order(DEFAULT_ACTIONS if actions is None else actions)
         self.actions = actions_from(self.model, self.action_options, self.workspace_bytes)
         self.table = serve_table(self.actions)
@@ -146,7 +150,8 @@ class ServeSetting:
         external_clock: bool = False,
     ) -> SimEngine:
         """Return an engine with the budget of a window, without requests; for the options see ``SimEngine``."""
-        budget = window_budget(self.server.budget_context(plan), window, self.windows.window_s)
+        context = self.server.budget_context(plan)
+        budget = window_budget(context, self.budget, window.budget, window.budget_seed, self.windows.window_s)
         return self.server.build_engine(
             plan, budget, keep_iterations=False, graph=graph, env=env, external_clock=external_clock
         )

@@ -1,10 +1,10 @@
-"""The windows and budgets of ``ServeTrace``, and which of them each split may use (conf/split/serve.yaml)."""
+"""The windows of ``ServeTrace``, and which of them each split may use (conf/split/serve.yaml)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -13,16 +13,13 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import Split, check_split
+from agents.envs.serve_budgets import BUDGETS
 from sim.config import build_option, load_option, option_path
-from sim.engine.budget import Budget, BudgetContext, cotenant, gpu_share, random_walk
 from sim.engine.protocol import Request
 from sim.errors import ConfigError, TraceError, nearest
 from sim.traces.trace import Trace
 from sim.traces.transforms import drop_long
 from sim.types import Floats, Ints
-
-SHARE = 0.9
-"""Share of device memory that serving may use, like vLLM's gpu_memory_utilization."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +27,10 @@ class Window:
     """What one episode serves: a window of a trace, sped up or slowed down, under one budget.
 
     source: name of the trace. start_s: start of the window in the trace, in seconds. rate: speed-up of arrivals.
-    budget: kind of budget (``window_budget``). budget_seed: its seed.
+    budget: kind of budget (``agents.envs.serve_budgets``). budget_seed: its seed.
+    slowdown: real seconds of an iteration over the calibrated ones.
+    low_bit_cost: factor on the loss, in nats, of layers at low precision.
+    prompt_scale, output_scale: factors on the lengths of the requests (``Windows.arrays``).
     """
 
     source: str
@@ -38,6 +38,14 @@ class Window:
     rate: float
     budget: str
     budget_seed: int
+    slowdown: float = 1.0
+    low_bit_cost: float = 1.0
+    prompt_scale: float = 1.0
+    output_scale: float = 1.0
+
+
+FACTORS = ("slowdown", "low_bit_cost", "prompt_scale", "output_scale")
+"""Fields of ``Window`` that randomization samples; it also widens ``rate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +56,8 @@ class Windows:
     budget_seeds: for each split, the first seed and the one after the last.
     window_s: length of an episode in seconds. max_total_tokens: longer requests are dropped.
     rates: for each source, lowest and highest speed-up. budgets: kinds of budgets.
+    ranges: what ``randomized(True)`` samples: lowest and highest value of each of ``FACTORS``, and of a factor on rate.
+    randomize: the ranges in use, empty for none. They change windows of the train split alone.
     """
 
     parts: Mapping[str, tuple[float, float]]
@@ -56,6 +66,20 @@ class Windows:
     max_total_tokens: int
     rates: Mapping[str, tuple[float, float]]
     budgets: tuple[str, ...]
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    randomize: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def randomized(self, randomize: bool | Mapping[str, Sequence[float]]) -> Windows:
+        """Return the same split whose training windows are randomized.
+
+        Args:
+            randomize: True takes all ranges of conf/split/serve.yaml, False none; a mapping holds ranges of its own.
+        Raises:
+            ConfigError: for an unknown name, or a range that is not 0 < low <= high.
+        """
+        if isinstance(randomize, bool):
+            return replace(self, randomize=dict(self.ranges) if randomize else {})
+        return replace(self, randomize=check_ranges(randomize))
 
     def span_s(self, source: str, split: Split) -> tuple[float, float]:
         """Return the start and end of a split in a source, in seconds of the trace."""
@@ -85,10 +109,15 @@ class Windows:
         rate: float | None = None,
         budget: str | None = None,
     ) -> Window:
-        """Return a random window; ``rate`` and ``budget`` fix these two instead of sampling them."""
+        """Return a random window; ``rate`` and ``budget`` fix these two instead of sampling them.
+
+        In the train split, every range of ``randomize`` is sampled on a logarithmic scale.
+        """
         source = sources[int(rng.integers(len(sources)))]
-        low, high = self.rates[source]
-        factor = math.exp(rng.uniform(math.log(low), math.log(high))) if rate is None else rate
+        ranges = self.randomize if split == "train" else {}
+        factor = _log_uniform(rng, self.rates[source]) if rate is None else rate
+        if "rate" in ranges and rate is None:
+            factor *= _log_uniform(rng, ranges["rate"])
         begin_s, end_s = self.span_s(source, split)
         length_s = self.window_s * factor
         if length_s > end_s - begin_s:
@@ -104,18 +133,22 @@ class Windows:
             rate=factor,
             budget=kind,
             budget_seed=int(rng.integers(first, last)),
+            **{name: _log_uniform(rng, ranges[name]) for name in FACTORS if name in ranges},
         )
 
     def arrays(self, window: Window) -> tuple[Floats, Ints, Ints]:
-        """Return arrival_s (0 is the start of the window), prompt_tokens and output_tokens of a window's requests."""
+        """Return arrival_s (0 is the start of the window), prompt_tokens and output_tokens of a window's requests.
+
+        Lengths are multiplied by the scales of the window and rounded, to at least 1 token. A request that would exceed
+        ``max_total_tokens`` is shortened to it; its prompt and its output shrink by the same factor.
+        """
         trace = source_trace(window.source)
         end_s = window.start_s + self.window_s * window.rate
         first, last = np.searchsorted(trace.arrival_s, (window.start_s, end_s)).tolist()
-        return (
-            (trace.arrival_s[first:last] - window.start_s) / window.rate,
-            trace.prompt_tokens[first:last],
-            trace.output_tokens[first:last],
-        )
+        prompts, outputs = trace.prompt_tokens[first:last], trace.output_tokens[first:last]
+        if (window.prompt_scale, window.output_scale) != (1.0, 1.0):
+            prompts, outputs = _scaled_lengths(window, prompts, outputs, self.max_total_tokens)
+        return (trace.arrival_s[first:last] - window.start_s) / window.rate, prompts, outputs
 
     def requests(self, window: Window) -> list[Request]:
         """Return the requests of a window."""
@@ -124,6 +157,42 @@ class Windows:
             Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
             for i, (arrival_s, prompt, output) in enumerate(zip(*columns, strict=True))
         ]
+
+
+def _log_uniform(rng: np.random.Generator, limits: tuple[float, float]) -> float:
+    return math.exp(rng.uniform(math.log(limits[0]), math.log(limits[1])))
+
+
+def _scaled_lengths(window: Window, prompts: Ints, outputs: Ints, max_total_tokens: int) -> tuple[Ints, Ints]:
+    """Return the lengths of requests times the scales of a window (``Windows.arrays``)."""
+    prompt, output = prompts * window.prompt_scale, outputs * window.output_scale
+    shrink = np.minimum(1.0, max_total_tokens / (prompt + output))
+    # A long prompt leaves at least one token of the context to the output.
+    prompt = np.clip(np.rint(prompt * shrink), 1, max_total_tokens - 1).astype(np.int64)
+    output = np.minimum(np.maximum(np.rint(output * shrink), 1).astype(np.int64), max_total_tokens - prompt)
+    return prompt, output
+
+
+def check_ranges(ranges: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+    """Return ranges of randomization as pairs of numbers.
+
+    Raises:
+        ConfigError: for an unknown name, or a range that is not 0 < low <= high.
+    """
+    found = {}
+    for name, limits in ranges.items():
+        if name not in (*FACTORS, "rate"):
+            raise ConfigError(f"randomize: there is no range {name!r}; {nearest(str(name), (*FACTORS, 'rate'))}")
+        try:
+            low, high = (float(limit) for limit in limits)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"randomize.{name} is {limits!r}; it must be two numbers, lowest and highest ({error})"
+            ) from error
+        if not 0 < low <= high < math.inf:
+            raise ConfigError(f"randomize.{name} is [{low}, {high}]; both must be above 0 and must not descend")
+        found[str(name)] = (low, high)
+    return found
 
 
 @cache
@@ -143,6 +212,7 @@ def serve_windows() -> Windows:
             max_total_tokens=int(value["max_total_tokens"]),
             rates={name: (float(s["rate"][0]), float(s["rate"][1])) for name, s in value["sources"].items()},
             budgets=tuple(value["budgets"]),
+            ranges=check_ranges(value["randomize"]),
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is not a valid split of windows ({type(error).__name__}: {error})") from error
@@ -174,40 +244,6 @@ def source_trace(name: str) -> Trace:
     return replace(kept, arrival_s=kept.arrival_s - kept.arrival_s[0])
 
 
-def window_budget(context: BudgetContext, window: Window, horizon_s: float) -> Budget:
-    """Return the budget of a window.
-
-    full: 90 % of device memory. cotenant: the same, minus 60 % of device memory while a co-tenant is present.
-    random_walk: between 25 % and 90 % of device memory, in steps of 10 % every 10 s.
-
-    Raises:
-        ConfigError: for an unknown kind.
-    """
-    if window.budget == "full":
-        return gpu_share(context, share=SHARE)
-    if window.budget == "cotenant":
-        return cotenant(
-            context,
-            share=SHARE,
-            cotenant_bytes=0.6 * context.gpu.memory_bytes,
-            mean_away_s=40.0,
-            mean_stay_s=30.0,
-            horizon_s=horizon_s,
-            seed=window.budget_seed,
-        )
-    if window.budget == "random_walk":
-        return random_walk(
-            context,
-            low_share=0.25,
-            high_share=SHARE,
-            step_share=0.1,
-            period_s=10.0,
-            horizon_s=horizon_s,
-            seed=window.budget_seed,
-        )
-    raise ConfigError(f"there is no budget {window.budget!r}; {nearest(window.budget, serve_windows().budgets)}")
-
-
 def as_window(value: Window | Mapping[str, Any]) -> Window:
     """Return a window, or one made of its fields.
 
@@ -217,12 +253,16 @@ def as_window(value: Window | Mapping[str, Any]) -> Window:
     try:
         window = value if isinstance(value, Window) else Window(**value)
         check_sources([window.source])
-        if window.budget not in serve_windows().budgets:
-            raise ValueError(f"there is no budget {window.budget!r}; {nearest(window.budget, serve_windows().budgets)}")
+        if window.budget not in BUDGETS:
+            raise ValueError(f"there is no budget {window.budget!r}; {nearest(window.budget, BUDGETS)}")
         if not (0 <= window.start_s < math.inf and 0 < window.rate < math.inf):
             raise ValueError(f"start_s must be at least 0 and rate above, but are {window.start_s} and {window.rate}")
         if isinstance(window.budget_seed, bool) or not isinstance(window.budget_seed, int) or window.budget_seed < 0:
             raise ValueError(f"budget_seed is {window.budget_seed}; it must be a whole number of at least 0")
+        for name in FACTORS:
+            factor = getattr(window, name)
+            if isinstance(factor, bool) or not 0 < factor < math.inf:
+                raise ValueError(f"{name} is {factor}; it must be a finite number above 0")
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{value!r} is no window ({error})") from error
     return window
@@ -251,5 +291,4 @@ __all__ = [
     "check_split",
     "serve_windows",
     "source_trace",
-    "window_budget",
 ]

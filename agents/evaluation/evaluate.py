@@ -20,7 +20,8 @@ from agents.evaluation.cluster_report import cluster_table_markdown
 from agents.evaluation.measure import measure_cluster, measure_prune, measure_serve
 from agents.evaluation.page import is_complete, write_report
 from agents.evaluation.prune_report import NOT_LEARNED, prune_table_markdown
-from agents.evaluation.serve import ORACLES, RULES
+from agents.evaluation.rules import RULES
+from agents.evaluation.serve import ORACLES
 from agents.evaluation.serve_report import serve_table_markdown
 from sim.config import CONF_DIR, one_thread, run_command
 from sim.errors import ConfigError, nearest

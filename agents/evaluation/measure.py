@@ -34,13 +34,12 @@ from agents.evaluation.cluster import (
 from agents.evaluation.cluster_report import COMPARED as CLUSTER_COMPARED
 from agents.evaluation.prune import evaluate_prune, with_losses
 from agents.evaluation.prune_report import unseen_loads
+from agents.evaluation.rules import rules_tuned_to, tuned_rules
 from agents.evaluation.serve import (
     ORACLES,
     evaluate_serve,
     evaluation_setting,
-    rules_tuned_to,
     test_windows,
-    tuned_rules,
     with_low_bits_of,
 )
 from agents.evaluation.serve_report import COMPARED

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import re
 import shlex
@@ -85,6 +86,8 @@ def about_network(
     if isinstance(setting, ServeSetting):
         about["plans"] = setting.action_options
         about["tick_s"] = setting.tick_s
+        about["slo"] = dataclasses.asdict(setting.slo)
+        about["low_loss"] = setting.low_loss(1.0)
     elif setting.scores is not None:
         about["scores"] = [float(x) for x in setting.scores]
     return about

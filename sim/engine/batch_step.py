@@ -25,8 +25,9 @@ from sim.types import Floats, Ints
     TIME_S, WAITING, WAITING_TOKENS, OLDEST_WAIT_S, RUNNING, RUNNING_TOKENS, KV_LAYER_BLOCKS, KV_USED_LAYER_BLOCKS,
     BUDGET_BYTES, WEIGHT_BYTES, NEXT_BUDGET_BYTES, NEXT_BUDGET_S, INCOMING_BYTES,
     ARRIVED, ARRIVED_PROMPT_TOKENS, FIRST_TOKENS, TTFT_SUM_S, PRODUCED_TOKENS, BUSY_S, PREEMPTIONS, REJECTED, FINISHED,
+    PRICED_S, ITERATIONS,
     SEEN_COLUMNS,
-) = range(23)  # fmt: skip
+) = range(25)  # fmt: skip
 
 
 class VectorEngines:
@@ -176,3 +177,4 @@ def _observe(s: Table, now_s: float, seen: Floats) -> None:
     seen[TTFT_SUM_S], seen[PRODUCED_TOKENS] = n.ttft_sum_s, n.produced_tokens
     seen[BUSY_S], seen[PREEMPTIONS] = n.busy_s, n.preemptions
     seen[REJECTED], seen[FINISHED] = n.rejected, n.finished
+    seen[PRICED_S], seen[ITERATIONS] = n.priced_s, n.iterations

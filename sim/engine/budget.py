@@ -275,16 +275,38 @@ def cotenant(
         )
     changes = 2 * horizon_s / (mean_away_s + mean_stay_s)
     check_count(changes, "changes of the budget", MOST_CHANGES, f"{_LONGER}mean_away_s or mean_stay_s", BudgetError)
+    return cotenant_between(
+        full_bytes,
+        full_bytes - int(cotenant_bytes),
+        mean_away_s=mean_away_s,
+        mean_stay_s=mean_stay_s,
+        horizon_s=horizon_s,
+        seed=seed,
+        notice_s=notice_s,
+    )
+
+
+def cotenant_between(
+    high_bytes: int,
+    low_bytes: int,
+    *,
+    mean_away_s: float,
+    mean_stay_s: float,
+    horizon_s: float,
+    seed: int,
+    notice_s: float = 0.0,
+) -> Budget:
+    """Return ``low_bytes`` while a co-tenant is present, else ``high_bytes``; its times are those of ``cotenant``."""
     rng = np.random.default_rng(seed)
-    rows, time_s, there = [(0.0, full_bytes)], 0.0, False
+    rows, time_s, there = [(0.0, high_bytes)], 0.0, False
     while True:
         time_s += float(rng.exponential(mean_stay_s if there else mean_away_s))
         if time_s >= horizon_s:
             break
         there = not there
-        rows.append((time_s, full_bytes - int(cotenant_bytes) if there else full_bytes))
+        rows.append((time_s, low_bytes if there else high_bytes))
     if there:
-        rows.append((horizon_s, full_bytes))  # it leaves in the end, so that waiting requests can be served
+        rows.append((horizon_s, high_bytes))  # it leaves in the end, so that waiting requests can be served
     return stepped(rows, notice_s)
 
 
@@ -314,13 +336,34 @@ def random_walk(
             "horizon_s above 0"
         )
     check_count(horizon_s / period_s, "changes of the budget", MOST_CHANGES, f"{_LONGER}period_s", BudgetError)
+    return walk_between(
+        high,
+        low,
+        step_bytes=int(step_share * context.gpu.memory_bytes),
+        period_s=period_s,
+        horizon_s=horizon_s,
+        seed=seed,
+        notice_s=notice_s,
+    )
+
+
+def walk_between(
+    high_bytes: int,
+    low_bytes: int,
+    *,
+    step_bytes: int,
+    period_s: float,
+    horizon_s: float,
+    seed: int,
+    notice_s: float = 0.0,
+) -> Budget:
+    """Return a budget that steps up or down by ``step_bytes`` each period, between two bounds, as ``random_walk``."""
     rng = np.random.default_rng(seed)
-    step_bytes = int(step_share * context.gpu.memory_bytes)
-    rows, value = [(0.0, high)], high
+    rows, value = [(0.0, high_bytes)], high_bytes
     for k in range(1, math.ceil(horizon_s / period_s)):
-        value = min(high, max(low, value + (step_bytes if rng.random() < 0.5 else -step_bytes)))
+        value = min(high_bytes, max(low_bytes, value + (step_bytes if rng.random() < 0.5 else -step_bytes)))
         rows.append((k * period_s, value))
-    rows.append((math.ceil(horizon_s / period_s) * period_s, high))
+    rows.append((math.ceil(horizon_s / period_s) * period_s, high_bytes))
     return stepped(rows, notice_s)
 
 
