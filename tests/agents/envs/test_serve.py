@@ -266,7 +266,7 @@ def test_a_learned_policy_chooses_the_same_plans_in_sim_as_in_the_environment(tm
         observation, *_ = env.step(action)
         chosen.add(action)
     assert len(chosen) > 1
-    path.write_text(json.dumps({**about, "plans": {**setting.action_options, "drops": [0, 4, 12]}}))
+    path.write_text(json.dumps({**about, "plans": {**setting.action_options, "drops": [0, 2, 4, 6, 8, 10]}}))
     with pytest.raises(ConfigError, match="other actions"):
         learned_serve(context, path=str(path))
 
