@@ -60,7 +60,7 @@ def network_seconds(paths: list[Path]) -> dict[str, float]:
     if not paths:
         return {"network_p50_s": 0.0, "network_p99_s": 0.0}
     network = read_learned(paths[0], "PruneToBudget").network
-    out, size = network.weights[-1].shape[0], network.weights[0].shape[1]
+    out, size = network.actions, network.inputs
     rng = np.random.default_rng(0)
     features, legal = rng.random((10_000, size)).astype(np.float32), np.ones(out, dtype=np.bool_)
     durations_s = []

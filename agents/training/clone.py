@@ -63,7 +63,7 @@ class LookaheadClone:
 def look_ahead(core: ServeCore, horizon_s: float, grace_s: float) -> NDArray[np.float64]:
     """Return the utility that each plan loses within the horizon, float64[a], in requests; NaN if it is not legal."""
     setting, engine = core.setting, core.engine
-    legal = setting.actions.legal(core.state, core.choice)
+    legal = core.actions.legal(core.state, core.choice)
     end_s = core.state.time_s + horizon_s
     saved = engine.snapshot()
     lost = np.full(len(legal), np.nan)
@@ -87,11 +87,11 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
     features, losses = [], []
     with progress("looking ahead", config.windows, "windows") as report:
         for number in range(config.windows):
-            core.begin(setting.windows.sample(rng, setting.split, setting.sources))
+            core.begin(setting.sample_window(rng))
             offset = int(rng.integers(config.every))
             action = 0
             for tick in range(1, setting.ticks - 1):
-                legal = setting.actions.legal(core.state, core.choice)
+                legal = core.actions.legal(core.state, core.choice)
                 observed = core.observe()[: setting.table.features]
                 if tick % config.every == offset:
                     lost = look_ahead(core, config.horizon_s, config.grace_s)

@@ -103,7 +103,7 @@ class CountedActs:
     counts: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.counts = np.zeros(self.network.weights[-1].shape[0], dtype=np.int64)
+        self.counts = np.zeros(self.network.actions, dtype=np.int64)
 
     def __call__(self, features: Floats32, legal: Bools) -> NDArray[np.int64]:
         """Return the best legal action of each row."""

@@ -206,14 +206,10 @@ SERVER_ENTRIES = (
 """What a server observes of itself; the policies of ``ServeCluster`` read these too."""
 SERVE_ENTRIES = (
     *SERVER_ENTRIES,
-    Entry(
-        "slowdown", "log2(measured / calibrated) / 2", -1.0, 1.0, "time of iterations, over sixty seconds; 0 at first"
-    ),
-    Entry(
-        "tpot_headroom", "share", -1.0, 1.0, "1 - mean iteration / TPOT target, over ten seconds; 1 without a target"
-    ),
+    Entry("slowdown", "log2(measured / calibrated) / 2", -1.0, 1.0, "time of iterations, over sixty seconds"),
+    Entry("tpot_headroom", "share", -1.0, 1.0, "1 - mean iteration / TPOT target, over ten seconds"),
     Entry("low_bits", "flag", 0.0, 1.0, "whether there are low-precision copies of the weights"),
-    Entry("low_loss", "nats / 0.2", 0.0, 1.0, "loss per token with every layer at low precision; 0 without copies"),
+    Entry("low_loss", "nats / 0.4", 0.0, 1.0, "loss per token with all layers at low precision"),
 )
 
 
@@ -318,7 +314,7 @@ class ServeObserver:
             _bounded(math.log2(sixty[5] / sixty[8]) / 2.0) if min(sixty[5], sixty[8]) > PRICED_LEAST else 0.0,
             _bounded(1.0 - ten[5] / max(ten[9], 1e-12) / self.terms.tpot_s) if ten[5] > PRICED_LEAST else 1.0,
             float(self.actions.low_bits),
-            min(self.terms.low_loss / 0.2, 1.0) if self.actions.low_bits else 0.0,
+            min(self.terms.low_loss / 0.4, 1.0) if self.actions.low_bits else 0.0,
         )
         return np.array(values, dtype=np.float32)
 
@@ -442,7 +438,7 @@ class ServeObservers:
         found[27] = np.where(shows, np.log2(np.where(shows, busy_s / np.where(shows, priced_s, 1.0), 1.0)) / 2.0, 0.0)
         headroom = 1.0 - ten[:, 5] / np.maximum(ten[:, 9], 1e-12) / self.tpot_s
         found[28] = np.where(ten[:, 5] > PRICED_LEAST, headroom, 1.0)
-        found[29], found[30] = self._low_bits, np.where(self._low_bits, self._low_loss / 0.2, 0.0)
+        found[29], found[30] = self._low_bits, np.where(self._low_bits, self._low_loss / 0.4, 0.0)
         np.clip(found, _LOWEST, _HIGHEST, out=found)
         return found.T.astype(np.float32)
 
