@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from itertools import product
 from typing import Any
@@ -70,11 +71,20 @@ def test_a_short_episode_of_a_scenario_ends_with_every_request_settled(scenario:
 
 @pytest.mark.parametrize("command", ["train", "clone"])
 def test_commands_that_train_take_a_scenario(command: str) -> None:
+    importlib.import_module(f"agents.{command}")
     cfg = composed(command, "env=serve_trace", "scenario=tight", "low_bits=none")
     assert cfg.env.kwargs.budget.low_share == 0.445
     assert list(cfg.env.kwargs.actions.low_layers) == [0]
     assert composed(command, "env=serve_trace", "scenario=tight").env.kwargs.quality == "llama2_7b_transferred"
     assert cfg.env.kwargs.actions.dwell_s == 8.0  # what a scenario does not name stays
+
+
+def test_an_evaluation_takes_a_scenario_in_place_of_the_training() -> None:
+    importlib.import_module("agents.evaluate")  # which registers its schema
+    assert dict(composed("evaluate").env.kwargs) == {}
+    cfg = composed("evaluate", "scenario=mid", "low_bits=measured")
+    assert cfg.env.kwargs.quality == "llama2_7b_transferred_w4"
+    assert cfg.env.kwargs.budget.high_share == 1.484
 
 
 def test_an_unknown_scenario_is_refused_with_the_nearest() -> None:
