@@ -23,7 +23,7 @@ from sim.paths import find_data
 from sim.traces.trace import Trace
 from sim.traces.transforms import apply_steps, drop_long
 
-KEYS = ("trace", "rate", "overrides", "steps", "parts", "splits")
+KEYS = ("trace", "rate", "overrides", "steps", "parts", "splits", "repeats")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,7 @@ class Source:
     overrides: keys of the trace that differ. steps: workload steps, as in conf/workload.
     parts: for each split that may use it, start and end as shares of the trace's duration; empty with ``splits``.
     splits: for each split that may use it, more keys of the trace; ``duration_s`` must be one of them.
+    repeats: whether it is one piece that repeats, so that its windows are no independent ones.
     """
 
     trace: str
@@ -42,6 +43,7 @@ class Source:
     steps: tuple[Mapping[str, Any], ...]
     parts: Mapping[str, tuple[float, float]]
     splits: Mapping[str, Mapping[str, Any]]
+    repeats: bool = False
 
     @property
     def lent_to(self) -> tuple[str, ...]:
@@ -120,6 +122,7 @@ def _source(parts: Mapping[str, Any], value: Mapping[str, Any]) -> Source:
         steps=tuple(value.get("steps", ())),
         parts=own,
         splits=splits,
+        repeats=bool(value.get("repeats", False)),
     )
 
 

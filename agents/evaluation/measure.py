@@ -188,7 +188,8 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
     trained = [read_learned(path, "ServeTrace").about for files in paths.values() for path in files]
     env_kwargs: dict[str, Any] = dict(trained[0].get("environment", {})) if trained else {}
     sources = sorted({str(source) for about in trained for source in sources_of(about)}) or ["burst"]
-    setting = evaluation_setting({**env_kwargs, "sources": sources})
+    changed: Any = OmegaConf.to_container(cfg.env.kwargs, resolve=True)
+    setting = evaluation_setting({**env_kwargs, **changed, "sources": sources})
     windows = test_windows(list(cfg.serve_sources), int(cfg.serve_windows))
     policies: dict[str, Any] = {name: learned_serve_policies(files) for name, files in paths.items()}
     if cfg.only:

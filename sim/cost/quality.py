@@ -28,9 +28,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -515,6 +515,12 @@ class PublishedQuality:
         a, p = self.power_law()
         return float(a * self._share(mask) ** p)
 
+    def with_w4_of(self, other: PublishedQuality) -> PublishedQuality:
+        """Return these points with the published losses of W4 of another model; those of dropped blocks stay."""
+        ratio = self.dense_perplexity / other.dense_perplexity
+        perplexity = tuple(ratio * value for value in other.w4_perplexity)
+        return replace(self, w4_layers=other.w4_layers, w4_perplexity=perplexity)
+
     def _w4_loss(self, layers: int) -> float:
         """Return what W4 in this many layers loses over dense, in nats per token."""
         values = np.log(np.array(self.w4_perplexity) / self.dense_perplexity)
@@ -617,6 +623,10 @@ class TransferredQuality(PublishedQuality):
             _, exponent = self.power_law()
             return float(losses[0] * (share / shares[0]) ** exponent)
         return math.exp(float(np.interp(math.log(share), np.log(shares), np.log(losses))))
+
+    def with_w4_of(self, other: PublishedQuality) -> TransferredQuality:
+        """Return the same with the published losses of W4 of another model, also where they were a measured model's."""
+        return replace(cast(TransferredQuality, PublishedQuality.with_w4_of(self, other)), w4_of=None, w4_losses=())
 
     def _w4_loss(self, layers: int) -> float:
         return self.w4_losses[layers] if self.w4_losses else PublishedQuality._w4_loss(self, layers)

@@ -166,3 +166,14 @@ def test_a_file_that_names_itself_is_refused(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "mine.yaml").write_text("{published: mine, profile: mine}", encoding="utf-8")
     with pytest.raises(CalibrationError, match="must name a file of published points"):
         load_quality("mine")
+
+
+def test_the_loss_of_w4_can_be_that_of_another_published_model_whatever_it_was_before() -> None:
+    other = load_quality("llama3_8b_published")
+    assert isinstance(other, PublishedQuality)
+    for name in ("llama2_7b_published", "llama2_7b_transferred", "llama2_7b_transferred_w4"):
+        ours = load_quality(name)
+        assert isinstance(ours, PublishedQuality)
+        quality = ours.with_w4_of(other)
+        assert quality.nll(low(32)) - quality.nll(DENSE) == pytest.approx(math.log(6.53 / 6.14))
+        assert quality.nll(without(mha=[2])) == ours.nll(without(mha=[2]))
