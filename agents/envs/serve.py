@@ -35,12 +35,12 @@ from agents.envs.prune_loads import check_split
 from agents.envs.render import RenderMixin
 from agents.envs.reward import ServeReward, kept_quality, utility_lost
 from agents.envs.serve_budgets import BudgetRange, budget_range, window_budget
-from agents.envs.serve_pool import drawn, pool_options, training_pool
+from agents.envs.serve_pool import drawn, pool_options, window_pool
 from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows
-from sim.config import build_option, load_option
+from sim.config import build_option
 from sim.cost.gpu import Gpu
 from sim.cost.memory import kv_block_layer_bytes
-from sim.cost.model_spec import load_model
+from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineConfig, EngineState
@@ -56,6 +56,7 @@ from sim.policies.observation.serve import (
     low_precision_loss,
     serve_table,
 )
+from sim.policies.orders import own_order
 from sim.results.metrics import Slo, met_slo
 from sim.types import GIB, Bools, Floats32
 
@@ -63,18 +64,28 @@ if TYPE_CHECKING:
     from sim.cluster.cluster import Cluster
 
 
-def published_order() -> list[str]:
-    """Return the block order of conf/policy/greedy_stop.yaml."""
-    return [str(name) for name in load_option("policy", "greedy_stop")["order"]]
+def with_order(model: ModelSpec, actions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of ``serve_actions`` with the model's own order, or with one that names the same model.
+
+    Raises:
+        ConfigError: for an order that names no model, or if the model has none and blocks are to be dropped.
+    """
+    order = actions.get("order")
+    if not order and not any(actions.get("drops", ())):
+        return {**actions, "order": [], "made_for": model.name}
+    if not order:
+        return {**actions, "order": list(own_order(model)), "made_for": model.name}
+    if actions.get("made_for") is None:
+        raise ConfigError(
+            f"actions.order does not say for which model it was made; add actions.made_for, such as {model.name}, or "
+            "leave out both for the model's own order"
+        )
+    return dict(actions)
 
 
 def nearest_cost(low_bit_cost: float) -> float:
     """Return the nearest of the costs of low precision that are told apart: the powers of 2."""
     return 1.0 if low_bit_cost == 1.0 else float(2.0 ** round(math.log2(low_bit_cost)))
-
-
-def _with_order(actions: Mapping[str, Any]) -> dict[str, Any]:
-    return {**actions, "order": actions.get("order") or published_order()}
 
 
 class ServeSetting:
@@ -108,7 +119,8 @@ class ServeSetting:
             workspace_bytes: memory that neither weights nor KV can use.
             budget: fields of ``agents.envs.serve_budgets.BudgetRange``, or None for its defaults.
             tick_s: seconds between two decisions.
-            actions: arguments of ``sim.policies.observation.serve.serve_actions``; the default order is greedy_stop's.
+            actions: arguments of ``sim.policies.observation.serve.serve_actions``. Without ``order`` it is the model's
+                own (``sim.policies.orders``); with it, ``made_for`` names the model.
             split: "train", "validation" or "test" of conf/split/serve.yaml.
             randomize: what training windows randomize (``agents.envs.serve_windows.Windows.randomized``).
             pool: options of a pool of training windows (``agents.envs.serve_pool.PoolOptions``); None samples windows
@@ -126,7 +138,7 @@ class ServeSetting:
         self.slo: Slo = build_option("slo", slo)
         self.workspace_bytes, self.tick_s = int(workspace_bytes), tick_s
         self.budget = budget_range(budget)
-        self.action_options = _with_order(DEFAULT_ACTIONS if actions is None else actions)
+        self.action_options = with_order(self.model, DEFAULT_ACTIONS if actions is None else actions)
         self.actions = actions_from(self.model, self.action_options, self.workspace_bytes)
         self.table = serve_table(self.actions)
         self.stated = {
@@ -169,7 +181,7 @@ class ServeSetting:
         if self.pool is None or self.split != "train":
             return self.windows.sample(rng, self.split, self.sources)
         if self._pooled is None:
-            self._pooled = training_pool(self, self.pool)
+            self._pooled = window_pool(self, self.pool, "train")
         return drawn(self._pooled, rng, self.windows.budget_seeds["train"])
 
     def nll_at(self, low_bit_cost: float) -> Callable[[Plan], float]:
@@ -255,11 +267,11 @@ class ServeSetting:
 
 
 DEFAULT_ACTIONS: Mapping[str, Any] = {
-    "drops": [0, 4, 8],
-    "low_layers": [0, 32],
+    "drops": [0, 2, 4, 6, 8, 12],
+    "low_layers": [0, 16, 32],
     "low_bits": 4,
-    "waits": [1.0, 1.4, 1.7],
-    "dwell_s": 8.0,
+    "waits": [0.8, 1.2, 1.5, 1.8],
+    "dwell_s": 4.0,
 }
 
 

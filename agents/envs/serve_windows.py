@@ -10,15 +10,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from agents.envs.prune_loads import Split, check_split
+from agents.envs.prune_loads import SPLITS, Split, check_split
 from agents.envs.serve_budgets import BUDGETS
-from sim.config import build_option, load_option, option_path
+from agents.envs.serve_sources import serve_split, source_of, source_span_s, source_trace, sources
 from sim.engine.protocol import Request
-from sim.errors import ConfigError, TraceError, nearest
-from sim.traces.trace import Trace
-from sim.traces.transforms import drop_long
+from sim.errors import ConfigError, nearest
 from sim.types import Floats, Ints
 
 
@@ -56,9 +53,8 @@ FACTORS = ("slowdown", "low_bit_cost", "prompt_scale", "output_scale")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """The split of traces in time, and of budgets by seed.
+    """The split of traces (``agents.envs.serve_sources``), and of budgets by seed.
 
-    parts: for each split, start and end as shares of a trace's duration.
     budget_seeds: for each split, the first seed and the one after the last.
     window_s: length of an episode in seconds. max_total_tokens: longer requests are dropped.
     rates: for each source, lowest and highest speed-up. budgets: kinds of budgets.
@@ -66,7 +62,6 @@ class Windows:
     randomize: the ranges in use, empty for none. They change windows of the train split alone.
     """
 
-    parts: Mapping[str, tuple[float, float]]
     budget_seeds: Mapping[str, tuple[int, int]]
     window_s: float
     max_total_tokens: int
@@ -89,9 +84,7 @@ class Windows:
 
     def span_s(self, source: str, split: Split) -> tuple[float, float]:
         """Return the start and end of a split in a source, in seconds of the trace."""
-        duration_s = float(source_trace(source).arrival_s[-1])
-        low, high = self.parts[split]
-        return low * duration_s, high * duration_s
+        return source_span_s(source, split)
 
     def at_load(self, low: float, high: float) -> Windows:
         """Return the same split with a narrower range of rates.
@@ -140,8 +133,11 @@ class Windows:
             budget=kind,
             budget_seed=int(rng.integers(first, last)),
         )
-        factors: dict[str, Any] = {name: _log_uniform(rng, ranges[name]) for name in FACTORS if name in ranges}
-        return replace(window, **factors)
+        return replace(window, **self.factors(rng)) if ranges else window
+
+    def factors(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Return sampled values of those fields of a window that are randomized."""
+        return {name: _log_uniform(rng, self.randomize[name]) for name in FACTORS if name in self.randomize}
 
     def arrays(self, window: Window) -> tuple[Floats, Ints, Ints]:
         """Return arrival_s (0 is the start of the window), prompt_tokens and output_tokens of a window's requests.
@@ -209,46 +205,27 @@ def serve_windows() -> Windows:
     Raises:
         ConfigError: if the file is malformed, or its parts overlap.
     """
-    path = option_path("split", "serve")
+    value = serve_split()
     try:
-        value: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         windows = Windows(
-            parts={name: (float(a), float(b)) for name, (a, b) in value["parts"].items()},
             budget_seeds={name: (int(a), int(b)) for name, (a, b) in value["budget_seeds"].items()},
             window_s=float(value["window_s"]),
             max_total_tokens=int(value["max_total_tokens"]),
-            rates={name: (float(s["rate"][0]), float(s["rate"][1])) for name, s in value["sources"].items()},
+            rates={name: source.rate for name, source in sources().items()},
             budgets=tuple(value["budgets"]),
             ranges=check_ranges(value["randomize"]),
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is not a valid split of windows ({type(error).__name__}: {error})") from error
-    for spans in (windows.parts, windows.budget_seeds):
-        ordered = sorted(spans.values())
-        if {*spans} != {"train", "validation", "test"} or any(b[0] < a[1] for a, b in pairwise(ordered)):
-            raise ConfigError(
-                f"{path}: train, validation and test must all be present and not overlap, but are {dict(spans)}"
-            )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"conf/split/serve.yaml is not a valid split of windows ({type(error).__name__}: {error})"
+        ) from error
+    seeds = windows.budget_seeds
+    if {*seeds} != {*SPLITS} or any(b[0] < a[1] for a, b in pairwise(sorted(seeds.values()))):
+        raise ConfigError(
+            f"conf/split/serve.yaml: budget_seeds must have train, validation and test that do not overlap, but are "
+            f"{dict(seeds)}"
+        )
     return windows
-
-
-@cache
-def source_trace(name: str) -> Trace:
-    """Return the trace of a source without the requests that exceed the model's context.
-
-    Raises:
-        ConfigError: for an unknown source. TraceError: if its file is missing.
-    """
-    sources: Any = load_option("split", "serve").sources
-    if name not in sources:
-        raise ConfigError(f"there is no source {name!r} in conf/split/serve.yaml; {nearest(name, map(str, sources))}")
-    try:
-        trace: Trace = build_option("trace", sources[name].trace, sources[name].overrides)
-    except TraceError as error:  # its hints name keys of the group trace
-        where = f"sources.{name}.overrides of conf/split/serve.yaml"
-        raise TraceError(f"{error} ({where} holds the trace's keys, without trace.)") from error
-    kept = drop_long(trace, max_total_tokens=serve_windows().max_total_tokens)
-    return replace(kept, arrival_s=kept.arrival_s - kept.arrival_s[0])
 
 
 def as_window(value: Window | Mapping[str, Any]) -> Window:
@@ -275,19 +252,17 @@ def as_window(value: Window | Mapping[str, Any]) -> Window:
     return window
 
 
-def check_sources(sources: Sequence[str]) -> tuple[str, ...]:
+def check_sources(names: Sequence[str]) -> tuple[str, ...]:
     """Return the sources as a tuple.
 
     Raises:
         ConfigError: for an empty list, or a name that conf/split/serve.yaml does not have.
     """
-    known = serve_windows().rates
-    for name in sources:
-        if name not in known:
-            raise ConfigError(f"there is no source {name!r} in conf/split/serve.yaml; {nearest(name, known)}")
-    if not sources:
+    for name in names:
+        source_of(name)
+    if not names:
         raise ConfigError("sources is empty; name at least one, such as sources=[burst]")
-    return tuple(sources)
+    return tuple(names)
 
 
 __all__ = [

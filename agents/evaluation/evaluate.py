@@ -59,6 +59,8 @@ class EvaluateConfig:
     serve_ablation: glob of the policies whose entries are shuffled; empty for none.
     cluster_learned, cluster_curves: like serve_learned and serve_curves, for ServeCluster; policies of one replica too.
     cluster_each: clusters for each trace of serve_sources and each load.
+    env: arguments of ``ServeTrace`` under ``env.kwargs`` in place of those of the learned policies' training; what
+        ``scenario=`` sets.
     only: policies to play again: rules or learned ones in prune and serve, learned ones in cluster. The rows of all
         other policies stay; in prune, their plans get the losses of the present quality.
     out: folder of the result files. The published page is docs/results/agents.
@@ -78,6 +80,7 @@ class EvaluateConfig:
     cluster_learned: dict[str, Any] = field(default_factory=dict)
     cluster_curves: dict[str, Any] = field(default_factory=dict)
     cluster_each: int = 6
+    env: dict[str, Any] = field(default_factory=lambda: {"kwargs": {}})
     only: list[str] = field(default_factory=list)
     measure: bool = True
     out: str = "runs/evaluate"

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,10 +91,8 @@ def with_low_bits_of(setting: ServeSetting, name: str) -> ServeSetting:
             f"only published qualities can be combined, but {setting.quality_name} or {name} is measured; use two of "
             "conf/quality/*_published.yaml"
         )
-    ratio = ours.dense_perplexity / other.dense_perplexity
-    perplexity = tuple(ratio * value for value in other.w4_perplexity)
     changed = copy(setting)
-    changed.quality = replace(ours, w4_layers=other.w4_layers, w4_perplexity=perplexity)
+    changed.quality = ours.with_w4_of(other)
     changed._nll = {}
     return changed
 

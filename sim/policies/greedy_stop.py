@@ -19,6 +19,7 @@ from sim.cost.plan import Plan, dense_plan, drop, with_mask
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.policies.base import PolicyContext
+from sim.policies.orders import check_made_for
 
 
 @dataclass(slots=True)
@@ -109,11 +110,7 @@ def dropping(model: ModelSpec, order: Sequence[str], made_for: str | None = None
     Raises:
         PlanError: for a block that the model does not have, one named twice, or an order made for another model.
     """
-    if made_for is not None and made_for != model.name:
-        raise PlanError(
-            f"policy.order was measured on {made_for}, not on {model.name}; set an order of this model "
-            "(policy.order='[MHA20,FFN3,...]' policy.made_for=null; python -m hw.score kind=gsi measures one)"
-        )
+    check_made_for(model, made_for, "policy")
     dense = dense_plan(model)
     plans = [dense]
     mha: list[int] = []

@@ -24,6 +24,7 @@ from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.policies.greedy_stop import block_of
 from sim.policies.observation.prune import Entry, ObservationSpec
+from sim.policies.orders import check_made_for
 from sim.types import Bools, Floats, Floats32, Ints
 
 # --- Actions ---------------------------------------------------------------------------------------------------------
@@ -63,6 +64,11 @@ class ServeActions:
         return replace(self, low_bits=False)
 
     @property
+    def heads(self) -> tuple[int, int]:
+        """The numbers of weights and of admission limits: an action is a pair, numbered limit fastest."""
+        return self.groups[-1] + 1, self.limits
+
+    @property
     def limits(self) -> int:
         """The number of admission limits; action = weights x limits + limit."""
         return len(self.plans) // (self.groups[-1] + 1)
@@ -100,6 +106,7 @@ def serve_actions(
     model: ModelSpec,
     *,
     order: Sequence[str] = (),
+    made_for: str | None = None,
     drops: Sequence[int] = (0,),
     low_layers: Sequence[int] = (0,),
     low_bits: int = 4,
@@ -112,13 +119,16 @@ def serve_actions(
 
     Args:
         order: blocks in the order of dropping. drops: how many of its first blocks to drop.
+        made_for: the model on which the order was measured; None accepts any model.
         low_layers: how many of the first layers run at ``low_bits``.
         admits: limits of waiting requests, None for no limit.
         waits: how long a request may wait for its admission, in seconds; None for no limit.
         dwell_s, workspace_bytes: as in ``ServeActions``.
     Raises:
-        PlanError: for a plan that is not legal. ConfigError: if a list is empty or the order is too short.
+        PlanError: for a plan that is not legal, or an order made for another model.
+        ConfigError: if a list is empty or the order is too short.
     """
+    check_made_for(model, made_for, "actions")
     if not dwell_s >= 0.0:
         raise ConfigError(f"actions.dwell_s is {dwell_s}; it must be at least 0 seconds")
     empty = not (drops and low_layers and admits and waits)
@@ -204,7 +214,7 @@ SERVE_ENTRIES = (
     Entry("slowdown", "log2(measured / calibrated) / 2", -1.0, 1.0, "time of iterations, over sixty seconds"),
     Entry("tpot_headroom", "share", -1.0, 1.0, "1 - mean iteration / TPOT target, over ten seconds"),
     Entry("low_bits", "flag", 0.0, 1.0, "whether there are low-precision copies of the weights"),
-    Entry("low_loss", "nats / 0.2", 0.0, 1.0, "loss per token with all layers at low precision"),
+    Entry("low_loss", "nats / 0.4", 0.0, 1.0, "loss per token with all layers at low precision"),
 )
 
 
@@ -309,7 +319,7 @@ class ServeObserver:
             _bounded(math.log2(sixty[5] / sixty[8]) / 2.0) if min(sixty[5], sixty[8]) > PRICED_LEAST else 0.0,
             _bounded(1.0 - ten[5] / max(ten[9], 1e-12) / self.terms.tpot_s) if ten[5] > PRICED_LEAST else 1.0,
             float(self.actions.low_bits),
-            min(self.terms.low_loss / 0.2, 1.0) if self.actions.low_bits else 0.0,
+            min(self.terms.low_loss / 0.4, 1.0) if self.actions.low_bits else 0.0,
         )
         return np.array(values, dtype=np.float32)
 
@@ -433,7 +443,7 @@ class ServeObservers:
         found[27] = np.where(shows, np.log2(np.where(shows, busy_s / np.where(shows, priced_s, 1.0), 1.0)) / 2.0, 0.0)
         headroom = 1.0 - ten[:, 5] / np.maximum(ten[:, 9], 1e-12) / self.tpot_s
         found[28] = np.where(ten[:, 5] > PRICED_LEAST, headroom, 1.0)
-        found[29], found[30] = self._low_bits, np.where(self._low_bits, self._low_loss / 0.2, 0.0)
+        found[29], found[30] = self._low_bits, np.where(self._low_bits, self._low_loss / 0.4, 0.0)
         np.clip(found, _LOWEST, _HIGHEST, out=found)
         return found.T.astype(np.float32)
 
