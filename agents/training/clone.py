@@ -50,7 +50,8 @@ class LookaheadClone:
 
     windows: training windows. every: ticks between two looks ahead. horizon_s: seconds that each look covers.
     trials: plans that a look tries: the present one, and others chosen at random; None tries every legal plan.
-    demonstrations: glob of the demonstrations.npz of other clones, which are read instead of looking ahead; None looks ahead.
+    demonstrations: glob of the demonstrations.npz of other clones, which are read instead of looking ahead; None looks
+        ahead.
     grace_s: a request still waiting at the horizon counts as late this many seconds before its TTFT target.
     stray: share of looks after which a random legal plan runs instead of the best, so that the network also sees states
         that follow from its mistakes.
@@ -147,8 +148,8 @@ def read_demonstrations(pattern: str, shape: tuple[int, int]) -> tuple[Floats32,
     paths = sorted(REPOSITORY.glob(pattern))
     if not paths:
         raise ConfigError(
-            f"algorithm.demonstrations is {pattern!r}, but no such file exists; look ahead first: python -m agents.clone "
-            "algorithm.demonstrations=null"
+            f"algorithm.demonstrations is {pattern!r}, but no such file exists; look ahead first: "
+            "python -m agents.clone algorithm.demonstrations=null"
         )
     parts = []
     for path in paths:
@@ -264,9 +265,8 @@ def clone(cfg: DictConfig, folder: Path) -> float:
         features, losses = demonstrations(setting, config, int(cfg.seed))
         write_whole(folder / "demonstrations.npz", partial(_save, features=features, losses=losses))
     else:
-        features, losses = read_demonstrations(
-            config.demonstrations, (setting.table.features, len(setting.actions.plans))
-        )
+        shape = setting.table.features, len(setting.actions.plans)
+        features, losses = read_demonstrations(config.demonstrations, shape)
     console.print(
         f"looked ahead at {len(features):,} ticks, {time.monotonic() - started_s:.0f} s",
         highlight=False,
