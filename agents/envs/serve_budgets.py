@@ -12,21 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from sim.cost.memory import weight_bytes
-from sim.cost.plan import dense_plan
-from sim.engine.budget import Budget, BudgetContext, cotenant_between, stepped, walk_between
+from sim.engine.budget import KINDS, Budget, BudgetContext, dense_share_bytes, moving
 from sim.errors import ConfigError, nearest
 
-MOST_SHARE = 0.9
-"""Share of device memory that serving may use at most, like vLLM's gpu_memory_utilization."""
-
-BUDGETS = ("full", "cotenant", "random_walk", "steps")
-"""The kinds of budgets of ``window_budget``; conf/split/serve.yaml names those that are sampled."""
-
-MEAN_AWAY_S, MEAN_STAY_S = 40.0, 30.0
-WALK_PERIOD_S, WALK_STEPS = 10.0, 6
+BUDGETS = KINDS
+"""The kinds of budgets of a window; conf/split/serve.yaml names those that are sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +47,8 @@ class BudgetRange:
             raise ConfigError(f"budget.notice_s is {self.notice_s}; it must be at least 0 seconds")
 
     def bytes_of(self, context: BudgetContext) -> tuple[int, int]:
-        """Return the most and the least bytes for a server, neither above ``MOST_SHARE`` of its device's memory."""
-        dense_bytes = weight_bytes(context.model, dense_plan(context.model))
-        most = int(MOST_SHARE * context.gpu.memory_bytes)
-        return min(most, round(self.high_share * dense_bytes)), min(most, round(self.low_share * dense_bytes))
+        """Return the most and the least bytes for a server, neither above 90 % of its device's memory."""
+        return dense_share_bytes(context, self.high_share), dense_share_bytes(context, self.low_share)
 
 
 def budget_range(value: BudgetRange | Mapping[str, Any] | None) -> BudgetRange:
@@ -80,46 +68,15 @@ def budget_range(value: BudgetRange | Mapping[str, Any] | None) -> BudgetRange:
 
 
 def window_budget(context: BudgetContext, limits: BudgetRange, kind: str, seed: int, horizon_s: float) -> Budget:
-    """Return the budget of a window of ``horizon_s`` seconds; it ends at its most, so that waiting requests finish.
-
-    full: always the most.
-    cotenant: the most, and the least while a co-tenant is present; 40 s away and 30 s present on average.
-    random_walk: steps up or down by a sixth of the range every 10 s, from the most.
-    steps: the most, once the least, then the most again; the least begins after 10 to 50 % of the window and lasts for
-        20 to 40 % of it.
+    """Return the budget of a window of ``horizon_s`` seconds (``sim.engine.budget.moving``).
 
     Raises:
         ConfigError: for an unknown kind.
     """
+    if kind not in BUDGETS:
+        raise ConfigError(f"there is no budget {kind!r}; {nearest(kind, BUDGETS)}")
     high, low = limits.bytes_of(context)
-    if kind == "full":
-        return stepped([(0.0, high)], limits.notice_s)
-    if kind == "cotenant":
-        return cotenant_between(
-            high,
-            low,
-            mean_away_s=MEAN_AWAY_S,
-            mean_stay_s=MEAN_STAY_S,
-            horizon_s=horizon_s,
-            seed=seed,
-            notice_s=limits.notice_s,
-        )
-    if kind == "random_walk":
-        return walk_between(
-            high,
-            low,
-            step_bytes=(high - low) // WALK_STEPS,
-            period_s=WALK_PERIOD_S,
-            horizon_s=horizon_s,
-            seed=seed,
-            notice_s=limits.notice_s,
-        )
-    if kind == "steps":
-        rng = np.random.default_rng(seed)
-        begin_s = float(rng.uniform(0.1, 0.5)) * horizon_s
-        end_s = begin_s + float(rng.uniform(0.2, 0.4)) * horizon_s
-        return stepped([(0.0, high), (begin_s, low), (end_s, high)], limits.notice_s)
-    raise ConfigError(f"there is no budget {kind!r}; {nearest(kind, BUDGETS)}")
+    return moving(high, low, kind=kind, seed=seed, horizon_s=horizon_s, notice_s=limits.notice_s)
 
 
 __all__ = ["BUDGETS", "BudgetRange", "budget_range", "window_budget"]

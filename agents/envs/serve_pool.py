@@ -1,4 +1,4 @@
-"""Training windows at loads that are neither light nor hopeless, on servers of many speeds and sizes.
+"""Windows at loads that are neither light nor hopeless, on servers of many speeds and sizes.
 
 A policy learns little from a window in which every plan serves all requests in time, or none does. Randomization makes
 most windows such: a machine that is twice as slow, or has a sixth of the memory, carries another load. So each window
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agents.envs.prune_loads import SPLITS, Split
+from agents.envs.serve_sources import sources_with
 from agents.envs.serve_windows import Window
 from sim.config import build_option, option_path
 from sim.errors import ConfigError
@@ -44,7 +46,8 @@ FACTOR = 16.0
 class PoolOptions:
     """How the windows of a pool are made.
 
-    size: how many. seed: of all that is sampled.
+    size: training windows. validation: windows of the validation split, of every source that it may use.
+    seed: of all that is sampled.
     attained: lowest and highest share of requests that the reference serves in time.
     high_share: range of the most memory, in multiples of the dense weights, sampled on a logarithmic scale; the dense
         model must fit the least of it, because a window begins with that.
@@ -54,6 +57,7 @@ class PoolOptions:
     """
 
     size: int
+    validation: int = 120
     seed: int = 0
     attained: tuple[float, float] = (0.5, 0.97)
     high_share: tuple[float, float] = (1.17, 5.343)
@@ -75,24 +79,30 @@ def pool_options(value: Mapping[str, Any] | None) -> PoolOptions | None:
         options = PoolOptions(**given)
         ordered = all(0 < low <= high for low, high in (options.attained, options.high_share, options.low_of_high))
         shares = (options.scenario, options.low_bits, *options.attained, *options.low_of_high)
-        if not ordered or options.size < 1 or not all(0 <= share <= 1 for share in shares):
-            raise ValueError("size must be at least 1, ranges above 0 and ascending, and shares from 0 to 1")
+        if not ordered or min(options.size, options.validation) < 1 or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(
+                "size and validation must be at least 1, ranges ascend from above 0, and shares lie in [0, 1]"
+            )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"pool is {dict(value)}: {error}") from error
     return options
 
 
-def training_pool(setting: ServeSetting, options: PoolOptions) -> tuple[Window, ...]:
+def window_pool(setting: ServeSetting, options: PoolOptions, split: Split) -> tuple[Window, ...]:
     """Return the windows of a pool; read from runs/pool if it was made before."""
-    path = FOLDER / f"{_key(setting, options)}.json"
+    path = FOLDER / f"{split}_{_key(setting, options)}.json"
     if path.is_file():
         return tuple(Window(**row) for row in json.loads(path.read_text(encoding="utf-8")))
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng([options.seed, SPLITS.index(split)])
+    size = options.size if split == "train" else options.validation
+    # Every source that the split may use; in training those of the setting.
+    sources = setting.sources if split == "train" else sources_with(split)[0]
     windows: list[Window] = []
-    with progress("choosing training windows", options.size, "windows") as report:
-        while len(windows) < options.size:
-            window = _sampled(setting, options, rng)
-            found = at_attainment(setting, window, float(rng.uniform(*options.attained)))
+    with progress(f"choosing {split} windows", size, "windows") as report:
+        while len(windows) < size:
+            # Sources take turns, so that all are there in equal numbers.
+            window = _sampled(setting, options, rng, split, sources[len(windows) % len(sources)])
+            found = at_attainment(setting, window, split, float(rng.uniform(*options.attained)))
             if found is not None:
                 windows.append(found)
                 report(len(windows))
@@ -100,9 +110,14 @@ def training_pool(setting: ServeSetting, options: PoolOptions) -> tuple[Window, 
     return tuple(windows)
 
 
-def _sampled(setting: ServeSetting, options: PoolOptions, rng: np.random.Generator) -> Window:
-    """Return a window with the memory of some server."""
-    window = setting.windows.sample(rng, "train", setting.sources)
+def _sampled(
+    setting: ServeSetting, options: PoolOptions, rng: np.random.Generator, split: Split, source: str
+) -> Window:
+    """Return a window of a source, on a server of some speed and some memory."""
+    # The rate is searched later; the lowest makes the shortest window, which fits every part.
+    lowest = setting.windows.rates[source][0]
+    window = setting.windows.sample(rng, split, (source,), rate=lowest / FACTOR)
+    window = replace(window, **setting.windows.factors(rng))
     low_bits = bool(rng.random() < options.low_bits)
     scenario = bool(rng.random() < options.scenario)
     high_share = math.exp(rng.uniform(*np.log(options.high_share)))
@@ -112,13 +127,13 @@ def _sampled(setting: ServeSetting, options: PoolOptions, rng: np.random.Generat
     return replace(window, low_bits=low_bits, high_share=high_share, low_share=low_share)
 
 
-def at_attainment(setting: ServeSetting, window: Window, attained: float) -> Window | None:
+def at_attainment(setting: ServeSetting, window: Window, split: Split, attained: float) -> Window | None:
     """Return the window at the rate at which the reference serves this share in time, or None if there is none.
 
     The search halves the range of rates on a logarithmic scale ``STEPS`` times; the result is the last rate tried.
     """
     low, high = setting.windows.rates[window.source]
-    begin_s, end_s = setting.windows.span_s(window.source, "train")
+    begin_s, end_s = setting.windows.span_s(window.source, split)
     low, high = low / FACTOR, min(high * FACTOR, 0.95 * (end_s - begin_s) / setting.windows.window_s)
     place = (window.start_s - begin_s) / (end_s - begin_s)
     for _ in range(STEPS):
@@ -171,4 +186,4 @@ def drawn(pool: Sequence[Window], rng: np.random.Generator, seeds: tuple[int, in
     return replace(window, budget_seed=int(rng.integers(*seeds)))
 
 
-__all__ = ["PoolOptions", "drawn", "pool_options", "training_pool"]
+__all__ = ["PoolOptions", "drawn", "pool_options", "window_pool"]

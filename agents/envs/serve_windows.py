@@ -133,8 +133,11 @@ class Windows:
             budget=kind,
             budget_seed=int(rng.integers(first, last)),
         )
-        factors: dict[str, Any] = {name: _log_uniform(rng, ranges[name]) for name in FACTORS if name in ranges}
-        return replace(window, **factors)
+        return replace(window, **self.factors(rng)) if ranges else window
+
+    def factors(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Return sampled values of those fields of a window that are randomized."""
+        return {name: _log_uniform(rng, self.randomize[name]) for name in FACTORS if name in self.randomize}
 
     def arrays(self, window: Window) -> tuple[Floats, Ints, Ints]:
         """Return arrival_s (0 is the start of the window), prompt_tokens and output_tokens of a window's requests.
