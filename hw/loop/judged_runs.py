@@ -92,9 +92,7 @@ def missing_runs(cfg: DictConfig, folder: Path) -> list[tuple[str, str, int]]:
     return todo
 
 
-def run_missing(
-    cfg: DictConfig, folder: Path, slowdown: float, real: RealServer, say: Callable[[str], None]
-) -> None:
+def run_missing(cfg: DictConfig, folder: Path, slowdown: float, real: RealServer, say: Callable[[str], None]) -> None:
     """Serve the judged runs that are missing; keep those that exist."""
     todo = missing_runs(cfg, folder)
     speed = MachineSpeed(folder / DURING)

@@ -35,7 +35,10 @@ def weights_walk(
     if not (step_share > 0 and period_s > 0 and 0 < horizon_s < math.inf):
         raise BudgetError("budget.step_share, period_s and horizon_s must be above 0; the horizon must be finite")
     check_count(
-        horizon_s / period_s, "changes of the budget", MOST_CHANGES, "lower budget.horizon_s, or raise budget.period_s",
+        horizon_s / period_s,
+        "changes of the budget",
+        MOST_CHANGES,
+        "lower budget.horizon_s, or raise budget.period_s",
         BudgetError,
     )
     rng = np.random.default_rng(seed)
@@ -70,8 +73,11 @@ def weights_cotenant(
     if not (mean_away_s > 0 and mean_stay_s > 0 and 0 < horizon_s < math.inf):
         raise BudgetError("budget.mean_away_s, mean_stay_s and horizon_s must be above 0; the horizon must be finite")
     check_count(
-        2 * horizon_s / (mean_away_s + mean_stay_s), "changes of the budget", MOST_CHANGES,
-        "lower budget.horizon_s, or raise budget.mean_away_s or mean_stay_s", BudgetError,
+        2 * horizon_s / (mean_away_s + mean_stay_s),
+        "changes of the budget",
+        MOST_CHANGES,
+        "lower budget.horizon_s, or raise budget.mean_away_s or mean_stay_s",
+        BudgetError,
     )
     rng = np.random.default_rng(seed)
     rows, time_s, there = [(0.0, high)], 0.0, False
