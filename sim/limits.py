@@ -51,6 +51,18 @@ def check_count(count: float, what: str, most: int, advice: str, error: type[Rap
         raise error(f"that is {count:,.4g} {what}, more than the limit of {most:,}; {advice}")
 
 
+def check_slowdown(slowdown: float) -> None:
+    """Check the factor on the time of iterations.
+
+    Raises:
+        ConfigError: unless it lies from 0.01 to 100.
+    """
+    if not 0.01 <= slowdown <= 100.0:
+        raise ConfigError(
+            f"slowdown is {slowdown}; it must be from 0.01 to 100: 1 is the speed of the calibration, 2 half of it"
+        )
+
+
 def check_ticks(tick_s: float, last_arrival_s: float, key: str = "tick_s") -> None:
     """Check the seconds between two decisions; ``key`` states them.
 

@@ -49,6 +49,8 @@ GROUPS = {
     "executor": "What runs several replays at once: local processes or a Ray cluster.",
     "experiment": "A named set of overrides. The second line of each file is the command that runs it.",
     "env": "The environment to train in.",
+    "scenario": "How much memory a window of `ServeTrace` has, with the SLO and the prices. `low_bits` completes it.",
+    "low_bits": "Which copies of the weights at low precision a scenario has, what they cost, and its table of plans.",
     "algorithm": "The learning algorithm and its hyperparameters.",
     "reward": "What the agent is paid for. See `agents/` for the formulas.",
     "imitate": "What training starts from: nothing, a solver, recorded episodes, or an exported policy.",

@@ -44,6 +44,7 @@ COMMANDS = {
     "agents.training.tune": "tune",
     "agents.training.export": "export",
     "agents.evaluation.evaluate": "evaluate",
+    "agents.evaluation.static_plans": "static_plans",
 }
 """Module that registers the command's keys -> its file of conf/."""
 REPLAYS = {"replay", "compare", "capacity", "cluster", "disaggregate", "hw_replay", "client", "serve"} | {

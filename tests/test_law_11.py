@@ -63,6 +63,7 @@ def served(kind: Kind, case: Case, event: str = "", times_s: Sequence[float] = (
         plan=case.first_plan,
         budget_bytes=with_equal_steps(case.budget(), times_s if event == "the same budget" else ()),
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
+        slowdown=case.slowdown,
         copy_slowdown=case.copy_slowdown,
         quality_nll=quality_nll,
         **more,

@@ -45,7 +45,7 @@ from sim.errors import ConfigError, nearest
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_table, replica_features, shown_entries
-from sim.policies.observation.serve import Choice, ServeObserver
+from sim.policies.observation.serve import SERVER_ENTRIES, Choice, ServeObserver
 from sim.traces.trace import Trace
 from sim.types import GIB, Bools, Floats32
 
@@ -188,7 +188,8 @@ class ClusterCore:
             others = [*self.states[:i], *self.states[i + 1 :]]
             observer = self.observers[i]
             compared = replica_features(state, others, observer.dense_bytes)
-            features = np.concatenate((observer(state, choice), compared)) * self.setting.visible
+            own = observer(state, choice)[: len(SERVER_ENTRIES)]
+            features = np.concatenate((own, compared)) * self.setting.visible
             rows.append(np.concatenate((features, actions.legal(state, choice))))
         return np.stack(rows).astype(np.float32)
 

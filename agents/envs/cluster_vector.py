@@ -30,7 +30,7 @@ from sim.engine.sim_engine import MEMORY_OF_PLANS
 from sim.errors import ConfigError
 from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_features
-from sim.policies.observation.serve import ServeObservers
+from sim.policies.observation.serve import SERVER_ENTRIES, ServeObservers
 from sim.types import Bools, Floats, Floats32, Ints
 
 # Shapes: c clusters of k replicas, r = c * k rows; the rows of a cluster are adjacent.
@@ -134,7 +134,8 @@ class ServeReplicas(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
                 cluster.observe_into(self._seen[self._rows(c)])
         observed = self._seen.reshape(self.clusters, self.setting.replicas, SEEN_COLUMNS)
         compared = cluster_features(observed, self._observers.dense_bytes).reshape(self.num_envs, -1)
-        features = np.concatenate((self._observers(self._seen), compared), axis=1) * self.setting.visible
+        own = self._observers(self._seen)[:, : len(SERVER_ENTRIES)]
+        features = np.concatenate((own, compared), axis=1) * self.setting.visible
         self._legal = self._observers.legal(self._seen)
         return np.concatenate((features, self._legal), axis=1, dtype=np.float32)
 

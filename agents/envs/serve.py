@@ -20,7 +20,9 @@ The environment uses only the Engine protocol (submit, apply, run_until, records
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -32,18 +34,29 @@ from agents.envs.checks import mask_info, one_action, reset_options
 from agents.envs.prune_loads import check_split
 from agents.envs.render import RenderMixin
 from agents.envs.reward import ServeReward, kept_quality, utility_lost
-from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows, window_budget
-from sim.config import build_option, load_option
+from agents.envs.serve_budgets import BudgetRange, budget_range, window_budget
+from agents.envs.serve_pool import drawn, pool_options, window_pool
+from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows
+from sim.config import build_option
 from sim.cost.gpu import Gpu
 from sim.cost.memory import kv_block_layer_bytes
-from sim.cost.model_spec import load_model
+from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineConfig, EngineState
 from sim.engine.server_spec import ServerSpec, named_calibration, named_quality
-from sim.engine.sim_engine import SimEngine
+from sim.engine.sim_engine import MEMORY_OF_PLANS, SimEngine
 from sim.errors import ConfigError
-from sim.policies.observation.serve import Choice, ServeObserver, actions_from, serve_table
+from sim.policies.observation.serve import (
+    Choice,
+    ServeActions,
+    ServeObserver,
+    Terms,
+    actions_from,
+    low_precision_loss,
+    serve_table,
+)
+from sim.policies.orders import own_order
 from sim.results.metrics import Slo, met_slo
 from sim.types import GIB, Bools, Floats32
 
@@ -51,13 +64,28 @@ if TYPE_CHECKING:
     from sim.cluster.cluster import Cluster
 
 
-def published_order() -> list[str]:
-    """Return the block order of conf/policy/greedy_stop.yaml."""
-    return [str(name) for name in load_option("policy", "greedy_stop")["order"]]
+def with_order(model: ModelSpec, actions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of ``serve_actions`` with the model's own order, or with one that names the same model.
+
+    Raises:
+        ConfigError: for an order that names no model, or if the model has none and blocks are to be dropped.
+    """
+    order = actions.get("order")
+    if not order and not any(actions.get("drops", ())):
+        return {**actions, "order": [], "made_for": model.name}
+    if not order:
+        return {**actions, "order": list(own_order(model)), "made_for": model.name}
+    if actions.get("made_for") is None:
+        raise ConfigError(
+            f"actions.order does not say for which model it was made; add actions.made_for, such as {model.name}, or "
+            "leave out both for the model's own order"
+        )
+    return dict(actions)
 
 
-def _with_order(actions: Mapping[str, Any]) -> dict[str, Any]:
-    return {**actions, "order": actions.get("order") or published_order()}
+def nearest_cost(low_bit_cost: float) -> float:
+    """Return the nearest of the costs of low precision that are told apart: the powers of 2."""
+    return 1.0 if low_bit_cost == 1.0 else float(2.0 ** round(math.log2(low_bit_cost)))
 
 
 class ServeSetting:
@@ -73,9 +101,12 @@ class ServeSetting:
         engine: str = "vllm_v1",
         slo: str = "ttft_2s",
         workspace_bytes: float = 1.24e9,
+        budget: BudgetRange | Mapping[str, Any] | None = None,
         tick_s: float = 1.0,
         actions: Mapping[str, Any] | None = None,
         split: str = "train",
+        randomize: bool | Mapping[str, Sequence[float]] = False,
+        pool: Mapping[str, Any] | None = None,
         sources: Sequence[str] = ("burst",),
         load: Sequence[float] = (0.0, 1.0),
         reward: ServeReward | Mapping[str, Any] | None = None,
@@ -86,9 +117,14 @@ class ServeSetting:
             model, gpu, quality, engine, slo: names of files in the folders of conf with these names.
             latency: name of a file of conf/calibration.
             workspace_bytes: memory that neither weights nor KV can use.
+            budget: fields of ``agents.envs.serve_budgets.BudgetRange``, or None for its defaults.
             tick_s: seconds between two decisions.
-            actions: arguments of ``sim.policies.observation.serve.serve_actions``; the default order is greedy_stop's.
+            actions: arguments of ``sim.policies.observation.serve.serve_actions``. Without ``order`` it is the model's
+                own (``sim.policies.orders``); with it, ``made_for`` names the model.
             split: "train", "validation" or "test" of conf/split/serve.yaml.
+            randomize: what training windows randomize (``agents.envs.serve_windows.Windows.randomized``).
+            pool: options of a pool of training windows (``agents.envs.serve_pool.PoolOptions``); None samples windows
+                one by one.
             sources: names of its traces.
             load: lowest and highest position in each source's range of rates, on a logarithmic scale in [0, 1].
             reward: a ``ServeReward``, or its fields.
@@ -101,15 +137,25 @@ class ServeSetting:
         self.engine: EngineConfig = build_option("engine", engine)
         self.slo: Slo = build_option("slo", slo)
         self.workspace_bytes, self.tick_s = int(workspace_bytes), tick_s
-        self.action_options = _with_order(DEFAULT_ACTIONS if actions is None else actions)
+        self.budget = budget_range(budget)
+        self.action_options = with_order(self.model, DEFAULT_ACTIONS if actions is None else actions)
         self.actions = actions_from(self.model, self.action_options, self.workspace_bytes)
         self.table = serve_table(self.actions)
-        self.split, self.windows = check_split(split), serve_windows().at_load(*load)
+        self.stated = {
+            "server": [model, gpu, latency, quality, engine, slo, workspace_bytes],
+            "windows": [asdict(self.budget), tick_s, self.action_options, list(sources), list(load), str(randomize)],
+        }
+        self.pool = pool_options(pool)
+        self._pooled: tuple[Window, ...] | None = None
+        self.split, self.windows = check_split(split), serve_windows().at_load(*load).randomized(randomize)
         self.sources = check_sources(sources)
         self.reward = reward if isinstance(reward, ServeReward) else ServeReward(**(reward or {}))
         self.kv_block_layer_bytes = kv_block_layer_bytes(self.model, self.engine.kv_block_tokens)
         self.dense_nll = self.quality.nll(dense_plan(self.model))
         self._nll: dict[Plan, float] = {}
+        self._costs: dict[float, Callable[[Plan], float]] = {1.0: self.nll}
+        self._graphs: dict[float, PlanGraph] = {}
+        self._low_loss = low_precision_loss(self.model, self.actions, self.nll)
         self.server = ServerSpec(
             model=self.model,
             gpu=self.gpu,
@@ -130,6 +176,55 @@ class ServeSetting:
             found = self._nll[plan] = self.quality.nll(plan)
         return found
 
+    def sample_window(self, rng: np.random.Generator) -> Window:
+        """Return a random window of the setting's split: of the pool, if it has one and trains."""
+        if self.pool is None or self.split != "train":
+            return self.windows.sample(rng, self.split, self.sources)
+        if self._pooled is None:
+            self._pooled = window_pool(self, self.pool, "train")
+        return drawn(self._pooled, rng, self.windows.budget_seeds["train"])
+
+    def nll_at(self, low_bit_cost: float) -> Callable[[Plan], float]:
+        """Return the NLL of plans where low precision costs ``low_bit_cost`` times what the quality table says."""
+        cost = nearest_cost(low_bit_cost)
+        if cost not in self._costs:
+            self._costs[cost] = partial(self._nll_with_cost, cost)
+        return self._costs[cost]
+
+    def _nll_with_cost(self, cost: float, plan: Plan) -> float:
+        full = self.nll(replace(plan, weight_bits=(self.model.weight_bits,) * self.model.num_layers))
+        return full + cost * (self.nll(plan) - full)
+
+    def low_loss(self, low_bit_cost: float) -> float:
+        """Return the nats per token that all layers at low precision lose."""
+        return nearest_cost(low_bit_cost) * self._low_loss
+
+    def graph_for(self, window: Window) -> PlanGraph:
+        """Return the plan graph of windows in which low precision costs as much as in this one; it is kept and shared.
+
+        A graph that has grown too large is replaced by an empty one.
+        """
+        cost = nearest_cost(window.low_bit_cost)
+        graph = self._graphs.get(cost)
+        if graph is None or len(graph) > MEMORY_OF_PLANS // 2:
+            graph = self._graphs[cost] = PlanGraph(self.model, self.nll_at(cost))
+        return graph
+
+    def actions_for(self, window: Window) -> ServeActions:
+        """Return the plans to choose from in a window."""
+        return self.actions if window.low_bits else self.actions.without_low_bits()
+
+    def observer_for(self, window: Window) -> ServeObserver:
+        """Return a new observer of a window's server."""
+        terms = Terms(self.slo.tpot_s or math.inf, self.low_loss(window.low_bit_cost))
+        return ServeObserver(self.model, self.actions_for(window), self.kv_block_layer_bytes, terms)
+
+    def server_for(self, window: Window) -> ServerSpec:
+        """Return the server of a window: as fast, and with low precision as costly, as the window says."""
+        if window.slowdown == window.low_bit_cost == 1.0:
+            return self.server
+        return replace(self.server, slowdown=window.slowdown, quality_nll=self.nll_at(window.low_bit_cost))
+
     def build_engine(self, window: Window, plan: Plan, **kwargs: Any) -> SimEngine:
         """Return an engine with the budget and requests of a window; ``kwargs`` go to ``idle_engine``."""
         engine = self.idle_engine(window, plan, **kwargs)
@@ -146,8 +241,14 @@ class ServeSetting:
         external_clock: bool = False,
     ) -> SimEngine:
         """Return an engine with the budget of a window, without requests; for the options see ``SimEngine``."""
-        budget = window_budget(self.server.budget_context(plan), window, self.windows.window_s)
-        return self.server.build_engine(
+        server = self.server_for(window)
+        limits = self.budget
+        if window.high_share is not None or window.low_share is not None:
+            high_share = window.high_share or limits.high_share
+            limits = replace(limits, high_share=high_share, low_share=min(high_share, window.low_share or high_share))
+        context = server.budget_context(plan)
+        budget = window_budget(context, limits, window.budget, window.budget_seed, self.windows.window_s)
+        return server.build_engine(
             plan, budget, keep_iterations=False, graph=graph, env=env, external_clock=external_clock
         )
 
@@ -166,11 +267,11 @@ class ServeSetting:
 
 
 DEFAULT_ACTIONS: Mapping[str, Any] = {
-    "drops": [0, 4, 8],
-    "low_layers": [0, 32],
+    "drops": [0, 2, 4, 6, 8, 12],
+    "low_layers": [0, 16, 32],
     "low_bits": 4,
-    "admits": [None, 4, 8, 16],
-    "dwell_s": 8.0,
+    "waits": [0.8, 1.2, 1.5, 1.8],
+    "dwell_s": 4.0,
 }
 
 
@@ -186,7 +287,7 @@ class ServeCore:
         self.window = window
         self.engine = setting.build_engine(window, setting.actions.plans[0])
         self.requests = len(setting.windows.arrays(window)[0])
-        self.observer = ServeObserver(setting.model, setting.actions, setting.kv_block_layer_bytes)
+        self.actions, self.observer = setting.actions_for(window), setting.observer_for(window)
         # The first decision comes after one tick, as in sim.replay.
         self.state: EngineState = self.engine.run_until(setting.tick_s)
         self.tick, self.choice, self.illegal = 1, Choice(), 0
@@ -196,13 +297,13 @@ class ServeCore:
     def observe(self) -> Floats32:
         """Return the observation, legal flags included, float32[entries]."""
         features = self.observer(self.state, self.choice)
-        return np.concatenate((features, self.setting.actions.legal(self.state, self.choice))).astype(np.float32)
+        return np.concatenate((features, self.actions.legal(self.state, self.choice))).astype(np.float32)
 
     def step(self, action: int) -> tuple[float, bool]:
         """Run the plan of an action for one tick; return the reward and whether the window is over."""
         setting = self.setting
-        if setting.actions.legal(self.state, self.choice)[action]:
-            self.choice = setting.actions.chosen(self.state, self.choice, action)
+        if self.actions.legal(self.state, self.choice)[action]:
+            self.choice = self.actions.chosen(self.state, self.choice, action)
         else:
             self.illegal += 1
         self.engine.apply(setting.actions.plans[self.choice.action])
@@ -267,10 +368,7 @@ class ServeTrace(RenderMixin, gym.Env[NDArray[np.float32], np.int64]):
         requested = reset_options(options, ("window",)).get("window")
         super().reset(seed=seed)
         setting = self.setting
-        if requested is None:
-            window = setting.windows.sample(self.np_random, setting.split, setting.sources)
-        else:
-            window = as_window(requested)
+        window = setting.sample_window(self.np_random) if requested is None else as_window(requested)
         self.core.begin(window)
         return self.core.observe(), self.core.info() | mask_info(self.action_masks()) | {
             "observation_table": setting.table.rows(),
@@ -284,7 +382,7 @@ class ServeTrace(RenderMixin, gym.Env[NDArray[np.float32], np.int64]):
 
     def action_masks(self) -> Bools:
         """Return which actions are legal now, bool[actions]; sb3-contrib's MaskablePPO calls this."""
-        return self.setting.actions.legal(self.core.state, self.core.choice)
+        return self.core.actions.legal(self.core.state, self.core.choice)
 
     def _figure(self) -> Any:
         """Plot the queue, the oldest wait, the budget and the chosen plans over time."""

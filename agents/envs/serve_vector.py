@@ -21,8 +21,6 @@ from agents.envs.vector import MaskedRows, Replayed, final_infos, reseed
 from sim.compiled import compiled
 from sim.engine import kernel
 from sim.engine.batch_step import OLDEST_WAIT_S, WAITING, VectorEngines
-from sim.engine.plan_graph import PlanGraph
-from sim.engine.sim_engine import MEMORY_OF_PLANS
 from sim.policies.observation.serve import ServeObservers
 from sim.results.metrics import Slo
 from sim.types import Bools, Floats, Floats32, Ints
@@ -48,8 +46,8 @@ class ServeTraceVector(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.render_mode = None
         self._engines = VectorEngines(num_envs, setting.actions.plans)
-        self._observers = ServeObservers(setting.model, setting.actions, setting.kv_block_layer_bytes, num_envs)
-        self._graph = PlanGraph(setting.model, setting.nll)
+        tpot_s = setting.slo.tpot_s or math.inf
+        self._observers = ServeObservers(setting.model, setting.actions, setting.kv_block_layer_bytes, num_envs, tpot_s)
         self._rngs = [np.random.default_rng(s) for s in np.random.SeedSequence().spawn(num_envs)]
         self._tick = np.zeros(num_envs, dtype=np.int64)
         self._requests = np.zeros(num_envs, dtype=np.int64)
@@ -87,13 +85,12 @@ class ServeTraceVector(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
     def _begin(self, i: int, window: Window | None = None) -> None:
         """Give environment i a new window and engine; the caller serves its first tick."""
         setting = self.setting
-        window = window or setting.windows.sample(self._rngs[i], setting.split, setting.sources)
-        if len(self._graph) > MEMORY_OF_PLANS // 2:
-            self._graph = PlanGraph(setting.model, setting.nll)
+        window = window or setting.sample_window(self._rngs[i])
         self._windows[i] = window
-        engine = setting.build_engine(window, setting.actions.plans[0], graph=self._graph, external_clock=True)
+        graph = setting.graph_for(window)
+        engine = setting.build_engine(window, setting.actions.plans[0], graph=graph, external_clock=True)
         self._engines.place(i, engine)
-        self._observers.begin(i)
+        self._observers.begin(i, low_bits=window.low_bits, low_loss=setting.low_loss(window.low_bit_cost))
         self._requests[i], self._tick[i] = engine.requests, 0
         self._utility[i] = self._lost[i] = self._potential[i] = 0.0
         if engine.requests > self._settled.shape[1]:

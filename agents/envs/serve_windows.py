@@ -1,28 +1,22 @@
-"""The windows and budgets of ``ServeTrace``, and which of them each split may use (conf/split/serve.yaml)."""
+"""The windows of ``ServeTrace``, and which of them each split may use (conf/split/serve.yaml)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from agents.envs.prune_loads import Split, check_split
-from sim.config import build_option, load_option, option_path
-from sim.engine.budget import Budget, BudgetContext, cotenant, gpu_share, random_walk
+from agents.envs.prune_loads import SPLITS, Split, check_split
+from agents.envs.serve_budgets import BUDGETS
+from agents.envs.serve_sources import serve_split, source_of, source_span_s, source_trace, sources
 from sim.engine.protocol import Request
-from sim.errors import ConfigError, TraceError, nearest
-from sim.traces.trace import Trace
-from sim.traces.transforms import drop_long
+from sim.errors import ConfigError, nearest
 from sim.types import Floats, Ints
-
-SHARE = 0.9
-"""Share of device memory that serving may use, like vLLM's gpu_memory_utilization."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +24,13 @@ class Window:
     """What one episode serves: a window of a trace, sped up or slowed down, under one budget.
 
     source: name of the trace. start_s: start of the window in the trace, in seconds. rate: speed-up of arrivals.
-    budget: kind of budget (``window_budget``). budget_seed: its seed.
+    budget: kind of budget (``agents.envs.serve_budgets``). budget_seed: its seed.
+    slowdown: real seconds of an iteration over the calibrated ones.
+    low_bit_cost: factor on the loss, in nats, of layers at low precision.
+    prompt_scale, output_scale: factors on the lengths of the requests (``Windows.arrays``).
+    high_share, low_share: memory of this window, in place of the scenario's (``agents.envs.serve_budgets``); None
+        keeps that.
+    low_bits: whether the server has low-precision copies of the weights.
     """
 
     source: str
@@ -38,30 +38,53 @@ class Window:
     rate: float
     budget: str
     budget_seed: int
+    slowdown: float = 1.0
+    low_bit_cost: float = 1.0
+    prompt_scale: float = 1.0
+    output_scale: float = 1.0
+    high_share: float | None = None
+    low_share: float | None = None
+    low_bits: bool = True
+
+
+FACTORS = ("slowdown", "low_bit_cost", "prompt_scale", "output_scale")
+"""Fields of ``Window`` that randomization samples; it also widens ``rate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """The split of traces in time, and of budgets by seed.
+    """The split of traces (``agents.envs.serve_sources``), and of budgets by seed.
 
-    parts: for each split, start and end as shares of a trace's duration.
     budget_seeds: for each split, the first seed and the one after the last.
     window_s: length of an episode in seconds. max_total_tokens: longer requests are dropped.
     rates: for each source, lowest and highest speed-up. budgets: kinds of budgets.
+    ranges: what ``randomized(True)`` samples: lowest and highest value of each of ``FACTORS``, and of a factor on rate.
+    randomize: the ranges in use, empty for none. They change windows of the train split alone.
     """
 
-    parts: Mapping[str, tuple[float, float]]
     budget_seeds: Mapping[str, tuple[int, int]]
     window_s: float
     max_total_tokens: int
     rates: Mapping[str, tuple[float, float]]
     budgets: tuple[str, ...]
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    randomize: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def randomized(self, randomize: bool | Mapping[str, Sequence[float]]) -> Windows:
+        """Return the same split whose training windows are randomized.
+
+        Args:
+            randomize: True takes all ranges of conf/split/serve.yaml, False none; a mapping holds ranges of its own.
+        Raises:
+            ConfigError: for an unknown name, or a range that is not 0 < low <= high.
+        """
+        if isinstance(randomize, bool):
+            return replace(self, randomize=dict(self.ranges) if randomize else {})
+        return replace(self, randomize=check_ranges(randomize))
 
     def span_s(self, source: str, split: Split) -> tuple[float, float]:
         """Return the start and end of a split in a source, in seconds of the trace."""
-        duration_s = float(source_trace(source).arrival_s[-1])
-        low, high = self.parts[split]
-        return low * duration_s, high * duration_s
+        return source_span_s(source, split)
 
     def at_load(self, low: float, high: float) -> Windows:
         """Return the same split with a narrower range of rates.
@@ -85,10 +108,15 @@ class Windows:
         rate: float | None = None,
         budget: str | None = None,
     ) -> Window:
-        """Return a random window; ``rate`` and ``budget`` fix these two instead of sampling them."""
+        """Return a random window; ``rate`` and ``budget`` fix these two instead of sampling them.
+
+        In the train split, every range of ``randomize`` is sampled on a logarithmic scale.
+        """
         source = sources[int(rng.integers(len(sources)))]
-        low, high = self.rates[source]
-        factor = math.exp(rng.uniform(math.log(low), math.log(high))) if rate is None else rate
+        ranges = self.randomize if split == "train" else {}
+        factor = _log_uniform(rng, self.rates[source]) if rate is None else rate
+        if "rate" in ranges and rate is None:
+            factor *= _log_uniform(rng, ranges["rate"])
         begin_s, end_s = self.span_s(source, split)
         length_s = self.window_s * factor
         if length_s > end_s - begin_s:
@@ -98,24 +126,32 @@ class Windows:
             )
         kind = self.budgets[int(rng.integers(len(self.budgets)))] if budget is None else budget
         first, last = self.budget_seeds[split]
-        return Window(
+        window = Window(
             source=source,
             start_s=float(rng.uniform(begin_s, end_s - length_s)),
             rate=factor,
             budget=kind,
             budget_seed=int(rng.integers(first, last)),
         )
+        return replace(window, **self.factors(rng)) if ranges else window
+
+    def factors(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Return sampled values of those fields of a window that are randomized."""
+        return {name: _log_uniform(rng, self.randomize[name]) for name in FACTORS if name in self.randomize}
 
     def arrays(self, window: Window) -> tuple[Floats, Ints, Ints]:
-        """Return arrival_s (0 is the start of the window), prompt_tokens and output_tokens of a window's requests."""
+        """Return arrival_s (0 is the start of the window), prompt_tokens and output_tokens of a window's requests.
+
+        Lengths are multiplied by the scales of the window and rounded, to at least 1 token. A request that would exceed
+        ``max_total_tokens`` is shortened to it; its prompt and its output shrink by the same factor.
+        """
         trace = source_trace(window.source)
         end_s = window.start_s + self.window_s * window.rate
         first, last = np.searchsorted(trace.arrival_s, (window.start_s, end_s)).tolist()
-        return (
-            (trace.arrival_s[first:last] - window.start_s) / window.rate,
-            trace.prompt_tokens[first:last],
-            trace.output_tokens[first:last],
-        )
+        prompts, outputs = trace.prompt_tokens[first:last], trace.output_tokens[first:last]
+        if (window.prompt_scale, window.output_scale) != (1.0, 1.0):
+            prompts, outputs = _scaled_lengths(window, prompts, outputs, self.max_total_tokens)
+        return (trace.arrival_s[first:last] - window.start_s) / window.rate, prompts, outputs
 
     def requests(self, window: Window) -> list[Request]:
         """Return the requests of a window."""
@@ -126,6 +162,42 @@ class Windows:
         ]
 
 
+def _log_uniform(rng: np.random.Generator, limits: tuple[float, float]) -> float:
+    return math.exp(rng.uniform(math.log(limits[0]), math.log(limits[1])))
+
+
+def _scaled_lengths(window: Window, prompts: Ints, outputs: Ints, max_total_tokens: int) -> tuple[Ints, Ints]:
+    """Return the lengths of requests times the scales of a window (``Windows.arrays``)."""
+    prompt, output = prompts * window.prompt_scale, outputs * window.output_scale
+    shrink = np.minimum(1.0, max_total_tokens / (prompt + output))
+    # A long prompt leaves at least one token of the context to the output.
+    prompt = np.clip(np.rint(prompt * shrink), 1, max_total_tokens - 1).astype(np.int64)
+    output = np.minimum(np.maximum(np.rint(output * shrink), 1).astype(np.int64), max_total_tokens - prompt)
+    return prompt, output
+
+
+def check_ranges(ranges: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+    """Return ranges of randomization as pairs of numbers.
+
+    Raises:
+        ConfigError: for an unknown name, or a range that is not 0 < low <= high.
+    """
+    found = {}
+    for name, limits in ranges.items():
+        if name not in (*FACTORS, "rate"):
+            raise ConfigError(f"randomize: there is no range {name!r}; {nearest(str(name), (*FACTORS, 'rate'))}")
+        try:
+            low, high = (float(limit) for limit in limits)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"randomize.{name} is {limits!r}; it must be two numbers, lowest and highest ({error})"
+            ) from error
+        if not 0 < low <= high < math.inf:
+            raise ConfigError(f"randomize.{name} is [{low}, {high}]; both must be above 0 and must not descend")
+        found[str(name)] = (low, high)
+    return found
+
+
 @cache
 def serve_windows() -> Windows:
     """Read the split.
@@ -133,79 +205,27 @@ def serve_windows() -> Windows:
     Raises:
         ConfigError: if the file is malformed, or its parts overlap.
     """
-    path = option_path("split", "serve")
+    value = serve_split()
     try:
-        value: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         windows = Windows(
-            parts={name: (float(a), float(b)) for name, (a, b) in value["parts"].items()},
             budget_seeds={name: (int(a), int(b)) for name, (a, b) in value["budget_seeds"].items()},
             window_s=float(value["window_s"]),
             max_total_tokens=int(value["max_total_tokens"]),
-            rates={name: (float(s["rate"][0]), float(s["rate"][1])) for name, s in value["sources"].items()},
+            rates={name: source.rate for name, source in sources().items()},
             budgets=tuple(value["budgets"]),
+            ranges=check_ranges(value["randomize"]),
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is not a valid split of windows ({type(error).__name__}: {error})") from error
-    for spans in (windows.parts, windows.budget_seeds):
-        ordered = sorted(spans.values())
-        if {*spans} != {"train", "validation", "test"} or any(b[0] < a[1] for a, b in pairwise(ordered)):
-            raise ConfigError(
-                f"{path}: train, validation and test must all be present and not overlap, but are {dict(spans)}"
-            )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"conf/split/serve.yaml is not a valid split of windows ({type(error).__name__}: {error})"
+        ) from error
+    seeds = windows.budget_seeds
+    if {*seeds} != {*SPLITS} or any(b[0] < a[1] for a, b in pairwise(sorted(seeds.values()))):
+        raise ConfigError(
+            f"conf/split/serve.yaml: budget_seeds must have train, validation and test that do not overlap, but are "
+            f"{dict(seeds)}"
+        )
     return windows
-
-
-@cache
-def source_trace(name: str) -> Trace:
-    """Return the trace of a source without the requests that exceed the model's context.
-
-    Raises:
-        ConfigError: for an unknown source. TraceError: if its file is missing.
-    """
-    sources: Any = load_option("split", "serve").sources
-    if name not in sources:
-        raise ConfigError(f"there is no source {name!r} in conf/split/serve.yaml; {nearest(name, map(str, sources))}")
-    try:
-        trace: Trace = build_option("trace", sources[name].trace, sources[name].overrides)
-    except TraceError as error:  # its hints name keys of the group trace
-        where = f"sources.{name}.overrides of conf/split/serve.yaml"
-        raise TraceError(f"{error} ({where} holds the trace's keys, without trace.)") from error
-    kept = drop_long(trace, max_total_tokens=serve_windows().max_total_tokens)
-    return replace(kept, arrival_s=kept.arrival_s - kept.arrival_s[0])
-
-
-def window_budget(context: BudgetContext, window: Window, horizon_s: float) -> Budget:
-    """Return the budget of a window.
-
-    full: 90 % of device memory. cotenant: the same, minus 60 % of device memory while a co-tenant is present.
-    random_walk: between 25 % and 90 % of device memory, in steps of 10 % every 10 s.
-
-    Raises:
-        ConfigError: for an unknown kind.
-    """
-    if window.budget == "full":
-        return gpu_share(context, share=SHARE)
-    if window.budget == "cotenant":
-        return cotenant(
-            context,
-            share=SHARE,
-            cotenant_bytes=0.6 * context.gpu.memory_bytes,
-            mean_away_s=40.0,
-            mean_stay_s=30.0,
-            horizon_s=horizon_s,
-            seed=window.budget_seed,
-        )
-    if window.budget == "random_walk":
-        return random_walk(
-            context,
-            low_share=0.25,
-            high_share=SHARE,
-            step_share=0.1,
-            period_s=10.0,
-            horizon_s=horizon_s,
-            seed=window.budget_seed,
-        )
-    raise ConfigError(f"there is no budget {window.budget!r}; {nearest(window.budget, serve_windows().budgets)}")
 
 
 def as_window(value: Window | Mapping[str, Any]) -> Window:
@@ -217,30 +237,32 @@ def as_window(value: Window | Mapping[str, Any]) -> Window:
     try:
         window = value if isinstance(value, Window) else Window(**value)
         check_sources([window.source])
-        if window.budget not in serve_windows().budgets:
-            raise ValueError(f"there is no budget {window.budget!r}; {nearest(window.budget, serve_windows().budgets)}")
+        if window.budget not in BUDGETS:
+            raise ValueError(f"there is no budget {window.budget!r}; {nearest(window.budget, BUDGETS)}")
         if not (0 <= window.start_s < math.inf and 0 < window.rate < math.inf):
             raise ValueError(f"start_s must be at least 0 and rate above, but are {window.start_s} and {window.rate}")
         if isinstance(window.budget_seed, bool) or not isinstance(window.budget_seed, int) or window.budget_seed < 0:
             raise ValueError(f"budget_seed is {window.budget_seed}; it must be a whole number of at least 0")
+        for name in FACTORS:
+            factor = getattr(window, name)
+            if isinstance(factor, bool) or not 0 < factor < math.inf:
+                raise ValueError(f"{name} is {factor}; it must be a finite number above 0")
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{value!r} is no window ({error})") from error
     return window
 
 
-def check_sources(sources: Sequence[str]) -> tuple[str, ...]:
+def check_sources(names: Sequence[str]) -> tuple[str, ...]:
     """Return the sources as a tuple.
 
     Raises:
         ConfigError: for an empty list, or a name that conf/split/serve.yaml does not have.
     """
-    known = serve_windows().rates
-    for name in sources:
-        if name not in known:
-            raise ConfigError(f"there is no source {name!r} in conf/split/serve.yaml; {nearest(name, known)}")
-    if not sources:
+    for name in names:
+        source_of(name)
+    if not names:
         raise ConfigError("sources is empty; name at least one, such as sources=[burst]")
-    return tuple(sources)
+    return tuple(names)
 
 
 __all__ = [
@@ -251,5 +273,4 @@ __all__ = [
     "check_split",
     "serve_windows",
     "source_trace",
-    "window_budget",
 ]

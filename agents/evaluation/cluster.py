@@ -1,6 +1,6 @@
 """Evaluates policies of ``ServeCluster`` on the same held-out clusters; every replica has its own policy.
 
-The rules are those of ``agents.evaluation.serve``, tuned again on training clusters. Learned policies include those
+The rules are those of ``agents.evaluation.rules``, tuned again on training clusters. Learned policies include those
 trained on one replica and those trained in clusters. Only ``oracle_static`` knows the windows: it is the best single
 plan in hindsight, the same on every replica.
 """
@@ -19,7 +19,7 @@ from agents.baselines.serve import Build, fixed_plan, policy_context
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve_windows import Window, serve_windows
 from agents.evaluation.figures import best_in_hindsight, serving_figures
-from agents.evaluation.serve import tuned_rules
+from agents.evaluation.rules import tuned_rules
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.learned_cluster import learned_cluster

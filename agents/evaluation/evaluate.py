@@ -20,7 +20,8 @@ from agents.evaluation.cluster_report import cluster_table_markdown
 from agents.evaluation.measure import measure_cluster, measure_prune, measure_serve
 from agents.evaluation.page import is_complete, write_report
 from agents.evaluation.prune_report import NOT_LEARNED, prune_table_markdown
-from agents.evaluation.serve import ORACLES, RULES
+from agents.evaluation.rules import RULES
+from agents.evaluation.serve import ORACLES
 from agents.evaluation.serve_report import serve_table_markdown
 from sim.config import CONF_DIR, one_thread, run_command
 from sim.errors import ConfigError, nearest
@@ -58,6 +59,8 @@ class EvaluateConfig:
     serve_ablation: glob of the policies whose entries are shuffled; empty for none.
     cluster_learned, cluster_curves: like serve_learned and serve_curves, for ServeCluster; policies of one replica too.
     cluster_each: clusters for each trace of serve_sources and each load.
+    env: arguments of ``ServeTrace`` under ``env.kwargs`` in place of those of the learned policies' training; what
+        ``scenario=`` sets.
     only: policies to play again: rules or learned ones in prune and serve, learned ones in cluster. The rows of all
         other policies stay; in prune, their plans get the losses of the present quality.
     out: folder of the result files. The published page is docs/results/agents.
@@ -77,6 +80,7 @@ class EvaluateConfig:
     cluster_learned: dict[str, Any] = field(default_factory=dict)
     cluster_curves: dict[str, Any] = field(default_factory=dict)
     cluster_each: int = 6
+    env: dict[str, Any] = field(default_factory=lambda: {"kwargs": {}})
     only: list[str] = field(default_factory=list)
     measure: bool = True
     out: str = "runs/evaluate"

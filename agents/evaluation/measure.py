@@ -34,13 +34,12 @@ from agents.evaluation.cluster import (
 from agents.evaluation.cluster_report import COMPARED as CLUSTER_COMPARED
 from agents.evaluation.prune import evaluate_prune, with_losses
 from agents.evaluation.prune_report import unseen_loads
+from agents.evaluation.rules import rules_tuned_to, tuned_rules
 from agents.evaluation.serve import (
     ORACLES,
     evaluate_serve,
     evaluation_setting,
-    rules_tuned_to,
     test_windows,
-    tuned_rules,
     with_low_bits_of,
 )
 from agents.evaluation.serve_report import COMPARED
@@ -61,7 +60,7 @@ def network_seconds(paths: list[Path]) -> dict[str, float]:
     if not paths:
         return {"network_p50_s": 0.0, "network_p99_s": 0.0}
     network = read_learned(paths[0], "PruneToBudget").network
-    out, size = network.weights[-1].shape[0], network.weights[0].shape[1]
+    out, size = network.actions, network.inputs
     rng = np.random.default_rng(0)
     features, legal = rng.random((10_000, size)).astype(np.float32), np.ones(out, dtype=np.bool_)
     durations_s = []
@@ -189,7 +188,8 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
     trained = [read_learned(path, "ServeTrace").about for files in paths.values() for path in files]
     env_kwargs: dict[str, Any] = dict(trained[0].get("environment", {})) if trained else {}
     sources = sorted({str(source) for about in trained for source in sources_of(about)}) or ["burst"]
-    setting = evaluation_setting({**env_kwargs, "sources": sources})
+    changed: Any = OmegaConf.to_container(cfg.env.kwargs, resolve=True)
+    setting = evaluation_setting({**env_kwargs, **changed, "sources": sources})
     windows = test_windows(list(cfg.serve_sources), int(cfg.serve_windows))
     policies: dict[str, Any] = {name: learned_serve_policies(files) for name, files in paths.items()}
     if cfg.only:

@@ -236,6 +236,11 @@ def _check_files(values: Mapping[str, Any], setting: Setting) -> None:
     if "path" in imitate and "temperature" in imitate:
         path = imitate["path"]
         network = read_learned(REPOSITORY / path if path.endswith(".json") else path, "ServeTrace").network
+        if network.members > 1:
+            raise ConfigError(
+                f"imitate.path: {path} averages {network.members} networks; a training starts from one of them, "
+                "runs/train/LABEL/seed_N/best/policy.json"
+            )
         sizes = [weight.shape[0] for weight in network.weights[:-1]]
         if sizes != values["hidden"]:
             raise ConfigError(

@@ -1,14 +1,19 @@
-"""``python -m agents.export run=...``: write a trained policy as two files that NumPy runs, without torch or ray."""
+"""``python -m agents.export run=...``: write a trained policy as two files that NumPy runs, without torch or ray.
+
+``runs=...`` names several trainings, such as ten seeds: the policy averages their networks (``learned.Network``).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +27,8 @@ from sim.config import option_names, run_command
 from sim.cost.quality import QUALITIES
 from sim.engine.server_spec import find_calibration
 from sim.errors import ConfigError, nearest
-from sim.policies.learned import Network, read_learned
-from sim.policies.learned_files import read_about
+from sim.policies.learned import Learned, Network, averaged, read_learned
+from sim.policies.learned_files import MAX_MEMBERS, read_about
 from sim.results.run_folder import commit, write_json
 
 
@@ -31,11 +36,15 @@ from sim.results.run_folder import commit, write_json
 class ExportConfig:
     """What to export.
 
-    run: run folder of a training. name: of the exported policy. out: folder to write to; the run folder if empty.
+    run: run folder of a training.
+    runs: run folders of several trainings whose networks are averaged, or a pattern such as runs/train/mine/seed_*.
+    name: of the exported policy; not needed if ``out`` is a file.
+    out: folder or NAME.json to write to; the run folder if empty (of several: the folder that holds them).
     """
 
-    run: str
-    name: str
+    run: str = ""
+    runs: Any = None
+    name: str = ""
     out: str = ""
 
 
@@ -59,6 +68,7 @@ def about_network(
         "layers": [list(weight.shape) for weight in network.weights],
         "parameters": network.parameters,
         "activation": network.activation,
+        **({} if network.heads is None else {"heads": list(network.heads)}),
         "environment": {key: value for key, value in env_kwargs.items() if key != "split"},
         "training": {
             "label": cfg.label,
@@ -76,6 +86,8 @@ def about_network(
     if isinstance(setting, ServeSetting):
         about["plans"] = setting.action_options
         about["tick_s"] = setting.tick_s
+        about["slo"] = dataclasses.asdict(setting.slo)
+        about["low_loss"] = setting.low_loss(1.0)
     elif setting.scores is not None:
         about["scores"] = [float(x) for x in setting.scores]
     return about
@@ -95,38 +107,97 @@ def export_network(
     status: Mapping[str, Any],
     utility: float,
 ) -> None:
+    """Write a policy of a training."""
+    write_policy(path, network, about_network(network, cfg, env_kwargs, status, utility))
+
+
+def write_policy(path: Path, network: Network, about: Mapping[str, Any]) -> None:
     """Write NAME.safetensors, then NAME.json: a policy whose JSON file exists is complete."""
     arrays = {}
     for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
         # safetensors writes the memory of an array as it lies, so a transposed view must become contiguous first.
         arrays[f"{i}.weight"], arrays[f"{i}.bias"] = np.ascontiguousarray(weight), np.ascontiguousarray(bias)
     write_whole(path.with_suffix(".safetensors"), lambda part: save_file(arrays, part))
-    write_json(path, about_network(network, cfg, env_kwargs, status, utility))
+    write_json(path, about)
 
 
-def export(run: Path, name: str, out: Path | None = None) -> Path:
+def export(run: Path, target: Path) -> Path:
     """Copy the best policy of a training as NAME.safetensors and NAME.json; return the JSON file.
 
     Args:
-        run: run folder of the training. name: of the policy. out: folder to write to; None is the run folder.
+        run: run folder of the training. target: the JSON file to write.
     Raises:
-        ConfigError: for a name that is no file name, or a run folder without a usable policy.
+        ConfigError: for a run folder without a usable policy.
     """
-    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-        raise ConfigError(f"name is {name!r}; it may have letters, digits, '_', '-' and '.', such as name=mine")
+    best = best_policy(run).path
+    if target.resolve() != best.resolve():
+        for suffix in (".safetensors", ".json"):
+            source = best.with_suffix(suffix)
+            write_whole(target.with_suffix(suffix), lambda part, source=source: shutil.copyfile(source, part))  # type: ignore[misc]
+    return target
+
+
+def export_average(runs: Sequence[Path], target: Path) -> Path:
+    """Write one policy whose members are the best policies of several trainings; return the JSON file.
+
+    Its ``trainings`` state how each member was trained; ``training`` holds the utility of the average on the validation
+    episodes, and the seconds of all.
+
+    Args:
+        runs: run folders of the trainings. target: the JSON file to write.
+    Raises:
+        ConfigError: as ``export``, and for policies whose tables, layers or environments differ.
+    """
+    policies = [best_policy(run) for run in runs]
+    if len(policies) > MAX_MEMBERS:
+        raise ConfigError(f"runs names {len(policies)} trainings; at most {MAX_MEMBERS} can be averaged")
+    if len(policies) == 1:
+        return export(runs[0], target)
+    first = policies[0].about
+    for policy in policies:
+        if "members" in policy.about:
+            raise ConfigError(f"{policy.path} averages {policy.network.members} networks already; name its trainings")
+        for key in sorted({*first, *policy.about} - OWN):
+            if first.get(key) != policy.about.get(key):
+                raise ConfigError(
+                    f"{policy.path} and {policies[0].path} cannot be averaged: their {key} differs; average trainings "
+                    "of one configuration that differ in the seed"
+                )
+    from agents.training.validation import validation_utilities
+
+    network = averaged([policy.network for policy in policies])
+    trainings = [
+        {**policy.about.get("training", {}), **({"commit": policy.about["commit"]} if "commit" in policy.about else {})}
+        for policy in policies
+    ]
+    environment = dict(first["environment"])
+    utility = float(validation_utilities(f"{first['task']}-v0", environment, network).mean())
+    training = {
+        "seconds": round(sum(float(one.get("seconds", 0.0)) for one in trainings), 1),
+        "validation_utility": round(utility, 6),
+    }
+    about = {**first, "members": network.members, "parameters": network.parameters, "training": training}
+    write_policy(target, network, about | {"trainings": trainings, "commit": commit()})
+    return target
+
+
+OWN = {"training", "parameters", "commit"}
+"""Keys of NAME.json in which the members of one policy may differ."""
+
+
+def best_policy(run: Path) -> Learned:
+    """Return the best policy of a training.
+
+    Raises:
+        ConfigError: for a run folder without a usable policy.
+    """
     best = run / "best" / "policy.json"
     if not best.exists():
         raise ConfigError(
             f"run: {run} has no best/policy.json; set run to the folder of a training, such as "
             "runs/train/ppo_prune/seed_0"
         )
-    read_learned(best, policy_task(best))
-    target = (out or run) / f"{name}.json"
-    if target.resolve() != best.resolve():
-        for suffix in (".safetensors", ".json"):
-            source = best.with_suffix(suffix)
-            write_whole(target.with_suffix(suffix), lambda part, source=source: shutil.copyfile(source, part))  # type: ignore[misc]
-    return target
+    return read_learned(best, policy_task(best))
 
 
 def policy_task(path: Path) -> str:
@@ -184,12 +255,60 @@ def calibrated_gpus(model: str) -> list[str]:
     return found
 
 
+def run_folders(runs: Any) -> list[Path]:
+    """Return the folders that ``runs`` names: a pattern, a folder or a list of both; in the order of their numbers.
+
+    Raises:
+        ConfigError: for anything else, or if nothing matches.
+    """
+    patterns = [runs] if isinstance(runs, str) else runs
+    if not isinstance(patterns, list) or not all(isinstance(one, str) and one for one in patterns):
+        raise ConfigError(f"runs is {runs!r}; it must be a pattern or a list, such as 'runs=runs/train/mine/seed_*'")
+    found = []
+    for pattern in patterns:
+        matches = [Path(one) for one in glob(pattern)]  # noqa: PTH207 - Path.glob takes no absolute one
+        matches = sorted((path for path in matches if path.is_dir()), key=_by_number)
+        if not matches:
+            raise ConfigError(f"runs: no folder matches {pattern!r}; see the run folders with: ls runs/train/*")
+        found += [folder for folder in matches if folder not in found]
+    return found
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """Sort seed_10 after seed_9."""
+    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def target_file(name: str, out: str, folder: Path) -> Path:
+    """Return the JSON file that ``name`` and ``out`` ask for; ``folder`` holds it if ``out`` is empty.
+
+    Raises:
+        ConfigError: if neither names it, both do, or the name is no file name.
+    """
+    file = Path(out) if out.endswith(".json") else None
+    if file is not None and name:
+        raise ConfigError(f"name is {name!r} and out is the file {out!r}; leave one of them out")
+    name = file.stem if file is not None else name
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise ConfigError(
+            f"name is {name!r}; it may have letters, digits, '_', '-' and '.', such as name=mine or out=mine.json"
+        )
+    return file or (Path(out) if out else folder) / f"{name}.json"
+
+
 def _run(cfg: DictConfig) -> None:
-    target = export(Path(cfg.run), str(cfg.name), Path(cfg.out) if cfg.out else None)
+    runs = OmegaConf.to_container(cfg.runs) if OmegaConf.is_config(cfg.runs) else cfg.runs
+    if bool(cfg.run) == (runs is not None):
+        raise ConfigError("set run=FOLDER for one training, or 'runs=FOLDERS' for the average of several")
+    folders = [Path(cfg.run)] if cfg.run else run_folders(runs)
+    target = target_file(str(cfg.name), str(cfg.out), folders[0] if cfg.run else folders[0].parent)
+    target = export(folders[0], target) if cfg.run else export_average(folders, target)
     learned = read_learned(target, policy_task(target))
     utility = learned.about.get("training", {}).get("validation_utility")
     validated = "" if utility is None else f", validation utility {utility:.4f}"
-    print(f"{target}: {learned.network.parameters:,} parameters{validated}")
+    members = learned.network.members
+    averages = f"the average of {members} networks, " if members > 1 else ""
+    print(f"{target}: {averages}{learned.network.parameters:,} parameters{validated}")
     print(f"run it:\n  {next_command(target)}")
 
 

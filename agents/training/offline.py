@@ -94,7 +94,7 @@ def serve_player(env: ServeTrace, by: str) -> Callable[[int], Choose]:
         policy: Policy = build(context)
 
         def choose() -> int:
-            legal = setting.actions.legal(env.core.state, env.core.choice)
+            legal = env.core.actions.legal(env.core.state, env.core.choice)
             return nearest_action(setting.actions, setting.model, policy(env.core.state), legal)
 
         return choose

@@ -13,6 +13,8 @@ from agents.envs.cluster import ClusterSetting
 from agents.envs.cluster_vector import ServeReplicas
 from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.envs.prune_vector import PruneToBudgetVector
+from agents.envs.serve import ServeSetting
+from agents.envs.serve_pool import window_pool
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows
 from sim.policies.learned import Network
@@ -103,7 +105,7 @@ class CountedActs:
     counts: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.counts = np.zeros(self.network.weights[-1].shape[0], dtype=np.int64)
+        self.counts = np.zeros(self.network.actions, dtype=np.int64)
 
     def __call__(self, features: Floats32, legal: Bools) -> NDArray[np.int64]:
         """Return the best legal action of each row."""
@@ -125,6 +127,10 @@ def validation_utilities(
     The network plays its best action, as the exported policy does; ``act`` plays instead of it if set.
     """
     env_kwargs, act = {**env_kwargs, "split": "validation"}, act or network.act
+    if env == "ServeTrace-v0" and env_kwargs.get("pool"):
+        setting = ServeSetting(**env_kwargs)
+        assert setting.pool is not None
+        return serve(act, env_kwargs, window_pool(setting, setting.pool, "validation"))
     if env == "ServeTrace-v0":
         return serve(act, env_kwargs, validation_windows(tuple(env_kwargs.get("sources", ("burst",)))))
     if env == "ServeCluster-v0":

@@ -5,7 +5,8 @@
 
 There are two sources. ``hw.score`` measures a table of plans and fits a model to it (``python -m hw.score kind=fit``);
 the coefficients ship with their held-out errors. For models whose weights are not available there are a few published
-points; ``summary`` says how few.
+points; ``summary`` says how few. They do not say which blocks are cheap; ``TransferredQuality`` takes that from another
+model, by assumption.
 
 The fitted model predicts D, the loss of a plan over dense in nats per token:
 
@@ -27,9 +28,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -272,6 +273,11 @@ class FittedQuality:
             score += weight * value
         return min(float(unwarp(np.float64(score), self.curve)), self.max_loss)
 
+    def w4_loss(self, share: float) -> float:
+        """Return the predicted loss over dense of W4 in this share of the layers, in nats per token."""
+        score = self._others_list[0] * share + self._others_list[1] * share * share
+        return min(float(unwarp(np.float64(score), self.curve)), self.max_loss)
+
     def charged(self, predicted: Any) -> Any:
         """Return what predicted losses of plans are charged: themselves in the fit's range, the upper bound outside."""
         if self.range is None:
@@ -498,13 +504,27 @@ class PublishedQuality:
             return max(math.log(self.model.vocab_size), math.log(self.dense_perplexity))
         loss = 0.0
         if plan.decode != keep_all(self.model):
-            a, p = self.power_law()
-            loss += a * self._share(plan.decode) ** p
+            loss += self._pruning_loss(plan.decode)
         four = plan.weight_bits.count(4)
         if four:
-            values = np.log(np.array(self.w4_perplexity) / self.dense_perplexity)
-            loss += float(np.interp(four, self.w4_layers, values))
+            loss += self._w4_loss(four)
         return math.log(self.dense_perplexity) + loss
+
+    def _pruning_loss(self, mask: KeepMask) -> float:
+        """Return what a mask loses over dense, in nats per token."""
+        a, p = self.power_law()
+        return float(a * self._share(mask) ** p)
+
+    def with_w4_of(self, other: PublishedQuality) -> PublishedQuality:
+        """Return these points with the published losses of W4 of another model; those of dropped blocks stay."""
+        ratio = self.dense_perplexity / other.dense_perplexity
+        perplexity = tuple(ratio * value for value in other.w4_perplexity)
+        return replace(self, w4_layers=other.w4_layers, w4_perplexity=perplexity)
+
+    def _w4_loss(self, layers: int) -> float:
+        """Return what W4 in this many layers loses over dense, in nats per token."""
+        values = np.log(np.array(self.w4_perplexity) / self.dense_perplexity)
+        return float(np.interp(layers, self.w4_layers, values))
 
     def charge(self, plan: Plan) -> float:
         """Return what requests are charged for a plan: its NLL, or NaN if nothing is published on such plans."""
@@ -524,6 +544,117 @@ class PublishedQuality:
             f"{len(self.w4_layers)} W4 prefixes; which blocks a plan drops makes no difference; a plan that drops more "
             "than they do is charged the loss of a random guess"
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferredQuality(PublishedQuality):
+    """Published points, and by assumption what blocks cost that no published mask drops.
+
+    Nothing here was measured on this model. Each block counts as many parameters as it has, times a factor:
+
+    - 1 for a block that some published mask drops. These blocks were found by a search.
+    - For any other block the loss of removing its counterpart alone from a small measured model, over the median loss
+      of the counterparts of published blocks of its kind; at least 1. The counterpart is the block of the same kind at
+      the same relative depth.
+
+    The loss of a mask is a curve of its counted share of the parameters that passes through every published point:
+    log-log straight between them, and below the first one with the exponent of the least-squares line. So a published
+    mask costs what was published, and a mask of other blocks with the same parameters costs as much or more. A mask
+    that counts more than every published one is outside of the range.
+
+    factors: of each block, in the order MHA0, FFN0, MHA1, ...; at least 1. profile_of: the measured model.
+    w4_of: the measured model whose loss of W4, by share of the layers, replaces the published one; None keeps that.
+    w4_losses: its losses in nats for 0, 1, ... layers of this model; empty without ``w4_of``.
+    """
+
+    factors: tuple[float, ...]
+    profile_of: str
+    w4_of: str | None = None
+    w4_losses: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        PublishedQuality.__post_init__(self)
+        self.power_law()  # which needs two masks
+        layers = self.model.num_layers
+        if len(self.factors) != 2 * layers or min(self.factors) < 1.0 or len(self.w4_losses) not in (0, layers + 1):
+            raise CalibrationError(
+                f"quality of {self.model.name}: {len(self.factors)} factors from {min(self.factors, default=0.0):.2f} "
+                f"and {len(self.w4_losses)} losses of W4 do not fit its {layers} layers"
+            )
+
+    @classmethod
+    def of(
+        cls, published: PublishedQuality, profile: FittedQuality, w4: FittedQuality | None = None
+    ) -> TransferredQuality:
+        """Return published points with the profile of a measured model, and with the loss of W4 of ``w4``, if any."""
+        layers = published.model.num_layers
+        return cls(
+            **{one.name: getattr(published, one.name) for one in fields(PublishedQuality)},
+            factors=transferred_factors(published, profile),
+            profile_of=profile.name,
+            w4_of=None if w4 is None else w4.name,
+            w4_losses=() if w4 is None else tuple(w4.w4_loss(n / layers) for n in range(layers + 1)),
+        )
+
+    def counted_share(self, mask: KeepMask) -> float:
+        """Return the share of parameters that a mask removes, each block times its factor."""
+        model = self.model
+        removed = 0.0
+        for layer, (mha, ffn) in enumerate(zip(mask.mha, mask.ffn, strict=True)):
+            removed += 0.0 if mha else model.mha_params * self.factors[2 * layer]
+            removed += 0.0 if ffn else model.ffn_params * self.factors[2 * layer + 1]
+        return removed / model.total_params
+
+    def in_range(self, plan: Plan) -> bool:
+        """Return whether a plan counts at most the share of parameters that some published mask counts."""
+        return self.counted_share(plan.decode) <= max(share for share, _ in self._curve()) * (1.0 + 1e-12)
+
+    def _curve(self) -> list[tuple[float, float]]:
+        """Return counted share and loss of every published mask, in ascending order."""
+        return sorted(
+            (self.counted_share(_drop_mask(self.model, point)), math.log(point.perplexity / self.dense_perplexity))
+            for point in self.points
+        )
+
+    def _pruning_loss(self, mask: KeepMask) -> float:
+        shares, losses = zip(*self._curve(), strict=True)
+        share = self.counted_share(mask)
+        if share <= shares[0]:
+            _, exponent = self.power_law()
+            return float(losses[0] * (share / shares[0]) ** exponent)
+        return math.exp(float(np.interp(math.log(share), np.log(shares), np.log(losses))))
+
+    def with_w4_of(self, other: PublishedQuality) -> TransferredQuality:
+        """Return the same with the published losses of W4 of another model, also where they were a measured model's."""
+        return replace(cast(TransferredQuality, PublishedQuality.with_w4_of(self, other)), w4_of=None, w4_losses=())
+
+    def _w4_loss(self, layers: int) -> float:
+        return self.w4_losses[layers] if self.w4_losses else PublishedQuality._w4_loss(self, layers)
+
+    def summary(self) -> str:
+        """Return one line on the data behind the prediction."""
+        w4 = "published" if self.w4_of is None else f"assumed to be that of {self.w4_of}"
+        return (
+            f"quality of {self.model.name}: assumed, not measured; {len(self.points)} published masks, other blocks "
+            f"by the profile of {self.profile_of}; the loss of W4 is {w4}; a plan beyond the published masks is "
+            "charged the loss of a random guess"
+        )
+
+
+def transferred_factors(published: PublishedQuality, profile: FittedQuality) -> tuple[float, ...]:
+    """Return the factors of ``TransferredQuality`` from the single-block losses of another model."""
+    layers, theirs = published.model.num_layers, len(profile.kv)
+    depth, their_depth = (np.arange(layers) + 0.5) / layers, (np.arange(theirs) + 0.5) / theirs
+    factors = np.ones(2 * layers)
+    for kind, dropped_by in enumerate(("drop_mha", "drop_ffn")):
+        cost = np.interp(depth, their_depth, profile.root[kind::2] ** 2)
+        dropped = sorted({layer for point in published.points for layer in getattr(point, dropped_by)})
+        # The median: one of SmolLM2's blocks is ten times as costly as its neighbors.
+        usual = float(np.median(cost[dropped] if dropped else cost))
+        own = np.maximum(1.0, cost / usual)
+        own[dropped] = 1.0
+        factors[kind::2] = own
+    return tuple(factors.tolist())
 
 
 def _drop_mask(model: ModelSpec, point: PublishedPoint) -> KeepMask:
@@ -552,8 +683,57 @@ def load_quality(name: str, form: str = BEST_FORM, text: Text = "test") -> Fitte
     if name not in known:
         raise CalibrationError(f"no quality {name!r} in conf/quality; {nearest(name, known)}")
     if known[name].suffix == ".yaml":
-        return read_published(known[name])
+        return _read_points(known[name])
     return read_fitted(known[name], form, text)
+
+
+def _read_points(path: Path) -> PublishedQuality:
+    """Read a file of published points, or one that names such a file and the model whose profile is transferred."""
+    value = _read_yaml(path)
+    if not isinstance(value, Mapping) or "published" not in value:
+        return read_published(path)
+    known = ("published", "profile", "w4")
+    for key in value:
+        if key not in known:
+            raise CalibrationError(f"{path}: there is no key {key!r}; {nearest(str(key), known)}")
+    found = {key: _named(path, key, value.get(key)) for key in known if key != "w4" or value.get("w4") is not None}
+    published, profile, w4 = found["published"], found["profile"], found.get("w4")
+    assert isinstance(published, PublishedQuality)
+    assert isinstance(profile, FittedQuality)
+    assert w4 is None or isinstance(w4, FittedQuality)
+    return TransferredQuality.of(published, profile, w4)
+
+
+def _named(path: Path, key: str, name: Any) -> FittedQuality | PublishedQuality:
+    """Return the quality that a file names: ``published`` a file of points, the other keys a measured table.
+
+    Raises:
+        CalibrationError: if it names none of that kind.
+    """
+    suffix, kind = (".yaml", "file of published points") if key == "published" else (".json", "measured table")
+    names = [other.stem for other in sorted(QUALITIES.glob(f"*{suffix}")) if suffix == ".json" or _has_points(other)]
+    if name not in names:
+        raise CalibrationError(f"{path}: {key} is {name!r}; it must name a {kind} of conf/quality: {', '.join(names)}")
+    return load_quality(name)
+
+
+def _has_points(path: Path) -> bool:
+    value = _read_yaml(path)
+    return isinstance(value, Mapping) and "points" in value
+
+
+def _read_yaml(path: Path) -> Any:
+    """Return the contents of a YAML file.
+
+    Raises:
+        CalibrationError: if it is malformed.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError, AssertionError) as error:
+        # OmegaConf asserts that a file holds no quoted text alone.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(f"{path} cannot be read as YAML: {reason}; compare it with its neighbors") from error
 
 
 def fitted_path(table: Path) -> Path:
@@ -601,8 +781,8 @@ def read_published(path: Path) -> PublishedQuality:
     Raises:
         CalibrationError: if it is malformed.
     """
+    value = _read_yaml(path)
     try:
-        value: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         points = tuple(
             PublishedPoint(
                 drop_mha=_layers(point["drop_mha"]),
@@ -621,10 +801,6 @@ def read_published(path: Path) -> PublishedQuality:
         )
     except RapLabError:
         raise
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError, AssertionError) as error:
-        # OmegaConf asserts that a file holds no quoted text alone.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CalibrationError(f"{path} cannot be read as YAML: {reason}; compare it with its neighbors") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CalibrationError(f"{path} lacks or misstates {' '.join(str(error).split())[:300]}") from error
 

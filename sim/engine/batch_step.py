@@ -25,8 +25,9 @@ from sim.types import Floats, Ints
     TIME_S, WAITING, WAITING_TOKENS, OLDEST_WAIT_S, RUNNING, RUNNING_TOKENS, KV_LAYER_BLOCKS, KV_USED_LAYER_BLOCKS,
     BUDGET_BYTES, WEIGHT_BYTES, NEXT_BUDGET_BYTES, NEXT_BUDGET_S, INCOMING_BYTES,
     ARRIVED, ARRIVED_PROMPT_TOKENS, FIRST_TOKENS, TTFT_SUM_S, PRODUCED_TOKENS, BUSY_S, PREEMPTIONS, REJECTED, FINISHED,
+    PRICED_S, ITERATIONS,
     SEEN_COLUMNS,
-) = range(23)  # fmt: skip
+) = range(25)  # fmt: skip
 
 
 class VectorEngines:
@@ -44,7 +45,7 @@ class VectorEngines:
         self._versions: list[int] = [-1] * size
         self._graphs: list[PlanGraph | None] = [None] * size
         self._targets = np.zeros((size, len(self.plans)), dtype=np.int64)
-        self._known: tuple[PlanGraph, Ints] | None = None
+        self._known: dict[int, tuple[PlanGraph, Ints]] = {}
         self._seen = np.zeros((size, SEEN_COLUMNS))
 
     def place(self, at: int, engine: SimEngine) -> None:
@@ -99,9 +100,13 @@ class VectorEngines:
         self._tables[at] = engine.table
         if self._graphs[at] is not engine.graph:
             self._graphs[at] = engine.graph
-            if self._known is None or self._known[0] is not engine.graph:
-                self._known = engine.graph, np.array([engine.target_of(plan) for plan in self.plans])
-            self._targets[at] = self._known[1]
+            known = self._known.get(id(engine.graph))
+            if known is None:
+                known = engine.graph, np.array([engine.target_of(plan) for plan in self.plans])
+                in_use = {id(graph) for graph in self._graphs}
+                self._known = {key: value for key, value in self._known.items() if key in in_use}
+                self._known[id(engine.graph)] = known
+            self._targets[at] = known[1]
         self._versions[at] = engine.graph.version
 
 
@@ -176,3 +181,4 @@ def _observe(s: Table, now_s: float, seen: Floats) -> None:
     seen[TTFT_SUM_S], seen[PRODUCED_TOKENS] = n.ttft_sum_s, n.produced_tokens
     seen[BUSY_S], seen[PREEMPTIONS] = n.busy_s, n.preemptions
     seen[REJECTED], seen[FINISHED] = n.rejected, n.finished
+    seen[PRICED_S], seen[ITERATIONS] = n.priced_s, n.iterations

@@ -10,19 +10,26 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from sim.cost.gpu import Gpu
-from sim.cost.memory import budget_for_kv_blocks, relative_budget_bytes
+from sim.cost.memory import budget_for_kv_blocks, relative_budget_bytes, weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import Plan
+from sim.cost.plan import Plan, dense_plan
 from sim.errors import BudgetError, nearest
 from sim.limits import MOST_CHANGES, check_count
 from sim.paths import find_data
 from sim.types import GIB
 
 STEP_UNITS = ("share", "bytes")
+MOST_SHARE = 0.9
+"""Share of device memory that serving may use at most, like vLLM's gpu_memory_utilization."""
+KINDS = ("full", "cotenant", "random_walk", "steps")
+"""How a budget moves between two amounts (``moving``)."""
+MEAN_AWAY_S, MEAN_STAY_S = 40.0, 30.0
+WALK_PERIOD_S, WALK_STEPS = 10.0, 6
 _LONGER = "lower budget.horizon_s, or raise budget."
 
 
@@ -275,16 +282,38 @@ def cotenant(
         )
     changes = 2 * horizon_s / (mean_away_s + mean_stay_s)
     check_count(changes, "changes of the budget", MOST_CHANGES, f"{_LONGER}mean_away_s or mean_stay_s", BudgetError)
+    return cotenant_between(
+        full_bytes,
+        full_bytes - int(cotenant_bytes),
+        mean_away_s=mean_away_s,
+        mean_stay_s=mean_stay_s,
+        horizon_s=horizon_s,
+        seed=seed,
+        notice_s=notice_s,
+    )
+
+
+def cotenant_between(
+    high_bytes: int,
+    low_bytes: int,
+    *,
+    mean_away_s: float,
+    mean_stay_s: float,
+    horizon_s: float,
+    seed: int,
+    notice_s: float = 0.0,
+) -> Budget:
+    """Return ``low_bytes`` while a co-tenant is present, else ``high_bytes``; its times are those of ``cotenant``."""
     rng = np.random.default_rng(seed)
-    rows, time_s, there = [(0.0, full_bytes)], 0.0, False
+    rows, time_s, there = [(0.0, high_bytes)], 0.0, False
     while True:
         time_s += float(rng.exponential(mean_stay_s if there else mean_away_s))
         if time_s >= horizon_s:
             break
         there = not there
-        rows.append((time_s, full_bytes - int(cotenant_bytes) if there else full_bytes))
+        rows.append((time_s, low_bytes if there else high_bytes))
     if there:
-        rows.append((horizon_s, full_bytes))  # it leaves in the end, so that waiting requests can be served
+        rows.append((horizon_s, high_bytes))  # it leaves in the end, so that waiting requests can be served
     return stepped(rows, notice_s)
 
 
@@ -314,14 +343,96 @@ def random_walk(
             "horizon_s above 0"
         )
     check_count(horizon_s / period_s, "changes of the budget", MOST_CHANGES, f"{_LONGER}period_s", BudgetError)
+    return walk_between(
+        high,
+        low,
+        step_bytes=int(step_share * context.gpu.memory_bytes),
+        period_s=period_s,
+        horizon_s=horizon_s,
+        seed=seed,
+        notice_s=notice_s,
+    )
+
+
+def walk_between(
+    high_bytes: int,
+    low_bytes: int,
+    *,
+    step_bytes: int,
+    period_s: float,
+    horizon_s: float,
+    seed: int,
+    notice_s: float = 0.0,
+) -> Budget:
+    """Return a budget that steps up or down by ``step_bytes`` each period, between two bounds, as ``random_walk``."""
     rng = np.random.default_rng(seed)
-    step_bytes = int(step_share * context.gpu.memory_bytes)
-    rows, value = [(0.0, high)], high
+    rows, value = [(0.0, high_bytes)], high_bytes
     for k in range(1, math.ceil(horizon_s / period_s)):
-        value = min(high, max(low, value + (step_bytes if rng.random() < 0.5 else -step_bytes)))
+        value = min(high_bytes, max(low_bytes, value + (step_bytes if rng.random() < 0.5 else -step_bytes)))
         rows.append((k * period_s, value))
-    rows.append((math.ceil(horizon_s / period_s) * period_s, high))
+    rows.append((math.ceil(horizon_s / period_s) * period_s, high_bytes))
     return stepped(rows, notice_s)
+
+
+def moving(high: int, low: int, *, kind: str, seed: int, horizon_s: float, notice_s: float = 0.0) -> Budget:
+    """Return a budget between two amounts of bytes; it ends at the higher one, so that waiting requests finish.
+
+    full: always the higher one.
+    cotenant: the lower one while a co-tenant is present; it is 40 s away and 30 s present on average.
+    random_walk: steps up or down by a sixth of the range every 10 s, from the higher one.
+    steps: the lower one once; it begins after 10 to 50 % of the time and lasts for 20 to 40 % of it.
+
+    Raises:
+        BudgetError: for an unknown kind, or a time that is not above 0 seconds.
+    """
+    if not horizon_s > 0:
+        raise BudgetError(f"budget.horizon_s is {horizon_s}; it must be above 0 seconds")
+    check_count(horizon_s / WALK_PERIOD_S, "changes of the budget", MOST_CHANGES, "lower budget.horizon_s", BudgetError)
+    shared: dict[str, Any] = {"horizon_s": horizon_s, "seed": seed, "notice_s": notice_s}
+    if kind == "full":
+        return stepped([(0.0, high)], notice_s)
+    if kind == "cotenant":
+        return cotenant_between(high, low, mean_away_s=MEAN_AWAY_S, mean_stay_s=MEAN_STAY_S, **shared)
+    if kind == "random_walk":
+        return walk_between(high, low, step_bytes=(high - low) // WALK_STEPS, period_s=WALK_PERIOD_S, **shared)
+    if kind == "steps":
+        rng = np.random.default_rng(seed)
+        begin_s = float(rng.uniform(0.1, 0.5)) * horizon_s
+        end_s = begin_s + float(rng.uniform(0.2, 0.4)) * horizon_s
+        return stepped([(0.0, high), (begin_s, low), (end_s, high)], notice_s)
+    raise BudgetError(f"budget.kind is {kind!r}; {nearest(kind, KINDS)}")
+
+
+def dense_share_bytes(context: BudgetContext, share: float) -> int:
+    """Return this multiple of the dense model's weight bytes, at most ``MOST_SHARE`` of the device memory."""
+    dense_bytes = weight_bytes(context.model, dense_plan(context.model))
+    return min(int(MOST_SHARE * context.gpu.memory_bytes), round(share * dense_bytes))
+
+
+def dense_shares(
+    context: BudgetContext,
+    *,
+    kind: str,
+    high_share: float,
+    low_share: float,
+    horizon_s: float,
+    seed: int,
+    notice_s: float = 0.0,
+) -> Budget:
+    """Return a budget that moves between two multiples of the dense model's weight bytes, as ``moving``.
+
+    One budget is then as tight for a small model as for a large one. Never above 90 % of the device memory.
+
+    Raises:
+        BudgetError: unless 0 < low_share <= high_share, and as ``moving``.
+    """
+    if not 0.0 < low_share <= high_share < math.inf:
+        raise BudgetError(
+            f"budget.low_share is {low_share} and budget.high_share {high_share}; low_share must be above 0 and at "
+            "most high_share (both in multiples of the model's dense weight bytes)"
+        )
+    high, low = dense_share_bytes(context, high_share), dense_share_bytes(context, low_share)
+    return moving(high, low, kind=kind, seed=seed, horizon_s=horizon_s, notice_s=notice_s)
 
 
 def relative(context: BudgetContext, *, share: float, batch: int, sequence_tokens: int) -> Budget:

@@ -48,12 +48,14 @@ class Iteration:
 class Ran:
     """The result of an iteration.
 
-    end_s: when it ends. extrapolated: whether its duration was extrapolated beyond the calibrated range.
+    end_s: when it ends. priced_s: what a calibration says that it takes, in seconds; None without one.
+    extrapolated: whether its duration was extrapolated beyond the calibrated range.
     next_tokens: request_id -> the token it produced; empty if tokens are simulated.
     stopped: requests that end with this token, before their output limit.
     """
 
     end_s: float
+    priced_s: float | None = None
     extrapolated: bool = False
     next_tokens: Mapping[int, int] = field(default_factory=dict)
     stopped: frozenset[int] = frozenset()

@@ -16,6 +16,7 @@ from sim.engine.executor import Iteration, Ran
 from sim.engine.live_request import LiveRequest
 from sim.engine.transition import LayerCopy, Resident
 from sim.errors import ConfigError
+from sim.limits import check_slowdown
 from sim.types import Ints
 
 
@@ -39,21 +40,28 @@ class PricingExecutor:
     """Computes no tokens: an iteration takes as long as the latency model predicts."""
 
     def __init__(
-        self, latency: LatencyModel, copy_slowdown: float = 0.0, host_to_device_bytes_per_s: float = 25e9
+        self,
+        latency: LatencyModel,
+        copy_slowdown: float = 0.0,
+        host_to_device_bytes_per_s: float = 25e9,
+        slowdown: float = 1.0,
     ) -> None:
         """Use ``latency``; an iteration that starts during a copy takes 1 + ``copy_slowdown`` times as long.
 
         ``host_to_device_bytes_per_s``: how fast KV is copied to the host and back.
+        ``slowdown``: an iteration takes this times as long as priced.
         """
         if not copy_slowdown >= 0:
             raise ConfigError(f"copy_slowdown is {copy_slowdown}; it must be at least 0")
-        self._latency, self._copy_slowdown = latency, copy_slowdown
+        check_slowdown(slowdown)
+        self._latency, self._copy_slowdown, self._slowdown = latency, copy_slowdown, slowdown
         self._bytes_per_s = host_to_device_bytes_per_s
 
     def run(self, iteration: Iteration) -> Ran:
         """Return when the iteration ends."""
-        duration_s, extrapolated = self.price(iteration)
-        return Ran(end_s=iteration.start_s + duration_s, extrapolated=extrapolated)
+        priced_s, extrapolated = self.price(iteration)
+        end_s = iteration.start_s + priced_s * self._slowdown
+        return Ran(end_s=end_s, priced_s=priced_s, extrapolated=extrapolated)
 
     def follow_budget(self, budget_bytes: int) -> None:
         """Do nothing: simulated KV blocks have no memory."""

@@ -335,6 +335,8 @@ class EngineState:
     running_tokens: tokens of running requests whose KV is held.
     kv_layer_blocks, kv_used_layer_blocks: size and use of the pool, in KV blocks of one layer.
     ttft_sum_s: sum of TTFT over the first tokens so far. busy_s: time spent in iterations that have ended.
+    priced_s: what the calibration says that these iterations take; busy_s / priced_s is how much slower than calibrated
+        the server runs. Equal to busy_s on a real engine without a calibration.
     budget_bytes, weight_bytes: the present budget, and the bytes of the resident weights.
     next_budget_bytes, next_budget_s: the next step of the budget once it is announced; before that, the present budget
         and ``inf``.
@@ -362,6 +364,7 @@ class EngineState:
     preemptions: int
     iterations: int
     busy_s: float
+    priced_s: float
     next_budget_bytes: int
     next_budget_s: float
     budget_violation_s: float

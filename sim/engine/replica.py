@@ -512,6 +512,7 @@ class Replica(ReplicaState):
         prefill_tokens = sum(tokens for _, tokens in iteration.prefills)
         decode_requests = len(iteration.decodes)
         self._busy_s += now_s - iteration.start_s
+        self._priced_s += now_s - iteration.start_s if ran.priced_s is None else ran.priced_s
         # Requests finish and free KV below; the time until now is compared with what was held until now.
         self._follow_budget(now_s)
         # A request that arrives at the very end of an iteration arrives before it ends.

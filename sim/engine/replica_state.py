@@ -57,7 +57,7 @@ class ReplicaState:
         self._context_limit = 0
         self._arrived_prompt_tokens = self._first_tokens = self._produced_tokens = 0
         self._finished = self._rejected = self._preemptions = self.out_of_memory = 0
-        self._ttft_sum_s = self._busy_s = 0.0
+        self._ttft_sum_s = self._busy_s = self._priced_s = 0.0
         self._forgotten = 0
 
     def forget_ended(self) -> None:
@@ -186,6 +186,7 @@ class ReplicaState:
             preemptions=self._preemptions,
             iterations=len(self._log),
             busy_s=self._busy_s,
+            priced_s=self._priced_s,
             next_budget_bytes=next_bytes,
             next_budget_s=next_s,
             budget_violation_s=self._meter.violation_s,

@@ -23,6 +23,7 @@ from sim.engine.protocol import EngineConfig
 from sim.engine.sim_engine import SimEngine
 from sim.errors import CalibrationError, ConfigError
 from sim.json_file import read_json_object
+from sim.limits import check_slowdown
 
 WORKSPACE_BYTES = 1_240_000_000
 """Default memory for activations, CUDA graphs and the like (sim.config.ReplayConfig says where it was measured)."""
@@ -111,6 +112,8 @@ class ServerSpec:
     latency: durations of the model on the device; None if there is no calibration (only a real engine runs without).
     quality_nll: nats per token that a plan costs, charged to requests: NaN for a plan whose loss is unknown; None
         charges nothing.
+    slowdown: an iteration takes this times as long as ``latency`` says: how much slower than the measured machine this
+        one is.
     """
 
     model: ModelSpec
@@ -119,6 +122,7 @@ class ServerSpec:
     workspace_bytes: int = WORKSPACE_BYTES
     latency: LatencyModel | None = None
     quality_nll: Callable[[Plan], float] | None = None
+    slowdown: float = 1.0
 
     def __post_init__(self) -> None:
         if self.latency is not None and self.latency.model != self.model.name:
@@ -126,6 +130,7 @@ class ServerSpec:
                 f"calibration {self.latency.name!r} was made for model {self.latency.model!r}, not "
                 f"{self.model.name!r}; set latency= to one made for it, or model={self.latency.model}"
             )
+        check_slowdown(self.slowdown)
 
     @classmethod
     def from_names(
@@ -166,12 +171,14 @@ class ServerSpec:
         quality: str | None = None,
         workspace_bytes: float = WORKSPACE_BYTES,
         fixed_s: float | None = None,
+        slowdown: float = 1.0,
     ) -> ServerSpec:
         """Build a server from a model, a device and a configuration, with prices by name.
 
         Args:
             latency, quality: as ``from_names``, except that a missing calibration leaves ``latency`` None.
             fixed_s: overhead of an iteration, in place of the calibration's; None keeps that.
+            slowdown: as in the class.
         """
         if latency is None:
             pairs = _calibrated_pairs(CALIBRATIONS).values()
@@ -190,6 +197,7 @@ class ServerSpec:
             workspace_bytes=int(workspace_bytes),
             latency=priced,
             quality_nll=named_quality(table).charge if table is not None else None,
+            slowdown=slowdown,
         )
 
     def copying(self) -> CopySpeed:
@@ -233,6 +241,7 @@ class ServerSpec:
             "config": self.config,
             "workspace_bytes": self.workspace_bytes,
             "host_to_device_bytes_per_s": copying.host_to_device_bytes_per_s,
+            "slowdown": self.slowdown,
             "copy_slowdown": copying.slowdown,
             "copy_layer_s": copying.layer_s,
             "quality_nll": self.quality_nll,

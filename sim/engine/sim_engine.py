@@ -42,11 +42,12 @@ from sim.engine.protocol import (
     repeated_hash_id,
 )
 from sim.errors import ConfigError
+from sim.limits import check_slowdown
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.traces.trace import Trace
 from sim.types import Floats, Ints
 
-MEMORY_OF_PLANS = 16384
+MEMORY_OF_PLANS = 65536
 """Residencies (sim/engine/plan_graph.py) that a plan graph may hold before the engine starts a new one."""
 
 NO_IDS: Ints = np.zeros(0, dtype=np.int64)
@@ -86,6 +87,8 @@ class SimEngine:
         budget_bytes: bytes that weights, workspace and KV cache may hold together, constant or over time.
         workspace_bytes: memory for activations and the like, which neither weights nor KV can use.
         host_to_device_bytes_per_s: how fast weights are copied in.
+        slowdown: an iteration takes this times as long as ``latency`` says, as on a machine that is slower than the
+            one that was measured (above 1) or faster (below 1). Copies of weights keep their time.
         copy_slowdown: an iteration that starts while weights are copied in takes 1 + copy_slowdown times as long.
         copy_layer_s: seconds that the copy of each layer takes in addition to its bytes.
         quality_nll: nats per token that a plan costs (``sim.cost.quality``), charged to requests; None charges nothing.
@@ -110,6 +113,7 @@ class SimEngine:
         budget_bytes: int | Budget,
         workspace_bytes: int = 0,
         host_to_device_bytes_per_s: float = 25e9,
+        slowdown: float = 1.0,
         copy_slowdown: float = 0.0,
         copy_layer_s: float = 0.0,
         quality_nll: Callable[[Plan], float] | None = None,
@@ -124,6 +128,7 @@ class SimEngine:
         check_plan(model, plan)
         latency.check_bits(plan)
         _check_copying(host_to_device_bytes_per_s, copy_slowdown, copy_layer_s)
+        check_slowdown(slowdown)
         self._own_env = env is None
         self.env = env or simpy.Environment()
         self._model, self._latency, self.config = model, latency, config
@@ -136,6 +141,7 @@ class SimEngine:
         self._table = self._state.table
         self._counters = n = kernel.fields_of(self._state.counters)
         n.workspace_bytes, n.quality_charged = int(workspace_bytes), quality_nll is not None
+        n.slowdown = slowdown
         n.copy_slowdown, n.copy_bytes_per_s = copy_slowdown, host_to_device_bytes_per_s
         n.copy_layer_s = copy_layer_s
         n.host_blocks = n.host_free_blocks = model.num_layers * config.host_kv_blocks
@@ -741,6 +747,7 @@ class SimEngine:
             preemptions=n.preemptions,
             iterations=n.iterations,
             busy_s=n.busy_s,
+            priced_s=n.priced_s,
             next_budget_bytes=budget.budget_bytes[step + 1] if announced else budget.budget_bytes[step],
             next_budget_s=budget.change_s[step + 1] if announced else math.inf,
             budget_violation_s=n.violation_s,

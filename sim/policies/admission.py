@@ -1,8 +1,11 @@
-"""Admission limits: keep the queue as short as can still meet the TTFT target, and reject other requests at once.
+"""Admission limits: keep the queue as short as can still meet the targets, and reject other requests at once.
 
-``Saber`` follows SABER (arXiv 2506.19677), which admits a request only if a fitted speed curve predicts that its target
-will be met. This version needs no fitted curve: it measures the rate of first tokens while requests wait, and limits
-the queue to what the server can start within the target at that rate. Margin and bounds are our choice.
+``Saber`` follows SABER (arXiv 2506.19677), which admits a request only if a speed curve, fitted while serving, predicts
+that its target will be met. This version wraps any policy. It measures how long requests take from their admission to
+their first token, and rejects a request once it has waited so long that its first token can no longer come in time
+(``limit: seconds``). With a target for the time per output token, it also fits that time against the number of running
+requests, and limits how many run. ``limit: requests`` is an earlier form: it limits the length of the queue to what
+the server can start within the target. Margins and bounds are our choice.
 ``Limited`` adds fixed limits, in requests or in seconds, to any other policy, so that policies can be compared with and
 without a limit.
 """
@@ -11,86 +14,224 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hydra.utils import instantiate
 
+from sim.config import build_option
 from sim.cost.plan import LARGEST, Plan, is_positive
 from sim.engine.protocol import EngineState
-from sim.errors import ConfigError
+from sim.errors import ConfigError, nearest
 from sim.limits import is_whole
 from sim.policies.base import Policy, PolicyContext, plans_of
-from sim.policies.fixed import plan_of
+
+LIMITS = ("seconds", "requests")
+WAIT_STEP_S = 0.05
+"""Limits on the wait are multiples of this, so that a plan does not change with every decision, and at least this: with
+none at all a server that was slow for a moment would reject all later requests."""
+
+
+@dataclass(slots=True)
+class Mean:
+    """An exponential average over time; NaN until something was seen."""
+
+    smoothing_s: float
+    value: float = math.nan
+
+    def add(self, seen: float, passed_s: float) -> float:
+        """Add what was seen during ``passed_s`` seconds; return the average."""
+        known = seen if math.isnan(self.value) else self.value
+        self.value = known + (1.0 - math.exp(-passed_s / self.smoothing_s)) * (seen - known)
+        return self.value
+
+
+@dataclass(slots=True)
+class SpeedCurve:
+    """A line through (running requests, seconds per iteration), by least squares; older points count less.
+
+    smoothing_s: a point's weight falls by a factor of e in this time.
+    """
+
+    smoothing_s: float
+    sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+
+    def add(self, running: float, iteration_s: float, passed_s: float) -> None:
+        """Add a point."""
+        kept = math.exp(-passed_s / self.smoothing_s)
+        point = (1.0, running, iteration_s, running * running, running * iteration_s)
+        self.sums = [kept * old + new for old, new in zip(self.sums, point, strict=True)]
+
+    def most_running(self, iteration_s: float) -> int | None:
+        """Return how many requests can run at this time per iteration, at least 1; None if the points do not say."""
+        weight, x, y, xx, xy = self.sums
+        spread = weight * xx - x * x
+        if weight <= 0.0 or spread <= 1e-6 * weight * xx:
+            return None
+        slope = (weight * xy - x * y) / spread
+        if slope <= 0.0:
+            return None
+        return min(LARGEST, max(1, math.floor((iteration_s - (y - slope * x) / weight) / slope)))
 
 
 @dataclass(slots=True)
 class Saber:
-    """Runs one plan; limits the queue to ``margin`` x target x the measured rate of first tokens.
+    """Follows another policy; rejects a request when its first token can no longer come in time.
 
-    margin: share of the TTFT target in which the queue must be served. least, most: bounds of the queue limit.
-    smoothing_s: time constant of the exponential average of the rate; only time in which requests waited counts.
+    ttft_s, tpot_s: the targets; None for none. margin: share of a target that is used.
+    start_s: measured seconds from admission to the first token, the mean TTFT of an interval minus the wait at the head
+    of the queue. curve: seconds per iteration against running requests.
     """
 
-    plan: Plan
+    policy: Policy
     ttft_s: float
     margin: float
-    least: int
-    most: int
-    smoothing_s: float
-    speed_rps: float = math.nan
+    start_s: Mean
+    tpot_s: float | None = None
+    curve: SpeedCurve = field(default_factory=lambda: SpeedCurve(60.0))
     before: EngineState | None = None
 
     @property
     def first_plan(self) -> Plan:
-        """The plan with the longest allowed queue."""
-        return replace(self.plan, max_waiting=self.most)
+        """The other policy's first plan; a request may wait for the target, since no speed is known yet."""
+        return self._limited(self.policy.first_plan)
 
     @property
-    def plans(self) -> tuple[Plan, ...]:
-        """The plan."""
-        return (self.plan,)
+    def plans(self) -> tuple[Plan, ...] | None:
+        """Those of the other policy."""
+        return plans_of(self.policy)
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Measure since the last decision; return the other policy's plan with the limit that follows."""
+        before, self.before = self.before, state
+        if before is not None and state.time_s > before.time_s:
+            self._measure(before, state)
+        return self._limited(self.policy(state))
+
+    def _measure(self, before: EngineState, state: EngineState) -> None:
+        passed_s = state.time_s - before.time_s
+        begun, iterations = state.first_tokens - before.first_tokens, state.iterations - before.iterations
+        if begun > 0:
+            waited_s = (before.oldest_wait_s + state.oldest_wait_s) / 2.0
+            self.start_s.add(max(0.0, (state.ttft_sum_s - before.ttft_sum_s) / begun - waited_s), passed_s)
+        if self.tpot_s is not None and iterations > 0:
+            running = (before.running + state.running) / 2.0
+            self.curve.add(running, (state.busy_s - before.busy_s) / iterations, passed_s)
+
+    def _limited(self, plan: Plan) -> Plan:
+        start_s = 0.0 if math.isnan(self.start_s.value) else self.start_s.value
+        steps = max(1, math.floor(self.margin * (self.ttft_s - start_s) / WAIT_STEP_S + 1e-9))
+        wait_s = steps * WAIT_STEP_S
+        if plan.max_wait_s is not None:
+            wait_s = min(wait_s, plan.max_wait_s)
+        most = None if self.tpot_s is None else self.curve.most_running(self.margin * self.tpot_s)
+        running = [count for count in (most, plan.max_running) if count is not None]
+        return replace(plan, max_wait_s=wait_s, max_running=min(running, default=None))
+
+
+@dataclass(slots=True)
+class SaberQueue:
+    """Follows another policy; limits the queue to ``margin`` x target x the measured rate of first tokens.
+
+    margin: share of the TTFT target in which the queue must be served. least, most: bounds of the queue limit.
+    speed_rps: the rate of first tokens; only time in which requests waited counts.
+    """
+
+    policy: Policy
+    ttft_s: float
+    margin: float
+    least: int
+    most: int
+    speed_rps: Mean
+    before: EngineState | None = None
+
+    @property
+    def first_plan(self) -> Plan:
+        """The other policy's first plan with the longest allowed queue."""
+        return replace(self.policy.first_plan, max_waiting=self.most)
+
+    @property
+    def plans(self) -> tuple[Plan, ...] | None:
+        """Those of the other policy."""
+        return plans_of(self.policy)
 
     def __call__(self, state: EngineState) -> Plan:
         """Measure the rate of first tokens and set the queue limit."""
         before, self.before = self.before, state
         if before is not None and state.time_s > before.time_s and before.waiting and state.waiting:
             passed_s = state.time_s - before.time_s
-            seen_rps = (state.first_tokens - before.first_tokens) / passed_s
-            weight = 1.0 - math.exp(-passed_s / self.smoothing_s)
-            known = seen_rps if math.isnan(self.speed_rps) else self.speed_rps
-            self.speed_rps = known + weight * (seen_rps - known)
-        if math.isnan(self.speed_rps):
-            return self.first_plan
-        limit = math.floor(self.margin * self.ttft_s * self.speed_rps)
-        return replace(self.plan, max_waiting=min(self.most, max(self.least, limit)))
+            self.speed_rps.add((state.first_tokens - before.first_tokens) / passed_s, passed_s)
+        plan = self.policy(state)
+        if math.isnan(self.speed_rps.value):
+            return replace(plan, max_waiting=self.most)
+        limit = math.floor(self.margin * self.ttft_s * self.speed_rps.value)
+        return replace(plan, max_waiting=min(self.most, max(self.least, limit)))
 
 
 def saber(
     served: PolicyContext,
     *,
+    policy: Any,
+    limit: str = "seconds",
     ttft_s: float = 2.0,
+    tpot_s: float | None = None,
     margin: float = 0.8,
     least: int = 1,
     most: int = 64,
     smoothing_s: float = 10.0,
-    plan: Mapping[str, Any] | None = None,
-) -> Saber:
-    """Build the policy.
+) -> Saber | SaberQueue:
+    """Build the policy around another one: a file of conf/policy by name or by content (``built``).
 
     Args:
-        plan: options of ``sim.policies.fixed.static_plan``; None is dense.
-        ttft_s, margin, least, most, smoothing_s: as in ``Saber``.
+        limit: ``seconds`` a request may wait (``Saber``), or ``requests`` that may wait (``SaberQueue``).
+        ttft_s, tpot_s: targets for the time to the first token and per output token; None for no target of the latter.
+        margin: share of the targets that is used. least, most: bounds of the queue with ``limit=requests``.
+        smoothing_s: time constant of the averages of what is measured.
     Raises:
-        ConfigError: for a target, margin or smoothing that is not above 0, or bounds that are not 0 <= least <= most.
+        ConfigError: for an unknown limit; for a target, margin or smoothing that is not above 0; for bounds that are
+            not 0 <= least <= most; for a ``tpot_s`` with ``limit=requests``, which has no use for it.
     """
-    positive = all(0 < number < math.inf for number in (ttft_s, margin, smoothing_s))
+    if limit not in LIMITS:
+        raise ConfigError(f"unknown policy.limit {limit!r}; {nearest(str(limit), LIMITS)}")
+    positive = all(is_positive(number) for number in (ttft_s, margin, smoothing_s))
     if not positive or not (is_whole(least) and is_whole(most) and 0 <= least <= most <= LARGEST):
         raise ConfigError(
             f"policy.ttft_s is {ttft_s}, margin {margin}, smoothing_s {smoothing_s}, least {least!r}, most {most!r}; "
             f"the first three must be above 0, and the others whole numbers, 0 <= least <= most <= {LARGEST}"
         )
-    return Saber(plan_of(served.model, plan or {}), ttft_s, margin, least, most, smoothing_s)
+    if tpot_s is not None and (not is_positive(tpot_s) or limit == "requests"):
+        raise ConfigError(
+            f"policy.tpot_s is {tpot_s!r} with policy.limit={limit}; it must be seconds above 0 with limit=seconds, or "
+            "null for no target"
+        )
+    inner = built(policy, served)
+    if limit == "requests":
+        return SaberQueue(inner, ttft_s, margin, least, most, Mean(smoothing_s))
+    return Saber(inner, ttft_s, margin, Mean(smoothing_s), tpot_s)
+
+
+def built(policy: Any, served: PolicyContext) -> Policy:
+    """Return the policy that a wrapper follows.
+
+    Args:
+        policy: the name of a file of conf/policy; its name and other values of its keys (``{name: NAME, KEY: VALUE}``);
+            its content; or a function that makes the policy.
+    Raises:
+        ConfigError: for an unknown name or key, or a value that is none of these.
+    """
+    if isinstance(policy, str):
+        policy = {"name": policy}
+    if isinstance(policy, Mapping) and "name" in policy and "_target_" not in policy:
+        made = build_option("policy", str(policy["name"]), {key: policy[key] for key in policy if key != "name"})
+    else:
+        made = instantiate(policy) if isinstance(policy, Mapping) and "_target_" in policy else policy
+    if not callable(made):
+        raise ConfigError(
+            f"policy.policy is {policy!r}; name a file of conf/policy, such as policy.policy=greedy_stop, with other "
+            "values as policy.policy='{name: greedy_stop, headroom: 1.4}', or write its content"
+        )
+    inner: Policy = made(served)
+    return inner
 
 
 @dataclass(slots=True)
@@ -129,7 +270,7 @@ class Limited:
 def limited(
     served: PolicyContext, *, policy: Any, max_waiting: int | None = None, max_wait_s: float | None = None
 ) -> Limited:
-    """Build the policy around another one, which has the form of a file of conf/policy.
+    """Build the policy around another one: a file of conf/policy by name or by content (``built``).
 
     A limit in seconds suits every load: a request that waits longer than its TTFT target allows is lost, and its place
     goes to one that can still meet the target. A limit in requests suits one arrival rate and one length of prompts.
@@ -144,5 +285,4 @@ def limited(
             f"policy.max_waiting is {max_waiting!r} and policy.max_wait_s {max_wait_s!r}; the first must be at least 0 "
             f"waiting requests, a whole number up to {LARGEST}, the second seconds above 0; set one of them or both"
         )
-    made = instantiate(policy) if isinstance(policy, Mapping) else policy
-    return Limited(made(served), max_waiting, max_wait_s)
+    return Limited(built(policy, served), max_waiting, max_wait_s)

@@ -90,12 +90,20 @@ def _per_layer(weight_bits: int | Sequence[int], layers: int) -> tuple[int, ...]
     return tuple(weight_bits) if listed else (weight_bits,) * layers  # type: ignore[arg-type,return-value]
 
 
-def fixed(served: PolicyContext, **options: Any) -> Fixed:
+def fixed(served: PolicyContext, *, made_for: str | None = None, **options: Any) -> Fixed:
     """Build the policy that always runs ``static_plan(model, **options)``.
 
+    Args:
+        made_for: the model for which its blocks were chosen; None accepts any model.
     Raises:
-        PlanError: for an option that ``static_plan`` does not have, or a plan that is not legal for the model.
+        PlanError: for an option that ``static_plan`` does not have, a plan that is not legal for the model, or blocks
+            that were chosen for another model.
     """
+    if made_for is not None and made_for != served.model.name:
+        raise PlanError(
+            f"policy.drop_mha and drop_ffn were chosen for {made_for}, not for {served.model.name}; set blocks of this "
+            f"model: policy=fixed policy.drop_mha=[...] policy.drop_ffn=[...] (conf/score has measured orders)"
+        )
     return Fixed(plan_of(served.model, options))
 
 

@@ -19,6 +19,7 @@ from sim.cost.plan import Plan, dense_plan, drop, with_mask
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.policies.base import PolicyContext
+from sim.policies.orders import check_made_for
 
 
 @dataclass(slots=True)
@@ -99,6 +100,44 @@ def greedy_stop(
         ConfigError: for a headroom below 1, a restore_headroom below headroom, a patience below 1, or a share out of
             range.
     """
+    plans = dropping(served.model, order, made_for)
+    return stop_over(served, plans, headroom, restore_headroom, waiting_share, waiting_most, patience)
+
+
+def dropping(model: ModelSpec, order: Sequence[str], made_for: str | None = None) -> list[Plan]:
+    """Return the plans without the first 0, 1, 2, ... blocks of an order.
+
+    Raises:
+        PlanError: for a block that the model does not have, one named twice, or an order made for another model.
+    """
+    check_made_for(model, made_for, "policy")
+    dense = dense_plan(model)
+    plans = [dense]
+    mha: list[int] = []
+    ffn: list[int] = []
+    for kind, layer in map(block_of, order):
+        (mha if kind == "MHA" else ffn).append(layer)
+        if len(set(mha)) + len(set(ffn)) != len(plans):
+            raise PlanError(f"policy.order names {kind}{layer} twice; each block can be dropped once")
+        plans.append(with_mask(dense, drop(model, mha=mha, ffn=ffn)))
+    return plans
+
+
+def stop_over(
+    served: PolicyContext,
+    plans: Sequence[Plan],
+    headroom: float,
+    restore_headroom: float,
+    waiting_share: float,
+    waiting_most: float,
+    patience: int,
+) -> GreedyStop:
+    """Return the policy over plans of falling size, the first being dense; the numbers are those of ``GreedyStop``.
+
+    Raises:
+        ConfigError: for a headroom below 1, a restore_headroom below headroom, a patience below 1, or a share out of
+            range.
+    """
     if not 1.0 <= headroom <= restore_headroom:
         raise ConfigError(
             f"policy.headroom is {headroom} and restore_headroom {restore_headroom}; they must be at least 1, and the "
@@ -110,20 +149,6 @@ def greedy_stop(
             "be at least 1, at least 0, and from 0 to 1"
         )
     model = served.model
-    if made_for is not None and made_for != model.name:
-        raise PlanError(
-            f"policy.order was measured on {made_for}, not on {model.name}; set an order of this model "
-            "(policy.order='[MHA20,FFN3,...]' policy.made_for=null; python -m hw.score kind=gsi measures one)"
-        )
-    dense = dense_plan(model)
-    plans = [dense]
-    mha: list[int] = []
-    ffn: list[int] = []
-    for kind, layer in map(block_of, order):
-        (mha if kind == "MHA" else ffn).append(layer)
-        if len(set(mha)) + len(set(ffn)) != len(plans):
-            raise PlanError(f"policy.order names {kind}{layer} twice; each block can be dropped once")
-        plans.append(with_mask(dense, drop(model, mha=mha, ffn=ffn)))
     return GreedyStop(
         plans=tuple(plans),
         weights_bytes=tuple(weight_bytes(model, plan) for plan in plans),

@@ -7,8 +7,9 @@ from those of the served model is refused, because its inputs and outputs would 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,41 +56,90 @@ def _tanh(x: Floats32) -> Floats32:
 ACTIVATIONS: dict[str, _Activation] = {"relu": _relu, "tanh": _tanh}
 
 
+def pair_values(outputs: Any, heads: tuple[int, int]) -> Any:
+    """Return the values [..., n * m] of all pairs (i, j), j fastest, from outputs [..., n + m] of two heads.
+
+    Arrays of NumPy and tensors of torch.
+    """
+    first, second = heads
+    sums = outputs[..., :first, None] + outputs[..., None, first:]
+    return sums.reshape((*outputs.shape[:-1], first * second))
+
+
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A float32 perceptron: per layer, weights [out, in] and biases [out]; an activation between layers."""
+    """Float32 perceptrons: per layer, weights [out, in] and biases [out]; an activation between layers.
+
+    With k members, weights are [k, out, in] and biases [k, out], and a value is the mean of the members' values. For
+    policies trained by PPO this equals the mean of log-probabilities over the legal actions, up to a constant that all
+    actions of a row share (each member's log of its normalizer), so both choose the same action: the one with the
+    highest product of the members' probabilities. Members of other trainings must share one unit, such as nats (DQN).
+
+    heads: (n, m) if an action is a pair: the network has n + m outputs, and the value of action i * m + j is the sum of
+    outputs i and n + j. None for one output per action.
+    """
 
     weights: tuple[NDArray[np.float32], ...]
     biases: tuple[NDArray[np.float32], ...]
     activation: str = "relu"
+    heads: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"unknown activation {self.activation!r}; {nearest(self.activation, ACTIVATIONS)}")
         sizes = [w.shape for w in self.weights]
-        fits = all(a[0] == b[1] for a, b in pairwise(sizes))
-        if not sizes or not fits or [b.shape for b in self.biases] != [(s[0],) for s in sizes]:
+        fits = all(a[:-2] == b[:-2] and a[-2] == b[-1] for a, b in pairwise(sizes))
+        if (
+            not sizes
+            or len(sizes[0]) not in (2, 3)
+            or not fits
+            or [b.shape for b in self.biases] != [s[:-1] for s in sizes]
+        ):
             raise ConfigError(
                 f"the layers {sizes} do not fit one another or their biases; export the policy again: "
                 "python -m agents.export"
             )
+        if self.heads is not None and sum(self.heads) != sizes[-1][-2]:
+            raise ConfigError(
+                f"heads {list(self.heads)} need {sum(self.heads)} outputs; the network has {sizes[-1][-2]}"
+            )
 
     @property
     def parameters(self) -> int:
-        """The number of learned parameters."""
+        """The number of learned parameters of all members."""
         return sum(w.size for w in self.weights) + sum(b.size for b in self.biases)
+
+    @property
+    def members(self) -> int:
+        """The number of perceptrons whose values are averaged."""
+        first = self.weights[0]
+        return first.shape[0] if first.ndim == 3 else 1
+
+    @property
+    def inputs(self) -> int:
+        """The number of features."""
+        return int(self.weights[0].shape[-1])
+
+    @property
+    def actions(self) -> int:
+        """The number of actions."""
+        return math.prod(self.heads) if self.heads else int(self.weights[-1].shape[-2])
 
     def __call__(self, features: Floats32) -> Floats32:
         """Return one value per action, [a] or [n, a], for features [o] or [n, o]."""
         apply = ACTIVATIONS[self.activation]
-        x = features
+        several = self.weights[0].ndim == 3
+        x = np.atleast_2d(features) if several else features  # [n, o], then [k, n, ...]
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = x @ weight.T
-            x += bias
+            x = x @ weight.swapaxes(-1, -2)
+            x += bias[:, None] if several else bias
             if i < last:
                 x = apply(x)
-        return x
+        if several:
+            x = x.mean(axis=0)
+            x = x if features.ndim == 2 else x[0]
+        return x if self.heads is None else pair_values(x, self.heads)
 
     def act(self, features: Floats32, legal: Bools) -> NDArray[np.int64]:
         """Return the legal action with the highest value in each row."""
@@ -128,8 +178,8 @@ def read_learned(path: str | Path, task: str) -> Learned:
         about = read_about(file)
         if about["task"] != task:
             raise ValueError(f"it was trained for {about['task']!r}; expected {task!r}")
-        layers = read_weights(file.with_suffix(".safetensors"), about["layers"])
-        network = network_of(layers, about["activation"])
+        layers = read_weights(file.with_suffix(".safetensors"), about["layers"], about.get("members", 1))
+        network = network_of(layers, about["activation"], about.get("heads"))
     except (OSError, ValueError, MemoryError) as error:
         text = " ".join(str(error).split())[:500]
         raise ConfigError(
@@ -157,10 +207,10 @@ def check_tables(learned: Learned, table: ObservationSpec) -> None:
             f"{learned.path.name} was trained for another observation or other actions: {difference}; "
             f"use it with model={learned.about.get('model')}, or train one for this: python -m agents.train"
         )
-    sizes = learned.network.weights[0].shape[1], learned.network.weights[-1].shape[0]
+    sizes = learned.network.inputs, learned.network.actions
     if sizes != (table.features, len(table.actions)):
         raise ConfigError(
-            f"{learned.path.name}: its network has {sizes[0]} inputs and {sizes[1]} outputs, but its table has "
+            f"{learned.path.name}: its network has {sizes[0]} inputs and {sizes[1]} actions, but its table has "
             f"{table.features} entries and {len(table.actions)} actions; export it again: python -m agents.export"
         )
 
@@ -294,6 +344,31 @@ def learned_prune(served: PolicyContext, *, path: str, headroom: float = 1.1, pa
     )
 
 
-def network_of(arrays: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]], activation: str) -> Network:
+def network_of(
+    arrays: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]],
+    activation: str,
+    heads: Sequence[int] | None = None,
+) -> Network:
     """Return the network of (weight, bias) pairs."""
-    return Network(tuple(w for w, _ in arrays), tuple(b for _, b in arrays), activation)
+    pair = None if heads is None else (int(heads[0]), int(heads[1]))
+    return Network(tuple(w for w, _ in arrays), tuple(b for _, b in arrays), activation, pair)
+
+
+def averaged(networks: Sequence[Network]) -> Network:
+    """Return the network whose members are these networks, which must have equal layers; one alone stays as it is.
+
+    Raises:
+        ConfigError: if their layers, activations or heads differ, or one has several members already.
+    """
+    first = networks[0]
+    if len(networks) == 1:
+        return first
+    shapes = [w.shape for w in first.weights]
+    for other in networks:
+        if other.members != 1 or [w.shape for w in other.weights] != shapes:
+            raise ConfigError(f"members need equal layers; {[w.shape for w in other.weights]} differ from {shapes}")
+        if (other.activation, other.heads) != (first.activation, first.heads):
+            raise ConfigError("members need the same activation and the same heads")
+    weights = tuple(np.stack(same) for same in zip(*(n.weights for n in networks), strict=True))
+    biases = tuple(np.stack(same) for same in zip(*(n.biases for n in networks), strict=True))
+    return replace(first, weights=weights, biases=biases)

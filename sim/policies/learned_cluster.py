@@ -14,7 +14,7 @@ from sim.policies.base import PolicyContext
 from sim.policies.learned import Network, read_learned
 from sim.policies.learned_serve import trained_actions
 from sim.policies.observation.cluster import cluster_table, replica_features, shown_entries
-from sim.policies.observation.serve import Choice, ServeActions, ServeObserver
+from sim.policies.observation.serve import SERVER_ENTRIES, Choice, ServeActions, ServeObserver
 from sim.types import Floats32
 
 
@@ -42,7 +42,7 @@ class LearnedCluster:
 
     def among(self, state: EngineState, others: Sequence[EngineState]) -> Plan:
         """Observe and choose."""
-        own = self.observer(state, self.choice)
+        own = self.observer(state, self.choice)[: len(SERVER_ENTRIES)]
         features = np.concatenate((own, replica_features(state, others, self.observer.dense_bytes))) * self.shown
         action = int(self.network.act(features, self.actions.legal(state, self.choice)))
         self.choice = self.actions.chosen(state, self.choice, action)

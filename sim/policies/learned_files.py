@@ -25,6 +25,8 @@ MAX_WEIGHT_BYTES = 64 * 2**20
 """A policy may have this many bytes of weights: 16 million parameters."""
 MAX_LAYERS, MAX_SIZE = 32, 65_536
 """Limits on the number of layers, and on the inputs and outputs of one."""
+MAX_MEMBERS = 64
+"""A policy may average this many networks."""
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
@@ -88,13 +90,27 @@ REQUIRED: Mapping[str, Check] = {
 }
 OPTIONAL: Mapping[str, Check] = {
     "parameters": (_whole, "a whole number"),
+    "members": (
+        lambda value: _whole(value) and 2 <= value <= MAX_MEMBERS,
+        f"a whole number from 2 to {MAX_MEMBERS}; leave the key out for one network",
+    ),
+    "heads": (
+        lambda value: _layer(value) and math.prod(value) <= MAX_SIZE,
+        f"a pair of whole numbers of at least 1, whose product is at most {MAX_SIZE:,}",
+    ),
     "environment": TABLE,
     "training": TABLE,
+    "trainings": (_all(_table), "a list of tables, one for each member"),
     "quality_sha256": NAME,
     "commit": NAME,
     "plans": TABLE,
     "tick_s": (lambda value: _number(value) and value > 0, "a number of seconds above 0"),
     "scores": (_all(_number), "a list of numbers"),
+    "slo": TABLE,
+    "low_loss": (lambda value: _number(value) and value >= 0, "a number of nats, at least 0"),
+}
+SLO: Mapping[str, Check] = {
+    "tpot_s": (_optional(lambda value: _number(value) and value > 0), "a number of seconds above 0, or null"),
 }
 ENVIRONMENT: Mapping[str, Check] = {
     "restore": (_flag, "true or false"),
@@ -106,10 +122,15 @@ ENVIRONMENT: Mapping[str, Check] = {
 """The keys of ``environment`` that a policy reads; others describe the training."""
 PLANS: Mapping[str, Check] = {
     "order": NAMES,
+    "made_for": NAME,
     "drops": (_all(_whole), "a list of whole numbers"),
     "low_layers": (_all(_whole), "a list of whole numbers"),
     "low_bits": (_whole, "a whole number"),
     "admits": (_all(_optional(_whole)), "a list of whole numbers or null"),
+    "waits": (
+        _all(_optional(lambda value: _number(value) and value > 0)),
+        "a list of numbers of seconds above 0, or null",
+    ),
     "dwell_s": (lambda value: _number(value) and value >= 0, "a number of seconds, at least 0"),
 }
 TRAINING: Mapping[str, Check] = {
@@ -139,6 +160,8 @@ def read_about(path: Path) -> dict[str, Any]:
     _check(about, known, "")
     _check(about.get("environment", {}), ENVIRONMENT, "environment.")
     _check(about.get("training", {}), TRAINING, "training.")
+    _check(about.get("slo", {}), SLO, "slo.")
+    _check_members(about)
     _check_plans(about)
     return about
 
@@ -149,17 +172,29 @@ def _check(values: Mapping[str, Any], checks: Mapping[str, Check], prefix: str) 
             raise ValueError(f"{prefix}{key} is {reprlib.repr(values[key])}; it must be {allowed}")
 
 
+def _check_members(about: Mapping[str, Any]) -> None:
+    """Check that heads and trainings fit the layers and the number of members."""
+    outputs, heads = about["layers"][-1][0], about.get("heads")
+    if heads is not None and sum(heads) != outputs:
+        raise ValueError(f"heads is {heads}, which need {sum(heads)} outputs; the last layer has {outputs}")
+    trainings, members = about.get("trainings"), about.get("members", 1)
+    if trainings is not None and len(trainings) != members:
+        raise ValueError(f"trainings lists {len(trainings)}, but the policy has {members} members")
+    for number, training in enumerate(trainings or ()):
+        _check(training, TRAINING, f"trainings.{number}.")
+
+
 def _check_plans(about: Mapping[str, Any]) -> None:
-    """Check the table of plans before any plan is made: there is one for each output of the network."""
+    """Check the table of plans before any plan is made: there is one for each action of the network."""
     plans = about.get("plans", {})
     for key in plans:
         if key not in PLANS:
             raise ValueError(f"unknown key plans.{reprlib.repr(key)}; {nearest(key, PLANS)}")
     _check(plans, PLANS, "plans.")
-    count = math.prod(len(plans.get(key, (0,))) for key in ("drops", "low_layers", "admits"))
-    outputs = about["layers"][-1][0]
-    if plans and count != outputs:
-        raise ValueError(f"plans lists {count} plans, but the network has {outputs} outputs")
+    count = math.prod(len(plans.get(key, (0,))) for key in ("drops", "low_layers", "admits", "waits"))
+    actions = math.prod(about.get("heads", about["layers"][-1][:1]))
+    if plans and count != actions:
+        raise ValueError(f"plans lists {count} plans, but the network has {actions} actions")
 
 
 def strict_json(text: str) -> Any:
@@ -187,17 +222,21 @@ def strict_json(text: str) -> Any:
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def read_weights(path: Path, layers: Sequence[Sequence[int]]) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Return weights [out, in] and biases [out] of each layer from NAME.safetensors.
+def read_weights(
+    path: Path, layers: Sequence[Sequence[int]], members: int = 1
+) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Return weights [out, in] and biases [out] of each layer from NAME.safetensors; [k, ...] for k members above 1.
 
     Args:
         path: the file. layers: [outputs, inputs] of each layer, which the file must have, in finite float32.
+        members: networks in the file.
     Raises:
         ValueError: for anything else in the file; it names the tensor. OSError: if the file cannot be read.
     """
     shapes: dict[str, list[int]] = {}
+    first = [members] if members > 1 else []
     for number, (outputs, inputs) in enumerate(layers):
-        shapes[f"{number}.weight"], shapes[f"{number}.bias"] = [outputs, inputs], [outputs]
+        shapes[f"{number}.weight"], shapes[f"{number}.bias"] = [*first, outputs, inputs], [*first, outputs]
     size = 4 * sum(map(math.prod, shapes.values()))
     if size > MAX_WEIGHT_BYTES:
         raise ValueError(f"the layers have {size:,} bytes of weights; at most {MAX_WEIGHT_BYTES:,} are allowed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,16 +13,30 @@ from sim.errors import ConfigError
 from sim.policies.base import PolicyContext
 from sim.policies.learned import Learned, Network, check_tables, read_learned
 from sim.policies.observation.prune import ObservationSpec
-from sim.policies.observation.serve import Choice, ServeActions, ServeObserver, actions_from, serve_table
+from sim.policies.observation.serve import (
+    SERVER_ENTRIES,
+    Choice,
+    ServeActions,
+    ServeObserver,
+    Terms,
+    actions_from,
+    low_precision_loss,
+    replica_table,
+    serve_table,
+)
 
 
 @dataclass(slots=True)
 class LearnedServe:
-    """Chooses the legal plan with the highest value."""
+    """Chooses the legal plan with the highest value.
+
+    reads: how many of the first entries of an observation the network reads.
+    """
 
     network: Network
     actions: ServeActions
     observer: ServeObserver
+    reads: int
     choice: Choice = field(default_factory=Choice)
 
     @property
@@ -36,25 +51,47 @@ class LearnedServe:
 
     def __call__(self, state: EngineState) -> Plan:
         """Observe and choose."""
-        features = self.observer(state, self.choice)
+        features = self.observer(state, self.choice)[: self.reads]
         action = int(self.network.act(features, self.actions.legal(state, self.choice)))
         self.choice = self.actions.chosen(state, self.choice, action)
         return self.actions.plans[action]
 
 
-def learned_serve(served: PolicyContext, *, path: str) -> LearnedServe:
+def learned_serve(served: PolicyContext, *, path: str, low_bits: bool = True) -> LearnedServe:
     """Build the policy from an exported file; run it at the ``tick_s`` of its training, which is in the file.
 
     Args:
         served: what the policy knows of the server.
         path: a JSON file of ``agents.export``, or the name of one in conf/policy.
+        low_bits: whether the server has low-precision copies of the weights; without, no plan with layers at low
+            precision is chosen.
     Raises:
         ConfigError: for a file that was trained for another model, observation or table of plans.
     """
     learned = read_learned(path, "ServeTrace")
-    actions = trained_actions(learned, served, serve_table)
+    reads = learned.network.inputs
+    table = replica_table if reads == len(SERVER_ENTRIES) else serve_table
+    actions = trained_actions(learned, served, table)
+    if not low_bits:
+        actions = actions.without_low_bits()
     block_bytes = kv_block_layer_bytes(served.model, served.kv_block_tokens)
-    return LearnedServe(learned.network, actions, ServeObserver(served.model, actions, block_bytes))
+    observer = ServeObserver(served.model, actions, block_bytes, _terms(learned, served, actions))
+    return LearnedServe(learned.network, actions, observer, reads)
+
+
+def _terms(learned: Learned, served: PolicyContext, actions: ServeActions) -> Terms:
+    """Return the SLO that a policy was trained for, and what low precision costs by the server's quality table.
+
+    Without a quality table, low precision costs what it did in training.
+    """
+    slo = learned.about.get("slo", {})
+    tpot_s = slo.get("tpot_s") or math.inf
+    charge = served.server.quality_nll if served.server is not None else None
+    low_loss = float(learned.about.get("low_loss", 0.0))
+    if charge is not None:
+        measured = low_precision_loss(served.model, actions, charge)
+        low_loss = low_loss if math.isnan(measured) else measured
+    return Terms(tpot_s=float(tpot_s), low_loss=low_loss)
 
 
 def trained_actions(

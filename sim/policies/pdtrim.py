@@ -65,11 +65,11 @@ def pdtrim(
     model, dense = served.model, dense_plan(served.model)
     if kind == "dense":
         return Fixed(dense)
-    layers = [int(layer) for layer in _score(attention)["order"]]
+    layers = [int(layer) for layer in _score(attention, model)["order"]]
     if kind == "searched":
-        row = list(_searched(model, _score(order).get("searches", [])))
+        row = list(_searched(model, _score(order, model).get("searches", [])))
     else:
-        row = list(_plans(model, kind, _score(order)["order"], layers, first_tokens, last_tokens))
+        row = list(_plans(model, kind, _score(order, model)["order"], layers, first_tokens, last_tokens))
     if most_perplexity is not None:
         table = load_quality(quality)
         most_nll = table.nll(dense) + math.log(most_perplexity)
@@ -129,11 +129,16 @@ def _blocks(names: Sequence[str], kind: str) -> list[int]:
     return [int(name[3:]) for name in names if name.startswith(kind)]
 
 
-def _score(name: str) -> dict[str, Any]:
+def _score(name: str, model: ModelSpec) -> dict[str, Any]:
     path = CONF_DIR / "score" / f"{name}.json"
     if not path.is_file():
         raise ConfigError(f"there is no score {name!r}; {nearest(name, [p.stem for p in path.parent.glob('*.json')])}")
     content = read_json_object(path, ConfigError, "measure it again with hw.score")
     if not isinstance(content.get("order", []), list) or not isinstance(content.get("searches", []), list):
         raise ConfigError(f"{path} has no lists of order or searches; measure it again with hw.score")
+    if content.get("model") != model.name:
+        raise ConfigError(
+            f"{path.name} was measured on {content.get('model')}, not on {model.name}; name a file of this model "
+            "(policy.order=, policy.attention=; python -m hw.score kind=pdtrim and kind=attention measure them)"
+        )
     return content

@@ -27,6 +27,9 @@ class AdaptivePrecision:
     Load is the larger of KV use (share of the pool) and the oldest wait (share of ``wait_s``). Pressure is 0 up to a
     load of ``calm`` and rises linearly to 1 at a load of 1.
     hysteresis: how far, in levels, the pressure must fall below the current level's range before the level falls.
+    weights_bytes: of every plan, with the workspace; a level whose plan does not fit the budget is passed over. Empty:
+        the budget does not matter.
+    prefill_tokens: waits do not count while iterations compute more tokens than this on average; None: they always do.
     """
 
     plans: tuple[Plan, ...]
@@ -34,8 +37,11 @@ class AdaptivePrecision:
     wait_s: float
     smoothing: float
     hysteresis: float
+    weights_bytes: tuple[int, ...] = ()
+    prefill_tokens: float | None = None
     pressure: float = 0.0
     level: int = 0
+    before: EngineState | None = None
 
     @property
     def first_plan(self) -> Plan:
@@ -46,15 +52,33 @@ class AdaptivePrecision:
         """Take one sample and set the level."""
         pool = state.kv_layer_blocks
         used = state.kv_used_layer_blocks / pool if pool else 1.0
-        load = max(used, min(state.oldest_wait_s / self.wait_s, 1.0))
-        seen = max(0.0, load - self.calm) / (1.0 - self.calm)
+        waited = 0.0 if self._prefills(state) else min(state.oldest_wait_s / self.wait_s, 1.0)
+        seen = max(0.0, max(used, waited) - self.calm) / (1.0 - self.calm)
         self.pressure += self.smoothing * (seen - self.pressure)
         steps = self.pressure * (len(self.plans) - 1)
         if steps > self.level:
             self.level = min(len(self.plans) - 1, int(steps) + 1)
         elif steps < self.level - 1 - self.hysteresis:
             self.level = int(steps) + 1
+        self.level = max(self.level, self._first_that_fits(state))
         return self.plans[self.level]
+
+    def _first_that_fits(self, state: EngineState) -> int:
+        """Return the first level whose weights fit the budget, the last if none does."""
+        # An announced decrease of the budget counts now; an announced increase does not count yet.
+        budget_bytes = min(state.budget_bytes, state.next_budget_bytes)
+        fits = (level for level, weights in enumerate(self.weights_bytes) if weights <= budget_bytes)
+        return next(fits, max(0, len(self.weights_bytes) - 1))
+
+    def _prefills(self, state: EngineState) -> bool:
+        """Return whether iterations have computed more tokens on average than ``prefill_tokens``."""
+        before, self.before = self.before, state
+        if self.prefill_tokens is None or before is None or state.iterations <= before.iterations:
+            return False
+        admitted = state.arrived_prompt_tokens - state.waiting_tokens
+        admitted -= before.arrived_prompt_tokens - before.waiting_tokens
+        tokens = max(0, admitted) + state.produced_tokens - before.produced_tokens
+        return tokens / (state.iterations - before.iterations) > self.prefill_tokens
 
 
 def adaptive_precision(
@@ -72,18 +96,28 @@ def adaptive_precision(
     Raises:
         ConfigError: for numbers out of range. PlanError: for bits that are not supported.
     """
-    whole = is_whole(levels) and 1 <= levels <= LARGEST
-    if not (whole and 0.0 <= calm < 1.0 and wait_s > 0 and 0.0 < smoothing <= 1.0 and hysteresis >= 0):
-        raise ConfigError(
-            f"policy.levels is {levels!r}, calm {calm}, wait_s {wait_s}, smoothing {smoothing}, hysteresis "
-            f"{hysteresis}; they must be a whole number from 1, in [0, 1), above 0, in (0, 1] and at least 0"
-        )
+    if not (is_whole(levels) and 1 <= levels <= LARGEST):
+        raise ConfigError(f"policy.levels is {levels!r}; it must be a whole number from 1")
+    check_pressure(calm, wait_s, smoothing, hysteresis)
     layers = served.model.num_layers
     dense = dense_plan(served.model)
     counts = [round(layers * level / levels) for level in range(levels + 1)]
     plans = tuple(replace(dense, weight_bits=(bits,) * n + (dense.weight_bits[0],) * (layers - n)) for n in counts)
     check_plan(served.model, plans[-1])
     return AdaptivePrecision(plans, calm, wait_s, smoothing, hysteresis)
+
+
+def check_pressure(calm: float, wait_s: float, smoothing: float, hysteresis: float) -> None:
+    """Check the numbers of ``AdaptivePrecision``.
+
+    Raises:
+        ConfigError: for one out of range.
+    """
+    if not (0.0 <= calm < 1.0 and wait_s > 0 and 0.0 < smoothing <= 1.0 and hysteresis >= 0):
+        raise ConfigError(
+            f"policy.calm is {calm}, wait_s {wait_s}, smoothing {smoothing}, hysteresis {hysteresis}; they must be in "
+            "[0, 1), above 0, in (0, 1] and at least 0"
+        )
 
 
 def adaptive_pruning(

@@ -8,8 +8,8 @@ stream of random numbers, so a different rate does not change the lengths of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -349,6 +349,7 @@ def table_arrivals(
     duration_s: float,
     rate_rps: float | None = None,
     shuffle_s: float | None = None,
+    part: tuple[float, float] = (0.0, 1.0),
 ) -> Floats:
     """Return arrivals with the rate over time, and the gaps, of a real trace.
 
@@ -363,15 +364,16 @@ def table_arrivals(
             becomes one request with that probability.
         shuffle_s: takes pieces of this length of the real trace in random order, for more variety than one order
             of its bursts; None keeps the order.
+        part: which bins to use, as shares of the real trace's duration; after the last of them the first follows.
     Raises:
         WorkloadError: if a number is out of range.
     """
-    fitted = load_table(table)
+    fitted = _part_of(load_table(table), part)
     _check_positive(duration_s=duration_s)
     scale = 1.0
     if rate_rps is not None:
         _check_positive(rate_rps=rate_rps)
-        scale = rate_rps / fitted.rate_rps
+        scale = rate_rps / load_table(table).rate_rps
     _check_requests(fitted.rate_rps * scale * duration_s)
     _check_requests(duration_s / fitted.bin_s, what="bins")
     bins = math.ceil(duration_s / fitted.bin_s)
@@ -388,6 +390,7 @@ def burst(
     duration_s: float = 600.0,
     rate_rps: float | None = None,
     shuffle_s: float | None = None,
+    part: Sequence[float] = (0.0, 1.0),
     seed: int = 0,
 ) -> Trace:
     """Return the built-in default: a trace like the Azure traces of 2023, from tables fitted to them.
@@ -397,7 +400,7 @@ def burst(
             outputs), "conv" like its conversation trace (close to Poisson), "mix" like both at once on one service.
         duration_s: requests arrive in [0, duration_s).
         rate_rps: mean rate; None takes the real one (3.0 code, 5.9 conv, 8.9 mix). "mix" keeps its proportions.
-        shuffle_s: see ``table_arrivals``.
+        shuffle_s, part: see ``table_arrivals``. With a part, ``rate_rps`` is still the mean over the full tables.
         seed: chooses where in the real rate over time the trace starts, and everything random within bins.
     Raises:
         WorkloadError: if a number is out of range, or no request arrives.
@@ -409,6 +412,7 @@ def burst(
         raise WorkloadError(f"trace.kind is {kind!r}; {nearest(str(kind), get_args(Kind))}")
     tables = list(TABLE_OF_KIND.values()) if kind == "mix" else [TABLE_OF_KIND[kind]]
     _check_seed(seed)
+    bins: dict[str, Any] = {} if tuple(part) == (0.0, 1.0) else {"part": tuple(part)}
     natural_rps = sum(load_table(table).rate_rps for table in tables)
     scale = 1.0 if rate_rps is None else rate_rps / natural_rps
     if not (math.isfinite(scale) and scale > 0):
@@ -423,6 +427,7 @@ def burst(
             duration_s=duration_s,
             rate_rps=load_table(table).rate_rps * scale,
             shuffle_s=shuffle_s,
+            **bins,
         )
         parts.extend(_generate_unless_idle(table, arrivals, partial(table_lengths, table=table), seed=part_seed))
     if not parts:
@@ -448,6 +453,19 @@ def _generate_unless_idle(name: str, arrivals: Arrivals, lengths: Lengths, *, se
         if "makes no request" in str(error):
             return []
         raise
+
+
+def _part_of(fitted: TraceTable, part: tuple[float, float]) -> TraceTable:
+    """Return the table with the bins of a part of the trace alone; gaps and lengths stay those of the full trace."""
+    low, high = part
+    if not 0.0 <= low < high <= 1.0:
+        raise WorkloadError(f"part is [{low}, {high}]; it must be two shares, 0 <= from < to <= 1, such as [0.0, 0.5]")
+    count = len(fitted.requests_per_bin)
+    # A bin belongs to the part in which it ends, so that two parts never share one.
+    bins = fitted.requests_per_bin[math.floor(low * count) : math.floor(high * count)]
+    if not bins.any():
+        raise WorkloadError(f"part [{low}, {high}] of {fitted.name} has no request; choose a longer one")
+    return replace(fitted, requests_per_bin=bins)
 
 
 def _order_of_bins(rng: np.random.Generator, fitted: TraceTable, bins: int, shuffle_s: float | None) -> Ints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from agents.envs.cluster_vector import ServeReplicas
 from agents.envs.prune_vector import PruneToBudgetVector
 from agents.envs.serve_vector import ServeTraceVector
 from sim.cost.model_spec import load_model
-from sim.policies.learned import Network, prune_network
+from sim.policies.learned import Network, averaged, network_of, prune_network, read_learned
 
 ENVIRONMENTS = 32
 
@@ -59,7 +60,18 @@ def main() -> None:
     name = "ServeCluster-v0, 4 replicas, a new plan every tenth tick"
     bench_vector(name, ServeReplicas(ENVIRONMENTS), 500, 0.1, 1500)
     prune = prune_network(load_model("smollm2_135m"), "learned_prune_smollm2")
-    bench_decision("learned_prune_smollm2, one block", prune.network, prune.network.weights[0].shape[1], 60)
+    bench_decision("learned_prune_smollm2, one block", prune.network, prune.network.inputs, prune.network.actions)
+    serve = read_learned("learned_serve_llama2", "ServeTrace").network
+    bench_decision("learned_serve_llama2", serve, serve.inputs, serve.actions)
+    ten = averaged([random_network([32, 84, 84, 12], seed) for seed in range(10)])
+    bench_decision("the mean of 10 networks with 2 x 84 neurons", ten, ten.inputs, ten.actions)
+
+
+def random_network(sizes: list[int], seed: int) -> Network:
+    """Return a network with random weights and layers of these sizes."""
+    rng = np.random.default_rng(seed)
+    pairs = [(rng.normal(size=(out, size)), rng.normal(size=out)) for size, out in pairwise(sizes)]
+    return network_of([(weight.astype(np.float32), bias.astype(np.float32)) for weight, bias in pairs], "relu")
 
 
 if __name__ == "__main__":

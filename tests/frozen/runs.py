@@ -356,14 +356,15 @@ REPLAYS = {
         "workload=only_4096 engine=vllm_v0 budget=constant budget.budget_bytes=22.75e9 policy=morphserve "
         "policy.mode=performance tick_s=0.2"
     ),
-    "saber": f"{BURST} {TENANT} policy=saber",
+    "saber": f"{BURST} {TENANT} policy=saber policy.limit=requests",
     "saber, gamma arrivals, vllm_v0": (
-        f"trace=gamma trace.duration_s=50 trace.rate_rps=8 workload=fit_4096 {STEPS} policy=saber {V0}"
+        f"trace=gamma trace.duration_s=50 trace.rate_rps=8 workload=fit_4096 {STEPS} {V0} "
+        "policy=saber policy.limit=requests"
     ),
     "limited, dense": f"{BURST} {TENANT} policy=limited",
     "limited, injected burst": (
         f"{BURST} workload=inject_burst workload.steps.0.start_s=10 workload.steps.0.duration_s=10 {WALK} "
-        "policy=limited +policy.policy.weight_bits=4"
+        "policy=limited policy.policy=int4"
     ),
     "lookahead": f"{BURST} trace.duration_s=25 {TENANT} policy=lookahead",
     "lookahead, vllm_v0": f"{BURST} trace.duration_s=15 {STEPS} policy=lookahead {V0}",

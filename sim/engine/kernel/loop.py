@@ -156,6 +156,8 @@ def _start(s: Table, now_s: float) -> None:
     n.batch_running, n.batch_waiting = n.running, waiting(s)
     n.known_tail = n.queue_tail
     n.in_iteration = 1
+    n.iteration_priced_s = duration_s
+    duration_s *= n.slowdown
     n.duration_s, n.start_s, n.end_s = duration_s, now_s, now_s + duration_s
 
 
@@ -274,6 +276,7 @@ def _end(s: Table) -> None:
     now_s = n.end_s
     n.now_s = now_s
     n.busy_s += n.duration_s
+    n.priced_s += n.iteration_priced_s
     n.in_iteration = 0
     n.iterations += 1
     n.used_blocks_before = n.pool_blocks - n.free_blocks

@@ -90,6 +90,7 @@ COUNTERS = np.dtype(
         ("prefix_block_kv_blocks", INT64),  # KV blocks of one layer that a prefix block fills
         ("free_runs_kept", INT64),  # whether the last owners of free KV blocks are tracked
         ("notice_s", FLOAT64),  # how long before a budget step it is announced, s
+        ("slowdown", FLOAT64),  # an iteration takes this times as long as the latency model says
         ("copy_slowdown", FLOAT64),  # iterations during a copy take 1 + this times as long
         ("copy_bytes_per_s", FLOAT64),  # from host to device, bytes/s
         ("copy_layer_s", FLOAT64),  # seconds of each layer's copy in addition
@@ -177,6 +178,7 @@ COUNTERS = np.dtype(
         ("start_s", FLOAT64),  # start of the iteration, s
         ("end_s", FLOAT64),  # end of the iteration, s
         ("duration_s", FLOAT64),  # duration of the iteration, s
+        ("iteration_priced_s", FLOAT64),  # what the latency model says it takes, s
         # Sums from the start on.
         ("waiting_tokens", INT64),  # prompt and produced tokens of waiting requests, now
         ("running_tokens", INT64),  # tokens of running requests whose KV is held, now
@@ -189,6 +191,7 @@ COUNTERS = np.dtype(
         ("preemptions", INT64),
         ("iterations", INT64),
         ("busy_s", FLOAT64),  # time in iterations that have ended, s
+        ("priced_s", FLOAT64),  # what the latency model says they take, s
         ("log_count", INT64),  # rows of iteration_log
         ("itl_count", INT64),  # rows of itl_counts
     ],

@@ -1,7 +1,7 @@
 """What a replica of a cluster observes in addition to its own state: how it compares with the others.
 
-An observation starts with the entries of ``ServeTrace`` (sim/policies/observation/serve.py), so that a policy trained
-on one replica can read them; the entries here follow. All come from states that servers publish, none from the router
+An observation starts with what a server observes of itself (``SERVER_ENTRIES`` of sim/policies/observation/serve.py);
+the entries here follow. All come from states that servers publish, none from the router
 or the trace. Entries about other replicas are 0 if there are none.
 """
 
@@ -15,7 +15,7 @@ from sim.engine import batch_step
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
 from sim.policies.observation.prune import Entry, ObservationSpec
-from sim.policies.observation.serve import SERVE_ENTRIES, ServeActions
+from sim.policies.observation.serve import SERVER_ENTRIES, ServeActions
 from sim.types import Floats, Floats32
 
 # Shapes: c clusters of k replicas.
@@ -39,7 +39,7 @@ _HIGHEST = np.array([entry.high for entry in CLUSTER_ENTRIES])
 
 def cluster_table(actions: ServeActions) -> ObservationSpec:
     """Return the table of one replica in ``ServeCluster``."""
-    return ObservationSpec(SERVE_ENTRIES + CLUSTER_ENTRIES, actions.names)
+    return ObservationSpec(SERVER_ENTRIES + CLUSTER_ENTRIES, actions.names)
 
 
 def shown_entries(table: ObservationSpec, hidden: Sequence[str]) -> Floats32:

@@ -2,13 +2,14 @@
 
 ``ServeObserver`` turns the history of ``EngineState`` into numbers; they contain no output length, and nothing of the
 future except announced changes of the budget. ``serve_actions`` lists plans: a number of dropped blocks of an order, a
-number of layers at low precision, and a queue limit.
+number of layers at low precision, and admission limits in requests and in seconds. An action is a pair: the weights,
+and the admission limit; ``groups`` numbers the weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -23,6 +24,7 @@ from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError
 from sim.policies.greedy_stop import block_of
 from sim.policies.observation.prune import Entry, ObservationSpec
+from sim.policies.orders import check_made_for
 from sim.types import Bools, Floats, Floats32, Ints
 
 # --- Actions ---------------------------------------------------------------------------------------------------------
@@ -40,10 +42,11 @@ class Choice:
 class ServeActions:
     """The plans to choose from.
 
-    levels: for each plan, its position in the lists of drops, low layers and queue limits, in [0, 1].
-    groups: plans with the same number have the same weights.
-    dwell_s: shortest time between two changes of the weights, unless they no longer fit; the queue limit may change at
-        any time.
+    levels: for each plan, its position in the lists of drops, low layers and admission limits, in [0, 1].
+    groups: plans with the same number have the same weights. low: whether a plan has layers at low precision.
+    low_bits: whether the server has low-precision copies of the weights; plans that need them are illegal otherwise.
+    dwell_s: shortest time between two changes of the weights, unless they no longer fit; the admission limit may change
+        at any time.
     """
 
     names: tuple[str, ...]
@@ -51,8 +54,24 @@ class ServeActions:
     weights_bytes: tuple[int, ...]
     levels: tuple[tuple[float, float, float], ...]
     groups: tuple[int, ...]
+    low: tuple[bool, ...]
     dwell_s: float
     workspace_bytes: int
+    low_bits: bool = True
+
+    def without_low_bits(self) -> ServeActions:
+        """Return the same table for a server that has no low-precision copies of the weights."""
+        return replace(self, low_bits=False)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """The numbers of weights and of admission limits: an action is a pair, numbered limit fastest."""
+        return self.groups[-1] + 1, self.limits
+
+    @property
+    def limits(self) -> int:
+        """The number of admission limits; action = weights x limits + limit."""
+        return len(self.plans) // (self.groups[-1] + 1)
 
     def legal(self, state: EngineState, choice: Choice) -> Bools:
         """Return which plans are legal now, bool[plans]: their weights fit the budget, and the dwell time allows them.
@@ -60,9 +79,10 @@ class ServeActions:
         If no plan's weights fit, the plans with the smallest weights are legal.
         """
         weights = np.array(self.weights_bytes)
-        fits: Bools = weights + self.workspace_bytes <= state.budget_bytes
+        there = np.ones(len(weights), dtype=np.bool_) if self.low_bits else ~np.array(self.low)
+        fits: Bools = there & (weights + self.workspace_bytes <= state.budget_bytes)
         if not fits.any():
-            smallest: Bools = weights == weights.min()
+            smallest: Bools = there & (weights == weights[there].min())
             return smallest
         if self.dwell_left(state, choice) > 0.0:
             same = fits & (np.array(self.groups) == self.groups[choice.action])
@@ -86,34 +106,43 @@ def serve_actions(
     model: ModelSpec,
     *,
     order: Sequence[str] = (),
+    made_for: str | None = None,
     drops: Sequence[int] = (0,),
     low_layers: Sequence[int] = (0,),
     low_bits: int = 4,
     admits: Sequence[int | None] = (None,),
+    waits: Sequence[float | None] = (None,),
     dwell_s: float = 0.0,
     workspace_bytes: int = 0,
 ) -> ServeActions:
-    """Return the plans of all combinations of drops, low layers and queue limits.
+    """Return the plans of all combinations of drops, low layers and admission limits.
 
     Args:
         order: blocks in the order of dropping. drops: how many of its first blocks to drop.
+        made_for: the model on which the order was measured; None accepts any model.
         low_layers: how many of the first layers run at ``low_bits``.
-        admits: queue limits, None for no limit.
+        admits: limits of waiting requests, None for no limit.
+        waits: how long a request may wait for its admission, in seconds; None for no limit.
         dwell_s, workspace_bytes: as in ``ServeActions``.
     Raises:
-        PlanError: for a plan that is not legal. ConfigError: if a list is empty or the order is too short.
+        PlanError: for a plan that is not legal, or an order made for another model.
+        ConfigError: if a list is empty or the order is too short.
     """
+    check_made_for(model, made_for, "actions")
     if not dwell_s >= 0.0:
         raise ConfigError(f"actions.dwell_s is {dwell_s}; it must be at least 0 seconds")
-    if not drops or not low_layers or not admits or max(drops) > len(order) or min(drops) < 0:
+    empty = not (drops and low_layers and admits and waits)
+    if empty or max(drops) > len(order) or min(drops) < 0:
         raise ConfigError(
             f"actions: drops {list(drops)} of an order of {len(order)} blocks, low_layers {list(low_layers)}, admits "
-            f"{list(admits)}; each list needs an entry, and drops must lie between 0 and the length of the order"
+            f"{list(admits)}, waits {list(waits)}; each list needs an entry, and drops must lie between 0 and the "
+            "length of the order"
         )
+    limits = tuple(product(admits, waits))
     dense = dense_plan(model)
     blocks = [block_of(name) for name in order]
     names, plans, levels = [], [], []
-    for (i, gone), (j, low), (k, max_waiting) in product(enumerate(drops), enumerate(low_layers), enumerate(admits)):
+    for (i, gone), (j, low), (k, limit) in product(enumerate(drops), enumerate(low_layers), enumerate(limits)):
         mask = drop(
             model,
             mha=[layer for kind, layer in blocks[:gone] if kind == "MHA"],
@@ -122,11 +151,12 @@ def serve_actions(
         if not 0 <= low <= model.num_layers:
             raise PlanError(f"actions.low_layers has {low}; {model.name} has {model.num_layers} layers")
         bits = (low_bits,) * low + (model.weight_bits,) * (model.num_layers - low)
-        plan = replace(with_mask(dense, mask), weight_bits=bits, max_waiting=max_waiting)
+        max_waiting, max_wait_s = limit
+        plan = replace(with_mask(dense, mask), weight_bits=bits, max_waiting=max_waiting, max_wait_s=max_wait_s)
         check_plan(model, plan)
-        names.append(f"drop {gone}, W{low_bits} {low}, queue {'any' if max_waiting is None else max_waiting}")
+        names.append(f"drop {gone}, W{low_bits} {low}, {_limit_name(max_waiting, max_wait_s)}")
         plans.append(plan)
-        steps = ((i, drops), (j, low_layers), (k, admits))
+        steps = ((i, drops), (j, low_layers), (k, limits))
         one, two, three = (at / max(1, len(of) - 1) for at, of in steps)
         levels.append((one, two, three))
     return ServeActions(
@@ -134,16 +164,22 @@ def serve_actions(
         plans=tuple(plans),
         weights_bytes=tuple(weight_bytes(model, plan) for plan in plans),
         levels=tuple(levels),
-        groups=tuple(number // len(admits) for number in range(len(plans))),
+        groups=tuple(number // len(limits) for number in range(len(plans))),
+        low=tuple(min(plan.weight_bits) < model.weight_bits for plan in plans),
         dwell_s=dwell_s,
         workspace_bytes=workspace_bytes,
     )
 
 
+def _limit_name(max_waiting: int | None, max_wait_s: float | None) -> str:
+    queue = f"queue {'any' if max_waiting is None else max_waiting}"
+    return queue if max_wait_s is None else f"{queue}, wait {max_wait_s:g} s"
+
+
 # --- Observations ----------------------------------------------------------------------------------------------------
 
 SMOOTHING_S = (1.0, 10.0, 60.0)
-SERVE_ENTRIES = (
+SERVER_ENTRIES = (
     Entry("waiting", "log2(1 + requests) / 10", 0.0, 1.0, "requests that wait"),
     Entry("waiting_tokens", "log2(1 + tokens) / 20", 0.0, 1.0, "their prompts"),
     Entry("oldest_wait", "s / 2", 0.0, 2.0, "how long the head of the queue has waited"),
@@ -172,6 +208,14 @@ SERVE_ENTRIES = (
     Entry("level_low", "share", 0.0, 1.0, "how far along the layers at low precision"),
     Entry("level_admit", "share", 0.0, 1.0, "how far along the admission limits"),
 )
+"""What a server observes of itself; the policies of ``ServeCluster`` read these too."""
+SERVE_ENTRIES = (
+    *SERVER_ENTRIES,
+    Entry("slowdown", "log2(measured / calibrated) / 2", -1.0, 1.0, "time of iterations, over sixty seconds"),
+    Entry("tpot_headroom", "share", -1.0, 1.0, "1 - mean iteration / TPOT target, over ten seconds"),
+    Entry("low_bits", "flag", 0.0, 1.0, "whether there are low-precision copies of the weights"),
+    Entry("low_loss", "nats / 0.4", 0.0, 1.0, "loss per token with all layers at low precision"),
+)
 
 
 def serve_table(actions: ServeActions) -> ObservationSpec:
@@ -179,8 +223,43 @@ def serve_table(actions: ServeActions) -> ObservationSpec:
     return ObservationSpec(SERVE_ENTRIES, actions.names)
 
 
-_COUNTERS = ("arrived", "arrived_prompt_tokens", "first_tokens", "ttft_sum_s", "produced_tokens", "busy_s")
-_ALL_COUNTERS = (*_COUNTERS, "preemptions", "rejected")
+def replica_table(actions: ServeActions) -> ObservationSpec:
+    """Return the table of policies that observe only what a server reports of itself."""
+    return ObservationSpec(SERVER_ENTRIES, actions.names)
+
+
+def low_precision_loss(model: ModelSpec, actions: ServeActions, nll: Callable[[Plan], float]) -> float:
+    """Return what all layers at low precision lose, in nats per token; 0 for a table without low precision.
+
+    Args:
+        nll: nats per token of a plan.
+    """
+    lowest = [plan for plan in actions.plans if min(plan.weight_bits) < model.weight_bits]
+    if not lowest:
+        return 0.0
+    dense = dense_plan(model)
+    bits = (min(min(plan.weight_bits) for plan in lowest),) * model.num_layers
+    return max(0.0, nll(replace(dense, weight_bits=bits)) - nll(dense))
+
+
+_ALL_COUNTERS = (
+    "arrived", "arrived_prompt_tokens", "first_tokens", "ttft_sum_s", "produced_tokens", "busy_s", "preemptions",
+    "rejected", "priced_s", "iterations",
+)  # fmt: skip
+PRICED_LEAST = 1e-6
+"""Share of time in iterations below which a server counts as idle: it shows no speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What stays constant while a server is observed.
+
+    tpot_s: the SLO's target of the time per output token, seconds; ``inf`` for none.
+    low_loss: nats per token that all layers at low precision lose.
+    """
+
+    tpot_s: float = math.inf
+    low_loss: float = 0.0
 
 
 @dataclass(slots=True)
@@ -193,6 +272,7 @@ class ServeObserver:
     model: ModelSpec
     actions: ServeActions
     kv_block_layer_bytes: int
+    terms: Terms = Terms()
     dense_bytes: float = 0.0
     time_s: float = 0.0
     counters: tuple[float, ...] = (0.0,) * len(_ALL_COUNTERS)
@@ -236,6 +316,10 @@ class ServeObserver:
             1.0 if state.incoming_bytes else 0.0,
             self.actions.dwell_left(state, choice),
             *self.actions.levels[choice.action],
+            _bounded(math.log2(sixty[5] / sixty[8]) / 2.0) if min(sixty[5], sixty[8]) > PRICED_LEAST else 0.0,
+            _bounded(1.0 - ten[5] / max(ten[9], 1e-12) / self.terms.tpot_s) if ten[5] > PRICED_LEAST else 1.0,
+            float(self.actions.low_bits),
+            min(self.terms.low_loss / 0.4, 1.0) if self.actions.low_bits else 0.0,
         )
         return np.array(values, dtype=np.float32)
 
@@ -250,6 +334,10 @@ class ServeObserver:
                 for i, rate in enumerate(now):
                     rates[i] += weight * (rate - rates[i])
             self.time_s, self.counters = state.time_s, counters
+
+
+def _bounded(value: float) -> float:
+    return max(-1.0, min(value, 1.0))
 
 
 def _log(value: float, scale: float) -> float:
@@ -267,6 +355,7 @@ class ServeObservers:
     actions: ServeActions
     kv_block_layer_bytes: int
     size: int
+    tpot_s: float = math.inf
     action: Ints = field(init=False)
     changed_s: Floats = field(init=False)
     _time_s: Floats = field(init=False)
@@ -276,33 +365,40 @@ class ServeObservers:
     _levels: Floats = field(init=False)
     _weights: Floats = field(init=False)
     _groups: Ints = field(init=False)
+    _needs_low: Bools = field(init=False)
+    _low_bits: Bools = field(init=False)
+    _low_loss: Floats = field(init=False)
 
     def __post_init__(self) -> None:
         n, counters = self.size, len(_COUNTER_COLUMNS)
         self.dense_bytes = float(weight_bytes(self.model, dense_plan(self.model)))
         self._levels = np.array(self.actions.levels)
         self._weights = np.array(self.actions.weights_bytes, dtype=np.float64)
-        self._groups = np.array(self.actions.groups)
+        self._groups, self._needs_low = np.array(self.actions.groups), np.array(self.actions.low)
+        self._low_bits, self._low_loss = np.full(n, self.actions.low_bits), np.zeros(n)
         self.action, self.changed_s = np.zeros(n, dtype=np.int64), np.full(n, -math.inf)
         self._time_s, self._counters = np.zeros(n), np.zeros((n, counters))
         self._rates = np.zeros((len(SMOOTHING_S), n, counters))
 
-    def begin(self, at: int) -> None:
-        """Begin a new episode at position ``at``."""
+    def begin(self, at: int, *, low_bits: bool = True, low_loss: float = 0.0) -> None:
+        """Begin a new episode at position ``at``; ``low_bits`` as in ``ServeActions``, ``low_loss`` as in ``Terms``."""
+        self._low_bits[at], self._low_loss[at] = low_bits, low_loss
         self.action[at], self.changed_s[at], self._time_s[at] = 0, -math.inf, 0.0
         self._counters[at], self._rates[:, at] = 0.0, 0.0
 
     def legal(self, seen: Floats) -> Bools:
         """Return which plans may be chosen, bool[n, actions]; ``seen`` is float64[n, batch_step.SEEN_COLUMNS]."""
         budget = seen[:, batch_step.BUDGET_BYTES, None]
-        fits = self._weights + self.actions.workspace_bytes <= budget
+        there = self._low_bits[:, None] | ~self._needs_low
+        fits = there & (self._weights + self.actions.workspace_bytes <= budget)
         if self.actions.dwell_s:
             stays = self._dwell_left(seen) > 0.0
             same = fits & (self._groups == self._groups[self.action, None])
             fits = np.where((stays & same.any(axis=1))[:, None], same, fits)
         none = ~fits.any(axis=1)
         if none.any():
-            fits[none] = self._weights == self._weights.min()
+            weights = np.where(there[none], self._weights, np.inf)
+            fits[none] = weights == weights.min(axis=1, keepdims=True)
         legal: Bools = fits
         return legal
 
@@ -321,7 +417,7 @@ class ServeObservers:
     def __call__(self, seen: Floats) -> Floats32:
         """Return the features of each engine, float32[n, entries]."""
         self._smooth(seen)
-        ten = self._rates[1]
+        ten, sixty = self._rates[1], self._rates[2]
         dense = self.dense_bytes
         columns = seen.T
         pool, first_tokens_rps = columns[batch_step.KV_LAYER_BLOCKS], ten[:, 2]
@@ -341,7 +437,13 @@ class ServeObservers:
         found[19] = ten[:, 5]
         found[22] = columns[batch_step.INCOMING_BYTES] > 0
         found[23] = self._dwell_left(seen)
-        found[24:] = self._levels[self.action].T
+        found[24:27] = self._levels[self.action].T
+        busy_s, priced_s = sixty[:, 5], sixty[:, 8]
+        shows = np.minimum(busy_s, priced_s) > PRICED_LEAST
+        found[27] = np.where(shows, np.log2(np.where(shows, busy_s / np.where(shows, priced_s, 1.0), 1.0)) / 2.0, 0.0)
+        headroom = 1.0 - ten[:, 5] / np.maximum(ten[:, 9], 1e-12) / self.tpot_s
+        found[28] = np.where(ten[:, 5] > PRICED_LEAST, headroom, 1.0)
+        found[29], found[30] = self._low_bits, np.where(self._low_bits, self._low_loss / 0.4, 0.0)
         np.clip(found, _LOWEST, _HIGHEST, out=found)
         return found.T.astype(np.float32)
 
@@ -366,6 +468,8 @@ _COUNTER_COLUMNS = [
     batch_step.BUSY_S,
     batch_step.PREEMPTIONS,
     batch_step.REJECTED,
+    batch_step.PRICED_S,
+    batch_step.ITERATIONS,
 ]
 _LOG_ROWS = [0, 1, 3, 4]
 _LOG_COLUMNS = [batch_step.WAITING, batch_step.WAITING_TOKENS, batch_step.RUNNING, batch_step.RUNNING_TOKENS]

@@ -13,7 +13,7 @@ from rich.console import Console
 from agents.envs.serve import ServeSetting
 from agents.evaluation.chosen import GLOBS, check_rules, files_of, named, present, replaced
 from agents.evaluation.evaluate import evaluate
-from agents.evaluation.serve import RULES, tuned_rules
+from agents.evaluation.rules import RULES, tuned_rules
 from sim.errors import ConfigError
 from sim.policies.learned import SHIPPED
 from tests.agents.helpers import composed

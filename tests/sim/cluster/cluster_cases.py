@@ -77,6 +77,7 @@ def engine(kind: type[Any], case: Case, env: simpy.Environment | None, **more: A
         plan=case.first_plan,
         budget_bytes=case.budget(),
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
+        slowdown=case.slowdown,
         copy_slowdown=case.copy_slowdown,
         copy_layer_s=case.copy_layer_s,
         quality_nll=quality_nll,

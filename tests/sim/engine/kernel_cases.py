@@ -43,6 +43,7 @@ class Case:
     host_to_device_bytes_per_s: float
     copy_slowdown: float
     copy_layer_s: float = 0.0
+    slowdown: float = 1.0
 
     def hash_ids(self, prompt: int, output: int) -> tuple[int, ...]:
         """Return the hash ids of a prompt: the first are shared with other prompts, the others are its own."""
@@ -256,6 +257,7 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
         host_to_device_bytes_per_s=float(rng.choice([2e3, 2e4, 1e6])),
         copy_slowdown=float(rng.choice([0.0, 0.3])),
         copy_layer_s=0.5 * (later and seed % 4 == 0),
+        slowdown=(0.6, 1.0, 1.0, 1.9)[seed // 3 % 4] if later else 1.0,
     )
     return with_waits(seed, case) if later else case
 
@@ -269,6 +271,7 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
         plan=case.first_plan,
         budget_bytes=case.budget(),
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
+        slowdown=case.slowdown,
         copy_slowdown=case.copy_slowdown,
         copy_layer_s=case.copy_layer_s,
         quality_nll=quality_nll,

@@ -28,6 +28,7 @@ def build(case: Case, **words: Any) -> SimEngine:
         plan=case.first_plan,
         budget_bytes=case.budget(),
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
+        slowdown=case.slowdown,
         copy_slowdown=case.copy_slowdown,
         quality_nll=quality_nll,
         **words,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cost.gpu import Gpu
-from sim.cost.memory import kv_pool_layer_blocks, peak_bytes
+from sim.cost.memory import kv_pool_layer_blocks, peak_bytes, weight_bytes
 from sim.cost.plan import dense_plan, keep_all
 from sim.engine.budget import (
+    KINDS,
     Budget,
     BudgetContext,
     BudgetMeter,
     cotenant,
+    dense_shares,
     from_csv,
     kv_blocks,
     random_walk,
@@ -182,3 +185,25 @@ def test_a_budget_meter_counts_the_seconds_in_which_more_was_held(
         assert meter.next_s == (after[0] if after else np.inf)
         known = bool(after) and after[0] - notice_s <= now_s
         assert meter.announced(now_s) == ((values[step + 1], after[0]) if known else (values[step], np.inf))
+
+
+def test_shares_of_the_dense_weights_move_between_two_amounts_of_any_model() -> None:
+    dense_bytes = weight_bytes(CONTEXT.model, dense_plan(CONTEXT.model))
+    for kind in KINDS:
+        found = dense_shares(roomy_device(), kind=kind, high_share=3.0, low_share=2.0, horizon_s=300.0, seed=1)
+        assert found.budget_bytes[0] == found.budget_bytes[-1] == 3 * dense_bytes
+        assert min(found.budget_bytes) >= 2 * dense_bytes
+        assert (len(found.budget_bytes) == 1) == (kind == "full")
+    capped = dense_shares(CONTEXT, kind="steps", high_share=1e6, low_share=1e5, horizon_s=9.0, seed=1)
+    assert capped.budget_bytes == (int(0.9 * CONTEXT.gpu.memory_bytes),)
+    with pytest.raises(BudgetError, match=r"low_share is 2\.0.*at most high_share"):
+        dense_shares(CONTEXT, kind="full", high_share=1.0, low_share=2.0, horizon_s=9.0, seed=1)
+    with pytest.raises(BudgetError, match=r"budget\.kind is 'step'.*steps"):
+        dense_shares(CONTEXT, kind="step", high_share=1.0, low_share=0.5, horizon_s=9.0, seed=1)
+    with pytest.raises(BudgetError, match="horizon_s is 0"):
+        dense_shares(CONTEXT, kind="full", high_share=1.0, low_share=0.5, horizon_s=0.0, seed=1)
+
+
+def roomy_device() -> BudgetContext:
+    dense_bytes = weight_bytes(CONTEXT.model, dense_plan(CONTEXT.model))
+    return replace(CONTEXT, gpu=replace(CONTEXT.gpu, memory_bytes=10.0 * dense_bytes))

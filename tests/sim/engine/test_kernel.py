@@ -242,6 +242,7 @@ def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int, m
         plan=case.first_plan,
         budget_bytes=case.budget(),
         host_to_device_bytes_per_s=case.host_to_device_bytes_per_s,
+        slowdown=case.slowdown,
         copy_slowdown=case.copy_slowdown,
         copy_layer_s=case.copy_layer_s,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import sim.engine.server_spec
 from sim.config import build_option, compose_config, load_option
 from sim.cost.plan import dense_plan
+from sim.engine.protocol import Request
 from sim.engine.server_spec import ServerSpec, find_calibration
 from sim.errors import ConfigError
 from sim.policies import PolicyContext
@@ -94,3 +96,26 @@ def test_an_option_is_found_by_name_with_changed_keys_and_a_seed() -> None:
         load_option("gpu", "a100")
     with pytest.raises(ConfigError, match="takes no 'durations'"):
         build_option("trace", "burst", {"durations": 5.0})
+
+
+@pytest.mark.parametrize("slowdown", [0.5, 1.0, 2.0])
+def test_a_slower_machine_takes_longer_for_each_iteration_and_shows_by_how_much(slowdown: float) -> None:
+    server = ServerSpec.from_names(model="llama2_7b", gpu="a100_80gb")
+    engines = [
+        one.build_engine(dense_plan(server.model), 60 * 10**9)
+        for one in (server, dataclasses.replace(server, slowdown=slowdown))
+    ]
+    states = []
+    for engine in engines:
+        engine.submit([Request(request_id=0, arrival_s=0.0, prompt_tokens=500, output_tokens=50)])
+        states.append(engine.run_until(math.inf))
+    assert states[0].priced_s == states[0].busy_s
+    assert states[1].priced_s == states[0].priced_s
+    assert states[1].busy_s == slowdown * states[0].busy_s
+    assert engines[1].records().ttft_s[0] == slowdown * engines[0].records().ttft_s[0]
+
+
+@pytest.mark.parametrize("slowdown", [0.0, -1.0, math.nan, math.inf])
+def test_a_slowdown_that_makes_no_sense_is_refused(slowdown: float) -> None:
+    with pytest.raises(ConfigError, match="slowdown is"):
+        dataclasses.replace(ServerSpec.from_names(model="llama2_7b", gpu="a100_80gb"), slowdown=slowdown)

@@ -17,7 +17,7 @@ from sim.cost.model_spec import load_model
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies.base import PolicyContext
-from sim.policies.learned import Network, learned_prune, prune_network, read_learned
+from sim.policies.learned import Network, averaged, learned_prune, prune_network, read_learned
 from sim.policies.observation.prune import mask_of, prune_table
 from tests.sim.serving import TINY, tiny_engine
 
@@ -66,6 +66,53 @@ def test_the_network_is_the_perceptron_it_says() -> None:
     np.testing.assert_allclose(network(np.array([3.0, 1.0], dtype=np.float32)), [5.0, -6.5])
     np.testing.assert_allclose(network(np.array([[0.0, 9.0]], dtype=np.float32)), [[0.0, 1.0]])
     assert network.parameters == 2 + 1 + 2 + 2
+
+
+def test_the_mean_of_logits_chooses_as_the_mean_of_log_probabilities_over_legal_actions() -> None:
+    rng = np.random.default_rng(2)
+    alone = [
+        Network((10 * rng.normal(size=(6, 3)).astype(np.float32),), (rng.normal(size=6).astype(np.float32),))
+        for _ in range(5)
+    ]
+    features = rng.normal(size=(200, 3)).astype(np.float32)
+    legal = rng.random((200, 6)) < 0.5
+    legal[:, 0] |= ~legal.any(axis=1)
+    total = np.zeros((200, 6))
+    for network in alone:
+        logits = np.where(legal, network(features), -np.inf).astype(np.float64)
+        total += logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    np.testing.assert_array_equal(averaged(alone).act(features, legal), total.argmax(axis=1))
+    assert (averaged(alone).act(features, legal) != alone[0].act(features, legal)).any()
+
+
+def test_members_must_have_equal_layers_activations_and_heads() -> None:
+    def network(width: int = 4, **options: Any) -> Network:
+        weights = (np.zeros((width, 3), np.float32), np.zeros((5, width), np.float32))
+        return Network(weights, (np.zeros(width, np.float32), np.zeros(5, np.float32)), **options)
+
+    assert averaged([network(), network()]).members == 2
+    for other in (network(6), network(activation="tanh"), network(heads=(2, 3)), averaged([network(), network()])):
+        with pytest.raises(ConfigError, match="members need"):
+            averaged([network(), other])
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_two_heads_rate_a_pair_by_the_sum_and_number_the_second_head_fastest(members: int) -> None:
+    rng = np.random.default_rng(3)
+    alone = [
+        Network((rng.normal(size=(5, 3)).astype(np.float32),), (rng.normal(size=5).astype(np.float32),), heads=(2, 3))
+        for _ in range(members)
+    ]
+    pairs = averaged(alone)
+    features = rng.normal(size=(7, 3)).astype(np.float32)
+    raw = averaged([dataclasses.replace(network, heads=None) for network in alone])(features)
+    assert pairs.actions == 6
+    for i in range(2):
+        for j in range(3):
+            np.testing.assert_allclose(pairs(features)[:, 3 * i + j], raw[:, i] + raw[:, 2 + j], rtol=1e-6)
+            np.testing.assert_allclose(pairs(features[4])[3 * i + j], raw[4, i] + raw[4, 2 + j], rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"heads \[2, 2\] need 4 outputs; the network has 5"):
+        dataclasses.replace(alone[0], heads=(2, 2))
 
 
 def test_an_illegal_action_is_never_chosen_however_good_it_looks() -> None:

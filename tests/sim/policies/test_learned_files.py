@@ -48,6 +48,13 @@ def with_header(path: Path, header: bytes, body: bytes = b"") -> Path:
     return path
 
 
+def averaged_file(folder: Path) -> Path:
+    """A policy of PruneToBudget that averages three networks."""
+    path = exported(folder, members=3)
+    arrays = load_file(path.with_suffix(".safetensors"))
+    return with_tensors(path, **{f"_{name.replace('.', '_')}": np.stack([x] * 3) for name, x in arrays.items()})
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["_0_weight", "_1_bias"])
 def test_weights_that_are_not_finite_are_refused_by_the_name_of_their_tensor(
@@ -152,6 +159,18 @@ def test_files_above_their_limits_are_refused_unread(tmp_path: Path) -> None:
         ({"plans": {"dropz": [0]}}, r"unknown key plans.'dropz'; did you mean 'drops'"),
         ({"plans": {"drops": [0] * 2000, "admits": [None] * 2000, "low_layers": [0] * 2000}}, "8000000000 plans"),
         ({"training": 3}, "training is 3"),
+        ({"members": 1}, "members is 1; it must be a whole number from 2 to 64"),
+        ({"members": 65}, "members is 65"),
+        ({"members": True}, "members is True"),
+        ({"members": 2}, "tensor 0.weight has shape [7, 17], expected [2, 7, 17]"),
+        ({"trainings": [{}, {}]}, "trainings lists 2, but the policy has 1 members"),
+        ({"trainings": [{"seconds": "long"}]}, "trainings.0.seconds is 'long'"),
+        ({"heads": [3]}, "heads is [3]"),
+        ({"heads": [65_536, 2]}, "heads is [65536, 2]; it must be a pair"),
+        ({"heads": [3, 2]}, "heads is [3, 2], which need 5 outputs; the last layer has 6"),
+        ({"heads": [3, 3]}, "17 inputs and 9 actions, but its table has 17 entries and 6"),
+        ({"heads": [3, 3], "plans": {"drops": [0, 1]}}, "plans lists 2 plans, but the network has 9 actions"),
+        ({"plans": {"waits": [0.0]}}, "plans.waits is [0.0]"),
         ({"layerz": 1}, "unknown key 'layerz'; did you mean 'layers'"),
     ],
 )
@@ -200,13 +219,27 @@ def test_a_network_whose_inputs_differ_from_its_own_table_is_refused(tmp_path: P
     path.write_text(json.dumps(about))
     arrays = {"0.weight": np.ones((7, 3)), "0.bias": np.ones(7), "1.weight": np.ones((5, 7)), "1.bias": np.ones(5)}
     save_file({name: array.astype(np.float32) for name, array in arrays.items()}, path.with_suffix(".safetensors"))
-    assert "its network has 3 inputs and 5 outputs, but its table has" in refusal(path)
+    assert "its network has 3 inputs and 5 actions, but its table has" in refusal(path)
 
 
 def test_scores_for_another_number_of_blocks_are_refused(tmp_path: Path) -> None:
     rows = prune_table(TINY, scores=True).rows()
     changed = {"observation": rows, "environment": {"scores": True}, "scores": [0.5]}
     assert "scores for 6 blocks" in refusal(exported(tmp_path, **changed))
+
+
+def test_an_average_with_one_bad_member_is_refused_by_the_name_of_its_tensor(tmp_path: Path) -> None:
+    path = averaged_file(tmp_path)
+    assert prune_network(TINY, path).network.members == 3
+    array = load_file(path.with_suffix(".safetensors"))["1.weight"]
+    array[2, 0, 0] = np.nan
+    assert "tensor 1.weight has values that are not finite" in refusal(with_tensors(path, _1_weight=array))
+    assert "tensor 1.weight has shape [2, 6, 7], expected [3, 6, 7]" in refusal(
+        with_tensors(averaged_file(tmp_path), _1_weight=np.zeros((2, 6, 7), np.float32))
+    )
+    about = json.loads(averaged_file(tmp_path).read_text())
+    path.write_text(json.dumps({**about, "layers": [[2048, 2048]] * 4, "members": 64}))
+    assert "bytes of weights; at most" in refusal(path)
 
 
 def test_a_serving_policy_without_plans_or_with_illegal_ones_is_refused(tmp_path: Path) -> None:

@@ -267,8 +267,8 @@ def test_counts_of_a_policy_are_whole_numbers(value: Any) -> None:
     dense = {"_target_": "sim.policies.fixed.fixed", "_partial_": True}
     for make in (
         lambda: limited(SERVED, policy=dense, max_waiting=value),
-        lambda: saber(SERVED, least=value),
-        lambda: saber(SERVED, most=value),
+        lambda: saber(SERVED, policy=dense, least=value),
+        lambda: saber(SERVED, policy=dense, most=value),
         lambda: adaptive_precision(SERVED, levels=value),
         lambda: adaptive_pruning(SERVED, order=ORDER, step=value, most=3),
         lambda: morphserve(SERVED, order=[value]),
