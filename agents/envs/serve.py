@@ -247,6 +247,8 @@ class ServeSetting:
         if window.high_share is not None or window.low_share is not None:
             high_share = window.high_share or limits.high_share
             limits = replace(limits, high_share=high_share, low_share=min(high_share, window.low_share or high_share))
+        if window.notice_s is not None:
+            limits = replace(limits, notice_s=window.notice_s)
         context = server.budget_context(plan)
         budget = window_budget(context, limits, window.budget, window.budget_seed, self.windows.window_s)
         return server.build_engine(

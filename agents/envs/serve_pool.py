@@ -38,6 +38,8 @@ FOLDER = REPOSITORY / "runs" / "pool"
 REFERENCE_WAIT_S = 1.5
 STEPS = 5
 """Plays with which the rate of a window is searched."""
+NOTICES_S = (0.0, 0.0, 5.0, 15.0)
+"""How long before it a step of the budget is announced; training samples one of these for each episode."""
 FACTOR = 16.0
 """A window's rate lies between its source's lowest rate over this and its highest rate times this."""
 
@@ -181,9 +183,10 @@ def _key(setting: ServeSetting, options: PoolOptions) -> str:
 
 
 def drawn(pool: Sequence[Window], rng: np.random.Generator, seeds: tuple[int, int]) -> Window:
-    """Return a window of a pool, with another course of its budget."""
+    """Return a window of a pool, with another course of its budget, of which every second one is announced."""
     window = pool[int(rng.integers(len(pool)))]
-    return replace(window, budget_seed=int(rng.integers(*seeds)))
+    notice_s = float(rng.choice(NOTICES_S))
+    return replace(window, budget_seed=int(rng.integers(*seeds)), notice_s=notice_s)
 
 
 __all__ = ["PoolOptions", "drawn", "pool_options", "window_pool"]
