@@ -248,6 +248,12 @@ def as_window(value: Window | Mapping[str, Any]) -> Window:
             factor = getattr(window, name)
             if isinstance(factor, bool) or not 0 < factor < math.inf:
                 raise ValueError(f"{name} is {factor}; it must be a finite number above 0")
+        for name in ("high_share", "low_share", "notice_s"):
+            amount = getattr(window, name)
+            if amount is not None and not 0 <= amount < math.inf:
+                raise ValueError(f"{name} is {amount}; it must be a finite number of at least 0, or None")
+        if not isinstance(window.low_bits, bool):
+            raise ValueError(f"low_bits is {window.low_bits!r}; it must be true or false")
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{value!r} is no window ({error})") from error
     return window

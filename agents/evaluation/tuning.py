@@ -82,7 +82,7 @@ def train_windows(setting: ServeSetting, each: int = 1, attained: Sequence[float
     for (i, source), (j, budget), (k, share), number in kinds:
         for _ in range(5):
             sampled = setting.windows.sample(rng, "train", (source,), budget=budget)
-            window = at_attainment(setting, sampled, share)
+            window = at_attainment(setting, sampled, "train", share)
             if window is not None:
                 found.append((((i + j + k) % KEPT, (i - j) % KEPT, number, i), window))
                 break
