@@ -16,7 +16,7 @@ from agents.envs.reward import ServeReward
 from agents.envs.serve import DEFAULT_ACTIONS, ServeSetting, ServeTrace
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows, source_trace
-from agents.evaluation.rules import mean_utility
+from agents.evaluation.tuning import mean_utility
 from agents.training.validation import validation_windows
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import dense_plan
