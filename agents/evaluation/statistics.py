@@ -67,8 +67,12 @@ def paired_difference(
         known, block_of = np.unique(labels[1][here], return_inverse=True)
         chosen = _weights(rng, len(known), resamples)  # [resamples, blocks]
         counts = np.bincount(block_of).astype(np.float64)
-        sums = [_block_sums(values[:, here], block_of, len(known)) for values in (ours, theirs)]
-        difference = _weighted(sums[0], weights[0]) - _weighted(sums[1], weights[1])
+        difference = np.subtract(
+            *(
+                weight @ _block_sums(values[:, here], block_of, len(known)) / len(values)
+                for values, weight in zip((ours, theirs), weights, strict=True)
+            )
+        )
         means.append(float(ours[:, here].mean() - theirs[:, here].mean()))
         resampled.append((difference * chosen).sum(axis=1) / (chosen @ counts))
     low, high = np.quantile(np.mean(resampled, axis=0), (0.025, 0.975)).tolist()
@@ -79,30 +83,26 @@ def by_trace(
     ours: Floats, theirs: Floats, *, traces: Sequence[Any], blocks: ArrayLike, resamples: int = 10_000, seed: int = 0
 ) -> dict[str, Interval]:
     """Return the difference on each trace alone; arguments as in ``paired_difference``."""
-    found, blocks = {}, np.asarray(blocks)
+    found, labels = {}, np.asarray(blocks)
     for trace in dict.fromkeys(traces):
         here = np.asarray(traces) == trace
         found[str(trace)] = paired_difference(
-            ours[:, here], theirs[:, here], blocks=blocks[here], resamples=resamples, seed=seed
+            ours[:, here], theirs[:, here], blocks=labels[here], resamples=resamples, seed=seed
         )
     return found
 
 
-def _weights(rng: np.random.Generator, count: int, resamples: int) -> NDArray[np.float64]:
+def _weights(rng: np.random.Generator, count: int, resamples: int) -> Floats:
     """Return how often each of ``count`` is in a bootstrap sample, with widened deviations, [resamples, count]."""
     if count == 1:
         return np.ones((resamples, 1))
     drawn = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples)
-    widened: NDArray[np.float64] = 1.0 + (drawn - 1.0) * math.sqrt(count / (count - 1))
+    widened: Floats = 1.0 + (drawn - 1.0) * math.sqrt(count / (count - 1))
     return widened
 
 
-def _block_sums(values: Floats, block_of: NDArray[np.intp], blocks: int) -> NDArray[np.float64]:
+def _block_sums(values: Floats, block_of: NDArray[np.intp], blocks: int) -> Floats:
     """Return the sum of every seed's values in every block, [seeds, blocks]."""
-    return np.stack([np.bincount(block_of, weights=row, minlength=blocks) for row in values])
-
-
-def _weighted(sums: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sums averaged over weighted seeds, [resamples, blocks]."""
-    averaged: NDArray[np.float64] = weights @ sums / len(sums)
-    return averaged
+    sums = np.zeros((len(values), blocks))
+    np.add.at(sums, (slice(None), block_of), values)
+    return sums

@@ -15,12 +15,13 @@ from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.envs.prune_vector import PruneToBudgetVector
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_pool import window_pool
+from agents.envs.serve_sources import sources_with
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows
 from sim.policies.learned import Network
 from sim.types import Bools, Floats32
 
-VALIDATION_WINDOWS, VALIDATION_CLUSTERS, VALIDATION_SEED = 24, 24, 20250602
+VALIDATION_WINDOWS, VALIDATION_CLUSTERS, VALIDATION_SEED = 30, 24, 20250602
 Act = Callable[[Floats32, Bools], NDArray[np.int64]]
 """Chooses one legal action for each row: (features float32[n, o], legal bool[n, a]) -> int64[n]."""
 
@@ -78,10 +79,18 @@ def _utilities(act: Act, vector: ServeTraceVector | ServeReplicas, windows: Sequ
     return utility
 
 
-def validation_windows(sources: tuple[str, ...], count: int | None = None) -> list[Window]:
-    """Return the validation windows, the same in every call."""
-    rng = np.random.default_rng(VALIDATION_SEED)
-    return [serve_windows().sample(rng, "validation", sources) for _ in range(count or VALIDATION_WINDOWS)]
+def validation_windows(count: int | None = None, sources: Sequence[str] | None = None) -> list[Window]:
+    """Return validation windows of every source in equal numbers, the same in every call.
+
+    So their mean utility is the mean over traces, whatever traces a training uses.
+
+    Args:
+        count: at least this many. sources: None for all that have a validation part and whose data is here.
+    """
+    names = sources_with("validation")[0] if sources is None else list(sources)
+    rng, windows = np.random.default_rng(VALIDATION_SEED), serve_windows()
+    each = -(-(count or VALIDATION_WINDOWS) // len(names))
+    return [windows.sample(rng, "validation", (name,)) for _ in range(each) for name in names]
 
 
 def validation_clusters(setting: ClusterSetting) -> list[tuple[Window, ...]]:
@@ -132,7 +141,7 @@ def validation_utilities(
         assert setting.pool is not None
         return serve(act, env_kwargs, window_pool(setting, setting.pool, "validation"))
     if env == "ServeTrace-v0":
-        return serve(act, env_kwargs, validation_windows(tuple(env_kwargs.get("sources", ("burst",)))))
+        return serve(act, env_kwargs, validation_windows())
     if env == "ServeCluster-v0":
         return serve_clusters(act, env_kwargs, validation_clusters(ClusterSetting(**env_kwargs)))
     return play(act, env_kwargs, validation_episodes(int(env_kwargs.get("sequence", 1)))).utility
