@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from hw.loop.judged_runs import BEFORE, DURING, RealServer, measured_speed, real_outcomes, run_missing
+from hw.loop.judged_runs import DURING, RealServer, measured_speed, real_outcomes, run_missing
 from hw.loop.page import page, plot
 from hw.loop.predictions import check_same_settings, predict, read_predictions
 from hw.loop.settings import check_settings, results_folder
