@@ -300,6 +300,6 @@ def test_render_returns_an_image_that_changes_and_save_render_writes_it(tmp_path
 
 def test_the_shipped_policy_serves_held_out_windows_better_than_dense() -> None:
     setting = ServeSetting(split="validation")
-    windows = validation_windows(("burst",), 6)
+    windows = validation_windows(6, ["burst"])
     shipped = mean_utility(setting, windows, conf_policy("learned_serve"))
     assert shipped > mean_utility(setting, windows, conf_policy("dense")) + 0.05
