@@ -73,6 +73,7 @@ COMMANDS = {
     "agents.offline",
     "agents.train",
     "agents.tune",
+    "agents.tune_rules",
 }
 TOP = 99
 

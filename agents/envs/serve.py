@@ -35,7 +35,7 @@ from agents.envs.prune_loads import check_split
 from agents.envs.render import RenderMixin
 from agents.envs.reward import ServeReward, kept_quality, utility_lost
 from agents.envs.serve_budgets import BudgetRange, budget_range, window_budget
-from agents.envs.serve_pool import drawn, pool_options, training_pool
+from agents.envs.serve_pool import drawn, pool_options, window_pool
 from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows
 from sim.config import build_option
 from sim.cost.gpu import Gpu
@@ -143,7 +143,8 @@ class ServeSetting:
         self.table = serve_table(self.actions)
         self.stated = {
             "server": [model, gpu, latency, quality, engine, slo, workspace_bytes],
-            "windows": [asdict(self.budget), tick_s, self.action_options, list(sources), list(load), str(randomize)],
+            "order": self.action_options["order"],
+            "windows": [asdict(self.budget), tick_s, list(sources), list(load), str(randomize)],
         }
         self.pool = pool_options(pool)
         self._pooled: tuple[Window, ...] | None = None
@@ -181,7 +182,7 @@ class ServeSetting:
         if self.pool is None or self.split != "train":
             return self.windows.sample(rng, self.split, self.sources)
         if self._pooled is None:
-            self._pooled = training_pool(self, self.pool)
+            self._pooled = window_pool(self, self.pool, "train")
         return drawn(self._pooled, rng, self.windows.budget_seeds["train"])
 
     def nll_at(self, low_bit_cost: float) -> Callable[[Plan], float]:
@@ -246,6 +247,8 @@ class ServeSetting:
         if window.high_share is not None or window.low_share is not None:
             high_share = window.high_share or limits.high_share
             limits = replace(limits, high_share=high_share, low_share=min(high_share, window.low_share or high_share))
+        if window.notice_s is not None:
+            limits = replace(limits, notice_s=window.notice_s)
         context = server.budget_context(plan)
         budget = window_budget(context, limits, window.budget, window.budget_seed, self.windows.window_s)
         return server.build_engine(
@@ -267,11 +270,11 @@ class ServeSetting:
 
 
 DEFAULT_ACTIONS: Mapping[str, Any] = {
-    "drops": [0, 4, 8],
-    "low_layers": [0, 32],
+    "drops": [0, 2, 4, 6, 8, 12, 20],
+    "low_layers": [0, 16, 32],
     "low_bits": 4,
-    "waits": [1.0, 1.4, 1.7],
-    "dwell_s": 8.0,
+    "waits": [0.8, 1.2, 1.5, 1.8],
+    "dwell_s": 4.0,
 }
 
 

@@ -1,4 +1,4 @@
-"""Training windows at loads that are neither light nor hopeless, on servers of many speeds and sizes.
+"""Windows at loads that are neither light nor hopeless, on servers of many speeds and sizes.
 
 A policy learns little from a window in which every plan serves all requests in time, or none does. Randomization makes
 most windows such: a machine that is twice as slow, or has a sixth of the memory, carries another load. So each window
@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agents.envs.prune_loads import SPLITS, Split
+from agents.envs.serve_sources import serve_split, sources_with
 from agents.envs.serve_windows import Window
-from sim.config import build_option, option_path
+from sim.config import build_option
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.policies.admission import Limited
@@ -36,6 +38,8 @@ FOLDER = REPOSITORY / "runs" / "pool"
 REFERENCE_WAIT_S = 1.5
 STEPS = 5
 """Plays with which the rate of a window is searched."""
+NOTICES_S = (0.0, 0.0, 5.0, 15.0)
+"""How long before it a step of the budget is announced; training samples one of these for each episode."""
 FACTOR = 16.0
 """A window's rate lies between its source's lowest rate over this and its highest rate times this."""
 
@@ -44,7 +48,8 @@ FACTOR = 16.0
 class PoolOptions:
     """How the windows of a pool are made.
 
-    size: how many. seed: of all that is sampled.
+    size: training windows. validation: windows of the validation split, of every source that it may use.
+    seed: of all that is sampled.
     attained: lowest and highest share of requests that the reference serves in time.
     high_share: range of the most memory, in multiples of the dense weights, sampled on a logarithmic scale; the dense
         model must fit the least of it, because a window begins with that.
@@ -54,6 +59,7 @@ class PoolOptions:
     """
 
     size: int
+    validation: int = 120
     seed: int = 0
     attained: tuple[float, float] = (0.5, 0.97)
     high_share: tuple[float, float] = (1.17, 5.343)
@@ -75,24 +81,30 @@ def pool_options(value: Mapping[str, Any] | None) -> PoolOptions | None:
         options = PoolOptions(**given)
         ordered = all(0 < low <= high for low, high in (options.attained, options.high_share, options.low_of_high))
         shares = (options.scenario, options.low_bits, *options.attained, *options.low_of_high)
-        if not ordered or options.size < 1 or not all(0 <= share <= 1 for share in shares):
-            raise ValueError("size must be at least 1, ranges above 0 and ascending, and shares from 0 to 1")
+        if not ordered or min(options.size, options.validation) < 1 or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(
+                "size and validation must be at least 1, ranges ascend from above 0, and shares lie in [0, 1]"
+            )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"pool is {dict(value)}: {error}") from error
     return options
 
 
-def training_pool(setting: ServeSetting, options: PoolOptions) -> tuple[Window, ...]:
+def window_pool(setting: ServeSetting, options: PoolOptions, split: Split) -> tuple[Window, ...]:
     """Return the windows of a pool; read from runs/pool if it was made before."""
-    path = FOLDER / f"{_key(setting, options)}.json"
+    rng = np.random.default_rng([options.seed, SPLITS.index(split)])
+    size = options.size if split == "train" else options.validation
+    # Every source that the split may use; in training those of the setting.
+    sources = setting.sources if split == "train" else sources_with(split)[0]
+    path = FOLDER / f"{split}_{_key(setting, options, sources)}.json"
     if path.is_file():
         return tuple(Window(**row) for row in json.loads(path.read_text(encoding="utf-8")))
-    rng = np.random.default_rng(options.seed)
     windows: list[Window] = []
-    with progress("choosing training windows", options.size, "windows") as report:
-        while len(windows) < options.size:
-            window = _sampled(setting, options, rng)
-            found = at_attainment(setting, window, float(rng.uniform(*options.attained)))
+    with progress(f"choosing {split} windows", size, "windows") as report:
+        while len(windows) < size:
+            # Sources take turns, so that all are there in equal numbers.
+            window = _sampled(setting, options, rng, split, sources[len(windows) % len(sources)])
+            found = at_attainment(setting, window, split, float(rng.uniform(*options.attained)))
             if found is not None:
                 windows.append(found)
                 report(len(windows))
@@ -100,9 +112,14 @@ def training_pool(setting: ServeSetting, options: PoolOptions) -> tuple[Window, 
     return tuple(windows)
 
 
-def _sampled(setting: ServeSetting, options: PoolOptions, rng: np.random.Generator) -> Window:
-    """Return a window with the memory of some server."""
-    window = setting.windows.sample(rng, "train", setting.sources)
+def _sampled(
+    setting: ServeSetting, options: PoolOptions, rng: np.random.Generator, split: Split, source: str
+) -> Window:
+    """Return a window of a source, on a server of some speed and some memory."""
+    # The rate is searched later; the lowest makes the shortest window, which fits every part.
+    lowest = setting.windows.rates[source][0]
+    window = setting.windows.sample(rng, split, (source,), rate=lowest / FACTOR)
+    window = replace(window, **setting.windows.factors(rng))
     low_bits = bool(rng.random() < options.low_bits)
     scenario = bool(rng.random() < options.scenario)
     high_share = math.exp(rng.uniform(*np.log(options.high_share)))
@@ -112,13 +129,13 @@ def _sampled(setting: ServeSetting, options: PoolOptions, rng: np.random.Generat
     return replace(window, low_bits=low_bits, high_share=high_share, low_share=low_share)
 
 
-def at_attainment(setting: ServeSetting, window: Window, attained: float) -> Window | None:
+def at_attainment(setting: ServeSetting, window: Window, split: Split, attained: float) -> Window | None:
     """Return the window at the rate at which the reference serves this share in time, or None if there is none.
 
     The search halves the range of rates on a logarithmic scale ``STEPS`` times; the result is the last rate tried.
     """
     low, high = setting.windows.rates[window.source]
-    begin_s, end_s = setting.windows.span_s(window.source, "train")
+    begin_s, end_s = setting.windows.span_s(window.source, split)
     low, high = low / FACTOR, min(high * FACTOR, 0.95 * (end_s - begin_s) / setting.windows.window_s)
     place = (window.start_s - begin_s) / (end_s - begin_s)
     for _ in range(STEPS):
@@ -158,17 +175,19 @@ def reference_policy(setting: ServeSetting, window: Window) -> Policy:
     return Limited(policy, None, REFERENCE_WAIT_S)
 
 
-def _key(setting: ServeSetting, options: PoolOptions) -> str:
+def _key(setting: ServeSetting, options: PoolOptions, sources: Sequence[str]) -> str:
     """Return a name for everything that a pool depends on, except the code."""
-    split = option_path("split", "serve").read_bytes()
-    stated = json.dumps([setting.stated, asdict(options)], sort_keys=True, default=str).encode()
-    return hashlib.sha256(split + stated).hexdigest()[:16]
+    split = {key: value for key, value in serve_split().items() if key not in ("sources", "randomize")}
+    named = {name: serve_split()["sources"][name] for name in sources}
+    stated = json.dumps([split, named, setting.stated, asdict(options)], sort_keys=True, default=str)
+    return hashlib.sha256(stated.encode()).hexdigest()[:16]
 
 
 def drawn(pool: Sequence[Window], rng: np.random.Generator, seeds: tuple[int, int]) -> Window:
-    """Return a window of a pool, with another course of its budget."""
+    """Return a window of a pool, with another course of its budget, of which every second one is announced."""
     window = pool[int(rng.integers(len(pool)))]
-    return replace(window, budget_seed=int(rng.integers(*seeds)))
+    notice_s = float(rng.choice(NOTICES_S))
+    return replace(window, budget_seed=int(rng.integers(*seeds)), notice_s=notice_s)
 
 
-__all__ = ["PoolOptions", "drawn", "pool_options", "training_pool"]
+__all__ = ["PoolOptions", "drawn", "pool_options", "window_pool"]

@@ -23,7 +23,7 @@ from sim.paths import find_data
 from sim.traces.trace import Trace
 from sim.traces.transforms import apply_steps, drop_long
 
-KEYS = ("trace", "rate", "overrides", "steps", "parts", "splits")
+KEYS = ("trace", "rate", "overrides", "steps", "parts", "splits", "repeats", "named_only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,8 @@ class Source:
     overrides: keys of the trace that differ. steps: workload steps, as in conf/workload.
     parts: for each split that may use it, start and end as shares of the trace's duration; empty with ``splits``.
     splits: for each split that may use it, more keys of the trace; ``duration_s`` must be one of them.
+    repeats: whether it is one piece that repeats, so that its windows are no independent ones.
+    named_only: whether it is left out wherever a configuration does not name it: it suits some models alone.
     """
 
     trace: str
@@ -42,6 +44,8 @@ class Source:
     steps: tuple[Mapping[str, Any], ...]
     parts: Mapping[str, tuple[float, float]]
     splits: Mapping[str, Mapping[str, Any]]
+    repeats: bool = False
+    named_only: bool = False
 
     @property
     def lent_to(self) -> tuple[str, ...]:
@@ -120,6 +124,8 @@ def _source(parts: Mapping[str, Any], value: Mapping[str, Any]) -> Source:
         steps=tuple(value.get("steps", ())),
         parts=own,
         splits=splits,
+        repeats=bool(value.get("repeats", False)),
+        named_only=bool(value.get("named_only", False)),
     )
 
 
@@ -136,10 +142,10 @@ def source_of(name: str) -> Source:
 
 
 def sources_with(split: str) -> tuple[list[str], list[str]]:
-    """Return the sources that lend a part to a split and whose data is here, and a sentence on each other one."""
+    """Return the sources for any model that lend a part to a split and whose data is here, and a sentence on others."""
     names, notes = [], []
     for name, source in sources().items():
-        if split not in source.lent_to:
+        if split not in source.lent_to or source.named_only:
             continue
         if source.file is None or find_data(source.file).exists():
             names.append(name)

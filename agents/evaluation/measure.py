@@ -29,12 +29,10 @@ from agents.evaluation.cluster import (
     mean_cluster_utility,
     read_about,
     test_clusters,
-    tuned_cluster_rules,
 )
 from agents.evaluation.cluster_report import COMPARED as CLUSTER_COMPARED
 from agents.evaluation.prune import evaluate_prune, with_losses
 from agents.evaluation.prune_report import unseen_loads
-from agents.evaluation.rules import rules_tuned_to, tuned_rules
 from agents.evaluation.serve import (
     ORACLES,
     evaluate_serve,
@@ -43,6 +41,7 @@ from agents.evaluation.serve import (
     with_low_bits_of,
 )
 from agents.evaluation.serve_report import COMPARED
+from agents.evaluation.tuning import rules_tuned_to, tuned_rules
 from agents.training.validation import validation_clusters
 from sim.config import load_option
 from sim.cost.model_spec import load_model
@@ -232,7 +231,7 @@ def _measure_serve_only(
     Rules keep the parameters that they were tuned to.
     """
     summary = _read_summary(folder / "serve.json", cfg)
-    rules = {name: [build] for name, build in rules_tuned_to(setting, summary["tuned"]).items()}
+    rules = {name: [build] for name, build in rules_tuned_to(summary["tuned"]).items()}
     selected = _selected(cfg, rules | learned)
     compared = {name: builds for name, builds in selected.items() if name in learned or name in COMPARED}
     other = with_low_bits_of(setting, OTHER_QUALITY)
@@ -253,12 +252,12 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
     curves = training_curves(cfg.cluster_curves) if cfg.cluster_curves else None
     if cfg.only:
         summary = _read_summary(folder / "cluster.json", cfg)
-        rules = {name: [build] for name, build in rules_tuned_to(setting, summary["tuned"]).items()}
+        rules = {name: [build] for name, build in rules_tuned_to(summary["tuned"]).items()}
         policies = _selected(cfg, rules | learned)
         oracle = False
     else:
         summary = provenance(0)
-        tuned, summary["tuned"] = tuned_cluster_rules(setting, cfg.baselines)
+        tuned, summary["tuned"] = tuned_rules(setting, cfg.baselines)
         policies = {name: [build] for name, build in tuned.items()} | learned
         oracle = cfg.baselines is None or "oracle_static" in cfg.baselines
     _check_any({**policies, **({"oracle_static": None} if oracle else {})}, "cluster")

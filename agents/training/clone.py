@@ -1,19 +1,23 @@
 """``python -m agents.clone experiment=clone_serve``: learn from a planner that knows the next seconds.
 
-On training windows, the planner stops the engine at a tick, runs every legal plan from there for some seconds on the
+On training windows, the planner stops the engine at a tick, runs legal plans from there for some seconds on the
 requests that will really arrive (``SimEngine.snapshot``), and records the utility that each plan loses. A network
 learns to predict these losses from what a server can observe. It is trained by regression, so it predicts the mean over
 all futures that match the observation, and the plan it rates best is the best on average. A copy of the planner's
-choices would not have this property.
+choices would not have this property. What a plan of a row loses counts only against the other plans tried there.
 
 The planner knows arrivals and output lengths. It is used on training windows only; the network does not know them.
+Looking ahead takes most of the time. Its result is kept in demonstrations.npz, which other seeds can read
+(``algorithm.demonstrations``).
 """
 
 from __future__ import annotations
 
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,9 +34,11 @@ from agents.training.checks import check_training
 from agents.training.export import export_network
 from agents.training.train import environment_kwargs
 from agents.training.validation import validation_utilities
+from sim.atomic import write_whole
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
-from sim.policies.learned import Network, network_of
+from sim.paths import REPOSITORY
+from sim.policies.learned import Network, network_of, pair_values
 from sim.progress import progress
 from sim.results.run_folder import provenance, write_json, write_text
 from sim.types import Floats32
@@ -43,6 +49,9 @@ class LookaheadClone:
     """How the planner looks ahead, and how the network learns from it.
 
     windows: training windows. every: ticks between two looks ahead. horizon_s: seconds that each look covers.
+    trials: plans that a look tries: the present one, and others chosen at random; None tries every legal plan.
+    demonstrations: glob of the demonstrations.npz of other clones, which are read instead of looking ahead; None looks
+        ahead.
     grace_s: a request still waiting at the horizon counts as late this many seconds before its TTFT target.
     stray: share of looks after which a random legal plan runs instead of the best, so that the network also sees states
         that follow from its mistakes.
@@ -58,12 +67,22 @@ class LookaheadClone:
     batch: int
     lr: float
     weight_decay: float
+    trials: int | None = None
+    demonstrations: str | None = None
 
 
-def look_ahead(core: ServeCore, horizon_s: float, grace_s: float) -> NDArray[np.float64]:
-    """Return the utility that each plan loses within the horizon, float64[a], in requests; NaN if it is not legal."""
+def look_ahead(
+    core: ServeCore, horizon_s: float, grace_s: float, tried: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """Return the utility that each plan loses within the horizon, float64[a], in requests; NaN where it is not tried.
+
+    Args:
+        tried: bool[a]; None tries every plan. A plan that is not legal is never tried.
+    """
     setting, engine = core.setting, core.engine
     legal = core.actions.legal(core.state, core.choice)
+    if tried is not None:
+        legal &= tried
     end_s = core.state.time_s + horizon_s
     saved = engine.snapshot()
     lost = np.full(len(legal), np.nan)
@@ -94,7 +113,7 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
                 legal = core.actions.legal(core.state, core.choice)
                 observed = core.observe()[: setting.table.features]
                 if tick % config.every == offset:
-                    lost = look_ahead(core, config.horizon_s, config.grace_s)
+                    lost = look_ahead(core, config.horizon_s, config.grace_s, _tried(rng, legal, core, config.trials))
                     features.append(observed)
                     losses.append(lost)
                     action = int(np.nanargmin(lost))
@@ -105,15 +124,63 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
     return np.stack(features), np.stack(losses)
 
 
+def _tried(
+    rng: np.random.Generator, legal: NDArray[np.bool_], core: ServeCore, trials: int | None
+) -> NDArray[np.bool_] | None:
+    """Return which plans a look tries: the present one and random legal ones, ``trials`` in all."""
+    if trials is None or legal.sum() <= trials:
+        return None
+    present = core.choice.action
+    others = np.flatnonzero(legal & (np.arange(len(legal)) != present))
+    tried = np.zeros(len(legal), dtype=np.bool_)
+    tried[rng.choice(others, trials - 1, replace=False)] = tried[present] = True
+    return tried
+
+
+def read_demonstrations(pattern: str, shape: tuple[int, int]) -> tuple[Floats32, NDArray[np.float64]]:
+    """Return the features and losses of all files that a glob finds, as ``demonstrations``.
+
+    Args:
+        shape: entries of an observation, and plans.
+    Raises:
+        ConfigError: if there is no file, or one was made with another table.
+    """
+    paths = sorted(REPOSITORY.glob(pattern))
+    if not paths:
+        raise ConfigError(
+            f"algorithm.demonstrations is {pattern!r}, but no such file exists; look ahead first: "
+            "python -m agents.clone algorithm.demonstrations=null"
+        )
+    parts = []
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                part = found["features"].astype(np.float32), found["losses"].astype(np.float64)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{path} holds no demonstrations ({type(error).__name__}: {error})") from error
+        if (part[0].shape[1:], part[1].shape[1:]) != ((shape[0],), (shape[1],)) or len(part[0]) != len(part[1]):
+            raise ConfigError(
+                f"{path} has {part[0].shape} features and {part[1].shape} losses; this environment has {shape[0]} "
+                f"entries and {shape[1]} plans; look ahead again with algorithm.demonstrations=null"
+            )
+        parts.append(part)
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
 def fit(
-    features: Floats32, losses: NDArray[np.float64], config: LookaheadClone, cfg: DictConfig, env_kwargs: dict[str, Any]
+    features: Floats32,
+    losses: NDArray[np.float64],
+    config: LookaheadClone,
+    cfg: DictConfig,
+    env_kwargs: dict[str, Any],
+    heads: tuple[int, int] | None = None,
 ) -> tuple[Network, float, list[tuple[int, float, float]]]:
     """Fit a network to the losses of plans.
 
     Args:
         features: float32[n, o]. losses: float64[n, a], in requests; NaN where a plan was not legal.
         config: epochs, batch and learning rate. cfg: sizes of hidden layers, and the seed.
-        env_kwargs: of the validation episodes.
+        env_kwargs: of the validation episodes. heads: as in ``Network``.
     Returns:
         The network with the best validation utility, this utility, and (epoch, error, utility) of every validation.
     """
@@ -122,11 +189,12 @@ def fit(
     torch.set_num_threads(1)
     torch.manual_seed(int(cfg.seed))
     known = ~np.isnan(losses)
-    # The target of a plan is how much less it loses than the mean of the legal plans, so that outputs rank plans.
+    # The target of a plan is how much less it loses than the mean of the plans tried with it; outputs are compared in
+    # the same way, so they rank plans.
     mean = np.nanmean(losses, axis=1, keepdims=True)
     target = torch.from_numpy(np.where(known, mean - losses, 0.0).astype(np.float32))
     mask, inputs = torch.from_numpy(known), torch.from_numpy(features)
-    model = _perceptron([features.shape[1], *cfg.hidden, losses.shape[1]])
+    model = _perceptron([features.shape[1], *cfg.hidden, sum(heads) if heads else losses.shape[1]])
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     rng = np.random.default_rng(int(cfg.seed))
     best: tuple[float, Network] | None = None
@@ -136,14 +204,17 @@ def fit(
             error = 0.0
             for rows in np.array_split(rng.permutation(len(features)), max(1, len(features) // config.batch)):
                 # Huber, because losses have long tails: in a burst every plan can lose forty requests.
-                errors = torch.nn.functional.huber_loss(model(inputs[rows]), target[rows], reduction="none", delta=3.0)
-                loss = (errors * mask[rows]).sum() / mask[rows].sum()
+                values, tried = model(inputs[rows]), mask[rows]
+                values = pair_values(values, heads) if heads else values
+                values = values - (values * tried).sum(1, keepdim=True) / tried.sum(1, keepdim=True)
+                errors = torch.nn.functional.huber_loss(values, target[rows], reduction="none", delta=3.0)
+                loss = (errors * tried).sum() / tried.sum()
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 error += float(loss.detach()) * len(rows) / len(features)
             if epoch % 10 == 0 or epoch == config.epochs:
-                network = _network(model)
+                network = _network(model, heads)
                 utility = float(validation_utilities(cfg.env.id, env_kwargs, network).mean())
                 history.append((epoch, error, utility))
                 if best is None or utility > best[0]:
@@ -163,11 +234,11 @@ def _perceptron(sizes: Sequence[int]) -> Any:
     return torch.nn.Sequential(*layers)
 
 
-def _network(model: Any) -> Network:
+def _network(model: Any, heads: tuple[int, int] | None) -> Network:
     """Return a copy of a ``_perceptron`` that runs in NumPy."""
     linear = [layer for layer in model if hasattr(layer, "weight")]
     pairs = [(layer.weight.detach().numpy().copy(), layer.bias.detach().numpy().copy()) for layer in linear]
-    return network_of(pairs, "relu")
+    return network_of(pairs, "relu", heads)
 
 
 def clone(cfg: DictConfig, folder: Path) -> float:
@@ -189,12 +260,19 @@ def clone(cfg: DictConfig, folder: Path) -> float:
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_json(folder / "provenance.json", provenance(cfg.seed))
     started_s = time.monotonic()
-    features, losses = demonstrations(ServeSetting(**env_kwargs), config, int(cfg.seed))
+    setting = ServeSetting(**env_kwargs)
+    if config.demonstrations is None:
+        features, losses = demonstrations(setting, config, int(cfg.seed))
+        write_whole(folder / "demonstrations.npz", partial(_save, features=features, losses=losses))
+    else:
+        shape = setting.table.features, len(setting.actions.plans)
+        features, losses = read_demonstrations(config.demonstrations, shape)
     console.print(
-        f"looked ahead at {len(features):,} ticks in {time.monotonic() - started_s:.0f} s",
+        f"looked ahead at {len(features):,} ticks, {time.monotonic() - started_s:.0f} s",
         highlight=False,
     )
-    network, utility, history = fit(features, losses, config, cfg, env_kwargs)
+    heads = setting.actions.heads if min(setting.actions.heads) > 1 else None
+    network, utility, history = fit(features, losses, config, cfg, env_kwargs, heads)
     seconds = time.monotonic() - started_s
     status = {"iteration": max(history, key=lambda row: row[2])[0], "seconds": seconds}
     export_network(folder / "best" / "policy.json", network, cfg, env_kwargs, status, utility)
@@ -202,6 +280,11 @@ def clone(cfg: DictConfig, folder: Path) -> float:
     write_text(folder / "fit.csv", "\n".join(["epoch,error,validation_utility", *rows]) + "\n")
     console.print(f"validation utility {utility:.4f} after {seconds:.0f} s; files: {folder}", highlight=False)
     return utility
+
+
+def _save(part: Path, **arrays: NDArray[Any]) -> None:
+    with part.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def _run(cfg: DictConfig) -> None:

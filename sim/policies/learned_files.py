@@ -106,6 +106,11 @@ OPTIONAL: Mapping[str, Check] = {
     "plans": TABLE,
     "tick_s": (lambda value: _number(value) and value > 0, "a number of seconds above 0"),
     "scores": (_all(_number), "a list of numbers"),
+    "slo": TABLE,
+    "low_loss": (lambda value: _number(value) and value >= 0, "a number of nats, at least 0"),
+}
+SLO: Mapping[str, Check] = {
+    "tpot_s": (_optional(lambda value: _number(value) and value > 0), "a number of seconds above 0, or null"),
 }
 ENVIRONMENT: Mapping[str, Check] = {
     "restore": (_flag, "true or false"),
@@ -155,6 +160,7 @@ def read_about(path: Path) -> dict[str, Any]:
     _check(about, known, "")
     _check(about.get("environment", {}), ENVIRONMENT, "environment.")
     _check(about.get("training", {}), TRAINING, "training.")
+    _check(about.get("slo", {}), SLO, "slo.")
     _check_members(about)
     _check_plans(about)
     return about

@@ -92,6 +92,8 @@ def write_linear_policy(
         "environment": {"hide": []},
         "observation": setting.table.rows(),
         "actions": list(setting.table.actions),
+        "slo": {"ttft_s": setting.slo.ttft_s, "tpot_s": setting.slo.tpot_s},
+        "low_loss": setting.low_loss(1.0),
     }
     save_file({"0.weight": weight, "0.bias": bias}, folder / "p.safetensors")
     (folder / "p.json").write_text(json.dumps(about))

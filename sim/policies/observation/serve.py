@@ -64,6 +64,11 @@ class ServeActions:
         return replace(self, low_bits=False)
 
     @property
+    def heads(self) -> tuple[int, int]:
+        """The numbers of weights and of admission limits: an action is a pair, numbered limit fastest."""
+        return self.groups[-1] + 1, self.limits
+
+    @property
     def limits(self) -> int:
         """The number of admission limits; action = weights x limits + limit."""
         return len(self.plans) // (self.groups[-1] + 1)

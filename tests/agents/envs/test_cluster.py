@@ -262,7 +262,7 @@ def test_training_and_test_clusters_do_not_overlap_in_time_and_each_replica_has_
 
 
 def test_a_policy_of_one_replica_with_widened_inputs_acts_as_before() -> None:
-    network = read_learned("learned_serve_llama2", "ServeTrace").network
+    network = read_learned("learned_replica_llama2", "ServeTrace").network
     wider = widen_inputs(network, 27 + COMPARED)
     rng = np.random.default_rng(0)
     rows = rng.random((50, 27 + COMPARED)).astype(np.float32)

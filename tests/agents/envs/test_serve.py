@@ -13,10 +13,10 @@ import pytest
 
 from agents.baselines.serve import conf_policy
 from agents.envs.reward import ServeReward
-from agents.envs.serve import ServeSetting, ServeTrace
+from agents.envs.serve import DEFAULT_ACTIONS, ServeSetting, ServeTrace
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows, source_trace
-from agents.evaluation.rules import mean_utility
+from agents.evaluation.tuning import mean_utility
 from agents.training.validation import validation_windows
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import dense_plan
@@ -82,20 +82,21 @@ def test_the_rewards_of_an_episode_add_up_to_its_utility(reward: dict[str, Any])
 
 def test_rejecting_pruning_and_late_requests_each_cost_utility() -> None:
     def utility(action: int, window: Window) -> float:
-        env = ServeTrace()
+        env = ServeTrace(actions=actions)
         env.reset(options={"window": window})
         over = False
         while not over:
             *_, over, _, info = env.step(action)
         return float(info["utility"])
 
-    names = ServeTrace().setting.actions.names
+    actions = {**DEFAULT_ACTIONS, "waits": [None, 1.5]}
+    names = ServeTrace(actions=actions).setting.actions.names
     quiet, busy = replace(WINDOW, rate=0.4, budget="full"), replace(WINDOW, rate=1.3)
     dense, pruned = names.index("drop 0, W4 0, queue any"), names.index("drop 8, W4 0, queue any")
-    limited = names.index("drop 0, W4 0, queue 4")
+    limited = names.index("drop 0, W4 0, queue any, wait 1.5 s")
     assert utility(dense, quiet) > utility(pruned, quiet) + 0.05
     assert utility(dense, quiet) >= utility(limited, quiet)
-    # Under overload, a server without a queue limit misses the target of nearly every request.
+    # Under overload, a server without a wait limit misses the target of nearly every request.
     assert utility(limited, busy) > utility(dense, busy) + 0.05
 
 
@@ -117,12 +118,12 @@ def test_a_plan_whose_weights_do_not_fit_is_illegal_and_the_smallest_plan_is_alw
     np.testing.assert_array_equal(none, weights == weights.min())
 
 
-def test_changed_weights_stay_for_the_dwell_time_and_the_queue_limit_may_change() -> None:
+def test_changed_weights_stay_for_the_dwell_time_and_the_wait_limit_may_change() -> None:
     env = ServeTrace()
     setting = env.setting
     names = setting.actions.names
     env.reset(options={"window": replace(WINDOW, budget="full")})
-    low, limited = names.index("drop 0, W4 32, queue any"), names.index("drop 0, W4 32, queue 8")
+    low, limited = (names.index(f"drop 0, W4 32, queue any, wait {wait} s") for wait in (0.8, 1.5))
     observation, *_ = env.step(low)
     flags = {name: flag > 0.5 for name, flag in zip(names, observation[-len(names) :], strict=True)}
     assert {name for name, flag in flags.items() if flag} == {name for name in names if "drop 0, W4 32" in name}
@@ -265,7 +266,7 @@ def test_a_learned_policy_chooses_the_same_plans_in_sim_as_in_the_environment(tm
         observation, *_ = env.step(action)
         chosen.add(action)
     assert len(chosen) > 1
-    path.write_text(json.dumps({**about, "plans": {**setting.action_options, "drops": [0, 4, 12]}}))
+    path.write_text(json.dumps({**about, "plans": {**setting.action_options, "drops": [0, 2, 4, 6, 8, 10]}}))
     with pytest.raises(ConfigError, match="other actions"):
         learned_serve(context, path=str(path))
 
@@ -299,6 +300,6 @@ def test_render_returns_an_image_that_changes_and_save_render_writes_it(tmp_path
 
 def test_the_shipped_policy_serves_held_out_windows_better_than_dense() -> None:
     setting = ServeSetting(split="validation")
-    windows = validation_windows(("burst",), 6)
+    windows = validation_windows(6, ["burst"])
     shipped = mean_utility(setting, windows, conf_policy("learned_serve"))
     assert shipped > mean_utility(setting, windows, conf_policy("dense")) + 0.05

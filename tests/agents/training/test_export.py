@@ -20,7 +20,7 @@ from sim.errors import ConfigError
 from sim.policies.learned import SHIPPED, read_learned
 from tests.agents.helpers import run_module
 
-NAMES = ["learned_prune_smollm2", "learned_serve_llama2", "learned_cluster_llama2"]
+NAMES = ["learned_prune_smollm2", "learned_replica_llama2", "learned_cluster_llama2"]
 
 
 def training(folder: Path, name: str) -> Path:
@@ -59,7 +59,7 @@ def test_the_printed_command_names_keys_and_options_that_exist(tmp_path: Path, n
 
 
 def test_the_command_runs_what_was_exported_from_a_folder_with_any_name(tmp_path: Path) -> None:
-    folder = training(tmp_path / "a b=c,(d)", "learned_serve_llama2")
+    folder = training(tmp_path / "a b=c,(d)", "learned_replica_llama2")
     shown = run_module("agents.export", f'run="{folder}"', "name=mine")
     assert shown.returncode == 0, shown.stderr
     _, _, module, *arguments = shlex.split(shown.stdout.splitlines()[-1])
@@ -69,7 +69,7 @@ def test_the_command_runs_what_was_exported_from_a_folder_with_any_name(tmp_path
 
 
 def test_names_in_a_policys_file_cannot_add_to_the_command(tmp_path: Path) -> None:
-    target = export(training(tmp_path / "run", "learned_serve_llama2"), tmp_path / "mine.json")
+    target = export(training(tmp_path / "run", "learned_replica_llama2"), tmp_path / "mine.json")
     about = json.loads(target.read_text())
     about["environment"]["gpu"] = "a; touch it_ran"
     target.write_text(json.dumps(about))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.utils.torch_utils import FLOAT_MIN
 
 from agents.envs.prune import PruneToBudget
 from agents.envs.prune_vector import PruneToBudgetVector
@@ -31,14 +32,14 @@ MODEL = {
 }
 
 
-def build_module(kind: type) -> Any:
+def build_module(kind: type, **more: Any) -> Any:
     env = PruneToBudget()
     torch.manual_seed(0)
     return RLModuleSpec(
         module_class=kind,
         observation_space=env.observation_space,
         action_space=env.action_space,
-        model_config=MODEL,
+        model_config=MODEL | more,
     ).build()
 
 
@@ -91,3 +92,25 @@ def test_exploration_never_chooses_an_illegal_action(kind: type) -> None:
 def test_the_flags_of_legal_actions_do_not_reach_the_network() -> None:
     module = build_module(MaskedPPO)
     assert module.get_state()["encoder.actor_encoder.net.mlp.0.weight"].shape == (84, 71)
+
+
+@pytest.mark.parametrize("heads", [(6, 10), (20, 3)])
+def test_two_heads_give_pairs_the_sum_of_their_outputs_and_are_both_masked(heads: tuple[int, int]) -> None:
+    module = build_module(MaskedPPO, heads=heads)
+    observed = observations(500)
+    flags = observed[:, -60:] > 0.5
+    network = network_of_module(module.get_state(), "relu", heads)
+    assert network.weights[-1].shape[0] == sum(heads)
+    values = network(observed[:, :-60])
+    first, second = heads
+    pair = np.random.default_rng(0).integers(60, size=len(observed))
+    outputs = network_of_module(module.get_state(), "relu")(observed[:, :-60])
+    rows = np.arange(len(observed))
+    np.testing.assert_allclose(
+        values[rows, pair], outputs[rows, pair // second] + outputs[rows, first + pair % second], rtol=1e-5, atol=1e-6
+    )
+    for forward in (module.forward_inference, module.forward_exploration, module.forward_train):
+        logits = forward({Columns.OBS: torch.from_numpy(observed)})[Columns.ACTION_DIST_INPUTS].detach().numpy()
+        np.testing.assert_allclose(logits[flags], values[flags], rtol=1e-4, atol=1e-5)
+        assert (logits[~flags] == FLOAT_MIN).all()
+    assert not flags.all()

@@ -1,0 +1,208 @@
+"""Every entry that a serving policy observes, computed by hand for one server.
+
+The numbers below are literals or plain arithmetic on the states, and no two entries are equal. So an entry in another
+unit, or one that shows the value of another, fails here even if both implementations agree.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from sim.cost.memory import weight_bytes
+from sim.cost.model_spec import load_model
+from sim.cost.plan import dense_plan
+from sim.engine import batch_step
+from sim.engine.protocol import EngineState
+from sim.policies.observation.serve import (
+    SERVE_ENTRIES,
+    SERVER_ENTRIES,
+    Choice,
+    ServeObserver,
+    ServeObservers,
+    Terms,
+    serve_actions,
+)
+
+MODEL = load_model("llama2_7b")
+DENSE = dense_plan(MODEL)
+DENSE_BYTES = weight_bytes(MODEL, DENSE)
+BLOCK_BYTES = 262_144
+ACTIONS = serve_actions(
+    MODEL,
+    order=["MHA25", "MHA27", "FFN7", "MHA24"],
+    drops=(0, 1, 2, 4),
+    low_layers=(0, 8, 16, 24, 32),
+    waits=(0.5, 1.0, 2.0),
+    dwell_s=10.0,
+)
+FIRST = {
+    "time_s": 1.0,
+    "waiting": 0,
+    "waiting_tokens": 0,
+    "oldest_wait_s": 0.0,
+    "running": 0,
+    "running_tokens": 0,
+    "kv_layer_blocks": 160_000,
+    "kv_used_layer_blocks": 0,
+    "budget_bytes": 5 * DENSE_BYTES,
+    "weight_bytes": DENSE_BYTES,
+    "arrived": 0,
+    "arrived_prompt_tokens": 0,
+    "first_tokens": 0,
+    "ttft_sum_s": 0.0,
+    "produced_tokens": 0,
+    "finished": 0,
+    "rejected": 0,
+    "preemptions": 0,
+    "iterations": 0,
+    "busy_s": 0.0,
+    "priced_s": 0.0,
+    "next_budget_bytes": 5 * DENSE_BYTES,
+    "next_budget_s": math.inf,
+    "budget_violation_s": 0.0,
+    "incoming_bytes": 0,
+    "plan": DENSE,
+    "target": DENSE,
+}
+SECOND = FIRST | {
+    "time_s": 3.0,  # two seconds later
+    "waiting": 7,
+    "waiting_tokens": 4_095,
+    "oldest_wait_s": 0.7,
+    "running": 15,
+    "running_tokens": 16_383,
+    "kv_layer_blocks": 150_000,
+    "kv_used_layer_blocks": 123_000,
+    "budget_bytes": 36 * DENSE_BYTES // 10,
+    "weight_bytes": int(0.55 * DENSE_BYTES),
+    "arrived": 40,
+    "arrived_prompt_tokens": 20_000,
+    "first_tokens": 30,
+    "ttft_sum_s": 12.0,
+    "produced_tokens": 900,
+    "rejected": 3,
+    "preemptions": 5,
+    "iterations": 45,
+    "busy_s": 1.8,
+    "priced_s": 1.2,
+    "next_budget_bytes": 2 * DENSE_BYTES,
+    "next_budget_s": 8.0,
+    "incoming_bytes": 1,
+}
+ACTION = 3 * (1 * 5 + 3) + 1
+"""The second of four numbers of drops, the fourth of five of low layers, the second of three waits."""
+CHANGED_S = -0.5
+TERMS = Terms(tpot_s=0.064, low_loss=0.03)
+
+
+def share(seconds: float) -> float:
+    """Return the weight of two seconds in an average over ``seconds``."""
+    return 1.0 - math.exp(-2.0 / seconds)
+
+
+def log(value: float, scale: float) -> float:
+    return math.log2(1.0 + value) / scale
+
+
+EXPECTED = {
+    "waiting": 3.0 / 10.0,
+    "waiting_tokens": 12.0 / 20.0,
+    "oldest_wait": 0.35,
+    "running": 4.0 / 10.0,
+    "running_tokens": 14.0 / 20.0,
+    "kv_used": 0.82,
+    "kv_pool": 150_000 * 262_144 / DENSE_BYTES / 8.0,
+    "budget": 0.45,
+    "weights": 0.55,
+    "next_budget": -0.2,
+    "next_budget_soon": math.exp(-0.5),
+    "arrivals_1s": log(20.0 * share(1.0), 8.0),
+    "arrivals_10s": log(20.0 * share(10.0), 8.0),
+    "arrivals_60s": log(20.0 * share(60.0), 8.0),
+    "prompts_1s": log(10_000.0 * share(1.0), 16.0),
+    "prompts_10s": log(10_000.0 * share(10.0), 16.0),
+    "first_tokens_10s": log(15.0 * share(10.0), 8.0),
+    "ttft_10s": 0.4 / 2.0,
+    "produced_10s": log(450.0 * share(10.0), 16.0),
+    "busy_10s": 0.9 * share(10.0),
+    "preemptions_10s": log(2.5 * share(10.0), 8.0),
+    "rejected_10s": log(1.5 * share(10.0), 8.0),
+    "copying": 1.0,
+    "dwell_left": 1.0 - 3.5 / 10.0,
+    "level_drop": 1.0 / 3.0,
+    "level_low": 3.0 / 4.0,
+    "level_admit": 1.0 / 2.0,
+    "slowdown": math.log2(1.5) / 2.0,
+    "tpot_headroom": 1.0 - 0.04 / 0.064,
+    "low_bits": 1.0,
+    "low_loss": 0.03 / 0.4,
+}
+
+
+def state(values: dict[str, object]) -> EngineState:
+    assert {field.name for field in fields(EngineState)} == set(values)
+    return EngineState(**values)  # type: ignore[arg-type]
+
+
+def seen(values: dict[str, object]) -> np.ndarray:
+    row = np.zeros((1, batch_step.SEEN_COLUMNS))
+    for name, value in values.items():
+        if name not in ("budget_violation_s", "plan", "target"):
+            row[0, getattr(batch_step, name.upper())] = value
+    return row
+
+
+def observed(terms: Terms, *, low_bits: bool = True) -> list[np.ndarray]:
+    """Return the second observation by both implementations."""
+    actions = ACTIONS if low_bits else ACTIONS.without_low_bits()
+    one = ServeObserver(MODEL, actions, BLOCK_BYTES, terms)
+    one(state(FIRST), Choice())
+    many = ServeObservers(MODEL, ACTIONS, BLOCK_BYTES, 1, terms.tpot_s)
+    many.begin(0, low_bits=low_bits, low_loss=terms.low_loss)
+    many(seen(FIRST))
+    many.action[0], many.changed_s[0] = ACTION, CHANGED_S
+    return [one(state(SECOND), Choice(ACTION, CHANGED_S)), many(seen(SECOND))[0]]
+
+
+def test_every_entry_shows_its_own_value_in_its_unit() -> None:
+    assert [entry.name for entry in SERVE_ENTRIES] == list(EXPECTED)
+    assert SERVE_ENTRIES[: len(SERVER_ENTRIES)] == SERVER_ENTRIES
+    assert len({round(value, 6) for value in EXPECTED.values()}) == len(EXPECTED) - 1, "only the two flags are equal"
+    for values in observed(TERMS):
+        for entry, value in zip(SERVE_ENTRIES, values, strict=True):
+            assert value == pytest.approx(EXPECTED[entry.name], rel=1e-5), entry.name
+
+
+def test_a_server_without_low_precision_copies_or_a_tpot_target_says_so() -> None:
+    for values in observed(Terms(low_loss=0.03), low_bits=False):
+        named = dict(zip((entry.name for entry in SERVE_ENTRIES), values.tolist(), strict=True))
+        assert (named["low_bits"], named["low_loss"], named["tpot_headroom"]) == (0.0, 0.0, 1.0)
+
+
+def test_plans_at_low_precision_are_illegal_without_copies() -> None:
+    low = np.array([min(plan.weight_bits) < 16 for plan in ACTIONS.plans])
+    actions, choice = ACTIONS.without_low_bits(), Choice(0, -math.inf)
+    np.testing.assert_array_equal(ACTIONS.legal(state(FIRST), choice), np.ones(len(low), dtype=np.bool_))
+    np.testing.assert_array_equal(actions.legal(state(FIRST), choice), ~low)
+    many = ServeObservers(MODEL, ACTIONS, BLOCK_BYTES, 1)
+    many.begin(0, low_bits=False)
+    np.testing.assert_array_equal(many.legal(seen(FIRST))[0], ~low)
+    # With too little memory for any plan, the smallest that there is stays legal.
+    short = FIRST | {"budget_bytes": DENSE_BYTES // 8}
+    legal = actions.legal(state(short), choice)
+    smallest = min(b for b, needs in zip(actions.weights_bytes, low, strict=True) if not needs)
+    np.testing.assert_array_equal(legal, ~low & (np.array(actions.weights_bytes) == smallest))
+    np.testing.assert_array_equal(many.legal(seen(short))[0], legal)
+
+
+def test_an_action_is_a_pair_of_weights_and_wait() -> None:
+    weights, waits = ACTIONS.heads
+    assert (weights, waits, len(ACTIONS.plans)) == (20, 3, 60)
+    for number, plan in enumerate(ACTIONS.plans):
+        assert ACTIONS.groups[number] == number // waits
+        assert plan.max_wait_s == (0.5, 1.0, 2.0)[number % waits]
+        assert plan.weight_bits == ACTIONS.plans[number - number % waits].weight_bits
