@@ -52,6 +52,7 @@ MAINS = {
     "agents.evaluate": "agents.evaluation.evaluate:main",
     "agents.export": "agents.training.export:main",
     "agents.offline": "agents.training.offline:main",
+    "agents.static_plans": "agents.evaluation.static_plans:main",
     "agents.train": "agents.training.train:main",
     "agents.tune": "agents.training.tune:main",
     "agents.tune_rules": "agents.evaluation.tuning:main",
@@ -79,7 +80,9 @@ ELSEWHERE = {
     r"hw\.calibrate source=device": "measures for minutes: tests/hw/calibrate/test_device.py",
     r"hw\.reproduction": "minutes: tests/hw/reproduction",
     r"hw\.score": "measures for hours: tests/hw/score",
-    r"agents\.(claim|evaluate|tune|tune_rules|offline|export|clone|windows)": "minutes, or needs a training: tests/agents",
+    r"agents\.(claim|evaluate|tune|tune_rules|offline|export|clone|static_plans|windows)": (
+        "minutes, or needs a training: tests/agents"
+    ),
     r"agents\.train(?! experiment=(ppo_prune|dqn_prune)$)": "needs a training before, or is one of several alike",
 }
 """Lines that are only composed here, and why."""

@@ -21,6 +21,7 @@ from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
 from sim.results.metrics import Slo, met_slo
 from sim.results.records import Records, Status
+from sim.results.utility import kept_quality as kept_quality
 from sim.types import Bools, Floats, Ints
 
 # Shapes: every array is [n], one entry for each environment.
@@ -46,11 +47,6 @@ class PruneStep:
     ended: Bools
     worst_loss: float
     loads: int | Ints
-
-
-def kept_quality(loss: Floats) -> Floats:
-    """Return the share of quality kept, exp(-loss), at most 1; ``loss`` is in nats per token more than dense."""
-    return np.exp(-np.maximum(loss, 0.0))
 
 
 def utility(step: PruneStep) -> Floats:

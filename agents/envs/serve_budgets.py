@@ -27,14 +27,16 @@ class BudgetRange:
 
     high_share: the most. low_share: the least; not above high_share.
     notice_s: how long before its start the next step is announced to the server, in seconds; 0 for no announcement.
+    pace: how many times as fast as usual it moves.
     """
 
     high_share: float = 5.343
     low_share: float = 1.781
     notice_s: float = 0.0
+    pace: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("high_share", "low_share", "notice_s"):
+        for name in ("high_share", "low_share", "notice_s", "pace"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ConfigError(f"budget.{name} is {value!r}; it must be a finite number")
@@ -45,6 +47,8 @@ class BudgetRange:
             )
         if self.notice_s < 0.0:
             raise ConfigError(f"budget.notice_s is {self.notice_s}; it must be at least 0 seconds")
+        if self.pace <= 0.0:
+            raise ConfigError(f"budget.pace is {self.pace}; it must be above 0: 2 moves twice as fast as usual")
 
     def bytes_of(self, context: BudgetContext) -> tuple[int, int]:
         """Return the most and the least bytes for a server, neither above 90 % of its device's memory."""
@@ -76,7 +80,7 @@ def window_budget(context: BudgetContext, limits: BudgetRange, kind: str, seed: 
     if kind not in BUDGETS:
         raise ConfigError(f"there is no budget {kind!r}; {nearest(kind, BUDGETS)}")
     high, low = limits.bytes_of(context)
-    return moving(high, low, kind=kind, seed=seed, horizon_s=horizon_s, notice_s=limits.notice_s)
+    return moving(high, low, kind=kind, seed=seed, horizon_s=horizon_s, notice_s=limits.notice_s, pace=limits.pace)
 
 
 __all__ = ["BUDGETS", "BudgetRange", "budget_range", "window_budget"]

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agents.envs.prune_loads import SPLITS, Split
-from agents.envs.serve_sources import sources_with
+from agents.envs.serve_sources import serve_split, sources_with
 from agents.envs.serve_windows import Window
-from sim.config import build_option, option_path
+from sim.config import build_option
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.policies.admission import Limited
@@ -38,6 +38,8 @@ FOLDER = REPOSITORY / "runs" / "pool"
 REFERENCE_WAIT_S = 1.5
 STEPS = 5
 """Plays with which the rate of a window is searched."""
+NOTICES_S = (0.0, 0.0, 5.0, 15.0)
+"""How long before it a step of the budget is announced; training samples one of these for each episode."""
 FACTOR = 16.0
 """A window's rate lies between its source's lowest rate over this and its highest rate times this."""
 
@@ -90,13 +92,13 @@ def pool_options(value: Mapping[str, Any] | None) -> PoolOptions | None:
 
 def window_pool(setting: ServeSetting, options: PoolOptions, split: Split) -> tuple[Window, ...]:
     """Return the windows of a pool; read from runs/pool if it was made before."""
-    path = FOLDER / f"{split}_{_key(setting, options)}.json"
-    if path.is_file():
-        return tuple(Window(**row) for row in json.loads(path.read_text(encoding="utf-8")))
     rng = np.random.default_rng([options.seed, SPLITS.index(split)])
     size = options.size if split == "train" else options.validation
     # Every source that the split may use; in training those of the setting.
     sources = setting.sources if split == "train" else sources_with(split)[0]
+    path = FOLDER / f"{split}_{_key(setting, options, sources)}.json"
+    if path.is_file():
+        return tuple(Window(**row) for row in json.loads(path.read_text(encoding="utf-8")))
     windows: list[Window] = []
     with progress(f"choosing {split} windows", size, "windows") as report:
         while len(windows) < size:
@@ -173,17 +175,19 @@ def reference_policy(setting: ServeSetting, window: Window) -> Policy:
     return Limited(policy, None, REFERENCE_WAIT_S)
 
 
-def _key(setting: ServeSetting, options: PoolOptions) -> str:
+def _key(setting: ServeSetting, options: PoolOptions, sources: Sequence[str]) -> str:
     """Return a name for everything that a pool depends on, except the code."""
-    split = option_path("split", "serve").read_bytes()
-    stated = json.dumps([setting.stated, asdict(options)], sort_keys=True, default=str).encode()
-    return hashlib.sha256(split + stated).hexdigest()[:16]
+    split = {key: value for key, value in serve_split().items() if key not in ("sources", "randomize")}
+    named = {name: serve_split()["sources"][name] for name in sources}
+    stated = json.dumps([split, named, setting.stated, asdict(options)], sort_keys=True, default=str)
+    return hashlib.sha256(stated.encode()).hexdigest()[:16]
 
 
 def drawn(pool: Sequence[Window], rng: np.random.Generator, seeds: tuple[int, int]) -> Window:
-    """Return a window of a pool, with another course of its budget."""
+    """Return a window of a pool, with another course of its budget, of which every second one is announced."""
     window = pool[int(rng.integers(len(pool)))]
-    return replace(window, budget_seed=int(rng.integers(*seeds)))
+    notice_s = float(rng.choice(NOTICES_S))
+    return replace(window, budget_seed=int(rng.integers(*seeds)), notice_s=notice_s)
 
 
 __all__ = ["PoolOptions", "drawn", "pool_options", "window_pool"]

@@ -23,7 +23,7 @@ from sim.paths import find_data
 from sim.traces.trace import Trace
 from sim.traces.transforms import apply_steps, drop_long
 
-KEYS = ("trace", "rate", "overrides", "steps", "parts", "splits", "repeats")
+KEYS = ("trace", "rate", "overrides", "steps", "parts", "splits", "repeats", "named_only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,7 @@ class Source:
     parts: for each split that may use it, start and end as shares of the trace's duration; empty with ``splits``.
     splits: for each split that may use it, more keys of the trace; ``duration_s`` must be one of them.
     repeats: whether it is one piece that repeats, so that its windows are no independent ones.
+    named_only: whether it is left out wherever a configuration does not name it: it suits some models alone.
     """
 
     trace: str
@@ -44,6 +45,7 @@ class Source:
     parts: Mapping[str, tuple[float, float]]
     splits: Mapping[str, Mapping[str, Any]]
     repeats: bool = False
+    named_only: bool = False
 
     @property
     def lent_to(self) -> tuple[str, ...]:
@@ -123,6 +125,7 @@ def _source(parts: Mapping[str, Any], value: Mapping[str, Any]) -> Source:
         parts=own,
         splits=splits,
         repeats=bool(value.get("repeats", False)),
+        named_only=bool(value.get("named_only", False)),
     )
 
 
@@ -139,10 +142,10 @@ def source_of(name: str) -> Source:
 
 
 def sources_with(split: str) -> tuple[list[str], list[str]]:
-    """Return the sources that lend a part to a split and whose data is here, and a sentence on each other one."""
+    """Return the sources for any model that lend a part to a split and whose data is here, and a sentence on others."""
     names, notes = [], []
     for name, source in sources().items():
-        if split not in source.lent_to:
+        if split not in source.lent_to or source.named_only:
             continue
         if source.file is None or find_data(source.file).exists():
             names.append(name)

@@ -362,7 +362,7 @@ def _keys_of(setting: ServeSetting, base: str, values: dict[str, Any]) -> dict[s
     if base == "pressure_stop" and "most" in values:
         values["most"] = min(values["most"], len(options["order"]))
     if base == "random_stop":
-        values["max_dropped"] = min(20, 2 * (layers - 2))
+        values["max_dropped"] = min(max(20, *options.get("drops", (0,))), 2 * (layers - 2))
     if base == "load_table":
         values.pop("columns", None)
         values.pop("rows", None)

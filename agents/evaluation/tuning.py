@@ -1,10 +1,10 @@
 """``python -m agents.tune_rules``: search the parameters of the rules on training windows; write them to conf/rules.
 
 Every rule gets the same number of trials: first its defaults, then random parameters of the space that it declares
-(``agents.evaluation.rules``). All rules are tried on the same windows, of every training source and budget, at loads at
-which a plain reference serves a stated share of the requests in time. The trials begin on a third of the windows, and
-the best third of them goes on to all (successive halving, as for the learner's hyperparameters). The score is the mean
-utility, averaged over traces.
+(``agents.evaluation.rules``). All rules are tried on the same windows, of every training source and budget, at the
+loads of the test windows: a plain reference serves 60, 75 or 90 % of their requests in time. The trials begin on a
+third of the windows, and the best third of them goes on to all (successive halving, as for the learner's
+hyperparameters). The score is the mean utility, averaged over traces.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import multiprocessing
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from rich.console import Console
 from agents.baselines.serve import Build, policy_context
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve import ServeSetting
-from agents.envs.serve_pool import at_attainment
+from agents.envs.serve_lists import SHARES, check_scenarios, scenario_kwargs
+from agents.envs.serve_pool import FACTOR, at_attainment
+from agents.envs.serve_sources import sources_with
 from agents.envs.serve_windows import Window
 from agents.evaluation.rule_tables import Served, best_table, serve_all
 from agents.evaluation.rules import (
@@ -53,8 +55,8 @@ from sim.progress import counted, progress, say
 from sim.results.run_folder import provenance, write_json
 
 TRIALS, SEED, TRAIN_SEED = 24, 0, 20250603
-ATTAINED = (0.6, 0.75, 0.9)
-"""Loads of the training windows: the share of requests that a plain reference serves in time."""
+TRIES = 5
+"""How often a window is sampled that has no load of its own."""
 KEPT = 3
 """One trial of this many goes on to all windows; so many windows there are for one of the first round."""
 
@@ -68,21 +70,24 @@ def mean_utility(setting: ServeSetting, windows: Sequence[Window], build: Build)
 # --- Windows ---------------------------------------------------------------------------------------------------------
 
 
-def train_windows(setting: ServeSetting, each: int = 1, attained: Sequence[float] = ATTAINED) -> list[Window]:
+def train_windows(setting: ServeSetting, each: int = 1) -> list[Window]:
     """Return the training windows on which rules are tuned, the same in every call.
 
     There are ``each`` for every source, budget and load; windows in which no load is neither light nor hopeless are
     sampled again, a few times. The first ninth of them, and the first third, cover sources, budgets and loads evenly.
     """
     rng = np.random.default_rng(TRAIN_SEED)
+    low_bits = low_bits_of(setting) is not None
     found: list[tuple[tuple[int, ...], Window]] = []
     kinds = itertools.product(
-        enumerate(setting.sources), enumerate(setting.windows.budgets), enumerate(attained), range(each)
+        enumerate(setting.sources), enumerate(setting.windows.budgets), enumerate(SHARES), range(each)
     )
-    for (i, source), (j, budget), (k, share), number in kinds:
-        for _ in range(5):
-            sampled = setting.windows.sample(rng, "train", (source,), budget=budget)
-            window = at_attainment(setting, sampled, share)
+    for (i, source), (j, kind), (k, share), number in kinds:
+        for _ in range(TRIES):
+            # The rate is searched; the lowest makes the shortest window, which fits every part.
+            lowest = setting.windows.rates[source][0] / FACTOR
+            sampled = setting.windows.sample(rng, "train", (source,), rate=lowest, budget=kind)
+            window = at_attainment(setting, replace(sampled, low_bits=low_bits), "train", share)
             if window is not None:
                 found.append((((i + j + k) % KEPT, (i - j) % KEPT, number, i), window))
                 break
@@ -131,24 +136,22 @@ class Games:
         return best_table(self.setting, self.served[wait_s], values["columns"], values["rows"], values["smoothing_s"])
 
 
-def serve_games(setting: ServeSetting, each: int = 1) -> Games:
-    """Return the training windows of a setting as games."""
+def games_of(setting: ServeSetting, each: int = 1, games: Sequence[Sequence[Window]] | None = None) -> Games:
+    """Return what the rules of a setting are tuned on: clusters for a setting of clusters, else windows.
+
+    Args:
+        each: windows for every source, budget and load. games: made before, in another process.
+    """
+    if isinstance(setting, ClusterSetting):
+        from agents.evaluation.cluster import play_cluster, train_clusters  # it imports this module
+
+        clusters, several = setting, train_clusters(setting) if games is None else games
+        return Games(setting, several, lambda build, game: float(play_cluster(clusters, game, build)["utility"]))
     context = policy_context(setting)
     return Games(
         setting,
-        [(window,) for window in train_windows(setting, each)],
+        [(window,) for window in train_windows(setting, each)] if games is None else games,
         lambda build, game: float(play_window(setting, game[0], build(context))["utility"]),
-    )
-
-
-def cluster_games(setting: ClusterSetting) -> Games:
-    """Return the training clusters of a setting as games."""
-    from agents.evaluation.cluster import play_cluster, train_clusters  # it imports this module
-
-    return Games(
-        setting,
-        train_clusters(setting),
-        lambda build, game: float(play_cluster(setting, game, build)["utility"]),
     )
 
 
@@ -207,23 +210,19 @@ def _made(games: Games, name: str, parameters: Mapping[str, Any]) -> dict[str, A
     return games.table(parameters, bool(limit)) if base == "load_table" else {}
 
 
-def games_of(setting: ServeSetting, each: int = 1) -> Games:
-    """Return what the rules of a setting are tuned on: clusters for a setting of clusters, else windows."""
-    return cluster_games(setting) if isinstance(setting, ClusterSetting) else serve_games(setting, each)
-
-
 SETTINGS: Mapping[str, type[ServeSetting]] = {"serve": ServeSetting, "cluster": ClusterSetting}
 
 
 @cache
-def _games(task: str, kwargs: str, each: int) -> Games:
+def _games(task: str, kwargs: str, games: str) -> Games:
     """Return the games of a task, once in each process."""
-    return games_of(SETTINGS[task](**json.loads(kwargs)), each)
+    windows = [[Window(**window) for window in game] for game in json.loads(games)]
+    return games_of(SETTINGS[task](**json.loads(kwargs)), games=windows)
 
 
-def _job(job: tuple[str, str, int, str, int, int]) -> dict[str, Any]:
-    task, kwargs, each, name, trials, seed = job
-    return tune_rule(_games(task, kwargs, each), name, trials, seed)
+def _job(job: tuple[str, str, str, str, int, int]) -> dict[str, Any]:
+    task, kwargs, games, name, trials, seed = job
+    return tune_rule(_games(task, kwargs, games), name, trials, seed)
 
 
 def tune_all(games: Games, names: Sequence[str], trials: int = TRIALS, seed: int = SEED) -> dict[str, Any]:
@@ -258,12 +257,13 @@ def tune(
     """
     started_s = time.perf_counter()
     setting = SETTINGS[task](**kwargs)
-    wanted, text = runnable(setting, names), json.dumps(dict(kwargs), sort_keys=True)
+    wanted, games = runnable(setting, names), games_of(setting, each)
     if workers < 2:
-        rules = tune_all(games_of(setting, each), wanted, trials, seed)
+        rules = tune_all(games, wanted, trials, seed)
     else:
         slow_first = sorted(wanted, key=lambda name: not BASES[parts_of(name)[0]].slow)
-        jobs = [(task, text, each, name, trials, seed) for name in slow_first]
+        texts = json.dumps(dict(kwargs)), json.dumps([[asdict(window) for window in game] for game in games.games])
+        jobs = [(task, *texts, name, trials, seed) for name in slow_first]
         processes = multiprocessing.get_context("spawn").Pool(min(workers, len(jobs) or 1))
         with progress("tuning rules", len(jobs), "rules") as report, processes as pool:
             rules = dict(zip(slow_first, counted(pool.imap(_job, jobs), report), strict=True))
@@ -271,8 +271,13 @@ def tune(
         "made": {**provenance(seed), "seconds": round(time.perf_counter() - started_s, 1), "workers": workers},
         "task": task,
         "served": served_of(setting),
-        "windows": {"sources": list(setting.sources), "budgets": list(setting.windows.budgets), "each": each},
-        "loads": list(ATTAINED),
+        "windows": {
+            "sources": list(setting.sources),
+            "budgets": list(setting.windows.budgets),
+            "each": each,
+            "count": len(games.games),
+        },
+        "loads": list(SHARES),
         "trials": trials,
         "seed": seed,
         "left_out": {n: reason for n, reason in left_out(setting).items() if names is None or n in names},
@@ -359,24 +364,48 @@ def rules_tuned_to(tuned: Mapping[str, Any]) -> dict[str, Build]:
 class TuneRulesConfig:
     """What to tune.
 
-    task: serve or cluster. env: the environment, an option of the group env; its kwargs say what is served.
+    scenarios: MEMORY/LOW_BITS, each with a file of its own; null for all.
+    label: name of the file of another setting, which ``env`` describes, in place of scenarios; null for scenarios.
+    env: the environment with ``label``, an option of the group env; its kwargs say what is served.
+    task: serve or cluster, the latter with env=serve_cluster.
     rules: names; null for all that can run there. trials: of every rule.
     each: windows for every source, budget and load. seed: of the random parameters. workers: processes.
-    label: name of the file. out: where it is written.
+    out: folder of the files.
     """
 
-    task: str = "serve"
+    scenarios: list[str] | None = None
+    label: str | None = None
     env: Any = None
+    task: str = "serve"
     rules: list[str] | None = None
     trials: int = TRIALS
     each: int = 1
     seed: int = SEED
     workers: int = 2
-    label: str = "serve_trace"
     out: str = "conf/rules"
 
 
 ConfigStore.instance().store(name="tune_rules_schema", node=TuneRulesConfig)
+
+
+def settings_of(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """Return the arguments of each setting to tune for, by the name of its file.
+
+    Raises:
+        ConfigError: for an unknown scenario, or a label together with scenarios.
+    """
+    if cfg.label is not None:
+        if cfg.scenarios is not None:
+            raise ConfigError(f"label is {cfg.label!r} and scenarios {list(cfg.scenarios)}; set one of the two")
+        kwargs: Any = OmegaConf.to_container(cfg.env.kwargs, resolve=True)
+        return {str(cfg.label): {**kwargs, "split": "train"}}
+    names, notes = sources_with("train")
+    for note in notes:
+        say(note)
+    return {
+        scenario.replace("/", "_"): {**scenario_kwargs(scenario), "sources": names, "split": "train"}
+        for scenario in check_scenarios(cfg.scenarios)
+    }
 
 
 def _run(cfg: DictConfig) -> None:
@@ -385,25 +414,18 @@ def _run(cfg: DictConfig) -> None:
     for key in ("trials", "each", "workers"):
         if cfg[key] < 1:
             raise ConfigError(f"{key} is {cfg[key]}; it must be at least 1")
-    kwargs: Any = OmegaConf.to_container(cfg.env.kwargs, resolve=True)
     names = None if cfg.rules is None else list(cfg.rules)
-    content = tune(
-        {**kwargs, "split": "train"},
-        task=cfg.task,
-        names=names,
-        trials=cfg.trials,
-        each=cfg.each,
-        seed=cfg.seed,
-        workers=cfg.workers,
-    )
-    path = Path(cfg.out) / f"{cfg.label}.json"
-    write_json(path, content)
-    console = Console()
-    for name, entry in sorted(content["rules"].items(), key=lambda item: -item[1]["score"]):
-        console.print(f"{name:28} {entry['score']:.4f} (defaults {entry['default_score']:.4f})", highlight=False)
-    for name, reason in content["left_out"].items():
-        console.print(f"{name:28} left out: {reason}", highlight=False)
-    console.print(f"file: {path}", highlight=False, soft_wrap=True, markup=False)
+    search = {key: int(cfg[key]) for key in ("trials", "each", "seed", "workers")}
+    for label, kwargs in settings_of(cfg).items():
+        content = tune(kwargs, task=cfg.task, names=names, **search)
+        path = Path(cfg.out) / f"{label}.json"
+        write_json(path, content)
+        console = Console()
+        for name, entry in sorted(content["rules"].items(), key=lambda item: -item[1]["score"]):
+            console.print(f"{name:28} {entry['score']:.4f} (defaults {entry['default_score']:.4f})", highlight=False)
+        for name, reason in content["left_out"].items():
+            console.print(f"{name:28} left out: {reason}", highlight=False)
+        console.print(f"file: {path}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ class Setup:
     env, env_kwargs: the environment's id and arguments.
     num_envs: environments per runner. runners: remote env runners; 0 samples in the driver.
     hidden: sizes of the hidden layers. activation: "relu" or "tanh".
+    heads: (n, m) for an actor whose action i * m + j is a pair, with an output for each i and each j; DQN has none.
     """
 
     env: str
@@ -39,6 +40,7 @@ class Setup:
     runners: int
     hidden: Sequence[int]
     activation: str
+    heads: tuple[int, int] | None = None
 
 
 def _common(config: AlgorithmConfig, setup: Setup, module: type, fragment: int | str, **model: Any) -> AlgorithmConfig:
@@ -154,7 +156,7 @@ def ppo(
         use_kl_loss=False,
         grad_clip=10.0,
     )
-    return _common(config, setup, MaskedPPO, "auto", vf_share_layers=False)
+    return _common(config, setup, MaskedPPO, "auto", vf_share_layers=False, heads=setup.heads)
 
 
 def marwil(
@@ -190,5 +192,5 @@ def marwil(
         iter_batches_kwargs={"prefetch_batches": 2},
         dataset_num_iters_per_learner=updates_an_iteration,
     )
-    config = _common(config, setup, MaskedPPO, "auto", vf_share_layers=False)
+    config = _common(config, setup, MaskedPPO, "auto", vf_share_layers=False, heads=setup.heads)
     return config.environment(observation_space=env.observation_space, action_space=env.action_space)

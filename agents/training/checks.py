@@ -106,6 +106,8 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         **FIT,
         "windows": COUNT,
         "every": COUNT,
+        "trials": (lambda value: value is None or _count(2)(value), "a whole number of at least 2, or null"),
+        "demonstrations": (lambda value: value is None or _text(value), "the glob of files, or null"),
         "horizon_s": POSITIVE,
         "grace_s": AT_LEAST_0,
         "stray": SHARE,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,16 @@ def play(act: Act, env_kwargs: Mapping[str, Any], episodes: Sequence[Sequence[Pr
 
 def serve(act: Act, env_kwargs: Mapping[str, Any], windows: Sequence[Window]) -> NDArray[np.float64]:
     """Play every window once; return the utility of each, float64[n]."""
-    return _utilities(act, ServeTraceVector(len(windows), **env_kwargs), windows)
+    return _utilities(act, _environments(len(windows), json.dumps(env_kwargs, sort_keys=True)), windows)
+
+
+@lru_cache(maxsize=1)
+def _environments(count: int, env_kwargs: str) -> ServeTraceVector:
+    """Return environments by their arguments in JSON; they are kept, because what they learned of plans is worth a lot.
+
+    A training validates again and again, and all its networks choose from the same plans.
+    """
+    return ServeTraceVector(count, **json.loads(env_kwargs))
 
 
 def serve_clusters(
@@ -128,6 +139,14 @@ class CountedActs:
         return float(self.counts.max() / max(self.counts.sum(), 1))
 
 
+@lru_cache(maxsize=1)
+def _pool(env_kwargs: str) -> tuple[Window, ...]:
+    """Return the validation windows of an environment that has a pool; its arguments are in JSON."""
+    setting = ServeSetting(**json.loads(env_kwargs))
+    assert setting.pool is not None
+    return window_pool(setting, setting.pool, "validation")
+
+
 def validation_utilities(
     env: str, env_kwargs: Mapping[str, Any], network: Network, act: Act | None = None
 ) -> NDArray[np.float64]:
@@ -137,9 +156,7 @@ def validation_utilities(
     """
     env_kwargs, act = {**env_kwargs, "split": "validation"}, act or network.act
     if env == "ServeTrace-v0" and env_kwargs.get("pool"):
-        setting = ServeSetting(**env_kwargs)
-        assert setting.pool is not None
-        return serve(act, env_kwargs, window_pool(setting, setting.pool, "validation"))
+        return serve(act, env_kwargs, _pool(json.dumps(env_kwargs, sort_keys=True)))
     if env == "ServeTrace-v0":
         return serve(act, env_kwargs, validation_windows())
     if env == "ServeCluster-v0":

@@ -104,8 +104,13 @@ def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
     return engine_over(cfg, *load_elastic(build(cfg.model), cfg.hw, cfg.model))
 
 
-def engine_over(cfg: DictConfig, elastic: ElasticModel, tokenizer: Any) -> tuple[HwEngine, Policy]:
-    """Build the real engine of a configuration over a model that ``load_elastic`` loaded, and the policy."""
+def engine_over(
+    cfg: DictConfig, elastic: ElasticModel, tokenizer: Any, *, quality_by_table: bool = False
+) -> tuple[HwEngine, Policy]:
+    """Build the real engine of a configuration over a model that ``load_elastic`` loaded, and the policy.
+
+    quality_by_table: charge requests what the table says even where the weights are random.
+    """
     parts = build_parts(cfg)
     stop = tokenizer.eos_token_id if cfg.hw.to_eos else None
     engine = HwEngine(
@@ -117,7 +122,7 @@ def engine_over(cfg: DictConfig, elastic: ElasticModel, tokenizer: Any) -> tuple
         prompts=read_prompts(cfg.hw.text, tokenizer, parts.model.vocab_size, cfg.seed),
         clock=RealClock(cfg.hw.clock, skip_idle=cfg.hw.skip_idle),
         ends=None if stop is None else lambda _, token: token == stop,
-        quality_nll=None if elastic.note else parts.server.quality_nll,
+        quality_nll=parts.server.quality_nll if quality_by_table or not elastic.note else None,
         plans=plans_of(parts.policy),
         attention=cfg.hw.attention,
         cuda_graphs=bool(cfg.hw.cuda_graphs),

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hw.calibrate.engine_runs import CPU_LOAD, run_engine
+from hw.calibrate.engine_runs import CPU_LOAD, Load, run_engine
 from hw.elastic.model import ElasticModel
 from sim.cost.latency import LatencyModel
 from sim.results.run_folder import write_json
@@ -32,11 +32,11 @@ class MachineSpeed:
         if self._path.is_file():
             self.references = json.loads(self._path.read_text(encoding="utf-8"))
 
-    def measure(self, elastic: ElasticModel, clock: str, latency: LatencyModel) -> None:
+    def measure(self, elastic: ElasticModel, clock: str, latency: LatencyModel, load: Load = CPU_LOAD) -> None:
         """Serve one reference run on the dense model: about ten seconds of computing for SmolLM2 on a CPU."""
         number = len(self.references)
-        rate_rps = CPU_LOAD.rates_rps[number % len(CPU_LOAD.rates_rps)]
-        run = run_engine(elastic, clock, FIRST_SEED + number, CPU_LOAD, rate_rps, SERVED_S)
+        rate_rps = load.rates_rps[number % len(load.rates_rps)]
+        run = run_engine(elastic, clock, FIRST_SEED + number, load, rate_rps, SERVED_S)
         priced_s = run.priced_s(latency)
         self.references.append(
             {"iterations": len(priced_s), "measured_s": float(run.measured_s.sum()), "priced_s": float(priced_s.sum())}

@@ -374,27 +374,39 @@ def walk_between(
     return stepped(rows, notice_s)
 
 
-def moving(high: int, low: int, *, kind: str, seed: int, horizon_s: float, notice_s: float = 0.0) -> Budget:
+def moving(
+    high: int, low: int, *, kind: str, seed: int, horizon_s: float, notice_s: float = 0.0, pace: float = 1.0
+) -> Budget:
     """Return a budget between two amounts of bytes; it ends at the higher one, so that waiting requests finish.
 
     full: always the higher one.
     cotenant: the lower one while a co-tenant is present; it is 40 s away and 30 s present on average.
     random_walk: steps up or down by a sixth of the range every 10 s, from the higher one.
     steps: the lower one once; it begins after 10 to 50 % of the time and lasts for 20 to 40 % of it.
+    A co-tenant and a walk move ``pace`` times as fast.
 
     Raises:
-        BudgetError: for an unknown kind, or a time that is not above 0 seconds.
+        BudgetError: for an unknown kind, or a time or pace that is not above 0.
     """
     if not horizon_s > 0:
         raise BudgetError(f"budget.horizon_s is {horizon_s}; it must be above 0 seconds")
-    check_count(horizon_s / WALK_PERIOD_S, "changes of the budget", MOST_CHANGES, "lower budget.horizon_s", BudgetError)
+    if not 0 < pace < math.inf:
+        raise BudgetError(f"budget.pace is {pace}; it must be above 0: 1 is the usual one, 2 moves twice as fast")
+    period_s = WALK_PERIOD_S / pace
+    check_count(
+        horizon_s / period_s,
+        "changes of the budget",
+        MOST_CHANGES,
+        "lower budget.horizon_s or budget.pace",
+        BudgetError,
+    )
     shared: dict[str, Any] = {"horizon_s": horizon_s, "seed": seed, "notice_s": notice_s}
     if kind == "full":
         return stepped([(0.0, high)], notice_s)
     if kind == "cotenant":
-        return cotenant_between(high, low, mean_away_s=MEAN_AWAY_S, mean_stay_s=MEAN_STAY_S, **shared)
+        return cotenant_between(high, low, mean_away_s=MEAN_AWAY_S / pace, mean_stay_s=MEAN_STAY_S / pace, **shared)
     if kind == "random_walk":
-        return walk_between(high, low, step_bytes=(high - low) // WALK_STEPS, period_s=WALK_PERIOD_S, **shared)
+        return walk_between(high, low, step_bytes=(high - low) // WALK_STEPS, period_s=period_s, **shared)
     if kind == "steps":
         rng = np.random.default_rng(seed)
         begin_s = float(rng.uniform(0.1, 0.5)) * horizon_s
@@ -418,6 +430,7 @@ def dense_shares(
     horizon_s: float,
     seed: int,
     notice_s: float = 0.0,
+    pace: float = 1.0,
 ) -> Budget:
     """Return a budget that moves between two multiples of the dense model's weight bytes, as ``moving``.
 
@@ -432,7 +445,7 @@ def dense_shares(
             "most high_share (both in multiples of the model's dense weight bytes)"
         )
     high, low = dense_share_bytes(context, high_share), dense_share_bytes(context, low_share)
-    return moving(high, low, kind=kind, seed=seed, horizon_s=horizon_s, notice_s=notice_s)
+    return moving(high, low, kind=kind, seed=seed, horizon_s=horizon_s, notice_s=notice_s, pace=pace)
 
 
 def relative(context: BudgetContext, *, share: float, batch: int, sequence_tokens: int) -> Budget:

@@ -106,8 +106,15 @@ OPTIONAL: Mapping[str, Check] = {
     "plans": TABLE,
     "tick_s": (lambda value: _number(value) and value > 0, "a number of seconds above 0"),
     "scores": (_all(_number), "a list of numbers"),
+    "guard": TABLE,
     "slo": TABLE,
     "low_loss": (lambda value: _number(value) and value >= 0, "a number of nats, at least 0"),
+}
+GUARD: Mapping[str, Check] = {
+    "rule": (lambda value: value == "greedy_stop", "greedy_stop"),
+    "order": NAMES,
+    "form": NAME,
+    "margin_nats": (lambda value: _number(value) and value >= 0, "a number of nats, at least 0"),
 }
 SLO: Mapping[str, Check] = {
     "tpot_s": (_optional(lambda value: _number(value) and value > 0), "a number of seconds above 0, or null"),
@@ -161,6 +168,11 @@ def read_about(path: Path) -> dict[str, Any]:
     _check(about.get("environment", {}), ENVIRONMENT, "environment.")
     _check(about.get("training", {}), TRAINING, "training.")
     _check(about.get("slo", {}), SLO, "slo.")
+    if "guard" in about:
+        for key in GUARD:
+            if key not in about["guard"]:
+                raise ValueError(f"there is no key guard.{key}")
+        _check(about["guard"], GUARD, "guard.")
     _check_members(about)
     _check_plans(about)
     return about

@@ -189,8 +189,8 @@ def test_the_table_holds_the_plan_that_earns_most_at_each_rate_and_budget() -> N
 
 def test_training_windows_cover_sources_budgets_and_loads_evenly() -> None:
     setting = ServeSetting(sources=["burst", "azure_conv", "azure_code"])
-    windows = train_windows(setting, attained=(0.6, 0.75, 0.9))
-    assert windows == train_windows(setting, attained=(0.6, 0.75, 0.9))
+    windows = train_windows(setting)
+    assert windows == train_windows(setting)
     if len(windows) == 27:
         for part in (windows, windows[:9], windows[:3]):
             for kinds in ([window.source for window in part], [window.budget for window in part]):

@@ -1,0 +1,16 @@
+"""The loop: predict in simulation how policies compare, then serve the same windows for real, and judge the prediction.
+
+    python -m hw.loop
+
+Reference runs measure the machine's speed first. Every window is then simulated under every policy at that speed, and
+the predictions are written to a file whose SHA-256 goes into the results. Only then the judged runs start.
+
+Modules:
+
+    settings        the keys of the command; the configuration of one run
+    predictions     the machine's speed, and what the simulator says before the judged runs
+    judged_runs     the real runs, in random order; runs that exist are kept
+    verdict         the claims, from utilities alone
+    page            the results page and its graph
+    run             the command
+"""

@@ -1,0 +1,120 @@
+"""The judged runs: every window under every policy on the real model, several times, in random order."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from hw.calibrate.engine_runs import Load, load_of
+from hw.checkup.policies import serve
+from hw.elastic.model import ElasticModel
+from hw.loop.predictions import outcome
+from hw.loop.settings import cells, run_config
+from hw.replay.run import engine_over, interrupt_between_iterations, load_elastic
+from hw.validate.machine_speed import RUNS_BETWEEN, SERVED_S, MachineSpeed
+from sim.config import build
+from sim.cost.latency import LatencyModel
+from sim.progress import progress
+from sim.replay.run import server_spec
+
+BEFORE, DURING = "before", "during"
+"""Folders of the reference runs before the predictions, which set their speed, and of those between judged runs."""
+
+
+class RealServer:
+    """The real model, loaded once, when the first run needs it."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        """Load nothing yet."""
+        self._cfg = cfg
+        self._loaded: tuple[ElasticModel, Any] | None = None
+
+    @property
+    def loaded(self) -> tuple[ElasticModel, Any]:
+        """The model and its tokenizer."""
+        if self._loaded is None:
+            self._loaded = load_elastic(build(self._cfg.model), self._cfg.hw, self._cfg.model)
+        return self._loaded
+
+    def measure(self, speed: MachineSpeed) -> None:
+        """Serve one reference run."""
+        elastic, _ = self.loaded
+        speed.measure(elastic, self._cfg.hw.clock, self._prices(), self._load(elastic))
+
+    def serve(self, folder: Path, cfg: DictConfig) -> None:
+        """Serve one judged run."""
+        engine, policy = engine_over(cfg, *self.loaded, quality_by_table=True)
+        try:
+            with interrupt_between_iterations(engine):
+                serve(folder, cfg, engine, policy)
+        finally:
+            engine.close()
+        del engine
+        gc.collect()
+        self.loaded[0].hardware.give_back()
+
+    def _prices(self) -> LatencyModel:
+        return server_spec(self._cfg).priced()
+
+    def _load(self, elastic: ElasticModel) -> Load:
+        gpu = build(self._cfg.gpu)
+        return load_of(elastic, SERVED_S, gpu.memory_bytes, gpu.memory_bandwidth_bytes_per_s)
+
+
+def measured_speed(cfg: DictConfig, folder: Path, real: RealServer) -> MachineSpeed:
+    """Return the reference runs before the predictions, after serving those that are missing."""
+    speed = MachineSpeed(folder / BEFORE)
+    missing = int(cfg.references) - len(speed.references)
+    with progress("measuring the machine's speed", max(missing, 0), "reference runs") as report:
+        for number in range(missing):
+            real.measure(speed)
+            report(number + 1)
+    return speed
+
+
+def run_folder(folder: Path, window: str, policy: str, repeat: int) -> Path:
+    """Return the folder of one judged run."""
+    return folder / "real" / window / policy / f"hw{repeat}"
+
+
+def missing_runs(cfg: DictConfig, folder: Path) -> list[tuple[str, str, int]]:
+    """Return the judged runs that are not there: one repeat after the other, each in its own random order."""
+    todo: list[tuple[str, str, int]] = []
+    for repeat in range(cfg.repeats):
+        jobs = [(window, policy, repeat) for window, policy in cells(cfg)]
+        random.Random(f"{cfg.seed} {repeat}").shuffle(jobs)  # so that a busy spell of the machine hits all policies
+        todo += [job for job in jobs if not (run_folder(folder, *job) / "summary.json").is_file()]
+    return todo
+
+
+def run_missing(cfg: DictConfig, folder: Path, slowdown: float, real: RealServer, say: Callable[[str], None]) -> None:
+    """Serve the judged runs that are missing; keep those that exist."""
+    todo = missing_runs(cfg, folder)
+    speed = MachineSpeed(folder / DURING)
+    with progress("serving", len(todo), "runs") as report:
+        for number, (window, policy, repeat) in enumerate(todo, start=1):
+            if number % RUNS_BETWEEN == 1:
+                real.measure(speed)
+            one = run_config(cfg, window, policy, slowdown)
+            at = run_folder(folder, window, policy, repeat)
+            real.serve(at, one)
+            say(f"{number} of {len(todo)}: {window}, {policy}, repeat {repeat}: {outcome(at, one)['utility']:.4f}")
+            report(number, f"{window}, {policy}")
+
+
+def real_outcomes(cfg: DictConfig, folder: Path, slowdown: float) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """Return window -> policy -> repeat -> figures of the judged runs that exist."""
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for window, policy in cells(cfg):
+        one = run_config(cfg, window, policy, slowdown)
+        by_repeat = found.setdefault(window, {}).setdefault(policy, {})
+        for repeat in range(cfg.repeats):
+            at = run_folder(folder, window, policy, repeat)
+            if (at / "summary.json").is_file():
+                by_repeat[repeat] = outcome(at, one)
+    return found

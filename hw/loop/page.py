@@ -1,0 +1,103 @@
+"""The results page of the loop, from loop.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sim.pages.render import render, table
+from sim.results.plots import COLORS, figure_file
+
+TEMPLATE = Path(__file__).parent / "templates" / "loop.md.j2"
+
+
+def page(content: Mapping[str, Any]) -> str:
+    """Return the page, in Markdown."""
+    verdict = content["verdict"]
+    return render(
+        TEMPLATE,
+        content=content,
+        made=content["provenance"],
+        verdict=verdict,
+        policies=_policies_table(content),
+        cells=_cells_table(verdict),
+        pairs=_pairs_table(verdict),
+        missed=[row for row in verdict["level"]["cells"] if not row["holds"]],
+        requests=[int(one["requests"]) for one in content["predictions"]["windows"].values()],
+    )
+
+
+def _policies_table(content: Mapping[str, Any]) -> str:
+    """Return the means of each policy over windows, simulated and real."""
+    simulated, real = content["predictions"]["outcomes"], content["real"]
+    rows = []
+    for policy in next(iter(real.values())):
+        ours = [by[policy] for by in simulated.values()]
+        theirs = [one for by in real.values() for one in by[policy]]
+        rows.append(
+            {
+                "policy": policy,
+                "utility, simulated": float(np.mean([one["utility"] for one in ours])),
+                "utility, real": float(np.mean([one["utility"] for one in theirs])),
+                "SLO, simulated": float(np.mean([one["slo_attainment"] for one in ours])),
+                "SLO, real": float(np.mean([one["slo_attainment"] for one in theirs])),
+                "changes/min, simulated": float(np.mean([one["changes_per_minute"] for one in ours])),
+                "changes/min, real": float(np.mean([one["changes_per_minute"] for one in theirs])),
+            }
+        )
+    specs = {"utility, simulated": ".4f", "utility, real": ".4f", "SLO, simulated": ".1%", "SLO, real": ".1%"}
+    return table(rows, specs | {"changes/min, simulated": ".1f", "changes/min, real": ".1f"})
+
+
+def _cells_table(verdict: Mapping[str, Any]) -> str:
+    """Return every predicted utility next to its repeats."""
+    rows = [
+        {
+            "window": row["window"],
+            "policy": row["policy"],
+            "repeats": ", ".join(f"{value:.3f}" for value in row["repeats"]),
+            "simulated": row["simulated"],
+            "real": row["real"],
+            "error": ("{}" if row["holds"] else "**{}**").format(f"{row['error']:+.4f}"),
+            "noise floor": row["noise_floor"],
+        }
+        for row in verdict["level"]["cells"]
+    ]
+    return table(rows, {"simulated": ".4f", "real": ".4f", "noise floor": ".4f"}, left=2)
+
+
+def _pairs_table(verdict: Mapping[str, Any]) -> str:
+    """Return every comparison of two policies, those over all windows first."""
+    rows = [
+        {
+            "window": row["window"] or "all",
+            "difference": " - ".join(row["policies"]),
+            "real": row["real"],
+            "noise": row["noise"],
+            "simulated": row["simulated"],
+            "same sign": "-" if row["agrees"] is None else "yes" if row["agrees"] else "**no**",
+        }
+        for row in sorted(verdict["order"]["pairs"], key=lambda row: row["window"] is not None)
+    ]
+    return table(rows, {"real": "+.4f", "noise": ".4f", "simulated": "+.4f"}, left=2)
+
+
+def plot(path: Path, content: Mapping[str, Any]) -> None:
+    """Plot real against simulated utility, a point per window and policy, with the range of the repeats."""
+    with figure_file(path, size=(5.5, 5.0)) as (_, axes):
+        cells = content["verdict"]["level"]["cells"]
+        for color, policy in zip(COLORS, next(iter(content["real"].values())), strict=False):
+            mine = [row for row in cells if row["policy"] == policy]
+            means = np.array([row["real"] for row in mine])
+            reach = np.abs(np.array([[min(row["repeats"]), max(row["repeats"])] for row in mine]).T - means)
+            axes.errorbar(
+                [row["simulated"] for row in mine], means, yerr=reach, fmt="o", color=color, label=policy, capsize=2
+            )
+        low = min(min(row["simulated"], *row["repeats"]) for row in cells) - 0.02
+        high = max(max(row["simulated"], *row["repeats"]) for row in cells) + 0.02
+        axes.plot([low, high], [low, high], color="0.6", linewidth=1)
+        axes.set(xlabel="predicted utility", ylabel="utility on the real engine", xlim=(low, high), ylim=(low, high))
+        axes.legend()

@@ -1,0 +1,144 @@
+"""What the simulator says before the judged runs, at the speed that reference runs measured before them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from hw.calibrate.calibration import slower
+from hw.checkup.policies import serve
+from hw.loop.settings import cells, check_windows, description, run_config
+from hw.validate.compare import read_run
+from hw.validate.machine_speed import MachineSpeed, factor_of
+from hw.validate.suite import calibration_content
+from sim.config import CONF_DIR
+from sim.cost.plan import dense_plan
+from sim.errors import ConfigError
+from sim.json_file import read_json_object
+from sim.progress import progress
+from sim.replay.run import build_engine, server_spec
+from sim.results.run_folder import provenance, write_json
+from sim.results.utility import utility
+
+FILE = "predictions.json"
+
+
+def read_predictions(folder: Path) -> dict[str, Any] | None:
+    """Return the predictions of a folder; None if it has none yet."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    found = read_json_object(path, ConfigError, "delete the folder, and predict again")
+    return found | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def check_same_settings(predictions: Mapping[str, Any], cfg: DictConfig, folder: Path) -> None:
+    """Check that predictions were made for this configuration, and for the policies' files as they are.
+
+    Raises:
+        ConfigError: if not; judged runs of one and predictions of another say nothing.
+    """
+    ours, theirs = json.loads(json.dumps(description(cfg))), predictions["description"]
+    different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if cfg.slowdown is not None and abs(cfg.slowdown - predictions["slowdown"]) > 1e-9:
+        different.append("slowdown")
+    if policy_files(cfg) != predictions["policy_files"]:
+        different.append("the file of a policy")
+    if different:
+        raise ConfigError(
+            f"{folder} holds predictions that were made with another {different[0]}; take another folder, "
+            "runs=FOLDER, or the settings of the predictions"
+        )
+
+
+def policy_files(cfg: DictConfig) -> dict[str, str]:
+    """Return policy -> SHA-256 of the files of its network, for those that have one."""
+    found = {}
+    for label, differences in cfg.policies.items():
+        name = (differences or {}).get("policy.path")
+        if name is None:
+            continue
+        path = Path(str(name)) if str(name).endswith(".json") else CONF_DIR / "policy" / f"{name}.json"
+        digest = hashlib.sha256()
+        for file in (path, path.with_suffix(".safetensors")):
+            if not file.is_file():
+                raise ConfigError(f"policies.{label}: policy.path is {name}, but there is no file {file}")
+            digest.update(file.read_bytes())
+        found[str(label)] = digest.hexdigest()
+    return found
+
+
+def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[str, Any]:
+    """Simulate every window under every policy and write the predictions.
+
+    Args:
+        folder: of all runs. speed: the reference runs that measured the machine; None if its speed is a setting.
+    """
+    slowdown = float(cfg.slowdown) if speed is None else factor_of(speed.references)
+    windows = check_windows(cfg, slowdown)
+    files = policy_files(cfg)
+    found: dict[str, dict[str, Any]] = {}
+    every = cells(cfg)
+    with progress("simulating", len(every), "runs") as report:
+        for number, (window, policy) in enumerate(every, start=1):
+            one = run_config(cfg, window, policy, slowdown)
+            at = folder / "sim" / window / policy
+            simulate(at, one, slowdown)
+            found.setdefault(window, {})[policy] = outcome(at, one)
+            report(number)
+    spec = server_spec(cfg)
+    content = {
+        "provenance": provenance(cfg.seed),
+        "calibration": spec.priced().name,
+        "slowdown": slowdown,
+        "references": [] if speed is None else speed.references,
+        "policy_files": files,
+        "windows": windows,
+        "outcomes": found,
+        "description": description(cfg),
+    }
+    write_json(folder / FILE, content)
+    read = read_predictions(folder)
+    assert read is not None
+    return read
+
+
+def simulate(folder: Path, cfg: DictConfig, slowdown: float) -> None:
+    """Replay one configuration in simulation, with iterations that take ``slowdown`` times the calibrated seconds."""
+    spec = server_spec(cfg)
+    scaled = slower(calibration_content(cfg.latency or spec.priced().name), slowdown)
+    path = folder.parent.parent / "calibration.json"
+    write_json(path, scaled)
+    one = cfg.copy()
+    one.latency = str(path)
+    serve(folder, one, *build_engine(one))
+
+
+def outcome(folder: Path, cfg: DictConfig) -> dict[str, Any]:
+    """Return the figures of a run folder by which policies are judged, and some that explain them."""
+    run = read_run(folder)
+    records, summary = run.records, run.summary
+    charge = server_spec(cfg).quality_nll
+    dense = charge(dense_plan(server_spec(cfg).model)) if charge is not None else 0.0
+    met = records["met_slo"].to_numpy(dtype=np.bool_)
+    nll = records["quality_nll"].to_numpy(dtype=np.float64) if charge is not None else np.zeros(len(met))
+    minutes = float(records["arrival_s"].max()) / 60.0
+    quality = utility(met, nll, dense)
+    return {
+        "utility": quality,
+        "slo_attainment": float(met.mean()),
+        "quality_of_met": quality / float(met.mean()) if met.any() else None,
+        "changes_per_minute": len(run.transitions) / minutes,
+        "rejected": int(summary["rejected"]),
+        "preemptions": int(summary["preemptions"]),
+        "ttft_p50_s": summary["ttft_s"]["p50"],
+        "ttft_p95_s": summary["ttft_s"]["p95"],
+        "tpot_p50_s": summary["tpot_s"]["p50"],
+        "makespan_s": summary["makespan_s"],
+    }
