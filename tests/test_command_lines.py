@@ -78,7 +78,7 @@ ELSEWHERE = {
     r"hw\.calibrate source=device": "measures for minutes: tests/hw/calibrate/test_device.py",
     r"hw\.reproduction": "minutes: tests/hw/reproduction",
     r"hw\.score": "measures for hours: tests/hw/score",
-    r"agents\.(evaluate|tune|tune_rules|offline|export|clone|static_plans)": "minutes, or needs a training: tests/agents",
+    r"agents\.(evaluate|tune|tune_rules|offline|export|clone|static_plans)": "minutes, or needs a training",
     r"agents\.train(?! experiment=(ppo_prune|dqn_prune)$)": "needs a training before, or is one of several alike",
 }
 """Lines that are only composed here, and why."""
