@@ -81,9 +81,11 @@ def pool_options(value: Mapping[str, Any] | None) -> PoolOptions | None:
         options = PoolOptions(**given)
         ordered = all(0 < low <= high for low, high in (options.attained, options.high_share, options.low_of_high))
         shares = (options.scenario, options.low_bits, *options.attained, *options.low_of_high)
-        if not ordered or min(options.size, options.validation) < 1 or not all(0 <= share <= 1 for share in shares):
+        counted = min(options.size, options.validation) >= 1 and options.seed >= 0
+        if not (counted and ordered and all(0 <= share <= 1 for share in shares)):
             raise ValueError(
-                "size and validation must be at least 1, ranges ascend from above 0, and shares lie in [0, 1]"
+                "size and validation must be at least 1, seed at least 0, ranges ascend from above 0, and shares lie "
+                "in [0, 1]"
             )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"pool is {dict(value)}: {error}") from error
