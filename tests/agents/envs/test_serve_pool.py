@@ -21,7 +21,11 @@ WINDOW = Window(source="burst", start_s=100.0, rate=1.0, budget="cotenant", budg
 
 
 def setting(size: int = 10, **changed: Any) -> ServeSetting:
-    return ServeSetting(sources=["burst", "gamma"], randomize=RANGES, pool={"size": size, "validation": 4, **changed})
+    return ServeSetting(
+        sources=["burst", "gamma"],
+        randomize=RANGES,
+        pool={"size": size, "validation": 4, "memories": [[1.5, 0.9]], "named": 0.5, **changed},
+    )
 
 
 @pytest.fixture
@@ -45,8 +49,8 @@ def test_the_windows_of_a_pool_differ_in_speed_size_and_cost_at_loads_that_matte
         assert window.start_s + one.windows.window_s * window.rate <= end_s
     assert len({window.slowdown for window in pool}) == len(pool)
     assert {window.low_bits for window in pool} == {True, False}
-    assert any(window.high_share is None for window in pool)
-    assert any(window.high_share is not None for window in pool)
+    assert any((window.high_share, window.low_share) == (1.5, 0.9) for window in pool)
+    assert any(window.high_share not in (1.5, None) for window in pool)
 
 
 def test_a_pool_is_made_once_and_is_the_same_for_equal_arguments(folder: Path) -> None:
@@ -75,7 +79,11 @@ def test_training_plays_windows_of_the_pool_and_half_of_their_budgets_are_announ
     known = {replace(window, budget_seed=0, notice_s=None) for window in pool}
     assert {replace(window, budget_seed=0, notice_s=None) for window in sampled} == known
     assert 0.35 < np.mean([window.notice_s == 0.0 for window in sampled]) < 0.65
-    options = {"sources": ["burst", "gamma"], "randomize": RANGES, "pool": {"size": 3, "validation": 4}}
+    options = {
+        "sources": ["burst", "gamma"],
+        "randomize": RANGES,
+        "pool": {"size": 3, "validation": 4, "memories": [[1.5, 0.9]], "named": 0.5},
+    }
     env = ServeTrace(**options)
     env.reset(seed=0)
     assert replace(env.core.window, budget_seed=0, notice_s=None) in known
