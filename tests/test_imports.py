@@ -67,6 +67,7 @@ COMMANDS = {
     "hw.disaggregate_results",
     "hw.disaggregate.transfer",
     "hw.disaggregate.transfer_page",
+    "agents.claim",
     "agents.clone",
     "agents.evaluate",
     "agents.export",
@@ -74,6 +75,7 @@ COMMANDS = {
     "agents.train",
     "agents.tune",
     "agents.tune_rules",
+    "agents.windows",
 }
 TOP = 99
 

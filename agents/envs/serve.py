@@ -270,10 +270,11 @@ class ServeSetting:
 
 
 DEFAULT_ACTIONS: Mapping[str, Any] = {
-    "drops": [0, 2, 4, 6, 8, 12, 20],
+    "drops": [0, 2, 4, 6, 10, 20],
     "low_layers": [0, 16, 32],
     "low_bits": 4,
-    "waits": [0.8, 1.2, 1.5, 1.8],
+    "waits": [1.0, 1.5],
+    "runs": [None, 48, 20, 8],
     "dwell_s": 4.0,
 }
 

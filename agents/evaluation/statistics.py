@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sim.types import Floats
+
+RESAMPLES = 4_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ def paired_difference(
     *,
     traces: ArrayLike | None = None,
     blocks: ArrayLike | None = None,
-    resamples: int = 10_000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
     """Return the mean of ``ours - theirs`` over scenarios, every trace counting the same, with its bootstrap interval.
@@ -59,28 +62,23 @@ def paired_difference(
             f"ours has {scenarios} scenarios, theirs {theirs.shape[1]}, traces and blocks {list(map(len, labels))}, so "
             "they cannot be paired; evaluate both on the same scenarios"
         )
-    rng = np.random.default_rng(seed)
-    weights = [_weights(rng, len(values), resamples) for values in (ours, theirs)]
+    weights = [_weights(seed, stream, len(values), resamples) for stream, values in enumerate((ours, theirs))]
     means, resampled = [], []
-    for trace in dict.fromkeys(labels[0].tolist()):
+    for stream, trace in enumerate(dict.fromkeys(labels[0].tolist()), start=len(weights)):
         here = labels[0] == trace
         known, block_of = np.unique(labels[1][here], return_inverse=True)
-        chosen = _weights(rng, len(known), resamples)  # [resamples, blocks]
+        chosen = _weights(seed, stream, len(known), resamples)  # [resamples, blocks]
         counts = np.bincount(block_of).astype(np.float64)
-        difference = np.subtract(
-            *(
-                weight @ _block_sums(values[:, here], block_of, len(known)) / len(values)
-                for values, weight in zip((ours, theirs), weights, strict=True)
-            )
-        )
+        sums = [_block_sums(values[:, here], block_of, len(known)) / len(values) for values in (ours, theirs)]
+        difference = weights[0] @ sums[0] - weights[1] @ sums[1]
         means.append(float(ours[:, here].mean() - theirs[:, here].mean()))
         resampled.append((difference * chosen).sum(axis=1) / (chosen @ counts))
-    low, high = np.quantile(np.mean(resampled, axis=0), (0.025, 0.975)).tolist()
+    low, high = np.quantile(np.mean(np.array(resampled), axis=0), (0.025, 0.975)).tolist()
     return Interval(float(np.mean(means)), low, high)
 
 
 def by_trace(
-    ours: Floats, theirs: Floats, *, traces: Sequence[Any], blocks: ArrayLike, resamples: int = 10_000, seed: int = 0
+    ours: Floats, theirs: Floats, *, traces: Sequence[Any], blocks: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Interval]:
     """Return the difference on each trace alone; arguments as in ``paired_difference``."""
     found, labels = {}, np.asarray(blocks)
@@ -92,17 +90,20 @@ def by_trace(
     return found
 
 
-def _weights(rng: np.random.Generator, count: int, resamples: int) -> Floats:
-    """Return how often each of ``count`` is in a bootstrap sample, with widened deviations, [resamples, count]."""
+@lru_cache(maxsize=32)
+def _weights(seed: int, stream: int, count: int, resamples: int) -> Floats:
+    """Return how often each of ``count`` is in a bootstrap sample, with widened deviations, [resamples, count].
+
+    Each stream of a seed has its own random numbers; comparisons on the same blocks share them.
+    """
     if count == 1:
         return np.ones((resamples, 1))
-    drawn = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples)
-    widened: Floats = 1.0 + (drawn - 1.0) * math.sqrt(count / (count - 1))
-    return widened
+    drawn = np.random.default_rng([seed, stream]).multinomial(count, np.full(count, 1.0 / count), size=resamples)
+    return np.asarray(1.0 + (drawn - 1.0) * math.sqrt(count / (count - 1)), dtype=np.float64)
 
 
 def _block_sums(values: Floats, block_of: NDArray[np.intp], blocks: int) -> Floats:
     """Return the sum of every seed's values in every block, [seeds, blocks]."""
-    sums = np.zeros((len(values), blocks))
-    np.add.at(sums, (slice(None), block_of), values)
+    inside = (block_of[:, None] == np.arange(blocks)).astype(np.float64)
+    sums: Floats = values @ inside
     return sums

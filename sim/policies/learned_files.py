@@ -134,6 +134,10 @@ PLANS: Mapping[str, Check] = {
     "low_layers": (_all(_whole), "a list of whole numbers"),
     "low_bits": (_whole, "a whole number"),
     "admits": (_all(_optional(_whole)), "a list of whole numbers or null"),
+    "runs": (
+        _all(_optional(lambda value: _whole(value) and value > 0)),
+        "a list of whole numbers of at least 1, or null",
+    ),
     "waits": (
         _all(_optional(lambda value: _number(value) and value > 0)),
         "a list of numbers of seconds above 0, or null",
@@ -203,7 +207,7 @@ def _check_plans(about: Mapping[str, Any]) -> None:
         if key not in PLANS:
             raise ValueError(f"unknown key plans.{reprlib.repr(key)}; {nearest(key, PLANS)}")
     _check(plans, PLANS, "plans.")
-    count = math.prod(len(plans.get(key, (0,))) for key in ("drops", "low_layers", "admits", "waits"))
+    count = math.prod(len(plans.get(key, (0,))) for key in ("drops", "low_layers", "admits", "waits", "runs"))
     actions = math.prod(about.get("heads", about["layers"][-1][:1]))
     if plans and count != actions:
         raise ValueError(f"plans lists {count} plans, but the network has {actions} actions")

@@ -123,7 +123,7 @@ def test_changed_weights_stay_for_the_dwell_time_and_the_wait_limit_may_change()
     setting = env.setting
     names = setting.actions.names
     env.reset(options={"window": replace(WINDOW, budget="full")})
-    low, limited = (names.index(f"drop 0, W4 32, queue any, wait {wait} s") for wait in (0.8, 1.5))
+    low, limited = (names.index(f"drop 0, W4 32, queue any, wait {wait} s") for wait in (1.0, 1.5))
     observation, *_ = env.step(low)
     flags = {name: flag > 0.5 for name, flag in zip(names, observation[-len(names) :], strict=True)}
     assert {name for name, flag in flags.items() if flag} == {name for name in names if "drop 0, W4 32" in name}
