@@ -81,6 +81,7 @@ def dqn(
     learning_starts: int,
     steps_an_update: int,
     target_update_steps: int,
+    tau: float,
     epsilon: Sequence[Sequence[float]],
     n_step: int,
     double_q: bool,
@@ -92,7 +93,8 @@ def dqn(
         lr: learning rate. discount: per step. batch: transitions per update.
         buffer_steps: transitions in the replay buffer. learning_starts: environment steps before the first update.
         steps_an_update: environment steps between updates.
-        target_update_steps: environment steps between copies to the target network.
+        target_update_steps: environment steps between updates of the target network.
+        tau: share by which an update moves the target network to the trained one; 1 copies it.
         epsilon: share of random actions as [environment step, share] points, linear between them.
         n_step: steps of a return. double_q: use double Q-learning.
     """
@@ -103,6 +105,7 @@ def dqn(
         train_batch_size_per_learner=batch,
         num_steps_sampled_before_learning_starts=learning_starts,
         target_network_update_freq=target_update_steps,
+        tau=tau,
         replay_buffer_config={"type": "EpisodeReplayBuffer", "capacity": buffer_steps},
         epsilon=[(int(step), float(share)) for step, share in epsilon],
         n_step=n_step,

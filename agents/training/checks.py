@@ -90,6 +90,7 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         "learning_starts": COUNT_OR_0,
         "steps_an_update": COUNT,
         "target_update_steps": COUNT,
+        "tau": (_number(0.0, 1.0, above=True), "a number above 0, at most 1"),
         "epsilon": (_schedule(_number(0.0, 1.0)), f"{POINTS}, each value from 0 to 1"),
         "n_step": COUNT,
         "double_q": (lambda value: isinstance(value, bool), "true or false"),
