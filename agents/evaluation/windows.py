@@ -249,7 +249,9 @@ def made_lists(sources: Sequence[str] | None, scenarios: Sequence[str] | None) -
                     done += 1
                     report(done)
                 # Without copies a load may need a much higher rate; its windows must fit the blocks of the others.
-                longest = max(max(rates[name][source]) for name in names if memory_of(name)["low_bits"] or len(names) == 1)
+                longest = max(
+                    max(rates[name][source]) for name in names if memory_of(name)["low_bits"] or len(names) == 1
+                )
                 blocks = blocks_of(settings[names[0]], source, split, longest)
                 for name in names:
                     rates[name][source] = [min(rate, longest) for rate in rates[name][source]]

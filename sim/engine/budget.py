@@ -394,15 +394,17 @@ def moving(
         raise BudgetError(f"budget.pace is {pace}; it must be above 0: 1 is the usual one, 2 moves twice as fast")
     period_s = WALK_PERIOD_S / pace
     check_count(
-        horizon_s / period_s, "changes of the budget", MOST_CHANGES, "lower budget.horizon_s or budget.pace", BudgetError
+        horizon_s / period_s,
+        "changes of the budget",
+        MOST_CHANGES,
+        "lower budget.horizon_s or budget.pace",
+        BudgetError,
     )
     shared: dict[str, Any] = {"horizon_s": horizon_s, "seed": seed, "notice_s": notice_s}
     if kind == "full":
         return stepped([(0.0, high)], notice_s)
     if kind == "cotenant":
-        return cotenant_between(
-            high, low, mean_away_s=MEAN_AWAY_S / pace, mean_stay_s=MEAN_STAY_S / pace, **shared
-        )
+        return cotenant_between(high, low, mean_away_s=MEAN_AWAY_S / pace, mean_stay_s=MEAN_STAY_S / pace, **shared)
     if kind == "random_walk":
         return walk_between(high, low, step_bytes=(high - low) // WALK_STEPS, period_s=period_s, **shared)
     if kind == "steps":
