@@ -115,7 +115,7 @@ def listed_windows(
     """Return the windows of a split, the same in every call, in the order of scenarios, sources and the file.
 
     Args:
-        split: validation or test. scenarios: None for all. sources: None for all that are listed and whose data is here.
+        split: validation or test. scenarios: None for all. sources: None for all listed ones whose data is here.
         content: of the file; None reads it.
     Raises:
         ConfigError: for an unknown name, or a source that has no windows in the split.

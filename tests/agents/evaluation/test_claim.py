@@ -109,7 +109,7 @@ def test_a_claim_that_was_changed_after_its_commit_is_refused(checkout: Path, tm
         (["baselines=[dense]"], "rules"),
         (["serve_windows=2"], "windows"),
         (["serve_oracle=3"], "oracles"),
-        (["serve_learned={mine: %s, other: %s}" % (POLICY, POLICY)], "policies"),
+        ([f"serve_learned={{mine: {POLICY}, other: {POLICY}}}"], "policies"),
         (["compared=other"], "comparison"),
     ],
 )
