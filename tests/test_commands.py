@@ -36,6 +36,7 @@ COMMANDS = {
     "hw.compare": "hw_compare",
     "hw.fidelity": "hw_fidelity",
     "hw.fit.run": "fit",
+    "hw.loop.settings": "hw_loop",
     "hw.reproduction.run": "reproduction",
     "hw.validate.suite": "hw_validate",
     "agents.training.train": "train",
@@ -47,7 +48,7 @@ COMMANDS = {
     "agents.evaluation.static_plans": "static_plans",
 }
 """Module that registers the command's keys -> its file of conf/."""
-REPLAYS = {"replay", "compare", "capacity", "cluster", "disaggregate", "hw_replay", "client", "serve"} | {
+REPLAYS = {"replay", "compare", "capacity", "cluster", "disaggregate", "hw_replay", "hw_loop", "client", "serve"} | {
     "hw_disaggregate"
 }
 

@@ -54,8 +54,9 @@ class PoolOptions:
     high_share: range of the most memory, in multiples of the dense weights, sampled on a logarithmic scale; the dense
         model must fit the least of it, because a window begins with that.
     low_of_high: range of the least memory, as a share of the most.
-    scenario: share of windows that keep the memory of the scenario. low_bits: share of windows whose server has
-    low-precision copies.
+    memories: servers that are there more often, as (most, least) memory in multiples of the dense weights; ``named`` is
+        the share of windows on one of them.
+    low_bits: share of windows whose server has low-precision copies.
     """
 
     size: int
@@ -64,7 +65,8 @@ class PoolOptions:
     attained: tuple[float, float] = (0.5, 0.97)
     high_share: tuple[float, float] = (1.17, 5.343)
     low_of_high: tuple[float, float] = (0.33, 1.0)
-    scenario: float = 0.3
+    memories: tuple[tuple[float, float], ...] = ()
+    named: float = 0.0
     low_bits: float = 0.75
 
 
@@ -78,12 +80,16 @@ def pool_options(value: Mapping[str, Any] | None) -> PoolOptions | None:
         return None
     try:
         given: dict[str, Any] = {key: tuple(of) if isinstance(of, list | tuple) else of for key, of in value.items()}
+        given["memories"] = tuple((float(high), float(low)) for high, low in given.get("memories", ()))
         options = PoolOptions(**given)
         ordered = all(0 < low <= high for low, high in (options.attained, options.high_share, options.low_of_high))
-        shares = (options.scenario, options.low_bits, *options.attained, *options.low_of_high)
-        if not ordered or min(options.size, options.validation) < 1 or not all(0 <= share <= 1 for share in shares):
+        ordered &= all(0 < low <= high for high, low in options.memories)
+        shares = (options.named if options.memories else 0.0, options.low_bits, *options.attained, *options.low_of_high)
+        counted = min(options.size, options.validation) >= 1 and options.seed >= 0
+        if not (counted and ordered and all(0 <= share <= 1 for share in shares)):
             raise ValueError(
-                "size and validation must be at least 1, ranges ascend from above 0, and shares lie in [0, 1]"
+                "size and validation must be at least 1, seed at least 0, ranges ascend from above 0, and shares lie "
+                "in [0, 1]"
             )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"pool is {dict(value)}: {error}") from error
@@ -121,11 +127,11 @@ def _sampled(
     window = setting.windows.sample(rng, split, (source,), rate=lowest / FACTOR)
     window = replace(window, **setting.windows.factors(rng))
     low_bits = bool(rng.random() < options.low_bits)
-    scenario = bool(rng.random() < options.scenario)
+    named = bool(rng.random() < options.named) and bool(options.memories)
     high_share = math.exp(rng.uniform(*np.log(options.high_share)))
     low_share = high_share * float(rng.uniform(*options.low_of_high))
-    if scenario:
-        return replace(window, low_bits=low_bits)
+    if named:
+        high_share, low_share = options.memories[int(rng.integers(len(options.memories)))]
     return replace(window, low_bits=low_bits, high_share=high_share, low_share=low_share)
 
 

@@ -71,13 +71,13 @@ def serve_all(setting: ServeSetting, windows: Sequence[Window], max_wait_s: floa
 
 
 def _states(setting: ServeSetting, window: Window, plan: Plan) -> list[EngineState]:
-    engine = setting.build_engine(window, plan)
+    engine = setting.build_engine(window, plan, graph=setting.graph_for(window))
     return [engine.run_until(tick * setting.tick_s) for tick in range(1, setting.ticks)]
 
 
 def _earned(setting: ServeSetting, window: Window, plan: Plan) -> Floats:
     """Return the quality that each request kept, 0 if it was late, float64[requests]."""
-    engine = setting.build_engine(window, plan)
+    engine = setting.build_engine(window, plan, graph=setting.graph_for(window))
     engine.run_until(math.inf)
     records = engine.records()
     met = met_slo(records, setting.slo)

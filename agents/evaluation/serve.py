@@ -48,7 +48,8 @@ def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[s
 
     They are ``serving_figures``, seconds over budget, the number of plan changes, and decision latencies in seconds.
     """
-    engine = setting.build_engine(window, policy.first_plan)
+    # What plans cost and how they change is the same in every window, so it is kept from one to the next.
+    engine = setting.build_engine(window, policy.first_plan, graph=setting.graph_for(window))
     requests = len(setting.windows.requests(window))
     fixed = isinstance(policy, Fixed)
     decisions_s = []

@@ -33,6 +33,7 @@ from sim.cost.memory import fixed_weight_bytes, kv_block_layer_bytes
 from sim.cost.plan import WEIGHT_BITS, Plan, check_plan
 from sim.engine.budget import Budget, constant_budget
 from sim.engine.live_request import LiveRequest
+from sim.engine.pricing_executor import PricingExecutor
 from sim.engine.protocol import EngineConfig, Request
 from sim.engine.replica import Replica
 from sim.errors import ConfigError
@@ -110,6 +111,7 @@ class HwEngine(Replica):
         plans: Iterable[Plan] | None = None,
         attention: str = "auto",
         cuda_graphs: bool = True,
+        prices: PricingExecutor | None = None,
     ) -> None:
         """Build an idle engine over a dense model and apply its first plan.
 
@@ -131,6 +133,7 @@ class HwEngine(Replica):
                 None: any, so all blocks are stored at 16, 8 and 4 bits.
             attention: which code computes it, a value of hw.attention.
             cuda_graphs: whether decode passes that recur are recorded; only where the device and that code can.
+            prices: what a calibration expects of each iteration, for ``EngineState.priced_s``. None: what it takes.
         Raises:
             ConfigError: as ``check_config``.
             PlanError: for a plan that is not legal for the model.
@@ -176,6 +179,7 @@ class HwEngine(Replica):
             during_forward=during_forward,
             attention=found,
             graphs=_graphs_of(elastic, found, graph_bytes) if cuda_graphs else None,
+            prices=prices,
         )
         super().__init__(
             model=elastic.spec,

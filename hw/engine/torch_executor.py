@@ -34,8 +34,9 @@ from sim.cost.memory import logit_rows
 from sim.cost.plan import describe
 from sim.engine.executor import Iteration, Ran
 from sim.engine.live_request import LiveRequest
+from sim.engine.pricing_executor import PricingExecutor
 from sim.engine.transition import LayerCopy, Resident
-from sim.errors import RapLabError
+from sim.errors import CalibrationError, RapLabError
 
 LONGEST_WAIT_S = 60.0
 """Seconds after which an idle engine that waits for a copy checks again."""
@@ -121,6 +122,7 @@ class TorchExecutor:
         during_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
         attention: Attention | None = None,
         graphs: DecodeGraphs | None = None,
+        prices: PricingExecutor | None = None,
     ) -> None:
         """Run ``elastic`` over the KV in ``arena``.
 
@@ -132,6 +134,7 @@ class TorchExecutor:
             during_forward: a context that is entered while the model computes.
             attention: how attention is computed. None: as hw.attention=auto.
             graphs: of decode passes. None: every pass is started operation by operation.
+            prices: says what a calibration expects of each iteration. None: no calibration.
         """
         self.arena = arena
         self.tokens: dict[int, list[int]] = {}
@@ -142,6 +145,7 @@ class TorchExecutor:
         self._sampling = sampling
         self._staging = Staging(elastic.hardware)
         self._attention, self._graphs = attention or default_attention(arena), graphs
+        self._prices = prices
 
     def run(self, iteration: Iteration) -> Ran | None:
         """Run one iteration; return None if memory ran out and nothing was computed."""
@@ -176,9 +180,19 @@ class TorchExecutor:
         ended = self._ends or (lambda _id, _token: False)
         return Ran(
             end_s=end_s,
+            priced_s=self._price(iteration),
             next_tokens=next_tokens,
             stopped=frozenset(request_id for request_id, token in next_tokens.items() if ended(request_id, token)),
         )
+
+    def _price(self, iteration: Iteration) -> float | None:
+        """Return the seconds that the calibration expects; None without one, or one that lacks a precision."""
+        if self._prices is None:
+            return None
+        try:
+            return self._prices.price(iteration)[0]
+        except CalibrationError:
+            return None
 
     def close(self) -> None:
         """Free the memory of recorded passes."""

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from hw.calibrate.calibration import slower
 from hw.checkup.policies import serve
 from hw.loop.settings import cells, check_windows, description, run_config
 from hw.validate.compare import read_run
 from hw.validate.machine_speed import MachineSpeed, factor_of
-from hw.validate.suite import calibration_content
-from sim.config import CONF_DIR
+from sim.config import CONF_DIR, with_differences
 from sim.cost.plan import dense_plan
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
@@ -46,7 +44,7 @@ def check_same_settings(predictions: Mapping[str, Any], cfg: DictConfig, folder:
     """
     ours, theirs = json.loads(json.dumps(description(cfg))), predictions["description"]
     different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    if cfg.slowdown is not None and abs(cfg.slowdown - predictions["slowdown"]) > 1e-9:
+    if not cfg.measure and abs(cfg.slowdown - predictions["slowdown"]) > 1e-9:
         different.append("slowdown")
     if policy_files(cfg) != predictions["policy_files"]:
         different.append("the file of a policy")
@@ -61,7 +59,7 @@ def policy_files(cfg: DictConfig) -> dict[str, str]:
     """Return policy -> SHA-256 of the files of its network, for those that have one."""
     found = {}
     for label, differences in cfg.policies.items():
-        name = (differences or {}).get("policy.path")
+        name = with_differences(cfg, dict(differences or {}), f"policies.{label}").policy.get("path")
         if name is None:
             continue
         path = Path(str(name)) if str(name).endswith(".json") else CONF_DIR / "policy" / f"{name}.json"
@@ -89,7 +87,7 @@ def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[s
         for number, (window, policy) in enumerate(every, start=1):
             one = run_config(cfg, window, policy, slowdown)
             at = folder / "sim" / window / policy
-            simulate(at, one, slowdown)
+            serve(at, one, *build_engine(one))
             found.setdefault(window, {})[policy] = outcome(at, one)
             report(number)
     spec = server_spec(cfg)
@@ -109,17 +107,6 @@ def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[s
     return read
 
 
-def simulate(folder: Path, cfg: DictConfig, slowdown: float) -> None:
-    """Replay one configuration in simulation, with iterations that take ``slowdown`` times the calibrated seconds."""
-    spec = server_spec(cfg)
-    scaled = slower(calibration_content(cfg.latency or spec.priced().name), slowdown)
-    path = folder.parent.parent / "calibration.json"
-    write_json(path, scaled)
-    one = cfg.copy()
-    one.latency = str(path)
-    serve(folder, one, *build_engine(one))
-
-
 def outcome(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     """Return the figures of a run folder by which policies are judged, and some that explain them."""
     run = read_run(folder)
@@ -130,11 +117,12 @@ def outcome(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     nll = records["quality_nll"].to_numpy(dtype=np.float64) if charge is not None else np.zeros(len(met))
     minutes = float(records["arrival_s"].max()) / 60.0
     quality = utility(met, nll, dense)
+    moved = run.transitions["bytes_in"] + run.transitions["bytes_freed"]  # others change admission alone
     return {
         "utility": quality,
         "slo_attainment": float(met.mean()),
         "quality_of_met": quality / float(met.mean()) if met.any() else None,
-        "changes_per_minute": len(run.transitions) / minutes,
+        "changes_per_minute": int((moved > 0).sum()) / minutes,
         "rejected": int(summary["rejected"]),
         "preemptions": int(summary["preemptions"]),
         "ttft_p50_s": summary["ttft_s"]["p50"],

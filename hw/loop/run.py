@@ -70,7 +70,7 @@ def _predictions(cfg: DictConfig, folder: Path, real: RealServer) -> dict[str, A
         raise ConfigError(f"{folder} has no predictions; run without page=judge")
     if (folder / "real").exists():
         raise ConfigError(f"{folder} has judged runs but no predictions that came before them; take another folder")
-    return predict(cfg, folder, None if cfg.slowdown is not None else measured_speed(cfg, folder, real))
+    return predict(cfg, folder, measured_speed(cfg, folder, real) if cfg.measure else None)
 
 
 def judged(cfg: DictConfig, folder: Path, predictions: Mapping[str, Any]) -> dict[str, Any]:

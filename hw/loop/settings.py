@@ -30,8 +30,8 @@ class LoopConfig(HwReplayConfig):
     learner: label of the policy that must not be below the best rule; null for none.
     fixed: labels of policies that never change the plan; the other ones must.
     repeats: real runs of each window and policy.
-    slowdown: real seconds of an iteration over the calibrated ones; null measures it by ``references`` reference runs.
-    least_requests: of a window. least_changes: plan changes per minute of a window.
+    measure: whether ``references`` reference runs measure the machine's slowdown; false takes the one of ``slowdown``.
+    least_requests: of a window. least_changes: changes of the weights that run, per minute.
     points: how far a simulated utility may be from the real one, unless the noise is larger.
     runs: the folder of run folders. out: where results go.
     page: also (run what is missing, judge, write the page), predict (only write and show the predictions), judge (run
@@ -43,7 +43,7 @@ class LoopConfig(HwReplayConfig):
     learner: str | None = None
     fixed: list[str] = field(default_factory=list)
     repeats: int = 3
-    slowdown: float | None = None
+    measure: bool = True
     references: int = 4
     least_requests: int = 150
     least_changes: float = 20.0
@@ -60,7 +60,7 @@ OWN_KEYS = (
     "learner",
     "fixed",
     "repeats",
-    "slowdown",
+    "measure",
     "references",
     "least_requests",
     "least_changes",
@@ -88,8 +88,6 @@ def check_settings(cfg: DictConfig) -> None:
     for key, least in (("repeats", 1), ("references", 1), ("least_requests", 1)):
         if cfg[key] < least:
             raise ConfigError(f"{key} is {cfg[key]}; it must be at least {least}")
-    if cfg.slowdown is not None and not 0 < cfg.slowdown < 1e6:
-        raise ConfigError(f"slowdown is {cfg.slowdown}; it must be above 0, or null to measure it")
     if not 0 <= cfg.points <= 1 or not cfg.least_changes >= 0:
         raise ConfigError(
             f"points is {cfg.points} and least_changes {cfg.least_changes}; they must be from 0 to 1, and at least 0"
@@ -120,6 +118,7 @@ def run_config(cfg: DictConfig, window: str, policy: str, slowdown: float) -> Di
     one = with_differences(one, dict(cfg.policies[policy] or {}), f"policies.{policy}")
     step = {"_target_": f"{scale_rate.__module__}.{scale_rate.__name__}", "_partial_": True, "factor": 1 / slowdown}
     with open_dict(one):
+        one.slowdown = slowdown
         one.workload = {"steps": [*OmegaConf.to_container(one.workload.steps), step]}
     return one
 
@@ -154,5 +153,17 @@ def description(cfg: DictConfig) -> Mapping[str, Any]:
     """Return what predictions depend on: the configuration of every run, without places of files."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    left_out = ("repeats", "references", "runs", "out", "page", "slowdown", "points", "plot", "label", "tags")
+    left_out = (
+        "repeats",
+        "references",
+        "runs",
+        "out",
+        "page",
+        "slowdown",
+        "measure",
+        "points",
+        "plot",
+        "label",
+        "tags",
+    )
     return {str(key): value for key, value in plain.items() if key not in left_out}

@@ -30,6 +30,8 @@ from hw.engine.hw_engine import HwEngine, check_config
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
 from sim.config import ReplayConfig, build, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
+from sim.engine.pricing_executor import PricingExecutor
+from sim.engine.server_spec import ServerSpec
 from sim.errors import ModelError
 from sim.policies import Policy, plans_of
 from sim.replay.run import build_parts, run_replay
@@ -126,8 +128,17 @@ def engine_over(
         plans=plans_of(parts.policy),
         attention=cfg.hw.attention,
         cuda_graphs=bool(cfg.hw.cuda_graphs),
+        prices=prices_of(parts.server),
     )
     return engine, parts.policy
+
+
+def prices_of(server: ServerSpec) -> PricingExecutor | None:
+    """Return what the calibration of a server expects of iterations; None without a calibration."""
+    if server.latency is None:
+        return None
+    copying = server.copying()
+    return PricingExecutor(server.latency, copying.slowdown, copying.host_to_device_bytes_per_s)
 
 
 def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:

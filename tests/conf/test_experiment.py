@@ -24,6 +24,7 @@ COMMANDS = {
     "sim.compare": "compare",
     "sim.cluster": "cluster",
     "sim.disaggregate": "disaggregate",
+    "hw.loop": "hw_loop",
     "agents.train": "train",
     "agents.clone": "clone",
 }

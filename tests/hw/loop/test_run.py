@@ -1,0 +1,120 @@
+"""The loop on a tiny random model: predictions come first, runs that exist are kept, other settings are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
+
+from hw.loop.judged_runs import missing_runs
+from hw.loop.run import _loop
+from hw.loop.settings import run_config
+from sim.config import compose_config
+from sim.cost.latency import CALIBRATIONS
+from sim.errors import ConfigError
+from sim.replay.run import build_trace
+from sim.results.run_folder import write_json
+
+WINDOW = (
+    "{trace: small, trace.duration_s: 1.5, trace.on_rate_rps: 20.0, trace.off_rate_rps: 20.0, seed: 7, "
+    "trace.lengths.output_tokens_p50: 4, budget.kind: cotenant}"
+)
+POLICIES = "{dense: {policy: dense}, low: {policy: saber, policy.policy: {name: adaptive_precision, bits: 8}}}"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> list[str]:
+    content = json.loads((CALIBRATIONS / "smollm2_135m_cpu_epyc_1thread.json").read_text(encoding="utf-8"))
+    write_json(tmp_path / "tiny.json", content | {"name": "tiny", "model": "tiny"})
+    return [
+        "experiment=null",
+        "model=tiny",
+        "hw.checkpoint=random:0",
+        "hw.device=cpu",
+        "hw.clock=cpu",
+        "hw.text=null",
+        f"latency={tmp_path / 'tiny.json'}",
+        "budget.high_share=8",
+        "budget.low_share=6",
+        "budget.pace=20",
+        f"windows={{one: {WINDOW}}}",
+        f"policies={POLICIES}",
+        "fixed=[dense]",
+        "references=1",
+        "repeats=2",
+        "least_requests=10",
+        "measure=false",
+        "slowdown=0.05",
+        f"runs={tmp_path / 'runs'}",
+        f"out={tmp_path / 'out'}",
+    ]
+
+
+def result(tmp_path: Path) -> Any:
+    return json.loads((tmp_path / "out" / "loop.json").read_text(encoding="utf-8"))
+
+
+def test_predictions_are_written_before_the_first_judged_run_and_runs_that_exist_are_kept(
+    settings: list[str], tmp_path: Path
+) -> None:
+    cfg = compose_config("hw_loop", settings)
+    assert _loop(compose_config("hw_loop", [*settings, "page=predict"])) == 0
+    path = tmp_path / "runs" / "predictions.json"
+    assert not (tmp_path / "runs" / "real").exists()
+    frozen = path.read_bytes()
+    assert _loop(cfg) in (0, 1)
+    assert path.read_bytes() == frozen
+    content = result(tmp_path)
+    assert content["predictions"]["sha256"] == hashlib.sha256(frozen).hexdigest()
+    assert content["repeats"] == 2
+    assert set(content["real"]["one"]) == {"dense", "low"}
+    assert (tmp_path / "out" / "index.md").is_file()
+    assert missing_runs(cfg, tmp_path / "runs") == []
+    summary = tmp_path / "runs" / "real" / "one" / "dense" / "hw0" / "summary.json"
+    kept = summary.stat().st_mtime_ns
+    summary.parent.with_name("hw1").joinpath("summary.json").unlink()
+    assert _loop(cfg) in (0, 1)
+    assert summary.stat().st_mtime_ns == kept
+    with pytest.raises(ConfigError, match="another windows"):
+        _loop(compose_config("hw_loop", [*settings, "windows.one.seed=8", "page=judge"]))
+
+
+def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
+    settings: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    assert _loop(compose_config("hw_loop", [*settings, "measure=true", "page=predict"])) == 0
+    content = json.loads((tmp_path / "runs" / "predictions.json").read_text(encoding="utf-8"))
+    reference = content["references"][0]
+    assert content["slowdown"] == pytest.approx(reference["measured_s"] / reference["priced_s"])
+
+
+def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str]) -> None:
+    cfg = compose_config("hw_loop", settings)
+    usual, slow = (build_trace(run_config(cfg, "one", "dense", slowdown)) for slowdown in (1.0, 2.0))
+    assert slow.arrival_s == pytest.approx(2.0 * usual.arrival_s)
+    assert run_config(cfg, "one", "dense", 2.0).slowdown == 2.0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["page=later"], "page is 'later'"),
+        (["policies={dense: {policy: dense}}"], "two policies"),
+        (["learner=learnt"], "no policy 'learnt'"),
+        (["least_requests=1000"], "least_requests is 1000"),
+        (["page=judge"], "has no predictions"),
+        (["policies.low.policy=unknown"], "there is no policy=unknown"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_the_first_run(
+    settings: list[str], tmp_path: Path, more: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _loop(compose_config("hw_loop", [*settings, *more]))
+    assert not (tmp_path / "runs" / "real").exists()
