@@ -194,6 +194,7 @@ def prune_context(folder: Path) -> dict[str, Any]:
         "budgets": frame["budget_share"].nunique(),
         "table": prune_table_markdown(frame),
         "best": best,
+        "averaged": [name for name in learned_of(frame) if f"{name}_seeds" in policies_of(frame)],
         "by_budget": by_kind(
             shares.sort_values("budget_share", ascending=False, kind="stable"),
             policies_of(frame),
