@@ -3,7 +3,7 @@
     envs         the Gymnasium environments
     baselines    rules and solvers to imitate and to compare with
     training     ``python -m agents.train``, ``agents.tune``, ``agents.clone``, ``agents.offline``, ``agents.export``
-    evaluation   ``python -m agents.evaluate``
+    evaluation   ``python -m agents.evaluate``, ``agents.tune_rules``, ``agents.windows``, ``agents.claim``
 
 Importing this package registers the environments: ``import agents; gymnasium.make("ServeTrace-v0")``. It loads neither
 torch nor ray, and no environment before one is made.

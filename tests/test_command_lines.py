@@ -48,12 +48,16 @@ MAINS = {
     "hw.score": "hw.score.run:main",
     "hw.serve": "hw.serve.server:main",
     "hw.validate": "hw.validate.run:main",
+    "agents.claim": "agents.evaluation.make_claim:main",
     "agents.clone": "agents.training.clone:main",
     "agents.evaluate": "agents.evaluation.evaluate:main",
     "agents.export": "agents.training.export:main",
     "agents.offline": "agents.training.offline:main",
+    "agents.static_plans": "agents.evaluation.static_plans:main",
     "agents.train": "agents.training.train:main",
     "agents.tune": "agents.training.tune:main",
+    "agents.tune_rules": "agents.evaluation.tuning:main",
+    "agents.windows": "agents.evaluation.windows:main",
 }
 NOT_OURS = ("tests.bench.count_operations", "tests.frozen.runs", "tests.hw.elastic.compile_kernels", "tests.soak")
 """Started by hand, not configured by Hydra."""
@@ -78,7 +82,9 @@ ELSEWHERE = {
     r"hw\.calibrate source=device": "measures for minutes: tests/hw/calibrate/test_device.py",
     r"hw\.reproduction": "minutes: tests/hw/reproduction",
     r"hw\.score": "measures for hours: tests/hw/score",
-    r"agents\.(evaluate|tune|offline|export|clone)": "minutes, or needs a training: tests/agents",
+    r"agents\.(claim|evaluate|tune|tune_rules|offline|export|clone|static_plans|windows)": (
+        "minutes, or needs a training: tests/agents"
+    ),
     r"agents\.train(?! experiment=(ppo_prune|dqn_prune)$)": "needs a training before, or is one of several alike",
 }
 """Lines that are only composed here, and why."""

@@ -67,12 +67,15 @@ COMMANDS = {
     "hw.disaggregate_results",
     "hw.disaggregate.transfer",
     "hw.disaggregate.transfer_page",
+    "agents.claim",
     "agents.clone",
     "agents.evaluate",
     "agents.export",
     "agents.offline",
     "agents.train",
     "agents.tune",
+    "agents.tune_rules",
+    "agents.windows",
 }
 TOP = 99
 

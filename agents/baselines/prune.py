@@ -23,6 +23,7 @@ from sim.errors import ConfigError
 from sim.policies.knapsack import cheapest_mask, sorted_costs
 from sim.policies.learned import prune_network
 from sim.policies.observation.prune import block_names, loads, removed_blocks
+from sim.policies.prune_guard import first_that_fit
 from sim.types import Bools
 
 Decide = Callable[[PruneLoad], Bools]
@@ -38,15 +39,8 @@ STATIC_TRAIN_LOADS, STATIC_CANDIDATES = 2000, 200
 def stop_at_budget(model: ModelSpec, order: Sequence[int], load: PruneLoad) -> Bools:
     """Return the blocks to drop, bool[b], if blocks are dropped in this order until the load fits."""
     arrays = loads(model, [load.batch], [load.sequence_tokens], [load.budget_bytes(model)])
-    peak, budget_bytes = int(arrays.dense_bytes[0]), int(arrays.budget_bytes[0])
     freed = (int(arrays.mha_bytes[0]), int(arrays.ffn_bytes[0]))
-    removed = np.zeros(2 * model.num_layers, dtype=np.bool_)
-    for block in order:
-        if peak <= budget_bytes:
-            break
-        removed[block] = True
-        peak -= freed[block % 2]
-    return removed
+    return first_that_fit(order, int(arrays.dense_bytes[0]), int(arrays.budget_bytes[0]), freed, 2 * model.num_layers)
 
 
 def read_order(model: ModelSpec, kind: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sim.cost.plan import Plan
 from sim.policies.admission import Limited
 from sim.policies.base import Policy, PolicyContext
 from sim.policies.fixed import Fixed
+from sim.policies.learned import read_learned
 from sim.policies.learned_serve import learned_serve
 
 Build = Callable[[PolicyContext], Policy]
@@ -42,6 +44,22 @@ def fixed_plan(plan: Plan) -> Build:
     return lambda context: Fixed(plan)
 
 
-def learned_serve_policies(paths: Sequence[Path]) -> list[Build]:
-    """Return a builder of the exported policy of each file."""
-    return [partial(learned_serve, path=str(path)) for path in paths]
+def learned_serve_policies(paths: Sequence[Path], *, low_bits: bool = True) -> list[Build]:
+    """Return a builder of the exported policy of each file; ``low_bits`` as in ``learned_serve``."""
+    return [partial(learned_serve, path=str(path), low_bits=low_bits) for path in paths]
+
+
+def member_policies(path: Path, *, low_bits: bool = True) -> list[Build]:
+    """Return a builder for each network that an exported policy averages, to play it alone."""
+    network = read_learned(path, "ServeTrace").network
+
+    def alone(context: PolicyContext, member: int) -> Policy:
+        policy = learned_serve(context, path=str(path), low_bits=low_bits)
+        policy.network = replace(
+            network,
+            weights=tuple(weight[member] for weight in network.weights),
+            biases=tuple(bias[member] for bias in network.biases),
+        )
+        return policy
+
+    return [partial(alone, member=member) for member in range(network.members)] if network.members > 1 else []

@@ -143,7 +143,8 @@ class ServeSetting:
         self.table = serve_table(self.actions)
         self.stated = {
             "server": [model, gpu, latency, quality, engine, slo, workspace_bytes],
-            "windows": [asdict(self.budget), tick_s, self.action_options, list(sources), list(load), str(randomize)],
+            "order": self.action_options["order"],
+            "windows": [asdict(self.budget), tick_s, list(sources), list(load), str(randomize)],
         }
         self.pool = pool_options(pool)
         self._pooled: tuple[Window, ...] | None = None
@@ -246,6 +247,8 @@ class ServeSetting:
         if window.high_share is not None or window.low_share is not None:
             high_share = window.high_share or limits.high_share
             limits = replace(limits, high_share=high_share, low_share=min(high_share, window.low_share or high_share))
+        if window.notice_s is not None:
+            limits = replace(limits, notice_s=window.notice_s)
         context = server.budget_context(plan)
         budget = window_budget(context, limits, window.budget, window.budget_seed, self.windows.window_s)
         return server.build_engine(
@@ -267,10 +270,11 @@ class ServeSetting:
 
 
 DEFAULT_ACTIONS: Mapping[str, Any] = {
-    "drops": [0, 2, 4, 6, 8, 12],
+    "drops": [0, 2, 4, 6, 10, 20],
     "low_layers": [0, 16, 32],
     "low_bits": 4,
-    "waits": [0.8, 1.2, 1.5, 1.8],
+    "waits": [1.0, 1.5],
+    "runs": [None, 48, 20, 8],
     "dwell_s": 4.0,
 }
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agents.envs.prune_loads import SPLITS, Split
-from agents.envs.serve_sources import sources_with
+from agents.envs.serve_sources import serve_split, sources_with
 from agents.envs.serve_windows import Window
-from sim.config import build_option, option_path
+from sim.config import build_option
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.policies.admission import Limited
@@ -38,6 +38,8 @@ FOLDER = REPOSITORY / "runs" / "pool"
 REFERENCE_WAIT_S = 1.5
 STEPS = 5
 """Plays with which the rate of a window is searched."""
+NOTICES_S = (0.0, 0.0, 5.0, 15.0)
+"""How long before it a step of the budget is announced; training samples one of these for each episode."""
 FACTOR = 16.0
 """A window's rate lies between its source's lowest rate over this and its highest rate times this."""
 
@@ -52,8 +54,9 @@ class PoolOptions:
     high_share: range of the most memory, in multiples of the dense weights, sampled on a logarithmic scale; the dense
         model must fit the least of it, because a window begins with that.
     low_of_high: range of the least memory, as a share of the most.
-    scenario: share of windows that keep the memory of the scenario. low_bits: share of windows whose server has
-    low-precision copies.
+    memories: servers that are there more often, as (most, least) memory in multiples of the dense weights; ``named`` is
+        the share of windows on one of them.
+    low_bits: share of windows whose server has low-precision copies.
     """
 
     size: int
@@ -62,7 +65,8 @@ class PoolOptions:
     attained: tuple[float, float] = (0.5, 0.97)
     high_share: tuple[float, float] = (1.17, 5.343)
     low_of_high: tuple[float, float] = (0.33, 1.0)
-    scenario: float = 0.3
+    memories: tuple[tuple[float, float], ...] = ()
+    named: float = 0.0
     low_bits: float = 0.75
 
 
@@ -76,12 +80,16 @@ def pool_options(value: Mapping[str, Any] | None) -> PoolOptions | None:
         return None
     try:
         given: dict[str, Any] = {key: tuple(of) if isinstance(of, list | tuple) else of for key, of in value.items()}
+        given["memories"] = tuple((float(high), float(low)) for high, low in given.get("memories", ()))
         options = PoolOptions(**given)
         ordered = all(0 < low <= high for low, high in (options.attained, options.high_share, options.low_of_high))
-        shares = (options.scenario, options.low_bits, *options.attained, *options.low_of_high)
-        if not ordered or min(options.size, options.validation) < 1 or not all(0 <= share <= 1 for share in shares):
+        ordered &= all(0 < low <= high for high, low in options.memories)
+        shares = (options.named if options.memories else 0.0, options.low_bits, *options.attained, *options.low_of_high)
+        counted = min(options.size, options.validation) >= 1 and options.seed >= 0
+        if not (counted and ordered and all(0 <= share <= 1 for share in shares)):
             raise ValueError(
-                "size and validation must be at least 1, ranges ascend from above 0, and shares lie in [0, 1]"
+                "size and validation must be at least 1, seed at least 0, ranges ascend from above 0, and shares lie "
+                "in [0, 1]"
             )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"pool is {dict(value)}: {error}") from error
@@ -90,13 +98,13 @@ def pool_options(value: Mapping[str, Any] | None) -> PoolOptions | None:
 
 def window_pool(setting: ServeSetting, options: PoolOptions, split: Split) -> tuple[Window, ...]:
     """Return the windows of a pool; read from runs/pool if it was made before."""
-    path = FOLDER / f"{split}_{_key(setting, options)}.json"
-    if path.is_file():
-        return tuple(Window(**row) for row in json.loads(path.read_text(encoding="utf-8")))
     rng = np.random.default_rng([options.seed, SPLITS.index(split)])
     size = options.size if split == "train" else options.validation
     # Every source that the split may use; in training those of the setting.
     sources = setting.sources if split == "train" else sources_with(split)[0]
+    path = FOLDER / f"{split}_{_key(setting, options, sources)}.json"
+    if path.is_file():
+        return tuple(Window(**row) for row in json.loads(path.read_text(encoding="utf-8")))
     windows: list[Window] = []
     with progress(f"choosing {split} windows", size, "windows") as report:
         while len(windows) < size:
@@ -119,11 +127,11 @@ def _sampled(
     window = setting.windows.sample(rng, split, (source,), rate=lowest / FACTOR)
     window = replace(window, **setting.windows.factors(rng))
     low_bits = bool(rng.random() < options.low_bits)
-    scenario = bool(rng.random() < options.scenario)
+    named = bool(rng.random() < options.named) and bool(options.memories)
     high_share = math.exp(rng.uniform(*np.log(options.high_share)))
     low_share = high_share * float(rng.uniform(*options.low_of_high))
-    if scenario:
-        return replace(window, low_bits=low_bits)
+    if named:
+        high_share, low_share = options.memories[int(rng.integers(len(options.memories)))]
     return replace(window, low_bits=low_bits, high_share=high_share, low_share=low_share)
 
 
@@ -173,17 +181,19 @@ def reference_policy(setting: ServeSetting, window: Window) -> Policy:
     return Limited(policy, None, REFERENCE_WAIT_S)
 
 
-def _key(setting: ServeSetting, options: PoolOptions) -> str:
+def _key(setting: ServeSetting, options: PoolOptions, sources: Sequence[str]) -> str:
     """Return a name for everything that a pool depends on, except the code."""
-    split = option_path("split", "serve").read_bytes()
-    stated = json.dumps([setting.stated, asdict(options)], sort_keys=True, default=str).encode()
-    return hashlib.sha256(split + stated).hexdigest()[:16]
+    split = {key: value for key, value in serve_split().items() if key not in ("sources", "randomize")}
+    named = {name: serve_split()["sources"][name] for name in sources}
+    stated = json.dumps([split, named, setting.stated, asdict(options)], sort_keys=True, default=str)
+    return hashlib.sha256(stated.encode()).hexdigest()[:16]
 
 
 def drawn(pool: Sequence[Window], rng: np.random.Generator, seeds: tuple[int, int]) -> Window:
-    """Return a window of a pool, with another course of its budget."""
+    """Return a window of a pool, with another course of its budget, of which every second one is announced."""
     window = pool[int(rng.integers(len(pool)))]
-    return replace(window, budget_seed=int(rng.integers(*seeds)))
+    notice_s = float(rng.choice(NOTICES_S))
+    return replace(window, budget_seed=int(rng.integers(*seeds)), notice_s=notice_s)
 
 
 __all__ = ["PoolOptions", "drawn", "pool_options", "window_pool"]

@@ -28,8 +28,8 @@ class Window:
     slowdown: real seconds of an iteration over the calibrated ones.
     low_bit_cost: factor on the loss, in nats, of layers at low precision.
     prompt_scale, output_scale: factors on the lengths of the requests (``Windows.arrays``).
-    high_share, low_share: memory of this window, in place of the scenario's (``agents.envs.serve_budgets``); None
-        keeps that.
+    high_share, low_share, notice_s: memory of this window and how long before it a step is announced, in place of the
+        scenario's (``agents.envs.serve_budgets``); None keeps that.
     low_bits: whether the server has low-precision copies of the weights.
     """
 
@@ -44,6 +44,7 @@ class Window:
     output_scale: float = 1.0
     high_share: float | None = None
     low_share: float | None = None
+    notice_s: float | None = None
     low_bits: bool = True
 
 
@@ -247,6 +248,12 @@ def as_window(value: Window | Mapping[str, Any]) -> Window:
             factor = getattr(window, name)
             if isinstance(factor, bool) or not 0 < factor < math.inf:
                 raise ValueError(f"{name} is {factor}; it must be a finite number above 0")
+        for name in ("high_share", "low_share", "notice_s"):
+            amount = getattr(window, name)
+            if amount is not None and not 0 <= amount < math.inf:
+                raise ValueError(f"{name} is {amount}; it must be a finite number of at least 0, or None")
+        if not isinstance(window.low_bits, bool):
+            raise ValueError(f"low_bits is {window.low_bits!r}; it must be true or false")
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{value!r} is no window ({error})") from error
     return window

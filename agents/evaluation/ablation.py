@@ -87,7 +87,7 @@ def shuffled_windows(paths: Sequence[Path], *, windows: int = WINDOWS, seed: int
         env_kwargs = {**learned.about["environment"], "split": "validation"}
         # The network does not read the flags of legal actions.
         names = [entry["name"] for entry in learned.about["observation"] if not entry["name"].startswith("legal.")]
-        drawn = validation_windows(tuple(env_kwargs["sources"]), windows)
+        drawn = validation_windows(windows)
         hidden = _hidden(names, SERVE_GROUPS)
         with progress(f"shuffling, policy {number + 1} of {len(paths)}", len(hidden), "entries") as report:
             for at, (name, columns) in enumerate(hidden.items(), start=1):

@@ -22,7 +22,6 @@ GLOBS = {
     "curves": "prune",
     "serve_learned": "serve",
     "serve_curves": "serve",
-    "serve_elsewhere": "serve",
     "cluster_learned": "cluster",
     "cluster_curves": "cluster",
 }

@@ -1,8 +1,8 @@
 """Evaluates policies of ``ServeCluster`` on the same held-out clusters; every replica has its own policy.
 
-The rules are those of ``agents.evaluation.rules``, tuned again on training clusters. Learned policies include those
-trained on one replica and those trained in clusters. Only ``oracle_static`` knows the windows: it is the best single
-plan in hindsight, the same on every replica.
+The rules are those of ``agents.evaluation.rules``, tuned on training clusters (``agents.evaluation.tuning``). Learned
+policies include those trained on one replica and those trained in clusters. Only ``oracle_static`` knows the windows:
+it is the best single plan in hindsight, the same on every replica.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from agents.baselines.serve import Build, fixed_plan, policy_context
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve_windows import Window, serve_windows
 from agents.evaluation.figures import best_in_hindsight, serving_figures
-from agents.evaluation.rules import tuned_rules
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.learned_cluster import learned_cluster
@@ -78,14 +77,6 @@ def mean_cluster_utility(setting: ClusterSetting, clusters: Sequence[Windows], b
     """Return the mean utility of a policy over clusters, in [0, 1]; it is built again for each replica."""
     with progress("playing", len(clusters), "clusters") as report:
         return float(np.mean(counted((play_cluster(setting, one, build)["utility"] for one in clusters), report)))
-
-
-def tuned_cluster_rules(
-    setting: ClusterSetting, names: Sequence[str] | None = None
-) -> tuple[dict[str, Build], dict[str, Any]]:
-    """Return rules with their parameters tuned on training clusters, and these parameters; ``names``: None for all."""
-    clusters = train_clusters(setting)
-    return tuned_rules(setting, partial(mean_cluster_utility, setting, clusters), len(clusters), names)
 
 
 def read_about(path: Path) -> dict[str, Any]:

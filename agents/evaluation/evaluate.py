@@ -17,7 +17,8 @@ from rich.console import Console
 from agents.evaluation.ablation import shuffled_windows
 from agents.evaluation.chosen import check_rules, glob_files, named, present, replaced
 from agents.evaluation.cluster_report import cluster_table_markdown
-from agents.evaluation.measure import measure_cluster, measure_prune, measure_serve
+from agents.evaluation.measure import measure_cluster, measure_prune
+from agents.evaluation.measure_serve import measure_serve
 from agents.evaluation.page import is_complete, write_report
 from agents.evaluation.prune_report import NOT_LEARNED, prune_table_markdown
 from agents.evaluation.rules import RULES
@@ -54,13 +55,15 @@ class EvaluateConfig:
     learned, serve_learned: name -> glob of exported policies, one file for each training seed. ``learned={...}``
         replaces the names, ``learned={}`` plays none.
     curves, serve_curves: name -> glob of the progress.csv files of these trainings.
-    serve_sources: traces of the test windows. serve_windows: windows for each trace, budget and load.
-    serve_elsewhere: name -> glob of policies that were trained on other traces or loads.
+    claim: the committed file that states what the test windows are played with (``python -m agents.claim``); none
+        plays the validation windows instead. compared: the policy that it compares with every rule.
+    scenarios: MEMORY/LOW_BITS, such as tight/none (conf/scenario, conf/low_bits); null for all.
+    serve_sources: traces; null for all whose data is here. serve_windows: at most this many of each trace in each
+        scenario; null for all. serve_oracle: the oracles, which are slow, play the first so many of them.
+    workers: processes that play windows.
     serve_ablation: glob of the policies whose entries are shuffled; empty for none.
     cluster_learned, cluster_curves: like serve_learned and serve_curves, for ServeCluster; policies of one replica too.
-    cluster_each: clusters for each trace of serve_sources and each load.
-    env: arguments of ``ServeTrace`` under ``env.kwargs`` in place of those of the learned policies' training; what
-        ``scenario=`` sets.
+    cluster_sources: traces of clusters. cluster_each: clusters for each of them and each load.
     only: policies to play again: rules or learned ones in prune and serve, learned ones in cluster. The rows of all
         other policies stay; in prune, their plans get the losses of the present quality.
     out: folder of the result files. The published page is docs/results/agents.
@@ -73,14 +76,18 @@ class EvaluateConfig:
     curves: dict[str, Any] = field(default_factory=dict)
     serve_learned: dict[str, Any] = field(default_factory=dict)
     serve_curves: dict[str, Any] = field(default_factory=dict)
-    serve_sources: list[str] = field(default_factory=lambda: ["burst"])
-    serve_windows: int = 3
-    serve_elsewhere: dict[str, Any] = field(default_factory=dict)
+    claim: str = "docs/results/agents/claim.json"
+    compared: str = "learned_serve"
+    scenarios: list[str] | None = None
+    serve_sources: list[str] | None = None
+    serve_windows: int | None = None
+    serve_oracle: int = 1
+    workers: int = 1
     serve_ablation: str = ""
     cluster_learned: dict[str, Any] = field(default_factory=dict)
     cluster_curves: dict[str, Any] = field(default_factory=dict)
+    cluster_sources: list[str] = field(default_factory=lambda: ["burst"])
     cluster_each: int = 6
-    env: dict[str, Any] = field(default_factory=lambda: {"kwargs": {}})
     only: list[str] = field(default_factory=list)
     measure: bool = True
     out: str = "runs/evaluate"

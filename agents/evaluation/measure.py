@@ -1,4 +1,7 @@
-"""Runs the policies on the held-out loads, windows and clusters, and writes the result files of the agents page."""
+"""Runs the policies on the held-out loads and clusters, and writes the result files of the agents page.
+
+``agents.evaluation.measure_serve`` does so for windows.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,10 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from agents.baselines.prune import baselines, learned_prune_policies, solver
-from agents.baselines.serve import conf_policy, learned_serve_policies
+from agents.baselines.serve import conf_policy
 from agents.envs.cluster import ROUTERS, ClusterSetting
 from agents.envs.prune_loads import prune_loads
 from agents.envs.reward import kept_quality
-from agents.envs.serve import ServeSetting
-from agents.envs.serve_windows import Window
 from agents.envs.surrogate import mask_losses, quality_on
 from agents.evaluation.ablation import shuffled_loads
 from agents.evaluation.chosen import chosen_rules, glob_files
@@ -29,20 +30,11 @@ from agents.evaluation.cluster import (
     mean_cluster_utility,
     read_about,
     test_clusters,
-    tuned_cluster_rules,
 )
 from agents.evaluation.cluster_report import COMPARED as CLUSTER_COMPARED
 from agents.evaluation.prune import evaluate_prune, with_losses
 from agents.evaluation.prune_report import unseen_loads
-from agents.evaluation.rules import rules_tuned_to, tuned_rules
-from agents.evaluation.serve import (
-    ORACLES,
-    evaluate_serve,
-    evaluation_setting,
-    test_windows,
-    with_low_bits_of,
-)
-from agents.evaluation.serve_report import COMPARED
+from agents.evaluation.tuning import rules_tuned_to, tuned_rules
 from agents.training.validation import validation_clusters
 from sim.config import load_option
 from sim.cost.model_spec import load_model
@@ -50,9 +42,6 @@ from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
 from sim.policies.learned import read_learned
 from sim.results.run_folder import provenance, write_json, write_parquet
-
-OTHER_QUALITY = "llama3_8b_published"
-"""The quality whose losses of low precision replace those of the served model, to test policies outside training."""
 
 
 def network_seconds(paths: list[Path]) -> dict[str, float]:
@@ -86,7 +75,7 @@ def training_seconds(abouts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[
     return {name: seconds for name, seconds in found.items() if seconds}
 
 
-def _check_any(policies: Mapping[str, Any], task: str) -> None:
+def check_any(policies: Mapping[str, Any], task: str) -> None:
     if not policies:
         raise ConfigError(
             f"task {task} has no policy to play; name rules of this task in baselines=[...], or learned policies"
@@ -102,7 +91,7 @@ def measure_prune(cfg: DictConfig, folder: Path) -> None:
         policies[str(name)] = learned_prune_policies(model, glob_files(str(glob)))
     if oracle is not None:
         policies["oracle"] = oracle
-    _check_any(policies, "prune")
+    check_any(policies, "prune")
     if cfg.only:
         _measure_prune_only(cfg, folder, policies)
         return
@@ -133,26 +122,26 @@ def measure_prune(cfg: DictConfig, folder: Path) -> None:
 
 def _measure_prune_only(cfg: DictConfig, folder: Path, policies: Mapping[str, Any]) -> None:
     """Play the policies of ``cfg.only`` and replace their rows; give all rows the losses of the present quality."""
-    summary, selected = _read_summary(folder / "prune.json", cfg), _selected(cfg, policies)
+    summary, chosen = read_summary(folder / "prune.json", cfg), selected(cfg.only, policies)
     for file, loads in (("prune.parquet", prune_loads().test), ("prune_unseen.parquet", unseen_loads())):
-        played = evaluate_prune(cfg.model, selected, loads)
+        played = evaluate_prune(cfg.model, chosen, loads)
         write_parquet(folder / file, with_losses(cfg.model, _replaced_rows(folder / file, played)))
     write_json(folder / "prune.json", summary | {"losses_commit": provenance(0)["commit"]})
 
 
-def _selected(cfg: DictConfig, policies: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the policies that ``cfg.only`` names.
+def selected(names: Sequence[str], policies: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the policies that ``only`` names.
 
     Raises:
         ConfigError: for a name that is none of these policies.
     """
-    for name in cfg.only:
+    for name in names:
         if name not in policies:
             raise ConfigError(f"only: there is no policy {name!r} to play; {nearest(name, policies)}")
-    return {name: policies[name] for name in cfg.only}
+    return {name: policies[name] for name in names}
 
 
-def _write_rows(cfg: DictConfig, path: Path, played: pd.DataFrame) -> None:
+def write_rows(cfg: DictConfig, path: Path, played: pd.DataFrame) -> None:
     """Write a result file: what was played, or with ``cfg.only`` the file with the rows of these policies replaced."""
     write_parquet(path, _replaced_rows(path, played) if cfg.only else played)
 
@@ -165,7 +154,7 @@ def _replaced_rows(path: Path, played: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values("policy", key=lambda policy: policy.map(names.index), kind="stable", ignore_index=True)
 
 
-def _read_summary(path: Path, cfg: DictConfig) -> dict[str, Any]:
+def read_summary(path: Path, cfg: DictConfig) -> dict[str, Any]:
     """Return the contents of a result file in JSON, with the policies of ``cfg.only`` under ``replayed``.
 
     Raises:
@@ -182,95 +171,35 @@ def _read_summary(path: Path, cfg: DictConfig) -> dict[str, Any]:
     return summary | {"replayed": [replay for replay in [*earlier, latest] if replay["policies"]]}
 
 
-def measure_serve(cfg: DictConfig, folder: Path) -> None:
-    """Evaluate the policies of ``ServeTrace``; write serve*.parquet and serve.json."""
-    paths = {str(name): glob_files(str(glob)) for name, glob in cfg.serve_learned.items()}
-    trained = [read_learned(path, "ServeTrace").about for files in paths.values() for path in files]
-    env_kwargs: dict[str, Any] = dict(trained[0].get("environment", {})) if trained else {}
-    sources = sorted({str(source) for about in trained for source in sources_of(about)}) or ["burst"]
-    changed: Any = OmegaConf.to_container(cfg.env.kwargs, resolve=True)
-    setting = evaluation_setting({**env_kwargs, **changed, "sources": sources})
-    windows = test_windows(list(cfg.serve_sources), int(cfg.serve_windows))
-    policies: dict[str, Any] = {name: learned_serve_policies(files) for name, files in paths.items()}
-    if cfg.only:
-        summary = _measure_serve_only(cfg, folder, setting, windows, policies)
-    else:
-        summary = _measure_serve_all(cfg, folder, setting, windows, policies)
-    if cfg.serve_curves:
-        write_parquet(folder / "serve_training.parquet", training_curves(cfg.serve_curves))
-    played = {name: files for name, files in paths.items() if not cfg.only or name in cfg.only}
-    abouts = {name: [read_learned(path, "ServeTrace").about for path in files] for name, files in played.items()}
-    kept = {"trained_on": sources, "other_quality": OTHER_QUALITY, **summary}
-    write_json(folder / "serve.json", kept | {"seconds": summary.get("seconds", {}) | training_seconds(abouts)})
-
-
-def _measure_serve_all(
-    cfg: DictConfig, folder: Path, setting: ServeSetting, windows: list[Window], learned: dict[str, Any]
-) -> dict[str, Any]:
-    """Play every rule and learned policy; return the summary for serve.json."""
-    summary = provenance(0)
-    rules, summary["tuned"] = tuned_rules(setting, names=cfg.baselines)
-    policies = {name: [build] for name, build in rules.items()} | learned
-    oracles = ORACLES if cfg.baselines is None else [name for name in ORACLES if name in cfg.baselines]
-    _check_any({**policies, **dict.fromkeys(oracles)}, "serve")
-    write_parquet(folder / "serve.parquet", evaluate_serve(setting, policies, windows, oracles=oracles))
-    elsewhere = {name: learned_serve_policies(glob_files(str(glob))) for name, glob in cfg.serve_elsewhere.items()}
-    if elsewhere:
-        write_parquet(folder / "serve_elsewhere.parquet", evaluate_serve(setting, elsewhere, windows, oracles=()))
-    compared = {name: builds for name, builds in policies.items() if name in learned or name in COMPARED}
-    other = with_low_bits_of(setting, OTHER_QUALITY)
-    if compared:
-        write_parquet(folder / "serve_quality.parquet", evaluate_serve(other, compared, windows, oracles=()))
-    return summary
-
-
-def _measure_serve_only(
-    cfg: DictConfig, folder: Path, setting: ServeSetting, windows: list[Window], learned: dict[str, Any]
-) -> dict[str, Any]:
-    """Play the policies of ``cfg.only`` and replace their rows; return the updated contents of serve.json.
-
-    Rules keep the parameters that they were tuned to.
-    """
-    summary = _read_summary(folder / "serve.json", cfg)
-    rules = {name: [build] for name, build in rules_tuned_to(setting, summary["tuned"]).items()}
-    selected = _selected(cfg, rules | learned)
-    compared = {name: builds for name, builds in selected.items() if name in learned or name in COMPARED}
-    other = with_low_bits_of(setting, OTHER_QUALITY)
-    for file, served, played in (("serve.parquet", setting, selected), ("serve_quality.parquet", other, compared)):
-        if played:
-            _write_rows(cfg, folder / file, evaluate_serve(served, played, windows, oracles=()))
-    return summary
-
-
 def measure_cluster(cfg: DictConfig, folder: Path) -> None:
     """Evaluate the policies of ``ServeCluster``; write cluster*.parquet, then cluster.json."""
     paths = {str(name): glob_files(str(glob)) for name, glob in cfg.cluster_learned.items()}
     env_kwargs: Any = OmegaConf.to_container(load_option("env", "serve_cluster").kwargs)
     env_kwargs["split"] = "test"
     setting = ClusterSetting(**env_kwargs)
-    clusters = test_clusters(setting, list(cfg.serve_sources), int(cfg.cluster_each))
+    clusters = test_clusters(setting, list(cfg.cluster_sources), int(cfg.cluster_each))
     learned: dict[str, Any] = {name: learned_cluster_policies(files) for name, files in paths.items()}
     curves = training_curves(cfg.cluster_curves) if cfg.cluster_curves else None
     if cfg.only:
-        summary = _read_summary(folder / "cluster.json", cfg)
-        rules = {name: [build] for name, build in rules_tuned_to(setting, summary["tuned"]).items()}
-        policies = _selected(cfg, rules | learned)
+        summary = read_summary(folder / "cluster.json", cfg)
+        rules = {name: [build] for name, build in rules_tuned_to(summary["tuned"]).items()}
+        policies = selected(cfg.only, rules | learned)
         oracle = False
     else:
         summary = provenance(0)
-        tuned, summary["tuned"] = tuned_cluster_rules(setting, cfg.baselines)
+        tuned, summary["tuned"] = tuned_rules(setting, cfg.baselines)
         policies = {name: [build] for name, build in tuned.items()} | learned
         oracle = cfg.baselines is None or "oracle_static" in cfg.baselines
-    _check_any({**policies, **({"oracle_static": None} if oracle else {})}, "cluster")
+    check_any({**policies, **({"oracle_static": None} if oracle else {})}, "cluster")
     compared = {name: builds for name, builds in policies.items() if name in learned or name in CLUSTER_COMPARED}
-    _write_rows(cfg, folder / "cluster.parquet", evaluate_cluster(setting, policies, clusters, oracle=oracle))
+    write_rows(cfg, folder / "cluster.parquet", evaluate_cluster(setting, policies, clusters, oracle=oracle))
     if compared:
         settings = {router: ClusterSetting(**{**env_kwargs, "router": router}) for router in ROUTERS}
         by_router = [
             evaluate_cluster(routed, compared, clusters, oracle=False).assign(router=name)
             for name, routed in settings.items()
         ]
-        _write_rows(cfg, folder / "cluster_routers.parquet", pd.concat(by_router, ignore_index=True))
+        write_rows(cfg, folder / "cluster_routers.parquet", pd.concat(by_router, ignore_index=True))
     if curves is not None:
         write_parquet(folder / "cluster_training.parquet", curves)
     about = {name: [read_about(path) for path in paths[name]] for name in policies if name in learned}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agents.evaluation import cluster_report, prune_report, serve_report
+from agents.evaluation import cluster_report, prune_report
 from agents.evaluation.cluster_report import cluster_context
 from agents.evaluation.prune_report import prune_context
 from agents.evaluation.serve_report import serve_context
@@ -19,7 +19,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "index.md.j2"
 
 NEEDED = {
     "prune": ("dense", prune_report.REFERENCE, "knapsack", "oracle"),
-    "serve": ("dense", serve_report.REFERENCE, "oracle_static"),
+    "serve": ("dense",),
     "cluster": ("dense", cluster_report.REFERENCE),
 }
 """The policies that each section of the page compares others with."""

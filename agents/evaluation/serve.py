@@ -1,16 +1,18 @@
-"""Evaluates policies of ``ServeTrace`` on the same held-out windows.
+"""Plays policies of ``ServeTrace`` on the same listed windows, in every scenario (``agents.envs.serve_lists``).
 
 The rules among them are in ``agents.evaluation.rules``. Only two rows know the window: ``oracle_static``, the best
 single plan of each window in hindsight, and ``oracle_search``, the best schedule of plans that a search finds
-(``agents.evaluation.oracle``).
+(``agents.evaluation.oracle``). They are slow, so they play the first windows of each source in each scenario alone.
 """
 
 from __future__ import annotations
 
 import math
+import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
-from copy import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,20 +20,27 @@ import pandas as pd
 
 from agents.baselines.serve import Build, policy_context
 from agents.envs.serve import ServeSetting
-from agents.envs.serve_windows import Window, serve_windows
+from agents.envs.serve_lists import Listed
+from agents.envs.serve_windows import Window
 from agents.evaluation.figures import best_in_hindsight, serving_figures
 from agents.evaluation.oracle import best_schedule, schedule_policy
-from sim.cost.quality import PublishedQuality, load_quality
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
-from sim.progress import progress
+from sim.progress import counted, progress
 
-TEST_SEED = 20250604
 ORACLES = ("oracle_static", "oracle_search")
 
-RATE_QUANTILES = (0.25, 0.85)
-"""Loads of the test windows: positions in each source's range of rates, on a logarithmic scale."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """A scenario with the policies that play its windows.
+
+    policies: name -> a builder for each training seed; a rule has one.
+    """
+
+    setting: ServeSetting
+    policies: Mapping[str, Sequence[Build]] = field(default_factory=dict)
 
 
 def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[str, Any]:
@@ -39,7 +48,8 @@ def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[s
 
     They are ``serving_figures``, seconds over budget, the number of plan changes, and decision latencies in seconds.
     """
-    engine = setting.build_engine(window, policy.first_plan)
+    # What plans cost and how they change is the same in every window, so it is kept from one to the next.
+    engine = setting.build_engine(window, policy.first_plan, graph=setting.graph_for(window))
     requests = len(setting.windows.requests(window))
     fixed = isinstance(policy, Fixed)
     decisions_s = []
@@ -60,89 +70,91 @@ def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[s
     }
 
 
-def test_windows(sources: Sequence[str], each: int) -> list[Window]:
-    """Return the held-out windows, the same in every call: ``each`` for every source, budget and load."""
-    windows, rng = serve_windows(), np.random.default_rng(TEST_SEED)
-    sampled = []
-    for source in sources:
-        low, high = windows.rates[source]
-        for budget in windows.budgets:
-            for quantile in RATE_QUANTILES:
-                rate = low * (high / low) ** quantile
-                sampled += [windows.sample(rng, "test", (source,), rate=rate, budget=budget) for _ in range(each)]
-    return sampled
-
-
-def load_of(window: Window) -> float:
-    """Return the position of a window in its source's range of rates, on a logarithmic scale in [0, 1]."""
-    low, high = serve_windows().rates[window.source]
-    return round(math.log(window.rate / low) / math.log(high / low), 3)
-
-
-def with_low_bits_of(setting: ServeSetting, name: str) -> ServeSetting:
-    """Return the setting with another model's losses of low precision; the losses of dropped blocks stay.
-
-    Raises:
-        ConfigError: unless both qualities are published ones (``PublishedQuality``).
-    """
-    ours, other = setting.quality, load_quality(name)
-    if not isinstance(ours, PublishedQuality) or not isinstance(other, PublishedQuality):
-        raise ConfigError(
-            f"only published qualities can be combined, but {setting.quality_name} or {name} is measured; use two of "
-            "conf/quality/*_published.yaml"
-        )
-    changed = copy(setting)
-    changed.quality = ours.with_w4_of(other)
-    changed._nll = {}
-    return changed
+def first_windows(listed: Sequence[Listed], most: int | None) -> list[Listed]:
+    """Return at most so many windows of each source in each scenario, the first; None for all."""
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for one in listed:
+        key = (one.scenario, one.window.source)
+        seen[key] += 1
+        if most is None or seen[key] <= most:
+            found.append(one)
+    return found
 
 
 def evaluate_serve(
-    setting: ServeSetting,
-    policies: Mapping[str, Sequence[Build]],
-    windows: Sequence[Window],
+    matches: Mapping[str, Match],
+    listed: Sequence[Listed],
     *,
-    oracles: Sequence[str] = ORACLES,
+    oracles: Sequence[str] = (),
+    oracle_windows: int = 1,
+    workers: int = 1,
 ) -> pd.DataFrame:
-    """Return one row for each policy, seed and window; ``oracles``: which of ``ORACLES`` to add."""
-    rows: list[dict[str, Any]] = []
-    with progress("playing", len(windows), "windows") as report:
-        for number, window in enumerate(windows):
-            rows += _played(setting, policies, number, window, oracles)
-            report(number + 1)
+    """Return one row for each policy, seed and window.
+
+    Args:
+        matches: by scenario. listed: the windows.
+        oracles: which of ``ORACLES`` to add, on the first ``oracle_windows`` of each source in each scenario.
+        workers: processes; the rows do not depend on it, except for their decision latencies.
+    """
+    known = set(first_windows(listed, oracle_windows)) if oracles else set()
+    jobs = [(matches[one.scenario], number, one, oracles if one in known else ()) for number, one in enumerate(listed)]
+    with progress("playing", len(jobs), "windows") as report:
+        rows = [row for rows in counted(_all_played(jobs, workers), report) for row in rows]
     return pd.DataFrame(rows)
 
 
-def _played(
-    setting: ServeSetting,
-    policies: Mapping[str, Sequence[Build]],
-    number: int,
-    window: Window,
-    oracles: Sequence[str],
-) -> list[dict[str, Any]]:
+Job = tuple[Match, int, Listed, Sequence[str]]
+_jobs: list[Job] = []
+
+
+def _all_played(jobs: list[Job], workers: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of every job in order."""
+    if workers < 2:
+        yield from (_played(*job) for job in jobs)
+        return
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise ConfigError(f"workers is {workers}, but this system cannot fork a process; use workers=1")
+    # Builders are closures, which cannot be sent to another process: a fork has them.
+    _jobs[:] = jobs
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        yield from pool.imap(_job, range(len(jobs)), chunksize=4)
+
+
+def _job(number: int) -> list[dict[str, Any]]:
+    return _played(*_jobs[number])
+
+
+def _played(match: Match, number: int, one: Listed, oracles: Sequence[str]) -> list[dict[str, Any]]:
     """Return the rows of one window."""
+    setting, window = match.setting, one.window
     context = policy_context(setting)
-    scenario = {
+    memory, low_bits = one.scenario.split("/")
+    about = {
         "window": number,
+        "scenario": one.scenario,
+        "memory": memory,
+        "low_bits": low_bits,
         "source": window.source,
+        "block": one.block,
+        "load": one.share,
+        "budget": window.budget,
         "start_s": window.start_s,
         "rate": window.rate,
-        "load": load_of(window),
-        "budget": window.budget,
         "budget_seed": window.budget_seed,
     }
     rows = [
-        {"policy": name, "seed": seed, **scenario, **play_window(setting, window, build(context))}
-        for name, seeds in policies.items()
+        {"policy": name, "seed": seed, **about, **play_window(setting, window, build(context))}
+        for name, seeds in match.policies.items()
         for seed, build in enumerate(seeds)
     ]
     if "oracle_static" in oracles:
         best = best_in_hindsight([play_window(setting, window, Fixed(plan)) for plan in setting.actions.plans])
-        rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
+        rows.append({"policy": "oracle_static", "seed": 0, **about, **best})
     if "oracle_search" in oracles:
         schedule, _ = best_schedule(setting, window)
         searched = play_window(setting, window, schedule_policy(setting, schedule))
-        rows.append({"policy": "oracle_search", "seed": 0, **scenario, **searched})
+        rows.append({"policy": "oracle_search", "seed": 0, **about, **searched})
     return rows
 
 
@@ -150,15 +162,3 @@ def serve_grid(frame: pd.DataFrame, policy: str, column: str = "utility") -> np.
     """Return a column of one policy, float64[seeds, windows]."""
     table = frame[frame["policy"] == policy].pivot_table(index="seed", columns="window", values=column, sort=True)
     return table.to_numpy(dtype=np.float64)
-
-
-def evaluation_setting(env_kwargs: Mapping[str, Any]) -> ServeSetting:
-    """Return the setting in which a policy was trained, with the test split.
-
-    Raises:
-        ConfigError: if its file states an environment that ``ServeTrace`` cannot be.
-    """
-    try:
-        return ServeSetting(**{**env_kwargs, "split": "test"})
-    except (TypeError, AttributeError) as error:
-        raise ConfigError(f"the policy's file states no environment of ServeTrace ({error})") from error

@@ -1,15 +1,21 @@
-"""The section of the agents page on ``ServeTrace``, computed from its result files alone."""
+"""The section of the agents page on ``ServeTrace``, computed from its result files alone.
+
+Means are over traces: first over the windows of each trace, then over traces. Two policies are compared on the windows
+that both played, because some rules need low-precision copies.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from agents.evaluation.ablation import WINDOWS, ablation_markdown
+from agents.evaluation.measure_serve import MEMBERS
+from agents.evaluation.rules import RULES, about_rule
 from agents.evaluation.serve import ORACLES, serve_grid
 from agents.evaluation.statistics import Interval, paired_difference
 from agents.evaluation.tables import (
@@ -26,50 +32,99 @@ from agents.evaluation.tables import (
 from sim.pages.render import commit_of, table
 from sim.results.plots import figure_file
 
-REFERENCE = "greedy_stop+queue"
-COMPARED = ("dense", "static", "greedy_stop+queue", "precision+queue", "lookahead")
-"""Rules shown next to learned policies where something differs from training."""
-SPECS = {"utility": ".4f", "SLO attainment": ".1%", "goodput (req/s)": ".2f", "TTFT P95 (s)": ".2f", "rejected": ".1%"}
-SPECS |= {"loss (nats)": ".4f", "over budget (s)": ".2f", "plan changes": ".1f"}
+REFERENCE = "dense"
+SHOWN = 12
+"""Rules in tables by trace, scenario, load and budget: those with the highest utility."""
+SPECS = {"windows": ",d", "utility": ".4f", "SLO attainment": ".1%", "goodput (req/s)": ".2f", "TTFT P95 (s)": ".2f"}
+SPECS |= {"rejected": ".1%", "loss (nats)": ".4f", "over budget (s)": ".2f", "plan changes": ".1f"}
 
 
-def _learned(frame: pd.DataFrame) -> list[str]:
-    return [name for name in policies_of(frame, ORACLES) if name.startswith("learned")]
+def rules_of(frame: pd.DataFrame) -> list[str]:
+    """Return the rules in a frame: neither learned nor an oracle."""
+    return [name for name in policies_of(frame, ORACLES) if not name.startswith("learned") and name not in ORACLES]
+
+
+def learned_of(frame: pd.DataFrame) -> list[str]:
+    """Return the learned policies in a frame, without the networks that one averages."""
+    names = policies_of(frame, ORACLES)
+    return [name for name in names if name.startswith("learned") and not name.endswith(MEMBERS)]
+
+
+def trace_mean(frame: pd.DataFrame, policy: str, column: str = "utility") -> float:
+    """Return the mean of a policy over traces, each counting the same."""
+    part = frame[frame["policy"] == policy]
+    return float(part.groupby("source")[column].mean().mean())
+
+
+def common(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Return the rows of some policies on the windows that all of them played."""
+    part = frame[frame["policy"].isin(names)]
+    played = part.groupby("window")["policy"].nunique()
+    return part[part["window"].isin(played[played == len(set(names))].index)]
 
 
 def against(frame: pd.DataFrame, ours: str, theirs: str) -> Interval:
-    """Return how much higher the utility of one policy is than another's, window by window."""
-    return paired_difference(serve_grid(frame, ours), serve_grid(frame, theirs))
+    """Return how much higher the utility of one policy is than another's, on the windows that both played."""
+    part = common(frame, (ours, theirs))
+    windows = part.drop_duplicates("window").sort_values("window")
+    return paired_difference(
+        serve_grid(part, ours),
+        serve_grid(part, theirs),
+        traces=windows["source"],
+        blocks=windows.get("block"),
+    )
 
 
-def table_row(frame: pd.DataFrame, name: str, reference: str) -> dict[str, Any]:
-    """Return the figures of a policy that the tables of servers and of clusters share."""
+def table_row(frame: pd.DataFrame, name: str, reference: str, *, ours_first: bool = False) -> dict[str, Any]:
+    """Return the figures of a policy that the tables of servers and of clusters share.
+
+    Args:
+        reference: the policy to compare with. ours_first: show the reference minus this policy, not the reverse.
+    """
     part = frame[frame["policy"] == name]
     compared = name != reference and reference in set(frame["policy"])
+    pair = (reference, name) if ours_first else (name, reference)
     return {
         "policy": name,
         "seeds": part["seed"].nunique(),
-        "utility": part["utility"].mean(),
-        f"minus {reference}": signed(against(frame, name, reference)) if compared else None,
-        "SLO attainment": part["slo_attainment"].mean(),
-        "goodput (req/s)": part["goodput_rps"].mean(),
-        "TTFT P95 (s)": part["ttft_p95_s"].mean(),
-        "rejected": part["rejected_share"].mean(),
-        "loss (nats)": part["loss"].mean(),
-        "over budget (s)": part["budget_violation_s"].mean(),
-        "plan changes": part["transitions"].mean(),
+        **({"windows": part["window"].nunique()} if ours_first else {}),
+        "utility": trace_mean(frame, name),
+        (f"{reference} minus it" if ours_first else f"minus {reference}"): (
+            signed(against(frame, *pair)) if compared else None
+        ),
+        "SLO attainment": trace_mean(frame, name, "slo_attainment"),
+        "goodput (req/s)": trace_mean(frame, name, "goodput_rps"),
+        "TTFT P95 (s)": trace_mean(frame, name, "ttft_p95_s"),
+        "rejected": trace_mean(frame, name, "rejected_share"),
+        "loss (nats)": trace_mean(frame, name, "loss"),
+        "over budget (s)": trace_mean(frame, name, "budget_violation_s"),
+        "plan changes": trace_mean(frame, name, "transitions"),
     }
 
 
-def serve_table_markdown(frame: pd.DataFrame) -> str:
-    """Return the main table: every policy over all windows and seeds."""
+def serve_table_markdown(frame: pd.DataFrame, compared: str = "learned_serve") -> str:
+    """Return the main table: every policy over all its windows and seeds, compared with one of them."""
+    reference = compared_policy(frame, compared) or REFERENCE
     by_policy = frame.groupby("policy")[["decision_p50_s", "decision_p99_s"]].median() * 1e6
     rows = [
-        table_row(frame, name, REFERENCE)
+        table_row(frame, name, reference, ours_first=True)
         | {f"decision {p.upper()} (us)": by_policy[f"decision_{p}_s"][name] for p in ("p50", "p99")}
         for name in policies_of(frame, ORACLES)
     ]
     return table(rows, SPECS | {"decision P50 (us)": ".0f", "decision P99 (us)": ".0f"})
+
+
+def compared_policy(frame: pd.DataFrame, compared: str) -> str | None:
+    """Return the policy of the comparison; if it did not play, the best learned one; None without any."""
+    learned = learned_of(frame)
+    return compared if compared in learned else max(learned, key=lambda name: trace_mean(frame, name), default=None)
+
+
+def best_rule(frame: pd.DataFrame) -> str:
+    """Return the rule with the highest utility among those that played every window."""
+    counts = frame.groupby("policy")["window"].nunique()
+    full = [name for name in rules_of(frame) if counts[name] == frame["window"].nunique()]
+    return max(full or rules_of(frame), key=lambda name: trace_mean(frame, name))
 
 
 def gaps(frame: pd.DataFrame, ours: str, theirs: str, columns: tuple[str, ...]) -> dict[str, float]:
@@ -81,60 +136,68 @@ def gaps(frame: pd.DataFrame, ours: str, theirs: str, columns: tuple[str, ...]) 
     return found
 
 
-def serve_verdict(frame: pd.DataFrame, trained_on: list[str]) -> dict[str, Any]:
-    """Return how the best learned policy stands against rules and oracles, and what a queue limit adds to the rules."""
-    names, learned = policies_of(frame, ORACLES), _learned(frame)
-    means = {name: float(frame[frame["policy"] == name]["utility"].mean()) for name in names}
-    rules = [name for name in names if name not in (*learned, *ORACLES)]
-    simple = max(rules, key=lambda name: means[name])
-    oracle = next(name for name in reversed(ORACLES) if name in names)
-    found: dict[str, Any] = {"simple": simple, "oracle": oracle, "simple_of_oracle": means[simple] / means[oracle]}
-    pairs = [(name, name.removesuffix("+queue")) for name in rules if name.endswith("+queue")]
-    gains = {plain: means[limited] - means[plain] for limited, plain in pairs if plain in means}
-    if gains:
-        found["queue_gain"] = (min(gains.values()), max(gains.values()))
-        found["rule_gain"] = max(means[plain] - means["dense"] for plain in gains)
-    if not learned:
+def against_the_best(frame: pd.DataFrame, ours: str, column: str) -> list[dict[str, Any]]:
+    """Return, for each kind in a column, the best rule there and how much higher a policy is."""
+    rows = []
+    for kind in dict.fromkeys(frame[column]):
+        part = frame[frame[column] == kind]
+        rule = best_rule(part)
+        blocks = part.drop_duplicates("window")[["source", "block"]].drop_duplicates()
+        rows.append(
+            {
+                column: str(kind),
+                "windows": part["window"].nunique(),
+                "blocks": len(blocks),
+                "best rule": rule,
+                "its utility": trace_mean(part, rule),
+                ours: trace_mean(part, ours),
+                "difference": signed(against(part, ours, rule)),
+            }
+        )
+    return rows
+
+
+def serve_verdict(frame: pd.DataFrame, compared: str) -> dict[str, Any]:
+    """Return how a learned policy stands against every rule, and which share of the oracles it reaches."""
+    simple, ours = best_rule(frame), compared_policy(frame, compared)
+    found: dict[str, Any] = {"simple": simple, "simple_utility": trace_mean(frame, simple), "oracles": []}
+    if ours is None:
         return found
-    best = max(learned, key=lambda name: means[name])
-    kinds = gaps(frame, best, simple, ("source", "budget"))
+    for oracle in (name for name in ORACLES if name in set(frame["policy"])):
+        part = common(frame, (ours, simple, oracle))
+        high = trace_mean(part, oracle)
+        found["oracles"].append(
+            {
+                "oracle": oracle,
+                "windows": part["window"].nunique(),
+                "its utility": high,
+                f"share of it, {ours}": trace_mean(part, ours) / high,
+                f"share of it, {simple}": trace_mean(part, simple) / high,
+            }
+        )
     return {
         **found,
-        "best": best,
-        "utility": means[best],
-        "against_reference": signed(against(frame, best, REFERENCE)),
-        "against_simple": signed(against(frame, best, simple)),
-        "of_oracle": means[best] / means[oracle],
-        **standing(lambda name: against(frame, best, name), rules),
-        "worst": min(kinds.items(), key=lambda item: item[1]),
-        "easiest": max(kinds.items(), key=lambda item: item[1]),
-        "where_trained": float(np.mean([kinds[source] for source in trained_on if source in kinds])),
+        "best": ours,
+        "utility": trace_mean(frame, ours),
+        "against_simple": signed(against(frame, ours, simple)),
+        **standing(lambda name: against(frame, ours, name), rules_of(frame)),
     }
 
 
-def serve_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> None:
-    """Write serve.png: utility of every policy by trace, and training curves."""
+def shown_policies(frame: pd.DataFrame, ours: str | None) -> list[str]:
+    """Return the policies of the tables by kind: learned ones, the best rules, and dense."""
+    rules = sorted(rules_of(frame), key=lambda name: -trace_mean(frame, name))
+    chosen = {*learned_of(frame), *rules[:SHOWN], REFERENCE, *([ours] if ours else [])}
+    return [name for name in policies_of(frame, ORACLES) if name in chosen]
+
+
+def serve_figure(folder: Path, frame: pd.DataFrame, names: Sequence[str], curves: pd.DataFrame | None) -> None:
+    """Write serve.png: utility of some policies by trace, and training curves."""
     with figure_file(folder / "serve.png", 1, 2, size=(11, 5.5), width_ratios=(3, 2)) as (figure, (left, right)):
-        plot_by_source(left, frame, policies_of(frame, ORACLES))
+        plot_by_source(left, frame, names)
         left.set(xlabel="utility on held-out windows")
         plot_training(right, curves)
         figure.legend(loc="outside lower center", ncols=5)
-
-
-def elsewhere_context(folder: Path, frame: pd.DataFrame, made: dict[str, Any]) -> dict[str, Any]:
-    """Return the tables of what policies do away from their training: other traces, other loads, other losses."""
-    compared = [name for name in policies_of(frame, ORACLES) if name in COMPARED or name in _learned(frame)]
-    found: dict[str, Any] = {"elsewhere": "", "other_quality": ""}
-    trained, other = (read_if_there(folder / f"serve_{name}.parquet") for name in ("elsewhere", "quality"))
-    if trained is not None:
-        both = pd.concat([frame[frame["policy"].isin(compared)], trained])
-        found["elsewhere_seeds"] = trained.groupby("policy")["seed"].nunique().max()
-        found["elsewhere"] = by_kind(both, policies_of(both, ORACLES), {"source": "", "load": "load "})
-    if other is not None:
-        known = frame[frame["policy"].isin(other["policy"])].assign(losses="published")
-        both = pd.concat([known, other.assign(losses=made["other_quality"])])
-        found["other_quality"] = by_kind(both, policies_of(both, ORACLES), {"losses": ""})
-    return found
 
 
 def serve_context(folder: Path) -> dict[str, Any] | None:
@@ -144,20 +207,33 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
         return None
     made: dict[str, Any] = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
     curves, ablation = (read_if_there(folder / f"serve_{name}.parquet") for name in ("training", "ablation"))
-    serve_figure(folder, frame, curves)
+    found = serve_verdict(frame, made["compared"])
+    ours = found.get("best")
+    shown = shown_policies(frame, ours)
+    serve_figure(folder, frame, shown, curves)
+    specs = {"windows": ",d", "its utility": ".4f", str(ours): ".4f"}
+    best = {column: against_the_best(frame, ours, column) for column in ("source", "scenario")} if ours else {}
+    shares = {key: ".1%" for row in found["oracles"] for key in row if key.startswith("share")}
     return {
         "made": made,
         "commit": commit_of(made),
         "later": made.get("replayed", []),
         "windows": frame["window"].nunique(),
+        "blocks": len(frame[["source", "block"]].drop_duplicates()),
         "sources": list(dict.fromkeys(frame["source"])),
-        "table": serve_table_markdown(frame),
-        "verdict": serve_verdict(frame, made["trained_on"]),
-        "by_kind": by_kind(frame, policies_of(frame, ORACLES), {"source": "", "budget": "", "load": "load "}),
+        "scenarios": list(dict.fromkeys(frame["scenario"])),
+        "table": serve_table_markdown(frame, made["compared"]),
+        "rules": [(name, about_rule(name)) for name in rules_of(frame) if name in RULES],
+        "verdict": found,
+        "best": {column: table(rows, specs) for column, rows in best.items()},
+        "oracles": table(found["oracles"], specs | shares) if found["oracles"] else "",
+        "kinds": {
+            column: by_kind(frame, shown, {column: prefix})
+            for column, prefix in (("source", ""), ("scenario", ""), ("load", "load "), ("budget", ""))
+        },
         "seconds": seconds_of(made),
         "training": "" if curves is None else training_table(curves),
         "ablation": "" if ablation is None else ablation_markdown(ablation, "windows"),
         "ablation_seeds": 0 if ablation is None else ablation["seed"].nunique(),
         "ablation_windows": WINDOWS,
-        **elsewhere_context(folder, frame, made),
     }

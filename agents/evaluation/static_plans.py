@@ -24,7 +24,7 @@ from sim.config import compose_config, one_thread, option_path, run_command
 from sim.cost.plan import KeepMask, dense_plan, with_mask
 from sim.cost.quality import FittedQuality, PublishedQuality, TransferredQuality, load_quality
 from sim.errors import ConfigError
-from sim.pages.render import render, table
+from sim.pages.render import commit_of, render, table
 from sim.paths import REPOSITORY
 from sim.progress import progress
 from sim.results.metrics import met_slo
@@ -163,6 +163,7 @@ def _row(found: Mapping[str, Any], copies: str) -> dict[str, Any]:
     has_copies = copies != "none"
     on_top = worth(found, "both", "w4") if has_copies else (math.nan, math.nan)
     row["on_top_worth"], row["on_top_error"] = (None, None) if math.isnan(on_top[0]) else on_top
+    row["drops_hindsight"] = found["drops"]["hindsight"] - found["dense"]["hindsight"]
     row["on_top_hindsight"] = found["both"]["hindsight"] - found["w4"]["hindsight"] if has_copies else None
     return row | {"ever_best": found["ever_best"], "weights": found["weights"]}
 
@@ -204,7 +205,7 @@ def figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 "W4 and drops": _with_copies(row, "both"),
                 "drops alone are worth": with_error(row["drops_worth"], row["drops_error"]),
                 "on top of W4": with_error(row["on_top_worth"], row["on_top_error"]),
-                "in hindsight": row["on_top_hindsight"],
+                "in hindsight": row["drops_hindsight"] if row["on_top_hindsight"] is None else row["on_top_hindsight"],
                 "best plan": row["both"]["plan"],
             }
             for row in rows
@@ -218,13 +219,23 @@ def _with_copies(row: Mapping[str, Any], kind: str) -> float | None:
     return None if row["on_top_worth"] is None else float(row[kind]["utility"])
 
 
+def page(figures: Mapping[str, Any]) -> str:
+    """Return the page of the figures, in Markdown."""
+    return render(
+        TEMPLATE,
+        made=figures,
+        commit=commit_of(figures),
+        table_of_plans=figures_table(figures["rows"]),
+        table_of_masks=table(figures["held_out"], {"published": ".2f", "predicted": ".2f"}),
+    )
+
+
 def _run(cfg: DictConfig) -> None:
     figures = play(cfg)
     folder = REPOSITORY / (cfg.out or StaticPlansConfig.out)
     write_json(folder / "static_plans.json", figures)
-    held = table(figures["held_out"], {"published": ".2f", "predicted": ".2f"})
+    write_text(folder / "index.md", page(figures))
     shown = figures_table(figures["rows"])
-    write_text(folder / "index.md", render(TEMPLATE, made=figures, table_of_plans=shown, table_of_masks=held))
     Console().print(f"{shown}\nfiles: {folder}", highlight=False, soft_wrap=True, markup=False)
 
 

@@ -41,7 +41,7 @@ def standing(against: Callable[[str], Interval], rules: Sequence[str]) -> dict[s
 
 
 def by_kind(frame: pd.DataFrame, names: Sequence[str], columns: Mapping[str, str], value: str = "utility") -> str:
-    """Return the mean utility of every policy by trace, budget or load, side by side.
+    """Return the mean utility of every policy by trace, budget or load, side by side; each trace counts the same.
 
     Args:
         frame: one row per policy, seed and window or load; numeric kinds are sorted, others keep their order.
@@ -50,7 +50,8 @@ def by_kind(frame: pd.DataFrame, names: Sequence[str], columns: Mapping[str, str
     """
     parts = []
     for column, prefix in columns.items():
-        means = frame.groupby(["policy", column])[value].mean().unstack()
+        by_trace = [] if column == "source" or "source" not in frame else ["source"]
+        means = frame.groupby(["policy", column, *by_trace])[value].mean().groupby(["policy", column]).mean().unstack()
         kinds = means.columns if pd.api.types.is_numeric_dtype(frame[column]) else dict.fromkeys(frame[column])
         parts.append(means[list(kinds)].add_prefix(prefix))
     wide = pd.concat(parts, axis=1).loc[list(names)]

@@ -40,7 +40,7 @@ from sim.results.metrics import met_slo
 from sim.results.run_folder import write_text
 
 LOWEST_RATE, HIGHEST_RATE = 0.1, 64.0
-STEPS, PLACES = 8, 9
+STEPS, PLACES = 4, 9
 """Halvings of the range of rates, on a logarithmic scale, and windows that each rate is tried on."""
 ENOUGH_BLOCKS, TRIES = 27, 5
 FEWEST_REQUESTS = 10
@@ -86,10 +86,14 @@ def found_rates(setting: ServeSetting, source: str, split: Split, memory: Mappin
 def bisected(attained: Callable[[float], float], share: float, low: float, high: float) -> float:
     """Return the rate at which a share is attained that falls with the rate, to two parts in a hundred or so.
 
-    ``high`` if more is attained even there.
+    The rate doubles from ``low`` until less is attained; then the range is halved, on a logarithmic scale. ``high`` if
+    more is attained even there.
     """
-    if attained(high) >= share:
-        return high
+    while attained(min(2.0 * low, high)) >= share:
+        low *= 2.0
+        if low >= high:
+            return high
+    high = min(2.0 * low, high)
     for _ in range(STEPS):
         # Of a few digits, so that bisections for other shares meet the same rates.
         middle = float(f"{math.sqrt(low * high):.6g}")

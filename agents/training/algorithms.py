@@ -30,6 +30,7 @@ class Setup:
     env, env_kwargs: the environment's id and arguments.
     num_envs: environments per runner. runners: remote env runners; 0 samples in the driver.
     hidden: sizes of the hidden layers. activation: "relu" or "tanh".
+    heads: (n, m) for an actor whose action i * m + j is a pair, with an output for each i and each j; DQN has none.
     """
 
     env: str
@@ -39,6 +40,7 @@ class Setup:
     runners: int
     hidden: Sequence[int]
     activation: str
+    heads: tuple[int, int] | None = None
 
 
 def _common(config: AlgorithmConfig, setup: Setup, module: type, fragment: int | str, **model: Any) -> AlgorithmConfig:
@@ -79,6 +81,7 @@ def dqn(
     learning_starts: int,
     steps_an_update: int,
     target_update_steps: int,
+    tau: float,
     epsilon: Sequence[Sequence[float]],
     n_step: int,
     double_q: bool,
@@ -90,7 +93,8 @@ def dqn(
         lr: learning rate. discount: per step. batch: transitions per update.
         buffer_steps: transitions in the replay buffer. learning_starts: environment steps before the first update.
         steps_an_update: environment steps between updates.
-        target_update_steps: environment steps between copies to the target network.
+        target_update_steps: environment steps between updates of the target network.
+        tau: share by which an update moves the target network to the trained one; 1 copies it.
         epsilon: share of random actions as [environment step, share] points, linear between them.
         n_step: steps of a return. double_q: use double Q-learning.
     """
@@ -101,6 +105,7 @@ def dqn(
         train_batch_size_per_learner=batch,
         num_steps_sampled_before_learning_starts=learning_starts,
         target_network_update_freq=target_update_steps,
+        tau=tau,
         replay_buffer_config={"type": "EpisodeReplayBuffer", "capacity": buffer_steps},
         epsilon=[(int(step), float(share)) for step, share in epsilon],
         n_step=n_step,
@@ -154,7 +159,7 @@ def ppo(
         use_kl_loss=False,
         grad_clip=10.0,
     )
-    return _common(config, setup, MaskedPPO, "auto", vf_share_layers=False)
+    return _common(config, setup, MaskedPPO, "auto", vf_share_layers=False, heads=setup.heads)
 
 
 def marwil(
@@ -190,5 +195,5 @@ def marwil(
         iter_batches_kwargs={"prefetch_batches": 2},
         dataset_num_iters_per_learner=updates_an_iteration,
     )
-    config = _common(config, setup, MaskedPPO, "auto", vf_share_layers=False)
+    config = _common(config, setup, MaskedPPO, "auto", vf_share_layers=False, heads=setup.heads)
     return config.environment(observation_space=env.observation_space, action_space=env.action_space)

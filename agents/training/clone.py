@@ -8,7 +8,7 @@ choices would not have this property. What a plan of a row loses counts only aga
 
 The planner knows arrivals and output lengths. It is used on training windows only; the network does not know them.
 Looking ahead takes most of the time. Its result is kept in demonstrations.npz, which other seeds can read
-(``algorithm.data``).
+(``algorithm.demonstrations``).
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class LookaheadClone:
 
     windows: training windows. every: ticks between two looks ahead. horizon_s: seconds that each look covers.
     trials: plans that a look tries: the present one, and others chosen at random; None tries every legal plan.
-    data: glob of the demonstrations.npz of other clones, which are read instead of looking ahead; None looks ahead.
+    demonstrations: glob of the demonstrations.npz of other clones, which are read instead of looking ahead; None looks
+        ahead.
     grace_s: a request still waiting at the horizon counts as late this many seconds before its TTFT target.
     stray: share of looks after which a random legal plan runs instead of the best, so that the network also sees states
         that follow from its mistakes.
@@ -67,7 +68,7 @@ class LookaheadClone:
     lr: float
     weight_decay: float
     trials: int | None = None
-    data: str | None = None
+    demonstrations: str | None = None
 
 
 def look_ahead(
@@ -147,8 +148,8 @@ def read_demonstrations(pattern: str, shape: tuple[int, int]) -> tuple[Floats32,
     paths = sorted(REPOSITORY.glob(pattern))
     if not paths:
         raise ConfigError(
-            f"algorithm.data is {pattern!r}, but no such file exists; look ahead first: python -m agents.clone "
-            "algorithm.data=null"
+            f"algorithm.demonstrations is {pattern!r}, but no such file exists; look ahead first: "
+            "python -m agents.clone algorithm.demonstrations=null"
         )
     parts = []
     for path in paths:
@@ -160,7 +161,7 @@ def read_demonstrations(pattern: str, shape: tuple[int, int]) -> tuple[Floats32,
         if (part[0].shape[1:], part[1].shape[1:]) != ((shape[0],), (shape[1],)) or len(part[0]) != len(part[1]):
             raise ConfigError(
                 f"{path} has {part[0].shape} features and {part[1].shape} losses; this environment has {shape[0]} "
-                f"entries and {shape[1]} plans; look ahead again with algorithm.data=null"
+                f"entries and {shape[1]} plans; look ahead again with algorithm.demonstrations=null"
             )
         parts.append(part)
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
@@ -260,16 +261,18 @@ def clone(cfg: DictConfig, folder: Path) -> float:
     write_json(folder / "provenance.json", provenance(cfg.seed))
     started_s = time.monotonic()
     setting = ServeSetting(**env_kwargs)
-    if config.data is None:
+    if config.demonstrations is None:
         features, losses = demonstrations(setting, config, int(cfg.seed))
         write_whole(folder / "demonstrations.npz", partial(_save, features=features, losses=losses))
     else:
-        features, losses = read_demonstrations(config.data, (setting.table.features, len(setting.actions.plans)))
+        shape = setting.table.features, len(setting.actions.plans)
+        features, losses = read_demonstrations(config.demonstrations, shape)
     console.print(
         f"looked ahead at {len(features):,} ticks, {time.monotonic() - started_s:.0f} s",
         highlight=False,
     )
-    network, utility, history = fit(features, losses, config, cfg, env_kwargs, setting.actions.heads)
+    heads = setting.actions.heads if min(setting.actions.heads) > 1 else None
+    network, utility, history = fit(features, losses, config, cfg, env_kwargs, heads)
     seconds = time.monotonic() - started_s
     status = {"iteration": max(history, key=lambda row: row[2])[0], "seconds": seconds}
     export_network(folder / "best" / "policy.json", network, cfg, env_kwargs, status, utility)

@@ -24,11 +24,13 @@ from safetensors.numpy import save_file
 
 from sim.atomic import write_whole
 from sim.config import option_names, run_command
-from sim.cost.quality import QUALITIES
+from sim.cost.model_spec import load_model
+from sim.cost.quality import BEST_FORM, QUALITIES
 from sim.engine.server_spec import find_calibration
 from sim.errors import ConfigError, nearest
 from sim.policies.learned import Learned, Network, averaged, read_learned
 from sim.policies.learned_files import MAX_MEMBERS, read_about
+from sim.policies.prune_guard import about_guard
 from sim.results.run_folder import commit, write_json
 
 
@@ -40,12 +42,14 @@ class ExportConfig:
     runs: run folders of several trainings whose networks are averaged, or a pattern such as runs/train/mine/seed_*.
     name: of the exported policy; not needed if ``out`` is a file.
     out: folder or NAME.json to write to; the run folder if empty (of several: the folder that holds them).
+    guard: for pruning: run greedy_stop's plan unless the network's is clearly better (``sim.policies.prune_guard``).
     """
 
     run: str = ""
     runs: Any = None
     name: str = ""
     out: str = ""
+    guard: bool = False
 
 
 ConfigStore.instance().store(name="export_schema", node=ExportConfig)
@@ -200,6 +204,20 @@ def best_policy(run: Path) -> Learned:
     return read_learned(best, policy_task(best))
 
 
+def add_guard(path: Path) -> None:
+    """State a guard in the JSON file of a pruning policy.
+
+    Raises:
+        ConfigError: for another policy, or a model for which there is no guard.
+    """
+    learned = read_learned(path, policy_task(path))
+    if learned.about["task"] != "PruneToBudget":
+        raise ConfigError(f"guard is true, but {path.name} was trained in {learned.about['task']}; set guard=false")
+    form = str(learned.about.get("environment", {}).get("form", BEST_FORM))
+    guard = about_guard(load_model(str(learned.about["model"])), form)
+    write_json(path, {**learned.about, "guard": guard})
+
+
 def policy_task(path: Path) -> str:
     """Return the environment in which the policy of a JSON file was trained.
 
@@ -303,11 +321,14 @@ def _run(cfg: DictConfig) -> None:
     folders = [Path(cfg.run)] if cfg.run else run_folders(runs)
     target = target_file(str(cfg.name), str(cfg.out), folders[0] if cfg.run else folders[0].parent)
     target = export(folders[0], target) if cfg.run else export_average(folders, target)
+    if cfg.guard:
+        add_guard(target)
     learned = read_learned(target, policy_task(target))
     utility = learned.about.get("training", {}).get("validation_utility")
     validated = "" if utility is None else f", validation utility {utility:.4f}"
     members = learned.network.members
     averages = f"the average of {members} networks, " if members > 1 else ""
+    averages += "a guard, " if cfg.guard else ""
     print(f"{target}: {averages}{learned.network.parameters:,} parameters{validated}")
     print(f"run it:\n  {next_command(target)}")
 

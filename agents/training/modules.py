@@ -19,7 +19,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.utils.torch_utils import FLOAT_MIN
 
 from sim.errors import ConfigError
-from sim.policies.learned import Network, network_of
+from sim.policies.learned import Network, network_of, pair_values
 
 Batch = dict[str, Any]
 
@@ -65,19 +65,35 @@ class MaskedDQN(_ReadsFeatures, DefaultDQNTorchRLModule):
 
 
 class _MaskedActorCritic(_ReadsFeatures):
-    """Action logits are the lowest float for illegal actions."""
+    """Action logits are the lowest float for illegal actions.
+
+    With ``heads`` (n, m) in ``model_config``, an action is a pair: the actor has n + m outputs, and the logit of action
+    i * m + j is the sum of outputs i and n + j. The flags are those of pairs, so both heads are masked.
+    """
+
+    def setup(self) -> None:
+        """Build the networks."""
+        super().setup()  # type: ignore[misc]
+        self.heads: tuple[int, int] | None = self.model_config.get("heads")  # type: ignore[attr-defined]
+        if self.heads is not None:
+            catalog = self.catalog  # type: ignore[attr-defined]
+            catalog.pi_head_config.output_layer_dim = sum(self.heads)
+            self.pi = catalog.pi_head_config.build(framework="torch")
+
+    def _masked(self, out: Batch, illegal: torch.Tensor) -> Batch:
+        logits = out[Columns.ACTION_DIST_INPUTS]
+        if self.heads is not None:
+            logits = pair_values(logits, self.heads)
+        out[Columns.ACTION_DIST_INPUTS] = logits.masked_fill(illegal, FLOAT_MIN)
+        return out
 
     def _forward(self, batch: Batch, **kwargs: Any) -> Batch:
         batch, illegal = self._split(batch)
-        out: Batch = super()._forward(batch, **kwargs)  # type: ignore[misc]
-        out[Columns.ACTION_DIST_INPUTS] = out[Columns.ACTION_DIST_INPUTS].masked_fill(illegal, FLOAT_MIN)
-        return out
+        return self._masked(super()._forward(batch, **kwargs), illegal)  # type: ignore[misc]
 
     def _forward_train(self, batch: Batch, **kwargs: Any) -> Batch:
         batch, illegal = self._split(batch)
-        out: Batch = super()._forward_train(batch, **kwargs)  # type: ignore[misc]
-        out[Columns.ACTION_DIST_INPUTS] = out[Columns.ACTION_DIST_INPUTS].masked_fill(illegal, FLOAT_MIN)
-        return out
+        return self._masked(super()._forward_train(batch, **kwargs), illegal)  # type: ignore[misc]
 
     def compute_values(self, batch: Batch, embeddings: Any = None) -> Any:
         """Return the critic's value of each observation, in units of reward."""
@@ -103,8 +119,8 @@ def actor_layers(state: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def network_of_module(state: Mapping[str, Any], activation: str) -> Network:
-    """Return the network that chooses actions, from the state of one of these modules.
+def network_of_module(state: Mapping[str, Any], activation: str, heads: tuple[int, int] | None = None) -> Network:
+    """Return the network that chooses actions, from the state of one of these modules; ``heads`` as in ``Network``.
 
     Raises:
         ConfigError: if the state is not a plain multilayer perceptron (dueling or distributional heads).
@@ -115,7 +131,7 @@ def network_of_module(state: Mapping[str, Any], activation: str) -> Network:
         layers.append((weight.copy(), bias.copy()))
     if not layers or any(k.startswith("vf.") and "af.net.mlp.0.weight" in state for k in state):
         raise ConfigError("only plain multilayer perceptrons can be exported; train without a dueling head")
-    return network_of(layers, activation)
+    return network_of(layers, activation, heads)
 
 
 def learner_module(algorithm: Any) -> Any:

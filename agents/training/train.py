@@ -85,6 +85,16 @@ def environment_kwargs(cfg: DictConfig) -> dict[str, Any]:
     return {**kwargs, "reward": reward}
 
 
+def _heads(cfg: DictConfig) -> tuple[int, int] | None:
+    """Return the heads of an actor whose actions are pairs of weights and a wait limit; None for other actions."""
+    if cfg.env.id != "ServeTrace-v0":
+        return None
+    from agents.envs.serve import ServeSetting
+
+    heads = ServeSetting(**environment_kwargs(cfg)).actions.heads
+    return heads if min(heads) > 1 else None
+
+
 def build_algorithm(cfg: DictConfig) -> Any:
     """Build the RLlib algorithm of a configuration; Ray must be running."""
     from agents.training.algorithms import Setup
@@ -97,6 +107,7 @@ def build_algorithm(cfg: DictConfig) -> Any:
         runners=cfg.ray.runners,
         hidden=tuple(cfg.hidden),
         activation=cfg.activation,
+        heads=_heads(cfg),
     )
     algorithm = build(cfg.algorithm)(setup).build_algo()
     if algorithm.local_replay_buffer is not None:
@@ -123,7 +134,7 @@ def current_network(algorithm: Any, activation: str) -> Network:
     # An algorithm that learns from written episodes alone has no env runner to hold its module.
     has_runners = algorithm.env_runner_group is not None
     module = algorithm.get_module() if has_runners else learner_module(algorithm)
-    return network_of_module(module.get_state(), activation)
+    return network_of_module(module.get_state(), activation, getattr(module, "heads", None))
 
 
 def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, Any]], None] | None = None) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,13 @@ from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.envs.prune_vector import PruneToBudgetVector
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_pool import window_pool
+from agents.envs.serve_sources import sources_with
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows
 from sim.policies.learned import Network
 from sim.types import Bools, Floats32
 
-VALIDATION_WINDOWS, VALIDATION_CLUSTERS, VALIDATION_SEED = 24, 24, 20250602
+VALIDATION_WINDOWS, VALIDATION_CLUSTERS, VALIDATION_SEED = 30, 24, 20250602
 Act = Callable[[Floats32, Bools], NDArray[np.int64]]
 """Chooses one legal action for each row: (features float32[n, o], legal bool[n, a]) -> int64[n]."""
 
@@ -50,7 +53,16 @@ def play(act: Act, env_kwargs: Mapping[str, Any], episodes: Sequence[Sequence[Pr
 
 def serve(act: Act, env_kwargs: Mapping[str, Any], windows: Sequence[Window]) -> NDArray[np.float64]:
     """Play every window once; return the utility of each, float64[n]."""
-    return _utilities(act, ServeTraceVector(len(windows), **env_kwargs), windows)
+    return _utilities(act, _environments(len(windows), json.dumps(env_kwargs, sort_keys=True)), windows)
+
+
+@lru_cache(maxsize=1)
+def _environments(count: int, env_kwargs: str) -> ServeTraceVector:
+    """Return environments by their arguments in JSON; they are kept, because what they learned of plans is worth a lot.
+
+    A training validates again and again, and all its networks choose from the same plans.
+    """
+    return ServeTraceVector(count, **json.loads(env_kwargs))
 
 
 def serve_clusters(
@@ -78,10 +90,18 @@ def _utilities(act: Act, vector: ServeTraceVector | ServeReplicas, windows: Sequ
     return utility
 
 
-def validation_windows(sources: tuple[str, ...], count: int | None = None) -> list[Window]:
-    """Return the validation windows, the same in every call."""
-    rng = np.random.default_rng(VALIDATION_SEED)
-    return [serve_windows().sample(rng, "validation", sources) for _ in range(count or VALIDATION_WINDOWS)]
+def validation_windows(count: int | None = None, sources: Sequence[str] | None = None) -> list[Window]:
+    """Return validation windows of every source in equal numbers, the same in every call.
+
+    So their mean utility is the mean over traces, whatever traces a training uses.
+
+    Args:
+        count: at least this many. sources: None for all that have a validation part and whose data is here.
+    """
+    names = sources_with("validation")[0] if sources is None else list(sources)
+    rng, windows = np.random.default_rng(VALIDATION_SEED), serve_windows()
+    each = -(-(count or VALIDATION_WINDOWS) // len(names))
+    return [windows.sample(rng, "validation", (name,)) for _ in range(each) for name in names]
 
 
 def validation_clusters(setting: ClusterSetting) -> list[tuple[Window, ...]]:
@@ -119,6 +139,14 @@ class CountedActs:
         return float(self.counts.max() / max(self.counts.sum(), 1))
 
 
+@lru_cache(maxsize=1)
+def _pool(env_kwargs: str) -> tuple[Window, ...]:
+    """Return the validation windows of an environment that has a pool; its arguments are in JSON."""
+    setting = ServeSetting(**json.loads(env_kwargs))
+    assert setting.pool is not None
+    return window_pool(setting, setting.pool, "validation")
+
+
 def validation_utilities(
     env: str, env_kwargs: Mapping[str, Any], network: Network, act: Act | None = None
 ) -> NDArray[np.float64]:
@@ -128,11 +156,9 @@ def validation_utilities(
     """
     env_kwargs, act = {**env_kwargs, "split": "validation"}, act or network.act
     if env == "ServeTrace-v0" and env_kwargs.get("pool"):
-        setting = ServeSetting(**env_kwargs)
-        assert setting.pool is not None
-        return serve(act, env_kwargs, window_pool(setting, setting.pool, "validation"))
+        return serve(act, env_kwargs, _pool(json.dumps(env_kwargs, sort_keys=True)))
     if env == "ServeTrace-v0":
-        return serve(act, env_kwargs, validation_windows(tuple(env_kwargs.get("sources", ("burst",)))))
+        return serve(act, env_kwargs, validation_windows())
     if env == "ServeCluster-v0":
         return serve_clusters(act, env_kwargs, validation_clusters(ClusterSetting(**env_kwargs)))
     return play(act, env_kwargs, validation_episodes(int(env_kwargs.get("sequence", 1)))).utility

@@ -47,7 +47,7 @@ from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.traces.trace import Trace
 from sim.types import Floats, Ints
 
-MEMORY_OF_PLANS = 65536
+MEMORY_OF_PLANS = 131072
 """Residencies (sim/engine/plan_graph.py) that a plan graph may hold before the engine starts a new one."""
 
 NO_IDS: Ints = np.zeros(0, dtype=np.int64)

@@ -13,8 +13,9 @@ without a limit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from hydra.utils import instantiate
@@ -211,7 +212,12 @@ def saber(
 
 
 def built(policy: Any, served: PolicyContext) -> Policy:
-    """Return the policy that a wrapper follows.
+    """Return the policy that a wrapper follows; ``policy`` as in ``maker``."""
+    return maker(policy)(served)
+
+
+def maker(policy: Any) -> Callable[[PolicyContext], Policy]:
+    """Return what makes a policy.
 
     Args:
         policy: the name of a file of conf/policy; its name and other values of its keys (``{name: NAME, KEY: VALUE}``);
@@ -222,7 +228,12 @@ def built(policy: Any, served: PolicyContext) -> Policy:
     if isinstance(policy, str):
         policy = {"name": policy}
     if isinstance(policy, Mapping) and "name" in policy and "_target_" not in policy:
-        made = build_option("policy", str(policy["name"]), {key: policy[key] for key in policy if key != "name"})
+        changed = {key: value for key, value in policy.items() if key != "name"}
+        inner = changed.get("policy")
+        if inner is None:
+            made = build_option("policy", str(policy["name"]), changed)
+        else:  # a policy around another one, which is read now too and not again for each replay
+            made = partial(build_option("policy", str(policy["name"]), {**changed, "policy": ""}), policy=maker(inner))
     else:
         made = instantiate(policy) if isinstance(policy, Mapping) and "_target_" in policy else policy
     if not callable(made):
@@ -230,8 +241,8 @@ def built(policy: Any, served: PolicyContext) -> Policy:
             f"policy.policy is {policy!r}; name a file of conf/policy, such as policy.policy=greedy_stop, with other "
             "values as policy.policy='{name: greedy_stop, headroom: 1.4}', or write its content"
         )
-    inner: Policy = made(served)
-    return inner
+    function: Callable[[PolicyContext], Policy] = made
+    return function
 
 
 @dataclass(slots=True)

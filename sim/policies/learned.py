@@ -35,6 +35,7 @@ from sim.policies.observation.prune import (
     removed_blocks,
     same_table,
 )
+from sim.policies.prune_guard import PruneGuard, read_guard
 from sim.types import Bools, Floats32
 
 SHIPPED = REPOSITORY / "conf" / "policy"
@@ -223,13 +224,14 @@ class PruneNetwork:
     """Drops blocks one by one, as the network chooses, until a load fits its budget.
 
     scores: float32[b], the loss of each block alone, if the network observes it. shown: bool[o], False for entries that
-    were hidden in training; None shows all.
+    were hidden in training; None shows all. guard: keeps greedy_stop's plan unless the network's is clearly better.
     """
 
     model: ModelSpec
     network: Network
     scores: Floats32 | None = None
     shown: Bools | None = None
+    guard: PruneGuard | None = None
 
     def removed_for(self, batch: int, sequence_tokens: int, budget_bytes: int) -> Bools:
         """Return which blocks to drop from the dense model, bool[b]."""
@@ -248,6 +250,8 @@ class PruneNetwork:
             removed[0, block] = True
             peak -= ffn_bytes if block % 2 else mha_bytes
         chosen: Bools = removed[0]
+        if self.guard is not None:
+            return self.guard(chosen, int(load.dense_bytes[0]), budget_bytes, (mha_bytes, ffn_bytes))
         return chosen
 
 
@@ -278,7 +282,8 @@ def prune_network(model: ModelSpec, path: str | Path) -> PruneNetwork:
     check_tables(learned, table)
     hidden = set(environment.get("hide", ()))
     shown = np.array([entry.name.split(".")[0] not in hidden for entry in table.entries])
-    return PruneNetwork(model, learned.network, scores, None if shown.all() else shown)
+    guard = read_guard(model, learned.about["guard"]) if "guard" in learned.about else None
+    return PruneNetwork(model, learned.network, scores, None if shown.all() else shown, guard)
 
 
 @dataclass(slots=True)

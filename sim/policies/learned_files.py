@@ -106,8 +106,15 @@ OPTIONAL: Mapping[str, Check] = {
     "plans": TABLE,
     "tick_s": (lambda value: _number(value) and value > 0, "a number of seconds above 0"),
     "scores": (_all(_number), "a list of numbers"),
+    "guard": TABLE,
     "slo": TABLE,
     "low_loss": (lambda value: _number(value) and value >= 0, "a number of nats, at least 0"),
+}
+GUARD: Mapping[str, Check] = {
+    "rule": (lambda value: value == "greedy_stop", "greedy_stop"),
+    "order": NAMES,
+    "form": NAME,
+    "margin_nats": (lambda value: _number(value) and value >= 0, "a number of nats, at least 0"),
 }
 SLO: Mapping[str, Check] = {
     "tpot_s": (_optional(lambda value: _number(value) and value > 0), "a number of seconds above 0, or null"),
@@ -127,6 +134,10 @@ PLANS: Mapping[str, Check] = {
     "low_layers": (_all(_whole), "a list of whole numbers"),
     "low_bits": (_whole, "a whole number"),
     "admits": (_all(_optional(_whole)), "a list of whole numbers or null"),
+    "runs": (
+        _all(_optional(lambda value: _whole(value) and value > 0)),
+        "a list of whole numbers of at least 1, or null",
+    ),
     "waits": (
         _all(_optional(lambda value: _number(value) and value > 0)),
         "a list of numbers of seconds above 0, or null",
@@ -161,6 +172,11 @@ def read_about(path: Path) -> dict[str, Any]:
     _check(about.get("environment", {}), ENVIRONMENT, "environment.")
     _check(about.get("training", {}), TRAINING, "training.")
     _check(about.get("slo", {}), SLO, "slo.")
+    if "guard" in about:
+        for key in GUARD:
+            if key not in about["guard"]:
+                raise ValueError(f"there is no key guard.{key}")
+        _check(about["guard"], GUARD, "guard.")
     _check_members(about)
     _check_plans(about)
     return about
@@ -191,7 +207,7 @@ def _check_plans(about: Mapping[str, Any]) -> None:
         if key not in PLANS:
             raise ValueError(f"unknown key plans.{reprlib.repr(key)}; {nearest(key, PLANS)}")
     _check(plans, PLANS, "plans.")
-    count = math.prod(len(plans.get(key, (0,))) for key in ("drops", "low_layers", "admits", "waits"))
+    count = math.prod(len(plans.get(key, (0,))) for key in ("drops", "low_layers", "admits", "waits", "runs"))
     actions = math.prod(about.get("heads", about["layers"][-1][:1]))
     if plans and count != actions:
         raise ValueError(f"plans lists {count} plans, but the network has {actions} actions")

@@ -112,6 +112,7 @@ def serve_actions(
     low_bits: int = 4,
     admits: Sequence[int | None] = (None,),
     waits: Sequence[float | None] = (None,),
+    runs: Sequence[int | None] = (None,),
     dwell_s: float = 0.0,
     workspace_bytes: int = 0,
 ) -> ServeActions:
@@ -123,6 +124,7 @@ def serve_actions(
         low_layers: how many of the first layers run at ``low_bits``.
         admits: limits of waiting requests, None for no limit.
         waits: how long a request may wait for its admission, in seconds; None for no limit.
+        runs: how many requests may run at once, which bounds the time per token; None for the engine's own limit.
         dwell_s, workspace_bytes: as in ``ServeActions``.
     Raises:
         PlanError: for a plan that is not legal, or an order made for another model.
@@ -131,14 +133,14 @@ def serve_actions(
     check_made_for(model, made_for, "actions")
     if not dwell_s >= 0.0:
         raise ConfigError(f"actions.dwell_s is {dwell_s}; it must be at least 0 seconds")
-    empty = not (drops and low_layers and admits and waits)
+    empty = not (drops and low_layers and admits and waits and runs)
     if empty or max(drops) > len(order) or min(drops) < 0:
         raise ConfigError(
             f"actions: drops {list(drops)} of an order of {len(order)} blocks, low_layers {list(low_layers)}, admits "
-            f"{list(admits)}, waits {list(waits)}; each list needs an entry, and drops must lie between 0 and the "
-            "length of the order"
+            f"{list(admits)}, waits {list(waits)}, runs {list(runs)}; each list needs an entry, and drops must lie "
+            "between 0 and the length of the order"
         )
-    limits = tuple(product(admits, waits))
+    limits = tuple(product(admits, waits, runs))
     dense = dense_plan(model)
     blocks = [block_of(name) for name in order]
     names, plans, levels = [], [], []
@@ -151,10 +153,16 @@ def serve_actions(
         if not 0 <= low <= model.num_layers:
             raise PlanError(f"actions.low_layers has {low}; {model.name} has {model.num_layers} layers")
         bits = (low_bits,) * low + (model.weight_bits,) * (model.num_layers - low)
-        max_waiting, max_wait_s = limit
-        plan = replace(with_mask(dense, mask), weight_bits=bits, max_waiting=max_waiting, max_wait_s=max_wait_s)
+        max_waiting, max_wait_s, max_running = limit
+        plan = replace(
+            with_mask(dense, mask),
+            weight_bits=bits,
+            max_waiting=max_waiting,
+            max_wait_s=max_wait_s,
+            max_running=max_running,
+        )
         check_plan(model, plan)
-        names.append(f"drop {gone}, W{low_bits} {low}, {_limit_name(max_waiting, max_wait_s)}")
+        names.append(f"drop {gone}, W{low_bits} {low}, {_limit_name(*limit)}")
         plans.append(plan)
         steps = ((i, drops), (j, low_layers), (k, limits))
         one, two, three = (at / max(1, len(of) - 1) for at, of in steps)
@@ -171,9 +179,10 @@ def serve_actions(
     )
 
 
-def _limit_name(max_waiting: int | None, max_wait_s: float | None) -> str:
+def _limit_name(max_waiting: int | None, max_wait_s: float | None, max_running: int | None) -> str:
     queue = f"queue {'any' if max_waiting is None else max_waiting}"
-    return queue if max_wait_s is None else f"{queue}, wait {max_wait_s:g} s"
+    wait = "" if max_wait_s is None else f", wait {max_wait_s:g} s"
+    return queue + wait + ("" if max_running is None else f", run {max_running}")
 
 
 # --- Observations ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from agents.envs.serve import ServeCore, ServeSetting
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window
 from agents.evaluation.static_plans import scenario_kwargs
+from sim.config import load_option
 from sim.cost.memory import weight_bytes
 from sim.cost.plan import dense_plan
 from sim.errors import ConfigError
@@ -76,7 +77,8 @@ def test_commands_that_train_take_a_scenario(command: str) -> None:
     assert cfg.env.kwargs.budget.low_share == 0.445
     assert list(cfg.env.kwargs.actions.low_layers) == [0]
     assert composed(command, "env=serve_trace", "scenario=tight").env.kwargs.quality == "llama2_7b_transferred"
-    assert cfg.env.kwargs.actions.dwell_s == 8.0  # what a scenario does not name stays
+    own = load_option("env", "serve_trace").kwargs  # what a scenario does not name stays
+    assert cfg.env.kwargs.actions.dwell_s == own.actions.dwell_s
 
 
 def test_an_evaluation_takes_a_scenario_in_place_of_the_training() -> None:

@@ -16,7 +16,7 @@ from agents.envs.reward import ServeReward
 from agents.envs.serve import DEFAULT_ACTIONS, ServeSetting, ServeTrace
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows, source_trace
-from agents.evaluation.rules import mean_utility
+from agents.evaluation.tuning import mean_utility
 from agents.training.validation import validation_windows
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import dense_plan
@@ -123,7 +123,7 @@ def test_changed_weights_stay_for_the_dwell_time_and_the_wait_limit_may_change()
     setting = env.setting
     names = setting.actions.names
     env.reset(options={"window": replace(WINDOW, budget="full")})
-    low, limited = (names.index(f"drop 0, W4 32, queue any, wait {wait} s") for wait in (0.8, 1.5))
+    low, limited = (names.index(f"drop 0, W4 32, queue any, wait {wait} s") for wait in (1.0, 1.5))
     observation, *_ = env.step(low)
     flags = {name: flag > 0.5 for name, flag in zip(names, observation[-len(names) :], strict=True)}
     assert {name for name, flag in flags.items() if flag} == {name for name in names if "drop 0, W4 32" in name}
@@ -300,6 +300,6 @@ def test_render_returns_an_image_that_changes_and_save_render_writes_it(tmp_path
 
 def test_the_shipped_policy_serves_held_out_windows_better_than_dense() -> None:
     setting = ServeSetting(split="validation")
-    windows = validation_windows(("burst",), 6)
+    windows = validation_windows(6, ["burst"])
     shipped = mean_utility(setting, windows, conf_policy("learned_serve"))
     assert shipped > mean_utility(setting, windows, conf_policy("dense")) + 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from agents.envs import serve_sources
 from agents.envs.prune_loads import SPLITS
 from agents.envs.serve_sources import load_source, source_span_s, source_trace, sources, sources_with
 from agents.envs.serve_windows import serve_windows
+from agents.training.validation import validation_windows
 from sim.config import build_option
 from sim.errors import ConfigError, TraceError, WorkloadError
 from sim.paths import DATA_VARIABLE, find_data
@@ -124,6 +126,16 @@ def test_every_source_lends_windows_inside_its_parts() -> None:
             for _ in range(20):
                 window = windows.sample(rng, split, (name,), rate=low)
                 assert begin_s <= window.start_s <= window.start_s + windows.window_s * low <= end_s
+
+
+def test_validation_takes_every_source_in_equal_numbers() -> None:
+    windows = validation_windows()
+    names = sources_with("validation")[0]
+    counts = Counter(window.source for window in windows)
+    assert set(counts) == set(names)
+    assert set(counts.values()) == {len(windows) // len(names)}
+    assert len(windows) >= 30
+    assert windows == validation_windows()
 
 
 def test_generated_parts_are_the_traces_of_their_own_keys() -> None:

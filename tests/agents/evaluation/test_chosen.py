@@ -10,10 +10,9 @@ import pytest
 from omegaconf import DictConfig
 from rich.console import Console
 
-from agents.envs.serve import ServeSetting
 from agents.evaluation.chosen import GLOBS, check_rules, files_of, named, present, replaced
 from agents.evaluation.evaluate import evaluate
-from agents.evaluation.rules import RULES, tuned_rules
+from agents.evaluation.rules import RULES
 from sim.errors import ConfigError
 from sim.policies.learned import SHIPPED
 from tests.agents.helpers import composed
@@ -68,22 +67,6 @@ def test_a_glob_may_be_absolute_or_inside_the_repository(tmp_path: Path) -> None
 def test_an_unknown_rule_is_an_error_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="no rule 'denze'; did you mean 'dense'"):
         check_rules(["denze"], RULES)
-
-
-def test_rules_that_need_no_tuning_are_built_without_any() -> None:
-    def score(build: Any) -> float:
-        raise AssertionError
-
-    rules, tuned = tuned_rules(ServeSetting(), score, names=["int4", "dense"])
-    assert (list(rules), tuned) == (["dense", "int4"], {})
-    with pytest.raises(AssertionError):
-        tuned_rules(ServeSetting(), score, names=["static"])
-
-
-def test_every_rule_has_a_name_that_can_be_chosen() -> None:
-    rules, tuned = tuned_rules(ServeSetting(), lambda build: 0.0, 3)
-    assert tuple(rules) == RULES
-    assert tuned["windows"] == 3
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_a_policy_loses_utility_if_its_kv_entries_come_from_another_window() -> 
     utility = table.set_index("hidden")["utility"]
     env_kwargs = {**about["environment"], "split": "validation"}
     network = read_learned(path, "ServeTrace").network
-    unchanged = serve(network.act, env_kwargs, validation_windows(("burst",), 8)).mean()
+    unchanged = serve(network.act, env_kwargs, validation_windows(8)).mean()
     assert utility["nothing"] == pytest.approx(unchanged, abs=1e-12)
     assert utility["all of the KV cache"] < utility["nothing"]
     assert set(utility.index) == {"nothing", *SERVE_GROUPS} | {n for n in names if not n.startswith("legal.")}

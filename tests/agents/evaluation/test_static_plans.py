@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from agents.envs.serve import ServeSetting
-from agents.evaluation.static_plans import compared, figures_table, held_out, main, scenario_kwargs, worth
+from agents.evaluation.static_plans import compared, figures_table, held_out, main, page, scenario_kwargs, worth
+from sim.paths import RESULTS
 from tests.commands import exit_status
 
 
@@ -61,3 +62,9 @@ def test_a_scenario_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[
     error = capsys.readouterr().err
     assert "did you mean 'tight'" in error
     assert error.count("\n") == 1
+
+
+def test_the_published_page_is_that_of_its_figures() -> None:
+    folder = RESULTS / "scenarios"
+    figures = json.loads((folder / "static_plans.json").read_text(encoding="utf-8"))
+    assert page(figures) == (folder / "index.md").read_text(encoding="utf-8")

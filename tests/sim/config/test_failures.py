@@ -51,7 +51,7 @@ def test_a_run_folder_that_cannot_be_made_is_one_line_and_status_2(
 
 
 def test_a_command_without_its_packages_names_the_extra_that_installs_them() -> None:
-    commands = ["agents.train", "agents.tune", "agents.clone", "agents.offline", "agents.evaluate"]
+    commands = ["agents.train", "agents.tune", "agents.tune_rules", "agents.clone", "agents.offline", "agents.evaluate"]
     commands += ["hw.replay", "hw.serve", "hw.client", "hw.score", "hw.validate", "hw.disaggregate"]
     run = [sys.executable, "-c", HIDE, *commands]
     done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=REPOSITORY)

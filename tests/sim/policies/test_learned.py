@@ -18,7 +18,8 @@ from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies.base import PolicyContext
 from sim.policies.learned import Network, averaged, learned_prune, prune_network, read_learned
-from sim.policies.observation.prune import mask_of, prune_table
+from sim.policies.observation.prune import loads, mask_of, prune_table
+from sim.policies.prune_guard import about_guard, first_that_fit, read_guard
 from tests.sim.serving import TINY, tiny_engine
 
 
@@ -203,3 +204,40 @@ def test_the_policy_prunes_at_once_and_restores_patiently(tmp_path: Path) -> Non
 def test_a_policy_of_another_model_is_refused_for_this_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not on llama2_7b"):
         prune_network(load_model("llama2_7b"), exported(tmp_path))
+
+
+def test_a_guard_keeps_greedy_stops_plan_unless_the_other_loses_less_by_more_than_the_fits_error() -> None:
+    model = load_model("smollm2_135m")
+    prune = prune_network(model, "learned_prune_smollm2")
+    guard = read_guard(model, about_guard(model, "warped"))
+    assert 0.0 < guard.margin_nats < 0.1
+    kept = set()
+    for batch, tokens, share in [(1, 4096, 0.9), (8, 2048, 0.8), (16, 1024, 0.6), (4, 2048, 0.5), (16, 4096, 0.95)]:
+        load = loads(model, [batch], [tokens], [0])
+        peak, freed = int(load.dense_bytes[0]), (int(load.mha_bytes[0]), int(load.ffn_bytes[0]))
+        greedy = first_that_fit(guard.order, peak, int(share * peak), freed, 60)
+        alone = dataclasses.replace(prune, guard=None).removed_for(batch, tokens, int(share * peak))
+        found = dataclasses.replace(prune, guard=guard).removed_for(batch, tokens, int(share * peak))
+        better = guard.loss(alone) < guard.loss(greedy) - guard.margin_nats
+        np.testing.assert_array_equal(found, alone if better else greedy)
+        assert guard.loss(found) <= guard.loss(greedy)
+        kept.add(bool(better))
+    assert kept == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"order": ["MHA0"]}, "must name each of the 6 blocks of tiny once"),
+        ({"order": "MHA0"}, "guard.order is 'MHA0'"),
+        ({"margin_nats": -1.0}, "guard.margin_nats is -1.0"),
+        ({"margin_nats": None}, "guard.margin_nats is None"),
+        ({"rule": "knapsack"}, "guard.rule is 'knapsack'; it must be greedy_stop"),
+    ],
+)
+def test_a_guard_that_does_not_fit_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    guard = {"rule": "greedy_stop", "order": [], "form": "warped", "margin_nats": 0.0, **changed}
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        prune_network(TINY, exported(tmp_path, guard=guard))
+    with pytest.raises(ConfigError, match=r"no key guard\.rule"):
+        prune_network(TINY, exported(tmp_path, guard={}))

@@ -1,0 +1,161 @@
+"""The claim: what the test windows of ``ServeTrace`` are played with, written down before they are played.
+
+The order is: claim (``python -m agents.claim``), commit, play. ``python -m agents.evaluate`` plays the test windows
+only if a claim is committed, unchanged since, and says exactly what is about to be played: the policies' files by hash,
+the rules with their parameters, the windows by hash, and the one comparison. Its result records the claim's commit, and
+how many claims there were before. A claim is played once into a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from agents.envs.serve_lists import FILE, windows_sha256
+from sim.config import CONF_DIR
+from sim.errors import ConfigError
+from sim.paths import REPOSITORY
+
+if TYPE_CHECKING:
+    from agents.evaluation.measure_serve import Played
+
+COMPARISON = (
+    "mean utility over the test windows, each trace counting the same, of the policy minus that of every rule that "
+    "does not know the future, on the windows that both play; 95 % intervals by agents.evaluation.statistics"
+)
+RULE = "python -m agents.windows (agents/evaluation/windows.py)"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def policy_hashes(files: Mapping[str, Sequence[Path]]) -> dict[str, list[dict[str, str]]]:
+    """Return name and hash of the two files of each policy; the path is stated if it lies in the repository."""
+    return {
+        name: [
+            {
+                "file": str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name,
+                "sha256": file_sha256(path),
+                "weights_sha256": file_sha256(path.with_suffix(".safetensors")),
+            }
+            for path in paths
+        ]
+        for name, paths in files.items()
+    }
+
+
+def claimed(cfg: DictConfig, played: Played) -> dict[str, Any]:
+    """Return what a claim states of what is played, without its date and commit."""
+    listed = played.listed
+    content = {
+        "comparison": {"policy": cfg.compared, "with": COMPARISON},
+        "policies": policy_hashes(played.files),
+        "rules": played.tuned,
+        "oracles": {"names": list(played.oracles), "windows_each": int(cfg.serve_oracle)},
+        "windows": {
+            "split": played.split,
+            "rule": RULE,
+            "list": FILE.relative_to(CONF_DIR.parent).as_posix(),
+            "list_sha256": file_sha256(FILE),
+            "sha256": windows_sha256(listed),
+            "count": len(listed),
+            "blocks": len({(one.window.source, one.block) for one in listed}),
+            "scenarios": list(dict.fromkeys(one.scenario for one in listed)),
+            "sources": list(dict.fromkeys(one.window.source for one in listed)),
+        },
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain
+
+
+def claim_path(cfg: DictConfig) -> Path:
+    """Return the file of the claim; a relative path counts from the repository."""
+    return REPOSITORY / str(cfg.claim)
+
+
+def check_claim(cfg: DictConfig, played: Played, folder: Path) -> dict[str, Any]:
+    """Return what a result records of its claim: its file, hash, date and commit, and how many came before.
+
+    Args:
+        cfg: an ``EvaluateConfig``. played: what is about to be played. folder: for the results.
+    Raises:
+        ConfigError: if the claim is missing, says something else, is not committed or changed since, or if the folder
+            has its results already.
+    """
+    path = claim_path(cfg)
+    commits = claim_commits(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        stated = {key: content[key] for key in content if key not in ("date", "commit")}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a claim ({error}); write one with python -m agents.claim") from error
+    now = claimed(cfg, played)
+    if differing := [key for key in now if stated.get(key) != now[key]]:
+        raise ConfigError(
+            f"{path} claims other {', '.join(differing)} than are about to be played; play what was claimed, or claim "
+            "this and commit it: python -m agents.claim"
+        )
+    found = {
+        "file": str(cfg.claim),
+        "sha256": file_sha256(path),
+        "date": content["date"],
+        "commit": commits[0],
+        "claims_before": len(commits) - 1,
+    }
+    _check_not_played(folder / "serve.json", found, again=bool(cfg.only))
+    return found
+
+
+def claim_commits(path: Path) -> list[str]:
+    """Return the commits that changed a claim, the latest first.
+
+    Raises:
+        ConfigError: if it is missing, not committed, or changed since.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no claim {path}; the test windows are played after it: python -m agents.claim, then commit it; "
+            "or play the validation windows: claim=none"
+        )
+    commits = _git("log", "--format=%H", "--", str(path)).split()
+    if not commits or _git("status", "--porcelain", "--", str(path)):
+        raise ConfigError(f"{path} is not committed as it is; commit it before the test windows are played")
+    return commits
+
+
+def _check_not_played(path: Path, claim: Mapping[str, Any], *, again: bool) -> None:
+    """Refuse to play a claim a second time; ``only`` may play some of its policies again."""
+    if again or not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8")).get("claim", {})
+    if before.get("sha256") == claim["sha256"]:
+        raise ConfigError(
+            f"{path.parent} has the results of this claim, which is played once; read them with measure=false, or set "
+            "out=FOLDER to see whether they come out the same"
+        )
+
+
+def _git(*arguments: str) -> str:
+    """Return what a git command prints.
+
+    Raises:
+        ConfigError: if it fails, such as outside of a checkout.
+    """
+    try:
+        run = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(
+            f"git {arguments[0]} failed ({error}); a claim lies in a git checkout of the project, or use claim=none"
+        ) from error
+
+
+__all__ = ["check_claim", "claim_path", "claimed", "policy_hashes"]

@@ -1,0 +1,55 @@
+"""``python -m agents.claim``: write the claim of a configuration (``agents.evaluation.claim``)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from agents.evaluation.chosen import present, replaced
+from agents.evaluation.claim import claim_path, claimed
+from agents.evaluation.evaluate import EvaluateConfig
+from agents.evaluation.measure_serve import what_is_played
+from sim.config import CONF_DIR, one_thread, run_command
+from sim.errors import ConfigError
+from sim.results.run_folder import commit, write_json
+
+
+def write_claim(cfg: DictConfig) -> Path:
+    """Write the claim of a configuration; return its path.
+
+    Raises:
+        ConfigError: if the policy of the comparison is not among those played.
+    """
+    played = what_is_played(cfg, "test")
+    if cfg.compared not in played.files:
+        raise ConfigError(
+            f"compared is {cfg.compared!r}; it must be one of serve_learned: {', '.join(played.files) or 'none'}"
+        )
+    path = claim_path(cfg)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(path, {"date": date, "commit": commit(), **claimed(cfg, played)})
+    return path
+
+
+def _run(cfg: DictConfig) -> None:
+    default: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "evaluate.yaml"), resolve=False)
+    cfg = replaced(cfg, HydraConfig.get().overrides.task)
+    cfg.tasks = ["serve"]
+    cfg, notes = present(cfg, default)
+    for note in notes:
+        print(note)
+    path = write_claim(cfg)
+    print(f"wrote {path}\ncommit it, then play it once:\n  python -m agents.evaluate 'tasks=[serve]'")
+
+
+def main() -> None:
+    """Run ``python -m agents.claim``."""
+    one_thread()
+    run_command(_run, "claim")
+
+
+__all__ = ["EvaluateConfig", "main", "write_claim"]
