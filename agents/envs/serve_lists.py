@@ -115,17 +115,17 @@ def listed_windows(
     """Return the windows of a split, the same in every call, in the order of scenarios, sources and the file.
 
     Args:
-        split: validation or test. scenarios: None for all. sources: None for all whose data is here.
+        split: validation or test. scenarios: None for all. sources: None for all listed ones whose data is here.
         content: of the file; None reads it.
     Raises:
         ConfigError: for an unknown name, or a source that has no windows in the split.
     """
     content = read_lists() if content is None else content
     lists, rates = content["windows"][split], content["rates"][split]
-    names = sources_with(split)[0] if sources is None else list(sources)
     found = []
     for scenario in check_scenarios(scenarios):
-        for name in names:
+        here = [name for name in sources_with(split)[0] if name in lists[scenario]]
+        for name in here if sources is None else sources:
             source_of(name)
             if name not in lists[scenario]:
                 raise ConfigError(

@@ -35,6 +35,7 @@ class Source:
     parts: for each split that may use it, start and end as shares of the trace's duration; empty with ``splits``.
     splits: for each split that may use it, more keys of the trace; ``duration_s`` must be one of them.
     repeats: whether it is one piece that repeats, so that its windows are no independent ones.
+    made_of: sources whose rates over time it takes; it is no test trace next to them.
     named_only: whether it is left out wherever a configuration does not name it: it suits some models alone.
     """
 
@@ -125,6 +126,7 @@ def _source(parts: Mapping[str, Any], value: Mapping[str, Any]) -> Source:
         parts=own,
         splits=splits,
         repeats=bool(value.get("repeats", False)),
+        made_of=tuple(value.get("made_of", ())),
         named_only=bool(value.get("named_only", False)),
     )
 

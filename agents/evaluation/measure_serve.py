@@ -30,14 +30,11 @@ from agents.evaluation.measure import (
     write_rows,
 )
 from agents.evaluation.rules import RULES
-from agents.evaluation.serve import ORACLES, Match, evaluate_serve, first_windows
+from agents.evaluation.serve import MEMBERS, ORACLES, Match, evaluate_serve, first_windows
 from agents.evaluation.tuning import rules_tuned_to, tuned_rules
 from sim.policies.learned import read_learned
 from sim.progress import say
 from sim.results.run_folder import provenance, write_json, write_parquet
-
-MEMBERS = " (seeds)"
-"""Ends the name of the networks that a policy averages, each played alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

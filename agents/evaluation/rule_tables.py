@@ -117,7 +117,12 @@ def best_table(setting: ServeSetting, served: Served, columns: int, rows: int, s
 
 def _edges(values: Floats, count: int) -> list[float]:
     """Return at most ``count`` - 1 edges between equal parts of the values, above 0, with three significant digits."""
-    shares = np.arange(1, count) / count
-    edges = {float(f"{edge:.3g}") for edge in np.quantile(values, shares)}
-    # An edge at or below the smallest value would leave an empty part.
-    return sorted(edge for edge in edges if edge > max(0.0, float(values.min())))
+    quantiles = np.quantile(values, np.arange(1, count) / count, method="higher")
+    # Rounded down, and above the smallest value: otherwise no value would lie above the last edge or below the first.
+    edges = {_rounded_down(float(edge)) for edge in quantiles if edge > 0.0}
+    return sorted(edge for edge in edges if edge > float(values.min()))
+
+
+def _rounded_down(value: float) -> float:
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return float(f"{math.floor(value / step + 1e-9) * step:.6g}")

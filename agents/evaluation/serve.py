@@ -30,6 +30,8 @@ from sim.policies.fixed import Fixed
 from sim.progress import counted, progress
 
 ORACLES = ("oracle_static", "oracle_search")
+MEMBERS = " (seeds)"
+"""Ends the name of the networks that a policy averages, each played alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,8 @@ from typing import Any
 import pandas as pd
 
 from agents.evaluation.ablation import WINDOWS, ablation_markdown
-from agents.evaluation.measure_serve import MEMBERS
 from agents.evaluation.rules import RULES, about_rule
-from agents.evaluation.serve import ORACLES, serve_grid
+from agents.evaluation.serve import MEMBERS, ORACLES, serve_grid
 from agents.evaluation.statistics import Interval, paired_difference
 from agents.evaluation.tables import (
     by_kind,

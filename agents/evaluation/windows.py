@@ -219,11 +219,17 @@ def decides(setting: ServeSetting, window: Window) -> bool:
 # --- Command ---------------------------------------------------------------------------------------------------------
 
 
+def listed_sources(split: Split) -> list[str]:
+    """Return the sources whose windows are listed: in the test split none that is made of others."""
+    names = sources_with(split)[0]
+    return names if split != "test" else [name for name in names if not source_of(name).made_of]
+
+
 def made_lists(sources: Sequence[str] | None, scenarios: Sequence[str] | None) -> dict[str, Any]:
     """Return the content of the file: rates and windows by split, scenario and source."""
     names = check_scenarios(scenarios)
     settings = {name: ServeSetting(**scenario_kwargs(name)) for name in names}
-    by_split = {split: sources_with(split)[0] for split in HELD_OUT}
+    by_split = {split: listed_sources(split) for split in HELD_OUT}
     for note in dict.fromkeys(note for split in HELD_OUT for note in sources_with(split)[1]):
         say(note)
     if sources is not None:

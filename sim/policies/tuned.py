@@ -41,8 +41,10 @@ def rules_path(file: str) -> Path:
     if Path(file).is_file():
         return Path(file)
     known = sorted(found.stem for found in FOLDER.glob("*.json"))
+    there = nearest(file, known) if known else "conf/rules has none yet"
     raise ConfigError(
-        f"there are no tuned rules {file!r}; {nearest(file, known)}; or name a file of python -m agents.tune_rules"
+        f"policy.file: there are no tuned rules {file!r}; {there}; python -m agents.tune_rules writes them, and a path "
+        "names a file elsewhere"
     )
 
 

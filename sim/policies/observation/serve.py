@@ -224,6 +224,9 @@ SERVE_ENTRIES = (
     Entry("tpot_headroom", "share", -1.0, 1.0, "1 - mean iteration / TPOT target, over ten seconds"),
     Entry("low_bits", "flag", 0.0, 1.0, "whether there are low-precision copies of the weights"),
     Entry("low_loss", "nats / 0.4", 0.0, 1.0, "loss per token with all layers at low precision"),
+    Entry("outputs_60s", "log2(1 + tokens) / 12", 0.0, 1.0, "tokens produced per request that finished, over sixty"),
+    Entry("wait_limit", "s / 2", 0.0, 1.0, "longest wait for admission, 1 without a limit"),
+    Entry("run_limit", "log2(1 + requests) / 10", 0.0, 1.0, "requests that may run at once, 1 without a limit"),
 )
 
 
@@ -253,7 +256,7 @@ def low_precision_loss(model: ModelSpec, actions: ServeActions, nll: Callable[[P
 
 _ALL_COUNTERS = (
     "arrived", "arrived_prompt_tokens", "first_tokens", "ttft_sum_s", "produced_tokens", "busy_s", "preemptions",
-    "rejected", "priced_s", "iterations",
+    "rejected", "priced_s", "iterations", "finished",
 )  # fmt: skip
 PRICED_LEAST = 1e-6
 """Share of time in iterations below which a server counts as idle: it shows no speed."""
@@ -329,6 +332,8 @@ class ServeObserver:
             _bounded(1.0 - ten[5] / max(ten[9], 1e-12) / self.terms.tpot_s) if ten[5] > PRICED_LEAST else 1.0,
             float(self.actions.low_bits),
             min(self.terms.low_loss / 0.4, 1.0) if self.actions.low_bits else 0.0,
+            _log(sixty[4] / sixty[10], 12.0) if sixty[10] > 1e-6 else 0.0,
+            *limit_entries(self.actions.plans[choice.action]),
         )
         return np.array(values, dtype=np.float32)
 
@@ -343,6 +348,12 @@ class ServeObserver:
                 for i, rate in enumerate(now):
                     rates[i] += weight * (rate - rates[i])
             self.time_s, self.counters = state.time_s, counters
+
+
+def limit_entries(plan: Plan) -> tuple[float, float]:
+    """Return the entries ``wait_limit`` and ``run_limit`` of a plan."""
+    wait = 1.0 if plan.max_wait_s is None else min(plan.max_wait_s / 2.0, 1.0)
+    return wait, 1.0 if plan.max_running is None else _log(plan.max_running, 10.0)
 
 
 def _bounded(value: float) -> float:
@@ -372,6 +383,7 @@ class ServeObservers:
     _rates: Floats = field(init=False)
     dense_bytes: float = field(init=False)
     _levels: Floats = field(init=False)
+    _limits: Floats = field(init=False)
     _weights: Floats = field(init=False)
     _groups: Ints = field(init=False)
     _needs_low: Bools = field(init=False)
@@ -382,6 +394,7 @@ class ServeObservers:
         n, counters = self.size, len(_COUNTER_COLUMNS)
         self.dense_bytes = float(weight_bytes(self.model, dense_plan(self.model)))
         self._levels = np.array(self.actions.levels)
+        self._limits = np.array([limit_entries(plan) for plan in self.actions.plans])
         self._weights = np.array(self.actions.weights_bytes, dtype=np.float64)
         self._groups, self._needs_low = np.array(self.actions.groups), np.array(self.actions.low)
         self._low_bits, self._low_loss = np.full(n, self.actions.low_bits), np.zeros(n)
@@ -453,6 +466,10 @@ class ServeObservers:
         headroom = 1.0 - ten[:, 5] / np.maximum(ten[:, 9], 1e-12) / self.tpot_s
         found[28] = np.where(ten[:, 5] > PRICED_LEAST, headroom, 1.0)
         found[29], found[30] = self._low_bits, np.where(self._low_bits, self._low_loss / 0.4, 0.0)
+        produced, finished = sixty[:, 4], sixty[:, 10]
+        each = np.where(finished > 1e-6, produced / np.maximum(finished, 1e-6), 0.0)
+        found[31] = np.log2(1.0 + each) / 12.0
+        found[32:34] = self._limits[self.action].T
         np.clip(found, _LOWEST, _HIGHEST, out=found)
         return found.T.astype(np.float32)
 
@@ -479,6 +496,7 @@ _COUNTER_COLUMNS = [
     batch_step.REJECTED,
     batch_step.PRICED_S,
     batch_step.ITERATIONS,
+    batch_step.FINISHED,
 ]
 _LOG_ROWS = [0, 1, 3, 4]
 _LOG_COLUMNS = [batch_step.WAITING, batch_step.WAITING_TOKENS, batch_step.RUNNING, batch_step.RUNNING_TOKENS]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from agents.baselines.serve import policy_context
 from agents.envs.serve import DEFAULT_ACTIONS, ServeSetting
 from agents.envs.serve_windows import Window
-from agents.evaluation.rule_tables import best_table, plans_without_limits, serve_all
+from agents.evaluation.rule_tables import _edges, best_table, plans_without_limits, serve_all
 from agents.evaluation.rules import (
     BASES,
     RULES,
@@ -188,6 +188,23 @@ def test_the_table_holds_the_plan_that_earns_most_at_each_rate_and_budget() -> N
         for j, entry in enumerate(entries):
             earned = served.earned[:, (row_of == i) & (column == j)].sum(axis=1)
             assert earned[names.index(tuple(entry))] == earned.max()
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "edges"),
+    [
+        ([0.445, 1.187, 1.187, 1.187], 2, [1.18]),  # not 1.19, above which no budget lies
+        ([1.0, 2.0, 3.0, 4.0], 1, []),
+        ([5.0, 5.0, 5.0], 3, []),
+        ([10.0, 20.0, 123456.0, 123456.0], 4, [20.0, 123000.0]),
+    ],
+)
+def test_every_part_between_the_edges_of_a_table_holds_a_value(
+    values: list[float], count: int, edges: list[float]
+) -> None:
+    found = _edges(np.array(values), count)
+    assert found == pytest.approx(edges)
+    assert set(np.searchsorted(found, values, side="right")) == set(range(len(found) + 1))
 
 
 def test_training_windows_cover_sources_budgets_and_loads_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

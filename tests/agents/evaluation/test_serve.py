@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from agents.evaluation.ablation import SERVE_GROUPS, ablation_markdown, shuffled_windows
 from agents.evaluation.evaluate import EvaluateConfig
-from agents.evaluation.measure import measure_cluster, measure_serve
+from agents.evaluation.measure import measure_cluster
+from agents.evaluation.measure_serve import measure_serve
 from agents.training.validation import serve, validation_windows
 from sim.policies.learned import SHIPPED, read_learned
 from sim.results.run_folder import write_parquet
@@ -38,7 +39,8 @@ def test_a_policy_loses_utility_if_its_kv_entries_come_from_another_window() -> 
 
 @pytest.mark.parametrize(("measure", "name"), [(measure_serve, "serve"), (measure_cluster, "cluster")])
 def test_a_rule_played_again_replaces_its_own_rows_alone(measure: Any, name: str, tmp_path: Path) -> None:
-    cfg = OmegaConf.structured(EvaluateConfig(baselines=["dense", "int4"], serve_windows=1, cluster_each=1))
+    few = {"scenarios": ["roomy/published"], "serve_sources": ["gamma"], "serve_windows": 1, "cluster_each": 1}
+    cfg = OmegaConf.structured(EvaluateConfig(claim="none", baselines=["dense", "int4"], **few))
     measure(cfg, tmp_path)
     path = tmp_path / f"{name}.parquet"
     first = pd.read_parquet(path)

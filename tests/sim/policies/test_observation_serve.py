@@ -36,7 +36,8 @@ ACTIONS = serve_actions(
     order=["MHA25", "MHA27", "FFN7", "MHA24"],
     drops=(0, 1, 2, 4),
     low_layers=(0, 8, 16, 24, 32),
-    waits=(0.5, 1.0, 2.0),
+    waits=(0.5, 0.9),
+    runs=(None, 48),
     dwell_s=10.0,
 )
 FIRST = {
@@ -77,7 +78,7 @@ SECOND = FIRST | {
     "running_tokens": 16_383,
     "kv_layer_blocks": 150_000,
     "kv_used_layer_blocks": 123_000,
-    "budget_bytes": 36 * DENSE_BYTES // 10,
+    "budget_bytes": 352 * DENSE_BYTES // 100,
     "weight_bytes": int(0.55 * DENSE_BYTES),
     "arrived": 40,
     "arrived_prompt_tokens": 20_000,
@@ -85,6 +86,7 @@ SECOND = FIRST | {
     "ttft_sum_s": 12.0,
     "produced_tokens": 900,
     "rejected": 3,
+    "finished": 18,
     "preemptions": 5,
     "iterations": 45,
     "busy_s": 1.8,
@@ -93,8 +95,8 @@ SECOND = FIRST | {
     "next_budget_s": 8.0,
     "incoming_bytes": 1,
 }
-ACTION = 3 * (1 * 5 + 3) + 1
-"""The second of four numbers of drops, the fourth of five of low layers, the second of three waits."""
+ACTION = 4 * (1 * 5 + 3) + 3
+"""The second of four numbers of drops, the fourth of five of low layers, the second wait, the second run limit."""
 CHANGED_S = -0.5
 TERMS = Terms(tpot_s=0.064, low_loss=0.03)
 
@@ -116,9 +118,9 @@ EXPECTED = {
     "running_tokens": 14.0 / 20.0,
     "kv_used": 0.82,
     "kv_pool": 150_000 * 262_144 / DENSE_BYTES / 8.0,
-    "budget": 0.45,
+    "budget": 0.44,
     "weights": 0.55,
-    "next_budget": -0.2,
+    "next_budget": -0.19,
     "next_budget_soon": math.exp(-0.5),
     "arrivals_1s": log(20.0 * share(1.0), 8.0),
     "arrivals_10s": log(20.0 * share(10.0), 8.0),
@@ -135,11 +137,14 @@ EXPECTED = {
     "dwell_left": 1.0 - 3.5 / 10.0,
     "level_drop": 1.0 / 3.0,
     "level_low": 3.0 / 4.0,
-    "level_admit": 1.0 / 2.0,
+    "level_admit": 1.0,
     "slowdown": math.log2(1.5) / 2.0,
     "tpot_headroom": 1.0 - 0.04 / 0.064,
     "low_bits": 1.0,
     "low_loss": 0.03 / 0.4,
+    "outputs_60s": log(900.0 / 18.0, 12.0),
+    "wait_limit": 0.45,
+    "run_limit": log(48.0, 10.0),
 }
 
 
@@ -171,7 +176,9 @@ def observed(terms: Terms, *, low_bits: bool = True) -> list[np.ndarray]:
 def test_every_entry_shows_its_own_value_in_its_unit() -> None:
     assert [entry.name for entry in SERVE_ENTRIES] == list(EXPECTED)
     assert SERVE_ENTRIES[: len(SERVER_ENTRIES)] == SERVER_ENTRIES
-    assert len({round(value, 6) for value in EXPECTED.values()}) == len(EXPECTED) - 1, "only the two flags are equal"
+    assert len({round(value, 6) for value in EXPECTED.values()}) == len(EXPECTED) - 2, (
+        "only the two flags and the last of the limits are equal"
+    )
     for values in observed(TERMS):
         for entry, value in zip(SERVE_ENTRIES, values, strict=True):
             assert value == pytest.approx(EXPECTED[entry.name], rel=1e-5), entry.name
@@ -201,8 +208,9 @@ def test_plans_at_low_precision_are_illegal_without_copies() -> None:
 
 def test_an_action_is_a_pair_of_weights_and_wait() -> None:
     weights, waits = ACTIONS.heads
-    assert (weights, waits, len(ACTIONS.plans)) == (20, 3, 60)
+    assert (weights, waits, len(ACTIONS.plans)) == (20, 4, 80)
     for number, plan in enumerate(ACTIONS.plans):
         assert ACTIONS.groups[number] == number // waits
-        assert plan.max_wait_s == (0.5, 1.0, 2.0)[number % waits]
+        assert plan.max_wait_s == (0.5, 0.5, 0.9, 0.9)[number % waits]
+        assert plan.max_running == (None, 48)[number % 2]
         assert plan.weight_bits == ACTIONS.plans[number - number % waits].weight_bits

@@ -1,0 +1,172 @@
+"""The order claim, commit, play: the test windows are played for a committed claim alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig
+
+from agents.evaluation import claim as claims
+from agents.evaluation.chosen import named, replaced
+from agents.evaluation.claim import check_claim, claim_path, claimed, policy_hashes
+from agents.evaluation.make_claim import write_claim
+from agents.evaluation.measure_serve import Played, measure_serve, what_is_played
+from sim.config import CONF_DIR
+from sim.errors import ConfigError
+from sim.results.run_folder import write_json
+from tests.agents.helpers import composed
+
+POLICY = CONF_DIR / "policy" / "learned_replica_llama2.json"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git checkout for claims, in place of the project's."""
+    for arguments in (
+        ["init", "-q"],
+        ["config", "user.email", "a@b.c"],
+        ["config", "user.name", "A"],
+        ["commit", "-q", "--allow-empty", "-m", "begin"],
+    ):
+        git(tmp_path, *arguments)
+    monkeypatch.setattr(claims, "REPOSITORY", tmp_path)
+    return tmp_path
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+def configuration(*more: str) -> DictConfig:
+    arguments = [
+        f"serve_learned={{mine: {POLICY}}}",
+        "compared=mine",
+        "tasks=[serve]",
+        "baselines=[dense,int4]",
+        "scenarios=[roomy/published]",
+        "serve_sources=[gamma]",
+        "serve_windows=1",
+        "claim=claim.json",
+        *more,
+    ]
+    arguments = [named(one) for one in arguments]
+    return replaced(composed("evaluate", *arguments), arguments)
+
+
+def commit_claim(checkout: Path, cfg: DictConfig) -> Played:
+    write_claim(cfg)
+    git(checkout, "add", "claim.json")
+    git(checkout, "commit", "-q", "-m", "claim")
+    return what_is_played(cfg, "test")
+
+
+def test_a_committed_claim_lets_its_windows_be_played_and_is_recorded(checkout: Path, tmp_path: Path) -> None:
+    cfg = configuration()
+    played = commit_claim(checkout, cfg)
+    found = check_claim(cfg, played, tmp_path / "results")
+    head = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert found["commit"] == head.stdout.strip()
+    assert found["claims_before"] == 0
+    content = json.loads(claim_path(cfg).read_text())
+    assert content["policies"] == policy_hashes({"mine": [POLICY]})
+    assert content["windows"]["count"] == len(played.listed) == 1
+    assert content["comparison"]["policy"] == "mine"
+    assert set(content["rules"]["roomy/published"]["rules"]) == {"dense", "int4"}
+
+
+def test_the_test_windows_are_not_played_before_a_claim_is_committed(checkout: Path, tmp_path: Path) -> None:
+    cfg = configuration()
+    with pytest.raises(ConfigError, match=r"there is no claim .*python -m agents\.claim"):
+        measure_serve(cfg, tmp_path / "results")
+    write_claim(cfg)
+    played = what_is_played(cfg, "test")
+    with pytest.raises(ConfigError, match="not committed"):
+        check_claim(cfg, played, tmp_path / "results")
+    git(checkout, "add", "claim.json")
+    with pytest.raises(ConfigError, match="not committed"):
+        check_claim(cfg, played, tmp_path / "results")
+    git(checkout, "commit", "-q", "-m", "claim")
+    check_claim(cfg, played, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_claim_that_was_changed_after_its_commit_is_refused(checkout: Path, tmp_path: Path) -> None:
+    cfg = configuration()
+    played = commit_claim(checkout, cfg)
+    path = claim_path(cfg)
+    path.write_text(path.read_text().replace('"mine"', '"yours"'))
+    with pytest.raises(ConfigError, match="not committed as it is"):
+        check_claim(cfg, played, tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("more", "differs"),
+    [
+        (["baselines=[dense]"], "rules"),
+        (["serve_windows=2"], "windows"),
+        (["serve_oracle=3"], "oracles"),
+        ([f"serve_learned={{mine: {POLICY}, other: {POLICY}}}"], "policies"),
+        (["compared=other"], "comparison"),
+    ],
+)
+def test_what_was_not_claimed_is_not_played(checkout: Path, tmp_path: Path, more: list[str], differs: str) -> None:
+    commit_claim(checkout, configuration())
+    cfg = configuration(*more)
+    with pytest.raises(ConfigError, match=rf"claims other .*{differs}"):
+        check_claim(cfg, what_is_played(cfg, "test"), tmp_path / "results")
+
+
+def test_a_policy_whose_weights_changed_since_the_claim_is_not_played(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = configuration()
+    played = commit_claim(checkout, cfg)
+    hashes = claims.file_sha256
+    monkeypatch.setattr(claims, "file_sha256", lambda path: "0" * 64 if path.suffix == ".safetensors" else hashes(path))
+    with pytest.raises(ConfigError, match="claims other policies"):
+        check_claim(cfg, played, tmp_path / "results")
+
+
+def test_a_claim_is_played_once_into_a_folder_and_later_claims_count_those_before(
+    checkout: Path, tmp_path: Path
+) -> None:
+    cfg, results = configuration(), tmp_path / "results"
+    played = commit_claim(checkout, cfg)
+    write_json(results / "serve.json", {"claim": check_claim(cfg, played, results)})
+    with pytest.raises(ConfigError, match="played once"):
+        check_claim(cfg, played, results)
+    other = configuration("serve_windows=2")
+    played = commit_claim(checkout, other)
+    assert check_claim(other, played, results)["claims_before"] == 1
+
+
+def test_a_claim_needs_a_git_checkout_and_the_policy_that_it_compares(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = configuration("compared=yours")
+    with pytest.raises(ConfigError, match="compared is 'yours'; it must be one of serve_learned: mine"):
+        write_claim(cfg)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "claim.json").write_text("{}")
+    monkeypatch.setattr(claims, "REPOSITORY", bare)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    with pytest.raises(ConfigError, match="claim=none"):
+        check_claim(configuration(), what_is_played(configuration(), "test"), tmp_path)
+
+
+def test_validation_windows_need_no_claim(tmp_path: Path) -> None:
+    cfg: Any = configuration("claim=none", "baselines=[dense]", "serve_learned={}")
+    measure_serve(cfg, tmp_path)
+    made = json.loads((tmp_path / "serve.json").read_text())
+    assert made["split"] == "validation"
+    assert "claim" not in made
+
+
+def test_equal_configurations_claim_the_same() -> None:
+    cfg = configuration()
+    assert claimed(cfg, what_is_played(cfg, "test")) == claimed(cfg, what_is_played(cfg, "test"))
