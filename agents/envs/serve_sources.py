@@ -23,7 +23,7 @@ from sim.paths import find_data
 from sim.traces.trace import Trace
 from sim.traces.transforms import apply_steps, drop_long
 
-KEYS = ("trace", "rate", "overrides", "steps", "parts", "splits", "repeats", "named_only")
+KEYS = ("trace", "rate", "overrides", "steps", "parts", "splits", "repeats", "named_only", "made_of")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,7 @@ class Source:
     splits: Mapping[str, Mapping[str, Any]]
     repeats: bool = False
     named_only: bool = False
+    made_of: tuple[str, ...] = ()
 
     @property
     def lent_to(self) -> tuple[str, ...]:
