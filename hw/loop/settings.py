@@ -70,6 +70,11 @@ OWN_KEYS = (
     "page",
 )
 """Keys of the loop itself, which the configuration of a run lacks."""
+NO_PREDICTION = (
+    *("repeats", "references", "runs", "out", "page", "slowdown", "measure", "points", "least_changes"),
+    *("plot", "label", "tags"),
+)
+"""Keys on which predictions do not depend; the slowdown stands in them."""
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -135,8 +140,8 @@ def check_windows(cfg: DictConfig, slowdown: float) -> dict[str, dict[str, float
         trace = build_trace(run_config(cfg, label, first, slowdown))
         if len(trace) < cfg.least_requests:
             raise ConfigError(
-                f"windows.{label} has {len(trace)} requests, but least_requests is {cfg.least_requests}; make its trace "
-                "longer, raise its rate, or lower least_requests"
+                f"windows.{label} has {len(trace)} requests, but least_requests is {cfg.least_requests}; make its "
+                "trace longer, raise its rate, or lower least_requests"
             )
         found[label] = {"requests": len(trace), "seconds": round(float(trace.duration_s), 3)}
     for policy in map(str, cfg.policies):

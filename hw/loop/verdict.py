@@ -4,9 +4,10 @@
 those that were predicted. Repeat r of all policies is played in one batch, so two policies are compared run by run.
 
 **Noise of a difference.** For two policies, ``d[w, r]`` is the difference of their utilities in window w and repeat r.
-The standard deviation of one difference is pooled over windows, ``s^2 = sum (d[w, r] - mean_r d[w, r])^2 / (W (R - 1))``.
-A mean over R repeats differs from 0 by more than its noise if it exceeds ``t s / sqrt(R)``, one over all windows and
-repeats if it exceeds ``t s / sqrt(W R)``; t is the 97.5 % quantile of Student's t with W (R - 1) degrees of freedom.
+The standard deviation s of one difference is pooled over windows: its square is the sum of the squares of
+``d[w, r] - mean_r d[w, r]`` over ``W (R - 1)``. A mean over R repeats differs from 0 by more than its noise if it
+exceeds ``t s / sqrt(R)``, one over all windows and repeats if it exceeds ``t s / sqrt(W R)``; t is the 97.5 % quantile
+of Student's t with W (R - 1) degrees of freedom.
 
 **Claims.**
 

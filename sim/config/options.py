@@ -105,8 +105,8 @@ def with_differences(cfg: DictConfig, differences: Mapping[Any, Any], where: str
         node = OmegaConf.select(one, parent) if parent else one
         if node is None or name not in list(node):  # a key without a value yet exists too
             raise ConfigError(f"{where}: there is no {key!r}; {nearest(name, map(str, node or one))}")
-        # What a mapping names may take keys that the option lacks; building it checks them.
-        OmegaConf.update(one, str(key), value, force_add=OmegaConf.is_dict(value) or isinstance(value, Mapping))
+        named = isinstance(value, Mapping) and "_target_" in value  # replaces what the option names, keys and all
+        OmegaConf.update(one, str(key), value, merge=not named, force_add=named)
     return one
 
 

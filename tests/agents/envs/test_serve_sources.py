@@ -188,3 +188,19 @@ def test_a_malformed_source_is_refused_by_name(value: Any, said: str, monkeypatc
 def test_a_part_of_a_table_that_is_none_is_refused() -> None:
     with pytest.raises(WorkloadError, match=r"part is \[0.7, 0.2\]"):
         build_option("trace", "burst", {"part": [0.7, 0.2]})
+
+
+def test_a_source_for_one_kind_of_model_is_used_only_where_it_is_named() -> None:
+    named = [name for name, source in sources().items() if source.named_only]
+    assert "short_bursts" in named
+    assert all(name not in sources_with(split)[0] for name in named for split in SPLITS)
+    assert serve_windows().sample(np.random.default_rng(0), "train", named).source in named
+
+
+def test_no_rate_over_time_of_training_on_named_sources_returns_in_validation() -> None:
+    named = [name for name, source in sources().items() if source.named_only]
+
+    def parts(split: str) -> dict[str, Part]:
+        return {name: (source_trace(name).arrival_s, source_span_s(name, split)) for name in named}
+
+    assert shared(parts("train"), parts("validation")) == []

@@ -19,10 +19,12 @@ from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import RandomPrompts
 from hw.engine.torch_executor import NumericsError, TorchExecutor
+from sim.cost.latency import calibration_from_dict
 from sim.cost.memory import budget_for_kv_blocks, weight_bytes
 from sim.cost.plan import KeepMask, KVKeep, check_plan, dense_plan, drop, with_mask
 from sim.engine.budget import Budget
 from sim.engine.executor import Iteration
+from sim.engine.pricing_executor import PricingExecutor
 from sim.engine.protocol import EngineConfig
 from sim.engine.sim_engine import SimEngine
 from sim.engine.transition import LayerCopy
@@ -40,6 +42,7 @@ from tests.hw.serving import (
     VOCABULARY,
     engine_config,
     flat_latency,
+    flat_latency_content,
     hw_engine,
     requests,
     tiny,
@@ -98,6 +101,29 @@ def test_batched_paged_chunked_serving_gives_the_tokens_of_plain_generate(family
     rows = some_rows(1, 9)
     config = engine_config(scheduler, max_context_tokens=SHORT_TOKENS)
     assert serve(hw_engine(family=family, config=config), rows) == plain_tokens(family, rows)
+
+
+def test_a_policy_sees_what_the_calibration_expects_of_the_iterations_that_ended() -> None:
+    # The clock runs at the flat prices, so a calibration of half those prices is twice too fast.
+    half = PricingExecutor(flat_latency(5e5, 1.5e4))
+    for prices, factor in ((half, 2.0), (None, 1.0)):
+        engine = hw_engine(prices=prices)
+        engine.submit(requests(some_rows(1, 6)))
+        state = engine.run_until(math.inf)
+        assert state.busy_s == pytest.approx(factor * state.priced_s)
+        assert state.busy_s > 0
+
+
+def test_a_calibration_that_lacks_a_precision_expects_what_iterations_take() -> None:
+    content = flat_latency_content(5e5, 1.5e4)
+    del content["tables"]["linear_us"]["8"]
+    engine = hw_engine(
+        plan=replace(dense_plan(tiny_spec()), weight_bits=(8,) * LAYERS),
+        prices=PricingExecutor(calibration_from_dict(content)),
+    )
+    engine.submit(requests(some_rows(1, 3)))
+    state = engine.run_until(math.inf)
+    assert state.priced_s == state.busy_s > 0
 
 
 def test_an_engine_for_long_contexts_uses_the_long_factors_of_longrope() -> None:

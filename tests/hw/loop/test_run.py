@@ -24,7 +24,7 @@ WINDOW = (
     "{trace: small, trace.duration_s: 1.5, trace.on_rate_rps: 20.0, trace.off_rate_rps: 20.0, seed: 7, "
     "trace.lengths.output_tokens_p50: 4, budget.kind: cotenant}"
 )
-POLICIES = "{dense: {policy: dense}, low: {policy: saber, policy.policy: {name: adaptive_precision, bits: 8}}}"
+LOW = "{policy: saber, policy.policy: {name: adaptive_precision, bits: 8}}"
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def settings(tmp_path: Path) -> list[str]:
     content = json.loads((CALIBRATIONS / "smollm2_135m_cpu_epyc_1thread.json").read_text(encoding="utf-8"))
     write_json(tmp_path / "tiny.json", content | {"name": "tiny", "model": "tiny"})
     return [
-        "experiment=null",
+        "~experiment",
         "model=tiny",
         "hw.checkpoint=random:0",
         "hw.device=cpu",
@@ -42,8 +42,9 @@ def settings(tmp_path: Path) -> list[str]:
         "budget.high_share=8",
         "budget.low_share=6",
         "budget.pace=20",
-        f"windows={{one: {WINDOW}}}",
-        f"policies={POLICIES}",
+        f"+windows.one={WINDOW}",
+        "+policies.dense={policy: dense}",
+        f"+policies.low={LOW}",
         "fixed=[dense]",
         "references=1",
         "repeats=2",
@@ -105,7 +106,7 @@ def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str
     ("more", "message"),
     [
         (["page=later"], "page is 'later'"),
-        (["policies={dense: {policy: dense}}"], "two policies"),
+        (["~policies.low"], "two policies"),
         (["learner=learnt"], "no policy 'learnt'"),
         (["least_requests=1000"], "least_requests is 1000"),
         (["page=judge"], "has no predictions"),

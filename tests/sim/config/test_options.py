@@ -8,6 +8,8 @@ import pytest
 
 import sim.compare
 import sim.replay.__main__
+from sim.config import compose_config, with_differences
+from sim.errors import ConfigError
 from tests.commands import exit_status
 
 POLICY = """
@@ -85,3 +87,12 @@ def test_the_configuration_is_shown_without_a_run(folder: Path, capsys: pytest.C
     assert "seed: 7" in capsys.readouterr().out
     assert exit_status(main, "--info", "searchpath") == 0
     assert not Path("runs").exists()
+
+
+def test_a_difference_that_names_something_else_replaces_what_the_option_names() -> None:
+    cfg = compose_config("replay", ["trace=poisson"])
+    fixed = {"_target_": "sim.traces.generate.fixed_lengths", "_partial_": True, "prompt_tokens": 8, "output_tokens": 2}
+    one = with_differences(cfg, {"trace": "gamma", "trace.lengths": fixed}, "policies.short")
+    assert one.trace.lengths == fixed
+    with pytest.raises(ConfigError, match=r"no 'trace\.lenghts'"):
+        with_differences(cfg, {"trace.lenghts": fixed}, "policies.short")

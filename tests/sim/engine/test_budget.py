@@ -204,6 +204,20 @@ def test_shares_of_the_dense_weights_move_between_two_amounts_of_any_model() -> 
         dense_shares(CONTEXT, kind="full", high_share=1.0, low_share=0.5, horizon_s=0.0, seed=1)
 
 
+@pytest.mark.parametrize("kind", ["cotenant", "random_walk"])
+def test_a_budget_at_twice_the_pace_reaches_the_same_amounts_in_half_the_time(kind: str) -> None:
+    def moves(pace: float, horizon_s: float) -> Budget:
+        return dense_shares(
+            roomy_device(), kind=kind, high_share=3.0, low_share=2.0, horizon_s=horizon_s, seed=1, pace=pace
+        )
+
+    usual, fast = moves(1.0, 600.0), moves(2.0, 300.0)
+    assert fast.budget_bytes == usual.budget_bytes
+    assert np.array(fast.change_s) == pytest.approx(np.array(usual.change_s) / 2)
+    with pytest.raises(BudgetError, match="pace is 0"):
+        moves(0.0, 300.0)
+
+
 def roomy_device() -> BudgetContext:
     dense_bytes = weight_bytes(CONTEXT.model, dense_plan(CONTEXT.model))
     return replace(CONTEXT, gpu=replace(CONTEXT.gpu, memory_bytes=10.0 * dense_bytes))
