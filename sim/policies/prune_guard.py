@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from sim.policies.observation.prune import block_names, mask_of
 from sim.policies.orders import own_order
 from sim.types import Bools
 
-TEXT = "calibration"
+TEXT: Literal["calibration"] = "calibration"
 
 
 @dataclass(frozen=True, slots=True)
