@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import simpy
+from omegaconf import OmegaConf
 
 from agents.baselines.serve import conf_policy, fixed_plan, policy_context
 from agents.envs.cluster import ClusterSetting, ServeCluster
@@ -22,6 +23,7 @@ from agents.training.imitate import widen_inputs
 from agents.training.validation import serve, serve_clusters, validation_clusters
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.outages import Outage
+from sim.config import load_option
 from sim.cost.plan import dense_plan
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
@@ -267,8 +269,10 @@ def test_a_policy_of_one_replica_with_widened_inputs_acts_as_before() -> None:
     rng = np.random.default_rng(0)
     rows = rng.random((50, 27 + COMPARED)).astype(np.float32)
     np.testing.assert_allclose(wider(rows), network(rows[:, :27]), rtol=1e-5, atol=1e-5)
-    alone = serve(network.act, {}, WINDOWS[:1])
-    assert serve_clusters(wider.act, {"replicas": 1}, [WINDOWS[:1]]) == pytest.approx(alone, abs=1e-12)
+    served: Any = OmegaConf.to_container(load_option("env", "serve_cluster").kwargs)
+    same = {key: served[key] for key in ("actions", "quality", "slo")}
+    alone = serve(lambda features, legal: network.act(features[:, :27], legal), same, WINDOWS[:1])
+    assert serve_clusters(wider.act, {"replicas": 1, **same}, [WINDOWS[:1]]) == pytest.approx(alone, abs=1e-12)
 
 
 def test_the_shipped_policy_serves_held_out_clusters_better_than_dense() -> None:

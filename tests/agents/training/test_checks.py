@@ -92,7 +92,7 @@ def test_a_value_out_of_range_is_an_error_that_says_what_is_allowed(override: st
         (["experiment=ppo_serve", "env.kwargs.tick_s=soon"], "tick_s|do not fit"),
         (["experiment=ppo_serve", "env.kwargs.sources=[bust]"], "did you mean 'burst'"),
         (["experiment=finetune_serve", "imitate.path=nowhere"], "no learned policy 'nowhere'"),
-        (["experiment=finetune_serve", "imitate.path=learned_serve_llama2", "hidden=[16]"], r"hidden is \[16\], but"),
+        (["experiment=finetune_serve", "imitate.path=learned_replica_llama2", "hidden=[16]"], r"hidden is \[16\], but"),
         (["experiment=marwil_serve", "algorithm.data=nowhere"], r"agents\.offline"),
         (
             ["experiment=ppo_cluster", "env.kwargs.sources=[burst]", "num_envs=7"],

@@ -21,6 +21,7 @@ from agents.envs.serve import ServeCore, ServeSetting
 from agents.envs.serve_windows import Window
 from agents.evaluation.cluster import learned_cluster_policies, mean_cluster_utility
 from agents.training.checkpoints import BUFFER, Checkpoints
+from agents.training.export import export_network
 from agents.training.progress import COLUMNS, Progress
 from agents.training.train import build_algorithm, current_network, environment_kwargs, train
 from agents.training.validation import CountedActs, validation_clusters
@@ -163,9 +164,14 @@ def test_imitating_the_knapsack_gives_a_useful_policy_before_any_training(local_
 
 
 def test_training_can_start_from_a_policy_with_a_critic_fitted_to_its_returns(local_ray: None, tmp_path: Path) -> None:
-    shipped = read_learned("learned_serve_llama2", "ServeTrace")
-    sizes = [layer[0] for layer in shipped.about["layers"][:-1]]
-    overrides = ["imitate=policy", "imitate.path=learned_serve_llama2", "imitate.windows=4", f"hidden={sizes}"]
+    first_cfg = small("experiment=ppo_serve", "num_envs=2", "hidden=[24,12]", "seed=5")
+    first, path = build_algorithm(first_cfg), tmp_path / "first.json"
+    status = {"iteration": 0, "seconds": 0.0}
+    export_network(path, current_network(first, "relu"), first_cfg, environment_kwargs(first_cfg), status, 0.5)
+    first.stop()
+    shipped = read_learned(path, "ServeTrace")
+    assert shipped.network.heads is not None
+    overrides = ["imitate=policy", f"imitate.path={path}", "imitate.windows=4", "hidden=[24,12]"]
     cfg = small("experiment=ppo_serve", "num_envs=2", *overrides)
     algorithm = build_algorithm(cfg)
     imitations = build(cfg.imitate, epochs=1, temperature=0.5), build(cfg.imitate, epochs=40)
@@ -236,7 +242,7 @@ def test_training_in_clusters_starts_from_the_policy_of_one_replica_and_exports_
     cfg = small("experiment=ppo_cluster", *SMALL_PPO, *overrides, "iterations=1", "algorithm.lr=0.0")
     utility = train(cfg, tmp_path)
     policy = read_learned(tmp_path / "best" / "policy.json", "ServeCluster")
-    shipped = read_learned("learned_serve_llama2", "ServeTrace").network
+    shipped = read_learned("learned_replica_llama2", "ServeTrace").network
     features = shipped.weights[0].shape[1]
     np.testing.assert_array_equal(policy.network.weights[0][:, :features], shipped.weights[0])
     assert not policy.network.weights[0][:, features:].any()
