@@ -289,7 +289,7 @@ class ServeCore:
         """Start a window with the first plan of the table."""
         setting = self.setting
         self.window = window
-        self.engine = setting.build_engine(window, setting.actions.plans[0])
+        self.engine = setting.build_engine(window, setting.actions.plans[0], graph=setting.graph_for(window))
         self.requests = len(setting.windows.arrays(window)[0])
         self.actions, self.observer = setting.actions_for(window), setting.observer_for(window)
         # The first decision comes after one tick, as in sim.replay.
