@@ -84,8 +84,11 @@ def with_order(model: ModelSpec, actions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nearest_cost(low_bit_cost: float) -> float:
-    """Return the nearest of the costs of low precision that are told apart: the powers of 2."""
-    return 1.0 if low_bit_cost == 1.0 else float(2.0 ** round(math.log2(low_bit_cost)))
+    """Return the nearest of the costs of low precision that are told apart: the powers of 4.
+
+    Each needs a graph of plans of its own, which takes a minute to fill.
+    """
+    return float(4.0 ** round(math.log(low_bit_cost, 4.0)))
 
 
 class ServeSetting:
