@@ -16,6 +16,7 @@ abandoned.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from sim.cost.memory import ffn_weight_bytes, fixed_weight_bytes, mha_weight_bytes
 from sim.cost.model_spec import ModelSpec
@@ -39,8 +40,7 @@ class Resident:
         return sum(mha.get(bits, 0) for bits in self.mha_bits) + sum(ffn.get(bits, 0) for bits in self.ffn_bits)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerCopy:
+class LayerCopy(NamedTuple):
     """One copy from host memory: the blocks of one layer.
 
     mha_bits, ffn_bits: precision of each block that is copied; ABSENT if it is not. copied_bytes: bytes copied in.
@@ -73,21 +73,18 @@ def without_dropped(resident: Resident, target: Plan) -> Resident:
 def copies_between(model: ModelSpec, resident: Resident, target: Plan) -> list[LayerCopy]:
     """Return the copies that lead from ``resident`` to ``target``: smallest ``net_bytes`` first, then by layer."""
     wanted = resident_of(target)
+    mha_bytes = {bits: mha_weight_bytes(model, bits) for bits in {*wanted.mha_bits, *resident.mha_bits} - {ABSENT}}
+    ffn_bytes = {bits: ffn_weight_bytes(model, bits) for bits in {*wanted.ffn_bits, *resident.ffn_bits} - {ABSENT}}
+    mha_bytes[ABSENT] = ffn_bytes[ABSENT] = 0
     copies = []
     for layer in range(model.num_layers):
-        mha = wanted.mha_bits[layer] if wanted.mha_bits[layer] != resident.mha_bits[layer] else ABSENT
-        ffn = wanted.ffn_bits[layer] if wanted.ffn_bits[layer] != resident.ffn_bits[layer] else ABSENT
+        mha_held, ffn_held = resident.mha_bits[layer], resident.ffn_bits[layer]
+        mha = wanted.mha_bits[layer] if wanted.mha_bits[layer] != mha_held else ABSENT
+        ffn = wanted.ffn_bits[layer] if wanted.ffn_bits[layer] != ffn_held else ABSENT
         if mha == ABSENT and ffn == ABSENT:
             continue
-        copied = freed = 0
-        if mha != ABSENT:
-            copied += mha_weight_bytes(model, mha)
-            old = resident.mha_bits[layer]
-            freed += mha_weight_bytes(model, old) if old != ABSENT else 0
-        if ffn != ABSENT:
-            copied += ffn_weight_bytes(model, ffn)
-            old = resident.ffn_bits[layer]
-            freed += ffn_weight_bytes(model, old) if old != ABSENT else 0
+        copied = mha_bytes[mha] + ffn_bytes[ffn]
+        freed = (mha_bytes[mha_held] if mha != ABSENT else 0) + (ffn_bytes[ffn_held] if ffn != ABSENT else 0)
         copies.append(LayerCopy(layer=layer, mha_bits=mha, ffn_bits=ffn, copied_bytes=copied, net_bytes=copied - freed))
     return sorted(copies, key=lambda copy: (copy.net_bytes, copy.layer))
 
