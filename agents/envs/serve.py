@@ -156,7 +156,7 @@ class ServeSetting:
         self.reward = reward if isinstance(reward, ServeReward) else ServeReward(**(reward or {}))
         self.kv_block_layer_bytes = kv_block_layer_bytes(self.model, self.engine.kv_block_tokens)
         self.dense_nll = self.quality.nll(dense_plan(self.model))
-        self._nll: dict[Plan, float] = {}
+        self._nll: dict[tuple[Any, ...], float] = {}
         self._costs: dict[float, Callable[[Plan], float]] = {1.0: self.nll}
         self._graphs: dict[float, PlanGraph] = {}
         self._low_loss = low_precision_loss(self.model, self.actions, self.nll)
@@ -174,10 +174,11 @@ class ServeSetting:
         self.action_space: gym.spaces.Discrete[np.int64] = gym.spaces.Discrete(len(self.actions.plans))
 
     def nll(self, plan: Plan) -> float:
-        """Return the NLL of a plan in nats per token; computed once for each plan."""
-        found = self._nll.get(plan)
+        """Return the NLL of a plan in nats per token; computed once for all plans that differ in limits alone."""
+        runs = plan.decode, plan.prefill, plan.weight_bits, plan.kv_keep
+        found = self._nll.get(runs)
         if found is None:
-            found = self._nll[plan] = self.quality.nll(plan)
+            found = self._nll[runs] = self.quality.nll(plan)
         return found
 
     def sample_window(self, rng: np.random.Generator) -> Window:
