@@ -7,7 +7,7 @@ in validation or test.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -157,6 +157,11 @@ def sources_with(split: str) -> tuple[list[str], list[str]]:
     return names, notes
 
 
+def own_sources(names: Sequence[str]) -> list[str] | None:
+    """Return those sources of a training that suit its model alone, on which it is validated; None without any."""
+    return [name for name in names if source_of(name).named_only] or None
+
+
 @cache
 def load_source(name: str) -> SourceTrace:
     """Return the requests of a source, without those that exceed the model's context.
@@ -226,6 +231,7 @@ __all__ = [
     "Source",
     "SourceTrace",
     "load_source",
+    "own_sources",
     "serve_split",
     "source_of",
     "source_span_s",

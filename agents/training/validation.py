@@ -17,7 +17,7 @@ from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.envs.prune_vector import PruneToBudgetVector
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_pool import window_pool
-from agents.envs.serve_sources import sources_with
+from agents.envs.serve_sources import own_sources, sources_with
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows
 from sim.policies.learned import Network
@@ -158,7 +158,7 @@ def validation_utilities(
     if env == "ServeTrace-v0" and env_kwargs.get("pool"):
         return serve(act, env_kwargs, _pool(json.dumps(env_kwargs, sort_keys=True)))
     if env == "ServeTrace-v0":
-        return serve(act, env_kwargs, validation_windows())
+        return serve(act, env_kwargs, validation_windows(sources=own_sources(env_kwargs.get("sources", ()))))
     if env == "ServeCluster-v0":
         return serve_clusters(act, env_kwargs, validation_clusters(ClusterSetting(**env_kwargs)))
     return play(act, env_kwargs, validation_episodes(int(env_kwargs.get("sequence", 1)))).utility

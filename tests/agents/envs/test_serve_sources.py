@@ -13,7 +13,7 @@ from scipy.signal import correlate
 
 from agents.envs import serve_sources
 from agents.envs.prune_loads import SPLITS
-from agents.envs.serve_sources import load_source, source_span_s, source_trace, sources, sources_with
+from agents.envs.serve_sources import load_source, own_sources, source_span_s, source_trace, sources, sources_with
 from agents.envs.serve_windows import serve_windows
 from agents.training.validation import validation_windows
 from sim.config import build_option
@@ -194,6 +194,10 @@ def test_a_source_for_one_kind_of_model_is_used_only_where_it_is_named() -> None
     named = [name for name, source in sources().items() if source.named_only]
     assert "short_bursts" in named
     assert all(name not in sources_with(split)[0] for name in named for split in SPLITS)
+    assert own_sources(["short_bursts"]) == [
+        "short_bursts"
+    ]  # a policy for a small model is validated on short requests
+    assert own_sources(["burst", "mmpp"]) is None
     assert serve_windows().sample(np.random.default_rng(0), "train", named).source in named
 
 
