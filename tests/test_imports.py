@@ -45,6 +45,7 @@ LAYERS = {
         ("fit",),
         ("reproduction",),
         ("checkup",),
+        ("loop",),
     ),
     "agents": ((".",), ("envs",), ("baselines",), ("training",), ("evaluation",)),
 }
@@ -72,6 +73,7 @@ COMMANDS = {
     "agents.evaluate",
     "agents.export",
     "agents.offline",
+    "agents.static_plans",
     "agents.train",
     "agents.tune",
     "agents.tune_rules",

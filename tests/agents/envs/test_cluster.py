@@ -42,7 +42,7 @@ WINDOWS = [
     Window(source="burst", start_s=900.0, rate=1.1, budget="full", budget_seed=5),
     Window(source="burst", start_s=2400.0, rate=1.1, budget="random_walk", budget_seed=6),
 ]
-OWN = [*range(27)]  # the entries of ServeTrace
+OWN = [*range(27)]  # what a server observes of itself
 COMPARED = len(CLUSTER_ENTRIES)
 
 
@@ -104,10 +104,12 @@ def test_a_cluster_of_one_replica_plays_the_episodes_of_serve_trace() -> None:
         fast_alone.reset(options={"windows": [window]})
         fast_one.reset(options={"windows": [[window]]})
         shared = np.array([*OWN, *range(27 + COMPARED, len(observations[1]))])
+        features = alone.setting.table.features
+        own = np.array([*OWN, *range(features, len(observations[0]))])
         rng, actions, over = np.random.default_rng(0), np.zeros(1, dtype=np.int64), False
         while not over:
-            np.testing.assert_array_equal(observations[0], observations[1][shared])
-            actions = random_actions(rng, actions, 24)
+            np.testing.assert_array_equal(observations[0][own], observations[1][shared])
+            actions = random_actions(rng, actions, len(alone.setting.actions.plans))
             first, reward, over, _, info = alone.step(actions[0])
             second, cluster_reward, _, _, cluster_info = one.step(actions)
             observations = first, second[0]
