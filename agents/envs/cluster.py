@@ -20,7 +20,7 @@ There are two views of the same episodes. ``ServeCluster`` is one agent that cho
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -53,6 +53,16 @@ ROUTERS = ("round_robin", "least_outstanding", "power_of_two", "least_kv", "shor
 """Names of files of conf/router. prefix_affinity is not among them: the windows have no prompt prefixes."""
 
 
+CLUSTER_ACTIONS: Mapping[str, Any] = {
+    "drops": [0, 4, 8],
+    "low_layers": [0, 32],
+    "low_bits": 4,
+    "admits": [None, 4, 8, 16],
+    "dwell_s": 8.0,
+}
+"""The table of plans without another one; the shipped policy of ``ServeCluster`` chooses from it."""
+
+
 class ClusterSetting(ServeSetting):
     """What all clusters of one configuration share: the servers, the router, their traffic, and the plans."""
 
@@ -74,9 +84,9 @@ class ClusterSetting(ServeSetting):
                 replica the cluster's reward; 1 adds how much more its own requests earned than the cluster's average
                 ones. The mean over replicas is the cluster's reward for any value.
             hide: names of entries that are always observed as 0, for ablations.
-            kwargs: arguments of ``ServeSetting``.
+            kwargs: arguments of ``ServeSetting``; the default ``actions`` are ``CLUSTER_ACTIONS``.
         """
-        super().__init__(**kwargs)
+        super().__init__(**{"actions": CLUSTER_ACTIONS, **kwargs})
         if replicas < 1 or not 0.0 <= own_share <= 1.0:
             raise ConfigError(
                 f"replicas is {replicas} and own_share is {own_share}; replicas must be at least 1, own_share in [0, 1]"

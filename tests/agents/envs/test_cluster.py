@@ -13,7 +13,7 @@ import simpy
 from omegaconf import OmegaConf
 
 from agents.baselines.serve import conf_policy, fixed_plan, policy_context
-from agents.envs.cluster import ClusterSetting, ServeCluster
+from agents.envs.cluster import CLUSTER_ACTIONS, ClusterSetting, ServeCluster
 from agents.envs.cluster_vector import ServeReplicas
 from agents.envs.serve import ServeTrace
 from agents.envs.serve_vector import ServeTraceVector
@@ -98,8 +98,8 @@ def test_the_vector_rows_equal_the_plain_cluster_at_every_step(reward: dict[str,
 
 def test_a_cluster_of_one_replica_plays_the_episodes_of_serve_trace() -> None:
     for window in WINDOWS[0], WINDOWS[2]:
-        alone, one = ServeTrace(), ServeCluster(replicas=1)
-        fast_alone, fast_one = ServeTraceVector(1), ServeReplicas(1, replicas=1)
+        alone, one = ServeTrace(actions=CLUSTER_ACTIONS), ServeCluster(replicas=1)
+        fast_alone, fast_one = ServeTraceVector(1, actions=CLUSTER_ACTIONS), ServeReplicas(1, replicas=1)
         observations = alone.reset(options={"window": window})[0], one.reset(options={"windows": [window]})[0][0]
         fast_alone.reset(options={"windows": [window]})
         fast_one.reset(options={"windows": [[window]]})
