@@ -44,7 +44,10 @@ def test_every_experiment_composes_with_the_command_of_its_second_line(path: Pat
     assert f"experiment={path.stem}" in arguments
     if arguments[2].startswith("agents") and importlib.util.find_spec("ray") is None:
         pytest.skip("needs ray")
-    importlib.import_module(arguments[2])  # which registers its schema
+    spec = importlib.util.find_spec(arguments[2])
+    assert spec is not None
+    package = spec.submodule_search_locations is not None
+    importlib.import_module(f"{arguments[2]}.run" if package else arguments[2])  # which registers its schema
     check_overrides(arguments[3:], COMMANDS[arguments[2]])
 
 

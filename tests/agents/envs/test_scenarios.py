@@ -81,14 +81,6 @@ def test_commands_that_train_take_a_scenario(command: str) -> None:
     assert cfg.env.kwargs.actions.dwell_s == own.actions.dwell_s
 
 
-def test_an_evaluation_takes_a_scenario_in_place_of_the_training() -> None:
-    importlib.import_module("agents.evaluate")  # which registers its schema
-    assert dict(composed("evaluate").env.kwargs) == {}
-    cfg = composed("evaluate", "scenario=mid", "low_bits=measured")
-    assert cfg.env.kwargs.quality == "llama2_7b_transferred_w4"
-    assert cfg.env.kwargs.budget.high_share == 1.484
-
-
 def test_an_unknown_scenario_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="roomy"):
         scenario_kwargs("romy", "none")

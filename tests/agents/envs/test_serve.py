@@ -89,10 +89,10 @@ def test_rejecting_pruning_and_late_requests_each_cost_utility() -> None:
             *_, over, _, info = env.step(action)
         return float(info["utility"])
 
-    actions = {**DEFAULT_ACTIONS, "waits": [None, 1.5]}
+    actions = {**DEFAULT_ACTIONS, "waits": [None, 1.5], "runs": [None]}
     names = ServeTrace(actions=actions).setting.actions.names
     quiet, busy = replace(WINDOW, rate=0.4, budget="full"), replace(WINDOW, rate=1.3)
-    dense, pruned = names.index("drop 0, W4 0, queue any"), names.index("drop 8, W4 0, queue any")
+    dense, pruned = names.index("drop 0, W4 0, queue any"), names.index("drop 10, W4 0, queue any")
     limited = names.index("drop 0, W4 0, queue any, wait 1.5 s")
     assert utility(dense, quiet) > utility(pruned, quiet) + 0.05
     assert utility(dense, quiet) >= utility(limited, quiet)
@@ -123,7 +123,7 @@ def test_changed_weights_stay_for_the_dwell_time_and_the_wait_limit_may_change()
     setting = env.setting
     names = setting.actions.names
     env.reset(options={"window": replace(WINDOW, budget="full")})
-    low, limited = (names.index(f"drop 0, W4 32, queue any, wait {wait} s") for wait in (1.0, 1.5))
+    low, limited = (names.index(f"drop 0, W4 32, queue any, wait {wait:g} s") for wait in (1.0, 1.5))
     observation, *_ = env.step(low)
     flags = {name: flag > 0.5 for name, flag in zip(names, observation[-len(names) :], strict=True)}
     assert {name for name, flag in flags.items() if flag} == {name for name in names if "drop 0, W4 32" in name}

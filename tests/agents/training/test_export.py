@@ -103,8 +103,10 @@ def seeds(folder: Path, count: int = 3) -> list[Path]:
     for seed in range(count):
         run = training(folder / f"seed_{seed}", "learned_prune_smollm2")
         best, rng = run / "best" / "policy.json", np.random.default_rng(seed)
-        arrays = load_file(best.with_suffix(".safetensors"))
+        arrays = {key: x[0] for key, x in load_file(best.with_suffix(".safetensors")).items()}  # of its first network
         noisy = {key: x + rng.normal(size=x.shape).astype(np.float32) / 8 for key, x in arrays.items()}
+        about = json.loads(best.read_text())
+        best.write_text(json.dumps({key: about[key] for key in about if key not in ("members", "trainings", "guard")}))
         save_file(noisy, best.with_suffix(".safetensors"))
         change(best, training={"seed": seed, "seconds": 1.5, "validation_utility": 0.25})
         runs.append(run)
