@@ -124,8 +124,7 @@ def run_config(cfg: DictConfig, window: str, policy: str, slowdown: float) -> Di
     step = {"_target_": f"{scale_rate.__module__}.{scale_rate.__name__}", "_partial_": True, "factor": 1 / slowdown}
     with open_dict(one):
         one.slowdown = slowdown
-        steps: Any = OmegaConf.to_container(one.workload.steps)
-        one.workload = {"steps": [*steps, step]}
+        one.workload = {"steps": [*one.workload.steps, step]}
     return one
 
 
