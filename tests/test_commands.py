@@ -46,6 +46,9 @@ COMMANDS = {
     "agents.training.export": "export",
     "agents.evaluation.evaluate": "evaluate",
     "agents.evaluation.static_plans": "static_plans",
+    "agents.claim": "claim",
+    "agents.tune_rules": "tune_rules",
+    "agents.windows": "windows",
 }
 """Module that registers the command's keys -> its file of conf/."""
 REPLAYS = {"replay", "compare", "capacity", "cluster", "disaggregate", "hw_replay", "hw_loop", "client", "serve"} | {

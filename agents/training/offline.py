@@ -63,18 +63,26 @@ ConfigStore.instance().store(name="offline_schema", node=OfflineConfig)
 
 
 def nearest_action(actions: ServeActions, model: ModelSpec, plan: Plan, legal: Bools) -> int:
-    """Return the legal action whose plan equals ``plan``, or is nearest in bytes of weights, then in queue limit."""
+    """Return the legal action whose plan equals ``plan``, or is nearest in bytes of weights, then in each limit.
+
+    Limits are compared in this order: waiting requests, seconds of waiting, running requests.
+    """
     weights = weight_bytes(model, plan)
 
-    def distance(action: int) -> tuple[bool, int, float]:
+    def apart(ours: float | None, theirs: float | None) -> float:
+        # Two that are unlimited differ by 0, not by inf - inf.
+        limits = [math.inf if limit is None else float(limit) for limit in (ours, theirs)]
+        return 0.0 if limits[0] == limits[1] else abs(limits[0] - limits[1])
+
+    def distance(action: int) -> tuple[bool, int, float, float, float]:
         other = actions.plans[action]
-        limits = [
-            math.inf if max_waiting is None else float(max_waiting)
-            for max_waiting in (plan.max_waiting, other.max_waiting)
-        ]
-        # Two unlimited queues differ by 0, not by inf - inf.
-        difference = 0.0 if limits[0] == limits[1] else abs(limits[0] - limits[1])
-        return other != plan, abs(actions.weights_bytes[action] - weights), difference
+        return (
+            other != plan,
+            abs(actions.weights_bytes[action] - weights),
+            apart(plan.max_waiting, other.max_waiting),
+            apart(plan.max_wait_s, other.max_wait_s),
+            apart(plan.max_running, other.max_running),
+        )
 
     return min(np.flatnonzero(legal).tolist(), key=distance)
 

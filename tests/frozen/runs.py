@@ -371,7 +371,7 @@ REPLAYS = {
     "learned_serve, co-tenant": f"{BURST} {TENANT} policy=learned_serve policy.path=learned_replica_llama2",
     "learned_serve, random walk": f"{BURST} {WALK} policy=learned_serve policy.path=learned_replica_llama2",
     "learned_serve, vllm_v0": f"{BURST} {TENANT_63} policy=learned_serve policy.path=learned_replica_llama2 {V0}",
-    "learned_prune": f"{SMALL} {SMALL_STEPS} policy=learned_prune",
+    "learned_prune": f"{SMALL} {SMALL_STEPS} policy=learned_prune policy.path=tests/frozen/policies/learned_prune.json",
     "knapsack": f"{SMALL} {SMALL_STEPS} policy=knapsack",
     "pdtrim": f"{SMALL} budget.share=0.05 policy=pdtrim policy.most_perplexity=1.25",
 }

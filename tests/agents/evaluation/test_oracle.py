@@ -6,13 +6,13 @@ from itertools import product
 
 import pytest
 
-from agents.envs.serve import DEFAULT_ACTIONS, ServeSetting
+from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window
 from agents.evaluation.oracle import _utility, best_schedule, schedule_policy
 from agents.evaluation.serve import play_window
 
-WINDOW = Window(source="burst", start_s=300.0, rate=1.2, budget="cotenant", budget_seed=4)
-FEW = {**DEFAULT_ACTIONS, "drops": [0, 8], "low_layers": [0], "admits": [None, 8], "dwell_s": 0.0}
+WINDOW = Window(source="burst", start_s=300.0, rate=1.2, budget="cotenant", budget_seed=4, high_share=3.0)
+FEW = {"drops": [0, 6], "low_layers": [0], "waits": [None, 1.5], "dwell_s": 0.0}
 
 
 def test_a_replay_of_the_schedule_gives_its_utility_and_no_single_plan_is_better() -> None:

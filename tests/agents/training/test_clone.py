@@ -62,7 +62,7 @@ def test_on_an_idle_server_no_plan_is_better_than_dense() -> None:
     lost = look_ahead(core, 6.0, 0.0)
     assert lost[0] == pytest.approx(np.nanmin(lost), abs=1e-9)
     assert lost[0] == pytest.approx(0.0, abs=1e-9)
-    assert lost[setting.actions.names.index("drop 8, W4 32, queue any")] > 0.0
+    assert lost[setting.actions.names.index("drop 10, W4 32, queue any, wait 1.5 s")] > 0.0
 
 
 def test_equal_seeds_give_equal_demonstrations() -> None:

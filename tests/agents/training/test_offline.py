@@ -56,7 +56,8 @@ def test_an_episode_of_dense_serving_holds_its_action_and_a_return_in_range() ->
 
 
 def test_a_plan_outside_the_table_becomes_the_nearest_legal_one() -> None:
-    setting = ServeSetting()
+    limits = {"admits": [None, 4, 8, 16], "waits": [None, 1.5], "runs": [None, 20]}
+    setting = ServeSetting(actions={"drops": [0, 4, 8], "low_layers": [0, 32], **limits})
     names, legal = setting.actions.names, np.ones(len(setting.actions.plans), dtype=np.bool_)
 
     def nearest(**changes: Any) -> str:
@@ -68,6 +69,7 @@ def test_a_plan_outside_the_table_becomes_the_nearest_legal_one() -> None:
     assert nearest(drop_mha=[25, 27, 24], max_waiting=100) == "drop 4, W4 0, queue 16"
     legal[names.index("drop 0, W4 0, queue 8")] = False
     assert nearest(max_waiting=8) != "drop 0, W4 0, queue 8"
+    assert nearest(max_waiting=16, max_wait_s=1.2, max_running=30) == "drop 0, W4 0, queue 16, wait 1.5 s, run 20"
 
 
 def test_a_wrong_file_or_policy_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
