@@ -74,7 +74,7 @@ def test_help_shows_how_to_call_the_command_and_lists_the_groups_that_it_uses(mo
 
 @pytest.mark.parametrize("module", [module for module in COMMANDS if not module.startswith("agents")])
 def test_no_key_of_a_command_has_the_name_of_a_folder_of_conf(module: str) -> None:
-    """Hydra takes such a key for a group that the command does not have, so nobody can set it."""
+    """Hydra takes such a key for a group that the command does not have, so it cannot be set."""
     importlib.import_module(module)
     schema = OmegaConf.to_container(ConfigStore.instance().load(f"{COMMANDS[module]}_schema.yaml").node)
     assert isinstance(schema, dict)

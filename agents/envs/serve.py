@@ -84,9 +84,9 @@ def with_order(model: ModelSpec, actions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nearest_cost(low_bit_cost: float) -> float:
-    """Return the nearest of the costs of low precision that are told apart: the powers of 4.
+    """Return a cost of low precision, rounded to a power of 4 on a logarithmic scale.
 
-    Each needs a graph of plans of its own, which takes a minute to fill.
+    Each cost needs its own graph of plans, which takes a minute to fill, so there are few.
     """
     return float(4.0 ** round(math.log(low_bit_cost, 4.0)))
 

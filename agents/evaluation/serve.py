@@ -73,7 +73,7 @@ def play_window(setting: ServeSetting, window: Window, policy: Policy) -> dict[s
 
 
 def first_windows(listed: Sequence[Listed], most: int | None) -> list[Listed]:
-    """Return at most so many windows of each source in each scenario, the first; None for all."""
+    """Return the first ``most`` windows of each source in each scenario; all of them if it is None."""
     seen: Counter[tuple[str, str]] = Counter()
     found = []
     for one in listed:

@@ -58,7 +58,7 @@ TRIALS, SEED, TRAIN_SEED = 24, 0, 20250603
 TRIES = 5
 """How often a window is sampled that has no load of its own."""
 KEPT = 3
-"""One trial of this many goes on to all windows; so many windows there are for one of the first round."""
+"""The first round plays a third of the windows; the best third of its trials goes on to all windows."""
 
 
 def mean_utility(setting: ServeSetting, windows: Sequence[Window], build: Build) -> float:

@@ -69,7 +69,7 @@ def nearest_action(actions: ServeActions, model: ModelSpec, plan: Plan, legal: B
     """
     weights = weight_bytes(model, plan)
 
-    def apart(ours: float | None, theirs: float | None) -> float:
+    def difference(ours: float | None, theirs: float | None) -> float:
         # Two that are unlimited differ by 0, not by inf - inf.
         limits = [math.inf if limit is None else float(limit) for limit in (ours, theirs)]
         return 0.0 if limits[0] == limits[1] else abs(limits[0] - limits[1])
@@ -79,9 +79,9 @@ def nearest_action(actions: ServeActions, model: ModelSpec, plan: Plan, legal: B
         return (
             other != plan,
             abs(actions.weights_bytes[action] - weights),
-            apart(plan.max_waiting, other.max_waiting),
-            apart(plan.max_wait_s, other.max_wait_s),
-            apart(plan.max_running, other.max_running),
+            difference(plan.max_waiting, other.max_waiting),
+            difference(plan.max_wait_s, other.max_wait_s),
+            difference(plan.max_running, other.max_running),
         )
 
     return min(np.flatnonzero(legal).tolist(), key=distance)
