@@ -279,6 +279,8 @@ class Disaggregated:
 
     def _arrive(self, request: int, now_s: float) -> None:
         """Send a request to the prefill replica with the fewest requests."""
+        for side in self.prefill:
+            kernel.reject_late(side.table, now_s)  # those that have waited too long no longer count
         number = min(range(len(self.prefill)), key=lambda k: ck.outstanding(self.prefill[k].table))
         side, prompt = self.prefill[number], int(self.trace.prompt_tokens[request])
         self._room(side)

@@ -330,9 +330,13 @@ def test_transfers_that_end_together_join_in_the_order_in_which_they_were_sent()
 
 ENDS_TOGETHER = 2030
 """A random system whose prefill replicas are alike, so that transfers on three links end at the same moment."""
+WAITED_TOO_LONG = 700_076
+"""A random system in which a prompt comes when another has waited too long at one of two prefill replicas."""
 
 
-@pytest.mark.parametrize("seeds", [*(range(first, first + 20) for first in range(0, 120, 20)), [ENDS_TOGETHER]])
+@pytest.mark.parametrize(
+    "seeds", [*(range(first, first + 20) for first in range(0, 120, 20)), [ENDS_TOGETHER, WAITED_TOO_LONG]]
+)
 def test_the_system_leaves_the_records_of_the_plain_one(seeds: Sequence[int]) -> None:
     for seed in seeds:
         found = differences(random_disaggregated(seed))
