@@ -108,7 +108,7 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
         for number in range(config.windows):
             core.begin(setting.sample_window(rng))
             offset = int(rng.integers(config.every))
-            action = 0
+            action = core.choice.action
             for tick in range(1, setting.ticks - 1):
                 legal = core.actions.legal(core.state, core.choice)
                 observed = core.observe()[: setting.table.features]
