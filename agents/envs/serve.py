@@ -278,7 +278,7 @@ DEFAULT_ACTIONS: Mapping[str, Any] = {
     "low_layers": [0, 16, 32],
     "low_bits": 4,
     "waits": [1.0, 1.5],
-    "runs": [None, 48, 20, 8],
+    "runs": [None, 48, 28, 16, 9, 5],
     "start_drops": 6,
     "dwell_s": 4.0,
 }

@@ -89,7 +89,7 @@ def look_ahead(
     for action in np.flatnonzero(legal).tolist():
         engine.apply(setting.actions.plans[action])
         engine.run_until(end_s)
-        lost[action] = utility_lost(engine.records(), setting.slo, setting.dense_nll, end_s + grace_s, 1)
+        lost[action] = utility_lost(engine.records(), setting.slo, setting.dense_nll, end_s, 1, ahead_s=grace_s)
         engine.restore(saved)
     return lost
 

@@ -134,8 +134,9 @@ def serve_actions(
         waits: how long a request may wait for its admission, in seconds; None for no limit.
         runs: how many requests may run at once, which bounds the time per token; None for the engine's own limit.
         start_drops: None starts with the first plan. A number starts with the most layers at low precision and nothing
-            dropped, or, where there are no copies, with this many blocks dropped. An engine refuses prompts that do not
-            fit the memory that its first plan leaves for KV, so a start with full weights can refuse long ones forever.
+            dropped, or, where there are no copies, with at least this many blocks dropped, as far as the table goes. An
+            engine refuses prompts that do not fit the memory that its first plan leaves for KV, so a start with full
+            weights can refuse long ones forever.
         dwell_s, workspace_bytes: as in ``ServeActions``.
     Raises:
         PlanError: for a plan that is not legal, or an order made for another model.
@@ -178,9 +179,10 @@ def serve_actions(
         steps = ((i, drops), (j, low_layers), (k, limits))
         one, two, three = (at / max(1, len(of) - 1) for at, of in steps)
         levels.append((one, two, three))
-    if start_drops is not None and start_drops not in drops:
-        raise ConfigError(f"actions.start_drops is {start_drops}; it must be one of the drops {list(drops)}, or null")
-    dropping = 0 if start_drops is None else list(drops).index(start_drops) * len(low_layers) * len(limits)
+    if start_drops is not None and start_drops < 0:
+        raise ConfigError(f"actions.start_drops is {start_drops}; it must be a number of blocks from 0 on, or null")
+    enough = min((gone for gone in drops if gone >= (start_drops or 0)), default=max(drops))
+    dropping = 0 if start_drops is None else list(drops).index(enough) * len(low_layers) * len(limits)
     lowest = 0 if start_drops is None else list(low_layers).index(max(low_layers)) * len(limits)
     return ServeActions(
         names=tuple(names),
