@@ -172,8 +172,9 @@ def utility_lost(
     Args:
         records: of the requests that have arrived. dense_nll: NLL of the dense model, in nats per token.
         now_s: seconds since the start of the window; ``inf`` after it has been served. requests: in the window.
-        ahead_s: None for what is certain. Seconds estimate what will be lost: a request that waits is late if it would be
-            so many seconds from now, and a running one counts as lost if its tokens so far are slower than the TPOT target.
+        ahead_s: None counts what is certain. A number adds what is likely: a request that waits is late if it would be
+            late after this many more seconds, and a running one is lost if its tokens so far are slower than the TPOT
+            target.
     """
     if not len(records):
         return 0.0
