@@ -122,7 +122,7 @@ class Base:
 
     file: its name there. about: what it does, for tables. keys: values that differ from the file. space: what is
     searched, next to what depends on the setting (``space_of``). needs_bits: low precision without which it cannot run,
-    0 for any. limits: limits of admission around it. slow: it is tuned on fewer windows.
+    0 for any. limits: limits of admission around it. slow: it is tuned on a third of the windows.
     """
 
     file: str
