@@ -79,7 +79,7 @@ def test_every_rule_that_can_run_is_built_with_its_defaults_and_with_random_para
             assert json.loads(json.dumps(config)) == config  # a file of conf/rules holds it
             policy = build_rule(config)(policy_context(setting))
             limit = parts_of(name)[1]
-            # Those that change plans start with the same weights, so the engine refuses the same prompts under all of them.
+            # Those that change plans start with the same weights, so the engine refuses the same prompts.
             if BASES[parts_of(name)[0]].changes:
                 start = setting.actions.plans[setting.actions.start]
                 assert (policy.first_plan.decode, policy.first_plan.weight_bits) == (start.decode, start.weight_bits)
