@@ -170,16 +170,16 @@ class ClusterCore:
         self.setting = setting
 
     def begin(self, windows: Sequence[Window]) -> None:
-        """Start the windows with the first plan of the table on every replica."""
+        """Start the windows with the first plan (``ServeActions.start``) on every replica."""
         setting, count = self.setting, len(windows)
         self.windows = windows
-        first = Fixed(setting.actions.plans[0])
+        first = Fixed(setting.actions.plans[setting.actions.start])
         self.cluster = setting.build_cluster(windows, [first] * count, decide=False)
         self.requests = len(self.cluster.trace)
         self.observers = [
             ServeObserver(setting.model, setting.actions, setting.kv_block_layer_bytes) for _ in range(count)
         ]
-        self.choices = [Choice()] * count
+        self.choices = [Choice(setting.actions.start)] * count
         self.tick, self.illegal = 0, 0
         self.utility = self.potential = self.lost = 0.0
         self.history: list[tuple[float, list[EngineState], list[int]]] = []

@@ -114,7 +114,7 @@ class ServeReplicas(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
         self._windows[c] = windows
         if len(self._graph) > MEMORY_OF_PLANS // 2:
             self._graph = PlanGraph(setting.model, setting.nll)
-        first = [Fixed(setting.actions.plans[0])] * setting.replicas
+        first = [Fixed(setting.actions.plans[setting.actions.start])] * setting.replicas
         cluster = setting.build_cluster(windows, first, decide=False, graph=self._graph)
         for row in range(rows.start, rows.stop):
             self._observers.begin(row)

@@ -160,7 +160,9 @@ class ServeReward:
 SERVE_KINDS = ("earned", "lost")
 
 
-def utility_lost(records: Records, slo: Slo, dense_nll: float, now_s: float, requests: int) -> float:
+def utility_lost(
+    records: Records, slo: Slo, dense_nll: float, now_s: float, requests: int, *, ahead_s: float | None = None
+) -> float:
     """Return the share of a window's utility that is out of reach at ``now_s``, in [0, 1].
 
     A request loses its full share once it is rejected, finishes outside the SLO, or misses the TTFT target (also while
@@ -170,10 +172,13 @@ def utility_lost(records: Records, slo: Slo, dense_nll: float, now_s: float, req
     Args:
         records: of the requests that have arrived. dense_nll: NLL of the dense model, in nats per token.
         now_s: seconds since the start of the window; ``inf`` after it has been served. requests: in the window.
+        ahead_s: None counts what is certain. A number adds what is likely: a request that waits is late if it would be
+            late after this many more seconds, and a running one is lost if its tokens so far are slower than the TPOT
+            target.
     """
     if not len(records):
         return 0.0
-    first_s = np.where(np.isfinite(records.first_token_s), records.first_token_s, now_s)
+    first_s = np.where(np.isfinite(records.first_token_s), records.first_token_s, now_s + (ahead_s or 0.0))
     late = (
         first_s - records.arrival_s > slo.ttft_s if slo.ttft_s is not None else np.zeros(len(records), dtype=np.bool_)
     )
@@ -181,5 +186,8 @@ def utility_lost(records: Records, slo: Slo, dense_nll: float, now_s: float, req
     finished = records.status == Status.FINISHED
     if finished.any():
         gone |= finished & ~met_slo(records, slo)
+    if ahead_s is not None and slo.tpot_s is not None:
+        taken_s = np.where(finished, 0.0, now_s - records.first_token_s)
+        gone |= taken_s > slo.tpot_s * np.maximum(records.produced_tokens - 1, 1)
     loss = np.nan_to_num(records.quality_nll - dense_nll, nan=0.0)
     return float(np.where(gone, 1.0, 1.0 - kept_quality(loss)).sum()) / requests

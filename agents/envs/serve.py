@@ -278,7 +278,8 @@ DEFAULT_ACTIONS: Mapping[str, Any] = {
     "low_layers": [0, 16, 32],
     "low_bits": 4,
     "waits": [1.0, 1.5],
-    "runs": [None, 48, 20, 8],
+    "runs": [None, 48, 28, 16, 9, 5],
+    "start_drops": 6,
     "dwell_s": 4.0,
 }
 
@@ -290,15 +291,16 @@ class ServeCore:
         self.setting = setting
 
     def begin(self, window: Window) -> None:
-        """Start a window with the first plan of the table."""
+        """Start a window with the first plan of its server (``ServeActions.start``)."""
         setting = self.setting
         self.window = window
-        self.engine = setting.build_engine(window, setting.actions.plans[0], graph=setting.graph_for(window))
-        self.requests = len(setting.windows.arrays(window)[0])
         self.actions, self.observer = setting.actions_for(window), setting.observer_for(window)
+        first = setting.actions.plans[self.actions.start]
+        self.engine = setting.build_engine(window, first, graph=setting.graph_for(window))
+        self.requests = len(setting.windows.arrays(window)[0])
         # The first decision comes after one tick, as in sim.replay.
         self.state: EngineState = self.engine.run_until(setting.tick_s)
-        self.tick, self.choice, self.illegal = 1, Choice(), 0
+        self.tick, self.choice, self.illegal = 1, Choice(self.actions.start), 0
         self.utility = self.potential = self.lost = 0.0
         self.history: list[tuple[float, int, int, float, float, int]] = []
 

@@ -88,7 +88,8 @@ class ServeTraceVector(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
         window = window or setting.sample_window(self._rngs[i])
         self._windows[i] = window
         graph = setting.graph_for(window)
-        engine = setting.build_engine(window, setting.actions.plans[0], graph=graph, external_clock=True)
+        first = setting.actions.plans[setting.actions_for(window).start]
+        engine = setting.build_engine(window, first, graph=graph, external_clock=True)
         self._engines.place(i, engine)
         self._observers.begin(i, low_bits=window.low_bits, low_loss=setting.low_loss(window.low_bit_cost))
         self._requests[i], self._tick[i] = engine.requests, 0

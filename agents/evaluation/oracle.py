@@ -43,17 +43,17 @@ def best_schedule(setting: ServeSetting, window: Window, spans: Sequence[int] = 
 
 
 def schedule_policy(setting: ServeSetting, schedule: Sequence[int]) -> Schedule:
-    """Return the policy that follows a schedule; like every policy it starts with the first plan of the table."""
+    """Return the policy that follows a schedule; it starts with the plan that learned policies start with."""
     plans = setting.actions.plans
     at_s = tuple(tick * setting.tick_s for tick in range(setting.ticks))
-    return Schedule(at_s, (plans[0], *(plans[action] for action in schedule)))
+    return Schedule(at_s, (plans[setting.actions.start], *(plans[action] for action in schedule)))
 
 
 def _improved(
     setting: ServeSetting, window: Window, schedule: list[int], utility: float, span: int
 ) -> tuple[list[int], float]:
     """Return the schedule after a sweep that gives each span the plan with the highest utility of the window."""
-    engine = setting.build_engine(window, setting.actions.plans[0])
+    engine = setting.build_engine(window, setting.actions.plans[setting.actions.start])
     requests = len(setting.windows.requests(window))
     for begin in range(1, setting.ticks, span):
         end = min(begin + span, setting.ticks)
@@ -83,7 +83,7 @@ def _follow(setting: ServeSetting, engine: SimEngine, schedule: Sequence[int], b
 
 
 def _utility(setting: ServeSetting, window: Window, schedule: Sequence[int]) -> float:
-    engine = setting.build_engine(window, setting.actions.plans[0])
+    engine = setting.build_engine(window, setting.actions.plans[setting.actions.start])
     engine.run_until(setting.tick_s)
     _follow(setting, engine, schedule, 1, setting.ticks)
     engine.run_until(math.inf)

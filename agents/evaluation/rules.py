@@ -191,8 +191,8 @@ BASES: Mapping[str, Base] = {
 LIMITS: Mapping[str, str] = {
     "": "",
     "+queue": "with a limit of waiting requests",
-    "+wait": "with a longest wait in seconds",
-    "+saber": "with SABER's predicted limit in seconds",
+    "+wait": "with a longest wait in seconds and a limit of running requests",
+    "+saber": "with SABER's limits, predicted from the targets",
     "+saber_queue": "with a limit of waiting requests that follows the measured speed",
 }
 """Suffixes of the names of rules, with what they stand for."""
@@ -206,12 +206,18 @@ def limit_space(setting: ServeSetting, limit: str) -> Space:
     spaces: Mapping[str, Space] = {
         "": {},
         "+queue": {"max_waiting": Range(1, 64, 8, log=True)},
-        "+wait": {"max_wait_s": Range(0.2 * target_s, target_s, 0.75 * target_s)},
+        "+wait": {
+            "max_wait_s": Range(0.2 * target_s, target_s, 0.75 * target_s),
+            "max_running": Choice((None, 64, 48, 32, 20, 12)),
+        },
         "+saber": {"margin": Range(0.4, 1.1, 0.8), "smoothing_s": Range(2.0, 30.0, 10.0, log=True)},
         "+saber_queue": {"margin": Range(0.1, 1.0, 0.4), "smoothing_s": Range(2.0, 30.0, 10.0, log=True)},
     }
     tpot_s = setting.slo.tpot_s
-    return {**spaces[limit], **({"tpot_s": Choice((None, tpot_s))} if limit == "+saber" and tpot_s else {})}
+    return {**spaces[limit], **({"tpot_s": Choice((tpot_s, None))} if limit == "+saber" and tpot_s else {})}
+
+
+_NO_LIMITS: Mapping[str, None] = {"max_waiting": None, "max_wait_s": None, "max_running": None}
 
 
 def _limit_config(setting: ServeSetting, limit: str, values: Mapping[str, Any], inner: Any) -> Any:
@@ -219,7 +225,7 @@ def _limit_config(setting: ServeSetting, limit: str, values: Mapping[str, Any], 
     if not limit:
         return inner
     if limit in ("+queue", "+wait"):
-        return {"name": "limited", "max_waiting": None, "max_wait_s": None, **values, "policy": inner}
+        return {"name": "limited", **_NO_LIMITS, **values, "policy": inner}
     kind = "requests" if limit == "+saber_queue" else "seconds"
     return {"name": "saber", "limit": kind, "ttft_s": setting.slo.ttft_s, **values, "policy": inner}
 
@@ -342,7 +348,23 @@ def rule_config(setting: ServeSetting, name: str, parameters: Parameters, made: 
     base, limit = parts_of(name)
     values = {**_keys_of(setting, base, dict(parameters.get("policy", {}))), **(made or {})}
     inner = {"name": BASES[base].file, **BASES[base].keys, **values}
+    if base != "lookahead" and not BASES[base].needs_bits:  # these start so already
+        inner = {"name": "starting", **_start(setting), "policy": inner}
     return _limit_config(setting, limit, parameters.get("limit", {}), inner)
+
+
+def _start(setting: ServeSetting) -> dict[str, Any]:
+    """Return the plan with which every policy starts, as keys of conf/policy/starting.yaml.
+
+    An engine refuses prompts, and cuts answers, that do not fit the memory that its first plan leaves for KV. With one
+    start all policies serve the same requests.
+    """
+    plan = setting.actions.plans[setting.actions.start]
+    gone = {
+        key: [i for i, kept in enumerate(of) if not kept]
+        for key, of in (("drop_mha", plan.decode.mha), ("drop_ffn", plan.decode.ffn))
+    }
+    return {**gone, "weight_bits": list(plan.weight_bits)}
 
 
 def _keys_of(setting: ServeSetting, base: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -356,7 +378,10 @@ def _keys_of(setting: ServeSetting, base: str, values: dict[str, Any]) -> dict[s
         mha, ffn = ([layer for of, layer in blocks if of == kind] for kind in ("MHA", "FFN"))
         return values | {"drop_mha": mha, "drop_ffn": ffn}
     if base == "lookahead":
-        return values | {"actions": dict(options), "ttft_s": setting.slo.ttft_s or 2.0}
+        # Half the table: trying a plan costs time, and those between are seldom the best.
+        table = {**options, "low_layers": sorted({min(options["low_layers"]), max(options["low_layers"])})}
+        table["runs"] = list(options.get("runs", [None]))[:2]
+        return values | {"actions": table, "ttft_s": setting.slo.ttft_s or 2.0, "tpot_s": setting.slo.tpot_s}
     if base in ("greedy_stop", "pressure_stop", "memory_ladder", "load_ladder", "load_table"):
         values |= {"order": list(options["order"]), "made_for": None}
     if base == "pressure_stop" and "most" in values:

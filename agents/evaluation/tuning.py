@@ -54,7 +54,7 @@ from sim.policies.tuned import FOLDER, read_rules
 from sim.progress import counted, progress, say
 from sim.results.run_folder import provenance, write_json
 
-TRIALS, SEED, TRAIN_SEED = 24, 0, 20250603
+TRIALS, SEED, TRAIN_SEED = 12, 0, 20250603
 TRIES = 5
 """How often a window is sampled that has no load of its own."""
 KEPT = 3

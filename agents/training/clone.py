@@ -89,7 +89,7 @@ def look_ahead(
     for action in np.flatnonzero(legal).tolist():
         engine.apply(setting.actions.plans[action])
         engine.run_until(end_s)
-        lost[action] = utility_lost(engine.records(), setting.slo, setting.dense_nll, end_s + grace_s, 1)
+        lost[action] = utility_lost(engine.records(), setting.slo, setting.dense_nll, end_s, 1, ahead_s=grace_s)
         engine.restore(saved)
     return lost
 
@@ -108,7 +108,7 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
         for number in range(config.windows):
             core.begin(setting.sample_window(rng))
             offset = int(rng.integers(config.every))
-            action = 0
+            action = core.choice.action
             for tick in range(1, setting.ticks - 1):
                 legal = core.actions.legal(core.state, core.choice)
                 observed = core.observe()[: setting.table.features]

@@ -247,20 +247,22 @@ def maker(policy: Any) -> Callable[[PolicyContext], Policy]:
 
 @dataclass(slots=True)
 class Limited:
-    """Follows another policy, with limits on the queue.
+    """Follows another policy, with limits of admission.
 
-    max_waiting, max_wait_s: as in ``Plan``; None leaves what the other policy says.
+    max_waiting, max_wait_s, max_running: as in ``Plan``; None leaves what the other policy says.
     """
 
     policy: Policy
     max_waiting: int | None
     max_wait_s: float | None = None
+    max_running: int | None = None
 
     def _limited(self, plan: Plan) -> Plan:
         return replace(
             plan,
             max_waiting=plan.max_waiting if self.max_waiting is None else self.max_waiting,
             max_wait_s=plan.max_wait_s if self.max_wait_s is None else self.max_wait_s,
+            max_running=plan.max_running if self.max_running is None else self.max_running,
         )
 
     @property
@@ -279,7 +281,12 @@ class Limited:
 
 
 def limited(
-    served: PolicyContext, *, policy: Any, max_waiting: int | None = None, max_wait_s: float | None = None
+    served: PolicyContext,
+    *,
+    policy: Any,
+    max_waiting: int | None = None,
+    max_wait_s: float | None = None,
+    max_running: int | None = None,
 ) -> Limited:
     """Build the policy around another one: a file of conf/policy by name or by content (``built``).
 
@@ -291,9 +298,11 @@ def limited(
     """
     legal = max_waiting is None or (is_whole(max_waiting) and 0 <= max_waiting <= LARGEST)
     legal = legal and (max_wait_s is None or is_positive(max_wait_s))
-    if not legal or (max_waiting is None and max_wait_s is None):
+    legal = legal and (max_running is None or (is_whole(max_running) and 1 <= max_running <= LARGEST))
+    if not legal or (max_waiting is None and max_wait_s is None and max_running is None):
         raise ConfigError(
-            f"policy.max_waiting is {max_waiting!r} and policy.max_wait_s {max_wait_s!r}; the first must be at least 0 "
-            f"waiting requests, a whole number up to {LARGEST}, the second seconds above 0; set one of them or both"
+            f"policy.max_waiting is {max_waiting!r}, policy.max_wait_s {max_wait_s!r} and policy.max_running "
+            f"{max_running!r}; the first must be at least 0 waiting requests, a whole number up to {LARGEST}, the "
+            "second seconds above 0, the third at least 1 running request; set at least one of them"
         )
-    return Limited(built(policy, served), max_waiting, max_wait_s)
+    return Limited(built(policy, served), max_waiting, max_wait_s, max_running)

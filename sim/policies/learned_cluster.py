@@ -29,12 +29,15 @@ class LearnedCluster:
     actions: ServeActions
     observer: ServeObserver
     shown: Floats32
-    choice: Choice = field(default_factory=Choice)
+    choice: Choice = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.choice = Choice(self.actions.start)
 
     @property
     def first_plan(self) -> Plan:
-        """The first plan of the table."""
-        return self.actions.plans[0]
+        """The plan that training started with."""
+        return self.actions.plans[self.actions.start]
 
     def __call__(self, state: EngineState) -> Plan:
         """Choose without observing other replicas."""

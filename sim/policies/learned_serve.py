@@ -37,12 +37,15 @@ class LearnedServe:
     actions: ServeActions
     observer: ServeObserver
     reads: int
-    choice: Choice = field(default_factory=Choice)
+    choice: Choice = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.choice = Choice(self.actions.start)
 
     @property
     def first_plan(self) -> Plan:
-        """The first plan of the table."""
-        return self.actions.plans[0]
+        """The plan that training started with."""
+        return self.actions.plans[self.actions.start]
 
     @property
     def plans(self) -> tuple[Plan, ...]:

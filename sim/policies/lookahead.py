@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.cost.plan import Plan, dense_plan, describe
+from sim.cost.plan import Plan, dense_plan, describe, is_positive
 from sim.engine.budget import Budget, constant_budget
 from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineState
@@ -55,7 +55,7 @@ class Past:
 class Lookahead:
     """Chooses the plan that a trial rates best; keeps the current plan unless another is better by ``margin``.
 
-    horizon_s: duration of a trial. ttft_s: the TTFT target.
+    horizon_s: duration of a trial. ttft_s, tpot_s: the targets; None for no target of the time per output token.
     grace_s: a request that still waits at the end of a trial counts as on time if its deadline is at least this much
         later.
     margin: in requests that meet the target.
@@ -68,21 +68,25 @@ class Lookahead:
     actions: ServeActions
     horizon_s: float
     ttft_s: float
+    tpot_s: float | None
     grace_s: float
     margin: float
     memory_s: float
     prior_tokens: float
     factors: tuple[float, ...]
     graph: PlanGraph
-    choice: Choice = field(default_factory=Choice)
+    choice: Choice = field(init=False)
     past: list[Past] = field(default_factory=list)
     before: EngineState | None = None
     dense_nll: float = math.nan
 
+    def __post_init__(self) -> None:
+        self.choice = Choice(self.actions.start)
+
     @property
     def first_plan(self) -> Plan:
-        """The first plan of the table."""
-        return self.actions.plans[0]
+        """The plan with which the table says to start."""
+        return self.actions.plans[self.actions.start]
 
     def __call__(self, state: EngineState) -> Plan:
         """Try every legal plan; take the best."""
@@ -150,7 +154,7 @@ class Lookahead:
 
     def _warm(self, state: EngineState, budget: Budget, until_s: float) -> SimEngine:
         """Return a server that has prefilled the running requests, as far as it could until ``until_s``."""
-        plan = replace(self.actions.plans[self.choice.action], max_waiting=None, max_wait_s=None)
+        plan = replace(self.actions.plans[self.choice.action], max_waiting=None, max_wait_s=None, max_running=None)
         config = replace(self.server.config, prefix_caching=False)  # which prompts share a prefix is not observable
         engine = self.server.build_engine(plan, budget, config=config, graph=self.graph, keep_iterations=False)
         running = state.running
@@ -192,6 +196,10 @@ class Lookahead:
         """Return the number of a trial's requests that are or can still be on time, weighted by their quality."""
         first_s = np.where(np.isfinite(records.first_token_s), records.first_token_s, end_s)
         good = (first_s <= deadline_s[: len(records)]) & (records.status != Status.REJECTED)
+        if self.tpot_s is not None:
+            # A request that still runs counts by its pace so far; one without a second token has none.
+            last_s = np.where(np.isfinite(records.finish_s), records.finish_s, end_s - self.grace_s)
+            good &= ~(last_s - records.first_token_s > self.tpot_s * np.maximum(records.produced_tokens - 1, 1))
         if self.server.quality_nll is None:
             return float(good.sum())
         if math.isnan(self.dense_nll):
@@ -218,6 +226,7 @@ def lookahead(
     actions: Mapping[str, Any],
     horizon_s: float = 12.0,
     ttft_s: float = 2.0,
+    tpot_s: float | None = None,
     grace_s: float = 1.0,
     margin: float = 0.1,
     memory_s: float = 5.0,
@@ -229,7 +238,7 @@ def lookahead(
     Args:
         served: what the policy knows of the server; plans are tried on its ``server``.
         actions: the table of plans, as options of ``sim.policies.observation.serve.serve_actions``.
-        horizon_s, ttft_s, grace_s, margin, memory_s, prior_tokens, factors: as in ``Lookahead``.
+        horizon_s, ttft_s, tpot_s, grace_s, margin, memory_s, prior_tokens, factors: as in ``Lookahead``.
     Raises:
         ConfigError: for numbers out of range, or if there is no model of the server.
     """
@@ -239,6 +248,8 @@ def lookahead(
             f"factors {list(factors)}, grace_s {grace_s}, margin {margin}; grace_s and margin must be at least 0, the "
             "others above 0, with at least one factor"
         )
+    if tpot_s is not None and not is_positive(tpot_s):
+        raise ConfigError(f"policy.tpot_s is {tpot_s!r}; it must be above 0 seconds, or null for no target")
     if served.server is None:
         raise ConfigError(
             "policy=lookahead tries plans on a model of the server, and this command has none; use sim.replay or "
@@ -259,6 +270,7 @@ def lookahead(
         graph=PlanGraph(server.model, server.quality_nll),
         horizon_s=horizon_s,
         ttft_s=ttft_s,
+        tpot_s=tpot_s,
         grace_s=grace_s,
         margin=margin,
         memory_s=memory_s,

@@ -45,6 +45,7 @@ class ServeActions:
     levels: for each plan, its position in the lists of drops, low layers and admission limits, in [0, 1].
     groups: plans with the same number have the same weights. low: whether a plan has layers at low precision.
     low_bits: whether the server has low-precision copies of the weights; plans that need them are illegal otherwise.
+    starts: the plan before the first decision: with low-precision copies, and without.
     dwell_s: shortest time between two changes of the weights, unless they no longer fit; the admission limit may change
         at any time.
     """
@@ -58,10 +59,16 @@ class ServeActions:
     dwell_s: float
     workspace_bytes: int
     low_bits: bool = True
+    starts: tuple[int, int] = (0, 0)
 
     def without_low_bits(self) -> ServeActions:
         """Return the same table for a server that has no low-precision copies of the weights."""
         return replace(self, low_bits=False)
+
+    @property
+    def start(self) -> int:
+        """The number of the plan that runs before the first decision."""
+        return self.starts[0 if self.low_bits else 1]
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -113,6 +120,7 @@ def serve_actions(
     admits: Sequence[int | None] = (None,),
     waits: Sequence[float | None] = (None,),
     runs: Sequence[int | None] = (None,),
+    start_drops: int | None = None,
     dwell_s: float = 0.0,
     workspace_bytes: int = 0,
 ) -> ServeActions:
@@ -125,6 +133,10 @@ def serve_actions(
         admits: limits of waiting requests, None for no limit.
         waits: how long a request may wait for its admission, in seconds; None for no limit.
         runs: how many requests may run at once, which bounds the time per token; None for the engine's own limit.
+        start_drops: None starts with the first plan. A number starts with the most layers at low precision and nothing
+            dropped, or, where there are no copies, with at least this many blocks dropped, as far as the table goes. An
+            engine refuses prompts that do not fit the memory that its first plan leaves for KV, so a start with full
+            weights can refuse long ones forever.
         dwell_s, workspace_bytes: as in ``ServeActions``.
     Raises:
         PlanError: for a plan that is not legal, or an order made for another model.
@@ -167,6 +179,11 @@ def serve_actions(
         steps = ((i, drops), (j, low_layers), (k, limits))
         one, two, three = (at / max(1, len(of) - 1) for at, of in steps)
         levels.append((one, two, three))
+    if start_drops is not None and start_drops < 0:
+        raise ConfigError(f"actions.start_drops is {start_drops}; it must be a number of blocks from 0 on, or null")
+    enough = min((gone for gone in drops if gone >= (start_drops or 0)), default=max(drops))
+    dropping = 0 if start_drops is None else list(drops).index(enough) * len(low_layers) * len(limits)
+    lowest = 0 if start_drops is None else list(low_layers).index(max(low_layers)) * len(limits)
     return ServeActions(
         names=tuple(names),
         plans=tuple(plans),
@@ -176,6 +193,7 @@ def serve_actions(
         low=tuple(min(plan.weight_bits) < model.weight_bits for plan in plans),
         dwell_s=dwell_s,
         workspace_bytes=workspace_bytes,
+        starts=(lowest if max(low_layers) else dropping, dropping),
     )
 
 
@@ -405,7 +423,8 @@ class ServeObservers:
     def begin(self, at: int, *, low_bits: bool = True, low_loss: float = 0.0) -> None:
         """Begin a new episode at position ``at``; ``low_bits`` as in ``ServeActions``, ``low_loss`` as in ``Terms``."""
         self._low_bits[at], self._low_loss[at] = low_bits, low_loss
-        self.action[at], self.changed_s[at], self._time_s[at] = 0, -math.inf, 0.0
+        self.action[at] = self.actions.starts[0 if low_bits else 1]
+        self.changed_s[at], self._time_s[at] = -math.inf, 0.0
         self._counters[at], self._rates[:, at] = 0.0, 0.0
 
     def legal(self, seen: Floats) -> Bools:
