@@ -122,7 +122,9 @@ class Base:
 
     file: its name there. about: what it does, for tables. keys: values that differ from the file. space: what is
     searched, next to what depends on the setting (``space_of``). needs_bits: low precision without which it cannot run,
-    0 for any. limits: limits of admission around it. slow: it is tuned on fewer windows.
+    0 for any. limits: limits of admission around it. slow: it is tuned on a third of the windows.
+    changes: whether it changes the plan; such a rule starts with the plan that learned policies start with, and a fixed
+    plan with itself.
     """
 
     file: str
@@ -132,13 +134,19 @@ class Base:
     needs_bits: int | None = None
     limits: tuple[str, ...] = ALL_LIMITS
     slow: bool = False
+    changes: bool = True
 
 
 BASES: Mapping[str, Base] = {
-    "dense": Base(file="dense", about="the full model", limits=("", "+queue", "+wait", "+saber", "+saber_queue")),
-    "int4": Base(file="int4", about="all layers at 4 bits", needs_bits=4),
-    "int8": Base(file="int8", about="all layers at 8 bits", needs_bits=8),
-    "static": Base(file="fixed", about="the best single plan of training windows"),
+    "dense": Base(
+        file="dense",
+        about="the full model",
+        limits=("", "+queue", "+wait", "+saber", "+saber_queue"),
+        changes=False,
+    ),
+    "int4": Base(file="int4", about="all layers at 4 bits", needs_bits=4, changes=False),
+    "int8": Base(file="int8", about="all layers at 8 bits", needs_bits=8, changes=False),
+    "static": Base(file="fixed", about="the best single plan of training windows", changes=False),
     "greedy_stop": Base(
         file="greedy_stop",
         about="RAP's rule without learning: drop in a greedy order until memory suffices",
@@ -348,16 +356,17 @@ def rule_config(setting: ServeSetting, name: str, parameters: Parameters, made: 
     base, limit = parts_of(name)
     values = {**_keys_of(setting, base, dict(parameters.get("policy", {}))), **(made or {})}
     inner = {"name": BASES[base].file, **BASES[base].keys, **values}
-    if base != "lookahead" and not BASES[base].needs_bits:  # these start so already
+    if BASES[base].changes and base != "lookahead":  # which starts as its table says
         inner = {"name": "starting", **_start(setting), "policy": inner}
     return _limit_config(setting, limit, parameters.get("limit", {}), inner)
 
 
 def _start(setting: ServeSetting) -> dict[str, Any]:
-    """Return the plan with which every policy starts, as keys of conf/policy/starting.yaml.
+    """Return the plan with which policies start that change plans, as keys of conf/policy/starting.yaml.
 
     An engine refuses prompts, and cuts answers, that do not fit the memory that its first plan leaves for KV. With one
-    start all policies serve the same requests.
+    start they all serve the same requests. A fixed plan starts with itself: after another start, a prompt that does not
+    fit next to its weights would block the queue.
     """
     plan = setting.actions.plans[setting.actions.start]
     gone = {

@@ -186,17 +186,19 @@ def tune_rule(games: Games, name: str, trials: int, seed: int) -> dict[str, Any]
     made = [_made(games, name, parameters) for parameters in tried]
     configs = [rule_config(setting, name, *both) for both in zip(tried, made, strict=True)]
     builds = [build_rule(config) for config in configs]
-    count = len(games.games)
-    first = max(1, count // (KEPT * KEPT if slow else KEPT)) if len(tried) > 1 else 0
+    count = len(games.games) // KEPT if slow else len(games.games)  # a slow rule plays a third of the windows in all
+    count = max(1, count)
+    first = max(1, count // KEPT) if len(tried) > 1 else 0
     begun = [games.utilities(build, games.games[:first]) for build in builds]
     order = sorted(range(len(tried)), key=lambda i: -games.score(begun[i]) if first else 0.0)
     kept = order[: 1 if slow else max(1, len(tried) // KEPT)]
-    finished = {i: begun[i] + games.utilities(builds[i], games.games[first:]) for i in dict.fromkeys([*kept, 0])}
+    finished = {i: begun[i] + games.utilities(builds[i], games.games[first:count]) for i in dict.fromkeys([*kept, 0])}
     best = max(sorted(finished), key=lambda i: games.score(finished[i]))
     return {
         "score": round(games.score(finished[best]), 5),
         "default_score": round(games.score(finished[0]), 5),
         "by_source": {source: round(value, 5) for source, value in games.by_source(finished[best]).items()},
+        "windows": count,
         "trials": len(tried),
         "trial": best,
         "parameters": tried[best],

@@ -133,6 +133,7 @@ PLANS: Mapping[str, Check] = {
     "drops": (_all(_whole), "a list of whole numbers"),
     "low_layers": (_all(_whole), "a list of whole numbers"),
     "low_bits": (_whole, "a whole number"),
+    "start_drops": (_optional(_whole), "a whole number, or null"),
     "admits": (_all(_optional(_whole)), "a list of whole numbers or null"),
     "runs": (
         _all(_optional(lambda value: _whole(value) and value > 0)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -96,15 +97,17 @@ def test_a_request_that_decodes_too_slowly_is_lost_when_it_finishes_in_both_engi
     core.begin(window)
     vector.reset(seed=0, options={"windows": [window]})
     over = False
+    start = setting.actions.start
     while not over:
-        reward, over = core.step(0)
-        _, rewards, *_ = vector.step(np.array([0]))
+        reward, over = core.step(start)
+        _, rewards, *_ = vector.step(np.array([start]))
         assert rewards[0] == pytest.approx(reward, abs=1e-9)
     records = core.engine.records()
     in_time = (records.status == Status.FINISHED) & (records.ttft_s <= 2.0)
     slow = in_time & (records.tpot_s > 0.1)
     assert slow.any()  # otherwise this window shows nothing
-    assert core.utility == pytest.approx((in_time & ~slow).mean())  # the dense plan keeps all quality
+    loss = setting.nll(setting.actions.plans[start]) - setting.dense_nll
+    assert core.utility == pytest.approx((in_time & ~slow).mean() * np.exp(-loss))  # one plan runs all the time
     assert (met_slo(records, setting.slo) == (in_time & ~slow)).all()
     # Until it finishes, such a request may still be in time: it is lost at its end, not before.
     first_slow = int(np.flatnonzero(slow)[0])
@@ -113,6 +116,13 @@ def test_a_request_that_decodes_too_slowly_is_lost_when_it_finishes_in_both_engi
 
     finish_s = float(records.finish_s[first_slow])
     assert utility_lost(only, setting.slo, setting.dense_nll, finish_s, 1) == 1.0
+    # Whoever looks ahead sees it lost as soon as its tokens come too slowly.
+    running = replace(only, status=np.array([Status.RUNNING]), finish_s=np.array([np.nan]))
+    certain = utility_lost(running, setting.slo, setting.dense_nll, finish_s, 1)
+    assert certain < 0.5 < utility_lost(running, setting.slo, setting.dense_nll, finish_s, 1, ahead_s=1.0) == 1.0
+    in_pace = replace(running, first_token_s=np.array([finish_s - 0.05 * (only.produced_tokens[0] - 1)]))
+    in_pace = replace(in_pace, arrival_s=in_pace.first_token_s - 0.5)
+    assert utility_lost(in_pace, setting.slo, setting.dense_nll, finish_s, 1, ahead_s=1.0) < 0.5
 
 
 def test_the_dense_weights_are_what_the_shares_multiply() -> None:

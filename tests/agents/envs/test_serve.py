@@ -123,10 +123,10 @@ def test_changed_weights_stay_for_the_dwell_time_and_the_wait_limit_may_change()
     setting = env.setting
     names = setting.actions.names
     env.reset(options={"window": replace(WINDOW, budget="full")})
-    low, limited = (names.index(f"drop 0, W4 32, queue any, wait {wait:g} s") for wait in (1.0, 1.5))
+    low, limited = (names.index(f"drop 2, W4 32, queue any, wait {wait:g} s") for wait in (1.0, 1.5))
     observation, *_ = env.step(low)
     flags = {name: flag > 0.5 for name, flag in zip(names, observation[-len(names) :], strict=True)}
-    assert {name for name, flag in flags.items() if flag} == {name for name in names if "drop 0, W4 32" in name}
+    assert {name for name, flag in flags.items() if flag} == {name for name in names if "drop 2, W4 32" in name}
     env.step(limited)
     assert env.core.choice.action == limited
     env.step(0)
@@ -146,8 +146,21 @@ def test_an_illegal_action_keeps_the_plan_and_is_counted() -> None:
     env.reset(options={"window": WINDOW})
     env.core.state = replace(env.core.state, budget_bytes=1)
     env.step(1)
-    assert env.core.choice.action == 0
+    assert env.core.choice.action == env.setting.actions.start
     assert env.core.illegal == 1
+
+
+@pytest.mark.parametrize("low_bits", [True, False])
+def test_a_server_starts_with_little_weight_in_both_environments(low_bits: bool) -> None:
+    window = replace(WINDOW, low_bits=low_bits, high_share=1.2, low_share=1.2)
+    env, vector = ServeTrace(), ServeTraceVector(1)
+    observation, info = env.reset(options={"window": window})
+    observations, _ = vector.reset(seed=0, options={"windows": [window]})
+    np.testing.assert_allclose(observations[0], observation, atol=1e-6)
+    started = info["actions"][env.core.choice.action]
+    assert started.startswith("drop 0, W4 32" if low_bits else "drop 6, W4 0")
+    weights = env.setting.actions.weights_bytes
+    assert env.core.state.weight_bytes == weights[env.core.choice.action] < weights[0]
 
 
 def test_no_training_window_overlaps_the_time_of_validation_or_test() -> None:

@@ -109,6 +109,15 @@ def test_a_limit_in_seconds_leaves_the_count_of_the_other_policy() -> None:
     assert policy(seen()) == policy.first_plan == dataclasses.replace(inner.first_plan, max_wait_s=1.5)
 
 
+def test_a_limit_of_running_requests_may_stand_alone_and_is_at_least_one() -> None:
+    inner = Fixed(dataclasses.replace(dense_plan(TINY), max_waiting=7))
+    policy = limited(SERVED, policy=lambda served: inner, max_running=5)
+    assert policy(seen()) == policy.first_plan == dataclasses.replace(inner.first_plan, max_running=5)
+    for value in (0, 1.5, True, "3"):
+        with pytest.raises(ConfigError, match=r"policy\.max_running .* at least 1 running request"):
+            limited(SERVED, policy=lambda served: inner, max_running=value)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "1"], ids=repr)
 def test_a_limit_in_seconds_is_above_zero(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"policy\.max_wait_s .* seconds above 0"):

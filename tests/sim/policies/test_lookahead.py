@@ -133,6 +133,21 @@ def test_it_limits_the_queue_when_more_comes_than_can_be_served(server: ServerSp
     assert any(plan.max_waiting == 4 for plan in plans)
 
 
+def test_it_limits_what_runs_only_for_a_target_of_the_time_per_token(server: ServerSpec) -> None:
+    # All prompts fit the memory and start at once, but many running requests slow each other down.
+    actions = {"order": [], "runs": [None, 24], "dwell_s": 4.0}
+    limits = []
+    for tpot_s in (None, 0.03):
+        policy = lookahead(PolicyContext.of(server), actions=actions, tpot_s=tpot_s)
+        engine = server.build_engine(policy.first_plan, int(70e9))
+        engine.submit(arrivals(4.0, 40.0, output_tokens=600))
+        for tick in range(1, 40):
+            plan = policy(engine.run_until(float(tick)))
+            engine.apply(plan)
+        limits.append(plan.max_running)
+    assert limits == [None, 24]
+
+
 def test_it_leaves_a_plan_at_once_that_no_longer_fits(server: ServerSpec) -> None:
     policy = policy_on(server)
     states, _ = decided(server, arrivals(2.0, 10.0), 5, policy)
@@ -156,3 +171,5 @@ def test_without_a_model_of_the_server_or_with_numbers_out_of_range_it_says_so(s
     for wrong in ({"horizon_s": 0.0}, {"margin": -1.0}, {"factors": []}, {"factors": [0.0]}):
         with pytest.raises(ConfigError, match=r"policy\.horizon_s"):
             policy_on(server, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"policy\.tpot_s is 0\.0; it must be above 0"):
+        policy_on(server, tpot_s=0.0)
