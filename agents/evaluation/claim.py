@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from agents.envs.serve_lists import FILE, windows_sha256
 from sim.config import CONF_DIR
 from sim.errors import ConfigError
+from sim.json_file import read_json_object
 from sim.paths import REPOSITORY
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _check_not_played(path: Path, claim: Mapping[str, Any], *, again: bool) -> N
     """Refuse to play a claim a second time; ``only`` may play some of its policies again."""
     if again or not path.is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8")).get("claim", {})
+    before = read_json_object(path, ConfigError, "set out=FOLDER to another folder").get("claim", {})
     if before.get("sha256") == claim["sha256"]:
         raise ConfigError(
             f"{path.parent} has the results of this claim, which is played once; read them with measure=false, or set "

@@ -139,6 +139,10 @@ def test_a_claim_is_played_once_into_a_folder_and_later_claims_count_those_befor
     write_json(results / "serve.json", {"claim": check_claim(cfg, played, results)})
     with pytest.raises(ConfigError, match="played once"):
         check_claim(cfg, played, results)
+    (results / "serve.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"serve.json .*another folder"):
+        check_claim(cfg, played, results)
+    write_json(results / "serve.json", {})
     other = configuration("serve_windows=2")
     played = commit_claim(checkout, other)
     assert check_claim(other, played, results)["claims_before"] == 1
