@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from agents.envs.serve_lists import FILE, windows_sha256
 from sim.config import CONF_DIR
 from sim.errors import ConfigError
+from sim.json_file import read_json_object
 from sim.paths import REPOSITORY
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def check_claim(cfg: DictConfig, played: Played, folder: Path) -> dict[str, Any]
         "sha256": file_sha256(path),
         "date": content["date"],
         "commit": commits[0],
-        "claims_before": len(commits) - 1,
+        "claims_before": len(every_claim(path) - {commits[0]}),
     }
     _check_not_played(folder / "serve.json", found, again=bool(cfg.only))
     return found
@@ -131,11 +132,19 @@ def claim_commits(path: Path) -> list[str]:
     return commits
 
 
+def every_claim(path: Path) -> set[str]:
+    """Return the commits that added or changed a claim, under this name or any other."""
+    # A file that holds what a claim of windows holds: the hash of their list.
+    found = _git("log", "--format=", "--name-only", "--diff-filter=A", '-S"list_sha256":', "--", "*.json").split("\n")
+    files = [f":/{name}" for name in dict.fromkeys(found) if name]
+    return set(_git("log", "--format=%H", "--diff-filter=AM", "--", str(path), *files).split())
+
+
 def _check_not_played(path: Path, claim: Mapping[str, Any], *, again: bool) -> None:
     """Refuse to play a claim a second time; ``only`` may play some of its policies again."""
     if again or not path.is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8")).get("claim", {})
+    before = read_json_object(path, ConfigError, "set out=FOLDER to another folder").get("claim", {})
     if before.get("sha256") == claim["sha256"]:
         raise ConfigError(
             f"{path.parent} has the results of this claim, which is played once; read them with measure=false, or set "

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +39,7 @@ from sim.config import load_option
 from sim.cost.model_spec import load_model
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
+from sim.json_file import read_json_object
 from sim.policies.learned import read_learned
 from sim.results.run_folder import provenance, write_json, write_parquet
 
@@ -162,7 +162,7 @@ def read_summary(path: Path, cfg: DictConfig) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ConfigError(f"only: {path} is missing, so there are no rows to replace; run without only= first")
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_json_object(path, ConfigError, "run without only= first")
     earlier = [
         {**replay, "policies": [name for name in replay["policies"] if name not in cfg.only]}
         for replay in summary.get("replayed", [])

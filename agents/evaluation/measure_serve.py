@@ -32,6 +32,7 @@ from agents.evaluation.measure import (
 from agents.evaluation.rules import RULES
 from agents.evaluation.serve import MEMBERS, ORACLES, Match, evaluate_serve, first_windows
 from agents.evaluation.tuning import rules_tuned_to, tuned_rules
+from sim.errors import ConfigError
 from sim.policies.learned import read_learned
 from sim.progress import say
 from sim.results.run_folder import provenance, write_json, write_parquet
@@ -57,7 +58,10 @@ def what_is_played(cfg: DictConfig, split: Split, tuned: Mapping[str, Any] | Non
 
     Args:
         cfg: an ``EvaluateConfig``. tuned: parameters of rules from an earlier run; None reads or searches them.
+    Raises:
+        ConfigError: for an unknown name, or if no window would be played.
     """
+    _check_counts(cfg)
     scenarios = check_scenarios(None if cfg.scenarios is None else list(cfg.scenarios))
     sources = None if cfg.serve_sources is None else list(cfg.serve_sources)
     listed = first_windows(listed_windows(split, scenarios=scenarios, sources=sources), cfg.serve_windows)
@@ -75,6 +79,16 @@ def what_is_played(cfg: DictConfig, split: Split, tuned: Mapping[str, Any] | Non
         matches[scenario] = Match(setting=setting, policies=policies)
     oracles = [name for name in ORACLES if cfg.baselines is None or name in cfg.baselines]
     return Played(split=split, listed=listed, matches=matches, files=files, tuned=found, oracles=oracles)
+
+
+def _check_counts(cfg: DictConfig) -> None:
+    for key, least in (("serve_windows", 1), ("serve_oracle", 0)):
+        if cfg[key] is not None and cfg[key] < least:
+            raise ConfigError(
+                f"{key} is {cfg[key]}; it must be at least {least} (windows of each trace in each scenario)"
+            )
+    if cfg.serve_sources is not None and not cfg.serve_sources:
+        raise ConfigError("serve_sources is empty; name at least one, such as serve_sources=[gamma], or null for all")
 
 
 def learned_policies(files: Mapping[str, Sequence[Path]], *, low_bits: bool) -> dict[str, Sequence[Build]]:

@@ -32,6 +32,8 @@ from sim.pages.render import commit_of, table
 from sim.results.plots import figure_file
 
 REFERENCE = "dense"
+FEWEST_BLOCKS = 6
+"""A bootstrap of fewer blocks is no interval: with two, a trace's would have three possible values."""
 SHOWN = 12
 """Rules in tables by trace, scenario, load and budget: those with the highest utility."""
 SPECS = {"windows": ",d", "utility": ".4f", "SLO attainment": ".1%", "goodput (req/s)": ".2f", "TTFT P95 (s)": ".2f"}
@@ -150,10 +152,21 @@ def against_the_best(frame: pd.DataFrame, ours: str, column: str) -> list[dict[s
                 "best rule": rule,
                 "its utility": trace_mean(part, rule),
                 ours: trace_mean(part, ours),
-                "difference": signed(against(part, ours, rule)),
+                "difference": _difference(against(part, ours, rule), len(blocks)),
             }
         )
     return rows
+
+
+def _difference(interval: Interval, blocks: int) -> str:
+    """Return a difference with its interval, or alone where there are too few blocks for one."""
+    return signed(interval) if blocks >= FEWEST_BLOCKS else f"{interval.mean:+.4f} (too few blocks)"
+
+
+def few_blocks(frame: pd.DataFrame) -> dict[str, int]:
+    """Return the traces with too few blocks of time for an interval, and how many they have."""
+    counts = frame.groupby("source")["block"].nunique()
+    return {str(source): int(count) for source, count in counts.items() if count < FEWEST_BLOCKS}
 
 
 def serve_verdict(frame: pd.DataFrame, compared: str) -> dict[str, Any]:
@@ -179,6 +192,9 @@ def serve_verdict(frame: pd.DataFrame, compared: str) -> dict[str, Any]:
         "best": ours,
         "utility": trace_mean(frame, ours),
         "against_simple": signed(against(frame, ours, simple)),
+        "seeds": signed(against(frame, f"{ours}{MEMBERS}", simple))
+        if f"{ours}{MEMBERS}" in set(frame["policy"])
+        else "",
         **standing(lambda name: against(frame, ours, name), rules_of(frame)),
     }
 
@@ -219,6 +235,7 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
         "later": made.get("replayed", []),
         "windows": frame["window"].nunique(),
         "blocks": len(frame[["source", "block"]].drop_duplicates()),
+        "few_blocks": few_blocks(frame),
         "sources": list(dict.fromkeys(frame["source"])),
         "scenarios": list(dict.fromkeys(frame["scenario"])),
         "table": serve_table_markdown(frame, made["compared"]),

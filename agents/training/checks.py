@@ -201,6 +201,7 @@ def check_environment(values: Mapping[str, Any]) -> Setting:
     name = values["env"]["id"]
     if name not in ENVIRONMENTS:
         raise ConfigError(f"env.id is {name!r}; {nearest(str(name), ENVIRONMENTS)}")
+    check_train_split(values["env"]["kwargs"])
     kinds: dict[str, Callable[..., Setting]] = {
         "PruneToBudget-v0": PruneSetting,
         "ServeTrace-v0": ServeSetting,
@@ -223,6 +224,20 @@ def check_environment(values: Mapping[str, Any]) -> Setting:
             f"env.kwargs.replicas, {setting.replicas}"
         )
     return setting
+
+
+def check_train_split(env_kwargs: Mapping[str, Any]) -> None:
+    """Check that what is learned from is the training split: the file of a policy does not state the split.
+
+    Raises:
+        ConfigError: for another split.
+    """
+    split = env_kwargs.get("split", "train")
+    if split != "train":
+        raise ConfigError(
+            f"env.kwargs.split is {split!r}; policies learn from the split train alone, so leave it out "
+            "(python -m agents.evaluate plays the others)"
+        )
 
 
 def _check_files(values: Mapping[str, Any], setting: Setting) -> None:

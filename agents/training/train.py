@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.training.checkpoints import Checkpoints
-from agents.training.checks import check_resumed, check_training
+from agents.training.checks import check_resumed, check_train_split, check_training
 from agents.training.export import export_network
 from agents.training.on_ray import join_ray
 from agents.training.progress import Progress, progress_row
@@ -79,8 +79,13 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
 def environment_kwargs(cfg: DictConfig) -> dict[str, Any]:
-    """Return the arguments of the environment, reward included, as plain values."""
+    """Return the arguments of the environment, reward included, as plain values.
+
+    Raises:
+        ConfigError: if they name another split than that of training.
+    """
     kwargs: dict[str, Any] = OmegaConf.to_container(cfg.env.kwargs, resolve=True)  # type: ignore[assignment]
+    check_train_split(kwargs)
     reward: Any = OmegaConf.to_container(cfg.reward, resolve=True)
     return {**kwargs, "reward": reward}
 

@@ -25,6 +25,8 @@ from sim.results.run_folder import provenance, write_json
 from sim.results.utility import utility
 
 FILE = "predictions.json"
+JUDGED_FOR = "judged_for.json"
+"""Which predictions the judged runs of a folder are for; written before the first of them."""
 
 
 def read_predictions(folder: Path) -> dict[str, Any] | None:
@@ -34,6 +36,29 @@ def read_predictions(folder: Path) -> dict[str, Any] | None:
         return None
     found = read_json_object(path, ConfigError, "delete the folder, and predict again")
     return found | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def note_judged(folder: Path, predictions: Mapping[str, Any]) -> None:
+    """Write which predictions the judged runs are for, before the first of them."""
+    if not (folder / JUDGED_FOR).is_file():
+        write_json(folder / JUDGED_FOR, {"predictions_sha256": predictions["sha256"]})
+
+
+def check_unchanged(predictions: Mapping[str, Any], folder: Path) -> None:
+    """Check that the predictions are those that stood there before the first judged run.
+
+    Raises:
+        ConfigError: if not.
+    """
+    path = folder / JUDGED_FOR
+    if not path.is_file():
+        return
+    noted = read_json_object(path, ConfigError, "take another folder, runs=FOLDER").get("predictions_sha256")
+    if noted != predictions["sha256"]:
+        raise ConfigError(
+            f"{folder / FILE} has SHA-256 {predictions['sha256'][:16]}, but judged runs began for {str(noted)[:16]}: "
+            "it was changed after them; restore it, or predict and serve again in another folder, runs=FOLDER"
+        )
 
 
 def check_same_settings(predictions: Mapping[str, Any], cfg: DictConfig, folder: Path) -> None:
@@ -47,7 +72,13 @@ def check_same_settings(predictions: Mapping[str, Any], cfg: DictConfig, folder:
     if not cfg.measure and abs(cfg.slowdown - predictions["slowdown"]) > 1e-9:
         different.append("slowdown")
     if policy_files(cfg) != predictions["policy_files"]:
-        different.append("the file of a policy")
+        different.append("file of a policy")
+    if cfg.measure and not predictions["references"]:
+        raise ConfigError(
+            f"{folder} holds predictions for a stated slowdown of {predictions['slowdown']:g}, which no reference run "
+            "measured; take another folder, runs=FOLDER, or state it again: measure=false "
+            f"slowdown={predictions['slowdown']:g}"
+        )
     if different:
         raise ConfigError(
             f"{folder} holds predictions that were made with another {different[0]}; take another folder, "

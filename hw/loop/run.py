@@ -15,7 +15,7 @@ from rich.table import Table
 
 from hw.loop.judged_runs import DURING, RealServer, measured_speed, real_outcomes, run_missing
 from hw.loop.page import page, plot
-from hw.loop.predictions import check_same_settings, predict, read_predictions
+from hw.loop.predictions import check_same_settings, check_unchanged, note_judged, predict, read_predictions
 from hw.loop.settings import check_settings, results_folder
 from hw.loop.verdict import judge
 from hw.validate.machine_speed import MachineSpeed, factor_of
@@ -50,6 +50,7 @@ def _loop(cfg: DictConfig) -> int:
         return 0
     slowdown = float(predictions["slowdown"])
     if cfg.page == "also":
+        note_judged(folder, predictions)
         run_missing(cfg, folder, slowdown, real, lambda line: console.print(line, highlight=False))
     content = judged(cfg, folder, predictions)
     write_json(out / RESULT, content)
@@ -60,10 +61,12 @@ def _predictions(cfg: DictConfig, folder: Path, real: RealServer) -> dict[str, A
     """Return the predictions of the folder, after making them if there are none.
 
     Raises:
-        ConfigError: if they were made with other settings, or if there are none and nothing may run.
+        ConfigError: if they were made with other settings, if they were changed after the first judged run, or if there
+            are none and nothing may run.
     """
     found = read_predictions(folder)
     if found is not None:
+        check_unchanged(found, folder)
         check_same_settings(found, cfg, folder)
         return found
     if cfg.page == "judge":

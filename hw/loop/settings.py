@@ -71,7 +71,7 @@ OWN_KEYS = (
 )
 """Keys of the loop itself, which the configuration of a run lacks."""
 NO_PREDICTION = (
-    *("repeats", "references", "runs", "out", "page", "slowdown", "measure", "points", "least_changes"),
+    *("repeats", "references", "runs", "out", "page", "slowdown", "measure", "points"),
     *("plot", "label", "tags"),
 )
 """Keys on which predictions do not depend; the slowdown stands in them."""
@@ -158,17 +158,4 @@ def description(cfg: DictConfig) -> Mapping[str, Any]:
     """Return what predictions depend on: the configuration of every run, without places of files."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    left_out = (
-        "repeats",
-        "references",
-        "runs",
-        "out",
-        "page",
-        "slowdown",
-        "measure",
-        "points",
-        "plot",
-        "label",
-        "tags",
-    )
-    return {str(key): value for key, value in plain.items() if key not in left_out}
+    return {str(key): value for key, value in plain.items() if key not in NO_PREDICTION}

@@ -12,7 +12,7 @@ of Student's t with W (R - 1) degrees of freedom.
 **Claims.**
 
 * order: wherever a real difference exceeds its noise, in a window or over all windows, the simulated difference has the
-  same sign.
+  same sign; at least one must exceed it, because otherwise no order was seen.
 * level: each simulated utility is within ``points`` of the mean of the repeats, or within the noise floor of its cell,
   the largest distance of a repeat from that mean.
 * learner: the learned policy is not below the best rule over all windows by more than the noise of that difference.
@@ -149,7 +149,7 @@ def judge(
             "pairs": pairs,
             "beyond_noise": len(beyond),
             "agree": sum(row["agrees"] for row in beyond),
-            "holds": all(row["agrees"] for row in beyond),
+            "holds": bool(beyond) and all(row["agrees"] for row in beyond),
         },
         "level": {"cells": cells, "points": points, "holds": all(row["holds"] for row in cells)},
         "changes": {

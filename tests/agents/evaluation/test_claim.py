@@ -139,9 +139,24 @@ def test_a_claim_is_played_once_into_a_folder_and_later_claims_count_those_befor
     write_json(results / "serve.json", {"claim": check_claim(cfg, played, results)})
     with pytest.raises(ConfigError, match="played once"):
         check_claim(cfg, played, results)
+    (results / "serve.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"serve.json .*another folder"):
+        check_claim(cfg, played, results)
+    write_json(results / "serve.json", {})
     other = configuration("serve_windows=2")
     played = commit_claim(checkout, other)
     assert check_claim(other, played, results)["claims_before"] == 1
+
+
+def test_claims_under_other_names_count_as_claims_before(checkout: Path, tmp_path: Path) -> None:
+    commit_claim(checkout, configuration())
+    cfg = configuration("claim=docs/another claim.json", "serve_windows=2")
+    write_claim(cfg)
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-q", "-m", "claim again")
+    git(checkout, "rm", "-q", "claim.json")
+    git(checkout, "commit", "-q", "-m", "remove the first claim")
+    assert check_claim(cfg, what_is_played(cfg, "test"), tmp_path / "results")["claims_before"] == 1
 
 
 def test_a_claim_needs_a_git_checkout_and_the_policy_that_it_compares(

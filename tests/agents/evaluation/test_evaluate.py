@@ -109,7 +109,9 @@ def test_the_verdict_on_serving_names_who_won_and_where(played: pd.DataFrame, tm
     assert shares["oracle_search"] == pytest.approx(0.855 / 0.95)
     by_trace = {row["source"]: row for row in against_the_best(frame, "learned_x", "source")}
     assert by_trace["burst"]["difference"].startswith("+0.0600")
-    assert by_trace["azure_code"]["difference"].startswith("+0.0100")
+    assert by_trace["azure_code"]["difference"].startswith("+0.0100 [")
+    fewer = against_the_best(frame.assign(block=frame["window"] // 10), "learned_x", "source")
+    assert [row["difference"] for row in fewer] == ["+0.0600 (too few blocks)", "+0.0100 (too few blocks)"]
     by_scenario = {row["scenario"]: row["best rule"] for row in against_the_best(frame, "learned_x", "scenario")}
     assert by_scenario == {"roomy/published": "int4+wait", "tight/none": "greedy_stop+wait"}
     assert "best" not in serve_verdict(frame[~frame["policy"].str.startswith("learned")], "learned_x")
@@ -122,6 +124,11 @@ def test_the_verdict_on_serving_names_who_won_and_where(played: pd.DataFrame, tm
     made = {**PROVENANCE, "trained_on": ["burst"], "split": "test", "compared": "learned_x", "policies": policies}
     write_json(tmp_path / "serve.json", made)
     assert row_of(page(tmp_path), "learned_x (seeds)")[2] == "40"
+    assert "with training seeds in the interval too: -0.0100 [" in page(tmp_path)
+    assert "fewer than six blocks" not in page(tmp_path)
+    write_parquet(tmp_path / "serve.parquet", frame.assign(block=frame["window"] // 10))
+    assert "a single block: azure_code 2, burst 2." in page(tmp_path)
+    write_parquet(tmp_path / "serve.parquet", frame)
     claim = {"file": "claim.json", "commit": "6" * 40, "date": "2026-01-02T03:04:05", "claims_before": 2}
     replayed = [{"policies": ["learned_x"], "commit": "2" * 40}]
     write_json(tmp_path / "serve.json", {**made, "claim": claim, "replayed": replayed, "notes": ["Note A."]})

@@ -15,6 +15,7 @@ from agents.evaluation.evaluate import EvaluateConfig
 from agents.evaluation.measure import measure_cluster
 from agents.evaluation.measure_serve import measure_serve
 from agents.training.validation import serve, validation_windows
+from sim.errors import ConfigError
 from sim.policies.learned import SHIPPED, read_learned
 from sim.results.run_folder import write_parquet
 from tests.sim.pages.test_render import cells
@@ -54,3 +55,20 @@ def test_a_rule_played_again_replaces_its_own_rows_alone(measure: Any, name: str
     assert played[0] == played[1]
     made = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
     assert [replay["policies"] for replay in made["replayed"]] == [["dense"]]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("serve_windows", 0, "serve_windows is 0; it must be at least 1"),
+        ("serve_windows", -1, "serve_windows is -1"),
+        ("serve_oracle", -1, "serve_oracle is -1; it must be at least 0"),
+        ("serve_sources", [], "serve_sources is empty"),
+    ],
+)
+def test_an_evaluation_that_would_play_no_window_is_refused(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    cfg = OmegaConf.structured(EvaluateConfig(claim="none", baselines=["dense"], scenarios=["roomy/published"]))
+    cfg[key] = value
+    with pytest.raises(ConfigError, match=message):
+        measure_serve(cfg, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -71,6 +71,7 @@ def test_every_algorithm_and_imitation_of_conf_passes_the_checks_of_its_values()
         ("env.kwargs.model=llama9", "llama9"),
         ("env.kwargs.sequence=0", "sequence is 0"),
         ("+env.kwargs.colour=1", "env.kwargs or reward do not fit"),
+        ("+env.kwargs.split=test", "env.kwargs.split is 'test'; policies learn from the split train alone"),
         ("reward.discount=2", "reward.discount is 2"),
         ("+reward.colour=1", "env.kwargs or reward do not fit"),
     ],

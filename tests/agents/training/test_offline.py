@@ -108,3 +108,9 @@ def test_marwil_learns_from_recorded_episodes_alone(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     about = json.loads((tmp_path / "best" / "policy.json").read_text(encoding="utf-8"))
     assert about["training"]["validation_utility"] > 0.15  # a random network has 0.04
+
+
+def test_no_episodes_of_another_split_are_written() -> None:
+    # A policy that learned from them would not state it.
+    with pytest.raises(ConfigError, match="policies learn from the split train alone"):
+        next(episodes(composed("offline", *PRUNE, "by=knapsack", "+env.kwargs.split=test")))

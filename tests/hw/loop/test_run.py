@@ -83,6 +83,19 @@ def test_predictions_are_written_before_the_first_judged_run_and_runs_that_exist
     assert summary.stat().st_mtime_ns == kept
     with pytest.raises(ConfigError, match="another windows"):
         _loop(compose_config("hw_loop", [*settings, "windows.one.seed=8", "page=judge"]))
+    assert "No reference run measured the speed" in (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
+    changed = json.loads(frozen)
+    changed["outcomes"]["one"]["dense"]["utility"] = 0.5
+    write_json(path, changed)
+    with pytest.raises(ConfigError, match="it was changed after them"):
+        _loop(compose_config("hw_loop", [*settings, "page=judge"]))
+
+
+def test_predictions_for_a_stated_speed_are_not_judged_as_measured_ones(settings: list[str], tmp_path: Path) -> None:
+    assert _loop(compose_config("hw_loop", [*settings, "page=predict"])) == 0
+    with pytest.raises(ConfigError, match=r"a stated slowdown of 0\.05, which no reference run measured"):
+        _loop(compose_config("hw_loop", [*settings, "measure=true"]))
+    assert not (tmp_path / "runs" / "real").exists()
 
 
 def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(

@@ -89,3 +89,11 @@ def test_every_claim_must_hold() -> None:
 
     assert held(20.0)
     assert not held(30.0)
+
+
+def test_an_order_that_no_difference_shows_does_not_hold() -> None:
+    real = {"a": np.array([[0.5]]), "b": np.array([[0.6]])}
+    simulated = {"a": np.array([0.5]), "b": np.array([0.6])}
+    found = judge(simulated, real, ["one"], points=0.05, learner=None, changes={}, least_changes=0.0)
+    assert found["order"] == {**found["order"], "beyond_noise": 0, "holds": False}
+    assert not found["holds"]
