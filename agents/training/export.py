@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import re
 import shlex
 import shutil
@@ -43,6 +44,8 @@ class ExportConfig:
     name: of the exported policy; not needed if ``out`` is a file.
     out: folder or NAME.json to write to; the run folder if empty (of several: the folder that holds them).
     guard: for pruning: run greedy_stop's plan unless the network's is clearly better (``sim.policies.prune_guard``).
+    pace_share: for serving: bound what runs at once, so that an iteration takes at most this share of the TPOT target
+        (``sim.policies.admission.PaceLimit``); null for no bound.
     """
 
     run: str = ""
@@ -50,6 +53,7 @@ class ExportConfig:
     name: str = ""
     out: str = ""
     guard: bool = False
+    pace_share: float | None = None
 
 
 ConfigStore.instance().store(name="export_schema", node=ExportConfig)
@@ -218,6 +222,21 @@ def add_guard(path: Path) -> None:
     write_json(path, {**learned.about, "guard": guard})
 
 
+def add_pace(path: Path, pace_share: float) -> None:
+    """State the share of the TPOT target in the JSON file of a serving policy.
+
+    Raises:
+        ConfigError: for another policy, a share that is not above 0, or training without such a target.
+    """
+    learned = read_learned(path, policy_task(path))
+    if learned.about["task"] != "ServeTrace" or not (learned.about.get("slo") or {}).get("tpot_s"):
+        raise ConfigError(
+            f"pace_share is {pace_share:g}, but {path.name} was not trained to serve with a target of the time per "
+            "output token; leave pace_share out"
+        )
+    write_json(path, {**learned.about, "pace_share": pace_share})
+
+
 def policy_task(path: Path) -> str:
     """Return the environment in which the policy of a JSON file was trained.
 
@@ -320,9 +339,13 @@ def _run(cfg: DictConfig) -> None:
         raise ConfigError("set run=FOLDER for one training, or 'runs=FOLDERS' for the average of several")
     folders = [Path(cfg.run)] if cfg.run else run_folders(runs)
     target = target_file(str(cfg.name), str(cfg.out), folders[0] if cfg.run else folders[0].parent)
+    if cfg.pace_share is not None and not 0.0 < cfg.pace_share < math.inf:
+        raise ConfigError(f"pace_share is {cfg.pace_share}; it must be a share of the TPOT target above 0, such as 1.0")
     target = export(folders[0], target) if cfg.run else export_average(folders, target)
     if cfg.guard:
         add_guard(target)
+    if cfg.pace_share is not None:
+        add_pace(target, float(cfg.pace_share))
     learned = read_learned(target, policy_task(target))
     utility = learned.about.get("training", {}).get("validation_utility")
     validated = "" if utility is None else f", validation utility {utility:.4f}"

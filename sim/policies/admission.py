@@ -76,20 +76,44 @@ class SpeedCurve:
 
 
 @dataclass(slots=True)
+class PaceLimit:
+    """Limits how many requests run, so that an iteration takes at most ``iteration_s`` seconds.
+
+    curve: seconds per iteration against running requests, fitted while serving.
+    """
+
+    iteration_s: float
+    curve: SpeedCurve = field(default_factory=lambda: SpeedCurve(60.0))
+    before: EngineState | None = None
+
+    def measure(self, state: EngineState) -> None:
+        """Add what was seen since the last state."""
+        before, self.before = self.before, state
+        if before is None or state.time_s <= before.time_s or state.iterations <= before.iterations:
+            return
+        iteration_s = (state.busy_s - before.busy_s) / (state.iterations - before.iterations)
+        self.curve.add((before.running + state.running) / 2.0, iteration_s, state.time_s - before.time_s)
+
+    def limited(self, plan: Plan) -> Plan:
+        """Return the plan with the tighter of its own limit and this one."""
+        limits = [limit for limit in (self.curve.most_running(self.iteration_s), plan.max_running) if limit is not None]
+        return replace(plan, max_running=min(limits, default=None))
+
+
+@dataclass(slots=True)
 class Saber:
     """Follows another policy; rejects a request when its first token can no longer come in time.
 
-    ttft_s, tpot_s: the targets; None for none. margin: share of a target that is used.
+    ttft_s: the target. margin: share of it that is used.
     start_s: measured seconds from admission to the first token, the mean TTFT of an interval minus the wait at the head
-    of the queue. curve: seconds per iteration against running requests.
+    of the queue. pace: the limit of running requests; None for no target per output token.
     """
 
     policy: Policy
     ttft_s: float
     margin: float
     start_s: Mean
-    tpot_s: float | None = None
-    curve: SpeedCurve = field(default_factory=lambda: SpeedCurve(60.0))
+    pace: PaceLimit | None = None
     before: EngineState | None = None
 
     @property
@@ -107,17 +131,16 @@ class Saber:
         before, self.before = self.before, state
         if before is not None and state.time_s > before.time_s:
             self._measure(before, state)
+        if self.pace is not None:
+            self.pace.measure(state)
         return self._limited(self.policy(state))
 
     def _measure(self, before: EngineState, state: EngineState) -> None:
         passed_s = state.time_s - before.time_s
-        begun, iterations = state.first_tokens - before.first_tokens, state.iterations - before.iterations
+        begun = state.first_tokens - before.first_tokens
         if begun > 0:
             waited_s = (before.oldest_wait_s + state.oldest_wait_s) / 2.0
             self.start_s.add(max(0.0, (state.ttft_sum_s - before.ttft_sum_s) / begun - waited_s), passed_s)
-        if self.tpot_s is not None and iterations > 0:
-            running = (before.running + state.running) / 2.0
-            self.curve.add(running, (state.busy_s - before.busy_s) / iterations, passed_s)
 
     def _limited(self, plan: Plan) -> Plan:
         start_s = 0.0 if math.isnan(self.start_s.value) else self.start_s.value
@@ -125,9 +148,8 @@ class Saber:
         wait_s = steps * WAIT_STEP_S
         if plan.max_wait_s is not None:
             wait_s = min(wait_s, plan.max_wait_s)
-        most = None if self.tpot_s is None else self.curve.most_running(self.margin * self.tpot_s)
-        running = [count for count in (most, plan.max_running) if count is not None]
-        return replace(plan, max_wait_s=wait_s, max_running=min(running, default=None))
+        plan = replace(plan, max_wait_s=wait_s)
+        return plan if self.pace is None else self.pace.limited(plan)
 
 
 @dataclass(slots=True)
@@ -208,7 +230,7 @@ def saber(
     inner = built(policy, served)
     if limit == "requests":
         return SaberQueue(inner, ttft_s, margin, least, most, Mean(smoothing_s))
-    return Saber(inner, ttft_s, margin, Mean(smoothing_s), tpot_s)
+    return Saber(inner, ttft_s, margin, Mean(smoothing_s), None if tpot_s is None else PaceLimit(margin * tpot_s))
 
 
 def built(policy: Any, served: PolicyContext) -> Policy:

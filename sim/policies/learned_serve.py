@@ -10,6 +10,7 @@ from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
+from sim.policies.admission import PaceLimit
 from sim.policies.base import PolicyContext
 from sim.policies.learned import Learned, Network, check_tables, read_learned
 from sim.policies.observation.prune import ObservationSpec
@@ -31,12 +32,15 @@ class LearnedServe:
     """Chooses the legal plan with the highest value.
 
     reads: how many of the first entries of an observation the network reads.
+    pace: bounds what runs at once, in addition to the plan's own limit, so that the TPOT target is met; None for no
+        bound. The network observes its own choice.
     """
 
     network: Network
     actions: ServeActions
     observer: ServeObserver
     reads: int
+    pace: PaceLimit | None = None
     choice: Choice = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +61,10 @@ class LearnedServe:
         features = self.observer(state, self.choice)[: self.reads]
         action = int(self.network.act(features, self.actions.legal(state, self.choice)))
         self.choice = self.actions.chosen(state, self.choice, action)
-        return self.actions.plans[action]
+        if self.pace is None:
+            return self.actions.plans[action]
+        self.pace.measure(state)
+        return self.pace.limited(self.actions.plans[action])
 
 
 def learned_serve(served: PolicyContext, *, path: str, low_bits: bool = True) -> LearnedServe:
@@ -78,8 +85,11 @@ def learned_serve(served: PolicyContext, *, path: str, low_bits: bool = True) ->
     if not low_bits:
         actions = actions.without_low_bits()
     block_bytes = kv_block_layer_bytes(served.model, served.kv_block_tokens)
-    observer = ServeObserver(served.model, actions, block_bytes, _terms(learned, served, actions))
-    return LearnedServe(learned.network, actions, observer, reads)
+    terms = _terms(learned, served, actions)
+    observer = ServeObserver(served.model, actions, block_bytes, terms)
+    share = learned.about.get("pace_share")
+    pace = None if share is None or math.isinf(terms.tpot_s) else PaceLimit(share * terms.tpot_s)
+    return LearnedServe(learned.network, actions, observer, reads, pace)
 
 
 def _terms(learned: Learned, served: PolicyContext, actions: ServeActions) -> Terms:

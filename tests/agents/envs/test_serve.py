@@ -163,6 +163,37 @@ def test_a_server_starts_with_little_weight_in_both_environments(low_bits: bool)
     assert env.core.state.weight_bytes == weights[env.core.choice.action] < weights[0]
 
 
+def test_a_bound_of_the_pace_lowers_what_runs_and_nothing_else(tmp_path: Path) -> None:
+    setting = ServeSetting(slo="ttft_2s_tpot_100ms")
+    features, outputs = setting.table.features, len(setting.actions.plans)
+    weight, bias = np.zeros((outputs, features), dtype=np.float32), np.zeros(outputs, dtype=np.float32)
+    bias[setting.actions.start] = 1.0  # it always chooses the start, which does not limit what runs
+    path, about = write_linear_policy(tmp_path, "ServeTrace", setting, weight, bias)
+    context = PolicyContext.of(setting.server)
+    crowded = replace(WINDOW, source="gamma", rate=3.0, budget="full")
+    most_running: dict[float | None, int | None] = {}
+    pace_s: dict[float | None, float] = {}
+    for share in (None, 0.5):
+        path.write_text(json.dumps(about if share is None else {**about, "pace_share": share}))
+        policy = learned_serve(context, path=str(path))
+        engine = setting.build_engine(crowded, policy.first_plan)
+        plans = []
+        for tick in range(1, 60):
+            plans.append(policy(engine.run_until(tick * setting.tick_s)))
+            engine.apply(plans[-1])
+        start = setting.actions.plans[setting.actions.start]
+        assert all(replace(plan, max_running=None) == start for plan in plans)
+        most_running[share] = min((plan.max_running for plan in plans if plan.max_running is not None), default=None)
+        state = engine.run_until(60.0)
+        pace_s[share] = state.busy_s / state.iterations
+    assert most_running[None] is None
+    assert most_running[0.5] is not None
+    assert pace_s[0.5] < pace_s[None]
+    path.write_text(json.dumps({**about, "pace_share": 0.0}))
+    with pytest.raises(ConfigError, match=r"pace_share is 0\.0; it must be a share of the TPOT target, above 0"):
+        learned_serve(context, path=str(path))
+
+
 def test_no_training_window_overlaps_the_time_of_validation_or_test() -> None:
     windows, rng = serve_windows(), np.random.default_rng(0)
     spans = {split: windows.span_s("burst", split) for split in ("train", "validation", "test")}  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from agents.training.export import export, export_average, next_command, run_folders, target_file
+from agents.training.export import add_pace, export, export_average, next_command, run_folders, target_file
 from agents.training.validation import validation_utilities
 from sim.config import check_overrides, option_path
 from sim.errors import ConfigError
@@ -193,3 +193,16 @@ def test_the_command_averages_and_says_so_and_wants_one_of_run_and_runs(tmp_path
 def test_a_policy_that_is_no_option_says_how_to_run_a_file() -> None:
     with pytest.raises(ConfigError, match=r"there is no policy=mine; .*policy\.path=FILE\.json"):
         option_path("policy", "mine")
+
+
+def test_only_a_policy_that_serves_with_a_target_per_token_gets_a_bound_of_its_pace(tmp_path: Path) -> None:
+    target = export(training(tmp_path / "serve", "learned_serve_llama2"), tmp_path / "mine.json")
+    add_pace(target, 0.9)
+    assert read_learned(target, "ServeTrace").about["pace_share"] == 0.9
+    for name in ("learned_prune_smollm2", "learned_serve_smollm2"):  # the second has a target for the first token alone
+        other = export(training(tmp_path / name, name), tmp_path / f"{name}.json")
+        with pytest.raises(ConfigError, match="was not trained to serve with a target of the time per output token"):
+            add_pace(other, 0.9)
+    done = run_module("agents.export", f"run={tmp_path / 'serve'}", "name=mine", "pace_share=0")
+    assert done.returncode == 2
+    assert "pace_share is 0.0; it must be a share of the TPOT target above 0" in done.stderr
