@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from agents.evaluation import cluster_report, prune_report
+from agents.evaluation.choose import write_choices
 from agents.evaluation.cluster_report import cluster_context
 from agents.evaluation.prune_report import prune_context
 from agents.evaluation.serve_report import serve_context
@@ -40,6 +41,7 @@ def page(folder: Path = FOLDER) -> str:
 
 
 def write_report(folder: Path = FOLDER) -> Path:
-    """Write the page and its plots next to the result files; return its path."""
+    """Write the pages and their plots next to the result files; return the path of the first."""
     write_text(folder / "index.md", page(folder))
+    write_choices(folder)
     return folder / "index.md"
