@@ -1,8 +1,8 @@
 """The page that says which policy to choose when, from the results of ``ServeTrace`` alone.
 
-For every scenario, load, trace and kind of budget it names the simplest rule that is as good as the learned policy: one of
-the least effort whose mean utility is at most ``AS_GOOD`` below. Rules are chosen with the results known, so the page
-favors them.
+For every scenario, load, trace and kind of budget it names the simplest rule that is as good as the learned policy: one
+of the least effort whose mean utility is at most ``AS_GOOD`` below. Rules are chosen with the results known, so the
+page favors them.
 """
 
 from __future__ import annotations
