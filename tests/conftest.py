@@ -25,7 +25,8 @@ from hypothesis import settings
 from sim.paths import DATA_VARIABLE, REPOSITORY, data_dir
 
 # No time limit per example: a first call compiles, and machines are shared.
-settings.register_profile("rap-lab", deadline=None)
+settings.register_profile("rap-lab", deadline=None, max_examples=40)
+settings.register_profile("thorough", deadline=None, max_examples=200)  # make test-slow
 settings.load_profile("rap-lab")
 
 
