@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 WORKERS ?= logical --maxprocesses 4
 export OMP_NUM_THREADS ?= 1
 
-# `make UV=uv test` installs with uv instead of pip.
+# `make UV=uv test` installs with uv instead of pip. Neither compiles what it installs: Python compiles the part that
+# is imported.
 ifeq ($(UV),)
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 else
 INSTALL = $(UV) pip install --quiet --python $(BIN)/python
 endif
