@@ -10,6 +10,7 @@ import pytest
 
 
 def quick(values: Iterable[Any], count: int) -> list[Any]:
-    """Return parameters of a test; those behind the first ``count`` are marked slow."""
+    """Return parameters of a test; those behind the first ``count`` are marked slow. A tuple holds several."""
     rest = iter(values)
-    return [*islice(rest, count), *(pytest.param(value, marks=pytest.mark.slow) for value in rest)]
+    slow = (value if isinstance(value, tuple) else (value,) for value in rest)
+    return [*islice(rest, count), *(pytest.param(*value, marks=pytest.mark.slow) for value in slow)]
