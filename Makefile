@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 WORKERS ?= logical --maxprocesses 4
 export OMP_NUM_THREADS ?= 1
 
-# `make UV=uv test` installs with uv instead of pip.
+# `make UV=uv test` installs with uv instead of pip. Neither compiles what it installs: Python compiles the part that
+# is imported.
 ifeq ($(UV),)
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 else
 INSTALL = $(UV) pip install --quiet --python $(BIN)/python
 endif
@@ -51,9 +52,9 @@ coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not clients" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder \
 		--cov --cov-report=term
 
-# make test-slow    the tests that take too long for CI
+# make test-slow    the tests that take too long for CI, and properties on five times as many random examples
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "(slow or hypothesis) and not gpu and not clients" --hypothesis-profile=thorough
 
 # make clients      OpenAI's package and guidellm against the server; installs both on first use
 clients: $(VENV)/.clients

@@ -16,36 +16,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
+from hydra._internal.hydra import Hydra
 from hypothesis import settings
 
 from sim.paths import DATA_VARIABLE, REPOSITORY, data_dir
 
 # No time limit per example: a first call compiles, and machines are shared.
-settings.register_profile("rap-lab", deadline=None)
+settings.register_profile("rap-lab", deadline=None, max_examples=40)
+settings.register_profile("thorough", deadline=None, max_examples=200)  # make test-slow
 settings.load_profile("rap-lab")
-
-SLOW_FILES = (
-    "test_train.py",
-    "test_score.py",
-    "test_disaggregate_command.py",
-    "test_clone.py",
-    "test_model.py",
-    "test_cluster_env.py",
-    "test_command.py",
-    "test_cluster.py",
-    "test_engine.py",
-    "test_replay.py",
-    "test_transition.py",
-    "test_disaggregate.py",
-    "test_compare.py",
-    "test_evaluate.py",
-)
-"""Names of files that start first, longest first, so that no worker is left with a long one at the end."""
-RAY_GROUP = "ray"
-RAY_FIXTURES = {"local_ray", "ray_address"}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -56,18 +39,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         subprocess.run(command, cwd=REPOSITORY, check=False)  # a failure here fails again in the tests, with its cause
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divide the tests by group, with ``--dist loadgroup``."""
+    from tests.workers import GroupScheduling
+
+    return GroupScheduling(config, log) if config.getoption("dist") == "loadgroup" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group the tests of a parallel worker for ``--dist loadgroup``: one group per file, one for all that use ray."""
-    if not hasattr(config, "workerinput"):
-        return
-    first = {name: rank for rank, name in enumerate(SLOW_FILES)}
-    uses_ray = {item.path for item in items if RAY_FIXTURES & set(getattr(item, "fixturenames", ()))}
-    for item in items:
-        # Starting ray takes seconds and a gigabyte, so the files that use it share one worker.
-        group = RAY_GROUP if item.path in uses_ray else item.path.relative_to(REPOSITORY).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: first.get(item.path.name, len(first)))
+    """Put the long files first, in a parallel worker."""
+    if hasattr(config, "workerinput"):
+        from tests.workers import rank
+
+        items.sort(key=lambda item: rank(item.path.relative_to(REPOSITORY).as_posix()))
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +74,21 @@ def handlers_stay_open() -> Iterator[None]:
     which Ray and RLlib make, closes the stream that it was made with.
     """
     with patch("logging.config._clearExistingHandlers"):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_composition_for_the_mode_alone() -> Iterator[None]:
+    """Let a command compose its configuration once less, a quarter of its time.
+
+    Hydra composes it also to read ``hydra.mode``, which nothing in conf/ sets.
+    """
+    known = Hydra.get_mode
+
+    def mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        return known(self, config_name, overrides) if any("hydra.mode" in text for text in overrides) else None
+
+    with patch.object(Hydra, "get_mode", mode):
         yield
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -90,10 +92,13 @@ ELSEWHERE = {
 }
 """Lines that are only composed here, and why."""
 SLOW = (
-    r"hw\.calibrate(?!.*target=)|hw\.replay|hw\.disaggregate(?!_)|agents\.train"
-    r"|experiment=(pdtrim_transfer|prefix_caching|cluster_scale)"
+    r"hw\.calibrate(?!.*target=llama2_7b_a100)|hw\.fidelity|hw\.replay|hw\.disaggregate(?!_)|agents\.train"
+    r"|experiment=(pdtrim_transfer|prefix_caching|cluster_scale)|seed=range|experiment=morphserve_l4 model=llama3_8b$"
+    r"|morphserve_l4.*factor="
 )
-"""Lines that take more than seconds: a real model, a training, a search."""
+"""Lines that take more than seconds: a real model, a training, a search, a fit; or that differ little from others."""
+ALIKE = r"workers=\d+|out=\S+|source=measurements"
+"""Keys that a shortened line sets otherwise, or that are the default: of lines that only differ in them, one runs."""
 LEARNED = {f"learned_serve_llama2.{end}": f"mine.{end}" for end in ("json", "safetensors")}
 """Files of a shipped policy, and the names that the pages give to one's own."""
 CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true, start_s: 0, duration_s: 20}]"
@@ -178,13 +183,37 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@cache
+def _composed(config_name: str, overrides: tuple[str, ...], with_hydra: bool) -> DictConfig:
+    return compose_config(config_name, overrides, with_hydra=with_hydra)
+
+
+@pytest.fixture
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the lines that choose the same options share one composition."""
+
+    def copied(config_name: str, overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
+        return deepcopy(_composed(config_name, tuple(overrides), with_hydra))
+
+    monkeypatch.setattr("sim.config.overrides.compose_config", copied)
+
+
 def lines_to_run() -> list[Any]:
-    """Return the lines that are run here, the long ones marked slow."""
+    """Return the lines that are run here, one of those that are alike, the long ones marked slow."""
+    found = {_without_alike(line): line for line in reversed(LINES) if not only_composed(line)}
     return [
-        pytest.param(line, marks=[pytest.mark.slow] if re.search(SLOW, line) else [])
-        for line in LINES
-        if not only_composed(line)
+        pytest.param(line, marks=[pytest.mark.slow] if re.search(SLOW, line) else []) for line in sorted(found.values())
     ]
+
+
+def _without_alike(line: str) -> str:
+    return " ".join(word for word in line.split(" ") if not re.fullmatch(ALIKE, word))
+
+
+def lines_to_compose() -> list[str]:
+    """Return the lines of which only the keys are checked, at least by the tests that are not slow."""
+    run = {param.values[0] for param in lines_to_run() if not param.marks}
+    return [line for line in LINES if line not in run]
 
 
 # --- The tests -------------------------------------------------------------------------------------------------------
@@ -199,9 +228,9 @@ def test_a_shell_takes_the_line_as_it_stands(line: str) -> None:
     assert not re.search(r"[()\[\]{}*?~<>|&;$!#]", unquoted(line)), "quote what a shell would expand"
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if only_composed(line) or re.search(SLOW, line)])
+@pytest.mark.parametrize("line", lines_to_compose())
 def test_the_groups_options_keys_and_values_of_a_line_that_is_long_exist(
-    line: str, place: Path, monkeypatch: pytest.MonkeyPatch
+    line: str, place: Path, composed_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, typed = split(line)
     if command == "agents.evaluate":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -105,8 +103,10 @@ def test_arguments_without_a_key_become_a_list_and_a_mistake_is_one_line(capsys:
     assert error.count("\n") == 1
 
 
-def test_a_group_that_the_command_does_not_use_is_refused_with_those_that_it_does() -> None:
-    command = [sys.executable, "-m", "sim.replay", "router=least_kv"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: this command has no group 'router'")
+def test_a_group_that_the_command_does_not_use_is_refused_with_those_that_it_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from sim.replay.__main__ import main
+
+    assert exit_status(main, "router=least_kv") == 2
+    assert capsys.readouterr().err.startswith("error: this command has no group 'router'")

@@ -9,7 +9,7 @@ import math
 import re
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cost.plan import dense_plan
@@ -56,7 +56,6 @@ def served(
     return engine
 
 
-@settings(max_examples=60)
 @given(rows=ROWS, kv_blocks=st.integers(16, 40), ahead=st.booleans(), swaps=st.booleans(), wait=WAITS)
 def test_law_12_all_times_doubled_double_all_results_bit_for_bit(
     rows: list[Row], kv_blocks: int, ahead: bool, swaps: bool, wait: float | None
@@ -75,7 +74,6 @@ def test_law_12_all_times_doubled_double_all_results_bit_for_bit(
             assert np.array_equal(getattr(two, field.name), expected, equal_nan=expected.dtype.kind == "f"), field.name
 
 
-@settings(max_examples=60)
 @given(rows=ROWS, later=ROWS, kv_blocks=st.integers(16, 40), ahead=st.booleans(), wait=WAITS)
 def test_law_12_what_arrives_later_changes_nothing_before(
     rows: list[Row], later: list[Row], kv_blocks: int, ahead: bool, wait: float | None

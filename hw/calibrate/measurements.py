@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix, diags, identity, kron, vstack
 from scipy.sparse.linalg import spsolve
 
 from sim.cost.gpu import Gpu
-from sim.cost.latency import TILE_TOKENS, interp1, interp2
+from sim.cost.latency import TILE_TOKENS, interp2, interpolated
 from sim.cost.model_spec import ModelSpec
 from sim.errors import CalibrationError
 from sim.types import Floats
@@ -686,9 +686,8 @@ def surface_at(rows: Floats, columns: Floats, us: Floats, x: Floats, y: Floats) 
 
 
 def curve_at(knots: Floats, us: Floats, x: Floats) -> Floats:
-    """Return a fitted curve at points, by the function that prices iterations."""
-    data, n = np.concatenate([knots, us]), len(knots)
-    return np.array([interp1(data, 0, n, n, float(a)) for a in x])
+    """Return a fitted curve at points, as iterations are priced."""
+    return interpolated(knots, us, np.asarray(x, dtype=np.float64))
 
 
 def _shared_rule(fit: Floats, mixed: Mixed, prefill: Floats, decode: Floats) -> Floats:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,7 +59,15 @@ def test_a_step_that_crashes_is_a_failure_with_the_name_of_the_signal(work: Path
     assert "SIGKILL" in str(found["reason"])
 
 
-def test_a_step_that_hangs_is_ended_shows_where_it_was_and_takes_no_time_from_the_next(work: Path) -> None:
+def test_a_step_that_hangs_is_ended_shows_where_it_was_and_takes_no_time_from_the_next(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_the_limit() -> float:
+        """Let the time of the step be over once it hangs."""
+        return time.monotonic() + (15.0 if (work / "hangs").exists() else 0.0)
+
+    clock = SimpleNamespace(monotonic=at_the_limit, sleep=time.sleep)
+    monkeypatch.setattr("hw.checkup.child.time", clock)
     steps = [step("step_that_hangs", 15.0), step("step_that_skips", TOTAL_S - 15.0)]
     content = {"steps": begun_rows(steps)}
     saved: list[list[str]] = []

@@ -25,6 +25,7 @@ from hw.elastic.kernels import attention  # noqa: E402
 from hw.elastic.kernels.launch import INTERPRETED, LAUNCHES  # noqa: E402
 from hw.elastic.quantize import quantize  # noqa: E402
 from sim.paths import REPOSITORY  # noqa: E402
+from tests.sample import quick  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -133,13 +134,13 @@ def decode(seed: int, device: str, longest: int) -> None:
     close(found, ops.paged_decode_reference(query, kv, *arguments, scale=case.scale, window=window))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", quick(range(30), 12))
 def test_decode_attends_as_the_plain_form_does(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "multiprocessors", lambda device: random.Random(seed).choice([1, 8]))
     decode(seed, device, longest=700)
 
 
-@pytest.mark.parametrize("seed", range(100, 104))
+@pytest.mark.parametrize("seed", quick([100, 101, 102, 103], 2))
 def test_decode_of_contexts_up_to_8192_tokens(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "multiprocessors", lambda device: 2)
     decode(seed, device, longest=8192)
@@ -179,12 +180,12 @@ def prefill(seed: int, device: str, longest: int) -> None:
     assert (mark[starts[-1] :] == 7).all()
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", quick(range(30), 12))
 def test_prefill_attends_as_the_plain_form_does(seed: int, device: str) -> None:
     prefill(seed, device, longest=300)
 
 
-@pytest.mark.parametrize("seed", range(100, 102))
+@pytest.mark.parametrize("seed", quick([100, 101], 1))
 def test_prefill_behind_prefixes_of_up_to_8192_tokens(seed: int, device: str) -> None:
     prefill(seed, device, longest=1000)
 
@@ -195,7 +196,7 @@ def test_prefill_of_many_random_batches(seed: int, device: str) -> None:
     prefill(seed, device, longest=8192)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", quick(range(24), 12))
 def test_rotation_and_storing_are_those_of_the_plain_form(seed: int, device: str) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)

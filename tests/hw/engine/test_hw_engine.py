@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,13 @@ from tests.hw.serving import (
     transformers,
 )
 from tests.hw.tiny_models import FAMILIES, SHORT_TOKENS
+from tests.sample import quick
 
 Rows = list[tuple[float, int, int]]
+UNLIKE = ("sliding", "qwen2", "gemma3", "opt")
+"""Families that differ in windows, biases, norms and positions from llama and from each other."""
+POLLS = (1, 3, 7, 20)
+"""How often a copy is asked for before it is complete."""
 
 
 def some_rows(seed: int, count: int, longest_prompt: int = 40, longest_output: int = 12) -> Rows:
@@ -231,10 +237,14 @@ def plan_schedule(seed: int, steps: int, *, period_s: float = 2.0, bits: bool = 
 
 @pytest.mark.parametrize(
     ("family", "restore", "kv_blocks"),
-    [
-        *((family, "new_requests", 200) for family in FAMILIES),
-        *(("llama", restore, blocks) for restore in ("new_requests", "recompute") for blocks in (10, 200)),
-    ],
+    quick(
+        [
+            *(("llama", restore, blocks) for restore in ("new_requests", "recompute") for blocks in (10, 200)),
+            *((family, "new_requests", 200) for family in UNLIKE),
+            *((family, "new_requests", 200) for family in FAMILIES if family not in ("llama", *UNLIKE)),
+        ],
+        4 + len(UNLIKE),
+    ),
 )
 def test_tokens_stay_those_of_a_plain_model_gated_alike_through_changes_of_the_plan(
     family: str, restore: str, kv_blocks: int
@@ -446,8 +456,10 @@ def assert_blocks_are_as_counted(engine: HwEngine) -> None:
             assert (block.pending is not None) == bool(under_way), f"{kind} block {layer}"
 
 
-@pytest.mark.parametrize("polls", [1, 3, 7, 20])
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    ("seed", "polls"),
+    quick(sorted(product(range(10), POLLS), key=lambda case: case[1] != POLLS[case[0] % len(POLLS)]), 10),
+)
 def test_a_later_plan_never_loses_a_copy_that_is_under_way_and_still_wanted(seed: int, polls: int) -> None:
     rng, spec = random.Random(100 * seed + polls), tiny_spec()
     plans = plan_schedule(seed, 12, bits=seed % 2 == 1).plans

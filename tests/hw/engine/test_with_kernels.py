@@ -15,17 +15,16 @@ from sim.cost.plan import KVKeep, dense_plan, drop
 from tests.hw.engine.test_hw_engine import plain_tokens, serve
 from tests.hw.serving import engine_config, hw_engine, tiny_spec
 from tests.hw.tiny_models import FAMILIES, SHORT_TOKENS
+from tests.sample import quick
 
-ROWS = [(0.0, 11, 3), (0.4, 26, 5)]
+ROWS = [(0.0, 11, 2), (0.4, 26, 4)]
 """Arrival, prompt and output tokens: a chunk with a prefix, full windows and rings, a decode with a chunk."""
-QUICK = ("llama", "gemma3")
+FIRST = ("llama", "gemma3")
 
 pytestmark = pytest.mark.skipif(not INTERPRETED.value, reason="needs triton's interpreter: set TRITON_INTERPRET=1")
 
 
-@pytest.mark.parametrize(
-    "family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
-)
+@pytest.mark.parametrize("family", quick([*FIRST, *sorted({*FAMILIES} - {*FIRST})], len(FIRST)))
 def test_in_fp32_tokens_are_those_of_generate(family: str) -> None:
     before, config = LAUNCHES.copy(), engine_config(max_context_tokens=SHORT_TOKENS)
     with ops.use_kernels():
@@ -33,7 +32,7 @@ def test_in_fp32_tokens_are_those_of_generate(family: str) -> None:
     assert {"_decode_kernel", "_prefill_kernel", "_rope_and_store_kernel"} <= set(LAUNCHES - before)
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", quick(FIRST, 1))
 def test_precision_kept_tokens_and_dropped_blocks_give_the_tokens_of_the_plain_operations(family: str) -> None:
     spec = tiny_spec()
     plan = replace(

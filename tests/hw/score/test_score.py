@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +37,15 @@ from hw.score.one_shot import one_shot, single_removals  # noqa: E402
 from hw.score.pdtrim import attention_mass, redundancy_order, redundancy_sets, two_stage_search  # noqa: E402
 from hw.score.quality_table import measure_table, table_plans  # noqa: E402
 from hw.score.report import generation, scores_page, speed_of  # noqa: E402
+from hw.score.run import main  # noqa: E402
 from hw.score.text import IDS, TOKENIZER, differing, read_windows  # noqa: E402
 from sim.cost.plan import KVKeep, Plan, check_plan, dense_plan  # noqa: E402
 from sim.cost.plan_json import plan_from_json, plan_to_json  # noqa: E402
 from sim.cost.quality import QUALITIES, read_fitted  # noqa: E402
 from sim.errors import ConfigError  # noqa: E402
-from sim.paths import REPOSITORY, RESULTS  # noqa: E402
+from sim.paths import RESULTS  # noqa: E402
 from sim.results.run_folder import write_json  # noqa: E402
+from tests.commands import exit_status  # noqa: E402
 from tests.sim.pages.test_render import cells  # noqa: E402
 
 LAYERS, VOCABULARY = 3, 61
@@ -414,28 +415,36 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def score(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hw.score", f"model.path={folder}", "model.name=tiny", "model.dtype=float32"]
-    for which in ("calibration", "test"):
-        command += [f"{which}.path={folder / 'text.txt'}", f"{which}.tokens=120", f"{which}.window=40"]
-    command += [f"hydra.run.dir={folder / 'run'}", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+Score = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_an_interrupted_gsi_continues_and_states_what_it_was_measured_on(checkpoint: Path) -> None:
+@pytest.fixture
+def score(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> Score:
+    """Return a function that runs the command in this process on the tiny checkpoint."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [f"model.path={checkpoint}", "model.name=tiny", "model.dtype=float32"]
+        for which in ("calibration", "test"):
+            command += [f"{which}.path={checkpoint / 'text.txt'}", f"{which}.tokens=120", f"{which}.window=40"]
+        command += [f"hydra.run.dir={checkpoint / 'run'}", *arguments]
+        return subprocess.CompletedProcess(command, exit_status(main, *command), *capsys.readouterr())
+
+    return run
+
+
+def test_an_interrupted_gsi_continues_and_states_what_it_was_measured_on(checkpoint: Path, score: Score) -> None:
     out = checkpoint / "gsi.json"
-    first = score(checkpoint, "kind=gsi", f"out={out}", "gsi.removals=2")
+    first = score("kind=gsi", f"out={out}", "gsi.removals=2")
     assert first.returncode == 0, first.stderr
     assert len(json.loads(out.read_text())["order"]) == 2
-    second = score(checkpoint, "kind=gsi", f"out={out}", "gsi.compare_every=3")
+    second = score("kind=gsi", f"out={out}", "gsi.compare_every=3")
     assert "continuing from round 2" in second.stderr
     found = json.loads(out.read_text())
     assert sorted(found["order"]) == sorted(block_name(b) for b in range(2 * LAYERS))
     assert [row["round"] for row in found["naive_rounds"]] == [4]
     assert all(row["naive_removes"] == row["exact_removes"] for row in found["naive_rounds"])
     assert {"model", "text", "seed", "seconds", "date", "commit", "source", "dtype"} <= set(found)
-    other = score(checkpoint, "kind=gsi", f"out={out}", "seed=7")
+    other = score("kind=gsi", f"out={out}", "seed=7")
     assert other.returncode == 2
     assert "has the result of another run: seed differ" in other.stderr
 
@@ -532,12 +541,12 @@ def test_the_committed_page_is_what_the_committed_files_give() -> None:
 
 
 @pytest.mark.slow
-def test_the_table_is_measured_fitted_and_continued(checkpoint: Path) -> None:
+def test_the_table_is_measured_fitted_and_continued(checkpoint: Path, score: Score) -> None:
     out = checkpoint / "table.json"
-    assert score(checkpoint, "kind=table", f"out={out}").returncode == 0
+    assert score("kind=table", f"out={out}").returncode == 0
     rows = json.loads(out.read_text())["plans"]
     assert len(rows) > 50
-    again = score(checkpoint, "kind=table", f"out={out}")
+    again = score("kind=table", f"out={out}")
     assert f"{len(rows)} plans in" in again.stderr
     assert json.loads(out.read_text())["plans"] == rows
     assert len(read_fitted(out).blocks) == 2 * LAYERS
@@ -556,8 +565,10 @@ def test_the_table_is_measured_fitted_and_continued(checkpoint: Path) -> None:
     ],
 )
 @pytest.mark.slow
-def test_a_mistake_ends_with_one_clear_message(checkpoint: Path, arguments: list[str], message: str) -> None:
-    ended = score(checkpoint, *arguments)
+def test_a_mistake_ends_with_one_clear_message(
+    checkpoint: Path, arguments: list[str], message: str, score: Score
+) -> None:
+    ended = score(*arguments)
     assert ended.returncode == 2
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr

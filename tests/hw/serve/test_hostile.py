@@ -14,7 +14,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="the server's tests need httpx and uvicorn: pip install -e '.[hw]'")
 pytest.importorskip("uvicorn", reason="the server needs starlette and uvicorn: pip install -e '.[hw]'")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from hw.serve.engine_thread import _Command  # noqa: E402
@@ -238,7 +238,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     body=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6),
     base=st.booleans(),

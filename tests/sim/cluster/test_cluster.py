@@ -26,6 +26,7 @@ from sim.errors import BudgetError, ConfigError
 from sim.policies import Fixed
 from sim.results.records import Records, Status
 from sim.traces.trace import Trace
+from tests.sample import quick
 from tests.sim.cluster.cluster_cases import (
     AtTimes,
     FewestRequests,
@@ -61,7 +62,7 @@ def replicas(count: int, outages: Sequence[Outage] = (), **overrides: object) ->
     ]
 
 
-@pytest.mark.parametrize("first", range(0, 160, 20))
+@pytest.mark.parametrize("first", quick(range(0, 160, 20), 4))
 def test_the_compiled_cluster_leaves_the_records_of_the_plain_one(first: int) -> None:
     for seed in range(first, first + 20):
         found = differences(random_cluster(seed))
@@ -71,7 +72,7 @@ def test_the_compiled_cluster_leaves_the_records_of_the_plain_one(first: int) ->
 def test_the_random_clusters_meet_everything_that_has_rules() -> None:
     names = ("moved", "moved twice", "moved after its first token", "rejected", "held", "preempted", "left alone")
     met = dict.fromkeys(names, 0)
-    for seed in range(160):
+    for seed in range(80):
         try:
             records = fast_cluster(random_cluster(seed)).records()
         except BudgetError:
@@ -84,7 +85,7 @@ def test_the_random_clusters_meet_everything_that_has_rules() -> None:
         met["held"] += (records.replica < 0).any()
         met["preempted"] += (records.preemptions > 0).any()
         met["left alone"] += not moved.any()
-    assert min(met.values()) >= 3, met
+    assert min(met.values()) >= 2, met
 
 
 def test_a_difference_between_the_clusters_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +119,7 @@ def test_the_end_of_a_cluster_is_that_of_its_last_iteration_whatever_its_budget_
     assert cluster.engines()[0].engine.budget_violation_s == 0.0
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", quick(range(60), 20))
 def test_a_cluster_of_one_leaves_the_very_records_of_the_engine_alone(seed: int) -> None:
     case = random_case(seed)
     try:
@@ -159,7 +160,6 @@ def test_a_cluster_of_one_leaves_the_very_records_of_the_engine_alone(seed: int)
 
 
 @given(seed=st.integers(0, 1 << 32))
-@settings(max_examples=80, deadline=None)
 def test_no_request_is_lost_or_served_twice_whatever_fails(seed: int) -> None:
     case = random_cluster(seed)
     try:

@@ -24,6 +24,7 @@ from sim.cost.latency import (
     copy_speed,
     interp1,
     interp2,
+    interpolated,
     load_calibration,
     plan_layers,
 )
@@ -296,6 +297,8 @@ def test_compiled_and_plain_interpolation_give_the_same_bits(x: float, y: float)
     data = np.concatenate([rows, columns, rng.random(12)])
     assert interp1(data, 0, 4, 7, x) == interp1.py_func(data, 0, 4, 7, x)
     assert interp2(data, 0, 4, 4, 3, 7, x, y) == interp2.py_func(data, 0, 4, 4, 3, 7, x, y)
+    points = np.array([x, 1.0, 4.0, 200.0, 201.0])
+    assert interpolated(rows, data[7:11], points).tolist() == [interp1(data, 0, 4, 7, each) for each in points]
 
 
 def prices_of_many_iterations(name: str) -> list[str]:

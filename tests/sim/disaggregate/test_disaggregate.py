@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import simpy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cluster import kernel as ck
@@ -25,6 +25,7 @@ from sim.errors import ConfigError, PlanError
 from sim.policies.fixed import static_plan
 from sim.results.records import Status
 from sim.traces.trace import Trace
+from tests.sample import quick
 from tests.sim.disaggregate.disaggregated_cases import differences, fast_disaggregated, random_disaggregated
 from tests.sim.serving import TINY, linear_latency, tiny_engine
 
@@ -194,7 +195,6 @@ def systems(draw: Any) -> tuple[Trace, dict[str, Any]]:
 
 
 @given(made=systems())
-@settings(max_examples=120, deadline=None)
 def test_no_request_is_lost_and_every_kv_block_is_counted_once_on_any_input(made: tuple[Trace, dict[str, Any]]) -> None:
     trace, overrides = made
     pair = system(trace, **overrides)
@@ -280,7 +280,6 @@ def ends_on_a_link(bytes_per_s: float, transfers: list[tuple[float, int]]) -> di
     sizes=st.lists(st.tuples(st.floats(0, 10), st.integers(0, 5000)), min_size=1, max_size=20),
     bytes_per_s=st.floats(100, 10_000),
 )
-@settings(max_examples=100, deadline=None)
 def test_a_link_gives_each_transfer_an_equal_share(sizes: list[tuple[float, int]], bytes_per_s: float) -> None:
     """Against a step-by-step model in fractions: each active transfer gets bandwidth / count until the next change."""
     rate, now_s = Fraction(bytes_per_s), Fraction(0)
@@ -335,7 +334,7 @@ WAITED_TOO_LONG = 700_076
 
 
 @pytest.mark.parametrize(
-    "seeds", [*(range(first, first + 20) for first in range(0, 120, 20)), [ENDS_TOGETHER, WAITED_TOO_LONG]]
+    "seeds", quick([[ENDS_TOGETHER, WAITED_TOO_LONG], *(range(first, first + 20) for first in range(0, 120, 20))], 4)
 )
 def test_the_system_leaves_the_records_of_the_plain_one(seeds: Sequence[int]) -> None:
     for seed in seeds:
@@ -345,7 +344,7 @@ def test_the_system_leaves_the_records_of_the_plain_one(seeds: Sequence[int]) ->
 
 def test_the_random_systems_meet_what_has_rules() -> None:
     met = dict.fromkeys(("waited for room", "preempted", "rejected", "windowed KV", "nested"), 0)
-    for seed in range(120):
+    for seed in range(60):
         case = random_disaggregated(seed)
         made = fast_disaggregated(case)
         made.run()
@@ -355,7 +354,7 @@ def test_the_random_systems_meet_what_has_rules() -> None:
         met["rejected"] += bool((records.status == Status.REJECTED).any())
         met["windowed KV"] += any(keep.tokens(99) < 99 for keep in case.plan.kv_keep)
         met["nested"] += case.plan.prefill != case.plan.decode
-    assert min(met.values()) >= 5, met
+    assert min(met.values()) >= 2, met
 
 
 def test_two_runs_leave_identical_records() -> None:

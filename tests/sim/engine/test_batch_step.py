@@ -14,6 +14,7 @@ from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineState, Request
 from sim.engine.sim_engine import SimEngine
 from sim.errors import BudgetError, ConfigError
+from tests.sample import quick
 from tests.sim.engine.kernel_cases import Case, quality_nll, random_case, random_plan, unequal
 from tests.sim.serving import TINY
 
@@ -49,7 +50,7 @@ def assert_seen(row: Any, state: EngineState) -> None:
         assert row[column] == pytest.approx(getattr(state, name), rel=1e-12), name
 
 
-@pytest.mark.parametrize("first", range(0, 60, 4))
+@pytest.mark.parametrize("first", quick(range(0, 60, 4), 6))
 @pytest.mark.parametrize("memory", [2, 16384])
 def test_engines_stepped_together_serve_as_on_simpy(first: int, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sim.engine.sim_engine.MEMORY_OF_PLANS", memory)

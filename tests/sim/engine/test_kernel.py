@@ -30,6 +30,7 @@ from sim.replay.loop import replay
 from sim.replay.run import build_engine, build_trace, replay_with
 from sim.results.records import Records
 from sim.traces.trace import Trace
+from tests.sample import quick
 from tests.sim.engine.kernel_cases import LATE_S, Case, differences, merged, random_case, serve, shrunk, unequal
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency, requests, tiny_engine
@@ -37,13 +38,13 @@ from tests.sim.serving import TINY, linear_latency, requests, tiny_engine
 DENSE = dense_plan(TINY)
 
 
-@pytest.mark.parametrize("first", range(0, 400, 20))
+@pytest.mark.parametrize("first", quick(range(0, 400, 20), 7))
 def test_the_compiled_engine_leaves_the_records_of_the_plain_one(first: int) -> None:
     for seed in range(first, first + 20):
         assert differences(random_case(seed)) == [], f"seed {seed}; `make fuzz FIRST={seed} CASES=1` shrinks it"
 
 
-@pytest.mark.parametrize("first", [1000, 1020])
+@pytest.mark.parametrize("first", quick([1000, 1020], 1))
 def test_the_engines_agree_when_the_compiled_one_forgets_plans_all_the_time(
     first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +227,7 @@ def assert_equal(ours: object, theirs: object) -> None:
             assert a == b, field.name
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", quick(range(60), 20))
 def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if seed % 3 == 0:
         monkeypatch.setattr("sim.engine.sim_engine.MEMORY_OF_PLANS", 3)

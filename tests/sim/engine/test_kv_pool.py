@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -122,7 +121,6 @@ class PoolAgainstAQueueOfBlocks(RuleBasedStateMachine):
 
 
 TestPool = PoolAgainstAQueueOfBlocks.TestCase
-TestPool.settings = settings(max_examples=100, deadline=None)
 
 
 def test_a_preempted_request_computes_less_when_it_may_find_its_kv_again() -> None:

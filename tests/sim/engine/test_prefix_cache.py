@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cluster import routers
@@ -187,7 +187,6 @@ def test_without_the_option_hash_ids_change_nothing() -> None:
         assert np.array_equal(getattr(found[0], field.name), getattr(found[1], field.name), equal_nan=True)
 
 
-@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_held_and_free_kv_blocks_add_up_with_a_cache(seed: int) -> None:
     """Laws 1 and 2, under plans and budgets that change: each shared block counts once, and all is free at the end."""

@@ -22,6 +22,7 @@ from sim.engine.scheduler import Limits
 from sim.engine.transition import ABSENT, LayerCopy, Resident, resident_of
 from sim.errors import BudgetError, ConfigError
 from sim.results.records import Status
+from tests.sample import quick
 from tests.sim.engine.kernel_cases import random_case, random_plan
 from tests.sim.serving import TINY, linear_latency, requests
 
@@ -101,7 +102,7 @@ def replica(
     return made, weights
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", quick(range(40), 20))
 def test_a_later_plan_never_loses_a_copy_that_is_under_way_and_still_wanted(seed: int) -> None:
     rng, numbers = random.Random(seed), np.random.default_rng(seed)
     plans = [replace(random_plan(numbers), max_running=None, max_waiting=None) for _ in range(6)] + [DENSE]
@@ -209,7 +210,7 @@ class WritingExecutor(PricingExecutor):
             self.tokens_read += 1
 
 
-@pytest.mark.parametrize("first", range(0, 60, 10))
+@pytest.mark.parametrize("first", quick(range(0, 60, 10), 3))
 def test_what_a_request_reads_from_its_kv_blocks_is_what_was_written_for_it(first: int) -> None:
     """Through plan changes, pools that shrink and move, preemption, shared prefixes and windows of kept tokens."""
     read = 0

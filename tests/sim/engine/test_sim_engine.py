@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cost.plan import dense_plan, drop, with_mask
@@ -215,7 +215,6 @@ WORKLOAD = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     rows=WORKLOAD,
     scheduler=st.sampled_from(["chunked", "prefill_first"]),
@@ -281,7 +280,6 @@ def test_nothing_is_lost_and_memory_and_time_stay_in_order(
     assert np.all(gaps.itl_s > 0)
 
 
-@settings(max_examples=60, deadline=None)
 @given(rows=WORKLOAD, period_s=st.floats(0.05, 5.0), kv_blocks=st.integers(16, 40))
 def test_looking_at_the_engine_changes_nothing(
     rows: list[tuple[float, int, int]], period_s: float, kv_blocks: int

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cost.memory import ffn_weight_bytes, layer_weight_bytes, mha_weight_bytes, weight_bytes
@@ -329,7 +329,6 @@ def test_a_budget_that_makes_no_sense_is_refused(change_s: tuple[float, ...], bu
         Budget(change_s, budget_bytes)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.floats(0, 15), st.integers(1, 40), st.integers(1, 15)), min_size=1, max_size=12),
     decisions=st.lists(st.tuples(st.floats(0.1, 4.0), plans()), max_size=6),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +15,6 @@ from omegaconf import DictConfig
 
 from sim.config import CONF_DIR, build
 from sim.errors import ConfigError
-from sim.paths import REPOSITORY
 from sim.replay.__main__ import main
 from sim.replay.run import build_trace
 from sim.replay.sweep import Case, Processes, cases_of, config_of, replay_case, time_mean
@@ -59,20 +55,15 @@ def test_cases_that_make_no_sense_are_refused(wrong: str) -> None:
         cases_of(composed(wrong))
 
 
-def test_records_are_byte_identical_on_any_number_of_workers_and_as_a_replay_of_one(tmp_path: Path) -> None:
+def test_records_are_byte_identical_on_any_number_of_workers_and_as_a_replay_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Law 5 over processes."""
-    variants = {
-        "w1": ["seeds=[1,2]", "windows=[0,1]", "window_s=20", "workers=1", "iterations=true", "plot=true"],
-        "w2": ["seeds=[1,2]", "windows=[0,1]", "window_s=20", "workers=2", "iterations=true"],
-    }
-    for name, more in variants.items():
-        command = [sys.executable, "-m", "sim.replay", *QUICK, "policy=greedy_stop", *more, f"hydra.run.dir={name}"]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert "mean ± sd" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    cases = ("seeds=[1,2]", "windows=[0,1]", "window_s=20", "iterations=true")
+    for name, more in {"w1": ["workers=1", "plot=true"], "w2": ["workers=2"]}.items():
+        assert exit_status(main, *QUICK, "policy=greedy_stop", *cases, *more, f"hydra.run.dir={name}") == 0
+        assert "mean ± sd" in capsys.readouterr().out
     folders = sorted(path.name for path in (tmp_path / "w1").iterdir() if path.is_dir())
     assert folders == [f"seed_{s}_window_{w}" for s in (1, 2) for w in (0, 1)]
     for folder in folders:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -91,13 +88,10 @@ def test_the_fit_command_writes_both_tables(data, tmp_path, monkeypatch):
     assert load_table(str(tmp_path / "azure_code.yaml")).name == "azure_code"
 
 
-def test_the_fit_command_without_data_says_where_to_get_it(tmp_path):
-    # In a process of its own: Hydra resets logging, and absl's handler then closes a stream that pytest has replaced.
-    command = [sys.executable, "-m", "sim.fit_trace", f"out={tmp_path}"]
-    environment = {**os.environ, "RAP_LAB_DATA": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
-    assert done.returncode == 2
-    assert "Azure/AzurePublicDataset" in done.stderr
+def test_the_fit_command_without_data_says_where_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAP_LAB_DATA", str(tmp_path))
+    assert exit_status(sim.fit_trace.main, f"out={tmp_path}") == 2
+    assert "Azure/AzurePublicDataset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

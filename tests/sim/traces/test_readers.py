@@ -654,7 +654,6 @@ def test_a_parquet_file_is_recognized_by_its_content_not_its_name(tmp_path):
     assert read_trace(path) == trace
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     content=st.binary(max_size=200) | st.text(alphabet="0123456789.,-\n\r\"'eExna{}:[] ", max_size=200).map(str.encode)
 )

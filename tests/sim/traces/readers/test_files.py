@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.errors import TraceError
@@ -53,7 +53,6 @@ def test_a_packed_file_may_have_several_parts(tmp_path, packing):
     assert read_trace(file_of(tmp_path, pack(first) + pack(second))).arrival_s.tolist() == ARRIVALS
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     text=st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), max_size=300),
     times=st.sampled_from([1, 9, 9000]),
@@ -66,7 +65,6 @@ def test_packed_text_comes_back_as_it_was(tmp_path_factory, text, times, packing
     assert read_content(TraceFile(path=path)) == content * parts
 
 
-@settings(deadline=None, max_examples=200)
 @given(content=st.binary(max_size=300), packing=st.sampled_from(["", *sorted(PACKERS)]), cut=st.integers(0, 400))
 def test_any_bytes_are_read_or_give_one_line_of_error(tmp_path_factory, content, packing, cut):
     packed = PACKERS[packing](content)[:cut] if packing else content

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.engine.protocol import EngineConfig, check_hash_blocks
@@ -32,7 +32,6 @@ def write(tmp_path, ids_of_rows, block_tokens=512):
     return path
 
 
-@settings(deadline=None, max_examples=100)
 @given(rows=st.lists(st.lists(ids, min_size=1, max_size=4), min_size=1, max_size=5))
 def test_equal_ids_stay_equal_and_different_ones_different(tmp_path_factory, rows):
     trace = read_mooncake(write(tmp_path_factory.getbasetemp(), rows))

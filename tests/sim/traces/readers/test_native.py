@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.errors import TraceError
@@ -49,7 +49,6 @@ def test_names_and_unit_of_time_can_be_stated_for_every_kind_of_file(tmp_path, k
     assert trace.output_tokens.tolist() == [7, 8]
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     start=st.integers(10**9 + 1, 4 * 10**9),
     gaps=st.lists(st.integers(0, 10**12), min_size=1, max_size=5),
@@ -68,7 +67,6 @@ def test_whole_unix_times_are_rebased_exactly(tmp_path_factory, start, gaps, uni
         read_trace(path, time_unit=unit)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     start=st.datetimes(datetime(1971, 1, 1), datetime(2090, 1, 1)),
     gaps_us=st.lists(st.integers(0, 10**10), max_size=4),
@@ -196,7 +194,6 @@ def test_rows_that_state_different_sizes_of_ids_do_not_fit(tmp_path):
         read_trace(write(tmp_path, rows))
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     content=st.binary(max_size=300)
     | st.text(alphabet='0123456789.,;\t-\n\r"eEnaulb{}:[] ', max_size=300).map(str.encode),
