@@ -53,6 +53,21 @@ def policy_hashes(files: Mapping[str, Sequence[Path]]) -> dict[str, list[dict[st
     }
 
 
+SERVER_GROUPS = ("model", "gpu", "calibration", "quality", "engine", "slo")
+"""The folders of conf with the files that ``ServeSetting.stated["server"]`` names, in its order."""
+
+
+def server_hashes(played: Played) -> dict[str, str]:
+    """Return the SHA-256 of every file that says how the served machines behave and what is asked of them."""
+    files: set[Path] = set()
+    for match in played.matches.values():
+        for group, name in zip(SERVER_GROUPS, match.setting.stated["server"], strict=False):
+            # A quality may be derived from other files of its folder.
+            pattern = "**/*" if group == "quality" else f"{name}.*"
+            files.update(path for path in (CONF_DIR / group).glob(pattern) if path.is_file())
+    return {path.relative_to(CONF_DIR.parent).as_posix(): file_sha256(path) for path in sorted(files)}
+
+
 def claimed(cfg: DictConfig, played: Played) -> dict[str, Any]:
     """Return what a claim states of what is played, without its date and commit."""
     listed = played.listed
@@ -60,6 +75,7 @@ def claimed(cfg: DictConfig, played: Played) -> dict[str, Any]:
         "comparison": {"policy": cfg.compared, "with": COMPARISON},
         "policies": policy_hashes(played.files),
         "rules": played.tuned,
+        "server_files": server_hashes(played),
         "oracles": {"names": list(played.oracles), "windows_each": int(cfg.serve_oracle)},
         "windows": {
             "split": played.split,

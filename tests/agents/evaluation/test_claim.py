@@ -76,6 +76,9 @@ def test_a_committed_claim_lets_its_windows_be_played_and_is_recorded(checkout: 
     assert content["windows"]["count"] == len(played.listed) == 1
     assert content["comparison"]["policy"] == "mine"
     assert set(content["rules"]["roomy/published"]["rules"]) == {"dense", "int4"}
+    files = content["server_files"]
+    assert {"conf/slo/ttft_2s_tpot_100ms.yaml", "conf/quality/llama2_7b_transferred.yaml"} <= set(files)
+    assert {name.split("/")[1] for name in files} == {"model", "gpu", "calibration", "quality", "engine", "slo"}
 
 
 def test_the_test_windows_are_not_played_before_a_claim_is_committed(checkout: Path, tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_what_was_not_claimed_is_not_played(checkout: Path, tmp_path: Path, more
         check_claim(cfg, what_is_played(cfg, "test"), tmp_path / "results")
 
 
-def test_a_policy_whose_weights_changed_since_the_claim_is_not_played(
+def test_a_policy_whose_weights_changed_or_a_server_whose_quality_changed_since_the_claim_is_not_played(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = configuration()
@@ -128,6 +131,9 @@ def test_a_policy_whose_weights_changed_since_the_claim_is_not_played(
     hashes = claims.file_sha256
     monkeypatch.setattr(claims, "file_sha256", lambda path: "0" * 64 if path.suffix == ".safetensors" else hashes(path))
     with pytest.raises(ConfigError, match="claims other policies"):
+        check_claim(cfg, played, tmp_path / "results")
+    monkeypatch.setattr(claims, "file_sha256", lambda path: "0" * 64 if path.parent.name == "quality" else hashes(path))
+    with pytest.raises(ConfigError, match="claims other server_files"):
         check_claim(cfg, played, tmp_path / "results")
 
 
