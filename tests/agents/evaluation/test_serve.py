@@ -21,7 +21,7 @@ from sim.results.run_folder import write_parquet
 from tests.sim.pages.test_render import cells
 
 
-def test_a_policy_loses_utility_if_its_kv_entries_come_from_another_window() -> None:
+def test_a_policy_loses_utility_if_the_entry_that_it_needs_most_comes_from_another_window() -> None:
     path = SHIPPED / "learned_serve_llama2.json"
     about = read_learned(path, "ServeTrace").about
     names = {entry["name"] for entry in about["observation"]}
@@ -32,7 +32,7 @@ def test_a_policy_loses_utility_if_its_kv_entries_come_from_another_window() -> 
     network = read_learned(path, "ServeTrace").network
     unchanged = serve(network.act, env_kwargs, validation_windows(8)).mean()
     assert utility["nothing"] == pytest.approx(unchanged, abs=1e-12)
-    assert utility["all of the KV cache"] < utility["nothing"]
+    assert utility.min() < utility["nothing"] - 0.005
     assert set(utility.index) == {"nothing", *SERVE_GROUPS} | {n for n in names if not n.startswith("legal.")}
     shown = ablation_markdown(table, "windows")
     assert ["nothing", f"{unchanged:.4f}", "0.0 %", "0.0 %", "0.0 %"] in cells(shown)
