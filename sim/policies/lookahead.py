@@ -197,7 +197,7 @@ class Lookahead:
         first_s = np.where(np.isfinite(records.first_token_s), records.first_token_s, end_s)
         good = (first_s <= deadline_s[: len(records)]) & (records.status != Status.REJECTED)
         if self.tpot_s is not None:
-            # A request that still runs counts by its pace so far; one without a second token has none.
+            # A request that still runs counts by its pace so far, from its first token on.
             last_s = np.where(np.isfinite(records.finish_s), records.finish_s, end_s - self.grace_s)
             good &= ~(last_s - records.first_token_s > self.tpot_s * np.maximum(records.produced_tokens - 1, 1))
         if self.server.quality_nll is None:
