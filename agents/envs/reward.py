@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
-from sim.results.metrics import Slo, met_slo
+from sim.results.metrics import Slo, behind_pace, met_slo
 from sim.results.records import Records, Status
 from sim.results.utility import kept_quality as kept_quality
 from sim.types import Bools, Floats, Ints
@@ -187,7 +187,6 @@ def utility_lost(
     if finished.any():
         gone |= finished & ~met_slo(records, slo)
     if ahead_s is not None and slo.tpot_s is not None:
-        taken_s = np.where(finished, 0.0, now_s - records.first_token_s)
-        gone |= taken_s > slo.tpot_s * np.maximum(records.produced_tokens - 1, 1)
+        gone |= ~finished & behind_pace(records, slo.tpot_s, now_s)
     loss = np.nan_to_num(records.quality_nll - dense_nll, nan=0.0)
     return float(np.where(gone, 1.0, 1.0 - kept_quality(loss)).sum()) / requests

@@ -27,6 +27,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies.base import PolicyContext
 from sim.policies.observation.serve import Choice, ServeActions, actions_from
+from sim.results.metrics import behind_pace
 from sim.results.records import Records, Status
 from sim.types import Floats, Ints
 
@@ -197,9 +198,7 @@ class Lookahead:
         first_s = np.where(np.isfinite(records.first_token_s), records.first_token_s, end_s)
         good = (first_s <= deadline_s[: len(records)]) & (records.status != Status.REJECTED)
         if self.tpot_s is not None:
-            # A request that still runs counts by its pace so far, from its first token on.
-            last_s = np.where(np.isfinite(records.finish_s), records.finish_s, end_s - self.grace_s)
-            good &= ~(last_s - records.first_token_s > self.tpot_s * np.maximum(records.produced_tokens - 1, 1))
+            good &= ~behind_pace(records, self.tpot_s, end_s - self.grace_s)
         if self.server.quality_nll is None:
             return float(good.sum())
         if math.isnan(self.dense_nll):

@@ -79,6 +79,15 @@ def missed_targets(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_EN
     return found
 
 
+def behind_pace(records: Records, tpot_s: float, now_s: float) -> NDArray[np.bool_]:
+    """Return bool[n]: which requests took longer than ``tpot_s`` for each token so far, from the first token on.
+
+    A request that has not finished counts until ``now_s``. One without a first token is not behind.
+    """
+    last_s = np.where(np.isfinite(records.finish_s), records.finish_s, now_s)
+    return np.asarray(last_s - records.first_token_s > tpot_s * np.maximum(records.produced_tokens - 1, 1))
+
+
 def records_frame(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> pd.DataFrame:
     """Return the table of ``records.parquet``: one row per request, in order of arrival in the engine's queue.
 

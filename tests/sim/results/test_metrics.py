@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.errors import ConfigError
-from sim.results.metrics import Slo, distribution, gap_distribution, met_slo, records_frame, summarise
+from sim.results.metrics import Slo, behind_pace, distribution, gap_distribution, met_slo, records_frame, summarise
 from sim.results.records import Records, TokenGaps
 from tests.sim.serving import requests, tiny_engine
 
@@ -47,6 +47,24 @@ def test_every_target_of_an_slo_must_be_met() -> None:
     assert met_slo(records, Slo(ttft_s=1.0, tpot_s=1.0, e2e_s=5.0)).tolist() == [True]
     for slo in (Slo(ttft_s=0.9), Slo(tpot_s=0.9), Slo(ttft_s=None, e2e_s=4.9)):
         assert met_slo(records, slo).tolist() == [False]
+
+
+def test_a_pace_counts_from_the_first_token_until_now() -> None:
+    unit = tiny_engine()
+    unit.submit(requests((0.0, 4, 3), (0.0, 4, 9), (0.0, 4, 1)))
+    unit.run_until(6.0)  # a first token each after 1 s, then one a second
+    records = unit.records()
+    assert records.produced_tokens.tolist() == [3, 6, 1]
+    assert behind_pace(records, 1.0, 6.0).tolist() == [False, False, False]
+    assert behind_pace(records, 0.9, 6.0).tolist() == [True, True, False]
+    assert behind_pace(records, 1.0, 6.5).tolist() == [False, True, False]  # what has finished does not grow older
+
+
+def test_a_request_without_a_first_token_is_not_behind() -> None:
+    unit = tiny_engine()
+    unit.submit(requests((0.0, 4, 3)))
+    unit.run_until(0.5)
+    assert behind_pace(unit.records(), 1e-9, 100.0).tolist() == [False]
 
 
 def test_an_slo_of_zero_seconds_is_refused() -> None:
