@@ -347,7 +347,7 @@ def test_what_is_gathered_are_the_bytes_that_the_plan_says_for_any_prompt() -> N
 
 def test_room_is_held_above_the_watermark_for_as_many_as_may_run_and_for_none_while_others_wait() -> None:
     layers = tiny_spec().num_layers
-    engine = hw_engine(config=engine_config(kv_watermark_share=0.1, max_running=3), kv_blocks=20, timed=False)
+    engine = hw_engine(config=engine_config(kv_watermark_share=0.1, max_running=3), kv_blocks=20)
     assert engine.reserve(0, 4 * 19) is None  # 19 of 20 KV blocks, of which two stay free
     assert engine.reserve(0, 4 * 10) is not None
     assert engine.pool.used_layer_blocks == 10 * layers

@@ -67,6 +67,15 @@ def test_a_request_without_a_first_token_is_not_behind() -> None:
     assert behind_pace(unit.records(), 1e-9, 100.0).tolist() == [False]
 
 
+def test_a_request_with_one_token_so_far_is_not_behind_before_a_second_is_due() -> None:
+    unit = tiny_engine()
+    unit.submit(requests((0.0, 4, 3)))
+    unit.run_until(1.5)
+    records = unit.records()
+    assert records.produced_tokens.tolist() == [1]
+    assert behind_pace(records, 1.0, 1.5).tolist() == [False]
+
+
 def test_an_slo_of_zero_seconds_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"slo\.ttft_s is 0"):
         Slo(ttft_s=0)
