@@ -61,6 +61,8 @@ def test_the_page_names_the_best_learned_policy_and_holds_the_means_of_the_files
     assert "knapsack" in found["undecided"]
     assert "mha_only" in verdict(pd.concat([played, random.assign(policy="worse")]))["loses_to"]
     assert verdict(played) == {}
+    averaged = [random.assign(policy="average"), knapsack.assign(policy="average_seeds")]
+    assert verdict(pd.concat([played, *averaged]))["name"] == "average"  # its networks are better, but do not ship
     assert len(cells(prune_table_markdown(frame))) == 1 + frame["policy"].nunique()
 
 
