@@ -1,9 +1,9 @@
 """The claim: what the test windows of ``ServeTrace`` are played with, written down before they are played.
 
 The order is: claim (``python -m agents.claim``), commit, play. ``python -m agents.evaluate`` plays the test windows
-only if a claim is committed, unchanged since, and says exactly what is about to be played: the policies' files by hash,
-the rules with their parameters, the windows by hash, and the one comparison. Its result records the claim's commit, and
-how many claims there were before. A claim is played once into a folder.
+only if a claim is committed, unchanged since, and says exactly what is about to be played: the policies' files, the
+rules with their parameters and the windows, each by hash, and the one comparison. Its result records the claim's
+commit, and how many claims there were before. A claim is played once into a folder.
 """
 
 from __future__ import annotations
@@ -68,13 +68,19 @@ def server_hashes(played: Played) -> dict[str, str]:
     return {path.relative_to(CONF_DIR.parent).as_posix(): file_sha256(path) for path in sorted(files)}
 
 
+def rules_hash(tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the names of a scenario's rules, the file of conf/rules they come from, and the SHA-256 of all of it."""
+    content = json.dumps(tuned, sort_keys=True).encode()
+    return {"file": tuned["file"], "names": list(tuned["rules"]), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def claimed(cfg: DictConfig, played: Played) -> dict[str, Any]:
     """Return what a claim states of what is played, without its date and commit."""
     listed = played.listed
     content = {
         "comparison": {"policy": cfg.compared, "with": COMPARISON},
         "policies": policy_hashes(played.files),
-        "rules": played.tuned,
+        "rules": {scenario: rules_hash(tuned) for scenario, tuned in played.tuned.items()},
         "server_files": server_hashes(played),
         "oracles": {"names": list(played.oracles), "windows_each": int(cfg.serve_oracle)},
         "windows": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_a_committed_claim_lets_its_windows_be_played_and_is_recorded(checkout: 
     assert content["policies"] == policy_hashes({"mine": [POLICY]})
     assert content["windows"]["count"] == len(played.listed) == 1
     assert content["comparison"]["policy"] == "mine"
-    assert set(content["rules"]["roomy/published"]["rules"]) == {"dense", "int4"}
+    assert content["rules"]["roomy/published"]["names"] == ["dense", "int4"]
     files = content["server_files"]
     assert {"conf/slo/ttft_2s_tpot_100ms.yaml", "conf/quality/llama2_7b_transferred.yaml"} <= set(files)
     assert {name.split("/")[1] for name in files} == {"model", "gpu", "calibration", "quality", "engine", "slo"}
@@ -135,6 +136,16 @@ def test_a_policy_whose_weights_changed_or_a_server_whose_quality_changed_since_
     monkeypatch.setattr(claims, "file_sha256", lambda path: "0" * 64 if path.parent.name == "quality" else hashes(path))
     with pytest.raises(ConfigError, match="claims other server_files"):
         check_claim(cfg, played, tmp_path / "results")
+
+
+def test_a_rule_with_another_parameter_than_claimed_is_not_played(checkout: Path, tmp_path: Path) -> None:
+    cfg = configuration()
+    played = commit_claim(checkout, cfg)
+    tuned = json.loads(json.dumps(played.tuned))  # as a result file holds it
+    check_claim(cfg, replace(played, tuned=tuned), tmp_path / "results")
+    tuned["roomy/published"]["rules"]["dense"]["policy"] = {"name": "dense", "patience": 2}
+    with pytest.raises(ConfigError, match="claims other rules"):
+        check_claim(cfg, replace(played, tuned=tuned), tmp_path / "results")
 
 
 def test_a_claim_is_played_once_into_a_folder_and_later_claims_count_those_before(
