@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 
 from agents.evaluation.rules import BASES, RULES, about_rule, parts_of
-from agents.evaluation.serve_report import against, compared_policy, rules_of, trace_mean
-from agents.evaluation.tables import read_if_there, signed
+from agents.evaluation.serve_report import against, compared_policy, difference_text, rules_of, trace_mean
+from agents.evaluation.tables import read_if_there
 from sim.pages.render import commit_of, render, table
 from sim.results.run_folder import write_text
 
@@ -61,13 +61,14 @@ def simplest(part: pd.DataFrame, ours: str) -> dict[str, Any]:
         least = min(effort_of(name) for name in enough)
         rules = [name for name in enough if effort_of(name) == least]
     chosen = max(rules, key=lambda name: utility[name])
+    blocks = part[["source", "block"]].drop_duplicates()
     return {
         "windows": part["window"].nunique(),
         "rule": chosen,
         "effort": EFFORTS[effort_of(chosen)],
         "its utility": utility[chosen],
         "learned": utility[ours],
-        "learned minus it": signed(against(part, ours, chosen)),
+        "learned minus it": difference_text(against(part, ours, chosen), len(blocks)),
         "as good": bool(enough),
     }
 

@@ -2,8 +2,9 @@
 
 The order is: claim (``python -m agents.claim``), commit, play. ``python -m agents.evaluate`` plays the test windows
 only if a claim is committed, unchanged since, and says exactly what is about to be played: the policies' files, the
-rules with their parameters and the windows, each by hash, and the one comparison. Its result records the claim's
-commit, and how many claims there were before. A claim is played once into a folder.
+rules with their parameters and the windows, each by hash, and what is compared; code and configuration must be as they
+were. Its result records the claim's commit, and how many claims there were before. A claim is played once into a
+folder.
 """
 
 from __future__ import annotations
@@ -27,10 +28,21 @@ if TYPE_CHECKING:
     from agents.evaluation.measure_serve import Played
 
 COMPARISON = (
-    "mean utility over the test windows, each trace counting the same, of the policy minus that of every rule that "
-    "does not know the future, on the windows that both play; 95 % intervals by agents.evaluation.statistics"
+    "utility of the policy minus that of a rule, on the windows that both play, each trace counting the same; 95 % "
+    "intervals by agents.evaluation.statistics"
 )
+MOST_BELOW, ORACLE_SHARE = 0.005, 0.95
+CRITERIA = {
+    "rules": "above every rule that does not know the future, averaged over traces; the interval excludes zero",
+    "traces": f"on no trace more than {MOST_BELOW} below any of these rules",
+    "oracle": f"at least {ORACLE_SHARE:.0%} of the utility of oracle_search, on the windows that it plays",
+}
+"""What is claimed; ``agents.evaluation.serve_report`` says of each whether it holds."""
 RULE = "python -m agents.windows (agents/evaluation/windows.py)"
+
+
+PLAYED_BY = ("agents", "conf", "sim")
+"""The folders on which the played figures depend; they must be as they were at the claim."""
 
 
 def file_sha256(path: Path) -> str:
@@ -78,7 +90,7 @@ def claimed(cfg: DictConfig, played: Played) -> dict[str, Any]:
     """Return what a claim states of what is played, without its date and commit."""
     listed = played.listed
     content = {
-        "comparison": {"policy": cfg.compared, "with": COMPARISON},
+        "comparison": {"policy": cfg.compared, "by": COMPARISON, "claims": CRITERIA},
         "policies": policy_hashes(played.files),
         "rules": {scenario: rules_hash(tuned) for scenario, tuned in played.tuned.items()},
         "server_files": server_hashes(played),
@@ -111,7 +123,7 @@ def check_claim(cfg: DictConfig, played: Played, folder: Path) -> dict[str, Any]
         cfg: an ``EvaluateConfig``. played: what is about to be played. folder: for the results.
     Raises:
         ConfigError: if the claim is missing, says something else, is not committed or changed since, or if the folder
-            has its results already.
+            has its results already; or if code or configuration changed since.
     """
     path = claim_path(cfg)
     commits = claim_commits(path)
@@ -126,6 +138,8 @@ def check_claim(cfg: DictConfig, played: Played, folder: Path) -> dict[str, Any]
             f"{path} claims other {', '.join(differing)} than are about to be played; play what was claimed, or claim "
             "this and commit it: python -m agents.claim"
         )
+    if not cfg.only:
+        check_unchanged_since(commits[0])
     found = {
         "file": str(cfg.claim),
         "sha256": file_sha256(path),
@@ -152,6 +166,19 @@ def claim_commits(path: Path) -> list[str]:
     if not commits or _git("status", "--porcelain", "--", str(path)):
         raise ConfigError(f"{path} is not committed as it is; commit it before the test windows are played")
     return commits
+
+
+def check_unchanged_since(commit: str) -> None:
+    """Check that no code and no configuration changed since a claim.
+
+    Raises:
+        ConfigError: if a file did.
+    """
+    if changed := _git("diff", "--name-only", commit, "--", *(f":/{folder}" for folder in PLAYED_BY)):
+        raise ConfigError(
+            f"{changed.split()[0]} changed since the claim {commit[:12]}; play the claim as it was made, or claim "
+            "again: python -m agents.claim"
+        )
 
 
 def every_claim(path: Path) -> set[str]:

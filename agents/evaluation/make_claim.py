@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from agents.evaluation.chosen import present, replaced
+from agents.evaluation.chosen import named, present, replaced
 from agents.evaluation.claim import claim_path, claimed
 from agents.evaluation.evaluate import EvaluateConfig
 from agents.evaluation.measure_serve import what_is_played
@@ -43,12 +45,15 @@ def _run(cfg: DictConfig) -> None:
     for note in notes:
         print(note)
     path = write_claim(cfg)
-    print(f"wrote {path}\ncommit it, then play it once:\n  python -m agents.evaluate 'tasks=[serve]'")
+    changed = "".join(f" {shlex.quote(override)}" for override in HydraConfig.get().overrides.task)
+    print(f"wrote {path}\ncommit it, then play it once:")
+    print(f"  python -m agents.evaluate 'tasks=[serve]' out=docs/results/agents{changed}")
 
 
 def main() -> None:
     """Run ``python -m agents.claim``."""
     one_thread()
+    sys.argv[1:] = map(named, sys.argv[1:])
     run_command(_run, "claim")
 
 

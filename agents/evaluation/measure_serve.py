@@ -123,7 +123,7 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
             for scenario, match in matches.items()
         }
         oracles = []
-    rows = evaluate_serve(matches, played.listed, oracles=oracles, oracle_windows=cfg.serve_oracle, workers=cfg.workers)
+    rows = evaluate_serve(matches, played.listed, oracles=oracles, oracle_each=cfg.serve_oracle, workers=cfg.workers)
     write_rows(cfg, folder / "serve.parquet", rows)
     if cfg.serve_curves:
         write_parquet(folder / "serve_training.parquet", training_curves(cfg.serve_curves))

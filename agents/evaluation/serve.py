@@ -2,7 +2,7 @@
 
 The rules among them are in ``agents.evaluation.rules``. Only two rows know the window: ``oracle_static``, the best
 single plan of each window in hindsight, and ``oracle_search``, the best schedule of plans that a search finds
-(``agents.evaluation.oracle``). They are slow, so they play the first windows of each source in each scenario alone.
+(``agents.evaluation.oracle``). They are slow, so they play a few windows of each source in each scenario alone.
 """
 
 from __future__ import annotations
@@ -84,22 +84,38 @@ def first_windows(listed: Sequence[Listed], most: int | None) -> list[Listed]:
     return found
 
 
+def oracle_windows(listed: Sequence[Listed], each: int) -> list[Listed]:
+    """Return ``each`` windows of each source in each scenario, such that all together have every load and budget.
+
+    Lists begin with one window for every load and budget, in the same order; each list is entered one place later than
+    the one before.
+    """
+    lists: dict[tuple[str, str], list[Listed]] = {}
+    for one in listed:
+        lists.setdefault((one.scenario, one.window.source), []).append(one)
+    found = []
+    for place, windows in enumerate(lists.values()):
+        count = min(each, len(windows))
+        found += [windows[(place + turn * len(windows) // count) % len(windows)] for turn in range(count)]
+    return found
+
+
 def evaluate_serve(
     matches: Mapping[str, Match],
     listed: Sequence[Listed],
     *,
     oracles: Sequence[str] = (),
-    oracle_windows: int = 1,
+    oracle_each: int = 1,
     workers: int = 1,
 ) -> pd.DataFrame:
     """Return one row for each policy, seed and window.
 
     Args:
         matches: by scenario. listed: the windows.
-        oracles: which of ``ORACLES`` to add, on the first ``oracle_windows`` of each source in each scenario.
+        oracles: which of ``ORACLES`` to add, on ``oracle_each`` windows of each source in each scenario.
         workers: processes; the rows do not depend on it, except for their decision latencies.
     """
-    known = set(first_windows(listed, oracle_windows)) if oracles else set()
+    known = set(oracle_windows(listed, oracle_each)) if oracles and oracle_each else set()
     jobs = [(matches[one.scenario], number, one, oracles if one in known else ()) for number, one in enumerate(listed)]
     with progress("playing", len(jobs), "windows") as report:
         rows = [row for rows in counted(_all_played(jobs, workers), report) for row in rows]

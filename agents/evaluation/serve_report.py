@@ -7,13 +7,14 @@ that both played, because some rules need low-precision copies.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from agents.evaluation.ablation import WINDOWS, ablation_markdown
+from agents.evaluation.claim import CRITERIA, MOST_BELOW, ORACLE_SHARE
 from agents.evaluation.rules import RULES, about_rule
 from agents.evaluation.serve import MEMBERS, ORACLES, serve_grid
 from agents.evaluation.statistics import Interval, paired_difference
@@ -137,30 +138,79 @@ def gaps(frame: pd.DataFrame, ours: str, theirs: str, columns: tuple[str, ...]) 
     return found
 
 
+def hardest_rule(frame: pd.DataFrame, ours: str) -> str:
+    """Return the rule that a policy is least above, on the windows that both played."""
+
+    def above(name: str) -> float:
+        part = common(frame, (ours, name))
+        return trace_mean(part, ours) - trace_mean(part, name)
+
+    return min(rules_of(frame), key=above)
+
+
 def against_the_best(frame: pd.DataFrame, ours: str, column: str) -> list[dict[str, Any]]:
-    """Return, for each kind in a column, the best rule there and how much higher a policy is."""
+    """Return, for each kind in a column, the rule that a policy is least above there, and by how much it is."""
     rows = []
     for kind in dict.fromkeys(frame[column]):
         part = frame[frame[column] == kind]
-        rule = best_rule(part)
+        rule = hardest_rule(part, ours)
+        part = common(part, (ours, rule))
         blocks = part.drop_duplicates("window")[["source", "block"]].drop_duplicates()
+        found = against(part, ours, rule)
         rows.append(
             {
                 column: str(kind),
                 "windows": part["window"].nunique(),
                 "blocks": len(blocks),
-                "best rule": rule,
+                "hardest rule": rule,
                 "its utility": trace_mean(part, rule),
                 ours: trace_mean(part, ours),
-                "difference": _difference(against(part, ours, rule), len(blocks)),
+                "difference": difference_text(found, len(blocks)),
+                "mean": found.mean,
             }
         )
     return rows
 
 
-def _difference(interval: Interval, blocks: int) -> str:
+def difference_text(interval: Interval, blocks: int) -> str:
     """Return a difference with its interval, or alone where there are too few blocks for one."""
     return signed(interval) if blocks >= FEWEST_BLOCKS else f"{interval.mean:+.4f} (too few blocks)"
+
+
+def same_rate(frame: pd.DataFrame) -> int:
+    """Return how many windows have the rate of another load of their trace and scenario."""
+    windows = frame.drop_duplicates("window")
+    loads = windows.groupby(["scenario", "source", "rate"])["load"].transform("nunique")
+    return int((loads > 1).sum())
+
+
+def claims_held(frame: pd.DataFrame, ours: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return of each of ``CRITERIA`` whether it holds for a policy, and by which figures.
+
+    Args:
+        found: ``standing`` of the policy, and its shares of the oracles.
+    """
+    missing = [*found["undecided"], *found["loses_to"]]
+    worst = min(against_the_best(frame, ours, "source"), key=lambda row: float(row["mean"]))
+    shares = [row[f"share of it, {ours}"] for row in found["oracles"] if row["oracle"] == "oracle_search"]
+    share = shares[0] if shares else None
+    return [
+        {
+            "claim": CRITERIA["rules"],
+            "holds": not missing,
+            "figures": f"{len(found['beats'])} of {len(found['beats']) + len(missing)} rules",
+        },
+        {
+            "claim": CRITERIA["traces"],
+            "holds": worst["mean"] >= -MOST_BELOW,
+            "figures": f"least on {worst['source']}, against {worst['hardest rule']}: {worst['difference']}",
+        },
+        {
+            "claim": CRITERIA["oracle"],
+            "holds": None if share is None else share >= ORACLE_SHARE,
+            "figures": "it did not play" if share is None else f"{share:.1%}",
+        },
+    ]
 
 
 def few_blocks(frame: pd.DataFrame) -> dict[str, int]:
@@ -187,15 +237,16 @@ def serve_verdict(frame: pd.DataFrame, compared: str) -> dict[str, Any]:
                 f"share of it, {simple}": trace_mean(part, simple) / high,
             }
         )
+    found |= standing(lambda name: against(frame, ours, name), rules_of(frame))
     return {
         **found,
+        "claims": claims_held(frame, ours, found),
         "best": ours,
         "utility": trace_mean(frame, ours),
         "against_simple": signed(against(frame, ours, simple)),
         "seeds": signed(against(frame, f"{ours}{MEMBERS}", simple))
         if f"{ours}{MEMBERS}" in set(frame["policy"])
         else "",
-        **standing(lambda name: against(frame, ours, name), rules_of(frame)),
     }
 
 
@@ -227,7 +278,14 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
     shown = shown_policies(frame, ours)
     serve_figure(folder, frame, shown, curves)
     specs = {"windows": ",d", "its utility": ".4f", str(ours): ".4f"}
-    best = {column: against_the_best(frame, ours, column) for column in ("source", "scenario")} if ours else {}
+    best = (
+        {
+            column: [{k: v for k, v in row.items() if k != "mean"} for row in against_the_best(frame, ours, column)]
+            for column in ("source", "scenario")
+        }
+        if ours
+        else {}
+    )
     shares = {key: ".1%" for row in found["oracles"] for key in row if key.startswith("share")}
     return {
         "made": made,
@@ -236,6 +294,17 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
         "windows": frame["window"].nunique(),
         "blocks": len(frame[["source", "block"]].drop_duplicates()),
         "few_blocks": few_blocks(frame),
+        "many_blocks": signed(against(frame[~frame["source"].isin(few_blocks(frame))], ours, found["simple"]))
+        if ours and 0 < len(few_blocks(frame)) < frame["source"].nunique()
+        else "",
+        "same_rate": same_rate(frame),
+        "claims": table(
+            [{**row, "holds": {True: "yes", False: "**no**", None: "-"}[row["holds"]]} for row in found["claims"]],
+            {},
+            left=3,
+        )
+        if ours and "claim" in made
+        else "",
         "sources": list(dict.fromkeys(frame["source"])),
         "scenarios": list(dict.fromkeys(frame["scenario"])),
         "table": serve_table_markdown(frame, made["compared"]),

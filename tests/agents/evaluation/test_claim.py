@@ -138,6 +138,26 @@ def test_a_policy_whose_weights_changed_or_a_server_whose_quality_changed_since_
         check_claim(cfg, played, tmp_path / "results")
 
 
+def test_a_claim_is_not_played_with_code_or_configuration_that_changed_since(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "sim").mkdir()
+    (checkout / "sim" / "engine.py").write_text("tick = 1\n")
+    git(checkout, "add", "sim")
+    cfg = configuration()
+    played = commit_claim(checkout, cfg)
+    check_claim(cfg, played, tmp_path / "results")
+    (checkout / "notes.md").write_text("anything")
+    git(checkout, "add", "notes.md")
+    check_claim(cfg, played, tmp_path / "results")
+    (checkout / "sim" / "engine.py").write_text("tick = 2\n")
+    with pytest.raises(ConfigError, match=r"sim/engine\.py changed since the claim"):
+        check_claim(cfg, played, tmp_path / "results")
+    git(checkout, "commit", "-q", "-a", "-m", "change")
+    with pytest.raises(ConfigError, match=r"sim/engine\.py changed since the claim"):
+        check_claim(cfg, played, tmp_path / "results")
+    cfg.only = ["mine"]
+    check_claim(cfg, played, tmp_path / "results")
+
+
 def test_a_rule_with_another_parameter_than_claimed_is_not_played(checkout: Path, tmp_path: Path) -> None:
     cfg = configuration()
     played = commit_claim(checkout, cfg)
