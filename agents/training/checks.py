@@ -114,7 +114,7 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         "stray": SHARE,
         "weight_decay": AT_LEAST_0,
     },
-    "agents.training.imitate.imitate_knapsack": {**FIT, "loads": COUNT},
+    "agents.training.imitate.imitate_knapsack": {**FIT, "loads": COUNT, "margin": POSITIVE},
     "agents.training.imitate.imitate_plan": {
         **FIT,
         "plan": TEXT,

@@ -21,11 +21,14 @@ from sim.types import Floats32
 # Shapes: n rows, o entries of an observation, a actions.
 
 
-def knapsack_demonstrations(env_kwargs: Mapping[str, Any], *, seed: int, loads: int) -> tuple[Floats32, Floats32]:
-    """Return observations [n, o] and target probabilities [n, a] along one random order of each knapsack solution.
+def knapsack_demonstrations(
+    env_kwargs: Mapping[str, Any], *, seed: int, loads: int, discount: float = 1.0
+) -> tuple[Floats32, Floats32, Floats32]:
+    """Return observations [n, o], target probabilities [n, a] and returns [n] along one order of each solution.
 
     Args:
-        env_kwargs: arguments of ``PruneToBudget``. seed: of loads and orders. loads: number of training loads.
+        env_kwargs: arguments of ``PruneToBudget``. seed: of loads and of the random orders.
+        loads: number of training loads. discount: per step, of the returns, which are in units of reward.
     """
     rng = np.random.default_rng(seed)
     split = prune_loads()
@@ -35,16 +38,22 @@ def knapsack_demonstrations(env_kwargs: Mapping[str, Any], *, seed: int, loads: 
     solutions = np.stack([solve(load) for load in sampled])
     observed, _ = vector.reset(options={"loads": [[load] for load in sampled]})
     over = np.zeros(loads, dtype=np.bool_)
-    observations, targets = [], []
+    observations, targets, rewards, played = [], [], [], []
     while not over.all():
         left = solutions & ~vector.removed
         active = ~over & left.any(axis=1)
         observations.append(observed[active])
         targets.append((left[active] / left[active].sum(axis=1, keepdims=True)).astype(np.float32))
         actions = np.where(left, rng.random(left.shape), -1.0).argmax(axis=1)
-        observed, _, terminated, truncated, _ = vector.step(actions)
+        observed, reward, terminated, truncated, _ = vector.step(actions)
+        rewards.append(np.where(active, reward, 0.0))
+        played.append(active)
         over |= terminated | truncated | ~active
-    return np.concatenate(observations), np.concatenate(targets)
+    value, returns = np.zeros(loads), []
+    for reward, active in zip(reversed(rewards), reversed(played), strict=True):
+        value = reward + discount * value
+        returns.append(value[active].astype(np.float32))
+    return np.concatenate(observations), np.concatenate(targets), np.concatenate(returns[::-1])
 
 
 def plan_demonstrations(

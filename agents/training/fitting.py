@@ -1,4 +1,4 @@
-"""Supervised fits of an RLlib module: the actor to target action probabilities, the critic to returns."""
+"""Supervised fits of an RLlib module: the actor to probabilities, the critic to returns, DQN's values to both."""
 
 from __future__ import annotations
 
@@ -54,6 +54,46 @@ def fit_critic(
         return torch.nn.functional.mse_loss(values, torch.from_numpy(returns[rows]))
 
     return _minimize(algorithm, critic, loss_of, len(observations), seed, epochs, batch, lr)
+
+
+def fit_values(
+    algorithm: Any,
+    observations: Floats32,
+    targets: Floats32,
+    returns: Floats32,
+    *,
+    margin: float,
+    seed: int,
+    epochs: int,
+    batch: int,
+    lr: float,
+) -> float:
+    """Fit DQN's values to demonstrations with a large margin; return the last loss, in squared units of reward.
+
+    Demonstrated actions are worth the return; the other legal ones at least ``margin`` less (as in DQfD, arXiv
+    1704.03732, section 4, but with squares). The target network becomes the fitted one.
+
+    Args:
+        algorithm: an RLlib DQN; its env runners get the new weights.
+        observations: float32[n, o]. targets: float32[n, a], above 0 for demonstrated actions. returns: float32[n].
+        margin: in units of reward. seed: of the order of rows. epochs, batch, lr: of Adam.
+    """
+    module = learner_module(algorithm)
+
+    def loss_of(rows: NDArray[np.int64]) -> torch.Tensor:
+        values = actor_logits(module, torch.from_numpy(observations[rows]))
+        shown, worth = torch.from_numpy(targets[rows] > 0.0), torch.from_numpy(returns[rows])[:, None]
+        zero = torch.zeros(())
+        above = torch.where(shown, zero, values - worth + margin).clamp(min=0.0)  # 0 for illegal actions
+        missed = torch.where(shown, values - worth, zero)
+        return (above**2).sum(dim=-1).mean() + (missed**2).sum(dim=-1).mean()
+
+    networks = [network for network, _ in module.get_target_network_pairs()]
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    loss = _minimize(algorithm, parameters, loss_of, len(observations), seed, epochs, batch, lr)
+    for network, target in module.get_target_network_pairs():
+        target.load_state_dict(network.state_dict())
+    return loss
 
 
 def _minimize(

@@ -19,14 +19,14 @@ from agents.envs.cluster_vector import ServeReplicas
 from agents.envs.serve_vector import ServeTraceVector
 from agents.training.demonstrations import knapsack_demonstrations, plan_demonstrations
 from agents.training.episodes import FILE, read_episodes
-from agents.training.fitting import fit_actor, fit_critic
+from agents.training.fitting import fit_actor, fit_critic, fit_values
 from agents.training.modules import MaskedDQN, actor_layers, actor_logits, learner_module
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.policies.learned import Network, read_learned
 from sim.types import Floats32
 
-NO_PROBABILITIES = "imitation fits action probabilities, which DQN does not have; use algorithm=ppo"
+NO_PROBABILITIES = "imitate=offline fits action probabilities, which DQN does not have; use algorithm=ppo"
 
 
 def imitate_knapsack(
@@ -36,23 +36,30 @@ def imitate_knapsack(
     *,
     seed: int,
     loads: int,
+    margin: float,
     epochs: int,
     batch: int,
     lr: float,
 ) -> float:
-    """Clone the knapsack's plans for ``loads`` training loads; return the last cross-entropy in nats.
+    """Clone the knapsack's plans for ``loads`` training loads; return the last loss of the fit.
 
+    Args:
+        algorithm, env, env_kwargs, seed, epochs, batch, lr: see the module's docstring. loads: number of them.
+        margin: how much less the values of DQN are for actions outside of the solution, in units of reward; algorithms
+            with action probabilities have no use for it.
     Raises:
-        ConfigError: for an environment in which the solution is not a sequence of drops, or for DQN.
+        ConfigError: for an environment in which the solution is not a sequence of drops.
     """
-    if isinstance(algorithm.get_module(), MaskedDQN):
-        raise ConfigError(NO_PROBABILITIES)
     if env != "PruneToBudget-v0" or env_kwargs.get("restore") or env_kwargs.get("sequence", 1) != 1:
         raise ConfigError(
             "imitate=knapsack needs env=prune_to_budget with env.kwargs.restore=false and env.kwargs.sequence=1"
         )
-    observations, targets = knapsack_demonstrations(env_kwargs, seed=seed, loads=loads)
-    return fit_actor(algorithm, observations, targets, seed=seed, epochs=epochs, batch=batch, lr=lr)
+    discount = float(algorithm.config.gamma)
+    shown = knapsack_demonstrations(env_kwargs, seed=seed, loads=loads, discount=discount)
+    fit: Any = {"seed": seed, "epochs": epochs, "batch": batch, "lr": lr}
+    if isinstance(algorithm.get_module(), MaskedDQN):
+        return fit_values(algorithm, *shown, margin=margin, **fit)
+    return fit_actor(algorithm, *shown[:2], **fit)
 
 
 def imitate_plan(

@@ -158,8 +158,11 @@ def test_a_network_that_always_chooses_one_action_is_reported_as_such(capsys: py
     assert "one action in every decision" in capsys.readouterr().out
 
 
-def test_imitating_the_knapsack_gives_a_useful_policy_before_any_training(local_ray: None) -> None:
-    cfg = small(*SMALL_PPO, "hidden=[64]", "imitate=knapsack", "imitate.loads=400", "imitate.epochs=6")
+@pytest.mark.parametrize("overrides", [SMALL_PPO, [*SMALL_DQN, "reward=utility_shaped"]], ids=["ppo", "dqn"])
+def test_imitating_the_knapsack_gives_a_useful_policy_before_any_training(
+    local_ray: None, overrides: list[str]
+) -> None:
+    cfg = small(*overrides, "hidden=[64]", "imitate=knapsack", "imitate.loads=400", "imitate.epochs=6")
     before, after = utilities_around_imitation(cfg)
     assert before < 0.15
     assert after > 0.2  # many of its masks lie outside the fitted range, and are charged the upper bound
