@@ -91,7 +91,7 @@ def test_no_file_parses_arguments_of_its_own() -> None:
         or ("sys.argv" in text and path.name != "command.py")
     ]
     # One records the command line, the other lets a new name stand where Hydra wants a "++".
-    assert own == ["sim/results/run_folder.py", "agents/evaluation/evaluate.py"]
+    assert own == ["sim/results/run_folder.py", "agents/evaluation/chosen.py"]
 
 
 def test_arguments_without_a_key_become_a_list_and_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ them; a file that the command line names must be there.
 from __future__ import annotations
 
 import glob
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def named(argument: str) -> str:
     key, equals, value = argument.partition("=")
     whole = key in GLOBS and value.lstrip().startswith("{")
     return f"++{argument}" if equals and (whole or (key.partition(".")[0] in GLOBS and "." in key)) else argument
+
+
+def allow_new_names() -> None:
+    """Let the command line name policies that conf/evaluate.yaml does not have (``named``)."""
+    sys.argv[1:] = map(named, sys.argv[1:])
 
 
 def files_of(pattern: str) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.evaluation.ablation import shuffled_windows
-from agents.evaluation.chosen import check_rules, glob_files, named, present, replaced
+from agents.evaluation.chosen import allow_new_names, check_rules, glob_files, present, replaced
 from agents.evaluation.cluster_report import cluster_table_markdown
 from agents.evaluation.measure import measure_cluster, measure_prune
 from agents.evaluation.measure_serve import measure_serve
@@ -143,5 +142,5 @@ def _run(cfg: DictConfig) -> None:
 def main() -> None:
     """Run ``python -m agents.evaluate``."""
     one_thread()
-    sys.argv[1:] = map(named, sys.argv[1:])
+    allow_new_names()
     run_command(_run, "evaluate")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from agents.evaluation.chosen import named, present, replaced
+from agents.evaluation.chosen import allow_new_names, present, replaced
 from agents.evaluation.claim import claim_path, claimed
 from agents.evaluation.evaluate import EvaluateConfig
 from agents.evaluation.measure_serve import what_is_played
@@ -53,7 +52,7 @@ def _run(cfg: DictConfig) -> None:
 def main() -> None:
     """Run ``python -m agents.claim``."""
     one_thread()
-    sys.argv[1:] = map(named, sys.argv[1:])
+    allow_new_names()
     run_command(_run, "claim")
 
 
