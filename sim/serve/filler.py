@@ -1,8 +1,8 @@
 """Tokens without a tokenizer: a rule that counts those of a text, and words that fill answers.
 
-A token is a run of up to eight letters or digits with the space before it, another visible character with the space
-before it, or a run of other white space. English texts get about as many tokens as from a real tokenizer; exact counts
-take prompts of token ids.
+A token is a run of up to eight letters or digits with the space before it; another visible character, such as a sign or
+a Chinese one, with the space before it; or a run of other white space. English texts get about as many tokens as from a
+real tokenizer; exact counts take prompts of token ids.
 
 Answers consist of filler words of one token each. An answer that comes back in a later prompt, as in a chat, therefore
 has as many tokens there as it had when it was produced.
@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-TOKEN = re.compile(r" ?\w{1,8}| ?[^\w\s]|\s+")
+TOKEN = re.compile(r" ?[A-Za-z0-9_\u00aa-\u1fff]{1,8}| ?\S|\s+")
 END = 0
 """The token that ends an answer; it has no text."""
 _TEXT = """\

@@ -18,13 +18,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sim.config import ReplayConfig, name_of, one_thread, run_command
 from sim.engine.priced_replica import PricedReplica
+from sim.engine.protocol import Request
 from sim.errors import ConfigError
 from sim.replay.run import Parts, build_parts, build_trace
 from sim.results.run_folder import begin_run, provenance
@@ -88,7 +88,7 @@ def build_api(cfg: DictConfig, config: SimulatedServerConfig) -> tuple[Simulated
 def _compile(parts: Parts) -> None:
     """Compile what prices an iteration, which takes seconds, before the clock runs."""
     trial = parts.server.build_replica(parts.policy.first_plan, parts.budget)
-    trial.submit_arrays(np.zeros(1), np.ones(1, dtype=np.int64), np.full(1, 2))
+    trial.submit([Request(request_id=0, arrival_s=0.0, prompt_tokens=1, output_tokens=2)])
     trial.run_until(math.inf)
 
 

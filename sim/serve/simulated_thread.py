@@ -108,21 +108,23 @@ class SimulatedThread(EngineThread):
 
     def _turn(self) -> None:
         """Wait until something is due, then carry out all that is due, each at its own time."""
-        now_s, commands = self._due_commands()
+        due_s = min(self.replica.next_event_s, self._next_decision_s)
+        now_s, commands = self._due_commands(due_s)
         for sent_s, command in commands:
             self._advance(sent_s)
             self._run_command(command)
         self._advance(now_s)
         if not self._keeps_records:
             self.replica.forget_ended()
-        self._note_lag((self.clock.now_s() - now_s) / self.clock.speed)
+        first_s = min(due_s, now_s, *(sent_s for sent_s, _ in commands))
+        self._note_lag((self.clock.now_s() - first_s) / self.clock.speed)
 
-    def _due_commands(self) -> tuple[float, list[tuple[float, _Command]]]:
-        """Wait for a command or the next event; return the present time and the commands that were sent before it."""
-        due_s = min(self.replica.next_event_s, self._next_decision_s) - self.clock.now_s()
+    def _due_commands(self, due_s: float) -> tuple[float, list[tuple[float, _Command]]]:
+        """Wait for a command, or until ``due_s``; return the time then and the commands that were sent before it."""
+        wait_s = (due_s - self.clock.now_s()) / self.clock.speed
         commands = []
         with contextlib.suppress(queue.Empty):
-            commands.append(self._commands.get(timeout=min(max(due_s / self.clock.speed, 0.0), IDLE_S)))
+            commands.append(self._commands.get(timeout=min(max(wait_s, 0.0), IDLE_S)))
         with self._lock:  # a command that comes later is sent later too
             now_s = self.clock.now_s()
             while not self._commands.empty():
