@@ -79,6 +79,7 @@ ELSEWHERE = {
     r"hw\.compare": "needs a real run: tests/hw/validate/test_compare.py",
     r"hw\.fidelity run=FOLDER": "needs the published run of another server: tests/hw/validate/test_fidelity.py",
     r"hw\.loop": "serves for an hour: tests/hw/loop",
+    r"served\.parquet": "needs what a server has served: tests/sim/serve",
     r"policy=tuned": "needs rules that were tuned for minutes: tests/agents/evaluation/test_rules.py",
     r"hw\.fit": "needs the run of a server: tests/hw/fit",
     r"(hw|sim)\.serve": "serves until it is stopped: tests/hw/serve, tests/sim/serve",
