@@ -1,4 +1,4 @@
-"""guidellm against ``python -m hw.serve`` and ``python -m sim.serve``: its figures agree with the server's, and its result is a trace."""
+"""guidellm against both servers: its figures agree with the server's, and its result is a trace."""
 
 from __future__ import annotations
 
