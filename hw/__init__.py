@@ -3,7 +3,7 @@
 elastic        a Hugging Face model that takes plans
 engine         the engine that serves with it, by the simulator's rules
 replay         ``python -m hw.replay``: a trace on the real engine
-serve          ``python -m hw.serve``: an OpenAI-compatible server
+serve          ``python -m hw.serve``: the OpenAI-compatible server of sim/serve over the real engine
 client         ``python -m hw.client``: a trace against any such server
 disaggregate   ``python -m hw.disaggregate``: prefill and decode in two processes
 calibrate      ``python -m hw.calibrate``: latency tables for the simulator

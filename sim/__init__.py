@@ -13,5 +13,6 @@ A package imports only from packages above it in this table:
 | cluster | several replicas behind a router |
 | disaggregate | prefill and decode on separate replicas |
 | replay | a trace, an engine and a policy give a run folder |
+| serve | the simulated engine, and the HTTP side of the real one, behind OpenAI's API |
 | pages | pages of results |
 """

@@ -20,6 +20,7 @@ COMMANDS = {
     "sim.disaggregate.run": "disaggregate",
     "sim.fit_trace": "fit_trace",
     "sim.reference": "reference",
+    "sim.serve.server": "sim_serve",
     "sim.results.__main__": "results",
     "sim.cluster_results": "cluster_results",
     "hw.replay.run": "hw_replay",
@@ -49,8 +50,19 @@ COMMANDS = {
     "agents.windows": "windows",
 }
 """Module that registers the command's keys -> its file of conf/."""
-REPLAYS = {"replay", "compare", "capacity", "cluster", "disaggregate", "hw_replay", "hw_loop", "client", "serve"} | {
-    "hw_disaggregate"
+REPLAYS = {
+    "replay",
+    "compare",
+    "capacity",
+    "cluster",
+    "disaggregate",
+    "sim_serve",
+    "hw_replay",
+    "hw_loop",
+    "client",
+} | {
+    "serve",
+    "hw_disaggregate",
 }
 
 

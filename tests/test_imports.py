@@ -32,6 +32,7 @@ LAYERS = {
         ("cluster",),
         ("disaggregate",),  # its columns of tables are those of clusters
         ("replay",),
+        ("serve",),
         ("pages",),
         ("capacity",),
     ),

@@ -26,7 +26,6 @@ from hw.elastic.paged_kv import ArenaStorage, KVArena
 from hw.engine.clock import Clock, RealClock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts, RandomPrompts
-from hw.engine.sampling import Sampling
 from hw.engine.torch_executor import TorchExecutor, TorchWeights
 from hw.engine.workspace import fit_batches, needed_bytes
 from sim.cost.memory import fixed_weight_bytes, kv_block_layer_bytes
@@ -37,6 +36,7 @@ from sim.engine.pricing_executor import PricingExecutor
 from sim.engine.protocol import EngineConfig, Request
 from sim.engine.replica import Replica
 from sim.errors import ConfigError
+from sim.serve.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

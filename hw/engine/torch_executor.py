@@ -29,7 +29,7 @@ from hw.elastic.staging import Staging
 from hw.engine.clock import Clock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts
-from hw.engine.sampling import Draw, Drawn, Sampling, choose
+from hw.engine.sampling import Draw, Drawn, choose
 from sim.cost.memory import logit_rows
 from sim.cost.plan import describe
 from sim.engine.executor import Iteration, Ran
@@ -37,6 +37,7 @@ from sim.engine.live_request import LiveRequest
 from sim.engine.pricing_executor import PricingExecutor
 from sim.engine.transition import LayerCopy, Resident
 from sim.errors import CalibrationError, RapLabError
+from sim.serve.sampling import Sampling
 
 LONGEST_WAIT_S = 60.0
 """Seconds after which an idle engine that waits for a copy checks again."""

@@ -9,7 +9,7 @@
     GET  /plan, PUT /plan       read the plan, or set it with the options of policy=fixed; this ends the policy
 
 Both take max_tokens, n, temperature, top_p, seed, stop, stream, stream_options and ignore_eos. Answers are greedy
-unless a temperature or a top_p is given. hw/serve/requests.py says what is refused.
+unless a temperature or a top_p is given. sim/serve/requests.py says what is refused.
 
 The configuration is that of ``hw.replay``, plus ``serve.*``: where to listen, who may ask and what to refuse. The
 server listens on loopback by default. SIGTERM and Ctrl-C let it complete the answers under way.
@@ -17,7 +17,6 @@ server listens on loopback by default. SIGTERM and Ctrl-C let it complete the an
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
@@ -26,13 +25,13 @@ from omegaconf import DictConfig, OmegaConf
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine, check_config
 from hw.replay.run import HwReplayConfig, load_elastic
-from hw.serve.api import Api
-from hw.serve.connections import OrderlyServer, bind, exit_on_signal, listen, url_of
-from hw.serve.engine_thread import EngineThread
-from hw.serve.settings import TOKEN_VARIABLE, ServerConfig
 from sim.config import name_of, one_thread, run_command
 from sim.errors import ConfigError
 from sim.replay.run import build_parts
+from sim.serve.api import Api
+from sim.serve.engine_thread import EngineThread
+from sim.serve.run import serve_until_stopped
+from sim.serve.settings import ServerConfig
 
 __all__ = ["Api", "ServeConfig", "ServerConfig", "build_api", "main", "run_server"]
 
@@ -85,23 +84,7 @@ def run_server(cfg: DictConfig) -> None:
     if cfg.hw.clock != "wall":
         raise ConfigError(f"hw.clock is {cfg.hw.clock!r}; a server answers in real time, so set hw.clock=wall")
     config = ServerConfig.of(OmegaConf.to_container(cfg.serve, resolve=True))  # type: ignore[arg-type]
-    without_token = config.secret() is None
-    # Before the model loads: a port in use is known at once.
-    with exit_on_signal(), bind(config) as listener:
-        if without_token and config.exposed:
-            print(
-                f"warning: other machines can reach serve.host={config.host}, and there is no token: set serve.token "
-                f"or the environment variable {TOKEN_VARIABLE}",
-                file=sys.stderr,
-            )
-        api, thread = build_api(cfg, config)
-        try:
-            listen(listener, config)
-            note = f"; {api.note}" if api.note else ""
-            greeting = f"serving {name_of(cfg.model)} at {url_of(listener)}{note}"
-            OrderlyServer(api.app, listener, config, greeting).serve_until_stopped()
-        finally:
-            thread.stop()
+    serve_until_stopped(config, name_of(cfg.model), lambda: build_api(cfg, config))
 
 
 def main() -> None:

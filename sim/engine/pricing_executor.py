@@ -7,6 +7,7 @@ are in sim/engine/executor.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class SimulatedClock:
 
 
 class PricingExecutor:
-    """Computes no tokens: an iteration takes as long as the latency model predicts."""
+    """Computes nothing: an iteration takes as long as the latency model predicts."""
 
     def __init__(
         self,
@@ -45,23 +46,36 @@ class PricingExecutor:
         copy_slowdown: float = 0.0,
         host_to_device_bytes_per_s: float = 25e9,
         slowdown: float = 1.0,
+        token_of: Callable[[int, int], int] | None = None,
     ) -> None:
         """Use ``latency``; an iteration that starts during a copy takes 1 + ``copy_slowdown`` times as long.
 
         ``host_to_device_bytes_per_s``: how fast KV is copied to the host and back.
         ``slowdown``: an iteration takes this times as long as priced.
+        ``token_of``: called with a request_id and how many tokens the request has; returns its next token. None: no
+        tokens.
         """
         if not copy_slowdown >= 0:
             raise ConfigError(f"copy_slowdown is {copy_slowdown}; it must be at least 0")
         check_slowdown(slowdown)
         self._latency, self._copy_slowdown, self._slowdown = latency, copy_slowdown, slowdown
         self._bytes_per_s = host_to_device_bytes_per_s
+        self._token_of = token_of
 
     def run(self, iteration: Iteration) -> Ran:
         """Return when the iteration ends."""
         priced_s, extrapolated = self.price(iteration)
         end_s = iteration.start_s + priced_s * self._slowdown
-        return Ran(end_s=end_s, priced_s=priced_s, extrapolated=extrapolated)
+        tokens = {} if self._token_of is None else self._next_tokens(iteration, self._token_of)
+        return Ran(end_s=end_s, priced_s=priced_s, extrapolated=extrapolated, next_tokens=tokens)
+
+    def _next_tokens(self, iteration: Iteration, token_of: Callable[[int, int], int]) -> dict[int, int]:
+        """Return the tokens of the requests of which everything is computed after this iteration."""
+        return {
+            live.request_id: token_of(live.request_id, live.produced_tokens)
+            for live, tokens in iteration.batch.scheduled
+            if live.computed_tokens + tokens == live.target_tokens
+        }
 
     def follow_budget(self, budget_bytes: int) -> None:
         """Do nothing: simulated KV blocks have no memory."""

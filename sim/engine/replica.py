@@ -264,6 +264,14 @@ class Replica(ReplicaState):
         nothing_due = math.isinf(self._next_event_s()) and self._changes.copy is None
         return self._idle and not self._held and self._under_way is None and nothing_due
 
+    @property
+    def now_s(self) -> float:
+        """The time to which the replica has advanced."""
+        return self._time_s
+
+    def close(self) -> None:
+        """Release what the executor holds; a simulated replica holds nothing."""
+
     # -- requests that leave early, or run on two replicas -------------------------------------------------------
 
     def interrupt(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sim.cost.model_spec import ModelSpec, file_name, load_model
 from sim.cost.plan import Plan
 from sim.cost.quality import QUALITIES, FittedQuality, PublishedQuality, load_quality
 from sim.engine.budget import Budget, BudgetContext
+from sim.engine.priced_replica import PricedReplica
 from sim.engine.protocol import EngineConfig
 from sim.engine.sim_engine import SimEngine
 from sim.errors import CalibrationError, ConfigError
@@ -234,8 +235,26 @@ class ServerSpec:
             ConfigError: without a calibration.
             BudgetError: when the budget cannot hold the weights and one request.
         """
+        return SimEngine(plan=plan, budget_bytes=budget, **{**self._engine_arguments(), **overrides})
+
+    def build_replica(self, plan: Plan, budget: int | Budget, **overrides: Any) -> PricedReplica:
+        """Build an idle simulated replica in plain Python, which leaves the records of ``build_engine``'s engine.
+
+        Args:
+            plan, budget: as ``build_engine``.
+            overrides: further arguments of ``PricedReplica``; they take precedence over the server's own.
+        Raises:
+            ConfigError, BudgetError: as ``build_engine``.
+        """
+        arguments = self._engine_arguments()
+        if self.quality_nll is not None:  # plans recur, and evaluating a quality model may take longer than a token
+            arguments["quality_nll"] = lru_cache(maxsize=4096)(self.quality_nll)
+        return PricedReplica(plan=plan, budget_bytes=budget, **{**arguments, **overrides})
+
+    def _engine_arguments(self) -> dict[str, Any]:
+        """Return what both simulated engines are built with, besides a plan and a budget."""
         copying = self.copying()
-        arguments: dict[str, Any] = {
+        return {
             "model": self.model,
             "latency": self.priced(),
             "config": self.config,
@@ -246,4 +265,3 @@ class ServerSpec:
             "copy_layer_s": copying.layer_s,
             "quality_nll": self.quality_nll,
         }
-        return SimEngine(plan=plan, budget_bytes=budget, **{**arguments, **overrides})

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
-from hw.serve.engine_thread import EngineThread
 from hw.serve.server import Api, ServerConfig
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import dense_plan
 from sim.policies import Fixed
+from sim.serve.engine_thread import EngineThread
 from tests.hw.serving import engine_config
 from tests.soak.kinds import Case, FaultError
 from tests.soak.mutate import JSON_VALUES, edge_value, mutate_json, mutate_text, to_json

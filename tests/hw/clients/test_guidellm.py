@@ -1,4 +1,4 @@
-"""guidellm against ``python -m hw.serve``: its figures agree with the server's, and its result is a trace."""
+"""guidellm against both servers: its figures agree with the server's, and its result is a trace."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ FACTOR = 3.0
 WAIT_S = 600
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+@pytest.fixture(scope="module", params=["hw.serve", "sim.serve"])
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
     """Serve the default model from a process of its own, as a user does."""
-    command = [sys.executable, "-m", "hw.serve", "serve.port=0"]
+    command = [sys.executable, "-m", request.param, "serve.port=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     greeting = process.stdout.readline()
-    found = re.search(r"http://\S+", greeting)
+    found = re.search(r"http://[^\s;]+", greeting)
     try:
         assert found is not None, greeting
         yield found.group()

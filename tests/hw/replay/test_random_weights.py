@@ -22,10 +22,10 @@ import sim.replay.__main__  # noqa: E402
 from hw.elastic.checkpoint import load_weights  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
 from hw.elastic.random_weights import NumberTokenizer, random_model, seed_of  # noqa: E402
-from hw.serve.prompts import prompt_tokens  # noqa: E402
 from sim.cost.model_spec import ModelSpec, load_model, model_from_hf_config, model_names  # noqa: E402
 from sim.errors import ModelError  # noqa: E402
 from sim.paths import REPOSITORY  # noqa: E402
+from sim.serve.prompts import prompt_tokens  # noqa: E402
 from tests.commands import exit_status  # noqa: E402
 from tests.hw.serving import flat_latency_content, tiny  # noqa: E402
 from tests.hw.tiny_models import FAMILIES, tiny_config  # noqa: E402

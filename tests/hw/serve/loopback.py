@@ -15,10 +15,10 @@ import uvicorn
 
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
-from hw.serve.engine_thread import EngineThread
 from hw.serve.server import Api, ServerConfig
 from sim.cost.plan import dense_plan
 from sim.policies import Fixed, Policy
+from sim.serve.engine_thread import EngineThread
 from tests.hw.serving import VOCABULARY, hw_engine, requests, tiny_spec
 
 EOS = 3

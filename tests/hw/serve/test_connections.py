@@ -25,10 +25,10 @@ from starlette.requests import Request  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
-from hw.serve.connections import OrderlyServer, bind, listen, most_connections, url_of  # noqa: E402
-from hw.serve.guard import Guard  # noqa: E402
-from hw.serve.settings import TOKEN_VARIABLE, ServerConfig  # noqa: E402
 from sim.errors import ConfigError  # noqa: E402
+from sim.serve.connections import OrderlyServer, bind, listen, most_connections, url_of  # noqa: E402
+from sim.serve.guard import Guard  # noqa: E402
+from sim.serve.settings import TOKEN_VARIABLE, ServerConfig  # noqa: E402
 from tests.hw.serve.loopback import eventually, serving  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -294,8 +294,8 @@ import asyncio, sys
 from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
-from hw.serve.connections import OrderlyServer, bind, listen, url_of
-from hw.serve.settings import ServerConfig
+from sim.serve.connections import OrderlyServer, bind, listen, url_of
+from sim.serve.settings import ServerConfig
 
 async def slow(request):
     async def parts():

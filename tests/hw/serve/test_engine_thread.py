@@ -13,16 +13,16 @@ import pytest
 pytest.importorskip("uvicorn", reason="the server needs starlette and uvicorn: pip install -e '.[hw]'")
 
 from hw.engine.torch_executor import NumericsError, TorchExecutor
-from hw.serve.engine_thread import (
+from sim.cost.plan import Plan, dense_plan, drop, with_mask
+from sim.engine.protocol import EngineState
+from sim.errors import PlanError
+from sim.serve.engine_thread import (
     EngineStoppedError,
     EngineThread,
     QueueFullError,
     ServedRequest,
     _Command,
 )
-from sim.cost.plan import Plan, dense_plan, drop, with_mask
-from sim.engine.protocol import EngineState
-from sim.errors import PlanError
 from tests.hw.serve.loopback import alone, engine_thread, eventually
 from tests.hw.serving import tiny_spec
 

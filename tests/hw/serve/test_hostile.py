@@ -17,8 +17,8 @@ pytest.importorskip("uvicorn", reason="the server needs starlette and uvicorn: p
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from hw.serve.engine_thread import _Command  # noqa: E402
 from hw.serve.server import ServerConfig  # noqa: E402
+from sim.serve.engine_thread import _Command  # noqa: E402
 from tests.hw.serve.loopback import Server, eventually, serving  # noqa: E402
 
 

@@ -29,14 +29,14 @@ from hw.client.target import target_of  # noqa: E402
 from hw.engine.clock import RealClock  # noqa: E402
 from hw.engine.hw_engine import HwEngine  # noqa: E402
 from hw.engine.prompts import RandomPrompts  # noqa: E402
-from hw.serve.engine_thread import EngineThread  # noqa: E402
-from hw.serve.prompts import chat_tokens  # noqa: E402
-from hw.serve.requests import ApiError, ChatMessage  # noqa: E402
 from hw.serve.server import Api, ServerConfig  # noqa: E402
 from sim.cost.plan import dense_plan  # noqa: E402
 from sim.policies import Fixed  # noqa: E402
 from sim.results.metrics import Slo  # noqa: E402
 from sim.results.records import Status  # noqa: E402
+from sim.serve.engine_thread import EngineThread  # noqa: E402
+from sim.serve.prompts import chat_tokens  # noqa: E402
+from sim.serve.requests import ApiError, ChatMessage  # noqa: E402
 from tests.hw.serve.loopback import EOS, Letters  # noqa: E402
 from tests.hw.serving import VOCABULARY, hw_engine, requests, tiny_spec  # noqa: E402
 

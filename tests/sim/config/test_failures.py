@@ -21,7 +21,7 @@ HIDE = """
 import runpy, sys
 class Hide:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "ray", "gymnasium", "httpx", "httpx_sse", "transformers"}:
+        if name.partition(".")[0] in {"torch", "ray", "gymnasium", "httpx", "httpx_sse", "transformers", "uvicorn"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Hide())
 for command in sys.argv[1:]:
@@ -52,7 +52,7 @@ def test_a_run_folder_that_cannot_be_made_is_one_line_and_status_2(
 
 def test_a_command_without_its_packages_names_the_extra_that_installs_them() -> None:
     commands = ["agents.train", "agents.tune", "agents.tune_rules", "agents.clone", "agents.offline", "agents.evaluate"]
-    commands += ["hw.replay", "hw.serve", "hw.client", "hw.score", "hw.validate", "hw.disaggregate"]
+    commands += ["sim.serve", "hw.replay", "hw.serve", "hw.client", "hw.score", "hw.validate", "hw.disaggregate"]
     run = [sys.executable, "-c", HIDE, *commands]
     done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     lines = done.stderr.splitlines()
@@ -61,6 +61,7 @@ def test_a_command_without_its_packages_names_the_extra_that_installs_them() -> 
         assert error.startswith("error: this needs the package ")
         assert status == f"{command} 2"
     assert "pip install 'rap-lab[agents]'" in lines[0]
+    assert "pip install 'rap-lab[serve]'" in lines[2 * commands.index("sim.serve")]
     assert extra_of("httpx") == "hw"
     assert extra_of("torch") == "hw"
 

@@ -9,10 +9,10 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from hw.serve.engine_thread import EngineThread, Reason
 from sim.cost.plan import describe
 from sim.engine.live_request import LiveRequest
 from sim.engine.protocol import EngineState
+from sim.serve.engine_thread import EngineThread, Reason
 
 GAUGES: Mapping[str, tuple[str, str]] = {
     "vllm:num_requests_waiting": ("waiting", "Requests in the queue."),

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError, from_json
 
-from hw.engine.sampling import LEAST_TEMPERATURE, Sampling
 from sim.errors import nearest, one_line
+from sim.serve.sampling import LEAST_TEMPERATURE, Sampling
 
 MESSAGE_VALUE = 80
 """Most characters of a wrong value that a message repeats."""
@@ -304,7 +304,7 @@ def _supported(kind: type[RequestBody], value: Mapping[str, Any], limits: Limits
     """
     given = {name: field for name, field in value.items() if field is not None and name not in WITHOUT_EFFECT}
     for name, field in list(given.items()):
-        if name in NEUTRAL:
+        if name in NEUTRAL and name not in kind.model_fields:
             if not any(_same(field, neutral) for neutral in NEUTRAL[name]):
                 raise ApiError(400, f"{short_name(name)}={short(field)} is not supported; leave it out", name)
             del given[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hw.serve.requests import ApiError, ChatMessage
+from sim.serve.requests import ApiError, ChatMessage
 
 
 def has_chat_template(tokenizer: Any) -> bool:

@@ -20,18 +20,18 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from hw.serve.answers import CHAT, COMPLETION, END_OF_STREAM, AnswerFormat, choice, event, usage
-from hw.serve.choices import Choices, EndedEarlyError, Piece
-from hw.serve.disconnect import EventStream, unless_disconnected
-from hw.serve.engine_thread import EngineStoppedError, EngineThread, QueueFullError, ServedRequest
-from hw.serve.guard import Guard
-from hw.serve.metrics import EngineMetrics
-from hw.serve.prompts import chat_tokens, has_chat_template, prompt_tokens
-from hw.serve.requests import ApiError, ChatBody, CompletionBody, Limits, RequestBody, parse, parse_object
-from hw.serve.settings import ServerConfig
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import describe
 from sim.policies.fixed import plan_of
+from sim.serve.answers import CHAT, COMPLETION, END_OF_STREAM, AnswerFormat, choice, event, usage
+from sim.serve.choices import Choices, EndedEarlyError, Piece
+from sim.serve.disconnect import EventStream, unless_disconnected
+from sim.serve.engine_thread import EngineStoppedError, EngineThread, QueueFullError, ServedRequest
+from sim.serve.guard import Guard
+from sim.serve.metrics import EngineMetrics
+from sim.serve.prompts import chat_tokens, has_chat_template, prompt_tokens
+from sim.serve.requests import ApiError, ChatBody, CompletionBody, Limits, RequestBody, parse, parse_object
+from sim.serve.settings import ServerConfig
 
 COMPLETION_TOKENS = 16
 """Length of a completion without max_tokens, as at OpenAI; a chat takes what fits."""
@@ -56,16 +56,33 @@ class _Answer:
 
 
 class Api:
-    """The HTTP side: reads requests, passes them to the engine thread, and writes answers."""
+    """The HTTP side: reads requests, passes them to the engine thread, and writes answers.
+
+    completion_body, chat_body: the fields of requests.
+    """
+
+    completion_body: type[CompletionBody] = CompletionBody
+    chat_body: type[ChatBody] = ChatBody
 
     def __init__(
-        self, thread: EngineThread, model: ModelSpec, tokenizer: Any, config: ServerConfig, *, note: str = ""
+        self,
+        thread: EngineThread,
+        model: ModelSpec,
+        tokenizer: Any,
+        config: ServerConfig,
+        *,
+        note: str = "",
+        metrics: EngineMetrics | None = None,
     ) -> None:
-        """Serve the engine of a thread; ``note`` is what clients have to know of the weights."""
+        """Serve the engine of a thread.
+
+        Args:
+            note: what clients have to know of the weights. metrics: of the engine; None for those of any engine.
+        """
         self.note = note
         self._thread, self._model, self._tokenizer, self._config = thread, model, tokenizer, config
         self._limits = Limits(model.name, model.vocab_size, config.max_tokens, config.max_choices)
-        self._metrics = EngineMetrics(thread, model.name)
+        self._metrics = metrics or EngineMetrics(thread, model.name)
         # One thread: tokenizing a long text takes a second, and a fast tokenizer is not safe in several.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._started = int(time.time())
@@ -123,7 +140,7 @@ class Api:
 
     async def completions(self, request: HttpRequest) -> Response:
         """Answer POST /v1/completions."""
-        body = parse(CompletionBody, await self._raw_body(request), self._limits)
+        body = parse(self.completion_body, await self._raw_body(request), self._limits)
         if len(body.prompt) * body.n > self._config.max_choices:
             raise ApiError(
                 400,
@@ -136,7 +153,7 @@ class Api:
 
     async def chat(self, request: HttpRequest) -> Response:
         """Answer POST /v1/chat/completions."""
-        body = parse(ChatBody, await self._raw_body(request), self._limits)
+        body = parse(self.chat_body, await self._raw_body(request), self._limits)
         prompts = [await self._tokens(chat_tokens, body.messages)]
         return await self._answer(request, body, "messages", prompts, None, CHAT)
 
@@ -183,10 +200,9 @@ class Api:
     ) -> Response:
         """Serve checked prompts and return the answer; end it if its client leaves. Arguments: as ``_most_tokens``."""
         served = [
-            ServedRequest(tokens, most, body.ignore_eos, sampling=sampling)
+            request
             for tokens in prompts
-            for most in [self._most_tokens(body, param, tokens, default)]
-            for sampling in body.samplings()
+            for request in self.requests_of(body, tokens, self._most_tokens(body, param, tokens, default))
         ]
         choices = Choices(self._thread, self._tokenizer, served, body.stop)
         self._submit(served)
@@ -209,6 +225,10 @@ class Api:
             choices.cancel()
             raise
         return EventStream(self._stream(answer, first, pieces), choices.cancel)
+
+    def requests_of(self, body: RequestBody, tokens: Sequence[int], most: int) -> Sequence[ServedRequest]:
+        """Return the ``n`` requests of one prompt with these tokens, whose answers have at most ``most`` tokens."""
+        return [ServedRequest(tokens, most, body.ignore_eos, sampling=sampling) for sampling in body.samplings()]
 
     def _submit(self, served: Sequence[ServedRequest]) -> None:
         """Submit the requests of one answer.

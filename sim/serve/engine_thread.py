@@ -17,14 +17,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from hw.engine.clock import Clock
-from hw.engine.hw_engine import HwEngine
-from hw.engine.sampling import Sampling
 from sim.cost.plan import Plan
 from sim.engine.live_request import LiveRequest
 from sim.engine.protocol import EngineState, Request
+from sim.engine.replica import Replica
 from sim.errors import RapLabError
 from sim.policies import Fixed, Policy
+from sim.serve.sampling import Sampling
 
 POLL_S = 0.02
 """How often the engine checks for new requests while it serves others."""
@@ -40,6 +39,14 @@ Reason = Literal["stop", "length", "abort", "error"]
 """How a request ended: by the model or a stop string, at its longest, by its client, or refused or failed."""
 
 log = logging.getLogger(__name__)
+
+
+class Time(Protocol):
+    """The time, in seconds since the server started."""
+
+    def now_s(self) -> float:
+        """Return the present time."""
+        ...
 
 
 class Observer(Protocol):
@@ -67,6 +74,7 @@ class ServedRequest:
     """One request in the engine thread.
 
     on_token: gets its tokens. sampling: None for greedy.
+    min_tokens: no stop string ends it before it has more. hash_ids: of its prompt, for a prefix cache.
     request_id: -1 until it arrives there. arrival_s, last_token_s: on the engine's clock.
     error: why it ended without its last token; None if the plan refused it or it was canceled.
     stopped: whether its text has ended, by a token or a stop string. ended: whether the engine is done with it.
@@ -77,6 +85,8 @@ class ServedRequest:
     ignore_eos: bool
     on_token: OnToken = lambda _token, _last: None
     sampling: Sampling | None = None
+    min_tokens: int = 0
+    hash_ids: tuple[int, ...] = ()
     request_id: int = -1
     arrival_s: float = math.nan
     last_token_s: float = math.nan
@@ -102,9 +112,9 @@ class EngineThread:
 
     def __init__(
         self,
-        build: Callable[[EngineThread], HwEngine],
+        build: Callable[[EngineThread], Replica],
         policy: Policy,
-        clock: Clock,
+        clock: Time,
         *,
         eos: int | Collection[int] | None,
         tick_s: float,
@@ -124,7 +134,7 @@ class EngineThread:
         self._policy: Policy | None = None if isinstance(policy, Fixed) else policy
         self._next_tick_s = tick_s
         self._requests: dict[int, ServedRequest] = {}
-        self._commands: queue.Queue[_Command] = queue.Queue()
+        self._commands: queue.Queue[tuple[float, _Command]] = queue.Queue()  # each with the time when it was sent
         self._lock = threading.Lock()  # of the next two
         self._in_flight, self._closed = 0, False
         self._next_id = 0
@@ -190,17 +200,18 @@ class EngineThread:
                 raise QueueFullError(f"{self._in_flight} requests are submitted and not ended")
             self._in_flight += len(requests)
             for served in requests:
-                self._commands.put(self._arrival(served))
+                self._enqueue(self._arrival(served))
 
     def _arrival(self, served: ServedRequest) -> _Command:
         def arrive() -> None:
-            served.request_id, served.arrival_s = self._next_id, self._clock.now_s()
+            served.request_id, served.arrival_s = self._next_id, self._now_s()
             self._next_id += 1
             request = Request(
                 request_id=served.request_id,
                 arrival_s=served.arrival_s,
                 prompt_tokens=len(served.tokens),
                 output_tokens=served.max_tokens,
+                hash_ids=served.hash_ids,
             )
             self._requests[served.request_id] = served
             self.engine.submit([request])
@@ -252,7 +263,11 @@ class EngineThread:
     def _put(self, command: _Command) -> None:
         with self._lock:
             self._check_open()
-            self._commands.put(command)
+            self._enqueue(command)
+
+    def _enqueue(self, command: _Command) -> None:
+        """Queue a command; the caller holds the lock, so commands stay in the order of their times."""
+        self._commands.put((self._clock.now_s(), command))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -263,10 +278,7 @@ class EngineThread:
     def _serve(self) -> None:
         try:
             while not self._stopping:
-                self._run_commands()
-                self._run_engine()
-                self._let_policy_decide()
-                self.engine.forget_ended()
+                self._turn()
         except BaseException as failure:
             self.failure = failure
             log.exception("the engine has stopped")
@@ -274,22 +286,39 @@ class EngineThread:
             self._close()
             self.engine.close()
 
+    def _now_s(self) -> float:
+        """Return the present time, for what happens to requests."""
+        return self._clock.now_s()
+
+    def _turn(self) -> None:
+        """Run the commands that wait, then the engine for a moment."""
+        self._run_commands()
+        self._run_engine()
+        self._let_policy_decide()
+        self.engine.forget_ended()
+
     def _run_commands(self) -> None:
         """Run the commands that wait; wait a moment for the first."""
         with contextlib.suppress(queue.Empty):
-            command = self._commands.get(timeout=POLL_S if self.engine.drained else IDLE_POLL_S)
+            _, command = self._commands.get(timeout=POLL_S if self.engine.drained else IDLE_POLL_S)
             while True:
-                try:
-                    command.run()
-                except Exception as error:
-                    command.fail(error)
-                command = self._commands.get_nowait()
+                self._run_command(command)
+                _, command = self._commands.get_nowait()
+
+    def _run_command(self, command: _Command) -> None:
+        try:
+            command.run()
+        except Exception as error:
+            command.fail(error)
 
     def _run_engine(self) -> None:
-        """Run the engine for a moment; if an iteration cannot be computed, its requests end with the error."""
-        wait_s = 0.0 if self.engine.drained else POLL_S
+        """Run the engine for a moment."""
+        self._run_until(self._clock.now_s() + (0.0 if self.engine.drained else POLL_S))
+
+    def _run_until(self, time_s: float) -> None:
+        """Run the engine until then; if an iteration cannot be computed, its requests end with the error."""
         try:
-            self.state = self.engine.run_until(self._clock.now_s() + wait_s)
+            self.state = self.engine.run_until(time_s)
         except RapLabError as error:
             running = [live.request_id for live in self.engine.queues.running]
             if not running:
@@ -300,10 +329,15 @@ class EngineThread:
                 self._leave(self._requests[request_id], "error")
 
     def _let_policy_decide(self) -> None:
-        """Apply the policy's decision when it is due; a policy that fails decides no more, and its last plan stays."""
-        if self._policy is None or self.state.time_s < self._next_tick_s:
+        """Apply the policy's decision when it is due."""
+        if self._policy is not None and self.state.time_s >= self._next_tick_s:
+            self._next_tick_s = self.state.time_s + self._tick_s
+            self._decide()
+
+    def _decide(self) -> None:
+        """Apply the policy's decision; a policy that fails decides no more, and its last plan stays."""
+        if self._policy is None:
             return
-        self._next_tick_s = self.state.time_s + self._tick_s
         try:
             self.engine.apply(self._policy(self.state))
         except Exception as error:
@@ -325,7 +359,7 @@ class EngineThread:
             self._in_flight -= 1
         if self.observer is not None:
             live = self.engine.queues.all.get(served.request_id)
-            self.observer.saw_end(live, reason, self._clock.now_s() - served.arrival_s)
+            self.observer.saw_end(live, reason, self._now_s() - served.arrival_s)
         self._tell(served, token, True)
 
     def _tell(self, served: ServedRequest, token: int | None, last: bool) -> None:
@@ -341,7 +375,7 @@ class EngineThread:
         reason = EngineStoppedError(str(self.failure or "the server is stopping"))
         with contextlib.suppress(queue.Empty):
             while True:
-                self._commands.get_nowait().fail(reason)
+                self._commands.get_nowait()[1].fail(reason)
         for served in list(self._requests.values()):
             served.error = str(reason)
             self._end(served, None, "error")

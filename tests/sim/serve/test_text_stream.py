@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers", reason="the server needs transformers: pip install -e '.[hw]'")
 
-from hw.serve.text_stream import Detokenizer, StopStrings
+from sim.serve.text_stream import Detokenizer, StopStrings
 
 
 class Bytes:

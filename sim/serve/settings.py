@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from sim.errors import ConfigError
 
@@ -65,7 +65,7 @@ class ServerConfig:
                 raise ConfigError(f"serve.{name} is {getattr(self, name)}; set it to a number of seconds above 0")
 
     @classmethod
-    def of(cls, values: Mapping[Any, Any]) -> ServerConfig:
+    def of(cls, values: Mapping[Any, Any]) -> Self:
         """Return the configuration of the keys under ``serve``."""
         known = {field.name for field in fields(cls)}
         return cls(**{str(key): value for key, value in values.items() if key in known})

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hw.serve.engine_thread import EngineThread, ServedRequest
-from hw.serve.text_stream import Detokenizer, StopStrings
+from sim.serve.engine_thread import EngineThread, ServedRequest
+from sim.serve.text_stream import Detokenizer, StopStrings
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,9 @@ class Choice:
     def add(self, index: int, token: int, last: bool) -> Piece:
         """Add a token. A stop string ends the choice, whatever the engine does."""
         self.produced += 1
-        text, stopped = self.stops.add(self.detokenizer.add(token, last), last)
+        text, stopped = self.detokenizer.add(token, last), False
+        if self.produced > self.served.min_tokens:
+            text, stopped = self.stops.add(text, last)
         if stopped or last:
             self.served.stopped |= stopped
             self.finish_reason = "stop" if self.served.stopped else "length"

@@ -17,8 +17,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from hw.serve.settings import ServerConfig
 from sim.errors import ConfigError
+from sim.serve.settings import ServerConfig
 
 BACKLOG = 2048
 OWN_FILES = 64
