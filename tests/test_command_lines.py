@@ -33,6 +33,7 @@ MAINS = {
     "sim.disaggregate": "sim.disaggregate.run:disaggregate_command",
     "sim.fit_trace": "sim.fit_trace:main",
     "sim.reference": "sim.reference:main",
+    "sim.report": "sim.report.run:main",
     "sim.results": "sim.pages.simulation:main",
     "sim.cluster_results": "sim.pages.clusters:main",
     "hw.calibrate": "hw.calibrate.__main__:main",

@@ -20,6 +20,7 @@ COMMANDS = {
     "sim.disaggregate.run": "disaggregate",
     "sim.fit_trace": "fit_trace",
     "sim.reference": "reference",
+    "sim.report.run": "report",
     "sim.results.__main__": "results",
     "sim.cluster_results": "cluster_results",
     "hw.replay.run": "hw_replay",

@@ -34,6 +34,7 @@ LAYERS = {
         ("replay",),
         ("pages",),
         ("capacity",),
+        ("report",),  # reads run folders only
     ),
     "hw": (
         (".",),
