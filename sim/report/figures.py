@@ -531,7 +531,9 @@ def pareto(runs: Sequence[RunData]) -> tuple[Figure, list[int]] | None:
 Box = tuple[float, float, float, float]
 """Left, lower, right and upper edge."""
 PANEL_PIXELS = (520.0, 320.0)
-CHARACTER_PIXELS, LINE_PIXELS, MARK_PIXELS = 6.5, 15.0, 9.0
+CHARACTER_PIXELS, LINE_PIXELS, MARK_PIXELS = 7.5, 16.0, 9.0
+PANEL: Box = (-24.0, -24.0, PANEL_PIXELS[0] + 24.0, PANEL_PIXELS[1] + 24.0)
+"""Plotly leaves some room around the outermost points."""
 PLACES = {"top center": (0, 1), "bottom center": (0, -1), "middle right": (1, 0), "middle left": (-1, 0)} | {
     f"{vertical} {horizontal}": (x, y)
     for vertical, y in (("top", 1), ("bottom", -1))
@@ -572,14 +574,14 @@ def label_places(x: Floats, y: Floats, characters: Sequence[int]) -> list[str]:
                 middle_x + width / 2,
                 middle_y + LINE_PIXELS / 2,
             )
-        panel = (-MARK_PIXELS, -LINE_PIXELS - MARK_PIXELS, *(size + MARK_PIXELS + LINE_PIXELS for size in PANEL_PIXELS))
-        whole = width * LINE_PIXELS
-
-        def covered(name: str, boxes: dict[str, Box] = boxes, whole: float = whole, panel: Box = panel) -> float:
-            outside = whole - _overlap(boxes[name], panel)
-            return outside + sum(_overlap(boxes[name], other) for other in taken)
-
-        best = min(boxes, key=covered)
+        best = min(
+            boxes,
+            key=lambda name: (
+                width * LINE_PIXELS
+                - _overlap(boxes[name], PANEL)  # what lies outside
+                + sum(_overlap(boxes[name], other) for other in taken)
+            ),
+        )
         taken.append(boxes[best])
         found.append(best)
     return found

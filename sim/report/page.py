@@ -17,12 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from sim.report import figures, series
-from sim.report.run_data import RunData
+from sim.report.run_data import DISTRIBUTIONS, FIGURES, STATISTICS, RunData
 from sim.results.report import COUNTS, cells, columns_of
 
 TEMPLATES = Path(__file__).parent / "templates"
-STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max")
-LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s", "client_ttft_s", "client_e2e_s")
 MOST_DIFFERENCES = 60
 """Rows of the table of keys in which runs differ."""
 LONGEST_VALUE = 120
@@ -82,32 +80,26 @@ def page(runs: Sequence[RunData], made_by: Mapping[str, Any]) -> str:
 
 def figure_rows(runs: Sequence[RunData]) -> list[list[str]]:
     """Return the table of the main figures, the headings first."""
-    absent = {"perplexity_ratio": None, "low_precision_share": None}
-    summaries = {run.label: [{**_blank(run.summary), **absent, **_known(run)}] for run in runs}
+    summaries = {run.label: [_complete(run)] for run in runs}
     columns = columns_of(summaries)
     rows = [[label, *cells(row, columns)] for label, row in summaries.items()]
     shown = [at for at in range(len(columns) + 1) if any(row[at] != "-" for row in rows)]
     return [[row[at] for at in shown] for row in [["run", *columns], *rows]]
 
 
-def _blank(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a summary's keys without values: what an older or another command's summary lacks is shown as ``-``."""
-    names = ("preemptions", "recomputed_tokens", "budget_violation_s", "kept_params_share", "transitions", "makespan_s")
-    return {**dict.fromkeys(names), **summary}
-
-
-def _known(run: RunData) -> dict[str, Any]:
-    low = run.summary.get("low_precision_share")
-    return {"perplexity_ratio": run.perplexity_ratio, "low_precision_share": low}
+def _complete(run: RunData) -> dict[str, Any]:
+    """Return a summary with every key of the table; None for what another command's or an older summary lacks."""
+    client = {f"client_{name}": run.summary[name] for name in ("ttft_s", "e2e_s")}
+    return {**dict.fromkeys(FIGURES), **client, **run.summary, "perplexity_ratio": run.perplexity_ratio}
 
 
 def latency_rows(runs: Sequence[RunData]) -> list[list[str]]:
     """Return the table of latencies in seconds, the headings first; client-side ones only where they differ."""
     rows = [["run", "seconds", *(name.upper() if name[0] == "p" else name for name in STATISTICS)]]
     for run in runs:
-        for name in LATENCIES:
+        for name in DISTRIBUTIONS:
             values = run.summary.get(name)
-            if not isinstance(values, dict) or values == run.summary.get(name.removeprefix("client_")) != values:
+            if not isinstance(values, dict):
                 continue
             if name.startswith("client_") and values == run.summary.get(name.removeprefix("client_")):
                 continue

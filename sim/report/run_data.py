@@ -51,6 +51,25 @@ ITERATION_COLUMNS = (
     "preemptions",
 )
 TRANSITION_COLUMNS = ("time_s", "bytes_in", "bytes_freed", "ready_s", "preempted", "recomputed_tokens")
+STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max")
+DISTRIBUTIONS = ("ttft_s", "tpot_s", "itl_s", "e2e_s", "client_ttft_s", "client_e2e_s")
+"""Keys of a summary that hold STATISTICS in seconds."""
+FIGURES = (
+    "slo_attainment",
+    "perplexity_ratio",
+    "quality_nll",
+    "low_precision_share",
+    "preemptions",
+    "recomputed_tokens",
+    "budget_violation_s",
+    "kept_params_share",
+    "extrapolated_share",
+    "transitions",
+    "makespan_s",
+    "max_rate_rps",
+    "utilization",
+)
+"""Keys of a summary that hold one number, or null."""
 ALWAYS = ("arrival_s", "start_s", "end_s", "time_s", "running", "waiting", "kept_share")
 """Columns without NaN: what they state has always happened."""
 TARGETS = ("ttft_s", "tpot_s", "e2e_s")
@@ -276,6 +295,8 @@ def read_run(folder: Path) -> RunData:
     records = _table(folder / "records.parquet", RECORD_COLUMNS, ("status", "met_slo"))
     if records is None:
         raise ConfigError(f"{folder} has no records.parquet; give run folders of sim.replay, sim.compare or hw.replay")
+    if records["met_slo"].dtype != np.bool_:
+        raise ConfigError(f"{folder / 'records.parquet'}: met_slo holds other things than true and false; {AGAIN}")
     config_text, config = _config(folder / "config.yaml")
     return RunData(
         label=str(config.get("label") or "") or _folder_name(folder),
@@ -337,11 +358,15 @@ def _summary(path: Path) -> dict[str, Any]:
     found = _object(path)
     if found is None:
         raise ConfigError(f"{path.parent} has no summary.json, so its run is not complete; {AGAIN}")
-    for name in (*TARGETS, "itl_s"):
-        if not isinstance(found.get(name), dict):
+    for name in (*TARGETS, "itl_s", "slo_attainment"):
+        if name not in found:
             raise ConfigError(f"{path} lacks {name}; {AGAIN}")
-    if "slo_attainment" not in found:
-        raise ConfigError(f"{path} lacks slo_attainment; {AGAIN}")
+    for name, value in found.items():
+        values = [value] if name in FIGURES else []
+        if name in DISTRIBUTIONS:
+            values = [value.get(one, "") for one in STATISTICS] if isinstance(value, dict) else [""]
+        if not all(one is None or _is_number(one) for one in values):
+            raise ConfigError(f"{path}: {name} is {value!r:.80}, not what a replay writes; {AGAIN}")
     return found
 
 

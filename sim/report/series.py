@@ -143,13 +143,14 @@ class Arrivals:
     @property
     def start_s(self) -> Floats:
         """When each bin begins."""
-        return np.arange(len(self.arrived)) * self.width_s
+        return np.arange(len(self.arrived), dtype=np.float64) * self.width_s
 
     @property
     def attainment(self) -> Floats:
         """The share that met the SLO; NaN in a bin without arrivals."""
         share = np.full(len(self.arrived), np.nan)
-        return np.divide(self.met, self.arrived, out=share, where=self.arrived > 0)
+        np.divide(self.met, self.arrived, out=share, where=self.arrived > 0)
+        return share
 
 
 def arrivals(run: RunData, end_s: float) -> Arrivals:
