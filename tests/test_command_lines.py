@@ -106,6 +106,12 @@ CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true,
 """The first seconds of a trace file."""
 
 
+RUN_FOLDER = r"RUN(_\w+)?|runs/\w+"
+"""What stands for a run folder, each for another one."""
+POSITIONAL = {"hw.compare": "runs", "sim.report": "runs"}
+"""Commands that take arguments without a key, and the key that gets them."""
+
+
 def only_composed(line: str) -> str:
     """Return why a line is not run here; nothing if it is."""
     return next((why for pattern, why in ELSEWHERE.items() if re.search(pattern, line)), "")
@@ -236,7 +242,7 @@ def test_the_groups_options_keys_and_values_of_a_line_that_is_long_exist(
     command, typed = split(line)
     if command == "agents.evaluate":
         typed = [named(text) for text in typed]
-    arguments = read_arguments(typed, positional={"hw.compare": "runs"}.get(command))
+    arguments = read_arguments(typed, positional=POSITIONAL.get(command))
     if arguments.config_dir is not None:
         monkeypatch.syspath_prepend(arguments.config_dir)
     placeholders = [text for text in arguments.overrides if re.search(r"=(MODEL|GPU)$", text)]
@@ -265,7 +271,7 @@ def test_the_line_runs(
 
 
 def _shorter(command: str, arguments: list[str]) -> list[str]:
-    return [] if "--cfg" in arguments or command == "hw.compare" else shortened(command, arguments)
+    return [] if "--cfg" in arguments or command in POSITIONAL else shortened(command, arguments)
 
 
 def _statuses(command: str) -> tuple[int, ...]:
@@ -277,8 +283,8 @@ def _with_folders(arguments: list[str], runs: Callable[[], Path]) -> list[str]:
     """Return the arguments with a real folder for each one that they name."""
     found = []
     for text in arguments:
-        if re.search(r"RUN_|^runs/(simulated|real)$", text):
-            text = re.sub(r"RUN_\w+|^runs/\w+$", str(runs()), text)
+        if re.fullmatch(RUN_FOLDER, text):
+            shutil.copytree(runs(), text := text.replace("/", "_"))
         if text == "data=FOLDER":
             text = f"data={data_dir() / 'calibration'}"
         if text == "run=FOLDER":

@@ -62,7 +62,7 @@ def plain(text: str, most: int = 60) -> str:
     """Return text for Plotly, which reads a part of HTML: escaped, and cut if it is long."""
     short = text if len(text) <= most else f"{text[: most - 3]}..."
     # Plotly replaces %{name} in what it shows under the mouse.
-    return html.escape(" ".join(short.split())).replace("%{", "%&#123;")
+    return html.escape(" ".join(short.split()), quote=False).replace("%{", "%&#123;")
 
 
 def style_of(rank: int, runs: int) -> dict[str, str]:
@@ -487,7 +487,7 @@ def pareto(runs: Sequence[RunData]) -> tuple[Figure, list[int]] | None:
         (
             memory,
             1e-9 if in_bytes else 100.0,
-            f"weights in memory, mean over time [{'GB' if in_bytes else '% of dense'}] (less is better)",
+            f"mean weights in memory [{'GB' if in_bytes else '% of dense'}] (less is better)",
         ),
     )
     layout: dict[str, Any] = {**_base(420), "hovermode": "closest"}
