@@ -311,9 +311,7 @@ def latencies(runs: Sequence[RunData]) -> Figure:
             "domain": domain,
             "anchor": place,
             "title": {"text": f"{NAMES[name]}{side} [s]"},
-            "dtick": 1,
-            "minor": {"ticks": "outside", "ticklen": 3},
-            "exponentformat": "none",
+            **_log_ticks([run.latency_s(name) for run in runs]),
         }
         layout[f"yaxis{axis}"] = {
             **GRID,
@@ -331,31 +329,38 @@ def latencies(runs: Sequence[RunData]) -> Figure:
             data.append({**line, "xaxis": f"x{axis}", "yaxis": place})
             if name == "tpot_s" and (itl := _itl(rank, runs)):
                 data.append({**itl, "xaxis": f"x{axis}", "yaxis": place})
-        for target_s in sorted({run.targets_s[name] for run in runs if name in run.targets_s}):
-            layout["shapes"].append(
-                {
-                    "type": "line",
-                    "xref": f"x{axis}",
-                    "yref": f"{place} domain",
-                    "x0": target_s,
-                    "x1": target_s,
-                    "y0": 0,
-                    "y1": 1,
-                    "line": {"color": "#000000", "dash": "dash", "width": 1},
-                }
-            )
+        targets_s = sorted({run.targets_s[name] for run in runs if name in run.targets_s})
+        layout["shapes"] += [_vertical(target_s, axis) for target_s in targets_s]
+        if targets_s:
             layout["annotations"].append(
                 {
-                    "text": f"SLO {target_s:g} s",
+                    "text": f"SLO {', '.join(f'{target_s:g}' for target_s in targets_s)} s",
                     "xref": f"x{axis}",
                     "yref": f"{place} domain",
-                    "x": math.log10(target_s),
+                    "x": math.log10(targets_s[0] * targets_s[-1]) / 2,
                     "y": 1.0,
                     "yanchor": "bottom",
                     "showarrow": False,
                 }
             )
     return {"data": data, "layout": layout}
+
+
+def _vertical(target_s: float, axis: str) -> dict[str, Any]:
+    """Return the line of a target of the SLO in a panel."""
+    where = {"xref": f"x{axis}", "yref": f"y{axis} domain", "x0": target_s, "x1": target_s, "y0": 0, "y1": 1}
+    return {"type": "line", **where, "line": {"color": "#000000", "dash": "dash", "width": 1}}
+
+
+def _log_ticks(values: Sequence[Floats]) -> dict[str, Any]:
+    """Return labels for a logarithmic axis: powers of ten, and 2 and 5 times them where there are few of those."""
+    positive = np.concatenate([one[np.isfinite(one) & (one > 0)] for one in values])
+    if not len(positive):
+        return {"dtick": 1}
+    first, last = math.floor(math.log10(positive.min())), math.ceil(math.log10(positive.max()))
+    factors = (1, 2, 5) if last - first <= 2 else (1,)
+    shown = [factor * 10.0**power for power in range(first - 1, last + 2) for factor in factors]
+    return {"tickvals": shown, "ticktext": [f"{value:g}" for value in shown]}
 
 
 def _itl(rank: int, runs: Sequence[RunData]) -> dict[str, Any] | None:
@@ -467,21 +472,22 @@ def _color_steps() -> list[list[Any]]:
     return [[edge / len(colors), color] for at, color in enumerate(colors) for edge in (at, at + 1)]
 
 
-def pareto(runs: Sequence[RunData]) -> tuple[Figure, list[int]] | None:
-    """Return SLO attainment against quality and against bytes, and the runs on the Pareto front; None for one run.
+def pareto(runs: Sequence[RunData]) -> tuple[Figure, list[int], list[str]] | None:
+    """Return SLO attainment against quality and against bytes, the runs on the Pareto front, and what they excel in.
 
-    A run is on the front if no other is at least as good in all three figures and better in one: more requests that
-    meet the SLO, less perplexity, fewer bytes of weights. A run with an unknown figure is not drawn where it lacks it,
-    and is compared in the figures that all runs have.
+    A run is on the front if no other is at least as good in every figure and better in one: more requests that meet the
+    SLO, less perplexity, fewer bytes of weights. A run with an unknown figure is not drawn where it lacks it, and runs
+    are compared in the figures that all of them have. None for one run.
     """
     if len(runs) < 2:
         return None
     misses = np.array([1.0 - float(run.summary["slo_attainment"] or 0.0) for run in runs])
     quality = np.array([_or_nan(run.perplexity_ratio) for run in runs])
-    in_bytes = all(run.server is not None for run in runs)
+    in_bytes = all(run.server is not None for run in runs if run.kept_share is not None)
     memory = np.array([_or_nan(run.mean_weight_bytes if in_bytes else run.mean_weight_share) for run in runs])
-    known = [column for column in (misses, quality, memory) if np.isfinite(column).all()]
-    front = series.undominated(np.column_stack(known))
+    figures = {"SLO attainment": misses, "perplexity": quality, "weights in memory": memory}
+    known = {name: column for name, column in figures.items() if np.isfinite(column).all()}
+    front = series.undominated(np.column_stack(list(known.values())))
     panels = (
         (quality, 1.0, "perplexity / dense (less is better)"),
         (
@@ -525,7 +531,7 @@ def pareto(runs: Sequence[RunData]) -> tuple[Figure, list[int]] | None:
                     "yaxis": f"y{axis}",
                 }
             )
-    return {"data": data, "layout": layout}, [rank for rank in range(len(runs)) if front[rank]]
+    return {"data": data, "layout": layout}, np.flatnonzero(front).tolist(), list(known)
 
 
 Box = tuple[float, float, float, float]

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -24,6 +25,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 MOST_DIFFERENCES = 60
 """Rows of the table of keys in which runs differ."""
 LONGEST_VALUE = 120
+FRONT_END_S = 0.1
+"""Most seconds by which the arrivals of equal requests may differ: a client sends before the engine's queue gets it."""
 
 
 def page(runs: Sequence[RunData], made_by: Mapping[str, Any]) -> str:
@@ -42,7 +45,6 @@ def page(runs: Sequence[RunData], made_by: Mapping[str, Any]) -> str:
         drawn["plans"] = plans
     if front is not None:
         drawn["pareto"] = front[0]
-    several = len(runs) > 1
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -62,7 +64,8 @@ def page(runs: Sequence[RunData], made_by: Mapping[str, Any]) -> str:
         has_plans=plans is not None,
         exact_plans=all(found is None or found.exact for run in runs if (found := series.plan_map(run, run.end_s))),
         front=[runs[rank].label for rank in front[1]] if front is not None else None,
-        unknown_quality=[run.label for run in runs if run.perplexity_ratio is None] if several else [],
+        excels_in=front[2] if front is not None else [],
+        same_requests=all(same_requests(runs[0], run) for run in runs[1:]),
         one_side=len({run.judged_side for run in runs}) == 1,
         bins=series.BINS,
         plan_columns=series.PLAN_COLUMNS,
@@ -162,6 +165,15 @@ def _provenance(run: RunData) -> dict[str, str]:
         "attention": hardware.get("attention"),
     }
     return {name: _short(value, 400) for name, value in found.items() if value is not None}
+
+
+def same_requests(one: RunData, other: RunData) -> bool:
+    """Return whether two runs got the same requests at the same times, to the delay of a front end."""
+    lengths, others = (np.sort(run.column("output_tokens")) for run in (one, other))
+    if not np.array_equal(lengths, others):
+        return False
+    arrival_s, other_s = one.column("arrival_s"), other.column("arrival_s")
+    return bool((np.abs(arrival_s - other_s) <= FRONT_END_S).all())
 
 
 def _short(value: Any, most: int = LONGEST_VALUE) -> str:

@@ -31,6 +31,7 @@ AGAIN = "run the command of that folder again"
 RECORD_COLUMNS = (
     "arrival_s",
     "prompt_tokens",
+    "output_tokens",
     "produced_tokens",
     "admitted_s",
     "first_token_s",
@@ -140,7 +141,7 @@ class RunData:
     def targets_s(self) -> dict[str, float]:
         """The targets of the SLO that the configuration states: ``ttft_s``, ``tpot_s``, ``e2e_s``."""
         slo = _mapping(self.config.get("slo"))
-        return {name: float(slo[name]) for name in TARGETS if _is_number(slo.get(name))}
+        return {name: float(slo[name]) for name in TARGETS if _is_number(slo.get(name)) and slo[name] > 0}
 
     @property
     def num_layers(self) -> int | None:

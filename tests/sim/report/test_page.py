@@ -181,7 +181,8 @@ def test_runs_are_compared_by_quality_slo_and_bytes(compared: list[RunData]) -> 
     assert [run.label for run in compared] == ["dense", "random", "morphserve"]  # as sim.compare has them
     found = figures.pareto(compared)
     assert found is not None
-    figure, front = found
+    figure, front, excels_in = found
+    assert excels_in == ["SLO attainment", "perplexity", "weights in memory"]
     quality = [mark for mark in figure["data"] if mark["xaxis"] == "x"]
     assert [mark["y"][0] for mark in quality] == [100 * run.summary["slo_attainment"] for run in compared]
     assert [mark["x"][0] for mark in quality] == pytest.approx([run.summary["perplexity_ratio"] for run in compared])
@@ -192,6 +193,10 @@ def test_runs_are_compared_by_quality_slo_and_bytes(compared: list[RunData]) -> 
     assert filled == front
     assert 0 in front  # nothing has less perplexity than dense
     assert figures.pareto(compared[:1]) is None
+    unknown = figures.pareto([replace(compared[0], server=None, kept_share=None), *compared[1:]])
+    assert unknown is not None
+    assert unknown[2] == ["SLO attainment", "perplexity"]
+    assert [mark["meta"]["run"] for mark in unknown[0]["data"] if mark["xaxis"] == "x2"] == [1, 2]
 
 
 def test_labels_that_would_cover_each_other_are_moved() -> None:
@@ -237,6 +242,22 @@ def test_the_page_says_what_is_missing_and_how_to_get_it(run: RunData, text: str
     assert panels == {"arrivals<br>per second", "waiting<br>requests", "running<br>requests"} | {
         "SLO attainment<br>by arrival [%]"
     }
+
+
+def test_the_page_says_when_runs_did_not_get_the_same_requests(run: RunData, compared: list[RunData]) -> None:
+    note = "did not serve the same requests"
+    assert note not in page(compared, MADE_BY)
+    sooner = compared[1].records.assign(arrival_s=compared[1].records["arrival_s"] / 2)
+    longer = compared[1].records.assign(output_tokens=compared[1].records["output_tokens"] + 1)
+    for records in (sooner, longer, compared[1].records.iloc[1:]):
+        assert note in page([compared[0], replace(compared[1], records=records)], MADE_BY)
+
+
+def test_targets_of_the_slo_are_drawn_where_they_are_and_named_once(run: RunData) -> None:
+    strict = replace(run, label="b", config={**run.config, "slo": {"ttft_s": 1.0, "tpot_s": 0.1}})
+    layout = figures.latencies([run, strict])["layout"]
+    assert [(line["xref"], line["x0"]) for line in layout["shapes"]] == [("x", 1.0), ("x", 2.0), ("x2", 0.1)]
+    assert [one["text"] for one in layout["annotations"]] == ["SLO 1, 2 s", "SLO 0.1 s"]
 
 
 def test_a_run_of_nothing_has_a_page(run: RunData) -> None:
