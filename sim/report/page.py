@@ -55,9 +55,9 @@ def page(runs: Sequence[RunData], made_by: Mapping[str, Any]) -> str:
     end_s = max(run.end_s for run in runs)
     return environment.get_template("report.html.j2").render(
         policy=_security_policy(library, boot),
-        library=_script(library),
-        boot=_script(boot),
-        figures=_data(drawn),
+        library=script_code(library),
+        boot=script_code(boot),
+        figures=script_data(drawn),
         runs=runs,
         styles=[figures.style_of(rank, len(runs)) for rank in range(len(runs))],
         states=list(figures.STATES.values()),
@@ -194,7 +194,7 @@ def _count(value: Any) -> str:
 # --- Scripts in HTML -------------------------------------------------------------------------------------------------
 
 
-def _script(code: str) -> Markup:
+def script_code(code: str) -> Markup:
     """Return code for a script element.
 
     Raises:
@@ -205,7 +205,7 @@ def _script(code: str) -> Markup:
     return Markup(code)
 
 
-def _data(value: Any) -> Markup:
+def script_data(value: Any) -> Markup:
     """Return values as JSON that is safe inside a script element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for sign in "<>&\u2028\u2029":  # in JSON these stand in strings alone

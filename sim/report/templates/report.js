@@ -16,8 +16,8 @@ function setRange(from, range) {
     const shown = document.getElementById(id).layout.xaxis.range;
     if (id !== from && (shown[0] !== range[0] || shown[1] !== range[1])) Plotly.relayout(id, { "xaxis.range": range.slice() });
   }
-  const whole = range[0] === full[0] && range[1] === full[1];
-  history.replaceState(null, "", whole ? "#" : `#t=${range.map((value) => Number(value.toPrecision(8))).join(",")}`);
+  const isFull = range[0] === full[0] && range[1] === full[1];
+  history.replaceState(null, "", isFull ? "#" : `#t=${range.map((value) => Number(value.toPrecision(8))).join(",")}`);
 }
 
 function follow(id, change) {

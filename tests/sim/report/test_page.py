@@ -19,7 +19,16 @@ pytest.importorskip("plotly", reason="needs Plotly: pip install -e '.[report]'")
 import plotly.graph_objects as go
 
 from sim.report import figures, series
-from sim.report.page import count_rows, differences, figure_rows, latency_rows, page, provenance_rows
+from sim.report.page import (
+    count_rows,
+    differences,
+    figure_rows,
+    latency_rows,
+    page,
+    provenance_rows,
+    script_code,
+    script_data,
+)
 from sim.report.run_data import RunData
 
 MADE_BY = {"command": "python -m sim.report <run>", "commit": "0" * 40, "written_at": "2026-01-01"}
@@ -114,6 +123,15 @@ def test_text_of_a_run_stays_text(run: RunData, compared: list[RunData]) -> None
         assert set(re.findall(r"<[^>]*>", shown)) <= {"<br>", "<extra>", "</extra>"}
         assert "%{x}<" not in shown
         assert shown.count("%{x}") == 0
+
+
+def test_data_cannot_end_the_script_that_holds_them() -> None:
+    value = {"text": HOSTILE + "<!--\u2028\u2029&amp;", "numbers": [1, None, 0.5]}
+    text = script_data(value)
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == value
+    with pytest.raises(ValueError, match="ends it in HTML"):
+        script_code("a = '</SCRIPT >'")
 
 
 def test_every_figure_is_one_that_plotly_knows(compared: list[RunData]) -> None:
