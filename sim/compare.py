@@ -13,12 +13,20 @@ from omegaconf import DictConfig
 
 from sim.config import SweepConfig, build, name_of, one_thread, run_command, with_differences
 from sim.errors import ConfigError, nearest
-from sim.replay.run import front_end_of
-from sim.replay.sweep import Case, Executor, Outcome, cases_of, config_of, replay_case, without_equal_seeds
-from sim.results.metrics import Slo, records_frame
+from sim.replay.sweep import (
+    Case,
+    Executor,
+    Outcome,
+    cases_of,
+    config_of,
+    replay_case,
+    without_equal_seeds,
+    write_outcome,
+)
+from sim.results.metrics import Slo
 from sim.results.plots import Line, plot_comparison
 from sim.results.report import columns_of, markdown, print_notes, print_rows
-from sim.results.run_folder import begin_run, provenance, write_begun, write_json, write_parquet, write_text
+from sim.results.run_folder import begin_run, provenance, write_begun, write_json, write_text
 
 
 @dataclass(kw_only=True)
@@ -82,7 +90,8 @@ def _compare(cfg: DictConfig) -> None:
     try:
         for (label, case, one), outcome in zip(jobs, outcomes, strict=True):
             inner = folder / label / case.name if len(cases) > 1 else folder / label
-            write_parquet(inner / "records.parquet", records_frame(outcome.records, slo, front_end_of(one)))
+            inner_title = f"{label}, {case.name.replace('_', ' ')}"
+            write_outcome(inner, one, {**made_by, "seed": case.seed}, outcome, slo, inner_title)
         write_begun(folder, cfg, made_by)
         write_text(folder / "compare.md", markdown(shown_rows, columns=columns))
         _plot(folder / "compare.png", cases, rows, outcomes, slo, title)

@@ -33,6 +33,7 @@ MAINS = {
     "sim.disaggregate": "sim.disaggregate.run:disaggregate_command",
     "sim.fit_trace": "sim.fit_trace:main",
     "sim.reference": "sim.reference:main",
+    "sim.report": "sim.report.run:main",
     "sim.serve": "sim.serve.server:main",
     "sim.results": "sim.pages.simulation:main",
     "sim.cluster_results": "sim.pages.clusters:main",
@@ -105,6 +106,12 @@ LEARNED = {f"learned_serve_llama2.{end}": f"mine.{end}" for end in ("json", "saf
 """Files of a shipped policy, and the names that the pages give to one's own."""
 CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true, start_s: 0, duration_s: 20}]"
 """The first seconds of a trace file."""
+
+
+RUN_FOLDER = r"RUN(_\w+)?|runs/\w+"
+"""What stands for a run folder, each for another one."""
+POSITIONAL = {"hw.compare": "runs", "sim.report": "runs"}
+"""Commands that take arguments without a key, and the key that gets them."""
 
 
 def only_composed(line: str) -> str:
@@ -237,7 +244,7 @@ def test_the_groups_options_keys_and_values_of_a_line_that_is_long_exist(
     command, typed = split(line)
     if command == "agents.evaluate":
         typed = [named(text) for text in typed]
-    arguments = read_arguments(typed, positional={"hw.compare": "runs"}.get(command))
+    arguments = read_arguments(typed, positional=POSITIONAL.get(command))
     if arguments.config_dir is not None:
         monkeypatch.syspath_prepend(arguments.config_dir)
     placeholders = [text for text in arguments.overrides if re.search(r"=(MODEL|GPU)$", text)]
@@ -266,7 +273,7 @@ def test_the_line_runs(
 
 
 def _shorter(command: str, arguments: list[str]) -> list[str]:
-    return [] if "--cfg" in arguments or command == "hw.compare" else shortened(command, arguments)
+    return [] if "--cfg" in arguments or command in POSITIONAL else shortened(command, arguments)
 
 
 def _statuses(command: str) -> tuple[int, ...]:
@@ -278,8 +285,8 @@ def _with_folders(arguments: list[str], runs: Callable[[], Path]) -> list[str]:
     """Return the arguments with a real folder for each one that they name."""
     found = []
     for text in arguments:
-        if re.search(r"RUN_|^runs/(simulated|real)$", text):
-            text = re.sub(r"RUN_\w+|^runs/\w+$", str(runs()), text)
+        if re.fullmatch(RUN_FOLDER, text):
+            shutil.copytree(runs(), text := text.replace("/", "_"))
         if text == "data=FOLDER":
             text = f"data={data_dir() / 'calibration'}"
         if text == "run=FOLDER":

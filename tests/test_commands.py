@@ -20,6 +20,7 @@ COMMANDS = {
     "sim.disaggregate.run": "disaggregate",
     "sim.fit_trace": "fit_trace",
     "sim.reference": "reference",
+    "sim.report.run": "report",
     "sim.serve.server": "sim_serve",
     "sim.results.__main__": "results",
     "sim.cluster_results": "cluster_results",

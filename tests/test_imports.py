@@ -35,6 +35,7 @@ LAYERS = {
         ("serve",),
         ("pages",),
         ("capacity",),
+        ("report",),  # reads run folders only
     ),
     "hw": (
         (".",),

@@ -18,8 +18,9 @@ from sim.compiled import cpu_clock
 from sim.config import build, name_of
 from sim.cost.front_end import NO_FRONT_END, FrontEnd, into_queue
 from sim.cost.gpu import Gpu
+from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import Plan
+from sim.cost.plan import Plan, dense_plan, describe
 from sim.cost.quality import FittedQuality, PublishedQuality
 from sim.engine.budget import Budget
 from sim.engine.protocol import Engine, EngineConfig, check_hash_blocks
@@ -233,6 +234,29 @@ def quality_figures(cfg: DictConfig, plans: list[tuple[float, Plan]], iterations
     return {"quality_outside_share": outside, "quality_note": quality_note(quality, plans, outside)}
 
 
+def server_figures(cfg: DictConfig, first_plan: Plan, budget: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """Return what no table of a run folder says of its server, the content of ``server.json``.
+
+    ``first_plan`` is the plan at 0 s (``describe``), ``budget`` a list of [time in seconds, bytes], one per change.
+    ``dense_nll`` is that of the dense model in nats per token; None without a quality table.
+
+    Args:
+        first_plan: of the policy. budget: (time_s, bytes), one entry per change (``Budget.steps``).
+    """
+    model, quality = build(cfg.model), quality_of(cfg)
+    dense = dense_plan(model)
+    return {
+        "model": model.name,
+        "gpu": name_of(cfg.gpu),
+        "num_layers": model.num_layers,
+        "weight_bits": model.weight_bits,
+        "dense_weight_bytes": weight_bytes(model, dense),
+        "dense_nll": None if quality is None else quality.nll(dense),
+        "first_plan": describe(first_plan),
+        "budget": [[time_s, size] for time_s, size in budget],
+    }
+
+
 def write_tables(
     folder: Path,
     slo: Slo,
@@ -310,6 +334,7 @@ def run_replay(
             iterations if cfg.iterations else None,
             front_end,
         )
+        write_json(folder / "server.json", server_figures(cfg, policy.first_plan, engine.budget.steps))
         if cfg.plot:
             plot_replay(folder / "replay.png", records, iterations, slo, title, engine.budget.steps)
         write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete

@@ -30,9 +30,11 @@ from sim.replay.run import (
     quality_figures,
     quality_of,
     replay_with,
+    server_figures,
     write_tables,
 )
 from sim.replay.watch import Watched
+from sim.results.metrics import Slo
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, Transitions
 from sim.results.report import columns_of, print_notes, print_rows
@@ -57,7 +59,7 @@ class Outcome:
     """What one replay produced.
 
     kept_share: (time_s, share of the dense weights' bytes that is resident), one entry per change.
-    budget: (time_s, bytes), one entry per change.
+    budget: (time_s, bytes), one entry per change. server: the content of ``server.json``.
     """
 
     summary: Mapping[str, Any]
@@ -66,6 +68,7 @@ class Outcome:
     transitions: Transitions
     kept_share: tuple[tuple[float, float], ...]
     budget: tuple[tuple[float, int], ...]
+    server: Mapping[str, Any]
 
 
 def cases_of(cfg: DictConfig) -> list[Case]:
@@ -112,8 +115,15 @@ def replay_case(cfg: DictConfig) -> Outcome:
     if summary["quality_nll"] is not None and (quality := quality_of(cfg)) is not None:
         dense_nll = quality.nll(dense_plan(build(cfg.model)))
         summary["perplexity_ratio"] = math.exp(summary["quality_nll"] - dense_nll)
+    budget = engine.budget.steps
     return Outcome(
-        summary, engine.records(), iterations, engine.transitions(), engine.kept_share(), engine.budget.steps
+        summary,
+        engine.records(),
+        iterations,
+        engine.transitions(),
+        engine.kept_share(),
+        budget,
+        server_figures(cfg, policy.first_plan, budget),
     )
 
 
@@ -152,6 +162,24 @@ class Processes:
                 return counted(pool.imap(task, items), report)
 
 
+def write_outcome(
+    folder: Path, cfg: DictConfig, made_by: Mapping[str, Any], outcome: Outcome, slo: Slo, title: str
+) -> None:
+    """Write the run folder of one replay of a sweep, as ``sim.replay`` writes it.
+
+    Args:
+        cfg: of this replay. title: stands above its figure.
+    """
+    write_begun(folder, cfg, made_by)
+    iterations = outcome.iterations if cfg.iterations else None
+    tables = outcome.records, outcome.transitions, outcome.kept_share, iterations
+    write_tables(folder, slo, *tables, front_end_of(cfg))
+    write_json(folder / "server.json", dict(outcome.server))
+    if cfg.plot:
+        plot_replay(folder / "replay.png", outcome.records, outcome.iterations, slo, title, outcome.budget)
+    write_json(folder / "summary.json", dict(outcome.summary))  # last: a folder with a summary is complete
+
+
 def replay_sweep(cfg: DictConfig) -> None:
     """Replay every case on the simulated engine; write one folder per case and one table."""
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -165,14 +193,7 @@ def replay_sweep(cfg: DictConfig) -> None:
         write_begun(folder, cfg, made_by)
         for case, one, outcome in zip(cases, configs, outcomes, strict=True):
             inner = folder / case.name
-            write_begun(inner, one, {**made_by, "seed": case.seed})
-            iterations = outcome.iterations if cfg.iterations else None
-            tables = outcome.records, outcome.transitions, outcome.kept_share, iterations
-            write_tables(inner, slo, *tables, front_end_of(cfg))
-            if cfg.plot:
-                title = case.name.replace("_", " ")
-                plot_replay(inner / "replay.png", outcome.records, outcome.iterations, slo, title, outcome.budget)
-            write_json(inner / "summary.json", dict(outcome.summary))
+            write_outcome(inner, one, {**made_by, "seed": case.seed}, outcome, slo, case.name.replace("_", " "))
         # Last: a folder with this file is complete.
         summaries = {case.name: dict(outcome.summary) for case, outcome in zip(cases, outcomes, strict=True)}
         write_json(folder / "summaries.json", summaries)
