@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from agents.envs.serve_sources import sources_with
 from agents.evaluation.ablation import SERVE_GROUPS, ablation_markdown, shuffled_windows
 from agents.evaluation.evaluate import EvaluateConfig
 from agents.evaluation.measure import measure_cluster
@@ -19,6 +20,10 @@ from sim.errors import ConfigError
 from sim.policies.learned import SHIPPED, read_learned
 from sim.results.run_folder import write_parquet
 from tests.sim.pages.test_render import cells
+
+needs_azure = pytest.mark.skipif(
+    "azure_code" not in sources_with("train")[0], reason="needs published traces: set RAP_LAB_DATA"
+)
 
 
 def test_a_policy_loses_utility_if_the_entry_that_it_needs_most_comes_from_another_window() -> None:
@@ -38,7 +43,9 @@ def test_a_policy_loses_utility_if_the_entry_that_it_needs_most_comes_from_anoth
     assert ["nothing", f"{unchanged:.4f}", "0.0 %", "0.0 %", "0.0 %"] in cells(shown)
 
 
-@pytest.mark.parametrize(("measure", "name"), [(measure_serve, "serve"), (measure_cluster, "cluster")])
+@pytest.mark.parametrize(
+    ("measure", "name"), [(measure_serve, "serve"), pytest.param(measure_cluster, "cluster", marks=needs_azure)]
+)
 def test_a_rule_played_again_replaces_its_own_rows_alone(measure: Any, name: str, tmp_path: Path) -> None:
     few = {"scenarios": ["roomy/published"], "serve_sources": ["gamma"], "serve_windows": 1, "cluster_each": 1}
     cfg = OmegaConf.structured(EvaluateConfig(claim="none", baselines=["dense", "int4"], **few))

@@ -19,6 +19,8 @@ from sim.results.run_folder import write_json, write_text
 from tests.agents.helpers import composed, run_module
 from tests.agents.training.test_train import trainings
 
+BURST = "env.kwargs.sources=[burst]"  # needs no published trace
+
 
 @pytest.mark.parametrize("name", [name for name in trainings() if name not in ("finetune_serve", "marwil_serve")])
 def test_every_training_experiment_passes_the_checks(name: str) -> None:
@@ -92,13 +94,13 @@ def test_a_value_out_of_range_is_an_error_that_says_what_is_allowed(override: st
         (["experiment=ppo_serve", "imitate.plan=drop everything"], "imitate.plan: there is no 'drop everything'"),
         (["experiment=ppo_serve", "env.kwargs.tick_s=soon"], "tick_s|do not fit"),
         (["experiment=ppo_serve", "env.kwargs.sources=[bust]"], "did you mean 'burst'"),
-        (["experiment=finetune_serve", "imitate.path=nowhere"], "no learned policy 'nowhere'"),
-        (["experiment=finetune_serve", "imitate.path=learned_replica_llama2", "hidden=[16]"], r"hidden is \[16\], but"),
-        (["experiment=marwil_serve", "algorithm.data=nowhere"], r"agents\.offline"),
+        (["experiment=finetune_serve", BURST, "imitate.path=nowhere"], "no learned policy 'nowhere'"),
         (
-            ["experiment=ppo_cluster", "env.kwargs.sources=[burst]", "num_envs=7"],
-            "a multiple of env.kwargs.replicas, 4",
+            ["experiment=finetune_serve", BURST, "imitate.path=learned_replica_llama2", "hidden=[16]"],
+            r"hidden is \[16\], but",
         ),
+        (["experiment=marwil_serve", "algorithm.data=nowhere"], r"agents\.offline"),
+        (["experiment=ppo_cluster", BURST, "num_envs=7"], "a multiple of env.kwargs.replicas, 4"),
     ],
 )
 def test_what_a_training_starts_from_is_checked_too(overrides: list[str], message: str) -> None:
