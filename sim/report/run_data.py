@@ -23,6 +23,7 @@ from sim.cost.plan_text import most_layer, plan_from_text
 from sim.errors import ConfigError, PlanError
 from sim.json_file import read_json_object
 from sim.limits import is_whole
+from sim.results.metrics import ITERATION_COLUMNS
 from sim.types import Floats
 
 MOST_RUNS = 24
@@ -39,16 +40,6 @@ RECORD_COLUMNS = (
     "ttft_s",
     "tpot_s",
     "e2e_s",
-    "preemptions",
-)
-ITERATION_COLUMNS = (
-    "start_s",
-    "end_s",
-    "prefill_tokens",
-    "decode_requests",
-    "running",
-    "waiting",
-    "kv_used_share",
     "preemptions",
 )
 TRANSITION_COLUMNS = ("time_s", "bytes_in", "bytes_freed", "ready_s", "preempted", "recomputed_tokens")

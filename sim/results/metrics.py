@@ -123,22 +123,25 @@ def records_frame(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END
     return frame
 
 
+ITERATION_COLUMNS = (
+    "start_s",
+    "end_s",
+    "prefill_tokens",
+    "decode_requests",
+    "running",
+    "waiting",
+    "kv_used_share",
+    "preemptions",
+    "extrapolated",
+)
+"""The columns of ``iterations.parquet``."""
+
+
 def iterations_frame(iterations: Iterations) -> pd.DataFrame:
     """Return the table of ``iterations.parquet``: one row per iteration."""
     import pandas as pd
 
-    names = (
-        "start_s",
-        "end_s",
-        "prefill_tokens",
-        "decode_requests",
-        "running",
-        "waiting",
-        "kv_used_share",
-        "preemptions",
-        "extrapolated",
-    )
-    return pd.DataFrame({name: getattr(iterations, name) for name in names})
+    return pd.DataFrame({name: getattr(iterations, name) for name in ITERATION_COLUMNS})
 
 
 def transitions_frame(transitions: Transitions) -> pd.DataFrame:

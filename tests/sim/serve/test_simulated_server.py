@@ -297,7 +297,9 @@ def test_a_client_that_leaves_frees_its_kv_and_the_server_serves_on() -> None:
             pieces = answer.iter_text()  # the response is closed with its iterator
             next(pieces)
             assert server.thread.state.kv_used_layer_blocks > 0
-        eventually(lambda: server.metrics()["vllm:request_success_totalabort"] == 1, "the engine was not told")
+        eventually(
+            lambda: server.metrics()["vllm:request_success_totalabort"] == 1, "the engine did not cancel the request"
+        )
         eventually(lambda: server.thread.state.kv_used_layer_blocks == 0, "its KV is still held")
         assert server.ask(prompt="x", max_tokens=3).json()["usage"]["completion_tokens"] == 3
         records, trace = server.thread.replica.records(), served_trace(server.thread.replica)
