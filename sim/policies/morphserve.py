@@ -135,8 +135,8 @@ def morphserve(
         samples_while_copying: whether samples are taken while layers are copied in.
         recovery_pool: the pool whose use counts for recovery: ``present``, or ``restored``, as it would be after it.
     Raises:
-        ConfigError: for an unknown mode or a smoothing outside (0, 1]. PlanError: for layers the model does not have,
-            or bits that are not supported.
+        ConfigError: for an unknown mode, an empty order, or a smoothing outside (0, 1].
+        PlanError: for layers the model does not have, or bits that are not supported.
     """
     if mode not in MODES:
         raise ConfigError(f"unknown policy.mode {mode!r}; {nearest(mode, MODES)}")
@@ -152,6 +152,8 @@ def morphserve(
             "take the mode's"
         )
     sequence = list(range(model.num_layers)) if order is None else layer_list("policy.order's layers", order)
+    if not sequence:
+        raise ConfigError("policy.order is empty, so no layer is ever swapped; list layers, or null for all of them")
     if len(set(sequence)) != len(sequence) or any(not 0 <= layer < model.num_layers for layer in sequence):
         raise PlanError(f"policy.order must list layers 0 to {model.num_layers - 1} of {model.name}, each once")
     dense = dense_plan(model)

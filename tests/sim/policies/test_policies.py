@@ -205,6 +205,8 @@ def test_an_unknown_mode_or_layer_is_named() -> None:
         morphserve(SERVED, mode="acuracy")
     with pytest.raises(PlanError, match="layers 0 to 2"):
         morphserve(SERVED, order=[0, 3])
+    with pytest.raises(ConfigError, match="order is empty"):
+        morphserve(SERVED, order=[])
 
 
 def test_a_schedule_runs_the_latest_plan_whose_time_has_come() -> None:
