@@ -1,5 +1,7 @@
 """``python -m sim.reference``: write docs/reference/configuration.md from conf/ and the code that it configures.
 
+It also writes sim/console/keys.json, what the ``rap`` command completes.
+
 For every command the page lists its groups and keys. For every group it lists the options and the arguments of what
 they build, with types, defaults and the text of the docstrings. With ``check=true`` it writes nothing and exits 1 if
 the page is out of date.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import sys
 import typing
@@ -24,6 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sim.config import CONF_DIR, run_command
 from sim.config.annotations import KEYWORDS_OF
+from sim.console.commands import commands as console_commands
+from sim.console.completion import KEYS
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.results.run_folder import write_text
@@ -72,23 +77,11 @@ code: run only files that you trust.
 
 
 def commands() -> dict[str, Path]:
-    """Return command -> its file in conf/, read from the first line of each: ``# python -m COMMAND: ...``.
-
-    Raises:
-        ConfigError: for a file whose first line names no command.
-    """
-    found = {}
-    for path in sorted(CONF_DIR.glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        named = re.match(r"# python -m ([\w.]+)", first)
-        if not named:
-            raise ConfigError(f"{path} begins with {first!r}; begin it with '# python -m COMMAND: what it does'")
-        found[named[1]] = path
+    """Return command -> its file in conf/, in the order of the page."""
     packages = ("sim", "hw", "agents")
     # sim.replay comes first, for most others take its keys too.
-    return dict(
-        sorted(found.items(), key=lambda item: (item[0] != BASE, packages.index(item[0].split(".")[0]), item[0]))
-    )
+    order = sorted(console_commands(), key=lambda name: (name != BASE, packages.index(name.split(".")[0]), name))
+    return {name: console_commands()[name].path for name in order}
 
 
 def page() -> str:
@@ -106,8 +99,18 @@ def page() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _command(command: str, path: Path, shared: Sequence[Sequence[str]]) -> tuple[str, list[Sequence[str]]]:
-    """Return the section of a command, and its rows of keys; rows equal to ``shared`` ones are named, not repeated."""
+def completions() -> dict[str, dict[str, Any]]:
+    """Return for each command what the ``rap`` command completes: groups with their defaults, keys with their types."""
+    found = {}
+    for command, path in commands().items():
+        _, chosen, rows = _groups_and_keys(command, path)
+        keys = {row[0].strip("`"): row[1].strip("`").partition(" or ")[0] for row in rows}
+        found[command] = {"groups": chosen, "keys": {key: kind if kind == "bool" else "" for key, kind in keys.items()}}
+    return found
+
+
+def _groups_and_keys(command: str, path: Path) -> tuple[dict[str, Any], dict[str, Any], list[Sequence[str]]]:
+    """Return a command's file without its defaults, its groups with their default options, and a row for each key."""
     cfg = yaml.safe_load(path.read_text(encoding="utf-8"))
     chosen: dict[str, Any] = {}
     schema = None
@@ -116,7 +119,13 @@ def _command(command: str, path: Path, shared: Sequence[Sequence[str]]) -> tuple
             schema = _schema(command, entry)
         elif isinstance(entry, Mapping):
             chosen |= {k: v for k, v in entry.items() if not str(k).startswith("override ")}
-    template = cfg.pop("hydra", {}).get("help", {}).get("template", "")
+    return cfg, chosen, list(_fields(schema, cfg, skip=set(chosen))) if schema is not None else []
+
+
+def _command(command: str, path: Path, shared: Sequence[Sequence[str]]) -> tuple[str, list[Sequence[str]]]:
+    """Return the section of a command, and its rows of keys; rows equal to ``shared`` ones are named, not repeated."""
+    cfg, chosen, rows = _groups_and_keys(command, path)
+    template = cfg.get("hydra", {}).get("help", {}).get("template", "")
     parts = [f"### {command}\n", template.partition("\n\n")[0].strip() + "\n"]
     examples = re.findall(r"^  python -m .*(?:\\\n.*)*(?:\n {20,}\S.*)*$", template, re.MULTILINE)
     if examples:
@@ -124,7 +133,6 @@ def _command(command: str, path: Path, shared: Sequence[Sequence[str]]) -> tuple
     if chosen:
         links = [f"[`{group}`](#{group})={_plain(option)}" for group, option in chosen.items()]
         parts.append("Groups and their default options: " + ", ".join(links) + ".\n")
-    rows = list(_fields(schema, cfg, skip=set(chosen))) if schema is not None else []
     if own := [row for row in rows if row not in shared]:
         parts.append(_table(("key", "type", "default", "meaning"), own))
     if same := [row[0] for row in rows if row in shared]:
@@ -319,15 +327,16 @@ ConfigStore.instance().store(name="reference_schema", node=ReferenceConfig)
 
 
 def write_reference(cfg: DictConfig) -> int:
-    """Write the page, or check that it is up to date; return the exit status."""
-    made = page()
-    current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    if not cfg.check:
-        write_text(PAGE, made)
-        return 0
-    if made != current:
-        print(f"error: {PAGE} is out of date; run `make reference` and commit the page", file=sys.stderr)
-    return int(made != current)
+    """Write the page and what ``rap`` completes, or check that both are up to date; return the exit status."""
+    made = {PAGE: page(), KEYS: json.dumps(completions(), indent=1) + "\n"}
+    status = 0
+    for path, text in made.items():
+        if not cfg.check:
+            write_text(path, text)
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            print(f"error: {path} is out of date; run `make reference` and commit it", file=sys.stderr)
+            status = 1
+    return status
 
 
 def main() -> None:

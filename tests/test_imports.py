@@ -36,6 +36,7 @@ LAYERS = {
         ("pages",),
         ("capacity",),
         ("report",),  # reads run folders only
+        ("console",),  # starts commands by their names
     ),
     "hw": (
         (".",),
