@@ -187,7 +187,7 @@ class ServeSetting:
             return self.windows.sample(rng, self.split, self.sources)
         if self._pooled is None:
             self._pooled = window_pool(self, self.pool, "train")
-        return drawn(self._pooled, rng, self.windows.budget_seeds["train"])
+        return drawn(self._pooled, rng, self.windows.budget_seeds["train"], self.pool.notices_s)
 
     def nll_at(self, low_bit_cost: float) -> Callable[[Plan], float]:
         """Return the NLL of plans where low precision costs ``low_bit_cost`` times what the quality table says."""

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agents.envs.prune_loads import SPLITS, Split
-from agents.envs.serve_sources import serve_split, sources_with
+from agents.envs.serve_sources import own_sources, serve_split, sources_with
 from agents.envs.serve_windows import Window
 from sim.config import build_option
-from sim.errors import ConfigError
+from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
 from sim.policies.admission import Limited
 from sim.policies.base import Policy, PolicyContext
@@ -38,8 +38,6 @@ FOLDER = REPOSITORY / "runs" / "pool"
 REFERENCE_WAIT_S = 1.5
 STEPS = 5
 """Plays with which the rate of a window is searched."""
-NOTICES_S = (0.0, 0.0, 5.0, 15.0)
-"""How long before it a step of the budget is announced; training samples one of these for each episode."""
 FACTOR = 16.0
 """A window's rate lies between its source's lowest rate over this and its highest rate times this."""
 
@@ -57,6 +55,8 @@ class PoolOptions:
     memories: servers that are there more often, as (most, least) memory in multiples of the dense weights; ``named`` is
         the share of windows on one of them.
     low_bits: share of windows whose server has low-precision copies.
+    budgets: kinds of budgets, in equal shares; empty for those of the split.
+    notices_s: how long before it a step of the budget is announced; training samples one of these for each episode.
     """
 
     size: int
@@ -68,6 +68,8 @@ class PoolOptions:
     memories: tuple[tuple[float, float], ...] = ()
     named: float = 0.0
     low_bits: float = 0.75
+    budgets: tuple[str, ...] = ()
+    notices_s: tuple[float, ...] = (0.0, 0.0, 5.0, 15.0)
 
 
 def pool_options(value: Mapping[str, Any] | None) -> PoolOptions | None:
@@ -86,10 +88,15 @@ def pool_options(value: Mapping[str, Any] | None) -> PoolOptions | None:
         ordered &= all(0 < low <= high for high, low in options.memories)
         shares = (options.named if options.memories else 0.0, options.low_bits, *options.attained, *options.low_of_high)
         counted = min(options.size, options.validation) >= 1 and options.seed >= 0
+        counted &= bool(options.notices_s) and min(options.notices_s) >= 0
         if not (counted and ordered and all(0 <= share <= 1 for share in shares)):
             raise ValueError(
-                "size and validation must be at least 1, seed at least 0, ranges ascend from above 0, and shares lie "
-                "in [0, 1]"
+                "size and validation must be at least 1, seed at least 0, ranges ascend from above 0, shares lie in "
+                "[0, 1], and notices_s holds at least one time, none below 0"
+            )
+        if unknown := set(options.budgets) - set(serve_split()["budgets"]):
+            raise ValueError(
+                f"budgets has {sorted(unknown)[0]!r}; {nearest(sorted(unknown)[0], serve_split()['budgets'])}"
             )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"pool is {dict(value)}: {error}") from error
@@ -100,8 +107,8 @@ def window_pool(setting: ServeSetting, options: PoolOptions, split: Split) -> tu
     """Return the windows of a pool; read from runs/pool if it was made before."""
     rng = np.random.default_rng([options.seed, SPLITS.index(split)])
     size = options.size if split == "train" else options.validation
-    # Every source that the split may use; in training those of the setting.
-    sources = setting.sources if split == "train" else sources_with(split)[0]
+    # In training the sources of the setting. In others all that the split may use, or those for this model alone.
+    sources = setting.sources if split == "train" else own_sources(setting.sources) or sources_with(split)[0]
     path = FOLDER / f"{split}_{_key(setting, options, sources)}.json"
     if path.is_file():
         return tuple(Window(**row) for row in json.loads(path.read_text(encoding="utf-8")))
@@ -124,7 +131,8 @@ def _sampled(
     """Return a window of a source, on a server of some speed and some memory."""
     # The rate is searched later; the lowest makes the shortest window, which fits every part.
     lowest = setting.windows.rates[source][0]
-    window = setting.windows.sample(rng, split, (source,), rate=lowest / FACTOR)
+    budget = options.budgets[int(rng.integers(len(options.budgets)))] if options.budgets else None
+    window = setting.windows.sample(rng, split, (source,), rate=lowest / FACTOR, budget=budget)
     window = replace(window, **setting.windows.factors(rng))
     low_bits = bool(rng.random() < options.low_bits)
     named = bool(rng.random() < options.named) and bool(options.memories)
@@ -189,10 +197,12 @@ def _key(setting: ServeSetting, options: PoolOptions, sources: Sequence[str]) ->
     return hashlib.sha256(stated.encode()).hexdigest()[:16]
 
 
-def drawn(pool: Sequence[Window], rng: np.random.Generator, seeds: tuple[int, int]) -> Window:
-    """Return a window of a pool, with another course of its budget, of which every second one is announced."""
+def drawn(
+    pool: Sequence[Window], rng: np.random.Generator, seeds: tuple[int, int], notices_s: Sequence[float]
+) -> Window:
+    """Return a window of a pool, with another course of its budget, announced one of ``notices_s`` before each step."""
     window = pool[int(rng.integers(len(pool)))]
-    notice_s = float(rng.choice(NOTICES_S))
+    notice_s = float(rng.choice(notices_s))
     return replace(window, budget_seed=int(rng.integers(*seeds)), notice_s=notice_s)
 
 
