@@ -15,6 +15,7 @@ A package imports only from packages above it in this table:
 | replay | a trace, an engine and a policy give a run folder |
 | serve | the simulated engine, and the HTTP side of the real one, behind OpenAI's API |
 | report | run folders as one HTML file |
+| table | many run folders as one table |
 | pages | pages of results |
 | console | the `rap` command, a short name for every `python -m` command |
 """

@@ -22,6 +22,8 @@ COMMANDS = {
     "sim.reference": "reference",
     "sim.report.run": "report",
     "sim.serve.server": "sim_serve",
+    "sim.table.run": "table",
+    "sim.table.list_runs": "runs",
     "sim.results.__main__": "results",
     "sim.cluster_results": "cluster_results",
     "hw.replay.run": "hw_replay",

@@ -36,6 +36,7 @@ LAYERS = {
         ("pages",),
         ("capacity",),
         ("report",),  # reads run folders only
+        ("table",),  # reads run folders only
         ("console",),  # starts commands by their names
     ),
     "hw": (
@@ -61,6 +62,7 @@ COMMANDS = {
     "hw.reproduction.run",
     "sim.compare",
     "sim.reference",
+    "sim.runs",
     "sim.fit_trace",
     "sim.cluster_results",
     "sim.pages.simulation",

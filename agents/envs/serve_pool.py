@@ -94,10 +94,9 @@ def pool_options(value: Mapping[str, Any] | None) -> PoolOptions | None:
                 "size and validation must be at least 1, seed at least 0, ranges ascend from above 0, shares lie in "
                 "[0, 1], and notices_s holds at least one time, none below 0"
             )
-        if unknown := set(options.budgets) - set(serve_split()["budgets"]):
-            raise ValueError(
-                f"budgets has {sorted(unknown)[0]!r}; {nearest(sorted(unknown)[0], serve_split()['budgets'])}"
-            )
+        kinds = serve_split()["budgets"]
+        if unknown := [kind for kind in options.budgets if kind not in kinds]:
+            raise ValueError(f"budgets has {unknown[0]!r}; {nearest(unknown[0], kinds)}")
     except (TypeError, ValueError) as error:
         raise ConfigError(f"pool is {dict(value)}: {error}") from error
     return options

@@ -8,6 +8,7 @@
     schema          the keys of a replay
     failures        errors in one line, and exit statuses
     streams         output on any terminal, pipe or disk
+    sweeps          what --multirun leaves next to its jobs: failures, a table
 
 Others import the names below from here.
 """

@@ -35,6 +35,7 @@ from sim.config.options import (
 )
 from sim.config.overrides import check_overrides
 from sim.config.streams import print_any_text
+from sim.config.sweeps import forget_failure, note_failure, sweep_callback, sweep_ended
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
 
@@ -78,7 +79,8 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
         sys.path += [str(folder) for folder in folders]  # Python files next to these options
         if not arguments.shows:
             check_overrides(arguments.overrides, config_name, arguments.config_dir, multirun=arguments.multirun)
-        sys.argv[1:] = [*arguments.options, *arguments.overrides]
+        noted = [sweep_callback()] if arguments.multirun else []
+        sys.argv[1:] = [*arguments.options, *arguments.overrides, *noted]
         job.multirun = arguments.multirun
         with _environment("HYDRA_FULL_ERROR", "1"):  # Hydra raises its errors instead of printing them
             try:
@@ -87,6 +89,10 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
                 if job.count:
                     raise
                 raise ConfigError(str(error)) from error  # of an option of Hydra; the command has not started
+            finally:
+                sys.argv[1:] = [*arguments.options, *arguments.overrides]
+                if arguments.multirun:
+                    sweep_ended()
     if job.failed:
         print(f"error: {job.failed} of {job.count} jobs failed", file=sys.stderr)
     if job.failed or job.status:
@@ -109,17 +115,23 @@ class _Job:
         job = HydraConfig.get().job
         name = f"job {job.num} ({job.override_dirname})" if self.multirun else ""
         with _environment("HYDRA_FULL_ERROR", "1" if self.full_error else None):
+            if self.multirun:
+                sys.argv[1:] = [text for text in sys.argv[1:] if text != sweep_callback()]  # as it was typed
+                forget_failure()
             try:
                 with errors_in_one_line(f"{name}: " if name else ""):
                     result = self._run(cfg, folder, name)
             except SystemExit as end:
+                if self.multirun:
+                    note_failure(end.__context__ or end)
                 with suppress(OSError):
                     _remove_if_only_begun(folder, failed=end.code == FAILED)
                 if not self.multirun or end.code == INTERRUPTED:
                     raise
-            except Exception:
+            except Exception as error:
                 if not self.multirun:
                     raise
+                note_failure(error)
                 traceback.print_exc()
             else:
                 self.status = self.status or (result if isinstance(result, int) else 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -25,6 +26,14 @@ from sim.config.arguments import parse_overrides
 from sim.errors import ConfigError, RapLabError, nearest
 
 CONF_DIR = Path(conf.__file__).resolve().parent
+
+
+def label_part(label: str | None) -> str:
+    """Return what a label adds to the name of a run folder: ``_LABEL``, with ``-`` for odd characters."""
+    return f"_{re.sub(r'[^A-Za-z0-9.+=-]+', '-', label)[:60]}" if label else ""
+
+
+OmegaConf.register_new_resolver("label_part", label_part, replace=True)
 
 
 def option_names(group: str, folders: Sequence[Path] | None = None) -> list[str]:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sim.atomic import write_whole
@@ -80,7 +81,10 @@ def _module() -> str:
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Return what is needed to run again besides the configuration: command, commit, seed, versions, machine, date."""
+    """Return what is needed to run again besides the configuration: command, commit, seed, versions, machine, date.
+
+    ``overrides`` are those of this job, where the command is that of a whole sweep.
+    """
     versions = {}
     for package in PACKAGES:
         try:
@@ -89,6 +93,7 @@ def provenance(seed: int) -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "overrides": [str(text) for text in HydraConfig.get().overrides.task] if HydraConfig.initialized() else [],
         "commit": commit(),
         "seed": seed,
         "python": platform.python_version(),

@@ -75,7 +75,7 @@ def test_training_plays_windows_of_the_pool_and_half_of_their_budgets_are_announ
     assert one.pool is not None
     pool = window_pool(one, one.pool, "train")
     rng = np.random.default_rng(0)
-    sampled = [drawn(pool, rng, (0, 1000)) for _ in range(200)]
+    sampled = [drawn(pool, rng, (0, 1000), one.pool.notices_s) for _ in range(200)]
     known = {replace(window, budget_seed=0, notice_s=None) for window in pool}
     assert {replace(window, budget_seed=0, notice_s=None) for window in sampled} == known
     assert 0.35 < np.mean([window.notice_s == 0.0 for window in sampled]) < 0.65
@@ -125,8 +125,27 @@ def test_both_environments_serve_a_slow_server_with_costly_or_missing_copies_ali
         {"size": 5, "attained": [0.9, 0.5]},
         {"sise": 5},
         {"size": 5, "seed": -1},
+        {"size": 5, "budgets": ["cotenent"]},
+        {"size": 5, "notices_s": []},
+        {"size": 5, "notices_s": [-1.0]},
     ],
 )
 def test_options_of_a_pool_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="pool is"):
         pool_options(wrong)
+
+
+def test_kinds_of_budgets_and_times_of_notice_can_be_chosen(folder: Path) -> None:
+    one = setting(6, budgets=["random_walk"], notices_s=[2.0])
+    assert one.pool is not None
+    pool = window_pool(one, one.pool, "train")
+    assert {window.budget for window in pool} == {"random_walk"}
+    rng = np.random.default_rng(0)
+    assert {one.sample_window(rng).notice_s for _ in range(10)} == {2.0}
+
+
+def test_the_windows_of_a_small_model_come_from_its_own_sources_in_every_split(folder: Path) -> None:
+    short = ["short_bursts", "short_tides"]
+    one = ServeSetting(sources=short, split="validation", pool={"size": 2, "validation": 4})
+    assert one.pool is not None
+    assert [window.source for window in window_pool(one, one.pool, "validation")] == short * 2

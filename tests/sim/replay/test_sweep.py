@@ -161,5 +161,5 @@ def test_a_job_that_fails_is_named_with_its_reason_and_the_others_are_kept(
     assert bad.startswith("error: job 2 (trace.path=bad.csv,trace=file): bad.csv, line 2, column 'prompt_tokens'")
     assert total == "error: 2 of 3 jobs failed"
     kept = sorted(path.name for path in Path("jobs").iterdir())
-    assert kept == ["0_file_dense", "multirun.yaml"]
+    assert kept == ["0_file_dense", "failed", "multirun.yaml", "table.md", "table.parquet"]
     assert (Path("jobs") / "0_file_dense" / "summary.json").is_file()

@@ -1,0 +1,77 @@
+"""What ``--multirun`` leaves next to the folders of its jobs: why jobs failed, and one table of all of them.
+
+A failed job leaves ``failed/JOB.json`` in the folder of the sweep, and takes it away when it runs again. The table is
+written when the sweep ends, also if jobs failed or it was interrupted (``sim.table``).
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, ClassVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from sim.atomic import write_whole
+from sim.config.failures import explain
+from sim.errors import RapLabError
+
+FAILED_JOBS = "failed"
+
+
+class NoteFolder(Callback):
+    """Hydra's callback at the start of a sweep: only callbacks are told where it writes."""
+
+    folder: ClassVar[Path | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note the folder of the sweep."""
+        NoteFolder.folder = Path(config.hydra.sweep.dir).absolute()
+
+
+def sweep_callback() -> str:
+    """Return the override that makes Hydra call ``NoteFolder``."""
+    return f"+hydra.callbacks.rap_lab_sweep={{_target_: {NoteFolder.__module__}.{NoteFolder.__qualname__}}}"
+
+
+def _failure_file() -> Path:
+    """Return where the present job notes its failure."""
+    sweep = HydraConfig.get().sweep
+    return Path(sweep.dir).absolute() / FAILED_JOBS / f"{str(sweep.subdir).replace('/', '_')}.json"
+
+
+def note_failure(error: BaseException) -> None:
+    """Write why the present job failed; a full disk loses the note alone."""
+    job = HydraConfig.get().job
+    note = {
+        "folder": str(HydraConfig.get().sweep.subdir),
+        "overrides": [str(text) for text in HydraConfig.get().overrides.task],
+        "error": "interrupted" if isinstance(error, KeyboardInterrupt) else explain(error),
+        "job": str(job.num),
+        "command": f"python -m {HydraConfig.get().help.app_name}",
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with suppress(OSError):
+        path = _failure_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda part: part.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8"))
+
+
+def forget_failure() -> None:
+    """Take away what an earlier run of the present job noted."""
+    with suppress(OSError):
+        _failure_file().unlink(missing_ok=True)
+        _failure_file().parent.rmdir()
+
+
+def sweep_ended() -> None:
+    """Write and print the table of a sweep, if a sweep began."""
+    folder, NoteFolder.folder = NoteFolder.folder, None
+    if folder is not None and folder.is_dir():
+        with suppress(RapLabError, OSError):  # the table is made again by python -m sim.table FOLDER
+            resolve_name("sim.table.table:write_table")(folder)

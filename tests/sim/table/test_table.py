@@ -1,0 +1,147 @@
+"""The table of a sweep, and the list of runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sim.config.options import label_part
+from sim.errors import ConfigError
+from sim.replay.__main__ import main as replay
+from sim.table.index import find_runs
+from sim.table.list_runs import main as list_runs
+from sim.table.run import main as make_table
+from sim.table.table import markdown_of, write_table
+from tests.commands import exit_status
+
+SWEEP = (
+    "--multirun",
+    "trace=small",
+    "trace.duration_s=4",
+    "policy=dense,int8,rap_80",
+    "seed=0,1",
+    "hydra.sweep.dir=jobs",
+)
+"""Of these six jobs two fail: the default calibration has no 8-bit times."""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a sweep in ``jobs``; return what it printed."""
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(replay, *SWEEP) == 1
+    return capsys.readouterr().out
+
+
+def test_a_sweep_ends_with_one_table_of_all_jobs_and_the_reasons_of_those_that_failed(sweep: str) -> None:
+    frame = pd.read_parquet("jobs/table.parquet")
+    assert list(frame["state"]) == ["complete"] * 2 + ["failed"] * 2 + ["complete"] * 2
+    assert list(frame["=policy"]) == ["dense", "dense", "int8", "int8", "rap_80", "rap_80"]
+    assert list(frame["=seed"]) == ["0", "1"] * 3
+    for _, row in frame[frame["state"] == "complete"].iterrows():
+        summary = json.loads((Path("jobs") / row["run"] / "summary.json").read_text(encoding="utf-8"))
+        assert row["slo_attainment"] == summary["slo_attainment"]
+        assert row["ttft_s.p95"] == summary["ttft_s"]["p95"]
+    text = Path("jobs/table.md").read_text(encoding="utf-8")
+    assert text in sweep
+    assert "trace.duration_s" not in text  # the same in every job
+    assert "2_small_int8 failed: calibration 'llama2_7b_a100' has no 8-bit times" in text
+
+
+def test_the_command_of_a_run_is_what_was_typed_and_its_overrides_are_those_of_the_job(sweep: str) -> None:
+    made = json.loads(Path("jobs/5_small_rap_80/provenance.json").read_text(encoding="utf-8"))
+    assert made["command"] == " ".join(["python", "-m", made["command"].split()[2], *SWEEP])
+    assert made["overrides"] == ["trace=small", "trace.duration_s=4", "policy=rap_80", "seed=1"]
+
+
+def test_a_job_that_succeeds_later_is_no_failure_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    int8 = ("--multirun", "trace=small", "trace.duration_s=4", "policy=int8", "seed=0,1", "hydra.sweep.dir=jobs")
+    assert exit_status(replay, *int8) == 1
+    assert sorted(path.name for path in Path("jobs/failed").iterdir()) == ["0_small_int8.json", "1_small_int8.json"]
+    assert [run.state for run in find_runs(Path("jobs"))] == ["failed"] * 2
+    assert exit_status(replay, *int8, "latency=llama2_7b_a100_trtllm") == 0
+    assert not Path("jobs/failed").exists()
+    assert [run.state for run in find_runs(Path("jobs"))] == ["complete"] * 2
+
+
+def test_sim_table_makes_the_table_again(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = pd.read_parquet("jobs/table.parquet")
+    Path("jobs/table.parquet").unlink()
+    assert exit_status(make_table, "jobs") == 0
+    pd.testing.assert_frame_equal(before, pd.read_parquet("jobs/table.parquet"))
+    assert exit_status(make_table, "jobs", "out=elsewhere") == 0
+    assert Path("elsewhere/table.md").is_file()
+
+
+@pytest.mark.parametrize("arguments", [(), ("nowhere",), ("a", "b", "out=c"), (".",)], ids=str)
+def test_a_folder_without_runs_is_an_error_in_one_line(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(make_table, *arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_runs_are_listed_with_the_latest_first(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(list_runs, "folder=jobs") == 0
+    shown = capsys.readouterr().out
+    assert "6 of 6 runs" in shown
+    assert exit_status(list_runs, "folder=jobs", "state=failed", "last=1") == 0
+    assert "1 of 6 runs" in capsys.readouterr().out
+    assert exit_status(list_runs, "folder=jobs", "contains=rap_80") == 0
+    assert "2 of 6 runs" in capsys.readouterr().out
+    assert exit_status(list_runs, "folder=jobs", "state=fialed") == 2
+    assert "did you mean 'failed'" in capsys.readouterr().err
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+
+
+def test_every_kind_of_run_is_found_and_damaged_files_hide_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "summary.json", {"slo_attainment": 0.5, "interrupted": True})
+    write(tmp_path / "b" / "compare.json", {"cases": ["x", "y"], "summaries": {"p": [{"slo_attainment": 0.1}, {}]}})
+    write(tmp_path / "b" / "p" / "x" / "summary.json", {"slo_attainment": 0.1})  # a part of b, not a run
+    write(tmp_path / "c" / "summaries.json", {"seed_0": {"slo_attainment": 0.2}, "seed_1": {"slo_attainment": 0.3}})
+    write(tmp_path / "d" / "config.yaml", "seed: 1")
+    write(tmp_path / "e" / "provenance.json", {"overrides": ["label=x", "seed=3"], "written_at": "2026-01-01"})
+    write(tmp_path / "e" / "progress.csv", "iteration,best_utility\n1,0.5\n2,0.75\n")
+    write(tmp_path / "e" / "best" / "policy.json", {})
+    write(tmp_path / "f" / "summary.json", "{ no json")
+    write(tmp_path / "g" / "failed" / "0_x.json", "[]")
+    found = {(run.folder.name, run.part): run for run in find_runs(tmp_path)}
+    assert {key: run.state for key, run in found.items()} == {
+        ("a", ""): "interrupted",
+        ("b", "p, x"): "complete",
+        ("b", "p, y"): "complete",
+        ("c", "seed_0"): "complete",
+        ("c", "seed_1"): "complete",
+        ("d", ""): "unfinished",
+        ("e", ""): "complete",
+        ("f", ""): "complete",
+    }
+    assert found["e", ""].overrides == {"label": "x", "seed": "3"}
+    assert found["e", ""].figures == {"iteration": 2.0, "best_utility": 0.75}
+    assert "best utility" in markdown_of(list(found.values()), tmp_path)
+    with pytest.raises(ConfigError, match="holds no run"):
+        write_table(tmp_path / "g")
+
+
+def test_jobs_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in (10, 9, 2):
+        write(tmp_path / f"{number}_x" / "summary.json", {"slo_attainment": 1.0})
+    assert [run.folder.name for run in find_runs(tmp_path)] == ["2_x", "9_x", "10_x"]
+
+
+def test_a_label_is_part_of_the_name_of_a_run_folder() -> None:
+    assert label_part("") == label_part(None) == ""
+    assert label_part("my try: 1/2") == "_my-try-1-2"
+    assert label_part("../..") == "_..-.."
