@@ -63,6 +63,7 @@ COMMANDS = {
     "sim.compare",
     "sim.reference",
     "sim.runs",
+    "sim.pytest_plugin",  # pytest loads it
     "sim.fit_trace",
     "sim.cluster_results",
     "sim.pages.simulation",
