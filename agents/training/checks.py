@@ -111,6 +111,8 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         "demonstrations": (lambda value: value is None or _text(value), "the glob of files, or null"),
         "horizon_s": POSITIVE,
         "grace_s": AT_LEAST_0,
+        "then": (lambda value: value is None or isinstance(value, str | Mapping), "the name of a policy, or null"),
+        "hold_s": (lambda value: value is None or POSITIVE[0](value), "null, or a number above 0"),
         "stray": SHARE,
         "weight_decay": AT_LEAST_0,
     },

@@ -13,6 +13,8 @@ Looking ahead takes most of the time. Its result is kept in demonstrations.npz, 
 
 from __future__ import annotations
 
+import copy
+import math
 import time
 import zipfile
 from collections.abc import Sequence
@@ -28,6 +30,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from agents.baselines.serve import policy_context
 from agents.envs.reward import utility_lost
 from agents.envs.serve import ServeCore, ServeSetting
 from agents.training.checks import check_training
@@ -38,6 +41,8 @@ from sim.atomic import write_whole
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
+from sim.policies.admission import built
+from sim.policies.base import Policy
 from sim.policies.learned import Network, network_of, pair_values
 from sim.progress import progress
 from sim.results.run_folder import provenance, write_json, write_text
@@ -53,6 +58,9 @@ class LookaheadClone:
     demonstrations: glob of the demonstrations.npz of other clones, which are read instead of looking ahead; None looks
         ahead.
     grace_s: a request still waiting at the horizon counts as late this many seconds before its TTFT target.
+    then: a rule (as ``policy.policy`` of conf/policy/saber.yaml names one) that decides after the tried plan ran for
+        ``hold_s`` seconds of a look; None keeps the tried plan to the horizon. Where memory moves faster than the
+        horizon, no plan is good for all of it, and a tried plan is worth what a good rule makes of the state it leaves.
     stray: share of looks after which a random legal plan runs instead of the best, so that the network also sees states
         that follow from its mistakes.
     epochs, batch, lr, weight_decay: of the fit by Adam.
@@ -69,15 +77,31 @@ class LookaheadClone:
     weight_decay: float
     trials: int | None = None
     demonstrations: str | None = None
+    then: Any = None
+    hold_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.then is None) != (self.hold_s is None):
+            raise ConfigError("algorithm.then and algorithm.hold_s belong together: a rule, and the seconds before it")
+        if self.hold_s is not None and not 0 < self.hold_s <= self.horizon_s:
+            raise ConfigError(
+                f"algorithm.hold_s is {self.hold_s}; it must be above 0 and at most horizon_s, {self.horizon_s}"
+            )
 
 
 def look_ahead(
-    core: ServeCore, horizon_s: float, grace_s: float, tried: NDArray[np.bool_] | None = None
+    core: ServeCore,
+    horizon_s: float,
+    grace_s: float,
+    tried: NDArray[np.bool_] | None = None,
+    then: Policy | None = None,
+    hold_s: float = 0.0,
 ) -> NDArray[np.float64]:
     """Return the utility that each plan loses within the horizon, float64[a], in requests; NaN where it is not tried.
 
     Args:
         tried: bool[a]; None tries every plan. A plan that is not legal is never tried.
+        then, hold_s: a copy of this policy decides at every tick from ``hold_s`` seconds on; None keeps the plan.
     """
     setting, engine = core.setting, core.engine
     legal = core.actions.legal(core.state, core.choice)
@@ -88,10 +112,22 @@ def look_ahead(
     lost = np.full(len(legal), np.nan)
     for action in np.flatnonzero(legal).tolist():
         engine.apply(setting.actions.plans[action])
+        if then is not None:
+            _follow(core, copy.deepcopy(then), core.state.time_s + hold_s, end_s)
         engine.run_until(end_s)
         lost[action] = utility_lost(engine.records(), setting.slo, setting.dense_nll, end_s, 1, ahead_s=grace_s)
         engine.restore(saved)
     return lost
+
+
+def _follow(core: ServeCore, policy: Policy, first_s: float, end_s: float) -> None:
+    """Let a policy decide at every tick from a time on; it has seen every tick before."""
+    ticks = math.ceil((end_s - core.state.time_s) / core.setting.tick_s - 1e-9)
+    for number in range(1, ticks):
+        state = core.engine.run_until(core.state.time_s + number * core.setting.tick_s)
+        plan = policy(state)
+        if state.time_s >= first_s - 1e-9:
+            core.engine.apply(plan)
 
 
 def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> tuple[Floats32, NDArray[np.float64]]:
@@ -109,11 +145,15 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
             core.begin(setting.sample_window(rng))
             offset = int(rng.integers(config.every))
             action = core.choice.action
+            then = None if config.then is None else built(config.then, policy_context(setting))
             for tick in range(1, setting.ticks - 1):
+                if then is not None:
+                    then(core.state)
                 legal = core.actions.legal(core.state, core.choice)
                 observed = core.observe()[: setting.table.features]
                 if tick % config.every == offset:
-                    lost = look_ahead(core, config.horizon_s, config.grace_s, _tried(rng, legal, core, config.trials))
+                    tried = _tried(rng, legal, core, config.trials)
+                    lost = look_ahead(core, config.horizon_s, config.grace_s, tried, then, config.hold_s or 0.0)
                     features.append(observed)
                     losses.append(lost)
                     action = int(np.nanargmin(lost))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from agents.baselines.serve import conf_policy, policy_context
 from agents.envs.serve import ServeCore, ServeSetting
 from agents.envs.serve_sources import sources_with
 from agents.envs.serve_windows import Window
 from agents.training.clone import LookaheadClone, clone, demonstrations, look_ahead
 from sim.errors import ConfigError
+from sim.policies.base import Policy
 from sim.policies.learned import read_learned
 from tests.agents.helpers import composed
 
@@ -54,6 +58,41 @@ def test_the_loss_of_a_plan_is_what_a_replay_that_keeps_the_plan_loses() -> None
         core.step(action)
     assert core.state.time_s == start_s + 10.0
     assert setting.lost(core.engine, 1, core.state.time_s) == pytest.approx(lost[action])
+
+
+def figures(rule: Policy) -> tuple[float, ...]:
+    """Return what MorphServe remembers."""
+    inside = rule.policy  # type: ignore[attr-defined]
+    return inside.swapped, inside.kv_share, inside.delay_s, inside.pressed, inside.relaxed
+
+
+def test_the_loss_of_a_plan_with_a_rule_after_it_is_what_a_replay_of_both_loses() -> None:
+    setting = ServeSetting()
+    core = ServeCore(setting)
+    core.begin(WINDOW)
+    rule = conf_policy("saber", policy={"name": "morphserve"})(policy_context(setting))
+    for _ in range(30):
+        rule(core.state)
+        core.step(0)
+    start_s, seen = core.state.time_s, copy.deepcopy(rule)
+    lost = look_ahead(core, 10.0, 0.0, then=rule, hold_s=3.0)
+    assert figures(rule) == figures(seen)  # only copies decided
+    action = int(np.flatnonzero(np.isfinite(lost))[-1])
+    core.engine.apply(setting.actions.plans[action])
+    for second in range(1, 10):
+        plan = rule(core.engine.run_until(start_s + second * setting.tick_s))
+        if second >= 3:
+            core.engine.apply(plan)
+    core.engine.run_until(start_s + 10.0)
+    assert setting.lost(core.engine, 1, start_s + 10.0) == pytest.approx(lost[action])
+    kept = look_ahead(core, 10.0, 0.0)
+    assert not np.array_equal(kept, lost)
+
+
+@pytest.mark.parametrize("wrong", [{"then": "dense"}, {"hold_s": 1.0}, {"then": "dense", "hold_s": 9.0}], ids=str)
+def test_a_rule_and_the_seconds_before_it_belong_together(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="hold_s"):
+        replace(HOW, **wrong)
 
 
 def test_on_an_idle_server_no_plan_is_better_than_dense() -> None:
