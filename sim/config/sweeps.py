@@ -7,6 +7,7 @@ written when the sweep ends, also if jobs failed or it was interrupted (``sim.ta
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,5 +74,9 @@ def sweep_ended() -> None:
     """Write and print the table of a sweep, if a sweep began."""
     folder, NoteFolder.folder = NoteFolder.folder, None
     if folder is not None and folder.is_dir():
-        with suppress(RapLabError, OSError):  # the table is made again by python -m sim.table FOLDER
+        try:
             resolve_name("sim.table.table:write_table")(folder)
+        except RapLabError:  # no job left a run
+            pass
+        except OSError as error:
+            print(f"warning: {explain(error)}; make the table with python -m sim.table {folder}", file=sys.stderr)
