@@ -35,6 +35,8 @@ MAINS = {
     "sim.reference": "sim.reference:main",
     "sim.report": "sim.report.run:main",
     "sim.serve": "sim.serve.server:main",
+    "sim.runs": "sim.table.list_runs:main",
+    "sim.table": "sim.table.run:main",
     "sim.results": "sim.pages.simulation:main",
     "sim.cluster_results": "sim.pages.clusters:main",
     "hw.calibrate": "hw.calibrate.__main__:main",
@@ -83,6 +85,7 @@ ELSEWHERE = {
     r"served\.parquet": "needs what a server has served: tests/sim/serve",
     r"policy=tuned": "needs rules that were tuned for minutes: tests/agents/evaluation/test_rules.py",
     r"hw\.fit": "needs the run of a server: tests/hw/fit",
+    r"sim\.(runs|table)": "needs run folders: tests/sim/table",
     r"(hw|sim)\.serve": "serves until it is stopped: tests/hw/serve, tests/sim/serve",
     r"hw\.validate(?! page=only)": "runs the complete suite: tests/hw/validate",
     r"hw\.calibrate source=device": "measures for minutes: tests/hw/calibrate/test_device.py",
@@ -110,7 +113,7 @@ CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true,
 
 RUN_FOLDER = r"RUN(_\w+)?|runs/\w+"
 """What stands for a run folder, each for another one."""
-POSITIONAL = {"hw.compare": "runs", "sim.report": "runs"}
+POSITIONAL = {"hw.compare": "runs", "sim.report": "runs", "sim.table": "folders"}
 """Commands that take arguments without a key, and the key that gets them."""
 
 
