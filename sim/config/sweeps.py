@@ -26,7 +26,7 @@ FAILED_JOBS = "failed"
 
 
 class NoteFolder(Callback):
-    """Hydra's callback at the start of a sweep: only callbacks are told where it writes."""
+    """Notes the folder of a sweep when it starts. Hydra tells it to callbacks alone."""
 
     folder: ClassVar[Path | None] = None
 

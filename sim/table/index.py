@@ -59,7 +59,7 @@ def find_runs(folder: Path) -> list[Run]:
 def _natural(name: str) -> tuple[int, str]:
     """Return a key by which 2_burst comes before 10_burst."""
     number = name.partition("_")[0]
-    return (int(number) if number.isdigit() else -1, name)
+    return (int(number) if number.isdecimal() else -1, name)
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
@@ -111,7 +111,7 @@ def _parts(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _compared(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the policies, and their cases if there are several, of a compare.json."""
-    cases = content.get("cases", [])
+    cases = content["cases"] if isinstance(content.get("cases"), list) else []
     for label, rows in _mapping(content.get("summaries")).items():
         for case, summary in zip(cases, rows if isinstance(rows, list) else [], strict=False):
             if isinstance(summary, Mapping):

@@ -117,6 +117,7 @@ def test_every_kind_of_run_is_found_and_damaged_files_hide_nothing_else(tmp_path
     write(tmp_path / "e" / "best" / "policy.json", {})
     write(tmp_path / "f" / "summary.json", "{ no json")
     write(tmp_path / "g" / "failed" / "0_x.json", "[]")
+    write(tmp_path / "²_h" / "compare.json", {"cases": None, "summaries": {"p": [{"slo_attainment": 0.1}]}})
     found = {(run.folder.name, run.part): run for run in find_runs(tmp_path)}
     assert {key: run.state for key, run in found.items()} == {
         ("a", ""): "interrupted",
@@ -127,6 +128,7 @@ def test_every_kind_of_run_is_found_and_damaged_files_hide_nothing_else(tmp_path
         ("d", ""): "unfinished",
         ("e", ""): "complete",
         ("f", ""): "complete",
+        ("²_h", ""): "complete",
     }
     assert found["e", ""].overrides == {"label": "x", "seed": "3"}
     assert found["e", ""].figures == {"iteration": 2.0, "best_utility": 0.75}
