@@ -48,6 +48,9 @@ from sim.progress import progress
 from sim.results.run_folder import provenance, write_json, write_text
 from sim.types import Floats32
 
+LEAST_SPREAD = 0.01
+"""An entry that moves less than this in training counts as if it moved this much."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookaheadClone:
@@ -233,7 +236,8 @@ def fit(
     # the same way, so they rank plans.
     mean = np.nanmean(losses, axis=1, keepdims=True)
     target = torch.from_numpy(np.where(known, mean - losses, 0.0).astype(np.float32))
-    mask, inputs = torch.from_numpy(known), torch.from_numpy(features)
+    mean_entry, spread = _scales(features)
+    mask, inputs = torch.from_numpy(known), torch.from_numpy((features - mean_entry) / spread)
     model = _perceptron([features.shape[1], *cfg.hidden, sum(heads) if heads else losses.shape[1]])
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     rng = np.random.default_rng(int(cfg.seed))
@@ -254,7 +258,7 @@ def fit(
                 optimizer.step()
                 error += float(loss.detach()) * len(rows) / len(features)
             if epoch % 10 == 0 or epoch == config.epochs:
-                network = _network(model, heads)
+                network = _network(model, heads, mean_entry, spread)
                 utility = float(validation_utilities(cfg.env.id, env_kwargs, network).mean())
                 history.append((epoch, error, utility))
                 if best is None or utility > best[0]:
@@ -274,10 +278,25 @@ def _perceptron(sizes: Sequence[int]) -> Any:
     return torch.nn.Sequential(*layers)
 
 
-def _network(model: Any, heads: tuple[int, int] | None) -> Network:
-    """Return a copy of a ``_perceptron`` that runs in NumPy."""
+def _scales(features: Floats32) -> tuple[Floats32, Floats32]:
+    """Return the mean and the spread of each entry, float32[o]: what the fit subtracts, and divides by.
+
+    Entries of an observation fill their ranges unequally (the memory there is moves over a tenth of its range), and a
+    fit learns little from those that hardly move.
+    """
+    return features.mean(axis=0), np.maximum(features.std(axis=0), LEAST_SPREAD)
+
+
+def _network(model: Any, heads: tuple[int, int] | None, mean: Floats32, spread: Floats32) -> Network:
+    """Return a copy, in NumPy, of a ``_perceptron`` that was fitted to ``(features - mean) / spread``.
+
+    Its first layer takes the features as they are.
+    """
     linear = [layer for layer in model if hasattr(layer, "weight")]
     pairs = [(layer.weight.detach().numpy().copy(), layer.bias.detach().numpy().copy()) for layer in linear]
+    weight, bias = pairs[0]
+    weight /= spread
+    pairs[0] = weight, bias - weight @ mean
     return network_of(pairs, "relu", heads)
 
 

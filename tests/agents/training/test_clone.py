@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from agents.baselines.serve import conf_policy, policy_context
 from agents.envs.serve import ServeCore, ServeSetting
 from agents.envs.serve_sources import sources_with
 from agents.envs.serve_windows import Window
-from agents.training.clone import LookaheadClone, clone, demonstrations, look_ahead
+from agents.training.clone import LookaheadClone, clone, demonstrations, fit, look_ahead
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.learned import read_learned
@@ -114,6 +116,21 @@ def test_equal_seeds_give_equal_demonstrations() -> None:
     np.testing.assert_array_equal(losses, same)
     assert features.shape == (len(losses), setting.table.features)
     assert len(losses) >= 3
+
+
+def test_a_fit_learns_from_an_entry_that_hardly_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of two plans is better depends on the first entry, which lies within .01 of .1; the others are noise."""
+    later_is_better = itertools.count()
+    monkeypatch.setattr("agents.training.clone.validation_utilities", lambda *_: np.array([next(later_is_better)]))
+    rng = np.random.default_rng(3)
+    features = rng.uniform(0.0, 1.0, (800, 8)).astype(np.float32)
+    features[:, 0] = 0.1 + rng.uniform(-0.01, 0.01, 800)
+    losses = np.stack([features[:, 0] > 0.1, features[:, 0] < 0.1], axis=1).astype(np.float64)
+    cfg = OmegaConf.create({"seed": 0, "hidden": [16], "env": {"id": "ServeTrace-v0"}})
+    how = replace(HOW, epochs=60, batch=32, lr=1e-3)
+    network, _, _ = fit(features[:600], losses[:600], how, cfg, {})
+    unseen, best = features[600:], losses[600:].argmin(axis=1)
+    assert (network(unseen).argmax(axis=1) == best).mean() > 0.9
 
 
 @pytest.mark.skipif("azure_conv" not in sources_with("train")[0], reason="needs published traces: set RAP_LAB_DATA")
