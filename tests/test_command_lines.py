@@ -35,6 +35,7 @@ MAINS = {
     "sim.reference": "sim.reference:main",
     "sim.report": "sim.report.run:main",
     "sim.serve": "sim.serve.server:main",
+    "sim.new": "sim.new.run:main",
     "sim.runs": "sim.table.list_runs:main",
     "sim.table": "sim.table.run:main",
     "sim.results": "sim.pages.simulation:main",
@@ -113,7 +114,7 @@ CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true,
 
 RUN_FOLDER = r"RUN(_\w+)?|runs/\w+"
 """What stands for a run folder, each for another one."""
-POSITIONAL = {"hw.compare": "runs", "sim.report": "runs", "sim.table": "folders"}
+POSITIONAL = {"hw.compare": "runs", "sim.new": "what", "sim.report": "runs", "sim.table": "folders"}
 """Commands that take arguments without a key, and the key that gets them."""
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "sim.serve.server": "sim_serve",
     "sim.table.run": "table",
     "sim.table.list_runs": "runs",
+    "sim.new.run": "new",
     "sim.results.__main__": "results",
     "sim.cluster_results": "cluster_results",
     "hw.replay.run": "hw_replay",

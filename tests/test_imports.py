@@ -37,6 +37,7 @@ LAYERS = {
         ("capacity",),
         ("report",),  # reads run folders only
         ("table",),  # reads run folders only
+        ("new",),  # writes files only
         ("console",),  # starts commands by their names
     ),
     "hw": (

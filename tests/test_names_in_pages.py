@@ -25,7 +25,7 @@ FOLDERS = ("sim", "hw", "agents", "conf", "tests", "docs")
 def names_of_tests() -> frozenset[str]:
     """Return the names of all test functions, and of the files with tests."""
     names: set[str] = set()
-    for path in (REPOSITORY / "tests").rglob("*.py"):
+    for path in (*(REPOSITORY / "tests").rglob("*.py"), *(REPOSITORY / "docs" / "examples").rglob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)} | {path.name, path.stem}
     return frozenset(names)

@@ -26,6 +26,7 @@ from sim.config.arguments import parse_overrides, read_arguments
 from sim.config.failures import FAILED, INTERRUPTED, errors_in_one_line, full_error
 from sim.config.options import (
     CONF_DIR,
+    SEARCH_PATH,
     added_folders,
     compose_config,
     folders_of,
@@ -38,6 +39,7 @@ from sim.config.streams import print_any_text
 from sim.config.sweeps import forget_failure, note_failure, sweep_callback, sweep_ended
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
+from sim.plugins import plugin_folders
 
 RUN_FILES = ("summary.json", "summaries.json", "compare.json", "capacity.json")
 """What a run folder gets last: a folder with one of them is complete, and no other run writes into it."""
@@ -80,7 +82,7 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
         if not arguments.shows:
             check_overrides(arguments.overrides, config_name, arguments.config_dir, multirun=arguments.multirun)
         noted = [sweep_callback()] if arguments.multirun else []
-        sys.argv[1:] = [*arguments.options, *arguments.overrides, *noted]
+        sys.argv[1:] = [*arguments.options, *_with_plugins(arguments.overrides), *noted]
         job.multirun = arguments.multirun
         with _environment("HYDRA_FULL_ERROR", "1"):  # Hydra raises its errors instead of printing them
             try:
@@ -97,6 +99,14 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
         print(f"error: {job.failed} of {job.count} jobs failed", file=sys.stderr)
     if job.failed or job.status:
         raise SystemExit(1 if job.failed else job.status)
+
+
+def _with_plugins(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides with the folders of installed packages added to ``hydra.searchpath``."""
+    if not plugin_folders():
+        return list(overrides)
+    others = [text for text in overrides if not text.lstrip("+").startswith(f"{SEARCH_PATH}=")]
+    return [*others, *search_path(parse_overrides(overrides), None)]
 
 
 class _Job:
@@ -187,7 +197,9 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _remove_if_only_begun(folder: Path, *, failed: bool) -> None:
-    """Remove the folder of a run that wrote nothing, or failed before it wrote a result."""
+    """Remove the folder of a run that wrote nothing, or failed before it wrote a result; never the current folder."""
+    if folder == Path.cwd():
+        return
     if failed and {path.name for path in folder.iterdir()} <= set(BEGUN_FILES):
         for name in BEGUN_FILES:
             (folder / name).unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """Options of conf/: a group is a folder, an option is a YAML file, and what it names can be built.
 
-Code that runs outside a command takes a file of conf/ by name with ``load_option`` or ``build_option``. A command also
-sees the folders that ``--config-dir`` and ``hydra.searchpath`` add.
+Code that runs outside a command takes a file of conf/ by name with ``load_option`` or ``build_option``, or one of an
+installed package (sim/plugins.py). A command also sees the folders that ``--config-dir`` and
+``hydra.searchpath`` add.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import conf
 from sim.config.arguments import parse_overrides
 from sim.errors import ConfigError, RapLabError, nearest
+from sim.plugins import plugin_folders
 
 CONF_DIR = Path(conf.__file__).resolve().parent
+SEARCH_PATH = "hydra.searchpath"
 
 
 def label_part(label: str | None) -> str:
@@ -40,7 +43,7 @@ def option_names(group: str, folders: Sequence[Path] | None = None) -> list[str]
     """Return the options of a group: the names of the YAML files in ``GROUP/`` of each folder, sorted.
 
     Args:
-        folders: conf/ and others; None takes those of the running command.
+        folders: conf/ and others; None takes those of the running command, or ``known_folders``.
     """
     return sorted({path.stem for folder in folders or _current_folders() for path in (folder / group).glob("*.yaml")})
 
@@ -86,9 +89,11 @@ def compose_config(config_name: str, overrides: Sequence[str] = (), *, with_hydr
     A running command may call this too: Hydra allows one configuration folder at a time, and a command that has its
     configuration needs the folder no longer.
     """
+    searched = any(text.startswith(f"{SEARCH_PATH}=") for text in overrides)
+    overrides = [*overrides, *([] if searched else search_path([], None))]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return hydra.compose(config_name, overrides=list(overrides), return_hydra_config=with_hydra)
+        return hydra.compose(config_name, overrides=overrides, return_hydra_config=with_hydra)
 
 
 def with_differences(cfg: DictConfig, differences: Mapping[Any, Any], where: str) -> DictConfig:
@@ -213,23 +218,28 @@ def groups_of(cfg: DictConfig) -> list[str]:
 
 
 def search_path(overrides: Sequence[Override], config_dir: Path | None) -> list[str]:
-    """Return the override that adds the folders of ``--config-dir`` and ``hydra.searchpath``; none without any."""
+    """Return the override that adds the folders of ``--config-dir``, ``hydra.searchpath`` and installed packages.
+
+    Returns:
+        A list of that override; empty without any such folder.
+    """
     folders = [] if config_dir is None else [str(config_dir)]
     for override in overrides:
-        if override.get_key_element() == "hydra.searchpath":
+        if override.get_key_element() == SEARCH_PATH:
             value = override.value()
             folders += [str(one) for one in value] if isinstance(value, list) else [str(value)]
     for folder in folders:
         package = folder.removeprefix("pkg://") if folder.startswith("pkg://") else None
         found = Path(folder.removeprefix("file://")).is_dir() if package is None else importlib.util.find_spec(package)
         if not found:
-            raise ConfigError(f"hydra.searchpath: no such folder {folder}; name one that holds GROUP/NAME.yaml")
+            raise ConfigError(f"{SEARCH_PATH}: no such folder {folder}; name one that holds GROUP/NAME.yaml")
+    folders += [str(folder) for folder in plugin_folders()]
     quoted = [QuotedString(text=folder, quote=Quote.single).with_quotes() for folder in folders]
-    return [f"hydra.searchpath=[{','.join(quoted)}]"] if folders else []
+    return [f"{SEARCH_PATH}=[{','.join(quoted)}]"] if folders else []
 
 
 def folders_of(cfg: DictConfig) -> list[Path]:
-    """Return the folders with options of groups: conf/, then those added on the command line; ``cfg`` with hydra."""
+    """Return the folders with options of groups: conf/, then those added to it; ``cfg`` with hydra."""
     folders = [CONF_DIR]
     for source in cfg.hydra.runtime.config_sources:
         if source.schema == "file":
@@ -241,11 +251,16 @@ def folders_of(cfg: DictConfig) -> list[Path]:
 
 
 def added_folders(config_name: str, overrides: Sequence[str], config_dir: Path | None) -> list[Path]:
-    """Return the folders that ``--config-dir`` and ``hydra.searchpath`` add to conf/."""
+    """Return the folders that ``--config-dir``, ``hydra.searchpath`` and installed packages add to conf/."""
     search = search_path(parse_overrides(overrides), config_dir)
     return folders_of(compose_config(config_name, search, with_hydra=True))[1:] if search else []
 
 
 def _current_folders() -> list[Path]:
-    """Return the folders with options that the running command sees; only conf/ outside a command."""
-    return folders_of(cast(DictConfig, HydraConfig.instance().cfg)) if HydraConfig.initialized() else [CONF_DIR]
+    """Return the folders with options that the running command sees; ``known_folders`` outside a command."""
+    return folders_of(cast(DictConfig, HydraConfig.instance().cfg)) if HydraConfig.initialized() else known_folders()
+
+
+def known_folders() -> list[Path]:
+    """Return the folders with options that need no argument to be found: conf/ and those of installed packages."""
+    return [CONF_DIR, *plugin_folders()]

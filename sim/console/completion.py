@@ -15,6 +15,7 @@ import yaml
 
 from sim.console.commands import CONF, find_command, short_names
 from sim.errors import ConfigError
+from sim.plugins import plugin_folders
 
 KEYS = Path(__file__).parent / "keys.json"
 ASK = "__complete"
@@ -74,7 +75,7 @@ def _starting(word: str, offered: Any) -> list[str]:
 def _arguments(known: Mapping[str, Any], typed: list[str], word: str) -> Iterator[str]:
     """Yield the arguments of a command that may stand in place of a word."""
     groups, keys = known["groups"], known["keys"]
-    folders = [CONF, *_config_folders(typed)]
+    folders = [CONF, *plugin_folders(), *_config_folders(typed)]
     key, equals, _ = word.partition("=")
     if equals and key in groups:
         yield from (f"{key}={path.stem}" for folder in folders for path in (folder / key).glob("*.yaml"))

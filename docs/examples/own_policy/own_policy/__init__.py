@@ -1,0 +1,1 @@
+"""A policy in a package of its own."""

@@ -1,0 +1,1 @@
+"""Options: GROUP/NAME.yaml. The entry point rap_lab.policies names this package."""
