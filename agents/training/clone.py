@@ -64,6 +64,8 @@ class LookaheadClone:
     then: a rule (as ``policy.policy`` of conf/policy/saber.yaml names one) that decides after the tried plan ran for
         ``hold_s`` seconds of a look; None keeps the tried plan to the horizon. Where memory moves faster than the
         horizon, no plan is good for all of it, and a tried plan is worth what a good rule makes of the state it leaves.
+        Between two looks its plans run, if they are among the actions: looking ahead again with the policy learned so
+        far (``{name: learned_serve, path: FILE.json}``) shows the network the states that this policy leads to.
     stray: share of looks after which a random legal plan runs instead of the best, so that the network also sees states
         that follow from its mistakes.
     epochs, batch, lr, weight_decay: of the fit by Adam.
@@ -142,6 +144,7 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
     """
     rng = np.random.default_rng(seed)
     core = ServeCore(setting)
+    numbers = {plan: number for number, plan in enumerate(setting.actions.plans)}
     features, losses = [], []
     with progress("looking ahead", config.windows, "windows") as report:
         for number in range(config.windows):
@@ -151,7 +154,7 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
             then = None if config.then is None else built(config.then, policy_context(setting))
             for tick in range(1, setting.ticks - 1):
                 if then is not None:
-                    then(core.state)
+                    action = numbers.get(then(core.state), action)
                 legal = core.actions.legal(core.state, core.choice)
                 observed = core.observe()[: setting.table.features]
                 if tick % config.every == offset:

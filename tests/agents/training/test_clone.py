@@ -18,6 +18,8 @@ from agents.envs.serve import ServeCore, ServeSetting
 from agents.envs.serve_sources import sources_with
 from agents.envs.serve_windows import Window
 from agents.training.clone import LookaheadClone, clone, demonstrations, fit, look_ahead
+from sim.cost.plan import Plan
+from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.learned import read_learned
@@ -95,6 +97,32 @@ def test_the_loss_of_a_plan_with_a_rule_after_it_is_what_a_replay_of_both_loses(
 def test_a_rule_and_the_seconds_before_it_belong_together(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="hold_s"):
         replace(HOW, **wrong)
+
+
+def test_between_two_looks_the_plans_of_the_rule_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = ServeSetting()
+    number = len(setting.actions.plans) - 1
+    taken: list[int] = []
+
+    class Recording(ServeCore):
+        def step(self, action: int) -> tuple[float, bool]:
+            taken.append(action)
+            return super().step(action)
+
+    class Constant:
+        first_plan = setting.actions.plans[number]
+
+        def __call__(self, _: EngineState) -> Plan:
+            return self.first_plan
+
+    monkeypatch.setattr("agents.training.clone.ServeCore", Recording)
+    monkeypatch.setattr(
+        "agents.training.clone.look_ahead", lambda core, *_: np.arange(len(setting.actions.plans)) * 1.0
+    )
+    how = replace(HOW, stray=0.0, then=lambda _: Constant(), hold_s=2.0)
+    demonstrations(setting, how, seed=1)
+    assert set(taken) == {0, number}  # 0: the best of a look, and as long as the weights may not be changed again
+    assert taken.count(number) > 0.8 * len(taken)
 
 
 def test_on_an_idle_server_no_plan_is_better_than_dense() -> None:
