@@ -119,6 +119,42 @@ def export_network(
     write_policy(path, network, about_network(network, cfg, env_kwargs, status, utility))
 
 
+def export_layers(
+    path: Path,
+    network: Network,
+    env: str,
+    env_kwargs: Mapping[str, Any] | None = None,
+    *,
+    label: str = "",
+    seed: int = 0,
+) -> float:
+    """Write a network that was trained by code of one's own; return its mean validation utility, in [0, 1].
+
+    Args:
+        path: NAME.json; the weights go next to it. network: its outputs are the actions' values before masking.
+        env: of its training, such as ``PruneToBudget-v0``. env_kwargs: those it was trained with.
+        label, seed: of the training, as the file states them.
+    Raises:
+        ConfigError: for a network whose inputs or outputs are not those of the environment.
+    """
+    from agents.training.validation import validation_utilities
+
+    kwargs = dict(env_kwargs or {})
+    cfg = OmegaConf.create({"env": {"id": env}, "label": label, "seed": seed, "algorithm": {"name": "own"}})
+    about = about_network(network, cfg, kwargs, {"iteration": 0, "seconds": 0.0}, 0.0)
+    actions = len(about["actions"])
+    wanted, found = (len(about["observation"]) - actions, actions), (network.inputs, network.actions)
+    if found != wanted:
+        raise ConfigError(
+            f"the network has {found[0]} inputs and {found[1]} actions; {env} has {wanted[0]} entries, not counting "
+            f"the flags of legal actions, and {wanted[1]} actions"
+        )
+    utility = float(validation_utilities(env, kwargs, network).mean())
+    about["training"] = {"label": label, "seed": seed, "validation_utility": round(utility, 6)}
+    write_policy(path, network, about)
+    return utility
+
+
 def write_policy(path: Path, network: Network, about: Mapping[str, Any]) -> None:
     """Write NAME.safetensors, then NAME.json: a policy whose JSON file exists is complete."""
     arrays = {}
