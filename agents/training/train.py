@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from agents.training.checkpoints import Checkpoints
 from agents.training.checks import check_resumed, check_train_split, check_training
+from agents.training.dashboards import Dashboards
 from agents.training.export import export_network
 from agents.training.on_ray import join_ray
 from agents.training.progress import Progress, progress_row
@@ -54,6 +56,7 @@ class TrainConfig:
         ``min_gain``.
     checkpoint_minutes: minutes between checkpoints. resume: continue from the folder's last checkpoint.
     imitate: imitation before training (agents/training/imitate.py); null for none.
+    wandb: project of Weights & Biases that the training is logged to; null for none. It needs the extra wandb.
     """
 
     env: Any
@@ -72,6 +75,7 @@ class TrainConfig:
     checkpoint_minutes: float = 1.0
     resume: bool = False
     imitate: Any = None
+    wandb: str | None = None
     ray: RayConfig = field(default_factory=RayConfig)
 
 
@@ -180,8 +184,15 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
         if cfg.imitate is not None:
             build(cfg.imitate)(algorithm, cfg.env.id, environment_kwargs(cfg), seed=cfg.seed)
     try:
-        with show_progress("training", 60.0 * cfg.minutes, "s") as report:
-            _iterate(cfg, algorithm, status, checkpoints, progress, on_validation, report)
+        dashboards = Dashboards(folder, cfg)
+
+        def validated(row: Mapping[str, Any]) -> None:
+            dashboards.validation(row)
+            if on_validation is not None:
+                on_validation(row)
+
+        with contextlib.closing(dashboards), show_progress("training", 60.0 * cfg.minutes, "s") as report:
+            _iterate(cfg, algorithm, status, checkpoints, progress, validated, dashboards.iteration, report)
     finally:
         algorithm.stop()
     console.print(
@@ -198,7 +209,8 @@ def _iterate(
     status: dict[str, Any],
     checkpoints: Checkpoints,
     progress: Progress,
-    on_validation: Callable[[Mapping[str, Any]], None] | None,
+    on_validation: Callable[[Mapping[str, Any]], None],
+    on_iteration: Callable[[Mapping[str, Any]], None],
     report: Report,
 ) -> None:
     """Train, validate and save checkpoints until a limit is reached; keep ``status`` up to date."""
@@ -210,6 +222,7 @@ def _iterate(
         status["iteration"] += 1
         status["seconds"] = time.monotonic() - started_s
         report(status["seconds"], f"at iteration {status['iteration']}")
+        on_iteration(result)
         stop = status["seconds"] >= 60.0 * cfg.minutes
         stop |= cfg.iterations is not None and status["iteration"] >= cfg.iterations
         if status["iteration"] % cfg.validate_every == 0 or stop:
@@ -217,8 +230,7 @@ def _iterate(
             progress.append(row)
             if status["iteration"] % (4 * cfg.validate_every) == 0 or stop:
                 progress.print(row)
-            if on_validation is not None:
-                on_validation(row)
+            on_validation(row)
             stop |= status["since_best"] >= cfg.patience
         if stop or time.monotonic() - saved_s >= 60.0 * cfg.checkpoint_minutes:
             checkpoints.save(algorithm, status)

@@ -1,0 +1,58 @@
+"""TensorBoard's file and the run of Weights & Biases that a training leaves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from agents.training.dashboards import FOLDER, learner_scalars
+from tests.agents.helpers import run_module
+
+
+def test_numbers_of_the_learners_are_scalars_and_nothing_else_is() -> None:
+    learners = {
+        "__all_modules__": {"learner_update_timer": 0.5},
+        "default_policy": {
+            "policy_loss": -0.25,
+            "entropy": 1,
+            "nested": {"norm": 2.0},
+            "name": "ppo",
+            "flag": True,
+            "unknown": math.nan,
+        },
+    }
+    expected = {"learner/policy_loss": -0.25, "learner/entropy": 1.0, "learner/nested/norm": 2.0}
+    assert learner_scalars({"learners": learners}) == expected
+    assert learner_scalars({}) == {}
+
+
+def test_a_training_writes_losses_divergence_entropy_and_utility(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    pytest.importorskip("wandb")
+    small = ("num_envs=4", "hidden=[8]", "algorithm.steps_an_iteration=256", "algorithm.minibatch=64")
+    done = run_module(
+        "agents.train",
+        *(
+            "experiment=ppo_prune",
+            "iterations=4",
+            "validate_every=2",
+            "wandb=test",
+            f"hydra.run.dir={tmp_path}",
+            *small,
+        ),
+        WANDB_MODE="offline",
+    )
+    assert done.returncode == 0, done.stderr
+    events = accumulator(str(tmp_path / FOLDER))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"learner/{name}" for name in ("policy_loss", "vf_loss", "entropy", "mean_kl_loss")} <= tags
+    steps = [event.step for event in events.Scalars("learner/entropy")]
+    assert len(steps) == 4
+    assert steps == sorted(set(steps))
+    last = events.Scalars("validation/utility")[-1]
+    row = (tmp_path / "progress.csv").read_text().splitlines()[-1].split(",")
+    assert (last.step, round(last.value, 4)) == (int(row[2]), round(float(row[4]), 4))
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
