@@ -16,7 +16,7 @@ from rich.table import Table
 from hw.loop.judged_runs import DURING, RealServer, measured_speed, real_outcomes, run_missing
 from hw.loop.page import page, plot
 from hw.loop.predictions import check_same_settings, check_unchanged, note_judged, predict, read_predictions
-from hw.loop.settings import check_settings, results_folder
+from hw.loop.settings import check_settings, check_windows, results_folder
 from hw.loop.verdict import judge
 from hw.validate.machine_speed import MachineSpeed, factor_of
 from sim.config import one_thread, run_command
@@ -73,6 +73,7 @@ def _predictions(cfg: DictConfig, folder: Path, real: RealServer) -> dict[str, A
         raise ConfigError(f"{folder} has no predictions; run without page=judge")
     if (folder / "real").exists():
         raise ConfigError(f"{folder} has judged runs but no predictions that came before them; take another folder")
+    check_windows(cfg, 1.0)  # before the machine is measured, which takes a minute; the number of requests stays
     return predict(cfg, folder, measured_speed(cfg, folder, real) if cfg.measure else None)
 
 
