@@ -1,6 +1,6 @@
 """Progress of a long task, with the time left: a bar on a terminal, a line now and then in a log file or pipe.
 
-Progress goes to stderr; results go to stdout. ``RAP_LAB_PROGRESS=0`` turns it off.
+Progress goes to stderr; results go to stdout. ``--quiet`` and ``RAP_LAB_PROGRESS=0`` turn it off.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 T = TypeVar("T")
 _shown = False
+VARIABLE = "RAP_LAB_PROGRESS"
 FIRST_LINE_S = 2.0
 LINE_EVERY_S = 10.0
 LATER_LINE_EVERY_S = 60.0
@@ -30,7 +31,7 @@ A task shorter than that prints none.
 
 def is_off() -> bool:
     """Return whether the user wants no progress, or this process is one of several that serve a larger task."""
-    return os.environ.get("RAP_LAB_PROGRESS") == "0" or multiprocessing.parent_process() is not None
+    return os.environ.get(VARIABLE) == "0" or multiprocessing.parent_process() is not None
 
 
 def say(message: str) -> None:

@@ -24,6 +24,7 @@ class Arguments:
     options: Hydra's own, as typed. overrides: all others. help, multirun: whether these are among the options.
     shows: an option prints something, such as the configuration, instead of running the command.
     config_dir: a folder with more options of groups. config_name: a primary configuration other than the command's.
+    quiet: ``--quiet``, which Hydra does not have, was among them: show no progress.
     """
 
     options: tuple[str, ...]
@@ -33,6 +34,10 @@ class Arguments:
     shows: bool = False
     config_dir: Path | None = None
     config_name: str | None = None
+    quiet: bool = False
+
+
+QUIET = "--quiet"
 
 
 def read_arguments(typed: Sequence[str], *, positional: str | None = None) -> Arguments:
@@ -43,6 +48,7 @@ def read_arguments(typed: Sequence[str], *, positional: str | None = None) -> Ar
     Raises:
         ConfigError: for an option that Hydra does not have, or a value that it refuses.
     """
+    quiet, typed = QUIET in typed, [text for text in typed if text != QUIET]
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     for text in typed:  # the parser takes -policy as -p olicy
@@ -75,6 +81,7 @@ def read_arguments(typed: Sequence[str], *, positional: str | None = None) -> Ar
         shows=bool(known.hydra_help or known.cfg or known.info or known.shell_completion or known.experimental_rerun),
         config_dir=folder,
         config_name=known.config_name,
+        quiet=quiet,
     )
 
 

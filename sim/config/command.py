@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -40,6 +40,7 @@ from sim.config.sweeps import forget_failure, note_failure, sweep_callback, swee
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
 from sim.plugins import plugin_folders
+from sim.progress import VARIABLE as PROGRESS
 
 RUN_FILES = ("summary.json", "summaries.json", "compare.json", "capacity.json")
 """What a run folder gets last: a folder with one of them is complete, and no other run writes into it."""
@@ -84,7 +85,8 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
         noted = [sweep_callback()] if arguments.multirun else []
         sys.argv[1:] = [*arguments.options, *_with_plugins(arguments.overrides), *noted]
         job.multirun = arguments.multirun
-        with _environment("HYDRA_FULL_ERROR", "1"):  # Hydra raises its errors instead of printing them
+        quiet = _environment(PROGRESS, "0") if arguments.quiet else nullcontext()
+        with quiet, _environment("HYDRA_FULL_ERROR", "1"):  # Hydra raises its errors instead of printing them
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
             except ValueError as error:

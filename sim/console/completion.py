@@ -21,8 +21,8 @@ KEYS = Path(__file__).parent / "keys.json"
 ASK = "__complete"
 OWN = ("--help", "--version", "completion")
 """What ``rap`` itself takes in place of a command."""
-OPTIONS = ("--cfg", "--config-dir", "--help", "--hydra-help", "--info", "--multirun", "--resolve")
-"""Hydra's options that a command takes."""
+OPTIONS = ("--cfg", "--config-dir", "--help", "--hydra-help", "--info", "--multirun", "--quiet", "--resolve")
+"""The options that a command takes: Hydra's, and ``--quiet``."""
 
 BASH = f"""\
 _rap() {{

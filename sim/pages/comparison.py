@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from sim.atomic import write_whole
 from sim.errors import ConfigError, nearest
 from sim.pages.render import commit_of, table
+from sim.progress import VARIABLE as PROGRESS
 from sim.progress import progress
 from sim.results.report import SUMMARY_COLUMNS, Columns, cells
 from sim.results.run_folder import write_json, write_text
@@ -46,7 +47,7 @@ def replay(name: str, comparison: Comparison, workers: int, folder: Path) -> Non
     """
     run = folder / "run" / name
     command = [sys.executable, "-m", *comparison.command.split(), f"workers={workers}", f"hydra.run.dir={run}"]
-    quiet = {**os.environ, "RAP_LAB_PROGRESS": "0"}  # stderr then holds warnings, and last the error
+    quiet = {**os.environ, PROGRESS: "0"}  # stderr then holds warnings, and last the error
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

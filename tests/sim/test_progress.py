@@ -6,11 +6,14 @@ import io
 import itertools
 import os
 import time
+from pathlib import Path
 
 import pytest
 
+import sim.replay.__main__
 from sim import progress
 from sim.progress import counted, duration, line
+from tests.commands import exit_status
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,18 @@ def test_a_terminal_gets_a_bar() -> None:
     with progress.progress("scoring", 4, "plans", stream) as report:
         assert counted(itertools.repeat("plan", 4), report) == ["plan"] * 4
     assert "4 of 4 plans" in stream.getvalue()
+
+
+def test_an_option_of_every_command_turns_progress_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.0)
+    monkeypatch.delenv(progress.VARIABLE, raising=False)
+    for options, shown in (((), True), (("--quiet",), False)):
+        folder = f"hydra.run.dir={tmp_path / str(shown)}"
+        assert exit_status(sim.replay.__main__.main, "trace=poisson", "trace.duration_s=20", folder, *options) == 0
+        assert ("replaying" in capsys.readouterr().err) == shown
+    assert progress.VARIABLE not in os.environ
 
 
 def test_progress_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,8 @@ def test_options_of_hydra_may_stand_anywhere(tmp_path: Path) -> None:
     assert read_arguments([f"--config-dir={tmp_path}"]).config_dir == tmp_path
     for shown in (["--cfg", "job", "--package", "trace"], ["--cfg=job", "--resolve"], ["--info"], ["--hydra-help"]):
         assert read_arguments(["trace=burst", *shown]).shows
+    quiet = read_arguments(["policy=dense", "--quiet", "-m"])
+    assert (quiet.quiet, quiet.options, quiet.overrides) == (True, ("-m",), ("policy=dense",))
 
 
 @pytest.mark.parametrize(
