@@ -30,7 +30,7 @@ from agents.evaluation.tables import (
     training_table,
 )
 from sim.pages.render import commit_of, table
-from sim.results.plots import figure_file
+from sim.results.plots import COLORS, figure_file
 
 REFERENCE = "dense"
 FEWEST_BLOCKS = 6
@@ -257,13 +257,33 @@ def shown_policies(frame: pd.DataFrame, ours: str | None) -> list[str]:
     return [name for name in policies_of(frame, ORACLES) if name in chosen]
 
 
-def serve_figure(folder: Path, frame: pd.DataFrame, names: Sequence[str], curves: pd.DataFrame | None) -> None:
-    """Write serve.png: utility of some policies by trace, and training curves."""
-    with figure_file(folder / "serve.png", 1, 2, size=(11, 5.5), width_ratios=(3, 2)) as (figure, (left, right)):
-        plot_by_source(left, frame, names)
-        left.set(xlabel="utility on held-out windows")
-        plot_training(right, curves)
+def serve_figure(
+    folder: Path, frame: pd.DataFrame, names: Sequence[str], ours: str | None, curves: pd.DataFrame | None
+) -> None:
+    """Write serve.png: utility of some policies by trace, how far ours is above them, and training curves if any."""
+    panels = 1 + (ours is not None) + (curves is not None)
+    with figure_file(folder / "serve.png", 1, panels, size=(4 + 4 * panels, 5.5), squeeze=False) as (figure, axes):
+        first, *others = axes[0]
+        plot_by_source(first, frame, names)
+        first.set(xlabel="utility on held-out windows")
+        if ours is not None:
+            _plot_above(others[0], frame, names, ours)
+        if curves is not None:
+            plot_training(others[-1], curves)
         figure.legend(loc="outside lower center", ncols=5)
+
+
+def _plot_above(axes: Any, frame: pd.DataFrame, names: Sequence[str], ours: str) -> None:
+    """Plot the utility of one policy minus that of every other, with 95 % intervals, on windows that both played."""
+    for row, name in enumerate(names):
+        if name != ours:
+            found = against(frame, ours, name)
+            reach = [[found.mean - found.low], [found.high - found.mean]]
+            axes.errorbar(found.mean, row, xerr=reach, fmt="o", color=COLORS[0], markersize=4, capsize=3)
+    axes.axvline(0.0, color="black", linewidth=1.0)
+    axes.set_yticks(range(len(names)), [])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set(xlabel=f"{ours} minus it, with 95 % interval")
 
 
 def serve_context(folder: Path) -> dict[str, Any] | None:
@@ -276,7 +296,7 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
     found = serve_verdict(frame, made["compared"])
     ours = found.get("best")
     shown = shown_policies(frame, ours)
-    serve_figure(folder, frame, shown, curves)
+    serve_figure(folder, frame, shown, ours, curves)
     specs = {"windows": ",d", "its utility": ".4f", str(ours): ".4f"}
     best = (
         {

@@ -91,7 +91,7 @@ def plot_by_source(axes: Any, frame: pd.DataFrame, names: Sequence[str], minus: 
         values = [float(means[(source, name)]) - base for name in names]
         axes.plot(values, range(len(names)), marker, label=str(source), markersize=5)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def plot_training(axes: Any, curves: pd.DataFrame | None, steps: str = "environment steps") -> None:

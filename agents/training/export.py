@@ -23,16 +23,17 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import save_file
 
+from agents.training.model_card import model_card
 from sim.atomic import write_whole
 from sim.config import option_names, run_command
 from sim.cost.model_spec import load_model
 from sim.cost.quality import BEST_FORM, QUALITIES
 from sim.engine.server_spec import find_calibration
 from sim.errors import ConfigError, nearest
-from sim.policies.learned import Learned, Network, averaged, read_learned
+from sim.policies.learned import SHIPPED, Learned, Network, averaged, read_learned
 from sim.policies.learned_files import MAX_MEMBERS, read_about
 from sim.policies.prune_guard import about_guard
-from sim.results.run_folder import commit, write_json
+from sim.results.run_folder import commit, write_json, write_text
 
 
 @dataclass(kw_only=True)
@@ -43,6 +44,7 @@ class ExportConfig:
     runs: run folders of several trainings whose networks are averaged, or a pattern such as runs/train/mine/seed_*.
     name: of the exported policy; not needed if ``out`` is a file.
     out: folder or NAME.json to write to; the run folder if empty (of several: the folder that holds them).
+    cards: only write NAME.md again for the policies in conf/policy, from their files.
     guard: for pruning: run greedy_stop's plan unless the network's is clearly better (``sim.policies.prune_guard``).
     pace_share: for serving: bound what runs at once, so that an iteration takes at most this share of the TPOT target
         (``sim.policies.admission.PaceLimit``); null for no bound.
@@ -52,6 +54,7 @@ class ExportConfig:
     runs: Any = None
     name: str = ""
     out: str = ""
+    cards: bool = False
     guard: bool = False
     pace_share: float | None = None
 
@@ -152,6 +155,7 @@ def export_layers(
     utility = float(validation_utilities(env, kwargs, network).mean())
     about["training"] = {"label": label, "seed": seed, "validation_utility": round(utility, 6)}
     write_policy(path, network, about)
+    write_card(path)
     return utility
 
 
@@ -296,8 +300,19 @@ POLICIES = {
 """Environment: the command and the option of ``policy`` that run what was trained in it."""
 
 
-def next_command(path: Path) -> str:
-    """Return a command that runs an exported policy, on the model and device of its training."""
+def shown_path(path: Path) -> str:
+    """Return a path as a command names it: from the current folder if it lies below."""
+    file = path.resolve()
+    return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
+
+
+def next_command(path: Path, shown: str | None = None) -> str:
+    """Return a command that runs an exported policy, on the model and device of its training.
+
+    Args:
+        path: the JSON file. shown: how the command names it; None takes the path from the current folder.
+    """
+    shown = shown_path(path) if shown is None else shown
     about = read_about(path)
     command, policy = POLICIES[about["task"]]
     environment = about.get("environment", {})
@@ -307,8 +322,6 @@ def next_command(path: Path) -> str:
     else:
         keys |= {key: environment[key] for key in ("gpu", "latency", "engine", "slo", "tick_s") if key in environment}
         keys |= {"quality_table": environment["quality"]} if "quality" in environment else {}
-    file = path.resolve()
-    shown = str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
     if not re.fullmatch(r"[\w./@-]+", shown):
         shown = f'"{shown}"'  # Hydra reads quoted text as it stands
     # Names come from the file, which may come from anywhere, and the line is meant to be pasted into a shell.
@@ -369,7 +382,23 @@ def target_file(name: str, out: str, folder: Path) -> Path:
     return file or (Path(out) if out else folder) / f"{name}.json"
 
 
+def write_card(path: Path, shown: str | None = None) -> Path:
+    """Write NAME.md next to NAME.json; return its path. Arguments as of ``next_command``."""
+    card = path.with_suffix(".md")
+    write_text(card, model_card(path.stem, read_about(path), next_command(path, shown)))
+    return card
+
+
+def shipped_policies() -> list[Path]:
+    """Return the JSON files of the policies in conf/policy, sorted."""
+    return sorted(SHIPPED.glob("*.json"))
+
+
 def _run(cfg: DictConfig) -> None:
+    if cfg.cards:
+        for path in shipped_policies():
+            print(write_card(path, path.stem))
+        return
     runs = OmegaConf.to_container(cfg.runs) if OmegaConf.is_config(cfg.runs) else cfg.runs
     if bool(cfg.run) == (runs is not None):
         raise ConfigError("set run=FOLDER for one training, or 'runs=FOLDERS' for the average of several")
@@ -389,6 +418,7 @@ def _run(cfg: DictConfig) -> None:
     averages = f"the average of {members} networks, " if members > 1 else ""
     averages += "a guard, " if cfg.guard else ""
     print(f"{target}: {averages}{learned.network.parameters:,} parameters{validated}")
+    write_card(target)
     print(f"run it:\n  {next_command(target)}")
 
 

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from agents.training.export import add_pace, export, export_average, next_command, run_folders, target_file
+from agents.training.export import (
+    add_pace,
+    export,
+    export_average,
+    next_command,
+    run_folders,
+    shipped_policies,
+    target_file,
+    write_card,
+)
 from agents.training.validation import validation_utilities
 from sim.config import check_overrides, option_path
 from sim.errors import ConfigError
@@ -206,3 +215,15 @@ def test_only_a_policy_that_serves_with_a_target_per_token_gets_a_bound_of_its_p
     done = run_module("agents.export", f"run={tmp_path / 'serve'}", "name=mine", "pace_share=0")
     assert done.returncode == 2
     assert "pace_share is 0.0; it must be a share of the TPOT target above 0" in done.stderr
+
+
+@pytest.mark.parametrize("path", shipped_policies(), ids=lambda path: path.stem)
+def test_the_page_about_a_shipped_policy_is_what_its_file_says(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / path.name
+    shutil.copy(path, copy)
+    written = write_card(copy, path.stem).read_text()
+    assert path.with_suffix(".md").read_text() == written, "write it again: python -m agents.export cards=true"
+    about = json.loads(path.read_text())
+    assert f"validation utility {about['training']['validation_utility']:.4f}" in " ".join(
+        written.replace("|", " ").split()
+    )
