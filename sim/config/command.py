@@ -46,6 +46,8 @@ RUN_FILES = ("summary.json", "summaries.json", "compare.json", "capacity.json")
 """What a run folder gets last: a folder with one of them is complete, and no other run writes into it."""
 BEGUN_FILES = ("config.yaml", "provenance.json")
 """What a run folder gets first. A run that fails removes them if it wrote nothing else; a killed run leaves them."""
+RAY_LAUNCHER = "hydra/launcher=ray"
+"""The launcher of this project; Hydra finds others, such as joblib, when their packages are installed."""
 NO_DIFFERENCE = ("workers", "executor")
 """Keys that change no record. Two jobs that differ only in them are the same run."""
 
@@ -85,6 +87,8 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
         noted = [sweep_callback()] if arguments.multirun else []
         sys.argv[1:] = [*arguments.options, *_with_plugins(arguments.overrides), *noted]
         job.multirun = arguments.multirun
+        if RAY_LAUNCHER in arguments.overrides:
+            resolve_name("agents.training.ray_launcher:register")()
         quiet = _environment(PROGRESS, "0") if arguments.quiet else nullcontext()
         with quiet, _environment("HYDRA_FULL_ERROR", "1"):  # Hydra raises its errors instead of printing them
             try:

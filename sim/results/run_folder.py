@@ -75,7 +75,9 @@ def commit() -> str:
 
 
 def _module() -> str:
-    """Return the name of the module that ``python -m`` started."""
+    """Return the name of the module that ``python -m`` started, also in the processes of a sweep."""
+    if HydraConfig.initialized():
+        return str(HydraConfig.get().help.app_name)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).name
 
