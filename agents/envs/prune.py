@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from agents.envs.checks import mask_info, one_action, reset_options
 from agents.envs.prune_loads import PruneLoad, check_split, prune_loads
 from agents.envs.render import RenderMixin
-from agents.envs.reward import PruneReward, PruneStep, utility
+from agents.envs.reward import PruneReward, PruneStep, built_reward, utility
 from agents.envs.surrogate import quality_on, single_losses
 from sim.cost.memory import fits, peak_bytes
 from sim.cost.model_spec import load_model
@@ -80,7 +80,7 @@ class PruneSetting:
             sequence: loads per episode.
             scores: also observe the loss of dropping each block alone, in nats per token.
             hide: kinds of entries (``kept``, ``kv_share``, ...) that are always observed as 0, for ablations.
-            reward: a ``PruneReward``, or its fields.
+            reward: as in ``built_reward``.
         """
         if sequence < 1:
             raise ConfigError(f"sequence is {sequence}; an episode needs at least 1 load, so set sequence=1 or more")
@@ -96,7 +96,7 @@ class PruneSetting:
         if unknown := sorted(set(hide) - kinds):
             raise ConfigError(f"hide: there is no entry {unknown[0]!r}; entries are {', '.join(sorted(kinds))}")
         self.visible = np.array([entry.name.split(".")[0] not in hide for entry in self.table.entries])
-        self.reward = reward if isinstance(reward, PruneReward) else PruneReward(**(reward or {}))
+        self.reward = built_reward(reward, PruneReward)
         self.blocks = 2 * self.model.num_layers
         self.accept = self.blocks
         self.max_steps = STEPS_PER_BLOCK * self.blocks * sequence

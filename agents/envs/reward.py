@@ -1,5 +1,8 @@
 """Rewards as pure functions of what a step changed; the files of conf/reward choose one.
 
+A reward of one's own is a subclass of ``PruneReward`` or ``ServeReward`` with its own ``__call__``, which an option
+names as its ``_target_``.
+
 Policies are evaluated by **utility**: the share of arrived requests that met their SLO, each weighted by the quality it
 kept. Quality kept is exp(-loss), the ratio of the dense model's perplexity to the plan's: 1 for dense, 0.5 for twice
 the perplexity. In ``PruneToBudget`` a load counts as one request, which meets its target if the plan fits the budget.
@@ -12,11 +15,13 @@ Every policy then gains the same amount per episode, so the best policy does not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
+from omegaconf import OmegaConf
 
+from sim.config import build
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
 from sim.results.metrics import Slo, behind_pace, met_slo
@@ -27,6 +32,7 @@ from sim.types import Bools, Floats, Ints
 # Shapes: every array is [n], one entry for each environment.
 
 F = TypeVar("F", float, Floats)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +164,29 @@ class ServeReward:
 
 
 SERVE_KINDS = ("earned", "lost")
+
+
+def built_reward(reward: Any, kind: type[R]) -> R:
+    """Return the reward of an environment.
+
+    Args:
+        reward: one, its fields, or a mapping with ``_target_``, which names a subclass of ``kind`` of one's own.
+        kind: ``PruneReward`` or ``ServeReward``.
+    Raises:
+        ConfigError: for fields that the reward does not have, or a ``_target_`` that makes something else.
+    """
+    if isinstance(reward, kind):
+        return reward
+    fields = dict(reward or {})
+    if "_target_" not in fields:
+        return kind(**fields)
+    made = build(OmegaConf.create(fields))
+    if not isinstance(made, kind):
+        raise ConfigError(
+            f"reward: {fields['_target_']} makes a {type(made).__name__}; it must make an instance of a subclass of "
+            f"agents.envs.reward.{kind.__name__}"
+        )
+    return made
 
 
 def utility_lost(

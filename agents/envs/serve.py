@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from agents.envs.checks import mask_info, one_action, reset_options
 from agents.envs.prune_loads import check_split
 from agents.envs.render import RenderMixin
-from agents.envs.reward import ServeReward, kept_quality, utility_lost
+from agents.envs.reward import ServeReward, built_reward, kept_quality, utility_lost
 from agents.envs.serve_budgets import BudgetRange, budget_range, window_budget
 from agents.envs.serve_pool import drawn, pool_options, window_pool
 from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows
@@ -130,7 +130,7 @@ class ServeSetting:
                 one by one.
             sources: names of its traces.
             load: lowest and highest position in each source's range of rates, on a logarithmic scale in [0, 1].
-            reward: a ``ServeReward``, or its fields.
+            reward: as in ``built_reward``.
         """
         if not tick_s > 0:
             raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, such as 1.0")
@@ -153,7 +153,7 @@ class ServeSetting:
         self._pooled: tuple[Window, ...] | None = None
         self.split, self.windows = check_split(split), serve_windows().at_load(*load).randomized(randomize)
         self.sources = check_sources(sources)
-        self.reward = reward if isinstance(reward, ServeReward) else ServeReward(**(reward or {}))
+        self.reward = built_reward(reward, ServeReward)
         self.kv_block_layer_bytes = kv_block_layer_bytes(self.model, self.engine.kv_block_tokens)
         self.dense_nll = self.quality.nll(dense_plan(self.model))
         self._nll: dict[tuple[Any, ...], float] = {}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import cache
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
-from agents.envs.reward import PruneReward, PruneStep, kept_quality, utility
+import agents  # noqa: F401 - registers the environments
+from agents.envs.reward import PruneReward, PruneStep, ServeReward, kept_quality, utility
+from agents.envs.serve import ServeSetting
 from sim.errors import ConfigError
 
 SIZES, BUDGET = (3, 2, 4, 1, 2), 6
@@ -88,3 +93,37 @@ def test_a_plan_that_measured_better_than_dense_keeps_a_quality_of_1() -> None:
 def test_an_unknown_reward_is_an_error_that_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'utility'"):
         PruneReward("utilty")
+
+
+class Doubled(ServeReward):
+    """A reward of one's own: twice the usual one, and less for every tick."""
+
+    def __call__(self, gained: Any, before: Any, after: Any) -> Any:
+        return 2.0 * super().__call__(gained, before, after) - 0.5
+
+
+def test_a_reward_of_ones_own_is_paid_by_the_plain_and_the_vector_environment() -> None:
+    usual, own = ({"kind": "lost", "scale": 10.0}, {"_target_": f"{__name__}.Doubled", "kind": "lost", "scale": 10.0})
+    paid = []
+    for reward in (usual, own):
+        env = gym.make("ServeTrace-v0", reward=reward)
+        env.reset(seed=4)
+        paid.append([env.step(0)[1] for _ in range(5)])
+        many = gym.make_vec("ServeTrace-v0", num_envs=2, vectorization_mode="vector_entry_point", reward=reward)
+        many.reset(seed=4)
+        paid.append([many.step(np.zeros(2, dtype=np.int64))[1].tolist() for _ in range(5)])
+    np.testing.assert_allclose(paid[2], 2.0 * np.array(paid[0]) - 0.5)
+    np.testing.assert_allclose(paid[3], 2.0 * np.array(paid[1]) - 0.5)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ({"_target_": "agents.envs.reward.PruneReward"}, "makes a PruneReward; it must make an instance of a subclass"),
+        ({"_target_": "agents.envs.reward.ServeReward", "scal": 1.0}, "takes no 'scal'; did you mean 'scale'"),
+        ({"_target_": "not_there.Reward"}, "cannot be imported"),
+    ],
+)
+def test_a_reward_that_is_none_is_refused(reward: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        ServeSetting(reward=reward)
