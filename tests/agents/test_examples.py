@@ -28,7 +28,7 @@ def test_the_plain_loop_of_gymnasium_plays_both_environments() -> None:
 
 def test_maskable_ppo_of_sb3_contrib_learns() -> None:
     pytest.importorskip("sb3_contrib")
-    done = run_python(str(EXAMPLES / "maskable_ppo.py"), "--steps", "3000", "--episodes", "20")
+    done = run_python(str(EXAMPLES / "maskable_ppo.py"), "--steps", "2048", "--episodes", "20")
     assert done.returncode == 0, done.stderr
     before, after = (float(text) for text in re.findall(r"utility ([01]\.\d{4})", done.stdout))
     assert after > before
@@ -37,12 +37,12 @@ def test_maskable_ppo_of_sb3_contrib_learns() -> None:
 def test_ppo_in_one_file_learns_and_exports_a_policy(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     script = str(EXAMPLES / "masked_ppo.py")
-    done = run_python(script, "--steps", "45000", "--export", str(path))
+    done = run_python(script, "--steps", "30000", "--export", str(path))
     assert done.returncode == 0, done.stderr
     utilities = [float(text) for text in re.findall(r"validation utility ([01]\.\d{4})", done.stdout)]
     learned = read_learned(path, "PruneToBudget")
     assert learned.about["training"]["validation_utility"] == pytest.approx(utilities[-1], abs=1e-4)
-    assert utilities[-1] > 0.06  # legal random actions reach 0.02
+    assert utilities[-1] > 0.05  # legal random actions reach 0.02
 
 
 def test_a_network_that_does_not_fit_the_environment_is_not_exported(tmp_path: Path) -> None:

@@ -162,9 +162,9 @@ def test_a_fit_learns_from_an_entry_that_hardly_moves(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif("azure_conv" not in sources_with("train")[0], reason="needs published traces: set RAP_LAB_DATA")
-def test_a_clone_is_exported_as_a_policy_that_sim_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agents.training.validation.VALIDATION_WINDOWS", 2)
+def test_a_clone_is_exported_as_a_policy_that_sim_can_run(tmp_path: Path) -> None:
     small = [f"algorithm.{name}={getattr(HOW, name)}" for name in ("every", "epochs", "batch")]
+    small += ["env.kwargs.pool.size=6", "env.kwargs.pool.validation=3"]
     cfg = composed("clone", "experiment=clone_serve", "algorithm.windows=2", "hidden=[8]", *small)
     other = composed("train", "experiment=ppo_serve")
     utility = clone(cfg, tmp_path)
