@@ -79,7 +79,9 @@ def test_the_loss_of_a_plan_with_a_rule_after_it_is_what_a_replay_of_both_loses(
         rule(core.state)
         core.step(0)
     start_s, seen = core.state.time_s, copy.deepcopy(rule)
-    lost = look_ahead(core, 10.0, 0.0, then=rule, hold_s=3.0)
+    few = np.zeros(len(setting.actions.plans), dtype=np.bool_)
+    few[np.flatnonzero(core.actions.legal(core.state, core.choice))[[0, -2, -1]]] = True
+    lost = look_ahead(core, 10.0, 0.0, few, rule, 3.0)
     assert figures(rule) == figures(seen)  # only copies decided
     action = int(np.flatnonzero(np.isfinite(lost))[-1])
     core.engine.apply(setting.actions.plans[action])
@@ -89,7 +91,7 @@ def test_the_loss_of_a_plan_with_a_rule_after_it_is_what_a_replay_of_both_loses(
             core.engine.apply(plan)
     core.engine.run_until(start_s + 10.0)
     assert setting.lost(core.engine, 1, start_s + 10.0) == pytest.approx(lost[action])
-    kept = look_ahead(core, 10.0, 0.0)
+    kept = look_ahead(core, 10.0, 0.0, few)
     assert not np.array_equal(kept, lost)
 
 
