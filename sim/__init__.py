@@ -16,6 +16,7 @@ A package imports only from packages above it in this table:
 | serve | the simulated engine, and the HTTP side of the real one, behind OpenAI's API |
 | report | run folders as one HTML file |
 | table | many run folders as one table |
+| new | the first files of a policy of one's own |
 | pages | pages of results |
 | console | the `rap` command, a short name for every `python -m` command |
 """
