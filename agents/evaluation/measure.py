@@ -126,6 +126,9 @@ def _measure_prune_only(cfg: DictConfig, folder: Path, policies: Mapping[str, An
     for file, loads in (("prune.parquet", prune_loads().test), ("prune_unseen.parquet", unseen_loads())):
         played = evaluate_prune(cfg.model, chosen, loads)
         write_parquet(folder / file, with_losses(cfg.model, _replaced_rows(folder / file, played)))
+    curves = OmegaConf.create({name: glob for name, glob in cfg.curves.items() if name in cfg.only})
+    if curves and (folder / "training.parquet").is_file():
+        write_parquet(folder / "training.parquet", _replaced_rows(folder / "training.parquet", training_curves(curves)))
     write_json(folder / "prune.json", summary | {"losses_commit": provenance(0)["commit"]})
 
 
