@@ -44,6 +44,10 @@ STEPS = (
 """What a user wants, and the command; ``python`` is that of the environment."""
 
 
+JUDGES = "hw.compare"
+"""Its exit status is 1 if a verdict does not hold, as on a machine that others use."""
+
+
 def walk(folder: Path) -> list[dict[str, str]]:
     """Run every step in a clone in a folder; return a row for each."""
     subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(folder)], check=True)
@@ -56,7 +60,7 @@ def walk(folder: Path) -> list[dict[str, str]]:
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         seconds = time.monotonic() - started_s
         print(f"{seconds:7.1f} s  {command}", flush=True)
-        if done.returncode:
+        if done.returncode not in ((0, 1) if JUDGES in words else (0,)):
             raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
         rows.append({"you want to": what, "command": f"`{command}`", "seconds": f"{seconds:.0f}"})
     return rows
