@@ -11,6 +11,7 @@ Once it is installed, every command and ``build_option`` know its options, after
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import sys
@@ -32,10 +33,11 @@ def plugin_folders() -> tuple[Path, ...]:
 
 def _folder(point: EntryPoint) -> Path | None:
     try:
-        spec = importlib.util.find_spec(point.value)
+        with contextlib.redirect_stdout(sys.stderr):  # what a package prints is no result of a command
+            spec = importlib.util.find_spec(point.value)
         if spec is None or not spec.submodule_search_locations:
             raise ImportError(f"{point.value} is not a package")
-    except Exception as error:  # a package's own __init__ may raise anything, and other commands go on
+    except (Exception, SystemExit) as error:  # a package's own __init__ may raise anything, and other commands go on
         by = f" of {point.dist.name}" if point.dist is not None else ""
         print(
             f"warning: the entry point {point.name} = {point.value}{by} ({ENTRY_POINTS}) is left out "

@@ -110,7 +110,7 @@ def evaluate(cfg: DictConfig, console: Console) -> None:
     Raises:
         ConfigError: for an unknown task or rule, a missing file, or a folder without results.
     """
-    folder = REPOSITORY / (cfg.out or EvaluateConfig.out)
+    folder = Path(cfg.out) if cfg.out and cfg.out != EvaluateConfig.out else REPOSITORY / EvaluateConfig.out
     for task in cfg.tasks:
         if task not in TASKS:
             raise ConfigError(f"tasks: there is no task {task!r}; {nearest(task, TASKS)}")

@@ -232,7 +232,7 @@ def page(figures: Mapping[str, Any]) -> str:
 
 def _run(cfg: DictConfig) -> None:
     figures = play(cfg)
-    folder = REPOSITORY / (cfg.out or StaticPlansConfig.out)
+    folder = Path(cfg.out) if cfg.out and cfg.out != StaticPlansConfig.out else REPOSITORY / StaticPlansConfig.out
     write_json(folder / "static_plans.json", figures)
     write_text(folder / "index.md", page(figures))
     shown = figures_table(figures["rows"])

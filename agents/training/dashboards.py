@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,20 @@ class Dashboards:
         self.writer.close()
         if self.run is not None:
             self.run.finish()
+
+
+def check_wandb(project: str | None) -> None:
+    """Check, before anything slow starts, that a training can be logged to Weights & Biases.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed. ConfigError: without a login.
+    """
+    if not project:
+        return
+    import wandb
+
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.login(prompt=False):
+        raise ConfigError(f"wandb={project}: no login was found; run wandb login, or set WANDB_MODE=offline")
 
 
 def _wandb_run(folder: Path, cfg: DictConfig) -> Any:

@@ -138,8 +138,11 @@ def export_layers(
         env: of its training, such as ``PruneToBudget-v0``. env_kwargs: those it was trained with.
         label, seed: of the training, as the file states them.
     Raises:
-        ConfigError: for a network whose inputs or outputs are not those of the environment.
+        ConfigError: for a path that does not end in .json, or a network whose inputs or outputs are not those of the
+            environment.
     """
+    if path.suffix != ".json":
+        raise ConfigError(f"the path of the policy is {path}; it must end in .json, such as {path}.json")
     from agents.training.validation import validation_utilities
 
     kwargs = dict(env_kwargs or {})

@@ -32,13 +32,13 @@ def model_card(name: str, about: Mapping[str, Any], command: str) -> str:
         *_slo(about),
         *_training(about),
         *_environment(environment),
-        ("commit", f"`{about.get('commit', 'unknown')}`"),
+        ("commit of RAP Lab", f"`{about.get('commit', 'unknown')}`"),
     ]
     cells = table([{"": key, "value": value} for key, value in rows], {}, left=2)
     return "\n".join(
         [
             f"# {name}\n",
-            "<!-- Written by `python -m agents.export`. Do not edit. -->\n",
+            "<!-- Written with the policy. Do not edit. -->\n",
             f"A policy that decides {decides}.\n",
             f"    {command}\n",
             cells + "\n",
@@ -120,11 +120,12 @@ def _number(value: Any) -> str:
 
 
 def _limits(about: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"- Another model than {about['model']}, or another table of observations or actions, is refused.",
-        "- The validation utility chose the best state of each training, so it is too high. What the policies that "
-        "ship reach on held-out data stands in docs/results/agents.",
-    ]
+    lines = [f"- Another model than {about['model']}, or another table of observations or actions, is refused."]
+    if "seconds" in about.get("training", {}):
+        lines.append(
+            "- The validation utility chose the best state of each training, so it is too high. What the policies that "
+            "ship reach on held-out data stands in docs/results/agents."
+        )
     if ASSUMED in str(environment.get("quality", "")):
         lines.append(f"- The quality in `{environment['quality']}` is an assumption: this model was not measured.")
     if str(about.get("commit", "")).endswith("-dirty"):

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from agents.training.checkpoints import Checkpoints
 from agents.training.checks import check_resumed, check_train_split, check_training
-from agents.training.dashboards import Dashboards
+from agents.training.dashboards import Dashboards, check_wandb
 from agents.training.export import export_network
 from agents.training.on_ray import join_ray
 from agents.training.progress import Progress, progress_row
@@ -158,6 +158,7 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
             run began with other values.
     """
     check_training(cfg)
+    check_wandb(cfg.wandb)
     checkpoints = Checkpoints(folder)
     progress = Progress(folder / "progress.csv", console := Console())
     resuming = checkpoints.last() is not None

@@ -46,8 +46,8 @@ RUN_FILES = ("summary.json", "summaries.json", "compare.json", "capacity.json")
 """What a run folder gets last: a folder with one of them is complete, and no other run writes into it."""
 BEGUN_FILES = ("config.yaml", "provenance.json")
 """What a run folder gets first. A run that fails removes them if it wrote nothing else; a killed run leaves them."""
-RAY_LAUNCHER = "hydra/launcher=ray"
-"""The launcher of this project; Hydra finds others, such as joblib, when their packages are installed."""
+RAY_LAUNCHER = "agents.training.ray_launcher:register"
+"""Registers the launcher of this project; Hydra finds others, such as joblib, when their packages are installed."""
 NO_DIFFERENCE = ("workers", "executor")
 """Keys that change no record. Two jobs that differ only in them are the same run."""
 
@@ -81,16 +81,23 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
             print(help_text(config_name, arguments.overrides, arguments.config_dir))
             return
         folders = added_folders(config_name, arguments.overrides, arguments.config_dir)
-        sys.path += [str(folder) for folder in folders]  # Python files next to these options
+        added = [str(folder.absolute()) for folder in folders]
+        sys.path += added  # Python files next to these options; processes that start later inherit the variable
+        search = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), *added]).strip(os.pathsep)
         if not arguments.shows:
             check_overrides(arguments.overrides, config_name, arguments.config_dir, multirun=arguments.multirun)
         noted = [sweep_callback()] if arguments.multirun else []
         sys.argv[1:] = [*arguments.options, *_with_plugins(arguments.overrides), *noted]
         job.multirun = arguments.multirun
-        if RAY_LAUNCHER in arguments.overrides:
-            resolve_name("agents.training.ray_launcher:register")()
+        if arguments.multirun:
+            resolve_name(RAY_LAUNCHER)()
         quiet = _environment(PROGRESS, "0") if arguments.quiet else nullcontext()
-        with quiet, _environment("HYDRA_FULL_ERROR", "1"):  # Hydra raises its errors instead of printing them
+        inherited = _environment("PYTHONPATH", search) if added else nullcontext()
+        with (
+            quiet,
+            inherited,
+            _environment("HYDRA_FULL_ERROR", "1"),
+        ):  # Hydra raises its errors instead of printing them
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
             except ValueError as error:

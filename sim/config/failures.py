@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from sim.config.streams import forget_stdout
 from sim.errors import RapLabError
-from sim.paths import REPOSITORY
+from sim.paths import CHECKOUT, REPOSITORY
 
 FAILED = 2
 """Exit status of a command that ends with an error."""
@@ -69,7 +69,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         extra = extra_of(package)
-        install = f"'rap-lab[{extra}]'" if extra else package
+        install = package
+        if extra:  # of a checkout, because this project may not be published under its name
+            install = f"-e '{REPOSITORY}[{extra}]'" if CHECKOUT else f"'rap-lab[{extra}]'"
         return f"this needs the package {package}, which is not installed: pip install {install}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; set it: {error.full_key}=VALUE"

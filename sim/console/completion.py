@@ -5,6 +5,7 @@ The scripts ask the hidden command ``rap __complete LINE`` at every press of the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -101,7 +102,8 @@ def _option_keys(folders: list[Path], group: str, chosen: str | None) -> Iterato
     for folder in folders:
         path = folder / group / f"{chosen}.yaml"
         if path.is_file():
-            yield from _dotted(yaml.safe_load(path.read_text(encoding="utf-8")), f"{group}.")
+            with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # a broken option has no keys
+                yield from _dotted(yaml.safe_load(path.read_text(encoding="utf-8")), f"{group}.")
             return
 
 

@@ -37,7 +37,8 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: for a command, shell or option that does not exist, with the nearest one.
     """
-    name, *rest = arguments or ["--help"]
+    quiet = ["--quiet"] if arguments[:1] == ["--quiet"] else []  # it may stand before the command, too
+    name, *rest = arguments[len(quiet) :] or ["--help"]
     if name in ("--help", "-h", "help"):
         print(overview(), end="")
     elif name == "--version":
@@ -46,7 +47,7 @@ def run(arguments: Sequence[str]) -> None:
         print(script(rest))
     else:
         module = find_command(name).module
-        sys.argv[1:] = rest
+        sys.argv[1:] = [*rest, *quiet]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -10,6 +10,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import jinja2
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
@@ -19,6 +20,10 @@ from sim.errors import ConfigError, nearest
 TEMPLATES = Path(__file__).parent / "templates"
 FILES = {"policy": {"policy.py.j2": "{name}.py", "policy.yaml.j2": "policy/{name}.yaml"}}
 """What can be begun -> template -> the file that it becomes."""
+
+
+TEMPLATE_NAMES = ("Plan", "EngineState", "ConfigError", "PolicyContext")
+"""What the templates import."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +53,11 @@ def write_files(kind: str, name: str, folder: Path) -> list[Path]:
         raise ConfigError(f"{kind!r} cannot be begun; {nearest(kind, FILES)}")
     if not (name.isidentifier() and name.isascii() and name == name.lower()) or keyword.iskeyword(name):
         raise ConfigError(f"{name!r} cannot be the name; use small letters, digits and _, such as my_policy")
+    class_name = "".join(part.capitalize() for part in name.split("_"))
+    if yaml.safe_load(name) != name or not class_name.isidentifier() or keyword.iskeyword(class_name):
+        raise ConfigError(f"{name!r} cannot be the name: it means something else in YAML or Python; choose another one")
+    if class_name in TEMPLATE_NAMES:
+        raise ConfigError(f"{name!r} cannot be the name: the file uses {class_name} already; choose another one")
     if name in option_names(kind):
         raise ConfigError(f"there is a {kind}={name} already; choose another name")
     if importlib.util.find_spec(name) and not PathFinder.find_spec(name, [str(folder)]):
@@ -55,7 +65,6 @@ def write_files(kind: str, name: str, folder: Path) -> list[Path]:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-    class_name = "".join(part.capitalize() for part in name.split("_"))
     texts = {
         folder / path.format(name=name): environment.get_template(template).render(name=name, class_name=class_name)
         for template, path in FILES[kind].items()

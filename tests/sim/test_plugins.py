@@ -100,6 +100,11 @@ def test_the_first_option_of_a_name_is_that_of_conf(example: Path) -> None:
     [
         ({}, "not_there_of_test.options", "No module named 'not_there_of_test'"),
         ({"breaks_of_test/__init__.py": "1 / 0"}, "breaks_of_test.options", "ZeroDivisionError: division by zero"),
+        (
+            {"breaks_of_test/__init__.py": "print('hello'); raise SystemExit('bye')"},
+            "breaks_of_test.options",
+            "SystemExit: bye",
+        ),
         ({"breaks_of_test.py": ""}, "breaks_of_test", "breaks_of_test is not a package"),
         ({}, "breaks_of_test:f(", "breaks_of_test:f( is not a package"),
     ],

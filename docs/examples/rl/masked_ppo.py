@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 import agents  # noqa: F401 - registers the environments
-from agents.training.export import export_layers
+from agents.training.export import export_layers, next_command
 from agents.training.validation import validation_utilities
 from sim.policies.learned import Network, network_of
 
@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=Path)
     a = parser.parse_args()
+    if a.export is not None and a.export.suffix != ".json":
+        parser.error(f"--export {a.export} must end in .json")
 
     torch.manual_seed(a.seed)
     torch.set_num_threads(1)
@@ -123,7 +125,7 @@ def main() -> None:
             print(f"{steps:9,d} steps {seconds:5.0f} s: validation utility {validation_utility(actor):.4f}", flush=True)
     if a.export is not None:
         export_layers(a.export, in_numpy(actor), ENV, label="masked_ppo", seed=a.seed)
-        print(f"wrote {a.export}; run it: python -m sim.replay policy=learned_prune policy.path={a.export} ...")
+        print(f"wrote {a.export}; run it:\n  {next_command(a.export)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agents.training.dashboards import FOLDER, learner_scalars
+from agents.training.dashboards import FOLDER, check_wandb, learner_scalars
+from sim.errors import ConfigError
 from tests.agents.helpers import run_module
 
 
@@ -26,6 +27,15 @@ def test_numbers_of_the_learners_are_scalars_and_nothing_else_is() -> None:
     expected = {"learner/policy_loss": -0.25, "learner/entropy": 1.0, "learner/nested/norm": 2.0}
     assert learner_scalars({"learners": learners}) == expected
     assert learner_scalars({}) == {}
+
+
+def test_without_a_login_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", lambda prompt: False)
+    check_wandb(None)
+    with pytest.raises(ConfigError, match="wandb=mine: no login was found; run wandb login"):
+        check_wandb("mine")
 
 
 def test_a_training_writes_losses_divergence_entropy_and_utility(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def test_a_command_without_its_packages_names_the_extra_that_installs_them() -> 
     for command, error, status in zip(commands, lines[::2], lines[1::2], strict=True):
         assert error.startswith("error: this needs the package ")
         assert status == f"{command} 2"
-    assert "pip install 'rap-lab[agents]'" in lines[0]
-    assert "pip install 'rap-lab[serve]'" in lines[2 * commands.index("sim.serve")]
+    assert f"pip install -e '{REPOSITORY}[agents]'" in lines[0]
+    assert f"pip install -e '{REPOSITORY}[serve]'" in lines[2 * commands.index("sim.serve")]
     assert extra_of("httpx") == "hw"
     assert extra_of("torch") == "hw"
 

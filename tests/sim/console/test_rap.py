@@ -59,7 +59,7 @@ def test_a_mistake_after_the_name_is_one_line_and_exit_status_2() -> None:
 
 
 def test_the_version_is_that_of_the_project(capsys: pytest.CaptureFixture[str]) -> None:
-    run(["--version"])
+    run(["--quiet", "--version"])
     assert capsys.readouterr().out.startswith("rap-lab ")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["scripts"] == {"rap": "sim.console.rap:main"}

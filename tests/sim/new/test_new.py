@@ -47,6 +47,11 @@ def test_an_existing_file_is_never_written_over(folder: Path, capsys: pytest.Cap
         (["policy", "../mine"], "'../mine' cannot be the name"),
         (["policy", "Mine"], "'Mine' cannot be the name"),
         (["policy", "class"], "'class' cannot be the name"),
+        (["policy", "none"], "means something else in YAML or Python"),
+        (["policy", "true"], "means something else in YAML or Python"),
+        (["policy", "_"], "means something else in YAML or Python"),
+        (["policy", "_1"], "means something else in YAML or Python"),
+        (["policy", "config_error"], "the file uses ConfigError already"),
     ],
 )
 def test_a_name_that_cannot_be_one_is_refused(

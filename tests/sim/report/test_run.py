@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("plotly", reason="needs Plotly: pip install -e '.[report]'")
 
 from sim.errors import ConfigError
+from sim.paths import REPOSITORY
 from sim.report.run import main
 from sim.report.run_data import MOST_RUNS, STATISTICS, read_run, read_runs, run_folders
 from tests.commands import exit_status
@@ -205,7 +206,7 @@ def test_without_plotly_one_line_names_the_extra(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("sys.meta_path", [_NoPlotly(), *sys.meta_path])
     assert exit_status(main, str(folder)) == 2
-    assert "pip install 'rap-lab[report]'" in capsys.readouterr().err
+    assert f"pip install -e '{REPOSITORY}[report]'" in capsys.readouterr().err
     assert exit_status(main, str(folder), "html=false", f"chrome_trace={tmp_path / 'a.json'}") == 0
 
 
