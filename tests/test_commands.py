@@ -106,8 +106,12 @@ def test_no_file_parses_arguments_of_its_own() -> None:
         if "argparse" in (text := path.read_text(encoding="utf-8"))
         or ("sys.argv" in text and path.name not in ("command.py", "rap.py"))
     ]
-    # One records the command line, the other lets a new name stand where Hydra wants a "++".
-    assert own == ["sim/results/run_folder.py", "agents/evaluation/chosen.py"]
+    # One records the command line, one lets a new name stand where Hydra wants a "++", one takes it to other processes.
+    assert sorted(own) == [
+        "agents/evaluation/chosen.py",
+        "agents/training/ray_launcher.py",
+        "sim/results/run_folder.py",
+    ]
 
 
 def test_arguments_without_a_key_become_a_list_and_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from agents.evaluation.ablation import WINDOWS, ablation_markdown
@@ -278,7 +279,7 @@ def _plot_above(axes: Any, frame: pd.DataFrame, names: Sequence[str], ours: str)
     for row, name in enumerate(names):
         if name != ours:
             found = against(frame, ours, name)
-            reach = [[found.mean - found.low], [found.high - found.mean]]
+            reach = np.maximum(0.0, [[found.mean - found.low], [found.high - found.mean]])
             axes.errorbar(found.mean, row, xerr=reach, fmt="o", color=COLORS[0], markersize=4, capsize=3)
     axes.axvline(0.0, color="black", linewidth=1.0)
     axes.set_yticks(range(len(names)), [])

@@ -15,6 +15,7 @@ import pytest
 import sim.compare
 import sim.replay.__main__
 from sim.config import build_option, compose_config, option_names, option_path
+from sim.config.options import known_folders
 from sim.console.completion import complete
 from sim.plugins import ENTRY_POINTS, plugin_folders
 from tests.commands import exit_status
@@ -60,7 +61,7 @@ def example(install: Install) -> Path:
 @pytest.mark.usefixtures("example")
 def test_every_command_knows_the_options_of_an_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
     replay = sim.replay.__main__.main
-    assert "drop_when_busy" in option_names("policy")
+    assert "drop_when_busy" in option_names("policy", known_folders())
     assert exit_status(replay, "policy=drop_when_busy", "policy.limit=5", "hydra.run.dir=run", *QUICK) == 0
     assert "limit: 5" in Path("run/config.yaml").read_text()
     assert exit_status(replay, "policy=drop_when_busy", "policy.limit=many") == 2
