@@ -80,7 +80,7 @@ install themselves. {made["written_at"][:10]}, commit `{made["commit"][:12]}`, P
 
 {table(rows, {}, left=2)}
 
-Most of the first step is the install; the first replay compiles the simulator.
+The first step installs the core and compiles the simulator.
 """
     write_text(PAGE, text)
     print(PAGE)
