@@ -19,6 +19,16 @@ def data_dir() -> Path:
     return Path(folder) if folder else REPOSITORY.parent / "shared"
 
 
+def results_folder(out: str, published: str) -> Path:
+    """Return where a command writes results: the published folder of the repository, or ``out`` as a user means it.
+
+    Args:
+        out: a path from the current folder; ``published`` or an empty text is the published folder.
+        published: its path in the repository.
+    """
+    return REPOSITORY / published if out in ("", published) else Path(out)
+
+
 def find_data(path: str | Path) -> Path:
     """Return ``path`` itself if it exists or is absolute, else the path under ``data_dir()``."""
     path = Path(path).expanduser()

@@ -25,7 +25,7 @@ from sim.cost.plan import KeepMask, dense_plan, with_mask
 from sim.cost.quality import FittedQuality, PublishedQuality, TransferredQuality, load_quality
 from sim.errors import ConfigError
 from sim.pages.render import commit_of, render, table
-from sim.paths import REPOSITORY
+from sim.paths import results_folder
 from sim.progress import progress
 from sim.results.metrics import met_slo
 from sim.results.run_folder import provenance, write_json, write_text
@@ -232,7 +232,7 @@ def page(figures: Mapping[str, Any]) -> str:
 
 def _run(cfg: DictConfig) -> None:
     figures = play(cfg)
-    folder = Path(cfg.out) if cfg.out and cfg.out != StaticPlansConfig.out else REPOSITORY / StaticPlansConfig.out
+    folder = results_folder(cfg.out, StaticPlansConfig.out)
     write_json(folder / "static_plans.json", figures)
     write_text(folder / "index.md", page(figures))
     shown = figures_table(figures["rows"])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from sim.errors import ConfigError
-from sim.progress import counted, progress
+from sim.progress import VARIABLE, counted, progress
 
 T = TypeVar("T")
 
@@ -111,14 +111,26 @@ class OnRay:
 
     def __call__(self, task: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
         """Run the task for every item; if a machine fails, its items run again on another, up to three times."""
-        ray, initialized = join_ray(self.address)
-        environment = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
-        try:
-            remote = ray.remote(num_cpus=1, max_retries=3, runtime_env={"env_vars": environment})(task)
-            waiting = [remote.remote(item) for item in items]
-            with progress("replaying", len(items), "runs") as report:
-                results: list[T] = counted(map(ray.get, waiting), report)
-            return results
-        finally:
-            if initialized:
-                ray.shutdown()
+        return run_on_ray(self.address, task, items, "runs", retries=3)
+
+
+def run_on_ray(
+    address: str | None, task: Callable[[Any], T], items: Sequence[Any], unit: str, *, cpus: float = 1.0, retries: int
+) -> list[T]:
+    """Run a task for every item on a Ray cluster, without progress of their own; results come in the items' order.
+
+    Args:
+        address: as in ``join_ray``. unit: what an item is called in the progress. cpus: that each takes.
+        retries: how often an item runs again on another machine if its own fails.
+    """
+    ray, initialized = join_ray(address)
+    environment = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ} | {VARIABLE: "0"}
+    try:
+        remote = ray.remote(num_cpus=cpus, max_retries=retries, runtime_env={"env_vars": environment})(task)
+        waiting = [remote.remote(item) for item in items]
+        with progress("running on Ray", len(items), unit) as report:
+            results: list[T] = counted(map(ray.get, waiting), report)
+        return results
+    finally:
+        if initialized:
+            ray.shutdown()

@@ -20,9 +20,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from agents.training.on_ray import FORWARDED_VARIABLES, join_ray
+from agents.training.on_ray import run_on_ray
 from sim.errors import ConfigError
-from sim.progress import VARIABLE, counted, progress
 
 TARGET = "hydra_plugins.rap_lab.RayLauncher"
 
@@ -49,24 +48,15 @@ class RayLauncher(Launcher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ} | {VARIABLE: "0"}
         here = str(Path.cwd()), sys.path, sys.argv
         context = (self.hydra_context, self.task_function, self.config, Singleton.get_state(), here)
-        ray, initialized = join_ray(self.address)
-        try:
-            remote = ray.remote(num_cpus=self.cpus, max_retries=0, runtime_env={"env_vars": variables})(_job)
-            shared = ray.put(context)
-            waiting = [remote.remote(shared, initial_job_idx + at, list(one)) for at, one in enumerate(job_overrides)]
-            with progress("running", len(waiting), "jobs") as report:
-                results: list[JobReturn] = counted(map(ray.get, waiting), report)
-            return results
-        finally:
-            if initialized:
-                ray.shutdown()
+        jobs = [(context, initial_job_idx + at, list(one)) for at, one in enumerate(job_overrides)]
+        return run_on_ray(self.address, _job, jobs, "jobs", cpus=self.cpus, retries=0)
 
 
-def _job(context: tuple[Any, ...], number: int, overrides: list[str]) -> JobReturn:
-    """Run one job in a process of the cluster."""
+def _job(job: tuple[tuple[Any, ...], int, list[str]]) -> JobReturn:
+    """Run one job in a process of the cluster: what all jobs need, its number and its overrides."""
+    context, number, overrides = job
     hydra_context, task_function, config, state, (folder, search, sys.argv) = context
     os.chdir(folder)
     sys.path += [place for place in search if place not in sys.path]
