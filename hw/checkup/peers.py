@@ -12,7 +12,7 @@ from hw.elastic.checkpoint import DTYPES, checkpoint_of, config_of, load_checkpo
 from hw.elastic.random_weights import random_model, seed_of
 from hw.validate.transformers_engines import ENGINES, OURS, compare
 
-AMOUNTS = {"gpu": ((1, 8, 32), 512, 128), "cpu": ((1, 8, 32), 32, 16), "short": ((1, 2), 8, 4)}
+AMOUNTS = {"gpu": ((1, 8, 32), 512, 32), "cpu": ((1, 8, 32), 32, 16), "short": ((1, 2), 8, 4)}
 """Batches, and tokens of each prompt and of each answer."""
 ROUNDS = 2
 LEAST_RATIO = {"gpu": 0.9, "cpu": 0.9, "short": 0.0}

@@ -5,24 +5,25 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from omegaconf import DictConfig
 
 from hw.checkup.findings import Findings
 from hw.checkup.setup import Setup
 from hw.engine.hw_engine import HwEngine
-from hw.replay.run import engine_over, hardware
+from hw.replay.run import engine_over, hardware, write_hardware
 from sim.config import build
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import dense_plan
 from sim.policies import Policy
 from sim.replay.run import RecordingEngine, about, build_trace, figures, replay_with, write_tables
-from sim.results.run_folder import provenance, write_begun, write_json
+from sim.results.run_folder import provenance, write_begun, write_json, write_parquet
 
 MOST_OVER_BOUND = 1.5
 """Time of a dense decode iteration over what its bytes take at the device's bandwidth."""
@@ -79,6 +80,7 @@ def run(setup: Setup, findings: Findings) -> None:
         )
         found = results[name]["largest_difference_bytes"]
         findings.check(f"{name}: difference between allocated and predicted bytes", found == 0, found, "0")
+        keep_passes(setup, names[: index + 1])
         del engine
         gc.collect()
         loaded[0].hardware.give_back()
@@ -88,6 +90,14 @@ def run(setup: Setup, findings: Findings) -> None:
         findings.check(
             "dense decode over the bound of its bytes", found is not None and found < MOST_OVER_BOUND, found, wanted
         )
+
+
+def keep_passes(setup: Setup, names: Sequence[str]) -> None:
+    """Write the iterations of all complete replays next to the results: a latency model can be judged by them later."""
+    paths = {name: setup.folder("replays") / name / "passes.parquet" for name in names}
+    found = [pd.read_parquet(path).assign(policy=name) for name, path in paths.items() if path.is_file()]
+    if found:
+        write_parquet(Path(setup.out) / "passes.parquet", pd.concat(found, ignore_index=True))
 
 
 def replayed(folder: Path, cfg: DictConfig, engine: HwEngine, policy: Policy, most_s: float) -> dict[str, Any]:
@@ -124,7 +134,7 @@ def serve(folder: Path, cfg: DictConfig, engine: RecordingEngine, policy: Policy
     write_begun(folder, cfg, made_by)
     write_tables(folder, slo, engine.records(), engine.transitions(), engine.kept_share(), engine.iterations())
     if isinstance(engine, HwEngine):
-        write_json(folder / "hardware.json", hardware(engine, cfg))
+        write_hardware(folder, engine, cfg)
     write_json(folder / "summary.json", figures(engine, slo))  # last: a folder with a summary is complete
 
 

@@ -44,7 +44,7 @@ class Size:
 GPU = Size(
     copied_bytes=1 << 30,
     workspace_bytes=2_000_000_000,
-    trace=("trace=burst", "trace.duration_s=15", "trace.rate_rps=5"),
+    trace=("trace=burst", "trace.duration_s=10", "trace.rate_rps=5"),
     engine="vllm_v1",
     kv_tokens=(40_000, 6_000),
     requests=48,

@@ -19,6 +19,8 @@ from torch import Tensor
 from hw.elastic.device import Accelerator, Graph
 from hw.elastic.device_memory import attempt
 
+OPERATIONS, RECORDED, REPLAYED = "operations", "recorded", "replayed"
+"""How a pass was started: operation by operation; so and recorded as well, which takes longest; from a graph."""
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
 """Rows of a batch that has a graph."""
 RECURS = 4
@@ -29,7 +31,10 @@ MOST_FAILURES = 3
 
 
 class DecodeGraphs:
-    """Graphs by what determines a pass: the batch, its layout and the plan."""
+    """Graphs by what determines a pass: the batch, its layout and the plan.
+
+    started: how the last pass was started: ``OPERATIONS``, ``RECORDED`` or ``REPLAYED``.
+    """
 
     def __init__(self, hardware: Accelerator, most_bytes: int) -> None:
         """Hold no graph yet; together they may take ``most_bytes``."""
@@ -38,6 +43,7 @@ class DecodeGraphs:
         self._needed: Counter[Hashable] = Counter()
         self._state: Hashable = None
         self._failures = 0
+        self.started = OPERATIONS
 
     @property
     def nbytes(self) -> int:
@@ -63,13 +69,16 @@ class DecodeGraphs:
             self.clear()
             self._state = state
         graph = self._graphs.get(key)
+        self.started = REPLAYED
         if graph is None:
+            self.started = OPERATIONS
             self._needed[key] += 1
             if self._failures == MOST_FAILURES or self._needed[key] < RECURS:
                 return step()
             graph = self._record(key, step)
             if graph is None:
                 return step()
+            self.started = RECORDED
         self._graphs.move_to_end(key)
         graph.replay()
         return graph.output

@@ -25,15 +25,15 @@ class KVArena:
 
     The device maps memory when the arena grows and unmaps it when the arena shrinks; nothing is ever copied.
 
-    kv: keys and values, [capacity, 2, p, h, d], of which only the first ``blocks`` may be used. version: changes with
-    every mapping of memory.
+    kv: keys and values, [capacity, 2, p, h, d], of which only the first ``blocks`` may be used. Its addresses never
+    change, so a recorded pass stays valid when the arena is resized.
     """
 
     def __init__(
         self, hardware: Device, *, capacity: int, block_tokens: int, heads: int, head_dim: int, dtype: torch.dtype
     ) -> None:
         """Reserve addresses for ``capacity`` blocks; none has memory yet."""
-        self.blocks = self.version = 0
+        self.blocks = 0
         self.hardware, self.device = hardware, hardware.place
         self.block_tokens = block_tokens
         self.block_bytes = 2 * block_tokens * heads * head_dim * dtype.itemsize
@@ -66,7 +66,6 @@ class KVArena:
         # memory that does not exist is an error now.
         self.kv[self.blocks : blocks].zero_()
         self.blocks = blocks
-        self.version += 1
 
     def close(self) -> None:
         """Free all memory."""

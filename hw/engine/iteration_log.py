@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sim.cost.plan import Plan
+import pandas as pd
+
+from sim.cost.latency import chunk_context_sum
+from sim.cost.plan import Plan, describe
+from sim.results.records import Iterations
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +18,7 @@ class Shape:
     """What an iteration computed, in the terms that ``sim.cost.latency`` prices, and the plan that it ran.
 
     chunks: (tokens, tokens before them) of each prompt. forward_s: seconds of the pass; the rest of an iteration is the
-    host's.
+    host's. started: how the pass was started, one of the values in hw/elastic/graphs.py.
     """
 
     plan: Plan
@@ -21,6 +27,7 @@ class Shape:
     decode_context_sum: int
     sequences: int
     forward_s: float
+    started: str = "operations"
 
     @property
     def prefill_tokens(self) -> int:
@@ -40,3 +47,27 @@ class MemoryRow:
     predicted_bytes: int
     allocated_bytes: int
     in_use_bytes: int
+
+
+def passes_table(shapes: Sequence[Shape], iterations: Iterations) -> pd.DataFrame:
+    """Return one row per iteration: its times in seconds, what it computed, under which plan, and how it was started.
+
+    With it a latency model can be fitted, or judged, without the device. Contexts are summed over tokens.
+    """
+
+    def row(shape: Shape) -> dict[str, Any]:
+        return {
+            "forward_s": shape.forward_s,
+            "started": shape.started,
+            "chunks": len(shape.chunks),
+            "prefill_tokens": shape.prefill_tokens,
+            "prefill_context_sum": sum(chunk_context_sum(tokens, before) for tokens, before in shape.chunks),
+            "decode_batch": shape.decode_batch,
+            "decode_context_sum": shape.decode_context_sum,
+            "sequences": shape.sequences,
+            "plan": describe(shape.plan),
+        }
+
+    count = len(shapes)
+    times = pd.DataFrame({"start_s": iterations.start_s[:count], "end_s": iterations.end_s[:count]})
+    return pd.concat((times, pd.DataFrame([row(shape) for shape in shapes])), axis=1)

@@ -21,7 +21,7 @@ from hw.elastic.blocks import ABSENT, KINDS
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import DeviceMemory, attempt
 from hw.elastic.forward import NotANumberError, all_finite, forward
-from hw.elastic.graphs import DecodeGraphs
+from hw.elastic.graphs import OPERATIONS, DecodeGraphs
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import Packed, PagedBatch
 from hw.elastic.paged_kv import KVArena
@@ -147,6 +147,7 @@ class TorchExecutor:
         self._staging = Staging(elastic.hardware)
         self._attention, self._graphs = attention or default_attention(arena), graphs
         self._prices = prices
+        self._started = OPERATIONS
 
     def run(self, iteration: Iteration) -> Ran | None:
         """Run one iteration; return None if memory ran out and nothing was computed."""
@@ -164,6 +165,7 @@ class TorchExecutor:
             decode_context_sum=sum(live.computed_tokens for live in decodes),
             sequences=len(next_tokens),
             forward_s=forward_s,
+            started=self._started,
         )
         self._clock.ran(shape.prefill_tokens, shape.decode_batch, shape.decode_context_sum)
         end_s = self._clock.now_s()
@@ -301,11 +303,16 @@ class TorchExecutor:
 
     def _run(self, iteration: Iteration, batch: PagedBatch, *, recurs: bool, head: bool = True) -> Tensor:
         """Return what ``_pass`` returns, from a CUDA graph if the pass recurs and can have one."""
+        self._started = OPERATIONS
         if self._graphs is None or not recurs or not batch.uniform:
             return self._pass(iteration, batch, head=head)
-        state = self.arena.version, self._staging.version, self._elastic.weights_version
-        key = batch.layout, batch.layers, iteration.plan
-        return self._graphs.run(key, state, lambda: self._pass(iteration, batch, head=head))
+        # The arena's memory may grow and shrink, but its addresses stay. Of a plan, a pass over decodes depends on the
+        # blocks that they run alone: its limits of admission change often, and its precisions move the weights.
+        state = self._staging.version, self._elastic.weights_version
+        key = batch.layout, batch.layers, iteration.plan.decode
+        logits = self._graphs.run(key, state, lambda: self._pass(iteration, batch, head=head))
+        self._started = self._graphs.started
+        return logits
 
     def _pass(self, iteration: Iteration, batch: PagedBatch, *, check: bool = False, head: bool = True) -> Tensor:
         """Return the logits of the rows that the batch wants; without ``head``, the input of the head."""

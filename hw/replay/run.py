@@ -1,7 +1,8 @@
 """A replay on the real model, with the configuration and the files of ``sim.replay``.
 
 It takes every key of the simulator, so one command line serves both; keys under ``hw`` are those that only a real run
-needs. It also writes ``hardware.json``: clock, device, allocated and used memory.
+needs. It also writes ``hardware.json``: clock, device, allocated and used memory; and ``passes.parquet``: what each
+iteration computed, in how many seconds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hw.elastic.device import Accelerator
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock, check_clock
 from hw.engine.hw_engine import HwEngine, check_config
+from hw.engine.iteration_log import passes_table
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
 from sim.config import ReplayConfig, build, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
@@ -35,7 +37,7 @@ from sim.engine.server_spec import ServerSpec
 from sim.errors import ModelError
 from sim.policies import Policy, plans_of
 from sim.replay.run import build_parts, run_replay
-from sim.results.run_folder import write_json
+from sim.results.run_folder import write_json, write_parquet
 
 
 @dataclass(kw_only=True)
@@ -165,6 +167,12 @@ def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:
     }
 
 
+def write_hardware(folder: Path, engine: HwEngine, cfg: DictConfig) -> None:
+    """Write what only a run of the real engine leaves: ``hardware.json`` and ``passes.parquet``."""
+    write_json(folder / "hardware.json", hardware(engine, cfg))
+    write_parquet(folder / "passes.parquet", passes_table(engine.shapes(), engine.iterations()))
+
+
 @contextmanager
 def interrupt_between_iterations(engine: HwEngine) -> Iterator[None]:
     """Let Ctrl-C end a run between two iterations; a second Ctrl-C ends it at once."""
@@ -193,7 +201,7 @@ def run_hw_replay(cfg: DictConfig) -> dict[str, Any]:
             )
     finally:
         try:
-            write_json(Path(HydraConfig.get().runtime.output_dir) / "hardware.json", hardware(engine, cfg))
+            write_hardware(Path(HydraConfig.get().runtime.output_dir), engine, cfg)
         finally:
             engine.close()
 

@@ -27,7 +27,7 @@ from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import read_prompts
-from hw.replay.run import hardware, load_elastic
+from hw.replay.run import load_elastic, write_hardware
 from hw.validate.compare import Run, compare, read_run
 from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of
 from hw.validate.suite_page import AT_SPEED
@@ -163,7 +163,7 @@ def serve(folder: Path, cfg: DictConfig, engine: RecordingEngine, policy: Policy
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_tables(folder, slo, engine.records(), engine.transitions(), engine.kept_share(), engine.iterations())
     if isinstance(engine, HwEngine):
-        write_json(folder / "hardware.json", hardware(engine, cfg))
+        write_hardware(folder, engine, cfg)
         engine.close()
     write_json(folder / "summary.json", figures(engine, slo))  # last: a folder with a summary is complete
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import hw.calibrate.__main__  # registers the keys of hw.calibrate
@@ -81,6 +82,9 @@ def test_policies_are_replayed_and_simulated_and_compared(setup: Setup) -> None:
     figures = found_by("policies", setup)["figures"]["policies"]
     assert set(figures) == {"dense", "fixed", "morphserve", "greedy_stop"}
     assert figures["dense"]["over_bound"] > 0
+    passes = pd.read_parquet(Path(setup.out) / "passes.parquet")
+    assert set(passes["policy"]) == set(figures)
+    assert (passes["forward_s"] > 0).all()
     compared = found_by("simulation", setup)["figures"]["comparisons"]
     assert set(compared) == set(figures)
     assert compared["dense"]["judged"] > 5

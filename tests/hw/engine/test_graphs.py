@@ -5,6 +5,7 @@ The plain operations take the place of kernels, which triton's interpreter runs 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -97,6 +98,30 @@ def test_plans_that_change_and_a_pool_that_shrinks_replay_nothing_old() -> None:
                 engine.apply(plans[step // 6 - 1])
         assert engine.drained
         assert device.replays > 20
+
+
+def test_a_pool_that_is_resized_and_limits_that_change_forget_no_graph() -> None:
+    spec, dense = tiny_spec(), dense_plan(tiny_spec())
+    high = budget_for_kv_blocks(spec, dense, 60, WORKSPACE_BYTES, 4)
+    with FakeCuda() as device:
+        engine = engine_on(device, budget=Budget((0.0, 20.0, 40.0), (high, high - 20_000, high)))
+        engine.submit(requests([(0.0, 5, 60)]))
+        for step in range(60):
+            engine.apply(replace(dense, max_running=2 + step % 3))
+            engine.run_until(1.0 * step)
+        engine.run_until(1e9)
+        decodes = sum(shape.decode_batch > 0 and not shape.chunks for shape in engine.shapes())
+        graphs_held = engine._torch._graphs
+        assert graphs_held is not None
+        recorded = graphs_held.count
+        assert recorded
+        # Each graph is preceded by the passes that showed that it recurs; all others replay one.
+        assert device.replays == decodes - recorded * (graphs.RECURS - 1)
+        started = Counter(shape.started for shape in engine.shapes() if not shape.chunks)
+        assert started["recorded"] == recorded
+        assert started["replayed"] == device.replays - recorded
+        assert started["operations"] == decodes - device.replays
+        assert all(shape.started == "operations" for shape in engine.shapes() if shape.chunks)
 
 
 def test_the_fake_fails_where_a_graph_would_use_old_addresses() -> None:

@@ -67,7 +67,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 def test_the_same_overrides_give_the_same_files_columns_and_requests_on_both_engines(run: Callable[..., Path]) -> None:
     real, simulated = run("hw", name="real"), run("sim", name="simulated")
     files = {path.name for path in simulated.iterdir()}
-    assert {path.name for path in real.iterdir()} == files | {"hardware.json"}
+    assert {path.name for path in real.iterdir()} == files | {"hardware.json", "passes.parquet"}
+    passes, iterations = (pd.read_parquet(real / f"{name}.parquet") for name in ("passes", "iterations"))
+    for column in ("start_s", "end_s", "prefill_tokens"):
+        assert passes[column].tolist() == iterations[column].tolist()
+    assert passes["decode_batch"].tolist() == iterations["decode_requests"].tolist()
+    assert (passes["forward_s"] <= passes["end_s"] - passes["start_s"]).all()
+    assert set(passes["started"]) == {"operations"}
     for name in ("records.parquet", "iterations.parquet", "transitions.parquet", "kept_share.parquet"):
         ours, theirs = pd.read_parquet(real / name), pd.read_parquet(simulated / name)
         assert dict(ours.dtypes) == dict(theirs.dtypes)
