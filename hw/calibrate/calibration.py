@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw.calibrate import measurements as m
-from sim.cost.latency import SCHEMA
+from sim.cost.latency import CALIBRATIONS, SCHEMA
+from sim.errors import ConfigError
+from sim.json_file import read_json_object
 from sim.types import Floats
 
 TARGET_MEDIAN, TARGET_P95 = 0.03, 0.12
@@ -236,6 +238,21 @@ def times(content: Mapping[str, Any], factor: float, prefill_attention_factor: f
     for name in ("prefill_attention", "decode_attention"):
         tables[name] = tables[name] | {"us": scaled(tables[name]["us"], factors.get(name, factor))}
     return {**content, "tables": tables}
+
+
+def calibration_content(name: str) -> dict[str, Any]:
+    """Return the content of a calibration file, by path or by its name in conf/calibration."""
+    path = Path(name) if Path(name).suffix == ".json" else CALIBRATIONS / f"{name}.json"
+    return read_json_object(path, ConfigError, "measure it again")
+
+
+def with_linear_factors(content: Mapping[str, Any], factors: Mapping[int, float]) -> dict[str, Any]:
+    """Return a calibration with the times of blocks, without attention, multiplied by a factor for each precision."""
+    linear = {
+        bits: {kind: [float(f"{us * factors.get(int(bits), 1.0):.6g}") for us in row] for kind, row in kinds.items()}
+        for bits, kinds in content["tables"]["linear_us"].items()
+    }
+    return {**content, "tables": content["tables"] | {"linear_us": linear}}
 
 
 def slower(content: Mapping[str, Any], factor: float) -> dict[str, Any]:

@@ -142,11 +142,23 @@ def load_of(elastic: ElasticModel, seconds: float, memory_bytes: float, bandwidt
 
 
 def run_engine(
-    elastic: ElasticModel, clock: str, seed: int, load: Load, rate_rps: float, seconds: float | None = None
+    elastic: ElasticModel,
+    clock: str,
+    seed: int,
+    load: Load,
+    rate_rps: float,
+    seconds: float | None = None,
+    bits: int | None = None,
 ) -> Iterations:
-    """Serve random requests on the dense model, for ``seconds`` of arrivals or those of the load."""
+    """Serve random requests on the model with all blocks, for ``seconds`` of arrivals or those of the load.
+
+    bits: precision of all layers; None keeps that of the checkpoint.
+    """
     spec = elastic.spec
-    elastic.apply(dense_plan(spec))
+    plan = dense_plan(spec)
+    if bits is not None:
+        plan = replace(plan, weight_bits=(bits,) * spec.num_layers)
+    elastic.apply(plan)
     config = EngineConfig(limits=load.limits, kv_block_tokens=BLOCK_TOKENS)
     trace = poisson(
         rate_rps=rate_rps,
@@ -163,7 +175,6 @@ def run_engine(
         ),
         seed=seed,
     )
-    plan = dense_plan(spec)
     blocks = kv_blocks(load.kv_tokens, BLOCK_TOKENS)
     engine = HwEngine(
         elastic=elastic,

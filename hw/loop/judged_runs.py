@@ -42,9 +42,9 @@ class RealServer:
         return self._loaded
 
     def measure(self, speed: MachineSpeed) -> None:
-        """Serve one reference run."""
+        """Serve one reference run, at the precision whose turn it is."""
         elastic, _ = self.loaded
-        speed.measure(elastic, self._cfg.hw.clock, self._prices(), self._load(elastic))
+        speed.measure(elastic, self._cfg.hw.clock, self._prices(), self._load(elastic), precisions_of(self._cfg))
 
     def serve(self, folder: Path, cfg: DictConfig) -> None:
         """Serve one judged run."""
@@ -66,10 +66,15 @@ class RealServer:
         return load_of(elastic, SERVED_S, gpu.memory_bytes, gpu.memory_bandwidth_bytes_per_s)
 
 
+def precisions_of(cfg: DictConfig) -> tuple[int, ...]:
+    """Return the precisions of weights at which the reference runs serve: those with prices, the highest first."""
+    return tuple(sorted(server_spec(cfg).priced().bits, reverse=True))
+
+
 def measured_speed(cfg: DictConfig, folder: Path, real: RealServer) -> MachineSpeed:
     """Return the reference runs before the predictions, after serving those that are missing."""
     speed = MachineSpeed(folder / BEFORE)
-    missing = int(cfg.references) - len(speed.references)
+    missing = int(cfg.references) * len(precisions_of(cfg)) - len(speed.references)
     with progress("measuring the machine's speed", max(missing, 0), "reference runs") as report:
         for number in range(missing):
             real.measure(speed)

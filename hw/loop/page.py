@@ -22,11 +22,43 @@ def page(content: Mapping[str, Any]) -> str:
         content=content,
         made=content["provenance"],
         verdict=verdict,
+        speed=_speed(content["speed"]),
         policies=_policies_table(content),
         cells=_cells_table(verdict),
         pairs=_pairs_table(verdict),
         missed=[row for row in verdict["level"]["cells"] if not row["holds"]],
         requests=[int(one["requests"]) for one in content["predictions"]["windows"].values()],
+    )
+
+
+def _speed(speed: Mapping[str, Any]) -> str:
+    """Return how fast the machine was before and during the judged runs, relative to the calibration."""
+
+    def ranges(each: Mapping[str, list[float]] | list[float]) -> str:
+        by_bits = each if isinstance(each, Mapping) else {"16": each}  # a list in results before precisions were told
+        said = [f"{bits} bits {min(all_):.2f} to {max(all_):.2f}" for bits, all_ in by_bits.items()]
+        return ", ".join(said)
+
+    def blocks(factors: Mapping[str, float]) -> str:
+        said = " and ".join(f"those at {bits} bits {factor:.2f}" for bits, factor in factors.items())
+        return f", and of the times of blocks, {said} times that" if factors else ""
+
+    if not speed["before_each"]:
+        before = (
+            f"No reference run measured the speed; the simulation is frozen at a stated factor of {speed['before']:.3f}"
+        )
+        return f"{before}, and requests arrive slower by it."
+    factors, later = speed.get("linear_factors", {}), speed.get("linear_factors_during", {})
+    before = (
+        f"Reference runs before the predictions took {speed['before']:.3f} times their calibrated seconds"
+        f"{blocks(factors)} (single runs: {ranges(speed['before_each'])}). The simulation is frozen at these factors, "
+        "and requests arrive slower by the first."
+    )
+    if not speed["during"]:
+        return before
+    return (
+        f"{before} Reference runs between the judged runs, which change nothing: {speed['during']:.3f}{blocks(later)} "
+        f"(single runs: {ranges(speed['during_each'])})."
     )
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
+from hw.calibrate.calibration import calibration_content, with_linear_factors
 from hw.checkup.policies import serve
 from hw.loop.settings import cells, check_windows, description, run_config
 from hw.validate.compare import read_run
-from hw.validate.machine_speed import MachineSpeed, factor_of
+from hw.validate.machine_speed import MachineSpeed, factor_of, linear_factors
 from sim.config import CONF_DIR, with_differences
 from sim.cost.plan import dense_plan
 from sim.errors import ConfigError
@@ -25,6 +26,8 @@ from sim.results.run_folder import provenance, write_json
 from sim.results.utility import utility
 
 FILE = "predictions.json"
+CALIBRATION = "calibration.json"
+"""The calibration with the prices of this machine; it follows from the predictions, and is written again from them."""
 JUDGED_FOR = "judged_for.json"
 """Which predictions the judged runs of a folder are for; written before the first of them."""
 
@@ -110,13 +113,15 @@ def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[s
         folder: of all runs. speed: the reference runs that measured the machine; None if its speed is a setting.
     """
     slowdown = float(cfg.slowdown) if speed is None else factor_of(speed.references)
+    factors = {} if speed is None else linear_factors(speed.references)
     windows = check_windows(cfg, slowdown)
     files = policy_files(cfg)
+    at_speed = priced_for(cfg, folder, factors)
     found: dict[str, dict[str, Any]] = {}
     every = cells(cfg)
     with progress("simulating", len(every), "runs") as report:
         for number, (window, policy) in enumerate(every, start=1):
-            one = run_config(cfg, window, policy, slowdown)
+            one = run_config(at_speed, window, policy, slowdown)
             at = folder / "sim" / window / policy
             serve(at, one, *build_engine(one))
             found.setdefault(window, {})[policy] = outcome(at, one)
@@ -126,6 +131,7 @@ def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[s
         "provenance": provenance(cfg.seed),
         "calibration": spec.priced().name,
         "slowdown": slowdown,
+        "linear_factors": {str(bits): factor for bits, factor in factors.items()},
         "references": [] if speed is None else speed.references,
         "policy_files": files,
         "windows": windows,
@@ -136,6 +142,22 @@ def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[s
     read = read_predictions(folder)
     assert read is not None
     return read
+
+
+def priced_for(cfg: DictConfig, folder: Path, factors: Mapping[int, float]) -> DictConfig:
+    """Return the configuration with the prices of this machine, which are written into the folder of all runs.
+
+    factors: of each precision, as ``linear_factors`` returns them; without any, the calibration stays as it is.
+    """
+    if not factors:
+        return cfg
+    path = folder / CALIBRATION
+    content = calibration_content(str(cfg.latency or server_spec(cfg).priced().name))
+    write_json(path, with_linear_factors(content, factors))
+    found = cfg.copy()
+    with open_dict(found):
+        found.latency = str(path)
+    return found
 
 
 def outcome(folder: Path, cfg: DictConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,17 @@ from rich.table import Table
 
 from hw.loop.judged_runs import DURING, RealServer, measured_speed, real_outcomes, run_missing
 from hw.loop.page import page, plot
-from hw.loop.predictions import check_same_settings, check_unchanged, note_judged, predict, read_predictions
+from hw.loop.predictions import (
+    check_same_settings,
+    check_unchanged,
+    note_judged,
+    predict,
+    priced_for,
+    read_predictions,
+)
 from hw.loop.settings import check_settings, check_windows, results_folder
 from hw.loop.verdict import judge
-from hw.validate.machine_speed import MachineSpeed, factor_of
+from hw.validate.machine_speed import MachineSpeed, factor_of, factors_by_precision, linear_factors
 from sim.config import one_thread, run_command
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
@@ -48,10 +55,12 @@ def _loop(cfg: DictConfig) -> int:
     _show_predictions(predictions, console)
     if cfg.page == "predict":
         return 0
-    slowdown = float(predictions["slowdown"])
     if cfg.page == "also":
         note_judged(folder, predictions)
-        run_missing(cfg, folder, slowdown, real, lambda line: console.print(line, highlight=False))
+        factors = {int(bits): factor for bits, factor in predictions.get("linear_factors", {}).items()}
+        priced = priced_for(cfg, folder, factors)
+        slowdown = float(predictions["slowdown"])
+        run_missing(priced, folder, slowdown, real, lambda line: console.print(line, highlight=False))
     content = judged(cfg, folder, predictions)
     write_json(out / RESULT, content)
     return _written(content, out, console)
@@ -116,14 +125,20 @@ def judged(cfg: DictConfig, folder: Path, predictions: Mapping[str, Any]) -> dic
         "repeats": len(complete),
         "speed": {
             "before": predictions["slowdown"],
-            "before_each": [factor_of([one]) for one in predictions["references"]],
+            "before_each": _by_precision(predictions["references"]),
             "during": factor_of(during) if during else None,
-            "during_each": [factor_of([one]) for one in during],
+            "during_each": _by_precision(during),
+            "linear_factors": predictions.get("linear_factors", {}),
+            "linear_factors_during": {str(bits): factor for bits, factor in linear_factors(during).items()},
         },
         "real": {w: {p: [outcomes[w][p][r] for r in complete] for p in policies} for w in windows},
         "device": _device(folder, windows[0], policies[0]),
         "verdict": verdict,
     }
+
+
+def _by_precision(references: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    return {str(bits): each for bits, each in factors_by_precision(references).items()}
 
 
 def _device(folder: Path, window: str, policy: str) -> dict[str, Any]:

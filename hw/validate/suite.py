@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from scipy.stats import kendalltau
 
-from hw.calibrate.calibration import slower
+from hw.calibrate.calibration import calibration_content, slower
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
@@ -32,9 +32,8 @@ from hw.validate.compare import Run, compare, read_run
 from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of
 from hw.validate.suite_page import AT_SPEED
 from sim.config import CONF_DIR, build, compose_config
-from sim.cost.latency import CALIBRATIONS, LatencyModel, copy_speed, load_calibration
+from sim.cost.latency import LatencyModel, copy_speed, load_calibration
 from sim.errors import ConfigError, nearest
-from sim.json_file import read_json_object
 from sim.paths import REPOSITORY, RESULTS
 from sim.policies import Policy
 from sim.progress import progress
@@ -298,12 +297,6 @@ def at_speed(cfg: DictConfig, real: Sequence[Run]) -> dict[str, Any]:
                 if ours is not None and theirs:
                     errors.setdefault(name, []).append(ours / theirs - 1)
     return {"factors": factors, "errors": {name: float(np.median(values)) for name, values in errors.items()}}
-
-
-def calibration_content(name: str) -> dict[str, Any]:
-    """Return the content of a calibration file, by path or by its name in conf/calibration."""
-    path = Path(name) if Path(name).suffix == ".json" else CALIBRATIONS / f"{name}.json"
-    return read_json_object(path, ConfigError, "measure it again")
 
 
 def _of(summary: Mapping[str, Any], name: str) -> float | None:

@@ -494,6 +494,22 @@ class LatencyModel:
         """Return the model with its memory-bound and its compute-bound times multiplied by two factors."""
         return self if factors.absent else replace(self, tables=scaled_tables(self.tables, factors))
 
+    def with_linear_factors(self, factors: Mapping[int, float]) -> LatencyModel:
+        """Return the model with the times of blocks, without attention, multiplied by a factor for each precision.
+
+        Args:
+            factors: bits -> factor above 0; precisions without one stay as they are.
+        """
+        data, layout = self.tables.data.copy(), self.tables.layout
+        for bits, factor in factors.items():
+            if not 0 < factor < math.inf:
+                raise CalibrationError(f"the factor of {bits} bits is {factor!r}; it must be a number above 0")
+            for kind in (MHA, FFN):
+                slot = CURVE_LINEAR + 4 * WEIGHT_BITS.index(bits) + 2 * kind
+                at, last = layout[slot], layout[slot + 1]
+                data[at : at + last + 2] *= factor  # the slope above the last count comes after the values
+        return replace(self, tables=LatencyTables(data, layout))
+
     def check_bits(self, plan: Plan) -> None:
         """Check that the calibration covers every precision of a plan.
 
