@@ -84,7 +84,8 @@ def linear_factors(references: Sequence[Mapping[str, float]]) -> dict[int, float
     for bits in sorted({_bits(one) for one in references}, reverse=True)[1:]:
         runs = _at(references, bits)
         rest_s, linear_s = _sum(runs, "priced_s") - _sum(runs, "linear_s"), _sum(runs, "linear_s")
-        found[bits] = max((_sum(runs, "measured_s") / slowdown - rest_s) / linear_s, LEAST_FACTOR)
+        if linear_s > 0:  # a calibration may say that blocks take no time
+            found[bits] = max((_sum(runs, "measured_s") / slowdown - rest_s) / linear_s, LEAST_FACTOR)
     return found
 
 

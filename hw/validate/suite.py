@@ -22,14 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from scipy.stats import kendalltau
 
-from hw.calibrate.calibration import calibration_content, slower
+from hw.calibrate.calibration import calibration_content, slower, with_linear_factors
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import read_prompts
 from hw.replay.run import load_elastic, write_hardware
 from hw.validate.compare import Run, compare, read_run
-from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of
+from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of, linear_factors
 from hw.validate.suite_page import AT_SPEED
 from sim.config import CONF_DIR, build, compose_config
 from sim.cost.latency import LatencyModel, copy_speed, load_calibration
@@ -116,6 +116,8 @@ class ValidateConfig:
 
 ConfigStore.instance().store(name="hw_validate_schema", node=ValidateConfig)
 PAGES = ("also", "judge", "only")
+PRECISIONS = (16, 8)
+"""Bits of the weights in the plans of the suite, at which the reference runs measure the machine's speed."""
 
 
 def configuration(workload: str, policy: str, settings: ValidateConfig) -> DictConfig:
@@ -223,7 +225,7 @@ def run_missing(
             cfg = configuration(workload, policy, settings)
             loaded = loaded or Hardware(cfg)
             if number % RUNS_BETWEEN == 1:
-                speed.measure(loaded.elastic, settings.clock, latency)
+                speed.measure(loaded.elastic, settings.clock, latency, precisions=PRECISIONS)
             serve(base / workload / policy / f"hw{repeat}", cfg, *loaded.engine(cfg))
             console.print(f"{number} of {len(todo)}: {workload}, {policy}, repeat {repeat}", highlight=False)
             report(number)
@@ -239,7 +241,8 @@ def judge_cells(
     """
     base = Path(settings.runs)
     at_its_speed = replace(settings, latency=str(base / "calibration.json"))
-    scaled = slower(calibration_content(settings.latency), factor_of(speed.references))
+    content = with_linear_factors(calibration_content(settings.latency), linear_factors(speed.references))
+    scaled = slower(content, factor_of(speed.references))
     write_json(Path(at_its_speed.latency), scaled)
     results: dict[str, dict[str, Any]] = {}
     for workload, policy in cells:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hw.validate.compare import seconds, verdicts
-from hw.validate.machine_speed import factor_of
+from hw.validate.machine_speed import factor_of, factors_by_precision, linear_factors
 from sim.pages.render import render, show, table
 from sim.results.plots import figure_file
 
@@ -44,12 +44,20 @@ def page(content: Mapping[str, Any]) -> str:
     cells = [(workload, policy, result) for workload, by in content["results"].items() for policy, result in by.items()]
     judged = [verdict for _, _, result in cells for verdict in verdicts(result).values()]
     references = content.get("machine_speed", {}).get("references", ())
-    each = [factor_of([one]) for one in references]
+    each = next(iter(factors_by_precision(references).values()), [])  # of the dense model
     return render(
         TEMPLATE,
         content=content,
         made=content["provenance"],
-        speed={"factor": factor_of(references), "low": min(each), "high": max(each)} if references else None,
+        speed={
+            "factor": factor_of(references),
+            "runs": len(each),
+            "low": min(each),
+            "high": max(each),
+            "linear_factors": linear_factors(references),
+        }
+        if references
+        else None,
         checks={verdict: judged.count(verdict) for verdict in ("held", "within noise", "missed")},
         judged=len(judged),
         exact=sum(result["memory"].get("exact") is True for _, _, result in cells),

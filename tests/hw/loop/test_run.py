@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 
 from hw.loop.judged_runs import missing_runs
 from hw.loop.run import _loop
 from hw.loop.settings import run_config
+from hw.validate.machine_speed import linear_factors
 from sim.config import compose_config
-from sim.cost.latency import CALIBRATIONS
+from sim.cost.latency import CALIBRATIONS, load_calibration
 from sim.errors import ConfigError
 from sim.replay.run import build_trace
 from sim.results.run_folder import write_json
@@ -106,6 +108,20 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
     content = json.loads((tmp_path / "runs" / "predictions.json").read_text(encoding="utf-8"))
     reference = content["references"][0]
     assert content["slowdown"] == pytest.approx(reference["measured_s"] / reference["priced_s"])
+    assert [one["bits"] for one in content["references"]] == [16, 8, 4]
+    factors = {int(bits): factor for bits, factor in content["linear_factors"].items()}
+    assert factors == linear_factors(content["references"])
+    # Predictions and judged runs have the prices of this machine: those of the calibration, times the factors.
+    usual = load_calibration(tmp_path / "tiny.json").with_linear_factors(factors)
+    written = load_calibration(tmp_path / "runs" / "calibration.json")
+    for bits in (16, 8, 4):
+        assert written.linear_s("ffn", bits, 7) == pytest.approx(usual.linear_s("ffn", bits, 7), rel=1e-5)
+    assert _loop(compose_config("hw_loop", [*settings, "measure=true", "repeats=1"])) in (0, 1)
+    for side in ("sim/one/low", "real/one/low/hw0"):
+        config = OmegaConf.load(tmp_path / "runs" / side / "config.yaml")
+        assert config.latency == str(tmp_path / "runs" / "calibration.json")
+    text = (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
+    assert f"those at 4 bits {factors[4]:.2f} times that" in text
 
 
 def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str]) -> None:

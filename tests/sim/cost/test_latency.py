@@ -97,6 +97,23 @@ def test_an_iteration_is_the_sum_of_its_parts() -> None:
     assert model.iteration_s(plan, [(16, 0)], 4, 100, 5) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_factor_of_a_precision_changes_its_blocks_alone() -> None:
+    linear = {bits: {"mha": [10.0, 16.0, 40.0], "ffn": [20.0, 30.0, 90.0]} for bits in ("16", "4")}
+    model, dense = toy(linear_us=linear), dense_plan(load_model("llama2_7b"))
+    some = replace(dense, weight_bits=(16,) * 12 + (4,) * 20)
+    faster = model.with_linear_factors({4: 0.75})
+    for tokens in (1, 16, 20, 64, 112, 5000):  # also between and beyond the points
+        shape = ([(tokens - 1, 0)] if tokens > 1 else [], 1, 100, 1)
+        blocks = model.linear_s("mha", 4, tokens) + model.linear_s("ffn", 4, tokens)
+        saved = model.iteration_s(some, *shape) - faster.iteration_s(some, *shape)
+        assert saved == pytest.approx(0.25 * 20 * blocks, rel=1e-9)
+        assert faster.iteration_s(dense, *shape) == model.iteration_s(dense, *shape)
+    assert model.linear_s("mha", 4, 16) == pytest.approx(16e-6, rel=1e-12)  # the model itself stays
+    for factor in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(CalibrationError, match="the factor of 4 bits is"):
+            model.with_linear_factors({4: factor})
+
+
 def test_a_block_kept_only_for_prefill_sees_only_prompt_tokens() -> None:
     model, spec = toy(), load_model("llama2_7b")
     dense = dense_plan(spec)
