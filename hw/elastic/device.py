@@ -149,6 +149,13 @@ class Accelerator(Device):
         """
 
     @abstractmethod
+    def download(self, source: Tensor, target: Tensor) -> None:
+        """Start to copy a tensor of the device to pinned memory, after all earlier work; the host goes on.
+
+        The host must not read ``target`` before the next ``read``; a later ``upload`` may.
+        """
+
+    @abstractmethod
     def read(self, tensor: Tensor) -> Tensor:
         """Wait for all work so far and return a copy of a tensor in host memory."""
 
@@ -324,6 +331,10 @@ class Cuda(Accelerator):
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, left / total)), self.place)
 
     def upload(self, source: Tensor, target: Tensor) -> None:
+        """Copy on the stream that computes."""
+        target.copy_(source, non_blocking=True)
+
+    def download(self, source: Tensor, target: Tensor) -> None:
         """Copy on the stream that computes."""
         target.copy_(source, non_blocking=True)
 

@@ -9,7 +9,7 @@ file is the memory behind their numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -100,12 +100,26 @@ class KVArena:
         return keys.index_select(0, 2 * blocks), values.index_select(0, 2 * blocks)
 
 
+def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (place in the list, first block, how many) for every run of consecutive blocks."""
+    start = 0
+    for at in range(1, len(blocks) + 1):
+        if at == len(blocks) or blocks[at] != blocks[at - 1] + 1:
+            yield start, blocks[start], at - start
+            start = at
+
+
+def _copied(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
+
+
 class ArenaStorage:
     """An arena as the storage of a ``sim.engine.kv_pool.KVPool``."""
 
     def __init__(self, arena: KVArena) -> None:
         """Keep the pool's blocks in this arena."""
         self._arena, self._hardware = arena, arena.hardware
+        self._saved: dict[int, Tensor] = {}
 
     def resize(self, blocks: int) -> None:
         """Hold blocks 0 to ``blocks - 1``."""
@@ -123,6 +137,38 @@ class ArenaStorage:
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy the content of slots to others, all read before any is written."""
         attempt(self._hardware, lambda: self._copy(torch.tensor(source), torch.tensor(target)))
+
+    def save_on_host(self, request_id: int, blocks: Sequence[int]) -> None:
+        """Copy the content of blocks to pinned host memory; on a CPU to other memory.
+
+        The copies are started in the order of all other work, so nothing waits for them. They take no memory of the
+        device.
+        """
+        attempt(self._hardware, lambda: self._save(request_id, blocks))
+
+    def load_from_host(self, request_id: int, blocks: Sequence[int]) -> None:
+        """Copy what was saved for a request to other blocks."""
+        saved, kv = self._saved.pop(request_id), self._arena.kv
+        assert len(saved) == len(blocks)
+        upload = self._hardware.upload if isinstance(self._hardware, Accelerator) else _copied
+        for at, first, count in _runs(blocks):
+            upload(saved[at : at + count], kv[first : first + count])
+
+    def forget_on_host(self, request_id: int) -> None:
+        """Free what was saved for a request."""
+        self._saved.pop(request_id, None)
+
+    def _save(self, request_id: int, blocks: Sequence[int]) -> None:
+        kv, hardware = self._arena.kv, self._hardware
+        size = len(blocks) * self._arena.block_bytes
+        if isinstance(hardware, Accelerator):
+            memory, download = hardware.pinned(size), hardware.download
+        else:
+            memory, download = torch.empty(size, dtype=torch.uint8), _copied
+        saved = memory.view(kv.dtype).view(len(blocks), *kv.shape[1:])
+        for at, first, count in _runs(blocks):
+            download(kv[first : first + count], saved[at : at + count])
+        self._saved[request_id] = saved
 
     def _move(self, moved: dict[int, int]) -> None:
         kv = self._arena.kv

@@ -61,8 +61,8 @@ def check_config(config: EngineConfig) -> None:
     """Check that the real engine has what a configuration wants; callers do it before they load a model.
 
     Raises:
-        ConfigError: for ``prefix_caching``, ``schedules_ahead``, ``preemption=swap`` or ``copying=blocking``, which
-            only the simulated engine has.
+        ConfigError: for ``prefix_caching``, ``schedules_ahead`` or ``copying=blocking``, which only the simulated
+            engine has.
     """
     if config.prefix_caching:
         raise ConfigError("engine.prefix_caching is true; the real engine has no prefix cache: set it to false")
@@ -70,11 +70,6 @@ def check_config(config: EngineConfig) -> None:
         raise ConfigError(
             "engine.schedules_ahead is true; the real engine forms a batch when the iteration before it has ended: "
             "set it to false"
-        )
-    if config.preemption == "swap":
-        raise ConfigError(
-            "engine.preemption is swap; the real engine does not copy KV to host memory: set it to recompute, and "
-            "engine.host_kv_blocks to 0"
         )
     if config.copying == "blocking":
         raise ConfigError(

@@ -136,6 +136,10 @@ class BlockTable:
             if index < len(self.blocks[layer])
         ]
 
+    def leading_blocks(self, count: int | None = None) -> list[int]:
+        """Return the first ``count`` own blocks of every layer (None: all), by layer, in the order of their tokens."""
+        return [block for layer in sorted(self.blocks) for block in self.blocks[layer][:count]]
+
     def found(self, ids: Sequence[int]) -> None:
         """Hold blocks that were found again; ``ids`` has the order of ``own_blocks``."""
         layers = sorted(self.mha)

@@ -32,11 +32,13 @@ class KVManager:
         different replicas).
     host_layer_blocks, host_free_layer_blocks: KV blocks of one layer in host memory, all and free ones.
     moved_layer_blocks: KV blocks copied to the host and back that no iteration has taken the time for yet.
+
+    A request that comes back from the host gets its KV when it takes the blocks for it; until then ``_arriving`` says
+    how many blocks of each layer were saved.
     """
 
     def __init__(self, config: EngineConfig, queues: RequestQueues, storage: KVStorage | None, layers: int) -> None:
         """Begin with an empty pool; call ``follow_plan`` and ``resize`` next. ``layers``: of the model."""
-        assert storage is None or not config.host_kv_blocks, "no memory copies its KV blocks to a host"
         self.host_layer_blocks = self.host_free_layer_blocks = layers * config.host_kv_blocks
         self.moved_layer_blocks = 0
         self._config, self._queues, self._storage = config, queues, storage
@@ -45,6 +47,7 @@ class KVManager:
         self.prefill_mha: frozenset[int] = frozenset()
         self.decode_mha: frozenset[int] = frozenset()
         self.outside: dict[int, BlockTable] = {}
+        self._arriving: dict[int, int] = {}
 
     # -- what the scheduler needs --------------------------------------------------------------------------------
 
@@ -81,6 +84,9 @@ class KVManager:
         """Take or free KV blocks so that a request holds what ``tokens`` computed tokens need."""
         if not live.table.holds_exactly(tokens):
             self._overwritten(live.table.hold(self.pool, tokens))
+        if self._arriving and (saved := self._arriving.pop(live.request_id, 0)):
+            assert self._storage is not None
+            self._storage.load_from_host(live.request_id, live.table.leading_blocks(saved))
 
     def hold_outside(self, request_id: int, table: BlockTable, tokens: int) -> None:
         """Hold KV blocks for ``tokens`` tokens of a request that does not run here, until it joins or is released."""
@@ -124,12 +130,30 @@ class KVManager:
         """Bring a swapped request back: its table is filled when it takes the KV blocks of its next tokens."""
         live.table = self.new_table(self.mha_of(live))
         self.moved_layer_blocks += live.host_layer_blocks
-        self.drop_host_kv(live)
+        if self._storage is not None:  # real KV is copied back when the blocks for it are taken
+            self._arriving[live.request_id] = live.host_layer_blocks // len(live.table.mha)
+        self._free_host_kv(live)
 
-    def drop_host_kv(self, live: LiveRequest) -> None:
-        """Free the KV that a request holds in host memory, if any."""
+    def _free_host_kv(self, live: LiveRequest) -> None:
         self.host_free_layer_blocks += live.host_layer_blocks
         live.host_layer_blocks = 0
+
+    def drop_host_kv(self, live: LiveRequest) -> None:
+        """Free the KV that a request holds in host memory, if any, with its content."""
+        self._free_host_kv(live)
+        if self._storage is not None:
+            self._arriving.pop(live.request_id, None)
+            self._storage.forget_on_host(live.request_id)
+
+    def _saved_on_host(self, live: LiveRequest) -> bool:
+        """Copy real KV of a running request to the host; return False if there is no memory for it."""
+        if self._storage is None:
+            return True
+        try:
+            self._storage.save_on_host(live.request_id, live.table.leading_blocks())
+        except MemoryError:
+            return False
+        return True
 
     def preempt(self, live: LiveRequest, *, usable: bool = True) -> None:
         """Copy the KV of a preempted request to the host or free it.
@@ -137,7 +161,9 @@ class KVManager:
         With ``reuse_preempted_kv`` a request whose KV is freed may find it again if it is usable.
         """
         table, cache = live.table, self.prefix_cache
-        if usable and self.can_swap(live):
+        if live.request_id in self._arriving:  # preempted before its KV was back
+            self.drop_host_kv(live)
+        if usable and self.can_swap(live) and self._saved_on_host(live):
             live.host_layer_blocks = table.held_layer_blocks
             self.host_free_layer_blocks -= live.host_layer_blocks
             self.moved_layer_blocks += live.host_layer_blocks

@@ -53,6 +53,22 @@ class KVStorage(Protocol):
         """
         ...
 
+    def save_on_host(self, request_id: int, blocks: Sequence[int]) -> None:
+        """Copy the content of blocks to host memory, where it stays for a request.
+
+        Raises:
+            MemoryError: if the host has no memory; then nothing has changed.
+        """
+        ...
+
+    def load_from_host(self, request_id: int, blocks: Sequence[int]) -> None:
+        """Copy what was saved for a request to other blocks, as many and in the same order, and forget it."""
+        ...
+
+    def forget_on_host(self, request_id: int) -> None:
+        """Free what was saved for a request, if anything."""
+        ...
+
 
 @dataclass(slots=True)
 class _Run:

@@ -198,8 +198,8 @@ class FakeCuda(Accelerator):
     in_use, peak: bytes of tensors and mapped memory. pinned_bytes: as the allocator of pinned memory rounds them.
     limits: all that were set. allocations: tensors and mapped pieces so far. refuse: the numbers of those that fail.
     given_back: bytes in use at each call. piece_bytes: granularity of mapped memory. mapped: storages of it. busy:
-    whether it was used since the host last waited. uploads, reads: copies to the device, and back with a wait.
-    timings: how long each timed piece of work was held back. replays: of graphs.
+    whether it was used since the host last waited. uploads, downloads: copies to the device, and back. reads: back,
+    with a wait. timings: how long each timed piece of work was held back. replays: of graphs.
     """
 
     place = torch.device("cpu")
@@ -208,7 +208,7 @@ class FakeCuda(Accelerator):
     def __init__(self, polls: int = 3) -> None:
         self.polls = polls
         self.in_use = self.peak = self.allocations = self.pinned_bytes = 0
-        self.uploads = self.reads = self.replays = 0
+        self.uploads = self.downloads = self.reads = self.replays = 0
         self.mapped: set[int] = set()
         self.busy = False
         self._uploading: list[tuple[Tensor, Tensor]] = []  # pinned memory, and its content when the copy began
@@ -295,6 +295,11 @@ class FakeCuda(Accelerator):
         assert source.untyped_storage()._cdata in self._pinned, "a copy from pageable memory stops the host"
         self.uploads += 1
         self._uploading.append((source, source.clone()))
+        target.copy_(source)
+
+    def download(self, source: Tensor, target: Tensor) -> None:
+        assert target.untyped_storage()._cdata in self._pinned, "a copy to pageable memory stops the host"
+        self.downloads += 1
         target.copy_(source)
 
     def read(self, tensor: Tensor) -> Tensor:

@@ -139,6 +139,29 @@ def test_the_fake_fails_where_a_graph_would_use_old_addresses() -> None:
             engine.run_until(20.0)
 
 
+def test_swapped_kv_comes_back_to_graphs_that_are_replayed() -> None:
+    rows = [(0.0, 20, 24), (0.0, 22, 24), (0.5, 18, 24), (1.0, 24, 20)]
+    with FakeCuda() as device:
+        elastic = ElasticModel(tiny(), name="tiny", hardware=device)
+        dense = dense_plan(elastic.spec)
+        engine = HwEngine(
+            elastic=elastic,
+            config=engine_config(preemption="swap", host_kv_blocks=200),
+            plan=dense,
+            budget_bytes=budget_for_kv_blocks(elastic.spec, dense, 16, WORKSPACE_BYTES, 4),
+            workspace_bytes=WORKSPACE_BYTES,
+            prompts=RandomPrompts(VOCABULARY),
+            clock=PricedClock(flat_latency(), dense),
+        )
+        engine.submit(requests(rows))
+        engine.run_until(1e9)
+        assert engine.records().preemptions.sum() > 0
+        assert engine.iterations().prefill_tokens.sum() == sum(prompt for _, prompt, _ in rows)
+        assert device.downloads > 0
+        assert device.replays > 0
+        assert [engine.tokens(i) for i in range(len(rows))] == plain_tokens("llama", rows)
+
+
 class Step:
     """A pass that is counted, over memory of its own."""
 

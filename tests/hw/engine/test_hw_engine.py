@@ -30,7 +30,7 @@ from sim.engine.protocol import EngineConfig
 from sim.engine.sim_engine import SimEngine
 from sim.engine.transition import LayerCopy
 from sim.errors import BudgetError, ConfigError
-from sim.policies import PolicyContext
+from sim.policies import Fixed, PolicyContext
 from sim.policies.greedy_stop import greedy_stop
 from sim.policies.schedule import Schedule
 from sim.replay.loop import replay
@@ -148,11 +148,62 @@ def test_scheduling_ahead_which_only_the_simulator_has_is_refused() -> None:
         hw_engine(config=replace(engine_config(), schedules_ahead=True))
 
 
-def test_swapping_and_blocking_copies_which_only_the_simulator_has_are_refused() -> None:
-    with pytest.raises(ConfigError, match="the real engine does not copy KV to host memory: set it to recompute"):
-        hw_engine(config=replace(engine_config(), preemption="swap", host_kv_blocks=64))
+def test_blocking_copies_which_only_the_simulator_has_are_refused() -> None:
     with pytest.raises(ConfigError, match="the real engine serves while it copies weights in: set it to overlapped"):
         hw_engine(config=replace(engine_config(), copying="blocking"))
+
+
+@pytest.mark.parametrize("scheduler", ["chunked", "prefill_first"])
+def test_swapped_requests_compute_nothing_again_and_give_the_tokens_of_plain_generate(scheduler: str) -> None:
+    rows = some_rows(2, 12, longest_output=24)
+    swapping = {"preemption": "swap", "host_kv_blocks": 200}
+    engine, again = (hw_engine(kv_blocks=16, config=engine_config(scheduler, **more)) for more in (swapping, {}))
+    tokens = serve(engine, rows)
+    assert tokens == serve(again, rows) == plain_tokens("llama", rows)
+    assert engine.records().preemptions.sum() > 3
+    prompts = sum(prompt for _, prompt, _ in rows)
+    assert engine.iterations().prefill_tokens.sum() == prompts < again.iterations().prefill_tokens.sum()
+    assert engine.host_layer_blocks[0] == 0
+    assert not engine._kv._storage._saved  # the host holds nothing more
+
+
+@pytest.mark.parametrize("host_kv_blocks", [1, 5, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_plans_and_budgets_may_change_while_kv_is_on_the_host(host_kv_blocks: int, seed: int) -> None:
+    rng, spec = random.Random(seed), tiny_spec()
+    rows = some_rows(seed, 12, longest_output=24)
+    dense = dense_plan(spec)
+    plans = [dense, replace(dense, weight_bits=(16, *dense.weight_bits[1:])), with_mask(dense, drop(spec, ffn=[1]))]
+    plans.append(with_mask(dense, drop(spec, mha=[2])))
+    more, less = (budget_for_kv_blocks(spec, dense, blocks, 0, 4) for blocks in (22, 16))
+    budget = Budget((0.0, 20.0, 40.0, 60.0), (more, less, more, less))
+    engine = hw_engine(budget=budget, config=engine_config(preemption="swap", host_kv_blocks=host_kv_blocks))
+    engine.submit(requests(rows))
+    swapped = 0
+    for step in range(200):
+        engine.run_until(step * 2.0)
+        engine.check()
+        storage = engine._kv._storage
+        held = {live.request_id for live in engine.queues.waiting if live.swapped}
+        assert set(storage._saved) == held  # what the host holds is what was counted
+        swapped += len(held)
+        if step % 7 == 6:
+            engine.apply(rng.choice(plans))
+    engine.run_until(1e9)
+    assert engine.drained
+    assert not engine._kv._storage._saved
+    assert swapped or host_kv_blocks < 100
+
+
+def test_kv_is_not_saved_where_the_host_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError("no memory")
+
+    rows = some_rows(2, 12, longest_output=24)
+    engine = hw_engine(kv_blocks=16, config=engine_config(preemption="swap", host_kv_blocks=200))
+    monkeypatch.setattr(type(engine._kv._storage), "save_on_host", refuse)
+    assert serve(engine, rows) == plain_tokens("llama", rows)
+    assert engine.iterations().prefill_tokens.sum() > sum(prompt for _, prompt, _ in rows)
 
 
 @pytest.mark.parametrize("reuse", [False, True])
@@ -294,14 +345,16 @@ def trace_of(rows: Rows) -> Trace:
     return Trace(arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
 
 
-def sim_engine(config: EngineConfig, budget: Budget | int) -> SimEngine:
+def sim_engine(
+    config: EngineConfig, budget: Budget | int, link_bytes_per_s: float = HOST_TO_DEVICE_BYTES_PER_S
+) -> SimEngine:
     return SimEngine(
         model=tiny_spec(),
         latency=flat_latency(),
         config=config,
         plan=dense_plan(tiny_spec()),
         budget_bytes=budget,
-        host_to_device_bytes_per_s=HOST_TO_DEVICE_BYTES_PER_S,
+        host_to_device_bytes_per_s=link_bytes_per_s,
     )
 
 
@@ -372,6 +425,31 @@ def test_both_engines_admit_preempt_and_finish_alike_for_the_same_decisions(
     ):
         replay(trace_of(rows), engine, make_policy(), tick_s=0.7, also_at_s=engine.budget.change_s[1:])
         engines.append(engine)
+    assert_same_replay(*engines)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    scheduler=st.sampled_from(["chunked", "prefill_first"]),
+    kv_blocks=st.sampled_from([14, 18, 24]),
+    host_kv_blocks=st.sampled_from([1, 4, 100]),
+    budget_moves=st.booleans(),
+)
+@settings(max_examples=15, deadline=None)
+def test_both_engines_swap_alike(
+    seed: int, scheduler: str, kv_blocks: int, host_kv_blocks: int, budget_moves: bool
+) -> None:
+    """Law 8 with KV that goes to the host and back, which takes no time on the clock of these tests."""
+    config = engine_config(scheduler, preemption="swap", host_kv_blocks=host_kv_blocks)
+    spec, rows = tiny_spec(), some_rows(seed, 10, longest_output=20)
+    dense = dense_plan(spec)
+    budget = moving_budget(seed, kv_blocks) if budget_moves else budget_for_kv_blocks(spec, dense, kv_blocks, 0, 4)
+    engines = (
+        hw_engine(config=config, budget=budget if isinstance(budget, Budget) else None, kv_blocks=kv_blocks),
+        sim_engine(config, budget, link_bytes_per_s=1e15),
+    )
+    for engine in engines:
+        replay(trace_of(rows), engine, Fixed(dense), also_at_s=engine.budget.change_s[1:])
     assert_same_replay(*engines)
 
 

@@ -292,6 +292,6 @@ def test_what_only_the_simulator_has_is_refused_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(hw.replay.run, "load_elastic", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as ended:
-        run("hw", "engine.preemption=swap", "engine.host_kv_blocks=64")
+        run("hw", "engine.copying=blocking")
     assert ended.value.code == 2
-    assert "the real engine does not copy KV" in capsys.readouterr().err
+    assert "the real engine serves while it copies weights in" in capsys.readouterr().err
