@@ -45,7 +45,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 def engine_of(model: Any, place: torch.device, **more: Any) -> HwEngine:
     elastic = ElasticModel(copy.deepcopy(model).to(place), name="tiny")
-    plan, config = dense_plan(elastic.spec), engine_config(restore="recompute")
+    plan, config = dense_plan(elastic.spec), more.pop("config", None) or engine_config(restore="recompute")
     budget = budget_for_kv_blocks(elastic.spec, plan, 200, WORKSPACE_BYTES, config.kv_block_tokens)
     settings = {"budget_bytes": budget, "workspace_bytes": WORKSPACE_BYTES, **more}
     return HwEngine(
@@ -104,4 +104,15 @@ def test_plans_and_budgets_that_change_lose_no_request_and_no_copy(place: torch.
     assert [len(engine.tokens(i)) for i in range(len(rows))] == [output for _, _, output in rows]
     assert all(row.allocated_bytes == row.predicted_bytes for row in engine.memory_rows())
     assert spec == engine.model
+    engine.close()
+
+
+def test_kv_that_was_on_the_host_comes_back_whole(place: torch.device) -> None:
+    rows = some_rows(2, 12, longest_output=24)
+    config = engine_config(preemption="swap", host_kv_blocks=200)
+    budget = budget_for_kv_blocks(tiny_spec(), dense_plan(tiny_spec()), 16, WORKSPACE_BYTES, config.kv_block_tokens)
+    engine = engine_of(tiny(), place, config=config, budget_bytes=budget)
+    assert serve(engine, rows) == plain_tokens("llama", rows)
+    assert engine.records().preemptions.sum() > 3
+    assert engine.iterations().prefill_tokens.sum() == sum(prompt for _, prompt, _ in rows)
     engine.close()
