@@ -104,6 +104,10 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
                 if job.count:
                     raise
                 raise ConfigError(str(error)) from error  # of an option of Hydra; the command has not started
+            except HydraException as error:
+                if isinstance(error.__cause__, ConfigError):  # of a part that Hydra builds itself, such as a launcher
+                    raise error.__cause__ from None
+                raise
             finally:
                 sys.argv[1:] = [*arguments.options, *arguments.overrides]
                 if arguments.multirun:

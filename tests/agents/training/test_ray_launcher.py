@@ -31,6 +31,14 @@ def test_jobs_run_on_ray_and_one_that_fails_is_named_in_the_table(tmp_path: Path
     assert made["command"].startswith("python -m sim.replay --multirun hydra/launcher=ray policy=dense,int8 ")
 
 
+def test_a_wrong_key_of_the_launcher_is_one_sentence() -> None:
+    arguments = ("--multirun", "hydra/launcher=ray", "hydra.launcher.cpus=0", "policy=dense", *QUICK)
+    done = run_python("-c", "from sim.replay.__main__ import main; main()", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: hydra.launcher.cpus is 0")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_job_needs_a_share_of_a_cpu() -> None:
     with pytest.raises(ConfigError, match="more than 0 CPUs"):
         RayLauncher(cpus=0.0)
