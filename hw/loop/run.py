@@ -123,6 +123,7 @@ def judged(cfg: DictConfig, folder: Path, predictions: Mapping[str, Any]) -> dic
         "predictions": {key: value for key, value in predictions.items() if key != "description"},
         "settings": predictions["description"],
         "repeats": len(complete),
+        "note": str(cfg.note),
         "speed": {
             "before": predictions["slowdown"],
             "before_each": _by_precision(predictions["references"]),

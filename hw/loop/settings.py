@@ -35,6 +35,7 @@ class LoopConfig(HwReplayConfig):
     least_requests: of a window. least_changes: changes of the weights that run, per minute.
     points: how far a simulated utility may be from the real one, unless the noise is larger.
     runs: the folder of run folders. out: where results go.
+    note: what else a reader of the page has to know about the runs, such as what the machine did meanwhile.
     page: also (run what is missing, judge, write the page), predict (only write and show the predictions), judge (run
         nothing), or only (write the page again from the results).
     """
@@ -51,6 +52,7 @@ class LoopConfig(HwReplayConfig):
     points: float = 0.05
     runs: str = "runs/loop"
     out: str | None = None
+    note: str = ""
     page: str = "also"
 
 
@@ -68,11 +70,12 @@ OWN_KEYS = (
     "points",
     "runs",
     "out",
+    "note",
     "page",
 )
 """Keys of the loop itself, which the configuration of a run lacks."""
 NO_PREDICTION = (
-    *("repeats", "references", "runs", "out", "page", "slowdown", "measure", "points"),
+    *("repeats", "references", "runs", "out", "note", "page", "slowdown", "measure", "points"),
     *("plot", "label", "tags"),
 )
 """Keys on which predictions do not depend; the slowdown stands in them."""
