@@ -35,31 +35,29 @@ def _speed(speed: Mapping[str, Any]) -> str:
     """Return how fast the machine was before and during the judged runs, relative to the calibration."""
 
     def ranges(each: Mapping[str, list[float]] | list[float]) -> str:
-        by_bits = each if isinstance(each, Mapping) else {"16": each}  # a list in results before precisions were told
-        said = [f"{bits} bits {min(all_):.2f} to {max(all_):.2f}" for bits, all_ in by_bits.items()]
-        return ", ".join(said)
+        by_bits = each if isinstance(each, Mapping) else {"16": each}  # older results have the dense model alone
+        return ", ".join(f"{bits} bits {min(found):.2f} to {max(found):.2f}" for bits, found in by_bits.items())
 
     def blocks(factors: Mapping[str, float]) -> str:
-        said = " and ".join(f"those at {bits} bits {factor:.2f}" for bits, factor in factors.items())
-        return f", and of the times of blocks, {said} times that" if factors else ""
+        said = " and ".join(f"blocks at {bits} bits {factor:.2f}" for bits, factor in factors.items())
+        return f", {said} times what this factor says" if factors else ""
 
     if not speed["before_each"]:
-        before = (
-            f"No reference run measured the speed; the simulation is frozen at a stated factor of {speed['before']:.3f}"
+        return (
+            "No reference run measured the speed; the simulation is frozen at a stated factor of "
+            f"{speed['before']:.3f}, and requests arrive slower by it."
         )
-        return f"{before}, and requests arrive slower by it."
-    factors, later = speed.get("linear_factors", {}), speed.get("linear_factors_during", {})
-    before = (
-        f"Reference runs before the predictions took {speed['before']:.3f} times their calibrated seconds"
-        f"{blocks(factors)} (single runs: {ranges(speed['before_each'])}). The simulation is frozen at these factors, "
-        "and requests arrive slower by the first."
+    said = (
+        f"Reference runs of the dense model before the predictions took {speed['before']:.3f} times their calibrated "
+        f"seconds{blocks(speed.get('linear_factors', {}))}. The simulation is frozen at that speed, and requests "
+        f"arrive slower by the first factor. Single runs: {ranges(speed['before_each'])}."
     )
-    if not speed["during"]:
-        return before
-    return (
-        f"{before} Reference runs between the judged runs, which change nothing: {speed['during']:.3f}{blocks(later)} "
-        f"(single runs: {ranges(speed['during_each'])})."
-    )
+    if speed["during"]:
+        said += (
+            f" Reference runs between the judged runs, which change nothing: {speed['during']:.3f}"
+            f"{blocks(speed.get('linear_factors_during', {}))}. Single runs: {ranges(speed['during_each'])}."
+        )
+    return said
 
 
 def _policies_table(content: Mapping[str, Any]) -> str:
