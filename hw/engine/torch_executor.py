@@ -307,9 +307,9 @@ class TorchExecutor:
         if self._graphs is None or not recurs or not batch.uniform:
             return self._pass(iteration, batch, head=head)
         # The arena's memory may grow and shrink, but its addresses stay. Of a plan, a pass over decodes depends on the
-        # blocks that they run alone: its limits of admission change often, and its precisions move the weights.
+        # masks alone: its limits of admission change often, and its precisions move the weights.
         state = self._staging.version, self._elastic.weights_version
-        key = batch.layout, batch.layers, iteration.plan.decode
+        key = batch.layout, batch.layers, iteration.plan.decode, iteration.plan.prefill
         logits = self._graphs.run(key, state, lambda: self._pass(iteration, batch, head=head))
         self._started = self._graphs.started
         return logits

@@ -163,6 +163,8 @@ class KVManager:
         table, cache = live.table, self.prefix_cache
         if live.request_id in self._arriving:  # preempted before its KV was back
             self.drop_host_kv(live)
+        if usable and self._storage is not None and self.host_layer_blocks:
+            self.hold(live, live.computed_tokens)  # a failed pass leaves blocks for what it did not compute
         if usable and self.can_swap(live) and self._saved_on_host(live):
             live.host_layer_blocks = table.held_layer_blocks
             self.host_free_layer_blocks -= live.host_layer_blocks

@@ -195,6 +195,35 @@ def test_plans_and_budgets_may_change_while_kv_is_on_the_host(host_kv_blocks: in
     assert swapped or host_kv_blocks < 100
 
 
+@pytest.mark.parametrize("scheduler", ["chunked", "prefill_first"])
+@pytest.mark.parametrize("seed", range(8))
+def test_requests_that_ran_out_of_memory_are_swapped_without_what_they_did_not_compute(
+    seed: int, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, rows = random.Random(seed), some_rows(seed, 12, longest_output=24)
+    config = engine_config(scheduler, preemption="swap", host_kv_blocks=rng.choice([6, 20, 200]))
+    engine = hw_engine(kv_blocks=24, config=config)
+    forward = engine._torch.forward
+
+    def fails_at_times(iteration: Iteration) -> dict[int, int]:
+        if len(iteration.batch.scheduled) > 1 and rng.random() < 0.3:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(iteration)
+
+    save = engine._kv._storage.save_on_host
+
+    def saves_what_is_computed(request_id: int, blocks: list[int]) -> None:
+        live = engine.queues.all[request_id]
+        assert live.computed_tokens > 0
+        assert len(blocks) == live.table.own_blocks_needed(live.computed_tokens)
+        save(request_id, blocks)
+
+    monkeypatch.setattr(engine._torch, "forward", fails_at_times)
+    monkeypatch.setattr(engine._kv._storage, "save_on_host", saves_what_is_computed)
+    assert serve(engine, rows) == plain_tokens("llama", rows)
+    assert engine.out_of_memory > 0
+
+
 def test_kv_is_not_saved_where_the_host_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise MemoryError("no memory")
