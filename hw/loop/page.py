@@ -39,8 +39,8 @@ def _speed(speed: Mapping[str, Any]) -> str:
         return ", ".join(f"{bits} bits {min(found):.2f} to {max(found):.2f}" for bits, found in by_bits.items())
 
     def blocks(factors: Mapping[str, float]) -> str:
-        said = " and ".join(f"blocks at {bits} bits {factor:.2f}" for bits, factor in factors.items())
-        return f", {said} times what this factor says" if factors else ""
+        said = " and ".join(f"{factor:.2f} times at {bits} bits" for bits, factor in factors.items())
+        return f" Relative to this factor, blocks took {said}." if factors else ""
 
     if not speed["before_each"]:
         return (
@@ -49,13 +49,13 @@ def _speed(speed: Mapping[str, Any]) -> str:
         )
     said = (
         f"Reference runs of the dense model before the predictions took {speed['before']:.3f} times their calibrated "
-        f"seconds{blocks(speed.get('linear_factors', {}))}. The simulation is frozen at that speed, and requests "
+        f"seconds.{blocks(speed.get('linear_factors', {}))} The simulation is frozen at that speed, and requests "
         f"arrive slower by the first factor. Single runs: {ranges(speed['before_each'])}."
     )
     if speed["during"]:
         said += (
-            f" Reference runs between the judged runs, which change nothing: {speed['during']:.3f}"
-            f"{blocks(speed.get('linear_factors_during', {}))}. Single runs: {ranges(speed['during_each'])}."
+            f" Reference runs between the judged runs, which change nothing: {speed['during']:.3f}."
+            f"{blocks(speed.get('linear_factors_during', {}))} Single runs: {ranges(speed['during_each'])}."
         )
     return said
 

@@ -30,8 +30,8 @@ class LoopConfig(HwReplayConfig):
     learner: label of the policy that must not be below the best rule; null for none.
     fixed: labels of policies that never change the plan; the other ones must.
     repeats: real runs of each window and policy.
-    measure: whether ``references`` reference runs at each precision of the calibration measure how much slower the
-        machine is than its calibration, and how much more or less so at 8 and 4 bits; false takes ``slowdown``.
+    measure: whether reference runs measure the speed of the machine; false takes ``slowdown``. There are ``references``
+        of them at each precision that the calibration has, because the machine may be slower at one than at another.
     least_requests: of a window. least_changes: changes of the weights that run, per minute.
     points: how far a simulated utility may be from the real one, unless the noise is larger.
     runs: the folder of run folders. out: where results go.
