@@ -35,10 +35,10 @@ from hw.calibrate.grid import ON_CPU, Limits, Point, Term, coarse, grid_of, most
 from hw.elastic.attention_choice import find_attention
 from hw.elastic.device import Accelerator, Device
 from hw.elastic.forward import attend, forward
+from hw.elastic.kv_storage import ArenaStorage
 from hw.elastic.layers import Layer
 from hw.elastic.model import ElasticModel, Rope
 from hw.elastic.paged_attention import Packed, PagedBatch
-from hw.elastic.paged_kv import ArenaStorage
 from hw.elastic.staging import Staging
 from hw.engine.clock import CLOCKS
 from hw.engine.hw_engine import arena_of

@@ -20,7 +20,7 @@ from hw.calibrate.device import Bench, spread
 from hw.calibrate.engine_runs import BLOCK_TOKENS
 from hw.elastic.blocks import ABSENT, KINDS, Kind
 from hw.elastic.copies import LayerCopier
-from hw.elastic.paged_kv import ArenaStorage
+from hw.elastic.kv_storage import ArenaStorage
 from hw.engine.hw_engine import arena_of
 from sim.cost.memory import kv_block_layer_bytes, layer_weight_bytes
 from sim.cost.plan import WEIGHT_BITS, dense_plan, drop, with_mask

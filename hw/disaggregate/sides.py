@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +34,12 @@ from hw.disaggregate.kv_link import Channel, Header, LinkError, Sender
 from hw.elastic.device_memory import attempt
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_kv import KVArena
+from hw.elastic.quantized_kv import QuantizedKV
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import Handover, HwEngine
+from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import Plan
-from sim.disaggregate.disaggregate import kv_bytes_sent
+from sim.cost.plan import KV_BITS, Plan
 from sim.engine.block_table import BlockTable
 from sim.engine.protocol import Request
 from sim.traces.trace import MAX_ARRIVAL_S, Trace
@@ -84,28 +85,54 @@ Build = Callable[..., GuardedEngine]
 
 
 def gather(arena: KVArena, table: BlockTable, tokens: int) -> memoryview:
-    """Return the KV that a request holds for ``tokens`` computed tokens: all keys, then all values, layer by layer."""
-    slots = torch.tensor(table.kept_slots(tokens), dtype=torch.long)
+    """Return the KV that a request holds for ``tokens`` computed tokens, as bytes.
+
+    Layers at 16 bits come first, all keys and then all values, layer by layer; then the packed tokens of layers at 8
+    bits, and of those at 4.
+    """
+    content = b"".join(_read(arena, table.kept_slots(tokens, bits), bits) for bits in KV_BITS)
+    return memoryview(content)
+
+
+def _read(arena: KVArena, listed: Sequence[int], bits: int) -> bytes:
+    slots = torch.tensor(listed, dtype=torch.long)
+    packed = None if bits == 16 else QuantizedKV(arena, bits)
 
     def read(part: slice) -> Tensor:
-        return torch.stack(arena.read_slots(slots[part].to(arena.device))).cpu()
+        at = slots[part].to(arena.device)
+        return (torch.stack(arena.read_slots(at)) if packed is None else packed.read_bytes(at)[None]).cpu()
 
     parts = [_patiently(arena, partial(read, part)) for part in _parts(arena, len(slots))]
-    halves = torch.cat(parts, dim=1) if parts else torch.empty(0, dtype=arena.kv.dtype)
-    content: memoryview = halves.view(torch.uint8).numpy().reshape(-1).data
-    return content
+    return torch.cat(parts, dim=1).view(torch.uint8).numpy().tobytes() if parts else b""
 
 
 def scatter(arena: KVArena, table: BlockTable, tokens: int, content: bytearray, elastic: ElasticModel) -> None:
     """Write what ``gather`` returned to the slots of another table that holds the same tokens of the same layers."""
-    if not content:
-        return
-    slots = torch.tensor(table.kept_slots(tokens), dtype=torch.long)
-    shape = (2, len(slots), elastic.spec.num_kv_heads, elastic.spec.head_dim)
-    halves = torch.frombuffer(content, dtype=elastic.dtype).view(shape)
+    sent, start = memoryview(content), 0
+    for bits in KV_BITS:
+        slots = torch.tensor(table.kept_slots(tokens, bits), dtype=torch.long)
+        size = len(slots) * elastic.spec.kv_bytes_per_token_layer_at(bits)
+        if size:
+            _write(arena, slots, sent[start : start + size], bits, elastic)
+        start += size
+
+
+def _write(arena: KVArena, slots: Tensor, content: memoryview, bits: int, elastic: ElasticModel) -> None:
+    packed = None if bits == 16 else QuantizedKV(arena, bits)
+    if packed is None:
+        shape = (2, len(slots), elastic.spec.num_kv_heads, elastic.spec.head_dim)
+        received = torch.frombuffer(content, dtype=elastic.dtype).view(shape)
+        arena.begin({slot // arena.block_tokens for slot in slots.tolist()})
+    else:
+        received = torch.frombuffer(content, dtype=torch.uint8).view(1, len(slots), -1)
+        packed.fill(slots.tolist())
 
     def write(part: slice) -> None:
-        arena.write(slots[part].to(arena.device), *halves[:, part].to(arena.device))
+        at, values = slots[part].to(arena.device), received[:, part].to(arena.device)
+        if packed is None:
+            arena.write(at, *values)
+        else:
+            packed.write_bytes(at, values[0])
 
     for part in _parts(arena, len(slots)):
         _patiently(arena, partial(write, part))
@@ -365,7 +392,7 @@ class DecodeSide:
             table = self.engine.reserve(request.request_id, request.prompt_tokens)
             if table is None:
                 return
-            content = bytearray(kv_bytes_sent(self._elastic.spec, self._plan, request.prompt_tokens))
+            content = bytearray(stored_kv_bytes(self._elastic.spec, self._plan, request.prompt_tokens))
             come = _Coming(self._offers.popleft(), table, content, self._clock.now_s())
             self._coming[request.request_id] = come
             self.connection.send({"kind": "take", "request": request.request_id})

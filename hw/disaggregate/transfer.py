@@ -31,9 +31,10 @@ from hw.disaggregate.pair import Outcome, Pair
 from hw.disaggregate.processes import STAGES
 from hw.disaggregate.run import figures
 from sim.config import CONF_DIR, build
+from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.latency import CALIBRATIONS, load_calibration
 from sim.cost.plan import describe
-from sim.disaggregate.disaggregate import StagedRecords, kv_bytes_sent
+from sim.disaggregate.disaggregate import StagedRecords
 from sim.disaggregate.run import build_system, plan_of
 from sim.errors import ConfigError
 from sim.progress import progress
@@ -182,7 +183,7 @@ def read_figures(records: StagedRecords, makespan_s: float) -> dict[str, Any]:
 def as_planned(records: StagedRecords, cfg: DictConfig) -> bool:
     """Return whether every request sent exactly the bytes that its plan implies; one-token answers send none."""
     model, plan = build(cfg.model), plan_of(cfg)
-    planned = [kv_bytes_sent(model, plan, int(prompt)) for prompt in records.prompt_tokens]
+    planned = [stored_kv_bytes(model, plan, int(prompt)) for prompt in records.prompt_tokens]
     return bool((records.sent_bytes == np.where(records.output_tokens > 1, planned, 0)).all())
 
 

@@ -29,6 +29,7 @@ from torch.nn import functional
 from hw.elastic import ops
 from hw.elastic.block_arrays import Int32s, Int64s
 from hw.elastic.paged_kv import KVArena
+from hw.elastic.quantized_kv import QuantizedKV
 from sim.cost.model_spec import ModelSpec
 
 # Shapes: l layers, r decodes, c prompt chunks, n rows, w KV blocks, p tokens of one, H heads, h KV heads, d head_dim.
@@ -39,6 +40,9 @@ PART_BYTES = 1 << 28
 More is computed in several calls: 64 contexts of 1,024 tokens of Llama-2-7B are 1 GiB in every layer.
 """
 
+
+QUANTIZED_PART_BYTES = 1 << 22
+"""Packed KV of one call: unpacked in FP32, for a moment, it takes about 16 times as much at 4 bits."""
 
 MOST_PROGRAMS, SPLIT_TOKENS = 4 * 160, 1024
 """Programs that the decode kernel starts to use all multiprocessors, and tokens of one of a long context."""
@@ -203,6 +207,7 @@ class PreparedSdpa(Prepared):
         self._rows, self._arena = rows, arena
         self._groups: dict[bytes, list[_Decodes]] = {}
         self._causal: dict[tuple[int, int, int], Tensor] = {}
+        self._part_bytes = PART_BYTES
         self.arrays = [rows.table.astype(np.int64) * 2]
         if rows.prefix.any():
             self.arrays.append(rows.chunk_table.astype(np.int64) * 2)
@@ -233,19 +238,25 @@ class PreparedSdpa(Prepared):
 
     def _decode(self, group: _Decodes, table: Tensor, query: Tensor, scale: float) -> Tensor:
         batch, heads, head_dim = query.shape
-        keys, values = self._arena.rows()
+        keys, values = self._gather(table[:, : group.width].reshape(-1), group.mask)
         kv_heads = keys.shape[2]
-        at = table[:, : group.width].reshape(-1)
         shape = (batch, -1, kv_heads, head_dim)
         # Heads that share a KV head take the place of queries of one head: no key is copied for them.
         attended = functional.scaled_dot_product_attention(
             query.reshape(batch, kv_heads, heads // kv_heads, head_dim),
-            keys.index_select(0, at).view(shape).transpose(1, 2),
-            values.index_select(0, at).view(shape).transpose(1, 2),
+            keys.view(shape).transpose(1, 2),
+            values.view(shape).transpose(1, 2),
             attn_mask=group.mask,
             scale=scale,
         )
         return attended.reshape(batch, heads, head_dim)
+
+    def _gather(self, at: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [c, p, h, d] at rows [c] of the tables; ``mask`` is added to their scores."""
+        keys, values = self._arena.rows()
+        keys, values = keys.index_select(0, at), values.index_select(0, at)
+        # Tables may name blocks of others behind their own, and zero times no number is no number.
+        return _zeroed(keys, values, mask) if self._arena.packed else (keys, values)
 
     def _groups_of(self, at: int) -> list[_Decodes]:
         """Return the groups of a layer; layers that keep the same tokens share them."""
@@ -271,7 +282,7 @@ class PreparedSdpa(Prepared):
         for width in np.unique(widths).tolist():
             members = np.flatnonzero(widths == width)
             width = int(needed[members].max())  # no more blocks than the longest of them fills
-            most = max(1, PART_BYTES // (width * self._arena.block_bytes))
+            most = max(1, self._part_bytes // (width * self._arena.block_bytes))
             for start in range(0, len(members), most):
                 part = members[start : start + most]
                 seen = _seen(
@@ -373,6 +384,28 @@ def masked_attention(
     mask = seen.repeat(group, 1)
     attended = functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return attended.reshape(1, heads, count, -1)
+
+
+class PreparedQuantized(PreparedSdpa):
+    """Decodes whose KV is quantized: PyTorch's attention over what is gathered and unpacked."""
+
+    def __init__(self, rows: Rows, arena: KVArena, kv: QuantizedKV) -> None:
+        """Take the block tables of decodes; ``rows.block_tokens`` are those of ``kv``."""
+        super().__init__(rows, arena)
+        self.arrays, self._quantized = [rows.table.astype(np.int64)], kv
+        self._part_bytes = QUANTIZED_PART_BYTES
+
+    def _gather(self, at: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of blocks, and zeros in places that no token fills."""
+        return _zeroed(*self._quantized.read(at), mask)
+
+
+def _zeroed(keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return keys and values [c, p, h, d] with zeros in the places that a mask hides."""
+    if mask is None:
+        return keys, values
+    hidden = (mask < 0).view(*keys.shape[:2], 1, 1)
+    return keys.masked_fill_(hidden, 0), values.masked_fill_(hidden, 0)
 
 
 class Sdpa(Attention):

@@ -4,7 +4,7 @@
     blocks = stack_blocks(held, width)              # int32 [layers, requests, width]
 
 A table keeps what was read between iterations, so that an iteration reads only the blocks that are new. Nothing here
-runs once for every layer, unless a request keeps different tokens in each.
+runs once for every layer, unless a request keeps different tokens or bits in each.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from sim.cost.kv_format import KVFormat
 from sim.cost.memory import kv_blocks
-from sim.cost.plan import KVKeep
 from sim.engine.block_table import BlockTable
 
 Int32s = npt.NDArray[np.int32]
@@ -29,7 +29,7 @@ class HeldBlocks:
 
     blocks: [l, at least w], the KV blocks of each layer; undefined for layers that the request does not run.
     needed: blocks of the layer that has most. runs: bool [l]. first, last: [l], how many of the first and last tokens a
-        layer keeps; last is 0 where it keeps all.
+        layer keeps; last is 0 where it keeps all. bits: [l], at which precision it stores KV.
     """
 
     def __init__(self, layers: int) -> None:
@@ -37,10 +37,11 @@ class HeldBlocks:
         self.blocks: Int32s = np.zeros((layers, 4), np.int32)
         self.runs = np.zeros(layers, np.bool_)
         self.first, self.last = np.zeros(layers, np.int32), np.zeros(layers, np.int32)
+        self.bits = np.full(layers, 16, np.int32)
         self.keeps_all = True
         self.needed = 0
         self._mha: frozenset[int] = frozenset()
-        self._kv_keep: tuple[KVKeep, ...] | None = None
+        self._formats: tuple[KVFormat, ...] | None = None
         self._layers: list[int] = []
 
     def update(self, table: BlockTable, tokens: int) -> None:
@@ -49,8 +50,9 @@ class HeldBlocks:
             self._mha, self._layers = table.mha, sorted(table.mha)
             self.runs[:] = False
             self.runs[self._layers] = True
-        if table.kv_keep is not self._kv_keep:
-            self._kv_keep = table.kv_keep
+        if table.formats is not self._formats:
+            self._formats = table.formats
+            self.bits[:] = 16 if table.formats is None else [one.bits for one in table.formats]
             keeps = [table.keep_of(layer) for layer in range(len(self.runs))]
             self.keeps_all = all(keep.last_tokens is None for keep in keeps)
             for into, tokens_kept in (
@@ -58,7 +60,7 @@ class HeldBlocks:
                 (self.last, [k.last_tokens for k in keeps]),
             ):
                 into[:] = [0 if kept is None else kept for kept in tokens_kept]
-        if self._kv_keep is not None:
+        if self._formats is not None:
             self.needed = max((len(table.blocks[layer]) for layer in self._layers), default=0)
         else:
             self.needed = kv_blocks(tokens, table.block_tokens)
@@ -72,7 +74,7 @@ class HeldBlocks:
             grown = np.zeros((len(self.blocks), 1 << (stop - 1).bit_length()), np.int32)
             grown[:, : self.blocks.shape[1]] = self.blocks
             self.blocks = grown
-        if self._kv_keep is None:
+        if self._formats is None:
             self.blocks[self._layers, start:stop] = [table.blocks[layer][start:stop] for layer in self._layers]
             return
         for layer in self._layers:

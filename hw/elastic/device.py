@@ -257,7 +257,7 @@ class Cuda(Accelerator):
         return CudaRange(pieces, partial(torch.as_tensor, device=self.place))
 
     def _wait(self) -> None:
-        """Wait for what computes, not for copies: only passes use mapped memory."""
+        """Wait for passes and for copies of KV blocks, which use mapped memory, not for copies of weights."""
         self.use()
         torch.cuda.current_stream(self.place).synchronize()
 

@@ -20,7 +20,8 @@ from hw.elastic.device import Accelerator, Graph
 from hw.elastic.device_memory import attempt
 
 OPERATIONS, RECORDED, REPLAYED = "operations", "recorded", "replayed"
-"""How a pass was started: operation by operation; so and recorded as well, which takes longest; from a graph."""
+"""How a pass was started: operation by operation (also after a recording that failed); recorded and then replayed,
+which takes longest; replayed from a graph."""
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
 """Rows of a batch that has a graph."""
 RECURS = 4
@@ -31,7 +32,7 @@ MOST_FAILURES = 3
 
 
 class DecodeGraphs:
-    """Graphs by what determines a pass: the batch, its layout and the plan.
+    """Graphs by what determines the operations of a pass: the layout of the batch and the masks of the plan.
 
     started: how the last pass was started: ``OPERATIONS``, ``RECORDED`` or ``REPLAYED``.
     """

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hw.elastic.quantized_kv import stored
 from sim.cost.plan import KV_KEEP_ALL, KVKeep
 
 # Shapes: b rows of a batch, t new tokens, k keys, h KV heads, d head_dim.
@@ -27,12 +28,13 @@ class RequestKV:
 
     tokens: number of computed tokens, which is also the position of the next one.
     holds: layers whose MHA block this request can run; None before its first token.
-    kv_keep: which tokens each layer keeps; None until prefill has ended.
+    kv_keep, kv_bits: which tokens each layer keeps, and at how many bits; None until prefill has ended.
     """
 
     tokens: int = 0
     holds: frozenset[int] | None = None
     kv_keep: tuple[KVKeep, ...] | None = None
+    kv_bits: tuple[int, ...] | None = None
     _keys: dict[int, Tensor] = field(default_factory=dict)  # layer -> [h, k, d]
     _values: dict[int, Tensor] = field(default_factory=dict)  # layer -> [h, k, d]
     _positions: dict[int, Tensor] = field(default_factory=dict)  # layer -> [k], the position of each key
@@ -43,15 +45,18 @@ class RequestKV:
         for layer in [layer for layer in self._keys if layer not in self.holds]:
             del self._keys[layer], self._values[layer], self._positions[layer]
 
-    def end_prefill(self, kv_keep: tuple[KVKeep, ...]) -> None:
-        """From now on keep only the tokens that ``kv_keep`` names (PDTrim's token-aware cache pruning)."""
-        self.kv_keep = kv_keep
+    def end_prefill(self, kv_keep: tuple[KVKeep, ...], kv_bits: tuple[int, ...]) -> None:
+        """From now on keep only the tokens that ``kv_keep`` names, rounded to ``kv_bits`` bits."""
+        self.kv_keep, self.kv_bits = kv_keep, kv_bits
         for layer in self._keys:
             self._truncate(layer)
+            self._keys[layer], self._values[layer] = stored(self._keys[layer], self._values[layer], kv_bits[layer])
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values [h, t, d] of new tokens; return all that the layer keeps, [h, k, d] each."""
         positions = torch.arange(self.tokens, self.tokens + key.shape[1], device=key.device)
+        if self.kv_bits is not None:
+            key, value = stored(key, value, self.kv_bits[layer])
         if layer in self._keys:
             key = torch.cat((self._keys[layer], key), dim=1)
             value = torch.cat((self._values[layer], value), dim=1)

@@ -233,9 +233,9 @@ class ElasticModel:
         return self.head(hidden)
 
     def end_prefill(self, request: RequestKV) -> None:
-        """End a request's prefill: free the KV of layers that decode drops and of tokens that ``kv_keep`` drops."""
+        """End a request's prefill: free the KV that decode drops, and store the rest at the plan's bits."""
         request.restrict(frozenset(i for i, keep in enumerate(self.plan.decode.mha) if keep))
-        request.end_prefill(self.plan.kv_keep)
+        request.end_prefill(self.plan.kv_keep, self.plan.kv_bits)
 
     def _run(self, tokens: Tensor, positions: Tensor, running: KeepMask, view: KVView | None) -> Tensor:
         """Return the hidden states [b, t, e] after the last layer, for tokens and positions [b, t]."""

@@ -10,20 +10,22 @@ arranged together, once an iteration, and everything reaches the device in one c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from hw.elastic import ops
-from hw.elastic.attention import Attention, Prepared, Rows
+from hw.elastic.attention import Attention, Prepared, PreparedQuantized, Rows
 from hw.elastic.attention_choice import default_attention
 from hw.elastic.block_arrays import HeldBlocks, Int32s, Int64s, read_table, stack_blocks
 from hw.elastic.paged_kv import KVArena
+from hw.elastic.quantized_kv import QuantizedKV
 from hw.elastic.staging import Staging
 from sim.engine.block_table import BlockTable
 
@@ -44,17 +46,45 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """Layers that run for the same requests.
+class _Part:
+    """The rows of a group whose KV has the same precision.
 
-    rows: of the iteration (None: all). slots: [layers, n], where the new keys and values are stored. tensors: what
-    ``prepared`` needs on the device.
+    rows: of the group (None: all). prepared: their attention. tensors: what it needs on the device. kv, slots: where
+    new keys and values are stored, [layers, rows], if they are quantized; else None, as they are stored already.
+    """
+
+    rows: Tensor | None
+    prepared: Prepared
+    tensors: Sequence[Tensor]
+    kv: QuantizedKV | None = None
+    slots: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Layers that run for the same requests, and store the KV of each request at the same precision.
+
+    rows: of the iteration (None: all). slots: [layers, n], where the new keys and values are stored in the arena;
+    negative for those that are quantized. parts: the rows by precision.
     """
 
     rows: Tensor | None
     slots: Tensor
-    prepared: Prepared
-    tensors: list[Tensor]
+    parts: Sequence[_Part]
+
+
+class _Sent:
+    """The arrays of an iteration, in the order in which they are sent to the device, and then the tensors."""
+
+    def __init__(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        self.arrays = list(arrays)
+        self.tensors: list[Tensor] = []
+
+    def add(self, arrays: Sequence[npt.NDArray[Any]]) -> Callable[[], list[Tensor]]:
+        """Send more arrays; return what gives their tensors later."""
+        at = slice(len(self.arrays), len(self.arrays) + len(arrays))
+        self.arrays += arrays
+        return lambda: self.tensors[at]
 
 
 class PagedBatch:
@@ -91,7 +121,7 @@ class PagedBatch:
                 decode is repeated up to this number: it stores the same keys in the same place. Tables are then as wide
                 as a power of two, and ``wanted`` covers every row.
         """
-        self._arena, self._block_tokens = arena, arena.block_tokens
+        self._arena = arena
         attention, staging = attention or default_attention(arena), staging or Staging(arena.hardware)
         if fill_to:
             decodes, wanted = [*decodes, *[decodes[-1]] * (fill_to - len(decodes))], range(fill_to)
@@ -102,38 +132,71 @@ class PagedBatch:
         first_rows = np.concatenate(([0], np.cumsum(counts)))  # of each request
         tokens = np.fromiter(chain.from_iterable(one.tokens for one in packed), np.int64, int(first_rows[-1]))
         positions = np.arange(len(tokens)) - np.repeat(first_rows[:-1] - starts, counts)
-        arrays: list[npt.NDArray[Any]] = [tokens, positions, np.array(wanted, np.int64)]
         held = [read_table(one.table, len(windows), one.start + len(one.tokens)) for one in packed]
         request = _Requests(held, counts, starts, first_rows, len(decodes))
         tables = request.tables(bool(fill_to))
-        laid_out: list[tuple[Prepared, int, int, bool, int]] = []
+        sent = _Sent([tokens, positions, np.array(wanted, np.int64)])
         self._group_of: list[int] = [0] * len(windows)
         self._place: list[int] = [0] * len(windows)
+        groups: list[Callable[[], _Group]] = []
         for layers, who in request.groups():
             for place, layer in enumerate(layers):
-                self._group_of[layer], self._place[layer] = len(laid_out), place
-            rows, slots, all_rows = self._rows_of(request, tables, layers, who)
-            prepared = attention.prepare(rows, arena)
-            first = len(arrays)
-            arrays += [slots, *([] if all_rows is None else [all_rows]), *prepared.arrays]
-            laid_out.append((prepared, rows.count, first, all_rows is not None, len(arrays)))
+                self._group_of[layer], self._place[layer] = len(groups), place
+            groups.append(self._group(sent, request, tables, layers, who, attention))
         self.layers = tuple(self._group_of)
-        sent = len(arrays)
-        tensors = staging.send([*arrays, *extra])
-        self.layout = staging.layout[:sent]
-        self.tokens, self.positions, self.wanted = tensors[:3]
-        self.extra = tensors[sent:]
-        self._groups = [
-            _Group(
-                tensors[first + 1] if some else None, tensors[first][:, :n], prepared, tensors[first + 1 + some : stop]
-            )
-            for prepared, n, first, some, stop in laid_out
-        ]
+        count = len(sent.arrays)
+        sent.tensors = staging.send([*sent.arrays, *extra])
+        self.layout = staging.layout[:count]
+        self.tokens, self.positions, self.wanted = sent.tensors[:3]
+        self.extra = sent.tensors[count:]
+        self._groups = [group() for group in groups]
 
-    def _rows_of(
-        self, request: _Requests, tables: tuple[Int32s, Int32s], layers: list[int], who: npt.NDArray[np.intp]
-    ) -> tuple[Rows, Int64s, Int64s | None]:
-        """Return the rows of layers that run for the same requests, their slots, and which these are (None: all)."""
+    def _group(
+        self,
+        sent: _Sent,
+        request: _Requests,
+        tables: tuple[Int32s, Int32s],
+        layers: list[int],
+        who: npt.NDArray[np.intp],
+        attention: Attention,
+    ) -> Callable[[], _Group]:
+        """Arrange layers that run for the same requests; return what makes their group once all is sent."""
+        by_bits = request.by_bits(layers[0], who)
+        group_rows = request.rows_of(who)
+        all_rows = sent.add([] if len(who) == len(request.held) else [group_rows])
+        slots = np.full((len(layers), len(group_rows) + len(group_rows) % 2), -1, np.int64)  # every row is aligned
+        parts: list[Callable[[], _Part]] = []
+        for bits, some in by_bits.items():
+            kv = QuantizedKV(self._arena, bits) if bits < 16 else None
+            rows = self._rows(request, tables, layers, some, self._arena if kv is None else kv)
+            prepared = attention.prepare(rows, self._arena) if kv is None else PreparedQuantized(rows, self._arena, kv)
+            own = [] if len(by_bits) == 1 else [np.searchsorted(group_rows, request.rows_of(some))]
+            new = self._slots(rows)
+            if kv is not None:
+                kv.fill(new.ravel().tolist())
+            else:
+                slots[:, own[0] if own else slice(len(group_rows))] = new
+                if self._arena.packed:
+                    self._arena.begin((new[new % rows.block_tokens == 0] // rows.block_tokens).tolist())
+            parts.append(
+                _part(prepared, kv, sent.add(own), sent.add([] if kv is None else [new]), sent.add(prepared.arrays))
+            )
+        stored = sent.add([slots])
+
+        def make() -> _Group:
+            return _Group(_first(all_rows()), stored()[0][:, : len(group_rows)], [part() for part in parts])
+
+        return make
+
+    def _rows(
+        self,
+        request: _Requests,
+        tables: tuple[Int32s, Int32s],
+        layers: list[int],
+        who: npt.NDArray[np.intp],
+        kv: KVArena | QuantizedKV,
+    ) -> Rows:
+        """Return the rows of layers for requests that run them and store their KV in ``kv``."""
         everyone = len(who) == len(request.held)
         every_layer = len(layers) == len(self._windows)
         single, chunks = who[who < request.decodes], who[who >= request.decodes]
@@ -145,7 +208,7 @@ class PagedBatch:
             chunk_table = tables[1][np.ix_(at, chunks - request.decodes)]
         first, last, keeps_all = request.keeps(layers, single)
         lengths = request.counts[chunks]
-        rows = Rows(
+        return Rows(
             table=table,
             context=(request.starts[single] + 1).astype(np.int32),
             first=first,
@@ -155,21 +218,13 @@ class PagedBatch:
             chunk_starts=(len(single) + np.concatenate(([0], np.cumsum(lengths)))).astype(np.int32),
             prefix=request.starts[chunks].astype(np.int32),
             windows=[self._windows[layer] for layer in layers],
-            block_tokens=self._block_tokens,
+            block_tokens=kv.block_tokens,
         )
-        all_rows = None
-        if not everyone:
-            all_rows = np.concatenate(
-                [single, *(np.arange(request.rows[i], request.rows[i + 1]) for i in chunks)], dtype=np.int64
-            )
-        return rows, self._slots(rows, lengths), all_rows
 
-    def _slots(self, rows: Rows, lengths: Int64s) -> Int64s:
-        """Return where the new keys and values are stored, [layers, n], and one more place where n is odd."""
-        size, single = self._block_tokens, rows.decodes
-        slots = np.zeros(
-            (len(rows.windows), rows.count + rows.count % 2), np.int64
-        )  # even, so that every row is aligned
+    def _slots(self, rows: Rows) -> Int64s:
+        """Return where the new keys and values are stored, [layers, n]."""
+        size, single = rows.block_tokens, rows.decodes
+        slots = np.zeros((len(rows.windows), rows.count), np.int64)
         token = rows.context.astype(np.int64) - 1
         if rows.keeps_all:
             blocks = rows.table[:, np.arange(single), token // size]
@@ -182,6 +237,7 @@ class PagedBatch:
             blocks = np.take_along_axis(rows.table, (place // size)[:, :, None], axis=2)[:, :, 0]
             slots[:, :single] = blocks.astype(np.int64) * size + place % size
         at = single
+        lengths = np.diff(rows.chunk_starts)
         for index, (start, count) in enumerate(zip(rows.prefix.tolist(), lengths.tolist(), strict=True)):
             place = np.arange(start, start + count)
             blocks = rows.chunk_table[:, index, place // size]
@@ -191,8 +247,11 @@ class PagedBatch:
 
     @property
     def uniform(self) -> bool:
-        """Whether every layer runs for all requests or for none."""
-        return all(group.rows is None or not group.rows.numel() for group in self._groups)
+        """Whether every layer runs for all requests or for none, with KV at 16 bits."""
+        return all(
+            (group.rows is None or not group.rows.numel()) and all(part.kv is None for part in group.parts)
+            for group in self._groups
+        )
 
     def rows(self, layer: int) -> Tensor | None:
         """Return the rows of the iteration that run a layer's MHA block: None for all, empty for none."""
@@ -228,8 +287,31 @@ class PagedBatch:
             eps=eps,
             offset=offset,
         )
-        attended = group.prepared.attend(place, group.tensors, query, key, value, scale)
+        if len(group.parts) == 1 and group.parts[0].kv is None:
+            part = group.parts[0]
+            return part.prepared.attend(place, part.tensors, query, key, value, scale).reshape(len(qkv), -1)
+        attended = torch.empty_like(query)
+        for part in group.parts:
+            at = slice(None) if part.rows is None else part.rows
+            if part.kv is not None and part.slots is not None:
+                part.kv.write(part.slots[place], key[at], value[at])
+            attended[at] = part.prepared.attend(place, part.tensors, query[at], key[at], value[at], scale)
         return attended.reshape(len(qkv), -1)
+
+
+def _part(
+    prepared: Prepared,
+    kv: QuantizedKV | None,
+    rows: Callable[[], list[Tensor]],
+    slots: Callable[[], list[Tensor]],
+    tensors: Callable[[], list[Tensor]],
+) -> Callable[[], _Part]:
+    """Return what makes a part once all is sent."""
+    return lambda: _Part(_first(rows()), prepared, tensors(), kv, _first(slots()))
+
+
+def _first(tensors: Sequence[Tensor]) -> Tensor | None:
+    return tensors[0] if tensors else None
 
 
 class _Requests:
@@ -258,15 +340,27 @@ class _Requests:
         return made[0], made[1]
 
     def groups(self) -> list[tuple[list[int], npt.NDArray[np.intp]]]:
-        """Return layers that run for the same requests, and these requests."""
-        runs = np.stack([one.runs for one in self.held], axis=1)  # [layers, requests]
-        if runs.all():
-            return [(list(range(len(runs))), np.arange(len(self.held)))]
-        raw, size = runs.tobytes(), len(self.held)
+        """Return layers that run for the same requests and store KV at the same bits, and these requests."""
+        state = np.stack([one.runs * one.bits for one in self.held], axis=1)  # [layers, requests]; 0: does not run
+        if (state == 16).all():
+            return [(list(range(len(state))), np.arange(len(self.held)))]
         found: dict[bytes, list[int]] = {}
-        for layer in range(len(runs)):
-            found.setdefault(raw[layer * size : (layer + 1) * size], []).append(layer)
-        return [(layers, np.flatnonzero(runs[layers[0]])) for layers in found.values()]
+        for layer, row in enumerate(state):
+            found.setdefault(row.tobytes(), []).append(layer)
+        return [(layers, np.flatnonzero(state[layers[0]])) for layers in found.values()]
+
+    def by_bits(self, layer: int, who: npt.NDArray[np.intp]) -> dict[int, npt.NDArray[np.intp]]:
+        """Return these requests by the bits of their KV in a layer; those at 16 bits if there are none."""
+        bits = np.array([self.held[i].bits[layer] for i in who], np.int64)
+        return {each: who[bits == each] for each in sorted(set(bits.tolist()), reverse=True)} or {16: who}
+
+    def rows_of(self, who: npt.NDArray[np.intp]) -> Int64s:
+        """Return the rows of some requests."""
+        if len(who) == len(self.held):
+            return np.arange(self.rows[-1])
+        single, chunks = who[who < self.decodes], who[who >= self.decodes]
+        ranges = (np.arange(self.rows[i], self.rows[i + 1]) for i in chunks)
+        return np.concatenate([single, *ranges], dtype=np.int64)
 
     def keeps(self, layers: list[int], who: npt.NDArray[np.intp]) -> tuple[Int32s, Int32s, bool]:
         """Return how many of the first and last tokens some layers of some requests keep, [layers, requests] each."""

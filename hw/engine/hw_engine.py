@@ -21,8 +21,9 @@ from hw.elastic.copies import LayerCopier
 from hw.elastic.device import Accelerator
 from hw.elastic.device_memory import DeviceMemory
 from hw.elastic.graphs import DecodeGraphs
+from hw.elastic.kv_storage import ArenaStorage
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_kv import ArenaStorage, KVArena
+from hw.elastic.paged_kv import KVArena
 from hw.engine.clock import Clock, RealClock
 from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts, RandomPrompts
@@ -132,7 +133,8 @@ class HwEngine(Replica):
         Raises:
             ConfigError: as ``check_config``.
             PlanError: for a plan that is not legal for the model.
-            BudgetError: if the first budget cannot hold the weights and one request.
+            BudgetError: if the first budget cannot hold the weights and one request, or the host not the KV that
+                ``config.host_kv_blocks`` asks for.
         """
         check_config(config)
         budget = budget_bytes if isinstance(budget_bytes, Budget) else constant_budget(budget_bytes)
@@ -160,6 +162,7 @@ class HwEngine(Replica):
                 print(f"warning: {problem}", file=sys.stderr)
             tokens = max(config.limits.max_batch_tokens, config.limits.max_running)
             graph_bytes = workspace_bytes - needed_bytes(elastic.spec, config, found, tokens)
+        self._storage = ArenaStorage(self.arena, host_blocks=elastic.spec.num_layers * config.host_kv_blocks)
         self._copier = copier or LayerCopier(elastic, clock.source)
         weights = TorchWeights(elastic, self._copier, clock, self.memory)
         self._torch = self.executor_type(
@@ -184,7 +187,7 @@ class HwEngine(Replica):
             executor=self._torch,
             weights=weights,
             clock=clock,
-            storage=ArenaStorage(self.arena),
+            storage=self._storage,
             workspace_bytes=workspace_bytes,
             # Plans recur, and evaluating a fitted quality model may take longer than an iteration's share of a token.
             quality_nll=lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None,
@@ -266,6 +269,7 @@ class HwEngine(Replica):
         """Abandon the copy under way, end its thread, and let the process use the memory of the device again."""
         self._copier.close()
         self._torch.close()
+        self._storage.host.close()
         if isinstance(self.elastic.hardware, Accelerator):
             self.arena.close()
         self.memory.close()

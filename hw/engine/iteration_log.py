@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
@@ -55,19 +54,20 @@ def passes_table(shapes: Sequence[Shape], iterations: Iterations) -> pd.DataFram
     With it a latency model can be fitted, or judged, without the device. Contexts are summed over tokens.
     """
 
-    def row(shape: Shape) -> dict[str, Any]:
-        return {
-            "forward_s": shape.forward_s,
-            "started": shape.started,
-            "chunks": len(shape.chunks),
-            "prefill_tokens": shape.prefill_tokens,
-            "prefill_context_sum": sum(chunk_context_sum(tokens, before) for tokens, before in shape.chunks),
-            "decode_batch": shape.decode_batch,
-            "decode_context_sum": shape.decode_context_sum,
-            "sequences": shape.sequences,
-            "plan": describe(shape.plan),
-        }
-
     count = len(shapes)
-    times = pd.DataFrame({"start_s": iterations.start_s[:count], "end_s": iterations.end_s[:count]})
-    return pd.concat((times, pd.DataFrame([row(shape) for shape in shapes])), axis=1)
+    prefills = [sum(chunk_context_sum(tokens, before) for tokens, before in shape.chunks) for shape in shapes]
+    return pd.DataFrame(
+        {
+            "start_s": iterations.start_s[:count],
+            "end_s": iterations.end_s[:count],
+            "forward_s": [shape.forward_s for shape in shapes],
+            "started": [shape.started for shape in shapes],
+            "chunks": [len(shape.chunks) for shape in shapes],
+            "prefill_tokens": [shape.prefill_tokens for shape in shapes],
+            "prefill_context_sum": prefills,
+            "decode_batch": [shape.decode_batch for shape in shapes],
+            "decode_context_sum": [shape.decode_context_sum for shape in shapes],
+            "sequences": [shape.sequences for shape in shapes],
+            "plan": [describe(shape.plan) for shape in shapes],
+        }
+    )

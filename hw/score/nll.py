@@ -14,6 +14,7 @@ from torch.nn import functional
 from hw.elastic.blocks import KINDS, Block
 from hw.elastic.model import ElasticModel, Rope
 from hw.elastic.quantize import quantize
+from hw.elastic.quantized_kv import stored
 from sim.cost.plan import KV_KEEP_ALL, KVKeep, Plan, dense_plan
 from sim.progress import progress
 
@@ -48,8 +49,8 @@ def measure(elastic: ElasticModel, plan: Plan, windows: Tensor, *, prompt_tokens
     """Return the NLL of windows [n, t] under a plan; the first ``prompt_tokens`` of each window are its prompt.
 
     This takes one pass a window and equals prefilling the prompt and decoding the rest token by token. After the
-    prompt, a block that decode drops adds nothing, and a layer that keeps the first f and last w tokens sees only
-    those.
+    prompt, a block that decode drops adds nothing, and a layer sees only the first f and last w tokens, at 8 or 4 bits,
+    if the plan says so.
 
     Args:
         elastic: with all blocks at full precision; the plan's masks work as gates, and rounded weights replace the full
@@ -118,6 +119,7 @@ def _of_layer(plan: Plan, layer: int) -> object:
         plan.decode.ffn[layer],
         plan.weight_bits[layer],
         plan.kv_keep[layer],
+        plan.kv_bits[layer],
     )
 
 
@@ -134,10 +136,12 @@ def _run_layer(
     bits = [plan.weight_bits[layer] if i == layer else 16 for i in range(elastic.spec.num_layers)]
     with rounded(elastic, bits):
         if plan.prefill.mha[layer]:
-            keep = plan.kv_keep[layer]
-            view = None if keep == KV_KEEP_ALL or not plan.decode.mha[layer] else _Truncated(keep, tokens, prompt)
+            keep, kv_bits, decodes = plan.kv_keep[layer], plan.kv_bits[layer], plan.decode.mha[layer]
+            view = _Kept(keep, kv_bits, tokens, prompt) if decodes and (keep != KV_KEEP_ALL or kv_bits < 16) else None
             added = elastic.attend(layer, hidden, rope, view)
-            if not plan.decode.mha[layer]:
+            if view is not None and kv_bits < 16:  # prefill reads KV at 16 bits
+                added = torch.cat((elastic.attend(layer, hidden, rope, None)[:, :prompt], added[:, prompt:]), 1)
+            if not decodes:
                 added[:, prompt:] = 0
             hidden = hidden + added
         if plan.decode.ffn[layer]:
@@ -147,13 +151,14 @@ def _run_layer(
     return hidden
 
 
-class _Truncated:
-    """A KVView of one full window in which tokens after the prompt see only the first f and last w tokens."""
+class _Kept:
+    """A KVView of one full window as tokens after the prompt see it: only the first f and last w tokens, at some bits.
 
-    def __init__(self, keep: KVKeep, tokens: Tensor, prompt: int) -> None:
-        assert keep.first_tokens is not None
-        assert keep.last_tokens is not None
-        self._first, self._last = keep.first_tokens, keep.last_tokens
+    Tokens of the prompt see all earlier tokens.
+    """
+
+    def __init__(self, keep: KVKeep, bits: int, tokens: Tensor, prompt: int) -> None:
+        self._keep, self._bits = keep, bits
         self._positions = torch.arange(tokens.shape[1], device=tokens.device)
         self._prompt = prompt
 
@@ -164,15 +169,16 @@ class _Truncated:
         """Return which keys each token sees."""
         query, key = self._positions[:, None], self._positions[None]
         seen = key <= query
-        kept = (key < self._first) | (key > query - self._last)
-        seen &= kept | (query < self._prompt)
+        if self._keep.first_tokens is not None and self._keep.last_tokens is not None:
+            kept = (key < self._keep.first_tokens) | (key > query - self._keep.last_tokens)
+            seen &= kept | (query < self._prompt)
         if window is not None:
             seen &= key > query - window
         return seen[None, None]
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values as they are: all tokens of the window run at once."""
-        return key, value
+        """Return the keys and values as decode reads them: all tokens of the window run at once."""
+        return stored(key, value, self._bits)
 
 
 HEAD_TOKENS = 256

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hw.score.fit import write_fits
 from hw.score.job import SCORES, Job, model_name
+from hw.score.kv_bits import score_kv_bits
 from hw.score.losses import score_full_test, score_generation, score_perplexity, score_samples, score_table
 from hw.score.orders import (
     score_attention,
@@ -36,6 +37,7 @@ MEASURED: dict[str, Callable[[Job], None]] = {
     "attention": score_attention,
     "random": score_random,
     "table": score_table,
+    "kv_bits": score_kv_bits,
     "full_test": score_full_test,
     "samples": score_samples,
     "generation": score_generation,

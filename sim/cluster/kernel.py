@@ -473,8 +473,8 @@ def join(s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_toke
     request.computed_tokens = request.prefill_tokens = request.prompt_tokens
     request.finish_s = np.nan
     n.running_tokens += request.prompt_tokens
-    i = _link_slot(s, r, n.decode_set, n.kv_keep_id)
-    n.windowed += n.kv_keep_id >= 0
+    i = _link_slot(s, r, n.decode_set, n.kv_format_id)
+    n.formatted += n.kv_format_id >= 0
     _join_decodes(s, i)
     n.now_s = next_s[k] = now_s
     return r

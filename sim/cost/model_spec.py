@@ -19,6 +19,8 @@ from sim.paths import REPOSITORY
 MODEL_CONFIGS = REPOSITORY / "conf" / "model"
 """The folder of the models known by name, one YAML each."""
 
+KV_SCALE_BYTES = 4
+"""A scale and a least value in FP16, for the keys of one head of a token that are quantized, and for its values."""
 QUANT_GROUP_ELEMENTS = 128
 """Input elements of a linear layer that share one scale at 8 and 4 bits: the default of AWQ and GPTQ."""
 
@@ -179,6 +181,15 @@ class ModelSpec:
     def kv_bytes_per_token_layer(self) -> int:
         """Bytes of keys and values that one token holds in one MHA block (PagedAttention, SOSP 2023, section 3)."""
         return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype_bytes
+
+    def kv_bytes_per_token_layer_at(self, bits: int) -> int:
+        """Return the bytes of keys and values of one token in one MHA block at some bits; 16 is the model's own.
+
+        2 * num_kv_heads * (head_dim * bits / 8 + 4)        at 8 and 4 bits, with scale and least value of each head
+        """
+        if bits == 16:
+            return self.kv_bytes_per_token_layer
+        return 2 * self.num_kv_heads * (-(-self.head_dim * bits // 8) + KV_SCALE_BYTES)
 
 
 def load_model(name: str) -> ModelSpec:

@@ -12,7 +12,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.errors import PlanError
 from sim.limits import is_whole
 
-WEIGHT_BITS = (16, 8, 4)
+WEIGHT_BITS = KV_BITS = (16, 8, 4)
 LARGEST = 2**31 - 1
 """Largest count in a plan."""
 
@@ -90,6 +90,7 @@ class Plan:
     prefill: the blocks that prefill runs; it keeps at least what decode keeps (PDTrim's nesting).
     weight_bits: 16, 8 or 4, one entry per layer, for both of its blocks (MorphServe).
     kv_keep: which tokens of each layer's KV stay after prefill (PDTrim).
+    kv_bits: 16, 8 or 4, one entry per layer: how its KV is stored after prefill (KIVI); 16 everywhere if left out.
     max_running: requests that may run at once; None keeps the engine's own limit (SABER).
     max_waiting: an arriving request is rejected when this many already wait; None rejects none.
     max_wait_s: a request that has waited this long without being admitted is rejected; None lets all wait.
@@ -99,9 +100,14 @@ class Plan:
     prefill: KeepMask
     weight_bits: tuple[int, ...]
     kv_keep: tuple[KVKeep, ...]
+    kv_bits: tuple[int, ...] = ()
     max_running: int | None = None
     max_waiting: int | None = None
     max_wait_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_bits == ():
+            object.__setattr__(self, "kv_bits", (16,) * len(self.weight_bits))
 
 
 def dense_plan(model: ModelSpec) -> Plan:
@@ -186,15 +192,20 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
     """
     check_layers(model, plan.decode, "plan.decode")
     check_layers(model, plan.prefill, "plan.prefill")
-    for field, length in (("weight_bits", len(plan.weight_bits)), ("kv_keep", len(plan.kv_keep))):
-        if length != model.num_layers:
+    for field, listed in (("weight_bits", plan.weight_bits), ("kv_keep", plan.kv_keep), ("kv_bits", plan.kv_bits)):
+        if len(listed) != model.num_layers:
             raise PlanError(
-                f"plan.{field} has {length} entries; {model.name} has {model.num_layers} layers, one entry each"
+                f"plan.{field} has {len(listed)} entries; {model.name} has {model.num_layers} layers, one entry each"
             )
-    if not set(map(type, plan.weight_bits)) <= {int} or not set(plan.weight_bits) <= set(WEIGHT_BITS):
-        for layer, bits in enumerate(plan.weight_bits):
-            if not is_whole(bits) or bits not in WEIGHT_BITS:
-                raise PlanError(f"plan.weight_bits of layer {layer} is {_short(bits)}; allowed are 16, 8 and 4")
+    _check_bits("weight_bits", plan.weight_bits)
+    _check_bits("kv_bits", plan.kv_bits)
+    for bits in sorted(set(plan.kv_bits) - {16}):
+        if model.kv_bytes_per_token_layer_at(bits) >= model.kv_bytes_per_token_layer:
+            raise PlanError(
+                f"plan.kv_bits of layer {plan.kv_bits.index(bits)} is {bits}, but with its scales that takes "
+                f"{model.kv_bytes_per_token_layer_at(bits)} bytes a token, and the KV of {model.name} takes "
+                f"{model.kv_bytes_per_token_layer} as it is; use fewer bits, or 16"
+            )
     if (most_bits := max(plan.weight_bits)) > model.weight_bits:
         raise PlanError(
             f"plan.weight_bits of layer {plan.weight_bits.index(most_bits)} is {most_bits}, but the checkpoint of "
@@ -231,6 +242,13 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
         )
 
 
+def _check_bits(field: str, listed: tuple[int, ...]) -> None:
+    if not set(map(type, listed)) <= {int} or not set(listed) <= set(WEIGHT_BITS):
+        for layer, bits in enumerate(listed):
+            if not is_whole(bits) or bits not in WEIGHT_BITS:
+                raise PlanError(f"plan.{field} of layer {layer} is {_short(bits)}; allowed are 16, 8 and 4")
+
+
 def describe(plan: Plan) -> str:
     """Return a plan's differences from dense in one line, such as ``decode -MHA 18,19 -FFN 13; W4 0-7``."""
     parts = []
@@ -244,10 +262,11 @@ def describe(plan: Plan) -> str:
             parts.append(f"{name} {' '.join(dropped)}")
     if len(parts) == 2 and plan.prefill == plan.decode:
         parts = [parts[0].removeprefix("prefill ")]
-    for bits in (8, 4):
-        layers = [i for i, b in enumerate(plan.weight_bits) if b == bits]
-        if layers:
-            parts.append(f"W{bits} {_ranges(layers)}")
+    for kind, listed in (("W", plan.weight_bits), ("KV", plan.kv_bits)):
+        for bits in (8, 4):
+            layers = [i for i, b in enumerate(listed) if b == bits]
+            if layers:
+                parts.append(f"{kind}{bits} {_ranges(layers)}")
     for keep in sorted(set(plan.kv_keep) - {KV_KEEP_ALL}, key=str):
         layers = [i for i, k in enumerate(plan.kv_keep) if k == keep]
         parts.append(f"KV {keep.first_tokens}+{keep.last_tokens} {_ranges(layers)}")

@@ -1,4 +1,4 @@
-"""Plans as JSON: removed blocks, layers by precision, and runs of kept KV; a dense plan is nearly empty."""
+"""Plans as JSON: removed blocks, layers by precision of weights and KV, runs of kept KV; dense is nearly empty."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from sim.limits import is_whole
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """Return how a plan differs from dense, as plain values."""
-    bits = {str(b): [i for i, x in enumerate(plan.weight_bits) if x == b] for b in (8, 4) if b in plan.weight_bits}
     runs: dict[tuple[int, int], list[int]] = {}
     for layer, keep in enumerate(plan.kv_keep):
         if keep.first_tokens is not None and keep.last_tokens is not None:
@@ -22,12 +21,17 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "layers": len(plan.weight_bits),
         "prefill_drop": _dropped(plan.prefill),
         "decode_drop": _dropped(plan.decode),
-        "weight_bits": bits,
+        "weight_bits": _layers_by_bits(plan.weight_bits),
         "kv_keep": [
             {"first_tokens": first, "last_tokens": last, "layers": layers}
             for (first, last), layers in sorted(runs.items())
         ],
+        **({"kv_bits": kv_bits} if (kv_bits := _layers_by_bits(plan.kv_bits)) else {}),
     }
+
+
+def _layers_by_bits(listed: Sequence[int]) -> dict[str, list[int]]:
+    return {str(bits): [i for i, x in enumerate(listed) if x == bits] for bits in (8, 4) if bits in listed}
 
 
 def _dropped(mask: KeepMask) -> list[str]:
@@ -50,10 +54,6 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         layers = value["layers"]
         if not is_whole(layers) or not 1 <= layers <= MOST_LAYERS:
             raise ValueError(f"layers is {layers!r:.80}; it must be a whole number from 1 to {MOST_LAYERS}")
-        bits = [16] * layers
-        for number, at in value["weight_bits"].items():
-            for layer in _known(at, layers):
-                bits[layer] = {"16": 16, "8": 8, "4": 4}[number]
         kv_keep = [KV_KEEP_ALL] * layers
         for run in value["kv_keep"]:
             for layer in _known(run["layers"], layers):
@@ -61,8 +61,9 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         return Plan(
             decode=_mask(layers, value["decode_drop"]),
             prefill=_mask(layers, value["prefill_drop"]),
-            weight_bits=tuple(bits),
+            weight_bits=_bits(layers, value["weight_bits"]),
             kv_keep=tuple(kv_keep),
+            kv_bits=_bits(layers, value.get("kv_bits", {})),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CalibrationError(
@@ -82,6 +83,15 @@ def _known(listed: Iterable[int], layers: int) -> list[int]:
         if not 0 <= layer < layers:
             raise ValueError(f"no layer {layer!r:.80} in a model of {layers} layers")
     return found
+
+
+def _bits(layers: int, listed: Mapping[str, Iterable[int]]) -> tuple[int, ...]:
+    """Return the bits of every layer, 16 where none are listed."""
+    bits = [16] * layers
+    for number, at in listed.items():
+        for layer in _known(at, layers):
+            bits[layer] = {"16": 16, "8": 8, "4": 4}[number]
+    return tuple(bits)
 
 
 def _mask(layers: int, dropped: Sequence[str]) -> KeepMask:

@@ -12,6 +12,7 @@ _RANGE = r"\d+(?:-\d+)?"
 _RANGES = rf"{_RANGE}(?:,{_RANGE})*"
 _DROPPED = re.compile(rf"(?:(prefill|decode) )?((?:-(?:MHA|FFN) {_RANGES} ?)+)")
 _BITS = re.compile(rf"W(8|4) ({_RANGES})")
+_KV_BITS = re.compile(rf"KV(8|4) ({_RANGES})")
 _KV_KEEP = re.compile(rf"KV (\d+)\+(\d+) ({_RANGES})")
 _LIMIT = re.compile(r"(max_running|max_waiting|max_wait_s) (\S+)")
 
@@ -23,7 +24,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         PlanError: for anything that ``describe`` does not write, or a layer that the model does not have.
     """
     bits = [16] * num_layers
-    kv_keep = [KV_KEEP_ALL] * num_layers
+    kv_bits, kv_keep = [16] * num_layers, [KV_KEEP_ALL] * num_layers
     kept = {stage: KeepMask(mha=(True,) * num_layers, ffn=(True,) * num_layers) for stage in ("prefill", "decode")}
     limits: dict[str, float] = {}
     for part in text.split("; "):
@@ -35,6 +36,9 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         elif found := _BITS.fullmatch(part):
             for layer in _layers(found[2], num_layers):
                 bits[layer] = int(found[1])
+        elif found := _KV_BITS.fullmatch(part):
+            for layer in _layers(found[2], num_layers):
+                kv_bits[layer] = int(found[1])
         elif found := _KV_KEEP.fullmatch(part):
             for layer in _layers(found[3], num_layers):
                 kv_keep[layer] = KVKeep(first_tokens=int(found[1]), last_tokens=int(found[2]))
@@ -47,6 +51,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         prefill=kept["prefill"],
         weight_bits=tuple(bits),
         kv_keep=tuple(kv_keep),
+        kv_bits=tuple(kv_bits),
         max_running=_whole(limits.get("max_running")),
         max_waiting=_whole(limits.get("max_waiting")),
         max_wait_s=limits.get("max_wait_s"),
@@ -55,7 +60,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
 
 def most_layer(text: str) -> int:
     """Return the highest layer that a description names; -1 if it names none."""
-    lists = re.findall(rf"(?:MHA|FFN|W8|W4|KV \d+\+\d+) ({_RANGES})", text)
+    lists = re.findall(rf"(?:MHA|FFN|W8|W4|KV8|KV4|KV \d+\+\d+) ({_RANGES})", text)
     return max((int(number) for listed in lists for number in re.split("[-,]", listed)), default=-1)
 
 

@@ -16,7 +16,8 @@ The fitted model predicts D, the loss of a plan over dense in nats per token:
 r_b is 1 if block b is removed in both stages and ``stage_share`` if only decode drops it. s_b is the measured loss of
 removing b alone. Cut KV counts by the measured loss of cutting each layer alone, inversely proportional to the tokens
 kept. All coefficients are non-negative, so no plan improves by dropping more. A measured plan is predicted like any
-other: with its own measured value, noise included, it would stand out from similar plans.
+other: with its own measured value, noise included, it would stand out from similar plans. The loss of KV at 8 and 4
+bits is added (``sim.cost.kv_loss``).
 
 A fit holds up to some loss: many blocks removed together hurt more than the model says. How far it holds, and by how
 much it is too good beyond, is measured on held-out plans and stored with the coefficients (``FittedRange``). Outside of
@@ -37,6 +38,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from sim.cost.kv_loss import KVLoss, kv_loss_path, quantizes_kv, read_kv_loss
 from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import KV_KEEP_ALL, KeepMask, Plan, keep_all
 from sim.errors import CalibrationError, PlanError, RapLabError, nearest
@@ -221,6 +223,7 @@ class FittedQuality:
     root: sqrt(s) [b]. kv: what cutting each layer's KV alone costs [l], in nats.
     max_loss: no prediction exceeds this, the largest loss in the table or 4 nats.
     range: how far the fit holds; None predicts every plan without a bound, as a fit under test needs it.
+    kv_loss: what KV at 8 and 4 bits costs; None if it was not measured.
     """
 
     name: str
@@ -236,6 +239,7 @@ class FittedQuality:
     note: str = ""
     max_loss: float = math.inf
     range: FittedRange | None = None
+    kv_loss: KVLoss | None = None
     _others_list: tuple[float, ...] = field(default=(), repr=False)
     _pairs_list: tuple[float, ...] = field(default=(), repr=False)
 
@@ -253,6 +257,7 @@ class FittedQuality:
         others = np.array([precision_and_kv_features(plan, self.kv) for plan in plans])
         score = removed @ self.blocks + pair_features(removed, self.root) @ self.pairs + others @ self.others
         loss: Floats = self.charged(np.minimum(unwarp(score, self.curve), self.max_loss))
+        loss = np.minimum(loss + np.array([self._kv_bits_loss(plan) for plan in plans]), self.max_loss)
         return np.where([self._kv_in_range(plan) for plan in plans], loss, self.max_loss)
 
     def loss(self, plan: Plan) -> float:
@@ -260,10 +265,25 @@ class FittedQuality:
         predicted = self.predicted_loss(plan)
         if not self._kv_in_range(plan):
             return self.max_loss
-        return float(self.charged(np.float64(predicted)))
+        return min(float(self.charged(np.float64(predicted))) + self._kv_bits_loss(plan), self.max_loss)
+
+    def _kv_bits_loss(self, plan: Plan) -> float:
+        """Return what KV at 8 and 4 bits costs, in nats per token.
+
+        Raises:
+            CalibrationError: if that was not measured.
+        """
+        if not quantizes_kv(plan):
+            return 0.0
+        if self.kv_loss is None:
+            raise CalibrationError(
+                f"what KV at 8 and 4 bits costs was not measured on {self.name}; leave kv_bits at 16, or measure it: "
+                "python -m hw.score kind=kv_bits model.path=..."
+            )
+        return self.kv_loss.of(plan)
 
     def predicted_loss(self, plan: Plan) -> float:
-        """Return the predicted loss over dense, in nats per token, in and out of the fit's range."""
+        """Return the predicted loss over dense without that of quantized KV, in nats per token, in any range."""
         self._check(plan)
         removed = removed_shares(plan, self.stage_share)
         score = float(removed @ self.blocks)
@@ -305,8 +325,9 @@ class FittedQuality:
         """Return the NLL a token, in nats."""
         return self.dense_nll + self.loss(plan)
 
-    charge = nll
-    """What requests are charged for a plan: a fit knows every plan, if only by its upper bound."""
+    def charge(self, plan: Plan) -> float:
+        """Return what requests are charged for a plan: its NLL, or NaN for quantized KV that was not measured."""
+        return math.nan if self.kv_loss is None and quantizes_kv(plan) else self.nll(plan)
 
     def perplexity(self, plan: Plan) -> float:
         """Return exp(nll)."""
@@ -500,15 +521,29 @@ class PublishedQuality:
                 f"nothing is published on W8 layers or cut KV of {self.model.name}, so their loss is unknown; use "
                 "W4, a model with a measured table (smollm2_135m), or measure one: python -m hw.score kind=table"
             )
+        quantized = self._kv_bits_loss(plan)
         if not self.in_range(plan):
             return max(math.log(self.model.vocab_size), math.log(self.dense_perplexity))
-        loss = 0.0
+        loss = quantized
         if plan.decode != keep_all(self.model):
             loss += self._pruning_loss(plan.decode)
         four = plan.weight_bits.count(4)
         if four:
             loss += self._w4_loss(four)
         return math.log(self.dense_perplexity) + loss
+
+    def _kv_bits_loss(self, plan: Plan) -> float:
+        """Return what KV at 8 and 4 bits costs, in nats per token.
+
+        Raises:
+            CalibrationError: for such KV: nothing is published here.
+        """
+        if quantizes_kv(plan):
+            raise CalibrationError(
+                f"what KV at 8 and 4 bits costs {self.model.name} is not known here; leave kv_bits at 16, or take "
+                "a quality that states it: smollm2_135m (measured), llama2_7b_transferred (by assumption)"
+            )
+        return 0.0
 
     def _pruning_loss(self, mask: KeepMask) -> float:
         """Return what a mask loses over dense, in nats per token."""
@@ -565,12 +600,14 @@ class TransferredQuality(PublishedQuality):
     factors: of each block, in the order MHA0, FFN0, MHA1, ...; at least 1. profile_of: the measured model.
     w4_of: the measured model whose loss of W4, by share of the layers, replaces the published one; None keeps that.
     w4_losses: its losses in nats for 0, 1, ... layers of this model; empty without ``w4_of``.
+    kv_loss: what KV at 8 and 4 bits costs the measured model, at the same depth; None if that was not measured.
     """
 
     factors: tuple[float, ...]
     profile_of: str
     w4_of: str | None = None
     w4_losses: tuple[float, ...] = ()
+    kv_loss: KVLoss | None = None
 
     def __post_init__(self) -> None:
         PublishedQuality.__post_init__(self)
@@ -594,6 +631,7 @@ class TransferredQuality(PublishedQuality):
             profile_of=profile.name,
             w4_of=None if w4 is None else w4.name,
             w4_losses=() if w4 is None else tuple(w4.w4_loss(n / layers) for n in range(layers + 1)),
+            kv_loss=None if profile.kv_loss is None else profile.kv_loss.resampled(layers),
         )
 
     def counted_share(self, mask: KeepMask) -> float:
@@ -628,6 +666,11 @@ class TransferredQuality(PublishedQuality):
         """Return the same with the published losses of W4 of another model, also where they were a measured model's."""
         return replace(cast(TransferredQuality, PublishedQuality.with_w4_of(self, other)), w4_of=None, w4_losses=())
 
+    def _kv_bits_loss(self, plan: Plan) -> float:
+        if self.kv_loss is None:
+            return PublishedQuality._kv_bits_loss(self, plan)
+        return self.kv_loss.of(plan)
+
     def _w4_loss(self, layers: int) -> float:
         return self.w4_losses[layers] if self.w4_losses else PublishedQuality._w4_loss(self, layers)
 
@@ -636,8 +679,8 @@ class TransferredQuality(PublishedQuality):
         w4 = "published" if self.w4_of is None else f"assumed to be that of {self.w4_of}"
         return (
             f"quality of {self.model.name}: assumed, not measured; {len(self.points)} published masks, other blocks "
-            f"by the profile of {self.profile_of}; the loss of W4 is {w4}; a plan beyond the published masks is "
-            "charged the loss of a random guess"
+            f"by the profile of {self.profile_of}, and so is the loss of KV at 8 and 4 bits; the loss of W4 is {w4}; a "
+            "plan beyond the published masks is charged the loss of a random guess"
         )
 
 
@@ -772,7 +815,8 @@ def read_fitted(table: Path, form: str = BEST_FORM, text: Text = "test") -> Fitt
         raise CalibrationError(
             f"{path} was fitted to a table with SHA-256 {fitted_to[:12]}..., but {table} has {now[:12]}...; {again}"
         )
-    return quality
+    costs = kv_loss_path(table)
+    return replace(quality, kv_loss=read_kv_loss(costs, text)) if costs.is_file() else quality
 
 
 def read_published(path: Path) -> PublishedQuality:

@@ -2,7 +2,7 @@
 
 SimPy handles the transfers; the kernel serves. One fixed plan covers both sides: prefill replicas run and hold its
 prefill mask, decode replicas its decode mask. A prompt sends the KV of the MHA blocks that decode keeps, and in each
-layer the tokens that ``kv_keep`` keeps.
+layer the tokens that ``kv_keep`` keeps, at the bits of ``kv_bits``.
 
 A request passes four stages; in each, exactly one side counts its KV:
 
@@ -38,6 +38,7 @@ import numpy as np
 import simpy
 
 from sim.cluster import kernel as ck
+from sim.cost.kv_format import kv_formats, stored_kv_bytes
 from sim.cost.memory import kv_blocks
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KeepMask, Plan, check_plan
@@ -52,35 +53,17 @@ from sim.types import Floats, Ints
 Build = Callable[[simpy.Environment], SimEngine]
 
 
-def kv_bytes_sent(model: ModelSpec, plan: Plan, prompt_tokens: int) -> int:
-    """Return the bytes of KV that a prompt sends: for each MHA block that decode keeps, the tokens that stay there.
-
-    Source:
-        PDTrim (arXiv 2509.04467): layers that decode drops send nothing; layers whose attention concentrates on the
-        first and last tokens send only these.
-    """
-    tokens = sum(keep.tokens(prompt_tokens) for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True) if kept)
-    return tokens * model.kv_bytes_per_token_layer
-
-
-def transfer_reduction(plan: Plan, prompt_tokens: int) -> float:
+def transfer_reduction(model: ModelSpec, plan: Plan, prompt_tokens: int) -> float:
     """Return the dense model's KV bytes of a prompt over those that a plan sends; ``inf`` if it sends nothing.
 
-    With L layers, m removed and s of the rest sent at fraction r: L / (L - m - s + s r).
+    With L layers, m removed and s of the rest sent at fraction r: L / (L - m - s + s r). KV at 8 or 4 bits is sent as
+    it is stored, with its scales.
 
     Source:
         Derived from PDTrim's mechanism (arXiv 2509.04467).
     """
-    layers = len(plan.decode.mha)
-    removed = layers - sum(plan.decode.mha)
-    sent = [
-        keep.tokens(prompt_tokens) / prompt_tokens
-        for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True)
-        if kept
-    ]
-    shortened = [share for share in sent if share < 1.0]
-    left = layers - removed - len(shortened) + sum(shortened)
-    return layers / left if left > 0 else math.inf
+    sent = stored_kv_bytes(model, plan, prompt_tokens)
+    return model.num_layers * prompt_tokens * model.kv_bytes_per_token_layer / sent if sent else math.inf
 
 
 def decode_side(plan: Plan) -> Plan:
@@ -310,7 +293,7 @@ class Disaggregated:
             blocks = self._blocks(request)
             ck.keep(side.table, blocks)
             side.held_blocks += blocks
-            self._bytes[request] = kv_bytes_sent(self.model, self.plan, int(self.trace.prompt_tokens[request]))
+            self._bytes[request] = stored_kv_bytes(self.model, self.plan, int(self.trace.prompt_tokens[request]))
             if request in self._early:
                 ended, to = self._early.pop(request)
                 ended.succeed()
@@ -341,10 +324,11 @@ class Disaggregated:
         """Return the layer blocks of a prompt's KV that decode keeps, over all layers."""
         prompt, plan = int(self.trace.prompt_tokens[request]), self.plan
         if prompt not in self._blocks_of:
+            formats = kv_formats(self.model, plan, self._block_tokens)
             self._blocks_of[prompt] = sum(
-                kv_blocks(keep.tokens(prompt), self._block_tokens)
-                for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True)
-                if kept
+                kv_blocks(prompt, self._block_tokens) if formats is None else formats[layer].blocks(prompt)
+                for layer, runs in enumerate(plan.decode.mha)
+                if runs
             )
         return self._blocks_of[prompt]
 
@@ -378,7 +362,7 @@ class Disaggregated:
         self._sent[request, 0] = self.env.now
         self._order[request] = self._shipped
         self._shipped += 1
-        size = kv_bytes_sent(self.model, self.plan, int(self.trace.prompt_tokens[request]))
+        size = stored_kv_bytes(self.model, self.plan, int(self.trace.prompt_tokens[request]))
         if ended is None:
             yield from link.send(size)
         else:

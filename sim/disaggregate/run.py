@@ -199,7 +199,7 @@ def transfer_figures(staged: StagedRecords, plan: Plan, model: ModelSpec) -> dic
     return {
         "sent_bytes_mean": float(sent.mean()) if len(sent) else None,
         "transfer_reduction": float(dense_bytes / sent.sum()) if sent.sum() else None,
-        "reduction_at_mean_prompt": transfer_reduction(plan, max(int(prompts.mean()), 1)) if len(sent) else None,
+        "reduction_at_mean_prompt": transfer_reduction(model, plan, max(int(prompts.mean()), 1)) if len(sent) else None,
         "transfer_s": distribution(staged.sent_s - staged.send_s),
         "room_wait_s": distribution(np.maximum(staged.send_s - staged.first_token_s, 0.0)),
     }

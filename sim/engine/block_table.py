@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sim.cost.kv_format import KVFormat
 from sim.cost.memory import kv_blocks
 from sim.cost.plan import KV_KEEP_ALL, KVKeep
 from sim.engine.kv_pool import KVPool
@@ -44,9 +45,10 @@ class BlockTable:
     """The KV blocks of one request.
 
     mha: layers whose MHA block it runs, and whose KV it holds.
-    block_tokens: tokens of one KV block.
-    kv_keep: which tokens each layer keeps; None while every token is kept. A layer that keeps the first f and the last
-        w tokens has a ring buffer after its first f slots: token t >= f lies in slot f + (t - f) % w.
+    block_tokens: tokens of one KV block at 16 bits.
+    formats: which tokens each layer keeps, and at how many bits; None while it keeps every token at 16 bits. A layer
+        that keeps the first f and the last w tokens has a ring buffer after its first f slots: token t >= f lies in
+        slot f + (t - f) % w.
     blocks: layer -> its own KV blocks, in the order of their slots.
     prefix: index in the prompt, in prefix blocks -> the prefix block that the request holds there.
     prefix_layer_blocks: KV blocks of one layer in each prefix block.
@@ -56,7 +58,7 @@ class BlockTable:
 
     mha: frozenset[int] = frozenset()
     block_tokens: int = 16
-    kv_keep: tuple[KVKeep, ...] | None = None
+    formats: tuple[KVFormat, ...] | None = None
     blocks: dict[int, list[int]] = field(default_factory=dict)
     prefix: dict[int, PrefixBlock] = field(default_factory=dict)
     prefix_layer_blocks: int = 0
@@ -80,17 +82,25 @@ class BlockTable:
 
     def keep_of(self, layer: int) -> KVKeep:
         """Return which tokens a layer keeps."""
-        return self.kv_keep[layer] if self.kv_keep is not None else KV_KEEP_ALL
+        return self.formats[layer].keep if self.formats is not None else KV_KEEP_ALL
+
+    def block_tokens_of(self, layer: int) -> int:
+        """Return how many tokens of a layer a KV block holds."""
+        return self.formats[layer].block_tokens if self.formats is not None else self.block_tokens
+
+    def read_tokens(self, layer: int, tokens: int) -> int:
+        """Return how many tokens at 16 bits have the bytes that a decode reads of a layer after ``tokens``."""
+        return self.formats[layer].read_tokens(tokens) if self.formats is not None else tokens
 
     def blocks_needed(self, layer: int, tokens: int) -> int:
         """Return the own blocks that one layer needs for ``tokens`` computed tokens."""
-        if self.kv_keep is None:
+        if self.formats is None:
             return kv_blocks(tokens, self.block_tokens) - len(self.prefix) * self.prefix_layer_blocks
-        return kv_blocks(self.kv_keep[layer].tokens(tokens), self.block_tokens)
+        return self.formats[layer].blocks(tokens)
 
     def own_blocks_needed(self, tokens: int) -> int:
         """Return the own blocks over all layers that ``tokens`` computed tokens need."""
-        if self.kv_keep is None:
+        if self.formats is None:
             return len(self.mha) * self.blocks_needed(0, tokens)
         return sum(self.blocks_needed(layer, tokens) for layer in self.mha)
 
@@ -115,13 +125,15 @@ class BlockTable:
         ids, overwritten = pool.take(sum(missing.values()))
         at = 0
         for layer, count in missing.items():
+            if count:
+                self.unchanged = min(self.unchanged, len(self.blocks[layer]))  # layers grow at different times
             self.blocks[layer].extend(ids[at : at + count])
             at += count
         return overwritten
 
     def holds_exactly(self, tokens: int) -> bool:
-        """Return True only if ``hold`` would change nothing; a quick check for the common case, all tokens kept."""
-        if self.kv_keep is not None or self.blocks.keys() != self.mha:
+        """Return True only if ``hold`` would change nothing; a quick check for the common case, everything kept."""
+        if self.formats is not None or self.blocks.keys() != self.mha:
             return False
         needed = self.blocks_needed(0, tokens)
         return all(len(ids) == needed for ids in self.blocks.values())
@@ -166,7 +178,10 @@ class BlockTable:
             self.blocks[layer] = [moved.get(block, block) for block in ids]
 
     def slots(self, layer: int, start: int, count: int) -> list[int]:
-        """Return the slots (block number * block_tokens + place) of ``count`` tokens of a layer from ``start`` on."""
+        """Return the slots of ``count`` tokens of a layer from ``start`` on.
+
+        A slot is block number * tokens of one KV block + place in it; KV at fewer bits has more tokens in a block.
+        """
         keep = self.keep_of(layer)
         if keep.first_tokens is None or keep.last_tokens is None:
             return self.slots_of(layer, range(start, start + count))
@@ -174,26 +189,40 @@ class BlockTable:
 
     def slots_of(self, layer: int, places: Sequence[int]) -> list[int]:
         """Return the slots of places of a layer, counted from its first slot."""
-        ids, size = self.blocks[layer], self.block_tokens
+        ids, size = self.blocks[layer], self.block_tokens_of(layer)
         return [ids[place // size] * size + place % size for place in places]
 
-    def kept_slots(self, tokens: int) -> list[int]:
-        """Return the slots of all kept tokens among ``tokens`` computed ones: layer by layer, in order of place.
+    def bits_of(self, layer: int) -> int:
+        """Return the bits at which a layer stores KV."""
+        return self.formats[layer].bits if self.formats is not None else 16
 
-        For two requests that run the same layers and keep the same tokens, equal positions of this list correspond.
+    def kept_slots(self, tokens: int, bits: int) -> list[int]:
+        """Return the slots of kept tokens among ``tokens`` computed ones in layers at some bits, in order of place.
+
+        For two requests with the same layers and formats, equal positions of this list correspond.
         """
         return [
             slot
             for layer in sorted(self.blocks)
+            if self.bits_of(layer) == bits
             for slot in self.slots_of(layer, range(self.keep_of(layer).tokens(tokens)))
         ]
 
-    def ring_moves(self, layer: int, tokens: int, keep: KVKeep) -> tuple[list[int], list[int]]:
-        """Return the source and target slots of the copies that turn a layer that kept every token into a ring."""
+    def end_prefill(self, layer: int, tokens: int, wanted: KVFormat) -> tuple[list[int], list[int]]:
+        """Return which slots of a layer to copy to which others so that its KV of ``tokens`` has a format.
+
+        The first are slots at 16 bits, the second at the bits of the format. It has no format yet.
+        """
+        assert self.formats is None
+        keep, ids, size = wanted.keep, self.blocks[layer], wanted.block_tokens
+        if wanted.bits < 16:
+            places = range(keep.tokens(tokens))
+            target = [ids[place // size] * size + place % size for place in places]
+            return self.slots_of(layer, ring_positions(keep, tokens)), target
         first, last = keep.first_tokens, keep.last_tokens
         if first is None or last is None or tokens <= first + last:
             return [], []
-        newest = range(tokens - last, tokens)
+        newest = range(tokens - last, tokens)  # the first tokens stay where they are
         return self.slots_of(layer, newest), self.slots_of(layer, [ring_place(keep, token) for token in newest])
 
 

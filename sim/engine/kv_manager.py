@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from sim.cost.kv_format import kv_formats
 from sim.cost.memory import kv_blocks
-from sim.cost.plan import KV_KEEP_ALL, KVKeep, Plan
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan
 from sim.engine.block_table import BlockTable
 from sim.engine.kv_pool import NO_OWNER, KVPool, KVStorage
 from sim.engine.live_request import LiveRequest, RequestQueues
 from sim.engine.prefix_cache import PrefixCache, held_prefix_blocks
 from sim.engine.protocol import EngineConfig
 from sim.results.records import Status
-
-
-def kv_keep_of(plan: Plan) -> tuple[KVKeep, ...] | None:
-    """Return which tokens each layer keeps under a plan; None where every layer keeps all."""
-    return None if all(keep == KV_KEEP_ALL for keep in plan.kv_keep) else plan.kv_keep
 
 
 class KVManager:
@@ -33,15 +30,17 @@ class KVManager:
     host_layer_blocks, host_free_layer_blocks: KV blocks of one layer in host memory, all and free ones.
     moved_layer_blocks: KV blocks copied to the host and back that no iteration has taken the time for yet.
 
-    A request that comes back from the host gets its KV when it takes the blocks for it; until then ``_arriving`` says
-    how many blocks of each layer were saved.
+    Between the admission of a request that comes back from the host and the moment when it takes the blocks for its
+    KV, in the same batch, ``_arriving`` says how many blocks of each layer were saved.
     """
 
-    def __init__(self, config: EngineConfig, queues: RequestQueues, storage: KVStorage | None, layers: int) -> None:
-        """Begin with an empty pool; call ``follow_plan`` and ``resize`` next. ``layers``: of the model."""
-        self.host_layer_blocks = self.host_free_layer_blocks = layers * config.host_kv_blocks
+    def __init__(
+        self, config: EngineConfig, queues: RequestQueues, storage: KVStorage | None, model: ModelSpec
+    ) -> None:
+        """Begin with an empty pool; call ``follow_plan`` and ``resize`` next."""
+        self.host_layer_blocks = self.host_free_layer_blocks = model.num_layers * config.host_kv_blocks
         self.moved_layer_blocks = 0
-        self._config, self._queues, self._storage = config, queues, storage
+        self._config, self._queues, self._storage, self._model = config, queues, storage, model
         self.pool = KVPool(0, storage)
         self.prefix_cache = PrefixCache(config, self.pool)
         self.prefill_mha: frozenset[int] = frozenset()
@@ -67,6 +66,12 @@ class KVManager:
         """Return the empty table of a request that runs these MHA blocks."""
         size = self._config.kv_block_tokens
         return BlockTable(mha, size, prefix_layer_blocks=self._config.hash_block_tokens // size)
+
+    def table_after_prefill(self, plan: Plan) -> BlockTable:
+        """Return the empty table of a request whose prompt another replica has computed."""
+        table = self.new_table(self.decode_mha)
+        table.formats = kv_formats(self._model, plan, self._config.kv_block_tokens)
+        return table
 
     # -- taking and freeing --------------------------------------------------------------------------------------
 
@@ -94,21 +99,21 @@ class KVManager:
         self.outside[request_id] = table
 
     def end_prefill(self, live: LiveRequest, plan: Plan) -> None:
-        """Free the KV that decode will not read: layers that it does not run, tokens that the plan does not keep.
+        """Free the KV that decode will not read: layers that it does not run, tokens and bits that the plan drops.
 
         Raises:
             MemoryError: if there is no memory to move the tokens that stay; the KV of the request is of no use then.
         """
         table = live.table
         table.mha = table.mha & self.decode_mha
-        kv_keep = kv_keep_of(plan)
-        if kv_keep is not None and not table.prefix:  # a request that holds prefix blocks keeps every token
+        formats = kv_formats(self._model, plan, self._config.kv_block_tokens)
+        if formats is not None and not table.prefix:  # a request that holds prefix blocks keeps all of its KV
             if self._storage is not None:
                 for layer in sorted(table.blocks):
-                    source, target = table.ring_moves(layer, live.computed_tokens, kv_keep[layer])
+                    source, target = table.end_prefill(layer, live.computed_tokens, formats[layer])
                     if source:
-                        self._storage.copy(source, target)
-            table.kv_keep = kv_keep
+                        self._storage.copy(source, target, formats[layer].bits)
+            table.formats = formats
         self.hold(live, live.computed_tokens)
 
     def let_go(self, live: LiveRequest, owner: int = NO_OWNER) -> None:
@@ -120,10 +125,10 @@ class KVManager:
         self.prefix_cache.let_go(live)
         live.table = self.new_table(frozenset())
 
-    def can_swap(self, live: LiveRequest) -> bool:
+    def _can_swap(self, live: LiveRequest) -> bool:
         """Return whether the KV of a running request is complete and fits into host memory."""
         table = live.table
-        complete = table.kv_keep is None and table.mha == self.mha_of(live)
+        complete = table.formats is None and table.mha == self.mha_of(live)
         return complete and 0 < table.held_layer_blocks <= self.host_free_layer_blocks
 
     def _swap_in(self, live: LiveRequest) -> None:
@@ -142,43 +147,34 @@ class KVManager:
         """Free the KV that a request holds in host memory, if any, with its content."""
         self._free_host_kv(live)
         if self._storage is not None:
-            self._arriving.pop(live.request_id, None)
             self._storage.forget_on_host(live.request_id)
 
-    def _saved_on_host(self, live: LiveRequest) -> bool:
-        """Copy real KV of a running request to the host; return False if there is no memory for it."""
-        if self._storage is None:
-            return True
-        try:
-            self._storage.save_on_host(live.request_id, live.table.leading_blocks())
-        except MemoryError:
-            return False
-        return True
-
-    def preempt(self, live: LiveRequest, *, usable: bool = True) -> None:
-        """Copy the KV of a preempted request to the host or free it.
+    def preempt(self, live: LiveRequest, *, usable: bool = True) -> bool:
+        """Copy the KV of a preempted request to the host or free it; return whether it was copied.
 
         With ``reuse_preempted_kv`` a request whose KV is freed may find it again if it is usable.
         """
+        assert not self._arriving
         table, cache = live.table, self.prefix_cache
-        if live.request_id in self._arriving:  # preempted before its KV was back
-            self.drop_host_kv(live)
         if usable and self._storage is not None and self.host_layer_blocks:
             self.hold(live, live.computed_tokens)  # a failed pass leaves blocks for what it did not compute
-        if usable and self.can_swap(live) and self._saved_on_host(live):
+        if usable and self._can_swap(live):
+            if self._storage is not None:
+                self._storage.save_on_host(live.request_id, table.leading_blocks())
             live.host_layer_blocks = table.held_layer_blocks
             self.host_free_layer_blocks -= live.host_layer_blocks
             self.moved_layer_blocks += live.host_layer_blocks
             self.let_go(live)
             live.left_tokens = live.computed_tokens
-            return
-        # It can resume only from complete KV: every token, every layer of prefill, every prefix block.
-        complete = usable and table.kv_keep is None and table.mha == self.prefill_mha
+            return True
+        # It can resume only from complete KV: every token and bit, every layer of prefill, every prefix block.
+        complete = usable and table.formats is None and table.mha == self.prefill_mha
         complete = complete and len(table.prefix) == cache.blocks_within(live, live.computed_tokens)
         complete = complete and all(block.known for block in table.prefix.values())
         self.let_go(live, live.request_id if self._config.reuse_preempted_kv and complete else NO_OWNER)
         live.left_tokens = live.computed_tokens
         live.left_tokens = live.computed_tokens = self._found_again(live)
+        return False
 
     def _found_again(self, live: LiveRequest) -> int:
         """Return the leading tokens of a preempted request whose KV is still there, in complete KV blocks.
@@ -225,7 +221,8 @@ class KVManager:
         """Adapt to the plan that runs from now on: what may be found again, and which held KV is useless now."""
         prefill_mha = frozenset(layer for layer, keep in enumerate(plan.prefill.mha) if keep)
         one_set = bool(prefill_mha) and plan.prefill.mha == plan.decode.mha
-        caching = self._config.prefix_caching and kv_keep_of(plan) is None and one_set
+        formats = kv_formats(self._model, plan, self._config.kv_block_tokens)
+        caching = self._config.prefix_caching and formats is None and one_set
         if prefill_mha != self.prefill_mha or caching != self.prefix_cache.active:
             self.forget_left_behind()  # that KV lacks a layer, or has one too many
             self.prefix_cache.forget(self._queues.running)

@@ -45,8 +45,10 @@ class KVStorage(Protocol):
         """
         ...
 
-    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+    def copy(self, source: Sequence[int], target: Sequence[int], bits: int = 16) -> None:
         """Copy slots, all read before any is written; a slot is the place of one token.
+
+        ``bits``: those of the target slots; the source has 16.
 
         Raises:
             MemoryError: if memory ran out; the content of the target slots is undefined then.
@@ -56,8 +58,7 @@ class KVStorage(Protocol):
     def save_on_host(self, request_id: int, blocks: Sequence[int]) -> None:
         """Copy the content of blocks to host memory, where it stays for a request.
 
-        Raises:
-            MemoryError: if the host has no memory; then nothing has changed.
+        The caller counts what the host holds, so there is memory for it.
         """
         ...
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sim.cost.latency import plan_layers
 from sim.cost.memory import fixed_weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import KV_KEEP_ALL, WEIGHT_BITS, KVKeep, Plan
+from sim.cost.plan import KV_BITS, KV_KEEP_ALL, WEIGHT_BITS, KVKeep, Plan
 from sim.engine import kernel
 from sim.engine.kernel.state import COPY, DECISION, LAYER, PRICE, RESIDENCY
 from sim.engine.transition import (
@@ -60,7 +60,8 @@ class PlanGraph:
         self.decisions = np.zeros(16, dtype=DECISION)
         self.prices = np.zeros(16, dtype=PRICE)
         self.price_words = np.zeros((16, self.words), dtype=np.int64)
-        self.kv_keep_tokens = np.zeros((1, layers), dtype=np.int64)
+        self.kv_format_tokens = np.zeros((1, layers), dtype=np.int64)
+        self.kv_format_bits = np.zeros((1, layers), dtype=np.int64)
         self.version = 0
         self._fixed_weight_bytes = fixed_weight_bytes(model)
         self._targets: dict[Plan, int] = {}
@@ -68,7 +69,7 @@ class PlanGraph:
         self._numbers: dict[tuple[Resident, int], int] = {}
         self._residents: list[Resident] = []
         self._plans: list[Plan] = []
-        self._keep_ids: dict[tuple[KVKeep, ...], int] = {}
+        self._format_ids: dict[tuple[tuple[KVKeep, ...], tuple[int, ...]], int] = {}
         self._copies = self._decisions = self._prices = 0
 
     def __len__(self) -> int:
@@ -100,8 +101,9 @@ class PlanGraph:
         return self._residency(resident_of(self._target_plans[target]), target)
 
     def take_from(self, other: PlanGraph, residency: int) -> int:
-        """Copy a residency of another graph into this empty one; return its number here. ``kv_keep_id`` stays."""
-        self.kv_keep_tokens, self._keep_ids = other.kv_keep_tokens.copy(), dict(other._keep_ids)
+        """Copy a residency of another graph into this empty one; return its number here. ``kv_format_id`` stays."""
+        self.kv_format_tokens, self.kv_format_bits = other.kv_format_tokens.copy(), other.kv_format_bits.copy()
+        self._format_ids = dict(other._format_ids)
         target = int(other.residencies["target"][residency])
         return self._residency(other._residents[residency], self.target(other._target_plans[target]))
 
@@ -159,7 +161,7 @@ class PlanGraph:
         row = {
             "target": target,
             "weight_bytes": self._fixed_weight_bytes + resident.weight_bytes(model),
-            "kv_keep_id": self._keep_id(plan.kv_keep),
+            "kv_format_id": self._format_id(plan.kv_keep, plan.kv_bits),
             "max_waiting": -1 if plan.max_waiting is None else plan.max_waiting,
             "max_wait_s": math.inf if plan.max_wait_s is None else plan.max_wait_s,
             "max_running": -1 if plan.max_running is None else plan.max_running,
@@ -182,13 +184,14 @@ class PlanGraph:
         ]
         return number
 
-    def _keep_id(self, kv_keep: tuple[KVKeep, ...]) -> int:
-        """Return the row of ``kv_keep_tokens`` for these rules; -1 if every layer keeps all tokens."""
-        if all(layer == KV_KEEP_ALL for layer in kv_keep):
+    def _format_id(self, kv_keep: tuple[KVKeep, ...], kv_bits: tuple[int, ...]) -> int:
+        """Return the row of ``kv_format_tokens`` and ``kv_format_bits``; -1 for all tokens of all layers at 16 bits."""
+        if all(layer == KV_KEEP_ALL for layer in kv_keep) and set(kv_bits) == {16}:
             return -1
-        number = self._keep_ids.setdefault(kv_keep, len(self._keep_ids))
-        self._make_room(number + 1, "kv_keep_tokens")
-        self.kv_keep_tokens[number] = [layer.tokens(kernel.NEVER) for layer in kv_keep]
+        number = self._format_ids.setdefault((kv_keep, kv_bits), len(self._format_ids))
+        self._make_room(number + 1, "kv_format_tokens", "kv_format_bits")
+        self.kv_format_tokens[number] = [layer.tokens(kernel.NEVER) for layer in kv_keep]
+        self.kv_format_bits[number] = [KV_BITS.index(bits) for bits in kv_bits]
         return number
 
     def _make_room(self, rows: int, *names: str) -> None:
@@ -202,7 +205,7 @@ class PlanGraph:
 
 _ARRAYS = (
     "residencies", "residency_words", "residency_layers", "residency_block_counts", "copies", "decisions", "prices",
-    "price_words", "kv_keep_tokens",
+    "price_words", "kv_format_tokens", "kv_format_bits",
 )  # fmt: skip
 
 

@@ -89,8 +89,8 @@ class PricingExecutor:
         # Only requests whose tokens are all computed after this iteration reach the LM head and get a next token.
         sequences = sum(live.computed_tokens + tokens == live.target_tokens for live, tokens in scheduled)
         shape = (chunks, len(decodes), contexts, sequences)
-        # If some request lacks KV of a layer, or keeps only some tokens, the layers differ and are priced one by one.
-        if all(live.table.kv_keep is None and live.mha == _mha_run(plan, live) for live, _ in scheduled):
+        # If some request lacks KV of a layer, or keeps only a part of it, the layers differ and are priced one by one.
+        if all(live.table.formats is None and live.mha == _mha_run(plan, live) for live, _ in scheduled):
             seconds = self._latency.iteration_s(plan, *shape)
         else:
             tokens = sum(chunk for chunk, _ in chunks) + len(decodes)
@@ -117,7 +117,7 @@ def _layers_seen(iteration: Iteration) -> Ints:
     prefill_tokens = sum(tokens for _, tokens in prefills)
     for layer, bits in enumerate(plan.weight_bits):
         chunks = [(tokens, live.computed_tokens) for live, tokens in prefills if layer in live.mha]
-        contexts = [live.table.keep_of(layer).tokens(live.computed_tokens) for live in decodes if layer in live.mha]
+        contexts = [live.table.read_tokens(layer, live.computed_tokens) for live in decodes if layer in live.mha]
         seen = (
             WEIGHT_BITS.index(bits),
             sum(tokens for tokens, _ in chunks),

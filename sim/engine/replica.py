@@ -32,7 +32,6 @@ from sim.engine.block_table import BlockTable
 from sim.engine.budget import Budget, constant_budget, no_room_for_kv
 from sim.engine.executor import Clock, Executor, Iteration, Ran, Weights
 from sim.engine.iteration_log import IterationRow
-from sim.engine.kv_manager import kv_keep_of
 from sim.engine.kv_pool import KVStorage
 from sim.engine.live_request import LiveRequest
 from sim.engine.protocol import (
@@ -303,8 +302,7 @@ class Replica(ReplicaState):
         As in sim.disaggregate, there must be enough KV blocks above the watermark and a free place among the running
         requests, and no preempted request may be waiting.
         """
-        table = self._kv.new_table(self._kv.decode_mha)
-        table.kv_keep = kv_keep_of(self._changes.plan)
+        table = self._kv.table_after_prefill(self._changes.plan)
         left = self.pool.free_layer_blocks - table.own_blocks_needed(prompt_tokens)
         if left < self._limits.watermark_layer_blocks or self.queues.waiting:
             return None
@@ -606,14 +604,18 @@ class Replica(ReplicaState):
         else:
             self._kv.let_go(live)
 
-    def _preempt(self, live: LiveRequest, *, usable: bool = True) -> None:
-        """Free or swap out a running request's KV, usable for it later or not; put the request back at the head."""
+    def _preempt(self, live: LiveRequest, *, usable: bool = True) -> bool:
+        """Free or swap out a running request's KV, usable for it later or not; put the request back at the head.
+
+        Return whether it was swapped out.
+        """
         self.queues.running.remove(live)
-        self._kv.preempt(live, usable=usable)
+        swapped = self._kv.preempt(live, usable=usable)
         live.preemptions += 1
         live.status = Status.WAITING
         self._preemptions += 1
         self.queues.waiting.appendleft(live)
+        return swapped
 
     # -- plans and memory ----------------------------------------------------------------------------------------
 
@@ -670,9 +672,9 @@ class Replica(ReplicaState):
                 self._preempt_for_change(live)
 
     def _preempt_for_change(self, live: LiveRequest) -> None:
-        recomputed = 0 if self._kv.can_swap(live) else live.computed_tokens
-        self._changes.log.charge(preempted=1, recomputed_tokens=recomputed)
-        self._preempt(live)
+        computed_tokens = live.computed_tokens
+        swapped = self._preempt(live)
+        self._changes.log.charge(preempted=1, recomputed_tokens=0 if swapped else computed_tokens)
 
     def _resize_pool(self, now_s: float) -> None:
         """Give the KV pool the memory that the budget leaves."""

@@ -47,7 +47,7 @@ class ReplicaState:
         self.model, self.config, self.budget = model, config, budget
         self.queues = RequestQueues()
         self._changes = PlanChanges(model, plan, weights)
-        self._kv = KVManager(config, self.queues, storage, model.num_layers)
+        self._kv = KVManager(config, self.queues, storage, model)
         self._meter = BudgetMeter(budget, start_s)
         self._log = IterationLog()
         self._kept_share: list[tuple[float, float]] = []

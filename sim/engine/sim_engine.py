@@ -18,10 +18,11 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
+from sim.cost.kv_format import kv_block_tokens_at
 from sim.cost.latency import LatencyModel
 from sim.cost.memory import kv_block_layer_bytes, weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, describe
+from sim.cost.plan import KV_BITS, WEIGHT_BITS, Plan, check_plan, dense_plan, describe
 from sim.engine import kernel
 from sim.engine.budget import Budget, constant_budget, no_room_for_kv
 from sim.engine.kernel.first_start import prepare
@@ -692,7 +693,7 @@ class SimEngine:
         copy_index = n.copy - int(old.residencies["copies_at"][n.residency])
         n.residency = new.take_from(old, n.residency)
         here = new.residencies[n.residency]
-        n.target, n.kv_keep_id = int(here["target"]), int(here["kv_keep_id"])
+        n.target, n.kv_format_id = int(here["target"]), int(here["kv_format_id"])
         if n.copy >= 0:
             n.copy = int(here["copies_at"]) + copy_index
         self._checked.clear()
@@ -807,6 +808,8 @@ def _empty_state(
     n = kernel.fields_of(state.counters)
     _set_counters(n, config, block_bytes, keep_iterations)
     n.notice_s = budget.notice_s
+    state.kv_precisions["block_tokens"] = [kv_block_tokens_at(model, config.kv_block_tokens, bits) for bits in KV_BITS]
+    state.kv_precisions["token_bytes"] = [model.kv_bytes_per_token_layer_at(bits) for bits in KV_BITS]
     state.slots["next"][slots] = state.slots["previous"][slots] = slots
     state.due_clocks[:] = kernel.NEVER
     state.free_slots[:slots] = np.arange(slots)

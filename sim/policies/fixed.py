@@ -42,6 +42,7 @@ def static_plan(
     kv_first_tokens: int | None = None,
     kv_last_tokens: int | None = None,
     kv_layers: Sequence[int] | None = None,
+    kv_bits: int | Sequence[int] = 16,
     max_running: int | None = None,
     max_waiting: int | None = None,
     max_wait_s: float | None = None,
@@ -55,6 +56,7 @@ def static_plan(
         weight_bits: 16, 8 or 4 for all layers, or one entry per layer; None takes those of the checkpoint.
         kv_first_tokens, kv_last_tokens: tokens whose KV stays after prefill; None keeps all tokens.
         kv_layers: layers in which they apply; None is all layers.
+        kv_bits: 16, 8 or 4 for the KV of all layers after prefill, or one entry per layer.
         max_running, max_waiting, max_wait_s: as in ``Plan``.
     Raises:
         PlanError: if the plan is not legal for the model; the message names the block.
@@ -76,6 +78,7 @@ def static_plan(
         ),
         weight_bits=_per_layer(weight_bits, layers),
         kv_keep=tuple(keep if layer in shortened else KVKeep() for layer in range(layers)),
+        kv_bits=_per_layer(kv_bits, layers),
         max_running=max_running,
         max_waiting=max_waiting,
         max_wait_s=max_wait_s,
@@ -84,10 +87,10 @@ def static_plan(
     return plan
 
 
-def _per_layer(weight_bits: int | Sequence[int], layers: int) -> tuple[int, ...]:
+def _per_layer(bits: int | Sequence[int], layers: int) -> tuple[int, ...]:
     """Return one entry per layer; ``check_plan`` checks what they are."""
-    listed = isinstance(weight_bits, Sequence) and not isinstance(weight_bits, str)
-    return tuple(weight_bits) if listed else (weight_bits,) * layers  # type: ignore[arg-type,return-value]
+    listed = isinstance(bits, Sequence) and not isinstance(bits, str)
+    return tuple(bits) if listed else (bits,) * layers  # type: ignore[arg-type,return-value]
 
 
 def fixed(served: PolicyContext, *, made_for: str | None = None, **options: Any) -> Fixed:

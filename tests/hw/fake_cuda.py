@@ -9,7 +9,8 @@
 * The allocator counts tensors, refuses those beyond its limit, and on request the one with a certain number.
 * Addresses without memory behind them hold NaN, and so does new memory. Memory that is unmapped while a pass may still
   read it is an error.
-* Pinned memory that changes before the device has read it is an error.
+* Pinned memory that changes before the device has read it is an error. What the device copies to it holds NaN until the
+  host has waited, or until a later copy of the device reads it.
 """
 
 from __future__ import annotations
@@ -212,6 +213,7 @@ class FakeCuda(Accelerator):
         self.mapped: set[int] = set()
         self.busy = False
         self._uploading: list[tuple[Tensor, Tensor]] = []  # pinned memory, and its content when the copy began
+        self._downloading: list[tuple[Tensor, Tensor]] = []  # pinned memory, and the content that it will have
         self.limits: list[int | None] = []
         self.refuse: frozenset[int] = frozenset()
         self.given_back: list[int] = []
@@ -282,9 +284,18 @@ class FakeCuda(Accelerator):
     def computed(self) -> None:
         """The host has waited for all that was computed so far."""
         self.busy = False
+        self._uploaded()
+        self._downloaded()
+
+    def _uploaded(self) -> None:
         for source, content in self._uploading:
             assert torch.equal(source, content), "pinned memory changed while the device copied from it"
         self._uploading = []
+
+    def _downloaded(self) -> None:
+        for target, content in self._downloading:
+            target.copy_(content)
+        self._downloading = []
 
     def reserve(self, size: int) -> AddressRange:
         driver = FakeDriver(self)
@@ -294,13 +305,16 @@ class FakeCuda(Accelerator):
     def upload(self, source: Tensor, target: Tensor) -> None:
         assert source.untyped_storage()._cdata in self._pinned, "a copy from pageable memory stops the host"
         self.uploads += 1
+        self._downloaded()
         self._uploading.append((source, source.clone()))
         target.copy_(source)
 
     def download(self, source: Tensor, target: Tensor) -> None:
         assert target.untyped_storage()._cdata in self._pinned, "a copy to pageable memory stops the host"
         self.downloads += 1
-        target.copy_(source)
+        self._uploaded()  # what it copied from this memory before, it has copied by then
+        self._downloading.append((target, source.clone()))
+        target.view(-1).view(torch.uint8).fill_(255)
 
     def read(self, tensor: Tensor) -> Tensor:
         self.reads += 1

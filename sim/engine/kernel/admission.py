@@ -16,9 +16,9 @@ from sim.engine.kernel.kv import _blocks, _prefix_blocks_in, _take, blocks_of
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.prefix_cache import _find_prefix, _hold_prefix_blocks
 from sim.engine.kernel.state import (
-    ALL_TOKENS,
     CHUNKED,
     NEVER,
+    NO_FORMAT,
     NO_OWNER,
     PREFILL_FIRST,
     REJECTED,
@@ -189,7 +189,7 @@ def _admit(s: Table, r: int, now_s: float, found: int) -> int:
     request.computed_tokens, request.status = found, RUNNING
     if np.isnan(request.admitted_s):
         request.admitted_s = now_s
-    i = _link_slot(s, r, held_set, ALL_TOKENS)
+    i = _link_slot(s, r, held_set, NO_FORMAT)
     if n.caching:
         _hold_prefix_blocks(s, i, _prefix_blocks_in(s, r, found))
     if n.prefix_caching and prompts_of(s)[r].cached_tokens < 0:
@@ -404,7 +404,7 @@ def _form_running(s: Table, now_s: float) -> int:
 def _needs_eager(s: Table) -> bool:
     """Return whether the next batch has to be formed request by request."""
     n, slots = counters_of(s), slots_of(s)
-    if n.windowed > 0:  # with kv_keep, the blocks that a decode takes differ between layers
+    if n.formatted > 0:  # the blocks that a decode takes differ between layers
         return True
     if n.decoding > _running_budget(s):
         return True

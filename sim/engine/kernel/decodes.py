@@ -132,7 +132,7 @@ def _count_decodes(s: Table) -> None:
 
 
 @compiled(inline=True)
-def _link_slot(s: Table, r: int, kv_set: int, kv_keep_id: int) -> int:
+def _link_slot(s: Table, r: int, kv_set: int, kv_format_id: int) -> int:
     """Give request r a free slot, as the newest running request; return the slot."""
     n, slots = counters_of(s), slots_of(s)
     end = len(slots) - 1
@@ -140,7 +140,7 @@ def _link_slot(s: Table, r: int, kv_set: int, kv_keep_id: int) -> int:
     i, newest = free_slots_of(s)[end - n.running], slots[end].previous
     slot = slots[i]
     slots[newest].next, slot.previous, slot.next, slots[end].previous = i, newest, end, i
-    slot.request, slot.kv_set, slot.kv_keep_id = r, kv_set, kv_keep_id
+    slot.request, slot.kv_set, slot.kv_format_id = r, kv_set, kv_format_id
     slot.shared_blocks, slot.fill_tokens, due_clocks_of(s)[i] = 0, NEVER, NEVER
     return int(i)
 
@@ -153,8 +153,8 @@ def _unlink_slot(s: Table, i: int) -> None:
     slots[before].next, slots[after].previous = after, before
     free_slots_of(s)[len(slots) - 1 - n.running] = i
     n.running -= 1
-    if slots[i].kv_keep_id >= 0:
-        n.windowed -= 1
+    if slots[i].kv_format_id >= 0:
+        n.formatted -= 1
 
 
 @compiled()
@@ -172,9 +172,9 @@ def _preempt(s: Table, i: int) -> int:
     computed = request.computed_tokens
     held = blocks_of(s, i, computed)
     runs = n.decode_set if computed >= request.prefill_tokens else n.prefill_set
-    swaps = 0 < held <= n.host_free_blocks and slot.kv_keep_id < 0 and slot.kv_set == runs
+    swaps = 0 < held <= n.host_free_blocks and slot.kv_format_id < 0 and slot.kv_set == runs
     # It can resume only from complete KV: every token, exactly the layers that prefill runs, every prefix block.
-    complete = slot.kv_keep_id < 0 and slot.kv_set == n.prefill_set
+    complete = slot.kv_format_id < 0 and slot.kv_set == n.prefill_set
     complete = complete and slot.shared_blocks == _prefix_blocks_in(s, r, computed) * n.prefix_block_kv_blocks
     if complete and slot.shared_blocks > 0:  # all of its prefix blocks can be found, or none: check the first
         complete = prefix_blocks_of(s)[held_prefix_blocks_of(s)[prompts_of(s)[r].hash_at]].hash_id >= 0

@@ -15,7 +15,9 @@ from sim.engine.kernel.state import (
     _has,
     counters_of,
     free_runs_of,
-    kv_keep_tokens_of,
+    kv_format_bits_of,
+    kv_format_tokens_of,
+    kv_precisions_of,
     kv_set_words_of,
     kv_sets_of,
     preempted_stack_of,
@@ -35,14 +37,15 @@ def _blocks(tokens: int, block_tokens: int) -> int:
 @compiled()
 def blocks_of(s: Table, i: int, tokens: int) -> int:
     """Return the KV blocks, over all layers, that slot i needs for this many tokens, without its prefix blocks."""
-    n, slot, keep_tokens = counters_of(s), slots_of(s)[i], kv_keep_tokens_of(s)
-    block_tokens, held_set, keep = n.block_tokens, slot.kv_set, slot.kv_keep_id
-    if keep < 0:
-        return int(kv_sets_of(s)[held_set].layers * (_blocks(tokens, block_tokens) - slot.shared_blocks))
-    total = 0  # layers keep different numbers of tokens, so they are added one by one
-    for layer in range(keep_tokens.shape[1]):
+    n, slot, kept, bits = counters_of(s), slots_of(s)[i], kv_format_tokens_of(s), kv_format_bits_of(s)
+    held_set, number, precisions = slot.kv_set, slot.kv_format_id, kv_precisions_of(s)
+    if number < 0:
+        return int(kv_sets_of(s)[held_set].layers * (_blocks(tokens, n.block_tokens) - slot.shared_blocks))
+    total = 0  # layers keep different numbers of tokens and bits, so they are added one by one
+    for layer in range(kept.shape[1]):
         if _has(kv_set_words_of(s), held_set, layer):
-            total += _blocks(min(tokens, keep_tokens[keep, layer]), block_tokens)
+            block_tokens = precisions[bits[number, layer]].block_tokens
+            total += _blocks(min(tokens, kept[number, layer]), block_tokens)
     return total
 
 

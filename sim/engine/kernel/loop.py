@@ -32,7 +32,9 @@ from sim.engine.kernel.state import (
     idle,
     iteration_log_of,
     itl_counts_of,
-    kv_keep_tokens_of,
+    kv_format_bits_of,
+    kv_format_tokens_of,
+    kv_precisions_of,
     kv_set_words_of,
     kv_sets_of,
     last_token_groups_of,
@@ -55,7 +57,7 @@ def _fill_layer_loads(s: Table) -> int:
     Returns:
         The number of rows; their 7 columns are those of ``sim.cost.latency.layered_iteration_seconds``.
     """
-    n, requests, slots, sets, words, batch, layers, loads, keep_tokens = (
+    n, requests, slots, sets, words, batch, layers, loads = (
         counters_of(s),
         requests_of(s),
         slots_of(s),
@@ -64,8 +66,9 @@ def _fill_layer_loads(s: Table) -> int:
         batch_of(s),
         layers_of(s),
         layer_loads_of(s),
-        kv_keep_tokens_of(s),
     )
+    kept_tokens, kept_bits, precisions = kv_format_tokens_of(s), kv_format_bits_of(s), kv_precisions_of(s)
+    full_bytes = n.block_bytes // n.block_tokens  # of the KV of a token at 16 bits
     count = 0
     for layer in range(len(layers)):
         tokens, contexts, decodes, context = 0, 0, 0, 0
@@ -79,9 +82,12 @@ def _fill_layer_loads(s: Table) -> int:
                 # Token k of the chunk attends to computed + k tokens, k = 1 ... chunk.
                 contexts += chunk * computed + chunk * (chunk + 1) // 2
             else:
-                keep = slot.kv_keep_id
+                number = slot.kv_format_id
                 decodes += 1
-                context += min(computed, keep_tokens[keep, layer]) if keep >= 0 else computed
+                if number >= 0:  # as many tokens at 16 bits have the bytes that it reads
+                    kept = min(computed, kept_tokens[number, layer])
+                    computed = kept * precisions[kept_bits[number, layer]].token_bytes // full_bytes
+                context += computed
         if n.decodes_in_batch:
             # A decode at clock c has since + c tokens, and context_tokens sums only since (`_join_decodes`).
             for k in range(n.kv_set_count):
@@ -130,7 +136,7 @@ def _start(s: Table, now_s: float) -> None:
         else:
             decodes += 1
             contexts += computed
-            uniform = uniform and slot.kv_set == n.decode_set and slot.kv_keep_id < 0
+            uniform = uniform and slot.kv_set == n.decode_set and slot.kv_format_id < 0
         if computed + tokens == request.prompt_tokens + request.produced_tokens:
             sequences += 1  # its last token reaches the LM head and yields the next one
     if n.decodes_in_batch:
@@ -211,15 +217,15 @@ def _finish_due(s: Table, now_s: float) -> None:
 
 @compiled(inline=True)
 def _end_prefill(s: Table, i: int) -> None:
-    """Free the KV that decode will not read: layers that it does not run, tokens that the plan does not keep."""
+    """Free the KV that decode will not read: layers that it does not run, tokens and bits that the plan drops."""
     n, slot = counters_of(s), slots_of(s)[i]
     after, computed = kv_sets_of(s)[slot.kv_set].after_prefill, requests_of(s)[slot.request].computed_tokens
-    if after != slot.kv_set or n.kv_keep_id >= 0:
+    if after != slot.kv_set or n.kv_format_id >= 0:
         held = blocks_of(s, i, computed)
         slot.kv_set = after
-        if n.kv_keep_id >= 0 and slot.shared_blocks == 0:  # a request that holds prefix blocks keeps every token
-            slot.kv_keep_id = n.kv_keep_id
-            n.windowed += 1
+        if n.kv_format_id >= 0 and slot.shared_blocks == 0:  # a request that holds prefix blocks keeps all of its KV
+            slot.kv_format_id = n.kv_format_id
+            n.formatted += 1
         _release(s, held - blocks_of(s, i, computed), NO_OWNER)
 
 

@@ -279,12 +279,12 @@ def _change_sets(s: Table, count: int, decode: Ints) -> None:
         blocks_due_by_phase_of(s),
         prefix_blocks_of(s),
     )
-    end, windowed = len(slots) - 1, n.windowed > 0
+    end, formatted = len(slots) - 1, n.formatted > 0
     # The freed blocks are the difference of the held blocks before and after. Without kv_keep, all layers of a request
     # have equally many blocks, so the dropped layers times that number suffice.
     freed = 0
     i = slots[end].next
-    while windowed and i != end:
+    while formatted and i != end:
         freed += blocks_of(s, i, requests[slots[i].request].computed_tokens)
         i = slots[i].next
     _replace_sets(s, count, decode)
@@ -301,7 +301,7 @@ def _change_sets(s: Table, count: int, decode: Ints) -> None:
             phases[since % n.block_tokens] += sets[after].layers
             sets[after].decodes += 1
             sets[after].context_tokens += since
-        if windowed:
+        if formatted:
             freed -= blocks_of(s, i, tokens)
         elif sets[after].layers != remap[before].layers_before:
             dropped = remap[before].layers_before - sets[after].layers
@@ -352,7 +352,7 @@ def _copy_residency(s: Table, residency: int, count: int) -> None:
     """Copy a residency to where iterations read it: limits, blocks of each layer, parameters and prices of KV sets."""
     n, row, sets, remap = counters_of(s), residencies_of(s)[residency], kv_sets_of(s), set_remap_of(s)
     n.residency, n.target, n.weight_bytes = residency, row.target, row.weight_bytes
-    n.kv_keep_id, n.max_waiting, n.max_wait_s = row.kv_keep_id, row.max_waiting, row.max_wait_s
+    n.kv_format_id, n.max_waiting, n.max_wait_s = row.kv_format_id, row.max_waiting, row.max_wait_s
     n.max_running = min(n.slots, row.max_running) if row.max_running >= 0 else n.slots
     block_counts, layers = block_counts_of(s), layers_of(s)
     columns = block_counts.shape[1]
@@ -385,7 +385,7 @@ def enter_residency(s: Table, residency: int, now_s: float) -> bool:
         if n.residency >= 0:
             other_prefill = other_prefill or prefill != words[n.residency, w]
             other_decode = other_decode or decode != words[n.residency, half + w]
-    caching = n.prefix_caching != 0 and one_set and some and residencies_of(s)[residency].kv_keep_id < 0
+    caching = n.prefix_caching != 0 and one_set and some and residencies_of(s)[residency].kv_format_id < 0
     new_sets = other_prefill or other_decode
     count = _collect_candidates(s, residency) if new_sets else n.kv_set_count
     if n.quality_charged and not _find_prices(s, residency, count, new_sets):

@@ -30,8 +30,8 @@ ZERO = constant(0)
 """0 as a typed value (``sim.compiled.constant``)."""
 NO_OWNER = constant(-1)
 """The owner of free KV blocks that no one can reuse (sim/engine/kv_pool.py)."""
-ALL_TOKENS = constant(-1)
-"""The ``kv_keep_id`` of a request or plan that keeps all tokens."""
+NO_FORMAT = constant(-1)
+"""The ``kv_format_id`` of a request or plan that keeps all tokens at 16 bits."""
 HORIZON, NEEDS, GROW, STALLED = range(4)
 """Why `advance` returned; its docstring explains each."""
 NEED_DECISION, NEED_COPY_END, NEED_PRICE = range(3)
@@ -59,7 +59,7 @@ class Sizes(NamedTuple):
     block_tokens: int  # tokens of a KV block
     kv_sets: int  # KV sets that can exist at once
     free_runs: int  # runs of free KV blocks that can exist at once
-    precisions: int  # number of weight precisions
+    precisions: int  # number of precisions, of weights and of KV
     log_rows: int  # initial rows of the iteration log
 
 
@@ -104,7 +104,7 @@ COUNTERS = np.dtype(
         ("max_running", INT64),  # requests that may run at once
         ("max_waiting", INT64),  # requests that may wait; -1 for no limit
         ("max_wait_s", FLOAT64),  # how long a request may wait for its admission, s; inf for no limit
-        ("kv_keep_id", INT64),  # row of kv_keep_tokens; -1 when all tokens stay
+        ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
         ("prefill_set", INT64),  # KV set that the plan runs in prefill; new requests get it
         ("decode_set", INT64),  # KV set that the plan runs in decode
         ("kv_set_count", INT64),  # KV sets in use
@@ -138,7 +138,7 @@ COUNTERS = np.dtype(
         ("preempted_waiting", INT64),  # preempted requests that wait, on a stack
         ("running", INT64),  # requests with a slot
         ("decoding", INT64),  # running requests that gain a token in every decoding iteration
-        ("windowed", INT64),  # running requests that keep only some tokens (kv_keep)
+        ("formatted", INT64),  # running requests that keep only a part of their KV (kv_keep, kv_bits)
         ("clock", INT64),  # decoding iterations so far
         ("next_due", INT64),  # first clock at which a decoding request has its last token
         ("group_count", INT64),  # rows of last_token_groups
@@ -235,7 +235,7 @@ SLOT = np.dtype(
         ("previous", INT64),  # slot admitted before this one
         ("kv_set", INT64),  # row of kv_sets
         ("joined_clock", INT64),  # clock as of which the record of its decoding request is up to date
-        ("kv_keep_id", INT64),  # row of kv_keep_tokens; -1 when all tokens stay
+        ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
         ("shared_blocks", INT64),  # KV blocks of one layer in the prefix blocks that it holds
         ("fill_tokens", INT64),  # tokens at the end of the next prefix block that it fills, or NEVER
     ],
@@ -367,6 +367,8 @@ LAYER = np.dtype([("bits_index", INT64), ("prefill_ffn", INT64), ("decode_ffn", 
 layers_of = REPLICA.array("layers", LAYER, rows=lambda z: z.layers, saved=True)
 # Work space: what equal layers see of a batch, as ``sim.cost.latency.layered_iteration_seconds`` reads it.
 layer_loads_of = REPLICA.array("layer_loads", rows=lambda z: z.layers, columns=7)
+KV_PRECISION = np.dtype([("block_tokens", INT64), ("token_bytes", INT64)], align=True)
+kv_precisions_of = REPLICA.array("kv_precisions", KV_PRECISION, rows=lambda z: z.precisions, saved=True)
 latency_data_of = REPLICA.array("latency_data", FLOAT64)  # ``sim.cost.latency.LatencyTables``
 latency_layout_of = REPLICA.array("latency_layout")
 
@@ -383,7 +385,7 @@ RESIDENCY = np.dtype(
     [
         ("target", INT64),  # number of the wanted plan
         ("weight_bytes", INT64),  # bytes of resident weights
-        ("kv_keep_id", INT64),  # row of kv_keep_tokens; -1 when all tokens stay
+        ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
         ("max_waiting", INT64),  # -1 for no limit
         ("max_wait_s", FLOAT64),  # inf for no limit
         ("max_running", INT64),  # -1 for no limit
@@ -421,7 +423,10 @@ decisions_of = REPLICA.array("decisions", DECISION)
 PRICE = np.dtype([("next", INT64), ("prefill_nll", FLOAT64), ("decode_nll", FLOAT64)], align=True)
 prices_of = REPLICA.array("prices", PRICE)
 price_words_of = REPLICA.array("price_words", columns=1)  # W columns: the held set of MHA blocks
-kv_keep_tokens_of = REPLICA.array("kv_keep_tokens", columns=1)  # a column per layer: most tokens that it keeps
+# How requests store KV after their prefill, a column per layer (sim.cost.kv_format): most tokens that it keeps, and the
+# row of ``kv_precisions``.
+kv_format_tokens_of = REPLICA.array("kv_format_tokens", columns=1)
+kv_format_bits_of = REPLICA.array("kv_format_bits", columns=1)
 
 
 @compiled(inline=True)

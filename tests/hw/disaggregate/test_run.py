@@ -24,7 +24,7 @@ from hw.disaggregate.kv_link import Channel, LinkError
 from hw.disaggregate.pair import Pair, check_config
 from hw.disaggregate.processes import LOOPBACK, STOP, accept_peer
 from sim.config import CONF_DIR
-from sim.disaggregate.disaggregate import kv_bytes_sent
+from sim.cost.kv_format import stored_kv_bytes
 from sim.disaggregate.run import disaggregate_command, plan_of
 from sim.errors import ConfigError
 from sim.results.records import Status
@@ -137,7 +137,7 @@ def test_the_same_configuration_gives_the_same_columns_requests_and_bytes_as_in_
     transfers = pd.read_parquet(real / "transfers.parquet")
     plan = plan_of(config(shared, *PRUNED))
     for row in transfers.itertuples():
-        assert row.sent_bytes == kv_bytes_sent(tiny_spec(), plan, int(ours.prompt_tokens[row.request_id]))
+        assert row.sent_bytes == stored_kv_bytes(tiny_spec(), plan, int(ours.prompt_tokens[row.request_id]))
         assert row.sent_s - row.send_s >= row.sent_bytes / 1e6  # never faster than the link
         assert row.released_s >= row.sent_s
 

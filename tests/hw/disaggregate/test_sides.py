@@ -28,14 +28,16 @@ from hw.disaggregate.sides import (
     scatter,
     serve,
 )
+from hw.elastic.kv_storage import ArenaStorage
 from hw.elastic.model import ElasticModel
-from hw.elastic.paged_kv import ArenaStorage, KVArena
+from hw.elastic.paged_kv import KVArena
 from hw.engine.clock import RealClock
 from hw.engine.prompts import RandomPrompts
 from hw.score.full_test import greedy_tokens
+from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import KVKeep, Plan, dense_plan, drop, with_mask
-from sim.disaggregate.disaggregate import decode_side, kv_bytes_sent
+from sim.disaggregate.disaggregate import decode_side
 from sim.engine.block_table import BlockTable
 from sim.engine.kv_pool import KVPool
 from sim.engine.protocol import EngineConfig
@@ -202,7 +204,7 @@ def test_every_request_ends_once_and_sends_the_bytes_of_the_plan(name: str) -> N
             assert sent is None
         else:
             assert sent is not None
-            assert sent["sent_bytes"] == kv_bytes_sent(tiny_spec(), plan, prompt)
+            assert sent["sent_bytes"] == stored_kv_bytes(tiny_spec(), plan, prompt)
             assert record.first_token_s[0] <= sent["send_s"] <= sent["sent_s"] <= sent["joined_s"] <= record.finish_s[0]
     ends = [i for stage, kind, value in pair.reports if kind == "records" for i in value[0] if stage == "decode"]
     assert sorted(ends) == sorted(transfers)  # each ends once where it decodes
@@ -233,12 +235,16 @@ def test_a_decode_side_without_room_stops_prefill_in_the_end_and_no_request_is_l
     assert pair.most_held <= 30 * 4 // 20  # the prefill pool holds no more prompts
 
 
+@pytest.mark.parametrize("swaps", [False, True])
 @pytest.mark.parametrize("name", ["dense", "unified"])
-def test_requests_preempted_at_the_decode_side_are_computed_again_there(name: str) -> None:
+def test_requests_preempted_at_the_decode_side_go_on_there(name: str, swaps: bool) -> None:
     rows = [(0.0, 12, 24)] * 6
-    pair = serve_disaggregated(rows, plans()[name], decode_blocks=16)
+    config = engine_config(preemption="swap", host_kv_blocks=200) if swaps else engine_config()
+    pair = serve_disaggregated(rows, plans()[name], config=config, decode_blocks=16)
     assert not pair.errors
     assert sum(int(pair.records[i].preemptions[0]) for i in range(6)) > 0
+    computed_again = pair.decode.engine.iterations().prefill_tokens.sum()
+    assert computed_again == 0 if swaps else computed_again > 0
     together = hw_engine(plan=plans()[name], timed=False)
     together.submit(requests(rows))
     together.run_until(float("inf"))
@@ -339,7 +345,7 @@ def test_what_is_gathered_are_the_bytes_that_the_plan_says_for_any_prompt() -> N
         engine.run_until(float("inf"))
         for i, prompt in enumerate((1, 4, 7, 23)):
             content = gather(engine.arena, engine.outside[i], prompt)
-            assert len(content) == kv_bytes_sent(tiny_spec(), plan, prompt), name
+            assert len(content) == stored_kv_bytes(tiny_spec(), plan, prompt), name
             engine.release(i)
         assert engine.pool.used_layer_blocks == 0
         engine.check()

@@ -25,8 +25,9 @@ from hw.disaggregate.transfer import (
     simulate,
 )
 from hw.disaggregate.transfer_page import PAGE, RESULT, crowded, page
+from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.model_spec import load_model
-from sim.disaggregate.disaggregate import StagedRecords, kv_bytes_sent
+from sim.disaggregate.disaggregate import StagedRecords
 from sim.disaggregate.run import plan_of
 from sim.errors import ConfigError
 from sim.replay.run import build_trace
@@ -73,7 +74,7 @@ def test_every_variant_can_be_built_and_its_simulated_bytes_are_those_of_the_pla
         trace = build_trace(configuration("disaggregate", overrides))
         sent[label] = simulate(overrides, LINK)["sent_bytes"]
         several = trace.output_tokens > 1
-        assert sent[label] == sum(kv_bytes_sent(model, plan, int(p)) for p in trace.prompt_tokens[several])
+        assert sent[label] == sum(stored_kv_bytes(model, plan, int(p)) for p in trace.prompt_tokens[several])
     halves = [sent[label] / sent["dense"] for label, (_, kind) in VARIANTS.items() if kind != "dense"]
     assert all(0.3 < half < 0.6 for half in halves)
 

@@ -15,8 +15,10 @@ from hw.elastic.attention import Attention, Kernels, Sdpa  # noqa: E402
 from hw.elastic.attention_choice import ATTENTIONS, find_attention  # noqa: E402
 from hw.elastic.attention_packages import FlashAttn, FlashInfer  # noqa: E402
 from hw.elastic.device import Cpu  # noqa: E402
+from hw.elastic.kv_storage import ArenaStorage  # noqa: E402
 from hw.elastic.paged_attention import Packed, PagedBatch  # noqa: E402
-from hw.elastic.paged_kv import ArenaStorage, KVArena  # noqa: E402
+from hw.elastic.paged_kv import KVArena  # noqa: E402
+from sim.cost.kv_format import KVFormat  # noqa: E402
 from sim.cost.plan import KV_KEEP_ALL, KVKeep  # noqa: E402
 from sim.engine.block_table import BlockTable  # noqa: E402
 from sim.engine.kv_pool import KVPool  # noqa: E402
@@ -58,7 +60,9 @@ class Case:
 
     def _table(self, rng: random.Random, pool: KVPool, tokens: int, kv_keep: Any) -> BlockTable:
         layers = range(LAYERS) if rng.random() < 0.6 else rng.sample(range(LAYERS), 3)
-        table = BlockTable(mha=frozenset(layers), block_tokens=self.arena.block_tokens, kv_keep=kv_keep)
+        size = self.arena.block_tokens
+        formats = None if kv_keep is None else tuple(KVFormat(keep, 16, size, 1, 1) for keep in kv_keep)
+        table = BlockTable(mha=frozenset(layers), block_tokens=size, formats=formats)
         table.hold(pool, tokens)
         return table
 

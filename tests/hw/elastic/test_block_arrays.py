@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hw.elastic.block_arrays import read_table, stack_blocks
+from sim.cost.kv_format import KVFormat
 from sim.cost.plan import KV_KEEP_ALL, KVKeep
 from sim.engine.block_table import BlockTable
 from sim.engine.kv_pool import KVPool
@@ -41,7 +42,13 @@ def check(table: BlockTable, tokens: int) -> None:
         assert stacked[layer, 0, : len(ids)].tolist() == ids
         assert held.first[layer] == (keep.first_tokens or 0)
         assert held.last[layer] == (keep.last_tokens or 0)
+        assert held.bits[layer] == table.bits_of(layer)
     assert held.keeps_all == all(table.keep_of(layer) == KV_KEEP_ALL for layer in range(LAYERS))
+
+
+def a_format(keep: KVKeep, bits: int) -> KVFormat:
+    """Return a format of blocks that hold 4 tokens at 16 bits."""
+    return KVFormat(keep, bits, 4 * 16 // bits, bits, 16)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -62,16 +69,17 @@ def test_after_any_changes_the_arrays_are_the_tables(seed: int) -> None:
             entry[1] = rng.randint(1, tokens)
         elif event == "drop" and len(table.mha) > 1:
             table.mha = table.mha - {rng.choice(sorted(table.mha))}
-        elif event == "keep" and table.kv_keep is None:
-            keep = KVKeep(first_tokens=2, last_tokens=rng.randint(3, 12))
-            table.kv_keep = tuple(rng.choice([KV_KEEP_ALL, keep]) for _ in range(LAYERS))
+        elif event == "keep" and table.formats is None:
+            keeps = KV_KEEP_ALL, KVKeep(first_tokens=2, last_tokens=rng.randint(3, 12))
+            bits = rng.choice([(16,), (16, 8, 4)])
+            table.formats = tuple(a_format(rng.choice(keeps), rng.choice(bits)) for _ in range(LAYERS))
         elif event == "move":
             pool.resize(rng.randint(pool.used_layer_blocks + 1, 400))
             moved = pool.settle()
             for other, _ in tables:
                 other.rename(moved)
             pool.resize(400)
-        elif event == "leave" and table.kv_keep is None:
+        elif event == "leave" and table.formats is None:
             ids = table.own_blocks()
             pool.release(ids, owner=7)
             table.found(pool.claim(7, len(ids)))

@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 import hw.elastic.attention as paged  # noqa: E402
 from hw.elastic.attention import masked_attention  # noqa: E402
 from hw.elastic.device import Cpu  # noqa: E402
+from hw.elastic.kv_storage import ArenaStorage  # noqa: E402
 from hw.elastic.paged_attention import Packed, PagedBatch  # noqa: E402
-from hw.elastic.paged_kv import ArenaStorage, KVArena  # noqa: E402
+from hw.elastic.paged_kv import KVArena  # noqa: E402
+from sim.cost.kv_format import KVFormat  # noqa: E402
 from sim.cost.plan import KVKeep  # noqa: E402
 from sim.engine.block_table import BlockTable  # noqa: E402
 from sim.engine.kv_pool import KVPool  # noqa: E402
@@ -53,7 +55,8 @@ def test_attention_in_parts_is_that_of_one_call_and_takes_less_for_a_moment(
         table = BlockTable(mha=frozenset([0]), block_tokens=TOKENS)
         table.hold(pool, tokens)
         decodes.append(Packed(table, [0], tokens - 1))
-    short = BlockTable(mha=frozenset([0]), block_tokens=TOKENS, kv_keep=(KVKeep(first_tokens=2, last_tokens=9),))
+    kept = KVFormat(KVKeep(first_tokens=2, last_tokens=9), 16, TOKENS, 1, 1)
+    short = BlockTable(mha=frozenset([0]), block_tokens=TOKENS, formats=(kept,))
     short.hold(pool, 40)
     decodes.append(Packed(short, [0], 39))
     for prefix, new in ((0, 20), (37, 30)):

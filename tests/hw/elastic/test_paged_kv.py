@@ -10,7 +10,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the paged pool needs torch: pip install -e '.[hw]'")
 
 from hw.elastic.device import Cpu  # noqa: E402
-from hw.elastic.paged_kv import ArenaStorage, KVArena  # noqa: E402
+from hw.elastic.kv_storage import ArenaStorage  # noqa: E402
+from hw.elastic.paged_kv import KVArena  # noqa: E402
 from sim.engine.kv_pool import KVPool  # noqa: E402
 from tests.hw.fake_cuda import FakeCuda  # noqa: E402
 

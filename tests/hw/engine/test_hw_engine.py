@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 from dataclasses import replace
 from itertools import product
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hw.elastic.copies import LayerCopier
@@ -18,6 +20,7 @@ from hw.elastic.device_memory import out_of_memory
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
+from hw.engine.iteration_log import passes_table
 from hw.engine.prompts import RandomPrompts
 from hw.engine.torch_executor import NumericsError, TorchExecutor
 from sim.cost.latency import calibration_from_dict
@@ -164,7 +167,7 @@ def test_swapped_requests_compute_nothing_again_and_give_the_tokens_of_plain_gen
     prompts = sum(prompt for _, prompt, _ in rows)
     assert engine.iterations().prefill_tokens.sum() == prompts < again.iterations().prefill_tokens.sum()
     assert engine.host_layer_blocks[0] == 0
-    assert not engine._kv._storage._saved  # the host holds nothing more
+    assert not engine._storage.host.saved  # the host holds nothing more
 
 
 @pytest.mark.parametrize("host_kv_blocks", [1, 5, 100])
@@ -183,15 +186,15 @@ def test_plans_and_budgets_may_change_while_kv_is_on_the_host(host_kv_blocks: in
     for step in range(200):
         engine.run_until(step * 2.0)
         engine.check()
-        storage = engine._kv._storage
-        held = {live.request_id for live in engine.queues.waiting if live.swapped}
-        assert set(storage._saved) == held  # what the host holds is what was counted
+        held = {live.request_id: live.host_layer_blocks for live in engine.queues.waiting if live.swapped}
+        saved = engine._storage.host.saved
+        assert {i: len(blocks) for i, blocks in saved.items()} == held  # what the host holds is what was counted
         swapped += len(held)
         if step % 7 == 6:
             engine.apply(rng.choice(plans))
     engine.run_until(1e9)
     assert engine.drained
-    assert not engine._kv._storage._saved
+    assert not engine._storage.host.saved
     assert swapped or host_kv_blocks < 100
 
 
@@ -210,7 +213,7 @@ def test_requests_that_ran_out_of_memory_are_swapped_without_what_they_did_not_c
             raise torch.OutOfMemoryError("no memory")
         return forward(iteration)
 
-    save = engine._kv._storage.save_on_host
+    save = engine._storage.save_on_host
 
     def saves_what_is_computed(request_id: int, blocks: list[int]) -> None:
         live = engine.queues.all[request_id]
@@ -219,20 +222,43 @@ def test_requests_that_ran_out_of_memory_are_swapped_without_what_they_did_not_c
         save(request_id, blocks)
 
     monkeypatch.setattr(engine._torch, "forward", fails_at_times)
-    monkeypatch.setattr(engine._kv._storage, "save_on_host", saves_what_is_computed)
+    monkeypatch.setattr(engine._storage, "save_on_host", saves_what_is_computed)
     assert serve(engine, rows) == plain_tokens("llama", rows)
     assert engine.out_of_memory > 0
 
 
-def test_kv_is_not_saved_where_the_host_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise MemoryError("no memory")
-
-    rows = some_rows(2, 12, longest_output=24)
+def engine_with_kv_on_the_host() -> tuple[HwEngine, int]:
+    """Return an engine in the middle of its work, and a request whose KV is on the host."""
     engine = hw_engine(kv_blocks=16, config=engine_config(preemption="swap", host_kv_blocks=200))
-    monkeypatch.setattr(type(engine._kv._storage), "save_on_host", refuse)
-    assert serve(engine, rows) == plain_tokens("llama", rows)
-    assert engine.iterations().prefill_tokens.sum() > sum(prompt for _, prompt, _ in rows)
+    engine.submit(requests(some_rows(2, 12, longest_output=24)))
+    time_s = 0.0
+    while not engine._storage.host.saved:
+        time_s += 0.1
+        engine.run_until(time_s)
+    return engine, min(engine._storage.host.saved)
+
+
+def test_a_request_that_is_canceled_frees_its_kv_on_the_host() -> None:
+    engine, request_id = engine_with_kv_on_the_host()
+    engine.cancel(request_id)
+    engine.check()
+    assert request_id not in engine._storage.host.saved
+    engine.run_until(math.inf)
+    assert engine.records([request_id]).status[0] == Status.REJECTED
+    assert engine.host_layer_blocks[0] == 0
+
+
+def test_a_closed_engine_holds_no_memory_of_the_host() -> None:
+    engine, _ = engine_with_kv_on_the_host()
+    memory = [weakref.ref(piece) for piece in engine._storage.host._pieces]
+    engine.close()
+    assert [piece() for piece in memory] == [None]
+
+
+def test_a_host_without_memory_for_swapped_kv_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hw.elastic.host_kv.HostKV._piece", Mock(side_effect=RuntimeError("can't allocate memory")))
+    with pytest.raises(BudgetError, match=r"the host has no 0.02 GiB of memory .* lower engine.host_kv_blocks"):
+        hw_engine(config=engine_config(preemption="swap", host_kv_blocks=10_000))
 
 
 @pytest.mark.parametrize("reuse", [False, True])
@@ -307,7 +333,8 @@ def plan_schedule(seed: int, steps: int, *, period_s: float = 2.0, bits: bool = 
             plan = replace(plan, weight_bits=tuple(rng.choice((16, 8, 4)) for _ in range(LAYERS)))
         if kv:
             keeps = (KVKeep(), KVKeep(first_tokens=2, last_tokens=5), KVKeep(first_tokens=0, last_tokens=9))
-            plan = replace(plan, kv_keep=tuple(rng.choice(keeps) for _ in range(LAYERS)))
+            kv_bits = tuple(rng.choice((16, 16, 8, 4)) for _ in range(LAYERS))
+            plan = replace(plan, kv_keep=tuple(rng.choice(keeps) for _ in range(LAYERS)), kv_bits=kv_bits)
         if rng.random() < 0.3:
             plan = replace(plan, max_running=3)
         check_plan(spec, plan)
@@ -316,22 +343,26 @@ def plan_schedule(seed: int, steps: int, *, period_s: float = 2.0, bits: bool = 
 
 
 @pytest.mark.parametrize(
-    ("family", "restore", "kv_blocks"),
+    ("family", "restore", "kv_blocks", "host_kv_blocks"),
     quick(
         [
-            *(("llama", restore, blocks) for restore in ("new_requests", "recompute") for blocks in (10, 200)),
-            *((family, "new_requests", 200) for family in UNLIKE),
-            *((family, "new_requests", 200) for family in FAMILIES if family not in ("llama", *UNLIKE)),
+            *(("llama", restore, blocks, 0) for restore in ("new_requests", "recompute") for blocks in (10, 200)),
+            ("llama", "new_requests", 10, 100),
+            ("llama", "recompute", 10, 100),
+            *((family, "new_requests", 200, 0) for family in UNLIKE),
+            *((family, "new_requests", 200, 0) for family in FAMILIES if family not in ("llama", *UNLIKE)),
         ],
-        4 + len(UNLIKE),
+        6 + len(UNLIKE),
     ),
 )
 def test_tokens_stay_those_of_a_plain_model_gated_alike_through_changes_of_the_plan(
-    family: str, restore: str, kv_blocks: int
+    family: str, restore: str, kv_blocks: int, host_kv_blocks: int
 ) -> None:
     policy, rows = plan_schedule(5, 12, period_s=1.0), some_rows(3, 16, longest_prompt=24, longest_output=14)
     Audited.plain = tiny(family)
-    config = engine_config(restore=restore, max_context_tokens=SHORT_TOKENS)
+    preemption = "swap" if host_kv_blocks else "recompute"
+    swapping = {"preemption": preemption, "host_kv_blocks": host_kv_blocks}
+    config = engine_config(restore=restore, max_context_tokens=SHORT_TOKENS, **swapping)
     engine = hw_engine(family=family, kind=Audited, kv_blocks=kv_blocks, config=config)
     replay(trace_of(rows), engine, policy, tick_s=0.9)
     assert engine._torch.audited >= sum(output // 2 for _, _, output in rows)
@@ -339,8 +370,11 @@ def test_tokens_stay_those_of_a_plain_model_gated_alike_through_changes_of_the_p
     assert engine.records().preemptions.sum() > 0 or (restore, kv_blocks) != ("recompute", 10)
 
 
+@pytest.mark.parametrize("kv_bits", [(16, 16, 16, 16), (8, 4, 8, 16)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_precision_and_kept_kv_tokens_change_tokens_as_the_plain_cache_of_the_model_does(family: str) -> None:
+def test_precision_and_kept_kv_change_tokens_as_the_plain_cache_of_the_model_does(
+    family: str, kv_bits: tuple[int, ...]
+) -> None:
     from hw.elastic.kv import RequestKV
 
     spec = tiny_spec()
@@ -348,6 +382,7 @@ def test_precision_and_kept_kv_tokens_change_tokens_as_the_plain_cache_of_the_mo
         dense_plan(spec),
         weight_bits=(8, 16, 4, 4),
         kv_keep=(KVKeep(first_tokens=2, last_tokens=6), KVKeep(), KVKeep(first_tokens=0, last_tokens=3), KVKeep()),
+        kv_bits=kv_bits,
         prefill=drop(spec, ffn=[3]),
         decode=drop(spec, mha=[2], ffn=[1, 3]),
     )
@@ -464,6 +499,8 @@ def test_both_engines_admit_preempt_and_finish_alike_for_the_same_decisions(
     host_kv_blocks=st.sampled_from([1, 4, 100]),
     budget_moves=st.booleans(),
 )
+@example(seed=2, scheduler="chunked", kv_blocks=18, host_kv_blocks=100, budget_moves=False)
+@example(seed=2, scheduler="prefill_first", kv_blocks=18, host_kv_blocks=100, budget_moves=False)
 @settings(max_examples=15, deadline=None)
 def test_both_engines_swap_alike(
     seed: int, scheduler: str, kv_blocks: int, host_kv_blocks: int, budget_moves: bool
@@ -480,6 +517,18 @@ def test_both_engines_swap_alike(
     for engine in engines:
         replay(trace_of(rows), engine, Fixed(dense), also_at_s=engine.budget.change_s[1:])
     assert_same_replay(*engines)
+    for engine in engines if host_kv_blocks == 100 else ():  # enough for every request
+        assert engine.iterations().prefill_tokens.sum() == sum(prompt for _, prompt, _ in rows)
+        assert engine.records().preemptions.sum() > 0 or seed != 2
+
+
+def test_a_run_without_iterations_has_the_columns_of_any_other() -> None:
+    engine = hw_engine()
+    empty = passes_table(engine.shapes(), engine.iterations())
+    serve(engine, some_rows(1, 3))
+    full = passes_table(engine.shapes(), engine.iterations())
+    assert len(empty) == 0 < len(full) == len(engine.iterations().start_s)
+    assert list(empty.columns) == list(full.columns)
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cluster import kernel as ck
+from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.memory import kv_blocks
 from sim.cost.model_spec import load_model
 from sim.cost.plan import Plan, dense_plan, drop
-from sim.disaggregate.disaggregate import Disaggregated, decode_side, kv_bytes_sent, transfer_reduction, with_prefill
+from sim.disaggregate.disaggregate import Disaggregated, decode_side, transfer_reduction, with_prefill
 from sim.disaggregate.links import Link
 from sim.engine import kernel
 from sim.errors import ConfigError, PlanError
@@ -128,11 +129,11 @@ def test_without_room_to_decode_kv_waits_at_prefill_and_stops_it_in_the_end() ->
 def test_pdtrim_sends_what_its_plan_leaves_and_the_reduction_is_the_papers_formula() -> None:
     plan = static_plan(TINY, drop_mha=[1], prefill_drop_mha=[], kv_first_tokens=2, kv_last_tokens=2, kv_layers=[2])
     found = served(trace_of((0.0, 16, 3)), plan=plan).records()
-    assert found.sent_bytes.tolist() == [kv_bytes_sent(TINY, plan, 16)] == [(16 + 4) * 128]
+    assert found.sent_bytes.tolist() == [stored_kv_bytes(TINY, plan, 16)] == [(16 + 4) * 128]
     layers, removed, shortened, fraction = 3, 1, 1, 4 / 16
-    assert transfer_reduction(plan, 16) == layers / (layers - removed - shortened + shortened * fraction)
-    assert transfer_reduction(plan, 16) == kv_bytes_sent(TINY, DENSE, 16) / kv_bytes_sent(TINY, plan, 16)
-    assert transfer_reduction(static_plan(TINY, drop_mha=[0, 1, 2], prefill_drop_mha=[]), 16) == math.inf
+    assert transfer_reduction(TINY, plan, 16) == layers / (layers - removed - shortened + shortened * fraction)
+    assert transfer_reduction(TINY, plan, 16) == stored_kv_bytes(TINY, DENSE, 16) / stored_kv_bytes(TINY, plan, 16)
+    assert transfer_reduction(TINY, static_plan(TINY, drop_mha=[0, 1, 2], prefill_drop_mha=[]), 16) == math.inf
 
 
 def test_the_papers_reduction_needs_about_25_of_32_layers_shortened() -> None:
@@ -141,9 +142,11 @@ def test_the_papers_reduction_needs_about_25_of_32_layers_shortened() -> None:
     plan = static_plan(llama, kv_first_tokens=4, kv_last_tokens=60, kv_layers=list(range(25)))
     assert (
         4.0
-        < transfer_reduction(plan, 2048)
+        < transfer_reduction(llama, plan, 2048)
         < 4.95
-        < transfer_reduction(static_plan(llama, kv_first_tokens=4, kv_last_tokens=60, kv_layers=list(range(27))), 2048)
+        < transfer_reduction(
+            llama, static_plan(llama, kv_first_tokens=4, kv_last_tokens=60, kv_layers=list(range(27))), 2048
+        )
     )
 
 
@@ -245,7 +248,7 @@ def test_no_request_is_lost_and_every_kv_block_is_counted_once_on_any_input(made
     assert (records.decode_replica[shipped] >= 0).all()
     assert all(side.held_blocks == 0 for side in (*pair.prefill, *pair.decode))
     # Bytes are conserved: what was sent has arrived, is what the plan says, and took the time that the link needs.
-    total = sum(kv_bytes_sent(TINY, plan, int(p)) for p in trace.prompt_tokens[shipped])
+    total = sum(stored_kv_bytes(TINY, plan, int(p)) for p in trace.prompt_tokens[shipped])
     assert total == records.sent_bytes.sum() == sum(link.sent_bytes for link in pair.links)
     for link in pair.links:
         assert link.arrived_bytes == link.sent_bytes

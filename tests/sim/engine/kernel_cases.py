@@ -94,6 +94,7 @@ def random_plan(rng: np.random.Generator) -> Plan:
             else KVKeep()
             for _ in range(layers)
         ]
+    kv_bits = rng.choice([16, 16, 8, 4], layers) if rng.random() < 0.15 else np.full(layers, 16)
 
     def flags(mask: Any) -> tuple[bool, ...]:
         return tuple(bool(x) for x in mask)
@@ -103,6 +104,7 @@ def random_plan(rng: np.random.Generator) -> Plan:
         prefill=KeepMask(mha=flags(prefill_mha), ffn=flags(prefill_ffn)),
         weight_bits=tuple(int(b) for b in bits),
         kv_keep=tuple(kv_keep),
+        kv_bits=tuple(int(b) for b in kv_bits),
         max_running=int(rng.integers(1, 12)) if rng.random() < 0.15 else None,
         max_waiting=int(rng.integers(0, 8)) if rng.random() < 0.15 else None,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sim.cost.kv_format import KVFormat
 from sim.cost.plan import KVKeep
 from sim.engine.block_table import BlockTable, ring_place, ring_positions
 from sim.engine.kv_pool import KVPool
@@ -51,18 +52,42 @@ def test_a_prefix_block_leaves_the_own_blocks_and_the_tokens_after_it_keep_their
     assert table.blocks == {layer: ids[2:] for layer, ids in before.items()}
 
 
-@given(st.integers(1, 5), st.integers(0, 5), st.integers(1, 6), st.integers(1, 40))
+@given(st.integers(1, 5), st.integers(0, 5), st.integers(1, 6), st.integers(1, 40), st.sampled_from([16, 8, 4]))
 def test_tokens_that_stay_move_into_the_ring_and_nothing_is_read_after_it_was_overwritten(
-    block_tokens: int, first: int, last: int, tokens: int
+    block_tokens: int, first: int, last: int, tokens: int, bits: int
 ) -> None:
-    keep = KVKeep(first_tokens=first, last_tokens=last)
+    wanted = a_format(KVKeep(first_tokens=first, last_tokens=last), bits, block_tokens)
     pool = KVPool(100)
     table = BlockTable(mha=frozenset({0}), block_tokens=block_tokens)
     table.hold(pool, tokens)
     memory = {slot: token for token, slot in enumerate(table.slots(0, 0, tokens))}
-    source, target = table.ring_moves(0, tokens, keep)
-    memory.update(zip(target, [memory[slot] for slot in source], strict=True))
-    table.kv_keep = (keep,)
+    source, target = table.end_prefill(0, tokens, wanted)
+    written = dict(zip(target, [memory[slot] for slot in source], strict=True))
+    memory = {**memory, **written} if bits == 16 else written
+    table.formats = (wanted,)
     table.hold(pool, tokens)
-    kept = [memory[slot] for slot in table.kept_slots(tokens)]
-    assert kept == ring_positions(keep, tokens)
+    kept = [memory[slot] for slot in table.kept_slots(tokens, bits)]
+    assert kept == ring_positions(wanted.keep, tokens)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.sampled_from([8, 4]))
+def test_layers_at_fewer_bits_take_blocks_less_often_and_a_reader_meets_every_new_one(
+    growth: list[int], bits: int
+) -> None:
+    pool, full, packed = KVPool(2000), a_format(KVKeep(), 16, 4), a_format(KVKeep(), bits, 4)
+    table = BlockTable(mha=frozenset({0, 1}), block_tokens=4, formats=(full, packed))
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    tokens = 0
+    for more in growth:
+        tokens += more
+        table.hold(pool, tokens)
+        for layer, ids in table.blocks.items():
+            seen[layer] = seen[layer][: table.unchanged] + ids[table.unchanged :]
+        table.unchanged = max(map(len, table.blocks.values()))
+        assert seen == table.blocks
+        assert [len(table.blocks[layer]) for layer in (0, 1)] == [full.blocks(tokens), packed.blocks(tokens)]
+
+
+def a_format(keep: KVKeep, bits: int, block_tokens: int) -> KVFormat:
+    """Return a format without scales: half the bits, twice the tokens."""
+    return KVFormat(keep, bits, block_tokens * 16 // bits, bits, 16)

@@ -163,7 +163,7 @@ def test_the_random_cases_meet_everything_that_has_rules() -> None:
     """The comparison above covers only what some random case reaches."""
     met = dict.fromkeys(
         [
-            *("preempted", "recomputed", "copied", "over budget", "rejected", "windowed KV", "a KV hole", "known"),
+            *("preempted", "recomputed", "copied", "over budget", "rejected", "formatted KV", "a KV hole", "known"),
             *("ahead", "swapped", "swapped, prompts first", "waited for a copy"),
         ],
         0,
@@ -180,7 +180,7 @@ def test_the_random_cases_meet_everything_that_has_rules() -> None:
         met["copied"] += bool(transitions.bytes_in.any())
         met["over budget"] += engine.budget_violation_s > 0
         met["rejected"] += bool((records.status == 3).any())
-        met["windowed KV"] += any("KV" in plan for plan in transitions.to_plan)
+        met["formatted KV"] += any("KV" in plan for plan in transitions.to_plan)
         swapped = case.config.preemption == "swap" and bool(records.preemptions.any())
         met["swapped"] += swapped
         met["swapped, prompts first"] += swapped and case.config.scheduler == "prefill_first"

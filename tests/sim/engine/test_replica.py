@@ -10,8 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sim.cost.kv_format import kv_block_tokens_at
 from sim.cost.memory import budget_for_kv_blocks
-from sim.cost.plan import Plan, dense_plan, drop, with_mask
+from sim.cost.plan import KV_BITS, Plan, dense_plan, drop, with_mask
 from sim.engine.block_table import BlockTable
 from sim.engine.budget import Budget
 from sim.engine.executor import Iteration, Ran
@@ -146,24 +147,35 @@ def test_a_plan_that_drops_half_of_a_layer_under_way_starts_the_other_half_again
 
 
 class Memory:
-    """The memory behind a pool: what was written into each slot of each block."""
+    """The memory behind a pool: what was written into each slot of each block, at which bits."""
 
     def __init__(self, block_tokens: int) -> None:
-        self.size, self.blocks = block_tokens, 0
-        self.content: dict[int, object] = {}
+        self.size = block_tokens
+        self._sizes = {bits: kv_block_tokens_at(TINY, block_tokens, bits) for bits in KV_BITS}
+        self._blocks: dict[int, tuple[int, dict[int, object]]] = {}  # block -> bits, and place -> content
 
     def resize(self, blocks: int) -> None:
-        self.content = {slot: value for slot, value in self.content.items() if slot < blocks * self.size}
-        self.blocks = blocks
+        self._blocks = {block: content for block, content in self._blocks.items() if block < blocks}
 
     def move(self, moved: dict[int, int]) -> None:
-        for source, target in moved.items():
-            slots = range(self.size)
-            self.copy([source * self.size + i for i in slots], [target * self.size + i for i in slots])
+        read = {target: self._blocks.get(source, (16, {})) for source, target in moved.items()}
+        self._blocks.update({target: (bits, dict(content)) for target, (bits, content) in read.items()})
 
-    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
-        values = [self.content.get(slot) for slot in source]
-        self.content.update(zip(target, values, strict=True))
+    def copy(self, source: Sequence[int], target: Sequence[int], bits: int = 16) -> None:
+        values = [self.read(slot) for slot in source]
+        for slot, value in zip(target, values, strict=True):
+            self.write(slot, value, bits)
+
+    def read(self, slot: int, bits: int = 16) -> object:
+        block, place = divmod(slot, self._sizes[bits])
+        written, content = self._blocks.get(block, (bits, {}))
+        return content.get(place) if written == bits else None
+
+    def write(self, slot: int, value: object, bits: int = 16) -> None:
+        block, place = divmod(slot, self._sizes[bits])
+        if block not in self._blocks or self._blocks[block][0] != bits:
+            self._blocks[block] = bits, {}
+        self._blocks[block][1][place] = value
 
 
 class WritingExecutor(PricingExecutor):
@@ -179,7 +191,8 @@ class WritingExecutor(PricingExecutor):
             for layer in live.mha:
                 for token in range(live.computed_tokens, live.computed_tokens + tokens):
                     (slot,) = self._slots(table, layer, token, 1)
-                    self.memory.content[slot] = self._key(live.request.hash_ids, live.request_id, layer, token)
+                    key = self._key(live.request.hash_ids, live.request_id, layer, token)
+                    self.memory.write(slot, key, table.bits_of(layer))
                 self._read(live.request.hash_ids, live.request_id, table, layer, live.computed_tokens + tokens)
         return super().run(iteration)
 
@@ -189,7 +202,7 @@ class WritingExecutor(PricingExecutor):
         return (layer, token, hash_ids[block] if block < len(hash_ids) else (request_id,))
 
     def _slots(self, table: BlockTable, layer: int, first: int, count: int) -> list[int]:
-        if table.kv_keep is not None:
+        if table.formats is not None:
             return table.slots(layer, first, count)
         size, per = self.memory.size, table.prefix_layer_blocks
         blocks: list[int] = []
@@ -206,7 +219,7 @@ class WritingExecutor(PricingExecutor):
             if first is not None and last is not None and first <= token < tokens - last:
                 continue
             (slot,) = self._slots(table, layer, token, 1)
-            assert self.memory.content.get(slot) == self._key(hash_ids, request_id, layer, token)
+            assert self.memory.read(slot, table.bits_of(layer)) == self._key(hash_ids, request_id, layer, token)
             self.tokens_read += 1
 
 

@@ -1,0 +1,84 @@
+"""The memory behind a pool of KV blocks: an arena on the device, and host memory for what is swapped.
+
+pool = KVPool(900, ArenaStorage(arena))         # memory for exactly 900 KV blocks of one layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hw.elastic.device import Accelerator
+from hw.elastic.device_memory import attempt
+from hw.elastic.host_kv import HostKV
+from hw.elastic.paged_kv import KVArena
+from hw.elastic.quantized_kv import QuantizedKV
+
+
+class ArenaStorage:
+    """An arena as the storage of a ``sim.engine.kv_pool.KVPool``, and host memory for what is swapped.
+
+    host: the KV of preempted requests.
+    """
+
+    def __init__(self, arena: KVArena, *, host_blocks: int = 0) -> None:
+        """Keep the pool's blocks in this arena, and ``host_blocks`` blocks of one layer in host memory.
+
+        Raises:
+            BudgetError: if the host has no memory for them.
+        """
+        self._arena, self._hardware = arena, arena.hardware
+        self.host = HostKV(arena, host_blocks)
+
+    def resize(self, blocks: int) -> None:
+        """Hold blocks 0 to ``blocks - 1``."""
+        grows = blocks > self._arena.blocks
+        attempt(self._hardware, lambda: self._arena.resize(blocks))
+        if not grows and isinstance(self._hardware, Accelerator):
+            # A copy that takes the place of the blocks is allocated on another stream, which cannot use what the
+            # allocator keeps for this one.
+            self._hardware.give_back()
+
+    def move(self, moved: dict[int, int]) -> None:
+        """Copy the content of blocks to others: old number to new."""
+        attempt(self._hardware, lambda: self._move(moved))
+
+    def copy(self, source: Sequence[int], target: Sequence[int], bits: int = 16) -> None:
+        """Copy the content of slots to others at ``bits`` bits, all read before any is written."""
+        attempt(self._hardware, lambda: self._copy(torch.tensor(source), torch.tensor(target), bits))
+
+    def save_on_host(self, request_id: int, blocks: Sequence[int]) -> None:
+        """Copy the content of blocks to host memory, in the order of all other work: nothing waits for it."""
+        self.host.save(request_id, blocks)
+
+    def load_from_host(self, request_id: int, blocks: Sequence[int]) -> None:
+        """Copy what was saved for a request to other blocks."""
+        self.host.load(request_id, blocks)
+        self._arena.packed.difference_update(blocks)
+
+    def forget_on_host(self, request_id: int) -> None:
+        """Free what was saved for a request."""
+        self.host.forget(request_id)
+
+    def _move(self, moved: dict[int, int]) -> None:
+        kv = self._arena.kv
+        source, target = (torch.tensor(list(blocks)) for blocks in (moved.keys(), moved.values()))
+        step = 64  # a few blocks at a time: what moves exists twice for that moment
+        for at in range(0, source.numel(), step):
+            part = slice(at, at + step)
+            kv.index_copy_(0, target[part].to(kv.device), kv.index_select(0, source[part].to(kv.device)))
+        packed = {new for old, new in moved.items() if old in self._arena.packed}
+        self._arena.packed.difference_update(moved.values())
+        self._arena.packed |= packed
+
+    def _copy(self, source: Tensor, target: Tensor, bits: int) -> None:
+        device = self._arena.device
+        keys, values = self._arena.read_slots(source.to(device))
+        if bits == 16:
+            self._arena.write(target.to(device), keys, values)
+        else:
+            packed = QuantizedKV(self._arena, bits)
+            packed.fill(target.tolist())
+            packed.write(target.to(device), keys, values)

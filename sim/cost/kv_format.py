@@ -1,0 +1,78 @@
+"""What becomes of a layer's KV when a request's prefill ends: which tokens stay, and how many bits each takes.
+
+    formats = kv_formats(model, plan, kv_block_tokens=16)
+    formats[3].blocks(900)                          # KV blocks that layer 3 needs for 900 computed tokens
+
+KV is computed and read by prefill at the model's own precision. At the end of a request's prefill each layer cuts its
+tokens (``Plan.kv_keep``) and quantizes them (``Plan.kv_bits``). Tokens that are decoded later are stored in that way.
+
+Every KV block has the same bytes, whatever it holds, so that one pool serves all layers. A block of quantized KV holds
+more tokens instead.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from sim.cost.memory import kv_blocks
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import KV_BITS, KV_KEEP_ALL, KVKeep, Plan
+
+
+def kv_block_tokens_at(model: ModelSpec, kv_block_tokens: int, bits: int) -> int:
+    """Return how many tokens of one layer fit into a KV block that holds ``kv_block_tokens`` of them at 16 bits."""
+    return kv_block_tokens * model.kv_bytes_per_token_layer // model.kv_bytes_per_token_layer_at(bits)
+
+
+@dataclass(frozen=True, slots=True)
+class KVFormat:
+    """How one layer stores the KV of a request.
+
+    keep: which tokens stay. bits: 16, 8 or 4. block_tokens: tokens that fit into a KV block. token_bytes,
+    full_token_bytes: of one token, as it is stored and at 16 bits.
+    """
+
+    keep: KVKeep
+    bits: int
+    block_tokens: int
+    token_bytes: int
+    full_token_bytes: int
+
+    def blocks(self, tokens: int) -> int:
+        """Return the KV blocks that ``tokens`` computed tokens need."""
+        return kv_blocks(self.keep.tokens(tokens), self.block_tokens)
+
+    def read_tokens(self, tokens: int) -> int:
+        """Return how many tokens at 16 bits have the bytes that a decode reads after ``tokens``, rounded down."""
+        return self.keep.tokens(tokens) * self.token_bytes // self.full_token_bytes
+
+
+@functools.lru_cache(maxsize=1024)  # engines ask whenever a prefill ends
+def _formats(
+    model: ModelSpec, kv_keep: tuple[KVKeep, ...], kv_bits: tuple[int, ...], kv_block_tokens: int
+) -> tuple[KVFormat, ...] | None:
+    if all(keep == KV_KEEP_ALL for keep in kv_keep) and set(kv_bits) == {16}:
+        return None
+    tokens = {bits: kv_block_tokens_at(model, kv_block_tokens, bits) for bits in KV_BITS}
+    size = {bits: model.kv_bytes_per_token_layer_at(bits) for bits in KV_BITS}
+    return tuple(
+        KVFormat(keep, bits, tokens[bits], size[bits], size[16]) for keep, bits in zip(kv_keep, kv_bits, strict=True)
+    )
+
+
+def kv_formats(model: ModelSpec, plan: Plan, kv_block_tokens: int) -> tuple[KVFormat, ...] | None:
+    """Return how each layer stores KV after prefill; None where every layer keeps all tokens at 16 bits."""
+    return _formats(model, plan.kv_keep, plan.kv_bits, kv_block_tokens)
+
+
+def stored_kv_bytes(model: ModelSpec, plan: Plan, prompt_tokens: int) -> int:
+    """Return the bytes of KV of a prompt that decode reads: the tokens and bits of each MHA block that it runs.
+
+    Source:
+        PDTrim (arXiv 2509.04467) for layers that decode drops and tokens that do not stay.
+    """
+    layers = zip(plan.kv_keep, plan.kv_bits, plan.decode.mha, strict=True)
+    return sum(
+        keep.tokens(prompt_tokens) * model.kv_bytes_per_token_layer_at(bits) for keep, bits, runs in layers if runs
+    )

@@ -1,0 +1,80 @@
+"""What KV at 8 and 4 bits costs: a sum over layers, as measured by ``python -m hw.score kind=kv_bits``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sim.cost.plan import Plan
+from sim.errors import CalibrationError
+from sim.json_file import read_json_object
+
+MOST_LOSS = 100.0
+"""Largest cost of a layer in a file, in nats; measured values are far below."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVLoss:
+    """The cost of quantized KV, layer by layer, in nats per generated token.
+
+    measured_on: the model. at_8, at_4: [l], one entry per layer.
+    """
+
+    measured_on: str
+    at_8: tuple[float, ...]
+    at_4: tuple[float, ...]
+
+    def of(self, plan: Plan) -> float:
+        """Return the cost of a plan: of the layers whose KV decode reads."""
+        costs = {16: (0.0,) * len(self.at_8), 8: self.at_8, 4: self.at_4}
+        return sum(
+            costs[bits][layer]
+            for layer, (bits, runs) in enumerate(zip(plan.kv_bits, plan.decode.mha, strict=True))
+            if runs
+        )
+
+    def resampled(self, layers: int) -> KVLoss:
+        """Return the costs of a model with another number of layers, by assumption: the same at the same depth."""
+        depth, own = (np.arange(layers) + 0.5) / layers, (np.arange(len(self.at_8)) + 0.5) / len(self.at_8)
+        at_8, at_4 = (np.interp(depth, own, cost) * len(own) / layers for cost in (self.at_8, self.at_4))
+        return KVLoss(self.measured_on, tuple(at_8.tolist()), tuple(at_4.tolist()))
+
+
+def quantizes_kv(plan: Plan) -> bool:
+    """Return whether decode reads KV at fewer than 16 bits in some layer."""
+    return any(bits < 16 and runs for bits, runs in zip(plan.kv_bits, plan.decode.mha, strict=True))
+
+
+def kv_loss_path(table: Path) -> Path:
+    """Return the file with the costs of quantized KV of the model whose quality table this is."""
+    return table.parent / "kv_bits" / table.name
+
+
+def read_kv_loss(path: Path, text: str) -> KVLoss:
+    """Read the costs that were fitted to the losses on a text, ``calibration`` or ``test``.
+
+    Raises:
+        CalibrationError: if the file is malformed.
+    """
+    again = "measure it again: python -m hw.score kind=kv_bits"
+    value = read_json_object(path, CalibrationError, again)
+    try:
+        fit = value["fits"][text]
+        return KVLoss(str(value["model"]), _costs(fit, "8"), _costs(fit, "4"))
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CalibrationError(
+            f"{path} has no costs of KV at 8 and 4 bits on the {text} text ({reason:.200}); {again}"
+        ) from error
+
+
+def _costs(fit: Mapping[str, Any], bits: str) -> tuple[float, ...]:
+    listed: Sequence[Any] = fit[bits]
+    costs = tuple(float(one) for one in listed)
+    if not costs or not all(0 <= one <= MOST_LOSS for one in costs):
+        raise ValueError(f"the costs at {bits} bits must be a list of numbers from 0 to {MOST_LOSS:g}")
+    return costs
