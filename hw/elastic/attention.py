@@ -29,7 +29,7 @@ from torch.nn import functional
 from hw.elastic import ops
 from hw.elastic.block_arrays import Int32s, Int64s
 from hw.elastic.paged_kv import KVArena
-from hw.elastic.quantized_kv import QuantizedKV
+from hw.elastic.quantized_kv import QuantizedKV, rotated
 from sim.cost.model_spec import ModelSpec
 
 # Shapes: l layers, r decodes, c prompt chunks, n rows, w KV blocks, p tokens of one, H heads, h KV heads, d head_dim.
@@ -42,7 +42,7 @@ More is computed in several calls: 64 contexts of 1,024 tokens of Llama-2-7B are
 
 
 QUANTIZED_PART_BYTES = 1 << 22
-"""Packed KV of one call: unpacked in FP32, for a moment, it takes about 16 times as much at 4 bits."""
+"""Packed KV of one call, unless a single request has more: unpacked in FP32 it takes up to 8 times as much."""
 
 MOST_PROGRAMS, SPLIT_TOKENS = 4 * 160, 1024
 """Programs that the decode kernel starts to use all multiprocessors, and tokens of one of a long context."""
@@ -395,8 +395,12 @@ class PreparedQuantized(PreparedSdpa):
         self.arrays, self._quantized = [rows.table.astype(np.int64)], kv
         self._part_bytes = QUANTIZED_PART_BYTES
 
+    def _decode(self, group: _Decodes, table: Tensor, query: Tensor, scale: float) -> Tensor:
+        attended = super()._decode(group, table, rotated(query).to(query.dtype), scale)
+        return rotated(attended).to(query.dtype)
+
     def _gather(self, at: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of blocks, and zeros in places that no token fills."""
+        """Return the rotated keys and values of blocks, and zeros in places that no token fills."""
         return _zeroed(*self._quantized.read(at), mask)
 
 

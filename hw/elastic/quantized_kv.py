@@ -2,7 +2,7 @@
 
     kv = QuantizedKV(arena, bits=4)                 # the same KV blocks, in which more tokens fit
     kv.write(slots, keys, values)                   # quantizes
-    keys, values = kv.read(blocks)                  # as they come back
+    keys, values = kv.read(blocks)                  # rotated: attention rotates its queries and its result instead
 
 Each head of a token has a scale and a least value in FP16, for its keys and for its values:
 
@@ -32,15 +32,15 @@ MOST = 60_000.0
 """Largest scale and least value: FP16 ends at 65,504."""
 
 
-@functools.cache
-def hadamard(size: int) -> Tensor | None:
+@functools.cache  # on a GPU, every copy of it would stop the host
+def hadamard(size: int, device: torch.device) -> Tensor | None:
     """Return Sylvester's Hadamard matrix [size, size] in FP32, over its norm, or None if size is no power of two.
 
     It is symmetric and its own inverse.
     """
     if size & (size - 1):
         return None
-    matrix: Tensor = torch.ones(1, 1)
+    matrix: Tensor = torch.ones(1, 1, device=device)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix.div(size**0.5)
@@ -48,9 +48,9 @@ def hadamard(size: int) -> Tensor | None:
 
 def rotated(values: Tensor) -> Tensor:
     """Return values [..., d] in FP32, times the Hadamard matrix; twice gives them back."""
-    matrix = hadamard(values.shape[-1])
+    matrix = hadamard(values.shape[-1], values.device)
     wide = values.to(torch.float32)
-    return wide if matrix is None else wide @ matrix.to(values.device)
+    return wide if matrix is None else wide @ matrix
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -69,12 +69,12 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Return the values [..., d] of bytes [..., w]."""
+    """Return the rotated values [..., d] of bytes [..., w]."""
     codes = packed[..., :-KV_SCALE_BYTES]
     scale, least = packed[..., -KV_SCALE_BYTES:].contiguous().view(torch.float16).to(torch.float32).chunk(2, -1)
     if bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :head_dim]
-    return rotated(codes * scale + least).to(dtype)
+    return (codes * scale + least).to(dtype)
 
 
 def stored(keys: Tensor, values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,8 @@ def stored(keys: Tensor, values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 16:
         return keys, values
     size, dtype = keys.shape[-1], keys.dtype
-    return unpack(pack(keys, bits), bits, size, dtype), unpack(pack(values, bits), bits, size, dtype)
+    back = (rotated(unpack(pack(each, bits), bits, size, dtype)).to(dtype) for each in (keys, values))
+    return next(back), next(back)
 
 
 class QuantizedKV:
@@ -109,7 +110,7 @@ class QuantizedKV:
         self._memory[slots // self.block_tokens, slots % self.block_tokens] = packed
 
     def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values [c, p, h, d] of blocks [c]."""
+        """Return the rotated keys and values [c, p, h, d] of blocks [c]."""
         values = unpack(self._memory.index_select(0, blocks), self._bits, self._head_dim, self._dtype)
         return values[:, :, 0], values[:, :, 1]
 

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sim.config import CONF_DIR
+from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import Plan, dense_plan
+from sim.cost.plan import Plan, check_plan, dense_plan
 from sim.cost.quality import load_quality
 from sim.errors import ConfigError, nearest
 from sim.json_file import read_json_object
@@ -44,6 +46,7 @@ def pdtrim(
     prompt_tokens: int = 128,
     first_tokens: int = 4,
     last_tokens: int = 32,
+    kv_bits: int = 16,
 ) -> Fixed:
     """Build the policy that always runs one plan of a kind, chosen by quality or by bytes.
 
@@ -55,6 +58,7 @@ def pdtrim(
         most_sent: the highest allowed ratio of a prompt's KV bytes to dense; takes the first such plan.
         prompt_tokens: length of that prompt.
         first_tokens, last_tokens: tokens that stay in a shortened layer.
+        kv_bits: 16, 8 or 4: at how many bits KV is sent and kept, in every plan of the kind.
     Raises:
         ConfigError: for an unknown kind or file, for none or both of the targets, or for a target that no plan meets.
     """
@@ -70,6 +74,9 @@ def pdtrim(
         row = list(_searched(model, _score(order, model).get("searches", [])))
     else:
         row = list(_plans(model, kind, _score(order, model)["order"], layers, first_tokens, last_tokens))
+    row = [replace(plan, kv_bits=(kv_bits,) * model.num_layers) for plan in row]
+    check_plan(model, row[0])
+    dense_bytes = stored_kv_bytes(model, dense, prompt_tokens)
     if most_perplexity is not None:
         table = load_quality(quality)
         most_nll = table.nll(dense) + math.log(most_perplexity)
@@ -77,16 +84,11 @@ def pdtrim(
         if good:
             return Fixed(good[-1])
     for plan in row:
-        if most_sent is not None and sent_tokens(plan, prompt_tokens) <= most_sent * sent_tokens(dense, prompt_tokens):
+        if most_sent is not None and stored_kv_bytes(model, plan, prompt_tokens) <= most_sent * dense_bytes:
             return Fixed(plan)
     raise ConfigError(
         f"no plan of policy.kind={kind} meets most_perplexity={most_perplexity}, most_sent={most_sent}; raise the limit"
     )
-
-
-def sent_tokens(plan: Plan, prompt_tokens: int) -> int:
-    """Return the tokens of KV that a prompt sends, summed over its layers."""
-    return sum(keep.tokens(prompt_tokens) for keep, kept in zip(plan.kv_keep, plan.decode.mha, strict=True) if kept)
 
 
 def _plans(

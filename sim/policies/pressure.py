@@ -1,9 +1,10 @@
 """Policies that follow load: lower precision in proportion to pressure, or drop blocks step by step.
 
 ``adaptive_precision`` resembles FlexQuant (arXiv 2506.12024) and PMPD (arXiv 2410.13461), which lower bits where the
-loss is smallest; here the number of layers at low precision follows the load. ``adaptive_pruning`` gives MorphServe's
-controller (arXiv 2506.02006) a greedy order of blocks to drop instead of layers to quantize: a rule without learning
-that reacts to queues as well as to memory. Thresholds that no paper states are our choice.
+loss is smallest; here the number of layers at low precision follows the load. ``kv_precision`` does the same to the KV
+of requests whose prefill ends under load: it shrinks what they hold and read, not the weights. ``adaptive_pruning``
+gives MorphServe's controller (arXiv 2506.02006) a greedy order of blocks to drop instead of layers to quantize: a rule
+without learning that reacts to queues as well as to memory. Thresholds that no paper states are our choice.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sim.cost.plan import LARGEST, Plan, check_plan, dense_plan
+from sim.cost.plan import LARGEST, Plan, check_plan, dense_plan, layer_list
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.limits import is_whole
@@ -104,6 +105,40 @@ def adaptive_precision(
     counts = [round(layers * level / levels) for level in range(levels + 1)]
     plans = tuple(replace(dense, weight_bits=(bits,) * n + (dense.weight_bits[0],) * (layers - n)) for n in counts)
     check_plan(served.model, plans[-1])
+    return AdaptivePrecision(plans, calm, wait_s, smoothing, hysteresis)
+
+
+def kv_precision(
+    served: PolicyContext,
+    *,
+    low_layers: Sequence[int] = (),
+    calm: float = 0.6,
+    wait_s: float = 1.0,
+    smoothing: float = 0.5,
+    hysteresis: float = 0.5,
+) -> AdaptivePrecision:
+    """Build the policy whose steps are: KV at 16 bits, at 8 bits, and at 4 bits in ever more layers, front to back.
+
+    A request keeps the bits at which its prefill ended, so a step shrinks the KV of later requests.
+
+    Args:
+        low_layers: how many layers are at 4 bits, ascending from 1; the others are at 8. Empty: none ever is.
+        calm, wait_s, smoothing, hysteresis: as in ``AdaptivePrecision``.
+    Raises:
+        ConfigError: for numbers out of range, or counts that do not ascend.
+        PlanError: if the model's KV is no larger at 16 bits.
+    """
+    check_pressure(calm, wait_s, smoothing, hysteresis)
+    layers, counts = served.model.num_layers, layer_list("policy.low_layers", low_layers)
+    if counts != sorted(set(counts)) or not all(0 < count <= layers for count in counts):
+        raise ConfigError(
+            f"policy.low_layers is {counts}; the numbers must ascend and lie between 1 and {layers}, such as "
+            f"[{layers // 2}, {layers}]"
+        )
+    dense = dense_plan(served.model)
+    plans = (dense, *(replace(dense, kv_bits=(4,) * low + (8,) * (layers - low)) for low in (0, *counts)))
+    for plan in plans:
+        check_plan(served.model, plan)
     return AdaptivePrecision(plans, calm, wait_s, smoothing, hysteresis)
 
 

@@ -162,6 +162,8 @@ def plans() -> dict[str, Plan]:
         "blocks": staged,
         "kv": replace(dense, kv_keep=keep),
         "both": replace(staged, kv_keep=keep),
+        "kv bits": replace(dense, kv_bits=(8, 16, 4, 4)),
+        "all of it": replace(staged, kv_keep=keep, kv_bits=(8, 4, 16, 8)),
         "nothing to send": replace(dense, decode=drop(spec, mha=range(4))),
     }
 

@@ -213,6 +213,8 @@ def plans_of(spec) -> list[Plan]:
         staged,
         replace(dense, kv_keep=keep),
         replace(staged, kv_keep=keep, weight_bits=(4, 16, 8)),
+        replace(dense, kv_bits=(4, 16, 8)),
+        replace(staged, kv_keep=keep, kv_bits=(8, 4, 4)),
     ]
 
 

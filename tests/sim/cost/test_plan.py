@@ -75,6 +75,8 @@ def test_a_plan_whose_prefill_keeps_more_than_decode_is_legal():
         ({"prefill": KeepMask(mha=(True,) * 30, ffn=())}, r"plan\.prefill\.ffn has 0 entries"),
         ({"weight_bits": (16,)}, r"plan\.weight_bits has 1 entries"),
         ({"kv_keep": ()}, r"plan\.kv_keep has 0 entries"),
+        ({"kv_bits": (8,)}, r"plan\.kv_bits has 1 entries; .* 30 layers"),
+        ({"kv_bits": (8,) * 29 + (2,)}, r"kv_bits of layer 29 is 2; allowed are 16, 8 and 4"),
         ({"weight_bits": (16,) * 12 + (3,) + (16,) * 17}, "layer 12 is 3; allowed are 16, 8 and 4"),
         ({"max_running": 0}, r"plan\.max_running is 0; it must be at least 1"),
         ({"max_waiting": -1}, r"plan\.max_waiting is -1; it must be at least 0"),
@@ -104,6 +106,21 @@ def test_kv_keep_never_keeps_more_than_there_is_and_all_of_a_short_context(first
 def test_kv_keep_needs_both_runs_or_neither(fields: dict[str, int], message: str):
     with pytest.raises(PlanError, match=message):
         KVKeep(**fields)
+
+
+def test_kv_that_fewer_bits_do_not_make_smaller_is_refused():
+    fp8 = replace(MODEL, kv_dtype_bytes=1)
+    eight, four = (replace(DENSE, kv_bits=(16,) * 7 + (bits,) * 23) for bits in (8, 4))
+    with pytest.raises(PlanError, match=r"kv_bits of layer 7 is 8, .* takes 408 bytes a token, .* takes 384 as it is"):
+        check_plan(fp8, eight)
+    check_plan(fp8, four)
+    for plan in (eight, four):
+        check_plan(MODEL, plan)
+
+
+def test_a_plan_that_names_no_bits_of_kv_is_the_plan_at_16():
+    assert DENSE.kv_bits == (16,) * 30
+    assert replace(DENSE, kv_bits=(16,) * 30) == DENSE == replace(DENSE, kv_bits=())
 
 
 def test_plans_are_values_that_hash_and_compare():

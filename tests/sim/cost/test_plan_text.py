@@ -32,6 +32,7 @@ def plans(draw: st.DrawFn) -> Plan:
         decode=draw(st.sampled_from([prefill, narrower])),
         weight_bits=tuple(draw(st.lists(st.sampled_from([16, 8, 4]), min_size=LAYERS, max_size=LAYERS))),
         kv_keep=tuple(draw(st.lists(kept, min_size=LAYERS, max_size=LAYERS))),
+        kv_bits=tuple(draw(st.lists(st.sampled_from([16, 8, 4]), min_size=LAYERS, max_size=LAYERS))),
         max_running=draw(st.none() | st.integers(1, 1000)),
         max_waiting=draw(st.none() | st.integers(0, 1000)),
         max_wait_s=draw(st.none() | st.floats(1e-3, 1e6)),
@@ -52,6 +53,7 @@ def test_the_highest_layer_of_a_description_is_found(plan: Plan) -> None:
         or not plan.decode.ffn[layer]
         or plan.weight_bits[layer] != 16
         or plan.kv_keep[layer] != KV_KEEP_ALL
+        or plan.kv_bits[layer] != 16
     ]
     assert most_layer(describe(plan)) == max(differs, default=-1)
 
@@ -61,6 +63,7 @@ def test_the_highest_layer_of_a_description_is_found(plan: Plan) -> None:
     [
         ("-MHA 12", "the model has layers 0 to 11"),
         ("-MHA 5-3", "the model has layers"),
+        ("KV16 0", "describes no part of a plan"),
         ("W16 0", "describes no part of a plan"),
         ("", "describes no part of a plan"),
         ("-MHA 1; <b>", "describes no part of a plan"),

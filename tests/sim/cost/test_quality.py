@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sim.cost.kv_loss import read_kv_loss
 from sim.cost.model_spec import load_model
 from sim.cost.plan import KeepMask, KVKeep, Plan, dense_plan, drop, with_mask
 from sim.cost.plan_json import plan_from_json, plan_to_json
@@ -57,8 +58,8 @@ def some_plan(rng: np.random.Generator) -> Plan:
         KVKeep(first_tokens=int(rng.integers(0, 3)), last_tokens=8) if rng.random() < 0.3 else KVKeep()
         for _ in range(LAYERS)
     )
-    bits = tuple(int(rng.choice((16, 8, 4))) for _ in range(LAYERS))
-    return replace(without(decode), prefill=without(prefill).prefill, kv_keep=keep, weight_bits=bits)
+    bits, kv_bits = (tuple(int(rng.choice((16, 8, 4))) for _ in range(LAYERS)) for _ in range(2))
+    return replace(without(decode), prefill=without(prefill).prefill, kv_keep=keep, weight_bits=bits, kv_bits=kv_bits)
 
 
 # --- The range of a fit ----------------------------------------------------------------------------------------------
@@ -163,6 +164,54 @@ def test_an_unpublished_loss_is_refused_where_it_decides_and_unknown_where_it_is
         quality.nll(eight)
     assert math.isnan(quality.charge(eight))
     assert quality.charge(dense_plan(model)) == quality.nll(dense_plan(model))
+
+
+# --- KV at 8 and 4 bits ----------------------------------------------------------------------------------------------
+
+
+def test_quantized_kv_costs_what_its_layers_cost_beside_anything_else(fitted: FittedQuality) -> None:
+    rng = np.random.default_rng(3)
+    assert fitted.kv_loss is not None
+    for _ in range(20):
+        plan = some_plan(rng)
+        full = replace(plan, kv_bits=())
+        costs = {16: (0.0,) * LAYERS, 8: fitted.kv_loss.at_8, 4: fitted.kv_loss.at_4}
+        own = sum(costs[bits][i] for i, bits in enumerate(plan.kv_bits) if plan.decode.mha[i])
+        assert fitted.loss(plan) == pytest.approx(min(fitted.loss(full) + own, fitted.max_loss))
+    assert sum(fitted.kv_loss.at_8) < sum(fitted.kv_loss.at_4)
+
+
+def test_quantized_kv_that_was_not_measured_is_refused_and_charged_nothing_known(fitted: FittedQuality) -> None:
+    unknown = replace(fitted, kv_loss=None)
+    quantized = replace(dense_plan(SPEC), kv_bits=(8,) * LAYERS)
+    with pytest.raises(CalibrationError, match=r"was not measured on smollm2_135m; .*hw\.score kind=kv_bits"):
+        unknown.nll(quantized)
+    assert math.isnan(unknown.charge(quantized))
+    nothing_left = replace(quantized, decode=KeepMask(mha=(False,) * LAYERS, ffn=quantized.decode.ffn))
+    assert unknown.loss(nothing_left) == unknown.loss(replace(nothing_left, kv_bits=()))
+    llama = dense_plan(load_model("llama2_7b"))
+    eight = replace(llama, kv_bits=(8,) * 32)
+    with pytest.raises(CalibrationError, match="KV at 8 and 4 bits costs llama2_7b is not known here"):
+        load_quality("llama2_7b_published").nll(eight)
+    assert math.isnan(load_quality("llama2_7b_published").charge(eight))
+
+
+def test_a_transferred_cost_of_kv_is_the_same_at_the_same_depth(fitted: FittedQuality) -> None:
+    llama, quality = dense_plan(load_model("llama2_7b")), load_quality("llama2_7b_transferred")
+    assert fitted.kv_loss is not None
+    found = quality.nll(replace(llama, kv_bits=(4,) * 32)) - quality.nll(llama)
+    assert found == pytest.approx(sum(fitted.kv_loss.at_4), rel=0.05)
+    assert "KV at 8 and 4 bits" in quality.summary()
+
+
+@pytest.mark.parametrize(
+    "fit", [{}, {"8": [0.0]}, {"8": [0.0], "4": ["x"]}, {"8": [-1.0], "4": [0.0]}, {"8": [], "4": []}, {"8": 1, "4": 1}]
+)
+def test_malformed_costs_of_kv_are_an_error_that_names_the_command(tmp_path: Path, fit: dict[str, object]) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"model": "smollm2_135m", "fits": {"test": fit}}), encoding="utf-8")
+    with pytest.raises(CalibrationError, match=r"no costs of KV at 8 and 4 bits .* hw\.score kind=kv_bits"):
+        read_kv_loss(path, "test")
 
 
 # --- Predictions -----------------------------------------------------------------------------------------------------
@@ -307,6 +356,9 @@ def test_a_plan_reads_back_as_it_was_written() -> None:
         {"weight_bits": {"4": [1.0]}},
         {"weight_bits": {"4": [True]}},
         {"weight_bits": {"5": [1]}},
+        {"kv_bits": {"4": [77]}},
+        {"kv_bits": {"2": [1]}},
+        {"kv_bits": [8]},
         {"kv_keep": [{"layers": [0]}]},
         {"kv_keep": [{"layers": [0], "first_tokens": 2.0, "last_tokens": 3}]},
         {"kv_keep": [{"layers": [False], "first_tokens": 2, "last_tokens": 3}]},

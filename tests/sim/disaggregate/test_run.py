@@ -13,13 +13,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from sim.config import CONF_DIR
+from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import check_plan, dense_plan
 from sim.cost.quality import load_quality
 from sim.disaggregate.run import disaggregate_command, plan_of, run
-from sim.errors import ConfigError
+from sim.errors import ConfigError, PlanError
 from sim.policies import PolicyContext
-from sim.policies.pdtrim import KINDS, pdtrim, sent_tokens
+from sim.policies.pdtrim import KINDS, pdtrim
 
 SMOL = load_model("smollm2_135m")
 SERVED = PolicyContext(model=SMOL)
@@ -39,16 +40,28 @@ def test_a_kind_is_as_strong_as_its_quality_allows_and_no_stronger(kind: str) ->
     for plan, most in ((weak, 1.1), (strong, 1.6)):
         check_plan(SMOL, plan)
         assert 1.0 < table.perplexity(plan) / table.perplexity(dense) <= most
-    assert sent_tokens(strong, 128) < sent_tokens(weak, 128) <= sent_tokens(dense, 128)
+    sent = [stored_kv_bytes(SMOL, plan, 128) for plan in (strong, weak, dense)]
+    assert sent[0] < sent[1] <= sent[2]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dense", "searched")])
 def test_a_kind_sends_no_more_than_it_may(kind: str) -> None:
     plan = pdtrim(SERVED, kind=kind, most_sent=0.5, **FILES).first_plan
-    assert 0.3 * 30 * 128 < sent_tokens(plan, 128) <= 0.5 * 30 * 128
+    assert 0.3 < stored_kv_bytes(SMOL, plan, 128) / stored_kv_bytes(SMOL, dense_plan(SMOL), 128) <= 0.5
     assert plan.prefill.contains(plan.decode)
     if kind == "blocks":
         assert plan.prefill != plan.decode
+
+
+def test_quantized_kv_lets_a_kind_send_as_few_bytes_at_a_higher_quality() -> None:
+    table = load_quality("smollm2_135m")
+    plain, quantized = (
+        pdtrim(SERVED, kind="both", most_sent=0.5, kv_bits=bits, **FILES).first_plan for bits in (16, 8)
+    )
+    assert stored_kv_bytes(SMOL, quantized, 128) <= 0.5 * stored_kv_bytes(SMOL, dense_plan(SMOL), 128)
+    assert table.nll(quantized) < table.nll(plain)
+    with pytest.raises(PlanError, match="kv_bits of layer 0 is 5"):
+        pdtrim(SERVED, kind="both", most_sent=0.5, kv_bits=5, **FILES)
 
 
 def test_the_strongest_searched_pair_of_sets_within_a_quality_is_taken() -> None:

@@ -21,7 +21,7 @@ from sim.policies.base import PolicyContext
 from sim.policies.fixed import Fixed
 from sim.policies.ladder import load_ladder, memory_ladder
 from sim.policies.load_table import load_table
-from sim.policies.pressure import adaptive_precision, adaptive_pruning
+from sim.policies.pressure import adaptive_precision, adaptive_pruning, kv_precision
 from tests.sim.serving import TINY, tiny_engine
 
 SERVED = PolicyContext(model=TINY)
@@ -135,6 +135,16 @@ def test_precision_falls_with_pressure_and_returns_with_calm() -> None:
     assert waiting(seen(waiting=1, oldest_wait_s=10.0)).weight_bits.count(4) == 3
 
 
+def test_kv_falls_to_8_bits_and_then_layer_by_layer_to_4() -> None:
+    policy = kv_precision(SERVED, low_layers=[1, 3], calm=0.5, smoothing=1.0)
+    chosen = [policy(seen(kv_used_layer_blocks=used)).kv_bits for used in (0, 60, 80, 100, 100, 0)]
+    assert chosen == [(16, 16, 16), (8, 8, 8), (4, 8, 8), (4, 4, 4), (4, 4, 4), (8, 8, 8)]
+    assert len(kv_precision(SERVED).plans) == 2
+    for wrong in ([2, 1], [4], [0]):
+        with pytest.raises(ConfigError, match=r"policy\.low_layers is .* must ascend and lie between 1 and 3"):
+            kv_precision(SERVED, low_layers=wrong)
+
+
 def test_pressure_drops_blocks_of_the_order_step_by_step_and_only_after_it_persisted() -> None:
     policy = adaptive_pruning(SERVED, order=ORDER, step=2, most=4, smoothing=1.0)
     pressed = [policy(seen(oldest_wait_s=1.0)) for _ in range(6)]
@@ -240,6 +250,7 @@ def test_a_ladder_that_does_not_go_down_is_refused(wrong: dict[str, Any], named:
         "saber",
         "adaptive_precision",
         "adaptive_pruning",
+        "kv_precision",
         "limited",
         "greedy_stop",
         "morphserve",
