@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ from hw.score.fit import (
     measured_range,
     read_table,
 )
+from sim.cost.kv_loss import kv_loss_path
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec, load_model, model_names
-from sim.cost.plan import Plan
-from sim.cost.plan_json import plan_to_json
+from sim.cost.plan import Plan, dense_plan
+from sim.cost.plan_json import plan_from_json, plan_to_json
 from sim.cost.quality import BEST_FORM, FORMS
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
@@ -75,7 +77,37 @@ def scores_page(model: str, scores: Path, tables: Path) -> str:
         pdtrim=found["pdtrim"] and pdtrim(found["pdtrim"]),
         generation=found["generation"] and generation(found["generation"]),
         attention=found["attention"],
+        kv_bits=kv_bits(costs) if (costs := _read(kv_loss_path(path))) else None,
     )
+
+
+def kv_bits(found: dict[str, Any]) -> dict[str, Any]:
+    """Return what KV at 8 and 4 bits costs on test text: measured in all layers, by layer, and the errors of sums."""
+    plans = [plan_from_json(row["plan"]) for row in found["plans"]]
+    nll = {plan: row["nll"]["test"] for plan, row in zip(plans, found["plans"], strict=True)}
+    dense = dense_plan(load_model(found["model"]))
+    fit = found["fits"]["test"]
+    layers = len(fit["4"])
+    costly = sorted(range(layers), key=lambda layer: -fit["4"][layer])[:5]
+    rows = [
+        {
+            "plans that were predicted": error["plans"],
+            "number": error["count"],
+            "mean loss": error["mean_loss"],
+            "mean error": error["mean_error"],
+            "largest error": error["worst_error"],
+        }
+        for error in fit["errors"]
+    ]
+    return {
+        "tokens": found["plans"][0]["tokens"]["test"],
+        "commit": found["commit"],
+        "all": {bits: nll[replace(dense, kv_bits=(bits,) * layers)] - nll[dense] for bits in (8, 4)},
+        "factor": fit["factor"],
+        "costly": [{"layer": layer, "nats": fit["4"][layer]} for layer in costly],
+        "share": sum(fit["4"][layer] for layer in costly) / sum(fit["4"]),
+        "table": table(rows, dict.fromkeys(("mean loss", "mean error", "largest error"), ".4f")),
+    }
 
 
 def _read(path: Path) -> Any:

@@ -29,6 +29,7 @@ COMPARISONS = {
     "morphserve_llama3_8b_loaded": Comparison(command=f"{LLAMA3} {LOADED}"),
     "morphserve_llama3_8b_burstgpt": Comparison(command=f"{LLAMA3} trace=burstgpt workload=spread_ties windows=[]"),
     "kv_hole": Comparison(command="sim.compare experiment=kv_hole", plot=True),
+    "kv_precision": Comparison(command="sim.compare experiment=kv_precision"),
 }
 """Name of a JSON file in docs/results/simulation: how it is made."""
 
