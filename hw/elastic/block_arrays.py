@@ -29,7 +29,8 @@ class HeldBlocks:
 
     blocks: [l, at least w], the KV blocks of each layer; undefined for layers that the request does not run.
     needed: blocks of the layer that has most. runs: bool [l]. first, last: [l], how many of the first and last tokens a
-        layer keeps; last is 0 where it keeps all. bits: [l], at which precision it stores KV.
+        layer keeps; last is 0 where it keeps all. bits: [l], at which precision it stores KV. full: whether that is 16
+        in every layer.
     """
 
     def __init__(self, layers: int) -> None:
@@ -38,7 +39,7 @@ class HeldBlocks:
         self.runs = np.zeros(layers, np.bool_)
         self.first, self.last = np.zeros(layers, np.int32), np.zeros(layers, np.int32)
         self.bits = np.full(layers, 16, np.int32)
-        self.keeps_all = True
+        self.keeps_all = self.full = True
         self.needed = 0
         self._mha: frozenset[int] = frozenset()
         self._formats: tuple[KVFormat, ...] | None = None
@@ -53,6 +54,7 @@ class HeldBlocks:
         if table.formats is not self._formats:
             self._formats = table.formats
             self.bits[:] = 16 if table.formats is None else [one.bits for one in table.formats]
+            self.full = bool((self.bits == 16).all())
             keeps = [table.keep_of(layer) for layer in range(len(self.runs))]
             self.keeps_all = all(keep.last_tokens is None for keep in keeps)
             for into, tokens_kept in (

@@ -318,11 +318,12 @@ class _Requests:
     """The requests of an iteration, on the host: decodes, then prompt chunks.
 
     held: their KV blocks. counts, starts: new tokens of each, and tokens before. rows: the first row of each, and the
-    number of rows. decodes: how many are decodes.
+    number of rows. decodes: how many are decodes. full: whether all KV has 16 bits.
     """
 
     def __init__(self, held: list[HeldBlocks], counts: Int64s, starts: Int64s, rows: Int64s, decodes: int) -> None:
         self.held, self.counts, self.starts, self.rows, self.decodes = held, counts, starts, rows, decodes
+        self.full = all(one.full for one in held)
 
     def tables(self, power_of_two: bool) -> tuple[Int32s, Int32s]:
         """Return the KV blocks [layers, requests, w] of the decodes, and those of the prompt chunks.
@@ -341,9 +342,11 @@ class _Requests:
 
     def groups(self) -> list[tuple[list[int], npt.NDArray[np.intp]]]:
         """Return layers that run for the same requests and store KV at the same bits, and these requests."""
-        state = np.stack([one.runs * one.bits for one in self.held], axis=1)  # [layers, requests]; 0: does not run
-        if (state == 16).all():
+        state = np.stack([one.runs for one in self.held], axis=1)  # [layers, requests]
+        if state.all() and self.full:
             return [(list(range(len(state))), np.arange(len(self.held)))]
+        if not self.full:
+            state = state * np.stack([one.bits for one in self.held], axis=1)
         found: dict[bytes, list[int]] = {}
         for layer, row in enumerate(state):
             found.setdefault(row.tobytes(), []).append(layer)
@@ -351,6 +354,8 @@ class _Requests:
 
     def by_bits(self, layer: int, who: npt.NDArray[np.intp]) -> dict[int, npt.NDArray[np.intp]]:
         """Return these requests by the bits of their KV in a layer; those at 16 bits if there are none."""
+        if self.full:
+            return {16: who}
         bits = np.array([self.held[i].bits[layer] for i in who], np.int64)
         return {each: who[bits == each] for each in sorted(set(bits.tolist()), reverse=True)} or {16: who}
 
