@@ -122,7 +122,8 @@ def _write(arena: KVArena, slots: Tensor, content: memoryview, bits: int, elasti
     if packed is None:
         shape = (2, len(slots), elastic.spec.num_kv_heads, elastic.spec.head_dim)
         received = torch.frombuffer(content, dtype=elastic.dtype).view(shape)
-        arena.begin({slot // arena.block_tokens for slot in slots.tolist()})
+        blocks = {slot // arena.block_tokens for slot in slots.tolist()}
+        _patiently(arena, lambda: arena.begin(blocks))
     else:
         received = torch.frombuffer(content, dtype=torch.uint8).view(1, len(slots), -1)
         packed.fill(slots.tolist())

@@ -41,8 +41,8 @@ More is computed in several calls: 64 contexts of 1,024 tokens of Llama-2-7B are
 """
 
 
-QUANTIZED_PART_BYTES = 1 << 22
-"""Packed KV of one call, unless a single request has more: unpacked in FP32 it takes up to 8 times as much."""
+QUANTIZED_PART_BYTES = 1 << 24
+"""Packed KV of one call, unless a single request has more; unpacked it takes two to four times as much."""
 
 MOST_PROGRAMS, SPLIT_TOKENS = 4 * 160, 1024
 """Programs that the decode kernel starts to use all multiprocessors, and tokens of one of a long context."""

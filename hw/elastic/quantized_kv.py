@@ -28,6 +28,8 @@ from sim.cost.model_spec import KV_SCALE_BYTES
 
 # Shapes: n tokens, c KV blocks, p tokens of one, h KV heads, d head_dim, w bytes of a packed head.
 
+UNPACKED_AT_ONCE = 1 << 18
+"""Packed bytes that are unpacked in one step: few enough for the caches of a CPU, and for the workspace of a GPU."""
 MOST = 60_000.0
 """Largest scale and least value: FP16 ends at 65,504."""
 
@@ -111,8 +113,14 @@ class QuantizedKV:
 
     def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rotated keys and values [c, p, h, d] of blocks [c]."""
-        values = unpack(self._memory.index_select(0, blocks), self._bits, self._head_dim, self._dtype)
-        return values[:, :, 0], values[:, :, 1]
+        shape = len(blocks), self.block_tokens, self._heads, self._head_dim
+        keys, values = (torch.empty(shape, dtype=self._dtype, device=blocks.device) for _ in range(2))
+        step = max(1, UNPACKED_AT_ONCE // self._arena.block_bytes)  # what is unpacked exists in FP32 for a moment
+        for start in range(0, len(blocks), step):
+            part = slice(start, start + step)
+            both = unpack(self._memory.index_select(0, blocks[part]), self._bits, self._head_dim, self._dtype)
+            keys[part], values[part] = both[:, :, 0], both[:, :, 1]
+        return keys, values
 
     def read_bytes(self, slots: Tensor) -> Tensor:
         """Return what slots [n] hold, uint8 [n, token_bytes]."""
