@@ -73,6 +73,7 @@ def page(folder: Path = FOLDER) -> str:
         },
         next_to_paper=next_to_paper(mean["morphserve_llama3_8b_loaded"]),
         kv_hole_wins=wins(found["kv_hole"], "new_requests", "recompute"),
+        kv4_wins=wins(found["kv_precision"], "kv4 55 GB", "greedy_stop 55 GB"),
     )
 
 
