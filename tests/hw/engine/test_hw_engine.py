@@ -401,6 +401,44 @@ def test_precision_and_kept_kv_change_tokens_as_the_plain_cache_of_the_model_doe
                 logits = elastic.forward([[token]], [kv], "decode")
 
 
+@pytest.mark.parametrize("family", ["llama", "sliding"])
+@pytest.mark.parametrize("seed", range(3))
+def test_quantized_kv_stays_what_it_is_while_the_pool_shrinks_and_blocks_move(
+    seed: int, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hw.elastic.kv import RequestKV
+
+    rng, elastic = random.Random(seed), ElasticModel(tiny(family), name="tiny")
+    spec, keeps = elastic.spec, (KVKeep(), KVKeep(), KVKeep(first_tokens=2, last_tokens=6))
+    plan = replace(
+        dense_plan(spec),
+        kv_bits=(4, *(rng.choice((16, 8, 4)) for _ in range(LAYERS - 1))),
+        kv_keep=tuple(rng.choice(keeps) for _ in range(LAYERS)),
+    )
+    rows = some_rows(seed, 14, longest_output=24)
+    sizes = [budget_for_kv_blocks(spec, plan, blocks, 0, 4) for blocks in (50, 25, 50, 17, 50)]
+    budget = Budget(tuple(4.0 * i for i in range(len(sizes))), tuple(sizes))
+    engine = hw_engine(family=family, plan=plan, budget=budget, config=engine_config(max_context_tokens=SHORT_TOKENS))
+    move, moved = engine._storage.move, Mock()
+    monkeypatch.setattr(engine._storage, "move", lambda blocks: (moved(), move(blocks)))
+    tokens = serve(engine, rows)
+    assert moved.called
+    elastic.apply(plan)
+    compared = 0
+    for i, (_, prompt, output) in enumerate(rows):
+        if engine.records().preemptions[i]:  # what it computed again, it computed from KV at 16 bits
+            continue
+        kv = RequestKV()
+        logits = elastic.forward([RandomPrompts(VOCABULARY)(i, prompt)], [kv], "prefill")
+        elastic.end_prefill(kv)
+        for made, token in enumerate(tokens[i], start=1):
+            assert logits[0, token] >= logits[0].max() - 1e-3
+            compared += 1
+            if made < output:
+                logits = elastic.forward([[token]], [kv], "decode")
+    assert compared > 50
+
+
 # --- Law 8: the simulator's schedule ---------------------------------------------------------------------------------
 
 
