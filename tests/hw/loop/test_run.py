@@ -122,7 +122,7 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
         config = OmegaConf.load(tmp_path / "runs" / side / "config.yaml")
         assert config.latency == str(tmp_path / "runs" / "calibration.json")
     text = (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
-    assert f"blocks at 4 bits {factors[4]:.2f} times what this factor says" in text
+    assert f"{factors[4]:.2f} times at 4 bits" in text
     assert "- **Note.** Others used the machine." in text
 
 

@@ -68,10 +68,13 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = 
         strict=True,
     )
     mha = [layer for layer in range(3) if rng.random() < 0.3]
-    kv = {"kv_first_tokens": 2, "kv_last_tokens": 3, "kv_layers": [0, 2]} if rng.random() < 0.4 else {}
+    kv: dict[str, Any] = {"kv_first_tokens": 2, "kv_last_tokens": 3, "kv_layers": [0, 2]} if rng.random() < 0.4 else {}
     scheduler: SchedulerName = "chunked" if rng.random() < 0.6 else "prefill_first"
     waits = np.random.default_rng([seed, 12])
     limited = later and waits.random() < 0.4
+    bits = np.random.default_rng([seed, 13])
+    if later and bits.random() < 0.4:
+        kv["kv_bits"] = [int(each) for each in bits.choice([16, 8, 4], TINY.num_layers)]
     return DisaggregatedCase(
         requests=tuple(rows),
         plan=static_plan(

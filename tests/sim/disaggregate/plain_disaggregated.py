@@ -7,14 +7,12 @@ exact fractions; the rule of sim/disaggregate/links.py says when a transfer ends
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
 import simpy
 
-from sim.cost.memory import kv_blocks
 from sim.cost.plan import Plan
 from sim.engine.live_request import LiveRequest
 from sim.engine.protocol import Request
@@ -132,19 +130,27 @@ class PlainDisaggregated:
     def _prefilled(self, i: int, k: int, live: LiveRequest) -> None:
         if self._goes_on(live.request):
             moving = Moving(number=i, request=live.request, prefill=k, live=live)
-            moving.left_bytes = Fraction(self._tokens(live.request.prompt_tokens) * self.token_layer_bytes)
+            moving.left_bytes = Fraction(self._sent_bytes(live.request.prompt_tokens))
             self.ready.append(moving)
             self.all[i] = moving
 
-    def _kept(self) -> list[Callable[[int], int]]:
-        return [keep.tokens for keep, kept in zip(self.plan.kv_keep, self.plan.decode.mha, strict=True) if kept]
+    def _kept(self, prompt: int) -> list[tuple[int, int]]:
+        """Return how many tokens each layer of decode keeps of a prompt, and the bytes of each."""
+        head = self.decode[0].model.head_dim
+        full, size = self.token_layer_bytes, {8: head + 4, 4: head // 2 + 4}
+        heads = self.decode[0].model.num_kv_heads
+        return [
+            (keep.tokens(prompt), full if bits == 16 else 2 * heads * size[bits])
+            for keep, bits, kept in zip(self.plan.kv_keep, self.plan.kv_bits, self.plan.decode.mha, strict=True)
+            if kept
+        ]
 
-    def _tokens(self, prompt: int) -> int:
-        return sum(tokens(prompt) for tokens in self._kept())
+    def _sent_bytes(self, prompt: int) -> int:
+        return sum(tokens * size for tokens, size in self._kept(prompt))
 
     def _blocks(self, moving: Moving) -> int:
-        size = self.decode[0].config.kv_block_tokens
-        return sum(kv_blocks(tokens(moving.request.prompt_tokens), size) for tokens in self._kept())
+        block_bytes = self.decode[0].config.kv_block_tokens * self.token_layer_bytes
+        return sum(-(-tokens // (block_bytes // size)) for tokens, size in self._kept(moving.request.prompt_tokens))
 
     def _where(self, moving: Moving) -> int | None:
         best, most = None, -1.0

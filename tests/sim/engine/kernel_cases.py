@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,7 +94,6 @@ def random_plan(rng: np.random.Generator) -> Plan:
             else KVKeep()
             for _ in range(layers)
         ]
-    kv_bits = rng.choice([16, 16, 8, 4], layers) if rng.random() < 0.15 else np.full(layers, 16)
 
     def flags(mask: Any) -> tuple[bool, ...]:
         return tuple(bool(x) for x in mask)
@@ -104,7 +103,6 @@ def random_plan(rng: np.random.Generator) -> Plan:
         prefill=KeepMask(mha=flags(prefill_mha), ffn=flags(prefill_ffn)),
         weight_bits=tuple(int(b) for b in bits),
         kv_keep=tuple(kv_keep),
-        kv_bits=tuple(int(b) for b in kv_bits),
         max_running=int(rng.integers(1, 12)) if rng.random() < 0.15 else None,
         max_waiting=int(rng.integers(0, 8)) if rng.random() < 0.15 else None,
     )
@@ -182,11 +180,31 @@ def with_waits(seed: int, case: Case) -> Case:
             limits[plan] = some if rng.random() < 0.6 else None
         return replace(plan, max_wait_s=limits[plan])
 
+    return _with_plans(case, limited)
+
+
+def with_kv_bits(seed: int, case: Case) -> Case:
+    """Return the case of a seed with plans that quantize KV; its own stream, as above."""
+    rng = np.random.default_rng([seed, 13])
+    if rng.random() < 0.6:
+        return case
+    bits: dict[Plan, tuple[int, ...]] = {}
+
+    def quantized(plan: Plan) -> Plan:
+        if plan not in bits:
+            some = tuple(int(b) for b in rng.choice([16, 8, 4], TINY.num_layers))
+            bits[plan] = some if rng.random() < 0.6 else ()
+        return replace(plan, kv_bits=bits[plan])
+
+    return _with_plans(case, quantized)
+
+
+def _with_plans(case: Case, changed: Callable[[Plan], Plan]) -> Case:
     return replace(
         case,
-        first_plan=limited(case.first_plan),
-        plans=tuple((time_s, limited(plan)) for time_s, plan in case.plans),
-        scheduled=tuple((time_s, limited(plan)) for time_s, plan in case.scheduled),
+        first_plan=changed(case.first_plan),
+        plans=tuple((time_s, changed(plan)) for time_s, plan in case.plans),
+        scheduled=tuple((time_s, changed(plan)) for time_s, plan in case.scheduled),
     )
 
 
@@ -196,7 +214,7 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
     Args:
         ahead: whether its engine schedules ahead; None lets the seed decide.
         later: whether the seed may choose what came later than the frozen records: swapping, weight copies that hold
-            the engine up, and plans that limit how long a request may wait.
+            the engine up, and plans that limit how long a request may wait or that quantize KV.
     """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
@@ -261,7 +279,7 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
         copy_layer_s=0.5 * (later and seed % 4 == 0),
         slowdown=(0.6, 1.0, 1.0, 1.9)[seed // 3 % 4] if later else 1.0,
     )
-    return with_waits(seed, case) if later else case
+    return with_kv_bits(seed, with_waits(seed, case)) if later else case
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:

@@ -163,8 +163,8 @@ def test_the_random_cases_meet_everything_that_has_rules() -> None:
     """The comparison above covers only what some random case reaches."""
     met = dict.fromkeys(
         [
-            *("preempted", "recomputed", "copied", "over budget", "rejected", "formatted KV", "a KV hole", "known"),
-            *("ahead", "swapped", "swapped, prompts first", "waited for a copy"),
+            *("preempted", "recomputed", "copied", "over budget", "rejected", "cut KV", "a KV hole", "known"),
+            *("quantized KV", "ahead", "swapped", "swapped, prompts first", "waited for a copy"),
         ],
         0,
     )
@@ -180,7 +180,8 @@ def test_the_random_cases_meet_everything_that_has_rules() -> None:
         met["copied"] += bool(transitions.bytes_in.any())
         met["over budget"] += engine.budget_violation_s > 0
         met["rejected"] += bool((records.status == 3).any())
-        met["formatted KV"] += any("KV" in plan for plan in transitions.to_plan)
+        met["cut KV"] += any("KV " in plan for plan in transitions.to_plan)
+        met["quantized KV"] += any("KV8" in plan or "KV4" in plan for plan in transitions.to_plan)
         swapped = case.config.preemption == "swap" and bool(records.preemptions.any())
         met["swapped"] += swapped
         met["swapped, prompts first"] += swapped and case.config.scheduler == "prefill_first"

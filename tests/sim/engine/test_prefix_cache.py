@@ -23,7 +23,7 @@ from sim.replay.loop import replay
 from sim.results.records import Records, Status
 from sim.traces.trace import Trace
 from tests.sim.cluster.cluster_cases import engine as engine_of
-from tests.sim.engine.kernel_cases import LATE_S, Case, random_case, serve
+from tests.sim.engine.kernel_cases import LATE_S, Case, random_case, serve, with_kv_bits
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency, tiny_engine
 
@@ -190,7 +190,7 @@ def test_without_the_option_hash_ids_change_nothing() -> None:
 @given(seed=st.integers(0, 1 << 32))
 def test_held_and_free_kv_blocks_add_up_with_a_cache(seed: int) -> None:
     """Laws 1 and 2, under plans and budgets that change: each shared block counts once, and all is free at the end."""
-    case = random_case(seed, later=False)  # swapping excludes a cache
+    case = with_kv_bits(seed, random_case(seed, later=False))  # swapping excludes a cache
     case = dataclasses.replace(case, config=dataclasses.replace(case.config, prefix_caching=True))
     try:
         engine, _ = serve(SimEngine, dataclasses.replace(case, plans=(), ticks_s=()))

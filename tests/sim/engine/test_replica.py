@@ -24,7 +24,7 @@ from sim.engine.transition import ABSENT, LayerCopy, Resident, resident_of
 from sim.errors import BudgetError, ConfigError
 from sim.results.records import Status
 from tests.sample import quick
-from tests.sim.engine.kernel_cases import random_case, random_plan
+from tests.sim.engine.kernel_cases import random_case, random_plan, with_kv_bits
 from tests.sim.serving import TINY, linear_latency, requests
 
 DENSE = dense_plan(TINY)
@@ -228,7 +228,7 @@ def test_what_a_request_reads_from_its_kv_blocks_is_what_was_written_for_it(firs
     """Through plan changes, pools that shrink and move, preemption, shared prefixes and windows of kept tokens."""
     read = 0
     for seed in range(first, first + 10):
-        case = random_case(seed, later=False)  # no memory copies its blocks to a host yet
+        case = with_kv_bits(seed, random_case(seed, later=False))  # no memory copies its blocks to a host yet
         config = replace(case.config, hash_block_tokens=2 * case.config.kv_block_tokens)
         memory, clock = Memory(config.kv_block_tokens), SimulatedClock()
         executor = WritingExecutor(memory, case.latency)
