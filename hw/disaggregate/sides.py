@@ -126,7 +126,7 @@ def _write(arena: KVArena, slots: Tensor, content: memoryview, bits: int, elasti
         _patiently(arena, lambda: arena.begin(blocks))
     else:
         received = torch.frombuffer(content, dtype=torch.uint8).view(1, len(slots), -1)
-        packed.fill(slots.tolist())
+        packed.note_written(slots.tolist())
 
     def write(part: slice) -> None:
         at, values = slots[part].to(arena.device), received[:, part].to(arena.device)

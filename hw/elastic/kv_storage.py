@@ -80,5 +80,5 @@ class ArenaStorage:
             self._arena.write(target.to(device), keys, values)
         else:
             packed = QuantizedKV(self._arena, bits)
-            packed.fill(target.tolist())
+            packed.note_written(target.tolist())
             packed.write(target.to(device), keys, values)

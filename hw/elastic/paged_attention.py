@@ -173,7 +173,7 @@ class PagedBatch:
             own = [] if len(by_bits) == 1 else [np.searchsorted(group_rows, request.rows_of(some))]
             new = self._slots(rows)
             if kv is not None:
-                kv.fill(new.ravel().tolist())
+                kv.note_written(new.ravel().tolist())
             else:
                 slots[:, own[0] if own else slice(len(group_rows))] = new
                 if self._arena.packed:

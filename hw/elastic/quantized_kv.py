@@ -102,12 +102,12 @@ class QuantizedKV:
         shape = (arena.capacity, self.block_tokens, 2, self._heads, self._packed_bytes)
         self._memory: Tensor = arena.memory[:, :used].view(shape)
 
-    def fill(self, slots: Iterable[int]) -> None:
+    def note_written(self, slots: Iterable[int]) -> None:
         """Note that slots are written: the host has to know which blocks hold packed KV."""
         self._arena.packed.update(slot // self.block_tokens for slot in slots)
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Quantize keys and values [n, h, d] and store them in slots [n]; call ``fill`` before."""
+        """Quantize keys and values [n, h, d] and store them in slots [n]; call ``note_written`` before."""
         packed = torch.stack((pack(keys, self._bits), pack(values, self._bits)), 1)
         self._memory[slots // self.block_tokens, slots % self.block_tokens] = packed
 
@@ -128,6 +128,6 @@ class QuantizedKV:
         return held
 
     def write_bytes(self, slots: Tensor, content: Tensor) -> None:
-        """Store what ``read_bytes`` returned; call ``fill`` before."""
+        """Store what ``read_bytes`` returned; call ``note_written`` before."""
         at = slots // self.block_tokens, slots % self.block_tokens
         self._memory[at] = content.view(-1, *self._memory.shape[2:])

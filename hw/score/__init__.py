@@ -4,6 +4,7 @@
     orders, losses                           the kinds of measurement: orders of blocks or layers; losses of plans
     gsi, one_shot, cosine, lis, pdtrim       the scores of the papers
     quality_table, fit                       measures the quality table, and fits the quality model to it
+    kv_bits                                  what KV at 8 and 4 bits costs
     full_test                                selected plans on the full test text, and greedy decoding
     nll, text                                the loss of a plan on text, and that text
     candidate_states, loss_bound             shared hidden states and bounds that make GSI faster
