@@ -90,11 +90,14 @@ def gather(arena: KVArena, table: BlockTable, tokens: int) -> memoryview:
     Layers at 16 bits come first, all keys and then all values, layer by layer; then the packed tokens of layers at 8
     bits, and of those at 4.
     """
-    content = b"".join(_read(arena, table.kept_slots(tokens, bits), bits) for bits in KV_BITS)
-    return memoryview(content)
+    halves = [_read(arena, table.kept_slots(tokens, bits), bits) for bits in KV_BITS]
+    parts = [part for part in halves if part.numel()]
+    content: memoryview = (parts[0] if len(parts) == 1 else torch.cat(halves)).numpy().data
+    return content
 
 
-def _read(arena: KVArena, listed: Sequence[int], bits: int) -> bytes:
+def _read(arena: KVArena, listed: Sequence[int], bits: int) -> Tensor:
+    """Return what slots hold as bytes, uint8 [bytes], on the host."""
     slots = torch.tensor(listed, dtype=torch.long)
     packed = None if bits == 16 else QuantizedKV(arena, bits)
 
@@ -103,7 +106,7 @@ def _read(arena: KVArena, listed: Sequence[int], bits: int) -> bytes:
         return (torch.stack(arena.read_slots(at)) if packed is None else packed.read_bytes(at)[None]).cpu()
 
     parts = [_patiently(arena, partial(read, part)) for part in _parts(arena, len(slots))]
-    return torch.cat(parts, dim=1).view(torch.uint8).numpy().tobytes() if parts else b""
+    return torch.cat(parts, dim=1).view(torch.uint8).flatten() if parts else torch.empty(0, dtype=torch.uint8)
 
 
 def scatter(arena: KVArena, table: BlockTable, tokens: int, content: bytearray, elastic: ElasticModel) -> None:

@@ -16,6 +16,9 @@ from hw.elastic.host_kv import HostKV
 from hw.elastic.paged_kv import KVArena
 from hw.elastic.quantized_kv import QuantizedKV
 
+PACKED_AT_ONCE = 512
+"""Tokens of a layer that are packed in one step, which takes about 16 times their bytes at 4 bits for a moment."""
+
 
 class ArenaStorage:
     """An arena as the storage of a ``sim.engine.kv_pool.KVPool``, and host memory for what is swapped.
@@ -75,10 +78,12 @@ class ArenaStorage:
 
     def _copy(self, source: Tensor, target: Tensor, bits: int) -> None:
         device = self._arena.device
-        keys, values = self._arena.read_slots(source.to(device))
         if bits == 16:
-            self._arena.write(target.to(device), keys, values)
-        else:
-            packed = QuantizedKV(self._arena, bits)
-            packed.note_written(target.tolist())
-            packed.write(target.to(device), keys, values)
+            self._arena.write(target.to(device), *self._arena.read_slots(source.to(device)))
+            return
+        packed = QuantizedKV(self._arena, bits)
+        # All is packed, part by part, before any of it is written: it lies in the same blocks.
+        parts = (source[at : at + PACKED_AT_ONCE] for at in range(0, len(source), PACKED_AT_ONCE))
+        content = [packed.packed(*self._arena.read_slots(part.to(device))) for part in parts]
+        packed.note_written(target.tolist())
+        packed.write_bytes(target.to(device), torch.cat(content))

@@ -59,8 +59,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
     """Return values [..., d] as bytes, uint8 [..., w]: codes of the rotated ones, scale and least value in FP16."""
     wide = rotated(values)
     least, most = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
-    # Codes are made for the scale and least value as they are stored.
-    least = least.clamp(-MOST, MOST).to(torch.float16)
+    # Codes are made for the scale and least value as they are stored. A head with a value that is not finite has none.
+    least = torch.where((most - least).isfinite(), least.clamp(-MOST, MOST), torch.nan).to(torch.float16)
     scale = ((most - least) / (2**bits - 1)).clamp(max=MOST).to(torch.float16)
     steps = torch.where(scale > 0, (wide - least) / scale, 0.0)
     codes = steps.round().clamp_(0, 2**bits - 1).nan_to_num_(0.0).to(torch.uint8)
@@ -73,10 +73,12 @@ def pack(values: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     """Return the rotated values [..., d] of bytes [..., w]."""
     codes = packed[..., :-KV_SCALE_BYTES]
-    scale, least = packed[..., -KV_SCALE_BYTES:].contiguous().view(torch.float16).to(torch.float32).chunk(2, -1)
+    ends = packed[..., -KV_SCALE_BYTES:].clone(memory_format=torch.contiguous_format)  # at an even address
+    scale, least = ends.view(torch.float16).to(torch.float32).chunk(2, -1)
     if bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :head_dim]
-    return (codes * scale + least).to(dtype)
+    values = codes * scale + least
+    return (values.clamp(-MOST, MOST) if dtype == torch.float16 else values).to(dtype)
 
 
 def stored(keys: Tensor, values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -108,8 +110,11 @@ class QuantizedKV:
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Quantize keys and values [n, h, d] and store them in slots [n]; call ``note_written`` before."""
-        packed = torch.stack((pack(keys, self._bits), pack(values, self._bits)), 1)
-        self._memory[slots // self.block_tokens, slots % self.block_tokens] = packed
+        self.write_bytes(slots, self.packed(keys, values))
+
+    def packed(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Return keys and values [n, h, d] as they are stored, uint8 [n, token_bytes]."""
+        return torch.stack((pack(keys, self._bits), pack(values, self._bits)), 1).flatten(1)
 
     def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rotated keys and values [c, p, h, d] of blocks [c]."""

@@ -18,14 +18,18 @@ import numpy as np
 from hw.score.block_numbers import plan_without
 from hw.score.job import Job
 from hw.score.nll import measure_many
+from sim.cost.kv_loss import KVLoss
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan
 from sim.cost.plan_json import plan_from_json, plan_to_json
 from sim.cost.quality import QUALITIES, Text
+from sim.errors import ConfigError
 from sim.progress import progress
 from sim.types import Floats
 
 RANDOM, DROPPED = 8, 8
+MEASURED_BY = ("seconds", "cpu_seconds", "date", "commit")
+"""Keys of a file that say when, and with which code, its losses were measured."""
 AT_ONCE = 8
 """Plans that are measured between two reports of progress."""
 FITTED, HELD_OUT, TOGETHER = ("all layers", "prefix"), ("random layers", "mixture"), ("with 4-bit weights", "pruned")
@@ -67,14 +71,22 @@ def _at(plan: Plan, bits: int, layers: Sequence[int]) -> Plan:
 
 
 def score_kv_bits(job: Job) -> None:
-    """Measure the losses, fit each layer's share, and write both."""
+    """Measure the losses, fit each layer's share, and write both; losses that a file has are only fitted again."""
     calibration, test = job.text("calibration"), job.text("test")
+    path = Path(job.cfg.out) if job.cfg.out else QUALITIES / "kv_bits" / f"{job.name}.json"
     wanted = list(kv_plans(job.elastic.spec, job.order("one_shot"), job.cfg.seed))
     # Plans that share their first layers follow one another, so that these layers run once.
     wanted.sort(key=lambda pair: (pair[1].weight_bits, pair[1].prefill.mha, pair[1].prefill.ffn, pair[1].kv_bits))
+    old = job.earlier(path, calibration)
     rows: list[dict[str, Any]] = []
+    if old is not None:
+        rows = old["plans"]
+        asked = [[kind, plan_to_json(plan)] for kind, plan in wanted]
+        if old["test_text"] != test.source or [[row["kind"], row["plan"]] for row in rows] != asked:
+            raise ConfigError(f"{path} has losses of other plans or another test text; remove the file, or set out=")
+        job.say(f"{path} has these losses; they are fitted again")
     with progress("measuring", len(wanted), "plans") as report:
-        for first in range(0, len(wanted), AT_ONCE):
+        for first in range(len(rows), len(wanted), AT_ONCE):
             part = wanted[first : first + AT_ONCE]
             plans = [plan for _, plan in part]
             found = [measure_many(job.elastic, plans, text.tokens) for text in (calibration, test)]
@@ -84,9 +96,9 @@ def score_kv_bits(job: Job) -> None:
                 rows.append({"kind": kind, "plan": plan_to_json(plan), "nll": nll, "tokens": tokens})
             report(len(rows))
     fits = {text: fit_kv_bits(rows, text) for text in get_args(Text)}
-    path = Path(job.cfg.out) if job.cfg.out else QUALITIES / "kv_bits" / f"{job.name}.json"
     source = "NLL of the tokens after a prompt of half a window, in nats; sim.cost.kv_loss reads the fits"
-    job.write(path, calibration, source, {"test_text": test.source, "fits": fits, "plans": rows})
+    measured = {key: old[key] for key in MEASURED_BY} if old is not None else {}
+    job.write(path, calibration, source, {"test_text": test.source, "fits": fits, "plans": rows, **measured})
 
 
 def fit_kv_bits(rows: Sequence[Mapping[str, Any]], text: Text) -> dict[str, Any]:
@@ -107,14 +119,18 @@ def fit_kv_bits(rows: Sequence[Mapping[str, Any]], text: Text) -> dict[str, Any]
     four = np.array([[bits == 4 for bits in plan.kv_bits] for plan in plans])
     sums = four @ alone
     fitted = [i for i, kind in enumerate(kinds) if kind in FITTED and four[i].any()]
-    at_4 = alone * max(0.0, float(sums[fitted] @ loss[fitted] / (sums[fitted] @ sums[fitted])))
+    if not alone.any():  # too little text, or a model that loses nothing: every layer costs the same
+        alone = np.full(layers, 1.0 / layers)
+        sums = four @ alone
+    factor = max(0.0, float(sums[fitted] @ loss[fitted] / (sums[fitted] @ sums[fitted])))
     (all_8,) = (i for i, plan in enumerate(plans) if kinds[i] == "all layers" and set(plan.kv_bits) == {8})
-    at_8 = at_4 * max(0.0, float(loss[all_8])) / at_4.sum()
-    predicted = np.array([sum(_cost(plan, at_8, at_4)) for plan in plans])
+    at_4, at_8 = alone * factor, alone / alone.sum() * max(0.0, float(loss[all_8]))
+    costs = KVLoss("", tuple(at_8.tolist()), tuple(at_4.tolist()))
+    predicted = np.array([costs.of(plan) for plan in plans])
     return {
         "8": at_8.tolist(),
         "4": at_4.tolist(),
-        "factor": float(at_4.sum() / alone.sum()),
+        "factor": factor,
         "errors": [_error(name, loss, predicted, kinds, chosen) for name, chosen in _JUDGED.items()],
     }
 
@@ -134,10 +150,6 @@ def _error(
         "mean_error": float(errors.mean()),
         "worst_error": float(errors.max()),
     }
-
-
-def _cost(plan: Plan, at_8: Floats, at_4: Floats) -> list[float]:
-    return [{16: 0.0, 8: float(a), 4: float(b)}[bits] for bits, a, b in zip(plan.kv_bits, at_8, at_4, strict=True)]
 
 
 def _plain(plan: Plan) -> bool:

@@ -54,8 +54,8 @@ def kv_loss_path(table: Path) -> Path:
     return table.parent / "kv_bits" / table.name
 
 
-def read_kv_loss(path: Path, text: str) -> KVLoss:
-    """Read the costs that were fitted to the losses on a text, ``calibration`` or ``test``.
+def read_kv_loss(path: Path, text: str, layers: int) -> KVLoss:
+    """Read the costs that were fitted to the losses on a text, ``calibration`` or ``test``, of a model's layers.
 
     Raises:
         CalibrationError: if the file is malformed.
@@ -64,7 +64,10 @@ def read_kv_loss(path: Path, text: str) -> KVLoss:
     value = read_json_object(path, CalibrationError, again)
     try:
         fit = value["fits"][text]
-        return KVLoss(str(value["model"]), _costs(fit, "8"), _costs(fit, "4"))
+        found = KVLoss(str(value["model"]), _costs(fit, "8"), _costs(fit, "4"))
+        if not len(found.at_8) == len(found.at_4) == layers:
+            raise ValueError(f"costs of {len(found.at_8)} and {len(found.at_4)} layers; the model has {layers}")
+        return found
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CalibrationError(

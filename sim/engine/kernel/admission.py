@@ -2,8 +2,8 @@
 
 A batch is formed at the start of its iteration, and its KV blocks are taken then. Its prefills and single decodes are
 the first ``batch_chunks`` rows of ``batch`` (slot, tokens); ``decodes_in_batch`` adds all decoding requests at once.
-`_form` treats the decoding requests as one group. If that is impossible (``kv_keep``, more decodes than the token
-budget, several unfinished prompts), `_form_eagerly` goes through the running requests one by one.
+`_form` treats the decoding requests as one group. If that is impossible (cut or quantized KV, more decodes than the
+token budget, several unfinished prompts), `_form_eagerly` goes through the running requests one by one.
 """
 
 from __future__ import annotations

@@ -280,8 +280,8 @@ def _change_sets(s: Table, count: int, decode: Ints) -> None:
         prefix_blocks_of(s),
     )
     end, formatted = len(slots) - 1, n.formatted > 0
-    # The freed blocks are the difference of the held blocks before and after. Without kv_keep, all layers of a request
-    # have equally many blocks, so the dropped layers times that number suffice.
+    # The freed blocks are the difference of the held blocks before and after. Where no KV is cut or quantized, all
+    # layers of a request have equally many blocks, so the dropped layers times that number suffice.
     freed = 0
     i = slots[end].next
     while formatted and i != end:

@@ -37,9 +37,13 @@ def test_equal_values_and_values_beyond_fp16_come_back_and_no_number_stays_none(
     assert torch.equal(unpack(pack(equal, 4), 4, 15, torch.float32), equal)
     large = torch.linspace(-1e5, 1e5, 16)[None]
     assert bool(torch.isfinite(unpack(pack(large, 8), 8, 16, torch.float32)).all())
-    lost = torch.zeros(1, 16)
-    lost[0, 3] = torch.nan
-    assert bool(unpack(pack(lost, 8), 8, 16, torch.float32).isnan().any())
+    half = torch.full((1, 128), 30_000.0, dtype=torch.float16)  # rotated, its first value is beyond FP16
+    assert all(bool(back.isfinite().all()) for back in stored(half, half, 8))
+    for size in (15, 16):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            lost = torch.zeros(1, size)
+            lost[0, 3] = value
+            assert bool(unpack(pack(lost, 8), 8, size, torch.float32).isnan().any())
 
 
 def test_a_rotation_keeps_products_and_spares_the_other_channels_of_a_large_one(

@@ -205,13 +205,30 @@ def test_a_transferred_cost_of_kv_is_the_same_at_the_same_depth(fitted: FittedQu
 
 
 @pytest.mark.parametrize(
-    "fit", [{}, {"8": [0.0]}, {"8": [0.0], "4": ["x"]}, {"8": [-1.0], "4": [0.0]}, {"8": [], "4": []}, {"8": 1, "4": 1}]
+    "fit",
+    [
+        *({}, {"8": [0.0]}, {"8": [0.0], "4": ["x"]}, {"8": [-1.0], "4": [0.0]}, {"8": [], "4": []}, {"8": 1, "4": 1}),
+        *({"8": [0.0, 0.0], "4": [0.0]}, {"8": [0.0], "4": [0.0, 0.0]}, {"8": [0.0, 0.0], "4": [0.0, 0.0]}),
+    ],
 )
 def test_malformed_costs_of_kv_are_an_error_that_names_the_command(tmp_path: Path, fit: dict[str, object]) -> None:
     path = tmp_path / "costs.json"
     path.write_text(json.dumps({"model": "smollm2_135m", "fits": {"test": fit}}), encoding="utf-8")
     with pytest.raises(CalibrationError, match=r"no costs of KV at 8 and 4 bits .* hw\.score kind=kv_bits"):
-        read_kv_loss(path, "test")
+        read_kv_loss(path, "test", 1)
+
+
+def test_the_errors_of_a_fit_are_those_of_what_is_charged() -> None:
+    path = QUALITIES / "kv_bits" / "smollm2_135m.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    costs = read_kv_loss(path, "test", LAYERS)
+    nll = {plan_from_json(row["plan"]): row["nll"]["test"] for row in content["plans"]}
+    for kind, name in (("with 4-bit weights", "with 4-bit weights"), ("pruned", "with dropped blocks")):
+        plans = [plan_from_json(row["plan"]) for row in content["plans"] if row["kind"] == kind]
+        errors = [abs(costs.of(plan) - (nll[plan] - nll[replace(plan, kv_bits=())])) for plan in plans]
+        (stated,) = (row for row in content["fits"]["test"]["errors"] if row["plans"] == name)
+        assert stated["worst_error"] == pytest.approx(max(errors))
+        assert stated["mean_error"] == pytest.approx(sum(errors) / len(errors))
 
 
 # --- Predictions -----------------------------------------------------------------------------------------------------
