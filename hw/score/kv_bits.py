@@ -33,7 +33,8 @@ MEASURED_BY = ("seconds", "cpu_seconds", "date", "commit")
 AT_ONCE = 8
 """Plans that are measured between two reports of progress."""
 FITTED, HELD_OUT, TOGETHER = ("all layers", "prefix"), ("random layers", "mixture"), ("with 4-bit weights", "pruned")
-"""Kinds of plans: those of the factor, those that are predicted, and those with another loss beside that of KV."""
+"""Kinds of plans. The factor is fitted to the first; the second and third are predicted, and plans of the third lose by
+their weights or blocks as well."""
 
 
 def kv_plans(spec: ModelSpec, drop_first: Sequence[int], seed: int) -> Iterator[tuple[str, Plan]]:

@@ -69,6 +69,8 @@ def static_plan(
     if unknown := sorted(layer for layer in shortened if not 0 <= layer < layers):
         raise PlanError(f"kv_layers: layer {unknown[0]} does not exist; {model.name} has layers 0 to {layers - 1}")
     weight_bits = model.weight_bits if weight_bits is None else weight_bits
+    if isinstance(kv_bits, Sequence) and not kv_bits:
+        raise PlanError(f"kv_bits is an empty list; give one number, such as 8, or one for each of {layers} layers")
     plan = Plan(
         decode=drop(model, mha=layer_list("drop_mha", drop_mha), ffn=layer_list("drop_ffn", drop_ffn)),
         prefill=drop(

@@ -67,15 +67,19 @@ def pdtrim(
     if kind != "dense" and (most_perplexity is None) == (most_sent is None):
         raise ConfigError("policy.most_perplexity and most_sent: set exactly one of them, the other to null")
     model, dense = served.model, dense_plan(served.model)
+    bits = (kv_bits,) * model.num_layers
+    fewer_bits = replace(dense, kv_bits=bits)
+    check_plan(model, fewer_bits)
     if kind == "dense":
-        return Fixed(dense)
+        return Fixed(fewer_bits)
     layers = [int(layer) for layer in _score(attention, model)["order"]]
     if kind == "searched":
         row = list(_searched(model, _score(order, model).get("searches", [])))
     else:
         row = list(_plans(model, kind, _score(order, model)["order"], layers, first_tokens, last_tokens))
-    row = [replace(plan, kv_bits=(kv_bits,) * model.num_layers) for plan in row]
-    check_plan(model, row[0])
+    row = [replace(plan, kv_bits=bits) for plan in row]
+    if kv_bits < 16:
+        row.insert(0, fewer_bits)
     dense_bytes = stored_kv_bytes(model, dense, prompt_tokens)
     if most_perplexity is not None:
         table = load_quality(quality)

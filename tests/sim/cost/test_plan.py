@@ -118,6 +118,11 @@ def test_kv_that_fewer_bits_do_not_make_smaller_is_refused():
         check_plan(MODEL, plan)
 
 
+def test_an_empty_list_of_bits_of_kv_is_refused():
+    with pytest.raises(PlanError, match="kv_bits is an empty list; give one number, such as 8"):
+        static_plan(MODEL, kv_bits=[])
+
+
 def test_a_plan_that_names_no_bits_of_kv_is_the_plan_at_16():
     assert DENSE.kv_bits == (16,) * 30
     assert replace(DENSE, kv_bits=(16,) * 30) == DENSE == replace(DENSE, kv_bits=())

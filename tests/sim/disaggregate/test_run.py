@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,13 @@ def test_quantized_kv_lets_a_kind_send_as_few_bytes_at_a_higher_quality() -> Non
     )
     assert stored_kv_bytes(SMOL, quantized, 128) <= 0.5 * stored_kv_bytes(SMOL, dense_plan(SMOL), 128)
     assert table.nll(quantized) < table.nll(plain)
-    with pytest.raises(PlanError, match="kv_bits of layer 0 is 5"):
-        pdtrim(SERVED, kind="both", most_sent=0.5, kv_bits=5, **FILES)
+    for kind in ("both", "dense"):
+        with pytest.raises(PlanError, match="kv_bits of layer 0 is 5"):
+            pdtrim(SERVED, kind=kind, most_sent=0.5, kv_bits=5, **FILES)
+    fewer_bits = replace(dense_plan(SMOL), kv_bits=(8,) * SMOL.num_layers)
+    assert pdtrim(SERVED, kind="dense", kv_bits=8, **FILES).first_plan == fewer_bits
+    assert pdtrim(SERVED, kind="blocks", kv_bits=8, most_sent=0.6, **FILES).first_plan == fewer_bits
+    assert pdtrim(SERVED, kind="blocks", kv_bits=8, most_perplexity=1.002, **FILES).first_plan == fewer_bits
 
 
 def test_the_strongest_searched_pair_of_sets_within_a_quality_is_taken() -> None:
