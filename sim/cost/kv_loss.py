@@ -38,9 +38,14 @@ class KVLoss:
         )
 
     def resampled(self, layers: int) -> KVLoss:
-        """Return the costs of a model with another number of layers, by assumption: the same at the same depth."""
-        depth, own = (np.arange(layers) + 0.5) / layers, (np.arange(len(self.at_8)) + 0.5) / len(self.at_8)
-        at_8, at_4 = (np.interp(depth, own, cost) * len(own) / layers for cost in (self.at_8, self.at_4))
+        """Return the costs of a model with another number of layers, by assumption: the same at the same depth.
+
+        A layer's cost is spread evenly over its share of the depth, and a new layer takes what lies in its own share.
+        So the layers up to any depth cost together what they did, and so do all layers.
+        """
+        ends, own_ends = (np.linspace(0.0, 1.0, count + 1) for count in (layers, len(self.at_8)))
+        totals = (np.concatenate(([0.0], np.cumsum(costs))) for costs in (self.at_8, self.at_4))
+        at_8, at_4 = (np.diff(np.interp(ends, own_ends, total)).clip(min=0.0) for total in totals)
         return KVLoss(self.measured_on, tuple(at_8.tolist()), tuple(at_4.tolist()))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sim.cost.kv_loss import read_kv_loss
+from sim.cost.kv_loss import KVLoss, read_kv_loss
 from sim.cost.model_spec import load_model
 from sim.cost.plan import KeepMask, KVKeep, Plan, dense_plan, drop, with_mask
 from sim.cost.plan_json import plan_from_json, plan_to_json
@@ -200,8 +200,31 @@ def test_a_transferred_cost_of_kv_is_the_same_at_the_same_depth(fitted: FittedQu
     llama, quality = dense_plan(load_model("llama2_7b")), load_quality("llama2_7b_transferred")
     assert fitted.kv_loss is not None
     found = quality.nll(replace(llama, kv_bits=(4,) * 32)) - quality.nll(llama)
-    assert found == pytest.approx(sum(fitted.kv_loss.at_4), rel=0.05)
+    assert found == pytest.approx(sum(fitted.kv_loss.at_4))
     assert "KV at 8 and 4 bits" in quality.summary()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 15, 29, 30, 31, 60, 80])
+def test_a_transferred_cost_of_kv_has_the_same_total_up_to_any_depth(fitted: FittedQuality, layers: int) -> None:
+    measured = fitted.kv_loss
+    assert measured is not None
+    resampled = measured.resampled(layers)
+    for ours, theirs in ((resampled.at_8, measured.at_8), (resampled.at_4, measured.at_4)):
+        assert len(ours) == layers
+        assert min(ours) >= 0.0
+        assert sum(ours) == pytest.approx(sum(theirs))
+        for layer in range(layers + 1):
+            depth = layer * LAYERS / layers
+            part = sum(cost * min(max(depth - i, 0.0), 1.0) for i, cost in enumerate(theirs))
+            assert sum(ours[:layer]) == pytest.approx(part, abs=1e-12)
+
+
+def test_a_cost_of_kv_is_divided_among_more_layers_and_added_up_in_fewer() -> None:
+    costs = KVLoss("made up", (0.0, 1.0, 0.0, 0.0), (1.0, 5.0, 2.0, 0.0))
+    assert costs.resampled(4) == costs
+    assert costs.resampled(2) == KVLoss("made up", (1.0, 0.0), (6.0, 2.0))
+    assert costs.resampled(8).at_4 == (0.5, 0.5, 2.5, 2.5, 1.0, 1.0, 0.0, 0.0)
+    assert costs.resampled(8).resampled(4) == costs
 
 
 @pytest.mark.parametrize(
