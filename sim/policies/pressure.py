@@ -20,6 +20,9 @@ from sim.policies.base import PolicyContext
 from sim.policies.greedy_stop import greedy_stop
 from sim.policies.morphserve import MorphServe
 
+KV_REST_LEVELS = 0.1
+"""The ``rest_levels`` of ``kv_precision``. It is above 0 because smoothed pressure never reaches 0."""
+
 
 @dataclass(slots=True)
 class AdaptivePrecision:
@@ -31,6 +34,9 @@ class AdaptivePrecision:
     weights_bytes: of every plan, with the workspace; a level whose plan does not fit the budget is passed over. Empty:
         the budget does not matter.
     prefill_tokens: waits do not count while iterations compute more tokens than this on average; None: they always do.
+    rest_levels: level 0 ends when the pressure exceeds this, in levels, and returns when the pressure falls below half
+        of it. 0: level 0 ends at any pressure and never returns (``adaptive_precision`` and ``load_ladder``, as in the
+        published tables).
     """
 
     plans: tuple[Plan, ...]
@@ -40,6 +46,7 @@ class AdaptivePrecision:
     hysteresis: float
     weights_bytes: tuple[int, ...] = ()
     prefill_tokens: float | None = None
+    rest_levels: float = 0.0
     pressure: float = 0.0
     level: int = 0
     before: EngineState | None = None
@@ -57,7 +64,9 @@ class AdaptivePrecision:
         seen = max(0.0, max(used, waited) - self.calm) / (1.0 - self.calm)
         self.pressure += self.smoothing * (seen - self.pressure)
         steps = self.pressure * (len(self.plans) - 1)
-        if steps > self.level:
+        if steps < self.rest_levels / 2:
+            self.level = 0
+        elif steps > max(self.level, self.rest_levels):
             self.level = min(len(self.plans) - 1, int(steps) + 1)
         elif steps < self.level - 1 - self.hysteresis:
             self.level = int(steps) + 1
@@ -119,7 +128,9 @@ def kv_precision(
 ) -> AdaptivePrecision:
     """Build the policy whose steps are: KV at 16 bits, at 8 bits, and at 4 bits in ever more layers, front to back.
 
-    A request keeps the bits at which its prefill ended, so a step shrinks the KV of later requests.
+    A request keeps the bits at which its prefill ended, so a step shrinks the KV of later requests. Fewer than 16 bits
+    start when the pressure exceeds 0.1 levels and end when it falls below 0.05, unlike in ``adaptive_precision``, which
+    never returns to full precision.
 
     Args:
         low_layers: how many layers are at 4 bits, ascending from 1; the others are at 8. Empty: none ever is.
@@ -139,7 +150,7 @@ def kv_precision(
     plans = (dense, *(replace(dense, kv_bits=(4,) * low + (8,) * (layers - low)) for low in (0, *counts)))
     for plan in plans:
         check_plan(served.model, plan)
-    return AdaptivePrecision(plans, calm, wait_s, smoothing, hysteresis)
+    return AdaptivePrecision(plans, calm, wait_s, smoothing, hysteresis, rest_levels=KV_REST_LEVELS)
 
 
 def check_pressure(calm: float, wait_s: float, smoothing: float, hysteresis: float) -> None:

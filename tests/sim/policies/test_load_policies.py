@@ -137,12 +137,37 @@ def test_precision_falls_with_pressure_and_returns_with_calm() -> None:
 
 def test_kv_falls_to_8_bits_and_then_layer_by_layer_to_4() -> None:
     policy = kv_precision(SERVED, low_layers=[1, 3], calm=0.5, smoothing=1.0)
-    chosen = [policy(seen(kv_used_layer_blocks=used)).kv_bits for used in (0, 60, 80, 100, 100, 0)]
+    chosen = [policy(seen(kv_used_layer_blocks=used)).kv_bits for used in (0, 60, 80, 100, 100, 60)]
     assert chosen == [(16, 16, 16), (8, 8, 8), (4, 8, 8), (4, 4, 4), (4, 4, 4), (8, 8, 8)]
     assert len(kv_precision(SERVED).plans) == 2
     for wrong in ([2, 1], [4], [0]):
         with pytest.raises(ConfigError, match=r"policy\.low_layers is .* must ascend and lie between 1 and 3"):
             kv_precision(SERVED, low_layers=wrong)
+
+
+def test_kv_returns_to_16_bits_after_calm() -> None:
+    policy = kv_precision(SERVED, low_layers=[1, 3], calm=0.5)
+    assert [policy(seen(kv_used_layer_blocks=100)).kv_bits for _ in range(5)][-1] == (4, 4, 4)
+    calm = [policy(seen()).kv_bits for _ in range(8)]
+    assert calm[3] == (8, 8, 8)
+    assert calm[-1] == (16, 16, 16)
+    assert policy.pressure > 0.0  # smoothed pressure halves, and never reaches 0
+    assert {policy(seen()).kv_bits for _ in range(100)} == {(16, 16, 16)}
+    # With this hysteresis the second level could not fall either.
+    lazy = kv_precision(SERVED, low_layers=[1, 3], calm=0.5, smoothing=1.0, hysteresis=1.5)
+    assert lazy(seen(kv_used_layer_blocks=80)).kv_bits == (4, 8, 8)
+    assert lazy(seen(kv_used_layer_blocks=40)).kv_bits == (16, 16, 16)
+
+
+def test_a_load_near_calm_does_not_change_the_bits_of_kv_at_every_step() -> None:
+    policy = kv_precision(SERVED, low_layers=[1, 3], calm=0.5, smoothing=1.0)
+
+    def bits(*used: int) -> list[int]:  # 0.06 levels per 0.01 of load above calm
+        return [policy(seen(kv_layer_blocks=1000, kv_used_layer_blocks=load)).kv_bits[0] for load in used]
+
+    assert bits(500, 510, 500, 515) == [16, 16, 16, 16]
+    assert bits(520, 515, 510, 520) == [8, 8, 8, 8]
+    assert bits(505, 510, 515) == [16, 16, 16]
 
 
 def test_pressure_drops_blocks_of_the_order_step_by_step_and_only_after_it_persisted() -> None:
