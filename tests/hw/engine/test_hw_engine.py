@@ -170,6 +170,27 @@ def test_swapped_requests_compute_nothing_again_and_give_the_tokens_of_plain_gen
     assert not engine._storage.host.saved  # the host holds nothing more
 
 
+@pytest.mark.parametrize("scheduler", ["chunked", "prefill_first"])
+def test_swapped_kv_may_lie_in_several_pieces_of_host_memory(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hw.elastic.host_kv.PIECE_BYTES", 3000)
+    rows = some_rows(2, 12, longest_output=24)
+    config = engine_config(scheduler, preemption="swap", host_kv_blocks=200)
+    engine = hw_engine(kv_blocks=16, config=config)
+    host, crossed = engine._storage.host, 0
+    save = host.save
+
+    def counted(request_id: int, blocks: list[int]) -> None:
+        nonlocal crossed
+        save(request_id, blocks)
+        crossed += len({block // host._piece_blocks for block in host.saved[request_id]}) > 1
+
+    monkeypatch.setattr(host, "save", counted)
+    assert serve(engine, rows) == plain_tokens("llama", rows)
+    assert 1 < host._piece_blocks < 10
+    assert crossed > 3
+    assert not host.saved
+
+
 @pytest.mark.parametrize("host_kv_blocks", [1, 5, 100])
 @pytest.mark.parametrize("seed", range(3))
 def test_plans_and_budgets_may_change_while_kv_is_on_the_host(host_kv_blocks: int, seed: int) -> None:
