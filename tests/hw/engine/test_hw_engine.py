@@ -460,6 +460,87 @@ def test_quantized_kv_stays_what_it_is_while_the_pool_shrinks_and_blocks_move(
     assert compared > 50
 
 
+class BlocksAtFewerBits:
+    """Follows which KV blocks hold quantized KV, from the tables of the requests, and spoils them once released."""
+
+    def __init__(self, engine: HwEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engine, self.arena = engine, engine.arena
+        self.quantized: set[int] = set()
+        self.spoiled = self.moved = 0
+        move = engine._storage.move
+
+        def follow(moved: dict[int, int]) -> None:
+            move(moved)
+            self.quantized = {moved.get(block, block) for block in self.quantized - set(moved.values())}
+            self.moved += len(moved)
+
+        monkeypatch.setattr(engine._storage, "move", follow)
+
+    def look(self) -> None:
+        """Check what the arena notes against the tables; fill released blocks with bytes that are no number."""
+        filled: dict[bool, set[int]] = {True: set(), False: set()}
+        held: set[int] = set()
+        for live in self.engine.queues.all.values():
+            table = live.table
+            for layer, blocks in table.blocks.items():
+                tokens = table.keep_of(layer).tokens(live.computed_tokens)
+                used = blocks[: -(-tokens // table.block_tokens_of(layer))]
+                filled[table.bits_of(layer) < 16].update(used)
+                held.update(blocks)
+        assert not filled[False] & self.arena.packed
+        assert bool(self.arena.kv[list(filled[False])].isfinite().all())  # also where no token is yet
+        assert filled[True] <= self.arena.packed
+        released = [block for block in self.quantized - held if block < self.arena.blocks]
+        self.arena.memory[released] = 0xFF
+        self.spoiled += len(released)
+        self.quantized = filled[True]
+
+
+@pytest.mark.parametrize(("scheduler", "host_kv_blocks"), [("chunked", 0), ("chunked", 100), ("prefill_first", 0)])
+@pytest.mark.parametrize("seed", range(2))
+def test_what_quantized_kv_leaves_in_a_block_reaches_no_later_request(
+    seed: int, scheduler: str, host_kv_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hw.elastic.kv import RequestKV
+
+    elastic, rows = ElasticModel(tiny(), name="tiny"), some_rows(seed, 24, longest_output=24)
+    spec, dense = elastic.spec, dense_plan(elastic.spec)
+    plans = [replace(dense, kv_bits=bits) for bits in ((8, 16, 4, 16), (16, 16, 16, 16), (4, 4, 16, 8))]
+    sizes = [budget_for_kv_blocks(spec, dense, blocks, 0, 4) for blocks in (40, 22, 40, 18, 40)]
+    budget = Budget(tuple(9.0 * i for i in range(len(sizes))), tuple(sizes))
+    swapping = {"preemption": "swap", "host_kv_blocks": host_kv_blocks} if host_kv_blocks else {}
+    engine = hw_engine(plan=plans[0], budget=budget, config=engine_config(scheduler, **swapping))
+    blocks = BlocksAtFewerBits(engine, monkeypatch)
+    engine.submit(requests(rows))
+    kv_bits: dict[int, tuple[int, ...]] = {}
+    step = 0
+    while not engine.drained:
+        step += 1
+        engine.run_until(0.5 * step)  # at most one iteration
+        engine.check()
+        blocks.look()
+        for request_id, live in engine.queues.all.items():
+            if live.table.formats is not None:
+                kv_bits[request_id] = tuple(live.table.bits_of(layer) for layer in range(LAYERS))
+        if step % 8 == 0:
+            engine.apply(plans[step // 8 % len(plans)])
+    assert blocks.spoiled > 20
+    assert blocks.moved > 0
+    preemptions, compared = engine.records().preemptions, set()
+    for i, (_, prompt, output) in enumerate(rows):
+        if preemptions[i]:  # what it computed again, it computed from KV at 16 bits
+            continue
+        kv = RequestKV()
+        logits = elastic.forward([RandomPrompts(VOCABULARY)(i, prompt)], [kv], "prefill")
+        kv.end_prefill(dense.kv_keep, kv_bits.get(i, dense.kv_bits))
+        compared.add(kv_bits.get(i, dense.kv_bits))
+        for made, token in enumerate(engine.tokens(i), start=1):
+            assert logits[0, token] >= logits[0].max() - 1e-3
+            if made < output:
+                logits = elastic.forward([[token]], [kv], "decode")
+    assert len(compared) == len(plans)
+
+
 # --- Law 8: the simulator's schedule ---------------------------------------------------------------------------------
 
 
