@@ -39,6 +39,7 @@ from hw.score.quality_table import measure_table, table_plans  # noqa: E402
 from hw.score.report import generation, scores_page, speed_of  # noqa: E402
 from hw.score.run import main  # noqa: E402
 from hw.score.text import IDS, TOKENIZER, differing, read_windows  # noqa: E402
+from sim.cost.kv_loss import read_kv_loss  # noqa: E402
 from sim.cost.plan import KVKeep, Plan, check_plan, dense_plan  # noqa: E402
 from sim.cost.plan_json import plan_from_json, plan_to_json  # noqa: E402
 from sim.cost.quality import QUALITIES, read_fitted  # noqa: E402
@@ -218,7 +219,7 @@ def plans_of(spec) -> list[Plan]:
     ]
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(7))
 def test_one_pass_gives_the_loss_that_serving_token_by_token_has(index: int) -> None:
     elastic = ElasticModel(tiny(3))
     window = text(1, 20, seed=9)[0]
@@ -555,6 +556,36 @@ def test_the_table_is_measured_fitted_and_continued(checkpoint: Path, score: Sco
     dense = next(row for row in rows if row["chosen_as"] == ["dense"])
     assert plan_from_json(dense["plan"]).weight_bits == (16,) * LAYERS
     assert math.isfinite(dense["nll_test"])
+
+
+def test_the_costs_of_kv_are_measured_and_fitted_again_without_measuring(
+    checkpoint: Path, score: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hw.score.job.SCORES", tmp_path)
+    out = tmp_path / "kv_bits.json"
+    missing = score("kind=kv_bits", f"out={out}")
+    assert "no tiny_one_shot.json in conf/score; run python -m hw.score kind=one_shot first" in missing.stderr
+    write_json(tmp_path / "tiny_one_shot.json", {"order": ["FFN1", "MHA2"]})
+    assert score("kind=kv_bits", f"out={out}").returncode == 0
+    found = json.loads(out.read_text())
+    costs = read_kv_loss(out, "test", LAYERS)
+    assert (list(costs.at_8), list(costs.at_4)) == (found["fits"]["test"]["8"], found["fits"]["test"]["4"])
+    elastic = ElasticModel(tiny())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    windows = read_windows(checkpoint / "text.txt", tokenizer, tokens=120, window=40, seed=None).tokens
+    for row in found["plans"][::5]:
+        assert row["tokens"] == {"calibration": 60, "test": 60}
+        assert row["nll"]["test"] == pytest.approx(
+            measure(elastic, plan_from_json(row["plan"]), windows).decode_mean, rel=1e-5
+        )
+    write_json(out, {**found, "fits": {}, "commit": "an earlier one"})
+    again = score("kind=kv_bits", f"out={out}")
+    assert "has these losses; they are fitted again" in again.stderr
+    refitted = json.loads(out.read_text())
+    assert (refitted["fits"], refitted["plans"]) == (found["fits"], found["plans"])
+    assert refitted["commit"] == "an earlier one"  # that of the losses
+    write_json(tmp_path / "tiny_one_shot.json", {"order": ["FFN0", "MHA2"]})
+    assert "has losses of other plans or another test text" in score("kind=kv_bits", f"out={out}").stderr
 
 
 @pytest.mark.parametrize(
