@@ -87,7 +87,7 @@ def kv_bits(found: dict[str, Any]) -> dict[str, Any]:
     nll = {plan: row["nll"]["test"] for plan, row in zip(plans, found["plans"], strict=True)}
     dense = dense_plan(load_model(found["model"]))
     fit = found["fits"]["test"]
-    layers = len(fit["4"])
+    layers, total = len(fit["4"]), sum(fit["4"])
     costly = sorted(range(layers), key=lambda layer: -fit["4"][layer])[:5]
     rows = [
         {
@@ -105,7 +105,7 @@ def kv_bits(found: dict[str, Any]) -> dict[str, Any]:
         "all": {bits: nll[replace(dense, kv_bits=(bits,) * layers)] - nll[dense] for bits in (8, 4)},
         "factor": fit["factor"],
         "costly": [{"layer": layer, "nats": fit["4"][layer]} for layer in costly],
-        "share": sum(fit["4"][layer] for layer in costly) / sum(fit["4"]),
+        "share": sum(fit["4"][layer] for layer in costly) / total if total else 0.0,  # 0: no loss was measured
         "table": table(rows, dict.fromkeys(("mean loss", "mean error", "largest error"), ".4f")),
     }
 
