@@ -21,7 +21,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import BudgetError
 from sim.traces.trace import Trace
 from tests.sim.cluster.plain_cluster import PlainCluster, PlainReplica, Row
-from tests.sim.engine.kernel_cases import RELATIVE, Case, quality_nll, random_case
+from tests.sim.engine.kernel_cases import RELATIVE, Case, random_case
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY
 from tests.sim.shrink import shrunk_case, without_some
@@ -80,7 +80,7 @@ def engine(kind: type[Any], case: Case, env: simpy.Environment | None, **more: A
         slowdown=case.slowdown,
         copy_slowdown=case.copy_slowdown,
         copy_layer_s=case.copy_layer_s,
-        quality_nll=quality_nll,
+        quality_nll=case.quality_nll,
         env=env,
         **more,
     )

@@ -44,6 +44,7 @@ class Case:
     copy_slowdown: float
     copy_layer_s: float = 0.0
     slowdown: float = 1.0
+    charges_cut_kv: bool = False
 
     def hash_ids(self, prompt: int, output: int) -> tuple[int, ...]:
         """Return the hash ids of a prompt: the first are shared with other prompts, the others are its own."""
@@ -61,6 +62,11 @@ class Case:
             for i, (a, p, o) in enumerate(self.requests)
         ]
 
+    @property
+    def quality_nll(self) -> Callable[[Plan], float]:
+        """Nats per token that a plan costs."""
+        return kv_quality_nll if self.charges_cut_kv else quality_nll
+
     def budget(self) -> Budget:
         """Return the budget: ``kv_blocks`` KV blocks next to the first plan, then steps relative to that."""
         first = budget_for_kv_blocks(TINY, self.first_plan, self.kv_blocks, 0, self.config.kv_block_tokens)
@@ -70,11 +76,21 @@ class Case:
 
 
 def quality_nll(plan: Plan) -> float:
-    """Return a made-up quality that differs between all plans."""
+    """Return a made-up quality that differs between all plans, except those that keep other tokens of KV."""
     score = 1.0
     for layer, (mha, ffn, bits) in enumerate(zip(plan.decode.mha, plan.decode.ffn, plan.weight_bits, strict=True)):
         score += (2 + layer) * 0.1 * (not mha) + (3 + layer) * 0.01 * (not ffn) + 0.001 * (16 - bits)
+    score += sum(0.0003 * (2 + layer) * (16 - bits) for layer, bits in enumerate(plan.kv_bits))
     return score + sum(0.5 * (not keep) for keep in (*plan.prefill.mha, *plan.prefill.ffn))
+
+
+def kv_quality_nll(plan: Plan) -> float:
+    """Return a made-up quality that differs between all plans; the frozen records were charged ``quality_nll``."""
+    return quality_nll(plan) + sum(
+        0.007 * (2 + layer) / (1 + 13 * keep.first_tokens + keep.last_tokens)
+        for layer, keep in enumerate(plan.kv_keep)
+        if keep.first_tokens is not None and keep.last_tokens is not None
+    )
 
 
 def random_plan(rng: np.random.Generator) -> Plan:
@@ -214,7 +230,8 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
     Args:
         ahead: whether its engine schedules ahead; None lets the seed decide.
         later: whether the seed may choose what came later than the frozen records: swapping, weight copies that hold
-            the engine up, and plans that limit how long a request may wait or that quantize KV.
+            the engine up, and plans that limit how long a request may wait or that quantize KV. Cut KV then costs
+            something too.
     """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
@@ -278,6 +295,7 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
         copy_slowdown=float(rng.choice([0.0, 0.3])),
         copy_layer_s=0.5 * (later and seed % 4 == 0),
         slowdown=(0.6, 1.0, 1.0, 1.9)[seed // 3 % 4] if later else 1.0,
+        charges_cut_kv=later,
     )
     return with_kv_bits(seed, with_waits(seed, case)) if later else case
 
@@ -294,7 +312,7 @@ def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, l
         slowdown=case.slowdown,
         copy_slowdown=case.copy_slowdown,
         copy_layer_s=case.copy_layer_s,
-        quality_nll=quality_nll,
+        quality_nll=case.quality_nll,
     )
     engine.submit(case.submitted())
     engine.apply_at([time_s for time_s, _ in case.scheduled], [plan for _, plan in case.scheduled])
