@@ -677,10 +677,11 @@ class TransferredQuality(PublishedQuality):
     def summary(self) -> str:
         """Return one line on the data behind the prediction."""
         w4 = "published" if self.w4_of is None else f"assumed to be that of {self.w4_of}"
+        kv = "not known" if self.kv_loss is None else f"assumed to be that of {self.kv_loss.measured_on}"
         return (
             f"quality of {self.model.name}: assumed, not measured; {len(self.points)} published masks, other blocks "
-            f"by the profile of {self.profile_of}, and so is the loss of KV at 8 and 4 bits; the loss of W4 is {w4}; a "
-            "plan beyond the published masks is charged the loss of a random guess"
+            f"by the profile of {self.profile_of}; the loss of W4 is {w4}, that of KV at 8 and 4 bits {kv}; a plan "
+            "beyond the published masks is charged the loss of a random guess"
         )
 
 

@@ -132,7 +132,13 @@ def test_a_published_mask_that_is_left_out_is_predicted_as_the_page_states() -> 
 
 def test_it_says_that_it_is_an_assumption() -> None:
     assert "assumed, not measured" in transferred().summary()
-    assert "assumed to be that of smollm2_135m" in transferred("llama2_7b_transferred_w4").summary()
+    assert "the loss of W4 is assumed to be that of smollm2_135m" in transferred("llama2_7b_transferred_w4").summary()
+
+
+def test_it_says_whether_the_loss_of_quantized_kv_is_known() -> None:
+    known = transferred()
+    assert "that of KV at 8 and 4 bits assumed to be that of smollm2_135m" in known.summary()
+    assert "that of KV at 8 and 4 bits not known" in replace(known, kv_loss=None).summary()
 
 
 @pytest.mark.parametrize(
