@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,30 +58,43 @@ def kv_loss_path(table: Path) -> Path:
     return table.parent / "kv_bits" / table.name
 
 
-def read_kv_loss(path: Path, text: str, layers: int) -> KVLoss:
+def read_kv_loss(path: Path, text: str, model: str, layers: int) -> KVLoss:
     """Read the costs that were fitted to the losses on a text, ``calibration`` or ``test``, of a model's layers.
 
     Raises:
-        CalibrationError: if the file is malformed.
+        CalibrationError: if the file is malformed, or of another model.
     """
     again = "measure it again: python -m hw.score kind=kv_bits"
     value = read_json_object(path, CalibrationError, again)
-    try:
-        fit = value["fits"][text]
-        found = KVLoss(str(value["model"]), _costs(fit, "8"), _costs(fit, "4"))
-        if not len(found.at_8) == len(found.at_4) == layers:
-            raise ValueError(f"costs of {len(found.at_8)} and {len(found.at_4)} layers; the model has {layers}")
-        return found
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    if value.get("model") != model:
         raise CalibrationError(
-            f"{path} has no costs of KV at 8 and 4 bits on the {text} text ({reason:.200}); {again}"
+            f"{path} has costs of KV of the model {value.get('model')!r:.80}, but it must be {model!r}, that of the "
+            f"quality table; put the file of {model} there, or remove it and measure: python -m hw.score kind=kv_bits"
+        )
+    fits = value.get("fits")
+    fit = fits.get(text) if isinstance(fits, dict) else None
+    try:
+        if not isinstance(fit, dict):
+            raise ValueError(f"fits.{text} is {fit!r:.80}; it must be an object with the lists '8' and '4'")
+        return KVLoss(model, *(_costs(fit.get(bits), bits, layers) for bits in ("8", "4")))
+    except ValueError as error:
+        raise CalibrationError(
+            f"{path} has no costs of KV at 8 and 4 bits on the {text} text ({error}); {again}"
         ) from error
 
 
-def _costs(fit: Mapping[str, Any], bits: str) -> tuple[float, ...]:
-    listed: Sequence[Any] = fit[bits]
-    costs = tuple(float(one) for one in listed)
-    if not costs or not all(0 <= one <= MOST_LOSS for one in costs):
-        raise ValueError(f"the costs at {bits} bits must be a list of numbers from 0 to {MOST_LOSS:g}")
-    return costs
+def _costs(listed: Any, bits: str, layers: int) -> tuple[float, ...]:
+    """Return the costs of a file at 8 or 4 bits.
+
+    Raises:
+        ValueError: if they are no list of one number per layer.
+    """
+    allowed = f"{bits!r} must be a list of {layers} numbers from 0 to {MOST_LOSS:g}, one per layer"
+    if not isinstance(listed, list) or len(listed) != layers:
+        found = f"a list of {len(listed)}" if isinstance(listed, list) else f"{listed!r:.80}"
+        raise ValueError(f"{bits!r} is {found}; {allowed}")
+    for layer, cost in enumerate(listed):
+        # A bool is an int in Python, but no cost.
+        if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost <= MOST_LOSS:
+            raise ValueError(f"layer {layer} of {bits!r} is {cost!r:.80}; {allowed}")
+    return tuple(map(float, listed))

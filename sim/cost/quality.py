@@ -817,7 +817,9 @@ def read_fitted(table: Path, form: str = BEST_FORM, text: Text = "test") -> Fitt
             f"{path} was fitted to a table with SHA-256 {fitted_to[:12]}..., but {table} has {now[:12]}...; {again}"
         )
     costs = kv_loss_path(table)
-    return replace(quality, kv_loss=read_kv_loss(costs, text, len(quality.kv))) if costs.is_file() else quality
+    if not costs.is_file():
+        return quality
+    return replace(quality, kv_loss=read_kv_loss(costs, text, quality.name, len(quality.kv)))
 
 
 def read_published(path: Path) -> PublishedQuality:

@@ -568,7 +568,7 @@ def test_the_costs_of_kv_are_measured_and_fitted_again_without_measuring(
     write_json(tmp_path / "tiny_one_shot.json", {"order": ["FFN1", "MHA2"]})
     assert score("kind=kv_bits", f"out={out}").returncode == 0
     found = json.loads(out.read_text())
-    costs = read_kv_loss(out, "test", LAYERS)
+    costs = read_kv_loss(out, "test", "tiny", LAYERS)
     assert (list(costs.at_8), list(costs.at_4)) == (found["fits"]["test"]["8"], found["fits"]["test"]["4"])
     elastic = ElasticModel(tiny())
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)

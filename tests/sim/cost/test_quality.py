@@ -227,24 +227,61 @@ def test_a_cost_of_kv_is_divided_among_more_layers_and_added_up_in_fewer() -> No
     assert costs.resampled(8).resampled(4) == costs
 
 
+def written(folder: Path, **changed: object) -> Path:
+    """Return a file of costs of KV of a model with one layer."""
+    path = folder / "costs.json"
+    content = {"model": "tiny", "fits": {"test": {"8": [0.0], "4": [0.5]}}, **changed}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
 @pytest.mark.parametrize(
-    "fit",
+    ("fit", "reason"),
     [
-        *({}, {"8": [0.0]}, {"8": [0.0], "4": ["x"]}, {"8": [-1.0], "4": [0.0]}, {"8": [], "4": []}, {"8": 1, "4": 1}),
-        *({"8": [0.0, 0.0], "4": [0.0]}, {"8": [0.0], "4": [0.0, 0.0]}, {"8": [0.0, 0.0], "4": [0.0, 0.0]}),
+        ({}, "'8' is None"),
+        ({"8": [0.0]}, "'4' is None"),
+        (3, "fits.test is 3"),
+        ({"8": [0.0], "4": ["x"]}, "layer 0 of '4' is 'x'"),
+        ({"8": [0.0], "4": ["1"]}, "layer 0 of '4' is '1'"),
+        ({"8": [True], "4": [0.0]}, "layer 0 of '8' is True"),
+        ({"8": [-1.0], "4": [0.0]}, "layer 0 of '8' is -1.0"),
+        ({"8": [math.nan], "4": [0.0]}, "layer 0 of '8' is nan"),
+        ({"8": [0.0], "4": [10**400]}, "layer 0 of '4' is 1000"),
+        ({"8": [0.0], "4": "1"}, "'4' is '1'"),
+        ({"8": [0.0], "4": {"1": 2}}, "'4' is {'1': 2}"),
+        ({"8": 1, "4": 1}, "'8' is 1"),
+        ({"8": [], "4": []}, "'8' is a list of 0"),
+        ({"8": [0.0], "4": [0.0, 0.0]}, "'4' is a list of 2"),
     ],
 )
-def test_malformed_costs_of_kv_are_an_error_that_names_the_command(tmp_path: Path, fit: dict[str, object]) -> None:
-    path = tmp_path / "costs.json"
-    path.write_text(json.dumps({"model": "smollm2_135m", "fits": {"test": fit}}), encoding="utf-8")
-    with pytest.raises(CalibrationError, match=r"no costs of KV at 8 and 4 bits .* hw\.score kind=kv_bits"):
-        read_kv_loss(path, "test", 1)
+def test_malformed_costs_of_kv_are_an_error_that_says_what_is_allowed_and_names_the_command(
+    tmp_path: Path, fit: object, reason: str
+) -> None:
+    path = written(tmp_path, fits={"test": fit})
+    with pytest.raises(CalibrationError, match=r"no costs of KV at 8 and 4 bits .* hw\.score kind=kv_bits") as caught:
+        read_kv_loss(path, "test", "tiny", 1)
+    assert reason in str(caught.value)
+    assert "must be a list of 1 numbers from 0 to 100, one per layer" in str(caught.value) or fit == 3
+
+
+@pytest.mark.parametrize("fits", [None, [], {}, {"test": None}])
+def test_a_file_without_costs_on_the_text_is_an_error_that_says_so(tmp_path: Path, fits: object) -> None:
+    with pytest.raises(CalibrationError, match=r"fits\.test is None; it must be an object with the lists '8' and '4'"):
+        read_kv_loss(written(tmp_path, fits=fits), "test", "tiny", 1)
+
+
+@pytest.mark.parametrize("name", ["other", None, 3])
+def test_costs_of_kv_of_another_model_are_refused(tmp_path: Path, name: object) -> None:
+    assert read_kv_loss(written(tmp_path), "test", "tiny", 1) == KVLoss("tiny", (0.0,), (0.5,))
+    message = rf"of the model {name!r}, but it must be 'tiny', .* put the file of tiny there, or remove it and measure"
+    with pytest.raises(CalibrationError, match=message):
+        read_kv_loss(written(tmp_path, model=name), "test", "tiny", 1)
 
 
 def test_the_errors_of_a_fit_are_those_of_what_is_charged() -> None:
     path = QUALITIES / "kv_bits" / "smollm2_135m.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    costs = read_kv_loss(path, "test", LAYERS)
+    costs = read_kv_loss(path, "test", "smollm2_135m", LAYERS)
     nll = {plan_from_json(row["plan"]): row["nll"]["test"] for row in content["plans"]}
     for kind, name in (("with 4-bit weights", "with 4-bit weights"), ("pruned", "with dropped blocks")):
         plans = [plan_from_json(row["plan"]) for row in content["plans"] if row["kind"] == kind]
