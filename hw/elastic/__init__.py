@@ -6,6 +6,7 @@ quantize          weights in 8 and 4 bits
 ops               the operations of a pass: a Triton kernel on CUDA, plain PyTorch elsewhere
 kernels           these kernels
 copies            ``LayerCopier``: copies weights while iterations run
+weight_streams    layers whose weights cross the link in every pass
 kv                ``RequestKV``: one growing KV cache per request, simple and exact
 forward           one forward pass over a batch, in this package's own code
 paged_attention   ``PagedBatch``: one iteration over the paged pool, with one copy to the device

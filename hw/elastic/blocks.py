@@ -8,6 +8,7 @@ dropped or quantized, or ahead of that by ``prepare``.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,14 @@ class Store(Protocol):
 
     def get(self, key: object) -> tuple[list[Tensor], list[Event]]:
         """Start to copy the tensors of a key to the device; return the copies and the events of their end."""
+        ...
+
+    def shapes(self, key: object) -> list[Tensor]:
+        """Return tensors without content, of the type and shape of those under a key."""
+        ...
+
+    def load(self, key: object, targets: Sequence[Tensor]) -> list[Event]:
+        """Start to copy the tensors of a key over tensors of the device, after all work started before."""
         ...
 
     def join(self, events: Iterable[Event], tensors: Sequence[Tensor]) -> None:
@@ -91,17 +100,30 @@ class DiskStore:
         Raises:
             ModelError: if the file is shorter than what was written.
         """
-        tensors = []
-        for offset, dtype, shape in self._index[key]:
-            tensor = torch.empty(shape, dtype=dtype)
-            self._file.seek(offset)
-            raw = _raw(tensor)
-            if self._file.readinto(raw) != len(raw):
-                raise ModelError(
-                    f"the file of stored weights ends within block {key}; free space in TMPDIR, or set another TMPDIR"
-                )
-            tensors.append(tensor)
-        return tensors, []
+        tensors = [torch.empty(shape, dtype=dtype) for _, dtype, shape in self._index[key]]
+        return tensors, self.load(key, tensors)
+
+    def shapes(self, key: object) -> list[Tensor]:
+        """Return tensors without content."""
+        return [torch.empty(shape, dtype=dtype, device="meta") for _, dtype, shape in self._index[key]]
+
+    def load(self, key: object, targets: Sequence[Tensor]) -> list[Event]:
+        """Read the tensors of a key; they are complete at once. Several threads may read at the same time.
+
+        Raises:
+            ModelError: if the file is shorter than what was written.
+        """
+        for (offset, _, _), target in zip(self._index[key], targets, strict=True):
+            left = _raw(target)
+            while len(left):
+                count = os.preadv(self._file.fileno(), [left], offset)
+                if count == 0:
+                    raise ModelError(
+                        f"the file of stored weights ends within block {key}; free space in TMPDIR, or set another "
+                        "TMPDIR"
+                    )
+                left, offset = left[count:], offset + count
+        return []
 
     def join(self, events: Iterable[Event], tensors: Sequence[Tensor]) -> None:
         """Do nothing: what ``get`` returned is complete."""
@@ -137,6 +159,14 @@ class PinnedStore:
         """Start to copy the tensors of a key to the device."""
         tensors, event = self._device.copy_in(self._tensors[key])
         return tensors, [event]
+
+    def shapes(self, key: object) -> list[Tensor]:
+        """Return the stored tensors themselves."""
+        return self._tensors[key]
+
+    def load(self, key: object, targets: Sequence[Tensor]) -> list[Event]:
+        """Start to copy the tensors of a key over tensors of the device, after all work started before."""
+        return [self._device.copy_over(self._tensors[key], targets)]
 
     def join(self, events: Iterable[Event], tensors: Sequence[Tensor]) -> None:
         """Let what is computed from now on wait for a copy."""
@@ -197,6 +227,7 @@ class Block:
         self._store = store
         self.matrices = tuple(matrices)
         self._rest = tuple(rest)
+        self._lent = False
 
     @property
     def linears(self) -> list[ElasticLinear]:
@@ -210,11 +241,21 @@ class Block:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes on the device that run."""
+        """Bytes on the device that run and are its own."""
+        if self._lent:
+            return 0
         return sum(rows.nbytes for rows in self._rest) + sum(matrix.nbytes for matrix in self.matrices)
 
     def _key(self, part: int | str) -> tuple[str, int | str]:
         return self.name, part
+
+    def keys(self, bits: int) -> tuple[object, object]:
+        """Return the keys under which its weights at ``bits``, and its norms and biases, are stored."""
+        return self._key(bits), self._key("rest")
+
+    def stored_bytes(self, bits: int) -> int:
+        """Return the bytes of what is stored for ``bits``, as they would take on the device."""
+        return sum(tensor.nbytes for key in self.keys(bits) for tensor in self._store.shapes(key))
 
     def _store_full(self) -> None:
         if self._key("rest") not in self._store:
@@ -272,17 +313,38 @@ class Block:
         if copy is None or not (wait or copy.complete()):
             return
         self._store.join(copy.events, (*copy.weights, *(copy.rest or ())))
+        self.take_back()  # what a pass that failed has left
         self._free_weights()
-        if copy.rest is not None:
-            for rows, tensor in zip(self._rest, copy.rest, strict=True):
-                rows.set(tensor)
-        for index, matrix in enumerate(self.matrices):
-            if copy.bits == 16:
-                matrix.weight.set(copy.weights[index])
-            else:
-                matrix.quantize(QuantWeight(copy.bits, *matrix.shape, *copy.weights[3 * index : 3 * index + 3]))
+        self._set(copy.bits, copy.weights, copy.rest)
         self.bits = copy.bits
         self.pending = None
+
+    def lend(self, bits: int, weights: Sequence[Tensor], rest: Sequence[Tensor]) -> None:
+        """Let an absent block run from tensors that are not its own, until ``take_back``; it stays absent."""
+        assert self.bits == ABSENT
+        self._lent = True
+        self._set(bits, weights, rest)
+
+    def take_back(self) -> None:
+        """End what ``lend`` began, if it has not ended."""
+        if not self._lent:
+            return
+        self._lent = False
+        for matrix in self.matrices:
+            matrix.free()
+        for rows in self._rest:
+            rows.free()
+
+    def _set(self, bits: int, weights: Sequence[Tensor], rest: Sequence[Tensor] | None) -> None:
+        """Take tensors as the block's values; None leaves norms and biases as they are."""
+        if rest is not None:
+            for rows, tensor in zip(self._rest, rest, strict=True):
+                rows.set(tensor)
+        for index, matrix in enumerate(self.matrices):
+            if bits == 16:
+                matrix.weight.set(weights[index])
+            else:
+                matrix.quantize(QuantWeight(bits, *matrix.shape, *weights[3 * index : 3 * index + 3]))
 
     def _free_weights(self) -> None:
         self.version += 1

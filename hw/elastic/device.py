@@ -122,6 +122,14 @@ class Accelerator(Device):
         """
 
     @abstractmethod
+    def copy_over(self, stored: Sequence[Tensor], targets: Sequence[Tensor]) -> Event:
+        """Start to copy pinned tensors over tensors of the device; return the event of the end.
+
+        The copy begins after all work that was started before, and runs next to what is started later. The targets must
+        not be read before ``join``, nor freed before the event.
+        """
+
+    @abstractmethod
     def join(self, event: Event, tensors: Sequence[Tensor]) -> None:
         """Let all later work of the device wait for a copy, and keep its tensors until that work has read them."""
 
@@ -210,6 +218,8 @@ class Cuda(Accelerator):
         index = torch.cuda.current_device() if place.index is None else place.index
         self.place = torch.device("cuda", index)
         self._side = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
+        # Of its own: copies of plan changes need not wait for the passes that free a slot of streamed layers.
+        self._over = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
         self._mapped_bytes = self._peak_bytes = 0
         self._most_bytes: int | None = None
         self._recorder: Any = None  # the stream on which graphs are recorded
@@ -291,6 +301,17 @@ class Cuda(Accelerator):
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._side)
         return tensors, event
+
+    def copy_over(self, stored: Sequence[Tensor], targets: Sequence[Tensor]) -> Event:
+        """Copy on a second side stream, which waits for the current one."""
+        self._over.wait_stream(torch.cuda.current_stream(self.place))
+        with torch.cuda.stream(self._over):
+            for source, target in zip(stored, targets, strict=True):
+                target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._over)
+        copied: Event = event
+        return copied
 
     def join(self, event: Event, tensors: Sequence[Tensor]) -> None:
         """Let the current stream of this device wait."""

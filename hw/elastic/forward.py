@@ -131,6 +131,7 @@ def forward(
     rope = elastic.rotate(batch.positions)
     split, count = batch.decodes, len(batch.tokens)
     for index, layer in enumerate(elastic.layers):
+        elastic.streams.enter(index)
         if prefill.mha[index] or decode.mha[index]:
             _run_mha(elastic, batch, index, layer, hidden, rope)
             if check:
@@ -144,6 +145,7 @@ def forward(
             part += layer.feed(layer.ffn_norm(part))
         if check:
             _check_finite(hidden, f"FFN{index}")
+        elastic.streams.leave(index)
     normed = hidden.normed_rows(elastic.ends.norm, batch.wanted)
     return elastic.ends.logits(normed) if head else normed
 

@@ -23,6 +23,7 @@ from hw.elastic.families import FAMILIES, find_part
 from hw.elastic.kv import BatchKV, KVView, RequestKV
 from hw.elastic.layers import Layer, read_ends, read_layer
 from hw.elastic.rotation import find_rotations
+from hw.elastic.weight_streams import WeightStreams
 from sim.cost.memory import Stage, resident_mask
 from sim.cost.model_spec import ModelSpec, model_from_hf_config
 from sim.cost.plan import KeepMask, Plan, check_plan, dense_plan
@@ -87,6 +88,7 @@ class ElasticModel:
             "mha": [Block(f"MHA{i}", *layer.mha_parts, self._store) for i, layer in enumerate(self.layers)],
             "ffn": [Block(f"FFN{i}", *layer.ffn_parts, self._store) for i, layer in enumerate(self.layers)],
         }
+        self.streams = WeightStreams(self.blocks["mha"], self.blocks["ffn"], self._store, self.hardware)
         inside = {id(p) for layer in self._layers for p in layer.parameters()}
         self._fixed = [p for p in model.parameters() if id(p) not in inside]  # parameters() lists tied ones once
         self._stage: Stage = stage
@@ -127,9 +129,18 @@ class ElasticModel:
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
-            for block, bits, keeps in zip(self.blocks[kind], plan.weight_bits, kept, strict=True):
-                block.want(bits if keeps else ABSENT)
+            for block, bits, keeps, streamed in zip(
+                self.blocks[kind], plan.weight_bits, kept, plan.streamed, strict=True
+            ):
+                block.want(bits if keeps and not streamed else ABSENT)
                 block.join(wait)
+        self.streams.set(
+            {
+                layer: (bits if keep.mha[layer] else ABSENT, bits if keep.ffn[layer] else ABSENT)
+                for layer, (bits, streamed) in enumerate(zip(plan.weight_bits, plan.streamed, strict=True))
+                if streamed
+            }
+        )
         self.plan = plan
 
     def prepare(self, bits: Iterable[int]) -> None:
@@ -141,11 +152,14 @@ class ElasticModel:
 
     def prepare_for(self, plans: Iterable[Plan]) -> None:
         """Store what it takes to go from any of these plans to any other, so that no ``apply`` of them has to."""
-        masks = [(plan.weight_bits, resident_mask(plan, self._stage)) for plan in plans]
+        masks = [(plan.weight_bits, resident_mask(plan, self._stage), plan.streamed) for plan in plans]
         for kind in KINDS:
             for layer, block in enumerate(self.blocks[kind]):
-                kept = ((bits[layer], (mask.mha if kind == "mha" else mask.ffn)[layer]) for bits, mask in masks)
-                block.prepare_for({bits if keeps else ABSENT for bits, keeps in kept})
+                wanted = set()
+                for bits, mask, streamed in masks:
+                    keeps = (mask.mha if kind == "mha" else mask.ffn)[layer]
+                    wanted |= {bits[layer] if keeps else ABSENT} | ({ABSENT} if streamed[layer] else set())
+                block.prepare_for(wanted)
 
     def ready(self) -> bool:
         """Let complete copies take effect; return whether the plan now runs without any copy under way."""
@@ -167,20 +181,26 @@ class ElasticModel:
     def bytes(self) -> int:
         """Bytes of weights on the device; ``sim.cost.memory.weight_bytes`` of the plan once no copy is under way."""
         fixed: int = sum(parameter.nbytes for parameter in self._fixed)
-        return fixed + sum(block.nbytes for kind in KINDS for block in self.blocks[kind])
+        return fixed + self.streams.nbytes + sum(block.nbytes for kind in KINDS for block in self.blocks[kind])
 
     def resident_bytes(self) -> int:
         """Bytes of weights on the device that run: without a copy under way."""
         fixed: int = sum(parameter.nbytes for parameter in self._fixed)
-        return fixed + sum(block.resident_bytes for kind in KINDS for block in self.blocks[kind])
+        blocks = sum(block.resident_bytes for kind in KINDS for block in self.blocks[kind])
+        return fixed + self.streams.nbytes + blocks
 
     def running(self, stage: Literal["prefill", "decode"]) -> KeepMask:
-        """Return the blocks that a forward of this stage runs now: those in the plan that are resident."""
+        """Return the blocks that a forward of this stage runs now: those in the plan that are resident or streamed."""
         mask = self.plan.prefill if stage == "prefill" else self.plan.decode
-        return KeepMask(
-            mha=tuple(k and b.bits != ABSENT for k, b in zip(mask.mha, self.blocks["mha"], strict=True)),
-            ffn=tuple(k and b.bits != ABSENT for k, b in zip(mask.ffn, self.blocks["ffn"], strict=True)),
-        )
+        streamed = self.streams.layers
+
+        def runs(kept: tuple[bool, ...], kind: Kind) -> tuple[bool, ...]:
+            return tuple(
+                keep and (block.bits != ABSENT or layer in streamed)
+                for layer, (keep, block) in enumerate(zip(kept, self.blocks[kind], strict=True))
+            )
+
+        return KeepMask(mha=runs(mask.mha, "mha"), ffn=runs(mask.ffn, "ffn"))
 
     # --- Running it
 
@@ -242,10 +262,12 @@ class ElasticModel:
         hidden = self.embed(tokens, positions)
         rope = self.rope(hidden, positions)
         for layer in range(self.spec.num_layers):
+            self.streams.enter(layer)
             if running.mha[layer]:
                 hidden = self._attend_rows(layer, hidden, rope, view)
             if running.ffn[layer]:
                 hidden = hidden + self.feed(layer, hidden)
+            self.streams.leave(layer)
         return hidden
 
     def _attend_rows(self, layer: int, hidden: Tensor, rope: Rope, view: KVView | None) -> Tensor:

@@ -164,6 +164,7 @@ class HwEngine(Replica):
             graph_bytes = workspace_bytes - needed_bytes(elastic.spec, config, found, tokens)
         self._storage = ArenaStorage(self.arena, host_blocks=elastic.spec.num_layers * config.host_kv_blocks)
         self._copier = copier or LayerCopier(elastic, clock.source)
+        elastic.streams.clock = clock
         weights = TorchWeights(elastic, self._copier, clock, self.memory)
         self._torch = self.executor_type(
             elastic=elastic,
@@ -268,6 +269,7 @@ class HwEngine(Replica):
     def close(self) -> None:
         """Abandon the copy under way, end its thread, and let the process use the memory of the device again."""
         self._copier.close()
+        self.elastic.streams.close()
         self._torch.close()
         self._storage.host.close()
         if isinstance(self.elastic.hardware, Accelerator):

@@ -59,18 +59,21 @@ class TorchWeights:
         self.allocated_bytes = elastic.resident_bytes()
 
     def drop(self, resident: Resident) -> None:
-        """Free the blocks that are no longer resident; a copy under way continues."""
+        """Free the blocks that are no longer resident; a copy under way continues. Stream the layers that are to be."""
         for kind in KINDS:
             bits = resident.mha_bits if kind == "mha" else resident.ffn_bits
-            for block, wanted in zip(self._elastic.blocks[kind], bits, strict=True):
+            for block, wanted, streamed in zip(self._elastic.blocks[kind], bits, resident.streamed, strict=True):
                 # A block that is being copied in is still absent: to want it ABSENT would lose the copy. The replica
                 # abandons a copy that the plan no longer wants before it drops anything.
-                if wanted == ABSENT and not self._copier.copies(block):
+                if (wanted == ABSENT or streamed) and not self._copier.copies(block):
                     block.want(ABSENT)
+        self._elastic.streams.set(
+            {layer: (resident.mha_bits[layer], resident.ffn_bits[layer]) for layer in resident.crossing()}
+        )
         self._memory.give_back()
         self.allocated_bytes = self._elastic.resident_bytes()
 
-    def start(self, copy: LayerCopy, now_s: float) -> None:
+    def start(self, copy: LayerCopy, now_s: float, *, shared: bool = False) -> None:
         """Start to copy a layer in."""
         self._carry_out(lambda: self._copier.start(copy))
 
@@ -202,6 +205,11 @@ class TorchExecutor:
         if self._graphs is not None:
             self._graphs.clear()
 
+    def stream(self, resident: Resident, now_s: float) -> None:
+        """Let the calibration expect what crosses the link; ``TorchWeights.drop`` streams it."""
+        if self._prices is not None:
+            self._prices.stream(resident, now_s)
+
     def follow_budget(self, budget_bytes: int) -> None:
         """Let allocations beyond this many bytes fail from now on, where the device can."""
         self._memory.follow(budget_bytes)
@@ -304,7 +312,8 @@ class TorchExecutor:
     def _run(self, iteration: Iteration, batch: PagedBatch, *, recurs: bool, head: bool = True) -> Tensor:
         """Return what ``_pass`` returns, from a CUDA graph if the pass recurs and can have one."""
         self._started = OPERATIONS
-        if self._graphs is None or not recurs or not batch.uniform:
+        # The slots of streamed layers take turns, so such passes do not use the same addresses.
+        if self._graphs is None or not recurs or not batch.uniform or self._elastic.streams.layers:
             return self._pass(iteration, batch, head=head)
         # The arena's memory may grow and shrink, but its addresses stay. Of a plan, a pass over decodes depends on the
         # masks alone: its limits of admission change often, and its precisions move the weights.

@@ -140,7 +140,13 @@ def prices_of(server: ServerSpec) -> PricingExecutor | None:
     if server.latency is None:
         return None
     copying = server.copying()
-    return PricingExecutor(server.latency, copying.slowdown, copying.host_to_device_bytes_per_s)
+    return PricingExecutor(
+        server.latency,
+        copying.slowdown,
+        copying.host_to_device_bytes_per_s,
+        model=server.model,
+        copy_layer_s=copying.layer_s,
+    )
 
 
 def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:

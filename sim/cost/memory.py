@@ -18,6 +18,7 @@ from typing import Literal
 from sim.cost.model_spec import QUANT_GROUP_ELEMENTS, Linear, ModelSpec
 from sim.cost.plan import WEIGHT_BITS, KeepMask, Plan, check_layers, check_plan, keep_all
 from sim.cost.quantization import Quantization
+from sim.cost.streaming import held_bytes
 from sim.errors import BudgetError, PlanError, nearest
 
 QUANT_SCALE_BYTES = 2
@@ -121,6 +122,8 @@ def resident_mask(plan: Plan, stage: Stage = "both") -> KeepMask:
 def weight_bytes(model: ModelSpec, plan: Plan, stage: Stage = "both") -> int:
     """Return the bytes of the weights that must be resident to run ``plan``, each layer at its own precision.
 
+    Streamed layers are not resident; together they need the room of two (``sim.cost.streaming``).
+
     Args:
         model: the unpruned architecture.
         plan: a legal plan for it.
@@ -132,11 +135,11 @@ def weight_bytes(model: ModelSpec, plan: Plan, stage: Stage = "both") -> int:
     keep = resident_mask(plan, stage)
     mha = {bits: mha_weight_bytes(model, bits) for bits in set(plan.weight_bits)}
     ffn = {bits: ffn_weight_bytes(model, bits) for bits in set(plan.weight_bits)}
-    return (
-        fixed_weight_bytes(model)
-        + sum(mha[bits] for bits, kept in zip(plan.weight_bits, keep.mha, strict=True) if kept)
-        + sum(ffn[bits] for bits, kept in zip(plan.weight_bits, keep.ffn, strict=True) if kept)
-    )
+    layers = [
+        mha[bits] * kept_mha + ffn[bits] * kept_ffn
+        for bits, kept_mha, kept_ffn in zip(plan.weight_bits, keep.mha, keep.ffn, strict=True)
+    ]
+    return fixed_weight_bytes(model) + held_bytes(layers, plan.streamed)
 
 
 # --- KV cache --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sim.cost.model_spec import ModelSpec
+from sim.cost.streaming import LEAST_STREAMED, SLOTS
 from sim.errors import PlanError
 from sim.limits import is_whole
 
@@ -91,6 +92,8 @@ class Plan:
     weight_bits: 16, 8 or 4, one entry per layer, for both of its blocks (MorphServe).
     kv_keep: which tokens of each layer's KV stay after prefill (PDTrim).
     kv_bits: 16, 8 or 4, one entry per layer: how its KV is stored after prefill (KIVI); 16 everywhere if left out.
+    streamed: one entry per layer: True keeps its weights in host memory, and each iteration copies them to the device
+        before the layer runs (Oneiros); none if left out.
     max_running: requests that may run at once; None keeps the engine's own limit (SABER).
     max_waiting: an arriving request is rejected when this many already wait; None rejects none.
     max_wait_s: a request that has waited this long without being admitted is rejected; None lets all wait.
@@ -101,6 +104,7 @@ class Plan:
     weight_bits: tuple[int, ...]
     kv_keep: tuple[KVKeep, ...]
     kv_bits: tuple[int, ...] = ()
+    streamed: tuple[bool, ...] = ()
     max_running: int | None = None
     max_waiting: int | None = None
     max_wait_s: float | None = None
@@ -108,6 +112,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.kv_bits == ():
             object.__setattr__(self, "kv_bits", (16,) * len(self.weight_bits))
+        if self.streamed == ():
+            object.__setattr__(self, "streamed", (False,) * len(self.weight_bits))
 
 
 def dense_plan(model: ModelSpec) -> Plan:
@@ -179,9 +185,7 @@ def check_layers(model: ModelSpec, keep: KeepMask, name: str = "mask") -> None:
             raise PlanError(
                 f"{name}.{field} has {len(kept)} entries; {model.name} has {model.num_layers} layers, one entry each"
             )
-        if not set(map(type, kept)) <= {bool, np.bool_}:
-            layer = next(i for i, keep_block in enumerate(kept) if not isinstance(keep_block, bool | np.bool_))
-            raise PlanError(f"{name}.{field} of layer {layer} is {_short(kept[layer])}; it must be true or false")
+        _check_flags(f"{name}.{field}", kept)
 
 
 def check_plan(model: ModelSpec, plan: Plan) -> None:
@@ -192,11 +196,13 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
     """
     check_layers(model, plan.decode, "plan.decode")
     check_layers(model, plan.prefill, "plan.prefill")
-    for field, listed in (("weight_bits", plan.weight_bits), ("kv_keep", plan.kv_keep), ("kv_bits", plan.kv_bits)):
+    for field in ("weight_bits", "kv_keep", "kv_bits", "streamed"):
+        listed = getattr(plan, field)
         if len(listed) != model.num_layers:
             raise PlanError(
                 f"plan.{field} has {len(listed)} entries; {model.name} has {model.num_layers} layers, one entry each"
             )
+    _check_flags("plan.streamed", plan.streamed)
     _check_bits("weight_bits", plan.weight_bits)
     _check_bits("kv_bits", plan.kv_bits)
     for bits in sorted(set(plan.kv_bits) - {16}):
@@ -211,6 +217,11 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
             f"plan.weight_bits of layer {plan.weight_bits.index(most_bits)} is {most_bits}, but the checkpoint of "
             f"{model.name} holds {model.weight_bits}-bit weights; use at most those, or the config of the unquantized "
             "model"
+        )
+    if 0 < (count := sum(plan.streamed)) < LEAST_STREAMED:
+        raise PlanError(
+            f"plan.streamed names {count} of the layers of {model.name}; the room for {SLOTS} layers stays on the "
+            f"device for those that are copied in, so fewer than {LEAST_STREAMED} free nothing: stream more, or none"
         )
     if set(map(type, plan.kv_keep)) != {KVKeep}:
         layer = next(i for i, keep in enumerate(plan.kv_keep) if not isinstance(keep, KVKeep))
@@ -242,6 +253,12 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
         )
 
 
+def _check_flags(field: str, flags: tuple[bool, ...]) -> None:
+    if not set(map(type, flags)) <= {bool, np.bool_}:
+        layer = next(i for i, flag in enumerate(flags) if not isinstance(flag, bool | np.bool_))
+        raise PlanError(f"{field} of layer {layer} is {_short(flags[layer])}; it must be true or false")
+
+
 def _check_bits(field: str, listed: tuple[int, ...]) -> None:
     if not set(map(type, listed)) <= {int} or not set(listed) <= set(WEIGHT_BITS):
         for layer, bits in enumerate(listed):
@@ -267,6 +284,8 @@ def describe(plan: Plan) -> str:
             layers = [i for i, b in enumerate(listed) if b == bits]
             if layers:
                 parts.append(f"{kind}{bits} {_ranges(layers)}")
+    if any(plan.streamed):
+        parts.append(f"streamed {_ranges([i for i, streamed in enumerate(plan.streamed) if streamed])}")
     for keep in sorted(set(plan.kv_keep) - {KV_KEEP_ALL}, key=str):
         layers = [i for i, k in enumerate(plan.kv_keep) if k == keep]
         parts.append(f"KV {keep.first_tokens}+{keep.last_tokens} {_ranges(layers)}")

@@ -1,4 +1,4 @@
-"""Plans as JSON: removed blocks, layers by precision of weights and KV, runs of kept KV; dense is nearly empty."""
+"""Plans as JSON: removed blocks, layers by precision, runs of kept KV, streamed layers; dense is nearly empty."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             for (first, last), layers in sorted(runs.items())
         ],
         **({"kv_bits": kv_bits} if (kv_bits := _layers_by_bits(plan.kv_bits)) else {}),
+        **({"streamed": [i for i, x in enumerate(plan.streamed) if x]} if any(plan.streamed) else {}),
     }
 
 
@@ -58,12 +59,14 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         for run in value["kv_keep"]:
             for layer in _known(run["layers"], layers):
                 kv_keep[layer] = KVKeep(first_tokens=run["first_tokens"], last_tokens=run["last_tokens"])
+        streamed = set(_known(value.get("streamed", []), layers))
         return Plan(
             decode=_mask(layers, value["decode_drop"]),
             prefill=_mask(layers, value["prefill_drop"]),
             weight_bits=_bits(layers, value["weight_bits"]),
             kv_keep=tuple(kv_keep),
             kv_bits=_bits(layers, value.get("kv_bits", {})),
+            streamed=tuple(layer in streamed for layer in range(layers)),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CalibrationError(

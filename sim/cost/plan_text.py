@@ -13,6 +13,7 @@ _RANGES = rf"{_RANGE}(?:,{_RANGE})*"
 _DROPPED = re.compile(rf"(?:(prefill|decode) )?((?:-(?:MHA|FFN) {_RANGES} ?)+)")
 _BITS = re.compile(rf"W(8|4) ({_RANGES})")
 _KV_BITS = re.compile(rf"KV(8|4) ({_RANGES})")
+_STREAMED = re.compile(rf"streamed ({_RANGES})")
 _KV_KEEP = re.compile(rf"KV (\d+)\+(\d+) ({_RANGES})")
 _LIMIT = re.compile(r"(max_running|max_waiting|max_wait_s) (\S+)")
 
@@ -24,7 +25,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         PlanError: for anything that ``describe`` does not write, or a layer that the model does not have.
     """
     bits = [16] * num_layers
-    kv_bits, kv_keep = [16] * num_layers, [KV_KEEP_ALL] * num_layers
+    kv_bits, kv_keep, streamed = [16] * num_layers, [KV_KEEP_ALL] * num_layers, [False] * num_layers
     kept = {stage: KeepMask(mha=(True,) * num_layers, ffn=(True,) * num_layers) for stage in ("prefill", "decode")}
     limits: dict[str, float] = {}
     for part in text.split("; "):
@@ -39,6 +40,9 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         elif found := _KV_BITS.fullmatch(part):
             for layer in _layers(found[2], num_layers):
                 kv_bits[layer] = int(found[1])
+        elif found := _STREAMED.fullmatch(part):
+            for layer in _layers(found[1], num_layers):
+                streamed[layer] = True
         elif found := _KV_KEEP.fullmatch(part):
             for layer in _layers(found[3], num_layers):
                 kv_keep[layer] = KVKeep(first_tokens=int(found[1]), last_tokens=int(found[2]))
@@ -52,6 +56,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         weight_bits=tuple(bits),
         kv_keep=tuple(kv_keep),
         kv_bits=tuple(kv_bits),
+        streamed=tuple(streamed),
         max_running=_whole(limits.get("max_running")),
         max_waiting=_whole(limits.get("max_waiting")),
         max_wait_s=limits.get("max_wait_s"),
@@ -60,7 +65,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
 
 def most_layer(text: str) -> int:
     """Return the highest layer that a description names; -1 if it names none."""
-    lists = re.findall(rf"(?:MHA|FFN|W8|W4|KV8|KV4|KV \d+\+\d+) ({_RANGES})", text)
+    lists = re.findall(rf"(?:MHA|FFN|W8|W4|KV8|KV4|streamed|KV \d+\+\d+) ({_RANGES})", text)
     return max((int(number) for listed in lists for number in re.split("[-,]", listed)), default=-1)
 
 

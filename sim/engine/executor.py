@@ -64,6 +64,10 @@ class Ran:
 class Executor(Protocol):
     """Computes the iterations of a replica."""
 
+    def stream(self, resident: Resident, now_s: float) -> None:
+        """Stream the layers that ``resident`` says from now on."""
+        ...
+
     def run(self, iteration: Iteration) -> Ran | None:
         """Run one iteration; return None if memory ran out and nothing was computed."""
         ...
@@ -92,8 +96,8 @@ class Weights(Protocol):
         """Free the blocks that are no longer in ``resident``; a copy under way continues."""
         ...
 
-    def start(self, copy: LayerCopy, now_s: float) -> None:
-        """Start to copy a layer in; no other copy is under way.
+    def start(self, copy: LayerCopy, now_s: float, *, shared: bool = False) -> None:
+        """Start to copy a layer in; no other copy is under way. ``shared``: streamed layers cross the same link.
 
         Raises:
             MemoryError: if there is no memory for it; then nothing has changed.

@@ -139,15 +139,15 @@ class PlanChanges:
             MemoryError: if there is no memory for it; the next call tries again.
         """
         if self.copy is not None and not self._copy_started:
-            self._weights.start(self.copy, now_s)
+            self._weights.start(self.copy, now_s, shared=bool(self.resident.crossing()))
             self._copy_started = True
 
     def _set_resident(self, resident: Resident, copied_bytes: int = 0) -> None:
         freed = self.resident.weight_bytes(self._model) + copied_bytes - resident.weight_bytes(self._model)
         self.log.charge(bytes_freed=freed)
-        self.resident = resident
+        before, self.resident = self.resident, resident
         self._run_what_is_resident()
-        if freed:
+        if resident != before:
             self._weights.drop(resident)
 
     def _run_what_is_resident(self) -> None:

@@ -22,6 +22,7 @@ from sim.cost.latency import plan_layers
 from sim.cost.memory import fixed_weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KV_BITS, KV_KEEP_ALL, WEIGHT_BITS, KVKeep, Plan
+from sim.cost.streaming import stream_rows
 from sim.engine import kernel
 from sim.engine.kernel.state import COPY, DECISION, LAYER, PRICE, RESIDENCY
 from sim.engine.transition import (
@@ -62,6 +63,8 @@ class PlanGraph:
         self.price_words = np.zeros((16, self.words), dtype=np.int64)
         self.kv_format_tokens = np.zeros((1, layers), dtype=np.int64)
         self.kv_format_bits = np.zeros((1, layers), dtype=np.int64)
+        self.stream_bytes = np.zeros(1, dtype=np.int64)
+        self.stream_shares = np.zeros((1, 2))
         self.version = 0
         self._fixed_weight_bytes = fixed_weight_bytes(model)
         self._targets: dict[Plan, int] = {}
@@ -70,7 +73,9 @@ class PlanGraph:
         self._residents: list[Resident] = []
         self._plans: list[Plan] = []
         self._format_ids: dict[tuple[tuple[KVKeep, ...], tuple[int, ...]], int] = {}
-        self._copies = self._decisions = self._prices = 0
+        self._streams: dict[Resident, int] = {}
+        self._stream_ids: dict[tuple[tuple[int, int], ...], int] = {}
+        self._copies = self._decisions = self._prices = self._stream_rows = 0
 
     def __len__(self) -> int:
         """Return how many residencies there are."""
@@ -101,7 +106,11 @@ class PlanGraph:
         return self._residency(resident_of(self._target_plans[target]), target)
 
     def take_from(self, other: PlanGraph, residency: int) -> int:
-        """Copy a residency of another graph into this empty one; return its number here. ``kv_format_id`` stays."""
+        """Copy a residency of another graph into this empty one; return its number here.
+
+        ``kv_format_id`` and ``stream_id`` stay.
+        """
+        self._stream_ids = dict(other._stream_ids)
         self.kv_format_tokens, self.kv_format_bits = other.kv_format_tokens.copy(), other.kv_format_bits.copy()
         self._format_ids = dict(other._format_ids)
         target = int(other.residencies["target"][residency])
@@ -162,6 +171,9 @@ class PlanGraph:
             "target": target,
             "weight_bytes": self._fixed_weight_bytes + resident.weight_bytes(model),
             "kv_format_id": self._format_id(plan.kv_keep, plan.kv_bits),
+            "stream_id": self._stream_id(resident),
+            "streams_at": self._streams_at(resident),
+            "streams": len(resident.crossing()),
             "max_waiting": -1 if plan.max_waiting is None else plan.max_waiting,
             "max_wait_s": math.inf if plan.max_wait_s is None else plan.max_wait_s,
             "max_running": -1 if plan.max_running is None else plan.max_running,
@@ -194,6 +206,27 @@ class PlanGraph:
         self.kv_format_bits[number] = [KV_BITS.index(bits) for bits in kv_bits]
         return number
 
+    def _stream_id(self, resident: Resident) -> int:
+        """Return the number of what crosses the link in each iteration; -1 for nothing."""
+        if not (layers := resident.crossing()):
+            return -1
+        sizes = resident.layer_bytes(self.model)
+        return self._stream_ids.setdefault(tuple((layer, sizes[layer]) for layer in layers), len(self._stream_ids))
+
+    def _streams_at(self, resident: Resident) -> int:
+        """Return the first row of ``stream_bytes`` and ``stream_shares`` for these layers; -1 if none is streamed."""
+        if not resident.crossing():
+            return -1
+        known = self._streams.get(resident)
+        if known is not None:
+            return known
+        sizes, shares = stream_rows(resident.layer_bytes(self.model), resident.blocks(), resident.streamed)
+        at = self._streams[resident] = self._stream_rows
+        self._stream_rows += len(sizes)
+        self._make_room(self._stream_rows, "stream_bytes", "stream_shares")
+        self.stream_bytes[at : self._stream_rows], self.stream_shares[at : self._stream_rows] = sizes, shares
+        return at
+
     def _make_room(self, rows: int, *names: str) -> None:
         """Make arrays long enough for this many rows."""
         for name in names:
@@ -205,7 +238,7 @@ class PlanGraph:
 
 _ARRAYS = (
     "residencies", "residency_words", "residency_layers", "residency_block_counts", "copies", "decisions", "prices",
-    "price_words", "kv_format_tokens", "kv_format_bits",
+    "price_words", "kv_format_tokens", "kv_format_bits", "stream_bytes", "stream_shares",
 )  # fmt: skip
 
 

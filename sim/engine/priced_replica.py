@@ -55,7 +55,9 @@ class PricedReplica(Replica):
             config=config,
             plan=plan,
             budget=budget_bytes,
-            executor=PricingExecutor(latency, copy_slowdown, host_to_device_bytes_per_s, slowdown, token_of),
+            executor=PricingExecutor(
+                latency, copy_slowdown, host_to_device_bytes_per_s, slowdown, token_of, model, copy_layer_s
+            ),
             weights=self.copies,
             clock=clock,
             workspace_bytes=workspace_bytes,

@@ -12,7 +12,9 @@ from collections.abc import Callable
 import numpy as np
 
 from sim.cost.latency import LatencyModel, chunk_context_sum
+from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import WEIGHT_BITS, Plan
+from sim.cost.streaming import SHARED_LINK, stream_ready_s, stream_rows, streamed_end_s
 from sim.engine.executor import Iteration, Ran
 from sim.engine.live_request import LiveRequest
 from sim.engine.transition import LayerCopy, Resident
@@ -47,10 +49,13 @@ class PricingExecutor:
         host_to_device_bytes_per_s: float = 25e9,
         slowdown: float = 1.0,
         token_of: Callable[[int, int], int] | None = None,
+        model: ModelSpec | None = None,
+        copy_layer_s: float = 0.0,
     ) -> None:
         """Use ``latency``; an iteration that starts during a copy takes 1 + ``copy_slowdown`` times as long.
 
-        ``host_to_device_bytes_per_s``: how fast KV is copied to the host and back.
+        ``host_to_device_bytes_per_s``: how fast KV is copied to the host and back, and streamed layers are copied in.
+        ``model``: what runs; without it no layer can be streamed. ``copy_layer_s``: of each layer's copy in addition.
         ``slowdown``: an iteration takes this times as long as priced.
         ``token_of``: called with a request_id and how many tokens the request has; returns its next token. None: no
         tokens.
@@ -60,7 +65,27 @@ class PricingExecutor:
         check_slowdown(slowdown)
         self._latency, self._copy_slowdown, self._slowdown = latency, copy_slowdown, slowdown
         self._bytes_per_s = host_to_device_bytes_per_s
-        self._token_of = token_of
+        self._token_of, self._model, self._layer_s = token_of, model, copy_layer_s
+        self._crossing: list[tuple[int, int]] = []
+        self._stream_bytes, self._stream_shares = stream_rows([], [], [])
+        self._ready_s = (0.0, 0.0)
+
+    def stream(self, resident: Resident, now_s: float) -> None:
+        """Stream the layers that ``resident`` says from now on."""
+        layers = resident.crossing()
+        if not layers:
+            self._crossing = []
+            return
+        if self._model is None:
+            raise ConfigError("a plan streams layers, but the executor was built without its model; pass model=")
+        sizes = resident.layer_bytes(self._model)
+        self._stream_bytes, self._stream_shares = stream_rows(sizes, resident.blocks(), resident.streamed)
+        crossing = [(layer, sizes[layer]) for layer in layers]
+        if crossing != self._crossing:
+            first_s, second_s = stream_ready_s(
+                self._stream_bytes, 0, len(layers), now_s, self._bytes_per_s, self._layer_s
+            )
+            self._crossing, self._ready_s = crossing, (float(first_s), float(second_s))
 
     def run(self, iteration: Iteration) -> Ran:
         """Return when the iteration ends."""
@@ -95,11 +120,30 @@ class PricingExecutor:
         else:
             tokens = sum(chunk for chunk, _ in chunks) + len(decodes)
             seconds = self._latency.layered_iteration_s(_layers_seen(iteration), tokens, sequences)
-        if iteration.copying:
+        if iteration.copying or self._crossing:
             seconds *= 1.0 + self._copy_slowdown
+        if self._crossing:
+            seconds = self._with_streams(seconds, iteration)
         if iteration.moved_bytes:
             seconds += iteration.moved_bytes / self._bytes_per_s
         return seconds, not self._latency.in_range(*shape)
+
+    def _with_streams(self, compute_s: float, iteration: Iteration) -> float:
+        """Return the seconds of an iteration that waits for streamed layers, on a machine of slowdown 1."""
+        end_s, *ready_s = streamed_end_s(
+            self._stream_bytes,
+            self._stream_shares,
+            0,
+            len(self._crossing),
+            iteration.start_s,
+            compute_s * self._slowdown,
+            self._bytes_per_s,
+            self._layer_s,
+            self._slowdown * (SHARED_LINK if iteration.copying else 1.0),
+            *self._ready_s,
+        )
+        self._ready_s = (ready_s[0], ready_s[1])
+        return float((end_s - iteration.start_s) / self._slowdown)
 
 
 def _mha_run(plan: Plan, live: LiveRequest) -> frozenset[int]:
@@ -146,9 +190,10 @@ class PricedWeights:
     def drop(self, resident: Resident) -> None:
         """Do nothing: the replica counts what is resident."""
 
-    def start(self, copy: LayerCopy, now_s: float) -> None:
+    def start(self, copy: LayerCopy, now_s: float, *, shared: bool = False) -> None:
         """Start to copy a layer in."""
-        self.end_s = now_s + (copy.copied_bytes / self._bytes_per_s + self._layer_s)
+        copy_s = copy.copied_bytes / self._bytes_per_s + self._layer_s
+        self.end_s = now_s + (copy_s * SHARED_LINK if shared else copy_s)
 
     def arrived(self, now_s: float) -> bool:
         """Return whether the copy under way is complete."""

@@ -22,7 +22,10 @@ follow; the next iteration starts. Requests that arrive together keep the order 
 6. The KV pool is the budget minus resident weights, the layer that is being copied in, and the workspace. When the pool
    shrinks below its use, the newest requests are preempted until it fits. When not even the weights fit, nothing that
    needs KV runs; the seconds over budget are counted.
-7. A later plan never loses a copy that is under way and that it still wants: if it lacks exactly the blocks of that
+7. A streamed layer (``sim.cost.streaming``) has no weights on the device: its blocks run at once, at any precision.
+   For MHA blocks that did not run before, rule 4 holds. When the streamed layers or their bytes change, the copies
+   begin again with the first of them. Such copies and those of a plan change share the link: both take twice as long.
+8. A later plan never loses a copy that is under way and that it still wants: if it lacks exactly the blocks of that
    layer that are being copied in, the copy goes on and serves the new plan. Otherwise the copy is abandoned.
 
 **Rules of the prefix cache** (``prefix_caching``). They are those of vLLM V1, but requests find KV by the hash ids of

@@ -641,8 +641,13 @@ class Replica(ReplicaState):
             if restored and self.config.restore == "recompute":
                 self._recompute_without(copy.layer)
         changes.take_due(now_s)
+        ran = changes.plan.prefill.mha
         if changes.begin(self.pool.layer_blocks):
             self._follow_running_plan(now_s)
+            if self.config.restore == "recompute":  # a block that is streamed runs at once, however it was lost before
+                for layer, runs in enumerate(changes.plan.prefill.mha):
+                    if runs and not ran[layer]:
+                        self._recompute_without(layer)
         changes.line_up_copy()
         self._follow_memory()
         self._resize_pool(now_s)
@@ -660,6 +665,7 @@ class Replica(ReplicaState):
     def _follow_running_plan(self, now_s: float) -> None:
         """Adapt the KV cache and the log of resident weights to the plan that runs from now on."""
         self._kv.follow_plan(self._changes.plan)
+        self._executor.stream(self._changes.resident, now_s)
         share = self._changes.weight_bytes / self._dense_weight_bytes
         if not self._kept_share or self._kept_share[-1][1] != share:
             self._kept_share.append((now_s, share))

@@ -146,6 +146,7 @@ class SimEngine:
         n.copy_slowdown, n.copy_bytes_per_s = copy_slowdown, host_to_device_bytes_per_s
         n.copy_layer_s = copy_layer_s
         n.host_blocks = n.host_free_blocks = model.num_layers * config.host_kv_blocks
+        n.stream_id = n.streams_at = -1
         n.followed_s = n.now_s = self.env.now
         n.budget_step = bisect_right(self.budget.change_s, self.env.now) - 1
         self._output_tokens: list[Ints] = []  # of each call of submit
@@ -694,6 +695,7 @@ class SimEngine:
         n.residency = new.take_from(old, n.residency)
         here = new.residencies[n.residency]
         n.target, n.kv_format_id = int(here["target"]), int(here["kv_format_id"])
+        n.stream_id, n.streams_at = int(here["stream_id"]), int(here["streams_at"])
         if n.copy >= 0:
             n.copy = int(here["copies_at"]) + copy_index
         self._checked.clear()

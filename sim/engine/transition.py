@@ -11,6 +11,9 @@ layers in place).
 A new decision during a change supersedes the old one: blocks are dropped at once, and copies that have not started are
 planned again. The copy under way continues if the new plan lacks exactly the blocks that it brings; otherwise it is
 abandoned.
+
+A streamed layer (sim/cost/streaming.py) has no blocks on the device; a plan that streams it can run any blocks of it at
+any precision from the next iteration on. A layer that is not to be streamed any more is, until its copy is complete.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import NamedTuple
 from sim.cost.memory import ffn_weight_bytes, fixed_weight_bytes, mha_weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KeepMask, Plan
+from sim.cost.streaming import held_bytes
 
 ABSENT = 0
 """The bits of a block that is not on the device."""
@@ -28,16 +32,37 @@ ABSENT = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
-    """The blocks on the device: bits per weight of each layer's MHA and FFN block, ``ABSENT`` if it is not there."""
+    """The blocks that can run: bits per weight of each layer's MHA and FFN block, ``ABSENT`` if it cannot.
+
+    streamed: whether the blocks of a layer are in host memory and cross the link in each iteration; the others are on
+        the device. None are if left out.
+    """
 
     mha_bits: tuple[int, ...]
     ffn_bits: tuple[int, ...]
+    streamed: tuple[bool, ...] = ()
 
-    def weight_bytes(self, model: ModelSpec) -> int:
-        """Return the bytes of these blocks, without embeddings and head."""
+    def __post_init__(self) -> None:
+        if self.streamed == ():
+            object.__setattr__(self, "streamed", (False,) * len(self.mha_bits))
+
+    def layer_bytes(self, model: ModelSpec) -> list[int]:
+        """Return the bytes of the blocks of each layer, streamed or not."""
         mha = {bits: mha_weight_bytes(model, bits) for bits in set(self.mha_bits) - {ABSENT}}
         ffn = {bits: ffn_weight_bytes(model, bits) for bits in set(self.ffn_bits) - {ABSENT}}
-        return sum(mha.get(bits, 0) for bits in self.mha_bits) + sum(ffn.get(bits, 0) for bits in self.ffn_bits)
+        return [mha.get(m, 0) + ffn.get(f, 0) for m, f in zip(self.mha_bits, self.ffn_bits, strict=True)]
+
+    def blocks(self) -> list[int]:
+        """Return how many blocks of each layer can run."""
+        return [(m != ABSENT) + (f != ABSENT) for m, f in zip(self.mha_bits, self.ffn_bits, strict=True)]
+
+    def crossing(self) -> list[int]:
+        """Return the layers that cross the link in each iteration."""
+        return [layer for layer, count in enumerate(self.blocks()) if count and self.streamed[layer]]
+
+    def weight_bytes(self, model: ModelSpec) -> int:
+        """Return the bytes on the device, without embeddings and head."""
+        return held_bytes(self.layer_bytes(model), self.streamed)
 
 
 class LayerCopy(NamedTuple):
@@ -59,14 +84,28 @@ def resident_of(plan: Plan) -> Resident:
     return Resident(
         mha_bits=tuple(bits if keep else ABSENT for bits, keep in zip(plan.weight_bits, plan.prefill.mha, strict=True)),
         ffn_bits=tuple(bits if keep else ABSENT for bits, keep in zip(plan.weight_bits, plan.prefill.ffn, strict=True)),
+        streamed=plan.streamed,
     )
 
 
 def without_dropped(resident: Resident, target: Plan) -> Resident:
-    """Return what stays resident when all blocks that ``target`` does not run are dropped."""
+    """Return what can run when all blocks that ``target`` does not run, and all that it streams, have been dropped."""
+    wanted = resident_of(target)
+
+    def left(held: tuple[int, ...], asked: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(
+            bits if streamed else (here if bits else ABSENT)
+            for here, bits, streamed in zip(held, asked, target.streamed, strict=True)
+        )
+
+    mha, ffn = left(resident.mha_bits, wanted.mha_bits), left(resident.ffn_bits, wanted.ffn_bits)
     return Resident(
-        mha_bits=tuple(b if keep else ABSENT for b, keep in zip(resident.mha_bits, target.prefill.mha, strict=True)),
-        ffn_bits=tuple(b if keep else ABSENT for b, keep in zip(resident.ffn_bits, target.prefill.ffn, strict=True)),
+        mha_bits=mha,
+        ffn_bits=ffn,
+        streamed=tuple(
+            now or (before and (m or f) != ABSENT)
+            for now, before, m, f in zip(target.streamed, resident.streamed, mha, ffn, strict=True)
+        ),
     )
 
 
@@ -78,7 +117,11 @@ def copies_between(model: ModelSpec, resident: Resident, target: Plan) -> list[L
     mha_bytes[ABSENT] = ffn_bytes[ABSENT] = 0
     copies = []
     for layer in range(model.num_layers):
+        if target.streamed[layer]:
+            continue
         mha_held, ffn_held = resident.mha_bits[layer], resident.ffn_bits[layer]
+        if resident.streamed[layer]:  # nothing of it is on the device
+            mha_held = ffn_held = ABSENT
         mha = wanted.mha_bits[layer] if wanted.mha_bits[layer] != mha_held else ABSENT
         ffn = wanted.ffn_bits[layer] if wanted.ffn_bits[layer] != ffn_held else ABSENT
         if mha == ABSENT and ffn == ABSENT:
@@ -95,22 +138,23 @@ def peak_weight_bytes(model: ModelSpec, start: Plan, target: Plan) -> int:
     Until a copy is complete, it takes memory in addition to the blocks that it replaces.
     """
     resident = without_dropped(resident_of(start), target)
-    held = fixed_weight_bytes(model) + resident.weight_bytes(model)
-    peak = held
+    held = peak = resident.weight_bytes(model)
     for copy in copies_between(model, resident, target):
         peak = max(peak, held + copy.copied_bytes)
-        held += copy.net_bytes
-    return peak
+        resident = joined(resident, copy)
+        held = resident.weight_bytes(model)
+    return fixed_weight_bytes(model) + peak
 
 
 def joined(resident: Resident, copy: LayerCopy) -> Resident:
     """Return what is resident once a copy is complete and the blocks that it replaces are freed."""
-    mha, ffn = list(resident.mha_bits), list(resident.ffn_bits)
+    mha, ffn, streamed = list(resident.mha_bits), list(resident.ffn_bits), list(resident.streamed)
     if copy.mha_bits != ABSENT:
         mha[copy.layer] = copy.mha_bits
     if copy.ffn_bits != ABSENT:
         ffn[copy.layer] = copy.ffn_bits
-    return Resident(mha_bits=tuple(mha), ffn_bits=tuple(ffn))
+    streamed[copy.layer] = False
+    return Resident(mha_bits=tuple(mha), ffn_bits=tuple(ffn), streamed=tuple(streamed))
 
 
 def running_plan(resident: Resident, target: Plan) -> Plan:
@@ -130,6 +174,7 @@ def running_plan(resident: Resident, target: Plan) -> Plan:
             max(mha, ffn) or bits
             for mha, ffn, bits in zip(resident.mha_bits, resident.ffn_bits, target.weight_bits, strict=True)
         ),
+        streamed=resident.streamed,
     )
 
 

@@ -43,6 +43,7 @@ def static_plan(
     kv_last_tokens: int | None = None,
     kv_layers: Sequence[int] | None = None,
     kv_bits: int | Sequence[int] = 16,
+    streamed: Sequence[int] = (),
     max_running: int | None = None,
     max_waiting: int | None = None,
     max_wait_s: float | None = None,
@@ -57,6 +58,7 @@ def static_plan(
         kv_first_tokens, kv_last_tokens: tokens whose KV stays after prefill; None keeps all tokens.
         kv_layers: layers in which they apply; None is all layers.
         kv_bits: 16, 8 or 4 for the KV of all layers after prefill, or one entry per layer.
+        streamed: layers whose weights stay in host memory and are copied in by each iteration.
         max_running, max_waiting, max_wait_s: as in ``Plan``.
     Raises:
         PlanError: if the plan is not legal for the model; the message names the block.
@@ -65,9 +67,8 @@ def static_plan(
     keep = KVKeep(first_tokens=kv_first_tokens, last_tokens=kv_last_tokens)
     if kv_layers and keep == KVKeep():
         raise PlanError("kv_layers shortens nothing alone; add kv_first_tokens and kv_last_tokens, or leave it out")
-    shortened = set(range(layers) if kv_layers is None else layer_list("kv_layers", kv_layers))
-    if unknown := sorted(layer for layer in shortened if not 0 <= layer < layers):
-        raise PlanError(f"kv_layers: layer {unknown[0]} does not exist; {model.name} has layers 0 to {layers - 1}")
+    shortened = set(range(layers)) if kv_layers is None else _known_layers(model, "kv_layers", kv_layers)
+    crossing = _known_layers(model, "streamed", streamed)
     weight_bits = model.weight_bits if weight_bits is None else weight_bits
     if isinstance(kv_bits, Sequence) and not kv_bits:
         raise PlanError(f"kv_bits is an empty list; give one number, such as 8, or one for each of {layers} layers")
@@ -81,12 +82,23 @@ def static_plan(
         weight_bits=_per_layer(weight_bits, layers),
         kv_keep=tuple(keep if layer in shortened else KVKeep() for layer in range(layers)),
         kv_bits=_per_layer(kv_bits, layers),
+        streamed=tuple(layer in crossing for layer in range(layers)),
         max_running=max_running,
         max_waiting=max_waiting,
         max_wait_s=max_wait_s,
     )
     check_plan(model, plan)
     return plan
+
+
+def _known_layers(model: ModelSpec, name: str, listed: Sequence[int]) -> set[int]:
+    """Return a set of layers; a layer that the model does not have is a PlanError that names it."""
+    layers = set(layer_list(name, listed))
+    if unknown := sorted(layer for layer in layers if not 0 <= layer < model.num_layers):
+        raise PlanError(
+            f"{name}: layer {unknown[0]} does not exist; {model.name} has layers 0 to {model.num_layers - 1}"
+        )
+    return layers
 
 
 def _per_layer(bits: int | Sequence[int], layers: int) -> tuple[int, ...]:

@@ -95,6 +95,9 @@ class MetaDevice(Accelerator):
     def copy_in(self, stored: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
         return [torch.empty_like(tensor, device=META) for tensor in stored], _Done()
 
+    def copy_over(self, stored: Sequence[Tensor], targets: Sequence[Tensor]) -> Event:
+        return _Done()
+
     def join(self, event: Event, tensors: Sequence[Tensor]) -> None:
         """Do nothing."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from sim.compiled import compiled
+from sim.cost.streaming import SHARED_LINK, stream_ready_s
 from sim.engine.kernel.admission import queue_due_s, take_arrivals, wait_ends_s
 from sim.engine.kernel.decodes import _preempt, settle
 from sim.engine.kernel.kv import _blocks, _release, blocks_of, forget_host_kv, forget_kept_kv, resize_pool
@@ -54,6 +55,7 @@ from sim.engine.kernel.state import (
     schedule_of,
     set_remap_of,
     slots_of,
+    stream_bytes_of,
 )
 
 # -- budget and decisions ----------------------------------------------------------------------------------------------
@@ -348,11 +350,17 @@ def _find_prices(s: Table, residency: int, count: int, candidates_too: bool) -> 
 
 
 @compiled(once=True)
-def _copy_residency(s: Table, residency: int, count: int) -> None:
+def _copy_residency(s: Table, residency: int, count: int, now_s: float) -> None:
     """Copy a residency to where iterations read it: limits, blocks of each layer, parameters and prices of KV sets."""
     n, row, sets, remap = counters_of(s), residencies_of(s)[residency], kv_sets_of(s), set_remap_of(s)
     n.residency, n.target, n.weight_bytes = residency, row.target, row.weight_bytes
     n.kv_format_id, n.max_waiting, n.max_wait_s = row.kv_format_id, row.max_waiting, row.max_wait_s
+    n.streams_at, n.streams = row.streams_at, row.streams
+    if row.stream_id != n.stream_id and row.streams > 0:  # other layers are streamed: the copies of the first two begin
+        n.first_stream_s, n.second_stream_s = stream_ready_s(
+            stream_bytes_of(s), n.streams_at, n.streams, now_s, n.copy_bytes_per_s, n.copy_layer_s
+        )
+    n.stream_id = row.stream_id
     n.max_running = min(n.slots, row.max_running) if row.max_running >= 0 else n.slots
     block_counts, layers = block_counts_of(s), layers_of(s)
     columns = block_counts.shape[1]
@@ -399,7 +407,7 @@ def enter_residency(s: Table, residency: int, now_s: float) -> bool:
         forget_host_kv(s)
         _change_sets(s, count, words[residency, half:])
         n.prefill_set, n.decode_set = 0, 0 if one_set else 1
-    _copy_residency(s, residency, count)
+    _copy_residency(s, residency, count, now_s)
     at = n.resident_bytes_count
     if at == 0 or log[at - 1].weight_bytes != n.weight_bytes:
         log[at].time_s, log[at].weight_bytes = now_s, n.weight_bytes
@@ -466,6 +474,11 @@ def _begin_change(s: Table, now_s: float) -> bool:
     n.change_count += 1
     n.decided_target = -1
     _keep_copy(s)
+    if n.recompute_on_restore and n.streams > 0:  # a block that is streamed runs at once, however it was lost before
+        words = residency_words_of(s)
+        for layer in range(len(layers_of(s))):
+            if _has(words, n.residency, layer) and not _has(words, before, layer):
+                _preempt_lacking(s, layer)
     return True
 
 
@@ -487,7 +500,8 @@ def _carry_out(s: Table, now_s: float) -> bool:
     if n.copy < 0 and here.copies > 0:
         n.copy = here.copies_at
         n.incoming_bytes = copies_of(s)[n.copy].bytes
-        n.copy_end_s = now_s + (n.incoming_bytes / n.copy_bytes_per_s + n.copy_layer_s)
+        copy_s = n.incoming_bytes / n.copy_bytes_per_s + n.copy_layer_s
+        n.copy_end_s = now_s + (copy_s * SHARED_LINK if n.streams > 0 else copy_s)
     if n.open_change >= 0 and n.copy < 0:
         changes[n.open_change].ready_s = now_s
     resize_to_budget(s)

@@ -105,6 +105,11 @@ COUNTERS = np.dtype(
         ("max_waiting", INT64),  # requests that may wait; -1 for no limit
         ("max_wait_s", FLOAT64),  # how long a request may wait for its admission, s; inf for no limit
         ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
+        ("stream_id", INT64),  # number of what crosses the link in each iteration; -1 for nothing
+        ("streams_at", INT64),  # first row of stream_bytes and stream_shares for it
+        ("streams", INT64),  # streamed layers
+        ("first_stream_s", FLOAT64),  # when the first two streamed layers of the next pass are on the device, s
+        ("second_stream_s", FLOAT64),
         ("prefill_set", INT64),  # KV set that the plan runs in prefill; new requests get it
         ("decode_set", INT64),  # KV set that the plan runs in decode
         ("kv_set_count", INT64),  # KV sets in use
@@ -386,6 +391,9 @@ RESIDENCY = np.dtype(
         ("target", INT64),  # number of the wanted plan
         ("weight_bytes", INT64),  # bytes of resident weights
         ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
+        ("stream_id", INT64),  # number of what crosses the link in each iteration; -1 for nothing
+        ("streams_at", INT64),  # first row of stream_bytes and stream_shares for it
+        ("streams", INT64),  # streamed layers
         ("max_waiting", INT64),  # -1 for no limit
         ("max_wait_s", FLOAT64),  # inf for no limit
         ("max_running", INT64),  # -1 for no limit
@@ -427,6 +435,9 @@ price_words_of = REPLICA.array("price_words", columns=1)  # W columns: the held 
 # row of ``kv_precisions``.
 kv_format_tokens_of = REPLICA.array("kv_format_tokens", columns=1)
 kv_format_bits_of = REPLICA.array("kv_format_bits", columns=1)
+# Streamed layers, as ``sim.cost.streaming.streamed_end_s`` reads them: the rows of one residency follow one another.
+stream_bytes_of = REPLICA.array("stream_bytes")
+stream_shares_of = REPLICA.array("stream_shares", FLOAT64, columns=2)
 
 
 @compiled(inline=True)

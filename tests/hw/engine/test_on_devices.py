@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from sim.cost.plan import dense_plan
 from sim.results.records import Status
 from tests.hw.engine.test_hw_engine import moving_budget, plain_tokens, plan_schedule, serve, some_rows
 from tests.hw.serving import (
+    LAYERS,
     VOCABULARY,
     PricedClock,
     engine_config,
@@ -92,7 +94,7 @@ def test_plans_and_budgets_that_change_lose_no_request_and_no_copy(place: torch.
     rng, rows, spec = random.Random(5), some_rows(5, 12, longest_output=20), tiny_spec()
     budget = moving_budget(5, 60)
     engine = engine_of(tiny(), place, budget_bytes=budget, workspace_bytes=0)
-    plans = plan_schedule(5, 10, bits=True, kv=True).plans
+    plans = plan_schedule(5, 10, bits=True, kv=True, streams=True).plans
     engine.submit(requests(rows))
     at_s = 0.0
     while not engine.drained:
@@ -105,6 +107,21 @@ def test_plans_and_budgets_that_change_lose_no_request_and_no_copy(place: torch.
     assert all(row.allocated_bytes == row.predicted_bytes for row in engine.memory_rows())
     assert spec == engine.model
     engine.close()
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_streamed_layers_give_the_tokens_of_layers_on_the_device(place: torch.device, bits: int) -> None:
+    rows, dense = some_rows(4, 8), dense_plan(tiny_spec())
+    plan = replace(dense, weight_bits=(bits,) * LAYERS)
+    served = []
+    for streamed in ((), (True,) * LAYERS, (True, True, False, True)):
+        engine = engine_of(tiny(), place)
+        engine.apply(replace(plan, streamed=streamed))
+        served.append(serve(engine, rows))
+        engine.check()
+        engine.close()
+    assert served[1] == served[0] == served[2]
+    assert bits < 16 or served[0] == plain_tokens("llama", rows)
 
 
 def test_kv_that_was_on_the_host_comes_back_whole(place: torch.device) -> None:

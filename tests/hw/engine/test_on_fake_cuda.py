@@ -98,7 +98,7 @@ def serve_through(engine: HwEngine, plans: list[Plan], rng: random.Random, rows:
 def test_any_plans_and_budgets_give_the_tokens_of_a_plain_model_and_stay_within_memory(seed: int) -> None:
     rng = random.Random(seed)
     Audited.plain, kv_blocks, precision = tiny(), rng.choice([15, 24, 60]), seed % 3 == 2
-    plans = list(plan_schedule(seed, 8, bits=precision, kv=precision).plans)
+    plans = list(plan_schedule(seed, 8, bits=precision, kv=precision, streams=seed % 2 == 0).plans)
     with FakeCuda(polls=rng.choice([1, 2, 5, 20])) as device:
         engine = engine_on(
             device,
@@ -147,7 +147,8 @@ class Refusals:
     def __init__(self, *, change: bool, seed: int = 3, count: int = 4) -> None:
         """Run it once without refusals; ``change``: whether plans change, with precisions and kept tokens."""
         self._seed, self._rows = seed, some_rows(seed, count, longest_prompt=24, longest_output=8)
-        self._plans = list(plan_schedule(seed, 6, bits=True, kv=True).plans) if change else [dense_plan(tiny_spec())]
+        changing = plan_schedule(seed, 6, bits=True, kv=True, streams=True).plans
+        self._plans = list(changing) if change else [dense_plan(tiny_spec())]
         self.in_forward: set[int] = set()
         self.between: set[int] = set()
         self.run(frozenset(), watch=True)

@@ -13,6 +13,7 @@ import numpy as np
 from sim.cost.latency import LatencyModel, calibration_from_dict
 from sim.cost.memory import budget_for_kv_blocks, layer_weight_bytes
 from sim.cost.plan import KeepMask, KVKeep, Plan, dense_plan
+from sim.cost.streaming import LEAST_STREAMED
 from sim.engine.budget import Budget, stepped
 from sim.engine.protocol import EngineConfig, EngineState, Request, Restore
 from sim.engine.scheduler import Limits, SchedulerName
@@ -215,6 +216,23 @@ def with_kv_bits(seed: int, case: Case) -> Case:
     return _with_plans(case, quantized)
 
 
+def with_streams(seed: int, case: Case) -> Case:
+    """Return the case of a seed with plans that stream layers; its own stream, as above."""
+    rng = np.random.default_rng([seed, 14])
+    if rng.random() < 0.6:
+        return case
+    layers: dict[Plan, tuple[bool, ...]] = {}
+
+    def streaming(plan: Plan) -> Plan:
+        if plan not in layers:
+            some = rng.choice(TINY.num_layers, int(rng.integers(LEAST_STREAMED, TINY.num_layers + 1)), replace=False)
+            flags = tuple(layer in some for layer in range(TINY.num_layers))
+            layers[plan] = flags if rng.random() < 0.6 else ()
+        return replace(plan, streamed=layers[plan])
+
+    return _with_plans(case, streaming)
+
+
 def _with_plans(case: Case, changed: Callable[[Plan], Plan]) -> Case:
     return replace(
         case,
@@ -230,8 +248,8 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
     Args:
         ahead: whether its engine schedules ahead; None lets the seed decide.
         later: whether the seed may choose what came later than the frozen records: swapping, weight copies that hold
-            the engine up, and plans that limit how long a request may wait or that quantize KV. Cut KV then costs
-            something too.
+            the engine up, and plans that limit how long a request may wait, quantize KV or stream layers. Cut KV then
+            costs something too.
     """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
@@ -297,7 +315,7 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
         slowdown=(0.6, 1.0, 1.0, 1.9)[seed // 3 % 4] if later else 1.0,
         charges_cut_kv=later,
     )
-    return with_kv_bits(seed, with_waits(seed, case)) if later else case
+    return with_streams(seed, with_kv_bits(seed, with_waits(seed, case))) if later else case
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:
