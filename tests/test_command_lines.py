@@ -60,6 +60,7 @@ MAINS = {
     "agents.evaluate": "agents.evaluation.evaluate:main",
     "agents.export": "agents.training.export:main",
     "agents.offline": "agents.training.offline:main",
+    "agents.knobs": "agents.evaluation.knobs:main",
     "agents.static_plans": "agents.evaluation.static_plans:main",
     "agents.train": "agents.training.train:main",
     "agents.tune": "agents.training.tune:main",
@@ -92,7 +93,7 @@ ELSEWHERE = {
     r"hw\.calibrate source=device": "measures for minutes: tests/hw/calibrate/test_device.py",
     r"hw\.reproduction": "minutes: tests/hw/reproduction",
     r"hw\.score": "measures for hours: tests/hw/score",
-    r"agents\.(claim|evaluate|tune|tune_rules|offline|export|clone|static_plans|windows)": (
+    r"agents\.(claim|evaluate|knobs|tune|tune_rules|offline|export|clone|static_plans|windows)": (
         "minutes, or needs a training: tests/agents"
     ),
     r"agents\.train(?! experiment=(ppo_prune|dqn_prune)$)": "needs a training before, or is one of several alike",

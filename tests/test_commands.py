@@ -48,6 +48,7 @@ COMMANDS = {
     "agents.training.tune": "tune",
     "agents.training.export": "export",
     "agents.evaluation.evaluate": "evaluate",
+    "agents.evaluation.knobs": "knobs",
     "agents.evaluation.static_plans": "static_plans",
     "agents.claim": "claim",
     "agents.tune_rules": "tune_rules",

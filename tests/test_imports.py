@@ -80,6 +80,7 @@ COMMANDS = {
     "agents.evaluate",
     "agents.export",
     "agents.offline",
+    "agents.knobs",
     "agents.static_plans",
     "agents.train",
     "agents.tune",

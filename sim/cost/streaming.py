@@ -28,6 +28,8 @@ SLOTS = 2
 """Layers for which streaming keeps room on the device."""
 LEAST_STREAMED = SLOTS + 1
 """Streamed layers from which on memory is freed."""
+STEADY_PASSES = 32
+"""Passes after which they are taken to recur, and over which `steady_pass_s` takes the mean."""
 SHARED_LINK = 2.0
 """A copy takes this times as long while a plan change copies a layer over the same link, and so does that copy."""
 
@@ -51,7 +53,7 @@ def stream_rows(layer_bytes: Sequence[int], blocks: Sequence[int], streamed: Seq
     """Return what `streamed_end_s` reads of m streamed layers: their bytes int64[m + 1], and shares float64[m + 1, 2].
 
     Row j of the shares is what of a pass's computing lies between streamed layer j - 1 and layer j, and in layer j; the
-    last row is for what follows the last one, and its bytes are 0. Without streamed layers there is no row.
+    last row is for what follows the last one, and its bytes are those of all. Without streamed layers there is no row.
 
     Args:
         layer_bytes, streamed: as for `held_bytes`. blocks: how many blocks each layer runs.
@@ -67,7 +69,7 @@ def stream_rows(layer_bytes: Sequence[int], blocks: Sequence[int], streamed: Seq
             before += count
     if not sizes:
         return np.zeros(0, dtype=np.int64), np.zeros((0, 2))
-    return np.array([*sizes, 0], dtype=np.int64), np.array([*shares, (before / total, 0.0)])
+    return np.array([*sizes, sum(sizes)], dtype=np.int64), np.array([*shares, (before / total, 0.0)])
 
 
 @compiled()
@@ -77,6 +79,20 @@ def stream_ready_s(
     """Return when the first two streamed layers are on the device, if the copies begin at ``now_s``; see below."""
     first_s = now_s + (layer_bytes[at] / bytes_per_s + layer_s)
     return first_s, first_s + (layer_bytes[at + (1 if count > 1 else 0)] / bytes_per_s + layer_s)
+
+
+@compiled()
+def slowed_s(
+    layer_bytes: Ints, at: int, count: int, compute_s: float, bytes_per_s: float, layer_s: float, slowdown: float
+) -> float:
+    """Return the computing of a pass while streamed layers are copied: ``slowdown`` more for as long as copies run.
+
+    Args:
+        layer_bytes, at, count, bytes_per_s, layer_s: as for `streamed_end_s`. compute_s: without any copy.
+        slowdown: of computing next to a copy, which uses the device's memory too.
+    """
+    link_s = layer_bytes[at + count] / bytes_per_s + count * layer_s
+    return float(compute_s + slowdown * min(compute_s, link_s))
 
 
 @compiled()
@@ -110,3 +126,33 @@ def streamed_end_s(
             copied_s = (layer_bytes[at + (j + 2) % count] / bytes_per_s + layer_s) * factor
             first_s, second_s = second_s, max(second_s, now_s) + copied_s
     return float(now_s + shares[at + count, 0] * compute_s), float(first_s), float(second_s)
+
+
+def steady_pass_s(
+    layer_bytes: Sequence[int],
+    blocks: Sequence[int],
+    streamed: Sequence[bool],
+    compute_s: float,
+    bytes_per_s: float,
+    layer_s: float = 0.0,
+    slowdown: float = 0.0,
+) -> float:
+    """Return the mean seconds of a pass that recurs.
+
+    Args:
+        layer_bytes, blocks, streamed: as for `stream_rows`.
+        compute_s, bytes_per_s, layer_s, slowdown: as for `slowed_s`.
+    """
+    sizes, shares = stream_rows(layer_bytes, blocks, streamed)
+    count = len(sizes) - 1
+    if count < 1:
+        return compute_s
+    compute_s = slowed_s(sizes, 0, count, compute_s, bytes_per_s, layer_s, slowdown)
+    first_s, second_s = stream_ready_s(sizes, 0, count, 0.0, bytes_per_s, layer_s)
+    ends_s = [0.0]
+    for _ in range(2 * STEADY_PASSES):
+        end_s, first_s, second_s = streamed_end_s(
+            sizes, shares, 0, count, ends_s[-1], compute_s, bytes_per_s, layer_s, 1.0, first_s, second_s
+        )
+        ends_s.append(end_s)
+    return (ends_s[-1] - ends_s[STEADY_PASSES]) / STEADY_PASSES

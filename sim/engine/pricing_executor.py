@@ -14,7 +14,7 @@ import numpy as np
 from sim.cost.latency import LatencyModel, chunk_context_sum
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import WEIGHT_BITS, Plan
-from sim.cost.streaming import SHARED_LINK, stream_ready_s, stream_rows, streamed_end_s
+from sim.cost.streaming import SHARED_LINK, slowed_s, stream_ready_s, stream_rows, streamed_end_s
 from sim.engine.executor import Iteration, Ran
 from sim.engine.live_request import LiveRequest
 from sim.engine.transition import LayerCopy, Resident
@@ -120,7 +120,7 @@ class PricingExecutor:
         else:
             tokens = sum(chunk for chunk, _ in chunks) + len(decodes)
             seconds = self._latency.layered_iteration_s(_layers_seen(iteration), tokens, sequences)
-        if iteration.copying or self._crossing:
+        if iteration.copying:
             seconds *= 1.0 + self._copy_slowdown
         if self._crossing:
             seconds = self._with_streams(seconds, iteration)
@@ -130,11 +130,16 @@ class PricingExecutor:
 
     def _with_streams(self, compute_s: float, iteration: Iteration) -> float:
         """Return the seconds of an iteration that waits for streamed layers, on a machine of slowdown 1."""
+        count = len(self._crossing)
+        if not iteration.copying:  # a plan change that copies slows computing down all the time
+            compute_s = slowed_s(
+                self._stream_bytes, 0, count, compute_s, self._bytes_per_s, self._layer_s, self._copy_slowdown
+            )
         end_s, *ready_s = streamed_end_s(
             self._stream_bytes,
             self._stream_shares,
             0,
-            len(self._crossing),
+            count,
             iteration.start_s,
             compute_s * self._slowdown,
             self._bytes_per_s,

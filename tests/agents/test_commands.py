@@ -12,7 +12,7 @@ from tests.agents.helpers import composed, run_python
 REQUIRED = {"export": ("run=r", "name=n"), "offline": ("by=dense",)}
 
 
-@pytest.mark.parametrize("name", ["train", "clone", "tune", "offline", "export", "evaluate", "static_plans"])
+@pytest.mark.parametrize("name", ["train", "clone", "tune", "offline", "export", "evaluate", "static_plans", "knobs"])
 def test_every_command_imports_and_composes_its_configuration(name: str) -> None:
     assert callable(importlib.import_module(f"agents.{name}").main)
     cfg = composed(name, *REQUIRED.get(name, ()))
@@ -24,7 +24,7 @@ def test_importing_agents_loads_neither_torch_nor_ray() -> None:
     assert run.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("name", ["train", "clone", "tune", "offline", "export", "evaluate", "static_plans"])
+@pytest.mark.parametrize("name", ["train", "clone", "tune", "offline", "export", "evaluate", "static_plans", "knobs"])
 def test_the_help_of_a_command_is_its_own(name: str) -> None:
     importlib.import_module(f"agents.{name}")
     assert f"python -m agents.{name} " in help_text(name).split("== ")[0]

@@ -10,7 +10,7 @@ import numpy as np
 
 from sim.compiled import compiled
 from sim.cost.latency import LatencyTables, iteration_in_range, iteration_seconds, layered_iteration_seconds
-from sim.cost.streaming import SHARED_LINK, streamed_end_s
+from sim.cost.streaming import SHARED_LINK, slowed_s, streamed_end_s
 from sim.engine.kernel.admission import _form_batch, queue_due_s, take_arrivals
 from sim.engine.kernel.decodes import _count_decodes, _join_decodes, _leave_decodes, _unlink_slot
 from sim.engine.kernel.kv import _release, blocks_of
@@ -124,6 +124,16 @@ def _fill_layer_loads(s: Table) -> int:
 def _with_streams(s: Table, compute_s: float, now_s: float) -> float:
     """Return the seconds of an iteration that waits for streamed layers, on a machine of slowdown 1."""
     n = counters_of(s)
+    if n.copy < 0:  # a plan change that copies slows computing down all the time
+        compute_s = slowed_s(
+            stream_bytes_of(s),
+            n.streams_at,
+            n.streams,
+            compute_s,
+            n.copy_bytes_per_s,
+            n.copy_layer_s,
+            n.copy_slowdown,
+        )
     end_s, n.first_stream_s, n.second_stream_s = streamed_end_s(
         stream_bytes_of(s),
         stream_shares_of(s),
@@ -175,7 +185,7 @@ def _start(s: Table, now_s: float) -> None:
     else:
         loads = layer_loads_of(s)[: _fill_layer_loads(s)]
         duration_s = layered_iteration_seconds(tables, loads, prefill + decodes, sequences)
-    if n.copy >= 0 or n.streams > 0:
+    if n.copy >= 0:
         duration_s *= 1.0 + n.copy_slowdown
     if n.streams > 0:
         duration_s = _with_streams(s, duration_s, now_s)

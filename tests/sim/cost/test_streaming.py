@@ -11,7 +11,14 @@ import pytest
 from sim.cost.memory import layer_weight_bytes, weight_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import dense_plan, drop, with_mask
-from sim.cost.streaming import even_layers, held_bytes, stream_ready_s, stream_rows, streamed_end_s
+from sim.cost.streaming import (
+    even_layers,
+    held_bytes,
+    steady_pass_s,
+    stream_ready_s,
+    stream_rows,
+    streamed_end_s,
+)
 from sim.errors import PlanError
 from sim.policies.fixed import static_plan
 
@@ -83,6 +90,14 @@ def test_at_equal_distances_a_pass_takes_the_longer_of_computing_and_link() -> N
         assert ends[-1] - ends[-2] == pytest.approx(max(compute_s, 8 * 100 / LINK))
 
 
+def test_computing_is_slower_for_as_long_as_copies_run() -> None:
+    sizes, blocks, streamed = [100] * 32, [2] * 32, [layer in even_layers(32, 8) for layer in range(32)]
+    for compute_s, expected in ((20.0, 20.0 + 0.1 * 8.0), (4.0, 8.0), (7.9, 1.1 * 7.9)):
+        assert steady_pass_s(sizes, blocks, streamed, compute_s, LINK, slowdown=0.1) == pytest.approx(expected)
+    assert steady_pass_s(sizes, blocks, [False] * 32, 5.0, LINK, slowdown=0.1) == 5.0
+    assert steady_pass_s(sizes, blocks, streamed, 4.0, LINK, layer_s=0.5) == pytest.approx(8 * 1.5)
+
+
 def test_layers_close_together_are_waited_for_although_the_link_would_suffice() -> None:
     streamed = [layer < 8 for layer in range(32)]
     ends = found_ends([100] * 32, [2] * 32, streamed, [(0.0, 9.0)] * 20)
@@ -130,5 +145,5 @@ def test_without_streamed_layers_there_are_no_rows() -> None:
     rows, shares = stream_rows([100, 100], [2, 2], [False, False])
     assert (len(rows), shares.shape) == (0, (0, 2))
     rows, shares = stream_rows([100, 0, 300], [2, 0, 1], [False, True, True])
-    assert rows.tolist() == [300, 0]
+    assert rows.tolist() == [300, 300]
     assert np.allclose(shares, [[2 / 3, 1 / 3], [0, 0]])
