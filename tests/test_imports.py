@@ -251,6 +251,7 @@ COMPILED_MODULES = {
     "sim.engine.kernel.loop",
     "sim.cluster.kernel",
     "sim.cost.latency",
+    "sim.cost.streaming",
     "sim.engine.batch_step",
     "agents.envs.serve_vector",
     "tests.sim.engine.test_layout",

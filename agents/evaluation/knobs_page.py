@@ -138,6 +138,11 @@ def page(figures: Mapping[str, Any]) -> str:
         against_dropping={name: against_dropping(figures, name) for name in qualities},
         wins={name: wins(figures, name) for name in qualities},
         cells=len(cells_of(figures, qualities[0])),
+        dropping={name: wins(figures, name).get(DROPPED, 0) for name in qualities},
+        dropping_too={
+            name: sum(count for label, count in wins(figures, name).items() if label.startswith(f"{DROPPED} and"))
+            for name in qualities
+        },
         speeds=", ".join(f"{name} {speed / GB:g} GB/s" for name, speed in figures["links"].items()),
     )
 
@@ -163,8 +168,10 @@ def plot_steps(path: Path, figures: Mapping[str, Any], batch: int | None = None)
         left.set_yscale("symlog", linthresh=0.01)
         right.set_ylabel("time per token / dense")
         right.set_yscale("log")
+        right.set_yticks([0.5, 1, 2, 5, 10, 20, 50], minor=False)
         right.yaxis.set_major_formatter("{x:g}")
-        right.yaxis.set_minor_formatter("{x:g}")
+        right.yaxis.set_minor_formatter("")
+        right.autoscale(axis="y")
         for axis in (left, right):
             axis.set_xlabel("bytes freed [GB]")
             axis.set_xlim(left=0)

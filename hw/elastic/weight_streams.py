@@ -82,7 +82,7 @@ class WeightStreams:
         wanted = {layer: bits for layer, bits in sorted(layers.items()) if bits != (ABSENT, ABSENT)}
         if wanted == self.layers:
             return
-        self._forget()
+        self.restart()
         self._slots = []
         self.layers = wanted
         for layer, bits in wanted.items():
@@ -135,7 +135,7 @@ class WeightStreams:
 
     def _begin_at(self, layer: int) -> None:
         """Fill the slots, from this layer on."""
-        self._forget()
+        self.restart()
         if not self._slots:
             size = max(self._room(one) for one in self.layers)
             count = min(SLOTS, len(self.layers))
@@ -154,7 +154,7 @@ class WeightStreams:
             for tensor in self._store.shapes(key)
         )
 
-    def _forget(self) -> None:
+    def restart(self) -> None:
         """Forget what is in the slots; copies that are under way are completed first."""
         for load in self._loads:
             if load.future is not None:

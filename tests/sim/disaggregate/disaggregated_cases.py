@@ -49,7 +49,9 @@ class DisaggregatedCase:
     def engine_arguments(self, blocks: int, plan: Plan) -> dict[str, Any]:
         """Return the arguments of an engine of one side."""
         budget_bytes = budget_for_kv_blocks(TINY, plan, blocks, 0, self.config.kv_block_tokens)
-        shared = {"model": TINY, "latency": self.latency, "config": self.config}
+        shared: dict[str, Any] = {"model": TINY, "latency": self.latency, "config": self.config}
+        if any(plan.streamed):
+            shared["host_to_device_bytes_per_s"] = 2e5
         return {**shared, "plan": plan, "budget_bytes": budget_bytes}
 
 
@@ -75,6 +77,8 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = 
     bits = np.random.default_rng([seed, 13])
     if later and bits.random() < 0.4:
         kv["kv_bits"] = [int(each) for each in bits.choice([16, 8, 4], TINY.num_layers)]
+    if later and np.random.default_rng([seed, 14]).random() < 0.4:
+        kv["streamed"] = list(range(TINY.num_layers))
     return DisaggregatedCase(
         requests=tuple(rows),
         plan=static_plan(
