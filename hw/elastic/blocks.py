@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Literal, Protocol
 
 import torch
@@ -67,6 +68,7 @@ class DiskStore:
     def __init__(self) -> None:
         """Open the file, in TMPDIR; it is gone when the process ends."""
         self.nbytes = 0
+        self._writing = Lock()
         self._file = tempfile.TemporaryFile(prefix="rap-lab-weights-")  # noqa: SIM115 - lives as long as the store
         self._index: dict[object, list[tuple[int, torch.dtype, torch.Size]]] = {}
 
@@ -74,19 +76,20 @@ class DiskStore:
         return key in self._index
 
     def put(self, key: object, tensors: Iterable[Tensor]) -> None:
-        """Store tensors under a key.
+        """Store tensors under a key; several threads may do so at the same time.
 
         Raises:
             ModelError: if the disk has no room for them.
         """
         entries = []
         try:
-            for tensor in tensors:
-                offset = self._file.seek(0, 2)
-                self._file.write(_raw(tensor.detach().contiguous()))
-                entries.append((offset, tensor.dtype, tensor.shape))
-                self.nbytes += tensor.nbytes
-            self._file.flush()
+            with self._writing:
+                for tensor in tensors:
+                    offset = self._file.seek(0, 2)
+                    self._file.write(_raw(tensor.detach().contiguous()))
+                    entries.append((offset, tensor.dtype, tensor.shape))
+                    self.nbytes += tensor.nbytes
+                self._file.flush()
         except OSError as error:
             raise ModelError(
                 f"the weights do not fit into the temporary folder {tempfile.gettempdir()} ({error.strerror}); free "
@@ -252,10 +255,6 @@ class Block:
     def keys(self, bits: int) -> tuple[object, object]:
         """Return the keys under which its weights at ``bits``, and its norms and biases, are stored."""
         return self._key(bits), self._key("rest")
-
-    def stored_bytes(self, bits: int) -> int:
-        """Return the bytes of what is stored for ``bits``, as they would take on the device."""
-        return sum(tensor.nbytes for key in self.keys(bits) for tensor in self._store.shapes(key))
 
     def _store_full(self) -> None:
         if self._key("rest") not in self._store:

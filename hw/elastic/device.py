@@ -207,7 +207,7 @@ class Cpu(Device):
 
 
 class Cuda(Accelerator):
-    """One CUDA device. Its copies run on a stream of their own.
+    """One CUDA device. Copies of weights run on two streams of their own, for plan changes and for streamed layers.
 
     Memory behind ``reserve`` is no part of torch's allocator: this class counts it, and makes the allocator's limit
     smaller by as much.

@@ -24,7 +24,7 @@ from hw.elastic.kv import BatchKV, KVView, RequestKV
 from hw.elastic.layers import Layer, read_ends, read_layer
 from hw.elastic.rotation import find_rotations
 from hw.elastic.weight_streams import WeightStreams
-from sim.cost.memory import Stage, resident_mask
+from sim.cost.memory import Stage, ffn_weight_bytes, mha_weight_bytes, resident_mask
 from sim.cost.model_spec import ModelSpec, model_from_hf_config
 from sim.cost.plan import KeepMask, Plan, check_plan, dense_plan
 from sim.errors import ModelError, PlanError, nearest
@@ -88,7 +88,9 @@ class ElasticModel:
             "mha": [Block(f"MHA{i}", *layer.mha_parts, self._store) for i, layer in enumerate(self.layers)],
             "ffn": [Block(f"FFN{i}", *layer.ffn_parts, self._store) for i, layer in enumerate(self.layers)],
         }
-        self.streams = WeightStreams(self.blocks["mha"], self.blocks["ffn"], self._store, self.hardware)
+        self.streams = WeightStreams(
+            self.blocks["mha"], self.blocks["ffn"], self._store, self.hardware, self._layer_bytes
+        )
         inside = {id(p) for layer in self._layers for p in layer.parameters()}
         self._fixed = [p for p in model.parameters() if id(p) not in inside]  # parameters() lists tied ones once
         self._stage: Stage = stage
@@ -99,6 +101,11 @@ class ElasticModel:
                 f"{self.spec.name} holds {self.bytes():,} bytes of parameters, but its config describes "
                 f"{self._expected_dense_bytes():,}; add its other parts to sim.cost.model_spec.ModelSpec"
             )
+
+    def _layer_bytes(self, mha_bits: int, ffn_bits: int) -> int:
+        """Return the bytes of the blocks of a layer at these bits; ABSENT for a block that does not run."""
+        mha = mha_weight_bytes(self.spec, mha_bits) if mha_bits != ABSENT else 0
+        return mha + (ffn_weight_bytes(self.spec, ffn_bits) if ffn_bits != ABSENT else 0)
 
     def _parts(self, name: str) -> list[Any]:
         """Return the part of every layer under an attribute name."""

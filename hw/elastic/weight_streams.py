@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -60,24 +60,42 @@ class WeightStreams:
     clock: on which waiting for a layer counts; None counts nothing.
     """
 
-    def __init__(self, mha: Sequence[Block], ffn: Sequence[Block], store: Store, device: Device) -> None:
-        """Stream nothing yet."""
+    def __init__(
+        self,
+        mha: Sequence[Block],
+        ffn: Sequence[Block],
+        store: Store,
+        device: Device,
+        layer_bytes: Callable[[int, int], int],
+    ) -> None:
+        """Stream nothing yet.
+
+        Args:
+            mha, ffn: the blocks of every layer, whose stored weights are in ``store``. device: that runs them.
+            layer_bytes: called with the bits of an MHA and an FFN block; returns their bytes together.
+        """
         self.layers: dict[int, tuple[int, int]] = {}
         self.clock: WaitingClock | None = None
         self._mha, self._ffn, self._store, self._device = mha, ffn, store, device
+        self._layer_bytes = layer_bytes
         self._slots: list[Tensor] = []
         self._loads: deque[_Load] = deque()
         self._thread: ThreadPoolExecutor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the slots, as ``sim.cost.streaming.held_bytes`` counts them; they are allocated by the next pass."""
-        return held_bytes([self._bytes(layer) for layer in self.layers], [True] * len(self.layers))
+        """Bytes of the slots, as ``sim.cost.streaming.held_bytes`` counts them; ``reserve`` allocates them."""
+        return held_bytes([self._layer_bytes(*bits) for bits in self.layers.values()], [True] * len(self.layers))
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of the slots that are not allocated yet."""
+        return 0 if self._slots else self.nbytes
 
     def set(self, layers: Mapping[int, tuple[int, int]]) -> None:
         """Stream these layers from the next pass on; nothing changes if they are the present ones.
 
-        Layers without a block that runs are left out. The blocks must not be resident.
+        Layers without a block that runs are left out. The blocks must not be resident. Nothing is allocated.
         """
         wanted = {layer: bits for layer, bits in sorted(layers.items()) if bits != (ABSENT, ABSENT)}
         if wanted == self.layers:
@@ -85,14 +103,26 @@ class WeightStreams:
         self.restart()
         self._slots = []
         self.layers = wanted
-        for layer, bits in wanted.items():
-            for block, count in zip((self._mha[layer], self._ffn[layer]), bits, strict=True):
-                if count != ABSENT:
-                    block.prepare(count)
+
+    def reserve(self) -> None:
+        """Allocate the slots, and store the layers at their bits; the next pass would do it otherwise."""
+        if self._slots or not self.layers:
+            return
+        with torch.inference_mode(False):
+            for layer, bits in self.layers.items():
+                for block, count in zip((self._mha[layer], self._ffn[layer]), bits, strict=True):
+                    if count != ABSENT:
+                        block.prepare(count)
+            size = max(self._room(layer) for layer in self.layers)
+            count = min(SLOTS, len(self.layers))
+            # Both or none: one that stays alone would not be counted.
+            slots = [torch.empty(size, dtype=torch.uint8, device=self._device.place) for _ in range(count)]
+            self._slots = slots
 
     def close(self) -> None:
-        """Stream nothing any more, and end the thread."""
-        self.set({})
+        """Free the slots and end the thread; a later pass begins again."""
+        self.restart()
+        self._slots, self.clock = [], None
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
@@ -121,13 +151,6 @@ class WeightStreams:
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
-    def _bytes(self, layer: int) -> int:
-        return sum(
-            block.stored_bytes(bits)
-            for block, bits in zip((self._mha[layer], self._ffn[layer]), self.layers[layer], strict=True)
-            if bits != ABSENT
-        )
-
     def _after(self, layer: int) -> int:
         """Return the streamed layer that runs after this one."""
         order = list(self.layers)
@@ -136,10 +159,7 @@ class WeightStreams:
     def _begin_at(self, layer: int) -> None:
         """Fill the slots, from this layer on."""
         self.restart()
-        if not self._slots:
-            size = max(self._room(one) for one in self.layers)
-            count = min(SLOTS, len(self.layers))
-            self._slots = [torch.empty(size, dtype=torch.uint8, device=self._device.place) for _ in range(count)]
+        self.reserve()
         for slot in range(len(self._slots)):
             self._load(layer, slot)
             layer = self._after(layer)
@@ -158,7 +178,7 @@ class WeightStreams:
         """Forget what is in the slots; copies that are under way are completed first."""
         for load in self._loads:
             if load.future is not None:
-                load.future.result()
+                load.future.exception()  # waits; what failed is read again
             for event in load.events:
                 event.synchronize()
             for block, *_ in load.parts:

@@ -144,7 +144,7 @@ class HwEngine(Replica):
             config.max_context_tokens or elastic.spec.max_context_tokens, elastic.spec.max_context_tokens
         )
         _prepare(elastic, plan, plans)
-        self.memory = DeviceMemory(elastic.hardware, elastic.bytes())
+        self.memory = DeviceMemory(elastic.hardware, elastic.bytes() - elastic.streams.missing_bytes)
         self.arena = arena or _default_arena(elastic, budget, workspace_bytes, config.kv_block_tokens)
         self.attention = found = find_attention(
             attention,

@@ -184,9 +184,12 @@ class TorchExecutor:
         for request_id, token in next_tokens.items():
             self.tokens[request_id].append(token)
         ended = self._ends or (lambda _id, _token: False)
+        priced_s = self._price(iteration)
+        if self._prices is not None:
+            self._prices.ended(end_s)
         return Ran(
             end_s=end_s,
-            priced_s=self._price(iteration),
+            priced_s=priced_s,
             next_tokens=next_tokens,
             stopped=frozenset(request_id for request_id, token in next_tokens.items() if ended(request_id, token)),
         )
@@ -209,6 +212,10 @@ class TorchExecutor:
         """Let the calibration expect what crosses the link; ``TorchWeights.drop`` streams it."""
         if self._prices is not None:
             self._prices.stream(resident, now_s)
+
+    def prepare(self) -> None:
+        """Allocate the slots of streamed layers."""
+        attempt(self._elastic.hardware, self._elastic.streams.reserve)
 
     def follow_budget(self, budget_bytes: int) -> None:
         """Let allocations beyond this many bytes fail from now on, where the device can."""

@@ -49,6 +49,20 @@ def even_layers(num_layers: int, count: int) -> tuple[int, ...]:
     return tuple((2 * i + 1) * num_layers // (2 * count) for i in range(count))
 
 
+def nested_layers(num_layers: int) -> list[int]:
+    """Return all layers in an order whose first n are far from each other, for every n.
+
+    Each layer is the one farthest from those before it, also across the end of a pass; of several, the first. Where the
+    number of layers is a power of two, the first 4, 8 or 16 lie at equal distances. A change from n to more streamed
+    layers then only adds layers.
+    """
+    order = [num_layers // 2]
+    while len(order) < num_layers:
+        far = [min(min((i - j) % num_layers, (j - i) % num_layers) for j in order) for i in range(num_layers)]
+        order.append(far.index(max(far)))
+    return order
+
+
 def stream_rows(layer_bytes: Sequence[int], blocks: Sequence[int], streamed: Sequence[bool]) -> tuple[Ints, Floats]:
     """Return what `streamed_end_s` reads of m streamed layers: their bytes int64[m + 1], and shares float64[m + 1, 2].
 
@@ -74,11 +88,11 @@ def stream_rows(layer_bytes: Sequence[int], blocks: Sequence[int], streamed: Seq
 
 @compiled()
 def stream_ready_s(
-    layer_bytes: Ints, at: int, count: int, now_s: float, bytes_per_s: float, layer_s: float
+    layer_bytes: Ints, at: int, count: int, now_s: float, bytes_per_s: float, layer_s: float, factor: float
 ) -> tuple[float, float]:
     """Return when the first two streamed layers are on the device, if the copies begin at ``now_s``; see below."""
-    first_s = now_s + (layer_bytes[at] / bytes_per_s + layer_s)
-    return first_s, first_s + (layer_bytes[at + (1 if count > 1 else 0)] / bytes_per_s + layer_s)
+    first_s = now_s + (layer_bytes[at] / bytes_per_s + layer_s) * factor
+    return first_s, first_s + (layer_bytes[at + (1 if count > 1 else 0)] / bytes_per_s + layer_s) * factor
 
 
 @compiled()
@@ -148,7 +162,7 @@ def steady_pass_s(
     if count < 1:
         return compute_s
     compute_s = slowed_s(sizes, 0, count, compute_s, bytes_per_s, layer_s, slowdown)
-    first_s, second_s = stream_ready_s(sizes, 0, count, 0.0, bytes_per_s, layer_s)
+    first_s, second_s = stream_ready_s(sizes, 0, count, 0.0, bytes_per_s, layer_s, 1.0)
     ends_s = [0.0]
     for _ in range(2 * STEADY_PASSES):
         end_s, first_s, second_s = streamed_end_s(

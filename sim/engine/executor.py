@@ -65,7 +65,15 @@ class Executor(Protocol):
     """Computes the iterations of a replica."""
 
     def stream(self, resident: Resident, now_s: float) -> None:
-        """Stream the layers that ``resident`` says from now on."""
+        """Expect the layers that ``resident`` streams to cross the link from now on."""
+        ...
+
+    def prepare(self) -> None:
+        """Take the memory that the plan needs besides weights and KV blocks; nothing to do if it is there.
+
+        Raises:
+            MemoryError: if there is none now; no iteration runs until there is.
+        """
         ...
 
     def run(self, iteration: Iteration) -> Ran | None:
@@ -93,7 +101,10 @@ class Weights(Protocol):
     """The weights on a device, and at most one layer that is being copied in."""
 
     def drop(self, resident: Resident) -> None:
-        """Free the blocks that are no longer in ``resident``; a copy under way continues."""
+        """Free the blocks that are no longer in ``resident``, and stream those layers that it streams.
+
+        A copy under way continues.
+        """
         ...
 
     def start(self, copy: LayerCopy, now_s: float, *, shared: bool = False) -> None:

@@ -29,7 +29,7 @@ from sim.engine.transition_log import TransitionLog
 class PlanChanges:
     """The running plan, the wanted plan, and the change under way between them.
 
-    plan: what runs. target: the plan that the last change leads to. resident: the blocks on the device.
+    plan: what runs. target: the plan that the last change leads to. resident: the blocks that can run.
     copy: the layer that is being copied in or is next, None for none. weight_bytes: bytes of the resident weights.
     log: one row per change.
     """

@@ -69,9 +69,10 @@ class PricingExecutor:
         self._crossing: list[tuple[int, int]] = []
         self._stream_bytes, self._stream_shares = stream_rows([], [], [])
         self._ready_s = (0.0, 0.0)
+        self._said_end_s = math.nan
 
     def stream(self, resident: Resident, now_s: float) -> None:
-        """Stream the layers that ``resident`` says from now on."""
+        """Let the layers that ``resident`` streams cross the link from now on."""
         layers = resident.crossing()
         if not layers:
             self._crossing = []
@@ -83,9 +84,10 @@ class PricingExecutor:
         crossing = [(layer, sizes[layer]) for layer in layers]
         if crossing != self._crossing:
             first_s, second_s = stream_ready_s(
-                self._stream_bytes, 0, len(layers), now_s, self._bytes_per_s, self._layer_s
+                self._stream_bytes, 0, len(layers), now_s, self._bytes_per_s, self._layer_s, self._slowdown
             )
             self._crossing, self._ready_s = crossing, (float(first_s), float(second_s))
+            self._said_end_s = math.nan
 
     def run(self, iteration: Iteration) -> Ran:
         """Return when the iteration ends."""
@@ -101,6 +103,16 @@ class PricingExecutor:
             for live, tokens in iteration.batch.scheduled
             if live.computed_tokens + tokens == live.target_tokens
         }
+
+    def prepare(self) -> None:
+        """Do nothing: nothing is allocated."""
+
+    def ended(self, end_s: float) -> None:
+        """Say when the iteration that was priced last has really ended: copies go on from there."""
+        if self._crossing and math.isfinite(self._said_end_s):
+            first_s, second_s = self._ready_s
+            self._ready_s = first_s + (end_s - self._said_end_s), second_s + (end_s - self._said_end_s)
+            self._said_end_s = end_s
 
     def follow_budget(self, budget_bytes: int) -> None:
         """Do nothing: simulated KV blocks have no memory."""
@@ -147,7 +159,7 @@ class PricingExecutor:
             self._slowdown * (SHARED_LINK if iteration.copying else 1.0),
             *self._ready_s,
         )
-        self._ready_s = (ready_s[0], ready_s[1])
+        self._ready_s, self._said_end_s = (ready_s[0], ready_s[1]), end_s
         return float((end_s - iteration.start_s) / self._slowdown)
 
 

@@ -155,6 +155,7 @@ class Replica(ReplicaState):
         self._held = False  # the last ``run_until`` ended between two iterations: a policy decides before the next
         self._interrupted = False
         self._most_running = math.inf  # fewer after memory ran out, until a request has finished
+        self._prepared = True  # whether the executor has the memory that the plan needs
         self._alone_failed = False  # the last iteration was of one request and ran out of memory
         self._preempted_for_change = 0  # since the last iteration, while a blocking copy holds the next one up
         self._refusals = 0  # looks in a row in which the device had no memory for a step between two iterations
@@ -407,6 +408,10 @@ class Replica(ReplicaState):
         preempted = self._change_plan(now_s)
         self._reject_late(now_s)
         self._preempted_for_change += preempted
+        if not self._prepared:
+            if self._refusals >= MOST_REFUSALS:
+                raise self._no_memory("streamed layers")
+            return False
         if self._changes.copying and self.config.copying == "blocking":
             return False
         preempted, self._preempted_for_change = self._preempted_for_change, 0
@@ -656,6 +661,7 @@ class Replica(ReplicaState):
             self._preempt_for_change(self.queues.running[-1])
         self._attempt(self._kv.settle, now_s)
         self._follow_memory()
+        self._prepared = self._attempt(self._executor.prepare, now_s)
         self._attempt(lambda: changes.start_copy(now_s), now_s)
         if self.out_of_memory == refused:
             self._refusals = 0

@@ -2,8 +2,7 @@
 
 ``adaptive_precision`` resembles FlexQuant (arXiv 2506.12024) and PMPD (arXiv 2410.13461), which lower bits where the
 loss is smallest; here the number of layers at low precision follows the load. ``kv_precision`` does the same to the KV
-of requests whose prefill ends under load: it shrinks what they hold and read, not the weights. ``oneiros`` streams
-layers from host memory (arXiv 2507.11507): no token changes, and iterations may take longer. ``adaptive_pruning``
+of requests whose prefill ends under load: it shrinks what they hold and read, not the weights. ``adaptive_pruning``
 gives MorphServe's controller (arXiv 2506.02006) a greedy order of blocks to drop instead of layers to quantize: a rule
 without learning that reacts to queues as well as to memory. Thresholds that no paper states are our choice.
 """
@@ -13,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sim.cost.memory import layer_weight_bytes, weight_bytes
-from sim.cost.plan import LARGEST, Plan, check_plan, dense_plan, is_positive, layer_list
-from sim.cost.streaming import LEAST_STREAMED, even_layers
+from sim.cost.plan import LARGEST, Plan, check_plan, dense_plan, layer_list
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.limits import is_whole
@@ -23,7 +20,7 @@ from sim.policies.base import PolicyContext
 from sim.policies.greedy_stop import greedy_stop
 from sim.policies.morphserve import MorphServe
 
-KV_REST_LEVELS = STREAM_REST_LEVELS = 0.1
+REST_LEVELS = 0.1
 """The ``rest_levels`` of ``kv_precision`` and ``oneiros``. Above 0, because smoothed pressure never reaches 0."""
 
 
@@ -153,65 +150,7 @@ def kv_precision(
     plans = (dense, *(replace(dense, kv_bits=(4,) * low + (8,) * (layers - low)) for low in (0, *counts)))
     for plan in plans:
         check_plan(served.model, plan)
-    return AdaptivePrecision(plans, calm, wait_s, smoothing, hysteresis, rest_levels=KV_REST_LEVELS)
-
-
-def oneiros(
-    served: PolicyContext,
-    *,
-    layers: Sequence[int] = (4, 6, 8, 12, 16),
-    most_link_s: float | None = None,
-    calm: float = 0.6,
-    wait_s: float = 1.0,
-    smoothing: float = 0.5,
-    hysteresis: float = 0.5,
-) -> AdaptivePrecision:
-    """Build the policy that streams more layers the higher the pressure, at equal distances; nothing is lost.
-
-    A step whose weights do not fit the budget is passed over: below the dense weights, layers are streamed at any load.
-
-    Args:
-        layers: how many layers are streamed, ascending from 3.
-        most_link_s: the copies of one iteration may take at most this long; steps that exceed it are left out.
-        calm, wait_s, smoothing, hysteresis: as in ``AdaptivePrecision``.
-    Raises:
-        ConfigError: for numbers out of range, counts that do not ascend, or if ``most_link_s`` leaves no step.
-    Source:
-        Oneiros (arXiv 2507.11507). It weighs copies against computing; here ``most_link_s`` states the limit.
-    """
-    check_pressure(calm, wait_s, smoothing, hysteresis)
-    total, counts = served.model.num_layers, layer_list("policy.layers", layers)
-    if not counts or counts != sorted(set(counts)) or not all(LEAST_STREAMED <= count <= total for count in counts):
-        raise ConfigError(
-            f"policy.layers is {counts}; the numbers must ascend and lie between {LEAST_STREAMED} and {total}, such as "
-            f"[{max(LEAST_STREAMED, total // 4)}]"
-        )
-    if most_link_s is not None:
-        counts = _within_link(served, counts, most_link_s)
-    dense = dense_plan(served.model)
-    chosen = [set(even_layers(total, count)) for count in counts]
-    plans = (dense, *(replace(dense, streamed=tuple(i in some for i in range(total))) for some in chosen))
-    weights = tuple(weight_bytes(served.model, plan) + served.workspace_bytes for plan in plans)
-    return AdaptivePrecision(
-        plans, calm, wait_s, smoothing, hysteresis, weights_bytes=weights, rest_levels=STREAM_REST_LEVELS
-    )
-
-
-def _within_link(served: PolicyContext, counts: Sequence[int], most_link_s: float) -> list[int]:
-    """Return the numbers of layers whose weights cross the link in ``most_link_s`` seconds."""
-    if not is_positive(most_link_s):
-        raise ConfigError(f"policy.most_link_s is {most_link_s}; it must be above 0 seconds, or null for no limit")
-    if served.server is None:
-        raise ConfigError("policy.most_link_s needs a server with a known link; leave it null here")
-    link, size = served.server.copying(), layer_weight_bytes(served.model)
-    layer_s = size / link.host_to_device_bytes_per_s + link.layer_s
-    found = [count for count in counts if count * layer_s <= most_link_s]
-    if not found:
-        raise ConfigError(
-            f"policy.most_link_s is {most_link_s}, but {counts[0]} layers take {counts[0] * layer_s:.3g} s over this "
-            "link; raise it, or stream none (policy=dense)"
-        )
-    return found
+    return AdaptivePrecision(plans, calm, wait_s, smoothing, hysteresis, rest_levels=REST_LEVELS)
 
 
 def check_pressure(calm: float, wait_s: float, smoothing: float, hysteresis: float) -> None:

@@ -116,7 +116,8 @@ class Transitions:
     """One entry per plan change in every array.
 
     time_s: when it was decided. from_plan, to_plan: the running plan and the wanted one (``sim.cost.plan.describe``).
-    bytes_in: weights copied from host memory. bytes_freed: weights that left, dropped or replaced.
+    bytes_in: weights copied from host memory. bytes_freed: weights that left, dropped, replaced or streamed from then
+        on; less what the room for streamed layers takes, so it can be negative.
     ready_s: when all of the plan ran; NaN if a later decision superseded it or the replay stopped before.
     preempted: requests that lost their KV, because the pool shrank or because they had to be computed again.
     recomputed_tokens: tokens whose KV those requests held.

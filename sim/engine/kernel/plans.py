@@ -358,7 +358,7 @@ def _copy_residency(s: Table, residency: int, count: int, now_s: float) -> None:
     n.streams_at, n.streams = row.streams_at, row.streams
     if row.stream_id != n.stream_id and row.streams > 0:  # other layers are streamed: the copies of the first two begin
         n.first_stream_s, n.second_stream_s = stream_ready_s(
-            stream_bytes_of(s), n.streams_at, n.streams, now_s, n.copy_bytes_per_s, n.copy_layer_s
+            stream_bytes_of(s), n.streams_at, n.streams, now_s, n.copy_bytes_per_s, n.copy_layer_s, n.slowdown
         )
     n.stream_id = row.stream_id
     n.max_running = min(n.slots, row.max_running) if row.max_running >= 0 else n.slots

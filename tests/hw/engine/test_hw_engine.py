@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 import weakref
 from dataclasses import replace
 from itertools import product
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hw.elastic.blocks import DiskStore
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import out_of_memory
 from hw.elastic.model import ElasticModel
@@ -24,7 +26,7 @@ from hw.engine.iteration_log import passes_table
 from hw.engine.prompts import RandomPrompts
 from hw.engine.torch_executor import NumericsError, TorchExecutor
 from sim.cost.latency import calibration_from_dict
-from sim.cost.memory import budget_for_kv_blocks, weight_bytes
+from sim.cost.memory import budget_for_kv_blocks, layer_weight_bytes, weight_bytes
 from sim.cost.plan import KeepMask, KVKeep, check_plan, dense_plan, drop, with_mask
 from sim.engine.budget import Budget
 from sim.engine.executor import Iteration
@@ -32,7 +34,7 @@ from sim.engine.pricing_executor import PricingExecutor
 from sim.engine.protocol import EngineConfig
 from sim.engine.sim_engine import SimEngine
 from sim.engine.transition import LayerCopy
-from sim.errors import BudgetError, ConfigError
+from sim.errors import BudgetError, ConfigError, ModelError
 from sim.policies import Fixed, PolicyContext
 from sim.policies.greedy_stop import greedy_stop
 from sim.policies.schedule import Schedule
@@ -123,6 +125,23 @@ def test_a_policy_sees_what_the_calibration_expects_of_the_iterations_that_ended
         state = engine.run_until(math.inf)
         assert state.busy_s == pytest.approx(factor * state.priced_s)
         assert state.busy_s > 0
+
+
+@pytest.mark.parametrize("faster", [0.25, 4.0])
+def test_the_calibration_expects_the_same_of_streaming_passes_however_fast_the_device_is(faster: float) -> None:
+    """Copies go on from the end of each iteration, not from the end that was expected."""
+    plan = replace(dense_plan(tiny_spec()), streamed=(True,) * LAYERS)
+    layer_s = 0.5
+    link = layer_weight_bytes(tiny_spec()) / layer_s
+    prices = PricingExecutor(flat_latency(1e6 * faster, 0.0), 0.0, link, model=tiny_spec())
+    seen: list[float] = []
+    price = prices.price
+    prices.price = lambda iteration: (found := price(iteration), seen.append(found[0]))[0]  # type: ignore[method-assign]
+    engine = hw_engine(plan=plan, prices=prices)
+    serve(engine, [(0.0, 6, 40)])
+    assert max(seen[3:]) == pytest.approx(min(seen[3:]))
+    assert seen[-1] <= max(LAYERS * layer_s, faster) * 1.01
+    engine.close()
 
 
 def test_a_calibration_that_lacks_a_precision_expects_what_iterations_take() -> None:
@@ -370,7 +389,8 @@ def plan_schedule(
             plan = replace(plan, max_running=3)
         if streams and crossing.random() < 0.6:
             layers = crossing.sample(range(LAYERS), crossing.choice((3, LAYERS)))
-            plan = replace(plan, streamed=tuple(layer in layers for layer in range(LAYERS)))
+            if sum(prefill.mha[layer] or prefill.ffn[layer] for layer in layers) >= 3:
+                plan = replace(plan, streamed=tuple(layer in layers for layer in range(LAYERS)))
         check_plan(spec, plan)
         plans.append(plan)
     return Schedule(tuple(period_s * i for i in range(steps)), tuple(plans))
@@ -848,6 +868,38 @@ class StarvedExecutor(TorchExecutor):
 
 class Starved(HwEngine):
     executor_type = StarvedExecutor
+
+
+def test_a_read_that_fails_once_is_an_error_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, plan = [(0.0, 6, 20)], replace(dense_plan(tiny_spec()), streamed=(True,) * LAYERS)
+    expected, before = serve(hw_engine(), rows), set(threading.enumerate())
+    engine = hw_engine(plan=plan)
+    load, calls = DiskStore.load, iter(range(1000))
+
+    def failing(store: DiskStore, key: object, targets: Any) -> Any:
+        if next(calls) == 30:
+            raise ModelError("the file of stored weights ends")
+        return load(store, key, targets)
+
+    monkeypatch.setattr(DiskStore, "load", failing)
+    engine.submit(requests(rows))
+    with pytest.raises(ModelError, match="stored weights ends"):
+        engine.run_until(math.inf)
+    engine.run_until(math.inf)
+    assert [engine.tokens(0)] == expected
+    engine.close()
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_model_whose_engine_is_closed_still_runs_its_streamed_layers() -> None:
+    plan = replace(dense_plan(tiny_spec()), streamed=(True, True, False, True))
+    engine = hw_engine(plan=plan)
+    serve(engine, some_rows(3, 4))
+    engine.close()
+    elastic, dense = engine.elastic, ElasticModel(tiny(), name="tiny")
+    torch.testing.assert_close(elastic.forward([[1, 2, 3]]), dense.forward([[1, 2, 3]]))
+    assert elastic.bytes() == weight_bytes(tiny_spec(), plan)
+    elastic.streams.close()
 
 
 def test_running_out_of_memory_preempts_and_loses_no_request() -> None:

@@ -32,6 +32,7 @@ from tests.hw.engine.test_hw_engine import (
 )
 from tests.hw.fake_cuda import FakeCuda, FakeEvent
 from tests.hw.serving import (
+    LAYERS,
     VOCABULARY,
     PricedClock,
     engine_config,
@@ -39,9 +40,11 @@ from tests.hw.serving import (
     requests,
     tiny,
     tiny_spec,
+    torch,
 )
 from tests.sample import quick
 
+ALL_STREAMED = replace(dense_plan(tiny_spec()), streamed=(True,) * LAYERS)
 WORKSPACE_BYTES = 1 << 20
 """What a pass of the tiny model may take for a moment, with the host's tensors, which the fake takes for the GPU's."""
 
@@ -136,6 +139,72 @@ def test_the_fake_shows_a_copy_that_is_read_too_early() -> None:
         engine.apply(dense_plan(spec))
         with pytest.raises(NumericsError, match="FFN1"):
             engine.run_until(60.0)
+
+
+def test_a_streaming_pass_reads_no_slot_before_its_copy_is_complete() -> None:
+    class Hasty(FakeCuda):
+        def join(self, event: Event, tensors: Any) -> None:
+            """Wait for nothing."""
+
+    with Hasty(polls=1000) as device:
+        engine = engine_on(device, plan=ALL_STREAMED)
+        engine.submit(requests([(0.0, 8, 30)]))
+        with pytest.raises(NumericsError, match="MHA0"):
+            engine.run_until(60.0)
+
+
+def test_slots_that_no_pass_has_allocated_do_not_count_as_memory_of_others() -> None:
+    others = []
+    for plan in (None, ALL_STREAMED):
+        with FakeCuda() as device:
+            foreign = torch.empty(400_000, dtype=torch.uint8)
+            engine = engine_on(device, plan=plan)
+            others.append(engine.memory._others_bytes)
+            engine.close()
+            del foreign
+    assert others[0] == others[1] > 399_000
+
+
+def test_slots_that_are_refused_for_a_while_hold_the_next_iteration_up_and_lose_nothing() -> None:
+    rows = [(0.0, 6, 20)] * 3
+    with FakeCuda() as device:
+        engine = engine_on(device, plan=None)
+        reserve, left = engine.elastic.streams.reserve, 5
+
+        def refusing() -> None:
+            nonlocal left
+            if not engine.elastic.streams._slots and engine.elastic.streams.layers and left:
+                left -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory: slots")
+            reserve()
+
+        engine.elastic.streams.reserve = refusing  # type: ignore[method-assign]
+        engine.submit(requests(rows))
+        engine.run_until(3.0)
+        engine.apply(ALL_STREAMED)
+        engine.run_until(math.inf)
+        engine.check()
+    assert left == 0
+    assert engine.out_of_memory == 5
+    assert engine.records().preemptions.sum() == 0
+    assert [engine.tokens(i) for i in range(3)] == plain_tokens("llama", rows)
+
+
+def test_a_plan_that_was_not_listed_waits_for_the_memory_to_quantize_its_layers() -> None:
+    dense = dense_plan(tiny_spec())
+    with FakeCuda() as device:
+        engine = engine_on(device, plans=[dense])
+        engine.submit(requests([(0.0, 6, 60)]))
+        engine.run_until(3.0)
+        engine.apply(ALL_STREAMED)
+        engine.run_until(6.0)
+        engine.apply(replace(ALL_STREAMED, weight_bits=(8,) * LAYERS))
+        before = device.allocations
+        device.refuse = frozenset(range(before, before + 3))
+        engine.run_until(math.inf)
+        engine.check()
+    assert engine.out_of_memory > 0
+    assert len(engine.tokens(0)) == 60
 
 
 # --- A device that refuses memory ------------------------------------------------------------------------------------

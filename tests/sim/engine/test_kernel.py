@@ -31,6 +31,7 @@ from sim.replay.run import build_engine, build_trace, replay_with
 from sim.results.records import Records
 from sim.traces.trace import Trace
 from tests.sample import quick
+from tests.sim.engine import streamed_cases
 from tests.sim.engine.kernel_cases import LATE_S, Case, differences, merged, random_case, serve, shrunk, unequal
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency, requests, tiny_engine
@@ -42,6 +43,12 @@ DENSE = dense_plan(TINY)
 def test_the_compiled_engine_leaves_the_records_of_the_plain_one(first: int) -> None:
     for seed in range(first, first + 20):
         assert differences(random_case(seed)) == [], f"seed {seed}; `make fuzz FIRST={seed} CASES=1` shrinks it"
+
+
+@pytest.mark.parametrize("first", quick(range(0, 200, 20), 3))
+def test_the_engines_agree_on_eight_layers_of_which_most_plans_stream_some(first: int) -> None:
+    for seed in range(first, first + 20):
+        assert streamed_cases.differences(streamed_cases.random_case(seed)) == [], f"seed {seed}"
 
 
 @pytest.mark.parametrize("first", quick([1000, 1020], 1))

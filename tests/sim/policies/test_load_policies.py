@@ -14,16 +14,14 @@ from sim.config import CONF_DIR
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import check_plan, dense_plan
-from sim.cost.streaming import even_layers
 from sim.engine.protocol import EngineState
-from sim.engine.server_spec import ServerSpec
 from sim.errors import ConfigError, PlanError
 from sim.policies.admission import WAIT_STEP_S, Limited, limited, saber
 from sim.policies.base import PolicyContext
-from sim.policies.fixed import Fixed, static_plan
+from sim.policies.fixed import Fixed
 from sim.policies.ladder import load_ladder, memory_ladder
 from sim.policies.load_table import load_table
-from sim.policies.pressure import adaptive_precision, adaptive_pruning, kv_precision, oneiros
+from sim.policies.pressure import adaptive_precision, adaptive_pruning, kv_precision
 from tests.sim.serving import TINY, tiny_engine
 
 SERVED = PolicyContext(model=TINY)
@@ -170,32 +168,6 @@ def test_a_load_near_calm_does_not_change_the_bits_of_kv_at_every_step() -> None
     assert bits(500, 510, 500, 515) == [16, 16, 16, 16]
     assert bits(520, 515, 510, 520) == [8, 8, 8, 8]
     assert bits(505, 510, 515) == [16, 16, 16]
-
-
-def test_more_layers_are_streamed_under_pressure_and_none_after_calm() -> None:
-    server = ServerSpec.from_names(model="llama2_7b", gpu="a100_80gb", latency="llama2_7b_a100_trtllm")
-    served = PolicyContext.of(server)
-    policy = oneiros(served, layers=[4, 8], calm=0.5, smoothing=1.0)
-    roomy = {"budget_bytes": 80_000_000_000, "next_budget_bytes": 80_000_000_000}
-    counts = [sum(policy(seen(kv_used_layer_blocks=used, **roomy)).streamed) for used in (0, 60, 100, 60, 0, 0)]
-    assert counts == [0, 4, 8, 4, 0, 0]
-    assert (
-        policy(seen(kv_used_layer_blocks=60, **roomy)).streamed
-        == static_plan(served.model, streamed=even_layers(32, 4)).streamed
-    )
-    # A budget below the dense weights streams without any load: 13.5 GB hold neither them nor all but two layers.
-    tight = {"budget_bytes": 13_500_000_000, "next_budget_bytes": 13_500_000_000}
-    assert sum(oneiros(served, layers=[4, 8])(seen(**tight)).streamed) == 8
-    # A layer of 405 MB crosses the link in 16.2 ms.
-    limited = oneiros(served, layers=[4, 8, 12], most_link_s=0.15)
-    assert [sum(plan.streamed) for plan in limited.plans] == [0, 4, 8]
-    with pytest.raises(ConfigError, match=r"most_link_s is 0\.01, but 4 layers take 0\.06.* raise it, or stream none"):
-        oneiros(served, layers=[4], most_link_s=0.01)
-    with pytest.raises(ConfigError, match="most_link_s needs a server"):
-        oneiros(PolicyContext(model=served.model), most_link_s=0.1)
-    for wrong in ([2, 4], [8, 4], [], [33]):
-        with pytest.raises(ConfigError, match=r"policy\.layers is .* must ascend and lie between 3 and 32"):
-            oneiros(served, layers=wrong)
 
 
 def test_pressure_drops_blocks_of_the_order_step_by_step_and_only_after_it_persisted() -> None:

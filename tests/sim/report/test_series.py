@@ -109,6 +109,8 @@ def test_states_of_blocks_say_bits_and_what_only_prefill_keeps() -> None:
     states = series.block_states(plan).tolist()
     assert states[:4] == [series.DROPPED, series.PREFILL_ONLY, series.BITS_8, series.BITS_4]
     assert states[4:] == [series.BITS_16, series.BITS_16, series.BITS_8, series.BITS_4]
+    streamed = series.block_states(plan_from_text("-MHA 0; W8 2; streamed 0-2", 4)).tolist()
+    assert streamed[:4] == [series.DROPPED, series.STREAMED, series.STREAMED, series.BITS_16]
 
 
 def many_changes(run: RunData, number: int) -> RunData:
