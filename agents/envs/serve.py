@@ -6,10 +6,10 @@ plan serves the remaining requests to their end.
 Observation: float32[entries], what a server can observe of itself (``sim.policies.observation.serve.serve_table`` lists
 each entry with its unit and range), and at the end one flag (0 or 1) for each legal action.
 
-Action: the number of a plan in a table of blocks to drop, layers at low precision and queue limit
-(``sim.policies.observation.serve.serve_actions``). A plan whose weights do not fit the budget is illegal, and so is a
-change of weights within ``dwell_s`` seconds of the last one. An illegal action keeps the running plan;
-``info["illegal_actions"]`` counts them.
+Action: the number of a plan in a table of blocks to drop, layers at low precision and queue limit, and if the
+configuration asks for them streamed layers and bits of KV (``sim.policies.observation.serve.serve_actions``). Illegal
+are a plan whose weights do not fit the budget, and a change of weights within ``dwell_s`` seconds of the last one. An
+illegal action keeps the running plan; ``info["illegal_actions"]`` counts them.
 
 Reward: the change of utility per tick times a scale, no unit (``agents.envs.reward.ServeReward``). Utility is the share
 of arrived requests that met the SLO, each weighted by the quality kept, exp(-loss) of the plans it ran under.
@@ -46,7 +46,7 @@ from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineConfig, EngineState
 from sim.engine.server_spec import ServerSpec, named_calibration, named_quality
 from sim.engine.sim_engine import MEMORY_OF_PLANS, SimEngine
-from sim.errors import ConfigError
+from sim.errors import ConfigError, RapLabError
 from sim.policies.observation.serve import (
     Choice,
     ServeActions,
@@ -160,6 +160,8 @@ class ServeSetting:
         self._costs: dict[float, Callable[[Plan], float]] = {1.0: self.nll}
         self._graphs: dict[float, PlanGraph] = {}
         self._low_loss = low_precision_loss(self.model, self.actions, self.nll)
+        if self.actions.more:
+            _check_known(self.actions, self.nll, quality)
         self.server = ServerSpec(
             model=self.model,
             gpu=self.gpu,
@@ -271,6 +273,24 @@ class ServeSetting:
     def lost(self, engine: SimEngine | Cluster, requests: int, now_s: float) -> float:
         """Return the utility that is out of reach at ``now_s``, in [0, 1] (``agents.envs.reward.utility_lost``)."""
         return utility_lost(engine.records(), self.slo, self.dense_nll, now_s, requests) if requests else 0.0
+
+
+def _check_known(actions: ServeActions, nll: Callable[[Plan], float], quality: str) -> None:
+    """Check that a quality table knows what every plan of a table loses.
+
+    Raises:
+        ConfigError: for a plan that it does not know.
+    """
+    for name, plan in zip(actions.names, actions.plans, strict=True):
+        try:
+            known = math.isfinite(nll(plan))
+        except RapLabError as error:
+            raise ConfigError(f"actions: {name}: {error}") from error
+        if not known:
+            raise ConfigError(
+                f"actions: quality={quality} does not know what the plan {name} loses; take kv_bits out of actions, or "
+                "a table that has them, such as llama2_7b_transferred"
+            )
 
 
 DEFAULT_ACTIONS: Mapping[str, Any] = {

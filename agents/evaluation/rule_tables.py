@@ -47,7 +47,12 @@ def plans_without_limits(setting: ServeSetting) -> dict[tuple[int, int], Plan]:
     """Return the plans of the action table without admission limits, by (blocks dropped, layers at low precision)."""
     options, each = setting.action_options, setting.actions.limits
     levels = [(drop, low) for drop in options.get("drops", (0,)) for low in options.get("low_layers", (0,))]
-    plans = [replace(plan, max_waiting=None, max_wait_s=None) for plan in setting.actions.plans[::each]]
+    # Of each pair those that stream nothing, at the first bits of KV: rules choose between the other two alone.
+    plans = [
+        replace(plan, max_waiting=None, max_wait_s=None)
+        for plan in setting.actions.plans[::each]
+        if not any(plan.streamed)
+    ]
     return dict(zip(levels, plans, strict=True))
 
 

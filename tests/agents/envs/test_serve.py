@@ -284,6 +284,31 @@ def test_the_table_of_plans_combines_every_level() -> None:
         serve_actions(model, order=["MHA1"], drops=(2,))
 
 
+MORE_ACTIONS = {"drops": [0, 2], "low_layers": [0], "waits": [1.5], "kv_bits": [16, 8], "streamed": [0, 4, 8]}
+
+
+def test_streamed_layers_and_bits_of_kv_can_be_chosen() -> None:
+    env = ServeTrace(actions=MORE_ACTIONS, quality="llama2_7b_transferred")
+    observation, _ = env.reset(options={"window": WINDOW})
+    assert observation.shape == env.observation_space.shape == (ServeTrace().observation_space.shape[0] + 2
+                                                               - len(ServeTrace().setting.actions.plans)
+                                                               + len(env.setting.actions.plans),)  # fmt: skip
+    rng, over, ran = np.random.default_rng(1), False, set()
+    while not over:
+        legal = np.flatnonzero(observation[-len(env.setting.actions.plans) :])
+        observation, _, over, _, info = env.step(int(rng.choice(legal)))
+        plan = env.core.state.plan
+        ran.add((sum(plan.streamed), plan.kv_bits[0]))
+    assert {count for count, _ in ran} >= {0, 4, 8}
+    assert {bits for _, bits in ran} == {16, 8}
+    assert info["illegal_actions"] == 0
+
+
+def test_bits_of_kv_need_a_quality_table_that_knows_them() -> None:
+    with pytest.raises(ConfigError, match=r"actions: drop 0.*KV"):
+        ServeSetting(actions=MORE_ACTIONS, quality="llama2_7b_published")
+
+
 def test_a_learned_policy_chooses_the_same_plans_in_sim_as_in_the_environment(tmp_path: Path) -> None:
     env = ServeTrace()
     setting = env.setting

@@ -17,6 +17,7 @@ from sim.cost.model_spec import load_model
 from sim.cost.plan import dense_plan
 from sim.engine import batch_step
 from sim.engine.protocol import EngineState
+from sim.errors import ConfigError, RapLabError
 from sim.policies.observation.serve import (
     SERVE_ENTRIES,
     SERVER_ENTRIES,
@@ -25,6 +26,7 @@ from sim.policies.observation.serve import (
     ServeObservers,
     Terms,
     serve_actions,
+    serve_table,
 )
 
 MODEL = load_model("llama2_7b")
@@ -204,6 +206,59 @@ def test_plans_at_low_precision_are_illegal_without_copies() -> None:
     smallest = min(b for b, needs in zip(actions.weights_bytes, low, strict=True) if not needs)
     np.testing.assert_array_equal(legal, ~low & (np.array(actions.weights_bytes) == smallest))
     np.testing.assert_array_equal(many.legal(seen(short))[0], legal)
+
+
+MORE = serve_actions(
+    MODEL,
+    order=["MHA25", "MHA27"],
+    drops=(0, 2),
+    low_layers=(0, 32),
+    waits=(0.5, 0.9),
+    kv_bits=(16, 8),
+    streamed=(0, 4, 8),
+    start_drops=2,
+)
+
+
+def test_a_table_may_have_streamed_layers_and_bits_of_kv() -> None:
+    assert len(MORE.plans) == len(set(MORE.plans)) == len(set(MORE.names)) == 2 * 2 * 3 * 2 * 2
+    assert MORE.heads == (12, 4)
+    assert MORE.more
+    assert not ACTIONS.more
+    for number, plan in enumerate(MORE.plans):
+        weights, limit = divmod(number, 4)
+        assert sum(plan.streamed) == (0, 4, 8)[weights % 3]
+        assert set(plan.kv_bits) == {(16, 8)[limit // 2]}
+        assert plan.max_wait_s == (0.5, 0.9)[limit % 2]
+        assert plan.weight_bits == ((4 if weights // 3 % 2 else 16),) * 32
+        assert MORE.groups[number] == weights
+        assert MORE.extras[number] == ((0.0, 0.5, 1.0)[weights % 3], (1.0, 0.5)[limit // 2])
+    assert MORE.names[-1] == "drop 2, W4 32, queue any, wait 0.9 s, KV8, streamed 8"
+    starts = [MORE.plans[at] for at in MORE.starts]
+    assert starts[0].weight_bits == (4,) * 32
+    assert not any(any(plan.streamed) for plan in starts)
+    assert sum(starts[1].decode.mha) == 30
+    for wrong in ((2,), (33,), (-1,)):
+        with pytest.raises(RapLabError, match="streamed"):
+            serve_actions(MODEL, streamed=wrong)
+    with pytest.raises(ConfigError, match=r"kv_bits \[\], streamed \[0\]; each list needs an entry"):
+        serve_actions(MODEL, kv_bits=())
+
+
+def test_streamed_layers_and_bits_of_kv_are_observed_last_where_plans_differ_in_them() -> None:
+    number = MORE.names.index("drop 0, W4 0, queue any, wait 0.5 s, KV8, streamed 4")
+    one = ServeObserver(MODEL, MORE, BLOCK_BYTES, TERMS)
+    one(state(FIRST), Choice())
+    many = ServeObservers(MODEL, MORE, BLOCK_BYTES, 1, TERMS.tpot_s)
+    many.begin(0, low_loss=TERMS.low_loss)
+    many(seen(FIRST))
+    many.action[0], many.changed_s[0] = number, CHANGED_S
+    entries = serve_table(MORE).entries
+    assert [entry.name for entry in entries[-2:]] == ["level_streamed", "kv_bits"]
+    assert serve_table(ACTIONS).entries == SERVE_ENTRIES
+    for values in (one(state(SECOND), Choice(number, CHANGED_S)), many(seen(SECOND))[0]):
+        assert len(values) == len(entries)
+        assert values[-2:].tolist() == [0.5, 0.5]
 
 
 def test_an_action_is_a_pair_of_weights_and_wait() -> None:
