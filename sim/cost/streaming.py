@@ -1,9 +1,8 @@
 """Streamed layers: their weights stay in host memory, and every pass copies them to the device (Oneiros).
 
-The device has room for two such layers, `SLOTS`. All streamed layers share it in the order in which they run: while one
-layer runs, the next is copied into the other slot. A slot is free again when its layer has run; then the copy of the
-layer after the next begins, also across the end of a pass. Nothing is lost, and the model is whole; a pass takes longer
-when a layer has to be waited for:
+The device has room for two such layers, `SLOTS`. All streamed layers share it in the order in which they run: when one
+has run, the copy of the layer after the next begins, into its slot, also across the end of a pass. Nothing is lost: the
+model is whole. A pass takes longer when a layer has to be waited for:
 
     start of streamed layer j  =  the later of: the layers before it have run; its copy is complete
     start of the copy of j     =  the later of: the copy of j - 1 is complete; layer j - 2 has run
