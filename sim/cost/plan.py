@@ -218,11 +218,9 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
             f"{model.name} holds {model.weight_bits}-bit weights; use at most those, or the config of the unquantized "
             "model"
         )
-    runs = zip(plan.streamed, plan.prefill.mha, plan.prefill.ffn, strict=True)
-    count = sum(streamed and (mha or ffn) for streamed, mha, ffn in runs)
-    if any(plan.streamed) and count < LEAST_STREAMED:
+    if 0 < (count := sum(plan.streamed)) < LEAST_STREAMED:
         raise PlanError(
-            f"plan.streamed names {count} layers of {model.name} that run; the room for {SLOTS} layers stays on the "
+            f"plan.streamed names {count} of the layers of {model.name}; the room for {SLOTS} layers stays on the "
             f"device for those that are copied in, so fewer than {LEAST_STREAMED} free nothing: stream more, or none"
         )
     if set(map(type, plan.kv_keep)) != {KVKeep}:

@@ -389,8 +389,7 @@ def plan_schedule(
             plan = replace(plan, max_running=3)
         if streams and crossing.random() < 0.6:
             layers = crossing.sample(range(LAYERS), crossing.choice((3, LAYERS)))
-            if sum(prefill.mha[layer] or prefill.ffn[layer] for layer in layers) >= 3:
-                plan = replace(plan, streamed=tuple(layer in layers for layer in range(LAYERS)))
+            plan = replace(plan, streamed=tuple(layer in layers for layer in range(LAYERS)))
         check_plan(spec, plan)
         plans.append(plan)
     return Schedule(tuple(period_s * i for i in range(steps)), tuple(plans))

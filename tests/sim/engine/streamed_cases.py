@@ -36,10 +36,8 @@ def random_case(seed: int) -> Case:
     def streaming(plan: Plan) -> Plan:
         if plan not in known:
             some = rng.choice(LAYERS, int(rng.integers(LEAST_STREAMED, LAYERS + 1)), replace=False)
-            runs = [layer for layer in some if plan.prefill.mha[layer] or plan.prefill.ffn[layer] or rng.random() < 0.5]
-            enough = sum(plan.prefill.mha[layer] or plan.prefill.ffn[layer] for layer in runs) >= LEAST_STREAMED
-            flags = tuple(layer in runs for layer in range(LAYERS))
-            known[plan] = replace(plan, streamed=flags if enough and rng.random() < 0.75 else ())
+            flags = tuple(layer in some for layer in range(LAYERS))
+            known[plan] = replace(plan, streamed=flags if rng.random() < 0.75 else ())
         return known[plan]
 
     with eight_layers():

@@ -46,7 +46,7 @@ class CountedWeights:
                 if wanted == ABSENT:
                     self.bits[kind][layer] = ABSENT
 
-    def start(self, copy: LayerCopy, now_s: float) -> None:
+    def start(self, copy: LayerCopy, now_s: float, *, shared: bool = False) -> None:
         assert self.copy is None, "one layer at a time"
         self.copy, self.left = copy, self.queries
 
