@@ -7,9 +7,9 @@ A **knob** is one way to free memory; its **steps** are plans that free more and
     KV bits          KV at 8 bits, and at 4 bits in the first n layers (KIVI)
     streamed         n layers, at equal distances, cross the host link in every iteration (Oneiros)
 
-Two tables. **At equal bytes**: the first step of each knob that frees at least so many bytes, what it loses, and how
-long a decode iteration takes, by formula. **By load**: requests are served with each step, which never changes, under a
-constant budget; of each knob the best step on validation windows is reported on test windows.
+Two tables. **At equal bytes**: for a number of bytes, the first step of each knob that frees at least as many, what it
+loses, and how long a decode iteration takes, by formula. **By load**: requests are served with each step, which never
+changes, under a constant budget; of each knob the best step on validation windows is reported on test windows.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def low_kv(model: ModelSpec, count: int) -> Plan:
 
 
 def streaming(model: ModelSpec, count: int) -> Plan:
-    """Return the plan that streams so many layers, at equal distances."""
+    """Return the plan that streams ``count`` layers at equal distances."""
     layers = set(even_layers(model.num_layers, count))
     return replace(dense_plan(model), streamed=tuple(layer in layers for layer in range(model.num_layers)))
 
@@ -170,7 +170,7 @@ def served_steps(model: ModelSpec) -> list[Step]:
 
 
 def freed_bytes(model: ModelSpec, plan: Plan, kv_tokens: int) -> int:
-    """Return the bytes that a plan frees of the dense model's weights, and of the KV of so many tokens."""
+    """Return the bytes that a plan frees: of the dense model's weights, and of the KV of ``kv_tokens`` tokens."""
     dense = dense_plan(model)
     kept = sum(
         model.kv_bytes_per_token_layer if bits == 16 else model.kv_bytes_per_token_layer_at(bits)

@@ -28,7 +28,7 @@ def labels(figures: Mapping[str, Any]) -> list[str]:
 
 
 def first_that_frees(figures: Mapping[str, Any], batch: int, label: str, freed_gb: float) -> dict[str, Any] | None:
-    """Return the first step of a knob that frees so many bytes at a load; None if none does."""
+    """Return the first step of a knob that frees ``freed_gb`` GB with ``batch`` decodes; None if none does."""
     for row in figures["equal_bytes"]:
         if row["batch"] == batch and label_of(row) == label and row["freed_bytes"] >= freed_gb * GB:
             return dict(row)

@@ -44,7 +44,11 @@ class WaitingClock(Protocol):
 
 @dataclass(slots=True)
 class _Load:
-    """One layer in a slot, or on its way there: its tensors block by block, and what says that they are complete."""
+    """A layer that is in a slot, or is being copied into it.
+
+    parts: of each block that runs its bits, its weights, and its norms and biases. events (CUDA), future (CPU): show
+    when the copy is complete.
+    """
 
     layer: int
     slot: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from sim.cost.plan import dense_plan, drop, with_mask
 from sim.cost.streaming import (
     even_layers,
     held_bytes,
+    nested_layers,
     steady_pass_s,
     stream_ready_s,
     stream_rows,
@@ -111,6 +113,14 @@ def test_even_layers_are_distinct_and_lie_inside() -> None:
             assert len(set(found)) == count
             assert 0 <= min(found) <= max(found) < layers
     assert even_layers(32, 4) == (4, 12, 20, 28)
+
+
+def test_nested_layers_are_all_layers_far_from_each_other_from_the_first_on() -> None:
+    for layers in (1, 3, 30, 32):
+        assert sorted(nested_layers(layers)) == list(range(layers))
+    for count in (2, 4, 8, 16):
+        chosen = sorted(nested_layers(32)[:count])
+        assert {b - a for a, b in itertools.pairwise([*chosen, chosen[0] + 32])} == {32 // count}
 
 
 def test_streaming_frees_all_but_the_room_of_two_layers() -> None:
