@@ -84,7 +84,7 @@ def _compare(cfg: DictConfig) -> None:
     shown_cases, shown_rows = without_equal_seeds(cases, rows)
     columns = columns_of(shown_rows)
     choices = HydraConfig.get().runtime.choices
-    title = f"{cfg.label or choices['trace']} on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
+    title = f"{cfg.label or choices['trace']} on {name_of(cfg.model)}, {build(cfg.gpu).title}"
     if len(shown_cases) > 1:
         title += f": mean ± standard deviation of {len(shown_cases)} replays"
     try:

@@ -25,7 +25,7 @@ from tests.sim.cluster.cluster_cases import fast_cluster, random_cluster
 from tests.sim.disaggregate.disaggregated_cases import fast_disaggregated, random_disaggregated
 from tests.sim.engine.kernel_cases import LATE_S, Case, quality_nll, random_case
 from tests.sim.engine.plain_engine import PlainEngine
-from tests.sim.serving import TINY, linear_latency
+from tests.sim.serving import linear_latency
 
 Kind = type[SimEngine] | type[PlainEngine]
 EVENTS = ("looks", "the same plan", "the same budget", "timers")
@@ -57,7 +57,7 @@ def served(kind: Kind, case: Case, event: str = "", times_s: Sequence[float] = (
         for time_s in times_s:
             more["env"].timeout(time_s)
     engine = kind(
-        model=TINY,
+        model=case.model,
         latency=case.latency,
         config=case.config,
         plan=case.first_plan,

@@ -134,8 +134,8 @@ class ServeSetting:
         """
         if not tick_s > 0:
             raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, such as 1.0")
-        self.model = load_model(model)
         self.gpu: Gpu = build_option("gpu", gpu)
+        self.model = load_model(model).shard(self.gpu.tp)
         self.latency, self.quality, self.quality_name = named_calibration(latency), named_quality(quality), quality
         self.engine: EngineConfig = build_option("engine", engine)
         self.slo: Slo = build_option("slo", slo)

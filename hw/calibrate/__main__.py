@@ -97,8 +97,10 @@ def _from_device(cfg: DictConfig, out: Path) -> dict[str, Any]:
     from hw.calibrate.grid import ON_CPU, ON_GPU, Limits
     from hw.elastic.checkpoint import checkpoint_of, config_of
     from hw.engine.clock import CLOCKS, check_clock
+    from hw.engine.hw_engine import check_gpu
 
     model, gpu = build(cfg.model), build(cfg.gpu)
+    check_gpu(gpu)
     place = this_device.place_of(gpu)
     clock = cfg.clock or ("cpu" if place == "cpu" else "wall")
     if clock not in CLOCKS:

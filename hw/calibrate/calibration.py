@@ -35,7 +35,7 @@ class Target:
     """One calibration: which model on which device, from which measurements.
 
     read: reads samples of every term from the folder of measurements. check: returns further errors to state.
-    why: term -> the reason, if its held-out error misses the target.
+    why: term -> the reason, if its held-out error misses the target. tp: GPUs among which the model is divided.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Target:
     check: Callable[[Path], dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
     why: Mapping[str, str] = field(default_factory=dict)
+    tp: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,7 @@ def calibrate(target: Target, folder: Path, fixed: Fixed) -> dict[str, Any]:
         "name": target.name,
         "model": target.model,
         "device": target.device,
+        **({"tp": target.tp} if target.tp > 1 else {}),
         "kind": target.kind,
         "stack": target.stack,
         "date": datetime.date.today().isoformat(),
@@ -101,6 +103,11 @@ def _linear_tables(terms: m.Terms) -> tuple[dict[str, Any], dict[str, dict[str, 
             errors[f"{kind}_linear_{bits}"] = _curve_error(curve)
     tables["token_us"] = rounded(m.fit_curve(terms.token, tokens))
     errors["token"] = _curve_error(terms.token)
+    if terms.allreduce is not None:
+        # Measured at powers of two, few enough to keep; a fit through fewer would move the step between two algorithms.
+        us = m.rising(terms.allreduce.us)
+        tables["allreduce"] = {"tokens": plain(terms.allreduce.x), "us": rounded(us)}
+        errors["allreduce"] = _curve_error(terms.allreduce)
     sequences = shared_knots([terms.head])
     tables["sequences"] = plain(sequences)
     tables["head_us"] = rounded(m.fit_curve(terms.head, sequences))
@@ -235,8 +242,9 @@ def times(content: Mapping[str, Any], factor: float, prefill_attention_factor: f
     tables = dict(content["tables"])
     for name in ("linear_us", "token_us", "head_us"):
         tables[name] = scaled(tables[name], factor)
-    for name in ("prefill_attention", "decode_attention"):
-        tables[name] = tables[name] | {"us": scaled(tables[name]["us"], factors.get(name, factor))}
+    for name in ("allreduce", "prefill_attention", "decode_attention"):
+        if name in tables:
+            tables[name] = tables[name] | {"us": scaled(tables[name]["us"], factors.get(name, factor))}
     return {**content, "tables": tables}
 
 

@@ -68,7 +68,8 @@ class Terms:
     """Samples of every term of one model on one device.
 
     linear: bits -> `mha` or `ffn` -> curve over tokens. token: embedding and final norm over tokens. head: LM head and
-    sampler over sequences. mixed: one kernel over prompt chunks and decodes, where the stack has one.
+    sampler over sequences. mixed: one kernel over prompt chunks and decodes, where the stack has one. allreduce: of the
+    hidden states over tokens, where the model is divided among several GPUs; no other term of a block contains it.
     """
 
     linear: dict[int, dict[str, Curve]]
@@ -77,6 +78,7 @@ class Terms:
     prefill: Surface
     decode: Surface
     mixed: Mixed | None = None
+    allreduce: Curve | None = None
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -300,18 +302,43 @@ class Kernels:
         return Curve(m, left + share * (right - left))
 
     def decode(self, heads: int, kv_heads: int) -> Surface:
-        """Return decode attention: ``step`` tokens of context and the new one, for ``batch_size`` sequences."""
+        """Return decode attention: ``step`` tokens of context and the new one, for ``batch_size`` sequences.
+
+        Heads that were not measured are those of ``measured_heads`` over more rows (``spread_heads``).
+        """
+        measured, measured_kv = self.measured_heads(self.generation, heads, kv_heads)
+        if measured != heads:
+            return spread_heads(self.decode(measured, measured_kv), heads / measured)
         rows = self._attention(self.generation, heads, kv_heads)
         batch = rows["batch_size"].to_numpy(dtype=np.float64)
         return Surface(batch, rows["step"].to_numpy(dtype=np.float64) + 1, rows["latency"].to_numpy() * 1e3)
 
     def prefill(self, heads: int, kv_heads: int) -> Surface:
         """Return prefill attention over (prompt tokens of the batch, their mean context): prompts without prefix."""
+        measured, measured_kv = self.measured_heads(self.context, heads, kv_heads)
+        if measured != heads:
+            return spread_heads(self.prefill(measured, measured_kv), heads / measured)
         rows = self._attention(self.context, heads, kv_heads)
         rows = rows[(rows["isl"] >= 16) & (rows["batch_size"] * rows["isl"] <= 16384)]
         length = rows["isl"].to_numpy(dtype=np.float64)
         tokens = length * rows["batch_size"].to_numpy(dtype=np.float64)
         return Surface(tokens, mean_context(length, np.zeros(len(length))), rows["latency"].to_numpy() * 1e3)
+
+    def measured_heads(self, table: pd.DataFrame, heads: int, kv_heads: int) -> tuple[int, int]:
+        """Return the heads and KV heads nearest to those wanted, of as many queries for each KV head.
+
+        Raises:
+            CalibrationError: if no attention of that grouping was measured.
+        """
+        group = heads // kv_heads
+        found = {
+            (int(pair[0]), int(pair[1]))
+            for pair in table[["num_heads", "num_key_value_heads"]].drop_duplicates().itertuples(index=False)
+            if pair[0] == pair[1] * group
+        }
+        if not found:
+            raise CalibrationError(f"{self.folder} has no attention with {heads} heads over {kv_heads} KV heads")
+        return min(found, key=lambda pair: (abs(np.log(pair[0] / heads)), pair))
 
     def _attention(self, table: pd.DataFrame, heads: int, kv_heads: int) -> pd.DataFrame:
         rows = table[
@@ -327,13 +354,34 @@ class Kernels:
 DTYPES = {16: "bfloat16", 8: "int8_wo", 4: "int4_wo"}
 
 
-def compose(kernels: Kernels, model: ModelSpec, gpu: Gpu, sampler: Curve) -> Terms:
+def read_allreduce(path: Path, gpus: int) -> Curve:
+    """Return microseconds of an all-reduce among ``gpus`` GPUs over its elements of two bytes, in a CUDA graph.
+
+    aiconfigurator's `message_size` counts elements: as bytes, the largest ones would take twice as long as NVLink does.
+    """
+    table = read_table(path, ("kernel_source", "allreduce_dtype", "num_gpus", "message_size", "latency"))
+    graph = table["kernel_source"].str.endswith("_graph") & (table["allreduce_dtype"] == "bfloat16")
+    rows = table[graph & (table["num_gpus"] == gpus)].groupby("message_size")["latency"].median()
+    if rows.empty:
+        raise CalibrationError(f"{path} has no all-reduce among {gpus} GPUs")
+    return Curve(rows.index.to_numpy(dtype=np.float64), rows.to_numpy(dtype=np.float64) * 1e3)
+
+
+def compose(kernels: Kernels, model: ModelSpec, gpu: Gpu, sampler: Curve, allreduce: Curve | None = None) -> Terms:
     """Return a model's terms composed of kernels; elementwise operations are priced by their bytes.
 
-    If a framework's files lack the model's number of KV heads, decode attention is that of 8 heads at a larger batch:
-    the kernel's work items are pairs of a sequence and a KV head.
+    With tensor parallelism (Megatron-LM, arXiv 1909.08053, section 3) these are the kernels of one GPU. After every
+    MHA and FFN block, and after the embedding, the hidden states are summed over all GPUs. The logits are gathered,
+    which sends half of what an all-reduce of their size does and is priced as one of half their size.
+
+    Args:
+        kernels: of one GPU. model: all of it; ``gpu.tp`` GPUs divide it among them.
+        gpu: the device. sampler: over sequences.
+        allreduce: over elements, among ``gpu.tp`` GPUs; None on one GPU.
     """
+    whole, model = model, model.shard(gpu.tp)
     kinds: dict[int, dict[str, Curve]] = {}
+    gates = 2 if model.gated_ffn else 1
     for bits, dtype in DTYPES.items():
         if not (kernels.gemm["gemm_dtype"] == dtype).any():
             continue
@@ -341,11 +389,11 @@ def compose(kernels: Kernels, model: ModelSpec, gpu: Gpu, sampler: Curve) -> Ter
             kernels.product(dtype, qkv_size(model), model.hidden_size),
             kernels.product(dtype, model.hidden_size, model.num_heads * model.head_dim),
         )
-        up = kernels.product(dtype, 2 * model.intermediate_size, model.hidden_size)
+        up = kernels.product(dtype, gates * model.intermediate_size, model.hidden_size)
         down = kernels.product(dtype, model.hidden_size, model.intermediate_size)
         norm = 2 * 4 * model.hidden_size  # read and write activations and residual
         rope = 2 * 2 * qkv_size(model)
-        act = 2 * 3 * model.intermediate_size
+        act = 2 * (gates + 1) * model.intermediate_size
         m, n = np.intersect1d(qkv.x, out.x), np.intersect1d(up.x, down.x)
         kinds[bits] = {
             "mha": Curve(m, _on(qkv, m) + _on(out, m) + elementwise_us(m, norm, gpu) + elementwise_us(m, rope, gpu)),
@@ -354,24 +402,33 @@ def compose(kernels: Kernels, model: ModelSpec, gpu: Gpu, sampler: Curve) -> Ter
     head = kernels.product("bfloat16", model.vocab_size, model.hidden_size)
     few = head.x <= 512
     tokens = kinds[16]["mha"].x
-    kv_heads = set(kernels.generation[kernels.generation["num_heads"] == model.num_heads]["num_key_value_heads"])
-    if model.num_kv_heads in kv_heads:
-        decode = kernels.decode(model.num_heads, model.num_kv_heads)
-    else:
-        decode = spread_heads(kernels.decode(8, 8), model.num_kv_heads // 8)
+    token_us = elementwise_us(tokens, 2 * 2 * model.hidden_size, gpu) * 2
+    head_us = head.us[few] + sampler_us(sampler, whole.vocab_size, head.x[few])
+    summed = None
+    if allreduce is not None:
+        summed = Curve(allreduce.x / model.hidden_size, allreduce.us)
+        token_us = token_us + curve_at(summed.x, summed.us, tokens)
+        head_us = head_us + curve_at(allreduce.x, allreduce.us, head.x[few] * whole.vocab_size / 2)
     return Terms(
         linear=kinds,
-        token=Curve(tokens, elementwise_us(tokens, 2 * 2 * model.hidden_size, gpu) * 2),
-        head=Curve(head.x[few], head.us[few] + sampler_us(sampler, model.vocab_size, head.x[few])),
+        token=Curve(tokens, token_us),
+        head=Curve(head.x[few], head_us),
         prefill=kernels.prefill(model.num_heads, model.num_kv_heads),
-        decode=raise_to_bandwidth(decode, model.kv_bytes_per_token_layer, gpu),
+        decode=raise_to_bandwidth(
+            kernels.decode(model.num_heads, model.num_kv_heads), model.kv_bytes_per_token_layer, gpu
+        ),
+        allreduce=summed,
     )
 
 
-def spread_heads(eight: Surface, times: int) -> Surface:
-    """Return decode attention of 8 * ``times`` KV heads, each its own query head, from that of 8 at a larger batch."""
-    kept = eight.x >= times
-    return Surface(eight.x[kept] / times, eight.y[kept], eight.us[kept])
+def spread_heads(measured: Surface, times: float) -> Surface:
+    """Return attention of ``times`` as many heads as measured, from that of the measured heads over as many more rows.
+
+    An attention kernel's work items are pairs of a head and a sequence or a tile of a prompt, so that twice the heads
+    are twice the work items. Rows below one are left out.
+    """
+    kept = measured.x >= times
+    return Surface(measured.x[kept] / times, measured.y[kept], measured.us[kept])
 
 
 def _on(curve: Curve, counts: Floats) -> Floats:

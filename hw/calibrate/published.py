@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ SWITCH = (
 )
 SPLITS = "the sweep doubles along each axis, and the number of KV splits steps within a held-out gap of four"
 COARSE = f"only 21 to 73 counts were measured; {WAVES}"
+ALGORITHMS = (
+    "only powers of two were measured: a held-out point leaves a gap of four, and at 8 MB the algorithm changes from "
+    "vLLM's to NCCL's"
+)
+ALLREDUCE_FILE = "custom_allreduce_perf.csv.gz"
+NCCL_BYTES = 8 << 20
+"""From this size on vLLM leaves an all-reduce to NCCL."""
 TINY = "microseconds an iteration; the embedding's kernel is switched at 16 to 20 tokens, and no rising curve follows"
 
 
@@ -92,22 +100,23 @@ VIDUR = {
 }
 
 
-def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: str = "") -> Target:
+def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: str = "", *, tp: int = 1) -> Target:
+    divided = _divided(device) if tp > 1 else _ALONE
     return Target(
-        name=name or f"{model}_{gpu.split('_')[0]}",
+        name=(name or f"{model}_{gpu.split('_')[0]}") + (f"_tp{tp}" if tp > 1 else ""),
         model=model,
         device=gpu,
+        tp=tp,
         kind="composed",
         stack=stack,
         sources=(
             AICONFIGURATOR
             | {"path": f"aic-core/src/aiconfigurator_core/systems/data/{device}/{{gemm,attention}}/{folder}"},
+            *divided.sources,
             LLMSERVINGSIM | {"path": "profiler/perf/RTX4090/meta-llama/Llama-3.1-8B/bf16/tp1/per_sequence (sampler)"},
         ),
-        read=lambda root: m.compose(
-            _kernels(root, device, folder), load_model(model), gpu_named(gpu), m.read_sampler(root / SAMPLER)
-        ),
-        check=lambda root: _shape_errors(_kernels(root, device, folder), load_model(model), root),
+        read=lambda root: composed_terms(root, load_model(model), replace(gpu_named(gpu), tp=tp), device, folder),
+        check=lambda root: _shape_errors(_kernels(root, device, folder), load_model(model), root, tp),
         notes=(
             "Composed of kernels, not measured as a layer: products of n * k that are not in the files are "
             "interpolated (term product_shape: the error of such a line at shapes that are in them); norms, rotary "
@@ -116,6 +125,7 @@ def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: 
             "Prefill attention was measured over batches of prompts without a prefix; a chunk on a prefix continues "
             "that surface along the mean context. llama2_7b_a100_trtllm states how far that is from chunks on a prefix "
             "that another stack measured (terms prefix_small_chunks, up to 256 tokens, and prefix_large_chunks)",
+            *divided.notes,
             SUM_NOTE,
             SAMPLER_NOTE,
             CACHE_NOTE,
@@ -130,8 +140,18 @@ def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: 
                 if model == "llama2_7b" and "vllm" in folder
                 else ()
             ),
+            *(
+                (
+                    "The files lack attention of 64 heads over 8 KV heads: it is that of 32 over 4 at twice the rows "
+                    "(terms decode_heads and prefill_heads: how far 32 measured heads are from 16 at twice the rows)",
+                )
+                if tp == 1 and load_model(model).num_heads == 64
+                else ()
+            ),
         ),
         why={
+            "allreduce": ALGORITHMS,
+            "allreduce_nccl": "another library version and machine; without a CUDA graph",
             **{f"{kind}_linear_{bits}": COARSE for kind in ("mha", "ffn") for bits in (16, 8, 4)},
             "head": COARSE,
             "prefill_attention": SPARSE,
@@ -142,8 +162,51 @@ def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: 
             "prefix_small_chunks": "the files have no prefix: few tokens on a long one cost up to twice too much",
             "prefix_large_chunks": "the files have no prefix, and the measured stack is another (FlashInfer)",
             "decode_heads": "another kernel layout: fewer heads at more sequences",
+            "prefill_heads": "another kernel layout: fewer heads at more tokens",
         },
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Divided:
+    """What a calibration states of the division of its model among several GPUs."""
+
+    sources: tuple[dict[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+_ALONE = _Divided()
+
+
+def _divided(device: str) -> _Divided:
+    path = f"aic-core/src/aiconfigurator_core/systems/data/{device}/comm/{_allreduce_folder(device)}"
+    return _Divided(
+        sources=(AICONFIGURATOR | {"path": f"{path}/custom_allreduce_perf (in a CUDA graph)"},),
+        notes=(
+            "Times of one GPU. An all-reduce of the hidden states ends every block: vLLM's own up to 8 MB, NCCL's "
+            "above, both as a CUDA graph launches them. It does not overlap with products",
+            "Logits are gathered over all GPUs, which is priced as an all-reduce of half their size. The host overhead "
+            "of an iteration was measured on one GPU; what several processes add to it is unknown",
+        ),
+    )
+
+
+def _allreduce_folder(device: str) -> str:
+    return "vllm-0.24.0" if device.startswith("h") else "vllm-0.14.0"
+
+
+def composed_terms(root: Path, model: ModelSpec, gpu: Gpu, device: str, folder: str) -> m.Terms:
+    """Return a model's terms composed of kernels that aiconfigurator publishes.
+
+    Args:
+        root: the folder of measurements. model: all of it, which ``gpu.tp`` GPUs divide among them.
+        device, folder: which of its systems, and which of its frameworks.
+    """
+    allreduce = None
+    if gpu.tp > 1:
+        files = root / "aiconfigurator" / device / _allreduce_folder(device)
+        allreduce = m.read_allreduce(files / ALLREDUCE_FILE, gpu.tp)
+    return m.compose(_kernels(root, device, folder), model, gpu, m.read_sampler(root / SAMPLER), allreduce)
 
 
 @lru_cache(maxsize=2)
@@ -151,20 +214,30 @@ def _kernels(root: Path, device: str, folder: str) -> m.Kernels:
     return m.Kernels(root / "aiconfigurator" / device / folder.replace("/", "-"))
 
 
-def _shape_errors(kernels: m.Kernels, model: ModelSpec, root: Path) -> dict[str, Any]:
-    """Return the error of interpolating matrix products, at measured shapes near the model's, each left out in turn."""
-    errors = {}
+def _shape_errors(kernels: m.Kernels, model: ModelSpec, root: Path, tp: int) -> dict[str, Any]:
+    """Return the errors of what is composed rather than measured.
+
+    Of interpolated matrix products, at measured shapes near the model's, each left out in turn; of attention with other
+    heads; and of all-reduces next to another measurement.
+    """
+    errors: dict[str, Any] = {}
+    sizes = sorted(set(kernels.gemm["n"]) & {size // tp for size in (6144, 8192, 10240, 12288, 16384)})
     for bits, dtype in m.DTYPES.items():
         if not (kernels.gemm["gemm_dtype"] == dtype).any():
             continue
         predicted, measured = [], []
-        for size in (6144, 8192, 10240, 12288, 16384):
+        for size in sizes:
             for n, k in ((size, model.hidden_size), (model.hidden_size, size)):
                 curve, line = kernels.product(dtype, n, k), kernels.product(dtype, n, k, leave_out=True)
                 common = np.intersect1d(curve.x, line.x)
                 measured.append(curve.us[np.isin(curve.x, common)])
                 predicted.append(line.us[np.isin(line.x, common)])
         errors[f"product_shape_{bits}"] = error_summary(np.concatenate(predicted), np.concatenate(measured))
+    if tp > 1:
+        return errors | _nccl_error(kernels.folder.parent.name, root, tp)
+    if model.num_heads == 64:
+        for name, read in (("decode", kernels.decode), ("prefill", kernels.prefill)):
+            errors[f"{name}_heads"] = _same_points(m.spread_heads(read(16, 2), 2), read(32, 4))
     if model.num_kv_heads == 32 and kernels.folder.parent.name == "a100_sxm":
         # Llama-2-7B's chunks on a prefix were measured too, by another stack (FlashInfer) on the A800.
         chunks = TARGETS["llama2_7b_a100"].read(root).prefill
@@ -176,15 +249,29 @@ def _shape_errors(kernels: m.Kernels, model: ModelSpec, root: Path) -> dict[str,
             errors[f"prefix_{name}_chunks"] = error_summary(predicted_us[beyond & some], chunks.us[beyond & some])
     if model.num_kv_heads == 32 and "vllm" in kernels.folder.name:
         a100 = _kernels(root, "a100_sxm", "trtllm/1.0.0")
-        by_heads, measured_heads = m.spread_heads(a100.decode(8, 8), 4), a100.decode(32, 32)
-        known = {(x, y): us for x, y, us in zip(by_heads.x, by_heads.y, by_heads.us, strict=True)}
-        pairs = [
-            (known[x, y], us)
-            for x, y, us in zip(measured_heads.x, measured_heads.y, measured_heads.us, strict=True)
-            if (x, y) in known
-        ]
-        errors["decode_heads"] = error_summary(np.array([p for p, _ in pairs]), np.array([us for _, us in pairs]))
+        errors["decode_heads"] = _same_points(m.spread_heads(a100.decode(8, 8), 4), a100.decode(32, 32))
     return errors
+
+
+def _same_points(predicted: m.Surface, measured: m.Surface) -> dict[str, Any]:
+    """Return the error of a surface at the points of another that it has too."""
+    known = {(x, y): us for x, y, us in zip(predicted.x, predicted.y, predicted.us, strict=True)}
+    pairs = [(known[x, y], us) for x, y, us in zip(measured.x, measured.y, measured.us, strict=True) if (x, y) in known]
+    return error_summary(np.array([p for p, _ in pairs]), np.array([us for _, us in pairs]))
+
+
+def _nccl_error(device: str, root: Path, tp: int) -> dict[str, Any]:
+    """Return how far all-reduces of 8 MB and more are from Vidur's of NCCL on a DGX, where it measured the device."""
+    path = root / f"vidur/network/{device.split('_')[0]}_dgx/all_reduce.csv.gz"
+    if not path.is_file():
+        return {}
+    names = ("num_workers", "devices_per_node", "size", "time_stats.all_reduce.median")
+    table = m.read_table(path, names)
+    one_node = table[(table["num_workers"] == tp) & (table["devices_per_node"] == tp) & (table["size"] >= NCCL_BYTES)]
+    measured = one_node.groupby("size")[names[-1]].median() * 1e3
+    ours = m.read_allreduce(root / "aiconfigurator" / device / _allreduce_folder(device) / ALLREDUCE_FILE, tp)
+    elements = measured.index.to_numpy(dtype=np.float64) / 2
+    return {"allreduce_nccl": error_summary(m.curve_at(ours.x, ours.us, elements), measured.to_numpy(dtype=np.float64))}
 
 
 def derive(name: str, content: dict[str, Any], device: str) -> dict[str, Any]:
@@ -228,6 +315,20 @@ def derive(name: str, content: dict[str, Any], device: str) -> dict[str, Any]:
     }
 
 
+A100 = ("a100_80gb", "a100_sxm", "trtllm/1.0.0", "TensorRT-LLM 1.0.0 kernels, bf16")
+L40S = ("l40s_48gb", "l40s", *A100[2:])
+H100 = ("h100_80gb", "h100_sxm", "vllm/0.24.0", "vLLM 0.24.0 kernels, bf16 (FlashAttention 3)")
+H200 = ("h200_141gb", "h200_sxm", *H100[2:])
+DIVIDED: dict[str, list[tuple[tuple[str, str, str, str], tuple[int, ...]]]] = {
+    "llama2_7b": [(A100, (2, 4))],
+    "llama3.1_8b": [(A100, (2, 4)), (L40S, (2, 4)), (H100, (2, 4))],
+    "codellama_34b": [(A100, (1, 2, 4)), (H100, (1, 2, 4))],
+    "qwen3_32b": [(A100, (1, 2, 4)), (H100, (1, 2, 4))],
+    "llama2_70b": [(A100, (2, 4, 8)), (H100, (2, 4, 8))],
+    "llama3.1_70b": [(A100, (2, 4, 8)), (L40S, (4, 8)), (H100, (2, 4, 8)), (H200, (2, 4, 8))],
+    "qwen2.5_72b": [(A100, (2, 4, 8)), (H100, (2, 4, 8))],
+}
+"""Models that several GPUs divide among them: the devices, and of how many."""
 TRTLLM, VLLM = "TensorRT-LLM 1.0.0 kernels, bf16", "vLLM 0.24.0 kernels, bf16 (FlashAttention 3)"
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -354,6 +455,12 @@ TARGETS: dict[str, Target] = {
         _composed("llama3.1_8b", "h100_80gb", "h100_sxm", "vllm/0.24.0", VLLM),
         _composed("llama2_7b", "h200_141gb", "h200_sxm", "vllm/0.24.0", VLLM),
         _composed("llama3.1_8b", "h200_141gb", "h200_sxm", "vllm/0.24.0", VLLM),
+        *(
+            _composed(model, *device, tp=tp)
+            for model, devices in DIVIDED.items()
+            for device, degrees in devices
+            for tp in degrees
+        ),
     )
 }
 DERIVED = {

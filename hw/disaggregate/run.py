@@ -26,7 +26,7 @@ from hw.disaggregate.pair import Outcome, Pair
 from hw.elastic.checkpoint import pick_device
 from hw.elastic.processor import processor_name
 from hw.elastic.random_weights import note_of, seed_of
-from hw.engine.hw_engine import check_config
+from hw.engine.hw_engine import check_config, check_gpu
 from hw.replay.run import HwReplayConfig
 from sim.config import build, name_of, one_thread, run_command
 from sim.cost.plan import describe
@@ -127,6 +127,7 @@ def run_disaggregate(cfg: DictConfig) -> None:
         LinkError: if a process failed; the records so far are written.
     """
     check_config(build(cfg.engine))
+    check_gpu(build(cfg.gpu))
     folder = Path(HydraConfig.get().runtime.output_dir)
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     with Pair() as pair:

@@ -29,6 +29,7 @@ from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts, RandomPrompts
 from hw.engine.torch_executor import TorchExecutor, TorchWeights
 from hw.engine.workspace import fit_batches, needed_bytes
+from sim.cost.gpu import Gpu
 from sim.cost.memory import fixed_weight_bytes, kv_block_layer_bytes
 from sim.cost.plan import WEIGHT_BITS, Plan, check_plan
 from sim.engine.budget import Budget, constant_budget
@@ -56,6 +57,19 @@ class Handover:
     kept_params: int
     nll_sum: float
     preemptions: int
+
+
+def check_gpu(gpu: Gpu) -> None:
+    """Check that the real engine can serve on the configured devices.
+
+    Raises:
+        ConfigError: for a model that is divided among several GPUs.
+    """
+    if gpu.tp > 1:
+        raise ConfigError(
+            f"gpu.tp is {gpu.tp}, but the real engine serves on one GPU; set gpu.tp=1, or simulate with "
+            "python -m sim.replay"
+        )
 
 
 def check_config(config: EngineConfig) -> None:

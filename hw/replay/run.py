@@ -27,7 +27,7 @@ from hw.elastic.checkpoint import checkpoint_of, config_of, load_weights, pick_d
 from hw.elastic.device import Accelerator
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock, check_clock
-from hw.engine.hw_engine import HwEngine, check_config
+from hw.engine.hw_engine import HwEngine, check_config, check_gpu
 from hw.engine.iteration_log import passes_table
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
 from sim.config import ReplayConfig, build, one_thread, run_command
@@ -105,6 +105,7 @@ def load_elastic(model: ModelSpec, hw: Any, node: Any = None) -> tuple[ElasticMo
 def build_hw_engine(cfg: DictConfig) -> tuple[HwEngine, Policy]:
     """Load the model of a configuration; build the real engine and the policy."""
     check_config(build(cfg.engine))
+    check_gpu(build(cfg.gpu))
     return engine_over(cfg, *load_elastic(build(cfg.model), cfg.hw, cfg.model))
 
 
@@ -116,6 +117,7 @@ def engine_over(
     quality_by_table: charge requests what the table says even where the weights are random.
     """
     parts = build_parts(cfg)
+    check_gpu(parts.gpu)
     stop = tokenizer.eos_token_id if cfg.hw.to_eos else None
     engine = HwEngine(
         elastic=elastic,

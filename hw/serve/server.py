@@ -23,7 +23,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from hw.engine.clock import RealClock
-from hw.engine.hw_engine import HwEngine, check_config
+from hw.engine.hw_engine import HwEngine, check_config, check_gpu
 from hw.replay.run import HwReplayConfig, load_elastic
 from sim.config import name_of, one_thread, run_command
 from sim.errors import ConfigError
@@ -50,6 +50,7 @@ def build_api(cfg: DictConfig, config: ServerConfig) -> tuple[Api, EngineThread]
     """Build model, engine and HTTP side of a configuration."""
     parts = build_parts(cfg)
     check_config(parts.config)
+    check_gpu(parts.gpu)
     elastic, tokenizer = load_elastic(parts.model, cfg.hw, cfg.model)
     clock = RealClock("wall")
 

@@ -27,7 +27,8 @@ axes in length:
 
     schema          1
     name            the file's name without .json
-    model, device   names of conf/model and conf/gpu; a run finds its calibration by these two
+    model, device   names of conf/model and conf/gpu; a run finds its calibration by these two and tp
+    tp              optional, 1 if absent: GPUs among which the model is divided; all times are those of one of them
     kind            measured, composed, derived or fitted; see `LatencyModel`
     fixed_us        host overhead of one iteration
     fixed_source    where fixed_us comes from
@@ -40,7 +41,9 @@ axes in length:
     tables
       tokens        axis t of linear_us and token_us: tokens of the iteration
       linear_us     "16", "8", "4" -> {mha, ffn: times[tokens] of one block without attention}; absent bits cannot run
-      token_us      times[tokens] of embedding and final norm
+      allreduce     with tp > 1: {tokens, us}: one all-reduce of the hidden states of that many tokens, on its own
+                    axis. Every MHA and FFN block ends with one, so that a block that a plan drops saves it too
+      token_us      times[tokens] of embedding and final norm, with the all-reduce of the embedding
       sequences     axis s of head_us
       head_us       times[sequences] of LM head and sampling
       prefill_attention   {tokens, context: axes, us: times[tokens][context]}; context is the mean per query token
@@ -67,7 +70,7 @@ import numpy as np
 
 from sim.compiled import compiled, constant
 from sim.cost.bounds import Factors, knee_of, ratio_at
-from sim.cost.gpu import Gpu
+from sim.cost.gpu import TP_DEGREES, Gpu
 from sim.cost.plan import WEIGHT_BITS, Plan
 from sim.errors import CalibrationError, nearest
 from sim.json_file import read_json_object
@@ -458,6 +461,7 @@ class CopySpeed:
 class LatencyModel:
     """A calibrated latency model of one model on one device. Build it with `load_calibration`.
 
+    tp: GPUs among which the model is divided; times are those of one of them, all-reduces included.
     kind: `measured` (the model's own operations on one serving stack), `composed` (from kernels of other shapes),
     `derived` (scaled from another device, not measured) or `fitted` (to the run of a server, by hw.fit).
     errors: held-out error of each term. fixed_source: where the overhead of an iteration comes from.
@@ -476,6 +480,7 @@ class LatencyModel:
     sources: tuple[Mapping[str, str], ...]
     notes: tuple[str, ...] = ()
     copying: CopySpeed | None = None
+    tp: int = 1
 
     @property
     def fixed_s(self) -> float:
@@ -736,12 +741,36 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
             sources=tuple(content["sources"]),
             notes=tuple(content["notes"]),
             copying=_copying(content),
+            tp=_tp_of(content, origin),
         )
     except CalibrationError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         reason = " ".join(repr(error).split())[:300]
         raise CalibrationError(f"{origin}: {reason}; write the file again with hw.calibrate") from error
+
+
+def _tp_of(content: Mapping[str, Any], origin: str) -> int:
+    """Return the degree of tensor parallelism of a calibration file; above 1 it must have times of all-reduces."""
+    tp = content.get("tp", 1)
+    if isinstance(tp, bool) or tp not in TP_DEGREES:
+        raise CalibrationError(f"{origin}: tp is {tp!r}; allowed are {', '.join(map(str, TP_DEGREES))}")
+    if (tp > 1) != ("allreduce" in content["tables"]):
+        raise CalibrationError(f"{origin}: tp is {tp}; tables.allreduce must be there with a tp above 1, and only then")
+    return int(tp)
+
+
+class _Line(NamedTuple):
+    """Seconds over an axis, such as those of an all-reduce over tokens."""
+
+    grid: Floats
+    seconds: Floats
+
+    def slope_at(self, count: float) -> float:
+        """Return the slope from ``count`` on to the end of the line and beyond it."""
+        end = max(float(self.grid[-1]), count) + 1.0
+        first, last = interpolated(self.grid, self.seconds, np.array([count, end]))
+        return float((last - first) / (end - count))
 
 
 class _Packer:
@@ -784,14 +813,18 @@ class _Packer:
             )
         return table
 
-    def curve(self, slot: int, grid: Floats, microseconds: Any, name: str) -> None:
-        """Lay out a curve at every integer count up to the grid's last, and its slope above."""
+    def curve(self, slot: int, grid: Floats, microseconds: Any, name: str, added: _Line | None = None) -> None:
+        """Lay out a curve at every integer count up to the grid's last, and its slope above; ``added`` to both."""
         values = self.seconds(microseconds, name, grid.shape)
         last = int(grid[-1])
         if last > MOST_BY_COUNT:
             raise CalibrationError(f"{self.origin}: {name} reaches {last:,}; a curve may reach {MOST_BY_COUNT:,}")
         slope = (values[-1] - values[-2]) / (grid[-1] - grid[-2])
-        by_count = interpolated(grid, values, np.arange(1.0, last + 1))
+        counts = np.arange(1.0, last + 1)
+        by_count = interpolated(grid, values, counts)
+        if added is not None:
+            by_count = by_count + interpolated(added.grid, added.seconds, counts)
+            slope += added.slope_at(last)
         self.layout[slot : slot + 2] = self.put(np.concatenate([[0.0], by_count, [slope]])), last
 
     def surface(self, slot: int, table: Mapping[str, Any], rows: str, columns: str, name: str) -> None:
@@ -809,11 +842,15 @@ class _Packer:
 def _tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
     pack, tables = _Packer(origin), content["tables"]
     tokens = pack.axis(tables["tokens"], "tokens")
+    allreduce = None
+    if "allreduce" in tables:
+        grid = pack.axis(tables["allreduce"]["tokens"], "allreduce.tokens")
+        allreduce = _Line(grid, pack.seconds(tables["allreduce"]["us"], "allreduce.us", grid.shape))
     for row, bits in enumerate(WEIGHT_BITS):
         for kind, key in ((MHA, "mha"), (FFN, "ffn")):
             slot = CURVE_LINEAR + 4 * row + 2 * kind
             if str(bits) in tables["linear_us"]:
-                pack.curve(slot, tokens, tables["linear_us"][str(bits)][key], f"linear_us.{bits}.{key}")
+                pack.curve(slot, tokens, tables["linear_us"][str(bits)][key], f"linear_us.{bits}.{key}", allreduce)
             else:
                 pack.layout[slot : slot + 2] = pack.put(np.array([0.0, np.nan])), 0
     pack.curve(CURVE_TOKEN, tokens, tables["token_us"], "token_us")

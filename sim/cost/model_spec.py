@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from sim.cost.gpu import TP_DEGREES
 from sim.cost.quantization import Quantization, kv_bits, read_quantization
 from sim.errors import ModelError, nearest
 from sim.json_file import read_json_object
@@ -23,6 +24,9 @@ KV_SCALE_BYTES = 4
 """A scale and a least value in FP16, for the keys of one head of a token that are quantized, and for its values."""
 QUANT_GROUP_ELEMENTS = 128
 """Input elements of a linear layer that share one scale at 8 and 4 bits: the default of AWQ and GPTQ."""
+
+VOCAB_PADDING = 64
+"""A vocabulary that is divided among GPUs is padded to a multiple of this first, as vLLM does."""
 
 MOST_LAYERS, MOST_PARAMS = 1_000, 10**15
 """More than any model has; bytes of larger ones would not fit the integers of compiled code."""
@@ -182,6 +186,37 @@ class ModelSpec:
         """Bytes of keys and values that one token holds in one MHA block (PagedAttention, SOSP 2023, section 3)."""
         return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype_bytes
 
+    def shard(self, tp: int) -> ModelSpec:
+        """Return what each GPU holds if ``tp`` GPUs divide the model among them, as the shape of a smaller model.
+
+        Query heads, the FFN's inner features and the vocabulary are divided; norms and the biases of output and down
+        projection are on every GPU, as are KV heads where there are fewer than GPUs. So bytes that are computed of the
+        result are those of one GPU.
+
+        Args:
+            tp: GPUs; 1 returns the model itself.
+        Raises:
+            ModelError: for a model that cannot be divided by ``tp``.
+        Source:
+            Megatron-LM (arXiv 1909.08053), section 3; vLLM's padding of the vocabulary to a multiple of 64.
+        """
+        if tp == 1:
+            return self
+        if tp not in (allowed := _tp_degrees(self)):
+            raise ModelError(
+                f"model {self.name!r} cannot be divided among tp={tp} GPUs: {self.num_heads} query heads and "
+                f"{self.intermediate_size} inner features must be multiples of tp, and {self.num_kv_heads} KV heads a "
+                f"multiple or a divisor of it; allowed are gpu.tp={', '.join(map(str, allowed))}"
+            )
+        padded = -(-self.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
+        return replace(
+            self,
+            num_heads=self.num_heads // tp,
+            num_kv_heads=max(1, self.num_kv_heads // tp),
+            intermediate_size=self.intermediate_size // tp,
+            vocab_size=padded // tp,
+        )
+
     def kv_bytes_per_token_layer_at(self, bits: int) -> int:
         """Return the bytes of keys and values of one token in one MHA block at some bits; 16 is the model's own.
 
@@ -190,6 +225,12 @@ class ModelSpec:
         if bits == 16:
             return self.kv_bytes_per_token_layer
         return 2 * self.num_kv_heads * (-(-self.head_dim * bits // 8) + KV_SCALE_BYTES)
+
+
+def _tp_degrees(model: ModelSpec) -> tuple[int, ...]:
+    """Return the degrees of tensor parallelism that a model can be divided by."""
+    heads, kv_heads, inner = model.num_heads, model.num_kv_heads, model.intermediate_size
+    return tuple(n for n in TP_DEGREES if not heads % n and not inner % n and (not kv_heads % n or not n % kv_heads))
 
 
 def load_model(name: str) -> ModelSpec:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ WORKSPACE_BYTES = 1_240_000_000
 """Default memory for activations, CUDA graphs and the like (sim.config.ReplayConfig says where it was measured)."""
 
 
-def find_calibration(model: str, gpu: str) -> str:
-    """Return the name of the calibration of ``model`` on ``gpu``.
+def find_calibration(model: str, gpu: str, tp: int = 1) -> str:
+    """Return the name of the calibration of ``model`` on ``tp`` GPUs of the kind ``gpu``.
 
     Of several, one that ``hw.calibrate source=device`` measured comes first, then one from published measurements of
     this pair, then others, those that ``hw.fit`` fitted to one server last; of equal ones that with the shortest name.
@@ -40,15 +40,16 @@ def find_calibration(model: str, gpu: str) -> str:
     Raises:
         ConfigError: if there is none, naming those of this model and of others.
     """
-    known = _calibrated_pairs(CALIBRATIONS)
-    found = [name for name, pair in known.items() if pair == (model, gpu)]
+    known = _calibrated_servers(CALIBRATIONS)
+    found = [name for name, made_for in known.items() if made_for == (model, gpu, tp)]
     if not found:
-        devices = sorted(f"{name} (gpu={pair[1]})" for name, pair in known.items() if pair[0] == model)
-        models = sorted({pair[0] for pair in known.values()})
+        of_model = sorted((name, made_for) for name, made_for in known.items() if made_for[0] == model)
+        devices = [f"{name} ({_choice_of(made_for)})" for name, made_for in of_model]
+        models = sorted({made_for[0] for made_for in known.values()})
         raise ConfigError(
-            f"no calibration of {model} on {gpu}; "
+            f"no calibration of {model} on {gpu}{f' with gpu.tp={tp}' if tp > 1 else ''}; "
             + (f"there are {', '.join(devices)}" if devices else f"calibrated models are {', '.join(models)}")
-            + "; set gpu= or model= to such a pair, latency= to a file of your own, or make one with hw.calibrate"
+            + "; choose one of these, set latency= to a file of your own, or make one with hw.calibrate"
         )
     ranks = _calibration_ranks(CALIBRATIONS)
     first, *others = sorted(found, key=lambda name: (ranks[name], len(name), name))
@@ -77,13 +78,19 @@ def _calibration_ranks(folder: Path) -> dict[str, int]:
 
 
 @cache
-def _calibrated_pairs(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return (model, device) of every calibration in a folder, by its name."""
+def _calibrated_servers(folder: Path) -> dict[str, tuple[str, str, int]]:
+    """Return (model, device, degree of tensor parallelism) of every calibration in a folder, by its name."""
     known = {}
     for path in sorted(folder.glob("*.json")):
         content = read_json_object(path, CalibrationError, "write it again with hw.calibrate, or remove it")
-        known[path.stem] = (str(content.get("model")), str(content.get("device")))
+        known[path.stem] = (str(content.get("model")), str(content.get("device")), content.get("tp", 1))
     return known
+
+
+def _choice_of(made_for: tuple[str, str, int]) -> str:
+    """Return the keys that choose a calibrated device."""
+    _, gpu, tp = made_for
+    return f"gpu={gpu}" if tp == 1 else f"gpu={gpu} gpu.tp={tp}"
 
 
 def find_quality(model: str) -> str | None:
@@ -108,7 +115,10 @@ def named_quality(name: str) -> FittedQuality | PublishedQuality:
 class ServerSpec:
     """A server without its requests and its budget.
 
-    model: what is served. gpu: the device. config: how the engine schedules requests and keeps KV.
+    model: what each GPU holds of the served model: all of it, or its share among ``gpu.tp`` GPUs
+        (``sim.cost.model_spec.ModelSpec.shard``, which ``from_names`` and ``from_parts`` apply). Bytes are those of one
+        GPU throughout: budget, weights, KV and copies.
+    gpu: the device. config: how the engine schedules requests and keeps KV.
     workspace_bytes: memory that neither weights nor KV can use.
     latency: durations of the model on the device; None if there is no calibration (only a real engine runs without).
     quality_nll: nats per token that a plan costs, charged to requests: NaN for a plan whose loss is unknown; None
@@ -131,6 +141,11 @@ class ServerSpec:
                 f"calibration {self.latency.name!r} was made for model {self.latency.model!r}, not "
                 f"{self.model.name!r}; set latency= to one made for it, or model={self.latency.model}"
             )
+        if self.latency is not None and self.latency.tp != self.gpu.tp:
+            raise ConfigError(
+                f"calibration {self.latency.name!r} was made for gpu.tp={self.latency.tp}, not {self.gpu.tp}; set "
+                f"gpu.tp={self.latency.tp}, or latency= to one made for gpu.tp={self.gpu.tp}"
+            )
         check_slowdown(self.slowdown)
 
     @classmethod
@@ -143,10 +158,12 @@ class ServerSpec:
         latency: str | None = None,
         quality: str | None = None,
         workspace_bytes: float = WORKSPACE_BYTES,
+        tp: int = 1,
     ) -> ServerSpec:
         """Build a server from options of conf/ by name: ``ServerSpec.from_names(model="llama2_7b", gpu="a100_80gb")``.
 
         Args:
+            tp: GPUs among which the model is divided.
             latency: a calibration by name or path; None takes the one of this model on this GPU.
             quality: a quality table by name; None takes the one of this model, where there is one.
         Raises:
@@ -154,9 +171,9 @@ class ServerSpec:
         """
         return cls.from_parts(
             load_model(model),
-            build_option("gpu", gpu),
+            replace(build_option("gpu", gpu), tp=tp),
             build_option("engine", engine),
-            latency=latency or find_calibration(model, gpu),
+            latency=latency or find_calibration(model, gpu, tp),
             quality=quality,
             workspace_bytes=workspace_bytes,
         )
@@ -177,13 +194,15 @@ class ServerSpec:
         """Build a server from a model, a device and a configuration, with prices by name.
 
         Args:
+            model: all of it; the server holds its share among ``gpu.tp`` GPUs.
             latency, quality: as ``from_names``, except that a missing calibration leaves ``latency`` None.
             fixed_s: overhead of an iteration, in place of the calibration's; None keeps that.
             slowdown: as in the class.
         """
         if latency is None:
-            pairs = _calibrated_pairs(CALIBRATIONS).values()
-            latency = find_calibration(model.name, gpu.name) if (model.name, gpu.name) in pairs else None
+            made_for = model.name, gpu.name, gpu.tp
+            calibrated = made_for in _calibrated_servers(CALIBRATIONS).values()
+            latency = find_calibration(*made_for) if calibrated else None
         priced = None
         if latency is not None:
             # A file named by its path may have been written again since, so it is read each time.
@@ -192,7 +211,7 @@ class ServerSpec:
                 priced = priced.with_fixed(fixed_s, "fixed_s of the configuration")
         table = quality or find_quality(model.name)
         return cls(
-            model=model,
+            model=model.shard(gpu.tp),
             gpu=gpu,
             config=config,
             workspace_bytes=int(workspace_bytes),
@@ -211,7 +230,7 @@ class ServerSpec:
         Raises:
             ConfigError: if there is none; the message names the existing calibrations.
         """
-        return self.latency or named_calibration(find_calibration(self.model.name, self.gpu.name))
+        return self.latency or named_calibration(find_calibration(self.model.name, self.gpu.name, self.gpu.tp))
 
     def budget_context(self, plan: Plan) -> BudgetContext:
         """Return what a budget of this server is computed from; ``plan`` is the first plan."""

@@ -92,6 +92,12 @@ class Parts:
         return self.server.config
 
 
+def model_of(cfg: DictConfig) -> ModelSpec:
+    """Return what each GPU of a configuration holds of its model."""
+    model: ModelSpec = build(cfg.model)
+    return model.shard(build(cfg.gpu).tp)
+
+
 def front_end_of(cfg: DictConfig) -> FrontEnd:
     """Build the front end of a configuration; a real engine's has none."""
     node = cfg.frontend if "frontend" in cfg else None
@@ -237,17 +243,17 @@ def quality_figures(cfg: DictConfig, plans: list[tuple[float, Plan]], iterations
 def server_figures(cfg: DictConfig, first_plan: Plan, budget: Sequence[tuple[float, int]]) -> dict[str, Any]:
     """Return what no table of a run folder says of its server, the content of ``server.json``.
 
-    ``first_plan`` is the plan at 0 s (``describe``), ``budget`` a list of [time in seconds, bytes], one per change.
-    ``dense_nll`` is that of the dense model in nats per token; None without a quality table.
+    Bytes are those of one GPU. ``first_plan`` is the plan at 0 s (``describe``), ``budget`` a list of [time in
+    seconds, bytes], one per change. ``dense_nll`` is that of the dense model in nats per token; None without a quality table.
 
     Args:
         first_plan: of the policy. budget: (time_s, bytes), one entry per change (``Budget.steps``).
     """
-    model, quality = build(cfg.model), quality_of(cfg)
+    model, quality = model_of(cfg), quality_of(cfg)
     dense = dense_plan(model)
     return {
         "model": model.name,
-        "gpu": name_of(cfg.gpu),
+        "gpu": build(cfg.gpu).title,
         "num_layers": model.num_layers,
         "weight_bits": model.weight_bits,
         "dense_weight_bytes": weight_bytes(model, dense),
@@ -301,7 +307,7 @@ def run_replay(
     trace = build_trace(cfg)
     engine, policy = build_engine(cfg)
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
-    title = f"{label}: {len(trace):,} requests on {name_of(cfg.model)}, {name_of(cfg.gpu)}"
+    title = f"{label}: {len(trace):,} requests on {name_of(cfg.model)}, {build(cfg.gpu).title}"
     made_by = {**provenance(cfg.seed), "trace": about(trace)}
     begin_run(folder, cfg, made_by)
     interrupted, seen = False, Watched(policy)

@@ -205,7 +205,9 @@ def replay_sweep(cfg: DictConfig) -> None:
 def _print_sweep(cfg: DictConfig, cases: Sequence[Case], summaries: Sequence[Mapping[str, Any]]) -> None:
     label = cfg.label or str(HydraConfig.get().runtime.choices["trace"])
     cases, shown = without_equal_seeds(cases, {"": summaries})
-    title = f"{label} on {name_of(cfg.model)}, {name_of(cfg.gpu)}: {len(cases)} replay{'s' if len(cases) > 1 else ''}"
+    title = (
+        f"{label} on {name_of(cfg.model)}, {build(cfg.gpu).title}: {len(cases)} replay{'s' if len(cases) > 1 else ''}"
+    )
     rows = {case.name: [summary] for case, summary in zip(cases, shown[""], strict=True)}
     if len(cases) > 1:
         rows["mean ± sd"] = shown[""]

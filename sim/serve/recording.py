@@ -53,5 +53,5 @@ def write_run(folder: Path, cfg: DictConfig, engine: PricedReplica) -> dict[str,
     if len(records):
         write_trace(served_trace(engine), folder / SERVED)
     write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
-    print_summary(summary, f"{len(records):,} requests to {name_of(cfg.model)}, {name_of(cfg.gpu)}", Console())
+    print_summary(summary, f"{len(records):,} requests to {name_of(cfg.model)}, {build(cfg.gpu).title}", Console())
     return summary

@@ -22,7 +22,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sim.config import ReplayConfig, name_of, one_thread, run_command
+from sim.config import ReplayConfig, build, name_of, one_thread, run_command
 from sim.engine.priced_replica import PricedReplica
 from sim.engine.protocol import Request
 from sim.errors import ConfigError
@@ -103,12 +103,12 @@ def run_server(cfg: DictConfig) -> None:
     if config.records:
         begin_run(folder, cfg, provenance(cfg.seed))
 
-    def build() -> tuple[SimulatedApi, SimulatedThread]:
+    def build_side() -> tuple[SimulatedApi, SimulatedThread]:
         api, thread = build_api(cfg, config)
         threads.append(thread)
         return api, thread
 
-    serve_until_stopped(config, f"{name_of(cfg.model)} on a simulated {name_of(cfg.gpu)}", build)
+    serve_until_stopped(config, f"{name_of(cfg.model)} on a simulated {build(cfg.gpu).title}", build_side)
     if config.records:
         write_run(folder, cfg, threads[0].replica)
 

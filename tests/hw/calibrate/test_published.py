@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import pytest
 from hw.calibrate import measurements as m
 from hw.calibrate import published
 from hw.calibrate.__main__ import main as command
-from hw.calibrate.calibration import calibrate
+from hw.calibrate.calibration import calibrate, slower
 from hw.calibrate.writing import write_calibration
 from sim.cost.gpu import Gpu
 from sim.cost.latency import CALIBRATIONS, calibration_from_dict, calibration_names
+from sim.cost.model_spec import load_model
+from sim.cost.plan import dense_plan
 from sim.errors import CalibrationError, ConfigError
 from sim.paths import DATA_VARIABLE, data_dir
 from tests.commands import exit_status
@@ -68,7 +71,7 @@ def test_calibrating_from_measurements_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CALIBRATIONS.parent.parent)
 
 
-@pytest.mark.parametrize("name", ["llama3.1_8b_rtx4090", "llama2_7b_a100"])
+@pytest.mark.parametrize("name", ["llama3.1_8b_rtx4090", "llama2_7b_a100", "llama2_70b_h100_tp4"])
 def test_the_committed_file_and_its_stated_errors_come_from_the_measurements(name: str, measured: Path) -> None:
     content = calibrate(published.TARGETS[name], measured, published.fixed_overhead(measured))
     committed = json.loads((CALIBRATIONS / f"{name}.json").read_text(encoding="utf-8"))
@@ -168,6 +171,69 @@ def test_a_product_between_measured_shapes_lies_on_their_line(tmp_path: Path) ->
         kernels.product("int4_wo", 4096, 4096)
     with pytest.raises(CalibrationError, match="no attention with 32 heads over 8"):
         kernels.decode(32, 8)
+
+
+def test_all_reduces_are_read_in_elements_as_a_graph_launches_them(tmp_path: Path) -> None:
+    names = ["kernel_source", "allreduce_dtype", "num_gpus", "message_size", "latency"]
+    rows = [
+        ["vLLM_custom_graph", "bfloat16", 2, 128, 0.004],
+        ["vLLM_custom_graph", "bfloat16", 2, 4096, 0.006],
+        ["vLLM_custom_graph", "bfloat16", 2, 4096, 0.008],
+        ["vLLM_custom_eager", "bfloat16", 2, 4096, 0.100],
+        ["vLLM_custom_graph", "bfloat16", 4, 4096, 0.050],
+    ]
+    path = tmp_path / "one.csv.gz"
+    pd.DataFrame(rows, columns=names).to_csv(path, index=False)
+    curve = m.read_allreduce(path, 2)
+    assert (curve.x.tolist(), curve.us.tolist()) == ([128.0, 4096.0], [4.0, 7.0])
+    with pytest.raises(CalibrationError, match="no all-reduce among 8 GPUs"):
+        m.read_allreduce(path, 8)
+
+
+def test_a_divided_model_is_composed_of_the_kernels_of_one_gpu_and_all_reduces(measured: Path) -> None:
+    model, gpu = load_model("llama3.1_70b"), published.gpu_named("a100_80gb")
+    kernels = m.Kernels(measured / "aiconfigurator/a100_sxm/trtllm-1.0.0")
+    terms = published.composed_terms(measured, model, replace(gpu, tp=8), "a100_sxm", "trtllm/1.0.0")
+    # One of eight GPUs computes 7,168 of gate and up, both measured shapes, from 8,192 hidden features.
+    up, down = kernels.product("bfloat16", 7168, 8192), kernels.product("bfloat16", 8192, 3584)
+    at = 16.0
+    us = sum(float(each.us[each.x == at][0]) for each in (up, down))
+    elementwise = sum(m.elementwise_us(np.array([at]), size, gpu)[0] for size in (8 * 8192, 6 * 3584))
+    assert terms.linear[16]["ffn"].us[terms.linear[16]["ffn"].x == at] == pytest.approx(us + elementwise)
+    assert terms.decode.us.size == kernels.decode(8, 1).us.size
+    assert terms.allreduce is not None
+    # 16 tokens of 8,192 features are 131,072 elements: 17.1 us among eight A100.
+    assert np.interp(at, terms.allreduce.x, terms.allreduce.us) == pytest.approx(17.1, abs=0.05)
+    alone = m.compose(kernels, load_model("llama3.1_8b"), gpu, m.read_sampler(measured / published.SAMPLER))
+    assert alone.allreduce is None
+
+
+def test_heads_that_were_not_measured_are_the_nearest_of_the_same_grouping_over_more_rows(measured: Path) -> None:
+    kernels = m.Kernels(measured / "aiconfigurator/a100_sxm/trtllm-1.0.0")
+    assert kernels.measured_heads(kernels.generation, 64, 8) == (32, 4)
+    assert kernels.measured_heads(kernels.generation, 20, 20) == (16, 16)
+    half, wanted = kernels.decode(32, 4), kernels.decode(64, 8)
+    assert wanted.us.size == (half.x >= 2).sum() > 100
+    for batch, context, us in zip(wanted.x, wanted.y, wanted.us, strict=True):
+        assert us == half.us[(half.x == 2 * batch) & (half.y == context)][0]
+    with pytest.raises(CalibrationError, match="no attention with 36 heads over 12 KV heads"):
+        kernels.decode(36, 12)
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_large_all_reduces_agree_with_another_measurement_of_the_same_machine(tp: int, measured: Path) -> None:
+    for gpu in ("a100", "h100"):
+        error = json.loads((CALIBRATIONS / f"llama2_70b_{gpu}_tp{tp}.json").read_text(encoding="utf-8"))["errors"]
+        assert error["allreduce_nccl"]["median"] < 0.16  # in bytes instead of elements it would be near 0.5
+
+
+def test_a_slower_machine_takes_longer_for_all_reduces_too() -> None:
+    content = json.loads((CALIBRATIONS / "llama2_70b_h100_tp4.json").read_text(encoding="utf-8"))
+    fast, slow = (calibration_from_dict(each) for each in (content, slower(content, 2.0)))
+    plan = dense_plan(load_model("llama2_70b"))
+    for chunks, decodes in (([], 8), ([(700, 0)], 3)):
+        one, two = (each.iteration_s(plan, chunks, decodes, 100 * decodes, 1) for each in (fast, slow))
+        assert two == pytest.approx(2.0 * one, rel=1e-3)
 
 
 def test_a_calibration_is_written_completely_and_reads_back_the_same(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from sim.cluster import routers
 from sim.cluster.cluster import Autoscaler, Cluster, ClusterRecords, Replica
 from sim.cluster.outages import Outage
 from sim.cluster.routers import Candidate, KernelRouter, RoutingRequest
+from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
@@ -23,7 +24,6 @@ from sim.traces.trace import Trace
 from tests.sim.cluster.plain_cluster import PlainCluster, PlainReplica, Row
 from tests.sim.engine.kernel_cases import RELATIVE, Case, random_case
 from tests.sim.engine.plain_engine import PlainEngine
-from tests.sim.serving import TINY
 from tests.sim.shrink import shrunk_case, without_some
 
 ROUTERS = ("round_robin", "least_outstanding", "least_kv", "shortest_expected_wait", "prefix_affinity", "power_of_two")
@@ -71,7 +71,7 @@ def moments(case: Case) -> tuple[float, ...]:
 def engine(kind: type[Any], case: Case, env: simpy.Environment | None, **more: Any) -> Any:
     """Return an engine of a case."""
     return kind(
-        model=TINY,
+        model=case.model,
         latency=case.latency,
         config=case.config,
         plan=case.first_plan,
@@ -91,6 +91,7 @@ def random_cluster(seed: int, *, ahead: bool | None = None, later: bool = True) 
     rng = np.random.default_rng([seed, 8])
     count = int(rng.choice([1, 2, 2, 3, 4]))
     cases = [random_case(int(rng.integers(1 << 30)), ahead=ahead, later=later) for _ in range(count)]
+    cases = [replace(one, tp=cases[0].tp) for one in cases]  # its own latency keeps the all-reduces of each
     if rng.random() < 0.3:
         cases = [cases[0]] * count  # ties everywhere
     requests = sorted(row for case in cases for row in case.requests)
@@ -191,8 +192,8 @@ def plain_cluster(case: ClusterCase) -> list[Row]:
     ).run()
 
 
-def columns(rows: list[Row]) -> dict[str, Any]:
-    """Return the rows of the plain cluster as columns of records."""
+def columns(rows: list[Row], model: ModelSpec) -> dict[str, Any]:
+    """Return the rows of the plain cluster as columns of records; ``model``: what one GPU holds."""
     lives = [row.live for row in rows]
 
     def of(name: str, default: float) -> list[Any]:
@@ -214,7 +215,7 @@ def columns(rows: list[Row]) -> dict[str, Any]:
         "admitted_s": of("admitted_s", np.nan),
         "first_token_s": of("first_token_s", np.nan),
         "finish_s": of("finish_s", np.nan),
-        "kept_params_share": np.where(held, np.nan, np.array(of("kept_params", 0)) / (tokens * TINY.total_params)),
+        "kept_params_share": np.where(held, np.nan, np.array(of("kept_params", 0)) / (tokens * model.total_params)),
         "quality_nll": np.where(held, np.nan, np.array(of("nll_sum", 0.0)) / tokens),
     }
 
@@ -226,7 +227,7 @@ def differences(case: ClusterCase) -> list[str]:
     except BudgetError as error:
         fast = str(error)
     try:
-        plain: dict[str, Any] | str = columns(plain_cluster(case))
+        plain: dict[str, Any] | str = columns(plain_cluster(case), case.replicas[0].model)
     except BudgetError as error:
         plain = str(error)
     if isinstance(plain, str) or isinstance(fast, str):

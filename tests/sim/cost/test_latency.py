@@ -133,6 +133,73 @@ def test_a_plan_counts_its_blocks_by_precision_and_stage() -> None:
     assert plan_layers(plan).tolist() == [[29, 1, 30, 0], [1, 0, 0, 1], [0, 1, 1, 0]]
 
 
+ALLREDUCE: dict[str, Any] = {"tokens": [0.5, 8.0, 128.0], "us": [5.0, 8.0, 128.0]}
+
+
+def divided(**tables: Any) -> LatencyModel:
+    content = deepcopy(TOY) | {"tp": 4}
+    content["tables"] |= {"allreduce": ALLREDUCE, **tables}
+    return calibration_from_dict(content)
+
+
+@pytest.mark.parametrize(("tokens", "us"), [(1, 5.2), (8, 8.0), (20, 20.0), (64, 64.0), (128, 128.0), (300, 300.0)])
+def test_every_block_of_a_divided_model_ends_with_an_all_reduce(tokens: int, us: float) -> None:
+    model, alone = divided(), toy()
+    assert (model.tp, alone.tp) == (4, 1)
+    for kind in ("mha", "ffn"):
+        added = model.linear_s(kind, 16, tokens) - alone.linear_s(kind, 16, tokens)
+        assert added == pytest.approx(us * 1e-6, rel=1e-9)
+
+
+def test_a_dropped_block_saves_its_all_reduce() -> None:
+    llama, model, alone = load_model("llama2_7b"), divided(), toy()
+    dense, pruned = dense_plan(llama), with_mask(dense_plan(llama), drop(llama, mha=[3, 4], ffn=[5]))
+    for chunks, decodes in (([], 8), ([(16, 0)], 0), ([(16, 0)], 4)):
+        tokens = sum(chunk for chunk, _ in chunks) + decodes
+        work = chunks, decodes, 10 * decodes, 1
+        saved, saved_alone = (one.iteration_s(dense, *work) - one.iteration_s(pruned, *work) for one in (model, alone))
+        us = float(interpolated(np.array(ALLREDUCE["tokens"]), np.array(ALLREDUCE["us"]), np.array([float(tokens)]))[0])
+        assert saved - saved_alone == pytest.approx(3 * us * 1e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"tp": 4}, "tables.allreduce must be there with a tp above 1"),
+        ({"tp": 3}, "tp is 3; allowed are 1, 2, 4, 8"),
+        ({"tp": True}, "tp is True; allowed are"),
+        ({"tp": [2]}, "tp is"),
+    ],
+)
+def test_a_degree_without_its_all_reduces_is_refused(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        calibration_from_dict(deepcopy(TOY) | content)
+
+
+def test_all_reduces_of_a_model_on_one_gpu_are_refused() -> None:
+    content = deepcopy(TOY)
+    content["tables"]["allreduce"] = ALLREDUCE
+    with pytest.raises(CalibrationError, match=r"tp is 1; tables.allreduce must be there with a tp above 1, and only"):
+        calibration_from_dict(content)
+    with pytest.raises(CalibrationError, match=r"allreduce.us must hold 3 microseconds"):
+        divided(allreduce={"tokens": [1.0, 2.0, 3.0], "us": [1.0, 2.0]})
+
+
+@pytest.mark.parametrize("name", [name for name in COMMITTED if "_tp" in name])
+def test_a_divided_model_takes_less_time_by_all_its_gpus_than_alone_but_more_than_its_share(name: str) -> None:
+    model = load_calibration(name)
+    alone = name.rsplit("_tp", 1)[0]
+    alone = {"llama2_7b_a100": "llama2_7b_a100_trtllm"}.get(alone, alone)  # of the same kernels
+    if alone not in COMMITTED:
+        pytest.skip(f"no calibration {alone} of one GPU")
+    whole, plan = load_calibration(alone), dense_plan(load_model(model.model))
+    for chunks, decodes in (([], 1), ([], 64), ([(512, 0)], 0), ([(2048, 0)], 32)):
+        one, all_gpus = (each.iteration_s(plan, chunks, decodes, 500 * decodes, 1) for each in (whole, model))
+        if "l40s" not in name:  # over PCIe all-reduces of long prompts take longer than the products they save
+            assert all_gpus < one
+        assert all_gpus > one / model.tp
+
+
 def test_a_precision_that_was_not_measured_is_refused_by_name() -> None:
     model, plan = toy(), replace(dense_plan(load_model("llama2_7b")), weight_bits=(4,) * 32)
     with pytest.raises(CalibrationError, match=r"no 4-bit times; it has 16\..*llama2_7b_a100_trtllm"):
@@ -298,7 +365,7 @@ def test_decode_attention_never_reads_kv_faster_than_memory_can(committed: Laten
     from omegaconf import OmegaConf
 
     gpu = OmegaConf.load(latency.REPOSITORY / "conf" / "gpu" / f"{committed.device}.yaml")
-    kv_bytes = load_model(committed.model).kv_bytes_per_token_layer
+    kv_bytes = load_model(committed.model).shard(committed.tp).kv_bytes_per_token_layer
     for batch in (4, 32, 128):
         for context in (512, 1024, 4096):
             if not committed.in_range([], batch, batch * context, 1):

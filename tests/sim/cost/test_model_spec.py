@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ from sim.errors import ModelError
 
 PUBLISHED_PARAMS = {
     "llama2_7b": 6_738_415_616,
+    "llama2_70b": 68_976_648_192,
+    "llama3.1_70b": 70_553_706_496,
     "llama3_8b": 8_030_261_248,
     "llama3.1_8b": 8_030_261_248,
     "qwen1.5_7b": 7_721_324_544,
     "qwen2.5_7b": 7_615_616_512,
     "qwen2_7b": 7_615_616_512,
+    "qwen2.5_72b": 72_706_203_648,
     "qwen3_32b": 32_762_123_264,
     "mistral_7b": 7_241_732_096,
     "codellama_34b": 33_743_970_304,
@@ -130,6 +134,68 @@ def test_counts_equal_the_parameters_of_the_model_that_transformers_builds(confi
     assert spec.total_params == total
     assert spec.mha_params == mha
     assert spec.ffn_params == layers - mha
+
+
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "fc1")
+ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2")
+
+
+def _held(name: str, shape: tuple[int, ...], tp: int, kv_heads: int) -> int:
+    """Return the elements of a parameter that one of ``tp`` GPUs holds, by Megatron's rules."""
+    size, layer = math.prod(shape), name.split(".")[-2]
+    if layer in ("embed_tokens", "lm_head"):
+        return -(-shape[0] // 64) * 64 // tp * shape[1]
+    if layer in ("k_proj", "v_proj"):
+        return size // min(tp, kv_heads)
+    if layer in COLUMN_PARALLEL:
+        return size // tp
+    return size // tp if layer in ROW_PARALLEL and len(shape) == 2 else size
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("config", HF_CONFIGS.values(), ids=HF_CONFIGS.keys())
+def test_a_gpu_of_a_divided_model_holds_its_share_of_every_parameter_of_transformers(config: dict[str, Any], tp: int):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    if config["model_type"] == "phi3" and config["num_key_value_heads"] == 2 and tp == 4:
+        pytest.skip("the rows of a fused projection whose KV heads are on two GPUs each are not a share of the matrix")
+    with torch.device("meta"):
+        real = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(
+                config["model_type"], **{key: value for key, value in config.items() if key != "model_type"}
+            )
+        )
+    spec = model_from_hf_config(config)
+    held = sum(_held(name, tuple(each.shape), tp, spec.num_kv_heads) for name, each in real.named_parameters())
+    assert spec.shard(tp).total_params == held
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_the_gpus_of_a_divided_model_hold_its_kv_once_and_its_weights_but_for_norms(tp: int):
+    model = load_model("llama3.1_70b")
+    shard = model.shard(tp)
+    assert tp * shard.kv_bytes_per_token_layer == model.kv_bytes_per_token_layer
+    assert shard.num_heads // shard.num_kv_heads == model.num_heads // model.num_kv_heads
+    norms = (2 * model.num_layers + 1) * model.hidden_size
+    assert tp * shard.total_params == model.total_params + (tp - 1) * norms
+    if tp == 1:
+        assert shard is model
+
+
+def test_kv_heads_that_are_fewer_than_gpus_are_on_several():
+    model = load_model("qwen2.5_7b")  # 28 query heads over 4 KV heads
+    assert model.shard(4).num_kv_heads == 1
+    halved = replace(model, num_kv_heads=2)
+    assert halved.shard(4).kv_bytes_per_token_layer * 4 == 2 * halved.kv_bytes_per_token_layer
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp"), [({}, 8), ({"num_heads": 6, "num_kv_heads": 3}, 2), ({"intermediate_size": 18943}, 2), ({}, 3)]
+)
+def test_a_model_that_cannot_be_divided_is_refused_with_the_degrees_that_can(changes: dict[str, int], tp: int):
+    model = replace(load_model("qwen2.5_7b"), **changes)
+    with pytest.raises(ModelError, match=rf"among tp={tp} GPUs.*allowed are gpu.tp=1"):
+        model.shard(tp)
 
 
 def test_tied_embeddings_count_once():

@@ -12,6 +12,7 @@ import numpy as np
 
 from sim.cost.latency import LatencyModel, calibration_from_dict
 from sim.cost.memory import budget_for_kv_blocks, layer_weight_bytes
+from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KeepMask, KVKeep, Plan, dense_plan
 from sim.cost.streaming import LEAST_STREAMED
 from sim.engine.budget import Budget, stepped
@@ -46,6 +47,12 @@ class Case:
     copy_layer_s: float = 0.0
     slowdown: float = 1.0
     charges_cut_kv: bool = False
+    tp: int = 1
+
+    @property
+    def model(self) -> ModelSpec:
+        """What one of the ``tp`` GPUs holds."""
+        return TINY.shard(self.tp)
 
     def hash_ids(self, prompt: int, output: int) -> tuple[int, ...]:
         """Return the hash ids of a prompt: the first are shared with other prompts, the others are its own."""
@@ -70,8 +77,8 @@ class Case:
 
     def budget(self) -> Budget:
         """Return the budget: ``kv_blocks`` KV blocks next to the first plan, then steps relative to that."""
-        first = budget_for_kv_blocks(TINY, self.first_plan, self.kv_blocks, 0, self.config.kv_block_tokens)
-        room = layer_weight_bytes(TINY)
+        first = budget_for_kv_blocks(self.model, self.first_plan, self.kv_blocks, 0, self.config.kv_block_tokens)
+        room = layer_weight_bytes(self.model)
         steps = [(time_s, max(1, int(first + share * room))) for time_s, share in self.budget_steps]
         return stepped([(0.0, first), *steps])
 
@@ -132,6 +139,12 @@ def random_latency(rng: np.random.Generator) -> LatencyModel:
     if rng.random() < 0.5:
         return linear_latency(base_s=0.5, token_s=float(rng.random() / 50), context_s=float(rng.random() / 300))
 
+    return _irregular_latency(rng)
+
+
+def _irregular_latency(rng: np.random.Generator, tp: int = 1) -> LatencyModel:
+    """Return a latency model of random tables; with ``tp`` above 1, one with all-reduces."""
+
     def rising(*shape: int) -> list[Any]:
         table = np.cumsum(rng.random(shape) * 1e4, axis=-1)
         return (np.cumsum(table, axis=0) if len(shape) > 1 else table).tolist()
@@ -145,7 +158,10 @@ def random_latency(rng: np.random.Generator) -> LatencyModel:
         "prefill_attention": {"tokens": [1, 16, 128], "context": [1.0, 20.0, 100.0], "us": rising(3, 3)},
         "decode_attention": {"batch": [1, 6, 16], "context": [1.0, 30.0, 200.0], "us": rising(3, 3)},
     }
-    return calibration_from_dict({**linear_description(float(rng.random() * 1e5)), "tables": tables})
+    description = {**linear_description(float(rng.random() * 1e5)), "tp": tp}
+    if tp > 1:
+        tables["allreduce"] = {"tokens": [0.5, 3.0, 17.5, 90.0], "us": rising(4)}
+    return calibration_from_dict({**description, "tables": tables})
 
 
 def linear_description(fixed_us: float) -> dict[str, Any]:
@@ -233,6 +249,15 @@ def with_streams(seed: int, case: Case) -> Case:
     return _with_plans(case, streaming)
 
 
+def with_tp(seed: int, case: Case) -> Case:
+    """Return the case of a seed with its model divided among GPUs; its own stream, as above."""
+    rng = np.random.default_rng([seed, 15])
+    if rng.random() < 0.7:
+        return case
+    tp = int(rng.choice([2, 4]))
+    return replace(case, tp=tp, latency=_irregular_latency(rng, tp))
+
+
 def _with_plans(case: Case, changed: Callable[[Plan], Plan]) -> Case:
     return replace(
         case,
@@ -248,8 +273,8 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
     Args:
         ahead: whether its engine schedules ahead; None lets the seed decide.
         later: whether the seed may choose what came later than the frozen records: swapping, weight copies that hold
-            the engine up, and plans that limit how long a request may wait, quantize KV or stream layers. Cut KV then
-            costs something too.
+            the engine up, plans that limit how long a request may wait, quantize KV or stream layers, and a model that
+            is divided among GPUs. Cut KV then costs something too.
     """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
@@ -315,13 +340,13 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
         slowdown=(0.6, 1.0, 1.0, 1.9)[seed // 3 % 4] if later else 1.0,
         charges_cut_kv=later,
     )
-    return with_streams(seed, with_kv_bits(seed, with_waits(seed, case))) if later else case
+    return with_tp(seed, with_streams(seed, with_kv_bits(seed, with_waits(seed, case)))) if later else case
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:
     """Return the engine after a case, and the states observed on the way."""
     engine = kind(
-        model=TINY,
+        model=case.model,
         latency=case.latency,
         config=case.config,
         plan=case.first_plan,

@@ -23,7 +23,7 @@ TICK_S, TICKS = 2.5, 25
 
 def build(case: Case, **words: Any) -> SimEngine:
     engine = SimEngine(
-        model=TINY,
+        model=case.model,
         latency=case.latency,
         config=case.config,
         plan=case.first_plan,

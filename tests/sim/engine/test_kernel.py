@@ -245,7 +245,7 @@ def test_a_restored_engine_goes_on_as_if_nothing_had_happened_since(seed: int, m
     except BudgetError:
         pytest.skip("the budget of this seed holds no engine")
     engine = SimEngine(
-        model=TINY,
+        model=case.model,
         latency=case.latency,
         config=case.config,
         plan=case.first_plan,

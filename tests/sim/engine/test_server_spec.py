@@ -12,6 +12,8 @@ import pytest
 
 import sim.engine.server_spec
 from sim.config import build_option, compose_config, load_option
+from sim.cost.memory import budget_for_kv_blocks
+from sim.cost.model_spec import load_model
 from sim.cost.plan import dense_plan
 from sim.engine.protocol import Request
 from sim.engine.server_spec import ServerSpec, find_calibration
@@ -54,6 +56,38 @@ def test_without_a_calibration_only_building_the_simulated_engine_fails() -> Non
         server.build_engine(dense_plan(server.model), 80 * GIB)
 
 
+def test_a_divided_model_is_served_by_what_one_gpu_holds_at_the_prices_of_its_degree() -> None:
+    server = ServerSpec.from_names(model="llama3.1_70b", gpu="h100_80gb", tp=4)
+    assert server.model == load_model("llama3.1_70b").shard(4)
+    assert server.priced().name == "llama3.1_70b_h100_tp4"
+    cfg = compose_config("replay", ["model=llama3.1_70b", "gpu=h100_80gb", "gpu.tp=4"])
+    assert server_spec(cfg).model == server.model
+    assert server_spec(cfg).priced().tp == 4
+    with pytest.raises(ConfigError, match=r"no calibration of llama3.1_70b on h100_80gb; there are .*gpu.tp=2"):
+        find_calibration("llama3.1_70b", "h100_80gb")
+    with pytest.raises(ConfigError, match=r"'llama3.1_70b_h100_tp4' was made for gpu.tp=4, not 2; set gpu.tp=4"):
+        ServerSpec.from_names(model="llama3.1_70b", gpu="h100_80gb", tp=2, latency="llama3.1_70b_h100_tp4")
+    with pytest.raises(ConfigError, match=r"tp is 3; the degree of tensor parallelism must be one of 1, 2, 4, 8"):
+        build_option("gpu", "h100_80gb", {"tp": 3})
+
+
+def test_how_a_model_is_divided_changes_nothing_but_bytes_and_prices() -> None:
+    """At the prices of one GPU and as many KV blocks, each of two GPUs serves what one alone would."""
+    whole = ServerSpec.from_names(model="llama3.1_8b", gpu="a100_80gb")
+    half = dataclasses.replace(whole, model=whole.model.shard(2))
+    trace = build_option("trace", "burst", {"duration_s": 60.0})
+    found = []
+    for server in (whole, half):
+        plan = dense_plan(server.model)
+        budget = budget_for_kv_blocks(server.model, plan, 900, server.workspace_bytes, server.config.kv_block_tokens)
+        engine = server.build_engine(plan, budget)
+        replay(trace, engine, build_option("policy", "dense")(PolicyContext.of(server)))
+        found.append(engine.records())
+    assert found[0].preemptions.sum() > 0
+    for name in ("status", "preemptions", "first_token_s", "finish_s"):
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+
+
 def test_a_calibration_of_another_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="was made for model 'llama2_7b', not 'llama3_8b'"):
         ServerSpec.from_names(model="llama3_8b", gpu="l4_24gb", latency="llama2_7b_l4")
@@ -74,7 +108,7 @@ def test_a_calibration_measured_here_is_chosen_before_a_shipped_one_and_that_is_
     assert capsys.readouterr().err == ""
     write("m_d_at_another_speed", kind="derived", device_run={})
     write("m_device_full_name", kind="measured", device_run={})
-    sim.engine.server_spec._calibrated_pairs.cache_clear()
+    sim.engine.server_spec._calibrated_servers.cache_clear()
     sim.engine.server_spec._calibration_ranks.cache_clear()
     assert find_calibration("m", "d") == "m_device_full_name"
     assert find_calibration("m", "d") == "m_device_full_name"
