@@ -265,4 +265,5 @@ def with_linear_factors(content: Mapping[str, Any], factors: Mapping[int, float]
 
 def slower(content: Mapping[str, Any], factor: float) -> dict[str, Any]:
     """Return a calibration whose times are all multiplied by ``factor``."""
-    return {**times(content, factor), "fixed_us": content["fixed_us"] * factor}
+    floor = {"host_floor_us": content["host_floor_us"] * factor} if "host_floor_us" in content else {}
+    return {**times(content, factor), "fixed_us": content["fixed_us"] * factor, **floor}

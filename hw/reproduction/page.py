@@ -124,6 +124,31 @@ def _watermark(content: Mapping[str, Any]) -> dict[str, str]:
     return {"rows": _plain(content, specs, 0), "outside": sentence}
 
 
+def _steps(found: Mapping[str, Mapping[str, Any]], named: str) -> str:
+    """Return the table of steps on several GPUs (``hw.reproduction.tensor_parallel``) of engines or servers."""
+    rows = [
+        {
+            named: name,
+            **{key: row[key] for key in ("GPUs", "step")},
+            "seen by the fit": "yes" if row["seen by the fit"] else "no",
+            "measured, ms": f"{row['measured, ms'][0]:,.0f} to {row['measured, ms'][1]:,.0f}",
+            **{key: row[key] for key in ("nothing fitted, median", "fitted, median error", "largest")},
+        }
+        for name, content in found.items()
+        for row in content["rows"]
+    ]
+    return table(rows, {"nothing fitted, median": "+.0%", "fitted, median error": ".1%", "largest": ".0%"}, 1)
+
+
+def _whole(found: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        {"server": name, **row, "seen by the fit": "yes" if row["seen by the fit"] else "no"}
+        for name, content in found.items()
+        for row in content["whole"]
+    ]
+    return table(rows, {"median error": ".1%", "largest": ".0%"}, 1)
+
+
 def _llmservingsim(content: Mapping[str, Any]) -> str:
     errors = content["errors"]
     rows = []
@@ -149,16 +174,25 @@ TABLES: dict[str, Any] = {
     ),
     "morphserve_rtx3090": _rtx3090,
     "vllm_watermark": _watermark,
-    "distserve": lambda content: _plain(content, {"largest error": ".4%", "tokens, published": ",.0f", "here": ",.0f"}),
-    "splitwise": lambda content: _plain(
-        content,
-        {
-            **dict.fromkeys(("A100, measured, ms", "A100, least, ms", "H100, measured, ms", "H100, least, ms"), ".1f"),
-            "H100 / A100, measured": ".2f",
-            "least": ".2f",
-        },
-        0,
-    ),
+    "distserve": lambda content: {
+        "capacity": _plain(content, {"largest error": ".4%", "tokens, published": ",.0f", "here": ",.0f"}),
+        "steps": _steps(content["steps"], "engine"),
+    },
+    "splitwise": lambda content: {
+        "bounds": _plain(
+            content,
+            {
+                **dict.fromkeys(
+                    ("A100, measured, ms", "A100, least, ms", "H100, measured, ms", "H100, least, ms"), ".1f"
+                ),
+                "H100 / A100, measured": ".2f",
+                "least": ".2f",
+            },
+            0,
+        ),
+        "steps": _steps(content["predictions"], "server"),
+        "whole": _whole(content["predictions"]),
+    },
     "llmservingsim": _llmservingsim,
 }
 """Name of a row: what makes its tables."""

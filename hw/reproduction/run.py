@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from hw.calibrate.rtx3090 import NAME, Runs
 from hw.fit.settings import names_of
-from hw.reproduction import memory, morphserve, rtx3090, splitwise, watermark
+from hw.reproduction import distserve_steps, memory, morphserve, rtx3090, splitwise, watermark
 from hw.reproduction.page import page
 from hw.validate import fidelity
 from sim.config import one_thread, run_command
@@ -55,13 +55,18 @@ def _llmservingsim(cfg: DictConfig) -> dict[str, Any]:
     return {"errors": fidelity.compare(run, engine.records()), "fixed_s": fixed_s, "until_s": fidelity.FIT_UNTIL_S}
 
 
+def _distserve(data: Path) -> dict[str, Any]:
+    capacity = memory.distserve(data / Path(memory.DISTSERVE).relative_to("calibration"))
+    return capacity | {"steps": distserve_steps.steps_row(data)}
+
+
 ROWS: dict[str, Callable[[DictConfig], dict[str, Any]]] = {
     "rap_memory": lambda cfg: memory.rap() | {"morphserve": memory.kv_blocks()},
     "morphserve_table": lambda cfg: morphserve.table_row(cfg.workers),
     "morphserve_windows": lambda cfg: morphserve.windows_row(cfg.workers),
     "morphserve_rtx3090": _rtx3090,
     "vllm_watermark": lambda cfg: watermark.row(),
-    "distserve": lambda cfg: memory.distserve(find_data(cfg.data) / Path(memory.DISTSERVE).relative_to("calibration")),
+    "distserve": lambda cfg: _distserve(find_data(cfg.data)),
     "splitwise": lambda cfg: splitwise.row(find_data(cfg.data) / Path(splitwise.DATA).relative_to("calibration")),
     "llmservingsim": _llmservingsim,
 }

@@ -34,6 +34,7 @@ LIMITS: Mapping[str, tuple[float, bool, str]] = {
     "tick_s": (LEAST_TICK_S, True, f"at least {LEAST_TICK_S:g} seconds"),
     "window_s": (0.0, False, "above 0 seconds"),
     "fixed_s": (0.0, True, "at least 0 seconds"),
+    "host_floor_s": (0.0, True, "at least 0 seconds"),
     "slowdown": (0.01, True, "at least 0.01"),
     "workspace_bytes": (0.0, True, "at least 0 bytes"),
     "workers": (1, True, "at least 1"),

@@ -20,6 +20,8 @@ class ReplayConfig:
         The default is what vLLM 0.19 took on a real RTX 4090 with Llama-3.1-8B: 0.9 x 25.25 GB - 16.06 GB of weights
         - 5.43 GB of KV blocks (casys-kaist/LLMServingSim, meta.json).
     fixed_s: overhead of an iteration, in place of the calibration's; null keeps that.
+    host_floor_s: least time of an iteration, in place of the calibration's (0 where it states none): that of a server
+        whose host launches operations one by one, without CUDA graphs; null keeps the calibration's.
     slowdown: an iteration takes this times as long as the calibration says: how much slower your machine is (above 1)
         than the one that was measured.
     label, tags: free text, to find a run again.
@@ -37,6 +39,7 @@ class ReplayConfig:
     latency: str | None = None
     quality_table: str | None = None
     fixed_s: float | None = None
+    host_floor_s: float | None = None
     slowdown: float = 1.0
     workspace_bytes: float = 1.24e9
     tick_s: float = 1.0

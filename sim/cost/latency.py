@@ -1,7 +1,7 @@
 """The duration of one iteration in seconds, summed over blocks from one calibrated table per term.
 
-    iteration = fixed + token(t) + head(s) + sum over kept MHA (linear(t, bits) + attention)
-                                           + sum over kept FFN linear(t, bits)
+    iteration = max(host floor, fixed + token(t) + head(s) + sum over kept MHA (linear(t, bits) + attention)
+                                                           + sum over kept FFN linear(t, bits))
 
 t is the number of batch tokens that a block processes, s the number of sequences that get a next token. Between
 measured points a table is linear. **Above** the last point it continues with the slope of the last segment, the compute
@@ -32,6 +32,7 @@ axes in length:
     kind            measured, composed, derived or fitted; see `LatencyModel`
     fixed_us        host overhead of one iteration
     fixed_source    where fixed_us comes from
+    host_floor_us   optional: least time of an iteration, of a host that launches its operations one by one
     factors         optional {memory_bound, compute_bound}: of a server over these tables (sim/cost/bounds.py); hw.fit
                     writes them
     validation      how the held-out errors were computed
@@ -108,7 +109,8 @@ SHARED_KERNEL = 40  # 1 if one kernel takes prompts and decodes
 LAYOUT_LENGTH = 41
 DATA_FIXED = 0
 DATA_SHARED_FIT = 1  # five coefficients a, h, b, d, f of the module's docstring
-DATA_START = 6
+DATA_HOST_FLOOR = 6
+DATA_START = 7
 
 
 class LatencyTables(NamedTuple):
@@ -337,7 +339,7 @@ def iteration_seconds(
         )
     if mha_prefill_only > 0:
         total += mha_prefill_only * prefill_attention_seconds(tables, prefill_tokens, prefill_context_sum)
-    return float(total)
+    return float(max(total, tables.data[DATA_HOST_FLOOR]))
 
 
 @compiled()
@@ -361,7 +363,7 @@ def layered_iteration_seconds(tables: LatencyTables, rows: Ints, tokens: int, se
             total += layers * attention_seconds(tables, rows[i, 2], rows[i, 3], rows[i, 4], rows[i, 5])
         if rows[i, 6] > 0:
             total += layers * linear_seconds(tables, bits, FFN_KIND, rows[i, 6])
-    return float(total)
+    return float(max(total, tables.data[DATA_HOST_FLOOR]))
 
 
 @compiled()
@@ -494,6 +496,19 @@ class LatencyModel:
         data = self.tables.data.copy()
         data[DATA_FIXED] = fixed_s
         return replace(self, tables=LatencyTables(data, self.tables.layout), fixed_source=source)
+
+    @property
+    def host_floor_s(self) -> float:
+        """Least time of an iteration."""
+        return float(self.tables.data[DATA_HOST_FLOOR])
+
+    def with_host_floor(self, host_floor_s: float) -> LatencyModel:
+        """Return the model with another least time of an iteration; 0 for none."""
+        if not (math.isfinite(host_floor_s) and host_floor_s >= 0):
+            raise CalibrationError(f"host_floor_s is {host_floor_s!r}; it must be a number of seconds of at least 0")
+        data = self.tables.data.copy()
+        data[DATA_HOST_FLOOR] = host_floor_s
+        return replace(self, tables=LatencyTables(data, self.tables.layout))
 
     def with_factors(self, factors: Factors) -> LatencyModel:
         """Return the model with its memory-bound and its compute-bound times multiplied by two factors."""
@@ -858,6 +873,7 @@ def _tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
     pack.surface(SURFACE_PREFILL, tables["prefill_attention"], "tokens", "context", "prefill_attention")
     pack.surface(SURFACE_DECODE, tables["decode_attention"], "batch", "context", "decode_attention")
     pack.parts[0][DATA_FIXED] = pack.seconds([content["fixed_us"]], "fixed_us", (1,))[0]
+    pack.parts[0][DATA_HOST_FLOOR] = pack.seconds([content.get("host_floor_us", 0.0)], "host_floor_us", (1,))[0]
     shared = tables.get("shared_attention")
     if shared is not None:
         pack.layout[SHARED_KERNEL] = 1

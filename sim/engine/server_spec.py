@@ -189,6 +189,7 @@ class ServerSpec:
         quality: str | None = None,
         workspace_bytes: float = WORKSPACE_BYTES,
         fixed_s: float | None = None,
+        host_floor_s: float | None = None,
         slowdown: float = 1.0,
     ) -> ServerSpec:
         """Build a server from a model, a device and a configuration, with prices by name.
@@ -196,7 +197,8 @@ class ServerSpec:
         Args:
             model: all of it; the server holds its share among ``gpu.tp`` GPUs.
             latency, quality: as ``from_names``, except that a missing calibration leaves ``latency`` None.
-            fixed_s: overhead of an iteration, in place of the calibration's; None keeps that.
+            fixed_s, host_floor_s: overhead and least time of an iteration, in place of the calibration's; None keeps
+                those.
             slowdown: as in the class.
         """
         if latency is None:
@@ -209,6 +211,8 @@ class ServerSpec:
             priced = load_calibration(latency) if latency.endswith(".json") else named_calibration(latency)
             if fixed_s is not None:
                 priced = priced.with_fixed(fixed_s, "fixed_s of the configuration")
+            if host_floor_s is not None:
+                priced = priced.with_host_floor(host_floor_s)
         table = quality or find_quality(model.name)
         return cls(
             model=model.shard(gpu.tp),

@@ -130,6 +130,7 @@ def server_spec(cfg: DictConfig) -> ServerSpec:
         quality=cfg.quality_table,
         workspace_bytes=cfg.workspace_bytes,
         fixed_s=cfg.fixed_s,
+        host_floor_s=cfg.host_floor_s,
         slowdown=cfg.slowdown,
     )
 

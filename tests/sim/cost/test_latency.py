@@ -133,6 +133,24 @@ def test_a_plan_counts_its_blocks_by_precision_and_stage() -> None:
     assert plan_layers(plan).tolist() == [[29, 1, 30, 0], [1, 0, 0, 1], [0, 1, 1, 0]]
 
 
+def test_an_iteration_takes_no_less_than_a_slow_host_needs_to_launch_it() -> None:
+    plan, fast = dense_plan(load_model("llama2_7b")), toy()
+    slow = fast.with_host_floor(2e-3)
+    assert (slow.host_floor_s, fast.host_floor_s) == (2e-3, 0.0)
+    few, much = ([], 1, 16, 1), ([(64, 0)], 8, 8 * 128, 8)
+    assert fast.iteration_s(plan, *few) < 2e-3 < fast.iteration_s(plan, *much)
+    assert slow.iteration_s(plan, *few) == 2e-3
+    assert slow.iteration_s(plan, *much) == fast.iteration_s(plan, *much)
+    rows = np.array([[32, 0, 0, 0, 1, 16, 1]])
+    assert slow.layered_iteration_s(rows, 1, 1) == 2e-3 > fast.layered_iteration_s(rows, 1, 1)
+    written = calibration_from_dict(deepcopy(TOY) | {"host_floor_us": 2000.0})
+    assert written.iteration_s(plan, *few) == 2e-3
+    with pytest.raises(CalibrationError, match="host_floor_s is nan"):
+        fast.with_host_floor(float("nan"))
+    with pytest.raises(CalibrationError, match="host_floor_us must hold"):
+        calibration_from_dict(deepcopy(TOY) | {"host_floor_us": -1.0})
+
+
 ALLREDUCE: dict[str, Any] = {"tokens": [0.5, 8.0, 128.0], "us": [5.0, 8.0, 128.0]}
 
 

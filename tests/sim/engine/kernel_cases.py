@@ -250,12 +250,13 @@ def with_streams(seed: int, case: Case) -> Case:
 
 
 def with_tp(seed: int, case: Case) -> Case:
-    """Return the case of a seed with its model divided among GPUs; its own stream, as above."""
+    """Return the case of a seed with its model divided among GPUs, and a slow host; its own stream, as above."""
     rng = np.random.default_rng([seed, 15])
     if rng.random() < 0.7:
         return case
     tp = int(rng.choice([2, 4]))
-    return replace(case, tp=tp, latency=_irregular_latency(rng, tp))
+    latency = _irregular_latency(rng, tp)
+    return replace(case, tp=tp, latency=latency.with_host_floor(float(rng.choice([0.0, 0.3, 1.0]))))
 
 
 def _with_plans(case: Case, changed: Callable[[Plan], Plan]) -> Case:
