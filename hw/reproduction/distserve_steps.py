@@ -1,8 +1,9 @@
 """DistServe's fitted prices of OPT-13B on 1, 2 and 4 A100, next to calibrations composed of kernels.
 
-DistServe publishes what a step takes as formulas, fitted to vLLM and to its own engine (LLMServe/DistServe, Apache-2.0):
-prompts a + b * tokens + c * sum of squares, decodes a + b * sum of contexts + c * batch. They are read at points of the
-range in which such engines run. OPT-66B is published too, but its 9,216 hidden features are in no file of kernels here.
+DistServe publishes what a step takes as formulas, fitted to vLLM and to its own engine (LLMServe/DistServe,
+Apache-2.0): prompts a + b * tokens + c * sum of squares, decodes a + b * sum of contexts + c * batch. They are read at
+points of the range in which such engines run. OPT-66B is published too, but no file of kernels here has its 9,216
+hidden features.
 """
 
 from __future__ import annotations
