@@ -245,7 +245,8 @@ def server_figures(cfg: DictConfig, first_plan: Plan, budget: Sequence[tuple[flo
     """Return what no table of a run folder says of its server, the content of ``server.json``.
 
     Bytes are those of one GPU. ``first_plan`` is the plan at 0 s (``describe``), ``budget`` a list of [time in
-    seconds, bytes], one per change. ``dense_nll`` is that of the dense model in nats per token; None without a quality table.
+    seconds, bytes], one per change. ``dense_nll`` is that of the dense model in nats per token; None without a quality
+    table.
 
     Args:
         first_plan: of the policy. budget: (time_s, bytes), one entry per change (``Budget.steps``).

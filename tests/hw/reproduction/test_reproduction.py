@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from hw.reproduction import memory, rtx3090, watermark
+from hw.reproduction import memory, rtx3090, splitwise, watermark
 from hw.reproduction.page import page
 from hw.reproduction.run import ROWS, main
+from hw.reproduction.tensor_parallel import Step, fitted, scaled
 from sim.cost.latency import load_calibration
+from sim.cost.model_spec import load_model
+from sim.cost.plan import dense_plan
 from sim.errors import CalibrationError
 from sim.paths import RESULTS
 from sim.traces.trace import Trace
@@ -112,3 +117,43 @@ def test_the_rule_of_the_rtx_3090_switches_all_layers_at_once_and_back_when_the_
     assert 0.66 <= down_ready_s - down_s < 3.5
     assert 1.52 <= up_ready_s - up_s < 1.7
     assert {round(share, 3) for _, share in engine.kept_share()} >= {1.0}
+
+
+def test_two_numbers_are_found_again_from_steps_they_made_and_judged_where_they_were_not_fitted() -> None:
+    model = load_model("llama2_70b")
+    plan = dense_plan(model)
+    models = {tp: load_calibration(f"llama2_70b_h100_tp{tp}") for tp in (2, 4, 8)}
+    steps = []
+    for tp, latency in models.items():
+        slow = scaled(latency, 1.4, 22.0)
+        for step in (
+            *(Step(kind="decode", tp=tp, ms=1.0, decodes=n, context_sum=600 * n) for n in (1, 16, 64)),
+            *(Step(kind="one prompt", tp=tp, ms=1.0, chunks=(n,)) for n in (128, 512, 2048)),
+        ):
+            wrong = 2.0 if tp == 4 and step.kind == "decode" else 1.0  # at a degree that the fit does not see
+            steps.append(replace(step, ms=wrong * step.predicted_ms(slow, plan)))
+    found = fitted(models, plan, steps)
+    assert found["factor"] == pytest.approx(1.4, rel=0.01)
+    assert found["floor_ms"] == pytest.approx(22.0, rel=0.01)
+    assert found["seen"] == [2, 8]
+    for row in found["rows"]:
+        wrong = row["GPUs"] == 4 and row["step"] == "decode"
+        assert row["seen by the fit"] == (row["GPUs"] != 4)
+        assert row["largest"] == pytest.approx(0.5 if wrong else 0.0, abs=0.01)
+
+
+def test_measured_batches_that_did_not_do_what_they_state_are_left_out() -> None:
+    rows = [
+        (1, 128, 100.0, 50.0, 100 + 127 * 50.0),
+        (2, 128, 210.0, 50.0, 210 + 127 * 50.0),
+        (4, 128, 120.0, 50.0, 9000.0),  # the time of a part of its prompts
+        (1, 1024, 100.0, 50.0, 100 + 360 * 50.0),  # ended after 361 of 1,024 tokens
+    ]
+    names = ["batch_size", "token_size", "prompt_time", "token_time", "e2e_time"]
+    table = pd.DataFrame(rows, columns=names).assign(tensor_parallel=2, prompt_size=512)
+    assert splitwise._consistent(table.sample(frac=1.0, random_state=3)).sort_index().tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
