@@ -30,6 +30,7 @@ COMPARISONS = {
     "morphserve_llama3_8b_burstgpt": Comparison(command=f"{LLAMA3} trace=burstgpt workload=spread_ties windows=[]"),
     "kv_hole": Comparison(command="sim.compare experiment=kv_hole", plot=True),
     "kv_precision": Comparison(command="sim.compare experiment=kv_precision"),
+    "tensor_parallel": Comparison(command="sim.compare experiment=tensor_parallel"),
 }
 """Name of a JSON file in docs/results/simulation: how it is made."""
 
@@ -73,6 +74,11 @@ def page(folder: Path = FOLDER) -> str:
         },
         next_to_paper=next_to_paper(mean["morphserve_llama3_8b_loaded"]),
         kv_hole_wins=wins(found["kv_hole"], "new_requests", "recompute"),
+        divided_wins={
+            (policy, size): wins(found["tensor_parallel"], f"{policy} {size}", f"dense {size}")
+            for policy in ("greedy_stop", "morphserve")
+            for size in ("39.5 GB", "42 GB")
+        },
         kv4_wins=wins(found["kv_precision"], "kv4 55 GB", "greedy_stop 55 GB"),
     )
 
