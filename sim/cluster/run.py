@@ -70,7 +70,8 @@ class ClusterConfig(VariantsConfig):
     replicas: name -> differences from the rest of the configuration, as ``key: value`` (``gpu``, ``model``, ``policy``
         and other groups name a file), and ``count``, the number of such replicas, 1 by default.
     router: chooses the replica of a request. outages: when replicas are down. autoscaler: how many replicas serve.
-    load_bytes_per_s, start_s: bandwidth at which a returning replica loads its weights, and its additional start time.
+    load_bytes_per_s, start_s: bandwidth at which each GPU of a returning replica loads its weights, and its additional
+        start time.
     keep_iterations: keep every iteration; false saves memory, and figures that need iterations are null.
     """
 

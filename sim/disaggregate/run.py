@@ -76,7 +76,8 @@ class DisaggregateConfig(VariantsConfig):
 
     prefill_replicas, decode_replicas: how many of each. With 0 prefill replicas, all replicas do both stages behind the
         router least_outstanding: the baseline of disaggregation.
-    link_bytes_per_s, link_latency_s: of the link out of each prefill replica. one_link: whether they share one.
+    link_bytes_per_s, link_latency_s: of the link out of each prefill replica, or out of each of its GPUs, where
+        ``gpu.tp`` GPUs divide the model; they send their shares at once. one_link: whether they share one.
     overlap: whether KV is sent while its prompt is computed.
     """
 
