@@ -16,6 +16,8 @@ MOST_DECISIONS = 10_000_000
 MOST_CHANGES = 1_000_000
 """Of a budget, and outages of one replica."""
 MOST_REPLICAS = 10_000
+MOST_CELLS = 20_000
+"""Of a cluster; a number that no machine could serve is a slip."""
 MOST_RUNNING = 1_000_000
 """Requests that hold KV at the same time; the engine reserves room for as many."""
 MOST_HOST_BLOCKS = 1_000_000_000

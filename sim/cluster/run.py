@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,16 @@ import simpy
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from sim.cluster.cells import (
+    CellJob,
+    CellResult,
+    cell_config,
+    cell_trace,
+    cells_summary,
+    check_cells,
+    merged,
+    result_of,
+)
 from sim.cluster.cluster import Cluster, Phase, Replica
 from sim.cluster.outages import check_replicas
 from sim.compiled import cpu_clock
@@ -34,6 +45,7 @@ from sim.replay.run import (
     progress_period_s,
     simulated_progress_steps,
 )
+from sim.replay.sweep import Executor
 from sim.replay.variants import VariantsConfig, run_or_compare, variants
 from sim.results.metrics import Slo, merged_gaps, merged_iterations, met_slo, records_frame, summarise
 from sim.results.plots import ReplicaLine, plot_replicas
@@ -73,6 +85,10 @@ class ClusterConfig(VariantsConfig):
     load_bytes_per_s, start_s: bandwidth at which each GPU of a returning replica loads its weights, and its additional
         start time.
     keep_iterations: keep every iteration; false saves memory, and figures that need iterations are null.
+    cells: how many such clusters there are, each with its own router and its part of the requests; ``workers``
+        processes (or Ray) serve them, with equal results, and the memory needed is that of one for each process.
+    cell_requests: share (cell i serves every ``cells``-th request of the trace, from the i-th on) or own (each cell
+        draws its own trace, by a seed of its own).
     """
 
     replicas: dict[str, Any]
@@ -82,6 +98,8 @@ class ClusterConfig(VariantsConfig):
     load_bytes_per_s: float = 2e9
     start_s: float = 10.0
     keep_iterations: bool = True
+    cells: int = 1
+    cell_requests: str = "share"
 
 
 ConfigStore.instance().store(name="cluster_schema", node=ClusterConfig)
@@ -273,10 +291,27 @@ def _serve(cfg: DictConfig, cluster: Cluster) -> dict[str, Any]:
 
 def run_figures(cfg: DictConfig) -> dict[str, Any]:
     """Replay one configuration; return only its figures."""
+    if cfg.cells > 1:  # of a table, whose replays are what processes share
+        return cells_summary(merged([serve_cell(CellJob(cfg=cfg, cell=cell)) for cell in range(cfg.cells)]))
     return run(cfg)[1]
 
 
+def serve_cell(job: CellJob) -> CellResult:
+    """Serve one cell, and write its records where the job says."""
+    cfg = job.cfg
+    slo, front_end = build(cfg.slo), front_end_of(cfg)
+    cluster = build_cluster(cell_config(cfg, job.cell), cell_trace(cfg, job.cell))
+    with cpu_clock() as cpu_s:
+        cluster.run()
+        summary = cluster_figures(cluster, slo, cpu_s=cpu_s(), front_end=front_end)
+    if job.folder is not None:
+        write_parquet(job.folder / f"{job.cell:05d}.parquet", cluster_frame(cluster, slo, front_end))
+    return result_of(cluster, summary, slo, front_end)
+
+
 def _cluster(cfg: DictConfig) -> None:
+    for one in (cfg, *variants(cfg).values()):
+        check_cells(one)
     caching = any(one.engine.prefix_caching for one in (cfg, *variants(cfg).values()))
     columns = CACHE_COLUMNS if caching else CLUSTER_COLUMNS
     run_or_compare(cfg, write_run=_write_run, run_figures=run_figures, columns=columns)
@@ -286,6 +321,8 @@ def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any
     """Replay one configuration; write and print its results."""
     import pandas as pd
 
+    if cfg.cells > 1:
+        return _write_cells(cfg, folder, label, made_by)
     slo, cluster = build(cfg.slo), build_cluster(cfg)
     trace = cluster.trace
     made_by |= {"trace": about(trace)}
@@ -305,6 +342,30 @@ def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any
         for row in summary["replicas"]:
             busy = "-" if row["busy_share"] is None else f"{100 * row['busy_share']:.1f} %"
             print(f"{row['name']}: {row['requests']} requests, busy {busy}, {row['moved_away']} moved away")
+
+
+def _write_cells(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any]) -> None:
+    """Serve all cells; write a file of records for each, and the figures of all together."""
+    import pandas as pd
+
+    made_by |= {"trace": about(cell_trace(cfg, 0)) | {"of": f"cell 0 of {cfg.cells}"}}
+    begin_run(folder, cfg, made_by)
+    records = folder / "records"
+    records.mkdir()
+    executor: Executor = build(cfg.executor)
+    jobs = [CellJob(cfg=cfg, cell=cell, folder=records) for cell in range(cfg.cells)]
+    began_s = time.perf_counter()
+    whole = merged(executor(serve_cell, jobs))
+    summary = cells_summary(whole) | {"wall_s": time.perf_counter() - began_s}
+    try:
+        write_begun(folder, cfg, made_by)
+        write_parquet(folder / "replicas.parquet", pd.DataFrame(whole.replicas))
+        write_json(folder / "summary.json", summary)  # last: a folder with this file is complete
+    finally:  # a full disk loses the files, not the figures
+        print_summary(summary, f"{label}: {cfg.cells:,} cells, {len(whole.replicas):,} replicas")
+        least, middle, most = (f"{100 * one:.1f}" for one in summary["cell_attainment"] or [math.nan] * 3)
+        print(f"SLO attainment of a cell: {least} to {most} %, median {middle} %")
+        print(f"{summary['wall_s']:,.0f} s, at most {summary['peak_process_bytes'] / 1e9:.2f} GB in a process")
 
 
 def replica_lines(cluster: Cluster) -> dict[str, ReplicaLine]:

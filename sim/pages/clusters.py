@@ -29,6 +29,11 @@ def _experiment(program: str, name: str, columns: Columns) -> Comparison:
 
 COMPARISONS = {
     "cluster_scale": _experiment("sim.cluster", "cluster_scale", CLUSTER_COLUMNS),
+    "cluster_cells": Comparison(
+        command="sim.cluster experiment=cluster_cells",
+        columns=CLUSTER_COLUMNS,
+        keep=(*COUNTS, "cells", "cell_attainment", "wall_s", "cpu_s", "peak_process_bytes", "iterations"),
+    ),
     "prefix_caching": _experiment("sim.cluster", "prefix_caching", CACHE_COLUMNS),
     "spot_preemption": _experiment("sim.cluster", "spot_preemption", CLUSTER_COLUMNS),
     "pd_disaggregation": _experiment("sim.disaggregate", "pd_disaggregation", STAGED_COLUMNS),
@@ -66,6 +71,8 @@ def page(folder: Path = FOLDER) -> str:
         spot={
             key: sum(row[key] for several in summaries for row in several) for key in ("requests", "finished", "moves")
         },
+        cells=found["cluster_cells"]["summaries"]["run"][0],
+        cells_machine=found["cluster_cells"]["provenance"]["machine"],
         best_ratio=_best({label: row for label, row in staged.items() if label.endswith("100 Gbit/s")}),
         targets={target: _by_latency(pdtrim, target) for target in ("quality", "bytes")},
         claims=pdtrim_claims(pdtrim),

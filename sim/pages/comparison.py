@@ -59,7 +59,11 @@ def replay(name: str, comparison: Comparison, workers: int, folder: Path) -> Non
 
 def figures_of(comparison: Comparison, run: Path) -> dict[str, Any]:
     """Return what the page needs from a run folder."""
-    content: dict[str, Any] = json.loads((run / "compare.json").read_text(encoding="utf-8"))
+    if (run / "compare.json").is_file():
+        content: dict[str, Any] = json.loads((run / "compare.json").read_text(encoding="utf-8"))
+    else:  # one run, without variants
+        made_by, summary = (json.loads((run / f"{name}.json").read_text("utf-8")) for name in ("provenance", "summary"))
+        content = {"provenance": made_by, "title": "", "cases": [], "summaries": {"run": [summary]}}
     content["provenance"]["command"] = f"python -m {comparison.command}"  # workers and folder change no figure
     kept = {key.split(".")[0] for key, *_ in comparison.columns.values()} | set(comparison.keep)
     content["summaries"] = {
