@@ -29,6 +29,7 @@ COMPARISONS = {
     "morphserve_llama3_8b_loaded": Comparison(command=f"{LLAMA3} {LOADED}"),
     "morphserve_llama3_8b_burstgpt": Comparison(command=f"{LLAMA3} trace=burstgpt workload=spread_ties windows=[]"),
     "kv_hole": Comparison(command="sim.compare experiment=kv_hole", plot=True),
+    "preemption": Comparison(command="sim.compare experiment=preemption"),
     "kv_precision": Comparison(command="sim.compare experiment=kv_precision"),
     "tensor_parallel": Comparison(command="sim.compare experiment=tensor_parallel"),
 }
@@ -74,6 +75,10 @@ def page(folder: Path = FOLDER) -> str:
         },
         next_to_paper=next_to_paper(mean["morphserve_llama3_8b_loaded"]),
         kv_hole_wins=wins(found["kv_hole"], "new_requests", "recompute"),
+        swap_wins={
+            link: wins(found["preemption"], f"greedy_stop, swap {link}", "greedy_stop, recompute", ties=True)
+            for link in ("25 GB/s", "450 GB/s")
+        },
         divided_wins={
             (policy, size): wins(found["tensor_parallel"], f"{policy} {size}", f"dense {size}")
             for policy in ("greedy_stop", "morphserve")
