@@ -23,11 +23,12 @@ from sim.errors import ConfigError, nearest
 from sim.limits import MOST_CELLS, check_count
 from sim.replay.run import build_trace
 from sim.results.histogram import Histogram
-from sim.results.metrics import Slo, as_clients_see, merged_gaps, met_slo
+from sim.results.metrics import Slo, as_clients_see, met_slo
 from sim.traces.trace import Trace
 
 if TYPE_CHECKING:
     from sim.cluster.cluster import Cluster
+    from sim.results.records import TokenGaps
 
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 CELL_SEEDS = 100_000_000
@@ -143,11 +144,14 @@ def cell_trace(cfg: DictConfig, cell: int) -> Trace:
     return trace.take(np.arange(cell, len(trace), int(cfg.cells)))
 
 
-def result_of(cluster: Cluster, summary: dict[str, Any], slo: Slo, front_end: FrontEnd) -> CellResult:
-    """Return what is kept of a cell that has served: ``summary`` is that of ``cluster_figures``."""
+def result_of(cluster: Cluster, summary: dict[str, Any], gaps: TokenGaps, slo: Slo, front_end: FrontEnd) -> CellResult:
+    """Return what is kept of a cell that has served.
+
+    Args:
+        summary: of ``cluster_figures``. gaps: between the tokens of all its engines.
+    """
     records = cluster.records()
     seen = as_clients_see(records, front_end)
-    gaps = merged_gaps([served.engine.token_gaps() for served in cluster.engines()])
     admitted = np.isfinite(records.admitted_s)
     share = records.kept_params_share[np.isfinite(records.kept_params_share)]
     nll = records.quality_nll[records.produced_tokens > 0]

@@ -49,7 +49,7 @@ from sim.replay.sweep import Executor
 from sim.replay.variants import VariantsConfig, run_or_compare, variants
 from sim.results.metrics import Slo, merged_gaps, merged_iterations, met_slo, records_frame, summarise
 from sim.results.plots import ReplicaLine, plot_replicas
-from sim.results.records import Status
+from sim.results.records import Status, TokenGaps
 from sim.results.report import Columns, print_summary
 from sim.results.run_folder import begin_run, write_begun, write_json, write_parquet
 from sim.traces.trace import Trace
@@ -216,16 +216,24 @@ def replica_figures(cluster: Cluster, slo: Slo, front_end: FrontEnd = NO_FRONT_E
 
 
 def cluster_figures(
-    cluster: Cluster, slo: Slo, *, cpu_s: float = 0.0, front_end: FrontEnd = NO_FRONT_END
+    cluster: Cluster,
+    slo: Slo,
+    *,
+    cpu_s: float = 0.0,
+    front_end: FrontEnd = NO_FRONT_END,
+    gaps: TokenGaps | None = None,
 ) -> dict[str, Any]:
-    """Return the figures of a cluster, as in ``summary.json``: those of a replay, and more."""
+    """Return the figures of a cluster, as in ``summary.json``: those of a replay, and more.
+
+    ``gaps``: between the tokens of all engines; None collects them.
+    """
     engines, records = cluster.engines(), cluster.records()
     iterations = merged_iterations([served.engine.iterations() for served in engines])
     rows = replica_figures(cluster, slo, front_end)
     summary = summarise(
         records,
         iterations,
-        merged_gaps([served.engine.token_gaps() for served in engines]),
+        token_gaps(cluster) if gaps is None else gaps,
         slo,
         transitions=sum(row["plan_changes"] for row in rows),
         budget_violation_s=sum(row["budget_violation_s"] for row in rows),
@@ -244,6 +252,11 @@ def cluster_figures(
         "replica_hours": sum(row["up_s"] for row in rows) / 3600.0,
         "replicas": rows,
     }
+
+
+def token_gaps(cluster: Cluster) -> TokenGaps:
+    """Return the gaps between the tokens of all engines of a cluster."""
+    return merged_gaps([served.engine.token_gaps() for served in cluster.engines()])
 
 
 def cluster_frame(cluster: Cluster, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> pd.DataFrame:
@@ -303,10 +316,11 @@ def serve_cell(job: CellJob) -> CellResult:
     cluster = build_cluster(cell_config(cfg, job.cell), cell_trace(cfg, job.cell))
     with cpu_clock() as cpu_s:
         cluster.run()
-        summary = cluster_figures(cluster, slo, cpu_s=cpu_s(), front_end=front_end)
+        gaps = token_gaps(cluster)
+        summary = cluster_figures(cluster, slo, cpu_s=cpu_s(), front_end=front_end, gaps=gaps)
     if job.folder is not None:
         write_parquet(job.folder / f"{job.cell:05d}.parquet", cluster_frame(cluster, slo, front_end))
-    return result_of(cluster, summary, slo, front_end)
+    return result_of(cluster, summary, gaps, slo, front_end)
 
 
 def _cluster(cfg: DictConfig) -> None:
