@@ -99,6 +99,7 @@ class ServeSetting:
         *,
         model: str = "llama2_7b",
         gpu: str = "a100_80gb",
+        tp: int = 1,
         latency: str = "llama2_7b_a100_trtllm",
         quality: str = "llama2_7b_published",
         engine: str = "vllm_v1",
@@ -118,6 +119,7 @@ class ServeSetting:
 
         Args:
             model, gpu, quality, engine, slo: names of files in the folders of conf with these names.
+            tp: GPUs among which the model is divided; budgets are those of one of them.
             latency: name of a file of conf/calibration.
             workspace_bytes: memory that neither weights nor KV can use.
             budget: fields of ``agents.envs.serve_budgets.BudgetRange``, or None for its defaults.
@@ -134,7 +136,7 @@ class ServeSetting:
         """
         if not tick_s > 0:
             raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, such as 1.0")
-        self.gpu: Gpu = build_option("gpu", gpu)
+        self.gpu: Gpu = replace(build_option("gpu", gpu), tp=tp)
         self.model = load_model(model).shard(self.gpu.tp)
         self.latency, self.quality, self.quality_name = named_calibration(latency), named_quality(quality), quality
         self.engine: EngineConfig = build_option("engine", engine)
@@ -145,7 +147,7 @@ class ServeSetting:
         self.actions = actions_from(self.model, self.action_options, self.workspace_bytes)
         self.table = serve_table(self.actions)
         self.stated = {
-            "server": [model, gpu, latency, quality, engine, slo, workspace_bytes],
+            "server": [model, gpu, latency, quality, engine, slo, workspace_bytes, *([tp] if tp > 1 else [])],
             "order": self.action_options["order"],
             "windows": [asdict(self.budget), tick_s, list(sources), list(load), str(randomize)],
         }

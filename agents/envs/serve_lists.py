@@ -82,9 +82,9 @@ def memory_of(scenario: str) -> dict[str, Any]:
 
 
 def server_of(setting: ServeSetting) -> list[Any]:
-    """Return what the loads depend on next to the scenario: model, gpu, latency, engine, SLO and workspace."""
-    model, gpu, latency, _, engine, slo, workspace_bytes = setting.stated["server"]
-    return [model, gpu, latency, engine, slo, workspace_bytes]
+    """Return what the loads depend on next to the scenario: model, gpu, latency, engine, SLO, workspace and tp."""
+    model, gpu, latency, _, engine, slo, workspace_bytes, *tp = setting.stated["server"]
+    return [model, gpu, latency, engine, slo, workspace_bytes, *tp]
 
 
 @cache

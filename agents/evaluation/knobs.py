@@ -379,7 +379,7 @@ def play(cfg: DictConfig) -> dict[str, Any]:
     return {
         **provenance(int(cfg.seed)),
         "model": setting.model.name,
-        "gpu": setting.gpu.name,
+        "gpu": setting.gpu.title,
         "links": links,
         "dense_bytes": weight_bytes(setting.model, dense_plan(setting.model)),
         "sources": list(cfg.sources),

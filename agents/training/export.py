@@ -335,11 +335,11 @@ def next_command(path: Path, shown: str | None = None) -> str:
 
 
 def calibrated_gpus(model: str) -> list[str]:
-    """Return the files of conf/gpu on which a model is calibrated."""
+    """Return the files of conf/gpu of which one serves a model, with a calibration."""
     found = []
     for gpu in option_names("gpu"):
         with contextlib.suppress(ConfigError):
-            find_calibration(model, gpu)
+            find_calibration(model, gpu, 1)
             found.append(gpu)
     return found
 

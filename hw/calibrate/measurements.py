@@ -208,29 +208,51 @@ def _vidur_attention(table: pd.DataFrame) -> _Sweep:
     )
 
 
-def read_vidur(mlp: Path, attention: Path, model: ModelSpec, gpu: Gpu, sampler: Curve) -> Terms:
-    """Read a pair of Vidur's operator profiles (milliseconds of one layer) at tensor parallelism 1.
+VIDUR_MHA = ("input_layernorm", "attn_pre_proj", "attn_rope", "attn_post_proj", "add")
+VIDUR_FFN = ("post_attention_layernorm", "mlp_up_proj", "mlp_act", "mlp_down_proj", "add")
+"""Operators of a block without attention and without an all-reduce, by Vidur's names."""
 
-    Rows faster than the device's peak are dropped: the profiler timed another kernel. Vidur does not time the LM head;
-    it is priced as the gate-and-up product scaled by output columns.
+
+def _vidur_operators(mlp: Path, model: ModelSpec, gpu: Gpu) -> pd.DataFrame:
+    """Return microseconds of one layer's operators over tokens on one of ``gpu.tp`` GPUs.
+
+    Rows faster than the device's peak are dropped: the profiler timed another kernel.
     """
     raw = read_table(mlp, ("num_tokens", "num_tensor_parallel_workers", "time_stats.mlp_up_proj.median"))
-    raw = raw[raw["num_tensor_parallel_workers"] == 1].groupby("num_tokens").median(numeric_only=True)
+    raw = raw[raw["num_tensor_parallel_workers"] == gpu.tp].groupby("num_tokens").median(numeric_only=True)
     table = pd.DataFrame(raw[[name for name in raw.columns if name.endswith(".median")]] * 1e3)
     table.columns = pd.Index([name.removeprefix("time_stats.").removesuffix(".median") for name in table.columns])
+    shard = model.shard(gpu.tp)
     products = {
-        "attn_pre_proj": (qkv_size(model), model.hidden_size),
-        "attn_post_proj": (model.hidden_size, model.num_heads * model.head_dim),
-        "mlp_up_proj": (2 * model.intermediate_size, model.hidden_size),
-        "mlp_down_proj": (model.hidden_size, model.intermediate_size),
+        "attn_pre_proj": (qkv_size(shard), shard.hidden_size),
+        "attn_post_proj": (shard.hidden_size, shard.num_heads * shard.head_dim),
+        "mlp_up_proj": (2 * shard.intermediate_size, shard.hidden_size),
+        "mlp_down_proj": (shard.hidden_size, shard.intermediate_size),
     }
     tokens = table.index.to_numpy(dtype=np.float64)
     for name, (n, k) in products.items():
         table[name] = table[name].where(table[name] >= product_us(tokens, n, k, gpu))
-    table = table[table.index.isin(_spread(table.index.to_numpy(dtype=np.int64)))]
+    return table[table.index.isin(_spread(table.index.to_numpy(dtype=np.int64)))]
+
+
+def read_vidur_blocks(mlp: Path, model: ModelSpec, gpu: Gpu) -> dict[str, Curve]:
+    """Return what Vidur measured of the blocks of a model on one of ``gpu.tp`` GPUs: `mha` and `ffn` over tokens.
+
+    Neither attention, nor storing KV, nor an all-reduce is part of it.
+    """
+    table = _vidur_operators(mlp, model, gpu)
+    return {"mha": _sum(table, dict.fromkeys(VIDUR_MHA, 1)), "ffn": _sum(table, dict.fromkeys(VIDUR_FFN, 1))}
+
+
+def read_vidur(mlp: Path, attention: Path, model: ModelSpec, gpu: Gpu, sampler: Curve) -> Terms:
+    """Read a pair of Vidur's operator profiles (milliseconds of one layer) at tensor parallelism 1.
+
+    Vidur does not time the LM head; it is priced as the gate-and-up product scaled by output columns.
+    """
+    table = _vidur_operators(mlp, model, gpu)
     sweep = _vidur_attention(read_table(attention, VIDUR_ATTENTION))
     save = merge(Curve(sweep.batch, sweep.save_us))
-    mha = _sum(table, dict.fromkeys(("input_layernorm", "attn_pre_proj", "attn_rope", "attn_post_proj", "add"), 1))
+    mha = _sum(table, dict.fromkeys(VIDUR_MHA, 1))
     # Measured KV saves are of decode batches. Those of prompts are priced by bytes: one profiler looped over tokens.
     saved = np.maximum(np.interp(mha.x, save.x, save.us), elementwise_us(mha.x, model.kv_bytes_per_token_layer, gpu))
     up = _sum(table, {"mlp_up_proj": model.vocab_size / (2 * model.intermediate_size)})
@@ -240,10 +262,7 @@ def read_vidur(mlp: Path, attention: Path, model: ModelSpec, gpu: Gpu, sampler: 
         linear={
             16: {
                 "mha": Curve(mha.x, mha.us + saved),
-                "ffn": _sum(
-                    table,
-                    dict.fromkeys(("post_attention_layernorm", "mlp_up_proj", "mlp_act", "mlp_down_proj", "add"), 1),
-                ),
+                "ffn": _sum(table, dict.fromkeys(VIDUR_FFN, 1)),
             }
         },
         token=_sum(table, {"emb": 1, "input_layernorm": 1}),

@@ -79,12 +79,14 @@ SWITCH = (
 SPLITS = "the sweep doubles along each axis, and the number of KV splits steps within a held-out gap of four"
 COARSE = f"only 21 to 73 counts were measured; {WAVES}"
 ALGORITHMS = (
-    "only powers of two were measured: a held-out point leaves a gap of four, and at 8 MB the algorithm changes from "
-    "vLLM's to NCCL's"
+    "only powers of two were measured: a held-out point leaves a gap of four, some of them across the change from "
+    "vLLM's kernel to NCCL"
 )
+VIDUR_MODELS = {"llama2_7b": "meta-llama/Llama-2-7b-hf", "llama3.1_8b": "meta-llama/Meta-Llama-3-8B"}
+"""Models whose blocks Vidur measured at several degrees, by their folder; Llama-3.1-8B has the shape of Llama-3-8B."""
 ALLREDUCE_FILE = "custom_allreduce_perf.csv.gz"
 NCCL_BYTES = 8 << 20
-"""From this size on vLLM leaves an all-reduce to NCCL."""
+"""From this size on all-reduces are compared with NCCL's of another machine."""
 TINY = "microseconds an iteration; the embedding's kernel is switched at 16 to 20 tokens, and no rising curve follows"
 
 
@@ -152,6 +154,8 @@ def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: 
         why={
             "allreduce": ALGORITHMS,
             "allreduce_nccl": "another library version and machine; without a CUDA graph",
+            "mha_block": "kernels of another library (PyTorch's, fp16), each timed alone",
+            "ffn_block": "kernels of another library (PyTorch's, fp16), each timed alone",
             **{f"{kind}_linear_{bits}": COARSE for kind in ("mha", "ffn") for bits in (16, 8, 4)},
             "head": COARSE,
             "prefill_attention": SPARSE,
@@ -179,12 +183,13 @@ _ALONE = _Divided()
 
 
 def _divided(device: str) -> _Divided:
+    """Return what is stated of the all-reduces of a device."""
     path = f"aic-core/src/aiconfigurator_core/systems/data/{device}/comm/{_allreduce_folder(device)}"
     return _Divided(
         sources=(AICONFIGURATOR | {"path": f"{path}/custom_allreduce_perf (in a CUDA graph)"},),
         notes=(
-            "Times of one GPU. An all-reduce of the hidden states ends every block: vLLM's own up to 8 MB, NCCL's "
-            "above, both as a CUDA graph launches them. It does not overlap with products",
+            "Times of one GPU. An all-reduce of the hidden states ends every block, as vLLM launches it in a CUDA "
+            "graph: its own kernel for small ones, NCCL for large ones. It does not overlap with products",
             "Logits are gathered over all GPUs, which is priced as an all-reduce of half their size. The host overhead "
             "of an iteration was measured on one GPU; what several processes add to it is unknown",
         ),
@@ -234,7 +239,8 @@ def _shape_errors(kernels: m.Kernels, model: ModelSpec, root: Path, tp: int) -> 
                 predicted.append(line.us[np.isin(line.x, common)])
         errors[f"product_shape_{bits}"] = error_summary(np.concatenate(predicted), np.concatenate(measured))
     if tp > 1:
-        return errors | _nccl_error(kernels.folder.parent.name, root, tp)
+        device = kernels.folder.parent.name
+        return errors | _nccl_error(device, root, tp) | _block_errors(device, kernels.folder.name, model, root, tp)
     if model.num_heads == 64:
         for name, read in (("decode", kernels.decode), ("prefill", kernels.prefill)):
             errors[f"{name}_heads"] = _same_points(m.spread_heads(read(16, 2), 2), read(32, 4))
@@ -258,6 +264,23 @@ def _same_points(predicted: m.Surface, measured: m.Surface) -> dict[str, Any]:
     known = {(x, y): us for x, y, us in zip(predicted.x, predicted.y, predicted.us, strict=True)}
     pairs = [(known[x, y], us) for x, y, us in zip(measured.x, measured.y, measured.us, strict=True) if (x, y) in known]
     return error_summary(np.array([p for p, _ in pairs]), np.array([us for _, us in pairs]))
+
+
+def _block_errors(device: str, folder: str, model: ModelSpec, root: Path, tp: int) -> dict[str, Any]:
+    """Return how far blocks of one GPU's share are from those that Vidur measured, where it measured the model."""
+    path = root / "vidur/compute" / device.split("_")[0] / VIDUR_MODELS.get(model.name, "none") / "mlp.csv.gz"
+    if not path.is_file():
+        return {}
+    gpu = replace(next(gpu_named(name) for name, system, *_ in (A100, H100) if system == device), tp=tp)
+    composed = composed_terms(root, model, gpu, device, folder).linear[16]
+    errors = {}
+    for kind, measured in m.read_vidur_blocks(path, model, gpu).items():
+        inside = (measured.x >= composed[kind].x[0]) & (measured.x <= composed[kind].x[-1])
+        at = measured.x[inside]
+        errors[f"{kind}_block"] = error_summary(
+            m.curve_at(composed[kind].x, composed[kind].us, at), measured.us[inside]
+        )
+    return errors
 
 
 def _nccl_error(device: str, root: Path, tp: int) -> dict[str, Any]:
@@ -328,7 +351,7 @@ DIVIDED: dict[str, list[tuple[tuple[str, str, str, str], tuple[int, ...]]]] = {
     "llama3.1_70b": [(A100, (2, 4, 8)), (L40S, (4, 8)), (H100, (2, 4, 8)), (H200, (2, 4, 8))],
     "qwen2.5_72b": [(A100, (2, 4, 8)), (H100, (2, 4, 8))],
 }
-"""Models that several GPUs divide among them: the devices, and of how many."""
+"""Models that one or several GPUs hold: the devices, and of how many."""
 TRTLLM, VLLM = "TensorRT-LLM 1.0.0 kernels, bf16", "vLLM 0.24.0 kernels, bf16 (FlashAttention 3)"
 TARGETS: dict[str, Target] = {
     target.name: target

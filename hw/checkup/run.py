@@ -104,6 +104,10 @@ def checkup(cfg: DictConfig) -> int:
     for described in (cfg.model, cfg.gpu):
         if described is not None:
             build(described)  # a mistake is an error now, and not in every step
+    if cfg.gpu is not None:
+        from hw.engine.hw_engine import check_gpu  # imported late: torch is what the steps import
+
+        check_gpu(build(cfg.gpu))
     found = probe(str(cfg.device))
     setup = setup_of(cfg, found)
     work, out = Path(setup.work), Path(setup.out)

@@ -155,8 +155,8 @@ ADVICE: Mapping[str, tuple[str, str]] = {
     "memory_bound": (
         "the server reads less than described: check model=, gpu= and the precision of its weights (a calibration of a "
         "quantized model), or speculative decoding, which the simulator does not have",
-        "the server decodes slower than its kernels: check model=, gpu=, tensor parallelism, eager mode (no CUDA "
-        "graphs), or another program on the GPU",
+        "the server decodes slower than its kernels: check model=, gpu=, gpu.tp=, eager mode (no CUDA "
+        "graphs: host_floor_s), or another program on the GPU",
     ),
     "compute_bound": (
         "prompts cost less than described: check engine.prefix_caching with distinct_prompts= or shared_tokens=, and "

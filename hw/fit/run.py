@@ -144,7 +144,7 @@ def base_content(cfg: DictConfig, server: Server) -> dict[str, Any]:
     Raises:
         ConfigError: for a calibration that was fitted already, unless nothing is to be fitted.
     """
-    named = cfg.latency or find_calibration(server.spec.model.name, server.spec.gpu.name)
+    named = cfg.latency or find_calibration(server.spec.model.name, server.spec.gpu.name, server.spec.gpu.tp)
     path = Path(named) if named.endswith(".json") else CALIBRATIONS / f"{named}.json"
     content = read_json_object(path, CalibrationError, "write it again with hw.calibrate")
     if "fit" in content and (cfg.free is None or names_of(cfg.free, "free")):

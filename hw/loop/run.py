@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from hw.engine.hw_engine import check_gpu
 from hw.loop.judged_runs import DURING, RealServer, measured_speed, real_outcomes, run_missing
 from hw.loop.page import page, plot
 from hw.loop.predictions import (
@@ -26,7 +27,7 @@ from hw.loop.predictions import (
 from hw.loop.settings import check_settings, check_windows, results_folder
 from hw.loop.verdict import judge
 from hw.validate.machine_speed import MachineSpeed, factor_of, factors_by_precision, linear_factors
-from sim.config import one_thread, run_command
+from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
 from sim.paths import RESULTS
@@ -44,6 +45,7 @@ def main() -> None:
 
 def _loop(cfg: DictConfig) -> int:
     check_settings(cfg)
+    check_gpu(build(cfg.gpu))
     console = Console(width=None if sys.stdout.isatty() else 130)
     out = results_folder(cfg, DEFAULT_OUT)
     if cfg.page == "only":

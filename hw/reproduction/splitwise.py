@@ -33,7 +33,7 @@ MODEL = "llama2_70b"
 COLUMNS = ("model", "hardware", "prompt_size", "batch_size", "token_size", "prompt_time", "token_time", "e2e_time")
 USABLE_SHARE = 0.9
 """Share of the device memory that vLLM uses by default."""
-COMPLETE_SHARE = 0.8
+COMPLETE_SHARE = 0.9
 """An answer whose time is below this share of its stated tokens' ended early."""
 
 

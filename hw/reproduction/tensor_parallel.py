@@ -22,7 +22,7 @@ from sim.cost.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One measured iteration, in milliseconds.
+    """One published iteration, in milliseconds.
 
     kind: what of it is a row of a table. tp: GPUs. chunks: tokens of each prompt. decodes: sequences that decode.
     context_sum: tokens of KV that they read in total.
@@ -49,7 +49,8 @@ def fitted(models: Mapping[int, LatencyModel], plan: Plan, steps: Sequence[Step]
         models: degree of tensor parallelism -> calibration. plan: what ran. steps: measured.
     Returns:
         factor, floor_ms: the fit. seen: degrees of the fit. rows: one a degree and kind, with the median of predicted
-        over measured time minus 1 before, and after the fit the median and the largest absolute error.
+            over published time minus 1 before and after the fit, the median and largest absolute error after it, and
+            the share of steps at the floor, which say nothing of the factor.
     """
     degrees = sorted({step.tp for step in steps})
     seen = (degrees[0], degrees[-1])
@@ -77,10 +78,12 @@ def fitted(models: Mapping[int, LatencyModel], plan: Plan, steps: Sequence[Step]
                     "GPUs": tp,
                     "step": kind,
                     "seen by the fit": tp in seen,
-                    "measured, ms": _span(measured[some]),
+                    "published, ms": _span(measured[some]),
                     "nothing fitted, median": float(np.median(predicted[some] / measured[some] - 1.0)),
-                    "fitted, median error": float(np.median(error)),
+                    "fitted, median": float(np.median(after[some] / measured[some] - 1.0)),
+                    "median error": float(np.median(error)),
                     "largest": float(error.max()),
+                    "at the floor": float((factor * predicted[some] <= floor).mean()),
                 }
             )
     return {"factor": factor, "floor_ms": floor, "seen": list(seen), "rows": rows}

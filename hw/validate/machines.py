@@ -51,7 +51,7 @@ def calibration_name(config: Mapping[str, Any]) -> str | None:
     if config.get("latency"):
         return str(config["latency"])
     try:
-        return find_calibration(str(config["model"]["name"]), str(config["gpu"]["name"]))
+        return find_calibration(str(config["model"]["name"]), str(config["gpu"]["name"]), config["gpu"].get("tp", 1))
     except (KeyError, TypeError, RapLabError):
         return None
 

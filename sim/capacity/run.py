@@ -240,7 +240,7 @@ def jobs_of(cfg: DictConfig, cases: Sequence[Case]) -> list[tuple[str, str, list
             chosen = {key: name for key, name in (("gpu", gpu), ("policy", policy)) if name is not None}
             one = with_differences(cfg, chosen, "policies" if gpu is None else "gpus")
             label = policy or str(choices["policy"])
-            found.append((label, gpu or build(cfg.gpu).title, [config_of(one, case) for case in cases]))
+            found.append((label, build(one.gpu).title, [config_of(one, case) for case in cases]))
     return found
 
 

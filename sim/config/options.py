@@ -99,6 +99,8 @@ def compose_config(config_name: str, overrides: Sequence[str] = (), *, with_hydr
 def with_differences(cfg: DictConfig, differences: Mapping[Any, Any], where: str) -> DictConfig:
     """Return a configuration with ``key: value`` pairs applied: an option of a group, or the value of a key.
 
+    Another ``gpu`` keeps the configuration's ``gpu.tp``, as on a command line.
+
     Args:
         where: the key under which the differences stand, for messages.
     Raises:
@@ -113,6 +115,8 @@ def with_differences(cfg: DictConfig, differences: Mapping[Any, Any], where: str
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from error
             with open_dict(one):
+                if key == "gpu":  # another kind of GPU, and as many of them
+                    option.tp = one.gpu.get("tp", 1)
                 one[key] = option
             continue
         parent, _, name = str(key).rpartition(".")

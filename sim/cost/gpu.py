@@ -45,6 +45,6 @@ class Gpu:
                 raise ConfigError(f"gpu {self.name!r}: {field} is {getattr(self, field)}; it must be above 0")
         if isinstance(self.tp, bool) or self.tp not in TP_DEGREES:
             raise ConfigError(
-                f"gpu {self.name!r}: tp is {self.tp!r}; the degree of tensor parallelism must be one of "
-                f"{', '.join(map(str, TP_DEGREES))}"
+                f"gpu {self.name!r}: tp is {self.tp!r}; the GPUs among which a model is divided must be one of "
+                f"{', '.join(map(str, TP_DEGREES))}; set gpu.tp=1 for a single one"
             )

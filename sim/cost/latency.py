@@ -43,7 +43,8 @@ axes in length:
       tokens        axis t of linear_us and token_us: tokens of the iteration
       linear_us     "16", "8", "4" -> {mha, ffn: times[tokens] of one block without attention}; absent bits cannot run
       allreduce     with tp > 1: {tokens, us}: one all-reduce of the hidden states of that many tokens, on its own
-                    axis. Every MHA and FFN block ends with one, so that a block that a plan drops saves it too
+                    axis, which reaches beyond that of tokens. Every MHA and FFN block ends with one, so that a block
+                    that a plan drops saves it too
       token_us      times[tokens] of embedding and final norm, with the all-reduce of the embedding
       sequences     axis s of head_us
       head_us       times[sequences] of LM head and sampling
@@ -106,7 +107,8 @@ SURFACE_DECODE = constant(21)
 SURFACE_SHARED_DECODE = constant(26)
 RESIDUAL = 31
 SHARED_KERNEL = 40  # 1 if one kernel takes prompts and decodes
-LAYOUT_LENGTH = 41
+ALLREDUCE = 41  # what of every block's curve is its all-reduce, laid out as they are; a last count of 0 without any
+LAYOUT_LENGTH = 43
 DATA_FIXED = 0
 DATA_SHARED_FIT = 1  # five coefficients a, h, b, d, f of the module's docstring
 DATA_HOST_FLOOR = 6
@@ -504,8 +506,10 @@ class LatencyModel:
 
     def with_host_floor(self, host_floor_s: float) -> LatencyModel:
         """Return the model with another least time of an iteration; 0 for none."""
-        if not (math.isfinite(host_floor_s) and host_floor_s >= 0):
-            raise CalibrationError(f"host_floor_s is {host_floor_s!r}; it must be a number of seconds of at least 0")
+        if not 0 <= host_floor_s <= MOST_S:
+            raise CalibrationError(
+                f"host_floor_s is {host_floor_s!r}; it must be a number of seconds from 0 to {MOST_S:g}"
+            )
         data = self.tables.data.copy()
         data[DATA_HOST_FLOOR] = host_floor_s
         return replace(self, tables=LatencyTables(data, self.tables.layout))
@@ -621,18 +625,26 @@ class LatencyModel:
 def scaled_tables(tables: LatencyTables, factors: Factors) -> LatencyTables:
     """Return tables whose memory-bound and compute-bound times are multiplied by two factors (sim/cost/bounds.py).
 
-    Products with weights, the head's too, are split by their own knee. Embedding, norms and the attention of decodes
-    are memory-bound, the attention of prompts is compute-bound; a kernel that takes both has parts of each.
+    Products with weights, the head's too, are split by their own knee. Embedding, norms, the attention of decodes and
+    all-reduces are memory-bound, the attention of prompts is compute-bound; a kernel that takes both has parts of each.
     """
     data, layout = tables.data.copy(), tables.layout
+    shared_at, shared_last = int(layout[ALLREDUCE]), int(layout[ALLREDUCE + 1])
+    allreduce = data[shared_at : shared_at + shared_last + 2].copy()
     head_knee = math.inf
     for slot in range(CURVE_LINEAR, CURVE_LINEAR + 4 * len(WEIGHT_BITS), 2):
         at, last = int(layout[slot]), int(layout[slot + 1])
         if last == 0:
             continue  # a precision that was not measured
+        block = slice(at, at + last + 2)
+        if shared_last:
+            data[block] -= allreduce  # the knee is that of the products alone
         knee = knee_of(data[at + 1 : at + last + 1])
         _scale_product(data, at, last, knee, factors)
+        if shared_last:
+            data[block] += factors.memory_bound * allreduce
         head_knee = knee if math.isinf(head_knee) else head_knee  # of the highest precision, as the head's
+    data[shared_at : shared_at + shared_last + 2] *= factors.memory_bound
     at, last = int(layout[int(CURVE_TOKEN)]), int(layout[int(CURVE_TOKEN) + 1])
     data[at : at + last + 2] *= factors.memory_bound
     _scale_product(data, int(layout[int(CURVE_HEAD)]), int(layout[int(CURVE_HEAD) + 1]), head_knee, factors)
@@ -769,23 +781,14 @@ def _tp_of(content: Mapping[str, Any], origin: str) -> int:
     """Return the degree of tensor parallelism of a calibration file; above 1 it must have times of all-reduces."""
     tp = content.get("tp", 1)
     if isinstance(tp, bool) or tp not in TP_DEGREES:
-        raise CalibrationError(f"{origin}: tp is {tp!r}; allowed are {', '.join(map(str, TP_DEGREES))}")
+        raise CalibrationError(
+            f"{origin}: tp is {tp!r}; allowed are {', '.join(map(str, TP_DEGREES))}, the GPUs of the model"
+        )
     if (tp > 1) != ("allreduce" in content["tables"]):
-        raise CalibrationError(f"{origin}: tp is {tp}; tables.allreduce must be there with a tp above 1, and only then")
+        raise CalibrationError(
+            f"{origin}: tp is {tp}; tables.allreduce must be there with a tp above 1, and only then; add or remove it"
+        )
     return int(tp)
-
-
-class _Line(NamedTuple):
-    """Seconds over an axis, such as those of an all-reduce over tokens."""
-
-    grid: Floats
-    seconds: Floats
-
-    def slope_at(self, count: float) -> float:
-        """Return the slope from ``count`` on to the end of the line and beyond it."""
-        end = max(float(self.grid[-1]), count) + 1.0
-        first, last = interpolated(self.grid, self.seconds, np.array([count, end]))
-        return float((last - first) / (end - count))
 
 
 class _Packer:
@@ -828,19 +831,33 @@ class _Packer:
             )
         return table
 
-    def curve(self, slot: int, grid: Floats, microseconds: Any, name: str, added: _Line | None = None) -> None:
+    def allreduce(self, table: Any, last: int) -> Floats:
+        """Lay out the time of an all-reduce at every count up to ``last``, and its slope above; return both."""
+        if not isinstance(table, Mapping) or not {"tokens", "us"} <= set(table):
+            raise CalibrationError(
+                f"{self.origin}: tables.allreduce is {str(table)[:80]}; it must hold tokens and us, lists of one length"
+            )
+        grid = self.axis(table["tokens"], "allreduce.tokens")
+        seconds = self.seconds(table["us"], "allreduce.us", grid.shape)
+        if grid[-1] <= last or np.any(np.diff(seconds) < 0):
+            raise CalibrationError(
+                f"{self.origin}: tables.allreduce must reach beyond the last of tokens, {last}, and us must not fall"
+            )
+        ends = interpolated(grid, seconds, np.array([last, float(grid[-1]) + 1.0]))
+        slope = (ends[1] - ends[0]) / (grid[-1] + 1.0 - last)
+        laid_out = np.concatenate([[0.0], interpolated(grid, seconds, np.arange(1.0, last + 1)), [slope]])
+        self.layout[ALLREDUCE : ALLREDUCE + 2] = self.put(laid_out), last
+        return laid_out
+
+    def curve(self, slot: int, grid: Floats, microseconds: Any, name: str, added: Floats | None = None) -> None:
         """Lay out a curve at every integer count up to the grid's last, and its slope above; ``added`` to both."""
         values = self.seconds(microseconds, name, grid.shape)
         last = int(grid[-1])
         if last > MOST_BY_COUNT:
             raise CalibrationError(f"{self.origin}: {name} reaches {last:,}; a curve may reach {MOST_BY_COUNT:,}")
         slope = (values[-1] - values[-2]) / (grid[-1] - grid[-2])
-        counts = np.arange(1.0, last + 1)
-        by_count = interpolated(grid, values, counts)
-        if added is not None:
-            by_count = by_count + interpolated(added.grid, added.seconds, counts)
-            slope += added.slope_at(last)
-        self.layout[slot : slot + 2] = self.put(np.concatenate([[0.0], by_count, [slope]])), last
+        laid_out = np.concatenate([[0.0], interpolated(grid, values, np.arange(1.0, last + 1)), [slope]])
+        self.layout[slot : slot + 2] = self.put(laid_out if added is None else laid_out + added), last
 
     def surface(self, slot: int, table: Mapping[str, Any], rows: str, columns: str, name: str) -> None:
         """Lay out a surface."""
@@ -857,10 +874,7 @@ class _Packer:
 def _tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
     pack, tables = _Packer(origin), content["tables"]
     tokens = pack.axis(tables["tokens"], "tokens")
-    allreduce = None
-    if "allreduce" in tables:
-        grid = pack.axis(tables["allreduce"]["tokens"], "allreduce.tokens")
-        allreduce = _Line(grid, pack.seconds(tables["allreduce"]["us"], "allreduce.us", grid.shape))
+    allreduce = pack.allreduce(tables["allreduce"], int(tokens[-1])) if "allreduce" in tables else None
     for row, bits in enumerate(WEIGHT_BITS):
         for kind, key in ((MHA, "mha"), (FFN, "ffn")):
             slot = CURVE_LINEAR + 4 * row + 2 * kind
@@ -873,7 +887,10 @@ def _tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
     pack.surface(SURFACE_PREFILL, tables["prefill_attention"], "tokens", "context", "prefill_attention")
     pack.surface(SURFACE_DECODE, tables["decode_attention"], "batch", "context", "decode_attention")
     pack.parts[0][DATA_FIXED] = pack.seconds([content["fixed_us"]], "fixed_us", (1,))[0]
-    pack.parts[0][DATA_HOST_FLOOR] = pack.seconds([content.get("host_floor_us", 0.0)], "host_floor_us", (1,))[0]
+    floor_us = content.get("host_floor_us", 0.0)
+    if isinstance(floor_us, bool) or not isinstance(floor_us, int | float):
+        raise CalibrationError(f"{origin}: host_floor_us is {floor_us!r}; it must be a number of microseconds from 0")
+    pack.parts[0][DATA_HOST_FLOOR] = pack.seconds([floor_us], "host_floor_us", (1,))[0]
     shared = tables.get("shared_attention")
     if shared is not None:
         pack.layout[SHARED_KERNEL] = 1

@@ -33,10 +33,10 @@ from sim.replay.run import (
     build_parts,
     build_trace,
     front_end_of,
-    model_of,
     progress_period_s,
     quality_figures,
     quality_of,
+    shard_of,
     simulated_progress_steps,
 )
 from sim.replay.variants import VariantsConfig, run_or_compare
@@ -220,7 +220,7 @@ def plan_quality(cfg: DictConfig, quality_nll: float | None, iterations: Iterati
 
 def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
     """Return the figures of a system that has served its trace, as in ``summary.json``."""
-    plan, model = plan_of(cfg), model_of(cfg)
+    plan, model = plan_of(cfg), shard_of(cfg)
     extra = {"plan": describe(plan), **NOTHING_SENT}
     if isinstance(served.records, StagedRecords):
         end_s = max(float(np.nanmax(served.records.finish_s, initial=0.0)), 1e-9)

@@ -30,7 +30,7 @@ WORKSPACE_BYTES = 1_240_000_000
 """Default memory for activations, CUDA graphs and the like (sim.config.ReplayConfig says where it was measured)."""
 
 
-def find_calibration(model: str, gpu: str, tp: int = 1) -> str:
+def find_calibration(model: str, gpu: str, tp: int) -> str:
     """Return the name of the calibration of ``model`` on ``tp`` GPUs of the kind ``gpu``.
 
     Of several, one that ``hw.calibrate source=device`` measured comes first, then one from published measurements of

@@ -92,7 +92,7 @@ class Parts:
         return self.server.config
 
 
-def model_of(cfg: DictConfig) -> ModelSpec:
+def shard_of(cfg: DictConfig) -> ModelSpec:
     """Return what each GPU of a configuration holds of its model."""
     model: ModelSpec = build(cfg.model)
     return model.shard(build(cfg.gpu).tp)
@@ -251,7 +251,7 @@ def server_figures(cfg: DictConfig, first_plan: Plan, budget: Sequence[tuple[flo
     Args:
         first_plan: of the policy. budget: (time_s, bytes), one entry per change (``Budget.steps``).
     """
-    model, quality = model_of(cfg), quality_of(cfg)
+    model, quality = shard_of(cfg), quality_of(cfg)
     dense = dense_plan(model)
     return {
         "model": model.name,

@@ -372,3 +372,23 @@ def test_the_shipped_policy_serves_held_out_windows_better_than_dense() -> None:
     windows = validation_windows(6, ["burst"])
     shipped = mean_utility(setting, windows, conf_policy("learned_serve"))
     assert shipped > mean_utility(setting, windows, conf_policy("dense")) + 0.05
+
+
+def test_a_model_divided_among_gpus_is_served_by_what_one_of_them_holds() -> None:
+    options = {"model": "llama2_7b", "latency": "llama2_7b_a100_tp2", "tp": 2}
+    divided, alone = ServeSetting(**options), ServeSetting()
+    assert divided.model == alone.model.shard(2)
+    assert divided.server.gpu.tp == 2
+    assert divided.stated["server"] == [
+        *alone.stated["server"][:2],
+        "llama2_7b_a100_tp2",
+        *alone.stated["server"][3:],
+        2,
+    ]
+    with pytest.raises(ConfigError, match=r"was made for gpu.tp=2, not 1"):
+        ServeSetting(latency="llama2_7b_a100_tp2")
+    env = ServeTrace(**options)
+    env.reset(seed=0)
+    for _ in range(3):
+        *_, info = env.step(int(np.flatnonzero(env.action_masks())[0]))
+    assert info["action_mask"].any()

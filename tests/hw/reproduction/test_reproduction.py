@@ -147,7 +147,7 @@ def test_measured_batches_that_did_not_do_what_they_state_are_left_out() -> None
         (1, 128, 100.0, 50.0, 100 + 127 * 50.0),
         (2, 128, 210.0, 50.0, 210 + 127 * 50.0),
         (4, 128, 120.0, 50.0, 9000.0),  # the time of a part of its prompts
-        (1, 1024, 100.0, 50.0, 100 + 360 * 50.0),  # ended after 361 of 1,024 tokens
+        (1, 1024, 100.0, 50.0, 100 + 900 * 50.0),  # ended after 901 of 1,024 tokens
     ]
     names = ["batch_size", "token_size", "prompt_time", "token_time", "e2e_time"]
     table = pd.DataFrame(rows, columns=names).assign(tensor_parallel=2, prompt_size=512)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cost import latency
+from sim.cost.bounds import Factors
 from sim.cost.gpu import Gpu
 from sim.cost.latency import (
     LatencyModel,
@@ -147,8 +148,9 @@ def test_an_iteration_takes_no_less_than_a_slow_host_needs_to_launch_it() -> Non
     assert written.iteration_s(plan, *few) == 2e-3
     with pytest.raises(CalibrationError, match="host_floor_s is nan"):
         fast.with_host_floor(float("nan"))
-    with pytest.raises(CalibrationError, match="host_floor_us must hold"):
-        calibration_from_dict(deepcopy(TOY) | {"host_floor_us": -1.0})
+    for wrong, message in ((-1.0, "host_floor_us must hold"), ("5", "host_floor_us is '5'"), ({}, "host_floor_us is")):
+        with pytest.raises(CalibrationError, match=message):
+            calibration_from_dict(deepcopy(TOY) | {"host_floor_us": wrong})
 
 
 ALLREDUCE: dict[str, Any] = {"tokens": [0.5, 8.0, 128.0], "us": [5.0, 8.0, 128.0]}
@@ -180,6 +182,33 @@ def test_a_dropped_block_saves_its_all_reduce() -> None:
         assert saved - saved_alone == pytest.approx(3 * us * 1e-6, rel=1e-6)
 
 
+def test_factors_split_products_at_their_own_knee_and_scale_all_reduces_as_memory() -> None:
+    slow = {"tokens": [1.0, 8.0, 1e6], "us": [5_000.0, 6_000.0, 9e7]}  # far above the products
+    model, alone = divided(allreduce=slow), toy()
+    factors = Factors(memory_bound=1.5, compute_bound=3.0)
+    for kind in ("mha", "ffn"):
+        for tokens in (1, 16, 64, 500):
+            allreduce_s = model.linear_s(kind, 16, tokens) - alone.linear_s(kind, 16, tokens)
+            scaled_s = alone.with_factors(factors).linear_s(kind, 16, tokens) + 1.5 * allreduce_s
+            assert model.with_factors(factors).linear_s(kind, 16, tokens) == pytest.approx(scaled_s, rel=1e-9)
+    twice = model.with_factors(factors).with_factors(Factors(memory_bound=2.0, compute_bound=2.0))
+    assert twice.linear_s("ffn", 16, 30) == pytest.approx(2 * model.with_factors(factors).linear_s("ffn", 16, 30))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"tokens": [1.0, 2.0], "us": [1.0, 2.0]}, "must reach beyond the last of tokens, 64"),
+        ({"tokens": [1.0, 128.0], "us": [5.0, 1.0]}, "us must not fall"),
+        ({}, r"tables.allreduce is \{\}; it must hold tokens and us"),
+        (None, "tables.allreduce is None; it must hold tokens and us"),
+    ],
+)
+def test_all_reduces_that_would_make_prices_negative_or_are_no_table_are_refused(table: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        divided(allreduce=table)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -204,18 +233,20 @@ def test_all_reduces_of_a_model_on_one_gpu_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in COMMITTED if "_tp" in name])
-def test_a_divided_model_takes_less_time_by_all_its_gpus_than_alone_but_more_than_its_share(name: str) -> None:
-    model = load_calibration(name)
-    alone = name.rsplit("_tp", 1)[0]
-    alone = {"llama2_7b_a100": "llama2_7b_a100_trtllm"}.get(alone, alone)  # of the same kernels
-    if alone not in COMMITTED:
-        pytest.skip(f"no calibration {alone} of one GPU")
-    whole, plan = load_calibration(alone), dense_plan(load_model(model.model))
+def test_more_gpus_take_less_time_but_more_than_their_share_of_what_fewer_take(name: str) -> None:
+    model, stem = load_calibration(name), name.rsplit("_tp", 1)[0]
+    alone = {"llama2_7b_a100": "llama2_7b_a100_trtllm"}.get(stem, stem)  # of the same kernels
+    others = [other for other in COMMITTED if other == alone or other.startswith(f"{stem}_tp")]
+    fewer = {load_calibration(other).tp: other for other in others}
+    tp = max((degree for degree in fewer if degree < model.tp), default=0)
+    if not tp:
+        pytest.skip("no calibration of fewer GPUs")
+    before, plan = load_calibration(fewer[tp]), dense_plan(load_model(model.model))
     for chunks, decodes in (([], 1), ([], 64), ([(512, 0)], 0), ([(2048, 0)], 32)):
-        one, all_gpus = (each.iteration_s(plan, chunks, decodes, 500 * decodes, 1) for each in (whole, model))
-        if "l40s" not in name:  # over PCIe all-reduces of long prompts take longer than the products they save
-            assert all_gpus < one
-        assert all_gpus > one / model.tp
+        fewer_s, more_s = (one.iteration_s(plan, chunks, decodes, 500 * decodes, 1) for one in (before, model))
+        if "l40s" not in name:  # over PCIe the all-reduces of long prompts take longer than the products they save
+            assert more_s < fewer_s
+        assert more_s > 0.98 * fewer_s * tp / model.tp
 
 
 def test_a_precision_that_was_not_measured_is_refused_by_name() -> None:

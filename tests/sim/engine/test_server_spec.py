@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sim.engine.server_spec
-from sim.config import build_option, compose_config, load_option
+from sim.config import build_option, compose_config, load_option, with_differences
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.model_spec import load_model
 from sim.cost.plan import dense_plan
@@ -64,11 +64,19 @@ def test_a_divided_model_is_served_by_what_one_gpu_holds_at_the_prices_of_its_de
     assert server_spec(cfg).model == server.model
     assert server_spec(cfg).priced().tp == 4
     with pytest.raises(ConfigError, match=r"no calibration of llama3.1_70b on h100_80gb; there are .*gpu.tp=2"):
-        find_calibration("llama3.1_70b", "h100_80gb")
+        find_calibration("llama3.1_70b", "h100_80gb", 1)
     with pytest.raises(ConfigError, match=r"'llama3.1_70b_h100_tp4' was made for gpu.tp=4, not 2; set gpu.tp=4"):
         ServerSpec.from_names(model="llama3.1_70b", gpu="h100_80gb", tp=2, latency="llama3.1_70b_h100_tp4")
-    with pytest.raises(ConfigError, match=r"tp is 3; the degree of tensor parallelism must be one of 1, 2, 4, 8"):
+    with pytest.raises(ConfigError, match=r"tp is 3; .* must be one of 1, 2, 4, 8; set gpu.tp=1"):
         build_option("gpu", "h100_80gb", {"tp": 3})
+
+
+def test_another_kind_of_gpu_keeps_how_many_there_are() -> None:
+    cfg = compose_config("replay", ["model=llama3.1_8b", "gpu.tp=2"])
+    kept = with_differences(cfg, {"gpu": "h100_80gb"}, "replicas.a")
+    assert (kept.gpu.name, kept.gpu.tp, cfg.gpu.name) == ("h100_80gb", 2, "a100_80gb")
+    for differences in ({"gpu": "h100_80gb", "gpu.tp": 4}, {"gpu.tp": 4, "gpu": "h100_80gb"}):
+        assert with_differences(cfg, differences, "replicas.a").gpu.tp == 4
 
 
 def test_how_a_model_is_divided_changes_nothing_but_bytes_and_prices() -> None:
@@ -104,14 +112,14 @@ def test_a_calibration_measured_here_is_chosen_before_a_shipped_one_and_that_is_
     tmp_path = tmp_path / "a"
     write("m", kind="composed")
     write("m_d_published", kind="measured")
-    assert find_calibration("m", "d") == "m_d_published"
+    assert find_calibration("m", "d", 1) == "m_d_published"
     assert capsys.readouterr().err == ""
     write("m_d_at_another_speed", kind="derived", device_run={})
     write("m_device_full_name", kind="measured", device_run={})
     sim.engine.server_spec._calibrated_servers.cache_clear()
     sim.engine.server_spec._calibration_ranks.cache_clear()
-    assert find_calibration("m", "d") == "m_device_full_name"
-    assert find_calibration("m", "d") == "m_device_full_name"
+    assert find_calibration("m", "d", 1) == "m_device_full_name"
+    assert find_calibration("m", "d", 1) == "m_device_full_name"
     said = capsys.readouterr().err
     assert said.count("m_device_full_name") == 1
     assert "m_d_published" in said

@@ -208,9 +208,9 @@ def test_a_killed_write_leaves_the_old_file_and_no_half_one(tmp_path: Path) -> N
 
 def test_a_model_without_calibration_is_an_error_that_lists_what_there_is() -> None:
     with pytest.raises(ConfigError, match="calibrated models are"):
-        find_calibration("opt_13b", "a100_80gb")
+        find_calibration("opt_13b", "a100_80gb", 1)
     with pytest.raises(ConfigError, match="gpu=rtx4090_24gb"):
-        find_calibration("llama3.1_8b", "gtx1080")
+        find_calibration("llama3.1_8b", "gtx1080", 1)
 
 
 GROUPS = ("trace", "workload", "model", "gpu", "engine", "budget", "policy", "slo")
