@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -14,7 +15,7 @@ from sim.cluster.run import CACHE_COLUMNS, CLUSTER_COLUMNS
 from sim.config import run_command
 from sim.disaggregate.run import STAGED_COLUMNS
 from sim.pages.comparison import COUNTS, Comparison, means, read, shown, write_page
-from sim.pages.render import render, show, table
+from sim.pages.render import commit_of, render, show, table
 from sim.paths import RESULTS
 from sim.results.report import Columns
 
@@ -72,7 +73,9 @@ def page(folder: Path = FOLDER) -> str:
             key: sum(row[key] for several in summaries for row in several) for key in ("requests", "finished", "moves")
         },
         cells=found["cluster_cells"]["summaries"]["run"][0],
-        cells_machine=found["cluster_cells"]["provenance"]["machine"],
+        cells_table=_cells_table(found["cluster_cells"]["summaries"]["run"][0]),
+        cells_made_by=found["cluster_cells"]["provenance"],
+        cells_commit=commit_of(found["cluster_cells"]["provenance"]),
         best_ratio=_best({label: row for label, row in staged.items() if label.endswith("100 Gbit/s")}),
         targets={target: _by_latency(pdtrim, target) for target in ("quality", "bytes")},
         claims=pdtrim_claims(pdtrim),
@@ -83,6 +86,25 @@ def page(folder: Path = FOLDER) -> str:
         ),
         verdict=verdict,
     )
+
+
+def _cells_table(summary: Mapping[str, Any]) -> str:
+    """Return the figures of a run in cells."""
+    row = {
+        "requests": summary["requests"],
+        "SLO attainment": summary["slo_attainment"],
+        "lowest of a cell": summary["cell_attainment"][0],
+        "highest": summary["cell_attainment"][2],
+        "TTFT P95 (s)": summary["ttft_s"]["p95"],
+        "TPOT P95 (ms)": 1e3 * summary["tpot_s"]["p95"],
+        "preemptions": summary["preemptions"],
+        "wall time (min)": summary["wall_s"] / 60,
+        "largest process (GB)": summary["peak_process_bytes"] / 1e9,
+    }
+    specs = dict.fromkeys(("requests", "preemptions"), ",.0f")
+    specs |= dict.fromkeys(("SLO attainment", "lowest of a cell", "highest"), ".1%")
+    specs |= dict.fromkeys(("TTFT P95 (s)", "largest process (GB)"), ".2f")
+    return table([row], specs | dict.fromkeys(("TPOT P95 (ms)", "wall time (min)"), ".0f"), 0)
 
 
 def _best(rows: Means, key: str = "slo_attainment") -> str:

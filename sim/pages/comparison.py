@@ -63,7 +63,12 @@ def figures_of(comparison: Comparison, run: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((run / "compare.json").read_text(encoding="utf-8"))
     else:  # one run, without variants
         made_by, summary = (json.loads((run / f"{name}.json").read_text("utf-8")) for name in ("provenance", "summary"))
-        content = {"provenance": made_by, "title": "", "cases": [], "summaries": {"run": [summary]}}
+        content = {
+            "provenance": made_by,
+            "title": "",
+            "cases": [f"seed {made_by['seed']}"],
+            "summaries": {"run": [summary]},
+        }
     content["provenance"]["command"] = f"python -m {comparison.command}"  # workers and folder change no figure
     kept = {key.split(".")[0] for key, *_ in comparison.columns.values()} | set(comparison.keep)
     content["summaries"] = {
