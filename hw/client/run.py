@@ -20,6 +20,7 @@ from hw.client.replayer import Answer, Replayer
 from hw.client.settings import ClientSettings
 from hw.client.target import target_of
 from sim.config import build, run_command
+from sim.engine.protocol import refuse_sessions
 from sim.progress import progress
 from sim.replay.loop import requests_of
 from sim.replay.run import about, build_trace
@@ -162,6 +163,7 @@ def run_client(cfg: DictConfig) -> int:
     payloads = Payloads(settings, model.name, model.vocab_size, seed=cfg.seed)
     replayer = Replayer(settings, target, payloads)
     folder, trace = Path(HydraConfig.get().runtime.output_dir), build_trace(cfg)
+    refuse_sessions(trace, "hw.client")
     made_by = {**provenance(cfg.seed), "trace": about(trace)}
     begin_run(folder, cfg, made_by)
     interrupted = False

@@ -37,7 +37,7 @@ from sim.cluster.routers import Candidate, KernelRouter, Router, RoutingRequest
 from sim.cost.plan import Plan
 from sim.engine import kernel
 from sim.engine.batch_step import observe_all
-from sim.engine.protocol import EngineState, check_hash_blocks
+from sim.engine.protocol import EngineState, check_hash_blocks, refuse_sessions
 from sim.engine.sim_engine import SimEngine, exact_delay, prefix_block_ids
 from sim.errors import BudgetError, ConfigError
 from sim.policies.base import ClusterPolicy, Policy
@@ -227,6 +227,7 @@ class Cluster:
                 f"load_bytes_per_s is {load_bytes_per_s} and start_s {start_s}; the first must be above 0 bytes per "
                 "second, the second at least 0 seconds"
             )
+        refuse_sessions(trace, "a cluster")
         self.env = simpy.Environment()
         self.trace, self.replicas, self._router = trace, tuple(replicas), router
         self._load_bytes_per_s, self._start_s, self._autoscaler = load_bytes_per_s, start_s, autoscaler

@@ -7,6 +7,7 @@ the `Table` of one replica. Each module imports only from modules above it in th
 |---|---|
 | layout | `Layout`, `State` and `Table`: arrays shared by Python and compiled code, each declared once |
 | state | every array and field of a replica, with unit and shape |
+| turns | sessions: requests that arrive when others have ended |
 | kv | KV blocks: the pool, and the last owners of free blocks |
 | prefix_cache | KV that requests with the same first tokens share |
 | decodes | running requests, above all those that decode |

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from sim.errors import TraceError
 from sim.traces.readers.aiperf import read_aiperf
 from sim.traces.readers.mooncake import read_mooncake
+
+NAN = math.nan
 
 
 def write(tmp_path, *rows):
@@ -22,7 +25,7 @@ def turn(session, **row):
 
 
 @pytest.mark.parametrize("read", [read_mooncake, read_aiperf])
-def test_a_turn_arrives_its_delay_after_the_turn_before_it_and_a_warning_counts_such_turns(tmp_path, caplog, read):
+def test_a_turn_with_a_delay_follows_the_turn_before_it(tmp_path, read):
     path = write(
         tmp_path,
         turn("a", timestamp=1000, input_length=1),
@@ -35,16 +38,32 @@ def test_a_turn_arrives_its_delay_after_the_turn_before_it_and_a_warning_counts_
     trace = read(path)
     assert trace.arrival_s.tolist() == pytest.approx([0.0, 0.2, 0.2, 0.5, 0.6, 3.0])
     assert trace.prompt_tokens.tolist() == [1, 3, 4, 2, 6, 5]
-    said = next(step for step in trace.history if "later turns" in step)
-    assert said.startswith("3 later turns of sessions arrive their delay after the arrival of the turn before")
-    assert "too early" in said
-    assert said in caplog.text
+    assert "3 later turns of sessions arrive their delay after the answer before them" in trace.history
+    assert trace.session.tolist() == [0, 1, 1, 0, 2, 0]
+    assert trace.think_s.tolist() == pytest.approx([NAN, NAN, 0.0, 0.5, NAN, 2.5], nan_ok=True)
 
 
 def test_turns_with_times_of_their_own_keep_them_without_a_warning(tmp_path, caplog):
     path = write(tmp_path, turn(1, timestamp=0), turn(1, timestamp=700, delay=100), turn(2, timestamp=800))
-    assert read_mooncake(path).arrival_s.tolist() == [0.0, 0.7, 0.8]
+    trace = read_mooncake(path)
+    assert trace.arrival_s.tolist() == [0.0, 0.7, 0.8]
+    assert trace.session is None
     assert not caplog.text
+
+
+def test_the_ids_of_an_answer_are_those_of_the_prompt_that_holds_it(tmp_path):
+    def sized(prompt, ids, **row):
+        return turn("a", input_length=prompt, output_length=20, hash_ids=ids, **row)
+
+    path = write(
+        tmp_path,
+        sized(20, [1, 2], timestamp=0),  # 40 tokens with the answer: block 2 is full then, and its id is that of turn 2
+        sized(70, [1, 5, 6, 7, 9], delay=1),  # the next prompt is shorter than this one and its answer
+        sized(80, [1, 5, 6, 7, 8], delay=1),  # the next prompt begins otherwise
+        sized(200, list(range(20, 33)), delay=1),
+    )
+    ids = [row.tolist() for row in read_mooncake(path, block_tokens=16).hash_ids]
+    assert ids == [[1, 5], [1, 5, 6, 7], [1, 5, 6, 7, 8], list(range(20, 32))]
 
 
 def test_unix_times_and_units_hold_for_sessions_too(tmp_path):
