@@ -104,6 +104,7 @@ class RequestQueues:
     waiting: the next to admit comes first. running: in the order of admission.
     in_sessions: whether requests follow others (sim/traces/sessions.py). following: those that have not been due yet,
         with their think times, by the request that they follow. starting: those that wait for a user, in order.
+    caches_answers: whether answers enter the prefix cache, as in sessions, also where a cluster says what follows.
     """
 
     arrivals: deque[Request] = field(default_factory=deque)
@@ -111,13 +112,14 @@ class RequestQueues:
     waiting: deque[LiveRequest] = field(default_factory=deque)
     running: list[LiveRequest] = field(default_factory=list)
     in_sessions: bool = False
+    caches_answers: bool = False
     following: dict[int, tuple[Request, float]] = field(default_factory=dict)
     starting: deque[tuple[Request, float]] = field(default_factory=deque)
 
     def begin_sessions(self, sessions: Sessions) -> None:
         """Take the requests that follow others out of ``arrivals``, until those have ended."""
         requests = list(self.arrivals)
-        self.in_sessions = True
+        self.in_sessions = self.caches_answers = True
         for i, after in enumerate(sessions.after.tolist()):
             if after >= 0:
                 self.following[requests[i].request_id] = requests[after], float(sessions.think_s[after])

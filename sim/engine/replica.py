@@ -631,8 +631,9 @@ class Replica(ReplicaState):
         live.finish_s, live.status = now_s, Status.FINISHED
         self._finished += 1
         self._most_running = math.inf
-        if self.queues.in_sessions:
+        if self.queues.caches_answers:
             self._kv.prefix_cache.fill(live, answer=True)
+        if self.queues.in_sessions:
             self.queues.end_turn(live.request_id, now_s)
         if self._holds is not None and self._holds(live.request_id):
             self._kv.outside[live.request_id] = live.table

@@ -26,7 +26,7 @@ from sim.cost.plan import KV_BITS, WEIGHT_BITS, Plan, check_plan, dense_plan, de
 from sim.engine import kernel
 from sim.engine.budget import Budget, constant_budget, no_room_for_kv
 from sim.engine.kernel.first_start import prepare
-from sim.engine.kernel.state import BUDGET_STEP, DUE_TURN, TURN
+from sim.engine.kernel.state import BUDGET_STEP, DUE_TURN, OWN_SESSIONS, REPORTED, TURN
 from sim.engine.plan_graph import PlanGraph, layers_of
 from sim.engine.protocol import (
     SUBMITTED,
@@ -259,7 +259,7 @@ class SimEngine:
         self._state.replace(
             turns=turns, session_starts=sessions.starts, due_turns=due, arrival_order=np.zeros(len(requests), np.int64)
         )
-        n.in_sessions, n.due_count, n.next_arrival_s = 1, len(own), requests["arrival_s"][own[0]]
+        n.in_sessions, n.due_count, n.next_arrival_s = OWN_SESSIONS, len(own), requests["arrival_s"][own[0]]
         if self.config.prefix_caching:
             prompts = self._state.prompts[: len(requests)]
             tokens = requests["prompt_tokens"] + np.maximum(requests["output_limit_tokens"], 0)
@@ -338,12 +338,21 @@ class SimEngine:
         """Return one row per request that has arrived, in order of arrival."""
         order = self.arrival_order()
         outputs = np.concatenate(self._output_tokens) if self._output_tokens else np.zeros(0, dtype=np.int64)
-        return self.records_of(order if self._counters.in_sessions else slice(0, len(order)), outputs[order])
+        return self.records_of(order if self._in_own_sessions else slice(0, len(order)), outputs[order])
 
     def arrival_order(self) -> Ints:
         """Return the place in the order of submission of each row of ``records``: int64[arrived]."""
         arrived = self._counters.arrived
-        return self._state.arrival_order[:arrived].copy() if self._counters.in_sessions else np.arange(arrived)
+        return self._state.arrival_order[:arrived].copy() if self._in_own_sessions else np.arange(arrived)
+
+    @property
+    def _in_own_sessions(self) -> bool:
+        return bool(self._counters.in_sessions == OWN_SESSIONS)
+
+    def report_turns(self) -> None:
+        """Report which requests have ended (``ended_turns``), for a cluster in which others follow them."""
+        self._counters.in_sessions = REPORTED
+        self.reserve(1)
 
     def records_of(self, which: slice | Ints, output_tokens: Ints) -> Records:
         """Return the rows of some requests.
@@ -591,6 +600,9 @@ class SimEngine:
                 prompts=kernel.longer(state.prompts, room if self.config.prefix_caching else 0),
                 queue=kernel.longer(state.queue, room),
             )
+        if self._counters.in_sessions == REPORTED and len(state.turns) < len(state.requests):
+            room = len(state.requests)
+            state.replace(turns=kernel.longer(state.turns, room), ended_turns=kernel.longer(state.ended_turns, room))
 
     def observe(self, now_s: float) -> EngineState:
         """Return the state at ``now_s``, to which the kernel has advanced; the budget is advanced to it here."""

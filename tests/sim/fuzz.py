@@ -26,6 +26,11 @@ KINDS = {
     "streamed": (streamed_cases.random_case, streamed_cases.differences, streamed_cases.shrunk),
     "sessions": (session_cases.random_case, session_cases.differences, session_cases.shrunk),
     "cluster": (cluster_cases.random_cluster, cluster_cases.differences, cluster_cases.shrunk),
+    "session_cluster": (
+        cluster_cases.random_session_cluster,
+        cluster_cases.differences,
+        cluster_cases.shrunk,
+    ),
     "disaggregated": (
         disaggregated_cases.random_disaggregated,
         disaggregated_cases.differences,

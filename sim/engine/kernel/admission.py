@@ -20,6 +20,7 @@ from sim.engine.kernel.state import (
     NEVER,
     NO_FORMAT,
     NO_OWNER,
+    OWN_SESSIONS,
     PREFILL_FIRST,
     REJECTED,
     RUNNING,
@@ -137,7 +138,7 @@ def take_arrivals(s: Table, now_s: float) -> None:
         if n.next_arrival_s > now_s:
             break
         r = n.arrived
-        if n.in_sessions:
+        if n.in_sessions == OWN_SESSIONS:
             r = _take_turn(s)
         else:
             n.next_arrival_s = requests[r + 1].arrival_s if r + 1 < n.request_count else np.inf

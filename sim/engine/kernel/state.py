@@ -36,6 +36,8 @@ NO_FORMAT = constant(-1)
 """The ``kv_format_id`` of a request or plan that keeps all tokens at 16 bits."""
 HORIZON, NEEDS, GROW, STALLED = range(4)
 """Why `advance` returned; its docstring explains each."""
+NO_SESSIONS, OWN_SESSIONS, REPORTED = range(3)
+"""Values of ``in_sessions``: requests come at given times; turns follow others; a cluster is told which have ended."""
 NEED_DECISION, NEED_COPY_END, NEED_PRICE = range(3)
 """What Python has to add to the plan graph: the values of ``needed``."""
 LAYERS_A_WORD = 60
@@ -141,8 +143,9 @@ COUNTERS = np.dtype(
         ("request_count", INT64),  # submitted
         ("arrived", INT64),  # arrived; also the index of the next arrival
         ("next_arrival_s", FLOAT64),  # its time, s; inf for none
-        ("in_sessions", INT64),  # whether requests arrive when others have ended; ``arrived`` is then no index
+        ("in_sessions", INT64),  # NO_SESSIONS; OWN_SESSIONS, and ``arrived`` is then no index; REPORTED
         ("due_count", INT64),  # entries of due_turns
+        ("ended_count", INT64),  # entries of ended_turns
         ("next_session", INT64),  # first of session_starts that no user has begun
         ("queue_head", INT64),  # queue[head:tail] wait and have never run
         ("queue_tail", INT64),
@@ -241,6 +244,7 @@ turns_of = REPLICA.array("turns", TURN)  # with sessions, one a request
 session_starts_of = REPLICA.array("session_starts")  # first requests of the sessions that wait for a user, in order
 DUE_TURN = np.dtype([("at_s", FLOAT64), ("request", INT64)], align=True)
 due_turns_of = REPLICA.array("due_turns", DUE_TURN, saved=True)  # with sessions: requests whose time is known, a heap
+ended_turns_of = REPLICA.array("ended_turns")  # if they are reported: rows of requests that have ended since
 arrival_order_of = REPLICA.array("arrival_order")  # with sessions: requests in the order of their arrivals
 queue_of = REPLICA.array("queue")  # requests in order of arrival; [queue_head:queue_tail] wait
 preempted_stack_of = REPLICA.array("preempted_stack", rows=lambda z: z.slots + 1, saved=True)  # last in, first out

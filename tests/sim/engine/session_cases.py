@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -13,11 +13,45 @@ from sim.engine.protocol import sessions_of
 from sim.engine.sim_engine import SimEngine
 from sim.traces.sessions import earliest_arrivals, first_turns
 from sim.traces.trace import Trace, sorted_trace
+from sim.types import Ints
 from tests.sim.engine import kernel_cases
 from tests.sim.engine.kernel_cases import Case, differences, shrunk
 from tests.sim.engine.plain_engine import PlainEngine
 
 __all__ = ["SessionCase", "differences", "random_case", "shrunk"]
+
+
+def sessions_trace(
+    arrival_s: Sequence[float],
+    prompts: Sequence[int],
+    outputs: Sequence[int],
+    sessions: Sequence[int],
+    thinks_s: Sequence[float],
+    users: int | None,
+    ids: Sequence[Ints],
+) -> Trace:
+    """Return requests as a trace with sessions, in the order of the earliest arrivals.
+
+    Args:
+        sessions, thinks_s: of each request; more entries than requests are fine, so that a case can shrink.
+        users: of a closed loop; None lets every session begin at the time of its first request.
+    """
+    count = len(arrival_s)
+    session, think_s = np.array(sessions[:count]), np.array(thinks_s[:count], dtype=np.float64)
+    begins = np.flatnonzero(first_turns(session))
+    if users is None:
+        think_s[begins] = math.nan
+    else:
+        think_s = np.where(np.isnan(think_s), 1.0, think_s)
+        think_s[begins[:users]] = math.nan
+    return sorted_trace(
+        arrival_s=earliest_arrivals(np.array(arrival_s), session, think_s),
+        prompt_tokens=np.array(prompts),
+        output_tokens=np.array(outputs),
+        hash_ids=ids,
+        session=session,
+        think_s=think_s,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +69,11 @@ class SessionCase(Case):
     @property
     def trace(self) -> Trace:
         """The requests as a trace, in the order of the earliest arrivals."""
-        arrival_s, prompts, outputs = (np.array(column) for column in zip(*self.requests, strict=True))
-        count = len(arrival_s)
-        session, think_s = np.array(self.sessions[:count]), np.array(self.thinks_s[:count], dtype=np.float64)
-        begins = np.flatnonzero(first_turns(session))
-        if self.users is None:
-            think_s[begins] = math.nan
-        else:
-            think_s = np.where(np.isnan(think_s), 1.0, think_s)
-            think_s[begins[: self.users]] = math.nan
-        tokens = (prompts + outputs).tolist()
-        return sorted_trace(
-            arrival_s=earliest_arrivals(arrival_s, session, think_s),
-            prompt_tokens=prompts,
-            output_tokens=outputs,
-            hash_ids=[self._ids(*row) for row in zip(session.tolist(), tokens, strict=True)],
-            session=session,
-            think_s=think_s,
-        )
+        rows = zip(self.sessions, self.requests, strict=False)
+        ids = [self._ids(session, prompt + output) for session, (_, prompt, output) in rows]
+        return sessions_trace(*zip(*self.requests, strict=True), self.sessions, self.thinks_s, self.users, ids)
 
-    def _ids(self, session: int, tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _ids(self, session: int, tokens: int) -> Ints:
         """Return the ids of a prompt and its answer: all sessions begin alike, and each goes on by itself."""
         block = np.arange(tokens // self.config.hash_block_tokens, dtype=np.int64)
         return np.where(block < session % 3, block, block + 1000 * (session + 1))
