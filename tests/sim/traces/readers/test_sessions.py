@@ -10,6 +10,7 @@ import pytest
 from sim.errors import TraceError
 from sim.traces.readers.aiperf import read_aiperf
 from sim.traces.readers.mooncake import read_mooncake
+from sim.traces.readers.qwen_bailian import read_qwen_bailian
 
 NAN = math.nan
 
@@ -93,3 +94,51 @@ def test_the_turns_after_a_bad_one_have_no_place_in_time_either(tmp_path):
     trace = read_mooncake(path, on_bad_row="skip")
     assert len(trace) == 1
     assert sum("skipped 1 bad row" in step for step in trace.history) == 2
+
+
+def chat(chat_id, parent, timestamp, prompt=20, output=12, **row):
+    lengths = {"input_length": prompt, "output_length": output}
+    return {"chat_id": chat_id, "parent_chat_id": parent, "timestamp": timestamp, **lengths, **row}
+
+
+def qwen(tmp_path, *rows, **more):
+    path = tmp_path / "qwen.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_qwen_bailian(path, **more)
+
+
+def test_a_chat_follows_its_parent_after_the_time_between_them_less_that_of_the_answer(tmp_path):
+    rows = (
+        chat(5, -1, 10.0, hash_ids=[1, 2]),
+        chat(6, 77, 11.0, hash_ids=[3, 4]),  # its parent is not in the file
+        chat(7, 5, 14.0, prompt=40, hash_ids=[1, 8, 9]),
+        chat(8, 5, 15.0, hash_ids=[1, 5]),  # the second child of its parent
+        chat(9, 7, 14.5, prompt=60, hash_ids=[1, 8, 6, 7]),
+    )
+    recorded = qwen(tmp_path, *rows, sort=True)
+    assert recorded.session is None
+    trace = qwen(tmp_path, *rows, follow=True, recorded_tpot_s=0.25)
+    # 12 tokens took 3 s: chat 7 thinks 4 - 3 s, and chat 9, which came 0.5 s after its parent, not at all.
+    assert trace.prompt_tokens.tolist() == [20, 20, 40, 60, 20]
+    assert trace.think_s.tolist() == pytest.approx([NAN, NAN, 1.0, 0.0, NAN], nan_ok=True)
+    assert trace.arrival_s.tolist() == [0.0, 1.0, 1.0, 1.0, 5.0]
+    assert trace.session[0] == trace.session[2] == trace.session[3]
+    assert trace.hash_ids[0].tolist() == [1, 8], "its answer fills the second block of the prompt that follows"
+    assert "2 chats follow the answer of their parent" in trace.history
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([chat(1, -1, 0.0), chat(1, -1, 1.0)], "line 2, column 'chat_id': repeated: '1'"),
+        (
+            [chat(1, -1, 5.0), chat(2, 3, 6.0), chat(3, -1, 7.0)],
+            "line 2, column 'parent_chat_id': a parent",
+        ),
+        ([chat(1, 1, 5.0)], "line 1, column 'parent_chat_id': a parent that comes later: '1'"),
+        ([{"timestamp": 0, "input_length": 1, "output_length": 1}], "chat_id"),
+    ],
+)
+def test_a_chat_that_can_follow_no_parent_is_a_bad_row(tmp_path, rows, message):
+    with pytest.raises(TraceError, match=message):
+        qwen(tmp_path, *rows, follow=True)
