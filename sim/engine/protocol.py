@@ -211,7 +211,8 @@ def refuse_sessions(trace: Trace, what: str) -> None:
     if trace.session is not None:
         raise ConfigError(
             f"{trace.name} has sessions, whose requests arrive when others have ended; {what} takes requests at given "
-            "times only. Take another trace, or workload=open_loop, under which no request waits for another"
+            "times only. Take another trace, or workload=open_loop (a step sim.traces.loops.open_loop), under which no "
+            "request waits for another"
         )
 
 
