@@ -64,7 +64,7 @@ def open_loop(trace: Trace) -> Trace:
 
     That is, as if every answer came at once: no request waits for another, so turns of a session may overlap.
     """
-    return replace(trace, session=None, think_s=None).with_history("sessions taken apart: no turn waits for an answer")
+    return replace(trace, session=None, think_s=None).with_history("open loop: no turn waits for an answer")
 
 
 def think_times(rng: np.random.Generator, count: int, *, think_s: float, think_cv: float) -> Floats:

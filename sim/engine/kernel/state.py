@@ -37,7 +37,7 @@ NO_FORMAT = constant(-1)
 HORIZON, NEEDS, GROW, STALLED = range(4)
 """Why `advance` returned; its docstring explains each."""
 NO_SESSIONS, OWN_SESSIONS, REPORTED = range(3)
-"""Values of ``in_sessions``: requests come at given times; turns follow others; a cluster is told which have ended."""
+"""Values of ``in_sessions``: requests come at given times; turns follow others; a cluster learns which have ended."""
 NEED_DECISION, NEED_COPY_END, NEED_PRICE = range(3)
 """What Python has to add to the plan graph: the values of ``needed``."""
 LAYERS_A_WORD = 60

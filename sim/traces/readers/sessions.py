@@ -29,7 +29,7 @@ def think_sessions(
 
     Args:
         own_s, think_s: the columns ``time`` and ``think``, NaN for an empty cell.
-        time, session, think: the names of the columns; a row without a session is one by itself.
+        time, session, think: the names of the columns; a row without a session is one of its own.
     """
     numbers = _session_numbers(rows, session)
     thinks = ~np.isnan(think_s)

@@ -210,12 +210,12 @@ def test_no_rate_over_time_of_training_on_named_sources_returns_in_validation() 
     assert shared(parts("train"), parts("validation")) == []
 
 
-def test_a_source_with_sessions_is_refused_unless_a_step_takes_them_apart() -> None:
+def test_a_source_with_sessions_is_refused_unless_a_step_lets_no_turn_wait() -> None:
     made: dict[str, Any] = {"trace": "chats", "rate": (1.0, 1.0), "overrides": {"seed": 1}, "parts": {"train": (0, 1)}}
     source = serve_sources.Source(**made, steps=(), splits={})
     with pytest.raises(ConfigError, match=r"sources\.chat of conf/split/serve\.yaml takes requests at given"):
         serve_sources._built("chat", source, {})
-    apart = {"_target_": "sim.traces.loops.open_loop", "_partial_": True}
-    trace = serve_sources._built("chat", serve_sources.Source(**made, steps=(apart,), splits={}), {})
+    opened = {"_target_": "sim.traces.loops.open_loop", "_partial_": True}
+    trace = serve_sources._built("chat", serve_sources.Source(**made, steps=(opened,), splits={}), {})
     assert trace.session is None
     assert len(trace) > 100

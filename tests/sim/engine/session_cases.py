@@ -74,7 +74,7 @@ class SessionCase(Case):
         return sessions_trace(*zip(*self.requests, strict=True), self.sessions, self.thinks_s, self.users, ids)
 
     def _ids(self, session: int, tokens: int) -> Ints:
-        """Return the ids of a prompt and its answer: all sessions begin alike, and each goes on by itself."""
+        """Return the ids of a prompt and its answer: all sessions begin alike, and each goes on in its own way."""
         block = np.arange(tokens // self.config.hash_block_tokens, dtype=np.int64)
         return np.where(block < session % 3, block, block + 1000 * (session + 1))
 
