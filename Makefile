@@ -62,6 +62,7 @@ clients: $(VENV)/.clients
 
 # make fuzz         compare the compiled engine with the plain one on CASES random replays (50,000); prints and shrinks a failing seed
 # make fuzz KIND=cluster    the same for clusters; KIND=streamed: for layers that cross the link in every iteration;
+#                            KIND=sessions and KIND=session_cluster: for requests that follow others;
 #                            KIND=disaggregated: for prefill and decode on separate replicas
 CASES ?= 50000
 FIRST ?= 0

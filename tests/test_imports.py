@@ -243,6 +243,7 @@ def private_calls(path: Path) -> set[str]:
 
 COMPILED_MODULES = {
     "sim.engine.kernel.state",
+    "sim.engine.kernel.turns",
     "sim.engine.kernel.kv",
     "sim.engine.kernel.prefix_cache",
     "sim.engine.kernel.decodes",

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import SPLITS
 from sim.config import build, build_option, load_option, option_path
+from sim.engine.protocol import refuse_sessions
 from sim.errors import ConfigError, TraceError, nearest
 from sim.paths import find_data
 from sim.traces.trace import Trace
@@ -203,6 +204,7 @@ def _built(name: str, source: Source, changed: Mapping[str, Any]) -> Trace:
     except TraceError as error:  # its hints name keys of the group trace
         where = f"sources.{name} of conf/split/serve.yaml"
         raise TraceError(f"{error} ({where} holds the trace's keys, without trace.)") from error
+    refuse_sessions(trace, f"sources.{name} of conf/split/serve.yaml")
     return drop_long(trace, max_total_tokens=int(serve_split()["max_total_tokens"]))
 
 

@@ -9,17 +9,19 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import anyio
 import httpx
+import numpy as np
 from httpx_sse import EventSource
 
+from hw.client.dialog import Dialog
 from hw.client.payload import Payloads
 from hw.client.settings import ClientSettings
 from hw.client.stream import CUT, AnswerStream, StreamError, Timeline, message_of
 from hw.client.target import Target
-from sim.engine.protocol import Request
+from sim.engine.protocol import Request, Sessions
 
 MOST_ANSWER_CHARACTERS = 100_000_000
 """Of one answer; a piece of one token has about 300."""
@@ -34,6 +36,7 @@ class Answer:
 
     arrival_s, sent_s: seconds since the start. timeline: the tokens, in seconds since the start; None unless the
     answer is complete. error: why the last attempt failed; None if it did not. retries: attempts after the first.
+    ended_s: seconds since the start to the last token, or to the end of the last attempt. text: of a complete answer.
     """
 
     request: Request
@@ -42,6 +45,8 @@ class Answer:
     timeline: Timeline | None = None
     error: str | None = None
     retries: int = 0
+    ended_s: float = math.nan
+    text: str = ""
 
 
 class Replayer:
@@ -69,11 +74,16 @@ class Replayer:
         self._ended = 0
 
     async def run(
-        self, requests: Sequence[Request], on_progress: Callable[[float], None] = lambda _done: None
+        self,
+        requests: Sequence[Request],
+        on_progress: Callable[[float], None] = lambda _done: None,
+        sessions: Sessions | None = None,
     ) -> list[Answer]:
         """Send all requests; return the answers in order of arrival.
 
-        on_progress: called with the number of requests that have ended, complete or not.
+        Args:
+            on_progress: called with the number of requests that have ended, complete or not.
+            sessions: which requests follow which, by their places in ``requests``.
         """
         self._on_progress = on_progress
         self._places = asyncio.Semaphore(self._settings.max_connections)
@@ -81,7 +91,11 @@ class Replayer:
             async with httpx.AsyncClient(transport=self._transport, timeout=None, headers=self._target.headers) as http:
                 await anyio.sleep(0)  # loads the network code, which takes 0.1 s that the first TTFT would include
                 self._start_s = time.perf_counter()
-                if self._settings.loop == "open":
+                if sessions is not None:
+                    starts = iter(sessions.starts.tolist())
+                    own = np.flatnonzero(np.isnan(sessions.think_s)).tolist()
+                    await asyncio.gather(*(self._turns(http, requests, sessions, first, starts) for first in own))
+                elif self._settings.loop == "open":
                     await asyncio.gather(*(self._at_arrival(http, request) for request in requests))
                 else:
                     waiting = iter(requests)
@@ -97,13 +111,44 @@ class Replayer:
         await asyncio.sleep(request.arrival_s - self._now_s())
         await self._send(http, Answer(request, request.arrival_s))
 
+    async def _turns(
+        self,
+        http: httpx.AsyncClient,
+        requests: Sequence[Request],
+        sessions: Sessions,
+        first: int,
+        starts: Iterator[int],
+    ) -> None:
+        """Send the request ``first`` at its arrival, and all that follow it, each after an answer and a think time.
+
+        starts: the sessions that wait for a user; this one takes the next of them when its own has ended.
+        """
+        place, arrival_s = first, requests[first].arrival_s
+        dialog = Dialog(requests[first].request_id)
+        while True:
+            await asyncio.sleep(arrival_s - self._now_s())
+            answer = Answer(requests[place], arrival_s)
+            await self._send(http, answer, dialog)
+            place = int(sessions.after[place])
+            if place < 0:
+                place = next(starts, -1)
+                if place < 0:
+                    return
+                dialog = Dialog(requests[place].request_id)
+            arrival_s = answer.ended_s + float(sessions.think_s[place])
+
     async def _user(self, http: httpx.AsyncClient, waiting: Iterator[Request]) -> None:
         for request in waiting:
             await self._send(http, Answer(request, self._now_s()))
 
-    async def _send(self, http: httpx.AsyncClient, answer: Answer) -> None:
-        """Send a request until it is answered or retries are used up; record the outcome in ``answer``."""
+    async def _send(self, http: httpx.AsyncClient, answer: Answer, dialog: Dialog | None = None) -> None:
+        """Send a request until it is answered or retries are used up; record the outcome in ``answer``.
+
+        dialog: what its prompt begins with; the turn is added to it.
+        """
         self.answers.append(answer)
+        request = answer.request
+        message = self._payloads.message(request, dialog)
         async with self._places:
             for attempt in range(self._settings.retries + 1):
                 answer.retries, answer.error = attempt, None
@@ -111,24 +156,29 @@ class Replayer:
                 try:
                     try:
                         async with asyncio.timeout(self._timeout_s):
-                            await self._receive(http, answer, stream)
+                            await self._receive(http, answer, stream, self._payloads(request, message, dialog))
                     except (TimeoutError, httpx.TransportError):
                         if not stream.ended:  # otherwise only the connection was not closed properly
                             raise
-                    answer.timeline = stream.timeline(answer.request.output_tokens)
+                    answer.timeline = stream.timeline(request.output_tokens)
+                    answer.text = stream.text
                     break
                 except Exception as error:  # whatever a server sends, the other requests go on
                     answer.error = self._reason(error, started=stream.started)
+        answer.ended_s = self._now_s() if answer.timeline is None else answer.timeline.piece_s[-1]
+        if dialog is not None:
+            dialog.add(message, answer.text, request.prompt_tokens + request.output_tokens)
         self._ended += 1
         self._on_progress(self._ended)
 
-    async def _receive(self, http: httpx.AsyncClient, answer: Answer, stream: AnswerStream) -> None:
+    async def _receive(
+        self, http: httpx.AsyncClient, answer: Answer, stream: AnswerStream, body: dict[str, Any]
+    ) -> None:
         """Send a request once and collect the events of its answer.
 
         Raises:
             StreamError: for an error of the server, or an answer that is no stream.
         """
-        body = self._payloads(answer.request)
         answer.sent_s = self._now_s()
         async with http.stream("POST", self._target.url, json=body) as response:
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -20,9 +20,11 @@ from hw.client.replayer import Answer, Replayer
 from hw.client.settings import ClientSettings
 from hw.client.target import target_of
 from sim.config import build, run_command
+from sim.engine.protocol import sessions_of
+from sim.errors import ConfigError
 from sim.progress import progress
 from sim.replay.loop import requests_of
-from sim.replay.run import about, build_trace
+from sim.replay.run import about, build_trace, turn_columns
 from sim.results.metrics import Slo, records_frame, summarise, transitions_frame
 from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
 from sim.results.report import print_summary
@@ -162,12 +164,18 @@ def run_client(cfg: DictConfig) -> int:
     payloads = Payloads(settings, model.name, model.vocab_size, seed=cfg.seed)
     replayer = Replayer(settings, target, payloads)
     folder, trace = Path(HydraConfig.get().runtime.output_dir), build_trace(cfg)
+    sessions = sessions_of(trace)
+    if sessions is not None and settings.loop == "closed":
+        raise ConfigError(
+            f"client.loop=closed sends single requests, but {trace.name} has sessions, which say who waits for whom; "
+            "leave client.loop=open, and choose the users with trace=chat_users or workload=closed_loop"
+        )
     made_by = {**provenance(cfg.seed), "trace": about(trace)}
     begin_run(folder, cfg, made_by)
     interrupted = False
     try:
         with progress("sending", len(trace), "requests") as report:
-            asyncio.run(replayer.run(requests_of(trace), report))
+            asyncio.run(replayer.run(requests_of(trace), report, sessions))
     except KeyboardInterrupt:
         interrupted = True
     answers = replayer.answers
@@ -176,7 +184,9 @@ def run_client(cfg: DictConfig) -> int:
     console = Console()
     try:
         write_begun(folder, cfg, made_by)
-        write_parquet(folder / "records.parquet", records_frame(records_of(answers), slo))
+        order = np.array([answer.request.request_id for answer in answers], dtype=np.int64)
+        frame = records_frame(records_of(answers), slo).assign(**turn_columns(trace, order))
+        write_parquet(folder / "records.parquet", frame)
         write_parquet(folder / "transitions.parquet", transitions_frame(no_transitions()))
         write_json(folder / "client.json", figures)
         write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete

@@ -20,13 +20,13 @@ class ClientSettings:
         model=.
     api_key: the name of an environment variable that holds the key, such as OPENAI_API_KEY; null sends no key. The key
         itself is never written to the run folder.
-    loop: open or closed. users: of a closed loop.
+    loop: open or closed. users: of a closed loop. A trace with sessions has its own users and needs loop=open.
     max_connections: most requests under way, also in an open loop; a request that has to wait is late, and its wait
         counts in its TTFT. Each request has a connection of its own, and connecting counts too.
     timeout_s: of one request, from connecting to the last token; inf for none. Each retry has the same time.
     retries: how often to send a request again that failed.
     chat: send text to /v1/chat/completions, as one user message, instead of /v1/completions; the server adds the tokens
-        of its template.
+        of its template. A turn of a session also has the messages and answers before it.
     text: cut prompts from this file; null sends random token ids. A text that is too short for a prompt is repeated.
     characters_per_token: of the text, to cut prompts of the trace's lengths.
     ignore_eos: request exactly the trace's output length, as vLLM and hw.serve support it.

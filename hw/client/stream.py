@@ -108,12 +108,18 @@ class AnswerStream:
         self._full_since_count = 0  # pieces since the last usage with a count
         self._counted_last = False  # an event with a count and without a choice came last
         self._finish_reason: Any = None
+        self._texts: list[str] = []
         self.done = False
 
     @property
     def ended(self) -> bool:
         """Whether the server has marked the end of the answer."""
         return self.done or bool(self._finish_reason) or self._counted_last
+
+    @property
+    def text(self) -> str:
+        """What the answer says so far, without its reasoning: what the next prompt of a chat repeats."""
+        return "".join(self._texts)
 
     @property
     def started(self) -> bool:
@@ -194,6 +200,9 @@ class AnswerStream:
         if not any(brought):
             brought += [delta.get(key) for key in OTHER_CONTENT_KEYS]
         self._shows_reasoning |= any(delta.get(key) for key in REASONING_KEYS)
+        said = choice.get("text") or delta.get("content")
+        if isinstance(said, str):
+            self._texts.append(said)
         # Some servers send a piece of reasoning under both names.
         length = sum(len(text) for text in {str(value) for value in brought if value})
         if length and count is None:

@@ -23,6 +23,7 @@ from sim.capacity.search import Bracket, Curve, bracket_of, scan_rates
 from sim.capacity.table import Row, notes, plot_rows, table_of
 from sim.config import SweepConfig, build, name_of, one_thread, run_command, with_differences
 from sim.cost.front_end import into_queue
+from sim.engine.protocol import refuse_sessions
 from sim.errors import ConfigError, RapLabError
 from sim.policies import Policy, PolicyContext
 from sim.replay.max_rate import all_at_once, rate_figures, without_queue_limit
@@ -146,6 +147,8 @@ def measured_row(job: tuple[str, str, Sequence[DictConfig]]) -> Row:
 def _row(policy: str, gpu: str, configs: Sequence[DictConfig]) -> Row:
     first = configs[0]
     servers = [Server(one, sent_trace(one)) for one in configs]
+    for server in servers:
+        refuse_sessions(server.trace, "a search over rates")
     curves = [Curve(server.attainment, most_below=server.most_below) for server in servers]
     max_rps = servers[0].max_rate_rps()
     rates = scan_rates(curves, first.target, max_rps or servers[0].trace_rps, first.least_rps)

@@ -133,15 +133,21 @@ def cell_config(cfg: DictConfig, cell: int) -> DictConfig:
 def cell_trace(cfg: DictConfig, cell: int) -> Trace:
     """Return the requests of a cell: its own, or every ``cells``-th of the whole trace.
 
+    Of a trace with sessions, every ``cells``-th session.
+
     Raises:
-        ConfigError: if a share has no request.
+        ConfigError: if a share has no request. TraceError: if it has sessions and no user to begin them.
     """
     if cfg.cell_requests == "own":
         return build_trace(cell_config(cfg, cell))
     trace = build_trace(cfg)
-    if len(trace) < cfg.cells:
-        raise ConfigError(f"the trace has {len(trace)} requests, too few for cells={cfg.cells}; set fewer cells")
-    return trace.take(np.arange(cell, len(trace), int(cfg.cells)))
+    # Turns of a session stay together.
+    dealt = np.arange(len(trace)) if trace.session is None else np.unique(trace.session, return_inverse=True)[1]
+    mine = dealt % int(cfg.cells) == cell
+    if not mine.any():
+        what = "requests" if trace.session is None else "sessions"
+        raise ConfigError(f"the trace has {dealt.max() + 1} {what}, too few for cells={cfg.cells}; set fewer cells")
+    return trace.take(mine)
 
 
 def result_of(cluster: Cluster, summary: dict[str, Any], gaps: TokenGaps, slo: Slo, front_end: FrontEnd) -> CellResult:

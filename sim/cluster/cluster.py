@@ -16,6 +16,8 @@ What happens to requests:
    replica, except that it stops only once its running requests have finished.
 3. While no replica accepts, requests wait at the router, in order.
 4. A replica that comes back starts a process and loads its weights before it accepts: ``start_s`` + bytes / bandwidth.
+5. A turn of a session arrives its think time after the one before it has ended, on whichever replica that was. A turn
+   that is rejected because of a change of plan ends the smallest moment after it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from sim.cluster.routers import Candidate, KernelRouter, Router, RoutingRequest
 from sim.cost.plan import Plan
 from sim.engine import kernel
 from sim.engine.batch_step import observe_all
-from sim.engine.protocol import EngineState, check_hash_blocks
+from sim.engine.kernel.state import DUE_TURN, TURN
+from sim.engine.protocol import EngineState, check_hash_blocks, sessions_of
 from sim.engine.sim_engine import SimEngine, exact_delay, prefix_block_ids
 from sim.errors import BudgetError, ConfigError
 from sim.policies.base import ClusterPolicy, Policy
@@ -170,10 +173,12 @@ def _cluster_state(trace: Trace, replicas: int, router: Router, seed: int) -> ke
     hash_at[1 : len(ids) + 1] = np.cumsum([len(i) for i in ids], dtype=np.int64)
     # Numbered from 0, because a hash can be as large as 2**63 and the router keeps an array by id.
     hash_ids = np.unique(np.concatenate([*ids, np.zeros(0, dtype=np.int64)]), return_inverse=True)[1].astype(np.int64)
+    described = np.zeros(replicas, dtype=ck.REPLICA_FIELDS)
+    described["engine"] = -1
     state = kernel.State(
         ck.CLUSTER,
         None,
-        replicas=np.zeros(replicas, dtype=ck.REPLICA_FIELDS),
+        replicas=described,
         next_s=np.full(replicas, math.inf),
         arrival_s=trace.arrival_s.copy(),
         prompt_tokens=trace.prompt_tokens.copy(),
@@ -183,12 +188,35 @@ def _cluster_state(trace: Trace, replicas: int, router: Router, seed: int) -> ke
         hash_at=hash_at,
         hash_ids=hash_ids,
         block_owners=np.full(int(hash_ids.max(initial=-1)) + 1, -1, dtype=np.int64),
+        **_session_arrays(trace),
     )
     fields_ = kernel.fields_of(state.cluster)
+    fields_.due_count = 0 if trace.think_s is None else int(np.isnan(trace.think_s).sum())
+    fields_.reached_s = -math.inf
     fields_.router = router.rule if isinstance(router, KernelRouter) else ck.ASK
     if isinstance(router, KernelRouter):
         fields_.most_apart, fields_.most_times = router.most_apart, router.most_times
     return state
+
+
+def _session_arrays(trace: Trace) -> dict[str, NDArray[Any]]:
+    """Return the arrays of the compiled loop that a trace with sessions has in addition."""
+    sessions = sessions_of(trace)
+    if sessions is None or trace.session is None:
+        return {}
+    turns, due = np.zeros(len(trace), dtype=TURN), np.zeros(len(trace), dtype=DUE_TURN)
+    turns["after"], turns["think_s"] = sessions.after, sessions.think_s
+    own = np.flatnonzero(np.isnan(sessions.think_s))
+    due["at_s"][: len(own)], due["request"][: len(own)] = trace.arrival_s[own], own  # sorted, so it is a heap
+    numbers, session = np.unique(trace.session, return_inverse=True)
+    return {
+        "turns": turns,
+        "due_turns": due,
+        "session_starts": sessions.starts,
+        "arrival_order": np.zeros(len(trace), dtype=np.int64),
+        "session": session.astype(np.int64),
+        "session_homes": np.full(len(numbers), -1, dtype=np.int64),
+    }
 
 
 class Cluster:
@@ -227,6 +255,7 @@ class Cluster:
                 f"load_bytes_per_s is {load_bytes_per_s} and start_s {start_s}; the first must be above 0 bytes per "
                 "second, the second at least 0 seconds"
             )
+        self._in_sessions = trace.session is not None
         self.env = simpy.Environment()
         self.trace, self.replicas, self._router = trace, tuple(replicas), router
         self._load_bytes_per_s, self._start_s, self._autoscaler = load_bytes_per_s, start_s, autoscaler
@@ -336,7 +365,7 @@ class Cluster:
     @property
     def drained(self) -> bool:
         """Whether no request of the trace can make further progress."""
-        if self._fields.next_request < len(self.trace):
+        if self._fields.due_count if self._in_sessions else self._fields.next_request < len(self.trace):
             return False
         left = len(self._held)
         for i, number in enumerate(self._current):
@@ -353,7 +382,8 @@ class Cluster:
         fields_, arrival_s = self._fields, self._state.arrival_s
         self._refresh_tables()
         while True:
-            why = ck.serve(self._tables, self._state.table, self.env.now, horizon_s)
+            serve = ck.serve_sessions if self._in_sessions else ck.serve
+            why = serve(self._tables, self._state.table, self.env.now, horizon_s)
             if why == ck.REACHED:
                 return
             if why == ck.ATTEND:
@@ -361,7 +391,10 @@ class Cluster:
                 self._refresh_tables()
             elif why == ck.ROOM:
                 self._make_room(fields_.replica)
-            else:  # no replica accepts, or a router in Python chooses
+            elif self._in_sessions:  # no replica accepts, or a router in Python chooses
+                at = ck.take_due(self._state.table)
+                self._place(at, None, float(arrival_s[at]))
+            else:
                 at = fields_.next_request
                 self._place(at, None, min(arrival_s[at] if at < len(self.trace) else math.inf, horizon_s))
                 fields_.next_request = at + 1
@@ -402,6 +435,8 @@ class Cluster:
         else:
             words = moved.words(engine.model.total_params)
             place = ck.give_moved(table, self._next_s, i, now_s, words, limit, hash_at, ids)
+        if self._in_sessions:
+            ck.note_turn(table, place, request)
         self._homes[request] = self._current[i], place
 
     def _choose(self, request: int, prompt: int, produced: int, now_s: float) -> int:
@@ -496,6 +531,8 @@ class Cluster:
             if self._prefix_ids is None:
                 self._prefix_ids = prefix_block_ids(self.trace.hash_ids)
             engine.use_hash_ids(self._prefix_ids)
+        if self._in_sessions:
+            engine.report_turns()
         self._current[i] = len(self._engines)
         self._engines.append(served)
         self._state.replicas[i] = 0, engine.context_limit, self._current[i], -1, math.inf
@@ -525,6 +562,7 @@ class Cluster:
             served.engine.observe(self.env.now)  # updates its seconds over budget, which end now
             moved = self._route_again(i, running_too=True)
             self._current[i] = -1
+            self._state.replicas["engine"][i] = -1
             self._next_s[i] = math.inf
         self._note(i, phase, moved)
 
@@ -595,20 +633,22 @@ class Cluster:
 
     def records(self) -> ClusterRecords:
         """Return one row per request that has arrived, in order of arrival."""
-        arrived = self._fields.next_request
-        homes, state = self._homes[:arrived], self._state
-        arrival_s, prompts, outputs = state.arrival_s, state.prompt_tokens, state.output_tokens
+        state, served_order = self._state, self.arrival_order()
+        arrived, homes = len(served_order), self._homes[served_order]
+        arrival_s, prompts, outputs = (
+            column[served_order] for column in (state.arrival_s, state.prompt_tokens, state.output_tokens)
+        )
         nothing = np.full(arrived, math.nan)
         columns: dict[str, NDArray[Any]] = {
-            "arrival_s": arrival_s[:arrived].copy(),
-            "prompt_tokens": prompts[:arrived].copy(),
-            "output_tokens": outputs[:arrived].copy(),
+            "arrival_s": arrival_s,
+            "prompt_tokens": prompts,
+            "output_tokens": outputs,
             "produced_tokens": np.zeros(arrived, dtype=np.int64),
             "preemptions": np.zeros(arrived, dtype=np.int64),
             "cached_tokens": np.zeros(arrived, dtype=np.int64),
             "status": np.full(arrived, int(Status.WAITING), dtype=np.int64),
             "replica": np.full(arrived, -1, dtype=np.int64),
-            "moves": self._moves[:arrived].copy(),
+            "moves": self._moves[served_order],
         }
         for name in ("admitted_s", "first_token_s", "finish_s", "kept_params_share", "quality_nll"):
             columns[name] = nothing.copy()
@@ -620,12 +660,20 @@ class Cluster:
             for field in fields(Records):
                 columns[field.name][mine] = getattr(part, field.name)
             columns["replica"][mine] = served.replica
-        for request, moved in self._held:
+        row_of = np.full(len(self.trace), -1, dtype=np.int64)
+        row_of[served_order] = np.arange(arrived)
+        for held, moved in self._held:
             if moved is not None:
+                request = int(row_of[held])
                 columns["produced_tokens"][request] = moved.produced_tokens
                 columns["admitted_s"][request] = moved.record["admitted_s"][0]
                 columns["first_token_s"][request] = moved.record["first_token_s"][0]
         return ClusterRecords(**columns)
+
+    def arrival_order(self) -> Ints:
+        """Return the request of the trace of each row of ``records``: int64[arrived]."""
+        arrived = self._fields.next_request
+        return self._state.arrival_order[:arrived].copy() if self._in_sessions else np.arange(arrived)
 
     @property
     def end_s(self) -> float:

@@ -18,16 +18,19 @@ from sim.engine.kernel.decodes import _join_decodes, _link_slot, settle
 from sim.engine.kernel.kv import _release, _take
 from sim.engine.kernel.layout import FLOAT64, INT64, Layout
 from sim.engine.kernel.state import (
+    DUE_TURN,
     GROW,
     HORIZON,
     NEEDS,
     REJECTED,
     RUNNING,
     STALLED,
+    TURN,
     WAITING,
     batch_of,
     block_counts_of,
     counters_of,
+    ended_turns_of,
     kv_sets_of,
     latency_data_of,
     latency_layout_of,
@@ -39,12 +42,14 @@ from sim.engine.kernel.state import (
     slots_of,
     waiting,
 )
+from sim.engine.kernel.state import turns_of as turns_of_replica
+from sim.engine.kernel.turns import _add_due, _drop_first, _end_turn
 from sim.types import Floats, Ints
 
 Tables = NDArray[np.int64]
 """int64[k, arrays of a replica, 3]: a `kernel.Table` each."""
 
-ROUND_ROBIN, LEAST_OUTSTANDING, LEAST_KV, SHORTEST_WAIT, PREFIX_AFFINITY, POWER_OF_TWO, ASK = range(7)
+ROUND_ROBIN, LEAST_OUTSTANDING, LEAST_KV, SHORTEST_WAIT, PREFIX_AFFINITY, POWER_OF_TWO, SESSION_AFFINITY, ASK = range(8)
 """Routers (sim/cluster/routers.py says what each does); ``ASK`` leaves the choice to Python."""
 REACHED, ATTEND, ROOM, NO_REPLICA_ACCEPTS, CHOOSE = range(5)
 """Why `serve` returned: it came to the horizon; a replica needs its engine (plans, memory, longer logs), or room for
@@ -53,7 +58,10 @@ another request; no replica accepts the request that is next; Python chooses for
 CLUSTER = Layout()
 CLUSTER_FIELDS = np.dtype(
     [
-        ("next_request", INT64),  # first request of the trace that has not been routed
+        ("next_request", INT64),  # requests that have arrived; without sessions the next one, too
+        ("due_count", INT64),  # with sessions: entries of due_turns
+        ("reached_s", FLOAT64),  # with sessions: the event up to which all has happened
+        ("next_session", INT64),  # first of session_starts that no user has begun
         ("replica", INT64),  # for ATTEND and ROOM: which
         ("why", INT64),  # for ATTEND: what `kernel.advance` returned
         ("router", INT64),  # ROUND_ROBIN, ...
@@ -82,6 +90,12 @@ output_tokens_of = CLUSTER.array("output_tokens")
 random_pairs_of = CLUSTER.array("random_pairs", FLOAT64, columns=2)  # in [0, 1), per request; one row if unused
 HOME = np.dtype([("engine", INT64), ("row", INT64)], align=True)  # engine of a request, -1: none; its row there
 homes_of = CLUSTER.array("homes", HOME)
+turns_of = CLUSTER.array("turns", TURN)  # with sessions, as in a replica: what follows each request of the trace
+session_starts_of = CLUSTER.array("session_starts")
+due_turns_of = CLUSTER.array("due_turns", DUE_TURN)
+arrival_order_of = CLUSTER.array("arrival_order")
+session_of = CLUSTER.array("session")  # of each request, numbered from 0
+session_homes_of = CLUSTER.array("session_homes")  # by session: replica that its last turn was routed to, -1: none
 hash_at_of = CLUSTER.array("hash_at")  # ids of request i's prompt: hash_ids[hash_at[i] : hash_at[i + 1]]
 hash_ids_of = CLUSTER.array("hash_ids")  # an id stands for its prefix block and all before it
 block_owners_of = CLUSTER.array("block_owners")  # by hash id: replica that computed the block last, -1: none
@@ -223,6 +237,12 @@ def choose(tables: Tables, c: Table, request: int, tokens: int) -> int:
         return a if outstanding(tables[a]) <= outstanding(tables[b]) else b
     if router == PREFIX_AFFINITY:
         return _by_prefix(tables, c, request, tokens)
+    if router == SESSION_AFFINITY:
+        if len(session_of(c)) == 0:  # a trace without sessions
+            return _least_outstanding(tables, c, tokens)
+        session = session_of(c)[request]
+        session_homes_of(c)[session] = _home_of_session(tables, c, session_homes_of(c)[session], tokens)
+        return int(session_homes_of(c)[session])
     best, least = -1, np.inf
     for k in range(len(tables)):
         if _fits(c, k, tokens):
@@ -243,14 +263,29 @@ def _by_prefix(tables: Tables, c: Table, request: int, tokens: int) -> int:
 
 
 @compiled()
-def _owner_of_prefix(tables: Tables, c: Table, ids: Ints, tokens: int) -> int:
-    """Return the replica that computed the longest prefix of a prompt; the least loaded if loads differ too much."""
-    cluster, shortest = cluster_of(c), _least_outstanding(tables, c, tokens)
-    least, most = outstanding(tables[shortest]), 0
+def _loads_differ(tables: Tables, c: Table, shortest: int) -> bool:
+    """Return whether loads differ so much from that of replica ``shortest`` that affinity yields."""
+    cluster, least, most = cluster_of(c), outstanding(tables[shortest]), 0
     for k in range(len(tables)):
         if replicas_of(c)[k].accepts:
             most = max(most, outstanding(tables[k]))
-    if most - least > cluster.most_apart and most > cluster.most_times * least:
+    return bool(most - least > cluster.most_apart and most > cluster.most_times * least)
+
+
+@compiled()
+def _home_of_session(tables: Tables, c: Table, home: int, tokens: int) -> int:
+    """Return the replica of the session's last turn (``home``, -1: none); the least loaded if loads differ too much."""
+    shortest = _least_outstanding(tables, c, tokens)
+    if home < 0 or not _fits(c, home, tokens) or _loads_differ(tables, c, shortest):
+        return shortest
+    return home
+
+
+@compiled()
+def _owner_of_prefix(tables: Tables, c: Table, ids: Ints, tokens: int) -> int:
+    """Return the replica that computed the longest prefix of a prompt; the least loaded if loads differ too much."""
+    shortest = _least_outstanding(tables, c, tokens)
+    if _loads_differ(tables, c, shortest):
         return shortest
     for at in range(len(ids) - 1, -1, -1):  # the last owned prefix block ends the longest known prefix
         k = block_owners_of(c)[ids[at]]
@@ -268,7 +303,10 @@ def _set_prompt(s: Table, r: int, hash_at: int, ids: int) -> None:
     n = counters_of(s)
     if n.prefix_caching:
         prompt = prompts_of(s)[r]
-        prompt.prefix_blocks = min(requests_of(s)[r].prompt_tokens // n.prefix_block_tokens, ids)
+        request = requests_of(s)[r]
+        prompt.prefix_blocks = min(request.prompt_tokens // n.prefix_block_tokens, ids)
+        said = request.prompt_tokens + max(request.output_limit_tokens, 0)
+        prompt.answer_blocks = min(said // n.prefix_block_tokens, ids)
         prompt.hash_at, prompt.cached_tokens = hash_at, -1
 
 
@@ -321,6 +359,12 @@ def give(
 
 
 @compiled()
+def note_turn(s: Table, r: int, request: int) -> None:
+    """Note which request of the trace a row of a replica is, for `_take_ended`."""
+    turns_of_replica(s)[r].after = request
+
+
+@compiled()
 def give_moved(
     s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_tokens: int, hash_at: int, ids: int
 ) -> int:
@@ -339,6 +383,8 @@ def give_moved(
     if limit_tokens <= request.produced_tokens:
         request.status = REJECTED
         n.rejected += 1
+        if n.in_sessions:
+            _end_turn(s, r, now_s)
     else:
         request.status = WAITING
         queue_of(s)[n.queue_tail] = r
@@ -492,8 +538,7 @@ def serve(tables: Tables, c: Table, now_s: float, horizon_s: float) -> int:
     Args:
         tables: the replicas. c: the cluster. now_s: SimPy's present time.
     """
-    cluster, replicas, next_s, arrival_s = cluster_of(c), replicas_of(c), next_s_of(c), arrival_s_of(c)
-    prompt_tokens, hash_at, homes = prompt_tokens_of(c), hash_at_of(c), homes_of(c)
+    cluster, next_s, arrival_s = cluster_of(c), next_s_of(c), arrival_s_of(c)
     while True:
         at = cluster.next_request
         arrives_s = arrival_s[at] if at < len(arrival_s) else np.inf
@@ -508,19 +553,113 @@ def serve(tables: Tables, c: Table, now_s: float, horizon_s: float) -> int:
                     return ATTEND
         if at == len(arrival_s) or arrives_s > horizon_s:
             return REACHED
-        if cluster.router == ASK:
-            return CHOOSE
-        reject_late(tables, c, arrives_s)
-        next_in_turn = cluster.next_in_turn
-        k = choose(tables, c, at, prompt_tokens[at])
-        if k < 0:
-            return NO_REPLICA_ACCEPTS
-        s = tables[k]
-        if counters_of(s).request_count == len(requests_of(s)):
-            cluster.replica, cluster.next_in_turn = k, next_in_turn  # the choice is repeated in the next call
-            return ROOM
-        limit = min(output_tokens_of(c)[at], replicas[k].context_limit - prompt_tokens[at])
-        ids = hash_at[at + 1] - hash_at[at]
-        homes[at].engine = replicas[k].engine
-        homes[at].row = give(s, next_s, k, arrives_s, arrives_s, prompt_tokens[at], limit, hash_at[at], ids)
+        why = _hand_over(tables, c, at, arrives_s)
+        if why != REACHED:
+            return why
         cluster.next_request = at + 1
+
+
+@compiled()
+def _hand_over(tables: Tables, c: Table, at: int, arrives_s: float) -> int:
+    """Route the request that arrives now and hand it over; return ``REACHED``, or why Python has to act first."""
+    cluster, replicas, prompt_tokens, hash_at = cluster_of(c), replicas_of(c), prompt_tokens_of(c), hash_at_of(c)
+    if cluster.router == ASK:
+        return CHOOSE
+    reject_late(tables, c, arrives_s)
+    next_in_turn = cluster.next_in_turn
+    k = choose(tables, c, at, prompt_tokens[at])
+    if k < 0:
+        return NO_REPLICA_ACCEPTS
+    s = tables[k]
+    if counters_of(s).request_count == len(requests_of(s)):
+        cluster.replica, cluster.next_in_turn = k, next_in_turn  # the choice is repeated in the next call
+        return ROOM
+    limit = min(output_tokens_of(c)[at], replicas[k].context_limit - prompt_tokens[at])
+    ids, home = hash_at[at + 1] - hash_at[at], homes_of(c)[at]
+    home.engine = replicas[k].engine
+    home.row = give(s, next_s_of(c), k, arrives_s, arrives_s, prompt_tokens[at], limit, hash_at[at], ids)
+    if counters_of(s).in_sessions:
+        note_turn(s, home.row, at)
+    return REACHED
+
+
+# -- sessions ----------------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def take_due(c: Table) -> int:
+    """Remove the request that arrives next, and note its arrival; return it."""
+    cluster, due = cluster_of(c), due_turns_of(c)
+    at = due[0].request
+    arrival_s_of(c)[at] = due[0].at_s
+    arrival_order_of(c)[cluster.next_request] = at
+    _drop_first(due, cluster.due_count)
+    cluster.due_count -= 1
+    cluster.next_request += 1
+    return int(at)
+
+
+@compiled()
+def _take_ended(tables: Tables, c: Table, ended_s: float) -> None:
+    """Let the requests arrive that follow those which replicas report as ended."""
+    cluster, turns, starts = cluster_of(c), turns_of(c), session_starts_of(c)
+    for k in range(len(tables)):
+        if replicas_of(c)[k].engine < 0:
+            continue
+        n = counters_of(tables[k])
+        for place in range(n.ended_count):
+            after = turns[turns_of_replica(tables[k])[ended_turns_of(tables[k])[place]].after].after
+            if after < 0 and cluster.next_session < len(starts):
+                after = starts[cluster.next_session]
+                cluster.next_session += 1
+            if after >= 0:
+                _add_due(due_turns_of(c), cluster.due_count, after, ended_s + turns[after].think_s)
+                cluster.due_count += 1
+        n.ended_count = 0
+
+
+@compiled()
+def serve_sessions(tables: Tables, c: Table, now_s: float, horizon_s: float) -> int:
+    """Serve and route as `serve` does, but event by event: any iteration may end a turn that another one follows.
+
+    An event is the end of an iteration, the end of a longest wait, an arrival, or the horizon. What ends between the
+    start of an iteration and the next event ends the smallest moment after the event before.
+    """
+    cluster, next_s = cluster_of(c), next_s_of(c)
+    _take_ended(tables, c, max(now_s, cluster.reached_s))
+    while True:
+        arrives_s = due_turns_of(c)[0].at_s if cluster.due_count > 0 else np.inf
+        at_s = min(arrives_s, horizon_s)
+        for k in range(len(tables)):
+            if replicas_of(c)[k].engine >= 0:
+                at_s = min(at_s, next_s[k], kernel.wait_ends_s(tables[k]))
+        if at_s == np.inf:
+            return REACHED
+        at_s = cluster.reached_s = max(at_s, now_s, cluster.reached_s)
+        for k in range(len(tables)):
+            if next_s[k] <= at_s and in_iteration(tables[k]):
+                why = bring(tables[k], next_s, k, now_s, at_s)
+                if why in (NEEDS, GROW):
+                    cluster.replica, cluster.why = k, why
+                    return ATTEND
+        for k in range(len(tables)):
+            if replicas_of(c)[k].engine >= 0:
+                kernel.reject_late(tables[k], at_s)
+        _take_ended(tables, c, at_s)
+        while cluster.due_count > 0 and due_turns_of(c)[0].at_s <= at_s:
+            # Chosen before it is taken, so that the choice can be repeated; a rejected one may add another.
+            why = _hand_over(tables, c, due_turns_of(c)[0].request, at_s)
+            if why != REACHED:
+                return why
+            take_due(c)
+            _take_ended(tables, c, at_s)
+        if at_s >= horizon_s:
+            return REACHED
+        for k in range(len(tables)):
+            if next_s[k] <= at_s and not in_iteration(tables[k]):
+                why = begin(tables[k], next_s, k, at_s)
+                if why in (NEEDS, GROW):
+                    _take_ended(tables, c, np.nextafter(at_s, np.inf))
+                    cluster.replica, cluster.why = k, why
+                    return ATTEND
+        _take_ended(tables, c, np.nextafter(at_s, np.inf))

@@ -7,9 +7,10 @@
 | `least_kv` | the one with the smallest used share of the KV pool, waiting prompts included | llm-d's KV scorer |
 | `shortest_expected_wait` | the one that soonest computes its waiting prompts and this one | - |
 | `prefix_affinity` | the one that last computed most of the prompt's prefix, while loads are close | SGLang |
+| `session_affinity` | the one that served the session's last turn, while loads are close | sticky sessions |
 | `power_of_two` | the one with fewer requests of two random replicas | Mitzenmacher 2001 |
 
-Ties go to the first replica. A replica whose context limit is too small for the request is skipped. These six are
+Ties go to the first replica. A replica whose context limit is too small for the request is skipped. These seven are
 compiled (sim/cluster/kernel.py). Any other `PythonRouter` works too; it is called for each request, which is slower.
 """
 
@@ -117,6 +118,20 @@ def prefix_affinity(*, most_apart: int = 32, most_times: int = 2) -> KernelRoute
     if most_apart < 0 or most_times < 0:
         raise ConfigError(f"router.most_apart is {most_apart} and most_times {most_times}; both must be at least 0")
     return KernelRouter(rule=cluster_kernel.PREFIX_AFFINITY, most_apart=most_apart, most_times=most_times)
+
+
+def session_affinity(*, most_apart: int = 32, most_times: int = 2) -> KernelRouter:
+    """Return the router to the replica that served the last turn of the session; a first turn goes to the fewest.
+
+    Args:
+        most_apart, most_times: as ``prefix_affinity``. A session that moves stays where it has moved to. Without
+            sessions, every request goes to the replica with the fewest.
+    Raises:
+        ConfigError: for negative values.
+    """
+    if most_apart < 0 or most_times < 0:
+        raise ConfigError(f"router.most_apart is {most_apart} and most_times {most_times}; both must be at least 0")
+    return KernelRouter(rule=cluster_kernel.SESSION_AFFINITY, most_apart=most_apart, most_times=most_times)
 
 
 def power_of_two() -> KernelRouter:

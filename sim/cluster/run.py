@@ -44,6 +44,7 @@ from sim.replay.run import (
     front_end_of,
     progress_period_s,
     simulated_progress_steps,
+    turn_columns,
 )
 from sim.replay.sweep import Executor
 from sim.replay.variants import VariantsConfig, run_or_compare, variants
@@ -264,7 +265,7 @@ def cluster_frame(cluster: Cluster, slo: Slo, front_end: FrontEnd = NO_FRONT_END
     records = cluster.records()
     frame = records_frame(records, slo, front_end)
     frame["replica"], frame["moves"] = records.replica, records.moves
-    return frame
+    return frame.assign(**turn_columns(cluster.trace, cluster.arrival_order()))
 
 
 def events_frame(cluster: Cluster) -> pd.DataFrame:

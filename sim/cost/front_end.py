@@ -9,11 +9,12 @@ that the engine receives. Engine-side figures count from there, client-side ones
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sim.errors import ConfigError
+from sim.traces.loops import sessions_from
 from sim.traces.trace import Trace, sorted_trace
 from sim.types import Floats, Ints
 
@@ -53,13 +54,21 @@ NO_FRONT_END = FrontEnd()
 def into_queue(trace: Trace, front_end: FrontEnd) -> Trace:
     """Return a trace as the engine's queue receives it: each request later by its way in, in the order of arrival.
 
-    A short prompt may overtake a long one that was sent just before it. Ties keep their order.
+    A short prompt may overtake a long one that was sent just before it. Ties keep their order. A turn of a session
+    also waits for the way out of the answer before it.
     """
-    if front_end.front_s == front_end.front_token_s == 0.0:
+    if trace.session is None and front_end.front_s == front_end.front_token_s == 0.0:
+        return trace
+    if front_end.absent:
         return trace
     step = f"front end: each request {front_end.front_s:g} s later, and {front_end.front_token_s:g} s per prompt token"
+    way_in_s = front_end.way_in_s(trace.prompt_tokens)
+    if trace.session is not None and trace.think_s is not None:
+        # A client thinks from the moment at which it has the answer until it sends the next prompt.
+        later = replace(trace, think_s=trace.think_s + way_in_s + front_end.back_s)
+        return sessions_from(later, trace.arrival_s + way_in_s, step)
     return sorted_trace(
-        arrival_s=trace.arrival_s + front_end.way_in_s(trace.prompt_tokens),
+        arrival_s=trace.arrival_s + way_in_s,
         prompt_tokens=trace.prompt_tokens,
         output_tokens=trace.output_tokens,
         hash_ids=trace.hash_ids,

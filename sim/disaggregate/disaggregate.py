@@ -44,6 +44,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KeepMask, Plan, check_plan
 from sim.disaggregate.links import Link
 from sim.engine import kernel
+from sim.engine.protocol import refuse_sessions
 from sim.engine.sim_engine import SimEngine, exact_delay
 from sim.errors import ConfigError
 from sim.results.records import Records, Status
@@ -151,6 +152,7 @@ class Disaggregated:
         """
         if not prefill or not decode:
             raise ConfigError(f"{len(prefill)} prefill and {len(decode)} decode replicas; each side needs at least one")
+        refuse_sessions(trace, "a system with separate prefill and decode")
         self.env = simpy.Environment()
         self.trace, self.plan, self._overlap = trace, plan, overlap
         self.prefill = [self._side(build) for build in prefill]

@@ -6,15 +6,24 @@ Used by the Python replica only; the compiled kernel has its own form (``REQUEST
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from sim.cost.model_spec import ModelSpec
 from sim.engine.block_table import BlockTable
-from sim.engine.protocol import SUBMITTED, Request, check_hash_ids, check_submitted, late_request, repeated_hash_id
+from sim.engine.protocol import (
+    SUBMITTED,
+    Request,
+    Sessions,
+    check_hash_ids,
+    check_submitted,
+    late_request,
+    repeated_hash_id,
+)
 from sim.errors import ConfigError
 from sim.results.records import Records, Status
 from sim.types import Floats, Ints
@@ -93,12 +102,40 @@ class RequestQueues:
 
     arrivals: submitted, not yet arrived, by arrival. all: those that have arrived, by id.
     waiting: the next to admit comes first. running: in the order of admission.
+    in_sessions: whether requests follow others (sim/traces/sessions.py). following: those that have not been due yet,
+        with their think times, by the request that they follow. starting: those that wait for a user, in order.
+    caches_answers: whether answers enter the prefix cache, as in sessions, also where a cluster says what follows.
     """
 
     arrivals: deque[Request] = field(default_factory=deque)
     all: dict[int, LiveRequest] = field(default_factory=dict)
     waiting: deque[LiveRequest] = field(default_factory=deque)
     running: list[LiveRequest] = field(default_factory=list)
+    in_sessions: bool = False
+    caches_answers: bool = False
+    following: dict[int, tuple[Request, float]] = field(default_factory=dict)
+    starting: deque[tuple[Request, float]] = field(default_factory=deque)
+
+    def begin_sessions(self, sessions: Sessions) -> None:
+        """Take the requests that follow others out of ``arrivals``, until those have ended."""
+        requests = list(self.arrivals)
+        self.in_sessions = self.caches_answers = True
+        for i, after in enumerate(sessions.after.tolist()):
+            if after >= 0:
+                self.following[requests[i].request_id] = requests[after], float(sessions.think_s[after])
+        self.starting.extend((requests[i], float(sessions.think_s[i])) for i in sessions.starts.tolist())
+        self.arrivals = deque(requests[i] for i in np.flatnonzero(np.isnan(sessions.think_s)).tolist())
+
+    def end_turn(self, request_id: int, ended_s: float) -> None:
+        """Let the request that follows one arrive: the next turn of its session, or of one that waits for a user."""
+        if request_id in self.following:
+            request, think_s = self.following.pop(request_id)
+        elif self.starting:
+            request, think_s = self.starting.popleft()
+        else:
+            return
+        due = replace(request, arrival_s=ended_s + think_s)
+        insort(self.arrivals, due, key=lambda one: (one.arrival_s, one.request_id))
 
     def submit(self, requests: Sequence[Request], least_s: float, *, with_hash_ids: bool) -> None:
         """Add requests to ``arrivals``.

@@ -31,11 +31,14 @@ class PrefixCache:
         self._by_owner: dict[int, PrefixBlock] = {}
         self._made = 0
 
-    def blocks_within(self, live: LiveRequest, tokens: int) -> int:
-        """Return how many prefix blocks lie within the first ``tokens`` tokens of a prompt; 0 while inactive."""
+    def blocks_within(self, live: LiveRequest, tokens: int, *, answer: bool = False) -> int:
+        """Return how many prefix blocks lie within the first ``tokens`` tokens of a prompt; 0 while inactive.
+
+        answer: whether to count those of its answer too.
+        """
         if not self.active:
             return 0
-        tokens = min(tokens, live.request.prompt_tokens)
+        tokens = tokens if answer else min(tokens, live.request.prompt_tokens)
         return min(tokens // self._tokens, len(live.request.hash_ids))
 
     def find(self, live: LiveRequest) -> list[PrefixBlock]:
@@ -82,11 +85,14 @@ class PrefixCache:
                 self._forget(block)
             self._pool.release(_last_first(block), block.owner if block.known else NO_OWNER)
 
-    def fill(self, live: LiveRequest) -> None:
-        """Add the prefix blocks whose end a prefill has passed; if one is cached already, its copy stays private."""
+    def fill(self, live: LiveRequest, *, answer: bool = False) -> None:
+        """Add the prefix blocks whose end a prefill has passed; if one is cached already, its copy stays private.
+
+        answer: whether to add those of its answer too, as when a turn of a session ends.
+        """
         if not live.fills_cache:
             return
-        while live.next_prefix_block < self.blocks_within(live, live.computed_tokens):
+        while live.next_prefix_block < self.blocks_within(live, live.computed_tokens, answer=answer):
             place = live.next_prefix_block
             hash_id = live.request.hash_ids[place]
             if hash_id not in self._by_hash:

@@ -28,6 +28,16 @@ follow; the next iteration starts. Requests that arrive together keep the order 
 8. A later plan never loses a copy that is under way and that it still wants: if it lacks exactly the blocks of that
    layer that are being copied in, the copy goes on and serves the new plan. Otherwise the copy is abandoned.
 
+**Rules of sessions** (sim/traces/sessions.py says which request follows which).
+
+1. A request that follows another arrives its think time after that one has ended: with its last token, or when it is
+   rejected. At one instant requests arrive in the order of the trace.
+2. A request that has waited too long is rejected at the end of its longest wait, or when a plan with a shorter limit
+   comes into force, though the engine may see it only later.
+3. When a request ends, the prefix blocks of its answer enter the prefix cache too, as far as the trace has hash ids for
+   them, so the next turn finds them. Its last token has no KV. (vLLM V1 caches each block as soon as it is full; before
+   a request ends only it could use them.)
+
 **Rules of the prefix cache** (``prefix_caching``). They are those of vLLM V1, but requests find KV by the hash ids of
 the trace. A **prefix block** is the KV of one hash id, ``hash_block_tokens`` tokens of a prompt. Equal ids mean that
 these tokens and all tokens before them are the same.
@@ -100,6 +110,7 @@ from sim.engine.scheduler import SCHEDULERS, Limits, SchedulerName
 from sim.errors import ConfigError, nearest
 from sim.limits import MOST_HOST_BLOCKS, check_count, check_whole
 from sim.results.records import Records
+from sim.traces.sessions import next_turns, waiting_sessions
 from sim.traces.trace import HASH_BLOCK_TOKENS, Trace
 from sim.types import Floats, Ints
 
@@ -165,6 +176,52 @@ def check_submitted(ids: Sequence[int], arrival_s: Floats, prompt_tokens: Ints, 
             raise ConfigError(
                 f"request {ids[int(wrong[0])]}: {name} is {tokens[wrong[0]]}; it must be a whole number from 1"
             )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sessions:
+    """Which request arrives after which, and how long after it has ended (sim/traces/sessions.py).
+
+    after: int64[n], the request that follows each; -1 for none. think_s: float64[n], NaN where a request arrives at its
+        own time. starts: int64[s], first requests of the sessions that wait for a user, in order.
+    """
+
+    after: Ints
+    think_s: Floats
+    starts: Ints
+
+
+def sessions_of(trace: Trace) -> Sessions | None:
+    """Return the sessions of a trace; None if it has none."""
+    if trace.session is None or trace.think_s is None:
+        return None
+    return Sessions(
+        next_turns(trace.session, trace.think_s), trace.think_s, waiting_sessions(trace.session, trace.think_s)
+    )
+
+
+def refuse_sessions(trace: Trace, what: str) -> None:
+    """Refuse a trace with sessions where requests can only arrive at given times.
+
+    Args:
+        what: takes the trace, for the error.
+    Raises:
+        ConfigError: for a trace with sessions.
+    """
+    if trace.session is not None:
+        raise ConfigError(
+            f"{trace.name} has sessions, whose requests arrive when others have ended; {what} takes requests at given "
+            "times only. Take another trace, or workload=open_loop (a step sim.traces.loops.open_loop), under which no "
+            "request waits for another"
+        )
+
+
+def requests_next_to_sessions() -> ConfigError:
+    """Return the error for requests that are submitted next to those of sessions."""
+    return ConfigError(
+        "a trace with sessions is submitted to an engine alone, before any other request and once; build another "
+        "engine for other requests"
+    )
 
 
 def check_decisions(time_s: Sequence[float], plans: Sequence[Plan], least_s: float) -> None:
@@ -389,8 +446,13 @@ class Engine(Protocol):
         prompt_tokens: Ints,
         output_tokens: Ints,
         hash_ids: Sequence[Ints] | None = None,
+        *,
+        sessions: Sessions | None = None,
     ) -> None:
-        """Hand over n requests as arrays of length n; ids continue from the last request submitted."""
+        """Hand over n requests as arrays of length n; ids continue from the last request submitted.
+
+        sessions: which requests follow which; the engine must have no others, before or after.
+        """
         ...
 
     def apply(self, plan: Plan) -> None:
@@ -415,6 +477,10 @@ class Engine(Protocol):
 
     def records(self) -> Records:
         """Return one row per request that has arrived, in order of arrival."""
+        ...
+
+    def arrival_order(self) -> Ints:
+        """Return the place in the order of submission of each row of ``records``: int64[arrived]."""
         ...
 
 

@@ -38,9 +38,11 @@ from sim.engine.protocol import (
     EngineConfig,
     EngineState,
     Request,
+    Sessions,
     check_decisions,
     missing_hash_ids,
     requests_from_arrays,
+    requests_next_to_sessions,
 )
 from sim.engine.replica_state import ReplicaState
 from sim.engine.scheduler import Batch, form_batch
@@ -158,6 +160,7 @@ class Replica(ReplicaState):
         self._prepared = True  # whether the executor has the memory that the plan needs
         self._alone_failed = False  # the last iteration was of one request and ran out of memory
         self._preempted_for_change = 0  # since the last iteration, while a blocking copy holds the next one up
+        self._max_wait_s, self._max_wait_since_s = plan.max_wait_s, start_s  # how long a request may wait, since when
         self._refusals = 0  # looks in a row in which the device had no memory for a step between two iterations
         self._retry_s = math.inf
 
@@ -178,6 +181,8 @@ class Replica(ReplicaState):
         Raises:
             ConfigError: for requests out of order or in the past, or a repeated id; then none is accepted.
         """
+        if self.queues.in_sessions:
+            raise requests_next_to_sessions()
         least_s = -math.inf if self._late_arrivals else self._time_s
         self.queues.submit(requests, least_s, with_hash_ids=self.config.prefix_caching)
         self._wake_up()
@@ -188,12 +193,21 @@ class Replica(ReplicaState):
         prompt_tokens: Ints,
         output_tokens: Ints,
         hash_ids: Sequence[Ints] | None = None,
+        *,
+        sessions: Sessions | None = None,
     ) -> None:
-        """Hand over n requests as arrays of length n; ids continue from the last request submitted."""
+        """Hand over n requests as arrays of length n; ids continue from the last request submitted.
+
+        sessions: which requests follow which; the replica must have no others, before or after.
+        """
         if self.config.prefix_caching and hash_ids is None:
             raise missing_hash_ids()
         first = len(self.queues.all) + len(self.queues.arrivals)
+        if sessions is not None and first:
+            raise requests_next_to_sessions()
         self.submit(requests_from_arrays(arrival_s, prompt_tokens, output_tokens, hash_ids, first_id=first))
+        if sessions is not None:
+            self.queues.begin_sessions(sessions)
 
     def apply(self, plan: Plan) -> None:
         """Switch to ``plan``; the change begins between two iterations.
@@ -289,12 +303,12 @@ class Replica(ReplicaState):
         elif live.status is Status.RUNNING:
             self.queues.running.remove(live)
             self._kv.let_go(live)
-            self._reject(live)
+            self._reject(live, self._time_s)
         elif live.status is Status.WAITING:
             self.queues.waiting.remove(live)
             self.pool.claim(request_id, 0)  # KV that it left when it was preempted is no one's now
             self._kv.drop_host_kv(live)
-            self._reject(live)
+            self._reject(live, self._time_s)
         self._wake_up()
 
     def reserve(self, request_id: int, prompt_tokens: int) -> BlockTable | None:
@@ -369,25 +383,35 @@ class Replica(ReplicaState):
     # -- serving -------------------------------------------------------------------------------------------------
 
     def _take_arrivals(self, now_s: float) -> None:
+        """Queue the requests that have arrived by now, or reject them; reject those that have waited too long.
+
+        In order of time: a rejected turn of a session lets another one arrive, perhaps before the next rejection.
+        """
         queues, plan = self.queues, self._changes.plan
-        while queues.arrivals and queues.arrivals[0].arrival_s <= now_s:
+        while True:
+            self._reject_late(min(queues.arrivals[0].arrival_s, now_s) if queues.arrivals else now_s)
+            if not queues.arrivals or queues.arrivals[0].arrival_s > now_s:
+                return
             request = queues.arrivals.popleft()
             limit = min(request.output_tokens, self._context_limit - request.prompt_tokens)
             queues.all[request.request_id] = live = LiveRequest(request, output_limit=limit)
             self._arrived_prompt_tokens += request.prompt_tokens
-            self._reject_late(request.arrival_s)
             full = plan.max_waiting is not None and len(queues.waiting) >= plan.max_waiting
             if full or limit < 1:
-                self._reject(live)
+                self._reject(live, request.arrival_s)
             else:
                 queues.waiting.append(live)
-        self._reject_late(now_s)
 
     def _reject_late(self, now_s: float) -> None:
-        """Reject the requests that have waited for their first admission as long as the plan lets them."""
+        """Reject the requests that have waited for their first admission as long as the plan lets them.
+
+        Ends at the next arrival, if a rejection brings one before ``now_s``.
+        """
         while (first := self._first_that_never_ran()) is not None and self._wait_ends_s(first) <= now_s:
             self.queues.waiting.remove(first)
-            self._reject(first)
+            self._reject(first, max(self._wait_ends_s(first), self._max_wait_since_s))
+            if self.queues.in_sessions and self.queues.arrivals:
+                now_s = min(now_s, self.queues.arrivals[0].arrival_s)
 
     def _first_that_never_ran(self) -> LiveRequest | None:
         """Return the waiting request that came first among those that were never admitted; preempted ones may wait."""
@@ -397,16 +421,20 @@ class Replica(ReplicaState):
         most_s = self._changes.plan.max_wait_s
         return math.inf if most_s is None else live.request.arrival_s + most_s
 
-    def _reject(self, live: LiveRequest) -> None:
+    def _reject(self, live: LiveRequest, ended_s: float) -> None:
         live.status = Status.REJECTED
         self._rejected += 1
+        if self.queues.in_sessions:
+            self.queues.end_turn(live.request_id, ended_s)
         if self._on_token is not None:
             self._on_token(live.request_id, None, True)
 
     def _iterate(self, now_s: float) -> bool:
         """Change the plan if due, form a batch and start it; return whether there was anything to do."""
         preempted = self._change_plan(now_s)
-        self._reject_late(now_s)
+        if self._changes.plan.max_wait_s != self._max_wait_s:
+            self._max_wait_s, self._max_wait_since_s = self._changes.plan.max_wait_s, now_s
+        self._take_arrivals(now_s)
         self._preempted_for_change += preempted
         if not self._prepared:
             if self._refusals >= MOST_REFUSALS:
@@ -603,6 +631,10 @@ class Replica(ReplicaState):
         live.finish_s, live.status = now_s, Status.FINISHED
         self._finished += 1
         self._most_running = math.inf
+        if self.queues.caches_answers:
+            self._kv.prefix_cache.fill(live, answer=True)
+        if self.queues.in_sessions:
+            self.queues.end_turn(live.request_id, now_s)
         if self._holds is not None and self._holds(live.request_id):
             self._kv.outside[live.request_id] = live.table
             live.table = self._kv.new_table(frozenset())

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from sim.cost.memory import kv_block_layer_bytes, weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan
@@ -21,6 +23,7 @@ from sim.engine.plan_changes import PlanChanges
 from sim.engine.prefix_cache import held_prefix_blocks
 from sim.engine.protocol import EngineConfig, EngineState, Holder
 from sim.results.records import Iterations, Records, Status, TokenGaps, Transitions
+from sim.types import Ints
 
 
 class ReplicaState:
@@ -79,6 +82,10 @@ class ReplicaState:
         known = self.queues.all
         live = list(known.values()) if request_ids is None else [known[i] for i in request_ids]
         return records_of(live, self.model, priced=self._priced)
+
+    def arrival_order(self) -> Ints:
+        """Return the id of each row of ``records``: int64[arrived]."""
+        return np.array(list(self.queues.all), dtype=np.int64)
 
     def iterations(self) -> Iterations:
         """Return one row per iteration."""

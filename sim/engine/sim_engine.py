@@ -26,7 +26,7 @@ from sim.cost.plan import KV_BITS, WEIGHT_BITS, Plan, check_plan, dense_plan, de
 from sim.engine import kernel
 from sim.engine.budget import Budget, constant_budget, no_room_for_kv
 from sim.engine.kernel.first_start import prepare
-from sim.engine.kernel.state import BUDGET_STEP
+from sim.engine.kernel.state import BUDGET_STEP, DUE_TURN, OWN_SESSIONS, REPORTED, TURN
 from sim.engine.plan_graph import PlanGraph, layers_of
 from sim.engine.protocol import (
     SUBMITTED,
@@ -34,6 +34,7 @@ from sim.engine.protocol import (
     EngineState,
     Holder,
     Request,
+    Sessions,
     check_decisions,
     check_hash_blocks,
     check_hash_ids,
@@ -41,6 +42,8 @@ from sim.engine.protocol import (
     late_request,
     missing_hash_ids,
     repeated_hash_id,
+    requests_next_to_sessions,
+    sessions_of,
 )
 from sim.errors import ConfigError
 from sim.limits import check_slowdown
@@ -150,6 +153,7 @@ class SimEngine:
         n.followed_s = n.now_s = self.env.now
         n.budget_step = bisect_right(self.budget.change_s, self.env.now) - 1
         self._output_tokens: list[Ints] = []  # of each call of submit
+        self._hash_id_counts: Ints = NO_IDS  # of each request of the last call of submit, with a prefix cache
         self._known_ids: dict[int, int] = {}  # hash id -> its number in the kernel
         self._checked: dict[int, tuple[Plan, int]] = {}  # id(plan) -> a legal plan and its number in the graph
         self._described: list[tuple[str, str]] = []  # plan changes that an earlier graph knew
@@ -190,7 +194,9 @@ class SimEngine:
     def submit_trace(self, trace: Trace) -> None:
         """Hand over every request of a trace as arrays, without a ``Request`` object for each."""
         check_hash_blocks(self.config, trace)
-        self.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
+        self.submit_arrays(
+            trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids, sessions=sessions_of(trace)
+        )
 
     def submit_arrays(
         self,
@@ -198,17 +204,22 @@ class SimEngine:
         prompt_tokens: Ints,
         output_tokens: Ints,
         hash_ids: Sequence[Ints] | None = None,
+        *,
+        sessions: Sessions | None = None,
     ) -> None:
         """Hand over n requests as arrays of length n; ids continue from the last request submitted.
 
         Args:
             hash_ids: the hash ids of each prompt; used only with ``prefix_caching``.
+            sessions: which requests follow which; the engine must have no others, before or after.
         Raises:
             ConfigError: for arrivals out of order, in the past or not finite, for prompts or outputs below one token,
-                or for ``prefix_caching`` without hash ids; then none is accepted.
+                for ``prefix_caching`` without hash ids, or for sessions next to other requests; then none is accepted.
         """
         n = self._counters
         first = n.request_count
+        if n.in_sessions or (sessions is not None and first):
+            raise requests_next_to_sessions()
         check_submitted(range(first, first + len(arrival_s)), arrival_s, prompt_tokens, output_tokens)
         pending = n.arrived < first
         last_s = float(self._state.requests["arrival_s"][first - 1]) if pending else self.env.now
@@ -221,17 +232,39 @@ class SimEngine:
         rows = slice(first, total)
         if self.config.prefix_caching:
             hash_at, ids = self._keep_hash_ids(hash_ids)
+            self._hash_id_counts = ids
             prompts = self._state.prompts[rows]
             prompts["hash_at"], prompts["cached_tokens"] = hash_at, -1
             prompts["prefix_blocks"] = np.minimum(prompt_tokens // self.config.hash_block_tokens, ids)
+            prompts["answer_blocks"] = prompts["prefix_blocks"]
         requests = self._state.requests[rows]
         requests["arrival_s"], requests["prompt_tokens"] = arrival_s, prompt_tokens
         requests["output_limit_tokens"] = np.minimum(output_tokens, self._context_limit - prompt_tokens)
         self._output_tokens.append(output_tokens)
         n.request_count = total
-        if not pending and len(arrival_s):
+        if sessions is not None:
+            self._begin_sessions(sessions)
+        elif not pending and len(arrival_s):
             n.next_arrival_s = arrival_s[0]
         self._wake_up()
+
+    def _begin_sessions(self, sessions: Sessions) -> None:
+        """Let the requests that have no other before them arrive at their times, and the others after those."""
+        n, requests = self._counters, self._state.requests[: self._counters.request_count]
+        turns = np.zeros(len(requests), dtype=TURN)
+        turns["after"], turns["think_s"] = sessions.after, sessions.think_s
+        own = np.flatnonzero(np.isnan(sessions.think_s))
+        due = np.zeros(len(requests), dtype=DUE_TURN)  # sorted by arrival and request, so it is a heap
+        due["at_s"][: len(own)], due["request"][: len(own)] = requests["arrival_s"][own], own
+        self._state.replace(
+            turns=turns, session_starts=sessions.starts, due_turns=due, arrival_order=np.zeros(len(requests), np.int64)
+        )
+        n.in_sessions, n.due_count, n.next_arrival_s = OWN_SESSIONS, len(own), requests["arrival_s"][own[0]]
+        if self.config.prefix_caching:
+            prompts = self._state.prompts[: len(requests)]
+            tokens = requests["prompt_tokens"] + np.maximum(requests["output_limit_tokens"], 0)
+            # Ids beyond the prompt are those of the answer.
+            prompts["answer_blocks"] = np.minimum(tokens // self.config.hash_block_tokens, self._hash_id_counts)
 
     def apply(self, plan: Plan) -> None:
         """Switch to ``plan``; the change begins between two iterations.
@@ -296,16 +329,30 @@ class SimEngine:
     def drained(self) -> bool:
         """Whether no submitted request can make progress without another call."""
         n = self._counters
-        if self._resume is not None or n.running or n.arrived != n.request_count:
+        if self._resume is not None or n.running or n.next_arrival_s < math.inf:
             return False
         # Either no request waits, or no event is due that could let the waiting requests fit.
         return self._waiting() == 0 or math.isinf(self.env.peek())
 
     def records(self) -> Records:
         """Return one row per request that has arrived, in order of arrival."""
-        arrived = self._counters.arrived
+        order = self.arrival_order()
         outputs = np.concatenate(self._output_tokens) if self._output_tokens else np.zeros(0, dtype=np.int64)
-        return self.records_of(slice(0, arrived), outputs[:arrived])
+        return self.records_of(order if self._in_own_sessions else slice(0, len(order)), outputs[order])
+
+    def arrival_order(self) -> Ints:
+        """Return the place in the order of submission of each row of ``records``: int64[arrived]."""
+        arrived = self._counters.arrived
+        return self._state.arrival_order[:arrived].copy() if self._in_own_sessions else np.arange(arrived)
+
+    @property
+    def _in_own_sessions(self) -> bool:
+        return bool(self._counters.in_sessions == OWN_SESSIONS)
+
+    def report_turns(self) -> None:
+        """Report which requests have ended (``ended_turns``), for a cluster in which others follow them."""
+        self._counters.in_sessions = REPORTED
+        self.reserve(1)
 
     def records_of(self, which: slice | Ints, output_tokens: Ints) -> Records:
         """Return the rows of some requests.
@@ -553,6 +600,9 @@ class SimEngine:
                 prompts=kernel.longer(state.prompts, room if self.config.prefix_caching else 0),
                 queue=kernel.longer(state.queue, room),
             )
+        if self._counters.in_sessions == REPORTED and len(state.turns) < len(state.requests):
+            room = len(state.requests)
+            state.replace(turns=kernel.longer(state.turns, room), ended_turns=kernel.longer(state.ended_turns, room))
 
     def observe(self, now_s: float) -> EngineState:
         """Return the state at ``now_s``, to which the kernel has advanced; the budget is advanced to it here."""

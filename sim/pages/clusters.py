@@ -36,6 +36,7 @@ COMPARISONS = {
         keep=(*COUNTS, "cells", "cell_attainment", "wall_s", "cpu_s", "peak_process_bytes", "iterations"),
     ),
     "prefix_caching": _experiment("sim.cluster", "prefix_caching", CACHE_COLUMNS),
+    "chat_affinity": _experiment("sim.cluster", "chat_affinity", CACHE_COLUMNS),
     "spot_preemption": _experiment("sim.cluster", "spot_preemption", CLUSTER_COLUMNS),
     "pd_disaggregation": _experiment("sim.disaggregate", "pd_disaggregation", STAGED_COLUMNS),
     "pdtrim_transfer": _experiment("sim.disaggregate", "pdtrim_transfer", STAGED_COLUMNS),

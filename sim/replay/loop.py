@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from sim.engine.protocol import Engine, Request, requests_from_arrays
+from sim.engine.protocol import Engine, Request, requests_from_arrays, sessions_of
 from sim.limits import check_ticks
 from sim.policies.base import Policy
 from sim.policies.schedule import Schedule
@@ -40,7 +40,9 @@ def replay(
     """
     if tick_s is not None:
         check_ticks(tick_s, float(trace.arrival_s[-1]))
-    engine.submit_arrays(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids)
+    engine.submit_arrays(
+        trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.hash_ids, sessions=sessions_of(trace)
+    )
     moments_s = decisions(tick_s, also_at_s) if tick_s is not None else _looks(progress_s)
     # A schedule does not depend on the state, so the engine gets its decisions in advance and does not stop for them.
     if tick_s is not None and isinstance(policy, Schedule):

@@ -31,9 +31,14 @@ def is_measured(cfg: DictConfig, policy: Policy | None = None) -> bool:
 
 
 def all_at_once(trace: Trace) -> Trace:
-    """Return the same requests, all arriving at 0 s in their order."""
+    """Return the same requests, all arriving at 0 s in their order; no turn of a session waits for another."""
     return replace(
-        trace, arrival_s=np.zeros(len(trace)), time_quantum_s=0.0, history=(*trace.history, "all requests at once")
+        trace,
+        arrival_s=np.zeros(len(trace)),
+        time_quantum_s=0.0,
+        session=None,
+        think_s=None,
+        history=(*trace.history, "all requests at once"),
     )
 
 

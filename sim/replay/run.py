@@ -36,8 +36,10 @@ from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.results.report import print_summary
 from sim.results.run_folder import begin_run, provenance, write_begun, write_json, write_parquet
+from sim.traces.sessions import turn_numbers
 from sim.traces.trace import Trace
 from sim.traces.transforms import apply_steps
+from sim.types import Ints
 
 
 class RecordingEngine(Engine, Protocol):
@@ -225,6 +227,20 @@ def figures(
     )
 
 
+def turn_columns(trace: Trace, order: Ints) -> dict[str, Ints]:
+    """Return what the records of a trace with sessions have in addition; nothing for another trace.
+
+    ``session`` is the session's number, ``turn`` counts its requests from 0, and ``trace_row`` is the place in the
+    trace, because records are in the order of arrival.
+
+    Args:
+        order: ``Engine.arrival_order``.
+    """
+    if trace.session is None:
+        return {}
+    return {"session": trace.session[order], "turn": turn_numbers(trace.session)[order], "trace_row": order}
+
+
 def about(trace: Trace) -> dict[str, Any]:
     """Return what ``provenance.json`` says of a trace."""
     return {"source": trace.source, "sha256": trace.content_hash(), "history": trace.history}
@@ -273,9 +289,13 @@ def write_tables(
     kept_share: Sequence[tuple[float, float]],
     iterations: Iterations | None = None,
     front_end: FrontEnd = NO_FRONT_END,
+    turns: Mapping[str, Ints] | None = None,
 ) -> None:
-    """Write the tables of a run folder; the one of iterations, which is long, only if it is passed."""
-    write_parquet(folder / "records.parquet", records_frame(records, slo, front_end))
+    """Write the tables of a run folder; the one of iterations, which is long, only if it is passed.
+
+    turns: further columns of the records (``turn_columns``).
+    """
+    write_parquet(folder / "records.parquet", records_frame(records, slo, front_end).assign(**(turns or {})))
     write_parquet(folder / "transitions.parquet", transitions_frame(transitions))
     write_parquet(folder / "kept_share.parquet", kept_share_frame(kept_share))
     if iterations is not None:
@@ -341,6 +361,7 @@ def run_replay(
             engine.kept_share(),
             iterations if cfg.iterations else None,
             front_end,
+            turn_columns(trace, engine.arrival_order()),
         )
         write_json(folder / "server.json", server_figures(cfg, policy.first_plan, engine.budget.steps))
         if cfg.plot:

@@ -31,6 +31,7 @@ from sim.replay.run import (
     quality_of,
     replay_with,
     server_figures,
+    turn_columns,
     write_tables,
 )
 from sim.replay.watch import Watched
@@ -39,6 +40,7 @@ from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, Transitions
 from sim.results.report import columns_of, print_notes, print_rows
 from sim.results.run_folder import begin_run, provenance, write_begun, write_json
+from sim.types import Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Outcome:
     """What one replay produced.
 
     kept_share: (time_s, share of the dense weights' bytes that is resident), one entry per change.
-    budget: (time_s, bytes), one entry per change. server: the content of ``server.json``.
+    budget: (time_s, bytes), one entry per change. server: the content of ``server.json``. turns: ``turn_columns``.
     """
 
     summary: Mapping[str, Any]
@@ -69,6 +71,7 @@ class Outcome:
     kept_share: tuple[tuple[float, float], ...]
     budget: tuple[tuple[float, int], ...]
     server: Mapping[str, Any]
+    turns: Mapping[str, Ints]
 
 
 def cases_of(cfg: DictConfig) -> list[Case]:
@@ -124,6 +127,7 @@ def replay_case(cfg: DictConfig) -> Outcome:
         engine.kept_share(),
         budget,
         server_figures(cfg, policy.first_plan, budget),
+        turn_columns(trace, engine.arrival_order()),
     )
 
 
@@ -173,7 +177,7 @@ def write_outcome(
     write_begun(folder, cfg, made_by)
     iterations = outcome.iterations if cfg.iterations else None
     tables = outcome.records, outcome.transitions, outcome.kept_share, iterations
-    write_tables(folder, slo, *tables, front_end_of(cfg))
+    write_tables(folder, slo, *tables, front_end_of(cfg), outcome.turns)
     write_json(folder / "server.json", dict(outcome.server))
     if cfg.plot:
         plot_replay(folder / "replay.png", outcome.records, outcome.iterations, slo, title, outcome.budget)

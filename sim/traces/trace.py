@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sim.errors import TraceError
+from sim.traces.sessions import check_sessions, check_taken
 from sim.types import Floats, Ints
 
 MAX_TOKENS = 10**9
@@ -27,11 +28,12 @@ class Trace:
 
     Time 0 is the start of the covered period, which need not be an arrival: readers of logs put it at the first
     request, ``window`` at the start of the window, a generator at the start of its process.
-    Two traces are equal when their requests are equal (arrivals, lengths, prefix ids). Name, source and history record
-    the origin and are not compared.
+    Two traces are equal when their requests are equal (arrivals, lengths, prefix ids, sessions). Name, source and
+    history record the origin and are not compared.
 
     Args:
-        arrival_s: seconds since the start, float64, not decreasing.
+        arrival_s: seconds since the start, float64, not decreasing; for a turn with a think time, when it would arrive
+            if every answer came at once.
         prompt_tokens: at least 1, int64.
         output_tokens: at least 1, int64. Engines know it; policies never see it.
         hash_ids: for each request, the ids of its prefix blocks of ``hash_block_tokens`` tokens; None if the source
@@ -42,6 +44,9 @@ class Trace:
         time_quantum_s: resolution of the source's clock; 0 for a fine one, 1 for BurstGPT, 3 for Mooncake.
         hash_block_tokens: prompt tokens per id as the source states it (512 for Mooncake, 16 for Qwen-Bailian); None
             if it does not.
+        session, think_s: which requests follow which, and how long after their answers (sim/traces/sessions.py); None
+            for a trace whose requests all arrive at ``arrival_s``. With sessions, ids beyond the full prefix blocks of
+            a prompt are those of its answer, which is cached when the request ends.
 
     Raises:
         TraceError: if a value is out of range; the message names the first such request, its value and the range.
@@ -56,6 +61,8 @@ class Trace:
     history: tuple[str, ...] = ()
     time_quantum_s: float = 0.0
     hash_block_tokens: int | None = None
+    session: Ints | None = None
+    think_s: Floats | None = None
 
     def __post_init__(self) -> None:
         arrival_s = _frozen_floats(self.arrival_s)
@@ -76,6 +83,7 @@ class Trace:
         in_order = np.concatenate(([True], arrival_s[1:] >= arrival_s[:-1]))
         _check(arrival_s, "arrival_s", in_order, "not before the request ahead of it; sort by arrival_s first")
         _check_hash_ids_count(self.hash_ids, len(arrival_s))
+        self._freeze_sessions(len(arrival_s))
         if not (np.isfinite(self.time_quantum_s) and self.time_quantum_s >= 0):
             raise TraceError(f"time_quantum_s is {self.time_quantum_s}; it must be a finite number, 0 for a fine clock")
         if self.hash_block_tokens is not None and not 1 <= self.hash_block_tokens <= MAX_TOKENS:
@@ -89,6 +97,24 @@ class Trace:
         object.__setattr__(self, "history", tuple(self.history))
         object.__setattr__(self, "time_quantum_s", float(self.time_quantum_s))
 
+    def _freeze_sessions(self, requests: int) -> None:
+        """Check the two columns of sessions, which come together, and make them read-only."""
+        if self.session is None and self.think_s is None:
+            return
+        if self.session is None or self.think_s is None:
+            raise TraceError("a trace has session or think_s alone; give both, or none")
+        session, think_s = np.array(self.session, dtype=np.int64), np.array(self.think_s, dtype=np.float64)
+        if session.shape != (requests,) or think_s.shape != (requests,):
+            raise TraceError(
+                f"session has {session.shape} and think_s {think_s.shape} entries for {requests} requests; every "
+                "request needs one in each"
+            )
+        check_sessions(session, think_s)
+        session.setflags(write=False)
+        think_s.setflags(write=False)
+        object.__setattr__(self, "session", session)
+        object.__setattr__(self, "think_s", think_s)
+
     def __len__(self) -> int:
         return len(self.arrival_s)
 
@@ -98,6 +124,8 @@ class Trace:
         if (self.hash_ids is None) != (other.hash_ids is None) or len(self) != len(other):
             return False
         if self.hash_ids is not None and self.block_tokens != other.block_tokens:
+            return False
+        if not _equal_columns(self.session, other.session) or not _equal_columns(self.think_s, other.think_s):
             return False
         return (
             np.array_equal(self.arrival_s, other.arrival_s)
@@ -123,6 +151,10 @@ class Trace:
             digest.update(flat.astype("<i8").tobytes())
             if self.block_tokens != HASH_BLOCK_TOKENS:
                 digest.update(f"of {self.block_tokens} tokens".encode())
+        if self.session is not None and self.think_s is not None:
+            digest.update(b"sessions")
+            digest.update(self.session.astype("<i8").tobytes())
+            digest.update(np.where(np.isnan(self.think_s), np.nan, self.think_s + 0.0).astype("<f8").tobytes())
         return digest.hexdigest()
 
     @property
@@ -160,16 +192,20 @@ class Trace:
         """Return the requests at ``index`` (a mask or increasing positions); everything else is unchanged.
 
         Raises:
-            TraceError: if none is left.
+            TraceError: if none is left, or a turn of a session stays without the one that it follows.
         """
         index = np.asarray(index)
         chosen = np.flatnonzero(index) if index.dtype == np.bool_ else index
+        if self.session is not None and self.think_s is not None:
+            check_taken(self.session, self.think_s, chosen)
         return replace(
             self,
             arrival_s=self.arrival_s[chosen],
             prompt_tokens=self.prompt_tokens[chosen],
             output_tokens=self.output_tokens[chosen],
             hash_ids=None if self.hash_ids is None else tuple(self.hash_ids[i] for i in chosen),
+            session=None if self.session is None else self.session[chosen],
+            think_s=None if self.think_s is None else self.think_s[chosen],
         )
 
 
@@ -179,6 +215,8 @@ def sorted_trace(
     prompt_tokens: ArrayLike,
     output_tokens: ArrayLike,
     hash_ids: Sequence[Ints] | None = None,
+    session: Ints | None = None,
+    think_s: Floats | None = None,
     **described: Any,
 ) -> Trace:
     """Sort requests by arrival and return their trace; ties keep their order.
@@ -195,8 +233,16 @@ def sorted_trace(
         prompt_tokens=np.asarray(prompt_tokens)[order],
         output_tokens=np.asarray(output_tokens)[order],
         hash_ids=None if hash_ids is None else tuple(hash_ids[i] for i in order),
+        session=None if session is None else session[order],
+        think_s=None if think_s is None else think_s[order],
         **described,
     )
+
+
+def _equal_columns(one: NDArray[Any] | None, other: NDArray[Any] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
 
 
 def _frozen_floats(values: ArrayLike) -> Floats:

@@ -17,6 +17,8 @@ import numpy as np
 
 from sim.errors import WorkloadError, nearest
 from sim.limits import MOST_REQUESTS, check_count
+from sim.traces.loops import sessions_from
+from sim.traces.sessions import turns_to_keep, waiting_sessions
 from sim.traces.trace import Trace, sorted_trace
 from sim.types import Ints
 
@@ -129,6 +131,7 @@ def repeat_prompts(
     for name, value, least in (("distinct", distinct, 1), ("shared_tokens", shared_tokens, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise WorkloadError(f"{name} is {value!r}; it must be a whole number from {least}")
+    _check_open(trace, "repeat_prompts")
     if isinstance(block_tokens, bool) or not isinstance(block_tokens, int) or block_tokens < 1:
         raise WorkloadError(f"block_tokens is {block_tokens!r}; it must be a whole number from 1")
     prompts = np.arange(len(trace)) % (len(trace) if distinct is None else distinct)
@@ -150,6 +153,8 @@ def repeat_prompts(
 def scale_rate(trace: Trace, *, factor: float) -> Trace:
     """Return the same requests arriving ``factor`` times as fast: every arrival divided by it.
 
+    In a trace with sessions, sessions begin that much faster; users think as long as before.
+
     Papers raise the load of a trace this way: gaps shrink, their CV and all lengths stay the same, and the trace gets
     shorter. To keep the duration, lower the rate with ``keep_share`` or overlay traces with ``merge``.
 
@@ -162,7 +167,15 @@ def scale_rate(trace: Trace, *, factor: float) -> Trace:
         of a Poisson process; Qin et al., Mooncake (FAST 2025), section 8, replay a trace faster.
     """
     _check_number("factor", factor, above=0.0)
-    return _timed(trace, 1.0 / factor, f"rate scaled by {factor:g}: arrivals divided by it")
+    step = f"rate scaled by {factor:g}: arrivals divided by it"
+    if trace.session is None or trace.think_s is None:
+        return _timed(trace, 1.0 / factor, step)
+    if len(waiting_sessions(trace.session, trace.think_s)):
+        raise WorkloadError(
+            f"{trace.name} is a closed loop, whose rate follows from its users and the server; change the number of "
+            "users or their think times instead of scaling its rate"
+        )
+    return sessions_from(trace, trace.arrival_s / factor, step)
 
 
 def spread_ties(trace: Trace, *, quantum_s: float | None = None, seed: int = 0) -> Trace:
@@ -183,6 +196,7 @@ def spread_ties(trace: Trace, *, quantum_s: float | None = None, seed: int = 0) 
             "set quantum_s"
         )
     _check_number("quantum_s", quantum, above=0.0)
+    _check_open(trace, "spread_ties")
     stamps_s, stamp = np.unique(trace.arrival_s, return_inverse=True)
     room_s = np.minimum(np.diff(stamps_s, append=np.inf), quantum)
     uniform = np.random.default_rng(seed).random(len(trace))
@@ -244,6 +258,8 @@ def drop_long(
 ) -> Trace:
     """Return the requests within every limit that is set; the others are dropped and counted.
 
+    A session ends before its first turn that is too long: later turns contain that one.
+
     Raises:
         WorkloadError: if no limit is set, or no request is within them.
     """
@@ -256,6 +272,8 @@ def drop_long(
     if max_total_tokens is not None:
         keep &= trace.prompt_tokens + trace.output_tokens <= max_total_tokens
     limits = _limits_shown(max_prompt_tokens, max_output_tokens, max_total_tokens)
+    if trace.session is not None:
+        keep = turns_to_keep(trace.session, keep)
     if not keep.any():
         shortest = int((trace.prompt_tokens + trace.output_tokens).min())
         raise WorkloadError(
@@ -295,6 +313,7 @@ def inject_burst(
             f"{trace.arrival_s[-1]:g} s; lower start_s"
         )
     _check_limits(prompt_tokens, output_tokens, None, needed=False)
+    _check_open(trace, "inject_burst")
     check_count(rate_rps * duration_s, "requests", MOST_REQUESTS, "lower rate_rps or duration_s", WorkloadError)
     rng = np.random.default_rng(seed)
     requests = int(rng.poisson(rate_rps * duration_s))
@@ -333,6 +352,8 @@ def merge(traces: Sequence[Trace], *, name: str | None = None) -> Trace:
     """
     if not traces:
         raise WorkloadError("merge got no trace; pass at least one")
+    for trace in traces:
+        _check_open(trace, "merge")
     names = " + ".join(trace.name for trace in traces)
     steps = [f"{trace.name}: {step}" for trace in traces for step in trace.history]
     steps.append(f"merged {names}: {sum(map(len, traces)):,} requests")
@@ -381,6 +402,7 @@ def repeat(trace: Trace, *, times: int, period_s: float | None = None, share_pre
     """
     if times < 1:
         raise WorkloadError(f"times is {times}; it must be at least 1")
+    _check_open(trace, "repeat")
     check_count(times * len(trace), "requests", MOST_REQUESTS, "lower times", WorkloadError)
     last_s = float(trace.arrival_s[-1])
     period = last_s + trace.duration_s / max(len(trace) - 1, 1) if period_s is None else period_s
@@ -403,6 +425,7 @@ def repeat(trace: Trace, *, times: int, period_s: float | None = None, share_pre
 
 def shuffle_lengths(trace: Trace, *, seed: int = 0) -> Trace:
     """Return the same arrivals with the requests (prompt, output and prefix ids together) in random order."""
+    _check_open(trace, "shuffle_lengths")
     order = np.random.default_rng(seed).permutation(len(trace))
     return replace(
         trace,
@@ -431,6 +454,19 @@ def keep_share(trace: Trace, *, share: float, seed: int = 0) -> Trace:
         )
     chosen = np.sort(np.random.default_rng(seed).permutation(len(trace))[:kept])
     return trace.take(chosen).with_history(f"kept {kept:,} of {len(trace):,} requests at random, seed={seed}")
+
+
+def _check_open(trace: Trace, step: str) -> None:
+    """Refuse a trace with sessions, whose turns a step would tear from each other.
+
+    Raises:
+        WorkloadError: for a trace with sessions.
+    """
+    if trace.session is not None:
+        raise WorkloadError(
+            f"{step} does not take a trace with sessions ({trace.name}), whose turns follow each other; apply it to "
+            "the trace before closed_loop, or take clip_lengths, drop_long or scale_rate"
+        )
 
 
 def _timed(trace: Trace, factor: float, step: str) -> Trace:
@@ -476,6 +512,8 @@ def _cut_hash_ids(trace: Trace, prompt_tokens: Ints) -> HashIds | None:
     if trace.hash_ids is None:
         return None
     blocks = -(-prompt_tokens // trace.block_tokens)
+    if trace.session is not None:  # ids beyond an uncut prompt are those of its answer
+        blocks = np.where(prompt_tokens < trace.prompt_tokens, blocks, np.iinfo(np.int64).max)
     return tuple(ids[:count] for ids, count in zip(trace.hash_ids, blocks.tolist(), strict=True))
 
 

@@ -2,8 +2,9 @@
 
 usage: python -m tests.sim.fuzz [CASES [FIRST [WORKERS [KIND]]]]
 
-KIND is ``engine`` (one replica), ``streamed`` (one replica of eight layers, where most plans stream some), ``cluster``,
-or ``disaggregated`` (prefill and decode on separate replicas). Prints progress. At the first difference it prints the
+KIND is ``engine`` (one replica), ``streamed`` (one replica of eight layers, where most plans stream some), ``sessions``
+(one replica, whose requests arrive after others have ended), ``cluster``, or ``disaggregated`` (prefill and decode on
+separate replicas). Prints progress. At the first difference it prints the
 seed, what differs and the smallest case that still differs, and exits with status 1.
 """
 
@@ -17,13 +18,19 @@ from functools import partial
 
 from tests.sim.cluster import cluster_cases
 from tests.sim.disaggregate import disaggregated_cases
-from tests.sim.engine import kernel_cases, streamed_cases
+from tests.sim.engine import kernel_cases, session_cases, streamed_cases
 
 BATCH = 250
 KINDS = {
     "engine": (kernel_cases.random_case, kernel_cases.differences, kernel_cases.shrunk),
     "streamed": (streamed_cases.random_case, streamed_cases.differences, streamed_cases.shrunk),
+    "sessions": (session_cases.random_case, session_cases.differences, session_cases.shrunk),
     "cluster": (cluster_cases.random_cluster, cluster_cases.differences, cluster_cases.shrunk),
+    "session_cluster": (
+        cluster_cases.random_session_cluster,
+        cluster_cases.differences,
+        cluster_cases.shrunk,
+    ),
     "disaggregated": (
         disaggregated_cases.random_disaggregated,
         disaggregated_cases.differences,

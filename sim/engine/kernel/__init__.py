@@ -7,6 +7,7 @@ the `Table` of one replica. Each module imports only from modules above it in th
 |---|---|
 | layout | `Layout`, `State` and `Table`: arrays shared by Python and compiled code, each declared once |
 | state | every array and field of a replica, with unit and shape |
+| turns | sessions: requests that arrive when others have ended |
 | kv | KV blocks: the pool, and the last owners of free blocks |
 | prefix_cache | KV that requests with the same first tokens share |
 | decodes | running requests, above all those that decode |
@@ -21,7 +22,7 @@ A function whose name begins with ``_`` may be called by compiled code only (sim
 
 from __future__ import annotations
 
-from sim.engine.kernel.admission import head, queue_due_s, reject_late, take_arrivals
+from sim.engine.kernel.admission import head, queue_due_s, reject_late, take_arrivals, wait_ends_s
 from sim.engine.kernel.decodes import settle
 from sim.engine.kernel.kv import blocks_of, forget_host_kv, forget_kept_kv
 from sim.engine.kernel.layout import Layout, State, Table, fields_of, longer
@@ -100,6 +101,7 @@ __all__ = [
     "settle",
     "take_arrivals",
     "take_decisions",
+    "wait_ends_s",
     "waiting",
     "wanted_target",
 ]

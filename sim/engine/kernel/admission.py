@@ -20,6 +20,7 @@ from sim.engine.kernel.state import (
     NEVER,
     NO_FORMAT,
     NO_OWNER,
+    OWN_SESSIONS,
     PREFILL_FIRST,
     REJECTED,
     RUNNING,
@@ -39,6 +40,7 @@ from sim.engine.kernel.state import (
     slots_of,
     waiting,
 )
+from sim.engine.kernel.turns import _end_turn, _take_turn
 
 NO_SWAPPED, ONLY_SWAPPED, ANY = constant(0), constant(1), constant(2)
 
@@ -95,12 +97,14 @@ def wait_ends_s(s: Table) -> float:
 def reject_late(s: Table, now_s: float) -> None:
     """Reject the requests that have waited too long for their first admission by now.
 
-    Calling it more often changes nothing. Whatever reads the queue calls it first.
+    Calling it more often changes nothing. Whatever reads the queue calls it first. In sessions a rejected request lets
+    the next one arrive; this then ends at that arrival, if it is earlier, for `take_arrivals` to go on.
     """
     n, queue = counters_of(s), queue_of(s)
     while wait_ends_s(s) <= now_s:
-        place = _first_that_never_ran(s)
-        late = requests_of(s)[queue[place]]
+        place, ended_s = _first_that_never_ran(s), max(wait_ends_s(s), n.max_wait_since_s)
+        r = queue[place]
+        late = requests_of(s)[r]
         late.status = REJECTED
         n.rejected += 1
         n.waiting_tokens -= late.prompt_tokens
@@ -109,6 +113,9 @@ def reject_late(s: Table, now_s: float) -> None:
         n.queue_head += 1
         n.known_tail += place >= n.known_tail
         n.late_from += n.late_from != NEVER and place >= n.late_from
+        if n.in_sessions:
+            _end_turn(s, r, ended_s)
+            now_s = min(now_s, n.next_arrival_s)  # what comes before the next rejection comes first
 
 
 @compiled(inline=True)
@@ -125,12 +132,17 @@ def queue_due_s(s: Table) -> float:
 def take_arrivals(s: Table, now_s: float) -> None:
     """Queue the requests that have arrived by now, or reject them; reject those that have waited too long."""
     n, requests = counters_of(s), requests_of(s)
-    while n.next_arrival_s <= now_s:
-        r = n.arrived
+    while True:
         if n.max_wait_s < np.inf:
-            reject_late(s, n.next_arrival_s)
-        n.arrived = r + 1
-        n.next_arrival_s = requests[r + 1].arrival_s if r + 1 < n.request_count else np.inf
+            reject_late(s, min(n.next_arrival_s, now_s))
+        if n.next_arrival_s > now_s:
+            break
+        r = n.arrived
+        if n.in_sessions == OWN_SESSIONS:
+            r = _take_turn(s)
+        else:
+            n.next_arrival_s = requests[r + 1].arrival_s if r + 1 < n.request_count else np.inf
+        n.arrived += 1
         request = requests[r]
         request.computed_tokens = request.produced_tokens = request.prefill_tokens = 0
         request.preemptions = request.kept_params = 0
@@ -141,12 +153,12 @@ def take_arrivals(s: Table, now_s: float) -> None:
         if (n.max_waiting >= 0 and waiting(s) >= n.max_waiting) or request.output_limit_tokens < 1:
             request.status = REJECTED
             n.rejected += 1
+            if n.in_sessions:
+                _end_turn(s, r, request.arrival_s)
         else:
             queue_of(s)[n.queue_tail] = r
             n.queue_tail += 1
             n.waiting_tokens += request.prompt_tokens
-    if n.max_wait_s < np.inf:
-        reject_late(s, now_s)
 
 
 @compiled()

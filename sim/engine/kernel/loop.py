@@ -16,7 +16,7 @@ from sim.engine.kernel.decodes import _count_decodes, _join_decodes, _leave_deco
 from sim.engine.kernel.kv import _release, blocks_of
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.plans import _change_if_due, change_due_s
-from sim.engine.kernel.prefix_cache import _fill_cache, _release_prefix_blocks
+from sim.engine.kernel.prefix_cache import _fill_answer, _fill_cache, _release_prefix_blocks
 from sim.engine.kernel.state import (
     FINISHED,
     GROW,
@@ -49,6 +49,7 @@ from sim.engine.kernel.state import (
     stream_shares_of,
     waiting,
 )
+from sim.engine.kernel.turns import _end_turn
 
 # -- the start of an iteration -----------------------------------------------------------------------------------------
 
@@ -222,6 +223,10 @@ def _finish(s: Table, i: int, now_s: float) -> None:
     request.status = FINISHED
     n.finished += 1
     n.running_tokens -= request.computed_tokens
+    if n.in_sessions:
+        if n.prefix_caching:
+            _fill_answer(s, i)
+        _end_turn(s, slot.request, now_s)
     _release(s, blocks_of(s, i, request.computed_tokens), NO_OWNER)
     if slot.shared_blocks > 0:
         _release_prefix_blocks(s, i)
@@ -316,6 +321,8 @@ def _end(s: Table) -> None:
     n, batch, groups = counters_of(s), batch_of(s), last_token_groups_of(s)
     now_s = n.end_s
     n.now_s = now_s
+    if n.in_sessions and queue_due_s(s) <= now_s:
+        take_arrivals(s, now_s)  # turns that were rejected by now end before those that finish now
     n.busy_s += n.duration_s
     n.priced_s += n.iteration_priced_s
     n.in_iteration = 0

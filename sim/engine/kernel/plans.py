@@ -354,6 +354,8 @@ def _copy_residency(s: Table, residency: int, count: int, now_s: float) -> None:
     """Copy a residency to where iterations read it: limits, blocks of each layer, parameters and prices of KV sets."""
     n, row, sets, remap = counters_of(s), residencies_of(s)[residency], kv_sets_of(s), set_remap_of(s)
     n.residency, n.target, n.weight_bytes = residency, row.target, row.weight_bytes
+    if row.max_wait_s != n.max_wait_s:
+        n.max_wait_since_s = now_s
     n.kv_format_id, n.max_waiting, n.max_wait_s = row.kv_format_id, row.max_waiting, row.max_wait_s
     n.streams_at, n.streams = row.streams_at, row.streams
     if row.stream_id != n.stream_id and row.streams > 0:  # other layers are streamed: the copies of the first two begin

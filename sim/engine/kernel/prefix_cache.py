@@ -16,6 +16,7 @@ from sim.compiled import compiled
 from sim.engine.kernel.kv import _forget_prefix_block, _prefix_blocks_in, _release
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.state import (
+    FILLED,
     NEVER,
     NO_OWNER,
     counters_of,
@@ -63,8 +64,7 @@ def _hold_prefix_blocks(s: Table, i: int, count: int) -> None:
             run.owner, run.blocks = NO_OWNER, 0
         block.holders += 1
     slot.shared_blocks = count * n.prefix_block_kv_blocks
-    if count < prompt.prefix_blocks:
-        slot.fill_tokens = (count + 1) * n.prefix_block_tokens
+    slot.fill_tokens = (count + 1) * n.prefix_block_tokens if count < prompt.prefix_blocks else FILLED
 
 
 @compiled()
@@ -87,7 +87,18 @@ def _fill_cache(s: Table, i: int) -> None:
             block_of_id[hash_ids[place]] = number
             held_prefix_blocks_of(s)[place] = number
             slot.shared_blocks += n.prefix_block_kv_blocks
-        slot.fill_tokens = (count + 1) * n.prefix_block_tokens if count < prompt.prefix_blocks else NEVER
+        slot.fill_tokens = (count + 1) * n.prefix_block_tokens if count < prompt.prefix_blocks else FILLED
+
+
+@compiled()
+def _fill_answer(s: Table, i: int) -> None:
+    """Add the prefix blocks of the answer of slot i, whose request ends, if its prompt's were not refused."""
+    n, slot = counters_of(s), slots_of(s)[i]
+    prompt = prompts_of(s)[slot.request]
+    if slot.fill_tokens == FILLED and prompt.answer_blocks > prompt.prefix_blocks:
+        slot.fill_tokens = (prompt.prefix_blocks + 1) * n.prefix_block_tokens
+        prompt.prefix_blocks = prompt.answer_blocks
+        _fill_cache(s, i)
 
 
 @compiled()

@@ -24,6 +24,8 @@ Floats = NDArray[np.float64]
 
 NEVER = 1 << 62
 """A clock value, or a number of tokens, that is never reached."""
+FILLED = NEVER - 1
+"""The ``fill_tokens`` of a request all of whose prompt has been passed, and that may still add its answer."""
 WAITING, RUNNING, FINISHED, REJECTED = range(4)
 """The values of ``sim.results.records.Status``."""
 ZERO = constant(0)
@@ -34,6 +36,8 @@ NO_FORMAT = constant(-1)
 """The ``kv_format_id`` of a request or plan that keeps all tokens at 16 bits."""
 HORIZON, NEEDS, GROW, STALLED = range(4)
 """Why `advance` returned; its docstring explains each."""
+NO_SESSIONS, OWN_SESSIONS, REPORTED = range(3)
+"""Values of ``in_sessions``: requests come at given times; turns follow others; a cluster learns which have ended."""
 NEED_DECISION, NEED_COPY_END, NEED_PRICE = range(3)
 """What Python has to add to the plan graph: the values of ``needed``."""
 LAYERS_A_WORD = 60
@@ -104,6 +108,7 @@ COUNTERS = np.dtype(
         ("max_running", INT64),  # requests that may run at once
         ("max_waiting", INT64),  # requests that may wait; -1 for no limit
         ("max_wait_s", FLOAT64),  # how long a request may wait for its admission, s; inf for no limit
+        ("max_wait_since_s", FLOAT64),  # when that limit came into force, s; -inf for the first plan's
         ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
         ("stream_id", INT64),  # number of what crosses the link in each iteration; -1 for nothing
         ("streams_at", INT64),  # first row of stream_bytes and stream_shares for it
@@ -138,6 +143,10 @@ COUNTERS = np.dtype(
         ("request_count", INT64),  # submitted
         ("arrived", INT64),  # arrived; also the index of the next arrival
         ("next_arrival_s", FLOAT64),  # its time, s; inf for none
+        ("in_sessions", INT64),  # NO_SESSIONS; OWN_SESSIONS, and ``arrived`` is then no index; REPORTED
+        ("due_count", INT64),  # entries of due_turns
+        ("ended_count", INT64),  # entries of ended_turns
+        ("next_session", INT64),  # first of session_starts that no user has begun
         ("queue_head", INT64),  # queue[head:tail] wait and have never run
         ("queue_tail", INT64),
         ("preempted_waiting", INT64),  # preempted requests that wait, on a stack
@@ -230,6 +239,13 @@ REQUEST = np.dtype(
 )
 requests_of = REPLICA.array("requests", REQUEST)
 request_words_of = REPLICA.words("requests")
+TURN = np.dtype([("after", INT64), ("think_s", FLOAT64)], align=True)  # the request that follows, -1: none; its pause
+turns_of = REPLICA.array("turns", TURN)  # with sessions, one a request
+session_starts_of = REPLICA.array("session_starts")  # first requests of the sessions that wait for a user, in order
+DUE_TURN = np.dtype([("at_s", FLOAT64), ("request", INT64)], align=True)
+due_turns_of = REPLICA.array("due_turns", DUE_TURN, saved=True)  # with sessions: requests whose time is known, a heap
+ended_turns_of = REPLICA.array("ended_turns")  # if they are reported: rows of requests that have ended since
+arrival_order_of = REPLICA.array("arrival_order")  # with sessions: requests in the order of their arrivals
 queue_of = REPLICA.array("queue")  # requests in order of arrival; [queue_head:queue_tail] wait
 preempted_stack_of = REPLICA.array("preempted_stack", rows=lambda z: z.slots + 1, saved=True)  # last in, first out
 
@@ -242,7 +258,7 @@ SLOT = np.dtype(
         ("joined_clock", INT64),  # clock as of which the record of its decoding request is up to date
         ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
         ("shared_blocks", INT64),  # KV blocks of one layer in the prefix blocks that it holds
-        ("fill_tokens", INT64),  # tokens at the end of the next prefix block that it fills, or NEVER
+        ("fill_tokens", INT64),  # tokens at the end of the next prefix block that it fills; FILLED, or NEVER for none
     ],
     align=True,
 )
@@ -271,7 +287,8 @@ free_runs_of = REPLICA.array("free_runs", FREE_RUN, rows=lambda z: z.free_runs, 
 PROMPT = np.dtype(
     [
         ("hash_at", INT64),  # where its hash ids begin in hash_ids
-        ("prefix_blocks", INT64),  # prefix blocks that lie in the prompt
+        ("prefix_blocks", INT64),  # prefix blocks that lie in the prompt; once it has ended, in prompt and answer
+        ("answer_blocks", INT64),  # those that lie in prompt and answer, as far as there are hash ids for them
         ("cached_tokens", INT64),  # tokens found when it was first admitted; -1 before
     ],
     align=True,
@@ -456,7 +473,7 @@ def admissible(s: Table) -> int:
 
 @compiled(inline=True)
 def idle(s: Table) -> bool:
-    """Return whether no request runs, waits or is still to arrive."""
+    """Return whether no request runs, waits or is still to arrive, at a time of its own or after another."""
     n = counters_of(s)
     return bool(n.running + waiting(s) == 0 and n.arrived == n.request_count)
 

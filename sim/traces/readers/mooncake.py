@@ -17,7 +17,8 @@ from sim.errors import TraceError
 from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile
 from sim.traces.readers.hash_ids import check_number_of_ids, read_hash_ids
 from sim.traces.readers.rows import Rows, TimeUnit, read_table
-from sim.traces.readers.sessions import session_arrivals
+from sim.traces.readers.sessions import answer_ids, session_arrivals
+from sim.traces.sessions import next_turns
 from sim.traces.trace import HASH_BLOCK_TOKENS, MAX_TOKENS, Trace
 from sim.types import Floats, Ints
 
@@ -47,7 +48,7 @@ def read_mooncake(
     Args:
         path: JSON lines (plain or packed) with ``timestamp``, ``input_length``, ``output_length`` and, optionally,
             ``hash_ids`` (whole numbers or text), ``session_id`` and ``delay``. A later turn of a session may have a
-            delay instead of a timestamp: it arrives that long after the turn before it arrived.
+            delay instead of a timestamp: it arrives that long after the turn before it has ended.
         time_quantum_s: step of the clock. The conversation trace arrives in batches every 3 s (gaps of 2999 to
             3001 ms), so it does not show bursts shorter than 3 s: spread its arrivals with
             ``sim.traces.transforms.spread_ties``, or state that batches are replayed. The synthetic trace has a clock
@@ -103,10 +104,17 @@ def turns_trace(
     hash_ids = read_hash_ids(rows, history)
     if hash_ids is not None:
         check_number_of_ids(rows, hash_ids, prompt_tokens, block_tokens)
+    sessions = None
     if in_sessions:
-        arrival_s = session_arrivals(
+        placed = session_arrivals(
             rows, arrival_s, history, time="timestamp", session="session_id", delay="delay", unit=unit
         )
+        arrival_s = placed.arrival_s
+        if not np.isnan(placed.think_s).all():  # otherwise no turn waits for another
+            sessions = placed
+            if hash_ids is not None:
+                after = next_turns(placed.session, placed.think_s)
+                hash_ids = answer_ids(hash_ids, after, prompt_tokens, output_tokens, block_tokens)
     return rows.trace(
         arrival_s=arrival_s,
         prompt_tokens=prompt_tokens,
@@ -117,6 +125,8 @@ def turns_trace(
         history=history,
         time_quantum_s=time_quantum_s,
         hash_block_tokens=None if hash_ids is None else block_tokens,
+        session=None if sessions is None else sessions.session,
+        think_s=None if sessions is None else sessions.think_s,
     )
 
 

@@ -21,10 +21,18 @@ from sim.traces.readers.arguments import check_choice, check_name
 from sim.traces.readers.files import MAX_BYTES, MAX_ROWS, OnBadRow, TraceFile
 from sim.traces.readers.hash_ids import read_hash_ids
 from sim.traces.readers.rows import Rows, TimeUnit, read_table
+from sim.traces.readers.sessions import think_sessions
 from sim.traces.trace import HASH_BLOCK_TOKENS, Trace
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
-COLUMNS = {"arrival": "arrival_s", "prompt": "prompt_tokens", "output": "output_tokens", "hash_ids": "hash_ids"}
+COLUMNS = {
+    "arrival": "arrival_s",
+    "prompt": "prompt_tokens",
+    "output": "output_tokens",
+    "hash_ids": "hash_ids",
+    "session": "session_id",
+    "think": "think_s",
+}
 """What ``columns`` of ``read_trace`` may rename, with the names of the own format."""
 NAMING = "other names: 'trace.columns={arrival: NAME, prompt: NAME, output: NAME}'"
 BLOCK_COLUMN = "hash_block_tokens"
@@ -47,15 +55,17 @@ def read_trace(
     """Return a trace in the project's own format; the content, not the name, decides between CSV, JSON and Parquet.
 
     Columns: ``arrival_s`` (seconds), ``prompt_tokens``, ``output_tokens`` and, optionally, ``hash_ids`` (a list of
-    ids; in CSV separated by spaces). Other columns are ignored. CSV may have comma, semicolon, tab or bar between
-    values; JSON is one object a line or one list of objects.
+    ids; in CSV separated by spaces). With ``session_id`` and ``think_s`` rows are turns of sessions, in their order.
+    One with a think time arrives that long after the turn before it has ended, whatever its ``arrival_s``, which may be
+    empty; a first turn with one, after any session that has ended (sim/traces/sessions.py). Other columns are ignored.
+    CSV may have comma, semicolon, tab or bar between values; JSON is one object a line or one list of objects.
 
     Args:
         path: the file; plain, gzip, bz2, xz or zstd.
-        columns: how the file names ``arrival``, ``prompt``, ``output`` and ``hash_ids``, where it has other names; None
-            takes the own name.
-        time_unit: what the arrivals count: s, ms, us or ns; iso for dates, which are recognized without it and
-            always count from the first.
+        columns: how the file names ``arrival``, ``prompt``, ``output``, ``hash_ids``, ``session`` and ``think``, where
+            it has other names; None takes the own name.
+        time_unit: what arrivals and think times count: s, ms, us or ns; iso for dates, which are recognized without it
+            and always count from the first.
         on_bad_row, sort, max_rows, max_bytes: as ``read_azure``.
         rebase: shift arrivals so that the first is at 0. Off by default, because time 0 has a meaning in this format;
             Unix times need it.
@@ -68,16 +78,32 @@ def read_trace(
     file = TraceFile(path=path, on_bad_row=on_bad_row, max_rows=max_rows, max_bytes=max_bytes, naming=NAMING)
     named = column_names(columns)
     required, optional = [named[own] for own in REQUIRED], [BLOCK_COLUMN]
-    (required if columns and columns.get("hash_ids") else optional).append(named["hash_ids"])
+    for key in ("hash_ids", "session", "think"):
+        (required if columns and columns.get(key) else optional).append(named[COLUMNS[key]])
     rows = Rows(read_table(file, required=required, optional=optional))
     history: list[str] = []
     hash_ids = read_hash_ids(rows, history, name=named["hash_ids"]) if rows.has(named["hash_ids"]) else None
+    in_sessions = rows.has(named["think_s"])
+    arrival_s = rows.times(named["arrival_s"], unit=time_unit, rebase=rebase, missing=in_sessions)
+    sessions = None
+    if in_sessions:
+        sessions = think_sessions(
+            rows,
+            arrival_s,
+            rows.times(named["think_s"], unit="s" if time_unit == "iso" else time_unit, rebase=False, missing=True),
+            time=named["arrival_s"],
+            session=named["session_id"],
+            think=named["think_s"],
+        )
+        arrival_s = sessions.arrival_s
     return rows.trace(
-        arrival_s=rows.times(named["arrival_s"], unit=time_unit, rebase=rebase),
+        arrival_s=arrival_s,
         prompt_tokens=rows.tokens(named["prompt_tokens"]),
         output_tokens=rows.tokens(named["output_tokens"]),
         hash_ids=hash_ids,
-        sort=sort,
+        sort=sort or in_sessions,  # a file may list one session after the other
+        session=None if sessions is None else sessions.session,
+        think_s=None if sessions is None else sessions.think_s,
         rebase=rebase,
         name=name or Path(path).name.split(".")[0],
         history=history,
@@ -159,6 +185,9 @@ def _arrow(trace: Trace) -> pa.Table:
         columns["hash_ids"] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
         if trace.block_tokens != HASH_BLOCK_TOKENS:
             columns[BLOCK_COLUMN] = pa.array(np.full(len(trace), trace.block_tokens, dtype=np.int64))
+    if trace.session is not None and trace.think_s is not None:
+        columns["session_id"] = pa.array(trace.session)
+        columns["think_s"] = pa.array(trace.think_s, mask=np.isnan(trace.think_s))
     return pa.table(columns)
 
 
@@ -177,6 +206,10 @@ def _csv_bytes(trace: Trace) -> bytes:
 def _jsonl_bytes(trace: Trace) -> bytes:
     rows = zip(trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
     lines = [f'{{"arrival_s": {a!r}, "prompt_tokens": {p}, "output_tokens": {o}' for a, p, o in rows]
+    if trace.session is not None and trace.think_s is not None:
+        thinks = ["null" if np.isnan(think_s) else repr(think_s) for think_s in trace.think_s.tolist()]
+        turns = zip(lines, trace.session.tolist(), thinks, strict=True)
+        lines = [f'{line}, "session_id": {session}, "think_s": {think}' for line, session, think in turns]
     if trace.hash_ids is None:
         return ("}\n".join(lines) + "}\n").encode()
     block = "" if trace.block_tokens == HASH_BLOCK_TOKENS else f', "{BLOCK_COLUMN}": {trace.block_tokens}'

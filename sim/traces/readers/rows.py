@@ -29,6 +29,7 @@ from sim.traces.readers.files import PARQUET_MAGIC, TraceFile, read_content
 from sim.traces.readers.json_table import read_json
 from sim.traces.readers.parquet_table import read_parquet
 from sim.traces.readers.table import ENOUGH_BAD_ROWS, BadRow, BadRows, RawTable, cell_text
+from sim.traces.sessions import turns_to_keep
 from sim.traces.trace import MAX_ARRIVAL_S, MAX_TOKENS, Trace
 from sim.types import Floats, Ints
 
@@ -221,6 +222,8 @@ class Rows:
         history: Sequence[str] = (),
         time_quantum_s: float = 0.0,
         hash_block_tokens: int | None = None,
+        session: Ints | None = None,
+        think_s: Floats | None = None,
     ) -> Trace:
         """Return the trace of the good rows.
 
@@ -229,6 +232,7 @@ class Rows:
             sort: sort rows by arrival; if False, a row out of order is an error.
             rebase: make the first arrival time 0.
             history: steps that the reader took.
+            session, think_s: as in ``Trace``, one entry per row of the file.
         Raises:
             TraceError: for the first bad row, unless bad rows are skipped; for a row out of order, unless ``sort``;
                 and if no row is left.
@@ -238,6 +242,11 @@ class Rows:
         check_number("time_quantum_s", time_quantum_s)
         steps = [f"read {len(self.table.line) + len(self.table.broken):,} rows of {self.table.path}"]
         keep = self.good_rows(steps)
+        if session is not None:  # a turn whose predecessor was skipped has nothing to follow
+            followed = turns_to_keep(session, keep)
+            if (lost := int((keep & ~followed).sum())) > 0:
+                steps.append(f"left out {lost:,} turns that come after a bad row of their session")
+            keep &= followed
         if leave_out is not None:
             keep &= ~leave_out
         steps.extend(history)
@@ -270,6 +279,8 @@ class Rows:
             history=tuple(steps),
             time_quantum_s=time_quantum_s,
             hash_block_tokens=hash_block_tokens,
+            session=None if session is None else session[index],
+            think_s=None if think_s is None else think_s[index],
         )
 
     def good_rows(self, steps: list[str]) -> NDArray[np.bool_]:

@@ -24,6 +24,7 @@ from sim.traces.trace import Trace
 from tests.sim.cluster.plain_cluster import PlainCluster, PlainReplica, Row
 from tests.sim.engine.kernel_cases import RELATIVE, Case, random_case
 from tests.sim.engine.plain_engine import PlainEngine
+from tests.sim.engine.session_cases import sessions_trace
 from tests.sim.shrink import shrunk_case, without_some
 
 ROUTERS = ("round_robin", "least_outstanding", "least_kv", "shortest_expected_wait", "prefix_affinity", "power_of_two")
@@ -40,10 +41,23 @@ class ClusterCase:
     seed: int
     load_bytes_per_s: float
     start_s: float
+    sessions: tuple[int, ...] = ()
+    thinks_s: tuple[float, ...] = ()
+    users: int | None = None
 
     def trace(self) -> Trace:
         """Return the requests as a trace."""
         columns = list(zip(*self.requests, strict=True))
+        if self.sessions:
+            return sessions_trace(
+                columns[0],
+                columns[1],
+                columns[2],
+                self.sessions,
+                self.thinks_s,
+                self.users,
+                [np.array(i) for i in columns[3]],
+            )
         return Trace(
             arrival_s=np.array(columns[0]),
             prompt_tokens=np.array(columns[1]),
@@ -86,6 +100,28 @@ def engine(kind: type[Any], case: Case, env: simpy.Environment | None, **more: A
     )
 
 
+def random_session_cluster(seed: int) -> ClusterCase:
+    """Return the case of a seed with requests that are turns of sessions."""
+    case = random_cluster(seed)
+    rng = np.random.default_rng([seed, 16])
+    count = len(case.requests)
+    block = case.replicas[0].config.hash_block_tokens
+    thinks_s = np.where(rng.random(count) < 0.4, rng.choice([0.0, 1.0, 3.0], count), rng.exponential(4.0, count))
+    sessions = rng.integers(0, max(1, count // int(rng.choice([1, 3, 10]))), count).tolist()
+    ids = [
+        tuple(range(1000 * (n + 1), 1000 * (n + 1) + (p + o) // block))
+        for n, (_, p, o, _) in zip(sessions, case.requests, strict=True)
+    ]
+    return replace(
+        case,
+        requests=tuple((a, p, o, i) for (a, p, o, _), i in zip(case.requests, ids, strict=True)),
+        sessions=tuple(sessions),
+        thinks_s=tuple(thinks_s.tolist()),
+        users=int(rng.choice([1, 3, 6])) if rng.random() < 0.5 else None,
+        router=str(rng.choice([*ROUTERS, "session_affinity", "session_affinity"])),
+    )
+
+
 def random_cluster(seed: int, *, ahead: bool | None = None, later: bool = True) -> ClusterCase:
     """Return the case of a seed; ``ahead`` and ``later`` as in ``random_case``."""
     rng = np.random.default_rng([seed, 8])
@@ -119,8 +155,8 @@ def random_cluster(seed: int, *, ahead: bool | None = None, later: bool = True) 
 
 def router_of(case: ClusterCase) -> KernelRouter:
     """Return the router of a case; affinity has low thresholds, so that both of its branches are used."""
-    if case.router == "prefix_affinity":
-        return routers.prefix_affinity(most_apart=3, most_times=2)
+    if case.router in ("prefix_affinity", "session_affinity"):
+        return getattr(routers, case.router)(most_apart=3, most_times=2)  # type: ignore[no-any-return]
     return getattr(routers, case.router)()  # type: ignore[no-any-return]
 
 
@@ -257,7 +293,7 @@ def shrunk(case: ClusterCase) -> ClusterCase:
 
 def _smaller(case: ClusterCase) -> Iterator[ClusterCase]:
     for rows in without_some(case.requests):
-        if rows:
+        if rows:  # fewer requests than entries of sessions is fine
             yield replace(case, requests=rows)
     for i, one in enumerate(case.replicas):
         if len(case.replicas) > 1:

@@ -7,6 +7,7 @@ them is wrong.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +16,7 @@ import numpy as np
 from sim.cluster.outages import Outage
 from sim.engine.block_table import BlockTable
 from sim.engine.live_request import LiveRequest
-from sim.engine.protocol import EngineState, Request
+from sim.engine.protocol import EngineState, Request, sessions_of
 from sim.errors import BudgetError
 from sim.results.records import Status
 from sim.traces.trace import Trace
@@ -75,6 +76,8 @@ class PlainCluster:
     held: list[Row] = field(default_factory=list)
     events: list[Happening] = field(default_factory=list)
     scheduled: int = 0
+    arrived: list[int] = field(default_factory=list)
+    session_home: dict[int, int] = field(default_factory=dict)
 
     def _at(self, time_s: float, what: Callable[[float], None], decides: bool = False) -> None:
         self.scheduled += 1
@@ -107,6 +110,8 @@ class PlainCluster:
             self._schedule_outage(k, 0)
             if replica.decisions_s:
                 self._at(replica.decisions_s[0], lambda now_s, k=k: self._decide(k, 0, now_s), decides=True)
+        if self.trace.session is not None:
+            return self._run_sessions()
         waiting = list(self.rows)
         while events or waiting:
             now_s = min([waiting[0].request.arrival_s] if waiting else [math.inf])
@@ -121,6 +126,62 @@ class PlainCluster:
                 first.what(now_s)
         self._advance(math.inf)
         return self.rows
+
+    def _run_sessions(self) -> list[Row]:
+        """Serve turns that follow others, from one end of an iteration, longest wait, arrival or event to the next."""
+        sessions = sessions_of(self.trace)
+        assert sessions is not None
+        think_s, starts = sessions.think_s, deque(sessions.starts.tolist())
+        due = [(float(self.trace.arrival_s[i]), i) for i in np.flatnonzero(np.isnan(think_s)).tolist()]
+        running: set[int] = set()
+
+        def note_ended(ended_s: float) -> None:
+            for i in sorted(running):
+                live = self.rows[i].live
+                if live is not None and live.status in (Status.FINISHED, Status.REJECTED):
+                    running.remove(i)
+                    after = int(sessions.after[i])
+                    if after < 0 and starts:
+                        after = starts.popleft()
+                    if after >= 0:
+                        due.append((ended_s + float(think_s[after]), after))
+
+        now_s = -math.inf
+        while True:
+            engines = [replica.engine for replica in self.replicas if replica.engine is not None]
+            for engine in engines:
+                engine.queues.caches_answers = True
+            waits_s = [e._wait_ends_s(first) for e in engines if (first := e._first_that_never_ran()) is not None]
+            times_s = [event.time_s for event in self.events] + [at_s for at_s, _ in due] + waits_s
+            # One that is held has something to start: what it waited for came in the moment in which the others began.
+            times_s += [engine.now_s if engine.held and not engine._idle else engine.next_s() for engine in engines]
+            if not due and self._drained():
+                break
+            now_s = max(now_s, min(times_s, default=math.inf))
+            if math.isinf(now_s):
+                break
+            self._advance(now_s)
+            note_ended(now_s)
+            while due and min(due)[0] <= now_s:
+                due.remove(first_due := min(due))
+                row = self.rows[first_due[1]]
+                row.request = replace(row.request, arrival_s=first_due[0])
+                self.arrived.append(first_due[1])
+                self._place(row, now_s)
+                running.add(first_due[1])
+                note_ended(now_s)
+            if not due and self._drained():
+                break
+            while happening := [event for event in self.events if event.time_s <= now_s]:
+                self.events.remove(first := min(happening, key=lambda event: event.number))
+                first.what(now_s)
+                note_ended(now_s)
+            if due and min(due)[0] <= now_s:
+                continue  # they arrive before the next iterations start
+            self._advance(math.nextafter(now_s, math.inf))
+            note_ended(math.nextafter(now_s, math.inf))
+        self._advance(math.inf)
+        return [self.rows[i] for i in self.arrived]
 
     def _drained(self) -> bool:
         """Whether all requests have ended, or the remaining ones cannot make further progress."""
@@ -205,12 +266,22 @@ class PlainCluster:
             k = self._by_prefix(row, fit, count)
             self.owner.update(dict.fromkeys(row.request.hash_ids, k))
             return k
+        if self.router == "session_affinity":
+            assert self.trace.session is not None
+            session, shortest = int(self.trace.session[row.request.request_id]), min(fit, key=lambda k: count[k])
+            home = self.session_home.get(session)
+            k = shortest if home not in fit or self._loads_differ(shortest, count) else home
+            self.session_home[session] = k
+            return k
         return min(fit, key=lambda k: self._load(k, tokens))
+
+    def _loads_differ(self, shortest: int, count: dict[int, int]) -> bool:
+        most, least = max(count.values()), count[shortest]
+        return most - least > self.most_apart and most > self.most_times * least
 
     def _by_prefix(self, row: Row, fit: Sequence[int], count: dict[int, int]) -> int:
         shortest = min(fit, key=lambda k: count[k])
-        most, least = max(count.values()), count[shortest]
-        if most - least > self.most_apart and most > self.most_times * least:
+        if self._loads_differ(shortest, count):
             return shortest
         known = [self.owner[i] for i in row.request.hash_ids if self.owner.get(i) in fit]
         return known[-1] if known else shortest

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from sim.cluster.cells import CELL_SEEDS, CellJob, cell_config, cell_trace, cells_summary, check_cells, merged
 from sim.cluster.run import build_cluster, cluster_command, run, run_figures, serve_cell
 from sim.config import compose_config
-from sim.errors import ConfigError
+from sim.errors import ConfigError, TraceError
 from sim.replay.run import build_trace
 from tests.commands import exit_status
 
@@ -123,3 +123,18 @@ def test_too_few_requests_are_an_error_in_one_line(tmp_path: Path, capsys: pytes
     words = ["cells=500", *SHORT, f"hydra.run.dir={tmp_path / 'run'}"]
     assert exit_status(cluster_command, *words) == 2
     assert "too few for cells=500; set fewer cells" in capsys.readouterr().err
+
+
+def test_sessions_are_dealt_whole_and_each_cell_serves_its_own_in_order() -> None:
+    cfg = compose_config("cluster", ["trace=chat_users", "workload=none", "trace.users=6", "cells=3"])
+    whole, parts = build_trace(cfg), [cell_trace(cfg, cell) for cell in range(3)]
+    assert whole.session is not None
+    sessions = [set(part.session.tolist()) for part in parts if part.session is not None]
+    assert len(sessions) == 3
+    assert set().union(*sessions) == set(whole.session.tolist())
+    assert sum(map(len, sessions)) == len(set().union(*sessions))
+    summary = run_figures(cfg)
+    assert summary["finished"] == summary["requests"] == len(whole)
+    alone = compose_config("cluster", ["trace=chat_users", "workload=none", "trace.users=2", "cells=5"])
+    with pytest.raises(TraceError, match="wait for a user"):
+        run_figures(alone)

@@ -402,5 +402,5 @@ def test_an_impossible_argument_is_an_error_that_states_what_is_allowed() -> Non
 
 def test_compiled_rules_and_the_plain_ones_have_the_same_names() -> None:
     made = [routers.round_robin(), routers.least_outstanding(), routers.least_kv(), routers.shortest_expected_wait(),
-            routers.prefix_affinity(), routers.power_of_two()]  # fmt: skip
+            routers.prefix_affinity(), routers.session_affinity(), routers.power_of_two()]  # fmt: skip
     assert sorted(router.rule for router in made) == list(range(cluster_kernel.ASK))

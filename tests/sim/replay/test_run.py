@@ -78,6 +78,19 @@ def test_a_run_leaves_a_complete_folder_and_equal_runs_leave_equal_records(tmp_p
     assert OmegaConf.load(a / "config.yaml").seed == 7
 
 
+def test_the_records_of_sessions_say_which_turn_each_is(tmp_path: Path, run_here: Run) -> None:
+    quick = ("trace=chat_users", "trace.users=4", "trace.sessions_per_user=2", "trace.think_s=1", "trace.ramp_up_s=2")
+    for folder, arguments in (("a", ()), ("b", ("seeds=[0,1]",))):
+        done = run_here(*quick, *arguments, f"hydra.run.dir={folder}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        frame = pd.read_parquet(next((tmp_path / folder).rglob("records.parquet")))
+        assert frame.session.nunique() == 8
+        assert sorted(frame.trace_row) == list(range(len(frame)))
+        for _, turns in frame.groupby("session"):
+            assert turns.turn.tolist() == list(range(len(turns)))
+            assert (turns.arrival_s.to_numpy()[1:] >= turns.finish_s.to_numpy()[:-1]).all()
+
+
 def test_a_run_with_a_front_end_shows_both_sides(tmp_path: Path, run_here: Run) -> None:
     done = run_here(
         *QUICK, "frontend=vllm", "frontend.front_s=0.25", "slo.side=client", "hydra.run.dir=a", cwd=tmp_path

@@ -335,6 +335,7 @@ def test_a_table_that_is_none_is_an_error(tmp_path, change):
 CONF = sorted((REPOSITORY / "conf" / "trace").glob("*.yaml"))
 GENERATORS = {
     "burst", "poisson", "gamma", "mmpp", "diurnal", "small", "azure_2024_like", "short_gamma", "short_tides",
+    "chats", "chat_users",
 }  # fmt: skip
 OWN_FILE = {file.stem for file in CONF if OmegaConf.is_missing(OmegaConf.load(file), "path")}
 """Options that read a file of the user's; tests/sim/traces/readers/test_formats.py reads one with each."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from sim.errors import TraceError
 from sim.traces.readers.aiperf import read_aiperf
 from sim.traces.readers.mooncake import read_mooncake
+from sim.traces.readers.qwen_bailian import read_qwen_bailian
+
+NAN = math.nan
 
 
 def write(tmp_path, *rows):
@@ -22,7 +26,7 @@ def turn(session, **row):
 
 
 @pytest.mark.parametrize("read", [read_mooncake, read_aiperf])
-def test_a_turn_arrives_its_delay_after_the_turn_before_it_and_a_warning_counts_such_turns(tmp_path, caplog, read):
+def test_a_turn_with_a_delay_follows_the_turn_before_it(tmp_path, read):
     path = write(
         tmp_path,
         turn("a", timestamp=1000, input_length=1),
@@ -35,16 +39,32 @@ def test_a_turn_arrives_its_delay_after_the_turn_before_it_and_a_warning_counts_
     trace = read(path)
     assert trace.arrival_s.tolist() == pytest.approx([0.0, 0.2, 0.2, 0.5, 0.6, 3.0])
     assert trace.prompt_tokens.tolist() == [1, 3, 4, 2, 6, 5]
-    said = next(step for step in trace.history if "later turns" in step)
-    assert said.startswith("3 later turns of sessions arrive their delay after the arrival of the turn before")
-    assert "too early" in said
-    assert said in caplog.text
+    assert "3 later turns of sessions arrive their delay after the answer before them" in trace.history
+    assert trace.session.tolist() == [0, 1, 1, 0, 2, 0]
+    assert trace.think_s.tolist() == pytest.approx([NAN, NAN, 0.0, 0.5, NAN, 2.5], nan_ok=True)
 
 
 def test_turns_with_times_of_their_own_keep_them_without_a_warning(tmp_path, caplog):
     path = write(tmp_path, turn(1, timestamp=0), turn(1, timestamp=700, delay=100), turn(2, timestamp=800))
-    assert read_mooncake(path).arrival_s.tolist() == [0.0, 0.7, 0.8]
+    trace = read_mooncake(path)
+    assert trace.arrival_s.tolist() == [0.0, 0.7, 0.8]
+    assert trace.session is None
     assert not caplog.text
+
+
+def test_the_ids_of_an_answer_are_those_of_the_prompt_that_holds_it(tmp_path):
+    def sized(prompt, ids, **row):
+        return turn("a", input_length=prompt, output_length=20, hash_ids=ids, **row)
+
+    path = write(
+        tmp_path,
+        sized(20, [1, 2], timestamp=0),  # 40 tokens with the answer: block 2 is full then, and its id is that of turn 2
+        sized(70, [1, 5, 6, 7, 9], delay=1),  # the next prompt is shorter than this one and its answer
+        sized(80, [1, 5, 6, 7, 8], delay=1),  # the next prompt begins otherwise
+        sized(200, list(range(20, 33)), delay=1),
+    )
+    ids = [row.tolist() for row in read_mooncake(path, block_tokens=16).hash_ids]
+    assert ids == [[1, 5], [1, 5, 6, 7], [1, 5, 6, 7, 8], list(range(20, 32))]
 
 
 def test_unix_times_and_units_hold_for_sessions_too(tmp_path):
@@ -74,3 +94,51 @@ def test_the_turns_after_a_bad_one_have_no_place_in_time_either(tmp_path):
     trace = read_mooncake(path, on_bad_row="skip")
     assert len(trace) == 1
     assert sum("skipped 1 bad row" in step for step in trace.history) == 2
+
+
+def chat(chat_id, parent, timestamp, prompt=20, output=12, **row):
+    lengths = {"input_length": prompt, "output_length": output}
+    return {"chat_id": chat_id, "parent_chat_id": parent, "timestamp": timestamp, **lengths, **row}
+
+
+def qwen(tmp_path, *rows, **more):
+    path = tmp_path / "qwen.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_qwen_bailian(path, **more)
+
+
+def test_a_chat_follows_its_parent_after_the_time_between_them_less_that_of_the_answer(tmp_path):
+    rows = (
+        chat(5, -1, 10.0, hash_ids=[1, 2]),
+        chat(6, 77, 11.0, hash_ids=[3, 4]),  # its parent is not in the file
+        chat(7, 5, 14.0, prompt=40, hash_ids=[1, 8, 9]),
+        chat(8, 5, 15.0, hash_ids=[1, 5]),  # the second child of its parent
+        chat(9, 7, 14.5, prompt=60, hash_ids=[1, 8, 6, 7]),
+    )
+    recorded = qwen(tmp_path, *rows, sort=True)
+    assert recorded.session is None
+    trace = qwen(tmp_path, *rows, follow=True, recorded_tpot_s=0.25)
+    # 12 tokens took 3 s: chat 7 thinks 4 - 3 s, and chat 9, which came 0.5 s after its parent, not at all.
+    assert trace.prompt_tokens.tolist() == [20, 20, 40, 60, 20]
+    assert trace.think_s.tolist() == pytest.approx([NAN, NAN, 1.0, 0.0, NAN], nan_ok=True)
+    assert trace.arrival_s.tolist() == [0.0, 1.0, 1.0, 1.0, 5.0]
+    assert trace.session[0] == trace.session[2] == trace.session[3]
+    assert trace.hash_ids[0].tolist() == [1, 8], "its answer fills the second block of the prompt that follows"
+    assert "2 chats follow the answer of their parent" in trace.history
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([chat(1, -1, 0.0), chat(1, -1, 1.0)], "line 2, column 'chat_id': repeated: '1'"),
+        (
+            [chat(1, -1, 5.0), chat(2, 3, 6.0), chat(3, -1, 7.0)],
+            "line 2, column 'parent_chat_id': a parent",
+        ),
+        ([chat(1, 1, 5.0)], "line 1, column 'parent_chat_id': a parent that comes later: '1'"),
+        ([{"timestamp": 0, "input_length": 1, "output_length": 1}], "chat_id"),
+    ],
+)
+def test_a_chat_that_can_follow_no_parent_is_a_bad_row(tmp_path, rows, message):
+    with pytest.raises(TraceError, match=message):
+        qwen(tmp_path, *rows, follow=True)
