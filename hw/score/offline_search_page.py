@@ -13,7 +13,7 @@ from scipy.stats import t as student_t
 
 from hw.score.block_numbers import block_number
 from hw.score.mask_search import drop_text
-from sim.pages.render import commit_of, render, table
+from sim.pages.render import commit_of, render, show, table
 
 TEMPLATE = Path(__file__).parent / "templates" / "offline_search.md.j2"
 GSI, ONE_SHOT = "GSI", "one-shot"
@@ -104,7 +104,7 @@ def gap_table(figures: Mapping[str, Any], view: View, text: Text) -> str:
         row: dict[str, Any] = {"removals": size}
         for name in (ONE_SHOT, *figures["methods"]):
             found = gap(figures, size, name, view, text)
-            row[name] = f"{found.mean:+.3f} ± {found.half_width:.3f} ({found.lower} of {found.lower + found.higher})"
+            row[name] = f"{show(found.mean, '+.3f')} ± {show(found.half_width, '.3f')} ({found.lower})"
         rows.append(row)
     return table(rows)
 
@@ -131,14 +131,48 @@ def budget_table(figures: Mapping[str, Any]) -> str:
     return table(rows, {heading: ".0f" for heading in rows[0] if heading not in ("removals", "passes")})
 
 
-def verdicts(figures: Mapping[str, Any], view: View) -> dict[str, dict[str, list[int]]]:
-    """Return method -> better, worse and open -> the numbers of removals at which its held-out loss is that of GSI."""
+def verdicts(figures: Mapping[str, Any], view: View, text: Text) -> dict[str, dict[str, list[int]]]:
+    """Return method -> verdict of ``Gap`` -> the numbers of removals with this verdict."""
     found: dict[str, dict[str, list[int]]] = {}
     for name in figures["methods"]:
         found[name] = {"better": [], "worse": [], "-": []}
         for size in figures["removals"]:
-            found[name][gap(figures, size, name, view, "test").verdict].append(size)
+            found[name][gap(figures, size, name, view, text).verdict].append(size)
     return found
+
+
+def verdict_counts(figures: Mapping[str, Any], view: View, text: Text) -> dict[str, int]:
+    """Return in how many pairs of a search and a number of removals the search is better and worse than GSI."""
+    found = verdicts(figures, view, text).values()
+    return {verdict: sum(len(at[verdict]) for at in found) for verdict in ("better", "worse")}
+
+
+def verdict_table(figures: Mapping[str, Any]) -> str:
+    """Return the table of the numbers of removals at which a search is better or worse than GSI."""
+    judged: list[tuple[str, str, View, Text]] = [
+        ("held-out", "passes", "passes", "test"),
+        ("held-out", "CPU seconds", "cpu", "test"),
+        ("calibration", "passes", "passes", "calibration"),
+    ]
+    return table(
+        [
+            {
+                "text": label,
+                "at equal": budget,
+                "search": name,
+                "better than GSI at": _listed(at["better"]),
+                "worse than GSI at": _listed(at["worse"]),
+                "undecided at": _listed(at["-"]),
+            }
+            for label, budget, view, text in judged
+            for name, at in verdicts(figures, view, text).items()
+        ],
+        left=3,
+    )
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes)) or "none"
 
 
 def lowest(figures: Mapping[str, Any], view: View, text: Text) -> dict[str, list[int]]:
@@ -152,6 +186,12 @@ def lowest(figures: Mapping[str, Any], view: View, text: Text) -> dict[str, list
             if value == least:
                 found[name].append(size)
     return found
+
+
+def _cpu_s(sample: Mapping[str, Any]) -> float:
+    """Return the CPU seconds of all searches of a sample; single removals, charged to each, were measured once."""
+    charged_again = sample["singles_cpu_s"] * (len(sample["searches"]) - 1)
+    return float(sum(row["cpu_s"] for row in (*sample["gsi"], *sample["searches"])) - charged_again)
 
 
 def page(figures: Mapping[str, Any]) -> str:
@@ -171,11 +211,14 @@ def page(figures: Mapping[str, Any]) -> str:
         gaps={view: gap_table(figures, view, "test") for view in ("passes", "cpu")},
         calibration=gap_table(figures, "passes", "calibration"),
         budget=budget_table(figures),
-        verdicts={view: verdicts(figures, view) for view in ("passes", "cpu")},
+        verdicts=verdict_table(figures),
+        held_out_counts={view: verdict_counts(figures, view, "test") for view in ("passes", "cpu")},
+        calibration_counts=verdict_counts(figures, "passes", "calibration"),
+        comparisons=len(figures["methods"]) * len(figures["removals"]),
+        one_shot_below=[
+            size for size in figures["removals"] if gap(figures, size, ONE_SHOT, "passes", "test").mean < 0
+        ],
         lowest={view: lowest(figures, view, "test") for view in ("passes", "cpu")},
         lowest_calibration=lowest(figures, "passes", "calibration"),
-        cpu_s=sum(
-            sum(row["cpu_s"] for row in sample["gsi"]) + sum(row["cpu_s"] for row in sample["searches"])
-            for sample in samples
-        ),
+        cpu_s=sum(map(_cpu_s, samples)),
     )

@@ -22,11 +22,21 @@ from hw.score.mask_nll import MaskNll  # noqa: E402
 from hw.score.mask_search import Mask, gsi_passes  # noqa: E402
 from hw.score.nll import measure  # noqa: E402
 from hw.score.offline_search import METHODS  # noqa: E402
-from hw.score.offline_search_page import drops_of, gap, losses, lowest, page  # noqa: E402
+from hw.score.offline_search_page import (  # noqa: E402
+    drops_of,
+    gap,
+    gap_table,
+    losses,
+    lowest,
+    page,
+    verdict_counts,
+    verdict_table,
+)
 from hw.score.run import main  # noqa: E402
 from sim.paths import RESULTS  # noqa: E402
 from tests.commands import exit_status  # noqa: E402
 from tests.hw.serving import LAYERS, tiny  # noqa: E402
+from tests.sim.pages.test_render import cells  # noqa: E402
 
 BLOCKS, WORDS = 2 * LAYERS, 61
 
@@ -223,6 +233,14 @@ def test_a_difference_counts_where_its_interval_over_samples_excludes_zero() -> 
     assert found.half_width == pytest.approx(4.303 * 0.05774 / math.sqrt(3), rel=1e-3)
     assert (found.lower, found.higher, found.verdict) == (3, 0, "better")
     assert gap(figures, 2, "evolution", "cpu", "test").verdict == "worse"
+    assert verdict_counts(figures, "passes", "test") == {"better": 1, "worse": 0}
+    assert cells(verdict_table(figures)) == [
+        ["text", "at equal", "search", "better than GSI at", "worse than GSI at", "undecided at"],
+        ["held-out", "passes", "evolution", "2", "none", "none"],
+        ["held-out", "CPU seconds", "evolution", "none", "2", "none"],
+        ["calibration", "passes", "evolution", "2", "none", "none"],
+    ]
+    assert cells(gap_table(figures, "passes", "test"))[1][0::2] == ["2", "-0.233 ± 0.143 (3)"]
     one = gap(figures_of(a_sample(1.4, 2.0, 1.1)), 2, "evolution", "passes", "test")
     assert (one.verdict, math.isnan(one.half_width)) == ("-", True)  # one sample says nothing of others
 
