@@ -18,7 +18,7 @@ Mask = frozenset[int]
 Loss = Callable[[Sequence[Mask]], Sequence[float]]
 """Returns the loss of each mask, in nats per token."""
 IDLE_STEPS = 200
-"""A search ends after so many steps in a row without a new mask: what it would still sample is known already."""
+"""Steps in a row without a new mask after which a search ends: what it would still sample is known already."""
 
 
 def gsi_passes(blocks: int, removals: int) -> int:

@@ -216,7 +216,10 @@ def page(figures: Mapping[str, Any]) -> str:
         calibration_counts=verdict_counts(figures, "passes", "calibration"),
         comparisons=len(figures["methods"]) * len(figures["removals"]),
         one_shot_below=[
-            size for size in figures["removals"] if gap(figures, size, ONE_SHOT, "passes", "test").mean < 0
+            size
+            for size in figures["removals"]
+            if gap(figures, size, ONE_SHOT, "passes", "test").mean < 0
+            and gap(figures, size, ONE_SHOT, "passes", "calibration").mean > 0
         ],
         lowest={view: lowest(figures, view, "test") for view in ("passes", "cpu")},
         lowest_calibration=lowest(figures, "passes", "calibration"),

@@ -58,7 +58,7 @@ class Counted:
 def searched(
     name: str, loss: Callable[[Mask], float], *, removals: int, passes: int, seed: int = 0
 ) -> tuple[Evaluations, list[Mask]]:
-    """Run a search; return what it found, and the masks that it evaluated besides single removals."""
+    """Run a search; return what it found, and the masks that it evaluated after single removals."""
     singles = {block: loss(frozenset((block,))) for block in range(BLOCKS)}
     counted, settings = Counted(loss), SEARCHES[name]
     evaluate = Evaluations(counted, removals=removals, budget_passes=passes, singles=singles)
