@@ -119,6 +119,20 @@ class GenerationConfig:
 
 
 @dataclass(kw_only=True)
+class OfflineConfig:
+    """Settings of kind=offline_search.
+
+    tokens, window: of each calibration sample, instead of those of ``calibration``.
+    samples: the seed of each sample. removals: sizes of the masks that are searched, in ascending order.
+    """
+
+    tokens: int = 64
+    window: int = 64
+    samples: list[int] = field(default_factory=lambda: [0, 1, 2])
+    removals: list[int] = field(default_factory=lambda: [4, 8, 12, 20, 30])
+
+
+@dataclass(kw_only=True)
 class ScoreConfig:
     """The configuration of ``python -m hw.score``.
 
@@ -136,6 +150,7 @@ class ScoreConfig:
     pdtrim: PdtrimConfig = field(default_factory=PdtrimConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    offline: OfflineConfig = field(default_factory=OfflineConfig)
     random_orders: int = 3
     full_plans: int | None = None
     out: str = ""

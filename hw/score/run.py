@@ -12,6 +12,8 @@ from hw.score.fit import write_fits
 from hw.score.job import SCORES, Job, model_name
 from hw.score.kv_bits import score_kv_bits
 from hw.score.losses import score_full_test, score_generation, score_perplexity, score_samples, score_table
+from hw.score.offline_search import figures_path, score_offline_search
+from hw.score.offline_search_page import page
 from hw.score.orders import (
     score_attention,
     score_cosine,
@@ -25,6 +27,7 @@ from hw.score.report import scores_page
 from sim.config import one_thread, run_command
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
+from sim.json_file import read_json_object
 from sim.paths import RESULTS
 from sim.results.run_folder import write_text
 
@@ -42,6 +45,7 @@ MEASURED: dict[str, Callable[[Job], None]] = {
     "samples": score_samples,
     "generation": score_generation,
     "perplexity": score_perplexity,
+    "offline_search": score_offline_search,
 }
 """The kinds that run the model."""
 
@@ -57,7 +61,18 @@ def report(cfg: DictConfig) -> None:
     write_text(page, scores_page(model_name(cfg), SCORES, QUALITIES))
 
 
-FROM_FILES: dict[str, Callable[[DictConfig], None]] = {"fit": fit_table, "report": report}
+def offline_page(cfg: DictConfig) -> None:
+    """Write the page of the offline searches again, next to its figures."""
+    path = figures_path(cfg, model_name(cfg))
+    figures = read_json_object(path, ConfigError, "run python -m hw.score kind=offline_search first, or set out=")
+    write_text(path.parent / "index.md", page(figures))
+
+
+FROM_FILES: dict[str, Callable[[DictConfig], None]] = {
+    "fit": fit_table,
+    "report": report,
+    "offline_page": offline_page,
+}
 """The kinds that only need files of the others."""
 
 
