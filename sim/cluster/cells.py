@@ -21,10 +21,8 @@ from omegaconf import DictConfig
 from sim.cost.front_end import FrontEnd
 from sim.errors import ConfigError, nearest
 from sim.limits import MOST_CELLS, check_count
-from sim.replay.run import build_trace
 from sim.results.histogram import Histogram
 from sim.results.metrics import Slo, as_clients_see, met_slo
-from sim.traces.trace import Trace
 
 if TYPE_CHECKING:
     from sim.cluster.cluster import Cluster
@@ -128,26 +126,6 @@ def cell_config(cfg: DictConfig, cell: int) -> DictConfig:
     one = cfg.copy()
     one.seed = int(cfg.seed) + CELL_SEEDS * cell
     return one
-
-
-def cell_trace(cfg: DictConfig, cell: int) -> Trace:
-    """Return the requests of a cell: its own, or every ``cells``-th of the whole trace.
-
-    Of a trace with sessions, every ``cells``-th session.
-
-    Raises:
-        ConfigError: if a share has no request. TraceError: if it has sessions and no user to begin them.
-    """
-    if cfg.cell_requests == "own":
-        return build_trace(cell_config(cfg, cell))
-    trace = build_trace(cfg)
-    # Turns of a session stay together.
-    dealt = np.arange(len(trace)) if trace.session is None else np.unique(trace.session, return_inverse=True)[1]
-    mine = dealt % int(cfg.cells) == cell
-    if not mine.any():
-        what = "requests" if trace.session is None else "sessions"
-        raise ConfigError(f"the trace has {dealt.max() + 1} {what}, too few for cells={cfg.cells}; set fewer cells")
-    return trace.take(mine)
 
 
 def result_of(cluster: Cluster, summary: dict[str, Any], gaps: TokenGaps, slo: Slo, front_end: FrontEnd) -> CellResult:

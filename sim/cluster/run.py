@@ -18,7 +18,6 @@ from sim.cluster.cells import (
     CellJob,
     CellResult,
     cell_config,
-    cell_trace,
     cells_summary,
     check_cells,
     merged,
@@ -308,6 +307,26 @@ def run_figures(cfg: DictConfig) -> dict[str, Any]:
     if cfg.cells > 1:  # of a table, whose replays are what processes share
         return cells_summary(merged([serve_cell(CellJob(cfg=cfg, cell=cell)) for cell in range(cfg.cells)]))
     return run(cfg)[1]
+
+
+def cell_trace(cfg: DictConfig, cell: int) -> Trace:
+    """Return the requests of a cell: its own, or every ``cells``-th of the whole trace.
+
+    Of a trace with sessions, every ``cells``-th session.
+
+    Raises:
+        ConfigError: if a share has no request. TraceError: if it has sessions and no user to begin them.
+    """
+    if cfg.cell_requests == "own":
+        return build_trace(cell_config(cfg, cell))
+    trace = build_trace(cfg)
+    # Turns of a session stay together.
+    dealt = np.arange(len(trace)) if trace.session is None else np.unique(trace.session, return_inverse=True)[1]
+    mine = dealt % int(cfg.cells) == cell
+    if not mine.any():
+        what = "requests" if trace.session is None else "sessions"
+        raise ConfigError(f"the trace has {dealt.max() + 1} {what}, too few for cells={cfg.cells}; set fewer cells")
+    return trace.take(mine)
 
 
 def serve_cell(job: CellJob) -> CellResult:

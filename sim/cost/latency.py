@@ -644,7 +644,8 @@ def scaled_tables(tables: LatencyTables, factors: Factors) -> LatencyTables:
         if shared_last:
             data[block] += factors.memory_bound * allreduce
         head_knee = knee if math.isinf(head_knee) else head_knee  # of the highest precision, as the head's
-    data[shared_at : shared_at + shared_last + 2] *= factors.memory_bound
+    if shared_last:
+        data[shared_at : shared_at + shared_last + 2] *= factors.memory_bound
     at, last = int(layout[int(CURVE_TOKEN)]), int(layout[int(CURVE_TOKEN) + 1])
     data[at : at + last + 2] *= factors.memory_bound
     _scale_product(data, int(layout[int(CURVE_HEAD)]), int(layout[int(CURVE_HEAD) + 1]), head_knee, factors)

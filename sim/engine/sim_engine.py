@@ -336,9 +336,9 @@ class SimEngine:
 
     def records(self) -> Records:
         """Return one row per request that has arrived, in order of arrival."""
-        order = self.arrival_order()
+        which = self.arrival_order() if self._in_own_sessions else slice(0, self._counters.arrived)
         outputs = np.concatenate(self._output_tokens) if self._output_tokens else np.zeros(0, dtype=np.int64)
-        return self.records_of(order if self._in_own_sessions else slice(0, len(order)), outputs[order])
+        return self.records_of(which, outputs[which])
 
     def arrival_order(self) -> Ints:
         """Return the place in the order of submission of each row of ``records``: int64[arrived]."""

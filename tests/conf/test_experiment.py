@@ -75,7 +75,7 @@ def test_every_comparison_builds_its_policies_and_budgets_and_has_prices_for_the
         cfg = compose("compare", overrides=[f"experiment={path.stem}"])
     for one in variants(cfg).values():
         parts = build_parts(one)
-        latency = load_calibration(one.latency or f"{one.model.name}_{one.gpu.name.partition('_')[0]}")
+        latency = load_calibration(one.latency) if one.latency else parts.server.priced()
         plans = [parts.policy.first_plan] if isinstance(parts.policy, Fixed) else getattr(parts.policy, "plans", ())
         for plan in plans:
             latency.check_bits(plan)

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from omegaconf import DictConfig
 
-from sim.cluster.cells import CELL_SEEDS, CellJob, cell_config, cell_trace, cells_summary, check_cells, merged
-from sim.cluster.run import build_cluster, cluster_command, run, run_figures, serve_cell
+from sim.cluster.cells import CELL_SEEDS, CellJob, cell_config, cells_summary, check_cells, merged
+from sim.cluster.run import build_cluster, cell_trace, cluster_command, run, run_figures, serve_cell
 from sim.config import compose_config
 from sim.errors import ConfigError, TraceError
 from sim.replay.run import build_trace

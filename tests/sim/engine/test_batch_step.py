@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,13 +59,14 @@ def test_engines_stepped_together_serve_as_on_simpy(first: int, memory: int, mon
     plans = [random_plan(rng) for _ in range(5)]
     cases = []
     for seed in range(first, first + 4):
+        case = replace(random_case(seed), tp=random_case(first).tp)  # they share a plan graph, which is one model's
         try:
-            build(random_case(seed))
-            cases.append(random_case(seed))
+            build(case)
+            cases.append(case)
         except BudgetError:
             continue
     together, alone = VectorEngines(len(cases), plans), [build(case) for case in cases]
-    graph = PlanGraph(TINY, quality_nll)
+    graph = PlanGraph(TINY.shard(random_case(first).tp), quality_nll)
     for at, case in enumerate(cases):
         together.place(at, build(case, graph=graph, external_clock=True))
     wanted = np.full(len(cases), -1)
