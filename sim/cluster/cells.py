@@ -23,6 +23,7 @@ from sim.errors import ConfigError, nearest
 from sim.limits import MOST_CELLS, check_count
 from sim.results.histogram import Histogram
 from sim.results.metrics import Slo, as_clients_see, met_slo
+from sim.results.report import CLIENT_DISTRIBUTIONS, COUNTS, DISTRIBUTIONS
 
 if TYPE_CHECKING:
     from sim.cluster.cluster import Cluster
@@ -32,25 +33,9 @@ RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 CELL_SEEDS = 100_000_000
 """Between the seeds of two cells; those of a cell's replicas are 1,000 apart."""
 REQUESTS = ("share", "own")
-SUMMED = (
-    "requests",
-    "finished",
-    "rejected",
-    "unfinished",
-    "truncated",
-    "not_arrived",
-    "preemptions",
-    "transitions",
-    "iterations",
-    "moved",
-    "moves",
-    "never_routed",
-    "budget_violation_s",
-    "replica_hours",
-    "cpu_s",
-)
+SUMMED = (*COUNTS, "moved", "moves", "never_routed", "budget_violation_s", "replica_hours", "cpu_s")
 """Figures of a cluster that add up over cells."""
-TIMES = ("ttft_s", "tpot_s", "itl_s", "e2e_s", "client_ttft_s", "client_e2e_s")
+TIMES = (*DISTRIBUTIONS, *CLIENT_DISTRIBUTIONS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

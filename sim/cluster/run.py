@@ -310,9 +310,10 @@ def run_figures(cfg: DictConfig) -> dict[str, Any]:
 
 
 def cell_trace(cfg: DictConfig, cell: int) -> Trace:
-    """Return the requests of a cell: its own, or every ``cells``-th of the whole trace.
+    """Return the requests of a cell.
 
-    Of a trace with sessions, every ``cells``-th session.
+    With ``cell_requests=own`` its seed draws them. With ``share``, the requests of the trace are dealt to the cells in
+    turn; where a trace has sessions, each session goes to one cell.
 
     Raises:
         ConfigError: if a share has no request. TraceError: if it has sessions and no user to begin them.
