@@ -273,7 +273,7 @@ def staged_records(
         f.name: np.zeros(n, dtype=np.int64) if f.name in _COUNTS else np.full(n, math.nan) for f in fields(Records)
     }
     columns |= {name: np.full(n, -1, dtype=np.int64) for name in ("prefill_replica", "decode_replica")}
-    columns |= {"sent_bytes": np.zeros(n, dtype=np.int64)}
+    columns |= {name: np.zeros(n, dtype=np.int64) for name in ("sent_bytes", "moves")}
     columns |= {name: np.full(n, math.nan) for name in ("send_s", "sent_s")}
     for stage in STAGES:
         for i, row in rows[stage].items():

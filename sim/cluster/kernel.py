@@ -469,7 +469,7 @@ def chunks_under_way(s: Table, rows: Ints) -> int:
     if n.in_iteration:
         for j in range(n.batch_chunks):
             r = slots[batch[j].slot].request
-            if requests[r].computed_tokens + batch[j].tokens == requests[r].prompt_tokens:
+            if requests[r].computed_tokens + batch[j].tokens == requests[r].prefill_tokens:
                 rows[count] = r
                 count += 1
     return count
@@ -504,21 +504,22 @@ def begin(s: Table, next_s: Floats, k: int, now_s: float) -> int:
 
 
 @compiled()
-def join(s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_tokens: int) -> int:
+def join(s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_tokens: int, computed_tokens: int) -> int:
     """Start to decode a request whose KV has arrived in the blocks reserved for it; return its row.
 
     The replica must be between two iterations, with room for a row and a free slot.
 
     Args:
         words: int64[fields], the prefill replica's record of it.
+        computed_tokens: whose KV has arrived: its prompt and, after a failure, tokens that it had produced before.
     """
     n, r = counters_of(s), _new_request(s, words)
     request = requests_of(s)[r]
     request.output_limit_tokens, request.status = limit_tokens, RUNNING
     request.free_run, request.host_blocks = -1, 0
-    request.computed_tokens = request.prefill_tokens = request.prompt_tokens
+    request.computed_tokens = request.prefill_tokens = computed_tokens
     request.finish_s = np.nan
-    n.running_tokens += request.prompt_tokens
+    n.running_tokens += computed_tokens
     i = _link_slot(s, r, n.decode_set, n.kv_format_id)
     n.formatted += n.kv_format_id >= 0
     _join_decodes(s, i)

@@ -140,6 +140,7 @@ VARIED_GROUPS = (
     "router",
     "outages",
     "autoscaler",
+    "roles",
 )
 """Groups of which one variant of a configuration may choose another option."""
 

@@ -29,6 +29,8 @@ class Link:
     def __init__(self, env: simpy.Environment, bytes_per_s: float, latency_s: float = 0.0) -> None:
         """Build an idle link.
 
+        sent_bytes counts transfers that have begun, arrived_bytes those that have ended, lost_bytes those cut off.
+
         Raises:
             ConfigError: for a bandwidth that is not above 0, or a latency below 0; both must be finite.
         """
@@ -38,7 +40,7 @@ class Link:
                 "link_latency_s at least 0, and both finite; set e.g. link_bytes_per_s=1.25e10 link_latency_s=1e-4"
             )
         self.env, self.bytes_per_s, self.latency_s = env, bytes_per_s, latency_s
-        self.sent_bytes = self.arrived_bytes = 0
+        self.sent_bytes = self.arrived_bytes = self.lost_bytes = 0
         self._under_way: list[tuple[Fraction, int, simpy.Event]] = []
         self._rate = Fraction(bytes_per_s)
         self._served_bytes, self._since_s, self._busy_s = Fraction(0), Fraction(env.now), Fraction(0)
@@ -57,19 +59,41 @@ class Link:
         return float(self._busy_s)
 
     def send(self, size_bytes: int) -> Generator[simpy.Event, Any, None]:
-        """Carry ``size_bytes`` bytes; the calling SimPy process continues when the last byte has arrived."""
+        """Carry ``size_bytes`` bytes; the calling SimPy process continues when the last byte has arrived.
+
+        A process that is interrupted ends its transfer; what was left of it no longer shares the link.
+        """
         self.sent_bytes += size_bytes
-        if self.latency_s > 0:
-            yield self.env.timeout(self.latency_s)
-        if size_bytes > 0:
-            self._follow()
-            done = self.env.event()
-            self._begun += 1
-            heapq.heappush(self._under_way, (self._served_bytes + size_bytes, self._begun, done))
-            self._changed.succeed()
-            self._changed = self.env.event()
-            yield done
+        try:
+            if self.latency_s > 0:
+                yield self.env.timeout(self.latency_s)
+            if size_bytes > 0:
+                yield from self._carry(size_bytes)
+        except simpy.Interrupt:
+            self.lost_bytes += size_bytes
+            raise
         self.arrived_bytes += size_bytes
+
+    def _carry(self, size_bytes: int) -> Generator[simpy.Event, Any, None]:
+        self._follow()
+        done = self.env.event()
+        self._begun += 1
+        mine = (self._served_bytes + size_bytes, self._begun, done)
+        heapq.heappush(self._under_way, mine)
+        self._tell_change()
+        try:
+            yield done
+        except simpy.Interrupt:
+            self._follow()
+            self._under_way.remove(mine)
+            heapq.heapify(self._under_way)
+            self._tell_change()
+            raise
+
+    def _tell_change(self) -> None:
+        """Let the link find out again which transfer ends next."""
+        self._changed.succeed()
+        self._changed = self.env.event()
 
     def _next_end_s(self) -> Fraction:
         """Return when the first transfer ends if none begins before."""

@@ -12,7 +12,8 @@ import simpy
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from sim.cluster.cluster import Cluster, Replica
+from sim.cluster.cluster import Cluster, Event, Phase, Replica
+from sim.cluster.outages import check_replicas
 from sim.cluster.routers import least_outstanding
 from sim.compiled import cpu_clock
 from sim.config import build, one_thread, run_command
@@ -21,9 +22,10 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, describe
 from sim.disaggregate.disaggregate import Disaggregated, StagedRecords, decode_side, transfer_reduction, with_prefill
 from sim.disaggregate.links import Link
+from sim.disaggregate.members import Role, RoleEvent
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
-from sim.limits import MOST_REPLICAS, check_count
+from sim.limits import MOST_REPLICAS, check_count, check_ticks
 from sim.policies import Fixed
 from sim.progress import progress
 from sim.replay.max_rate import all_at_once, is_measured, rate_figures
@@ -39,7 +41,7 @@ from sim.replay.run import (
     shard_of,
     simulated_progress_steps,
 )
-from sim.replay.variants import VariantsConfig, run_or_compare
+from sim.replay.variants import VariantsConfig, run_or_compare, variants
 from sim.results.metrics import Slo, distribution, merged_gaps, merged_iterations, records_frame, summarise
 from sim.results.plots import ReplicaLine, plot_replicas
 from sim.results.records import Iterations, Records
@@ -68,6 +70,13 @@ STAGED_COLUMNS: Columns = {
 }
 """As ``sim.results.report.SUMMARY_COLUMNS``. KV reduction: bytes that the dense model would have sent for the same
 requests, over those sent. wait for KV room: from the end of its prompt until a request's KV begins to be sent."""
+CHANGE_COLUMNS: Columns = {
+    **STAGED_COLUMNS,
+    "moved": ("moved", 1.0, 0, ""),
+    "recomputed (k tokens)": ("recomputed_tokens", 1e-3, 0, ""),
+    "role changes": ("role_changes", 1.0, 0, ""),
+}
+"""Of systems of which one has outages or changes roles. moved: requests that another replica had before."""
 
 
 @dataclass(kw_only=True)
@@ -79,6 +88,10 @@ class DisaggregateConfig(VariantsConfig):
     link_bytes_per_s, link_latency_s: of the link out of each prefill replica, or out of each of its GPUs, where
         ``gpu.tp`` GPUs divide the model; they send their shares at once. one_link: whether they share one.
     overlap: whether KV is sent while its prompt is computed.
+    outages: when replicas are down; those that begin with prefill are counted first.
+    load_bytes_per_s, start_s: bandwidth at which each GPU of a returning replica loads its weights, and its additional
+        start time. A replica that changes its role loads only the weights that it lacks, after ``turn_s``.
+    roles: decides how many replicas prefill while the system serves.
     """
 
     prefill_replicas: int
@@ -87,6 +100,11 @@ class DisaggregateConfig(VariantsConfig):
     link_latency_s: float
     one_link: bool
     overlap: bool
+    outages: Any
+    roles: Any
+    load_bytes_per_s: float = 2e9
+    start_s: float = 10.0
+    turn_s: float = 0.0
 
 
 ConfigStore.instance().store(name="disaggregate_schema", node=DisaggregateConfig)
@@ -123,13 +141,25 @@ def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None, *, trace
     def side(of: DictConfig, own: Plan, priced: Any) -> Callable[[simpy.Environment], SimEngine]:
         return lambda env: build_engine(of, env=env, external_clock=True, plan=own, quality_nll=priced)[0]
 
-    decode, decode_nll = decode_cfg or cfg, with_prefill(nll, plan.prefill)
-
+    of_decode = decode_cfg or cfg
+    prefill, decode = int(cfg.prefill_replicas), int(cfg.decode_replicas)
+    as_prefill = side(cfg, plan, nll)
+    as_decode = side(of_decode, decode_side(plan), with_prefill(nll, plan.prefill))
+    roles = build(cfg.roles)
+    trace = build_trace(cfg) if trace is None else trace
+    if roles is not None:
+        check_ticks(float(roles.period_s), float(trace.arrival_s[-1]), "roles.period_s")
     return Disaggregated(
-        build_trace(cfg) if trace is None else trace,
+        trace,
         plan=plan,
-        prefill=[side(cfg, plan, nll)] * int(cfg.prefill_replicas),
-        decode=[side(decode, decode_side(plan), decode_nll)] * int(cfg.decode_replicas),
+        prefill=[as_prefill] * prefill,
+        decode=[as_decode] * decode,
+        turned=None if roles is None else [as_decode] * prefill + [as_prefill] * decode,
+        roles=roles,
+        outages=build(cfg.outages),
+        load_bytes_per_s=float(cfg.load_bytes_per_s),
+        start_s=float(cfg.start_s),
+        turn_s=float(cfg.turn_s),
         link_bytes_per_s=float(cfg.link_bytes_per_s),
         link_latency_s=float(cfg.link_latency_s),
         one_link=bool(cfg.one_link),
@@ -139,12 +169,16 @@ def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None, *, trace
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A system that has served its trace: records, engines by name, links, and CPU seconds without compilation."""
+    """A system that has served its trace: records, engines by name, links, and CPU seconds without compilation.
+
+    events: phase changes of the replicas; the baseline's have no role.
+    """
 
     trace: Trace
     records: Records
     engines: Mapping[str, SimEngine]
     links: Sequence[Link]
+    events: Sequence[RoleEvent | Event]
     cpu_s: float
 
 
@@ -165,19 +199,36 @@ def serve(
     trace = build_trace(cfg) if trace is None else trace
     with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
         if int(cfg.prefill_replicas) == 0:
-            replicas = [Replica(name=str(i), build=_both_stages(cfg)) for i in range(int(cfg.decode_replicas))]
-            cluster = Cluster(trace, replicas, least_outstanding(), seed=cfg.seed)
+            cluster = _baseline(cfg, trace)
             on_built(trace)
             progress_s = progress_period_s(trace, simulated_progress_steps(len(trace)))
             cluster.run(lambda _, routed: report(routed), progress_s)
             engines = {f"replica {i}": one.engine for i, one in enumerate(cluster.engines())}
-            return Served(trace, cluster.records(), engines, (), cpu_s())
+            return Served(trace, cluster.records(), engines, (), cluster.events(), cpu_s())
         system = build_system(cfg, trace=trace)
         on_built(trace)
         system.run(report)
-        engines = {f"prefill {i}": one.engine for i, one in enumerate(system.prefill)}
-        engines |= {f"decode {i}": one.engine for i, one in enumerate(system.decode)}
-        return Served(trace, system.records(), engines, system.links, cpu_s())
+        return Served(trace, system.records(), system.engines(), system.links, system.events(), cpu_s())
+
+
+def _baseline(cfg: DictConfig, trace: Trace) -> Cluster:
+    """Return replicas that do both stages.
+
+    Raises:
+        ConfigError: for roles that change.
+    """
+    if build(cfg.roles) is not None:
+        raise ConfigError("with prefill_replicas=0 all replicas do both stages and no role can change; set roles=fixed")
+    outages, count = build(cfg.outages), int(cfg.decode_replicas)
+    check_replicas(outages, count)
+    return Cluster(
+        trace,
+        [Replica(name=str(i), build=_both_stages(cfg), outages=outages(i)) for i in range(count)],
+        least_outstanding(),
+        seed=cfg.seed,
+        load_bytes_per_s=float(cfg.load_bytes_per_s),
+        start_s=float(cfg.start_s),
+    )
 
 
 def _both_stages(cfg: DictConfig) -> Callable[[simpy.Environment], tuple[SimEngine, Any]]:
@@ -236,9 +287,22 @@ def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
         front_end=front_end_of(cfg),
     )
     summary |= plan_quality(cfg, summary["quality_nll"], iterations)
+    summary["moved"] = int((served.records.moves > 0).sum())  # type: ignore[attr-defined]
+    summary["role_changes"] = _role_changes(served.events)
     if is_measured(cfg):
         summary |= rate_figures(serve(cfg, all_at_once(served.trace)).records, summary)
     return summary | extra
+
+
+def _role_changes(events: Sequence[RoleEvent | Event]) -> int:
+    """Return how often a replica began to serve in another role than before."""
+    roles: dict[int, Role] = {}
+    changes = 0
+    for event in events:
+        if isinstance(event, RoleEvent) and event.phase in (Phase.SERVING, Phase.LEAVING):
+            changes += roles.get(event.replica, event.role) is not event.role
+            roles[event.replica] = event.role
+    return changes
 
 
 def run(cfg: DictConfig) -> tuple[Records, dict[str, Any]]:
@@ -252,8 +316,15 @@ def run_figures(cfg: DictConfig) -> dict[str, Any]:
     return run(cfg)[1]
 
 
+def _replicas_change(cfg: DictConfig) -> bool:
+    """Return whether replicas have outages or change their roles."""
+    return build(cfg.roles) is not None or cfg.outages.get("_target_") != "sim.cluster.outages.none"
+
+
 def _disaggregate(cfg: DictConfig) -> None:
-    run_or_compare(cfg, write_run=_write_run, run_figures=run_figures, columns=STAGED_COLUMNS)
+    change = any(_replicas_change(one) for one in (cfg, *variants(cfg).values()))
+    columns = CHANGE_COLUMNS if change else STAGED_COLUMNS
+    run_or_compare(cfg, write_run=_write_run, run_figures=run_figures, columns=columns)
 
 
 def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any]) -> None:
@@ -266,6 +337,7 @@ def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any
     try:
         write_begun(folder, cfg, made_by)
         write_parquet(folder / "records.parquet", staged_frame(records, slo, front_end_of(cfg)))
+        write_parquet(folder / "events.parquet", events_frame(served.events))
         if cfg.plot:
             lines = {name: ReplicaLine(engine.iterations()) for name, engine in served.engines.items()}
             plot_replicas(folder / "disaggregate.png", records, lines, slo, title, _transfers_s(records))
@@ -285,10 +357,25 @@ def _transfers_s(records: Records) -> list[tuple[Floats, str]] | None:
 def staged_frame(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> pd.DataFrame:
     """Return the table of ``records.parquet``."""
     frame = records_frame(records, slo, front_end)
-    for name in ("prefill_replica", "decode_replica", "sent_bytes", "send_s", "sent_s"):
+    for name in ("prefill_replica", "decode_replica", "sent_bytes", "send_s", "sent_s", "moves"):
         if hasattr(records, name):
             frame[name] = getattr(records, name)
     return frame
+
+
+def events_frame(events: Sequence[RoleEvent | Event]) -> pd.DataFrame:
+    """Return the table of ``events.parquet``: one row per phase change of a replica; without roles, "both"."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "time_s": [event.time_s for event in events],
+            "replica": [event.replica for event in events],
+            "role": [event.role.name.lower() if isinstance(event, RoleEvent) else "both" for event in events],
+            "phase": [event.phase.name.lower() for event in events],
+            "moved": [event.moved for event in events],
+        }
+    )
 
 
 def print_staged(summary: Mapping[str, Any], title: str) -> None:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from sim.cluster.run import CACHE_COLUMNS, CLUSTER_COLUMNS
 from sim.config import run_command
-from sim.disaggregate.run import STAGED_COLUMNS
+from sim.disaggregate.run import CHANGE_COLUMNS, STAGED_COLUMNS
 from sim.pages.comparison import COUNTS, Comparison, means, read, shown, write_page
 from sim.pages.render import commit_of, render, show, table
 from sim.paths import RESULTS
@@ -28,6 +28,12 @@ def _experiment(program: str, name: str, columns: Columns) -> Comparison:
     return Comparison(command=f"{program} experiment={name}", columns=columns, keep=KEEP)
 
 
+FAILURE_COLUMNS = {
+    name: column
+    for name, column in CHANGE_COLUMNS.items()
+    if not name.startswith(("KV reduction", "perplexity", "link"))
+}
+
 COMPARISONS = {
     "cluster_scale": _experiment("sim.cluster", "cluster_scale", CLUSTER_COLUMNS),
     "cluster_cells": Comparison(
@@ -39,6 +45,7 @@ COMPARISONS = {
     "chat_affinity": _experiment("sim.cluster", "chat_affinity", CACHE_COLUMNS),
     "spot_preemption": _experiment("sim.cluster", "spot_preemption", CLUSTER_COLUMNS),
     "pd_disaggregation": _experiment("sim.disaggregate", "pd_disaggregation", STAGED_COLUMNS),
+    "pd_failures": _experiment("sim.disaggregate", "pd_failures", FAILURE_COLUMNS),
     "pdtrim_transfer": _experiment("sim.disaggregate", "pdtrim_transfer", STAGED_COLUMNS),
 }
 """Name of a JSON file in docs/results/clusters: how it is made."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import simpy
 
+from sim.cluster.outages import Outage
 from sim.cost.latency import LatencyModel
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import Plan
@@ -18,7 +19,7 @@ from sim.engine.scheduler import Limits, SchedulerName
 from sim.engine.sim_engine import SimEngine
 from sim.policies.fixed import static_plan
 from sim.traces.trace import Trace
-from tests.sim.disaggregate.plain_disaggregated import PlainDisaggregated, build
+from tests.sim.disaggregate.plain_disaggregated import PREFILL, PlainDisaggregated, build
 from tests.sim.engine.kernel_cases import schedules_ahead, with_swaps
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency
@@ -40,6 +41,11 @@ class DisaggregatedCase:
     bytes_per_s: float
     latency_s: float
     one_link: bool
+    outages: tuple[tuple[Outage, ...], ...] = ()
+    turns: tuple[tuple[float, int], ...] = ()
+    load_bytes_per_s: float = 1e9
+    start_s: float = 0.0
+    turn_s: float = 0.0
 
     def trace(self) -> Trace:
         """Return the requests as a trace."""
@@ -79,7 +85,7 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = 
         kv["kv_bits"] = [int(each) for each in bits.choice([16, 8, 4], TINY.num_layers)]
     if later and np.random.default_rng([seed, 14]).random() < 0.4:
         kv["streamed"] = list(range(TINY.num_layers))
-    return DisaggregatedCase(
+    case = DisaggregatedCase(
         requests=tuple(rows),
         plan=static_plan(
             TINY,
@@ -117,6 +123,50 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = 
         latency_s=float(rng.choice([0.0, 0.1])) * (1 + float(rng.random())),
         one_link=bool(rng.random() < 0.5),
     )
+    changes = np.random.default_rng([seed, 17])
+    if not later or changes.random() >= 0.5:
+        return case
+    end_s = 2.0 * max(10.0, case.requests[-1][0])
+    return replace(case, **random_changes(changes, case.prefill + case.decode, end_s))
+
+
+def random_changes(rng: np.random.Generator, replicas: int, end_s: float) -> dict[str, Any]:
+    """Return what of a case says when replicas fail, come back and change their roles, mostly before ``end_s``."""
+
+    def one() -> tuple[Outage, ...]:
+        found, from_s = [], float(rng.exponential(end_s / 2))
+        for _ in range(rng.integers(0, 4)):
+            until_s = math.inf if rng.random() < 0.1 else from_s + float(rng.exponential(end_s / 8))
+            found.append(Outage(from_s=from_s, until_s=until_s, notice_s=float(rng.choice([0.0, end_s / 20]))))
+            if math.isinf(until_s):
+                break
+            from_s = until_s + float(rng.exponential(end_s / 4))
+        return tuple(found)
+
+    outages = tuple(one() for _ in range(replicas)) if rng.random() < 0.7 else ((),) * replicas
+    turns = np.sort(rng.exponential(end_s / 3, int(rng.integers(0, 5)))) if rng.random() < 0.7 else ()
+    return {
+        "outages": outages,
+        "turns": tuple((float(time_s), int(rng.integers(1, replicas))) for time_s in turns),
+        "load_bytes_per_s": float(rng.choice([1e4, 1e6])) * (1 + float(rng.random())),
+        "start_s": float(rng.choice([0.0, 1.0])) * float(rng.random()),
+        "turn_s": float(rng.choice([0.0, 0.5])) * float(rng.random()),
+    }
+
+
+def outages_of(case: DisaggregatedCase) -> tuple[tuple[Outage, ...], ...]:
+    """Return the outages of each replica."""
+    return case.outages or ((),) * (case.prefill + case.decode)
+
+
+def serve_fast(case: DisaggregatedCase, overlap: bool = False) -> Disaggregated:
+    """Serve a case, and let its replicas change their roles."""
+    made = fast_disaggregated(case, overlap)
+    for time_s, count in case.turns:
+        made.run_until(time_s)
+        made.set_prefill(count)
+    made.run()
+    return made
 
 
 def fast_disaggregated(case: DisaggregatedCase, overlap: bool = False) -> Disaggregated:
@@ -125,11 +175,18 @@ def fast_disaggregated(case: DisaggregatedCase, overlap: bool = False) -> Disagg
     def side(blocks: int, plan: Plan) -> Any:
         return lambda env: SimEngine(**case.engine_arguments(blocks, plan), env=env, external_clock=True)
 
+    prefill, decode = side(case.prefill_blocks, case.plan), side(case.decode_blocks, decode_side(case.plan))
+    outages = outages_of(case)
     return Disaggregated(
         case.trace(),
         plan=case.plan,
-        prefill=[side(case.prefill_blocks, case.plan)] * case.prefill,
-        decode=[side(case.decode_blocks, decode_side(case.plan))] * case.decode,
+        prefill=[prefill] * case.prefill,
+        decode=[decode] * case.decode,
+        turned=[decode] * case.prefill + [prefill] * case.decode if case.turns else None,
+        outages=lambda replica: outages[replica],
+        load_bytes_per_s=case.load_bytes_per_s,
+        start_s=case.start_s,
+        turn_s=case.turn_s,
         link_bytes_per_s=case.bytes_per_s,
         link_latency_s=case.latency_s,
         one_link=case.one_link,
@@ -140,26 +197,32 @@ def fast_disaggregated(case: DisaggregatedCase, overlap: bool = False) -> Disagg
 def plain_disaggregated(case: DisaggregatedCase) -> dict[str, Any]:
     """Serve a case with the plain system and return its columns."""
 
-    def side(count: int, blocks: int, plan: Plan) -> list[PlainEngine]:
-        return [build(PlainEngine, simpy.Environment(), **case.engine_arguments(blocks, plan)) for _ in range(count)]
+    def make(role: int, now_s: float) -> PlainEngine:
+        blocks, plan = (
+            (case.prefill_blocks, case.plan) if role == PREFILL else (case.decode_blocks, decode_side(case.plan))
+        )
+        return build(PlainEngine, now_s, **case.engine_arguments(blocks, plan))
 
     return PlainDisaggregated(
         trace=case.trace(),
         plan=case.plan,
-        prefill=side(case.prefill, case.prefill_blocks, case.plan),
-        decode=side(case.decode, case.decode_blocks, decode_side(case.plan)),
+        build=make,
+        counts=(case.prefill, case.decode),
+        outages=outages_of(case),
+        turns=case.turns,
         bytes_per_s=case.bytes_per_s,
         latency_s=case.latency_s,
         one_link=case.one_link,
         token_layer_bytes=TINY.kv_bytes_per_token_layer,
+        load_bytes_per_s=case.load_bytes_per_s,
+        start_s=case.start_s,
+        turn_s=case.turn_s,
     ).run()
 
 
 def differences(case: DisaggregatedCase) -> list[str]:
     """Return the differences between the two systems; empty if they agree in every bit."""
-    fast = fast_disaggregated(case)
-    fast.run()
-    records, found = fast.records(), []
+    records, found = serve_fast(case).records(), []
     for name, a in plain_disaggregated(case).items():
         b = np.asarray(getattr(records, name), dtype=np.float64)
         same = (a == b) | (np.isnan(a) & np.isnan(b))
@@ -178,6 +241,13 @@ def _smaller(case: DisaggregatedCase) -> Iterator[DisaggregatedCase]:
     for rows in without_some(case.requests):
         if rows:
             yield replace(case, requests=rows)
-    for name in ("prefill", "decode"):
+    if case.outages:
+        yield replace(case, outages=())
+        for k, own in enumerate(case.outages):
+            for fewer in without_some(own):
+                yield replace(case, outages=(*case.outages[:k], tuple(fewer), *case.outages[k + 1 :]))
+    for turns in without_some(case.turns):
+        yield replace(case, turns=turns)
+    for name in () if case.outages or case.turns else ("prefill", "decode"):
         if getattr(case, name) > 1:
             yield replace(case, **{name: getattr(case, name) - 1})

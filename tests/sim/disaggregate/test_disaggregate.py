@@ -15,19 +15,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cluster import kernel as ck
+from sim.cluster.outages import schedule
 from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.memory import kv_blocks
 from sim.cost.model_spec import load_model
 from sim.cost.plan import Plan, dense_plan, drop
 from sim.disaggregate.disaggregate import Disaggregated, decode_side, transfer_reduction, with_prefill
 from sim.disaggregate.links import Link
+from sim.disaggregate.members import Role
+from sim.disaggregate.roles import ByLoad
 from sim.engine import kernel
+from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError, PlanError
 from sim.policies.fixed import static_plan
 from sim.results.records import Status
 from sim.traces.trace import Trace
 from tests.sample import quick
-from tests.sim.disaggregate.disaggregated_cases import differences, fast_disaggregated, random_disaggregated
+from tests.sim.disaggregate.disaggregated_cases import differences, random_changes, random_disaggregated, serve_fast
 from tests.sim.serving import TINY, linear_latency, tiny_engine
 
 DENSE = dense_plan(TINY)
@@ -50,16 +54,19 @@ def system(
     more: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Disaggregated:
+    def as_prefill(env: simpy.Environment) -> SimEngine:
+        return tiny_engine(env=env, external_clock=True, plan=plan, **overrides)
+
+    def as_decode(env: simpy.Environment) -> SimEngine:
+        given = {**overrides, "kv_blocks": decode_blocks}
+        return tiny_engine(env=env, external_clock=True, plan=decode_side(plan), **given)
+
     return Disaggregated(
         trace,
         plan=plan,
-        prefill=[lambda env: tiny_engine(env=env, external_clock=True, plan=plan, **overrides)] * prefill,
-        decode=[
-            lambda env: tiny_engine(
-                env=env, external_clock=True, plan=decode_side(plan), **{**overrides, "kv_blocks": decode_blocks}
-            )
-        ]
-        * decode,
+        prefill=[as_prefill] * prefill,
+        decode=[as_decode] * decode,
+        turned=[as_decode] * prefill + [as_prefill] * decode,
         link_bytes_per_s=bytes_per_s,
         **(more or {}),
     )
@@ -177,7 +184,7 @@ def systems(draw: Any) -> tuple[Trace, dict[str, Any]]:
     )
     mha = [layer for layer in range(3) if rng.random() < 0.3]
     kv = {"kv_first_tokens": 2, "kv_last_tokens": 3, "kv_layers": [0, 2]} if rng.random() < 0.4 else {}
-    overrides = {
+    overrides: dict[str, Any] = {
         "plan": static_plan(TINY, drop_mha=mha, drop_ffn=mha[:1], prefill_drop_mha=mha[:1], prefill_drop_ffn=[], **kv),
         "prefill": int(rng.integers(1, 4)),
         "decode": int(rng.integers(1, 4)),
@@ -193,39 +200,45 @@ def systems(draw: Any) -> tuple[Trace, dict[str, Any]]:
             "one_link": bool(rng.random() < 0.5),
             "link_latency_s": float(rng.choice([0.0, 0.1])),
         },
+        "turns": (),
     }
-    return trace_of(*rows), overrides
+    trace = trace_of(*rows)
+    if draw(st.booleans()):
+        replicas = overrides["prefill"] + overrides["decode"]
+        changes = random_changes(rng, replicas, 2.0 * max(10.0, float(trace.arrival_s[-1])))
+        outages, overrides["turns"] = changes.pop("outages"), changes.pop("turns")
+        overrides["more"] |= {**changes, "outages": outages.__getitem__}
+    return trace, overrides
 
 
 @given(made=systems())
 def test_no_request_is_lost_and_every_kv_block_is_counted_once_on_any_input(made: tuple[Trace, dict[str, Any]]) -> None:
     trace, overrides = made
+    turns = overrides.pop("turns")
     pair = system(trace, **overrides)
     plan, checked = pair.plan, 0
 
     def blocks(request: int) -> int:
-        prompt = int(trace.prompt_tokens[request])
+        tokens = int(pair._tokens[request])
         kept = zip(plan.kv_keep, plan.decode.mha, strict=True)
-        return sum(kv_blocks(keep.tokens(prompt), 4) for keep, runs in kept if runs)
+        return sum(kv_blocks(keep.tokens(tokens), 4) for keep, runs in kept if runs)
 
     def check() -> None:
         """Used blocks are those of running requests and of KV that waits or is sent (prefill) or received (decode)."""
         nonlocal checked
         checked += 1
         now_s, sent = pair.env.now, pair._sent
-        for sides, column, waits in ((pair.prefill, 0, True), (pair.decode, 2, False)):
-            for number, side in enumerate(sides):
-                state = side.engine.observe(now_s)
-                held = sum(holder.layer_blocks for holder in side.engine.holders())
-                mine = np.flatnonzero(pair._home[:, column] == number)
-                if waits:  # prefilled, and not yet arrived at decode
-                    there = [r for r in mine if _prefilled(pair, r) and not np.isfinite(sent[r, 1])]
-                else:  # room reserved, and not yet joined
-                    there = [r for r in mine if pair._home[r, 3] < 0]
-                    there += [r for r, (_, to) in pair._early.items() if to == number]
-                assert side.held_blocks == sum(blocks(r) for r in there)
-                assert state.kv_used_layer_blocks == held + side.held_blocks
-                assert 0 <= state.kv_used_layer_blocks <= state.kv_layer_blocks
+        for side in (*pair.prefill, *pair.decode):
+            state = side.engine.observe(now_s)
+            held = sum(holder.layer_blocks for holder in side.engine.holders())
+            if side.role is Role.PREFILL:  # prefilled, and not yet arrived at decode
+                mine = np.flatnonzero(pair._home[:, 0] == side.index).tolist()
+                there = [r for r in mine if _prefilled(pair, r) and not np.isfinite(sent[r, 1])]
+            else:  # room reserved, and not yet joined
+                there = [r for r, transfer in pair._transfers.items() if transfer.to is side] + side.arrived
+            assert side.held_blocks == sum(blocks(r) for r in there)
+            assert state.kv_used_layer_blocks == held + side.held_blocks
+            assert 0 <= state.kv_used_layer_blocks <= state.kv_layer_blocks
 
     original = pair._send_those_ready
 
@@ -234,11 +247,16 @@ def test_no_request_is_lost_and_every_kv_block_is_counted_once_on_any_input(made
         check()
 
     pair._send_those_ready = send_and_check  # type: ignore[method-assign]
+    for time_s, count in turns:
+        pair.run_until(time_s)
+        pair.set_prefill(count)
     pair.run()
     records = pair.records()
     assert checked > 0
-    assert pair.drained
     assert len(records) == len(trace)
+    if not pair.drained:  # only if replicas that never come back have left a role without one
+        assert not any(side.accepts for side in pair.prefill) or not any(side.accepts for side in pair.decode)
+        return
     assert np.isin(records.status, (Status.FINISHED, Status.REJECTED)).all()
     finished = records.status == Status.FINISHED
     assert (records.produced_tokens[finished] <= trace.output_tokens[finished]).all()
@@ -248,19 +266,20 @@ def test_no_request_is_lost_and_every_kv_block_is_counted_once_on_any_input(made
     assert (records.decode_replica[shipped] >= 0).all()
     assert all(side.held_blocks == 0 for side in (*pair.prefill, *pair.decode))
     # Bytes are conserved: what was sent has arrived, is what the plan says, and took the time that the link needs.
+    lost = sum(link.lost_bytes for link in pair.links)
+    assert all(link.under_way == 0 and link.arrived_bytes + link.lost_bytes == link.sent_bytes for link in pair.links)
+    if records.moves.any() or lost:
+        assert records.sent_bytes.sum() <= sum(link.arrived_bytes for link in pair.links)
+        return
     total = sum(stored_kv_bytes(TINY, plan, int(p)) for p in trace.prompt_tokens[shipped])
     assert total == records.sent_bytes.sum() == sum(link.sent_bytes for link in pair.links)
     for link in pair.links:
-        assert link.arrived_bytes == link.sent_bytes
-        assert link.under_way == 0
         assert link.busy_s * link.bytes_per_s == pytest.approx(link.sent_bytes, rel=1e-9, abs=1e-6)
 
 
 def _prefilled(pair: Disaggregated, request: int) -> bool:
-    number, row = pair._home[request, :2]
-    if row < 0 or pair._output_limit(int(request)) < 2:
-        return False
-    return bool(pair.prefill[number].engine.rows(np.array([row]))["status"][0] == Status.FINISHED)
+    found = pair._prefill_record(request)
+    return bool(found["status"][0] == Status.FINISHED and found["produced_tokens"][0] < pair._output_limit(request))
 
 
 def ends_on_a_link(bytes_per_s: float, transfers: list[tuple[float, int]]) -> dict[int, float]:
@@ -346,17 +365,21 @@ def test_the_system_leaves_the_records_of_the_plain_one(seeds: Sequence[int]) ->
 
 
 def test_the_random_systems_meet_what_has_rules() -> None:
-    met = dict.fromkeys(("waited for room", "preempted", "rejected", "windowed KV", "nested"), 0)
+    met = dict.fromkeys(
+        ("waited for room", "preempted", "rejected", "windowed KV", "nested", "moved", "KV sent again", "turned"), 0
+    )
     for seed in range(60):
         case = random_disaggregated(seed)
-        made = fast_disaggregated(case)
-        made.run()
+        made = serve_fast(case)
         records = made.records()
         met["waited for room"] += bool((records.send_s > records.first_token_s + 1e-9).any())
         met["preempted"] += bool((records.preemptions > 0).any())
         met["rejected"] += bool((records.status == Status.REJECTED).any())
         met["windowed KV"] += any(keep.tokens(99) < 99 for keep in case.plan.kv_keep)
         met["nested"] += case.plan.prefill != case.plan.decode
+        met["moved"] += bool((records.moves > 0).any())
+        met["KV sent again"] += any(link.lost_bytes for link in made.links)
+        met["turned"] += any(event.role is not Role(event.replica >= case.prefill) for event in made.events())
     assert min(met.values()) >= 2, met
 
 
@@ -398,6 +421,128 @@ def test_room_is_kept_for_no_more_than_may_run_and_fit() -> None:
     assert ck.free_share(side.table, 30, 0) == 1.0
     assert ck.free_share(side.table, 31, 0) == -1.0
     assert ck.free_share(side.table, 1, 3) == -1.0
+
+
+def outages(*rows: tuple[int, float, float]) -> dict[str, Any]:
+    """Return arguments: these outages, after which a replica accepts again at once."""
+    return {"outages": schedule(rows=[list(row) for row in rows]), "load_bytes_per_s": 1e18}
+
+
+def test_a_prefill_replica_that_fails_loses_its_kv_and_others_compute_it_again() -> None:
+    """At 2 s the KV of request 0 is half sent: replica 1 computes 9 tokens until 3 s, the second one, and sends 9."""
+    rows = trace_of((0.0, 8, 5))
+    found = served(rows, prefill=2, bytes_per_s=1536.0, more=outages((0, 2.0, 99.0))).records()
+    assert found.first_token_s.tolist() == [1.0]
+    assert (found.prefill_replica.tolist(), found.moves.tolist()) == ([1], [1])
+    assert (found.send_s.tolist(), found.sent_s.tolist()) == ([3.0], [3.0 + 9 * 3 * 128 / 1536.0])
+    assert found.sent_bytes.tolist() == [9 * 3 * 128]
+    assert found.finish_s.tolist() == [3.0 + 2.25 + 3.0]
+    assert found.produced_tokens.tolist() == [5]
+
+
+def test_requests_wait_while_no_replica_prefills_and_kv_waits_while_none_decodes() -> None:
+    rows = trace_of((0.0, 8, 3), (1.5, 8, 3))
+    found = served(rows, more=outages((0, 1.2, 5.0))).records()
+    assert found.first_token_s.tolist() == pytest.approx([1.0, 6.0], abs=1e-9)
+    assert found.moves.tolist() == [0, 0]
+    found = served(rows, more=outages((1, 0.5, 5.0))).records()
+    assert found.send_s.tolist() == pytest.approx([5.0, 5.0], abs=1e-9)
+    never = served(rows, more={"outages": schedule(rows=[[0, 1.2, None]])})
+    assert never.records().status.tolist() == [Status.FINISHED, Status.WAITING]
+    assert not never.drained
+
+
+def test_kv_on_its_way_to_a_decode_replica_that_fails_is_sent_again_first() -> None:
+    """Prefill still has it: nothing is computed again. Half of the first KV had been sent to replica 0 by 2 s."""
+    rows = trace_of((0.0, 8, 3), (1.5, 8, 3))
+    found = served(rows, decode=2, bytes_per_s=1536.0, more=outages((1, 2.0, 99.0))).records()
+    assert found.decode_replica.tolist() == [1, 1]
+    assert (found.send_s.tolist(), found.moves.tolist()) == ([2.0, 2.5], [0, 0])
+    assert found.sent_bytes.tolist() == [3072, 3072]
+    assert found.preemptions.tolist() == [0, 0]
+
+
+def test_requests_of_a_decode_replica_that_fails_keep_their_tokens() -> None:
+    """Three tokens at 3 s; the outage cuts the fourth off; it comes at prefill at 4.5 s, and the fifth 1 s later."""
+    found = served(trace_of((0.0, 8, 5)), decode=2, more=outages((1, 3.5, 99.0))).records()
+    assert (found.decode_replica.tolist(), found.moves.tolist()) == ([1], [1])
+    assert found.produced_tokens.tolist() == [5]
+    assert found.finish_s.tolist() == pytest.approx([5.5], abs=1e-4)
+    assert found.sent_bytes.tolist() == [(8 + 11) * 3 * 128]
+
+
+def test_a_notice_moves_what_waits_and_lets_the_rest_end() -> None:
+    rows = trace_of(*((0.0, 8, 1) for _ in range(6)))
+    leaves = {"outages": schedule(rows=[[0, 2.5, 99.0]], notice_s=2.0)}
+    made = served(rows, prefill=2, max_running=1, more=leaves)
+    found = made.records()
+    assert found.prefill_replica.tolist() == [0, 1, 1, 1, 1, 1]
+    assert found.moves.tolist() == [0, 0, 1, 0, 1, 0]
+    assert found.finish_s.max() == 5.0
+    assert [(event.time_s, event.phase.name) for event in made.events()][:2] == [(0.5, "LEAVING"), (2.5, "DOWN")]
+
+
+def test_a_replica_changes_its_role_when_it_holds_nothing_and_loads_what_it_lacks() -> None:
+    """Decode lacks MHA 0: the way to prefill takes its bytes, the way to decode none; what runs ends first."""
+    plan = static_plan(TINY, drop_mha=[0], prefill_drop_mha=[])
+    lacks_s = TINY.mha_params * TINY.weight_dtype_bytes / 1e6
+    made = system(trace_of((0.0, 8, 4)), plan=plan, prefill=2, decode=2, more={"load_bytes_per_s": 1e6, "turn_s": 0.25})
+    made.run_until(2.5)
+    made.set_prefill(3)  # replica 3 has nothing to do, replica 2 decodes
+    made.run_until(2.6)
+    made.set_prefill(3)
+    made.run()
+    assert [(event.replica, event.role.name, event.phase.name) for event in made.events()] == [
+        (3, "DECODE", "LEAVING"), (3, "PREFILL", "LOADING"), (3, "PREFILL", "SERVING"),
+    ]  # fmt: skip
+    assert [event.time_s for event in made.events()] == [2.5, 2.5, pytest.approx(2.75 + lacks_s)]
+    made = system(trace_of((0.0, 8, 4)), plan=plan, decode=2, more={"turn_s": 0.25, "load_bytes_per_s": 1e6})
+    made.run_until(0.5)
+    with pytest.raises(ConfigError, match="0 of 3 replicas are to prefill; each role needs at least one"):
+        made.set_prefill(0)
+    made.set_prefill(2)
+    made.run_until(2.5)
+    made.set_prefill(1)  # replica 0 has sent its KV; both could leave, the last one does
+    made.run()
+    roles = [(event.replica, event.role.name) for event in made.events() if event.phase.name == "SERVING"]
+    assert roles == [(2, "PREFILL"), (2, "DECODE")]
+    assert made.records().status.tolist() == [Status.FINISHED]
+
+
+def test_a_change_of_role_that_is_taken_back_ends_at_once() -> None:
+    made = system(trace_of((0.0, 8, 9), (0.0, 8, 9)), decode=2)
+    made.run_until(2.5)
+    made.set_prefill(2)
+    assert [side.accepts for side in made.decode].count(False) == 1
+    made.set_prefill(1)
+    assert all(side.accepts for side in (*made.prefill, *made.decode))
+    made.run()
+    assert [event.phase.name for event in made.events()] == ["LEAVING", "SERVING"]
+
+
+def test_a_rule_gives_replicas_to_the_side_that_is_short() -> None:
+    """Eight prompts of 1 s need decode replicas with room for long answers; forty with one token need none."""
+    rule = ByLoad(most_wait_s=0.5, most_kv_share=0.8, period_s=0.7)
+    overrides: dict[str, Any] = {"decode_blocks": 24, "max_batch_tokens": 16, "max_context_tokens": 60}
+    for rows, prefill, decode, gets in (
+        (trace_of(*((0.0, 16, 30) for _ in range(8))), 3, 1, "DECODE"),
+        (trace_of(*((0.1 * i, 16, 1) for i in range(40))), 1, 3, "PREFILL"),
+    ):
+        fixed = served(rows, prefill=prefill, decode=decode, **overrides)
+        made = served(rows, prefill=prefill, decode=decode, **overrides, more={"roles": rule})
+        began = [event.role.name for event in made.events() if event.phase.name == "SERVING"]
+        assert began[0] == gets
+        assert (made.records().status == Status.FINISHED).all()
+        assert made.records().finish_s.max() < 0.8 * fixed.records().finish_s.max()
+
+
+def test_a_rule_stops_when_nothing_can_happen() -> None:
+    never = {
+        "outages": schedule(rows=[[0, 0.5, None], [1, 0.5, None]]),
+        "roles": ByLoad(most_wait_s=1.0, most_kv_share=0.8),
+    }
+    made = served(trace_of((0.0, 8, 3)), more=never)
+    assert made.records().status.tolist() == [Status.WAITING]
 
 
 def test_a_request_that_joins_takes_over_nothing_from_the_last_request_in_its_slot() -> None:

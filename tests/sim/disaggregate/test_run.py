@@ -112,6 +112,41 @@ def test_a_run_folder_says_what_was_sent(tmp_path: Path, monkeypatch: pytest.Mon
     assert summary["transfer_reduction"] == 1.0
 
 
+def test_a_run_folder_says_what_happened_to_replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["outages=schedule", "outages.rows=[[0,5,9],[3,6,null]]", "start_s=1", "load_bytes_per_s=1e10"]
+    monkeypatch.setattr(sys, "argv", ["sim.disaggregate", *SHORT, *overrides, f"hydra.run.dir={tmp_path}"])
+    disaggregate_command()
+    records, events = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("records", "events"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    seen = list(zip(events.time_s, events.replica, events.role, events.phase, strict=True))
+    assert seen[:3] == [(5.0, 0, "prefill", "down"), (6.0, 3, "decode", "down"), (9.0, 0, "prefill", "loading")]
+    assert seen[3][1:] == (0, "prefill", "serving")
+    assert summary["moved"] == (records.moves > 0).sum() > 0
+    assert summary["finished"] == len(records)
+    assert summary["role_changes"] == 0
+    assert set(records.decode_replica[records.arrival_s > 6]) <= {-1, 0}
+
+
+def test_roles_by_load_are_counted_and_need_two_sides() -> None:
+    overrides = ["prefill_replicas=1", "decode_replicas=3", "trace.rate_rps=20", "roles=by_load", "roles.period_s=1",
+             "roles.most_wait_s=0.2"]  # fmt: skip
+    records, summary = run(config(*overrides))
+    assert summary["role_changes"] > 0
+    assert records.prefill_replica.max() > 0
+    with pytest.raises(ConfigError, match="with prefill_replicas=0 all replicas do both stages"):
+        run(config("prefill_replicas=0", "roles=by_load"))
+    with pytest.raises(ConfigError, match=r"outages\.rows names replica 4; the cluster has 4 replicas"):
+        run(config("outages=schedule", "outages.rows=[[4,1,2]]"))
+    with pytest.raises(ConfigError, match="start_s -1"):
+        run(config("start_s=-1"))
+
+
+def test_replicas_that_do_both_stages_fail_too() -> None:
+    records, summary = run(config("prefill_replicas=0", "outages=schedule", "outages.rows=[[0,5,9]]"))
+    assert summary["moved"] > 0
+    assert summary["finished"] == len(records)
+
+
 def test_clients_wait_for_the_front_end_as_well() -> None:
     _, summary = run(config("frontend=vllm", "frontend.front_s=0.25", "frontend.back_s=0.125", "trace.duration_s=20"))
     for name in ("ttft_s", "e2e_s"):
