@@ -188,7 +188,7 @@ def speed_factor(runs: Sequence[Mapping[str, float]]) -> float:
 
 def page(content: Mapping[str, Any]) -> str:
     """Return the page, in Markdown."""
-    spec = load_model(MODEL)
+    spec, found = load_model(MODEL), [ratios(modes, "busy_s") for modes in content["workloads"].values()]
     token_bytes = spec.num_layers * kv_block_layer_bytes(spec, 16) / 16
     return render(
         TEMPLATE,
@@ -199,6 +199,7 @@ def page(content: Mapping[str, Any]) -> str:
         counts=counts_table(content["workloads"]),
         times=times_table(content["workloads"]),
         ratios=ratios_table(content["workloads"]),
+        faster=(sum(ratio < 1 for one in found for ratio in one), sum(map(len, found))),
         kv_bytes_a_token=round(token_bytes),
     )
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from hw.validate import swapping
-from hw.validate.swapping import MODES, WORKLOADS, configuration, figures_of, page, ratios, simulate, speed_factor
+from hw.validate.swapping import (
+    MODES,
+    PAGE,
+    RESULT,
+    WORKLOADS,
+    configuration,
+    figures_of,
+    page,
+    ratios,
+    simulate,
+    speed_factor,
+)
 from tests.hw.serving import engine_config, hw_engine, requests
 from tests.sim.pages.test_render import cells
 
@@ -45,8 +57,13 @@ def test_the_page_states_ratios_within_repeats_and_errors_of_the_simulation() ->
     assert rows[0][2:] == ["9", "4, 4, 4", "3", "28, 28, 28", "21"]
     assert "23,040 bytes of KV" in text
     assert "was served 3 times" in text
+    assert "less time in 3 of 3 pairs of runs" in text
     assert "not idle" not in text
     assert "not idle" in page(content(1, 2.0))
+
+
+def test_the_committed_page_is_that_of_the_committed_figures() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(json.loads(RESULT.read_text(encoding="utf-8")))
 
 
 def test_the_ratio_of_a_repeat_is_that_of_its_own_runs() -> None:
