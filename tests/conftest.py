@@ -55,6 +55,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: rank(item.path.relative_to(REPOSITORY).as_posix()))
 
 
+@pytest.fixture
+def ray_address() -> Iterator[str]:
+    """Start a Ray cluster of two nodes with one CPU each and return its address."""
+    ray = pytest.importorskip("ray", reason="the cluster of this test is Ray's: pip install -e '.[agents]'")
+    ray.shutdown()  # what tests of training have joined
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster.address
+    cluster.shutdown()
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """Return the folder of shared data; skip the test where there is none."""

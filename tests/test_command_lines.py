@@ -54,6 +54,7 @@ MAINS = {
     "hw.reproduction": "hw.reproduction.run:main",
     "hw.score": "hw.score.run:main",
     "hw.serve": "hw.serve.server:main",
+    "hw.swap_results": "hw.validate.swapping:main",
     "hw.validate": "hw.validate.run:main",
     "agents.claim": "agents.evaluation.make_claim:main",
     "agents.clone": "agents.training.clone:main",
@@ -303,7 +304,11 @@ def _with_folders(arguments: list[str], runs: Callable[[], Path]) -> list[str]:
 def _keep_pages(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the commands that write pages write copies of them."""
     folders = {"sim.results": "sim.pages.simulation:FOLDER", "sim.cluster_results": "sim.pages.clusters:FOLDER"}
-    pages = {"sim.reference": "sim.reference:PAGE", "hw.disaggregate_results": "hw.disaggregate.results:PAGE"}
+    pages = {
+        "sim.reference": "sim.reference:PAGE",
+        "hw.disaggregate_results": "hw.disaggregate.results:PAGE",
+        "hw.swap_results": "hw.validate.swapping:PAGE",
+    }
     if command in folders:
         folder = resolve_name(folders[command])
         shutil.copytree(folder, Path("pages").absolute())

@@ -42,6 +42,7 @@ COMMANDS = {
     "hw.loop.settings": "hw_loop",
     "hw.reproduction.run": "reproduction",
     "hw.validate.suite": "hw_validate",
+    "hw.validate.swapping": "hw_swap_results",
     "agents.training.train": "train",
     "agents.training.clone": "clone",
     "agents.training.offline": "offline",

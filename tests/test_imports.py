@@ -75,6 +75,8 @@ COMMANDS = {
     "hw.disaggregate_results",
     "hw.disaggregate.transfer",
     "hw.disaggregate.transfer_page",
+    "hw.swap_results",
+    "hw.validate.swapping",
     "agents.claim",
     "agents.clone",
     "agents.evaluate",

@@ -34,6 +34,7 @@ from agents.envs.checks import reset_options, row_actions
 from agents.envs.prune_loads import Split
 from agents.envs.render import RenderMixin
 from agents.envs.serve import ServeSetting
+from agents.envs.serve_requests import joined
 from agents.envs.serve_windows import Window, as_window
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import Router
@@ -49,8 +50,16 @@ from sim.policies.observation.serve import SERVER_ENTRIES, Choice, ServeObserver
 from sim.traces.trace import Trace
 from sim.types import GIB, Bools, Floats32
 
-ROUTERS = ("round_robin", "least_outstanding", "power_of_two", "least_kv", "shortest_expected_wait")
-"""Names of files of conf/router. prefix_affinity is not among them: the windows have no prompt prefixes."""
+ROUTERS = (
+    "round_robin",
+    "least_outstanding",
+    "power_of_two",
+    "least_kv",
+    "shortest_expected_wait",
+    "prefix_affinity",
+    "session_affinity",
+)
+"""Names of files of conf/router."""
 
 
 CLUSTER_ACTIONS: Mapping[str, Any] = {
@@ -122,11 +131,9 @@ class ClusterSetting(ServeSetting):
 
     def trace(self, windows: Sequence[Window]) -> Trace:
         """Return the requests of all windows in order of arrival; requests at the same time keep the windows' order."""
-        arrival_s, prompts, outputs = (
-            np.concatenate(columns) for columns in zip(*map(self.windows.arrays, windows), strict=True)
-        )
-        order = np.argsort(arrival_s, kind="stable")
-        return Trace(arrival_s=arrival_s[order], prompt_tokens=prompts[order], output_tokens=outputs[order])
+        caching = self.engine.prefix_caching
+        parts = [self.windows.cut(window, with_ids=caching) for window in windows]
+        return joined(parts, self.engine.hash_block_tokens if caching else None)
 
     def build_cluster(
         self,

@@ -173,6 +173,9 @@ class ServeReplicas(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
         now_s = np.where(ended, math.inf, np.repeat(self._tick, k) * setting.tick_s)
         earned, lost = np.empty(self.num_envs), np.empty(self.num_envs)
         settle_utility(tables, self._settled, now_s, self._slo_s, setting.dense_nll, requests, earned, lost)
+        for c in np.flatnonzero(over).tolist():  # turns that never arrived, because the one before them never ended
+            missing = self._requests[c] - len(self._served[c].arrival_order())
+            lost[self._rows(c)] += missing / max(self._requests[c], 1) / k
         standing = -lost if setting.reward.kind == "lost" else earned
         arrived = self._seen[:, ARRIVED].reshape(-1, k)
         total = np.repeat(standing.reshape(-1, k).sum(axis=1), k)

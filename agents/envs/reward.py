@@ -14,6 +14,7 @@ Every policy then gains the same amount per episode, so the best policy does not
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -196,7 +197,8 @@ def utility_lost(
 
     A request loses its full share once it is rejected, finishes outside the SLO, or misses the TTFT target (also while
     it still waits). Any other request that has arrived loses the quality that its tokens so far have lost. After the
-    window has been served, this is 1 - utility.
+    window has been served, this is 1 - utility: a request that never ended for lack of memory is lost, and so are the
+    turns that never arrived because of it.
 
     Args:
         records: of the requests that have arrived. dense_nll: NLL of the dense model, in nats per token.
@@ -205,17 +207,20 @@ def utility_lost(
             late after this many more seconds, and a running one is lost if its tokens so far are slower than the TPOT
             target.
     """
+    never_arrived = requests - len(records) if math.isinf(now_s) else 0
     if not len(records):
-        return 0.0
+        return never_arrived / requests
     first_s = np.where(np.isfinite(records.first_token_s), records.first_token_s, now_s + (ahead_s or 0.0))
     late = (
         first_s - records.arrival_s > slo.ttft_s if slo.ttft_s is not None else np.zeros(len(records), dtype=np.bool_)
     )
     gone = late | (records.status == Status.REJECTED)
     finished = records.status == Status.FINISHED
+    if math.isinf(now_s):
+        gone |= ~finished
     if finished.any():
         gone |= finished & ~met_slo(records, slo)
     if ahead_s is not None and slo.tpot_s is not None:
         gone |= ~finished & behind_pace(records, slo.tpot_s, now_s)
     loss = np.nan_to_num(records.quality_nll - dense_nll, nan=0.0)
-    return float(np.where(gone, 1.0, 1.0 - kept_quality(loss)).sum()) / requests
+    return float(np.where(gone, 1.0, 1.0 - kept_quality(loss)).sum() + never_arrived) / requests

@@ -36,7 +36,7 @@ from agents.envs.render import RenderMixin
 from agents.envs.reward import ServeReward, built_reward, kept_quality, utility_lost
 from agents.envs.serve_budgets import BudgetRange, budget_range, window_budget
 from agents.envs.serve_pool import drawn, pool_options, window_pool
-from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows
+from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows, source_trace
 from sim.config import build_option
 from sim.cost.gpu import Gpu
 from sim.cost.memory import kv_block_layer_bytes
@@ -103,6 +103,7 @@ class ServeSetting:
         latency: str = "llama2_7b_a100_trtllm",
         quality: str = "llama2_7b_published",
         engine: str = "vllm_v1",
+        prefix_caching: bool = False,
         slo: str = "ttft_2s",
         workspace_bytes: float = 1.24e9,
         budget: BudgetRange | Mapping[str, Any] | None = None,
@@ -119,6 +120,8 @@ class ServeSetting:
 
         Args:
             model, gpu, quality, engine, slo: names of files in the folders of conf with these names.
+            prefix_caching: whether requests reuse KV of the same beginning of a prompt, above all turns of a session;
+                the sources must have hash ids, all of one number of tokens.
             tp: GPUs among which the model is divided; budgets are those of one of them.
             latency: name of a file of conf/calibration.
             workspace_bytes: memory that neither weights nor KV can use.
@@ -139,7 +142,8 @@ class ServeSetting:
         self.gpu: Gpu = replace(build_option("gpu", gpu), tp=tp)
         self.model = load_model(model).shard(self.gpu.tp)
         self.latency, self.quality, self.quality_name = named_calibration(latency), named_quality(quality), quality
-        self.engine: EngineConfig = build_option("engine", engine)
+        self.sources = check_sources(sources)
+        self.engine = _engine(engine, self.sources, prefix_caching)
         self.slo: Slo = build_option("slo", slo)
         self.workspace_bytes, self.tick_s = int(workspace_bytes), tick_s
         self.budget = budget_range(budget)
@@ -148,13 +152,13 @@ class ServeSetting:
         self.table = serve_table(self.actions)
         self.stated = {
             "server": [model, gpu, latency, quality, engine, slo, workspace_bytes, *([tp] if tp > 1 else [])],
+            **({"prefix_caching": True} if prefix_caching else {}),
             "order": self.action_options["order"],
             "windows": [asdict(self.budget), tick_s, list(sources), list(load), str(randomize)],
         }
         self.pool = pool_options(pool)
         self._pooled: tuple[Window, ...] | None = None
         self.split, self.windows = check_split(split), serve_windows().at_load(*load).randomized(randomize)
-        self.sources = check_sources(sources)
         self.reward = built_reward(reward, ServeReward)
         self.kv_block_layer_bytes = kv_block_layer_bytes(self.model, self.engine.kv_block_tokens)
         self.dense_nll = self.quality.nll(dense_plan(self.model))
@@ -237,8 +241,20 @@ class ServeSetting:
     def build_engine(self, window: Window, plan: Plan, **kwargs: Any) -> SimEngine:
         """Return an engine with the budget and requests of a window; ``kwargs`` go to ``idle_engine``."""
         engine = self.idle_engine(window, plan, **kwargs)
-        engine.submit_arrays(*self.windows.arrays(window))
+        self.submit(engine, window)
         return engine
+
+    def submit(self, engine: SimEngine, window: Window) -> int:
+        """Hand the requests of a window to an engine that has none; return how many they are."""
+        requests = self.windows.cut(window, with_ids=self.engine.prefix_caching)
+        engine.submit_arrays(
+            requests.arrival_s,
+            requests.prompt_tokens,
+            requests.output_tokens,
+            requests.hash_ids,
+            sessions=requests.sessions,
+        )
+        return len(requests)
 
     def idle_engine(
         self,
@@ -275,6 +291,29 @@ class ServeSetting:
     def lost(self, engine: SimEngine | Cluster, requests: int, now_s: float) -> float:
         """Return the utility that is out of reach at ``now_s``, in [0, 1] (``agents.envs.reward.utility_lost``)."""
         return utility_lost(engine.records(), self.slo, self.dense_nll, now_s, requests) if requests else 0.0
+
+
+def _engine(name: str, sources: Sequence[str], prefix_caching: bool) -> EngineConfig:
+    """Return the engine of conf/engine, with a prefix cache in the unit of the sources if it is to have one.
+
+    Raises:
+        ConfigError: for a prefix cache with sources that have no hash ids, or ids of different numbers of tokens.
+    """
+    config: EngineConfig = build_option("engine", name)
+    if not prefix_caching and not config.prefix_caching:
+        return config
+    traces = {source: source_trace(source) for source in sources}
+    if without := [source for source, trace in traces.items() if trace.hash_ids is None]:
+        raise ConfigError(
+            f"prefix_caching needs hash ids, and the source {without[0]} has none; take sources that have them, such "
+            "as sources=[chats], or set prefix_caching=false"
+        )
+    units = {source: trace.block_tokens for source, trace in traces.items()}
+    if len(set(units.values())) > 1:
+        raise ConfigError(
+            f"one hash id stands for different numbers of tokens in the sources: {units}; take sources of one number"
+        )
+    return replace(config, prefix_caching=True, hash_block_tokens=units[sources[0]])
 
 
 def _check_known(actions: ServeActions, nll: Callable[[Plan], float], quality: str) -> None:
@@ -319,7 +358,7 @@ class ServeCore:
         self.actions, self.observer = setting.actions_for(window), setting.observer_for(window)
         first = setting.actions.plans[self.actions.start]
         self.engine = setting.build_engine(window, first, graph=setting.graph_for(window))
-        self.requests = len(setting.windows.arrays(window)[0])
+        self.requests = self.engine.requests
         # The first decision comes after one tick, as in sim.replay.
         self.state: EngineState = self.engine.run_until(setting.tick_s)
         self.tick, self.choice, self.illegal = 1, Choice(self.actions.start), 0

@@ -174,7 +174,7 @@ def reference_attainment(setting: ServeSetting, window: Window) -> float | None:
     for tick in range(1, setting.ticks):
         engine.apply(policy(engine.run_until(tick * setting.tick_s)))
     engine.run_until(math.inf)
-    return float(met_slo(engine.records(), setting.slo).mean())
+    return float(met_slo(engine.records(), setting.slo).sum()) / requests
 
 
 def reference_policy(setting: ServeSetting, window: Window) -> Policy:

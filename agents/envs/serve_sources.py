@@ -17,11 +17,11 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from agents.envs.prune_loads import SPLITS
+from agents.envs.serve_requests import Chains, chains_of, check_windows_of
 from sim.config import build, build_option, load_option, option_path
-from sim.engine.protocol import refuse_sessions
 from sim.errors import ConfigError, TraceError, nearest
 from sim.paths import find_data
-from sim.traces.trace import Trace
+from sim.traces.trace import Trace, sorted_trace
 from sim.traces.transforms import apply_steps, drop_long
 
 KEYS = ("trace", "rate", "overrides", "steps", "parts", "splits", "repeats", "named_only", "made_of")
@@ -34,7 +34,8 @@ class Source:
     trace: name of a file of conf/trace. rate: lowest and highest speed-up of arrivals in training.
     overrides: keys of the trace that differ. steps: workload steps, as in conf/workload.
     parts: for each split that may use it, start and end as shares of the trace's duration; empty with ``splits``.
-    splits: for each split that may use it, more keys of the trace; ``duration_s`` must be one of them.
+    splits: for each split that may use it, more keys of the trace; ``duration_s`` must be one of them, or
+        ``arrivals`` with it.
     repeats: whether it is one piece that repeats, so that its windows are no independent ones.
     made_of: sources whose rates over time it takes; it is no test trace next to them.
     named_only: whether it is left out wherever a configuration does not name it: it suits some models alone.
@@ -64,10 +65,18 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceTrace:
-    """The requests of a source, and where each split begins and ends, in seconds."""
+    """The requests of a source, and where each split begins and ends, in seconds.
+
+    chains: which turns of its sessions follow each other; None without sessions.
+    """
 
     trace: Trace
     spans_s: Mapping[str, tuple[float, float]]
+    chains: Chains | None = None
+
+    def from_s(self, at_s: float) -> float:
+        """Return the start of the split in which a time lies, in seconds; 0 before all of them."""
+        return max((begin_s for begin_s, _ in self.spans_s.values() if begin_s <= at_s), default=0.0)
 
 
 @cache
@@ -117,8 +126,8 @@ def _source(parts: Mapping[str, Any], value: Mapping[str, Any]) -> Source:
         raise ValueError(f"parts must be shares from 0 to 1 that do not overlap, but are {own}")
     if unknown := {*splits, *own} - {*SPLITS}:
         raise ValueError(f"there is no split {sorted(unknown)[0]!r}; {nearest(sorted(unknown)[0], SPLITS)}")
-    if any("duration_s" not in changed for changed in splits.values()):
-        raise ValueError("each of splits needs duration_s")
+    if any(_duration_s(changed) is None for changed in splits.values()):
+        raise ValueError("each of splits needs duration_s, or arrivals with it")
     low, high = value["rate"]
     return Source(
         trace=str(value["trace"]),
@@ -131,6 +140,13 @@ def _source(parts: Mapping[str, Any], value: Mapping[str, Any]) -> Source:
         made_of=tuple(value.get("made_of", ())),
         named_only=bool(value.get("named_only", False)),
     )
+
+
+def _duration_s(changed: Mapping[str, Any]) -> float | None:
+    """Return the seconds of a generated trace; None if its keys do not say."""
+    arrivals = changed.get("arrivals")
+    seconds = changed.get("duration_s", arrivals.get("duration_s") if isinstance(arrivals, Mapping) else None)
+    return None if seconds is None else float(seconds)
 
 
 def source_of(name: str) -> Source:
@@ -175,25 +191,44 @@ def load_source(name: str) -> SourceTrace:
         trace = _built(name, source, {})
         trace = replace(trace, arrival_s=trace.arrival_s - trace.arrival_s[0])
         duration_s = float(trace.arrival_s[-1])
-        return SourceTrace(
-            trace=trace, spans_s={split: (a * duration_s, b * duration_s) for split, (a, b) in source.parts.items()}
-        )
+        spans = {split: (a * duration_s, b * duration_s) for split, (a, b) in source.parts.items()}
+        return SourceTrace(trace=trace, spans_s=spans, chains=chains_of(trace))
     traces, spans_s, begin_s = [], {}, 0.0
     for split in source.lent_to:
         changed = source.splits[split]
         trace = _built(name, source, changed)
-        spans_s[split] = (begin_s, begin_s + float(changed["duration_s"]))
+        spans_s[split] = (begin_s, begin_s + (_duration_s(changed) or 0.0))
         traces.append(replace(trace, arrival_s=trace.arrival_s + begin_s))
         begin_s = spans_s[split][1]
-    # Spans do not overlap, so the traces stay in order one after the other.
-    columns = (np.concatenate(one) for one in zip(*map(_columns, traces), strict=True))
-    arrival_s, prompt_tokens, output_tokens = columns
-    joined = Trace(arrival_s=arrival_s, prompt_tokens=prompt_tokens, output_tokens=output_tokens, name=name)
-    return SourceTrace(trace=joined, spans_s=spans_s)
+    joined = _one_after_another(traces, name)
+    return SourceTrace(trace=joined, spans_s=spans_s, chains=chains_of(joined))
 
 
-def _columns(trace: Trace) -> tuple[Any, ...]:
-    return trace.arrival_s, trace.prompt_tokens, trace.output_tokens
+def _one_after_another(traces: Sequence[Trace], name: str) -> Trace:
+    """Return the traces of the splits as one. Only turns of sessions may come after their split has ended."""
+    columns: dict[str, Any] = {
+        key: np.concatenate([getattr(trace, key) for trace in traces])
+        for key in ("arrival_s", "prompt_tokens", "output_tokens")
+    }
+    if traces[0].session is None:  # spans do not overlap, so they stay in order
+        return Trace(**columns, name=name)
+    sessions, ids, sessions_before, ids_before = [], [], 0, 0
+    for trace in traces:  # equal numbers in two splits are different sessions, and different blocks of tokens
+        assert trace.session is not None
+        sessions.append(trace.session + sessions_before)
+        sessions_before = int(sessions[-1].max()) + 1
+        if trace.hash_ids is not None:
+            ids += [one + ids_before for one in trace.hash_ids]
+            ids_before = max((int(one.max()) + 1 for one in ids if len(one)), default=0)
+    think_s = np.concatenate([trace.think_s for trace in traces if trace.think_s is not None])
+    return sorted_trace(
+        **columns,
+        hash_ids=ids or None,
+        session=np.concatenate(sessions),
+        think_s=think_s,
+        name=name,
+        hash_block_tokens=traces[0].hash_block_tokens,
+    )
 
 
 def _built(name: str, source: Source, changed: Mapping[str, Any]) -> Trace:
@@ -204,7 +239,7 @@ def _built(name: str, source: Source, changed: Mapping[str, Any]) -> Trace:
     except TraceError as error:  # its hints name keys of the group trace
         where = f"sources.{name} of conf/split/serve.yaml"
         raise TraceError(f"{error} ({where} holds the trace's keys, without trace.)") from error
-    refuse_sessions(trace, f"sources.{name} of conf/split/serve.yaml")
+    check_windows_of(trace, f"sources.{name} of conf/split/serve.yaml")
     return drop_long(trace, max_total_tokens=int(serve_split()["max_total_tokens"]))
 
 

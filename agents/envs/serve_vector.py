@@ -169,6 +169,8 @@ def _share_lost(request: Any, now_s: float, slo_s: Floats, dense_nll: float) -> 
     if request.status == kernel.FINISHED:
         in_time = in_time and request.finish_s - arrival_s <= slo_s[2]
         in_time = in_time and (produced < 2 or (request.finish_s - first_s) / (produced - 1) <= slo_s[1])
+    elif np.isinf(now_s):  # it never ends
+        in_time = False
     if not in_time or request.status == kernel.REJECTED:
         return 1.0
     loss = request.nll_sum / produced - dense_nll if produced > 0 else 0.0
@@ -193,14 +195,17 @@ def settle_utility(
         settled: float64[n, most requests], the share lost by each request that has ended; ``UNKNOWN`` until then.
         now_s: float64[n], seconds since the start of each window; ``inf`` after it has been served.
         slo_s: float64[3], targets of TTFT, TPOT and E2E in seconds. dense_nll: of the dense model, nats per token.
-        requests: int64[n], in each window. utility, lost: float64[n], written, in [0, 1].
+        requests: int64[n], in each window; for a replica, in all windows of its cluster.
+        utility, lost: float64[n], written, in [0, 1].
     """
     for at in range(len(tables)):
         s = tables[at]
         requests_here = kernel.requests_of(s)
         kernel.settle(s)
-        earned, gone = 0.0, 0.0
-        for r in range(kernel.counters_of(s).arrived):
+        earned, gone, n = 0.0, 0.0, kernel.counters_of(s)
+        in_sessions = n.in_sessions == kernel.OWN_SESSIONS
+        for place in range(n.arrived):
+            r = kernel.arrival_order_of(s)[place] if in_sessions else place
             share, request = settled[at, r], requests_here[r]
             if share < 0.0:
                 ended = request.status == kernel.FINISHED or request.status == kernel.REJECTED
@@ -210,6 +215,8 @@ def settle_utility(
             if request.status == kernel.FINISHED:
                 earned += 1.0 - share
             gone += share
+        if in_sessions and now_s[at] == np.inf:  # turns that never arrived, because the one before them never ended
+            gone += requests[at] - n.arrived
         windows = max(requests[at], 1)
         utility[at] = earned / windows if requests[at] > 0 else 1.0
         lost[at] = gone / windows

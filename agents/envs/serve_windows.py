@@ -13,7 +13,8 @@ import numpy as np
 
 from agents.envs.prune_loads import SPLITS, Split, check_split
 from agents.envs.serve_budgets import BUDGETS
-from agents.envs.serve_sources import serve_split, source_of, source_span_s, source_trace, sources
+from agents.envs.serve_requests import WindowRequests, cut
+from agents.envs.serve_sources import load_source, serve_split, source_of, source_span_s, source_trace, sources
 from sim.engine.protocol import Request
 from sim.errors import ConfigError, nearest
 from sim.types import Floats, Ints
@@ -140,22 +141,37 @@ class Windows:
         """Return sampled values of those fields of a window that are randomized."""
         return {name: _log_uniform(rng, self.randomize[name]) for name in FACTORS if name in self.randomize}
 
-    def arrays(self, window: Window) -> tuple[Floats, Ints, Ints]:
-        """Return arrival_s (0 is the start of the window), prompt_tokens and output_tokens of a window's requests.
+    def cut(self, window: Window, *, with_ids: bool = False) -> WindowRequests:
+        """Return the requests of a window (``agents.envs.serve_requests``).
 
         Lengths are multiplied by the scales of the window and rounded, to at least 1 token. A request that would exceed
         ``max_total_tokens`` is shortened to it; its prompt and its output shrink by the same factor.
+
+        Args:
+            with_ids: whether to return the hash ids of prompts, for a prefix cache.
         """
-        trace = source_trace(window.source)
-        end_s = window.start_s + self.window_s * window.rate
-        first, last = np.searchsorted(trace.arrival_s, (window.start_s, end_s)).tolist()
-        prompts, outputs = trace.prompt_tokens[first:last], trace.output_tokens[first:last]
-        if (window.prompt_scale, window.output_scale) != (1.0, 1.0):
-            prompts, outputs = _scaled_lengths(window, prompts, outputs, self.max_total_tokens)
-        return (trace.arrival_s[first:last] - window.start_s) / window.rate, prompts, outputs
+        source = load_source(window.source)
+        found = cut(
+            source.trace,
+            source.chains,
+            start_s=window.start_s,
+            rate=window.rate,
+            window_s=self.window_s,
+            from_s=source.from_s(window.start_s),
+            with_ids=with_ids,
+        )
+        if (window.prompt_scale, window.output_scale) == (1.0, 1.0):
+            return found
+        prompts, outputs = _scaled_lengths(window, found.prompt_tokens, found.output_tokens, self.max_total_tokens)
+        return replace(found, prompt_tokens=prompts, output_tokens=outputs)
+
+    def arrays(self, window: Window) -> tuple[Floats, Ints, Ints]:
+        """Return arrival_s (0 is the start of the window), prompt_tokens and output_tokens of a window's requests."""
+        found = self.cut(window)
+        return found.arrival_s, found.prompt_tokens, found.output_tokens
 
     def requests(self, window: Window) -> list[Request]:
-        """Return the requests of a window."""
+        """Return the requests of a window, without their sessions."""
         columns = (column.tolist() for column in self.arrays(window))
         return [
             Request(request_id=i, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)

@@ -284,7 +284,7 @@ def attained(
             engine = server.build_engine(plan, budget_bytes, keep_iterations=False, graph=graph, quality_nll=None)
         except BudgetError:
             return found
-        engine.submit_arrays(*setting.windows.arrays(window))
+        setting.submit(engine, window)
         engine.run_until(math.inf)
         found[at] = met_slo(engine.records(), setting.slo).mean()
     return found

@@ -10,7 +10,7 @@ simulated and the real engine admit the same requests in the same order.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,7 +26,7 @@ from hw.elastic.model import ElasticModel
 from hw.elastic.paged_kv import KVArena
 from hw.engine.clock import Clock, RealClock
 from hw.engine.iteration_log import MemoryRow, Shape
-from hw.engine.prompts import Prompts, RandomPrompts
+from hw.engine.prompts import Prompts, RandomPrompts, SessionPrompts
 from hw.engine.torch_executor import TorchExecutor, TorchWeights
 from hw.engine.workspace import fit_batches, needed_bytes
 from sim.cost.gpu import Gpu
@@ -35,10 +35,11 @@ from sim.cost.plan import WEIGHT_BITS, Plan, check_plan
 from sim.engine.budget import Budget, constant_budget
 from sim.engine.live_request import LiveRequest
 from sim.engine.pricing_executor import PricingExecutor
-from sim.engine.protocol import EngineConfig, Request
+from sim.engine.protocol import EngineConfig, Request, Sessions
 from sim.engine.replica import Replica
 from sim.errors import ConfigError
 from sim.serve.sampling import Sampling
+from sim.types import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +211,23 @@ class HwEngine(Replica):
             on_token=on_token,
             holds=holds,
         )
+
+    def submit_arrays(
+        self,
+        arrival_s: Floats,
+        prompt_tokens: Ints,
+        output_tokens: Ints,
+        hash_ids: Sequence[Ints] | None = None,
+        *,
+        sessions: Sessions | None = None,
+    ) -> None:
+        """Hand over n requests as arrays of length n; prompts of turns begin with the real answers before them."""
+        first = len(self.queues.all) + len(self.queues.arrivals)
+        super().submit_arrays(arrival_s, prompt_tokens, output_tokens, hash_ids, sessions=sessions)
+        if sessions is not None:
+            self._torch.prompts = SessionPrompts.of(
+                self._torch.prompts, sessions, prompt_tokens, output_tokens, self._torch.tokens, first
+            )
 
     # -- prefill and decode in two processes (hw/disaggregate/sides.py) ------------------------------------------------
 

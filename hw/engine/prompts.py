@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from hw.elastic.random_weights import NumberTokenizer
+from sim.engine.protocol import Sessions
 from sim.errors import ConfigError
 from sim.paths import find_data
+from sim.types import Ints
 
 DEFAULT_TEXT = "text/wikitext2_raw_test.txt"
 TEXT_BYTES = 400_000
@@ -51,6 +54,47 @@ class RandomPrompts:
         """Return the prompt of a request."""
         drawn = np.random.default_rng((self._seed, request_id)).integers(self._vocabulary, size=tokens)
         return [int(i) for i in drawn]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionPrompts:
+    """Prompts of turns, which begin with the prompt and the real answer before them.
+
+    A turn whose prompt in the trace is shorter than the prompt and the answer before it has a prompt of its own, and so
+    has a first turn. Where an answer is shorter than in the trace, as after a rejection, more new tokens follow it.
+
+    own: prompts of their own, and the new tokens of turns. before: the request that each turn follows. lengths: tokens
+    that a prompt must have to hold what was said before it. tokens: of each request, its prompt and its answer so far.
+    """
+
+    own: Prompts
+    before: Mapping[int, int]
+    lengths: Mapping[int, int]
+    tokens: Mapping[int, Sequence[int]]
+
+    @classmethod
+    def of(
+        cls,
+        own: Prompts,
+        sessions: Sessions,
+        prompt_tokens: Ints,
+        output_tokens: Ints,
+        tokens: Mapping[int, Sequence[int]],
+        first_id: int,
+    ) -> SessionPrompts:
+        """Return the prompts of the requests of a trace with sessions, numbered from ``first_id``."""
+        after: list[int] = sessions.after.tolist()
+        before = {first_id + later: first_id + i for i, later in enumerate(after) if later >= 0}
+        said = (prompt_tokens + output_tokens).tolist()
+        lengths = {later: said[earlier - first_id] for later, earlier in before.items()}
+        return cls(own=own, before=before, lengths=lengths, tokens=tokens)
+
+    def __call__(self, request_id: int, tokens: int) -> Sequence[int]:
+        """Return the prompt of a request; the turn before it has ended."""
+        if tokens < self.lengths.get(request_id, tokens + 1):
+            return self.own(request_id, tokens)
+        said = list(self.tokens.get(self.before[request_id], ()))[:tokens]
+        return [*said, *self.own(request_id, tokens - len(said))]
 
 
 def read_prompts(path: str | Path | None, tokenizer: Any, vocabulary: int, seed: int) -> Prompts:

@@ -108,7 +108,8 @@ class TorchWeights:
 class TorchExecutor:
     """Runs iterations on an elastic model.
 
-    arena: memory of the KV blocks. tokens: of each request, its prompt and the tokens produced so far.
+    arena: memory of the KV blocks. prompts: the token ids of every request. tokens: of each request, its prompt and the
+        tokens produced so far.
     shapes, memory_rows: one entry per iteration that has run.
     """
 
@@ -145,7 +146,7 @@ class TorchExecutor:
         self.shapes: list[Shape] = []
         self.memory_rows: list[MemoryRow] = []
         self._elastic, self._weights, self._memory, self._clock = elastic, weights, memory, clock
-        self._prompts, self._ends, self._during_forward = prompts, ends, during_forward
+        self.prompts, self._ends, self._during_forward = prompts, ends, during_forward
         self._sampling = sampling
         self._staging = Staging(elastic.hardware)
         self._attention, self._graphs = attention or default_attention(arena), graphs
@@ -225,7 +226,7 @@ class TorchExecutor:
         """Return the tokens of a request; its prompt is looked up when it first runs."""
         found = self.tokens.get(live.request_id)
         if found is None:
-            found = list(self._prompts(live.request_id, live.request.prompt_tokens))
+            found = list(self.prompts(live.request_id, live.request.prompt_tokens))
             assert len(found) == live.request.prompt_tokens
             self.tokens[live.request_id] = found
         return found

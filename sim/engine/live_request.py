@@ -104,7 +104,8 @@ class RequestQueues:
     waiting: the next to admit comes first. running: in the order of admission.
     in_sessions: whether requests follow others (sim/traces/sessions.py). following: those that have not been due yet,
         with their think times, by the request that they follow. starting: those that wait for a user, in order.
-    caches_answers: whether answers enter the prefix cache, as in sessions, also where a cluster says what follows.
+    caches_answers: whether answers enter the prefix cache, as in sessions, also where a cluster or the clients of a
+        server say what follows.
     """
 
     arrivals: deque[Request] = field(default_factory=deque)

@@ -302,6 +302,8 @@ class Replica(ReplicaState):
             self.queues.arrivals = deque(r for r in self.queues.arrivals if r.request_id != request_id)
         elif live.status is Status.RUNNING:
             self.queues.running.remove(live)
+            if self.queues.caches_answers:
+                self._kv.prefix_cache.fill(live, answer=True)
             self._kv.let_go(live)
             self._reject(live, self._time_s)
         elif live.status is Status.WAITING:

@@ -74,7 +74,7 @@ class ServedRequest:
     """One request in the engine thread.
 
     on_token: gets its tokens. sampling: None for greedy.
-    min_tokens: no stop string ends it before it has more. hash_ids: of its prompt, for a prefix cache.
+    min_tokens: no stop string ends it before it has more. hash_ids: of its prompt and answer, for a prefix cache.
     request_id: -1 until it arrives there. arrival_s, last_token_s: on the engine's clock.
     error: why it ended without its last token; None if the plan refused it or it was canceled.
     stopped: whether its text has ended, by a token or a stop string. ended: whether the engine is done with it.

@@ -73,13 +73,18 @@ def filler_token(key: int, index: int) -> int:
     return 1 + (mixed ^ (mixed >> 33)) % len(WORDS)
 
 
-def hash_ids(prompt: Sequence[int], block_tokens: int) -> tuple[int, ...]:
-    """Return one id per ``block_tokens`` tokens of a prompt; an id depends on its tokens and on all before them.
+def filler_answer(key: int, length: int) -> list[int]:
+    """Return the first ``length`` tokens of the answer of a key."""
+    return [filler_token(key, index) for index in range(length)]
 
-    A last block that is not full gets none.
+
+def hash_ids(tokens: Sequence[int], block_tokens: int) -> tuple[int, ...]:
+    """Return one id per ``block_tokens`` tokens of a prompt, or of a prompt and its answer.
+
+    An id depends on its tokens and on all before them. A last block that is not full gets none.
     """
     ids, digest = [], hashlib.blake2b(digest_size=8)
-    for start in range(0, len(prompt) - block_tokens + 1, block_tokens):
-        digest.update(np.array(prompt[start : start + block_tokens], dtype=np.int64).tobytes())
+    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        digest.update(np.array(tokens[start : start + block_tokens], dtype=np.int64).tobytes())
         ids.append(int.from_bytes(digest.copy().digest(), "little") >> 1)
     return tuple(ids)

@@ -27,14 +27,15 @@ def prompt_tokens(tokenizer: Any, prompt: str | list[int], param: str = "prompt"
 def chat_tokens(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
     """Return the token ids of a chat, by the tokenizer's template.
 
-    Without a template, each message is a line ``role: content``, and ``assistant:`` follows.
+    Without a template, each message is a line ``role: content``, and ``assistant:`` follows. An answer that comes back
+    and begins with white space gets no other space, so the prompt begins as the one before it and its answer did.
 
     Raises:
         ApiError: if the template refuses the messages.
     """
     plain = [{"role": message.role, "content": message.content} for message in messages]
     if not has_chat_template(tokenizer):
-        text = "".join(f"{message['role']}: {message['content']}\n" for message in plain) + "assistant:"
+        text = "".join(map(_line, plain)) + "assistant:"
         return prompt_tokens(tokenizer, text, "messages")
     try:
         text = str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
@@ -45,3 +46,10 @@ def chat_tokens(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
     if not tokens:
         raise ApiError(400, "messages have no tokens; send a text with at least one", "messages")
     return tokens
+
+
+def _line(message: dict[str, str]) -> str:
+    """Return a message as a line of a chat."""
+    role, content = message["role"], message["content"]
+    between = "" if role == "assistant" and content[:1].isspace() else " "
+    return f"{role}:{between}{content}\n"

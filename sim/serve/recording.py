@@ -23,7 +23,10 @@ SERVED = "served.parquet"
 
 
 def served_trace(engine: PricedReplica) -> Trace:
-    """Return the requests that have arrived as a trace; its times are those of the engine."""
+    """Return the requests that have arrived as a trace; its times are those of the engine.
+
+    With a prefix cache each request is a session of its own, because only sessions have their answers cached.
+    """
     live = list(engine.queues.all.values())
     requests = [one.request for one in live]
     # A request that ended early was as long as what it had produced; one that was refused keeps its length.
@@ -38,6 +41,8 @@ def served_trace(engine: PricedReplica) -> Trace:
         output_tokens=np.array(outputs, dtype=np.int64),
         hash_ids=tuple(np.array(request.hash_ids, dtype=np.int64) for request in requests) if caching else None,
         hash_block_tokens=engine.config.hash_block_tokens if caching else None,
+        session=np.arange(len(requests)) if caching else None,
+        think_s=np.full(len(requests), np.nan) if caching else None,
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from sim.cost.model_spec import ModelSpec
 from sim.serve.api import Api
 from sim.serve.engine_thread import ServedRequest
-from sim.serve.filler import FillerTokenizer, answer_key, hash_ids
+from sim.serve.filler import FillerTokenizer, answer_key, filler_answer, hash_ids
 from sim.serve.metrics import EngineMetrics
 from sim.serve.requests import ApiError, ChatBody, CompletionBody, RequestBody
 from sim.serve.settings import ServerConfig
@@ -91,7 +91,6 @@ class SimulatedApi(Api):
             raise ApiError(
                 400, f"min_tokens is {body.min_tokens}; set it to 0 to {most}, the longest answer", "min_tokens"
             )
-        ids = hash_ids(tokens, self._hash_block_tokens) if self._prefix_caching else ()
         found = []
         for sampling in body.samplings():
             seed = () if sampling is None else tuple(number % 2**64 for number in sampling.seed)
@@ -100,6 +99,9 @@ class SimulatedApi(Api):
             if body.most_tokens is None and not body.ignore_eos:
                 drawn = max(int(self._lengths[key % len(self._lengths)]), body.min_tokens)
                 length, ends = min(drawn, most), drawn <= most
+            ids: tuple[int, ...] = ()
+            if self._prefix_caching:  # of the answer too, so that a prompt that begins with both finds both
+                ids = hash_ids([*tokens, *filler_answer(key, length)], self._hash_block_tokens)
             found.append(
                 SimulatedRequest(
                     tokens,

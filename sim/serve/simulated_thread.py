@@ -86,6 +86,8 @@ class SimulatedThread(EngineThread):
         def build_paced(_: EngineThread) -> PricedReplica:
             self.replica = build(self)
             self.replica.expects_more = True
+            # A later prompt may begin with an answer, as in a chat, and who sends it is not known before.
+            self.replica.queues.caches_answers = self.replica.config.prefix_caching
             if self._policy is not None:
                 self._moments_s = decisions(tick_s, self.replica.budget.change_s[1:])
                 self._next_decision_s = next(self._moments_s)

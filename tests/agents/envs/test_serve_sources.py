@@ -208,14 +208,3 @@ def test_no_rate_over_time_of_training_on_named_sources_returns_in_validation() 
         return {name: (source_trace(name).arrival_s, source_span_s(name, split)) for name in named}
 
     assert shared(parts("train"), parts("validation")) == []
-
-
-def test_a_source_with_sessions_is_refused_unless_a_step_lets_no_turn_wait() -> None:
-    made: dict[str, Any] = {"trace": "chats", "rate": (1.0, 1.0), "overrides": {"seed": 1}, "parts": {"train": (0, 1)}}
-    source = serve_sources.Source(**made, steps=(), splits={})
-    with pytest.raises(ConfigError, match=r"sources\.chat of conf/split/serve\.yaml takes requests at given"):
-        serve_sources._built("chat", source, {})
-    opened = {"_target_": "sim.traces.loops.open_loop", "_partial_": True}
-    trace = serve_sources._built("chat", serve_sources.Source(**made, steps=(opened,), splits={}), {})
-    assert trace.session is None
-    assert len(trace) > 100

@@ -116,6 +116,19 @@ def test_a_resumed_dqn_has_the_same_replay_buffer_and_network(local_ray: None, t
 SMALL_SERVE = ["experiment=ppo_serve", "imitate.windows=2", "imitate.epochs=1", *SMALL_PPO[1:]]
 
 
+def test_a_training_on_sessions_with_a_prefix_cache_writes_a_policy_for_them(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agents.training.validation.VALIDATION_WINDOWS", 2)
+    sessions = ["env.kwargs.sources=[chats]", "+env.kwargs.prefix_caching=true", "env.kwargs.load=[1.0,1.0]"]
+    best = train(small(*SMALL_SERVE, "num_envs=4", *sessions, "iterations=2"), tmp_path)
+    rows = pd.read_csv(tmp_path / "progress.csv")
+    assert rows["iteration"].tolist() == [1, 2]
+    assert 0.0 < best <= 1.0
+    about = read_learned(tmp_path / "best" / "policy.json", "ServeTrace").about
+    assert about["environment"]["sources"] == ["chats"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "count"), [(SMALL_PPO, 3), (SMALL_DQN, 2), (SMALL_SERVE, 2)], ids=["ppo", "dqn", "serve"]
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,17 @@ from hw.engine.torch_executor import TorchExecutor
 from sim.errors import ConfigError
 from tests.hw.serving import flat_latency_content, save_checkpoint, tiny, torch
 
+SMALL = ("trace=small", "trace.duration_s=6", "trace.lengths.max_prompt_tokens=60", "trace.lengths.max_output_tokens=9")
+CHATS = (
+    "trace=chats",
+    "trace.arrivals.rate_rps=2",
+    "trace.arrivals.duration_s=5",
+    "trace.think_s=0.5",
+    "trace.lengths.prompt_tokens_p50=8",
+    "trace.lengths.output_tokens_p50=5",
+    "trace.max_context_tokens=70",
+)
+
 
 class Tokenizer:
     eos_token_id = 0
@@ -35,10 +46,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     (tmp_path / "flat.json").write_text(json.dumps(flat_latency_content(fixed_us=1e4, token_us=10.0)))
     monkeypatch.setattr(hw.elastic.checkpoint, "load_checkpoint", lambda *_, **__: (tiny(), Tokenizer()))
     overrides = [
-        "trace=small",
-        "trace.duration_s=6",
-        "trace.lengths.max_prompt_tokens=60",
-        "trace.lengths.max_output_tokens=9",
         "model=hf",
         f"model.config={tmp_path}",
         "+model.name=tiny",
@@ -53,10 +60,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         "plot=true",
     ]
 
-    def command(module: str, *more: str, name: str = "run") -> Path:
+    def command(module: str, *more: str, name: str = "run", trace: Sequence[str] = SMALL) -> Path:
         folder = tmp_path / name
         mine = ["hw.text=null", "hw.skip_idle=true"] if module == "hw" else []
-        monkeypatch.setattr(sys, "argv", [f"{module}.replay", *overrides, *mine, *more, f"hydra.run.dir={folder}"])
+        monkeypatch.setattr(
+            sys, "argv", [f"{module}.replay", *trace, *overrides, *mine, *more, f"hydra.run.dir={folder}"]
+        )
         GlobalHydra.instance().clear()
         (hw.replay.run.main if module == "hw" else sim.replay.__main__.main)()
         return folder
@@ -82,6 +91,28 @@ def test_the_same_overrides_give_the_same_files_columns_and_requests_on_both_eng
     pd.testing.assert_frame_equal(ours[same], theirs[same])
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (real, simulated)]
     assert summaries[0].keys() == summaries[1].keys()
+
+
+def test_sessions_have_the_same_turns_tokens_and_think_times_on_both_engines(run: Callable[..., Path]) -> None:
+    real, simulated = (
+        pd.read_parquet(run(kind, name=kind, trace=CHATS) / "records.parquet").sort_values(
+            "trace_row", ignore_index=True
+        )
+        for kind in ("hw", "sim")
+    )
+    same = ["session", "turn", "trace_row", "prompt_tokens", "output_tokens", "produced_tokens", "status"]
+    pd.testing.assert_frame_equal(real[same], simulated[same])
+    assert real["turn"].max() >= 2
+    assert (real["status"] == "finished").all()
+    thought_s = []
+    for records in (real, simulated):
+        before = records.set_index(["session", "turn"])["finish_s"]
+        later = records[records["turn"] > 0]
+        ended_s = before.loc[list(zip(later["session"], later["turn"] - 1, strict=True))].to_numpy()
+        thought_s.append(later["arrival_s"].to_numpy() - ended_s)
+    assert len(thought_s[0]) >= 10
+    assert min(thought_s[0]) >= 0.0
+    assert max(abs(thought_s[0] - thought_s[1])) < 1e-9
 
 
 def test_a_policy_that_decides_runs_unchanged_and_memory_is_what_was_counted(run: Callable[..., Path]) -> None:

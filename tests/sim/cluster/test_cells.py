@@ -104,6 +104,25 @@ def test_a_run_folder_is_the_same_on_one_and_two_processes(
     assert pd.read_parquet(one / "replicas.parquet")["cell"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.slow
+def test_records_are_byte_identical_on_one_process_and_on_a_ray_cluster_of_two_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_address: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["cells=4", "trace=chats", "trace.arrivals.duration_s=30", "replicas.main.count=2"]
+    words += ["router=session_affinity", "engine.prefix_caching=true", "engine.hash_block_tokens=16"]
+    for name, executor in {"here": ["workers=1"], "ray": ["executor=ray", f"executor.address={ray_address}"]}.items():
+        monkeypatch.setattr(sys, "argv", ["sim.cluster", *words, *executor, f"hydra.run.dir={name}"])
+        cluster_command()
+    names = sorted(path.name for path in (tmp_path / "here" / "records").iterdir())
+    assert len(names) == 4
+    for name in (*(f"records/{name}" for name in names), "replicas.parquet"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes(), name
+    first, second = (json.loads((tmp_path / name / "summary.json").read_text("utf-8")) for name in ("here", "ray"))
+    assert plain(first) == plain(second)
+    assert first["cached_share"] > 0.3
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,18 +75,6 @@ def test_records_are_byte_identical_on_any_number_of_workers_and_as_a_replay_of_
     assert {key: value for key, value in alone.items() if "cpu_s" not in key} == {
         key: value for key, value in summary.items() if "cpu_s" not in key
     }
-
-
-@pytest.fixture
-def ray_address() -> Iterator[str]:
-    ray = pytest.importorskip("ray", reason="the cluster of this test is Ray's: pip install -e '.[agents]'")
-    ray.shutdown()  # what tests of training have joined
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    yield cluster.address
-    cluster.shutdown()
 
 
 def test_a_ray_cluster_of_two_nodes_gives_the_records_of_this_process(ray_address: str) -> None:

@@ -28,9 +28,10 @@ from sim.engine.protocol import Request
 from sim.errors import ConfigError
 from sim.replay.run import build_engine, build_trace, replay_with
 from sim.results.records import Records, Status
+from sim.serve.filler import WORDS, FillerTokenizer, answer_key, filler_answer
 from sim.serve.recording import SERVED, served_trace, write_run
 from sim.serve.server import SimulatedServerConfig
-from sim.traces.readers.native import read_trace
+from sim.traces.readers.native import read_trace, write_trace
 from tests.commands import exit_status
 from tests.sim.serve.loopback import RECORDED, Server, built, eventually, serving
 
@@ -99,6 +100,52 @@ def test_the_records_are_those_of_a_replay_of_the_same_arrivals(overrides: tuple
         assert state.preemptions > 0
     if "engine.prefix_caching=true" in overrides:
         assert records.cached_tokens[-1] > 0
+
+
+CACHING = ("engine.prefix_caching=true", "engine.hash_block_tokens=16")
+
+
+def test_a_chat_finds_the_prompt_and_the_answer_before_it_in_the_prefix_cache(tmp_path: Path) -> None:
+    messages, said = [{"role": "system", "content": "Answer in words. " * 30}], []
+    with serving(*RECORDED, *CACHING) as server:
+        for turn in range(4):
+            messages.append({"role": "user", "content": f"Question {turn}: and then?"})
+            answer = server.ask("chat/completions", messages=messages, max_tokens=75 + 10 * turn, seed=turn).json()
+            usage = answer["usage"]
+            said.append(usage["prompt_tokens"] + usage["completion_tokens"])
+            messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+        server.ask("chat/completions", messages=[*messages[:2], {"role": "user", "content": "No."}], max_tokens=5)
+        server.drained()
+        records, trace = server.thread.replica.records(), served_trace(server.thread.replica)
+    # The last token of an answer has no KV.
+    assert records.cached_tokens.tolist()[:4] == [0, *((tokens - 1) // 16 * 16 for tokens in said[:3])]
+    # What does not repeat the answer finds the first prompt without "assistant:", its last tokens.
+    assert 0 < records.cached_tokens[4] <= records.prompt_tokens[0] < records.cached_tokens[1]
+    write_trace(trace, tmp_path / SERVED)
+    engine, policy = build_engine(server.cfg)
+    replay_with(server.cfg, read_trace(tmp_path / SERVED), engine, policy)
+    assert_equal(engine.records(), records)
+
+
+def test_an_answer_that_a_stop_string_ends_is_found_as_far_as_it_came() -> None:
+    prompt = np.random.default_rng(5).integers(0, 32_000, 200).tolist()
+    with serving(*RECORDED, *CACHING) as server:
+        words = _words(server, prompt, 2000)
+        server.ask(prompt=prompt, max_tokens=1500, stop=[f" {words[60]}"])
+        server.drained()
+        produced = int(server.thread.replica.records().produced_tokens[0])
+        answer = FillerTokenizer(32_000)("".join(f" {word}" for word in words[:produced])).input_ids
+        server.ask(prompt=[*prompt, *answer, 7, 7], max_tokens=1)
+        server.drained()
+        records = server.thread.replica.records()
+    assert records.status.tolist() == [Status.REJECTED, Status.FINISHED]
+    assert records.cached_tokens[1] == (200 + produced - 1) // 16 * 16 > 208
+
+
+def _words(server: Server, prompt: list[int], count: int) -> list[str]:
+    """Return the words of the answer of a prompt, without asking the server, whose cache would hold them."""
+    key = answer_key(prompt, (server.cfg.seed,))
+    return [WORDS[token - 1] for token in filler_answer(key, count)]
 
 
 async def measured(overrides: tuple[str, ...], requests: list[Request]) -> tuple[list[Answer], Records, float]:
