@@ -28,13 +28,16 @@ from omegaconf import DictConfig, OmegaConf
 from sim.config import CONF_DIR, run_command
 from sim.config.annotations import KEYWORDS_OF
 from sim.console.commands import commands as console_commands
-from sim.console.completion import KEYS
+from sim.console.completion import KEYS, LAUNCHER
 from sim.errors import ConfigError
+from sim.new.run import FILES as BEGUN
 from sim.paths import REPOSITORY
 from sim.results.run_folder import write_text
 
 PAGE = CONF_DIR.parent / "docs" / "reference" / "configuration.md"
 BASE = "sim.replay"
+POSITIONAL = {"sim.new": "what", "sim.report": "runs", "sim.table": "folders", "hw.compare": "runs"}
+"""Command -> the key that takes its arguments without ``=``."""
 LONGEST_VALUE = 60
 """Characters of a value in a table; longer ones are cut."""
 
@@ -101,12 +104,34 @@ def page() -> str:
 
 
 def completions() -> dict[str, dict[str, Any]]:
-    """Return for each command what the ``rap`` command completes: groups with their defaults, keys with their types."""
-    found = {}
+    """Return for each command what the ``rap`` command completes.
+
+    ``groups`` with their defaults, ``keys`` with their types, ``hydra``: keys of Hydra that do something there, and
+    ``first``: what its first argument without ``=`` may be. The key of such arguments is left out, so that the shell
+    completes folders.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for command, path in commands().items():
-        _, chosen, rows = _groups_and_keys(command, path)
+        cfg, chosen, rows = _groups_and_keys(command, path)
         keys = {row[0].strip("`"): row[1].strip("`").partition(" or ")[0] for row in rows}
-        found[command] = {"groups": chosen, "keys": {key: kind if kind == "bool" else "" for key, kind in keys.items()}}
+        keys.pop(POSITIONAL.get(command, ""), None)
+        hydra = cfg["hydra"]
+        own = ["hydra.run.dir"] if hydra.get("run", {}).get("dir", ".") != "." else []
+        own += ["hydra.sweep.dir", LAUNCHER] if "sweep" in hydra else []
+        found[command] = {
+            "groups": chosen,
+            "keys": {key: kind if kind == "bool" else "" for key, kind in keys.items()},
+            "hydra": own,
+            "first": sorted(BEGUN) if command == "sim.new" else [],
+        }
+    for command, path in commands().items():
+        for entry in yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", []):
+            base = next((one for one, where in commands().items() if where.stem == entry), None)
+            if base is not None:  # the file begins with that of another command
+                mine, theirs = found[command], found[base]
+                found[command] = {key: theirs[key] | mine[key] for key in ("groups", "keys")} | {
+                    key: list(dict.fromkeys(theirs[key] + mine[key])) for key in ("hydra", "first")
+                }
     return found
 
 

@@ -97,3 +97,5 @@ def test_every_file_that_the_container_copies_is_there() -> None:
     copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
     assert {name for name in copied if not (REPOSITORY / name).exists()} == set()
     assert {"sim", "hw", "agents", "conf", "pyproject.toml"} <= set(copied)
+    sent = {line.strip("!./") for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
+    assert sent == {name.removeprefix("./") for name in copied}

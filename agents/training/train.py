@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 import warnings
@@ -108,6 +109,7 @@ def build_algorithm(cfg: DictConfig) -> Any:
     """Build the RLlib algorithm of a configuration; Ray must be running."""
     from agents.training.algorithms import Setup
 
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)  # or it explains its own versions at each start
     setup = Setup(
         env=f"agents.envs.registration:{cfg.env.id}",
         env_kwargs=environment_kwargs(cfg),

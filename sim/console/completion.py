@@ -6,9 +6,10 @@ The scripts ask the hidden command ``rap __complete LINE`` at every press of the
 from __future__ import annotations
 
 import contextlib
-import itertools
+import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ OWN = ("--help", "--version", "completion")
 """What ``rap`` itself takes in place of a command."""
 OPTIONS = ("--cfg", "--config-dir", "--help", "--hydra-help", "--info", "--multirun", "--quiet", "--resolve")
 """The options that a command takes: Hydra's, and ``--quiet``."""
+LAUNCHER = "hydra/launcher"
+LAUNCHER_PACKAGES = {"basic": "hydra", "joblib": "hydra_plugins.hydra_joblib_launcher"}
+"""Launchers of ``--multirun`` that are no option of conf/ -> the package that has them."""
+CURSOR = "\0"
+"""Marks where the cursor is while a line is divided into words."""
 
 BASH = f"""\
 _rap() {{
@@ -39,7 +45,8 @@ ZSH = f"""\
 autoload -Uz compinit && (( $+functions[compdef] )) || compinit
 _rap() {{
   local -a all ended open
-  all=("${{(@f)$(rap {ASK} "$LBUFFER" 2>/dev/null)}}")
+  all=(${{(f)"$(rap {ASK} "${{(j: :)words[1,CURRENT-1]}} $PREFIX" 2>/dev/null)"}})
+  (( $#all )) || {{ _files; return }}
   open=(${{(M)all:#*[=.]}})
   ended=(${{all:#*[=.]}})
   (( $#open )) && compadd -S '' -- $open
@@ -53,9 +60,9 @@ def complete(line: str) -> list[str]:
     """Return what may stand in place of the last word of a line, sorted; nothing for a command that does not exist.
 
     Args:
-        line: from ``rap`` to the cursor; a space at its end begins a new word.
+        line: from ``rap`` to the cursor, with quotes and backslashes as typed; a space at its end begins a new word.
     """
-    words = line.split()[1:] + ([""] if line[-1:].isspace() else [])
+    words = [word for word in _words(line)[1:] if word != "--quiet"]
     if len(words) <= 1:
         return _starting("".join(words), [*short_names(), *OWN])
     name, *typed, word = words
@@ -65,36 +72,65 @@ def complete(line: str) -> list[str]:
         module = find_command(name).module
     except ConfigError:
         return []
+    if typed[-1:] == ["--config-dir"]:
+        return []  # the shell completes folders
     known = json.loads(KEYS.read_text(encoding="utf-8"))[module]
     return _starting(word, OPTIONS if word.startswith("-") else _arguments(known, typed, word))
 
 
-def _starting(word: str, offered: Any) -> list[str]:
+def _words(line: str) -> list[str]:
+    """Return the words of a line as a shell reads them, the last one up to the cursor; a quote may still be open."""
+    for end in ("", "'", '"'):
+        with contextlib.suppress(ValueError):
+            words = shlex.split(f"{line}{CURSOR}{end}")
+            return [word.removesuffix(CURSOR) for word in words]
+    return line.split()
+
+
+def _starting(word: str, offered: Iterable[str]) -> list[str]:
     return sorted({text for text in offered if text.startswith(word)})
 
 
 def _arguments(known: Mapping[str, Any], typed: list[str], word: str) -> Iterator[str]:
     """Yield the arguments of a command that may stand in place of a word."""
-    groups, keys = known["groups"], known["keys"]
-    folders = [CONF, *plugin_folders(), *_config_folders(typed)]
+    groups, keys, own = known["groups"], known["keys"], known["hydra"]
+    config_folders, others = _config_folders(typed)
+    folders = [CONF, *plugin_folders(), *config_folders]
     key, equals, _ = word.partition("=")
-    if equals and key in groups:
+    if equals and (key in groups or (key == LAUNCHER and key in own)):
         yield from (f"{key}={path.stem}" for folder in folders for path in (folder / key).glob("*.yaml"))
+        if key == LAUNCHER:
+            yield from (f"{key}={name}" for name, package in LAUNCHER_PACKAGES.items() if _installed(package))
     elif equals:
         yield from (f"{key}={value}" for value in ("true", "false") if keys.get(key) == "bool")
     else:
-        yield from (f"{name}=" for name in (*groups, *keys))
-        group = word.partition(".")[0]
-        if group in groups and "." in word:
-            chosen = dict(pair.split("=", 1) for pair in typed if "=" in pair).get(group, groups[group])
-            yield from _option_keys(folders, group, chosen)
+        yield from (f"{name}=" for name in (*groups, *keys, *own))
+        yield from () if others else known["first"]
+        chosen = dict(pair.split("=", 1) for pair in typed if "=" in pair)
+        group = LAUNCHER if word.startswith("hydra.launcher.") else word.partition(".")[0]
+        if "." in word and (group in groups or group in own):
+            yield from _option_keys(folders, group, chosen.get(group, groups.get(group)))
 
 
-def _config_folders(typed: list[str]) -> list[Path]:
-    """Return the folder of ``--config-dir``, if it is there."""
-    named = [text.partition("=")[2] for text in typed if text.startswith("--config-dir=")]
-    named += [after for text, after in itertools.pairwise(typed) if text == "--config-dir"]
-    return [Path(text) for text in named]
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def _config_folders(typed: list[str]) -> tuple[list[Path], list[str]]:
+    """Return the folders of ``--config-dir``, whether they are there or not, and the words that are no KEY=VALUE."""
+    folders, others, before = [], [], ""
+    for text in typed:
+        if before == "--config-dir":
+            folders.append(text)
+        elif text.startswith("--config-dir="):
+            folders.append(text.partition("=")[2])
+        elif not text.startswith("-") and "=" not in text:
+            others.append(text)
+        before = text
+    return [Path(text).expanduser() for text in folders], others
 
 
 def _option_keys(folders: list[Path], group: str, chosen: str | None) -> Iterator[str]:
@@ -103,7 +139,7 @@ def _option_keys(folders: list[Path], group: str, chosen: str | None) -> Iterato
         path = folder / group / f"{chosen}.yaml"
         if path.is_file():
             with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # a broken option has no keys
-                yield from _dotted(yaml.safe_load(path.read_text(encoding="utf-8")), f"{group}.")
+                yield from _dotted(yaml.safe_load(path.read_text(encoding="utf-8")), f"{group.replace('/', '.')}.")
             return
 
 

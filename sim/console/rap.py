@@ -23,7 +23,8 @@ TITLES = {"sim": "Simulate", "agents": "Learn and compare", "hw": "Run a real mo
 def main() -> None:
     """Run the command line."""
     if sys.argv[1:2] == [ASK]:  # at every press of a key: without the import of Hydra below
-        print("\n".join(complete(" ".join(sys.argv[2:]))))
+        for text in complete(" ".join(sys.argv[2:])):
+            print(text)
         return
     from sim.config.failures import errors_in_one_line
 

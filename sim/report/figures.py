@@ -427,7 +427,7 @@ def plan_maps(runs: Sequence[RunData]) -> Figure | None:
                 "y": packed(edges),
                 "z": packed(states),
                 "zmin": -1.5,
-                "zmax": series.BITS_16 + 0.5,
+                "zmax": max(STATES) + 0.5,
                 "colorscale": _color_steps(),
                 "showscale": False,
                 "xaxis": "x",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ def figure_file(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    logging.getLogger(mpl.__name__).setLevel(logging.WARNING)  # not that it made a list of fonts, at the first figure
     with mpl.rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLORS)}):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)

@@ -182,10 +182,12 @@ def test_a_map_of_plans_has_a_row_per_block_and_one_between_mha_and_ffn(run: Run
     assert (states[32] == -1).all()
     assert len(figures.unpacked(heat["y"])) == len(states) + 1
     assert heat["text"][33][0].startswith("FFN 0: ")
-    for at, color in enumerate(["#ffffff", *(color for _, color in figures.STATES.values())]):
-        share = (at - 1 - heat["zmin"]) / (heat["zmax"] - heat["zmin"])
-        low = max(edge for edge, _ in heat["colorscale"] if edge <= share)
-        assert [low, color] in heat["colorscale"]
+    colors = ["#ffffff", *(color for _, color in figures.STATES.values())]
+    for state, color in zip([-1, *figures.STATES], colors, strict=True):
+        share = (state - heat["zmin"]) / (heat["zmax"] - heat["zmin"])  # in the middle of a step of one color
+        below = [shown for edge, shown in heat["colorscale"] if edge < share][-1]
+        above = next(shown for edge, shown in heat["colorscale"] if edge > share)
+        assert below == above == color
 
 
 def test_each_run_of_many_has_its_own_line_style_and_the_first_is_gray() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,15 @@ def test_a_figure_that_cannot_be_drawn_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), plots.figure_file(tmp_path / "broken.png", size=(2, 2)):
         1 / 0  # noqa: B018
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_first_figure_says_nothing_of_the_fonts_it_looks_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with plots.figure_file(tmp_path / "first.png", size=(2, 2)):
+        logging.getLogger("matplotlib.font_manager").info("generated new fontManager")
+    assert caplog.messages == []
 
 
 def test_the_figure_shows_the_worst_value_of_each_bin_and_none_where_there_is_none() -> None:
