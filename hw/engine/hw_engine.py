@@ -37,7 +37,7 @@ from sim.engine.live_request import LiveRequest
 from sim.engine.pricing_executor import PricingExecutor
 from sim.engine.protocol import EngineConfig, Request
 from sim.engine.replica import Replica
-from sim.errors import ConfigError, PlanError
+from sim.errors import ConfigError
 from sim.serve.sampling import Sampling
 
 
@@ -206,7 +206,6 @@ class HwEngine(Replica):
             workspace_bytes=workspace_bytes,
             # Plans recur, and evaluating a fitted quality model may take longer than an iteration's share of a token.
             quality_nll=lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None,
-            check_bits=_refuse_kv_only,
             late_arrivals=True,
             on_token=on_token,
             holds=holds,
@@ -290,18 +289,6 @@ class HwEngine(Replica):
         if isinstance(self.elastic.hardware, Accelerator):
             self.arena.close()
         self.memory.close()
-
-
-def _refuse_kv_only(plan: Plan) -> None:
-    """Check that a plan lets prompts run all of every layer.
-
-    Raises:
-        PlanError: if it does not.
-    """
-    if any(plan.kv_only):
-        raise PlanError(
-            f"plan.kv_only names layer {plan.kv_only.index(True)}; the real engine has no such layers yet; leave it out"
-        )
 
 
 def _prepare(elastic: ElasticModel, plan: Plan, plans: Iterable[Plan] | None) -> None:

@@ -23,6 +23,7 @@ from hw.score.orders import (
     score_pdtrim,
     score_random,
 )
+from hw.score.pop import score_pop
 from hw.score.report import scores_page
 from sim.config import one_thread, run_command
 from sim.cost.quality import QUALITIES
@@ -41,6 +42,7 @@ MEASURED: dict[str, Callable[[Job], None]] = {
     "random": score_random,
     "table": score_table,
     "kv_bits": score_kv_bits,
+    "pop": score_pop,
     "full_test": score_full_test,
     "samples": score_samples,
     "generation": score_generation,
