@@ -6,6 +6,7 @@ of Llama is nine operations: two norms, four products, rotation, attention and a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -27,7 +28,8 @@ class Batch(Protocol):
     """What a pass computes: the tokens of one iteration, and the attention over their KV.
 
     tokens, positions: of each row, on the device. wanted: rows whose logits count. decodes: how many rows come first
-    that are decodes.
+    that are decodes. kv_only: for each layer, whether most tokens of prompts only write their keys and values in it.
+    passing: the rows that run all of such a layer: decodes, then last tokens of prompts.
     """
 
     @property
@@ -50,8 +52,22 @@ class Batch(Protocol):
         """How many of the rows are decodes; they come first."""
         ...
 
+    @property
+    def kv_only(self) -> Sequence[bool]:
+        """Whether most tokens of prompts only write their keys and values in a layer."""
+        ...
+
+    @property
+    def passing(self) -> Tensor:
+        """Rows that run all of such a layer: the decodes, then the last tokens of the prompts that end."""
+        ...
+
     def rows(self, layer: int) -> Tensor | None:
         """Return the rows that run a layer's MHA block: None for all, empty for none."""
+        ...
+
+    def passing_rows(self, layer: int) -> Tensor | None:
+        """Return those of ``rows`` that run all of a layer's MHA block; None if all of them do."""
         ...
 
     def attend(
@@ -68,7 +84,7 @@ class Batch(Protocol):
         eps: float,
         offset: float,
     ) -> Tensor:
-        """Return the attention [n, H d] of the rows of a layer, from their product with q, k and v."""
+        """Return the attention [n, H d] of the rows that run all of a layer, from the product of all with q, k, v."""
         ...
 
 
@@ -121,7 +137,8 @@ def forward(
     Args:
         elastic: the model.
         batch: its rows, and their attention.
-        prefill, decode: the blocks that run at each stage; the batch says which rows run which MHA block.
+        prefill, decode: the blocks that run at each stage; the batch says which rows run which MHA block, and in which
+            layers most rows only write KV.
         check: test after every block whether all values are finite, which waits for the device each time.
         head: whether to compute logits; else the input of the head [rows wanted, e] is returned.
     Raises:
@@ -137,8 +154,12 @@ def forward(
             if check:
                 _check_finite(hidden, f"MHA{index}")
         start = 0 if decode.ffn[index] else split
-        stop = count if prefill.ffn[index] else split
-        if stop - start == count:
+        stop = (len(batch.passing) if batch.kv_only[index] else count) if prefill.ffn[index] else split
+        if batch.kv_only[index]:
+            some, total = batch.passing[start:stop], hidden.settle()
+            if some.numel():
+                total.index_add_(0, some, layer.feed(layer.ffn_norm(total[some])))
+        elif stop - start == count:
             hidden.add(layer.feed(hidden.normed(layer.ffn_norm)))
         elif stop > start:
             part = hidden.settle()[start:stop]
@@ -152,8 +173,16 @@ def forward(
 
 def _run_mha(elastic: ElasticModel, batch: Batch, index: int, layer: Layer, hidden: _Hidden, rope: Rope) -> None:
     """Run the MHA block of a layer on the rows that have its KV."""
-    rows = batch.rows(index)
-    if rows is None:
+    rows, passing = batch.rows(index), batch.passing_rows(index)
+    if passing is not None:
+        if rows is None or rows.numel():
+            total = hidden.settle()
+            some = rope if rows is None else tuple((cos[rows], sin[rows]) for cos, sin in rope)
+            qkv = layer.qkv(layer.mha_norm(total if rows is None else total[rows]))
+            attended = attend(elastic, batch, index, layer, qkv, some)
+            if passing.numel():
+                total.index_add_(0, passing, layer.added(layer.out(attended), layer.mha_post_norm))
+    elif rows is None:
         normed = hidden.normed(layer.mha_norm)
         hidden.add(layer.attend(normed, lambda qkv: attend(elastic, batch, index, layer, qkv, rope)))
     elif rows.numel():

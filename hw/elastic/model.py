@@ -26,7 +26,7 @@ from hw.elastic.rotation import find_rotations
 from hw.elastic.weight_streams import WeightStreams
 from sim.cost.memory import Stage, ffn_weight_bytes, mha_weight_bytes, resident_mask
 from sim.cost.model_spec import ModelSpec, model_from_hf_config
-from sim.cost.plan import KeepMask, Plan, check_plan, dense_plan
+from sim.cost.plan import KeepMask, Plan, check_plan, dense_plan, describe
 from sim.errors import ModelError, PlanError, nearest
 
 # Shapes: b rows of a batch, t new tokens, k keys, h KV heads, d head_dim, e hidden size.
@@ -238,6 +238,11 @@ class ElasticModel:
             raise PlanError(
                 f"a forward of {len(rows)} rows of {lengths} tokens and "
                 f"{'no' if requests is None else len(requests)} requests; give one request a row, one token at least"
+            )
+        if stage == "prefill" and any(self.plan.kv_only):
+            raise PlanError(
+                f"the plan {describe(self.plan)!r} has layers that only write KV for most tokens of a prompt; "
+                "hw.elastic.forward runs them, and hw.score measures them; leave kv_only out here"
             )
         self.ready()
         running = self.running(stage)

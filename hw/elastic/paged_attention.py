@@ -11,7 +11,7 @@ arranged together, once an iteration, and everything reaches the device in one c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -51,6 +51,7 @@ class _Part:
 
     rows: of the group (None: all). prepared: their attention. tensors: what it needs on the device. kv, slots: where
     new keys and values are stored, [layers, rows], if they are quantized; else None, as they are stored already.
+    asking, answers: in a group of ``kv_only``, the rows of the group that attend, and their places among all that do.
     """
 
     rows: Tensor | None
@@ -58,6 +59,8 @@ class _Part:
     tensors: Sequence[Tensor]
     kv: QuantizedKV | None = None
     slots: Tensor | None = None
+    asking: Tensor | None = None
+    answers: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +68,14 @@ class _Group:
     """Layers that run for the same requests, and store the KV of each request at the same precision.
 
     rows: of the iteration (None: all). slots: [layers, n], where the new keys and values are stored in the arena;
-    negative for those that are quantized. parts: the rows by precision.
+    negative for those that are quantized. parts: the rows by precision. passing: in a group of ``kv_only``, the rows of
+    the iteration that run all of the MHA block; the others only write keys and values. None elsewhere: all run it.
     """
 
     rows: Tensor | None
     slots: Tensor
     parts: Sequence[_Part]
+    passing: Tensor | None = None
 
 
 class _Sent:
@@ -92,7 +97,9 @@ class PagedBatch:
 
     tokens, positions: [n]. wanted: rows whose logits count. decodes: how many rows come first that are decodes. extra:
     tensors of the arrays that were passed as ``extra``. layout: where all others lie in the memory of the staging.
-    layers: which group of arrays each layer reads, in the order of the layers.
+    layers: which group of arrays each layer reads, in the order of the layers. kv_only: whether most tokens of prompts
+    only write their keys and values in a layer. passing: rows that run all of such a layer: the decodes, then the last
+    tokens of prompts that end.
     """
 
     def __init__(
@@ -107,6 +114,7 @@ class PagedBatch:
         attention: Attention | None = None,
         extra: Sequence[npt.NDArray[Any]] = (),
         fill_to: int = 0,
+        kv_only: Sequence[bool] = (),
     ) -> None:
         """Look up the KV blocks of the batch and send all of it to the device.
 
@@ -120,6 +128,7 @@ class PagedBatch:
             fill_to: rows of a batch of decodes alone that has to have the shape of others; 0: it need not. The last
                 decode is repeated up to this number: it stores the same keys in the same place. Tables are then as wide
                 as a power of two, and ``wanted`` covers every row.
+            kv_only: as in ``Plan``; empty for none. A prompt ends with this iteration if its last row is wanted.
         """
         self._arena = arena
         attention, staging = attention or default_attention(arena), staging or Staging(arena.hardware)
@@ -133,21 +142,27 @@ class PagedBatch:
         tokens = np.fromiter(chain.from_iterable(one.tokens for one in packed), np.int64, int(first_rows[-1]))
         positions = np.arange(len(tokens)) - np.repeat(first_rows[:-1] - starts, counts)
         held = [read_table(one.table, len(windows), one.start + len(one.tokens)) for one in packed]
-        request = _Requests(held, counts, starts, first_rows, len(decodes))
+        self.kv_only = tuple(flag and bool(prefills) for flag in kv_only or [False] * len(windows))
+        asked = set(wanted) if any(self.kv_only) else set()
+        ends = np.array([i for i in range(len(decodes), len(packed)) if first_rows[i + 1] - 1 in asked], np.int64)
+        request = _Requests(held, counts, starts, first_rows, len(decodes), ends)
+        passing = np.concatenate([np.arange(len(decodes)), first_rows[ends + 1] - 1])
         tables = request.tables(bool(fill_to))
-        sent = _Sent([tokens, positions, np.array(wanted, np.int64)])
+        sent = _Sent([tokens, positions, np.array(wanted, np.int64), *([passing] if any(self.kv_only) else [])])
         self._group_of: list[int] = [0] * len(windows)
         self._place: list[int] = [0] * len(windows)
         groups: list[Callable[[], _Group]] = []
-        for layers, who in request.groups():
+        for layers, who in request.groups(self.kv_only):
             for place, layer in enumerate(layers):
                 self._group_of[layer], self._place[layer] = len(groups), place
-            groups.append(self._group(sent, request, tables, layers, who, attention))
+            make = self._writing_group if self.kv_only[layers[0]] else self._group
+            groups.append(make(sent, request, tables, layers, who, attention))
         self.layers = tuple(self._group_of)
         count = len(sent.arrays)
         sent.tensors = staging.send([*sent.arrays, *extra])
         self.layout = staging.layout[:count]
         self.tokens, self.positions, self.wanted = sent.tensors[:3]
+        self.passing = sent.tensors[3] if any(self.kv_only) else self.wanted
         self.extra = sent.tensors[count:]
         self._groups = [group() for group in groups]
 
@@ -187,6 +202,82 @@ class PagedBatch:
             return _Group(_first(all_rows()), stored()[0][:, : len(group_rows)], [part() for part in parts])
 
         return make
+
+    def _writing_group(
+        self,
+        sent: _Sent,
+        request: _Requests,
+        tables: tuple[Int32s, Int32s],
+        layers: list[int],
+        who: npt.NDArray[np.intp],
+        attention: Attention,
+    ) -> Callable[[], _Group]:
+        """Arrange layers of ``kv_only`` that run for the same requests: all rows write KV, and few of them attend."""
+        by_bits = request.by_bits(layers[0], who)
+        group_rows = request.rows_of(who)
+        all_rows = sent.add([] if len(who) == len(request.held) else [group_rows])
+        all_passing = request.passing_of(who)
+        slots = np.full((len(layers), len(group_rows) + len(group_rows) % 2), -1, np.int64)
+        parts: list[Callable[[], _Part]] = []
+        for bits, some in by_bits.items():
+            kv = QuantizedKV(self._arena, bits) if bits < 16 else None
+            rows = self._rows(request, tables, layers, some, self._arena if kv is None else kv)
+            own, new = np.searchsorted(group_rows, request.rows_of(some)), self._slots(rows)
+            if kv is not None:
+                kv.note_written(new.ravel().tolist())
+            else:
+                slots[:, own] = new
+                if self._arena.packed:
+                    self._arena.begin((new[new % rows.block_tokens == 0] // rows.block_tokens).tolist())
+            passing = request.passing_of(some)
+            if not len(passing):
+                continue  # chunks that do not end their prompts
+            asking = self._as_decodes(request, tables, layers, some, rows)
+            prepared = (
+                attention.prepare(asking, self._arena) if kv is None else PreparedQuantized(asking, self._arena, kv)
+            )
+            places = [np.searchsorted(group_rows, passing), np.searchsorted(all_passing, passing)]
+            made = _part(
+                prepared, kv, sent.add([own]), sent.add([] if kv is None else [new]), sent.add(prepared.arrays)
+            )
+            parts.append(_asking(made, sent.add(places)))
+        stored = sent.add([slots, all_passing])
+
+        def make() -> _Group:
+            kept, passing = stored()
+            return _Group(_first(all_rows()), kept[:, : len(group_rows)], [part() for part in parts], passing)
+
+        return make
+
+    def _as_decodes(
+        self,
+        request: _Requests,
+        tables: tuple[Int32s, Int32s],
+        layers: list[int],
+        who: npt.NDArray[np.intp],
+        rows: Rows,
+    ) -> Rows:
+        """Return the rows of requests that attend in a layer of ``kv_only``: each is one query over all its context."""
+        ends = request.ends_of(who)
+        if not len(rows.prefix):
+            return rows
+        at = np.array(layers)
+        parts = [rows.table, tables[1][np.ix_(at, ends - request.decodes)]]
+        width = max(part.shape[2] for part in parts)
+        parts = [np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[2]))) for part in parts]
+        none = np.zeros((len(layers), len(ends)), np.int32)
+        context = (request.starts + request.counts)[ends].astype(np.int32)
+        total = rows.decodes + len(ends)
+        return replace(
+            rows,
+            table=np.concatenate(parts, axis=1),
+            context=np.concatenate([rows.context, context]),
+            first=np.concatenate([rows.first, none], axis=1),
+            last=np.concatenate([rows.last, none], axis=1),
+            chunk_table=rows.chunk_table[:, :0],
+            chunk_starts=np.array([total], np.int32),
+            prefix=rows.prefix[:0],
+        )
 
     def _rows(
         self,
@@ -271,7 +362,10 @@ class PagedBatch:
         eps: float,
         offset: float,
     ) -> Tensor:
-        """Return the attention [n, H d] of the rows of a layer, from their product with q, k and v."""
+        """Return the attention [n, H d] of the rows of a layer, from their product with q, k and v.
+
+        In a layer of ``kv_only``, that of the rows that ``passing_rows`` returns.
+        """
         group, place = self._groups[self._group_of[layer]], self._place[layer]
         cos, sin = rope if rope is not None else (None, None)
         query, key, value = ops.rope_and_store(
@@ -287,6 +381,8 @@ class PagedBatch:
             eps=eps,
             offset=offset,
         )
+        if group.passing is not None:
+            return self._attend_passing(group, place, query, key, value, scale)
         if len(group.parts) == 1 and group.parts[0].kv is None:
             part = group.parts[0]
             return part.prepared.attend(place, part.tensors, query, key, value, scale).reshape(len(qkv), -1)
@@ -297,6 +393,33 @@ class PagedBatch:
                 part.kv.write(part.slots[place], key[at], value[at])
             attended[at] = part.prepared.attend(place, part.tensors, query[at], key[at], value[at], scale)
         return attended.reshape(len(qkv), -1)
+
+    def _attend_passing(
+        self, group: _Group, place: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """Return the attention of the rows of a group that run all of a layer of ``kv_only``."""
+        assert group.passing is not None
+        attended = query.new_empty((len(group.passing), *query.shape[1:]))
+        for part in group.parts:
+            if part.kv is not None and part.slots is not None and part.rows is not None:
+                part.kv.write(part.slots[place], key[part.rows], value[part.rows])
+            at = part.asking
+            attended[part.answers] = part.prepared.attend(place, part.tensors, query[at], key[at], value[at], scale)
+        return attended.flatten(1)
+
+    def passing_rows(self, layer: int) -> Tensor | None:
+        """Return the rows of the iteration that run all of a layer's MHA block: None for those of ``rows``."""
+        return self._groups[self._group_of[layer]].passing
+
+
+def _asking(part: Callable[[], _Part], places: Callable[[], list[Tensor]]) -> Callable[[], _Part]:
+    """Return what makes a part of which only some rows attend."""
+
+    def make() -> _Part:
+        asking, answers = places()
+        return replace(part(), asking=asking, answers=answers)
+
+    return make
 
 
 def _part(
@@ -318,11 +441,14 @@ class _Requests:
     """The requests of an iteration, on the host: decodes, then prompt chunks.
 
     held: their KV blocks. counts, starts: new tokens of each, and tokens before. rows: the first row of each, and the
-    number of rows. decodes: how many are decodes. full: whether all KV has 16 bits.
+    number of rows. decodes: how many are decodes. ends: the prompts that end. full: whether all KV has 16 bits.
     """
 
-    def __init__(self, held: list[HeldBlocks], counts: Int64s, starts: Int64s, rows: Int64s, decodes: int) -> None:
+    def __init__(
+        self, held: list[HeldBlocks], counts: Int64s, starts: Int64s, rows: Int64s, decodes: int, ends: Int64s
+    ) -> None:
         self.held, self.counts, self.starts, self.rows, self.decodes = held, counts, starts, rows, decodes
+        self.ends = ends
         self.full = all(one.full for one in held)
 
     def tables(self, power_of_two: bool) -> tuple[Int32s, Int32s]:
@@ -340,16 +466,19 @@ class _Requests:
             made.append(stack_blocks(held, width) if held else np.zeros((layers, 0, width), np.int32))
         return made[0], made[1]
 
-    def groups(self) -> list[tuple[list[int], npt.NDArray[np.intp]]]:
-        """Return layers that run for the same requests and store KV at the same bits, and these requests."""
+    def groups(self, kv_only: Sequence[bool]) -> list[tuple[list[int], npt.NDArray[np.intp]]]:
+        """Return layers that run for the same requests and store KV at the same bits, and these requests.
+
+        Those of ``kv_only`` are apart from the others.
+        """
         state = np.stack([one.runs for one in self.held], axis=1)  # [layers, requests]
-        if state.all() and self.full:
+        if state.all() and self.full and not any(kv_only):
             return [(list(range(len(state))), np.arange(len(self.held)))]
         if not self.full:
             state = state * np.stack([one.bits for one in self.held], axis=1)
         found: dict[bytes, list[int]] = {}
         for layer, row in enumerate(state):
-            found.setdefault(row.tobytes(), []).append(layer)
+            found.setdefault(row.tobytes() + bytes([kv_only[layer]]), []).append(layer)
         return [(layers, np.flatnonzero(state[layers[0]])) for layers in found.values()]
 
     def by_bits(self, layer: int, who: npt.NDArray[np.intp]) -> dict[int, npt.NDArray[np.intp]]:
@@ -366,6 +495,14 @@ class _Requests:
         single, chunks = who[who < self.decodes], who[who >= self.decodes]
         ranges = (np.arange(self.rows[i], self.rows[i + 1]) for i in chunks)
         return np.concatenate([single, *ranges], dtype=np.int64)
+
+    def ends_of(self, who: npt.NDArray[np.intp]) -> Int64s:
+        """Return which of some requests are prompts that end."""
+        return self.ends[np.isin(self.ends, who)]
+
+    def passing_of(self, who: npt.NDArray[np.intp]) -> Int64s:
+        """Return the rows of some requests that run all of a layer of ``kv_only``: decodes, then last tokens."""
+        return np.concatenate([who[who < self.decodes], self.rows[self.ends_of(who) + 1] - 1], dtype=np.int64)
 
     def keeps(self, layers: list[int], who: npt.NDArray[np.intp]) -> tuple[Int32s, Int32s, bool]:
         """Return how many of the first and last tokens some layers of some requests keep, [layers, requests] each."""

@@ -258,14 +258,14 @@ class TorchExecutor:
             if live.computed_tokens + tokens == live.target_tokens:
                 caught_up.append(live)
                 rows.append(row - 1)
-        drawn = Drawn(self._draws(caught_up))
+        drawn, kv_only = Drawn(self._draws(caught_up)), iteration.plan.kv_only
         fill_to = (self._graphs.rows_of(len(single)) or 0) if self._graphs is not None and not chunks else 0
-        batch = self._batch(single, chunks, rows, drawn, fill_to)
+        batch = self._batch(single, chunks, rows, drawn, kv_only, fill_to)
         chosen, finite = self._next_tokens(iteration, batch, drawn, recurs=fill_to > 0)
         # The only time that the host waits for the device.
         *read, is_finite = self._staging.read(torch.cat((chosen[: len(rows)], finite))).tolist()
         if not is_finite:
-            raise self._not_finite(iteration, self._batch(single, chunks, rows, drawn))
+            raise self._not_finite(iteration, self._batch(single, chunks, rows, drawn, kv_only))
         return {live.request_id: token for live, token in zip(caught_up, read, strict=True)}
 
     def _draws(self, caught_up: Sequence[LiveRequest]) -> list[Draw]:
@@ -285,6 +285,7 @@ class TorchExecutor:
         chunks: Sequence[Packed],
         rows: Sequence[int],
         drawn: Drawn,
+        kv_only: Sequence[bool],
         fill_to: int = 0,
     ) -> PagedBatch:
         return PagedBatch(
@@ -297,6 +298,7 @@ class TorchExecutor:
             attention=self._attention,
             extra=drawn.arrays,
             fill_to=fill_to,
+            kv_only=kv_only,
         )
 
     def _next_tokens(

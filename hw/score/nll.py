@@ -50,7 +50,7 @@ def measure(elastic: ElasticModel, plan: Plan, windows: Tensor, *, prompt_tokens
 
     This takes one pass a window and equals prefilling the prompt and decoding the rest token by token. After the
     prompt, a block that decode drops adds nothing, and a layer sees only the first f and last w tokens, at 8 or 4 bits,
-    if the plan says so.
+    if the plan says so. In a layer of ``kv_only``, only the last token of the prompt and those after it gain anything.
 
     Args:
         elastic: with all blocks at full precision; the plan's masks work as gates, and rounded weights replace the full
@@ -120,6 +120,7 @@ def _of_layer(plan: Plan, layer: int) -> object:
         plan.weight_bits[layer],
         plan.kv_keep[layer],
         plan.kv_bits[layer],
+        plan.kv_only[layer],
     )
 
 
@@ -143,8 +144,15 @@ def _run_layer(
                 added = torch.cat((elastic.attend(layer, hidden, rope, None)[:, :prompt], added[:, prompt:]), 1)
             if not decodes:
                 added[:, prompt:] = 0
+            if plan.kv_only[layer]:  # the prompt's last token and those after it read the keys of all, which pass on
+                added[:, : prompt - 1] = 0
             hidden = hidden + added
-        if plan.decode.ffn[layer]:
+        if plan.kv_only[layer]:
+            some = slice(prompt - 1 if plan.prefill.ffn[layer] else prompt, None if plan.decode.ffn[layer] else prompt)
+            gained = torch.zeros_like(hidden)
+            gained[:, some] = elastic.feed(layer, hidden[:, some])
+            hidden = hidden + gained
+        elif plan.decode.ffn[layer]:
             hidden = hidden + elastic.feed(layer, hidden)
         elif plan.prefill.ffn[layer]:
             hidden = torch.cat((hidden[:, :prompt] + elastic.feed(layer, hidden[:, :prompt]), hidden[:, prompt:]), 1)

@@ -23,6 +23,8 @@ from hw.score.orders import (
     score_pdtrim,
     score_random,
 )
+from hw.score.pop import score_pop
+from hw.score.pop_page import page as pop_page_of
 from hw.score.report import scores_page
 from sim.config import one_thread, run_command
 from sim.cost.quality import QUALITIES
@@ -41,6 +43,7 @@ MEASURED: dict[str, Callable[[Job], None]] = {
     "random": score_random,
     "table": score_table,
     "kv_bits": score_kv_bits,
+    "pop": score_pop,
     "full_test": score_full_test,
     "samples": score_samples,
     "generation": score_generation,
@@ -68,10 +71,18 @@ def offline_page(cfg: DictConfig) -> None:
     write_text(path.parent / "index.md", page(figures))
 
 
+def pop_page(cfg: DictConfig) -> None:
+    """Write the page of POP from the losses in conf/quality/kv_only."""
+    path = QUALITIES / "kv_only" / f"{model_name(cfg)}.json"
+    figures = read_json_object(path, ConfigError, "run python -m hw.score kind=pop first")
+    write_text(Path(cfg.out) if cfg.out else RESULTS / "pop" / "index.md", pop_page_of(figures))
+
+
 FROM_FILES: dict[str, Callable[[DictConfig], None]] = {
     "fit": fit_table,
     "report": report,
     "offline_page": offline_page,
+    "pop_page": pop_page,
 }
 """The kinds that only need files of the others."""
 

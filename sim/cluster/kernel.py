@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.compiled import compiled
-from sim.cost.latency import LatencyTables, iteration_seconds
+from sim.cost.latency import LatencyTables, iteration_seconds, layered_iteration_seconds
 from sim.engine import kernel
 from sim.engine.kernel import Table
 from sim.engine.kernel.decodes import _join_decodes, _link_slot, settle
@@ -27,6 +27,7 @@ from sim.engine.kernel.state import (
     STALLED,
     TURN,
     WAITING,
+    _has,
     batch_of,
     block_counts_of,
     counters_of,
@@ -34,11 +35,14 @@ from sim.engine.kernel.state import (
     kv_sets_of,
     latency_data_of,
     latency_layout_of,
+    layer_loads_of,
+    layers_of,
     preempted_stack_of,
     prompts_of,
     queue_of,
     request_words_of,
     requests_of,
+    residency_words_of,
     slots_of,
     waiting,
 )
@@ -119,6 +123,19 @@ def kv_load(s: Table) -> float:
 def prefill_token_s(s: Table) -> float:
     """Return the seconds per prompt token under the running plan, in a full batch with one chunk of a prompt."""
     tokens, tables = counters_of(s).max_batch_tokens, LatencyTables(latency_data_of(s), latency_layout_of(s))
+    n = counters_of(s)
+    if n.kv_only > 0:
+        loads, layers, words = layer_loads_of(s), layers_of(s), residency_words_of(s)
+        for layer in range(len(layers)):
+            row, runs = loads[layer], 1 if _has(words, n.residency, layer) else 0
+            row[0], row[1], row[4], row[5] = 1, layers[layer].bits_index, 0, 0
+            if layers[layer].kv_only != 0:
+                row[2], row[3], row[7] = 0, 0, (tokens - 1) * runs
+                row[4], row[5], row[6] = runs, tokens * runs, layers[layer].prefill_ffn
+            else:
+                row[2], row[3], row[7] = tokens * runs, tokens * (tokens + 1) // 2 * runs, 0
+                row[6] = tokens * layers[layer].prefill_ffn
+        return float(layered_iteration_seconds(tables, loads, tokens, 1, n.qkv_share) / tokens)
     seconds = iteration_seconds(tables, block_counts_of(s), tokens, tokens * (tokens + 1) // 2, 0, 0, 1)
     return float(seconds / tokens)
 

@@ -18,6 +18,17 @@ Attention depends on sums over the batch, so that an engine keeps four integers 
   max(P, M, f + min(P, a * tile-contexts + h * tiles) + min(M, b * contexts + d * sequences)) times a tabulated
   residual, where P is the prefill part alone and M the decode part next to a tiny prefill.
 
+**Layers of `kv_only`** (``Plan``, POP). All tokens of a prompt but its last one pass only the products with q, k and v
+of such a layer, which write their keys and values. The last ones of the prompts that end in this iteration, and the
+decodes, pass all of it; as each of them is one query over a context, their attention is that of decodes:
+
+    MHA block = share * linear(all tokens) + (1 - share) * linear(those that pass all) + decode attention of these
+    FFN block = linear(those that pass all)
+
+The share is that of q, k and v in the multiplications with the block's weights (``ModelSpec.qkv_share``). So the norm,
+the rotation and the writing of KV, which the tables hold together with the products, are taken to be divided in the
+same way. An all-reduce follows the output projection, so it is one of the tokens that pass all.
+
 Only the functions marked `compiled` do this arithmetic: ``sim.engine.pricing_executor`` calls them from Python, the
 compiled kernel from inside its loop, and both get bit-identical results.
 
@@ -73,7 +84,7 @@ import numpy as np
 from sim.compiled import compiled, constant
 from sim.cost.bounds import Factors, knee_of, ratio_at
 from sim.cost.gpu import TP_DEGREES, Gpu
-from sim.cost.plan import WEIGHT_BITS, Plan
+from sim.cost.plan import WEIGHT_BITS, Plan, describe
 from sim.errors import CalibrationError, nearest
 from sim.json_file import read_json_object
 from sim.paths import REPOSITORY
@@ -107,7 +118,7 @@ SURFACE_DECODE = constant(21)
 SURFACE_SHARED_DECODE = constant(26)
 RESIDUAL = 31
 SHARED_KERNEL = 40  # 1 if one kernel takes prompts and decodes
-ALLREDUCE = 41  # what of every block's curve is its all-reduce, laid out as they are; a last count of 0 without any
+ALLREDUCE = constant(41)  # what of every block's curve is its all-reduce, laid out as they are; last count 0 for none
 LAYOUT_LENGTH = 43
 DATA_FIXED = 0
 DATA_SHARED_FIT = 1  # five coefficients a, h, b, d, f of the module's docstring
@@ -345,23 +356,40 @@ def iteration_seconds(
 
 
 @compiled()
-def layered_iteration_seconds(tables: LatencyTables, rows: Ints, tokens: int, sequences: int) -> float:
+def _kv_only_seconds(tables: LatencyTables, bits: int, tokens: int, passing: int, qkv_share: float) -> float:
+    """Return the seconds of an MHA block without attention that only ``passing`` of ``tokens`` tokens pass in full."""
+    seconds = qkv_share * linear_seconds(tables, bits, MHA_KIND, tokens)
+    seconds += (1.0 - qkv_share) * linear_seconds(tables, bits, MHA_KIND, passing)
+    if tables.layout[ALLREDUCE + 1] > 0:  # without the all-reduce of those that do not reach the output projection
+        whole = curve_seconds(tables.data, tables.layout, ALLREDUCE, tokens)
+        seconds -= qkv_share * (whole - curve_seconds(tables.data, tables.layout, ALLREDUCE, passing))
+    return float(seconds)
+
+
+@compiled()
+def layered_iteration_seconds(
+    tables: LatencyTables, rows: Ints, tokens: int, sequences: int, qkv_share: float
+) -> float:
     """Return the seconds of an iteration in which requests run different blocks or read different KV.
 
     Args:
         tables: of a LatencyModel.
-        rows: int64[n, 7], one row per group of layers that process the same tokens: number of layers, bits index; of
+        rows: int64[n, 8], one row per group of layers that process the same tokens: number of layers, bits index; of
             the MHA block: prompt tokens, their summed context, decodes, the KV tokens that they read; of the FFN
-            block: tokens. A block that processes no token costs nothing.
-        tokens, sequences: of the iteration.
+            block: tokens; of the MHA block again: prompt tokens that only write keys and values. A block that
+            processes no token costs nothing. In a layer of `kv_only` the last tokens of prompts count as decodes.
+        tokens, sequences: of the iteration. qkv_share: ``ModelSpec.qkv_share``, read where tokens only write KV.
     """
     total = tables.data[DATA_FIXED] + curve_seconds(tables.data, tables.layout, CURVE_TOKEN, tokens)
     total += curve_seconds(tables.data, tables.layout, CURVE_HEAD, sequences)
     for i in range(rows.shape[0]):
         layers, bits = rows[i, 0], rows[i, 1]
         mha_tokens = rows[i, 2] + rows[i, 4]
-        if mha_tokens > 0:
+        if rows[i, 7] > 0:
+            total += layers * _kv_only_seconds(tables, bits, mha_tokens + rows[i, 7], mha_tokens, qkv_share)
+        elif mha_tokens > 0:
             total += layers * linear_seconds(tables, bits, MHA_KIND, mha_tokens)
+        if mha_tokens > 0:
             total += layers * attention_seconds(tables, rows[i, 2], rows[i, 3], rows[i, 4], rows[i, 5])
         if rows[i, 6] > 0:
             total += layers * linear_seconds(tables, bits, FFN_KIND, rows[i, 6])
@@ -398,9 +426,52 @@ def iteration_in_range(
     return bool(_covers(tables, SURFACE_SHARED_DECODE if shared else SURFACE_DECODE, decode_batch, decode_context_sum))
 
 
+@compiled()
+def kv_only_in_range(tables: LatencyTables, passing: int, context_sum: int) -> bool:
+    """Return whether the attention of layers of `kv_only` needs no extrapolation: of the tokens that pass all of it."""
+    return bool(_covers(tables, SURFACE_DECODE, passing, context_sum))
+
+
 def chunk_context_sum(chunk_tokens: int, prefix_tokens: int) -> int:
     """Return the summed context of a chunk: each token attends to the prefix, the chunk up to it and itself."""
     return chunk_tokens * prefix_tokens + chunk_tokens * (chunk_tokens + 1) // 2
+
+
+class PromptLoad(NamedTuple):
+    """The prompt tokens of an iteration, the sum of their contexts, and the same of the last tokens of prompts."""
+
+    tokens: int
+    context_sum: int
+    ends: int
+    end_context_sum: int
+
+
+def _prompt_load(chunks: Sequence[tuple[int, int]], ends: int) -> PromptLoad:
+    """Return the load of chunks (tokens, prefix), of which the first ``ends`` end their prompts."""
+    return PromptLoad(
+        tokens=sum(tokens for tokens, _ in chunks),
+        context_sum=sum(chunk_context_sum(tokens, prefix) for tokens, prefix in chunks),
+        ends=ends,
+        end_context_sum=sum(tokens + prefix for tokens, prefix in chunks[:ends]),
+    )
+
+
+def plan_rows(plan: Plan, prompts: PromptLoad, decodes: int, decode_context_sum: int) -> Ints:
+    """Return int64[layers, 8], the rows of `layered_iteration_seconds` if all requests run all that the plan runs."""
+    rows = []
+    for layer, (bits, kv_only) in enumerate(zip(plan.weight_bits, plan.kv_only, strict=True)):
+        runs, decoding = plan.prefill.mha[layer], decodes * plan.decode.mha[layer]
+        context_sum = decode_context_sum * plan.decode.mha[layer]
+        feeding = (prompts.ends if kv_only else prompts.tokens) * plan.prefill.ffn[layer]
+        feeding += decodes * plan.decode.ffn[layer]
+        if kv_only:
+            passing = prompts.ends * runs
+            attention = 0, 0, decoding + passing, context_sum + prompts.end_context_sum * runs
+        else:
+            attention = prompts.tokens * runs, prompts.context_sum * runs, decoding, context_sum
+        writing = (prompts.tokens - prompts.ends) * runs if kv_only else 0
+        rows.append((1, WEIGHT_BITS.index(bits), *attention, feeding, writing))
+    return np.array(rows, dtype=np.int64)
 
 
 def plan_layers(plan: Plan) -> Ints:
@@ -542,9 +613,9 @@ class LatencyModel:
         """
         self._check_bits(set(plan.weight_bits))
 
-    def layered_iteration_s(self, rows: Ints, tokens: int, sequences: int) -> float:
+    def layered_iteration_s(self, rows: Ints, tokens: int, sequences: int, qkv_share: float = 1.0) -> float:
         """Return the seconds of an iteration in which layers differ in tokens; see `layered_iteration_seconds`."""
-        return float(layered_iteration_seconds(self.tables, rows, tokens, sequences))
+        return float(layered_iteration_seconds(self.tables, rows, tokens, sequences, qkv_share))
 
     def linear_s(self, kind: str, bits: int, tokens: int) -> float:
         """Return the seconds of one block without attention: kind `mha` (norm to output projection) or `ffn`."""
@@ -583,6 +654,8 @@ class LatencyModel:
         decode_batch: int,
         decode_context_sum: int,
         sequences: int,
+        *,
+        qkv_share: float | None = None,
     ) -> float:
         """Return the seconds of one iteration.
 
@@ -591,11 +664,21 @@ class LatencyModel:
             chunks: (chunk tokens, prefix tokens with KV in the cache), one per prompt.
             decode_batch: sequences that decode.
             decode_context_sum: KV tokens that they read in one layer, in total, their new tokens included.
-            sequences: sequences that get a next token: all decodes, and prompts whose last chunk this is.
+            sequences: sequences that get a next token: all decodes, and prompts whose last chunk this is. Under
+                `kv_only` these are taken to be the first ones of ``chunks``.
+            qkv_share: ``ModelSpec.qkv_share`` of the model; only a plan with `kv_only` needs it.
         Raises:
-            CalibrationError: if the calibration does not cover a precision of the plan.
+            CalibrationError: if the calibration does not cover a precision of the plan, or `kv_only` lacks the share.
         """
         self.check_bits(plan)
+        if chunks and any(plan.kv_only):
+            if qkv_share is None:
+                raise CalibrationError(
+                    f"the plan {describe(plan)!r} has layers that only write KV in prefill; pass qkv_share of the model"
+                )
+            prompts = _prompt_load(chunks, sequences - decode_batch)
+            rows = plan_rows(plan, prompts, decode_batch, decode_context_sum)
+            return self.layered_iteration_s(rows, prompts.tokens + decode_batch, sequences, qkv_share)
         tokens = sum(chunk for chunk, _ in chunks)
         context_sum = sum(chunk_context_sum(chunk, prefix) for chunk, prefix in chunks)
         return float(

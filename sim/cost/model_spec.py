@@ -139,6 +139,12 @@ class ModelSpec:
         )
 
     @property
+    def qkv_share(self) -> float:
+        """The share of q, k and v in the multiplications with the weights of an MHA block."""
+        *qkv, out = (linear.in_features * linear.out_features for linear in self.mha_linears)
+        return sum(qkv) / (sum(qkv) + out)
+
+    @property
     def ffn_linears(self) -> tuple[Linear, ...]:
         """The weight matrices of one FFN block: gate (if gated), up and down projection."""
         up = Linear("up_proj", self.hidden_size, self.intermediate_size, self.ffn_bias)

@@ -94,6 +94,8 @@ class Plan:
     kv_bits: 16, 8 or 4, one entry per layer: how its KV is stored after prefill (KIVI); 16 everywhere if left out.
     streamed: one entry per layer: True keeps its weights in host memory, and each iteration copies them to the device
         before the layer runs (Oneiros); none if left out.
+    kv_only: one entry per layer: True lets all tokens of a prompt but its last one write only their keys and values
+        there, and pass on to the next layer unchanged (POP); none if left out.
     max_running: requests that may run at once; None keeps the engine's own limit (SABER).
     max_waiting: an arriving request is rejected when this many already wait; None rejects none.
     max_wait_s: a request that has waited this long without being admitted is rejected; None lets all wait.
@@ -105,6 +107,7 @@ class Plan:
     kv_keep: tuple[KVKeep, ...]
     kv_bits: tuple[int, ...] = ()
     streamed: tuple[bool, ...] = ()
+    kv_only: tuple[bool, ...] = ()
     max_running: int | None = None
     max_waiting: int | None = None
     max_wait_s: float | None = None
@@ -114,6 +117,8 @@ class Plan:
             object.__setattr__(self, "kv_bits", (16,) * len(self.weight_bits))
         if self.streamed == ():
             object.__setattr__(self, "streamed", (False,) * len(self.weight_bits))
+        if self.kv_only == ():
+            object.__setattr__(self, "kv_only", (False,) * len(self.weight_bits))
 
 
 def dense_plan(model: ModelSpec) -> Plan:
@@ -196,13 +201,14 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
     """
     check_layers(model, plan.decode, "plan.decode")
     check_layers(model, plan.prefill, "plan.prefill")
-    for field in ("weight_bits", "kv_keep", "kv_bits", "streamed"):
+    for field in ("weight_bits", "kv_keep", "kv_bits", "streamed", "kv_only"):
         listed = getattr(plan, field)
         if len(listed) != model.num_layers:
             raise PlanError(
                 f"plan.{field} has {len(listed)} entries; {model.name} has {model.num_layers} layers, one entry each"
             )
     _check_flags("plan.streamed", plan.streamed)
+    _check_flags("plan.kv_only", plan.kv_only)
     _check_bits("weight_bits", plan.weight_bits)
     _check_bits("kv_bits", plan.kv_bits)
     for bits in sorted(set(plan.kv_bits) - {16}):
@@ -284,8 +290,9 @@ def describe(plan: Plan) -> str:
             layers = [i for i, b in enumerate(listed) if b == bits]
             if layers:
                 parts.append(f"{kind}{bits} {_ranges(layers)}")
-    if any(plan.streamed):
-        parts.append(f"streamed {_ranges([i for i, streamed in enumerate(plan.streamed) if streamed])}")
+    for name, flags in (("streamed", plan.streamed), ("KV only", plan.kv_only)):
+        if any(flags):
+            parts.append(f"{name} {_ranges([i for i, flag in enumerate(flags) if flag])}")
     for keep in sorted(set(plan.kv_keep) - {KV_KEEP_ALL}, key=str):
         layers = [i for i, k in enumerate(plan.kv_keep) if k == keep]
         parts.append(f"KV {keep.first_tokens}+{keep.last_tokens} {_ranges(layers)}")

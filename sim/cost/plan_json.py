@@ -1,4 +1,4 @@
-"""Plans as JSON: removed blocks, layers by precision, runs of kept KV, streamed layers; dense is nearly empty."""
+"""Plans as JSON: removed blocks, layers by precision, runs of kept KV, streamed and kv_only layers; dense is short."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         ],
         **({"kv_bits": kv_bits} if (kv_bits := _layers_by_bits(plan.kv_bits)) else {}),
         **({"streamed": [i for i, x in enumerate(plan.streamed) if x]} if any(plan.streamed) else {}),
+        **({"kv_only": [i for i, x in enumerate(plan.kv_only) if x]} if any(plan.kv_only) else {}),
     }
 
 
@@ -59,7 +60,7 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         for run in value["kv_keep"]:
             for layer in _known(run["layers"], layers):
                 kv_keep[layer] = KVKeep(first_tokens=run["first_tokens"], last_tokens=run["last_tokens"])
-        streamed = set(_known(value.get("streamed", []), layers))
+        streamed, kv_only = (set(_known(value.get(name, []), layers)) for name in ("streamed", "kv_only"))
         return Plan(
             decode=_mask(layers, value["decode_drop"]),
             prefill=_mask(layers, value["prefill_drop"]),
@@ -67,6 +68,7 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
             kv_keep=tuple(kv_keep),
             kv_bits=_bits(layers, value.get("kv_bits", {})),
             streamed=tuple(layer in streamed for layer in range(layers)),
+            kv_only=tuple(layer in kv_only for layer in range(layers)),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CalibrationError(

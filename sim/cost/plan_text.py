@@ -14,6 +14,7 @@ _DROPPED = re.compile(rf"(?:(prefill|decode) )?((?:-(?:MHA|FFN) {_RANGES} ?)+)")
 _BITS = re.compile(rf"W(8|4) ({_RANGES})")
 _KV_BITS = re.compile(rf"KV(8|4) ({_RANGES})")
 _STREAMED = re.compile(rf"streamed ({_RANGES})")
+_KV_ONLY = re.compile(rf"KV only ({_RANGES})")
 _KV_KEEP = re.compile(rf"KV (\d+)\+(\d+) ({_RANGES})")
 _LIMIT = re.compile(r"(max_running|max_waiting|max_wait_s) (\S+)")
 
@@ -26,6 +27,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
     """
     bits = [16] * num_layers
     kv_bits, kv_keep, streamed = [16] * num_layers, [KV_KEEP_ALL] * num_layers, [False] * num_layers
+    kv_only = [False] * num_layers
     kept = {stage: KeepMask(mha=(True,) * num_layers, ffn=(True,) * num_layers) for stage in ("prefill", "decode")}
     limits: dict[str, float] = {}
     for part in text.split("; "):
@@ -43,6 +45,9 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         elif found := _STREAMED.fullmatch(part):
             for layer in _layers(found[1], num_layers):
                 streamed[layer] = True
+        elif found := _KV_ONLY.fullmatch(part):
+            for layer in _layers(found[1], num_layers):
+                kv_only[layer] = True
         elif found := _KV_KEEP.fullmatch(part):
             for layer in _layers(found[3], num_layers):
                 kv_keep[layer] = KVKeep(first_tokens=int(found[1]), last_tokens=int(found[2]))
@@ -57,6 +62,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         kv_keep=tuple(kv_keep),
         kv_bits=tuple(kv_bits),
         streamed=tuple(streamed),
+        kv_only=tuple(kv_only),
         max_running=_whole(limits.get("max_running")),
         max_waiting=_whole(limits.get("max_waiting")),
         max_wait_s=limits.get("max_wait_s"),
@@ -65,7 +71,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
 
 def most_layer(text: str) -> int:
     """Return the highest layer that a description names; -1 if it names none."""
-    lists = re.findall(rf"(?:MHA|FFN|W8|W4|KV8|KV4|streamed|KV \d+\+\d+) ({_RANGES})", text)
+    lists = re.findall(rf"(?:MHA|FFN|W8|W4|KV8|KV4|streamed|KV only|KV \d+\+\d+) ({_RANGES})", text)
     return max((int(number) for listed in lists for number in re.split("[-,]", listed)), default=-1)
 
 

@@ -17,7 +17,7 @@ r_b is 1 if block b is removed in both stages and ``stage_share`` if only decode
 removing b alone. Cut KV counts by the measured loss of cutting each layer alone, inversely proportional to the tokens
 kept. All coefficients are non-negative, so no plan improves by dropping more. A measured plan is predicted like any
 other: with its own measured value, noise included, it would stand out from similar plans. The loss of KV at 8 and 4
-bits is added (``sim.cost.kv_loss``).
+bits is added (``sim.cost.kv_loss``), and so is that of layers in which prompts only write KV (``kv_only_loss``).
 
 A fit holds up to some loss: many blocks removed together hurt more than the model says. How far it holds, and by how
 much it is too good beyond, is measured on held-out plans and stored with the coefficients (``FittedRange``). Outside of
@@ -39,6 +39,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sim.cost.kv_loss import KVLoss, kv_loss_path, quantizes_kv, read_kv_loss
+from sim.cost.kv_only_loss import KVOnlyLoss, kv_only_layers, kv_only_loss_path, read_kv_only_loss
 from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import KV_KEEP_ALL, KeepMask, Plan, keep_all
 from sim.errors import CalibrationError, PlanError, RapLabError, nearest
@@ -223,7 +224,7 @@ class FittedQuality:
     root: sqrt(s) [b]. kv: what cutting each layer's KV alone costs [l], in nats.
     max_loss: no prediction exceeds this, the largest loss in the table or 4 nats.
     range: how far the fit holds; None predicts every plan without a bound, as a fit under test needs it.
-    kv_loss: what KV at 8 and 4 bits costs; None if it was not measured.
+    kv_loss: what KV at 8 and 4 bits costs; None if it was not measured. kv_only_loss: the same of ``kv_only``.
     """
 
     name: str
@@ -240,6 +241,7 @@ class FittedQuality:
     max_loss: float = math.inf
     range: FittedRange | None = None
     kv_loss: KVLoss | None = None
+    kv_only_loss: KVOnlyLoss | None = None
     _others_list: tuple[float, ...] = field(default=(), repr=False)
     _pairs_list: tuple[float, ...] = field(default=(), repr=False)
 
@@ -257,7 +259,9 @@ class FittedQuality:
         others = np.array([precision_and_kv_features(plan, self.kv) for plan in plans])
         score = removed @ self.blocks + pair_features(removed, self.root) @ self.pairs + others @ self.others
         loss: Floats = self.charged(np.minimum(unwarp(score, self.curve), self.max_loss))
-        loss = np.minimum(loss + np.array([self._kv_bits_loss(plan) for plan in plans]), self.max_loss)
+        loss = np.minimum(
+            loss + np.array([self._kv_bits_loss(plan) + self._kv_only_loss(plan) for plan in plans]), self.max_loss
+        )
         return np.where([self._kv_in_range(plan) for plan in plans], loss, self.max_loss)
 
     def loss(self, plan: Plan) -> float:
@@ -265,7 +269,8 @@ class FittedQuality:
         predicted = self.predicted_loss(plan)
         if not self._kv_in_range(plan):
             return self.max_loss
-        return min(float(self.charged(np.float64(predicted))) + self._kv_bits_loss(plan), self.max_loss)
+        added = self._kv_bits_loss(plan) + self._kv_only_loss(plan)
+        return min(float(self.charged(np.float64(predicted))) + added, self.max_loss)
 
     def _kv_bits_loss(self, plan: Plan) -> float:
         """Return what KV at 8 and 4 bits costs, in nats per token.
@@ -282,8 +287,23 @@ class FittedQuality:
             )
         return self.kv_loss.of(plan)
 
+    def _kv_only_loss(self, plan: Plan) -> float:
+        """Return what layers cost in which prompts only write KV, in nats per token.
+
+        Raises:
+            CalibrationError: if that was not measured.
+        """
+        if not any(plan.kv_only) or not kv_only_layers(plan):
+            return 0.0
+        if self.kv_only_loss is None:
+            raise CalibrationError(
+                f"what layers cost in which prompts only write KV was not measured on {self.name}; leave kv_only out, "
+                "or measure it: python -m hw.score kind=pop model.path=..."
+            )
+        return self.kv_only_loss.of(plan)
+
     def predicted_loss(self, plan: Plan) -> float:
-        """Return the predicted loss over dense without that of quantized KV, in nats per token, in any range."""
+        """Return the predicted loss over dense without that of quantized KV and ``kv_only``, in nats, in any range."""
         self._check(plan)
         removed = removed_shares(plan, self.stage_share)
         score = float(removed @ self.blocks)
@@ -326,8 +346,14 @@ class FittedQuality:
         return self.dense_nll + self.loss(plan)
 
     def charge(self, plan: Plan) -> float:
-        """Return what requests are charged for a plan: its NLL, or NaN for quantized KV that was not measured."""
-        return math.nan if self.kv_loss is None and quantizes_kv(plan) else self.nll(plan)
+        """Return what requests are charged for a plan: its NLL, or NaN for what was not measured.
+
+        That can be quantized KV, or layers in which prompts only write KV.
+        """
+        unknown = self.kv_loss is None and quantizes_kv(plan)
+        if any(plan.kv_only) and (layers := kv_only_layers(plan)):
+            unknown = unknown or self.kv_only_loss is None or not self.kv_only_loss.knows(layers)
+        return math.nan if unknown else self.nll(plan)
 
     def perplexity(self, plan: Plan) -> float:
         """Return exp(nll)."""
@@ -520,6 +546,11 @@ class PublishedQuality:
             raise CalibrationError(
                 f"nothing is published on W8 layers or cut KV of {self.model.name}, so their loss is unknown; use "
                 "W4, a model with a measured table (smollm2_135m), or measure one: python -m hw.score kind=table"
+            )
+        if any(plan.kv_only) and kv_only_layers(plan):
+            raise CalibrationError(
+                f"what layers cost in which prompts only write KV is not known of {self.model.name}; leave it out, "
+                "or take a quality that was measured: smollm2_135m"
             )
         quantized = self._kv_bits_loss(plan)
         if not self.in_range(plan):
@@ -816,10 +847,12 @@ def read_fitted(table: Path, form: str = BEST_FORM, text: Text = "test") -> Fitt
         raise CalibrationError(
             f"{path} was fitted to a table with SHA-256 {fitted_to[:12]}..., but {table} has {now[:12]}...; {again}"
         )
-    costs = kv_loss_path(table)
-    if not costs.is_file():
-        return quality
-    return replace(quality, kv_loss=read_kv_loss(costs, text, quality.name, len(quality.kv)))
+    layers = len(quality.kv)
+    if (costs := kv_loss_path(table)).is_file():
+        quality = replace(quality, kv_loss=read_kv_loss(costs, text, quality.name, layers))
+    if (costs := kv_only_loss_path(table)).is_file():
+        quality = replace(quality, kv_only_loss=read_kv_only_loss(costs, text, quality.name, layers))
+    return quality
 
 
 def read_published(path: Path) -> PublishedQuality:

@@ -174,6 +174,7 @@ class PlanGraph:
             "stream_id": self._stream_id(resident),
             "streams_at": self._streams_at(resident),
             "streams": len(resident.crossing()),
+            "kv_only": sum(plan.kv_only),
             "max_waiting": -1 if plan.max_waiting is None else plan.max_waiting,
             "max_wait_s": math.inf if plan.max_wait_s is None else plan.max_wait_s,
             "max_running": -1 if plan.max_running is None else plan.max_running,
@@ -191,8 +192,10 @@ class PlanGraph:
         self.residency_words[number] = [*words_of(plan.prefill.mha), *words_of(plan.decode.mha)]
         self.residency_block_counts[number] = plan_layers(plan).ravel()
         self.residency_layers[number] = [
-            (WEIGHT_BITS.index(bits), prefill, decode)
-            for bits, prefill, decode in zip(plan.weight_bits, plan.prefill.ffn, plan.decode.ffn, strict=True)
+            (WEIGHT_BITS.index(bits), prefill, decode, kv_only)
+            for bits, prefill, decode, kv_only in zip(
+                plan.weight_bits, plan.prefill.ffn, plan.decode.ffn, plan.kv_only, strict=True
+            )
         ]
         return number
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sim.cost.latency import LatencyModel, chunk_context_sum
+from sim.cost.latency import LatencyModel, chunk_context_sum, kv_only_in_range
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import WEIGHT_BITS, Plan
 from sim.cost.streaming import SHARED_LINK, slowed_s, stream_ready_s, stream_rows, streamed_end_s
@@ -55,7 +55,8 @@ class PricingExecutor:
         """Use ``latency``; an iteration that starts during a copy takes 1 + ``copy_slowdown`` times as long.
 
         ``host_to_device_bytes_per_s``: how fast KV is copied to the host and back, and streamed layers are copied in.
-        ``model``: what runs; without it no layer can be streamed. ``copy_layer_s``: of each layer's copy in addition.
+        ``model``: what runs; without it no layer can be streamed or be one of ``kv_only``.
+        ``copy_layer_s``: of each layer's copy in addition.
         ``slowdown``: an iteration takes this times as long as priced.
         ``token_of``: called with a request_id and how many tokens the request has; returns its next token. None: no
         tokens.
@@ -127,18 +128,33 @@ class PricingExecutor:
         sequences = sum(live.computed_tokens + tokens == live.target_tokens for live, tokens in scheduled)
         shape = (chunks, len(decodes), contexts, sequences)
         # If some request lacks KV of a layer, or keeps only a part of it, the layers differ and are priced one by one.
-        if all(live.table.formats is None and live.mha == _mha_run(plan, live) for live, _ in scheduled):
+        alike = all(live.table.formats is None and live.mha == _mha_run(plan, live) for live, _ in scheduled)
+        inside = self._latency.in_range(*shape)
+        if skips := any(plan.kv_only) and bool(chunks):
+            ends = [live.target_tokens for live, _ in _ending(iteration)]
+            inside = inside and kv_only_in_range(self._latency.tables, len(decodes) + len(ends), contexts + sum(ends))
+        if alike and not skips:
             seconds = self._latency.iteration_s(plan, *shape)
         else:
             tokens = sum(chunk for chunk, _ in chunks) + len(decodes)
-            seconds = self._latency.layered_iteration_s(_layers_seen(iteration), tokens, sequences)
+            seconds = self._latency.layered_iteration_s(
+                _layers_seen(iteration), tokens, sequences, self._qkv_share(plan)
+            )
         if iteration.copying:
             seconds *= 1.0 + self._copy_slowdown
         if self._crossing:
             seconds = self._with_streams(seconds, iteration)
         if iteration.moved_bytes:
             seconds += iteration.moved_bytes / self._bytes_per_s
-        return seconds, not self._latency.in_range(*shape)
+        return seconds, not inside
+
+    def _qkv_share(self, plan: Plan) -> float:
+        """Return the share of an MHA block that tokens run which only write KV."""
+        if self._model is not None:
+            return self._model.qkv_share
+        if any(plan.kv_only):
+            raise ConfigError("a plan has layers of kv_only, but the executor was built without its model; pass model=")
+        return 1.0
 
     def _with_streams(self, compute_s: float, iteration: Iteration) -> float:
         """Return the seconds of an iteration that waits for streamed layers, on a machine of slowdown 1."""
@@ -168,24 +184,39 @@ def _mha_run(plan: Plan, live: LiveRequest) -> frozenset[int]:
     return frozenset(layer for layer, keep in enumerate(mask) if keep)
 
 
-def _layers_seen(iteration: Iteration) -> Ints:
-    """Return int64[k, 7], the load of each layer; layers with equal loads share a row, in order of first appearance.
+def _ending(iteration: Iteration) -> list[tuple[LiveRequest, int]]:
+    """Return the requests in prefill that end it with this iteration."""
+    return [
+        (live, tokens) for live, tokens in iteration.prefills if live.computed_tokens + tokens == live.target_tokens
+    ]
 
-    Columns: layers, index of the weight bits, prefill tokens, their context, decodes, their context, FFN tokens.
+
+def _layers_seen(iteration: Iteration) -> Ints:
+    """Return int64[k, 8], the load of each layer; layers with equal loads share a row, in order of first appearance.
+
+    Columns: layers, index of the weight bits, prefill tokens, their context, decodes, their context, FFN tokens, prompt
+    tokens that only write KV. In a layer of `kv_only` the last token of a prompt counts as a decode.
     """
     plan, decodes, prefills = iteration.plan, iteration.decodes, iteration.prefills
     rows: dict[tuple[int, ...], int] = {}
+    ending = _ending(iteration)
     prefill_tokens = sum(tokens for _, tokens in prefills)
     for layer, bits in enumerate(plan.weight_bits):
         chunks = [(tokens, live.computed_tokens) for live, tokens in prefills if layer in live.mha]
         contexts = [live.table.read_tokens(layer, live.computed_tokens) for live in decodes if layer in live.mha]
+        writing, feeding = 0, prefill_tokens
+        if plan.kv_only[layer]:
+            last = [live.target_tokens for live, _ in ending if layer in live.mha]
+            writing, feeding = sum(tokens for tokens, _ in chunks) - len(last), len(ending)
+            chunks, contexts = [], contexts + last
         seen = (
             WEIGHT_BITS.index(bits),
             sum(tokens for tokens, _ in chunks),
             sum(chunk_context_sum(tokens, prefix) for tokens, prefix in chunks),
             len(contexts),
             sum(contexts),
-            prefill_tokens * plan.prefill.ffn[layer] + len(decodes) * plan.decode.ffn[layer],
+            feeding * plan.prefill.ffn[layer] + len(decodes) * plan.decode.ffn[layer],
+            writing,
         )
         rows[seen] = rows.get(seen, 0) + 1
     return np.array([(count, *seen) for seen, count in rows.items()], dtype=np.int64)

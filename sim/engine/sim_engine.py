@@ -859,7 +859,7 @@ def _empty_state(
     )
     n = kernel.fields_of(state.counters)
     _set_counters(n, config, block_bytes, keep_iterations)
-    n.notice_s = budget.notice_s
+    n.notice_s, n.qkv_share = budget.notice_s, model.qkv_share
     state.kv_precisions["block_tokens"] = [kv_block_tokens_at(model, config.kv_block_tokens, bits) for bits in KV_BITS]
     state.kv_precisions["token_bytes"] = [model.kv_bytes_per_token_layer_at(bits) for bits in KV_BITS]
     state.slots["next"][slots] = state.slots["previous"][slots] = slots

@@ -44,6 +44,7 @@ def static_plan(
     kv_layers: Sequence[int] | None = None,
     kv_bits: int | Sequence[int] = 16,
     streamed: Sequence[int] = (),
+    kv_only: Sequence[int] = (),
     max_running: int | None = None,
     max_waiting: int | None = None,
     max_wait_s: float | None = None,
@@ -59,6 +60,7 @@ def static_plan(
         kv_layers: layers in which they apply; None is all layers.
         kv_bits: 16, 8 or 4 for the KV of all layers after prefill, or one entry per layer.
         streamed: layers whose weights stay in host memory and are copied in by each iteration.
+        kv_only: layers in which all tokens of a prompt but its last one only write keys and values.
         max_running, max_waiting, max_wait_s: as in ``Plan``.
     Raises:
         PlanError: if the plan is not legal for the model; the message names the block.
@@ -69,6 +71,7 @@ def static_plan(
         raise PlanError("kv_layers shortens nothing alone; add kv_first_tokens and kv_last_tokens, or leave it out")
     shortened = set(range(layers)) if kv_layers is None else _known_layers(model, "kv_layers", kv_layers)
     crossing = _known_layers(model, "streamed", streamed)
+    writing = _known_layers(model, "kv_only", kv_only)
     weight_bits = model.weight_bits if weight_bits is None else weight_bits
     if isinstance(kv_bits, Sequence) and not kv_bits:
         raise PlanError(f"kv_bits is an empty list; give one number, such as 8, or one for each of {layers} layers")
@@ -83,6 +86,7 @@ def static_plan(
         kv_keep=tuple(keep if layer in shortened else KVKeep() for layer in range(layers)),
         kv_bits=_per_layer(kv_bits, layers),
         streamed=tuple(layer in crossing for layer in range(layers)),
+        kv_only=tuple(layer in writing for layer in range(layers)),
         max_running=max_running,
         max_waiting=max_waiting,
         max_wait_s=max_wait_s,

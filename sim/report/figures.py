@@ -33,6 +33,7 @@ STATES = {
     series.BITS_8: ("8 bits", "#56B4E9"),
     series.BITS_16: ("16 bits", "#dfe3e6"),
     series.STREAMED: ("streamed from the host", "#009E73"),
+    series.KV_ONLY: ("prompts only write KV", "#CC79A7"),
 }
 """State of a block -> its name and color; colors of Okabe and Ito's palette, with pale gray for the usual state."""
 NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}

@@ -33,16 +33,19 @@ def _model(name: str, bits: int) -> tuple[MetaDevice, object]:
 
 
 def count(
-    name: str, bits: int, *, requests: int = 8, context: int = 300, sampled: bool = False
+    name: str, bits: int, *, requests: int = 8, context: int = 300, sampled: bool = False, kv_only: bool = False
 ) -> tuple[Operations, Operations]:
     """Return what the first iteration does, which computes all prompts, and what the next one does, which decodes.
 
     name: of a model of conf/model, or of a tiny family (tests/hw/tiny_models.py). bits: of the linear layers.
-    sampled: whether tokens are sampled, with temperature and top_p.
+    sampled: whether tokens are sampled, with temperature and top_p. kv_only: whether prompts only write KV in the
+    second half of the layers.
     """
     device, elastic = _model(name, bits)
     model = elastic.spec  # type: ignore[attr-defined]
     plan = replace(dense_plan(model), weight_bits=(bits,) * model.num_layers)
+    if kv_only:
+        plan = replace(plan, kv_only=tuple(2 * layer >= model.num_layers for layer in range(model.num_layers)))
     blocks = requests * kv_blocks(context + 8, BLOCK_TOKENS)
     limits = Limits(max_batch_tokens=requests * context, max_running=requests)
     sampling = Sampling(temperature=0.8, top_p=0.9, seed=(1,))

@@ -98,7 +98,7 @@ class PricedClock:
 
     def ran(self, prefill_tokens: int, decodes: int, contexts: int) -> None:
         chunks = [(prefill_tokens, 0)] if prefill_tokens else []
-        self.time_s += self._latency.iteration_s(self._plan, chunks, decodes, contexts, 1)
+        self.time_s += self._latency.iteration_s(self._plan, chunks, decodes, contexts, 1, qkv_share=1.0)
 
 
 class TimedCopier(LayerCopier):

@@ -9,7 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from sim.compiled import compiled
-from sim.cost.latency import LatencyTables, iteration_in_range, iteration_seconds, layered_iteration_seconds
+from sim.cost.latency import (
+    LatencyTables,
+    iteration_in_range,
+    iteration_seconds,
+    kv_only_in_range,
+    layered_iteration_seconds,
+)
 from sim.cost.streaming import SHARED_LINK, slowed_s, streamed_end_s
 from sim.engine.kernel.admission import _form_batch, queue_due_s, take_arrivals
 from sim.engine.kernel.decodes import _count_decodes, _join_decodes, _leave_decodes, _unlink_slot
@@ -59,7 +65,7 @@ def _fill_layer_loads(s: Table) -> int:
     """Fill ``layer_loads`` with the load of each layer; layers with equal loads share a row, in order of appearance.
 
     Returns:
-        The number of rows; their 7 columns are those of ``sim.cost.latency.layered_iteration_seconds``.
+        The number of rows; their 8 columns are those of ``sim.cost.latency.layered_iteration_seconds``.
     """
     n, requests, slots, sets, words, batch, layers, loads = (
         counters_of(s),
@@ -75,13 +81,21 @@ def _fill_layer_loads(s: Table) -> int:
     full_bytes = n.block_bytes // n.block_tokens  # of the KV of a token at 16 bits
     count = 0
     for layer in range(len(layers)):
-        tokens, contexts, decodes, context = 0, 0, 0, 0
+        tokens, contexts, decodes, context, writing = 0, 0, 0, 0, 0
+        kv_only = layers[layer].kv_only != 0
         for j in range(n.batch_chunks):
             slot, chunk = slots[batch[j].slot], batch[j].tokens
             if not _has(words, slot.kv_set, layer):
                 continue
             computed = requests[slot.request].computed_tokens
-            if computed < requests[slot.request].prefill_tokens:
+            if computed < requests[slot.request].prefill_tokens and kv_only:
+                request = requests[slot.request]
+                writing += chunk
+                if computed + chunk == request.prompt_tokens + request.produced_tokens:
+                    writing -= 1  # its last token passes all of the layer: one query over its context, like a decode
+                    decodes += 1
+                    context += computed + chunk
+            elif computed < requests[slot.request].prefill_tokens:
                 tokens += chunk
                 # Token k of the chunk attends to computed + k tokens, k = 1 ... chunk.
                 contexts += chunk * computed + chunk * (chunk + 1) // 2
@@ -99,7 +113,8 @@ def _fill_layer_loads(s: Table) -> int:
                     decodes += sets[k].decodes
                     context += sets[k].context_tokens + sets[k].decodes * n.clock
         bits, runs = layers[layer].bits_index, layers[layer]
-        ffn = n.batch_prefill_tokens * runs.prefill_ffn + n.batch_decodes * runs.decode_ffn
+        ffn = (n.batch_ends if kv_only else n.batch_prefill_tokens) * runs.prefill_ffn
+        ffn += n.batch_decodes * runs.decode_ffn
         found = False
         for at in range(count):
             row = loads[at]
@@ -110,6 +125,7 @@ def _fill_layer_loads(s: Table) -> int:
                 and row[4] == decodes
                 and row[5] == context
                 and row[6] == ffn
+                and row[7] == writing
             ):
                 row[0] += 1
                 found = True
@@ -117,8 +133,22 @@ def _fill_layer_loads(s: Table) -> int:
         if not found:
             row = loads[count]
             row[0], row[1], row[2], row[3], row[4], row[5], row[6] = 1, bits, tokens, contexts, decodes, context, ffn
+            row[7] = writing
             count += 1
     return count
+
+
+@compiled()
+def _end_contexts(s: Table) -> int:
+    """Return the contexts of the last tokens of the prompts that end with this iteration, in total."""
+    n, requests, slots, batch = counters_of(s), requests_of(s), slots_of(s), batch_of(s)
+    total = 0
+    for j in range(n.batch_chunks):
+        request = requests[slots[batch[j].slot].request]
+        computed, after = request.computed_tokens, request.computed_tokens + batch[j].tokens
+        if computed < request.prefill_tokens and after == request.prompt_tokens + request.produced_tokens:
+            total += after
+    return total
 
 
 @compiled(once=True)
@@ -180,12 +210,15 @@ def _start(s: Table, now_s: float) -> None:
             contexts += sets[k].context_tokens + sets[k].decodes * n.clock
         uniform = uniform and sets[n.decode_set].decodes == n.decoding
     n.batch_prefill_tokens, n.batch_decodes = prefill, decodes
+    if n.kv_only > 0:
+        n.batch_ends = sequences - decodes
+        uniform = uniform and prefill == 0
     tables, counts = LatencyTables(latency_data_of(s), latency_layout_of(s)), block_counts_of(s)
     if uniform:
         duration_s = iteration_seconds(tables, counts, prefill, prefill_contexts, decodes, contexts, sequences)
     else:
         loads = layer_loads_of(s)[: _fill_layer_loads(s)]
-        duration_s = layered_iteration_seconds(tables, loads, prefill + decodes, sequences)
+        duration_s = layered_iteration_seconds(tables, loads, prefill + decodes, sequences, n.qkv_share)
     if n.copy >= 0:
         duration_s *= 1.0 + n.copy_slowdown
     if n.streams > 0:
@@ -194,6 +227,8 @@ def _start(s: Table, now_s: float) -> None:
         duration_s += n.moved_blocks * n.block_bytes / n.copy_bytes_per_s
         n.moved_blocks = 0
     inside = iteration_in_range(tables, prefill, prefill_contexts, decodes, contexts, sequences)
+    if n.kv_only > 0 and prefill > 0:
+        inside = inside and kv_only_in_range(tables, sequences, contexts + _end_contexts(s))
     n.batch_extrapolated = 0 if inside else 1
     n.batch_running, n.batch_waiting = n.running, waiting(s)
     n.known_tail = n.queue_tail

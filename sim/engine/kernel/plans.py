@@ -357,7 +357,7 @@ def _copy_residency(s: Table, residency: int, count: int, now_s: float) -> None:
     if row.max_wait_s != n.max_wait_s:
         n.max_wait_since_s = now_s
     n.kv_format_id, n.max_waiting, n.max_wait_s = row.kv_format_id, row.max_waiting, row.max_wait_s
-    n.streams_at, n.streams = row.streams_at, row.streams
+    n.streams_at, n.streams, n.kv_only = row.streams_at, row.streams, row.kv_only
     if row.stream_id != n.stream_id and row.streams > 0:  # other layers are streamed: the copies of the first two begin
         n.first_stream_s, n.second_stream_s = stream_ready_s(
             stream_bytes_of(s), n.streams_at, n.streams, now_s, n.copy_bytes_per_s, n.copy_layer_s, n.slowdown
@@ -373,6 +373,7 @@ def _copy_residency(s: Table, residency: int, count: int, now_s: float) -> None:
         wanted = residency_layers_of(s)[residency, layer]
         layers[layer].bits_index = wanted.bits_index
         layers[layer].prefill_ffn, layers[layer].decode_ffn = wanted.prefill_ffn, wanted.decode_ffn
+        layers[layer].kv_only = wanted.kv_only
     for k in range(count):
         sets[k].prefill_params = row.prefill_params + sets[k].layers * row.mha_params
         sets[k].decode_params = row.decode_params + sets[k].layers * row.mha_params

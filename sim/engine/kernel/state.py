@@ -98,6 +98,7 @@ COUNTERS = np.dtype(
         ("copy_slowdown", FLOAT64),  # iterations during a copy take 1 + this times as long
         ("copy_bytes_per_s", FLOAT64),  # from host to device, bytes/s
         ("copy_layer_s", FLOAT64),  # seconds of each layer's copy in addition
+        ("qkv_share", FLOAT64),  # of q, k and v in the products of an MHA block (ModelSpec.qkv_share)
         ("copies_block", INT64),  # whether no iteration starts while a layer is copied in
         ("host_blocks", INT64),  # KV blocks of one layer that host memory holds for swapped requests; 0: no swapping
         # The running plan.
@@ -113,6 +114,7 @@ COUNTERS = np.dtype(
         ("stream_id", INT64),  # number of what crosses the link in each iteration; -1 for nothing
         ("streams_at", INT64),  # first row of stream_bytes and stream_shares for it
         ("streams", INT64),  # streamed layers
+        ("kv_only", INT64),  # layers in which only the last token of a prompt does more than write KV
         ("first_stream_s", FLOAT64),  # when the first two streamed layers of the next pass are on the device, s
         ("second_stream_s", FLOAT64),
         ("prefill_set", INT64),  # KV set that the plan runs in prefill; new requests get it
@@ -182,6 +184,7 @@ COUNTERS = np.dtype(
         ("decodes_in_batch", INT64),  # whether all decoding requests are in it
         ("batch_chunks", INT64),  # rows of batch
         ("batch_prefill_tokens", INT64),  # prompt tokens
+        ("batch_ends", INT64),  # prompts that end with it
         ("batch_decodes", INT64),  # decoding requests
         ("batch_running", INT64),  # running requests
         ("batch_waiting", INT64),  # waiting requests
@@ -385,10 +388,10 @@ resident_bytes_log_of = REPLICA.array("resident_bytes_log", RESIDENT_BYTES, rows
 
 # Blocks that an iteration runs, by the index of their precision: prefill MHA and FFN, decode MHA and FFN.
 block_counts_of = REPLICA.array("block_counts", rows=lambda z: z.precisions, columns=4, saved=True)
-LAYER = np.dtype([("bits_index", INT64), ("prefill_ffn", INT64), ("decode_ffn", INT64)], align=True)
+LAYER = np.dtype([("bits_index", INT64), ("prefill_ffn", INT64), ("decode_ffn", INT64), ("kv_only", INT64)], align=True)
 layers_of = REPLICA.array("layers", LAYER, rows=lambda z: z.layers, saved=True)
 # Work space: what equal layers see of a batch, as ``sim.cost.latency.layered_iteration_seconds`` reads it.
-layer_loads_of = REPLICA.array("layer_loads", rows=lambda z: z.layers, columns=7)
+layer_loads_of = REPLICA.array("layer_loads", rows=lambda z: z.layers, columns=8)
 KV_PRECISION = np.dtype([("block_tokens", INT64), ("token_bytes", INT64)], align=True)
 kv_precisions_of = REPLICA.array("kv_precisions", KV_PRECISION, rows=lambda z: z.precisions, saved=True)
 latency_data_of = REPLICA.array("latency_data", FLOAT64)  # ``sim.cost.latency.LatencyTables``
@@ -411,6 +414,7 @@ RESIDENCY = np.dtype(
         ("stream_id", INT64),  # number of what crosses the link in each iteration; -1 for nothing
         ("streams_at", INT64),  # first row of stream_bytes and stream_shares for it
         ("streams", INT64),  # streamed layers
+        ("kv_only", INT64),  # layers in which only the last token of a prompt does more than write KV
         ("max_waiting", INT64),  # -1 for no limit
         ("max_wait_s", FLOAT64),  # inf for no limit
         ("max_running", INT64),  # -1 for no limit

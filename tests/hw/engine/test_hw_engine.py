@@ -337,12 +337,17 @@ class AuditedExecutor(TorchExecutor):
 
         self._seen: dict[int, list[tuple[frozenset[int], tuple[bool, ...]]]] = getattr(self, "_seen", {})
         chosen = super().forward(iteration)
-        work = [(live, 1, iteration.plan.decode.ffn) for live in iteration.decodes]
-        work += [(live, tokens, iteration.plan.prefill.ffn) for live, tokens in iteration.prefills]
+        plan = iteration.plan
+        work = [(live, 1, plan.decode.ffn) for live in iteration.decodes]
+        work += [(live, tokens, plan.prefill.ffn) for live, tokens in iteration.prefills]
         for live, tokens, ffn in work:
             seen = self._seen.setdefault(live.request_id, [])
             del seen[live.computed_tokens :]
-            seen += [(live.mha, ffn)] * tokens
+            # In a layer of kv_only the keys of all are made, but only the last token of a prompt gains anything.
+            writes = frozenset(layer for layer, flag in enumerate(plan.kv_only) if flag and not live.decoding)
+            whole = live.computed_tokens + tokens == live.target_tokens
+            little = live.mha - writes, tuple(runs and layer not in writes for layer, runs in enumerate(ffn))
+            seen += [little] * (tokens - whole) + [(live.mha, ffn)] * whole
             token = chosen.get(live.request_id)
             if token is None or live.produced_tokens % 2:  # every other token: plain passes are slow
                 continue
@@ -367,8 +372,10 @@ def plan_schedule(
     bits: bool = False,
     kv: bool = False,
     streams: bool = False,
+    writes: bool = False,
 ) -> Schedule:
     rng, spec, crossing = random.Random(seed), tiny_spec(), random.Random(-seed - 1)
+    writing = random.Random(-seed - 2)
     plans = [dense_plan(spec)]
     while len(plans) < steps:
         prefill = KeepMask(
@@ -390,28 +397,33 @@ def plan_schedule(
         if streams and crossing.random() < 0.6:
             layers = crossing.sample(range(LAYERS), crossing.choice((3, LAYERS)))
             plan = replace(plan, streamed=tuple(layer in layers for layer in range(LAYERS)))
+        if writes and writing.random() < 0.7:
+            plan = replace(plan, kv_only=tuple(writing.random() < 0.5 for _ in range(LAYERS)))
         check_plan(spec, plan)
         plans.append(plan)
     return Schedule(tuple(period_s * i for i in range(steps)), tuple(plans))
 
 
 @pytest.mark.parametrize(
-    ("family", "restore", "kv_blocks", "host_kv_blocks", "streams"),
+    ("family", "restore", "kv_blocks", "host_kv_blocks", "streams", "writes"),
     quick(
         [
-            *(("llama", restore, blocks, 0, False) for restore in RESTORES for blocks in (10, 200)),
-            *(("llama", restore, 10, 100, False) for restore in RESTORES),
-            *(("llama", restore, blocks, 0, True) for restore in RESTORES for blocks in (10, 200)),
-            *((family, "new_requests", 200, 0, False) for family in UNLIKE),
-            *((family, "new_requests", 200, 0, True) for family in FAMILIES if family not in ("llama", *UNLIKE)),
+            *(("llama", restore, blocks, 0, False, False) for restore in RESTORES for blocks in (10, 200)),
+            *(("llama", restore, 10, 100, False, False) for restore in RESTORES),
+            *(("llama", restore, blocks, 0, True, False) for restore in RESTORES for blocks in (10, 200)),
+            *((family, "new_requests", 200, 0, False, False) for family in UNLIKE),
+            *(("llama", restore, blocks, 0, False, True) for restore in RESTORES for blocks in (10, 200)),
+            *((family, "new_requests", 200, 0, False, True) for family in UNLIKE),
+            *((family, "new_requests", 200, 0, True, False) for family in FAMILIES if family not in ("llama", *UNLIKE)),
+            *((family, "new_requests", 200, 0, True, True) for family in FAMILIES if family not in ("llama", *UNLIKE)),
         ],
-        10 + len(UNLIKE),
+        14 + 2 * len(UNLIKE),
     ),
 )
 def test_tokens_stay_those_of_a_plain_model_gated_alike_through_changes_of_the_plan(
-    family: str, restore: str, kv_blocks: int, host_kv_blocks: int, streams: bool
+    family: str, restore: str, kv_blocks: int, host_kv_blocks: int, streams: bool, writes: bool
 ) -> None:
-    policy = plan_schedule(5, 12, period_s=1.0, streams=streams)
+    policy = plan_schedule(5, 12, period_s=1.0, streams=streams, writes=writes)
     rows = some_rows(3, 16, longest_prompt=24, longest_output=14)
     Audited.plain = tiny(family)
     preemption = "swap" if host_kv_blocks else "recompute"
@@ -676,7 +688,7 @@ def test_both_engines_admit_alike_while_layers_are_streamed(
     budget = budget_for_kv_blocks(spec, dense_plan(spec), 20, 0, 4)
     engines = hw_engine(config=config, kv_blocks=20), sim_engine(config, budget, link_bytes_per_s=1e12)
     for engine in engines:
-        policy = plan_schedule(seed, 8, bits=seed % 2 == 0, streams=True)
+        policy = plan_schedule(seed, 8, bits=seed % 2 == 0, streams=True, writes=seed > 1)
         assert any(any(plan.streamed) for plan in policy.plans)
         replay(trace_of(some_rows(seed, 12)), engine, policy, tick_s=0.7)
     assert_same_replay(*engines)

@@ -94,7 +94,7 @@ def test_plans_and_budgets_that_change_lose_no_request_and_no_copy(place: torch.
     rng, rows, spec = random.Random(5), some_rows(5, 12, longest_output=20), tiny_spec()
     budget = moving_budget(5, 60)
     engine = engine_of(tiny(), place, budget_bytes=budget, workspace_bytes=0)
-    plans = plan_schedule(5, 10, bits=True, kv=True, streams=True).plans
+    plans = plan_schedule(5, 10, bits=True, kv=True, streams=True, writes=True).plans
     engine.submit(requests(rows))
     at_s = 0.0
     while not engine.drained:

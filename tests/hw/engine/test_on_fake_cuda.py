@@ -97,11 +97,12 @@ def serve_through(engine: HwEngine, plans: list[Plan], rng: random.Random, rows:
     assert (engine.records().status == Status.FINISHED).all()
 
 
+@pytest.mark.parametrize("writes", [False, True])
 @pytest.mark.parametrize("seed", quick(range(8), 4))
-def test_any_plans_and_budgets_give_the_tokens_of_a_plain_model_and_stay_within_memory(seed: int) -> None:
+def test_any_plans_and_budgets_give_the_tokens_of_a_plain_model_and_stay_within_memory(seed: int, writes: bool) -> None:
     rng = random.Random(seed)
     Audited.plain, kv_blocks, precision = tiny(), rng.choice([15, 24, 60]), seed % 3 == 2
-    plans = list(plan_schedule(seed, 8, bits=precision, kv=precision, streams=seed % 2 == 0).plans)
+    plans = list(plan_schedule(seed, 8, bits=precision, kv=precision, streams=seed % 2 == 0, writes=writes).plans)
     with FakeCuda(polls=rng.choice([1, 2, 5, 20])) as device:
         engine = engine_on(
             device,

@@ -48,6 +48,16 @@ def test_sampled_tokens_cost_no_further_wait_and_no_copy() -> None:
         assert seen.uploads == 1
 
 
+def test_layers_in_which_prompts_only_write_kv_cost_no_wait_no_copy_and_nothing_in_decodes() -> None:
+    dense = count("llama2_7b", 16)
+    found = count("llama2_7b", 16, kv_only=True)
+    assert found[1].launches == dense[1].launches
+    assert found[0].waits == dense[0].waits
+    for seen in found:
+        assert seen.host_copies == 0
+        assert seen.uploads == 1
+
+
 def test_a_pass_moves_its_weights_and_its_keys_about_once() -> None:
     """The bytes of Llama-2-7B at 16 bits without the embedding, and the keys and values of 8 contexts of 301 tokens."""
     weights = {16: 13.2e9, 8: 6.9e9, 4: 3.7e9}

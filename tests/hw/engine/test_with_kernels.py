@@ -47,3 +47,12 @@ def test_precision_kept_tokens_and_dropped_blocks_give_the_tokens_of_the_plain_o
     with ops.use_kernels():
         assert serve(hw_engine(family=family, plan=plan), ROWS) == expected
     assert {"_row_kernel", "_tile_kernel"} <= set(LAUNCHES - before)
+
+
+@pytest.mark.parametrize("family", quick(FIRST, 1))
+def test_prompts_that_only_write_kv_give_the_tokens_of_the_plain_operations(family: str) -> None:
+    spec = tiny_spec()
+    plan = replace(dense_plan(spec), kv_only=tuple(layer != 1 for layer in range(spec.num_layers)))
+    expected = serve(hw_engine(family=family, plan=plan), ROWS)
+    with ops.use_kernels():
+        assert serve(hw_engine(family=family, plan=plan), ROWS) == expected

@@ -295,7 +295,8 @@ class PlainCluster:
             will = engine.pool.used_layer_blocks + waiting * layers / engine.config.kv_block_tokens
             return float(will / max(engine.pool.layer_blocks, 1))
         batch = engine.config.limits.max_batch_tokens
-        return (waiting + tokens) * (engine.latency.iteration_s(engine._changes.plan, [(batch, 0)], 0, 0, 1) / batch)
+        plan, share = engine._changes.plan, engine.model.qkv_share
+        return (waiting + tokens) * (engine.latency.iteration_s(plan, [(batch, 0)], 0, 0, 1, qkv_share=share) / batch)
 
     def _route_again(self, k: int, now_s: float, running_too: bool) -> None:
         replica = self.replicas[k]

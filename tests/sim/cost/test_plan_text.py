@@ -34,6 +34,7 @@ def plans(draw: st.DrawFn) -> Plan:
         kv_keep=tuple(draw(st.lists(kept, min_size=LAYERS, max_size=LAYERS))),
         kv_bits=tuple(draw(st.lists(st.sampled_from([16, 8, 4]), min_size=LAYERS, max_size=LAYERS))),
         streamed=tuple(draw(st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS))),
+        kv_only=tuple(draw(st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS))),
         max_running=draw(st.none() | st.integers(1, 1000)),
         max_waiting=draw(st.none() | st.integers(0, 1000)),
         max_wait_s=draw(st.none() | st.floats(1e-3, 1e6)),
@@ -56,6 +57,7 @@ def test_the_highest_layer_of_a_description_is_found(plan: Plan) -> None:
         or plan.kv_keep[layer] != KV_KEEP_ALL
         or plan.kv_bits[layer] != 16
         or plan.streamed[layer]
+        or plan.kv_only[layer]
     ]
     assert most_layer(describe(plan)) == max(differs, default=-1)
 

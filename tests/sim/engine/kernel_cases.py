@@ -93,6 +93,7 @@ def quality_nll(plan: Plan) -> float:
     for layer, (mha, ffn, bits) in enumerate(zip(plan.decode.mha, plan.decode.ffn, plan.weight_bits, strict=True)):
         score += (2 + layer) * 0.1 * (not mha) + (3 + layer) * 0.01 * (not ffn) + 0.001 * (16 - bits)
     score += sum(0.0003 * (2 + layer) * (16 - bits) for layer, bits in enumerate(plan.kv_bits))
+    score += sum(0.0007 * (3 + layer) * kv_only for layer, kv_only in enumerate(plan.kv_only))
     return score + sum(0.5 * (not keep) for keep in (*plan.prefill.mha, *plan.prefill.ffn))
 
 
@@ -253,6 +254,22 @@ def with_streams(seed: int, case: Case) -> Case:
     return _with_plans(case, streaming)
 
 
+def with_kv_only(seed: int, case: Case) -> Case:
+    """Return the case of a seed with plans in which prompts only write KV in some layers; its own stream, as above."""
+    rng = np.random.default_rng([seed, 16])
+    if rng.random() < 0.6:
+        return case
+    layers: dict[Plan, tuple[bool, ...]] = {}
+
+    def writing(plan: Plan) -> Plan:
+        if plan not in layers:
+            some = tuple(bool(flag) for flag in rng.random(TINY.num_layers) < 0.5)
+            layers[plan] = some if rng.random() < 0.7 else ()
+        return replace(plan, kv_only=layers[plan])
+
+    return _with_plans(case, writing)
+
+
 def with_tp(seed: int, case: Case) -> Case:
     """Return the case of a seed with its model divided among GPUs, and a slow host; its own stream, as above."""
     rng = np.random.default_rng([seed, 15])
@@ -278,8 +295,8 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
     Args:
         ahead: whether its engine schedules ahead; None lets the seed decide.
         later: whether the seed may choose what came later than the frozen records: swapping, weight copies that hold
-            the engine up, plans that limit how long a request may wait, quantize KV or stream layers, and a model that
-            is divided among GPUs. Cut KV then costs something too.
+            the engine up, plans that limit how long a request may wait, quantize KV, stream layers or let prompts
+            only write KV, and a model that is divided among GPUs. Cut KV then costs something too.
     """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
@@ -345,7 +362,9 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
         slowdown=(0.6, 1.0, 1.0, 1.9)[seed // 3 % 4] if later else 1.0,
         charges_cut_kv=later,
     )
-    return with_tp(seed, with_streams(seed, with_kv_bits(seed, with_waits(seed, case)))) if later else case
+    if not later:
+        return case
+    return with_kv_only(seed, with_tp(seed, with_streams(seed, with_kv_bits(seed, with_waits(seed, case)))))
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:

@@ -111,6 +111,8 @@ def test_states_of_blocks_say_bits_and_what_only_prefill_keeps() -> None:
     assert states[4:] == [series.BITS_16, series.BITS_16, series.BITS_8, series.BITS_4]
     streamed = series.block_states(plan_from_text("-MHA 0; W8 2; streamed 0-2", 4)).tolist()
     assert streamed[:4] == [series.DROPPED, series.STREAMED, series.STREAMED, series.BITS_16]
+    writing = series.block_states(plan_from_text("-MHA 0; W8 2; KV only 0-2", 4)).tolist()
+    assert writing[:5] == [series.DROPPED, series.KV_ONLY, series.KV_ONLY, series.BITS_16, series.KV_ONLY]
 
 
 def many_changes(run: RunData, number: int) -> RunData:
