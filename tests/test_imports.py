@@ -253,7 +253,7 @@ COMPILED_MODULES = {
     "sim.engine.kernel.plans",
     "sim.engine.kernel.loop",
     "sim.cluster.kernel",
-    "sim.cost.latency",
+    "sim.cost.latency_tables",
     "sim.cost.streaming",
     "sim.engine.batch_step",
     "agents.envs.serve_vector",

@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix, diags, identity, kron, vstack
 from scipy.sparse.linalg import spsolve
 
 from sim.cost.gpu import Gpu
-from sim.cost.latency import TILE_TOKENS, interp2, interpolated
+from sim.cost.latency_tables import TILE_TOKENS, interp2, interpolated
 from sim.cost.model_spec import ModelSpec
 from sim.errors import CalibrationError
 from sim.types import Floats
@@ -699,7 +699,7 @@ def _solve(design: csr_matrix, penalty: csr_matrix, wanted: Floats | float = 0.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedFit:
-    """The `shared` rule of `sim.cost.latency`: five coefficients, the decode table M, and the residual on its axes."""
+    """The `shared` rule of `sim.cost.latency_tables`: coefficients, decode table M, and the residual on its axes."""
 
     fit_us: Floats
     batch: Floats
@@ -745,7 +745,7 @@ def fit_shared(mixed: Mixed, prefill_us: Callable[[Floats, Floats], Floats]) -> 
 
 
 def shared_at(fit: SharedFit, mixed: Mixed, prefill: Floats) -> Floats:
-    """Return the microseconds that the fitted rule gives, as `sim.cost.latency.attention_seconds` computes them."""
+    """Return the microseconds of the fitted rule, as `sim.cost.latency_tables.attention_seconds` computes them."""
     decode = surface_at(fit.batch, fit.context, fit.decode_us, mixed.batch, mixed.context)
     logs = (np.log(fit.axes[0]), np.log1p(fit.axes[1]), np.log(fit.axes[2]), np.log(fit.axes[3]))
     points = np.column_stack([np.log(mixed.chunk), np.log1p(mixed.prefix), np.log(mixed.batch), np.log(mixed.context)])

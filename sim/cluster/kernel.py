@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.compiled import compiled
-from sim.cost.latency import LatencyTables, iteration_seconds, layered_iteration_seconds
+from sim.cost.latency_tables import LatencyTables, iteration_seconds, layered_iteration_seconds
 from sim.engine import kernel
 from sim.engine.kernel import Table
 from sim.engine.kernel.decodes import _join_decodes, _link_slot, settle

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sim.cost.latency import LatencyModel, chunk_context_sum, kv_only_in_range
+from sim.cost.latency import LatencyModel, chunk_context_sum
+from sim.cost.latency_tables import kv_only_in_range
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import WEIGHT_BITS, Plan
 from sim.cost.streaming import SHARED_LINK, slowed_s, stream_ready_s, stream_rows, streamed_end_s

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from sim.compiled import compiled
-from sim.cost.latency import (
+from sim.cost.latency_tables import (
     LatencyTables,
     iteration_in_range,
     iteration_seconds,
@@ -65,7 +65,7 @@ def _fill_layer_loads(s: Table) -> int:
     """Fill ``layer_loads`` with the load of each layer; layers with equal loads share a row, in order of appearance.
 
     Returns:
-        The number of rows; their 8 columns are those of ``sim.cost.latency.layered_iteration_seconds``.
+        The number of rows; their 8 columns are those of ``sim.cost.latency_tables.layered_iteration_seconds``.
     """
     n, requests, slots, sets, words, batch, layers, loads = (
         counters_of(s),

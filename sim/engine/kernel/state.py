@@ -390,11 +390,11 @@ resident_bytes_log_of = REPLICA.array("resident_bytes_log", RESIDENT_BYTES, rows
 block_counts_of = REPLICA.array("block_counts", rows=lambda z: z.precisions, columns=4, saved=True)
 LAYER = np.dtype([("bits_index", INT64), ("prefill_ffn", INT64), ("decode_ffn", INT64), ("kv_only", INT64)], align=True)
 layers_of = REPLICA.array("layers", LAYER, rows=lambda z: z.layers, saved=True)
-# Work space: what equal layers see of a batch, as ``sim.cost.latency.layered_iteration_seconds`` reads it.
+# Work space: what equal layers see of a batch, as ``sim.cost.latency_tables.layered_iteration_seconds`` reads it.
 layer_loads_of = REPLICA.array("layer_loads", rows=lambda z: z.layers, columns=8)
 KV_PRECISION = np.dtype([("block_tokens", INT64), ("token_bytes", INT64)], align=True)
 kv_precisions_of = REPLICA.array("kv_precisions", KV_PRECISION, rows=lambda z: z.precisions, saved=True)
-latency_data_of = REPLICA.array("latency_data", FLOAT64)  # ``sim.cost.latency.LatencyTables``
+latency_data_of = REPLICA.array("latency_data", FLOAT64)  # ``sim.cost.latency_tables.LatencyTables``
 latency_layout_of = REPLICA.array("latency_layout")
 
 # -- budget and scheduled decisions ------------------------------------------------------------------------------------

@@ -23,12 +23,10 @@ from sim.cost.latency import (
     calibration_names,
     chunk_context_sum,
     copy_speed,
-    interp1,
-    interp2,
-    interpolated,
     load_calibration,
     plan_layers,
 )
+from sim.cost.latency_tables import interp1, interp2, interpolated
 from sim.cost.model_spec import load_model
 from sim.cost.plan import Plan, dense_plan, drop, with_mask
 from sim.errors import CalibrationError
