@@ -13,6 +13,8 @@ from sim.errors import ConfigError, RapLabError
 MOST_REQUESTS = 50_000_000
 MOST_DECISIONS = 10_000_000
 """Of a policy or an autoscaler while requests arrive: a run of many minutes."""
+MOST_ROLE_DECISIONS = 1_000_000
+"""On the roles of replicas, in one run: about ten seconds of decisions."""
 MOST_CHANGES = 1_000_000
 """Of a budget, and outages of one replica."""
 MOST_REPLICAS = 10_000

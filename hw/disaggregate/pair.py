@@ -289,6 +289,7 @@ def staged_records(
     under_way &= np.minimum(outputs, decode_limit - prompts) > 1
     columns["status"][under_way] = Status.RUNNING
     columns["finish_s"][under_way] = math.nan
+    columns["prefilled_s"] = columns["first_token_s"].copy()
     arrived = {"arrival_s": trace.arrival_s[:n].copy(), "prompt_tokens": prompts, "output_tokens": outputs}
     return StagedRecords(**{**columns, **arrived})
 

@@ -49,9 +49,11 @@ class Scheduled:
         return self.of.get(replica, ())
 
 
-def check_replicas(outages: Outages, count: int) -> None:
+def check_replicas(outages: Outages, count: int, more: str = "replicas.main.count=8") -> None:
     """Check that a schedule names only replicas that a cluster has.
 
+    Args:
+        more: how to get more of them, for the message.
     Raises:
         ConfigError: if it names another.
     """
@@ -62,7 +64,7 @@ def check_replicas(outages: Outages, count: int) -> None:
             have = "2 replicas, 0 and 1"
         raise ConfigError(
             f"outages.rows names replica {', '.join(map(str, unknown))}; the cluster has {have}: correct the row, or "
-            "add replicas, e.g. replicas.main.count=8"
+            f"add replicas, e.g. {more}"
         )
 
 

@@ -45,6 +45,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ from sim.engine import kernel
 from sim.engine.protocol import refuse_sessions
 from sim.engine.sim_engine import SimEngine, exact_delay
 from sim.errors import ConfigError
+from sim.limits import MOST_ROLE_DECISIONS, is_whole
 from sim.results.records import Records, Status
 from sim.traces.trace import Trace
 from sim.types import Floats, Ints
@@ -100,6 +102,7 @@ def with_prefill(quality_nll: Callable[[Plan], float] | None, prefill: KeepMask)
 class StagedRecords(Records):
     """Records of disaggregated serving, one entry per request; -1 and NaN for stages that it did not reach.
 
+    prefilled_s: float64[n], when its prompt was last computed completely.
     prefill_replica, decode_replica: int64[n], those that had it last. Each counts the replicas that began with this
         role first, then the others.
     sent_bytes: int64[n], of its KV, over all transfers that were completed.
@@ -107,6 +110,7 @@ class StagedRecords(Records):
     moves: int64[n], how often its KV was lost, or it was routed again because a replica was leaving.
     """
 
+    prefilled_s: Floats
     prefill_replica: Ints
     decode_replica: Ints
     sent_bytes: Ints
@@ -185,7 +189,7 @@ class Disaggregated:
         count = len(prefill) + len(decode)
         if turned is not None and len(turned) != count:
             raise ConfigError(f"turned has {len(turned)} builds for {count} replicas; give one for each")
-        check_replicas(outages, count)
+        check_replicas(outages, count, "prefill_replicas=4")
         refuse_sessions(trace, "a system with separate prefill and decode")
         self.env = simpy.Environment()
         self.trace, self.plan, self._overlap = trace, plan, overlap
@@ -216,6 +220,7 @@ class Disaggregated:
         self._home = np.full((n, 4), -1, dtype=np.int64)
         self._sent = np.zeros((n, 2)) * math.nan
         self._tokens = trace.prompt_tokens.copy()  # whose KV prefill computes and sends
+        self._prefilled_s = np.full(n, math.nan)
         self._bytes = np.zeros(n, dtype=np.int64)
         self._moves = np.zeros(n, dtype=np.int64)
         self._ready: deque[int] = deque()  # prefilled, their KV still to be sent
@@ -224,6 +229,8 @@ class Disaggregated:
         self._transfers: dict[int, _Transfer] = {}  # under way, in the order in which they were started
         self._held: dict[int, NDArray[Any] | None] = {}  # wait for a prefill replica; with the record of the last one
         if roles is not None:
+            if not 0 < roles.period_s < math.inf:
+                raise ConfigError(f"roles.period_s is {roles.period_s}; it must be above 0 seconds and finite")
             self._decide_at(roles, 1)
 
     @property
@@ -252,8 +259,18 @@ class Disaggregated:
         self._serve(math.inf, on_progress)
 
     def run_until(self, time_s: float) -> None:
-        """Serve until a time: all that ends, arrives or fails by then is done; iterations due then have not started."""
-        self._serve(time_s, None)
+        """Serve until a time: all that ends, arrives or fails by then is done; iterations due then have not started.
+
+        Replicas fail and come back also after the last request; a time that has passed changes nothing.
+
+        Raises:
+            ConfigError: for a time that is no number of seconds.
+        """
+        given: object = time_s
+        if not isinstance(given, Real) or math.isnan(given):
+            raise ConfigError(f"run_until: the time is {time_s!r}; it must be a number of seconds")
+        if time_s >= self.env.now:
+            self._serve(float(time_s), None)
 
     def _serve(self, horizon_s: float, on_progress: Callable[[int], None] | None) -> None:
         while True:
@@ -281,10 +298,17 @@ class Disaggregated:
             self._step_to(now_s)
 
     def _next_s(self) -> float:
-        """Return when something happens next, iterations of decode replicas aside for which nothing waits."""
-        watched = self.prefill + [s for s in self.decode if s.arrived or self._ready or not s.accepts]
+        """Return when something happens next, iterations of decode replicas aside for which nothing waits.
+
+        Those are not left out that are to start now, as after ``run_until``.
+        """
+        watched = self.prefill + [s for s in self.decode if s.arrived or self._ready or not s.accepts or self._due(s)]
         now_s = min([self.env.peek(), self._members.next_s, *(float(side.next_s[0]) for side in watched)])
         return min(now_s, float(self.trace.arrival_s[self._next])) if self._next < len(self.trace) else now_s
+
+    def _due(self, side: Side) -> bool:
+        """Return whether an iteration is to start now, or should have started."""
+        return bool(side.next_s[0] <= self.env.now) and not ck.in_iteration(side.table)
 
     def _happen(self, now_s: float, on_progress: Callable[[int], None] | None) -> None:
         """Do all that is due at a time except for starting iterations."""
@@ -392,6 +416,8 @@ class Disaggregated:
         for k, row in enumerate(rows.tolist()):
             assert found is not None
             request, produced = side.request_of[row], int(found["produced_tokens"][k])
+            if found["status"][k] == Status.FINISHED:
+                self._prefilled_s[request] = now_s
             if found["status"][k] != Status.FINISHED or self._output_limit(request) == produced:
                 continue  # it goes on here, or its last token was the only one left
             blocks = self._blocks(request)
@@ -590,7 +616,7 @@ class Disaggregated:
     def _move(self, request: int, record: NDArray[Any]) -> None:
         record = record.copy()
         record["finish_s"] = math.nan
-        self._home[request], self._sent[request] = -1, math.nan
+        self._home[request], self._sent[request], self._prefilled_s[request] = -1, math.nan, math.nan
         self._moves[request] += 1
         self._place(request, record, float(self.env.now))
 
@@ -609,8 +635,11 @@ class Disaggregated:
 
     def _set_prefill(self, count: int) -> None:
         members = self._members.all
-        if not 1 <= count < len(members):
-            raise ConfigError(f"{count} of {len(members)} replicas are to prefill; each role needs at least one")
+        if not is_whole(count) or not 1 <= count < len(members):
+            raise ConfigError(
+                f"{count!r} of {len(members)} replicas are to prefill; each role needs at least one, so it must be a "
+                f"whole number from 1 to {len(members) - 1}"
+            )
         for side in self.prefill:
             kernel.reject_late(side.table, float(self.env.now))
         now = [member for member in members if member.role is Role.PREFILL]
@@ -621,6 +650,11 @@ class Disaggregated:
 
     def _decide_at(self, roles: Roles, step: int) -> None:
         def decide() -> None:
+            if step > MOST_ROLE_DECISIONS:
+                raise ConfigError(
+                    f"roles.period_s is {roles.period_s:g}, and {MOST_ROLE_DECISIONS:,} decisions have not been enough "
+                    "to serve the trace; raise roles.period_s, or link_bytes_per_s if transfers take this long"
+                )
             before = [member.role for member in self._members.all]
             self._set_prefill(roles(self.observe()))
             idle = math.isinf(self._next_s()) and all(math.isinf(side.next_s[0]) for side in self.decode)
@@ -662,6 +696,13 @@ class Disaggregated:
 
     # -- results -------------------------------------------------------------------------------------------------
 
+    def link_seconds(self, end_s: float) -> float:
+        """Return for how long links were there to be used until a time: each while its replica prefills."""
+        if len(self.links) == 1:
+            return end_s
+        sides = self._members.sides[Role.PREFILL]
+        return sum(max(min(side.ended_s, end_s) - side.begun_s, 0.0) for side in sides)
+
     def engines(self) -> dict[str, SimEngine]:
         """Return every engine that has served, by a name for its role and replica, and a letter from its second on."""
         found: dict[str, SimEngine] = {}
@@ -688,6 +729,7 @@ class Disaggregated:
             "prefill_replica": np.full(arrived, -1, dtype=np.int64),
             "decode_replica": np.full(arrived, -1, dtype=np.int64),
             "sent_bytes": self._bytes[:arrived].copy(),
+            "prefilled_s": self._prefilled_s[:arrived].copy(),
             "send_s": self._sent[:arrived, 0].copy(),
             "sent_s": self._sent[:arrived, 1].copy(),
             "moves": self._moves[:arrived].copy(),

@@ -32,12 +32,12 @@ class Link:
         sent_bytes counts transfers that have begun, arrived_bytes those that have ended, lost_bytes those cut off.
 
         Raises:
-            ConfigError: for a bandwidth that is not above 0, or a latency below 0; both must be finite.
+            ConfigError: for a bandwidth below 1 byte per second, or a latency below 0; both must be finite.
         """
-        if not 0 < bytes_per_s < math.inf or not 0 <= latency_s < math.inf:
+        if not 1 <= bytes_per_s < math.inf or not 0 <= latency_s < math.inf:
             raise ConfigError(
-                f"link_bytes_per_s is {bytes_per_s} and link_latency_s {latency_s}; link_bytes_per_s must be above 0, "
-                "link_latency_s at least 0, and both finite; set e.g. link_bytes_per_s=1.25e10 link_latency_s=1e-4"
+                f"link_bytes_per_s is {bytes_per_s} and link_latency_s {latency_s}; link_bytes_per_s must be at least "
+                "1, link_latency_s at least 0, and both finite; set e.g. link_bytes_per_s=1.25e10 link_latency_s=1e-4"
             )
         self.env, self.bytes_per_s, self.latency_s = env, bytes_per_s, latency_s
         self.sent_bytes = self.arrived_bytes = self.lost_bytes = 0

@@ -136,11 +136,7 @@ class Members:
             load_bytes_per_s, start_s: as in ``sim.cluster.cluster.Cluster``. turn_s: how long a replica without
                 requests takes to change its role, besides the time to load the weights that it lacks.
         """
-        if not load_bytes_per_s > 0 or not 0 <= start_s < math.inf or not 0 <= turn_s < math.inf:
-            raise ConfigError(
-                f"load_bytes_per_s is {load_bytes_per_s}, start_s {start_s} and turn_s {turn_s}; the first must be "
-                "above 0 bytes per second, the others at least 0 seconds and finite"
-            )
+        check_times(load_bytes_per_s, start_s, turn_s)
         self.env, self.all, self._owner = env, tuple(members), owner
         self._load_bytes_per_s, self._start_s, self._turn_s = load_bytes_per_s, start_s, turn_s
         self._calendar: list[tuple[float, int, Callable[[], None]]] = []
@@ -309,6 +305,22 @@ class Members:
         # Prefill holds every block of decode, so the larger side's surplus is what the other one lacks.
         held_bytes, needed_bytes = (one.observe(self.env.now).weight_bytes for one in (side.engine, engine))
         self._load(member, engine, max(needed_bytes - held_bytes, 0), self._turn_s)
+
+
+def check_times(load_bytes_per_s: float, start_s: float, turn_s: float) -> None:
+    """Check how long replicas take to come back and to change roles; see ``Members``.
+
+    Raises:
+        ConfigError: for a bandwidth that is not above 0, or seconds that are below 0 or not finite.
+    """
+    if not load_bytes_per_s > 0:
+        raise ConfigError(
+            f"load_bytes_per_s is {load_bytes_per_s}; it must be above 0 bytes per second: set e.g. "
+            "load_bytes_per_s=2e9"
+        )
+    for name, value in (("start_s", start_s), ("turn_s", turn_s)):
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{name} is {value}; it must be at least 0 seconds and finite: set e.g. {name}=1.0")
 
 
 def _numbered(members: Sequence[Member], role: Role) -> dict[int, int]:

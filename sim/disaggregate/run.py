@@ -22,7 +22,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, describe
 from sim.disaggregate.disaggregate import Disaggregated, StagedRecords, decode_side, transfer_reduction, with_prefill
 from sim.disaggregate.links import Link
-from sim.disaggregate.members import Role, RoleEvent
+from sim.disaggregate.members import Role, RoleEvent, check_times
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.limits import MOST_REPLICAS, check_count, check_ticks
@@ -69,7 +69,8 @@ STAGED_COLUMNS: Columns = {
     "preemptions": ("preemptions", 1.0, 0, ""),
 }
 """As ``sim.results.report.SUMMARY_COLUMNS``. KV reduction: bytes that the dense model would have sent for the same
-requests, over those sent. wait for KV room: from the end of its prompt until a request's KV begins to be sent."""
+requests, over those sent. wait for KV room: from the end of its last prefill until a request's KV begins to be sent.
+link busy: of the time in which the replicas of the links prefill."""
 CHANGE_COLUMNS: Columns = {
     **STAGED_COLUMNS,
     "moved": ("moved", 1.0, 0, ""),
@@ -89,8 +90,9 @@ class DisaggregateConfig(VariantsConfig):
         ``gpu.tp`` GPUs divide the model; they send their shares at once. one_link: whether they share one.
     overlap: whether KV is sent while its prompt is computed.
     outages: when replicas are down; those that begin with prefill are counted first.
-    load_bytes_per_s, start_s: bandwidth at which each GPU of a returning replica loads its weights, and its additional
-        start time. A replica that changes its role loads only the weights that it lacks, after ``turn_s``.
+    load_bytes_per_s: bandwidth at which each GPU of a replica loads weights: all of them when it returns, those that it
+        lacks when it changes its role.
+    start_s, turn_s: seconds that a return, or a change of role, takes in addition to loading.
     roles: decides how many replicas prefill while the system serves.
     """
 
@@ -171,7 +173,8 @@ def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None, *, trace
 class Served:
     """A system that has served its trace: records, engines by name, links, and CPU seconds without compilation.
 
-    events: phase changes of the replicas; the baseline's have no role.
+    events: phase changes of the replicas; the baseline's have no role. link_seconds: for how long links were there to
+        be used until a time.
     """
 
     trace: Trace
@@ -180,6 +183,7 @@ class Served:
     links: Sequence[Link]
     events: Sequence[RoleEvent | Event]
     cpu_s: float
+    link_seconds: Callable[[float], float] = lambda end_s: end_s
 
 
 def serve(
@@ -190,6 +194,13 @@ def serve(
     trace: takes the place of the configuration's. on_built: called with the trace once the system is built, before it
     serves.
     """
+    if cfg.prefill_replicas < 0 or cfg.decode_replicas < 1:
+        raise ConfigError(
+            f"prefill_replicas is {cfg.prefill_replicas} and decode_replicas {cfg.decode_replicas}; decode needs at "
+            "least one replica, and without prefill replicas it does both stages: set e.g. prefill_replicas=2 "
+            "decode_replicas=2"
+        )
+    check_times(float(cfg.load_bytes_per_s), float(cfg.start_s), float(cfg.turn_s))
     check_count(
         cfg.prefill_replicas + cfg.decode_replicas,
         "replicas",
@@ -208,7 +219,8 @@ def serve(
         system = build_system(cfg, trace=trace)
         on_built(trace)
         system.run(report)
-        return Served(trace, system.records(), system.engines(), system.links, system.events(), cpu_s())
+        records, engines, events = system.records(), system.engines(), system.events()
+        return Served(trace, records, engines, system.links, events, cpu_s(), system.link_seconds)
 
 
 def _baseline(cfg: DictConfig, trace: Trace) -> Cluster:
@@ -220,7 +232,7 @@ def _baseline(cfg: DictConfig, trace: Trace) -> Cluster:
     if build(cfg.roles) is not None:
         raise ConfigError("with prefill_replicas=0 all replicas do both stages and no role can change; set roles=fixed")
     outages, count = build(cfg.outages), int(cfg.decode_replicas)
-    check_replicas(outages, count)
+    check_replicas(outages, count, "decode_replicas=8")
     return Cluster(
         trace,
         [Replica(name=str(i), build=_both_stages(cfg), outages=outages(i)) for i in range(count)],
@@ -254,7 +266,7 @@ def transfer_figures(staged: StagedRecords, plan: Plan, model: ModelSpec) -> dic
         "transfer_reduction": float(dense_bytes / sent.sum()) if sent.sum() else None,
         "reduction_at_mean_prompt": transfer_reduction(model, plan, max(int(prompts.mean()), 1)) if len(sent) else None,
         "transfer_s": distribution(staged.sent_s - staged.send_s),
-        "room_wait_s": distribution(np.maximum(staged.send_s - staged.first_token_s, 0.0)),
+        "room_wait_s": distribution(np.maximum(staged.send_s - staged.prefilled_s, 0.0)),
     }
 
 
@@ -276,7 +288,7 @@ def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
     if isinstance(served.records, StagedRecords):
         end_s = max(float(np.nanmax(served.records.finish_s, initial=0.0)), 1e-9)
         extra |= transfer_figures(served.records, plan, model)
-        extra["link_busy_share"] = sum(link.busy_s for link in served.links) / (len(served.links) * end_s)
+        extra["link_busy_share"] = sum(link.busy_s for link in served.links) / served.link_seconds(end_s)
     iterations = merged_iterations([engine.iterations() for engine in served.engines.values()])
     summary = summarise(
         served.records,
@@ -350,14 +362,14 @@ def _transfers_s(records: Records) -> list[tuple[Floats, str]] | None:
     """Return the waits for room and the transfers of KV, for a figure; None where nothing is sent."""
     if not isinstance(records, StagedRecords):
         return None
-    waits_s = np.column_stack([records.first_token_s, np.maximum(records.send_s, records.first_token_s)])
+    waits_s = np.column_stack([records.prefilled_s, np.maximum(records.send_s, records.prefilled_s)])
     return [(np.column_stack([records.send_s, records.sent_s]), "under way"), (waits_s, "waiting for room")]
 
 
 def staged_frame(records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> pd.DataFrame:
     """Return the table of ``records.parquet``."""
     frame = records_frame(records, slo, front_end)
-    for name in ("prefill_replica", "decode_replica", "sent_bytes", "send_s", "sent_s", "moves"):
+    for name in ("prefill_replica", "decode_replica", "sent_bytes", "prefilled_s", "send_s", "sent_s", "moves"):
         if hasattr(records, name):
             frame[name] = getattr(records, name)
     return frame

@@ -31,7 +31,13 @@ from sim.policies.fixed import static_plan
 from sim.results.records import Status
 from sim.traces.trace import Trace
 from tests.sample import quick
-from tests.sim.disaggregate.disaggregated_cases import differences, random_changes, random_disaggregated, serve_fast
+from tests.sim.disaggregate.disaggregated_cases import (
+    differences,
+    fast_disaggregated,
+    random_changes,
+    random_disaggregated,
+    serve_fast,
+)
 from tests.sim.serving import TINY, linear_latency, tiny_engine
 
 DENSE = dense_plan(TINY)
@@ -534,6 +540,60 @@ def test_a_rule_gives_replicas_to_the_side_that_is_short() -> None:
         assert began[0] == gets
         assert (made.records().status == Status.FINISHED).all()
         assert made.records().finish_s.max() < 0.8 * fixed.records().finish_s.max()
+
+
+def test_looks_at_the_times_of_events_change_nothing() -> None:
+    """A look ends before iterations start: those that are due must start at that time all the same."""
+    for seed in range(80):
+        case = random_disaggregated(seed)
+        for overlap in (False, True):
+            records = serve_fast(case, overlap).records()
+            times_s = [records.sent_s, records.send_s, records.first_token_s, records.finish_s, records.arrival_s]
+            other = fast_disaggregated(case, overlap)
+            looks_s = sorted({float(time_s) for column in times_s for time_s in column if math.isfinite(time_s)})
+            turns = list(case.turns)
+            for time_s in sorted([*looks_s, *(time_s for time_s, _ in turns)]):
+                other.run_until(time_s)
+                other.observe()
+                while turns and turns[0][0] <= time_s:
+                    other.set_prefill(turns.pop(0)[1])
+            other.run()
+            found = other.records()
+            for field in dataclasses.fields(records):
+                a, b = getattr(records, field.name), getattr(found, field.name)
+                assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), f"seed {seed}: {field.name}"
+
+
+def test_a_wait_for_room_begins_at_the_end_of_the_last_prefill() -> None:
+    found = served(trace_of((0.0, 8, 5)), decode=2, more=outages((1, 3.5, 99.0))).records()
+    assert found.first_token_s.tolist() == [1.0]
+    assert found.prefilled_s.tolist() == found.send_s.tolist() == [4.5]
+
+
+def test_a_rule_that_decides_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.disaggregate.disaggregate.MOST_ROLE_DECISIONS", 50)
+    rule = ByLoad(most_wait_s=1.0, most_kv_share=0.8, period_s=0.1)
+    with pytest.raises(ConfigError, match=r"roles\.period_s is 0\.1, and 50 decisions have not been enough"):
+        served(trace_of((0.0, 8, 3)), bytes_per_s=1.0, more={"roles": rule})
+    assert served(trace_of((0.0, 8, 3)), more={"roles": rule}).drained
+
+
+def test_links_count_while_their_replica_prefills() -> None:
+    made = served(trace_of((0.0, 8, 3)), prefill=2, decode=2, more=outages((0, 2.0, 99.0)))
+    assert made.link_seconds(10.0) == 2.0 + 10.0
+    assert served(trace_of((0.0, 8, 3)), prefill=2, more={"one_link": True}).link_seconds(10.0) == 10.0
+
+
+@pytest.mark.parametrize("time_s", [math.nan, "3", None])
+def test_a_time_that_is_no_number_is_refused(time_s: Any) -> None:
+    with pytest.raises(ConfigError, match="must be a number of seconds"):
+        system(trace_of((0.0, 8, 2))).run_until(time_s)
+
+
+@pytest.mark.parametrize("count", [1.5, "2", None, True, 0, 3])
+def test_a_number_of_replicas_that_leaves_a_role_without_one_is_refused(count: Any) -> None:
+    with pytest.raises(ConfigError, match="whole number from 1 to 2"):
+        system(trace_of((0.0, 8, 2)), prefill=1, decode=2).set_prefill(count)
 
 
 def test_a_rule_stops_when_nothing_can_happen() -> None:

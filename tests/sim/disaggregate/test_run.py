@@ -137,8 +137,14 @@ def test_roles_by_load_are_counted_and_need_two_sides() -> None:
         run(config("prefill_replicas=0", "roles=by_load"))
     with pytest.raises(ConfigError, match=r"outages\.rows names replica 4; the cluster has 4 replicas"):
         run(config("outages=schedule", "outages.rows=[[4,1,2]]"))
-    with pytest.raises(ConfigError, match="start_s -1"):
+    with pytest.raises(ConfigError, match="start_s is -1"):
         run(config("start_s=-1"))
+    with pytest.raises(ConfigError, match="turn_s is -1"):
+        run(config("prefill_replicas=0", "turn_s=-1"))
+    with pytest.raises(ConfigError, match="prefill_replicas is -1 and decode_replicas 2; decode needs at least one"):
+        run(config("prefill_replicas=-1"))
+    with pytest.raises(ConfigError, match="link_bytes_per_s must be at least 1"):
+        run(config("link_bytes_per_s=1e-300"))
 
 
 def test_replicas_that_do_both_stages_fail_too() -> None:
