@@ -285,7 +285,7 @@ class Disaggregated:
                 if self.drained or all(math.isinf(side.next_s[0]) for side in self.decode):
                     return
                 continue
-            if math.isinf(horizon_s) and self._members.next_s <= now_s and self.drained:
+            if math.isinf(horizon_s) and self._members.next_s <= now_s and self._drained_by(now_s):
                 return  # what happens to replicas after the last request is not served
             self._happen(now_s, on_progress)
             for side in self.prefill:
@@ -346,6 +346,12 @@ class Disaggregated:
         left = len(self._transfers) + len(self._ready) + len(self._held)
         left += sum(ck.outstanding(side.table) + len(side.arrived) for side in sides)
         return self._next == len(self.trace) and left == 0
+
+    def _drained_by(self, now_s: float) -> bool:
+        """Return whether every request has ended before a time until which nothing but decoding happens."""
+        for side in self.decode:
+            self._bring(side, now_s)
+        return self.drained
 
     def _bring(self, side: Side, until_s: float, *, start: bool = False) -> None:
         """Serve at a replica until a time; with ``start``, also start an iteration that is due at that time."""
