@@ -89,10 +89,11 @@ def test_every_turn_is_sent_once_after_the_answer_before_it_and_the_think_time(f
         if following >= 0:
             assert by_row[following].arrival_s == by_row[before].ended_s + trace.think_s[following]
     assert all(answer.sent_s >= answer.arrival_s for answer in answers)
-    ends = sorted(by_row[i].ended_s for i in np.flatnonzero(after < 0).tolist())
-    waiting = waiting_sessions(trace.session, trace.think_s)
-    begun = sorted(by_row[i].arrival_s - trace.think_s[i] for i in waiting.tolist())
-    assert begun == pytest.approx(ends[: len(waiting)])
+    # A waiting session begins when some user's session has ended, and no end begins two. Users whose sessions end
+    # within the same millisecond may take waiting sessions in either order.
+    ends = [by_row[i].ended_s for i in np.flatnonzero(after < 0).tolist()]
+    for first in waiting_sessions(trace.session, trace.think_s).tolist():
+        ends.remove(next(end for end in ends if by_row[first].arrival_s == end + trace.think_s[first]))
     # Never more under way than there are users.
     spans = [(answer.sent_s, answer.ended_s) for answer in answers]
     assert max(sum(begin <= at < end for begin, end in spans) for at, _ in spans) <= 3
