@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw.calibrate import measurements as m
+from sim.cost.bounds import Factors
 from sim.cost.latency import CALIBRATIONS, SCHEMA
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
@@ -254,13 +255,24 @@ def calibration_content(name: str) -> dict[str, Any]:
     return read_json_object(path, ConfigError, "measure it again")
 
 
-def with_linear_factors(content: Mapping[str, Any], factors: Mapping[int, float]) -> dict[str, Any]:
-    """Return a calibration with the times of blocks, without attention, multiplied by a factor for each precision."""
-    linear = {
-        bits: {kind: [float(f"{us * factors.get(int(bits), 1.0):.6g}") for us in row] for kind, row in kinds.items()}
-        for bits, kinds in content["tables"]["linear_us"].items()
-    }
-    return {**content, "tables": content["tables"] | {"linear_us": linear}}
+def with_factors(
+    content: Mapping[str, Any], factors: Factors, block_factors: Mapping[int, Factors] | None = None
+) -> dict[str, Any]:
+    """Return a calibration for a machine that differs from it by factors, beyond those that it has already.
+
+    block_factors: bits of weights -> the factors of blocks at that precision, in place of ``factors``.
+    """
+    had = Factors(**content.get("factors", {}))
+    had_of_blocks = {int(bits): Factors(**found) for bits, found in content.get("block_factors", {}).items()}
+    every = dict.fromkeys(had_of_blocks, factors) | dict(block_factors or {})
+    of_blocks = {str(bits): asdict(_product(had_of_blocks.get(bits, had), factors)) for bits, factors in every.items()}
+    return {**content, "factors": asdict(_product(had, factors))} | ({"block_factors": of_blocks} if of_blocks else {})
+
+
+def _product(first: Factors, second: Factors) -> Factors:
+    return Factors(
+        memory_bound=first.memory_bound * second.memory_bound, compute_bound=first.compute_bound * second.compute_bound
+    )
 
 
 def slower(content: Mapping[str, Any], factor: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hw.validate.machine_speed import said_factors
 from sim.pages.render import render, table
 from sim.results.plots import COLORS, figure_file
 
@@ -38,9 +39,12 @@ def _speed(speed: Mapping[str, Any]) -> str:
         by_bits = each if isinstance(each, Mapping) else {"16": each}  # older results have the dense model alone
         return ", ".join(f"{bits} bits {min(found):.2f} to {max(found):.2f}" for bits, found in by_bits.items())
 
-    def blocks(factors: Mapping[str, float]) -> str:
-        said = " and ".join(f"{factor:.2f} times at {bits} bits" for bits, factor in factors.items())
-        return f" Relative to this factor, blocks took {said}." if factors else ""
+    def unevenly(when: str = "") -> str:
+        older = " and ".join(
+            f"{f:.2f} times at {bits} bits" for bits, f in speed.get(f"linear_factors{when}", {}).items()
+        )
+        said = f" Relative to this factor, blocks took {older}." if older else ""
+        return said + said_factors(speed.get(f"factors{when}", {}))
 
     if not speed["before_each"]:
         return (
@@ -49,13 +53,13 @@ def _speed(speed: Mapping[str, Any]) -> str:
         )
     said = (
         f"Reference runs of the dense model before the predictions took {speed['before']:.3f} times their calibrated "
-        f"seconds.{blocks(speed.get('linear_factors', {}))} The simulation is frozen at that speed, and requests "
+        f"seconds.{unevenly()} The simulation is frozen at that speed, and requests "
         f"arrive slower by the first factor. Single runs: {ranges(speed['before_each'])}."
     )
     if speed["during"]:
         said += (
             f" Reference runs between the judged runs, which change nothing: {speed['during']:.3f}."
-            f"{blocks(speed.get('linear_factors_during', {}))} Single runs: {ranges(speed['during_each'])}."
+            f"{unevenly('_during')} Single runs: {ranges(speed['during_each'])}."
         )
     return said
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, open_dict
 
-from hw.calibrate.calibration import calibration_content, with_linear_factors
+from hw.calibrate.calibration import calibration_content
 from hw.checkup.policies import serve
 from hw.loop.settings import cells, check_windows, description, run_config
 from hw.validate.compare import read_run
-from hw.validate.machine_speed import MachineSpeed, factor_of, linear_factors
+from hw.validate.machine_speed import MachineFactors, MachineSpeed, machine_factors
 from sim.config import CONF_DIR, with_differences
 from sim.cost.plan import dense_plan
 from sim.errors import ConfigError
@@ -112,11 +112,11 @@ def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[s
     Args:
         folder: of all runs. speed: the reference runs that measured the machine; None if its speed is a setting.
     """
-    slowdown = float(cfg.slowdown) if speed is None else factor_of(speed.references)
-    factors = {} if speed is None else linear_factors(speed.references)
+    machine = MachineFactors(slowdown=float(cfg.slowdown)) if speed is None else factors_of(cfg, speed)
+    slowdown = machine.slowdown
     windows = check_windows(cfg, slowdown)
     files = policy_files(cfg)
-    at_speed = priced_for(cfg, folder, factors)
+    at_speed = priced_for(cfg, folder, machine)
     found: dict[str, dict[str, Any]] = {}
     every = cells(cfg)
     with progress("simulating", len(every), "runs") as report:
@@ -131,7 +131,7 @@ def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[s
         "provenance": provenance(cfg.seed),
         "calibration": spec.priced().name,
         "slowdown": slowdown,
-        "linear_factors": {str(bits): factor for bits, factor in factors.items()},
+        "factors": machine.pairs(),
         "references": [] if speed is None else speed.references,
         "policy_files": files,
         "windows": windows,
@@ -144,20 +144,39 @@ def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[s
     return read
 
 
-def priced_for(cfg: DictConfig, folder: Path, factors: Mapping[int, float]) -> DictConfig:
-    """Return the configuration with the prices of this machine, which are written into the folder of all runs.
+def factors_of(cfg: DictConfig, speed: MachineSpeed) -> MachineFactors:
+    """Return by how much the machine of the reference runs differs from the calibration of a configuration."""
+    return machine_factors(speed.references, _content(cfg), server_spec(cfg).model)
 
-    factors: of each precision, as ``linear_factors`` returns them; without any, the calibration stays as it is.
+
+def machine_of(predictions: Mapping[str, Any], folder: Path) -> MachineFactors:
+    """Return the machine that the predictions are for.
+
+    Raises:
+        ConfigError: for predictions of an earlier version.
     """
-    if not factors:
+    if "factors" not in predictions:
+        raise ConfigError(f"{folder} holds predictions of an earlier version; take another folder, runs=FOLDER")
+    return MachineFactors.from_pairs(float(predictions["slowdown"]), predictions["factors"])
+
+
+def priced_for(cfg: DictConfig, folder: Path, machine: MachineFactors) -> DictConfig:
+    """Return the configuration with the prices of a machine, which are written into the folder of all runs.
+
+    The slowdown is not in them: it is a key of each run. Without factors, the calibration stays as it is.
+    """
+    if machine.factors.absent and not machine.block_factors:
         return cfg
     path = folder / CALIBRATION
-    content = calibration_content(str(cfg.latency or server_spec(cfg).priced().name))
-    write_json(path, with_linear_factors(content, factors))
+    write_json(path, machine.over(_content(cfg)))
     found = cfg.copy()
     with open_dict(found):
         found.latency = str(path)
     return found
+
+
+def _content(cfg: DictConfig) -> dict[str, Any]:
+    return calibration_content(str(cfg.latency or server_spec(cfg).priced().name))
 
 
 def outcome(folder: Path, cfg: DictConfig) -> dict[str, Any]:

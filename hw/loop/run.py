@@ -19,6 +19,8 @@ from hw.loop.page import page, plot
 from hw.loop.predictions import (
     check_same_settings,
     check_unchanged,
+    factors_of,
+    machine_of,
     note_judged,
     predict,
     priced_for,
@@ -26,7 +28,7 @@ from hw.loop.predictions import (
 )
 from hw.loop.settings import check_settings, check_windows, results_folder
 from hw.loop.verdict import judge
-from hw.validate.machine_speed import MachineSpeed, factor_of, factors_by_precision, linear_factors
+from hw.validate.machine_speed import MachineSpeed, factors_by_precision, without_passes
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
@@ -59,10 +61,9 @@ def _loop(cfg: DictConfig) -> int:
         return 0
     if cfg.page == "also":
         note_judged(folder, predictions)
-        factors = {int(bits): factor for bits, factor in predictions.get("linear_factors", {}).items()}
-        priced = priced_for(cfg, folder, factors)
-        slowdown = float(predictions["slowdown"])
-        run_missing(priced, folder, slowdown, real, lambda line: console.print(line, highlight=False))
+        machine = machine_of(predictions, folder)
+        priced = priced_for(cfg, folder, machine)
+        run_missing(priced, folder, machine.slowdown, real, lambda line: console.print(line, highlight=False))
     content = judged(cfg, folder, predictions)
     write_json(out / RESULT, content)
     return _written(content, out, console)
@@ -119,20 +120,22 @@ def judged(cfg: DictConfig, folder: Path, predictions: Mapping[str, Any]) -> dic
         changes=changes,
         least_changes=float(cfg.least_changes),
     )
-    during = MachineSpeed(folder / DURING).references
+    during = MachineSpeed(folder / DURING)
+    machine = factors_of(cfg, during)
+    kept = {key: value for key, value in predictions.items() if key != "description"}
     return {
         "provenance": provenance(cfg.seed),
-        "predictions": {key: value for key, value in predictions.items() if key != "description"},
+        "predictions": kept | {"references": [without_passes(one) for one in predictions["references"]]},
         "settings": predictions["description"],
         "repeats": len(complete),
         "note": str(cfg.note),
         "speed": {
             "before": predictions["slowdown"],
             "before_each": _by_precision(predictions["references"]),
-            "during": factor_of(during) if during else None,
-            "during_each": _by_precision(during),
-            "linear_factors": predictions.get("linear_factors", {}),
-            "linear_factors_during": {str(bits): factor for bits, factor in linear_factors(during).items()},
+            "factors": predictions["factors"],
+            "during": machine.slowdown if during.references else None,
+            "during_each": _by_precision(during.references),
+            "factors_during": machine.pairs(),
         },
         "real": {w: {p: [outcomes[w][p][r] for r in complete] for p in policies} for w in windows},
         "device": _device(folder, windows[0], policies[0]),
@@ -140,7 +143,7 @@ def judged(cfg: DictConfig, folder: Path, predictions: Mapping[str, Any]) -> dic
     }
 
 
-def _by_precision(references: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+def _by_precision(references: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     return {str(bits): each for bits, each in factors_by_precision(references).items()}
 
 

@@ -22,14 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from scipy.stats import kendalltau
 
-from hw.calibrate.calibration import calibration_content, slower, with_linear_factors
+from hw.calibrate.calibration import calibration_content, slower
 from hw.elastic.model import ElasticModel
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import read_prompts
 from hw.replay.run import load_elastic, write_hardware
 from hw.validate.compare import Run, compare, read_run
-from hw.validate.machine_speed import RUNS_BETWEEN, MachineSpeed, factor_of, linear_factors
+from hw.validate.machine_speed import RUNS_BETWEEN, MachineFactors, MachineSpeed, machine_factors, without_passes
 from hw.validate.suite_page import AT_SPEED
 from sim.config import CONF_DIR, build, compose_config
 from sim.cost.latency import LatencyModel, copy_speed, load_calibration
@@ -37,7 +37,16 @@ from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY, RESULTS
 from sim.policies import Policy
 from sim.progress import progress
-from sim.replay.run import RecordingEngine, build_engine, build_parts, build_trace, figures, replay_with, write_tables
+from sim.replay.run import (
+    RecordingEngine,
+    build_engine,
+    build_parts,
+    build_trace,
+    figures,
+    replay_with,
+    server_spec,
+    write_tables,
+)
 from sim.results.run_folder import provenance, write_json, write_text
 
 RESULT, PAGE, PLOT = (RESULTS / "validation" / name for name in ("validation.json", "index.md", "validation.png"))
@@ -186,13 +195,19 @@ def run_suite(settings: ValidateConfig, console: Console) -> dict[str, Any]:
     speed = MachineSpeed(base)
     if settings.page != "judge":
         run_missing(cells, settings, speed, latency, console)
-    results = judge_cells(cells, settings, speed)
+    spec = server_spec(configuration(*cells[0], settings)).model
+    machine = machine_factors(speed.references, calibration_content(settings.latency), spec)
+    results = judge_cells(cells, settings, machine)
     return {
         "provenance": provenance(12),
         "device": latency.device,
         "copying": asdict(copy_speed(latency, build(configuration(*cells[0], settings).gpu))),
         "calibration": settings.latency,
-        "machine_speed": {"factor": factor_of(speed.references), "references": speed.references},
+        "machine_speed": {
+            "factor": machine.slowdown,
+            "factors": machine.pairs(),
+            "references": [without_passes(one) for one in speed.references],
+        },
         "clock": settings.clock,
         "repeats": sorted({len(result["real"]) for by in results.values() for result in by.values()}),
         "words": {
@@ -232,7 +247,7 @@ def run_missing(
 
 
 def judge_cells(
-    cells: Sequence[tuple[str, str]], settings: ValidateConfig, speed: MachineSpeed
+    cells: Sequence[tuple[str, str]], settings: ValidateConfig, machine: MachineFactors
 ) -> dict[str, dict[str, Any]]:
     """Simulate every cell at the measured speed of the machine; return workload -> policy -> comparison.
 
@@ -241,9 +256,8 @@ def judge_cells(
     """
     base = Path(settings.runs)
     at_its_speed = replace(settings, latency=str(base / "calibration.json"))
-    content = with_linear_factors(calibration_content(settings.latency), linear_factors(speed.references))
-    scaled = slower(content, factor_of(speed.references))
-    write_json(Path(at_its_speed.latency), scaled)
+    content = slower(machine.over(calibration_content(settings.latency)), machine.slowdown)
+    write_json(Path(at_its_speed.latency), content)
     results: dict[str, dict[str, Any]] = {}
     for workload, policy in cells:
         folder = base / workload / policy

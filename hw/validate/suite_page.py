@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hw.validate.compare import seconds, verdicts
-from hw.validate.machine_speed import factor_of, factors_by_precision, linear_factors
+from hw.validate.machine_speed import factors_by_precision, said_factors
 from sim.pages.render import render, show, table
 from sim.results.plots import figure_file
 
@@ -43,18 +43,19 @@ def page(content: Mapping[str, Any]) -> str:
     """Return the page, in Markdown."""
     cells = [(workload, policy, result) for workload, by in content["results"].items() for policy, result in by.items()]
     judged = [verdict for _, _, result in cells for verdict in verdicts(result).values()]
-    references = content.get("machine_speed", {}).get("references", ())
+    speed = content.get("machine_speed", {})
+    references = speed.get("references", ())
     each = next(iter(factors_by_precision(references).values()), [])  # of the dense model
     return render(
         TEMPLATE,
         content=content,
         made=content["provenance"],
         speed={
-            "factor": factor_of(references),
+            "factor": speed["factor"],
             "runs": len(each),
             "low": min(each),
             "high": max(each),
-            "linear_factors": linear_factors(references),
+            "factors": said_factors(speed.get("factors", {})),
         }
         if references
         else None,

@@ -16,6 +16,8 @@ axes in length:
     host_floor_us   optional: least time of an iteration, of a host that launches its operations one by one
     factors         optional {memory_bound, compute_bound}: of a server over these tables (sim/cost/bounds.py); hw.fit
                     writes them
+    block_factors   optional "16", "8", "4" -> {memory_bound, compute_bound}: of blocks at that precision, in place of
+                    factors; hw.loop and hw.validate write both for the machine on which they serve
     validation      how the held-out errors were computed
     errors          term -> {median, p95: relative errors, points: how many, note: optional}
     sources         list of {repository, commit, licence, ...}: where the measurements come from
@@ -55,7 +57,6 @@ from sim.cost.bounds import Factors
 from sim.cost.gpu import TP_DEGREES, Gpu
 from sim.cost.latency_tables import (
     CURVE_HEAD,
-    CURVE_LINEAR,
     CURVE_TOKEN,
     DATA_FIXED,
     DATA_HOST_FLOOR,
@@ -239,25 +240,15 @@ class LatencyModel:
         data[DATA_HOST_FLOOR] = host_floor_s
         return replace(self, tables=LatencyTables(data, self.tables.layout))
 
-    def with_factors(self, factors: Factors) -> LatencyModel:
-        """Return the model with its memory-bound and its compute-bound times multiplied by two factors."""
-        return self if factors.absent else replace(self, tables=scaled_tables(self.tables, factors))
-
-    def with_linear_factors(self, factors: Mapping[int, float]) -> LatencyModel:
-        """Return the model with the times of blocks, without attention, multiplied by a factor for each precision.
+    def with_factors(self, factors: Factors, block_factors: Mapping[int, Factors] | None = None) -> LatencyModel:
+        """Return the model with its memory-bound and its compute-bound times multiplied by two factors.
 
         Args:
-            factors: bits -> factor above 0; precisions without one stay as they are.
+            block_factors: bits of weights -> the factors of blocks at that precision, in place of ``factors``.
         """
-        data, layout = self.tables.data.copy(), self.tables.layout
-        for bits, factor in factors.items():
-            if not 0 < factor < math.inf:
-                raise CalibrationError(f"the factor of {bits} bits is {factor!r}; it must be a number above 0")
-            for kind in (MHA, FFN):
-                slot = CURVE_LINEAR + 4 * WEIGHT_BITS.index(bits) + 2 * kind
-                at, last = layout[slot], layout[slot + 1]
-                data[at : at + last + 2] *= factor  # the slope above the last count comes after the values
-        return replace(self, tables=LatencyTables(data, layout))
+        if factors.absent and not block_factors:
+            return self
+        return replace(self, tables=scaled_tables(self.tables, factors, block_factors))
 
     def check_bits(self, plan: Plan) -> None:
         """Check that the calibration covers every precision of a plan.
@@ -447,15 +438,14 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
             )
     try:
         factors = Factors(**content.get("factors", {}))
-        tables = packed_tables(content, origin)
-        tables = tables if factors.absent else scaled_tables(tables, factors)
-        return LatencyModel(
+        block_factors = _block_factors(content, origin)
+        found = LatencyModel(
             name=content["name"],
             model=content["model"],
             device=content["device"],
             kind=content["kind"],
             bits=tuple(b for b in WEIGHT_BITS if str(b) in content["tables"]["linear_us"]),
-            tables=tables,
+            tables=packed_tables(content, origin),
             fixed_source=content["fixed_source"],
             errors={term: TermError(**error) for term, error in content["errors"].items()},
             validation=content["validation"],
@@ -464,11 +454,22 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
             copying=_copying(content),
             tp=_tp_of(content, origin),
         )
+        return found.with_factors(factors, block_factors)
     except CalibrationError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         reason = " ".join(repr(error).split())[:300]
         raise CalibrationError(f"{origin}: {reason}; write the file again with hw.calibrate") from error
+
+
+def _block_factors(content: Mapping[str, Any], origin: str) -> dict[int, Factors]:
+    """Return the factors of blocks at single precisions; a precision without times is refused."""
+    found = content.get("block_factors", {})
+    unknown = [bits for bits in found if bits not in content["tables"]["linear_us"]]
+    if unknown:
+        known = ", ".join(content["tables"]["linear_us"])
+        raise CalibrationError(f"{origin}: block_factors has {unknown[0]!r}; tables.linear_us has {known}")
+    return {int(bits): Factors(**factors) for bits, factors in found.items()}
 
 
 def _tp_of(content: Mapping[str, Any], origin: str) -> int:

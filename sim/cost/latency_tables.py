@@ -389,12 +389,19 @@ def kv_only_in_range(tables: LatencyTables, passing: int, context_sum: int) -> b
     return bool(_covers(tables, SURFACE_DECODE, passing, context_sum))
 
 
-def scaled_tables(tables: LatencyTables, factors: Factors) -> LatencyTables:
+def scaled_tables(
+    tables: LatencyTables, factors: Factors, block_factors: Mapping[int, Factors] | None = None
+) -> LatencyTables:
     """Return tables whose memory-bound and compute-bound times are multiplied by two factors (sim/cost/bounds.py).
 
     Products with weights, the head's too, are split by their own knee. Embedding, norms, the attention of decodes and
     all-reduces are memory-bound, the attention of prompts is compute-bound; a kernel that takes both has parts of each.
+
+    Args:
+        block_factors: bits of weights -> the factors of the products of blocks at that precision, in place of
+            ``factors``.
     """
+    of_blocks = block_factors or {}
     data, layout = tables.data.copy(), tables.layout
     shared_at, shared_last = int(layout[ALLREDUCE]), int(layout[ALLREDUCE + 1])
     allreduce = data[shared_at : shared_at + shared_last + 2].copy()
@@ -403,11 +410,12 @@ def scaled_tables(tables: LatencyTables, factors: Factors) -> LatencyTables:
         at, last = int(layout[slot]), int(layout[slot + 1])
         if last == 0:
             continue  # a precision that was not measured
+        own = of_blocks.get(WEIGHT_BITS[(slot - int(CURVE_LINEAR)) // 4], factors)
         block = slice(at, at + last + 2)
         if shared_last:
             data[block] -= allreduce  # the knee is that of the products alone
         knee = knee_of(data[at + 1 : at + last + 1])
-        _scale_product(data, at, last, knee, factors)
+        _scale_product(data, at, last, knee, own)
         if shared_last:
             data[block] += factors.memory_bound * allreduce
         head_knee = knee if math.isinf(head_knee) else head_knee  # of the highest precision, as the head's

@@ -12,12 +12,14 @@ from omegaconf import OmegaConf
 
 pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 
+from hw.calibrate.calibration import calibration_content
 from hw.loop.judged_runs import missing_runs
 from hw.loop.run import _loop
 from hw.loop.settings import run_config
-from hw.validate.machine_speed import linear_factors
+from hw.validate.machine_speed import MachineFactors, machine_factors
 from sim.config import compose_config
 from sim.cost.latency import CALIBRATIONS, load_calibration
+from sim.cost.model_spec import load_model
 from sim.errors import ConfigError
 from sim.replay.run import build_trace
 from sim.results.run_folder import write_json
@@ -109,20 +111,23 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
     reference = content["references"][0]
     assert content["slowdown"] == pytest.approx(reference["measured_s"] / reference["priced_s"])
     assert [one["bits"] for one in content["references"]] == [16, 8, 4]
-    factors = {int(bits): factor for bits, factor in content["linear_factors"].items()}
-    assert factors == linear_factors(content["references"])
+    machine = MachineFactors.from_pairs(content["slowdown"], content["factors"])
+    plain = calibration_content(str(tmp_path / "tiny.json"))
+    assert machine == machine_factors(content["references"], plain, load_model("tiny"))
     # Predictions and judged runs have the prices of this machine: those of the calibration, times the factors.
-    usual = load_calibration(tmp_path / "tiny.json").with_linear_factors(factors)
+    usual = load_calibration(tmp_path / "tiny.json").with_factors(machine.factors, machine.block_factors)
     written = load_calibration(tmp_path / "runs" / "calibration.json")
     for bits in (16, 8, 4):
-        assert written.linear_s("ffn", bits, 7) == pytest.approx(usual.linear_s("ffn", bits, 7), rel=1e-5)
+        assert written.linear_s("ffn", bits, 7) == pytest.approx(usual.linear_s("ffn", bits, 7), rel=1e-9)
     noted = [*settings, "measure=true", "repeats=1", "note='Others used the machine.'"]
     assert _loop(compose_config("hw_loop", noted)) in (0, 1)
     for side in ("sim/one/low", "real/one/low/hw0"):
         config = OmegaConf.load(tmp_path / "runs" / side / "config.yaml")
         assert config.latency == str(tmp_path / "runs" / "calibration.json")
     text = (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
-    assert f"{factors[4]:.2f} times at 4 bits" in text
+    of_4 = machine.block_factors[4]
+    assert f"{of_4.memory_bound:.2f} and {of_4.compute_bound:.2f} for blocks at 4 bits" in text
+    assert all("passes" not in one for one in result(tmp_path)["predictions"]["references"])
     assert "- **Note.** Others used the machine." in text
 
 

@@ -14,9 +14,7 @@ pytest.importorskip("torch", reason="the suite needs the real engine: pip instal
 
 import hw.compare
 from hw.calibrate.calibration import slower
-from hw.elastic.model import ElasticModel
 from hw.validate.compare import compare, read_run, verdicts
-from hw.validate.machine_speed import LEAST_FACTOR, MachineSpeed, factor_of, factors_by_precision, linear_factors
 from hw.validate.suite import PAGE, RESULT, WORKLOADS, ValidateConfig, configuration, policies, ranking
 from hw.validate.suite_page import events_table, heading, not_held_table, page
 from hw.validate.timeline import timeline
@@ -30,7 +28,6 @@ from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.results.run_folder import write_json, write_parquet
 from tests.commands import exit_status
-from tests.hw.serving import tiny
 from tests.sim.pages.test_render import cells
 
 
@@ -444,47 +441,6 @@ def test_the_committed_page_is_what_the_committed_results_give() -> None:
     figure = content["results"]["burst"]["dense"]["figures"]["ttft_s.mean"]
     row = next(row for row in cells(text) if row[:2] == ["burst", "dense"] and len(row) == 11)
     assert row[3] == f"{100 * figure['error']:+.1f} % / {100 * figure['noise']:.1f} %"
-
-
-def test_the_speed_of_the_machine_is_what_all_references_took_over_their_prices(tmp_path: Path) -> None:
-    speed = MachineSpeed(tmp_path)
-    assert factor_of(speed.references) == 1.0
-    elastic = ElasticModel(tiny())
-    latency = load_calibration("smollm2_135m_cpu_epyc_1thread")
-    speed.measure(elastic, "cpu", latency)
-    speed.measure(elastic, "cpu", latency)
-    found = MachineSpeed(tmp_path).references
-    assert found == speed.references
-    assert len(found) == 2
-    assert all(one["iterations"] > 10 for one in found)
-    measured_s, priced_s = (sum(one[side] for one in found) for side in ("measured_s", "priced_s"))
-    assert factor_of(found) == measured_s / priced_s
-
-
-def test_reference_runs_take_the_precisions_in_turn_and_say_how_fast_each_is(tmp_path: Path) -> None:
-    speed, elastic = MachineSpeed(tmp_path), ElasticModel(tiny())
-    latency = load_calibration("smollm2_135m_cpu_epyc_1thread")
-    for _ in range(4):
-        speed.measure(elastic, "cpu", latency, precisions=(16, 4))
-    found = speed.references
-    assert [one["bits"] for one in found] == [16, 4, 16, 4]
-    slowdown, factors = factor_of(found), linear_factors(found)
-    dense, low = found[::2], found[1::2]
-    assert slowdown == sum(one["measured_s"] for one in dense) / sum(one["priced_s"] for one in dense)
-    assert all(0 < one["linear_s"] < one["priced_s"] for one in found)
-    if factors[4] > LEAST_FACTOR:
-        priced_s = sum(one["priced_s"] + (factors[4] - 1) * one["linear_s"] for one in low)
-        assert slowdown * priced_s == pytest.approx(sum(one["measured_s"] for one in low))
-    assert {bits: len(each) for bits, each in factors_by_precision(found).items()} == {16: 2, 4: 2}
-    assert linear_factors(dense) == linear_factors([]) == {}
-
-
-@pytest.mark.parametrize(("measured_s", "factor"), [(20.0, 1.0), (14.0, 0.5), (26.0, 1.5), (1.0, LEAST_FACTOR)])
-def test_the_factor_of_a_precision_leaves_what_is_no_block_alone(measured_s: float, factor: float) -> None:
-    dense = {"measured_s": 30.0, "priced_s": 15.0, "bits": 16, "linear_s": 9.0}
-    low = {"measured_s": measured_s, "priced_s": 10.0, "bits": 4, "linear_s": 6.0}
-    assert linear_factors([dense, low]) == {4: pytest.approx(factor)}
-    assert linear_factors([dense, low | {"linear_s": 0.0}]) == {}
 
 
 def test_a_slower_calibration_prices_every_iteration_so_much_higher() -> None:

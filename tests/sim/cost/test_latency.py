@@ -96,11 +96,11 @@ def test_an_iteration_is_the_sum_of_its_parts() -> None:
     assert model.iteration_s(plan, [(16, 0)], 4, 100, 5) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_factor_of_a_precision_changes_its_blocks_alone() -> None:
+def test_factors_of_blocks_at_one_precision_change_those_blocks_alone() -> None:
     linear = {bits: {"mha": [10.0, 16.0, 40.0], "ffn": [20.0, 30.0, 90.0]} for bits in ("16", "4")}
     model, dense = toy(linear_us=linear), dense_plan(load_model("llama2_7b"))
     some = replace(dense, weight_bits=(16,) * 12 + (4,) * 20)
-    faster = model.with_linear_factors({4: 0.75})
+    faster = model.with_factors(Factors(), {4: Factors(memory_bound=0.75, compute_bound=0.75)})
     for tokens in (1, 16, 20, 64, 112, 5000):  # also between and beyond the points
         shape = ([(tokens - 1, 0)] if tokens > 1 else [], 1, 100, 1)
         blocks = model.linear_s("mha", 4, tokens) + model.linear_s("ffn", 4, tokens)
@@ -108,9 +108,25 @@ def test_a_factor_of_a_precision_changes_its_blocks_alone() -> None:
         assert saved == pytest.approx(0.25 * 20 * blocks, rel=1e-9)
         assert faster.iteration_s(dense, *shape) == model.iteration_s(dense, *shape)
     assert model.linear_s("mha", 4, 16) == pytest.approx(16e-6, rel=1e-12)  # the model itself stays
-    for factor in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(CalibrationError, match="the factor of 4 bits is"):
-            model.with_linear_factors({4: factor})
+
+
+def test_a_file_may_have_factors_of_blocks_at_the_precisions_that_it_has() -> None:
+    content = deepcopy(TOY)
+    content["tables"]["linear_us"]["4"] = {"mha": [12.0, 19.0, 50.0], "ffn": [25.0, 35.0, 95.0]}
+    pairs = {"factors": {"memory_bound": 1.2}, "block_factors": {"4": {"memory_bound": 2.0, "compute_bound": 1.5}}}
+    read = calibration_from_dict({**content, **pairs})
+    expected = calibration_from_dict(content).with_factors(
+        Factors(memory_bound=1.2), {4: Factors(memory_bound=2.0, compute_bound=1.5)}
+    )
+    for tokens in (1, 20, 300):
+        for bits in (16, 4):
+            assert read.linear_s("ffn", bits, tokens) == expected.linear_s("ffn", bits, tokens)
+    assert read.linear_s("ffn", 4, 1) == pytest.approx(2.0 * 25e-6, rel=1e-3)
+    assert read.token_s(1) == pytest.approx(1.2 * 1e-6)
+    with pytest.raises(CalibrationError, match=r"block_factors has '8'; tables\.linear_us has 16, 4"):
+        calibration_from_dict({**content, "block_factors": {"8": {"memory_bound": 2.0}}})
+    with pytest.raises(CalibrationError, match="memory_bound is 0"):
+        calibration_from_dict({**content, "block_factors": {"4": {"memory_bound": 0}}})
 
 
 def test_a_block_kept_only_for_prefill_sees_only_prompt_tokens() -> None:
