@@ -19,7 +19,7 @@ from agents.envs.serve import ServeSetting
 from agents.envs.serve_lists import Listed, check_scenarios, listed_windows, scenario_kwargs
 from agents.envs.serve_sources import sources_with
 from agents.evaluation.chosen import glob_files
-from agents.evaluation.claim import check_claim, policy_hashes
+from agents.evaluation.claim import check_claim, claimed, policy_hashes
 from agents.evaluation.measure import (
     check_any,
     read_summary,
@@ -32,10 +32,11 @@ from agents.evaluation.measure import (
 from agents.evaluation.rules import RULES
 from agents.evaluation.serve import MEMBERS, ORACLES, Match, evaluate_serve, first_windows
 from agents.evaluation.tuning import rules_tuned_to, tuned_rules
+from agents.evaluation.unfinished import Unfinished
 from sim.errors import ConfigError
 from sim.policies.learned import read_learned
 from sim.progress import say
-from sim.results.run_folder import provenance, write_json, write_parquet
+from sim.results.run_folder import commit, provenance, write_json, write_parquet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +124,23 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
             for scenario, match in matches.items()
         }
         oracles = []
-    rows = evaluate_serve(matches, played.listed, oracles=oracles, oracle_each=cfg.serve_oracle, workers=cfg.workers)
+    unfinished = Unfinished(
+        folder / "serve_unfinished.jsonl", claimed(cfg, played) | {"only": list(cfg.only)}, commit()
+    )
+    rows = evaluate_serve(
+        matches,
+        played.listed,
+        oracles=oracles,
+        oracle_each=cfg.serve_oracle,
+        workers=cfg.workers,
+        unfinished=unfinished,
+    )
+    summary["begun"] = unfinished.begun
     write_rows(cfg, folder / "serve.parquet", rows)
     if cfg.serve_curves:
         write_parquet(folder / "serve_training.parquet", training_curves(cfg.serve_curves))
     write_json(folder / "serve.json", summary | {"compared": cfg.compared} | about_played(played, summary))
+    unfinished.remove()
 
 
 def _chosen(cfg: DictConfig, policies: Mapping[str, Sequence[Build]]) -> dict[str, Sequence[Build]]:

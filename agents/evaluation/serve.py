@@ -24,10 +24,11 @@ from agents.envs.serve_lists import Listed
 from agents.envs.serve_windows import Window
 from agents.evaluation.figures import best_in_hindsight, serving_figures
 from agents.evaluation.oracle import best_schedule, schedule_policy
+from agents.evaluation.unfinished import Rows, Unfinished
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
-from sim.progress import counted, progress
+from sim.progress import progress
 
 ORACLES = ("oracle_static", "oracle_search")
 MEMBERS = " (seeds)"
@@ -107,6 +108,7 @@ def evaluate_serve(
     oracles: Sequence[str] = (),
     oracle_each: int = 1,
     workers: int = 1,
+    unfinished: Unfinished | None = None,
 ) -> pd.DataFrame:
     """Return one row for each policy, seed and window.
 
@@ -114,12 +116,23 @@ def evaluate_serve(
         matches: by scenario. listed: the windows.
         oracles: which of ``ORACLES`` to add, on ``oracle_each`` windows of each source in each scenario.
         workers: processes; the rows do not depend on it, except for their decision latencies.
+        unfinished: what an earlier start played, which is not played again; takes every window that is played.
     """
     known = set(oracle_windows(listed, oracle_each)) if oracles and oracle_each else set()
-    jobs = [(matches[one.scenario], number, one, oracles if one in known else ()) for number, one in enumerate(listed)]
+    jobs = [
+        (matches[one.scenario], number, one, oracles if one in known else ())
+        for number, one in enumerate(listed)
+        if unfinished is None or number not in unfinished
+    ]
+    rows: Rows = []
     with progress("playing", len(jobs), "windows") as report:
-        rows = [row for rows in counted(_all_played(jobs, workers), report) for row in rows]
-    return pd.DataFrame(rows)
+        for done, ((_, number, *_), found) in enumerate(zip(jobs, _all_played(jobs, workers), strict=True), start=1):
+            if unfinished is None:
+                rows += found
+            else:
+                unfinished.add(number, found)
+            report(done)
+    return pd.DataFrame(rows if unfinished is None else unfinished.rows(range(len(listed))))
 
 
 Job = tuple[Match, int, Listed, Sequence[str]]
