@@ -88,6 +88,7 @@ ELSEWHERE = {
     r"served\.parquet": "needs what a server has served: tests/sim/serve",
     r"policy=tuned": "needs rules that were tuned for minutes: tests/agents/evaluation/test_rules.py",
     r"hw\.fit": "needs the run of a server: tests/hw/fit",
+    r"sim\.reference": "make docs runs it: tests/sim/test_reference.py",
     r"sim\.(runs|table)": "needs run folders: tests/sim/table",
     r"(hw|sim)\.serve": "serves until it is stopped: tests/hw/serve, tests/sim/serve",
     r"hw\.validate(?! page=only)": "runs the complete suite: tests/hw/validate",
@@ -151,6 +152,7 @@ def _shorter_trace(cfg: DictConfig) -> list[str]:
 
 def _fewer_runs(cfg: DictConfig) -> list[str]:
     found = ["workers=1"] if OmegaConf.select(cfg, "executor") is not None else []
+    found += ["cells=2"] if (OmegaConf.select(cfg, "cells") or 1) > 2 else []
     return [*found, "seeds=[0,1]"] if OmegaConf.select(cfg, "seeds") else found
 
 

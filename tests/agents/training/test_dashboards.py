@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from agents.training.dashboards import FOLDER, check_wandb, learner_scalars
+from agents.training.train import train
 from sim.errors import ConfigError
-from tests.agents.helpers import run_module
+from tests.agents.helpers import composed
 
 
 def test_numbers_of_the_learners_are_scalars_and_nothing_else_is() -> None:
@@ -38,23 +39,15 @@ def test_without_a_login_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_pat
         check_wandb("mine")
 
 
-def test_a_training_writes_losses_divergence_entropy_and_utility(tmp_path: Path) -> None:
+def test_a_training_writes_losses_divergence_entropy_and_utility(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
     pytest.importorskip("wandb")
-    small = ("num_envs=4", "hidden=[8]", "algorithm.steps_an_iteration=256", "algorithm.minibatch=64")
-    done = run_module(
-        "agents.train",
-        *(
-            "experiment=ppo_prune",
-            "iterations=4",
-            "validate_every=2",
-            "wandb=test",
-            f"hydra.run.dir={tmp_path}",
-            *small,
-        ),
-        WANDB_MODE="offline",
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    size = ("num_envs=4", "hidden=[8]", "algorithm.steps_an_iteration=256", "algorithm.minibatch=64")
+    overrides = ["experiment=ppo_prune", "iterations=4", "validate_every=2", "wandb=test", *size]
+    train(composed("train", *overrides), tmp_path)
     events = accumulator(str(tmp_path / FOLDER))
     events.Reload()
     tags = set(events.Tags()["scalars"])

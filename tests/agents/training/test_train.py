@@ -216,6 +216,7 @@ def test_training_stops_after_patience_validations_without_a_gain(local_ray: Non
     ]  # the first validation is always the best so far, the next two are not
 
 
+@pytest.mark.slow
 def test_a_quiet_training_prints_its_results_alone(tmp_path: Path) -> None:
     small = ("num_envs=4", "hidden=[16]", "algorithm.steps_an_iteration=256", "algorithm.minibatch=128")
     arguments = ("experiment=ppo_prune", "iterations=1", *small, f"hydra.run.dir={tmp_path / 'run'}", "--quiet")
