@@ -21,6 +21,7 @@ from sim.cost.front_end import NO_FRONT_END, FrontEnd
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, describe
 from sim.disaggregate.disaggregate import Disaggregated, StagedRecords, decode_side, transfer_reduction, with_prefill
+from sim.disaggregate.learned_roles import LearnedRoles
 from sim.disaggregate.links import Link
 from sim.disaggregate.members import Role, RoleEvent, check_times
 from sim.engine.sim_engine import SimEngine
@@ -149,6 +150,8 @@ def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None, *, trace
     as_decode = side(of_decode, decode_side(plan), with_prefill(nll, plan.prefill))
     roles = build(cfg.roles)
     trace = build_trace(cfg) if trace is None else trace
+    if isinstance(roles, LearnedRoles):
+        roles.check_served(build(cfg.model).name, prefill + decode)
     if roles is not None:
         check_ticks(float(roles.period_s), float(trace.arrival_s[-1]), "roles.period_s")
     return Disaggregated(
