@@ -334,6 +334,8 @@ def next_command(path: Path, shown: str | None = None) -> str:
         keys |= {key: environment[key] for key in ("gpu", "latency", "engine", "slo", "turn_s") if key in environment}
         prefill, replicas = environment.get("prefill", 1), len(about["actions"]) + 1
         keys |= {"prefill_replicas": prefill, "decode_replicas": replicas - prefill}
+        if "budget_bytes" in environment:
+            keys |= {"budget": "constant", "budget.budget_bytes": environment["budget_bytes"]}
     else:
         keys |= {key: environment[key] for key in ("gpu", "latency", "engine", "slo", "tick_s") if key in environment}
         keys |= {"quality_table": environment["quality"]} if "quality" in environment else {}

@@ -328,6 +328,17 @@ def check_times(load_bytes_per_s: float, start_s: float, turn_s: float) -> None:
             raise ConfigError(f"{name} is {value}; it must be at least 0 seconds and finite: set e.g. {name}=1.0")
 
 
+def role_changes(events: Sequence[object]) -> int:
+    """Return how often a replica began to serve in another role than before; other events do not count."""
+    roles: dict[int, Role] = {}
+    changes = 0
+    for event in events:
+        if isinstance(event, RoleEvent) and event.phase in (Phase.SERVING, Phase.LEAVING):
+            changes += roles.get(event.replica, event.role) is not event.role
+            roles[event.replica] = event.role
+    return changes
+
+
 def _numbered(members: Sequence[Member], role: Role) -> dict[int, int]:
     """Return each replica's number in the records of a role."""
     first = sorted(members, key=lambda member: (member.role is not role, member.number))
