@@ -15,7 +15,6 @@ from gymnasium.vector.utils import batch_space
 from agents.envs.checks import RESET_MASK, for_each_row, reset_options, row_actions, rows_to_reset
 from agents.envs.roles import RolesCore, RolesSetting
 from agents.envs.vector import MaskedRows, Replayed, final_infos, reseed
-from sim.disaggregate.roles import SystemState
 from sim.errors import ConfigError
 from sim.types import Bools, Floats, Floats32, Ints
 
@@ -50,11 +49,6 @@ class ServeRolesVector(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
     def windows(self) -> list[Any]:
         """The windows of each row, in the order of its streams."""
         return list(self._windows)
-
-    @property
-    def states(self) -> list[SystemState]:
-        """What can be observed of each row's system now."""
-        return [core.state for core in self._cores]
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None

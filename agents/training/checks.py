@@ -125,13 +125,12 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         "windows": COUNT,
     },
     "agents.training.imitate.imitate_offline": {**FIT, "data": TEXT},
-    "agents.training.imitate.imitate_roles": {
+    "agents.training.imitate.imitate_phases": {
         **FIT,
         "counts": (
-            lambda value: isinstance(value, list) and all(isinstance(one, Mapping) for one in value),
-            "a list of tables SOURCE: PREFILL REPLICAS",
+            lambda value: isinstance(value, Mapping) and bool(value) and all(map(_count(1), value.values())),
+            "a table SOURCE: PREFILL REPLICAS",
         ),
-        "by_load": (lambda value: isinstance(value, Mapping), "a table with most_wait_s and most_kv_share"),
         "share": (_number(0.0, 1.0, above=True), "a number above 0, at most 1"),
         "episodes": COUNT,
     },

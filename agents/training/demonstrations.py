@@ -6,8 +6,7 @@ the target is uniform over them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,8 @@ import numpy as np
 from agents.baselines.prune import solver
 from agents.envs.prune_loads import prune_loads
 from agents.envs.prune_vector import PruneToBudgetVector
-from agents.envs.roles import RolesSetting
 from agents.envs.roles_vector import ServeRolesVector
 from agents.envs.serve_vector import ServeTraceVector
-from sim.disaggregate.roles import ByLoad
 from sim.errors import ConfigError, nearest
 from sim.types import Floats32
 
@@ -91,81 +88,44 @@ def plan_demonstrations(
     return np.concatenate(observations), np.concatenate(targets)
 
 
-def roles_demonstrations(
-    env_kwargs: Mapping[str, Any],
-    *,
-    seed: int,
-    counts: Sequence[Mapping[str, int]],
-    by_load: Mapping[str, float],
-    share: float,
-    episodes: int,
-    discount: float,
+def phase_demonstrations(
+    env_kwargs: Mapping[str, Any], *, seed: int, counts: Mapping[str, int], share: float, episodes: int, discount: float
 ) -> tuple[Floats32, Floats32, Floats32]:
-    """Return observations [n, o], target probabilities [n, a] and returns [n] of the best of several teachers.
+    """Return observations [n, o], target probabilities [n, a] and returns [n] of a teacher of ``ServeRoles``.
 
-    The teachers of ``ServeRoles`` are the rule ``by_load``, and for each table of ``counts`` one that knows which
-    source plays now and lets its number of replicas prefill, where that is legal. All play every episode; of each, the
-    teacher with the highest utility is kept, the rule unless another one is better by more than ``MARGIN``.
+    The teacher knows which source plays now, and runs its number of prefill replicas where that is legal.
 
     Args:
-        env_kwargs: arguments of ``ServeRoles``. seed: of episodes. counts: tables SOURCE: PREFILL REPLICAS.
-        by_load: fields of ``sim.disaggregate.roles.ByLoad``; it decides every tick.
-        share: probability of the teacher's action; the rest is uniform over the legal actions.
-        episodes: number of them. discount: per tick, of the returns, which are in units of reward.
+        env_kwargs: arguments of ``ServeRoles``. seed: of episodes and actions. counts: for each source, the teacher's
+            number. share: probability of the teacher's action; the rest is uniform over the legal actions.
+        episodes: played at once. discount: per tick, of the returns, which are in units of reward.
     Raises:
-        ConfigError: for a source without a number that the system can have, or thresholds out of range.
+        ConfigError: for a source without a number that the system can have.
     """
     vector = ServeRolesVector(episodes, **env_kwargs)
-    setting = vector.setting
-    for table in counts:
-        _check_counts(setting, table)
-    rule = ByLoad(**by_load, period_s=setting.tick_s)
-    vector.reset(seed=seed)
-    windows, features = vector.windows, setting.table.features
-    teachers: list[Callable[[int, int], int]] = [lambda row, tick: rule(vector.states[row])]
-    teachers += [
-        partial(lambda table, row, tick: table[setting.source_at(windows[row], tick * setting.tick_s)], table)
-        for table in counts
-    ]
-    best = np.full(episodes, -np.inf)
-    shape = (setting.ticks - 1, episodes)
-    seen = np.zeros((*shape, setting.table.size), dtype=np.float32)
-    actions, rewards = np.zeros(shape, dtype=np.int64), np.zeros(shape)
-    for teacher in teachers:
-        observed, _ = vector.reset(options={"windows": windows})
-        now_seen, now_actions, now_rewards = np.empty_like(seen), np.empty_like(actions), np.empty_like(rewards)
-        for at in range(setting.ticks - 1):
-            wanted = np.array([teacher(row, at + 1) for row in range(episodes)]) - 1
-            present = np.array([state.to_prefill for state in vector.states]) - 1
-            legal = observed[:, features:] > 0.5
-            now_seen[at], now_actions[at] = observed, np.where(legal[np.arange(episodes), wanted], wanted, present)
-            observed, now_rewards[at], _, _, infos = vector.step(now_actions[at])
-        better = infos["utility"] > best + MARGIN
-        best[better] = infos["utility"][better]
-        for kept, now in ((seen, now_seen), (actions, now_actions), (rewards, now_rewards)):
-            kept[:, better] = now[:, better]
-    legal_flags = seen[..., features:]
-    targets = (1.0 - share) * legal_flags / legal_flags.sum(axis=-1, keepdims=True)
-    np.put_along_axis(targets, actions[..., None], np.take_along_axis(targets, actions[..., None], -1) + share, -1)
-    value, returns = np.zeros(episodes), np.zeros(shape)
-    for at in reversed(range(setting.ticks - 1)):
-        returns[at] = value = rewards[at] + discount * value
-    rows = setting.table.size
-    return (
-        seen.reshape(-1, rows),
-        targets.reshape(-1, targets.shape[-1]).astype(np.float32),
-        returns.ravel().astype(np.float32),
-    )
-
-
-MARGIN = 0.005
-"""By how much the utility of another teacher must be above that of the rule, or of those before it."""
-
-
-def _check_counts(setting: RolesSetting, table: Mapping[str, int]) -> None:
+    setting, rows = vector.setting, np.arange(episodes)
     for source in setting.sources:
-        if not 1 <= table.get(source, 0) < setting.replicas:
+        if not 1 <= counts.get(source, 0) < setting.replicas:
             raise ConfigError(
-                f"imitate.counts has {table.get(source)} for {source}; each source of the traffic needs a number from "
-                f"1 to {setting.replicas - 1} in each table"
+                f"imitate.counts has {counts.get(source)} for {source}; each source of the traffic needs a number from "
+                f"1 to {setting.replicas - 1}, such as imitate.counts.{source}=3"
             )
+    rng, features = np.random.default_rng(seed), setting.table.features
+    observed, _ = vector.reset(seed=seed)
+    observations, targets, rewards = [], [], []
+    for tick in range(1, setting.ticks):
+        playing = [setting.source_at(windows, tick * setting.tick_s) for windows in vector.windows]
+        chosen, legal = np.array([counts[source] for source in playing]) - 1, observed[:, features:]
+        target = (1.0 - share) * legal / legal.sum(axis=1, keepdims=True)
+        target[rows, chosen] += share * legal[rows, chosen]
+        observations.append(observed)
+        targets.append((target / target.sum(axis=1, keepdims=True)).astype(np.float32))
+        other = (rng.random(legal.shape) * legal).argmax(axis=1)
+        keep = (rng.random(episodes) < share) & (legal[rows, chosen] > 0.5)
+        observed, reward, *_ = vector.step(np.where(keep, chosen, other))
+        rewards.append(reward)
+    value, returns = np.zeros(episodes), []
+    for reward in reversed(rewards):
+        value = reward + discount * value
+        returns.append(value)
+    return np.concatenate(observations), np.concatenate(targets), np.concatenate(returns[::-1]).astype(np.float32)

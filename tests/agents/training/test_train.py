@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,7 @@ from agents.envs.serve import ServeCore, ServeSetting
 from agents.envs.serve_windows import Window
 from agents.evaluation.cluster import learned_cluster_policies, mean_cluster_utility
 from agents.training.checkpoints import BUFFER, Checkpoints
-from agents.training.demonstrations import roles_demonstrations
+from agents.training.demonstrations import phase_demonstrations
 from agents.training.export import export_network
 from agents.training.modules import actor_logits, learner_module
 from agents.training.progress import COLUMNS, Progress
@@ -307,7 +306,7 @@ ROLES = [
     "imitate.episodes=4",
     "imitate.epochs=400",
     "imitate.batch=16",
-    "imitate.counts=[{gamma_code: 2, gamma: 1}]",
+    "imitate.counts={gamma_code: 2, gamma: 1}",
 ]
 
 
@@ -335,15 +334,15 @@ def test_roles_are_learned_from_a_teacher_and_run_in_numpy_as_in_torch(local_ray
     with torch.no_grad():
         logits = actor_logits(module, torch.from_numpy(rows)).numpy()
     np.testing.assert_allclose(network(rows[:, : network.inputs]), logits, rtol=1e-4, atol=1e-4)
-    shown: dict[str, Any] = {"by_load": dict(cfg.imitate.by_load), "share": 0.9, "episodes": 4, "discount": 0.95}
-    tables = [{"gamma_code": 2, "gamma": 1}]
-    observations, targets, returns = roles_demonstrations(env_kwargs, seed=0, counts=tables, **shown)
+    observations, targets, returns = phase_demonstrations(
+        env_kwargs, seed=0, counts=cfg.imitate.counts, share=0.9, episodes=4, discount=0.95
+    )
     assert len(observations) == len(targets) == len(returns) == 4 * (setting.ticks - 1)
     assert targets.sum(axis=1) == pytest.approx(1.0)
     chosen = network.act(observations[:, : network.inputs], observations[:, network.inputs :] > 0.5)
     assert (chosen == targets.argmax(axis=1)).mean() > 0.7
     with pytest.raises(ConfigError, match=r"imitate\.counts has 3 for gamma"):
-        build(cfg.imitate)(algorithm, cfg.env.id, env_kwargs, seed=0, counts=[{"gamma_code": 2, "gamma": 3}])
+        build(cfg.imitate)(algorithm, cfg.env.id, env_kwargs, seed=0, counts={"gamma_code": 2, "gamma": 3})
     algorithm.stop()
 
 
