@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from agents.evaluation.serve_report import against, trace_mean
-from agents.evaluation.tables import by_kind, policies_of, seconds_of, signed, standing
+from agents.evaluation.tables import by_kind, policies_of, signed, standing
 from sim.pages.render import commit_of, table
 
 SPECS = {"SLO attainment": ".1%", "goodput (req/s)": ".2f", "TTFT P95 (s)": ".2f", "TPOT P95 (ms)": ".0f"}
@@ -66,5 +66,5 @@ def roles_context(folder: Path) -> dict[str, Any] | None:
         "table": roles_table_markdown(frame, made["compared"]),
         "verdict": roles_verdict(frame, made["compared"]),
         "by_kind": by_kind(frame, policies_of(frame, ()), kinds),
-        "seconds": seconds_of(made),
+        "seconds": sum(made["seconds"].get(made["compared"], [])),
     }
