@@ -179,8 +179,8 @@ class RolesSetting(ServeSetting):
             wanted = " or ".join(
                 ", ".join(f"{count} of {source}" for source, count in mix.items()) for mix in self.traffic
             )
-            given = ", ".join(one.source for one in found) or "none"
-            raise ConfigError(f"options has windows of {given}; pass one for each stream: {wanted}")
+            passed = ", ".join(one.source for one in found) or "none"
+            raise ConfigError(f"options has windows of {passed}; pass one for each stream: {wanted}")
         return found
 
     def parts(self, windows: Sequence[Window]) -> list[WindowRequests]:

@@ -46,8 +46,8 @@ def _run(cfg: DictConfig) -> None:
     for note in notes:
         print(note)
     path = write_roles_claim(cfg) if task == "roles" else write_claim(cfg)
-    given = [override for override in HydraConfig.get().overrides.task if not override.startswith("tasks=")]
-    changed = "".join(f" {shlex.quote(override)}" for override in given)
+    others = [override for override in HydraConfig.get().overrides.task if not override.startswith("tasks=")]
+    changed = "".join(f" {shlex.quote(override)}" for override in others)
     print(f"wrote {path}\ncommit it, then play it once:")
     print(f"  python -m agents.evaluate 'tasks=[{task}]' out=docs/results/agents{changed}")
 
