@@ -8,6 +8,7 @@ ENVIRONMENTS = {
     "PruneToBudget-v0": ("agents.envs.prune:PruneToBudget", "agents.envs.prune_vector:PruneToBudgetVector"),
     "ServeTrace-v0": ("agents.envs.serve:ServeTrace", "agents.envs.serve_vector:ServeTraceVector"),
     "ServeCluster-v0": ("agents.envs.cluster:ServeCluster", "agents.envs.cluster_vector:ServeReplicas"),
+    "ServeRoles-v0": ("agents.envs.roles:ServeRoles", "agents.envs.roles_vector:ServeRolesVector"),
 }
 """Environment id: (entry point, vector entry point).
 

@@ -1,9 +1,9 @@
-"""The Gymnasium environments PruneToBudget-v0, ServeTrace-v0 and ServeCluster-v0.
+"""The Gymnasium environments PruneToBudget-v0, ServeTrace-v0, ServeCluster-v0 and ServeRoles-v0.
 
-registration                        registers all three
-prune, serve, cluster               the plain environments and their settings
+registration                        registers all four
+prune, serve, cluster, roles        the plain environments and their settings
 prune_vector, serve_vector,
-cluster_vector                      the same episodes, many at a time, for training
+cluster_vector, roles_vector        the same episodes, many at a time, for training
 prune_loads, serve_windows          which loads and windows each split may use
 reward                              rewards as pure functions
 surrogate                           the loss of many keep masks at once

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -58,10 +58,16 @@ from sim.policies.observation.serve import (
 )
 from sim.policies.orders import own_order
 from sim.results.metrics import Slo, met_slo
+from sim.results.records import Records
 from sim.types import GIB, Bools, Floats32
 
-if TYPE_CHECKING:
-    from sim.cluster.cluster import Cluster
+
+class Served(Protocol):
+    """What has records of requests: an engine, a cluster, or a system with separate prefill and decode."""
+
+    def records(self) -> Records:
+        """Return one row per request."""
+        ...
 
 
 def with_order(model: ModelSpec, actions: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,7 +285,7 @@ class ServeSetting:
             plan, budget, keep_iterations=False, graph=graph, env=env, external_clock=external_clock
         )
 
-    def earned(self, engine: SimEngine | Cluster, requests: int) -> float:
+    def earned(self, engine: Served, requests: int) -> float:
         """Return the utility so far, in [0, 1]: the quality kept by requests that met the SLO, over ``requests``."""
         if not requests:
             return 1.0
@@ -288,7 +294,7 @@ class ServeSetting:
         loss = np.where(met, records.quality_nll - self.dense_nll, 0.0)
         return float((kept_quality(loss) * met).sum()) / requests
 
-    def lost(self, engine: SimEngine | Cluster, requests: int, now_s: float) -> float:
+    def lost(self, engine: Served, requests: int, now_s: float) -> float:
         """Return the utility that is out of reach at ``now_s``, in [0, 1] (``agents.envs.reward.utility_lost``)."""
         return utility_lost(engine.records(), self.slo, self.dense_nll, now_s, requests) if requests else 0.0
 

@@ -25,6 +25,7 @@ GLOBS = {
     "serve_curves": "serve",
     "cluster_learned": "cluster",
     "cluster_curves": "cluster",
+    "roles_learned": "roles",
 }
 """Keys that map a name to a glob of files, with the task that reads them."""
 

@@ -17,9 +17,11 @@ from agents.evaluation.ablation import shuffled_windows
 from agents.evaluation.chosen import allow_new_names, check_rules, glob_files, present, replaced
 from agents.evaluation.cluster_report import cluster_table_markdown
 from agents.evaluation.measure import measure_cluster, measure_prune
+from agents.evaluation.measure_roles import measure_roles
 from agents.evaluation.measure_serve import measure_serve
 from agents.evaluation.page import is_complete, write_report
 from agents.evaluation.prune_report import NOT_LEARNED, prune_table_markdown
+from agents.evaluation.roles_report import roles_table_markdown
 from agents.evaluation.rules import RULES
 from agents.evaluation.serve import ORACLES
 from agents.evaluation.serve_report import serve_table_markdown
@@ -40,6 +42,7 @@ TASKS: dict[str, Callable[[DictConfig, Path], None]] = {
     "serve": measure_serve,
     "ablation": _measure_ablation,
     "cluster": measure_cluster,
+    "roles": measure_roles,
 }
 
 
@@ -47,7 +50,8 @@ TASKS: dict[str, Callable[[DictConfig, Path], None]] = {
 class EvaluateConfig:
     """What to evaluate.
 
-    tasks: any of prune, serve, ablation (which entries of the observation the policies of serve depend on), cluster.
+    tasks: any of prune, serve, ablation (which entries of the observation the policies of serve depend on), cluster,
+        roles (how many replicas prefill).
     baselines: rules to play, by name; null plays all, [] none.
     model: the model whose measured losses prune uses.
     measure: play the policies; false only writes the page again from the result files of ``out``.
@@ -63,8 +67,10 @@ class EvaluateConfig:
     serve_ablation: glob of the policies whose entries are shuffled; empty for none.
     cluster_learned, cluster_curves: like serve_learned and serve_curves, for ServeCluster; policies of one replica too.
     cluster_sources: traces of clusters. cluster_each: clusters for each of them and each load.
-    only: policies to play again: rules or learned ones in prune and serve, learned ones in cluster. The rows of all
-        other policies stay; in prune, their plans get the losses of the present quality.
+    roles_learned: name -> glob of exported policies of ServeRoles. roles_each: episodes of each traffic. roles_claim,
+        roles_compared: like claim and compared, for ServeRoles (``agents.evaluation.measure_roles``).
+    only: policies to play again: rules or learned ones in prune, serve and roles, learned ones in cluster. The rows of
+        all other policies stay; in prune, their plans get the losses of the present quality.
     out: folder of the result files. The published page is docs/results/agents.
     """
 
@@ -87,6 +93,10 @@ class EvaluateConfig:
     cluster_curves: dict[str, Any] = field(default_factory=dict)
     cluster_sources: list[str] = field(default_factory=lambda: ["burst"])
     cluster_each: int = 6
+    roles_learned: dict[str, Any] = field(default_factory=dict)
+    roles_each: int = 10
+    roles_claim: str = "docs/results/agents/roles_claim.json"
+    roles_compared: str = "learned_roles"
     only: list[str] = field(default_factory=list)
     measure: bool = True
     out: str = "runs/evaluate"
@@ -99,6 +109,7 @@ TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
     "prune": prune_table_markdown,
     "serve": serve_table_markdown,
     "cluster": cluster_table_markdown,
+    "roles": roles_table_markdown,
 }
 
 

@@ -8,18 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from agents.envs.serve import ServeSetting
-from sim.cluster.cluster import Cluster
-from sim.engine.sim_engine import SimEngine
+from agents.envs.serve import Served, ServeSetting
 from sim.results.metrics import met_slo
 from sim.results.records import Status
 
 
-def serving_figures(setting: ServeSetting, served: SimEngine | Cluster, requests: int) -> dict[str, Any]:
-    """Return the figures of an engine or cluster that has served all its requests.
+def serving_figures(setting: ServeSetting, served: Served, requests: int) -> dict[str, Any]:
+    """Return the figures of what has served all its requests.
 
     Args:
-        setting: what was served. served: the engine or cluster. requests: number of requests that arrived.
+        setting: what was served. served: an engine, cluster or system. requests: number of requests that arrived.
     Returns:
         Utility, SLO attainment and the rejected share in [0, 1]; goodput in requests per second; P95 TTFT of finished
         requests in seconds; loss in nats per token more than dense, mean over finished requests.

@@ -1,4 +1,4 @@
-"""``python -m agents.claim``: write the claim of a configuration (``agents.evaluation.claim``)."""
+"""``python -m agents.claim``: write the claim of a configuration (``agents.evaluation.claim``, ``measure_roles``)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from agents.evaluation.chosen import allow_new_names, present, replaced
 from agents.evaluation.claim import claim_path, claimed
 from agents.evaluation.evaluate import EvaluateConfig
+from agents.evaluation.measure_roles import write_roles_claim
 from agents.evaluation.measure_serve import what_is_played
 from sim.config import CONF_DIR, one_thread, run_command
 from sim.errors import ConfigError
@@ -39,14 +40,16 @@ def write_claim(cfg: DictConfig) -> Path:
 def _run(cfg: DictConfig) -> None:
     default: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "evaluate.yaml"), resolve=False)
     cfg = replaced(cfg, HydraConfig.get().overrides.task)
-    cfg.tasks = ["serve"]
+    task = "roles" if list(cfg.tasks) == ["roles"] else "serve"
+    cfg.tasks = [task]
     cfg, notes = present(cfg, default)
     for note in notes:
         print(note)
-    path = write_claim(cfg)
-    changed = "".join(f" {shlex.quote(override)}" for override in HydraConfig.get().overrides.task)
+    path = write_roles_claim(cfg) if task == "roles" else write_claim(cfg)
+    others = [override for override in HydraConfig.get().overrides.task if not override.startswith("tasks=")]
+    changed = "".join(f" {shlex.quote(override)}" for override in others)
     print(f"wrote {path}\ncommit it, then play it once:")
-    print(f"  python -m agents.evaluate 'tasks=[serve]' out=docs/results/agents{changed}")
+    print(f"  python -m agents.evaluate 'tasks=[{task}]' out=docs/results/agents{changed}")
 
 
 def main() -> None:

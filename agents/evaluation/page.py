@@ -8,6 +8,7 @@ from agents.evaluation import cluster_report, prune_report
 from agents.evaluation.choose import write_choices
 from agents.evaluation.cluster_report import cluster_context
 from agents.evaluation.prune_report import prune_context
+from agents.evaluation.roles_report import roles_context
 from agents.evaluation.serve_report import serve_context
 from agents.evaluation.tables import read_if_there
 from sim.pages.render import render
@@ -22,6 +23,7 @@ NEEDED = {
     "prune": ("dense", prune_report.REFERENCE, "knapsack", "oracle"),
     "serve": ("dense",),
     "cluster": ("dense", cluster_report.REFERENCE),
+    "roles": ("by_load",),
 }
 """The policies that each section of the page compares others with."""
 
@@ -36,7 +38,12 @@ def is_complete(folder: Path) -> bool:
 
 def page(folder: Path = FOLDER) -> str:
     """Return the page, in Markdown; write its plots into the folder."""
-    contexts = {"prune": prune_context(folder), "serve": serve_context(folder), "cluster": cluster_context(folder)}
+    contexts = {
+        "prune": prune_context(folder),
+        "serve": serve_context(folder),
+        "cluster": cluster_context(folder),
+        "roles": roles_context(folder),
+    }
     return render(TEMPLATE, **contexts)
 
 

@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from agents.envs.cluster import ClusterSetting
 from agents.envs.prune import PruneSetting
+from agents.envs.roles import RolesSetting
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import source_trace
 from agents.registration import ENVIRONMENTS
@@ -124,6 +125,15 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         "windows": COUNT,
     },
     "agents.training.imitate.imitate_offline": {**FIT, "data": TEXT},
+    "agents.training.imitate.imitate_phases": {
+        **FIT,
+        "counts": (
+            lambda value: isinstance(value, Mapping) and bool(value) and all(map(_count(1), value.values())),
+            "a table SOURCE: PREFILL REPLICAS",
+        ),
+        "share": (_number(0.0, 1.0, above=True), "a number above 0, at most 1"),
+        "episodes": COUNT,
+    },
     "agents.training.imitate.imitate_policy": {**FIT, "path": TEXT, "temperature": POSITIVE, "windows": COUNT},
 }
 """The keys that each ``_target_`` takes, with the values that each may have."""
@@ -208,6 +218,7 @@ def check_environment(values: Mapping[str, Any]) -> Setting:
         "PruneToBudget-v0": PruneSetting,
         "ServeTrace-v0": ServeSetting,
         "ServeCluster-v0": ClusterSetting,
+        "ServeRoles-v0": RolesSetting,
     }
     try:
         setting = kinds[name](**values["env"]["kwargs"], reward=values["reward"])

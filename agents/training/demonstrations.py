@@ -1,4 +1,4 @@
-"""Observations with target action probabilities, for imitation: what a solver or one fixed plan would do.
+"""Observations with target action probabilities, for imitation: what a solver, a teacher or one fixed plan would do.
 
 A solver returns a set of blocks, not an order. Every block of the set that is still kept is an equally good action, so
 the target is uniform over them.
@@ -14,6 +14,7 @@ import numpy as np
 from agents.baselines.prune import solver
 from agents.envs.prune_loads import prune_loads
 from agents.envs.prune_vector import PruneToBudgetVector
+from agents.envs.roles_vector import ServeRolesVector
 from agents.envs.serve_vector import ServeTraceVector
 from sim.errors import ConfigError, nearest
 from sim.types import Floats32
@@ -85,3 +86,46 @@ def plan_demonstrations(
         keep = (rng.random(windows) < share) & (legal[:, chosen] > 0.5)
         observed, *_ = vector.step(np.where(keep, chosen, other))
     return np.concatenate(observations), np.concatenate(targets)
+
+
+def phase_demonstrations(
+    env_kwargs: Mapping[str, Any], *, seed: int, counts: Mapping[str, int], share: float, episodes: int, discount: float
+) -> tuple[Floats32, Floats32, Floats32]:
+    """Return observations [n, o], target probabilities [n, a] and returns [n] of a teacher of ``ServeRoles``.
+
+    The teacher knows which source plays now, and runs its number of prefill replicas where that is legal.
+
+    Args:
+        env_kwargs: arguments of ``ServeRoles``. seed: of episodes and actions. counts: for each source, the teacher's
+            number. share: probability of the teacher's action; the rest is uniform over the legal actions.
+        episodes: played at once. discount: per tick, of the returns, which are in units of reward.
+    Raises:
+        ConfigError: for a source without a number that the system can have.
+    """
+    vector = ServeRolesVector(episodes, **env_kwargs)
+    setting, rows = vector.setting, np.arange(episodes)
+    for source in setting.sources:
+        if not 1 <= counts.get(source, 0) < setting.replicas:
+            raise ConfigError(
+                f"imitate.counts has {counts.get(source)} for {source}; each source of the traffic needs a number from "
+                f"1 to {setting.replicas - 1}, such as imitate.counts.{source}=3"
+            )
+    rng, features = np.random.default_rng(seed), setting.table.features
+    observed, _ = vector.reset(seed=seed)
+    observations, targets, rewards = [], [], []
+    for tick in range(1, setting.ticks):
+        playing = [setting.source_at(windows, tick * setting.tick_s) for windows in vector.windows]
+        chosen, legal = np.array([counts[source] for source in playing]) - 1, observed[:, features:]
+        target = (1.0 - share) * legal / legal.sum(axis=1, keepdims=True)
+        target[rows, chosen] += share * legal[rows, chosen]
+        observations.append(observed)
+        targets.append((target / target.sum(axis=1, keepdims=True)).astype(np.float32))
+        other = (rng.random(legal.shape) * legal).argmax(axis=1)
+        keep = (rng.random(episodes) < share) & (legal[rows, chosen] > 0.5)
+        observed, reward, *_ = vector.step(np.where(keep, chosen, other))
+        rewards.append(reward)
+    value, returns = np.zeros(episodes), []
+    for reward in reversed(rewards):
+        value = reward + discount * value
+        returns.append(value)
+    return np.concatenate(observations), np.concatenate(targets), np.concatenate(returns[::-1]).astype(np.float32)

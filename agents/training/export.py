@@ -68,10 +68,15 @@ def about_network(
     """Return the JSON next to the weights: the tables of observations and actions, and how the policy was trained."""
     from agents.envs.cluster import ClusterSetting
     from agents.envs.prune import PruneSetting
+    from agents.envs.roles import RolesSetting
     from agents.envs.serve import ServeSetting
 
     task = str(cfg.env.id).removesuffix("-v0")
-    kinds: dict[str, type[ServeSetting | PruneSetting]] = {"ServeTrace": ServeSetting, "ServeCluster": ClusterSetting}
+    kinds: dict[str, type[ServeSetting | PruneSetting]] = {
+        "ServeTrace": ServeSetting,
+        "ServeCluster": ClusterSetting,
+        "ServeRoles": RolesSetting,
+    }
     setting = kinds.get(task, PruneSetting)(**{**env_kwargs, "split": "validation"})
     about: dict[str, Any] = {
         "task": task,
@@ -95,10 +100,11 @@ def about_network(
         "observation": setting.table.rows(),
     }
     if isinstance(setting, ServeSetting):
-        about["plans"] = setting.action_options
         about["tick_s"] = setting.tick_s
         about["slo"] = dataclasses.asdict(setting.slo)
-        about["low_loss"] = setting.low_loss(1.0)
+        if not isinstance(setting, RolesSetting):  # which chooses no plans
+            about["plans"] = setting.action_options
+            about["low_loss"] = setting.low_loss(1.0)
     elif setting.scores is not None:
         about["scores"] = [float(x) for x in setting.scores]
     return about
@@ -299,8 +305,9 @@ POLICIES = {
     "PruneToBudget": ("sim.replay", "learned_prune"),
     "ServeTrace": ("sim.replay", "learned_serve"),
     "ServeCluster": ("sim.cluster", "learned_cluster"),
+    "ServeRoles": ("sim.disaggregate", "learned"),
 }
-"""Environment: the command and the option of ``policy`` that run what was trained in it."""
+"""Environment: the command and the option of ``policy``, or of ``roles``, that run what was trained in it."""
 
 
 def shown_path(path: Path) -> str:
@@ -320,17 +327,22 @@ def next_command(path: Path, shown: str | None = None) -> str:
     command, policy = POLICIES[about["task"]]
     environment = about.get("environment", {})
     keys = {"model": about["model"]}
+    group = "roles" if about["task"] == "ServeRoles" else "policy"
     if about["task"] == "PruneToBudget":
         keys |= dict(zip(("gpu",), calibrated_gpus(str(about["model"])), strict=False))
+    elif about["task"] == "ServeRoles":
+        keys |= {key: environment[key] for key in ("gpu", "latency", "engine", "slo", "turn_s") if key in environment}
+        prefill, replicas = environment.get("prefill", 1), len(about["actions"]) + 1
+        keys |= {"prefill_replicas": prefill, "decode_replicas": replicas - prefill}
+        if "budget_bytes" in environment:
+            keys |= {"budget": "constant", "budget.budget_bytes": environment["budget_bytes"]}
     else:
         keys |= {key: environment[key] for key in ("gpu", "latency", "engine", "slo", "tick_s") if key in environment}
         keys |= {"quality_table": environment["quality"]} if "quality" in environment else {}
     if not re.fullmatch(r"[\w./@-]+", shown):
         shown = f'"{shown}"'  # Hydra reads quoted text as it stands
     # Names come from the file, which may come from anywhere, and the line is meant to be pasted into a shell.
-    settings = [
-        shlex.quote(f"{key}={value}") for key, value in {**keys, "policy": policy, "policy.path": shown}.items()
-    ]
+    settings = [shlex.quote(f"{key}={value}") for key, value in {**keys, group: policy, f"{group}.path": shown}.items()]
     return f"python -m {command} trace=burst {' '.join(settings)}"
 
 

@@ -17,7 +17,7 @@ import torch
 from agents.envs.cluster import ClusterSetting
 from agents.envs.cluster_vector import ServeReplicas
 from agents.envs.serve_vector import ServeTraceVector
-from agents.training.demonstrations import knapsack_demonstrations, plan_demonstrations
+from agents.training.demonstrations import knapsack_demonstrations, phase_demonstrations, plan_demonstrations
 from agents.training.episodes import FILE, read_episodes
 from agents.training.fitting import fit_actor, fit_critic, fit_values
 from agents.training.modules import MaskedDQN, actor_layers, actor_logits, learner_module
@@ -87,6 +87,47 @@ def imitate_plan(
         raise ConfigError("imitate=plan needs env=serve_trace and an algorithm with action probabilities, such as ppo")
     observations, targets = plan_demonstrations(env_kwargs, seed=seed, plan=plan, share=share, windows=windows)
     return fit_actor(algorithm, observations, targets, seed=seed, epochs=epochs, batch=batch, lr=lr)
+
+
+def imitate_phases(
+    algorithm: Any,
+    env: str,
+    env_kwargs: Mapping[str, Any],
+    *,
+    seed: int,
+    counts: Mapping[str, int],
+    share: float,
+    episodes: int,
+    epochs: int,
+    batch: int,
+    lr: float,
+) -> float:
+    """Clone a teacher of ``ServeRoles`` that knows which source plays now; return the last cross-entropy in nats.
+
+    The critic is fitted to the teacher's returns.
+
+    Args:
+        algorithm, env, env_kwargs, seed, epochs, batch, lr: see the module's docstring.
+        counts: the teacher's number of prefill replicas while a source plays. share: the probability that the clone
+            gives to it. episodes: training episodes that the teacher plays.
+    Raises:
+        ConfigError: for another environment, DQN, or a source without a count that a system can have.
+    """
+    if isinstance(algorithm.get_module(), MaskedDQN) or env != "ServeRoles-v0":
+        raise ConfigError(
+            "imitate=phases needs env=serve_roles and an algorithm with action probabilities, such as ppo"
+        )
+    observations, targets, returns = phase_demonstrations(
+        env_kwargs,
+        seed=seed,
+        counts=counts,
+        share=share,
+        episodes=episodes,
+        discount=float(algorithm.config.gamma),
+    )
+    fit: Any = {"seed": seed, "epochs": epochs, "batch": batch, "lr": lr}
+    fit_critic(algorithm, observations, returns, **fit)
+    return fit_actor(algorithm, observations, targets, **fit)
 
 
 def imitate_offline(

@@ -11,6 +11,7 @@ DECIDES = {
     "PruneToBudget": "which blocks to drop, one after another, until a load fits a memory budget",
     "ServeTrace": "every {tick} s which weights a server runs and what it admits",
     "ServeCluster": "every {tick} s and for each replica which weights it runs and what it admits",
+    "ServeRoles": "every {tick} s how many replicas prefill while the others decode",
 }
 ASSUMED = "transferred"
 """Part of the names of quality tables that are assumed, not measured."""
@@ -96,6 +97,7 @@ def _training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     named = {
         "sources": "traces (their training part)",
+        "traffic": "streams of traces (their training part)",
         "gpu": "device",
         "latency": "calibration",
         "engine": "engine",

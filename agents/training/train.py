@@ -82,6 +82,9 @@ class TrainConfig:
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
+BELOW_ALL = -1.0
+"""The best validation utility before the first validation; a checkpoint states it, and JSON has no infinity."""
+
 
 def environment_kwargs(cfg: DictConfig) -> dict[str, Any]:
     """Return the arguments of the environment, reward included, as plain values.
@@ -175,7 +178,7 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
     say("starting Ray and building the algorithm: about half a minute")
     start_ray(cfg)
     algorithm = build_algorithm(cfg)
-    status: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "best": -np.inf, "since_best": 0}
+    status: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "best": BELOW_ALL, "since_best": 0}
     if resuming:
         status.update(checkpoints.restore(algorithm))
         console.print(f"resumed at iteration {status['iteration']}, {status['seconds']:.0f} s", highlight=False)

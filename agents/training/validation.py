@@ -15,6 +15,8 @@ from agents.envs.cluster import ClusterSetting
 from agents.envs.cluster_vector import ServeReplicas
 from agents.envs.prune_loads import PruneLoad, prune_loads
 from agents.envs.prune_vector import PruneToBudgetVector
+from agents.envs.roles import RolesSetting
+from agents.envs.roles_vector import ServeRolesVector
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_pool import window_pool
 from agents.envs.serve_sources import own_sources, sources_with
@@ -23,7 +25,7 @@ from agents.envs.serve_windows import Window, serve_windows
 from sim.policies.learned import Network
 from sim.types import Bools, Floats32
 
-VALIDATION_WINDOWS, VALIDATION_CLUSTERS, VALIDATION_SEED = 30, 24, 20250602
+VALIDATION_WINDOWS, VALIDATION_CLUSTERS, VALIDATION_SYSTEMS, VALIDATION_SEED = 30, 24, 12, 20250602
 Act = Callable[[Floats32, Bools], NDArray[np.int64]]
 """Chooses one legal action for each row: (features float32[n, o], legal bool[n, a]) -> int64[n]."""
 
@@ -77,7 +79,18 @@ def serve_clusters(
     return _utilities(act, vector, clusters)[:: vector.setting.replicas]
 
 
-def _utilities(act: Act, vector: ServeTraceVector | ServeReplicas, windows: Sequence[Any]) -> NDArray[np.float64]:
+def serve_systems(act: Act, env_kwargs: Mapping[str, Any], episodes: Sequence[Sequence[Window]]) -> NDArray[np.float64]:
+    """Play every episode of ``ServeRoles`` once; return the utility of each, float64[n].
+
+    Args:
+        act: chooses the actions. env_kwargs: of ``ServeRoles``. episodes: for each, the windows of its streams.
+    """
+    return _utilities(act, ServeRolesVector(len(episodes), **env_kwargs), episodes)
+
+
+def _utilities(
+    act: Act, vector: ServeTraceVector | ServeReplicas | ServeRolesVector, windows: Sequence[Any]
+) -> NDArray[np.float64]:
     """Play one episode in every environment; return the utility of each row."""
     observations, _ = vector.reset(options={"windows": windows})
     features = vector.setting.table.features
@@ -108,6 +121,13 @@ def validation_clusters(setting: ClusterSetting) -> list[tuple[Window, ...]]:
     """Return the validation clusters, the same in every call."""
     rng = np.random.default_rng(VALIDATION_SEED)
     return [setting.sample(rng, "validation") for _ in range(VALIDATION_CLUSTERS)]
+
+
+def validation_systems(setting: RolesSetting) -> list[tuple[Window, ...]]:
+    """Return the validation episodes of ``ServeRoles``, the same in every call, equally many of each traffic."""
+    rng = np.random.default_rng(VALIDATION_SEED)
+    each = -(-VALIDATION_SYSTEMS // len(setting.traffic))
+    return [setting.sample(rng, "validation", mix) for _ in range(each) for mix in setting.traffic]
 
 
 def validation_episodes(sequence: int) -> list[list[PruneLoad]]:
@@ -161,4 +181,6 @@ def validation_utilities(
         return serve(act, env_kwargs, validation_windows(sources=own_sources(env_kwargs.get("sources", ()))))
     if env == "ServeCluster-v0":
         return serve_clusters(act, env_kwargs, validation_clusters(ClusterSetting(**env_kwargs)))
+    if env == "ServeRoles-v0":
+        return serve_systems(act, env_kwargs, validation_systems(RolesSetting(**env_kwargs)))
     return play(act, env_kwargs, validation_episodes(int(env_kwargs.get("sequence", 1)))).utility

@@ -60,9 +60,9 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KeepMask, Plan, check_plan
 from sim.disaggregate.links import Link
 from sim.disaggregate.members import Build, Member, Members, Role, RoleEvent, Side
-from sim.disaggregate.roles import Roles, SystemState
+from sim.disaggregate.roles import Roles, SystemState, Totals
 from sim.engine import kernel
-from sim.engine.protocol import refuse_sessions
+from sim.engine.protocol import EngineState, refuse_sessions
 from sim.engine.sim_engine import SimEngine, exact_delay
 from sim.errors import ConfigError
 from sim.limits import MOST_ROLE_DECISIONS, is_whole
@@ -220,6 +220,7 @@ class Disaggregated:
         self._home = np.full((n, 4), -1, dtype=np.int64)
         self._sent = np.zeros((n, 2)) * math.nan
         self._tokens = trace.prompt_tokens.copy()  # whose KV prefill computes and sends
+        self._arrived_tokens = np.concatenate(([0], np.cumsum(trace.prompt_tokens)))  # of the prompts of the first k
         self._prefilled_s = np.full(n, math.nan)
         self._bytes = np.zeros(n, dtype=np.int64)
         self._moves = np.zeros(n, dtype=np.int64)
@@ -648,11 +649,33 @@ class Disaggregated:
             )
         for side in self.prefill:
             kernel.reject_late(side.table, float(self.env.now))
-        now = [member for member in members if member.role is Role.PREFILL]
-        role = Role.PREFILL if count > len(now) else Role.DECODE
-        others = sorted((member for member in members if member.role is not role), key=self._ease_of_turning)
-        for member in others[: abs(count - len(now))]:
+        role = Role.PREFILL if count > self._to_prefill() else Role.DECODE
+        for member in self._by_ease(role)[: abs(count - self._to_prefill())]:
             self._members.turn(member, role)
+
+    def _to_prefill(self) -> int:
+        return sum(member.role is Role.PREFILL for member in self._members.all)
+
+    def _by_ease(self, role: Role) -> list[Member]:
+        """Return the replicas that could turn to a role, those first that turn first."""
+        return sorted((m for m in self._members.all if m.role is not role), key=self._ease_of_turning)
+
+    def possible(self) -> tuple[int, ...]:
+        """Return the numbers of prefill replicas that leave each role a replica that is not away, ascending.
+
+        The present number is always among them; without two replicas that could be chosen from, it is the only one.
+        ``set_prefill`` also takes other numbers, and then one side waits for a replica that is away.
+        """
+        members, now = self._members.all, self._to_prefill()
+        found = {now}
+        for role, step in ((Role.PREFILL, 1), (Role.DECODE, -1)):
+            here = [member for member in members if member.role is role]
+            order = self._by_ease(role)
+            for count in range(1, len(order)):
+                stay, come = order[count:], here + order[:count]
+                if not all(m.away for m in stay) and not all(m.away for m in come):
+                    found.add(now + step * count)
+        return tuple(sorted(found))
 
     def _decide_at(self, roles: Roles, step: int) -> None:
         def decide() -> None:
@@ -676,16 +699,45 @@ class Disaggregated:
             tuple(side.engine.observe(now_s) for side in sides if side.accepts) for sides in (self.prefill, self.decode)
         )
         members = self._members.all
+        sides = [member.side for member in members if member.side is not None and not member.side.accepts]
         return SystemState(
             time_s=now_s,
             prefill=prefill,
             decode=decode,
-            to_prefill=sum(member.role is Role.PREFILL for member in members),
+            to_prefill=self._to_prefill(),
             replicas=len(members),
             turning=sum(member.in_turn for member in members),
             held=len(self._held),
             ready=len(self._ready),
             in_flight=len(self._transfers),
+            away=sum(member.away for member in members),
+            held_tokens=int(self._tokens[list(self._held)].sum()),
+            ending=sum(ck.outstanding(side.table) + side.coming for side in sides),
+            possible=self.possible(),
+            totals=self._totals(
+                now_s,
+                (*prefill, *(s.engine.observe(now_s) for s in sides if s.role is Role.PREFILL)),
+                (*decode, *(s.engine.observe(now_s) for s in sides if s.role is Role.DECODE)),
+            ),
+        )
+
+    def _totals(self, now_s: float, prefill: Sequence[EngineState], decode: Sequence[EngineState]) -> Totals:
+        """Return the counters of the system; prefill, decode: states of all engines that serve now."""
+        computed, produced = (
+            [*now, *self._members.last_states[role]] for now, role in zip((prefill, decode), Role, strict=True)
+        )
+        return Totals(
+            arrived=self._next,
+            arrived_prompt_tokens=int(self._arrived_tokens[self._next]),
+            first_tokens=sum(one.first_tokens for one in computed),
+            ttft_sum_s=sum(one.ttft_sum_s for one in computed),
+            produced_tokens=sum(one.produced_tokens for one in produced),
+            finished=sum(one.finished for one in produced),
+            prefill_busy_s=sum(one.busy_s for one in computed),
+            decode_busy_s=sum(one.busy_s for one in produced),
+            decode_iterations=sum(one.iterations for one in produced),
+            link_busy_s=sum(link.busy_s for link in self.links),
+            link_s=self.link_seconds(now_s),
         )
 
     def _ease_of_turning(self, member: Member) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ import simpy
 
 from sim.cluster.cluster import Phase
 from sim.cluster.outages import Outage
+from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.types import Floats, Ints
@@ -78,7 +79,8 @@ class Member:
 
     number: among all replicas; those that begin with prefill come first. role: the one that it has, or gets as soon as
         what it has begun in the other one has ended. builds: make its engine in each role; None for one that it never
-        has. in_turn: whether its role is changing, until it serves in the new one.
+        has. in_turn: whether its role is changing, until it serves in the new one. away: whether it is in an outage,
+        from the notice until it serves again.
     """
 
     number: int
@@ -90,6 +92,7 @@ class Member:
     notified: bool = False
     loads: int = 0
     in_turn: bool = False
+    away: bool = False
 
     @property
     def turning(self) -> bool:
@@ -144,6 +147,7 @@ class Members:
         self._turners = [member for member in self.all if None not in member.builds]
         self.events: list[RoleEvent] = []
         self.sides: tuple[list[Side], list[Side]] = [], []  # every engine that has served, by role
+        self.last_states: tuple[list[EngineState], list[EngineState]] = [], []  # of those that serve no more
         # A role's column of the records counts the replicas that began with it first, then the others.
         self.columns = tuple(_numbered(members, role) for role in Role)
         for member in self.all:
@@ -216,7 +220,7 @@ class Members:
         self.at(outage.from_s, lambda: self._fail(member, k))
 
     def _notify(self, member: Member) -> None:
-        member.notified = True
+        member.notified = member.away = True
         self._leave(member)
 
     def _leave(self, member: Member) -> None:
@@ -227,7 +231,7 @@ class Members:
 
     def _fail(self, member: Member, k: int) -> None:
         member.loads += 1  # what it was loading is lost
-        member.in_turn = False
+        member.in_turn, member.away = False, True
         moved = 0
         if (side := self._end(member)) is not None:
             moved = self._owner.lost(side)
@@ -240,7 +244,8 @@ class Members:
         side, member.side = member.side, None
         if side is not None:
             side.accepts, side.ended_s = False, float(self.env.now)
-            side.engine.observe(side.ended_s)  # updates its seconds over budget, which end now
+            # This also updates its seconds over budget, which end now.
+            self.last_states[side.role].append(side.engine.observe(side.ended_s))
             self._regroup()
         return side
 
@@ -266,7 +271,7 @@ class Members:
         side = member.side = self._side(member, role, engine)
         self._regroup()
         self._note(member, Phase.SERVING)
-        member.in_turn = member.turning
+        member.in_turn, member.away = member.turning, member.notified
         if member.notified or member.turning:
             self._note(member, Phase.LEAVING)
         else:
@@ -321,6 +326,17 @@ def check_times(load_bytes_per_s: float, start_s: float, turn_s: float) -> None:
     for name, value in (("start_s", start_s), ("turn_s", turn_s)):
         if not 0 <= value < math.inf:
             raise ConfigError(f"{name} is {value}; it must be at least 0 seconds and finite: set e.g. {name}=1.0")
+
+
+def role_changes(events: Sequence[object]) -> int:
+    """Return how often a replica began to serve in another role than before; other events do not count."""
+    roles: dict[int, Role] = {}
+    changes = 0
+    for event in events:
+        if isinstance(event, RoleEvent) and event.phase in (Phase.SERVING, Phase.LEAVING):
+            changes += roles.get(event.replica, event.role) is not event.role
+            roles[event.replica] = event.role
+    return changes
 
 
 def _numbered(members: Sequence[Member], role: Role) -> dict[int, int]:

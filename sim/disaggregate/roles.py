@@ -10,15 +10,42 @@ from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 
 
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Counters of a system from its start; those of replicas that fail or change their role are kept.
+
+    arrived, arrived_prompt_tokens: requests, and the tokens of their prompts. first_tokens, ttft_sum_s: prompts that
+        have been computed, and the sum of their TTFT. produced_tokens, finished: tokens after the first ones, and
+        requests that ended with one of them.
+    prefill_busy_s, decode_busy_s: seconds in iterations, sums over replicas. decode_iterations: their number.
+    link_busy_s, link_s: seconds in which links carried KV, and in which they were there to be used.
+    """
+
+    arrived: int = 0
+    arrived_prompt_tokens: int = 0
+    first_tokens: int = 0
+    ttft_sum_s: float = 0.0
+    produced_tokens: int = 0
+    finished: int = 0
+    prefill_busy_s: float = 0.0
+    decode_busy_s: float = 0.0
+    decode_iterations: int = 0
+    link_busy_s: float = 0.0
+    link_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemState:
-    """What can be observed of a disaggregated system at one moment.
+    """What can be observed of a disaggregated system at one moment; it contains no output length.
 
     prefill, decode: states of the replicas that accept requests in each role.
     to_prefill: replicas that have the role of prefill or will have it. replicas: all of them.
     turning: replicas whose role is changing, until they serve in the new one.
     held: requests that wait because no replica prefills. ready: requests whose KV waits for room at decode.
     in_flight: requests whose KV is being sent.
+    away: replicas that are down, load weights after an outage, or have been announced to fail.
+    held_tokens: tokens of the held requests. ending: requests of replicas that serve and accept no more.
+    possible: numbers of prefill replicas that leave a replica for each role (``Disaggregated.possible``), ascending.
     """
 
     time_s: float
@@ -30,6 +57,11 @@ class SystemState:
     held: int
     ready: int
     in_flight: int
+    away: int = 0
+    held_tokens: int = 0
+    ending: int = 0
+    possible: tuple[int, ...] = ()
+    totals: Totals = Totals()
 
 
 class Roles(Protocol):

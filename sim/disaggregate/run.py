@@ -12,7 +12,7 @@ import simpy
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from sim.cluster.cluster import Cluster, Event, Phase, Replica
+from sim.cluster.cluster import Cluster, Event, Replica
 from sim.cluster.outages import check_replicas
 from sim.cluster.routers import least_outstanding
 from sim.compiled import cpu_clock
@@ -21,8 +21,9 @@ from sim.cost.front_end import NO_FRONT_END, FrontEnd
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, describe
 from sim.disaggregate.disaggregate import Disaggregated, StagedRecords, decode_side, transfer_reduction, with_prefill
+from sim.disaggregate.learned_roles import LearnedRoles
 from sim.disaggregate.links import Link
-from sim.disaggregate.members import Role, RoleEvent, check_times
+from sim.disaggregate.members import RoleEvent, check_times, role_changes
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.limits import MOST_REPLICAS, check_count, check_ticks
@@ -149,6 +150,8 @@ def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None, *, trace
     as_decode = side(of_decode, decode_side(plan), with_prefill(nll, plan.prefill))
     roles = build(cfg.roles)
     trace = build_trace(cfg) if trace is None else trace
+    if isinstance(roles, LearnedRoles):
+        roles.check_served(build(cfg.model).name, prefill + decode)
     if roles is not None:
         check_ticks(float(roles.period_s), float(trace.arrival_s[-1]), "roles.period_s")
     return Disaggregated(
@@ -300,21 +303,10 @@ def figures_of(cfg: DictConfig, served: Served) -> dict[str, Any]:
     )
     summary |= plan_quality(cfg, summary["quality_nll"], iterations)
     summary["moved"] = int((served.records.moves > 0).sum())  # type: ignore[attr-defined]
-    summary["role_changes"] = _role_changes(served.events)
+    summary["role_changes"] = role_changes(served.events)
     if is_measured(cfg):
         summary |= rate_figures(serve(cfg, all_at_once(served.trace)).records, summary)
     return summary | extra
-
-
-def _role_changes(events: Sequence[RoleEvent | Event]) -> int:
-    """Return how often a replica began to serve in another role than before."""
-    roles: dict[int, Role] = {}
-    changes = 0
-    for event in events:
-        if isinstance(event, RoleEvent) and event.phase in (Phase.SERVING, Phase.LEAVING):
-            changes += roles.get(event.replica, event.role) is not event.role
-            roles[event.replica] = event.role
-    return changes
 
 
 def run(cfg: DictConfig) -> tuple[Records, dict[str, Any]]:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from safetensors.numpy import save_file
 
 from agents.envs.prune_loads import PruneLoad
+from agents.envs.roles import RolesSetting
 from agents.envs.serve import ServeSetting
 from agents.training.train import build_algorithm, current_network, environment_kwargs
 from agents.training.validation import validation_utilities
@@ -98,3 +99,25 @@ def write_linear_policy(
     save_file({"0.weight": weight, "0.bias": bias}, folder / "p.safetensors")
     (folder / "p.json").write_text(json.dumps(about))
     return folder / "p.json", about
+
+
+def write_roles_policy(folder: Path, setting: RolesSetting, at: np.ndarray[Any, Any], seed: int) -> Path:
+    """Write a policy of ``ServeRoles`` with random weights that rates all actions about equally at features ``at``."""
+    rng, table = np.random.default_rng(seed), setting.table
+    weight = rng.normal(size=(len(table.actions), table.features)).astype(np.float32)
+    bias = rng.normal(scale=0.01, size=len(weight)).astype(np.float32) - weight @ at
+    about = {
+        "task": "ServeRoles",
+        "model": setting.model.name,
+        "layers": [list(weight.shape)],
+        "activation": "relu",
+        "environment": {
+            "hide": [entry.name for entry, shown in zip(table.entries, setting.visible, strict=False) if not shown]
+        },
+        "observation": table.rows(),
+        "actions": list(table.actions),
+        "tick_s": setting.tick_s,
+    }
+    save_file({"0.weight": weight, "0.bias": bias.astype(np.float32)}, folder / "p.safetensors")
+    (folder / "p.json").write_text(json.dumps(about))
+    return folder / "p.json"

@@ -358,28 +358,28 @@ class ServeObserver:
         first_tokens_rps = ten[2]
         pool = state.kv_layer_blocks
         values = (
-            _log(state.waiting, 10.0),
-            _log(state.waiting_tokens, 20.0),
+            log_scaled(state.waiting, 10.0),
+            log_scaled(state.waiting_tokens, 20.0),
             min(state.oldest_wait_s / 2.0, 2.0),
-            _log(state.running, 10.0),
-            _log(state.running_tokens, 20.0),
+            log_scaled(state.running, 10.0),
+            log_scaled(state.running_tokens, 20.0),
             min(state.kv_used_layer_blocks / pool, 1.0) if pool else 1.0,
             min(pool * self.kv_block_layer_bytes / dense / 8.0, 1.0),
             min(state.budget_bytes / dense / 8.0, 1.0),
             min(state.weight_bytes / dense, 1.0),
             max(-1.0, min(change, 1.0)),
             soon,
-            _log(second[0], 8.0),
-            _log(ten[0], 8.0),
-            _log(sixty[0], 8.0),
-            _log(second[1], 16.0),
-            _log(ten[1], 16.0),
-            _log(first_tokens_rps, 8.0),
+            log_scaled(second[0], 8.0),
+            log_scaled(ten[0], 8.0),
+            log_scaled(sixty[0], 8.0),
+            log_scaled(second[1], 16.0),
+            log_scaled(ten[1], 16.0),
+            log_scaled(first_tokens_rps, 8.0),
             min(ten[3] / first_tokens_rps / 2.0, 2.0) if first_tokens_rps > 1e-6 else 0.0,
-            _log(ten[4], 16.0),
+            log_scaled(ten[4], 16.0),
             min(ten[5], 1.0),
-            _log(ten[6], 8.0),
-            _log(ten[7], 8.0),
+            log_scaled(ten[6], 8.0),
+            log_scaled(ten[7], 8.0),
             1.0 if state.incoming_bytes else 0.0,
             self.actions.dwell_left(state, choice),
             *self.actions.levels[choice.action],
@@ -387,7 +387,7 @@ class ServeObserver:
             _bounded(1.0 - ten[5] / max(ten[9], 1e-12) / self.terms.tpot_s) if ten[5] > PRICED_LEAST else 1.0,
             float(self.actions.low_bits),
             min(self.terms.low_loss / 0.4, 1.0) if self.actions.low_bits else 0.0,
-            _log(sixty[4] / sixty[10], 12.0) if sixty[10] > 1e-6 else 0.0,
+            log_scaled(sixty[4] / sixty[10], 12.0) if sixty[10] > 1e-6 else 0.0,
             *limit_entries(self.actions.plans[choice.action]),
             *(self.actions.extras[choice.action] if self.actions.more else ()),
         )
@@ -409,14 +409,15 @@ class ServeObserver:
 def limit_entries(plan: Plan) -> tuple[float, float]:
     """Return the entries ``wait_limit`` and ``run_limit`` of a plan."""
     wait = 1.0 if plan.max_wait_s is None else min(plan.max_wait_s / 2.0, 1.0)
-    return wait, 1.0 if plan.max_running is None else _log(plan.max_running, 10.0)
+    return wait, 1.0 if plan.max_running is None else log_scaled(plan.max_running, 10.0)
 
 
 def _bounded(value: float) -> float:
     return max(-1.0, min(value, 1.0))
 
 
-def _log(value: float, scale: float) -> float:
+def log_scaled(value: float, scale: float) -> float:
+    """Return log2(1 + value) / scale, at most 1; a value below 0 counts as 0."""
     return min(math.log2(1.0 + max(value, 0.0)) / scale, 1.0)
 
 

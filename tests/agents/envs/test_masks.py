@@ -19,6 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "PruneToBudget-v0": {},
     "ServeTrace-v0": {},
     "ServeCluster-v0": {"replicas": 2, "sources": ["burst"]},
+    "ServeRoles-v0": {"replicas": 3, "prefill": 1, "traffic": [{"gamma_code": 1, "gamma": 1}]},
 }
 NAMES = list(SMALL)
 WRONG_ACTIONS = [-1, 10_000, 2.0, math.nan, "1", None, [1, 2, 3], True, np.float32(1.0), 2**70]
@@ -73,7 +74,7 @@ def test_the_mask_of_an_info_is_the_legal_flags_of_the_observation_and_action_ma
 
 
 @pytest.mark.parametrize("mode", ["sync", "vector_entry_point"])
-@pytest.mark.parametrize("name", ["PruneToBudget-v0", "ServeTrace-v0"])
+@pytest.mark.parametrize("name", ["PruneToBudget-v0", "ServeTrace-v0", "ServeRoles-v0"])
 def test_both_vector_forms_flag_the_legal_actions_of_every_environment(name: str, mode: str) -> None:
     envs = gym.make_vec(name, num_envs=3, vectorization_mode=mode, **SMALL[name])
     observations, infos = envs.reset(seed=1)
@@ -94,7 +95,7 @@ def test_the_vector_environments_flag_the_actions_of_every_row() -> None:
 
 
 @pytest.mark.parametrize("action", WRONG_ACTIONS)
-@pytest.mark.parametrize("name", ["PruneToBudget-v0", "ServeTrace-v0"])
+@pytest.mark.parametrize("name", ["PruneToBudget-v0", "ServeTrace-v0", "ServeRoles-v0"])
 def test_an_action_outside_the_space_is_refused(name: str, action: Any) -> None:
     env = plain(name).unwrapped
     env.reset(seed=0)
@@ -214,6 +215,8 @@ LOAD = {"batch": 4, "sequence_tokens": 2048, "budget_share": 0.7}
         ("PruneToBudget-v0", {"loads": [{"batch": 1}]}),
         ("ServeCluster-v0", {"windows": [WINDOW]}),
         ("ServeCluster-v0", {"windows": 7}),
+        ("ServeRoles-v0", {"windows": [WINDOW]}),
+        ("ServeRoles-v0", {"windows": 7}),
     ],
 )
 def test_options_of_reset_that_do_not_fit_are_refused(name: str, options: dict[str, Any]) -> None:

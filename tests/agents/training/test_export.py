@@ -29,7 +29,7 @@ from sim.errors import ConfigError
 from sim.policies.learned import SHIPPED, read_learned
 from tests.agents.helpers import run_module
 
-NAMES = ["learned_prune_smollm2", "learned_replica_llama2", "learned_cluster_llama2"]
+NAMES = ["learned_prune_smollm2", "learned_replica_llama2", "learned_cluster_llama2", "learned_roles_llama2"]
 
 
 def training(folder: Path, name: str) -> Path:
@@ -63,8 +63,8 @@ def test_the_printed_command_names_keys_and_options_that_exist(tmp_path: Path, n
     target = export(training(tmp_path / "run", name), tmp_path / "mine.json")
     _, _, module, *arguments = shlex.split(next_command(target))
     importlib.import_module(f"{module}.__main__")  # which registers its schema
-    assert f"policy.path={target}" in arguments
-    check_overrides(arguments, {"sim.replay": "replay", "sim.cluster": "cluster"}[module])
+    assert f"{'roles' if 'roles' in name else 'policy'}.path={target}" in arguments
+    check_overrides(arguments, {"sim.replay": "replay"}.get(module, module.removeprefix("sim.")))
 
 
 def test_the_command_runs_what_was_exported_from_a_folder_with_any_name(tmp_path: Path) -> None:

@@ -13,19 +13,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
 from agents.envs.cluster import ClusterSetting
+from agents.envs.roles import RolesSetting
 from agents.envs.serve import ServeCore, ServeSetting
 from agents.envs.serve_windows import Window
 from agents.evaluation.cluster import learned_cluster_policies, mean_cluster_utility
 from agents.training.checkpoints import BUFFER, Checkpoints
+from agents.training.demonstrations import phase_demonstrations
 from agents.training.export import export_network
+from agents.training.modules import actor_logits, learner_module
 from agents.training.progress import COLUMNS, Progress
 from agents.training.train import build_algorithm, current_network, environment_kwargs, train
-from agents.training.validation import CountedActs, validation_clusters
+from agents.training.validation import CountedActs, validation_clusters, validation_systems
 from sim.config import CONF_DIR, build
+from sim.disaggregate.learned_roles import learned_roles
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.policies.learned import Network, read_learned
@@ -278,6 +283,68 @@ def test_training_in_clusters_starts_from_the_policy_of_one_replica_and_exports_
     setting = ClusterSetting(**{**policy.about["environment"], "split": "validation"})
     (build_one,) = learned_cluster_policies([tmp_path / "best" / "policy.json"])
     assert mean_cluster_utility(setting, validation_clusters(setting), build_one) == pytest.approx(utility, abs=1e-3)
+
+
+def test_a_checkpoint_before_the_first_validation_can_be_resumed(local_ray: None, tmp_path: Path) -> None:
+    limits = ["validate_every=3", "checkpoint_minutes=0"]
+    cfg = small("experiment=ppo_prune", *SMALL_PPO, *limits, "iterations=2")
+    saved: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        save = Checkpoints.save
+        patch.setattr(Checkpoints, "save", lambda *args: (save(*args), saved.append(args[2]["best"])))
+        train(cfg, tmp_path)
+    assert saved[0] < 0.0 <= saved[1]  # the last iteration validates
+    assert read_learned(tmp_path / "best" / "policy.json", "PruneToBudget").network.actions == 60
+
+
+ROLES = [
+    "num_envs=2",
+    "hidden=[16]",
+    "env.kwargs.replicas=3",
+    "env.kwargs.prefill=1",
+    "env.kwargs.traffic=[{gamma_code: 1, gamma: 1}]",
+    "env.kwargs.tick_s=20.0",
+    "imitate.episodes=4",
+    "imitate.epochs=400",
+    "imitate.batch=16",
+    "imitate.counts={gamma_code: 2, gamma: 1}",
+]
+
+
+def test_roles_are_learned_from_a_teacher_and_run_in_numpy_as_in_torch(local_ray: None, tmp_path: Path) -> None:
+    small_ppo = ["algorithm.steps_an_iteration=12", "algorithm.minibatch=12", "algorithm.epochs=1"]
+    cfg = composed("train", "experiment=ppo_roles", *ROLES, *small_ppo, "iterations=1", "minutes=10")
+    utility = train(cfg, tmp_path)
+    path = tmp_path / "best" / "policy.json"
+    policy = read_learned(path, "ServeRoles")
+    assert policy.about["training"]["validation_utility"] == pytest.approx(utility, abs=1e-6)
+    assert "plans" not in policy.about
+    env_kwargs = environment_kwargs(cfg)
+    setting = RolesSetting(**{**env_kwargs, "split": "validation"})
+    systems = [setting.build_system(one, roles=learned_roles(path=str(path))) for one in validation_systems(setting)]
+    for system in systems:
+        system.run()
+    played = [setting.earned(system, len(system.trace)) for system in systems]
+    assert np.mean(played) == pytest.approx(utility, abs=1e-6)
+
+    algorithm = build_algorithm(cfg)
+    build(cfg.imitate)(algorithm, cfg.env.id, env_kwargs, seed=0)
+    network, module = current_network(algorithm, "tanh"), learner_module(algorithm)
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.random((50, network.inputs)), np.ones((50, 2))], axis=1).astype(np.float32)
+    with torch.no_grad():
+        logits = actor_logits(module, torch.from_numpy(rows)).numpy()
+    np.testing.assert_allclose(network(rows[:, : network.inputs]), logits, rtol=1e-4, atol=1e-4)
+    observations, targets, returns = phase_demonstrations(
+        env_kwargs, seed=0, counts=cfg.imitate.counts, share=0.9, episodes=4, discount=0.95
+    )
+    assert len(observations) == len(targets) == len(returns) == 4 * (setting.ticks - 1)
+    assert targets.sum(axis=1) == pytest.approx(1.0)
+    chosen = network.act(observations[:, : network.inputs], observations[:, network.inputs :] > 0.5)
+    assert (chosen == targets.argmax(axis=1)).mean() > 0.7
+    with pytest.raises(ConfigError, match=r"imitate\.counts has 3 for gamma"):
+        build(cfg.imitate)(algorithm, cfg.env.id, env_kwargs, seed=0, counts={"gamma_code": 2, "gamma": 3})
+    algorithm.stop()
 
 
 def dqn_overrides(folder: Path, *more: str) -> list[str]:

@@ -147,6 +147,19 @@ def test_roles_by_load_are_counted_and_need_two_sides() -> None:
         run(config("link_bytes_per_s=1e-300"))
 
 
+def test_the_learned_roles_serve_six_replicas_of_their_model_and_no_other_system() -> None:
+    six = ["prefill_replicas=3", "decode_replicas=3", "roles=learned", "trace.rate_rps=30"]
+    records, summary = run(config(*six))
+    assert summary["finished"] == len(records)
+    assert summary["role_changes"] > 0
+    with pytest.raises(ConfigError, match="was trained for 6 replicas of llama2_7b, not 4 of llama2_7b"):
+        run(config("roles=learned"))
+    with pytest.raises(ConfigError, match="with prefill_replicas=0 all replicas do both stages"):
+        run(config("prefill_replicas=0", "roles=learned"))
+    with pytest.raises(ConfigError, match="it was trained for 'ServeCluster'; expected 'ServeRoles'"):
+        run(config(*six, "roles.path=learned_cluster_llama2"))
+
+
 def test_replicas_that_do_both_stages_fail_too() -> None:
     records, summary = run(config("prefill_replicas=0", "outages=schedule", "outages.rows=[[0,5,9]]"))
     assert summary["moved"] > 0

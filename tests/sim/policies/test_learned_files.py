@@ -257,9 +257,11 @@ def test_a_serving_policy_without_plans_or_with_illegal_ones_is_refused(tmp_path
             learned_serve(PolicyContext(model=model), path=str(target))
 
 
-@pytest.mark.parametrize("name", ["learned_serve_llama2", "learned_prune_smollm2", "learned_cluster_llama2"])
+@pytest.mark.parametrize(
+    "name", ["learned_serve_llama2", "learned_prune_smollm2", "learned_cluster_llama2", "learned_roles_llama2"]
+)
 def test_every_shipped_policy_passes_the_checks(name: str) -> None:
-    tasks = {"serve": "ServeTrace", "prune": "PruneToBudget", "cluster": "ServeCluster"}
+    tasks = {"serve": "ServeTrace", "prune": "PruneToBudget", "cluster": "ServeCluster", "roles": "ServeRoles"}
     assert read_learned(name, tasks[name.split("_")[1]]).network.parameters > 1000
 
 
