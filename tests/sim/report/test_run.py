@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -175,6 +176,31 @@ def test_the_configuration_of_a_stranger_is_read_and_not_run(
     assert "hunter2" not in text
     assert "${oc.env:SECRET_OF_MINE}" in text
     assert not (tmp_path / "made").exists()
+
+
+def test_a_configuration_of_aliases_that_stand_for_billions_of_values_is_not_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    (tmp_path / "run" / "config.yaml").write_text("\n".join(lines))
+    assert read_run(tmp_path / "run").config == {}
+
+
+def test_numbers_that_no_run_has_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "records.parquet"
+    pd.read_parquet(path).assign(arrival_s=1e300).to_parquet(path)
+    with pytest.raises(ConfigError, match=r"arrival_s holds numbers beyond 1e\+18"):
+        read_run(tmp_path / "run")
+
+
+def test_a_pipe_or_device_is_not_replaced_by_the_report(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert exit_status(main, str(folder), f"out={tmp_path / 'pipe'}") == 2
+    assert "is no regular file" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_equal_labels_become_names_of_folders_until_they_differ(folder: Path, tmp_path: Path) -> None:
