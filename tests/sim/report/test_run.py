@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.report.run import main
 from sim.report.run_data import MOST_RUNS, STATISTICS, read_run, read_runs, run_folders
+from sim.report.timeline import main as timeline
 from tests.commands import exit_status
 
 
@@ -38,6 +40,28 @@ def test_one_run_gets_its_page_in_its_folder_and_several_where_out_says(
     assert "<h1>pruned, dense, random, morphserve</h1>" in Path("all.html").read_text()
     assert exit_status(main, f"runs=[{compared_folder}]") == 0
     assert len(list(Path("runs").rglob("report.html"))) == 1
+
+
+def test_a_timeline_alone_lies_in_the_folder_of_its_run_or_where_out_says(
+    folder: Path,
+    compared_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "run")
+    assert exit_status(timeline, "run") == 0
+    assert "run/timeline.json.gz: " in capsys.readouterr().out
+    content = json.loads(gzip.decompress(Path("run/timeline.json.gz").read_bytes()))
+    assert exit_status(main, "run", "html=false", "chrome_trace=same.json") == 0
+    assert json.loads(Path("same.json").read_text()) == content
+    assert not Path("run/report.html").exists()
+    assert exit_status(timeline, str(compared_folder), "out=all.json") == 0
+    assert set(json.loads(Path("all.json").read_text())["otherData"]) == {"dense", "random", "morphserve"}
+    for wrong, message in ([], "runs is empty"), (["run", "out=."], "out is ., a folder; name a file, such as out="):
+        assert exit_status(timeline, *wrong) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_page_that_is_made_again_is_the_same_but_for_its_own_date(
