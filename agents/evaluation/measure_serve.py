@@ -25,8 +25,8 @@ from agents.evaluation.measure import (
     read_summary,
     selected,
     sources_of,
-    training_curves,
     training_seconds,
+    write_curves,
     write_rows,
 )
 from agents.evaluation.rules import RULES
@@ -35,7 +35,7 @@ from agents.evaluation.tuning import rules_tuned_to, tuned_rules
 from sim.errors import ConfigError
 from sim.policies.learned import read_learned
 from sim.progress import say
-from sim.results.run_folder import provenance, write_json, write_parquet
+from sim.results.run_folder import provenance, write_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +125,7 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
         oracles = []
     rows = evaluate_serve(matches, played.listed, oracles=oracles, oracle_each=cfg.serve_oracle, workers=cfg.workers)
     write_rows(cfg, folder / "serve.parquet", rows)
-    if cfg.serve_curves:
-        write_parquet(folder / "serve_training.parquet", training_curves(cfg.serve_curves))
+    write_curves(cfg, folder / "serve_training.parquet", cfg.serve_curves)
     write_json(folder / "serve.json", summary | {"compared": cfg.compared} | about_played(played, summary))
 
 
