@@ -19,9 +19,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: the file; its folder is made if it is missing.
         write: fills the temporary file that it is called with, which is then renamed to ``path``.
+    Raises:
+        ConfigError: if ``path`` is a device, a pipe or a folder, which a file would take the place of.
     """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file, so it cannot be written; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        error.filename = str(path)  # the name that the user knows
+        raise
     os.close(handle)
     part = Path(name)
     try:

@@ -38,6 +38,7 @@ MAINS = {
     "sim.new": "sim.new.run:main",
     "sim.runs": "sim.table.list_runs:main",
     "sim.table": "sim.table.run:main",
+    "sim.trace": "sim.report.timeline:main",
     "sim.results": "sim.pages.simulation:main",
     "sim.cluster_results": "sim.pages.clusters:main",
     "hw.calibrate": "hw.calibrate.__main__:main",
@@ -117,7 +118,13 @@ CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true,
 
 RUN_FOLDER = r"RUN(_\w+)?|runs/\w+"
 """What stands for a run folder, each for another one."""
-POSITIONAL = {"hw.compare": "runs", "sim.new": "what", "sim.report": "runs", "sim.table": "folders"}
+POSITIONAL = {
+    "hw.compare": "runs",
+    "sim.new": "what",
+    "sim.report": "runs",
+    "sim.table": "folders",
+    "sim.trace": "runs",
+}
 """Commands that take arguments without a key, and the key that gets them."""
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "sim.fit_trace": "fit_trace",
     "sim.reference": "reference",
     "sim.report.run": "report",
+    "sim.report.timeline": "timeline",
     "sim.serve.server": "sim_serve",
     "sim.table.run": "table",
     "sim.table.list_runs": "runs",

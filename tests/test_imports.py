@@ -64,6 +64,7 @@ COMMANDS = {
     "sim.compare",
     "sim.reference",
     "sim.runs",
+    "sim.trace",
     "sim.pytest_plugin",  # pytest loads it
     "sim.fit_trace",
     "sim.cluster_results",

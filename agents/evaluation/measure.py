@@ -97,8 +97,7 @@ def measure_prune(cfg: DictConfig, folder: Path) -> None:
         return
     write_parquet(folder / "prune.parquet", evaluate_prune(cfg.model, policies, prune_loads().test))
     write_parquet(folder / "prune_unseen.parquet", evaluate_prune(cfg.model, policies, unseen_loads()))
-    if cfg.curves:
-        write_parquet(folder / "training.parquet", training_curves(cfg.curves))
+    write_curves(cfg, folder / "training.parquet", cfg.curves)
     paths = [path for glob in cfg.learned.values() for path in glob_files(str(glob))]
     if paths:
         write_parquet(folder / "prune_ablation.parquet", shuffled_loads(paths))
@@ -126,9 +125,7 @@ def _measure_prune_only(cfg: DictConfig, folder: Path, policies: Mapping[str, An
     for file, loads in (("prune.parquet", prune_loads().test), ("prune_unseen.parquet", unseen_loads())):
         played = evaluate_prune(cfg.model, chosen, loads)
         write_parquet(folder / file, with_losses(cfg.model, _replaced_rows(folder / file, played)))
-    curves = OmegaConf.create({name: glob for name, glob in cfg.curves.items() if name in cfg.only})
-    if curves and (folder / "training.parquet").is_file():
-        write_parquet(folder / "training.parquet", _replaced_rows(folder / "training.parquet", training_curves(curves)))
+    write_curves(cfg, folder / "training.parquet", cfg.curves)
     write_json(folder / "prune.json", summary | {"losses_commit": provenance(0)["commit"]})
 
 
@@ -182,7 +179,6 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
     setting = ClusterSetting(**env_kwargs)
     clusters = test_clusters(setting, list(cfg.cluster_sources), int(cfg.cluster_each))
     learned: dict[str, Any] = {name: learned_cluster_policies(files) for name, files in paths.items()}
-    curves = training_curves(cfg.cluster_curves) if cfg.cluster_curves else None
     if cfg.only:
         summary = read_summary(folder / "cluster.json", cfg)
         rules = {name: [build] for name, build in rules_tuned_to(summary["tuned"]).items()}
@@ -203,8 +199,7 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
             for name, routed in settings.items()
         ]
         write_rows(cfg, folder / "cluster_routers.parquet", pd.concat(by_router, ignore_index=True))
-    if curves is not None:
-        write_parquet(folder / "cluster_training.parquet", curves)
+    write_curves(cfg, folder / "cluster_training.parquet", cfg.cluster_curves)
     about = {name: [read_about(path) for path in paths[name]] for name in policies if name in learned}
     kept = {"replicas": setting.replicas, "router": str(env_kwargs["router"]), **summary}
     if not cfg.only:
@@ -213,6 +208,14 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
     kept["sources"] = summary.get("sources", {}) | {name: sources_of(seeds[0]) for name, seeds in about.items()}
     kept["seconds"] = summary.get("seconds", {}) | training_seconds(about)
     write_json(folder / "cluster.json", kept)
+
+
+def write_curves(cfg: DictConfig, path: Path, globs: DictConfig) -> None:
+    """Write the training curves that ``globs`` names, if any; with ``cfg.only`` those of other policies stay."""
+    chosen = OmegaConf.create({name: glob for name, glob in globs.items() if not cfg.only or name in cfg.only})
+    if chosen:
+        curves = training_curves(chosen)
+        write_parquet(path, _replaced_rows(path, curves) if cfg.only and path.is_file() else curves)
 
 
 def training_curves(globs: DictConfig) -> pd.DataFrame:

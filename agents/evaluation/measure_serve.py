@@ -25,8 +25,8 @@ from agents.evaluation.measure import (
     read_summary,
     selected,
     sources_of,
-    training_curves,
     training_seconds,
+    write_curves,
     write_rows,
 )
 from agents.evaluation.rules import RULES
@@ -36,7 +36,7 @@ from agents.evaluation.unfinished import Unfinished
 from sim.errors import ConfigError
 from sim.policies.learned import read_learned
 from sim.progress import say
-from sim.results.run_folder import commit, provenance, write_json, write_parquet
+from sim.results.run_folder import commit, provenance, write_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +137,7 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
     )
     summary["begun"] = unfinished.begun
     write_rows(cfg, folder / "serve.parquet", rows)
-    if cfg.serve_curves:
-        write_parquet(folder / "serve_training.parquet", training_curves(cfg.serve_curves))
+    write_curves(cfg, folder / "serve_training.parquet", cfg.serve_curves)
     write_json(folder / "serve.json", summary | {"compared": cfg.compared} | about_played(played, summary))
     unfinished.remove()
 

@@ -28,6 +28,7 @@ from agents.evaluation.unfinished import Rows, Unfinished
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
+from sim.processes import in_processes
 from sim.progress import progress
 
 ORACLES = ("oracle_static", "oracle_search")
@@ -148,8 +149,7 @@ def _all_played(jobs: list[Job], workers: int) -> Iterator[list[dict[str, Any]]]
         raise ConfigError(f"workers is {workers}, but this system cannot fork a process; use workers=1")
     # Builders are closures, which cannot be sent to another process: a fork has them.
     _jobs[:] = jobs
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from pool.imap(_job, range(len(jobs)), chunksize=4)
+    yield from in_processes(_job, range(len(jobs)), workers, start="fork", chunk=4)
 
 
 def _job(number: int) -> list[dict[str, Any]]:

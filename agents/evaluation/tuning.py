@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +50,7 @@ from agents.evaluation.serve import play_window
 from sim.config import one_thread, run_command
 from sim.errors import ConfigError
 from sim.policies.tuned import FOLDER, read_rules
+from sim.processes import in_processes
 from sim.progress import counted, progress, say
 from sim.results.run_folder import provenance, write_json
 
@@ -266,9 +266,9 @@ def tune(
         slow_first = sorted(wanted, key=lambda name: not BASES[parts_of(name)[0]].slow)
         texts = json.dumps(dict(kwargs)), json.dumps([[asdict(window) for window in game] for game in games.games])
         jobs = [(task, *texts, name, trials, seed) for name in slow_first]
-        processes = multiprocessing.get_context("spawn").Pool(min(workers, len(jobs) or 1))
-        with progress("tuning rules", len(jobs), "rules") as report, processes as pool:
-            rules = dict(zip(slow_first, counted(pool.imap(_job, jobs), report), strict=True))
+        with progress("tuning rules", len(jobs), "rules") as report:
+            tuned = counted(in_processes(_job, jobs, min(workers, len(jobs) or 1)), report)
+        rules = dict(zip(slow_first, tuned, strict=True))
     return {
         "made": {**provenance(seed), "seconds": round(time.perf_counter() - started_s, 1), "workers": workers},
         "task": task,

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from sim.config.failures import how_to_install
 from sim.errors import ConfigError
 from sim.progress import VARIABLE, counted, progress
 
@@ -32,8 +33,8 @@ def join_ray(address: str | None, **more: Any) -> tuple[Any, bool]:
         import ray
     except ImportError as error:
         raise ConfigError(
-            "a Ray cluster needs ray, which is not installed; run pip install -e '.[agents]', or use processes on this "
-            "machine: executor=processes workers=N"
+            f"a Ray cluster needs ray, which is not installed; {how_to_install('ray')}, or use processes on this "
+            "machine: executor=processes workers=N, or hydra/launcher=joblib in a sweep"
         ) from error
     if ray.is_initialized():
         return ray, False

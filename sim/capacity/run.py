@@ -25,7 +25,7 @@ from sim.config import SweepConfig, build, name_of, one_thread, run_command, wit
 from sim.cost.front_end import into_queue
 from sim.engine.protocol import refuse_sessions
 from sim.errors import ConfigError, RapLabError
-from sim.policies import Policy, PolicyContext
+from sim.policies import Policy, PolicyContext, checked_policy
 from sim.replay.max_rate import all_at_once, rate_figures, without_queue_limit
 from sim.replay.run import front_end_of, replay_with, sent_trace, server_spec
 from sim.replay.sweep import Case, Executor, cases_of, config_of
@@ -118,7 +118,7 @@ class Server:
 
     def _replay(self, trace: Trace, change: Callable[[Policy], Policy]) -> Any:
         server = server_spec(self.cfg)
-        policy = change(build(self.cfg.policy)(PolicyContext.of(server)))
+        policy = change(checked_policy(build(self.cfg.policy)(PolicyContext.of(server))))
         budget = build(self.cfg.budget)(server.budget_context(policy.first_plan))
         engine = server.build_engine(policy.first_plan, budget, keep_iterations=False)
         replay_with(self.cfg, trace, engine, policy)

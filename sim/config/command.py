@@ -7,6 +7,7 @@ runs it.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sim.atomic import sole_writer
 from sim.config.arguments import parse_overrides, read_arguments
-from sim.config.failures import FAILED, INTERRUPTED, errors_in_one_line, full_error
+from sim.config.failures import FAILED, INTERRUPTED, errors_in_one_line, full_error, how_to_install
 from sim.config.options import (
     CONF_DIR,
     SEARCH_PATH,
@@ -36,7 +37,7 @@ from sim.config.options import (
 )
 from sim.config.overrides import check_overrides
 from sim.config.streams import print_any_text
-from sim.config.sweeps import forget_failure, note_failure, sweep_callback, sweep_ended
+from sim.config.sweeps import JobFailedError, failed_jobs, forget_failure, note_failure, sweep_callback, sweep_ended
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
 from sim.plugins import plugin_folders
@@ -93,6 +94,7 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
             resolve_name(RAY_LAUNCHER)()
         quiet = _environment(PROGRESS, "0") if arguments.quiet else nullcontext()
         inherited = _environment("PYTHONPATH", search) if added else nullcontext()
+        elsewhere = ""
         with (
             quiet,
             inherited,
@@ -100,6 +102,9 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
         ):  # Hydra raises its errors instead of printing them
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+            except JobFailedError as error:  # in a process of its own, whose counts are not those of this one
+                failed = failed_jobs()
+                elsewhere = f"{failed} job{'s' if failed > 1 else ''} failed, the first: {error}"
             except ValueError as error:
                 if job.count:
                     raise
@@ -107,11 +112,19 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
             except HydraException as error:
                 if isinstance(error.__cause__, ConfigError):  # of a part that Hydra builds itself, such as a launcher
                     raise error.__cause__ from None
+                if named := re.search(r"hydra/launcher/([\w-]+)", str(error)):
+                    raise ConfigError(
+                        f"there is no hydra/launcher={named[1]}; allowed: basic, joblib "
+                        f"({how_to_install('hydra_joblib_launcher')}), ray ({how_to_install('ray')})"
+                    ) from error
                 raise
             finally:
                 sys.argv[1:] = [*arguments.options, *arguments.overrides]
                 if arguments.multirun:
                     sweep_ended()
+    if elsewhere:
+        print(f"error: {elsewhere}", file=sys.stderr)
+        raise SystemExit(1)
     if job.failed:
         print(f"error: {job.failed} of {job.count} jobs failed", file=sys.stderr)
     if job.failed or job.status:
@@ -165,7 +178,7 @@ class _Job:
                 return
         self.failed += 1
         if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
-            raise ConfigError(f"{name} failed")  # a process of its own does not count here
+            raise JobFailedError(name)  # a process of its own does not count here
 
     def _run(self, cfg: DictConfig, folder: Path, name: str) -> object:
         if folder == Path.cwd():  # the command has no run folder

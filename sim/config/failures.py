@@ -68,11 +68,7 @@ def explain(error: BaseException) -> str:
     """Return an error in one line: what is wrong and what to do."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        extra = extra_of(package)
-        install = package
-        if extra:  # of a checkout, because this project may not be published under its name
-            install = f"-e '{REPOSITORY}[{extra}]'" if CHECKOUT else f"'rap-lab[{extra}]'"
-        return f"this needs the package {package}, which is not installed: pip install {install}"
+        return f"this needs the package {package}, which is not installed: {how_to_install(package)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; set it: {error.full_key}=VALUE"
     if isinstance(error, MemoryError):
@@ -86,6 +82,13 @@ def explain(error: BaseException) -> str:
             return f"{what}; name a file that can be read, or a folder that can be written: hydra.run.dir=FOLDER"
         return what
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def how_to_install(package: str) -> str:
+    """Return the command that installs a package: with this project's extra that has it, or alone."""
+    if extra := extra_of(package):  # of a checkout, because this project may not be published under its name
+        return "pip install " + (f"-e '{REPOSITORY}[{extra}]'" if CHECKOUT else f"'rap-lab[{extra}]'")
+    return f"pip install {package}"
 
 
 def extra_of(package: str) -> str | None:

@@ -20,9 +20,13 @@ from omegaconf import DictConfig
 
 from sim.atomic import write_whole
 from sim.config.failures import explain
-from sim.errors import RapLabError
+from sim.errors import ConfigError, RapLabError
 
 FAILED_JOBS = "failed"
+
+
+class JobFailedError(ConfigError):
+    """A job in a process of its own failed; the message is its number and overrides. Its folder holds the reason."""
 
 
 class NoteFolder(Callback):
@@ -68,6 +72,11 @@ def forget_failure() -> None:
     with suppress(OSError):
         _failure_file().unlink(missing_ok=True)
         _failure_file().parent.rmdir()
+
+
+def failed_jobs() -> int:
+    """Return how many jobs of the sweep that runs now have noted a failure."""
+    return 0 if NoteFolder.folder is None else len(list((NoteFolder.folder / FAILED_JOBS).glob("*.json")))
 
 
 def sweep_ended() -> None:

@@ -199,6 +199,8 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
     Raises:
         PlanError: if it is not; the message names the field or block, what is allowed and what to do.
     """
+    if type(plan) is not Plan:  # of a policy without annotations, most often one that lacks a return
+        raise PlanError(f"{plan!r} is no Plan; a policy returns a Plan in every call, such as its first_plan")
     check_layers(model, plan.decode, "plan.decode")
     check_layers(model, plan.prefill, "plan.prefill")
     for field in ("weight_bits", "kv_keep", "kv_bits", "streamed", "kv_only"):

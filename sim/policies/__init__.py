@@ -4,7 +4,7 @@ To add one, write one file here and one ``conf/policy/NAME.yaml`` whose ``_targe
 the protocols; `learned`, `learned_serve` and `learned_cluster` run trained policies on what `observation` returns.
 """
 
-from sim.policies.base import ClusterPolicy, Policy, PolicyContext, plans_of
+from sim.policies.base import ClusterPolicy, Policy, PolicyContext, checked_policy, plans_of
 from sim.policies.fixed import Fixed
 
-__all__ = ["ClusterPolicy", "Fixed", "Policy", "PolicyContext", "plans_of"]
+__all__ = ["ClusterPolicy", "Fixed", "Policy", "PolicyContext", "checked_policy", "plans_of"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
 from sim.engine.server_spec import ServerSpec
+from sim.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,22 @@ class Policy(Protocol):
     def __call__(self, state: EngineState) -> Plan:
         """Return the plan to run from now on."""
         ...
+
+
+def checked_policy(policy: Any) -> Policy:
+    """Return what a configuration built as a policy.
+
+    Raises:
+        ConfigError: if it cannot be called, or has no Plan as ``first_plan``.
+    """
+    first = getattr(policy, "first_plan", None)
+    if not callable(policy) or not isinstance(first, Plan):
+        lacks = f"first_plan is {first!r}" if callable(policy) else "it cannot be called"
+        raise ConfigError(
+            f"{type(policy).__name__} is no policy: {lacks}; give it a Plan as self.first_plan, and a "
+            "__call__(self, state) that returns a Plan"
+        )
+    return cast(Policy, policy)
 
 
 def plans_of(policy: Policy) -> tuple[Plan, ...] | None:

@@ -26,7 +26,7 @@ from sim.engine.budget import Budget
 from sim.engine.protocol import Engine, EngineConfig, check_hash_blocks
 from sim.engine.server_spec import ServerSpec, find_quality, named_quality
 from sim.engine.sim_engine import SimEngine
-from sim.policies import Fixed, Policy, PolicyContext
+from sim.policies import Fixed, Policy, PolicyContext, checked_policy
 from sim.progress import progress
 from sim.replay.loop import replay
 from sim.replay.max_rate import all_at_once, is_measured, rate_figures, without_queue_limit
@@ -140,7 +140,7 @@ def server_spec(cfg: DictConfig) -> ServerSpec:
 def build_parts(cfg: DictConfig) -> Parts:
     """Build the server, the policy and the budget of a configuration."""
     server = server_spec(cfg)
-    policy: Policy = build(cfg.policy)(PolicyContext.of(server))
+    policy = checked_policy(build(cfg.policy)(PolicyContext.of(server)))
     return Parts(server, policy, build(cfg.budget)(server.budget_context(policy.first_plan)))
 
 

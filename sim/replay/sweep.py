@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from sim.cost.plan import dense_plan
 from sim.errors import ConfigError
 from sim.limits import MOST_PROCESSES, check_count
 from sim.policies import Fixed
+from sim.processes import in_processes
 from sim.progress import counted, progress
 from sim.replay.run import (
     build_engine,
@@ -162,8 +162,7 @@ class Processes:
         with progress("replaying", len(items), "runs") as report:
             if workers < 2:
                 return counted(map(task, items), report)
-            with multiprocessing.get_context("spawn").Pool(workers) as pool:
-                return counted(pool.imap(task, items), report)
+            return counted(in_processes(task, items, workers), report)
 
 
 def write_outcome(

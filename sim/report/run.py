@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from sim.config import run_command
 from sim.errors import ConfigError
 from sim.progress import progress
-from sim.report.chrome_trace import write_chrome_trace
 from sim.report.page import page
 from sim.report.run_data import read_runs, run_folders
+from sim.report.timeline import output_path, write_timeline
 from sim.results.run_folder import own_folder, provenance, write_text
 
 
@@ -56,9 +56,7 @@ def _report(cfg: DictConfig) -> None:
         write_text(path, text)
         print(f"{path}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(text.encode()) / 1e6:.1f} MB")
     if timeline is not None:
-        events = write_chrome_trace(timeline, runs)
-        size = timeline.stat().st_size / 1e6
-        print(f"{timeline}: {events:,} events, {size:.1f} MB; open it in ui.perfetto.dev or chrome://tracing")
+        write_timeline(timeline, runs)
 
 
 def _outputs(cfg: DictConfig) -> tuple[Path | None, Path | None]:
@@ -69,8 +67,4 @@ def _outputs(cfg: DictConfig) -> tuple[Path | None, Path | None]:
     """
     if not cfg.html and cfg.chrome_trace is None:
         raise ConfigError("html=false leaves nothing to write; set chrome_trace=FILE.json")
-    found = {key: None if cfg[key] is None else Path(cfg[key]) for key in ("out", "chrome_trace")}
-    for key, path in found.items():
-        if path is not None and (not path.name or path.is_dir()):
-            raise ConfigError(f"{key} is {cfg[key]}, a folder; name a file, such as {key}={path / 'report.html'}")
-    return found["out"], found["chrome_trace"]
+    return output_path(cfg, "out", "report.html"), output_path(cfg, "chrome_trace", "timeline.json")

@@ -64,6 +64,8 @@ FIGURES = (
 """Keys of a summary that hold one number, or null."""
 ALWAYS = ("arrival_s", "start_s", "end_s", "time_s", "running", "waiting", "kept_share")
 """Columns without NaN: what they state has always happened."""
+LARGEST = 1e18
+"""No number of a table is larger: seconds, tokens and bytes of any run are far below, and sums stay finite."""
 TARGETS = ("ttft_s", "tpot_s", "e2e_s")
 
 
@@ -336,9 +338,12 @@ def _table(path: Path, numbers: Sequence[str], others: Sequence[str] = ()) -> pd
     if missing := [name for name in (*numbers, *others) if name not in frame]:
         raise ConfigError(f"{path} lacks the column {missing[0]}; {AGAIN}")
     for name in numbers:
-        kind = getattr(frame[name].dtype, "kind", "")
-        if kind not in "iufb" or (name in ALWAYS and not np.isfinite(frame[name].to_numpy(dtype=np.float64)).all()):
+        numeric = getattr(frame[name].dtype, "kind", "") in "iufb"
+        values = frame[name].to_numpy(dtype=np.float64) if numeric else np.zeros(0)
+        if not numeric or (name in ALWAYS and not np.isfinite(values).all()):
             raise ConfigError(f"{path}: the column {name} holds other things than numbers; {AGAIN}")
+        if (np.abs(values[np.isfinite(values)]) > LARGEST).any():
+            raise ConfigError(f"{path}: the column {name} holds numbers beyond {LARGEST:.0e}; {AGAIN}")
     return frame
 
 
@@ -385,11 +390,21 @@ def _server(path: Path) -> Server | None:
         raise ConfigError(f"{path} is not what a replay writes ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses aliases: no run has them, and a few lines of them stand for billions of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Return the next node."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a configuration has no aliases")
+        return super().compose_node(parent, index)
+
+
 def _config(path: Path) -> tuple[str, dict[str, Any]]:
     """Return the text and the values of a configuration; empty if there is none that can be read."""
     try:
         text = path.read_text(encoding="utf-8")
-        found = yaml.safe_load(text)  # builds nothing, and resolves no ${oc.env:...}
+        found = yaml.load(text, _PlainLoader)  # builds nothing, and resolves no ${oc.env:...}
     except (OSError, yaml.YAMLError, RecursionError, UnicodeDecodeError):
         return "", {}
     return text, _mapping(found)

@@ -47,11 +47,11 @@ def find_runs(folder: Path) -> list[Run]:
     found: list[Run] = []
     for path in _run_folders(folder):
         found += _read(path)
-    done = {run.folder for run in found}
     for path in sorted(folder.rglob(f"{FAILED_JOBS}/*.json")):
         note = _json(path)
         at = path.parents[1] / str(note.get("folder", path.stem))
-        if at not in done and "error" in note:
+        if "error" in note:  # what is in the folder, if anything, is of another configuration
+            found = [run for run in found if run.folder != at]
             found.append(Run(**_about(at, note), state=FAILED, error=str(note["error"]), figures={}))
     return sorted(found, key=lambda run: [_natural(part) for part in run.folder.parts])
 

@@ -59,8 +59,8 @@ def markdown_of(runs: Sequence[Run], root: Path) -> str:
             row["state"] = run.state
         rows.append(row | {title: run.figures.get(key) for key, (title, _) in shown.items()})
     text = table(rows, dict(shown.values()), left=len(rows[0]) - len(shown)) + "\n"
-    failures = [run for run in runs if run.state == FAILED]
-    return text + "".join(f"\n- {run.folder.name} failed: {run.error}" for run in failures) + ("\n" if failures else "")
+    failures = [(row["run"], run) for row, run in zip(rows, runs, strict=True) if run.state == FAILED]
+    return text + "".join(f"\n- {name} failed: {run.error}" for name, run in failures) + ("\n" if failures else "")
 
 
 def write_table(folder: Path, out: Path | None = None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.report.run import main
 from sim.report.run_data import MOST_RUNS, STATISTICS, read_run, read_runs, run_folders
+from sim.report.timeline import main as timeline
 from tests.commands import exit_status
 
 
@@ -37,6 +40,28 @@ def test_one_run_gets_its_page_in_its_folder_and_several_where_out_says(
     assert "<h1>pruned, dense, random, morphserve</h1>" in Path("all.html").read_text()
     assert exit_status(main, f"runs=[{compared_folder}]") == 0
     assert len(list(Path("runs").rglob("report.html"))) == 1
+
+
+def test_a_timeline_alone_lies_in_the_folder_of_its_run_or_where_out_says(
+    folder: Path,
+    compared_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "run")
+    assert exit_status(timeline, "run") == 0
+    assert "run/timeline.json.gz: " in capsys.readouterr().out
+    content = json.loads(gzip.decompress(Path("run/timeline.json.gz").read_bytes()))
+    assert exit_status(main, "run", "html=false", "chrome_trace=same.json") == 0
+    assert json.loads(Path("same.json").read_text()) == content
+    assert not Path("run/report.html").exists()
+    assert exit_status(timeline, str(compared_folder), "out=all.json") == 0
+    assert set(json.loads(Path("all.json").read_text())["otherData"]) == {"dense", "random", "morphserve"}
+    for wrong, message in ([], "runs is empty"), (["run", "out=."], "out is ., a folder; name a file, such as out="):
+        assert exit_status(timeline, *wrong) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_page_that_is_made_again_is_the_same_but_for_its_own_date(
@@ -175,6 +200,31 @@ def test_the_configuration_of_a_stranger_is_read_and_not_run(
     assert "hunter2" not in text
     assert "${oc.env:SECRET_OF_MINE}" in text
     assert not (tmp_path / "made").exists()
+
+
+def test_a_configuration_of_aliases_that_stand_for_billions_of_values_is_not_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    (tmp_path / "run" / "config.yaml").write_text("\n".join(lines))
+    assert read_run(tmp_path / "run").config == {}
+
+
+def test_numbers_that_no_run_has_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "records.parquet"
+    pd.read_parquet(path).assign(arrival_s=1e300).to_parquet(path)
+    with pytest.raises(ConfigError, match=r"arrival_s holds numbers beyond 1e\+18"):
+        read_run(tmp_path / "run")
+
+
+def test_a_pipe_or_device_is_not_replaced_by_the_report(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert exit_status(main, str(folder), f"out={tmp_path / 'pipe'}") == 2
+    assert "is no regular file" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_equal_labels_become_names_of_folders_until_they_differ(folder: Path, tmp_path: Path) -> None:

@@ -71,6 +71,23 @@ def test_a_job_that_succeeds_later_is_no_failure_any_more(
     assert [run.state for run in find_runs(Path("jobs"))] == ["complete"] * 2
 
 
+def test_a_job_that_was_refused_does_not_get_the_figures_of_the_run_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    jobs = ("--multirun", "trace=small", "trace.duration_s=4", "policy=dense", "hydra.sweep.dir=a/jobs")
+    assert exit_status(replay, *jobs, "seed=0,1") == 0
+    assert exit_status(replay, *jobs, "seed=0,2") == 1
+    frame = pd.read_parquet("a/jobs/table.parquet")
+    assert list(frame["state"]) == ["complete", "failed"]
+    assert list(frame["=seed"]) == ["0", "2"]
+    assert frame["slo_attainment"].isna().tolist() == [False, True]
+    assert "holds a run with seed=1" in frame["error"][1]
+    capsys.readouterr()
+    assert exit_status(make_table, "a") == 0
+    assert "\n- jobs/1_small_dense failed: " in capsys.readouterr().out
+
+
 def test_sim_table_makes_the_table_again(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = pd.read_parquet("jobs/table.parquet")
     Path("jobs/table.parquet").unlink()

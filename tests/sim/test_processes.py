@@ -1,0 +1,85 @@
+"""Tasks in several processes: results in order, and an end when a process is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sim.errors import ConfigError
+from sim.paths import REPOSITORY
+from sim.processes import in_processes
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def killed_at_two(number: int) -> int:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def fails_at_zero(number: int) -> int:
+    if number == 0:
+        raise ConfigError("number 0 is refused")
+    time.sleep(60)
+    return number
+
+
+def note_and_wait(path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_results_keep_the_order_of_the_items() -> None:
+    assert list(in_processes(double, range(7), 2, chunk=2)) == [0, 2, 4, 6, 8, 10, 12]
+
+
+def test_a_killed_process_ends_the_work_with_an_error_instead_of_waiting_forever() -> None:
+    with pytest.raises(ConfigError, match=r"one of 2 processes was ended from outside .* use fewer workers"):
+        list(in_processes(killed_at_two, range(5), 2))
+
+
+def test_an_error_of_a_task_ends_the_others_at_once() -> None:
+    started_s = time.monotonic()
+    with pytest.raises(ConfigError, match="number 0 is refused"):
+        list(in_processes(fails_at_zero, range(2), 2))
+    assert time.monotonic() - started_s < 50
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    notes = [tmp_path / "a", tmp_path / "b"]
+    code = (
+        "from sim.processes import in_processes\nfrom tests.sim.test_processes import note_and_wait\n"
+        f"if __name__ == '__main__':\n    list(in_processes(note_and_wait, {[str(note) for note in notes]}, 2))\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, str(script)], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": "."})
+    _until(lambda: all(note.exists() and note.read_text() for note in notes))
+    parent.kill()
+    parent.wait()
+    _until(lambda: not any(_runs(int(note.read_text())) for note in notes))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def _until(condition: object, most_s: float = 50.0) -> None:
+    assert callable(condition)
+    end_s = time.monotonic() + most_s
+    while not condition():
+        assert time.monotonic() < end_s, "it takes too long"
+        time.sleep(0.05)
