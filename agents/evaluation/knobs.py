@@ -192,7 +192,7 @@ def decode_s(server: ServerSpec, plan: Plan, batch: int, context_tokens: int) ->
         decodes = batch * plan.decode.mha[layer]
         read = decodes * context_tokens * size // full
         rows.append(
-            (1, WEIGHT_BITS.index(plan.weight_bits[layer]), 0, 0, decodes, read, batch * plan.decode.ffn[layer], 0)
+            (1, WEIGHT_BITS.index(plan.product_bits[layer]), 0, 0, decodes, read, batch * plan.decode.ffn[layer], 0)
         )
     compute_s = latency.layered_iteration_s(np.array(rows, dtype=np.int64), batch, batch)
     if not any(plan.streamed):

@@ -133,6 +133,11 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
+        if plan.compute_bits is not None:
+            raise PlanError(
+                f"the plan {describe(plan)!r} computes below its resident bits, which the simulator alone does; leave "
+                "compute_bits out"
+            )
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
