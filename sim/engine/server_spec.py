@@ -190,6 +190,7 @@ class ServerSpec:
         workspace_bytes: float = WORKSPACE_BYTES,
         fixed_s: float | None = None,
         host_floor_s: float | None = None,
+        nested_overhead: float = 0.0,
         slowdown: float = 1.0,
     ) -> ServerSpec:
         """Build a server from a model, a device and a configuration, with prices by name.
@@ -199,6 +200,7 @@ class ServerSpec:
             latency, quality: as ``from_names``, except that a missing calibration leaves ``latency`` None.
             fixed_s, host_floor_s: overhead and least time of an iteration, in place of the calibration's; None keeps
                 those.
+            nested_overhead: how much longer products at the bits of the checkpoint take, as a share.
             slowdown: as in the class.
         """
         if latency is None:
@@ -213,6 +215,8 @@ class ServerSpec:
                 priced = priced.with_fixed(fixed_s, "fixed_s of the configuration")
             if host_floor_s is not None:
                 priced = priced.with_host_floor(host_floor_s)
+            if nested_overhead:
+                priced = priced.with_linear_factors({model.weight_bits: 1.0 + nested_overhead})
         table = quality or find_quality(model.name)
         return cls(
             model=model.shard(gpu.tp),
