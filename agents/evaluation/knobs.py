@@ -7,6 +7,9 @@ A **knob** is one way to free memory; its **steps** are plans that free more and
     KV bits          KV at 8 bits, and at 4 bits in the first n layers (KIVI)
     streamed         n layers, at equal distances, cross the host link in every iteration (Oneiros)
 
+``Plan.compute_bits`` is none of them: it saves time and frees no byte (``python -m sim.compare
+experiment=compute_bits``).
+
 Two tables. **At equal bytes**: for a number of bytes, the first step of each knob that frees at least as many, what it
 loses, and how long a decode iteration takes, by formula. **By load**: requests are served with each step, which never
 changes, under a constant budget; of each knob the best step on validation windows is reported on test windows.

@@ -96,6 +96,7 @@ class ElasticModel:
         self._stage: Stage = stage
         self.note = note
         self.plan: Plan = dense_plan(self.spec)
+        self._nested = self.plan.nested
         if self.bytes() != self._expected_dense_bytes():
             raise ModelError(
                 f"{self.spec.name} holds {self.bytes():,} bytes of parameters, but its config describes "
@@ -133,11 +134,6 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
-        if plan.compute_bits is not None:
-            raise PlanError(
-                f"the plan {describe(plan)!r} computes below its resident bits, which the simulator alone does; leave "
-                "compute_bits out"
-            )
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
@@ -154,6 +150,16 @@ class ElasticModel:
             }
         )
         self.plan = plan
+        self.read(plan.nested)
+
+    def read(self, nested: tuple[bool, ...]) -> None:
+        """Read half of the bits of the resident weights of these layers from now on, and all of the others'."""
+        if nested == self._nested:
+            return
+        for kind in KINDS:
+            for block, half in zip(self.blocks[kind], nested, strict=True):
+                block.read(half=half)
+        self._nested = nested
 
     def prepare(self, bits: Iterable[int]) -> None:
         """Quantize and store all blocks at these precisions ahead of time, so that no ``apply`` has to."""
