@@ -189,7 +189,7 @@ class ServeSetting:
 
     def nll(self, plan: Plan) -> float:
         """Return the NLL of a plan in nats per token; computed once for all plans that differ in limits alone."""
-        runs = plan.decode, plan.prefill, plan.weight_bits, plan.kv_keep, plan.kv_bits, plan.kv_only
+        runs = plan.decode, plan.prefill, plan.weight_bits, plan.kv_keep, plan.kv_bits, plan.kv_only, plan.compute_bits
         found = self._nll.get(runs)
         if found is None:
             found = self._nll[runs] = self.quality.nll(plan)
@@ -211,7 +211,7 @@ class ServeSetting:
         return self._costs[cost]
 
     def _nll_with_cost(self, cost: float, plan: Plan) -> float:
-        full = self.nll(replace(plan, weight_bits=(self.model.weight_bits,) * self.model.num_layers))
+        full = self.nll(replace(plan, weight_bits=(self.model.weight_bits,) * self.model.num_layers, compute_bits=None))
         return full + cost * (self.nll(plan) - full)
 
     def low_loss(self, low_bit_cost: float) -> float:

@@ -7,6 +7,9 @@ A **knob** is one way to free memory; its **steps** are plans that free more and
     KV bits          KV at 8 bits, and at 4 bits in the first n layers (KIVI)
     streamed         n layers, at equal distances, cross the host link in every iteration (Oneiros)
 
+``Plan.compute_bits`` is none of them: it saves time and frees no byte (``python -m sim.compare
+experiment=compute_bits``).
+
 Two tables. **At equal bytes**: for a number of bytes, the first step of each knob that frees at least as many, what it
 loses, and how long a decode iteration takes, by formula. **By load**: requests are served with each step, which never
 changes, under a constant budget; of each knob the best step on validation windows is reported on test windows.
@@ -192,7 +195,7 @@ def decode_s(server: ServerSpec, plan: Plan, batch: int, context_tokens: int) ->
         decodes = batch * plan.decode.mha[layer]
         read = decodes * context_tokens * size // full
         rows.append(
-            (1, WEIGHT_BITS.index(plan.weight_bits[layer]), 0, 0, decodes, read, batch * plan.decode.ffn[layer], 0)
+            (1, WEIGHT_BITS.index(plan.product_bits[layer]), 0, 0, decodes, read, batch * plan.decode.ffn[layer], 0)
         )
     compute_s = latency.layered_iteration_s(np.array(rows, dtype=np.int64), batch, batch)
     if not any(plan.streamed):

@@ -102,6 +102,12 @@ def _linear_tables(terms: m.Terms) -> tuple[dict[str, Any], dict[str, dict[str, 
         tables["linear_us"][str(bits)] = {kind: rounded(m.fit_curve(curve, tokens)) for kind, curve in kinds.items()}
         for kind, curve in kinds.items():
             errors[f"{kind}_linear_{bits}"] = _curve_error(curve)
+    if terms.fp8 is not None:
+        own = shared_knots(list(terms.fp8.values()))
+        tables["fp8_linear"] = {"tokens": plain(own)}
+        for kind, curve in terms.fp8.items():
+            tables["fp8_linear"][kind] = rounded(m.fit_curve(curve, own))
+            errors[f"{kind}_linear_8"] = _curve_error(curve)
     tables["token_us"] = rounded(m.fit_curve(terms.token, tokens))
     errors["token"] = _curve_error(terms.token)
     if terms.allreduce is not None:
@@ -243,6 +249,8 @@ def times(content: Mapping[str, Any], factor: float, prefill_attention_factor: f
     tables = dict(content["tables"])
     for name in ("linear_us", "token_us", "head_us"):
         tables[name] = scaled(tables[name], factor)
+    if "fp8_linear" in tables:
+        tables["fp8_linear"] = _with_kinds(tables["fp8_linear"], lambda us: float(f"{us * factor:.5g}"))
     for name in ("allreduce", "prefill_attention", "decode_attention"):
         if name in tables:
             tables[name] = tables[name] | {"us": scaled(tables[name]["us"], factors.get(name, factor))}
@@ -273,6 +281,11 @@ def _product(first: Factors, second: Factors) -> Factors:
     return Factors(
         memory_bound=first.memory_bound * second.memory_bound, compute_bound=first.compute_bound * second.compute_bound
     )
+
+
+def _with_kinds(table: Mapping[str, Any], changed: Callable[[float], float]) -> dict[str, Any]:
+    """Return ``fp8_linear`` with the times of both kinds of block changed."""
+    return {**table, **{kind: [changed(us) for us in table[kind]] for kind in ("mha", "ffn")}}
 
 
 def slower(content: Mapping[str, Any], factor: float) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class Terms:
     linear: bits -> `mha` or `ffn` -> curve over tokens. token: embedding and final norm over tokens. head: LM head and
     sampler over sequences. mixed: one kernel over prompt chunks and decodes, where the stack has one. allreduce: of the
     hidden states over tokens, where the model is divided among several GPUs; no other term of a block contains it.
+    fp8: like an entry of ``linear``, where products of 8 bits are those of FP8.
     """
 
     linear: dict[int, dict[str, Curve]]
@@ -79,6 +80,7 @@ class Terms:
     decode: Surface
     mixed: Mixed | None = None
     allreduce: Curve | None = None
+    fp8: dict[str, Curve] | None = None
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -291,6 +293,14 @@ class Kernels:
         self.context = read_table(folder / "context_attention_perf.csv.gz", names)
         self.generation = read_table(folder / "generation_attention_perf.csv.gz", names)
 
+    def dtypes(self) -> dict[int, str]:
+        """Return the products of each precision: weight-only ones, or those of FP8 where no others of 8 bits are."""
+        measured = set(self.gemm["gemm_dtype"])
+        found = {bits: name for bits, name in DTYPES.items() if name in measured}
+        if 8 not in found and FP8 in measured:
+            found[8] = FP8
+        return dict(sorted(found.items(), reverse=True))
+
     def product(self, dtype: str, n: int, k: int, leave_out: bool = False) -> Curve:
         """Return microseconds over m of out[m, n] = in[m, k] x weight[k, n].
 
@@ -371,6 +381,8 @@ class Kernels:
 
 
 DTYPES = {16: "bfloat16", 8: "int8_wo", 4: "int4_wo"}
+FP8 = "fp8"
+"""Products of 8-bit floats with 8-bit floats (W8A8), which need activations rounded first."""
 
 
 def read_allreduce(path: Path, gpus: int) -> Curve:
@@ -401,9 +413,8 @@ def compose(kernels: Kernels, model: ModelSpec, gpu: Gpu, sampler: Curve, allred
     whole, model = model, model.shard(gpu.tp)
     kinds: dict[int, dict[str, Curve]] = {}
     gates = 2 if model.gated_ffn else 1
-    for bits, dtype in DTYPES.items():
-        if not (kernels.gemm["gemm_dtype"] == dtype).any():
-            continue
+    dtypes = kernels.dtypes()
+    for bits, dtype in dtypes.items():
         qkv, out = (
             kernels.product(dtype, qkv_size(model), model.hidden_size),
             kernels.product(dtype, model.hidden_size, model.num_heads * model.head_dim),
@@ -413,10 +424,14 @@ def compose(kernels: Kernels, model: ModelSpec, gpu: Gpu, sampler: Curve, allred
         norm = 2 * 4 * model.hidden_size  # read and write activations and residual
         rope = 2 * 2 * qkv_size(model)
         act = 2 * (gates + 1) * model.intermediate_size
+        mha_bytes, ffn_bytes = [norm, rope], [norm, act]
+        if dtype == FP8:  # each product's input is read at two bytes and written at one
+            mha_bytes += [3 * model.hidden_size, 3 * model.num_heads * model.head_dim]
+            ffn_bytes += [3 * model.hidden_size, 3 * model.intermediate_size]
         m, n = np.intersect1d(qkv.x, out.x), np.intersect1d(up.x, down.x)
         kinds[bits] = {
-            "mha": Curve(m, _on(qkv, m) + _on(out, m) + elementwise_us(m, norm, gpu) + elementwise_us(m, rope, gpu)),
-            "ffn": Curve(n, _on(up, n) + _on(down, n) + elementwise_us(n, norm, gpu) + elementwise_us(n, act, gpu)),
+            "mha": Curve(m, sum((elementwise_us(m, each, gpu) for each in mha_bytes), _on(qkv, m) + _on(out, m))),
+            "ffn": Curve(n, sum((elementwise_us(n, each, gpu) for each in ffn_bytes), _on(up, n) + _on(down, n))),
         }
     head = kernels.product("bfloat16", model.vocab_size, model.hidden_size)
     few = head.x <= 512
@@ -429,7 +444,8 @@ def compose(kernels: Kernels, model: ModelSpec, gpu: Gpu, sampler: Curve, allred
         token_us = token_us + curve_at(summed.x, summed.us, tokens)
         head_us = head_us + curve_at(allreduce.x, allreduce.us, head.x[few] * whole.vocab_size / 2)
     return Terms(
-        linear=kinds,
+        linear={bits: curves for bits, curves in kinds.items() if dtypes[bits] != FP8},
+        fp8=kinds[8] if dtypes.get(8) == FP8 else None,
         token=Curve(tokens, token_us),
         head=Curve(head.x[few], head_us),
         prefill=kernels.prefill(model.num_heads, model.num_kv_heads),

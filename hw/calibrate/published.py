@@ -133,7 +133,8 @@ def _composed(model: str, gpu: str, device: str, folder: str, stack: str, name: 
             CACHE_NOTE,
             "8 and 4 bits are weight-only kernels (int8_wo, int4_wo); activations stay in bf16"
             if "trtllm" in folder
-            else "The files hold bf16 and fp8 (W8A8) products only: no weight-only kernel, so neither 8 nor 4 bits",
+            else "8 bits are products with weights and activations in fp8 (W8A8); each product's input is rounded by "
+            "an operation of its own, priced by its bytes. The files hold no weight-only kernel, so no 4 bits",
             *(
                 (
                     "The files lack decode attention of 32 KV heads: it is that of 8 at four times the batch (term "
@@ -227,9 +228,7 @@ def _shape_errors(kernels: m.Kernels, model: ModelSpec, root: Path, tp: int) -> 
     """
     errors: dict[str, Any] = {}
     sizes = sorted(set(kernels.gemm["n"]) & {size // tp for size in (6144, 8192, 10240, 12288, 16384)})
-    for bits, dtype in m.DTYPES.items():
-        if not (kernels.gemm["gemm_dtype"] == dtype).any():
-            continue
+    for bits, dtype in kernels.dtypes().items():
         predicted, measured = [], []
         for size in sizes:
             for n, k in ((size, model.hidden_size), (model.hidden_size, size)):
@@ -315,7 +314,7 @@ def derive(name: str, content: dict[str, Any], device: str) -> dict[str, Any]:
         return rounded(np.asarray(us) * (by_bandwidth + share * (by_compute - by_bandwidth)))
 
     tables = content["tables"]
-    derived = dict(tables)
+    derived = {key: table for key, table in tables.items() if key != "fp8_linear"}  # one data sheet has it, one not
     derived["linear_us"] = {
         bits: {kind: scaled(us, tables["tokens"], ridge * int(bits) / 16) for kind, us in kinds.items()}
         for bits, kinds in tables["linear_us"].items()

@@ -2,7 +2,7 @@
 
 model             ``ElasticModel``, which most others import: applies plans and runs forward passes
 blocks            MHA and FFN blocks whose weights can be freed, restored or quantized
-quantize          weights in 8 and 4 bits
+quantize          weights in 8 and 4 bits; nested: half of the bits of a weight
 ops               the operations of a pass: a Triton kernel on CUDA, plain PyTorch elsewhere
 kernels           these kernels
 copies            ``LayerCopier``: copies weights while iterations run

@@ -285,6 +285,12 @@ class Block:
         copies = [quantize(weight, bits) for weight in full]
         self._store.put(self._key(bits), [tensor for copy in copies for tensor in copy.tensors])
 
+    def read(self, *, half: bool) -> None:
+        """Read half of the bits of its weights from now on, or all; nothing is copied."""
+        for matrix in self.matrices:
+            if matrix.half != half:
+                matrix.read(half=half)
+
     def want(self, bits: int) -> None:
         """Start the copy that brings the block to ``bits``; ABSENT frees the weights at once."""
         if bits == ABSENT:
@@ -342,8 +348,10 @@ class Block:
         for index, matrix in enumerate(self.matrices):
             if bits == 16:
                 matrix.weight.set(weights[index])
+                matrix.read(half=matrix.half)
             else:
-                matrix.quantize(QuantWeight(bits, *matrix.shape, *weights[3 * index : 3 * index + 3]))
+                packed, scales, zeros = weights[3 * index : 3 * index + 3]
+                matrix.quantize(QuantWeight(bits, *matrix.shape, packed, scales, zeros))
 
     def _free_weights(self) -> None:
         self.version += 1

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from hw.elastic import ops
 from hw.elastic.families import Family, find_part, sliding_window
+from hw.elastic.nested import has_half
 from hw.elastic.quantize import ElasticLinear, QuantWeight
 from sim.cost.model_spec import QUANT_GROUP_ELEMENTS
 from sim.errors import ModelError
@@ -62,7 +63,7 @@ class Matrix:
     """The weights of linear layers with the same input, as one product.
 
     shape: outputs of all linear layers, and inputs. weight: [o, i]; empty while quantized or absent. bias: [o].
-    quantized: the weights at 8 or 4 bits, while those are resident.
+    quantized: the weights at 8 or 4 bits, while those are resident. half: whether half of the bits are wanted.
     """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
@@ -89,6 +90,8 @@ class Matrix:
         assert len(biases) in (0, len(linears))
         self.bias = Rows(biases) if biases else None
         self.quantized: QuantWeight | None = None
+        self.half = False
+        self._has_half: bool | None = None  # of the weight at 16 bits, once that is known
 
     @property
     def nbytes(self) -> int:
@@ -97,11 +100,24 @@ class Matrix:
 
     def quantize(self, copy: QuantWeight) -> None:
         """Take the weights of a copy at 8 or 4 bits."""
-        self.quantized = copy
+        self.quantized = copy = copy.read(half=self.half)
         first = 0
         for linear in self.linears:
             linear.quantized = copy.rows(first, first + linear.out_features)
             first += linear.out_features
+
+    def read(self, *, half: bool) -> None:
+        """Read half of the bits of the resident weights from now on, or all; 4 bits have no half.
+
+        Linear layers of which one has weights that 8 bits do not hold are read at all of 16, as in NestedFP.
+        """
+        self.half = half
+        if self.quantized is not None:
+            self.quantize(self.quantized)
+        elif half and self._has_half is None and self.weight.nbytes:
+            self._has_half = has_half(self.weight.value)
+        for linear in self.linears:
+            linear.reads_half = half and bool(self._has_half)
 
     def free(self) -> None:
         """Free the weights at every precision, but not the bias."""
@@ -115,6 +131,8 @@ class Matrix:
         bias = None if self.bias is None else self.bias.value
         if self.quantized is not None:
             return ops.quantized_linear(x, self.quantized, bias)
+        if self.half and self._has_half:
+            return ops.half_linear(x, self.weight.value, bias)
         return functional.linear(x, self.weight.value, bias)
 
 

@@ -96,6 +96,7 @@ class ElasticModel:
         self._stage: Stage = stage
         self.note = note
         self.plan: Plan = dense_plan(self.spec)
+        self._nested = self.plan.nested
         if self.bytes() != self._expected_dense_bytes():
             raise ModelError(
                 f"{self.spec.name} holds {self.bytes():,} bytes of parameters, but its config describes "
@@ -149,6 +150,16 @@ class ElasticModel:
             }
         )
         self.plan = plan
+        self.read(plan.nested)
+
+    def read(self, nested: tuple[bool, ...]) -> None:
+        """Read half of the bits of the resident weights of these layers from now on, and all of the others'."""
+        if nested == self._nested:
+            return
+        for kind in KINDS:
+            for block, half in zip(self.blocks[kind], nested, strict=True):
+                block.read(half=half)
+        self._nested = nested
 
     def prepare(self, bits: Iterable[int]) -> None:
         """Quantize and store all blocks at these precisions ahead of time, so that no ``apply`` has to."""

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hw.elastic.nested import half_of_16
+
 if TYPE_CHECKING:
     from hw.elastic.quantize import QuantWeight
 
@@ -359,6 +361,11 @@ def paged_prefill_reference(
 
 
 # --- Products with quantized weights
+
+
+def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ W.T + bias [..., o] with a 16-bit weight [o, i] read at 8 bits (``hw.elastic.nested``)."""
+    return functional.linear(x, half_of_16(weight), bias)
 
 
 def quantized_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> Tensor:

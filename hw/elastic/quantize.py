@@ -8,13 +8,14 @@ CPUs takes no group that ends short, which most layers of SmolLM2 have, and is s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hw.elastic.ops import quantized_linear
+from hw.elastic.nested import HALF_STEP
+from hw.elastic.ops import half_linear, quantized_linear
 from sim.cost.model_spec import QUANT_GROUP_ELEMENTS
 from sim.errors import PlanError
 
@@ -28,6 +29,7 @@ class QuantWeight:
     packed: int8[o * i] at 8 bits; uint8[ceil(o * i / 2)] at 4 bits, two values per byte, the first in the low half.
     scales: float16[o, g].
     zeros: zero points, uint8[ceil(o * g / 2)], packed like the values; empty at 8 bits, which are symmetric.
+    half: whether values of 8 bits are read at their first 4 (``hw.elastic.nested``).
     """
 
     bits: int
@@ -36,6 +38,11 @@ class QuantWeight:
     packed: Tensor
     scales: Tensor
     zeros: Tensor
+    half: bool = False
+
+    def read(self, *, half: bool) -> QuantWeight:
+        """Return the same stored values, read at half of their bits or at all; 4 bits have no half."""
+        return replace(self, half=half and self.bits == 8)
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +58,8 @@ class QuantWeight:
         """Return rows ``first`` to ``last - 1`` as views; in 4 bits, values and zero points begin at a full byte."""
         o, i, groups = last - first, self.in_features, self.scales.shape[1]
         if self.bits == 8:
-            return QuantWeight(8, o, i, self.packed[first * i : last * i], self.scales[first:last], self.zeros)
+            packed, scales = self.packed[first * i : last * i], self.scales[first:last]
+            return QuantWeight(8, o, i, packed, scales, self.zeros, self.half)
         assert first * i % 2 == 0
         assert first * groups % 2 == 0
         packed, zeros = self.packed[first * i // 2 :], self.zeros[first * groups // 2 :]
@@ -84,6 +92,8 @@ class QuantWeight:
             part = values[at : at + (last - first) * i].view(last - first, i)
             if self.bits == 8:
                 part.copy_(self.packed[first * i : last * i].view_as(part))
+                if self.half:
+                    part.div_(16).floor_().mul_(16).add_(HALF_STEP)
             else:
                 pairs = self.packed[first * i // 2 : -(-last * i // 2)]
                 both = _scratch("pairs", torch.int16, len(pairs), device)[: len(pairs)].copy_(pairs)
@@ -186,9 +196,12 @@ class ElasticLinear(nn.Linear):
     """A linear layer with a full-precision, quantized or absent weight; ``Block`` converts a model's own into it."""
 
     quantized: QuantWeight | None = None
+    reads_half: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """Multiply with the resident copy of the weight."""
+        """Multiply with the resident copy of the weight; with ``reads_half``, a 16-bit one is read at 8 bits."""
+        if self.quantized is None and self.reads_half:
+            return half_linear(input, self.weight, self.bias)
         if self.quantized is None:
             return functional.linear(input, self.weight, self.bias)
         return quantized_linear(input, self.quantized, self.bias)

@@ -156,6 +156,7 @@ class TorchExecutor:
     def run(self, iteration: Iteration) -> Ran | None:
         """Run one iteration; return None if memory ran out and nothing was computed."""
         self._elastic.hardware.use()
+        self._elastic.read(iteration.plan.nested)
         forward_start_s = self._clock.now_s()
         next_tokens = self._guarded_forward(iteration)
         if next_tokens is None:
@@ -326,9 +327,9 @@ class TorchExecutor:
         if self._graphs is None or not recurs or not batch.uniform or self._elastic.streams.layers:
             return self._pass(iteration, batch, head=head)
         # The arena's memory may grow and shrink, but its addresses stay. Of a plan, a pass over decodes depends on the
-        # masks alone: its limits of admission change often, and its precisions move the weights.
+        # masks and the bits of products: its limits of admission change often, and other precisions move the weights.
         state = self._staging.version, self._elastic.weights_version
-        key = batch.layout, batch.layers, iteration.plan.decode, iteration.plan.prefill
+        key = batch.layout, batch.layers, iteration.plan.decode, iteration.plan.prefill, iteration.plan.compute_bits
         logits = self._graphs.run(key, state, lambda: self._pass(iteration, batch, head=head))
         self._started = self._graphs.started
         return logits

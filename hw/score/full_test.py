@@ -135,8 +135,8 @@ def greedy_tokens(elastic: ElasticModel, plan: Plan, prompts: Tensor, tokens: in
     """
     assert elastic.plan == dense_plan(elastic.spec)
     produced = []
-    with rounded(elastic, plan.weight_bits):
-        elastic.plan = replace(plan, weight_bits=elastic.plan.weight_bits)
+    with rounded(elastic, plan.weight_bits, plan.nested):
+        elastic.plan = replace(plan, weight_bits=elastic.plan.weight_bits, compute_bits=None)
         try:
             requests = [RequestKV() for _ in prompts]
             logits = elastic.forward(prompts, requests, "prefill")

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from hw.elastic.blocks import KINDS, Block
 from hw.elastic.model import ElasticModel, Rope
+from hw.elastic.nested import half_of_16, has_half
 from hw.elastic.quantize import quantize
 from hw.elastic.quantized_kv import stored
 from sim.cost.plan import KV_KEEP_ALL, KVKeep, Plan, dense_plan
@@ -118,6 +119,7 @@ def _of_layer(plan: Plan, layer: int) -> object:
         plan.prefill.ffn[layer],
         plan.decode.ffn[layer],
         plan.weight_bits[layer],
+        plan.product_bits[layer],
         plan.kv_keep[layer],
         plan.kv_bits[layer],
         plan.kv_only[layer],
@@ -134,8 +136,9 @@ def _run_layer(
     prompt: int,
 ) -> Tensor:
     """Return the hidden states after a layer that runs as the plan says, in prefill up to the prompt's end."""
-    bits = [plan.weight_bits[layer] if i == layer else 16 for i in range(elastic.spec.num_layers)]
-    with rounded(elastic, bits):
+    layers = range(elastic.spec.num_layers)
+    bits = [plan.weight_bits[layer] if i == layer else 16 for i in layers]
+    with rounded(elastic, bits, [plan.nested[layer] and i == layer for i in layers]):
         if plan.prefill.mha[layer]:
             keep, kv_bits, decodes = plan.kv_keep[layer], plan.kv_bits[layer], plan.decode.mha[layer]
             view = _Kept(keep, kv_bits, tokens, prompt) if decodes and (keep != KV_KEEP_ALL or kv_bits < 16) else None
@@ -205,12 +208,14 @@ def token_nll(elastic: ElasticModel, hidden: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-_rounded_copies: WeakKeyDictionary[ElasticModel, dict[tuple[str, int, int], Tensor]] = WeakKeyDictionary()
+_rounded_copies: WeakKeyDictionary[ElasticModel, dict[tuple[str, int, int, bool], Tensor]] = WeakKeyDictionary()
 
 
 @contextmanager
-def rounded(elastic: ElasticModel, weight_bits: Sequence[int]) -> Iterator[None]:
+def rounded(elastic: ElasticModel, weight_bits: Sequence[int], nested: Sequence[bool] | None = None) -> Iterator[None]:
     """Replace weights by their values rounded to 8 or 4 bits, as ``weight_bits`` [l] says; restore them at the end.
+
+    With ``nested`` [l], half of their bits are read (``hw.elastic.nested``).
 
     The values are those that the quantized layers of ``ElasticModel.apply`` multiply with, but they are unpacked once
     instead of in every product. No memory is saved.
@@ -218,23 +223,28 @@ def rounded(elastic: ElasticModel, weight_bits: Sequence[int]) -> Iterator[None]
     full = []
     try:
         for layer, bits in enumerate(weight_bits):
-            if bits == 16:
+            half = nested is not None and nested[layer]
+            if bits == 16 and not half:
                 continue
             for kind in KINDS:
                 for index, linear in enumerate(elastic.blocks[kind][layer].linears):
                     full.append((linear, linear.weight.data))
-                    linear.weight.data = _rounded_weight(elastic, elastic.blocks[kind][layer], index, bits)
+                    linear.weight.data = _rounded_weight(elastic, elastic.blocks[kind][layer], index, bits, half)
         yield
     finally:
         for linear, weight in full:
             linear.weight.data = weight
 
 
-def _rounded_weight(elastic: ElasticModel, block: Block, index: int, bits: int) -> Tensor:
+def _rounded_weight(elastic: ElasticModel, block: Block, index: int, bits: int, half: bool) -> Tensor:
     """Return the rounded weight of one linear layer of a block, computed once for each model."""
     copies = _rounded_copies.setdefault(elastic, {})
-    key = block.name, index, bits
+    key = block.name, index, bits, half
     if key not in copies:
         weight = block.linears[index].weight.data
-        copies[key] = quantize(weight, bits).dequantize(weight.dtype)
+        if bits == 16:
+            matrix = next(one for one in block.matrices if block.linears[index] in one.linears)
+            copies[key] = half_of_16(weight) if all(has_half(one.weight.data) for one in matrix.linears) else weight
+        else:
+            copies[key] = quantize(weight, bits).read(half=half).dequantize(weight.dtype)
     return copies[key]

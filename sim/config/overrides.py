@@ -35,6 +35,7 @@ LIMITS: Mapping[str, tuple[float, bool, str]] = {
     "window_s": (0.0, False, "above 0 seconds"),
     "fixed_s": (0.0, True, "at least 0 seconds"),
     "host_floor_s": (0.0, True, "at least 0 seconds"),
+    "nested_overhead": (0.0, True, "a share of at least 0"),
     "slowdown": (0.01, True, "at least 0.01"),
     "workspace_bytes": (0.0, True, "at least 0 bytes"),
     "workers": (1, True, "at least 1"),

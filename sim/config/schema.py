@@ -22,6 +22,8 @@ class ReplayConfig:
     fixed_s: overhead of an iteration, in place of the calibration's; null keeps that.
     host_floor_s: least time of an iteration, in place of the calibration's (0 where it states none): that of a server
         whose host launches operations one by one, without CUDA graphs; null keeps the calibration's.
+    nested_overhead: how much longer products at the bits of the checkpoint take, as a share, where weights are stored
+        so that half of their bits can be read (``Plan.compute_bits``); NestedFP's abstract has 0.039.
     slowdown: an iteration takes this times as long as the calibration says: how much slower your machine is (above 1)
         than the one that was measured.
     label, tags: free text, to find a run again.
@@ -40,6 +42,7 @@ class ReplayConfig:
     quality_table: str | None = None
     fixed_s: float | None = None
     host_floor_s: float | None = None
+    nested_overhead: float = 0.0
     slowdown: float = 1.0
     workspace_bytes: float = 1.24e9
     tick_s: float = 1.0

@@ -25,6 +25,8 @@ axes in length:
     tables
       tokens        axis t of linear_us and token_us: tokens of the iteration
       linear_us     "16", "8", "4" -> {mha, ffn: times[tokens] of one block without attention}; absent bits cannot run
+      fp8_linear    optional, instead of "8" in linear_us: {tokens: an axis with the same end, mha, ffn}, where
+                    products of 8 bits are those of FP8 with FP8 (W8A8), the rounding of their inputs included
       allreduce     with tp > 1: {tokens, us}: one all-reduce of the hidden states of that many tokens, on its own
                     axis, which reaches beyond that of tokens. Every MHA and FFN block ends with one, so that a block
                     that a plan drops saves it too
@@ -62,6 +64,7 @@ from sim.cost.latency_tables import (
     DATA_HOST_FLOOR,
     FFN,
     FFN_BOTH,
+    FP8_LINEAR,
     MHA,
     MHA_BOTH,
     MOST_S,
@@ -114,7 +117,7 @@ def _prompt_load(chunks: Sequence[tuple[int, int]], ends: int) -> PromptLoad:
 def plan_rows(plan: Plan, prompts: PromptLoad, decodes: int, decode_context_sum: int) -> Ints:
     """Return int64[layers, 8], the rows of `layered_iteration_seconds` if all requests run all that the plan runs."""
     rows = []
-    for layer, (bits, kv_only) in enumerate(zip(plan.weight_bits, plan.kv_only, strict=True)):
+    for layer, (bits, kv_only) in enumerate(zip(plan.product_bits, plan.kv_only, strict=True)):
         runs, decoding = plan.prefill.mha[layer], decodes * plan.decode.mha[layer]
         context_sum = decode_context_sum * plan.decode.mha[layer]
         feeding = (prompts.ends if kv_only else prompts.tokens) * plan.prefill.ffn[layer]
@@ -131,7 +134,7 @@ def plan_rows(plan: Plan, prompts: PromptLoad, decodes: int, decode_context_sum:
 
 def plan_layers(plan: Plan) -> Ints:
     """Return the block counts, int64[3 bits, 4], on which `iteration_seconds` depends: all it needs of a plan."""
-    return _plan_layers(plan.decode.mha, plan.decode.ffn, plan.prefill.mha, plan.prefill.ffn, plan.weight_bits)
+    return _plan_layers(plan.decode.mha, plan.decode.ffn, plan.prefill.mha, plan.prefill.ffn, plan.product_bits)
 
 
 @lru_cache(maxsize=4096)
@@ -140,11 +143,11 @@ def _plan_layers(
     decode_ffn: tuple[bool, ...],
     prefill_mha: tuple[bool, ...],
     prefill_ffn: tuple[bool, ...],
-    weight_bits: tuple[int, ...],
+    product_bits: tuple[int, ...],
 ) -> Ints:
     counts = np.zeros((len(WEIGHT_BITS), 4), dtype=np.int64)
     for both, prefill, first in ((decode_mha, prefill_mha, MHA_BOTH), (decode_ffn, prefill_ffn, FFN_BOTH)):
-        for in_decode, in_prefill, bits in zip(both, prefill, weight_bits, strict=True):
+        for in_decode, in_prefill, bits in zip(both, prefill, product_bits, strict=True):
             row = WEIGHT_BITS.index(bits)
             if in_decode:
                 counts[row, first] += 1
@@ -251,12 +254,12 @@ class LatencyModel:
         return replace(self, tables=scaled_tables(self.tables, factors, block_factors))
 
     def check_bits(self, plan: Plan) -> None:
-        """Check that the calibration covers every precision of a plan.
+        """Check that the calibration covers every precision of a plan, of its weights and of its products.
 
         Raises:
             CalibrationError: if not; the message names the missing bits, the available ones and what to do.
         """
-        self._check_bits(set(plan.weight_bits))
+        self._check_bits({*plan.weight_bits, *plan.product_bits})
 
     def layered_iteration_s(self, rows: Ints, tokens: int, sequences: int, qkv_share: float = 1.0) -> float:
         """Return the seconds of an iteration in which layers differ in tokens; see `layered_iteration_seconds`."""
@@ -343,10 +346,11 @@ class LatencyModel:
     def _check_bits(self, wanted: set[int]) -> None:
         missing = sorted(wanted - set(self.bits), reverse=True)
         if missing:
+            others = ", ".join(calibrations_with(missing)) or "there is none; measure one with hw.calibrate"
             raise CalibrationError(
                 f"calibration {self.name!r} has no {' or '.join(map(str, missing))}-bit times; it has "
-                f"{', '.join(map(str, self.bits))}. Limit weight_bits of the plan to those, or use a calibration that "
-                f"has more: {', '.join(calibrations_with(missing)) or 'there is none; measure one with hw.calibrate'}"
+                f"{', '.join(map(str, self.bits))}. Limit weight_bits and compute_bits of the plan to those, or use a "
+                f"calibration that has more: {others}"
             )
 
 
@@ -360,8 +364,13 @@ def calibrations_with(bits: Sequence[int]) -> list[str]:
     return [
         name
         for name in calibration_names()
-        if all(str(b) in _read(CALIBRATIONS / f"{name}.json")["tables"]["linear_us"] for b in bits)
+        if set(bits) <= set(priced_bits(_read(CALIBRATIONS / f"{name}.json")["tables"]))
     ]
+
+
+def priced_bits(tables: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the precisions of products that the tables of a calibration file have."""
+    return tuple(b for b in WEIGHT_BITS if str(b) in tables["linear_us"] or (b == 8 and FP8_LINEAR in tables))
 
 
 def load_calibration(name_or_path: str | Path) -> LatencyModel:
@@ -444,7 +453,7 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
             model=content["model"],
             device=content["device"],
             kind=content["kind"],
-            bits=tuple(b for b in WEIGHT_BITS if str(b) in content["tables"]["linear_us"]),
+            bits=priced_bits(content["tables"]),
             tables=packed_tables(content, origin),
             fixed_source=content["fixed_source"],
             errors={term: TermError(**error) for term, error in content["errors"].items()},
@@ -465,10 +474,10 @@ def calibration_from_dict(content: Mapping[str, Any], origin: str = "calibration
 def _block_factors(content: Mapping[str, Any], origin: str) -> dict[int, Factors]:
     """Return the factors of blocks at single precisions; a precision without times is refused."""
     found = content.get("block_factors", {})
-    unknown = [bits for bits in found if bits not in content["tables"]["linear_us"]]
+    known = [str(bits) for bits in priced_bits(content["tables"])]
+    unknown = [bits for bits in found if bits not in known]
     if unknown:
-        known = ", ".join(content["tables"]["linear_us"])
-        raise CalibrationError(f"{origin}: block_factors has {unknown[0]!r}; tables.linear_us has {known}")
+        raise CalibrationError(f"{origin}: block_factors has {unknown[0]!r}; the tables have {', '.join(known)} bits")
     return {int(bits): Factors(**factors) for bits, factors in found.items()}
 
 

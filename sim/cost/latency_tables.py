@@ -77,6 +77,8 @@ RESIDUAL = 31
 SHARED_KERNEL = 40  # 1 if one kernel takes prompts and decodes
 ALLREDUCE = constant(41)  # what of every block's curve is its all-reduce, laid out as they are; last count 0 for none
 LAYOUT_LENGTH = 43
+FP8_LINEAR = "fp8_linear"
+"""The table of a calibration file with the products of 8 bits, where these are FP8's."""
 DATA_FIXED = 0
 DATA_SHARED_FIT = 1  # five coefficients a, h, b, d, f of the module's docstring
 DATA_HOST_FLOOR = 6
@@ -528,7 +530,16 @@ def packed_tables(content: Mapping[str, Any], origin: str) -> LatencyTables:
     for row, bits in enumerate(WEIGHT_BITS):
         for kind, key in ((MHA, "mha"), (FFN, "ffn")):
             slot = CURVE_LINEAR + 4 * row + 2 * kind
-            if str(bits) in tables["linear_us"]:
+            if bits == 8 and FP8_LINEAR in tables:
+                fp8 = tables[FP8_LINEAR]
+                if "8" in tables["linear_us"] or fp8["tokens"][-1] != tables["tokens"][-1]:
+                    raise CalibrationError(
+                        f"{origin}: tables.fp8_linear must end at the last of tokens, {int(tokens[-1])}, and linear_us "
+                        "must not have times of 8 bits too"
+                    )
+                grid = pack.axis(fp8["tokens"], "fp8_linear.tokens")
+                pack.curve(slot, grid, fp8[key], f"fp8_linear.{key}", allreduce)
+            elif str(bits) in tables["linear_us"]:
                 pack.curve(slot, tokens, tables["linear_us"][str(bits)][key], f"linear_us.{bits}.{key}", allreduce)
             else:
                 pack.layout[slot : slot + 2] = pack.put(np.array([0.0, np.nan])), 0

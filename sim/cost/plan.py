@@ -91,6 +91,9 @@ class Plan:
     prefill: the blocks that prefill runs; it keeps at least what decode keeps (PDTrim's nesting).
     weight_bits: 16, 8 or 4, one entry per layer, for both of its blocks (MorphServe).
     kv_keep: which tokens of each layer's KV stay after prefill (PDTrim).
+    compute_bits: one entry per layer: at how many bits products with its weights run, in any iteration and at no copy,
+        as the bits stored first of each weight are a weight of half as many (NestedFP, Any-precision LLM). Either the
+        layer's ``weight_bits``, or half of them; None: everywhere ``weight_bits``.
     kv_bits: 16, 8 or 4, one entry per layer: how its KV is stored after prefill (KIVI); 16 everywhere if left out.
     streamed: one entry per layer: True keeps its weights in host memory, and each iteration copies them to the device
         before the layer runs (Oneiros); none if left out.
@@ -105,6 +108,7 @@ class Plan:
     prefill: KeepMask
     weight_bits: tuple[int, ...]
     kv_keep: tuple[KVKeep, ...]
+    compute_bits: tuple[int, ...] | None = None
     kv_bits: tuple[int, ...] = ()
     streamed: tuple[bool, ...] = ()
     kv_only: tuple[bool, ...] = ()
@@ -119,6 +123,23 @@ class Plan:
             object.__setattr__(self, "streamed", (False,) * len(self.weight_bits))
         if self.kv_only == ():
             object.__setattr__(self, "kv_only", (False,) * len(self.weight_bits))
+        if self.compute_bits == self.weight_bits:  # one value for one meaning: plans are compared
+            object.__setattr__(self, "compute_bits", None)
+
+    @property
+    def product_bits(self) -> tuple[int, ...]:
+        """At how many bits the products of each layer run: ``compute_bits``, or ``weight_bits`` without them."""
+        return self.weight_bits if self.compute_bits is None else self.compute_bits
+
+    @property
+    def nested(self) -> tuple[bool, ...]:
+        """Whether each layer's products run at fewer bits than its resident weights have."""
+        return tuple(a < b for a, b in zip(self.product_bits, self.weight_bits, strict=True))
+
+
+def nested_bits(weight_bits: int, wanted: int) -> int:
+    """Return the bits closest to ``wanted`` at which weights of ``weight_bits`` can be read: those, or half of them."""
+    return max(wanted, weight_bits // 2) if wanted < weight_bits else weight_bits
 
 
 def dense_plan(model: ModelSpec) -> Plan:
@@ -203,8 +224,9 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
         raise PlanError(f"{plan!r} is no Plan; a policy returns a Plan in every call, such as its first_plan")
     check_layers(model, plan.decode, "plan.decode")
     check_layers(model, plan.prefill, "plan.prefill")
-    for field in ("weight_bits", "kv_keep", "kv_bits", "streamed", "kv_only"):
-        listed = getattr(plan, field)
+    for field in ("weight_bits", "compute_bits", "kv_keep", "kv_bits", "streamed", "kv_only"):
+        if (listed := getattr(plan, field)) is None:
+            continue
         if len(listed) != model.num_layers:
             raise PlanError(
                 f"plan.{field} has {len(listed)} entries; {model.name} has {model.num_layers} layers, one entry each"
@@ -213,6 +235,7 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
     _check_flags("plan.kv_only", plan.kv_only)
     _check_bits("weight_bits", plan.weight_bits)
     _check_bits("kv_bits", plan.kv_bits)
+    _check_compute_bits(model, plan)
     for bits in sorted(set(plan.kv_bits) - {16}):
         if model.kv_bytes_per_token_layer_at(bits) >= model.kv_bytes_per_token_layer:
             raise PlanError(
@@ -274,6 +297,29 @@ def _check_bits(field: str, listed: tuple[int, ...]) -> None:
                 raise PlanError(f"plan.{field} of layer {layer} is {_short(bits)}; allowed are 16, 8 and 4")
 
 
+def _check_compute_bits(model: ModelSpec, plan: Plan) -> None:
+    if plan.compute_bits is None:
+        return
+    _check_bits("compute_bits", plan.compute_bits)
+    for layer, (bits, weights) in enumerate(zip(plan.compute_bits, plan.weight_bits, strict=True)):
+        if bits > weights:
+            raise PlanError(
+                f"plan.compute_bits of layer {layer} is {bits}, but its weights have {weights} bits; use at most those"
+            )
+        if bits < weights and bits != nested_bits(weights, bits):
+            raise PlanError(
+                f"plan.compute_bits of layer {layer} is {bits}, but its weights have {weights} bits, of which those "
+                f"stored first are weights of {weights // 2}; use {weights // 2} or {weights}, or set weight_bits to "
+                f"{2 * bits}"
+            )
+        if bits < weights and model.quantization is not None:
+            raise PlanError(
+                f"plan.compute_bits of layer {layer} is {bits}, but the checkpoint of {model.name} stores "
+                f"{model.quantization.method} weights, which hold no weights of fewer bits; leave compute_bits out, "
+                "or use the config of the unquantized model"
+            )
+
+
 def describe(plan: Plan) -> str:
     """Return a plan's differences from dense in one line, such as ``decode -MHA 18,19 -FFN 13; W4 0-7``."""
     parts = []
@@ -287,7 +333,8 @@ def describe(plan: Plan) -> str:
             parts.append(f"{name} {' '.join(dropped)}")
     if len(parts) == 2 and plan.prefill == plan.decode:
         parts = [parts[0].removeprefix("prefill ")]
-    for kind, listed in (("W", plan.weight_bits), ("KV", plan.kv_bits)):
+    computed = tuple(bits if nested else 16 for bits, nested in zip(plan.product_bits, plan.nested, strict=True))
+    for kind, listed in (("W", plan.weight_bits), ("compute", computed), ("KV", plan.kv_bits)):
         for bits in (8, 4):
             layers = [i for i, b in enumerate(listed) if b == bits]
             if layers:

@@ -26,10 +26,16 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             {"first_tokens": first, "last_tokens": last, "layers": layers}
             for (first, last), layers in sorted(runs.items())
         ],
+        **({"compute_bits": lower} if (lower := _layers_by_bits(_nested(plan))) else {}),
         **({"kv_bits": kv_bits} if (kv_bits := _layers_by_bits(plan.kv_bits)) else {}),
         **({"streamed": [i for i, x in enumerate(plan.streamed) if x]} if any(plan.streamed) else {}),
         **({"kv_only": [i for i, x in enumerate(plan.kv_only) if x]} if any(plan.kv_only) else {}),
     }
+
+
+def _nested(plan: Plan) -> list[int]:
+    """Return the bits at which each layer computes below its resident ones, 16 for the others."""
+    return [bits if nested else 16 for bits, nested in zip(plan.product_bits, plan.nested, strict=True)]
 
 
 def _layers_by_bits(listed: Sequence[int]) -> dict[str, list[int]]:
@@ -60,11 +66,13 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         for run in value["kv_keep"]:
             for layer in _known(run["layers"], layers):
                 kv_keep[layer] = KVKeep(first_tokens=run["first_tokens"], last_tokens=run["last_tokens"])
+        weight_bits, lower = (_bits(layers, value.get(name, {})) for name in ("weight_bits", "compute_bits"))
         streamed, kv_only = (set(_known(value.get(name, []), layers)) for name in ("streamed", "kv_only"))
         return Plan(
             decode=_mask(layers, value["decode_drop"]),
             prefill=_mask(layers, value["prefill_drop"]),
-            weight_bits=_bits(layers, value["weight_bits"]),
+            weight_bits=weight_bits,
+            compute_bits=tuple(map(min, weight_bits, lower)),
             kv_keep=tuple(kv_keep),
             kv_bits=_bits(layers, value.get("kv_bits", {})),
             streamed=tuple(layer in streamed for layer in range(layers)),

@@ -12,6 +12,7 @@ _RANGE = r"\d+(?:-\d+)?"
 _RANGES = rf"{_RANGE}(?:,{_RANGE})*"
 _DROPPED = re.compile(rf"(?:(prefill|decode) )?((?:-(?:MHA|FFN) {_RANGES} ?)+)")
 _BITS = re.compile(rf"W(8|4) ({_RANGES})")
+_COMPUTE_BITS = re.compile(rf"compute(8|4) ({_RANGES})")
 _KV_BITS = re.compile(rf"KV(8|4) ({_RANGES})")
 _STREAMED = re.compile(rf"streamed ({_RANGES})")
 _KV_ONLY = re.compile(rf"KV only ({_RANGES})")
@@ -25,7 +26,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
     Raises:
         PlanError: for anything that ``describe`` does not write, or a layer that the model does not have.
     """
-    bits = [16] * num_layers
+    bits, computed = [16] * num_layers, [16] * num_layers
     kv_bits, kv_keep, streamed = [16] * num_layers, [KV_KEEP_ALL] * num_layers, [False] * num_layers
     kv_only = [False] * num_layers
     kept = {stage: KeepMask(mha=(True,) * num_layers, ffn=(True,) * num_layers) for stage in ("prefill", "decode")}
@@ -39,6 +40,9 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         elif found := _BITS.fullmatch(part):
             for layer in _layers(found[2], num_layers):
                 bits[layer] = int(found[1])
+        elif found := _COMPUTE_BITS.fullmatch(part):
+            for layer in _layers(found[2], num_layers):
+                computed[layer] = int(found[1])
         elif found := _KV_BITS.fullmatch(part):
             for layer in _layers(found[2], num_layers):
                 kv_bits[layer] = int(found[1])
@@ -59,6 +63,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         decode=kept["decode"],
         prefill=kept["prefill"],
         weight_bits=tuple(bits),
+        compute_bits=tuple(map(min, bits, computed)),
         kv_keep=tuple(kv_keep),
         kv_bits=tuple(kv_bits),
         streamed=tuple(streamed),
@@ -71,7 +76,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
 
 def most_layer(text: str) -> int:
     """Return the highest layer that a description names; -1 if it names none."""
-    lists = re.findall(rf"(?:MHA|FFN|W8|W4|KV8|KV4|streamed|KV only|KV \d+\+\d+) ({_RANGES})", text)
+    lists = re.findall(rf"(?:MHA|FFN|W8|W4|compute8|compute4|KV8|KV4|streamed|KV only|KV \d+\+\d+) ({_RANGES})", text)
     return max((int(number) for listed in lists for number in re.split("[-,]", listed)), default=-1)
 
 

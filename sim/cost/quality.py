@@ -122,7 +122,7 @@ def precision_and_kv_features(plan: Plan, kv: Sequence[float]) -> tuple[float, f
 
     kv [l] is what cutting each layer's KV alone costs, in nats.
     """
-    bits = plan.weight_bits
+    bits = plan.product_bits
     layers = len(bits)
     four, eight = bits.count(4) / layers, bits.count(8) / layers
     cut = no_first = 0.0
@@ -542,7 +542,7 @@ class PublishedQuality:
                 f"a plan of {len(plan.weight_bits)} layers, but {self.model.name} has {self.model.num_layers}; "
                 "set quality= to the model that runs"
             )
-        if 8 in plan.weight_bits or any(keep != KV_KEEP_ALL for keep in plan.kv_keep):
+        if 8 in plan.product_bits or any(keep != KV_KEEP_ALL for keep in plan.kv_keep):
             raise CalibrationError(
                 f"nothing is published on W8 layers or cut KV of {self.model.name}, so their loss is unknown; use "
                 "W4, a model with a measured table (smollm2_135m), or measure one: python -m hw.score kind=table"
@@ -558,7 +558,7 @@ class PublishedQuality:
         loss = quantized
         if plan.decode != keep_all(self.model):
             loss += self._pruning_loss(plan.decode)
-        four = plan.weight_bits.count(4)
+        four = plan.product_bits.count(4)
         if four:
             loss += self._w4_loss(four)
         return math.log(self.dense_perplexity) + loss

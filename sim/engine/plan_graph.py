@@ -194,7 +194,7 @@ class PlanGraph:
         self.residency_layers[number] = [
             (WEIGHT_BITS.index(bits), prefill, decode, kv_only)
             for bits, prefill, decode, kv_only in zip(
-                plan.weight_bits, plan.prefill.ffn, plan.decode.ffn, plan.kv_only, strict=True
+                plan.product_bits, plan.prefill.ffn, plan.decode.ffn, plan.kv_only, strict=True
             )
         ]
         return number

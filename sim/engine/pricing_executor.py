@@ -195,14 +195,14 @@ def _ending(iteration: Iteration) -> list[tuple[LiveRequest, int]]:
 def _layers_seen(iteration: Iteration) -> Ints:
     """Return int64[k, 8], the load of each layer; layers with equal loads share a row, in order of first appearance.
 
-    Columns: layers, index of the weight bits, prefill tokens, their context, decodes, their context, FFN tokens, prompt
-    tokens that only write KV. In a layer of `kv_only` the last token of a prompt counts as a decode.
+    Columns: layers, index of the products' bits, prefill tokens, their context, decodes, their context, FFN tokens,
+    prompt tokens that only write KV. In a layer of `kv_only` the last token of a prompt counts as a decode.
     """
     plan, decodes, prefills = iteration.plan, iteration.decodes, iteration.prefills
     rows: dict[tuple[int, ...], int] = {}
     ending = _ending(iteration)
     prefill_tokens = sum(tokens for _, tokens in prefills)
-    for layer, bits in enumerate(plan.weight_bits):
+    for layer, bits in enumerate(plan.product_bits):
         chunks = [(tokens, live.computed_tokens) for live, tokens in prefills if layer in live.mha]
         contexts = [live.table.read_tokens(layer, live.computed_tokens) for live in decodes if layer in live.mha]
         writing, feeding = 0, prefill_tokens

@@ -25,7 +25,9 @@ follow; the next iteration starts. Requests that arrive together keep the order 
 7. A streamed layer (``sim.cost.streaming``) has no weights on the device: its blocks run at once, at any precision.
    For MHA blocks that did not run before, rule 4 holds. When the streamed layers or their bytes change, the copies
    begin again with the first of them. Such copies and those of a plan change share the link: both take twice as long.
-8. A later plan never loses a copy that is under way and that it still wants: if it lacks exactly the blocks of that
+8. ``compute_bits`` frees and copies nothing: products run at other bits from the next iteration on. KV that is there
+   stays, in requests and in the prefix cache.
+9. A later plan never loses a copy that is under way and that it still wants: if it lacks exactly the blocks of that
    layer that are being copied in, the copy goes on and serves the new plan. Otherwise the copy is abandoned.
 
 **Rules of sessions** (sim/traces/sessions.py says which request follows which).

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.config import build_option
+from sim.cost.bounds import Factors
 from sim.cost.gpu import Gpu
 from sim.cost.latency import CALIBRATIONS, CopySpeed, LatencyModel, copy_speed, load_calibration
 from sim.cost.model_spec import ModelSpec, file_name, load_model
@@ -190,6 +191,7 @@ class ServerSpec:
         workspace_bytes: float = WORKSPACE_BYTES,
         fixed_s: float | None = None,
         host_floor_s: float | None = None,
+        nested_overhead: float = 0.0,
         slowdown: float = 1.0,
     ) -> ServerSpec:
         """Build a server from a model, a device and a configuration, with prices by name.
@@ -199,6 +201,7 @@ class ServerSpec:
             latency, quality: as ``from_names``, except that a missing calibration leaves ``latency`` None.
             fixed_s, host_floor_s: overhead and least time of an iteration, in place of the calibration's; None keeps
                 those.
+            nested_overhead: how much longer products at the bits of the checkpoint take, as a share.
             slowdown: as in the class.
         """
         if latency is None:
@@ -213,6 +216,9 @@ class ServerSpec:
                 priced = priced.with_fixed(fixed_s, "fixed_s of the configuration")
             if host_floor_s is not None:
                 priced = priced.with_host_floor(host_floor_s)
+            if nested_overhead:
+                longer = Factors(memory_bound=1.0 + nested_overhead, compute_bound=1.0 + nested_overhead)
+                priced = priced.with_factors(Factors(), {model.weight_bits: longer})
         table = quality or find_quality(model.name)
         return cls(
             model=model.shard(gpu.tp),

@@ -14,6 +14,9 @@ abandoned.
 
 A streamed layer (sim/cost/streaming.py) has no blocks on the device; a plan that streams it can run any blocks of it at
 any precision from the next iteration on. A layer that is not to be streamed any more is, until its copy is complete.
+
+``Plan.compute_bits`` moves nothing: products run at other bits from the next iteration on. While a layer is present at
+another precision than its plan wants, it is read as close to the wanted bits as its present weights allow.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import NamedTuple
 
 from sim.cost.memory import ffn_weight_bytes, fixed_weight_bytes, mha_weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import KeepMask, Plan
+from sim.cost.plan import KeepMask, Plan, nested_bits
 from sim.cost.streaming import held_bytes
 
 ABSENT = 0
@@ -158,7 +161,7 @@ def joined(resident: Resident, copy: LayerCopy) -> Resident:
 
 
 def running_plan(resident: Resident, target: Plan) -> Plan:
-    """Return what runs during the change to ``target``: its resident blocks, at their resident precision."""
+    """Return what runs during the change to ``target``: its resident blocks, at their resident precision or below."""
 
     def mask(keep: KeepMask) -> KeepMask:
         return KeepMask(
@@ -166,14 +169,17 @@ def running_plan(resident: Resident, target: Plan) -> Plan:
             ffn=tuple(k and b != ABSENT for k, b in zip(keep.ffn, resident.ffn_bits, strict=True)),
         )
 
+    weight_bits = tuple(
+        max(mha, ffn) or bits
+        for mha, ffn, bits in zip(resident.mha_bits, resident.ffn_bits, target.weight_bits, strict=True)
+    )
+    lower = zip(weight_bits, target.product_bits, target.nested, strict=True)
     return replace(  # every other field of the plan is the target's
         target,
         decode=mask(target.decode),
         prefill=mask(target.prefill),
-        weight_bits=tuple(
-            max(mha, ffn) or bits
-            for mha, ffn, bits in zip(resident.mha_bits, resident.ffn_bits, target.weight_bits, strict=True)
-        ),
+        weight_bits=weight_bits,
+        compute_bits=tuple(nested_bits(here, wanted) if nested else here for here, wanted, nested in lower),
         streamed=resident.streamed,
     )
 

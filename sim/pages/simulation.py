@@ -31,6 +31,7 @@ COMPARISONS = {
     "kv_hole": Comparison(command="sim.compare experiment=kv_hole", plot=True),
     "preemption": Comparison(command="sim.compare experiment=preemption"),
     "kv_precision": Comparison(command="sim.compare experiment=kv_precision"),
+    "compute_bits": Comparison(command="sim.compare experiment=compute_bits"),
     "tensor_parallel": Comparison(command="sim.compare experiment=tensor_parallel"),
 }
 """Name of a JSON file in docs/results/simulation: how it is made."""
@@ -83,6 +84,9 @@ def page(folder: Path = FOLDER) -> str:
             (policy, size): wins(found["tensor_parallel"], f"{policy} {size}", f"dense {size}")
             for policy in ("greedy_stop", "morphserve")
             for size in ("39.5 GB", "42 GB")
+        },
+        nested_wins={
+            label: wins(found["compute_bits"], "H100 nestedfp", f"H100 {label}") for label in ("dense", "nested 8")
         },
         kv4_wins=wins(found["kv_precision"], "kv4 55 GB", "greedy_stop 55 GB"),
     )

@@ -39,6 +39,7 @@ def static_plan(
     prefill_drop_mha: Sequence[int] | None = None,
     prefill_drop_ffn: Sequence[int] | None = None,
     weight_bits: int | Sequence[int] | None = None,
+    compute_bits: int | Sequence[int] | None = None,
     kv_first_tokens: int | None = None,
     kv_last_tokens: int | None = None,
     kv_layers: Sequence[int] | None = None,
@@ -56,6 +57,7 @@ def static_plan(
         drop_mha, drop_ffn: layers whose MHA or FFN block decode skips.
         prefill_drop_mha, prefill_drop_ffn: the same for prefill; None takes those of decode.
         weight_bits: 16, 8 or 4 for all layers, or one entry per layer; None takes those of the checkpoint.
+        compute_bits: at how many bits products run, for all layers or one entry per layer; None takes ``weight_bits``.
         kv_first_tokens, kv_last_tokens: tokens whose KV stays after prefill; None keeps all tokens.
         kv_layers: layers in which they apply; None is all layers.
         kv_bits: 16, 8 or 4 for the KV of all layers after prefill, or one entry per layer.
@@ -73,8 +75,9 @@ def static_plan(
     crossing = _known_layers(model, "streamed", streamed)
     writing = _known_layers(model, "kv_only", kv_only)
     weight_bits = model.weight_bits if weight_bits is None else weight_bits
-    if isinstance(kv_bits, Sequence) and not kv_bits:
-        raise PlanError(f"kv_bits is an empty list; give one number, such as 8, or one for each of {layers} layers")
+    for name, bits in (("kv_bits", kv_bits), ("compute_bits", compute_bits)):
+        if isinstance(bits, Sequence) and not bits:
+            raise PlanError(f"{name} is an empty list; give one number, such as 8, or one for each of {layers} layers")
     plan = Plan(
         decode=drop(model, mha=layer_list("drop_mha", drop_mha), ffn=layer_list("drop_ffn", drop_ffn)),
         prefill=drop(
@@ -83,6 +86,7 @@ def static_plan(
             ffn=drop_ffn if prefill_drop_ffn is None else layer_list("prefill_drop_ffn", prefill_drop_ffn),
         ),
         weight_bits=_per_layer(weight_bits, layers),
+        compute_bits=None if compute_bits is None else _per_layer(compute_bits, layers),
         kv_keep=tuple(keep if layer in shortened else KVKeep() for layer in range(layers)),
         kv_bits=_per_layer(kv_bits, layers),
         streamed=tuple(layer in crossing for layer in range(layers)),

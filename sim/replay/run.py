@@ -133,6 +133,7 @@ def server_spec(cfg: DictConfig) -> ServerSpec:
         workspace_bytes=cfg.workspace_bytes,
         fixed_s=cfg.fixed_s,
         host_floor_s=cfg.host_floor_s,
+        nested_overhead=cfg.nested_overhead,
         slowdown=cfg.slowdown,
     )
 

@@ -41,7 +41,7 @@ class Watched:
 
 
 def _low_share(plan: Plan) -> float:
-    return sum(bits < 16 for bits in plan.weight_bits) / len(plan.weight_bits)
+    return sum(bits < 16 for bits in plan.product_bits) / len(plan.weight_bits)
 
 
 def outside_share(

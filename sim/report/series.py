@@ -28,7 +28,7 @@ QUANTILES: Floats = np.unique(
 )
 """Where a cumulative distribution of many values is drawn: densely near 1."""
 
-DROPPED, PREFILL_ONLY, BITS_4, BITS_8, BITS_16, STREAMED, KV_ONLY = range(7)
+DROPPED, PREFILL_ONLY, BITS_4, BITS_8, BITS_16, STREAMED, KV_ONLY, NESTED = range(8)
 """States of a block in a map of plans."""
 STATE_OF_BITS = {4: BITS_4, 8: BITS_8, 16: BITS_16}
 
@@ -209,9 +209,9 @@ def block_states(plan: Plan) -> NDArray[np.int8]:
     """Return the state of each block under a plan: int8[2 * layers], first MHA, then FFN."""
     found = []
     for prefill, decode in ((plan.prefill.mha, plan.decode.mha), (plan.prefill.ffn, plan.decode.ffn)):
-        more = plan.weight_bits, plan.streamed, plan.kv_only
-        for in_prefill, in_decode, bits, streamed, kv_only in zip(prefill, decode, *more, strict=True):
-            there = STREAMED if streamed else KV_ONLY if kv_only else STATE_OF_BITS[bits]
+        more = plan.weight_bits, plan.streamed, plan.kv_only, plan.nested
+        for in_prefill, in_decode, bits, streamed, kv_only, nested in zip(prefill, decode, *more, strict=True):
+            there = STREAMED if streamed else KV_ONLY if kv_only else NESTED if nested else STATE_OF_BITS[bits]
             found.append(there if in_decode else PREFILL_ONLY if in_prefill else DROPPED)
     return np.array(found, dtype=np.int8)
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hw.elastic import nested
 from hw.elastic.kernels.launch import ceil_div, dot, launch
 from sim.cost.model_spec import QUANT_GROUP_ELEMENTS
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # Shapes as in hw.elastic.quantize; n rows of x.
 
 GROUP = tl.constexpr(QUANT_GROUP_ELEMENTS)
+HALF_STEP = tl.constexpr(nested.HALF_STEP)
 
 
 def quantized_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None) -> Tensor:
@@ -40,7 +42,7 @@ def quantized_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None) -> Ten
     out = torch.empty((n, o), dtype=x.dtype, device=x.device)
     zeros = weight.zeros if weight.bits == 4 else weight.packed
     arguments = rows, weight.packed, weight.scales, zeros, out if bias is None else bias, out
-    constants = {"O": o, "I": i, "BITS": weight.bits, "BIAS": bias is not None}
+    constants = {"O": o, "I": i, "BITS": weight.bits, "READ_HALF": weight.half, "BIAS": bias is not None}
     if n == 1:
         groups = 8 if weight.bits == 4 else 4  # of a step: 4 KiB of values
         launch(_row_kernel, (ceil_div(o, 8),), *arguments, **constants, O_BLOCK=8, GROUPS=groups)
@@ -87,6 +89,14 @@ def _zero_point(zeros, index, mask):
 
 
 @triton.jit
+def _values(codes, READ_HALF: tl.constexpr):
+    """Return codes of 8 bits as numbers: themselves, or the mean of the 16 that share their first 4 bits."""
+    if READ_HALF:
+        return ((codes.to(tl.int32) >> 4) * 16).to(tl.float32) + HALF_STEP
+    return codes.to(tl.float32)
+
+
+@triton.jit
 def _row_kernel(
     x,
     packed,
@@ -97,6 +107,7 @@ def _row_kernel(
     O: tl.constexpr,  # noqa: E741
     I: tl.constexpr,  # noqa: E741
     BITS: tl.constexpr,
+    READ_HALF: tl.constexpr,
     BIAS: tl.constexpr,
     O_BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -112,7 +123,7 @@ def _row_kernel(
         scale = tl.load(scales + output * ALL + group, mask=known, other=0.0).to(tl.float32)
         if BITS == 8:
             at = group * GROUP + tl.arange(0, GROUP)[None, None, :]
-            value = tl.load(packed + output * I + at, mask=known & (at < I), other=0).to(tl.float32)
+            value = _values(tl.load(packed + output * I + at, mask=known & (at < I), other=0), READ_HALF)
             factor = tl.load(x + at, mask=at < I, other=0.0).to(tl.float32)
             total += value * scale * factor
         else:
@@ -158,6 +169,7 @@ def _tile_kernel(
     O: tl.constexpr,  # noqa: E741
     I: tl.constexpr,  # noqa: E741
     BITS: tl.constexpr,
+    READ_HALF: tl.constexpr,
     BIAS: tl.constexpr,
     N_BLOCK: tl.constexpr,
     O_BLOCK: tl.constexpr,
@@ -180,7 +192,7 @@ def _tile_kernel(
             wanted = known[:, None] & (at < I)[None, :]
             index = output[:, None] * I + at[None, :]
             if BITS == 8:
-                value = tl.load(packed + index, mask=wanted, other=0).to(tl.float32)
+                value = _values(tl.load(packed + index, mask=wanted, other=0), READ_HALF)
             else:
                 zero = _zero_point(zeros, output * ALL + group, known)[:, None]
                 if I % 2 == 0:

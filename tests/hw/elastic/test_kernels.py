@@ -252,12 +252,12 @@ def test_gated_activations(n: int, f: int, activation: str, dtype: torch.dtype, 
     close(found / 8, ops.gated_reference(both.to(torch.float32), activation) / 8)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "half"), [(8, False), (8, True), (4, False)])
 @pytest.mark.parametrize(("o", "i"), [(64, 256), (8, 128), (3, 130), (5, 7), (1, 1), (33, 1500), (70, 257)])
-def test_products_with_quantized_weights(o: int, i: int, bits: int, device: str) -> None:
+def test_products_with_quantized_weights(o: int, i: int, bits: int, half: bool, device: str) -> None:
     rng = random.Random(o)
     torch.manual_seed(o)
-    weight = quantize((torch.randn(o, i) * i**-0.5).to(device), bits)
+    weight = quantize((torch.randn(o, i) * i**-0.5).to(device), bits).read(half=half)
     for n in (0, 1, rng.choice([2, 16]), rng.choice([17, 33, 65, 130])):
         dtype = rng.choice(DTYPES)
         x = normal(n, i, device=device, dtype=dtype)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, describe
+from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, describe, nested_bits
 from sim.cost.plan_text import most_layer, plan_from_text
 from sim.errors import PlanError
 
@@ -27,10 +27,12 @@ def plans(draw: st.DrawFn) -> Plan:
         st.just(KV_KEEP_ALL),
         st.builds(KVKeep, first_tokens=st.integers(0, 9), last_tokens=st.integers(1, 9)),
     )
+    weight_bits = tuple(draw(st.lists(st.sampled_from([16, 8, 4]), min_size=LAYERS, max_size=LAYERS)))
     return Plan(
         prefill=prefill,
         decode=draw(st.sampled_from([prefill, narrower])),
-        weight_bits=tuple(draw(st.lists(st.sampled_from([16, 8, 4]), min_size=LAYERS, max_size=LAYERS))),
+        weight_bits=weight_bits,
+        compute_bits=tuple(nested_bits(bits, draw(st.sampled_from([16, 8, 4]))) for bits in weight_bits),
         kv_keep=tuple(draw(st.lists(kept, min_size=LAYERS, max_size=LAYERS))),
         kv_bits=tuple(draw(st.lists(st.sampled_from([16, 8, 4]), min_size=LAYERS, max_size=LAYERS))),
         streamed=tuple(draw(st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS))),

@@ -85,6 +85,10 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = 
         kv["kv_bits"] = [int(each) for each in bits.choice([16, 8, 4], TINY.num_layers)]
     if later and np.random.default_rng([seed, 14]).random() < 0.4:
         kv["streamed"] = list(range(TINY.num_layers))
+    lower = np.random.default_rng([seed, 18])
+    if later and lower.random() < 0.4:
+        weights = [int(each) for each in lower.choice([16, 8, 4], TINY.num_layers)]
+        kv |= {"weight_bits": weights, "compute_bits": [max(each // 2, 4) for each in weights]}
     case = DisaggregatedCase(
         requests=tuple(rows),
         plan=static_plan(

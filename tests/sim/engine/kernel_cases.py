@@ -93,6 +93,8 @@ def quality_nll(plan: Plan) -> float:
     for layer, (mha, ffn, bits) in enumerate(zip(plan.decode.mha, plan.decode.ffn, plan.weight_bits, strict=True)):
         score += (2 + layer) * 0.1 * (not mha) + (3 + layer) * 0.01 * (not ffn) + 0.001 * (16 - bits)
     score += sum(0.0003 * (2 + layer) * (16 - bits) for layer, bits in enumerate(plan.kv_bits))
+    lower = zip(plan.product_bits, plan.weight_bits, strict=True)
+    score += sum(0.0005 * (4 + layer) * (bits - less) for layer, (less, bits) in enumerate(lower))
     score += sum(0.0007 * (3 + layer) * kv_only for layer, kv_only in enumerate(plan.kv_only))
     return score + sum(0.5 * (not keep) for keep in (*plan.prefill.mha, *plan.prefill.ffn))
 
@@ -270,6 +272,23 @@ def with_kv_only(seed: int, case: Case) -> Case:
     return _with_plans(case, writing)
 
 
+def with_compute_bits(seed: int, case: Case) -> Case:
+    """Return the case of a seed with plans that compute below their resident bits, also one that differs in that alone.
+
+    Its own stream, as above.
+    """
+    rng = np.random.default_rng([seed, 18])
+    if rng.random() < 0.6:
+        return case
+
+    def lower(plan: Plan) -> Plan:
+        nested = rng.random(TINY.num_layers) < rng.choice([0.0, 0.5, 1.0])
+        both = zip(plan.weight_bits, nested, strict=True)
+        return replace(plan, compute_bits=tuple(max(bits // 2, 4) if half else bits for bits, half in both))
+
+    return _with_plans(case, lower)
+
+
 def with_tp(seed: int, case: Case) -> Case:
     """Return the case of a seed with its model divided among GPUs, and a slow host; its own stream, as above."""
     rng = np.random.default_rng([seed, 15])
@@ -295,8 +314,9 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
     Args:
         ahead: whether its engine schedules ahead; None lets the seed decide.
         later: whether the seed may choose what came later than the frozen records: swapping, weight copies that hold
-            the engine up, plans that limit how long a request may wait, quantize KV, stream layers or let prompts
-            only write KV, and a model that is divided among GPUs. Cut KV then costs something too.
+            the engine up, plans that limit how long a request may wait, quantize KV, stream layers, let prompts only
+            write KV or compute below their resident bits, and a model that is divided among GPUs. Cut KV then costs
+            something too.
     """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
@@ -364,7 +384,8 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
     )
     if not later:
         return case
-    return with_kv_only(seed, with_tp(seed, with_streams(seed, with_kv_bits(seed, with_waits(seed, case)))))
+    case = with_kv_only(seed, with_tp(seed, with_streams(seed, with_kv_bits(seed, with_waits(seed, case)))))
+    return with_compute_bits(seed, case)
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:

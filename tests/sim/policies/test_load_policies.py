@@ -276,6 +276,7 @@ def test_a_ladder_that_does_not_go_down_is_refused(wrong: dict[str, Any], named:
         "adaptive_precision",
         "adaptive_pruning",
         "kv_precision",
+        "nestedfp",
         "limited",
         "greedy_stop",
         "morphserve",

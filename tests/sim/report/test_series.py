@@ -113,6 +113,8 @@ def test_states_of_blocks_say_bits_and_what_only_prefill_keeps() -> None:
     assert streamed[:4] == [series.DROPPED, series.STREAMED, series.STREAMED, series.BITS_16]
     writing = series.block_states(plan_from_text("-MHA 0; W8 2; KV only 0-2", 4)).tolist()
     assert writing[:5] == [series.DROPPED, series.KV_ONLY, series.KV_ONLY, series.BITS_16, series.KV_ONLY]
+    lower = series.block_states(plan_from_text("-MHA 0; W8 2-3; compute8 0-1; compute4 2", 4)).tolist()
+    assert lower[:4] == [series.DROPPED, series.NESTED, series.NESTED, series.BITS_8]
 
 
 def many_changes(run: RunData, number: int) -> RunData:
