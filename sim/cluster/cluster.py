@@ -10,7 +10,8 @@ plan of its policy.
 What happens to requests:
 
 1. A replica that fails loses its KV. Its requests are routed again at once, running ones before waiting ones. They keep
-   the tokens that they have produced; another replica recomputes the KV of those tokens and of the prompt.
+   the tokens that they have produced; another replica recomputes the KV of those tokens and of the prompt. A request
+   whose longest wait has ended by then is rejected and not routed again, also when a replica leaves.
 2. A replica with notice of an outage accepts no new requests. Its waiting requests are routed again at once; its
    running requests continue until the outage and are then routed again. The same happens if the autoscaler removes a
    replica, except that it stops only once its running requests have finished.

@@ -316,18 +316,17 @@ def cell_trace(cfg: DictConfig, cell: int) -> Trace:
     turn; where a trace has sessions, each session goes to one cell.
 
     Raises:
-        ConfigError: if a share has no request. TraceError: if it has sessions and no user to begin them.
+        ConfigError: if there are fewer than cells. TraceError: if it has sessions and no user to begin them.
     """
     if cfg.cell_requests == "own":
         return build_trace(cell_config(cfg, cell))
     trace = build_trace(cfg)
     # Turns of a session stay together.
     dealt = np.arange(len(trace)) if trace.session is None else np.unique(trace.session, return_inverse=True)[1]
-    mine = dealt % int(cfg.cells) == cell
-    if not mine.any():
+    if dealt.max() + 1 < cfg.cells:  # every cell says so, the first one too
         what = "requests" if trace.session is None else "sessions"
         raise ConfigError(f"the trace has {dealt.max() + 1} {what}, too few for cells={cfg.cells}; set fewer cells")
-    return trace.take(mine)
+    return trace.take(dealt % int(cfg.cells) == cell)
 
 
 def serve_cell(job: CellJob) -> CellResult:

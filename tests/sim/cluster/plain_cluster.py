@@ -302,6 +302,7 @@ class PlainCluster:
         replica = self.replicas[k]
         engine = replica.engine
         assert engine is not None
+        engine._reject_late(now_s)  # those that had waited too long before they could move
         gone = [*(engine.queues.running if running_too else []), *engine.queues.waiting]
         if running_too:
             replica.engine = None

@@ -69,6 +69,10 @@ def test_the_compiled_cluster_leaves_the_records_of_the_plain_one(first: int) ->
         assert found == [], f"seed {seed}; `make fuzz KIND=cluster FIRST={seed} CASES=1` shrinks it"
 
 
+def test_a_request_whose_longest_wait_ends_with_its_replica_is_rejected_and_not_moved() -> None:
+    assert differences(random_cluster(10331)) == []
+
+
 def test_the_random_clusters_meet_everything_that_has_rules() -> None:
     names = ("moved", "moved twice", "moved after its first token", "rejected", "held", "preempted", "left alone")
     met = dict.fromkeys(names, 0)
