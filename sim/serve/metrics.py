@@ -44,6 +44,9 @@ HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "request_time_per_output_token": ("Mean time between the tokens of a request that finished.", TOKEN_S),
     "e2e_request_latency": ("Time from the arrival of a request that finished to its last token.", REQUEST_S),
     "request_queue_time": ("Time from the arrival of a request to its admission.", REQUEST_S),
+    "request_prefill_time": ("Time from the admission of a request that finished to its first token.", REQUEST_S),
+    "request_decode_time": ("Time from the first token of a request that finished to its last.", REQUEST_S),
+    "request_inference_time": ("Time from the admission of a request that finished to its last token.", REQUEST_S),
 }
 """Histogram without ``vllm:`` and ``_seconds`` -> what it measures, and its buckets."""
 
@@ -66,10 +69,14 @@ class EngineMetrics(Collector):
             "vllm:request_success", "Requests that ended, by reason.", ["model_name", "finished_reason"],
             registry=self.registry,
         )  # fmt: skip
-        self._prompt_tokens = Counter(
-            "vllm:prompt_tokens", "Prompt tokens whose prefill ended; a second prefill does not count.",
-            ["model_name"], registry=self.registry,
-        ).labels(model)  # fmt: skip
+        self._prompt_tokens, self._asked_tokens, self._cached_tokens = (
+            Counter(f"vllm:{name}", meaning, ["model_name"], registry=self.registry).labels(model)
+            for name, meaning in (
+                ("prompt_tokens", "Prompt tokens whose prefill ended; a second prefill does not count."),
+                ("prefix_cache_queries", "Of them, those looked for in the prefix cache: all, if there is one."),
+                ("prefix_cache_hits", "Of them, those whose KV the prefix cache had."),
+            )
+        )
         reasons: tuple[Reason, ...] = ("stop", "length", "abort", "error")
         self._ended = {reason: ended.labels(model, reason) for reason in reasons}
         thread.observer = self
@@ -78,6 +85,9 @@ class EngineMetrics(Collector):
         """Take note of a token; ``gap_s``: seconds since the token before, None for the first."""
         if gap_s is None:
             self._prompt_tokens.inc(live.request.prompt_tokens)
+            if self._thread.engine.config.prefix_caching:
+                self._asked_tokens.inc(live.request.prompt_tokens)
+                self._cached_tokens.inc(max(live.cached_tokens, 0))
             self._histograms["time_to_first_token"].observe(live.first_token_s - live.request.arrival_s)
             self._histograms["request_queue_time"].observe(live.admitted_s - live.request.arrival_s)
         else:
@@ -90,6 +100,9 @@ class EngineMetrics(Collector):
         if live is None or reason not in ("stop", "length") or math.isnan(live.first_token_s):
             return
         self._histograms["e2e_request_latency"].observe(e2e_s)
+        self._histograms["request_prefill_time"].observe(live.first_token_s - live.admitted_s)
+        self._histograms["request_decode_time"].observe(live.last_token_s - live.first_token_s)
+        self._histograms["request_inference_time"].observe(live.last_token_s - live.admitted_s)
         if live.produced_tokens > 1:
             mean_s = (live.last_token_s - live.first_token_s) / (live.produced_tokens - 1)
             self._histograms["request_time_per_output_token"].observe(mean_s)
@@ -107,6 +120,14 @@ class EngineMetrics(Collector):
             counter = CounterMetricFamily(name, meaning, labels=["model_name"])
             counter.add_metric([self._model], value)
             yield counter
+        config, layers = self._thread.engine.config, len(state.plan.weight_bits)
+        cache = InfoMetricFamily(
+            "vllm:cache_config", "Size of a KV block in tokens, and blocks now.", labels=["model_name"]
+        )
+        about = {"block_size": config.kv_block_tokens, "num_gpu_blocks": state.kv_layer_blocks // layers}
+        about["enable_prefix_caching"] = config.prefix_caching
+        cache.add_metric([self._model], {name: str(value) for name, value in about.items()})
+        yield cache
         plans = InfoMetricFamily("rap:plan", "The plan that runs, and the one that is wanted.", labels=["model_name"])
         plans.add_metric([self._model], {"runs": describe(state.plan), "wanted": describe(state.target)})
         yield plans

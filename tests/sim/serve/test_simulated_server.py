@@ -117,6 +117,10 @@ def test_a_chat_finds_the_prompt_and_the_answer_before_it_in_the_prefix_cache(tm
         server.ask("chat/completions", messages=[*messages[:2], {"role": "user", "content": "No."}], max_tokens=5)
         server.drained()
         records, trace = server.thread.replica.records(), served_trace(server.thread.replica)
+        eventually(lambda: server.metrics()["vllm:request_success_totallength"] == 5, "5 requests have ended")
+        found = server.metrics()
+    assert found["vllm:prefix_cache_hits_total"] == records.cached_tokens.sum() > 0
+    assert found["vllm:prefix_cache_queries_total"] == records.prompt_tokens.sum()
     # The last token of an answer has no KV.
     assert records.cached_tokens.tolist()[:4] == [0, *((tokens - 1) // 16 * 16 for tokens in said[:3])]
     # What does not repeat the answer finds the first prompt without "assistant:", its last tokens.
@@ -228,6 +232,11 @@ def test_metrics_are_those_of_the_records() -> None:
         found = server.metrics()
     assert found["vllm:time_to_first_token_seconds_sum"] == pytest.approx(records.ttft_s.sum())
     assert found["vllm:e2e_request_latency_seconds_sum"] == pytest.approx(records.e2e_s.sum())
+    spans = {"prefill": records.ttft_s - (records.admitted_s - records.arrival_s)}
+    spans |= {"decode": records.e2e_s - records.ttft_s}
+    for name, values in (spans | {"inference": spans["prefill"] + spans["decode"]}).items():
+        assert found[f"vllm:request_{name}_time_seconds_sum"] == pytest.approx(values.sum()), name
+    assert found["vllm:prefix_cache_queries_total"] == 0  # there is no cache
     assert found["vllm:inter_token_latency_seconds_count"] == (records.produced_tokens - 1).sum()
     assert found["vllm:prompt_tokens_total"] == records.prompt_tokens.sum()
     assert found["vllm:generation_tokens_total"] == records.produced_tokens.sum()
