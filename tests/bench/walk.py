@@ -6,6 +6,7 @@ the environment that they install, and writes docs/results/walk/index.md. A step
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shlex
@@ -68,6 +69,9 @@ def walk(folder: Path) -> list[dict[str, str]]:
 
 def main() -> None:
     """Walk, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write (docs/results/walk/index.md)")
+    page = parser.parse_args().page
     with tempfile.TemporaryDirectory() as place:
         rows = walk(Path(place) / "rap-lab")
     made = provenance(0)
@@ -82,8 +86,8 @@ install themselves. {made["written_at"][:10]}, commit `{made["commit"][:12]}`, P
 
 The first step installs the core and compiles the simulator.
 """
-    write_text(PAGE, text)
-    print(PAGE)
+    write_text(page, text)
+    print(page)
 
 
 if __name__ == "__main__":
