@@ -82,7 +82,7 @@ class TrainConfig:
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
-BELOW_ALL = -1.0
+BELOW_ALL = -1e300
 """The best validation utility before the first validation; a checkpoint states it, and JSON has no infinity."""
 
 
