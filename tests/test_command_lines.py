@@ -194,6 +194,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(REPOSITORY / "conf" / "policy", "policies", ignore=lambda _, names: set(names) - set(LEARNED))
     for name, shipped in LEARNED.items():
         Path("policies", name).rename(Path("policies", shipped))
+    for end in ("json", "safetensors"):  # what training the roles of replicas exports
+        shutil.copy(REPOSITORY / "conf" / "policy" / f"learned_roles_llama2.{end}", f"mine.{end}")
     result = {"completed": 2, "input_lens": [10, 20], "output_lens": [5, 6], "start_times": [100.0, 101.0]}
     Path("result.json").write_text(
         json.dumps(result | {"ttfts": [0.1, 0.2], "itls": [[0.01], [0.02]], "errors": ["", ""]})
