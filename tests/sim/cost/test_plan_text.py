@@ -56,6 +56,7 @@ def test_the_highest_layer_of_a_description_is_found(plan: Plan) -> None:
         if not (plan.prefill.mha[layer] and plan.prefill.ffn[layer] and plan.decode.mha[layer])
         or not plan.decode.ffn[layer]
         or plan.weight_bits[layer] != 16
+        or plan.nested[layer]
         or plan.kv_keep[layer] != KV_KEEP_ALL
         or plan.kv_bits[layer] != 16
         or plan.streamed[layer]
