@@ -77,6 +77,7 @@ def test_records_are_byte_identical_on_any_number_of_workers_and_as_a_replay_of_
     }
 
 
+@pytest.mark.slow
 def test_a_ray_cluster_of_two_nodes_gives_the_records_of_this_process(ray_address: str) -> None:
     cfg = composed("seeds=[1,2]", "windows=[0,1]", "window_s=10", "executor=ray", f"executor.address={ray_address}")
     configs = [config_of(cfg, case) for case in cases_of(cfg)]

@@ -18,6 +18,7 @@ def own_option(path: str, text: str) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_an_experiment_file_chooses_the_launcher_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs joblib: pip install -e '.[sweep]'")
     monkeypatch.chdir(tmp_path)
