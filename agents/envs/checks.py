@@ -6,10 +6,12 @@ NumPy takes an index of -1 as the last entry and cuts 2.7 to 2, so an action is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from agents.envs.serve_windows import Window
 from sim.errors import ConfigError, nearest
 from sim.types import Bools, Ints
 
@@ -104,6 +106,16 @@ def for_each_row(options: Mapping[str, Any], name: str, rows: int) -> Sequence[A
         count = len(entries) if isinstance(entries, Sequence) else type(entries).__name__
         raise ConfigError(f"options[{name!r}] has {count} entries; pass a list with one for each of {rows}")
     return entries
+
+
+def episode_info(windows: Sequence[Window], requests: int, utility: float, illegal_actions: int) -> dict[str, Any]:
+    """Return what ``info`` says of an episode that several windows make: the windows, and what happened so far."""
+    return {
+        "windows": [asdict(window) for window in windows],
+        "requests": requests,
+        "utility": utility,
+        "illegal_actions": illegal_actions,
+    }
 
 
 def mask_info(legal: Bools) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -30,7 +29,7 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from agents.envs.checks import reset_options, row_actions
+from agents.envs.checks import episode_info, reset_options, row_actions
 from agents.envs.prune_loads import Split
 from agents.envs.render import RenderMixin
 from agents.envs.serve import ServeSetting
@@ -241,12 +240,7 @@ class ClusterCore:
 
     def info(self) -> dict[str, Any]:
         """Return the windows, and what happened in them so far."""
-        return {
-            "windows": [asdict(window) for window in self.windows],
-            "requests": self.requests,
-            "utility": self.utility,
-            "illegal_actions": self.illegal,
-        }
+        return episode_info(self.windows, self.requests, self.utility, self.illegal)
 
 
 class ServeCluster(RenderMixin, gym.Env[NDArray[np.float32], NDArray[np.integer[Any]]]):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium as gym
@@ -29,7 +29,7 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from agents.envs.checks import mask_info, one_action, reset_options
+from agents.envs.checks import episode_info, mask_info, one_action, reset_options
 from agents.envs.prune_loads import Split
 from agents.envs.render import RenderMixin
 from agents.envs.serve import ServeSetting
@@ -347,12 +347,7 @@ class RolesCore:
 
     def info(self) -> dict[str, Any]:
         """Return the windows, and what happened in them so far."""
-        return {
-            "windows": [asdict(window) for window in self.windows],
-            "requests": self.requests,
-            "utility": self.utility,
-            "illegal_actions": self.illegal,
-        }
+        return episode_info(self.windows, self.requests, self.utility, self.illegal)
 
 
 class ServeRoles(RenderMixin, gym.Env[NDArray[np.float32], np.int64]):
