@@ -33,11 +33,13 @@ from sim.config.options import (
     folders_of,
     groups_of,
     option_names,
+    option_path,
     search_path,
 )
 from sim.config.overrides import check_overrides
 from sim.config.streams import print_any_text
 from sim.config.sweeps import JobFailedError, failed_jobs, forget_failure, note_failure, sweep_callback, sweep_ended
+from sim.console.commands import belongs_to
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
 from sim.plugins import plugin_folders
@@ -45,6 +47,8 @@ from sim.progress import VARIABLE as PROGRESS
 
 RUN_FILES = ("summary.json", "summaries.json", "compare.json", "capacity.json")
 """What a run folder gets last: a folder with one of them is complete, and no other run writes into it."""
+SWEEP_FILE = "multirun.yaml"
+"""What Hydra writes into the folder of a sweep."""
 BEGUN_FILES = ("config.yaml", "provenance.json")
 """What a run folder gets first. A run that fails removes them if it wrote nothing else; a killed run leaves them."""
 RAY_LAUNCHER = "agents.training.ray_launcher:register"
@@ -182,17 +186,32 @@ class _Job:
 
     def _run(self, cfg: DictConfig, folder: Path, name: str) -> object:
         if folder == Path.cwd():  # the command has no run folder
-            return self.task(cfg)
+            return self._complete(cfg)
+        if (folder / SWEEP_FILE).exists():  # tables would take the sweep for one run, and hide its jobs
+            raise ConfigError(f"{folder} holds a sweep; choose another folder: hydra.run.dir=FOLDER")
         if not self.multirun or not (earlier := _earlier_summary(folder, cfg)):
             with sole_writer(folder, RUN_FILES):
-                return self.task(cfg)
+                return self._complete(cfg)
         if not earlier.get("interrupted"):
             print(f"{name}: skipped, {folder} holds this run already", file=sys.stderr)
             return None
         with sole_writer(folder):
             print(f"{name}: was interrupted in {folder}, runs again", file=sys.stderr)
             (folder / RUN_FILES[0]).unlink(missing_ok=True)
+            return self._complete(cfg)
+
+    def _complete(self, cfg: DictConfig) -> object:
+        """Run the task; code of a user that ends the process, as if all were well, is an error."""
+        try:
             return self.task(cfg)
+        except SystemExit as end:
+            if type(end) is SystemExit and end.code in (None, 0):  # a server that is told to stop raises its own type
+                last = traceback.extract_tb(end.__traceback__)[-1]
+                raise ConfigError(
+                    f"{last.filename}, line {last.lineno}, ended the run before it was complete (SystemExit); "
+                    "let that code return, or raise an error that says what is wrong"
+                ) from end
+            raise
 
 
 def _earlier_summary(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
@@ -258,11 +277,17 @@ def help_text(config_name: str, overrides: Sequence[str] = (), config_dir: Path 
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     folders = folders_of(cfg)
-    groups = "\n".join(f"{group}: {', '.join(option_names(group, folders))}" for group in groups_of(cfg))
+    module = str(cfg.hydra.help.app_name)
+    groups = "\n".join(f"{group}: {', '.join(_usable(group, folders, module))}" for group in groups_of(cfg))
     template: str = OmegaConf.to_container(cfg.hydra.help, resolve=False)["template"]  # type: ignore[call-overload,index]
     with open_dict(cfg):
         del cfg["hydra"]
     return template.replace("$APP_CONFIG_GROUPS", groups).replace("$CONFIG", OmegaConf.to_yaml(cfg)).rstrip()
+
+
+def _usable(group: str, folders: Sequence[Path], module: str) -> list[str]:
+    """Return the options of a group that are of use to a command."""
+    return [name for name in option_names(group, folders) if belongs_to(option_path(group, name, folders), module)]
 
 
 def one_thread() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from sim.console.commands import CONF, find_command, short_names
+from sim.console.commands import CONF, belongs_to, find_command, short_names
 from sim.errors import ConfigError
 from sim.plugins import plugin_folders
 
@@ -75,7 +75,7 @@ def complete(line: str) -> list[str]:
     if typed[-1:] == ["--config-dir"]:
         return []  # the shell completes folders
     known = json.loads(KEYS.read_text(encoding="utf-8"))[module]
-    return _starting(word, OPTIONS if word.startswith("-") else _arguments(known, typed, word))
+    return _starting(word, OPTIONS if word.startswith("-") else _arguments(module, known, typed, word))
 
 
 def _words(line: str) -> list[str]:
@@ -91,14 +91,15 @@ def _starting(word: str, offered: Iterable[str]) -> list[str]:
     return sorted({text for text in offered if text.startswith(word)})
 
 
-def _arguments(known: Mapping[str, Any], typed: list[str], word: str) -> Iterator[str]:
+def _arguments(module: str, known: Mapping[str, Any], typed: list[str], word: str) -> Iterator[str]:
     """Yield the arguments of a command that may stand in place of a word."""
     groups, keys, own = known["groups"], known["keys"], known["hydra"]
     config_folders, others = _config_folders(typed)
     folders = [CONF, *plugin_folders(), *config_folders]
     key, equals, _ = word.partition("=")
     if equals and (key in groups or (key == LAUNCHER and key in own)):
-        yield from (f"{key}={path.stem}" for folder in folders for path in (folder / key).glob("*.yaml"))
+        files = (path for folder in folders for path in (folder / key).glob("*.yaml"))
+        yield from (f"{key}={path.stem}" for path in files if belongs_to(path, module))
         if key == LAUNCHER:
             yield from (f"{key}={name}" for name, package in LAUNCHER_PACKAGES.items() if _installed(package))
     elif equals:

@@ -66,6 +66,7 @@ def page(runs: Sequence[RunData], made_by: Mapping[str, Any]) -> str:
         front=[runs[rank].label for rank in front[1]] if front is not None else None,
         excels_in=front[2] if front is not None else [],
         same_requests=all(same_requests(runs[0], run) for run in runs[1:]),
+        slos=slos(runs),
         one_side=len({run.judged_side for run in runs}) == 1,
         bins=series.BINS,
         plan_columns=series.PLAN_COLUMNS,
@@ -174,6 +175,15 @@ def same_requests(one: RunData, other: RunData) -> bool:
         return False
     arrival_s, other_s = one.column("arrival_s"), other.column("arrival_s")
     return bool((np.abs(arrival_s - other_s) <= FRONT_END_S).all())
+
+
+def slos(runs: Sequence[RunData]) -> list[str]:
+    """Return the SLO of each run in words, such as ``dense: TTFT 2 s``; nothing if all are the same."""
+    words = []
+    for run in runs:
+        targets = ", ".join(f"{name.removesuffix('_s').upper()} {limit:g} s" for name, limit in run.targets_s.items())
+        words.append((targets or "no target") + (" seen by the client" if run.judged_side == "client" else ""))
+    return [f"{run.label}: {text}" for run, text in zip(runs, words, strict=True)] if len(set(words)) > 1 else []
 
 
 def _short(value: Any, most: int = LONGEST_VALUE) -> str:

@@ -176,12 +176,16 @@ def _say(message: str) -> None:
         os.write(2, f"{message}\n".encode())
 
 
+class Stopped(SystemExit):
+    """A signal ended the process while nothing was under way."""
+
+
 @contextlib.contextmanager
 def exit_on_signal() -> Iterator[None]:
     """Let SIGTERM or SIGINT end the process with status 0 before and after the server serves: nothing is under way."""
 
     def leave(_number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(0)
+        raise Stopped(0)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -51,26 +51,32 @@ HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
 """Histogram without ``vllm:`` and ``_seconds`` -> what it measures, and its buckets."""
 
 
+LABELS = ("model_name", "engine")
+"""The labels of every metric, as vLLM has them."""
+ENGINE = "0"
+"""The number of the engine: a server has one."""
+
+
 class EngineMetrics(Collector):
     """Reads the engine's latest state at every scrape, and observes its requests. Each app has its own registry."""
 
     def __init__(self, thread: EngineThread, model: str) -> None:
         """Measure the engine of a thread, which serves a model of this name."""
-        self._thread, self._model = thread, model
+        self._thread, self._labels = thread, (model, ENGINE)
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self._histograms = {
-            name: Histogram(
-                f"vllm:{name}_seconds", meaning, ["model_name"], registry=self.registry, buckets=buckets
-            ).labels(model)
+            name: Histogram(f"vllm:{name}_seconds", meaning, LABELS, registry=self.registry, buckets=buckets).labels(
+                *self._labels
+            )
             for name, (meaning, buckets) in HISTOGRAMS.items()
         }
         ended = Counter(
-            "vllm:request_success", "Requests that ended, by reason.", ["model_name", "finished_reason"],
+            "vllm:request_success", "Requests that ended, by reason.", [*LABELS, "finished_reason"],
             registry=self.registry,
         )  # fmt: skip
         self._prompt_tokens, self._asked_tokens, self._cached_tokens = (
-            Counter(f"vllm:{name}", meaning, ["model_name"], registry=self.registry).labels(model)
+            Counter(f"vllm:{name}", meaning, LABELS, registry=self.registry).labels(*self._labels)
             for name, meaning in (
                 ("prompt_tokens", "Prompt tokens whose prefill ended; a second prefill does not count."),
                 ("prefix_cache_queries", "Of them, those looked for in the prefix cache: all, if there is one."),
@@ -78,7 +84,7 @@ class EngineMetrics(Collector):
             )
         )
         reasons: tuple[Reason, ...] = ("stop", "length", "abort", "error")
-        self._ended = {reason: ended.labels(model, reason) for reason in reasons}
+        self._ended = {reason: ended.labels(*self._labels, reason) for reason in reasons}
         thread.observer = self
 
     def saw_token(self, live: LiveRequest, gap_s: float | None) -> None:
@@ -117,22 +123,20 @@ class EngineMetrics(Collector):
         counted = {name: (getattr(state, field), meaning) for name, (field, meaning) in COUNTERS.items()}
         counted["rap:out_of_memory"] = (self._thread.engine.out_of_memory, "Times that the device ran out of memory.")
         for name, (value, meaning) in counted.items():
-            counter = CounterMetricFamily(name, meaning, labels=["model_name"])
-            counter.add_metric([self._model], value)
+            counter = CounterMetricFamily(name, meaning, labels=LABELS)
+            counter.add_metric(self._labels, value)
             yield counter
         config, layers = self._thread.engine.config, len(state.plan.weight_bits)
-        cache = InfoMetricFamily(
-            "vllm:cache_config", "Size of a KV block in tokens, and blocks now.", labels=["model_name"]
-        )
+        cache = InfoMetricFamily("vllm:cache_config", "Size of a KV block in tokens, and blocks now.", labels=LABELS)
         about = {"block_size": config.kv_block_tokens, "num_gpu_blocks": state.kv_layer_blocks // layers}
         about["enable_prefix_caching"] = config.prefix_caching
-        cache.add_metric([self._model], {name: str(value) for name, value in about.items()})
+        cache.add_metric(self._labels, {name: str(value) for name, value in about.items()})
         yield cache
-        plans = InfoMetricFamily("rap:plan", "The plan that runs, and the one that is wanted.", labels=["model_name"])
-        plans.add_metric([self._model], {"runs": describe(state.plan), "wanted": describe(state.target)})
+        plans = InfoMetricFamily("rap:plan", "The plan that runs, and the one that is wanted.", labels=LABELS)
+        plans.add_metric(self._labels, {"runs": describe(state.plan), "wanted": describe(state.target)})
         yield plans
 
     def _gauge(self, name: str, meaning: str, value: float) -> GaugeMetricFamily:
-        gauge = GaugeMetricFamily(name, meaning, labels=["model_name"])
-        gauge.add_metric([self._model], value)
+        gauge = GaugeMetricFamily(name, meaning, labels=LABELS)
+        gauge.add_metric(self._labels, value)
         return gauge

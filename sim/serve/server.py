@@ -34,7 +34,7 @@ from sim.serve.settings import ServerConfig
 from sim.serve.simulated_api import SimulatedApi
 from sim.serve.simulated_thread import ScaledClock, SimulatedThread
 
-MOST_SPEED = 1e6
+LEAST_SPEED, MOST_SPEED = 1e-3, 1e6
 
 
 @dataclass(kw_only=True)
@@ -56,8 +56,10 @@ class SimulatedServerConfig(ServerConfig):
             ConfigError: for one that is not allowed.
         """
         super().__post_init__()
-        if not 0 < self.speed <= MOST_SPEED:
-            raise ConfigError(f"serve.speed is {self.speed}; set it above 0, to at most {MOST_SPEED:g}; 1 is real time")
+        if not LEAST_SPEED <= self.speed <= MOST_SPEED:
+            raise ConfigError(
+                f"serve.speed is {self.speed}; set it from {LEAST_SPEED:g} to {MOST_SPEED:g}; 1 is real time"
+            )
 
 
 @dataclass(kw_only=True)

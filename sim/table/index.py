@@ -16,6 +16,8 @@ from typing import Any
 
 from sim.config.command import BEGUN_FILES, RUN_FILES
 from sim.config.sweeps import FAILED_JOBS
+from sim.errors import ConfigError
+from sim.json_file import read_json_object
 
 COMPLETE, INTERRUPTED, UNFINISHED, FAILED = "complete", "interrupted", "unfinished", "failed"
 STATES = (COMPLETE, INTERRUPTED, UNFINISHED, FAILED)
@@ -85,7 +87,9 @@ def _read(folder: Path) -> list[Run]:
             )
             for part, content in parts
         ]
-    if any((folder / name).exists() for name in (*RUN_FILES, *TRAINED)):
+    if damaged := next((path for name in RUN_FILES if (path := folder / name).exists()), None):
+        return [Run(**shared, state=FAILED, error=_damage(damaged), figures={})]
+    if any((folder / name).exists() for name in TRAINED):
         return [Run(**shared, state=COMPLETE, figures=_training_figures(folder / PROGRESS))]
     return [Run(**shared, state=UNFINISHED, figures=_training_figures(folder / PROGRESS))]
 
@@ -172,6 +176,15 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _damage(path: Path) -> str:
+    """Return why a file of results gives no figures, and what to do."""
+    try:
+        read_json_object(path, ConfigError, "delete the folder, and run it again")
+    except ConfigError as error:
+        return str(error)
+    return f"{path} holds no figures; delete the folder, and run it again"
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

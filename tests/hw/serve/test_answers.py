@@ -267,13 +267,13 @@ def test_metrics_count_every_token_and_every_end_once() -> None:
         eventually(lambda: server.thread.state.arrived == 3, "the state is behind")
         found = counted(server)
         ended = {
-            reason: found[f'vllm:request_success_total{{finished_reason="{reason}",model_name="tiny"}}']
+            reason: found[f'vllm:request_success_total{{engine="0",finished_reason="{reason}",model_name="tiny"}}']
             for reason in ("stop", "length", "abort", "error")
         }
         # A stop string is found next to the engine, which may have produced the longest answer by then.
         assert ended.pop("stop") + ended.pop("length") == 2
         assert ended == {"abort": 0, "error": 1}
-        tokens = found['vllm:generation_tokens_total{model_name="tiny"}']
+        tokens = found['vllm:generation_tokens_total{engine="0",model_name="tiny"}']
         for name, count in (
             ("time_to_first_token", 2),
             ("request_queue_time", 2),
@@ -282,13 +282,15 @@ def test_metrics_count_every_token_and_every_end_once() -> None:
             ("e2e_request_latency", 2),
             ("request_time_per_output_token", 2),
         ):
-            assert found[f'vllm:{name}_seconds_count{{model_name="tiny"}}'] == count, name
-        e2e_s = found['vllm:e2e_request_latency_seconds_sum{model_name="tiny"}']
+            assert found[f'vllm:{name}_seconds_count{{engine="0",model_name="tiny"}}'] == count, name
+        e2e_s = found['vllm:e2e_request_latency_seconds_sum{engine="0",model_name="tiny"}']
         parts_s = [
-            found[f'vllm:{n}_seconds_sum{{model_name="tiny"}}'] for n in ("time_to_first_token", "inter_token_latency")
+            found[f'vllm:{n}_seconds_sum{{engine="0",model_name="tiny"}}']
+            for n in ("time_to_first_token", "inter_token_latency")
         ]
         assert e2e_s >= sum(parts_s) * 0.999
-        assert found['vllm:prompt_tokens_total{model_name="tiny"}'] == 8  # as in vLLM, not those of the refused one
-        assert found['vllm:kv_cache_usage_perc{model_name="tiny"}'] == 0
-        assert found['vllm:num_requests_running{model_name="tiny"}'] == 0
+        # As in vLLM, the prompt tokens of the request that was refused do not count.
+        assert found['vllm:prompt_tokens_total{engine="0",model_name="tiny"}'] == 8
+        assert found['vllm:kv_cache_usage_perc{engine="0",model_name="tiny"}'] == 0
+        assert found['vllm:num_requests_running{engine="0",model_name="tiny"}'] == 0
         assert any(name.startswith("rap:plan_info{") and 'runs="max_waiting 0"' in name for name in found)

@@ -276,11 +276,11 @@ def test_models_and_metrics_report_what_is_served_and_how(server: Server) -> Non
     ask(server, prompt=[1, 2, 3], max_tokens=5, ignore_eos=True)
     time.sleep(0.1)
     after = metrics(server)
-    tokens, ended = 'vllm:generation_tokens_total{model_name="tiny"}', "vllm:request_success_total"
+    tokens, ended = 'vllm:generation_tokens_total{engine="0",model_name="tiny"}', "vllm:request_success_total"
     assert after[tokens] - before[tokens] == 5
     finished = f'{ended}{{finished_reason="length",model_name="tiny"}}'
     assert after[finished] - before[finished] == 1
-    assert after['rap:kv_used_layer_blocks{model_name="tiny"}'] == 0
+    assert after['rap:kv_used_layer_blocks{engine="0",model_name="tiny"}'] == 0
 
 
 def test_metrics_are_typed_and_explained_and_two_apps_do_not_share_them(server: Server) -> None:
@@ -305,12 +305,12 @@ def metrics(server: Server) -> dict[str, float]:
 
 def test_the_plan_can_be_read_and_set_while_the_model_serves(server: Server) -> None:
     assert httpx.get(f"{server.url}/plan").json()["runs"] == "dense"
-    dense_bytes = metrics(server)['rap:weight_bytes{model_name="tiny"}']
+    dense_bytes = metrics(server)['rap:weight_bytes{engine="0",model_name="tiny"}']
     assert httpx.put(f"{server.url}/plan", json={"drop_mha": [1], "weight_bits": 8}).status_code == 202
     for _ in range(100):
         if (
             httpx.get(f"{server.url}/plan").json()["ready"]
-            and metrics(server)['rap:weight_bytes{model_name="tiny"}'] < dense_bytes
+            and metrics(server)['rap:weight_bytes{engine="0",model_name="tiny"}'] < dense_bytes
         ):
             break
         ask(server, prompt=[1], max_tokens=2)

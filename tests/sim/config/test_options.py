@@ -49,6 +49,20 @@ def test_an_own_policy_works_from_its_own_folder(
     assert "mine_of_test" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("sweep", [(), ("--multirun",)], ids=["run", "sweep"])
+def test_an_own_policy_that_ends_the_process_is_an_error_that_names_its_line(
+    sweep: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = POLICY.replace("Mine", "Ends").replace("return self.first_plan", "raise SystemExit")
+    (folder / "ends_of_test.py").write_text(code)
+    (folder / "policy" / "ends_of_test.yaml").write_text("_target_: ends_of_test.Ends\n_partial_: true\n")
+    typed = ("policy=ends_of_test", "--config-dir", str(folder), *sweep, "hydra.run.dir=run", "hydra.sweep.dir=jobs")
+    assert exit_status(sim.replay.__main__.main, *typed, *QUICK) == (1 if sweep else 2)
+    said = capsys.readouterr().err
+    assert "ends_of_test.py, line 9, ended the run before it was complete" in said
+    assert not list(Path.cwd().glob("*/**/summary.json"))
+
+
 def test_a_comparison_takes_an_own_policy_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = "+policies.mine={policy: mine_of_test}"
     arguments = ("--config-dir", str(folder), own, "only=[mine]", "trace.duration_s=10")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from sim.config import ReplayConfig, option_names
+from sim.config import ReplayConfig, help_text, option_names
 from sim.console.commands import commands, find_command, short_names
 from sim.console.completion import KEYS, complete
 from sim.console.rap import overview, run
@@ -87,6 +88,21 @@ def test_commands_groups_options_keys_and_values_are_completed() -> None:
     every = {text.rstrip("=") for text in complete("rap replay ")}
     assert {"policy", "seed", "tick_s"} <= every
     assert {name for name in ReplayConfig.__dataclass_fields__ if name not in every} == set()
+
+
+def test_experiments_are_completed_for_their_own_command_and_those_of_a_user_for_any(tmp_path: Path) -> None:
+    assert "experiment=ppo_serve" in complete("rap train experiment=")
+    assert not {"experiment=ppo_serve", "experiment=loop_smollm2"} & set(complete("rap cluster experiment="))
+    assert complete("rap hw.loop experiment=") == ["experiment=loop_llama2_gpu", "experiment=loop_smollm2"]
+    mine = tmp_path / "experiment" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_text("# @package _global_\nseed: 3\n", encoding="utf-8")
+    assert complete(f"rap hw.loop --config-dir {tmp_path} experiment=m") == ["experiment=mine"]
+    importlib.import_module("sim.compare")
+    offered = re.search(r"^experiment: (.+)$", help_text("compare"), re.MULTILINE)
+    assert offered is not None
+    assert "cotenant_burst" in offered[1]
+    assert "chat_affinity" not in offered[1]
 
 
 def test_options_of_a_folder_of_ones_own_are_completed(tmp_path: Path) -> None:

@@ -273,6 +273,14 @@ def test_the_page_says_when_runs_did_not_get_the_same_requests(run: RunData, com
         assert note in page([compared[0], replace(compared[1], records=records)], MADE_BY)
 
 
+def test_the_page_says_when_runs_are_judged_by_different_slos(run: RunData) -> None:
+    assert "different SLOs" not in page([run, replace(run, label="b")], MADE_BY)
+    strict = replace(run, label="b", config={**run.config, "slo": {"ttft_s": 2.0, "tpot_s": 0.1}})
+    free = replace(run, label="c", config={**run.config, "slo": {}})
+    shown = page([run, strict, free], MADE_BY)
+    assert f"cannot be compared: {run.label}: TTFT 2 s; b: TTFT 2 s, TPOT 0.1 s; c: no target." in shown
+
+
 def test_targets_of_the_slo_are_drawn_where_they_are_and_named_once(run: RunData) -> None:
     strict = replace(run, label="b", config={**run.config, "slo": {"ttft_s": 1.0, "tpot_s": 0.1}})
     layout = figures.latencies([run, strict])["layout"]

@@ -88,6 +88,13 @@ def test_a_job_that_was_refused_does_not_get_the_figures_of_the_run_in_its_folde
     assert "\n- jobs/1_small_dense failed: " in capsys.readouterr().out
 
 
+def test_a_run_cannot_write_into_the_folder_of_a_sweep(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path for path in Path("jobs").rglob("*"))
+    assert exit_status(replay, *SWEEP[1:3], "hydra.run.dir=jobs") == 2
+    assert "jobs holds a sweep; choose another folder: hydra.run.dir=FOLDER" in capsys.readouterr().err
+    assert sorted(path for path in Path("jobs").rglob("*")) == before
+
+
 def test_sim_table_makes_the_table_again(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = pd.read_parquet("jobs/table.parquet")
     Path("jobs/table.parquet").unlink()
@@ -144,9 +151,11 @@ def test_every_kind_of_run_is_found_and_damaged_files_hide_nothing_else(tmp_path
         ("c", "seed_1"): "complete",
         ("d", ""): "unfinished",
         ("e", ""): "complete",
-        ("f", ""): "complete",
+        ("f", ""): "failed",
         ("²_h", ""): "complete",
     }
+    assert "f/summary.json is not valid JSON" in found["f", ""].error
+    assert "delete the folder" in markdown_of(list(found.values()), tmp_path)
     assert found["e", ""].overrides == {"label": "x", "seed": "3"}
     assert found["e", ""].figures == {"iteration": 2.0, "best_utility": 0.75}
     assert "best utility" in markdown_of(list(found.values()), tmp_path)
