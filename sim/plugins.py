@@ -1,7 +1,7 @@
-"""Options of installed packages, such as a policy that a package outside this project brings.
+"""Where options come from, and which command they are for.
 
-A package names its folder of options (``policy/NAME.yaml``, ``trace/NAME.yaml`` ...), which is a package too, as an
-entry point::
+Installed packages may bring options, such as a policy. A package names its folder of options (``policy/NAME.yaml``,
+``trace/NAME.yaml`` ...), which is a package too, as an entry point::
 
     [project.entry-points."rap_lab.policies"]
     anything = "my_package.options"
@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import re
 import sys
 from importlib.metadata import EntryPoint, entry_points
+from itertools import islice
 from pathlib import Path
 
 ENTRY_POINTS = "rap_lab.policies"
@@ -46,3 +48,17 @@ def _folder(point: EntryPoint) -> Path | None:
         )
         return None
     return Path(spec.submodule_search_locations[0]).absolute()
+
+
+def belongs_to(option: Path, module: str) -> bool:
+    """Return whether a command can use the file of an option.
+
+    A file in ``experiment/`` may state its command in its second line, ``# python -m MODULE experiment=NAME``; then it
+    is of use to that command alone. Any other option is of use to every command that has its group.
+    """
+    if option.parent.name != "experiment":
+        return True
+    with contextlib.suppress(OSError, UnicodeDecodeError), option.open(encoding="utf-8") as file:
+        if stated := re.search(r"^# python -m ([\w.]+) experiment=", "".join(islice(file, 2)), re.MULTILINE):
+            return stated[1] == module
+    return True

@@ -35,16 +35,8 @@ def page(content: Mapping[str, Any]) -> str:
 def _speed(speed: Mapping[str, Any]) -> str:
     """Return how fast the machine was before and during the judged runs, relative to the calibration."""
 
-    def ranges(each: Mapping[str, list[float]] | list[float]) -> str:
-        by_bits = each if isinstance(each, Mapping) else {"16": each}  # older results have the dense model alone
-        return ", ".join(f"{bits} bits {min(found):.2f} to {max(found):.2f}" for bits, found in by_bits.items())
-
-    def unevenly(when: str = "") -> str:
-        older = " and ".join(
-            f"{f:.2f} times at {bits} bits" for bits, f in speed.get(f"linear_factors{when}", {}).items()
-        )
-        said = f" Relative to this factor, blocks took {older}." if older else ""
-        return said + said_factors(speed.get(f"factors{when}", {}))
+    def ranges(each: Mapping[str, list[float]]) -> str:
+        return ", ".join(f"{bits} bits {min(found):.2f} to {max(found):.2f}" for bits, found in each.items())
 
     if not speed["before_each"]:
         return (
@@ -53,13 +45,13 @@ def _speed(speed: Mapping[str, Any]) -> str:
         )
     said = (
         f"Reference runs of the dense model before the predictions took {speed['before']:.3f} times their calibrated "
-        f"seconds.{unevenly()} The simulation is frozen at that speed, and requests "
+        f"seconds.{said_factors(speed['factors'])} The simulation is frozen at that speed, and requests "
         f"arrive slower by the first factor. Single runs: {ranges(speed['before_each'])}."
     )
     if speed["during"]:
         said += (
             f" Reference runs between the judged runs, which change nothing: {speed['during']:.3f}."
-            f"{unevenly('_during')} Single runs: {ranges(speed['during_each'])}."
+            f"{said_factors(speed['factors_during'])} Single runs: {ranges(speed['during_each'])}."
         )
     return said
 

@@ -39,10 +39,9 @@ from sim.config.options import (
 from sim.config.overrides import check_overrides
 from sim.config.streams import print_any_text
 from sim.config.sweeps import JobFailedError, failed_jobs, forget_failure, note_failure, sweep_callback, sweep_ended
-from sim.console.commands import belongs_to
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
-from sim.plugins import plugin_folders
+from sim.plugins import belongs_to, plugin_folders
 from sim.progress import VARIABLE as PROGRESS
 
 RUN_FILES = ("summary.json", "summaries.json", "compare.json", "capacity.json")

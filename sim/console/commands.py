@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import conf
@@ -41,20 +39,6 @@ def commands() -> dict[str, Command]:
         found.append(Command(module=named[1], about=named[2], path=path))
     found.sort(key=lambda one: (PACKAGES.index(one.module.partition(".")[0]), one.module))
     return {one.module: one for one in found}
-
-
-def belongs_to(option: Path, module: str) -> bool:
-    """Return whether a command can use the file of an option.
-
-    A file in ``experiment/`` may state its command in its second line, ``# python -m MODULE experiment=NAME``; then it
-    is of use to that command alone. Any other option is of use to every command that has its group.
-    """
-    if option.parent.name != "experiment":
-        return True
-    with contextlib.suppress(OSError, UnicodeDecodeError), option.open(encoding="utf-8") as file:
-        if stated := re.search(r"^# python -m ([\w.]+) experiment=", "".join(islice(file, 2)), re.MULTILINE):
-            return stated[1] == module
-    return True
 
 
 def short_names() -> dict[str, Command]:

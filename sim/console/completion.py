@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from sim.console.commands import CONF, belongs_to, find_command, short_names
+from sim.console.commands import CONF, find_command, short_names
 from sim.errors import ConfigError
-from sim.plugins import plugin_folders
+from sim.plugins import belongs_to, plugin_folders
 
 KEYS = Path(__file__).parent / "keys.json"
 ASK = "__complete"

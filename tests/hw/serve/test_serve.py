@@ -278,7 +278,7 @@ def test_models_and_metrics_report_what_is_served_and_how(server: Server) -> Non
     after = metrics(server)
     tokens, ended = 'vllm:generation_tokens_total{engine="0",model_name="tiny"}', "vllm:request_success_total"
     assert after[tokens] - before[tokens] == 5
-    finished = f'{ended}{{finished_reason="length",model_name="tiny"}}'
+    finished = f'{ended}{{engine="0",finished_reason="length",model_name="tiny"}}'
     assert after[finished] - before[finished] == 1
     assert after['rap:kv_used_layer_blocks{engine="0",model_name="tiny"}'] == 0
 

@@ -152,7 +152,7 @@ def test_every_kind_of_run_is_found_and_damaged_files_hide_nothing_else(tmp_path
         ("d", ""): "unfinished",
         ("e", ""): "complete",
         ("f", ""): "failed",
-        ("²_h", ""): "complete",
+        ("²_h", ""): "failed",
     }
     assert "f/summary.json is not valid JSON" in found["f", ""].error
     assert "delete the folder" in markdown_of(list(found.values()), tmp_path)
