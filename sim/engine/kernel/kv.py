@@ -41,11 +41,14 @@ def blocks_of(s: Table, i: int, tokens: int) -> int:
     held_set, number, precisions = slot.kv_set, slot.kv_format_id, kv_precisions_of(s)
     if number < 0:
         return int(kv_sets_of(s)[held_set].layers * (_blocks(tokens, n.block_tokens) - slot.shared_blocks))
-    total = 0  # layers keep different numbers of tokens and bits, so they are added one by one
+    # Layers may keep different numbers of tokens and bits; mostly they are those of the layer before.
+    total, blocks, last = 0, 0, -1
     for layer in range(kept.shape[1]):
         if _has(kv_set_words_of(s), held_set, layer):
-            block_tokens = precisions[bits[number, layer]].block_tokens
-            total += _blocks(min(tokens, kept[number, layer]), block_tokens)
+            if last < 0 or kept[number, layer] != kept[number, last] or bits[number, layer] != bits[number, last]:
+                block_tokens = precisions[bits[number, layer]].block_tokens
+                blocks, last = _blocks(min(tokens, kept[number, layer]), block_tokens), layer
+            total += blocks
     return total
 
 

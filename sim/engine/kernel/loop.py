@@ -61,6 +61,27 @@ from sim.engine.kernel.turns import _end_turn
 
 
 @compiled()
+def _as_the_layer_before(s: Table, layer: int) -> bool:
+    """Return whether a layer has the load of the layer before, whatever the batch is."""
+    n, words, one, other = counters_of(s), kv_set_words_of(s), layers_of(s)[layer - 1], layers_of(s)[layer]
+    if (
+        one.bits_index != other.bits_index
+        or one.kv_only != other.kv_only
+        or one.prefill_ffn != other.prefill_ffn
+        or one.decode_ffn != other.decode_ffn
+    ):
+        return False
+    for k in range(n.kv_set_count):
+        if _has(words, k, layer - 1) != _has(words, k, layer):
+            return False
+    kept, bits = kv_format_tokens_of(s), kv_format_bits_of(s)
+    for number in range(len(kept)):
+        if kept[number, layer - 1] != kept[number, layer] or bits[number, layer - 1] != bits[number, layer]:
+            return False
+    return True
+
+
+@compiled()
 def _fill_layer_loads(s: Table) -> int:
     """Fill ``layer_loads`` with the load of each layer; layers with equal loads share a row, in order of appearance.
 
@@ -80,7 +101,11 @@ def _fill_layer_loads(s: Table) -> int:
     kept_tokens, kept_bits, precisions = kv_format_tokens_of(s), kv_format_bits_of(s), kv_precisions_of(s)
     full_bytes = n.block_bytes // n.block_tokens  # of the KV of a token at 16 bits
     count = 0
+    place = 0  # row of the layer before
     for layer in range(len(layers)):
+        if layer > 0 and _as_the_layer_before(s, layer):
+            loads[place, 0] += 1
+            continue
         tokens, contexts, decodes, context, writing = 0, 0, 0, 0, 0
         kv_only = layers[layer].kv_only != 0
         for j in range(n.batch_chunks):
@@ -128,10 +153,10 @@ def _fill_layer_loads(s: Table) -> int:
                 and row[7] == writing
             ):
                 row[0] += 1
-                found = True
+                place, found = at, True
                 break
         if not found:
-            row = loads[count]
+            place, row = count, loads[count]
             row[0], row[1], row[2], row[3], row[4], row[5], row[6] = 1, bits, tokens, contexts, decodes, context, ffn
             row[7] = writing
             count += 1
