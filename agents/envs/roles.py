@@ -184,12 +184,22 @@ class RolesSetting(ServeSetting):
         return found
 
     def parts(self, windows: Sequence[Window]) -> list[WindowRequests]:
-        """Return what arrives of each stream: its window, without the phases in which it does not play."""
+        """Return what arrives of each stream: its window, without the phases in which it does not play.
+
+        Raises:
+            ConfigError: for a source with sessions.
+        """
         sources = list(dict.fromkeys(window.source for window in windows))
         count, first = self.phases_of(windows)
         seen, parts = dict.fromkeys(sources, 0), []
         for window in windows:
             found = self.windows.cut(window)
+            if found.session is not None:
+                raise ConfigError(
+                    f"traffic names {window.source}, which has sessions; replicas that prefill or decode take requests "
+                    "at given times only. Take another source, or give it the step sim.traces.loops.open_loop in "
+                    "conf/split/serve.yaml"
+                )
             total, before = sum(one.source == window.source for one in windows), seen[window.source]
             seen[window.source] += 1
             if before >= round(self.rest * total):

@@ -84,7 +84,7 @@ def check_cells(cfg: DictConfig) -> None:
 
     Raises:
         ConfigError: for a number below 1, an unknown way to deal requests, cells that would all serve the same
-            requests, or a figure, which shows the replicas of one cell.
+            requests, and for a figure or a maximum rate, which are those of one cluster.
     """
     if cfg.cells < 1:
         raise ConfigError(f"cells is {cfg.cells}; it must be at least 1")
@@ -95,6 +95,11 @@ def check_cells(cfg: DictConfig) -> None:
         return
     if cfg.plot:
         raise ConfigError(f"plot=true draws the replicas of one cluster, but cells is {cfg.cells}; set plot=false")
+    if cfg.max_rate:
+        raise ConfigError(
+            f"max_rate=true measures the maximum rate of one cluster, but cells is {cfg.cells}; leave it out, or set "
+            "cells=1"
+        )
     if cfg.cell_requests == "own" and _seed_of(cell_config(cfg, 0)) == _seed_of(cell_config(cfg, 1)):
         raise ConfigError(
             "cell_requests=own draws the requests of each cell by its own seed, but this trace has none (or a fixed "

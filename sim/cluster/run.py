@@ -52,6 +52,7 @@ from sim.results.plots import ReplicaLine, plot_replicas
 from sim.results.records import Status, TokenGaps
 from sim.results.report import Columns, print_summary
 from sim.results.run_folder import begin_run, write_begun, write_json, write_parquet
+from sim.traces.sessions import first_turns
 from sim.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ def cell_trace(cfg: DictConfig, cell: int) -> Trace:
     turn; where a trace has sessions, each session goes to one cell.
 
     Raises:
-        ConfigError: if there are fewer than cells. TraceError: if it has sessions and no user to begin them.
+        ConfigError: if there are fewer requests, sessions or users of a closed loop than cells.
     """
     if cfg.cell_requests == "own":
         return build_trace(cell_config(cfg, cell))
@@ -326,6 +327,15 @@ def cell_trace(cfg: DictConfig, cell: int) -> Trace:
     if dealt.max() + 1 < cfg.cells:  # every cell says so, the first one too
         what = "requests" if trace.session is None else "sessions"
         raise ConfigError(f"the trace has {dealt.max() + 1} {what}, too few for cells={cfg.cells}; set fewer cells")
+    if trace.session is not None and trace.think_s is not None:
+        first = first_turns(trace.session)
+        begun = np.bincount(dealt[first & np.isnan(trace.think_s)] % cfg.cells, minlength=cfg.cells)
+        waits = np.bincount(dealt[first & ~np.isnan(trace.think_s)] % cfg.cells, minlength=cfg.cells)
+        if ((begun == 0) & (waits > 0)).any():
+            raise ConfigError(
+                f"the trace is a closed loop of {begun.sum()} users, and {int((begun == 0).sum())} of "
+                f"cells={cfg.cells} would have none; set fewer cells, or more users"
+            )
     return trace.take(dealt % int(cfg.cells) == cell)
 
 
@@ -385,7 +395,8 @@ def _write_cells(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, A
     made_by |= {"trace": about(cell_trace(cfg, 0)) | {"of": f"cell 0 of {cfg.cells}"}}
     begin_run(folder, cfg, made_by)
     records = folder / "records"
-    records.mkdir()
+    for left in (*records.glob("*.parquet"), *records.glob(".*.part")):  # by a run that was killed or failed
+        left.unlink()
     executor: Executor = build(cfg.executor)
     jobs = [CellJob(cfg=cfg, cell=cell, folder=records) for cell in range(cfg.cells)]
     began_s = time.perf_counter()

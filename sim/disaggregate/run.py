@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ from sim.replay.run import (
     quality_of,
     shard_of,
     simulated_progress_steps,
+    turn_columns,
 )
 from sim.replay.variants import VariantsConfig, run_or_compare, variants
 from sim.results.metrics import Slo, distribution, merged_gaps, merged_iterations, records_frame, summarise
@@ -49,7 +50,7 @@ from sim.results.records import Iterations, Records
 from sim.results.report import Columns, print_summary
 from sim.results.run_folder import begin_run, write_begun, write_json, write_parquet
 from sim.traces.trace import Trace
-from sim.types import Floats
+from sim.types import Floats, Ints
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,7 +178,7 @@ class Served:
     """A system that has served its trace: records, engines by name, links, and CPU seconds without compilation.
 
     events: phase changes of the replicas; the baseline's have no role. link_seconds: for how long links were there to
-        be used until a time.
+        be used until a time. turns: ``turn_columns`` of a trace with sessions, which the baseline alone takes.
     """
 
     trace: Trace
@@ -187,6 +188,7 @@ class Served:
     events: Sequence[RoleEvent | Event]
     cpu_s: float
     link_seconds: Callable[[float], float] = lambda end_s: end_s
+    turns: Mapping[str, Ints] = field(default_factory=dict)
 
 
 def serve(
@@ -218,7 +220,8 @@ def serve(
             progress_s = progress_period_s(trace, simulated_progress_steps(len(trace)))
             cluster.run(lambda _, routed: report(routed), progress_s)
             engines = {f"replica {i}": one.engine for i, one in enumerate(cluster.engines())}
-            return Served(trace, cluster.records(), engines, (), cluster.events(), cpu_s())
+            turns = turn_columns(trace, cluster.arrival_order())
+            return Served(trace, cluster.records(), engines, (), cluster.events(), cpu_s(), turns=turns)
         system = build_system(cfg, trace=trace)
         on_built(trace)
         system.run(report)
@@ -340,7 +343,8 @@ def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any
     title = f"{label}: {cfg.prefill_replicas} prefill and {cfg.decode_replicas} decode replicas"
     try:
         write_begun(folder, cfg, made_by)
-        write_parquet(folder / "records.parquet", staged_frame(records, slo, front_end_of(cfg)))
+        frame = staged_frame(records, slo, front_end_of(cfg)).assign(**served.turns)
+        write_parquet(folder / "records.parquet", frame)
         write_parquet(folder / "events.parquet", events_frame(served.events))
         if cfg.plot:
             lines = {name: ReplicaLine(engine.iterations()) for name, engine in served.engines.items()}

@@ -9,7 +9,7 @@ import numpy as np
 
 from sim.traces.readers.rows import Rows, TimeUnit
 from sim.traces.readers.table import cell_text
-from sim.traces.sessions import earliest_arrivals, first_turns
+from sim.traces.sessions import earliest_arrivals, first_turns, turns_to_keep
 from sim.types import Floats, Ints
 
 
@@ -34,7 +34,7 @@ def think_sessions(
     numbers = _session_numbers(rows, session)
     thinks = ~np.isnan(think_s)
     rows.reject(~thinks & np.isnan(own_s), time, "missing value", f"a time, or a number in {think}")
-    good = ~rows.is_bad
+    good = turns_to_keep(numbers, ~rows.is_bad)  # a session ends before a bad row
     first = np.zeros(len(numbers), dtype=bool)
     first[np.flatnonzero(good)[first_turns(numbers[good])]] = True
     waiting, users = first & thinks, first & ~thinks
@@ -44,7 +44,7 @@ def think_sessions(
         rows.reject(
             good & ~first & ~thinks, think, "missing value", "a number, as other sessions wait for this one to end"
         )
-    usable = ~rows.is_bad
+    usable = good & ~rows.is_bad
     arrival_s = np.where(np.isnan(own_s), 0.0, own_s)
     arrival_s[usable] = earliest_arrivals(arrival_s[usable], numbers[usable], think_s[usable])
     return SessionColumns(arrival_s, numbers, think_s)

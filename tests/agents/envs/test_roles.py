@@ -215,6 +215,12 @@ def test_an_argument_that_does_not_fit_is_refused_in_one_sentence(wrong: dict[st
     assert "\n" not in str(caught.value)
 
 
+def test_streams_with_sessions_are_refused_in_one_sentence() -> None:
+    setting = RolesSetting(**{**KWARGS, "traffic": [{"chats": 2, "gamma": 2}]})
+    with pytest.raises(ConfigError, match="traffic names chats, which has sessions"):
+        setting.sample(np.random.default_rng(0))
+
+
 def test_windows_of_other_streams_are_refused(setting: RolesSetting) -> None:
     windows = some_windows(setting)
     with pytest.raises(ConfigError, match="one for each stream: 2 of gamma_code, 2 of gamma"):

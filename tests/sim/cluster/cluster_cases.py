@@ -15,7 +15,6 @@ from sim.cluster import routers
 from sim.cluster.cluster import Autoscaler, Cluster, ClusterRecords, Replica
 from sim.cluster.outages import Outage
 from sim.cluster.routers import Candidate, KernelRouter, RoutingRequest
-from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
@@ -127,7 +126,6 @@ def random_cluster(seed: int, *, ahead: bool | None = None, later: bool = True) 
     rng = np.random.default_rng([seed, 8])
     count = int(rng.choice([1, 2, 2, 3, 4]))
     cases = [random_case(int(rng.integers(1 << 30)), ahead=ahead, later=later) for _ in range(count)]
-    cases = [replace(one, tp=cases[0].tp) for one in cases]  # its own latency keeps the all-reduces of each
     if rng.random() < 0.3:
         cases = [cases[0]] * count  # ties everywhere
     requests = sorted(row for case in cases for row in case.requests)
@@ -228,8 +226,8 @@ def plain_cluster(case: ClusterCase) -> list[Row]:
     ).run()
 
 
-def columns(rows: list[Row], model: ModelSpec) -> dict[str, Any]:
-    """Return the rows of the plain cluster as columns of records; ``model``: what one GPU holds."""
+def columns(rows: list[Row]) -> dict[str, Any]:
+    """Return the rows of the plain cluster as columns of records."""
     lives = [row.live for row in rows]
 
     def of(name: str, default: float) -> list[Any]:
@@ -238,6 +236,7 @@ def columns(rows: list[Row], model: ModelSpec) -> dict[str, Any]:
     produced = np.array(of("produced_tokens", 0), dtype=np.float64)
     tokens = np.where(produced > 0, produced, np.nan)
     held = np.array([row.replica < 0 for row in rows])
+    params = np.array([row.params or 1 for row in rows])
     return {
         "replica": [row.replica for row in rows],
         "moves": [row.moves for row in rows],
@@ -251,7 +250,7 @@ def columns(rows: list[Row], model: ModelSpec) -> dict[str, Any]:
         "admitted_s": of("admitted_s", np.nan),
         "first_token_s": of("first_token_s", np.nan),
         "finish_s": of("finish_s", np.nan),
-        "kept_params_share": np.where(held, np.nan, np.array(of("kept_params", 0)) / (tokens * model.total_params)),
+        "kept_params_share": np.where(held, np.nan, np.array(of("kept_params", 0)) / (tokens * params)),
         "quality_nll": np.where(held, np.nan, np.array(of("nll_sum", 0.0)) / tokens),
     }
 
@@ -263,7 +262,7 @@ def differences(case: ClusterCase) -> list[str]:
     except BudgetError as error:
         fast = str(error)
     try:
-        plain: dict[str, Any] | str = columns(plain_cluster(case), case.replicas[0].model)
+        plain: dict[str, Any] | str = columns(plain_cluster(case))
     except BudgetError as error:
         plain = str(error)
     if isinstance(plain, str) or isinstance(fast, str):

@@ -41,12 +41,16 @@ class PlainReplica:
 
 @dataclass(kw_only=True)
 class Row:
-    """A request: its replica, and its progress, which survives a move."""
+    """A request: its replica, and its progress, which survives a move.
+
+    params: of the model of the replica that had it last; replicas may hold different shares of it.
+    """
 
     request: Request
     live: LiveRequest | None = None
     replica: int = -1
     moves: int = 0
+    params: int = 0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -210,7 +214,7 @@ class PlainCluster:
             return
         engine = self.replicas[k].engine
         assert engine is not None
-        row.replica = k
+        row.replica, before, row.params = k, row.params, engine.model.total_params
         request = replace(row.request, request_id=len(engine.queues.all))
         if row.live is None:
             late = request.arrival_s < now_s  # it waited at the router
@@ -224,6 +228,7 @@ class PlainCluster:
         row.live = replace(
             row.live,
             request=request,
+            kept_params=row.live.kept_params * row.params // before,  # the same share of another number
             output_limit=limit,
             table=BlockTable(),
             computed_tokens=0,

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from sim.cluster.cells import CELL_SEEDS, CellJob, cell_config, cells_summary, check_cells, merged
 from sim.cluster.run import build_cluster, cell_trace, cluster_command, run, run_figures, serve_cell
 from sim.config import compose_config
-from sim.errors import ConfigError, TraceError
+from sim.errors import ConfigError
 from sim.replay.run import build_trace
 from tests.commands import exit_status
 
@@ -130,6 +130,7 @@ def test_records_are_byte_identical_on_one_process_and_on_a_ray_cluster_of_two_n
         (["cells=2", "cell_requests=shared"], "unknown cell_requests=shared; did you mean 'share'"),
         (["cells=2", "plot=true"], "plot=true draws the replicas of one cluster, but cells is 2; set plot=false"),
         (["cells=2", "cell_requests=own", "trace.seed=3"], "all cells would serve the same; set cell_requests=share"),
+        (["cells=2", "max_rate=true"], "the maximum rate of one cluster, but cells is 2; leave it out, or set cells=1"),
         (["cells=1000000"], "lower cells"),
     ],
 )
@@ -155,5 +156,20 @@ def test_sessions_are_dealt_whole_and_each_cell_serves_its_own_in_order() -> Non
     summary = run_figures(cfg)
     assert summary["finished"] == summary["requests"] == len(whole)
     alone = compose_config("cluster", ["trace=chat_users", "workload=none", "trace.users=2", "cells=5"])
-    with pytest.raises(TraceError, match="wait for a user"):
+    with pytest.raises(ConfigError, match="a closed loop of 2 users, and 3 of cells=5 would have none"):
         run_figures(alone)
+
+
+def test_cells_run_again_in_the_folder_of_a_run_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that the killed run left is taken for records: more cells, and a file that was half written."""
+    (tmp_path / "records").mkdir()
+    for name in ("00000.parquet", "00007.parquet", ".00003.parquet.abc.part", "notes.txt"):
+        (tmp_path / "records" / name).write_text("half")
+    monkeypatch.setattr(sys, "argv", ["sim.cluster", *SHORT, "cells=2", f"hydra.run.dir={tmp_path}"])
+    cluster_command()
+    names = {path.name for path in (tmp_path / "records").iterdir()}
+    assert names == {"00000.parquet", "00001.parquet", "notes.txt"}
+    rows = sum(len(pd.read_parquet(path)) for path in (tmp_path / "records").glob("*.parquet"))
+    assert rows == json.loads((tmp_path / "summary.json").read_text("utf-8"))["requests"]

@@ -127,6 +127,19 @@ def test_a_run_folder_says_what_happened_to_replicas(tmp_path: Path, monkeypatch
     assert set(records.decode_replica[records.arrival_s > 6]) <= {-1, 0}
 
 
+def test_replicas_that_do_both_stages_serve_sessions_and_say_which_turn_each_record_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["prefill_replicas=0", "trace=chat_users", "workload=none", "trace.users=3"]
+    monkeypatch.setattr(sys, "argv", ["sim.disaggregate", *overrides, f"hydra.run.dir={tmp_path}"])
+    disaggregate_command()
+    records = pd.read_parquet(tmp_path / "records.parquet")
+    assert sorted(records.trace_row) == list(range(len(records)))
+    for _, turns in records.groupby("session"):
+        assert turns.turn.tolist() == list(range(len(turns)))
+        assert turns.arrival_s.is_monotonic_increasing
+
+
 def test_roles_by_load_are_counted_and_need_two_sides() -> None:
     overrides = ["prefill_replicas=1", "decode_replicas=3", "trace.rate_rps=20", "roles=by_load", "roles.period_s=1",
              "roles.most_wait_s=0.2"]  # fmt: skip

@@ -191,6 +191,16 @@ def test_a_session_ends_before_a_bad_row(tmp_path):
     assert any("left out 1 turns that come after a bad row" in step for step in trace.history)
 
 
+def test_a_session_whose_first_turn_is_bad_does_not_wait_for_a_user(tmp_path):
+    path = tmp_path / "chats.csv"
+    path.write_text(
+        "session_id,arrival_s,prompt_tokens,output_tokens,think_s\na,soon,5,5,\nb,1,6,5,\nb,9,7,5,\na,,8,5,1\n"
+    )
+    trace = read_trace(path, on_bad_row="skip")
+    assert trace.prompt_tokens.tolist() == [6, 7]
+    assert not any("missing value" in step for step in trace.history)
+
+
 def test_what_takes_requests_at_given_times_only_refuses_sessions():
     with pytest.raises(ConfigError, match="a search takes requests at given times"):
         refuse_sessions(some_chats(), "a search")
