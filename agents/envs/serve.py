@@ -44,7 +44,7 @@ from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineConfig, EngineState
-from sim.engine.server_spec import ServerSpec, named_calibration, named_quality
+from sim.engine.server_spec import ServerSpec, find_calibration, named_calibration, named_quality
 from sim.engine.sim_engine import MEMORY_OF_PLANS, SimEngine
 from sim.errors import ConfigError, RapLabError
 from sim.policies.observation.serve import (
@@ -106,7 +106,7 @@ class ServeSetting:
         model: str = "llama2_7b",
         gpu: str = "a100_80gb",
         tp: int = 1,
-        latency: str = "llama2_7b_a100_trtllm",
+        latency: str | None = "llama2_7b_a100_trtllm",
         quality: str = "llama2_7b_published",
         engine: str = "vllm_v1",
         prefix_caching: bool = False,
@@ -129,7 +129,7 @@ class ServeSetting:
             prefix_caching: whether requests reuse KV of the same beginning of a prompt, above all turns of a session;
                 the sources must have hash ids, all of one number of tokens.
             tp: GPUs among which the model is divided; budgets are those of one of them.
-            latency: name of a file of conf/calibration.
+            latency: name of a file of conf/calibration; None takes that of the model on these GPUs.
             workspace_bytes: memory that neither weights nor KV can use.
             budget: fields of ``agents.envs.serve_budgets.BudgetRange``, or None for its defaults.
             tick_s: seconds between two decisions.
@@ -147,6 +147,7 @@ class ServeSetting:
             raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, such as 1.0")
         self.gpu: Gpu = replace(build_option("gpu", gpu), tp=tp)
         self.model = load_model(model).shard(self.gpu.tp)
+        latency = latency or find_calibration(model, gpu, tp)
         self.latency, self.quality, self.quality_name = named_calibration(latency), named_quality(quality), quality
         self.sources = check_sources(sources)
         self.engine = _engine(engine, self.sources, prefix_caching)

@@ -385,6 +385,7 @@ def test_a_model_divided_among_gpus_is_served_by_what_one_of_them_holds() -> Non
         *alone.stated["server"][3:],
         2,
     ]
+    assert ServeSetting(model="llama2_7b", latency=None, tp=2).latency.name == "llama2_7b_a100_tp2"
     with pytest.raises(ConfigError, match=r"was made for gpu.tp=2, not 1"):
         ServeSetting(latency="llama2_7b_a100_tp2")
     env = ServeTrace(**options)
