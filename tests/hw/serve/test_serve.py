@@ -249,6 +249,10 @@ def test_what_cannot_be_done_is_refused_in_openais_shape(
         ),
         ({}, "prompt is missing; add it"),
         (
+            {"messages": [{"role": "user", "content": [3]}]},
+            'content is [3]; set it to a text, or to a list of {"type": "text", "text": ...}',
+        ),
+        (
             {"messages": [{"role": "tool", "content": "a"}]},
             "messages[0].role is 'tool'; it should be 'system', 'user' or 'assistant'; change it or leave it out",
         ),
@@ -278,7 +282,7 @@ def test_models_and_metrics_report_what_is_served_and_how(server: Server) -> Non
     after = metrics(server)
     tokens, ended = 'vllm:generation_tokens_total{engine="0",model_name="tiny"}', "vllm:request_success_total"
     assert after[tokens] - before[tokens] == 5
-    finished = f'{ended}{{finished_reason="length",model_name="tiny"}}'
+    finished = f'{ended}{{engine="0",finished_reason="length",model_name="tiny"}}'
     assert after[finished] - before[finished] == 1
     assert after['rap:kv_used_layer_blocks{engine="0",model_name="tiny"}'] == 0
 
