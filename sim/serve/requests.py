@@ -241,7 +241,7 @@ def _joined_text(value: Any) -> Any:
     texts = [text for part in parts if isinstance(text := part.get("text"), str)]
     if len(texts) < len(value):
         raise PydanticCustomError(
-            "content", 'content is {value}; set it to a text, or to a list of {{"type": "text", "text": ...}}',
+            "content", 'content is {value}; set it to a text, or to a list of {"type": "text", "text": ...}',
             {"value": short(value)},
         )  # fmt: skip
     return "".join(texts)
@@ -367,5 +367,5 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}; send an object of {what}") from None
     if not isinstance(value, dict):
-        raise ApiError(400, f"the body is a JSON {type(value).__name__}; send an object of {what}")
+        raise ApiError(400, f"the body is JSON, but not an object; send an object of {what}")
     return value

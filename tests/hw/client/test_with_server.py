@@ -23,7 +23,8 @@ from tests.hw.serving import VOCABULARY, requests
 
 def metrics(text: str) -> dict[str, float]:
     """Return metrics by name, with the reason of an end appended."""
-    found = re.findall(r'^(\w+:\w+)\{(?:finished_reason="(\w+)",)?model_name="\w+"\} (\S+)$', text, flags=re.MULTILINE)
+    sample = r'^(\w+:\w+)\{engine="0",(?:finished_reason="(\w+)",)?model_name="\w+"\} (\S+)$'
+    found = re.findall(sample, text, flags=re.MULTILINE)
     return {name + reason: float(value) for name, reason, value in found}
 
 

@@ -249,6 +249,10 @@ def test_what_cannot_be_done_is_refused_in_openais_shape(
         ),
         ({}, "prompt is missing; add it"),
         (
+            {"messages": [{"role": "user", "content": [3]}]},
+            'content is [3]; set it to a text, or to a list of {"type": "text", "text": ...}',
+        ),
+        (
             {"messages": [{"role": "tool", "content": "a"}]},
             "messages[0].role is 'tool'; it should be 'system', 'user' or 'assistant'; change it or leave it out",
         ),
