@@ -1,7 +1,8 @@
 """``python tests/bench/walk.py``: a new user's first hour from a bare machine, with the seconds of every step.
 
 It clones the repository into a folder of its own, runs the commands of the documentation there one after another, in
-the environment that they install, and writes docs/results/walk/index.md. A step that fails ends it.
+the environment that they install, and writes docs/results/walk/index.md, with pictures of what two steps showed (the
+report as Chromium shows it). A step that fails ends it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from pathlib import Path
 from sim.pages.render import table
 from sim.paths import REPOSITORY
 from sim.results.run_folder import provenance, write_text
+from tests.sim.report.browser import find_browser, open_browser
 
 SIMULATED = (
     "python -m sim.replay trace=small model=smollm2_135m gpu=cpu_epyc_1thread engine=small budget=small "
@@ -50,7 +53,11 @@ JUDGES = "hw.compare"
 
 
 def walk(folder: Path) -> list[dict[str, str]]:
-    """Run every step in a clone in a folder; return a row for each."""
+    """Run every step in a clone in a folder; return a row for each.
+
+    Raises:
+        SystemExit: if a step fails.
+    """
     subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(folder)], check=True)
     hidden = ("PYTHONPATH", "VIRTUAL_ENV")
     environment = {key: value for key, value in os.environ.items() if key not in hidden} | {"RAP_LAB_PROGRESS": "0"}
@@ -67,13 +74,29 @@ def walk(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
+def take_pictures(folder: Path, into: Path) -> None:
+    """Copy the figure of the comparison, and take a picture of the report as a browser shows it.
+
+    Raises:
+        SystemExit: if no browser is installed.
+    """
+    if find_browser() is None:
+        raise SystemExit("the picture of the report needs Chromium; install the package chromium")
+    into.mkdir(parents=True, exist_ok=True)
+    shutil.copy(next(folder.glob("runs/**/compare.png")), into / "compare.png")
+    with tempfile.TemporaryDirectory() as profile, open_browser(Path(profile)) as page:
+        page.open((folder / "runs/one/report.html").as_uri(), "document.body && document.body.dataset.drawn")
+        (into / "report.png").write_bytes(page.screenshot())
+
+
 def main() -> None:
     """Walk, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write (docs/results/walk/index.md)")
     page = parser.parse_args().page
     with tempfile.TemporaryDirectory() as place:
-        rows = walk(Path(place) / "rap-lab")
+        rows = walk(folder := Path(place) / "rap-lab")
+        take_pictures(folder, page.parent)
     made = provenance(0)
     total = sum(int(row["seconds"]) for row in rows)
     text = f"""# A walk from a bare machine
@@ -85,6 +108,14 @@ install themselves. {made["written_at"][:10]}, commit `{made["commit"][:12]}`, P
 {table(rows, {}, left=2)}
 
 The first step installs the core and compiles the simulator.
+
+What `python -m sim.report runs/one` shows in a browser:
+
+![The report of a run](report.png)
+
+What the comparison draws:
+
+![A policy of one's own next to the dense model](compare.png)
 """
     write_text(page, text)
     print(page)

@@ -162,10 +162,10 @@ def test_processor_seconds_on_a_gpu_are_refused_and_wall_is_its_default(
     clocks: list[str] = []
     monkeypatch.setattr(hw.calibrate.this_device, "load", lambda *_: None)
     monkeypatch.setattr(
-        hw.calibrate.this_device, "measure_all", lambda _, settings, *__: clocks.append(settings.clock) or sys.exit(0)
+        hw.calibrate.this_device, "measure_all", lambda _, settings, *__: clocks.append(settings.clock) or sys.exit(3)
     )
     for gpu in ("h100_80gb", "cpu_epyc_1thread"):
-        assert exit_status(command, "source=device", f"gpu={gpu}") == 0
+        assert exit_status(command, "source=device", f"gpu={gpu}") == 3
     assert clocks == ["wall", "cpu"]
 
 
