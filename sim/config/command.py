@@ -204,7 +204,7 @@ class _Job:
         try:
             return self.task(cfg)
         except SystemExit as end:
-            if type(end) is SystemExit and end.code in (None, 0):  # a server that is told to stop raises its own type
+            if type(end) is SystemExit and end.code in (None, 0):  # not ``Stopped``, which a server raises at a signal
                 last = traceback.extract_tb(end.__traceback__)[-1]
                 raise ConfigError(
                     f"{last.filename}, line {last.lineno}, ended the run before it was complete (SystemExit); "

@@ -1,7 +1,7 @@
 """``pop``: in some layers prompts only write their keys and values (POP, arXiv 2602.03295).
 
-Prefill gets faster, and no weights move. Decodes run the whole model. The last token of a prompt runs it too, because
-the first token of the answer is computed from it (``Plan.kv_only``).
+Prefill gets faster, and no weights move. Decodes and the last token of a prompt run the whole model; the first token of
+the answer is computed from that last token (``Plan.kv_only``).
 """
 
 from __future__ import annotations

@@ -75,13 +75,7 @@ def walk(folder: Path) -> list[dict[str, str]]:
 
 
 def take_pictures(folder: Path, into: Path) -> None:
-    """Copy the figure of the comparison, and take a picture of the report as a browser shows it.
-
-    Raises:
-        SystemExit: if no browser is installed.
-    """
-    if find_browser() is None:
-        raise SystemExit("the picture of the report needs Chromium; install the package chromium")
+    """Copy the figure of the comparison, and take a picture of the report as a browser shows it."""
     into.mkdir(parents=True, exist_ok=True)
     shutil.copy(next(folder.glob("runs/**/compare.png")), into / "compare.png")
     with tempfile.TemporaryDirectory() as profile, open_browser(Path(profile)) as page:
@@ -94,6 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write (docs/results/walk/index.md)")
     page = parser.parse_args().page
+    if find_browser() is None:
+        raise SystemExit("the picture of the report needs Chromium; install the package chromium")
     with tempfile.TemporaryDirectory() as place:
         rows = walk(folder := Path(place) / "rap-lab")
         take_pictures(folder, page.parent)
