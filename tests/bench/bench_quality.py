@@ -1,4 +1,4 @@
-"""How long the fitted loss of a plan takes: python tests/bench/bench_quality.py
+"""How long the fitted loss of a plan takes: python -m tests.bench.bench_quality
 
 A policy that compares 1,000 plans in a step wants about 20 us for each. Prints the least CPU time of nine rounds over
 1,000 random plans of SmolLM2-135M, for each form of the fit.

@@ -1,4 +1,4 @@
-"""``python tests/bench/walk.py``: a new user's first hour from a bare machine, with the seconds of every step.
+"""``python -m tests.bench.walk``: a new user's first hour from a bare machine, with the seconds of every step.
 
 It clones the repository into a folder of its own, runs the commands of the documentation there one after another, in
 the environment that they install, and writes docs/results/walk/index.md, with pictures of what two steps showed (the
@@ -78,7 +78,7 @@ def take_pictures(folder: Path, into: Path) -> None:
     """Copy the figure of the comparison, and take a picture of the report as a browser shows it."""
     into.mkdir(parents=True, exist_ok=True)
     shutil.copy(next(folder.glob("runs/**/compare.png")), into / "compare.png")
-    with tempfile.TemporaryDirectory() as profile, open_browser(Path(profile)) as page:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, open_browser(Path(profile)) as page:
         page.open((folder / "runs/one/report.html").as_uri(), "document.body && document.body.dataset.drawn")
         (into / "report.png").write_bytes(page.screenshot())
 
@@ -97,7 +97,7 @@ def main() -> None:
     total = sum(int(row["seconds"]) for row in rows)
     text = f"""# A walk from a bare machine
 
-`python tests/bench/walk.py` writes this page: a new user's commands in a fresh clone, in an environment that they
+`python -m tests.bench.walk` writes this page: a new user's commands in a fresh clone, in an environment that they
 install themselves. {made["written_at"][:10]}, commit `{made["commit"][:12]}`, Python {platform.python_version()},
 {made["machine"]}, packages from a mirror in the same network; {total} s in all.
 
