@@ -69,7 +69,13 @@ MAINS = {
     "agents.tune_rules": "agents.evaluation.tuning:main",
     "agents.windows": "agents.evaluation.windows:main",
 }
-NOT_OURS = ("tests.bench.count_operations", "tests.frozen.runs", "tests.hw.elastic.compile_kernels", "tests.soak")
+NOT_OURS = (
+    "tests.bench.count_operations",
+    "tests.bench.walk",
+    "tests.frozen.runs",
+    "tests.hw.elastic.compile_kernels",
+    "tests.soak",
+)
 """Started by hand, not configured by Hydra."""
 OTHER_LINES = {"make demo", "pip install -c constraints.txt -e ."}
 """Not run here. ``make demo`` is ``python -m sim.compare workers=2``. Lines of curl: tests/hw/serve."""
