@@ -12,6 +12,7 @@ import numpy as np
 from sim.cluster.outages import Outage
 from sim.cost.latency import LatencyModel
 from sim.cost.memory import budget_for_kv_blocks
+from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
 from sim.disaggregate.disaggregate import Disaggregated, decode_side
 from sim.engine.protocol import EngineConfig
@@ -20,7 +21,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.policies.fixed import static_plan
 from sim.traces.trace import Trace
 from tests.sim.disaggregate.plain_disaggregated import PREFILL, PlainDisaggregated, build
-from tests.sim.engine.kernel_cases import schedules_ahead, with_swaps
+from tests.sim.engine.kernel_cases import irregular_latency, schedules_ahead, with_swaps
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency
 from tests.sim.shrink import shrunk_case, without_some
@@ -46,6 +47,12 @@ class DisaggregatedCase:
     load_bytes_per_s: float = 1e9
     start_s: float = 0.0
     turn_s: float = 0.0
+    tp: int = 1
+
+    @property
+    def model(self) -> ModelSpec:
+        """What one of the ``tp`` GPUs of a replica holds."""
+        return TINY.shard(self.tp)
 
     def trace(self) -> Trace:
         """Return the requests as a trace."""
@@ -54,8 +61,8 @@ class DisaggregatedCase:
 
     def engine_arguments(self, blocks: int, plan: Plan) -> dict[str, Any]:
         """Return the arguments of an engine of one side."""
-        budget_bytes = budget_for_kv_blocks(TINY, plan, blocks, 0, self.config.kv_block_tokens)
-        shared: dict[str, Any] = {"model": TINY, "latency": self.latency, "config": self.config}
+        budget_bytes = budget_for_kv_blocks(self.model, plan, blocks, 0, self.config.kv_block_tokens)
+        shared: dict[str, Any] = {"model": self.model, "latency": self.latency, "config": self.config}
         if any(plan.streamed):
             shared["host_to_device_bytes_per_s"] = 2e5
         return {**shared, "plan": plan, "budget_bytes": budget_bytes}
@@ -127,6 +134,10 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = 
         latency_s=float(rng.choice([0.0, 0.1])) * (1 + float(rng.random())),
         one_link=bool(rng.random() < 0.5),
     )
+    divided = np.random.default_rng([seed, 15])
+    if later and divided.random() < 0.3:
+        tp = int(divided.choice([2, 4]))
+        case = replace(case, tp=tp, latency=irregular_latency(divided, tp))
     changes = np.random.default_rng([seed, 17])
     if not later or changes.random() >= 0.5:
         return case
@@ -217,7 +228,7 @@ def plain_disaggregated(case: DisaggregatedCase) -> dict[str, Any]:
         bytes_per_s=case.bytes_per_s,
         latency_s=case.latency_s,
         one_link=case.one_link,
-        token_layer_bytes=TINY.kv_bytes_per_token_layer,
+        token_layer_bytes=case.model.kv_bytes_per_token_layer,
         load_bytes_per_s=case.load_bytes_per_s,
         start_s=case.start_s,
         turn_s=case.turn_s,

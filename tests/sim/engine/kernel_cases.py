@@ -146,10 +146,10 @@ def random_latency(rng: np.random.Generator) -> LatencyModel:
     if rng.random() < 0.5:
         return linear_latency(base_s=0.5, token_s=float(rng.random() / 50), context_s=float(rng.random() / 300))
 
-    return _irregular_latency(rng)
+    return irregular_latency(rng)
 
 
-def _irregular_latency(rng: np.random.Generator, tp: int = 1) -> LatencyModel:
+def irregular_latency(rng: np.random.Generator, tp: int = 1) -> LatencyModel:
     """Return a latency model of random tables; with ``tp`` above 1, one with all-reduces."""
 
     def rising(*shape: int) -> list[Any]:
@@ -295,7 +295,7 @@ def with_tp(seed: int, case: Case) -> Case:
     if rng.random() < 0.7:
         return case
     tp = int(rng.choice([2, 4]))
-    latency = _irregular_latency(rng, tp)
+    latency = irregular_latency(rng, tp)
     return replace(case, tp=tp, latency=latency.with_host_floor(float(rng.choice([0.0, 0.3, 1.0]))))
 
 
