@@ -287,6 +287,11 @@ def read_run(folder: Path) -> RunData:
         ConfigError: if the folder lacks its records or summary, or has a file that cannot be read.
     """
     records = _table(folder / "records.parquet", RECORD_COLUMNS, ("status", "met_slo"))
+    if records is None and (folder / "records").is_dir():
+        raise ConfigError(
+            f"{folder} holds a cluster of several cells, and a report shows one; its figures are in summary.json, its "
+            "requests in records/. Serve a part of them with cells=1 for a report"
+        )
     if records is None:
         raise ConfigError(f"{folder} has no records.parquet; give run folders of sim.replay, sim.compare or hw.replay")
     if records["met_slo"].dtype != np.bool_:

@@ -120,6 +120,11 @@ def _value(name: str, value: object) -> Callable[[Path], None]:
     return change
 
 
+def _into_cells(path: Path) -> None:
+    (path / "records").mkdir()
+    (path / "records.parquet").rename(path / "records/00000.parquet")
+
+
 def _column(name: str, column: str, value: object) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         frame = pd.read_parquet(path / name)
@@ -136,6 +141,7 @@ def _column(name: str, column: str, value: object) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (_without("records.parquet"), "has no records.parquet"),
+        (_into_cells, "holds a cluster of several cells"),
         (_text("records.parquet", "no table"), "is no Parquet file"),
         (_text("iterations.parquet", ""), "is no Parquet file"),
         (_column("records.parquet", "ttft_s", None), "lacks the column ttft_s"),
